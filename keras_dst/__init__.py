@@ -1,0 +1,21 @@
+"""Sparse training for any Keras 3 model, and the way to a smaller, faster `.tflite`."""
+
+from keras_dst import allocation, callbacks, layers, masks, methods, regularizers, schedules
+from keras_dst.optimizers import SparseOptimizer
+from keras_dst.surgery import SparsifyReport, sparsify, strip
+from keras_dst.version import __version__
+
+__all__ = [
+    "SparseOptimizer",
+    "SparsifyReport",
+    "__version__",
+    "allocation",
+    "callbacks",
+    "layers",
+    "masks",
+    "methods",
+    "regularizers",
+    "schedules",
+    "sparsify",
+    "strip",
+]

@@ -1,0 +1,117 @@
+"""Allocation: how a model's sparsity is shared out among its weights."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from keras_dst.schedules import check_sparsity
+
+NAMES = ("global", "uniform", "erk")
+
+
+def check(allocation) -> None:
+    """Raise unless this is `"global"`, `"uniform"`, `"erk"` or a dict of sparsities by name."""
+    if isinstance(allocation, Mapping):
+        for name, sparsity in allocation.items():
+            re.compile(name)
+            check_sparsity(sparsity, f"allocation[{name!r}]")
+    elif allocation not in NAMES:
+        raise ValueError(
+            f"allocation must be one of {', '.join(map(repr, NAMES))} or a dict from weight names "
+            f"or regular expressions to sparsities. Received: {allocation!r}"
+        )
+
+
+def densities(
+    allocation: str | Mapping[str, float],
+    shapes: Sequence[Sequence[int]],
+    density: float,
+    names: Sequence[str] = (),
+) -> np.ndarray:
+    """Density of every weight, float64 in [0, 1], so that the whole has this density.
+
+    Args:
+        allocation: `"uniform"`: the same for all. `"erk"` (Erdős-Rényi-Kernel): proportional to
+            `sum(shape) / prod(shape)`, at most 1, so that small layers stay denser. A dict: the
+            named weights get 1 - their sparsity, all others `density`; a name is the weight's
+            path, or a regular expression found in it.
+        shapes: shapes of the weights.
+        density: fraction of weights kept, overall.
+        names: paths of the weights, for a dict.
+
+    Raises:
+        ValueError: when a name in the dict fits no weight.
+
+    Example:
+        >>> keras_dst.allocation.densities("erk", [(10, 10), (1000, 1000)], 0.1)
+
+    Source: arXiv 1911.11134, section 3 (ERK).
+    """
+    if isinstance(allocation, Mapping):
+        return _by_name(allocation, density, names)
+    if allocation == "erk":
+        return _erk(shapes, density)
+    return np.full(len(shapes), float(density))
+
+
+def _erk(shapes, density):
+    sizes = np.array([math.prod(s) for s in shapes], "float64")
+    raw = np.array([sum(s) for s in shapes], "float64") / sizes
+    full = np.zeros(len(sizes), bool)
+    while True:
+        # Weights that would exceed density 1 are kept whole; the others share what is left.
+        budget = density * sizes.sum() - sizes[full].sum()
+        result = np.where(full, 1.0, 0.0)
+        if not full.all():
+            result[~full] = raw[~full] * budget / (raw * sizes)[~full].sum()
+        if (result <= 1).all():
+            return result
+        full |= result > 1
+
+
+def _by_name(allocation, density, names):
+    result = np.full(len(names), float(density))
+    for key, sparsity in allocation.items():
+        fitting = [i for i, name in enumerate(names) if key == name or re.search(key, name)]
+        if not fitting:
+            raise ValueError(
+                f"allocation[{key!r}] fits no weight. The weights are: {', '.join(names)}"
+            )
+        result[fitting] = 1 - sparsity
+    return result
+
+
+def kept_counts(
+    allocation: str | Mapping[str, float],
+    shapes: Sequence[Sequence[int]],
+    sparsity: float,
+    names: Sequence[str] = (),
+    final_sparsity: float | None = None,
+) -> np.ndarray:
+    """How many weights to keep: one count for all when global, else one per weight (int64).
+
+    The counts add up to the exact number for the whole, `round((1 - sparsity) * size)`.
+
+    Args:
+        allocation, shapes, names: as for `densities`.
+        sparsity: fraction of zeros now.
+        final_sparsity: what the sparsities of a dict stand for; they are scaled to `sparsity`
+            while it grows.
+
+    Example:
+        >>> keras_dst.allocation.kept_counts("uniform", [(10, 10), (30, 10)], 0.9)
+        array([10, 30])
+    """
+    sizes = np.array([math.prod(s) for s in shapes], "int64")
+    if allocation == "global":
+        return np.array([round((1 - sparsity) * int(sizes.sum()))])
+    if isinstance(allocation, Mapping) and final_sparsity:
+        allocation = {k: v * sparsity / final_sparsity for k, v in allocation.items()}
+    exact = densities(allocation, shapes, 1 - sparsity, names) * sizes
+    counts = np.floor(exact + 1e-9).astype("int64")
+    # The largest remainders take what rounding down left over.
+    order = np.argsort(counts - exact, kind="stable")
+    counts[order[: round(float(exact.sum())) - int(counts.sum())]] += 1
+    return np.minimum(counts, sizes)

@@ -1,0 +1,348 @@
+"""The driver of sparse training: `SparseTraining`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_dst.compiled import compiled
+from keras_dst.layers import SparseMixin
+from keras_dst.masks import Pattern
+from keras_dst.methods.base import LayerMethod, State
+from keras_dst.optimizers import SparseOptimizer, tensors, unwrap
+
+_FEWEST_UPDATES = 20  # of the masks while sparsity grows, however short the training
+
+
+class SparseTraining(keras.callbacks.Callback):
+    """Drives every method during `fit`: schedules, mask updates, the log, the last projection.
+
+    Schedules are resolved from the epochs and steps of the first `fit`; a later `fit` goes on
+    where that one ended. Masks and controllers are updated between steps, `sparsity` (of the
+    weights under the method) is shown in the progress bar and kept in the history, the last step
+    makes it exact, and a warning says by how much a target was missed.
+
+    Args:
+        epochs: epochs that the schedule takes, where they are not those of the first `fit`: for a
+            training in several calls.
+        steps_per_epoch: batches in an epoch, where `fit` cannot know before the first one ends.
+
+    Raises:
+        ValueError: when training begins and there is nothing to drive, or its length is unknown.
+
+    Example:
+        >>> model.fit(x, y, epochs=20, callbacks=[keras_dst.callbacks.SparseTraining()])
+    """
+
+    def __init__(self, epochs: int | None = None, steps_per_epoch: int | None = None):
+        super().__init__()
+        for name, value in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number >= 1. Received: {value!r}")
+        self.epochs = epochs
+        self.steps_per_epoch = steps_per_epoch
+        self._drivers: list[_Driver] = []
+
+    # -- Keras's hooks ---------------------------------------------------------------------------
+
+    def on_train_begin(self, logs=None):
+        self._drivers = _drivers(self.model)
+        if not self._drivers:
+            raise ValueError(
+                "SparseTraining found nothing to drive: no sparse layer and no SparseOptimizer. "
+                "Call keras_dst.sparsify(model, method), or compile with "
+                "keras_dst.SparseOptimizer(optimizer, method)."
+            )
+        self._epoch_length = self.steps_per_epoch or self.params.get("steps")
+        if self._epoch_length is None and (self.epochs or self.params.get("epochs", 1)) < 2:
+            raise ValueError(
+                "The number of steps in the only epoch is unknown. "
+                "Give SparseTraining(steps_per_epoch=...)."
+            )
+        self._begun = False
+        self._ended = False
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if not self._begun:
+            # Not in on_train_begin: BackupAndRestore may only just have restored the state.
+            self._begun = True
+            self._first_epoch = epoch
+            self._batches = 0
+            for driver in self._drivers:
+                driver.begin(self._length())
+            self._log = self._sparsity()
+        self._epoch_start = self._batches
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._batches = self._epoch_start + batch + 1
+        due = [d for d in self._drivers if d.is_due(self._batches)]
+        if due:
+            self._sync()
+            for driver in due:
+                driver.advance(self._batches)
+            self._log = self._sparsity()
+        if logs is not None:
+            logs["sparsity"] = self._log
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self._epoch_length is None:
+            self._epoch_length = self._batches
+            for driver in self._drivers:
+                driver.set_length(self._length())
+        self._sync()
+        self._log = self._sparsity()
+        if logs is not None:
+            logs["sparsity"] = self._log
+
+    def on_train_end(self, logs=None):
+        for driver in self._drivers:
+            driver.end(self._batches, warn_early=self.epochs is None)
+
+    # --------------------------------------------------------------------------------------------
+
+    def _sync(self):
+        """On JAX, hand the state of the running fit back to the variables."""
+        _ = self.model
+
+    def _length(self):
+        """Steps that the schedule takes from the beginning of this fit, if they are known."""
+        if self._epoch_length is None:
+            return None
+        if self.epochs is not None:
+            return self.epochs * self._epoch_length
+        return (self.params.get("epochs", 1) - self._first_epoch) * self._epoch_length
+
+    def _sparsity(self):
+        kept = sum(d.kept() for d in self._drivers)
+        return 1 - kept / sum(d.size for d in self._drivers)
+
+
+def _drivers(model) -> list[_Driver]:
+    """One driver for every method at work in a model."""
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    found: list[_Driver] = []
+    groups: dict[str, list[SparseMixin]] = {}
+    for layer in model._flatten_layers():
+        if isinstance(layer, SparseMixin) and layer.sparse_state:
+            groups.setdefault(repr(layer.sparsity), []).append(layer)
+    for layers in groups.values():
+        found.append(_LayerDriver(model.optimizer, layers))
+    wrapper = unwrap(model.optimizer)
+    if wrapper is not None:
+        found.append(_OptimizerDriver(wrapper))
+    return found
+
+
+class _Driver:
+    """Updates the states of all the weights under one method, along its schedule."""
+
+    def __init__(self, method, weights, states, layouts, names):
+        self.method = method
+        self.weights, self.states = weights, states
+        self.layouts, self.names = layouts, names
+        self.shapes = [tuple(w.shape) for w in weights]
+        self.size = sum(math.prod(shape) for shape in self.shapes)
+        self.total: int | None = None
+        self._update = compiled(lambda w, s, kept: method.update(w, s, layouts, kept))
+        self._kept = compiled(
+            lambda w, s: [ops.sum(ops.cast(method.mask(*x), "float32")) for x in zip(w, s, layouts)]
+        )
+
+    # Where progress is kept: step, and length of the schedule (0: not begun).
+
+    def read_progress(self) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def write_progress(self, step: int, total: int) -> None:
+        raise NotImplementedError
+
+    def take(self, changes: list[State]) -> None:
+        raise NotImplementedError
+
+    # --------------------------------------------------------------------------------------------
+
+    def begin(self, length: int | None) -> None:
+        """Start, or go on, with a schedule over `length` steps from its beginning."""
+        self.drive(True)
+        self.projected = False
+        if self.method.schedule is None:
+            return
+        self.start, total = self.read_progress()
+        self.last = self.start
+        self.total = total or length
+        self._plan()
+        self.write_progress(self.start, self.total or 0)
+        if self.total is not None and not self.method.learned:
+            self.advance(0)
+
+    def set_length(self, length: int) -> None:
+        """The length became known after the first epoch."""
+        if self.method.schedule is not None and self.total is None:
+            self.total = length
+            self._plan()
+
+    def _plan(self):
+        if self.total is not None or self.method.schedule.in_steps:
+            first, last = self.method.schedule.span(self.total)
+            self.every = min(self.method.frequency, max(1, (last - first) // _FEWEST_UPDATES))
+            self.ramp_end = last
+
+    def is_due(self, batches: int) -> bool:
+        if self.method.schedule is None or self.total is None:
+            return False
+        step = self.start + batches
+        crossed = self.last // self.every != step // self.every
+        return crossed or any(self.last < mark <= step for mark in (self.ramp_end, self.total))
+
+    def advance(self, batches: int) -> None:
+        """Update the states to what the schedule asks for after this many batches."""
+        step = self.last = self.start + batches
+        target = self.method.schedule.at(step, self.total)
+        self.take(self._update(*self._values(), self._counts(target)))
+        if self.total is not None and step >= self.total:
+            self.project()
+
+    def project(self) -> None:
+        """Meet the target of a learned method exactly, at the end."""
+        if not self.method.learned or self.method.schedule is None:
+            return
+        target = self.method.schedule.sparsity
+        reached = 1 - self.kept() / self.size
+        if abs(reached - target) > self.tolerance and not self.projected:
+            warnings.warn(
+                f"{self.method!r}: training had reached sparsity {reached:.4f}, target {target:g}; "
+                "the last projection made up for it, at a cost in accuracy. Train longer, or "
+                "begin with another alpha.",
+                stacklevel=2,
+            )
+        values = self._values()
+        self.take(self.method.project(*values, self.layouts, self._counts(target)))
+        self.projected = True
+
+    def end(self, batches: int, warn_early: bool) -> None:
+        """Leave the schedule; warn when its target was missed."""
+        self.drive(False)
+        if self.method.schedule is None:
+            return
+        step = self.start + batches
+        total = self.total or 0
+        self.write_progress(step, total)
+        target = self.method.schedule.sparsity
+        reached = 1 - self.kept() / self.size
+        if step < total:
+            if warn_early:
+                warnings.warn(
+                    f"{self.method!r}: training ended after {step} of the {total} steps of its "
+                    f"schedule, at sparsity {reached:.4f}, target {target:g}. Fit again to go on.",
+                    stacklevel=2,
+                )
+        elif abs(reached - target) > self.tolerance:
+            if self.method.learned:  # an average of weights (EMA) came after the last step
+                self.project()
+            else:
+                warnings.warn(
+                    f"{self.method!r} reached sparsity {reached:.4f}, target {target:g}: "
+                    f"missed by {abs(reached - target):.4f}.",
+                    stacklevel=2,
+                )
+
+    @property
+    def tolerance(self) -> float:
+        """By how much a target may be missed without a word."""
+        if self.method.learned:
+            return 0.01
+        pattern = Pattern(self.method.pattern)
+        groups = [pattern.sizes(s, layout).max() for s, layout in zip(self.shapes, self.layouts)]
+        return max(0.001, float(max(groups)) / self.size)
+
+    def kept(self) -> float:
+        """Weights that the masks keep now."""
+        return float(sum(np.asarray(ops.convert_to_numpy(k)) for k in self._kept(*self._values())))
+
+    def _values(self) -> tuple[list, list]:
+        weights = [ops.convert_to_tensor(w) for w in self.weights]
+        return weights, [tensors(s) for s in self.states]
+
+    def _counts(self, target):
+        counts = self.method.kept_counts(self.shapes, target, self.names)
+        return ops.convert_to_tensor(counts, "int32")
+
+    def drive(self, driven: bool) -> None:
+        raise NotImplementedError
+
+
+class _LayerDriver(_Driver):
+    """Drives the layers that share one method."""
+
+    def __init__(self, optimizer, layers: list[Any]):
+        self.optimizer, self.layers = optimizer, layers
+        members = [m for layer in layers for m in layer.masked_weights()]
+        method: LayerMethod = layers[0].sparsity
+        super().__init__(
+            method,
+            [variable for _, variable, _ in members],
+            [state for _, _, state in members],
+            [weight.layout for weight, _, _ in members],
+            [variable.path for _, variable, _ in members],
+        )
+
+    # The step is counted by the optimiser, whose counter is part of every checkpoint; the layer
+    # keeps the pair (step, counter) from which to count on, also after `compile` reset the counter.
+
+    def _iterations(self) -> int:
+        optimizer = self.optimizer
+        while hasattr(optimizer, "inner_optimizer"):
+            optimizer = optimizer.inner_optimizer
+        return int(optimizer.iterations) * (optimizer.gradient_accumulation_steps or 1)
+
+    def read_progress(self):
+        step, counter, total = (int(n) for n in ops.convert_to_numpy(self.states[0]["progress"]))
+        return step + max(0, self._iterations() - counter) if total else 0, total
+
+    def write_progress(self, step, total):
+        for state in self.states:
+            state["progress"].assign(np.array([step, self._iterations(), total], "int32"))
+
+    def take(self, changes):
+        for state, change in zip(self.states, changes):
+            for name, value in change.items():
+                # A copy: on JAX two variables must not share one buffer.
+                state[name].assign(ops.copy(value))
+
+    def drive(self, driven):
+        for layer in self.layers:
+            layer.driven = driven
+
+
+class _OptimizerDriver(_Driver):
+    """Drives a SparseOptimizer."""
+
+    def __init__(self, optimizer: SparseOptimizer):
+        self.optimizer = optimizer
+        super().__init__(
+            optimizer.method,
+            optimizer.kernels,
+            optimizer.states,
+            optimizer.layouts,
+            optimizer.kernel_names,
+        )
+
+    def read_progress(self):
+        total = int(self.optimizer.total)
+        return int(self.optimizer.step) if total else 0, total
+
+    def write_progress(self, step, total):
+        self.optimizer.step.assign(step)
+        self.optimizer.total.assign(total)
+
+    def take(self, changes):
+        self.optimizer.update_masks(changes)
+
+    def drive(self, driven):
+        self.optimizer.driven = driven

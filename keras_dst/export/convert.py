@@ -1,0 +1,170 @@
+"""Keras 3 model on any backend -> dense float32 ``.tflite`` file.
+
+TensorFlow holds the only converter that folds batch normalisation into the weights, keeps the batch
+size open and freezes every variable. Models on other backends reach it as a ``.keras`` file read by
+a second Python: ``python -m keras_dst.export.convert model.keras model.tflite``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import keras
+
+from keras_dst.export.report import ExportError
+from keras_dst.surgery import is_sparse, strip
+
+# What a message of the converter means for the user: a part of it, and the fix.
+_FIXES = {
+    "Could not locate": (
+        "decorate your class with @keras.saving.register_keras_serializable(), in a module that "
+        "can be imported"
+    ),
+    "TensorListReserve": (
+        "build the recurrent layers with unroll=True, or a functional model with a fixed batch, "
+        "keras.Input(batch_shape=(1, ...))"
+    ),
+    "f16>": "rebuild the model under keras.config.set_dtype_policy('float32'), with its weights",
+}
+# How much of the converter's words an error shows: the end, without whole configs and call stacks.
+_LINES, _COLUMNS = 8, 400
+
+
+def to_tflite(model: keras.Model) -> bytes:
+    """The dense float32 ``.tflite`` file of a built Keras 3 model, sparse or not.
+
+    The model is left as it is: where it holds layers of keras_dst, a copy of it is stripped.
+
+    Raises:
+        ExportError: the model could not be converted; with the converter's own words.
+    """
+    here = keras.backend.backend() == "tensorflow"
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "model.keras"), Path(folder, "model.tflite")
+        if here and not is_sparse(model):
+            _quietly(_convert, model, target)
+        else:
+            model.save(source)
+            if here:
+                _quietly(convert_file, source, target)
+            else:
+                _in_second_python(source, target)
+        return target.read_bytes()
+
+
+def convert_file(source: str | Path, target: str | Path) -> None:
+    """Converts a ``.keras`` file, on TensorFlow: strips what is sparse, writes a ``.tflite``."""
+    # The file was written a moment ago by its reader: safe_mode guards against others' files.
+    model = keras.saving.load_model(source, compile=False, safe_mode=False)
+    _convert(strip(model) if is_sparse(model) else model, target)
+
+
+def _convert(model: keras.Model, target: str | Path) -> None:
+    import tensorflow as tf
+
+    model.export(
+        str(target),
+        format="litert",
+        verbose=False,
+        input_signature=_signature(model),
+        target_spec={"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]},
+    )
+
+
+def input_names(model: keras.Model) -> list[str] | None:
+    """The names of a functional model's inputs, in its order; None for another kind of model.
+
+    They are those of its Input layers, which a copy keeps; the tensors of a copy are named anew.
+    """
+    if isinstance(model, keras.Sequential) or not hasattr(model, "inputs"):
+        return None
+    layers = [layer for layer in model.layers if isinstance(layer, keras.layers.InputLayer)]
+    names = {id(layer.output): layer.name for layer in layers}
+    return [names[id(tensor)] for tensor in model.inputs]
+
+
+def _signature(model: keras.Model) -> list | None:
+    """The declared inputs of a functional model; None, for another, is Keras's own choice.
+
+    That choice opens the batch size, which is right for a Sequential model built from the batches
+    it was trained on, and wrong where keras.Input fixes it.
+    """
+    import tensorflow as tf
+
+    names = input_names(model)
+    if names is None:
+        return None
+    named = zip(model.inputs, names, strict=True)
+    specs = [tf.TensorSpec(tensor.shape, tensor.dtype, name) for tensor, name in named]
+    return [keras.tree.pack_sequence_as(model.input, specs)]
+
+
+def _in_second_python(source: Path, target: Path) -> None:
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": "tensorflow",
+        "CUDA_VISIBLE_DEVICES": "-1",  # the first Python may hold all the memory of the GPU
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # finds the user's own classes
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, str(source), str(target)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        raise _conversion_error(done.stderr)
+
+
+def _quietly(convert: Callable[..., None], *arguments: Any) -> None:
+    with tempfile.TemporaryFile() as log:
+        try:
+            with _output_to(log):
+                convert(*arguments)
+        except Exception as error:
+            log.seek(0)
+            said = log.read().decode(errors="replace")
+            raise _conversion_error(f"{said}\n{error}") from error
+
+
+@contextlib.contextmanager
+def _output_to(log: IO[bytes]) -> Iterator[None]:
+    """Sends what Python and C++ print meanwhile to ``log``; the converter says a lot."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
+    try:
+        with (
+            open(os.dup(log.fileno()), "w") as stream,
+            contextlib.redirect_stdout(stream),
+            contextlib.redirect_stderr(stream),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            for descriptor in saved:
+                os.dup2(log.fileno(), descriptor)
+            yield
+    finally:
+        for descriptor, copy in saved.items():
+            os.dup2(copy, descriptor)
+            os.close(copy)
+
+
+def _conversion_error(output: str) -> ExportError:
+    fixes = "".join(f"\nFix: {fix}." for sign, fix in _FIXES.items() if sign in output)
+    lines = [line[:_COLUMNS] for line in output.splitlines() if line.strip()]
+    said = "\n  ".join(lines[-_LINES:])
+    return ExportError(f"The model could not be converted to .tflite:\n  {said}{fixes}")
+
+
+if __name__ == "__main__":
+    convert_file(*sys.argv[1:])

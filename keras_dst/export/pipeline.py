@@ -1,0 +1,96 @@
+"""Model to file: convert, choose, encode, verify, and only then write."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from keras_dst.export.choose import Choice, choose
+from keras_dst.export.convert import to_tflite
+from keras_dst.export.encode import encode
+from keras_dst.export.report import ExportError, ExportReport, TensorReport
+from keras_dst.export.verify import Case, deviation, keras_cases
+
+
+def export(model: keras.Model, path: Path, inputs: Any, tolerance: float) -> ExportReport:
+    """What `keras_dst.export_tflite` does once its arguments have been checked."""
+    dense = to_tflite(model)
+    choices = choose(dense)
+    content = _encoded(dense, choices)
+    cases = keras_cases(model, dense, inputs)
+    found = deviation(content, cases)
+    if found.error > tolerance:
+        raise ExportError(
+            f"Expected {path.name} to compute what the Keras model does, within {tolerance:.0e}. "
+            f"Received: an error of {found.error:.1e} in {found.where}. Nothing was written. "
+            + _culprit(dense, choices, cases, tolerance)
+        )
+    _write(path, content)
+    return ExportReport(
+        path=path,
+        bytes=len(content),
+        gzip_bytes=_gzip_bytes(content),
+        dense_bytes=len(dense),
+        dense_gzip_bytes=_gzip_bytes(dense),
+        tensors=[_tensor_report(choice) for choice in choices],
+        max_error=found.error,
+    )
+
+
+def _encoded(dense: bytes, choices: list[Choice]) -> bytes:
+    forms = {choice.weight.buffer: choice.form for choice in choices if choice.form}
+    return encode(dense, forms) if forms else dense
+
+
+def _culprit(dense: bytes, choices: list[Choice], cases: list[Case], tolerance: float) -> str:
+    """What makes a file wrong: the conversion itself, or the weights that alone do so too."""
+    plain = deviation(dense, cases)
+    if plain.error > tolerance:
+        return (
+            f"The dense conversion by TensorFlow already differs, by {plain.error:.1e} in "
+            f"{plain.where}: no sparse weight is at fault."
+        )
+    guilty = [
+        f"{choice.weight.name!r} ({choice.weight.op}, {choice.form})"
+        for choice in choices
+        if deviation(_encoded(dense, [choice]), cases).error > tolerance
+    ]
+    if not guilty:
+        return "The dense conversion agrees, and so does every sparse weight alone."
+    return f"The dense conversion agrees; at fault: {', '.join(guilty)}."
+
+
+def _tensor_report(choice: Choice) -> TensorReport:
+    weight = choice.weight
+    return TensorReport(
+        name=weight.name,
+        op=weight.op,
+        shape=weight.values.shape,
+        density=weight.density,
+        encoding=str(choice.form or "dense"),
+        bytes=choice.bytes,
+        dense_bytes=weight.values.nbytes,
+        reason=choice.reason,
+    )
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Gives ``content`` its name in one step, so that no reader ever sees a part of it."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _gzip_bytes(content: bytes) -> int:
+    return len(gzip.compress(content, compresslevel=9))

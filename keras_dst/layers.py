@@ -1,0 +1,372 @@
+"""Keras's layers with a mask over their weights: `SparseDense` is `Dense` plus `sparsity=method`.
+
+`sparsify` turns the layers of a built model into these, in place; they can be used by hand too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import keras
+from keras import layers, ops
+
+from keras_dst.masks import KERNEL, Layout
+from keras_dst.methods.base import LayerMethod, Method, State
+
+if TYPE_CHECKING:
+    _Layer = keras.Layer  # what the mixins are mixed into
+else:
+    _Layer = object
+
+
+class SparseWeight:
+    """Attribute of a sparse layer: reading gives the masked tensor, writing stores the variable.
+
+    The raw variable is kept in the attribute's name with an underscore before it, where Keras's
+    Dense, Conv and EinsumDense have it as well; what they make of it (LoRA) comes before the mask.
+    """
+
+    def __init__(self, layout: Layout = KERNEL):
+        self.layout = layout
+
+    def __set_name__(self, owner, name):
+        self.owner, self.name, self.slot = owner, name, f"_{name}"
+
+    def raw(self, layer):
+        """The variable under the mask, or None before the layer is built."""
+        return layer.__dict__.get(self.slot)
+
+    def __get__(self, layer, owner=None):
+        if layer is None:
+            return self
+        value = getattr(super(self.owner, layer), self.name, self.raw(layer))
+        if value is None:
+            raise AttributeError(f"Build the layer before accessing `{self.name}`.")
+        state = layer.__dict__.get("sparse_state", {}).get(self.name)
+        if state is None:
+            return value
+        masked = layer.sparsity.apply(ops.convert_to_tensor(value), state, self.layout)
+        return ops.cast(masked, layer.compute_dtype)
+
+    def __set__(self, layer, value):
+        setattr(layer, self.slot, value)
+
+
+class SparseMixin(_Layer):
+    """What makes a Keras layer sparse; comes before the stock class among the bases.
+
+    Args:
+        sparsity: the method whose mask the layer's weights get, such as `methods.DST()`.
+    """
+
+    stock: type
+    sparsity: LayerMethod
+    sparse_state: dict[str, State]
+
+    def __init__(self, *args, sparsity, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.adopt(check_method(sparsity))
+
+    def adopt(self, method: LayerMethod) -> None:
+        """Take on a method, before the weights exist or after (`sparsify`)."""
+        self.sparsity = method
+        # Past Keras's tracking, which follows `add_weight` already.
+        self.__dict__["sparse_state"] = {}
+        for weight in self.sparse_weights():
+            if weight.name in self.__dict__:  # set while the class was the stock one
+                self.__dict__[weight.slot] = self.__dict__.pop(weight.name)
+            variable = weight.raw(self)
+            if variable is not None:
+                with self._unlocked():
+                    self._add_state(weight, variable)
+
+    @classmethod
+    def sparse_weights(cls) -> list[SparseWeight]:
+        """The weights of this class that take a mask."""
+        found = {}
+        for base in reversed(cls.__mro__):
+            found.update({k: v for k, v in vars(base).items() if isinstance(v, SparseWeight)})
+        return list(found.values())
+
+    def masked_weights(self) -> Iterator[tuple[SparseWeight, Any, State]]:
+        """Every weight that has a mask: its attribute, its raw variable, its state."""
+        for weight in self.sparse_weights():
+            if weight.name in self.sparse_state:
+                yield weight, weight.raw(self), self.sparse_state[weight.name]
+
+    # The weight's own creation is the one moment that all layers share: `build` has a signature
+    # that Keras inspects, and some layers create weights elsewhere.
+    def add_weight(self, *args, **kwargs):
+        variable = super().add_weight(*args, **kwargs)
+        for weight in self.sparse_weights():
+            if kwargs.get("name") == weight.name and "float" in variable.dtype:
+                self._add_state(weight, variable)
+        return variable
+
+    def _add_state(self, weight, variable):
+        # The mask is decided in the variable's own precision; the masked weight is cast.
+        variable._autocast = False
+        self.sparse_state[weight.name] = self.sparsity.build(
+            self, weight.name, variable, weight.layout
+        )
+
+    @contextlib.contextmanager
+    def _unlocked(self):
+        self._tracker.unlock()
+        try:
+            with self._open_name_scope():
+                yield
+        finally:
+            self._tracker.lock()
+
+    def release(self) -> None:
+        """Bake the masks into the weights as exact zeros and become the stock layer again."""
+        for weight, variable, state in list(self.masked_weights()):
+            w = ops.convert_to_tensor(variable)
+            mask = self.sparsity.mask(w, state, weight.layout)
+            variable.assign(ops.where(mask, w, ops.zeros_like(w)))
+            variable._autocast = True
+            for own in _variables(state):
+                self._untrack_variable(own)
+        for weight in self.sparse_weights():
+            is_property = isinstance(getattr(self.stock, weight.name, None), property)
+            if not is_property and weight.slot in self.__dict__:
+                self.__dict__[weight.name] = self.__dict__.pop(weight.slot)
+        del self.__dict__["sparsity"], self.__dict__["sparse_state"]
+        self.__class__ = self.stock
+
+    # -- saving ----------------------------------------------------------------------------------
+
+    def get_config(self):
+        sparsity = keras.saving.serialize_keras_object(self.sparsity)
+        return {**super().get_config(), "sparsity": sparsity}
+
+    # Keras saves a layer's weights by position. Ours go by name beside them, so that a dense file
+    # loads into a sparse layer: a mask that it lacks stays as it was.
+    def save_own_variables(self, store):
+        with self._stock_variables_only():
+            super().save_own_variables(store)
+        for name, variable in self._named_state():
+            store[name] = variable
+
+    def load_own_variables(self, store):
+        own = dict(self._named_state())
+        stock = {key: store[key] for key in store.keys() if key not in own}
+        with self._stock_variables_only():
+            super().load_own_variables(stock)
+        for name, variable in own.items():
+            if name in store.keys():
+                variable.assign(store[name])
+
+    def _named_state(self):
+        for weight, _, state in self.masked_weights():
+            for key, variable in state.items():
+                if isinstance(variable, keras.Variable):
+                    yield f"{weight.name}_{key}", variable
+
+    @contextlib.contextmanager
+    def _stock_variables_only(self):
+        own = {id(variable) for _, variable in self._named_state()}
+        lists = (self._trainable_variables, self._non_trainable_variables)
+        before = [list(variables) for variables in lists]
+        for variables in lists:
+            variables[:] = [v for v in variables if id(v) not in own]
+        try:
+            yield
+        finally:
+            for variables, old in zip(lists, before):
+                variables[:] = old
+
+
+def _variables(state: State) -> list:
+    return [v for v in state.values() if isinstance(v, keras.Variable)]
+
+
+def check_method(method) -> LayerMethod:
+    """The method, deserialised where it is a config; raise unless it belongs into a layer."""
+    if isinstance(method, dict):
+        method = keras.saving.deserialize_keras_object(method)
+    if isinstance(method, LayerMethod):
+        return method
+    if isinstance(method, Method):
+        raise TypeError(
+            f"{type(method).__name__} masks the update, not the forward pass. Compile the plain "
+            f"model with keras_dst.SparseOptimizer(optimizer, {method!r}) instead."
+        )
+    raise TypeError(
+        "Expected a method whose mask is part of the forward pass, such as "
+        f"keras_dst.methods.DST(). Received: {method!r} of type {type(method).__name__}"
+    )
+
+
+# -- classes of the user's own -------------------------------------------------------------------
+
+
+@keras.saving.register_keras_serializable("keras_dst")
+class SparseSubclass(SparseMixin):
+    """A user's subclass of a supported layer, made sparse; a file names the user's class."""
+
+    def get_config(self):
+        return {**super().get_config(), "stock_class": _name_of(self.stock)}
+
+    @classmethod
+    def from_config(cls, config):
+        layer, config = _stock_instance(config, ("sparsity",))
+        layer.__class__ = sparse_class(type(layer))
+        layer.adopt(check_method(config["sparsity"]))
+        return layer
+
+
+@keras.saving.register_keras_serializable("keras_dst")
+class SparseComposite(_Layer):
+    """A layer or model that makes layers of its own, some of which are sparse.
+
+    Its config rebuilds plain layers, so it carries the recipe: which of the layers inside, by
+    their order, takes which method.
+    """
+
+    stock: type
+    recipe: dict[str, Any]
+
+    def get_config(self):
+        own = {"stock_class": _name_of(self.stock), "recipe": self.__dict__["recipe"]}
+        return {**super().get_config(), **own}
+
+    @classmethod
+    def from_config(cls, config):
+        layer, config = _stock_instance(config, ("recipe",))
+        layer.__class__ = composite_class(type(layer))
+        layer.__dict__["recipe"] = config["recipe"]
+        return layer
+
+    def build_from_config(self, config):
+        super().build_from_config(config)
+        inner = self._flatten_layers(include_self=False)
+        for index, layer in enumerate(inner):
+            if str(index) in self.recipe and not isinstance(layer, SparseMixin):
+                make_sparse(layer, check_method(self.recipe[str(index)]))
+
+    def remember(self) -> None:
+        """Take down the methods of the sparse layers inside."""
+        inner = self._flatten_layers(include_self=False)
+        self.__dict__["recipe"] = {
+            str(index): keras.saving.serialize_keras_object(layer.sparsity)
+            for index, layer in enumerate(inner)
+            if isinstance(layer, SparseMixin)
+        }
+
+    def release(self) -> None:
+        """Become the stock class again."""
+        del self.__dict__["recipe"]
+        self.__class__ = self.stock
+
+
+def sparse_class(stock: type) -> type[SparseMixin] | None:
+    """The sparse class of a layer class: ours, or one made for a subclass of a supported layer."""
+    for cls in SPARSE_LAYERS:
+        if stock is cls.stock:
+            return cls
+        if issubclass(stock, cls.stock):
+            return _derive((SparseSubclass, cls, stock))
+    return None
+
+
+def composite_class(stock: type) -> type:
+    """The class that a layer of this class becomes when layers inside it are sparse."""
+    return _derive((SparseComposite, stock))
+
+
+@functools.cache
+def _derive(bases: tuple[type, ...]) -> type:
+    # One class per stock class, so that two layers of a class stay of one class. All of them are
+    # saved under the name of the base, whose `from_config` finds the user's class.
+    derived = type(f"Sparse{bases[-1].__name__}", bases, {"stock": bases[-1]})
+    return keras.saving.register_keras_serializable("keras_dst", bases[0].__name__)(derived)
+
+
+def _name_of(stock: type) -> str:
+    return keras.saving.get_registered_name(stock)
+
+
+def _stock_instance(config: dict, ours: tuple[str, ...]) -> tuple[Any, dict]:
+    """A layer of the class that a config names, and what of the config is ours."""
+    config = dict(config)
+    own = {name: config.pop(name) for name in ours}
+    name = config.pop("stock_class")
+    stock = keras.saving.get_registered_object(name) or getattr(layers, name, None)
+    if stock is None:
+        raise TypeError(
+            f"The file holds a sparse layer made from the class {name!r}, which is not known here. "
+            "Import it, and decorate it with `@keras.saving.register_keras_serializable()`."
+        )
+    return stock.from_config(config), own
+
+
+def make_sparse(layer, method: LayerMethod) -> None:
+    """Turn a layer of a supported class, built or not, into its sparse class, in place."""
+    layer.__class__ = sparse_class(type(layer))
+    layer.adopt(method)
+
+
+# -- the layers ----------------------------------------------------------------------------------
+
+_register = keras.saving.register_keras_serializable("keras_dst")
+
+
+@_register
+class SparseDense(SparseMixin, layers.Dense):
+    """`keras.layers.Dense` with a sparse kernel.
+
+    Args:
+        sparsity: the method, such as `methods.DST()`; all others as for `Dense`.
+
+    Example:
+        >>> keras_dst.layers.SparseDense(10, sparsity=keras_dst.methods.DST())
+    """
+
+    stock = layers.Dense
+    kernel = SparseWeight()
+
+
+@_register
+class SparseConv1D(SparseMixin, layers.Conv1D):
+    """`keras.layers.Conv1D` with a sparse kernel: `sparsity=method`, all others as there."""
+
+    stock = layers.Conv1D
+    kernel = SparseWeight()
+
+
+@_register
+class SparseConv2D(SparseMixin, layers.Conv2D):
+    """`keras.layers.Conv2D` with a sparse kernel: `sparsity=method`, all others as there."""
+
+    stock = layers.Conv2D
+    kernel = SparseWeight()
+
+
+@_register
+class SparseConv3D(SparseMixin, layers.Conv3D):
+    """`keras.layers.Conv3D` with a sparse kernel: `sparsity=method`, all others as there."""
+
+    stock = layers.Conv3D
+    kernel = SparseWeight()
+
+
+@_register
+class SparseDepthwiseConv2D(SparseMixin, layers.DepthwiseConv2D):
+    """`keras.layers.DepthwiseConv2D` with a sparse kernel; a unit is one channel's filter."""
+
+    stock = layers.DepthwiseConv2D
+    kernel = SparseWeight(Layout(outputs=(-2, -1), inputs=()))
+
+
+SPARSE_LAYERS: tuple[type[SparseMixin], ...] = (
+    SparseDense,
+    SparseConv1D,
+    SparseConv2D,
+    SparseConv3D,
+    SparseDepthwiseConv2D,
+)

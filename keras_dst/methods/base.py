@@ -1,0 +1,178 @@
+"""What all methods share: a config, and pure functions over weights, states and gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_dst import allocation as allocations
+from keras_dst import masks
+from keras_dst.config import Configurable
+from keras_dst.masks import KERNEL, Layout, Pattern
+from keras_dst.schedules import Schedule
+
+Tensor = Any
+State = dict[str, Any]
+
+
+class Method(Configurable):
+    """Base of all methods: `score x allocation x schedule x pattern`.
+
+    A method holds numbers and names alone; it never touches a model. Subclass `LayerMethod` when
+    the mask is part of the forward pass, `UpdateMethod` when it is part of the update.
+
+    Attributes:
+        schedule: how the target sparsity grows, or None where the method has no target.
+        allocation: how sparsity is shared out among the weights.
+        pattern: the shape in which weights are pruned.
+        frequency: steps between updates of the masks by the `SparseTraining` callback.
+        learned: whether sparsity follows from training instead of from a ranking.
+    """
+
+    schedule: Schedule | None = None
+    allocation: str | Mapping[str, float] = "global"
+    pattern: str = "unstructured"
+    frequency: int = 100
+    min_kept: int = 1
+    learned = False
+
+    def mask(self, w: Tensor, state: State, layout: Layout = KERNEL) -> Tensor:
+        """The mask of one weight, boolean, from its state."""
+        return state["mask"]
+
+    def update(
+        self,
+        weights: Sequence[Tensor],
+        states: Sequence[State],
+        layouts: Sequence[Layout],
+        kept: Tensor,
+    ) -> list[State]:
+        """The parts of the states that a periodic update changes; here, newly ranked masks.
+
+        Args:
+            weights, states, layouts: of all the weights under this method.
+            kept: how many weights to keep, one count for all or one per weight.
+        """
+        new = self.rank(self.scores(weights, states), layouts, kept)
+        return [{"mask": mask} for mask in new]
+
+    def scores(self, weights: Sequence[Tensor], states: Sequence[State]) -> list[Tensor]:
+        """Saliency of every weight: the higher, the longer it is kept."""
+        raise NotImplementedError
+
+    def kept_counts(
+        self, shapes: Sequence[Sequence[int]], sparsity: float, names: Sequence[str]
+    ) -> np.ndarray:
+        """Counts of weights to keep, as `update` takes them."""
+        final = self.schedule.sparsity if self.schedule else None
+        if masks.Pattern(self.pattern).n_of_m:
+            return np.array([math.prod(shape) for shape in shapes])
+        return allocations.kept_counts(self.allocation, shapes, sparsity, names, final)
+
+    def rank(
+        self, scores: Sequence[Tensor], layouts: Sequence[Layout], kept: Tensor
+    ) -> list[Tensor]:
+        """Boolean masks that keep the highest scores, in this method's pattern and allocation."""
+        pattern = Pattern(self.pattern)
+        if pattern.n_of_m:
+            return [
+                masks.n_of_m(s, *pattern.n_of_m, axis=layout.inputs[-1])
+                for s, layout in zip(scores, layouts)
+            ]
+        groups = [pattern.scores(s, layout) for s, layout in zip(scores, layouts)]
+        sizes = [pattern.sizes(s.shape, layout) for s, layout in zip(scores, layouts)]
+        floored = _protect(groups, sizes, self.min_kept)
+        if kept.shape[0] == 1:
+            kept_groups = masks.top_k(floored, kept[0], sizes)
+        else:
+            kept_groups = [
+                masks.top_k([g], ops.maximum(kept[i], self.min_kept), [n])[0]
+                for i, (g, n) in enumerate(zip(floored, sizes))
+            ]
+        return [
+            pattern.expand(g, s.shape, layout) for g, s, layout in zip(kept_groups, scores, layouts)
+        ]
+
+    def _check_common(self):
+        allocations.check(self.allocation)
+        pattern = Pattern(self.pattern)
+        for name in ("frequency", "min_kept"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1. Received: {value!r}")
+        if pattern.n_of_m and self.schedule:
+            n, m = pattern.n_of_m
+            if not math.isclose(self.schedule.sparsity, 1 - n / m):
+                raise ValueError(
+                    f"pattern={self.pattern!r} fixes the sparsity at {1 - n / m:g}. "
+                    f"Received: sparsity={self.schedule.sparsity:g}"
+                )
+
+
+def _protect(groups: list[Tensor], sizes: list[np.ndarray], least: int) -> list[Tensor]:
+    """Scores in which the best groups of every weight come first of all, so that no layer dies."""
+    most = ops.max(ops.stack([ops.max(ops.abs(g)) for g in groups]))
+    protected = []
+    for g, n in zip(groups, sizes):
+        best = masks.top_k([g], min(math.prod(g.shape), -(-least // int(n.max()))))[0]
+        protected.append(ops.where(best, g + 2 * most + 1, g))
+    return protected
+
+
+class LayerMethod(Method):
+    """A method whose mask is part of the forward pass; its state lives in the layer."""
+
+    def build(self, layer, name: str, variable, layout: Layout) -> State:
+        """Add what the mask of `variable` needs to the layer; return it as a dict of variables."""
+        raise NotImplementedError
+
+    def build_progress(self, layer, name: str):
+        """Where SparseTraining keeps how far a schedule is: step, optimiser's counter, length."""
+        return layer.add_weight(
+            name=f"{name}_progress", shape=(3,), initializer="zeros", dtype="int32", trainable=False
+        )
+
+    def apply(self, w: Tensor, state: State, layout: Layout) -> Tensor:
+        """The weight that the forward pass sees: `w` masked, with the method's gradient."""
+        raise NotImplementedError
+
+
+class UpdateMethod(Method):
+    """A method whose mask is part of the update; its state lives in `SparseOptimizer`.
+
+    Attributes:
+        moves_weights: whether `before` gives the inner optimiser other weights than the model's.
+    """
+
+    moves_weights = False
+
+    def init(self, kernels: Sequence) -> list[dict[str, tuple[str, str]]]:
+        """Per weight, the state beside its mask: name to (initial value, dtype).
+
+        The initial value is `"zeros"`, or `"value"` for a copy of the weight.
+        """
+        return [{} for _ in kernels]
+
+    def before(
+        self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:
+        """Weights and gradients for the inner optimiser, and what `after` needs of the old weights.
+
+        By default the gradients of pruned weights are 0.
+        """
+        masked = [g * ops.cast(s["mask"], g.dtype) for g, s in zip(grads, states)]
+        return weights, masked, None
+
+    def after(
+        self, carry: Any, weights: Sequence[Tensor], states: Sequence[State]
+    ) -> tuple[list[Tensor], list[State]]:
+        """Weights and changed states, once the inner optimiser has moved the weights.
+
+        By default the pruned weights, which momentum or decay may have moved, are 0 again.
+        """
+        kept = [w * ops.cast(s["mask"], w.dtype) for w, s in zip(weights, states)]
+        return kept, [{} for _ in weights]

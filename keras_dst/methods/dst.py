@@ -1,0 +1,217 @@
+"""Dynamic Sparse Training with trainable masked layers (arXiv 2005.06870, ICLR 2020).
+
+A threshold `t` per output unit is trained beside the weights:
+
+    Q = |w| - t        m = 1[Q > 0]        forward with w * m
+    dL/dw = g m + g w S'(Q) sign(w)        dL/dt = -sum(g w S'(Q))        S': `masks.step`
+    loss = task + alpha * sum(exp(-t))
+
+so weights are pruned and come back at every step. Deviations, all of them beyond the paper:
+blocks and channels are scored by their mean `|w|`; `target_sparsity` steers alpha; the penalty is
+continued linearly below t = -1; thresholds that are not finite are set back to 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_dst import masks
+from keras_dst.masks import KERNEL, Pattern
+from keras_dst.methods.base import LayerMethod
+from keras_dst.regularizers import ThresholdPenalty
+from keras_dst.schedules import Cubic, Schedule, check_sparsity
+
+# The controller of alpha, see `DST.update`. Found on digits and MNIST, with SGD and Adam.
+_BAND = 0.02
+_FASTER, _SLOWER = 1.2, 0.5
+_GAINS = 1e-3, 1e4
+
+
+@keras.saving.register_keras_serializable("keras_dst")
+class DST(LayerMethod):
+    """Dynamic Sparse Training: a trainable threshold per output unit, one run from scratch.
+
+    Args:
+        target_sparsity: fraction of zeros to hold, over all weights under the method: a number in
+            [0, 1), reached along a cubic ramp over the first half of training, or a `Schedule`.
+            Needs the `SparseTraining` callback, which steers alpha. Defaults to None, the paper's
+            own training, where alpha decides.
+        alpha: weight of the penalty on thresholds. Defaults to 5e-4, the paper's for LeNets (5e-6
+            for VGG-16 and WRN on CIFAR-10, 1e-4 to 1e-3 for LSTMs). With a target it is where the
+            controller starts.
+        granularity: what shares a threshold: `"unit"` (the paper), `"layer"`, or `"weight"`.
+        pattern: `"unstructured"` (the paper), blocks such as `"1x4"`, or `"channel"`.
+        reset_density: a layer whose density falls to this or below has its thresholds set back to
+            0 in the same step. Defaults to 0.01, the paper's; with a target sparsity it is at
+            most a tenth of the target density.
+        frequency: steps between two moves of alpha, with a target. Defaults to 20.
+
+    Raises:
+        ValueError: for a value outside its range, or an N:M pattern.
+
+    Example:
+        >>> keras_dst.sparsify(model, keras_dst.methods.DST(target_sparsity=0.9))
+
+    Source: arXiv 2005.06870.
+    """
+
+    learned = True
+
+    def __init__(
+        self,
+        target_sparsity: float | Schedule | None = None,
+        alpha: float = 5e-4,
+        granularity: str = "unit",
+        pattern: str = "unstructured",
+        reset_density: float = 0.01,
+        frequency: int = 20,
+    ):
+        self.target_sparsity = target_sparsity
+        self.alpha = alpha
+        self.granularity = granularity
+        self.pattern = pattern
+        self.reset_density = reset_density
+        self.frequency = frequency
+        if isinstance(target_sparsity, Schedule):
+            self.schedule = target_sparsity
+        elif target_sparsity is not None:
+            check_sparsity(target_sparsity, "target_sparsity")
+            self.schedule = Cubic(target_sparsity, end=0.5)
+        if granularity not in ("unit", "layer", "weight"):
+            raise ValueError(
+                f"granularity must be 'unit', 'layer' or 'weight'. Received: {granularity!r}"
+            )
+        if not alpha >= 0:
+            raise ValueError(f"alpha must be a number >= 0. Received: {alpha!r}")
+        if not 0 <= reset_density < 1:
+            raise ValueError(f"reset_density must be in [0, 1). Received: {reset_density!r}")
+        if Pattern(pattern).n_of_m:
+            raise ValueError(
+                "DST has no N:M form: thresholds do not fix how many weights of a group are kept. "
+                f"Received: pattern={pattern!r}. Use Magnitude for N:M."
+            )
+        self._check_common()
+
+    # -- state -----------------------------------------------------------------------------------
+
+    def build(self, layer, name, variable, layout):
+        shape = self._threshold_shape(variable.shape, layout)
+        state: dict[str, Any] = {}
+        alpha: Any = self.alpha
+        if self.schedule:
+            alpha = layer.add_weight(
+                name=f"{name}_alpha",
+                initializer=keras.initializers.Constant(self.alpha),
+                trainable=False,
+                autocast=False,
+            )
+            # What the controller remembers: its gain and the last error of the density.
+            control = layer.add_weight(
+                name=f"{name}_control",
+                shape=(2,),
+                initializer=_first_control,
+                trainable=False,
+                autocast=False,
+            )
+            progress = self.build_progress(layer, name)
+            state = {"alpha": alpha, "control": control, "progress": progress}
+        threshold = layer.add_weight(
+            name=f"{name}_threshold",
+            shape=shape,
+            initializer="zeros",
+            regularizer=ThresholdPenalty(alpha),
+            constraint=_Reset(self, variable, layout),
+            autocast=False,
+        )
+        return {"threshold": threshold, **state}
+
+    def _threshold_shape(self, shape, layout):
+        groups = Pattern(self.pattern).sizes(shape, layout).shape
+        if self.granularity == "layer":
+            return ()
+        if self.granularity == "weight":
+            return groups
+        outputs = {axis % len(groups) for axis in layout.outputs}
+        kept = [n if axis in outputs else 1 for axis, n in enumerate(groups)]
+        return tuple(kept[min(outputs) :])
+
+    # -- forward ---------------------------------------------------------------------------------
+
+    def _margin(self, w, state, layout):
+        """Q: how far each group's score lies above its threshold."""
+        return Pattern(self.pattern).scores(ops.abs(w), layout) - state["threshold"]
+
+    def apply(self, w, state, layout):
+        on = masks.step(self._margin(w, state, layout))
+        return w * Pattern(self.pattern).expand(on, w.shape, layout)
+
+    def mask(self, w, state, layout=KERNEL):
+        on = self._margin(w, state, layout) > 0
+        return Pattern(self.pattern).expand(on, w.shape, layout)
+
+    # -- target ----------------------------------------------------------------------------------
+
+    @property
+    def reset_at(self) -> float:
+        """Density at which a layer's thresholds are reset."""
+        if self.schedule is None:
+            return self.reset_density
+        return min(self.reset_density, 0.1 * (1 - self.schedule.sparsity))
+
+    def update(self, weights, states, layouts, kept):
+        """Steer alpha towards the target density.
+
+        Sparsity changes at a rate that grows with alpha, by a factor that depends on optimiser,
+        learning rate and weights. So alpha is the error times a gain, negative where there are
+        too few weights, and the gain adapts: up while the error does not shrink, down when its
+        sign flips.
+        """
+        total = sum(math.prod(w.shape) for w in weights)
+        density = self._kept(weights, states, layouts) / total
+        error = density - ops.cast(kept[0], "float32") / total
+        gain, last = states[0]["control"][0], states[0]["control"][1]
+        flipped = error * last < 0
+        stuck = ops.logical_and(ops.abs(error) > _BAND / 4, ops.abs(error) > 0.8 * ops.abs(last))
+        factor = ops.where(flipped, _SLOWER, ops.where(stuck, _FASTER, 1.0))
+        gain = ops.clip(gain * factor, *_GAINS)
+        alpha = self.alpha * gain * ops.clip(error / _BAND, -1.0, 1.0)
+        control = ops.stack([gain, error])
+        return [{"alpha": alpha, "control": control} for _ in weights]
+
+    def project(self, weights, states, layouts, kept):
+        """Shift all thresholds by the same amount, so that exactly `kept` weights are left."""
+        margins = [self._margin(w, s, layout) for w, s, layout in zip(weights, states, layouts)]
+        pattern = Pattern(self.pattern)
+        margins = [
+            pattern.expand(m, w.shape, layout) for m, w, layout in zip(margins, weights, layouts)
+        ]
+        shift = masks.kth(margins, kept[0])
+        return [{"threshold": s["threshold"] + shift} for s in states]
+
+    def _kept(self, weights, states, layouts):
+        counts = [
+            ops.sum(ops.cast(self.mask(w, s, layout), "float32"))
+            for w, s, layout in zip(weights, states, layouts)
+        ]
+        return sum(counts)
+
+
+def _first_control(shape, dtype=None):
+    return ops.convert_to_tensor([1.0, 0.0], dtype)
+
+
+class _Reset(keras.constraints.Constraint):
+    """The paper's guard, as the constraint of a threshold: applied within the optimiser's step."""
+
+    def __init__(self, method, variable, layout):
+        self.method, self.variable, self.layout = method, variable, layout
+
+    def __call__(self, threshold):
+        t = ops.convert_to_tensor(threshold)
+        mask = self.method.mask(ops.convert_to_tensor(self.variable), {"threshold": t}, self.layout)
+        alive = ops.mean(ops.cast(mask, t.dtype)) > self.method.reset_at
+        return ops.where(ops.logical_and(alive, ops.isfinite(t)), t, ops.zeros_like(t))

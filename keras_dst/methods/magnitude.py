@@ -1,0 +1,82 @@
+"""Magnitude pruning along a gradual schedule (arXiv 1710.01878), the baseline of every paper.
+
+    s_t = s_f + (s_i - s_f)(1 - (t - t0) / (t1 - t0))**3        score = |w|
+
+`revival=True` keeps the pruned weights' values aside and goes on training them by the gradient at
+the masked weights, so that they may come back (Dynamic Model Pruning with Feedback, arXiv
+2006.07253).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import keras
+from keras import ops
+
+from keras_dst.methods.base import UpdateMethod
+from keras_dst.schedules import Cubic, Schedule, check_sparsity
+
+
+@keras.saving.register_keras_serializable("keras_dst")
+class Magnitude(UpdateMethod):
+    """Prune the weights of smallest magnitude, more of them as training goes on.
+
+    Args:
+        sparsity: final fraction of zeros, a number in [0, 1), reached along a cubic ramp over the
+            first three quarters of training, or a `Schedule`.
+        allocation: `"global"` (default: all weights ranked together), `"uniform"`, `"erk"`, or a
+            dict of sparsities by weight name or regular expression.
+        pattern: `"unstructured"` (default), blocks such as `"1x4"`, N:M such as `"2:4"`, or
+            `"channel"`; blocks and channels are scored by their mean magnitude.
+        revival: whether pruned weights go on being trained and may come back. Defaults to False:
+            pruned for good.
+        frequency: steps between updates of the masks. Defaults to 100; a short training gets at
+            least ten updates.
+        min_kept: weights that every layer keeps. Defaults to 1.
+
+    Example:
+        >>> optimizer = keras_dst.SparseOptimizer("adam", keras_dst.methods.Magnitude(0.9))
+
+    Source: arXiv 1710.01878; arXiv 2006.07253 for revival.
+    """
+
+    def __init__(
+        self,
+        sparsity: float | Schedule,
+        allocation: str | Mapping[str, float] = "global",
+        pattern: str = "unstructured",
+        revival: bool = False,
+        frequency: int = 100,
+        min_kept: int = 1,
+    ):
+        self.sparsity = sparsity
+        self.allocation = allocation
+        self.pattern = pattern
+        self.revival = revival
+        self.frequency = frequency
+        self.min_kept = min_kept
+        if not isinstance(sparsity, Schedule):
+            check_sparsity(sparsity)
+        self.schedule = sparsity if isinstance(sparsity, Schedule) else Cubic(sparsity)
+        self.moves_weights = revival
+        self._check_common()
+
+    def init(self, kernels):
+        return [{"dense": ("value", k.dtype)} if self.revival else {} for k in kernels]
+
+    def scores(self, weights, states):
+        if self.revival:
+            weights = [s["dense"] for s in states]
+        return [ops.abs(w) for w in weights]
+
+    def before(self, weights, grads, states):
+        if not self.revival:
+            return super().before(weights, grads, states)
+        return [s["dense"] for s in states], list(grads), None
+
+    def after(self, carry, weights, states):
+        kept, changes = super().after(carry, weights, states)
+        if self.revival:
+            changes = [{"dense": w} for w in weights]
+        return kept, changes

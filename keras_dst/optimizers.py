@@ -1,0 +1,245 @@
+"""The optimiser that keeps weights sparse: any Keras optimiser inside, a method's mask around."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_dst.masks import KERNEL, Layout
+from keras_dst.methods.base import LayerMethod, Method, State, UpdateMethod
+from keras_dst.selection import Filters, is_prunable, select
+
+
+@keras.saving.register_keras_serializable("keras_dst")
+class SparseOptimizer(keras.optimizers.Optimizer):
+    """Wraps an optimiser so that the weights it trains are sparse, whatever the model.
+
+    The layers stay plain Keras layers: masks and counters live here, and the pruned weights are
+    exact zeros after every step. Masks are updated by the `SparseTraining` callback; where the
+    method's schedule is given in steps, they are updated within the step when there is none.
+
+    Args:
+        inner_optimizer: any Keras optimiser or its name. Gradient clipping, weight decay, EMA and
+            gradient accumulation are set there.
+        method: a method whose mask is part of the update, such as `methods.Magnitude(0.9)`.
+        filters: which weights: None for all kernels; a weight's path or a regular expression for
+            whole paths, a list of them, or `callable(variable) -> bool`.
+
+    Raises:
+        TypeError: for a method of the other family, which `sparsify` takes.
+
+    Example:
+        >>> optimizer = keras_dst.SparseOptimizer("adam", keras_dst.methods.Magnitude(0.9))
+        >>> model.compile(optimizer, "mse")
+        >>> model.fit(x, y, callbacks=[keras_dst.callbacks.SparseTraining()])
+    """
+
+    def __init__(self, inner_optimizer, method: UpdateMethod, filters: Filters = None, name=None):
+        super().__init__(learning_rate=0.0, name=name)
+        inner_optimizer = keras.optimizers.get(inner_optimizer)
+        if isinstance(inner_optimizer, (keras.optimizers.LossScaleOptimizer, SparseOptimizer)):
+            raise ValueError(
+                "Wrap the plain optimiser; LossScaleOptimizer goes around SparseOptimizer (compile "
+                f"adds it under mixed_float16). Received: {type(inner_optimizer).__name__}"
+            )
+        self.inner_optimizer = inner_optimizer
+        self.method = _check_method(method)
+        self.filters = filters
+        self.driven = False
+        self.kernel_indices: list[int] = []
+        self.kernel_names: list[str] = []
+        self.states: list[State] = []
+
+    # -- state -----------------------------------------------------------------------------------
+
+    def build(self, variables):
+        # Model variables are kept by index alone: Keras would track them as the optimiser's own.
+        variables = list(variables)
+        chosen = [i for i, v in enumerate(variables) if is_prunable(v)]
+        paths = [variables[i].path for i in chosen]
+        selected = select([variables[i] for i in chosen], self.filters, paths)
+        kernel_indices = [i for i, s in zip(chosen, selected) if s]
+        if not kernel_indices:
+            raise ValueError(
+                "SparseOptimizer found no weight to prune among: "
+                + ", ".join(v.path for v in variables)
+            )
+        kernels = [variables[i] for i in kernel_indices]
+        states = []
+        for kernel, extra in zip(kernels, self.method.init(kernels)):
+            states.append(self._add_state(kernel, {"mask": ("ones", "bool"), **extra}))
+        # Steps done, and the length of the schedule as SparseTraining found it (0: not yet).
+        self.step = self.add_variable((), "zeros", "int32", "only_first_replica", name="step")
+        self.total = self.add_variable((), "zeros", "int32", "only_first_replica", name="total")
+        if not self.inner_optimizer.built:
+            self.inner_optimizer.build(variables)
+        super().build(variables)
+        self.kernel_indices = kernel_indices
+        self.kernel_names = [k.path for k in kernels]
+        self.states = states
+
+    def _add_state(self, kernel, wanted) -> State:
+        prefix = kernel.path.replace("/", "_")
+        state = {}
+        for name, (initial, dtype) in wanted.items():
+            if initial == "value":
+                initial = _copy_of(kernel)
+            state[name] = self.add_variable(
+                kernel.shape, initial, dtype, "only_first_replica", name=f"{prefix}_{name}"
+            )
+        return state
+
+    @property
+    def kernels(self) -> list:
+        """The variables that are pruned."""
+        return [self._trainable_variables[i] for i in self.kernel_indices]
+
+    @property
+    def layouts(self) -> list[Layout]:
+        """Axes of the kernels, as an optimiser can know them: from the shape alone."""
+        return [KERNEL if len(k.shape) > 1 else Layout(inputs=()) for k in self.kernels]
+
+    @property
+    def variables(self):
+        return self._variables + self.inner_optimizer.variables
+
+    # -- the step --------------------------------------------------------------------------------
+
+    def apply(self, grads, trainable_variables=None):
+        if not self.built:
+            with keras.name_scope(self.name, caller=self):
+                self.build(trainable_variables)
+        variables = list(trainable_variables or self._trainable_variables)
+        grads = list(grads)
+        where = {id(v): i for i, v in enumerate(variables)}
+        members = [
+            (where[id(kernel)], kernel, state)
+            for kernel, state in zip(self.kernels, self.states)
+            if id(kernel) in where and grads[where[id(kernel)]] is not None
+        ]
+        kernels = [kernel for _, kernel, _ in members]
+        states = [tensors(state) for _, _, state in members]
+        before, masked, carry = self.method.before(
+            [ops.convert_to_tensor(k) for k in kernels],
+            [ops.convert_to_tensor(grads[i]) for i, _, _ in members],
+            states,
+        )
+        for (i, kernel, _), grad, value in zip(members, masked, before):
+            grads[i] = grad
+            if self.method.moves_weights:
+                self.assign(kernel, value)
+        self.inner_optimizer.apply(grads, variables)
+        weights, changes = self.method.after(
+            carry, [ops.convert_to_tensor(k) for k in kernels], states
+        )
+        for (_, kernel, state), value, change in zip(members, weights, changes):
+            self.assign(kernel, value)
+            for name, new in change.items():
+                self.assign(state[name], new)
+        self.step.assign(self.step + 1)
+        if not self.driven:
+            self._update_in_step()
+
+    def _update_in_step(self):
+        """Update the masks within the compiled step, for loops without a callback."""
+        schedule = self.method.schedule
+        if schedule is None:
+            return
+        first, last = schedule.span(None)
+        every = self.method.frequency
+        events = list(range(first, last, every)) + [last]
+        shapes = [k.shape for k in self.kernels]
+        counts = [
+            self.method.kept_counts(shapes, schedule.at(e), self.kernel_names) for e in events
+        ]
+        index = ops.sum(ops.cast(self.step >= ops.convert_to_tensor(events, "int32"), "int32"))
+        due = ops.any(ops.equal(self.step, ops.convert_to_tensor(events, "int32")))
+        kept = ops.take(ops.convert_to_tensor(counts, "int32"), ops.maximum(index - 1, 0), axis=0)
+        weights = [ops.convert_to_tensor(k) for k in self.kernels]
+        states = [tensors(s) for s in self.states]
+        masks = ops.cond(
+            due,
+            lambda: [s["mask"] for s in self.method.update(weights, states, self.layouts, kept)],
+            lambda: [s["mask"] for s in states],
+        )
+        # Assigned outside the branches: JAX cannot assign within them.
+        self.update_masks([{"mask": m} for m in masks])
+
+    def update_masks(self, changes: list[State]) -> None:
+        """Take over new states from `method.update`, and zero the weights that they prune."""
+        for kernel, state, change in zip(self.kernels, self.states, changes):
+            for name, new in change.items():
+                self.assign(state[name], new)
+            if "mask" in change:
+                mask = ops.cast(change["mask"], kernel.dtype)
+                self.assign(kernel, ops.convert_to_tensor(kernel) * mask)
+
+    # -- the inner optimiser's part --------------------------------------------------------------
+
+    @property
+    def iterations(self):
+        return self.inner_optimizer.iterations
+
+    @property
+    def learning_rate(self):
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value):
+        self.inner_optimizer.learning_rate = value
+
+    def scale_loss(self, loss):
+        return self.inner_optimizer.scale_loss(loss)
+
+    def finalize_variable_values(self, var_list):
+        self.inner_optimizer.finalize_variable_values(var_list)
+        for kernel, state in zip(self.kernels, self.states):
+            mask = ops.cast(ops.convert_to_tensor(state["mask"]), kernel.dtype)
+            kernel.assign(ops.convert_to_tensor(kernel) * mask)
+
+    def get_config(self):
+        return {
+            "name": self.name,
+            "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
+            "method": keras.saving.serialize_keras_object(self.method),
+            "filters": keras.saving.serialize_keras_object(self.filters),
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        objects = {
+            name: keras.saving.deserialize_keras_object(value, custom_objects=custom_objects)
+            for name, value in config.items()
+        }
+        return cls(**objects)
+
+
+def unwrap(optimizer) -> SparseOptimizer | None:
+    """The SparseOptimizer in an optimiser, itself or inside loss scaling; None if there is none."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = optimizer.inner_optimizer
+    return optimizer if isinstance(optimizer, SparseOptimizer) else None
+
+
+def tensors(state: State) -> dict[str, Any]:
+    """The values of a state's variables."""
+    return {name: ops.convert_to_tensor(value) for name, value in state.items()}
+
+
+def _copy_of(variable):
+    return lambda shape, dtype=None: ops.copy(ops.cast(ops.convert_to_tensor(variable), dtype))
+
+
+def _check_method(method) -> UpdateMethod:
+    if isinstance(method, UpdateMethod):
+        return method
+    if isinstance(method, LayerMethod):
+        raise TypeError(
+            f"{type(method).__name__} masks the forward pass, not the update. Call "
+            f"keras_dst.sparsify(model, {method!r}) and compile with the plain optimiser instead."
+        )
+    expected = "a method whose mask is part of the update, such as keras_dst.methods.Magnitude(0.9)"
+    kind = "" if isinstance(method, Method) else f" of type {type(method).__name__}"
+    raise TypeError(f"Expected {expected}. Received: {method!r}{kind}")

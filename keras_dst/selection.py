@@ -1,0 +1,63 @@
+"""Which weights and layers are meant: what can be pruned, and what a user's filter selects."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Filters = str | Sequence[str] | Callable[[Any], bool] | None
+
+# A matrix that is no kernel: biases of attention heads, and what belongs to a mask of ours.
+_NOT_PRUNED = re.compile(r"(bias|beta|gamma|scale|threshold|score|alpha|control|lora_kernel_[ab])$")
+
+
+def is_prunable(variable) -> bool:
+    """Whether this is a kernel: a trainable float weight of two or more axes, and no bias."""
+    return (
+        bool(variable.trainable)
+        and len(variable.shape) >= 2
+        and "float" in variable.dtype
+        and not _NOT_PRUNED.search(variable.name)
+    )
+
+
+def select(items: Sequence, filters: Filters, names: Sequence[str]) -> list[bool]:
+    """For every item, whether the filter selects it.
+
+    Args:
+        items: layers or variables, as the callable form of `filters` gets them.
+        filters: None for all; a name or a regular expression, compared with the whole name; a
+            list of them; or `callable(item) -> bool`.
+        names: the items' names.
+
+    Raises:
+        ValueError: when a name or expression selects nothing.
+        TypeError: for a filter of another type.
+    """
+    if filters is None:
+        return [True] * len(items)
+    if callable(filters):
+        return [bool(filters(item)) for item in items]
+    patterns = [filters] if isinstance(filters, str) else filters
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(
+            "filters must be a name, a regular expression, a list of them, or a callable that "
+            f"takes a layer. Received: {filters!r}"
+        )
+    chosen = [False] * len(items)
+    for pattern in patterns:
+        hits = [name == pattern or bool(_compile(pattern).fullmatch(name)) for name in names]
+        if not any(hits):
+            raise ValueError(
+                f"filters: {pattern!r} fits none of the names. Names: {', '.join(names)}"
+            )
+        chosen = [a or b for a, b in zip(chosen, hits)]
+    return chosen
+
+
+def _compile(pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"filters: {pattern!r} is no regular expression: {error}") from error

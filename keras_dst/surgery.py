@@ -1,0 +1,229 @@
+"""Changing models in place: `sparsify` makes layers sparse, `strip` makes them stock again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import keras
+
+from keras_dst import masks
+from keras_dst.layers import (
+    SparseComposite,
+    SparseMixin,
+    check_method,
+    composite_class,
+    make_sparse,
+    sparse_class,
+)
+from keras_dst.methods.base import LayerMethod
+from keras_dst.optimizers import unwrap
+from keras_dst.selection import Filters, is_prunable, select
+
+
+@dataclass
+class SparsifyReport:
+    """What `sparsify` did.
+
+    Attributes:
+        method: the method that was applied.
+        sparse: paths of the layers that are sparse now.
+        skipped: path of every other layer with weights to prune, and why it was left alone.
+    """
+
+    method: LayerMethod
+    sparse: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self):
+        lines = [f"{self.method!r}: {len(self.sparse)} layers sparse, {len(self.skipped)} skipped"]
+        lines += [f"  sparse   {path}" for path in self.sparse]
+        lines += [f"  skipped  {path}: {reason}" for path, reason in self.skipped.items()]
+        return "\n".join(lines)
+
+
+def sparsify(model, method: LayerMethod, filters: Filters = None) -> SparsifyReport:
+    """Make the layers of a model sparse, in place, as `model.quantize()` works.
+
+    Every supported layer (Dense, Conv1D/2D/3D, DepthwiseConv2D and subclasses of them), however
+    deep inside nested, subclassed or wrapping layers, becomes its sparse class. It keeps its
+    weights, its name and its place in the graph; a shared layer keeps one mask. A compiled model
+    stays compiled; an optimiser that has been built keeps its slots.
+
+    Args:
+        model: a built Keras 3 model.
+        method: a method whose mask is part of the forward pass, such as `methods.DST()`.
+        filters: which layers: None for all, a layer name, a regular expression for whole names, a
+            list of them, or `callable(layer) -> bool`.
+
+    Returns:
+        A `SparsifyReport`: what was made sparse and what was skipped, with the reason.
+
+    Raises:
+        TypeError: for a model that is not a Keras 3 model, or a method of the other family.
+        ValueError: for an unbuilt model, a filter that fits nothing, a model that is sparse
+            already, or when nothing supported was found.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+        >>> print(keras_dst.sparsify(model, keras_dst.methods.DST()))
+    """
+    check_model(model)
+    method = check_method(method)
+    inner = [layer for layer in model._flatten_layers() if not _is_container(layer)]
+    names = [layer.name for layer in inner]
+    # Check before the first change, so that an error leaves the model as it was.
+    if any(isinstance(layer, SparseMixin) for layer in inner):
+        raise ValueError("The model is sparse already. Call keras_dst.strip(model) first.")
+    report = SparsifyReport(method)
+    chosen = []
+    for layer, selected in zip(inner, select(inner, filters, names)):
+        reason = None if selected else "not selected by filters"
+        reason = reason or _unsupported(layer, method)
+        if reason is None:
+            chosen.append(layer)
+            report.sparse.append(layer.path or layer.name)
+        elif any(is_prunable(v) for v in _own_variables(layer)):
+            report.skipped[layer.path or layer.name] = reason
+    if not chosen:
+        raise ValueError(f"There is nothing to make sparse in '{model.name}'.\n{report}")
+    for layer in chosen:
+        make_sparse(layer, method)
+    _remember(model)
+    _refresh(model)
+    return report
+
+
+def strip(model):
+    """Bake the masks into the weights as exact zeros and leave stock Keras layers, in place.
+
+    Works after every method, also on a model that was never sparse. The model predicts the same
+    as before; no class of ours is left in it, nor in its compiled optimiser. It stays compiled.
+
+    Args:
+        model: a built Keras 3 model.
+
+    Returns:
+        The same model.
+
+    Example:
+        >>> keras_dst.strip(model).save("model.keras")  # loads without keras_dst
+    """
+    check_model(model)
+    found = [x for x in model._flatten_layers() if isinstance(x, (SparseMixin, SparseComposite))]
+    for layer in found:
+        layer.release()
+    wrapper = unwrap(getattr(model, "optimizer", None))
+    if wrapper is not None and model.optimizer is wrapper:
+        model.optimizer = wrapper.inner_optimizer
+    elif wrapper is not None:  # inside loss scaling
+        model.optimizer.inner_optimizer = wrapper.inner_optimizer
+    if found:
+        _refresh(model)
+    else:
+        _forget_compiled_steps(model)
+    return model
+
+
+def is_sparse(model) -> bool:
+    """Whether a model holds layers of ours, which `strip` would replace."""
+    return any(isinstance(x, (SparseMixin, SparseComposite)) for x in model._flatten_layers())
+
+
+def check_model(model) -> None:
+    """Raise unless this is a built Keras 3 model or layer."""
+    if isinstance(model, keras.Layer):
+        if not model.built:
+            raise ValueError(
+                f"'{model.name}' has no weights yet. Give it an Input, call model.build(shape), or "
+                "call it once on data."
+            )
+        return
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    if isinstance(model, keras.KerasTensor):
+        fix = "That is the output of a layer that was called: build keras.Model(inputs, outputs)."
+    elif any(
+        b.__module__.startswith(("tf_keras", "tensorflow.python.keras"))
+        for b in type(model).__mro__
+    ):
+        fix = "That is a Keras 2 model: build or load it with `keras` 3 instead of tf_keras."
+    elif any(b.__module__.startswith("torch.nn") for b in type(model).__mro__):
+        fix = "That is a torch module: keras_dst works on Keras models, with torch as a backend."
+    elif isinstance(model, str) or hasattr(model, "__fspath__"):
+        fix = "Load it first: keras.saving.load_model(path)."
+    else:
+        fix = "Build one with keras.Model or keras.Sequential."
+    raise TypeError(f"Expected a Keras 3 model. Received: {kind}. {fix}")
+
+
+def _is_container(layer) -> bool:
+    return isinstance(layer, keras.Model)
+
+
+def _own_variables(layer):
+    return layer._trainable_variables
+
+
+def _unsupported(layer, method) -> str | None:
+    """Why a layer cannot be made sparse, or None."""
+    cls = sparse_class(type(layer))
+    if cls is None:
+        return f"{type(layer).__name__} is not supported"
+    if not layer.built:
+        return "the layer is not built"
+    if getattr(layer, "quantization_mode", None):
+        return "the layer is quantised; strip, then quantise"
+    for weight in cls.sparse_weights():
+        variable = layer.__dict__.get(weight.slot, layer.__dict__.get(weight.name))
+        try:
+            masks.Pattern(method.pattern).block(variable.shape, weight.layout)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def _carries_its_layers(layer) -> bool:
+    """Whether a layer's config holds the layers inside: then each of them saves itself."""
+    if not isinstance(layer, keras.Model):
+        return False
+    try:
+        return "layers" in layer.get_config()
+    except NotImplementedError:
+        return False
+
+
+def _remember(layer) -> None:
+    """Give every outermost layer that rebuilds plain layers inside the recipe to sparsify them."""
+    if not any(isinstance(x, SparseMixin) for x in layer._flatten_layers(include_self=False)):
+        return
+    if _carries_its_layers(layer):
+        for inner in layer._flatten_layers(include_self=False, recursive=False):
+            _remember(inner)
+    else:
+        layer.__class__ = composite_class(type(layer))
+        layer.remember()
+
+
+def _forget_compiled_steps(model) -> None:
+    model.train_function = model.test_function = model.predict_function = None
+
+
+def _refresh(model) -> None:
+    """Make a compiled model ready for its new variables."""
+    if not isinstance(model, keras.Model):
+        return
+    _forget_compiled_steps(model)
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None and optimizer.built:
+        model.optimizer = _rebuilt(optimizer, model.trainable_variables)
+
+
+def _rebuilt(optimizer, variables):
+    """An optimiser of the same config for other variables; what fits of the old state is kept."""
+    new = type(optimizer).from_config(optimizer.get_config())
+    new.build(variables)
+    old = {v.path: v for v in optimizer.variables}
+    for variable in new.variables:
+        source = old.get(variable.path)
+        if source is not None and source.shape == variable.shape:
+            variable.assign(keras.ops.convert_to_numpy(source))
+    return new

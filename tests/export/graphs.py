@@ -1,0 +1,203 @@
+"""Small ``.tflite`` files made by hand, and sparse weights read back by plain loops."""
+
+import flatbuffers
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+AUTO = OpResolverType.AUTO
+BUILTIN = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+
+TYPES = {
+    "float32": schema.TensorType.FLOAT32,
+    "float16": schema.TensorType.FLOAT16,
+    "int8": schema.TensorType.INT8,
+    "int32": schema.TensorType.INT32,
+    "int64": schema.TensorType.INT64,
+}
+
+
+class File:
+    """Builds a ``.tflite`` file: graphs of ops over tensors, one signature for each graph."""
+
+    def __init__(self):
+        self.model = schema.ModelT()
+        self.model.version = 3
+        self.model.description = "made by hand"
+        self.model.buffers = [schema.BufferT()]
+        self.model.operatorCodes = []
+        self.model.subgraphs = []
+        self.model.signatureDefs = []
+        note = schema.MetadataT()
+        note.name, note.buffer = "note", self._buffer(np.frombuffer(b"untouched", np.uint8))
+        self.model.metadata = [note]
+
+    def graph(self, key="serving_default"):
+        graph = schema.SubGraphT()
+        graph.name, graph.tensors, graph.operators = key, [], []
+        self.model.subgraphs.append(graph)
+        return Graph(self, graph, key)
+
+    def content(self):
+        builder = flatbuffers.Builder(0)
+        builder.Finish(self.model.Pack(builder), file_identifier=b"TFL3")
+        return bytes(builder.Output())
+
+    def _buffer(self, values):
+        buffer = schema.BufferT()
+        buffer.data = np.frombuffer(values.tobytes(), np.uint8)
+        self.model.buffers.append(buffer)
+        return len(self.model.buffers) - 1
+
+
+class Graph:
+    """One subgraph of a `File`. Tensors are given by their index."""
+
+    def __init__(self, file, graph, key):
+        self.file, self.graph, self.key = file, graph, key
+
+    def tensor(self, shape, dtype="float32", name="", buffer=0):
+        tensor = schema.TensorT()
+        tensor.shape = np.array(shape, np.int32)
+        tensor.type, tensor.buffer = TYPES[dtype], buffer
+        tensor.name = name or f"{self.key}/tensor{len(self.graph.tensors)}"
+        self.graph.tensors.append(tensor)
+        return len(self.graph.tensors) - 1
+
+    def dynamic(self, shape, dtype="float32"):
+        """A tensor with an open batch size."""
+        index = self.tensor(shape, dtype)
+        self.graph.tensors[index].shapeSignature = np.array([-1, *shape[1:]], np.int32)
+        return index
+
+    def constant(self, values, name="", buffer=None):
+        buffer = self.file._buffer(values) if buffer is None else buffer
+        return self.tensor(values.shape, values.dtype.name, name, buffer)
+
+    def op(self, builtin, inputs, shape, options=None, version=1):
+        """Adds an op with one output of this shape, and returns that."""
+        code = schema.OperatorCodeT()
+        code.builtinCode = code.deprecatedBuiltinCode = getattr(schema.BuiltinOperator, builtin)
+        code.version = version
+        self.file.model.operatorCodes.append(code)
+        op = schema.OperatorT()
+        op.opcodeIndex = len(self.file.model.operatorCodes) - 1
+        op.inputs = np.array(inputs, np.int32)
+        output = self.dynamic(shape)
+        op.outputs = np.array([output], np.int32)
+        if options is not None:
+            kind = type(options).__name__.removesuffix("T")
+            op.builtinOptionsType = getattr(schema.BuiltinOptions, kind)
+            op.builtinOptions = options
+        self.graph.operators.append(op)
+        return output
+
+    def finish(self, inputs, outputs):
+        """Names the inputs and outputs, which makes the graph's signature."""
+        signature = schema.SignatureDefT()
+        signature.signatureKey = self.key
+        signature.subgraphIndex = len(self.file.model.subgraphs) - 1
+        signature.inputs = [_named(name, index) for name, index in inputs.items()]
+        signature.outputs = [_named(name, index) for name, index in outputs.items()]
+        self.graph.inputs = np.array(list(inputs.values()), np.int32)
+        self.graph.outputs = np.array(list(outputs.values()), np.int32)
+        self.file.model.signatureDefs.append(signature)
+        return self.file
+
+
+def _named(name, index):
+    entry = schema.TensorMapT()
+    entry.name, entry.tensorIndex = name, index
+    return entry
+
+
+def fully_connected(weight, batch=-1, name="weight", input_name="x"):
+    """A file with one FULLY_CONNECTED op; the batch size is open unless it is given."""
+    graph = File().graph()
+    make = graph.dynamic if batch == -1 else graph.tensor
+    x = make([abs(batch), weight.shape[-1]])
+    options = schema.FullyConnectedOptionsT()
+    y = graph.op(
+        "FULLY_CONNECTED",
+        [x, graph.constant(weight, name), -1],
+        [abs(batch), weight.shape[0]],
+        options,
+    )
+    if batch != -1:
+        graph.graph.tensors[y].shapeSignature = None
+    return graph.finish({input_name: x}, {"output_0": y}).content()
+
+
+def convolution(op, weight, stride=1, same=True, shape=(1, 8, 8, None), pad=None, dtype=np.int32):
+    """A file with one convolution of this kind, after a PAD by ``pad`` where that is given."""
+    graph = File().graph()
+    shape = (*shape[:3], shape[3] or weight.shape[-1])
+    x = y = graph.dynamic(shape)
+    if pad is not None:
+        widths = graph.constant(np.array(pad, dtype), "pad")
+        y = graph.op("PAD", [x, widths], shape, schema.PadOptionsT())
+    options = {
+        "CONV_2D": schema.Conv2DOptionsT,
+        "DEPTHWISE_CONV_2D": schema.DepthwiseConv2DOptionsT,
+        "TRANSPOSE_CONV": schema.TransposeConvOptionsT,
+    }[op]()
+    options.padding = schema.Padding.SAME if same else schema.Padding.VALID
+    options.strideH = options.strideW = stride
+    kernel = graph.constant(weight, "weight")
+    channels = weight.shape[-1] if op == "DEPTHWISE_CONV_2D" else weight.shape[0]
+    target = [*shape[:3], channels]
+    if op == "DEPTHWISE_CONV_2D":
+        options.depthMultiplier = 1
+    if op == "TRANSPOSE_CONV":
+        inputs = [graph.constant(np.array(target, np.int32)), kernel, y]
+    else:
+        bias = graph.constant(np.linspace(-1, 1, channels, dtype=np.float32), "bias")
+        inputs = [y, kernel, bias]
+    return graph.finish({"x": x}, {"output_0": graph.op(op, inputs, target, options)}).content()
+
+
+def sparse_values(shape, density, block=1, seed=0):
+    """Random float32 values of which ``density`` remain, in blocks along the last axis."""
+    rng = np.random.default_rng(seed)
+    values = rng.standard_normal(shape).astype(np.float32)
+    kept = rng.random((*shape[:-1], shape[-1] // block)) < density
+    return values * np.repeat(kept, block, axis=-1)
+
+
+def decode(sparsity, stored, shape):
+    """The dense values of a sparse tensor whose last axis alone is compressed, value by value."""
+    *outer, width = shape
+    axes = sparsity.dimMetadata
+    assert [axis.format for axis in axes[: len(shape)]] == [0] * len(outer) + [1]
+    assert [axis.denseSize for axis in axes[: len(outer)]] == outer
+    assert list(sparsity.traversalOrder) == list(range(len(axes)))
+    block = 1
+    if len(axes) > len(shape):
+        assert (axes[-1].format, list(sparsity.blockMap)) == (0, [len(shape) - 1])
+        block = axes[-1].denseSize
+    starts = axes[len(outer)].arraySegments.values
+    columns = axes[len(outer)].arrayIndices.values
+    rows = int(np.prod(outer))
+    assert len(starts) == rows + 1
+    values = np.zeros((rows, width), np.float32)
+    for row in range(rows):
+        for position in range(int(starts[row]), int(starts[row + 1])):
+            for offset in range(block):
+                column = int(columns[position]) * block + offset
+                values[row, column] = stored[position * block + offset]
+    return values.reshape(shape)
+
+
+def run(content, x, resolver=AUTO, key=None):
+    """The first output of a file with one input, in the LiteRT interpreter."""
+    interpreter = Interpreter(model_content=content, experimental_op_resolver_type=resolver)
+    runner = interpreter.get_signature_runner(key)
+    (name,) = runner.get_input_details()
+    return next(iter(runner(**{name: x}).values()))
+
+
+def ops(model, graph=0):
+    """``(name, version)`` of every op of a graph, in order."""
+    names = {code: name for name, code in vars(schema.BuiltinOperator).items() if name.isupper()}
+    codes = [model.operatorCodes[op.opcodeIndex] for op in model.subgraphs[graph].operators]
+    return [(names[code.builtinCode], code.version) for code in codes]
