@@ -17,7 +17,7 @@ from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods.base import LayerMethod, Method, State
 
 if TYPE_CHECKING:
-    _Layer = keras.Layer  # what the mixins are mixed into
+    from keras import Layer as _Layer  # what the mixins are mixed into
 else:
     _Layer = object
 

@@ -172,9 +172,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         for kernel, state, change in zip(self.kernels, self.states, changes):
             for name, new in change.items():
                 self.assign(state[name], new)
-            if "mask" in change:
-                mask = ops.cast(change["mask"], kernel.dtype)
-                self.assign(kernel, ops.convert_to_tensor(kernel) * mask)
+            masked = self.method.masked(ops.convert_to_tensor(kernel), tensors(state))
+            self.assign(kernel, masked)
 
     # -- the inner optimiser's part --------------------------------------------------------------
 

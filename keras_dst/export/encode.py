@@ -159,10 +159,13 @@ def pack(values: np.ndarray, block: int) -> tuple[schema.SparsityParametersT, np
 
 
 def stored_bytes(weight: Weight, form: Form) -> int:
-    """Bytes that ``weight`` takes in the file in this form: values, indices, metadata and op."""
+    """Bytes that ``weight`` takes in the file in this form: values, indices, metadata and op.
+
+    At most: paddings are counted in full.
+    """
     sparsity, data = pack(weight.values, form.block)
     code = schema.OperatorCodeT()
-    size = data.nbytes
+    size = data.nbytes + _BUFFER_ALIGNMENT
     for tensor in weight.tensors:
         unpacking = [_unpacked(tensor), _densify_op(0, 0, 0)] if form.densify else []
         size += _packed_bytes(code, sparsity, *unpacking)
@@ -306,7 +309,7 @@ def _indices(values: np.ndarray) -> tuple[int, object]:
 
 
 def _packed_bytes(*tables: object) -> int:
-    builder = flatbuffers.Builder(0)
+    builder = _AlignedBuilder(0)
     for table in tables:
         table.Pack(builder)  # type: ignore[attr-defined]
     return builder.Offset()

@@ -174,5 +174,8 @@ class UpdateMethod(Method):
 
         By default the pruned weights, which momentum or decay may have moved, are 0 again.
         """
-        kept = [w * ops.cast(s["mask"], w.dtype) for w, s in zip(weights, states)]
-        return kept, [{} for _ in weights]
+        return [self.masked(w, s) for w, s in zip(weights, states)], [{} for _ in weights]
+
+    def masked(self, w: Tensor, state: State) -> Tensor:
+        """What the model's weight becomes under a mask, now or when the mask has changed."""
+        return w * ops.cast(state["mask"], w.dtype)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import keras
 from keras import ops
 
-from keras_dst.methods.base import UpdateMethod
+from keras_dst.methods.base import State, UpdateMethod
 from keras_dst.schedules import Cubic, Schedule, check_sparsity
 
 
@@ -76,7 +76,10 @@ class Magnitude(UpdateMethod):
         return [s["dense"] for s in states], list(grads), None
 
     def after(self, carry, weights, states):
-        kept, changes = super().after(carry, weights, states)
-        if self.revival:
-            changes = [{"dense": w} for w in weights]
-        return kept, changes
+        if not self.revival:
+            return super().after(carry, weights, states)
+        changes: list[State] = [{"dense": w} for w in weights]
+        return [self.masked(w, {**s, **c}) for w, s, c in zip(weights, states, changes)], changes
+
+    def masked(self, w, state):
+        return super().masked(state["dense"] if self.revival else w, state)

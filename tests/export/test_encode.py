@@ -1,0 +1,254 @@
+"""The flatbuffer pass: what is written decodes to the weights, runs, and touches nothing else."""
+
+import numpy as np
+import pytest
+from ai_edge_litert import schema_py_generated as schema
+
+from keras_dst.export.encode import Form, encode, pack, read, stored_bytes, weights, write
+
+from . import graphs
+from .graphs import AUTO, BUILTIN, convolution, decode, fully_connected, ops, run, sparse_values
+
+CSR, BLOCKS = Form(1, False), Form(4, False)
+CSR_DENSIFY, BLOCKS_DENSIFY = Form(1, True), Form(4, True)
+
+
+def encode_all(content, form):
+    return encode(content, {weight.buffer: form for weight in weights(read(content))})
+
+
+def stored(model, graph=0):
+    """Every sparse tensor of a graph, with its stored values."""
+    tensors = [tensor for tensor in model.subgraphs[graph].tensors if tensor.sparsity is not None]
+    return [(tensor, model.buffers[tensor.buffer].data.view(np.float32)) for tensor in tensors]
+
+
+# A 3x8 weight, 1x4 pattern: rows keep blocks [1], [], [0, 1], so 3 blocks start at 0, 1, 1.
+#   row 0:  0 0 0 0 | 1 2 0 4
+#   row 1:  0 0 0 0 | 0 0 0 0
+#   row 2:  5 6 7 8 | 9 0 0 0
+GOLDEN = np.array(
+    [[0, 0, 0, 0, 1, 2, 0, 4], [0, 0, 0, 0, 0, 0, 0, 0], [5, 6, 7, 8, 9, 0, 0, 0]], np.float32
+)
+
+
+def test_golden_blocks():
+    sparsity, values = pack(GOLDEN, 4)
+    compressed = sparsity.dimMetadata[1]
+    assert compressed.arraySegments.values.tolist() == [0, 1, 1, 3]
+    assert compressed.arrayIndices.values.tolist() == [1, 0, 1]
+    assert values.tolist() == [1, 2, 0, 4, 5, 6, 7, 8, 9, 0, 0, 0]
+
+
+def test_golden_csr():
+    sparsity, values = pack(GOLDEN, 1)
+    compressed = sparsity.dimMetadata[1]
+    assert compressed.arraySegments.values.tolist() == [0, 3, 3, 8]
+    assert compressed.arrayIndices.values.tolist() == [4, 5, 7, 0, 1, 2, 3, 4]
+    assert values.tolist() == [1, 2, 4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("shape", [(7, 12), (1, 4), (5, 3, 3, 8), (1, 3, 3, 16), (2, 3, 20)])
+def test_decodes_exactly(shape, block, density):
+    values = sparse_values(shape, density, block)
+    sparsity, kept = pack(values, block)
+    np.testing.assert_array_equal(decode(sparsity, kept, shape), values)
+
+
+@pytest.mark.parametrize(
+    ("shape", "density", "segments", "indices"),
+    [
+        ((10, 256), 0.05, schema.Uint8VectorT, schema.Uint8VectorT),
+        ((10, 257), 0.99, schema.Uint16VectorT, schema.Uint16VectorT),
+        ((300, 300), 0.9, schema.Int32VectorT, schema.Uint16VectorT),
+        ((2, 70_000), 0.001, schema.Uint8VectorT, schema.Int32VectorT),
+    ],
+)
+def test_index_vectors_are_as_narrow_as_they_can_be(shape, density, segments, indices):
+    values = sparse_values(shape, density)
+    values[0, -1] = 1
+    sparsity, kept = pack(values, 1)
+    compressed = sparsity.dimMetadata[1]
+    assert type(compressed.arraySegments) is segments
+    assert type(compressed.arrayIndices) is indices
+    np.testing.assert_array_equal(decode(sparsity, kept, shape), values)
+
+
+def test_nan_is_not_a_zero():
+    values = np.array([[0, np.nan, 0, 1]], np.float32)
+    np.testing.assert_array_equal(decode(*pack(values, 1), values.shape), values)
+
+
+def test_a_width_that_blocks_do_not_divide_is_refused():
+    with pytest.raises(ValueError, match="multiple of the block, 4. Received: 302"):
+        pack(np.ones((2, 302), np.float32), 4)
+
+
+@pytest.mark.parametrize("resolver", [AUTO, BUILTIN])
+@pytest.mark.parametrize("form", [CSR, BLOCKS, CSR_DENSIFY, BLOCKS_DENSIFY], ids=str)
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.6])
+def test_fully_connected_runs(form, density, resolver):
+    weight = sparse_values((12, 64), density, form.block)
+    content = encode_all(fully_connected(weight), form)
+    ((tensor, kept),) = stored(read(content))
+    np.testing.assert_array_equal(decode(tensor.sparsity, kept, weight.shape), weight)
+    for batch in (1, 4):
+        x = np.random.default_rng(1).standard_normal((batch, 64)).astype(np.float32)
+        np.testing.assert_allclose(run(content, x, resolver), x @ weight.T, atol=1e-5)
+
+
+def test_direct_fully_connected_is_version_8():
+    """With version 12, which the converter writes, XNNPACK reads compressed bytes as dense."""
+    content = encode_all(fully_connected(sparse_values((8, 16), 0.2)), CSR)
+    assert ops(read(content)) == [("FULLY_CONNECTED", 8)]
+
+
+@pytest.mark.parametrize("resolver", [AUTO, BUILTIN])
+@pytest.mark.parametrize("form", [CSR_DENSIFY, BLOCKS_DENSIFY], ids=str)
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [("CONV_2D", (6, 3, 3, 8)), ("DEPTHWISE_CONV_2D", (1, 3, 3, 8)), ("TRANSPOSE_CONV", (6, 3, 3, 8))],
+)
+def test_convolutions_run(op, shape, form, resolver):
+    weight = sparse_values(shape, 0.2, form.block)
+    dense = convolution(op, weight)
+    content = encode_all(dense, form)
+    assert [name for name, _ in ops(read(content))] == ["DENSIFY", op]
+    ((tensor, kept),) = stored(read(content))
+    np.testing.assert_array_equal(decode(tensor.sparsity, kept, weight.shape), weight)
+    x = np.random.default_rng(1).standard_normal((1, 8, 8, 8)).astype(np.float32)
+    expected = run(dense, x, BUILTIN)
+    assert np.abs(expected).max() > 0.1
+    np.testing.assert_allclose(run(content, x, resolver), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", ["CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV"])
+def test_a_sparse_constant_never_goes_straight_into_a_convolution(op):
+    content = convolution(op, sparse_values((1, 3, 3, 8), 0.2))
+    with pytest.raises(ValueError, match=f"Received: input 1 of {op}. Use a form with densify"):
+        encode_all(content, CSR)
+
+
+def test_a_sparse_constant_is_only_ever_the_weight():
+    graph = graphs.File().graph()
+    x = graph.constant(sparse_values((4, 8), 0.2))
+    weight = graph.tensor([6, 8])
+    y = graph.op("FULLY_CONNECTED", [x, weight, -1], [4, 6], schema.FullyConnectedOptionsT())
+    content = graph.finish({"weight": weight}, {"y": y}).content()
+    with pytest.raises(ValueError, match="input 0 of FULLY_CONNECTED"):
+        encode_all(content, CSR)
+
+
+def shared_weight_graph(file, key, weight, buffer=None):
+    """Two FULLY_CONNECTED ops, one after the other, over one square weight."""
+    graph = file.graph(key)
+    x = graph.dynamic([1, weight.shape[0]])
+    shared = graph.constant(weight, buffer=buffer)
+    y = x
+    for _ in range(2):
+        y = graph.op("FULLY_CONNECTED", [y, shared, -1], [1, weight.shape[0]],
+                     schema.FullyConnectedOptionsT())
+    graph.finish({"x": x}, {"y": y})
+    return graph.graph.tensors[shared].buffer
+
+
+@pytest.mark.parametrize("form", [CSR, BLOCKS_DENSIFY], ids=str)
+def test_shared_by_ops_graphs_and_tensors(form):
+    """One buffer under two tensors in two graphs, each read twice, is stored and unpacked once."""
+    weight = sparse_values((32, 32), 0.2, form.block)
+    file = graphs.File()
+    buffer = shared_weight_graph(file, "one", weight)
+    shared_weight_graph(file, "two", weight, buffer)
+    dense = file.content()
+    (found,) = weights(read(dense))
+    assert (found.buffer, len(found.tensors), len(found.readers)) == (buffer, 2, 4)
+
+    content = encode(dense, {buffer: form})
+    assert len(content) < len(dense)
+    model = read(content)
+    x = np.random.default_rng(1).standard_normal((3, 32)).astype(np.float32)
+    for index, key in enumerate(["one", "two"]):
+        names = [name for name, _ in ops(model, index)]
+        assert names.count("DENSIFY") == form.densify
+        ((tensor, kept),) = stored(model, index)
+        np.testing.assert_array_equal(decode(tensor.sparsity, kept, weight.shape), weight)
+        for resolver in (AUTO, BUILTIN):
+            result = run(content, x, resolver, key)
+            np.testing.assert_allclose(result, x @ weight.T @ weight.T, atol=1e-4)
+
+
+def test_everything_else_stays():
+    graph = graphs.File().graph()
+    x = graph.dynamic([1, 8])
+    first = graph.constant(sparse_values((16, 8), 0.1), "first")
+    bias = graph.constant(np.arange(16, dtype=np.float32), "bias")
+    hidden = graph.op("FULLY_CONNECTED", [x, first, bias], [1, 16], schema.FullyConnectedOptionsT())
+    second = graph.constant(sparse_values((16, 16), 0.1), "second")
+    y = graph.op(
+        "FULLY_CONNECTED", [hidden, second, -1], [1, 16], schema.FullyConnectedOptionsT()
+    )
+    content = graph.finish({"x": x}, {"y": y}).content()
+    before = read(content)
+    buffer = before.subgraphs[0].tensors[first].buffer
+    after = read(encode(content, {buffer: CSR}))
+
+    assert after.description == before.description
+    (note,) = after.metadata
+    assert after.buffers[note.buffer].data.tobytes() == b"untouched"
+    (signature,) = after.signatureDefs
+    assert (signature.inputs[0].name, signature.inputs[0].tensorIndex) == (b"x", x)
+    assert (signature.outputs[0].name, signature.outputs[0].tensorIndex) == (b"y", y)
+    assert len(after.buffers) == len(before.buffers)
+    for index, old in enumerate(before.buffers[1:], start=1):
+        same = after.buffers[index].data.tobytes() == old.data.tobytes()
+        assert same == (index != buffer)
+    for old, new in zip(before.subgraphs[0].tensors, after.subgraphs[0].tensors, strict=True):
+        assert (new.name, new.shape.tolist()) == (old.name, old.shape.tolist())
+        assert (new.shapeSignature is None) == (old.shapeSignature is None)
+    assert ops(after) == [("FULLY_CONNECTED", 8), ("FULLY_CONNECTED", 1)]
+
+
+@pytest.mark.parametrize("form", [CSR, CSR_DENSIFY], ids=str)
+def test_no_buffer_is_left_without_a_reader(form):
+    model = read(encode_all(fully_connected(sparse_values((8, 16), 0.2)), form))
+    read_by = {tensor.buffer for graph in model.subgraphs for tensor in graph.tensors}
+    read_by |= {note.buffer for note in model.metadata}
+    assert read_by == set(range(len(model.buffers)))
+
+
+def test_buffers_start_where_a_kernel_may_load_16_bytes():
+    content = encode_all(fully_connected(sparse_values((5, 16), 0.3)), CSR)
+    file = np.frombuffer(content, np.uint8)
+    root = schema.Model.GetRootAs(file, 0)
+    data = [root.Buffers(index).DataAsNumpy() for index in range(1, root.BuffersLength())]
+    offsets = [vector.ctypes.data - file.ctypes.data for vector in data]
+    assert all(file[offset] == vector[0] for offset, vector in zip(offsets, data, strict=True))
+    assert [offset % 16 for offset in offsets] == [0] * len(offsets)
+
+
+@pytest.mark.parametrize("form", [CSR, BLOCKS, CSR_DENSIFY, BLOCKS_DENSIFY], ids=str)
+@pytest.mark.parametrize("shape", [(8, 16), (100, 300), (3, 5000)])
+def test_stored_bytes_is_what_the_file_pays(form, shape):
+    """Up to paddings, and never less: a form that looks smaller is smaller."""
+    dense = write(read(fully_connected(sparse_values(shape, 0.3, form.block))))
+    (weight,) = weights(read(dense))
+    paid = len(encode_all(dense, form)) - (len(dense) - weight.values.nbytes)
+    assert paid <= stored_bytes(weight, form) <= paid + 32
+
+
+def test_weights_lists_constants_with_their_readers():
+    content = fully_connected(sparse_values((6, 8), 0.5), name="dense/kernel")
+    (weight,) = weights(read(content))
+    assert (weight.name, weight.op) == ("dense/kernel", "FULLY_CONNECTED")
+    assert weight.readers == [("FULLY_CONNECTED", 1)]
+    assert weight.density == np.count_nonzero(weight.values) / 48
+    assert weights(read(encode_all(content, CSR))) == []
+
+
+def test_weights_behind_the_flatbuffer_are_refused():
+    file = graphs.File()
+    file.model.buffers[1].offset = 4096
+    with pytest.raises(ValueError, match="below 2 GB"):
+        read(file.content())
