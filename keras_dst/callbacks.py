@@ -17,6 +17,7 @@ from keras_dst.methods.base import LayerMethod, State
 from keras_dst.optimizers import SparseOptimizer, tensors, unwrap
 
 _FEWEST_UPDATES = 20  # of the masks while sparsity grows, however short the training
+_LEARNED_RESPONSE = 5  # steps in which a learned method shows what an update has done
 
 
 class SparseTraining(keras.callbacks.Callback):
@@ -190,7 +191,10 @@ class _Driver:
     def _plan(self):
         if self.total is not None or self.method.schedule.in_steps:
             first, last = self.method.schedule.span(self.total)
-            self.every = min(self.method.frequency, max(1, (last - first) // _FEWEST_UPDATES))
+            shortest = _LEARNED_RESPONSE if self.method.learned else 1
+            self.every = min(
+                self.method.frequency, max(shortest, (last - first) // _FEWEST_UPDATES)
+            )
             self.ramp_end = last
 
     def is_due(self, batches: int) -> bool:
@@ -203,7 +207,9 @@ class _Driver:
     def advance(self, batches: int) -> None:
         """Update the states to what the schedule asks for after this many batches."""
         step = self.last = self.start + batches
-        target = self.method.schedule.at(step, self.total)
+        # A learned method gets its target one update ahead: it takes that long to move there.
+        ahead = self.every if self.method.learned else 0
+        target = self.method.schedule.at(step + ahead, self.total)
         self.take(self._update(*self._values(), self._counts(target)))
         if self.total is not None and step >= self.total:
             self.project()
@@ -302,7 +308,7 @@ class _LayerDriver(_Driver):
         return int(optimizer.iterations) * (optimizer.gradient_accumulation_steps or 1)
 
     def read_progress(self):
-        step, counter, total = (int(n) for n in ops.convert_to_numpy(self.states[0]["progress"]))
+        step, counter, total = (int(n) for n in self.states[0]["progress"].numpy())
         return step + max(0, self._iterations() - counter) if total else 0, total
 
     def write_progress(self, step, total):

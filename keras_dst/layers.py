@@ -144,8 +144,8 @@ class SparseMixin(_Layer):
         sparsity = keras.saving.serialize_keras_object(self.sparsity)
         return {**super().get_config(), "sparsity": sparsity}
 
-    # Keras saves a layer's weights by position. Ours go by name beside them, so that a dense file
-    # loads into a sparse layer: a mask that it lacks stays as it was.
+    # Keras saves a layer's weights by position, and some layers a fixed list of them. Ours go by
+    # name beside them; what a dense layer's weights lack stays as it was.
     def save_own_variables(self, store):
         with self._stock_variables_only():
             super().save_own_variables(store)

@@ -225,5 +225,5 @@ def _rebuilt(optimizer, variables):
     for variable in new.variables:
         source = old.get(variable.path)
         if source is not None and source.shape == variable.shape:
-            variable.assign(keras.ops.convert_to_numpy(source))
+            variable.assign(source.numpy())
     return new

@@ -8,6 +8,7 @@ a second Python: ``python -m keras_dst.export.convert model.keras model.tflite``
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -60,23 +61,36 @@ def to_tflite(model: keras.Model) -> bytes:
         return target.read_bytes()
 
 
-def convert_file(source: str | Path, target: str | Path) -> None:
+def convert_file(source: Path, target: Path) -> None:
     """Converts a ``.keras`` file, on TensorFlow: strips what is sparse, writes a ``.tflite``."""
     # The file was written a moment ago by its reader: safe_mode guards against others' files.
     model = keras.saving.load_model(source, compile=False, safe_mode=False)
-    _convert(strip(model) if is_sparse(model) else model, target)
+    _convert(strip(model), target)
 
 
-def _convert(model: keras.Model, target: str | Path) -> None:
+def _convert(model: keras.Model, target: Path) -> None:
     import tensorflow as tf
 
-    model.export(
-        str(target),
-        format="litert",
-        verbose=False,
-        input_signature=_signature(model),
-        target_spec={"supported_ops": [tf.lite.OpsSet.TFLITE_BUILTINS]},
-    )
+    if symbolic_inputs(model) is None:
+        converter = tf.lite.TFLiteConverter.from_keras_model(model)
+    else:
+        # The same steps, but from_keras_model calls the model on a flat list, whatever structure
+        # it takes, and hides the reason where that fails.
+        folder = target.with_suffix(".saved")
+        archive = keras.export.ExportArchive()
+        archive.track(model)
+        call = functools.partial(model.__call__, training=False)
+        archive.add_endpoint("serve", call, [_signature(model)])
+        archive.write_out(str(folder))
+        converter = tf.lite.TFLiteConverter.from_saved_model(str(folder))
+    target.write_bytes(converter.convert())
+
+
+def symbolic_inputs(model: keras.Model) -> Any:
+    """The inputs that a model declares, in the structure it is called with; None if it does not."""
+    if not hasattr(model, "inputs"):
+        return None  # a subclassed model
+    return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
 
 
 def input_names(model: keras.Model) -> list[str] | None:
@@ -91,20 +105,16 @@ def input_names(model: keras.Model) -> list[str] | None:
     return [names[id(tensor)] for tensor in model.inputs]
 
 
-def _signature(model: keras.Model) -> list | None:
-    """The declared inputs of a functional model; None, for another, is Keras's own choice.
-
-    That choice opens the batch size, which is right for a Sequential model built from the batches
-    it was trained on, and wrong where keras.Input fixes it.
-    """
+def _signature(model: keras.Model) -> Any:
     import tensorflow as tf
 
-    names = input_names(model)
-    if names is None:
-        return None
-    named = zip(model.inputs, names, strict=True)
+    if isinstance(model, keras.Sequential):
+        # Its batch size may be that of the data it was built from.
+        (tensor,) = model.inputs
+        return tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype, tensor.name)
+    named = zip(model.inputs, input_names(model) or [], strict=True)
     specs = [tf.TensorSpec(tensor.shape, tensor.dtype, name) for tensor, name in named]
-    return [keras.tree.pack_sequence_as(model.input, specs)]
+    return keras.tree.pack_sequence_as(model.input, specs)
 
 
 def _in_second_python(source: Path, target: Path) -> None:
@@ -167,4 +177,4 @@ def _conversion_error(output: str) -> ExportError:
 
 
 if __name__ == "__main__":
-    convert_file(*sys.argv[1:])
+    convert_file(*map(Path, sys.argv[1:]))

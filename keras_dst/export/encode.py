@@ -22,8 +22,7 @@ WEIGHT_OPS = frozenset({"FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "TRAN
 #: The input of each of these ops that holds its weight.
 WEIGHT_SLOT = 1
 
-# With an older version XNNPACK takes the op and reads the compressed bytes as a dense matrix;
-# from version 9 on the same happens again.
+# XNNPACK takes the op in every other version, and reads the compressed bytes as a dense matrix.
 _SPARSE_FULLY_CONNECTED_VERSION = 8
 
 _BUFFER_ALIGNMENT = 16  # the schema's force_align, which the Python object API does not apply

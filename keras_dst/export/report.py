@@ -37,7 +37,8 @@ class ExportReport:
 
     ``bytes`` and ``gzip_bytes`` are those of the file, ``dense_bytes`` and ``dense_gzip_bytes``
     those of the same model with its weights stored densely. ``max_error`` is the worst
-    ``max|y - y_keras| / max|y_keras|`` over all outputs and both ways to run the file.
+    ``max|y - y_keras| / max|y_keras|`` over all outputs and both ways to run the file. `str()`
+    is a table of the weights, and the sizes as fractions of the dense file's, gzip of its gzip.
 
     Example:
         >>> print(export_tflite(model, "model.tflite"))

@@ -11,17 +11,17 @@ import keras
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-from keras_dst.export.convert import input_names
+from keras_dst.export.convert import input_names, symbolic_inputs
 
-#: The ways to run a file: what users get, and the reference kernels that tell a wrong file from
-#: a wrong delegate.
+#: The ways to run a file: as users do, and without the delegate, which has faults of its own.
 RESOLVERS = {
     "XNNPACK": OpResolverType.AUTO,
     "builtin kernels": OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
 }
 MAX_SAMPLES = 32
 BATCH = 4
-UNKNOWN_SIZE = 32  # of an axis that the model leaves open, in the inputs made here
+#: Size of the axes that a model leaves open, in the inputs made here.
+OPEN_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,11 @@ def keras_cases(model: keras.Model, content: bytes, inputs: Any = None) -> list[
     if inputs is None:
         samples = _random_samples(model, wanted, fixed if fixed > 0 else BATCH)
     else:
-        samples = keras.tree.map_structure(_sample_array, inputs)
-    cases = []
-    for batch in _batches(samples, fixed):
-        outputs = _by_output_name(model(batch, training=False))
-        cases.append(Case(_by_input_name(model, batch, wanted), outputs))
-    return cases
+        samples = _declared(model, keras.tree.map_structure(_sample_array, inputs))
+    return [
+        Case(_by_input_name(model, batch, wanted), _by_output_name(model(batch, training=False)))
+        for batch in _batches(samples, fixed)
+    ]
 
 
 def _runner(content: bytes, resolver: OpResolverType) -> Any:
@@ -100,8 +99,9 @@ def _deviations(content: bytes, cases: list[Case]) -> Iterator[Deviation]:
             yield Deviation(float("inf"), f"{label} refused the file: {error}")
             continue
         for case, result in zip(cases, results, strict=True):
+            batch = len(next(iter(case.inputs.values())))
             for name, expected in case.outputs.items():
-                where = f"output {name!r} ({label}, batch {len(expected)})"
+                where = f"output {name!r} ({label}, batch {batch})"
                 yield Deviation(_error(result.get(name), expected), where)
 
 
@@ -124,15 +124,28 @@ def _by_output_name(outputs: Any) -> dict[str, np.ndarray]:
 
 def _by_input_name(model: keras.Model, batch: Any, wanted: dict) -> dict[str, np.ndarray]:
     """Arrays under the input names of the file, in its dtypes."""
-    if not (isinstance(batch, dict) and set(batch) == set(wanted)):
-        arrays = keras.tree.flatten(batch)
-        names = input_names(model) or _in_order(wanted)
-        if len(arrays) != len(names):
-            raise ValueError(
-                f"Expected {len(names)} input arrays, for {names}. Received: {len(arrays)}."
-            )
-        batch = dict(zip(names, arrays, strict=True))
-    return {name: array.astype(wanted[name]["dtype"]) for name, array in batch.items()}
+    names = input_names(model) or _in_order(wanted)
+    arrays = keras.tree.flatten(batch)
+    _check_count(arrays, names)
+    named = zip(names, arrays, strict=True)
+    return {name: array.astype(wanted[name]["dtype"]) for name, array in named}
+
+
+def _declared(model: keras.Model, inputs: Any) -> Any:
+    """Arrays in the structure that the model declares, where it does; they may come by name."""
+    symbolic, names = symbolic_inputs(model), input_names(model)
+    if symbolic is None:
+        return inputs
+    if names and isinstance(inputs, dict) and set(inputs) == set(names):
+        inputs = [inputs[name] for name in names]
+    arrays = keras.tree.flatten(inputs)
+    _check_count(arrays, names or [symbolic.name])
+    return keras.tree.pack_sequence_as(symbolic, arrays)
+
+
+def _check_count(arrays: list, names: list[str]) -> None:
+    if len(arrays) != len(names):
+        raise ValueError(f"Expected input arrays for {names}. Received: {len(arrays)} arrays.")
 
 
 def _in_order(names: Any) -> list[str]:
@@ -171,13 +184,13 @@ def _random_samples(model: keras.Model, wanted: dict, batch: int) -> Any:
     rng = np.random.default_rng(0)
 
     def made(shape: Any, dtype: Any) -> np.ndarray:
-        sizes = [batch, *(UNKNOWN_SIZE if size in (None, -1) else size for size in shape[1:])]
+        sizes = [batch, *(OPEN_SIZE if size in (None, -1) else size for size in shape[1:])]
         if np.issubdtype(dtype, np.floating):
             return rng.standard_normal(sizes).astype(dtype)
         return rng.integers(0, 2, sizes).astype(dtype)
 
-    if hasattr(model, "inputs"):
-        symbolic = model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+    symbolic = symbolic_inputs(model)
+    if symbolic is not None:
         return keras.tree.map_structure(lambda t: made(t.shape, np.dtype(t.dtype)), symbolic)
     if len(wanted) == 1:
         (detail,) = wanted.values()

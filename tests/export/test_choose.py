@@ -94,7 +94,9 @@ def two_readers(second, output=False):
         options = schema.FullyConnectedOptionsT()
         outputs["z"] = graph.op(second, [y, weight, -1], [1, 64], options)
     elif second:
-        options = getattr(schema, {"ADD": "AddOptionsT", "BATCH_MATMUL": "BatchMatMulOptionsT"}[second])
+        options = getattr(
+            schema, {"ADD": "AddOptionsT", "BATCH_MATMUL": "BatchMatMulOptionsT"}[second]
+        )
         outputs["z"] = graph.op(second, [y, weight], [64, 64], options())
     if output:
         outputs["w"] = weight

@@ -82,7 +82,7 @@ def test_nan_is_not_a_zero():
 
 
 def test_a_width_that_blocks_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match="multiple of the block, 4. Received: 302"):
+    with pytest.raises(ValueError, match=r"multiple of the block, 4. Received: 302"):
         pack(np.ones((2, 302), np.float32), 4)
 
 
@@ -109,7 +109,11 @@ def test_direct_fully_connected_is_version_8():
 @pytest.mark.parametrize("form", [CSR_DENSIFY, BLOCKS_DENSIFY], ids=str)
 @pytest.mark.parametrize(
     ("op", "shape"),
-    [("CONV_2D", (6, 3, 3, 8)), ("DEPTHWISE_CONV_2D", (1, 3, 3, 8)), ("TRANSPOSE_CONV", (6, 3, 3, 8))],
+    [
+        ("CONV_2D", (6, 3, 3, 8)),
+        ("DEPTHWISE_CONV_2D", (1, 3, 3, 8)),
+        ("TRANSPOSE_CONV", (6, 3, 3, 8)),
+    ],
 )
 def test_convolutions_run(op, shape, form, resolver):
     weight = sparse_values(shape, 0.2, form.block)
@@ -148,8 +152,12 @@ def shared_weight_graph(file, key, weight, buffer=None):
     shared = graph.constant(weight, buffer=buffer)
     y = x
     for _ in range(2):
-        y = graph.op("FULLY_CONNECTED", [y, shared, -1], [1, weight.shape[0]],
-                     schema.FullyConnectedOptionsT())
+        y = graph.op(
+            "FULLY_CONNECTED",
+            [y, shared, -1],
+            [1, weight.shape[0]],
+            schema.FullyConnectedOptionsT(),
+        )
     graph.finish({"x": x}, {"y": y})
     return graph.graph.tensors[shared].buffer
 
@@ -186,9 +194,7 @@ def test_everything_else_stays():
     bias = graph.constant(np.arange(16, dtype=np.float32), "bias")
     hidden = graph.op("FULLY_CONNECTED", [x, first, bias], [1, 16], schema.FullyConnectedOptionsT())
     second = graph.constant(sparse_values((16, 16), 0.1), "second")
-    y = graph.op(
-        "FULLY_CONNECTED", [hidden, second, -1], [1, 16], schema.FullyConnectedOptionsT()
-    )
+    y = graph.op("FULLY_CONNECTED", [hidden, second, -1], [1, 16], schema.FullyConnectedOptionsT())
     content = graph.finish({"x": x}, {"y": y}).content()
     before = read(content)
     buffer = before.subgraphs[0].tensors[first].buffer

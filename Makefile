@@ -1,0 +1,46 @@
+# make demo: the main job, end to end, on real data. make test: everything, on three backends.
+# Both do all their own set-up. The rest: lint, bench-mnist, bench-step, clean.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := TF_CPP_MIN_LOG_LEVEL=3 $(VENV)/bin/python
+BACKENDS := tensorflow jax torch
+DEMO_READY := $(VENV)/ready-demo
+TEST_READY := $(VENV)/ready-test
+
+.PHONY: demo test lint $(BACKENDS:%=test-%) bench-mnist bench-step clean
+
+demo: $(DEMO_READY)
+	KERAS_BACKEND=tensorflow $(RUN) -m keras_dst demo
+
+test: lint $(BACKENDS:%=test-%)
+
+lint: $(TEST_READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(BACKENDS:%=test-%): test-%: $(TEST_READY)
+	KERAS_BACKEND=$* $(RUN) -m pytest
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(DEMO_READY): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/pip install -q -c constraints.txt -e '.[export,demo]'
+	touch $@
+
+$(TEST_READY): pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(VENV)/bin/pip install -q -c constraints.txt -e '.[all]'
+	touch $@ $(DEMO_READY)
+
+# Slow proofs, written to results/. KERAS_DST_DATA names a folder with mnist.npz, where there is no
+# network for keras.datasets.
+bench-mnist: $(TEST_READY)
+	$(RUN) -m benchmarks.mnist_all
+
+bench-step: $(TEST_READY)
+	$(RUN) -m benchmarks.step_time
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,105 @@
+"""DST on MNIST by the paper's recipe (arXiv 2005.06870): LeNet-300-100 and LeNet-5-Caffe.
+
+python benchmarks/mnist.py lenet-300-100 --seed 0 --target 0.975
+    SGD 0.01, momentum 0.9, batch 64, 20 epochs, pixels in [0, 1], no weight decay, no augmentation.
+    Test accuracy is that of the last epoch, on the stripped model.
+"""
+
+import argparse
+import time
+
+import keras
+
+import keras_dst
+from benchmarks.common import mnist, save
+
+
+def lenet_300_100():
+    return keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            keras.layers.Flatten(),
+            keras.layers.Dense(300, "relu"),
+            keras.layers.Dense(100, "relu"),
+            keras.layers.Dense(10, "softmax"),
+        ],
+        name="lenet-300-100",
+    )
+
+
+def lenet_5():
+    return keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            keras.layers.Conv2D(20, 5, activation="relu"),
+            keras.layers.MaxPooling2D(),
+            keras.layers.Conv2D(50, 5, activation="relu"),
+            keras.layers.MaxPooling2D(),
+            keras.layers.Flatten(),
+            keras.layers.Dense(500, "relu"),
+            keras.layers.Dense(10, "softmax"),
+        ],
+        name="lenet-5",
+    )
+
+
+MODELS = {"lenet-300-100": lenet_300_100, "lenet-5": lenet_5}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument(
+        "--target", type=float, default=None, help="default: alpha alone, as the paper"
+    )
+    parser.add_argument("--alpha", type=float, default=5e-4)
+    parser.add_argument("--dense", action="store_true", help="the control: no sparsity")
+    args = parser.parse_args()
+
+    keras.utils.set_random_seed(args.seed)
+    train, test = mnist()
+    model = MODELS[args.model]()
+    callbacks = []
+    if not args.dense:
+        method = keras_dst.methods.DST(target_sparsity=args.target, alpha=args.alpha)
+        keras_dst.sparsify(model, method)
+        callbacks = [keras_dst.callbacks.SparseTraining()]
+    model.compile(
+        keras.optimizers.SGD(0.01, momentum=0.9),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+    )
+    start = time.perf_counter()
+    history = model.fit(
+        *train,
+        batch_size=64,
+        epochs=args.epochs,
+        callbacks=callbacks,
+        verbose=2,
+        validation_data=test,
+    )
+    seconds = time.perf_counter() - start
+    keras_dst.strip(model)
+    accuracy = model.evaluate(*test, batch_size=500, verbose=0, return_dict=True)["accuracy"]
+    report = keras_dst.report(model)
+    kind = "dense" if args.dense else f"target{args.target}" if args.target else "alpha"
+    name = f"mnist_{args.model}_{kind}_{keras.backend.backend()}_seed{args.seed}"
+    save(
+        name,
+        {
+            "command": f"python -m benchmarks.mnist {args.model} --seed {args.seed}",
+            "arguments": vars(args),
+            "test_accuracy": accuracy,
+            "sparsity": report.sparsity,
+            "kept": 1 - report.sparsity,
+            "layers": {row.name: row.density for row in report.layers},
+            "seconds": seconds,
+            "history": {k: [float(v) for v in values] for k, values in history.history.items()},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

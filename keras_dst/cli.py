@@ -1,0 +1,109 @@
+"""The command `keras-dst`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from keras_dst.version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0 done, 1 failed with a message, 2 wrong usage."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+        print(f"keras-dst {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="keras-dst", description="Sparse models from Keras 3 to a smaller, faster .tflite."
+    )
+    parser.add_argument("--version", action="version", version=f"keras-dst {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser("demo", help="train, strip and export a small net on real data")
+    demo.add_argument("--keep", metavar="FILE", help="keep the sparse .tflite here")
+    demo.set_defaults(run=_demo)
+
+    report = commands.add_parser("report", help="sparsity, parameters and FLOPs, layer by layer")
+    report.add_argument("model", help="a .keras file")
+    report.add_argument("--json", action="store_true", help="print JSON")
+    report.set_defaults(run=_report)
+
+    strip = commands.add_parser("strip", help="bake masks in; leave stock Keras layers")
+    strip.add_argument("model", help="a .keras file")
+    strip.add_argument("output", help="the .keras file to write")
+    strip.set_defaults(run=_strip)
+
+    export = commands.add_parser("export", help="write a sparse-encoded .tflite")
+    export.add_argument("model", help="a .keras file")
+    export.add_argument("output", help="the .tflite file to write")
+    export.add_argument("--json", action="store_true", help="print JSON")
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _demo(arguments):
+    from keras_dst.demo import run
+
+    run(keep=arguments.keep)
+
+
+def _report(arguments):
+    import keras_dst
+
+    _show(keras_dst.report(_load(arguments.model)), arguments.json)
+
+
+def _strip(arguments):
+    import keras_dst
+
+    model = keras_dst.strip(_load(arguments.model))
+    output = pathlib.Path(arguments.output)
+    unfinished = output.with_name(f".{output.stem}.unfinished.keras")
+    try:
+        model.save(unfinished)
+        unfinished.replace(output)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _export(arguments):
+    import keras_dst
+
+    _show(keras_dst.export_tflite(_load(arguments.model), arguments.output), arguments.json)
+
+
+def _show(report, as_json: bool) -> None:
+    print(json.dumps(report.to_dict(), indent=1) if as_json else report)
+
+
+def _load(path: str):
+    """The model in a `.keras` file, or a ValueError that says what is wrong with the file."""
+    import zipfile
+
+    import keras
+
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"{path} is no file. Expected a model saved by model.save('x.keras').")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path} is no .keras file, or it is cut short: it is not a whole zip archive. "
+            "Save the model again with model.save('x.keras')."
+        )
+    try:
+        return keras.saving.load_model(path)
+    except Exception as error:
+        raise ValueError(f"{path} could not be loaded: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,583 @@
+"""What of a model is zero, and what it costs: `report`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import io
+import math
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from keras_dst.layers import SparseMixin
+from keras_dst.optimizers import unwrap
+from keras_dst.selection import is_prunable
+from keras_dst.surgery import check_model
+
+Shape = tuple[int, ...]
+
+_TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
+
+# Weights of layers other than Keras's that are looked up or added, and not multiplied.
+_TABLES = re.compile(r"(embeddings?|tokens?)$")
+
+# A model is traced with this batch where its Input leaves it open; 1 could be squeezed away.
+_BATCH = 2
+# What replaces other open sizes. Layers for which the two differ have no FLOPs of their own.
+_SIZES = (128, 256)
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """One prunable weight of a model.
+
+    Attributes:
+        name: path of the weight.
+        layer: type of its layer.
+        shape: its shape.
+        parameters: number of its entries.
+        nonzeros: entries that are neither zero nor masked.
+        sparse: whether it is under a mask, of its layer or of a `SparseOptimizer`.
+        uses: how often an entry is multiplied for one sample, None where that is not known.
+        reason: why `uses` is None.
+
+    Example:
+        >>> keras_dst.report(model).layers[0].density
+    """
+
+    name: str
+    layer: str
+    shape: Shape
+    parameters: int
+    nonzeros: int
+    sparse: bool
+    uses: int | None
+    reason: str | None = None
+
+    @property
+    def density(self) -> float:
+        """Fraction of nonzeros."""
+        return self.nonzeros / max(self.parameters, 1)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return 1 - self.density
+
+    @property
+    def flops(self) -> int | None:
+        """Multiplications and additions for one sample, those with zeros left out."""
+        return None if self.uses is None else 2 * self.nonzeros * self.uses
+
+    @property
+    def dense_flops(self) -> int | None:
+        """Multiplications and additions for one sample."""
+        return None if self.uses is None else 2 * self.parameters * self.uses
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, in types that JSON knows."""
+        own = {**dataclasses.asdict(self), "shape": list(self.shape)}
+        derived = ("density", "sparsity", "flops", "dense_flops")
+        return {**own, **{name: getattr(self, name) for name in derived}}
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """What `report` found: prints as a table.
+
+    Attributes:
+        model: name of the model.
+        parameters: number of all weights: kernels, biases, normalisation and its statistics, and
+            not the state that keras_dst adds. A shared layer counts once.
+        nonzeros: how many of them are neither zero nor masked.
+        bytes: size of all weights, zeros included, in the dtypes of the variables.
+        layers: the prunable weights, in the model's order.
+
+    Example:
+        >>> print(keras_dst.report(model))
+    """
+
+    model: str
+    parameters: int
+    nonzeros: int
+    bytes: int
+    layers: list[WeightReport] = field(repr=False)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros among the prunable weights; 0 where there is none."""
+        prunable = sum(row.parameters for row in self.layers)
+        return 1 - sum(row.nonzeros for row in self.layers) / prunable if prunable else 0.0
+
+    @property
+    def total_sparsity(self) -> float:
+        """Fraction of zeros among all weights; 0 where there is none."""
+        return 1 - self.nonzeros / self.parameters if self.parameters else 0.0
+
+    @property
+    def flops(self) -> int | None:
+        """FLOPs for one sample, each kernel's scaled with its density; None: see `reason`."""
+        return _sum_known([row.flops for row in self.layers])
+
+    @property
+    def dense_flops(self) -> int | None:
+        """FLOPs for one sample if no weight were zero; None: see `reason`."""
+        return _sum_known([row.dense_flops for row in self.layers])
+
+    @property
+    def reason(self) -> str | None:
+        """Why `flops` is None."""
+        return "; ".join(dict.fromkeys(row.reason for row in self.layers if row.reason)) or None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures, in types that JSON knows.
+
+        Example:
+            >>> json.dumps(keras_dst.report(model).to_dict())
+        """
+        names = ["model", "sparsity", "total_sparsity", "parameters", "nonzeros", "bytes"]
+        names += ["flops", "dense_flops", "reason"]
+        rows = [row.to_dict() for row in self.layers]
+        return {**{name: getattr(self, name) for name in names}, "layers": rows}
+
+    def __str__(self):
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=box.MARKDOWN)
+        for name in ("weight", "layer", "shape"):
+            table.add_column(name, no_wrap=True)
+        for name in ("weights", "nonzero", "sparsity", "FLOPs", "dense FLOPs"):
+            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column("masked")
+        for row in self.layers:
+            shape = " x ".join(str(n) for n in row.shape)
+            figures = _figures(row.parameters, row.nonzeros, row.flops, row.dense_flops)
+            table.add_row(row.name, row.layer, shape, *figures, "yes" if row.sparse else "")
+        table.add_row()
+        prunable = sum(row.parameters for row in self.layers)
+        kept = sum(row.nonzeros for row in self.layers)
+        figures = _figures(prunable, kept, self.flops, self.dense_flops)
+        table.add_row("total of these", "", "", *figures)
+        table.add_row("all weights", "", "", *_figures(self.parameters, self.nonzeros)[:3])
+
+        text = io.StringIO()
+        # As wide as needed, and the same on a terminal, in a notebook and in a file.
+        console = Console(
+            file=text,
+            width=10_000,
+            color_system=None,
+            force_terminal=False,
+            force_jupyter=False,
+            markup=False,
+            emoji=False,
+            highlight=False,
+        )
+        console.print(table)
+        lines = [f"{self.model}: {_percent(self.sparsity)} sparse, {self.bytes:,} bytes if dense"]
+        lines += [line.rstrip() for line in text.getvalue().splitlines() if line.strip()]
+        if self.reason:
+            lines.append(f"FLOPs are not known: {self.reason}.")
+        return "\n".join(lines)
+
+    def plot(self, ax=None):
+        """Bar chart of the density of every prunable weight.
+
+        Args:
+            ax: the matplotlib axes to draw on; by default those of a new figure.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: without matplotlib.
+
+        Example:
+            >>> keras_dst.report(model).plot().figure.savefig("density.png")
+        """
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError as error:
+            raise ImportError("plot() needs matplotlib: pip install keras_dst[plot]") from error
+        if ax is None:
+            size = (8, 1.5 + 0.3 * len(self.layers))
+            ax = plt.subplots(figsize=size, layout="constrained")[1]
+        places = range(len(self.layers))
+        bars = ax.barh(places, [row.density for row in self.layers])
+        ax.bar_label(bars, [_percent(row.density) for row in self.layers], padding=3)
+        ax.axvline(1 - self.sparsity, color="grey", linestyle="--", zorder=0)
+        ax.set_yticks(places, [row.name for row in self.layers])
+        ax.set_ylim(max(len(self.layers), 1) - 0.5, -0.5)  # the first layer on top
+        ax.set_xlim(0, 1.2)  # room for the labels
+        ax.set_xlabel("density: fraction of weights kept (dashed: of all these)")
+        ax.set_title(f"{self.model}: {_percent(self.sparsity)} sparse")
+        return ax
+
+
+def report(model) -> SparsityReport:
+    """Count what of a model is zero, and what it costs.
+
+    Works on every built Keras model: dense, made sparse by `sparsify`, trained with
+    `SparseOptimizer`, or stripped. A weight counts as zero where it is 0 or its mask is. Prunable
+    are the weights under a mask and all other kernels, frozen ones included.
+
+    FLOPs are those of the prunable weights in inference on one sample, a multiplication and an
+    addition being 2; padding counts as input. They come from one symbolic call of the model, so a
+    shared layer counts as often as it is called, an RNN cell once per time step, and a layer that
+    inference does not call as 0. They are None, with the reason, where the model's input shape is
+    not known or leaves open a size they depend on, and for a weight of a user's own layer that is
+    neither a matrix over the last axis of an input, nor that of a convolution, nor named as a token
+    or an embedding, which cost nothing.
+
+    Args:
+        model: a built Keras 3 model or layer; it is left as it was.
+
+    Returns:
+        A `SparsityReport`.
+
+    Raises:
+        TypeError: for a model that is not a Keras 3 model.
+        ValueError: for an unbuilt model.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+        >>> keras_dst.report(model).dense_flops
+        64
+    """
+    check_model(model)
+    weights = _weights(model)
+    prunable = [weight for weight in weights if weight.prunable]
+    rows = [
+        WeightReport(
+            name=weight.variable.path,
+            layer=type(weight.layers[0]).__name__,
+            shape=tuple(weight.variable.shape),
+            parameters=weight.parameters,
+            nonzeros=weight.nonzeros,
+            sparse=weight.sparse,
+            uses=uses,
+            reason=reason,
+        )
+        for weight, (uses, reason) in zip(prunable, _uses(model, prunable))
+    ]
+    return SparsityReport(
+        model=model.name,
+        parameters=sum(weight.parameters for weight in weights),
+        nonzeros=sum(weight.nonzeros for weight in weights),
+        bytes=sum(weight.parameters * _bytes_each(weight.variable.dtype) for weight in weights),
+        layers=rows,
+    )
+
+
+def _sum_known(counts: list[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
+
+
+def _figures(parameters, nonzeros, *flops) -> list[str]:
+    sparsity = 1 - nonzeros / parameters if parameters else 0.0
+    counts = ["?" if count is None else f"{count:,}" for count in flops]
+    return [f"{parameters:,}", f"{nonzeros:,}", _percent(sparsity), *counts]
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f} %"
+
+
+def _bytes_each(dtype: str) -> int:
+    bits = re.search(r"\d+", dtype)  # as in bfloat16 and float8_e4m3fn; bool has none
+    return max(int(bits[0]) // 8, 1) if bits else 1
+
+
+# -- weights -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Weight:
+    variable: Any
+    layers: list
+    prunable: bool
+    sparse: bool
+    nonzeros: int
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.variable.shape)
+
+
+def _weights(model) -> list[_Weight]:
+    """All weights of a model, without those that keras_dst added."""
+    owners: dict[int, list] = {}
+    masks: dict[int, Any] = {}
+    ours: set[int] = set()
+    for layer in model._flatten_layers():
+        for variable in layer._trainable_variables + layer._non_trainable_variables:
+            owners.setdefault(id(variable), []).append(layer)
+        for variable, mask, state in _masked(layer):
+            masks[id(variable)] = mask
+            ours.update(id(value) for value in state.values())
+    wrapper = unwrap(getattr(model, "optimizer", None))
+    updated = {id(kernel) for kernel in wrapper.kernels} if wrapper is not None else set()
+    found = []
+    for variable in model.weights:
+        key = id(variable)
+        if key in ours:
+            continue
+        mask = masks.get(key)
+        own = _innermost(owners[key])
+        found.append(
+            _Weight(
+                variable=variable,
+                layers=own,
+                prunable=mask is not None or any(_is_kernel(variable, layer) for layer in own),
+                sparse=mask is not None or key in updated,
+                nonzeros=_count(variable, mask),
+            )
+        )
+    return found
+
+
+def _masked(layer) -> Iterator[tuple]:
+    """The masked weights of a layer: raw variable, mask, state of the mask."""
+    if isinstance(layer, SparseMixin):
+        for weight, variable, state in layer.masked_weights():
+            w = ops.convert_to_tensor(variable)
+            yield variable, layer.sparsity.mask(w, state, weight.layout), state
+
+
+def _innermost(owners: list) -> list:
+    """Layers that hold a weight themselves, not those that borrow it from a layer inside."""
+    ids = {id(layer) for layer in owners}
+    return [
+        layer
+        for layer in owners
+        if not any(id(inner) in ids for inner in layer._flatten_layers(include_self=False))
+    ]
+
+
+def _is_kernel(variable, layer) -> bool:
+    """Whether this would be prunable if it were neither frozen nor quantised."""
+    trained = any(variable is own for own in layer._trainable_variables)  # frozen or not
+    quantised = variable.dtype == "int8" and layer.quantization_mode == "int8"
+    return (trained or quantised) and is_prunable(
+        SimpleNamespace(
+            trainable=True,
+            dtype="float32" if quantised else variable.dtype,
+            shape=variable.shape,
+            name=variable.name,
+        )
+    )
+
+
+def _count(variable, mask) -> int:
+    # Counted by NumPy: JAX would compile for every shape.
+    nonzero = ops.convert_to_numpy(ops.convert_to_tensor(variable)) != 0
+    if mask is not None:
+        nonzero = nonzero & ops.convert_to_numpy(mask).astype(bool)
+    return int(np.count_nonzero(nonzero))
+
+
+# -- FLOPs ---------------------------------------------------------------------------------------
+
+
+class _Unknown(Exception):
+    """Why FLOPs cannot be told."""
+
+
+@dataclass
+class _Call:
+    """A call of a layer: how often it happens, and the shapes of its tensors, with the batch."""
+
+    times: int
+    inputs: list[Shape]
+    output: Shape
+
+
+class _Trace(keras.Operation):
+    """Calls a model on symbolic tensors, for inference, and notes the calls of layers inside."""
+
+    # Attributes, because Keras serialises an operation's arguments.
+    model: Any
+    batch: int
+
+    def __init__(self):
+        super().__init__(name="trace")
+        self.calls: dict[int, list[_Call]] = {}
+        self.times = 1
+
+    def call(self, args, kwargs):
+        self.calls.clear()  # torch calls again where a model does not run on its meta device
+        self.model(*args, training=False, **kwargs)
+        return []
+
+    @contextlib.contextmanager
+    def watch(self, watched: list):
+        """Note the calls of layers, by an attribute before the method of their class."""
+        before = []
+        try:
+            for layer in watched:
+                name = "quantized_call" if layer.quantization_mode else "call"
+                before.append((layer.__dict__, name, layer.__dict__.get(name)))
+                # Past Keras's tracking.
+                layer.__dict__[name] = self._watched(layer, getattr(layer, name))
+            yield
+        finally:
+            for attributes, name, old in before:
+                if old is None:
+                    attributes.pop(name, None)
+                else:
+                    attributes[name] = old
+
+    def _watched(self, layer, call):
+        @functools.wraps(call)
+        def noted(*args, **kwargs):
+            output = call(*args, **kwargs)
+            noted_call = _Call(self.times, _shapes((args, kwargs)), _shapes(output)[0])
+            self.calls.setdefault(id(layer), []).append(noted_call)
+            return output
+
+        # What an RNN calls, and how often, differs by backend. So count a step of it instead.
+        @functools.wraps(call)
+        def unrolled(sequences, *args, **kwargs):
+            with self._repeat(sequences.shape[1]):
+                layer.cell(sequences[:, 0], layer.get_initial_state(sequences.shape[0]))
+            with self._repeat(0):
+                return call(sequences, *args, **kwargs)
+
+        return unrolled if isinstance(layer, layers.RNN) else noted
+
+    @contextlib.contextmanager
+    def _repeat(self, times: int):
+        before, self.times = self.times, self.times * times
+        try:
+            yield
+        finally:
+            self.times = before
+
+
+def _shapes(structure) -> list[Shape]:
+    tensors = [x for x in keras.tree.flatten(structure) if hasattr(x, "shape")]
+    return [tuple(x.shape) for x in tensors] or [()]
+
+
+def _uses(model, weights: list[_Weight]) -> list[tuple[int | None, str | None]]:
+    """How often every weight is multiplied for one sample, or None and the reason."""
+    watched = {id(layer): layer for weight in weights for layer in weight.layers}
+    watched |= {id(x): x for x in model._flatten_layers() if isinstance(x, layers.RNN)}
+    try:
+        traces = _traces(model, list(watched.values()))
+    except _Unknown as unknown:
+        return [(None, str(unknown))] * len(weights)
+    return [_agreed(weight, traces) for weight in weights]
+
+
+def _agreed(weight: _Weight, traces: list[_Trace]) -> tuple[int | None, str | None]:
+    try:
+        uses = {_uses_in(trace, weight) for trace in traces}
+    except _Unknown as unknown:
+        return None, str(unknown)
+    if len(uses) > 1:
+        return None, "they depend on a size that the Input leaves open"
+    return uses.pop(), None
+
+
+def _uses_in(trace: _Trace, weight: _Weight) -> int:
+    uses = sum(
+        call.times * _places(layer, weight.variable, call)
+        for layer in weight.layers
+        for call in trace.calls.get(id(layer), ())
+        if call.times
+    )
+    return uses // trace.batch
+
+
+def _traces(model, watched: list) -> list[_Trace]:
+    """Trace a model, with every size for the axes that its input leaves open."""
+    unbuilt = [layer.name for layer in model._flatten_layers() if not layer.built]
+    if unbuilt:  # a trace would build them
+        raise _Unknown(f"'{unbuilt[0]}' is not built; call the model once on data")
+    inputs = _inputs(model)
+    tensors = keras.tree.flatten(inputs)
+    batch = next((x.shape[0] for x in tensors if x.shape and x.shape[0]), _BATCH)
+
+    def closed(x, size):
+        shape = [batch, *(size if n is None else n for n in x.shape[1:])] if x.shape else []
+        return keras.KerasTensor(shape, x.dtype, sparse=x.sparse)
+
+    def traced(size):
+        trace = _Trace()
+        trace.model, trace.batch = model, batch
+        with trace.watch(watched), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those of the model's own calls
+            trace.compute_output_spec(*keras.tree.map_structure(lambda x: closed(x, size), inputs))
+        return trace
+
+    is_open = any(None in x.shape[1:] for x in tensors)
+    try:
+        return [traced(size) for size in (_SIZES if is_open else _SIZES[:1])]
+    except Exception as error:
+        text = re.sub(r"\x1b\[\d*m", "", str(error).split("Error encountered:\n")[-1])
+        raise _Unknown(f"the model fails in a trace ({textwrap.shorten(text, 200)})") from error
+
+
+def _inputs(model) -> tuple[tuple, dict]:
+    """Arguments to call a model with, positional and by name, as KerasTensors."""
+    inputs = getattr(model, "inputs", None)
+    if inputs and all(isinstance(x, keras.KerasTensor) for x in inputs):
+        return (inputs[0] if isinstance(model, keras.Sequential) else model.input,), {}
+    shapes = model._build_shapes_dict
+    if not shapes or any(shape is None for shape in shapes.values()):
+        raise _Unknown("the model's input shape is not known; call it once on data")
+    tensors = {
+        name.removesuffix("_shape"): keras.tree.map_shape_structure(keras.KerasTensor, shape)
+        for name, shape in shapes.items()
+    }
+    return ((*tensors.values(),), {}) if len(tensors) == 1 else ((), tensors)
+
+
+def _places(layer, variable, call: _Call) -> int:
+    """At how many places of its tensors, over the batch, a layer applies the whole of a weight."""
+    shape, x, y = tuple(variable.shape), call.inputs[0], call.output
+    if any(None in tensor for tensor in (x, y)):
+        raise _Unknown(f"the shapes in {layer.name} are not known")
+    if isinstance(layer, _TRANSPOSED):
+        return _points(layer, x)
+    if hasattr(layer, "kernel_size"):
+        return _points(layer, y)
+    if isinstance(layer, layers.EinsumDense):
+        inputs, kernel = re.split(",|->", layer.equation.replace(" ", ""))[:2]
+        applied = (n for letter, n in zip(kernel, shape) if letter in inputs)
+        return math.prod(x) // math.prod(applied)
+    if isinstance(layer, layers.Embedding):
+        return _reversed_places(layer, variable, x, y)
+    if _TABLES.search(variable.name):
+        return 0
+    for tensor in call.inputs:
+        if len(shape) == 2 and tensor[-1:] == shape[:1]:
+            return math.prod(tensor[:-1])
+    raise _Unknown(f"what {type(layer).__name__} does with {variable.path} is not known")
+
+
+def _points(layer, shape: Shape) -> int:
+    """Points in time or space of a convolution's input or output, over the batch."""
+    first = getattr(layer, "data_format", None) == "channels_first"
+    return math.prod(shape[:1] + shape[2:] if first else shape[:-1])
+
+
+def _reversed_places(layer, variable, x: Shape, y: Shape) -> int:
+    """An embedding looks up, at no cost, or goes back from vectors to scores of tokens."""
+    if len(y) > len(x):
+        return 0
+    tied = getattr(layer, "tie_weights", True)
+    return math.prod(x[:-1]) if tied or variable.name == "reverse_embeddings" else 0

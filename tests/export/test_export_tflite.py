@@ -1,0 +1,513 @@
+"""The whole way: a Keras model to a file that was run and compared, or to nothing at all."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from ai_edge_litert.interpreter import Interpreter
+from keras import layers
+
+import keras_dst
+from keras_dst.export import ExportError, ExportReport, encode, export_tflite, pipeline
+from keras_dst.export.convert import to_tflite
+from keras_dst.surgery import is_sparse
+
+from .graphs import AUTO, BUILTIN, fully_connected, ops, sparse_values
+
+on_tensorflow = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="this backend converts in a second Python, which takes 10 s: see the tests that do",
+)
+
+
+def prune(model, density, block=1):
+    """Zeros in every kernel of a model, in blocks along the axis that comes last in the file."""
+    for layer in model.layers:
+        layer.set_weights([pruned(w, layer, density, block) for w in layer.get_weights()])
+    return model
+
+
+def pruned(weight, layer, density, block):
+    if weight.ndim < 2:
+        return weight
+    inputs_last = isinstance(layer, layers.DepthwiseConv2D | layers.Conv2DTranspose)
+    values = weight if inputs_last else np.swapaxes(weight, -1, -2)
+    size = block if values.shape[-1] % block == 0 else 1
+    values = values * (sparse_values(values.shape, density, size) != 0)
+    return values if inputs_last else np.swapaxes(values, -1, -2)
+
+
+def lenet_300_100():
+    return keras.Sequential(
+        [
+            keras.Input((28, 28)),
+            layers.Flatten(),
+            layers.Dense(300, "relu"),
+            layers.Dense(100, "relu"),
+            layers.Dense(10, "softmax"),
+        ]
+    )
+
+
+def residual():
+    """Convolutions with batch normalisation, a residual branch, and two outputs by name."""
+    x = keras.Input((16, 16, 3))
+    y = layers.Conv2D(32, 3, padding="same", use_bias=False)(x)
+    y = layers.BatchNormalization()(y)
+    stem = layers.ReLU()(y)
+    y = layers.DepthwiseConv2D(3, padding="same", name="depthwise")(stem)
+    y = layers.Conv2D(32, 3, padding="same")(y)
+    y = layers.BatchNormalization()(y)
+    y = layers.ReLU()(layers.Add()([stem, y]))
+    up = layers.Conv2DTranspose(16, 3, strides=2)(y)
+    y = layers.Dropout(0.5)(layers.GlobalAveragePooling2D()(y))
+    return keras.Model(x, {"maps": up, "classes": layers.Dense(10, name="head")(y)})
+
+
+def two_by_two():
+    left, right = keras.Input((40,), name="right_name"), keras.Input((24,), name="a_name")
+    shared = layers.Dense(64, "relu")
+    both = layers.Add()([shared(layers.Dense(24)(left)), shared(right)])
+    return keras.Model([left, right], [layers.Dense(32)(both), layers.Dense(48)(both)])
+
+
+def check(report, model, path):
+    """Everything that must hold of every exported file, found out anew."""
+    content = path.read_bytes()
+    assert isinstance(report, ExportReport)
+    assert (report.path, report.bytes) == (path, len(content))
+    assert report.bytes <= report.dense_bytes
+    assert report.gzip_bytes == len(gzip.compress(content, 9))
+    assert report.max_error <= 1e-4
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    for tensor in report.tensors:
+        assert (tensor.encoding == "dense") == bool(tensor.reason)
+        assert tensor.bytes <= tensor.dense_bytes
+    for resolver in (AUTO, BUILTIN):
+        interpreter = Interpreter(model_content=content, experimental_op_resolver_type=resolver)
+        runner = interpreter.get_signature_runner()
+        assert len(runner.get_output_details()) == len(model.outputs)
+
+
+def encodings(report):
+    return sorted(tensor.encoding for tensor in report.tensors)
+
+
+@on_tensorflow
+@pytest.mark.parametrize(
+    ("density", "block", "expected"),
+    [
+        (0.05, 1, ["csr", "csr", "csr"]),
+        (0.05, 4, ["1x4", "1x4", "1x4"]),
+        (0.3, 1, ["csr+densify", "csr+densify", "csr+densify"]),
+        (1.0, 1, ["dense", "dense", "dense"]),
+        (0.0, 1, ["csr", "csr", "csr"]),
+    ],
+)
+def test_mlp(tmp_path, density, block, expected):
+    model = prune(lenet_300_100(), density, block)
+    path = tmp_path / "model.tflite"
+    report = export_tflite(model, path)
+    check(report, model, path)
+    assert encodings(report) == expected
+    # 4 bytes a value and 1 or 2 an index, a 1x4 block sharing one index, and some metadata.
+    per_weight = {"csr": 6, "1x4": 4.5, "csr+densify": 6, "dense": 4}[expected[0]]
+    assert report.bytes < report.dense_bytes * density * per_weight / 4 + 8000
+
+
+@on_tensorflow
+@pytest.mark.parametrize(("block", "expected"), [(1, "csr+densify"), (4, "1x4+densify")])
+def test_residual_network_with_named_outputs(tmp_path, block, expected):
+    model = prune(residual(), 0.3, block)
+    path = tmp_path / "model.tflite"
+    report = export_tflite(model, path)
+    check(report, model, path)
+    by_op = {tensor.op: tensor.encoding for tensor in report.tensors if tensor.shape[-1] == 32}
+    assert by_op["CONV_2D"] == by_op["TRANSPOSE_CONV"] == expected
+    assert report.bytes < report.dense_bytes / 2
+
+
+@on_tensorflow
+@pytest.mark.parametrize("given", [None, list, dict])
+def test_several_inputs_and_outputs(tmp_path, given):
+    model = prune(two_by_two(), 0.08)
+    arrays = [np.ones((5, 40), np.float32), np.ones((5, 24), np.float32)]
+    inputs = given and (arrays if given is list else {"right_name": arrays[0], "a_name": arrays[1]})
+    path = tmp_path / "model.tflite"
+    report = export_tflite(model, path, inputs=inputs)
+    check(report, model, path)
+    assert encodings(report) == ["csr"] * 4
+
+
+@on_tensorflow
+def test_inputs_by_name(tmp_path):
+    x = {"ids": keras.Input((6,), dtype="int32", name="ids"), "b": keras.Input((6,), name="b")}
+    y = layers.Flatten()(layers.Embedding(16, 8)(x["ids"]))
+    model = prune(keras.Model(x, {"y": layers.Concatenate()([layers.Dense(64)(y), x["b"]])}), 0.1)
+    path = tmp_path / "model.tflite"
+    report = export_tflite(model, path)
+    check(report, model, path)
+    reasons = {tensor.op: tensor.reason for tensor in report.tensors}
+    assert reasons == {"GATHER": "read by GATHER, which has no sparse form", "FULLY_CONNECTED": ""}
+
+
+@on_tensorflow
+def test_302_inputs_are_not_cut_to_300(tmp_path):
+    model = prune(keras.Sequential([keras.Input((302,)), layers.Dense(64)]), 0.1)
+    path = tmp_path / "model.tflite"
+    report = export_tflite(model, path)
+    check(report, model, path)
+    assert encodings(report) == ["csr"]
+    content, x = path.read_bytes(), np.zeros((1, 302), np.float32)
+    x[0, 300:] = 1
+    kernel, bias = model.layers[0].get_weights()
+    kernel[300:] = [[3.0], [5.0]]
+    model.layers[0].set_weights([kernel, bias])
+    export_tflite(model, path)
+    runner = Interpreter(model_content=path.read_bytes()).get_signature_runner()
+    (name,) = runner.get_input_details()
+    np.testing.assert_allclose(runner(**{name: x})["output_0"], np.full((1, 64), 8.0), rtol=1e-6)
+    assert path.read_bytes() != content
+
+
+@on_tensorflow
+@pytest.mark.parametrize(("density", "form"), [(0.08, "csr"), (0.3, "csr+densify")])
+def test_sequences_and_recurrence(tmp_path, density, form):
+    """FULLY_CONNECTED over rank 3 inputs, and weights inside the body of a WHILE op."""
+    x = keras.Input(batch_shape=(2, 5, 32))
+    y = layers.LSTM(32, return_sequences=True)(layers.Dense(32)(x))
+    model = prune(keras.Model(x, y), density)
+    path = tmp_path / "model.tflite"
+    report = export_tflite(model, path)
+    check(report, model, path)
+    assert {tensor.encoding for tensor in report.tensors if tensor.op == "FULLY_CONNECTED"} == {
+        form
+    }
+
+
+@on_tensorflow
+def test_attention_leaves_the_product_of_two_computed_tensors_alone(tmp_path):
+    x = keras.Input((7, 32))
+    model = keras.Model(x, layers.MultiHeadAttention(2, 16)(x, x))
+    for layer in model.layers[1]._flatten_layers(include_self=False):
+        layer.set_weights([w * (sparse_values(w.shape, 0.08) != 0) for w in layer.get_weights()])
+    path = tmp_path / "model.tflite"
+    report = export_tflite(model, path)
+    check(report, model, path)
+    assert encodings(report) == ["csr"] * 4
+
+
+@on_tensorflow
+def test_a_sequential_model_built_by_its_data_gets_an_open_batch(tmp_path):
+    model = keras.Sequential([layers.Dense(4)])
+    model(np.ones((7, 3), np.float32))
+    path = tmp_path / "model.tflite"
+    check(export_tflite(model, path), model, path)
+    (detail,) = Interpreter(str(path)).get_signature_runner().get_input_details().values()
+    assert detail["shape_signature"].tolist() == [-1, 3]
+
+
+@on_tensorflow
+def test_a_functional_model_keeps_its_fixed_batch(tmp_path):
+    x = keras.Input(batch_shape=(2, 3))
+    path = tmp_path / "model.tflite"
+    export_tflite(keras.Model(x, layers.Dense(4)(x)), path)
+    (detail,) = Interpreter(str(path)).get_signature_runner().get_input_details().values()
+    assert detail["shape_signature"].tolist() == [2, 3]
+
+
+@on_tensorflow
+def test_a_subclassed_model(tmp_path):
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(64)
+
+        def call(self, x):
+            return self.dense(x)
+
+    model = Net()
+    model(np.ones((2, 32), np.float32))
+    kernel, bias = model.dense.get_weights()
+    model.dense.set_weights([kernel * (sparse_values(kernel.shape, 0.1) != 0), bias])
+    report = export_tflite(model, tmp_path / "model.tflite")
+    assert encodings(report) == ["csr"]
+
+
+@on_tensorflow
+def test_converting_prints_nothing(capfd):
+    to_tflite(lenet_300_100())
+    assert capfd.readouterr() == ("", "")
+
+
+@on_tensorflow
+@pytest.mark.parametrize(
+    ("model", "fix"),
+    [
+        (lambda: keras.Sequential([keras.Input((5, 4)), layers.LSTM(3)]), "unroll=True"),
+        (
+            lambda: keras.Sequential([keras.Input((4,)), layers.Dense(3, dtype="mixed_float16")]),
+            r"set_dtype_policy\('float32'\)",
+        ),
+    ],
+    ids=["LSTM", "mixed_float16"],
+)
+def test_what_cannot_be_converted_says_why(tmp_path, model, fix):
+    with pytest.raises(ExportError, match=f"could not be converted(.|\n)*Fix: .*{fix}"):
+        export_tflite(model(), tmp_path / "model.tflite")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sparse_model_is_stripped_in_a_copy(tmp_path):
+    """On every backend: on JAX and PyTorch this is the way through a second Python."""
+    image, extra = keras.Input((16, 16, 3)), keras.Input((8,))
+    y = layers.Conv2D(32, 3, padding="same", use_bias=False)(image)
+    y = layers.ReLU()(layers.BatchNormalization()(y))
+    y = layers.Add()([y, layers.Conv2D(32, 3, padding="same")(y)])
+    y = layers.Dropout(0.5)(layers.GlobalAveragePooling2D()(y))
+    y = layers.Concatenate()([y, extra])
+    model = keras.Model([extra, image], {"b": layers.Dense(32)(y), "a": layers.Dense(64)(y)})
+    keras_dst.sparsify(model, keras_dst.methods.DST())
+    for variable in model.trainable_variables:
+        if "threshold" in variable.path:
+            variable.assign(np.full(variable.shape, 0.1))
+    before = {layer.name: type(layer) for layer in model.layers}
+    weights = model.get_weights()
+    rng = np.random.default_rng(0)
+    x = [rng.standard_normal((6, *shape)).astype(np.float32) for shape in ((8,), (16, 16, 3))]
+    path = tmp_path / "model.tflite"
+    report = export_tflite(model, path, inputs=x)
+    check(report, model, path)
+    # Glorot's initial weights: most are below 0.1 in the big kernel, half in the heads.
+    forms = {tensor.shape: (tensor.encoding, tensor.density < 0.7) for tensor in report.tensors}
+    assert forms[32, 3, 3, 32] == forms[32, 40] == forms[64, 40] == ("csr+densify", True)
+    assert is_sparse(model)
+    assert {layer.name: type(layer) for layer in model.layers} == before
+    for old, new in zip(weights, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+class NotRegistered(layers.Dense):
+    """A class that no other Python can find."""
+
+
+def test_an_unregistered_class_in_a_copy_says_how_to_register_it(tmp_path):
+    model = keras.Sequential([keras.Input((8,)), NotRegistered(4), layers.Dense(4)])
+    keras_dst.sparsify(model, keras_dst.methods.DST(), filters="dense.*")
+    with pytest.raises(ExportError, match=r"'NotRegistered'(.|\n)*register_keras_serializable"):
+        export_tflite(model, tmp_path / "model.tflite")
+    assert list(tmp_path.iterdir()) == []
+
+
+# From here on no model is converted: `converted` stands in for TensorFlow.
+
+WEIGHT = sparse_values((64, 32), 0.1)
+
+
+@pytest.fixture
+def model():
+    x = keras.Input((32,), name="x")
+    layer = layers.Dense(64, use_bias=False)
+    model = keras.Model(x, layer(x))
+    layer.set_weights([WEIGHT.T])
+    return model
+
+
+@pytest.fixture
+def converted(monkeypatch):
+    """Makes conversions give the file of this weight."""
+
+    def convert_to(weight):
+        content = fully_connected(weight, name="dense/MatMul")
+        monkeypatch.setattr(pipeline, "to_tflite", lambda model: content)
+        return content
+
+    convert_to(WEIGHT)
+    return convert_to
+
+
+@pytest.fixture
+def path(tmp_path):
+    """A path at which an older file lies, which a failure must leave alone."""
+    path = tmp_path / "model.tflite"
+    path.write_bytes(b"older")
+    return path
+
+
+def is_untouched(path):
+    return [entry.name for entry in path.parent.iterdir()] == [path.name] and (
+        path.read_bytes() == b"older"
+    )
+
+
+def test_report(model, converted, path):
+    dense = converted(WEIGHT)
+    report = export_tflite(model, str(path))
+    check(report, model, path)
+    (tensor,) = report.tensors
+    assert (report.dense_bytes, report.bytes) == (len(dense), path.stat().st_size)
+    assert (tensor.name, tensor.op, tensor.shape) == ("dense/MatMul", "FULLY_CONNECTED", (64, 32))
+    assert (tensor.encoding, tensor.reason) == ("csr", "")
+    assert tensor.density == np.count_nonzero(WEIGHT) / WEIGHT.size
+    assert tensor.dense_bytes == WEIGHT.nbytes
+
+    plain = report.to_dict()
+    assert json.loads(json.dumps(plain)) == {
+        **plain,
+        "tensors": [{**plain["tensors"][0], "shape": [64, 32]}],
+    }
+    assert plain["path"] == str(path)
+
+    *table, last = str(report).splitlines()
+    assert last.startswith(f"model.tflite: {report.bytes:,} bytes (")
+    assert f"({report.bytes / report.dense_bytes:.2f}x of dense, gzip 0." in last
+    assert last.endswith(f"max error {report.max_error:.0e}")
+    cells = [cell.strip() for cell in table[-1].strip("|").split("|")]
+    assert cells[:5] == ["dense/MatMul", "FULLY_CONNECTED", "64x32", f"{tensor.density:.1%}", "csr"]
+    assert "\x1b" not in str(report)
+
+
+def test_report_of_a_dense_model_gives_reasons(converted, tmp_path):
+    x = keras.Input((32,), name="x")
+    layer = layers.Dense(64, use_bias=False)
+    model = keras.Model(x, layer(x))
+    converted(layer.get_weights()[0].T.copy())
+    path = tmp_path / "model.tflite"
+    report = export_tflite(model, path)
+    check(report, model, path)
+    assert report.bytes == report.dense_bytes
+    assert "is no smaller" in str(report)
+
+
+def test_a_conversion_that_already_differs(model, converted, path):
+    wrong = WEIGHT.copy()
+    wrong[0, 0] += 1
+    converted(wrong)
+    with pytest.raises(ExportError, match="The dense conversion by TensorFlow already differs"):
+        export_tflite(model, path)
+    assert is_untouched(path)
+    export_tflite(model, path, tolerance=1.0)
+    assert not is_untouched(path)
+
+
+def test_a_wrong_sparse_weight_is_named(model, converted, path, monkeypatch):
+    pack = encode.pack
+
+    def wrong(values, block):
+        sparsity, stored = pack(values, block)
+        return sparsity, stored[::-1].copy()
+
+    monkeypatch.setattr(encode, "pack", wrong)
+    with pytest.raises(ExportError, match=r"at fault: 'dense/MatMul' \(FULLY_CONNECTED, csr"):
+        export_tflite(model, path)
+    assert is_untouched(path)
+
+
+def test_a_file_that_is_wrong_only_as_a_whole(model, converted, path, monkeypatch):
+    whole = fully_connected(WEIGHT * 2)
+    calls = iter([whole])
+    encoded = pipeline._encoded
+    monkeypatch.setattr(pipeline, "_encoded", lambda *args: next(calls, None) or encoded(*args))
+    with pytest.raises(ExportError, match="so does every sparse weight alone"):
+        export_tflite(model, path)
+    assert is_untouched(path)
+
+
+@pytest.mark.parametrize("failing", ["os.replace", "os.fsync"])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_nothing_is_left_half_written(model, converted, path, monkeypatch, failing, error):
+    def fail(*_):
+        assert len(list(path.parent.iterdir())) == 2  # the older file, and ours not yet named
+        raise error
+
+    monkeypatch.setattr(failing, fail)
+    with pytest.raises(type(error)):
+        export_tflite(model, path)
+    assert is_untouched(path)
+
+
+def test_a_new_file_has_the_usual_permissions(model, converted, path):
+    (path.parent / "other").touch()
+    export_tflite(model, path)
+    assert path.stat().st_mode == (path.parent / "other").stat().st_mode
+
+
+@pytest.fixture
+def never_converted(monkeypatch):
+    def fail(model):
+        raise AssertionError("converted before the arguments were checked")
+
+    monkeypatch.setattr(pipeline, "to_tflite", fail)
+
+
+class Net(keras.Model):
+    def call(self, x):
+        return x
+
+
+TfKerasModel = type("Model", (), {"__module__": "tf_keras.src.engine.training"})
+TorchModule = type("Linear", (), {"__module__": "torch.nn.modules.linear"})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("model.keras", r"Received: builtins.str.*keras.saving.load_model\(path\)"),
+        (layers.Dense(3, name="d"), r"Received: the layer 'd' \(Dense\). Fix: keras.Sequential"),
+        (TfKerasModel(), "Keras 2 model"),
+        (TorchModule(), "torch module"),
+        (3, "Received: builtins.int"),
+    ],
+)
+def test_what_is_not_a_model(never_converted, tmp_path, wrong, message):
+    with pytest.raises(TypeError, match=message):
+        export_tflite(wrong, tmp_path / "model.tflite")
+
+
+@pytest.mark.parametrize("unbuilt", [keras.Sequential([layers.Dense(3)]), Net()])
+def test_an_unbuilt_model(never_converted, tmp_path, unbuilt):
+    with pytest.raises(ValueError, match="call it once on data"):
+        export_tflite(unbuilt, tmp_path / "model.tflite")
+
+
+@pytest.mark.parametrize("tolerance", [-1e-6, float("nan"), float("inf")])
+def test_a_tolerance_that_means_nothing(never_converted, model, tmp_path, tolerance):
+    with pytest.raises(ValueError, match="Expected a finite tolerance"):
+        export_tflite(model, tmp_path / "model.tflite", tolerance=tolerance)
+
+
+def test_paths_that_cannot_be_written(never_converted, model, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"Fix: create .*missing"):
+        export_tflite(model, tmp_path / "missing" / "model.tflite")
+    with pytest.raises(IsADirectoryError, match="Received: the folder"):
+        export_tflite(model, tmp_path)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(PermissionError, match="Fix: allow writing in"):
+        export_tflite(model, tmp_path / "model.tflite")
+
+
+@pytest.mark.parametrize("package", ["tensorflow", "ai_edge_litert", "flatbuffers"])
+def test_missing_packages(never_converted, model, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"needs {package}. Fix: pip .* keras_dst\[export\]"):
+        export_tflite(model, tmp_path / "model.tflite")
+
+
+def test_importing_keras_dst_needs_none_of_them():
+    packages = ["ai_edge_litert"]
+    if keras.backend.backend() != "tensorflow":  # which needs flatbuffers itself
+        packages += ["flatbuffers", "tensorflow"]
+    blocked = "".join(f"sys.modules[{package!r}] = None; " for package in packages)
+    code = f"import sys; {blocked}import keras_dst.export; keras_dst.export.export_tflite"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_ops_of_an_exported_file(model, converted, path):
+    export_tflite(model, path)
+    assert ops(encode.read(path.read_bytes())) == [("FULLY_CONNECTED", 8)]

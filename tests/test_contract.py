@@ -1,0 +1,250 @@
+"""What every method must do. A method joins by one line in METHODS."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+
+import keras_dst
+from keras_dst import methods, schedules
+from keras_dst.callbacks import SparseTraining
+from keras_dst.methods import LayerMethod
+from tests import models
+
+# A hundred steps are too few for a controller; that it says so is tested in test_callbacks.py.
+pytestmark = pytest.mark.filterwarnings("ignore:.*training had reached sparsity:UserWarning")
+
+# name: (method, sparsity it must end with or None, allowed difference)
+METHODS = {
+    "dst": (methods.DST(), None, None),
+    "dst-target": (methods.DST(target_sparsity=0.8), 0.8, 0.01),
+    "dst-target-1x4": (methods.DST(target_sparsity=0.8, pattern="1x4"), 0.8, 0.01),
+    "dst-target-layer": (methods.DST(target_sparsity=0.5, granularity="layer"), 0.5, 0.01),
+    "magnitude": (methods.Magnitude(0.8), 0.8, 0.001),
+    "magnitude-uniform": (methods.Magnitude(0.8, allocation="uniform"), 0.8, 0.001),
+    "magnitude-erk": (methods.Magnitude(0.8, allocation="erk"), 0.8, 0.001),
+    "magnitude-revival": (methods.Magnitude(0.8, revival=True), 0.8, 0.001),
+    "magnitude-1x4": (methods.Magnitude(0.8, pattern="1x4"), 0.8, 0.002),
+    "magnitude-2:4": (methods.Magnitude(0.5, pattern="2:4"), 0.5, 0.001),
+    "magnitude-channel": (methods.Magnitude(0.5, pattern="channel"), 0.5, 0.02),
+}
+
+x = np.random.default_rng(0).standard_normal((256, 24)).astype("float32")
+y = (x @ np.random.default_rng(1).standard_normal((24, 4))).argmax(1)
+BATCH, EPOCHS = 16, 6
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return METHODS[request.param]
+
+
+@pytest.fixture(params=["dst-target", "magnitude", "magnitude-revival"])
+def one_of_each(request):
+    """One method of each kind, where pattern and allocation cannot matter."""
+    return METHODS[request.param]
+
+
+def build(method, inner=None, **compile_arguments):
+    """A small net under a method, compiled."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((24,)),
+            keras.layers.Dense(48, use_bias=False),
+            keras.layers.BatchNormalization(),
+            keras.layers.ReLU(),
+            keras.layers.Dense(32, "relu"),
+            keras.layers.Dense(4, "softmax"),
+        ]
+    )
+    optimizer = inner or keras.optimizers.SGD(0.05, momentum=0.9)
+    if isinstance(method, LayerMethod):
+        keras_dst.sparsify(model, method)
+    else:
+        optimizer = keras_dst.SparseOptimizer(optimizer, method)
+    return models.compiled(model, optimizer, metrics=["accuracy"], **compile_arguments)
+
+
+def fit(model, epochs=EPOCHS, driver=None, **kwargs):
+    driver = driver or SparseTraining()
+    return model.fit(
+        x,
+        y,
+        batch_size=BATCH,
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
+        callbacks=[driver],
+        **kwargs,
+    )
+
+
+def sparsity(model):
+    kernels = [v.numpy() for v in keras_dst.strip(model).variables if v.path.endswith("/kernel")]
+    return 1 - sum(np.count_nonzero(k) for k in kernels) / sum(k.size for k in kernels)
+
+
+def check_target(model, method):
+    _, target, tolerance = method
+    reached = sparsity(model)
+    if target is not None:
+        assert reached == pytest.approx(target, abs=tolerance)
+    return reached
+
+
+def test_config_round_trip(method):
+    method = method[0]
+    copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(method))
+    assert copy == method
+    assert copy.get_config() == method.get_config()
+    assert repr(copy) == repr(method)
+
+
+def test_target_log_second_fit_and_strip(method):
+    model = build(method[0])
+    history = fit(model)
+    assert history.history["loss"][-1] < history.history["loss"][0]
+    assert history.history["accuracy"][-1] > 0.6
+    logged = history.history["sparsity"]
+    assert len(logged) == EPOCHS
+
+    if method[1] is not None:  # the schedule is done: a second fit holds its end
+        again = fit(model, 2).history["sparsity"]
+        np.testing.assert_allclose(again[-1], logged[-1], atol=method[2])
+        logged = again
+
+    before = model.predict(x, verbose=0)
+    assert logged[-1] == pytest.approx(check_target(model, method), abs=1e-6)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), before)
+    assert type(model.optimizer) is keras.optimizers.SGD
+    assert not any(type(z).__module__.startswith("keras_dst") for z in model._flatten_layers())
+
+
+def test_saved_and_resumed_equals_uninterrupted(method, tmp_path):
+    whole = build(method[0])
+    fit(whole, EPOCHS)
+
+    interrupted = build(method[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ended before the schedule did
+        interrupted.fit(
+            x, y, batch_size=BATCH, epochs=EPOCHS, shuffle=False, verbose=0,
+            callbacks=[SparseTraining(), StopAfter(2)],
+        )  # fmt: skip
+    interrupted.save(tmp_path / "model.keras")
+    resumed = keras.saving.load_model(tmp_path / "model.keras")
+    fit(resumed, EPOCHS, initial_epoch=3)
+    for a, b in zip(whole.variables, resumed.variables):
+        np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
+    for a, b in zip(whole.optimizer.variables, resumed.optimizer.variables):
+        np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
+
+
+class StopAfter(keras.callbacks.Callback):
+    def __init__(self, epoch):
+        super().__init__()
+        self.epoch = epoch
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.stop_training = epoch == self.epoch
+
+
+@pytest.mark.parametrize("name", ["dst-target", "magnitude"])
+def test_a_schedule_over_two_fits(name):
+    method = METHODS[name]
+    model = build(method[0])
+    fit(model, 3, SparseTraining(epochs=EPOCHS))
+    middle = model.optimizer.iterations
+    assert int(middle) == 3 * len(x) // BATCH
+    fit(model, 3, SparseTraining(epochs=EPOCHS))
+    check_target(model, method)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision(one_of_each, policy):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = build(one_of_each[0], keras.optimizers.SGD(0.05, momentum=0.9))
+        history = fit(model)
+    finally:
+        keras.config.set_dtype_policy(before)
+    assert np.isfinite(history.history["loss"]).all()
+    predicted = model.predict(x, verbose=0)
+    check_target(model, one_of_each)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), predicted)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda: keras.optimizers.Adam(0.01, weight_decay=0.01),
+        lambda: keras.optimizers.SGD(0.05, momentum=0.9, gradient_accumulation_steps=2),
+        lambda: keras.optimizers.SGD(0.05, momentum=0.9, use_ema=True, ema_momentum=0.9),
+        lambda: keras.optimizers.Adam(0.01, global_clipnorm=1.0),
+    ],
+    ids=["adam-decay", "accumulation", "ema", "clipnorm"],
+)
+def test_any_inner_optimiser(one_of_each, inner):
+    model = build(one_of_each[0], inner())
+    history = fit(model)
+    assert np.isfinite(history.history["loss"]).all()
+    check_target(model, one_of_each)
+
+
+@pytest.mark.parametrize(
+    "compile_arguments",
+    [{"run_eagerly": True}, {"steps_per_execution": 4}, {"jit_compile": True}],
+    ids=str,
+)
+def test_every_way_to_compile(one_of_each, compile_arguments):
+    if keras.backend.backend() == "torch" and compile_arguments.get("jit_compile"):
+        pytest.skip("torch.compile needs a C++ toolchain at run time; not what is tested here")
+    model = build(one_of_each[0], **compile_arguments)
+    fit(model)
+    check_target(model, one_of_each)
+
+
+def test_weights_pruned_for_good_stay_zero_in_every_step():
+    model = build(methods.Magnitude(0.8))
+    wrapper = model.optimizer
+    pruned = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            for kernel, state in zip(self.model.optimizer.kernels, wrapper.states):
+                mask = state["mask"].numpy()
+                assert not np.any(kernel.numpy()[~mask])
+                pruned.append((~mask).sum())
+
+    model.fit(x, y, batch_size=BATCH, epochs=3, verbose=0, callbacks=[SparseTraining(), Watch()])
+    assert max(pruned) > 100
+
+
+def test_the_compiled_step_is_traced_once(one_of_each, monkeypatch):
+    model = build(one_of_each[0])
+    traces = []
+    original = model.compute_loss
+
+    def counting(*args, **kwargs):
+        traces.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(model, "compute_loss", counting)
+    fit(model, 2)
+    after_two = len(traces)
+    fit(model, 2)
+    if keras.backend.backend() == "torch":
+        assert len(traces) >= 4 * len(x) // BATCH  # eager: one call per step, nothing to trace
+    else:
+        assert len(traces) - after_two <= 1  # Keras's own symbolic call, and no new trace
+        assert after_two <= 3
+
+
+def test_a_schedule_object_instead_of_a_number():
+    method = methods.Magnitude(schedules.Constant(0.7))
+    model = build(method)
+    history = fit(model, 2)
+    np.testing.assert_allclose(history.history["sparsity"], 0.7, atol=1e-3)

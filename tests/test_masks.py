@@ -1,0 +1,573 @@
+"""Masks against plain NumPy: steps, patterns, rankings; the same bits on every backend."""
+
+import functools
+import math
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from keras import ops
+
+from keras_dst import masks
+from keras_dst.compiled import compiled
+from keras_dst.masks import KERNEL, Layout, Pattern
+from tests.gradients import gradients
+
+TORCH = keras.backend.backend() == "torch"
+DEPTHWISE = Layout(outputs=(-2, -1), inputs=())
+TRANSPOSED = Layout(outputs=(-2,), inputs=(-1,))
+EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+INF, NAN = math.inf, math.nan
+
+# To be deleted with the xfail of `test_pool_warns_of_nothing`.
+pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
+
+
+def tensor(values, dtype="float32"):
+    return ops.convert_to_tensor(np.asarray(values, "float32"), dtype=dtype)
+
+
+def array(x):
+    """A tensor as float64, exactly."""
+    return ops.convert_to_numpy(ops.cast(x, "float32")).astype("float64")
+
+
+def random(*shape, seed=0):
+    return np.random.RandomState(seed).uniform(-1, 1, shape).astype("float32")
+
+
+# -- step and straight-through product -----------------------------------------------------------
+
+# x: (step, derivative), arXiv 2005.06870.  2 |  /\        2 - 4|x| up to 0.4, then 0.4 up to 1
+#                                              | /  \
+#                                              |/____\_
+STEP = [
+    (0.0, 0, 2.0),
+    (0.1, 1, 1.6),
+    (-0.1, 0, 1.6),
+    (0.2, 1, 1.2),
+    (-0.2, 0, 1.2),
+    (0.4, 1, 0.4),
+    (-0.4, 0, 0.4),
+    (0.41, 1, 0.4),
+    (-0.41, 0, 0.4),
+    (0.75, 1, 0.4),
+    (1.0, 1, 0.4),
+    (-1.0, 0, 0.4),
+    (1.01, 1, 0.0),
+    (-1.01, 0, 0.0),
+    (3.0, 1, 0.0),
+    (-3.0, 0, 0.0),
+]
+
+
+@pytest.mark.parametrize("dtype", EPSILON)
+def test_step(dtype):
+    x, value, _ = zip(*STEP)
+    result = masks.step(tensor(x, dtype))
+    assert keras.backend.standardize_dtype(result.dtype) == dtype
+    np.testing.assert_array_equal(array(result), value)
+
+
+@pytest.mark.parametrize("dtype", EPSILON)
+def test_step_derivative(dtype):
+    x = tensor([x for x, _, _ in STEP], dtype)
+    slope = np.array([slope for _, _, slope in STEP])
+    upstream = np.resize([1.0, -0.5, 4.0], len(STEP))
+    (found,) = gradients(masks.step, [x], tensor(upstream, dtype))
+    # An x rounded by eps/2 of itself moves 2 - 4|x| by 2|x| eps.
+    allowed = np.abs(upstream) * EPSILON[dtype] * (2 * np.abs(array(x)) + 1) * (slope > 0)
+    assert (np.abs(found - upstream * slope) <= allowed).all(), (found, upstream * slope)
+
+
+@pytest.mark.parametrize("dtype", EPSILON)
+def test_step_ends_just_beyond_one(dtype):
+    beyond = 1 + EPSILON[dtype]
+    x = tensor([-beyond, -1, 1, beyond], dtype)
+    (found,) = gradients(masks.step, [x], tensor([1, 1, 1, 1], dtype))
+    np.testing.assert_allclose(found, [0, 0.4, 0.4, 0], rtol=EPSILON[dtype], atol=0)
+
+
+@pytest.mark.parametrize("dtype", EPSILON)
+def test_step_of_the_smallest_numbers(dtype):
+    small = 2.0**-14
+    np.testing.assert_array_equal(array(masks.step(tensor([-small, 0, small], dtype))), [0, 0, 1])
+
+
+def test_step_of_nan_hands_back_nothing():
+    x = tensor([NAN, 0.2])
+    np.testing.assert_array_equal(array(masks.step(x)), [0, 1])
+    (found,) = gradients(masks.step, [x], tensor([1, 1]))
+    np.testing.assert_allclose(found, [0, 1.2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", EPSILON)
+def test_straight_through_product(dtype):
+    w, scores, g = (tensor(random(3, 4, seed=seed), dtype) for seed in range(3))
+    mask = tensor(random(3, 4, seed=3) > 0, dtype)
+    result = masks.straight_through_product(w, scores, mask)
+    assert keras.backend.standardize_dtype(result.dtype) == dtype
+    np.testing.assert_array_equal(array(result), array(w) * array(mask))
+
+    to_w, to_scores, to_mask = gradients(masks.straight_through_product, [w, scores, mask], g)
+    np.testing.assert_array_equal(to_w, array(g) * array(mask))
+    np.testing.assert_allclose(to_scores, array(g) * array(w), rtol=EPSILON[dtype])
+    np.testing.assert_array_equal(to_mask, np.zeros((3, 4)))
+
+
+# -- patterns ------------------------------------------------------------------------------------
+
+# pattern, shape of the weight, layout, block
+BLOCKS = [
+    ("unstructured", (8, 6), KERNEL, (1, 1)),
+    ("1x1", (8, 6), KERNEL, (1, 1)),
+    ("2:4", (8, 6), KERNEL, (1, 1)),
+    ("1x4", (8, 6), KERNEL, (4, 1)),
+    ("4x1", (8, 6), KERNEL, (1, 4)),
+    ("2x2", (8, 6), KERNEL, (2, 2)),
+    ("2x3", (8, 6), KERNEL, (3, 2)),
+    ("channel", (8, 6), KERNEL, (8, 1)),
+    ("1x4", (6, 5), KERNEL, (4, 1)),  # partial blocks
+    ("4x1", (6, 5), KERNEL, (1, 4)),
+    ("2x4", (7, 5), KERNEL, (4, 2)),
+    ("1x16", (6, 5), KERNEL, (6, 1)),  # a block longer than its axis
+    ("1x4", (3, 2, 6, 5), KERNEL, (1, 1, 4, 1)),  # convolutions
+    ("4x1", (3, 2, 6, 5), KERNEL, (1, 1, 1, 4)),
+    ("2x2", (3, 2, 6, 5), KERNEL, (1, 1, 2, 2)),
+    ("1:3", (3, 2, 6, 5), KERNEL, (1, 1, 1, 1)),
+    ("channel", (3, 2, 6, 5), KERNEL, (3, 2, 6, 1)),
+    ("1x4", (3, 6, 5), KERNEL, (1, 4, 1)),
+    ("1x4", (3, 2, 6, 5), TRANSPOSED, (1, 1, 1, 4)),
+    ("channel", (3, 2, 6, 5), TRANSPOSED, (3, 2, 1, 5)),
+    ("4x1", (3, 2, 6, 5), DEPTHWISE, (1, 1, 1, 4)),
+    ("channel", (3, 2, 6, 5), DEPTHWISE, (3, 2, 1, 1)),
+    ("unstructured", (3, 2, 6, 5), DEPTHWISE, (1, 1, 1, 1)),
+]
+
+
+def blocks_of(shape, block):
+    """Index of every block, and the slices of the weights in it."""
+    counts = [-(-n // b) for n, b in zip(shape, block)]
+    for index in np.ndindex(*counts):
+        yield index, tuple(slice(i * b, (i + 1) * b) for i, b in zip(index, block))
+
+
+@pytest.mark.parametrize(("name", "shape", "layout", "block"), BLOCKS)
+def test_pattern(name, shape, layout, block):
+    pattern = Pattern(name)
+    assert pattern.block(shape, layout) == block
+    assert pattern.grouped == (math.prod(block) > 1)
+
+    weights = random(*shape)
+    scores = array(compiled(lambda w: pattern.scores(w, layout))(tensor(weights)))
+    sizes = pattern.sizes(shape, layout)
+    assert sizes.dtype == np.int32
+    assert sizes.sum() == weights.size
+    groups = random(*scores.shape, seed=1)
+    mask = array(compiled(lambda g: pattern.expand(g, shape, layout))(tensor(groups)))
+    assert mask.shape == shape
+    for index, members in blocks_of(shape, block):
+        assert sizes[index] == weights[members].size
+        assert scores[index] == pytest.approx(weights[members].mean(dtype="float64"), abs=1e-6)
+        assert (mask[members] == groups[index]).all()
+
+
+def test_golden_blocks():
+    # A (5, 3) kernel in 1x4: 4 inputs of an output form a block, and the fifth one alone.
+    #          out 0 1 2
+    # in 0         1 0 2
+    #    1         2 0 2                means   2.5  0  2
+    #    2         3 0 2                          6 -1  0
+    #    3         4 0 2
+    #    ---------------
+    #    4         6 -1 0
+    kernel = tensor([[1, 0, 2], [2, 0, 2], [3, 0, 2], [4, 0, 2], [6, -1, 0]])
+    pattern = Pattern("1x4")
+    scores = pattern.scores(kernel)
+    np.testing.assert_array_equal(array(scores), [[2.5, 0, 2], [6, -1, 0]])
+    np.testing.assert_array_equal(pattern.sizes((5, 3)), [[4, 4, 4], [1, 1, 1]])
+
+    # 6 weights: the single 6 comes first, then the block of 2.5; the block of 2 does not fit.
+    (groups,) = masks.top_k([scores], 6, [pattern.sizes((5, 3))])
+    np.testing.assert_array_equal(array(groups), [[1, 0, 0], [1, 0, 0]])
+    np.testing.assert_array_equal(array(pattern.expand(groups, (5, 3))), [[1, 0, 0]] * 5)
+
+
+@pytest.mark.parametrize("block", [(4, 1), (1, 4), (3, 2), (5, 3), (1, 1)])
+def test_spread_reverses_pool(block):
+    groups = random(*(-(-n // b) for n, b in zip((5, 3), block)))
+    there_and_back = compiled(lambda g: masks.pool(masks.spread(g, block, (5, 3)), block))
+    np.testing.assert_allclose(array(there_and_back(tensor(groups))), groups, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float16",
+        pytest.param(
+            "bfloat16",
+            marks=pytest.mark.xfail(
+                TORCH,
+                strict=True,
+                raises=TypeError,
+                reason="pool divides a tensor by a NumPy array, which torch has no bfloat16 for",
+            ),
+        ),
+    ],
+)
+def test_pool_in_half_precision(dtype):
+    values = np.arange(12).reshape(6, 2)
+    means = array(masks.pool(tensor(values, dtype), (4, 1)))
+    np.testing.assert_array_equal(means, [[3, 4], [9, 10]])
+
+
+@pytest.mark.xfail(
+    TORCH, strict=True, reason="pool divides a tensor by a NumPy array, which torch warns of"
+)
+def test_pool_warns_of_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        masks.pool(tensor(np.ones((4, 2))), (2, 1))
+
+
+MALFORMED = [
+    "", "x", "1x", "x4", "4", "0x4", "4x0", "-1x4", "1x-4", "1x4x2", "1.5x4", "1 x 4", " 1x4",
+    "1x4\n", "1X4", "01x4", ":", "2:", ":4", "0:4", "2:0", "2:4:8", "Channel", "channels",
+    "structured", None, 4, (1, 4), ["1x4"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_pattern(name):
+    with pytest.raises(ValueError, match="pattern must be 'unstructured', blocks"):
+        Pattern(name)
+
+
+@pytest.mark.parametrize("name", ["4:4", "4:2", "1:1"])
+def test_n_of_m_that_prunes_nothing(name):
+    with pytest.raises(ValueError, match=f"N < M. Received: '{name}'"):
+        Pattern(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "missing"),
+    [
+        ("1x4", DEPTHWISE, "an input"),
+        ("2x2", DEPTHWISE, "an input"),
+        ("2:4", DEPTHWISE, "an input"),
+        ("4x1", Layout(outputs=(), inputs=(-1,)), "an output"),
+        ("2x2", Layout(outputs=(), inputs=(-1,)), "an output"),
+    ],
+)
+def test_pattern_without_its_axis(name, layout, missing):
+    with pytest.raises(ValueError, match=rf"'{name}' needs {missing} axis.*\(3, 3, 8, 2\)"):
+        Pattern(name).block((3, 3, 8, 2), layout)
+
+
+# -- top_k ---------------------------------------------------------------------------------------
+
+
+def reference_top_k(scores, kept, sizes=None):
+    """By a stable sort: the best first, ties in order, as long as their sizes fit."""
+    flat = np.concatenate([np.ravel(s) for s in scores])
+    order = np.argsort(-flat, kind="stable")
+    taken = np.ones(len(flat)) if sizes is None else np.concatenate([np.ravel(s) for s in sizes])
+    mask = np.zeros(len(flat), bool)
+    mask[order[np.cumsum(taken[order]) <= kept]] = True
+    return split(mask, [np.shape(s) for s in scores])
+
+
+def split(flat, shapes):
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    return [part.reshape(shape) for part, shape in zip(np.split(flat, ends[:-1]), shapes)]
+
+
+@functools.cache
+def compiled_top_k(shapes, sizes, xla):
+    """`top_k` of scores of these shapes, compiled, with a count that is a tensor."""
+    sizes = sizes and [np.reshape(n, shape) for n, shape in zip(sizes, shapes)]
+
+    def function(scores, kept):
+        return masks.top_k(scores, kept, sizes)
+
+    if xla and keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=True)
+    return compiled(function)
+
+
+def top_k(scores, kept, sizes=None, xla=False):
+    shapes = tuple(np.shape(s) for s in scores)
+    sizes = sizes and tuple(tuple(np.ravel(n).tolist()) for n in sizes)
+    found = compiled_top_k(shapes, sizes, xla)(
+        [tensor(s) for s in scores], ops.convert_to_tensor(kept, dtype="int32")
+    )
+    assert all(keras.backend.standardize_dtype(mask.dtype) == "bool" for mask in found)
+    return [ops.convert_to_numpy(mask) for mask in found]
+
+
+def assert_equal(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+# what, scores, kept, masks
+TOP_K = [
+    ("the highest", [[0.1, 0.3, 0.2]], 2, [[0, 1, 1]]),
+    ("over all tensors", [[1, 5], [[4, 2], [3, 6]]], 3, [[0, 1], [[1, 0], [0, 1]]]),
+    ("ties: earlier position", [[1, 2, 1, 1]], 3, [[1, 1, 1, 0]]),
+    ("ties: earlier row", [[[0, 0], [0, 0]]], 3, [[[1, 1], [1, 0]]]),
+    ("ties: earlier tensor", [[1], [2, 1], [1]], 3, [[1], [1, 1], [0]]),
+    ("ties: all equal", [[7, 7], [7, 7]], 1, [[1, 0], [0, 0]]),
+    ("ties: zeros of both signs", [[-0.0, 0.0, -0.0]], 1, [[1, 0, 0]]),
+    ("none", [[3, 1], [2]], 0, [[0, 0], [0]]),
+    ("fewer than none", [[3, 1], [2]], -1, [[0, 0], [0]]),
+    ("all", [[3, 1], [2]], 3, [[1, 1], [1]]),
+    ("more than all", [[3, 1], [2]], 9, [[1, 1], [1]]),
+    ("a single score", [[0.5]], 1, [[1]]),
+    ("a scalar among them", [2.0, [1, 3]], 2, [1, [0, 1]]),
+    ("negative scores", [[-3, -1, -2]], 2, [[0, 1, 1]]),
+    ("inf ties with the largest", [[2, 5, INF, 5]], 2, [[0, 1, 1, 0]]),
+    ("the largest ties with inf", [[5, INF]], 1, [[1, 0]]),
+    ("-inf ties with the smallest", [[1, -INF, 0, 2]], 3, [[1, 1, 0, 1]]),
+    ("nan ties with the smallest", [[1, NAN, 0, 2]], 3, [[1, 1, 0, 1]]),
+    ("nan, inf and -inf together", [[NAN, 1, INF, 2, -INF]], 3, [[1, 0, 1, 1, 0]]),
+]
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept", "expected"),
+    [case[1:] for case in TOP_K],
+    ids=[case[0] for case in TOP_K],
+)
+def test_top_k(scores, kept, expected):
+    assert_equal(top_k(scores, kept), [np.array(mask, bool) for mask in expected])
+
+
+def test_top_k_outside_a_compiled_function():
+    found = masks.top_k([tensor([0.1, 0.3]), tensor([0.2])], 2)
+    assert_equal([ops.convert_to_numpy(mask) for mask in found], [[False, True], [True]])
+
+
+@pytest.mark.xfail(strict=True, reason="without a finite score nothing is kept")
+@pytest.mark.parametrize("score", [NAN, INF, -INF])
+def test_top_k_without_a_finite_score(score):
+    assert_equal(top_k([[score] * 3], 2), [[True, True, False]])
+
+
+@pytest.mark.xfail(strict=True, reason="2 * least overflows, and the search does not start")
+def test_top_k_next_to_the_lowest_float():
+    assert_equal(top_k([[-3e38, 1, 2, 3]], 2), [[False, False, True, True]])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_top_k_of_every_float_type(dtype):
+    scores = tensor([0.5, -2, 0.25, 1, 0.25], dtype)
+    assert_equal([array(m) for m in masks.top_k([scores], 3)], [[1, 0, 1, 1, 0]])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_top_k_over_fifteen_decades(sign):
+    scores = sign * np.logspace(-12, 3, 61, dtype="float32")
+    scores = split(np.random.RandomState(0).permutation(scores), [(5, 8), (21,)])
+    for kept in range(62):
+        assert_equal(top_k(scores, kept), reference_top_k(scores, kept))
+
+
+def test_top_k_compiled_by_xla():
+    scores = [random(4, 5), random(6, seed=1)]
+    for kept in range(-1, 28):
+        assert_equal(top_k(scores, kept, xla=True), reference_top_k(scores, kept))
+
+
+def test_top_k_of_groups_stops_at_the_first_that_does_not_fit():
+    # score  9 8 7 6      kept 5: 2 + 1 fit, the next 3 do not, and the 1 after them must wait.
+    # size   2 1 3 1
+    assert_equal(top_k([[9, 8, 7, 6]], 5, [np.array([2, 1, 3, 1])]), [[1, 1, 0, 0]])
+
+
+def test_top_k_of_tied_groups():
+    assert_equal(top_k([[5, 5, 5, 9]], 6, [np.array([2, 3, 1, 1])]), [[1, 1, 0, 1]])
+
+
+SHAPES = [((1,),), ((9,),), ((3, 4), (5,)), ((2, 3, 2), (1, 1), (6,), (2, 2))]
+SIZES = {
+    shapes: [np.random.RandomState(i).randint(1, 9, shape) for i, shape in enumerate(shapes)]
+    for shapes in SHAPES
+}
+
+
+@st.composite
+def scores_and_count(draw, largest_size=1):
+    """Scores with many ties and a wide range, and a count from below 0 to beyond them all."""
+    shapes = draw(st.sampled_from(SHAPES))
+    size = sum(math.prod(shape) for shape in shapes)
+    ties = st.integers(-3, 3).map(float)
+    wide = st.builds(math.ldexp, st.integers(-99, 99).map(float), st.integers(-30, 9))
+    values = draw(st.lists(draw(st.sampled_from([ties, wide])), min_size=size, max_size=size))
+    kept = draw(st.integers(-1, largest_size * size + 1))
+    return shapes, split(np.array(values, "float32"), shapes), kept
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(scores_and_count())
+def test_top_k_equals_a_stable_sort(case):
+    _, scores, kept = case
+    found = top_k(scores, kept)
+    assert_equal(found, reference_top_k(scores, kept))
+    size = sum(s.size for s in scores)
+    assert sum(mask.sum() for mask in found) == min(max(kept, 0), size)
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(scores_and_count(largest_size=5))
+def test_top_k_of_groups_equals_a_stable_sort(case):
+    shapes, scores, kept = case
+    sizes = SIZES[shapes]
+    assert_equal(top_k(scores, kept, sizes), reference_top_k(scores, kept, sizes))
+
+
+# -- kth -----------------------------------------------------------------------------------------
+
+
+def test_kth_is_exceeded_by_exactly_that_many():
+    scores = [random(3, 4), random(5, seed=1)]
+    kth = compiled(masks.kth)
+    for kept in range(18):
+        threshold = array(kth([tensor(s) for s in scores], ops.convert_to_tensor(kept)))
+        assert sum((s > threshold).sum() for s in scores) == kept
+
+
+def test_kth_of_ties_lets_none_of_them_through():
+    threshold = array(masks.kth([tensor([3, 1, 1]), tensor([1, 0])], 2))
+    assert 1 <= threshold < 3
+
+
+# -- N of M --------------------------------------------------------------------------------------
+
+
+def reference_n_of_m(scores, n, m, axis):
+    rows = np.moveaxis(scores, axis, -1)
+    mask = np.zeros(rows.shape, bool)
+    for row in np.ndindex(*rows.shape[:-1]):
+        for start in range(0, rows.shape[-1], m):
+            best = np.argsort(-rows[row][start : start + m], kind="stable")[:n]
+            mask[row][start + best] = True
+    return np.moveaxis(mask, -1, axis)
+
+
+@pytest.mark.parametrize(
+    ("shape", "n", "m", "axis"),
+    [
+        ((8, 3), 2, 4, -2),
+        ((8, 3), 1, 2, -2),
+        ((8, 3), 3, 8, -2),
+        ((6, 3), 2, 4, -2),  # a shorter group at the end
+        ((5, 3), 2, 4, -2),
+        ((3, 2), 2, 4, -2),
+        ((9, 3), 1, 4, 0),
+        ((3, 7), 2, 4, 1),
+        ((3, 7), 2, 4, -1),
+        ((2, 3, 7, 4), 2, 4, -2),
+        ((7, 3, 4, 2), 1, 3, 0),
+        ((11,), 1, 4, 0),
+    ],
+)
+def test_n_of_m(shape, n, m, axis):
+    function = compiled(lambda s: masks.n_of_m(s, n, m, axis))
+    for scores in [random(*shape), np.round(random(*shape))]:  # distinct, tied
+        found = function(tensor(scores))
+        assert keras.backend.standardize_dtype(found.dtype) == "bool"
+        expected = reference_n_of_m(scores, n, m, axis)
+        np.testing.assert_array_equal(ops.convert_to_numpy(found), expected)
+
+
+# 2:4 down the inputs of a (6, 2) kernel; the last group is shorter, and all of it stays.
+#   3 1      1 0
+#   1 1      0 0
+#   2 2      1 1
+#   0 3      0 1
+#   ---      ---
+#   0 9      1 1
+#   0 0      1 1
+def test_golden_n_of_m():
+    kernel = [[3, 1], [1, 1], [2, 2], [0, 3], [0, 9], [0, 0]]
+    found = masks.n_of_m(tensor(kernel), 2, 4)
+    np.testing.assert_array_equal(array(found), [[1, 0], [0, 0], [1, 1], [0, 1], [1, 1], [1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([5, 5, 5, 5], [1, 1, 0, 0]),
+        ([0, 5, 5, 5], [0, 1, 1, 0]),
+        ([NAN, 1, -2, NAN], [0, 1, 1, 0]),
+        ([NAN, NAN, NAN, NAN], [1, 1, 0, 0]),
+        ([-INF, INF, -INF, -INF], [1, 1, 0, 0]),
+        ([-INF, -INF, -INF], [1, 1, 0]),
+        ([-INF], [1]),
+    ],
+)
+def test_n_of_m_of_ties_and_of_what_is_not_finite(scores, expected):
+    found = compiled(lambda s: masks.n_of_m(s, 2, 4, axis=0))(tensor(scores))
+    np.testing.assert_array_equal(array(found), expected)
+
+
+# -- the same bits on every backend --------------------------------------------------------------
+
+CONV, DENSE = random(2, 2, 6, 5, seed=5), random(10, 6, seed=6)
+
+# pattern, its block in a convolution (a dense kernel has the last two axes alone), the packed bits
+GOLDEN = [
+    ("unstructured", (1, 1, 1, 1), "5026007a293a0e83d201e9744a0d4cb801383108110020"),
+    ("1x4", (1, 1, 4, 1), "000003196b5acc6084212954a529ce10410445145128a0"),
+    ("4x1", (1, 1, 1, 4), "f042007fe1f83e0f8421f8400f041ef0003c0000030000"),
+    ("2x2", (1, 1, 2, 2), "0000031b39318c639c2108718f78c600030c30ccf30000"),
+    ("channel", (99, 99, 99, 1), "5294a5294a5294a5294a5294a5294a0000000000000000"),
+    ("2:4", None, "f2664ffe89babff7d341fff45e0ffff811b9374a93fff0"),
+]
+
+
+def bits(arrays):
+    return np.packbits(np.concatenate([np.ravel(a).astype(bool) for a in arrays])).tobytes().hex()
+
+
+def reference_masks(block, weights, kept):
+    """Blocks ranked by mean magnitude over all weights; without a block, 2 of 4 inputs."""
+    if block is None:
+        return [reference_n_of_m(np.abs(w), 2, 4, -2) for w in weights]
+    result = [np.zeros(w.shape, bool) for w in weights]
+    blocks = [
+        (mask, members, np.abs(w[members]).mean(dtype="float64"), w[members].size)
+        for w, mask in zip(weights, result)
+        for _, members in blocks_of(w.shape, block[-w.ndim :])
+    ]
+    _, _, scores, sizes = zip(*blocks)
+    (taken,) = reference_top_k([np.array(scores)], kept, [sizes])
+    for (mask, members, _, _), on in zip(blocks, taken):
+        mask[members] = on
+    return result
+
+
+@pytest.mark.parametrize(("name", "block", "golden"), GOLDEN)
+def test_same_masks_on_every_backend(name, block, golden):
+    weights, kept = [CONV, DENSE], 61
+    assert bits(reference_masks(block, weights, kept)) == golden
+
+    pattern = Pattern(name)
+
+    @compiled
+    def find(weights):
+        scores = [ops.abs(w) for w in weights]
+        if pattern.n_of_m:
+            return [masks.n_of_m(s, *pattern.n_of_m) for s in scores]
+        groups = masks.top_k(
+            [pattern.scores(s) for s in scores], kept, [pattern.sizes(s.shape) for s in scores]
+        )
+        return [pattern.expand(g, w.shape) for g, w in zip(groups, weights)]
+
+    assert bits([array(mask) for mask in find([tensor(w) for w in weights])]) == golden

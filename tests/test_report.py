@@ -1,0 +1,575 @@
+"""`report` against counts done by hand and by NumPy."""
+
+import importlib
+import json
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_dst
+from keras_dst.methods import DST, Magnitude
+from keras_dst.report import report
+
+
+@pytest.fixture(autouse=True)
+def quick_weights(monkeypatch):
+    """What a weight starts at does not matter here, and JAX compiles a draw for every shape."""
+
+    def halves(self, shape, dtype=None):
+        return keras.ops.convert_to_tensor(np.full(shape, 0.5, "float32"), dtype)
+
+    for name in ("GlorotUniform", "Orthogonal", "RandomUniform"):
+        monkeypatch.setattr(getattr(keras.initializers, name), "__call__", halves)
+
+
+def sequential(shape, *inner, **kwargs):
+    return keras.Sequential([keras.Input(shape, **kwargs), *inner])
+
+
+def lenet():
+    inner = [layers.Dense(300, "relu"), layers.Dense(100, "relu"), layers.Dense(10)]
+    return keras.Sequential([keras.Input((784,)), *inner], name="lenet")
+
+
+def zeroed(variable, keep, seed=0):
+    """Sets all but `keep` entries of a variable to 0, and the others to 1."""
+    value = np.zeros(variable.shape, "float32")
+    value.flat[np.random.default_rng(seed).permutation(value.size)[:keep]] = 1
+    variable.assign(value)
+
+
+def figures(found):
+    return [(row.shape, row.nonzeros, row.flops, row.dense_flops) for row in found.layers]
+
+
+# -- counts --------------------------------------------------------------------------------------
+
+
+def test_lenet_300_100():
+    # kernels 784 * 300 + 300 * 100 + 100 * 10 = 266,200, biases 300 + 100 + 10 = 410
+    model = lenet()
+    found = report(model)
+    assert found.model == "lenet"
+    assert found.parameters == 266_610
+    assert found.nonzeros == 266_200  # biases start at 0
+    assert found.bytes == 4 * 266_610
+    assert found.sparsity == 0
+    assert found.total_sparsity == pytest.approx(410 / 266_610)
+    assert found.flops == found.dense_flops == 2 * 266_200
+    assert found.reason is None
+    assert [row.name for row in found.layers] == [layer.kernel.path for layer in model.layers]
+    assert [row.shape for row in found.layers] == [(784, 300), (300, 100), (100, 10)]
+    assert [row.parameters for row in found.layers] == [235_200, 30_000, 1_000]
+    assert [row.dense_flops for row in found.layers] == [470_400, 60_000, 2_000]
+    assert {row.layer for row in found.layers} == {"Dense"}
+    assert not any(row.sparse for row in found.layers)
+
+
+def test_zeros_of_plain_layers():
+    model = lenet()
+    for layer, keep in zip(model.layers, (23_520, 1_500, 1_000)):
+        zeroed(layer.kernel, keep)
+    found = report(model)
+    assert [row.nonzeros for row in found.layers] == [23_520, 1_500, 1_000]
+    assert [row.density for row in found.layers] == pytest.approx([0.1, 0.05, 1.0])
+    assert [row.sparsity for row in found.layers] == pytest.approx([0.9, 0.95, 0.0])
+    assert found.sparsity == pytest.approx(1 - 26_020 / 266_200)
+    assert found.total_sparsity == pytest.approx(1 - 26_020 / 266_610)
+    assert [row.flops for row in found.layers] == [47_040, 3_000, 2_000]
+    assert (found.flops, found.dense_flops) == (52_040, 532_400)
+
+
+def test_a_small_convolutional_net():
+    model = sequential(
+        (9, 9, 4),
+        layers.Conv2D(8, 3, strides=2, padding="same"),  # 9 -> 5: 25 places
+        layers.BatchNormalization(),
+        layers.Conv2D(6, 3, groups=2),  # 5 -> 3: 9 places, of 8 / 2 channels
+        layers.DepthwiseConv2D(3, depth_multiplier=2, padding="same"),  # 9 places
+        layers.Flatten(),
+        layers.Dense(5),  # 3 * 3 * 12 = 108 inputs
+    )
+    first, second, depthwise, dense = (model.layers[i] for i in (0, 2, 3, 5))
+    for layer, keep in zip((first, second, depthwise, dense), (72, 54, 27, 60)):
+        zeroed(layer.kernel, keep)
+    found = report(model)
+    assert figures(found) == [
+        ((3, 3, 4, 8), 72, 2 * 72 * 25, 2 * 288 * 25),
+        ((3, 3, 4, 6), 54, 2 * 54 * 9, 2 * 216 * 9),
+        ((3, 3, 6, 2), 27, 2 * 27 * 9, 2 * 108 * 9),
+        ((108, 5), 60, 2 * 60, 2 * 540),
+    ]
+    # kernels 288 + 216 + 108 + 540, biases 8 + 6 + 12 + 5, batch normalisation 4 * 8
+    assert found.parameters == model.count_params() == 1_152 + 31 + 32
+    weights = model.get_weights()
+    assert found.nonzeros == sum(np.count_nonzero(w) for w in weights) == 213 + 16
+    assert found.total_sparsity == pytest.approx(1 - 229 / 1_215)
+    assert found.sparsity == pytest.approx(1 - 213 / 1_152)
+
+
+# Layer, shape of its input, multiplications by hand: entries of the kernels times their uses.
+ONE_LAYER = [
+    (lambda: layers.Dense(3), (6, 4), 12 * 6),
+    (lambda: layers.Conv1D(6, 3, padding="causal"), (10, 4), 72 * 10),
+    (lambda: layers.Conv1D(6, 3, strides=3), (10, 4), 72 * 3),
+    (lambda: layers.Conv2D(8, 3, dilation_rate=2), (9, 9, 4), 288 * 25),
+    (lambda: layers.Conv2D(8, 3, data_format="channels_first"), (4, 9, 8), 288 * 7 * 6),
+    (lambda: layers.Conv3D(2, 2), (4, 4, 4, 3), 48 * 27),
+    (lambda: layers.Conv1DTranspose(6, 3, strides=2), (5, 4), 72 * 5),
+    (lambda: layers.Conv2DTranspose(6, 3, strides=2, padding="same"), (5, 5, 4), 216 * 25),
+    (lambda: layers.DepthwiseConv1D(3), (9, 4), 12 * 7),
+    (lambda: layers.DepthwiseConv2D(3, depth_multiplier=2), (9, 9, 4), 72 * 49),
+    (lambda: layers.SeparableConv1D(6, 3), (9, 4), (12 + 24) * 7),
+    (lambda: layers.SeparableConv2D(6, 3, strides=2, padding="same"), (9, 9, 4), (36 + 24) * 25),
+    (lambda: layers.EinsumDense("...x,xy->...y", output_shape=7), (5, 2, 4), 28 * 10),
+    (lambda: layers.EinsumDense("abc,bcd->abd", output_shape=(5, 3)), (5, 4), 5 * 4 * 3),
+    (lambda: layers.EinsumDense("abc,cde->abde", output_shape=(None, 2, 3)), (5, 4), 24 * 5),
+    (lambda: layers.Embedding(11, 4), (6,), 0),
+    (lambda: layers.SimpleRNN(5), (7, 3), (15 + 25) * 7),
+    (lambda: layers.LSTM(5), (7, 3), (60 + 100) * 7),
+    (lambda: layers.GRU(5, return_sequences=True, dropout=0.5), (7, 3), (45 + 75) * 7),
+    (lambda: layers.Bidirectional(layers.LSTM(5)), (7, 3), (160 + 160) * 7),
+    (lambda: layers.RNN([layers.LSTMCell(5), layers.SimpleRNNCell(4)]), (7, 3), (160 + 36) * 7),
+    (lambda: layers.ConvLSTM2D(2, 3), (4, 6, 6, 3), (216 + 144) * 16 * 4),
+    (lambda: layers.TimeDistributed(layers.Conv1D(2, 3)), (7, 5, 4), 24 * 3 * 7),
+    (lambda: layers.SpectralNormalization(layers.Dense(3)), (4,), 12),
+    (lambda: layers.PReLU(), (4, 5), 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "products"), ONE_LAYER, ids=lambda v: None if callable(v) else str(v)
+)
+def test_flops_of_one_layer(make, shape, products):
+    model = sequential(shape, make())
+    found = report(model)
+    assert found.dense_flops == found.flops == 2 * products
+    assert found.parameters == model.count_params()
+
+
+def test_attention_counts_its_projections():
+    inputs = keras.Input((6, 8))
+    outputs = layers.MultiHeadAttention(num_heads=2, key_dim=4)(inputs, inputs)
+    # query, key, value 8 x 2 x 4 and the output 2 x 4 x 8, at 6 places each; biases start at 0
+    found = report(keras.Model(inputs, outputs))
+    assert [row.parameters for row in found.layers] == [64] * 4
+    assert found.dense_flops == 4 * 2 * 64 * 6
+
+
+@pytest.mark.skipif(
+    not hasattr(layers, "ReversibleEmbedding"), reason="this Keras has no ReversibleEmbedding"
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_used_backwards_multiplies(tied):
+    embedding = layers.ReversibleEmbedding(11, 4, tie_weights=tied)
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, embedding(embedding(inputs), reverse=True))
+    found = report(model)
+    assert found.parameters == (44 if tied else 88)
+    assert [row.dense_flops for row in found.layers] == ([528] if tied else [0, 528])
+
+
+def test_a_fixed_batch_counts_as_one_sample():
+    model = sequential((7, 3), layers.LSTM(5, stateful=True), batch_size=4)
+    assert report(model).dense_flops == 2 * 160 * 7
+
+
+def test_bytes_are_those_of_the_variables():
+    half = layers.Dense(3, dtype="bfloat16")
+    # 4 * 3 + 3 in two bytes, 3 * 2 + 2 in four
+    assert report(sequential((4,), half, layers.Dense(2))).bytes == 15 * 2 + 8 * 4
+
+
+def test_nothing_to_prune():
+    found = report(sequential((4,), layers.BatchNormalization()))
+    assert (found.layers, found.sparsity, found.flops) == ([], 0.0, 0)
+    assert found.parameters == 16
+    assert "all weights" in str(found)
+
+
+# -- models of every kind ------------------------------------------------------------------------
+
+
+def test_a_shared_layer_counts_once_and_costs_twice():
+    inner = sequential((4,), layers.Dense(4, name="one"), layers.Dense(4, name="two"))
+    shared = layers.Dense(3, name="shared")
+    inputs = keras.Input((4,))
+    outputs = layers.Add()([shared(inner(inputs)), shared(inputs)])
+    found = report(keras.Model(inputs, outputs))
+    assert found.parameters == 20 + 20 + 15
+    assert [(row.parameters, row.dense_flops) for row in found.layers] == [
+        (16, 32),
+        (16, 32),
+        (12, 2 * 24),
+    ]
+
+
+class Subclassed(keras.Model):
+    """Two calls of one layer, one of another, and a layer for training alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = layers.Dense(4)
+        self.second = layers.Dense(3)
+        self.helper = layers.Dense(2)
+
+    def call(self, x, training=True):
+        x = self.first(self.first(x))
+        if training:
+            x = x + keras.ops.mean(self.helper(x))
+        return self.second(x)
+
+
+def test_a_subclassed_model():
+    model = Subclassed()
+    model(np.ones((5, 4), "float32"))
+    found = report(model)
+    assert found.parameters == 20 + 15 + 10
+    assert [row.dense_flops for row in found.layers] == [2 * 2 * 16, 2 * 12, 0]
+
+
+def test_several_inputs():
+    a, b = keras.Input((4,), name="z"), keras.Input((5,), name="b")
+    x = layers.Concatenate()([a, b])
+    assert report(keras.Model({"z": a, "b": b}, layers.Dense(3)(x))).flops == 2 * 27
+    assert report(keras.Model([a, b], layers.Dense(3)(x))).flops == 2 * 27
+
+
+class Tied(layers.Layer):
+    """Multiplies with the weight of another layer."""
+
+    def __init__(self, kernel):
+        super().__init__()
+        self.kernel = kernel
+
+    def call(self, x):
+        return keras.ops.matmul(x, self.kernel)
+
+
+def test_a_weight_of_two_layers_counts_once_and_costs_twice():
+    dense = layers.Dense(4)
+    dense.build((None, 4))
+    found = report(sequential((4,), dense, Tied(dense.kernel)))
+    assert found.parameters == 20
+    assert [(row.layer, row.dense_flops) for row in found.layers] == [("Dense", 2 * 2 * 16)]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_frozen_kernels_are_prunable(when):
+    dense = layers.Dense(3, trainable=when == "after")
+    model = sequential((4,), dense)
+    dense.trainable = False
+    zeroed(dense.kernel, 3)
+    assert report(model).sparsity == 0.75
+
+
+def test_quantised_kernels_are_prunable():
+    dense = layers.Dense(3)
+    model = sequential((4,), dense)
+    zeroed(dense.kernel, 3)
+    dense.quantize("int8")
+    found = report(model)
+    assert (found.sparsity, found.dense_flops) == (0.75, 24)
+
+
+def test_a_layer_is_a_model_too():
+    dense = layers.Dense(3)
+    dense.build((None, 4))
+    assert report(dense).dense_flops == 24
+
+
+# -- masks ---------------------------------------------------------------------------------------
+
+
+def masked_model():
+    """A Dense layer under DST, whose thresholds leave this of its kernel:
+
+    | w |            0.1  0.5  0.9      1[|w| > t]   0  1  1
+                     0.3  0.0  0.9                   1  0  1
+                     0.5  0.4  0.2                   1  1  0
+    threshold        0.2  0.0  0.5      and 0.0 is zero by itself
+    """
+    model = sequential((3,), layers.Dense(3, name="masked"), layers.Dense(2, name="plain"))
+    keras_dst.sparsify(model, DST(target_sparsity=0.5), filters="masked")
+    layer = model.layers[0]
+    ((_, kernel, state),) = layer.masked_weights()
+    kernel.assign([[0.1, 0.5, -0.9], [-0.3, 0.0, 0.9], [0.5, 0.4, -0.2]])
+    state["threshold"].assign(np.reshape([0.2, 0.0, 0.5], state["threshold"].shape))
+    zeroed(model.layers[1].kernel, 6)
+    return model
+
+
+def test_masked_weights_count_as_zeros():
+    found = report(masked_model())
+    masked, plain = found.layers
+    assert (masked.layer, masked.sparse, masked.nonzeros) == ("SparseDense", True, 6)
+    assert (masked.flops, masked.dense_flops) == (12, 18)
+    assert (plain.layer, plain.sparse, plain.nonzeros) == ("Dense", False, 6)
+    assert found.sparsity == pytest.approx(3 / 15)
+    # neither thresholds nor alpha, control and progress are weights of the model
+    assert (found.parameters, found.nonzeros, found.bytes) == (20, 12, 80)
+
+
+def test_strip_keeps_every_figure():
+    model = masked_model()
+    sparse = report(model).to_dict()
+    stripped = report(keras_dst.strip(model)).to_dict()
+    assert stripped["layers"][0].pop("layer") == "Dense"
+    assert stripped["layers"][0].pop("sparse") is False
+    del sparse["layers"][0]["layer"], sparse["layers"][0]["sparse"]
+    assert stripped == sparse
+
+
+def test_masks_of_a_sparse_optimizer():
+    model = sequential((4,), layers.Dense(8), layers.Dense(2))
+    optimizer = keras_dst.SparseOptimizer("sgd", Magnitude(0.75))
+    model.compile(optimizer, "mse")
+    assert not any(row.sparse for row in report(model).layers)  # it has not seen them yet
+    optimizer.build(model.trainable_variables)
+    assert report(model).sparsity == 0
+    rng = np.random.default_rng(0)
+    masks = [rng.random(kernel.shape) < 0.25 for kernel in optimizer.kernels]
+    optimizer.update_masks([{"mask": keras.ops.convert_to_tensor(mask)} for mask in masks])
+    found = report(model)
+    assert [row.nonzeros for row in found.layers] == [mask.sum() for mask in masks]
+    assert found.nonzeros == sum(np.count_nonzero(w) for w in model.get_weights())
+    assert all(row.sparse for row in found.layers)
+    assert not any(row.sparse for row in report(keras_dst.strip(model)).layers)
+
+
+# -- where FLOPs are not known -------------------------------------------------------------------
+
+
+def test_open_sizes_leave_flops_open_where_they_matter():
+    model = sequential(
+        (None, None, 3), layers.Conv2D(4, 3), layers.GlobalAveragePooling2D(), layers.Dense(2)
+    )
+    found = report(model)
+    conv, dense = found.layers
+    assert conv.flops is None
+    assert conv.dense_flops is None
+    assert "size" in conv.reason
+    assert dense.flops == 16
+    assert (found.flops, found.dense_flops) == (None, None)
+    assert found.reason == conv.reason
+    assert conv.reason in str(found)
+
+
+def test_no_input_shape():
+    class Shapeless(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(3)
+            self.dense.build((None, 4))
+            self.built = True
+
+        def call(self, x):
+            return self.dense(x)
+
+    found = report(Shapeless())
+    assert found.flops is None
+    assert "call it once" in found.reason
+    assert found.parameters == 15
+
+
+def test_a_layer_that_is_not_built():
+    class Late(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense, self.late = layers.Dense(3), layers.Dense(2, name="late")
+
+        def build(self, shape):
+            self.dense.build(shape)
+
+        def call(self, x):
+            return self.late(self.dense(x))
+
+    model = Late()
+    model.build((None, 4))
+    found = report(model)
+    assert found.flops is None
+    assert "late" in found.reason
+    assert not model.late.built
+
+
+class Own(layers.Layer):
+    """A matrix over the last axis, a token that is added, and a weight of unclear use."""
+
+    def build(self, shape):
+        self.matrix = self.add_weight(shape=(shape[-1], 3), name="matrix")
+        self.token = self.add_weight(shape=(1, 1, shape[-1]), name="class_token")
+        self.unclear = self.add_weight(shape=(7, 9), name="unclear")
+
+    def call(self, x):
+        return keras.ops.matmul(x + self.token, self.matrix) + keras.ops.sum(self.unclear)
+
+
+def test_layers_of_the_users_own():
+    matrix, token, unclear = report(sequential((8, 5), Own())).layers
+    assert matrix.dense_flops == 2 * 15 * 8
+    assert token.dense_flops == 0
+    assert unclear.dense_flops is None
+    assert "Own" in unclear.reason
+
+
+# -- the model stays as it was -------------------------------------------------------------------
+
+
+class Fails(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(3)
+
+    def build(self, shape):
+        self.dense.build(shape)
+
+    def call(self, x):
+        raise RuntimeError("no luck", self.dense(x))
+
+
+def fails():
+    model = Fails()
+    model.build((None, 4))
+    return model
+
+
+def recurrent():
+    return sequential((6, 4), layers.LSTM(3, return_sequences=True), layers.Dense(2))
+
+
+@pytest.mark.parametrize("make", [fails, recurrent, masked_model])
+def test_the_model_is_left_as_it_was(make):
+    def state():
+        return [
+            (
+                layer.built,
+                "call" in vars(layer),
+                len(layer._inbound_nodes),
+                len(layer._outbound_nodes),
+                [id(v) for v in layer.variables],
+            )
+            for layer in model._flatten_layers()
+        ]
+
+    model = make()
+    before, values = state(), model.get_weights()
+    found = report(model)
+    assert state() == before
+    for old, new in zip(values, model.get_weights()):
+        np.testing.assert_array_equal(old, new)
+    if make is fails:
+        assert found.flops is None
+        assert "no luck" in found.reason
+        assert "call" not in vars(model.dense)
+
+
+# -- what comes out ------------------------------------------------------------------------------
+
+
+def test_to_dict_is_json():
+    found = report(masked_model())
+    figures = json.loads(json.dumps(found.to_dict()))
+    assert figures == found.to_dict()
+    assert set(figures) == {
+        "model",
+        "sparsity",
+        "total_sparsity",
+        "parameters",
+        "nonzeros",
+        "bytes",
+        "flops",
+        "dense_flops",
+        "reason",
+        "layers",
+    }
+    row = figures["layers"][0]
+    assert row["shape"] == [3, 3]
+    assert row["density"] == pytest.approx(6 / 9)
+    assert row["sparsity"] == pytest.approx(3 / 9)
+    assert (row["flops"], row["dense_flops"]) == (12, 18)
+
+
+def test_the_table():
+    model = lenet()
+    zeroed(model.layers[0].kernel, 23_520)
+    lines = str(report(model)).splitlines()
+    assert lines[0] == "lenet: 79.52 % sparse, 1,066,440 bytes if dense"
+    row = next(line for line in lines if line.startswith("| lenet/dense"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:] == [
+        "Dense", "784 x 300", "235,200", "23,520", "90.00 %", "47,040", "470,400", ""
+    ]  # fmt: skip
+    total = next(line for line in lines if line.startswith("| total"))
+    for figure in ("266,200", "54,520", "79.52 %", "109,040", "532,400"):
+        assert figure in total
+    assert "266,610" in lines[-1]
+    assert len({len(line) for line in lines[1:]}) == 1  # a table as wide as its names, unbroken
+    assert "yes" in str(report(masked_model()))
+
+
+def test_names_are_printed_as_they_are():
+    # Rich would take these for a style and an emoji.
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3, name="[bold]:smile:")])
+    assert "[bold]:smile:" in str(report(model))
+
+
+@pytest.fixture
+def pyplot():
+    matplotlib = pytest.importorskip("matplotlib")
+    before = matplotlib.get_backend()
+    matplotlib.use("Agg")
+    plt = importlib.import_module("matplotlib.pyplot")
+    yield plt
+    plt.close("all")
+    matplotlib.use(before)
+
+
+def test_plot_has_a_bar_per_weight(pyplot):
+    found = report(masked_model())
+    axes = found.plot()
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([6 / 9, 1.0])
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == [r.name for r in found.layers]
+    assert "density" in axes.get_xlabel()
+    assert axes.get_title() == f"{found.model}: 20.00 % sparse"
+    axes.figure.canvas.draw()
+
+
+def test_plot_on_given_axes(pyplot):
+    axes = pyplot.figure().add_subplot()
+    assert report(lenet()).plot(axes) is axes
+    assert len(axes.patches) == 3
+
+
+def test_plot_of_nothing(pyplot):
+    assert len(report(sequential((4,), layers.BatchNormalization())).plot().patches) == 0
+
+
+def test_plot_without_matplotlib(monkeypatch):
+    found = report(lenet())
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install keras_dst\[plot\]"):
+        found.plot()
+
+
+# -- wrong objects -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [None, "model.keras", 3, keras.layers.Dense])
+def test_wrong_objects(wrong):
+    with pytest.raises(TypeError, match="Expected a Keras 3 model"):
+        report(wrong)
+
+
+def test_the_output_of_a_layer():
+    with pytest.raises(TypeError, match=r"keras\.Model\(inputs, outputs\)"):
+        report(layers.Dense(3)(keras.Input((4,))))
+
+
+def test_an_unbuilt_model():
+    with pytest.raises(ValueError, match="has no weights yet"):
+        report(keras.Sequential([layers.Dense(3)]))

@@ -1,0 +1,215 @@
+"""Schedules against their formulas in plain Python."""
+
+import itertools
+import math
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_dst.schedules import Constant, Cubic, Geometric, Schedule, Sigmoid, check_sparsity
+
+ZERO_LENGTH = pytest.mark.xfail(
+    strict=True,
+    raises=ZeroDivisionError,
+    reason="Schedule.at divides by the length of the ramp, here 0",
+)
+
+
+def cubic(p, final, initial):
+    return final + (initial - final) * (1 - p) ** 3
+
+
+def geometric(p, final, initial):
+    return 1 - (1 - initial) * ((1 - final) / (1 - initial)) ** p
+
+
+def sigmoid(p, final, initial):
+    return initial + (final - initial) / (1 + math.exp(-20 * (p - 0.5)))
+
+
+RAMPS = [(Cubic, cubic), (Geometric, geometric), (Sigmoid, sigmoid)]
+every_ramp = pytest.mark.parametrize(("ramp", "formula"), RAMPS)
+
+
+@every_ramp
+@pytest.mark.parametrize(
+    ("final", "initial", "begin", "end"),
+    [
+        (0.9, 0.0, 0.0, 1.0),
+        (0.9, 0.0, 0.25, 0.75),
+        (0.98, 0.5, 0.1, 0.6),
+        (0.5, 0.5, 0.0, 1.0),
+        (0.0, 0.0, 0.0, 1.0),
+    ],
+)
+def test_formula(ramp, formula, final, initial, begin, end):
+    schedule = ramp(final, initial, begin, end)
+    fractions = [0, 0.05, 0.1, 0.2, 0.25, 0.5, 0.6, 0.75, 0.9, 1]
+    expected = [
+        formula(min(max((f - begin) / (end - begin), 0), 1), final, initial) for f in fractions
+    ]
+    values = [schedule(f) for f in fractions]
+    assert values == pytest.approx(expected, abs=1e-12)
+    assert all(type(value) is float for value in values)
+    np.testing.assert_allclose(schedule(np.array(fractions)), values, rtol=1e-12)
+
+
+def test_examples_of_the_documentation():
+    assert Constant(0.9)(0.3) == 0.9
+    assert Cubic(0.8, end=1.0)(0.5) == pytest.approx(0.7)
+    assert Geometric(0.75, end=1.0)(0.5) == pytest.approx(0.5)
+    assert Sigmoid(0.9)(0.5) == pytest.approx(0.45)
+
+
+def test_geometric_removes_an_equal_share_of_what_is_left():
+    schedule = Geometric(0.9375, end=1.0)
+    assert [schedule(i / 4) for i in range(5)] == pytest.approx([0, 0.5, 0.75, 0.875, 0.9375])
+
+
+@pytest.mark.parametrize("steepness", [1.0, 20.0, 160.0])
+def test_steepness(steepness):
+    schedule = Sigmoid(0.8, steepness=steepness)
+    expected = [0.8 / (1 + math.exp(-steepness * (p - 0.5))) for p in [0, 0.3, 0.5, 0.9, 1]]
+    assert [schedule(p) for p in [0, 0.3, 0.5, 0.9, 1]] == pytest.approx(expected)
+
+
+@given(
+    ramp=st.sampled_from([ramp for ramp, _ in RAMPS]),
+    sparsities=st.lists(st.floats(0, 0.999), min_size=2, max_size=2).map(sorted),
+    span=st.lists(st.floats(0, 1), min_size=2, max_size=2).map(sorted),
+    fractions=st.lists(st.floats(0, 1), min_size=2, max_size=8).map(sorted),
+)
+@settings(deadline=None, derandomize=True)
+def test_never_falls_and_stays_between_its_ends(ramp, sparsities, span, fractions):
+    initial, final = sparsities
+    values = [ramp(final, initial, *span)(f) for f in fractions]
+    for earlier, later in itertools.pairwise(values):
+        assert later >= earlier - 1e-12
+    assert initial - 1e-12 <= values[0] <= values[-1] + 1e-12 <= final + 2e-12
+
+
+@pytest.mark.parametrize("ramp", [Cubic, Geometric])
+@pytest.mark.parametrize("final", [0.5, 0.9, 0.95, 0.999])
+def test_end_is_reached_exactly(ramp, final):
+    schedule = ramp(final, end=0.6)
+    assert schedule(0.6) == schedule(1.0) == schedule.at(60, 100) == schedule.at(100, 100) == final
+    assert schedule.at(59, 100) < final
+    assert ramp(final, begin_step=10, end_step=60).at(60) == final
+    assert ramp(final, 0.3)(1.0) == pytest.approx(final, abs=1e-15)
+
+
+@pytest.mark.xfail(strict=True, reason="Sigmoid ends at sigmoid(steepness / 2) of its sparsity")
+def test_sigmoid_reaches_its_sparsity():
+    assert Sigmoid(0.9, steepness=4.0)(1.0) == pytest.approx(0.9, abs=1e-3)
+
+
+@pytest.mark.parametrize("final", [0.0, 0.5, 0.9])
+def test_constant(final):
+    schedule = Constant(final, begin=0.25)
+    assert [schedule(f) for f in [0, 0.2499, 0.25, 0.7, 1]] == [0, 0, final, final, final]
+    np.testing.assert_array_equal(schedule(np.array([0.2, 0.3])), [0, final])
+    assert Constant(final)(0) == Constant(final).at(0, 100) == final
+
+
+# -- steps ---------------------------------------------------------------------------------------
+
+
+@every_ramp
+def test_steps_of_a_training(ramp, formula):
+    # 41 steps, from a quarter of them, rounded down, to three quarters.
+    schedule = ramp(0.9, 0.1, begin=0.25, end=0.75)
+    assert schedule.span(41) == (10, 30)
+    for step in range(30):
+        progress = max(step - 10, 0) / 20
+        assert schedule.at(step, 41) == pytest.approx(formula(progress, 0.9, 0.1))
+    assert {schedule.at(step, 41) for step in range(30, 45)} == {schedule(1.0)}
+
+
+@every_ramp
+@pytest.mark.parametrize("total", [None, 5, 1000])
+def test_steps_that_are_given_need_no_length(ramp, formula, total):
+    schedule = ramp(0.9, 0.1, begin_step=4, end_step=12)
+    assert schedule.in_steps
+    assert schedule.span(total) == (4, 12)
+    for step in range(12):
+        progress = max(step - 4, 0) / 8
+        assert schedule.at(step, total) == pytest.approx(formula(progress, 0.9, 0.1))
+    assert schedule.at(12, total) == schedule.at(99, total) == schedule(1.0)
+
+
+def test_fractions_need_a_length():
+    schedule = Cubic(0.9)
+    assert not schedule.in_steps
+    with pytest.raises(
+        ValueError, match=r"Cubic\(sparsity=0.9\) is given in fractions.*begin_step"
+    ):
+        schedule.at(3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "total"),
+    [
+        pytest.param(Constant(0.9, begin=0.5), 10, id="Constant"),
+        pytest.param(Constant(0.9, begin_step=5), None, id="Constant in steps"),
+        pytest.param(Cubic(0.9, begin=0.5, end=0.5), 10, id="Cubic"),
+        pytest.param(Cubic(0.9, begin_step=5, end_step=5), None, id="Cubic in steps"),
+        pytest.param(Geometric(0.9, begin=0.5, end=0.55), 10, id="a ramp of less than a step"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("step", "expected"), [pytest.param(4, 0, marks=ZERO_LENGTH), (5, 0.9), (6, 0.9)]
+)
+def test_jump_at_a_step(schedule, total, step, expected):
+    assert schedule.at(step, total) == expected
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [-0.1, 1, 1.0, 90, math.nan, math.inf, "0.9", None, True, [0.9]])
+def test_what_is_no_sparsity(value):
+    with pytest.raises(ValueError, match=r"target is the fraction of zeros.*Received: target="):
+        check_sparsity(value, "target")
+    with pytest.raises(ValueError, match=r"^sparsity is the fraction of zeros, a number in \[0, 1"):
+        Cubic(value)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 0.5, 0.999, np.float64(0.5)])
+def test_what_is_a_sparsity(value):
+    check_sparsity(value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"initial_sparsity": 1.0}, "initial_sparsity is the fraction of zeros"),
+        ({"initial_sparsity": 0.95}, "must not exceed sparsity=0.9. Received: .*=0.95"),
+        ({"begin": 0.8, "end": 0.2}, "Received: begin=0.8, end=0.2"),
+        ({"begin": -0.1}, "fractions of training"),
+        ({"end": 1.5}, "fractions of training"),
+        ({"begin": 100, "end": 200}, "give begin_step and end_step for step numbers"),
+        ({"begin_step": 10}, "go together. Received: begin_step=10, end_step=None"),
+        ({"end_step": 10}, "go together. Received: begin_step=None, end_step=10"),
+        ({"begin_step": 10, "end_step": 5}, "Received: begin_step=10, end_step=5"),
+        ({"begin_step": -1, "end_step": 5}, "Expected 0 <= begin_step"),
+    ],
+)
+@pytest.mark.parametrize("ramp", [ramp for ramp, _ in RAMPS])
+def test_errors(ramp, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ramp(0.9, **arguments)
+
+
+def test_a_schedule_of_ones_own():
+    @keras.saving.register_keras_serializable("tests")
+    class Linear(Schedule):
+        def shape(self, progress):
+            return progress
+
+    assert Linear(0.8, end=1.0)(0.25) == pytest.approx(0.2)
+    assert Linear(0.8, 0.4, begin_step=0, end_step=4).at(1) == pytest.approx(0.5)
+    with pytest.raises(NotImplementedError):
+        Schedule(0.8)(0.5)

@@ -1,0 +1,90 @@
+"""What can be pruned, and what a filter selects."""
+
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+import pytest
+
+from keras_dst.selection import is_prunable, select
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "options", "prunable"),
+    [
+        ("kernel", (4, 3), {}, True),
+        ("kernel", (3, 3, 4, 3), {}, True),
+        ("embeddings", (9, 3), {}, True),
+        ("recurrent_kernel", (3, 12), {}, True),
+        ("biased_kernel", (4, 3), {}, True),
+        ("kernel", (4, 3), {"dtype": "bfloat16"}, True),
+        ("kernel", (4, 3), {"dtype": "float16"}, True),
+        ("kernel", (4, 3), {"trainable": False}, False),
+        ("kernel", (4,), {}, False),
+        ("bias", (2, 8), {}, False),  # of an attention head
+        ("query_bias", (2, 8), {}, False),
+        ("gamma", (2, 8), {}, False),
+        ("beta", (2, 8), {}, False),
+        ("scale", (2, 8), {}, False),
+        ("alpha", (2, 8), {}, False),
+        ("kernel_threshold", (4, 3), {}, False),  # of a mask
+        ("kernel_score", (4, 3), {}, False),
+        ("kernel_control", (4, 3), {}, False),
+        ("lora_kernel_a", (4, 2), {}, False),
+        ("lora_kernel_b", (2, 3), {}, False),
+    ],
+)
+def test_is_prunable(name, shape, options, prunable):
+    variable = keras.Variable(np.zeros(shape), **{"dtype": "float32", **options}, name=name)
+    assert is_prunable(variable) is prunable
+
+
+def test_integers_are_not_pruned():
+    # No Keras variable: torch refuses trainable ones of this type.
+    assert not is_prunable(SimpleNamespace(name="k", shape=(4, 3), dtype="int8", trainable=True))
+
+
+NAMES = ["conv_1", "conv_2", "conv_2_extra", "head"]
+
+
+@pytest.mark.parametrize(
+    ("filters", "chosen"),
+    [
+        (None, [1, 1, 1, 1]),
+        ("head", [0, 0, 0, 1]),
+        ("conv_2", [0, 1, 0, 0]),  # the whole name, not a part of it
+        (r"conv_\d", [1, 1, 0, 0]),
+        ("conv.*", [1, 1, 1, 0]),
+        (".*", [1, 1, 1, 1]),
+        (["head", "conv_1"], [1, 0, 0, 1]),
+        (("head", r"conv_\d"), [1, 1, 0, 1]),
+        (["head", "head"], [0, 0, 0, 1]),
+        ([], [0, 0, 0, 0]),
+        (len, [0, 1, 1, 0]),  # a callable gets the item itself
+    ],
+)
+def test_select(filters, chosen):
+    items = ["", "a", "bb", ""]
+    found = select(items, filters, NAMES)
+    assert found == [bool(c) for c in chosen]
+    assert all(type(f) is bool for f in found)
+
+
+@pytest.mark.parametrize("filters", ["conv", "Head", ["head", "conv"], ""])
+def test_a_filter_that_selects_nothing(filters):
+    wrong = filters[-1] if isinstance(filters, list) else filters
+    with pytest.raises(
+        ValueError, match=f"'{wrong}' fits none of the names. Names: conv_1, conv_2"
+    ):
+        select(NAMES, filters, NAMES)
+
+
+def test_a_filter_that_is_no_expression():
+    with pytest.raises(ValueError, match=r"filters: 'conv\(' is no regular expression: missing \)"):
+        select(NAMES, "conv(", NAMES)
+
+
+@pytest.mark.parametrize("filters", [3, 0.5, {"head"}, {"head": 0.5}, [3], ["head", None]])
+def test_a_filter_of_another_type(filters):
+    with pytest.raises(TypeError, match=r"filters must be a name, a regular expression.*Received"):
+        select(NAMES, filters, NAMES)

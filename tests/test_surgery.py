@@ -1,0 +1,257 @@
+"""`sparsify` and `strip` on models of every kind."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_dst
+from keras_dst.layers import SparseComposite, SparseMixin
+from keras_dst.methods import DST, Magnitude
+from keras_dst.surgery import is_sparse
+from tests import models
+
+x, y = models.data()
+
+
+@pytest.fixture(params=models.MODELS)
+def model(request):
+    keras.utils.set_random_seed(0)
+    return models.MODELS[request.param]()
+
+
+def layers_of(model):
+    return [layer for layer in model._flatten_layers() if isinstance(layer, SparseMixin)]
+
+
+def prune_somewhat(model):
+    """Thresholds that prune a good part of every layer."""
+    for layer in layers_of(model):
+        for _, variable, state in layer.masked_weights():
+            middle = np.median(np.abs(variable.numpy()))
+            state["threshold"].assign(np.full(state["threshold"].shape, middle))
+
+
+def test_a_mask_of_ones_changes_nothing(model):
+    before = models.predict(model, x)
+    report = keras_dst.sparsify(model, DST())
+    assert len(report.sparse) == len(layers_of(model)) >= 3
+    np.testing.assert_array_equal(models.predict(model, x), before)
+
+
+def test_strip_predicts_the_same_and_leaves_no_class_of_ours(model):
+    classes = [type(layer) for layer in model._flatten_layers()]
+    names = [v.path for v in model.variables]
+    keras_dst.sparsify(model, DST())
+    prune_somewhat(model)
+    sparse = models.predict(model, x)
+    assert keras_dst.strip(model) is model
+    np.testing.assert_array_equal(models.predict(model, x), sparse)
+    assert [type(layer) for layer in model._flatten_layers()] == classes
+    assert [v.path for v in model.variables] == names
+    assert not is_sparse(model)
+    for layer in model._flatten_layers():
+        if isinstance(layer, (keras.layers.Dense, keras.layers.Conv2D)):
+            zeros = np.mean(layer.kernel.numpy() == 0)
+            assert 0.3 < zeros < 0.7
+
+
+def test_a_stripped_model_trains_and_can_be_made_sparse_again(model):
+    keras_dst.sparsify(model, DST())
+    keras_dst.strip(model)
+    keras_dst.sparsify(model, DST())
+    models.compiled(model).fit(x, y, verbose=0)
+
+
+def test_every_trainable_weight_moves_in_a_step(model):
+    keras_dst.sparsify(model, DST(alpha=0.1))
+    models.compiled(model)
+    before = models.arrays(model.trainable_variables)
+    model.fit(x, y, batch_size=len(x), verbose=0)
+    for variable, old in zip(model.trainable_variables, before):
+        assert np.any(variable.numpy() != old), f"{variable.path} did not move"
+
+
+def test_keras_file_round_trip(model, tmp_path):
+    keras_dst.sparsify(model, DST(target_sparsity=0.5))
+    prune_somewhat(model)
+    expected = models.predict(model, x)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(models.predict(loaded, x), expected)
+    assert len(layers_of(loaded)) == len(layers_of(model))
+    assert {repr(layer.sparsity) for layer in layers_of(loaded)} == {repr(DST(0.5))}
+    keras_dst.strip(loaded)
+    np.testing.assert_array_equal(models.predict(loaded, x), expected)
+    assert not any(isinstance(z, SparseComposite) for z in loaded._flatten_layers())
+
+
+def test_weights_file_round_trip(model, tmp_path):
+    keras_dst.sparsify(model, DST())
+    prune_somewhat(model)
+    expected = models.predict(model, x)
+    model.save_weights(tmp_path / "sparse.weights.h5")
+    for variable in model.variables:
+        if "seed" not in variable.path:
+            variable.assign(np.zeros(variable.shape))
+    model.load_weights(tmp_path / "sparse.weights.h5")
+    np.testing.assert_array_equal(models.predict(model, x), expected)
+
+
+def test_dense_weights_load_where_the_file_names_attributes(tmp_path):
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    layer = model.layers[0]
+    store = {}
+    layer.save_own_variables(store)
+    keras_dst.sparsify(model, DST())
+    layer.sparse_state["kernel"]["threshold"].assign(np.ones(4))
+    saved = {key: np.array(value.numpy()) + 1 for key, value in store.items()}
+    layer.load_own_variables(saved)
+    np.testing.assert_array_equal(layer.sparse_state["kernel"]["threshold"].numpy(), np.ones(4))
+    np.testing.assert_array_equal(layer.bias.numpy(), np.ones(4))
+
+
+def test_dense_weights_never_load_by_halves(tmp_path):
+    model = models.sequential()
+    model.save_weights(tmp_path / "dense.weights.h5")
+    keras_dst.sparsify(model, DST())
+    with pytest.raises((ValueError, UserWarning)):  # Keras's file names layers by their class
+        model.load_weights(tmp_path / "dense.weights.h5")
+
+
+def test_a_stripped_file_has_no_trace_of_keras_dst(model, tmp_path):
+    import zipfile
+
+    keras_dst.sparsify(model, DST())
+    models.compiled(model).fit(x, y, verbose=0)
+    keras_dst.strip(model).save(tmp_path / "model.keras")
+    with zipfile.ZipFile(tmp_path / "model.keras") as archive:
+        assert "keras_dst" not in archive.read("config.json").decode()
+
+
+@pytest.mark.parametrize("inner", ["adam", "sgd"])
+def test_a_trained_model_goes_on_training_with_its_optimiser(inner):
+    model = models.compiled(models.residual(), inner)
+    model.fit(x, y, epochs=2, verbose=0)
+    slots = {v.path: v.numpy().copy() for v in model.optimizer.variables}
+    keras_dst.sparsify(model, DST())
+    kept = {v.path: v.numpy().copy() for v in model.optimizer.variables}
+    for path, value in slots.items():
+        np.testing.assert_array_equal(kept[path], value, err_msg=path)
+    assert any("threshold" in path for path in kept) == (inner == "adam")
+    model.fit(x, y, verbose=0)
+    assert int(model.optimizer.iterations) == 9
+
+
+def test_a_shared_layer_keeps_one_mask():
+    model = models.nested()
+    report = keras_dst.sparsify(model, DST())
+    assert len([path for path in report.sparse if "shared" in path]) == 1
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ("dense_a", ["dense_a"]),
+        ("dense_.*", ["dense_a", "dense_b"]),
+        (["dense_b", "conv"], ["conv", "dense_b"]),
+        (lambda layer: isinstance(layer, keras.layers.Conv2D), ["conv"]),
+    ],
+)
+def test_filters(filters, expected):
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            keras.layers.Conv2D(2, 3, name="conv"),
+            keras.layers.Flatten(),
+            keras.layers.Dense(4, name="dense_a"),
+            keras.layers.Dense(2, name="dense_b"),
+        ]
+    )
+    report = keras_dst.sparsify(model, DST(), filters)
+    assert [path.rpartition("/")[2] for path in report.sparse] == expected
+    assert [layer.name for layer in layers_of(model)] == expected
+    assert set(report.skipped.values()) == {"not selected by filters"}
+
+
+def test_the_report_says_what_was_skipped_and_why():
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            keras.layers.Conv2DTranspose(4, 3),
+            keras.layers.DepthwiseConv2D(3),
+            keras.layers.Conv2D(8, 3),
+        ]
+    )
+    report = keras_dst.sparsify(model, DST(pattern="1x4"))
+    assert len(report.sparse) == 1
+    reasons = list(report.skipped.values())
+    assert reasons[0] == "Conv2DTranspose is not supported"
+    assert "needs an input axis" in reasons[1]
+    assert "skipped" in str(report)
+
+
+class TestErrors:
+    """Bad input: what was expected, what was received, the fix; and the model as it was."""
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            (keras.layers.Dense(2)(keras.Input((3,))), "keras.Model"),
+            ("model.keras", "load_model"),
+            (42, "Keras 3 model"),
+        ],
+    )
+    @pytest.mark.parametrize("verb", [lambda m: keras_dst.sparsify(m, DST()), keras_dst.strip])
+    def test_no_model(self, wrong, message, verb):
+        with pytest.raises(TypeError, match=message):
+            verb(wrong)
+
+    @pytest.mark.parametrize(
+        ("module", "message"),
+        [("tf_keras.src.engine.training", "Keras 2 model"), ("torch.nn.modules.module", "torch")],
+    )
+    def test_models_of_others(self, module, message):
+        foreign = type("Model", (), {"__module__": module})()
+        with pytest.raises(TypeError, match=message):
+            keras_dst.sparsify(foreign, DST())
+
+    def test_unbuilt(self):
+        with pytest.raises(ValueError, match="has no weights yet"):
+            keras_dst.sparsify(keras.Sequential([keras.layers.Dense(2)]), DST())
+
+    def test_method_of_the_other_family(self):
+        with pytest.raises(TypeError, match="SparseOptimizer"):
+            keras_dst.sparsify(models.residual(), Magnitude(0.5))
+        with pytest.raises(TypeError, match="Expected a method"):
+            keras_dst.sparsify(models.residual(), "dst")
+
+    def test_filter_that_fits_nothing(self):
+        model = models.residual()
+        with pytest.raises(ValueError, match="no_such_layer.*fits none"):
+            keras_dst.sparsify(model, DST(), "no_such_layer")
+        with pytest.raises(ValueError, match="no regular expression"):
+            keras_dst.sparsify(model, DST(), "(")
+        with pytest.raises(TypeError, match="filters"):
+            keras_dst.sparsify(model, DST(), 3)
+        assert not is_sparse(model)
+
+    def test_nothing_supported(self):
+        model = keras.Sequential([keras.Input((3,)), keras.layers.ReLU()])
+        with pytest.raises(ValueError, match="nothing to make sparse"):
+            keras_dst.sparsify(model, DST())
+
+    def test_twice(self):
+        model = models.residual()
+        keras_dst.sparsify(model, DST())
+        with pytest.raises(ValueError, match="sparse already"):
+            keras_dst.sparsify(model, DST())
+
+    def test_unknown_class_in_a_file(self, tmp_path):
+        model = keras.Sequential([keras.Input((3,)), models.MyDense(2)])
+        keras_dst.sparsify(model, DST())
+        config = model.get_config()
+        for layer in config["layers"]:
+            if "stock_class" in layer["config"]:
+                layer["config"]["stock_class"] = "elsewhere>Unknown"
+        with pytest.raises(TypeError, match="register_keras_serializable"):
+            keras.Sequential.from_config(config)
