@@ -1,20 +1,27 @@
 """Sparse training for any Keras 3 model, and the way to a smaller, faster `.tflite`."""
 
 from keras_dst import allocation, callbacks, layers, masks, methods, regularizers, schedules
+from keras_dst.export import ExportError, ExportReport, export_tflite
 from keras_dst.optimizers import SparseOptimizer
+from keras_dst.report import SparsityReport, report
 from keras_dst.surgery import SparsifyReport, sparsify, strip
 from keras_dst.version import __version__
 
 __all__ = [
+    "ExportError",
+    "ExportReport",
     "SparseOptimizer",
     "SparsifyReport",
+    "SparsityReport",
     "__version__",
     "allocation",
     "callbacks",
+    "export_tflite",
     "layers",
     "masks",
     "methods",
     "regularizers",
+    "report",
     "schedules",
     "sparsify",
     "strip",

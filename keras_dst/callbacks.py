@@ -75,7 +75,7 @@ class SparseTraining(keras.callbacks.Callback):
             self._first_epoch = epoch
             self._batches = 0
             for driver in self._drivers:
-                driver.begin(self._length())
+                driver.begin(self._steps(self.epochs), self._steps())
             self._log = self._sparsity()
         self._epoch_start = self._batches
 
@@ -94,7 +94,7 @@ class SparseTraining(keras.callbacks.Callback):
         if self._epoch_length is None:
             self._epoch_length = self._batches
             for driver in self._drivers:
-                driver.set_length(self._length())
+                driver.set_length(self._steps(self.epochs), self._steps())
         self._sync()
         self._log = self._sparsity()
         if logs is not None:
@@ -110,13 +110,13 @@ class SparseTraining(keras.callbacks.Callback):
         """On JAX, hand the state of the running fit back to the variables."""
         _ = self.model
 
-    def _length(self):
-        """Steps that the schedule takes from the beginning of this fit, if they are known."""
+    def _steps(self, epochs=None):
+        """Steps in so many epochs, or in this fit; None while that is unknown."""
         if self._epoch_length is None:
             return None
-        if self.epochs is not None:
-            return self.epochs * self._epoch_length
-        return (self.params.get("epochs", 1) - self._first_epoch) * self._epoch_length
+        if epochs is None:
+            epochs = self.params.get("epochs", 1) - self._first_epoch
+        return epochs * self._epoch_length
 
     def _sparsity(self):
         kept = sum(d.kept() for d in self._drivers)
@@ -168,8 +168,8 @@ class _Driver:
 
     # --------------------------------------------------------------------------------------------
 
-    def begin(self, length: int | None) -> None:
-        """Start, or go on, with a schedule over `length` steps from its beginning."""
+    def begin(self, length: int | None, fit: int | None) -> None:
+        """Start, or go on, with a schedule over `length` steps, in a fit of `fit` steps."""
         self.drive(True)
         self.projected = False
         if self.method.schedule is None:
@@ -177,18 +177,19 @@ class _Driver:
         self.start, total = self.read_progress()
         self.last = self.start
         self.total = total or length
-        self._plan()
+        self._plan(fit)
         self.write_progress(self.start, self.total or 0)
         if self.total is not None and not self.method.learned:
             self.advance(0)
 
-    def set_length(self, length: int) -> None:
+    def set_length(self, length: int, fit: int) -> None:
         """The length became known after the first epoch."""
-        if self.method.schedule is not None and self.total is None:
-            self.total = length
-            self._plan()
+        if self.method.schedule is not None:
+            self.total = self.total or length
+            self._plan(fit)
 
-    def _plan(self):
+    def _plan(self, fit):
+        self.fit_end = fit and self.start + fit
         if self.total is not None or self.method.schedule.in_steps:
             first, last = self.method.schedule.span(self.total)
             shortest = _LEARNED_RESPONSE if self.method.learned else 1
@@ -202,7 +203,8 @@ class _Driver:
             return False
         step = self.start + batches
         crossed = self.last // self.every != step // self.every
-        return crossed or any(self.last < mark <= step for mark in (self.ramp_end, self.total))
+        marks = (self.ramp_end, self.total, self.fit_end or 0)
+        return crossed or any(self.last < mark <= step for mark in marks)
 
     def advance(self, batches: int) -> None:
         """Update the states to what the schedule asks for after this many batches."""
@@ -211,24 +213,25 @@ class _Driver:
         ahead = self.every if self.method.learned else 0
         target = self.method.schedule.at(step + ahead, self.total)
         self.take(self._update(*self._values(), self._counts(target)))
-        if self.total is not None and step >= self.total:
+        if self.total is not None and step >= self.total and step in (self.total, self.fit_end):
             self.project()
 
     def project(self) -> None:
         """Meet the target of a learned method exactly, at the end."""
         if not self.method.learned or self.method.schedule is None:
             return
-        target = self.method.schedule.sparsity
+        target = self._target()
         reached = 1 - self.kept() / self.size
         if abs(reached - target) > self.tolerance and not self.projected:
             warnings.warn(
-                f"{self.method!r}: training had reached sparsity {reached:.4f}, target {target:g}; "
-                "the last projection made up for it, at a cost in accuracy. Train longer, or "
-                "begin with another alpha.",
+                f"{self.method!r}: training had reached sparsity {reached:.4f}, target "
+                f"{target:.3g}; the last projection made up for it, at a cost in accuracy. Train "
+                "longer, or begin with another alpha.",
                 stacklevel=2,
             )
         values = self._values()
-        self.take(self.method.project(*values, self.layouts, self._counts(target)))
+        counts = self._counts(self.method.schedule.sparsity)
+        self.take(self.method.project(*values, self.layouts, counts))
         self.projected = True
 
     def end(self, batches: int, warn_early: bool) -> None:
@@ -239,13 +242,14 @@ class _Driver:
         step = self.start + batches
         total = self.total or 0
         self.write_progress(step, total)
-        target = self.method.schedule.sparsity
+        target = self._target()
         reached = 1 - self.kept() / self.size
         if step < total:
             if warn_early:
                 warnings.warn(
                     f"{self.method!r}: training ended after {step} of the {total} steps of its "
-                    f"schedule, at sparsity {reached:.4f}, target {target:g}. Fit again to go on.",
+                    f"schedule, at sparsity {reached:.4f}, target {target:.3g}. "
+                    "Fit again to go on.",
                     stacklevel=2,
                 )
         elif abs(reached - target) > self.tolerance:
@@ -253,10 +257,15 @@ class _Driver:
                 self.project()
             else:
                 warnings.warn(
-                    f"{self.method!r} reached sparsity {reached:.4f}, target {target:g}: "
+                    f"{self.method!r} reached sparsity {reached:.4f}, target {target:.3g}: "
                     f"missed by {abs(reached - target):.4f}.",
                     stacklevel=2,
                 )
+
+    def _target(self) -> float:
+        """The final sparsity of all these weights together."""
+        counts = self.method.kept_counts(self.shapes, self.method.schedule.sparsity, self.names)
+        return 1 - float(sum(counts)) / self.size
 
     @property
     def tolerance(self) -> float:

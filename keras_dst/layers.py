@@ -65,6 +65,7 @@ class SparseMixin(_Layer):
     stock: type
     sparsity: LayerMethod
     sparse_state: dict[str, State]
+    driven = False  # whether a SparseTraining callback is at work
 
     def __init__(self, *args, sparsity, **kwargs):
         super().__init__(*args, **kwargs)
@@ -78,10 +79,8 @@ class SparseMixin(_Layer):
         for weight in self.sparse_weights():
             if weight.name in self.__dict__:  # set while the class was the stock one
                 self.__dict__[weight.slot] = self.__dict__.pop(weight.name)
-            variable = weight.raw(self)
-            if variable is not None:
-                with self._unlocked():
-                    self._add_state(weight, variable)
+        if self.built:
+            self._add_states()
 
     @classmethod
     def sparse_weights(cls) -> list[SparseWeight]:
@@ -97,21 +96,26 @@ class SparseMixin(_Layer):
             if weight.name in self.sparse_state:
                 yield weight, weight.raw(self), self.sparse_state[weight.name]
 
-    # The weight's own creation is the one moment that all layers share: `build` has a signature
-    # that Keras inspects, and some layers create weights elsewhere.
-    def add_weight(self, *args, **kwargs):
-        variable = super().add_weight(*args, **kwargs)
-        for weight in self.sparse_weights():
-            if kwargs.get("name") == weight.name and "float" in variable.dtype:
-                self._add_state(weight, variable)
-        return variable
+    # What Keras calls once a layer is built, whatever the signature of its `build`. So the state
+    # comes after all stock weights, as it does in a layer that was built before it was made
+    # sparse: optimisers are saved by the order of the weights.
+    def _lock_state(self):
+        self._add_states()
+        super()._lock_state()
 
-    def _add_state(self, weight, variable):
-        # The mask is decided in the variable's own precision; the masked weight is cast.
-        variable._autocast = False
-        self.sparse_state[weight.name] = self.sparsity.build(
-            self, weight.name, variable, weight.layout
-        )
+    def _add_states(self):
+        for weight in self.sparse_weights():
+            variable = weight.raw(self)
+            if variable is None or weight.name in self.sparse_state:
+                continue
+            if "float" not in variable.dtype:  # quantised
+                continue
+            # The mask is decided in the variable's own precision; the masked weight is cast.
+            variable._autocast = False
+            with self._unlocked():
+                self.sparse_state[weight.name] = self.sparsity.build(
+                    self, weight.name, variable, weight.layout
+                )
 
     @contextlib.contextmanager
     def _unlocked(self):
@@ -147,29 +151,33 @@ class SparseMixin(_Layer):
     # Keras saves a layer's weights by position, and some layers a fixed list of them. Ours go by
     # name beside them; what a dense layer's weights lack stays as it was.
     def save_own_variables(self, store):
-        with self._stock_variables_only():
+        own = self._named_state()
+        with self._as_stock():
             super().save_own_variables(store)
-        for name, variable in self._named_state():
+        for name, variable in own.items():
             store[name] = variable
 
     def load_own_variables(self, store):
-        own = dict(self._named_state())
-        stock = {key: store[key] for key in store.keys() if key not in own}
-        with self._stock_variables_only():
-            super().load_own_variables(stock)
+        own = self._named_state()
+        with self._as_stock():
+            super().load_own_variables({k: store[k] for k in store.keys() if k not in own})
         for name, variable in own.items():
             if name in store.keys():
                 variable.assign(store[name])
 
     def _named_state(self):
-        for weight, _, state in self.masked_weights():
-            for key, variable in state.items():
-                if isinstance(variable, keras.Variable):
-                    yield f"{weight.name}_{key}", variable
+        return {
+            f"{weight.name}_{key}": variable
+            for weight, _, state in self.masked_weights()
+            for key, variable in state.items()
+            if isinstance(variable, keras.Variable)
+        }
 
     @contextlib.contextmanager
-    def _stock_variables_only(self):
-        own = {id(variable) for _, variable in self._named_state()}
+    def _as_stock(self):
+        """For a while, only the stock layer's variables, and no masks over them."""
+        own = {id(variable) for variable in self._named_state().values()}
+        state, self.__dict__["sparse_state"] = self.sparse_state, {}
         lists = (self._trainable_variables, self._non_trainable_variables)
         before = [list(variables) for variables in lists]
         for variables in lists:
@@ -177,6 +185,7 @@ class SparseMixin(_Layer):
         try:
             yield
         finally:
+            self.__dict__["sparse_state"] = state
             for variables, old in zip(lists, before):
                 variables[:] = old
 

@@ -225,7 +225,7 @@ def spread(groups: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor
 
 
 def top_k(scores: Sequence[Tensor], kept: Tensor, sizes: Sequence[np.ndarray] | None = None):
-    """Masks that keep the `kept` weights of highest score, ranked over all tensors together.
+    """Masks that keep the weights of highest score, ranked over all tensors or in each of them.
 
     Ties go to the earlier tensor, then to the earlier position in it (C order), so that every
     backend keeps the same weights. The threshold is found by bisection, without a sort.
@@ -233,7 +233,8 @@ def top_k(scores: Sequence[Tensor], kept: Tensor, sizes: Sequence[np.ndarray] | 
     Args:
         scores: float tensors, of any shapes. An infinite score ties with the largest or the
             smallest finite one, NaN with the smallest.
-        kept: how many weights to keep: an int, or an integer scalar tensor.
+        kept: how many weights to keep: an integer scalar, for all tensors together, or a vector
+            with a number for each of them.
         sizes: weights in every group where an entry stands for several (`Pattern.sizes`). Groups
             are then taken in order of their score while their sizes fit into `kept`.
 
@@ -243,98 +244,127 @@ def top_k(scores: Sequence[Tensor], kept: Tensor, sizes: Sequence[np.ndarray] | 
     Example:
         >>> keras_dst.masks.top_k([keras.ops.array([0.1, 0.3, 0.2])], 2)  # [[False, True, True]]
     """
-    flat, weights = _flatten(scores, sizes)
     kept = ops.cast(kept, "int32")
-    low, high = _threshold(flat, weights, kept)
-    above = flat > high
-    tied = ops.logical_and(flat > low, ops.logical_not(above))
-    end = _first_ties(tied, weights, kept - _count(above, weights))
-    position = ops.arange(flat.shape[0], dtype="int32")
-    return _unflatten(ops.logical_or(above, ops.logical_and(tied, position < end)), scores)
+    groups: list[Any] = [None] * len(scores) if sizes is None else list(sizes)
+    if kept.ndim == 0:
+        flat = _Ranking([_join(scores, groups)])
+        (mask,) = flat.masks(kept[None])
+        return _split(mask, scores)
+    ranking = _Ranking([_join([s], [n]) for s, n in zip(scores, groups)])
+    return [ops.reshape(m, tuple(s.shape)) for m, s in zip(ranking.masks(kept), scores)]
 
 
 def kth(scores: Sequence[Tensor], kept: Tensor) -> Tensor:
     """A value that exactly `kept` scores exceed, ties aside: the threshold of `top_k`."""
-    flat, weights = _flatten(scores, None)
-    return _threshold(flat, weights, ops.cast(kept, "int32"))[1]
+    ranking = _Ranking([_join(scores, [None] * len(scores))])
+    return ranking.thresholds(ops.cast(kept, "int32")[None])[1][0]
 
 
-def _flatten(scores, sizes):
-    """All scores in one finite float32 vector, and the weights each stands for (None: one)."""
+def _join(scores, sizes):
+    """Scores as one finite float32 vector, and the weights each stands for (None: one)."""
     flat = ops.concatenate([ops.reshape(ops.cast(s, "float32"), (-1,)) for s in scores])
     finite = ops.isfinite(flat)
     least = ops.min(ops.where(finite, flat, np.inf))
     most = ops.max(ops.where(finite, flat, -np.inf))
     flat = ops.where(finite, flat, ops.where(flat > 0, most, least))
-    if sizes is None or all(np.all(s == 1) for s in sizes):
+    if all(n is None or np.all(n == 1) for n in sizes):
         return flat, None
-    return flat, ops.convert_to_tensor(np.concatenate([np.ravel(s) for s in sizes]), "int32")
+    return flat, ops.convert_to_tensor(np.concatenate([np.ravel(n) for n in sizes]), "int32")
 
 
-def _unflatten(flat, like):
-    masks, start = [], 0
-    for tensor in like:
-        size = math.prod(tensor.shape)
-        masks.append(ops.reshape(flat[start : start + size], tuple(tensor.shape)))
-        start += size
-    return masks
+def _split(flat, like):
+    ends = np.cumsum([math.prod(tensor.shape) for tensor in like])[:-1].tolist()
+    return [ops.reshape(m, tuple(t.shape)) for m, t in zip(ops.split(flat, ends), like)]
 
 
-def _count(mask, weights):
+class _Ranking:
+    """Vectors of scores, in each of which a number of weights is kept; all bisected in one loop."""
+
+    def __init__(self, vectors):
+        self.scores = [flat for flat, _ in vectors]
+        self.weights = [weights for _, weights in vectors]
+        self.positions = [ops.arange(flat.shape[0], dtype="int32") for flat in self.scores]
+        self.lengths = ops.convert_to_tensor([flat.shape[0] for flat in self.scores], "int32")
+
+    def masks(self, kept):
+        low, high = self.thresholds(kept)
+        above = [flat > high[i] for i, flat in enumerate(self.scores)]
+        tied = [
+            ops.logical_and(flat > low[i], ops.logical_not(a))
+            for i, (flat, a) in enumerate(zip(self.scores, above))
+        ]
+        end = self._last_ties(tied, kept - self._count(above))
+        return [
+            ops.logical_or(a, ops.logical_and(t, position < end[i]))
+            for i, (a, t, position) in enumerate(zip(above, tied, self.positions))
+        ]
+
+    def thresholds(self, kept):
+        """`(low, high)`: no more than `kept` weights score above `high`, more do above `low`."""
+        least = ops.stack([ops.min(flat) for flat in self.scores])
+        most = ops.stack([ops.max(flat) for flat in self.scores])
+        low = least - ops.maximum(ops.abs(least), 1.0)
+        high = ops.where(self._count_above(low) <= kept, low, most)
+
+        def open_(low, high, count):
+            middle = low / 2 + high / 2
+            between = ops.logical_and(low < middle, middle < high)
+            return ops.logical_and(count < kept, between)
+
+        def halve(low, high, count):
+            middle = low / 2 + high / 2
+            above = self._count_above(middle)
+            fits = above <= kept
+            active = open_(low, high, count)
+            down, up = ops.logical_and(active, fits), ops.logical_and(active, ops.logical_not(fits))
+            return (
+                ops.where(up, middle, low),
+                ops.where(down, middle, high),
+                ops.where(down, above, count),
+            )
+
+        low, high, _ = ops.while_loop(
+            lambda *state: ops.any(open_(*state)),
+            halve,
+            (low, high, self._count_above(high)),
+            maximum_iterations=_HALVINGS,
+        )
+        return low, high
+
+    def _last_ties(self, tied, room):
+        """The positions up to which the tied weights fit into `room`."""
+
+        def fits(end):
+            before = [
+                ops.logical_and(t, p < end[i]) for i, (t, p) in enumerate(zip(tied, self.positions))
+            ]
+            return self._count(before) <= room
+
+        def halve(low, high):  # what lies before `low` fits, what lies before `high` does not
+            middle = low + (high - low) // 2
+            good, active = fits(middle), high - low > 1
+            down, up = ops.logical_and(active, ops.logical_not(good)), ops.logical_and(active, good)
+            return ops.where(up, middle, low), ops.where(down, middle, high)
+
+        all_fit = self._count(tied) <= room
+        low = ops.where(all_fit, self.lengths, 0)
+        settled = ops.logical_or(all_fit, room <= 0)
+        high = ops.where(settled, low + 1, self.lengths + 1)
+        low, _ = ops.while_loop(lambda low, high: ops.any(high - low > 1), halve, (low, high))
+        return low
+
+    def _count_above(self, thresholds):
+        return self._count([flat > thresholds[i] for i, flat in enumerate(self.scores)])
+
+    def _count(self, masks):
+        return ops.stack([_weigh(mask, n) for mask, n in zip(masks, self.weights)])
+
+
+def _weigh(mask, weights):
     if weights is None:
         # Of three axes, because Keras transposes the counts and torch wants a matrix for that.
         return ops.cast(ops.count_nonzero(mask[None, :, None], axis=1)[0, 0], "int32")
     return ops.sum(ops.where(mask, weights, 0))
-
-
-def _threshold(flat, weights, kept):
-    """`(low, high)`: no more than `kept` weights score above `high`, more of them above `low`."""
-    least, most = ops.min(flat), ops.max(flat)
-    low = least - ops.maximum(ops.abs(least), 1.0)
-    all_fit = _count(flat > low, weights) <= kept
-    high = ops.where(all_fit, low, most)
-
-    def unsettled(low, high, count):
-        middle = low / 2 + high / 2
-        return ops.logical_and(count < kept, ops.logical_and(low < middle, middle < high))
-
-    def halve(low, high, count):
-        middle = low / 2 + high / 2
-        above = _count(flat > middle, weights)
-        fits = above <= kept
-        return (
-            ops.where(fits, low, middle),
-            ops.where(fits, middle, high),
-            ops.where(fits, above, count),
-        )
-
-    low, high, _ = ops.while_loop(
-        unsettled,
-        halve,
-        (low, high, _count(flat > high, weights)),
-        maximum_iterations=_HALVINGS,
-    )
-    return low, high
-
-
-def _first_ties(tied, weights, room):
-    """The position up to which the tied weights fit into `room`."""
-    size = tied.shape[0]
-    position = ops.arange(size, dtype="int32")
-
-    def fits(end):
-        return _count(ops.logical_and(tied, position < end), weights) <= room
-
-    def halve(low, high):  # what lies before `low` fits, what lies before `high` does not
-        middle = low + (high - low) // 2
-        good = fits(middle)
-        return ops.where(good, middle, low), ops.where(good, high, middle)
-
-    all_fit, none_fit = _count(tied, weights) <= room, room <= 0
-    low = ops.cast(ops.where(all_fit, size, 0), "int32")
-    high = ops.cast(ops.where(ops.logical_or(all_fit, none_fit), low + 1, size + 1), "int32")
-    low, _ = ops.while_loop(lambda low, high: high - low > 1, halve, (low, high))
-    return low
 
 
 def n_of_m(scores: Tensor, n: int, m: int, axis: int = -2) -> Tensor:

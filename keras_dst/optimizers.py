@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_dst.masks import KERNEL, Layout
@@ -156,7 +157,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         ]
         index = ops.sum(ops.cast(self.step >= ops.convert_to_tensor(events, "int32"), "int32"))
         due = ops.any(ops.equal(self.step, ops.convert_to_tensor(events, "int32")))
-        kept = ops.take(ops.convert_to_tensor(counts, "int32"), ops.maximum(index - 1, 0), axis=0)
+        kept = ops.take(
+            ops.convert_to_tensor(np.stack(counts), "int32"), ops.maximum(index - 1, 0), axis=0
+        )
         weights = [ops.convert_to_tensor(k) for k in self.kernels]
         states = [tensors(s) for s in self.states]
         masks = ops.cond(

@@ -12,7 +12,6 @@ import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -21,7 +20,7 @@ from keras import layers, ops
 
 from keras_dst.layers import SparseMixin
 from keras_dst.optimizers import unwrap
-from keras_dst.selection import is_prunable
+from keras_dst.selection import is_kernel
 from keras_dst.surgery import check_model
 
 Shape = tuple[int, ...]
@@ -370,14 +369,7 @@ def _is_kernel(variable, layer) -> bool:
     """Whether this would be prunable if it were neither frozen nor quantised."""
     trained = any(variable is own for own in layer._trainable_variables)  # frozen or not
     quantised = variable.dtype == "int8" and layer.quantization_mode == "int8"
-    return (trained or quantised) and is_prunable(
-        SimpleNamespace(
-            trainable=True,
-            dtype="float32" if quantised else variable.dtype,
-            shape=variable.shape,
-            name=variable.name,
-        )
-    )
+    return (trained or quantised) and is_kernel(variable)
 
 
 def _count(variable, mask) -> int:

@@ -12,14 +12,18 @@ Filters = str | Sequence[str] | Callable[[Any], bool] | None
 _NOT_PRUNED = re.compile(r"(bias|beta|gamma|scale|threshold|score|alpha|control|lora_kernel_[ab])$")
 
 
-def is_prunable(variable) -> bool:
-    """Whether this is a kernel: a trainable float weight of two or more axes, and no bias."""
+def is_kernel(variable) -> bool:
+    """Whether this weight counts as prunable: floats or int8, two or more axes, and no bias."""
     return (
-        bool(variable.trainable)
-        and len(variable.shape) >= 2
-        and "float" in variable.dtype
+        len(variable.shape) >= 2
+        and ("float" in variable.dtype or variable.dtype == "int8")
         and not _NOT_PRUNED.search(variable.name)
     )
+
+
+def is_prunable(variable) -> bool:
+    """Whether an optimiser can prune this weight: a kernel that is trained."""
+    return bool(variable.trainable) and is_kernel(variable)
 
 
 def select(items: Sequence, filters: Filters, names: Sequence[str]) -> list[bool]:

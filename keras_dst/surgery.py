@@ -17,7 +17,7 @@ from keras_dst.layers import (
 )
 from keras_dst.methods.base import LayerMethod
 from keras_dst.optimizers import unwrap
-from keras_dst.selection import Filters, is_prunable, select
+from keras_dst.selection import Filters, is_kernel, select
 
 
 @dataclass
@@ -82,7 +82,7 @@ def sparsify(model, method: LayerMethod, filters: Filters = None) -> SparsifyRep
         if reason is None:
             chosen.append(layer)
             report.sparse.append(layer.path or layer.name)
-        elif any(is_prunable(v) for v in _own_variables(layer)):
+        elif any(is_kernel(v) for v in layer._trainable_variables):
             report.skipped[layer.path or layer.name] = reason
     if not chosen:
         raise ValueError(f"There is nothing to make sparse in '{model.name}'.\n{report}")
@@ -157,10 +157,6 @@ def check_model(model) -> None:
 
 def _is_container(layer) -> bool:
     return isinstance(layer, keras.Model)
-
-
-def _own_variables(layer):
-    return layer._trainable_variables
 
 
 def _unsupported(layer, method) -> str | None:

@@ -71,7 +71,7 @@ def test_alpha_may_be_a_variable():
 def test_threshold_penalty_as_a_regularizer_of_a_variable():
     layer = keras.layers.Layer()
     layer.add_weight(shape=(3,), initializer="zeros", regularizer=ThresholdPenalty(0.1))
-    assert float(layer.losses[0]) == pytest.approx(0.3)
+    assert ops.convert_to_numpy(layer.losses[0]) == pytest.approx(0.3)
 
 
 def test_config():

@@ -1,16 +1,14 @@
 """What can be pruned, and what a filter selects."""
 
-from types import SimpleNamespace
-
 import keras
 import numpy as np
 import pytest
 
-from keras_dst.selection import is_prunable, select
+from keras_dst.selection import is_kernel, is_prunable, select
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "options", "prunable"),
+    ("name", "shape", "options", "kernel"),
     [
         ("kernel", (4, 3), {}, True),
         ("kernel", (3, 3, 4, 3), {}, True),
@@ -19,7 +17,9 @@ from keras_dst.selection import is_prunable, select
         ("biased_kernel", (4, 3), {}, True),
         ("kernel", (4, 3), {"dtype": "bfloat16"}, True),
         ("kernel", (4, 3), {"dtype": "float16"}, True),
-        ("kernel", (4, 3), {"trainable": False}, False),
+        ("kernel", (4, 3), {"trainable": False}, True),
+        ("kernel", (4, 3), {"dtype": "int8", "trainable": False}, True),  # quantised
+        ("kernel", (4, 3), {"dtype": "int32", "trainable": False}, False),
         ("kernel", (4,), {}, False),
         ("bias", (2, 8), {}, False),  # of an attention head
         ("query_bias", (2, 8), {}, False),
@@ -34,14 +34,10 @@ from keras_dst.selection import is_prunable, select
         ("lora_kernel_b", (2, 3), {}, False),
     ],
 )
-def test_is_prunable(name, shape, options, prunable):
+def test_kernels_are_prunable_while_they_are_trained(name, shape, options, kernel):
     variable = keras.Variable(np.zeros(shape), **{"dtype": "float32", **options}, name=name)
-    assert is_prunable(variable) is prunable
-
-
-def test_integers_are_not_pruned():
-    # No Keras variable: torch refuses trainable ones of this type.
-    assert not is_prunable(SimpleNamespace(name="k", shape=(4, 3), dtype="int8", trainable=True))
+    assert is_kernel(variable) is kernel
+    assert is_prunable(variable) is (kernel and options.get("trainable", True))
 
 
 NAMES = ["conv_1", "conv_2", "conv_2_extra", "head"]

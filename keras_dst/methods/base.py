@@ -69,8 +69,10 @@ class Method(Configurable):
     ) -> np.ndarray:
         """Counts of weights to keep, as `update` takes them."""
         final = self.schedule.sparsity if self.schedule else None
-        if masks.Pattern(self.pattern).n_of_m:
-            return np.array([math.prod(shape) for shape in shapes])
+        n_of_m = Pattern(self.pattern).n_of_m
+        if n_of_m:
+            n, m = n_of_m
+            return np.array([round(math.prod(shape) * n / m) for shape in shapes])
         return allocations.kept_counts(self.allocation, shapes, sparsity, names, final)
 
     def rank(
@@ -86,13 +88,9 @@ class Method(Configurable):
         groups = [pattern.scores(s, layout) for s, layout in zip(scores, layouts)]
         sizes = [pattern.sizes(s.shape, layout) for s, layout in zip(scores, layouts)]
         floored = _protect(groups, sizes, self.min_kept)
-        if kept.shape[0] == 1:
-            kept_groups = masks.top_k(floored, kept[0], sizes)
-        else:
-            kept_groups = [
-                masks.top_k([g], ops.maximum(kept[i], self.min_kept), [n])[0]
-                for i, (g, n) in enumerate(zip(floored, sizes))
-            ]
+        # One count is for all weights together, several are for each by itself.
+        kept = ops.maximum(kept, self.min_kept)
+        kept_groups = masks.top_k(floored, kept[0] if kept.shape[0] == 1 else kept, sizes)
         return [
             pattern.expand(g, s.shape, layout) for g, s, layout in zip(kept_groups, scores, layouts)
         ]
@@ -115,12 +113,19 @@ class Method(Configurable):
 
 def _protect(groups: list[Tensor], sizes: list[np.ndarray], least: int) -> list[Tensor]:
     """Scores in which the best groups of every weight come first of all, so that no layer dies."""
+    if least == 1:
+        best = [_first_of_best(g) for g in groups]
+    else:
+        number = [min(math.prod(g.shape), -(-least // int(n.max()))) for g, n in zip(groups, sizes)]
+        best = masks.top_k(groups, np.array(number))
     most = ops.max(ops.stack([ops.max(ops.abs(g)) for g in groups]))
-    protected = []
-    for g, n in zip(groups, sizes):
-        best = masks.top_k([g], min(math.prod(g.shape), -(-least // int(n.max()))))[0]
-        protected.append(ops.where(best, g + 2 * most + 1, g))
-    return protected
+    return [ops.where(b, g + 2 * most + 1, g) for b, g in zip(best, groups)]
+
+
+def _first_of_best(groups: Tensor) -> Tensor:
+    size = math.prod(groups.shape)
+    position = ops.reshape(ops.arange(size, dtype="int32"), tuple(groups.shape))
+    return position == ops.min(ops.where(groups >= ops.max(groups), position, size))
 
 
 class LayerMethod(Method):

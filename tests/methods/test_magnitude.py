@@ -65,7 +65,7 @@ def test_scores_with_revival_are_of_the_dense_weights():
 # -- rank ----------------------------------------------------------------------------------------
 
 # The second has 3 weights, so small that global ranking leaves it only what `min_kept` protects.
-LAYERS = [random(5, 6), random(1, 3, scale=1e-3, seed=1), random(2, 2, 3, 4, seed=2)]
+LAYERS = [random(2, 2, 3, 5), random(1, 3, scale=1e-3, seed=1)]
 
 
 def best(w, kept):
@@ -87,7 +87,7 @@ def reference_global(weights, kept, min_kept):
 
 
 @pytest.mark.parametrize("min_kept", [1, 4])
-@pytest.mark.parametrize("kept", [11, 12, 40, 80, 81])
+@pytest.mark.parametrize("kept", [7, 8, 30, 62, 63])
 def test_global_rank(kept, min_kept):
     found = masks_of(Magnitude(0.5, min_kept=min_kept), LAYERS, [kept])
     assert sum(mask.sum() for mask in found) == kept
@@ -95,7 +95,7 @@ def test_global_rank(kept, min_kept):
     assert_equal(found, reference_global(LAYERS, kept, min_kept))
 
 
-@pytest.mark.parametrize("kept", [11, 12, 40, 80])
+@pytest.mark.parametrize("kept", [7, 8, 30, 62])
 def test_global_rank_of_ties(kept):
     weights = [np.round(2 * w) for w in LAYERS]
     found = masks_of(Magnitude(0.5, min_kept=4), weights, [kept])
@@ -105,9 +105,9 @@ def test_global_rank_of_ties(kept):
 @pytest.mark.parametrize(
     ("kept", "expected"),
     [
-        ([7, 2, 20], [7, 2, 20]),
-        ([30, 3, 48], [30, 3, 48]),
-        ([0, 1, 20], [2, 2, 20]),  # no layer gets less than `min_kept`
+        ([17, 2], [17, 2]),
+        ([60, 3], [60, 3]),
+        ([0, 1], [2, 2]),  # no layer gets less than `min_kept`
     ],
 )
 def test_rank_by_layer(kept, expected):
@@ -116,34 +116,31 @@ def test_rank_by_layer(kept, expected):
 
 
 @pytest.mark.xfail(strict=True, reason="a global count below layers x min_kept is not raised")
-@pytest.mark.parametrize(
-    ("weights", "kept", "min_kept"),
-    [
-        pytest.param(LAYERS, 2, 1, id="three layers, two weights"),
-        pytest.param(LAYERS, 10, 4, id="three layers, fewer than four each"),
-        pytest.param(LAYERS[:1], 0, 1, id="one layer, no weight"),
-    ],
-)
-def test_min_kept_holds_when_the_count_is_smaller(weights, kept, min_kept):
-    found = masks_of(Magnitude(0.5, min_kept=min_kept), weights, [kept])
-    assert_equal(found, [best(w, min_kept) for w in weights])
+@pytest.mark.parametrize(("kept", "min_kept"), [(0, 1), (1, 1), (6, 4)])
+def test_min_kept_holds_when_the_count_of_two_layers_is_smaller(kept, min_kept):
+    found = masks_of(Magnitude(0.5, min_kept=min_kept), LAYERS, [kept])
+    assert_equal(found, [best(w, min_kept) for w in LAYERS])
+
+
+def test_min_kept_holds_when_the_count_of_one_layer_is_smaller():
+    assert_equal(masks_of(Magnitude(0.5, min_kept=4), LAYERS[:1], [0]), [best(LAYERS[0], 4)])
 
 
 @pytest.mark.xfail(strict=True, reason="nan is the maximum that protects the best weights")
 def test_one_nan_does_not_change_the_ranking():
     broken = LAYERS[0].copy()
-    broken[0, 0] = math.nan
-    found = masks_of(Magnitude(0.5), [broken, *LAYERS[1:]], [40])
-    broken[0, 0] = 0  # nan ranks with the smallest
-    assert_equal(found, reference_global([broken, *LAYERS[1:]], 40, 1))
+    broken.flat[0] = math.nan
+    found = masks_of(Magnitude(0.5), [broken, LAYERS[1]], [30])
+    broken.flat[0] = 0  # nan ranks with the smallest
+    assert_equal(found, reference_global([broken, LAYERS[1]], 30, 1))
 
 
 @pytest.mark.xfail(strict=True, reason="protected scores become inf, and tie with the largest")
 def test_one_infinite_weight_does_not_unprotect_the_others():
     broken = LAYERS[0].copy()
-    broken[4, 5] = math.inf
-    found = masks_of(Magnitude(0.5), [broken, *LAYERS[1:]], [3])
-    assert [mask.sum() for mask in found] == [1, 1, 1]
+    broken.flat[-1] = math.inf
+    found = masks_of(Magnitude(0.5), [broken, LAYERS[1]], [2])
+    assert [mask.sum() for mask in found] == [1, 1]
 
 
 # -- patterns ------------------------------------------------------------------------------------
@@ -167,29 +164,21 @@ def best_blocks(w, block, kept):
     return mask
 
 
-@pytest.mark.parametrize(
-    ("pattern", "layout", "shape", "block"),
-    [
-        ("1x4", KERNEL, (10, 5), (4, 1)),  # partial blocks
-        ("2x2", KERNEL, (2, 2, 4, 5), (1, 1, 2, 2)),
-        ("channel", DEPTHWISE, (3, 3, 6, 2), (3, 3, 1, 1)),
-    ],
-)
-def test_rank_in_a_pattern(pattern, layout, shape, block):
-    w = random(*shape)
-    for kept in [24, 39, 45]:
-        found = masks_of(Magnitude(0.5, pattern=pattern), [w], [kept], layout)
-        assert_equal(found, [best_blocks(w, block, kept)])
+@pytest.mark.parametrize("kept", [24, 39, 45])
+def test_rank_of_depthwise_channels(kept):
+    w = random(3, 3, 6, 2)
+    found = masks_of(Magnitude(0.5, pattern="channel"), [w], [kept], DEPTHWISE)
+    assert_equal(found, [best_blocks(w, (3, 3, 1, 1), kept)])
 
 
-def test_rank_in_a_pattern_by_layer():
+def test_rank_of_blocks_by_layer():
     weights, method = [random(10, 5), random(8, 4, seed=1)], Magnitude(0.5, "uniform", "1x4")
     found = masks_of(method, weights, [25, 14])
     expected = [best_blocks(w, (4, 1), kept) for w, kept in zip(weights, [25, 14])]
     assert_equal(found, expected)
 
 
-def test_rank_in_a_pattern_over_all_layers():
+def test_rank_of_blocks_over_all_layers():
     # All blocks of the second are better; the best of the first is protected.
     weights = [random(8, 5), np.sign(random(8, 4, seed=1)) * 2]
     found = masks_of(Magnitude(0.5, "global", "1x4"), weights, [20])
@@ -199,21 +188,21 @@ def test_rank_in_a_pattern_over_all_layers():
 
 @pytest.mark.xfail(strict=True, reason="a protected group that is larger than the count is dropped")
 @pytest.mark.parametrize(
-    ("allocation", "kept"),
-    [pytest.param("uniform", [5, 2], id="uniform"), pytest.param("global", [7], id="global")],
+    ("allocation", "shapes", "kept"),
+    [("global", [(10, 5)], [5]), ("uniform", [(10, 5), (6, 4)], [5, 2])],
 )
-def test_a_channel_of_every_layer_is_kept(allocation, kept):
-    # 90 % of (10, 5) and (6, 4) in channels of 10 and 6 weights: less than one channel each.
-    found = masks_of(Magnitude(0.9, allocation, "channel"), [random(10, 5), random(6, 4)], kept)
-    assert all(mask.any() for mask in found)
+def test_a_channel_of_every_layer_is_kept(allocation, shapes, kept):
+    # At 90 % in channels of 10 and 6 weights: less than one channel is to be kept.
+    method = Magnitude(0.9, allocation, "channel")
+    assert all(mask.any() for mask in masks_of(method, [random(*s) for s in shapes], kept))
 
 
 @pytest.mark.xfail(strict=True, reason="the groups to protect are counted as if all were whole")
 def test_min_kept_in_partial_blocks():
     # In 1x4 the fifth input is a block by itself, here the best one: 1 weight, not 4.
-    small = np.array([[0.1], [0.1], [0.1], [0.1], [0.5]])
-    found = masks_of(Magnitude(0.5, pattern="1x4", min_kept=4), [small, random(8, 5) + 1], [20])
-    assert found[0].sum() >= 4
+    kernel = np.array([[0.1], [0.1], [0.1], [0.1], [0.5]])
+    (found,) = masks_of(Magnitude(0.5, pattern="1x4", min_kept=4), [kernel], [4])
+    assert found.sum() >= 4
 
 
 @pytest.mark.parametrize("shape", [(8, 3), (7, 3), (2, 2, 8, 3)])
@@ -228,12 +217,12 @@ def test_rank_in_n_of_m(shape):
             assert min(group[on]) > max(group[~on], default=-1)
 
 
-# 40 of the 81 weights of LAYERS, each bit as every backend must have it.
-GOLDEN = "41a7fdb0a125dadc85d080"
+# 30 of the 63 weights of LAYERS, each bit as every backend must have it.
+GOLDEN = "01a7fdb322130f52"
 
 
 def test_same_masks_on_every_backend():
-    for masks in (reference_global(LAYERS, 40, 1), masks_of(Magnitude(0.5), LAYERS, [40])):
+    for masks in (reference_global(LAYERS, 30, 1), masks_of(Magnitude(0.5), LAYERS, [30])):
         assert np.packbits(np.concatenate([m.ravel() for m in masks])).tobytes().hex() == GOLDEN
 
 
@@ -253,11 +242,29 @@ SHAPES, PATHS = [(10, 10), (30, 10)], ["a/kernel", "b/kernel"]
         (Magnitude(0.9, "erk"), 0.9, [13, 27]),  # by sum(shape): 20 and 40 of 60
         (Magnitude(0.9, {"b/.*": 0.5}), 0.9, [10, 150]),
         (Magnitude(0.9, {"b/.*": 0.5}), 0.45, [55, 225]),  # half of the way
-        (Magnitude(0.5, pattern="2:4"), 0.1, [100, 300]),
     ],
 )
 def test_kept_counts(method, sparsity, expected):
     assert method.kept_counts(SHAPES, sparsity, PATHS).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        8,
+        pytest.param(
+            7,
+            marks=pytest.mark.xfail(
+                strict=True, reason="the group of 3 at the end keeps 2 as well: 4 of 7, not 3.5"
+            ),
+        ),
+    ],
+)
+def test_n_of_m_keeps_as_many_as_it_counts(inputs):
+    method, w = Magnitude(0.5, pattern="2:4"), random(inputs, 6)
+    (count,) = method.kept_counts([w.shape], 0.1, ["kernel"])
+    (mask,) = masks_of(method, [w], [count])
+    assert mask.sum() == count
 
 
 def test_schedule():

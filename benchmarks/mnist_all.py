@@ -1,0 +1,85 @@
+"""All runs of `benchmarks.mnist`, then the table of them: results/mnist.md.
+
+Runs whose JSON is there already are not run again; `--table` makes the table alone.
+"""
+
+import argparse
+import collections
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+from benchmarks.common import RESULTS
+
+# backend, model, target sparsity (None: the paper's alpha alone; "dense": the control), seeds
+RUNS = [
+    ("jax", "lenet-300-100", "dense", [0, 1, 2]),
+    ("jax", "lenet-300-100", None, [0, 1, 2]),
+    ("jax", "lenet-300-100", 0.975, [0, 1, 2]),
+    ("tensorflow", "lenet-300-100", 0.975, [0]),
+    ("torch", "lenet-300-100", 0.975, [0]),
+    ("jax", "lenet-5", "dense", [0]),
+    ("jax", "lenet-5", 0.984, [0, 1, 2]),
+]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", action="store_true")
+    if not parser.parse_args().table:
+        for backend, model, target, seeds in RUNS:
+            for seed in seeds:
+                run(backend, model, target, seed)
+    table()
+
+
+def run(backend, model, target, seed):
+    kind = {None: "alpha", "dense": "dense"}.get(target, f"target{target}")
+    if (RESULTS / f"mnist_{model}_{kind}_{backend}_seed{seed}.json").exists():
+        return
+    command = [sys.executable, "-m", "benchmarks.mnist", model, "--seed", str(seed)]
+    command += {None: [], "dense": ["--dense"]}.get(target, ["--target", str(target)])
+    print(f"KERAS_BACKEND={backend}", *command[1:], flush=True)
+    subprocess.run(command, env={**os.environ, "KERAS_BACKEND": backend}, check=True)
+
+
+def table():
+    groups = collections.defaultdict(list)
+    for path in sorted(RESULTS.glob("mnist_*_seed*.json")):
+        result = json.loads(path.read_text())
+        arguments = result["arguments"]
+        kind = "dense" if arguments["dense"] else "DST"
+        if arguments["target"]:
+            kind = f"DST, target {arguments['target']:.1%}"
+        groups[(arguments["model"], kind, result["backend"])].append(result)
+    lines = [
+        "# DST on MNIST, the paper's recipe",
+        "",
+        "SGD 0.01, momentum 0.9, batch 64, 20 epochs, pixels in [0, 1]; accuracy on the test set "
+        "after the last epoch, mean and standard deviation over the seeds. Made by "
+        "`make bench-mnist` from the JSON files in this folder.",
+        "",
+        "| net | training | backend | seeds | test accuracy | weights kept | seconds a run |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (model, kind, backend), runs in groups.items():
+        accuracy = [100 * r["test_accuracy"] for r in runs]
+        kept = [100 * r["kept"] for r in runs]
+        lines.append(
+            f"| {model} | {kind} | {backend} | {len(runs)} | {spread(accuracy)} % "
+            f"| {spread(kept)} % | {statistics.median(r['seconds'] for r in runs):.0f} |"
+        )
+    path = RESULTS / "mnist.md"
+    path.write_text("\n".join(lines) + "\n")
+    print(path.read_text())
+
+
+def spread(values):
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"
+
+
+if __name__ == "__main__":
+    main()

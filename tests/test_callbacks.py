@@ -1,0 +1,174 @@
+"""`SparseTraining`: what it resolves, shows, projects, refuses and warns about."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_dst
+from keras_dst.callbacks import SparseTraining
+from keras_dst.methods import DST, Magnitude
+from keras_dst.schedules import Constant, Cubic
+from tests import models
+
+x, y = models.data(size=128)
+
+
+def sparse(method):
+    keras.utils.set_random_seed(0)
+    model = models.residual()
+    if isinstance(method, DST):
+        keras_dst.sparsify(model, method)
+        return models.compiled(model)
+    return models.compiled(model, keras_dst.SparseOptimizer("adam", method))
+
+
+class Record(keras.callbacks.Callback):
+    """The sparsity that the progress bar shows after every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen.append(logs["sparsity"])
+
+
+def test_the_schedule_follows_the_paper_step_by_step():
+    method = Magnitude(Cubic(0.8, begin=0.25, end=0.75), frequency=1)
+    model, record = sparse(method), Record()
+    model.fit(x, y, batch_size=16, epochs=5, verbose=0, callbacks=[SparseTraining(), record])
+    size = sum(np.prod(k.shape) for k in model.optimizer.kernels)
+    steps = 5 * 8
+    for step, seen in enumerate(record.seen, start=1):
+        progress = min(max((step - steps / 4) / (steps / 2), 0), 1)
+        expected = 0.8 * (1 - (1 - progress) ** 3)
+        assert seen == pytest.approx(round(expected * size) / size, abs=1.01 / size), step
+
+
+def test_a_short_training_is_pruned_all_the_same():
+    # tfmot's default frequency of 100 leaves a training of 96 steps dense, without a word.
+    model = sparse(Magnitude(0.9))
+    history = model.fit(x, y, batch_size=8, epochs=6, verbose=0, callbacks=[SparseTraining()])
+    assert history.history["sparsity"][-1] == pytest.approx(0.9, abs=1e-3)
+    assert keras_dst.report(model).sparsity == pytest.approx(0.9, abs=1e-3)
+    assert len(set(history.history["sparsity"])) > 3
+
+
+def test_an_epoch_of_one_batch():
+    model = sparse(Magnitude(0.5))
+    history = model.fit(x, y, batch_size=len(x), epochs=1, verbose=0, callbacks=[SparseTraining()])
+    assert history.history["sparsity"] == pytest.approx([0.5], abs=1e-3)
+
+
+def test_a_generator_of_unknown_length():
+    def batches():
+        for start in range(0, len(x), 16):
+            yield x[start : start + 16], y[start : start + 16]
+
+    model = sparse(Magnitude(0.8))
+    with pytest.raises(ValueError, match="steps_per_epoch"):
+        model.fit(batches(), shuffle=False, verbose=0, callbacks=[SparseTraining()])
+    driver = SparseTraining(steps_per_epoch=8)
+    history = model.fit(batches(), shuffle=False, verbose=0, callbacks=[driver])
+    assert history.history["sparsity"] == pytest.approx([0.8], abs=1e-3)
+
+
+def test_the_log_is_in_the_progress_bar(capsys):
+    sparse(Magnitude(0.5)).fit(x, y, epochs=1, verbose=2, callbacks=[SparseTraining()])
+    assert "sparsity: 0.5" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_the_last_epoch_is_at_the_target(tmp_path):
+    model = sparse(Magnitude(0.8))
+    path = tmp_path / "last.keras"
+    callbacks = [SparseTraining(), keras.callbacks.ModelCheckpoint(path)]
+    model.fit(x, y, epochs=3, verbose=0, callbacks=callbacks)
+    loaded = keras.saving.load_model(path)
+    assert keras_dst.report(loaded).sparsity == pytest.approx(0.8, abs=1e-3)
+
+
+def test_the_controller_holds_its_target():
+    """Within 1 % by the controller alone: the last projection would warn if it had to help."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images, labels = (digits.data / 16).astype("float32"), digits.target
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((64,)), keras.layers.Dense(100, "relu"), keras.layers.Dense(10, "softmax")]
+    )
+    keras_dst.sparsify(model, DST(target_sparsity=0.9))
+    models.compiled(model, keras.optimizers.SGD(0.05, momentum=0.9), metrics=["accuracy"])
+    record = Record()
+    history = model.fit(
+        images, labels, batch_size=32, epochs=30, verbose=0, callbacks=[SparseTraining(), record]
+    )
+    assert np.median(np.abs(np.array(record.seen[len(record.seen) * 3 // 4 :]) - 0.9)) < 0.01
+    assert history.history["accuracy"][-1] > 0.95
+
+
+def test_a_missed_target_is_met_by_the_last_projection_with_a_warning():
+    model = sparse(DST(target_sparsity=0.9))
+    with pytest.warns(UserWarning, match=r"training had reached sparsity 0\.\d+, target 0\.9"):
+        history = model.fit(x, y, epochs=1, verbose=0, callbacks=[SparseTraining()])
+    assert history.history["sparsity"][-1] == pytest.approx(0.9, abs=0.01)
+
+
+def test_a_training_that_ends_early_says_so():
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.stop_training = True
+
+    model = sparse(Magnitude(0.9))
+    with pytest.warns(UserWarning, match=r"ended after 4 of the 40 steps"):
+        model.fit(x, y, epochs=10, verbose=0, callbacks=[SparseTraining(), Stop()])
+    history = model.fit(x, y, epochs=9, verbose=0, callbacks=[SparseTraining()])
+    assert history.history["sparsity"][-1] == pytest.approx(0.9, abs=1e-3)
+
+
+def test_backup_and_restore_goes_on_exactly(tmp_path):
+    class Crash(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+    def train(*extra):
+        model = sparse(Magnitude(0.8, revival=True))
+        callbacks = [SparseTraining(), keras.callbacks.BackupAndRestore(tmp_path / "b"), *extra]
+        model.fit(x, y, epochs=5, shuffle=False, verbose=0, callbacks=callbacks)
+        return models.arrays(model.variables)
+
+    plain = sparse(Magnitude(0.8, revival=True))
+    plain.fit(x, y, epochs=5, shuffle=False, verbose=0, callbacks=[SparseTraining()])
+    with pytest.raises(KeyboardInterrupt):
+        train(Crash())
+    resumed = train()
+    for a, b in zip(models.arrays(plain.variables), resumed):
+        np.testing.assert_array_equal(a, b)
+
+
+class TestErrors:
+    def test_nothing_to_drive(self):
+        model = models.compiled(models.residual())
+        with pytest.raises(ValueError, match="nothing to drive"):
+            model.fit(x, y, verbose=0, callbacks=[SparseTraining()])
+
+    def test_a_method_without_its_driver(self):
+        with pytest.raises(ValueError, match="SparseTraining callback"):
+            sparse(Magnitude(0.5)).fit(x, y, verbose=0)
+        with pytest.raises(ValueError, match="SparseTraining callback"):
+            sparse(DST(target_sparsity=0.5)).fit(x, y, verbose=0)
+
+    def test_dst_without_a_target_needs_no_driver(self):
+        sparse(DST()).fit(x, y, verbose=0)
+
+    @pytest.mark.parametrize("epochs", [0, 1.5, "ten"])
+    def test_arguments(self, epochs):
+        with pytest.raises(ValueError, match="whole number"):
+            SparseTraining(epochs=epochs)
+
+
+def test_constant_schedule_begins_at_once():
+    model, record = sparse(Magnitude(Constant(0.6))), Record()
+    model.fit(x, y, epochs=1, verbose=0, callbacks=[SparseTraining(), record])
+    assert record.seen[0] == pytest.approx(0.6, abs=1e-3)

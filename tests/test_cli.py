@@ -1,0 +1,107 @@
+"""The command, the README and the package as a user meets them."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import keras_dst
+from keras_dst import cli
+from keras_dst.methods import DST
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A sparse model in a file, half of whose kernel is pruned."""
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, name="head")])
+    keras_dst.sparsify(model, DST())
+    layer = model.layers[0]
+    middle = np.median(np.abs(layer.sparse_weights()[0].raw(layer).numpy()))
+    layer.sparse_state["kernel"]["threshold"].assign(np.full(4, middle))
+    model.save(tmp_path / "model.keras")
+    return tmp_path / "model.keras"
+
+
+def test_report(saved, capsys):
+    assert cli.main(["report", str(saved), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sparsity"] == pytest.approx(0.5, abs=0.04)
+    assert cli.main(["report", str(saved)]) == 0
+    assert "head" in capsys.readouterr().out
+
+
+def test_strip(saved, tmp_path):
+    assert cli.main(["strip", str(saved), str(tmp_path / "stock.keras")]) == 0
+    loaded = keras.saving.load_model(tmp_path / "stock.keras")
+    assert type(loaded.layers[0]) is keras.layers.Dense
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.keras", "stock.keras"]
+
+
+def test_export(saved, tmp_path, capsys):
+    assert cli.main(["export", str(saved), str(tmp_path / "model.tflite"), "--json"]) == 0
+    size = json.loads(capsys.readouterr().out)["bytes"]
+    assert size == (tmp_path / "model.tflite").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "is no file"), (b"", "whole zip"), (b"PK\x03\x04 cut", "whole zip")],
+    ids=["missing", "empty", "truncated"],
+)
+@pytest.mark.parametrize("command", ["report", "strip", "export"])
+def test_a_file_that_is_no_model(command, content, message, tmp_path, capsys):
+    path = tmp_path / "broken.keras"
+    if content is not None:
+        path.write_bytes(content)
+    before = sorted(tmp_path.iterdir())
+    arguments = [command, str(path)] + [str(tmp_path / "out")] * (command != "report")
+    assert cli.main(arguments) == 1
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_damaged_model(saved, tmp_path, capsys):
+    import zipfile
+
+    broken = tmp_path / "damaged.keras"
+    with zipfile.ZipFile(saved) as source, zipfile.ZipFile(broken, "w") as target:
+        target.writestr("config.json", source.read("config.json")[:-40])
+        target.writestr("model.weights.h5", source.read("model.weights.h5"))
+    assert cli.main(["report", str(broken)]) == 1
+    assert "could not be loaded" in capsys.readouterr().err
+
+
+def test_importing_needs_keras_and_numpy_alone():
+    code = (
+        "import sys, keras; before = set(sys.modules); import keras_dst; "
+        "print(*sorted({m.partition('.')[0] for m in set(sys.modules) - before}))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    third_party = set(out.stdout.split()) - set(sys.stdlib_module_names)
+    assert third_party == {"keras_dst"}
+
+
+def test_python_m_shows_the_commands():
+    command = [sys.executable, "-m", "keras_dst", "--help"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for name in ("demo", "report", "strip", "export"):
+        assert name in out
+
+
+def test_readme_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(blocks) == 2
+    x = np.random.default_rng(0).standard_normal((640, 784)).astype("float32")
+    names = {"x": x, "y": np.arange(640) % 10, "loss": "sparse_categorical_crossentropy"}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert (tmp_path / "model.tflite").stat().st_size < 4 * 300 * 784 / 2
+    assert os.listdir(tmp_path) == ["model.tflite"]
