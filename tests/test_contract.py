@@ -194,7 +194,7 @@ def test_every_way_to_compile(one_of_each, compile_arguments):
     if keras.backend.backend() == "torch" and compile_arguments.get("jit_compile"):
         pytest.skip("torch.compile needs a C++ toolchain at run time; not what is tested here")
     model = build(one_of_each[0], **compile_arguments)
-    fit(model)
+    fit(model, 2 if "run_eagerly" in compile_arguments else EPOCHS)
     check_target(model, one_of_each)
 
 

@@ -1,0 +1,10 @@
+"""Set-up that has to come before Keras is imported."""
+
+import os
+import pathlib
+
+# The tests fit the same small models again and again: let XLA compile each program once.
+cache = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
