@@ -197,7 +197,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
     def finalize_variable_values(self, var_list):
         self.inner_optimizer.finalize_variable_values(var_list)
-        for kernel, state in zip(self.kernels, self.states):
+        if not self.inner_optimizer.use_ema:
+            return
+        for kernel, state in zip(self.kernels, self.states):  # averages of the past, not yet masked
             mask = ops.cast(ops.convert_to_tensor(state["mask"]), kernel.dtype)
             kernel.assign(ops.convert_to_tensor(kernel) * mask)
 

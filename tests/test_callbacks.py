@@ -60,6 +60,7 @@ def test_an_epoch_of_one_batch():
     assert history.history["sparsity"] == pytest.approx([0.5], abs=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # so Keras ends a generator
 def test_a_generator_of_unknown_length():
     def batches():
         for start in range(0, len(x), 16):

@@ -169,7 +169,9 @@ def test_jump_at_a_step(schedule, total, step, expected):
 # -- errors --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [-0.1, 1, 1.0, 90, math.nan, math.inf, "0.9", None, True, [0.9]])
+@pytest.mark.parametrize(
+    "value", [-0.1, 1, 1.0, 90, math.nan, math.inf, "0.9", None, True, False, [0.9]]
+)
 def test_what_is_no_sparsity(value):
     with pytest.raises(ValueError, match=r"target is the fraction of zeros.*Received: target="):
         check_sparsity(value, "target")

@@ -7,8 +7,9 @@ A threshold `t` per output unit is trained beside the weights:
     loss = task + alpha * sum(exp(-t))
 
 so weights are pruned and come back at every step. Deviations, all of them beyond the paper:
-blocks and channels are scored by their mean `|w|`; `target_sparsity` steers alpha; the penalty is
-continued linearly below t = -1; thresholds that are not finite are set back to 0.
+blocks and channels are scored by their mean `|w|`; `target_sparsity` steers alpha, and keeps
+thresholds from going below 0; the penalty is continued linearly below t = -1; thresholds that are
+not finite are set back to 0.
 """
 
 from __future__ import annotations
@@ -28,10 +29,8 @@ from keras_dst.schedules import Cubic, Schedule, check_sparsity
 # The controller of alpha, see `DST.update`. Tuned on digits and MNIST with SGD and Adam, and on a
 # net of 3,000 weights trained for 100 steps.
 _SHARE = 0.3  # of the gap, to be closed from one update to the next
-_QUIET = 0.02  # gaps below this part of the mean |w| tell nothing about the gain
-_FASTER, _SLOWER = 2.0, 0.6
-_NEAR, _PATIENCE = 0.25, 0.15  # gaps below _NEAR of the mean |w| are integrated, at this rate
-_GAINS = 1e-3, 1e6
+_MEMORY = 0.9  # of what was seen, from one update to the next
+_FASTER = 3.0  # times its mean size that alpha may reach in an update
 
 
 @keras.saving.register_keras_serializable("keras_dst")
@@ -112,11 +111,11 @@ class DST(LayerMethod):
                 trainable=False,
                 autocast=False,
             )
-            # What the controller remembers: its gain, the last gap and mean threshold.
+            # What the controller remembers: the last gap, and what it has learned.
             control = layer.add_weight(
                 name=f"{name}_control",
                 shape=(4,),
-                initializer=_first_control,
+                initializer="zeros",
                 trainable=False,
                 autocast=False,
             )
@@ -168,30 +167,29 @@ class DST(LayerMethod):
     def update(self, weights, states, layouts, kept):
         """Steer alpha towards the target density.
 
-        `gap`, the shift of all thresholds that would meet the target, is what alpha has to close:
-        a threshold moves at a rate that is linear in alpha, by a factor that depends on optimiser,
-        learning rate and loss. So alpha is the gap times a gain, negative where too few weights
-        are left, and the gain adapts: up while thresholds move more slowly than a fixed share of
-        the gap per update, down while they move faster or the gap's sign flips. An integral of
-        small gaps makes up for the drift of weights and thresholds.
+        `gap` is the shift of all thresholds that would meet the target, and alpha has to close it.
+        From one update to the next it closes by `drift + response * alpha`, where drift is what
+        weights and the schedule do meanwhile. Both are estimated from what was seen (exponentially
+        weighted least squares), and alpha is set to close a fixed share of the gap. It is negative
+        where too few weights are left.
         """
         gap = masks.kth(self._margins(weights, states, layouts), kept[0])
         sizes = [math.prod(w.shape) for w in weights]
         scale = sum(ops.sum(ops.abs(w)) for w in weights) / sum(sizes)
-        mean = sum(n * ops.mean(s["threshold"]) for n, s in zip(sizes, states)) / sum(sizes)
-        gain, last_gap, last_mean, offset = ops.unstack(states[0]["control"])
+        alpha = states[0]["alpha"]
+        last, drift, square, product = ops.unstack(states[0]["control"])
 
-        speed = (mean - last_mean) / ops.where(last_gap == 0, 1.0, _SHARE * last_gap)
-        fastest = 1.0 + _FASTER * ops.minimum(ops.abs(last_gap) / scale, 1.0)
-        factor = ops.clip(ops.maximum(speed, 1e-3) ** -0.5, _SLOWER, fastest)
-        factor = ops.where(ops.abs(last_gap) > _QUIET * scale, factor, 1.0)
-        swings = ops.logical_and(gap * last_gap < 0, ops.abs(gap) > _QUIET * scale)
-        factor = ops.where(swings, _SLOWER, factor)
-        gain = ops.clip(gain * factor, *_GAINS)
-        near = ops.abs(gap) < _NEAR * scale
-        offset = ops.where(near, offset + _PATIENCE * gap, offset)
-        alpha = self.alpha * gain * (gap + offset) / scale
-        control = ops.stack([gain, gap, mean, offset])
+        moved = ops.where(square > 0, last - gap, 0.0)
+        square = _MEMORY * square + (1 - _MEMORY) * alpha**2
+        product = _MEMORY * product + (1 - _MEMORY) * alpha * (moved - drift)
+        response = product / ops.maximum(square, 1e-30)
+        drift = _MEMORY * drift + (1 - _MEMORY) * (moved - response * alpha)
+        wanted = _SHARE * ops.clip(gap, -scale, scale) - drift
+        # Where alpha has had no visible effect so far, or the other way round: more of it.
+        limit = _FASTER * ops.maximum(ops.sqrt(square), self.alpha)
+        response = ops.maximum(response, ops.abs(wanted) / limit + 1e-30)
+        alpha = ops.clip(wanted / response, -limit, limit)
+        control = ops.stack([gap, drift, square, product])
         return [{"alpha": alpha, "control": control} for _ in weights]
 
     def project(self, weights, states, layouts, kept):
@@ -206,10 +204,6 @@ class DST(LayerMethod):
             pattern.expand(self._margin(w, s, layout), w.shape, layout)
             for w, s, layout in zip(weights, states, layouts)
         ]
-
-
-def _first_control(shape, dtype=None):
-    return ops.convert_to_tensor([1.0, 0.0, 0.0, 0.0], dtype)
 
 
 class _Reset(keras.constraints.Constraint):
@@ -228,4 +222,6 @@ class _Reset(keras.constraints.Constraint):
         t = ops.convert_to_tensor(threshold)
         mask = self.method.mask(ops.convert_to_tensor(self.variable), {"threshold": t}, self.layout)
         alive = ops.mean(ops.cast(mask, t.dtype)) > self.method.reset_at
-        return ops.where(ops.logical_and(alive, ops.isfinite(t)), t, ops.zeros_like(t))
+        t = ops.where(ops.logical_and(alive, ops.isfinite(t)), t, ops.zeros_like(t))
+        # Below 0 a threshold masks nothing more, it only takes longer to come back.
+        return t if self.method.schedule is None else ops.maximum(t, 0.0)

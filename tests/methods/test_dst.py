@@ -226,6 +226,8 @@ def test_a_pruned_weight_learns_to_come_back():
         (None, 0.0, [2, 3], [0, 0]),
         (0.5, 0.1, [0.95, 0.95], [0.95, 0.95]),  # with a target: at a twentieth of the weights
         (0.5, 0.1, [0.95, 1.5], [0, 0]),
+        (None, 0.01, [-0.5, 0.5], [-0.5, 0.5]),
+        (0.5, 0.01, [-0.5, 0.5], [0, 0.5]),  # with a target: not below 0
         (None, 0.01, [np.nan, 0.5], [0, 0.5]),
         (None, 0.01, [-np.inf, 0.5], [0, 0.5]),
         (None, 0.01, [np.nan, np.nan], [0, 0]),

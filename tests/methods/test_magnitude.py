@@ -3,6 +3,7 @@
 import functools
 import math
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -16,6 +17,12 @@ DEPTHWISE = Layout(outputs=(-2, -1), inputs=())
 
 # To be deleted with the xfail of `test_masks.py::test_pool_warns_of_nothing`.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
+
+ONE_TENSOR = pytest.mark.xfail(
+    keras.backend.backend() != "jax",
+    strict=True,
+    reason="top_k splits the mask of a single tensor at no index at all, which only JAX takes",
+)
 
 
 def tensor(values):
@@ -122,6 +129,7 @@ def test_min_kept_holds_when_the_count_of_two_layers_is_smaller(kept, min_kept):
     assert_equal(found, [best(w, min_kept) for w in LAYERS])
 
 
+@ONE_TENSOR
 def test_min_kept_holds_when_the_count_of_one_layer_is_smaller():
     assert_equal(masks_of(Magnitude(0.5, min_kept=4), LAYERS[:1], [0]), [best(LAYERS[0], 4)])
 
@@ -164,6 +172,7 @@ def best_blocks(w, block, kept):
     return mask
 
 
+@ONE_TENSOR
 @pytest.mark.parametrize("kept", [24, 39, 45])
 def test_rank_of_depthwise_channels(kept):
     w = random(3, 3, 6, 2)
