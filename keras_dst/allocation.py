@@ -15,7 +15,12 @@ def check(allocation) -> None:
     """Raise unless this is `"global"`, `"uniform"`, `"erk"` or a dict of sparsities by name."""
     if isinstance(allocation, Mapping):
         for name, sparsity in allocation.items():
-            re.compile(name)
+            try:
+                re.compile(name)
+            except (re.error, TypeError) as error:
+                raise ValueError(
+                    f"allocation: {name!r} is no name and no regular expression: {error}"
+                ) from error
             check_sparsity(sparsity, f"allocation[{name!r}]")
     elif allocation not in NAMES:
         raise ValueError(
@@ -111,7 +116,9 @@ def kept_counts(
         allocation = {k: v * sparsity / final_sparsity for k, v in allocation.items()}
     exact = densities(allocation, shapes, 1 - sparsity, names) * sizes
     counts = np.floor(exact + 1e-9).astype("int64")
+    by_name = isinstance(allocation, Mapping)
+    total = round(float(exact.sum()) if by_name else (1 - sparsity) * int(sizes.sum()))
     # The largest remainders take what rounding down left over.
     order = np.argsort(counts - exact, kind="stable")
-    counts[order[: round(float(exact.sum())) - int(counts.sum())]] += 1
+    counts[order[: max(0, total - int(counts.sum()))]] += 1
     return np.minimum(counts, sizes)

@@ -128,10 +128,10 @@ def _drivers(model) -> list[_Driver]:
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     found: list[_Driver] = []
-    groups: dict[str, list[SparseMixin]] = {}
+    groups: dict[LayerMethod, list[SparseMixin]] = {}
     for layer in model._flatten_layers():
         if isinstance(layer, SparseMixin) and layer.sparse_state:
-            groups.setdefault(repr(layer.sparsity), []).append(layer)
+            groups.setdefault(layer.sparsity, []).append(layer)
     for layers in groups.values():
         found.append(_LayerDriver(model.optimizer, layers))
     wrapper = unwrap(model.optimizer)

@@ -26,7 +26,7 @@ class Configurable:
         return type(self) is type(other) and self.get_config() == other.get_config()
 
     def __hash__(self):
-        return hash(repr(self))
+        return hash(type(self))  # equal numbers, such as 0 and 0.0, have to hash alike
 
     def __repr__(self):
         defaults = {

@@ -14,9 +14,9 @@ from keras import ops
 
 Tensor = Any
 
-# Halvings of the score interval in `top_k`: scores nearer to each other than 2**-64 of the whole
-# interval count as tied.
-_HALVINGS = 64
+# Halvings of the score interval in `top_k` at the most; they stop where two floats are adjacent.
+_HALVINGS = 300
+_LARGEST = 1e38  # scores beyond it count as tied: there is room to calculate with them
 
 
 class Layout(NamedTuple):
@@ -201,7 +201,7 @@ def pool(values: Tensor, block: Sequence[int]) -> Tensor:
         values = ops.pad(values, padding)
     split = ops.reshape(values, [n for pair in zip(counts, block) for n in pair])
     total = ops.sum(split, axis=tuple(range(1, 2 * len(shape), 2)))
-    return total / _block_sizes(shape, block).astype("float32")
+    return total / ops.convert_to_tensor(_block_sizes(shape, block), total.dtype)
 
 
 def spread(groups: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -260,19 +260,27 @@ def kth(scores: Sequence[Tensor], kept: Tensor) -> Tensor:
     return ranking.thresholds(ops.cast(kept, "int32")[None])[1][0]
 
 
+def finite(scores: Tensor) -> Tensor:
+    """Scores whose infinities tie with the largest and smallest finite one, NaN with the latter."""
+    good = ops.isfinite(scores)
+    known = ops.clip(ops.where(good, scores, 0.0), -_LARGEST, _LARGEST)
+    least = ops.min(ops.where(good, known, _LARGEST))
+    most = ops.max(ops.where(good, known, -_LARGEST))
+    return ops.where(good, known, ops.where(scores > 0, most, ops.minimum(least, most)))
+
+
 def _join(scores, sizes):
     """Scores as one finite float32 vector, and the weights each stands for (None: one)."""
     flat = ops.concatenate([ops.reshape(ops.cast(s, "float32"), (-1,)) for s in scores])
-    finite = ops.isfinite(flat)
-    least = ops.min(ops.where(finite, flat, np.inf))
-    most = ops.max(ops.where(finite, flat, -np.inf))
-    flat = ops.where(finite, flat, ops.where(flat > 0, most, least))
+    flat = finite(flat)
     if all(n is None or np.all(n == 1) for n in sizes):
         return flat, None
     return flat, ops.convert_to_tensor(np.concatenate([np.ravel(n) for n in sizes]), "int32")
 
 
 def _split(flat, like):
+    if len(like) == 1:
+        return [ops.reshape(flat, tuple(like[0].shape))]
     ends = np.cumsum([math.prod(tensor.shape) for tensor in like])[:-1].tolist()
     return [ops.reshape(m, tuple(t.shape)) for m, t in zip(ops.split(flat, ends), like)]
 

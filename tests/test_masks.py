@@ -16,20 +16,10 @@ from keras_dst.compiled import compiled
 from keras_dst.masks import KERNEL, Layout, Pattern
 from tests.gradients import gradients
 
-TORCH = keras.backend.backend() == "torch"
 DEPTHWISE = Layout(outputs=(-2, -1), inputs=())
 TRANSPOSED = Layout(outputs=(-2,), inputs=(-1,))
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 INF, NAN = math.inf, math.nan
-
-# To be deleted with the xfail of `test_pool_warns_of_nothing`.
-pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
-
-ONE_TENSOR = pytest.mark.xfail(
-    keras.backend.backend() != "jax",
-    strict=True,
-    reason="top_k splits the mask of a single tensor at no index at all, which only JAX takes",
-)
 
 
 def tensor(values, dtype="float32"):
@@ -183,7 +173,6 @@ def test_pattern(name, shape, layout, block):
         assert (mask[members] == groups[index]).all()
 
 
-@ONE_TENSOR
 def test_golden_blocks():
     # A (5, 3) kernel in 1x4: 4 inputs of an output form a block, and the fifth one alone.
     #          out 0 1 2
@@ -217,15 +206,7 @@ def test_spread_reverses_pool(block):
     "dtype",
     [
         "float16",
-        pytest.param(
-            "bfloat16",
-            marks=pytest.mark.xfail(
-                TORCH,
-                strict=True,
-                raises=TypeError,
-                reason="pool divides a tensor by a NumPy array, which torch has no bfloat16 for",
-            ),
-        ),
+        "bfloat16",
     ],
 )
 def test_pool_in_half_precision(dtype):
@@ -234,9 +215,6 @@ def test_pool_in_half_precision(dtype):
     np.testing.assert_array_equal(means, [[3, 4], [9, 10]])
 
 
-@pytest.mark.xfail(
-    TORCH, strict=True, reason="pool divides a tensor by a NumPy array, which torch warns of"
-)
 def test_pool_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -353,10 +331,7 @@ TOP_K = [
 
 @pytest.mark.parametrize(
     ("scores", "kept", "expected"),
-    [
-        pytest.param(*case, id=what, marks=ONE_TENSOR if len(case[0]) == 1 else ())
-        for what, *case in TOP_K
-    ],
+    [pytest.param(*case, id=what) for what, *case in TOP_K],
 )
 def test_top_k(scores, kept, expected):
     assert_equal(top_k(scores, kept), [np.array(mask, bool) for mask in expected])
@@ -367,18 +342,15 @@ def test_top_k_outside_a_compiled_function():
     assert_equal([ops.convert_to_numpy(mask) for mask in found], [[False, True], [True]])
 
 
-@pytest.mark.xfail(strict=True, reason="without a finite score nothing is kept")
 @pytest.mark.parametrize("score", [NAN, INF, -INF])
 def test_top_k_without_a_finite_score(score):
     assert_equal(top_k([[score] * 4], 2), [[True, True, False, False]])
 
 
-@pytest.mark.xfail(strict=True, reason="2 * least overflows, and the search does not start")
 def test_top_k_next_to_the_lowest_float():
     assert_equal(top_k([[-3e38, 1, 2, 3]], 2), [[False, False, True, True]])
 
 
-@ONE_TENSOR
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_top_k_in_half_precision(dtype):
     scores = tensor([0.5, -2, 0.25, 1, 0.25], dtype)
@@ -400,14 +372,12 @@ def test_top_k_compiled_by_xla():
         assert_equal(top_k(scores, kept, xla=True), reference_top_k(scores, kept))
 
 
-@ONE_TENSOR
 def test_top_k_of_groups_stops_at_the_first_that_does_not_fit():
     # score  9 8 7 6      kept 5: 2 + 1 fit, the next 3 do not, and the 1 after them must wait.
     # size   2 1 3 1
     assert_equal(top_k([[9, 8, 7, 6]], 5, [np.array([2, 1, 3, 1])]), [[1, 1, 0, 0]])
 
 
-@ONE_TENSOR
 def test_top_k_of_tied_groups():
     assert_equal(top_k([[5, 5, 5, 9]], 6, [np.array([2, 3, 1, 1])]), [[1, 1, 0, 1]])
 

@@ -71,8 +71,7 @@ class Method(Configurable):
         final = self.schedule.sparsity if self.schedule else None
         n_of_m = Pattern(self.pattern).n_of_m
         if n_of_m:
-            n, m = n_of_m
-            return np.array([round(math.prod(shape) * n / m) for shape in shapes])
+            return np.array([_kept_of_m(shape, *n_of_m) for shape in shapes])
         return allocations.kept_counts(self.allocation, shapes, sparsity, names, final)
 
     def rank(
@@ -85,12 +84,16 @@ class Method(Configurable):
                 masks.n_of_m(s, *pattern.n_of_m, axis=layout.inputs[-1])
                 for s, layout in zip(scores, layouts)
             ]
+        scores = [masks.finite(ops.cast(s, "float32")) for s in scores]
         groups = [pattern.scores(s, layout) for s, layout in zip(scores, layouts)]
         sizes = [pattern.sizes(s.shape, layout) for s, layout in zip(scores, layouts)]
-        floored = _protect(groups, sizes, self.min_kept)
+        # The best groups of every weight come first of all, so that no layer dies.
+        first = [min(math.prod(n.shape), -(-self.min_kept // int(n.min()))) for n in sizes]
+        least = np.array([count * int(n.max()) for count, n in zip(first, sizes)])
+        groups = _put_first(groups, first)
         # One count is for all weights together, several are for each by itself.
-        kept = ops.maximum(kept, self.min_kept)
-        kept_groups = masks.top_k(floored, kept[0] if kept.shape[0] == 1 else kept, sizes)
+        kept = ops.maximum(kept, np.sum(least) if kept.shape[0] == 1 else least)
+        kept_groups = masks.top_k(groups, kept[0] if kept.shape[0] == 1 else kept, sizes)
         return [
             pattern.expand(g, s.shape, layout) for g, s, layout in zip(kept_groups, scores, layouts)
         ]
@@ -111,13 +114,17 @@ class Method(Configurable):
                 )
 
 
-def _protect(groups: list[Tensor], sizes: list[np.ndarray], least: int) -> list[Tensor]:
-    """Scores in which the best groups of every weight come first of all, so that no layer dies."""
-    if least == 1:
+def _kept_of_m(shape: Sequence[int], n: int, m: int) -> int:
+    inputs = shape[KERNEL.inputs[-1]]
+    return math.prod(shape) // inputs * (inputs // m * n + min(n, inputs % m))
+
+
+def _put_first(groups: list[Tensor], first: list[int]) -> list[Tensor]:
+    """Scores with so many of the best groups of every weight raised above all others."""
+    if max(first) == 1:
         best = [_first_of_best(g) for g in groups]
     else:
-        number = [min(math.prod(g.shape), -(-least // int(n.max()))) for g, n in zip(groups, sizes)]
-        best = masks.top_k(groups, np.array(number))
+        best = masks.top_k(groups, np.array(first))
     most = ops.max(ops.stack([ops.max(ops.abs(g)) for g in groups]))
     return [ops.where(b, g + 2 * most + 1, g) for b, g in zip(best, groups)]
 

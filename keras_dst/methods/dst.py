@@ -145,7 +145,9 @@ class DST(LayerMethod):
 
     def _margin(self, w, state, layout):
         """Q: how far each group's score lies above its threshold."""
-        return Pattern(self.pattern).scores(ops.abs(w), layout) - state["threshold"]
+        # Not ops.abs, whose gradient at 0 is 1 on JAX; the paper's is sign(w), 0 there.
+        magnitude = w * ops.stop_gradient(ops.sign(w))
+        return Pattern(self.pattern).scores(magnitude, layout) - state["threshold"]
 
     def apply(self, w, state, layout):
         on = masks.step(self._margin(w, state, layout))
@@ -193,9 +195,17 @@ class DST(LayerMethod):
         return [{"alpha": alpha, "control": control} for _ in weights]
 
     def project(self, weights, states, layouts, kept):
-        """Shift all thresholds by the same amount, so that exactly `kept` weights are left."""
-        gap = masks.kth(self._margins(weights, states, layouts), kept[0])
-        return [{"threshold": s["threshold"] + gap} for s in states]
+        """Shift all thresholds by the same amount, so that exactly `kept` weights are left.
+
+        Only a layer that would lose all its weights keeps its best ones.
+        """
+        margins = self._margins(weights, states, layouts)
+        gap = masks.kth(margins, kept[0])
+        changes = []
+        for w, state, margin in zip(weights, states, margins):
+            most = ops.max(margin) - 1e-6 * ops.max(ops.abs(w))
+            changes.append({"threshold": state["threshold"] + ops.minimum(gap, most)})
+        return changes
 
     def _margins(self, weights, states, layouts):
         """Q of every weight, those of a group alike."""

@@ -18,23 +18,6 @@ from tests.gradients import gradients
 DEPTHWISE = Layout(outputs=(-2, -1), inputs=())
 TRANSPOSED = Layout(outputs=(-2,), inputs=(-1,))
 
-# To be deleted with the xfail of `test_masks.py::test_pool_warns_of_nothing`.
-pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
-
-POOL_ON_TORCH = pytest.mark.xfail(
-    keras.backend.backend() == "torch",
-    strict=True,
-    raises=RuntimeError,
-    reason="pool divides a tensor by a NumPy array, which torch refuses where it differentiates",
-)
-
-ZERO_ON_JAX = pytest.mark.xfail(
-    keras.backend.backend() == "jax",
-    strict=True,
-    raises=AssertionError,
-    reason="JAX differentiates |w| at 0 to 1, the others and the paper's sign(w) to 0",
-)
-
 
 def tensor(values):
     return ops.convert_to_tensor(np.asarray(values, "float32"))
@@ -76,14 +59,13 @@ GROUPED = [
 ]
 
 
-def cases(*marks):
-    single = [(*case, "unstructured", (1,) * len(case[2])) for case in SINGLE]
-    grouped = [pytest.param(*case, marks=marks) for case in GROUPED]
-    names = ("granularity", "layout", "shape", "threshold", "shared", "pattern", "block")
-    return pytest.mark.parametrize(names, single + grouped)
+cases = pytest.mark.parametrize(
+    ("granularity", "layout", "shape", "threshold", "shared", "pattern", "block"),
+    [(*case, "unstructured", (1,) * len(case[2])) for case in SINGLE] + GROUPED,
+)
 
 
-@cases()
+@cases
 def test_state(granularity, layout, shape, threshold, shared, pattern, block):
     layer = keras.layers.Layer()
     variable = layer.add_weight(shape=shape, initializer="ones")
@@ -138,7 +120,7 @@ def draw(shape, threshold):
     ]
 
 
-@cases()
+@cases
 def test_mask(granularity, layout, shape, threshold, shared, pattern, block):
     w, t, g = draw(shape, threshold)
     expected, _, _ = reference(w, t, g, block)
@@ -156,7 +138,7 @@ def test_mask(granularity, layout, shape, threshold, shared, pattern, block):
     np.testing.assert_array_equal(array(masked), w * expected)
 
 
-@cases(POOL_ON_TORCH)
+@cases
 def test_gradients(granularity, layout, shape, threshold, shared, pattern, block):
     w, t, g = draw(shape, threshold)
     _, to_w, to_t = reference(w, t, g, block)
@@ -172,7 +154,7 @@ def test_gradients(granularity, layout, shape, threshold, shared, pattern, block
     ("pattern", "block"),
     [
         ("unstructured", (1, 1)),
-        pytest.param("1x4", (4, 1), marks=[POOL_ON_TORCH, ZERO_ON_JAX]),
+        ("1x4", (4, 1)),
     ],
 )
 def test_gradient_of_a_weight_that_is_zero(pattern, block):
@@ -299,7 +281,7 @@ def test_project_keeps_exactly_that_many(granularity, shapes, pattern, block):
     ranked = np.sort(np.concatenate([np.ravel(x) for x in q]))[::-1]
 
     # In blocks of 4, the counts between are not reached: 50 becomes 48.
-    for kept in [4, 50, 52, 91, 92]:
+    for kept in [20, 50, 52, 91, 92]:
         found, moved = project(method, weights, thresholds, kept)
         groups = kept // math.prod(block)
         assert sum(mask.sum() for mask in found) == groups * math.prod(block)
@@ -312,7 +294,6 @@ def test_project_keeps_exactly_that_many(granularity, shapes, pattern, block):
         np.testing.assert_allclose(shifts, shifts[0], atol=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="all thresholds rise by the same amount, to any height")
 def test_project_leaves_something_of_every_layer():
     weights = [random(8, 4), random(12, 5) / 100]
     masks, _ = project(DST(0.5), weights, [np.zeros(4), np.zeros(5)], 18)

@@ -3,7 +3,6 @@
 import functools
 import math
 
-import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -14,15 +13,6 @@ from keras_dst.methods import Magnitude
 from keras_dst.schedules import Constant, Cubic, Sigmoid
 
 DEPTHWISE = Layout(outputs=(-2, -1), inputs=())
-
-# To be deleted with the xfail of `test_masks.py::test_pool_warns_of_nothing`.
-pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
-
-ONE_TENSOR = pytest.mark.xfail(
-    keras.backend.backend() != "jax",
-    strict=True,
-    reason="top_k splits the mask of a single tensor at no index at all, which only JAX takes",
-)
 
 
 def tensor(values):
@@ -122,19 +112,16 @@ def test_rank_by_layer(kept, expected):
     assert_equal(found, [best(w, n) for w, n in zip(LAYERS, expected)])
 
 
-@pytest.mark.xfail(strict=True, reason="a global count below layers x min_kept is not raised")
 @pytest.mark.parametrize(("kept", "min_kept"), [(0, 1), (1, 1), (6, 4)])
 def test_min_kept_holds_when_the_count_of_two_layers_is_smaller(kept, min_kept):
     found = masks_of(Magnitude(0.5, min_kept=min_kept), LAYERS, [kept])
     assert_equal(found, [best(w, min_kept) for w in LAYERS])
 
 
-@ONE_TENSOR
 def test_min_kept_holds_when_the_count_of_one_layer_is_smaller():
     assert_equal(masks_of(Magnitude(0.5, min_kept=4), LAYERS[:1], [0]), [best(LAYERS[0], 4)])
 
 
-@pytest.mark.xfail(strict=True, reason="nan is the maximum that protects the best weights")
 def test_one_nan_does_not_change_the_ranking():
     broken = LAYERS[0].copy()
     broken.flat[0] = math.nan
@@ -143,7 +130,6 @@ def test_one_nan_does_not_change_the_ranking():
     assert_equal(found, reference_global([broken, LAYERS[1]], 30, 1))
 
 
-@pytest.mark.xfail(strict=True, reason="protected scores become inf, and tie with the largest")
 def test_one_infinite_weight_does_not_unprotect_the_others():
     broken = LAYERS[0].copy()
     broken.flat[-1] = math.inf
@@ -172,7 +158,6 @@ def best_blocks(w, block, kept):
     return mask
 
 
-@ONE_TENSOR
 @pytest.mark.parametrize("kept", [24, 39, 45])
 def test_rank_of_depthwise_channels(kept):
     w = random(3, 3, 6, 2)
@@ -195,7 +180,6 @@ def test_rank_of_blocks_over_all_layers():
     assert_equal(found, expected)
 
 
-@pytest.mark.xfail(strict=True, reason="a protected group that is larger than the count is dropped")
 @pytest.mark.parametrize(
     ("allocation", "shapes", "kept"),
     [("global", [(10, 5)], [5]), ("uniform", [(10, 5), (6, 4)], [5, 2])],
@@ -206,7 +190,6 @@ def test_a_channel_of_every_layer_is_kept(allocation, shapes, kept):
     assert all(mask.any() for mask in masks_of(method, [random(*s) for s in shapes], kept))
 
 
-@pytest.mark.xfail(strict=True, reason="the groups to protect are counted as if all were whole")
 def test_min_kept_in_partial_blocks():
     # In 1x4 the fifth input is a block by itself, here the best one: 1 weight, not 4.
     kernel = np.array([[0.1], [0.1], [0.1], [0.1], [0.5]])
@@ -257,18 +240,7 @@ def test_kept_counts(method, sparsity, expected):
     assert method.kept_counts(SHAPES, sparsity, PATHS).tolist() == expected
 
 
-@pytest.mark.parametrize(
-    "inputs",
-    [
-        8,
-        pytest.param(
-            7,
-            marks=pytest.mark.xfail(
-                strict=True, reason="the group of 3 at the end keeps 2 as well: 4 of 7, not 3.5"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("inputs", [8, 7])
 def test_n_of_m_keeps_as_many_as_it_counts(inputs):
     method, w = Magnitude(0.5, pattern="2:4"), random(inputs, 6)
     (count,) = method.kept_counts([w.shape], 0.1, ["kernel"])
