@@ -179,7 +179,8 @@ class _Driver:
         self.total = total or length
         self._plan(fit)
         self.write_progress(self.start, self.total or 0)
-        if self.total is not None and not self.method.learned:
+        # A resumed training has had its update at this step before it was saved.
+        if self.total is not None and self.start == 0 and not self.method.learned:
             self.advance(0)
 
     def set_length(self, length: int, fit: int) -> None:
