@@ -28,7 +28,8 @@ class ThresholdPenalty(keras.regularizers.Regularizer):
 
     def __call__(self, x):
         x = ops.convert_to_tensor(x)
-        bounded = ops.exp(-ops.maximum(x, -1.0)) + math.e * ops.maximum(-1.0 - x, 0.0)
+        steep = x < -1.0
+        bounded = ops.where(steep, -math.e * x, ops.exp(-ops.where(steep, -1.0, x)))
         return ops.cast(self.alpha, x.dtype) * ops.sum(bounded)
 
     def get_config(self):

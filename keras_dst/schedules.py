@@ -96,7 +96,7 @@ class Schedule(Configurable):
         first, last = self.span(total_steps)
         if step >= last:
             return self._at_progress(1.0)
-        return self._at_progress((step - first) / (last - first))
+        return self._at_progress((step - first) / max(last - first, 1))
 
 
 @keras.saving.register_keras_serializable("keras_dst")
@@ -158,6 +158,9 @@ class Geometric(Schedule):
 class Sigmoid(Schedule):
     """Slow, fast, slow: a logistic curve around the middle between begin and end.
 
+    The paper's curve `sigmoid(steepness * (progress - 1/2))` is stretched to begin at 0 and end
+    at 1 exactly.
+
     Args:
         steepness: slope parameter over the whole way; the paper's `beta` times its epochs.
 
@@ -182,7 +185,8 @@ class Sigmoid(Schedule):
         self.steepness = steepness
 
     def shape(self, progress):
-        return 1.0 / (1.0 + np.exp(-self.steepness * (np.asarray(progress) - 0.5)))
+        curve = np.tanh(self.steepness / 2 * (np.asarray(progress) - 0.5))
+        return 0.5 + 0.5 * curve / np.tanh(self.steepness / 4)
 
 
 def check_sparsity(value, name: str = "sparsity") -> None:

@@ -40,11 +40,6 @@ def test_threshold_penalty(t, value, slope):
     assert gradient == pytest.approx(0.1 * slope, rel=1e-5)
 
 
-@pytest.mark.xfail(
-    keras.backend.backend() == "tensorflow",
-    strict=True,
-    reason="at exactly -1 TensorFlow counts the gradient of both maxima whole: twice of it",
-)
 def test_the_gradient_at_minus_one():
     value, gradient = penalty_and_gradient(-1.0, 1.0)
     assert value == pytest.approx(math.e, rel=1e-6)
