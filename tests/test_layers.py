@@ -95,7 +95,7 @@ def test_extreme_pressure_neither_kills_a_layer_nor_gives_nan(method):
     keras.utils.set_random_seed(0)
     model = models.sequential()
     keras_dst.sparsify(model, method)
-    models.compiled(model, keras.optimizers.SGD(0.5, momentum=0.9))
+    models.compiled(model, keras.optimizers.SGD(0.05, momentum=0.9))
     x, y = models.data()
     history = model.fit(x, y, batch_size=16, epochs=5, verbose=0, callbacks=[SparseTraining()])
     assert np.isfinite(history.history["loss"]).all()
