@@ -66,7 +66,6 @@ class SparseTraining(keras.callbacks.Callback):
                 "Give SparseTraining(steps_per_epoch=...)."
             )
         self._begun = False
-        self._ended = False
 
     def on_epoch_begin(self, epoch, logs=None):
         if not self._begun:

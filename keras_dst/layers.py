@@ -128,13 +128,13 @@ class SparseMixin(_Layer):
 
     def release(self) -> None:
         """Bake the masks into the weights as exact zeros and become the stock layer again."""
-        for weight, variable, state in list(self.masked_weights()):
+        for weight, variable, state in self.masked_weights():
             w = ops.convert_to_tensor(variable)
             mask = self.sparsity.mask(w, state, weight.layout)
             variable.assign(ops.where(mask, w, ops.zeros_like(w)))
             variable._autocast = True
-            for own in _variables(state):
-                self._untrack_variable(own)
+        for own in self._named_state().values():
+            self._untrack_variable(own)
         for weight in self.sparse_weights():
             is_property = isinstance(getattr(self.stock, weight.name, None), property)
             if not is_property and weight.slot in self.__dict__:
@@ -188,10 +188,6 @@ class SparseMixin(_Layer):
             self.__dict__["sparse_state"] = state
             for variables, old in zip(lists, before):
                 variables[:] = old
-
-
-def _variables(state: State) -> list:
-    return [v for v in state.values() if isinstance(v, keras.Variable)]
 
 
 def check_method(method) -> LayerMethod:

@@ -32,7 +32,7 @@ class Magnitude(UpdateMethod):
         revival: whether pruned weights go on being trained and may come back. Defaults to False:
             pruned for good.
         frequency: steps between updates of the masks. Defaults to 100; a short training gets at
-            least ten updates.
+            least twenty updates.
         min_kept: weights that every layer keeps. Defaults to 1.
 
     Example:
