@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import warnings
 from typing import Any
@@ -11,10 +13,10 @@ import numpy as np
 from keras import ops
 
 from keras_dst.compiled import compiled
-from keras_dst.layers import SparseMixin
-from keras_dst.masks import Pattern
-from keras_dst.methods.base import LayerMethod, State
-from keras_dst.optimizers import SparseOptimizer, tensors, unwrap
+from keras_dst.layers import SparseMixin, sparse_class
+from keras_dst.masks import Layout, Pattern
+from keras_dst.methods.base import LayerMethod, State, When
+from keras_dst.optimizers import SparseOptimizer, exclude_from_decay, tensors, unwrap
 
 _FEWEST_UPDATES = 20  # of the masks while sparsity grows, however short the training
 _LEARNED_RESPONSE = 5  # steps in which a learned method shows what an update has done
@@ -52,7 +54,7 @@ class SparseTraining(keras.callbacks.Callback):
     # -- Keras's hooks ---------------------------------------------------------------------------
 
     def on_train_begin(self, logs=None):
-        self._drivers = _drivers(self.model)
+        self._drivers = _drivers(self.model, self._expected_steps())
         if not self._drivers:
             raise ValueError(
                 "SparseTraining found nothing to drive: no sparse layer and no SparseOptimizer. "
@@ -66,6 +68,7 @@ class SparseTraining(keras.callbacks.Callback):
                 "Give SparseTraining(steps_per_epoch=...)."
             )
         self._begun = False
+        _guard_step(self.model, self._drivers)
 
     def on_epoch_begin(self, epoch, logs=None):
         if not self._begun:
@@ -74,7 +77,7 @@ class SparseTraining(keras.callbacks.Callback):
             self._first_epoch = epoch
             self._batches = 0
             for driver in self._drivers:
-                driver.begin(self._steps(self.epochs), self._steps())
+                driver.begin(self._steps(self.epochs), self._steps(), self._epoch_length)
             self._log = self._sparsity()
         self._epoch_start = self._batches
 
@@ -93,7 +96,8 @@ class SparseTraining(keras.callbacks.Callback):
         if self._epoch_length is None:
             self._epoch_length = self._batches
             for driver in self._drivers:
-                driver.set_length(self._steps(self.epochs), self._steps())
+                length = self._steps(self.epochs)
+                driver.set_length(length, self._steps(), self._epoch_length, self._batches)
         self._sync()
         self._log = self._sparsity()
         if logs is not None:
@@ -102,6 +106,10 @@ class SparseTraining(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         for driver in self._drivers:
             driver.end(self._batches, warn_early=self.epochs is None)
+        if any(driver.in_steps for driver in self._drivers):
+            # Compiled for a step that leaves the masks to this callback; the next fit may do
+            # without it.
+            self.model.train_function = None
 
     # --------------------------------------------------------------------------------------------
 
@@ -117,13 +125,36 @@ class SparseTraining(keras.callbacks.Callback):
             epochs = self.params.get("epochs", 1) - self._first_epoch
         return epochs * self._epoch_length
 
+    def _expected_steps(self):
+        steps = self.steps_per_epoch or self.params.get("steps")
+        return steps and steps * (self.epochs or self.params.get("epochs", 1))
+
     def _sparsity(self):
         kept = sum(d.kept() for d in self._drivers)
         return 1 - kept / sum(d.size for d in self._drivers)
 
 
-def _drivers(model) -> list[_Driver]:
-    """One driver for every method at work in a model."""
+def _guard_step(model, drivers):
+    """Make the compiled step, which later fits use again, refuse to run without a driver."""
+    step = inspect.unwrap(model.train_function)
+
+    @functools.wraps(step, assigned=(), updated=())
+    def guarded(*args, **kwargs):
+        if not all(driver.driven for driver in drivers):
+            raise ValueError(
+                "This model was compiled for training with the SparseTraining callback. "
+                "Fit with callbacks=[keras_dst.callbacks.SparseTraining()]."
+            )
+        return step(*args, **kwargs)
+
+    model.train_function = guarded
+
+
+def _drivers(model, steps: int | None) -> list[_Driver]:
+    """One driver for every method at work in a model, in a training of so many steps."""
+    wrapper = unwrap(model.optimizer)
+    if wrapper is not None:
+        wrapper.expected_steps = steps
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     found: list[_Driver] = []
@@ -133,10 +164,24 @@ def _drivers(model) -> list[_Driver]:
             groups.setdefault(layer.sparsity, []).append(layer)
     for layers in groups.values():
         found.append(_LayerDriver(model.optimizer, layers))
-    wrapper = unwrap(model.optimizer)
     if wrapper is not None:
+        wrapper.layouts = _layouts(model, wrapper)
         found.append(_OptimizerDriver(wrapper))
     return found
+
+
+def _layouts(model, optimizer: SparseOptimizer) -> list[Layout]:
+    """Axes of the kernels of an optimiser, as the layers that hold them know."""
+    known = {}
+    for layer in model._flatten_layers():
+        cls = sparse_class(type(layer))
+        for weight in cls.sparse_weights() if cls else ():
+            for name in (weight.slot, weight.name):
+                known[id(layer.__dict__.get(name))] = weight.layout
+    return [
+        known.get(id(kernel), layout)
+        for kernel, layout in zip(optimizer.kernels, optimizer.layouts)
+    ]
 
 
 class _Driver:
@@ -148,8 +193,10 @@ class _Driver:
         self.layouts, self.names = layouts, names
         self.shapes = [tuple(w.shape) for w in weights]
         self.size = sum(math.prod(shape) for shape in self.shapes)
+        self.schedule = method.schedule
         self.total: int | None = None
-        self._update = compiled(lambda w, s, kept: method.update(w, s, layouts, kept))
+        self.every = 0  # steps between updates; 0: not known yet
+        self._update = compiled(lambda w, s, kept, when: method.update(w, s, layouts, kept, when))
         self._kept = compiled(
             lambda w, s: [ops.sum(ops.cast(method.mask(*x), "float32")) for x in zip(w, s, layouts)]
         )
@@ -167,58 +214,79 @@ class _Driver:
 
     # --------------------------------------------------------------------------------------------
 
-    def begin(self, length: int | None, fit: int | None) -> None:
+    def begin(self, length: int | None, fit: int | None, epoch: int | None) -> None:
         """Start, or go on, with a schedule over `length` steps, in a fit of `fit` steps."""
         self.drive(True)
         self.projected = False
-        if self.method.schedule is None:
+        if self.schedule is None:
             return
         self.start, total = self.read_progress()
         self.last = self.start
         self.total = total or length
-        self._plan(fit)
+        self._plan(fit, epoch)
         self.write_progress(self.start, self.total or 0)
         # A resumed training has had its update at this step before it was saved.
-        if self.total is not None and self.start == 0 and not self.method.learned:
+        if self.every and self.start == 0 and not self.method.learned:
             self.advance(0)
 
-    def set_length(self, length: int, fit: int) -> None:
-        """The length became known after the first epoch."""
-        if self.method.schedule is not None:
-            self.total = self.total or length
-            self._plan(fit)
+    def set_length(self, length: int, fit: int, epoch: int, batches: int) -> None:
+        """The length became known after the first epoch, of so many batches."""
+        if self.schedule is None or self.total is not None:
+            return
+        self.total = length
+        self._plan(fit, epoch)
+        self.write_progress(self.start + batches, length)
+        if not self.method.learned:
+            self.advance(batches)
 
-    def _plan(self, fit):
+    def _plan(self, fit, epoch):
         self.fit_end = fit and self.start + fit
-        if self.total is not None or self.method.schedule.in_steps:
-            first, last = self.method.schedule.span(self.total)
+        self.every = 0
+        if self.total is None and not self.in_steps:
+            return
+        if self.total and epoch:
+            self.schedule = self.method.schedule_over(self.total / epoch)
+        first, self.ramp_end = self.method.span(self.total)
+        often = self.method.frequency
+        if often == "epoch":
+            often = epoch or self.total
+        if first < self.ramp_end:
             shortest = _LEARNED_RESPONSE if self.method.learned else 1
-            self.every = min(
-                self.method.frequency, max(shortest, (last - first) // _FEWEST_UPDATES)
-            )
-            self.ramp_end = last
+            often = min(often, max(shortest, (self.ramp_end - first) // _FEWEST_UPDATES))
+        self.every = often
+        self.marks = [*self.schedule.jumps(self.total), self.ramp_end, self.total, self.fit_end]
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether the schedule needs no length of training."""
+        return self.schedule is not None and self.schedule.in_steps
 
     def is_due(self, batches: int) -> bool:
-        if self.method.schedule is None or self.total is None:
+        if self.schedule is None or not self.every:
             return False
         step = self.start + batches
         crossed = self.last // self.every != step // self.every
-        marks = (self.ramp_end, self.total, self.fit_end or 0)
-        return crossed or any(self.last < mark <= step for mark in marks)
+        return crossed or any(self.last < mark <= step for mark in self.marks if mark)
 
     def advance(self, batches: int) -> None:
         """Update the states to what the schedule asks for after this many batches."""
         step = self.last = self.start + batches
         # A learned method gets its target one update ahead: it takes that long to move there.
         ahead = self.every if self.method.learned else 0
-        target = self.method.schedule.at(step + ahead, self.total)
-        self.take(self._update(*self._values(), self._counts(target)))
+        target = self.schedule.at(step + ahead, self.total)
+        done = min(1.0, step / max(self.total or self.ramp_end, 1))
+        when = When(
+            ops.convert_to_tensor(step, "int32"),
+            ops.convert_to_tensor(done, "float32"),
+            ops.convert_to_tensor(target, "float32"),
+        )
+        self.take(self._update(*self._values(), self._counts(target), when))
         if self.total is not None and step >= self.total and step in (self.total, self.fit_end):
             self.project()
 
     def project(self) -> None:
         """Meet the target of a learned method exactly, at the end."""
-        if not self.method.learned or self.method.schedule is None:
+        if not self.method.learned or self.schedule is None:
             return
         target = self._target()
         reached = 1 - self.kept() / self.size
@@ -230,14 +298,14 @@ class _Driver:
                 stacklevel=2,
             )
         values = self._values()
-        counts = self._counts(self.method.schedule.sparsity)
+        counts = self._counts(self.schedule.sparsity)
         self.take(self.method.project(*values, self.layouts, counts))
         self.projected = True
 
     def end(self, batches: int, warn_early: bool) -> None:
         """Leave the schedule; warn when its target was missed."""
         self.drive(False)
-        if self.method.schedule is None:
+        if self.schedule is None:
             return
         step = self.start + batches
         total = self.total or 0
@@ -264,7 +332,8 @@ class _Driver:
 
     def _target(self) -> float:
         """The final sparsity of all these weights together."""
-        counts = self.method.kept_counts(self.shapes, self.method.schedule.sparsity, self.names)
+        final = self.schedule.sparsity
+        counts = self.method.kept_counts(self.shapes, self.layouts, final, self.names)
         return 1 - float(sum(counts)) / self.size
 
     @property
@@ -285,11 +354,12 @@ class _Driver:
         return weights, [tensors(s) for s in self.states]
 
     def _counts(self, target):
-        counts = self.method.kept_counts(self.shapes, target, self.names)
+        counts = self.method.kept_counts(self.shapes, self.layouts, target, self.names)
         return ops.convert_to_tensor(counts, "int32")
 
     def drive(self, driven: bool) -> None:
-        raise NotImplementedError
+        """Tell layers or optimiser whether a callback is at work."""
+        self.driven = driven
 
 
 class _LayerDriver(_Driver):
@@ -324,6 +394,11 @@ class _LayerDriver(_Driver):
         for state in self.states:
             state["progress"].assign(np.array([step, self._iterations(), total], "int32"))
 
+    def begin(self, length, fit, epoch):
+        undecayed = [s[name] for s in self.states for name in self.method.undecayed]
+        exclude_from_decay(self.optimizer, undecayed)
+        super().begin(length, fit, epoch)
+
     def take(self, changes):
         for state, change in zip(self.states, changes):
             for name, value in change.items():
@@ -331,6 +406,7 @@ class _LayerDriver(_Driver):
                 state[name].assign(ops.copy(value))
 
     def drive(self, driven):
+        super().drive(driven)
         for layer in self.layers:
             layer.driven = driven
 
@@ -349,8 +425,7 @@ class _OptimizerDriver(_Driver):
         )
 
     def read_progress(self):
-        total = int(self.optimizer.total)
-        return int(self.optimizer.step) if total else 0, total
+        return int(self.optimizer.step), int(self.optimizer.total)
 
     def write_progress(self, step, total):
         self.optimizer.step.assign(step)
@@ -360,4 +435,5 @@ class _OptimizerDriver(_Driver):
         self.optimizer.update_masks(changes)
 
     def drive(self, driven):
+        super().drive(driven)
         self.optimizer.driven = driven

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +117,10 @@ class SparseMixin(_Layer):
                 self.sparse_state[weight.name] = self.sparsity.build(
                     self, weight.name, variable, weight.layout
                 )
+        if self.sparse_state and self.sparsity.needs_driver and self._trainable_variables:
+            smallest = min(self._trainable_variables, key=lambda v: math.prod(v.shape))
+            if not isinstance(smallest.constraint, _Driven):
+                smallest.constraint = _Driven(smallest.constraint, self)
 
     @contextlib.contextmanager
     def _unlocked(self):
@@ -135,6 +140,9 @@ class SparseMixin(_Layer):
             variable._autocast = True
         for own in self._named_state().values():
             self._untrack_variable(own)
+        for variable in self._trainable_variables:
+            if isinstance(variable.constraint, _Driven):
+                variable.constraint = variable.constraint.inner
         for weight in self.sparse_weights():
             is_property = isinstance(getattr(self.stock, weight.name, None), property)
             if not is_property and weight.slot in self.__dict__:
@@ -188,6 +196,25 @@ class SparseMixin(_Layer):
             self.__dict__["sparse_state"] = state
             for variables, old in zip(lists, before):
                 variables[:] = old
+
+
+class _Driven(keras.constraints.Constraint):
+    """Raises when an optimiser's step is traced while no SparseTraining is at work.
+
+    The one place that is visited in every kind of training, and in nothing but training.
+    """
+
+    def __init__(self, inner, layer):
+        self.inner, self.layer = inner, layer
+
+    def __call__(self, value):
+        if not self.layer.driven:
+            raise ValueError(
+                f"'{self.layer.name}' is under {self.layer.sparsity!r}, whose target the "
+                "SparseTraining callback pursues. "
+                "Fit with callbacks=[keras_dst.callbacks.SparseTraining()]."
+            )
+        return value if self.inner is None else self.inner(value)
 
 
 def check_method(method) -> LayerMethod:

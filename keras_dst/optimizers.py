@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_dst.masks import KERNEL, Layout
-from keras_dst.methods.base import LayerMethod, Method, State, UpdateMethod
+from keras_dst.methods.base import LayerMethod, Method, State, UpdateMethod, When
 from keras_dst.selection import Filters, is_prunable, select
 
 
@@ -49,9 +49,12 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.method = _check_method(method)
         self.filters = filters
         self.driven = False
+        self.expected_steps: int | None = None  # length of the training, from SparseTraining
         self.kernel_indices: list[int] = []
         self.kernel_names: list[str] = []
         self.states: list[State] = []
+        # Axes of the kernels: from the shape alone, until SparseTraining tells from the layers.
+        self.layouts: list[Layout] = []
 
     # -- state -----------------------------------------------------------------------------------
 
@@ -69,7 +72,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             )
         kernels = [variables[i] for i in kernel_indices]
         states = []
-        for kernel, extra in zip(kernels, self.method.init(kernels)):
+        schedule = self.method.schedule
+        in_steps = schedule is not None and schedule.in_steps
+        steps = self.method.span(None)[1] if in_steps else self.expected_steps
+        for kernel, extra in zip(kernels, self.method.init(kernels, steps)):
             states.append(self._add_state(kernel, {"mask": ("ones", "bool"), **extra}))
         # Steps done, and the length of the schedule as SparseTraining found it (0: not yet).
         self.step = self.add_variable((), "zeros", "int32", "only_first_replica", name="step")
@@ -80,6 +86,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.kernel_indices = kernel_indices
         self.kernel_names = [k.path for k in kernels]
         self.states = states
+        self.layouts = [KERNEL if len(k.shape) > 1 else Layout(inputs=()) for k in kernels]
 
     def _add_state(self, kernel, wanted) -> State:
         prefix = kernel.path.replace("/", "_")
@@ -96,11 +103,6 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def kernels(self) -> list:
         """The variables that are pruned."""
         return [self._trainable_variables[i] for i in self.kernel_indices]
-
-    @property
-    def layouts(self) -> list[Layout]:
-        """Axes of the kernels, as an optimiser can know them: from the shape alone."""
-        return [KERNEL if len(k.shape) > 1 else Layout(inputs=()) for k in self.kernels]
 
     @property
     def variables(self):
@@ -131,6 +133,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             grads[i] = grad
             if self.method.moves_weights:
                 self.assign(kernel, value)
+        masks: list = [None] * len(grads)
+        for (i, _, _), state in zip(members, states):
+            masks[i] = state["mask"]
+        grads = list(self.method.perturb(grads, masks, ops.convert_to_tensor(self.step)))
         self.inner_optimizer.apply(grads, variables)
         weights, changes = self.method.after(
             carry, [ops.convert_to_tensor(k) for k in kernels], states
@@ -145,38 +151,76 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
     def _update_in_step(self):
         """Update the masks within the compiled step, for loops without a callback."""
-        schedule = self.method.schedule
+        method, schedule = self.method, self.method.schedule
         if schedule is None:
             return
-        first, last = schedule.span(None)
-        every = self.method.frequency
-        events = list(range(first, last, every)) + [last]
+        first, last = method.span(None)
+        every = method.frequency
+        if not isinstance(every, int):
+            raise ValueError(
+                f"{method!r} updates its masks once an epoch, which only SparseTraining knows. "
+                "Give frequency in steps, or fit with the callback."
+            )
+        events = {*range(first, last, every), *schedule.jumps(None), last}
+        times = sorted({max(1, event) for event in events})
         shapes = [k.shape for k in self.kernels]
-        counts = [
-            self.method.kept_counts(shapes, schedule.at(e), self.kernel_names) for e in events
-        ]
-        index = ops.sum(ops.cast(self.step >= ops.convert_to_tensor(events, "int32"), "int32"))
-        due = ops.any(ops.equal(self.step, ops.convert_to_tensor(events, "int32")))
-        kept = ops.take(
-            ops.convert_to_tensor(np.stack(counts), "int32"), ops.maximum(index - 1, 0), axis=0
+        targets = [schedule.at(time) for time in times]
+        counts = [method.kept_counts(shapes, self.layouts, t, self.kernel_names) for t in targets]
+        step = ops.convert_to_tensor(self.step)
+        due = ops.equal(step, ops.convert_to_tensor(times, "int32"))
+        now = ops.argmax(ops.cast(due, "int32"))
+        kept = ops.take(ops.convert_to_tensor(np.stack(counts), "int32"), now, axis=0)
+        when = When(
+            step,
+            ops.minimum(ops.cast(step, "float32") / max(last, 1), 1.0),
+            ops.take(ops.convert_to_tensor(targets, "float32"), now),
         )
         weights = [ops.convert_to_tensor(k) for k in self.kernels]
         states = [tensors(s) for s in self.states]
-        masks = ops.cond(
-            due,
-            lambda: [s["mask"] for s in self.method.update(weights, states, self.layouts, kept)],
-            lambda: [s["mask"] for s in states],
-        )
+
+        def keep():
+            if not method.grows:
+                return [{"mask": s["mask"]} for s in states]
+            return [{"mask": s["mask"], "grown": ops.zeros_like(s["mask"])} for s in states]
+
         # Assigned outside the branches: JAX cannot assign within them.
-        self.update_masks([{"mask": m} for m in masks])
+        changes = ops.cond(
+            ops.any(due), lambda: method.update(weights, states, self.layouts, kept, when), keep
+        )
+        self.update_masks(changes)
 
     def update_masks(self, changes: list[State]) -> None:
         """Take over new states from `method.update`, and zero the weights that they prune."""
-        for kernel, state, change in zip(self.kernels, self.states, changes):
+        for index, kernel, state, change in zip(
+            self.kernel_indices, self.kernels, self.states, changes
+        ):
+            change = dict(change)
+            grown = change.pop("grown", None)
             for name, new in change.items():
                 self.assign(state[name], new)
-            masked = self.method.masked(ops.convert_to_tensor(kernel), tensors(state))
-            self.assign(kernel, masked)
+            value = self.method.masked(ops.convert_to_tensor(kernel), tensors(state))
+            if grown is not None:
+                for slot in self._slots(index):
+                    self.assign(slot, _zero_where(grown, ops.convert_to_tensor(slot)))
+                value = _zero_where(grown, value)
+            self.assign(kernel, value)
+
+    def _slots(self, index: int) -> list:
+        """What the inner optimiser keeps for a variable: momentum and the like, of its shape."""
+        variables = self._trainable_variables
+        found = []
+        for value in vars(self.inner_optimizer).values():
+            if isinstance(value, dict):
+                found.append(value.get(variables[index].path))
+            elif isinstance(value, list) and len(value) == len(variables):
+                found.append(value[index])
+        return [
+            slot
+            for slot in found
+            if isinstance(slot, keras.Variable)
+            and slot is not variables[index]
+            and slot.shape == variables[index].shape
+        ]
 
     # -- the inner optimiser's part --------------------------------------------------------------
 
@@ -227,9 +271,27 @@ def unwrap(optimizer) -> SparseOptimizer | None:
     return optimizer if isinstance(optimizer, SparseOptimizer) else None
 
 
+def exclude_from_decay(optimizer, variables) -> None:
+    """Exempt variables from weight decay, beside those that the user has exempted.
+
+    Keras's `exclude_from_weight_decay` replaces the user's choice, and an optimiser that is built
+    refuses it.
+    """
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    exempt = set(getattr(optimizer, "_exclude_from_weight_decay", ()))
+    exempt.update(optimizer._var_key(variable) for variable in variables)
+    optimizer._exclude_from_weight_decay = exempt
+    optimizer._exclude_from_weight_decay_cache = {}
+
+
 def tensors(state: State) -> dict[str, Any]:
     """The values of a state's variables."""
     return {name: ops.convert_to_tensor(value) for name, value in state.items()}
+
+
+def _zero_where(condition, value):
+    return ops.where(condition, ops.zeros_like(value), value)
 
 
 def _copy_of(variable):

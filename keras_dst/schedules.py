@@ -91,6 +91,10 @@ class Schedule(Configurable):
             )
         return math.floor(self.begin * total_steps), math.floor(self.end * total_steps)
 
+    def jumps(self, total_steps: int | None) -> list[int]:
+        """Steps at which sparsity jumps; none where it grows smoothly."""
+        return []
+
     def at(self, step: int, total_steps: int | None = None) -> float:
         """Sparsity after this many steps of a training of `total_steps`."""
         first, last = self.span(total_steps)
@@ -139,6 +143,11 @@ class Cubic(Schedule):
 class Geometric(Schedule):
     """Density falls by the same factor in equal times, so each update removes an equal share.
 
+    Args:
+        rate: where it is given, sparsity grows in equally spaced jumps, each of which removes this
+            fraction of the weights still kept; the last removes what the target leaves. Defaults
+            to None: smooth.
+
     Example:
         >>> keras_dst.schedules.Geometric(0.75, end=1.0)(0.5)
         0.5
@@ -146,12 +155,44 @@ class Geometric(Schedule):
     Source: arXiv 2009.02594, section 3.
     """
 
+    def __init__(
+        self,
+        sparsity,
+        initial_sparsity=0.0,
+        begin=0.0,
+        end=0.75,
+        begin_step=None,
+        end_step=None,
+        rate=None,
+    ):
+        super().__init__(sparsity, initial_sparsity, begin, end, begin_step, end_step)
+        if rate is not None and not 0 < rate < 1:
+            raise ValueError(f"rate must be a number in (0, 1). Received: rate={rate!r}")
+        self.rate = rate
+
     def shape(self, progress):
-        removed = 1.0 - self.initial_sparsity
-        left = (1.0 - self.sparsity) / removed
+        progress = np.asarray(progress)
+        left = (1.0 - self.sparsity) / (1.0 - self.initial_sparsity)
         if left == 1.0:
-            return np.asarray(progress)
-        return (1.0 - left**progress) / (1.0 - left)
+            return progress
+        if self.rate is None:
+            return (1.0 - left**progress) / (1.0 - left)
+        # The first jump comes a step after the beginning, the last one at the end.
+        done = np.floor(progress * self._number + 1e-9)
+        density = np.where(done < self._number, (1.0 - self.rate) ** done, left)
+        return (1.0 - density) / (1.0 - left)
+
+    @property
+    def _number(self):
+        left = (1.0 - self.sparsity) / (1.0 - self.initial_sparsity)
+        return max(1, math.ceil(math.log(left) / math.log(1.0 - self.rate) - 1e-9))
+
+    def jumps(self, total_steps):
+        if self.rate is None:
+            return []
+        first, last = self.span(total_steps)
+        way = (last - first) / self._number
+        return [first + math.ceil(way * i - 1e-9) for i in range(1, self._number + 1)]
 
 
 @keras.saving.register_keras_serializable("keras_dst")

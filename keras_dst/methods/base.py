@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
@@ -19,6 +19,20 @@ Tensor = Any
 State = dict[str, Any]
 
 
+class When(NamedTuple):
+    """When in training a periodic update happens, as scalar tensors.
+
+    Attributes:
+        step: optimiser steps done, int32.
+        progress: fraction of the training done, float32 in [0, 1].
+        sparsity: what the schedule asks for now, float32.
+    """
+
+    step: Tensor
+    progress: Tensor
+    sparsity: Tensor
+
+
 class Method(Configurable):
     """Base of all methods: `score x allocation x schedule x pattern`.
 
@@ -29,16 +43,25 @@ class Method(Configurable):
         schedule: how the target sparsity grows, or None where the method has no target.
         allocation: how sparsity is shared out among the weights.
         pattern: the shape in which weights are pruned.
-        frequency: steps between updates of the masks by the `SparseTraining` callback.
+        frequency: steps between updates of the masks by the `SparseTraining` callback, or
+            `"epoch"`.
         learned: whether sparsity follows from training instead of from a ranking.
     """
 
     schedule: Schedule | None = None
     allocation: str | Mapping[str, float] = "global"
     pattern: str = "unstructured"
-    frequency: int = 100
+    frequency: int | str = 100
     min_kept: int = 1
     learned = False
+
+    def schedule_over(self, epochs: float | None) -> Schedule | None:
+        """The schedule, for a training of so many epochs (None: not known)."""
+        return self.schedule
+
+    def span(self, total_steps: int | None) -> tuple[int, int]:
+        """First and last step between which masks change, in a training of this many steps."""
+        return self.schedule.span(total_steps) if self.schedule else (0, 0)
 
     def mask(self, w: Tensor, state: State, layout: Layout = KERNEL) -> Tensor:
         """The mask of one weight, boolean, from its state."""
@@ -50,12 +73,14 @@ class Method(Configurable):
         states: Sequence[State],
         layouts: Sequence[Layout],
         kept: Tensor,
+        when: When,
     ) -> list[State]:
         """The parts of the states that a periodic update changes; here, newly ranked masks.
 
         Args:
             weights, states, layouts: of all the weights under this method.
             kept: how many weights to keep, one count for all or one per weight.
+            when: the time of this update.
         """
         new = self.rank(self.scores(weights, states), layouts, kept)
         return [{"mask": mask} for mask in new]
@@ -65,13 +90,19 @@ class Method(Configurable):
         raise NotImplementedError
 
     def kept_counts(
-        self, shapes: Sequence[Sequence[int]], sparsity: float, names: Sequence[str]
+        self,
+        shapes: Sequence[Sequence[int]],
+        layouts: Sequence[Layout],
+        sparsity: float,
+        names: Sequence[str],
     ) -> np.ndarray:
         """Counts of weights to keep, as `update` takes them."""
         final = self.schedule.sparsity if self.schedule else None
         n_of_m = Pattern(self.pattern).n_of_m
         if n_of_m:
-            return np.array([_kept_of_m(shape, *n_of_m) for shape in shapes])
+            return np.array(
+                [_kept_of_m(shape, layout, *n_of_m) for shape, layout in zip(shapes, layouts)]
+            )
         return allocations.kept_counts(self.allocation, shapes, sparsity, names, final)
 
     def rank(
@@ -103,6 +134,8 @@ class Method(Configurable):
         pattern = Pattern(self.pattern)
         for name in ("frequency", "min_kept"):
             value = getattr(self, name)
+            if name == "frequency" and value == "epoch":
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number >= 1. Received: {value!r}")
         if pattern.n_of_m and self.schedule:
@@ -114,8 +147,8 @@ class Method(Configurable):
                 )
 
 
-def _kept_of_m(shape: Sequence[int], n: int, m: int) -> int:
-    inputs = shape[KERNEL.inputs[-1]]
+def _kept_of_m(shape: Sequence[int], layout: Layout, n: int, m: int) -> int:
+    inputs = shape[layout.inputs[-1]]
     return math.prod(shape) // inputs * (inputs // m * n + min(n, inputs % m))
 
 
@@ -136,7 +169,18 @@ def _first_of_best(groups: Tensor) -> Tensor:
 
 
 class LayerMethod(Method):
-    """A method whose mask is part of the forward pass; its state lives in the layer."""
+    """A method whose mask is part of the forward pass; its state lives in the layer.
+
+    Attributes:
+        undecayed: names of the states that no weight decay may touch.
+    """
+
+    undecayed: tuple[str, ...] = ()
+
+    @property
+    def needs_driver(self) -> bool:
+        """Whether training without the `SparseTraining` callback would leave out a part of it."""
+        return self.schedule is not None
 
     def build(self, layer, name: str, variable, layout: Layout) -> State:
         """Add what the mask of `variable` needs to the layer; return it as a dict of variables."""
@@ -146,6 +190,16 @@ class LayerMethod(Method):
         """Where SparseTraining keeps how far a schedule is: step, optimiser's counter, length."""
         return layer.add_weight(
             name=f"{name}_progress", shape=(3,), initializer="zeros", dtype="int32", trainable=False
+        )
+
+    def build_mask(self, layer, name: str, variable):
+        """A mask that periodic updates rank anew; all ones to begin with."""
+        return layer.add_weight(
+            name=f"{name}_mask",
+            shape=variable.shape,
+            initializer="ones",
+            dtype="bool",
+            trainable=False,
         )
 
     def apply(self, w: Tensor, state: State, layout: Layout) -> Tensor:
@@ -158,16 +212,26 @@ class UpdateMethod(Method):
 
     Attributes:
         moves_weights: whether `before` gives the inner optimiser other weights than the model's.
+        grows: whether `update` also gives `grown`: a boolean mask of the weights that are newly
+            kept and start at 0, with fresh slots in the inner optimiser.
     """
 
     moves_weights = False
+    grows = False
 
-    def init(self, kernels: Sequence) -> list[dict[str, tuple[str, str]]]:
+    def init(self, kernels: Sequence, steps: int | None) -> list[dict[str, tuple[str, str]]]:
         """Per weight, the state beside its mask: name to (initial value, dtype).
 
-        The initial value is `"zeros"`, or `"value"` for a copy of the weight.
+        The initial value is `"zeros"`, or `"value"` for a copy of the weight. `steps` is the
+        length of the training, None while it is not known.
         """
         return [{} for _ in kernels]
+
+    def perturb(
+        self, grads: Sequence[Tensor], masks: Sequence[Tensor | None], step: Tensor
+    ) -> Sequence[Tensor]:
+        """Gradients of all variables, pruned or not, for the inner optimiser; by default as is."""
+        return grads
 
     def before(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]

@@ -126,7 +126,7 @@ class DST(LayerMethod):
             shape=shape,
             initializer="zeros",
             regularizer=ThresholdPenalty(alpha),
-            constraint=_Reset(self, layer, variable, layout),
+            constraint=_Reset(self, variable, layout),
             autocast=False,
         )
         return {"threshold": threshold, **state}
@@ -166,7 +166,7 @@ class DST(LayerMethod):
             return self.reset_density
         return min(self.reset_density, 0.1 * (1 - self.schedule.sparsity))
 
-    def update(self, weights, states, layouts, kept):
+    def update(self, weights, states, layouts, kept, when):
         """Steer alpha towards the target density.
 
         `gap` is the shift of all thresholds that would meet the target, and alpha has to close it.
@@ -219,16 +219,10 @@ class DST(LayerMethod):
 class _Reset(keras.constraints.Constraint):
     """The paper's guard, as the constraint of a threshold: applied within the optimiser's step."""
 
-    def __init__(self, method, layer, variable, layout):
-        self.method, self.layer = method, layer
-        self.variable, self.layout = variable, layout
+    def __init__(self, method, variable, layout):
+        self.method, self.variable, self.layout = method, variable, layout
 
     def __call__(self, threshold):
-        if self.method.schedule is not None and not self.layer.driven:
-            raise ValueError(
-                f"{self.method!r} has a target, towards which the SparseTraining callback steers "
-                "alpha. Fit with callbacks=[keras_dst.callbacks.SparseTraining()]."
-            )
         t = ops.convert_to_tensor(threshold)
         mask = self.method.mask(ops.convert_to_tensor(self.variable), {"threshold": t}, self.layout)
         alive = ops.mean(ops.cast(mask, t.dtype)) > self.method.reset_at

@@ -62,7 +62,7 @@ class Magnitude(UpdateMethod):
         self.moves_weights = revival
         self._check_common()
 
-    def init(self, kernels):
+    def init(self, kernels, steps):
         return [{"dense": ("value", k.dtype)} if self.revival else {} for k in kernels]
 
     def scores(self, weights, states):

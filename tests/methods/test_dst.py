@@ -220,7 +220,6 @@ def test_reset(target, reset_density, thresholds, expected):
     layer = keras.layers.Layer()
     variable = layer.add_weight(shape=(10, 2), initializer="zeros")
     variable.assign(np.repeat(np.arange(1, 11)[:, None] / 10, 2, axis=1))
-    layer.driven = True  # as SparseTraining sets it
     state = DST(target, reset_density=reset_density).build(layer, "kernel", variable, KERNEL)
     found = state["threshold"].constraint(tensor(thresholds))
     np.testing.assert_array_equal(array(found), np.float32(expected))
@@ -313,7 +312,7 @@ def test_alpha_pushes_all_thresholds_towards_the_target(kept, sign):
     states = [{**s, "threshold": tensor([0.5])} for s in states]
     values = [{k: ops.convert_to_tensor(v) for k, v in s.items()} for s in states]
     update = compiled(
-        lambda weights, values, kept: method.update(weights, values, [KERNEL] * 2, kept)
+        lambda weights, values, kept: method.update(weights, values, [KERNEL] * 2, kept, None)
     )
     one, other = update(weights, values, ops.convert_to_tensor([kept], dtype="int32"))
     assert np.sign(float(one["alpha"])) == sign

@@ -237,13 +237,13 @@ SHAPES, PATHS = [(10, 10), (30, 10)], ["a/kernel", "b/kernel"]
     ],
 )
 def test_kept_counts(method, sparsity, expected):
-    assert method.kept_counts(SHAPES, sparsity, PATHS).tolist() == expected
+    assert method.kept_counts(SHAPES, [KERNEL] * len(SHAPES), sparsity, PATHS).tolist() == expected
 
 
 @pytest.mark.parametrize("inputs", [8, 7])
 def test_n_of_m_keeps_as_many_as_it_counts(inputs):
     method, w = Magnitude(0.5, pattern="2:4"), random(inputs, 6)
-    (count,) = method.kept_counts([w.shape], 0.1, ["kernel"])
+    (count,) = method.kept_counts([w.shape], [KERNEL], 0.1, ["kernel"])
     (mask,) = masks_of(method, [w], [count])
     assert mask.sum() == count
 
