@@ -178,12 +178,13 @@ class Geometric(Schedule):
         if self.rate is None:
             return (1.0 - left**progress) / (1.0 - left)
         # The first jump comes a step after the beginning, the last one at the end.
-        done = np.floor(progress * self._number + 1e-9)
-        density = np.where(done < self._number, (1.0 - self.rate) ** done, left)
+        done = np.floor(progress * self.number + 1e-9)
+        density = np.where(done < self.number, (1.0 - self.rate) ** done, left)
         return (1.0 - density) / (1.0 - left)
 
     @property
-    def _number(self):
+    def number(self) -> int:
+        """How many jumps there are, with a rate."""
         left = (1.0 - self.sparsity) / (1.0 - self.initial_sparsity)
         return max(1, math.ceil(math.log(left) / math.log(1.0 - self.rate) - 1e-9))
 
@@ -191,8 +192,8 @@ class Geometric(Schedule):
         if self.rate is None:
             return []
         first, last = self.span(total_steps)
-        way = (last - first) / self._number
-        return [first + math.ceil(way * i - 1e-9) for i in range(1, self._number + 1)]
+        way = (last - first) / self.number
+        return [first + math.ceil(way * i - 1e-9) for i in range(1, self.number + 1)]
 
 
 @keras.saving.register_keras_serializable("keras_dst")

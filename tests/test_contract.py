@@ -28,6 +28,11 @@ METHODS = {
     "magnitude-1x4": (methods.Magnitude(0.8, pattern="1x4"), 0.8, 0.002),
     "magnitude-2:4": (methods.Magnitude(0.5, pattern="2:4"), 0.5, 0.001),
     "magnitude-channel": (methods.Magnitude(0.5, pattern="channel"), 0.5, 0.02),
+    "flipout": (methods.FlipOut(0.8), 0.8, 0.001),
+    "optg": (methods.OptG(0.8), 0.8, 0.001),
+    "set": (methods.SET(0.8), 0.8, 0.001),
+    "set-uniform": (methods.SET(0.6, allocation="uniform"), 0.6, 0.001),
+    "rigl": (methods.RigL(0.8), 0.8, 0.001),
 }
 
 x = np.random.default_rng(0).standard_normal((256, 24)).astype("float32")
@@ -40,7 +45,7 @@ def method(request):
     return METHODS[request.param]
 
 
-@pytest.fixture(params=["dst-target", "magnitude", "magnitude-revival"])
+@pytest.fixture(params=["dst-target", "magnitude-revival", "flipout", "optg", "rigl"])
 def one_of_each(request):
     """One method of each kind, where pattern and allocation cannot matter."""
     return METHODS[request.param]

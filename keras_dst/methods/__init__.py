@@ -2,6 +2,20 @@
 
 from keras_dst.methods.base import LayerMethod, Method, UpdateMethod
 from keras_dst.methods.dst import DST
+from keras_dst.methods.flipout import FlipOut
 from keras_dst.methods.magnitude import Magnitude
+from keras_dst.methods.optg import OptG
+from keras_dst.methods.rigl import RigL
+from keras_dst.methods.set import SET
 
-__all__ = ["DST", "LayerMethod", "Magnitude", "Method", "UpdateMethod"]
+__all__ = [
+    "DST",
+    "SET",
+    "FlipOut",
+    "LayerMethod",
+    "Magnitude",
+    "Method",
+    "OptG",
+    "RigL",
+    "UpdateMethod",
+]

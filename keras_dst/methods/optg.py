@@ -1,0 +1,113 @@
+"""OptG: optimising gradient-driven criteria (arXiv 2201.12826).
+
+A trainable score `v` per weight, 0 to begin with, and one ranking of all scores:
+
+    m = 1[v among the highest 1 - s_t]        forward with w * m
+    dL/dw = g m        dL/dv = g w        (straight-through)
+    s_e = s sigmoid(beta (e - E/2))        rate_v(e) = rate_w(e) sigmoid(beta (e - E/2))
+
+with `e` of `E` epochs done, masks ranked anew once an epoch, and no weight decay on scores. Since
+only a mask update reads the scores, the factor on their rate is applied there: to the way that the
+optimiser, whichever it is, has moved them since the last one. Deviation: the sigmoid is stretched
+to begin at 0 and to end at 1 exactly, so the target is met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import keras
+from keras import ops
+
+from keras_dst import masks
+from keras_dst.methods.base import LayerMethod
+from keras_dst.schedules import Schedule, Sigmoid, check_sparsity
+
+
+@keras.saving.register_keras_serializable("keras_dst")
+class OptG(LayerMethod):
+    """Learn a score per weight by gradient descent, beside the weights, and keep the highest.
+
+    Args:
+        sparsity: final fraction of zeros, a number in [0, 1), reached along a sigmoid around the
+            middle of training; or a `Schedule`.
+        beta: slope of the sigmoid per epoch. Defaults to 1.
+        allocation: `"global"` (the paper, default), `"uniform"`, `"erk"`, or a dict of sparsities
+            by weight name or regular expression.
+        pattern: `"unstructured"` (the paper, default), blocks such as `"1x4"`, N:M such as
+            `"2:4"`, or `"channel"`; groups are scored by the mean score of their weights.
+        frequency: steps between updates of the masks, or `"epoch"` (the paper, default). A short
+            training gets at least twenty updates.
+        min_kept: weights that every layer keeps. Defaults to 1.
+
+    Raises:
+        ValueError: for a value outside its range.
+
+    Example:
+        >>> keras_dst.sparsify(model, keras_dst.methods.OptG(0.9))
+
+    Source: arXiv 2201.12826, equations 4 to 9.
+    """
+
+    undecayed = ("scores",)
+
+    def __init__(
+        self,
+        sparsity: float | Schedule,
+        beta: float = 1.0,
+        allocation: str | Mapping[str, float] = "global",
+        pattern: str = "unstructured",
+        frequency: int | str = "epoch",
+        min_kept: int = 1,
+    ):
+        self.sparsity = sparsity
+        self.beta = beta
+        self.allocation = allocation
+        self.pattern = pattern
+        self.frequency = frequency
+        self.min_kept = min_kept
+        if not beta > 0:
+            raise ValueError(f"beta must be a number > 0. Received: {beta!r}")
+        if not isinstance(sparsity, Schedule):
+            check_sparsity(sparsity)
+        self.schedule = sparsity if isinstance(sparsity, Schedule) else Sigmoid(sparsity)
+        self._final = self.schedule.sparsity
+        self._check_common()
+
+    def schedule_over(self, epochs):
+        if isinstance(self.sparsity, Schedule) or not epochs:
+            return self.schedule
+        return Sigmoid(self.sparsity, steepness=self.beta * epochs)
+
+    def build(self, layer, name, variable, layout):
+        # The rate is the factor on the scores' learning rate, the anchor is where they were when
+        # it was last applied.
+        return {
+            "scores": layer.add_weight(
+                name=f"{name}_scores", shape=variable.shape, initializer="zeros", autocast=False
+            ),
+            "anchor": layer.add_weight(
+                name=f"{name}_anchor",
+                shape=variable.shape,
+                initializer="zeros",
+                trainable=False,
+                autocast=False,
+            ),
+            "rate": layer.add_weight(
+                name=f"{name}_rate", initializer="zeros", trainable=False, autocast=False
+            ),
+            "mask": self.build_mask(layer, name, variable),
+            "progress": self.build_progress(layer, name),
+        }
+
+    def apply(self, w, state, layout):
+        mask = ops.cast(state["mask"], w.dtype)
+        return masks.straight_through_product(w, ops.convert_to_tensor(state["scores"]), mask)
+
+    def update(self, weights, states, layouts, kept, when):
+        scores = [s["anchor"] + s["rate"] * (s["scores"] - s["anchor"]) for s in states]
+        rate = when.sparsity / max(self._final, 1e-9)
+        return [
+            {"scores": v, "anchor": v, "rate": rate, "mask": mask}
+            for v, mask in zip(scores, self.rank(scores, layouts, kept))
+        ]

@@ -1,0 +1,89 @@
+"""Random numbers that are a function of where and when they are drawn, and of nothing else.
+
+Replicas, resumed trainings and the three backends all draw the same. Numbers come from a hash of
+(seed, step, index of the tensor, position), in int32 arithmetic, which wraps around everywhere.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+Tensor = Any
+
+_POOL = 1 << 20
+_SLICE = _POOL // 2
+
+
+def bits(*numbers: Tensor) -> Tensor:
+    """Hash of integers or int32 tensors, broadcast against each other: an int32 tensor."""
+    state = ops.zeros((), "int32")
+    for number in numbers:
+        state = _mixed(state * 31 + ops.cast(number, "int32") + 0x3C6EF372)
+    return state
+
+
+def _mixed(x):
+    # The finaliser of MurmurHash3 (public domain): every bit of x changes about half of the result.
+    for shift, factor in ((16, -2048144789), (13, -1028477387)):
+        x = ops.bitwise_xor(x, _shifted(x, shift)) * factor
+    return ops.bitwise_xor(x, _shifted(x, 16))
+
+
+def _shifted(x, by):
+    # A right shift that fills with zeros; int32's own fills with the sign.
+    return ops.bitwise_and(ops.bitwise_right_shift(x, by), (1 << (32 - by)) - 1)
+
+
+def uniform(shape: Sequence[int], *numbers: Tensor) -> Tensor:
+    """Numbers in [0, 1), float32: a function of their position and of the integers given.
+
+    Args:
+        shape: of the result.
+        numbers: integers or int32 scalars, such as seed, step and index of the tensor.
+
+    Example:
+        >>> keras_dst.noise.uniform((2, 3), 0, step, 7)
+    """
+    positions = ops.arange(math.prod(shape), dtype="int32")
+    found = bits(bits(*numbers), positions)
+    # 24 bits are what a float32 holds exactly.
+    return ops.reshape(ops.cast(ops.bitwise_and(found, 0xFFFFFF), "float32"), shape) / (1 << 24)
+
+
+def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Tensor]:
+    """Numbers from N(0, 1), float32, for tensors of these shapes, anew at every step.
+
+    They are read at random places of a table of a million, which costs a copy instead of a draw:
+    two of them are as good as independent, unless they are neighbours in one tensor and in
+    another, or in another step, too.
+
+    Args:
+        shapes: of the results.
+        seed: of the table and the places.
+        step: int32 scalar.
+
+    Example:
+        >>> (noise,) = keras_dst.noise.normal([(2, 3)], 0, step)
+    """
+    table = ops.convert_to_tensor(_table(seed))
+    found = []
+    for index, shape in enumerate(shapes):
+        size = math.prod(shape)
+        parts = []
+        for start in range(0, size, _SLICE):
+            length = min(_SLICE, size - start)
+            place = bits(seed, step, index, start)
+            place = ops.bitwise_and(place, 0x7FFFFFFF) % (_POOL - length)
+            parts.append(ops.slice(table, ops.reshape(place, (1,)), (length,)))
+        flat = parts[0] if len(parts) == 1 else ops.concatenate(parts)
+        found.append(ops.reshape(flat, shape))
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def _table(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(_POOL, "float32")
