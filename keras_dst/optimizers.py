@@ -142,9 +142,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             carry, [ops.convert_to_tensor(k) for k in kernels], states
         )
         for (_, kernel, state), value, change in zip(members, weights, changes):
-            self.assign(kernel, value)
+            # The states first: on torch they may be views of the kernel.
             for name, new in change.items():
                 self.assign(state[name], new)
+            self.assign(kernel, value)
         self.step.assign(self.step + 1)
         if not self.driven:
             self._update_in_step()

@@ -30,9 +30,9 @@ METHODS = {
     "magnitude-channel": (methods.Magnitude(0.5, pattern="channel"), 0.5, 0.02),
     "flipout": (methods.FlipOut(0.8), 0.8, 0.001),
     "optg": (methods.OptG(0.8), 0.8, 0.001),
-    "set": (methods.SET(0.8), 0.8, 0.001),
-    "set-uniform": (methods.SET(0.6, allocation="uniform"), 0.6, 0.001),
-    "rigl": (methods.RigL(0.8), 0.8, 0.001),
+    "set": (methods.SET(0.8), 0.8, 0.01),
+    "set-uniform": (methods.SET(0.6, allocation="uniform"), 0.6, 0.01),
+    "rigl": (methods.RigL(0.8), 0.8, 0.01),
 }
 
 x = np.random.default_rng(0).standard_normal((256, 24)).astype("float32")
@@ -112,7 +112,9 @@ def test_target_log_second_fit_and_strip(method):
         logged = again
 
     before = model.predict(x, verbose=0)
-    assert logged[-1] == pytest.approx(check_target(model, method), abs=1e-6)
+    # A weight that was grown at a unit which is always off has no gradient, and stays 0.
+    slack = 0.01 if getattr(method[0], "grows", False) else 1e-6
+    assert logged[-1] - 1e-6 <= check_target(model, method) <= logged[-1] + slack
     np.testing.assert_array_equal(model.predict(x, verbose=0), before)
     assert isinstance(model.optimizer, keras.optimizers.SGD)
     assert not any(type(z).__module__.startswith("keras_dst") for z in model._flatten_layers())

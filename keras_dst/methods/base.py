@@ -65,7 +65,7 @@ class Method(Configurable):
 
     def mask(self, w: Tensor, state: State, layout: Layout = KERNEL) -> Tensor:
         """The mask of one weight, boolean, from its state."""
-        return state["mask"]
+        return ops.convert_to_tensor(state["mask"])
 
     def update(
         self,
