@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import platform
+import statistics
 
 import keras
 import numpy as np
@@ -14,21 +15,29 @@ RESULTS = pathlib.Path(__file__).parent.parent / "results"
 
 
 def mnist() -> tuple:
-    """MNIST as floats in [0, 1], `(x_train, y_train), (x_test, y_test)`.
-
-    From the folder named by KERAS_DST_DATA (a file mnist.npz in it), else `keras.datasets`.
-    """
-    folder = os.environ.get("KERAS_DST_DATA")
-    if folder:
-        with np.load(pathlib.Path(folder) / "mnist.npz", allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        train = arrays["x_train"], arrays["y_train"]
-        test = arrays["x_test"], arrays["y_test"]
-    else:
-        train, test = keras.datasets.mnist.load_data()
+    """MNIST as floats in [0, 1], `(x_train, y_train), (x_test, y_test)`."""
     return tuple(
-        ((x / 255.0).astype("float32")[..., None], y.astype("int32")) for x, y in (train, test)
+        ((x / 255.0).astype("float32")[..., None], y.astype("int32")) for x, y in _load("mnist")
     )
+
+
+def cifar10() -> tuple:
+    """CIFAR-10, each channel with mean 0 and deviation 1, as `mnist`."""
+    (x, y), (x_test, y_test) = _load("cifar10")
+    mean, deviation = x.mean((0, 1, 2)), x.std((0, 1, 2))
+    return tuple(
+        (((x - mean) / deviation).astype("float32"), y.ravel().astype("int32"))
+        for x, y in ((x, y), (x_test, y_test))
+    )
+
+
+def _load(name: str) -> tuple:
+    """From NAME.npz in the folder named by KERAS_DST_DATA, else from `keras.datasets`."""
+    folder = os.environ.get("KERAS_DST_DATA")
+    if not folder:
+        return getattr(keras.datasets, name).load_data()
+    with np.load(pathlib.Path(folder) / f"{name}.npz", allow_pickle=False) as file:
+        return tuple((file[f"x_{part}"], file[f"y_{part}"]) for part in ("train", "test"))
 
 
 def environment() -> dict:
@@ -63,3 +72,9 @@ def save(name: str, result: dict) -> pathlib.Path:
     path.write_text(json.dumps({**result, **environment()}, indent=1) + "\n")
     print(f"wrote {path.relative_to(RESULTS.parent)}")
     return path
+
+
+def spread(values) -> str:
+    """Mean and standard deviation."""
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"

@@ -12,38 +12,9 @@ import keras
 
 import keras_dst
 from benchmarks.common import mnist, save
+from benchmarks.nets import lenet_5_caffe, lenet_300_100
 
-
-def lenet_300_100():
-    return keras.Sequential(
-        [
-            keras.Input((28, 28, 1)),
-            keras.layers.Flatten(),
-            keras.layers.Dense(300, "relu"),
-            keras.layers.Dense(100, "relu"),
-            keras.layers.Dense(10, "softmax"),
-        ],
-        name="lenet-300-100",
-    )
-
-
-def lenet_5():
-    return keras.Sequential(
-        [
-            keras.Input((28, 28, 1)),
-            keras.layers.Conv2D(20, 5, activation="relu"),
-            keras.layers.MaxPooling2D(),
-            keras.layers.Conv2D(50, 5, activation="relu"),
-            keras.layers.MaxPooling2D(),
-            keras.layers.Flatten(),
-            keras.layers.Dense(500, "relu"),
-            keras.layers.Dense(10, "softmax"),
-        ],
-        name="lenet-5",
-    )
-
-
-MODELS = {"lenet-300-100": lenet_300_100, "lenet-5": lenet_5}
+MODELS = {"lenet-300-100": lenet_300_100, "lenet-5-caffe": lenet_5_caffe}
 
 
 def main():

@@ -11,19 +11,19 @@ import statistics
 import subprocess
 import sys
 
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, spread
 
 # backend, model, target sparsity (None: the paper's alpha alone; "dense": the control), seeds
 RUNS = [
     ("jax", "lenet-300-100", 0.97, [0, 1, 2]),
     ("tensorflow", "lenet-300-100", 0.97, [0]),
     ("torch", "lenet-300-100", 0.97, [0]),
-    ("jax", "lenet-5", 0.984, [0]),
+    ("jax", "lenet-5-caffe", 0.984, [0]),
     ("jax", "lenet-300-100", "dense", [0, 1, 2]),
     ("jax", "lenet-300-100", None, [0]),
     ("jax", "lenet-300-100", 0.975, [0, 1, 2]),
-    ("jax", "lenet-5", "dense", [0]),
-    ("jax", "lenet-5", 0.984, [1, 2]),
+    ("jax", "lenet-5-caffe", "dense", [0]),
+    ("jax", "lenet-5-caffe", 0.984, [1, 2]),
 ]
 
 
@@ -76,11 +76,6 @@ def table():
     path = RESULTS / "mnist.md"
     path.write_text("\n".join(lines) + "\n")
     print(path.read_text())
-
-
-def spread(values):
-    mean = f"{statistics.mean(values):.2f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"
 
 
 if __name__ == "__main__":

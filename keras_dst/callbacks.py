@@ -54,7 +54,7 @@ class SparseTraining(keras.callbacks.Callback):
     # -- Keras's hooks ---------------------------------------------------------------------------
 
     def on_train_begin(self, logs=None):
-        self._drivers = _drivers(self.model, self._expected_steps())
+        self._drivers = _drivers(self.model)
         if not self._drivers:
             raise ValueError(
                 "SparseTraining found nothing to drive: no sparse layer and no SparseOptimizer. "
@@ -125,10 +125,6 @@ class SparseTraining(keras.callbacks.Callback):
             epochs = self.params.get("epochs", 1) - self._first_epoch
         return epochs * self._epoch_length
 
-    def _expected_steps(self):
-        steps = self.steps_per_epoch or self.params.get("steps")
-        return steps and steps * (self.epochs or self.params.get("epochs", 1))
-
     def _sparsity(self):
         kept = sum(d.kept() for d in self._drivers)
         return 1 - kept / sum(d.size for d in self._drivers)
@@ -150,13 +146,11 @@ def _guard_step(model, drivers):
     model.train_function = guarded
 
 
-def _drivers(model, steps: int | None) -> list[_Driver]:
-    """One driver for every method at work in a model, in a training of so many steps."""
-    wrapper = unwrap(model.optimizer)
-    if wrapper is not None:
-        wrapper.expected_steps = steps
+def _drivers(model) -> list[_Driver]:
+    """One driver for every method at work in a model."""
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
+    wrapper = unwrap(model.optimizer)
     found: list[_Driver] = []
     groups: dict[LayerMethod, list[SparseMixin]] = {}
     for layer in model._flatten_layers():
@@ -423,6 +417,11 @@ class _OptimizerDriver(_Driver):
             optimizer.layouts,
             optimizer.kernel_names,
         )
+
+    def begin(self, length, fit, epoch):
+        if length and not int(self.optimizer.step):
+            self.optimizer.expect(length)
+        super().begin(length, fit, epoch)
 
     def read_progress(self):
         return int(self.optimizer.step), int(self.optimizer.total)

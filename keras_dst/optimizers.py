@@ -49,7 +49,6 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.method = _check_method(method)
         self.filters = filters
         self.driven = False
-        self.expected_steps: int | None = None  # length of the training, from SparseTraining
         self.kernel_indices: list[int] = []
         self.kernel_names: list[str] = []
         self.states: list[State] = []
@@ -74,7 +73,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         states = []
         schedule = self.method.schedule
         in_steps = schedule is not None and schedule.in_steps
-        steps = self.method.span(None)[1] if in_steps else self.expected_steps
+        steps = self.method.span(None)[1] if in_steps else None
         for kernel, extra in zip(kernels, self.method.init(kernels, steps)):
             states.append(self._add_state(kernel, {"mask": ("ones", "bool"), **extra}))
         # Steps done, and the length of the schedule as SparseTraining found it (0: not yet).
@@ -98,6 +97,20 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 kernel.shape, initial, dtype, "only_first_replica", name=f"{prefix}_{name}"
             )
         return state
+
+    def expect(self, steps: int) -> None:
+        """Before the first step: choose the types of the states for a training of this length.
+
+        Keras builds an optimiser before anybody knows how long a training will be.
+        """
+        for kernel, state, wanted in zip(
+            self.kernels, self.states, self.method.init(self.kernels, steps)
+        ):
+            for name, (initial, dtype) in wanted.items():
+                if state[name].dtype != dtype:
+                    place = next(i for i, v in enumerate(self._variables) if v is state[name])
+                    state.update(self._add_state(kernel, {name: (initial, dtype)}))
+                    self._variables[place] = self._variables.pop()
 
     @property
     def kernels(self) -> list:

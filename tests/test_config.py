@@ -9,7 +9,7 @@ import keras
 import pytest
 
 import keras_dst
-from keras_dst.methods import DST, Magnitude
+from keras_dst.methods import DST, SET, FlipOut, Magnitude, OptG, RigL
 from keras_dst.schedules import Constant, Cubic, Geometric, Sigmoid
 
 # For every class, objects that between them set every argument to something other than its default.
@@ -26,8 +26,17 @@ OBJECTS = [
     DST(target_sparsity=Geometric(0.9, end=0.5), pattern="1x4"),
     Magnitude(0.75, "erk", "1x4", revival=True, frequency=5, min_kept=8),
     Magnitude(Sigmoid(0.75), {"conv.*": 0.5, "head": 0.25}),
+    Geometric(0.9, rate=0.25),
+    FlipOut(0.9, 3.0, 0.5, 0.25, "erk", "1x4", frequency=5, min_kept=8, seed=7),
+    FlipOut(Cubic(0.9), allocation={"conv.*": 0.5, "head": 0.25}),
+    OptG(0.9, 0.5, "erk", "1x4", frequency=5, min_kept=8),
+    SET(0.9, "uniform", "1x4", 0.25, stop=0.5, frequency=5, min_kept=8, seed=7),
+    SET(0.9, {"conv.*": 0.5, "head": 0.25}, stop_step=100),
+    RigL(0.9, "uniform", "1x4", 0.25, stop=0.5, frequency=5, min_kept=8, seed=7),
+    RigL(0.9, {"conv.*": 0.5, "head": 0.25}, stop_step=100),
 ]
 MINIMAL = [Constant(0.9), Cubic(0.9), Geometric(0.9), Sigmoid(0.9), DST(), Magnitude(0.9)]
+MINIMAL += [FlipOut(0.9), OptG(0.9), SET(0.9), RigL(0.9)]
 CLASSES = [type(thing) for thing in MINIMAL]
 every_object = pytest.mark.parametrize("thing", OBJECTS + MINIMAL, ids=repr)
 

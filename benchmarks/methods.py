@@ -1,0 +1,206 @@
+"""All methods on the same nets, data and budget: one JSON per run, and results/methods.md.
+
+python -m benchmarks.methods mnist --seeds 3
+    LeNet-5 on MNIST, 5 epochs.
+python -m benchmarks.methods cifar10 --seeds 1
+    ResNet-8 on CIFAR-10, 8 epochs, with crops and flips.
+python -m benchmarks.methods --table
+    the table alone, from the JSON files that are there.
+
+SGD with momentum 0.9, batch 128, the rate falling along a cosine to 0: the same for every method,
+tuned for none. Accuracy is that of the last epoch, of the stripped model, on the test set. Runs
+whose JSON is there already are not run again.
+"""
+
+import argparse
+import collections
+import json
+import time
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+
+import keras_dst
+from benchmarks import nets
+from benchmarks.common import RESULTS, cifar10, mnist, save, spread
+from keras_dst.methods import DST, SET, FlipOut, Magnitude, OptG, RigL
+
+BATCH = 128
+
+
+@dataclass
+class Task:
+    """What is trained, on what, for how long."""
+
+    title: str
+    net: object
+    data: object
+    epochs: int
+    rate: float
+    decay: float | None = None
+    augmented: bool = False
+
+
+TASKS = {
+    "mnist": Task("LeNet-5, MNIST", nets.lenet_5, mnist, 5, 0.05),
+    "cifar10": Task(
+        "ResNet-8, CIFAR-10", lambda: nets.resnet(8), cifar10, 8, 0.1, 5e-4, augmented=True
+    ),
+}
+
+METHODS = {
+    "dense": None,
+    "random": lambda s: SET(s, drop_fraction=0.0),
+    "Magnitude": lambda s: Magnitude(s),
+    "Magnitude, revival": lambda s: Magnitude(s, revival=True),
+    "SET": lambda s: SET(s),
+    "RigL": lambda s: RigL(s),
+    "FlipOut": lambda s: FlipOut(s),
+    "FlipOut, no noise": lambda s: FlipOut(s, noise=0.0),
+    "DST": lambda s: DST(target_sparsity=s),
+    "OptG": lambda s: OptG(s),
+}
+SPARSITIES = (0.9, 0.98)
+
+
+class Augmented(keras.utils.PyDataset):
+    """Images shifted by up to four pixels and flipped, anew and shuffled in every epoch."""
+
+    def __init__(self, x, y, seed):
+        super().__init__()
+        self.padded = np.pad(x, ((0, 0), (4, 4), (4, 4), (0, 0)))
+        self.y, self.rng, self.size = y, np.random.default_rng(seed), x.shape[1]
+        self.order = self.rng.permutation(len(y))
+
+    def __len__(self):
+        return len(self.y) // BATCH
+
+    def __getitem__(self, index):
+        chosen = self.order[index * BATCH : (index + 1) * BATCH]
+        rows, columns = self.rng.integers(0, 9, (2, BATCH, 1)) + np.arange(self.size)
+        x = self.padded[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
+        flipped = self.rng.random(BATCH) < 0.5
+        x[flipped] = x[flipped, :, ::-1]
+        return x, self.y[chosen]
+
+    def on_epoch_end(self):
+        self.order = self.rng.permutation(len(self.y))
+
+
+def run(task_name, method_name, sparsity, seed, data):
+    task, make = TASKS[task_name], METHODS[method_name]
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(seed)
+    (x, y), test = data
+    model = task.net()
+    steps = task.epochs * (len(y) // BATCH)
+    optimizer = keras.optimizers.SGD(
+        keras.optimizers.schedules.CosineDecay(task.rate, steps),
+        momentum=0.9,
+        weight_decay=task.decay,
+    )
+    method = make and make(sparsity)
+    if isinstance(method, keras_dst.methods.LayerMethod):
+        keras_dst.sparsify(model, method)
+    elif method:
+        optimizer = keras_dst.SparseOptimizer(optimizer, method)
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    whole = len(y) // BATCH * BATCH
+    batches = (Augmented(x, y, seed),) if task.augmented else (x[:whole], y[:whole])
+    begin = time.perf_counter()
+    history = model.fit(
+        *batches,
+        batch_size=None if task.augmented else BATCH,
+        epochs=task.epochs,
+        verbose=0,
+        callbacks=[keras_dst.callbacks.SparseTraining()] if method else [],
+    )
+    seconds = time.perf_counter() - begin
+    keras_dst.strip(model)
+    accuracy = model.evaluate(*test, batch_size=500, verbose=0, return_dict=True)["accuracy"]
+    report = keras_dst.report(model)
+    save(
+        name_of(task_name, method_name, sparsity, seed),
+        {
+            "command": f"python -m benchmarks.methods {task_name}",
+            "task": task_name,
+            "net": task.title,
+            "method": method_name,
+            "config": repr(method),
+            "target": sparsity,
+            "seed": seed,
+            "epochs": task.epochs,
+            "test_accuracy": accuracy,
+            "sparsity": report.sparsity,
+            "layers": {row.name: row.density for row in report.layers},
+            "seconds": seconds,
+            "history": {k: [float(v) for v in values] for k, values in history.history.items()},
+        },
+    )
+    print(f"{task.title} {method_name} {sparsity} seed {seed}: {accuracy:.4f}", flush=True)
+
+
+def name_of(task, method, sparsity, seed):
+    method = method.lower().replace(", ", "-").replace(" ", "-")
+    kind = method if method == "dense" else f"{method}_{sparsity}"
+    return f"methods_{task}_{kind}_{keras.backend.backend()}_seed{seed}"
+
+
+def table():
+    found = collections.defaultdict(lambda: collections.defaultdict(list))
+    for path in sorted(RESULTS.glob("methods_*_seed*.json")):
+        run = json.loads(path.read_text())
+        target = "" if run["method"] == "dense" else run["target"]
+        found[run["net"], run["epochs"], run["backend"]][run["method"], target].append(run)
+    lines = [
+        "# All methods, one budget",
+        "",
+        "Test accuracy in % after the last epoch, mean and standard deviation over the seeds; "
+        "beside it the sparsity that was reached. Same net, data, optimiser and number of epochs "
+        "for every method, tuned for none. Made by `make bench-methods` from the JSON files here.",
+    ]
+    for (net, epochs, backend), runs in found.items():
+        lines += ["", f"## {net}, {epochs} epochs, {backend}", ""]
+        targets = sorted({target for _, target in runs if target != ""})
+        lines += ["| method | seeds | " + " | ".join(f"{t:.0%} sparse" for t in targets) + " |"]
+        lines += ["|---|---|" + "---|" * len(targets)]
+        for method in METHODS:
+            cells = []
+            for target in targets:
+                some = runs.get((method, "" if method == "dense" else target), [])
+                reached = sum(r["sparsity"] for r in some) / len(some) if some else 0
+                accuracies = [100 * r["test_accuracy"] for r in some]
+                cells.append(f"{spread(accuracies)} ({reached:.1%})" if some else "")
+            seeds = (
+                max(len(some) for (name, _), some in runs.items() if name == method)
+                if any(name == method for name, _ in runs)
+                else 0
+            )
+            if seeds:
+                lines.append(f"| {method} | {seeds} | " + " | ".join(cells) + " |")
+    path = RESULTS / "methods.md"
+    path.write_text("\n".join(lines) + "\n")
+    print(path.read_text())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", nargs="?", choices=TASKS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if args.task:
+        data = TASKS[args.task].data()
+        for seed in range(args.seeds):
+            for sparsity in SPARSITIES:
+                for method in args.methods:
+                    name = name_of(args.task, method, sparsity, seed)
+                    if not (RESULTS / f"{name}.json").exists():
+                        run(args.task, method, sparsity, seed, data)
+    table()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The nets of the papers that the benchmarks train."""
+
+import keras
+from keras import layers
+
+
+def lenet_300_100():
+    return keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            layers.Flatten(),
+            layers.Dense(300, "relu"),
+            layers.Dense(100, "relu"),
+            layers.Dense(10, "softmax"),
+        ],
+        name="lenet-300-100",
+    )
+
+
+def lenet_5_caffe():
+    """The LeNet-5 of DST's paper: 431,080 weights."""
+    return keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            layers.Conv2D(20, 5, activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(50, 5, activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Flatten(),
+            layers.Dense(500, "relu"),
+            layers.Dense(10, "softmax"),
+        ],
+        name="lenet-5-caffe",
+    )
+
+
+def lenet_5():
+    """LeNet-5 as of 1998, with ReLU and maximum pooling: 61,706 weights."""
+    return keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            layers.Conv2D(6, 5, padding="same", activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(16, 5, activation="relu"),
+            layers.MaxPooling2D(),
+            layers.Flatten(),
+            layers.Dense(120, "relu"),
+            layers.Dense(84, "relu"),
+            layers.Dense(10, "softmax"),
+        ],
+        name="lenet-5",
+    )
+
+
+def resnet(depth: int, classes: int = 10):
+    """The residual net of arXiv 1512.03385 for CIFAR, of 6 n + 2 layers, with projections."""
+    blocks, rest = divmod(depth - 2, 6)
+    if rest:
+        raise ValueError(f"depth must be 6 n + 2. Received: {depth}")
+
+    def convolved(x, filters, size, strides):
+        x = layers.Conv2D(filters, size, strides, padding="same", use_bias=False)(x)
+        return layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(x)
+
+    inputs = keras.Input((32, 32, 3))
+    x = layers.ReLU()(convolved(inputs, 16, 3, 1))
+    for filters in (16, 32, 64):
+        for block in range(blocks):
+            strides = 2 if filters > 16 and block == 0 else 1
+            y = layers.ReLU()(convolved(x, filters, 3, strides))
+            y = convolved(y, filters, 3, 1)
+            if strides > 1:
+                x = convolved(x, filters, 1, strides)
+            x = layers.ReLU()(layers.Add()([x, y]))
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, layers.Dense(classes, "softmax")(x), name=f"resnet-{depth}")

@@ -1,0 +1,120 @@
+"""FlipOut: events, scores, counters and noise."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_dst
+from keras_dst.callbacks import SparseTraining
+from keras_dst.methods import FlipOut
+from keras_dst.schedules import Constant
+from tests import models
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "every"),
+    [(0.75, 117), (0.9375, 70), (1 - 0.5**6, 50), (1 - 0.5**8, 39), (0.999, 32)],
+)
+def test_events_come_at_the_papers_epochs(sparsity, every):
+    found = FlipOut(sparsity).schedule.jumps(350)
+    events = round(np.log2(1 / (1 - sparsity)))
+    # The paper's numbers are whole epochs, and the last of 1 - 0.5^10 = 0.99902 is ours of 0.999.
+    assert len(found) == events
+    np.testing.assert_allclose(found, every * np.arange(1, events + 1), atol=0.03 * 350)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("rate", [0.2, 0.5])
+def test_an_event_removes_a_share_and_the_last_one_the_rest(sparsity, rate):
+    schedule = FlipOut(sparsity, rate=rate).schedule
+    events = schedule.jumps(1000)
+    for number, event in enumerate(events[:-1], start=1):
+        assert schedule.at(event - 1, 1000) == pytest.approx(1 - (1 - rate) ** (number - 1))
+        assert schedule.at(event, 1000) == pytest.approx(1 - (1 - rate) ** number)
+    assert schedule.at(events[-1] - 1, 1000) < sparsity
+    assert schedule.at(events[-1], 1000) == pytest.approx(sparsity, abs=1e-12)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
+def test_score(power):
+    w = np.float32([-2, 0.5, 0, 3])
+    state = {"flips": ops.convert_to_tensor(np.int16([0, 1, 0, 7])),
+             "mask": ops.convert_to_tensor([True, True, True, False])}  # fmt: skip
+    (score,) = FlipOut(0.9, power=power).scores([ops.convert_to_tensor(w)], [state])
+    expected = [2**power, 0.5**power / 2, 0, -1]
+    np.testing.assert_allclose(ops.convert_to_numpy(score), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("steps", "dtype"),
+    [(None, "int32"), (255, "uint8"), (256, "int16"), (2**15 - 1, "int16"), (2**15, "int32")],
+)
+def test_counters_cannot_overflow(steps, dtype):
+    assert FlipOut(0.9).init([None], steps) == [{"flips": ("zeros", dtype)}]
+
+
+def test_the_callback_tells_the_length_of_the_training():
+    x, y = models.data()
+    optimizer = keras_dst.SparseOptimizer(keras.optimizers.SGD(0.5), FlipOut(0.5))
+    model = models.compiled(models.residual(), optimizer)
+    counted = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            _ = self.model  # on JAX, hands the state back
+            counted.append(sum(int(s["flips"].numpy().sum()) for s in optimizer.states))
+
+    model.fit(x, y, batch_size=32, epochs=2, verbose=0, callbacks=[SparseTraining(), Watch()])
+    assert {s["flips"].dtype for s in optimizer.states} == {"uint8"}
+    assert max(counted) > 0
+
+
+def test_noise_has_the_size_of_the_gradient_and_spares_pruned_weights():
+    rng = np.random.default_rng(0)
+    grad = rng.standard_normal((200, 300)).astype("float32") * 0.01
+    mask = rng.random(grad.shape) < 0.25
+    grads = [ops.convert_to_tensor(grad * mask), None, ops.convert_to_tensor(grad[0])]
+    found = FlipOut(0.9, noise=2.0).perturb(
+        grads, [ops.convert_to_tensor(mask), None, None], ops.convert_to_tensor(3, "int32")
+    )
+    assert found[1] is None
+    added = ops.convert_to_numpy(found[0]) - grad * mask
+    assert not added[~mask].any()
+    expected = 2 * np.linalg.norm(grad * mask) / np.sqrt(grad.size)
+    assert added[mask].std() == pytest.approx(expected, rel=0.02)
+    assert (ops.convert_to_numpy(found[2]) != grad[0]).all()
+
+
+def test_no_noise():
+    grads = [ops.ones((2, 2))]
+    assert FlipOut(0.9, noise=0.0).perturb(grads, [None], 0) is grads
+
+
+def test_extreme_targets_kill_no_layer():
+    x, y = models.data()
+    keras.utils.set_random_seed(0)
+    model = models.compiled(models.sequential(), keras_dst.SparseOptimizer("adam", FlipOut(0.99)))
+    history = model.fit(x, y, batch_size=8, epochs=3, verbose=0, callbacks=[SparseTraining()])
+    assert np.isfinite(history.history["loss"]).all()
+    assert all(np.count_nonzero(k.numpy()) for k in model.optimizer.kernels)
+    assert history.history["sparsity"][-1] == pytest.approx(0.99, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"power": 0}, "power"),
+        ({"noise": -1}, "noise"),
+        ({"rate": 1.0}, "rate"),
+        ({"sparsity": 1.0}, "sparsity"),
+        ({"pattern": "1by4"}, "pattern"),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FlipOut(**{"sparsity": 0.9, **arguments})
+
+
+def test_a_schedule_of_the_users():
+    assert FlipOut(Constant(0.9)).schedule == Constant(0.9)

@@ -1,0 +1,139 @@
+"""OptG: gradients, the rate of the scores, the schedule, and who must drive it."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_dst
+from keras_dst.callbacks import SparseTraining
+from keras_dst.masks import KERNEL
+from keras_dst.methods import OptG
+from keras_dst.schedules import Sigmoid
+from tests import models
+from tests.gradients import gradients
+
+x, y = models.data(size=128)
+
+
+def sparse(method, optimizer):
+    keras.utils.set_random_seed(0)
+    model = models.residual()
+    keras_dst.sparsify(model, method)
+    return models.compiled(model, optimizer)
+
+
+def states(model):
+    return [
+        state
+        for layer in model._flatten_layers()
+        if hasattr(layer, "sparse_state")
+        for state in layer.sparse_state.values()
+    ]
+
+
+def test_gradients():
+    rng = np.random.default_rng(0)
+    w, v, g = (rng.standard_normal((4, 3)).astype("float32") for _ in range(3))
+    mask = rng.random((4, 3)) < 0.5
+
+    def masked(w, v):
+        state = {"scores": v, "mask": ops.convert_to_tensor(mask)}
+        return OptG(0.5).apply(w, state, KERNEL)
+
+    to_w, to_v = gradients(
+        masked, [ops.convert_to_tensor(a) for a in (w, v)], ops.convert_to_tensor(g)
+    )
+    np.testing.assert_allclose(to_w, g * mask, rtol=1e-6)
+    np.testing.assert_allclose(to_v, g * w, rtol=1e-6)
+
+
+@pytest.mark.parametrize("epochs", [2, 10, 160])
+def test_the_slope_is_per_epoch(epochs):
+    schedule = OptG(0.9, beta=1.0).schedule_over(epochs)
+    assert schedule == Sigmoid(0.9, steepness=epochs)
+    for epoch in (0.3 * epochs, 0.5 * epochs, 0.6 * epochs):
+        plain = 1 / (1 + np.exp(-(epoch - epochs / 2)))
+        assert schedule(epoch / epochs) == pytest.approx(
+            0.9 * plain, abs=0.3 / epochs**2 + 0.25 / epochs
+        )
+
+
+def test_a_schedule_of_the_users_stays():
+    schedule = Sigmoid(0.9, begin_step=0, end_step=10)
+    assert OptG(schedule).schedule_over(160) == schedule
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: keras.optimizers.SGD(0.1), lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1)],
+    ids=["sgd", "adamw"],
+)
+def test_no_decay_on_scores_but_on_weights(make):
+    optimizer = make()
+    optimizer.weight_decay = 0.1
+    model = sparse(OptG(0.5), optimizer)
+    model.fit(x, y, batch_size=32, epochs=1, verbose=0, callbacks=[SparseTraining()])
+    for layer in model._flatten_layers():
+        if hasattr(layer, "sparse_state"):
+            assert not optimizer._use_weight_decay(layer.sparse_state["kernel"]["scores"])
+            assert optimizer._use_weight_decay(layer._kernel)
+
+
+def test_the_users_own_exemptions_stay():
+    optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.1)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    model = sparse(OptG(0.5), optimizer)
+    model.fit(x, y, batch_size=32, epochs=1, verbose=0, callbacks=[SparseTraining()])
+    for variable in model.trainable_variables:
+        exempt = variable.path.endswith(("bias", "scores"))
+        assert optimizer._use_weight_decay(variable) is not exempt, variable.path
+
+
+def test_the_factor_is_that_of_the_last_update():
+    w = ops.ones((2, 2))
+    state = {
+        "scores": ops.convert_to_tensor([[5.0, 1.0], [3.0, 4.0]]),
+        "anchor": ops.ones((2, 2)),
+        "rate": ops.convert_to_tensor(0.5),
+        "mask": ops.ones((2, 2), "bool"),
+    }
+    from keras_dst.methods.base import When
+
+    when = When(ops.convert_to_tensor(7), ops.convert_to_tensor(0.5), ops.convert_to_tensor(0.3))
+    (change,) = OptG(0.5).update([w], [state], [KERNEL], ops.convert_to_tensor([2]), when)
+    found = {k: ops.convert_to_numpy(v) for k, v in change.items()}
+    np.testing.assert_allclose(found["scores"], [[3, 1], [2, 2.5]])
+    np.testing.assert_array_equal(found["anchor"], found["scores"])
+    np.testing.assert_array_equal(found["mask"], [[True, False], [False, True]])
+    assert found["rate"] == pytest.approx(0.6)
+
+
+def test_it_needs_its_driver():
+    model = sparse(OptG(0.5), "sgd")
+    with pytest.raises(ValueError, match="SparseTraining"):
+        model.fit(x, y, verbose=0)
+
+
+def test_a_second_fit_needs_the_driver_too():
+    model = sparse(OptG(0.5), "sgd")
+    model.fit(x, y, verbose=0, callbacks=[SparseTraining()])
+    with pytest.raises(ValueError, match="SparseTraining"):
+        model.fit(x, y, verbose=0)
+    model.fit(x, y, verbose=0, callbacks=[SparseTraining()])
+
+
+def test_no_sparsity_is_no_sparsity():
+    model = sparse(OptG(0.0), "sgd")
+    history = model.fit(x, y, epochs=2, verbose=0, callbacks=[SparseTraining()])
+    assert history.history["sparsity"] == [0.0, 0.0]
+    assert np.isfinite(history.history["loss"]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"beta": 0}, "beta"), ({"sparsity": 1.0}, "sparsity"), ({"frequency": "day"}, "frequency")],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        OptG(**{"sparsity": 0.9, **arguments})

@@ -1,0 +1,54 @@
+"""Random numbers by hash: against unsigned arithmetic in NumPy, and as good as drawn ones."""
+
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_dst import noise
+from keras_dst.compiled import compiled
+from tests.test_trajectories import hashed
+
+
+def array(tensor):
+    return ops.convert_to_numpy(tensor)
+
+
+@pytest.mark.parametrize("numbers", [(0,), (1, 2, 3), (-5, 2**31 - 1), (7, 123456, 0, 99)])
+def test_the_hash(numbers):
+    assert array(noise.bits(*numbers)).view("uint32") == hashed(*numbers)
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (3, 5, 2)])
+def test_uniform_is_the_hash_of_the_position(shape):
+    found = array(noise.uniform(shape, 3, 41))
+    expected = hashed(hashed(3, 41), np.arange(np.prod(shape))) & 0xFFFFFF
+    np.testing.assert_array_equal(found, (expected / 2**24).astype("float32").reshape(shape))
+
+
+def test_uniform_numbers_are_spread_evenly_and_independent():
+    one, other = (array(noise.uniform((1 << 16,), 0, step)) for step in (0, 1))
+    counts = np.histogram(one, 16, (0, 1))[0]
+    assert abs(counts / 4096 - 1).max() < 5 / 64  # five standard deviations
+    for pair in ((one, other), (one[1:], one[:-1])):
+        assert abs(np.corrcoef(*pair)[0, 1]) < 5 / 256
+
+
+def test_normal_numbers_are_normal_and_others_at_every_step_and_tensor():
+    draw = compiled(lambda step: noise.normal([(300, 200), (), (200, 300)], 0, step))
+    drawn = [[array(x) for x in draw(ops.convert_to_tensor(step, "int32"))] for step in (0, 1)]
+    assert [x.shape for x in drawn[0]] == [(300, 200), (), (200, 300)]
+    flat = [x.ravel() for step in drawn for x in step if x.size > 1]
+    for x in flat:
+        assert abs(x.mean()) < 5 / np.sqrt(x.size)
+        assert abs(x.std() - 1) < 5 / np.sqrt(2 * x.size)
+        assert abs((abs(x) < 1).mean() - 0.6827) < 0.01
+    for i, x in enumerate(flat):
+        for other in flat[:i]:
+            assert abs(np.corrcoef(x, other)[0, 1]) < 5 / np.sqrt(x.size)
+
+
+def test_a_tensor_larger_than_the_table():
+    (found,) = noise.normal([(3, 1 << 19)], 0, 5)
+    rows = array(found)
+    assert abs(rows.std() - 1) < 0.01
+    assert abs(np.corrcoef(rows) - np.eye(3)).max() < 0.01
