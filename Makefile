@@ -1,5 +1,6 @@
 # make demo: the main job, end to end, on real data. make test: everything, on three backends.
-# Both do all their own set-up. The rest: lint, bench-mnist, bench-step, clean.
+# Both do all their own set-up. The rest: lint, test-BACKEND, bench-mnist, bench-methods,
+# bench-step, clean.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,12 +9,14 @@ BACKENDS := tensorflow jax torch
 DEMO_READY := $(VENV)/ready-demo
 TEST_READY := $(VENV)/ready-test
 
-.PHONY: demo test lint $(BACKENDS:%=test-%) bench-mnist bench-step clean
+.PHONY: demo test lint $(BACKENDS:%=test-%) bench-mnist bench-methods bench-step clean
 
 demo: $(DEMO_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m keras_dst demo
 
-test: lint $(BACKENDS:%=test-%)
+# Two backends at a time; each prints when it is done.
+test: lint
+	$(MAKE) --jobs=2 --output-sync=target $(BACKENDS:%=test-%)
 
 lint: $(TEST_READY)
 	$(VENV)/bin/ruff check .
@@ -38,6 +41,10 @@ $(TEST_READY): pyproject.toml constraints.txt | $(VENV)/bin/python
 # network for keras.datasets.
 bench-mnist: $(TEST_READY)
 	$(RUN) -m benchmarks.mnist_all
+
+bench-methods: $(TEST_READY)
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.methods mnist --seeds 3
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.methods cifar10 --seeds 1
 
 bench-step: $(TEST_READY)
 	$(RUN) -m benchmarks.step_time

@@ -18,12 +18,12 @@ RUNS = [
     ("jax", "lenet-300-100", 0.97, [0, 1, 2]),
     ("tensorflow", "lenet-300-100", 0.97, [0]),
     ("torch", "lenet-300-100", 0.97, [0]),
-    ("jax", "lenet-5-caffe", 0.984, [0]),
+    ("tensorflow", "lenet-5-caffe", 0.984, [0]),
     ("jax", "lenet-300-100", "dense", [0, 1, 2]),
     ("jax", "lenet-300-100", None, [0]),
     ("jax", "lenet-300-100", 0.975, [0, 1, 2]),
-    ("jax", "lenet-5-caffe", "dense", [0]),
-    ("jax", "lenet-5-caffe", 0.984, [1, 2]),
+    ("tensorflow", "lenet-5-caffe", "dense", [0]),
+    ("tensorflow", "lenet-5-caffe", 0.984, [1, 2]),
 ]
 
 

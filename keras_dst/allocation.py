@@ -35,25 +35,28 @@ def densities(
     density: float,
     names: Sequence[str] = (),
 ) -> np.ndarray:
-    """Density of every weight, float64 in [0, 1], so that the whole has this density.
+    """Density of every weight, float64 in [0, 1].
+
+    The whole has the density asked for, except under a dict, which may ask for another.
 
     Args:
         allocation: `"uniform"`: the same for all. `"erk"` (Erdős-Rényi-Kernel): proportional to
             `sum(shape) / prod(shape)`, at most 1, so that small layers stay denser. A dict: the
             named weights get 1 - their sparsity, all others `density`; a name is the weight's
-            path, or a regular expression found in it.
+            path, or a regular expression found in it; where several fit, the last one counts.
         shapes: shapes of the weights.
         density: fraction of weights kept, overall.
         names: paths of the weights, for a dict.
 
     Raises:
-        ValueError: when a name in the dict fits no weight.
+        ValueError: for another allocation, or when a name in the dict fits no weight.
 
     Example:
         >>> keras_dst.allocation.densities("erk", [(10, 10), (1000, 1000)], 0.1)
 
     Source: arXiv 1911.11134, section 3 (ERK).
     """
+    check(allocation)
     if isinstance(allocation, Mapping):
         return _by_name(allocation, density, names)
     if allocation == "erk":
@@ -97,7 +100,8 @@ def kept_counts(
 ) -> np.ndarray:
     """How many weights to keep: one count for all when global, else one per weight (int64).
 
-    The counts add up to the exact number for the whole, `round((1 - sparsity) * size)`.
+    The counts add up to the exact number for the whole, `round((1 - sparsity) * size)`, except
+    under a dict, where each weight has its own.
 
     Args:
         allocation, shapes, names: as for `densities`.

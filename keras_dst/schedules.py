@@ -52,9 +52,14 @@ class Schedule(Configurable):
                 "begin_step and end_step go together. "
                 f"Received: begin_step={begin_step}, end_step={end_step}"
             )
-        if begin_step is not None and end_step is not None and not 0 <= begin_step <= end_step:
+        whole = all(isinstance(step, int) for step in (begin_step, end_step))
+        if (
+            begin_step is not None
+            and end_step is not None
+            and (not whole or not 0 <= begin_step <= end_step)
+        ):
             raise ValueError(
-                "Expected 0 <= begin_step <= end_step. "
+                "Expected whole numbers 0 <= begin_step <= end_step. "
                 f"Received: begin_step={begin_step}, end_step={end_step}"
             )
         self.sparsity = sparsity

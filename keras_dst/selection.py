@@ -9,7 +9,9 @@ from typing import Any
 Filters = str | Sequence[str] | Callable[[Any], bool] | None
 
 # A matrix that is no kernel: biases of attention heads, and what belongs to a mask of ours.
-_NOT_PRUNED = re.compile(r"(bias|beta|gamma|scale|threshold|score|alpha|control|lora_kernel_[ab])$")
+_NOT_PRUNED = re.compile(
+    r"(^|_)(bias|beta|gamma|scale|threshold|scores?|anchor|alpha|control|lora_kernel_[ab])$"
+)
 
 
 def is_kernel(variable) -> bool:

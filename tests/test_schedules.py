@@ -193,7 +193,8 @@ def test_what_is_a_sparsity(value):
         ({"begin_step": 10}, "go together. Received: begin_step=10, end_step=None"),
         ({"end_step": 10}, "go together. Received: begin_step=None, end_step=10"),
         ({"begin_step": 10, "end_step": 5}, "Received: begin_step=10, end_step=5"),
-        ({"begin_step": -1, "end_step": 5}, "Expected 0 <= begin_step"),
+        ({"begin_step": -1, "end_step": 5}, "0 <= begin_step"),
+        ({"begin_step": 1.5, "end_step": 5}, "whole numbers"),
     ],
 )
 @pytest.mark.parametrize("ramp", [ramp for ramp, _ in RAMPS])

@@ -28,7 +28,9 @@ from keras_dst.selection import is_kernel, is_prunable, select
         ("scale", (2, 8), {}, False),
         ("alpha", (2, 8), {}, False),
         ("kernel_threshold", (4, 3), {}, False),  # of a mask
-        ("kernel_score", (4, 3), {}, False),
+        ("kernel_scores", (4, 3), {}, False),
+        ("kernel_anchor", (4, 3), {}, False),
+        ("upscale", (4, 3), {}, True),
         ("kernel_control", (4, 3), {}, False),
         ("lora_kernel_a", (4, 2), {}, False),
         ("lora_kernel_b", (2, 3), {}, False),
