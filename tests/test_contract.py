@@ -236,6 +236,26 @@ def test_the_compiled_step_is_traced_once(one_of_each, monkeypatch):
         assert after_two <= 3
 
 
+EXTREME = [
+    methods.DST(target_sparsity=0.999),
+    methods.Magnitude(0.999),
+    methods.FlipOut(0.999),
+    methods.OptG(0.999),
+    methods.SET(0.999),
+    methods.RigL(0.999),
+]
+
+
+@pytest.mark.parametrize("method", EXTREME, ids=lambda method: type(method).__name__)
+def test_an_extreme_target_kills_no_layer(method):
+    model = build(method)
+    history = fit(model, 3)
+    assert np.isfinite(history.history["loss"]).all()
+    # 2,816 weights: three are left, or four, so that each of the three layers has one.
+    assert history.history["sparsity"][-1] == pytest.approx(0.999, abs=0.001)
+    assert all(row.nonzeros for row in keras_dst.report(model).layers)
+
+
 def test_a_schedule_object_instead_of_a_number():
     method = methods.Magnitude(schedules.Constant(0.7))
     model = build(method)
