@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dst.compiled import compiled
+from keras_dst.compiled import compiled, give_back_state
 from keras_dst.layers import SparseMixin, sparse_class
 from keras_dst.masks import Layout, Pattern
 from keras_dst.methods.base import LayerMethod, State, When
@@ -137,6 +137,7 @@ def _guard_step(model, drivers):
     @functools.wraps(step, assigned=(), updated=())
     def guarded(*args, **kwargs):
         if not all(driver.driven for driver in drivers):
+            give_back_state(model, *args)
             raise ValueError(
                 "This model was compiled for training with the SparseTraining callback. "
                 "Fit with callbacks=[keras_dst.callbacks.SparseTraining()]."

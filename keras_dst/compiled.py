@@ -1,4 +1,4 @@
-"""One function compiled by whatever the backend offers; Keras has no public way to ask for it."""
+"""What Keras has no public way to ask of a backend."""
 
 import keras
 
@@ -22,3 +22,15 @@ def compiled(fn):
 
         return torch.no_grad()(fn)
     return fn
+
+
+def give_back_state(model, *step_arguments) -> None:
+    """Hand a model its values back when its compiled step will not run.
+
+    On JAX `fit` takes them out of the variables and passes them as the first argument.
+    """
+    if keras.backend.backend() == "jax":
+        names = ("trainable", "non_trainable", "optimizer", "metrics")
+        model._jax_state = {f"{n}_variables": v for n, v in zip(names, step_arguments[0])}
+        model._jax_state_synced = False
+        model.jax_state_sync()

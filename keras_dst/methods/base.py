@@ -138,6 +138,9 @@ class Method(Configurable):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a whole number >= 1. Received: {value!r}")
+        seed = getattr(self, "seed", 0)
+        if not isinstance(seed, int) or not 0 <= seed < 2**31:
+            raise ValueError(f"seed must be a whole number in [0, 2**31). Received: {seed!r}")
         if pattern.n_of_m and self.schedule:
             n, m = pattern.n_of_m
             if not math.isclose(self.schedule.sparsity, 1 - n / m):

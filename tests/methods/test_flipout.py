@@ -91,16 +91,6 @@ def test_no_noise():
     assert FlipOut(0.9, noise=0.0).perturb(grads, [None], 0) is grads
 
 
-def test_extreme_targets_kill_no_layer():
-    x, y = models.data()
-    keras.utils.set_random_seed(0)
-    model = models.compiled(models.sequential(), keras_dst.SparseOptimizer("adam", FlipOut(0.99)))
-    history = model.fit(x, y, batch_size=8, epochs=3, verbose=0, callbacks=[SparseTraining()])
-    assert np.isfinite(history.history["loss"]).all()
-    assert all(np.count_nonzero(k.numpy()) for k in model.optimizer.kernels)
-    assert history.history["sparsity"][-1] == pytest.approx(0.99, abs=1e-3)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
