@@ -65,6 +65,13 @@ class TwoPathLoss:
         coupling: Callable[[Tensor, Tensor], Tensor] | None,
         on_trace: Callable[[], None],
     ):
+        if keras.backend.backend() != "jax" and any(
+            getattr(layer, "_remat_mode", None) for layer in model._flatten_layers()
+        ):
+            raise ValueError(
+                "Layers under RematScope are called again in the backward pass, where it is not "
+                "known which of two paths they were on. Build the model without it, or use JAX."
+            )
         if isinstance(model.compute_loss, TwoPathLoss):  # left by a fit that was interrupted
             model.compute_loss.restore()
         self.model, self.coupling, self.on_trace = model, coupling, on_trace
