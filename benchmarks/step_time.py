@@ -34,7 +34,7 @@ def measure():
 
     import keras_dst
     from benchmarks.common import save
-    from keras_dst.methods import DST, Magnitude
+    from keras_dst.methods import DCIL, DST, LayerMethod, Magnitude
 
     x = np.random.default_rng(0).standard_normal((BATCH * STEPS, 28, 28, 1)).astype("float32")
     y = np.arange(len(x)) % 10
@@ -51,7 +51,7 @@ def measure():
         model.add(keras.layers.Dense(128, "relu"))
         model.add(keras.layers.Dense(10, "softmax"))
         optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
-        if isinstance(method, DST):
+        if isinstance(method, LayerMethod):
             keras_dst.sparsify(model, method)
         elif method:
             optimizer = keras_dst.SparseOptimizer(optimizer, method)
@@ -69,6 +69,7 @@ def measure():
         "plain": None,
         "DST": DST(),
         "DST, target": DST(target_sparsity=0.9),
+        "DCIL": DCIL(0.9),
         "Magnitude": Magnitude(0.9),
         "Magnitude, revival": Magnitude(0.9, revival=True),
     }

@@ -17,6 +17,7 @@ from keras_dst.layers import SparseMixin, sparse_class
 from keras_dst.masks import Layout, Pattern
 from keras_dst.methods.base import LayerMethod, State, When
 from keras_dst.optimizers import SparseOptimizer, exclude_from_decay, tensors, unwrap
+from keras_dst.paths import TwoPathLoss
 
 _FEWEST_UPDATES = 20  # of the masks while sparsity grows, however short the training
 _LEARNED_RESPONSE = 5  # steps in which a learned method shows what an update has done
@@ -155,10 +156,14 @@ def _drivers(model) -> list[_Driver]:
     found: list[_Driver] = []
     groups: dict[LayerMethod, list[SparseMixin]] = {}
     for layer in model._flatten_layers():
-        if isinstance(layer, SparseMixin) and layer.sparse_state:
+        if isinstance(layer, SparseMixin) and any(layer.masked_weights()):
             groups.setdefault(layer.sparsity, []).append(layer)
+    if sum(method.two_paths for method in groups) > 1:
+        raise ValueError(
+            f"A model has one method with two paths at the most. Received: {list(groups)}"
+        )
     for layers in groups.values():
-        found.append(_LayerDriver(model.optimizer, layers))
+        found.append(_LayerDriver(model, layers))
     if wrapper is not None:
         wrapper.layouts = _layouts(model, wrapper)
         found.append(_OptimizerDriver(wrapper))
@@ -360,8 +365,10 @@ class _Driver:
 class _LayerDriver(_Driver):
     """Drives the layers that share one method."""
 
-    def __init__(self, optimizer, layers: list[Any]):
-        self.optimizer, self.layers = optimizer, layers
+    loss: TwoPathLoss | None = None
+
+    def __init__(self, model, layers: list[Any]):
+        self.model, self.optimizer, self.layers = model, model.optimizer, layers
         members = [m for layer in layers for m in layer.masked_weights()]
         method: LayerMethod = layers[0].sparsity
         super().__init__(
@@ -404,6 +411,24 @@ class _LayerDriver(_Driver):
         super().drive(driven)
         for layer in self.layers:
             layer.driven = driven
+        if self.method.two_paths and driven:
+            coupling = self.method.coupling(self.states[0])
+            self.loss = TwoPathLoss(self.model, coupling, self._traced_on_both_paths)
+        elif self.loss is not None:
+            self.loss.restore()
+
+    def _traced_on_both_paths(self):
+        for layer in self.layers:
+            layer.both_paths = True
+
+    def advance(self, batches):
+        if self.method.two_paths and batches and not self.layers[0].both_paths:
+            raise ValueError(
+                f"{self.method!r} trains two paths within compute_loss, which the train_step of "
+                f"'{self.model.name}' does not call. Let it call self.compute_loss(x=x, y=y, "
+                "y_pred=y_pred, sample_weight=sample_weight, training=True)."
+            )
+        super().advance(batches)
 
 
 class _OptimizerDriver(_Driver):

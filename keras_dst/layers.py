@@ -16,6 +16,7 @@ from keras import layers, ops
 
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods.base import LayerMethod, Method, State
+from keras_dst.paths import on_full_path
 
 if TYPE_CHECKING:
     from keras import Layer as _Layer  # what the mixins are mixed into
@@ -67,6 +68,7 @@ class SparseMixin(_Layer):
     sparsity: LayerMethod
     sparse_state: dict[str, State]
     driven = False  # whether a SparseTraining callback is at work
+    both_paths = False  # whether a training step has been traced on both paths
 
     def __init__(self, *args, sparsity, **kwargs):
         super().__init__(*args, **kwargs)
@@ -138,7 +140,7 @@ class SparseMixin(_Layer):
             mask = self.sparsity.mask(w, state, weight.layout)
             variable.assign(ops.where(mask, w, ops.zeros_like(w)))
             variable._autocast = True
-        for own in self._named_state().values():
+        for own in self.own_variables().values():
             self._untrack_variable(own)
         for variable in self._trainable_variables:
             if isinstance(variable.constraint, _Driven):
@@ -159,24 +161,25 @@ class SparseMixin(_Layer):
     # Keras saves a layer's weights by position, and some layers a fixed list of them. Ours go by
     # name beside them; what a dense layer's weights lack stays as it was.
     def save_own_variables(self, store):
-        own = self._named_state()
+        own = self.own_variables()
         with self._as_stock():
             super().save_own_variables(store)
         for name, variable in own.items():
             store[name] = variable
 
     def load_own_variables(self, store):
-        own = self._named_state()
+        own = self.own_variables()
         with self._as_stock():
             super().load_own_variables({k: store[k] for k in store.keys() if k not in own})
         for name, variable in own.items():
             if name in store.keys():
                 variable.assign(store[name])
 
-    def _named_state(self):
+    def own_variables(self) -> dict[str, Any]:
+        """The variables that the stock layer does not have, by name."""
         return {
-            f"{weight.name}_{key}": variable
-            for weight, _, state in self.masked_weights()
+            f"{name}_{key}": variable
+            for name, state in self.sparse_state.items()
             for key, variable in state.items()
             if isinstance(variable, keras.Variable)
         }
@@ -184,7 +187,7 @@ class SparseMixin(_Layer):
     @contextlib.contextmanager
     def _as_stock(self):
         """For a while, only the stock layer's variables, and no masks over them."""
-        own = {id(variable) for variable in self._named_state().values()}
+        own = {id(variable) for variable in self.own_variables().values()}
         state, self.__dict__["sparse_state"] = self.sparse_state, {}
         lists = (self._trainable_variables, self._non_trainable_variables)
         before = [list(variables) for variables in lists]
@@ -395,10 +398,99 @@ class SparseDepthwiseConv2D(SparseMixin, layers.DepthwiseConv2D):
     kernel = SparseWeight(Layout(outputs=(-2, -1), inputs=()))
 
 
+class PathVariable:
+    """Attribute of a batch normalisation: the variable of the path that runs."""
+
+    def __set_name__(self, owner, name):
+        self.name = name
+
+    def __get__(self, layer, owner=None):
+        if layer is None:
+            return self
+        if on_full_path() and self.name in layer.sparse_state.get("full", {}):
+            return layer.sparse_state["full"][self.name]
+        if self.name not in layer.__dict__:
+            raise AttributeError(f"'{layer.name}' has no {self.name}.")
+        return layer.__dict__[self.name]
+
+    def __set__(self, layer, value):
+        layer.__dict__[self.name] = value
+
+
+@_register
+class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
+    """`keras.layers.BatchNormalization` with a second set of variables for the full path.
+
+    Nothing in it is pruned: scale, offset and moving statistics are doubled. The second set starts
+    as a copy of the first, which alone is used in inference and left by `strip`.
+
+    Args:
+        sparsity: a method with two paths, such as `methods.DCIL(0.9)`; all others as there.
+
+    Raises:
+        ValueError: for a method with one path.
+
+    Example:
+        >>> keras_dst.layers.SparseBatchNormalization(sparsity=keras_dst.methods.DCIL(0.9))
+
+    Source: arXiv 2109.04660.
+    """
+
+    stock = layers.BatchNormalization
+    gamma = PathVariable()
+    beta = PathVariable()
+    moving_mean = PathVariable()
+    moving_variance = PathVariable()
+    moving_stddev = PathVariable()
+    renorm_mean = PathVariable()
+    renorm_stddev = PathVariable()
+
+    def adopt(self, method):
+        if not method.two_paths:
+            raise ValueError(
+                "A batch normalisation has a second set of variables for a method with two paths, "
+                f"such as keras_dst.methods.DCIL. Received: {method!r}"
+            )
+        super().adopt(method)
+
+    def _add_states(self):
+        if self.sparse_state:
+            return
+        attributes = vars(SparseBatchNormalization).items()
+        names = [name for name, value in attributes if isinstance(value, PathVariable)]
+        with self._unlocked():
+            self.sparse_state["full"] = {
+                name: self._copy_of(self.__dict__[name], f"full_{name}")
+                for name in names
+                if self.__dict__.get(name) is not None  # as gamma without scale
+            }
+
+    def _copy_of(self, variable, name):
+        copy = self.add_weight(
+            name=name,
+            shape=variable.shape,
+            initializer=lambda shape, dtype=None: ops.copy(ops.convert_to_tensor(variable)),
+            dtype=variable.dtype,
+            trainable=any(variable is own for own in self._trainable_variables),
+            autocast=False,
+            regularizer=variable.regularizer,
+            constraint=variable.constraint,
+        )
+        copy.trainable = variable.trainable  # False in a layer that is frozen
+        return copy
+
+    def load_own_variables(self, store):
+        super().load_own_variables(store)
+        for name, copy in self.sparse_state["full"].items():
+            if f"full_{name}" not in store.keys():  # from a dense model
+                copy.assign(self.__dict__[name].numpy())
+
+
 SPARSE_LAYERS: tuple[type[SparseMixin], ...] = (
     SparseDense,
     SparseConv1D,
     SparseConv2D,
     SparseConv3D,
     SparseDepthwiseConv2D,
+    SparseBatchNormalization,
 )

@@ -323,9 +323,10 @@ def _weights(model) -> list[_Weight]:
     for layer in model._flatten_layers():
         for variable in layer._trainable_variables + layer._non_trainable_variables:
             owners.setdefault(id(variable), []).append(layer)
-        for variable, mask, state in _masked(layer):
+        for variable, mask in _masked(layer):
             masks[id(variable)] = mask
-            ours.update(id(value) for value in state.values())
+        if isinstance(layer, SparseMixin):
+            ours.update(id(value) for value in layer.own_variables().values())
     wrapper = unwrap(getattr(model, "optimizer", None))
     updated = {id(kernel) for kernel in wrapper.kernels} if wrapper is not None else set()
     found = []
@@ -348,11 +349,11 @@ def _weights(model) -> list[_Weight]:
 
 
 def _masked(layer) -> Iterator[tuple]:
-    """The masked weights of a layer: raw variable, mask, state of the mask."""
+    """The masked weights of a layer: raw variable and mask."""
     if isinstance(layer, SparseMixin):
         for weight, variable, state in layer.masked_weights():
             w = ops.convert_to_tensor(variable)
-            yield variable, layer.sparsity.mask(w, state, weight.layout), state
+            yield variable, layer.sparsity.mask(w, state, weight.layout)
 
 
 def _innermost(owners: list) -> list:

@@ -8,6 +8,7 @@ import keras
 
 from keras_dst import masks
 from keras_dst.layers import (
+    SparseBatchNormalization,
     SparseComposite,
     SparseMixin,
     check_method,
@@ -28,15 +29,21 @@ class SparsifyReport:
         method: the method that was applied.
         sparse: paths of the layers that are sparse now.
         skipped: path of every other layer with weights to prune, and why it was left alone.
+        doubled: paths of the batch normalisations that have a second set of variables now, for a
+            method with two paths.
     """
 
     method: LayerMethod
     sparse: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    doubled: list[str] = field(default_factory=list)
 
     def __str__(self):
-        lines = [f"{self.method!r}: {len(self.sparse)} layers sparse, {len(self.skipped)} skipped"]
+        doubled = f", {len(self.doubled)} doubled" if self.doubled else ""
+        counts = f"{len(self.sparse)} layers sparse, {len(self.skipped)} skipped{doubled}"
+        lines = [f"{self.method!r}: {counts}"]
         lines += [f"  sparse   {path}" for path in self.sparse]
+        lines += [f"  doubled  {path}" for path in self.doubled]
         lines += [f"  skipped  {path}: {reason}" for path, reason in self.skipped.items()]
         return "\n".join(lines)
 
@@ -47,7 +54,8 @@ def sparsify(model, method: LayerMethod, filters: Filters = None) -> SparsifyRep
     Every supported layer (Dense, Conv1D/2D/3D, DepthwiseConv2D and subclasses of them), however
     deep inside nested, subclassed or wrapping layers, becomes its sparse class. It keeps its
     weights, its name and its place in the graph; a shared layer keeps one mask. A compiled model
-    stays compiled; an optimiser that has been built keeps its slots.
+    stays compiled; an optimiser that has been built keeps its slots. A method with two paths gives
+    every batch normalisation a second set of variables, whatever the filters.
 
     Args:
         model: a built Keras 3 model.
@@ -75,8 +83,13 @@ def sparsify(model, method: LayerMethod, filters: Filters = None) -> SparsifyRep
     if any(isinstance(layer, SparseMixin) for layer in inner):
         raise ValueError("The model is sparse already. Call keras_dst.strip(model) first.")
     report = SparsifyReport(method)
-    chosen = []
+    chosen, norms = [], []
     for layer, selected in zip(inner, select(inner, filters, names)):
+        if isinstance(layer, SparseBatchNormalization.stock):
+            if method.two_paths and layer.built:
+                norms.append(layer)
+                report.doubled.append(layer.path or layer.name)
+            continue
         reason = None if selected else "not selected by filters"
         reason = reason or _unsupported(layer, method)
         if reason is None:
@@ -86,7 +99,7 @@ def sparsify(model, method: LayerMethod, filters: Filters = None) -> SparsifyRep
             report.skipped[layer.path or layer.name] = reason
     if not chosen:
         raise ValueError(f"There is nothing to make sparse in '{model.name}'.\n{report}")
-    for layer in chosen:
+    for layer in chosen + norms:
         make_sparse(layer, method)
     _remember(model)
     _refresh(model)

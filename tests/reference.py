@@ -108,7 +108,7 @@ def parameters(model):
 
 def stock_weights(model):
     """The trainable variables that the plain net has too, in the order of NAMES."""
-    ends = ("kernel", "gamma", "beta", "bias")
+    ends = ("/kernel", "/gamma", "/beta", "/bias")
     found = [v for v in model.trainable_variables if v.path.endswith(ends)]
     assert len(found) == len(NAMES)
     return found

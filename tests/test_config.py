@@ -1,6 +1,5 @@
 """Objects that are their constructor's arguments: each class joins the table by one line."""
 
-import ast
 import inspect
 import json
 import re
@@ -9,7 +8,7 @@ import keras
 import pytest
 
 import keras_dst
-from keras_dst.methods import DST, SET, FlipOut, Magnitude, OptG, RigL
+from keras_dst.methods import DCIL, DST, SET, FlipOut, Magnitude, OptG, RigL
 from keras_dst.schedules import Constant, Cubic, Geometric, Sigmoid
 
 # For every class, objects that between them set every argument to something other than its default.
@@ -24,6 +23,8 @@ OBJECTS = [
     Sigmoid(0.9, begin_step=10, end_step=90),
     DST(target_sparsity=0.9, alpha=1e-3, granularity="layer", reset_density=0.125, frequency=5),
     DST(target_sparsity=Geometric(0.9, end=0.5), pattern="1x4"),
+    DCIL(0.75, 0.5, 4.0, "erk", "channel", "square", frequency=5, min_kept=8),
+    DCIL(Sigmoid(0.75), pattern="1x4"),
     Magnitude(0.75, "erk", "1x4", revival=True, frequency=5, min_kept=8),
     Magnitude(Sigmoid(0.75), {"conv.*": 0.5, "head": 0.25}),
     Geometric(0.9, rate=0.25),
@@ -35,8 +36,8 @@ OBJECTS = [
     RigL(0.9, "uniform", "1x4", 0.25, stop=0.5, frequency=5, min_kept=8, seed=7),
     RigL(0.9, {"conv.*": 0.5, "head": 0.25}, stop_step=100),
 ]
-MINIMAL = [Constant(0.9), Cubic(0.9), Geometric(0.9), Sigmoid(0.9), DST(), Magnitude(0.9)]
-MINIMAL += [FlipOut(0.9), OptG(0.9), SET(0.9), RigL(0.9)]
+MINIMAL = [Constant(0.9), Cubic(0.9), Geometric(0.9), Sigmoid(0.9)]
+MINIMAL += [DCIL(0.9), DST(), FlipOut(0.9), Magnitude(0.9), OptG(0.9), RigL(0.9), SET(0.9)]
 CLASSES = [type(thing) for thing in MINIMAL]
 every_object = pytest.mark.parametrize("thing", OBJECTS + MINIMAL, ids=repr)
 
@@ -134,7 +135,7 @@ def documented_defaults():
                 names, _, rest = entry.strip().partition(":")
                 if found := re.search(r"Defaults\s+to\s+`?([^\s`,:;()]+)", rest):
                     for name in names.split(", "):
-                        yield cls, name, ast.literal_eval(found[1].rstrip("."))
+                        yield cls, name, eval(found[1].rstrip("."), {"__builtins__": {}})
 
 
 def test_defaults_are_documented():

@@ -1,6 +1,7 @@
 """The methods, one paper one file."""
 
 from keras_dst.methods.base import LayerMethod, Method, UpdateMethod
+from keras_dst.methods.dcil import DCIL
 from keras_dst.methods.dst import DST
 from keras_dst.methods.flipout import FlipOut
 from keras_dst.methods.magnitude import Magnitude
@@ -9,6 +10,7 @@ from keras_dst.methods.rigl import RigL
 from keras_dst.methods.set import SET
 
 __all__ = [
+    "DCIL",
     "DST",
     "SET",
     "FlipOut",

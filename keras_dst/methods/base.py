@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -176,9 +176,12 @@ class LayerMethod(Method):
 
     Attributes:
         undecayed: names of the states that no weight decay may touch.
+        two_paths: whether a training step also runs the model on its full path (`paths`), where
+            every batch normalisation has statistics, scale and offset of its own.
     """
 
     undecayed: tuple[str, ...] = ()
+    two_paths = False
 
     @property
     def needs_driver(self) -> bool:
@@ -208,6 +211,10 @@ class LayerMethod(Method):
     def apply(self, w: Tensor, state: State, layout: Layout) -> Tensor:
         """The weight that the forward pass sees: `w` masked, with the method's gradient."""
         raise NotImplementedError
+
+    def coupling(self, state: State) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """What two paths lose by disagreeing, from the logits of both; None where nothing."""
+        return None
 
 
 class UpdateMethod(Method):
