@@ -68,7 +68,7 @@ class Budget(keras.regularizers.Regularizer):
     """The penalty `weight * (sum(c g) / sum(c) - target)**2` on the cost of what is open.
 
     Args:
-        target: fraction of the cost that stays open, in (0, 1].
+        target: fraction of the cost that stays open, in (0, 1]; a number or a scalar tensor.
         weight: of the penalty. Defaults to 1.
         costs: of every gate, FLOPs or parameters or any other unit, shape of the gates. Defaults
             to None: all alike.
@@ -87,7 +87,7 @@ class Budget(keras.regularizers.Regularizer):
     """
 
     def __init__(self, target: float, weight: float = 1.0, costs=None):
-        if not 0 < target <= 1:
+        if isinstance(target, (int, float)) and not 0 < target <= 1:
             raise ValueError(
                 "target is the fraction of the cost that stays open, in (0, 1]. "
                 f"Received: target={target!r}"
@@ -103,4 +103,4 @@ class Budget(keras.regularizers.Regularizer):
 
     def get_config(self):
         costs = None if self.costs is None else ops.convert_to_numpy(self.costs).tolist()
-        return {"target": self.target, "weight": self.weight, "costs": costs}
+        return {"target": float(self.target), "weight": self.weight, "costs": costs}

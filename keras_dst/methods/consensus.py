@@ -24,7 +24,7 @@ from keras_dst import masks
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods.base import LayerMethod
 from keras_dst.regularizers import Budget, Polarization
-from keras_dst.schedules import Constant
+from keras_dst.schedules import Cubic
 
 _EDGE = 1e-3  # distance from the boundary of a gate that the last projection has turned
 
@@ -38,7 +38,7 @@ class Consensus(LayerMethod):
     anywhere. All gates under equal methods share one budget. Needs the `SparseTraining` callback,
     which joins them and meets the target in the last step; `shrink` then removes what is closed.
 
-    The mean logit begins at 0.2, units of larger weights higher; the choice of it and of both
+    The mean logit begins at 0.1, units of larger weights higher; the choice of it and of both
     lambdas is ours: the target is reached within a few hundred steps, with SGD and Adam.
 
     Args:
@@ -63,7 +63,7 @@ class Consensus(LayerMethod):
     pattern = "channel"
     undecayed = ("logit",)
     quantity = "fraction of the cost closed"
-    start = 0.2  # mean logit at the beginning: open, and near enough to be closed
+    start = 0.1  # mean logit at the beginning: open, and near enough to be closed
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Consensus(LayerMethod):
                 "target is the fraction of the cost that stays open, in (0, 1]. "
                 f"Received: {target!r}"
             )
-        self.schedule = Constant(1 - target)
+        self.schedule = Cubic(1 - target, end=0.5)
         if cost not in ("flops", "parameters"):
             raise ValueError(f"cost must be 'flops' or 'parameters'. Received: {cost!r}")
         for name in ("lambda_polar", "lambda_act"):
@@ -109,14 +109,17 @@ class Consensus(LayerMethod):
             initializer=initial,
             autocast=False,
         )
-        return {"logit": logit, **self.build_cost(layer, name)}
+        return {"logit": logit, **self.build_budget(layer, name)}
 
-    def build_cost(self, layer, name: str):
-        """The state that every gate has: the cost of one weight under it, and the progress."""
-        cost = layer.add_weight(
-            name=f"{name}_cost", initializer="ones", trainable=False, autocast=False
-        )
-        return {"cost": cost, "progress": self.build_progress(layer, name)}
+    def build_budget(self, layer, name: str):
+        """What every gate has: cost of an entry of its weight, present target, and progress."""
+        state = {
+            key: layer.add_weight(
+                name=f"{name}_{key}", initializer="ones", trainable=False, autocast=False
+            )
+            for key in ("cost", "target")
+        }
+        return {**state, "progress": self.build_progress(layer, name)}
 
     @staticmethod
     def _units(shape, layout):
@@ -178,7 +181,7 @@ class Consensus(LayerMethod):
         return float(state["cost"].numpy())
 
     def update(self, weights, states, layouts, kept, when):
-        return [{} for _ in weights]
+        return [{"target": 1 - when.sparsity} for _ in weights]
 
     def project(self, weights, states, layouts, kept):
         """Close or open the gates nearest to the boundary, so that the target is met.
@@ -234,6 +237,6 @@ class _Penalties(keras.regularizers.Regularizer):
                 means.append(mean)
                 costs.append(ops.convert_to_tensor(state["cost"]) * each + ops.zeros_like(mean))
         means, costs = ops.concatenate(means), ops.stop_gradient(ops.concatenate(costs))
-        method = self.method
-        polar = Polarization(method.lambda_polar)(means)
-        return polar + Budget(method.target, method.lambda_act, costs)(means)
+        target = ops.convert_to_tensor(state["target"])
+        polar = Polarization(self.method.lambda_polar)
+        return polar(means) + Budget(target, self.method.lambda_act, costs)(means)
