@@ -548,7 +548,7 @@ class Gate(layers.Layer):
                 initializer=keras.initializers.Constant(self.sparsity.start),
             )
         own = {"mean" if self.dependent else "logit": pi}
-        self.sparse_state["gate"] = {**own, **self.sparsity.build_cost(self, "gate")}
+        self.sparse_state["gate"] = {**own, **self.sparsity.build_budget(self, "gate")}
 
     def _lock_state(self):
         if self.sparse_state:
