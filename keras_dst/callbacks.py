@@ -411,7 +411,7 @@ class _LayerDriver(_Driver):
             state["progress"].assign(np.array([step, self._iterations(), total], "int32"))
 
     def begin(self, length, fit, epoch):
-        undecayed = [s[name] for s in self.states for name in self.method.undecayed]
+        undecayed = [s[n] for s in self.states for n in self.method.undecayed if n in s]
         exclude_from_decay(self.optimizer, undecayed)
         super().begin(length, fit, epoch)
 

@@ -230,8 +230,9 @@ class SparseMixin(_Layer):
 
 def _require_driver(layer) -> None:
     """Let an optimiser's step fail on this layer when its method's driver is not at work."""
-    if layer.sparsity.needs_driver and layer._trainable_variables:
-        smallest = min(layer._trainable_variables, key=lambda v: math.prod(v.shape))
+    trained = [v for inner in layer._flatten_layers() for v in inner._trainable_variables]
+    if layer.sparsity.needs_driver and trained:
+        smallest = min(trained, key=lambda v: math.prod(v.shape))
         if not isinstance(smallest.constraint, _Driven):
             smallest.constraint = _Driven(smallest.constraint, layer)
 

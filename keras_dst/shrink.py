@@ -177,7 +177,9 @@ def _kind(call: _Call) -> str:
     if kind is layers.BatchNormalization:
         return "norm" if op.axis in (-1, len(x.shape) - 1) else "opaque"
     if kind is layers.Rescaling:
-        return "scale"
+        own = np.shape(op.scale), np.shape(op.offset)
+        fits = all(math.prod(shape) in (1, *shape[-1:]) for shape in own)
+        return "scale" if fits else "opaque"
     if kind is layers.Activation:
         return "plain" if _is_elementwise(op.activation) else "opaque"
     if kind in _PLAIN:
@@ -366,14 +368,14 @@ class _Plan:
             if everything - blocked == removed:
                 break
             removed = everything - blocked
-        for tensor in (y for call in self.calls for y in call.outputs):
-            roots = find(tensor.ids)
-            if len(roots) and not _kept(roots, removed).any():
-                removed.discard(int(roots[0]))
         for kernel in self.kernels.values():
             holder = self._holder(kernel, removed)
             if holder is not None:
                 removed.discard(int(find(kernel.inputs[0].ids)[holder]))
+        for tensor in (y for call in self.calls for y in call.outputs):
+            roots = find(tensor.ids)
+            if len(roots) and not _kept(roots, removed).any():
+                removed.discard(int(roots[0]))
         return removed
 
     def _holder(self, kernel: _Kernel, removed: set[int]) -> int | None:
@@ -529,17 +531,10 @@ def _constant_units(layer, constant: np.ndarray) -> np.ndarray:
 
 def _tried(call: _Call) -> np.ndarray:
     """The constants that an operation gives, from running it on constants."""
-    op = call.op
-    factor = call.outputs[0].channels // call.inputs[0].channels
-    unknown = [np.repeat(np.isnan(x.constant), factor) for x in call.inputs]
-    if type(op).__name__ == "Multiply":
-        zeros = np.any([x.constant == 0 for x in call.inputs], axis=0)
-        varies = np.any(unknown, axis=0) & ~zeros
-    else:
-        varies = np.any(unknown, axis=0)
-    if call.kind == "depthwise":
-        w = _array(op.kernel)
-        varies = varies & np.any(w != 0, axis=tuple(range(w.ndim - 2))).ravel()
+    op, y = call.op, call.outputs[0]
+    factor = y.channels // call.inputs[0].channels
+    varies = np.any([np.repeat(np.isnan(x.constant), factor) for x in call.inputs], axis=0)
+    varies = varies & ~_stops(call)
     if varies.all():
         return np.full(len(varies), _UNKNOWN)
 
@@ -554,6 +549,21 @@ def _tried(call: _Call) -> np.ndarray:
     found = _array(op(*args, **kwargs)).reshape(-1, len(varies))
     same = np.isclose(found, found[0], rtol=1e-6, atol=0).all(0)
     return np.where(varies | ~same, _UNKNOWN, found[0])
+
+
+def _stops(call: _Call) -> np.ndarray:
+    """Whether a channel comes out the same whatever goes in."""
+    op, channels = call.op, call.outputs[0].channels
+    if call.kind == "norm" and op.scale:
+        return _array(op.gamma) == 0
+    if call.kind == "scale":
+        return np.broadcast_to(np.ravel(op.scale) == 0, channels)
+    if call.kind == "depthwise":
+        w = _array(op.kernel)
+        return np.all(w == 0, axis=tuple(range(w.ndim - 2))).ravel()
+    if type(op).__name__ == "Multiply":
+        return np.any([x.constant == 0 for x in call.inputs], axis=0)
+    return np.zeros(channels, bool)
 
 
 def _compare(model, small) -> None:
