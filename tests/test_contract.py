@@ -22,7 +22,7 @@ METHODS = {
     "dst-target-1x4": (methods.DST(target_sparsity=0.8, pattern="1x4"), 0.8, 0.01),
     "dst-target-layer": (methods.DST(target_sparsity=0.5, granularity="layer"), 0.5, 0.01),
     # Gates close whole units, of 24 and of 48 weights out of 2688; never those of the classes.
-    "consensus": (methods.Consensus(target=0.7), 0.3, 0.01),
+    "consensus": (methods.Consensus(0.7, lambda_polar=0.1, lambda_act=20.0), 0.3, 0.01),
     "magnitude": (methods.Magnitude(0.8), 0.8, 0.001),
     "magnitude-uniform": (methods.Magnitude(0.8, allocation="uniform"), 0.8, 0.001),
     "magnitude-erk": (methods.Magnitude(0.8, allocation="erk"), 0.8, 0.001),

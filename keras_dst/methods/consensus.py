@@ -9,7 +9,8 @@ with c the cost of a structure. Two forms of pi: `sigmoid(logit)`, a trainable l
 which sparse layers and `Gate` have; or the paper's gating module of the input, which `Gate` has.
 Deviations: a logit's gate is the same for all inputs, so that g = z; in inference a module's gates
 are the consensus, running mean >= 0.5, at all times and not only after training; the last unit of a
-layer stays open; the last projection makes up for what training missed of the target.
+layer stays open; the target of the budget comes down along a cubic ramp; the last projection makes
+up for what training missed of it.
 """
 
 from __future__ import annotations
@@ -38,16 +39,18 @@ class Consensus(LayerMethod):
     anywhere. All gates under equal methods share one budget. Needs the `SparseTraining` callback,
     which joins them and meets the target in the last step; `shrink` then removes what is closed.
 
-    The mean logit begins at 0.1, units of larger weights higher; the choice of it and of both
-    lambdas is ours: the target is reached within a few hundred steps, with SGD and Adam.
+    The budget shrinks from everything to the target over the first half of training. The mean logit
+    begins at 0.1, units of larger weights higher. This and both lambdas are our choice: with a few
+    hundred units or more, the target is reached within a few hundred steps of SGD or Adam; nets
+    with fewer keep more accuracy with smaller lambdas.
 
     Args:
         target: fraction of the cost of all structures that stays open, in (0, 1]. Defaults to 0.5.
         cost: of a structure: `"flops"` (of its weights, for one sample) or `"parameters"` (its
             weights). Defaults to `"flops"`.
-        lambda_polar: weight of the polarisation penalty. Defaults to 0.1.
-        lambda_act: weight of the budget penalty. Defaults to 20.
-        frequency: steps between two updates of the log. Defaults to 20.
+        lambda_polar: weight of the polarisation penalty. Defaults to 0.5.
+        lambda_act: weight of the budget penalty. Defaults to 100.
+        frequency: steps between two updates of the budget and the log. Defaults to 20.
 
     Raises:
         ValueError: for a value outside its range.
@@ -69,8 +72,8 @@ class Consensus(LayerMethod):
         self,
         target: float = 0.5,
         cost: str = "flops",
-        lambda_polar: float = 0.1,
-        lambda_act: float = 20.0,
+        lambda_polar: float = 0.5,
+        lambda_act: float = 100.0,
         frequency: int = 20,
     ):
         self.target = target
