@@ -204,12 +204,13 @@ def test_flops_that_are_not_known():
         model.fit(*models.data(), verbose=0, callbacks=[SparseTraining()])
 
 
+@pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 @pytest.mark.parametrize("inner", [
     lambda: keras.optimizers.SGD(0.05, momentum=0.9),
     lambda: keras.optimizers.Adam(),
 ])  # fmt: skip
 def test_training_reaches_the_target(inner):
-    # 320 steps; without a warning, the last projection had nothing to make up for.
+    # In 224 steps. The last projection makes up for the rest, of two units or three.
     rng = np.random.default_rng(0)
     x = rng.standard_normal((256, 24)).astype("float32")
     y = (x @ rng.standard_normal((24, 4))).argmax(1)
@@ -226,7 +227,8 @@ def test_training_reaches_the_target(inner):
     )
     keras_dst.sparsify(model, Consensus(0.4))
     models.compiled(model, inner(), metrics=["accuracy"])
-    history = model.fit(x, y, 16, 20, verbose=0, callbacks=[SparseTraining()]).history
+    history = model.fit(x, y, 16, 14, verbose=0, callbacks=[SparseTraining()]).history
+    assert history["sparsity"][-2] == pytest.approx(0.6, abs=0.04)
     assert history["sparsity"][-1] == pytest.approx(0.6, abs=0.01)
     assert history["accuracy"][-1] > 0.9
 
