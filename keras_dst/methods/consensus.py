@@ -16,6 +16,7 @@ up for what training missed of it.
 from __future__ import annotations
 
 import itertools
+import math
 
 import keras
 import numpy as np
@@ -236,7 +237,7 @@ class _Penalties(keras.regularizers.Regularizer):
         for layer in self.layers:
             for weight, variable, state in layer.masked_weights():
                 mean = ops.reshape(layer.batch_mean(weight, state), (-1,))
-                each = np.prod(variable.shape) / np.prod(mean.shape)
+                each = math.prod(variable.shape) / math.prod(mean.shape)
                 means.append(mean)
                 costs.append(ops.convert_to_tensor(state["cost"]) * each + ops.zeros_like(mean))
         means, costs = ops.concatenate(means), ops.stop_gradient(ops.concatenate(costs))
