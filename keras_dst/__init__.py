@@ -4,6 +4,7 @@ from keras_dst import allocation, callbacks, layers, masks, methods, regularizer
 from keras_dst.export import ExportError, ExportReport, export_tflite
 from keras_dst.optimizers import SparseOptimizer
 from keras_dst.report import SparsityReport, report
+from keras_dst.shrink import shrink
 from keras_dst.surgery import SparsifyReport, sparsify, strip
 from keras_dst.version import __version__
 
@@ -23,6 +24,7 @@ __all__ = [
     "regularizers",
     "report",
     "schedules",
+    "shrink",
     "sparsify",
     "strip",
 ]

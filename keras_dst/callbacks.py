@@ -13,11 +13,12 @@ import numpy as np
 from keras import ops
 
 from keras_dst.compiled import compiled, give_back_state
-from keras_dst.layers import SparseMixin, sparse_class
+from keras_dst.layers import Gate, SparseMixin, sparse_class
 from keras_dst.masks import Layout, Pattern
 from keras_dst.methods.base import LayerMethod, State, When
 from keras_dst.optimizers import SparseOptimizer, exclude_from_decay, tensors, unwrap
 from keras_dst.paths import TwoPathLoss
+from keras_dst.report import uses_of
 
 _FEWEST_UPDATES = 20  # of the masks while sparsity grows, however short the training
 _LEARNED_RESPONSE = 5  # steps in which a learned method shows what an update has done
@@ -154,15 +155,16 @@ def _drivers(model) -> list[_Driver]:
         model.optimizer.build(model.trainable_variables)
     wrapper = unwrap(model.optimizer)
     found: list[_Driver] = []
-    groups: dict[LayerMethod, list[SparseMixin]] = {}
+    groups: dict[LayerMethod, list[SparseMixin | Gate]] = {}
     for layer in model._flatten_layers():
-        if isinstance(layer, SparseMixin) and any(layer.masked_weights()):
+        if isinstance(layer, (SparseMixin, Gate)) and any(layer.masked_weights()):
             groups.setdefault(layer.sparsity, []).append(layer)
     if sum(method.two_paths for method in groups) > 1:
         raise ValueError(
             f"A model has one method with two paths at the most. Received: {list(groups)}"
         )
-    for layers in groups.values():
+    for method, layers in groups.items():
+        method.join(layers, uses_of(model) if method.needs_uses else {})
         found.append(_LayerDriver(model, layers))
     if wrapper is not None:
         wrapper.layouts = _layouts(model, wrapper)
@@ -200,6 +202,8 @@ class _Driver:
         self._kept = compiled(
             lambda w, s: [ops.sum(ops.cast(method.mask(*x), "float32")) for x in zip(w, s, layouts)]
         )
+        # How much an entry of every weight counts for the target; None: all alike.
+        self.costs: list[float] | None = None
 
     # Where progress is kept: step, and length of the schedule (0: not begun).
 
@@ -288,13 +292,12 @@ class _Driver:
         """Meet the target of a learned method exactly, at the end."""
         if not self.method.learned or self.schedule is None:
             return
-        target = self._target()
-        reached = 1 - self.kept() / self.size
+        target, reached = self._target(), self._reached()
         if abs(reached - target) > self.tolerance and not self.projected:
             warnings.warn(
-                f"{self.method!r}: training had reached sparsity {reached:.4f}, target "
-                f"{target:.3g}; the last projection made up for it, at a cost in accuracy. Train "
-                "longer, or begin with another alpha.",
+                f"{self.method!r}: training had reached {self.method.quantity} {reached:.4f}, "
+                f"target {target:.3g}; the last projection made up for it, at a cost in accuracy. "
+                "Train longer, or with another weight of the penalty.",
                 stacklevel=2,
             )
         values = self._values()
@@ -310,29 +313,31 @@ class _Driver:
         step = self.start + batches
         total = self.total or 0
         self.write_progress(step, total)
-        target = self._target()
-        reached = 1 - self.kept() / self.size
+        target, reached = self._target(), self._reached()
         if step < total:
             if warn_early:
                 warnings.warn(
                     f"{self.method!r}: training ended after {step} of the {total} steps of its "
-                    f"schedule, at sparsity {reached:.4f}, target {target:.3g}. "
+                    f"schedule, at {self.method.quantity} {reached:.4f}, target {target:.3g}. "
                     "Fit again to go on.",
                     stacklevel=2,
                 )
-        elif abs(reached - target) > self.tolerance:
-            if self.method.learned:  # an average of weights (EMA) came after the last step
-                self.project()
-            else:
-                warnings.warn(
-                    f"{self.method!r} reached sparsity {reached:.4f}, target {target:.3g}: "
-                    f"missed by {abs(reached - target):.4f}.",
-                    stacklevel=2,
-                )
+            return
+        if abs(reached - target) > self.tolerance and self.method.learned:
+            self.project()  # an average of weights (EMA) came after the last step
+            reached = self._reached()
+        if abs(reached - target) > self.tolerance:
+            warnings.warn(
+                f"{self.method!r} reached {self.method.quantity} {reached:.4f}, target "
+                f"{target:.3g}: missed by {abs(reached - target):.4f}.",
+                stacklevel=2,
+            )
 
     def _target(self) -> float:
-        """The final sparsity of all these weights together."""
+        """The final sparsity of all these weights together, or of their cost."""
         final = self.schedule.sparsity
+        if self.costs is not None:
+            return final
         counts = self.method.kept_counts(self.shapes, self.layouts, final, self.names)
         return 1 - float(sum(counts)) / self.size
 
@@ -345,9 +350,18 @@ class _Driver:
         groups = [pattern.sizes(s, layout).max() for s, layout in zip(self.shapes, self.layouts)]
         return max(0.001, float(max(groups)) / self.size)
 
+    def _reached(self) -> float:
+        """What of the target is reached now."""
+        costs = self.costs or [1.0] * len(self.shapes)
+        total = sum(c * math.prod(shape) for c, shape in zip(costs, self.shapes))
+        return 1 - sum(c * k for c, k in zip(costs, self._counts_kept())) / total
+
     def kept(self) -> float:
         """Weights that the masks keep now."""
-        return float(sum(np.asarray(ops.convert_to_numpy(k)) for k in self._kept(*self._values())))
+        return sum(self._counts_kept())
+
+    def _counts_kept(self) -> list[float]:
+        return [float(ops.convert_to_numpy(k)) for k in self._kept(*self._values())]
 
     def _values(self) -> tuple[list, list]:
         weights = [ops.convert_to_tensor(w) for w in self.weights]
@@ -378,6 +392,8 @@ class _LayerDriver(_Driver):
             [weight.layout for weight, _, _ in members],
             [variable.path for _, variable, _ in members],
         )
+        costs = [method.weigh(state) for state in self.states]
+        self.costs = [c for c in costs if c is not None] or None
 
     # The step is counted by the optimiser, whose counter is part of every checkpoint; the layer
     # keeps the pair (step, counter) from which to count on, also after `compile` reset the counter.
@@ -397,7 +413,7 @@ class _LayerDriver(_Driver):
             state["progress"].assign(np.array([step, self._iterations(), total], "int32"))
 
     def begin(self, length, fit, epoch):
-        undecayed = [s[name] for s in self.states for name in self.method.undecayed]
+        undecayed = [s[n] for s in self.states for n in self.method.undecayed if n in s]
         exclude_from_decay(self.optimizer, undecayed)
         super().begin(length, fit, epoch)
 

@@ -43,6 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     strip.add_argument("output", help="the .keras file to write")
     strip.set_defaults(run=_strip)
 
+    shrink = commands.add_parser("shrink", help="remove dead channels: a smaller dense model")
+    shrink.add_argument("model", help="a .keras file")
+    shrink.add_argument("output", help="the .keras file to write")
+    shrink.set_defaults(run=_shrink)
+
     export = commands.add_parser("export", help="write a sparse-encoded .tflite")
     export.add_argument("model", help="a .keras file")
     export.add_argument("output", help="the .tflite file to write")
@@ -66,12 +71,22 @@ def _report(arguments):
 def _strip(arguments):
     import keras_dst
 
-    model = keras_dst.strip(_load(arguments.model))
-    output = pathlib.Path(arguments.output)
-    unfinished = output.with_name(f".{output.stem}.unfinished.keras")
+    _save(keras_dst.strip(_load(arguments.model)), arguments.output)
+
+
+def _shrink(arguments):
+    import keras_dst
+
+    _save(keras_dst.shrink(_load(arguments.model)), arguments.output)
+
+
+def _save(model, output: str) -> None:
+    """Save a model, so that a file of that name is whole or not there."""
+    path = pathlib.Path(output)
+    unfinished = path.with_name(f".{path.stem}.unfinished.keras")
     try:
         model.save(unfinished)
-        unfinished.replace(output)
+        unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 

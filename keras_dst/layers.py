@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import keras
+import numpy as np
 from keras import layers, ops
 
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods.base import LayerMethod, Method, State
+from keras_dst.methods.consensus import Consensus, binary
 from keras_dst.paths import on_full_path
 
 if TYPE_CHECKING:
@@ -57,6 +59,24 @@ class SparseWeight:
         setattr(layer, self.slot, value)
 
 
+class SparseBias(SparseWeight):
+    """The bias of a layer: masked by the units of its kernel, where the method prunes these whole.
+
+    It has no state of its own, and its weights count as no weights under the method.
+    """
+
+    def __get__(self, layer, owner=None):
+        if layer is None:
+            return self
+        bias = self.raw(layer)
+        state = layer.__dict__.get("sparse_state", {}).get("kernel")
+        if bias is None or state is None or not layer.sparsity.prunes_units:
+            return bias
+        units = ops.reshape(layer.sparsity.gate(state, type(layer).kernel.layout), (-1,))
+        bias = ops.convert_to_tensor(bias)
+        return ops.cast(bias * ops.cast(units, bias.dtype), layer.compute_dtype)
+
+
 class SparseMixin(_Layer):
     """What makes a Keras layer sparse; comes before the stock class among the bases.
 
@@ -79,25 +99,33 @@ class SparseMixin(_Layer):
         self.sparsity = method
         # Past Keras's tracking, which follows `add_weight` already.
         self.__dict__["sparse_state"] = {}
-        for weight in self.sparse_weights():
+        for weight in self._masked_attributes():
             if weight.name in self.__dict__:  # set while the class was the stock one
                 self.__dict__[weight.slot] = self.__dict__.pop(weight.name)
         if self.built:
             self._add_states()
 
     @classmethod
-    def sparse_weights(cls) -> list[SparseWeight]:
-        """The weights of this class that take a mask."""
+    def _masked_attributes(cls) -> list[SparseWeight]:
         found = {}
         for base in reversed(cls.__mro__):
             found.update({k: v for k, v in vars(base).items() if isinstance(v, SparseWeight)})
         return list(found.values())
+
+    @classmethod
+    def sparse_weights(cls) -> list[SparseWeight]:
+        """The weights of this class that take a mask."""
+        return [w for w in cls._masked_attributes() if not isinstance(w, SparseBias)]
 
     def masked_weights(self) -> Iterator[tuple[SparseWeight, Any, State]]:
         """Every weight that has a mask: its attribute, its raw variable, its state."""
         for weight in self.sparse_weights():
             if weight.name in self.sparse_state:
                 yield weight, weight.raw(self), self.sparse_state[weight.name]
+
+    def batch_mean(self, weight: SparseWeight, state: State):
+        """Mean over the batch of the gates of a weight; they are the same for every input."""
+        return self.sparsity.gate(state, weight.layout)
 
     # What Keras calls once a layer is built, whatever the signature of its `build`. So the state
     # comes after all stock weights, as it does in a layer that was built before it was made
@@ -119,10 +147,8 @@ class SparseMixin(_Layer):
                 self.sparse_state[weight.name] = self.sparsity.build(
                     self, weight.name, variable, weight.layout
                 )
-        if self.sparse_state and self.sparsity.needs_driver and self._trainable_variables:
-            smallest = min(self._trainable_variables, key=lambda v: math.prod(v.shape))
-            if not isinstance(smallest.constraint, _Driven):
-                smallest.constraint = _Driven(smallest.constraint, self)
+        if self.sparse_state:
+            _require_driver(self)
 
     @contextlib.contextmanager
     def _unlocked(self):
@@ -140,12 +166,16 @@ class SparseMixin(_Layer):
             mask = self.sparsity.mask(w, state, weight.layout)
             variable.assign(ops.where(mask, w, ops.zeros_like(w)))
             variable._autocast = True
+        for weight in self._masked_attributes():
+            bias = weight.raw(self)
+            if isinstance(weight, SparseBias) and bias is not None:
+                bias.assign(ops.convert_to_tensor(getattr(self, weight.name)))
         for own in self.own_variables().values():
             self._untrack_variable(own)
         for variable in self._trainable_variables:
             if isinstance(variable.constraint, _Driven):
                 variable.constraint = variable.constraint.inner
-        for weight in self.sparse_weights():
+        for weight in self._masked_attributes():
             is_property = isinstance(getattr(self.stock, weight.name, None), property)
             if not is_property and weight.slot in self.__dict__:
                 self.__dict__[weight.name] = self.__dict__.pop(weight.slot)
@@ -199,6 +229,15 @@ class SparseMixin(_Layer):
             self.__dict__["sparse_state"] = state
             for variables, old in zip(lists, before):
                 variables[:] = old
+
+
+def _require_driver(layer) -> None:
+    """Let an optimiser's step fail on this layer when its method's driver is not at work."""
+    trained = [v for inner in layer._flatten_layers() for v in inner._trainable_variables]
+    if layer.sparsity.needs_driver and trained:
+        smallest = min(trained, key=lambda v: math.prod(v.shape))
+        if not isinstance(smallest.constraint, _Driven):
+            smallest.constraint = _Driven(smallest.constraint, layer)
 
 
 class _Driven(keras.constraints.Constraint):
@@ -364,6 +403,7 @@ class SparseDense(SparseMixin, layers.Dense):
 
     stock = layers.Dense
     kernel = SparseWeight()
+    bias = SparseBias()
 
 
 @_register
@@ -372,6 +412,7 @@ class SparseConv1D(SparseMixin, layers.Conv1D):
 
     stock = layers.Conv1D
     kernel = SparseWeight()
+    bias = SparseBias()
 
 
 @_register
@@ -380,6 +421,7 @@ class SparseConv2D(SparseMixin, layers.Conv2D):
 
     stock = layers.Conv2D
     kernel = SparseWeight()
+    bias = SparseBias()
 
 
 @_register
@@ -388,6 +430,7 @@ class SparseConv3D(SparseMixin, layers.Conv3D):
 
     stock = layers.Conv3D
     kernel = SparseWeight()
+    bias = SparseBias()
 
 
 @_register
@@ -396,6 +439,190 @@ class SparseDepthwiseConv2D(SparseMixin, layers.DepthwiseConv2D):
 
     stock = layers.DepthwiseConv2D
     kernel = SparseWeight(Layout(outputs=(-2, -1), inputs=()))
+    bias = SparseBias()
+
+
+# -- gates ---------------------------------------------------------------------------------------
+
+
+@_register
+class Gate(layers.Layer):
+    """Multiplies channels, or a whole residual branch, by gates that are open (1) or closed (0).
+
+    The gates are trained by `methods.Consensus`, with the `SparseTraining` callback. In inference
+    they are constants: the sign of the trained logits or, of a gating module, the consensus, which
+    is whether the running mean of a gate is 0.5 or more. `strip` leaves a `keras.layers.Rescaling`
+    by these constants.
+
+    Args:
+        axis: of the channels. Defaults to -1.
+        structure: what a gate is of: `"channel"`, or `"branch"`, the whole tensor. A branch may be
+            closed; of the channels one at least is open. Defaults to `"channel"`.
+        dependent: whether a gating module decides for every input (global average pool, dense,
+            batch norm, ReLU, dense, sigmoid), or a trainable logit for all. Defaults to False.
+        units: of the gating module's first dense layer. Defaults to 16.
+        momentum: of the running mean of the gating module's gates. Defaults to 0.9.
+        cost: of a structure, in the unit of the method's other costs. Defaults to 1.
+        sparsity: the method; gates and layers under equal methods share one budget. Defaults to
+            None: `methods.Consensus()`.
+
+    Call arguments:
+        x: the tensor that is gated.
+        context: what the gating module reads, channels on the same axis: the paper's reads the
+            input of the layer whose output is gated. Defaults to None: `x`.
+
+    Raises:
+        ValueError: for another structure, or a cost that is not positive.
+        TypeError: for another method than Consensus.
+
+    Example:
+        >>> y = keras.layers.Conv2D(8, 3, padding="same")(x)
+        >>> x = x + keras_dst.layers.Gate(structure="branch", dependent=True)(y, context=x)
+
+    Source: arXiv 2302.10798.
+    """
+
+    sparsity: Consensus
+    driven = False
+
+    def __init__(
+        self,
+        axis: int = -1,
+        structure: str = "channel",
+        dependent: bool = False,
+        units: int = 16,
+        momentum: float = 0.9,
+        cost: float = 1.0,
+        sparsity=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if structure not in ("channel", "branch"):
+            raise ValueError(f"structure must be 'channel' or 'branch'. Received: {structure!r}")
+        if not cost > 0:
+            raise ValueError(f"cost must be a number > 0. Received: {cost!r}")
+        self.axis = axis
+        self.structure = structure
+        self.dependent = dependent
+        self.units = units
+        self.momentum = momentum
+        self.cost = cost
+        method = check_method(Consensus() if sparsity is None else sparsity)
+        if not isinstance(method, Consensus):
+            raise TypeError(f"A Gate is trained by methods.Consensus. Received: {method!r}")
+        self.sparsity = method
+        # Past Keras's tracking, as in SparseMixin.
+        self.__dict__["sparse_state"] = {}
+        # Of a unit that has but one weight; a branch has no units of which one must stay open.
+        self._weight = SparseWeight(Layout((-1,) if structure == "channel" else (), ()))
+
+    def build(self, x_shape, context_shape=None):
+        channels = self.structure == "channel"
+        self._shape = tuple(
+            n if i == self.axis % len(x_shape) else 1 for i, n in enumerate(x_shape)
+        )
+        self._shape = self._shape if channels else (1,) * len(x_shape)
+        gates = (math.prod(self._shape),) if channels else ()
+        if self.dependent:
+            context_shape = context_shape or x_shape
+            pooled = (None, context_shape[self.axis])
+            # Gates are decided in float32, whatever the policy.
+            self.hidden = layers.Dense(self.units, use_bias=False, dtype="float32", name="hidden")
+            self.norm = layers.BatchNormalization(dtype="float32", name="norm")
+            # Open to begin with.
+            self.out = layers.Dense(
+                math.prod(gates), "sigmoid", bias_initializer="ones", dtype="float32", name="out"
+            )
+            self.hidden.build(pooled)
+            self.norm.build((None, self.units))
+            self.out.build((None, self.units))
+            pi = self.add_weight(
+                name="mean",
+                shape=gates,
+                initializer="ones",
+                trainable=False,
+                aggregation="mean",
+                autocast=False,
+            )
+        else:
+            pi = self.add_weight(
+                name="logit",
+                shape=gates,
+                autocast=False,
+                initializer=keras.initializers.Constant(self.sparsity.start),
+            )
+        own = {"mean" if self.dependent else "logit": pi}
+        self.sparse_state["gate"] = {**own, **self.sparsity.build_budget(self, "gate")}
+
+    def _lock_state(self):
+        if self.sparse_state:
+            _require_driver(self)
+        super()._lock_state()
+
+    def call(self, x, context=None, training=False):
+        state = self.sparse_state["gate"]
+        if not self.dependent:
+            z = self.sparsity.gate(state, self._weight.layout)
+        elif training and self.trainable:
+            z = self._module(x if context is None else context)
+            mean = ops.reshape(ops.mean(z, axis=0), state["mean"].shape)
+            # For the penalties, which are computed after this in the same trace.
+            self.__dict__["_batch_mean"] = mean
+            old = ops.convert_to_tensor(state["mean"])
+            mean = ops.stop_gradient(mean)
+            state["mean"].assign(self.momentum * old + (1 - self.momentum) * mean)
+        else:
+            z = ops.cast(self.is_open(), "float32")
+        return x * ops.cast(ops.reshape(z, (-1, *self._shape[1:])), x.dtype)
+
+    def _module(self, context):
+        """z of the gating module, for every input."""
+        context = ops.cast(context, "float32")
+        places = {*range(1, len(context.shape))} - {self.axis % len(context.shape)}
+        pooled = ops.mean(context, axis=tuple(places)) if places else context
+        pi = self.out(ops.relu(self.norm(self.hidden(pooled), training=True)))
+        return binary(pi, pi >= 0.5)
+
+    def is_open(self):
+        """Which gates are open in inference, boolean."""
+        return self.sparsity.is_open(self.sparse_state["gate"], self._weight.layout)
+
+    def masked_weights(self) -> Iterator[tuple[SparseWeight, Any, State]]:
+        """As of a sparse layer; the gates count as its weights."""
+        for state in self.sparse_state.values():
+            yield self._weight, state["mean" if self.dependent else "logit"], state
+
+    def batch_mean(self, weight: SparseWeight, state: State):
+        """Mean over the batch of the gates, of the forward pass that this is called after."""
+        if not self.dependent:
+            return self.sparsity.gate(state, weight.layout)
+        mean = self.__dict__.pop("_batch_mean", None)
+        return ops.cast(self.is_open(), "float32") if mean is None else mean
+
+    def release(self) -> None:
+        """Become a stock layer that multiplies by the constants that the gates are in inference."""
+        on = ops.convert_to_numpy(self.is_open()).astype("float32")
+        scale = np.broadcast_to(on, self._shape).reshape(self._shape).tolist()
+        stock = layers.Rescaling(scale, name=self.name, dtype=self.dtype_policy)
+        stock.build(self._shape)
+        nodes = self._inbound_nodes, self._outbound_nodes
+        for node in nodes[0]:  # `Rescaling` reads no context
+            node.arguments = type(node.arguments)(
+                (*node.arguments.args, *node.arguments.kwargs.values())[0]
+            )
+        self.__dict__.clear()
+        self.__class__ = layers.Rescaling
+        self.__dict__.update(stock.__dict__)
+        self.__dict__["_inbound_nodes"], self.__dict__["_outbound_nodes"] = nodes
+
+    def compute_output_shape(self, x_shape, context_shape=None):
+        return x_shape
+
+    def get_config(self):
+        names = ("axis", "structure", "dependent", "units", "momentum", "cost")
+        own = {name: getattr(self, name) for name in names}
+        sparsity = keras.saving.serialize_keras_object(self.sparsity)
+        return {**super().get_config(), **own, "sparsity": sparsity}
 
 
 class PathVariable:

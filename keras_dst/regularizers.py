@@ -34,3 +34,73 @@ class ThresholdPenalty(keras.regularizers.Regularizer):
 
     def get_config(self):
         return {"alpha": float(self.alpha)}
+
+
+@keras.saving.register_keras_serializable("keras_dst")
+class Polarization(keras.regularizers.Regularizer):
+    """The consensus penalty `weight * mean(g (1 - g))`: 0 when every gate is open or closed.
+
+    Args:
+        weight: of the penalty. Defaults to 1.
+
+    Call arguments:
+        x: means of the gates over a batch, in [0, 1], of any shape.
+
+    Example:
+        >>> keras_dst.regularizers.Polarization()(keras.ops.array([1.0, 0.5]))  # 0.125
+
+    Source: arXiv 2302.10798, polarisation loss.
+    """
+
+    def __init__(self, weight: float = 1.0):
+        self.weight = weight
+
+    def __call__(self, x):
+        x = ops.convert_to_tensor(x)
+        return self.weight * ops.mean(x * (1 - x))
+
+    def get_config(self):
+        return {"weight": self.weight}
+
+
+@keras.saving.register_keras_serializable("keras_dst")
+class Budget(keras.regularizers.Regularizer):
+    """The penalty `weight * (sum(c g) / sum(c) - target)**2` on the cost of what is open.
+
+    Args:
+        target: fraction of the cost that stays open, in (0, 1]; a number or a scalar tensor.
+        weight: of the penalty. Defaults to 1.
+        costs: of every gate, FLOPs or parameters or any other unit, shape of the gates. Defaults
+            to None: all alike.
+
+    Call arguments:
+        x: means of the gates over a batch, in [0, 1], of any shape.
+
+    Raises:
+        ValueError: for a target outside (0, 1].
+
+    Example:
+        >>> budget = keras_dst.regularizers.Budget(0.5, costs=[3.0, 1.0])
+        >>> budget(keras.ops.array([1.0, 0.0]))  # (3/4 - 1/2)**2 = 0.0625
+
+    Source: arXiv 2302.10798, activation loss.
+    """
+
+    def __init__(self, target: float, weight: float = 1.0, costs=None):
+        if isinstance(target, (int, float)) and not 0 < target <= 1:
+            raise ValueError(
+                "target is the fraction of the cost that stays open, in (0, 1]. "
+                f"Received: target={target!r}"
+            )
+        self.target = target
+        self.weight = weight
+        self.costs = costs
+
+    def __call__(self, x):
+        x = ops.convert_to_tensor(x)
+        costs = ops.ones_like(x) if self.costs is None else ops.cast(self.costs, x.dtype)
+        return self.weight * (ops.sum(costs * x) / ops.sum(costs) - self.target) ** 2
+
+    def get_config(self):
+        costs = None if self.costs is None else ops.convert_to_numpy(self.costs).tolist()
+        return {"target": float(self.target), "weight": self.weight, "costs": costs}

@@ -18,7 +18,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from keras_dst.layers import SparseMixin
+from keras_dst.layers import Gate, SparseMixin
 from keras_dst.optimizers import unwrap
 from keras_dst.selection import is_kernel
 from keras_dst.surgery import check_model
@@ -327,6 +327,8 @@ def _weights(model) -> list[_Weight]:
             masks[id(variable)] = mask
         if isinstance(layer, SparseMixin):
             ours.update(id(value) for value in layer.own_variables().values())
+        if isinstance(layer, Gate):
+            ours.update(id(variable) for variable in layer.variables)
     wrapper = unwrap(getattr(model, "optimizer", None))
     updated = {id(kernel) for kernel in wrapper.kernels} if wrapper is not None else set()
     found = []
@@ -346,6 +348,15 @@ def _weights(model) -> list[_Weight]:
             )
         )
     return found
+
+
+def uses_of(model) -> dict[int, tuple[int | None, str | None]]:
+    """How often every prunable weight is multiplied for one sample, or None and the reason.
+
+    By the id of its variable.
+    """
+    weights = [weight for weight in _weights(model) if weight.prunable]
+    return {id(w.variable): found for w, found in zip(weights, _uses(model, weights))}
 
 
 def _masked(layer) -> Iterator[tuple]:

@@ -8,6 +8,7 @@ import keras
 
 from keras_dst import masks
 from keras_dst.layers import (
+    Gate,
     SparseBatchNormalization,
     SparseComposite,
     SparseMixin,
@@ -19,6 +20,8 @@ from keras_dst.layers import (
 from keras_dst.methods.base import LayerMethod
 from keras_dst.optimizers import unwrap
 from keras_dst.selection import Filters, is_kernel, select
+
+_OURS = (SparseMixin, SparseComposite, Gate)
 
 
 @dataclass
@@ -84,13 +87,14 @@ def sparsify(model, method: LayerMethod, filters: Filters = None) -> SparsifyRep
         raise ValueError("The model is sparse already. Call keras_dst.strip(model) first.")
     report = SparsifyReport(method)
     chosen, norms = [], []
+    exempt = _exempt(model, method, filters)
     for layer, selected in zip(inner, select(inner, filters, names)):
         if isinstance(layer, SparseBatchNormalization.stock):
             if method.two_paths and layer.built:
                 norms.append(layer)
                 report.doubled.append(layer.path or layer.name)
             continue
-        reason = None if selected else "not selected by filters"
+        reason = exempt.get(id(layer)) if selected else "not selected by filters"
         reason = reason or _unsupported(layer, method)
         if reason is None:
             chosen.append(layer)
@@ -122,7 +126,8 @@ def strip(model):
         >>> keras_dst.strip(model).save("model.keras")  # loads without keras_dst
     """
     check_model(model)
-    found = [x for x in model._flatten_layers() if isinstance(x, (SparseMixin, SparseComposite))]
+    found = [x for x in model._flatten_layers() if isinstance(x, _OURS)]
+    _check_gates(model, found)
     for layer in found:
         layer.release()
     wrapper = unwrap(getattr(model, "optimizer", None))
@@ -139,7 +144,7 @@ def strip(model):
 
 def is_sparse(model) -> bool:
     """Whether a model holds layers of ours, which `strip` would replace."""
-    return any(isinstance(x, (SparseMixin, SparseComposite)) for x in model._flatten_layers())
+    return any(isinstance(x, _OURS) for x in model._flatten_layers())
 
 
 def check_model(model) -> None:
@@ -166,6 +171,73 @@ def check_model(model) -> None:
     else:
         fix = "Build one with keras.Model or keras.Sequential."
     raise TypeError(f"Expected a Keras 3 model. Received: {kind}. {fix}")
+
+
+def graph_of(model):
+    """The Functional graph of a model, or None where a `call` of its own runs it."""
+    graph = model._functional if isinstance(model, keras.Sequential) else model
+    return graph if hasattr(graph, "_nodes_by_depth") else None
+
+
+def _exempt(model, method, filters) -> dict[int, str]:
+    """Layers that the method must not touch, by their id, and why."""
+    gates = [x for x in model._flatten_layers() if isinstance(x, Gate)]
+    inside = [x for gate in gates for x in gate._flatten_layers(include_self=False)]
+    exempt = {id(x): "it is the gating module of a Gate" for x in inside}
+    if not method.prunes_units:
+        return exempt
+    if graph_of(model) is None and filters is None:
+        raise ValueError(
+            f"{type(method).__name__} prunes whole units, and which layers give the outputs of "
+            f"'{model.name}' is not known: a call of its own runs it. Name the layers to prune "
+            "with filters."
+        )
+    return {**exempt, **dict.fromkeys(_outputs(model), "its units are the model's outputs")}
+
+
+def _outputs(model) -> set[int]:
+    """Ids of the layers that give a model's outputs: on every way back, the first with kernels."""
+    graph = graph_of(model)
+    if graph is None:
+        return set()
+    found: set[int] = set()
+    tensors, seen = list(graph.outputs), set()
+    while tensors:
+        tensor = tensors.pop()
+        operation, index = tensor._keras_history[:2]
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if isinstance(operation, keras.Model) and (last := _outputs(operation)):
+            found |= last
+        elif _has_kernels(operation):
+            found |= {id(layer) for layer in operation._flatten_layers()}
+        else:
+            tensors += operation._inbound_nodes[index].input_tensors
+    return found
+
+
+def _has_kernels(operation) -> bool:
+    if isinstance(operation, Gate) or not isinstance(operation, keras.Layer):
+        return False
+    return any(map(is_kernel, operation.weights))
+
+
+def _check_gates(model, layers) -> None:
+    """Raise for a Gate that is part of no graph, where it could not become a stock layer."""
+    graphs = [g for x in model._flatten_layers() if (g := _graph_or_none(x)) is not None]
+    placed = {id(operation) for graph in graphs for operation in graph.operations}
+    for layer in layers:
+        if isinstance(layer, Gate) and id(layer) not in placed:
+            raise ValueError(
+                f"'{layer.name}' is a Gate that a layer or model of your own makes and calls, "
+                "which would make a Gate again. Build the model as Sequential or Functional to "
+                "strip it; in inference its gates are constants as it is."
+            )
+
+
+def _graph_or_none(layer):
+    return graph_of(layer) if isinstance(layer, keras.Model) else None
 
 
 def _is_container(layer) -> bool:

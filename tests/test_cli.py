@@ -44,6 +44,20 @@ def test_strip(saved, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.keras", "stock.keras"]
 
 
+def test_shrink(tmp_path):
+    model = keras.Sequential(
+        [keras.Input((8,)), keras.layers.Dense(4, name="body"), keras.layers.Dense(2)]
+    )
+    kernel = np.array(model.layers[0].kernel.numpy())
+    kernel[:, :3] = 0
+    model.layers[0].kernel.assign(kernel)
+    model.save(tmp_path / "model.keras")
+    paths = [str(tmp_path / "model.keras"), str(tmp_path / "small.keras")]
+    assert cli.main(["shrink", *paths]) == 0
+    assert keras.saving.load_model(paths[1]).get_layer("body").units == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.keras", "small.keras"]
+
+
 def test_export(saved, tmp_path, capsys):
     assert cli.main(["export", str(saved), str(tmp_path / "model.tflite"), "--json"]) == 0
     size = json.loads(capsys.readouterr().out)["bytes"]
@@ -55,7 +69,7 @@ def test_export(saved, tmp_path, capsys):
     [(None, "is no file"), (b"", "whole zip"), (b"PK\x03\x04 cut", "whole zip")],
     ids=["missing", "empty", "truncated"],
 )
-@pytest.mark.parametrize("command", ["report", "strip", "export"])
+@pytest.mark.parametrize("command", ["report", "strip", "shrink", "export"])
 def test_a_file_that_is_no_model(command, content, message, tmp_path, capsys):
     path = tmp_path / "broken.keras"
     if content is not None:
@@ -91,7 +105,7 @@ def test_importing_needs_keras_and_numpy_alone():
 def test_python_m_shows_the_commands():
     command = [sys.executable, "-m", "keras_dst", "--help"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for name in ("demo", "report", "strip", "export"):
+    for name in ("demo", "report", "strip", "shrink", "export"):
         assert name in out
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_dst.regularizers import ThresholdPenalty
+from keras_dst.regularizers import Budget, Polarization, ThresholdPenalty
 from tests.gradients import gradients
 
 # t: (value, gradient) of exp(-t), which its tangent at -1 continues to the left
@@ -76,3 +76,51 @@ def test_config():
     assert type(penalty) is ThresholdPenalty
     assert penalty.get_config() == {"alpha": 0.125}
     assert ThresholdPenalty().get_config() == {"alpha": 5e-4}
+
+
+# -- penalties on gates --------------------------------------------------------------------------
+
+GATES = np.array([1.0, 0.0, 0.5, 0.25])
+COSTS = np.array([1.0, 2.0, 3.0, 4.0])
+
+
+def value_and_gradient(penalty, gates):
+    x = ops.convert_to_tensor(gates, "float32")
+    (gradient,) = gradients(penalty, [x], ops.ones(()))
+    return float(penalty(x)), gradient
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 2)])
+def test_polarization(shape):
+    value, gradient = value_and_gradient(Polarization(0.1), GATES.reshape(shape))
+    assert value == pytest.approx(0.1 * (0.25 + 0.1875) / 4)
+    np.testing.assert_allclose(gradient, 0.1 * (1 - 2 * GATES.reshape(shape)) / 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("costs", [None, COSTS.tolist()])
+def test_budget(costs):
+    c = np.ones(4) if costs is None else COSTS
+    spent = (c * GATES).sum() / c.sum()
+    value, gradient = value_and_gradient(Budget(0.3, 5.0, costs), GATES)
+    assert value == pytest.approx(5 * (spent - 0.3) ** 2, rel=1e-5)
+    np.testing.assert_allclose(gradient, 10 * (spent - 0.3) * c / c.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "penalty", [Polarization(), Polarization(0.5), Budget(0.5), Budget(1, 2.0, [1.0, 3.0])]
+)
+def test_config_of_the_penalties_on_gates(penalty):
+    copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(penalty))
+    assert type(copy) is type(penalty)
+    assert copy.get_config() == penalty.get_config()
+
+
+def test_defaults_of_the_penalties_on_gates():
+    assert Polarization().get_config() == {"weight": 1.0}
+    assert Budget(0.5).get_config() == {"target": 0.5, "weight": 1.0, "costs": None}
+
+
+@pytest.mark.parametrize("target", [0, -0.5, 1.5, math.nan])
+def test_a_budget_out_of_range(target):
+    with pytest.raises(ValueError, match=r"target is the fraction .* \(0, 1\]. Received"):
+        Budget(target)

@@ -1,6 +1,7 @@
 """The methods, one paper one file."""
 
 from keras_dst.methods.base import LayerMethod, Method, UpdateMethod
+from keras_dst.methods.consensus import Consensus
 from keras_dst.methods.dcil import DCIL
 from keras_dst.methods.dst import DST
 from keras_dst.methods.flipout import FlipOut
@@ -13,6 +14,7 @@ __all__ = [
     "DCIL",
     "DST",
     "SET",
+    "Consensus",
     "FlipOut",
     "LayerMethod",
     "Magnitude",

@@ -46,6 +46,7 @@ class Method(Configurable):
         frequency: steps between updates of the masks by the `SparseTraining` callback, or
             `"epoch"`.
         learned: whether sparsity follows from training instead of from a ranking.
+        quantity: what the target is a figure of, in the words of a warning.
     """
 
     schedule: Schedule | None = None
@@ -54,6 +55,7 @@ class Method(Configurable):
     frequency: int | str = 100
     min_kept: int = 1
     learned = False
+    quantity = "sparsity"
 
     def schedule_over(self, epochs: float | None) -> Schedule | None:
         """The schedule, for a training of so many epochs (None: not known)."""
@@ -178,10 +180,15 @@ class LayerMethod(Method):
         undecayed: names of the states that no weight decay may touch.
         two_paths: whether a training step also runs the model on its full path (`paths`), where
             every batch normalisation has statistics, scale and offset of its own.
+        prunes_units: whether whole output units are pruned, with their bias; not those that are
+            the outputs of the model.
+        needs_uses: whether `join` has to know how often every weight is multiplied.
     """
 
     undecayed: tuple[str, ...] = ()
     two_paths = False
+    prunes_units = False
+    needs_uses = False
 
     @property
     def needs_driver(self) -> bool:
@@ -214,6 +221,21 @@ class LayerMethod(Method):
 
     def coupling(self, state: State) -> Callable[[Tensor, Tensor], Tensor] | None:
         """What two paths lose by disagreeing, from the logits of both; None where nothing."""
+        return None
+
+    def gate(self, state: State, layout: Layout = KERNEL) -> Tensor:
+        """The factor, 0 or 1, of every output unit and its bias, where these are pruned whole."""
+        raise NotImplementedError
+
+    def join(self, layers: Sequence, uses: Mapping[int, tuple]) -> None:
+        """Tell all the layers under this method of one another, when training begins.
+
+        `uses` has, by the id of a weight, how often an entry of it is multiplied for one sample,
+        or None and the reason; it is empty unless `needs_uses`.
+        """
+
+    def weigh(self, state: State) -> float | None:
+        """How much an entry of a weight counts for the target; None: all count alike."""
         return None
 
 

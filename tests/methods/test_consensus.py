@@ -1,0 +1,329 @@
+"""Consensus: gates, penalties, budget, projection, and a trajectory from the equations."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import keras_dst
+from keras_dst.callbacks import SparseTraining
+from keras_dst.masks import KERNEL, Layout
+from keras_dst.methods import Consensus
+from keras_dst.schedules import Constant, Cubic
+from tests import models, reference
+from tests.gradients import gradients
+
+DEPTHWISE = Layout(outputs=(-2, -1), inputs=())
+TRANSPOSED = Layout(outputs=(-2,), inputs=(-1,))
+
+LAYOUTS = pytest.mark.parametrize(
+    ("layout", "shape", "gates"),
+    [
+        (KERNEL, (6, 4), (4,)),
+        (KERNEL, (3, 2, 4, 5), (5,)),
+        (TRANSPOSED, (3, 2, 4, 5), (4, 1)),
+        (DEPTHWISE, (3, 2, 4, 2), (4, 2)),
+    ],
+)
+
+
+def tensor(values):
+    return ops.convert_to_tensor(np.asarray(values, "float32"))
+
+
+def array(x):
+    return ops.convert_to_numpy(x)
+
+
+def sigmoid(v):
+    return 1 / (1 + np.exp(-v))
+
+
+# -- gates ---------------------------------------------------------------------------------------
+
+
+@LAYOUTS
+def test_state(layout, shape, gates):
+    layer = layers.Layer()
+    variable = layer.add_weight(shape=shape, initializer="random_normal")
+    state = Consensus().build(layer, "kernel", variable, layout)
+    assert state.keys() == {"logit", "cost", "target", "progress"}
+    logit = state["logit"]
+    assert (tuple(logit.shape), logit.name, logit.trainable) == (gates, "kernel_logit", True)
+    assert [s.trainable for s in state.values()] == [True, False, False, False]
+    # Larger units begin with higher logits; their mean is 0.1.
+    axes = tuple(i for i in range(len(shape)) if i - len(shape) not in layout.outputs)
+    size = np.abs(variable.numpy()).mean(axes)
+    np.testing.assert_allclose(logit.numpy(), (0.1 * size / size.mean()).reshape(gates), rtol=1e-5)
+
+
+def test_state_of_a_kernel_of_zeros():
+    layer = layers.Layer()
+    variable = layer.add_weight(shape=(3, 2), initializer="zeros")
+    state = Consensus().build(layer, "kernel", variable, KERNEL)
+    np.testing.assert_allclose(state["logit"].numpy(), [0.1, 0.1])
+
+
+@LAYOUTS
+def test_values_and_gradients(layout, shape, gates):
+    rng = np.random.default_rng(0)
+    w, g, logit = (rng.standard_normal(s).astype("float32") for s in (shape, shape, gates))
+    z = (logit >= 0).astype("float32")
+    assert 0 < z.mean() < 1
+    method = Consensus()
+    masked = method.apply(tensor(w), {"logit": tensor(logit)}, layout)
+    np.testing.assert_array_equal(array(masked), w * z)
+    mask = method.mask(tensor(w), {"logit": tensor(logit)}, layout)
+    np.testing.assert_array_equal(array(mask), np.broadcast_to(z, shape) > 0)
+
+    to_w, to_logit = gradients(
+        lambda w, v: method.apply(w, {"logit": v}, layout), [tensor(w), tensor(logit)], tensor(g)
+    )
+    np.testing.assert_allclose(to_w, g * z, rtol=1e-5)
+    axes = tuple(i for i in range(len(shape)) if i - len(shape) not in layout.outputs)
+    by_gate = (g.astype("float64") * w).sum(axes).reshape(gates)
+    np.testing.assert_allclose(to_logit, by_gate * sigmoid(logit) * (1 - sigmoid(logit)), rtol=1e-4)
+
+
+def test_the_best_unit_stays_open():
+    mask = Consensus().mask(tensor(np.ones((2, 3))), {"logit": tensor([-2, -1, -3])})
+    np.testing.assert_array_equal(array(mask), [[0, 1, 0]] * 2)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: (layers.Dense(4, "sigmoid"), (6,)),
+    lambda: (layers.Conv2D(4, 2, activation="sigmoid"), (5, 5, 3)),
+    lambda: (layers.DepthwiseConv2D(2, depth_multiplier=2, activation="sigmoid"), (5, 5, 2)),
+])  # fmt: skip
+def test_a_gate_closes_weights_and_bias_before_the_activation(make):
+    layer, shape = make()
+    model = keras.Sequential([keras.Input(shape), layer, layers.Flatten(), layers.Dense(1)])
+    bias = np.float32([1, 2, 3, 4])
+    layer.bias.assign(bias)
+    x = np.random.default_rng(0).standard_normal((3, *shape)).astype("float32")
+    dense = array(layer(x))
+    keras_dst.sparsify(model, Consensus())
+    np.testing.assert_array_equal(array(layer(x)), dense)
+    logit = layer.sparse_state["kernel"]["logit"]
+    logit.assign(np.float32([1, -1, 1, -1]).reshape(logit.shape))
+    found = array(layer(x))
+    np.testing.assert_array_equal(found[..., ::2], dense[..., ::2])
+    np.testing.assert_array_equal(found[..., 1::2], 0.5)
+    keras_dst.strip(model)
+    np.testing.assert_array_equal(layer.bias.numpy(), [1, 0, 3, 0])
+    kernel = layer.kernel.numpy().reshape(-1, 4)
+    assert not kernel[:, 1::2].any()
+    assert kernel[:, ::2].all()
+    np.testing.assert_array_equal(array(layer(x)), found)
+
+
+# -- which layers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sequential", "residual", "nested", "functional_with_block"])
+def test_layers_that_give_the_outputs_have_no_gates(kind):
+    model = models.MODELS[kind]()
+    report = keras_dst.sparsify(model, Consensus())
+    skipped = [p for p, reason in report.skipped.items() if reason == "its units are the model's outputs"]  # fmt: skip  # noqa: E501
+    assert len(skipped) == 1
+    assert len(report.sparse) >= 2
+    assert type(model.layers[-1]) is layers.Dense
+
+
+def test_outputs_through_layers_without_kernels():
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(4, 3, name="body")(inputs)
+    a = layers.BatchNormalization()(layers.Conv2D(4, 3, name="a")(x))
+    b = layers.Conv2D(4, 3, name="b")(x)
+    x = layers.Softmax()(layers.GlobalAveragePooling2D()(a + b))
+    inner = keras.Sequential([layers.Dense(4), layers.Dense(3, name="c"), layers.ReLU()])
+    model = keras.Model(inputs, [x, inner(layers.Flatten()(b))])
+    report = keras_dst.sparsify(model, Consensus())
+    assert {path.rpartition("/")[2] for path in report.skipped} == {"a", "b", "c"}
+
+
+def test_a_subclassed_model_needs_filters():
+    model = models.subclassed()
+    with pytest.raises(ValueError, match="Name the layers to prune with filters"):
+        keras_dst.sparsify(model, Consensus())
+    report = keras_dst.sparsify(model, Consensus(), ["conv2d.*", "my_dense.*"])
+    assert len(report.sparse) == 2
+    x, y = models.data()
+    models.compiled(model).fit(x, y, verbose=0, callbacks=[SparseTraining(epochs=9)])
+
+
+# -- the budget ----------------------------------------------------------------------------------
+
+
+def conv_net():
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(12, 3, padding="same", activation="relu", name="one"),
+            layers.MaxPooling2D(),
+            layers.Conv2D(16, 3, padding="same", activation="relu", name="two"),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(30, "relu", name="three"),
+            layers.Dense(2, "softmax", name="head"),
+        ]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")  # a few steps
+@pytest.mark.parametrize(
+    ("cost", "of_a_unit"),
+    [
+        ("flops", {"one": 2 * 64 * 27, "two": 2 * 16 * 108, "three": 2 * 16}),
+        ("parameters", {"one": 27, "two": 108, "three": 16}),
+    ],
+)
+def test_the_target_is_the_cost_that_stays_open(cost, of_a_unit):
+    model = conv_net()
+    keras_dst.sparsify(model, Consensus(0.61, cost))
+    models.compiled(model)
+    x, y = models.data()
+    model.fit(x, y, epochs=2, verbose=0, callbacks=[SparseTraining()])
+    logits = {n: model.get_layer(n).sparse_state["kernel"]["logit"].numpy() for n in of_a_unit}
+    total = sum(c * logits[name].size for name, c in of_a_unit.items())
+    spent = sum(c * (logits[name] >= 0).sum() for name, c in of_a_unit.items())
+    assert abs(spent / total - 0.61) <= max(of_a_unit.values()) / total / 2 + 1e-6
+    parameters = keras_dst.report(model).parameters
+    small = keras_dst.shrink(keras_dst.strip(model))
+    assert keras_dst.report(small).parameters < 0.8 * parameters
+    assert keras_dst.report(small).flops < 0.7 * keras_dst.report(model).dense_flops
+
+
+def test_flops_that_are_not_known():
+    model = models.subclassed()
+    model.block.steps[0]._build_shapes_dict = None
+    keras_dst.sparsify(model, Consensus(), "conv2d.*")
+    model._build_shapes_dict = None
+    models.compiled(model)
+    with pytest.raises(ValueError, match=r"FLOPs of .* are not known: .*cost='parameters'"):
+        model.fit(*models.data(), verbose=0, callbacks=[SparseTraining()])
+
+
+@pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
+@pytest.mark.parametrize("inner", [
+    lambda: keras.optimizers.SGD(0.05, momentum=0.9),
+    lambda: keras.optimizers.Adam(),
+])  # fmt: skip
+def test_training_reaches_the_target(inner):
+    # In 224 steps. The last projection makes up for the rest.
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((256, 24)).astype("float32")
+    y = (x @ rng.standard_normal((24, 4))).argmax(1)
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((24,)),
+            layers.Dense(128, "relu"),
+            layers.Dense(128, use_bias=False),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+            layers.Dense(4, "softmax"),
+        ]
+    )
+    keras_dst.sparsify(model, Consensus(0.4))
+    models.compiled(model, inner(), metrics=["accuracy"])
+    history = model.fit(x, y, 16, 14, verbose=0, callbacks=[SparseTraining()]).history
+    assert history["sparsity"][-2] == pytest.approx(0.6, abs=0.1)
+    assert history["sparsity"][-1] == pytest.approx(0.6, abs=0.01)
+    assert history["accuracy"][-1] > 0.9
+
+
+def project(method, logits, costs, weights=None, layouts=None):
+    weights = weights or [np.ones((2, len(v))) for v in logits]
+    states = [{"logit": tensor(v), "cost": tensor(c)} for v, c in zip(logits, costs)]
+    layouts = layouts or [KERNEL] * len(logits)
+    changes = method.project([tensor(w) for w in weights], states, layouts, None)
+    return [array(change["logit"]) for change in changes]
+
+
+def test_project_opens_those_nearest_to_the_budget():
+    #              cost 2 each            cost 6 each
+    logits = [[0.3, -0.1, 0.2, 0.5], [-0.4, 0.1, -0.2]]
+    one, two = project(Consensus(0.5), logits, [1, 3])
+    # In the order of logits 0.5, 0.3, 0.2, 0.1: 2, 4, 6, 12 of 26; 14 with the next is as near.
+    np.testing.assert_array_equal(one >= 0, [1, 0, 1, 1])
+    np.testing.assert_array_equal(two >= 0, [0, 1, 0])
+    for found, before in zip((one, two), logits):  # what was right stays as it was
+        np.testing.assert_array_equal(found, np.float32(before))
+    one, two = project(Consensus(0.2), logits, [1, 3])
+    # The best of each layer come first: 8 of 26 is more than asked for, and least.
+    np.testing.assert_array_equal(one >= 0, [0, 0, 0, 1])
+    np.testing.assert_array_equal(two >= 0, [0, 1, 0])
+    one, two = project(Consensus(1.0), logits, [1, 3])
+    assert (one >= 0).all()
+    assert (two >= 0).all()
+
+
+# -- the trajectory ------------------------------------------------------------------------------
+
+
+def test_trajectory_against_the_equations():
+    """50 steps of the two-layer net with gates on its hidden units, both penalties, in NumPy."""
+    method = Consensus(0.4, lambda_polar=0.5, lambda_act=4.0)
+    method.schedule = Constant(0.6)  # the paper's budget, without our ramp
+    model = reference.keras_net()
+    keras_dst.sparsify(model, method)
+    state = model.layers[0].sparse_state["kernel"]
+    state["target"].assign(0.4)
+    logit = np.random.default_rng(2).uniform(-0.3, 0.5, reference.SIZES[1])
+    state["logit"].assign(logit)
+    p = {**reference.parameters(model), "logit": state["logit"].numpy().astype("float64")}
+
+    x, y = reference.data(50)
+    model.compile(
+        keras.optimizers.SGD(0.1, momentum=0.9),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    model.fit(
+        x.reshape(-1, x.shape[-1]), y.ravel(), batch_size=16, shuffle=False, verbose=0,
+        callbacks=[SparseTraining(epochs=2)],
+    )  # fmt: skip
+
+    optimizer = reference.Momentum(p)
+    n, turns = reference.SIZES[1], 0
+    before = p["logit"] >= 0
+    for xs, ys in zip(x, y):
+        pi = sigmoid(p["logit"])
+        z = (pi >= 0.5).astype("float64")
+        turns += np.sum((z > 0) != before)
+        before = z > 0
+        g = reference.gradients(xs, ys, {**p, "w1": p["w1"] * z})
+        to_z = (g["w1"] * p["w1"]).sum(0)  # straight through
+        to_z += 0.5 * (1 - 2 * z) / n  # mean(g (1 - g)), g = z
+        to_z += 4.0 * 2 * (z.mean() - 0.4) / n
+        optimizer.step(p, {**g, "w1": g["w1"] * z, "logit": to_z * pi * (1 - pi)})
+    assert turns > 0
+    for found, name in zip(reference.stock_weights(model), reference.NAMES):
+        np.testing.assert_allclose(found.numpy(), p[name], atol=1e-4, err_msg=name)
+    np.testing.assert_allclose(state["logit"].numpy(), p["logit"], atol=1e-4)
+
+
+# -- configuration -------------------------------------------------------------------------------
+
+
+def test_defaults():
+    assert Consensus().get_config() == {
+        "target": 0.5, "cost": "flops", "lambda_polar": 0.5, "lambda_act": 100.0, "frequency": 20,
+    }  # fmt: skip
+    assert Consensus(0.75).schedule == Cubic(0.25, end=0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target": 0.0}, r"target is the fraction of the cost that stays open, in \(0, 1\]"),
+        ({"target": 1.2}, r"target is .* Received: 1.2"),
+        ({"cost": "bytes"}, "cost must be 'flops' or 'parameters'. Received: 'bytes'"),
+        ({"lambda_polar": -1.0}, "lambda_polar must be a number >= 0. Received: -1.0"),
+        ({"lambda_act": float("nan")}, "lambda_act must be a number >= 0"),
+        ({"frequency": 0}, "frequency must be a whole number >= 1"),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Consensus(**arguments)
