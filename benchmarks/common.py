@@ -11,6 +11,8 @@ import statistics
 import keras
 import numpy as np
 
+import keras_dst
+
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
 
 
@@ -38,6 +40,14 @@ def _load(name: str) -> tuple:
         return getattr(keras.datasets, name).load_data()
     with np.load(pathlib.Path(folder) / f"{name}.npz", allow_pickle=False) as file:
         return tuple((file[f"x_{part}"], file[f"y_{part}"]) for part in ("train", "test"))
+
+
+def under(method, model, optimizer):
+    """Put the model under a method, or None; the optimizer to compile it with."""
+    if isinstance(method, keras_dst.methods.LayerMethod):
+        keras_dst.sparsify(model, method)
+        return optimizer
+    return keras_dst.SparseOptimizer(optimizer, method) if method else optimizer
 
 
 def environment() -> dict:

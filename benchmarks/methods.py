@@ -23,8 +23,8 @@ import numpy as np
 
 import keras_dst
 from benchmarks import nets
-from benchmarks.common import RESULTS, cifar10, mnist, save, spread
-from keras_dst.methods import DST, SET, FlipOut, Magnitude, OptG, RigL
+from benchmarks.common import RESULTS, cifar10, mnist, save, spread, under
+from keras_dst.methods import DCIL, DST, SET, Consensus, FlipOut, Magnitude, OptG, RigL
 
 BATCH = 128
 
@@ -59,7 +59,10 @@ METHODS = {
     "FlipOut": lambda s: FlipOut(s),
     "FlipOut, no noise": lambda s: FlipOut(s, noise=0.0),
     "DST": lambda s: DST(target_sparsity=s),
+    "DCIL": lambda s: DCIL(s),
     "OptG": lambda s: OptG(s),
+    # Closes whole units: the fraction that it keeps open is counted in weights, as sparsity is.
+    "Consensus": lambda s: Consensus(target=1 - s, cost="parameters"),
 }
 SPARSITIES = (0.9, 0.98)
 
@@ -101,10 +104,7 @@ def run(task_name, method_name, sparsity, seed, data):
         weight_decay=task.decay,
     )
     method = make and make(sparsity)
-    if isinstance(method, keras_dst.methods.LayerMethod):
-        keras_dst.sparsify(model, method)
-    elif method:
-        optimizer = keras_dst.SparseOptimizer(optimizer, method)
+    optimizer = under(method, model, optimizer)
     model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
     whole = len(y) // BATCH * BATCH
     batches = (Augmented(x, y, seed),) if task.augmented else (x[:whole], y[:whole])

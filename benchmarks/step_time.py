@@ -33,8 +33,8 @@ def measure():
     import numpy as np
 
     import keras_dst
-    from benchmarks.common import save
-    from keras_dst.methods import DCIL, DST, LayerMethod, Magnitude
+    from benchmarks.common import save, under
+    from keras_dst.methods import DCIL, DST, SET, Consensus, FlipOut, Magnitude, OptG, RigL
 
     x = np.random.default_rng(0).standard_normal((BATCH * STEPS, 28, 28, 1)).astype("float32")
     y = np.arange(len(x)) % 10
@@ -50,11 +50,7 @@ def measure():
         model.add(keras.layers.Flatten())
         model.add(keras.layers.Dense(128, "relu"))
         model.add(keras.layers.Dense(10, "softmax"))
-        optimizer = keras.optimizers.SGD(0.01, momentum=0.9)
-        if isinstance(method, LayerMethod):
-            keras_dst.sparsify(model, method)
-        elif method:
-            optimizer = keras_dst.SparseOptimizer(optimizer, method)
+        optimizer = under(method, model, keras.optimizers.SGD(0.01, momentum=0.9))
         model.compile(optimizer, "sparse_categorical_crossentropy")
         driver = [keras_dst.callbacks.SparseTraining(epochs=ROUNDS + 1)] if method else []
 
@@ -70,8 +66,13 @@ def measure():
         "DST": DST(),
         "DST, target": DST(target_sparsity=0.9),
         "DCIL": DCIL(0.9),
+        "OptG": OptG(0.9),
+        "Consensus": Consensus(0.5),
         "Magnitude": Magnitude(0.9),
         "Magnitude, revival": Magnitude(0.9, revival=True),
+        "FlipOut": FlipOut(0.9),
+        "SET": SET(0.9),
+        "RigL": RigL(0.9),
     }
     turns = {name: build(method) for name, method in methods.items()}
     for turn in turns.values():

@@ -67,7 +67,6 @@ def step(x: Tensor) -> Tensor:
     return ops.cast(x > 0, x.dtype), grad
 
 
-@ops.custom_gradient
 def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
     """`w * mask`, whose gradient reaches the scores as if they were the mask.
 
@@ -76,7 +75,7 @@ def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         w: float tensor.
-        scores: what the mask was ranked from; shape of `w`.
+        scores: what the mask was ranked from, finite; shape and dtype of `w`.
         mask: zeros and ones in the dtype of `w`; shape of `w`.
 
     Example:
@@ -84,12 +83,8 @@ def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
 
     Source: straight-through estimator, arXiv 1308.3432.
     """
-
-    def grad(*args, upstream=None):
-        g = _upstream(args, upstream)
-        return g * mask, g * w, ops.zeros_like(mask)
-
-    return w * mask, grad
+    # The scores less themselves: exactly 0, with a derivative of 1.
+    return w * (ops.stop_gradient(mask) + (scores - ops.stop_gradient(scores)))
 
 
 # -- patterns ------------------------------------------------------------------------------------
