@@ -1,0 +1,43 @@
+"""Keras's layers with a mask over their weights: `SparseDense` is `Dense` plus `sparsity=method`.
+
+`sparsify` turns the layers of a built model into these, in place; they can be used by hand too.
+"""
+
+from keras_dst.layers.base import SparseBias, SparseMixin, SparseWeight, check_method
+from keras_dst.layers.classes import (
+    SPARSE_LAYERS,
+    SparseComposite,
+    SparseSubclass,
+    composite_class,
+    make_sparse,
+    sparse_class,
+)
+from keras_dst.layers.gate import Gate
+from keras_dst.layers.normalization import SparseBatchNormalization
+from keras_dst.layers.stock import (
+    SparseConv1D,
+    SparseConv2D,
+    SparseConv3D,
+    SparseDense,
+    SparseDepthwiseConv2D,
+)
+
+__all__ = [
+    "SPARSE_LAYERS",
+    "Gate",
+    "SparseBatchNormalization",
+    "SparseBias",
+    "SparseComposite",
+    "SparseConv1D",
+    "SparseConv2D",
+    "SparseConv3D",
+    "SparseDense",
+    "SparseDepthwiseConv2D",
+    "SparseMixin",
+    "SparseSubclass",
+    "SparseWeight",
+    "check_method",
+    "composite_class",
+    "make_sparse",
+    "sparse_class",
+]

@@ -1,0 +1,269 @@
+"""What makes a Keras layer sparse: `SparseMixin`, and attributes that read a weight masked."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import keras
+from keras import ops
+
+from keras_dst.masks import KERNEL, Layout
+from keras_dst.methods.base import LayerMethod, Method, State
+
+if TYPE_CHECKING:
+    from keras import Layer as _Layer  # what the mixins are mixed into
+else:
+    _Layer = object
+
+
+class SparseWeight:
+    """Attribute of a sparse layer: reading gives the masked tensor, writing stores the variable.
+
+    The raw variable is kept in the attribute's name with an underscore before it, where Keras's
+    Dense, Conv and EinsumDense have it as well; what they make of it (LoRA) comes before the mask.
+    """
+
+    def __init__(self, layout: Layout = KERNEL):
+        self.layout = layout
+
+    def __set_name__(self, owner, name):
+        self.owner, self.name, self.slot = owner, name, f"_{name}"
+
+    def raw(self, layer):
+        """The variable under the mask, or None before the layer is built."""
+        return layer.__dict__.get(self.slot)
+
+    def __get__(self, layer, owner=None):
+        if layer is None:
+            return self
+        value = getattr(super(self.owner, layer), self.name, self.raw(layer))
+        if value is None:
+            raise AttributeError(f"Build the layer before accessing `{self.name}`.")
+        state = layer.__dict__.get("sparse_state", {}).get(self.name)
+        if state is None:
+            return value
+        masked = layer.sparsity.apply(ops.convert_to_tensor(value), state, self.layout)
+        return ops.cast(masked, layer.compute_dtype)
+
+    def __set__(self, layer, value):
+        setattr(layer, self.slot, value)
+
+
+class SparseBias(SparseWeight):
+    """The bias of a layer: masked by the units of its kernel, where the method prunes these whole.
+
+    It has no state of its own, and its weights count as no weights under the method.
+    """
+
+    def __get__(self, layer, owner=None):
+        if layer is None:
+            return self
+        bias = self.raw(layer)
+        state = layer.__dict__.get("sparse_state", {}).get("kernel")
+        if bias is None or state is None or not layer.sparsity.prunes_units:
+            return bias
+        units = ops.reshape(layer.sparsity.gate(state, type(layer).kernel.layout), (-1,))
+        bias = ops.convert_to_tensor(bias)
+        return ops.cast(bias * ops.cast(units, bias.dtype), layer.compute_dtype)
+
+
+class SparseMixin(_Layer):
+    """What makes a Keras layer sparse; comes before the stock class among the bases.
+
+    Args:
+        sparsity: the method whose mask the layer's weights get, such as `methods.DST()`.
+    """
+
+    stock: type
+    sparsity: LayerMethod
+    sparse_state: dict[str, State]
+    driven = False  # whether a SparseTraining callback is at work
+    both_paths = False  # whether a training step has been traced on both paths
+
+    def __init__(self, *args, sparsity, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.adopt(check_method(sparsity))
+
+    def adopt(self, method: LayerMethod) -> None:
+        """Take on a method, before the weights exist or after (`sparsify`)."""
+        self.sparsity = method
+        # Past Keras's tracking, which follows `add_weight` already.
+        self.__dict__["sparse_state"] = {}
+        for weight in self._masked_attributes():
+            if weight.name in self.__dict__:  # set while the class was the stock one
+                self.__dict__[weight.slot] = self.__dict__.pop(weight.name)
+        if self.built:
+            self._add_states()
+
+    @classmethod
+    def _masked_attributes(cls) -> list[SparseWeight]:
+        found = {}
+        for base in reversed(cls.__mro__):
+            found.update({k: v for k, v in vars(base).items() if isinstance(v, SparseWeight)})
+        return list(found.values())
+
+    @classmethod
+    def sparse_weights(cls) -> list[SparseWeight]:
+        """The weights of this class that take a mask."""
+        return [w for w in cls._masked_attributes() if not isinstance(w, SparseBias)]
+
+    def masked_weights(self) -> Iterator[tuple[SparseWeight, Any, State]]:
+        """Every weight that has a mask: its attribute, its raw variable, its state."""
+        for weight in self.sparse_weights():
+            if weight.name in self.sparse_state:
+                yield weight, weight.raw(self), self.sparse_state[weight.name]
+
+    def batch_mean(self, weight: SparseWeight, state: State):
+        """Mean over the batch of the gates of a weight; they are the same for every input."""
+        return self.sparsity.gate(state, weight.layout)
+
+    # What Keras calls once a layer is built, whatever the signature of its `build`. So the state
+    # comes after all stock weights, as it does in a layer that was built before it was made
+    # sparse: optimisers are saved by the order of the weights.
+    def _lock_state(self):
+        self._add_states()
+        super()._lock_state()
+
+    def _add_states(self):
+        for weight in self.sparse_weights():
+            variable = weight.raw(self)
+            if variable is None or weight.name in self.sparse_state:
+                continue
+            if "float" not in variable.dtype:  # quantised
+                continue
+            # The mask is decided in the variable's own precision; the masked weight is cast.
+            variable._autocast = False
+            with self._unlocked():
+                self.sparse_state[weight.name] = self.sparsity.build(
+                    self, weight.name, variable, weight.layout
+                )
+        if self.sparse_state:
+            require_driver(self)
+
+    @contextlib.contextmanager
+    def _unlocked(self):
+        self._tracker.unlock()
+        try:
+            with self._open_name_scope():
+                yield
+        finally:
+            self._tracker.lock()
+
+    def release(self) -> None:
+        """Bake the masks into the weights as exact zeros and become the stock layer again."""
+        for weight, variable, state in self.masked_weights():
+            w = ops.convert_to_tensor(variable)
+            mask = self.sparsity.mask(w, state, weight.layout)
+            variable.assign(ops.where(mask, w, ops.zeros_like(w)))
+            variable._autocast = True
+        for weight in self._masked_attributes():
+            bias = weight.raw(self)
+            if isinstance(weight, SparseBias) and bias is not None:
+                bias.assign(ops.convert_to_tensor(getattr(self, weight.name)))
+        for own in self.own_variables().values():
+            self._untrack_variable(own)
+        for variable in self._trainable_variables:
+            if isinstance(variable.constraint, _Driven):
+                variable.constraint = variable.constraint.inner
+        for weight in self._masked_attributes():
+            is_property = isinstance(getattr(self.stock, weight.name, None), property)
+            if not is_property and weight.slot in self.__dict__:
+                self.__dict__[weight.name] = self.__dict__.pop(weight.slot)
+        del self.__dict__["sparsity"], self.__dict__["sparse_state"]
+        self.__class__ = self.stock
+
+    # -- saving ----------------------------------------------------------------------------------
+
+    def get_config(self):
+        sparsity = keras.saving.serialize_keras_object(self.sparsity)
+        return {**super().get_config(), "sparsity": sparsity}
+
+    # Keras saves a layer's weights by position, and some layers a fixed list of them. Ours go by
+    # name beside them; what a dense layer's weights lack stays as it was.
+    def save_own_variables(self, store):
+        own = self.own_variables()
+        with self._as_stock():
+            super().save_own_variables(store)
+        for name, variable in own.items():
+            store[name] = variable
+
+    def load_own_variables(self, store):
+        own = self.own_variables()
+        with self._as_stock():
+            super().load_own_variables({k: store[k] for k in store.keys() if k not in own})
+        for name, variable in own.items():
+            if name in store.keys():
+                variable.assign(store[name])
+
+    def own_variables(self) -> dict[str, Any]:
+        """The variables that the stock layer does not have, by name."""
+        return {
+            f"{name}_{key}": variable
+            for name, state in self.sparse_state.items()
+            for key, variable in state.items()
+            if isinstance(variable, keras.Variable)
+        }
+
+    @contextlib.contextmanager
+    def _as_stock(self):
+        """For a while, only the stock layer's variables, and no masks over them."""
+        own = {id(variable) for variable in self.own_variables().values()}
+        state, self.__dict__["sparse_state"] = self.sparse_state, {}
+        lists = (self._trainable_variables, self._non_trainable_variables)
+        before = [list(variables) for variables in lists]
+        for variables in lists:
+            variables[:] = [v for v in variables if id(v) not in own]
+        try:
+            yield
+        finally:
+            self.__dict__["sparse_state"] = state
+            for variables, old in zip(lists, before):
+                variables[:] = old
+
+
+def require_driver(layer) -> None:
+    """Let an optimiser's step fail on this layer when its method's driver is not at work."""
+    trained = [v for inner in layer._flatten_layers() for v in inner._trainable_variables]
+    if layer.sparsity.needs_driver and trained:
+        smallest = min(trained, key=lambda v: math.prod(v.shape))
+        if not isinstance(smallest.constraint, _Driven):
+            smallest.constraint = _Driven(smallest.constraint, layer)
+
+
+class _Driven(keras.constraints.Constraint):
+    """Raises when an optimiser's step is traced while no SparseTraining is at work.
+
+    The one place that is visited in every kind of training, and in nothing but training.
+    """
+
+    def __init__(self, inner, layer):
+        self.inner, self.layer = inner, layer
+
+    def __call__(self, value):
+        if not self.layer.driven:
+            raise ValueError(
+                f"'{self.layer.name}' is under {self.layer.sparsity!r}, whose target the "
+                "SparseTraining callback pursues. "
+                "Fit with callbacks=[keras_dst.callbacks.SparseTraining()]."
+            )
+        return value if self.inner is None else self.inner(value)
+
+
+def check_method(method) -> LayerMethod:
+    """The method, deserialised where it is a config; raise unless it belongs into a layer."""
+    if isinstance(method, dict):
+        method = keras.saving.deserialize_keras_object(method)
+    if isinstance(method, LayerMethod):
+        return method
+    if isinstance(method, Method):
+        raise TypeError(
+            f"{type(method).__name__} masks the update, not the forward pass. Compile the plain "
+            f"model with keras_dst.SparseOptimizer(optimizer, {method!r}) instead."
+        )
+    raise TypeError(
+        "Expected a method whose mask is part of the forward pass, such as "
+        f"keras_dst.methods.DST(). Received: {method!r} of type {type(method).__name__}"
+    )

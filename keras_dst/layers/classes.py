@@ -1,0 +1,140 @@
+"""Which sparse class a layer becomes: ours, or one derived for a class of the user's own."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import keras
+from keras import layers
+
+from keras_dst.layers.base import SparseMixin, check_method
+from keras_dst.layers.normalization import SparseBatchNormalization
+from keras_dst.layers.stock import (
+    SparseConv1D,
+    SparseConv2D,
+    SparseConv3D,
+    SparseDense,
+    SparseDepthwiseConv2D,
+)
+from keras_dst.methods.base import LayerMethod
+
+if TYPE_CHECKING:
+    from keras import Layer as _Layer  # what the mixins are mixed into
+else:
+    _Layer = object
+
+SPARSE_LAYERS: tuple[type[SparseMixin], ...] = (
+    SparseDense,
+    SparseConv1D,
+    SparseConv2D,
+    SparseConv3D,
+    SparseDepthwiseConv2D,
+    SparseBatchNormalization,
+)
+
+
+@keras.saving.register_keras_serializable("keras_dst")
+class SparseSubclass(SparseMixin):
+    """A user's subclass of a supported layer, made sparse; a file names the user's class."""
+
+    def get_config(self):
+        return {**super().get_config(), "stock_class": _name_of(self.stock)}
+
+    @classmethod
+    def from_config(cls, config):
+        layer, config = _stock_instance(config, ("sparsity",))
+        layer.__class__ = sparse_class(type(layer))
+        layer.adopt(check_method(config["sparsity"]))
+        return layer
+
+
+@keras.saving.register_keras_serializable("keras_dst")
+class SparseComposite(_Layer):
+    """A layer or model that makes layers of its own, some of which are sparse.
+
+    Its config rebuilds plain layers, so it carries the recipe: which of the layers inside, by
+    their order, takes which method.
+    """
+
+    stock: type
+    recipe: dict[str, Any]
+
+    def get_config(self):
+        own = {"stock_class": _name_of(self.stock), "recipe": self.__dict__["recipe"]}
+        return {**super().get_config(), **own}
+
+    @classmethod
+    def from_config(cls, config):
+        layer, config = _stock_instance(config, ("recipe",))
+        layer.__class__ = composite_class(type(layer))
+        layer.__dict__["recipe"] = config["recipe"]
+        return layer
+
+    def build_from_config(self, config):
+        super().build_from_config(config)
+        inner = self._flatten_layers(include_self=False)
+        for index, layer in enumerate(inner):
+            if str(index) in self.recipe and not isinstance(layer, SparseMixin):
+                make_sparse(layer, check_method(self.recipe[str(index)]))
+
+    def remember(self) -> None:
+        """Take down the methods of the sparse layers inside."""
+        inner = self._flatten_layers(include_self=False)
+        self.__dict__["recipe"] = {
+            str(index): keras.saving.serialize_keras_object(layer.sparsity)
+            for index, layer in enumerate(inner)
+            if isinstance(layer, SparseMixin)
+        }
+
+    def release(self) -> None:
+        """Become the stock class again."""
+        del self.__dict__["recipe"]
+        self.__class__ = self.stock
+
+
+def sparse_class(stock: type) -> type[SparseMixin] | None:
+    """The sparse class of a layer class: ours, or one made for a subclass of a supported layer."""
+    for cls in SPARSE_LAYERS:
+        if stock is cls.stock:
+            return cls
+        if issubclass(stock, cls.stock):
+            return _derive((SparseSubclass, cls, stock))
+    return None
+
+
+def composite_class(stock: type) -> type:
+    """The class that a layer of this class becomes when layers inside it are sparse."""
+    return _derive((SparseComposite, stock))
+
+
+@functools.cache
+def _derive(bases: tuple[type, ...]) -> type:
+    # One class per stock class, so that two layers of a class stay of one class. All of them are
+    # saved under the name of the base, whose `from_config` finds the user's class.
+    derived = type(f"Sparse{bases[-1].__name__}", bases, {"stock": bases[-1]})
+    return keras.saving.register_keras_serializable("keras_dst", bases[0].__name__)(derived)
+
+
+def _name_of(stock: type) -> str:
+    return keras.saving.get_registered_name(stock)
+
+
+def _stock_instance(config: dict, ours: tuple[str, ...]) -> tuple[Any, dict]:
+    """A layer of the class that a config names, and what of the config is ours."""
+    config = dict(config)
+    own = {name: config.pop(name) for name in ours}
+    name = config.pop("stock_class")
+    stock = keras.saving.get_registered_object(name) or getattr(layers, name, None)
+    if stock is None:
+        raise TypeError(
+            f"The file holds a sparse layer made from the class {name!r}, which is not known here. "
+            "Import it, and decorate it with `@keras.saving.register_keras_serializable()`."
+        )
+    return stock.from_config(config), own
+
+
+def make_sparse(layer, method: LayerMethod) -> None:
+    """Turn a layer of a supported class, built or not, into its sparse class, in place."""
+    layer.__class__ = sparse_class(type(layer))
+    layer.adopt(method)

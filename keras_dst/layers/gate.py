@@ -1,0 +1,196 @@
+"""Gates on channels and residual branches, as `methods.Consensus` trains them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from keras_dst.layers.base import SparseWeight, check_method, require_driver
+from keras_dst.masks import Layout
+from keras_dst.methods.base import State
+from keras_dst.methods.consensus import Consensus, binary
+
+
+@keras.saving.register_keras_serializable("keras_dst")
+class Gate(layers.Layer):
+    """Multiplies channels, or a whole residual branch, by gates that are open (1) or closed (0).
+
+    The gates are trained by `methods.Consensus`, with the `SparseTraining` callback. In inference
+    they are constants: the sign of the trained logits or, of a gating module, the consensus, which
+    is whether the running mean of a gate is 0.5 or more. `strip` leaves a `keras.layers.Rescaling`
+    by these constants.
+
+    Args:
+        axis: of the channels. Defaults to -1.
+        structure: what a gate is of: `"channel"`, or `"branch"`, the whole tensor. A branch may be
+            closed; of the channels one at least is open. Defaults to `"channel"`.
+        dependent: whether a gating module decides for every input (global average pool, dense,
+            batch norm, ReLU, dense, sigmoid), or a trainable logit for all. Defaults to False.
+        units: of the gating module's first dense layer. Defaults to 16.
+        momentum: of the running mean of the gating module's gates. Defaults to 0.9.
+        cost: of a structure, in the unit of the method's other costs. Defaults to 1.
+        sparsity: the method; gates and layers under equal methods share one budget. Defaults to
+            None: `methods.Consensus()`.
+
+    Call arguments:
+        x: the tensor that is gated.
+        context: what the gating module reads, channels on the same axis: the paper's reads the
+            input of the layer whose output is gated. Defaults to None: `x`.
+
+    Raises:
+        ValueError: for another structure, or a cost that is not positive.
+        TypeError: for another method than Consensus.
+
+    Example:
+        >>> y = keras.layers.Conv2D(8, 3, padding="same")(x)
+        >>> x = x + keras_dst.layers.Gate(structure="branch", dependent=True)(y, context=x)
+
+    Source: arXiv 2302.10798.
+    """
+
+    sparsity: Consensus
+    driven = False
+
+    def __init__(
+        self,
+        axis: int = -1,
+        structure: str = "channel",
+        dependent: bool = False,
+        units: int = 16,
+        momentum: float = 0.9,
+        cost: float = 1.0,
+        sparsity=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if structure not in ("channel", "branch"):
+            raise ValueError(f"structure must be 'channel' or 'branch'. Received: {structure!r}")
+        if not cost > 0:
+            raise ValueError(f"cost must be a number > 0. Received: {cost!r}")
+        self.axis = axis
+        self.structure = structure
+        self.dependent = dependent
+        self.units = units
+        self.momentum = momentum
+        self.cost = cost
+        method = check_method(Consensus() if sparsity is None else sparsity)
+        if not isinstance(method, Consensus):
+            raise TypeError(f"A Gate is trained by methods.Consensus. Received: {method!r}")
+        self.sparsity = method
+        # Past Keras's tracking, as in SparseMixin.
+        self.__dict__["sparse_state"] = {}
+        # Of a unit that has but one weight; a branch has no units of which one must stay open.
+        self._weight = SparseWeight(Layout((-1,) if structure == "channel" else (), ()))
+
+    def build(self, x_shape, context_shape=None):
+        channels = self.structure == "channel"
+        self._shape = tuple(
+            n if i == self.axis % len(x_shape) else 1 for i, n in enumerate(x_shape)
+        )
+        self._shape = self._shape if channels else (1,) * len(x_shape)
+        gates = (math.prod(self._shape),) if channels else ()
+        if self.dependent:
+            context_shape = context_shape or x_shape
+            pooled = (None, context_shape[self.axis])
+            # Gates are decided in float32, whatever the policy.
+            self.hidden = layers.Dense(self.units, use_bias=False, dtype="float32", name="hidden")
+            self.norm = layers.BatchNormalization(dtype="float32", name="norm")
+            # Open to begin with.
+            self.out = layers.Dense(
+                math.prod(gates), "sigmoid", bias_initializer="ones", dtype="float32", name="out"
+            )
+            self.hidden.build(pooled)
+            self.norm.build((None, self.units))
+            self.out.build((None, self.units))
+            pi = self.add_weight(
+                name="mean",
+                shape=gates,
+                initializer="ones",
+                trainable=False,
+                aggregation="mean",
+                autocast=False,
+            )
+        else:
+            pi = self.add_weight(
+                name="logit",
+                shape=gates,
+                autocast=False,
+                initializer=keras.initializers.Constant(self.sparsity.start),
+            )
+        own = {"mean" if self.dependent else "logit": pi}
+        self.sparse_state["gate"] = {**own, **self.sparsity.build_budget(self, "gate")}
+
+    def _lock_state(self):
+        if self.sparse_state:
+            require_driver(self)
+        super()._lock_state()
+
+    def call(self, x, context=None, training=False):
+        state = self.sparse_state["gate"]
+        if not self.dependent:
+            z = self.sparsity.gate(state, self._weight.layout)
+        elif training and self.trainable:
+            z = self._module(x if context is None else context)
+            mean = ops.reshape(ops.mean(z, axis=0), state["mean"].shape)
+            # For the penalties, which are computed after this in the same trace.
+            self.__dict__["_batch_mean"] = mean
+            old = ops.convert_to_tensor(state["mean"])
+            mean = ops.stop_gradient(mean)
+            state["mean"].assign(self.momentum * old + (1 - self.momentum) * mean)
+        else:
+            z = ops.cast(self.is_open(), "float32")
+        return x * ops.cast(ops.reshape(z, (-1, *self._shape[1:])), x.dtype)
+
+    def _module(self, context):
+        """z of the gating module, for every input."""
+        context = ops.cast(context, "float32")
+        places = {*range(1, len(context.shape))} - {self.axis % len(context.shape)}
+        pooled = ops.mean(context, axis=tuple(places)) if places else context
+        pi = self.out(ops.relu(self.norm(self.hidden(pooled), training=True)))
+        return binary(pi, pi >= 0.5)
+
+    def is_open(self):
+        """Which gates are open in inference, boolean."""
+        return self.sparsity.is_open(self.sparse_state["gate"], self._weight.layout)
+
+    def masked_weights(self) -> Iterator[tuple[SparseWeight, Any, State]]:
+        """As of a sparse layer; the gates count as its weights."""
+        for state in self.sparse_state.values():
+            yield self._weight, state["mean" if self.dependent else "logit"], state
+
+    def batch_mean(self, weight: SparseWeight, state: State):
+        """Mean over the batch of the gates, of the forward pass that this is called after."""
+        if not self.dependent:
+            return self.sparsity.gate(state, weight.layout)
+        mean = self.__dict__.pop("_batch_mean", None)
+        return ops.cast(self.is_open(), "float32") if mean is None else mean
+
+    def release(self) -> None:
+        """Become a stock layer that multiplies by the constants that the gates are in inference."""
+        on = ops.convert_to_numpy(self.is_open()).astype("float32")
+        scale = np.broadcast_to(on, self._shape).reshape(self._shape).tolist()
+        stock = layers.Rescaling(scale, name=self.name, dtype=self.dtype_policy)
+        stock.build(self._shape)
+        nodes = self._inbound_nodes, self._outbound_nodes
+        for node in nodes[0]:  # `Rescaling` reads no context
+            node.arguments = type(node.arguments)(
+                (*node.arguments.args, *node.arguments.kwargs.values())[0]
+            )
+        self.__dict__.clear()
+        self.__class__ = layers.Rescaling
+        self.__dict__.update(stock.__dict__)
+        self.__dict__["_inbound_nodes"], self.__dict__["_outbound_nodes"] = nodes
+
+    def compute_output_shape(self, x_shape, context_shape=None):
+        return x_shape
+
+    def get_config(self):
+        names = ("axis", "structure", "dependent", "units", "momentum", "cost")
+        own = {name: getattr(self, name) for name in names}
+        sparsity = keras.saving.serialize_keras_object(self.sparsity)
+        return {**super().get_config(), **own, "sparsity": sparsity}
