@@ -16,7 +16,7 @@ def compiled(fn):
     if backend == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(fn, reduce_retracing=True)
+        return tf.function(fn, autograph=False, reduce_retracing=True)
     if backend == "torch":
         import torch
 

@@ -14,8 +14,8 @@ from keras import ops
 
 Tensor = Any
 
-_POOL = 1 << 20
-_SLICE = _POOL // 2
+# Of the table of normal numbers.
+_ROWS, _WIDTH = 1 << 12, 1 << 8
 
 
 def bits(*numbers: Tensor) -> Tensor:
@@ -57,33 +57,30 @@ def uniform(shape: Sequence[int], *numbers: Tensor) -> Tensor:
 def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Tensor]:
     """Numbers from N(0, 1), float32, for tensors of these shapes, anew at every step.
 
-    They are read at random places of a table of a million, which costs a copy instead of a draw:
-    two of them are as good as independent, unless they are neighbours in one tensor and in
-    another, or in another step, too.
+    They are random rows of a table of a million numbers, which costs a copy instead of a draw.
 
     Args:
         shapes: of the results.
-        seed: of the table and the places.
+        seed: of the table and the rows.
         step: int32 scalar.
 
     Example:
         >>> (noise,) = keras_dst.noise.normal([(2, 3)], 0, step)
     """
-    table = ops.convert_to_tensor(_table(seed))
-    found = []
-    for index, shape in enumerate(shapes):
-        size = math.prod(shape)
-        parts = []
-        for start in range(0, size, _SLICE):
-            length = min(_SLICE, size - start)
-            place = bits(seed, step, index, start)
-            place = ops.bitwise_and(place, 0x7FFFFFFF) % (_POOL - length)
-            parts.append(ops.slice(table, ops.reshape(place, (1,)), (length,)))
-        flat = parts[0] if len(parts) == 1 else ops.concatenate(parts)
-        found.append(ops.reshape(flat, shape))
-    return found
+    sizes = [math.prod(shape) for shape in shapes]
+    rows = [-(-size // _WIDTH) for size in sizes]
+    index = np.repeat(np.arange(len(rows)), rows)
+    position = np.concatenate([np.arange(n) for n in rows])
+    # Gathered, not sliced at a random place: for that XLA under TensorFlow compiles every step.
+    chosen = ops.bitwise_and(bits(seed, step, index, position), _ROWS - 1)
+    drawn = ops.take(ops.convert_to_tensor(_table(seed)), chosen, axis=0)
+    ends = np.cumsum(rows)
+    return [
+        ops.reshape(ops.reshape(drawn[end - n : end], (-1,))[:size], shape)
+        for end, n, size, shape in zip(ends, rows, sizes, shapes)
+    ]
 
 
 @functools.lru_cache(maxsize=4)
 def _table(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(_POOL, "float32")
+    return np.random.default_rng(seed).standard_normal((_ROWS, _WIDTH), "float32")

@@ -49,9 +49,10 @@ def method(request):
     return METHODS[request.param]
 
 
-@pytest.fixture(
-    params=["dst-target", "dcil", "optg", "consensus", "magnitude-revival", "flipout", "rigl"]
-)
+KINDS = ["dst-target", "dcil", "optg", "consensus", "magnitude-revival", "flipout", "rigl"]
+
+
+@pytest.fixture(params=KINDS)
 def one_of_each(request):
     """One method of each kind, where pattern and allocation cannot matter."""
     return METHODS[request.param]
@@ -128,7 +129,9 @@ def test_target_log_second_fit_and_strip(method):
     assert not any(type(z).__module__.startswith("keras_dst") for z in model._flatten_layers())
 
 
-def test_saved_and_resumed_equals_uninterrupted(method, tmp_path):
+@pytest.mark.parametrize("name", ["dst", "magnitude", "set", *KINDS])
+def test_saved_and_resumed_equals_uninterrupted(name, tmp_path):
+    method = METHODS[name]
     whole = build(method[0])
     fit(whole, EPOCHS)
 

@@ -1,5 +1,6 @@
 """Random numbers by hash: against unsigned arithmetic in NumPy, and as good as drawn ones."""
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -45,6 +46,20 @@ def test_normal_numbers_are_normal_and_others_at_every_step_and_tensor():
     for i, x in enumerate(flat):
         for other in flat[:i]:
             assert abs(np.corrcoef(x, other)[0, 1]) < 5 / np.sqrt(x.size)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="only TensorFlow makes constants of what an operation needs at compile time",
+)
+def test_xla_compiles_one_program_for_all_steps():
+    import tensorflow as tf
+
+    draw = tf.function(lambda step: noise.normal([(3, 5)], 0, step), jit_compile=True)
+    first, second = (
+        draw.experimental_get_compiler_ir(tf.constant(step))(stage="hlo") for step in (1, 2)
+    )
+    assert first == second
 
 
 def test_a_tensor_larger_than_the_table():

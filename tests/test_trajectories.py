@@ -113,16 +113,15 @@ class FlipOut(Magnitude):
     def __init__(self, p):
         super().__init__(p)
         self.flips = {n: np.zeros_like(p[n]) for n in KERNELS}
-        self.table = np.random.default_rng(5).standard_normal(2**20, "float32")
+        self.table = np.random.default_rng(5).standard_normal((4096, 256), "float32")
 
     def step(self, g, count):
         g, signs = dict(g), {n: np.sign(self.p[n]) for n in KERNELS}
         for index, n in enumerate(reference.NAMES):
             mask = self.mask.get(n, 1)
             g[n] = g[n] * mask
-            place = hashed(5, count, index, 0) & 0x7FFFFFFF
-            place = int(place) % (2**20 - g[n].size)
-            noise = self.table[place : place + g[n].size].reshape(g[n].shape)
+            rows = hashed(5, count, index, np.arange(-(-g[n].size // 256))) % 4096
+            noise = self.table[rows].ravel()[: g[n].size].reshape(g[n].shape)
             g[n] = g[n] + np.linalg.norm(g[n]) / np.sqrt(g[n].size) * noise * mask
         super().step(g, count)
         for n in KERNELS:
