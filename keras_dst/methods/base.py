@@ -100,11 +100,11 @@ class Method(Configurable):
     ) -> np.ndarray:
         """Counts of weights to keep, as `update` takes them."""
         final = self.schedule.sparsity if self.schedule else None
-        n_of_m = Pattern(self.pattern).n_of_m
-        if n_of_m:
-            return np.array(
-                [_kept_of_m(shape, layout, *n_of_m) for shape, layout in zip(shapes, layouts)]
-            )
+        pattern = Pattern(self.pattern)
+        for shape, layout in zip(shapes, layouts):
+            pattern.block(shape, layout)  # raises where a weight lacks an axis for it
+        if pattern.n_of_m:
+            return np.array([_kept_of_m(*x, *pattern.n_of_m) for x in zip(shapes, layouts)])
         return allocations.kept_counts(self.allocation, shapes, sparsity, names, final)
 
     def rank(
@@ -150,6 +150,11 @@ class Method(Configurable):
                     f"pattern={self.pattern!r} fixes the sparsity at {1 - n / m:g}. "
                     f"Received: sparsity={self.schedule.sparsity:g}"
                 )
+        if pattern.n_of_m and self.allocation not in ("global", "uniform"):
+            raise ValueError(
+                f"pattern={self.pattern!r} fixes the sparsity of every weight, so that there is "
+                f"nothing to allocate. Received: allocation={self.allocation!r}"
+            )
 
 
 def _kept_of_m(shape: Sequence[int], layout: Layout, n: int, m: int) -> int:

@@ -1,0 +1,96 @@
+"""Every method with every pattern and allocation: well defined, or a clear error."""
+
+import math
+
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_dst import methods
+from keras_dst.masks import KERNEL, Layout
+
+CLASSES = [
+    methods.DCIL,
+    methods.OptG,
+    methods.Magnitude,
+    methods.FlipOut,
+    methods.SET,
+    methods.RigL,
+]
+ALLOCATIONS = ["global", "uniform", "erk", {"second": 0.25}]
+SHAPES = [(16, 12), (3, 3, 8, 10)]
+SIZES = [math.prod(shape) for shape in SHAPES]
+NAMES = ["first", "second"]
+
+# Both decide every layer's density before there is anything to rank.
+FIXED_BEFORE = (methods.SET, methods.RigL)
+
+
+def refusal(cls, pattern, allocation):
+    """A part of the error for what no paper defines, nor any reading of it; None where it does."""
+    if cls in FIXED_BEFORE and allocation == "global":
+        return "fixes every layer's density before training"
+    if pattern == "2:4" and allocation not in ("global", "uniform"):
+        return "fixes the sparsity of every weight"
+    if pattern == "2:4" and cls in FIXED_BEFORE:
+        return "has no N:M form"
+    return None
+
+
+def check_pattern(pattern, mask):
+    """By reshaping alone; the last two axes are inputs and outputs, and 4 divides the inputs."""
+    *window, inputs, outputs = mask.shape
+    if pattern == "2:4":
+        groups = mask.reshape(-1, inputs // 4, 4, outputs)
+        np.testing.assert_array_equal(groups.sum(2), 2)
+    if pattern == "1x4":
+        groups = mask.reshape(-1, inputs // 4, 4, outputs)
+        assert set(groups.sum(2).ravel()) <= {0, 4}
+    if pattern == "channel":
+        columns = mask.reshape(-1, outputs).sum(0)
+        assert set(columns) <= {0, math.prod(window) * inputs}
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS, ids=str)
+@pytest.mark.parametrize("pattern", ["unstructured", "1x4", "2:4", "channel"])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_well_defined_or_refused(cls, pattern, allocation):
+    expected = refusal(cls, pattern, allocation)
+    if expected:
+        with pytest.raises(ValueError, match=expected):
+            cls(0.5, allocation=allocation, pattern=pattern)
+        return
+    method = cls(0.5, allocation=allocation, pattern=pattern)
+    rng = np.random.default_rng(0)
+    scores = [ops.convert_to_tensor(rng.random(shape, "float32")) for shape in SHAPES]
+    kept = method.kept_counts(SHAPES, [KERNEL] * 2, 0.5, NAMES)
+    masks = method.rank(scores, [KERNEL] * 2, ops.convert_to_tensor(kept, "int32"))
+    masks = [ops.convert_to_numpy(mask) for mask in masks]
+
+    for mask in masks:
+        check_pattern(pattern, mask)
+    counts = np.array([mask.sum() for mask in masks])
+    # Within a group, the smallest part that may be pruned.
+    groups = {"unstructured": [1, 1], "1x4": [4, 4], "2:4": [1, 1], "channel": [16, 72]}[pattern]
+    if pattern == "2:4" or allocation == "uniform":
+        wanted = 0.5 * np.array(SIZES)
+    elif allocation == "erk":
+        raw = np.array([28, 24]) / SIZES  # sum(shape) / size
+        wanted = raw * SIZES * sum(SIZES) / 2 / (raw * SIZES).sum()
+        if wanted[0] > SIZES[0]:  # no denser than dense; the other has what is left
+            wanted = np.array([SIZES[0], sum(SIZES) / 2 - SIZES[0]])
+    elif allocation == "global":
+        assert abs(counts.sum() - sum(SIZES) / 2) <= max(groups)
+        return
+    else:
+        wanted = np.array([0.5, 0.75]) * SIZES
+    assert (abs(counts - wanted) <= groups).all(), (counts, wanted)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1x4"])
+@pytest.mark.parametrize("cls", [methods.Magnitude, methods.DCIL])
+def test_a_depthwise_kernel_has_no_input_axis_to_group(cls, pattern):
+    method = cls(0.5, pattern=pattern)
+    depthwise = Layout(outputs=(-2, -1), inputs=())
+    with pytest.raises(ValueError, match="needs an input axis"):
+        method.kept_counts([(3, 3, 8, 1)], [depthwise], 0.5, ["depthwise"])
