@@ -52,8 +52,11 @@ def lenet_5():
     )
 
 
-def resnet(depth: int, classes: int = 10):
-    """The residual net of arXiv 1512.03385 for CIFAR, of 6 n + 2 layers, with projections."""
+def resnet(depth: int, width: int = 16):
+    """The residual net of arXiv 1512.03385 for CIFAR-10, of 6 n + 2 layers, with projections.
+
+    `width` is the number of channels before the first halving of the image; the paper's is 16.
+    """
     blocks, rest = divmod(depth - 2, 6)
     if rest:
         raise ValueError(f"depth must be 6 n + 2. Received: {depth}")
@@ -63,14 +66,14 @@ def resnet(depth: int, classes: int = 10):
         return layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(x)
 
     inputs = keras.Input((32, 32, 3))
-    x = layers.ReLU()(convolved(inputs, 16, 3, 1))
-    for filters in (16, 32, 64):
+    x = layers.ReLU()(convolved(inputs, width, 3, 1))
+    for filters in (width, 2 * width, 4 * width):
         for block in range(blocks):
-            strides = 2 if filters > 16 and block == 0 else 1
+            strides = 2 if filters > width and block == 0 else 1
             y = layers.ReLU()(convolved(x, filters, 3, strides))
             y = convolved(y, filters, 3, 1)
             if strides > 1:
                 x = convolved(x, filters, 1, strides)
             x = layers.ReLU()(layers.Add()([x, y]))
     x = layers.GlobalAveragePooling2D()(x)
-    return keras.Model(inputs, layers.Dense(classes, "softmax")(x), name=f"resnet-{depth}")
+    return keras.Model(inputs, layers.Dense(10, "softmax")(x), name=f"resnet-{depth}")

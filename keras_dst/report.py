@@ -325,10 +325,8 @@ def _weights(model) -> list[_Weight]:
             owners.setdefault(id(variable), []).append(layer)
         for variable, mask in _masked(layer):
             masks[id(variable)] = mask
-        if isinstance(layer, SparseMixin):
+        if isinstance(layer, (SparseMixin, Gate)):
             ours.update(id(value) for value in layer.own_variables().values())
-        if isinstance(layer, Gate):
-            ours.update(id(variable) for variable in layer.variables)
     wrapper = unwrap(getattr(model, "optimizer", None))
     updated = {id(kernel) for kernel in wrapper.kernels} if wrapper is not None else set()
     found = []

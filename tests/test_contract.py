@@ -125,6 +125,7 @@ def test_target_log_second_fit_and_strip(method):
     slack = 0.01 if getattr(method[0], "grows", False) else 1e-6
     assert logged[-1] - 1e-6 <= check_target(model, method) <= logged[-1] + slack
     np.testing.assert_array_equal(model.predict(x, verbose=0), before)
+    assert not model.losses  # no penalty stays
     assert isinstance(model.optimizer, keras.optimizers.SGD)
     assert not any(type(z).__module__.startswith("keras_dst") for z in model._flatten_layers())
 

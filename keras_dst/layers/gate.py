@@ -163,6 +163,10 @@ class Gate(layers.Layer):
         for state in self.sparse_state.values():
             yield self._weight, state["mean" if self.dependent else "logit"], state
 
+    def own_variables(self) -> dict[str, Any]:
+        """As of a sparse layer: all, the gating module's too."""
+        return {variable.path: variable for variable in self.variables}
+
     def batch_mean(self, weight: SparseWeight, state: State):
         """Mean over the batch of the gates, of the forward pass that this is called after."""
         if not self.dependent:

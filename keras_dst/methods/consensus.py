@@ -15,7 +15,6 @@ up for what training missed of it.
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import keras
@@ -162,11 +161,11 @@ class Consensus(LayerMethod):
         for layer in layers:
             for _, variable, state in layer.masked_weights():
                 state["cost"].assign(self._cost(layer, variable, uses))
-            for own in layer.trainable_variables:  # from an earlier training
-                if isinstance(own.regularizer, _Penalties):
-                    own.regularizer = None
-        free = (v for layer in layers for v in layer.trainable_variables if v.regularizer is None)
-        for variable in itertools.islice(free, 1):
+        # On one of ours, which `strip` takes along.
+        own = [v for x in layers for v in x.own_variables().values() if v.trainable]
+        for variable in own:
+            variable.regularizer = None  # from an earlier training
+        for variable in own[:1]:
             variable.regularizer = _Penalties(self, layers)
 
     def _cost(self, layer, variable, uses) -> float:
