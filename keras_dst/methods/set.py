@@ -31,6 +31,10 @@ _FIRST = 4
 class SET(UpdateMethod):
     """Sparse from the first step on: drop the smallest weights, grow others at random.
 
+    The few weights that are left start as they were drawn for a dense net. Deep nets without
+    normalisation may therefore not begin to learn at extreme sparsities; put batch normalisation
+    after their layers, or take a method that starts dense.
+
     Args:
         sparsity: fraction of zeros, a number in [0, 1), all through training.
         allocation: densities of the layers: `"erk"` (default), `"uniform"` (the first weight stays
