@@ -93,18 +93,18 @@ class SET(UpdateMethod):
         if stop_step is not None and not (isinstance(stop_step, int) and stop_step > 0):
             raise ValueError(f"stop_step must be a whole number > 0. Received: {stop_step!r}")
         self.schedule = Constant(sparsity, begin_step=None if stop_step is None else 0)
-        self._check_common()
         name = type(self).__name__
-        if allocation == "global":
-            raise ValueError(
-                f"{name} fixes every layer's density before training, when there is nothing to "
-                "rank. Use allocation='erk', 'uniform' or a dict."
-            )
         if Pattern(pattern).n_of_m:
             raise ValueError(
                 f"{name} has no N:M form: dropping and growing would change the N of a group. "
                 f"Received: pattern={pattern!r}. Use Magnitude for N:M."
             )
+        if allocation == "global":
+            raise ValueError(
+                f"{name} fixes every layer's density before training, when there is nothing to "
+                "rank. Use allocation='erk', 'uniform' or a dict."
+            )
+        self._check_common()
 
     def span(self, total_steps):
         if self.stop_step is not None:

@@ -28,12 +28,12 @@ FIXED_BEFORE = (methods.SET, methods.RigL)
 
 def refusal(cls, pattern, allocation):
     """A part of the error for what no paper defines, nor any reading of it; None where it does."""
+    if cls in FIXED_BEFORE and pattern == "2:4":
+        return "has no N:M form"
     if cls in FIXED_BEFORE and allocation == "global":
         return "fixes every layer's density before training"
     if pattern == "2:4" and allocation not in ("global", "uniform"):
         return "fixes the sparsity of every weight"
-    if pattern == "2:4" and cls in FIXED_BEFORE:
-        return "has no N:M form"
     return None
 
 
