@@ -186,6 +186,16 @@ def _layouts(model, optimizer: SparseOptimizer) -> list[Layout]:
     ]
 
 
+@functools.lru_cache(maxsize=16)
+def _functions(method, layouts, shapes):
+    """A method's update and its counts of kept weights, compiled once for all trainings with it."""
+    update = compiled(lambda w, s, kept, when: method.update(w, s, layouts, kept, when))
+    kept = compiled(
+        lambda w, s: [ops.sum(ops.cast(method.mask(*x), "float32")) for x in zip(w, s, layouts)]
+    )
+    return update, kept
+
+
 class _Driver:
     """Updates the states of all the weights under one method, along its schedule."""
 
@@ -198,10 +208,7 @@ class _Driver:
         self.schedule = method.schedule
         self.total: int | None = None
         self.every = 0  # steps between updates; 0: not known yet
-        self._update = compiled(lambda w, s, kept, when: method.update(w, s, layouts, kept, when))
-        self._kept = compiled(
-            lambda w, s: [ops.sum(ops.cast(method.mask(*x), "float32")) for x in zip(w, s, layouts)]
-        )
+        self._update, self._kept = _functions(method, tuple(layouts), tuple(self.shapes))
         # How much an entry of every weight counts for the target; None: all alike.
         self.costs: list[float] | None = None
 
