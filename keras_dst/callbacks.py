@@ -179,7 +179,7 @@ def _layouts(model, optimizer: SparseOptimizer) -> list[Layout]:
         cls = sparse_class(type(layer))
         for weight in cls.sparse_weights() if cls else ():
             for name in (weight.slot, weight.name):
-                known[id(layer.__dict__.get(name))] = weight.layout
+                known[id(layer.__dict__.get(name))] = weight.layout_of(layer)
     return [
         known.get(id(kernel), layout)
         for kernel, layout in zip(optimizer.kernels, optimizer.layouts)
@@ -396,7 +396,7 @@ class _LayerDriver(_Driver):
             method,
             [variable for _, variable, _ in members],
             [state for _, _, state in members],
-            [weight.layout for weight, _, _ in members],
+            [layout for layout, _, _ in members],
             [variable.path for _, variable, _ in members],
         )
         costs = [method.weigh(state) for state in self.states]

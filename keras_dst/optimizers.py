@@ -62,7 +62,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         variables = list(variables)
         chosen = [i for i, v in enumerate(variables) if is_prunable(v)]
         paths = [variables[i].path for i in chosen]
-        selected = select([variables[i] for i in chosen], self.filters, paths)
+        selected = select([variables[i] for i in chosen], self.filters, [(path,) for path in paths])
         kernel_indices = [i for i, s in zip(chosen, selected) if s]
         if not kernel_indices:
             raise ValueError(

@@ -360,9 +360,9 @@ def uses_of(model) -> dict[int, tuple[int | None, str | None]]:
 def _masked(layer) -> Iterator[tuple]:
     """The masked weights of a layer: raw variable and mask."""
     if isinstance(layer, SparseMixin):
-        for weight, variable, state in layer.masked_weights():
+        for layout, variable, state in layer.masked_weights():
             w = ops.convert_to_tensor(variable)
-            yield variable, layer.sparsity.mask(w, state, weight.layout)
+            yield variable, layer.sparsity.mask(w, state, layout)
 
 
 def _innermost(owners: list) -> list:

@@ -10,7 +10,7 @@ Filters = str | Sequence[str] | Callable[[Any], bool] | None
 
 # A matrix that is no kernel: biases of attention heads, and what belongs to a mask of ours.
 _NOT_PRUNED = re.compile(
-    r"(^|_)(bias|beta|gamma|scale|threshold|scores?|anchor|alpha|control|lora_kernel_[ab])$"
+    r"(^|_)(bias|beta|gamma|scale|threshold|scores?|anchor|alpha|control|lora_\w+_[ab])$"
 )
 
 
@@ -28,14 +28,14 @@ def is_prunable(variable) -> bool:
     return bool(variable.trainable) and is_kernel(variable)
 
 
-def select(items: Sequence, filters: Filters, names: Sequence[str]) -> list[bool]:
+def select(items: Sequence, filters: Filters, names: Sequence[tuple[str, ...]]) -> list[bool]:
     """For every item, whether the filter selects it.
 
     Args:
         items: layers or variables, as the callable form of `filters` gets them.
         filters: None for all; a name or a regular expression, compared with the whole name; a
             list of them; or `callable(item) -> bool`.
-        names: the items' names.
+        names: for every item, the names it has, its own first.
 
     Raises:
         ValueError: when a name or expression selects nothing.
@@ -53,11 +53,11 @@ def select(items: Sequence, filters: Filters, names: Sequence[str]) -> list[bool
         )
     chosen = [False] * len(items)
     for pattern in patterns:
-        hits = [name == pattern or bool(_compile(pattern).fullmatch(name)) for name in names]
+        whole = _compile(pattern).fullmatch
+        hits = [any(name == pattern or whole(name) for name in own) for own in names]
         if not any(hits):
-            raise ValueError(
-                f"filters: {pattern!r} fits none of the names. Names: {', '.join(names)}"
-            )
+            own_names = ", ".join(own[0] for own in names)
+            raise ValueError(f"filters: {pattern!r} fits none of the names. Names: {own_names}")
         chosen = [a or b for a, b in zip(chosen, hits)]
     return chosen
 

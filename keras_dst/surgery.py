@@ -54,17 +54,20 @@ class SparsifyReport:
 def sparsify(model, method: LayerMethod, filters: Filters = None) -> SparsifyReport:
     """Make the layers of a model sparse, in place, as `model.quantize()` works.
 
-    Every supported layer (Dense, Conv1D/2D/3D, DepthwiseConv2D and subclasses of them), however
-    deep inside nested, subclassed or wrapping layers, becomes its sparse class. It keeps its
-    weights, its name and its place in the graph; a shared layer keeps one mask. A compiled model
+    Every supported layer becomes its sparse class, however deep inside nested, subclassed or
+    wrapping layers: dense, convolutional (also transposed, depthwise, separable), `EinsumDense` (so
+    attention), `Embedding`, the cells of recurrent layers, subclasses of them, and layers of your
+    own whose class names its weights in `prunable_weights`. It keeps its weights, its name and its
+    place in the graph; a shared layer keeps one mask. A compiled model
     stays compiled; an optimiser that has been built keeps its slots. A method with two paths gives
     every batch normalisation a second set of variables, whatever the filters.
 
     Args:
         model: a built Keras 3 model.
         method: a method whose mask is part of the forward pass, such as `methods.DST()`.
-        filters: which layers: None for all, a layer name, a regular expression for whole names, a
-            list of them, or `callable(layer) -> bool`.
+        filters: which layers: None for all; the name or path of a layer, or of one that it is
+            inside of, or a regular expression for these; a list of them; or
+            `callable(layer) -> bool`.
 
     Returns:
         A `SparsifyReport`: what was made sparse and what was skipped, with the reason.
@@ -81,7 +84,7 @@ def sparsify(model, method: LayerMethod, filters: Filters = None) -> SparsifyRep
     check_model(model)
     method = check_method(method)
     inner = [layer for layer in model._flatten_layers() if not _is_container(layer)]
-    names = [layer.name for layer in inner]
+    names = _names(model, inner)
     # Check before the first change, so that an error leaves the model as it was.
     if any(isinstance(layer, SparseMixin) for layer in inner):
         raise ValueError("The model is sparse already. Call keras_dst.strip(model) first.")
@@ -103,6 +106,7 @@ def sparsify(model, method: LayerMethod, filters: Filters = None) -> SparsifyRep
             report.skipped[layer.path or layer.name] = reason
     if not chosen:
         raise ValueError(f"There is nothing to make sparse in '{model.name}'.\n{report}")
+    _check_ties(chosen)
     for layer in chosen + norms:
         make_sparse(layer, method)
     _remember(model)
@@ -179,11 +183,26 @@ def graph_of(model):
     return graph if hasattr(graph, "_nodes_by_depth") else None
 
 
+def _names(model, inner) -> list[tuple[str, ...]]:
+    """What every layer can be called: its name, its path, and those of the layers around it."""
+    found = {id(layer): [layer.name, layer.path] for layer in inner}
+    for outer in model._flatten_layers(include_self=False):
+        for layer in outer._flatten_layers(include_self=False):
+            if id(layer) in found:
+                found[id(layer)] += [outer.name, outer.path]
+    return [tuple(name for name in found[id(layer)] if name) for layer in inner]
+
+
 def _exempt(model, method, filters) -> dict[int, str]:
     """Layers that the method must not touch, by their id, and why."""
     gates = [x for x in model._flatten_layers() if isinstance(x, Gate)]
     inside = [x for gate in gates for x in gate._flatten_layers(include_self=False)]
     exempt = {id(x): "it is the gating module of a Gate" for x in inside}
+    for layer in model._flatten_layers():
+        if isinstance(layer, keras.layers.SpectralNormalization):
+            reason = "SpectralNormalization divides the kernel by its norm without the mask; "
+            reason += "prune it with SparseOptimizer"
+            exempt[id(layer)] = exempt[id(layer.layer)] = reason
     if not method.prunes_units:
         return exempt
     if graph_of(model) is None and filters is None:
@@ -252,14 +271,44 @@ def _unsupported(layer, method) -> str | None:
     if not layer.built:
         return "the layer is not built"
     if getattr(layer, "quantization_mode", None):
-        return "the layer is quantised; strip, then quantise"
+        return "the layer is quantised; make it sparse, strip, then quantise"
+    if getattr(layer, "lora_enabled", False):
+        return "LoRA is enabled; save and load the model, which merges it, then make it sparse"
+    if method.prunes_units and not cls.has_units():
+        return f"{type(method).__name__} prunes whole units, which {type(layer).__name__} has not"
     for weight in cls.sparse_weights():
-        variable = layer.__dict__.get(weight.slot, layer.__dict__.get(weight.name))
+        variable = _variable(layer, weight)
+        if variable is None:
+            continue
         try:
-            masks.Pattern(method.pattern).block(variable.shape, weight.layout)
+            masks.Pattern(method.pattern).block(variable.shape, weight.layout_of(layer))
         except ValueError as error:
             return str(error)
     return None
+
+
+def _variable(layer, weight):
+    """A weight of a layer that is not sparse yet."""
+    return layer.__dict__.get(weight.slot, layer.__dict__.get(weight.name))
+
+
+def _check_ties(layers) -> None:
+    """Raise where two layers hold one weight, which can have but one mask."""
+    owners: dict[int, str] = {}
+    for layer in layers:
+        cls = sparse_class(type(layer))
+        for weight in cls.sparse_weights() if cls else ():
+            variable = _variable(layer, weight)
+            if variable is None:
+                continue
+            if id(variable) in owners:
+                raise ValueError(
+                    f"'{layer.name}' and '{owners[id(variable)]}' hold the same weight "
+                    f"'{variable.path}', which can have but one mask. Call one layer twice, read "
+                    "the weight from the other layer where it is used, or prune it with "
+                    "SparseOptimizer."
+                )
+            owners[id(variable)] = layer.name
 
 
 def _carries_its_layers(layer) -> bool:

@@ -115,11 +115,72 @@ def functional_with_block():
     return keras.Model(inputs, layers.Dense(2, activation="softmax")(MyDense(8)(x)))
 
 
-MODELS = {f.__name__: f for f in (sequential, residual, nested, subclassed, functional_with_block)}
+@keras.saving.register_keras_serializable("tests")
+class Mixer(layers.Layer):
+    """A user's own layer, which declares what of it can be pruned."""
+
+    prunable_weights = ("mix",)
+
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+
+    def build(self, shape):
+        self.mix = self.add_weight(name="mix", shape=(shape[-1], self.units))
+
+    def call(self, x):
+        return keras.ops.relu(keras.ops.matmul(x, self.mix))
+
+    def compute_output_shape(self, shape):
+        return (*shape[:-1], self.units)
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
+
+
+def convolutions():
+    inputs = keras.Input((8, 8, 3))
+    x = layers.SeparableConv2D(8, 3, padding="same", activation="relu")(inputs)
+    x = layers.Conv2DTranspose(6, 3, strides=2, padding="same", activation="relu")(x)
+    x = layers.Reshape((32, 48))(x)
+    x = layers.DepthwiseConv1D(3)(x)
+    x = layers.SeparableConv1D(8, 3, activation="relu")(x)
+    x = layers.Conv1DTranspose(4, 3, activation="relu")(x)
+    x = layers.GlobalAveragePooling1D()(x)
+    return keras.Model(inputs, layers.Dense(2, activation="softmax")(x))
+
+
+def attention():
+    """Words, attention of both kinds, and a layer of the user's own."""
+    inputs = keras.Input((8, 8, 3))
+    words = keras.ops.cast(keras.ops.clip(layers.Reshape((24, 8))(inputs) * 4 + 8, 0, 15), "int32")
+    x = layers.Embedding(16, 4)(words[:, :, 0]) + layers.Embedding(16, 4)(words[:, :, 1])
+    x = layers.MultiHeadAttention(2, 3)(x, x) + x
+    x = layers.GroupQueryAttention(3, 4, 2)(x, x) + x
+    x = layers.EinsumDense("abc,cd->abd", (None, 6), activation="relu", bias_axes="d")(x)
+    x = layers.GlobalAveragePooling1D()(Mixer(8)(x))
+    return keras.Model(inputs, layers.Dense(2, activation="softmax")(x))
+
+
+def recurrent():
+    inputs = keras.Input((8, 8, 3))
+    x = layers.ConvLSTM1D(3, 3, padding="same", return_sequences=True)(inputs)
+    x = layers.TimeDistributed(layers.Dense(6, "relu"))(layers.Reshape((8, 24))(x))
+    x = layers.Bidirectional(layers.LSTM(4, return_sequences=True))(x)
+    x = layers.GRU(6, return_sequences=True)(x)
+    x = layers.SimpleRNN(6)(x)
+    return keras.Model(inputs, layers.Dense(2, activation="softmax")(x))
+
+
+KINDS = (sequential, residual, nested, subclassed, functional_with_block)
+KINDS += (convolutions, attention, recurrent)
+MODELS = {f.__name__: f for f in KINDS}
 
 
 def compiled(model, optimizer=None, **kwargs):
-    """The model, compiled for `data`."""
+    """The model, compiled for `data`; by XLA on JAX alone, as it takes its time."""
+    if keras.backend.backend() == "tensorflow":
+        kwargs.setdefault("jit_compile", False)
     model.compile(
         optimizer or keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy", **kwargs
     )

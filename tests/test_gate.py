@@ -69,7 +69,7 @@ def test_values_and_gradients_of_a_logit():
 
     def gated(logit):
         own = {**state, "logit": logit}
-        z = gate.sparsity.gate(own, gate._weight.layout)
+        z = gate.sparsity.gate(own, gate._layout)
         return ops.sum(z[:, None] * ops.convert_to_tensor(inputs), axis=(0, 2))
 
     upstream = np.float32([1.0, 2.0, -3.0])

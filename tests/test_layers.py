@@ -10,13 +10,44 @@ from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import DST, Magnitude
 from tests import models
 
-# layer: (arguments, input shape, shape of the thresholds per unit)
+# layer: (arguments, input shape, shapes of the thresholds per unit, by weight)
 LAYERS = {
-    "SparseDense": ({"units": 6}, (5,), (6,)),
-    "SparseConv1D": ({"filters": 6, "kernel_size": 3}, (8, 4), (6,)),
-    "SparseConv2D": ({"filters": 6, "kernel_size": 3, "groups": 2}, (8, 8, 4), (6,)),
-    "SparseConv3D": ({"filters": 6, "kernel_size": 2}, (4, 4, 4, 3), (6,)),
-    "SparseDepthwiseConv2D": ({"kernel_size": 3, "depth_multiplier": 2}, (8, 8, 3), (3, 2)),
+    "SparseDense": ({"units": 6}, (5,), {"kernel": (6,)}),
+    "SparseEinsumDense": (
+        {"equation": "abc,cde->abde", "output_shape": (None, 2, 3), "bias_axes": "de"},
+        (5, 4),
+        {"kernel": (2, 3)},
+    ),
+    "SparseEmbedding": ({"input_dim": 9, "output_dim": 4}, (5,), {"embeddings": (4,)}),
+    "SparseConv1D": ({"filters": 6, "kernel_size": 3}, (8, 4), {"kernel": (6,)}),
+    "SparseConv2D": ({"filters": 6, "kernel_size": 3, "groups": 2}, (8, 8, 4), {"kernel": (6,)}),
+    "SparseConv3D": ({"filters": 6, "kernel_size": 2}, (4, 4, 4, 3), {"kernel": (6,)}),
+    "SparseConv1DTranspose": ({"filters": 6, "kernel_size": 3}, (8, 4), {"kernel": (6, 1)}),
+    "SparseConv2DTranspose": ({"filters": 6, "kernel_size": 3}, (8, 8, 4), {"kernel": (6, 1)}),
+    "SparseConv3DTranspose": ({"filters": 6, "kernel_size": 2}, (4, 4, 4, 3), {"kernel": (6, 1)}),
+    "SparseDepthwiseConv1D": (
+        {"kernel_size": 3, "depth_multiplier": 2},
+        (8, 3),
+        {"kernel": (3, 2)},
+    ),
+    "SparseDepthwiseConv2D": (
+        {"kernel_size": 3, "depth_multiplier": 2},
+        (8, 8, 3),
+        {"kernel": (3, 2)},
+    ),
+    "SparseSeparableConv1D": (
+        {"filters": 6, "kernel_size": 3},
+        (8, 4),
+        {"depthwise_kernel": (4, 1), "pointwise_kernel": (6,)},
+    ),
+    "SparseSeparableConv2D": (
+        {"filters": 6, "kernel_size": 3},
+        (8, 8, 4),
+        {"depthwise_kernel": (4, 1), "pointwise_kernel": (6,)},
+    ),
+    "SparseSimpleRNNCell": ({"units": 6}, (5, 4), {"kernel": (6,), "recurrent_kernel": (6,)}),
+    "SparseLSTMCell": ({"units": 6}, (5, 4), {"kernel": (24,), "recurrent_kernel": (24,)}),
+    "SparseGRUCell": ({"units": 6}, (5, 4), {"kernel": (18,), "recurrent_kernel": (18,)}),
 }
 
 
@@ -25,31 +56,42 @@ def case(request):
     arguments, shape, thresholds = LAYERS[request.param]
     cls = getattr(layers, request.param)
     x = np.random.default_rng(0).standard_normal((2, *shape)).astype("float32")
+    if "Embedding" in request.param:
+        x = np.abs(x * 3).astype("int32")
     return cls, arguments, x, thresholds
+
+
+def run(layer, x):
+    if "Cell" in type(layer).__name__:
+        layer = keras.layers.RNN(layer)
+    return keras.ops.convert_to_numpy(layer(x))
 
 
 def test_every_layer_equals_its_stock_layer_and_masks_by_its_thresholds(case):
     cls, arguments, x, thresholds = case
     keras.utils.set_random_seed(0)
     sparse = cls(**arguments, sparsity=DST())
-    y = keras.ops.convert_to_numpy(sparse(x))
+    y = run(sparse, x)
     stock = cls.stock(**arguments)
-    stock.build(x.shape)
-    weights = [v.numpy() for v in sparse.variables if "threshold" not in v.path]
-    stock.set_weights(weights)
-    np.testing.assert_array_equal(y, keras.ops.convert_to_numpy(stock(x)))
+    run(stock, x)
+    own = {id(v) for v in sparse.own_variables().values()}
+    for variable, source in zip(stock.weights, [v for v in sparse.weights if id(v) not in own]):
+        variable.assign(source.numpy())
+    np.testing.assert_array_equal(y, run(stock, x))
 
-    threshold = sparse.sparse_state["kernel"]["threshold"]
-    assert threshold.shape == thresholds
-    values = np.random.default_rng(1).uniform(0, 0.2, thresholds).astype("float32")
-    threshold.assign(values)
-    masked = weights[0] * (np.abs(weights[0]) > values)
-    assert 0 < np.mean(masked == 0) < 1
-    np.testing.assert_array_equal(keras.ops.convert_to_numpy(sparse.kernel), masked)
-    stock.set_weights([masked, *weights[1:]])
-    np.testing.assert_array_equal(
-        keras.ops.convert_to_numpy(sparse(x)), keras.ops.convert_to_numpy(stock(x))
-    )
+    assert list(sparse.sparse_state) == list(thresholds)
+    for name, shape in thresholds.items():
+        threshold = sparse.sparse_state[name]["threshold"]
+        assert threshold.shape == shape
+        weight = getattr(stock, name).numpy()
+        drawn = np.random.default_rng(1).uniform(0, 1, shape) * np.abs(weight).max() / 2
+        values = drawn.astype("float32")
+        threshold.assign(values)
+        masked = weight * (np.abs(weight) > values)
+        assert 0 < np.mean(masked == 0) < 1
+        np.testing.assert_array_equal(keras.ops.convert_to_numpy(getattr(sparse, name)), masked)
+        getattr(stock, name).assign(masked)
+    np.testing.assert_array_equal(run(sparse, x), run(stock, x))
 
 
 def test_config_round_trip(case):

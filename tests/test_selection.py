@@ -42,7 +42,7 @@ def test_kernels_are_prunable_while_they_are_trained(name, shape, options, kerne
     assert is_prunable(variable) is (kernel and options.get("trainable", True))
 
 
-NAMES = ["conv_1", "conv_2", "conv_2_extra", "head"]
+NAMES = [("conv_1", "stem/conv_1"), ("conv_2",), ("conv_2_extra",), ("head",)]
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,7 @@ NAMES = ["conv_1", "conv_2", "conv_2_extra", "head"]
         (("head", r"conv_\d"), [1, 1, 0, 1]),
         (["head", "head"], [0, 0, 0, 1]),
         ([], [0, 0, 0, 0]),
+        ("stem/.*", [1, 0, 0, 0]),  # any of the names
         (len, [0, 1, 1, 0]),  # a callable gets the item itself
     ],
 )

@@ -78,7 +78,7 @@ def test_keras_file_round_trip(model, tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(models.predict(loaded, x), expected)
-    for a, b in zip(model.variables, loaded.variables):  # the weights under the mask as well
+    for a, b in zip(model.weights, loaded.weights):  # those under the mask as well
         np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
     assert len(layers_of(loaded)) == len(layers_of(model))
     assert {repr(layer.sparsity) for layer in layers_of(loaded)} == {repr(DST(0.5))}
@@ -124,7 +124,7 @@ def test_a_stripped_file_has_no_trace_of_keras_dst(model, tmp_path):
     import zipfile
 
     keras_dst.sparsify(model, DST())
-    models.compiled(model).fit(x, y, verbose=0)
+    models.compiled(model).optimizer.build(model.trainable_variables)
     keras_dst.strip(model).save(tmp_path / "model.keras")
     with zipfile.ZipFile(tmp_path / "model.keras") as archive:
         assert "keras_dst" not in archive.read("config.json").decode()
@@ -176,20 +176,107 @@ def test_filters(filters, expected):
 
 
 def test_the_report_says_what_was_skipped_and_why():
+    class Undeclared(models.Mixer):
+        prunable_weights = ()
+
     model = keras.Sequential(
         [
-            keras.Input((8, 8, 3)),
-            keras.layers.Conv2DTranspose(4, 3),
+            keras.Input((12, 12, 3)),
             keras.layers.DepthwiseConv2D(3),
+            keras.layers.SpectralNormalization(keras.layers.Conv2D(4, 3)),
+            keras.layers.Dense(4, name="tuned"),
+            keras.layers.Dense(4, name="quantised"),
+            Undeclared(4),
+            keras.layers.Conv2D(8, 3, name="other"),
             keras.layers.Conv2D(8, 3),
         ]
     )
-    report = keras_dst.sparsify(model, DST(pattern="1x4"))
-    assert len(report.sparse) == 1
-    reasons = list(report.skipped.values())
-    assert reasons[0] == "Conv2DTranspose is not supported"
-    assert "needs an input axis" in reasons[1]
-    assert "skipped" in str(report)
+    model.get_layer("tuned").enable_lora(2)
+    model.get_layer("quantised").quantize("int8")
+    report = keras_dst.sparsify(
+        model, DST(pattern="1x4"), filters=lambda layer: layer.name != "other"
+    )
+    assert report.sparse == [model.layers[-1].path]
+    parts = [
+        "needs an input axis",
+        "prune it with SparseOptimizer",
+        "LoRA",
+        "quantised",
+        "Undeclared is not supported",
+        "not selected by filters",
+    ]
+    assert len(report.skipped) == len(parts)
+    for reason, part in zip(report.skipped.values(), parts):
+        assert part in reason
+        assert reason in str(report)
+
+
+def test_filters_name_layers_or_those_around_them():
+    model = models.recurrent()
+    names = [layer.name for layer in model.layers]
+    bidirectional = next(name for name in names if "bidirectional" in name)
+    report = keras_dst.sparsify(model, DST(), filters=bidirectional)
+    assert len(report.sparse) == 2
+    assert all("lstm_cell" in path for path in report.sparse)
+    keras_dst.strip(model)
+    assert keras_dst.sparsify(model, DST(), filters=report.sparse[1]).sparse == report.sparse[1:]
+
+
+def test_one_weight_has_one_mask():
+    class Tied(models.Mixer):
+        def build(self, shape):
+            self.mix = first.mix
+
+    first = models.Mixer(8)
+    model = keras.Sequential([keras.Input((8,)), first, Tied(8)])
+    with pytest.raises(ValueError, match="hold the same weight"):
+        keras_dst.sparsify(model, DST())
+    assert not is_sparse(model)
+
+
+def test_a_table_that_is_read_both_ways_has_one_mask(tmp_path):
+    if not hasattr(keras.layers, "ReversibleEmbedding"):
+        pytest.skip("this Keras has no ReversibleEmbedding")
+    for tied in (True, False):
+        table = keras.layers.ReversibleEmbedding(16, 8, tie_weights=tied)
+        tokens = keras.Input((4,), dtype="int32")
+        model = keras.Model(tokens, table(keras.layers.Dense(8)(table(tokens)), reverse=True))
+        keras_dst.sparsify(model, DST())
+        prune_somewhat(model)
+        data = np.arange(12).reshape(3, 4)
+        expected = models.predict(model, data)
+        model.save(tmp_path / "model.keras")
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+        np.testing.assert_array_equal(models.predict(loaded, data), expected)
+        keras_dst.strip(model)
+        np.testing.assert_array_equal(models.predict(model, data), expected)
+        weights = [w for w in table.weights if len(w.shape) == 2]
+        assert len(weights) == (1 if tied else 2)
+        assert all(0.4 < np.mean(w.numpy() == 0) < 0.6 for w in weights)
+
+
+def test_lora_does_not_go_with_a_mask():
+    model = models.sequential()
+    keras_dst.sparsify(model, DST())
+    before = models.predict(model, x)
+    with pytest.raises(ValueError, match=r"strip\(model\) first"):
+        model.layers[-1].enable_lora(2)
+    np.testing.assert_array_equal(models.predict(model, x), before)
+
+
+def test_zeros_survive_quantisation():
+    model = models.sequential()
+    keras_dst.sparsify(model, DST())
+    prune_somewhat(model)
+    dense = model.layers[-1]
+    with pytest.raises(NotImplementedError, match="SparseDense"):  # Model.quantize warns of it
+        dense.quantize("int8")
+    keras_dst.strip(model)
+    zeros = dense.kernel.numpy() == 0
+    dense.quantize("int8")
+    assert dense._kernel.dtype == "int8"
+    assert np.all(dense._kernel.numpy()[zeros] == 0)
+    assert 0.3 < zeros.mean() < 0.7
 
 
 class TestErrors:

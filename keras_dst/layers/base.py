@@ -23,7 +23,7 @@ class SparseWeight:
     """Attribute of a sparse layer: reading gives the masked tensor, writing stores the variable.
 
     The raw variable is kept in the attribute's name with an underscore before it, where Keras's
-    Dense, Conv and EinsumDense have it as well; what they make of it (LoRA) comes before the mask.
+    Dense, Conv, EinsumDense and Embedding have it as well.
     """
 
     def __init__(self, layout: Layout = KERNEL):
@@ -36,6 +36,10 @@ class SparseWeight:
         """The variable under the mask, or None before the layer is built."""
         return layer.__dict__.get(self.slot)
 
+    def layout_of(self, layer) -> Layout:
+        """Axes of this weight in a layer."""
+        return self.layout
+
     def __get__(self, layer, owner=None):
         if layer is None:
             return self
@@ -45,7 +49,7 @@ class SparseWeight:
         state = layer.__dict__.get("sparse_state", {}).get(self.name)
         if state is None:
             return value
-        masked = layer.sparsity.apply(ops.convert_to_tensor(value), state, self.layout)
+        masked = layer.sparsity.apply(ops.convert_to_tensor(value), state, self.layout_of(layer))
         return ops.cast(masked, layer.compute_dtype)
 
     def __set__(self, layer, value):
@@ -65,9 +69,22 @@ class SparseBias(SparseWeight):
         state = layer.__dict__.get("sparse_state", {}).get("kernel")
         if bias is None or state is None or not layer.sparsity.prunes_units:
             return bias
-        units = ops.reshape(layer.sparsity.gate(state, type(layer).kernel.layout), (-1,))
+        units = ops.reshape(layer.sparsity.gate(state, type(layer).kernel.layout_of(layer)), (-1,))
         bias = ops.convert_to_tensor(bias)
         return ops.cast(bias * ops.cast(units, bias.dtype), layer.compute_dtype)
+
+
+class EinsumWeight(SparseWeight):
+    """The kernel of an `EinsumDense`, whose equation tells what its axes are."""
+
+    def layout_of(self, layer):
+        operands, output = layer.equation.replace(" ", "").split("->")
+        inputs, kernel = operands.split(",")
+        axes = range(-len(kernel), 0)
+        return Layout(
+            outputs=tuple(a for a in axes if kernel[a] in output and kernel[a] not in inputs),
+            inputs=tuple(a for a in axes if kernel[a] not in output),
+        )
 
 
 class SparseMixin(_Layer):
@@ -110,15 +127,20 @@ class SparseMixin(_Layer):
         """The weights of this class that take a mask."""
         return [w for w in cls._masked_attributes() if not isinstance(w, SparseBias)]
 
-    def masked_weights(self) -> Iterator[tuple[SparseWeight, Any, State]]:
-        """Every weight that has a mask: its attribute, its raw variable, its state."""
+    @classmethod
+    def has_units(cls) -> bool:
+        """Whether output units can be pruned whole, with their bias."""
+        return any(isinstance(weight, SparseBias) for weight in cls._masked_attributes())
+
+    def masked_weights(self) -> Iterator[tuple[Layout, Any, State]]:
+        """Every weight that has a mask: its axes, its raw variable, its state."""
         for weight in self.sparse_weights():
             if weight.name in self.sparse_state:
-                yield weight, weight.raw(self), self.sparse_state[weight.name]
+                yield weight.layout_of(self), weight.raw(self), self.sparse_state[weight.name]
 
-    def batch_mean(self, weight: SparseWeight, state: State):
+    def batch_mean(self, layout: Layout, state: State):
         """Mean over the batch of the gates of a weight; they are the same for every input."""
-        return self.sparsity.gate(state, weight.layout)
+        return self.sparsity.gate(state, layout)
 
     # What Keras calls once a layer is built, whatever the signature of its `build`. So the state
     # comes after all stock weights, as it does in a layer that was built before it was made
@@ -138,7 +160,7 @@ class SparseMixin(_Layer):
             variable._autocast = False
             with self._unlocked():
                 self.sparse_state[weight.name] = self.sparsity.build(
-                    self, weight.name, variable, weight.layout
+                    self, weight.name, variable, weight.layout_of(self)
                 )
         if self.sparse_state:
             require_driver(self)
@@ -154,9 +176,9 @@ class SparseMixin(_Layer):
 
     def release(self) -> None:
         """Bake the masks into the weights as exact zeros and become the stock layer again."""
-        for weight, variable, state in self.masked_weights():
+        for layout, variable, state in self.masked_weights():
             w = ops.convert_to_tensor(variable)
-            mask = self.sparsity.mask(w, state, weight.layout)
+            mask = self.sparsity.mask(w, state, layout)
             variable.assign(ops.where(mask, w, ops.zeros_like(w)))
             variable._autocast = True
         for weight in self._masked_attributes():
@@ -174,6 +196,11 @@ class SparseMixin(_Layer):
                 self.__dict__[weight.name] = self.__dict__.pop(weight.slot)
         del self.__dict__["sparsity"], self.__dict__["sparse_state"]
         self.__class__ = self.stock
+
+    def enable_lora(self, *args, **kwargs):
+        raise ValueError(
+            f"'{self.name}' is sparse: call keras_dst.strip(model) first, then enable_lora."
+        )
 
     # -- saving ----------------------------------------------------------------------------------
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import keras
 from keras import layers
 
-from keras_dst.layers.base import SparseMixin, check_method
+from keras_dst.layers.base import SparseMixin, SparseWeight, check_method
 from keras_dst.layers.normalization import SparseBatchNormalization
-from keras_dst.layers.stock import (
-    SparseConv1D,
-    SparseConv2D,
-    SparseConv3D,
-    SparseDense,
-    SparseDepthwiseConv2D,
-)
+from keras_dst.layers.stock import STOCK_LAYERS
+from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods.base import LayerMethod
 
 if TYPE_CHECKING:
@@ -24,19 +20,18 @@ if TYPE_CHECKING:
 else:
     _Layer = object
 
-SPARSE_LAYERS: tuple[type[SparseMixin], ...] = (
-    SparseDense,
-    SparseConv1D,
-    SparseConv2D,
-    SparseConv3D,
-    SparseDepthwiseConv2D,
-    SparseBatchNormalization,
-)
+SPARSE_LAYERS: tuple[type[SparseMixin], ...] = (*STOCK_LAYERS, SparseBatchNormalization)
 
 
 @keras.saving.register_keras_serializable("keras_dst")
 class SparseSubclass(SparseMixin):
-    """A user's subclass of a supported layer, made sparse; a file names the user's class."""
+    """A user's layer, made sparse; a file names the user's class.
+
+    It is a subclass of a supported layer, or declares what of it can be pruned:
+
+        class Mixer(keras.layers.Layer):
+            prunable_weights = ("mix",)  # or {"mix": keras_dst.masks.Layout(outputs=(-2,), ...)}
+    """
 
     def get_config(self):
         return {**super().get_config(), "stock_class": _name_of(self.stock)}
@@ -94,13 +89,20 @@ class SparseComposite(_Layer):
 
 
 def sparse_class(stock: type) -> type[SparseMixin] | None:
-    """The sparse class of a layer class: ours, or one made for a subclass of a supported layer."""
+    """The sparse class of a layer class: ours, or one made for a class of the user's own."""
     for cls in SPARSE_LAYERS:
         if stock is cls.stock:
             return cls
-        if issubclass(stock, cls.stock):
-            return _derive((SparseSubclass, cls, stock))
-    return None
+    ours = next((cls for cls in SPARSE_LAYERS if issubclass(stock, cls.stock)), None)
+    if ours is None and not _declared(stock):
+        return None
+    return _derive((SparseSubclass, *([ours] if ours else []), stock))
+
+
+def _declared(stock: type) -> dict[str, Layout]:
+    """The weights that a user's layer class declares as prunable, and their axes."""
+    weights = getattr(stock, "prunable_weights", ())
+    return dict(weights) if isinstance(weights, Mapping) else dict.fromkeys(weights, KERNEL)
 
 
 def composite_class(stock: type) -> type:
@@ -112,7 +114,9 @@ def composite_class(stock: type) -> type:
 def _derive(bases: tuple[type, ...]) -> type:
     # One class per stock class, so that two layers of a class stay of one class. All of them are
     # saved under the name of the base, whose `from_config` finds the user's class.
-    derived = type(f"Sparse{bases[-1].__name__}", bases, {"stock": bases[-1]})
+    stock = bases[-1]
+    weights = {name: SparseWeight(layout) for name, layout in _declared(stock).items()}
+    derived = type(f"Sparse{stock.__name__}", bases, {"stock": stock, **weights})
     return keras.saving.register_keras_serializable("keras_dst", bases[0].__name__)(derived)
 
 
@@ -125,13 +129,19 @@ def _stock_instance(config: dict, ours: tuple[str, ...]) -> tuple[Any, dict]:
     config = dict(config)
     own = {name: config.pop(name) for name in ours}
     name = config.pop("stock_class")
-    stock = keras.saving.get_registered_object(name) or getattr(layers, name, None)
+    stock: Any = keras.saving.get_registered_object(name) or _of_keras(name)
     if stock is None:
         raise TypeError(
             f"The file holds a sparse layer made from the class {name!r}, which is not known here. "
             "Import it, and decorate it with `@keras.saving.register_keras_serializable()`."
         )
     return stock.from_config(config), own
+
+
+def _of_keras(name: str) -> type | None:
+    """Keras's own layer of a class name, which it may export under another."""
+    found = (x for x in vars(layers).values() if isinstance(x, type) and x.__name__ == name)
+    return next(found, None)
 
 
 def make_sparse(layer, method: LayerMethod) -> None:

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from keras_dst.layers.base import SparseWeight, check_method, require_driver
+from keras_dst.layers.base import check_method, require_driver
 from keras_dst.masks import Layout
 from keras_dst.methods.base import State
 from keras_dst.methods.consensus import Consensus, binary
@@ -85,7 +85,7 @@ class Gate(layers.Layer):
         # Past Keras's tracking, as in SparseMixin.
         self.__dict__["sparse_state"] = {}
         # Of a unit that has but one weight; a branch has no units of which one must stay open.
-        self._weight = SparseWeight(Layout((-1,) if structure == "channel" else (), ()))
+        self._layout = Layout((-1,) if structure == "channel" else (), ())
 
     def build(self, x_shape, context_shape=None):
         channels = self.structure == "channel"
@@ -133,7 +133,7 @@ class Gate(layers.Layer):
     def call(self, x, context=None, training=False):
         state = self.sparse_state["gate"]
         if not self.dependent:
-            z = self.sparsity.gate(state, self._weight.layout)
+            z = self.sparsity.gate(state, self._layout)
         elif training and self.trainable:
             z = self._module(x if context is None else context)
             mean = ops.reshape(ops.mean(z, axis=0), state["mean"].shape)
@@ -156,21 +156,21 @@ class Gate(layers.Layer):
 
     def is_open(self):
         """Which gates are open in inference, boolean."""
-        return self.sparsity.is_open(self.sparse_state["gate"], self._weight.layout)
+        return self.sparsity.is_open(self.sparse_state["gate"], self._layout)
 
-    def masked_weights(self) -> Iterator[tuple[SparseWeight, Any, State]]:
+    def masked_weights(self) -> Iterator[tuple[Layout, Any, State]]:
         """As of a sparse layer; the gates count as its weights."""
         for state in self.sparse_state.values():
-            yield self._weight, state["mean" if self.dependent else "logit"], state
+            yield self._layout, state["mean" if self.dependent else "logit"], state
 
     def own_variables(self) -> dict[str, Any]:
         """As of a sparse layer: all, the gating module's too."""
         return {variable.path: variable for variable in self.variables}
 
-    def batch_mean(self, weight: SparseWeight, state: State):
+    def batch_mean(self, layout: Layout, state: State):
         """Mean over the batch of the gates, of the forward pass that this is called after."""
         if not self.dependent:
-            return self.sparsity.gate(state, weight.layout)
+            return self.sparsity.gate(state, layout)
         mean = self.__dict__.pop("_batch_mean", None)
         return ops.cast(self.is_open(), "float32") if mean is None else mean
 

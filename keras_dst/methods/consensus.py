@@ -234,8 +234,8 @@ class _Penalties(keras.regularizers.Regularizer):
     def __call__(self, x):
         means, costs = [], []
         for layer in self.layers:
-            for weight, variable, state in layer.masked_weights():
-                mean = ops.reshape(layer.batch_mean(weight, state), (-1,))
+            for layout, variable, state in layer.masked_weights():
+                mean = ops.reshape(layer.batch_mean(layout, state), (-1,))
                 each = math.prod(variable.shape) / math.prod(mean.shape)
                 means.append(mean)
                 costs.append(ops.convert_to_tensor(state["cost"]) * each + ops.zeros_like(mean))

@@ -177,7 +177,7 @@ def test_batch_norm_inside_a_layer(tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert len(model.variables) == len(loaded.variables)
-    for a, b in zip(model.variables, loaded.variables):
+    for a, b in zip(model.weights, loaded.weights):
         np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
 
 
@@ -420,7 +420,7 @@ def test_every_kind_of_model(kind, tmp_path):
     expected = models.predict(model, x)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    for a, b in zip(model.variables, loaded.variables):
+    for a, b in zip(model.weights, loaded.weights):
         np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
     for copy in (model, loaded):
         np.testing.assert_array_equal(models.predict(keras_dst.strip(copy), x), expected)
