@@ -199,6 +199,7 @@ def test_the_report_says_what_was_skipped_and_why():
     assert report.sparse == [model.layers[-1].path]
     parts = [
         "needs an input axis",
+        "prune it with SparseOptimizer",  # the wrapper, which holds the kernel too
         "prune it with SparseOptimizer",
         "LoRA",
         "quantised",
