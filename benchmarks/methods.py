@@ -82,8 +82,7 @@ class Augmented(keras.utils.PyDataset):
 
     def __init__(self, x, y, seed):
         super().__init__()
-        self.padded = np.pad(x, ((0, 0), (4, 4), (4, 4), (0, 0)))
-        self.y, self.rng, self.size = y, np.random.default_rng(seed), x.shape[1]
+        self.x, self.y, self.rng = x, y, np.random.default_rng(seed)
         self.order = self.rng.permutation(len(y))
 
     def __len__(self):
@@ -91,8 +90,9 @@ class Augmented(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         chosen = self.order[index * BATCH : (index + 1) * BATCH]
-        rows, columns = self.rng.integers(0, 9, (2, BATCH, 1)) + np.arange(self.size)
-        x = self.padded[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
+        padded = np.pad(self.x[chosen], ((0, 0), (4, 4), (4, 4), (0, 0)))
+        rows, columns = self.rng.integers(0, 9, (2, BATCH, 1)) + np.arange(self.x.shape[1])
+        x = padded[np.arange(BATCH)[:, None, None], rows[:, :, None], columns[:, None, :]]
         flipped = self.rng.random(BATCH) < 0.5
         x[flipped] = x[flipped, :, ::-1]
         return x, self.y[chosen]
