@@ -409,7 +409,7 @@ class _LayerDriver(_Driver):
         optimizer = self.optimizer
         while hasattr(optimizer, "inner_optimizer"):
             optimizer = optimizer.inner_optimizer
-        return int(optimizer.iterations) * (optimizer.gradient_accumulation_steps or 1)
+        return _int(optimizer.iterations) * (optimizer.gradient_accumulation_steps or 1)
 
     def read_progress(self):
         step, counter, total = (int(n) for n in self.states[0]["progress"].numpy())
@@ -468,12 +468,12 @@ class _OptimizerDriver(_Driver):
         )
 
     def begin(self, length, fit, epoch):
-        if length and not int(self.optimizer.step):
+        if length and not _int(self.optimizer.step):
             self.optimizer.expect(length)
         super().begin(length, fit, epoch)
 
     def read_progress(self):
-        return int(self.optimizer.step), int(self.optimizer.total)
+        return _int(self.optimizer.step), _int(self.optimizer.total)
 
     def write_progress(self, step, total):
         self.optimizer.step.assign(step)
@@ -485,3 +485,7 @@ class _OptimizerDriver(_Driver):
     def drive(self, driven):
         super().drive(driven)
         self.optimizer.driven = driven
+
+
+def _int(counter) -> int:
+    return int(ops.cast(counter, "int32"))  # a variable with replicas has no `__int__`
