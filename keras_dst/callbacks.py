@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_dst.compiled import compiled, give_back_state
+from keras_dst.devices import beside
 from keras_dst.layers import Gate, SparseMixin, sparse_class
 from keras_dst.masks import Layout, Pattern
 from keras_dst.methods.base import LayerMethod, State, When
@@ -134,6 +135,8 @@ class SparseTraining(keras.callbacks.Callback):
 
 def _guard_step(model, drivers):
     """Make the compiled step, which later fits use again, refuse to run without a driver."""
+    if model.train_function is None:  # a training loop of the user's own
+        return
     step = inspect.unwrap(model.train_function)
 
     @functools.wraps(step, assigned=(), updated=())
@@ -152,7 +155,8 @@ def _guard_step(model, drivers):
 def _drivers(model) -> list[_Driver]:
     """One driver for every method at work in a model."""
     if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
+        with beside(model.trainable_variables[0]):
+            model.optimizer.build(model.trainable_variables)
     wrapper = unwrap(model.optimizer)
     found: list[_Driver] = []
     groups: dict[LayerMethod, list[SparseMixin | Gate]] = {}

@@ -50,6 +50,20 @@ def _like(variable):
     return like
 
 
+def dtype_beside(variable, dtype: str) -> str:
+    """The type that is kept for a counter of type `dtype` where `variable` lives.
+
+    Workers of TensorFlow can send each other no integers of 8 or 16 bits.
+    """
+    if keras.backend.backend() == "tensorflow" and dtype in ("uint8", "int16"):
+        import tensorflow as tf
+
+        strategy = getattr(variable.value, "distribute_strategy", None)
+        if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+            return "int32"
+    return dtype
+
+
 def over_replicas(gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], int]:
     """Gradients of a whole batch from those of one replica's part, and the number of replicas.
 

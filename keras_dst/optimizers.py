@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dst.devices import beside, over_replicas
+from keras_dst.devices import beside, dtype_beside, over_replicas
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods.base import LayerMethod, Method, State, UpdateMethod, When
 from keras_dst.selection import Filters, is_prunable, select
@@ -75,7 +75,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         schedule = self.method.schedule
         in_steps = schedule is not None and schedule.in_steps
         steps = self.method.span(None)[1] if in_steps else None
-        for kernel, extra in zip(kernels, self.method.init(kernels, steps)):
+        for kernel, extra in zip(kernels, self._wanted(kernels, steps)):
             states.append(self._add_state(kernel, {"mask": ("ones", "bool"), **extra}))
         # Steps done, and the length of the schedule as SparseTraining found it (0: not yet).
         self.step = self.add_variable((), "zeros", "int32", name="step")
@@ -87,6 +87,13 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.kernel_names = [k.path for k in kernels]
         self.states = states
         self.layouts = [KERNEL if len(k.shape) > 1 else Layout(inputs=()) for k in kernels]
+
+    def _wanted(self, kernels, steps):
+        """What the method keeps of every weight, of types that the devices can handle."""
+        return [
+            {name: (initial, dtype_beside(k, dtype)) for name, (initial, dtype) in extra.items()}
+            for k, extra in zip(kernels, self.method.init(kernels, steps))
+        ]
 
     def _add_state(self, kernel, wanted) -> State:
         prefix = kernel.path.replace("/", "_")
@@ -106,9 +113,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
         Keras builds an optimiser before anybody knows how long a training will be.
         """
-        for kernel, state, wanted in zip(
-            self.kernels, self.states, self.method.init(self.kernels, steps)
-        ):
+        kernels = self.kernels
+        for kernel, state, wanted in zip(kernels, self.states, self._wanted(kernels, steps)):
             for name, (initial, dtype) in wanted.items():
                 if state[name].dtype != dtype:
                     place = next(i for i, v in enumerate(self._variables) if v is state[name])

@@ -1,0 +1,109 @@
+"""Every method on several devices: the copies are identical, and equal to one device's run."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from tests.devices import trainings
+
+ROOT = pathlib.Path(__file__).parents[2]
+BACKEND = keras.backend.backend()
+# What runs on which backend: (setup, processes, runs on several devices, copies of a variable).
+SETUPS = {
+    "tensorflow": [("mirrored", 1, ["mirrored"], 2), ("workers", 2, ["workers"], 2)],
+    "jax": [("sharded", 1, ["data", "model"], 2)],
+    "torch": [("ddp", 2, ["ddp"], 2)],
+}[BACKEND]
+RUNS = [(setup, run, copies) for setup, _, runs, copies in SETUPS for run in runs]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder per setup, with what the trainings left: each is run once, when first asked for."""
+    done = {}
+
+    def folder(setup):
+        if setup not in done:
+            done[setup] = tmp_path_factory.mktemp(setup)
+            processes = next(n for name, n, *_ in SETUPS if name == setup)
+            run(setup, done[setup], processes)
+        return done[setup]
+
+    return folder
+
+
+def run(setup, folder, processes):
+    ports = free_ports(processes)
+    addresses = ", ".join(f'"127.0.0.1:{port}"' for port in ports)
+    command = [sys.executable, "-m", "tests.devices.trainings", setup, str(folder)]
+    started = []
+    for rank in range(processes):
+        environment = {**os.environ, "RANK": str(rank), "PYTHONPATH": str(ROOT)}
+        environment.update(CUDA_VISIBLE_DEVICES="", JAX_PLATFORMS="cpu")
+        if setup == "workers":
+            task = f'{{"type": "worker", "index": {rank}}}'
+            environment["TF_CONFIG"] = f'{{"cluster": {{"worker": [{addresses}]}}, "task": {task}}}'
+        log = (folder / f"{rank}.log").open("w")
+        started.append(
+            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        )
+    try:
+        codes = [process.wait(timeout=900) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    logs = "\n".join((folder / f"{rank}.log").read_text()[-3000:] for rank in range(processes))
+    assert not any(codes), logs
+
+
+def free_ports(number):
+    sockets = [socket.socket() for _ in range(number)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.mark.parametrize("method", trainings.METHODS)
+@pytest.mark.parametrize(("setup", "run", "copies"), RUNS, ids=[run for _, run, _ in RUNS])
+def test_all_copies_are_those_of_one_device(trained, setup, run, copies, method):
+    folder = trained(setup)
+    first, *others = [np.load(folder / f"{method}.{run}.{i}.npz") for i in range(copies)]
+    single = np.load(trained(SETUPS[0][0]) / f"{method}.single.0.npz")
+    assert set(first.files) == set(single.files)
+    for path in single.files:
+        for other in others:  # kernels, masks, thresholds, scores, counters, momentum
+            np.testing.assert_array_equal(first[path], other[path], err_msg=path)
+        if single[path].dtype.kind == "f":
+            np.testing.assert_allclose(first[path], single[path], atol=1e-5, err_msg=path)
+        else:
+            np.testing.assert_array_equal(first[path], single[path], err_msg=path)
+
+
+@pytest.mark.parametrize("method", trainings.METHODS)
+@pytest.mark.parametrize(("setup", "run"), [run[:2] for run in RUNS], ids=[r[1] for r in RUNS])
+def test_the_target_is_reached(trained, setup, run, method):
+    arrays = np.load(trained(setup) / f"{method}.{run}.0.npz")
+    keras.utils.set_random_seed(0)
+    model = trainings.build(trainings.METHODS[method])
+    model.optimizer.build(model.trainable_variables)
+    for variable in model.variables:
+        variable.assign(arrays[variable.path])
+    sparsity = trainings.keras_dst.report(model).sparsity
+    target = 0.3 if method == "consensus" else 0.7
+    assert sparsity == pytest.approx(target, abs=0.01)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="MultiWorkerMirroredStrategy is TensorFlow's")
+def test_fit_of_keras_alone_fails_on_several_workers(trained):
+    """Why docs/many_devices.md has a loop of one's own there; a Keras that can do better fails."""
+    for rank in range(2):
+        assert "PerReplica" in (trained("workers") / f"fit.{rank}.txt").read_text()
