@@ -1,18 +1,12 @@
 """Every method on several devices: the copies are identical, and equal to one device's run."""
 
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
 
 from tests.devices import trainings
+from tests.devices.launch import launch
 
-ROOT = pathlib.Path(__file__).parents[2]
 BACKEND = keras.backend.backend()
 # What runs on which backend: (setup, processes, runs on several devices, copies of a variable).
 SETUPS = {
@@ -32,44 +26,11 @@ def trained(tmp_path_factory):
         if setup not in done:
             done[setup] = tmp_path_factory.mktemp(setup)
             processes = next(n for name, n, *_ in SETUPS if name == setup)
-            run(setup, done[setup], processes)
+            command = ["-m", "tests.devices.trainings", setup, str(done[setup])]
+            launch(command, processes, done[setup])
         return done[setup]
 
     return folder
-
-
-def run(setup, folder, processes):
-    ports = free_ports(processes)
-    addresses = ", ".join(f'"127.0.0.1:{port}"' for port in ports)
-    command = [sys.executable, "-m", "tests.devices.trainings", setup, str(folder)]
-    started = []
-    for rank in range(processes):
-        environment = {**os.environ, "RANK": str(rank), "PYTHONPATH": str(ROOT)}
-        environment.update(CUDA_VISIBLE_DEVICES="", JAX_PLATFORMS="cpu")
-        if setup == "workers":
-            task = f'{{"type": "worker", "index": {rank}}}'
-            environment["TF_CONFIG"] = f'{{"cluster": {{"worker": [{addresses}]}}, "task": {task}}}'
-        log = (folder / f"{rank}.log").open("w")
-        started.append(
-            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-        )
-    try:
-        codes = [process.wait(timeout=900) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    logs = "\n".join((folder / f"{rank}.log").read_text()[-3000:] for rank in range(processes))
-    assert not any(codes), logs
-
-
-def free_ports(number):
-    sockets = [socket.socket() for _ in range(number)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 @pytest.mark.parametrize("method", trainings.METHODS)
@@ -98,7 +59,8 @@ def test_the_target_is_reached(trained, setup, run, method):
     for variable in model.variables:
         variable.assign(arrays[variable.path])
     sparsity = trainings.keras_dst.report(model).sparsity
-    target = 0.3 if method == "consensus" else 0.7
+    # Gates close 6 of the 20 units of the first layer: 48 of all 240 weights.
+    target = 0.2 if method == "consensus" else 0.7
     assert sparsity == pytest.approx(target, abs=0.01)
 
 

@@ -4,13 +4,14 @@
 run and every copy of the variables, its arrays named by their paths.
 """
 
+# ruff: noqa: E402 - devices are set up before the backend is imported
+
 import contextlib
 import os
 import pathlib
 import sys
 import warnings
 
-METHOD_NAMES = ("dst", "dcil", "optg", "consensus", "magnitude", "flipout", "set", "rigl")
 DEVICES = {"mirrored": 2, "sharded": 8}  # of one process
 
 if __name__ == "__main__":  # before the backend is imported
@@ -43,7 +44,6 @@ METHODS = {
     "dst": methods.DST(target_sparsity=0.7, frequency=5),
     "dcil": methods.DCIL(0.7),
     "optg": methods.OptG(0.7),
-    # Gates close whole units of the first layer, or none.
     "consensus": methods.Consensus(0.7, lambda_polar=0.1, lambda_act=20.0),
     "magnitude": methods.Magnitude(0.7, revival=True),
     "flipout": methods.FlipOut(0.7),
@@ -228,9 +228,8 @@ def ddp(folder):
     """torch's DistributedDataParallel: the copies are those of the processes."""
     import torch
 
-    rank = int(os.environ["RANK"])
-    store = torch.distributed.FileStore(str(folder / "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
     for name, method in METHODS.items():
         if rank == 0:
             save(folder, name, "single", torch_loop(build(method)), one)
