@@ -1,6 +1,6 @@
 # make demo: the main job, end to end, on real data. make test: everything, on three backends.
 # Both do all their own set-up. The rest: lint, test-BACKEND, bench-mnist, bench-methods,
-# bench-step, clean.
+# bench-step, bench-matrix, clean.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ BACKENDS := tensorflow jax torch
 DEMO_READY := $(VENV)/ready-demo
 TEST_READY := $(VENV)/ready-test
 
-.PHONY: demo test lint $(BACKENDS:%=test-%) bench-mnist bench-methods bench-step clean
+.PHONY: demo test lint $(BACKENDS:%=test-%) bench-mnist bench-methods bench-step bench-matrix clean
 
 demo: $(DEMO_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m keras_dst demo
@@ -48,6 +48,10 @@ bench-methods: $(TEST_READY)
 
 bench-step: $(TEST_READY)
 	$(RUN) -m benchmarks.step_time
+
+bench-matrix: $(TEST_READY)
+	$(VENV)/bin/pip install -q -c constraints.txt keras-hub
+	$(RUN) -m benchmarks.matrix
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

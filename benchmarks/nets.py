@@ -52,10 +52,11 @@ def lenet_5():
     )
 
 
-def resnet(depth: int, width: int = 16):
+def resnet(depth: int, width: int = 16, stride: int = 1):
     """The residual net of arXiv 1512.03385 for CIFAR-10, of 6 n + 2 layers, with projections.
 
-    `width` is the number of channels before the first halving of the image; the paper's is 16.
+    `width` is the number of channels before the first halving of the image, and `stride` that of
+    the first convolution; the paper's are 16 and 1.
     """
     blocks, rest = divmod(depth - 2, 6)
     if rest:
@@ -66,7 +67,7 @@ def resnet(depth: int, width: int = 16):
         return layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(x)
 
     inputs = keras.Input((32, 32, 3))
-    x = layers.ReLU()(convolved(inputs, width, 3, 1))
+    x = layers.ReLU()(convolved(inputs, width, 3, stride))
     for filters in (width, 2 * width, 4 * width):
         for block in range(blocks):
             strides = 2 if filters > width and block == 0 else 1

@@ -12,7 +12,7 @@ import sys
 import time
 
 BACKENDS = ("tensorflow", "jax", "torch")
-STEPS, ROUNDS, BATCH = 40, 9, 128
+STEPS, ROUNDS, BATCH = 10, 11, 128
 
 
 def main():

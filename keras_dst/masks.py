@@ -240,74 +240,76 @@ def top_k(scores: Sequence[Tensor], kept: Tensor, sizes: Sequence[np.ndarray] | 
         >>> keras_dst.masks.top_k([keras.ops.array([0.1, 0.3, 0.2])], 2)  # [[False, True, True]]
     """
     kept = ops.cast(kept, "int32")
-    groups: list[Any] = [None] * len(scores) if sizes is None else list(sizes)
-    if kept.ndim == 0:
-        flat = _Ranking([_join(scores, groups)])
-        (mask,) = flat.masks(kept[None])
-        return _split(mask, scores)
-    ranking = _Ranking([_join([s], [n]) for s, n in zip(scores, groups)])
-    return [ops.reshape(m, tuple(s.shape)) for m, s in zip(ranking.masks(kept), scores)]
+    together = kept.ndim == 0
+    ranking = _Ranking(scores, together, sizes)
+    masks = ranking.masks(kept[None] if together else kept)
+    return [ops.reshape(mask, tuple(s.shape)) for mask, s in zip(masks, scores)]
 
 
 def kth(scores: Sequence[Tensor], kept: Tensor) -> Tensor:
     """A value that exactly `kept` scores exceed, ties aside: the threshold of `top_k`."""
-    ranking = _Ranking([_join(scores, [None] * len(scores))])
-    return ranking.thresholds(ops.cast(kept, "int32")[None])[1][0]
+    return _Ranking(scores, together=True).thresholds(ops.cast(kept, "int32")[None])[1][0]
 
 
-def finite(scores: Tensor) -> Tensor:
-    """Scores whose infinities tie with the largest and smallest finite one, NaN with the latter."""
-    good = ops.isfinite(scores)
-    known = ops.clip(ops.where(good, scores, 0.0), -_LARGEST, _LARGEST)
-    least = ops.min(ops.where(good, known, _LARGEST))
-    most = ops.max(ops.where(good, known, -_LARGEST))
-    return ops.where(good, known, ops.where(scores > 0, most, ops.minimum(least, most)))
+def finite(scores: Sequence[Tensor]) -> list[Tensor]:
+    """Scores in float32 whose infinities tie with the largest and smallest finite one of them all.
 
-
-def _join(scores, sizes):
-    """Scores as one finite float32 vector, and the weights each stands for (None: one)."""
-    flat = ops.concatenate([ops.reshape(ops.cast(s, "float32"), (-1,)) for s in scores])
-    flat = finite(flat)
-    if all(n is None or np.all(n == 1) for n in sizes):
-        return flat, None
-    return flat, ops.convert_to_tensor(np.concatenate([np.ravel(n) for n in sizes]), "int32")
-
-
-def _split(flat, like):
-    if len(like) == 1:
-        return [ops.reshape(flat, tuple(like[0].shape))]
-    ends = np.cumsum([math.prod(tensor.shape) for tensor in like])[:-1].tolist()
-    return [ops.reshape(m, tuple(t.shape)) for m, t in zip(ops.split(flat, ends), like)]
+    NaN ties with the smallest.
+    """
+    scores = [ops.cast(s, "float32") for s in scores]
+    least, most = [], []
+    for s in scores:
+        good = ops.isfinite(s)
+        known = ops.clip(ops.where(good, s, 0.0), -_LARGEST, _LARGEST)
+        least.append(ops.min(ops.where(good, known, _LARGEST)))
+        most.append(ops.max(ops.where(good, known, -_LARGEST)))
+    high = ops.max(ops.stack(most))
+    low = ops.minimum(ops.min(ops.stack(least)), high)
+    return [
+        ops.where(ops.isfinite(s), ops.clip(s, -_LARGEST, _LARGEST), ops.where(s > 0, high, low))
+        for s in scores
+    ]
 
 
 class _Ranking:
-    """Vectors of scores, in each of which a number of weights is kept; all bisected in one loop."""
+    """Scores of which a number is kept, of all together or of each tensor; bisected in one loop.
 
-    def __init__(self, vectors):
-        self.scores = [flat for flat, _ in vectors]
-        self.weights = [weights for _, weights in vectors]
-        self.positions = [ops.arange(flat.shape[0], dtype="int32") for flat in self.scores]
-        self.lengths = ops.convert_to_tensor([flat.shape[0] for flat in self.scores], "int32")
+    The tensors are never joined: their number is small, and a copy of them all is not.
+    """
+
+    def __init__(self, scores, together, sizes=None):
+        self.together = together
+        scores = finite(scores) if together else [finite([s])[0] for s in scores]
+        self.scores = [ops.reshape(s, (-1,)) for s in scores]
+        # How many weights an entry stands for; None: one.
+        self.weights = [
+            None if n is None or np.all(n == 1) else ops.convert_to_tensor(np.ravel(n), "int32")
+            for n in sizes or [None] * len(self.scores)
+        ]
+        lengths = [s.shape[0] for s in self.scores]
+        self.starts = [0, *np.cumsum(lengths)[:-1].tolist()] if together else [0] * len(lengths)
+        self.lengths = ops.convert_to_tensor([sum(lengths)] if together else lengths, "int32")
 
     def masks(self, kept):
         low, high = self.thresholds(kept)
-        above = [flat > high[i] for i, flat in enumerate(self.scores)]
+        above = self._above(high)
         tied = [
-            ops.logical_and(flat > low[i], ops.logical_not(a))
-            for i, (flat, a) in enumerate(zip(self.scores, above))
+            ops.logical_and(more, ops.logical_not(a)) for more, a in zip(self._above(low), above)
         ]
-        end = self._last_ties(tied, kept - self._count(above))
-        return [
-            ops.logical_or(a, ops.logical_and(t, position < end[i]))
-            for i, (a, t, position) in enumerate(zip(above, tied, self.positions))
-        ]
+        room, ties = kept - self._count(above), self._count(tied)
+        end = ops.where(ties <= room, self.lengths, 0)
+        some_fit = ops.logical_and(room > 0, ties > room)
+        end = ops.cond(
+            ops.any(some_fit), lambda: self._last_ties(tied, room, some_fit, end), lambda: end
+        )
+        return [ops.logical_or(a, t) for a, t in zip(above, self._before(tied, end))]
 
     def thresholds(self, kept):
         """`(low, high)`: no more than `kept` weights score above `high`, more do above `low`."""
-        least = ops.stack([ops.min(flat) for flat in self.scores])
-        most = ops.stack([ops.max(flat) for flat in self.scores])
+        least = self._gather([ops.min(s) for s in self.scores], ops.min)
+        most = self._gather([ops.max(s) for s in self.scores], ops.max)
         low = least - ops.maximum(ops.abs(least), 1.0)
-        high = ops.where(self._count_above(low) <= kept, low, most)
+        high = ops.where(self._count(self._above(low)) <= kept, low, most)
 
         def open_(low, high, count):
             middle = low / 2 + high / 2
@@ -316,7 +318,7 @@ class _Ranking:
 
         def halve(low, high, count):
             middle = low / 2 + high / 2
-            above = self._count_above(middle)
+            above = self._count(self._above(middle))
             fits = above <= kept
             active = open_(low, high, count)
             down, up = ops.logical_and(active, fits), ops.logical_and(active, ops.logical_not(fits))
@@ -329,38 +331,49 @@ class _Ranking:
         low, high, _ = ops.while_loop(
             lambda *state: ops.any(open_(*state)),
             halve,
-            (low, high, self._count_above(high)),
+            (low, high, self._count(self._above(high))),
             maximum_iterations=_HALVINGS,
         )
         return low, high
 
-    def _last_ties(self, tied, room):
-        """The positions up to which the tied weights fit into `room`."""
-
-        def fits(end):
-            before = [
-                ops.logical_and(t, p < end[i]) for i, (t, p) in enumerate(zip(tied, self.positions))
-            ]
-            return self._count(before) <= room
+    def _last_ties(self, tied, room, some_fit, end):
+        """Up to which positions the tied weights fit into `room`, where some do; else `end`."""
 
         def halve(low, high):  # what lies before `low` fits, what lies before `high` does not
             middle = low + (high - low) // 2
-            good, active = fits(middle), high - low > 1
+            good = self._count(self._before(tied, middle)) <= room
+            active = high - low > 1
             down, up = ops.logical_and(active, ops.logical_not(good)), ops.logical_and(active, good)
             return ops.where(up, middle, low), ops.where(down, middle, high)
 
-        all_fit = self._count(tied) <= room
-        low = ops.where(all_fit, self.lengths, 0)
-        settled = ops.logical_or(all_fit, room <= 0)
-        high = ops.where(settled, low + 1, self.lengths + 1)
-        low, _ = ops.while_loop(lambda low, high: ops.any(high - low > 1), halve, (low, high))
+        low, _ = ops.while_loop(
+            lambda low, high: ops.any(high - low > 1),
+            halve,
+            (ops.where(some_fit, 0, end), ops.where(some_fit, self.lengths, end + 1)),
+        )
         return low
 
-    def _count_above(self, thresholds):
-        return self._count([flat > thresholds[i] for i, flat in enumerate(self.scores)])
+    def _above(self, thresholds):
+        return [s > t for s, t in zip(self.scores, self._each(thresholds))]
+
+    def _before(self, masks, ends):
+        """The parts of masks that lie before these positions."""
+        return [
+            ops.logical_and(mask, ops.arange(mask.shape[0], dtype="int32") < end - start)
+            for mask, start, end in zip(masks, self.starts, self._each(ends))
+        ]
 
     def _count(self, masks):
-        return ops.stack([_weigh(mask, n) for mask, n in zip(masks, self.weights)])
+        return self._gather([_weigh(mask, n) for mask, n in zip(masks, self.weights)], ops.sum)
+
+    def _each(self, values):
+        """For every tensor, its own of one value per ranking."""
+        return [values[0 if self.together else i] for i in range(len(self.scores))]
+
+    def _gather(self, values, reduce):
+        """One value per ranking, of one for every tensor."""
+        values = ops.stack(values)
+        return reduce(values)[None] if self.together else values
 
 
 def _weigh(mask, weights):

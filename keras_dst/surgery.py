@@ -102,7 +102,7 @@ def sparsify(model, method: LayerMethod, filters: Filters = None) -> SparsifyRep
         if reason is None:
             chosen.append(layer)
             report.sparse.append(layer.path or layer.name)
-        elif any(is_kernel(v) for v in layer._trainable_variables):
+        elif any(is_kernel(v) for v in _weights_of(layer)):
             report.skipped[layer.path or layer.name] = reason
     if not chosen:
         raise ValueError(f"There is nothing to make sparse in '{model.name}'.\n{report}")
@@ -285,6 +285,12 @@ def _unsupported(layer, method) -> str | None:
         except ValueError as error:
             return str(error)
     return None
+
+
+def _weights_of(layer):
+    """The weights that a layer itself trains, or has quantised."""
+    quantised = getattr(layer, "quantization_mode", None)
+    return layer._trainable_variables + (layer._non_trainable_variables if quantised else [])
 
 
 def _variable(layer, weight):

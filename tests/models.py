@@ -116,6 +116,25 @@ def functional_with_block():
 
 
 @keras.saving.register_keras_serializable("tests")
+class Backbone(keras.Model):
+    """A class of its own over a Functional graph, as KerasHub's."""
+
+    def __init__(self, units=16, **kwargs):
+        inputs = keras.Input((8, 8, 3))
+        x = Block(units, name="block")(layers.Flatten(name="flat")(inputs))
+        x = layers.Dense(2, "softmax", name="head")(x)
+        super().__init__(inputs, x, **kwargs)
+        self.units = units
+
+    def get_config(self):
+        return {"name": self.name, "units": self.units}
+
+
+def backbone():
+    return Backbone()
+
+
+@keras.saving.register_keras_serializable("tests")
 class Mixer(layers.Layer):
     """A user's own layer, which declares what of it can be pruned."""
 
@@ -173,14 +192,18 @@ def recurrent():
 
 
 KINDS = (sequential, residual, nested, subclassed, functional_with_block)
-KINDS += (convolutions, attention, recurrent)
+KINDS += (backbone, convolutions, attention, recurrent)
 MODELS = {f.__name__: f for f in KINDS}
 
 
 def compiled(model, optimizer=None, **kwargs):
-    """The model, compiled for `data`; by XLA on JAX alone, as it takes its time."""
+    """The model, compiled for `data`.
+
+    On TensorFlow without XLA, and recurrent models not at all: both take their time there.
+    """
     if keras.backend.backend() == "tensorflow":
-        kwargs.setdefault("jit_compile", False)
+        recurrent = any(isinstance(layer, layers.RNN) for layer in model._flatten_layers())
+        kwargs = {"jit_compile": False, "run_eagerly": recurrent, **kwargs}
     model.compile(
         optimizer or keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy", **kwargs
     )

@@ -9,6 +9,7 @@ from keras_dst import SparseOptimizer
 from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import DST, Magnitude
 from keras_dst.schedules import Cubic
+from keras_dst.selection import is_prunable
 from tests import models
 
 x, y = models.data(size=128)
@@ -130,6 +131,22 @@ def test_config_round_trip():
     copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(optimizer))
     assert copy.get_config() == optimizer.get_config()
     assert copy.method == optimizer.method
+
+
+@pytest.mark.parametrize("kind", models.MODELS)
+def test_every_kind_of_model(kind):
+    """The kernels of any layer, with nothing to declare; lookups have sparse gradients, too."""
+    keras.utils.set_random_seed(0)
+    model = models.MODELS[kind]()
+    before = {v.path for v in model.trainable_variables if is_prunable(v)}
+    models.compiled(model, SparseOptimizer("adam", Magnitude(0.6)))
+    model.fit(x[:32], y[:32], epochs=4, batch_size=16, verbose=0, callbacks=[SparseTraining()])
+    assert {*model.optimizer.kernel_names} == before
+    pruned = [row.sparsity for row in keras_dst.report(model).layers if row.name in before]
+    assert len(pruned) == len(before) >= 3
+    assert keras_dst.report(model).sparsity == pytest.approx(0.6, abs=2e-3)
+    expected = models.predict(model, x)
+    np.testing.assert_array_equal(models.predict(keras_dst.strip(model), x), expected)
 
 
 def test_filters_and_what_is_a_kernel():

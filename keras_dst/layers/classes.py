@@ -64,10 +64,16 @@ class SparseComposite(_Layer):
         layer, config = _stock_instance(config, ("recipe",))
         layer.__class__ = composite_class(type(layer))
         layer.__dict__["recipe"] = config["recipe"]
+        if layer.built:  # as a Functional model is
+            layer.follow()
         return layer
 
     def build_from_config(self, config):
         super().build_from_config(config)
+        self.follow()
+
+    def follow(self) -> None:
+        """Make the layers inside sparse, as the recipe says."""
         inner = self._flatten_layers(include_self=False)
         for index, layer in enumerate(inner):
             if str(index) in self.recipe and not isinstance(layer, SparseMixin):

@@ -117,7 +117,7 @@ class Method(Configurable):
                 masks.n_of_m(s, *pattern.n_of_m, axis=layout.inputs[-1])
                 for s, layout in zip(scores, layouts)
             ]
-        scores = [masks.finite(ops.cast(s, "float32")) for s in scores]
+        scores = masks.finite(scores)
         groups = [pattern.scores(s, layout) for s, layout in zip(scores, layouts)]
         sizes = [pattern.sizes(s.shape, layout) for s, layout in zip(scores, layouts)]
         # The best groups of every weight come first of all, so that no layer dies.
