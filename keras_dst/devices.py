@@ -80,3 +80,15 @@ def over_replicas(gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | Non
             found = dict(zip(known, summed))
             return [found.get(i) for i in range(len(gradients))], context.num_replicas_in_sync
     return list(gradients), 1
+
+
+def list_parameters(model) -> None:
+    """Tell torch of variables that layers of a built model have gained or lost.
+
+    Keras lists them as parameters when a model is built; DistributedDataParallel would leave new
+    ones to each process.
+    """
+    if keras.backend.backend() == "torch":
+        for layer in model._flatten_layers():
+            if hasattr(layer, "_torch_params"):
+                layer._track_variables()
