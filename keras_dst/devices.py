@@ -50,6 +50,27 @@ def _like(variable):
     return like
 
 
+def check_optimizer(optimizer, variable) -> None:
+    """Raise where Keras cannot let an optimiser train variables with replicas, such as this one."""
+    if keras.backend.backend() != "tensorflow":
+        return
+    strategy = getattr(variable.value, "distribute_strategy", None)
+    if strategy is None or strategy.num_replicas_in_sync == 1:
+        return
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    for each in (optimizer, inner):
+        if each._distribution_strategy is not strategy:
+            raise ValueError(
+                "Create the optimiser within strategy.scope(), as the model was. "
+                f"Received: '{each.name}', which was created outside of it."
+            )
+    if inner.gradient_accumulation_steps:
+        raise ValueError(
+            "Keras cannot accumulate gradients under tf.distribute. Use a larger batch. Received: "
+            f"gradient_accumulation_steps={inner.gradient_accumulation_steps}"
+        )
+
+
 def dtype_beside(variable, dtype: str) -> str:
     """The type that is kept for a counter of type `dtype` where `variable` lives.
 

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dst.devices import beside, dtype_beside, over_replicas
+from keras_dst.devices import beside, check_optimizer, dtype_beside, over_replicas
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods.base import LayerMethod, Method, State, UpdateMethod, When
 from keras_dst.selection import Filters, is_prunable, select
@@ -71,6 +71,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 + ", ".join(v.path for v in variables)
             )
         kernels = [variables[i] for i in kernel_indices]
+        check_optimizer(self, kernels[0])
         states = []
         schedule = self.method.schedule
         in_steps = schedule is not None and schedule.in_steps

@@ -69,3 +69,11 @@ def test_fit_of_keras_alone_fails_on_several_workers(trained):
     """Why docs/many_devices.md has a loop of one's own there; a Keras that can do better fails."""
     for rank in range(2):
         assert "PerReplica" in (trained("workers") / f"fit.{rank}.txt").read_text()
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute is TensorFlow's")
+@pytest.mark.parametrize(
+    ("case", "says"), [("outside", "within strategy.scope"), ("accumulation", "larger batch")]
+)
+def test_what_keras_cannot_do_under_a_strategy_is_refused(trained, case, says):
+    assert says in (trained("mirrored") / f"{case}.txt").read_text()

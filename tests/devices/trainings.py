@@ -111,6 +111,26 @@ def mirrored(folder):
         with strategy.scope():
             model = build(method)
         save(folder, name, "mirrored", fit(model), lambda v: [c.numpy() for c in v.value.values])
+    for name, error in refused(strategy).items():
+        (folder / f"{name}.txt").write_text(error)
+
+
+def refused(strategy):
+    """What cannot work under a strategy, and the errors that say so."""
+    outside = keras.optimizers.SGD()
+    with strategy.scope():
+        net = build(METHODS["dst"])
+        cases = {
+            "outside": outside,
+            "accumulation": keras.optimizers.SGD(gradient_accumulation_steps=2),
+        }
+        errors = {}
+        for name, inner in cases.items():
+            try:
+                keras_dst.SparseOptimizer(inner, methods.SET(0.5)).build(net.trainable_variables)
+            except ValueError as error:
+                errors[name] = str(error)
+    return errors
 
 
 def workers_(folder):
