@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_dst.compiled import compiled, give_back_state
+from keras_dst.devices import beside
 from keras_dst.layers import Gate, SparseMixin, sparse_class
 from keras_dst.masks import Layout, Pattern
 from keras_dst.methods.base import LayerMethod, State, When
@@ -134,6 +135,8 @@ class SparseTraining(keras.callbacks.Callback):
 
 def _guard_step(model, drivers):
     """Make the compiled step, which later fits use again, refuse to run without a driver."""
+    if model.train_function is None:  # a training loop of the user's own
+        return
     step = inspect.unwrap(model.train_function)
 
     @functools.wraps(step, assigned=(), updated=())
@@ -152,7 +155,8 @@ def _guard_step(model, drivers):
 def _drivers(model) -> list[_Driver]:
     """One driver for every method at work in a model."""
     if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
+        with beside(model.trainable_variables[0]):
+            model.optimizer.build(model.trainable_variables)
     wrapper = unwrap(model.optimizer)
     found: list[_Driver] = []
     groups: dict[LayerMethod, list[SparseMixin | Gate]] = {}
@@ -409,7 +413,7 @@ class _LayerDriver(_Driver):
         optimizer = self.optimizer
         while hasattr(optimizer, "inner_optimizer"):
             optimizer = optimizer.inner_optimizer
-        return int(optimizer.iterations) * (optimizer.gradient_accumulation_steps or 1)
+        return _int(optimizer.iterations) * (optimizer.gradient_accumulation_steps or 1)
 
     def read_progress(self):
         step, counter, total = (int(n) for n in self.states[0]["progress"].numpy())
@@ -468,12 +472,12 @@ class _OptimizerDriver(_Driver):
         )
 
     def begin(self, length, fit, epoch):
-        if length and not int(self.optimizer.step):
+        if length and not _int(self.optimizer.step):
             self.optimizer.expect(length)
         super().begin(length, fit, epoch)
 
     def read_progress(self):
-        return int(self.optimizer.step), int(self.optimizer.total)
+        return _int(self.optimizer.step), _int(self.optimizer.total)
 
     def write_progress(self, step, total):
         self.optimizer.step.assign(step)
@@ -485,3 +489,7 @@ class _OptimizerDriver(_Driver):
     def drive(self, driven):
         super().drive(driven)
         self.optimizer.driven = driven
+
+
+def _int(counter) -> int:
+    return int(ops.cast(counter, "int32"))  # a variable with replicas has no `__int__`

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_dst.devices import beside, check_optimizer, dtype_beside, over_replicas
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods.base import LayerMethod, Method, State, UpdateMethod, When
 from keras_dst.selection import Filters, is_prunable, select
@@ -70,15 +71,16 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 + ", ".join(v.path for v in variables)
             )
         kernels = [variables[i] for i in kernel_indices]
+        check_optimizer(self, kernels[0])
         states = []
         schedule = self.method.schedule
         in_steps = schedule is not None and schedule.in_steps
         steps = self.method.span(None)[1] if in_steps else None
-        for kernel, extra in zip(kernels, self.method.init(kernels, steps)):
+        for kernel, extra in zip(kernels, self._wanted(kernels, steps)):
             states.append(self._add_state(kernel, {"mask": ("ones", "bool"), **extra}))
         # Steps done, and the length of the schedule as SparseTraining found it (0: not yet).
-        self.step = self.add_variable((), "zeros", "int32", "only_first_replica", name="step")
-        self.total = self.add_variable((), "zeros", "int32", "only_first_replica", name="total")
+        self.step = self.add_variable((), "zeros", "int32", name="step")
+        self.total = self.add_variable((), "zeros", "int32", name="total")
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
         super().build(variables)
@@ -87,15 +89,24 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.states = states
         self.layouts = [KERNEL if len(k.shape) > 1 else Layout(inputs=()) for k in kernels]
 
+    def _wanted(self, kernels, steps):
+        """What the method keeps of every weight, of types that the devices can handle."""
+        return [
+            {name: (initial, dtype_beside(k, dtype)) for name, (initial, dtype) in extra.items()}
+            for k, extra in zip(kernels, self.method.init(kernels, steps))
+        ]
+
     def _add_state(self, kernel, wanted) -> State:
         prefix = kernel.path.replace("/", "_")
         state = {}
         for name, (initial, dtype) in wanted.items():
             if initial == "value":
                 initial = _copy_of(kernel)
-            state[name] = self.add_variable(
-                kernel.shape, initial, dtype, "only_first_replica", name=f"{prefix}_{name}"
-            )
+            # Every replica computes the same, so that nothing need be aggregated.
+            with beside(kernel):
+                state[name] = self.add_variable(
+                    kernel.shape, initial, dtype, name=f"{prefix}_{name}"
+                )
         return state
 
     def expect(self, steps: int) -> None:
@@ -103,9 +114,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
         Keras builds an optimiser before anybody knows how long a training will be.
         """
-        for kernel, state, wanted in zip(
-            self.kernels, self.states, self.method.init(self.kernels, steps)
-        ):
+        kernels = self.kernels
+        for kernel, state, wanted in zip(kernels, self.states, self._wanted(kernels, steps)):
             for name, (initial, dtype) in wanted.items():
                 if state[name].dtype != dtype:
                     place = next(i for i, v in enumerate(self._variables) if v is state[name])
@@ -128,7 +138,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             with keras.name_scope(self.name, caller=self):
                 self.build(trainable_variables)
         variables = list(trainable_variables or self._trainable_variables)
-        grads = list(grads)
+        grads, replicas = list(grads), 1
+        if self.method.reads_gradients:
+            grads, replicas = over_replicas(grads)
         where = {id(v): i for i, v in enumerate(variables)}
         members = [
             (where[id(kernel)], kernel, state)
@@ -150,6 +162,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         for (i, _, _), state in zip(members, states):
             masks[i] = state["mask"]
         grads = list(self.method.perturb(grads, masks, ops.convert_to_tensor(self.step)))
+        if replicas > 1:  # whose gradients the inner optimiser adds up
+            grads = [g if g is None else g / replicas for g in grads]
         self.inner_optimizer.apply(grads, variables)
         weights, changes = self.method.after(
             carry, [ops.convert_to_tensor(k) for k in kernels], states

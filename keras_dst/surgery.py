@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import keras
 
 from keras_dst import masks
+from keras_dst.devices import beside, list_parameters
 from keras_dst.layers import (
     Gate,
     SparseBatchNormalization,
@@ -344,13 +345,15 @@ def _forget_compiled_steps(model) -> None:
 
 
 def _refresh(model) -> None:
-    """Make a compiled model ready for its new variables."""
+    """Make a model, compiled or not, ready for its new variables."""
+    list_parameters(model)
     if not isinstance(model, keras.Model):
         return
     _forget_compiled_steps(model)
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None and optimizer.built:
-        model.optimizer = _rebuilt(optimizer, model.trainable_variables)
+        with beside(model.trainable_variables[0]):
+            model.optimizer = _rebuilt(optimizer, model.trainable_variables)
 
 
 def _rebuilt(optimizer, variables):

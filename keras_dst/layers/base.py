@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras import ops
 
+from keras_dst.devices import beside
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods.base import LayerMethod, Method, State
 
@@ -158,7 +159,7 @@ class SparseMixin(_Layer):
                 continue
             # The mask is decided in the variable's own precision; the masked weight is cast.
             variable._autocast = False
-            with self._unlocked():
+            with self._unlocked(), beside(variable):
                 self.sparse_state[weight.name] = self.sparsity.build(
                     self, weight.name, variable, weight.layout_of(self)
                 )

@@ -251,10 +251,13 @@ class UpdateMethod(Method):
         moves_weights: whether `before` gives the inner optimiser other weights than the model's.
         grows: whether `update` also gives `grown`: a boolean mask of the weights that are newly
             kept and start at 0, with fresh slots in the inner optimiser.
+        reads_gradients: whether more is done with gradients than to mask them, so that each replica
+            needs those of the whole batch.
     """
 
     moves_weights = False
     grows = False
+    reads_gradients = False
 
     def init(self, kernels: Sequence, steps: int | None) -> list[dict[str, tuple[str, str]]]:
         """Per weight, the state beside its mask: name to (initial value, dtype).

@@ -197,7 +197,7 @@ class Consensus(LayerMethod):
         values = [ops.convert_to_numpy(s[k]) for s, k in zip(states, key)]
         pi = [1 / (1 + np.exp(-(v - e).ravel().astype("float64"))) for v, e in zip(values, edge)]
         costs = [
-            np.full(v.size, float(s["cost"]) * np.prod(w.shape) / v.size)
+            np.full(v.size, float(ops.convert_to_numpy(s["cost"])) * np.prod(w.shape) / v.size)
             for v, s, w in zip(values, states, weights)
         ]
         for p, layout in zip(pi, layouts):

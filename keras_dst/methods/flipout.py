@@ -81,6 +81,7 @@ class FlipOut(UpdateMethod):
             check_sparsity(sparsity)
             events = Geometric(sparsity, end=1.0, rate=rate).number
             self.schedule = Geometric(sparsity, end=events / (events + 1), rate=rate)
+        self.reads_gradients = noise > 0
         self._check_common()
 
     def init(self, kernels, steps):

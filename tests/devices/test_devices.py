@@ -1,0 +1,79 @@
+"""Every method on several devices: the copies are identical, and equal to one device's run."""
+
+import keras
+import numpy as np
+import pytest
+
+from tests.devices import trainings
+from tests.devices.launch import launch
+
+BACKEND = keras.backend.backend()
+# What runs on which backend: (setup, processes, runs on several devices, copies of a variable).
+SETUPS = {
+    "tensorflow": [("mirrored", 1, ["mirrored"], 2), ("workers", 2, ["workers"], 2)],
+    "jax": [("sharded", 1, ["data", "model"], 2)],
+    "torch": [("ddp", 2, ["ddp"], 2)],
+}[BACKEND]
+RUNS = [(setup, run, copies) for setup, _, runs, copies in SETUPS for run in runs]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder per setup, with what the trainings left: each is run once, when first asked for."""
+    done = {}
+
+    def folder(setup):
+        if setup not in done:
+            done[setup] = tmp_path_factory.mktemp(setup)
+            processes = next(n for name, n, *_ in SETUPS if name == setup)
+            command = ["-m", "tests.devices.trainings", setup, str(done[setup])]
+            launch(command, processes, done[setup])
+        return done[setup]
+
+    return folder
+
+
+@pytest.mark.parametrize("method", trainings.METHODS)
+@pytest.mark.parametrize(("setup", "run", "copies"), RUNS, ids=[run for _, run, _ in RUNS])
+def test_all_copies_are_those_of_one_device(trained, setup, run, copies, method):
+    folder = trained(setup)
+    first, *others = [np.load(folder / f"{method}.{run}.{i}.npz") for i in range(copies)]
+    single = np.load(trained(SETUPS[0][0]) / f"{method}.single.0.npz")
+    assert set(first.files) == set(single.files)
+    for path in single.files:
+        for other in others:  # kernels, masks, thresholds, scores, counters, momentum
+            np.testing.assert_array_equal(first[path], other[path], err_msg=path)
+        if single[path].dtype.kind == "f":
+            np.testing.assert_allclose(first[path], single[path], atol=1e-5, err_msg=path)
+        else:
+            np.testing.assert_array_equal(first[path], single[path], err_msg=path)
+
+
+@pytest.mark.parametrize("method", trainings.METHODS)
+@pytest.mark.parametrize(("setup", "run"), [run[:2] for run in RUNS], ids=[r[1] for r in RUNS])
+def test_the_target_is_reached(trained, setup, run, method):
+    arrays = np.load(trained(setup) / f"{method}.{run}.0.npz")
+    keras.utils.set_random_seed(0)
+    model = trainings.build(trainings.METHODS[method])
+    model.optimizer.build(model.trainable_variables)
+    for variable in model.variables:
+        variable.assign(arrays[variable.path])
+    sparsity = trainings.keras_dst.report(model).sparsity
+    # Gates close 6 of the 20 units of the first layer: 48 of all 240 weights.
+    target = 0.2 if method == "consensus" else 0.7
+    assert sparsity == pytest.approx(target, abs=0.01)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="MultiWorkerMirroredStrategy is TensorFlow's")
+def test_fit_of_keras_alone_fails_on_several_workers(trained):
+    """Why docs/many_devices.md has a loop of one's own there; a Keras that can do better fails."""
+    for rank in range(2):
+        assert "PerReplica" in (trained("workers") / f"fit.{rank}.txt").read_text()
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.distribute is TensorFlow's")
+@pytest.mark.parametrize(
+    ("case", "says"), [("outside", "within strategy.scope"), ("accumulation", "larger batch")]
+)
+def test_what_keras_cannot_do_under_a_strategy_is_refused(trained, case, says):
+    assert says in (trained("mirrored") / f"{case}.txt").read_text()

@@ -1,0 +1,51 @@
+"""The code of the pages on loops and devices runs as it stands there."""
+
+import pathlib
+import re
+
+import keras
+import pytest
+
+import keras_dst
+from tests.devices.launch import ROOT, launch
+
+BACKEND = keras.backend.backend()
+
+
+def blocks(page):
+    """`(info, code)` of the Python on a page; the info is empty where it is for all backends."""
+    text = (ROOT / "docs" / page).read_text()
+    found = re.findall(r"^```python ?(.*?)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    assert len(found) == text.count("```python")
+    return found
+
+
+def test_loops_of_ones_own():
+    names = {}
+    for info, code in blocks("custom_loops.md"):
+        if info in ("", BACKEND):
+            exec(code, names)
+    assert keras_dst.report(names["pruned"]).sparsity == pytest.approx(0.9, abs=0.01)
+    assert 0.1 < keras_dst.report(names["learned"]).sparsity < 1
+    assert not any(hasattr(layer, "sparsity") for layer in names["learned"].layers)
+
+
+def of_this_backend():
+    found = [(i, c) for i, c in blocks("many_devices.md") if i.split(" ")[0] == BACKEND]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("place", range(len(of_this_backend())))
+def test_many_devices(place, tmp_path):
+    common = "".join(code for info, code in blocks("many_devices.md") if not info)
+    info, code = of_this_backend()[place]
+    processes = int((re.findall(r"processes=(\d+)", info) or [1])[0])
+    script = tmp_path / "train.py"
+    last = "print('It ended at', keras_dst.report(model).sparsity)\n"
+    script.write_text(common + code + last)
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    outputs = launch([str(script)], processes, pathlib.Path(tmp_path), XLA_FLAGS=flags)
+    for output in outputs:
+        reached = re.search(r"It ended at ([\d.]+)", output)[1]
+        assert float(reached) == pytest.approx(0.8, abs=0.01)
