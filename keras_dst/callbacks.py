@@ -12,6 +12,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_dst.backup import BackupAndRestore as BackupAndRestore
+from keras_dst.backup import WholeSaves
 from keras_dst.compiled import compiled, give_back_state
 from keras_dst.layers import Gate, SparseMixin, sparse_class
 from keras_dst.masks import Layout, Pattern
@@ -70,18 +72,23 @@ class SparseTraining(keras.callbacks.Callback):
                 "Give SparseTraining(steps_per_epoch=...)."
             )
         self._begun = False
+        self._saves = WholeSaves(self.model)
         _guard_step(self.model, self._drivers)
 
     def on_epoch_begin(self, epoch, logs=None):
         if not self._begun:
             # Not in on_train_begin: BackupAndRestore may only just have restored the state.
-            self._begun = True
-            self._first_epoch = epoch
-            self._batches = 0
-            for driver in self._drivers:
-                driver.begin(self._steps(self.epochs), self._steps(), self._epoch_length)
-            self._log = self._sparsity()
+            self._begin(epoch)
         self._epoch_start = self._batches
+
+    def _begin(self, epoch):
+        self._begun = True
+        self._first_epoch = epoch
+        self._batches = 0
+        done = getattr(self.model, "_initial_batch", 0)  # batches that are drawn and left out
+        for driver in self._drivers:
+            driver.begin(self._steps(self.epochs), self._steps(), self._epoch_length, done)
+        self._log = self._sparsity()
 
     def on_train_batch_end(self, batch, logs=None):
         self._batches = self._epoch_start + batch + 1
@@ -106,6 +113,9 @@ class SparseTraining(keras.callbacks.Callback):
             logs["sparsity"] = self._log
 
     def on_train_end(self, logs=None):
+        self._saves.restore()
+        if not self._begun:  # a backup of the last epoch was restored
+            self._begin(self.params.get("epochs", 1))
         for driver in self._drivers:
             driver.end(self._batches, warn_early=self.epochs is None)
         if any(driver.in_steps for driver in self._drivers):
@@ -168,7 +178,7 @@ def _drivers(model) -> list[_Driver]:
         found.append(_LayerDriver(model, layers))
     if wrapper is not None:
         wrapper.layouts = _layouts(model, wrapper)
-        found.append(_OptimizerDriver(wrapper))
+        found.append(_OptimizerDriver(model, wrapper))
     return found
 
 
@@ -199,8 +209,8 @@ def _functions(method, layouts, shapes):
 class _Driver:
     """Updates the states of all the weights under one method, along its schedule."""
 
-    def __init__(self, method, weights, states, layouts, names):
-        self.method = method
+    def __init__(self, model, method, weights, states, layouts, names):
+        self.model, self.method = model, method
         self.weights, self.states = weights, states
         self.layouts, self.names = layouts, names
         self.shapes = [tuple(w.shape) for w in weights]
@@ -225,19 +235,22 @@ class _Driver:
 
     # --------------------------------------------------------------------------------------------
 
-    def begin(self, length: int | None, fit: int | None, epoch: int | None) -> None:
-        """Start, or go on, with a schedule over `length` steps, in a fit of `fit` steps."""
+    def begin(self, length: int | None, fit: int | None, epoch: int | None, done: int = 0) -> None:
+        """Start, or go on, with a schedule over `length` steps, in a fit of `fit` steps.
+
+        The first `done` of these were taken before the training was interrupted.
+        """
         self.drive(True)
         self.projected = False
         if self.schedule is None:
             return
-        self.start, total = self.read_progress()
-        self.last = self.start
+        self.last, total = self.read_progress()
+        self.start = self.last - done
         self.total = total or length
         self._plan(fit, epoch)
-        self.write_progress(self.start, self.total or 0)
+        self.write_progress(self.last, self.total or 0)
         # A resumed training has had its update at this step before it was saved.
-        if self.every and self.start == 0 and not self.method.learned:
+        if self.every and self.last == 0 and not self.method.learned:
             self.advance(0)
 
     def set_length(self, length: int, fit: int, epoch: int, batches: int) -> None:
@@ -276,6 +289,8 @@ class _Driver:
         if self.schedule is None or not self.every:
             return False
         step = self.start + batches
+        if step <= self.last:
+            return False
         crossed = self.last // self.every != step // self.every
         return crossed or any(self.last < mark <= step for mark in self.marks if mark)
 
@@ -380,7 +395,17 @@ class _Driver:
 
     def drive(self, driven: bool) -> None:
         """Tell layers or optimiser whether a callback is at work."""
-        self.driven = driven
+        self.driven = _Running(self.model) if driven else False
+
+
+class _Running:
+    """True while the fit in which it was made goes on; nobody hears of one that is interrupted."""
+
+    def __init__(self, model):
+        self.model, self.history = model, getattr(model, "history", None)
+
+    def __bool__(self):
+        return getattr(self.model, "history", None) is self.history  # every fit makes a new one
 
 
 class _LayerDriver(_Driver):
@@ -389,10 +414,11 @@ class _LayerDriver(_Driver):
     loss: TwoPathLoss | None = None
 
     def __init__(self, model, layers: list[Any]):
-        self.model, self.optimizer, self.layers = model, model.optimizer, layers
+        self.optimizer, self.layers = model.optimizer, layers
         members = [m for layer in layers for m in layer.masked_weights()]
         method: LayerMethod = layers[0].sparsity
         super().__init__(
+            model,
             method,
             [variable for _, variable, _ in members],
             [state for _, _, state in members],
@@ -419,10 +445,10 @@ class _LayerDriver(_Driver):
         for state in self.states:
             state["progress"].assign(np.array([step, self._iterations(), total], "int32"))
 
-    def begin(self, length, fit, epoch):
+    def begin(self, length, fit, epoch, done=0):
         undecayed = [s[n] for s in self.states for n in self.method.undecayed if n in s]
         exclude_from_decay(self.optimizer, undecayed)
-        super().begin(length, fit, epoch)
+        super().begin(length, fit, epoch, done)
 
     def take(self, changes):
         for state, change in zip(self.states, changes):
@@ -433,7 +459,7 @@ class _LayerDriver(_Driver):
     def drive(self, driven):
         super().drive(driven)
         for layer in self.layers:
-            layer.driven = driven
+            layer.driven = self.driven
         if self.method.two_paths and driven:
             coupling = self.method.coupling(self.states[0])
             self.loss = TwoPathLoss(self.model, coupling, self._traced_on_both_paths)
@@ -457,9 +483,10 @@ class _LayerDriver(_Driver):
 class _OptimizerDriver(_Driver):
     """Drives a SparseOptimizer."""
 
-    def __init__(self, optimizer: SparseOptimizer):
+    def __init__(self, model, optimizer: SparseOptimizer):
         self.optimizer = optimizer
         super().__init__(
+            model,
             optimizer.method,
             optimizer.kernels,
             optimizer.states,
@@ -467,10 +494,10 @@ class _OptimizerDriver(_Driver):
             optimizer.kernel_names,
         )
 
-    def begin(self, length, fit, epoch):
+    def begin(self, length, fit, epoch, done=0):
         if length and not int(self.optimizer.step):
             self.optimizer.expect(length)
-        super().begin(length, fit, epoch)
+        super().begin(length, fit, epoch, done)
 
     def read_progress(self):
         return int(self.optimizer.step), int(self.optimizer.total)
@@ -484,4 +511,4 @@ class _OptimizerDriver(_Driver):
 
     def drive(self, driven):
         super().drive(driven)
-        self.optimizer.driven = driven
+        self.optimizer.driven = self.driven
