@@ -15,6 +15,7 @@ from keras import ops
 from keras_dst.compiled import generator_state, set_generator_state
 
 _RECORD = "training.json"
+_SAVES = ("save", "save_weights")
 
 
 @contextlib.contextmanager
@@ -35,36 +36,30 @@ def whole_or_not(path: pathlib.Path) -> Iterator[pathlib.Path]:
         unfinished.unlink(missing_ok=True)
 
 
-class WholeSaves:
-    """What stands in for a model's `save` and `save_weights`, so that its files come whole.
+def save_whole(model) -> None:
+    """Let a model's `save` and `save_weights` give a file its name once it is whole.
 
     Keras writes over a file in place: a kill meanwhile leaves neither the old nor the new one.
     """
+    for name in _SAVES:  # past Keras's tracking of attributes
+        vars(model)[name] = _WholeSave(getattr(model, name))
 
-    def __init__(self, model):
-        self.model = model
-        vars(model).update(
-            save=self._whole(model.save), save_weights=self._whole(model.save_weights)
-        )
 
-    def restore(self) -> None:
-        """Give the model its own methods back."""
-        for name in ("save", "save_weights"):
-            vars(self.model).pop(name, None)
+def save_in_place(model) -> None:
+    """Give a model its own methods back."""
+    for name in _SAVES:
+        vars(model).pop(name, None)
 
-    @staticmethod
-    def _whole(save):
-        save = getattr(save, "inner", save)  # left by a fit that was interrupted
 
-        def saving(filepath, overwrite=True, **kwargs):
-            remote = "://" in str(filepath)
-            if kwargs or remote or not overwrite:
-                return save(filepath, overwrite=overwrite, **kwargs)
-            with whole_or_not(pathlib.Path(filepath)) as unfinished:
-                return save(unfinished, overwrite=True)
+class _WholeSave:
+    def __init__(self, save):
+        self.inner = getattr(save, "inner", save)  # left by a fit that was interrupted
 
-        saving.inner = save
-        return saving
+    def __call__(self, filepath, overwrite=True, **kwargs):
+        if kwargs or not overwrite or "://" in str(filepath):
+            return self.inner(filepath, overwrite=overwrite, **kwargs)
+        with whole_or_not(pathlib.Path(filepath)) as unfinished:
+            return self.inner(unfinished, overwrite=True)
 
 
 class BackupAndRestore(keras.callbacks.Callback):
@@ -101,8 +96,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         delete_checkpoint: bool = True,
     ):
         super().__init__()
-        whole = isinstance(save_freq, int) and not isinstance(save_freq, bool)
-        if save_freq != "epoch" and not (whole and save_freq > 0):
+        if save_freq != "epoch" and (not isinstance(save_freq, int) or save_freq < 1):
             raise ValueError(
                 f"save_freq must be 'epoch' or a number of batches >= 1. Received: {save_freq!r}"
             )
@@ -122,7 +116,7 @@ class BackupAndRestore(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         if self._epoch not in (None, epoch):  # another epoch has ended, and every callback with it
             self._batch = 0
-            if self.save_freq == "epoch" or self._since >= self.save_freq:
+            if self._is_due("epoch"):
                 self._back_up(epoch, 0)
         self._epoch = epoch
         if self.model._initial_batch:
@@ -134,7 +128,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._forget_start()
         if batch >= self._batch:
             self._restore_generator()
-        if self.save_freq != "epoch" and self._since >= self.save_freq:
+        if self._is_due("batch"):
             self._back_up(self._epoch, self._batch)
 
     def on_train_batch_end(self, batch, logs=None):
@@ -152,6 +146,11 @@ class BackupAndRestore(keras.callbacks.Callback):
                 self.backup_dir.rmdir()
 
     # --------------------------------------------------------------------------------------------
+
+    def _is_due(self, end: str) -> bool:
+        if isinstance(self.save_freq, str):
+            return end == "epoch"
+        return self._since >= self.save_freq
 
     def _back_up(self, epoch, batch):
         self.backup_dir.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_dst.backup import BackupAndRestore as BackupAndRestore
-from keras_dst.backup import WholeSaves
+from keras_dst.backup import save_in_place, save_whole
 from keras_dst.compiled import compiled, give_back_state
 from keras_dst.layers import Gate, SparseMixin, sparse_class
 from keras_dst.masks import Layout, Pattern
@@ -23,6 +23,7 @@ from keras_dst.paths import TwoPathLoss
 from keras_dst.report import uses_of
 
 _FEWEST_UPDATES = 20  # of the masks while sparsity grows, however short the training
+_WORST = 1e30  # of a metric before the target is reached
 _LEARNED_RESPONSE = 5  # steps in which a learned method shows what an update has done
 
 
@@ -32,28 +33,57 @@ class SparseTraining(keras.callbacks.Callback):
     Schedules are resolved from the epochs and steps of the first `fit`; a later `fit` goes on
     where that one ended. Masks and controllers are updated between steps, `sparsity` (of the
     weights under the method) is shown in the progress bar and kept in the history, the last step
-    makes it exact, and a warning says by how much a target was missed.
+    makes it exact, and a warning says by how much a target was missed. While it is at work, what
+    `save` and `save_weights` write is whole or not there at all.
+
+    Put it before callbacks of Keras that save within an epoch.
 
     Args:
         epochs: epochs that the schedule takes, where they are not those of the first `fit`: for a
             training in several calls.
         steps_per_epoch: batches in an epoch, where `fit` cannot know before the first one ends.
+        gate: a metric of which the best counts only at the target, such as `"val_accuracy"`. The
+            log `"val_accuracy_at_target"` has its value once the target is reached. Before, it has
+            one that is worse than any, and less so from epoch to epoch: whatever looks for the
+            best, or waits for better, neither keeps nor stops at what is not sparse enough. A
+            metric of the training itself needs this callback to come first.
+        gate_mode: whether the best of it is the `"min"` or the `"max"`; by default what the metric
+            itself says.
 
     Raises:
         ValueError: when training begins and there is nothing to drive, or its length is unknown.
 
     Example:
         >>> model.fit(x, y, epochs=20, callbacks=[keras_dst.callbacks.SparseTraining()])
+
+        The best model at the target:
+
+        >>> sparse = keras_dst.callbacks.SparseTraining(gate="val_accuracy")
+        >>> best = keras.callbacks.ModelCheckpoint(
+        ...     "best.keras", "val_accuracy_at_target", mode="max", save_best_only=True
+        ... )
+        >>> model.fit(x, y, validation_split=0.1, epochs=20, callbacks=[sparse, best])
     """
 
-    def __init__(self, epochs: int | None = None, steps_per_epoch: int | None = None):
+    def __init__(
+        self,
+        epochs: int | None = None,
+        steps_per_epoch: int | None = None,
+        gate: str | None = None,
+        gate_mode: str | None = None,
+    ):
         super().__init__()
+        if gate_mode not in (None, "min", "max"):
+            raise ValueError(f"gate_mode must be 'min' or 'max'. Received: {gate_mode!r}")
+        self.gate = gate
+        self.gate_mode = gate_mode
         for name, value in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number >= 1. Received: {value!r}")
         self.epochs = epochs
         self.steps_per_epoch = steps_per_epoch
         self._drivers: list[_Driver] = []
+        self._begun = False
 
     # -- Keras's hooks ---------------------------------------------------------------------------
 
@@ -71,14 +101,23 @@ class SparseTraining(keras.callbacks.Callback):
                 "The number of steps in the only epoch is unknown. "
                 "Give SparseTraining(steps_per_epoch=...)."
             )
-        self._begun = False
-        self._saves = WholeSaves(self.model)
+        if self.gate and not all(driver.schedule for driver in self._drivers):
+            raise ValueError(
+                f"gate={self.gate!r} needs a target, and one of the methods has none: "
+                f"{[driver.method for driver in self._drivers]}"
+            )
+        self._begun = self._gated = False
+        save_whole(self.model)
+        if self.gate and self.gate.startswith("val_"):
+            # Not in on_epoch_end alone: here it is in the log for callbacks before this one, too.
+            vars(self.model)["evaluate"] = _GatedEvaluate(self.model, self._write_validation)  # type: ignore[index]
         _guard_step(self.model, self._drivers)
 
     def on_epoch_begin(self, epoch, logs=None):
         if not self._begun:
             # Not in on_train_begin: BackupAndRestore may only just have restored the state.
             self._begin(epoch)
+        self._epoch = epoch
         self._epoch_start = self._batches
 
     def _begin(self, epoch):
@@ -88,7 +127,7 @@ class SparseTraining(keras.callbacks.Callback):
         done = getattr(self.model, "_initial_batch", 0)  # batches that are drawn and left out
         for driver in self._drivers:
             driver.begin(self._steps(self.epochs), self._steps(), self._epoch_length, done)
-        self._log = self._sparsity()
+        self._measure()
 
     def on_train_batch_end(self, batch, logs=None):
         self._batches = self._epoch_start + batch + 1
@@ -97,9 +136,8 @@ class SparseTraining(keras.callbacks.Callback):
             self._sync()
             for driver in due:
                 driver.advance(self._batches)
-            self._log = self._sparsity()
-        if logs is not None:
-            logs["sparsity"] = self._log
+            self._measure()
+        self._write(logs)
 
     def on_epoch_end(self, epoch, logs=None):
         if self._epoch_length is None:
@@ -107,15 +145,18 @@ class SparseTraining(keras.callbacks.Callback):
             for driver in self._drivers:
                 length = self._steps(self.epochs)
                 driver.set_length(length, self._steps(), self._epoch_length, self._batches)
-        self._sync()
-        self._log = self._sparsity()
-        if logs is not None:
-            logs["sparsity"] = self._log
+        self._measure()
+        self._write(logs)
 
     def on_train_end(self, logs=None):
-        self._saves.restore()
+        save_in_place(self.model)
+        vars(self.model).pop("evaluate", None)  # type: ignore[attr-defined]
         if not self._begun:  # a backup of the last epoch was restored
             self._begin(self.params.get("epochs", 1))
+        if self.gate and not self._gated:
+            warnings.warn(
+                f"gate={self.gate!r} was in no log: fit without validation?", stacklevel=2
+            )
         for driver in self._drivers:
             driver.end(self._batches, warn_early=self.epochs is None)
         if any(driver.in_steps for driver in self._drivers):
@@ -137,9 +178,60 @@ class SparseTraining(keras.callbacks.Callback):
             epochs = self.params.get("epochs", 1) - self._first_epoch
         return epochs * self._epoch_length
 
-    def _sparsity(self):
+    def _measure(self):
+        self._sync()
         kept = sum(d.kept() for d in self._drivers)
-        return 1 - kept / sum(d.size for d in self._drivers)
+        self._log = 1 - kept / sum(d.size for d in self._drivers)
+        self._at_target = self.gate is None or all(d.is_at_target() for d in self._drivers)
+
+    def _write(self, logs):
+        if logs is None:
+            return
+        if self.gate and logs and (self.gate in logs or not self.gate.startswith("val_")):
+            self._write_gated(logs, self.gate)
+        logs["sparsity"] = self._log
+
+    def _write_validation(self, logs):
+        self._measure()
+        self._write_gated(logs, (self.gate or "").removeprefix("val_"))
+
+    def _write_gated(self, logs, name):
+        if name not in logs:
+            raise ValueError(f"gate={self.gate!r} is none of the metrics: {', '.join(logs)}")
+        self._gated = True
+        mode = self.gate_mode or _mode(self.model, self.gate)
+        # Better from epoch to epoch, so that nobody loses patience before the target is reached.
+        worst = _WORST / (self._epoch + 1) * (1 if mode == "min" else -1)
+        logs[f"{name}_at_target"] = logs[name] if self._at_target else worst
+
+
+class _GatedEvaluate:
+    """What stands in for a model's `evaluate` while a fit calls it, and adds to its logs."""
+
+    def __init__(self, model, write):
+        self.inner = getattr(model.evaluate, "inner", model.evaluate)
+        self.write, self.running = write, _Running(model)
+
+    def __call__(self, *args, **kwargs):
+        logs = self.inner(*args, **kwargs)
+        if self.running and isinstance(logs, dict):
+            self.write(logs)
+        return logs
+
+
+def _mode(model, name) -> str:
+    """Whether the best value of a metric is its `"min"` or its `"max"`, as the metric says."""
+    name = name.removeprefix("val_")
+    if name == "loss":
+        return "min"
+    groups = [getattr(metric, "metrics", [metric]) for metric in model.metrics]
+    found = [getattr(m, "_direction", None) for group in groups for m in group if m.name == name]
+    if found and found[0] in ("up", "down"):
+        return "max" if found[0] == "up" else "min"
+    raise ValueError(
+        f"Whether the best {name!r} is the smallest or the largest is not known. "
+        "Give SparseTraining(gate_mode='min') or 'max'."
+    )
 
 
 def _guard_step(model, drivers):
@@ -148,7 +240,7 @@ def _guard_step(model, drivers):
 
     @functools.wraps(step, assigned=(), updated=())
     def guarded(*args, **kwargs):
-        if not all(driver.driven for driver in drivers):
+        if not all(driver.driven or driver.schedule is None for driver in drivers):
             give_back_state(model, *args)
             raise ValueError(
                 "This model was compiled for training with the SparseTraining callback. "
@@ -337,7 +429,7 @@ class _Driver:
         self.write_progress(step, total)
         target, reached = self._target(), self._reached()
         if step < total:
-            if warn_early:
+            if warn_early and not self.is_at_target():
                 warnings.warn(
                     f"{self.method!r}: training ended after {step} of the {total} steps of its "
                     f"schedule, at {self.method.quantity} {reached:.4f}, target {target:.3g}. "
@@ -354,6 +446,10 @@ class _Driver:
                 f"{target:.3g}: missed by {abs(reached - target):.4f}.",
                 stacklevel=2,
             )
+
+    def is_at_target(self) -> bool:
+        """Whether the final target is reached now, or more than that."""
+        return self._reached() >= self._target() - self.tolerance
 
     def _target(self) -> float:
         """The final sparsity of all these weights together, or of their cost."""
@@ -395,7 +491,7 @@ class _Driver:
 
     def drive(self, driven: bool) -> None:
         """Tell layers or optimiser whether a callback is at work."""
-        self.driven = _Running(self.model) if driven else False
+        self.driven: _Running | bool = _Running(self.model) if driven else False
 
 
 class _Running:

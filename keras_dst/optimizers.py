@@ -48,7 +48,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.inner_optimizer = inner_optimizer
         self.method = _check_method(method)
         self.filters = filters
-        self.driven = False
+        self.driven: object = False  # whether a SparseTraining callback is at work
         self.kernel_indices: list[int] = []
         self.kernel_names: list[str] = []
         self.states: list[State] = []
