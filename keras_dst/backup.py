@@ -96,7 +96,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         delete_checkpoint: bool = True,
     ):
         super().__init__()
-        if save_freq != "epoch" and (not isinstance(save_freq, int) or save_freq < 1):
+        if save_freq != "epoch" and (type(save_freq) is not int or save_freq < 1):
             raise ValueError(
                 f"save_freq must be 'epoch' or a number of batches >= 1. Received: {save_freq!r}"
             )
