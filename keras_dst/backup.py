@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -218,12 +219,26 @@ def _seeds(model) -> list:
     return [v for v in model.variables if id(v) not in known]
 
 
+class Running:
+    """True while the fit in which it was made goes on; nobody hears of one that is interrupted."""
+
+    def __init__(self, model):
+        self.model, self.history = model, getattr(model, "history", None)
+
+    def __bool__(self):
+        return getattr(self.model, "history", None) is self.history  # every fit makes a new one
+
+
 def _leave_out(model, batches: int) -> None:
     """Draw so many batches without training on them."""
-    step, left = model.train_function, batches
+    step, left, running = model.train_function, batches, Running(model)
 
+    @functools.wraps(step, assigned=(), updated=())
     def draw(*arguments):
         nonlocal left
+        if not running:  # interrupted before it was done
+            model.train_function = step
+            return step(*arguments)
         if keras.backend.backend() != "torch":  # where they are drawn before
             for _ in range(model.steps_per_execution):
                 next(arguments[-1])

@@ -13,7 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_dst.backup import BackupAndRestore as BackupAndRestore
-from keras_dst.backup import save_in_place, save_whole
+from keras_dst.backup import Running, save_in_place, save_whole
 from keras_dst.compiled import compiled, give_back_state
 from keras_dst.layers import Gate, SparseMixin, sparse_class
 from keras_dst.masks import Layout, Pattern
@@ -210,7 +210,7 @@ class _GatedEvaluate:
 
     def __init__(self, model, write):
         self.inner = getattr(model.evaluate, "inner", model.evaluate)
-        self.write, self.running = write, _Running(model)
+        self.write, self.running = write, Running(model)
 
     def __call__(self, *args, **kwargs):
         logs = self.inner(*args, **kwargs)
@@ -491,17 +491,7 @@ class _Driver:
 
     def drive(self, driven: bool) -> None:
         """Tell layers or optimiser whether a callback is at work."""
-        self.driven: _Running | bool = _Running(self.model) if driven else False
-
-
-class _Running:
-    """True while the fit in which it was made goes on; nobody hears of one that is interrupted."""
-
-    def __init__(self, model):
-        self.model, self.history = model, getattr(model, "history", None)
-
-    def __bool__(self):
-        return getattr(self.model, "history", None) is self.history  # every fit makes a new one
+        self.driven: Running | bool = Running(self.model) if driven else False
 
 
 class _LayerDriver(_Driver):

@@ -20,7 +20,9 @@ from keras_dst.methods import LayerMethod
 from tests import stop_worker
 from tests.stop_worker import METHODS, x, y
 
-few = hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None)
+# JAX compiles every operation for every shape.
+EXAMPLES = 6 if keras.backend.backend() == "jax" else 25
+few = hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 
 # One method of each kind.
 KINDS = {name: METHODS[name] for name in ("dst-target", "optg", "magnitude-revival", "flipout")}

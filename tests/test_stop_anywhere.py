@@ -161,6 +161,21 @@ def test_a_backup_of_the_end_is_the_end(name, tmp_path):
     check_same(model, again)
 
 
+@pytest.mark.parametrize("driven", [True, False])
+def test_interrupted_while_batches_are_left_out(driven, tmp_path):
+    """A later fit leaves out none."""
+    method = stop_worker.METHODS["magnitude" if driven else "dst"]
+    callbacks = [SparseTraining()] if driven else []
+    crash(stop_worker.build(method), (1, 7), *callbacks, BackupAndRestore(tmp_path, 3))
+    model = stop_worker.build(method)
+    crash(model, (1, 0), *callbacks, BackupAndRestore(tmp_path, 3))
+    before = int(model.optimizer.iterations)
+    assert before == stop_worker.STEPS + 7
+    stop_worker.fit(model, *callbacks)
+    steps = stop_worker.EPOCHS * stop_worker.STEPS
+    assert int(model.optimizer.iterations) == before + steps
+
+
 def test_a_later_fit_begins_at_its_own_beginning(tmp_path):
     method = stop_worker.METHODS["magnitude"]
     crash(stop_worker.build(method), (2, 3), SparseTraining(), BackupAndRestore(tmp_path, 3))
