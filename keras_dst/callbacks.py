@@ -12,6 +12,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_dst.backup import BackupAndRestore as BackupAndRestore
+from keras_dst.backup import Running, save_in_place, save_whole
 from keras_dst.compiled import compiled, give_back_state
 from keras_dst.devices import beside
 from keras_dst.layers import Gate, SparseMixin, sparse_class
@@ -22,6 +24,7 @@ from keras_dst.paths import TwoPathLoss
 from keras_dst.report import uses_of
 
 _FEWEST_UPDATES = 20  # of the masks while sparsity grows, however short the training
+_WORST = 1e30  # of a metric before the target is reached
 _LEARNED_RESPONSE = 5  # steps in which a learned method shows what an update has done
 
 
@@ -31,28 +34,57 @@ class SparseTraining(keras.callbacks.Callback):
     Schedules are resolved from the epochs and steps of the first `fit`; a later `fit` goes on
     where that one ended. Masks and controllers are updated between steps, `sparsity` (of the
     weights under the method) is shown in the progress bar and kept in the history, the last step
-    makes it exact, and a warning says by how much a target was missed.
+    makes it exact, and a warning says by how much a target was missed. While it is at work, what
+    `save` and `save_weights` write is whole or not there at all.
+
+    Put it before callbacks of Keras that save within an epoch.
 
     Args:
         epochs: epochs that the schedule takes, where they are not those of the first `fit`: for a
             training in several calls.
         steps_per_epoch: batches in an epoch, where `fit` cannot know before the first one ends.
+        gate: a metric of which the best counts only at the target, such as `"val_accuracy"`. The
+            log `"val_accuracy_at_target"` has its value once the target is reached. Before, it has
+            one that is worse than any, and less so from epoch to epoch: whatever looks for the
+            best, or waits for better, neither keeps nor stops at what is not sparse enough. A
+            metric of the training itself needs this callback to come first.
+        gate_mode: whether the best of it is the `"min"` or the `"max"`; by default what the metric
+            itself says.
 
     Raises:
         ValueError: when training begins and there is nothing to drive, or its length is unknown.
 
     Example:
         >>> model.fit(x, y, epochs=20, callbacks=[keras_dst.callbacks.SparseTraining()])
+
+        The best model at the target:
+
+        >>> sparse = keras_dst.callbacks.SparseTraining(gate="val_accuracy")
+        >>> best = keras.callbacks.ModelCheckpoint(
+        ...     "best.keras", "val_accuracy_at_target", mode="max", save_best_only=True
+        ... )
+        >>> model.fit(x, y, validation_split=0.1, epochs=20, callbacks=[sparse, best])
     """
 
-    def __init__(self, epochs: int | None = None, steps_per_epoch: int | None = None):
+    def __init__(
+        self,
+        epochs: int | None = None,
+        steps_per_epoch: int | None = None,
+        gate: str | None = None,
+        gate_mode: str | None = None,
+    ):
         super().__init__()
+        if gate_mode not in (None, "min", "max"):
+            raise ValueError(f"gate_mode must be 'min' or 'max'. Received: {gate_mode!r}")
+        self.gate = gate
+        self.gate_mode = gate_mode
         for name, value in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number >= 1. Received: {value!r}")
         self.epochs = epochs
         self.steps_per_epoch = steps_per_epoch
         self._drivers: list[_Driver] = []
+        self._begun = False
 
     # -- Keras's hooks ---------------------------------------------------------------------------
 
@@ -70,19 +102,33 @@ class SparseTraining(keras.callbacks.Callback):
                 "The number of steps in the only epoch is unknown. "
                 "Give SparseTraining(steps_per_epoch=...)."
             )
-        self._begun = False
+        if self.gate and not all(driver.schedule for driver in self._drivers):
+            raise ValueError(
+                f"gate={self.gate!r} needs a target, and one of the methods has none: "
+                f"{[driver.method for driver in self._drivers]}"
+            )
+        self._begun = self._gated = False
+        save_whole(self.model)
+        if self.gate and self.gate.startswith("val_"):
+            # Not in on_epoch_end alone: here it is in the log for callbacks before this one, too.
+            vars(self.model)["evaluate"] = _GatedEvaluate(self.model, self._write_validation)  # type: ignore[index]
         _guard_step(self.model, self._drivers)
 
     def on_epoch_begin(self, epoch, logs=None):
         if not self._begun:
             # Not in on_train_begin: BackupAndRestore may only just have restored the state.
-            self._begun = True
-            self._first_epoch = epoch
-            self._batches = 0
-            for driver in self._drivers:
-                driver.begin(self._steps(self.epochs), self._steps(), self._epoch_length)
-            self._log = self._sparsity()
+            self._begin(epoch)
+        self._epoch = epoch
         self._epoch_start = self._batches
+
+    def _begin(self, epoch):
+        self._begun = True
+        self._first_epoch = epoch
+        self._batches = 0
+        done = getattr(self.model, "_initial_batch", 0)  # batches that are drawn and left out
+        for driver in self._drivers:
+            driver.begin(self._steps(self.epochs), self._steps(), self._epoch_length, done)
+        self._measure()
 
     def on_train_batch_end(self, batch, logs=None):
         self._batches = self._epoch_start + batch + 1
@@ -91,9 +137,8 @@ class SparseTraining(keras.callbacks.Callback):
             self._sync()
             for driver in due:
                 driver.advance(self._batches)
-            self._log = self._sparsity()
-        if logs is not None:
-            logs["sparsity"] = self._log
+            self._measure()
+        self._write(logs)
 
     def on_epoch_end(self, epoch, logs=None):
         if self._epoch_length is None:
@@ -101,12 +146,18 @@ class SparseTraining(keras.callbacks.Callback):
             for driver in self._drivers:
                 length = self._steps(self.epochs)
                 driver.set_length(length, self._steps(), self._epoch_length, self._batches)
-        self._sync()
-        self._log = self._sparsity()
-        if logs is not None:
-            logs["sparsity"] = self._log
+        self._measure()
+        self._write(logs)
 
     def on_train_end(self, logs=None):
+        save_in_place(self.model)
+        vars(self.model).pop("evaluate", None)  # type: ignore[attr-defined]
+        if not self._begun:  # a backup of the last epoch was restored
+            self._begin(self.params.get("epochs", 1))
+        if self.gate and not self._gated:
+            warnings.warn(
+                f"gate={self.gate!r} was in no log: fit without validation?", stacklevel=2
+            )
         for driver in self._drivers:
             driver.end(self._batches, warn_early=self.epochs is None)
         if any(driver.in_steps for driver in self._drivers):
@@ -128,9 +179,60 @@ class SparseTraining(keras.callbacks.Callback):
             epochs = self.params.get("epochs", 1) - self._first_epoch
         return epochs * self._epoch_length
 
-    def _sparsity(self):
+    def _measure(self):
+        self._sync()
         kept = sum(d.kept() for d in self._drivers)
-        return 1 - kept / sum(d.size for d in self._drivers)
+        self._log = 1 - kept / sum(d.size for d in self._drivers)
+        self._at_target = self.gate is None or all(d.is_at_target() for d in self._drivers)
+
+    def _write(self, logs):
+        if logs is None:
+            return
+        if self.gate and logs and (self.gate in logs or not self.gate.startswith("val_")):
+            self._write_gated(logs, self.gate)
+        logs["sparsity"] = self._log
+
+    def _write_validation(self, logs):
+        self._measure()
+        self._write_gated(logs, (self.gate or "").removeprefix("val_"))
+
+    def _write_gated(self, logs, name):
+        if name not in logs:
+            raise ValueError(f"gate={self.gate!r} is none of the metrics: {', '.join(logs)}")
+        self._gated = True
+        mode = self.gate_mode or _mode(self.model, self.gate)
+        # Better from epoch to epoch, so that nobody loses patience before the target is reached.
+        worst = _WORST / (self._epoch + 1) * (1 if mode == "min" else -1)
+        logs[f"{name}_at_target"] = logs[name] if self._at_target else worst
+
+
+class _GatedEvaluate:
+    """What stands in for a model's `evaluate` while a fit calls it, and adds to its logs."""
+
+    def __init__(self, model, write):
+        self.inner = getattr(model.evaluate, "inner", model.evaluate)
+        self.write, self.running = write, Running(model)
+
+    def __call__(self, *args, **kwargs):
+        logs = self.inner(*args, **kwargs)
+        if self.running and isinstance(logs, dict):
+            self.write(logs)
+        return logs
+
+
+def _mode(model, name) -> str:
+    """Whether the best value of a metric is its `"min"` or its `"max"`, as the metric says."""
+    name = name.removeprefix("val_")
+    if name == "loss":
+        return "min"
+    groups = [getattr(metric, "metrics", [metric]) for metric in model.metrics]
+    found = [getattr(m, "_direction", None) for group in groups for m in group if m.name == name]
+    if found and found[0] in ("up", "down"):
+        return "max" if found[0] == "up" else "min"
+    raise ValueError(
+        f"Whether the best {name!r} is the smallest or the largest is not known. "
+        "Give SparseTraining(gate_mode='min') or 'max'."
+    )
 
 
 def _guard_step(model, drivers):
@@ -141,7 +243,7 @@ def _guard_step(model, drivers):
 
     @functools.wraps(step, assigned=(), updated=())
     def guarded(*args, **kwargs):
-        if not all(driver.driven for driver in drivers):
+        if not all(driver.driven or driver.schedule is None for driver in drivers):
             give_back_state(model, *args)
             raise ValueError(
                 "This model was compiled for training with the SparseTraining callback. "
@@ -172,7 +274,7 @@ def _drivers(model) -> list[_Driver]:
         found.append(_LayerDriver(model, layers))
     if wrapper is not None:
         wrapper.layouts = _layouts(model, wrapper)
-        found.append(_OptimizerDriver(wrapper))
+        found.append(_OptimizerDriver(model, wrapper))
     return found
 
 
@@ -203,8 +305,8 @@ def _functions(method, layouts, shapes):
 class _Driver:
     """Updates the states of all the weights under one method, along its schedule."""
 
-    def __init__(self, method, weights, states, layouts, names):
-        self.method = method
+    def __init__(self, model, method, weights, states, layouts, names):
+        self.model, self.method = model, method
         self.weights, self.states = weights, states
         self.layouts, self.names = layouts, names
         self.shapes = [tuple(w.shape) for w in weights]
@@ -229,19 +331,22 @@ class _Driver:
 
     # --------------------------------------------------------------------------------------------
 
-    def begin(self, length: int | None, fit: int | None, epoch: int | None) -> None:
-        """Start, or go on, with a schedule over `length` steps, in a fit of `fit` steps."""
+    def begin(self, length: int | None, fit: int | None, epoch: int | None, done: int = 0) -> None:
+        """Start, or go on, with a schedule over `length` steps, in a fit of `fit` steps.
+
+        The first `done` of these were taken before the training was interrupted.
+        """
         self.drive(True)
         self.projected = False
         if self.schedule is None:
             return
-        self.start, total = self.read_progress()
-        self.last = self.start
+        self.last, total = self.read_progress()
+        self.start = self.last - done
         self.total = total or length
         self._plan(fit, epoch)
-        self.write_progress(self.start, self.total or 0)
+        self.write_progress(self.last, self.total or 0)
         # A resumed training has had its update at this step before it was saved.
-        if self.every and self.start == 0 and not self.method.learned:
+        if self.every and self.last == 0 and not self.method.learned:
             self.advance(0)
 
     def set_length(self, length: int, fit: int, epoch: int, batches: int) -> None:
@@ -280,6 +385,8 @@ class _Driver:
         if self.schedule is None or not self.every:
             return False
         step = self.start + batches
+        if step <= self.last:
+            return False
         crossed = self.last // self.every != step // self.every
         return crossed or any(self.last < mark <= step for mark in self.marks if mark)
 
@@ -326,7 +433,7 @@ class _Driver:
         self.write_progress(step, total)
         target, reached = self._target(), self._reached()
         if step < total:
-            if warn_early:
+            if warn_early and not self.is_at_target():
                 warnings.warn(
                     f"{self.method!r}: training ended after {step} of the {total} steps of its "
                     f"schedule, at {self.method.quantity} {reached:.4f}, target {target:.3g}. "
@@ -343,6 +450,10 @@ class _Driver:
                 f"{target:.3g}: missed by {abs(reached - target):.4f}.",
                 stacklevel=2,
             )
+
+    def is_at_target(self) -> bool:
+        """Whether the final target is reached now, or more than that."""
+        return self._reached() >= self._target() - self.tolerance
 
     def _target(self) -> float:
         """The final sparsity of all these weights together, or of their cost."""
@@ -384,7 +495,7 @@ class _Driver:
 
     def drive(self, driven: bool) -> None:
         """Tell layers or optimiser whether a callback is at work."""
-        self.driven = driven
+        self.driven: Running | bool = Running(self.model) if driven else False
 
 
 class _LayerDriver(_Driver):
@@ -393,10 +504,11 @@ class _LayerDriver(_Driver):
     loss: TwoPathLoss | None = None
 
     def __init__(self, model, layers: list[Any]):
-        self.model, self.optimizer, self.layers = model, model.optimizer, layers
+        self.optimizer, self.layers = model.optimizer, layers
         members = [m for layer in layers for m in layer.masked_weights()]
         method: LayerMethod = layers[0].sparsity
         super().__init__(
+            model,
             method,
             [variable for _, variable, _ in members],
             [state for _, _, state in members],
@@ -423,10 +535,10 @@ class _LayerDriver(_Driver):
         for state in self.states:
             state["progress"].assign(np.array([step, self._iterations(), total], "int32"))
 
-    def begin(self, length, fit, epoch):
+    def begin(self, length, fit, epoch, done=0):
         undecayed = [s[n] for s in self.states for n in self.method.undecayed if n in s]
         exclude_from_decay(self.optimizer, undecayed)
-        super().begin(length, fit, epoch)
+        super().begin(length, fit, epoch, done)
 
     def take(self, changes):
         for state, change in zip(self.states, changes):
@@ -437,7 +549,7 @@ class _LayerDriver(_Driver):
     def drive(self, driven):
         super().drive(driven)
         for layer in self.layers:
-            layer.driven = driven
+            layer.driven = self.driven
         if self.method.two_paths and driven:
             coupling = self.method.coupling(self.states[0])
             self.loss = TwoPathLoss(self.model, coupling, self._traced_on_both_paths)
@@ -461,9 +573,10 @@ class _LayerDriver(_Driver):
 class _OptimizerDriver(_Driver):
     """Drives a SparseOptimizer."""
 
-    def __init__(self, optimizer: SparseOptimizer):
+    def __init__(self, model, optimizer: SparseOptimizer):
         self.optimizer = optimizer
         super().__init__(
+            model,
             optimizer.method,
             optimizer.kernels,
             optimizer.states,
@@ -471,10 +584,10 @@ class _OptimizerDriver(_Driver):
             optimizer.kernel_names,
         )
 
-    def begin(self, length, fit, epoch):
+    def begin(self, length, fit, epoch, done=0):
         if length and not _int(self.optimizer.step):
             self.optimizer.expect(length)
-        super().begin(length, fit, epoch)
+        super().begin(length, fit, epoch, done)
 
     def read_progress(self):
         return _int(self.optimizer.step), _int(self.optimizer.total)
@@ -488,7 +601,7 @@ class _OptimizerDriver(_Driver):
 
     def drive(self, driven):
         super().drive(driven)
-        self.optimizer.driven = driven
+        self.optimizer.driven = self.driven
 
 
 def _int(counter) -> int:

@@ -34,3 +34,19 @@ def give_back_state(model, *step_arguments) -> None:
         model._jax_state = {f"{n}_variables": v for n, v in zip(names, step_arguments[0])}
         model._jax_state_synced = False
         model.jax_state_sync()
+
+
+def generator_state() -> str | None:
+    """State of the random numbers that layers draw apart from Keras's seeds: Dropout on torch."""
+    if keras.backend.backend() != "torch":
+        return None
+    import torch
+
+    return torch.get_rng_state().numpy().tobytes().hex()
+
+
+def set_generator_state(state: str) -> None:
+    """Go on drawing from a state that `generator_state` gave."""
+    import torch
+
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import keras
@@ -49,7 +50,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.inner_optimizer = inner_optimizer
         self.method = _check_method(method)
         self.filters = filters
-        self.driven = False
+        self.driven: object = False  # whether a SparseTraining callback is at work
         self.kernel_indices: list[int] = []
         self.kernel_names: list[str] = []
         self.states: list[State] = []
@@ -276,11 +277,21 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             kernel.assign(ops.convert_to_tensor(kernel) * mask)
 
     def get_config(self):
+        filters = self.filters
+        if filters is not None and self.built:
+            # What they chose: a file holds no code, and paths in it lack the name of the model.
+            every = [v.path for v in self._trainable_variables if is_prunable(v)]
+            filters = [_end_of(name, every) for name in self.kernel_names]
+        elif callable(filters):
+            raise ValueError(
+                "filters is a callable, which is saved as the paths that it chose, and the "
+                "optimiser is not built yet. Build it first, or give the paths."
+            )
         return {
             "name": self.name,
             "inner_optimizer": keras.saving.serialize_keras_object(self.inner_optimizer),
             "method": keras.saving.serialize_keras_object(self.method),
-            "filters": keras.saving.serialize_keras_object(self.filters),
+            "filters": keras.saving.serialize_keras_object(filters),
         }
 
     @classmethod
@@ -297,6 +308,16 @@ def unwrap(optimizer) -> SparseOptimizer | None:
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         optimizer = optimizer.inner_optimizer
     return optimizer if isinstance(optimizer, SparseOptimizer) else None
+
+
+def _end_of(path: str, paths: list[str]) -> str:
+    """A regular expression for the end of a path, from the layer on, that no other path has."""
+    parts = path.split("/")
+    for length in range(2, len(parts)):
+        end = "/".join(parts[-length:])
+        if sum(f"/{other}".endswith(f"/{end}") for other in paths) == 1:
+            return f"(.*/)?{re.escape(end)}"
+    return f"(.*/)?{re.escape(path)}"
 
 
 def exclude_from_decay(optimizer, variables) -> None:

@@ -154,7 +154,8 @@ class DST(LayerMethod):
         return w * Pattern(self.pattern).expand(on, w.shape, layout)
 
     def mask(self, w, state, layout=KERNEL):
-        on = self._margin(w, state, layout) > 0
+        # What is NaN is kept, so that nobody takes it for pruned.
+        on = ops.logical_not(self._margin(w, state, layout) <= 0)
         return Pattern(self.pattern).expand(on, w.shape, layout)
 
     # -- target ----------------------------------------------------------------------------------

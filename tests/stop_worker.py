@@ -1,0 +1,98 @@
+"""What `test_stop_anywhere` kills: `python -m tests.stop_worker FOLDER SAVE_FREQ`.
+
+Trains a small net with every method, one after the other, each with a backup; prints a line for
+every step. A method that is done has its result in the folder, and is not trained again.
+"""
+
+import pathlib
+import sys
+import warnings
+
+import keras
+import numpy as np
+
+import keras_dst
+from keras_dst import methods
+from keras_dst.callbacks import BackupAndRestore, SparseTraining
+from keras_dst.methods import LayerMethod
+from tests import models
+
+METHODS = {
+    "dst": methods.DST(),
+    "dst-target": methods.DST(target_sparsity=0.7),
+    "dcil": methods.DCIL(0.8),
+    "consensus": methods.Consensus(0.5),
+    "magnitude": methods.Magnitude(0.8),
+    "magnitude-revival": methods.Magnitude(0.8, revival=True),
+    "flipout": methods.FlipOut(0.8),
+    "optg": methods.OptG(0.8),
+    "set": methods.SET(0.8),
+    "rigl": methods.RigL(0.8),
+}
+EPOCHS, STEPS, BATCH = 5, 8, 8
+
+x = np.random.default_rng(0).standard_normal((STEPS * BATCH, 12)).astype("float32")
+y = (x @ np.random.default_rng(1).standard_normal((12, 4))).argmax(1)
+
+
+class Lines(keras.callbacks.Callback):
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def on_train_batch_end(self, batch, logs=None):
+        print(self.name, batch, flush=True)
+
+
+def build(method):
+    keras.utils.clear_session()  # so that names are the same in every process
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((12,)),
+            keras.layers.Dense(16),
+            keras.layers.BatchNormalization(),
+            keras.layers.ReLU(),
+            keras.layers.Dropout(0.1),
+            keras.layers.Dense(4, "softmax"),
+        ]
+    )
+    optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
+    if isinstance(method, LayerMethod):
+        keras_dst.sparsify(model, method)
+    else:
+        optimizer = keras_dst.SparseOptimizer(optimizer, method)
+    return models.compiled(model, optimizer)
+
+
+def state(model):
+    """Everything that training changes, by name."""
+    variables = [*model.variables, *model.optimizer.variables]
+    return {f"{i} {v.path}": np.array(v.numpy()) for i, v in enumerate(variables)}
+
+
+def fit(model, *callbacks):
+    with warnings.catch_warnings():
+        # Forty steps are too few for a controller; the last projection is part of the test.
+        warnings.filterwarnings("ignore", ".*training had reached .*")
+        model.fit(
+            x, y, batch_size=BATCH, epochs=EPOCHS, shuffle=False, verbose=0, callbacks=callbacks
+        )
+
+
+def main(folder, save_freq):
+    folder = pathlib.Path(folder)
+    for name, method in METHODS.items():
+        result = folder / f"{name}.npz"
+        if result.exists():
+            continue
+        model = build(method)
+        backup = BackupAndRestore(folder / name, save_freq, delete_checkpoint=False)
+        fit(model, backup, SparseTraining(), Lines(name))
+        with keras_dst.backup.whole_or_not(result) as unfinished:
+            np.savez(unfinished, **state(model))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("error", UserWarning)
+    main(sys.argv[1], sys.argv[2] if sys.argv[2] == "epoch" else int(sys.argv[2]))

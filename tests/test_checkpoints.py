@@ -1,0 +1,205 @@
+"""Files written in training are sparse and whole, and the best one is at the target."""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_dst
+from keras_dst.callbacks import SparseTraining
+from keras_dst.methods import DST, LayerMethod
+from tests import stop_worker
+from tests.stop_worker import METHODS, x, y
+
+
+class Logged(keras.callbacks.Callback):
+    """What the model's sparsity was, by (epoch, batch), both from 1 on as in names of files."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch + 1
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen[self.epoch, batch + 1] = keras_dst.report(self.model).sparsity
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seen[self.epoch, 0] = found = keras_dst.report(self.model).sparsity
+        # What grows begins at 0: more zeros than the mask has.
+        assert logs["sparsity"] - 0.01 <= found <= logs["sparsity"] + 0.1
+
+
+@pytest.mark.parametrize("save_freq", ["epoch", 9])
+@pytest.mark.parametrize("ending", ["keras", "weights.h5"])
+@pytest.mark.parametrize("name", ["dst-target", "dcil", "magnitude-revival", "rigl"])
+def test_every_file_has_the_sparsity_that_was_logged(name, ending, save_freq, tmp_path):
+    method = METHODS[name]
+    model = stop_worker.build(method)
+    place = "{epoch}" if save_freq == "epoch" else "{epoch}-{batch}"
+    checkpoint = keras.callbacks.ModelCheckpoint(
+        tmp_path / f"{place}.{ending}",
+        save_freq=save_freq,
+        save_weights_only=ending == "weights.h5",
+    )
+    logged = Logged()
+    stop_worker.fit(model, SparseTraining(), checkpoint, logged)
+    files = sorted(tmp_path.iterdir())
+    steps = stop_worker.EPOCHS * stop_worker.STEPS
+    assert len(files) == (stop_worker.EPOCHS if save_freq == "epoch" else steps // 9)
+    found = []
+    for file in files:
+        if ending == "keras":
+            model = keras.saving.load_model(file)
+        else:
+            model.load_weights(file)
+        moment = (*map(int, file.name.split(".")[0].split("-")), 0)[:2]
+        found.append(keras_dst.report(model).sparsity)
+        assert found[-1] == logged.seen[moment]
+    assert max(found) > (0.01 if method.learned else 0.7)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "first"),
+    [("val_loss", True), ("val_loss", False), ("val_accuracy", False), ("loss", True)],
+)
+@pytest.mark.parametrize("name", ["magnitude", "optg"])
+def test_the_best_one_is_at_the_target(name, monitor, first, tmp_path):
+    """Whatever the order, without a warning; nobody stops before there was something to judge."""
+    model = build_with_accuracy(METHODS[name])
+    sparse = SparseTraining(gate=monitor)
+    gated = f"{monitor}_at_target"
+    mode = "max" if "accuracy" in monitor else "min"
+    path = tmp_path / "best.keras"
+    others = [
+        keras.callbacks.ModelCheckpoint(path, gated, mode=mode, save_best_only=True),
+        keras.callbacks.EarlyStopping(gated, mode=mode, patience=0),
+    ]
+    callbacks = [sparse, *others] if first else [*others, sparse]
+    history = model.fit(
+        x,
+        y,
+        batch_size=stop_worker.BATCH,
+        epochs=20,
+        shuffle=False,
+        verbose=0,
+        validation_data=(x, y),
+        callbacks=callbacks,
+    ).history
+    at_target = np.array(history["sparsity"]) > 0.8 - 0.004
+    assert not at_target[:5].any()
+    values, gates = np.array(history[monitor]), np.array(history[gated])
+    np.testing.assert_array_equal(gates[at_target], values[at_target])
+    assert (np.abs(gates[~at_target]) > 1e20).all()
+    better = np.less if mode == "min" else np.greater
+    assert better(gates[1:], gates[:-1])[: at_target.argmax()].all()
+    assert at_target[-1]
+    loaded = keras.saving.load_model(path)
+    assert keras_dst.report(loaded).sparsity == pytest.approx(0.8, abs=0.01)
+
+
+def build_with_accuracy(method):
+    model = stop_worker.build(method)
+    jit = {"jit_compile": False} if keras.backend.backend() == "tensorflow" else {}
+    loss = "sparse_categorical_crossentropy"
+    model.compile(model.optimizer, loss, metrics=["accuracy"], **jit)
+    return model
+
+
+class TestGateErrors:
+    def fit(self, method="magnitude", metric="accuracy", **arguments):
+        model = build_with_accuracy(METHODS[method])
+        callbacks = [SparseTraining(**arguments)]
+        model.fit(x, y, validation_data=(x, y), verbose=0, callbacks=callbacks)
+
+    @pytest.mark.parametrize("gate", ["f1", "val_f1"])
+    def test_a_metric_that_is_none(self, gate):
+        with pytest.raises(ValueError, match="is none of the metrics: accuracy"):
+            self.fit(gate=gate)
+
+    def test_a_method_without_a_target(self):
+        with pytest.raises(ValueError, match="needs a target"):
+            self.fit("dst", gate="val_loss")
+
+    def test_a_mode_that_is_none(self):
+        with pytest.raises(ValueError, match="gate_mode must be"):
+            SparseTraining(gate="loss", gate_mode="auto")
+
+    def test_a_metric_that_does_not_say_what_is_best(self):
+        model = stop_worker.build(METHODS["magnitude"])
+        mean = keras.metrics.MeanMetricWrapper(lambda y, p: keras.ops.max(p, -1), name="own")
+        model.compile(model.optimizer, "sparse_categorical_crossentropy", metrics=[mean])
+        with pytest.raises(ValueError, match="gate_mode"):
+            model.fit(x, y, verbose=0, callbacks=[SparseTraining(gate="own")])
+
+    def test_no_validation(self):
+        model = stop_worker.build(METHODS["magnitude"])
+        with pytest.warns(UserWarning, match="without validation"):
+            model.fit(x, y, verbose=0, callbacks=[SparseTraining(gate="val_loss")])
+
+
+@pytest.mark.parametrize("ending", ["keras", "weights.h5"])
+def test_a_save_that_is_cut_short_leaves_the_last_file(ending, tmp_path, monkeypatch):
+    path = tmp_path / f"model.{ending}"
+    only = ending == "weights.h5"
+    method = METHODS["magnitude"]
+
+    class CutShort(keras.callbacks.Callback):
+        """Keras's writers, in the third epoch, write half of a file."""
+
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch != 2:
+                return
+            before = path.read_bytes()
+
+            def half(filepath, **kwargs):
+                filepath.write_bytes(before[: len(before) // 2])
+                raise KeyboardInterrupt
+
+            for name in ("save", "save_weights"):
+                monkeypatch.setattr(getattr(self.model, name), "inner", half)
+
+    model = stop_worker.build(method)
+    checkpoint = keras.callbacks.ModelCheckpoint(path, save_weights_only=only)
+    with pytest.raises(KeyboardInterrupt):
+        stop_worker.fit(model, SparseTraining(), CutShort(), checkpoint)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    resumed = stop_worker.build(method)
+    resumed.optimizer.build(resumed.trainable_variables)
+    if only:
+        resumed.load_weights(path)
+    else:
+        resumed = keras.saving.load_model(path)
+    assert int(resumed.optimizer.iterations) == 2 * stop_worker.STEPS
+
+
+@pytest.mark.parametrize("name", ["dst-target", "magnitude"])
+def test_the_model_is_as_it_was_after_an_interrupted_fit(name, tmp_path):
+    """No later fit takes the callback that is gone for being at work, and files can be saved."""
+
+    class Crash(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            raise KeyboardInterrupt
+
+    method = METHODS[name]
+    model = stop_worker.build(method)
+    sparse = SparseTraining()
+    with pytest.raises(KeyboardInterrupt):
+        stop_worker.fit(model, sparse, Crash())
+    model.save(tmp_path / "model.keras")
+    with pytest.raises(ValueError, match="SparseTraining callback"):
+        stop_worker.fit(model)
+    if isinstance(method, LayerMethod):  # traced anew
+        model.compile("sgd", "sparse_categorical_crossentropy")
+        with pytest.raises(ValueError, match="SparseTraining callback"):
+            stop_worker.fit(model)
+    with pytest.raises(ValueError, match="SparseTraining callback"):
+        stop_worker.fit(stop_worker.build(method))
+    stop_worker.fit(model, SparseTraining())
+    assert keras_dst.report(model).sparsity > 0.6
+
+
+def test_dst_without_a_target_is_free_again_after_an_interrupted_fit():
+    model = stop_worker.build(DST())
+    stop_worker.fit(model, SparseTraining())
+    stop_worker.fit(model)

@@ -1,0 +1,416 @@
+"""Hostile input: a clear error or the right behaviour, never a wrong result."""
+
+import io
+import json
+import zipfile
+
+import hypothesis
+import keras
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from keras import ops
+
+import keras_dst
+from keras_dst import masks, methods
+from keras_dst.allocation import NAMES
+from keras_dst.callbacks import BackupAndRestore, SparseTraining
+from keras_dst.masks import Layout
+from keras_dst.methods import LayerMethod
+from tests import stop_worker
+from tests.stop_worker import METHODS, x, y
+
+# JAX compiles every operation for every shape.
+EXAMPLES = 6 if keras.backend.backend() == "jax" else 25
+few = hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
+
+# One method of each kind.
+KINDS = {name: METHODS[name] for name in ("dst-target", "optg", "magnitude-revival", "flipout")}
+KINDS["rigl"] = METHODS["rigl"]
+
+LAYOUTS = {2: Layout(), 3: Layout(), 4: Layout()}
+PATTERNS = ("unstructured", "1x4", "4x1", "2x3", "channel")
+VALUES = {
+    "normal": lambda rng, shape: rng.standard_normal(shape),
+    "all equal": lambda rng, shape: np.full(shape, 0.5),
+    "zeros": lambda rng, shape: np.zeros(shape),
+    "ties": lambda rng, shape: rng.integers(-1, 2, shape),
+    "NaN and Inf": lambda rng, shape: rng.choice([np.nan, np.inf, -np.inf, 1.0, 2.0], shape),
+    "NaN": lambda rng, shape: np.full(shape, np.nan),
+    "huge": lambda rng, shape: rng.choice([3e38, -3e38, 1e-45], shape),
+}
+
+shapes = st.lists(
+    st.lists(st.integers(1, 6), min_size=2, max_size=4).map(tuple), min_size=1, max_size=3
+)
+
+
+@few
+@hypothesis.given(
+    shapes=shapes,
+    pattern=st.sampled_from(PATTERNS),
+    allocation=st.sampled_from(NAMES),
+    sparsity=st.floats(0, 0.999),
+    values=st.sampled_from(sorted(VALUES)),
+    seed=st.integers(0, 9),
+)
+def test_ranked_masks_are_whole_blocks_and_exact_counts(
+    shapes, pattern, allocation, sparsity, values, seed
+):
+    rng = np.random.default_rng(seed)
+    method = methods.Magnitude(sparsity, allocation=allocation, pattern=pattern)
+    scores = [VALUES[values](rng, shape).astype("float32") for shape in shapes]
+    layouts = [Layout()] * len(shapes)
+    kept = method.kept_counts(shapes, layouts, sparsity, [str(i) for i in range(len(shapes))])
+    found = method.rank(
+        [ops.convert_to_tensor(s) for s in scores], layouts, ops.convert_to_tensor(kept, "int32")
+    )
+    found = [ops.convert_to_numpy(mask) for mask in found]
+    form = masks.Pattern(pattern)
+    largest = 0
+    for mask, shape in zip(found, shapes):
+        assert mask.shape == shape
+        assert mask.dtype == bool
+        assert mask.any()  # no layer dies
+        block = form.block(shape)
+        largest = max(largest, int(form.sizes(shape).max()))
+        groups = form.scores(ops.convert_to_tensor(mask, "float32"))
+        assert set(np.unique(ops.convert_to_numpy(groups))) <= {0.0, 1.0}, block
+    counts = [int(mask.sum()) for mask in found]
+    if allocation == "global":
+        counts = [sum(counts)]
+        least = largest * len(shapes)
+    else:
+        least = largest
+    for count, wanted in zip(counts, kept):
+        assert count <= max(wanted, least)
+        assert count > wanted - largest
+
+
+@few
+@hypothesis.given(
+    shape=st.lists(st.integers(1, 9), min_size=2, max_size=4).map(tuple),
+    m=st.integers(2, 5),
+    values=st.sampled_from(sorted(VALUES)),
+    data=st.data(),
+)
+def test_n_of_m_keeps_n_whatever_the_scores(shape, m, values, data):
+    n = data.draw(st.integers(1, m - 1))
+    scores = VALUES[values](np.random.default_rng(0), shape).astype("float32")
+    mask = ops.convert_to_numpy(masks.n_of_m(ops.convert_to_tensor(scores), n, m))
+    along = np.moveaxis(mask, -2, 0)
+    for start in range(0, len(along), m):
+        group = along[start : start + m]
+        assert (group.sum(0) == min(n, len(group))).all()
+
+
+@few
+@hypothesis.given(
+    units=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    pattern=st.sampled_from(PATTERNS),
+    values=st.sampled_from(["normal", "all equal", "zeros", "ties", "huge"]),
+    kind=st.sampled_from(["dst", "dcil", "optg", "consensus"]),
+)
+def test_strip_predicts_the_same(units, pattern, values, kind):
+    method = {
+        "dst": lambda: methods.DST(pattern=pattern),
+        "dcil": lambda: methods.DCIL(0.5, pattern=pattern),
+        "optg": lambda: methods.OptG(0.5, pattern=pattern),
+        "consensus": lambda: methods.Consensus(0.5),
+    }[kind]()
+    rng = np.random.default_rng(len(units))
+    model = keras.Sequential(
+        [keras.Input((3,)), *(keras.layers.Dense(n) for n in units), keras.layers.Dense(2)]
+    )
+    for kernel in model.trainable_variables:
+        kernel.assign(VALUES[values](rng, kernel.shape) if values != "huge" else kernel * 1e6)
+    keras_dst.sparsify(model, method)
+    for variable in model.variables:
+        if variable.path.endswith(("threshold", "logit")):
+            variable.assign(rng.standard_normal(variable.shape))
+        elif variable.path.endswith("mask"):
+            variable.assign(rng.random(variable.shape) < 0.5)
+    data = rng.standard_normal((4, 3)).astype("float32")
+    before = ops.convert_to_numpy(model(data))
+    after = ops.convert_to_numpy(keras_dst.strip(model)(data))
+    np.testing.assert_array_equal(after, before)
+
+
+def net(method, units=(8,), inputs=12, optimizer=None):
+    keras.utils.set_random_seed(0)
+    layers = [keras.layers.Dense(n, "relu") for n in units]
+    model = keras.Sequential([keras.Input((inputs,)), *layers, keras.layers.Dense(4, "softmax")])
+    optimizer = optimizer or keras.optimizers.SGD(0.05, momentum=0.9)
+    if isinstance(method, LayerMethod):
+        keras_dst.sparsify(model, method)
+    else:
+        optimizer = keras_dst.SparseOptimizer(optimizer, method)
+    return stop_worker.models.compiled(model, optimizer)
+
+
+def kept_weights(model):
+    """How many weights the masks keep, of each layer."""
+    if hasattr(model.optimizer, "states"):
+        return [int(s["mask"].numpy().sum()) for s in model.optimizer.states]
+    return [
+        int(ops.convert_to_numpy(layer.sparsity.mask(ops.convert_to_tensor(w), s, layout)).sum())
+        for layer in model.layers
+        for layout, w, s in layer.masked_weights()
+    ]
+
+
+@pytest.mark.parametrize("name", KINDS)
+class TestTraining:
+    def test_nan_data_keeps_the_masks_valid(self, name):
+        """The loss is NaN, as it is without a method; masks keep their counts and no layer dies."""
+        method = KINDS[name]
+        model = net(method)
+        bad = x.copy()
+        bad[20] = np.nan
+        callbacks = [SparseTraining()]
+        history = fit(model, bad, y, epochs=3, callbacks=callbacks)
+        assert np.isnan(history["loss"][-1])
+        kept = kept_weights(model)
+        assert min(kept) >= 1
+        if not method.learned:
+            assert 1 - sum(kept) / 128 == pytest.approx(0.8, abs=0.01)
+        assert np.isfinite(history["sparsity"]).all()
+
+    def test_constant_gradients_and_equal_weights(self, name):
+        method = KINDS[name]
+        model = net(method)
+        for variable in model.trainable_variables:
+            if variable.path.endswith("kernel"):
+                variable.assign(np.full(variable.shape, 0.1))
+        fit(model, np.ones_like(x), np.zeros_like(y), epochs=3, callbacks=[SparseTraining()])
+        kept = kept_weights(model)
+        assert min(kept) >= 1
+        if not method.learned:
+            assert 1 - sum(kept) / 128 == pytest.approx(0.8, abs=0.01)
+
+    def test_layers_of_one_weight(self, name):
+        model = net(KINDS[name], units=(1, 1, 1), inputs=1)
+        fit(model, x[:, :1], y, epochs=2, callbacks=[SparseTraining()])
+        assert min(kept_weights(model)) >= 1
+
+    def test_a_data_set_of_one_batch_and_one_of_one_row(self, name):
+        for rows in (len(x), 1):
+            model = net(KINDS[name])
+            history = fit(model, x[:rows], y[:rows], batch_size=rows, callbacks=[SparseTraining()])
+            target = 0.7 if KINDS[name].learned else 0.8
+            assert history["sparsity"][-1] == pytest.approx(target, abs=0.02)
+
+    def test_another_sparsity_in_a_second_fit(self, name):
+        method = KINDS[name]
+        key = "target_sparsity" if method.learned else "sparsity"
+        other = type(method)(**{**method.get_config(), key: 0.5})
+        model = net(method)
+        fit(model, x, y, epochs=3, callbacks=[SparseTraining()])
+        if isinstance(method, LayerMethod):
+            keras_dst.strip(model)
+            keras_dst.sparsify(model, other)
+        else:
+            keras_dst.strip(model)
+            model.compile(
+                keras_dst.SparseOptimizer("sgd", other), "sparse_categorical_crossentropy"
+            )
+        history = fit(model, x, y, epochs=3, callbacks=[SparseTraining()])
+        assert history["sparsity"][-1] == pytest.approx(0.5, abs=0.02)
+
+
+def fit(model, x, y, epochs=1, batch_size=16, **kwargs):
+    import warnings
+
+    with warnings.catch_warnings():
+        # So few steps are too few for a controller, and no weight moves by a loss of NaN.
+        warnings.filterwarnings("ignore", ".*(training had reached|missed by) .*")
+        return model.fit(
+            x, y, epochs=epochs, batch_size=batch_size, shuffle=False, verbose=0, **kwargs
+        ).history
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model in both formats."""
+    folder = tmp_path_factory.mktemp("saved")
+    model = stop_worker.build(METHODS["optg"])
+    model.optimizer.build(model.trainable_variables)
+    model.save(folder / "model.keras")
+    model.save_weights(folder / "model.weights.h5")
+    return folder
+
+
+def load(path):
+    if path.suffix == ".keras":
+        return keras.saving.load_model(path)
+    model = stop_worker.build(METHODS["optg"])
+    model.load_weights(path)
+    return model
+
+
+@pytest.mark.parametrize("ending", ["keras", "weights.h5"])
+@pytest.mark.parametrize("part", [0, 0.3, 0.9, 0.999])
+def test_a_file_cut_short_is_refused(ending, part, saved, tmp_path):
+    content = (saved / f"model.{ending}").read_bytes()
+    path = tmp_path / f"model.{ending}"
+    path.write_bytes(content[: int(len(content) * part)])
+    with pytest.raises((OSError, ValueError)):
+        load(path)
+
+
+def test_a_damaged_file_is_refused(saved, tmp_path):
+    content = bytearray((saved / "model.keras").read_bytes())
+    for place in range(len(content) // 4, len(content) // 2):
+        content[place] ^= 0xFF
+    path = tmp_path / "model.keras"
+    path.write_bytes(content)
+    with pytest.raises((OSError, ValueError, KeyError, zipfile.BadZipFile)):
+        load(path)
+
+
+def rewritten(source, target, change_config=None, change_weights=None):
+    """A copy of a .keras file with another config or other weights."""
+    import h5py
+
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name == "config.json" and change_config:
+                content = json.dumps(change_config(json.loads(content))).encode()
+            if name == "model.weights.h5" and change_weights:
+                file = io.BytesIO(content)
+                with h5py.File(file, "r+") as store:
+                    change_weights(store)
+                content = file.getvalue()
+            new.writestr(name, content)
+    return target
+
+
+def test_a_mask_of_the_wrong_shape_is_refused(saved, tmp_path):
+    def smaller(store):
+        found = []
+        store.visit(lambda name: found.append(name) if name.endswith("kernel_mask") else None)
+        assert found
+        for name in found:
+            del store[name]
+            store[name] = np.ones((2, 2), bool)
+
+    path = rewritten(saved / "model.keras", tmp_path / "model.keras", change_weights=smaller)
+    with pytest.raises(ValueError, match="shape"):
+        load(path)
+
+
+def change_methods(config, new):
+    """The config with another object for every method of ours."""
+    if isinstance(config, dict):
+        if config.get("registered_name", "") == "keras_dst>OptG":
+            return new
+        return {key: change_methods(value, new) for key, value in config.items()}
+    return [change_methods(c, new) for c in config] if isinstance(config, list) else config
+
+
+CODE = {
+    "a lambda": {
+        "class_name": "__lambda__",
+        "config": {"value": "4wEAAAAAAAAAAAAAAAABAAAAAwAAAPMEAAAAlwB5AA==\n", "defaults": None},
+    },
+    "a function by its path": {
+        "class_name": "function",
+        "config": "system",
+        "module": "os",
+        "registered_name": "function",
+    },
+    "a class by its path": {
+        "class_name": "Popen",
+        "config": {"args": ["true"]},
+        "module": "subprocess",
+        "registered_name": None,
+    },
+}
+
+
+@pytest.mark.parametrize("what", CODE)
+def test_code_in_the_place_of_a_method_is_refused(what, saved, tmp_path):
+    def change(config):
+        new = change_methods(config, CODE[what])
+        assert new != config
+        return new
+
+    path = rewritten(saved / "model.keras", tmp_path / "model.keras", change)
+    with pytest.raises((TypeError, ValueError, AttributeError)):
+        keras.saving.load_model(path, safe_mode=True)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_file_of_ours_loads_safely(name, tmp_path):
+    model = stop_worker.build(METHODS[name])
+    model.optimizer.build(model.trainable_variables)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras", safe_mode=True)
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
+    with zipfile.ZipFile(tmp_path / "model.keras") as archive:
+        assert "__lambda__" not in archive.read("config.json").decode()
+
+
+@pytest.mark.parametrize("filters", [lambda v: v.shape[0] == 12, "net/first/kernel"])
+def test_filters_are_saved_as_the_paths_they_chose(filters, tmp_path):
+    def make():
+        optimizer = keras_dst.SparseOptimizer("sgd", methods.Magnitude(0.5), filters)
+        model = keras.Sequential(
+            [
+                keras.Input((12,)),
+                keras.layers.Dense(8, name="first"),
+                keras.layers.Dense(4, "softmax"),
+            ],
+            name="net",
+        )
+        return stop_worker.models.compiled(model, optimizer)
+
+    model = make()
+    fit(model, x, y, callbacks=[SparseTraining()])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras", safe_mode=True)
+    assert [path[-12:] for path in loaded.optimizer.kernel_names] == ["first/kernel"]
+    fit(loaded, x, y, callbacks=[SparseTraining()])
+
+
+def test_a_filter_that_is_a_lambda_cannot_be_saved_before_it_chose():
+    unbuilt = keras_dst.SparseOptimizer("sgd", methods.Magnitude(0.5), lambda v: True)
+    with pytest.raises(ValueError, match="filters"):
+        unbuilt.get_config()
+
+
+@pytest.mark.parametrize(
+    "record", ["", "{", "[]", "{}", '{"epoch": "one"}', '{"epoch": 1, "batch": 0}']
+)
+def test_a_damaged_record_of_a_backup(record, tmp_path):
+    (tmp_path / "training.json").write_text(record)
+    model = stop_worker.build(METHODS["magnitude"])
+    with pytest.raises(ValueError, match="is no record of a backup"):
+        stop_worker.fit(model, SparseTraining(), BackupAndRestore(tmp_path))
+
+
+def test_a_backup_without_its_weights(tmp_path):
+    record = {"epoch": 1, "batch": 0, "weights": "x.weights.h5", "seeds": [], "generator": None}
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    with pytest.raises(OSError, match=r"x\.weights\.h5"):
+        stop_worker.fit(stop_worker.build(METHODS["magnitude"]), BackupAndRestore(tmp_path))
+
+
+@pytest.mark.parametrize("save_freq", [0, -1, 1.5, "batch", True])
+def test_how_often_to_back_up(save_freq):
+    with pytest.raises(ValueError, match="save_freq must be"):
+        BackupAndRestore("backup", save_freq)
+
+
+def test_a_backup_of_a_model_without_weights(tmp_path):
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("fit builds a model before it calls the callbacks")
+    (tmp_path / "training.json").write_text("{}")
+    model = keras.Sequential([keras.layers.Dense(4, "softmax")])
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    with pytest.raises(ValueError, match="has no weights yet"):
+        model.fit(x, y, verbose=0, callbacks=[BackupAndRestore(tmp_path)])

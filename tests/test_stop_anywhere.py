@@ -1,0 +1,201 @@
+"""A training that is killed, at any moment, ends as one that was not."""
+
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+
+import keras_dst
+from keras_dst.callbacks import BackupAndRestore, SparseTraining
+from tests import stop_worker
+
+KILLS = int(os.environ.get("KERAS_DST_KILLS", "3"))
+SEED = int(os.environ.get("KERAS_DST_SEED", "0"))
+LINES = len(stop_worker.METHODS) * stop_worker.EPOCHS * stop_worker.STEPS
+
+
+def run(folder, save_freq, kill_after=None, delay=0.0):
+    """Run the worker; kill it after so many lines and a moment. Whether it ended by itself."""
+    command = [sys.executable, "-m", "tests.stop_worker", str(folder), str(save_freq)]
+    errors = folder / "errors.txt"
+    with errors.open("w") as stream:
+        worker = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=stream,
+            text=True,
+            env={**os.environ, "KERAS_BACKEND": keras.backend.backend()},
+            cwd=pathlib.Path(__file__).parent.parent,
+        )
+        with worker:
+            for count, line in enumerate(worker.stdout, start=1):
+                if count == kill_after:
+                    print(f"killed {1000 * delay:.1f} ms after: {line.strip()}")
+                    time.sleep(delay)
+                    worker.kill()
+    assert worker.returncode in (0, -signal.SIGKILL), errors.read_text()
+    return worker.returncode == 0
+
+
+def test_killed_anywhere_and_resumed_equals_uninterrupted(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    assert run(whole, "epoch")
+    rng = random.Random(SEED)
+    kills = 0
+    for _ in range(KILLS):
+        # By chance between two backups, within one, in the middle of a step.
+        lines = rng.randint(1, max(1, 2 * LINES // (KILLS + 1)))
+        kills += not run(killed, rng.choice(["epoch", 3]), lines, 0.03 * rng.random())
+    assert kills or not KILLS
+    assert run(killed, "epoch")
+    for name in stop_worker.METHODS:
+        expected, got = (np.load(folder / f"{name}.npz") for folder in (whole, killed))
+        assert list(expected) == list(got)
+        for key in expected:
+            np.testing.assert_array_equal(got[key], expected[key], err_msg=f"{name}: {key}")
+
+
+class Crash(keras.callbacks.Callback):
+    """Interrupts a fit in this process, after a batch."""
+
+    def __init__(self, epoch, batch):
+        super().__init__()
+        self.moment = epoch, batch
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self.epoch, batch) == self.moment:
+            raise KeyboardInterrupt
+
+
+def crash(model, moment, *callbacks):
+    with pytest.raises(KeyboardInterrupt):
+        stop_worker.fit(model, *callbacks, Crash(*moment))
+
+
+def check_same(model, other):
+    expected, got = stop_worker.state(model), stop_worker.state(other)
+    assert list(expected) == list(got)
+    for key, value in expected.items():
+        np.testing.assert_array_equal(got[key], value, err_msg=key)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """A training with RigL that nothing interrupted, and its method."""
+    method = stop_worker.METHODS["rigl"]
+    model = stop_worker.build(method)
+    stop_worker.fit(model, SparseTraining())
+    return method, model
+
+
+@pytest.mark.parametrize("save_freq", ["epoch", 3])
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+def test_the_order_of_callbacks_does_not_matter(save_freq, first, whole, tmp_path):
+    method, model = whole
+
+    def callbacks():
+        both = [BackupAndRestore(tmp_path / "b", save_freq), SparseTraining()]
+        return both if first else both[::-1]
+
+    for moment in ((1, 6), (2, 0), (3, 7)):
+        crash(stop_worker.build(method), moment, *callbacks())
+    resumed = stop_worker.build(method)
+    stop_worker.fit(resumed, *callbacks())
+    check_same(model, resumed)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("rename", range(4))
+def test_killed_within_a_backup(rename, whole, tmp_path, monkeypatch):
+    """Before the new weights have their name, or between these and the record of them."""
+    method, model = whole
+    seen = []
+
+    def replace(source, target):
+        seen.append(target)
+        if len(seen) == rename + 3:
+            pathlib.Path(source).write_bytes(b"cut short")
+            raise KeyboardInterrupt
+        os.rename(source, target)
+
+    def callbacks():
+        return SparseTraining(), BackupAndRestore(tmp_path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            stop_worker.fit(stop_worker.build(method), *callbacks())
+    resumed = stop_worker.build(method)
+    stop_worker.fit(resumed, *callbacks())
+    check_same(model, resumed)
+
+
+def test_what_a_kill_leaves_unfinished_is_removed_and_nothing_else(tmp_path):
+    (tmp_path / "mine.txt").write_text("not ours")
+    (tmp_path / ".123.backup-1-0.weights.h5").write_text("cut short")
+    (tmp_path / ".123.training.json").write_text("{")
+    model = stop_worker.build(stop_worker.METHODS["magnitude"])
+    stop_worker.fit(model, SparseTraining(), BackupAndRestore(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("name", ["dst-target", "flipout"])
+def test_a_backup_of_the_end_is_the_end(name, tmp_path):
+    """As when a training is killed after its last backup."""
+    model = stop_worker.build(stop_worker.METHODS[name])
+    stop_worker.fit(model, SparseTraining(), BackupAndRestore(tmp_path, delete_checkpoint=False))
+    again = stop_worker.build(stop_worker.METHODS[name])
+    stop_worker.fit(again, SparseTraining(), BackupAndRestore(tmp_path, delete_checkpoint=False))
+    check_same(model, again)
+
+
+@pytest.mark.parametrize("driven", [True, False])
+def test_interrupted_while_batches_are_left_out(driven, tmp_path):
+    """A later fit leaves out none."""
+    method = stop_worker.METHODS["magnitude" if driven else "dst"]
+    callbacks = [SparseTraining()] if driven else []
+    crash(stop_worker.build(method), (1, 7), *callbacks, BackupAndRestore(tmp_path, 3))
+    model = stop_worker.build(method)
+    crash(model, (1, 0), *callbacks, BackupAndRestore(tmp_path, 3))
+    before = int(model.optimizer.iterations)
+    assert before == stop_worker.STEPS + 7
+    stop_worker.fit(model, *callbacks)
+    steps = stop_worker.EPOCHS * stop_worker.STEPS
+    assert int(model.optimizer.iterations) == before + steps
+
+
+def test_a_later_fit_begins_at_its_own_beginning(tmp_path):
+    method = stop_worker.METHODS["magnitude"]
+    crash(stop_worker.build(method), (2, 3), SparseTraining(), BackupAndRestore(tmp_path, 3))
+    model = stop_worker.build(method)
+    stop_worker.fit(model, SparseTraining(), BackupAndRestore(tmp_path, 3))
+    iterations = int(model.optimizer.iterations)
+    assert iterations == stop_worker.EPOCHS * stop_worker.STEPS
+    stop_worker.fit(model, SparseTraining())
+    assert int(model.optimizer.iterations) == 2 * iterations
+
+
+@pytest.mark.parametrize("name", ["dst-target", "optg", "magnitude", "set"])
+def test_keras_own_backup_within_an_epoch_ends_at_the_target(name, tmp_path):
+    """It begins the epoch again, so that there are more steps than the schedule has."""
+    method = stop_worker.METHODS[name]
+    own = keras.callbacks.BackupAndRestore
+    crash(stop_worker.build(method), (2, 5), SparseTraining(), own(tmp_path / "b", 3))
+    model = stop_worker.build(method)
+    stop_worker.fit(model, SparseTraining(), own(tmp_path / "b", 3))
+    steps = stop_worker.EPOCHS * stop_worker.STEPS
+    assert int(model.optimizer.iterations) > steps
+    target = getattr(method, "sparsity", 0.7)
+    assert keras_dst.report(model).sparsity == pytest.approx(target, abs=0.01)
