@@ -120,7 +120,7 @@ class Method(Configurable):
         scores = masks.finite(scores)
         groups = [pattern.scores(s, layout) for s, layout in zip(scores, layouts)]
         if pattern.grouped:  # a sum of huge scores is infinite
-            groups = [masks.finite(g) for g in groups]
+            groups = masks.finite(groups)
         sizes = [pattern.sizes(s.shape, layout) for s, layout in zip(scores, layouts)]
         # The best groups of every weight come first of all, so that no layer dies.
         first = [min(math.prod(n.shape), -(-self.min_kept // int(n.min()))) for n in sizes]
