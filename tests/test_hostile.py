@@ -28,7 +28,6 @@ few = hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True
 KINDS = {name: METHODS[name] for name in ("dst-target", "optg", "magnitude-revival", "flipout")}
 KINDS["rigl"] = METHODS["rigl"]
 
-LAYOUTS = {2: Layout(), 3: Layout(), 4: Layout()}
 PATTERNS = ("unstructured", "1x4", "4x1", "2x3", "channel")
 VALUES = {
     "normal": lambda rng, shape: rng.standard_normal(shape),
