@@ -21,7 +21,7 @@ from tests import stop_worker
 from tests.stop_worker import METHODS, x, y
 
 # JAX compiles every operation for every shape.
-EXAMPLES = 6 if keras.backend.backend() == "jax" else 25
+EXAMPLES = 4 if keras.backend.backend() == "jax" else 25
 few = hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 
 # One method of each kind.
