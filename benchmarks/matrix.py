@@ -213,8 +213,8 @@ def table():
         "",
         "Each model is made sparse, trained, evaluated, predicts, is saved, loaded and stripped, "
         "with small inputs and random weights. ✓: all of it works, and the loaded and the stripped "
-        "model predict exactly what the trained one did. An empty cell was not run. Made by `make bench-matrix` from "
-        "`results/matrix_*.json`.",
+        "model predict exactly what the trained one did. An empty cell was not run. Made "
+        "by `make bench-matrix` from `results/matrix_*.json`.",
     ]
     notes: list[str] = []
     for backend in BACKENDS:
