@@ -18,17 +18,19 @@ STEPS, ROUNDS, BATCH = 10, 11, 128
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=BACKENDS, help="this one, in this process")
-    backend = parser.parse_args().backend
-    if backend is None:
+    parser.add_argument("--methods", nargs="*", help="these alone, as the result names them")
+    args = parser.parse_args()
+    if args.backend is None:
         for name in BACKENDS:
             command = [sys.executable, "-m", "benchmarks.step_time", "--backend", name]
+            command += ["--methods", *args.methods] if args.methods else []
             subprocess.run(command, env={**os.environ, "KERAS_BACKEND": name}, check=True)
         return
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before any thread pool is made
-    measure()
+    measure(args.methods)
 
 
-def measure():
+def measure(only=None):
     import keras
     import numpy as np
 
@@ -74,6 +76,8 @@ def measure():
         "SET": SET(0.9),
         "RigL": RigL(0.9),
     }
+    if only:
+        methods = {name: methods[name] for name in ("plain", *only)}
     turns = {name: build(method) for name, method in methods.items()}
     for turn in turns.values():
         turn()  # compiles
