@@ -9,11 +9,10 @@ import json
 import math
 import os
 import pathlib
-import subprocess
-import sys
 import tempfile
 
-BACKENDS = ("tensorflow", "jax", "torch")
+from benchmarks.backends import BACKENDS, run_on
+
 STEPS = ("fit", "evaluate", "predict", "save, load", "strip")
 BATCH, BATCHES, CLASSES = 4, 3, 5
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "models.md"
@@ -259,10 +258,9 @@ def main():
         measure(args.models, args.methods)
         return
     if not args.table:
-        for backend in BACKENDS:
-            command = [sys.executable, "-m", "benchmarks.matrix", "--backend", backend]
-            command += ["--models", *args.models, "--methods", *args.methods]
-            subprocess.run(command, env={**os.environ, "KERAS_BACKEND": backend}, check=True)
+        for name in BACKENDS:
+            which = ["--models", *args.models, "--methods", *args.methods]
+            run_on(name, "matrix", "--backend", name, *which)
     table()
 
 

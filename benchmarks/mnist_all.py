@@ -6,11 +6,9 @@ Runs whose JSON is there already are not run again; `--table` makes the table al
 import argparse
 import collections
 import json
-import os
 import statistics
-import subprocess
-import sys
 
+from benchmarks.backends import run_on
 from benchmarks.common import RESULTS, spread
 
 # backend, model, target sparsity (None: the paper's alpha alone; "dense": the control), seeds
@@ -41,10 +39,8 @@ def run(backend, model, target, seed):
     kind = {None: "alpha", "dense": "dense"}.get(target, f"target{target}")
     if (RESULTS / f"mnist_{model}_{kind}_{backend}_seed{seed}.json").exists():
         return
-    command = [sys.executable, "-m", "benchmarks.mnist", model, "--seed", str(seed)]
-    command += {None: [], "dense": ["--dense"]}.get(target, ["--target", str(target)])
-    print(f"KERAS_BACKEND={backend}", *command[1:], flush=True)
-    subprocess.run(command, env={**os.environ, "KERAS_BACKEND": backend}, check=True)
+    how = {None: [], "dense": ["--dense"]}.get(target, ["--target", str(target)])
+    run_on(backend, "mnist", model, "--seed", str(seed), *how)
 
 
 def table():

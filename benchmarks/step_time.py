@@ -7,11 +7,10 @@ the ratio to the plain model of the same turn is what counts; medians over the t
 import argparse
 import os
 import statistics
-import subprocess
-import sys
 import time
 
-BACKENDS = ("tensorflow", "jax", "torch")
+from benchmarks.backends import BACKENDS, run_on
+
 STEPS, ROUNDS, BATCH = 10, 11, 128
 
 
@@ -21,10 +20,9 @@ def main():
     parser.add_argument("--methods", nargs="*", help="these alone, as the result names them")
     args = parser.parse_args()
     if args.backend is None:
+        only = ["--methods", *args.methods] if args.methods else []
         for name in BACKENDS:
-            command = [sys.executable, "-m", "benchmarks.step_time", "--backend", name]
-            command += ["--methods", *args.methods] if args.methods else []
-            subprocess.run(command, env={**os.environ, "KERAS_BACKEND": name}, check=True)
+            run_on(name, "step_time", "--backend", name, *only)
         return
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before any thread pool is made
     measure(args.methods)

@@ -9,9 +9,10 @@ import warnings
 import keras
 
 from keras_dst.backup import BackupAndRestore as BackupAndRestore
-from keras_dst.backup import Running, save_in_place, save_whole
+from keras_dst.backup import Running
 from keras_dst.compiled import give_back_state
 from keras_dst.drivers import Driver, drivers_of
+from keras_dst.files import save_in_place, save_whole
 
 _WORST = 1e30  # of a metric before the target is reached
 

@@ -81,14 +81,10 @@ def _shrink(arguments):
 
 
 def _save(model, output: str) -> None:
-    """Save a model, so that a file of that name is whole or not there."""
-    path = pathlib.Path(output)
-    unfinished = path.with_name(f".{path.stem}.unfinished.keras")
-    try:
+    from keras_dst.files import whole_or_not
+
+    with whole_or_not(pathlib.Path(output)) as unfinished:
         model.save(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _export(arguments):

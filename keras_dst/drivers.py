@@ -13,7 +13,7 @@ from keras import ops
 from keras_dst.backup import Running
 from keras_dst.compiled import compiled
 from keras_dst.devices import beside
-from keras_dst.layers import Gate, SparseMixin, sparse_class
+from keras_dst.layers import Gate, SparseMixin, prunable
 from keras_dst.masks import Layout, Pattern
 from keras_dst.methods.base import LayerMethod, State, When
 from keras_dst.optimizers import SparseOptimizer, exclude_from_decay, tensors, unwrap
@@ -50,12 +50,11 @@ def drivers_of(model) -> list[Driver]:
 
 def _layouts(model, optimizer: SparseOptimizer) -> list[Layout]:
     """Axes of the kernels of an optimiser, as the layers that hold them know."""
-    known = {}
-    for layer in model._flatten_layers():
-        cls = sparse_class(type(layer))
-        for weight in cls.sparse_weights() if cls else ():
-            for name in (weight.slot, weight.name):
-                known[id(layer.__dict__.get(name))] = weight.layout_of(layer)
+    known = {
+        id(variable): layout
+        for layer in model._flatten_layers()
+        for layout, variable in prunable(layer)
+    }
     return [
         known.get(id(kernel), layout)
         for kernel, layout in zip(optimizer.kernels, optimizer.layouts)
@@ -203,7 +202,7 @@ class Driver:
         self.write_progress(step, total)
         target, reached = self._target(), self._reached()
         if step < total:
-            if warn_early and not self.is_at_target():
+            if warn_early and reached < target - self.tolerance:
                 warnings.warn(
                     f"{self.method!r}: training ended after {step} of the {total} steps of its "
                     f"schedule, at {self.method.quantity} {reached:.4f}, target {target:.3g}. "

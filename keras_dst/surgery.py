@@ -16,6 +16,7 @@ from keras_dst.layers import (
     check_method,
     composite_class,
     make_sparse,
+    prunable,
     sparse_class,
 )
 from keras_dst.methods.base import LayerMethod
@@ -277,12 +278,9 @@ def _unsupported(layer, method) -> str | None:
         return "LoRA is enabled; save and load the model, which merges it, then make it sparse"
     if method.prunes_units and not cls.has_units():
         return f"{type(method).__name__} prunes whole units, which {type(layer).__name__} has not"
-    for weight in cls.sparse_weights():
-        variable = _variable(layer, weight)
-        if variable is None:
-            continue
+    for layout, variable in prunable(layer):
         try:
-            masks.Pattern(method.pattern).block(variable.shape, weight.layout_of(layer))
+            masks.Pattern(method.pattern).block(variable.shape, layout)
         except ValueError as error:
             return str(error)
     return None
@@ -294,20 +292,11 @@ def _weights_of(layer):
     return layer._trainable_variables + (layer._non_trainable_variables if quantised else [])
 
 
-def _variable(layer, weight):
-    """A weight of a layer that is not sparse yet."""
-    return layer.__dict__.get(weight.slot, layer.__dict__.get(weight.name))
-
-
 def _check_ties(layers) -> None:
     """Raise where two layers hold one weight, which can have but one mask."""
     owners: dict[int, str] = {}
     for layer in layers:
-        cls = sparse_class(type(layer))
-        for weight in cls.sparse_weights() if cls else ():
-            variable = _variable(layer, weight)
-            if variable is None:
-                continue
+        for _, variable in prunable(layer):
             if id(variable) in owners:
                 raise ValueError(
                     f"'{layer.name}' and '{owners[id(variable)]}' hold the same weight "

@@ -89,7 +89,7 @@ def main(folder, save_freq):
         model = build(method)
         backup = BackupAndRestore(folder / name, save_freq, delete_checkpoint=False)
         fit(model, backup, SparseTraining(), Lines(name))
-        with keras_dst.backup.whole_or_not(result) as unfinished:
+        with keras_dst.files.whole_or_not(result) as unfinished:
             np.savez(unfinished, **state(model))
 
 

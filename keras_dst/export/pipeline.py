@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from keras_dst.export.convert import to_tflite
 from keras_dst.export.encode import encode
 from keras_dst.export.report import ExportError, ExportReport, TensorReport
 from keras_dst.export.verify import Case, deviation, keras_cases
+from keras_dst.files import whole_or_not
 
 
 def export(model: keras.Model, path: Path, inputs: Any, tolerance: float) -> ExportReport:
@@ -30,7 +29,8 @@ def export(model: keras.Model, path: Path, inputs: Any, tolerance: float) -> Exp
             f"Received: an error of {found.error:.1e} in {found.where}. Nothing was written. "
             + _culprit(dense, choices, cases, tolerance)
         )
-    _write(path, content)
+    with whole_or_not(path) as unfinished:
+        unfinished.write_bytes(content)
     return ExportReport(
         path=path,
         bytes=len(content),
@@ -77,19 +77,6 @@ def _tensor_report(choice: Choice) -> TensorReport:
         dense_bytes=weight.values.nbytes,
         reason=choice.reason,
     )
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Gives ``content`` its name in one step, so that no reader ever sees a part of it."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _gzip_bytes(content: bytes) -> int:

@@ -10,6 +10,7 @@ from keras_dst.layers.classes import (
     SparseSubclass,
     composite_class,
     make_sparse,
+    prunable,
     sparse_class,
 )
 from keras_dst.layers.gate import Gate
@@ -63,5 +64,6 @@ __all__ = [
     "check_method",
     "composite_class",
     "make_sparse",
+    "prunable",
     "sparse_class",
 ]

@@ -34,8 +34,8 @@ class SparseWeight:
         self.owner, self.name, self.slot = owner, name, f"_{name}"
 
     def raw(self, layer):
-        """The variable under the mask, or None before the layer is built."""
-        return layer.__dict__.get(self.slot)
+        """The variable under the mask, or None before the layer is built; sparse yet or not."""
+        return layer.__dict__.get(self.slot, layer.__dict__.get(self.name))
 
     def layout_of(self, layer) -> Layout:
         """Axes of this weight in a layer."""

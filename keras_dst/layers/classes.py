@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -103,6 +103,14 @@ def sparse_class(stock: type) -> type[SparseMixin] | None:
     if ours is None and not _declared(stock):
         return None
     return _derive((SparseSubclass, *([ours] if ours else []), stock))
+
+
+def prunable(layer) -> Iterator[tuple[Layout, Any]]:
+    """Every weight of a layer, sparse yet or not, that can take a mask: its axes, its variable."""
+    cls = type(layer) if isinstance(layer, SparseMixin) else sparse_class(type(layer))
+    for weight in cls.sparse_weights() if cls else ():
+        if (variable := weight.raw(layer)) is not None:
+            yield weight.layout_of(layer), variable
 
 
 def _declared(stock: type) -> dict[str, Layout]:

@@ -3,6 +3,7 @@
 import keras
 from keras import layers, ops
 
+from keras_dst.devices import beside
 from keras_dst.layers.base import SparseMixin
 from keras_dst.paths import on_full_path
 
@@ -75,16 +76,17 @@ class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
             }
 
     def _copy_of(self, variable, name):
-        copy = self.add_weight(
-            name=name,
-            shape=variable.shape,
-            initializer=lambda shape, dtype=None: ops.copy(ops.convert_to_tensor(variable)),
-            dtype=variable.dtype,
-            trainable=any(variable is own for own in self._trainable_variables),
-            autocast=False,
-            regularizer=variable.regularizer,
-            constraint=variable.constraint,
-        )
+        with beside(variable):
+            copy = self.add_weight(
+                name=name,
+                shape=variable.shape,
+                initializer=lambda shape, dtype=None: ops.copy(ops.convert_to_tensor(variable)),
+                dtype=variable.dtype,
+                trainable=any(variable is own for own in self._trainable_variables),
+                autocast=False,
+                regularizer=variable.regularizer,
+                constraint=variable.constraint,
+            )
         copy.trainable = variable.trainable  # False in a layer that is frozen
         return copy
 

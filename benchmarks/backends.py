@@ -1,0 +1,14 @@
+"""Commands on one backend after the other: Keras has one for the whole of a process."""
+
+import os
+import subprocess
+import sys
+
+BACKENDS = ("tensorflow", "jax", "torch")
+
+
+def run_on(backend: str, module: str, *arguments: str) -> None:
+    """Run `python -m benchmarks.MODULE ARGUMENTS` with a backend; raise if it fails."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    print(f"KERAS_BACKEND={backend}", *command[1:], flush=True)
+    subprocess.run(command, env={**os.environ, "KERAS_BACKEND": backend}, check=True)
