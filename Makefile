@@ -1,15 +1,17 @@
 # make demo: the main job, end to end, on real data. make test: everything, on three backends.
 # Both do all their own set-up. The rest: lint, test-BACKEND, bench-mnist, bench-methods,
-# bench-step, bench-matrix, clean.
+# bench-step, bench-overhead, bench-matrix, clean.
 
 PYTHON ?= python3
 VENV := .venv
+TFMOT := .venv-tfmot
 RUN := TF_CPP_MIN_LOG_LEVEL=3 $(VENV)/bin/python
 BACKENDS := tensorflow jax torch
 DEMO_READY := $(VENV)/ready-demo
 TEST_READY := $(VENV)/ready-test
 
-.PHONY: demo test lint $(BACKENDS:%=test-%) bench-mnist bench-methods bench-step bench-matrix clean
+.PHONY: demo test lint $(BACKENDS:%=test-%) clean
+.PHONY: bench-mnist bench-methods bench-step bench-overhead bench-matrix
 
 demo: $(DEMO_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m keras_dst demo
@@ -47,11 +49,21 @@ bench-methods: $(TEST_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.methods cifar10 --seeds 1
 
 bench-step: $(TEST_READY)
-	$(RUN) -m benchmarks.step_time
+	$(RUN) -m benchmarks.step_time small-cnn
+
+bench-overhead: $(TEST_READY) $(TFMOT)/ready
+	$(RUN) -m benchmarks.step_time resnet-20
+	TF_CPP_MIN_LOG_LEVEL=3 $(TFMOT)/bin/python -m benchmarks.tfmot_step_time
+	$(RUN) -m benchmarks.mask_update
+
+$(TFMOT)/ready: constraints.txt
+	$(PYTHON) -m venv $(TFMOT)
+	$(TFMOT)/bin/pip install -q -c constraints.txt tensorflow tf_keras tensorflow-model-optimization
+	touch $@
 
 bench-matrix: $(TEST_READY)
 	$(VENV)/bin/pip install -q -c constraints.txt keras-hub
 	$(RUN) -m benchmarks.matrix
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(TFMOT) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

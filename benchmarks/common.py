@@ -11,8 +11,6 @@ import statistics
 import keras
 import numpy as np
 
-import keras_dst
-
 RESULTS = pathlib.Path(__file__).parent.parent / "results"
 
 
@@ -44,6 +42,8 @@ def _load(name: str) -> tuple:
 
 def under(method, model, optimizer):
     """Put the model under a method, or None; the optimizer to compile it with."""
+    import keras_dst  # not at the top: other tools are timed in environments without it
+
     if isinstance(method, keras_dst.methods.LayerMethod):
         keras_dst.sparsify(model, method)
         return optimizer
@@ -53,6 +53,7 @@ def under(method, model, optimizer):
 def environment() -> dict:
     """Backend, versions and machine, for the JSON of a run."""
     packages = ("keras-dst", "keras", "tensorflow", "jax", "torch", "ai-edge-litert", "numpy")
+    packages += ("tf_keras", "tensorflow-model-optimization")
     versions = {}
     for package in packages:
         try:

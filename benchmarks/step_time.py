@@ -1,67 +1,71 @@
-"""Step time of sparse training against the plain model: results/step_time_BACKEND.json.
+"""Step time of sparse training against the plain model: one JSON per net and backend.
 
-A small CNN at batch 128 on one core: `fit` of the plain model and of each method take turns, and
-the ratio to the plain model of the same turn is what counts; medians over the turns.
+A net at batch 128 on one core: `fit` of the plain model and of each method take turns, and the
+ratio to the plain model of the same turn is what counts; medians over the turns.
+
+    small-cnn   results/step_time_BACKEND.json
+    resnet-20   results/overhead_BACKEND.json
+
+It is the beginning of a training of 4,000 steps, in which most methods update their masks every
+100. So updates are timed by themselves, and their share of a step is added to the ratio (DCIL's,
+every 16, are counted twice where they fall into a turn).
 """
 
 import argparse
 import os
 import statistics
-import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from benchmarks.backends import BACKENDS, run_on
+from benchmarks.timing import in_turns, ratios, seconds
 
-STEPS, ROUNDS, BATCH = 10, 11, 128
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backend", choices=BACKENDS, help="this one, in this process")
-    parser.add_argument("--methods", nargs="*", help="these alone, as the result names them")
-    args = parser.parse_args()
-    if args.backend is None:
-        only = ["--methods", *args.methods] if args.methods else []
-        for name in BACKENDS:
-            run_on(name, "step_time", "--backend", name, *only)
-        return
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before any thread pool is made
-    measure(args.methods)
+BATCH = 128
+TOTAL = 4000  # steps of the training that is begun
 
 
-def measure(only=None):
+@dataclass
+class Setting:
+    """What is timed, and how often."""
+
+    result: str
+    shape: tuple
+    net: Callable
+    steps: int  # in a turn
+    rounds: int
+
+
+def small_cnn():
     import keras
-    import numpy as np
 
-    import keras_dst
-    from benchmarks.common import save, under
+    model = keras.Sequential([keras.Input((28, 28, 1))])
+    for filters in (32, 64):
+        model.add(keras.layers.Conv2D(filters, 3, padding="same"))
+        model.add(keras.layers.BatchNormalization())
+        model.add(keras.layers.ReLU())
+        model.add(keras.layers.MaxPooling2D())
+    model.add(keras.layers.Flatten())
+    model.add(keras.layers.Dense(128, "relu"))
+    model.add(keras.layers.Dense(10, "softmax"))
+    return model
+
+
+def resnet_20():
+    from benchmarks import nets
+
+    return nets.resnet(20)
+
+
+SETTINGS = {
+    "small-cnn": Setting("step_time", (28, 28, 1), small_cnn, steps=10, rounds=11),
+    "resnet-20": Setting("overhead", (32, 32, 3), resnet_20, steps=3, rounds=9),
+}
+
+
+def methods() -> dict:
     from keras_dst.methods import DCIL, DST, SET, Consensus, FlipOut, Magnitude, OptG, RigL
 
-    x = np.random.default_rng(0).standard_normal((BATCH * STEPS, 28, 28, 1)).astype("float32")
-    y = np.arange(len(x)) % 10
-
-    def build(method):
-        keras.utils.set_random_seed(0)
-        model = keras.Sequential([keras.Input((28, 28, 1))])
-        for filters in (32, 64):
-            model.add(keras.layers.Conv2D(filters, 3, padding="same"))
-            model.add(keras.layers.BatchNormalization())
-            model.add(keras.layers.ReLU())
-            model.add(keras.layers.MaxPooling2D())
-        model.add(keras.layers.Flatten())
-        model.add(keras.layers.Dense(128, "relu"))
-        model.add(keras.layers.Dense(10, "softmax"))
-        optimizer = under(method, model, keras.optimizers.SGD(0.01, momentum=0.9))
-        model.compile(optimizer, "sparse_categorical_crossentropy")
-        driver = [keras_dst.callbacks.SparseTraining(epochs=ROUNDS + 1)] if method else []
-
-        def turn():
-            begin = time.perf_counter()
-            model.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0, callbacks=driver)
-            return (time.perf_counter() - begin) / STEPS
-
-        return turn
-
-    methods = {
+    return {
         "plain": None,
         "DST": DST(),
         "DST, target": DST(target_sparsity=0.9),
@@ -74,33 +78,103 @@ def measure(only=None):
         "SET": SET(0.9),
         "RigL": RigL(0.9),
     }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("net", choices=SETTINGS)
+    parser.add_argument("--backend", choices=BACKENDS, help="this one, in this process")
+    parser.add_argument("--methods", nargs="*", help="these alone, as the result names them")
+    args = parser.parse_args()
+    if args.backend is None:
+        only = ["--methods", *args.methods] if args.methods else []
+        for name in BACKENDS:
+            run_on(name, "step_time", args.net, "--backend", name, *only)
+        return
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before any thread pool is made
+    measure(args.net, args.methods)
+
+
+def measure(net, only=None):
+    import keras
+    import numpy as np
+
+    import keras_dst
+    from benchmarks.common import save, under
+
+    setting = SETTINGS[net]
+    size = BATCH * setting.steps
+    x = np.random.default_rng(0).standard_normal((size, *setting.shape)).astype("float32")
+    y = np.arange(size) % 10
+
+    def build(method):
+        keras.utils.set_random_seed(0)
+        model = setting.net()
+        optimizer = under(method, model, keras.optimizers.SGD(0.01, momentum=0.9))
+        model.compile(optimizer, "sparse_categorical_crossentropy")
+        driver = (
+            keras_dst.callbacks.SparseTraining(epochs=TOTAL // setting.steps) if method else None
+        )
+
+        def turn():
+            callbacks = [driver] if driver else []
+            model.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0, callbacks=callbacks)
+
+        return turn, driver
+
+    chosen = methods()
     if only:
-        methods = {name: methods[name] for name in ("plain", *only)}
-    turns = {name: build(method) for name, method in methods.items()}
-    for turn in turns.values():
-        turn()  # compiles
-    times = {name: [] for name in turns}
-    for _ in range(ROUNDS):
-        for name, turn in turns.items():
-            times[name].append(turn())
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(found, times["plain"]))
-        for name, found in times.items()
-    }
-    for name, ratio in ratios.items():
-        print(f"{keras.backend.backend():10s} {name:20s} {ratio:.2f}")
+        chosen = {name: chosen[name] for name in ("plain", *only)}
+    built = {name: build(method) for name, method in chosen.items()}
+    turns = {name: turn for name, (turn, _) in built.items()}
+    first = {name: seconds(turn) for name, turn in turns.items()}
+    times = in_turns(turns, setting.rounds)
+    found = ratios(times, "plain")
+    step = {n: statistics.median(t) / setting.steps for n, t in times.items()}
+    compiling = {n: max(0.0, first[n] - step[n] * setting.steps) for n in turns}
+    updates = {name: update_of(driver) for name, (_, driver) in built.items() if driver}
+    updates = {name: update for name, update in updates.items() if update}
+    for name, update in updates.items():
+        found[name] += update["seconds"] / update["every_steps"] / step["plain"]
+    for name, ratio in found.items():
+        line = f"{keras.backend.backend():10s} {name:20s} {ratio:.2f}"
+        print(
+            line,
+            f"compile {compiling[name] / max(compiling['plain'], 1e-9):.2f}",
+            updates.get(name),
+        )
     save(
-        f"step_time_{keras.backend.backend()}",
+        f"{setting.result}_{keras.backend.backend()}",
         {
-            "command": "make bench-step",
-            "net": "small CNN, 28 x 28 x 1, batch 128, one core",
-            "rounds": ROUNDS,
-            "steps_per_round": STEPS,
-            "median_ratio_to_plain": ratios,
-            "median_seconds_per_step": {n: statistics.median(t) for n, t in times.items()},
-            "seconds_per_step": times,
+            "command": "make bench-step" if net == "small-cnn" else "make bench-overhead",
+            "net": f"{net}, {' x '.join(map(str, setting.shape))}, batch {BATCH}, one core",
+            "rounds": setting.rounds,
+            "steps_per_round": setting.steps,
+            "ratio_to_plain": found,
+            "median_seconds_per_step": step,
+            "seconds_to_compile": compiling,
+            "updates": updates,
+            "seconds_per_round": times,
         },
     )
+
+
+def update_of(callback) -> dict | None:
+    """Seconds that an update of the masks takes, and after how many steps there is one."""
+    from keras import ops
+
+    driver = callback._drivers[0]
+    if not driver.every:
+        return None
+
+    def update():
+        driver.advance(0)
+        for state in driver.states:  # wait for it, where the backend does not
+            ops.convert_to_numpy(next(iter(state.values())))
+
+    update()
+    times = in_turns({"update": update}, 5)["update"]
+    return {"seconds": statistics.median(times), "every_steps": driver.every}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+"""Time and memory of a mask update over 25 million weights: results/mask_update_BACKEND.json.
+
+The kernels of a ResNet-50 are ranked globally, by each method that ranks. In turns with it, the
+yardstick: one pass of `abs` and `sum` over the same weights.
+"""
+
+import argparse
+import pathlib
+import statistics
+
+from benchmarks.backends import BACKENDS, run_on
+from benchmarks.timing import in_turns, ratios
+
+ROUNDS = 5
+STEPS = 10_000  # of the training whose schedule is followed
+SELF = pathlib.Path("/proc/self")
+
+
+def methods() -> dict:
+    from keras_dst.methods import DCIL, FlipOut, Magnitude, OptG, RigL
+
+    return {
+        "Magnitude": Magnitude(0.9),
+        "Magnitude, revival": Magnitude(0.9, revival=True),
+        "FlipOut": FlipOut(0.9),
+        "RigL": RigL(0.9),
+        "DCIL": DCIL(0.9),
+        "OptG": OptG(0.9),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", choices=BACKENDS, help="this one, in this process")
+    args = parser.parse_args()
+    if args.backend is None:
+        for name in BACKENDS:
+            run_on(name, "mask_update", "--backend", name)
+        return
+    measure()
+
+
+def measure():
+    import keras
+
+    from benchmarks.common import save
+
+    found = {}
+    for name, method in methods().items():
+        found[name] = of(method)
+        print(f"{keras.backend.backend():10s} {name:20s}", *found[name].values())
+        keras.backend.clear_session()
+    result = {"command": "make bench-overhead", "net": "ResNet50 of keras.applications"}
+    save(f"mask_update_{keras.backend.backend()}", {**result, "rounds": ROUNDS, "methods": found})
+
+
+def of(method) -> dict:
+    """What one update costs under a method."""
+    import keras
+    from keras import ops
+
+    from benchmarks.common import under
+    from keras_dst.compiled import compiled
+    from keras_dst.drivers import drivers_of
+
+    keras.utils.set_random_seed(0)
+    model = keras.applications.ResNet50(weights=None)
+    model.compile(
+        under(method, model, keras.optimizers.SGD(0.1)), "sparse_categorical_crossentropy"
+    )
+    driver = drivers_of(model)[0]
+    driver.begin(STEPS, STEPS, STEPS // 10)
+    total = compiled(lambda weights: sum(ops.sum(ops.abs(w)) for w in weights))
+
+    def one_pass():
+        float(ops.convert_to_numpy(total([ops.convert_to_tensor(w) for w in driver.weights])))
+
+    def update():
+        driver.advance(STEPS // 4)
+        for state in driver.states:  # wait for it, where the backend does not
+            ops.convert_to_numpy(next(iter(state.values())))
+
+    update(), one_pass()  # compiles
+    before = _kilobytes("VmRSS")
+    (SELF / "clear_refs").write_text("5")  # the peak counts from here on
+    update()
+    memory = (_kilobytes("VmHWM") - before) * 1024
+    times = in_turns({"pass": one_pass, "update": update}, ROUNDS)
+    return {
+        "passes": ratios(times, "pass")["update"],
+        "seconds": statistics.median(times["update"]),
+        "seconds_of_a_pass": statistics.median(times["pass"]),
+        "memory_over_weights": memory / (4 * driver.size),
+        "weights": driver.size,
+    }
+
+
+def _kilobytes(field: str) -> int:
+    """A figure of this process's memory, as Linux counts it."""
+    lines = (SELF / "status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+if __name__ == "__main__":
+    main()

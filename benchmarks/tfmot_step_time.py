@@ -1,0 +1,72 @@
+"""Step time of tfmot against its plain model: results/overhead_tfmot.json, as step_time resnet-20.
+
+Runs in an environment of its own, with tf_keras: tfmot takes no model of Keras 3.
+"""
+
+import os
+import statistics
+import sys
+
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before any thread pool is made
+os.environ["TF_USE_LEGACY_KERAS"] = "1"
+
+import tf_keras  # noqa: E402
+
+sys.modules["keras"] = tf_keras  # for the nets, which Keras 2 can build as well
+
+import numpy as np  # noqa: E402
+import tensorflow_model_optimization as tfmot  # noqa: E402
+
+from benchmarks.common import save  # noqa: E402
+from benchmarks.step_time import BATCH, SETTINGS, TOTAL  # noqa: E402
+from benchmarks.timing import in_turns, ratios, seconds  # noqa: E402
+
+
+def main():
+    setting = SETTINGS["resnet-20"]
+    size = BATCH * setting.steps
+    x = np.random.default_rng(0).standard_normal((size, *setting.shape)).astype("float32")
+    y = np.arange(size) % 10
+    pruned = {
+        "pruning_schedule": tfmot.sparsity.keras.PolynomialDecay(
+            0.0, 0.9, begin_step=0, end_step=TOTAL // 2, frequency=100
+        )
+    }
+
+    def build(arguments):
+        tf_keras.utils.set_random_seed(0)
+        model = setting.net()
+        if arguments:
+            model = tfmot.sparsity.keras.prune_low_magnitude(model, **arguments)
+        optimizer = tf_keras.optimizers.SGD(0.01, momentum=0.9)
+        model.compile(optimizer, "sparse_categorical_crossentropy")
+        callbacks = [tfmot.sparsity.keras.UpdatePruningStep()] if arguments else []
+
+        def turn():
+            model.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0, callbacks=callbacks)
+
+        return turn
+
+    turns = {"plain": build({}), "prune_low_magnitude": build(pruned)}
+    first = {name: seconds(turn) for name, turn in turns.items()}
+    times = in_turns(turns, setting.rounds)
+    step = {n: statistics.median(t) / setting.steps for n, t in times.items()}
+    found = ratios(times, "plain")
+    print(found)
+    save(
+        "overhead_tfmot",
+        {
+            "command": "make bench-overhead",
+            "net": f"resnet-20, {' x '.join(map(str, setting.shape))}, batch {BATCH}, one core",
+            "rounds": setting.rounds,
+            "steps_per_round": setting.steps,
+            "ratio_to_plain": found,
+            "median_seconds_per_step": step,
+            "seconds_to_compile": {n: first[n] - step[n] * setting.steps for n in turns},
+            "seconds_per_round": times,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
