@@ -16,7 +16,7 @@ TEST_READY := $(VENV)/ready-test
 demo: $(DEMO_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m keras_dst demo
 
-# Two backends at a time; each prints when it is done.
+# Two backends at a time, on a thread each; what one prints comes when it is done.
 test: lint
 	$(MAKE) --jobs=2 --output-sync=target $(BACKENDS:%=test-%)
 
@@ -26,7 +26,7 @@ lint: $(TEST_READY)
 	$(VENV)/bin/mypy
 
 $(BACKENDS:%=test-%): test-%: $(TEST_READY)
-	KERAS_BACKEND=$* $(RUN) -m pytest
+	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(RUN) -m pytest
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -7,9 +7,10 @@ yardstick: one pass of `abs` and `sum` over the same weights.
 import argparse
 import pathlib
 import statistics
+from functools import partial
 
 from benchmarks.backends import BACKENDS, run_on
-from benchmarks.timing import in_turns, ratios
+from benchmarks.timing import in_turns, ratios, seconds
 
 ROUNDS = 5
 STEPS = 10_000  # of the training whose schedule is followed
@@ -85,7 +86,8 @@ def of(method) -> dict:
     (SELF / "clear_refs").write_text("5")  # the peak counts from here on
     update()
     memory = (_kilobytes("VmHWM") - before) * 1024
-    times = in_turns({"pass": one_pass, "update": update}, ROUNDS)
+    works = {"pass": partial(seconds, one_pass), "update": partial(seconds, update)}
+    times = in_turns(works, ROUNDS)
     return {
         "passes": ratios(times, "pass")["update"],
         "seconds": statistics.median(times["update"]),

@@ -6,6 +6,7 @@ Runs in an environment of its own, with tf_keras: tfmot takes no model of Keras 
 import os
 import statistics
 import sys
+from functools import partial
 
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before any thread pool is made
 os.environ["TF_USE_LEGACY_KERAS"] = "1"
@@ -19,7 +20,7 @@ import tensorflow_model_optimization as tfmot  # noqa: E402
 
 from benchmarks.common import save  # noqa: E402
 from benchmarks.step_time import BATCH, SETTINGS, TOTAL  # noqa: E402
-from benchmarks.timing import in_turns, ratios, seconds  # noqa: E402
+from benchmarks.timing import in_turns, ratios, seconds, steps_of_fit  # noqa: E402
 
 
 def main():
@@ -41,11 +42,7 @@ def main():
         optimizer = tf_keras.optimizers.SGD(0.01, momentum=0.9)
         model.compile(optimizer, "sparse_categorical_crossentropy")
         callbacks = [tfmot.sparsity.keras.UpdatePruningStep()] if arguments else []
-
-        def turn():
-            model.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0, callbacks=callbacks)
-
-        return turn
+        return partial(steps_of_fit, model, x, y, BATCH, callbacks)
 
     turns = {"plain": build({}), "prune_low_magnitude": build(pruned)}
     first = {name: seconds(turn) for name, turn in turns.items()}

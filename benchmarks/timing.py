@@ -2,20 +2,46 @@
 
 import statistics
 import time
+from collections.abc import Callable
 
 
-def seconds(work) -> float:
+def seconds(work: Callable) -> float:
+    """How long a piece of work takes."""
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
 
 
-def in_turns(works: dict, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each piece of work, run one after the other, so many times over."""
+def steps_of_fit(model, x, y, batch_size: int, callbacks) -> float:
+    """Seconds of all steps of a fit of one epoch, and of what callbacks do between them.
+
+    What a fit does once, at its beginning and end, is not in it.
+    """
+    import keras
+
+    class Clock(keras.callbacks.Callback):
+        last = -(-len(x) // batch_size) - 1
+
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch == 0:
+                self.begin = time.perf_counter()
+
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == self.last:
+                float(logs["loss"])  # waits for the step, where the backend does not
+                self.seconds = time.perf_counter() - self.begin
+
+    clock = Clock()
+    model.fit(x, y, batch_size=batch_size, shuffle=False, verbose=0, callbacks=[clock, *callbacks])
+    return clock.seconds
+
+
+def in_turns(works: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds that each piece of work returns, one after the other, so many times over."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
-            times[name].append(seconds(work))
+            times[name].append(work())
     return times
 
 

@@ -16,7 +16,7 @@ import keras_dst
 from keras_dst.callbacks import BackupAndRestore, SparseTraining
 from tests import stop_worker
 
-KILLS = int(os.environ.get("KERAS_DST_KILLS", "3"))
+KILLS = int(os.environ.get("KERAS_DST_KILLS", "2"))
 SEED = int(os.environ.get("KERAS_DST_SEED", "0"))
 LINES = len(stop_worker.METHODS) * stop_worker.EPOCHS * stop_worker.STEPS
 
@@ -100,8 +100,7 @@ def whole():
     return method, model
 
 
-@pytest.mark.parametrize("save_freq", ["epoch", 3])
-@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+@pytest.mark.parametrize(("save_freq", "first"), [("epoch", False), (3, True)])
 def test_the_order_of_callbacks_does_not_matter(save_freq, first, whole, tmp_path):
     method, model = whole
 
@@ -109,7 +108,7 @@ def test_the_order_of_callbacks_does_not_matter(save_freq, first, whole, tmp_pat
         both = [BackupAndRestore(tmp_path / "b", save_freq), SparseTraining()]
         return both if first else both[::-1]
 
-    for moment in ((1, 6), (2, 0), (3, 7)):
+    for moment in ((1, 6), (3, 7)):
         crash(stop_worker.build(method), moment, *callbacks())
     resumed = stop_worker.build(method)
     stop_worker.fit(resumed, *callbacks())
@@ -117,7 +116,7 @@ def test_the_order_of_callbacks_does_not_matter(save_freq, first, whole, tmp_pat
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("rename", range(4))
+@pytest.mark.parametrize("rename", range(2))
 def test_killed_within_a_backup(rename, whole, tmp_path, monkeypatch):
     """Before the new weights have their name, or between these and the record of them."""
     method, model = whole
@@ -187,7 +186,7 @@ def test_a_later_fit_begins_at_its_own_beginning(tmp_path):
     assert int(model.optimizer.iterations) == 2 * iterations
 
 
-@pytest.mark.parametrize("name", ["dst-target", "optg", "magnitude", "set"])
+@pytest.mark.parametrize("name", ["dst-target", "magnitude"])
 def test_keras_own_backup_within_an_epoch_ends_at_the_target(name, tmp_path):
     """It begins the epoch again, so that there are more steps than the schedule has."""
     method = stop_worker.METHODS[name]
