@@ -1,7 +1,7 @@
 """Sparse training for any Keras 3 model, and the way to a smaller, faster `.tflite`."""
 
 from keras_dst import allocation, callbacks, layers, masks, methods, regularizers, schedules
-from keras_dst.export import ExportError, ExportReport, export_tflite
+from keras_dst.export import ExportError, ExportReport, LintReport, export_tflite, lint
 from keras_dst.optimizers import SparseOptimizer
 from keras_dst.report import SparsityReport, report
 from keras_dst.shrink import shrink
@@ -11,6 +11,7 @@ from keras_dst.version import __version__
 __all__ = [
     "ExportError",
     "ExportReport",
+    "LintReport",
     "SparseOptimizer",
     "SparsifyReport",
     "SparsityReport",
@@ -19,6 +20,7 @@ __all__ = [
     "callbacks",
     "export_tflite",
     "layers",
+    "lint",
     "masks",
     "methods",
     "regularizers",

@@ -12,19 +12,23 @@ from keras_dst.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0 done, 1 failed with a message, 2 wrong usage."""
+    """Run the command; returns its exit code: 0 done, 1 failed with a message, 2 wrong usage.
+
+    `lint` is done with 1 where it found an error.
+    """
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
         print(f"keras-dst {arguments.command}: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="keras-dst", description="Sparse models from Keras 3 to a smaller, faster .tflite."
+        prog="keras-dst",
+        description="Sparse models from Keras 3 to a smaller, faster .tflite.",
+        epilog="Exit codes: 0 done; 1 failed, with the reason on stderr; 2 wrong usage.",
     )
     parser.add_argument("--version", action="version", version=f"keras-dst {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -53,6 +57,30 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("output", help="the .tflite file to write")
     export.add_argument("--json", action="store_true", help="print JSON")
     export.set_defaults(run=_export)
+
+    inspect = commands.add_parser("inspect", help="how each constant of a .tflite is stored")
+    inspect.add_argument("model", help="a .tflite file")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_inspect)
+
+    lint = commands.add_parser(
+        "lint",
+        help="what makes a .tflite wrong, slow or large",
+        epilog="Exit codes: 0 no error found, advice at most; 1 an error found, or failed with "
+        "the reason on stderr; 2 wrong usage.",
+    )
+    lint.add_argument("model", help="a .tflite file, or a .keras file to be exported")
+    lint.add_argument("--json", action="store_true", help="print JSON")
+    lint.set_defaults(run=_lint)
+
+    bench = commands.add_parser("bench", help="time .tflite files against each other")
+    bench.add_argument("models", nargs="+", metavar="model", help="a .tflite file")
+    bench.add_argument("--threads", type=int, default=1, help="of the interpreter (default 1)")
+    bench.add_argument("--warmup", type=int, default=10, help="runs not counted (default 10)")
+    bench.add_argument("--runs", type=int, default=100, help="runs of each file (default 100)")
+    bench.add_argument("--seed", type=int, default=0, help="of the random inputs (default 0)")
+    bench.add_argument("--json", action="store_true", help="print JSON")
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -91,6 +119,41 @@ def _export(arguments):
     import keras_dst
 
     _show(keras_dst.export_tflite(_load(arguments.model), arguments.output), arguments.json)
+
+
+def _inspect(arguments):
+    from keras_dst.export.tflite import check_installed
+
+    check_installed("ai_edge_litert", "flatbuffers")
+    from keras_dst.export.contents import contents
+
+    _show(contents(arguments.model), arguments.json)
+
+
+def _lint(arguments):
+    import keras_dst
+
+    path = arguments.model
+    report = keras_dst.lint(_load(path) if path.endswith(".keras") else path)
+    _show(report, arguments.json)
+    return 1 if report.errors else 0
+
+
+def _bench(arguments):
+    from keras_dst.export.tflite import check_installed
+
+    check_installed("ai_edge_litert", "flatbuffers")
+    from keras_dst.export.measure import bench
+
+    def progress(done):
+        if sys.stderr.isatty():
+            end = "\n" if done == total else ""
+            print(f"\rrun {done} of {total}", end=end, file=sys.stderr, flush=True)
+
+    names = ("threads", "warmup", "runs", "seed")
+    settings = {name: getattr(arguments, name) for name in names}
+    total = arguments.warmup + arguments.runs
+    _show(bench(arguments.models, **settings, progress=progress), arguments.json)
 
 
 def _show(report, as_json: bool) -> None:

@@ -13,7 +13,10 @@ import pytest
 
 import keras_dst
 from keras_dst import cli
+from keras_dst.export.encode import Form, encode, read, weights, write
 from keras_dst.methods import DST
+from tests.export.graphs import fully_connected, sparse_values
+from tests.export.test_export_tflite import on_tensorflow
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -64,6 +67,105 @@ def test_export(saved, tmp_path, capsys):
     assert size == (tmp_path / "model.tflite").stat().st_size
 
 
+@pytest.fixture
+def edge(tmp_path):
+    """A sound and a faulty file."""
+    values = sparse_values((32, 64), 0.1, block=4)
+    good = fully_connected(values)
+    (weight,) = weights(read(good))
+    good = encode(good, {weight.buffer: Form(4, densify=False)})
+    bad = read(good)
+    bad.operatorCodes[-1].version = 12
+    (tmp_path / "good.tflite").write_bytes(good)
+    (tmp_path / "bad.tflite").write_bytes(write(bad))
+    return tmp_path
+
+
+def test_inspect(edge, capsys):
+    assert cli.main(["inspect", str(edge / "good.tflite")]) == 0
+    assert "1x4" in capsys.readouterr().out
+    assert cli.main(["inspect", str(edge / "good.tflite"), "--json"]) == 0
+    (constant,) = json.loads(capsys.readouterr().out)["constants"]
+    assert (constant["encoding"], constant["shape"]) == ("1x4", [32, 64])
+
+
+def test_lint(edge, capsys):
+    assert cli.main(["lint", str(edge / "good.tflite")]) == 0
+    assert "errors: 0" in capsys.readouterr().out
+    assert cli.main(["lint", str(edge / "bad.tflite"), "--json"]) == 1
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    assert finding["rule"] == "sparse-version"
+
+
+@on_tensorflow
+def test_lint_of_a_model(saved, capsys):
+    assert cli.main(["lint", str(saved)]) == 0
+    assert capsys.readouterr().out.splitlines()[0].startswith("sequential")
+
+
+def test_bench(edge, capsys):
+    path = str(edge / "good.tflite")
+    assert cli.main(["bench", path, "--runs", "3", "--warmup", "0"]) == 0
+    assert "3 runs of each file" in capsys.readouterr().out
+    assert cli.main(["bench", path, path, "--threads", "2", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [file["name"] for file in json.loads(out)["files"]] == ["good.tflite"] * 2
+    assert err == ""
+
+
+def test_bench_shows_progress_on_a_terminal(edge, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert cli.main(["bench", str(edge / "good.tflite"), "--runs", "2", "--warmup", "1"]) == 0
+    assert capsys.readouterr().err == "\rrun 1 of 3\rrun 2 of 3\rrun 3 of 3\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        (b"", "Expected a .tflite file"),
+        (b"PK\x03\x04 another kind of file", "Expected a .tflite file"),
+        (b"\x1c\0\0\0TFL3\xff\xff\xff", "damaged or cut short"),
+    ],
+    ids=["missing", "empty", "other", "truncated"],
+)
+@pytest.mark.parametrize("command", ["inspect", "lint", "bench"])
+def test_a_file_that_is_no_tflite(command, content, message, tmp_path, capsys):
+    path = tmp_path / "broken.tflite"
+    if content is not None:
+        path.write_bytes(content)
+    assert cli.main([command, str(path)]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.startswith(f"keras-dst {command}: "), message in err) == ("", True, True)
+    assert "broken.tflite" in err
+
+
+def test_lint_documents_its_exit_codes(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["lint", "--help"])
+    assert "1 an error found" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_page_on_files(edge, monkeypatch, capsys):
+    monkeypatch.chdir(edge)
+    for name in ("model", "dense", "sparse"):
+        (edge / f"{name}.tflite").write_bytes((edge / "good.tflite").read_bytes())
+    page = (ROOT / "docs" / "edge.md").read_text()
+    commands = re.findall(r"^keras-dst (.*?) *(?:#.*)?$", page, re.M)
+    assert len(commands) == 3
+    for command in commands:
+        assert cli.main(command.split()) == 0
+    assert capsys.readouterr().err == ""
+
+
+@on_tensorflow
+def test_the_example_on_that_page(capsys):
+    page = (ROOT / "docs" / "edge.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(compile(block, "edge.md", "exec"), {})
+    assert "padding 'same' is no way into the sparse form" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "is no file"), (b"", "whole zip"), (b"PK\x03\x04 cut", "whole zip")],
@@ -105,8 +207,9 @@ def test_importing_needs_keras_and_numpy_alone():
 def test_python_m_shows_the_commands():
     command = [sys.executable, "-m", "keras_dst", "--help"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for name in ("demo", "report", "strip", "shrink", "export"):
+    for name in ("demo", "report", "strip", "shrink", "export", "inspect", "lint", "bench"):
         assert name in out
+    assert "Exit codes: 0 done; 1 failed" in out
 
 
 def test_readme_examples_run(tmp_path, monkeypatch):

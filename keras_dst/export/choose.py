@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from ai_edge_litert import schema_py_generated as schema
 
-from keras_dst.export import encode
+from keras_dst.export import encode, nchw
 from keras_dst.export.encode import Form, Weight
 
 CSR = Form(block=1, densify=False)
@@ -24,6 +23,9 @@ BLOCKS_DENSIFY = Form(block=4, densify=True)
 BLOCK_FILL = 0.75
 #: Above this density FULLY_CONNECTED is slower on CSR than on the dense weight.
 CSR_DENSITY = 0.12
+
+#: Why a weight that DENSIFY would make smaller stays dense.
+UNSAFE = "DENSIFY would make ARM compute this model wrongly"
 
 
 @dataclass(frozen=True)
@@ -42,47 +44,20 @@ def choose(content: bytes) -> list[Choice]:
     A weight is made sparse only where that makes the file smaller; `Choice.reason` says why
     another one stays dense.
     """
-    model = encode.read(content)
-    may_densify = not has_nchw_stem(model)
-    return [_choice(weight, may_densify) for weight in encode.weights(model)]
+    weights = encode.weights(encode.read(content))
+    choices = [_choice(weight, may_densify=True) for weight in weights]
+    if not nchw.is_wrong(encode.read(encoded(content, choices))):
+        return choices
+    return [
+        _choice(choice.weight, may_densify=False) if choice.form and choice.form.densify else choice
+        for choice in choices
+    ]
 
 
-def has_nchw_stem(model: schema.ModelT) -> bool:
-    """Whether a DENSIFY op could make XNNPACK compute this model wrongly, without an error.
-
-    On CPUs without AVX (every ARM) XNNPACK turns a graph with DENSIFY into its sparse NCHW form
-    from a stem on: a 3x3 convolution with stride 2 over 3 channels, padded by exactly 1 on each
-    side. Where an op further on has no NCHW form, the results are wrong. That the whole graph
-    has one is not checked here, so every model with such a stem counts.
-
-    Source: ``xnn_check_nchw_compatibility`` in XNNPACK's ``src/subgraph.c``.
-    """
-    return any(_has_nchw_stem(model, graph) for graph in model.subgraphs)
-
-
-def _has_nchw_stem(model: schema.ModelT, graph: schema.SubGraphT) -> bool:
-    padded_by_one = {
-        int(op.outputs[0])
-        for op in graph.operators
-        if encode.op_name(model, op) in ("PAD", "PADV2") and _pads_by_one(model, graph, op)
-    }
-    return any(
-        encode.op_name(model, op) == "CONV_2D"
-        and int(op.inputs[0]) in padded_by_one
-        and tuple(graph.tensors[op.inputs[1]].shape[1:]) == (3, 3, 3)
-        and (op.builtinOptions.strideH, op.builtinOptions.strideW) == (2, 2)
-        and op.builtinOptions.padding == schema.Padding.VALID
-        for op in graph.operators
-    )
-
-
-def _pads_by_one(model: schema.ModelT, graph: schema.SubGraphT, op: schema.OperatorT) -> bool:
-    tensor = graph.tensors[op.inputs[1]]
-    data = model.buffers[tensor.buffer].data
-    if data is None:
-        return False
-    dtype = np.int64 if tensor.type == schema.TensorType.INT64 else np.int32
-    return data.view(dtype).tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
+def encoded(content: bytes, choices: list[Choice]) -> bytes:
+    """The file with these choices made."""
+    forms = {choice.weight.buffer: choice.form for choice in choices if choice.form}
+    return encode.encode(content, forms) if forms else content
 
 
 def _choice(weight: Weight, may_densify: bool) -> Choice:
@@ -103,12 +78,12 @@ def _candidates(weight: Weight, may_densify: bool) -> tuple[list[Form], str]:
     if obstacle:
         return [], obstacle
     if all(op == "FULLY_CONNECTED" for op, _ in weight.readers):
-        if _is_1x4(weight.values):
+        if is_1x4(weight.values):
             return [BLOCKS], ""
         if weight.density <= CSR_DENSITY:
             return [CSR], ""
     if not may_densify:
-        return [], "DENSIFY behind this stem may be computed wrongly on ARM"
+        return [], UNSAFE
     divisible = weight.values.shape[-1] % BLOCKS_DENSIFY.block == 0
     return [CSR_DENSIFY, BLOCKS_DENSIFY] if divisible else [CSR_DENSIFY], ""
 
@@ -126,7 +101,7 @@ def _obstacle(weight: Weight) -> str:
     return "" if weight.readers else "read by no op"
 
 
-def _is_1x4(values: np.ndarray) -> bool:
+def is_1x4(values: np.ndarray) -> bool:
     """Whether the nonzeros come in blocks of four along the last axis."""
     if values.shape[-1] % BLOCKS.block:
         return False

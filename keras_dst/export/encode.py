@@ -23,7 +23,7 @@ WEIGHT_OPS = frozenset({"FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "TRAN
 WEIGHT_SLOT = 1
 
 # XNNPACK takes the op in every other version, and reads the compressed bytes as a dense matrix.
-_SPARSE_FULLY_CONNECTED_VERSION = 8
+SPARSE_FULLY_CONNECTED_VERSION = 8
 
 _BUFFER_ALIGNMENT = 16  # the schema's force_align, which the Python object API does not apply
 _NUMPY = {
@@ -231,7 +231,7 @@ def _read_directly(model: schema.ModelT, op: schema.OperatorT, slot: int) -> Non
             f"constant. Received: input {slot} of {op_name(model, op)}. Use a form with densify."
         )
     code = schema.BuiltinOperator.FULLY_CONNECTED
-    op.opcodeIndex = _op_code(model, code, version=_SPARSE_FULLY_CONNECTED_VERSION)
+    op.opcodeIndex = _op_code(model, code, version=SPARSE_FULLY_CONNECTED_VERSION)
 
 
 def _readers(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, list[tuple[str, int]]]:

@@ -8,9 +8,8 @@ from typing import Any
 
 import keras
 
-from keras_dst.export.choose import Choice, choose
+from keras_dst.export.choose import Choice, choose, encoded
 from keras_dst.export.convert import to_tflite
-from keras_dst.export.encode import encode
 from keras_dst.export.report import ExportError, ExportReport, TensorReport
 from keras_dst.export.verify import Case, deviation, keras_cases
 from keras_dst.files import whole_or_not
@@ -20,7 +19,7 @@ def export(model: keras.Model, path: Path, inputs: Any, tolerance: float) -> Exp
     """What `keras_dst.export_tflite` does once its arguments have been checked."""
     dense = to_tflite(model)
     choices = choose(dense)
-    content = _encoded(dense, choices)
+    content = encoded(dense, choices)
     cases = keras_cases(model, dense, inputs)
     found = deviation(content, cases)
     if found.error > tolerance:
@@ -42,11 +41,6 @@ def export(model: keras.Model, path: Path, inputs: Any, tolerance: float) -> Exp
     )
 
 
-def _encoded(dense: bytes, choices: list[Choice]) -> bytes:
-    forms = {choice.weight.buffer: choice.form for choice in choices if choice.form}
-    return encode(dense, forms) if forms else dense
-
-
 def _culprit(dense: bytes, choices: list[Choice], cases: list[Case], tolerance: float) -> str:
     """What makes a file wrong: the conversion itself, or the weights that alone do so too."""
     plain = deviation(dense, cases)
@@ -58,7 +52,7 @@ def _culprit(dense: bytes, choices: list[Choice], cases: list[Case], tolerance: 
     guilty = [
         f"{choice.weight.name!r} ({choice.weight.op}, {choice.form})"
         for choice in choices
-        if deviation(_encoded(dense, [choice]), cases).error > tolerance
+        if deviation(encoded(dense, [choice]), cases).error > tolerance
     ]
     if not guilty:
         return "The dense conversion agrees, and so does every sparse weight alone."

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.box import MARKDOWN
 from rich.console import Console
@@ -57,29 +58,37 @@ class ExportReport:
         return {**asdict(self), "path": str(self.path)}
 
     def __str__(self) -> str:
-        table = Table(box=MARKDOWN)
-        for heading in ("tensor", "op", "shape", "density", "encoding", "bytes", "dense", "why"):
-            number = heading in ("density", "bytes", "dense")
-            table.add_column(
-                heading, justify="right" if number else "left", overflow="fold", max_width=60
-            )
-        for tensor in self.tensors:
-            table.add_row(
-                escape(tensor.name),
+        rows = [
+            (
+                tensor.name,
                 tensor.op,
                 "x".join(map(str, tensor.shape)),
                 f"{tensor.density:.1%}",
                 tensor.encoding,
                 f"{tensor.bytes:,}",
                 f"{tensor.dense_bytes:,}",
-                escape(tensor.reason),
+                tensor.reason,
             )
-        page = io.StringIO()
-        console = Console(file=page, width=300, force_terminal=False, color_system=None)
-        console.print(table)
+            for tensor in self.tensors
+        ]
+        headings = ("tensor", "op", "shape", "density >", "encoding", "bytes >", "dense >", "why")
         return (
-            f"{page.getvalue().strip()}\n"
+            f"{as_table(headings, rows)}\n"
             f"{self.path.name}: {self.bytes:,} bytes ({self.bytes / self.dense_bytes:.2f}x of "
             f"dense, gzip {self.gzip_bytes / self.dense_gzip_bytes:.2f}x), "
             f"max error {self.max_error:.0e}"
         )
+
+
+def as_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, as wide on a terminal as in a file; ``>`` sets a column to the right."""
+    table = Table(box=MARKDOWN)
+    for heading in headings:
+        name = heading.removesuffix(" >")
+        justify: Literal["left", "right"] = "left" if name == heading else "right"
+        table.add_column(name, justify=justify, overflow="fold", max_width=60)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    page = io.StringIO()
+    Console(file=page, width=300, force_terminal=False, color_system=None).print(table)
+    return page.getvalue().strip()

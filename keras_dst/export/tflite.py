@@ -48,18 +48,19 @@ def export_tflite(
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
         >>> report = export_tflite(model, "model.tflite")
     """
-    _check_model(model)
+    check_exportable(model)
     target = _checked_path(path)
     if not 0 <= tolerance < float("inf"):
         raise ValueError(f"Expected a finite tolerance of 0 or more. Received: {tolerance}.")
-    _check_installed("tensorflow", "ai_edge_litert", "flatbuffers")
+    check_installed("tensorflow", "ai_edge_litert", "flatbuffers")
     # Not above: keras_dst works without these packages until something is exported.
     from keras_dst.export.pipeline import export
 
     return export(model, target, inputs, tolerance)
 
 
-def _check_model(model: Any) -> None:
+def check_exportable(model: Any) -> None:
+    """Raise unless this is a built Keras 3 model."""
     if isinstance(model, keras.Layer) and not isinstance(model, keras.Model):
         raise TypeError(
             f"Expected a Keras 3 model. Received: the layer {model.name!r} "
@@ -85,10 +86,11 @@ def _checked_path(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _check_installed(*packages: str) -> None:
+def check_installed(*packages: str) -> None:
+    """Raise unless these packages are there, which `import keras_dst` does without."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ImportError(
-            f"Exporting to .tflite needs {' and '.join(missing)}. "
+            f"Working with .tflite files needs {' and '.join(missing)}. "
             "Fix: pip install keras_dst[export]."
         )

@@ -5,6 +5,8 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
+from keras_dst.export.encode import pack
+
 AUTO = OpResolverType.AUTO
 BUILTIN = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
 
@@ -74,10 +76,34 @@ class Graph:
         buffer = self.file._buffer(values) if buffer is None else buffer
         return self.tensor(values.shape, values.dtype.name, name, buffer)
 
+    def sparse(self, values, block=1, name="weight"):
+        """A constant in CSR or in blocks along its last axis, of which a rest is lost."""
+        width = values.shape[-1]
+        sparsity, entries = pack(values[..., : width - width % block], block)
+        index = self.tensor(values.shape, values.dtype.name, name, self.file._buffer(entries))
+        self.graph.tensors[index].sparsity = sparsity
+        return index
+
+    def quantized(self, index, scale=0.02, zero=0):
+        quantization = schema.QuantizationParametersT()
+        quantization.scale = np.array([scale], np.float32)
+        quantization.zeroPoint = np.array([zero], np.int64)
+        self.graph.tensors[index].quantization = quantization
+        return index
+
+    def unary(self, builtin, x, dtype=None, options=None):
+        """An op that keeps the shape, and the type unless another is given."""
+        y = self.op(builtin, [x], self.shape(x), options)
+        self.graph.tensors[y].shapeSignature = None
+        self.graph.tensors[y].type = TYPES[dtype] if dtype else self.graph.tensors[x].type
+        self.graph.tensors[y].quantization = None if dtype else self.graph.tensors[x].quantization
+        return y
+
     def op(self, builtin, inputs, shape, options=None, version=1):
         """Adds an op with one output of this shape, and returns that."""
         code = schema.OperatorCodeT()
-        code.builtinCode = code.deprecatedBuiltinCode = getattr(schema.BuiltinOperator, builtin)
+        code.builtinCode = getattr(schema.BuiltinOperator, builtin)
+        code.deprecatedBuiltinCode = min(code.builtinCode, 127)
         code.version = version
         self.file.model.operatorCodes.append(code)
         op = schema.OperatorT()
@@ -91,6 +117,39 @@ class Graph:
             op.builtinOptions = options
         self.graph.operators.append(op)
         return output
+
+    def shape(self, index):
+        return [int(size) for size in self.graph.tensors[index].shape]
+
+    def pad(self, x, widths, dtype=np.int32):
+        """A PAD by ``[[before, after], ...]``, one pair for each axis."""
+        shape = [size + sum(pair) for size, pair in zip(self.shape(x), widths)]
+        widths = self.constant(np.array(widths, dtype))
+        return self.op("PAD", [x, widths], shape, schema.PadOptionsT())
+
+    def convolve(self, op, x, weight, stride=1, same=True, dilation=1, multiplier=1):
+        """A convolution of this kind with a bias; ``weight`` may be the index of a tensor."""
+        options = {
+            "CONV_2D": schema.Conv2DOptionsT,
+            "DEPTHWISE_CONV_2D": schema.DepthwiseConv2DOptionsT,
+            "TRANSPOSE_CONV": schema.TransposeConvOptionsT,
+        }[op]()
+        options.padding = schema.Padding.SAME if same else schema.Padding.VALID
+        options.strideH = options.strideW = stride
+        kernel = weight if isinstance(weight, int) else self.constant(weight, "weight")
+        filters, height, width, channels = self.shape(kernel)
+        if op == "TRANSPOSE_CONV":
+            target = [*self.shape(x)[:3], filters]
+            return self.op(
+                op, [self.constant(np.array(target, np.int32)), kernel, x], target, options
+            )
+        options.dilationHFactor = options.dilationWFactor = dilation
+        if op == "DEPTHWISE_CONV_2D":
+            options.depthMultiplier, filters = multiplier, channels
+        lost = (0, 0) if same else (dilation * (height - 1), dilation * (width - 1))
+        sizes = [-(-(size - less) // stride) for size, less in zip(self.shape(x)[1:3], lost)]
+        bias = self.constant(np.linspace(-1, 1, filters, dtype=np.float32), "bias")
+        return self.op(op, [x, kernel, bias], [1, *sizes, filters], options)
 
     def finish(self, inputs, outputs):
         """Names the inputs and outputs, which makes the graph's signature."""
@@ -131,29 +190,11 @@ def fully_connected(weight, batch=-1, name="weight", input_name="x"):
 def convolution(op, weight, stride=1, same=True, shape=(1, 8, 8, None), pad=None, dtype=np.int32):
     """A file with one convolution of this kind, after a PAD by ``pad`` where that is given."""
     graph = File().graph()
-    shape = (*shape[:3], shape[3] or weight.shape[-1])
-    x = y = graph.dynamic(shape)
+    x = y = graph.dynamic((*shape[:3], shape[3] or weight.shape[-1]))
     if pad is not None:
-        widths = graph.constant(np.array(pad, dtype), "pad")
-        y = graph.op("PAD", [x, widths], shape, schema.PadOptionsT())
-    options = {
-        "CONV_2D": schema.Conv2DOptionsT,
-        "DEPTHWISE_CONV_2D": schema.DepthwiseConv2DOptionsT,
-        "TRANSPOSE_CONV": schema.TransposeConvOptionsT,
-    }[op]()
-    options.padding = schema.Padding.SAME if same else schema.Padding.VALID
-    options.strideH = options.strideW = stride
-    kernel = graph.constant(weight, "weight")
-    channels = weight.shape[-1] if op == "DEPTHWISE_CONV_2D" else weight.shape[0]
-    target = [*shape[:3], channels]
-    if op == "DEPTHWISE_CONV_2D":
-        options.depthMultiplier = 1
-    if op == "TRANSPOSE_CONV":
-        inputs = [graph.constant(np.array(target, np.int32)), kernel, y]
-    else:
-        bias = graph.constant(np.linspace(-1, 1, channels, dtype=np.float32), "bias")
-        inputs = [y, kernel, bias]
-    return graph.finish({"x": x}, {"output_0": graph.op(op, inputs, target, options)}).content()
+        y = graph.pad(x, pad, dtype)
+    y = graph.convolve(op, y, weight, stride, same)
+    return graph.finish({"x": x}, {"output_0": y}).content()
 
 
 def sparse_values(shape, density, block=1, seed=0):

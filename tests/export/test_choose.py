@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 
-from keras_dst.export.choose import choose, has_nchw_stem
-from keras_dst.export.encode import encode, read
+from keras_dst.export.choose import choose
 
 from . import graphs
-from .graphs import convolution, fully_connected, ops, sparse_values
+from .graphs import convolution, fully_connected, sparse_values
 
 
 def only(content):
@@ -140,63 +139,3 @@ def test_one_buffer_in_two_shapes_stays_dense():
         graph.finish({"x": x}, {"y": y})
     choice = only(file.content())
     assert (choice.form, choice.reason) == (None, "read in several shapes")
-
-
-BY_ONE = [[0, 0], [1, 1], [1, 1], [0, 0]]
-STEM = {"weight": (16, 3, 3, 3), "stride": 2, "same": False, "pad": BY_ONE}
-
-
-def stem(**changes):
-    """A net that starts as XNNPACK's NCHW rewrite wants it, except for the changes."""
-    settings = {**STEM, **changes}
-    values = sparse_values(settings.pop("weight"), 0.2)
-    return convolution("CONV_2D", values, shape=(1, 16, 16, None), **settings)
-
-
-@pytest.mark.parametrize("dtype", [np.int32, np.int64])
-def test_behind_an_nchw_stem_nothing_is_unpacked(dtype):
-    content = stem(dtype=dtype)
-    assert has_nchw_stem(read(content))
-    choice = only(content)
-    assert choice.form is None
-    assert "wrongly on ARM" in choice.reason
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"stride": 1},
-        {"same": True},
-        {"pad": None},
-        {"pad": [[0, 0], [0, 1], [0, 1], [0, 0]]},
-        {"pad": [[0, 0], [2, 2], [2, 2], [0, 0]]},
-        {"weight": (16, 3, 3, 4)},
-        {"weight": (16, 5, 5, 3)},
-    ],
-    ids=str,
-)
-def test_other_stems_do_not_matter(change):
-    content = stem(**change)
-    assert not has_nchw_stem(read(content))
-    assert only(content).form is not None
-
-
-def test_behind_an_nchw_stem_fully_connected_still_reads_directly():
-    graph = graphs.File().graph()
-    x = graph.dynamic([1, 14, 14, 3])
-    widths = graph.constant(np.array(BY_ONE, np.int32))
-    padded = graph.op("PAD", [x, widths], [1, 16, 16, 3], schema.PadOptionsT())
-    options = schema.Conv2DOptionsT()
-    options.strideH = options.strideW = 2
-    options.padding = schema.Padding.VALID
-    kernel = graph.constant(sparse_values((32, 3, 3, 3), 0.2), "stem")
-    bias = graph.constant(np.zeros(32, np.float32))
-    maps = graph.op("CONV_2D", [padded, kernel, bias], [1, 7, 7, 32], options)
-    head = graph.constant(sparse_values((64, 32), 0.1), "head")
-    y = graph.op("FULLY_CONNECTED", [maps, head, -1], [49, 64], schema.FullyConnectedOptionsT())
-    content = graph.finish({"x": x}, {"y": y}).content()
-
-    forms = {choice.weight.name: choice.form for choice in choose(content)}
-    assert (str(forms["stem"]), str(forms["head"])) == ("None", "csr")
-    kept = {c.weight.buffer: c.form for c in choose(content) if c.form}
-    assert "DENSIFY" not in [name for name, _ in ops(read(encode(content, kept)))]

@@ -411,8 +411,8 @@ def test_a_wrong_sparse_weight_is_named(model, converted, path, monkeypatch):
 def test_a_file_that_is_wrong_only_as_a_whole(model, converted, path, monkeypatch):
     whole = fully_connected(WEIGHT * 2)
     calls = iter([whole])
-    encoded = pipeline._encoded
-    monkeypatch.setattr(pipeline, "_encoded", lambda *args: next(calls, None) or encoded(*args))
+    encoded = pipeline.encoded
+    monkeypatch.setattr(pipeline, "encoded", lambda *args: next(calls, None) or encoded(*args))
     with pytest.raises(ExportError, match="so does every sparse weight alone"):
         export_tflite(model, path)
     assert is_untouched(path)

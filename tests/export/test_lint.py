@@ -1,0 +1,307 @@
+"""Each rule of the linter: a file that breaks it, and one that does not."""
+
+import json
+import pathlib
+import re
+
+import keras
+import numpy as np
+import pytest
+from ai_edge_litert import schema_py_generated as schema
+from keras import layers
+
+import keras_dst
+from keras_dst.export import LintReport
+from keras_dst.export.choose import choose, encoded
+from keras_dst.export.decode import values
+from keras_dst.export.encode import read, write
+
+from . import test_nchw as nets
+from .graphs import AUTO, File, convolution, fully_connected, run, sparse_values
+from .test_export_tflite import on_tensorflow
+
+LOOSE = sparse_values((32, 64), 0.2)
+SPARSE = sparse_values((32, 64), 0.1)
+BLOCKS = sparse_values((32, 64), 0.2, block=4)
+KERNEL = sparse_values((16, 3, 3, 32), 0.2)
+
+
+def layer(make, version=8, dtype="float32"):
+    """A file with one FULLY_CONNECTED op on the weight that ``make`` adds to the graph."""
+    graph = File().graph()
+    weight = make(graph)
+    units, inputs = graph.shape(weight)
+    x = graph.tensor([2, inputs], dtype)
+    options = schema.FullyConnectedOptionsT()
+    y = graph.op("FULLY_CONNECTED", [x, weight, -1], [2, units], options, version)
+    return graph.finish({"x": x}, {"y": y}).content()
+
+
+def maps(make):
+    """A file with one convolution on the weight that ``make`` adds to the graph."""
+    graph = File().graph()
+    x = graph.tensor([1, 8, 8, 32])
+    return graph.finish({"x": x}, {"y": graph.convolve("CONV_2D", x, make(graph))}).content()
+
+
+def stored(weight, block=1):
+    return lambda graph: graph.sparse(weight, block)
+
+
+def densified(weight, block=1):
+    return lambda graph: graph.unary(
+        "DENSIFY", graph.sparse(weight, block), options=schema.DensifyOptionsT()
+    )
+
+
+def half(weight, densify):
+    """A float16 weight as the converter of TensorFlow stores it, with or without its fault."""
+
+    def make(graph):
+        packed = (densified if densify else stored)(weight.astype(np.float16), 4)(graph)
+        return graph.unary("DEQUANTIZE", packed, "float32", schema.DequantizeOptionsT())
+
+    return make
+
+
+def int8(shape, block=16):
+    """An int8 weight in blocks of 16, stored in blocks of this size."""
+    weight = integers(shape)
+    return lambda graph: graph.quantized(graph.sparse(weight, block))
+
+
+def integers(shape):
+    weight = (20 * sparse_values(shape, 0.2, block=16)).astype(np.int8)
+    weight[..., -16:] = 1
+    return weight
+
+
+def int8_densified(dequantize):
+    def make(graph):
+        packed = graph.quantized(graph.sparse(integers((16, 3, 3, 32))))
+        plain = graph.unary("DENSIFY", packed, options=schema.DensifyOptionsT())
+        if not dequantize:
+            return plain
+        return graph.unary("DEQUANTIZE", plain, "float32", schema.DequantizeOptionsT())
+
+    return make
+
+
+CUT = nets.network(*nets.BODY, nets.pool("MAX_POOL_2D"), nets.pointwise, nets.mean)
+WHOLE = nets.network(*nets.BODY, nets.pointwise, nets.mean)
+
+# Rule: a file with that fault, and what is the matter; a file without it.
+ERRORS = {
+    "sparse-input": (maps(stored(KERNEL)), "'weight', which is sparse", maps(densified(KERNEL))),
+    "sparse-input, float16": (
+        layer(half(BLOCKS, densify=False), version=1),
+        "DEQUANTIZE",
+        layer(half(BLOCKS, densify=True), version=1),
+    ),
+    "sparse-version": (layer(stored(SPARSE), 12), "has version 12", layer(stored(SPARSE), 8)),
+    "sparse-version, int8": (layer(int8((32, 64)), 12), "version 12", layer(int8((32, 64)))),
+    "sparse-format": (
+        layer(stored(sparse_values((32, 64), 0.2, 8), 8)),
+        "float32 in 1x8",
+        layer(stored(BLOCKS, 4)),
+    ),
+    "sparse-format, int8": (layer(int8((32, 64), 4)), "int8 in 1x4", layer(int8((32, 64), 16))),
+    "block-remainder": (
+        layer(stored(sparse_values((32, 66), 0.2), 4)),
+        "the last 2 are lost",
+        layer(stored(sparse_values((32, 66), 0.2))),
+    ),
+    "block-remainder, behind DENSIFY": (
+        layer(densified(sparse_values((32, 66), 0.2), 4), version=1),
+        "the last 2 are lost",
+        layer(densified(sparse_values((32, 66), 0.2)), version=1),
+    ),
+    "hybrid-width": (layer(int8((4, 4112))), "4112 float inputs", layer(int8((4, 4096)))),
+    "densify-int8": (maps(int8_densified(False)), "refuses", maps(int8_densified(True))),
+    "nchw-layout": (nets.unpacked(CUT), "MAX_POOL_2D", nets.unpacked(WHOLE)),
+}
+
+ADVICE = {
+    "densify": (layer(densified(SPARSE), version=1), "as csr", layer(densified(LOOSE), version=1)),
+    "densify, blocks": (
+        layer(densified(BLOCKS, 4), version=1),
+        "as 1x4",
+        layer(stored(BLOCKS, 4)),
+    ),
+    "pattern": (layer(stored(SPARSE)), "not in blocks", layer(stored(BLOCKS, 4))),
+    "pattern, dense": (fully_connected(LOOSE), "not in blocks", fully_connected(BLOCKS)),
+    "sparse-larger": (
+        maps(densified(sparse_values((16, 3, 3, 32), 0.9))),
+        "in dense",
+        maps(densified(KERNEL)),
+    ),
+    "sparse-larger, blocks": (layer(stored(SPARSE, 4)), "in csr", layer(stored(BLOCKS, 4))),
+    "zeros-dense": (
+        convolution("CONV_2D", KERNEL),
+        "in csr+densify",
+        convolution("CONV_2D", sparse_values((16, 3, 3, 32), 0.9)),
+    ),
+    "sparse-inference": (CUT, "MAX_POOL_2D has no sparse form", nets.unpacked(WHOLE)),
+    "sparse-inference, no DENSIFY": (WHOLE, "no weight is behind", nets.unpacked(WHOLE)),
+}
+
+
+def found(content, rule):
+    return [f for f in keras_dst.lint(content).findings if f.rule == rule.split(",")[0]]
+
+
+@pytest.mark.parametrize(("rule", "case"), [*ERRORS.items(), *ADVICE.items()])
+def test_rule(rule, case):
+    broken, words, sound = case
+    (finding,) = found(broken, rule)
+    assert finding.level == ("error" if rule in ERRORS else "advice")
+    assert words in f"{finding.where} {finding.found}"
+    assert finding.fix.endswith(".")
+    assert not found(sound, rule)
+    assert not keras_dst.lint(sound).errors
+
+
+def wrong(content):
+    """Whether XNNPACK refuses a file with one layer, or is not near the product of its weight."""
+    model = read(content)
+    (tensor,) = [t for t in model.subgraphs[0].tensors if t.sparsity is not None]
+    weight = values(model, tensor).astype(np.float32) * (0.02 if tensor.quantization else 1)
+    x = np.random.default_rng(0).standard_normal((2, weight.shape[-1])).astype(np.float32)
+    try:
+        y = run(content, x, AUTO)
+    except RuntimeError:
+        return True
+    return np.abs(y - x @ weight.T).max() > 0.05 * np.abs(y).max()
+
+
+@pytest.mark.parametrize("rule", ["sparse-format", "sparse-format, int8", "hybrid-width"])
+def test_the_runtime_agrees(rule):
+    broken, _, sound = ERRORS[rule]
+    assert wrong(broken)
+    assert not wrong(sound)
+
+
+def test_the_runtime_refuses_int8_behind_densify():
+    broken, _, sound = ERRORS["densify-int8"]
+    x = np.ones((1, 8, 8, 32), np.float32)
+    with pytest.raises(RuntimeError, match="failed to prepare"):
+        run(broken, x)
+    assert np.isfinite(run(sound, x)).all()
+
+
+@pytest.mark.parametrize(
+    ("steps", "where", "words"),
+    [
+        (
+            [nets.full, nets.pointwise, nets.mean],
+            "CONV_2D",
+            "stride 1, padded by 1+1 and 1+1",
+        ),
+        (
+            [lambda g, x: nets.entry(g, x, same=True, pad=None), nets.pointwise, nets.mean],
+            "CONV_2D",
+            "3x3 CONV_2D over 3 channels, stride 2, padding 'same' is no way into",
+        ),
+        ([*nets.BODY, nets.pointwise], "CONV_2D", "no global average pooling"),
+        (
+            [*nets.BODY, nets.gated(nets.mean, nets.reshaped(1, 1, 1, 32)), nets.mean],
+            "MUL",
+            "from outside",
+        ),
+        (
+            [nets.entry, lambda g, x: nets.pointwise(g, x, 0.5), nets.mean],
+            "1 1x1 convolution(s)",
+            "of the weights are zero",
+        ),
+        (
+            [*nets.BODY, nets.depthwise(7, dilation=2), nets.pointwise],
+            "DEPTHWISE_CONV_2D",
+            "7x7 DEPTHWISE_CONV_2D, stride 1, dilation 2x2",
+        ),
+    ],
+    ids=["first", "same", "no exit", "outside", "zeros", "depthwise"],
+)
+def test_what_is_in_the_way(steps, where, words):
+    channels = 32 if steps[0] is nets.full else 3
+    report = keras_dst.lint(nets.network(*steps, channels=channels))
+    assert not report.sparse_inference
+    texts = [(f.where, f.found) for f in report.findings if f.rule == "sparse-inference"]
+    assert any(where in place and words in text for place, text in texts), texts
+
+
+def test_it_says_whether_sparse_inference_is_on():
+    on = keras_dst.lint(nets.unpacked(WHOLE))
+    assert (on.sparse_inference, on.reason, on.findings) == (True, "4 of 5 ops", [])
+    off = keras_dst.lint(fully_connected(BLOCKS))
+    assert (off.sparse_inference, off.reason[-20:]) == (False, "tion to gain from it")
+
+
+@pytest.mark.parametrize("content", [fully_connected(BLOCKS), WHOLE, CUT], ids=["fc", "on", "off"])
+def test_what_the_export_makes_has_no_errors(content):
+    report = keras_dst.lint(encoded(content, choose(content)))
+    assert not report.errors
+    stays_dense = [f for f in report.findings if f.rule == "zeros-dense"]
+    assert len(stays_dense) == (2 if content is CUT else 0)
+    assert all("DENSIFY would make ARM" in finding.found for finding in stays_dense)
+    assert all("ZeroPadding2D(((1, 0), (1, 0)))" in finding.fix for finding in stays_dense)
+
+
+def test_the_report(tmp_path):
+    path = tmp_path / "cut.tflite"
+    path.write_bytes(nets.unpacked(CUT))
+    report = keras_dst.lint(path)
+    assert isinstance(report, LintReport)
+    first, second, *lines = str(report).splitlines()
+    assert first == "cut.tflite: errors: 1, advice: 0"
+    assert second == "Sparse inference by XNNPACK on ARM: no, results can be wrong."
+    assert lines[0].startswith("error: CONV_2D ")
+    assert lines[1].startswith("  Fix: Subsample with stride 2 ")
+    (finding,) = json.loads(json.dumps(report.to_dict()))["findings"]
+    assert (finding["level"], finding["rule"]) == ("error", "nchw-layout")
+
+
+def test_errors_come_first():
+    content = layer(stored(sparse_values((32, 66), 0.2), 4), version=7)
+    levels = [finding.level for finding in keras_dst.lint(content).findings]
+    assert levels == sorted(levels, key="error advice".find)
+    assert set(levels) == {"error", "advice"}
+
+
+@pytest.mark.parametrize("cut", [0, 6, 8, 200, -200])
+def test_a_file_that_is_none(tmp_path, cut):
+    path = tmp_path / "model.tflite"
+    path.write_bytes(fully_connected(BLOCKS)[:cut])
+    with pytest.raises(ValueError, match=r"Expected a .*\.tflite file.* Received: .*model\.tflite"):
+        keras_dst.lint(path)
+
+
+def test_a_damaged_op():
+    model = read(WHOLE)
+    for op in model.subgraphs[0].operators:
+        op.builtinOptions, op.builtinOptionsType = None, 0
+    with pytest.raises(ValueError, match="damaged or cut short"):
+        keras_dst.lint(write(model))
+
+
+def test_what_is_neither_a_file_nor_a_model():
+    with pytest.raises(TypeError):
+        keras_dst.lint(3)
+    with pytest.raises(FileNotFoundError):
+        keras_dst.lint("nowhere.tflite")
+
+
+@on_tensorflow
+def test_a_model_stands_for_the_file_that_it_would_be():
+    model = keras.Sequential([keras.Input((64,)), layers.Dense(32, name="head")])
+    kernel, bias = model.layers[0].get_weights()
+    model.layers[0].set_weights([kernel * (LOOSE.T != 0), bias])
+    (finding,) = keras_dst.lint(model).findings
+    assert (finding.level, finding.rule) == ("advice", "pattern")
+    assert "head" in finding.where
+
+
+def test_the_page_names_every_rule():
+    page = pathlib.Path(__file__).parents[2] / "docs" / "edge.md"
+    rows = re.findall(r"^\| `(.*?)` \| (\w+) \|", page.read_text(), re.M)
+    tested = {name.split(",")[0]: "error" for name in ERRORS}
+    assert dict(rows) == tested | {name.split(",")[0]: "advice" for name in ADVICE}

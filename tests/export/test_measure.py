@@ -1,0 +1,73 @@
+"""Timing of files: what is reported, never how fast."""
+
+import json
+
+import numpy as np
+import pytest
+
+from keras_dst.export.measure import bench
+
+from .graphs import File, fully_connected, sparse_values
+
+
+@pytest.fixture
+def paths(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.tflite").write_bytes(fully_connected(sparse_values((32, 64), 1.0)))
+    return [tmp_path / "a.tflite", tmp_path / "b.tflite"]
+
+
+def test_bench(paths):
+    done = []
+    report = bench(paths, runs=7, warmup=2, threads=2, progress=done.append)
+    assert done == list(range(1, 10))
+    first, second = report.files
+    assert (first.name, second.name, first.ratio) == ("a.tflite", "b.tflite", 1.0)
+    assert second.ratio == second.latency / first.latency
+    assert first.bytes == paths[0].stat().st_size
+    assert min(first.latency, first.load, first.spread + 1e-12) > 0
+    assert json.loads(json.dumps(report.to_dict()))["runs"] == 7
+    assert str(report).splitlines()[-1] == "7 runs of each file in turn, 2 thread(s)"
+
+
+def test_bench_of_one_file_and_of_integers(tmp_path):
+    graph = File().graph()
+    x = graph.tensor([2, 3], "int32")
+    graph.finish({"x": x}, {"y": graph.unary("ABS", x)})
+    path = tmp_path / "model.tflite"
+    path.write_bytes(graph.file.content())
+    (file,) = bench([path], runs=1, warmup=0).files
+    assert (file.ratio, file.spread) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("wrong", [{"threads": 0}, {"runs": 0}, {"warmup": -1}])
+def test_wrong_numbers(paths, wrong):
+    with pytest.raises(ValueError, match="Expected one path or more"):
+        bench(paths, **wrong)
+
+
+def test_no_file_and_a_damaged_one(paths):
+    with pytest.raises(ValueError, match="Expected one path or more"):
+        bench([])
+    paths[1].write_bytes(paths[1].read_bytes()[:90])
+    with pytest.raises(ValueError, match="damaged"):
+        bench(paths)
+
+
+def test_the_files_take_turns(paths, monkeypatch):
+    turns = []
+
+    class Noted:
+        def __init__(self, model_content, num_threads):
+            self.name = len(turns)
+
+        allocate_tensors = get_input_details = lambda self: []
+
+        def invoke(self):
+            turns.append(id(self))
+
+    monkeypatch.setattr("keras_dst.export.measure.Interpreter", Noted)
+    bench(paths, runs=3, warmup=1)
+    assert len(turns) == 8
+    assert len(set(turns)) == 2
+    assert np.array_equal(turns, turns[:2] * 4)

@@ -1,0 +1,313 @@
+"""The part of a graph that XNNPACK moves to NCHW, as seen on a CPU whose AVX was hidden."""
+
+import numpy as np
+import pytest
+from ai_edge_litert import schema_py_generated as schema
+
+from keras_dst.export import nchw
+from keras_dst.export.choose import UNSAFE, choose
+from keras_dst.export.encode import Form, encode, read, weights
+
+from .graphs import AUTO, File, run, sparse_values
+
+BY_ONE = [[0, 0], [1, 1], [1, 1], [0, 0]]
+BY_TWO = [[0, 0], [2, 2], [2, 2], [0, 0]]
+
+
+def entry(graph, x, filters=32, kernel=3, stride=2, same=False, pad=BY_ONE):
+    for widths in pad if isinstance(pad, tuple) else [pad] * (pad is not None):
+        x = graph.pad(x, widths)
+    weight = sparse_values((filters, kernel, kernel, graph.shape(x)[-1]), 1.0)
+    return graph.convolve("CONV_2D", x, weight, stride, same)
+
+
+def pointwise(graph, x, density=0.2, stride=1):
+    weight = sparse_values((32, 1, 1, graph.shape(x)[-1]), density, seed=len(graph.graph.tensors))
+    return graph.convolve("CONV_2D", x, weight, stride)
+
+
+def full(graph, x):
+    return graph.convolve("CONV_2D", x, sparse_values((32, 3, 3, 32), 1.0))
+
+
+def depthwise(kernel=3, stride=1, pad=None, channels=32, **options):
+    def add(graph, x):
+        x = x if pad is None else graph.pad(x, pad)
+        weight = sparse_values((1, kernel, kernel, channels), 1.0)
+        return graph.convolve("DEPTHWISE_CONV_2D", x, weight, stride, pad is None, **options)
+
+    return add
+
+
+def pool(kind):
+    def add(graph, x):
+        options = schema.Pool2DOptionsT()
+        options.strideH = options.strideW = options.filterHeight = options.filterWidth = 2
+        batch, height, width, channels = graph.shape(x)
+        return graph.op(kind, [x], [batch, height // 2, width // 2, channels], options)
+
+    return add
+
+
+def unary(kind, options=None):
+    return lambda graph, x: graph.op(kind, [x], graph.shape(x), options and options())
+
+
+def binary(kind, options, other):
+    """``other`` makes the second operand, from the graph and the first one."""
+
+    def add(graph, x):
+        y = other(graph, x)
+        return graph.op(kind, [x, y], graph.shape(x), getattr(schema, options)())
+
+    return add
+
+
+def vector(graph, x):
+    return graph.constant(np.ones((1, 1, 1, graph.shape(x)[-1]), np.float32))
+
+
+def concatenated(graph, x):
+    options = schema.ConcatenationOptionsT()
+    options.axis = 3
+    batch, height, width, channels = graph.shape(x)
+    return graph.op("CONCATENATION", [x, x], [batch, height, width, 2 * channels], options)
+
+
+def mean(graph, x, axes=(1, 2), keep=False, kind="MEAN"):
+    options = schema.ReducerOptionsT()
+    options.keepDims = keep
+    shape = [1 if i in axes else size for i, size in enumerate(graph.shape(x))]
+    shape = shape if keep else [size for i, size in enumerate(shape) if i not in axes]
+    return graph.op(kind, [x, graph.constant(np.array(axes, np.int32))], shape, options)
+
+
+def dense(graph, x, density=0.1):
+    *outer, width = graph.shape(x)
+    options = schema.FullyConnectedOptionsT()
+    options.keepNumDims = True
+    weight = graph.constant(sparse_values((32, width), density), "dense")
+    return graph.op("FULLY_CONNECTED", [x, weight, -1], [*outer, 32], options)
+
+
+def reshaped(*shape):
+    def add(graph, x):
+        options = schema.ReshapeOptionsT()
+        options.newShape = np.array(shape, np.int32)
+        return graph.op("RESHAPE", [x, graph.constant(options.newShape)], list(shape), options)
+
+    return add
+
+
+def gated(*squeeze):
+    """Squeeze and excitation: the maps times what these steps make of them."""
+
+    def add(graph, x):
+        y = x
+        for step in squeeze:
+            y = step(graph, y)
+        return graph.op("MUL", [x, y], graph.shape(x), schema.MulOptionsT())
+
+    return add
+
+
+def network(*steps, size=16, channels=3, also=()):
+    """A file with these steps in a row, of which each adds ops; ``also`` are outputs as well."""
+    graph = File().graph()
+    x = y = graph.tensor([1, size, size, channels])
+    found = []
+    for step in steps:
+        y = step(graph, y)
+        found.append(y)
+    outputs = {"y": y} | {f"y{place}": found[place] for place in also}
+    content = graph.finish({"x": x}, outputs).content()
+    assert np.isfinite(run(content, np.ones((1, size, size, channels), np.float32), AUTO)).all()
+    return content
+
+
+def unpacked(content):
+    """The file with a DENSIFY op before each sparse weight."""
+    sparse = [weight for weight in weights(read(content)) if weight.density < 0.5]
+    return encode(content, {weight.buffer: Form(1, densify=True) for weight in sparse})
+
+
+def verdict(content):
+    model = read(unpacked(content))
+    (graph,) = model.subgraphs
+    assert nchw.is_hinted(model, graph)
+    part = nchw.moved(nchw.read_nodes(model, graph), graph)
+    assert nchw.is_wrong(model) == bool(part.wrong)
+    return "wrong" if part.wrong else "on" if part.nodes else "off"
+
+
+def squared(kind, options):
+    return lambda graph, x: graph.op(kind, [x, x], graph.shape(x), options())
+
+
+def keep(graph, x):
+    return mean(graph, x, keep=True)
+
+
+BODY = (entry, depthwise(), pointwise)
+SQUEEZE = (pointwise, unary("LOGISTIC"))
+ADD, MUL = schema.AddOptionsT, schema.MulOptionsT
+
+# All of it was seen in LiteRT 2.3, run as if the CPU had no AVX.
+MIDDLES = {
+    "nothing": ([], "on"),
+    "activations": ([unary("RELU"), unary("HARD_SWISH"), unary("LOGISTIC"), unary("SIN")], "on"),
+    "depthwise 5x5": ([depthwise(5)], "on"),
+    "depthwise, stride 2, padded": ([depthwise(3, 2, BY_ONE), depthwise(5, 2, BY_TWO)], "on"),
+    "depthwise, stride 2, same": ([depthwise(3, 2)], "wrong"),
+    "depthwise 7x7": ([depthwise(7)], "wrong"),
+    "depthwise, dilated": ([depthwise(dilation=2)], "wrong"),
+    "3x3": ([full], "wrong"),
+    "1x1, stride 2": ([lambda graph, x: pointwise(graph, x, stride=2)], "wrong"),
+    "max pooling": ([pool("MAX_POOL_2D")], "wrong"),
+    "average pooling": ([pool("AVERAGE_POOL_2D")], "wrong"),
+    "softmax": ([unary("SOFTMAX", lambda: schema.SoftmaxOptionsT(beta=1.0))], "wrong"),
+    "concatenation": ([concatenated], "wrong"),
+    "residual": ([binary("ADD", "AddOptionsT", pointwise)], "on"),
+    "difference": ([binary("SUB", "SubOptionsT", pointwise)], "off"),
+    "plus a vector": ([binary("ADD", "AddOptionsT", vector)], "wrong"),
+    "squared": ([squared("MUL", MUL)], "on"),
+    "doubled": ([squared("ADD", ADD)], "off"),
+    "fully connected over maps": ([dense], "on"),
+    "gate by RESHAPE": ([gated(mean, reshaped(1, 1, 1, 32), *SQUEEZE)], "off"),
+    "gate by keepdims": ([gated(keep, unary("LOGISTIC"))], "wrong"),
+}
+ENDS = {
+    "mean": ([mean], "on"),
+    "sum": ([lambda graph, x: mean(graph, x, kind="SUM")], "on"),
+    "mean and flat": ([keep, reshaped(1, 32)], "on"),
+    "mean with keepdims": ([keep], "wrong"),
+    "mean with keepdims, 1x1": ([keep, pointwise, reshaped(1, 32)], "wrong"),
+    "mean over channels": ([lambda graph, x: mean(graph, x, (3,))], "on"),
+    "mean over height": ([lambda graph, x: mean(graph, x, (1,))], "wrong"),
+    "flat": ([reshaped(1, 2048), dense], "off"),
+    "maps": ([], "off"),
+    "pooled": ([pool("MAX_POOL_2D"), mean], "off"),
+    "two layers": ([mean, dense, dense], "wrong"),
+}
+ENTRIES = {
+    "stride 1": {"stride": 1},
+    "same": {"same": True, "pad": None},
+    "not padded": {"pad": None},
+    "padded on one side": {"pad": [[0, 0], [0, 1], [0, 1], [0, 0]]},
+    "padded by two": {"pad": BY_TWO},
+    "padded in two steps": {"pad": ([[0, 0], [1, 0], [1, 0], [0, 0]], [[0, 0], [0, 1]] * 2)},
+    "5x5": {"kernel": 5},
+}
+
+
+@pytest.mark.parametrize(("steps", "expected"), MIDDLES.values(), ids=MIDDLES)
+def test_in_the_middle(steps, expected):
+    assert verdict(network(*BODY, *steps, pointwise, mean)) == expected
+
+
+@pytest.mark.parametrize(("steps", "expected"), ENDS.values(), ids=ENDS)
+def test_at_the_end(steps, expected):
+    assert verdict(network(*BODY, pointwise, *steps)) == expected
+
+
+@pytest.mark.parametrize("changes", ENTRIES.values(), ids=ENTRIES)
+@pytest.mark.parametrize("middle", [[], [pool("MAX_POOL_2D")]], ids=["whole", "cut"])
+def test_without_an_entry_nothing_is_moved(changes, middle):
+    begin = [lambda graph, x: entry(graph, x, **changes), pointwise]
+    assert verdict(network(*begin, *middle, pointwise, mean)) == "off"
+
+
+def test_four_channels_are_no_entry():
+    assert verdict(network(*BODY, mean, channels=4)) == "off"
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_widths_of_both_types(dtype):
+    def begin(graph, x):
+        weight = sparse_values((32, 3, 3, 3), 1.0)
+        return graph.convolve("CONV_2D", graph.pad(x, BY_ONE, dtype), weight, 2, same=False)
+
+    assert verdict(network(begin, pointwise, mean)) == "on"
+
+
+@pytest.mark.parametrize(("density", "expected"), [(0.30, "on"), (0.37, "off")])
+def test_two_thirds_of_zeros(density, expected):
+    thin = [lambda graph, x: pointwise(graph, x, density)] * 2
+    assert verdict(network(entry, *thin, mean)) == expected
+
+
+def test_fully_connected_counts_where_it_is_moved():
+    for density, expected in ((0.1, "on"), (1.0, "off")):
+        end = [mean, lambda graph, x, density=density: dense(graph, x, density)]
+        assert verdict(network(*BODY, *end)) == expected
+
+
+def test_maps_that_are_handed_out():
+    assert verdict(network(*BODY, pointwise, mean, also=[2])) == "wrong"
+
+
+def test_without_densify_nothing_is_moved():
+    content = network(*BODY, pool("MAX_POOL_2D"), pointwise, mean)
+    assert not nchw.is_wrong(read(content))
+    assert nchw.is_wrong(read(unpacked(content)))
+
+
+def test_int8_weights_behind_dequantize_count():
+    def quantized(graph, x):
+        weight = (20 * sparse_values((32, 1, 1, 32), 0.2)).astype(np.int8)
+        packed = graph.quantized(graph.sparse(weight))
+        plain = graph.unary("DENSIFY", packed, options=schema.DensifyOptionsT())
+        floats = graph.unary("DEQUANTIZE", plain, "float32", schema.DequantizeOptionsT())
+        return graph.convolve("CONV_2D", x, floats)
+
+    assert verdict(network(entry, quantized, mean)) == "on"
+    assert verdict(network(entry, quantized, pool("MAX_POOL_2D"), pointwise, mean)) == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("middle", "forms"),
+    [([], {"csr+densify"}), ([pool("MAX_POOL_2D")], set())],
+    ids=["whole", "cut"],
+)
+def test_the_export_unpacks_only_what_is_right(middle, forms):
+    choices = choose(network(*BODY, *middle, pointwise, mean))
+    assert {str(choice.form) for choice in choices if choice.form} == forms
+    reasons = {choice.reason for choice in choices if choice.weight.density < 0.5}
+    assert reasons == ({""} if forms else {UNSAFE})
+    assert all("no smaller" in c.reason for c in choices if c.weight.density > 0.5)
+
+
+def test_a_layer_read_directly_does_not_cut_a_part_unseen():
+    """Stored sparse, FULLY_CONNECTED over maps is no longer moved with what is before it."""
+    content = network(*BODY, dense, pointwise, mean)
+    assert verdict(content) == "on"
+    forms = {choice.weight.op: str(choice.form) for choice in choose(content)}
+    assert forms == {"CONV_2D": "None", "DEPTHWISE_CONV_2D": "None", "FULLY_CONNECTED": "csr"}
+
+
+def test_ops_that_read_nothing_or_have_no_options():
+    graph = File().graph()
+    x = graph.tensor([1, 64])
+    graph.op("VAR_HANDLE", [], [], schema.VarHandleOptionsT())
+    y = graph.op("FULLY_CONNECTED", [x, graph.constant(sparse_values((8, 64), 0.1)), -1], [1, 8])
+    model = read(graph.finish({"x": x}, {"y": y}).content())
+    nodes = nchw.read_nodes(model, model.subgraphs[0])
+    assert [(node.kind, node.role) for node in nodes] == [
+        ("VAR_HANDLE", nchw.Role.NONE),
+        ("FULLY_CONNECTED", nchw.Role.NONE),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("signature", "role"),
+    [([-1, 1, 1, 32], nchw.Role.INSIDE), ([-1, -1, -1, 32], nchw.Role.NONE)],
+    ids=["one", "open"],
+)
+def test_a_size_that_is_open_is_not_one(signature, role):
+    graph = File().graph()
+    x = graph.tensor([1, 1, 1, 32])
+    graph.graph.tensors[x].shapeSignature = np.array(signature, np.int32)
+    y = binary("ADD", "AddOptionsT", vector)(graph, x)
+    model = read(graph.finish({"x": x}, {"y": y}).content())
+    (node,) = nchw.read_nodes(model, model.subgraphs[0])
+    assert node.role == role
