@@ -58,7 +58,7 @@ def resnet_20():
 
 
 SETTINGS = {
-    "small-cnn": Setting("step_time", (28, 28, 1), small_cnn, steps=10, rounds=9),
+    "small-cnn": Setting("step_time", (28, 28, 1), small_cnn, steps=5, rounds=17),
     "resnet-20": Setting("overhead", (32, 32, 3), resnet_20, steps=3, rounds=9),
 }
 
