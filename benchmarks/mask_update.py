@@ -10,7 +10,7 @@ import statistics
 from functools import partial
 
 from benchmarks.backends import BACKENDS, run_on
-from benchmarks.timing import in_turns, ratios, seconds
+from benchmarks.timing import in_turns, ratios, seconds, update_masks
 
 ROUNDS = 5
 STEPS = 10_000  # of the training whose schedule is followed
@@ -76,11 +76,7 @@ def of(method) -> dict:
     def one_pass():
         float(ops.convert_to_numpy(total([ops.convert_to_tensor(w) for w in driver.weights])))
 
-    def update():
-        driver.advance(STEPS // 4)
-        for state in driver.states:  # wait for it, where the backend does not
-            ops.convert_to_numpy(next(iter(state.values())))
-
+    update = partial(update_masks, driver, STEPS // 4)
     update(), one_pass()  # compiles
     before = _kilobytes("VmRSS")
     (SELF / "clear_refs").write_text("5")  # the peak counts from here on

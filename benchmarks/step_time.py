@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from benchmarks.backends import BACKENDS, run_on
-from benchmarks.timing import in_turns, ratios, seconds, steps_of_fit
+from benchmarks.timing import in_turns, ratios, seconds, steps_of_fit, update_masks
 
 BATCH = 128
 TOTAL = 4000  # steps of the training that is begun
@@ -98,25 +98,20 @@ def main():
 
 def measure(net, only=None):
     import keras
-    import numpy as np
 
     import keras_dst
     from benchmarks.common import save, under
 
     setting = SETTINGS[net]
-    size = BATCH * setting.steps
-    x = np.random.default_rng(0).standard_normal((size, *setting.shape)).astype("float32")
-    y = np.arange(size) % 10
+    x, y = data(setting)
 
     def build(method):
         keras.utils.set_random_seed(0)
         model = setting.net()
         optimizer = under(method, model, keras.optimizers.SGD(0.01, momentum=0.9))
         model.compile(optimizer, "sparse_categorical_crossentropy")
-        driver = (
-            keras_dst.callbacks.SparseTraining(epochs=TOTAL // setting.steps) if method else None
-        )
-
+        epochs = TOTAL // setting.steps
+        driver = keras_dst.callbacks.SparseTraining(epochs) if method else None
         callbacks = [driver] if driver else []
         return partial(steps_of_fit, model, x, y, BATCH, callbacks), driver
 
@@ -125,11 +120,9 @@ def measure(net, only=None):
         chosen = {name: chosen[name] for name in ("plain", *only)}
     built = {name: build(method) for name, method in chosen.items()}
     turns = {name: turn for name, (turn, _) in built.items()}
-    first = {name: seconds(turn) for name, turn in turns.items()}
-    times = in_turns(turns, setting.rounds)
-    found = ratios(times, "plain")
-    step = {n: statistics.median(t) / setting.steps for n, t in times.items()}
-    compiling = {n: max(0.0, first[n] - step[n] * setting.steps) for n in turns}
+    result = compared(net, turns)
+    found, step = result["ratio_to_plain"], result["median_seconds_per_step"]
+    compiling = result["seconds_to_compile"]
     updates = {name: update_of(driver) for name, (_, driver) in built.items() if driver}
     updates = {name: update for name, update in updates.items() if update}
     for name, update in updates.items():
@@ -141,36 +134,43 @@ def measure(net, only=None):
             f"compile {compiling[name] / max(compiling['plain'], 1e-9):.2f}",
             updates.get(name),
         )
-    save(
-        f"{setting.result}_{keras.backend.backend()}",
-        {
-            "command": "make bench-step" if net == "small-cnn" else "make bench-overhead",
-            "net": f"{net}, {' x '.join(map(str, setting.shape))}, batch {BATCH}, one core",
-            "rounds": setting.rounds,
-            "steps_per_round": setting.steps,
-            "ratio_to_plain": found,
-            "median_seconds_per_step": step,
-            "seconds_to_compile": compiling,
-            "updates": updates,
-            "seconds_per_round": times,
-        },
-    )
+    save(f"{setting.result}_{keras.backend.backend()}", {**result, "updates": updates})
+
+
+def data(setting) -> tuple:
+    """Random images and labels for one turn."""
+    import numpy as np
+
+    size = BATCH * setting.steps
+    x = np.random.default_rng(0).standard_normal((size, *setting.shape)).astype("float32")
+    return x, np.arange(size) % 10
+
+
+def compared(net, turns) -> dict:
+    """Seconds of each of the turns, which are begun here, beside those of `plain`."""
+    setting = SETTINGS[net]
+    first = {name: seconds(turn) for name, turn in turns.items()}
+    times = in_turns(turns, setting.rounds)
+    step = {n: statistics.median(t) / setting.steps for n, t in times.items()}
+    return {
+        "command": "make bench-step" if net == "small-cnn" else "make bench-overhead",
+        "net": f"{net}, {' x '.join(map(str, setting.shape))}, batch {BATCH}, one core",
+        "rounds": setting.rounds,
+        "steps_per_round": setting.steps,
+        "ratio_to_plain": ratios(times, "plain"),
+        "median_seconds_per_step": step,
+        "seconds_to_compile": {n: max(0.0, first[n] - step[n] * setting.steps) for n in turns},
+        "seconds_per_round": times,
+    }
 
 
 def update_of(callback) -> dict | None:
     """Seconds that an update of the masks takes, and after how many steps there is one."""
-    from keras import ops
-
     driver = callback._drivers[0]
     if not driver.every:
         return None
-
-    def update():
-        driver.advance(0)
-        for state in driver.states:  # wait for it, where the backend does not
-            ops.convert_to_numpy(next(iter(state.values())))
-
-    update()
+    update = partial(update_masks, driver, 0)
+    update()  # compiles
     times = [seconds(update) for _ in range(5)]
     return {"seconds": statistics.median(times), "every_steps": driver.every}
 

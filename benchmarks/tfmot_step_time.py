@@ -4,7 +4,6 @@ Runs in an environment of its own, with tf_keras: tfmot takes no model of Keras 
 """
 
 import os
-import statistics
 import sys
 from functools import partial
 
@@ -15,19 +14,16 @@ import tf_keras  # noqa: E402
 
 sys.modules["keras"] = tf_keras  # for the nets, which Keras 2 can build as well
 
-import numpy as np  # noqa: E402
 import tensorflow_model_optimization as tfmot  # noqa: E402
 
 from benchmarks.common import save  # noqa: E402
-from benchmarks.step_time import BATCH, SETTINGS, TOTAL  # noqa: E402
-from benchmarks.timing import in_turns, ratios, seconds, steps_of_fit  # noqa: E402
+from benchmarks.step_time import BATCH, SETTINGS, TOTAL, compared, data  # noqa: E402
+from benchmarks.timing import steps_of_fit  # noqa: E402
 
 
 def main():
     setting = SETTINGS["resnet-20"]
-    size = BATCH * setting.steps
-    x = np.random.default_rng(0).standard_normal((size, *setting.shape)).astype("float32")
-    y = np.arange(size) % 10
+    x, y = data(setting)
     pruned = {
         "pruning_schedule": tfmot.sparsity.keras.PolynomialDecay(
             0.0, 0.9, begin_step=0, end_step=TOTAL // 2, frequency=100
@@ -45,24 +41,9 @@ def main():
         return partial(steps_of_fit, model, x, y, BATCH, callbacks)
 
     turns = {"plain": build({}), "prune_low_magnitude": build(pruned)}
-    first = {name: seconds(turn) for name, turn in turns.items()}
-    times = in_turns(turns, setting.rounds)
-    step = {n: statistics.median(t) / setting.steps for n, t in times.items()}
-    found = ratios(times, "plain")
-    print(found)
-    save(
-        "overhead_tfmot",
-        {
-            "command": "make bench-overhead",
-            "net": f"resnet-20, {' x '.join(map(str, setting.shape))}, batch {BATCH}, one core",
-            "rounds": setting.rounds,
-            "steps_per_round": setting.steps,
-            "ratio_to_plain": found,
-            "median_seconds_per_step": step,
-            "seconds_to_compile": {n: first[n] - step[n] * setting.steps for n in turns},
-            "seconds_per_round": times,
-        },
-    )
+    result = compared("resnet-20", turns)
+    print(result["ratio_to_plain"])
+    save("overhead_tfmot", result)
 
 
 if __name__ == "__main__":

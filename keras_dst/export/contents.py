@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from keras_dst.export.decode import (
     values,
 )
 from keras_dst.export.encode import op_name, read, text
-from keras_dst.export.report import as_table
+from keras_dst.export.report import as_table, gzip_bytes
 
 
 @dataclass(frozen=True)
@@ -109,4 +108,4 @@ def contents(source: str | os.PathLike[str] | bytes) -> ContentsReport:
                     sparsity=None if entries is None else float(np.mean(entries == 0)),
                 )
             )
-    return ContentsReport(len(content), len(gzip.compress(content, compresslevel=9)), rows)
+    return ContentsReport(len(content), gzip_bytes(content), rows)

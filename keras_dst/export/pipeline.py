@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import keras
 
 from keras_dst.export.choose import Choice, choose, encoded
 from keras_dst.export.convert import to_tflite
-from keras_dst.export.report import ExportError, ExportReport, TensorReport
+from keras_dst.export.report import ExportError, ExportReport, TensorReport, gzip_bytes
 from keras_dst.export.verify import Case, deviation, keras_cases
 from keras_dst.files import whole_or_not
 
@@ -33,9 +32,9 @@ def export(model: keras.Model, path: Path, inputs: Any, tolerance: float) -> Exp
     return ExportReport(
         path=path,
         bytes=len(content),
-        gzip_bytes=_gzip_bytes(content),
+        gzip_bytes=gzip_bytes(content),
         dense_bytes=len(dense),
-        dense_gzip_bytes=_gzip_bytes(dense),
+        dense_gzip_bytes=gzip_bytes(dense),
         tensors=[_tensor_report(choice) for choice in choices],
         max_error=found.error,
     )
@@ -71,7 +70,3 @@ def _tensor_report(choice: Choice) -> TensorReport:
         dense_bytes=weight.values.nbytes,
         reason=choice.reason,
     )
-
-
-def _gzip_bytes(content: bytes) -> int:
-    return len(gzip.compress(content, compresslevel=9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -92,3 +93,8 @@ def as_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     page = io.StringIO()
     Console(file=page, width=300, force_terminal=False, color_system=None).print(table)
     return page.getvalue().strip()
+
+
+def gzip_bytes(content: bytes) -> int:
+    """How large a file is once it is compressed."""
+    return len(gzip.compress(content, compresslevel=9))
