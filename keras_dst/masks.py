@@ -17,6 +17,8 @@ Tensor = Any
 # Halvings of the score interval in `top_k` at the most; they stop where two floats are adjacent.
 _HALVINGS = 300
 _LARGEST = 1e38  # scores beyond it count as tied: there is room to calculate with them
+_WIDTH = 1 << 10  # of the rows in which scores are ranked
+_BUNDLE = 1 << 20  # tensors are joined up to this number of entries
 
 
 class Layout(NamedTuple):
@@ -219,7 +221,12 @@ def spread(groups: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor
 # -- scores to masks -----------------------------------------------------------------------------
 
 
-def top_k(scores: Sequence[Tensor], kept: Tensor, sizes: Sequence[np.ndarray] | None = None):
+def top_k(
+    scores: Sequence[Tensor],
+    kept: Tensor,
+    sizes: Sequence[np.ndarray] | None = None,
+    first: Sequence[int] | None = None,
+):
     """Masks that keep the weights of highest score, ranked over all tensors or in each of them.
 
     Ties go to the earlier tensor, then to the earlier position in it (C order), so that every
@@ -232,6 +239,7 @@ def top_k(scores: Sequence[Tensor], kept: Tensor, sizes: Sequence[np.ndarray] | 
             with a number for each of them.
         sizes: weights in every group where an entry stands for several (`Pattern.sizes`). Groups
             are then taken in order of their score while their sizes fit into `kept`.
+        first: how many of the best entries of every tensor come before all others.
 
     Returns:
         A list of boolean tensors, one per tensor of scores.
@@ -240,10 +248,16 @@ def top_k(scores: Sequence[Tensor], kept: Tensor, sizes: Sequence[np.ndarray] | 
         >>> keras_dst.masks.top_k([keras.ops.array([0.1, 0.3, 0.2])], 2)  # [[False, True, True]]
     """
     kept = ops.cast(kept, "int32")
-    together = kept.ndim == 0
-    ranking = _Ranking(scores, together, sizes)
-    masks = ranking.masks(kept[None] if together else kept)
-    return [ops.reshape(mask, tuple(s.shape)) for mask, s in zip(masks, scores)]
+    ranking = _Ranking(scores, kept.ndim == 0, sizes)
+    if first is not None:
+        if max(first) == 1:
+            ranking.put_first(ranking.best())
+        else:
+            each = _Ranking(scores, together=False)
+            ranking.put_first(each.masks(ops.convert_to_tensor(first, "int32")))
+    found = ranking.masks(kept if kept.ndim else kept[None])
+    flat = [mask for rows, matrix in zip(ranking.bundles, found) for mask in rows.split(matrix)]
+    return [ops.reshape(mask, tuple(s.shape)) for mask, s in zip(flat, scores)]
 
 
 def kth(scores: Sequence[Tensor], kept: Tensor) -> Tensor:
@@ -251,44 +265,103 @@ def kth(scores: Sequence[Tensor], kept: Tensor) -> Tensor:
     return _Ranking(scores, together=True).thresholds(ops.cast(kept, "int32")[None])[1][0]
 
 
-def finite(scores: Sequence[Tensor]) -> list[Tensor]:
-    """Scores in float32 whose infinities tie with the largest and smallest finite one of them all.
+class _Rows:
+    """Some of the tensors that are ranked, as the rows of a matrix; a tensor begins a new row.
 
-    NaN ties with the smallest.
+    Attributes, of every row:
+        tensor: number of the tensor it belongs to.
+        start: position of its first entry.
+        owner: for each of the tensors here, whether it is the row's.
+        valid: for each entry, whether a tensor has it; None where every row is full.
     """
-    scores = [ops.cast(s, "float32") for s in scores]
-    least, most = [], []
-    for s in scores:
-        good = ops.isfinite(s)
-        known = ops.clip(ops.where(good, s, 0.0), -_LARGEST, _LARGEST)
-        least.append(ops.min(ops.where(good, known, _LARGEST)))
-        most.append(ops.max(ops.where(good, known, -_LARGEST)))
-    high = ops.max(ops.stack(most))
-    low = ops.minimum(ops.min(ops.stack(least)), high)
-    return [
-        ops.where(ops.isfinite(s), ops.clip(s, -_LARGEST, _LARGEST), ops.where(s > 0, high, low))
-        for s in scores
-    ]
+
+    def __init__(self, members: Sequence[int], lengths: Sequence[int], starts: Sequence[int]):
+        self.members, self.lengths = members, [lengths[i] for i in members]
+        counts = [-(-n // _WIDTH) for n in self.lengths]
+        within = np.concatenate([_WIDTH * np.arange(n, dtype="int32") for n in counts])
+        self.tensor = np.repeat(np.array(members, "int32"), counts)
+        self.start = within + np.repeat(np.array([starts[i] for i in members], "int32"), counts)
+        self.owner = self.tensor == np.array(members)[:, None]
+        left = np.repeat(np.array(self.lengths, "int32"), counts) - within
+        self.valid = None
+        if np.any(left < _WIDTH):
+            self.valid = ops.arange(_WIDTH, dtype="int32") < ops.convert_to_tensor(left[:, None])
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        parts = []
+        for i, length in zip(self.members, self.lengths):
+            parts.append(ops.reshape(tensors[i], (-1,)))
+            if length % _WIDTH:
+                parts.append(ops.zeros(-length % _WIDTH, parts[-1].dtype))
+        flat = ops.concatenate(parts) if len(parts) > 1 else parts[0]
+        return ops.reshape(flat, (-1, _WIDTH))
+
+    def split(self, matrix: Tensor) -> list[Tensor]:
+        """The entries of every tensor, flat."""
+        flat = ops.reshape(matrix, (-1,))
+        begins = np.flatnonzero(np.diff(self.tensor, prepend=-1)) * _WIDTH
+        return [flat[begin : begin + n] for begin, n in zip(begins.tolist(), self.lengths)]
+
+    def positions(self) -> Tensor:
+        return ops.convert_to_tensor(self.start[:, None]) + ops.arange(_WIDTH, dtype="int32")
 
 
 class _Ranking:
     """Scores of which a number is kept, of all together or of each tensor; bisected in one loop.
 
-    The tensors are never joined: their number is small, and a copy of them all is not.
+    Small tensors are joined, so that there are few operations to compile; large ones are not, as
+    a copy of all the weights takes its memory. Values are kept per ranking: one, or one for each
+    tensor.
     """
 
     def __init__(self, scores, together, sizes=None):
         self.together = together
-        scores = finite(scores) if together else [finite([s])[0] for s in scores]
-        self.scores = [ops.reshape(s, (-1,)) for s in scores]
-        # How many weights an entry stands for; None: one.
-        self.weights = [
-            None if n is None or np.all(n == 1) else ops.convert_to_tensor(np.ravel(n), "int32")
-            for n in sizes or [None] * len(self.scores)
-        ]
-        lengths = [s.shape[0] for s in self.scores]
-        self.starts = [0, *np.cumsum(lengths)[:-1].tolist()] if together else [0] * len(lengths)
+        lengths = [math.prod(s.shape) for s in scores]
+        starts = [0, *np.cumsum(lengths)[:-1].tolist()] if together else [0] * len(lengths)
         self.lengths = ops.convert_to_tensor([sum(lengths)] if together else lengths, "int32")
+        self.bundles = [_Rows(members, lengths, starts) for members in _bundles(lengths)]
+        self._take([b.join([ops.cast(s, "float32") for s in scores]) for b in self.bundles])
+        # How many weights an entry stands for; None: one.
+        self.weights = [None] * len(self.bundles)
+        if sizes is not None and any(np.any(n != 1) for n in sizes):
+            ones = [ops.convert_to_tensor(n, "int32") for n in sizes]
+            self.weights = [b.join(ones) for b in self.bundles]
+
+    def _take(self, scores):
+        """Infinities tie with the largest and smallest finite score, NaN with the smallest."""
+        good = [ops.isfinite(s) for s in scores]
+        real = [
+            g if b.valid is None else ops.logical_and(g, b.valid)
+            for g, b in zip(good, self.bundles)
+        ]
+        known = [ops.clip(s, -_LARGEST, _LARGEST) for s in scores]
+        least = [ops.min(ops.where(r, k, _LARGEST), axis=1) for r, k in zip(real, known)]
+        most = [ops.max(ops.where(r, k, -_LARGEST), axis=1) for r, k in zip(real, known)]
+        self.most = self._gather(most, ops.max, -_LARGEST)
+        self.least = ops.minimum(self._gather(least, ops.min, _LARGEST), self.most)
+        self.scores = []
+        for b, s, g, k in zip(self.bundles, scores, good, known):
+            s = ops.where(
+                g, k, ops.where(s > 0, self._each(b, self.most), self._each(b, self.least))
+            )
+            self.scores.append(s if b.valid is None else ops.where(b.valid, s, -np.inf))
+
+    def best(self):
+        """Masks of the first of the best entries of every tensor."""
+        tops = self._by_tensor([ops.max(s, axis=1) for s in self.scores], ops.max, -np.inf)
+        last = np.iinfo("int32").max
+        where = [
+            ops.where(s >= self._of(b, tops), b.positions(), last)
+            for b, s in zip(self.bundles, self.scores)
+        ]
+        first = self._by_tensor([ops.min(w, axis=1) for w in where], ops.min, last)
+        return [w == self._of(b, first) for b, w in zip(self.bundles, where)]
+
+    def put_first(self, masks):
+        """Raise some scores above all others."""
+        size = ops.maximum(ops.max(ops.abs(self.most)), ops.max(ops.abs(self.least)))
+        self.scores = [ops.where(m, s + 2 * size + 1, s) for m, s in zip(masks, self.scores)]
+        self.most = self.most + 2 * size + 1
 
     def masks(self, kept):
         low, high = self.thresholds(kept)
@@ -306,10 +379,8 @@ class _Ranking:
 
     def thresholds(self, kept):
         """`(low, high)`: no more than `kept` weights score above `high`, more do above `low`."""
-        least = self._gather([ops.min(s) for s in self.scores], ops.min)
-        most = self._gather([ops.max(s) for s in self.scores], ops.max)
-        low = least - ops.maximum(ops.abs(least), 1.0)
-        high = ops.where(self._count(self._above(low)) <= kept, low, most)
+        low = self.least - ops.maximum(ops.abs(self.least), 1.0)
+        high = ops.where(self._count(self._above(low)) <= kept, low, self.most)
 
         def open_(low, high, count):
             middle = low / 2 + high / 2
@@ -354,33 +425,59 @@ class _Ranking:
         return low
 
     def _above(self, thresholds):
-        return [s > t for s, t in zip(self.scores, self._each(thresholds))]
+        return [s > self._each(b, thresholds) for b, s in zip(self.bundles, self.scores)]
 
     def _before(self, masks, ends):
         """The parts of masks that lie before these positions."""
         return [
-            ops.logical_and(mask, ops.arange(mask.shape[0], dtype="int32") < end - start)
-            for mask, start, end in zip(masks, self.starts, self._each(ends))
+            ops.logical_and(mask, b.positions() < self._each(b, ends))
+            for b, mask in zip(self.bundles, masks)
         ]
 
     def _count(self, masks):
-        return self._gather([_weigh(mask, n) for mask, n in zip(masks, self.weights)], ops.sum)
+        counts = [_weigh(mask, n) for mask, n in zip(masks, self.weights)]
+        return self._gather(counts, ops.sum, 0)
 
-    def _each(self, values):
-        """For every tensor, its own of one value per ranking."""
-        return [values[0 if self.together else i] for i in range(len(self.scores))]
+    def _each(self, rows, values):
+        """For every row its own of one value per ranking."""
+        return values[0] if self.together else self._of(rows, values)
 
-    def _gather(self, values, reduce):
-        """One value per ranking, of one for every tensor."""
-        values = ops.stack(values)
-        return reduce(values)[None] if self.together else values
+    @staticmethod
+    def _of(rows, values):
+        """For every row that of its tensor."""
+        return ops.take(values, rows.tensor)[:, None]
+
+    def _gather(self, values, reduce, nothing):
+        """One value per ranking, of one for every row."""
+        if self.together:
+            return reduce(ops.stack([reduce(v) for v in values]))[None]
+        return self._by_tensor(values, reduce, nothing)
+
+    def _by_tensor(self, values, reduce, nothing):
+        return ops.concatenate(
+            [reduce(ops.where(b.owner, v, nothing), axis=1) for b, v in zip(self.bundles, values)]
+        )
+
+
+def _bundles(lengths: Sequence[int]) -> list[list[int]]:
+    """Numbers of tensors that are joined: neighbours, while they are small together."""
+    found: list[list[int]] = []
+    room = 0
+    for i, length in enumerate(lengths):
+        if length > room:
+            found.append([])
+            room = _BUNDLE
+        found[-1].append(i)
+        room -= length
+    return found
 
 
 def _weigh(mask, weights):
+    """How many weights are kept in every row."""
     if weights is None:
-        # Of three axes, because Keras transposes the counts and torch wants a matrix for that.
-        return ops.cast(ops.count_nonzero(mask[None, :, None], axis=1)[0, 0], "int32")
-    return ops.sum(ops.where(mask, weights, 0))
+        # With a third axis, because Keras transposes the counts and torch wants a matrix for that.
+        return ops.cast(ops.reshape(ops.count_nonzero(mask[..., None], axis=1), (-1,)), "int32")
+    return ops.sum(ops.where(mask, weights, 0), axis=1)
 
 
 def n_of_m(scores: Tensor, n: int, m: int, axis: int = -2) -> Tensor:

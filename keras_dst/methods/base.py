@@ -117,18 +117,14 @@ class Method(Configurable):
                 masks.n_of_m(s, *pattern.n_of_m, axis=layout.inputs[-1])
                 for s, layout in zip(scores, layouts)
             ]
-        scores = masks.finite(scores)
         groups = [pattern.scores(s, layout) for s, layout in zip(scores, layouts)]
-        if pattern.grouped:  # a sum of huge scores is infinite
-            groups = masks.finite(groups)
         sizes = [pattern.sizes(s.shape, layout) for s, layout in zip(scores, layouts)]
         # The best groups of every weight come first of all, so that no layer dies.
         first = [min(math.prod(n.shape), -(-self.min_kept // int(n.min()))) for n in sizes]
         least = np.array([count * int(n.max()) for count, n in zip(first, sizes)])
-        groups = _put_first(groups, first)
         # One count is for all weights together, several are for each by itself.
         kept = ops.maximum(kept, np.sum(least) if kept.shape[0] == 1 else least)
-        kept_groups = masks.top_k(groups, kept[0] if kept.shape[0] == 1 else kept, sizes)
+        kept_groups = masks.top_k(groups, kept[0] if kept.shape[0] == 1 else kept, sizes, first)
         return [
             pattern.expand(g, s.shape, layout) for g, s, layout in zip(kept_groups, scores, layouts)
         ]
@@ -162,22 +158,6 @@ class Method(Configurable):
 def _kept_of_m(shape: Sequence[int], layout: Layout, n: int, m: int) -> int:
     inputs = shape[layout.inputs[-1]]
     return math.prod(shape) // inputs * (inputs // m * n + min(n, inputs % m))
-
-
-def _put_first(groups: list[Tensor], first: list[int]) -> list[Tensor]:
-    """Scores with so many of the best groups of every weight raised above all others."""
-    if max(first) == 1:
-        best = [_first_of_best(g) for g in groups]
-    else:
-        best = masks.top_k(groups, np.array(first))
-    most = ops.max(ops.stack([ops.max(ops.abs(g)) for g in groups]))
-    return [ops.where(b, g + 2 * most + 1, g) for b, g in zip(best, groups)]
-
-
-def _first_of_best(groups: Tensor) -> Tensor:
-    size = math.prod(groups.shape)
-    position = ops.reshape(ops.arange(size, dtype="int32"), tuple(groups.shape))
-    return position == ops.min(ops.where(groups >= ops.max(groups), position, size))
 
 
 class LayerMethod(Method):

@@ -144,10 +144,11 @@ class SET(UpdateMethod):
             ops.logical_and(b, mask)
             for b, mask in zip(began, self.rank(magnitudes, layouts, kept - drop))
         ]
-        growth = [
-            ops.where(b, ops.cast(g, "float32"), r)
-            for b, g, r in zip(began, self.growth(states, when), self._random(states, when))
-        ]
+        growth = ops.cond(
+            ops.any(ops.stack(began)),
+            lambda: [ops.cast(g, "float32") for g in self.growth(states, when)],
+            lambda: self._random(states, when),
+        )
         ranked = [ops.where(s, ops.max(g) + 1.0, g) for s, g in zip(stay, growth)]
         new = self.rank(ranked, layouts, kept)
         return [
