@@ -5,9 +5,10 @@ hold the same number whatever the input, and which number. Then which channels l
 (`groups`): those that a layer hands on, those that an addition adds; `rules` says both, for every
 kind of layer. A channel can go where every kernel that reads it can do without (`plan`): its
 weights for it are zero, or the number is a constant, which moves into the bias. Last, the graph is
-built anew from what is left (`build`).
+built anew from what is left (`build`). What stays though it is dead has a reason (`reasons`).
 """
 
 from keras_dst.shrink.pipeline import shrink
+from keras_dst.shrink.report import ChannelReport, ShrinkReport, shrink_report
 
-__all__ = ["shrink"]
+__all__ = ["ChannelReport", "ShrinkReport", "shrink", "shrink_report"]

@@ -224,16 +224,8 @@ class Grouped(Plain):
         return np.repeat(np.isnan(self.x.constant).reshape(-1, inputs).any(1), units)
 
     def stopped(self) -> np.ndarray:
-        return np.all(self._by_unit() == 0, axis=(0, 1))
-
-    def reads(self) -> np.ndarray:
-        """By input channel: whether a weight of its group is for it."""
-        inputs, units = self.sizes
-        used = np.any(self._by_unit() != 0, axis=0).reshape(inputs, -1, units)
-        return used.any(2).T.ravel()
-
-    def _by_unit(self) -> np.ndarray:
-        return array(self.op.kernel).reshape(-1, self.sizes[0], self.y.channels)
+        kernel = array(self.op.kernel)
+        return np.all(kernel.reshape(-1, self.sizes[0], self.y.channels) == 0, axis=(0, 1))
 
     def cut(self, config: dict, gone: np.ndarray) -> list[np.ndarray]:
         kernel, *bias = self.op.get_weights()
@@ -298,7 +290,7 @@ class Moved(Rule):
         return []
 
     def loss(self, others: str) -> str:
-        return "makes one channel of several, of which others live"
+        return "makes one channel of several that differ"
 
 
 class Kernel(Rule):
