@@ -107,7 +107,7 @@ class Plan:
             holder = kernel.holder(self.gone)
             if holder is not None and self.gone[kernel.x.ids[holder]]:
                 name = self.names[id(kernel.op)]
-                reason = f"holds the constants of all that go: '{name}' sees them end at its border"
+                reason = f"'{name}' pads with zeros: it holds the constants of those that go"
                 spare(kernel.x.ids[holder], reason)
         for tensor in (y for rule in self.rules for y in rule.call.outputs):
             if len(tensor.ids) and self.gone[tensor.ids].all():

@@ -71,7 +71,7 @@ class _Walks:
                     for i in x.ids[needs & ~np.isnan(x.constant)]:
                         note([i], f"'{name}' {rule.loss(self._others(rule, i))}")
                 else:
-                    for i in set(x.ids[~np.isnan(x.constant)]) & set(_varying(rule.y)):
+                    for i in np.unique(rule.lost(x)):
                         note([i], f"'{name}' {rule.loss(self._others(rule, i))}", reads=False)
             if given and not isinstance(rule, (Kernel, Opaque)):
                 reached.add(id(rule.y))
@@ -98,6 +98,8 @@ class _Walks:
         return "an input of the model"
 
     def _tied(self, maker: Rule, channel: int) -> str:
+        if isinstance(maker, Grouped):
+            return f"'{self._name(maker)}' {maker.whole}"
         names = [
             f"'{self._name(rule)}'"
             for rule in self.plan.rules

@@ -53,8 +53,12 @@ class Rule:
         """By output channel: whether it comes out the same whatever goes in."""
         return np.zeros(self.y.channels, bool)
 
+    def lost(self, x: Tensor) -> np.ndarray:
+        """Ids of the channels of an input that are constant, and no longer so behind this."""
+        return x.ids[:0]
+
     def loss(self, others: str) -> str:
-        """Why a constant channel is none behind this; `others` are tied to it, and live."""
+        """Why they are not; `others` are tied to them, and live."""
         if others and len(self.called) > 1:
             return f"is called on {others} too, whose channel lives"
         return "gives the constant of the channel other numbers at other places, as at a border"
@@ -90,6 +94,9 @@ class Plain(Rule):
 
     def tie(self, groups: Groups) -> None:
         self.y.ids = self.x.ids
+
+    def lost(self, x: Tensor) -> np.ndarray:
+        return self.y.ids[~np.isnan(x.constant) & np.isnan(self.y.constant)]
 
     def _varies(self) -> np.ndarray:
         return np.any(np.broadcast_arrays(*(np.isnan(x.constant) for x in self.call.inputs)), 0)
@@ -206,6 +213,8 @@ class Concat(Rule):
 class Grouped(Plain):
     """A depthwise or a grouped convolution: of every group all channels go, or none."""
 
+    whole = "loses whole groups alone, and others of its group live"
+
     @cached_property
     def sizes(self) -> tuple[int, int]:
         """Inputs and units of a group."""
@@ -222,6 +231,11 @@ class Grouped(Plain):
     def _varies(self) -> np.ndarray:
         inputs, units = self.sizes
         return np.repeat(np.isnan(self.x.constant).reshape(-1, inputs).any(1), units)
+
+    def lost(self, x: Tensor) -> np.ndarray:
+        inputs, units = self.sizes
+        varies = np.isnan(self.y.constant).reshape(-1, units).any(1)
+        return x.ids[~np.isnan(x.constant) & np.repeat(varies, inputs)]
 
     def stopped(self) -> np.ndarray:
         kernel = array(self.op.kernel)
@@ -241,7 +255,7 @@ class Grouped(Plain):
     def loss(self, others: str) -> str:
         if not others or self.sizes[0] == 1:
             return super().loss(others)
-        return "drops whole groups only, and its group has channels that live"
+        return self.whole
 
 
 class Moved(Rule):
@@ -288,6 +302,10 @@ class Moved(Rule):
             target[self.y.axis] = int((~gone[self.y.ids]).sum())
             config["target_shape"] = tuple(target[1:])
         return []
+
+    def lost(self, x: Tensor) -> np.ndarray:
+        known = ~np.isnan(self._rows(x.constant))
+        return self._rows(x.ids)[known & np.isnan(self.y.constant)]
 
     def loss(self, others: str) -> str:
         return "makes one channel of several that differ"
