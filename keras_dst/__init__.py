@@ -4,7 +4,7 @@ from keras_dst import allocation, callbacks, layers, masks, methods, regularizer
 from keras_dst.export import ExportError, ExportReport, LintReport, export_tflite, lint
 from keras_dst.optimizers import SparseOptimizer
 from keras_dst.report import SparsityReport, report
-from keras_dst.shrink import shrink
+from keras_dst.shrink import ShrinkReport, shrink, shrink_report
 from keras_dst.surgery import SparsifyReport, sparsify, strip
 from keras_dst.version import __version__
 
@@ -12,6 +12,7 @@ __all__ = [
     "ExportError",
     "ExportReport",
     "LintReport",
+    "ShrinkReport",
     "SparseOptimizer",
     "SparsifyReport",
     "SparsityReport",
@@ -27,6 +28,7 @@ __all__ = [
     "report",
     "schedules",
     "shrink",
+    "shrink_report",
     "sparsify",
     "strip",
 ]

@@ -50,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     shrink = commands.add_parser("shrink", help="remove dead channels: a smaller dense model")
     shrink.add_argument("model", help="a .keras file")
     shrink.add_argument("output", help="the .keras file to write")
+    shrink.add_argument("--latency", action="store_true", help="time both models")
+    shrink.add_argument("--json", action="store_true", help="print JSON")
     shrink.set_defaults(run=_shrink)
 
     export = commands.add_parser("export", help="write a sparse-encoded .tflite")
@@ -105,7 +107,9 @@ def _strip(arguments):
 def _shrink(arguments):
     import keras_dst
 
-    _save(keras_dst.shrink(_load(arguments.model)), arguments.output)
+    model = _load(arguments.model)
+    _save(keras_dst.shrink(model), arguments.output)
+    _show(keras_dst.shrink_report(model, latency=arguments.latency), arguments.json)
 
 
 def _save(model, output: str) -> None:

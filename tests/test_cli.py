@@ -47,7 +47,7 @@ def test_strip(saved, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.keras", "stock.keras"]
 
 
-def test_shrink(tmp_path):
+def test_shrink(tmp_path, capsys):
     model = keras.Sequential(
         [keras.Input((8,)), keras.layers.Dense(4, name="body"), keras.layers.Dense(2)]
     )
@@ -57,6 +57,11 @@ def test_shrink(tmp_path):
     model.save(tmp_path / "model.keras")
     paths = [str(tmp_path / "model.keras"), str(tmp_path / "small.keras")]
     assert cli.main(["shrink", *paths]) == 0
+    assert "parameters 46 -> 13" in capsys.readouterr().out
+    assert cli.main(["shrink", *paths, "--json", "--latency"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layers"][0]["after"] == 1
+    assert found["latency_after"] > 0
     assert keras.saving.load_model(paths[1]).get_layer("body").units == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.keras", "small.keras"]
 
