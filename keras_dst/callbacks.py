@@ -234,9 +234,10 @@ def guard_step(model, drivers):
     def guarded(*args, **kwargs):
         if idle := [d for d in drivers if d.schedule is not None and not d.driven]:
             give_back_state(model, *args)
+            callback = idle[0].method.driver
             raise ValueError(
-                "This model was compiled for training with a callback. "
-                f"Fit with callbacks=[{idle[0].method.driver}]."
+                "This model was compiled for training with the "
+                f"{callback.split('.')[-1]} callback. Fit with callbacks=[{callback}()]."
             )
         return step(*args, **kwargs)
 

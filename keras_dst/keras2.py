@@ -73,6 +73,11 @@ def read(path: str | os.PathLike) -> tuple[keras.Model, list[Wrapper]]:
 
 
 def _read(config, stored, root) -> tuple[keras.Model, list[Wrapper]]:
+    if "layers" not in config["config"]:
+        raise ValueError(
+            f"The file holds a {config['class_name']}, which is neither Sequential nor Functional: "
+            "its code is not in the file. Write it for Keras 3, and load the weights into that."
+        )
     model = keras.saving.deserialize_keras_object(_model(config))
     if not model.built:
         raise ValueError(f"The file of '{model.name}' does not say the shape of its inputs.")
@@ -185,7 +190,7 @@ def _arguments(cls, config: dict) -> dict:
     """Those of a layer's arguments that its class in Keras 3 takes."""
     known = {name for base in cls.__mro__ for name in inspect.signature(base.__init__).parameters}
     config = dict(config)
-    if cls is keras.layers.InputLayer:
+    if cls is keras.layers.InputLayer and "batch_input_shape" in config:
         config["batch_shape"] = config.pop("batch_input_shape")
     if cls is keras.layers.BatchNormalization and isinstance(config["axis"], list):
         (config["axis"],) = config["axis"]
@@ -212,9 +217,9 @@ def _value(x):
         return x["config"]["name"]
     if hasattr(keras.layers, name) and "name" in x["config"]:
         return _layer(x)
-    for module in (keras.initializers, keras.regularizers, keras.constraints):
-        if hasattr(module, name):
-            return {**x, "module": module.__name__.replace("._tf_keras", ""), "config": x["config"]}
+    for kind in ("initializers", "regularizers", "constraints"):
+        if hasattr(getattr(keras, kind), name):
+            return {**x, "module": f"keras.{kind}"}
     if keras.saving.get_registered_object(registered) is None:
         raise ValueError(
             f"The file holds a {name} ({registered!r}), which is neither of Keras 3 nor "
@@ -257,10 +262,9 @@ class _Legacy:
 
     def places(self, group, entries):
         if isinstance(group, list):  # of a model within the model, whose weights are in one list
-            names = {_name(entry): {_name(entry), _name(_unwrapped(entry))} for entry in entries}
             return {
-                name: [(path, array) for path, array in group if own & set(path.split("/"))]
-                for name, own in names.items()
+                _name(x): [pair for pair in group if _names_in(x) & set(pair[0].split("/"))]
+                for x in entries
             }
         return {
             name: [(path, group[name][path][()]) for path in _texts(group[name], "weight_names")]
@@ -318,6 +322,12 @@ class _Zipped:
         # The n weights that are pruned, then their masks and thresholds in turn, then the step.
         n = (len(arrays) - 1) // 3
         return arrays[n:-1:2], int(arrays[-1])
+
+
+def _names_in(entry) -> set[str]:
+    """Names of a layer, of its wrapper, and of all layers in it."""
+    inner = [_names_in(x) for x in entry["config"].get("layers", [])]
+    return {_name(entry), _name(_unwrapped(entry))}.union(*inner)
 
 
 def _numbered(group) -> list[np.ndarray]:

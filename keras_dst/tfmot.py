@@ -173,7 +173,7 @@ def _pool(values, axis, length, mean):
 class PruneLowMagnitude(LayerMethod):
     """What a layer that `prune_low_magnitude` has pruned is under; see there."""
 
-    driver = "keras_dst.tfmot.UpdatePruningStep()"
+    driver = "keras_dst.tfmot.UpdatePruningStep"
 
     def __init__(
         self,
@@ -226,7 +226,7 @@ class PruneLowMagnitude(LayerMethod):
 
     def apply(self, w, state, layout):
         # w where it is kept, 0 elsewhere, and all of the gradient.
-        return w - ops.stop_gradient(ops.where(state["mask"], ops.zeros_like(w), w))
+        return w - ops.stop_gradient(ops.where(self.mask(w, state), ops.zeros_like(w), w))
 
     def join(self, layers, uses):
         raise ValueError(
@@ -338,7 +338,7 @@ def _chosen(target, method, policy) -> list:
     if not found and not any(map(is_pruned, target._flatten_layers())):
         raise ValueError(
             f"There is nothing to prune in '{target.name}'"
-            + (f" that {policy!r} allows." if policy else ".")
+            + (f" that {type(policy).__name__} allows." if policy else ".")
         )
     return list(found.values())
 
@@ -470,7 +470,7 @@ class _StepDriver(LayerDriver):
         self.done += 1
         if self.method.is_turn(self.done):
             for weight, state in zip(self.weights, self.states):
-                w = ops.convert_to_numpy(ops.convert_to_tensor(weight))
+                w = ops.convert_to_numpy(ops.cast(ops.convert_to_tensor(weight), "float32"))
                 state["mask"].assign(self.method.new_mask(w, self.done))
         self.prune()
 
@@ -542,7 +542,7 @@ def _method_of(config: dict) -> PruneLowMagnitude:
 # -- policies ------------------------------------------------------------------------------------
 
 
-class PruningPolicy(Configurable):
+class PruningPolicy:
     """Base of the policies, your own too: which layers of a model are pruned."""
 
     def allow_pruning(self, layer) -> bool:

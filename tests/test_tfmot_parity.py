@@ -7,6 +7,7 @@ in .venv-tfmot; KERAS_DST_TFMOT_PYTHON names another.
 import os
 import pathlib
 import subprocess
+from itertools import pairwise
 
 import keras
 import numpy as np
@@ -97,9 +98,11 @@ def test_masks_of_every_step(made, case):
         variable.assign(record[f"start_{i}"])
     schedule = getattr(tfmot, schedule)(**steps)
     model = compiled(tfmot.prune_low_magnitude(model, schedule, **arguments), case)
-    masks = [m for epoch in range(EPOCHS) for m in fit(model, case, epoch, record, 1 + epoch * BATCHES)]
+    masks = [
+        m for epoch in range(EPOCHS) for m in fit(model, case, epoch, record, 1 + epoch * BATCHES)
+    ]
     if case == "every-step":  # weights came back, or the order of things could not be told
-        assert any((b & ~a).any() for s, t in zip(masks, masks[1:]) for a, b in zip(s, t))
+        assert any((b & ~a).any() for s, t in pairwise(masks) for a, b in zip(s, t))
     x, _ = tfmot_worker.data(kind)
     stripped = tfmot.strip_pruning(model)
     np.testing.assert_allclose(stripped.predict(x, verbose=0), record["final"], atol=1e-3)

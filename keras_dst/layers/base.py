@@ -275,9 +275,11 @@ class _Driven(keras.constraints.Constraint):
 
     def __call__(self, value):
         if not self.layer.driven:
+            method = self.layer.sparsity
             raise ValueError(
-                f"'{self.layer.name}' is under {self.layer.sparsity!r}, whose target a callback "
-                f"pursues. Fit with callbacks=[{self.layer.sparsity.driver}]."
+                f"'{self.layer.name}' is under {method!r}, whose target the "
+                f"{method.driver.split('.')[-1]} callback pursues. "
+                f"Fit with callbacks=[{method.driver}()]."
             )
         return value if self.inner is None else self.inner(value)
 

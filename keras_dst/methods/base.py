@@ -57,7 +57,7 @@ class Method(Configurable):
     min_kept: int = 1
     learned = False
     quantity = "sparsity"
-    driver = "keras_dst.callbacks.SparseTraining()"
+    driver = "keras_dst.callbacks.SparseTraining"
 
     def schedule_over(self, epochs: float | None) -> Schedule | None:
         """The schedule, for a training of so many epochs (None: not known)."""
