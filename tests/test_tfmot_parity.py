@@ -1,7 +1,7 @@
 """Masks and files against real tfmot: the same weights, gradients and schedule, step by step.
 
-Runs where there is a Python with tf_keras and tensorflow-model-optimization, as `make test` sets up
-in .venv-tfmot; KERAS_DST_TFMOT_PYTHON names another.
+Runs where there is a Python with tf_keras and tensorflow-model-optimization: on torch in the one
+that `make test` sets up in .venv-tfmot, on every backend where KERAS_DST_TFMOT_PYTHON names one.
 """
 
 import os
@@ -18,13 +18,20 @@ from tests import tfmot_worker
 from tests.tfmot_worker import BATCH, BATCHES, CASES, EPOCHS
 
 ROOT = pathlib.Path(__file__).parent.parent
-PYTHON = os.environ.get("KERAS_DST_TFMOT_PYTHON", ROOT / ".venv-tfmot" / "bin" / "python")
+GIVEN = os.environ.get("KERAS_DST_TFMOT_PYTHON")
+PYTHON = pathlib.Path(GIVEN or ROOT / ".venv-tfmot" / "bin" / "python")
 
-pytestmark = pytest.mark.skipif(
-    not pathlib.Path(PYTHON).exists(),
-    reason="there is no environment with tfmot: `make test` makes one in .venv-tfmot, or "
-    "KERAS_DST_TFMOT_PYTHON names the Python of one",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not GIVEN and keras.backend.backend() != "torch",
+        reason="run on torch, which needs no compiling; test_tfmot.py has all backends agree",
+    ),
+    pytest.mark.skipif(
+        not PYTHON.exists(),
+        reason="there is no environment with tfmot: `make test-torch` makes one in .venv-tfmot, or "
+        "KERAS_DST_TFMOT_PYTHON names the Python of one",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +49,11 @@ def made(tmp_path_factory):
     )
     assert not done.returncode, done.stderr[-3000:]
     return folder
+
+
+def read(folder, case):
+    with np.load(folder / f"{case}.npz") as record:
+        return dict(record)
 
 
 def pruned(model):
@@ -92,7 +104,7 @@ def compiled(model, case):
 @pytest.mark.parametrize("case", CASES)
 def test_masks_of_every_step(made, case):
     kind, (schedule, steps), arguments, *_ = CASES[case]
-    record = np.load(made / f"{case}.npz")
+    record = read(made, case)
     model = tfmot_worker.net(keras, kind)
     for i, variable in enumerate(model.weights):
         variable.assign(record[f"start_{i}"])
@@ -111,7 +123,7 @@ def test_masks_of_every_step(made, case):
 @pytest.mark.parametrize("case", [case for case in CASES if CASES[case][4]])
 def test_a_file_of_tfmot_is_loaded_and_trained_on(made, case):
     kind, _, _, optimizer, extension = CASES[case]
-    record = np.load(made / f"{case}.npz")
+    record = read(made, case)
     model = tfmot.load(made / f"{case}.{extension}")
     x, _ = tfmot_worker.data(kind)
     np.testing.assert_allclose(model.predict(x, verbose=0), record["predicted"], atol=1e-5)

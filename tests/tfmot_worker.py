@@ -64,7 +64,7 @@ def net(keras, name):
         x = layers.Add()([layers.DepthwiseConv2D(3, padding="same")(x), y])
         x = layers.GlobalAveragePooling2D()(layers.Conv2DTranspose(4, 3)(x))
     elif name == "recurrent":
-        x = layers.GRU(5, return_sequences=True)(inputs)
+        x = layers.SimpleRNN(5, return_sequences=True)(inputs)
         x = layers.Flatten()(layers.MultiHeadAttention(2, 3)(x, x))
     else:
         inner = keras.Sequential(
