@@ -1,6 +1,15 @@
 """Sparse training for any Keras 3 model, and the way to a smaller, faster `.tflite`."""
 
-from keras_dst import allocation, callbacks, layers, masks, methods, regularizers, schedules
+from keras_dst import (
+    allocation,
+    callbacks,
+    layers,
+    masks,
+    methods,
+    regularizers,
+    schedules,
+    tfmot,
+)
 from keras_dst.export import ExportError, ExportReport, LintReport, export_tflite, lint
 from keras_dst.optimizers import SparseOptimizer
 from keras_dst.report import SparsityReport, report
@@ -31,4 +40,5 @@ __all__ = [
     "shrink_report",
     "sparsify",
     "strip",
+    "tfmot",
 ]

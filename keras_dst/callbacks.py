@@ -101,7 +101,7 @@ class SparseTraining(keras.callbacks.Callback):
         if self.gate and self.gate.startswith("val_"):
             # Not in on_epoch_end alone: here it is in the log for callbacks before this one, too.
             vars(self.model)["evaluate"] = _GatedEvaluate(self.model, self._write_validation)  # type: ignore[index]
-        _guard_step(self.model, self._drivers)
+        guard_step(self.model, self._drivers)
 
     def on_epoch_begin(self, epoch, logs=None):
         if not self._begun:
@@ -224,7 +224,7 @@ def _mode(model, name) -> str:
     )
 
 
-def _guard_step(model, drivers):
+def guard_step(model, drivers):
     """Make the compiled step, which later fits use again, refuse to run without a driver."""
     if model.train_function is None:  # a training loop of the user's own
         return
@@ -232,11 +232,12 @@ def _guard_step(model, drivers):
 
     @functools.wraps(step, assigned=(), updated=())
     def guarded(*args, **kwargs):
-        if not all(driver.driven or driver.schedule is None for driver in drivers):
+        if idle := [d for d in drivers if d.schedule is not None and not d.driven]:
             give_back_state(model, *args)
+            callback = idle[0].method.driver
             raise ValueError(
-                "This model was compiled for training with the SparseTraining callback. "
-                "Fit with callbacks=[keras_dst.callbacks.SparseTraining()]."
+                "This model was compiled for training with the "
+                f"{callback.split('.')[-1]} callback. Fit with callbacks=[{callback}()]."
             )
         return step(*args, **kwargs)
 

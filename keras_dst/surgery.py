@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import keras
 
-from keras_dst import masks
 from keras_dst.devices import beside, list_parameters
 from keras_dst.layers import (
     Gate,
@@ -100,20 +99,25 @@ def sparsify(model, method: LayerMethod, filters: Filters = None) -> SparsifyRep
                 report.doubled.append(layer.path or layer.name)
             continue
         reason = exempt.get(id(layer)) if selected else "not selected by filters"
-        reason = reason or _unsupported(layer, method)
+        reason = reason or unsupported(layer, method)
         if reason is None:
             chosen.append(layer)
             report.sparse.append(layer.path or layer.name)
-        elif any(is_kernel(v) for v in _weights_of(layer)):
+        elif has_kernel(layer):
             report.skipped[layer.path or layer.name] = reason
     if not chosen:
         raise ValueError(f"There is nothing to make sparse in '{model.name}'.\n{report}")
-    _check_ties(chosen)
-    for layer in chosen + norms:
+    become_sparse(model, chosen + norms, method)
+    return report
+
+
+def become_sparse(model, layers, method: LayerMethod) -> None:
+    """Turn these layers of a model, or of a layer, built or not, into sparse ones."""
+    _check_ties(layers)
+    for layer in layers:
         make_sparse(layer, method)
     _remember(model)
     _refresh(model)
-    return report
 
 
 def strip(model):
@@ -265,7 +269,7 @@ def _is_container(layer) -> bool:
     return isinstance(layer, keras.Model)
 
 
-def _unsupported(layer, method) -> str | None:
+def unsupported(layer, method) -> str | None:
     """Why a layer cannot be made sparse, or None."""
     cls = sparse_class(type(layer))
     if cls is None:
@@ -280,16 +284,17 @@ def _unsupported(layer, method) -> str | None:
         return f"{type(method).__name__} prunes whole units, which {type(layer).__name__} has not"
     for layout, variable in prunable(layer):
         try:
-            masks.Pattern(method.pattern).block(variable.shape, layout)
+            method.check(variable.shape, layout)
         except ValueError as error:
             return str(error)
     return None
 
 
-def _weights_of(layer):
-    """The weights that a layer itself trains, or has quantised."""
+def has_kernel(layer) -> bool:
+    """Whether a layer itself trains a weight that could be pruned, or has quantised one."""
     quantised = getattr(layer, "quantization_mode", None)
-    return layer._trainable_variables + (layer._non_trainable_variables if quantised else [])
+    own = layer._trainable_variables + (layer._non_trainable_variables if quantised else [])
+    return any(map(is_kernel, own))
 
 
 def _check_ties(layers) -> None:
@@ -325,7 +330,8 @@ def _remember(layer) -> None:
         for inner in layer._flatten_layers(include_self=False, recursive=False):
             _remember(inner)
     else:
-        layer.__class__ = composite_class(type(layer))
+        if not isinstance(layer, SparseComposite):
+            layer.__class__ = composite_class(type(layer))
         layer.remember()
 
 

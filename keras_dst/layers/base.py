@@ -157,11 +157,14 @@ class SparseMixin(_Layer):
                 continue
             if "float" not in variable.dtype:  # quantised
                 continue
+            layout = weight.layout_of(self)
+            if not self.sparsity.takes(layout):
+                continue
             # The mask is decided in the variable's own precision; the masked weight is cast.
             variable._autocast = False
             with self._unlocked(), beside(variable):
                 self.sparse_state[weight.name] = self.sparsity.build(
-                    self, weight.name, variable, weight.layout_of(self)
+                    self, weight.name, variable, layout
                 )
         if self.sparse_state:
             require_driver(self)
@@ -262,7 +265,7 @@ def require_driver(layer) -> None:
 
 
 class _Driven(keras.constraints.Constraint):
-    """Raises when an optimiser's step is traced while no SparseTraining is at work.
+    """Raises when an optimiser's step is traced while no driver is at work.
 
     The one place that is visited in every kind of training, and in nothing but training.
     """
@@ -272,10 +275,11 @@ class _Driven(keras.constraints.Constraint):
 
     def __call__(self, value):
         if not self.layer.driven:
+            method = self.layer.sparsity
             raise ValueError(
-                f"'{self.layer.name}' is under {self.layer.sparsity!r}, whose target the "
-                "SparseTraining callback pursues. "
-                "Fit with callbacks=[keras_dst.callbacks.SparseTraining()]."
+                f"'{self.layer.name}' is under {method!r}, whose target the "
+                f"{method.driver.split('.')[-1]} callback pursues. "
+                f"Fit with callbacks=[{method.driver}()]."
             )
         return value if self.inner is None else self.inner(value)
 

@@ -47,6 +47,7 @@ class Method(Configurable):
             `"epoch"`.
         learned: whether sparsity follows from training instead of from a ranking.
         quantity: what the target is a figure of, in the words of a warning.
+        driver: the callback that pursues the target.
     """
 
     schedule: Schedule | None = None
@@ -56,6 +57,7 @@ class Method(Configurable):
     min_kept: int = 1
     learned = False
     quantity = "sparsity"
+    driver = "keras_dst.callbacks.SparseTraining"
 
     def schedule_over(self, epochs: float | None) -> Schedule | None:
         """The schedule, for a training of so many epochs (None: not known)."""
@@ -179,8 +181,16 @@ class LayerMethod(Method):
 
     @property
     def needs_driver(self) -> bool:
-        """Whether training without the `SparseTraining` callback would leave out a part of it."""
+        """Whether training without the callback `driver` would leave out a part of it."""
         return self.schedule is not None
+
+    def takes(self, layout: Layout) -> bool:
+        """Whether a weight with these axes gets a mask."""
+        return True
+
+    def check(self, shape: Sequence[int], layout: Layout) -> None:
+        """Raise ValueError where a weight of this shape cannot be pruned as the method asks."""
+        Pattern(self.pattern).block(shape, layout)
 
     def build(self, layer, name: str, variable, layout: Layout) -> State:
         """Add what the mask of `variable` needs to the layer; return it as a dict of variables."""

@@ -7,17 +7,10 @@ import keras
 import pytest
 
 import keras_dst
-from tests.devices.launch import ROOT, launch
+from tests.devices.launch import launch
+from tests.pages import blocks
 
 BACKEND = keras.backend.backend()
-
-
-def blocks(page):
-    """`(info, code)` of the Python on a page; the info is empty where it is for all backends."""
-    text = (ROOT / "docs" / page).read_text()
-    found = re.findall(r"^```python ?(.*?)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    assert len(found) == text.count("```python")
-    return found
 
 
 def test_loops_of_ones_own():

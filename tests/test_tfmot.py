@@ -1,0 +1,602 @@
+"""keras_dst.tfmot against tfmot's rules written in NumPy, and what goes around them."""
+
+import json
+from itertools import pairwise
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_dst
+from keras_dst import tfmot
+from tests import models
+from tests.pages import blocks
+
+BATCH, STEPS = 8, 12
+rng = np.random.default_rng(0)
+x = rng.standard_normal((BATCH * STEPS, 9)).astype("float32")
+y = rng.standard_normal((BATCH * STEPS, 7)).astype("float32")
+DECAY = tfmot.PolynomialDecay(0.2, 0.8, begin_step=2, end_step=11, frequency=3)
+EVERY = tfmot.ConstantSparsity(0.5, begin_step=0, frequency=1)
+
+
+def dense(*units, inputs=9):
+    keras.utils.set_random_seed(0)
+    return keras.Sequential([keras.Input((inputs,)), *(layers.Dense(n, "tanh") for n in units)])
+
+
+def fit(model, epochs=1, callbacks=None, **kwargs):
+    callbacks = [tfmot.UpdatePruningStep()] if callbacks is None else callbacks
+    kwargs = {"batch_size": BATCH, "shuffle": False, "verbose": 0, **kwargs}
+    return model.fit(x, y, epochs=epochs, callbacks=callbacks, **kwargs)
+
+
+def compiled(model, optimizer=None, **kwargs):
+    model.compile(optimizer or keras.optimizers.SGD(0.5), "mse", **kwargs)
+    return model
+
+
+def masks_of(model):
+    pruned = [layer for layer in model._flatten_layers() if tfmot.is_pruned(layer)]
+    return [s["mask"].numpy() for layer in pruned for _, _, s in layer.masked_weights()]
+
+
+# -- schedules -----------------------------------------------------------------------------------
+
+
+def turns(schedule, until=30):
+    return [step for step in range(until) if schedule(step)[0]]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (tfmot.ConstantSparsity(0.5, 0, frequency=10), [0, 10, 20]),
+        (tfmot.ConstantSparsity(0.5, 3, frequency=10), [3, 13, 23]),
+        (tfmot.ConstantSparsity(0.5, 3, end_step=13, frequency=10), [3, 13]),
+        (tfmot.ConstantSparsity(0.5, 3, end_step=12, frequency=10), [3]),
+        (tfmot.PolynomialDecay(0.0, 0.5, 4, 20, frequency=8), [4, 12, 20]),
+        (tfmot.PolynomialDecay(0.0, 0.5, 4, 19, frequency=8), [4, 12]),
+        (tfmot.ConstantSparsity(0.5, 0), [0]),
+    ],
+    ids=repr,
+)
+def test_turns(schedule, expected):
+    assert turns(schedule) == expected
+
+
+def test_sparsity_of_schedules():
+    decay = tfmot.PolynomialDecay(0.25, 0.75, 10, 20)
+    found = [decay(step)[1] for step in (0, 10, 15, 20, 99)]
+    # Half of the way is left: an eighth of the difference.
+    np.testing.assert_allclose(found, [0.25, 0.25, 0.75 - 0.5 / 8, 0.75, 0.75], rtol=1e-6)
+    assert tfmot.PolynomialDecay(0.0, 0.5, 0, 10, power=1)(5)[1] == pytest.approx(0.25)
+    assert tfmot.PolynomialDecay(0.5, 0.0, 0, 10, power=1)(5)[1] == pytest.approx(
+        0.25
+    )  # it may fall
+    assert tfmot.ConstantSparsity(0.5, 0)(7)[1] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: tfmot.ConstantSparsity(1.0, 0), "target_sparsity"),
+        (lambda: tfmot.ConstantSparsity(0.5, -1), "begin_step"),
+        (lambda: tfmot.ConstantSparsity(0.5, 5, 4), "end_step"),
+        (lambda: tfmot.ConstantSparsity(0.5, 0, frequency=0), "frequency"),
+        (lambda: tfmot.ConstantSparsity(0.5, 0.0), "whole numbers"),
+        (lambda: tfmot.PolynomialDecay(0.0, 0.5, 0, -1), "needs the end_step"),
+        (lambda: tfmot.PolynomialDecay(0.0, 1.5, 0, 9), "final_sparsity"),
+        (lambda: tfmot.PruneLowMagnitude(EVERY, block_size=4), "block_size"),
+        (lambda: tfmot.PruneLowMagnitude(EVERY, block_pooling_type="SUM"), "'AVG' or 'MAX'"),
+        (lambda: tfmot.PruneLowMagnitude(EVERY, sparsity_m_by_n=(4, 2)), "m < n"),
+    ],
+)
+def test_values_outside_their_range(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+def test_a_schedule_of_another_kind():
+    with pytest.raises(TypeError, match="PruningSchedule"):
+        tfmot.prune_low_magnitude(dense(7), keras_dst.schedules.Cubic(0.5))
+
+
+def test_configs():
+    full = tfmot.PruneLowMagnitude(DECAY, (2, 4), "MAX", (2, 4))
+    for thing in (DECAY, EVERY, full, tfmot.PruneLowMagnitude(EVERY)):
+        config = json.loads(json.dumps(keras.saving.serialize_keras_object(thing)))
+        assert keras.saving.deserialize_keras_object(config) == thing
+
+
+# -- masks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("weights", "sparsity", "expected"),
+    [
+        ([4.0, -3.0, 2.0, -1.0], 0.5, [1, 1, 0, 0]),
+        ([4.0, -3.0, 2.0, -1.0], 0.0, [1, 1, 1, 1]),
+        ([4.0, -3.0, 2.0, -1.0], 0.99, [1, 0, 0, 0]),  # one is kept
+        ([4.0, 3.0, 2.0, 1.0, 0.5], 0.5, [1, 1, 0, 0, 0]),  # 2.5 rounds to the even 2
+        ([7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], 0.5, [1, 1, 1, 1, 0, 0, 0]),  # 3.5 to 4
+        ([4.0, -2.0, 2.0, 1.0], 0.5, [1, 1, 1, 0]),  # ties are kept
+        ([4.0, 0.0, 0.0, 0.0], 0.5, [1, 1, 1, 1]),  # pruned ones tie with each other
+    ],
+)
+def test_magnitude_mask(weights, sparsity, expected):
+    found = tfmot.magnitude_mask(np.array(weights, "float32"), sparsity)
+    np.testing.assert_array_equal(found, np.array(expected, bool))
+
+
+def test_block_mask():
+    w = np.array([[9, 0, 4, 4], [0, 0, 4, 4], [1, 1, 0, 6], [1, 1, 0, 0]], "float32")
+    # Means 2.25 4 / 1 1.5, largest 9 4 / 1 6.
+    of_means = np.kron([[1, 1], [0, 0]], np.ones((2, 2), bool))
+    np.testing.assert_array_equal(tfmot.block_mask(w, 0.5, (2, 2), "AVG"), of_means)
+    of_largest = np.kron([[1, 0], [0, 1]], np.ones((2, 2), bool))
+    np.testing.assert_array_equal(tfmot.block_mask(w, 0.5, (2, 2), "MAX"), of_largest)
+
+
+def test_block_mask_where_blocks_do_not_divide_the_weight():
+    # Six rows in blocks of four: the windows are rows 0-2 and 3-5, the blocks 0-3 and 4-5.
+    w = np.array([[0, 0, 0, 5, 5, 5]], "float32").T
+    found = tfmot.block_mask(w, 0.5, (4, 1), "AVG")
+    np.testing.assert_array_equal(found[:, 0], [0, 0, 0, 0, 1, 1])
+    # A block as wide as the weight, and wider.
+    assert tfmot.block_mask(w, 0.5, (1, 3), "MAX").sum() == 3
+
+
+# -- training ------------------------------------------------------------------------------------
+
+
+def reference(w, schedule, rate, momentum=0.0, n_of_m=None):
+    """A linear layer under tfmot: mask of every step, weights after the last."""
+    mask, slot, masks = np.ones_like(w, bool), np.zeros_like(w), []
+    for step in range(1, STEPS + 1):
+        turn, sparsity = schedule(step)
+        if n_of_m:
+            turn = step == 1
+        if turn and not n_of_m:
+            kept = max(1, round(w.size * (1 - sparsity)))
+            mask = np.abs(w) >= np.sort(np.abs(w), axis=None)[-kept]
+        elif turn:
+            zeros, of = n_of_m
+            mask = np.zeros_like(w, bool)
+            for column in range(w.shape[1]):
+                for start in range(0, len(w), of):
+                    group = np.abs(w[start : start + of, column])
+                    best = np.argsort(-group, kind="stable")[: of - zeros]
+                    mask[start + best, column] = True
+        w = w * mask
+        masks.append(mask)
+        part = slice((step - 1) * BATCH, step * BATCH)
+        gradient = 2 * x[part].T @ (x[part] @ w - y[part]) / y[part].size
+        slot = momentum * slot - rate * gradient
+        w = w + slot
+    return masks, w * mask
+
+
+@pytest.mark.parametrize(
+    ("schedule", "momentum", "n_of_m"),
+    [(EVERY, 0.0, None), (DECAY, 0.9, None), (DECAY, 0.0, (2, 4))],
+    ids=["every", "decay", "2-of-4"],
+)
+def test_masks_and_weights_of_every_step(schedule, momentum, n_of_m):
+    start = rng.standard_normal((9, 7)).astype("float32") / 3
+    model = keras.Sequential([keras.Input((9,)), layers.Dense(7, use_bias=False)])
+    model.layers[0].kernel.assign(start)
+    tfmot.prune_low_magnitude(model, schedule, sparsity_m_by_n=n_of_m)
+    compiled(model, keras.optimizers.SGD(0.5, momentum))
+    found = []
+
+    class Record(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            found.extend(masks_of(self.model))
+
+    fit(model, callbacks=[tfmot.UpdatePruningStep(), Record()])
+    expected, weights = reference(start.astype("float64"), schedule, 0.5, momentum, n_of_m)
+    np.testing.assert_array_equal(found, expected)
+    if schedule is EVERY:  # weights that were pruned came back
+        assert any((b & ~a).any() for a, b in pairwise(expected))
+    np.testing.assert_allclose(
+        tfmot.strip_pruning(model).layers[0].kernel.numpy(), weights, atol=1e-5
+    )
+
+
+def test_a_whole_model_and_what_is_left_of_it():
+    images, labels = models.data()
+    model = tfmot.prune_low_magnitude(models.nested(), tfmot.ConstantSparsity(0.75, 2, frequency=3))
+    model.compile("adam", "sparse_categorical_crossentropy")
+    model.fit(images, labels, batch_size=16, verbose=0, callbacks=[tfmot.UpdatePruningStep()])
+    report = keras_dst.report(model)
+    for row in report.layers:  # every kernel by itself
+        assert row.nonzeros == max(1, round(row.parameters * 0.25))
+    before = model.predict(images, verbose=0)
+    assert tfmot.strip_pruning(model) is model
+    np.testing.assert_array_equal(model.predict(images, verbose=0), before)
+    assert not any(type(z).__module__.startswith("keras_dst") for z in model._flatten_layers())
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_a_file_goes_on_as_if_there_were_none(policy, tmp_path):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        whole = compiled(tfmot.prune_low_magnitude(dense(8, 7), DECAY), "adam")
+        fit(whole, 2)
+        halfway = compiled(tfmot.prune_low_magnitude(dense(8, 7), DECAY), "adam")
+        fit(halfway)
+        halfway.save(tmp_path / "model.keras")
+        resumed = keras.saving.load_model(tmp_path / "model.keras")
+        fit(resumed)
+    finally:
+        keras.config.set_dtype_policy(before)
+    for a, b in zip(whole.variables, resumed.variables):
+        np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
+
+
+def test_a_training_that_is_compiled_again_counts_on():
+    model = compiled(tfmot.prune_low_magnitude(dense(7), DECAY))
+    fit(model)
+    compiled(model)
+    fit(model)
+    (progress,) = [s["progress"].numpy() for _, _, s in model.layers[0].masked_weights()]
+    assert progress[0] == 2 * STEPS
+
+
+def test_backups_within_an_epoch(tmp_path):
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 7:
+                raise KeyboardInterrupt
+
+    def train(*callbacks):
+        model = compiled(tfmot.prune_low_magnitude(dense(7), DECAY), "adam")
+        fit(model, callbacks=[tfmot.UpdatePruningStep(), *callbacks])
+        return model
+
+    whole = train()
+    with pytest.raises(KeyboardInterrupt):
+        train(Stop(), keras_dst.callbacks.BackupAndRestore(tmp_path, save_freq=3))
+    resumed = train(keras_dst.callbacks.BackupAndRestore(tmp_path, save_freq=3))
+    for a, b in zip(whole.weights, resumed.weights):
+        np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
+
+
+def test_without_its_callback_training_is_refused():
+    with pytest.raises(ValueError, match=r"tfmot\.UpdatePruningStep\(\)"):
+        fit(compiled(tfmot.prune_low_magnitude(dense(7), DECAY)), callbacks=[])
+    model = compiled(tfmot.prune_low_magnitude(dense(7), DECAY))
+    fit(model)
+    with pytest.raises(ValueError, match=r"tfmot\.UpdatePruningStep\(\)"):
+        fit(model, callbacks=[])
+    with pytest.raises(ValueError, match="instead of SparseTraining"):
+        fit(model, callbacks=[keras_dst.callbacks.SparseTraining()])
+    fit(model)
+
+
+def test_what_the_callback_refuses():
+    with pytest.raises(ValueError, match="found nothing that is pruned"):
+        fit(compiled(dense(7)))
+    callback = tfmot.UpdatePruningStep()
+    callback.set_model(tfmot.prune_low_magnitude(dense(7)))
+    with pytest.raises(ValueError, match="Compile it"):
+        callback.on_train_begin()
+    if keras.backend.backend() != "torch":  # which refuses it by itself
+        model = compiled(tfmot.prune_low_magnitude(dense(7)), steps_per_execution=4)
+        with pytest.raises(ValueError, match="steps_per_execution=1"):
+            fit(model)
+
+
+# -- what is pruned ------------------------------------------------------------------------------
+
+
+def pruned_names(model):
+    return [layer.name for layer in model._flatten_layers() if tfmot.is_pruned(layer)]
+
+
+def test_depthwise_kernels_are_left_dense():
+    model = keras.Sequential(
+        [keras.Input((8, 8, 3)), layers.DepthwiseConv2D(3), layers.SeparableConv2D(4, 3, name="s")]
+    )
+    tfmot.prune_low_magnitude(model)
+    assert pruned_names(model) == ["s"]
+    assert [tuple(w.shape) for _, w, _ in model.get_layer("s").masked_weights()] == [(1, 1, 3, 4)]
+
+
+def test_layers_one_by_one():
+    first = tfmot.prune_low_magnitude(layers.Dense(8, name="first"), EVERY)
+    rest = tfmot.prune_low_magnitude([layers.Dropout(0.5), layers.Dense(7, name="last")], DECAY)
+    model = keras.Sequential([keras.Input((9,)), first, *rest])
+    tfmot.prune_low_magnitude(model, tfmot.ConstantSparsity(0.9, 0))  # all are pruned already
+    assert [layer.sparsity.pruning_schedule for layer in (first, rest[1])] == [EVERY, DECAY]
+    fit(compiled(model))
+    assert [m.mean() for m in masks_of(model)] == [0.5, 11 / 56]
+
+
+def test_layers_that_a_clone_function_picks():
+    def pick(layer):
+        prune = isinstance(layer, layers.Dense) and layer.units == 8
+        return tfmot.prune_low_magnitude(layer, EVERY) if prune else layer
+
+    model = keras.models.clone_model(dense(8, 7), clone_function=pick)
+    fit(compiled(model))
+    assert [m.shape for m in masks_of(model)] == [(9, 8)]
+
+
+def test_a_model_that_is_pruned_in_two_goes(tmp_path):
+    def network():
+        inputs = keras.Input((4, 6))
+        z = layers.MultiHeadAttention(2, 4, name="attention")(inputs, inputs)
+        return keras.Model(inputs, layers.Bidirectional(layers.LSTM(3), name="both")(z))
+
+    model = network()
+    tfmot.prune_low_magnitude(model.get_layer("both"), EVERY)
+    tfmot.prune_low_magnitude(model, DECAY)
+    assert len(masks_of(model)) == 8
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    found = [z.sparsity.pruning_schedule for z in again._flatten_layers() if tfmot.is_pruned(z)]
+    assert sorted(map(repr, found)) == [repr(EVERY)] * 2 + [repr(DECAY)] * 4
+
+
+@keras.saving.register_keras_serializable("tests")
+class Mixer(layers.Layer):
+    prunable_weights = ("mix",)
+
+    def build(self, shape):
+        self.mix = self.add_weight(shape=(shape[-1], 7), name="mix")
+
+    def call(self, inputs):
+        return inputs @ self.mix
+
+
+class Mine(layers.Dense):
+    def get_prunable_weights(self):
+        return [self.kernel, self.bias]
+
+
+class Unknown(Mixer):
+    prunable_weights = ()
+
+
+def test_a_layer_of_ones_own():
+    model = keras.Sequential([keras.Input((9,)), tfmot.prune_low_magnitude(Mixer(), EVERY)])
+    fit(compiled(model))
+    assert np.count_nonzero(tfmot.strip_pruning(model).layers[0].mix.numpy()) == round(63 / 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "says"),
+    [
+        (lambda: dense(7), {"input_shape": (9,)}, "keras.Input"),
+        (lambda: keras.Input((9,)), {}, "a Keras 3 model"),
+        (lambda: "model.keras", {}, "load_model"),
+    ],
+)
+def test_what_is_no_model_or_layer(make, arguments, says):
+    with pytest.raises(TypeError, match=says):
+        tfmot.prune_low_magnitude(make(), **arguments)
+
+
+def image_model(*inner):
+    return keras.Sequential([keras.Input((8, 8, 3)), *inner])
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "says"),
+    [
+        (lambda: keras.Sequential([layers.Dense(7)]), {}, "no weights yet"),
+        (lambda: image_model(layers.Flatten()), {}, "nothing to prune"),
+        (
+            lambda: image_model(layers.Dense(2), layers.Conv2D(2, 3)),
+            {"block_size": (1, 4)},
+            "2 axes",
+        ),
+        (
+            lambda: keras.Sequential([keras.Input((8, 3)), layers.Conv1D(2, 3)]),
+            {"sparsity_m_by_n": (2, 4)},
+            "2 or 4 axes",
+        ),
+        (lambda: Mine(7), {}, "prunable_weights"),
+        (lambda: Unknown(), {}, "before it is built"),
+        (lambda: keras.Sequential([keras.Input((9,)), Unknown()]), {}, "not supported"),
+        (lambda: layers.MultiHeadAttention(2, 4), {}, "before it is built"),
+    ],
+)
+def test_what_cannot_be_pruned(make, arguments, says):
+    with pytest.raises(ValueError, match=says):
+        tfmot.prune_low_magnitude(model := make(), **arguments)
+    if model.built:
+        assert not keras_dst.surgery.is_sparse(model)
+
+
+def test_a_model_under_another_method():
+    model = dense(8, 7)
+    keras_dst.sparsify(model, keras_dst.methods.DST())
+    with pytest.raises(ValueError, match="sparse already"):
+        tfmot.prune_low_magnitude(model)
+
+
+# -- XNNPACK -------------------------------------------------------------------------------------
+
+
+def xnnpack(pad=1, strides=2, body=(), end=None, channels=3):
+    body = body or [layers.Conv2D(8, 1, name="pruned"), layers.ReLU()]
+    return keras.Sequential(
+        [
+            keras.Input((16, 16, channels)),
+            layers.ZeroPadding2D(pad),
+            layers.Conv2D(4, 3, strides=strides),
+            layers.BatchNormalization(),
+            layers.Activation("relu6"),
+            *body,
+            end or layers.GlobalAveragePooling2D(),
+            layers.Dense(2),
+        ]
+    )
+
+
+POLICY = tfmot.PruneForLatencyOnXNNPack()
+
+
+def test_the_policy_prunes_1x1_convolutions():
+    model = xnnpack()
+    tfmot.prune_low_magnitude(model, pruning_policy=POLICY)
+    assert pruned_names(model) == ["pruned"]
+    inputs = keras.Input((16, 16, 3))
+    z = layers.Conv2D(4, 3, strides=2)(layers.ZeroPadding2D(1)(inputs))
+    gate = layers.GlobalAveragePooling2D(keepdims=True)(z)
+    z = z * layers.Conv2D(4, 1, activation="sigmoid", name="gate")(gate)
+    z = layers.DepthwiseConv2D(5, 2)(layers.ZeroPadding2D(2)(z)) + 1.0
+    model = keras.Model(inputs, layers.GlobalAveragePooling2D()(z))
+    tfmot.prune_low_magnitude(model, pruning_policy=POLICY)
+    assert pruned_names(model) == ["gate"]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: xnnpack(pad=2), "begins as XNNPACK"),
+        (lambda: xnnpack(strides=1), "begins as XNNPACK"),
+        (lambda: xnnpack(channels=1), "begins as XNNPACK"),
+        (lambda: xnnpack(end=layers.GlobalMaxPooling2D()), "ends as XNNPACK"),
+        (lambda: xnnpack(body=[layers.Conv2D(4, 3, name="wide")]), "'wide' has no sparse form"),
+        (lambda: xnnpack(body=[layers.DepthwiseConv2D(3, 2, "same")]), "no sparse form"),
+        (lambda: xnnpack(body=[layers.Softmax()]), "no sparse form"),
+        (lambda: xnnpack(body=[layers.BatchNormalization(axis=1)]), "no sparse form"),
+        (lambda: xnnpack(body=[layers.ReLU()]), "nothing to prune"),
+        (models.Subclassed, "a call of its own"),
+    ],
+)
+def test_models_that_the_policy_does_not_suit(make, says):
+    model = make()
+    if not model.built:
+        model(np.zeros((1, 8, 8, 3), "float32"))
+    with pytest.raises(ValueError, match=says):
+        tfmot.prune_low_magnitude(model, pruning_policy=POLICY)
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+KERNEL = np.array([[1, 0], [0, -2], [3, 0]], "float32")
+WRAPPED = {
+    "class_name": "PruneLowMagnitude",
+    "config": {
+        "name": "prune_low_magnitude_d",
+        "layer": {
+            "class_name": "Dense",
+            "config": {"name": "d", "units": 2, "batch_input_shape": [None, 3]},
+        },
+        "pruning_schedule": {
+            "class_name": "ConstantSparsity",
+            "config": {"target_sparsity": 0.5, "begin_step": 0, "end_step": -1, "frequency": 5},
+        },
+        "block_size": [1, 1],
+        "block_pooling_type": "AVG",
+    },
+}
+
+
+def file_of(path, layer=WRAPPED, kernel=KERNEL):
+    """An .h5 file as tf_keras writes it, of one layer."""
+    inputs = {"class_name": "InputLayer", "config": {"name": "i", "batch_input_shape": [None, 3]}}
+    config = {"name": "m", "layers": [inputs, layer]}
+    weights = {
+        "d/kernel:0": kernel,
+        "d/bias:0": np.array([5, 6], "float32"),
+        "prune_low_magnitude_d/mask:0": (KERNEL != 0).astype("float32"),
+        "prune_low_magnitude_d/threshold:0": np.float32(1),
+        "prune_low_magnitude_d/pruning_step:0": np.int64(7),
+    }
+    with h5py.File(path, "w") as file:
+        file.attrs["model_config"] = json.dumps({"class_name": "Sequential", "config": config})
+        group = file.create_group("model_weights")
+        group.attrs["layer_names"] = [layer["config"]["name"]]
+        own = group.create_group(layer["config"]["name"])
+        own.attrs["weight_names"] = list(weights)
+        for name, value in weights.items():
+            own[name] = value
+    return path
+
+
+def test_a_file_of_tfmot(tmp_path):
+    model = tfmot.load(file_of(tmp_path / "pruned.h5"))
+    (layer,) = model.layers
+    ((_, raw, state),) = layer.masked_weights()
+    np.testing.assert_array_equal(raw.numpy(), KERNEL)
+    np.testing.assert_array_equal(state["mask"].numpy(), KERNEL != 0)
+    assert layer.sparsity == tfmot.PruneLowMagnitude(tfmot.ConstantSparsity(0.5, 0, -1, 5))
+    assert layer.name == "d"
+    one = np.ones((1, 3), "float32")
+    np.testing.assert_array_equal(model.predict(one, verbose=0), [[9, 4]])
+
+    compiled(model, keras.optimizers.SGD(0.0))
+    callback = [tfmot.UpdatePruningStep()]
+    model.fit(np.ones((4, 3)), np.ones((4, 2)), batch_size=1, verbose=0, callbacks=callback)
+    assert state["progress"].numpy()[0] == 11
+    # At step 10 three of six are kept, and all zeros would tie with the fourth.
+    np.testing.assert_array_equal(state["mask"].numpy(), KERNEL != 0)
+    assert type(tfmot.strip_pruning(model).layers[0]) is layers.Dense
+
+
+def changed(**config):
+    inner = {**WRAPPED["config"]["layer"]["config"], **config}
+    layer = {**WRAPPED["config"]["layer"], "config": inner}
+    return {**WRAPPED, "config": {**WRAPPED["config"], "layer": layer}}
+
+
+LAMBDA = {"class_name": "Lambda", "config": {"name": "d", "function": ["4wEA", None, None]}}
+LAMBDA_INSIDE = {"class_name": "__lambda__", "config": {"value": "4wEA"}}
+FOREIGN = {"class_name": "Popen", "module": "subprocess", "config": {"args": ["true"]}}
+SCHEDULE = {"class_name": "Mine", "config": {}}
+
+
+@pytest.mark.parametrize(
+    ("layer", "says"),
+    [
+        (LAMBDA, "runs code from the file"),
+        (changed(activation=LAMBDA_INSIDE), "neither of Keras 3 nor registered"),
+        (changed(kernel_initializer=FOREIGN), "neither of Keras 3 nor registered"),
+        ({**FOREIGN, "config": {"name": "d"}}, "neither of Keras 3 nor registered"),
+        (changed(time_major=True), "time_major=True"),
+        (changed(units=4), "shapes"),
+        (
+            {**WRAPPED, "config": {**WRAPPED["config"], "pruning_schedule": SCHEDULE}},
+            "a schedule 'Mine'",
+        ),
+    ],
+)
+def test_files_that_are_refused(tmp_path, layer, says):
+    with pytest.raises(ValueError, match=says):
+        tfmot.load(file_of(tmp_path / "pruned.h5", layer))
+
+
+def test_what_is_no_file_of_a_model(tmp_path):
+    with pytest.raises(ValueError, match="Save the model"):
+        tfmot.load(tmp_path)
+    (tmp_path / "text.h5").write_text("text")
+    with pytest.raises(ValueError, match="neither"):
+        tfmot.load(tmp_path / "text.h5")
+    with h5py.File(tmp_path / "weights.h5", "w"):
+        pass
+    with pytest.raises(ValueError, match="no model"):
+        tfmot.load(tmp_path / "weights.h5")
+
+
+# -- the page ------------------------------------------------------------------------------------
+
+
+def test_the_page():
+    names = {}
+    for info, code in blocks("tfmot.md"):
+        if info in ("", keras.backend.backend()):
+            exec(code, names)
+    assert pruned_names(names["some"]) == [names["some"].layers[0].name]
+    assert tfmot.is_pruned(names["mixer"])
+    for name in ("looped", "model"):
+        if name in names:
+            assert keras_dst.report(names[name]).sparsity == pytest.approx(0.8, abs=0.01)

@@ -1,0 +1,138 @@
+"""Trains nets with real tfmot and tf_keras, in an environment of its own, for test_tfmot_parity.py.
+
+`python tests/tfmot_worker.py FOLDER` leaves for every case a file `CASE.npz` with the weights it
+began with, the masks of every step and the weights after it, and `CASE.EXTENSION` with the model
+after the first epoch.
+"""
+
+import os
+import sys
+
+import numpy as np
+
+BATCH, BATCHES, EPOCHS = 8, 13, 2  # an odd number, so that turns fall on the ends of epochs too
+SGD = ("SGD", {"learning_rate": 0.5})
+ADAM = ("Adam", {"learning_rate": 0.02})
+MOMENTUM = ("SGD", {"learning_rate": 0.2, "momentum": 0.9})
+CONSTANT = ("ConstantSparsity", {"target_sparsity": 0.55, "begin_step": 3, "frequency": 4})
+EVERY = ("ConstantSparsity", {"target_sparsity": 0.7, "begin_step": 0, "frequency": 1})
+DECAY = (
+    "PolynomialDecay",
+    {
+        "initial_sparsity": 0.1,
+        "final_sparsity": 0.8,
+        "begin_step": 2,
+        "end_step": 20,
+        "frequency": 3,
+    },
+)
+# name: (net, schedule, other arguments of prune_low_magnitude, optimiser, format of the file)
+CASES = {
+    "every-step": ("dense", EVERY, {}, MOMENTUM, "h5"),
+    "regularised": ("regularised", DECAY, {}, ADAM, "keras"),
+    "nested": ("nested", CONSTANT, {}, SGD, "h5"),
+    "recurrent": ("recurrent", DECAY, {}, ADAM, "keras"),
+    "convolutions": ("convolutions", DECAY, {}, SGD, "h5"),
+    "blocks-avg": ("dense", DECAY, {"block_size": (4, 2)}, SGD, "keras"),
+    "blocks-max": (
+        "dense",
+        CONSTANT,
+        {"block_size": (3, 2), "block_pooling_type": "MAX"},
+        SGD,
+        "h5",
+    ),
+    # Of sparsity_m_by_n there is nothing in tfmot's files.
+    "2-of-4": ("image", CONSTANT, {"sparsity_m_by_n": (2, 4)}, SGD, None),
+}
+SHAPES = {"convolutions": (6, 6, 6), "image": (6, 6, 6), "recurrent": (5, 6)}
+
+
+def net(keras, name):
+    """The same net of Keras 2 or 3."""
+    layers = keras.layers
+    inputs = keras.Input(SHAPES.get(name, (10,)))
+    if name in ("dense", "regularised"):
+        decay = keras.regularizers.L2(0.1) if name == "regularised" else None
+        x = layers.Dense(7, activation="tanh", kernel_regularizer=decay)(inputs)
+        x = layers.Dense(9, activation="tanh")(x)
+    elif name == "image":
+        x = layers.Flatten()(layers.Conv2D(4, 3, activation="tanh")(inputs))
+    elif name == "convolutions":
+        x = layers.Conv2D(4, 3, activation="tanh")(inputs)
+        x = layers.BatchNormalization()(x)
+        y = layers.SeparableConv2D(4, 3, padding="same")(x)
+        x = layers.Add()([layers.DepthwiseConv2D(3, padding="same")(x), y])
+        x = layers.GlobalAveragePooling2D()(layers.Conv2DTranspose(4, 3)(x))
+    elif name == "recurrent":
+        x = layers.SimpleRNN(5, return_sequences=True)(inputs)
+        x = layers.Flatten()(layers.MultiHeadAttention(2, 3)(x, x))
+    else:
+        inner = keras.Sequential(
+            [keras.Input((10,)), layers.Dense(10, "tanh"), layers.Dense(10, "tanh")]
+        )
+        x = layers.Dense(10)(inner(inputs))
+    return keras.Model(inputs, layers.Dense(3)(x))
+
+
+def data(name):
+    """Inputs and labels for all steps, from first to last."""
+    rng = np.random.default_rng(0)
+    size = BATCH * BATCHES * EPOCHS
+    x = rng.standard_normal((size, *SHAPES.get(name, (10,)))).astype("float32")
+    return x, rng.standard_normal((size, 3)).astype("float32")
+
+
+def train(case, folder):
+    import tensorflow_model_optimization as tfmot
+    import tf_keras
+
+    kind, (schedule, steps), arguments, (optimizer, rates), extension = CASES[case]
+    sparsity = tfmot.sparsity.keras
+    tf_keras.utils.set_random_seed(0)
+    model = net(tf_keras, kind)
+    start = [w.numpy() for w in model.weights]
+    schedule = getattr(sparsity, schedule)(**steps)
+    model = sparsity.prune_low_magnitude(model, schedule, **arguments)
+    model.compile(getattr(tf_keras.optimizers, optimizer)(**rates), "mse")
+    masks, weights = [], []
+
+    def wrappers(model):
+        for layer in model.layers:
+            if isinstance(layer, tf_keras.Model):
+                yield from wrappers(layer)
+            elif getattr(layer, "pruning_vars", None):
+                yield layer
+
+    class Record(tf_keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            found = [pair for layer in wrappers(self.model) for pair in layer.pruning_vars]
+            masks.append([mask.numpy() for _, mask, _ in found])
+            weights.append([w.numpy() for w, _, _ in found])
+
+    x, y = data(kind)
+    for epoch in range(EPOCHS):
+        part = slice(epoch * BATCH * BATCHES, (epoch + 1) * BATCH * BATCHES)
+        model.fit(
+            x[part],
+            y[part],
+            batch_size=BATCH,
+            shuffle=False,
+            verbose=0,
+            callbacks=[sparsity.UpdatePruningStep(), Record()],
+        )
+        if epoch == 0:
+            predicted = model(x).numpy()
+            if extension:
+                model.save(os.path.join(folder, f"{case}.{extension}"))
+    record = {"predicted": predicted, "final": model(x).numpy()}
+    record.update({f"start_{i}": w for i, w in enumerate(start)})
+    for step, (mine, values) in enumerate(zip(masks, weights), 1):
+        record.update({f"mask_{step}_{i}": m.astype(bool) for i, m in enumerate(mine)})
+        record.update({f"weight_{step}_{i}": w for i, w in enumerate(values)})
+    np.savez(os.path.join(folder, f"{case}.npz"), **record)
+
+
+if __name__ == "__main__":
+    os.environ["TF_USE_LEGACY_KERAS"] = "1"
+    for each in CASES:
+        train(each, sys.argv[1])
