@@ -350,12 +350,12 @@ class _Ranking:
         """Masks of the first of the best entries of every tensor."""
         tops = self._by_tensor([ops.max(s, axis=1) for s in self.scores], ops.max, -np.inf)
         last = np.iinfo("int32").max
-        where = [
-            ops.where(s >= self._of(b, tops), b.positions(), last)
+        first = [
+            ops.min(ops.where(s >= self._of(b, tops), b.positions(), last), axis=1)
             for b, s in zip(self.bundles, self.scores)
         ]
-        first = self._by_tensor([ops.min(w, axis=1) for w in where], ops.min, last)
-        return [w == self._of(b, first) for b, w in zip(self.bundles, where)]
+        first = self._by_tensor(first, ops.min, last)
+        return [b.positions() == self._of(b, first) for b in self.bundles]
 
     def put_first(self, masks):
         """Raise some scores above all others."""
