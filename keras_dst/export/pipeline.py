@@ -1,43 +1,99 @@
-"""Model to file: convert, choose, encode, verify, and only then write."""
+"""Model to file: convert, choose, encode, verify, write, and only then measure and report."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import keras
 
-from keras_dst.export.choose import Choice, choose, encoded
+from keras_dst.export import encode
+from keras_dst.export.choose import Choice, Goal, Plan, choose
 from keras_dst.export.convert import to_tflite
+from keras_dst.export.cost import CPUS, Modelled, this_cpu
+from keras_dst.export.measure import latencies
 from keras_dst.export.report import ExportError, ExportReport, TensorReport, gzip_bytes
-from keras_dst.export.verify import Case, deviation, keras_cases
+from keras_dst.export.verify import Case, Deviation, deviation, keras_cases, own_cases
 from keras_dst.files import whole_or_not
 
+#: The largest error against Keras that passes by default, by what is rounded.
+TOLERANCES = {None: 1e-4, "weights": 0.1, "full": 0.1}
+#: The largest error against a dense file of the same rounded weights.
+_EXACT = 1e-4
+#: The same where the runtime rounds the inputs of an op as well, each a little to either side.
+_ROUNDED_INPUTS = 1e-2
 
-def export(model: keras.Model, path: Path, inputs: Any, tolerance: float) -> ExportReport:
+
+@dataclass(frozen=True)
+class Settings:
+    """What `keras_dst.export_tflite` was asked for, checked."""
+
+    tolerance: float
+    optimize: str = "balanced"
+    target: str = "host"
+    measure: bool = True
+    threads: int = 1
+    batch: int = 1
+    quantize: str | None = None
+
+    def goal(self) -> Goal:
+        """What the choice of forms is for."""
+        here = this_cpu()
+        cpus = {"host": [here], "arm": ["arm"], "any": sorted({here, "arm"})}[self.target]
+        measured = functools.partial(latencies, threads=self.threads, batch=self.batch)
+        clocks = [
+            measured if self.measure and cpu == here else Modelled(CPUS[cpu], self.batch)
+            for cpu in cpus
+        ]
+        return Goal(self.optimize, tuple(clocks), self.quantize == "weights")
+
+
+def export(
+    model: keras.Model,
+    path: Path,
+    inputs: Any,
+    settings: Settings,
+    progress: Callable[[str], None],
+) -> ExportReport:
     """What `keras_dst.export_tflite` does once its arguments have been checked."""
+    progress("converting")
     dense = to_tflite(model)
-    choices = choose(dense)
-    content = encoded(dense, choices)
+    plan = choose(dense, settings.goal(), progress)
+    progress("comparing with the model")
     cases = keras_cases(model, dense, inputs)
-    found = deviation(content, cases)
-    if found.error > tolerance:
+    wrong = _fault(dense, plan, cases, settings.tolerance)
+    if wrong:
         raise ExportError(
-            f"Expected {path.name} to compute what the Keras model does, within {tolerance:.0e}. "
-            f"Received: an error of {found.error:.1e} in {found.where}. Nothing was written. "
-            + _culprit(dense, choices, cases, tolerance)
+            f"Expected {path.name} to compute what the Keras model does, within "
+            f"{settings.tolerance:.0e}. Received: an error of {wrong.error:.1e} in {wrong.where}. "
+            f"Nothing was written. {_culprit(dense, plan.choices, cases, settings.tolerance)}"
         )
     with whole_or_not(path) as unfinished:
-        unfinished.write_bytes(content)
+        unfinished.write_bytes(plan.content)
     return ExportReport(
         path=path,
-        bytes=len(content),
-        gzip_bytes=gzip_bytes(content),
+        bytes=len(plan.content),
+        gzip_bytes=gzip_bytes(plan.content),
         dense_bytes=len(dense),
         dense_gzip_bytes=gzip_bytes(dense),
-        tensors=[_tensor_report(choice) for choice in choices],
-        max_error=found.error,
+        tensors=[_tensor_report(choice) for choice in plan.choices],
+        max_error=deviation(plan.content, cases).error,
     )
+
+
+def _fault(dense: bytes, plan: Plan, cases: list[Case], tolerance: float) -> Deviation | None:
+    """What is wrong with a file: it is far from Keras, or from a dense one of the same weights."""
+    found = deviation(plan.content, cases)
+    forms = {choice.weight.buffer: choice.form for choice in plan.choices if choice.form}
+    if found.error <= tolerance and any(form.int8 for form in forms.values()):
+        rounded = deviation(plan.content, own_cases(encode.stored_dense(dense, forms), cases))
+        hybrid = any(form.int8 and not form.unpack for form in forms.values())
+        if rounded.error > (_ROUNDED_INPUTS if hybrid else _EXACT):
+            return replace(rounded, where=f"{rounded.where}, against the same weights stored dense")
+    return found if found.error > tolerance else None
 
 
 def _culprit(dense: bytes, choices: list[Choice], cases: list[Case], tolerance: float) -> str:
@@ -51,11 +107,16 @@ def _culprit(dense: bytes, choices: list[Choice], cases: list[Case], tolerance: 
     guilty = [
         f"{choice.weight.name!r} ({choice.weight.op}, {choice.form})"
         for choice in choices
-        if deviation(encoded(dense, [choice]), cases).error > tolerance
+        if choice.form and _fault(dense, _alone(dense, choice), cases, tolerance)
     ]
     if not guilty:
         return "The dense conversion agrees, and so does every sparse weight alone."
     return f"The dense conversion agrees; at fault: {', '.join(guilty)}."
+
+
+def _alone(dense: bytes, choice: Choice) -> Plan:
+    assert choice.form
+    return Plan([choice], encode.encode(dense, {choice.weight.buffer: choice.form}))
 
 
 def _tensor_report(choice: Choice) -> TensorReport:
