@@ -113,7 +113,9 @@ def choose(
     for number, weight in enumerate(weights, start=1):
         progress(f"weight {number} of {len(weights)}: {weight.name}")
         options.append(_options(model, weight, goal))
-    unpacked = [[choice for choice in ways if _is_dense_at_work(choice)] for ways in options]
+    unpacked = [
+        [way for way in ways if _is_dense_at_work(way.weight, way.form)] for ways in options
+    ]
     plans = [
         _plan(content, options, goal),
         _plan(content, unpacked, replace(goal, optimize="size")),
@@ -142,8 +144,10 @@ def _encoded(content: bytes, choices: list[Choice]) -> Plan:
     return Plan(choices, encode.encode(content, forms) if forms else content)
 
 
-def _is_dense_at_work(choice: Choice) -> bool:
-    return choice.form is None or choice.form.unpack
+def _is_dense_at_work(weight: Weight, form: Form | None) -> bool:
+    """Whether the ops compute as on the dense weight, by the same kernel."""
+    other_kernel = weight.values.dtype == np.int8 and weight.op == "FULLY_CONNECTED"
+    return form is None or (form.unpack and not other_kernel)
 
 
 def _without_densify(ways: list[Choice]) -> list[Choice]:
@@ -160,13 +164,15 @@ def _options(model: schema.ModelT, weight: Weight, goal: Goal) -> list[Choice]:
     piece = flat.readers(model, weight.buffer)
     dense = flat.write(piece)
     forms = right_forms(weight, piece, goal.int8)
+    if not forms:
+        return [Choice(weight, None, bytes_dense, "an int8 weight of an op on floats")]
     files = {form: encode.encode(dense, {weight.buffer: form}) for form in forms}
     sizes = {form: bytes_dense + len(file) - len(dense) for form, file in files.items()}
     smaller = [form for form in forms if sizes[form] < bytes_dense]
     if not smaller:
         reason = f"{forms[0]} is no smaller: {sizes[forms[0]]:,} bytes"
         return [Choice(weight, None, bytes_dense, reason)]
-    direct = [form for form in smaller if not form.unpack]
+    direct = [form for form in smaller if not _is_dense_at_work(weight, form)]
     timed = goal.slowness([dense, *(files[form] for form in direct)]) if direct else [1.0]
     slow = dict(zip(direct, timed[1:]))
     choices = [Choice(weight, form, sizes[form], "", slow.get(form, 1.0)) for form in smaller]
@@ -177,15 +183,17 @@ def right_forms(weight: Weight, piece: schema.ModelT, int8: bool) -> list[Form]:
     """The forms in which the ops read a weight rightly, on every CPU as far as each op goes.
 
     Args:
-        weight: a float32 weight.
+        weight: a float32 or int8 weight.
         piece: the ops that read it.
         int8: whether its values may be rounded.
     """
-    int8 = int8 and bool(np.isfinite(weight.values).all())
-    shape = weight.values.shape
+    if weight.values.dtype == np.int8:
+        return _right_forms_of_int8(weight, piece)
+    shape, kinds = weight.values.shape, {kind for kind, _ in weight.readers}
+    # XNNPACK takes the DEQUANTIZE before a TRANSPOSE_CONV that it does not take: garbage.
+    int8 = int8 and "TRANSPOSE_CONV" not in kinds and bool(np.isfinite(weight.values).all())
     forms = [Form(block, unpack=True) for block in (1, 4) if shape[-1] % block == 0]
     forms += [Form(block, unpack=True, int8=True) for block in (1, 0) if int8]
-    kinds = {kind for kind, _ in weight.readers}
     convolved = kinds == {"CONV_2D"}
     if convolved and all(
         im2col.suits(graph, op, shape) for graph in piece.subgraphs for op in graph.operators
@@ -202,10 +210,18 @@ def right_forms(weight: Weight, piece: schema.ModelT, int8: bool) -> list[Form]:
     return forms
 
 
+def _right_forms_of_int8(weight: Weight, piece: schema.ModelT) -> list[Form]:
+    for graph in piece.subgraphs:
+        if any(graph.tensors[i].type != schema.TensorType.INT8 for i in graph.outputs):
+            return []
+    blocks = weight.op == "FULLY_CONNECTED" and weight.values.shape[1] % 16 == 0
+    return [Form(1, unpack=True)] + [Form(16, unpack=False)] * blocks
+
+
 def _obstacle(weight: Weight) -> str:
     """What keeps a weight from having another form than its own."""
-    if weight.values.dtype != np.float32:
-        return f"{weight.values.dtype}: only float32 is encoded"
+    if weight.values.dtype == np.float16:
+        return "float16: only float32 and int8 are encoded"
     if len({tuple(tensor.shape) for tensor in weight.tensors}) > 1:
         return "read in several shapes"
     for op, slot in weight.readers:

@@ -23,7 +23,8 @@ WEIGHT_OPS = frozenset({"FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "TRAN
 #: The input of each of these ops that holds its weight.
 WEIGHT_SLOT = 1
 
-# XNNPACK takes the op in every other version, and reads the compressed bytes as a dense matrix.
+# XNNPACK takes the op in every other version, and reads the compressed bytes as a dense matrix; and
+# it refuses one on int8 weights behind DENSIFY.
 SPARSE_FULLY_CONNECTED_VERSION = 8
 
 _NUMPY = {
@@ -206,6 +207,7 @@ def _connect(
     """Lets the readers of changed tensors read them: directly, or once they are unpacked."""
     operators: list[schema.OperatorT] = []
     unpacked: dict[int, int] = {}
+    version = SPARSE_FULLY_CONNECTED_VERSION
     for op in graph.operators:
         op.inputs = np.array([] if op.inputs is None else op.inputs, np.int32)  # can be written
         for slot, index in ((s, int(i)) for s, i in enumerate(op.inputs) if i in changed):
@@ -215,14 +217,15 @@ def _connect(
                     made, unpacked[index] = _unpack(model, graph, index, form)
                     operators += made
                 op.inputs[slot] = unpacked[index]
+                if op_name(model, op) == "FULLY_CONNECTED" and weight.values.dtype == np.int8:
+                    op.opcodeIndex = op_code(model, "FULLY_CONNECTED", version)
             elif form.im2col:
                 _check_reader(model, op, slot, "CONV_2D", form)
-                version = SPARSE_FULLY_CONNECTED_VERSION
                 *before, op = im2col.lower(model, graph, op, weight.values.shape, version)
                 operators += before
             else:
                 _check_reader(model, op, slot, "FULLY_CONNECTED", form)
-                op.opcodeIndex = op_code(model, "FULLY_CONNECTED", SPARSE_FULLY_CONNECTED_VERSION)
+                op.opcodeIndex = op_code(model, "FULLY_CONNECTED", version)
         operators.append(op)
     graph.operators = operators
 

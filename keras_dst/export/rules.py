@@ -140,7 +140,9 @@ def _densified_integers(model, graph) -> Iterator[Finding]:
             continue
         if type_name(graph.tensors[inputs[WEIGHT_SLOT]]) == "int8":
             float_output = type_name(graph.tensors[op.outputs[0]]) == "float32"
-            if float_output or kind == "FULLY_CONNECTED":
+            version = model.operatorCodes[op.opcodeIndex].version
+            taken = kind != "FULLY_CONNECTED" or version != SPARSE_FULLY_CONNECTED_VERSION
+            if taken and (float_output or kind == "FULLY_CONNECTED"):
                 found = "reads int8 weights behind DENSIFY, which XNNPACK refuses to prepare"
                 fix = "Put DEQUANTIZE behind DENSIFY, or store the weights dense."
                 yield _error("densify-int8", _where(model, graph, op), found, fix)

@@ -26,6 +26,7 @@ def export_tflite(
     threads: int = 1,
     batch: int = 1,
     quantize: str | None = None,
+    representative: Any = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> ExportReport:
     """Writes a model as a ``.tflite`` file with sparse weights, after running and comparing it.
@@ -39,7 +40,8 @@ def export_tflite(
         inputs: samples to compare on, as for `model.predict`; the first 32 are used. Default:
             seeded random ones (floats: standard normal; integers: zeros and ones).
         tolerance: largest error that passes, ``max|y - y_keras| / max(max|y_keras|, 1e-6)`` of
-            every output. Default: 1e-4, and 0.1 where values are rounded to 8 bits.
+            every output. Default: 1e-4; with ``quantize`` 0.1 for weights, 0.3 in full.
+            The file must then also be close to a dense one of the same rounded weights.
         optimize: what the form of every weight is chosen for. ``"latency"``: the fastest, and of
             equally fast ones the smallest. ``"size"``: the smallest, and of equally small ones the
             fastest. ``"balanced"``: the least product of bytes and latency, of the forms that are
@@ -51,7 +53,10 @@ def export_tflite(
         threads: threads of the interpreter, for measuring.
         batch: batch size for measuring, where the model leaves it open.
         quantize: what may be rounded to 8 bits. None: nothing. ``"weights"``: weights, one by one
-            where that is better; zeros stay zeros.
+            where that is better. ``"full"``: all values, by the converter of TensorFlow, with
+            ranges from ``representative``. Zeros stay zeros.
+        representative: samples of what the model will be used on, as for `model.predict`, for
+            ``quantize="full"``. Then they are the default of ``inputs`` too.
         progress: called with a line on what is being done.
 
     Returns:
@@ -73,19 +78,25 @@ def export_tflite(
     file = _checked_path(path)
     _check_option("optimize", optimize, ("latency", "size", "balanced"))
     _check_option("target", target, ("host", "arm", "any"))
-    _check_option("quantize", quantize, (None, "weights"))
+    _check_option("quantize", quantize, (None, "weights", "full"))
     for name, number in (("threads", threads), ("batch", batch)):
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"Expected {name} of 1 or more. Received: {name}={number!r}.")
+    if (quantize == "full") != (representative is not None):
+        raise ValueError(
+            "Expected representative samples with quantize='full', and only then. Received: "
+            f"quantize={quantize!r}, representative "
+            f"{'missing' if representative is None else 'given'}. "
+            "Fix: pass representative=x[:200], say, of the training data."
+        )
     if tolerance is not None and not 0 <= tolerance < float("inf"):
         raise ValueError(f"Expected a finite tolerance of 0 or more. Received: {tolerance}.")
     check_installed("tensorflow", "ai_edge_litert", "flatbuffers")
     # Not above: keras_dst works without these packages until something is exported.
     from keras_dst.export.pipeline import TOLERANCES, Settings, export
 
-    if tolerance is None:
-        tolerance = TOLERANCES[quantize]
-    settings = Settings(tolerance, optimize, target, measure, threads, batch, quantize)
+    limit = TOLERANCES[quantize] if tolerance is None else tolerance
+    settings = Settings(limit, optimize, target, measure, threads, batch, quantize, representative)
     return export(model, file, inputs, settings, progress)
 
 

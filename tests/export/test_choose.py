@@ -92,10 +92,16 @@ def test_dense_where_the_op_that_unpacks_costs_more_than_it_saves():
     assert (choice.form, choice.reason[:24]) == (None, "csr+densify is no smalle")
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.int8])
-def test_only_float32_is_encoded(dtype):
+@pytest.mark.parametrize(
+    ("dtype", "reason"),
+    [
+        (np.float16, "float16: only float32 and int8 are encoded"),
+        (np.int8, "an int8 weight of an op on floats"),
+    ],
+)
+def test_other_weights_of_float_ops_stay_dense(dtype, reason):
     choice = only(fully_connected(sparse_values((64, 128), 0.1).astype(dtype)))
-    assert (choice.form, choice.reason) == (None, f"{np.dtype(dtype)}: only float32 is encoded")
+    assert (choice.form, choice.reason) == (None, reason)
 
 
 def test_fully_connected_of_another_rank_stays_dense():

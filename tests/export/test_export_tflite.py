@@ -329,7 +329,7 @@ def converted(monkeypatch):
 
     def convert_to(weight):
         content = fully_connected(weight, name="dense/MatMul")
-        monkeypatch.setattr(pipeline, "to_tflite", lambda model: content)
+        monkeypatch.setattr(pipeline, "conversions", lambda model, kinds, _: [content] * len(kinds))
         return content
 
     convert_to(WEIGHT)
@@ -451,10 +451,10 @@ def test_a_new_file_has_the_usual_permissions(model, converted, path):
 
 @pytest.fixture
 def never_converted(monkeypatch):
-    def fail(model):
+    def fail(*_):
         raise AssertionError("converted before the arguments were checked")
 
-    monkeypatch.setattr(pipeline, "to_tflite", fail)
+    monkeypatch.setattr(pipeline, "conversions", fail)
 
 
 class Net(keras.Model):
