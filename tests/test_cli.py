@@ -63,9 +63,32 @@ def test_shrink(tmp_path):
 
 
 def test_export(saved, tmp_path, capsys):
-    assert cli.main(["export", str(saved), str(tmp_path / "model.tflite"), "--json"]) == 0
-    size = json.loads(capsys.readouterr().out)["bytes"]
-    assert size == (tmp_path / "model.tflite").stat().st_size
+    np.savez(tmp_path / "data.npz", x=np.ones((6, 8), "f"), y=np.zeros(6, int))
+    options = ["--optimize", "size", "--target", "any", "--quantize", "weights", "--threads", "2"]
+    options += ["--batch", "3", "--no-measure", "--evaluate", str(tmp_path / "data.npz"), "--json"]
+    assert cli.main(["export", str(saved), str(tmp_path / "model.tflite"), *options]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert report["bytes"] == (tmp_path / "model.tflite").stat().st_size
+    assert (report["threads"], report["batch"]) == (2, 3)
+    assert report["files"][-1]["latency"] is None
+    assert report["files"][-1]["accuracy"] in (0.0, 1.0)
+    assert err == ""
+
+
+def test_export_shows_progress_on_a_terminal(saved, tmp_path, capsys, monkeypatch):
+    def export(model, path, *, progress, representative, **options):
+        progress("weight 1 of 2")
+        assert representative.shape == (5, 8)
+        raise ValueError("no more")
+
+    np.save(tmp_path / "samples.npy", np.ones((5, 8)))
+    monkeypatch.setattr(keras_dst, "export_tflite", export)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    options = ["--quantize", "full", "--representative", str(tmp_path / "samples.npy")]
+    assert cli.main(["export", str(saved), str(tmp_path / "m.tflite"), *options]) == 1
+    err = capsys.readouterr().err
+    assert err == "\r\033[Kweight 1 of 2\r\033[Kkeras-dst export: no more\n"
 
 
 @pytest.fixture

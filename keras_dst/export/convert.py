@@ -70,7 +70,7 @@ def conversions(model: keras.Model, kinds: Sequence[str], samples: Any = None) -
             if here:
                 _quietly(convert_file, source, folder, kinds, samples)
             else:
-                _in_second_python(source, folder, kinds, samples)
+                _in_second_python(source, folder, kinds, _flat(model, samples))
         return [(folder / kind).read_bytes() for kind in kinds]
 
 
@@ -139,8 +139,17 @@ def _signature(model: keras.Model) -> Any:
     return keras.tree.pack_sequence_as(model.input, specs)
 
 
-def _in_second_python(source: Path, folder: Path, kinds: Sequence[str], samples: Any) -> None:
-    np.savez(folder / "samples.npz", *keras.tree.flatten(samples))
+def _flat(model: keras.Model, samples: Any) -> list:
+    """Samples in the order of the model's inputs, whatever structure they come in."""
+    if samples is None:
+        return []
+    from keras_dst.export.verify import declared
+
+    return keras.tree.flatten(declared(model, samples))
+
+
+def _in_second_python(source: Path, folder: Path, kinds: Sequence[str], samples: list) -> None:
+    np.savez(folder / "samples.npz", *samples)
     environment = {
         **os.environ,
         "KERAS_BACKEND": "tensorflow",

@@ -136,7 +136,14 @@ def latencies(contents: Sequence[bytes], *, threads: int = 1, batch: int = 1) ->
     Example:
         >>> dense, sparse = latencies([dense_bytes, sparse_bytes])
     """
-    _, interpreters = zip(*_loaded(contents, threads, batch))
+    return loads_and_latencies(contents, threads=threads, batch=batch)[1]
+
+
+def loads_and_latencies(
+    contents: Sequence[bytes], *, threads: int = 1, batch: int = 1
+) -> tuple[list[float], list[float]]:
+    """Seconds that loading each file took, and what `latencies` gives."""
+    loads, interpreters = zip(*_loaded(contents, threads, batch))
     times: list[list[float]] = []
     begin = time.perf_counter()
     for turn in _turns(interpreters):
@@ -145,7 +152,7 @@ def latencies(contents: Sequence[bytes], *, threads: int = 1, batch: int = 1) ->
             len(times) >= _LEAST_TURNS and time.perf_counter() - begin > _SECONDS
         ):
             break
-    return np.median(times, axis=0).tolist()
+    return list(loads), np.median(times, axis=0).tolist()
 
 
 def _turns(interpreters: Sequence[Interpreter]) -> Iterator[list[float]]:

@@ -1,22 +1,30 @@
-"""Model to file: convert, choose, encode, verify, write, and only then measure and report."""
+"""Model to file: convert, choose, encode, verify, measure, and only then write."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_dst.export import encode
 from keras_dst.export.choose import Choice, Goal, Plan, choose
 from keras_dst.export.convert import conversions
 from keras_dst.export.cost import CPUS, Modelled, this_cpu
-from keras_dst.export.measure import latencies
-from keras_dst.export.report import ExportError, ExportReport, TensorReport, gzip_bytes
-from keras_dst.export.verify import Case, Deviation, deviation, difference, keras_cases
+from keras_dst.export.measure import latencies, loads_and_latencies
+from keras_dst.export.memory import peak_memory
+from keras_dst.export.report import (
+    ExportError,
+    ExportReport,
+    FileReport,
+    TensorReport,
+    gzip_bytes,
+)
+from keras_dst.export.verify import Case, Deviation, deviation, difference, keras_cases, predictor
 from keras_dst.files import whole_or_not
 
 #: The largest error against Keras that passes by default, by what is rounded.
@@ -39,6 +47,7 @@ class Settings:
     batch: int = 1
     quantize: str | None = None
     representative: Any = None
+    evaluate: Any = None
 
     def goal(self) -> Goal:
         """What the choice of forms is for."""
@@ -61,9 +70,10 @@ def export(
 ) -> ExportReport:
     """What `keras_dst.export_tflite` does once its arguments have been checked."""
     progress("converting")
-    kinds = ["float32"] + ["int8"] * (settings.quantize == "full")
-    files = conversions(model, kinds, settings.representative)
-    dense, base = files[0], files[-1]
+    full = settings.quantize == "full"
+    kinds = ["float32"] + (["int8"] if full else ["dynamic"] * settings.measure)
+    files = dict(zip(kinds, conversions(model, kinds, settings.representative)))
+    dense, base = files["float32"], files["int8" if full else "float32"]
     plan = choose(base, settings.goal(), progress)
     progress("comparing with the model")
     cases = keras_cases(model, dense, settings.representative if inputs is None else inputs)
@@ -74,6 +84,8 @@ def export(
             f"{settings.tolerance:.0e}. Received: an error of {wrong.error:.1e} in {wrong.where}. "
             f"Nothing was written. {_culprit(base, plan.choices, cases, settings)}"
         )
+    progress("measuring")
+    compared = _compared(model, [*files.values(), plan.content], settings)
     with whole_or_not(path) as unfinished:
         unfinished.write_bytes(plan.content)
     return ExportReport(
@@ -84,7 +96,48 @@ def export(
         dense_gzip_bytes=gzip_bytes(dense),
         tensors=[_tensor_report(choice) for choice in plan.choices],
         max_error=deviation(plan.content, cases).error,
+        files=compared,
+        threads=settings.threads,
+        batch=settings.batch,
     )
+
+
+def _compared(model: keras.Model, contents: list[bytes], settings: Settings) -> list[FileReport]:
+    """The dense files and the one to be written, last, side by side."""
+    at = {"threads": settings.threads, "batch": settings.batch}
+    nothing: Sequence[None] = [None] * len(contents)
+    loads: Sequence[float | None] = nothing
+    times: Sequence[float | None] = nothing
+    memory: Sequence[int | None] = nothing
+    if settings.measure:
+        loads, times = loads_and_latencies(contents, **at)
+        memory = [peak_memory(content, **at) for content in contents]
+    accuracy = [_accuracy(model, content, settings.evaluate) for content in contents]
+    names = ["dense float32", *["dense int8"] * (len(contents) - 2), "this file"]
+    return [
+        FileReport(name, len(content), gzip_bytes(content), *figures)
+        for name, content, *figures in zip(names, contents, times, loads, memory, accuracy)
+    ]
+
+
+def _accuracy(model: keras.Model, content: bytes, evaluate: Any) -> float | None:
+    if evaluate is None:
+        return None
+    predict = predictor(model, content)
+    if callable(evaluate):
+        return float(evaluate(predict))
+    inputs, labels = evaluate
+    outputs = predict(inputs)
+    if isinstance(outputs, dict) or outputs.shape[-1] < 2:
+        raise ValueError(
+            "Expected a model with one output of a value per class for evaluate=(x, y). Received: "
+            f"{len(outputs) if isinstance(outputs, dict) else 'one'} output(s) of another kind. "
+            "Fix: pass evaluate=lambda predict: ..., which gives the metric."
+        )
+    labels = np.asarray(labels)
+    one_hot = labels.ndim == outputs.ndim and labels.shape[-1] == outputs.shape[-1]
+    classes = labels.argmax(-1) if one_hot else labels.reshape(outputs.shape[:-1])
+    return float((outputs.argmax(-1) == classes).mean())
 
 
 def _fault(base: bytes, plan: Plan, cases: list[Case], settings: Settings) -> Deviation | None:

@@ -27,6 +27,7 @@ def export_tflite(
     batch: int = 1,
     quantize: str | None = None,
     representative: Any = None,
+    evaluate: Any = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> ExportReport:
     """Writes a model as a ``.tflite`` file with sparse weights, after running and comparing it.
@@ -57,10 +58,14 @@ def export_tflite(
             ranges from ``representative``. Zeros stay zeros.
         representative: samples of what the model will be used on, as for `model.predict`, for
             ``quantize="full"``. Then they are the default of ``inputs`` too.
+        evaluate: what the accuracy in the report is found on: ``(x, y)``, with labels as integers
+            or one-hot; or a function of ``predict`` that gives a number, where ``predict`` takes
+            inputs as `model.predict` does and gives the outputs of a file. Default: none.
         progress: called with a line on what is being done.
 
     Returns:
-        An `ExportReport`: sizes, the form of every weight, the error.
+        An `ExportReport`: the form of every weight, the error; bytes, latency, load time, peak
+        memory and accuracy of the file beside those of dense ones.
 
     Raises:
         TypeError: ``model`` is not a Keras 3 model.
@@ -82,6 +87,12 @@ def export_tflite(
     for name, number in (("threads", threads), ("batch", batch)):
         if not isinstance(number, int) or number < 1:
             raise ValueError(f"Expected {name} of 1 or more. Received: {name}={number!r}.")
+    pair = isinstance(evaluate, tuple | list) and len(evaluate) == 2
+    if not (evaluate is None or callable(evaluate) or pair):
+        raise ValueError(
+            "Expected evaluate=(x, y), or a function of predict. "
+            f"Received: {type(evaluate).__name__}."
+        )
     if (quantize == "full") != (representative is not None):
         raise ValueError(
             "Expected representative samples with quantize='full', and only then. Received: "
@@ -96,7 +107,9 @@ def export_tflite(
     from keras_dst.export.pipeline import TOLERANCES, Settings, export
 
     limit = TOLERANCES[quantize] if tolerance is None else tolerance
-    settings = Settings(limit, optimize, target, measure, threads, batch, quantize, representative)
+    settings = Settings(
+        limit, optimize, target, measure, threads, batch, quantize, representative, evaluate
+    )
     return export(model, file, inputs, settings, progress)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,7 +87,7 @@ def keras_cases(model: keras.Model, content: bytes, inputs: Any = None) -> list[
     if inputs is None:
         samples = _random_samples(model, wanted, fixed if fixed > 0 else BATCH)
     else:
-        samples = _declared(model, keras.tree.map_structure(_sample_array, inputs))
+        samples = declared(model, keras.tree.map_structure(_sample_array, inputs))
     return [
         Case(_by_input_name(model, batch, wanted), _by_output_name(model(batch, training=False)))
         for batch in _batches(samples, fixed)
@@ -99,9 +99,21 @@ def named_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Samples one by one, or in batches of a fixed size, by the input names of a file."""
     wanted, fixed = _wanted(content)
-    samples = _declared(model, keras.tree.map_structure(np.asarray, inputs))
+    samples = declared(model, keras.tree.map_structure(np.asarray, inputs))
     for batch in _batches(samples, max(fixed, 1)):
         yield _by_input_name(model, batch, wanted)
+
+
+def predictor(model: keras.Model, content: bytes) -> Callable[[Any], Any]:
+    """Runs a file on inputs as for `model.predict`; gives its output, or a dict of several."""
+    runner = _runner(content, OpResolverType.AUTO)
+
+    def predict(inputs: Any) -> Any:
+        found = [runner(**batch) for batch in named_batches(model, content, inputs)]
+        outputs = {name: np.concatenate([each[name] for each in found]) for name in found[0]}
+        return next(iter(outputs.values())) if len(outputs) == 1 else outputs
+
+    return predict
 
 
 def _runner(content: bytes, resolver: OpResolverType) -> Any:
@@ -157,7 +169,7 @@ def _by_input_name(model: keras.Model, batch: Any, wanted: dict) -> dict[str, np
     return {name: array.astype(wanted[name]["dtype"]) for name, array in named}
 
 
-def _declared(model: keras.Model, inputs: Any) -> Any:
+def declared(model: keras.Model, inputs: Any) -> Any:
     """Arrays in the structure that the model declares, where it does; they may come by name."""
     symbolic, names = symbolic_inputs(model), input_names(model)
     if symbolic is None:

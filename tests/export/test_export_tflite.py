@@ -368,19 +368,49 @@ def test_report(model, converted, path):
     }
     assert plain["path"] == str(path)
 
-    *table, last = str(report).splitlines()
+    *tables, last = str(report).splitlines()
     assert last.startswith(f"model.tflite: {report.bytes:,} bytes (")
     assert f"({report.bytes / report.dense_bytes:.2f}x of dense, gzip 0." in last
     assert last.endswith(f"max error {report.max_error:.0e}")
-    cells = [cell.strip() for cell in table[-1].strip("|").split("|")]
-    assert cells[:5] == [
-        "dense/MatMul",
-        "FULLY_CONNECTED",
-        "64x32",
-        f"{tensor.density:.1%}",
-        "csr+densify",
-    ]
+    cells = [cell.strip() for cell in tables[2].strip("|").split("|")]
+    assert cells[:4] == ["dense/MatMul", "FULLY_CONNECTED", "64x32", f"{tensor.density:.1%}"]
+    assert cells[4] == tensor.encoding
+    assert [file.name for file in report.files] == ["dense float32", "this file"]
+    assert str(report).count("not measured") == 2 * 5
     assert "\x1b" not in str(report)
+
+
+def test_what_is_measured(model, converted, path, monkeypatch):
+    monkeypatch.setattr(
+        pipeline, "loads_and_latencies", lambda contents, **_: ([3, 2, 1], [4, 1, 2])
+    )
+    monkeypatch.setattr(pipeline, "peak_memory", lambda content, **_: 5_000_000)
+    monkeypatch.setattr(pipeline, "latencies", lambda contents, **_: [1.0] * len(contents))
+    x = np.random.default_rng(0).standard_normal((50, 32)).astype(np.float32)
+    y = model.predict(x, verbose=0).argmax(-1)
+    y[:10] += 1
+    for evaluate in ((x, y), (x, np.eye(65)[y][:, :64]), lambda f: np.mean(f(x).argmax(-1) == y)):
+        lines = []
+        report = export_tflite(model, path, measure=True, evaluate=evaluate, progress=lines.append)
+        _, int8, ours = report.files
+        assert (int8.name, ours.name) == ("dense int8", "this file")
+        assert (ours.latency, ours.load, ours.memory, ours.bytes) == (2, 1, 5_000_000, report.bytes)
+        assert [file.accuracy for file in report.files] == [0.8] * 3
+        assert lines[0] == "converting"
+        assert lines[-1] == "measuring"
+    row = next(line for line in str(report).splitlines() if "this file" in line)
+    assert "| 0.500 |" in row
+    assert "80.00%" in row
+
+
+def test_an_accuracy_that_means_nothing(model, converted, path):
+    with pytest.raises(ValueError, match=r"Expected evaluate=.x, y.*Received: str"):
+        export_tflite(model, path, evaluate="x")
+    narrow = keras.Sequential([keras.Input((32,)), layers.Dense(1, use_bias=False)])
+    converted(narrow.get_weights()[0].T.copy())
+    with pytest.raises(ValueError, match="one output of a value per class"):
+        export_tflite(narrow, path, evaluate=(np.ones((4, 32)), np.ones(4)))
+    assert is_untouched(path)
 
 
 def test_report_of_a_dense_model_gives_reasons(converted, tmp_path):

@@ -15,7 +15,7 @@ from keras_dst.export.encode import Form, encode, stored_dense, weights
 from keras_dst.export.flat import read
 
 from .graphs import AUTO, BUILTIN, File, convolution, fully_connected, ops, run, sparse_values
-from .test_export_tflite import encodings, export_tflite, on_tensorflow, prune
+from .test_export_tflite import encodings, export_tflite, prune
 
 SPARSE, DENSE = Form(1, unpack=True, int8=True), Form(0, unpack=True, int8=True)
 HYBRID = Form(16, unpack=False, int8=True)
@@ -181,8 +181,8 @@ def test_options_that_mean_nothing(converted, tmp_path, options, message):
         export_tflite(converted, tmp_path / "m.tflite", **options)
 
 
-@on_tensorflow
 def test_full_int8_by_the_converter(tmp_path):
+    """On every backend: on JAX and PyTorch the samples go to a second Python."""
     model = keras.Sequential(
         [
             keras.Input((8, 8, 16)),
