@@ -173,10 +173,16 @@ def _options(model: schema.ModelT, weight: Weight, goal: Goal) -> list[Choice]:
         reason = f"{forms[0]} is no smaller: {sizes[forms[0]]:,} bytes"
         return [Choice(weight, None, bytes_dense, reason)]
     direct = [form for form in smaller if not _is_dense_at_work(weight, form)]
-    timed = goal.slowness([dense, *(files[form] for form in direct)]) if direct else [1.0]
-    slow = dict(zip(direct, timed[1:]))
+    slow = dict(zip(direct, _slowness(dense, [files[form] for form in direct], goal)))
     choices = [Choice(weight, form, sizes[form], "", slow.get(form, 1.0)) for form in smaller]
     return [Choice(weight, None, bytes_dense, "the fastest"), *choices]
+
+
+def _slowness(dense: bytes, files: list[bytes], goal: Goal) -> list[float]:
+    try:
+        return goal.slowness([dense, *files])[1:] if files else []
+    except RuntimeError:  # the ops cannot run by themselves, as on inputs of unknown rank
+        return [float("inf")] * len(files)
 
 
 def right_forms(weight: Weight, piece: schema.ModelT, int8: bool) -> list[Form]:
@@ -192,8 +198,9 @@ def right_forms(weight: Weight, piece: schema.ModelT, int8: bool) -> list[Form]:
     shape, kinds = weight.values.shape, {kind for kind, _ in weight.readers}
     # XNNPACK takes the DEQUANTIZE before a TRANSPOSE_CONV that it does not take: garbage.
     int8 = int8 and "TRANSPOSE_CONV" not in kinds and bool(np.isfinite(weight.values).all())
-    forms = [Form(block, unpack=True) for block in (1, 4) if shape[-1] % block == 0]
-    forms += [Form(block, unpack=True, int8=True) for block in (1, 0) if int8]
+    unpacked = _unpacked_forms(weight)
+    forms = unpacked + [replace(form, int8=True) for form in unpacked if int8]
+    forms += [Form(0, unpack=True, int8=True)] * int8
     convolved = kinds == {"CONV_2D"}
     if convolved and all(
         im2col.suits(graph, op, shape) for graph in piece.subgraphs for op in graph.operators
@@ -215,7 +222,11 @@ def _right_forms_of_int8(weight: Weight, piece: schema.ModelT) -> list[Form]:
         if any(graph.tensors[i].type != schema.TensorType.INT8 for i in graph.outputs):
             return []
     blocks = weight.op == "FULLY_CONNECTED" and weight.values.shape[1] % 16 == 0
-    return [Form(1, unpack=True)] + [Form(16, unpack=False)] * blocks
+    return _unpacked_forms(weight) + [Form(16, unpack=False)] * blocks
+
+
+def _unpacked_forms(weight: Weight) -> list[Form]:
+    return [Form(block, unpack=True) for block in (1, 4) if weight.values.shape[-1] % block == 0]
 
 
 def _obstacle(weight: Weight) -> str:

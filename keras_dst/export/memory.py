@@ -24,8 +24,8 @@ def peak_memory(content: bytes, *, threads: int = 1, batch: int = 1) -> int | No
         path = Path(folder, "model.tflite")
         path.write_bytes(content)
         command = [sys.executable, "-P", __file__, str(path), str(threads), str(batch)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return None if done.returncode else int(done.stdout)
 
 
 def _main(path: str, threads: str, batch: str) -> None:

@@ -18,6 +18,7 @@ from .graphs import AUTO, BUILTIN, File, convolution, fully_connected, ops, run,
 from .test_export_tflite import encodings, export_tflite, prune
 
 SPARSE, DENSE = Form(1, unpack=True, int8=True), Form(0, unpack=True, int8=True)
+BLOCKS = Form(4, unpack=True, int8=True)
 HYBRID = Form(16, unpack=False, int8=True)
 
 
@@ -42,7 +43,7 @@ def test_rounding(seed, axis):
 
 
 @pytest.mark.parametrize("resolver", [AUTO, BUILTIN])
-@pytest.mark.parametrize("form", [SPARSE, DENSE], ids=str)
+@pytest.mark.parametrize("form", [SPARSE, BLOCKS, DENSE], ids=str)
 @pytest.mark.parametrize(
     "dense",
     [
@@ -114,8 +115,10 @@ def integers(op, weight):
     ("op", "shape", "block", "version"),
     [
         ("FULLY_CONNECTED", (24, 304), 1, 8),
+        ("FULLY_CONNECTED", (24, 304), 4, 8),
         ("FULLY_CONNECTED", (24, 304), 16, 8),
         ("CONV_2D", (16, 3, 3, 32), 1, 3),
+        ("CONV_2D", (16, 3, 3, 32), 4, 3),
     ],
 )
 def test_integers_stay_integers(op, shape, block, version):
@@ -123,7 +126,7 @@ def test_integers_stay_integers(op, shape, block, version):
     dense = integers(op, sparse_values(shape, 0.1, block))
     plan = choose(dense, Goal("size"))
     (choice,) = plan.choices
-    assert str(choice.form) == ("csr+densify" if block == 1 else "1x16")
+    assert str(choice.form) == {1: "csr+densify", 4: "1x4+densify", 16: "1x16"}[block]
     assert ops(read(plan.content))[-1] == (op, version)
     x = np.random.default_rng(0).integers(-99, 99, (2, *[8, 8] * (len(shape) > 2), shape[-1]))
     expected = run(dense, x.astype(np.int8), BUILTIN)
