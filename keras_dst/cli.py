@@ -57,6 +57,16 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write a sparse-encoded .tflite")
     export.add_argument("model", help="a .keras file")
     export.add_argument("output", help="the .tflite file to write")
+    export.add_argument("--optimize", choices=("latency", "size", "balanced"), default="balanced")
+    export.add_argument(
+        "--target", choices=("host", "arm", "any"), default="host", help="CPU (default host)"
+    )
+    export.add_argument("--quantize", choices=("weights", "full"), help="round to 8 bits")
+    export.add_argument("--representative", metavar="NPY", help="samples, for --quantize full")
+    export.add_argument("--evaluate", metavar="NPZ", help="x and y to find the accuracy on")
+    export.add_argument("--threads", type=int, default=1, help="for measuring (default 1)")
+    export.add_argument("--batch", type=int, default=1, help="for measuring (default 1)")
+    export.add_argument("--no-measure", action="store_true", help="estimate latencies instead")
     export.add_argument("--json", action="store_true", help="print JSON")
     export.set_defaults(run=_export)
 
@@ -122,7 +132,39 @@ def _save(model, output: str) -> None:
 def _export(arguments):
     import keras_dst
 
-    _show(keras_dst.export_tflite(_load(arguments.model), arguments.output), arguments.json)
+    names = ("optimize", "target", "quantize", "threads", "batch")
+    settings = {name: getattr(arguments, name) for name in names}
+    if arguments.representative:
+        settings["representative"] = _arrays(arguments.representative)
+    if arguments.evaluate:
+        arrays = _arrays(arguments.evaluate)
+        if not isinstance(arrays, dict) or set(arrays) != {"x", "y"}:
+            raise ValueError(
+                "Expected an .npz file with the arrays x and y, as of np.savez(path, x=x, y=y). "
+                f"Received: {arguments.evaluate}."
+            )
+        settings["evaluate"] = (arrays["x"], arrays["y"])
+    settings["measure"] = not arguments.no_measure
+    model = _load(arguments.model)
+    try:
+        report = keras_dst.export_tflite(model, arguments.output, progress=_progress, **settings)
+    finally:
+        _progress("")
+    _show(report, arguments.json)
+
+
+def _arrays(path: str):
+    """The array of an `.npy` file, or those of an `.npz` file by name."""
+    import numpy as np
+
+    loaded = np.load(path)
+    return dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
+
+
+def _progress(line: str) -> None:
+    """Shows a line in place of the last one, on a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
 def _inspect(arguments):

@@ -40,8 +40,8 @@ def run(epochs: int = 40, seed: int = 0, keep: str | None = None) -> dict:
 
     with tempfile.TemporaryDirectory() as folder:
         small = pathlib.Path(keep or pathlib.Path(folder) / "sparse.tflite")
-        report = export_tflite(strip(sparse), small, inputs=test[0])
-        export_tflite(dense, pathlib.Path(folder) / "dense.tflite")
+        report = export_tflite(strip(sparse), small, inputs=test[0], evaluate=test)
+        export_tflite(dense, pathlib.Path(folder) / "dense.tflite", measure=False)
         print(report)
         files = [(pathlib.Path(folder) / "dense.tflite").read_bytes(), small.read_bytes()]
     dense_time, sparse_time = latencies(files)

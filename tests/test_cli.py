@@ -13,7 +13,8 @@ import pytest
 
 import keras_dst
 from keras_dst import cli
-from keras_dst.export.encode import Form, encode, read, weights, write
+from keras_dst.export.encode import Form, encode, weights
+from keras_dst.export.flat import read, write
 from keras_dst.methods import DST
 from tests.export.graphs import fully_connected, sparse_values
 from tests.export.test_export_tflite import on_tensorflow
@@ -67,9 +68,32 @@ def test_shrink(tmp_path, capsys):
 
 
 def test_export(saved, tmp_path, capsys):
-    assert cli.main(["export", str(saved), str(tmp_path / "model.tflite"), "--json"]) == 0
-    size = json.loads(capsys.readouterr().out)["bytes"]
-    assert size == (tmp_path / "model.tflite").stat().st_size
+    np.savez(tmp_path / "data.npz", x=np.ones((6, 8), "f"), y=np.zeros(6, int))
+    options = ["--optimize", "size", "--target", "any", "--quantize", "weights", "--threads", "2"]
+    options += ["--batch", "3", "--no-measure", "--evaluate", str(tmp_path / "data.npz"), "--json"]
+    assert cli.main(["export", str(saved), str(tmp_path / "model.tflite"), *options]) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert report["bytes"] == (tmp_path / "model.tflite").stat().st_size
+    assert (report["threads"], report["batch"]) == (2, 3)
+    assert report["files"][-1]["latency"] is None
+    assert report["files"][-1]["accuracy"] in (0.0, 1.0)
+    assert err == ""
+
+
+def test_export_shows_progress_on_a_terminal(saved, tmp_path, capsys, monkeypatch):
+    def export(model, path, *, progress, representative, **options):
+        progress("weight 1 of 2")
+        assert representative.shape == (5, 8)
+        raise ValueError("no more")
+
+    np.save(tmp_path / "samples.npy", np.ones((5, 8)))
+    monkeypatch.setattr(keras_dst, "export_tflite", export)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    options = ["--quantize", "full", "--representative", str(tmp_path / "samples.npy")]
+    assert cli.main(["export", str(saved), str(tmp_path / "m.tflite"), *options]) == 1
+    err = capsys.readouterr().err
+    assert err == "\r\033[Kweight 1 of 2\r\033[Kkeras-dst export: no more\n"
 
 
 @pytest.fixture
@@ -78,7 +102,7 @@ def edge(tmp_path):
     values = sparse_values((32, 64), 0.1, block=4)
     good = fully_connected(values)
     (weight,) = weights(read(good))
-    good = encode(good, {weight.buffer: Form(4, densify=False)})
+    good = encode(good, {weight.buffer: Form(4, unpack=False)})
     bad = read(good)
     bad.operatorCodes[-1].version = 12
     (tmp_path / "good.tflite").write_bytes(good)
@@ -157,18 +181,27 @@ def test_the_page_on_files(edge, monkeypatch, capsys):
         (edge / f"{name}.tflite").write_bytes((edge / "good.tflite").read_bytes())
     page = (ROOT / "docs" / "edge.md").read_text()
     commands = re.findall(r"^keras-dst (.*?) *(?:#.*)?$", page, re.M)
-    assert len(commands) == 3
+    assert len(commands) == 5
     for command in commands:
-        assert cli.main(command.split()) == 0
+        if command.startswith("export"):  # `test_export` runs it
+            cli._parser().parse_args(command.split())
+        else:
+            assert cli.main(command.split()) == 0
     assert capsys.readouterr().err == ""
 
 
 @on_tensorflow
-def test_the_example_on_that_page(capsys):
+def test_the_examples_on_that_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "edge.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.S)
-    exec(compile(block, "edge.md", "exec"), {})
-    assert "padding 'same' is no way into the sparse form" in capsys.readouterr().out
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "edge.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert "this file" in out
+    assert "padding 'same' is no way into the sparse form" in out
+    assert sorted(os.listdir()) == ["int8.tflite", "model.tflite", "small.tflite"]
 
 
 @pytest.mark.parametrize(

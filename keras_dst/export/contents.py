@@ -18,7 +18,7 @@ from keras_dst.export.decode import (
     type_name,
     values,
 )
-from keras_dst.export.encode import op_name, read, text
+from keras_dst.export.flat import op_name, read, text
 from keras_dst.export.report import as_table, gzip_bytes
 
 

@@ -1,8 +1,8 @@
-"""Keras 3 model on any backend -> dense float32 ``.tflite`` file.
+"""Keras 3 model on any backend -> dense ``.tflite`` files, of float32 or of int8.
 
 TensorFlow holds the only converter that folds batch normalisation into the weights, keeps the batch
 size open and freezes every variable. Models on other backends reach it as a ``.keras`` file read by
-a second Python: ``python -m keras_dst.export.convert model.keras model.tflite``.
+a second Python: ``python -m keras_dst.export.convert model.keras folder float32``.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import keras
+import numpy as np
 
 from keras_dst.export.report import ExportError
 from keras_dst.surgery import is_sparse, strip
@@ -40,50 +41,71 @@ _LINES, _COLUMNS = 8, 400
 
 
 def to_tflite(model: keras.Model) -> bytes:
-    """The dense float32 ``.tflite`` file of a built Keras 3 model, sparse or not.
+    """The dense float32 ``.tflite`` file of a built Keras 3 model, sparse or not."""
+    return conversions(model, ["float32"])[0]
+
+
+def conversions(model: keras.Model, kinds: Sequence[str], samples: Any = None) -> list[bytes]:
+    """Dense ``.tflite`` files of a built Keras 3 model, sparse or not.
 
     The model is left as it is: where it holds layers of keras_dst, a copy of it is stripped.
+
+    Args:
+        model: the model.
+        kinds: ``"float32"``; ``"dynamic"``, whose weights are int8; ``"int8"``, which computes
+            with integers between inputs and outputs of the model's own types.
+        samples: inputs as for `model.predict`, of which ``"int8"`` takes the ranges of all values.
 
     Raises:
         ExportError: the model could not be converted; with the converter's own words.
     """
     here = keras.backend.backend() == "tensorflow"
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder, "model.keras"), Path(folder, "model.tflite")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = folder / "model.keras"
         if here and not is_sparse(model):
-            _quietly(_convert, model, target)
+            _quietly(_convert, model, folder, kinds, samples)
         else:
             model.save(source)
             if here:
-                _quietly(convert_file, source, target)
+                _quietly(convert_file, source, folder, kinds, samples)
             else:
-                _in_second_python(source, target)
-        return target.read_bytes()
+                _in_second_python(source, folder, kinds, _flat(model, samples))
+        return [(folder / kind).read_bytes() for kind in kinds]
 
 
-def convert_file(source: Path, target: Path) -> None:
-    """Converts a ``.keras`` file, on TensorFlow: strips what is sparse, writes a ``.tflite``."""
+def convert_file(source: Path, folder: Path, kinds: Sequence[str], samples: Any) -> None:
+    """Converts a ``.keras`` file, on TensorFlow: strips what is sparse, writes a file per kind."""
     # The file was written a moment ago by its reader: safe_mode guards against others' files.
     model = keras.saving.load_model(source, compile=False, safe_mode=False)
-    _convert(strip(model), target)
+    _convert(strip(model), folder, kinds, samples)
 
 
-def _convert(model: keras.Model, target: Path) -> None:
+def _convert(model: keras.Model, folder: Path, kinds: Sequence[str], samples: Any) -> None:
     import tensorflow as tf
 
     if symbolic_inputs(model) is None:
-        converter = tf.lite.TFLiteConverter.from_keras_model(model)
+        make = functools.partial(tf.lite.TFLiteConverter.from_keras_model, model)
     else:
         # The same steps, but from_keras_model calls the model on a flat list, whatever structure
         # it takes, and hides the reason where that fails.
-        folder = target.with_suffix(".saved")
+        saved = str(folder / "saved")
         archive = keras.export.ExportArchive()
         archive.track(model)
         call = functools.partial(model.__call__, training=False)
         archive.add_endpoint("serve", call, [_signature(model)])
-        archive.write_out(str(folder))
-        converter = tf.lite.TFLiteConverter.from_saved_model(str(folder))
-    target.write_bytes(converter.convert())
+        archive.write_out(saved)
+        make = functools.partial(tf.lite.TFLiteConverter.from_saved_model, saved)
+    for kind in kinds:
+        converter = make()
+        if kind != "float32":
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        if kind == "int8":
+            from keras_dst.export.verify import named_batches
+
+            batches = list(named_batches(model, make().convert(), samples))
+            converter.representative_dataset = lambda batches=batches: iter(batches)
+        (folder / kind).write_bytes(converter.convert())
 
 
 def symbolic_inputs(model: keras.Model) -> Any:
@@ -117,7 +139,17 @@ def _signature(model: keras.Model) -> Any:
     return keras.tree.pack_sequence_as(model.input, specs)
 
 
-def _in_second_python(source: Path, target: Path) -> None:
+def _flat(model: keras.Model, samples: Any) -> list:
+    """Samples in the order of the model's inputs, whatever structure they come in."""
+    if samples is None:
+        return []
+    from keras_dst.export.verify import declared
+
+    return keras.tree.flatten(declared(model, samples))
+
+
+def _in_second_python(source: Path, folder: Path, kinds: Sequence[str], samples: list) -> None:
+    np.savez(folder / "samples.npz", *samples)
     environment = {
         **os.environ,
         "KERAS_BACKEND": "tensorflow",
@@ -125,7 +157,7 @@ def _in_second_python(source: Path, target: Path) -> None:
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # finds the user's own classes
     }
     done = subprocess.run(
-        [sys.executable, "-m", __name__, str(source), str(target)],
+        [sys.executable, "-m", __name__, str(source), str(folder), *kinds],
         env=environment,
         capture_output=True,
         text=True,
@@ -176,5 +208,10 @@ def _conversion_error(output: str) -> ExportError:
     return ExportError(f"The model could not be converted to .tflite:\n  {said}{fixes}")
 
 
+def _main(source: str, folder: str, *kinds: str) -> None:
+    with np.load(Path(folder, "samples.npz")) as arrays:
+        convert_file(Path(source), Path(folder), kinds, [arrays[name] for name in arrays.files])
+
+
 if __name__ == "__main__":
-    convert_file(*map(Path, sys.argv[1:]))
+    _main(*sys.argv[1:])

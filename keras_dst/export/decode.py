@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from keras_dst.export.encode import op_name, read
+from keras_dst.export.flat import op_name, read
 
 _TYPES = {code: name.lower() for name, code in vars(schema.TensorType).items() if name.isupper()}
 

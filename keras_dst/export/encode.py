@@ -1,7 +1,6 @@
-"""Sparse weights inside a ``.tflite`` file, written straight into its flatbuffer.
+"""Weights inside a ``.tflite`` file in another form, written straight into its flatbuffer.
 
-A pure pass from bytes to bytes: it needs flatbuffers, NumPy and the schema of LiteRT, never
-TensorFlow, so it works on a file from any converter.
+A pure pass from bytes to bytes, which works on a file from any converter.
 
 Source: ``SparsityParameters`` in the TensorFlow Lite schema,
 https://github.com/tensorflow/tensorflow/blob/master/tensorflow/compiler/mlir/lite/schema/schema.fbs
@@ -11,44 +10,52 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
+
+from keras_dst.export import codes, im2col
+from keras_dst.export.flat import add_tensor, make_op, op_code, op_name, read, text, write
 
 #: Ops with a kernel for a float32 weight that is unpacked by a DENSIFY op, or itself sparse.
 WEIGHT_OPS = frozenset({"FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV"})
 #: The input of each of these ops that holds its weight.
 WEIGHT_SLOT = 1
 
-# XNNPACK takes the op in every other version, and reads the compressed bytes as a dense matrix.
+# XNNPACK takes the op in every other version, and reads the compressed bytes as a dense matrix; and
+# it refuses one on int8 weights behind DENSIFY.
 SPARSE_FULLY_CONNECTED_VERSION = 8
 
-_BUFFER_ALIGNMENT = 16  # the schema's force_align, which the Python object API does not apply
 _NUMPY = {
     schema.TensorType.FLOAT32: np.float32,
     schema.TensorType.FLOAT16: np.float16,
     schema.TensorType.INT8: np.int8,
 }
-_OP_NAMES = {code: name for name, code in vars(schema.BuiltinOperator).items() if name.isupper()}
 
 
 @dataclass(frozen=True)
 class Form:
-    """A sparse way to store a weight.
+    """A way to store a weight, and to hand it to the ops that read it.
 
-    ``block`` consecutive values along the last axis are kept or dropped together (1 is plain CSR).
-    With ``densify`` the runtime unpacks the weight once at load, through a DENSIFY op; without it
-    the consuming op reads the sparse weight itself, which FULLY_CONNECTED alone can do.
+    Attributes:
+        block: consecutive values along the last axis that are kept or dropped together: 1 is plain
+            CSR, 0 stores every value.
+        unpack: the runtime makes a dense float weight of it once, at load, by DENSIFY and
+            DEQUANTIZE ops. Otherwise the op itself reads the weight as it is stored.
+        int8: the values are rounded to 8 bits.
+        im2col: CONV_2D becomes FULLY_CONNECTED, the only op that reads a sparse weight itself.
     """
 
     block: int
-    densify: bool
+    unpack: bool
+    int8: bool = False
+    im2col: bool = False
 
     def __str__(self) -> str:
-        storage = "csr" if self.block == 1 else f"1x{self.block}"
-        return f"{storage}+densify" if self.densify else storage
+        storage = {0: "", 1: "csr"}.get(self.block, f"1x{self.block}")
+        words = ["im2col" * self.im2col, "int8" * self.int8, storage]
+        return " ".join(filter(None, words)) + "+densify" * (self.unpack and self.block > 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,24 +84,6 @@ class Weight:
         return np.count_nonzero(self.values) / self.values.size
 
 
-def read(content: bytes) -> schema.ModelT:
-    """The object form of a ``.tflite`` file, for reading and for changing."""
-    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
-    if any(buffer.offset > 1 for buffer in model.buffers):
-        raise ValueError(
-            "Expected a .tflite file below 2 GB, with its weights inside the flatbuffer. "
-            "Received: a file with its weights behind it."
-        )
-    return model
-
-
-def write(model: schema.ModelT) -> bytes:
-    """The ``.tflite`` file of a model in object form."""
-    builder = _AlignedBuilder(1024)
-    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
-    return bytes(builder.Output())
-
-
 def weights(model: schema.ModelT) -> list[Weight]:
     """Every constant of two or more dimensions (float32, float16 or int8), in file order."""
     found: dict[int, Weight] = {}
@@ -116,17 +105,6 @@ def constant(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
     if data is None or not len(data) or tensor.sparsity is not None or tensor.type not in _NUMPY:
         return None
     return data.view(_NUMPY[tensor.type]).reshape(tensor.shape)
-
-
-def op_name(model: schema.ModelT, op: schema.OperatorT) -> str:
-    """The builtin name of an op, such as ``"CONV_2D"``."""
-    builtin = _builtin(model.operatorCodes[op.opcodeIndex])
-    return _OP_NAMES.get(builtin, str(builtin))
-
-
-def text(name: bytes | str | None) -> str:
-    """A name of the flatbuffer as a string."""
-    return name.decode() if isinstance(name, bytes) else name or ""
 
 
 def pack(values: np.ndarray, block: int) -> tuple[schema.SparsityParametersT, np.ndarray]:
@@ -157,26 +135,12 @@ def pack(values: np.ndarray, block: int) -> tuple[schema.SparsityParametersT, np
     return sparsity, cells[kept].reshape(-1)
 
 
-def stored_bytes(weight: Weight, form: Form) -> int:
-    """Bytes that ``weight`` takes in the file in this form: values, indices, metadata and op.
-
-    At most: paddings are counted in full.
-    """
-    sparsity, data = pack(weight.values, form.block)
-    code = schema.OperatorCodeT()
-    size = data.nbytes + _BUFFER_ALIGNMENT
-    for tensor in weight.tensors:
-        unpacking = [_unpacked(tensor), _densify_op(0, 0, 0)] if form.densify else []
-        size += _packed_bytes(code, sparsity, *unpacking)
-    return size
-
-
 def encode(content: bytes, forms: Mapping[int, Form]) -> bytes:
-    """The file with the weights of some buffers stored sparse; every other byte stays as it is.
+    """The file with the weights of some buffers in another form; all else stays as it is.
 
     Args:
         content: a ``.tflite`` file with dense weights.
-        forms: for each buffer (`Weight.buffer`) to store sparse, how.
+        forms: for each buffer (`Weight.buffer`) to change, its form.
 
     Raises:
         ValueError: a form that the runtime would read wrongly: a sparse weight straight into an
@@ -186,52 +150,121 @@ def encode(content: bytes, forms: Mapping[int, Form]) -> bytes:
         >>> content = encode(content, {w.buffer: Form(1, True) for w in weights(read(content))})
     """
     model = read(content)
-    packed = {
-        weight.buffer: pack(weight.values, forms[weight.buffer].block)
-        for weight in weights(model)
-        if weight.buffer in forms
-    }
-    for graph in model.subgraphs:
-        sparse = [i for i, tensor in enumerate(graph.tensors) if tensor.buffer in packed]
-        for index in sparse:
-            graph.tensors[index].sparsity = packed[graph.tensors[index].buffer][0]
-        _connect(model, graph, {i: forms[graph.tensors[i].buffer] for i in sparse})
-    for buffer, (_, data) in packed.items():
-        model.buffers[buffer].data = data.view(np.uint8)
+    apply(model, forms)
     return write(model)
 
 
-def _connect(model: schema.ModelT, graph: schema.SubGraphT, forms: dict[int, Form]) -> None:
-    """Lets the readers of sparse tensors read them: directly, or through a DENSIFY op."""
+def stored_dense(content: bytes, forms: Mapping[int, Form]) -> bytes:
+    """A file that computes what `encode` makes of ``content``, without a sparse weight in it.
+
+    Rounded weights are float32, but where the op reads integers.
+    """
+    model = read(content)
+    rounded = {buffer: form for buffer, form in forms.items() if form.int8}
+    for weight in weights(model):
+        if weight.buffer in rounded and rounded[weight.buffer].unpack:
+            values = codes.dequantize(*codes.quantize(weight.values, scale_axis(weight)))
+            model.buffers[weight.buffer].data = values.reshape(-1).view(np.uint8)
+    apply(model, {b: replace(form, block=0) for b, form in rounded.items() if not form.unpack})
+    return write(model)
+
+
+def apply(model: schema.ModelT, forms: Mapping[int, Form]) -> None:
+    """Puts the weights of some buffers into another form, in place; see `encode`."""
+    changed = {w.buffer: (w, forms[w.buffer]) for w in weights(model) if w.buffer in forms}
+    for weight, form in changed.values():
+        _store(model, weight, form)
+    for graph in model.subgraphs:
+        here = {i: t.buffer for i, t in enumerate(graph.tensors) if t.buffer in changed}
+        _connect(model, graph, {index: changed[buffer] for index, buffer in here.items()})
+
+
+def _store(model: schema.ModelT, weight: Weight, form: Form) -> None:
+    """Writes the values of a weight, and what its tensors say of them."""
+    values, sparsity = weight.values, None
+    if form.int8:
+        values, quantization = codes.quantize(values, scale_axis(weight))
+        for tensor in weight.tensors:
+            tensor.type, tensor.quantization = schema.TensorType.INT8, quantization
+    if form.im2col:
+        values = values.reshape(len(values), -1)
+    shape = np.array(values.shape, np.int32)
+    if form.block:
+        sparsity, values = pack(values, form.block)
+    for tensor in weight.tensors:
+        tensor.shape, tensor.sparsity = shape, sparsity
+    model.buffers[weight.buffer].data = values.reshape(-1).view(np.uint8)
+
+
+def scale_axis(weight: Weight) -> int:
+    """The axis along which int8 codes have a scale each: the output channels."""
+    return weight.values.ndim - 1 if weight.op == "DEPTHWISE_CONV_2D" else 0
+
+
+def _connect(
+    model: schema.ModelT, graph: schema.SubGraphT, changed: dict[int, tuple[Weight, Form]]
+) -> None:
+    """Lets the readers of changed tensors read them: directly, or once they are unpacked."""
     operators: list[schema.OperatorT] = []
     unpacked: dict[int, int] = {}
+    version = SPARSE_FULLY_CONNECTED_VERSION
     for op in graph.operators:
-        inputs = [] if op.inputs is None else list(op.inputs)
-        for slot, index in enumerate(inputs):
-            if index not in forms:
-                continue
-            if forms[index].densify:
+        op.inputs = np.array([] if op.inputs is None else op.inputs, np.int32)  # can be written
+        for slot, index in ((s, int(i)) for s, i in enumerate(op.inputs) if i in changed):
+            weight, form = changed[index]
+            if form.unpack:
                 if index not in unpacked:
-                    unpacked[index] = len(graph.tensors)
-                    graph.tensors.append(_unpacked(graph.tensors[index]))
-                    code = _op_code(model, schema.BuiltinOperator.DENSIFY, version=1)
-                    operators.append(_densify_op(code, index, unpacked[index]))
-                inputs[slot] = unpacked[index]
+                    made, unpacked[index] = _unpack(model, graph, index, form)
+                    operators += made
+                op.inputs[slot] = unpacked[index]
+                if op_name(model, op) == "FULLY_CONNECTED" and weight.values.dtype == np.int8:
+                    op.opcodeIndex = op_code(model, "FULLY_CONNECTED", version)
+            elif form.im2col:
+                _check_reader(model, op, slot, "CONV_2D", form)
+                *before, op = im2col.lower(model, graph, op, weight.values.shape, version)
+                operators += before
             else:
-                _read_directly(model, op, slot)
-        op.inputs = np.array(inputs, np.int32)
+                _check_reader(model, op, slot, "FULLY_CONNECTED", form)
+                op.opcodeIndex = op_code(model, "FULLY_CONNECTED", version)
         operators.append(op)
     graph.operators = operators
 
 
-def _read_directly(model: schema.ModelT, op: schema.OperatorT, slot: int) -> None:
-    if op_name(model, op) != "FULLY_CONNECTED" or slot != WEIGHT_SLOT:
+def _check_reader(
+    model: schema.ModelT, op: schema.OperatorT, slot: int, wanted: str, form: Form
+) -> None:
+    if op_name(model, op) != wanted or slot != WEIGHT_SLOT:
         raise ValueError(
-            "Expected the weight of a FULLY_CONNECTED op, the only op that reads a sparse "
-            f"constant. Received: input {slot} of {op_name(model, op)}. Use a form with densify."
+            f"Expected the weight of a {wanted} op for the form {str(form)!r}. "
+            f"Received: input {slot} of {op_name(model, op)}. Use a form that is unpacked."
         )
-    code = schema.BuiltinOperator.FULLY_CONNECTED
-    op.opcodeIndex = _op_code(model, code, version=SPARSE_FULLY_CONNECTED_VERSION)
+
+
+def _unpack(
+    model: schema.ModelT, graph: schema.SubGraphT, index: int, form: Form
+) -> tuple[list[schema.OperatorT], int]:
+    """The ops that make a dense float weight of a stored one, and the tensor they make."""
+    ops = []
+    if form.block:
+        dense = _computed(graph.tensors[index], "dense")
+        source, index = index, add_tensor(graph, dense)
+        ops.append(make_op(model, "DENSIFY", [source], [index], schema.DensifyOptionsT()))
+    if form.int8:
+        dense = _computed(graph.tensors[index], "float")
+        dense.type, dense.quantization = schema.TensorType.FLOAT32, None
+        source, index = index, add_tensor(graph, dense)
+        options = schema.DequantizeOptionsT()
+        ops.append(make_op(model, "DEQUANTIZE", [source], [index], options, version=5))
+    return ops, index
+
+
+def _computed(tensor: schema.TensorT, suffix: str) -> schema.TensorT:
+    """A tensor like another one, to be computed."""
+    computed = copy.copy(tensor)
+    computed.name = f"{text(tensor.name)}/{suffix}"
+    computed.buffer = 0  # by convention the empty one
+    computed.sparsity = None
+    return computed
 
 
 def _readers(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, list[tuple[str, int]]]:
@@ -242,43 +275,6 @@ def _readers(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, list[tu
     for index in [] if graph.outputs is None else graph.outputs:
         readers.setdefault(int(index), []).append(("OUTPUT", 0))
     return readers
-
-
-def _unpacked(tensor: schema.TensorT) -> schema.TensorT:
-    """The tensor that DENSIFY computes from a sparse one."""
-    dense = copy.copy(tensor)
-    dense.name = text(tensor.name) + "/dense"
-    dense.buffer = 0  # by convention the empty one
-    dense.sparsity = None
-    return dense
-
-
-def _densify_op(code: int, source: int, target: int) -> schema.OperatorT:
-    op = schema.OperatorT()
-    op.opcodeIndex = code
-    op.inputs = np.array([source], np.int32)
-    op.outputs = np.array([target], np.int32)
-    op.builtinOptionsType = schema.BuiltinOptions.DensifyOptions
-    op.builtinOptions = schema.DensifyOptionsT()
-    return op
-
-
-def _builtin(code: schema.OperatorCodeT) -> int:
-    # Codes above 127 came later than the one-byte field, and are in the other one alone.
-    return max(code.builtinCode, code.deprecatedBuiltinCode)
-
-
-def _op_code(model: schema.ModelT, builtin: int, version: int) -> int:
-    """The index of an op code, which is added where the model does not have it."""
-    for index, code in enumerate(model.operatorCodes):
-        if (_builtin(code), code.version) == (builtin, version):
-            return index
-    code = schema.OperatorCodeT()
-    code.builtinCode = builtin
-    code.deprecatedBuiltinCode = min(builtin, 127)
-    code.version = version
-    model.operatorCodes.append(code)
-    return len(model.operatorCodes) - 1
 
 
 def _dense_axis(size: int) -> schema.DimensionMetadataT:
@@ -305,19 +301,3 @@ def _indices(values: np.ndarray) -> tuple[int, object]:
     if largest <= np.iinfo(np.uint16).max:
         return kinds.Uint16Vector, schema.Uint16VectorT(values.astype(np.uint16))
     return kinds.Int32Vector, schema.Int32VectorT(values.astype(np.int32))
-
-
-def _packed_bytes(*tables: object) -> int:
-    builder = _AlignedBuilder(0)
-    for table in tables:
-        table.Pack(builder)  # type: ignore[attr-defined]
-    return builder.Offset()
-
-
-class _AlignedBuilder(flatbuffers.Builder):
-    """Starts every byte vector, and so every buffer, where a kernel may load it in one piece."""
-
-    def CreateNumpyVector(self, x: np.ndarray) -> int:
-        if x.dtype == np.uint8:
-            self.Prep(_BUFFER_ALIGNMENT, x.nbytes)
-        return super().CreateNumpyVector(x)

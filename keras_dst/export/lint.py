@@ -107,9 +107,8 @@ def lint(model: keras.Model | str | os.PathLike[str] | bytes) -> LintReport:
             return check(name, content)
     check_exportable(model)
     check_installed("tensorflow", "ai_edge_litert", "flatbuffers")
-    from keras_dst.export.choose import choose, encoded
+    from keras_dst.export.choose import choose
     from keras_dst.export.convert import to_tflite
     from keras_dst.export.rules import check
 
-    dense = to_tflite(model)
-    return check(model.name, encoded(dense, choose(dense)))
+    return check(model.name, choose(to_tflite(model)).content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from ai_edge_litert.interpreter import Interpreter
 
 from keras_dst.export.decode import load
 from keras_dst.export.report import as_table
+
+# How many turns `latencies` gives every file: at least so many, and then until so much time is up.
+_LEAST_TURNS, _MOST_TURNS, _SECONDS = 15, 200, 0.3
 
 
 @dataclass(frozen=True)
@@ -102,16 +105,10 @@ def bench(
             f"Received: {len(paths)} path(s), threads={threads}, runs={runs}, warmup={warmup}."
         )
     contents = [load(path) for path in paths]
-    _loaded(contents[0], threads)  # the first one of a process also sets up the runtime
-    loads, interpreters = zip(*(_loaded(content, threads) for content in contents))
-    for interpreter in interpreters:
-        _feed(interpreter, seed)
+    loads, interpreters = zip(*_loaded(contents, threads, batch=1, seed=seed))
     times = np.zeros((warmup + runs, len(paths)))
-    for run in range(warmup + runs):
-        for place, interpreter in enumerate(interpreters):
-            begin = time.perf_counter()
-            interpreter.invoke()
-            times[run, place] = time.perf_counter() - begin
+    for run, turn in zip(range(warmup + runs), _turns(interpreters)):
+        times[run] = turn
         progress(run + 1)
     low, middle, high = np.percentile(times[warmup:], [25, 50, 75], axis=0)
     files = [
@@ -128,44 +125,71 @@ def bench(
     return BenchReport(threads, runs, files)
 
 
-def latencies(
-    contents: Sequence[bytes], rounds: int = 30, seconds: float = 0.02, threads: int = 1
-) -> list[float]:
-    """Median seconds of one inference of every file, at the batch size the file was saved with.
-
-    The files take turns, so that a machine whose speed drifts slows all of them alike; an open
-    batch size counts as 1.
+def latencies(contents: Sequence[bytes], *, threads: int = 1, batch: int = 1) -> list[float]:
+    """Median seconds of one inference of every file, in turns, as `bench` has them.
 
     Args:
         contents: the files.
-        rounds: how often every file has its turn.
-        seconds: length of a turn.
         threads: threads of the interpreter.
+        batch: the batch size of files that leave it open.
 
     Example:
         >>> dense, sparse = latencies([dense_bytes, sparse_bytes])
     """
-    interpreters = [_loaded(content, threads)[1] for content in contents]
-    for interpreter in interpreters:
-        _feed(interpreter, seed=0)
-        interpreter.invoke()
-    times: list[list[float]] = [[] for _ in contents]
-    for _ in range(rounds):
-        for interpreter, found in zip(interpreters, times):
-            begin = now = time.perf_counter()
-            runs = 0
-            while now - begin < seconds:
-                interpreter.invoke()
-                runs += 1
-                now = time.perf_counter()
-            found.append((now - begin) / runs)
-    return [float(np.median(found)) for found in times]
+    return loads_and_latencies(contents, threads=threads, batch=batch)[1]
 
 
-def _loaded(content: bytes, threads: int) -> tuple[float, Interpreter]:
-    """The seconds that loading a file took, and its interpreter."""
+def loads_and_latencies(
+    contents: Sequence[bytes], *, threads: int = 1, batch: int = 1
+) -> tuple[list[float], list[float]]:
+    """Seconds that loading each file took, and what `latencies` gives."""
+    loads, interpreters = zip(*_loaded(contents, threads, batch))
+    times: list[list[float]] = []
+    begin = time.perf_counter()
+    for turn in _turns(interpreters):
+        times.append(turn)
+        if len(times) >= _MOST_TURNS or (
+            len(times) >= _LEAST_TURNS and time.perf_counter() - begin > _SECONDS
+        ):
+            break
+    return list(loads), np.median(times, axis=0).tolist()
+
+
+def _turns(interpreters: Sequence[Interpreter]) -> Iterator[list[float]]:
+    """The seconds of one inference of every file, in turn, without end.
+
+    Each file runs twice in its turn, the first time to bring its weights back into the caches.
+    Inferences are timed one by one: the mean over a longer turn would hold whatever else the
+    machine did meanwhile.
+    """
+    while True:
+        times = []
+        for interpreter in interpreters:
+            interpreter.invoke()
+            begin = time.perf_counter()
+            interpreter.invoke()
+            times.append(time.perf_counter() - begin)
+        yield times
+
+
+def _loaded(
+    contents: Sequence[bytes], threads: int, batch: int = 1, seed: int = 0
+) -> list[tuple[float, Interpreter]]:
+    """The seconds that loading each file took, and its interpreter with its inputs set."""
+    _load(contents[0], threads, batch)  # the first one of a process also sets up the runtime
+    found = [_load(content, threads, batch) for content in contents]
+    for _, interpreter in found:
+        _feed(interpreter, seed)
+    return found
+
+
+def _load(content: bytes, threads: int, batch: int) -> tuple[float, Interpreter]:
     begin = time.perf_counter()
     interpreter = Interpreter(model_content=content, num_threads=threads)
+    for detail in interpreter.get_input_details():
+        sizes = [batch if size == -1 else size for size in detail["shape_signature"]]
+        if list(detail["shape"]) != sizes:
+            interpreter.resize_tensor_input(detail["index"], sizes)
     interpreter.allocate_tensors()
     return time.perf_counter() - begin, interpreter
 

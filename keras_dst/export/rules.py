@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from keras_dst.export import nchw
-from keras_dst.export.choose import BLOCKS, CSR, CSR_DENSITY, UNSAFE, choose, is_1x4
+from keras_dst.export.choose import MOST_HYBRID_INPUTS, UNSAFE, choose, in_blocks
 from keras_dst.export.decode import (
     blocks,
     encoding,
@@ -28,18 +28,16 @@ from keras_dst.export.encode import (
     WEIGHT_OPS,
     WEIGHT_SLOT,
     Form,
-    op_name,
     pack,
-    read,
-    text,
 )
+from keras_dst.export.flat import op_name, read, text
 from keras_dst.export.lint import Finding, LintReport
 from keras_dst.export.nchw import Node, Role
 
-#: A sparse weight of more inputs than this overflows a counter of the kernel for int8 in 1x16.
-_MOST_HYBRID_INPUTS = 4096
 #: Below this density FULLY_CONNECTED is faster on 1x4 blocks than on the dense weight.
 _BLOCK_DENSITY = 0.5
+#: The same on CSR.
+_CSR_DENSITY = 0.12
 
 _AS_EXPORTED = "Export the model again, with keras_dst.export_tflite."
 _ENTRY = (
@@ -126,9 +124,9 @@ def _too_wide(model, graph) -> Iterator[Finding]:
     for op, x, tensor in _direct(model, graph):
         inputs = shape(tensor)[-1]
         hybrid = type_name(x) == "float32" and type_name(tensor) == "int8"
-        if hybrid and inputs > _MOST_HYBRID_INPUTS:
+        if hybrid and inputs > MOST_HYBRID_INPUTS:
             found = (
-                f"{inputs} float inputs on int8 weights; its kernel counts to {_MOST_HYBRID_INPUTS}"
+                f"{inputs} float inputs on int8 weights; its kernel counts to {MOST_HYBRID_INPUTS}"
             )
             fix = "Split the layer by its inputs, quantise its input too, or use float32."
             yield _error("hybrid-width", _where(model, graph, op), found, fix)
@@ -142,7 +140,9 @@ def _densified_integers(model, graph) -> Iterator[Finding]:
             continue
         if type_name(graph.tensors[inputs[WEIGHT_SLOT]]) == "int8":
             float_output = type_name(graph.tensors[op.outputs[0]]) == "float32"
-            if float_output or kind == "FULLY_CONNECTED":
+            version = model.operatorCodes[op.opcodeIndex].version
+            taken = kind != "FULLY_CONNECTED" or version != SPARSE_FULLY_CONNECTED_VERSION
+            if taken and (float_output or kind == "FULLY_CONNECTED"):
                 found = "reads int8 weights behind DENSIFY, which XNNPACK refuses to prepare"
                 fix = "Put DEQUANTIZE behind DENSIFY, or store the weights dense."
                 yield _error("densify-int8", _where(model, graph, op), found, fix)
@@ -170,12 +170,12 @@ def _pattern(model, graph) -> Iterator[Finding]:
         index = int(op.inputs[WEIGHT_SLOT])
         tensor = graph.tensors[unpacked.get(index, index)]
         weight = _matrix(model, tensor)
-        if weight is None or _density(weight) > _BLOCK_DENSITY or is_1x4(weight):
+        if weight is None or _density(weight) > _BLOCK_DENSITY or in_blocks(weight, 4):
             continue
         found = f"{_density(weight):.1%} of the weights are left, and not in blocks of four inputs"
         fix = "Train with pattern='1x4': blocks are smaller and several times as fast."
-        if weight.shape[-1] % BLOCKS.block:
-            fix = f"Pad the {weight.shape[-1]} inputs to a multiple of {BLOCKS.block}. {fix}"
+        if weight.shape[-1] % 4:
+            fix = f"Pad the {weight.shape[-1]} inputs to a multiple of 4. {fix}"
         yield _advice("pattern", _where(model, graph, op), found, fix)
 
 
@@ -196,7 +196,7 @@ def _larger(model, graph) -> Iterator[Finding]:
 
 
 def _stored_dense(content: bytes) -> Iterator[Finding]:
-    for choice in choose(content):
+    for choice in choose(content).choices:
         weight = choice.weight
         found = f"{1 - weight.density:.1%} zeros, stored dense in {weight.values.nbytes:,} bytes"
         if choice.form:
@@ -323,9 +323,9 @@ def _direct_form(model, tensor) -> Form | None:
     weight = _matrix(model, tensor)
     if weight is None:
         return None
-    if is_1x4(weight):
-        return BLOCKS
-    return CSR if _density(weight) <= CSR_DENSITY else None
+    if in_blocks(weight, 4):
+        return Form(4, unpack=False)
+    return Form(1, unpack=False) if _density(weight) <= _CSR_DENSITY else None
 
 
 def _where(model, graph, op) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -46,7 +46,17 @@ class Deviation:
 
 def deviation(content: bytes, cases: list[Case]) -> Deviation:
     """Runs ``content`` on every case, with and without XNNPACK, and returns the worst error."""
-    return max(_deviations(content, cases), key=lambda found: found.error)
+    return max(_deviations(content, cases, RESOLVERS), key=lambda found: found.error)
+
+
+def difference(content: bytes, reference: bytes, cases: list[Case]) -> Deviation:
+    """The worst error of a file against another one, each way to run them by itself."""
+    found: list[Deviation] = []
+    for label, resolver in RESOLVERS.items():
+        outputs = run(reference, cases, resolver)
+        own = [replace(case, outputs=values) for case, values in zip(cases, outputs, strict=True)]
+        found += _deviations(content, own, {label: resolver})
+    return max(found, key=lambda deviation: deviation.error)
 
 
 def run(content: bytes, cases: list[Case], resolver: OpResolverType) -> list[dict[str, np.ndarray]]:
@@ -73,17 +83,37 @@ def keras_cases(model: keras.Model, content: bytes, inputs: Any = None) -> list[
     Raises:
         ValueError: ``inputs`` that do not fit the file, or missing where they cannot be made up.
     """
-    runner = _runner(content, OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES)
-    wanted = runner.get_input_details()
-    fixed = int(next(iter(wanted.values()))["shape_signature"][0])
+    wanted, fixed = _wanted(content)
     if inputs is None:
         samples = _random_samples(model, wanted, fixed if fixed > 0 else BATCH)
     else:
-        samples = _declared(model, keras.tree.map_structure(_sample_array, inputs))
+        samples = declared(model, keras.tree.map_structure(_sample_array, inputs))
     return [
         Case(_by_input_name(model, batch, wanted), _by_output_name(model(batch, training=False)))
         for batch in _batches(samples, fixed)
     ]
+
+
+def named_batches(
+    model: keras.Model, content: bytes, inputs: Any
+) -> Iterator[dict[str, np.ndarray]]:
+    """Samples one by one, or in batches of a fixed size, by the input names of a file."""
+    wanted, fixed = _wanted(content)
+    samples = declared(model, keras.tree.map_structure(np.asarray, inputs))
+    for batch in _batches(samples, max(fixed, 1)):
+        yield _by_input_name(model, batch, wanted)
+
+
+def predictor(model: keras.Model, content: bytes) -> Callable[[Any], Any]:
+    """Runs a file on inputs as for `model.predict`; gives its output, or a dict of several."""
+    runner = _runner(content, OpResolverType.AUTO)
+
+    def predict(inputs: Any) -> Any:
+        found = [runner(**batch) for batch in named_batches(model, content, inputs)]
+        outputs = {name: np.concatenate([each[name] for each in found]) for name in found[0]}
+        return next(iter(outputs.values())) if len(outputs) == 1 else outputs
+
+    return predict
 
 
 def _runner(content: bytes, resolver: OpResolverType) -> Any:
@@ -91,8 +121,16 @@ def _runner(content: bytes, resolver: OpResolverType) -> Any:
     return interpreter.get_signature_runner()
 
 
-def _deviations(content: bytes, cases: list[Case]) -> Iterator[Deviation]:
-    for label, resolver in RESOLVERS.items():
+def _wanted(content: bytes) -> tuple[dict[str, Any], int]:
+    """The details of the inputs of a file, by name, and its batch size, -1 for an open one."""
+    details = _runner(content, OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES).get_input_details()
+    return details, int(next(iter(details.values()))["shape_signature"][0])
+
+
+def _deviations(
+    content: bytes, cases: list[Case], resolvers: dict[str, OpResolverType]
+) -> Iterator[Deviation]:
+    for label, resolver in resolvers.items():
         try:
             results = run(content, cases, resolver)
         except (RuntimeError, ValueError) as error:
@@ -131,7 +169,7 @@ def _by_input_name(model: keras.Model, batch: Any, wanted: dict) -> dict[str, np
     return {name: array.astype(wanted[name]["dtype"]) for name, array in named}
 
 
-def _declared(model: keras.Model, inputs: Any) -> Any:
+def declared(model: keras.Model, inputs: Any) -> Any:
     """Arrays in the structure that the model declares, where it does; they may come by name."""
     symbolic, names = symbolic_inputs(model), input_names(model)
     if symbolic is None:

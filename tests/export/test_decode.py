@@ -6,7 +6,8 @@ from ai_edge_litert import schema_py_generated as schema
 
 from keras_dst.export.contents import ContentsReport, contents
 from keras_dst.export.decode import encoding, unpack
-from keras_dst.export.encode import Form, encode, pack, read, weights
+from keras_dst.export.encode import Form, encode, pack, weights
+from keras_dst.export.flat import read
 
 from .graphs import File, convolution, fully_connected, sparse_values
 
@@ -58,7 +59,7 @@ def test_contents_of_a_dense_and_a_sparse_file():
     values = sparse_values((16, 3, 3, 32), 0.25)
     dense = convolution("CONV_2D", values)
     (weight,) = weights(read(dense))
-    sparse = encode(dense, {weight.buffer: Form(1, densify=True)})
+    sparse = encode(dense, {weight.buffer: Form(1, unpack=True)})
     for content, form in ((dense, "dense"), (sparse, "csr+densify")):
         report = contents(content)
         kernel, bias = report.constants

@@ -1,5 +1,7 @@
 """The whole way: a Keras model to a file that was run and compared, or to nothing at all."""
 
+import dataclasses
+import functools
 import gzip
 import json
 import os
@@ -13,11 +15,14 @@ from ai_edge_litert.interpreter import Interpreter
 from keras import layers
 
 import keras_dst
-from keras_dst.export import ExportError, ExportReport, encode, export_tflite, pipeline
+from keras_dst.export import ExportError, ExportReport, encode, flat, pipeline
 from keras_dst.export.convert import to_tflite
 from keras_dst.surgery import is_sparse
 
 from .graphs import AUTO, BUILTIN, fully_connected, ops, sparse_values
+
+#: Measuring takes time, and what it finds depends on the machine.
+export_tflite = functools.partial(keras_dst.export_tflite, measure=False)
 
 on_tensorflow = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow",
@@ -139,7 +144,7 @@ def test_several_inputs_and_outputs(tmp_path, given):
     arrays = [np.ones((5, 40), np.float32), np.ones((5, 24), np.float32)]
     inputs = given and (arrays if given is list else {"right_name": arrays[0], "a_name": arrays[1]})
     path = tmp_path / "model.tflite"
-    report = export_tflite(model, path, inputs=inputs)
+    report = export_tflite(model, path, inputs=inputs, optimize="size")
     check(report, model, path)
     assert encodings(report) == ["csr"] * 4
 
@@ -176,14 +181,14 @@ def test_302_inputs_are_not_cut_to_300(tmp_path):
 
 
 @on_tensorflow
-@pytest.mark.parametrize(("density", "form"), [(0.08, "csr"), (0.3, "csr+densify")])
-def test_sequences_and_recurrence(tmp_path, density, form):
+@pytest.mark.parametrize(("optimize", "form"), [("size", "csr"), ("latency", "csr+densify")])
+def test_sequences_and_recurrence(tmp_path, optimize, form):
     """FULLY_CONNECTED over rank 3 inputs, and weights inside the body of a WHILE op."""
     x = keras.Input(batch_shape=(2, 5, 32))
     y = layers.LSTM(32, return_sequences=True)(layers.Dense(32)(x))
-    model = prune(keras.Model(x, y), density)
+    model = prune(keras.Model(x, y), 0.3)
     path = tmp_path / "model.tflite"
-    report = export_tflite(model, path)
+    report = export_tflite(model, path, optimize=optimize)
     check(report, model, path)
     assert {tensor.encoding for tensor in report.tensors if tensor.op == "FULLY_CONNECTED"} == {
         form
@@ -197,7 +202,7 @@ def test_attention_leaves_the_product_of_two_computed_tensors_alone(tmp_path):
     for layer in model.layers[1]._flatten_layers(include_self=False):
         layer.set_weights([w * (sparse_values(w.shape, 0.08) != 0) for w in layer.get_weights()])
     path = tmp_path / "model.tflite"
-    report = export_tflite(model, path)
+    report = export_tflite(model, path, optimize="size")
     check(report, model, path)
     assert encodings(report) == ["csr"] * 4
 
@@ -235,7 +240,7 @@ def test_a_subclassed_model(tmp_path):
     model(np.ones((2, 32), np.float32))
     kernel, bias = model.dense.get_weights()
     model.dense.set_weights([kernel * (sparse_values(kernel.shape, 0.1) != 0), bias])
-    report = export_tflite(model, tmp_path / "model.tflite")
+    report = export_tflite(model, tmp_path / "model.tflite", optimize="size")
     assert encodings(report) == ["csr"]
 
 
@@ -324,7 +329,7 @@ def converted(monkeypatch):
 
     def convert_to(weight):
         content = fully_connected(weight, name="dense/MatMul")
-        monkeypatch.setattr(pipeline, "to_tflite", lambda model: content)
+        monkeypatch.setattr(pipeline, "conversions", lambda model, kinds, _: [content] * len(kinds))
         return content
 
     convert_to(WEIGHT)
@@ -352,7 +357,7 @@ def test_report(model, converted, path):
     (tensor,) = report.tensors
     assert (report.dense_bytes, report.bytes) == (len(dense), path.stat().st_size)
     assert (tensor.name, tensor.op, tensor.shape) == ("dense/MatMul", "FULLY_CONNECTED", (64, 32))
-    assert (tensor.encoding, tensor.reason) == ("csr", "")
+    assert (tensor.encoding, tensor.reason) == ("csr+densify", "")
     assert tensor.density == np.count_nonzero(WEIGHT) / WEIGHT.size
     assert tensor.dense_bytes == WEIGHT.nbytes
 
@@ -363,13 +368,49 @@ def test_report(model, converted, path):
     }
     assert plain["path"] == str(path)
 
-    *table, last = str(report).splitlines()
+    *tables, last = str(report).splitlines()
     assert last.startswith(f"model.tflite: {report.bytes:,} bytes (")
     assert f"({report.bytes / report.dense_bytes:.2f}x of dense, gzip 0." in last
     assert last.endswith(f"max error {report.max_error:.0e}")
-    cells = [cell.strip() for cell in table[-1].strip("|").split("|")]
-    assert cells[:5] == ["dense/MatMul", "FULLY_CONNECTED", "64x32", f"{tensor.density:.1%}", "csr"]
+    cells = [cell.strip() for cell in tables[2].strip("|").split("|")]
+    assert cells[:4] == ["dense/MatMul", "FULLY_CONNECTED", "64x32", f"{tensor.density:.1%}"]
+    assert cells[4] == tensor.encoding
+    assert [file.name for file in report.files] == ["dense float32", "this file"]
+    assert str(report).count("not measured") == 2 * 5
     assert "\x1b" not in str(report)
+
+
+def test_what_is_measured(model, converted, path, monkeypatch):
+    monkeypatch.setattr(
+        pipeline, "loads_and_latencies", lambda contents, **_: ([3, 2, 1], [4, 1, 2])
+    )
+    monkeypatch.setattr(pipeline, "peak_memory", lambda content, **_: 5_000_000)
+    monkeypatch.setattr(pipeline, "latencies", lambda contents, **_: [1.0] * len(contents))
+    x = np.random.default_rng(0).standard_normal((50, 32)).astype(np.float32)
+    y = model.predict(x, verbose=0).argmax(-1)
+    y[:10] += 1
+    for evaluate in ((x, y), (x, np.eye(65)[y][:, :64]), lambda f: np.mean(f(x).argmax(-1) == y)):
+        lines = []
+        report = export_tflite(model, path, measure=True, evaluate=evaluate, progress=lines.append)
+        _, int8, ours = report.files
+        assert (int8.name, ours.name) == ("dense int8", "this file")
+        assert (ours.latency, ours.load, ours.memory, ours.bytes) == (2, 1, 5_000_000, report.bytes)
+        assert [file.accuracy for file in report.files] == [0.8] * 3
+        assert lines[0] == "converting"
+        assert lines[-1] == "measuring"
+    row = next(line for line in str(report).splitlines() if "this file" in line)
+    assert "| 0.500 |" in row
+    assert "80.00%" in row
+
+
+def test_an_accuracy_that_means_nothing(model, converted, path):
+    with pytest.raises(ValueError, match=r"Expected evaluate=.x, y.*Received: str"):
+        export_tflite(model, path, evaluate="x")
+    narrow = keras.Sequential([keras.Input((32,)), layers.Dense(1, use_bias=False)])
+    converted(narrow.get_weights()[0].T.copy())
+    with pytest.raises(ValueError, match="one output of a value per class"):
+        export_tflite(narrow, path, evaluate=(np.ones((4, 32)), np.ones(4)))
+    assert is_untouched(path)
 
 
 def test_report_of_a_dense_model_gives_reasons(converted, tmp_path):
@@ -409,10 +450,11 @@ def test_a_wrong_sparse_weight_is_named(model, converted, path, monkeypatch):
 
 
 def test_a_file_that_is_wrong_only_as_a_whole(model, converted, path, monkeypatch):
+    choose = pipeline.choose
     whole = fully_connected(WEIGHT * 2)
-    calls = iter([whole])
-    encoded = pipeline.encoded
-    monkeypatch.setattr(pipeline, "encoded", lambda *args: next(calls, None) or encoded(*args))
+    monkeypatch.setattr(
+        pipeline, "choose", lambda *a: dataclasses.replace(choose(*a), content=whole)
+    )
     with pytest.raises(ExportError, match="so does every sparse weight alone"):
         export_tflite(model, path)
     assert is_untouched(path)
@@ -439,10 +481,10 @@ def test_a_new_file_has_the_usual_permissions(model, converted, path):
 
 @pytest.fixture
 def never_converted(monkeypatch):
-    def fail(model):
+    def fail(*_):
         raise AssertionError("converted before the arguments were checked")
 
-    monkeypatch.setattr(pipeline, "to_tflite", fail)
+    monkeypatch.setattr(pipeline, "conversions", fail)
 
 
 class Net(keras.Model):
@@ -510,4 +552,4 @@ def test_importing_keras_dst_needs_none_of_them():
 
 def test_ops_of_an_exported_file(model, converted, path):
     export_tflite(model, path)
-    assert ops(encode.read(path.read_bytes())) == [("FULLY_CONNECTED", 8)]
+    assert ops(flat.read(path.read_bytes())) == [("DENSIFY", 1), ("FULLY_CONNECTED", 1)]

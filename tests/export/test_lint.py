@@ -12,9 +12,9 @@ from keras import layers
 
 import keras_dst
 from keras_dst.export import LintReport
-from keras_dst.export.choose import choose, encoded
+from keras_dst.export.choose import choose
 from keras_dst.export.decode import values
-from keras_dst.export.encode import read, write
+from keras_dst.export.flat import read, write
 
 from . import test_nchw as nets
 from .graphs import AUTO, File, convolution, fully_connected, run, sparse_values
@@ -238,7 +238,7 @@ def test_it_says_whether_sparse_inference_is_on():
 
 @pytest.mark.parametrize("content", [fully_connected(BLOCKS), WHOLE, CUT], ids=["fc", "on", "off"])
 def test_what_the_export_makes_has_no_errors(content):
-    report = keras_dst.lint(encoded(content, choose(content)))
+    report = keras_dst.lint(choose(content).content)
     assert not report.errors
     stays_dense = [f for f in report.findings if f.rule == "zeros-dense"]
     assert len(stays_dense) == (2 if content is CUT else 0)

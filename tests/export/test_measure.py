@@ -1,11 +1,14 @@
 """Timing of files: what is reported, never how fast."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
 
-from keras_dst.export.measure import bench
+from keras_dst.export import measure
+from keras_dst.export.measure import bench, latencies
+from keras_dst.export.memory import peak_memory
 
 from .graphs import File, fully_connected, sparse_values
 
@@ -40,6 +43,24 @@ def test_bench_of_one_file_and_of_integers(tmp_path):
     assert (file.ratio, file.spread) == (1.0, 0.0)
 
 
+def test_an_open_batch_has_the_size_asked_for(monkeypatch):
+    contents = [
+        fully_connected(sparse_values((32, 64), 1.0)),
+        fully_connected(np.eye(64, dtype="f")),
+    ]
+    interpreters = measure._loaded(contents, threads=1, batch=5)
+    shapes = [interpreter.get_input_details()[0]["shape"] for _, interpreter in interpreters]
+    assert [shape.tolist() for shape in shapes] == [[5, 64], [5, 64]]
+    assert len(latencies(contents, batch=5)) == 2
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_peak_memory_grows_with_the_file():
+    small, large = (fully_connected(np.ones((n, 1024), np.float32)) for n in (8, 4096))
+    assert peak_memory(large) - peak_memory(small) > 4096 * 1024 * 4
+    assert peak_memory(small, batch=4, threads=2) > 0
+
+
 @pytest.mark.parametrize("wrong", [{"threads": 0}, {"runs": 0}, {"warmup": -1}])
 def test_wrong_numbers(paths, wrong):
     with pytest.raises(ValueError, match="Expected one path or more"):
@@ -68,6 +89,6 @@ def test_the_files_take_turns(paths, monkeypatch):
 
     monkeypatch.setattr("keras_dst.export.measure.Interpreter", Noted)
     bench(paths, runs=3, warmup=1)
-    assert len(turns) == 8
     assert len(set(turns)) == 2
-    assert np.array_equal(turns, turns[:2] * 4)
+    first, second = turns[0], turns[2]
+    assert turns == [first, first, second, second] * 4  # in each turn, one that is not timed

@@ -5,8 +5,9 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 
 from keras_dst.export import nchw
-from keras_dst.export.choose import UNSAFE, choose
-from keras_dst.export.encode import Form, encode, read, weights
+from keras_dst.export.choose import UNSAFE, Goal, choose
+from keras_dst.export.encode import Form, encode, weights
+from keras_dst.export.flat import read
 
 from .graphs import AUTO, File, run, sparse_values
 
@@ -128,7 +129,7 @@ def network(*steps, size=16, channels=3, also=()):
 def unpacked(content):
     """The file with a DENSIFY op before each sparse weight."""
     sparse = [weight for weight in weights(read(content)) if weight.density < 0.5]
-    return encode(content, {weight.buffer: Form(1, densify=True) for weight in sparse})
+    return encode(content, {weight.buffer: Form(1, unpack=True) for weight in sparse})
 
 
 def verdict(content):
@@ -270,19 +271,26 @@ def test_int8_weights_behind_dequantize_count():
     ids=["whole", "cut"],
 )
 def test_the_export_unpacks_only_what_is_right(middle, forms):
-    choices = choose(network(*BODY, *middle, pointwise, mean))
+    choices = choose(network(*BODY, *middle, pointwise, mean)).choices
     assert {str(choice.form) for choice in choices if choice.form} == forms
     reasons = {choice.reason for choice in choices if choice.weight.density < 0.5}
     assert reasons == ({""} if forms else {UNSAFE})
     assert all("no smaller" in c.reason for c in choices if c.weight.density > 0.5)
 
 
-def test_a_layer_read_directly_does_not_cut_a_part_unseen():
+@pytest.mark.parametrize("optimize", ["latency", "balanced"])
+def test_a_layer_read_directly_does_not_cut_a_part_unseen(optimize):
     """Stored sparse, FULLY_CONNECTED over maps is no longer moved with what is before it."""
     content = network(*BODY, dense, pointwise, mean)
     assert verdict(content) == "on"
-    forms = {choice.weight.op: str(choice.form) for choice in choose(content)}
-    assert forms == {"CONV_2D": "None", "DEPTHWISE_CONV_2D": "None", "FULLY_CONNECTED": "csr"}
+    plan = choose(content, Goal(optimize))
+    assert verdict(plan.content) == "on"
+    forms = {choice.weight.op: str(choice.form) for choice in plan.choices}
+    assert forms == {
+        "CONV_2D": "csr+densify",
+        "DEPTHWISE_CONV_2D": "None",
+        "FULLY_CONNECTED": "csr+densify",
+    }
 
 
 def test_ops_that_read_nothing_or_have_no_options():

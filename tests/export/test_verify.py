@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from keras import layers
 
-from keras_dst.export.encode import Form, encode, read, weights
+from keras_dst.export.encode import Form, encode, weights
+from keras_dst.export.flat import read
 from keras_dst.export.verify import BATCH, MAX_SAMPLES, Case, deviation, keras_cases
 
 from . import graphs
@@ -85,7 +86,7 @@ def test_a_missing_output_and_another_shape_never_pass():
 def test_a_file_that_the_interpreter_refuses_never_passes():
     dense = fully_connected(WEIGHT)
     (weight,) = weights(read(dense))
-    found = deviation(encode(dense, {weight.buffer: Form(block=2, densify=False)}), [case()])
+    found = deviation(encode(dense, {weight.buffer: Form(block=2, unpack=False)}), [case()])
     assert found.error == math.inf
     assert "refused the file: " in found.where
     assert "Unsupported sparse fully-connected weight format." in found.where

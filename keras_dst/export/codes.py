@@ -1,0 +1,27 @@
+"""Weights as 8-bit integers, in which every zero stays one."""
+
+from __future__ import annotations
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+_LARGEST = 127  # symmetric: -128 is not used
+
+
+def quantize(values: np.ndarray, axis: int) -> tuple[np.ndarray, schema.QuantizationParametersT]:
+    """The nearest codes to ``values``, with a scale for each index of ``axis``."""
+    others = tuple(i for i in range(values.ndim) if i != axis)
+    peaks = np.abs(values).max(axis=others, keepdims=True)
+    scales = np.where(peaks > 0, peaks / np.float32(_LARGEST), np.float32(1))
+    parameters = schema.QuantizationParametersT()
+    parameters.scale = scales.reshape(-1)
+    parameters.zeroPoint = np.zeros(scales.size, np.int64)
+    parameters.quantizedDimension = axis
+    return np.rint(values / scales).astype(np.int8), parameters
+
+
+def dequantize(codes: np.ndarray, parameters: schema.QuantizationParametersT) -> np.ndarray:
+    """The values that codes stand for."""
+    shape = [1] * codes.ndim
+    shape[parameters.quantizedDimension] = -1
+    return codes * np.reshape(parameters.scale, shape).astype(np.float32)

@@ -1,0 +1,101 @@
+"""CONV_2D as slices of its input and one FULLY_CONNECTED, which can read a sparse weight.
+
+Every position of the kernel is a slice of the padded input; side by side they hold, for each
+output pixel, the values that the kernel sees there. A 1x1 kernel needs none of that.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+from keras_dst.export import flat
+
+_WHOLE_BATCH_AND_CHANNELS = 0b1001  # as a mask over the axes of a slice
+
+
+def suits(graph: schema.SubGraphT, op: schema.OperatorT, kernel: Sequence[int]) -> bool:
+    """Whether the input of a CONV_2D has a height and width that are known, and no groups."""
+    tensor = graph.tensors[op.inputs[0]]
+    signature = tensor.shapeSignature
+    sizes = tensor.shape if signature is None or not len(signature) else signature
+    return len(sizes) == 4 and min(sizes[1:]) > 0 and sizes[3] == kernel[3]
+
+
+def lower(
+    model: schema.ModelT,
+    graph: schema.SubGraphT,
+    op: schema.OperatorT,
+    kernel: Sequence[int],
+    version: int,
+) -> list[schema.OperatorT]:
+    """The ops that stand for a CONV_2D, once its weight is a matrix.
+
+    Args:
+        model: the file, to which constants and op codes are added.
+        graph: the graph of the op, to which tensors are added.
+        op: the CONV_2D.
+        kernel: the shape of its weight: filters, height, width, channels.
+        version: of the FULLY_CONNECTED op.
+    """
+    options, x = op.builtinOptions, int(op.inputs[0])
+    strides = (options.strideH, options.strideW)
+    dilations = (options.dilationHFactor, options.dilationWFactor)
+    sizes = [int(size) for size in graph.tensors[x].shape[1:3]]
+    same = options.padding == schema.Padding.SAME
+    axes = [_axis(*axis, same) for axis in zip(sizes, kernel[1:3], strides, dilations)]
+    out, pads = [axis[0] for axis in axes], [axis[1] for axis in axes]
+
+    def added(like: int, name: str, sizes: Sequence[int]) -> int:
+        tensor = copy.copy(graph.tensors[like])
+        tensor.name = f"{flat.text(graph.tensors[op.outputs[0]].name)}/{name}"
+        tensor.shape, tensor.shapeSignature = (
+            None if old is None else np.array([old[0], *sizes], np.int32)
+            for old in (tensor.shape, tensor.shapeSignature)
+        )
+        return flat.add_tensor(graph, tensor)
+
+    ops = []
+    if np.any(pads):
+        widths = flat.add_constant(model, graph, [(0, 0), *pads, (0, 0)])
+        padded = added(x, "padded", [*(n + sum(pad) for n, pad in zip(sizes, pads)), kernel[3]])
+        ops.append(flat.make_op(model, "PAD", [x, widths], [padded], schema.PadOptionsT()))
+        x = padded
+    slices = []
+    if (*kernel[1:3], *strides) == (1, 1, 1, 1):
+        slices = [x]
+    else:
+        steps = flat.add_constant(model, graph, (1, *strides, 1))
+        for place in np.ndindex(*kernel[1:3]):
+            begin = [i * step for i, step in zip(place, dilations)]
+            end = [i + (n - 1) * stride + 1 for i, n, stride in zip(begin, out, strides)]
+            bounds = [flat.add_constant(model, graph, (0, *i, 0)) for i in (begin, end)]
+            slices.append(added(x, "slice{}x{}".format(*place), [*out, kernel[3]]))
+            kind = schema.StridedSliceOptionsT()
+            kind.beginMask = kind.endMask = _WHOLE_BATCH_AND_CHANNELS
+            inputs = [x, *bounds, steps]
+            ops.append(flat.make_op(model, "STRIDED_SLICE", inputs, slices[-1:], kind))
+    x = slices[0]
+    if len(slices) > 1:
+        x = added(x, "columns", [*out, len(slices) * kernel[3]])
+        joined = schema.ConcatenationOptionsT()
+        joined.axis = 3
+        ops.append(flat.make_op(model, "CONCATENATION", slices, [x], joined))
+    product = schema.FullyConnectedOptionsT()
+    product.fusedActivationFunction = options.fusedActivationFunction
+    product.keepNumDims = True
+    inputs = [x, *op.inputs[1:]]
+    return [*ops, flat.make_op(model, "FULLY_CONNECTED", inputs, op.outputs, product, version)]
+
+
+def _axis(size: int, kernel: int, stride: int, dilation: int, same: bool) -> tuple[int, tuple]:
+    """The output size along an axis, and the padding before and behind it."""
+    reach = (kernel - 1) * dilation + 1
+    if not same:
+        return (size - reach) // stride + 1, (0, 0)
+    out = -(-size // stride)
+    total = max((out - 1) * stride + reach - size, 0)
+    return out, (total // 2, total - total // 2)

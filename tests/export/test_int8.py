@@ -1,0 +1,208 @@
+"""Weights of 8 bits: rounded to the nearest code, zeros kept, read rightly by every op."""
+
+import keras
+import numpy as np
+import pytest
+from ai_edge_litert import schema_py_generated as schema
+from hypothesis import given
+from hypothesis import strategies as st
+from keras import layers
+
+from keras_dst.export import ExportError, codes, pipeline
+from keras_dst.export.choose import Goal, choose
+from keras_dst.export.decode import values
+from keras_dst.export.encode import Form, encode, stored_dense, weights
+from keras_dst.export.flat import read
+
+from .graphs import AUTO, BUILTIN, File, convolution, fully_connected, ops, run, sparse_values
+from .test_export_tflite import encodings, export_tflite, prune
+
+SPARSE, DENSE = Form(1, unpack=True, int8=True), Form(0, unpack=True, int8=True)
+BLOCKS = Form(4, unpack=True, int8=True)
+HYBRID = Form(16, unpack=False, int8=True)
+
+
+# 127 stands for the largest of each row: 2.54 and 1; a row of zeros has a scale too.
+def test_golden():
+    made, parameters = codes.quantize(
+        np.array([[2.54, 0, -1.27], [1, 0.5, 0], [0, 0, 0]], np.float32), axis=0
+    )
+    assert made.tolist() == [[127, 0, -64], [127, 64, 0], [0, 0, 0]]
+    np.testing.assert_allclose(parameters.scale, [0.02, 1 / 127, 1])
+    assert parameters.zeroPoint.tolist() == [0, 0, 0]
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0, 1, 3]))
+def test_rounding(seed, axis):
+    weight = sparse_values((3, 2, 4, 5), 0.5, seed=seed)
+    made, parameters = codes.quantize(weight, axis)
+    found = codes.dequantize(made, parameters)
+    step = np.abs(weight).max(axis=tuple({0, 1, 2, 3} - {axis}), keepdims=True) / 127
+    assert (np.abs(found - weight) <= 0.5001 * step).all()
+    assert not found[weight == 0].any()
+
+
+@pytest.mark.parametrize("resolver", [AUTO, BUILTIN])
+@pytest.mark.parametrize("form", [SPARSE, BLOCKS, DENSE], ids=str)
+@pytest.mark.parametrize(
+    "dense",
+    [
+        fully_connected(sparse_values((24, 64), 0.3)),
+        convolution("CONV_2D", sparse_values((6, 3, 3, 64), 0.3)),
+        convolution("DEPTHWISE_CONV_2D", sparse_values((1, 3, 3, 64), 0.3)),
+    ],
+    ids=["fully connected", "convolution", "depthwise"],
+)
+def test_rounded_weights_run(dense, form, resolver):
+    (weight,) = weights(read(dense))
+    forms = {weight.buffer: form}
+    reference = stored_dense(dense, forms)
+    (rounded,) = weights(read(reference))
+    axis = 3 if weight.op == "DEPTHWISE_CONV_2D" else 0
+    peaks = np.abs(weight.values).max(tuple({*range(weight.values.ndim)} - {axis}), keepdims=True)
+    steps = np.where(peaks > 0, peaks / 127, 1)
+    np.testing.assert_allclose(rounded.values, np.rint(weight.values / steps) * steps, rtol=1e-6)
+    shape = (3, 64) if weight.op == "FULLY_CONNECTED" else (3, 8, 8, 64)
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    found = run(encode(dense, forms), x, resolver)
+    np.testing.assert_allclose(found, run(reference, x, BUILTIN), atol=1e-4)
+
+
+@pytest.mark.parametrize("resolver", [AUTO, BUILTIN])
+@pytest.mark.parametrize("inputs", [64, 4096])
+def test_blocks_of_16_read_directly(inputs, resolver):
+    weight = sparse_values((8, inputs), 0.2, block=16)
+    weight *= np.logspace(-2, 1, 8, dtype=np.float32)[:, None]  # each row needs its own scale
+    dense = fully_connected(weight)
+    forms = {w.buffer: HYBRID for w in weights(read(dense))}
+    content = encode(dense, forms)
+    assert ops(read(content)) == [("FULLY_CONNECTED", 8)]
+    x = np.random.default_rng(0).standard_normal((3, inputs)).astype(np.float32)
+    found, expected = run(content, x, resolver), x @ weight.T
+    np.testing.assert_array_equal(found, run(stored_dense(dense, forms), x, BUILTIN))
+    assert (np.abs(found - expected).max(0) <= 0.05 * np.abs(expected).max(0)).all()
+
+
+def test_a_transposed_convolution_is_not_rounded():
+    """Where XNNPACK does not take it, it takes the DEQUANTIZE before it: garbage."""
+    content = convolution("TRANSPOSE_CONV", sparse_values((6, 3, 3, 64), 0.1))
+    (choice,) = choose(content, Goal("size", int8=True)).choices
+    assert str(choice.form) == "csr+densify"
+
+
+def integers(op, weight):
+    """A file that computes on int8 from its input to its output."""
+    graph = File().graph()
+    width = weight.shape[-1]
+    x = graph.quantized(graph.tensor([2, width] if op == "FULLY_CONNECTED" else [2, 8, 8, width]))
+    kernel = graph.quantized(graph.constant(np.rint(weight * 40).clip(-127, 127).astype(np.int8)))
+    if op == "FULLY_CONNECTED":
+        options = schema.FullyConnectedOptionsT()
+        y = graph.op(op, [x, kernel, -1], [2, len(weight)], options, version=4)
+    else:
+        y = graph.convolve(op, x, kernel)
+        bias = graph.constant(np.zeros(len(weight), np.int32))
+        graph.graph.operators[-1].inputs[2] = graph.quantized(bias, 0.1 * 0.02)
+        graph.file.model.operatorCodes[-1].version = 3
+        graph.graph.tensors[y].shape[0] = 2
+    for tensor, scale in ((x, 0.1), (y, 1.0)):
+        graph.graph.tensors[graph.quantized(tensor, scale)].type = schema.TensorType.INT8
+    graph.graph.tensors[y].shapeSignature = None
+    return graph.finish({"x": x}, {"y": y}).content()
+
+
+@pytest.mark.parametrize(
+    ("op", "shape", "block", "version"),
+    [
+        ("FULLY_CONNECTED", (24, 304), 1, 8),
+        ("FULLY_CONNECTED", (24, 304), 4, 8),
+        ("FULLY_CONNECTED", (24, 304), 16, 8),
+        ("CONV_2D", (16, 3, 3, 32), 1, 3),
+        ("CONV_2D", (16, 3, 3, 32), 4, 3),
+    ],
+)
+def test_integers_stay_integers(op, shape, block, version):
+    """XNNPACK refuses FULLY_CONNECTED behind DENSIFY in every version but 8."""
+    dense = integers(op, sparse_values(shape, 0.1, block))
+    plan = choose(dense, Goal("size"))
+    (choice,) = plan.choices
+    assert str(choice.form) == {1: "csr+densify", 4: "1x4+densify", 16: "1x16"}[block]
+    assert ops(read(plan.content))[-1] == (op, version)
+    x = np.random.default_rng(0).integers(-99, 99, (2, *[8, 8] * (len(shape) > 2), shape[-1]))
+    expected = run(dense, x.astype(np.int8), BUILTIN)
+    assert len(np.unique(expected)) > 20
+    for resolver in (AUTO, BUILTIN):
+        found = run(plan.content, x.astype(np.int8), resolver).astype(int)
+        np.testing.assert_allclose(found, expected, atol=1)  # kernels differ in rounding
+
+
+@pytest.fixture
+def converted(monkeypatch):
+    """A model, with its conversion given."""
+    weight = sparse_values((64, 320), 0.1, block=16)
+    x = keras.Input((320,), name="x")
+    layer = layers.Dense(64, use_bias=False)
+    model = keras.Model(x, layer(x))
+    layer.set_weights([weight.T])
+    content = fully_connected(weight)
+    monkeypatch.setattr(pipeline, "conversions", lambda model, kinds, _: [content] * len(kinds))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("optimize", "form"), [("latency", "int8 1x16"), ("size", "int8 1x16"), ("balanced", None)]
+)
+def test_export(converted, tmp_path, optimize, form):
+    report = export_tflite(converted, tmp_path / "m.tflite", quantize="weights", optimize=optimize)
+    assert form is None or encodings(report) == [form]
+    assert 1e-4 < report.max_error < 0.1
+
+
+def test_a_wrong_scale_is_found_out(converted, tmp_path, monkeypatch):
+    """Within the tolerance to Keras, but not what the rounded weights give."""
+    larger = fully_connected(converted.layers[1].get_weights()[0].T * np.float32(1.2))
+    monkeypatch.setattr(pipeline.encode, "stored_dense", lambda content, forms: larger)
+    with pytest.raises(ExportError, match="from the same weights stored dense"):
+        export_tflite(converted, tmp_path / "m.tflite", quantize="weights", optimize="size")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quantize": "full"}, "Expected representative samples.*missing"),
+        ({"representative": np.ones((4, 320))}, "Expected representative samples.*given"),
+        ({"quantize": "int4"}, "Expected quantize to be one of .*'weights'.*Received: 'int4'"),
+        ({"optimize": "speed"}, "Expected optimize to be one of 'latency'.*Received: 'speed'"),
+        ({"target": "x86"}, "Expected target to be one of 'host'.*Received: 'x86'"),
+        ({"threads": 0}, "Expected threads of 1 or more. Received: threads=0"),
+        ({"batch": 1.5}, "Expected batch of 1 or more. Received: batch=1.5"),
+    ],
+)
+def test_options_that_mean_nothing(converted, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        export_tflite(converted, tmp_path / "m.tflite", **options)
+
+
+def test_full_int8_by_the_converter(tmp_path):
+    """On every backend: on JAX and PyTorch the samples go to a second Python."""
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 16)),
+            layers.Conv2D(64, 3, activation="relu"),
+            layers.Flatten(),
+            layers.Dense(32),
+        ]
+    )
+    prune(model, 0.1)
+    x = np.random.default_rng(0).standard_normal((40, 8, 8, 16)).astype(np.float32)
+    path = tmp_path / "m.tflite"
+    report = export_tflite(model, path, quantize="full", representative=x)
+    assert encodings(report) == ["int8 csr+densify"] * 2
+    assert report.max_error < 0.1
+    found = read(path.read_bytes())
+    kept = [t for t in found.subgraphs[0].tensors if t.sparsity is not None]
+    kernels = {np.size(w): w for w in model.get_weights() if w.ndim > 1}
+    for tensor in kept:
+        matrix = values(found, tensor)
+        assert np.count_nonzero(matrix) <= np.count_nonzero(kernels[matrix.size])
