@@ -1,6 +1,6 @@
 # make demo: the main job, end to end, on real data. make test: everything, on three backends.
 # Both do all their own set-up. The rest: lint, test-BACKEND, bench-mnist, bench-methods,
-# bench-step, bench-overhead, bench-matrix, clean.
+# bench-step, bench-overhead, bench-matrix, bench-edge, clean.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ DEMO_READY := $(VENV)/ready-demo
 TEST_READY := $(VENV)/ready-test
 
 .PHONY: demo test lint $(BACKENDS:%=test-%) clean
-.PHONY: bench-mnist bench-methods bench-step bench-overhead bench-matrix
+.PHONY: bench-mnist bench-methods bench-step bench-overhead bench-matrix bench-edge
 
 demo: $(DEMO_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m keras_dst demo
@@ -67,6 +67,9 @@ $(TFMOT)/ready: constraints.txt
 bench-matrix: $(TEST_READY)
 	$(VENV)/bin/pip install -q -c constraints.txt keras-hub
 	$(RUN) -m benchmarks.matrix
+
+bench-edge: $(TEST_READY)
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.edge
 
 clean:
 	rm -rf $(VENV) $(TFMOT) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

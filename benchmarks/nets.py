@@ -78,3 +78,43 @@ def resnet(depth: int, width: int = 16, stride: int = 1):
             x = layers.ReLU()(layers.Add()([x, y]))
     x = layers.GlobalAveragePooling2D()(x)
     return keras.Model(inputs, layers.Dense(10, "softmax")(x), name=f"resnet-{depth}")
+
+
+def vgg(widths=(64, 128, 256, 512)):
+    """Two 3x3 convolutions of every width, each pair halving the image, for CIFAR-10."""
+    model = keras.Sequential([keras.Input((32, 32, 3))], name="vgg")
+    for width in widths:
+        for _ in range(2):
+            model.add(layers.Conv2D(width, 3, padding="same", use_bias=False))
+            model.add(layers.BatchNormalization(momentum=0.9))
+            model.add(layers.ReLU())
+        model.add(layers.MaxPooling2D())
+    model.add(layers.GlobalAveragePooling2D())
+    model.add(layers.Dense(10, "softmax"))
+    return model
+
+
+def mobilenet(size: int = 96, width: float = 0.5):
+    """MobileNetV1 (arXiv 1704.04861) padded so that XNNPACK can compute it in its sparse form."""
+
+    def channels(n):
+        return int(n * width)
+
+    def halved(x):
+        return layers.ZeroPadding2D(1)(x), {"strides": 2, "padding": "valid"}
+
+    def normalised(x):
+        return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
+
+    inputs = keras.Input((size, size, 3))
+    x, options = halved(inputs)
+    x = normalised(layers.Conv2D(channels(32), 3, use_bias=False, **options)(x))
+    for number, filters in enumerate((64, 128, 128, 256, 256, *[512] * 6, 1024, 1024)):
+        options = {"padding": "same"}
+        if number in (1, 3, 5, 11):
+            x, options = halved(x)
+        x = normalised(layers.DepthwiseConv2D(3, use_bias=False, **options)(x))
+        pointwise = layers.Conv2D(channels(filters), 1, use_bias=False, name=f"pointwise{number}")
+        x = normalised(pointwise(x))
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, layers.Dense(10, "softmax")(x), name="mobilenet")

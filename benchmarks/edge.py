@@ -1,0 +1,218 @@
+"""What a sparse .tflite file gains: one JSON per case, and results/edge.md.
+
+Real nets are trained, dense and sparse, exported, and run in the interpreter: accuracy on test
+images, bytes, latency against the dense float32 file at batch 1 on one thread, files in turns. Then
+once more on the same CPU with AVX hidden, where XNNPACK takes the kernels it has for ARM. The nets
+see 10,000 images for a few epochs: it is the cost of sparsity that is compared, not the accuracy.
+Cases whose JSON is there already are not run again.
+
+python -m benchmarks.edge [--cases CASE ...]
+"""
+
+import argparse
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import keras
+
+import keras_dst
+from benchmarks import nets
+from benchmarks.common import RESULTS, cifar10, mnist, save
+from keras_dst.methods import Magnitude
+from tests import no_avx
+
+IMAGES, TESTED, BATCH, SEED = 10_000, 2_000, 64, 0
+TRAINED = pathlib.Path(__file__).parent.parent / "build" / "edge"
+
+
+@dataclass
+class Net:
+    """What is trained, on what, for how long."""
+
+    build: Callable
+    data: Callable
+    epochs: int
+    prunable: str  # names of the kernels that methods may prune
+
+
+@dataclass
+class Case:
+    """One net under one method, one way to export it, and what is hoped for."""
+
+    net: str
+    method: Magnitude
+    options: dict = field(default_factory=dict)
+    shrink: bool = False
+    bars: dict = field(default_factory=dict)
+
+
+def enlarged():
+    """CIFAR-10 at 96 x 96."""
+    return tuple((x.repeat(3, 1).repeat(3, 2), y) for x, y in cifar10())
+
+
+NETS = {
+    "lenet": Net(nets.lenet_300_100, mnist, 10, "dense.*/kernel"),
+    "vgg": Net(nets.vgg, cifar10, 4, "conv.*/kernel"),
+    "mobilenet": Net(nets.mobilenet, enlarged, 4, "pointwise.*/kernel"),
+}
+FAST = {"optimize": "latency"}
+SMALL = {"optimize": "size", "quantize": "weights"}
+CASES = {
+    "lenet-90-1x4": Case(
+        "lenet", Magnitude(0.9, pattern="1x4"), FAST, bars={"latency": 0.35, "bytes": 0.12}
+    ),
+    "lenet-90": Case("lenet", Magnitude(0.9), FAST),
+    "vgg-95-1x4": Case(
+        "vgg",
+        Magnitude(0.95, pattern="1x4"),
+        FAST,
+        bars={"latency": 0.45, "bytes": 0.07, "latency_no_avx": 0.25},
+    ),
+    "vgg-95": Case("vgg", Magnitude(0.95), SMALL, bars={"bytes": 0.04, "accuracy_lost": 0.5}),
+    "vgg-50-channel": Case(
+        "vgg",
+        Magnitude(0.5, pattern="channel", allocation="uniform"),
+        FAST,
+        shrink=True,
+        bars={"latency": 0.35},
+    ),
+    "mobilenet-90": Case(
+        "mobilenet",
+        Magnitude(0.9),
+        {"optimize": "latency", "target": "arm"},
+        bars={"latency_no_avx": 0.3},
+    ),
+}
+NO_AVX = """
+import json, pathlib
+from keras_dst.export.measure import latencies
+print(json.dumps(latencies([pathlib.Path(path).read_bytes() for path in sys.argv[1:]])))
+"""
+
+
+def trained(net_name, method):
+    """The net after training, dense for None, from a file where there is one."""
+    net = NETS[net_name]
+    TRAINED.mkdir(parents=True, exist_ok=True)
+    path = TRAINED / f"{net_name}_{method!r}.keras".replace("/", "")
+    if path.exists():
+        return keras.saving.load_model(path)
+    x, y = net.data()[0]
+    x, y = x[:IMAGES], y[:IMAGES]
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(SEED)
+    model = net.build()
+    rate = keras.optimizers.schedules.CosineDecay(0.05, net.epochs * -(-len(y) // BATCH))
+    optimizer = keras.optimizers.SGD(rate, momentum=0.9)
+    callbacks = []
+    if method:
+        optimizer = keras_dst.SparseOptimizer(optimizer, method, filters=net.prunable)
+        callbacks = [keras_dst.callbacks.SparseTraining()]
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.fit(x, y, batch_size=BATCH, epochs=net.epochs, verbose=2, callbacks=callbacks)
+    keras_dst.strip(model).save(path)
+    return model
+
+
+def run(name):
+    case = CASES[name]
+    model = trained(case.net, case.method)
+    dense = trained(case.net, None)
+    x, y = NETS[case.net].data()[1]
+    test = x[:TESTED], y[:TESTED]
+    small = keras_dst.shrink(model) if case.shrink else model
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [pathlib.Path(folder) / f"{kind}.tflite" for kind in ("dense", "sparse")]
+        before = keras_dst.export_tflite(dense, paths[0], evaluate=test)
+        after = keras_dst.export_tflite(
+            small, paths[1], inputs=test[0], evaluate=test, **case.options
+        )
+        print(after)
+        found = {
+            "bytes": after.bytes / before.dense_bytes,
+            "gzip_bytes": after.gzip_bytes / before.dense_gzip_bytes,
+            "latency": _ratio(keras_dst.export.measure.latencies([p.read_bytes() for p in paths])),
+            "latency_no_avx": None,
+            "no_avx": no_avx.obstacle() or "hidden",
+        }
+        if not no_avx.obstacle():
+            found["latency_no_avx"] = _ratio(json.loads(no_avx.run(NO_AVX, *paths)))
+    accuracy = {
+        "dense": before.files[0].accuracy,
+        "sparse": float((model.predict(test[0], verbose=0).argmax(-1) == test[1]).mean()),
+        "file": after.files[-1].accuracy,
+    }
+    found["accuracy_lost"] = 100 * (accuracy["sparse"] - accuracy["file"])
+    save(
+        f"edge_{name}",
+        {
+            "command": "make bench-edge",
+            "method": repr(case.method),
+            "options": case.options,
+            "shrink": case.shrink,
+            "sparsity": keras_dst.report(model).sparsity,
+            "seed": SEED,
+            "images": IMAGES,
+            "epochs": NETS[case.net].epochs,
+            "accuracy": accuracy,
+            "against_dense": found,
+            "bars": case.bars,
+            "report": after.to_dict() | {"path": "sparse.tflite"},
+        },
+    )
+
+
+def _ratio(seconds) -> float:
+    dense, sparse = seconds
+    return sparse / dense
+
+
+def table():
+    lines = [
+        "# What a sparse .tflite file gains",
+        "",
+        "Against the dense float32 file of the same net, trained as long: bytes, and latency of "
+        "one inference on one thread, as it is and with AVX hidden (as on ARM). Accuracy in % on "
+        f"{TESTED:,} test images: of the dense net, the sparse net, and the file. Bold: a goal, "
+        "met; struck through: missed. Made by `make bench-edge` from `results/edge_*.json`.",
+        "",
+        "| case | accuracy | bytes | gzip | latency | latency, AVX hidden |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in CASES:
+        path = RESULTS / f"edge_{name}.json"
+        if not path.exists():
+            continue
+        result = json.loads(path.read_text())
+        accuracy = " / ".join(f"{100 * value:.1f}" for value in result["accuracy"].values())
+        columns = ("bytes", "gzip_bytes", "latency", "latency_no_avx")
+        figures = [_figure(result, column) for column in columns]
+        lines.append(f"| {name} | {accuracy} | {' | '.join(figures)} |")
+    (RESULTS / "edge.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def _figure(result, column) -> str:
+    value, bar = result["against_dense"][column], result["bars"].get(column)
+    if value is None:
+        return "not measured"
+    mark = "" if bar is None else "**" if value <= bar else "~~"
+    goal = "" if bar is None else f" (≤ {bar})"
+    return f"{mark}{value:.3f}{mark}{goal}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
+    for name in parser.parse_args().cases:
+        if not (RESULTS / f"edge_{name}.json").exists():
+            run(name)
+    table()
+
+
+if __name__ == "__main__":
+    main()
