@@ -99,8 +99,9 @@ def choose(
 ) -> Plan:
     """The best plan for a dense ``.tflite`` file.
 
-    The best form of every weight by itself comes first. The file of these is then held against one
-    in which all are unpacked, as XNNPACK may compute that in its sparse form, and the dense one.
+    The best form of every weight by itself comes first. The file of these is then held against
+    others, as ops can be faster or slower in company: one in which all weights are read directly,
+    one in which all are unpacked, which XNNPACK may compute in its sparse form, and the dense one.
 
     Args:
         content: the file, with float32 or int8 weights.
@@ -116,14 +117,16 @@ def choose(
     unpacked = [
         [way for way in ways if _is_dense_at_work(way.weight, way.form)] for ways in options
     ]
+    direct = [[way for way in ways if way.form and not way.form.unpack] or ways for ways in options]
     plans = [
         _plan(content, options, goal),
+        _plan(content, direct, replace(goal, optimize="latency")),
         _plan(content, unpacked, replace(goal, optimize="size")),
         Plan([ways[0] for ways in options], content),
     ]
     progress("whole files")
     _, *slowness = goal.slowness([content, *(plan.content for plan in plans)])
-    slowness[1:] = [min(slowness[1], 1.0), 1.0]  # once unpacked, a weight is dense
+    slowness[2:] = [min(slowness[2], 1.0), 1.0]  # once unpacked, a weight is dense
     return plans[goal.best([len(plan.content) for plan in plans], slowness)]
 
 
@@ -152,7 +155,7 @@ def _is_dense_at_work(weight: Weight, form: Form | None) -> bool:
 
 def _without_densify(ways: list[Choice]) -> list[Choice]:
     left = [way for way in ways if not (way.form and way.form.unpack and way.form.block)]
-    return left if len(left) == len(ways) else [replace(left[0], reason=UNSAFE), *left[1:]]
+    return [replace(way, reason=way.reason and UNSAFE) for way in left] if left != ways else ways
 
 
 def _options(model: schema.ModelT, weight: Weight, goal: Goal) -> list[Choice]:
