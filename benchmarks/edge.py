@@ -55,9 +55,9 @@ def enlarged():
 
 
 NETS = {
-    "lenet": Net(nets.lenet_300_100, mnist, 10, "dense.*/kernel"),
-    "vgg": Net(nets.vgg, cifar10, 4, "conv.*/kernel"),
-    "mobilenet": Net(nets.mobilenet, enlarged, 4, "pointwise.*/kernel"),
+    "lenet": Net(nets.lenet_300_100, mnist, 10, ".*dense.*/kernel"),
+    "vgg": Net(nets.vgg, cifar10, 4, ".*conv2d.*/kernel"),
+    "mobilenet": Net(nets.mobilenet, enlarged, 4, ".*pointwise.*/kernel"),
 }
 FAST = {"optimize": "latency"}
 SMALL = {"optimize": "size", "quantize": "weights"}

@@ -16,6 +16,7 @@ from keras_dst import cli
 from keras_dst.export.encode import Form, encode, weights
 from keras_dst.export.flat import read, write
 from keras_dst.methods import DST
+from tests.backends import once
 from tests.export.graphs import fully_connected, sparse_values
 from tests.export.test_export_tflite import on_tensorflow
 
@@ -232,6 +233,7 @@ def test_a_damaged_model(saved, tmp_path, capsys):
     assert "could not be loaded" in capsys.readouterr().err
 
 
+@once
 def test_importing_needs_keras_and_numpy_alone():
     code = (
         "import sys, keras; before = set(sys.modules); import keras_dst; "
@@ -242,6 +244,7 @@ def test_importing_needs_keras_and_numpy_alone():
     assert third_party == {"keras_dst"}
 
 
+@once
 def test_python_m_shows_the_commands():
     command = [sys.executable, "-m", "keras_dst", "--help"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -15,8 +15,9 @@ import pytest
 import keras_dst
 from keras_dst.callbacks import BackupAndRestore, SparseTraining
 from tests import stop_worker
+from tests.backends import COMPILES, once
 
-KILLS = int(os.environ.get("KERAS_DST_KILLS", "2"))
+KILLS = int(os.environ.get("KERAS_DST_KILLS", "1" if COMPILES else "3"))
 SEED = int(os.environ.get("KERAS_DST_SEED", "0"))
 LINES = len(stop_worker.METHODS) * stop_worker.EPOCHS * stop_worker.STEPS
 
@@ -100,6 +101,7 @@ def whole():
     return method, model
 
 
+@once
 @pytest.mark.parametrize(("save_freq", "first"), [("epoch", False), (3, True)])
 def test_the_order_of_callbacks_does_not_matter(save_freq, first, whole, tmp_path):
     method, model = whole
@@ -116,6 +118,7 @@ def test_the_order_of_callbacks_does_not_matter(save_freq, first, whole, tmp_pat
     assert not (tmp_path / "b").exists()
 
 
+@once
 @pytest.mark.parametrize("rename", range(2))
 def test_killed_within_a_backup(rename, whole, tmp_path, monkeypatch):
     """Before the new weights have their name, or between these and the record of them."""
@@ -141,6 +144,7 @@ def test_killed_within_a_backup(rename, whole, tmp_path, monkeypatch):
     check_same(model, resumed)
 
 
+@once
 def test_what_a_kill_leaves_unfinished_is_removed_and_nothing_else(tmp_path):
     (tmp_path / "mine.txt").write_text("not ours")
     (tmp_path / ".123.backup-1-0.weights.h5").write_text("cut short")
@@ -160,6 +164,7 @@ def test_a_backup_of_the_end_is_the_end(name, tmp_path):
     check_same(model, again)
 
 
+@once
 @pytest.mark.parametrize("driven", [True, False])
 def test_interrupted_while_batches_are_left_out(driven, tmp_path):
     """A later fit leaves out none."""
@@ -175,6 +180,7 @@ def test_interrupted_while_batches_are_left_out(driven, tmp_path):
     assert int(model.optimizer.iterations) == before + steps
 
 
+@once
 def test_a_later_fit_begins_at_its_own_beginning(tmp_path):
     method = stop_worker.METHODS["magnitude"]
     crash(stop_worker.build(method), (2, 3), SparseTraining(), BackupAndRestore(tmp_path, 3))
@@ -186,6 +192,7 @@ def test_a_later_fit_begins_at_its_own_beginning(tmp_path):
     assert int(model.optimizer.iterations) == 2 * iterations
 
 
+@once
 @pytest.mark.parametrize("name", ["dst-target", "magnitude"])
 def test_keras_own_backup_within_an_epoch_ends_at_the_target(name, tmp_path):
     """It begins the epoch again, so that there are more steps than the schedule has."""

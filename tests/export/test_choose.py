@@ -10,9 +10,12 @@ from keras_dst.export.cost import CPUS, Modelled
 from keras_dst.export.decode import encoding
 from keras_dst.export.encode import Form
 from keras_dst.export.flat import read, readers
+from tests.backends import once
 
 from . import graphs
 from .graphs import convolution, fully_connected, sparse_values
+
+pytestmark = once
 
 
 def only(content, *goal):

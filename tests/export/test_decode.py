@@ -8,8 +8,11 @@ from keras_dst.export.contents import ContentsReport, contents
 from keras_dst.export.decode import encoding, unpack
 from keras_dst.export.encode import Form, encode, pack, weights
 from keras_dst.export.flat import read
+from tests.backends import once
 
 from .graphs import File, convolution, fully_connected, sparse_values
+
+pytestmark = once
 
 
 def tensor(shape, sparsity):

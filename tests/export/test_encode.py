@@ -6,9 +6,12 @@ from ai_edge_litert import schema_py_generated as schema
 
 from keras_dst.export.encode import Form, encode, pack, weights
 from keras_dst.export.flat import read
+from tests.backends import once
 
 from . import graphs
 from .graphs import AUTO, BUILTIN, convolution, decode, fully_connected, ops, run, sparse_values
+
+pytestmark = once
 
 CSR, BLOCKS = Form(1, False), Form(4, False)
 CSR_DENSIFY, BLOCKS_DENSIFY = Form(1, True), Form(4, True)

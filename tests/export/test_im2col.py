@@ -8,8 +8,11 @@ from hypothesis import strategies as st
 
 from keras_dst.export.encode import Form, encode, weights
 from keras_dst.export.flat import read
+from tests.backends import once
 
 from .graphs import AUTO, BUILTIN, File, ops, run, sparse_values
+
+pytestmark = once
 
 RELU6 = schema.ActivationFunctionType.RELU6
 

@@ -9,8 +9,11 @@ import pytest
 from keras_dst.export import measure
 from keras_dst.export.measure import bench, latencies
 from keras_dst.export.memory import peak_memory
+from tests.backends import once
 
 from .graphs import File, fully_connected, sparse_values
+
+pytestmark = once
 
 
 @pytest.fixture

@@ -8,8 +8,11 @@ from keras_dst.export import nchw
 from keras_dst.export.choose import UNSAFE, Goal, choose
 from keras_dst.export.encode import Form, encode, weights
 from keras_dst.export.flat import read
+from tests.backends import once
 
 from .graphs import AUTO, File, run, sparse_values
+
+pytestmark = once
 
 BY_ONE = [[0, 0], [1, 1], [1, 1], [0, 0]]
 BY_TWO = [[0, 0], [2, 2], [2, 2], [0, 0]]
