@@ -1,7 +1,7 @@
 """An estimate of the latency of a ``.tflite`` file, where it cannot be measured.
 
-Constants are nanoseconds on one thread of a CPU of 2023, from runs of single ops; those for CPUs
-without AVX were taken with AVX hidden, in place of an ARM.
+Constants are nanoseconds on one thread, rounded from runs of single ops on a CPU of 2023; those for
+CPUs without AVX with AVX hidden, in place of an ARM. Overheads and copies are guesses.
 """
 
 from __future__ import annotations
