@@ -344,7 +344,7 @@ def test_a_model_that_is_pruned_in_two_goes(tmp_path):
 
 
 @keras.saving.register_keras_serializable("tests")
-class Mixer(layers.Layer):
+class Named(layers.Layer):
     prunable_weights = ("mix",)
 
     def build(self, shape):
@@ -359,12 +359,12 @@ class Mine(layers.Dense):
         return [self.kernel, self.bias]
 
 
-class Unknown(Mixer):
+class Unknown(Named):
     prunable_weights = ()
 
 
 def test_a_layer_of_ones_own():
-    model = keras.Sequential([keras.Input((9,)), tfmot.prune_low_magnitude(Mixer(), EVERY)])
+    model = keras.Sequential([keras.Input((9,)), tfmot.prune_low_magnitude(Named(), EVERY)])
     fit(compiled(model))
     assert np.count_nonzero(tfmot.strip_pruning(model).layers[0].mix.numpy()) == round(63 / 2)
 
