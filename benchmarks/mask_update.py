@@ -67,6 +67,7 @@ def of(method) -> dict:
     from benchmarks.common import under
     from keras_dst.compiled import compiled
     from keras_dst.drivers import drivers_of
+    from keras_dst.export.memory import kilobytes
 
     keras.utils.set_random_seed(0)
     model = keras.applications.ResNet50(weights=None)
@@ -92,10 +93,10 @@ def of(method) -> dict:
 
     update(), one_pass()  # compiles
     ctypes.CDLL(None).malloc_trim(0)  # gives back what is free, which would be used again unseen
-    before = _kilobytes("VmRSS")
+    before = kilobytes("VmRSS")
     (SELF / "clear_refs").write_text("5")  # the peak counts from here on
     update()
-    memory = (_kilobytes("VmHWM") - before) * 1024
+    memory = (kilobytes("VmHWM") - before) * 1024
     works = {"pass": partial(cpu_seconds, one_pass), "update": partial(cpu_seconds, update)}
     times = in_turns(works, ROUNDS)
     return {
@@ -105,12 +106,6 @@ def of(method) -> dict:
         "memory_over_weights": memory / (4 * driver.size),
         "weights": driver.size,
     }
-
-
-def _kilobytes(field: str) -> int:
-    """A figure of this process's memory, as Linux counts it."""
-    lines = (SELF / "status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 if __name__ == "__main__":

@@ -320,7 +320,8 @@ class _Ranking:
         starts = [0, *np.cumsum(lengths)[:-1].tolist()] if together else [0] * len(lengths)
         self.lengths = ops.convert_to_tensor([sum(lengths)] if together else lengths, "int32")
         self.bundles = [_Rows(members, lengths, starts) for members in _bundles(lengths)]
-        self._take([b.join([ops.cast(s, "float32") for s in scores]) for b in self.bundles])
+        scores = [ops.cast(s, "float32") for s in scores]
+        self._take([b.join(scores) for b in self.bundles])
         # How many weights an entry stands for; None: one.
         self.weights = [None] * len(self.bundles)
         if sizes is not None and any(np.any(n != 1) for n in sizes):

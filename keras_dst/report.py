@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import io
 import math
 import re
 import textwrap
@@ -17,11 +16,14 @@ from typing import Any
 import keras
 import numpy as np
 from keras import layers, ops
+from rich.box import MARKDOWN
+from rich.table import Table
 
 from keras_dst.layers import Gate, SparseMixin
 from keras_dst.optimizers import unwrap
 from keras_dst.selection import is_kernel
 from keras_dst.surgery import check_model
+from keras_dst.tables import as_text
 
 Shape = tuple[int, ...]
 
@@ -150,11 +152,7 @@ class SparsityReport:
         return {**{name: getattr(self, name) for name in names}, "layers": rows}
 
     def __str__(self):
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=box.MARKDOWN)
+        table = Table(box=MARKDOWN)
         for name in ("weight", "layer", "shape"):
             table.add_column(name, no_wrap=True)
         for name in ("weights", "nonzero", "sparsity", "FLOPs", "dense FLOPs"):
@@ -170,22 +168,10 @@ class SparsityReport:
         figures = _figures(prunable, kept, self.flops, self.dense_flops)
         table.add_row("total of these", "", "", *figures)
         table.add_row("all weights", "", "", *_figures(self.parameters, self.nonzeros)[:3])
-
-        text = io.StringIO()
-        # As wide as needed, and the same on a terminal, in a notebook and in a file.
-        console = Console(
-            file=text,
-            width=10_000,
-            color_system=None,
-            force_terminal=False,
-            force_jupyter=False,
-            markup=False,
-            emoji=False,
-            highlight=False,
-        )
-        console.print(table)
         lines = [f"{self.model}: {_percent(self.sparsity)} sparse, {self.bytes:,} bytes if dense"]
-        lines += [line.rstrip() for line in text.getvalue().splitlines() if line.strip()]
+        lines += [
+            line.rstrip() for line in as_text(table, width=10_000).splitlines() if line.strip()
+        ]
         if self.reason:
             lines.append(f"FLOPs are not known: {self.reason}.")
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The code on the pages of docs/."""
+"""The code on the pages of docs/, and of README.md."""
 
 import pathlib
 import re

@@ -19,6 +19,7 @@ from keras_dst.methods import DST
 from tests.backends import once
 from tests.export.graphs import fully_connected, sparse_values
 from tests.export.test_export_tflite import on_tensorflow
+from tests.pages import blocks
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -194,11 +195,10 @@ def test_the_page_on_files(edge, monkeypatch, capsys):
 @on_tensorflow
 def test_the_examples_on_that_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    page = (ROOT / "docs" / "edge.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(compile(block, "edge.md", "exec"), {})
+    codes = [code for _, code in blocks("edge.md")]
+    assert len(codes) == 2
+    for code in codes:
+        exec(compile(code, "edge.md", "exec"), {})
     out = capsys.readouterr().out
     assert "this file" in out
     assert "padding 'same' is no way into the sparse form" in out
@@ -255,11 +255,11 @@ def test_python_m_shows_the_commands():
 
 def test_readme_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert len(blocks) == 2
+    codes = [code for _, code in blocks("../README.md")]
+    assert len(codes) == 2
     x = np.random.default_rng(0).standard_normal((640, 784)).astype("float32")
     names = {"x": x, "y": np.arange(640) % 10, "loss": "sparse_categorical_crossentropy"}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+    for code in codes:
+        exec(compile(code, "README.md", "exec"), names)
     assert (tmp_path / "model.tflite").stat().st_size < 4 * 300 * 784 / 2
     assert os.listdir(tmp_path) == ["model.tflite"]

@@ -58,6 +58,11 @@ class Plan:
     choices: list[Choice]
     content: bytes
 
+    @property
+    def forms(self) -> dict[int, Form]:
+        """The forms of the weights that are not stored as they were, by buffer."""
+        return _forms(self.choices)
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -143,8 +148,12 @@ def _best(ways: list[Choice], goal: Goal) -> Choice:
 
 
 def _encoded(content: bytes, choices: list[Choice]) -> Plan:
-    forms = {choice.weight.buffer: choice.form for choice in choices if choice.form}
+    forms = _forms(choices)
     return Plan(choices, encode.encode(content, forms) if forms else content)
+
+
+def _forms(choices: list[Choice]) -> dict[int, Form]:
+    return {choice.weight.buffer: choice.form for choice in choices if choice.form}
 
 
 def _is_dense_at_work(weight: Weight, form: Form | None) -> bool:

@@ -10,16 +10,15 @@ import numpy as np
 
 from keras_dst.export.decode import (
     encoding,
-    indices,
     load,
     shape,
-    stored,
     stored_bytes,
     type_name,
     values,
 )
-from keras_dst.export.flat import op_name, read, text
-from keras_dst.export.report import as_table, gzip_bytes
+from keras_dst.export.flat import indices, op_name, read, stored, text
+from keras_dst.export.report import gzip_bytes
+from keras_dst.tables import as_table
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from keras_dst.export import nchw
-from keras_dst.export.decode import encoding, origins, shape, stored, type_name, values
+from keras_dst.export.decode import encoding, origins, shape, type_name, values
 from keras_dst.export.encode import WEIGHT_OPS, WEIGHT_SLOT
-from keras_dst.export.flat import op_name, read
+from keras_dst.export.flat import indices, op_name, read, stored
 
 _COPIES = frozenset({"PAD", "STRIDED_SLICE", "CONCATENATION"})
 _AT_LOAD = frozenset({"DENSIFY", "DEQUANTIZE"})
@@ -89,7 +89,7 @@ class Modelled:
             unpacked = origins(model, graph)
             for op in graph.operators:
                 kind = op_name(model, op)
-                if kind in _AT_LOAD or not len(op.outputs):
+                if kind in _AT_LOAD or not indices(op.outputs):
                     continue
                 total += _OP
                 made = graph.tensors[op.outputs[0]]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from keras_dst.export.flat import op_name, read
+from keras_dst.export.flat import indices, op_name, read, stored
 
 _TYPES = {code: name.lower() for name, code in vars(schema.TensorType).items() if name.isupper()}
 
@@ -59,17 +59,6 @@ def type_name(tensor: schema.TensorT) -> str:
 def shape(tensor: schema.TensorT) -> tuple[int, ...]:
     """The shape of a tensor, with 1 for a size that is open."""
     return () if tensor.shape is None else tuple(map(int, tensor.shape))
-
-
-def indices(tensors: Iterable[int] | None) -> list[int]:
-    """The tensors that an op reads or writes, without optional ones that are left out."""
-    return [] if tensors is None else [int(t) for t in tensors if t >= 0]
-
-
-def stored(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
-    """The bytes of a constant as they are in the file; None for a tensor that is computed."""
-    data = model.buffers[tensor.buffer].data
-    return None if data is None or not len(data) else data
 
 
 def values(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:

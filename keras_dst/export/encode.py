@@ -16,7 +16,16 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from keras_dst.export import codes, im2col
-from keras_dst.export.flat import add_tensor, make_op, op_code, op_name, read, text, write
+from keras_dst.export.flat import (
+    add_tensor,
+    make_op,
+    op_code,
+    op_name,
+    read,
+    stored,
+    text,
+    write,
+)
 
 #: Ops with a kernel for a float32 weight that is unpacked by a DENSIFY op, or itself sparse.
 WEIGHT_OPS = frozenset({"FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV"})
@@ -101,8 +110,8 @@ def weights(model: schema.ModelT) -> list[Weight]:
 
 def constant(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
     """The values of a dense constant tensor; None for a computed, sparse or other-typed one."""
-    data = model.buffers[tensor.buffer].data
-    if data is None or not len(data) or tensor.sparsity is not None or tensor.type not in _NUMPY:
+    data = stored(model, tensor)
+    if data is None or tensor.sparsity is not None or tensor.type not in _NUMPY:
         return None
     return data.view(_NUMPY[tensor.type]).reshape(tensor.shape)
 

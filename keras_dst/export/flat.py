@@ -6,6 +6,7 @@ Needs flatbuffers, NumPy and the schema of LiteRT, never TensorFlow.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import flatbuffers
 import numpy as np
@@ -44,6 +45,17 @@ def text(name: bytes | str | None) -> str:
     return name.decode() if isinstance(name, bytes) else name or ""
 
 
+def indices(tensors: Iterable[int] | None) -> list[int]:
+    """The tensors that an op reads or writes, without optional ones that are left out."""
+    return [] if tensors is None else [int(t) for t in tensors if t >= 0]
+
+
+def stored(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
+    """The bytes of a constant as they are in the file; None for a tensor that is computed."""
+    data = model.buffers[tensor.buffer].data
+    return None if data is None or not len(data) else data
+
+
 def readers(model: schema.ModelT, buffer: int) -> schema.ModelT:
     """A file of the ops that read a buffer alone: what they read comes in, what they make goes out.
 
@@ -62,7 +74,7 @@ def _readers(model, graph, buffer: int, found: schema.ModelT) -> schema.SubGraph
     piece, places = schema.SubGraphT(), {-1: -1}
     piece.tensors, piece.operators = [], []
     for op in graph.operators:
-        if not any(graph.tensors[i].buffer == buffer for i in op.inputs if i >= 0):
+        if not any(graph.tensors[i].buffer == buffer for i in indices(op.inputs)):
             continue
         op = copy.copy(op)
         for index in [*op.inputs, *op.outputs]:
@@ -76,13 +88,8 @@ def _readers(model, graph, buffer: int, found: schema.ModelT) -> schema.SubGraph
     made = {int(index) for op in piece.operators for index in op.outputs}
     needed = {int(index) for op in piece.operators for index in op.inputs} - made - {-1}
     piece.outputs = sorted(made)
-    piece.inputs = [i for i in sorted(needed) if _is_computed(found, piece.tensors[i])]
+    piece.inputs = [i for i in sorted(needed) if stored(found, piece.tensors[i]) is None]
     return piece if piece.operators else None
-
-
-def _is_computed(model: schema.ModelT, tensor: schema.TensorT) -> bool:
-    data = model.buffers[tensor.buffer].data
-    return data is None or not len(data)
 
 
 def add_tensor(graph: schema.SubGraphT, tensor: schema.TensorT) -> int:

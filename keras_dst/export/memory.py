@@ -31,7 +31,7 @@ def peak_memory(content: bytes, *, threads: int = 1, batch: int = 1) -> int | No
 def _main(path: str, threads: str, batch: str) -> None:
     from ai_edge_litert.interpreter import Interpreter
 
-    before = _kilobytes("VmRSS")
+    before = kilobytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     interpreter = Interpreter(path, num_threads=int(threads))
     for detail in interpreter.get_input_details():
@@ -39,10 +39,11 @@ def _main(path: str, threads: str, batch: str) -> None:
         interpreter.resize_tensor_input(detail["index"], sizes)
     interpreter.allocate_tensors()
     interpreter.invoke()
-    print(1024 * max(_kilobytes("VmHWM") - before, 0))
+    print(1024 * max(kilobytes("VmHWM") - before, 0))
 
 
-def _kilobytes(name: str) -> int:
+def kilobytes(name: str) -> int:
+    """A figure of this process's memory, such as ``"VmRSS"``, as Linux counts it."""
     (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith(name))
     return int(line.split()[1])
 

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from keras_dst.export.decode import indices, origins, shape, stored, type_name, values
+from keras_dst.export.decode import origins, shape, type_name, values
 from keras_dst.export.encode import WEIGHT_SLOT
-from keras_dst.export.flat import op_name
+from keras_dst.export.flat import indices, op_name, stored
 
 _UNARY = re.compile(
     "ABS|CEIL|ELU|EXP|FLOOR|GELU|HARD_SWISH|LEAKY_RELU|LOGISTIC|NEG|RELU|RELU6|RELU_N1_TO_1|ROUND|"

@@ -15,6 +15,7 @@ from keras_dst.export import encode
 from keras_dst.export.choose import Choice, Goal, Plan, choose
 from keras_dst.export.convert import conversions
 from keras_dst.export.cost import CPUS, Modelled, this_cpu
+from keras_dst.export.encode import Form
 from keras_dst.export.measure import latencies, loads_and_latencies
 from keras_dst.export.memory import peak_memory
 from keras_dst.export.report import (
@@ -77,7 +78,8 @@ def export(
     plan = choose(base, settings.goal(), progress)
     progress("comparing with the model")
     cases = keras_cases(model, dense, settings.representative if inputs is None else inputs)
-    wrong = _fault(base, plan, cases, settings)
+    found = deviation(plan.content, cases)
+    wrong = _fault(found, base, plan, cases, settings)
     if wrong:
         raise ExportError(
             f"Expected {path.name} to compute what the Keras model does, within "
@@ -95,7 +97,7 @@ def export(
         dense_bytes=len(dense),
         dense_gzip_bytes=gzip_bytes(dense),
         tensors=[_tensor_report(choice) for choice in plan.choices],
-        max_error=deviation(plan.content, cases).error,
+        max_error=found.error,
         files=compared,
         threads=settings.threads,
         batch=settings.batch,
@@ -140,15 +142,15 @@ def _accuracy(model: keras.Model, content: bytes, evaluate: Any) -> float | None
     return float((outputs.argmax(-1) == classes).mean())
 
 
-def _fault(base: bytes, plan: Plan, cases: list[Case], settings: Settings) -> Deviation | None:
+def _fault(
+    found: Deviation, base: bytes, plan: Plan, cases: list[Case], settings: Settings
+) -> Deviation | None:
     """What is wrong with a file: it is far from Keras, or from a dense one of the same weights."""
-    found = deviation(plan.content, cases)
     if found.error > settings.tolerance:
         return found
     if settings.quantize:
-        forms = {choice.weight.buffer: choice.form for choice in plan.choices if choice.form}
-        rounded = difference(plan.content, encode.stored_dense(base, forms), cases)
-        hybrid = any(form.int8 and not form.unpack for form in forms.values())
+        rounded = difference(plan.content, encode.stored_dense(base, plan.forms), cases)
+        hybrid = any(form.int8 and not form.unpack for form in plan.forms.values())
         if rounded.error > (_INEXACT if hybrid or settings.quantize == "full" else _EXACT):
             return replace(rounded, where=f"{rounded.where}, from the same weights stored dense")
     return None
@@ -165,16 +167,19 @@ def _culprit(base: bytes, choices: list[Choice], cases: list[Case], settings: Se
     guilty = [
         f"{choice.weight.name!r} ({choice.weight.op}, {choice.form})"
         for choice in choices
-        if choice.form and _fault(base, _alone(base, choice), cases, settings)
+        if choice.form and _is_guilty(base, choice, choice.form, cases, settings)
     ]
     if not guilty:
         return "The dense conversion agrees, and so does every sparse weight alone."
     return f"The dense conversion agrees; at fault: {', '.join(guilty)}."
 
 
-def _alone(base: bytes, choice: Choice) -> Plan:
-    assert choice.form
-    return Plan([choice], encode.encode(base, {choice.weight.buffer: choice.form}))
+def _is_guilty(
+    base: bytes, choice: Choice, form: Form, cases: list[Case], settings: Settings
+) -> bool:
+    alone = Plan([choice], encode.encode(base, {choice.weight.buffer: form}))
+    found = deviation(alone.content, cases)
+    return _fault(found, base, alone, cases, settings) is not None
 
 
 def _tensor_report(choice: Choice) -> TensorReport:

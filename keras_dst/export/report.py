@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import gzip
-import io
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rich.box import MARKDOWN
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from keras_dst.tables import as_table
 
 
 class ExportError(RuntimeError):
@@ -129,20 +124,6 @@ def _scaled(value: float | None, unit: float) -> str:
 
 def _ratio(value: float | None, dense: float | None) -> str:
     return "not measured" if value is None or dense is None else f"{value / dense:.3f}"
-
-
-def as_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, as wide on a terminal as in a file; ``>`` sets a column to the right."""
-    table = Table(box=MARKDOWN)
-    for heading in headings:
-        name = heading.removesuffix(" >")
-        justify: Literal["left", "right"] = "left" if name == heading else "right"
-        table.add_column(name, justify=justify, overflow="fold", max_width=60)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    page = io.StringIO()
-    Console(file=page, width=300, force_terminal=False, color_system=None).print(table)
-    return page.getvalue().strip()
 
 
 def gzip_bytes(content: bytes) -> int:

@@ -16,7 +16,6 @@ from keras_dst.export.decode import (
     blocks,
     encoding,
     index_bytes,
-    indices,
     origins,
     shape,
     stored_bytes,
@@ -30,7 +29,7 @@ from keras_dst.export.encode import (
     Form,
     pack,
 )
-from keras_dst.export.flat import op_name, read, text
+from keras_dst.export.flat import indices, op_name, read, text
 from keras_dst.export.lint import Finding, LintReport
 from keras_dst.export.nchw import Node, Role
 

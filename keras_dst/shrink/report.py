@@ -10,12 +10,12 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_dst.export.report import as_table
 from keras_dst.report import report
 from keras_dst.shrink.build import build
 from keras_dst.shrink.pipeline import inference, random_inputs, stripped
 from keras_dst.shrink.plan import Plan
 from keras_dst.shrink.reasons import makers
+from keras_dst.tables import as_table
 
 
 @dataclass(frozen=True)
