@@ -19,11 +19,12 @@ from keras import layers, ops
 from rich.box import MARKDOWN
 from rich.table import Table
 
+from keras_dst import plots
 from keras_dst.layers import Gate, SparseMixin
 from keras_dst.optimizers import unwrap
 from keras_dst.selection import is_kernel
 from keras_dst.surgery import check_model
-from keras_dst.tables import as_text
+from keras_dst.tables import as_text, percent
 
 Shape = tuple[int, ...]
 
@@ -168,7 +169,7 @@ class SparsityReport:
         figures = _figures(prunable, kept, self.flops, self.dense_flops)
         table.add_row("total of these", "", "", *figures)
         table.add_row("all weights", "", "", *_figures(self.parameters, self.nonzeros)[:3])
-        lines = [f"{self.model}: {_percent(self.sparsity)} sparse, {self.bytes:,} bytes if dense"]
+        lines = [f"{self.model}: {percent(self.sparsity)} sparse, {self.bytes:,} bytes if dense"]
         lines += [
             line.rstrip() for line in as_text(table, width=10_000).splitlines() if line.strip()
         ]
@@ -191,23 +192,7 @@ class SparsityReport:
         Example:
             >>> keras_dst.report(model).plot().figure.savefig("density.png")
         """
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError as error:
-            raise ImportError("plot() needs matplotlib: pip install keras_dst[plot]") from error
-        if ax is None:
-            size = (8, 1.5 + 0.3 * len(self.layers))
-            ax = plt.subplots(figsize=size, layout="constrained")[1]
-        places = range(len(self.layers))
-        bars = ax.barh(places, [row.density for row in self.layers])
-        ax.bar_label(bars, [_percent(row.density) for row in self.layers], padding=3)
-        ax.axvline(1 - self.sparsity, color="grey", linestyle="--", zorder=0)
-        ax.set_yticks(places, [row.name for row in self.layers])
-        ax.set_ylim(max(len(self.layers), 1) - 0.5, -0.5)  # the first layer on top
-        ax.set_xlim(0, 1.2)  # room for the labels
-        ax.set_xlabel("density: fraction of weights kept (dashed: of all these)")
-        ax.set_title(f"{self.model}: {_percent(self.sparsity)} sparse")
-        return ax
+        return plots.density(self, ax)
 
 
 def report(model) -> SparsityReport:
@@ -273,11 +258,7 @@ def _sum_known(counts: list[int | None]) -> int | None:
 def _figures(parameters, nonzeros, *flops) -> list[str]:
     sparsity = 1 - nonzeros / parameters if parameters else 0.0
     counts = ["?" if count is None else f"{count:,}" for count in flops]
-    return [f"{parameters:,}", f"{nonzeros:,}", _percent(sparsity), *counts]
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"
+    return [f"{parameters:,}", f"{nonzeros:,}", percent(sparsity), *counts]
 
 
 def _bytes_each(dtype: str) -> int:

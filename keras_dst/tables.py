@@ -38,3 +38,8 @@ def as_text(table: Table, width: int) -> str:
     )
     console.print(table)
     return text.getvalue()
+
+
+def percent(fraction: float) -> str:
+    """A fraction as text: 0.125 is ``12.50 %``."""
+    return f"{100 * fraction:.2f} %"
