@@ -19,6 +19,7 @@ _HALVINGS = 300
 _LARGEST = 1e38  # scores beyond it count as tied: there is room to calculate with them
 _WIDTH = 1 << 10  # of the rows in which scores are ranked
 _BUNDLE = 1 << 20  # tensors are joined up to this number of entries
+_SLAB = 1 << 8  # rows that are counted at once
 
 
 class Layout(NamedTuple):
@@ -270,9 +271,9 @@ class _Rows:
 
     Attributes, of every row:
         tensor: number of the tensor it belongs to.
-        start: position of its first entry.
         owner: for each of the tensors here, whether it is the row's.
-        valid: for each entry, whether a tensor has it; None where every row is full.
+        start: position of its first entry, a column.
+        left: entries of its tensor from its start on, a column; None where every row is full.
     """
 
     def __init__(self, members: Sequence[int], lengths: Sequence[int], starts: Sequence[int]):
@@ -280,12 +281,11 @@ class _Rows:
         counts = [-(-n // _WIDTH) for n in self.lengths]
         within = np.concatenate([_WIDTH * np.arange(n, dtype="int32") for n in counts])
         self.tensor = np.repeat(np.array(members, "int32"), counts)
-        self.start = within + np.repeat(np.array([starts[i] for i in members], "int32"), counts)
         self.owner = self.tensor == np.array(members)[:, None]
+        start = within + np.repeat(np.array([starts[i] for i in members], "int32"), counts)
+        self.start = ops.convert_to_tensor(start[:, None])
         left = np.repeat(np.array(self.lengths, "int32"), counts) - within
-        self.valid = None
-        if np.any(left < _WIDTH):
-            self.valid = ops.arange(_WIDTH, dtype="int32") < ops.convert_to_tensor(left[:, None])
+        self.left = ops.convert_to_tensor(left[:, None]) if np.any(left < _WIDTH) else None
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         parts = []
@@ -301,9 +301,6 @@ class _Rows:
         flat = ops.reshape(matrix, (-1,))
         begins = np.flatnonzero(np.diff(self.tensor, prepend=-1)) * _WIDTH
         return [flat[begin : begin + n] for begin, n in zip(begins.tolist(), self.lengths)]
-
-    def positions(self) -> Tensor:
-        return ops.convert_to_tensor(self.start[:, None]) + ops.arange(_WIDTH, dtype="int32")
 
 
 class _Ranking:
@@ -330,33 +327,45 @@ class _Ranking:
 
     def _take(self, scores):
         """Infinities tie with the largest and smallest finite score, NaN with the smallest."""
-        good = [ops.isfinite(s) for s in scores]
-        real = [
-            g if b.valid is None else ops.logical_and(g, b.valid)
-            for g, b in zip(good, self.bundles)
-        ]
-        known = [ops.clip(s, -_LARGEST, _LARGEST) for s in scores]
-        least = [ops.min(ops.where(r, k, _LARGEST), axis=1) for r, k in zip(real, known)]
-        most = [ops.max(ops.where(r, k, -_LARGEST), axis=1) for r, k in zip(real, known)]
-        self.most = self._gather(most, ops.max, -_LARGEST)
-        self.least = ops.minimum(self._gather(least, ops.min, _LARGEST), self.most)
+        # One after the other: the second waits for the memory of the first.
+        nothing = ops.full(self.lengths.shape, _LARGEST)
+        self.least = self._extreme(ops.min, scores, nothing)
+        self.most = self._extreme(ops.max, scores, self.least)
         self.scores = []
-        for b, s, g, k in zip(self.bundles, scores, good, known):
+        for b, s in zip(self.bundles, scores):
+            most, least = self._each(b, self.most), self._each(b, self.least)
             s = ops.where(
-                g, k, ops.where(s > 0, self._each(b, self.most), self._each(b, self.least))
+                ops.isfinite(s), ops.clip(s, -_LARGEST, _LARGEST), ops.where(s > 0, most, least)
             )
-            self.scores.append(s if b.valid is None else ops.where(b.valid, s, -np.inf))
+            self.scores.append(s if b.left is None else ops.where(_within(b.left), s, -np.inf))
+
+    def _extreme(self, reduce, scores, nothing):
+        """The least or the largest finite score; `nothing` where there is none."""
+
+        def of_rows(s, nothing, left):
+            real = (
+                ops.isfinite(s) if left is None else ops.logical_and(ops.isfinite(s), _within(left))
+            )
+            return reduce(ops.where(real, ops.clip(s, -_LARGEST, _LARGEST), nothing), axis=1)
+
+        found = [
+            _by_row(of_rows, "float32", s, self._each(b, nothing), b.left)
+            for b, s in zip(self.bundles, scores)
+        ]
+        return self._gather(found, reduce, _LARGEST if reduce is ops.min else -_LARGEST)
 
     def best(self):
         """Masks of the first of the best entries of every tensor."""
-        tops = self._by_tensor([ops.max(s, axis=1) for s in self.scores], ops.max, -np.inf)
+        most = [ops.max(s, axis=1) for s in self.scores]
+        tops = self._by_tensor(most, ops.max, -np.inf)
         last = np.iinfo("int32").max
-        first = [
-            ops.min(ops.where(s >= self._of(b, tops), b.positions(), last), axis=1)
-            for b, s in zip(self.bundles, self.scores)
-        ]
+        first = []
+        for b, s, m in zip(self.bundles, self.scores, most):
+            place = _by_row(lambda s: ops.cast(ops.argmax(s, axis=1), "int32"), "int32", s)
+            is_top = m >= ops.take(tops, b.tensor)
+            first.append(ops.where(is_top, b.start[:, 0] + place, last))
         first = self._by_tensor(first, ops.min, last)
-        return [b.positions() == self._of(b, first) for b in self.bundles]
+        return [_columns() == self._of(b, first) - b.start for b in self.bundles]
 
     def put_first(self, masks):
         """Raise some scores above all others."""
@@ -431,12 +440,12 @@ class _Ranking:
     def _before(self, masks, ends):
         """The parts of masks that lie before these positions."""
         return [
-            ops.logical_and(mask, b.positions() < self._each(b, ends))
+            ops.logical_and(mask, _within(self._each(b, ends) - b.start))
             for b, mask in zip(self.bundles, masks)
         ]
 
     def _count(self, masks):
-        counts = [_weigh(mask, n) for mask, n in zip(masks, self.weights)]
+        counts = [_by_row(_weigh, "int32", mask, n) for mask, n in zip(masks, self.weights)]
         return self._gather(counts, ops.sum, 0)
 
     def _each(self, rows, values):
@@ -471,6 +480,39 @@ def _bundles(lengths: Sequence[int]) -> list[list[int]]:
         found[-1].append(i)
         room -= length
     return found
+
+
+def _by_row(reduce, dtype, *matrices):
+    """What `reduce` gives for every row of matrices; what is none, it gets as it is.
+
+    A slab of rows after the other: XLA and TensorFlow write out what is reduced, in four bytes
+    for an entry of a mask.
+    """
+    rows = matrices[0].shape[0]
+    slabs = rows // _SLAB
+    if slabs < 2:
+        return reduce(*matrices)
+
+    def apply(part):
+        return reduce(*(part(m) if getattr(m, "ndim", 0) == 2 else m for m in matrices))
+
+    def next_slab(i, found):
+        begin, size = i * _SLAB, _SLAB
+        values = apply(lambda m: ops.slice(m, (begin, 0), (size, m.shape[1])))
+        return ops.slice_update(found, (begin,), values)
+
+    end = slabs * _SLAB
+    found = ops.fori_loop(0, slabs, next_slab, ops.zeros((end,), dtype))
+    return ops.concatenate([found, apply(lambda m: m[end:])]) if end < rows else found
+
+
+def _columns():
+    return ops.arange(_WIDTH, dtype="int32")
+
+
+def _within(numbers):
+    """For every row a mask of its first entries, of so many."""
+    return _columns() < numbers
 
 
 def _weigh(mask, weights):

@@ -437,6 +437,33 @@ def test_top_k_of_each_tensor_equals_a_stable_sort(case, counts):
     assert_equal(top_k(scores, counts, sizes), expected)
 
 
+# Rows of 4 entries, bundles of up to 16, slabs of 2 rows: several of each, full ones and others.
+def test_top_k_of_tensors_of_several_rows_bundles_and_slabs(monkeypatch):
+    for name, size in (("_WIDTH", 4), ("_BUNDLE", 16), ("_SLAB", 2)):
+        monkeypatch.setattr(masks, name, size)
+    shapes = [(19,), (3, 5), (2,), (16,)]
+    scores = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
+    scores[0], scores[2] = np.round(scores[0]), np.round(scores[2])  # with ties
+    sizes = [np.random.RandomState(i).randint(1, 5, shape) for i, shape in enumerate(shapes)]
+
+    def found(sizes=None, first=None):
+        function = compiled(lambda s, kept: masks.top_k(s, kept, sizes, first))
+        tensors = [tensor(s) for s in scores]
+        return lambda kept: [
+            array(mask) for mask in function(tensors, ops.convert_to_tensor(kept, "int32"))
+        ]
+
+    raised = [s + 100 * (np.arange(s.size) == np.argmax(s)).reshape(s.shape) for s in scores]
+    together, of_groups, best_first = found(), found(sizes), found(first=[1] * len(shapes))
+    for kept in (0, 7, 30, 51, 99):
+        assert_equal(together(kept), reference_top_k(scores, kept))
+        assert_equal(of_groups(kept), reference_top_k(scores, kept, sizes))
+        assert_equal(best_first(kept), reference_top_k(raised, kept))
+    counts = [11, 0, 2, 36]
+    each = zip(scores, counts, sizes)
+    assert_equal(found(sizes)(counts), [reference_top_k([s], k, [n])[0] for s, k, n in each])
+
+
 # -- kth -----------------------------------------------------------------------------------------
 
 
