@@ -56,7 +56,7 @@ def enlarged():
 
 NETS = {
     "lenet": Net(nets.lenet_300_100, mnist, 10, ".*dense.*/kernel"),
-    "vgg": Net(nets.vgg, cifar10, 3, ".*conv2d.*/kernel"),
+    "vgg": Net(nets.vgg, cifar10, 4, ".*conv2d.*/kernel"),
     "mobilenet": Net(nets.mobilenet, enlarged, 3, ".*pointwise.*/kernel"),
 }
 FAST = {"optimize": "latency"}
