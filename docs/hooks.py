@@ -22,7 +22,8 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Formulas become MathML, markers tables, and links out of docs/ lead to the pages above."""
+    """Formulas become MathML, markers tables; links out of docs/ lead to the pages above."""
+    markdown = re.sub(r"^```python .+$", "```python", markdown, flags=re.MULTILINE)  # what runs it
     markdown = re.sub(r"^```math\n(.*?)^```$", _formula, markdown, flags=re.DOTALL | re.MULTILINE)
     markdown = re.sub(r"^<!-- figures of (.+?) -->$", _figures, markdown, flags=re.MULTILINE)
     markdown = markdown.replace("<!-- step times -->", step_times())

@@ -182,10 +182,44 @@ def test_a_file_that_is_no_model(command, content, message, tmp_path, capsys):
     if content is not None:
         path.write_bytes(content)
     before = sorted(tmp_path.iterdir())
-    arguments = [command, str(path)] + [str(tmp_path / "out")] * (command != "report")
+    arguments = [command, str(path)] + [str(tmp_path / "out.keras")] * (command != "report")
     assert cli.main(arguments) == 1
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.h5", "keras_dst.tfmot.load"),
+        ("model.weights.h5", "weights alone"),
+        ("model.tflite", "keras-dst inspect"),
+    ],
+)
+def test_a_file_for_another_command(name, message, tmp_path, capsys):
+    (tmp_path / name).write_bytes(b"any")
+    assert cli.main(["report", str(tmp_path / name)]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["strip", "shrink"])
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("out.h5", "Expected a .keras file to write. Received: "),
+        ("out", "Expected a .keras file to write. Received: "),
+        ("no/out.keras", "Fix: create "),
+    ],
+)
+def test_an_output_that_cannot_be_written(command, output, message, saved, tmp_path, capsys):
+    assert cli.main([command, str(saved), str(tmp_path / output)]) == 1
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model.keras"]
+
+
+def test_without_a_command_there_is_help(capsys):
+    assert cli.main([]) == 2
+    assert "keras-dst export model.keras model.tflite" in capsys.readouterr().err
 
 
 def test_a_damaged_model(saved, tmp_path, capsys):
@@ -208,12 +242,3 @@ def test_importing_needs_keras_and_numpy_alone():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     third_party = set(out.stdout.split()) - set(sys.stdlib_module_names)
     assert third_party == {"keras_dst"}
-
-
-@once
-def test_python_m_shows_the_commands():
-    command = [sys.executable, "-m", "keras_dst", "--help"]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for name in ("demo", "report", "strip", "shrink", "export", "inspect", "lint", "bench"):
-        assert name in out
-    assert "Exit codes: 0 done; 1 failed" in out

@@ -20,11 +20,9 @@ ELSEWHERE = {"docs/many_devices.md": "tests/devices/test_pages.py"}  # in proces
 
 
 def backends(page):
-    """Where a page is run: README everywhere, exports where they need no second Python."""
+    """Where a page is run: on those it names, else once; exports where they are quick."""
     text = (ROOT / page).read_text()
     named = {info for language, info, _ in fences(page) if language == "python" and info}
-    if page == "README.md":
-        return {"tensorflow", "jax", "torch"}
     return named or {"tensorflow" if re.search("export_tflite|keras-dst export", text) else "torch"}
 
 
