@@ -39,8 +39,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def _formula(block) -> str:
-    lines = [convert(line, display="block") for line in block[1].splitlines() if line]
-    return "\n".join(f"<div>{line}</div>" for line in lines) + "\n"
+    return f"<div>{convert(block[1].strip(), display='block')}</div>"
 
 
 def _figures(marker) -> str:

@@ -62,7 +62,8 @@ def test_every_public_name_is_in_the_reference(site):
     known |= {f"keras_dst.{n}" for n in ("report", "shrink") if f"keras_dst.{n}.{n}" in known}
     public = {f"keras_dst.{n}" for n in keras_dst.__all__ if callable(getattr(keras_dst, n))}
     public |= {f"keras_dst.methods.{name}" for name in keras_dst.methods.__all__}
-    public |= {f"keras_dst.layers.{layer.__name__}" for layer in keras_dst.layers.SPARSE_LAYERS}
+    layers = {layer.__name__ for layer in keras_dst.layers.SPARSE_LAYERS} | {"Gate"}
+    public |= {f"keras_dst.layers.{name}" for name in layers & set(keras_dst.layers.__all__)}
     for name in ("schedules", "regularizers"):
         classes = inspect.getmembers(getattr(keras_dst, name), inspect.isclass)
         public |= {
