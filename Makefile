@@ -1,6 +1,6 @@
 # make demo: the main job, end to end, on real data. make test: everything, on three backends.
 # Both do all their own set-up. The rest: lint, test-BACKEND, bench-mnist, bench-methods,
-# bench-step, bench-overhead, bench-matrix, bench-edge, clean.
+# bench-step, bench-overhead, bench-matrix, bench-edge, docs, picture, clean.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ BACKENDS := tensorflow jax torch
 DEMO_READY := $(VENV)/ready-demo
 TEST_READY := $(VENV)/ready-test
 
-.PHONY: demo test lint $(BACKENDS:%=test-%) clean
+.PHONY: demo test lint docs picture $(BACKENDS:%=test-%) clean
 .PHONY: bench-mnist bench-methods bench-step bench-overhead bench-matrix bench-edge
 
 demo: $(DEMO_READY)
@@ -24,6 +24,14 @@ lint: $(TEST_READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The pages, in build/site. `make test` builds them too.
+docs: $(TEST_READY)
+	$(VENV)/bin/python -m mkdocs build --strict
+
+# The one in README.md, of the JSON files in results/.
+picture: $(TEST_READY)
+	KERAS_BACKEND=torch $(RUN) -m benchmarks.picture
 
 # tfmot takes no Keras 3: what is tested against it, on one backend, has an environment of its own.
 test-torch: $(TFMOT)/ready

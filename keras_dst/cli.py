@@ -10,13 +10,31 @@ from collections.abc import Sequence
 
 from keras_dst.version import __version__
 
+_EXAMPLES = """\
+examples:
+  keras-dst demo                                 the whole way, on real digits, in a minute
+  keras-dst report model.keras                   how sparse a model is, layer by layer
+  keras-dst export model.keras model.tflite      write it, run it, compare it with dense files
+  keras-dst export model.keras small.tflite --optimize size --quantize weights
+  keras-dst bench dense.tflite sparse.tflite     which one is faster here
+
+KERAS_BACKEND chooses tensorflow, jax or torch, as for any program that uses Keras.
+keras-dst COMMAND --help has the options of a command.
+
+Exit codes: 0 done; 1 failed, with the reason on stderr; 2 wrong usage.
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0 done, 1 failed with a message, 2 wrong usage.
 
     `lint` is done with 1 where it found an error.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     try:
         return arguments.run(arguments) or 0
     except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
@@ -28,10 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="keras-dst",
         description="Sparse models from Keras 3 to a smaller, faster .tflite.",
-        epilog="Exit codes: 0 done; 1 failed, with the reason on stderr; 2 wrong usage.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"keras-dst {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command")
 
     demo = commands.add_parser("demo", help="train, strip and export a small net on real data")
     demo.add_argument("--keep", metavar="FILE", help="keep the sparse .tflite here")
@@ -111,15 +130,25 @@ def _report(arguments):
 def _strip(arguments):
     import keras_dst
 
+    _check_output(arguments.output)
     _save(keras_dst.strip(_load(arguments.model)), arguments.output)
 
 
 def _shrink(arguments):
     import keras_dst
 
+    _check_output(arguments.output)
     model = _load(arguments.model)
     _save(keras_dst.shrink(model), arguments.output)
     _show(keras_dst.shrink_report(model, latency=arguments.latency), arguments.json)
+
+
+def _check_output(output: str) -> None:
+    from keras_dst.files import check_writable
+
+    if not output.endswith(".keras"):
+        raise ValueError(f"Expected a .keras file to write. Received: {output}.")
+    check_writable(pathlib.Path(output))
 
 
 def _save(model, output: str) -> None:
@@ -214,6 +243,16 @@ def _load(path: str):
 
     if not pathlib.Path(path).is_file():
         raise ValueError(f"{path} is no file. Expected a model saved by model.save('x.keras').")
+    if path.endswith((".h5", ".hdf5")):
+        raise ValueError(
+            f"{path} has weights alone, or is of an older Keras. Load it in Python, by "
+            "keras_dst.tfmot.load(path) if it is a model of tf_keras, and save it with "
+            "model.save('x.keras')."
+        )
+    if path.endswith(".tflite"):
+        raise ValueError(
+            f"{path} is no Keras model. See what is in it with keras-dst inspect, lint or bench."
+        )
     if not zipfile.is_zipfile(path):
         raise ValueError(
             f"{path} is no .keras file, or it is cut short: it is not a whole zip archive. "

@@ -28,6 +28,22 @@ def whole_or_not(path: pathlib.Path) -> Iterator[pathlib.Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def check_writable(path: pathlib.Path) -> None:
+    """Raise OSError, before any work is done, where a file cannot be written at this path."""
+    folder = path.parent
+    if path.is_dir():
+        raise IsADirectoryError(f"Expected the path of a file. Received: the folder {path}.")
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"Expected a path in an existing folder. Received: {path}. Fix: create {folder}."
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"Expected a path in a folder that may be written. Received: {path}. "
+            f"Fix: allow writing in {folder}, or choose another folder."
+        )
+
+
 def save_whole(model) -> None:
     """Let a model's `save` and `save_weights` give a file its name once it is whole.
 

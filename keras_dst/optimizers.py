@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_dst.devices import beside, check_optimizer, dtype_beside, over_replicas
 from keras_dst.masks import KERNEL, Layout
-from keras_dst.methods.base import LayerMethod, Method, State, UpdateMethod, When
+from keras_dst.methods.base import LayerMethod, Method, State, UpdateMethod, When, described
 from keras_dst.selection import Filters, is_prunable, select
 
 
@@ -41,6 +41,11 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
     def __init__(self, inner_optimizer, method: UpdateMethod, filters: Filters = None, name=None):
         super().__init__(learning_rate=0.0, name=name)
+        if isinstance(inner_optimizer, Method):
+            raise TypeError(
+                "The optimiser comes first: SparseOptimizer(optimizer, method). "
+                f"Received: {inner_optimizer!r} as the optimiser"
+            )
         inner_optimizer = keras.optimizers.get(inner_optimizer)
         if isinstance(inner_optimizer, (keras.optimizers.LossScaleOptimizer, SparseOptimizer)):
             raise ValueError(
@@ -356,5 +361,4 @@ def _check_method(method) -> UpdateMethod:
             f"keras_dst.sparsify(model, {method!r}) and compile with the plain optimiser instead."
         )
     expected = "a method whose mask is part of the update, such as keras_dst.methods.Magnitude(0.9)"
-    kind = "" if isinstance(method, Method) else f" of type {type(method).__name__}"
-    raise TypeError(f"Expected {expected}. Received: {method!r}{kind}")
+    raise TypeError(f"Expected {expected}. Received: {described(method)}")

@@ -92,7 +92,8 @@ class Schedule(Configurable):
         if total_steps is None:
             raise ValueError(
                 f"{self!r} is given in fractions of training, whose length is not known here. Fit "
-                "with the SparseTraining callback, or give begin_step and end_step."
+                "with callbacks=[keras_dst.callbacks.SparseTraining()], or give begin_step and "
+                "end_step."
             )
         return math.floor(self.begin * total_steps), math.floor(self.end * total_steps)
 
@@ -240,6 +241,6 @@ def check_sparsity(value, name: str = "sparsity") -> None:
     """Raise unless `value` is a number in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ValueError(
-            f"{name} is the fraction of zeros, a number in [0, 1) such as 0.9 for 90 %. "
+            f"{name} is the fraction of zeros, a Python number in [0, 1) such as 0.9 for 90 %. "
             f"Received: {name}={value!r}"
         )

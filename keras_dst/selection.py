@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
+
 Filters = str | Sequence[str] | Callable[[Any], bool] | None
 
 # A matrix that is no kernel: biases of attention heads, and what belongs to a mask of ours.
@@ -43,13 +45,13 @@ def select(items: Sequence, filters: Filters, names: Sequence[tuple[str, ...]]) 
     """
     if filters is None:
         return [True] * len(items)
-    if callable(filters):
+    if callable(filters) and not isinstance(filters, keras.Layer):
         return [bool(filters(item)) for item in items]
     patterns = [filters] if isinstance(filters, str) else filters
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
         raise TypeError(
             "filters must be a name, a regular expression, a list of them, or a callable that "
-            f"takes a layer. Received: {filters!r}"
+            f"takes a layer; of a layer give its name. Received: {filters!r}"
         )
     chosen = [False] * len(items)
     for pattern in patterns:

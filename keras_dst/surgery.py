@@ -19,7 +19,7 @@ from keras_dst.layers import (
     sparse_class,
 )
 from keras_dst.methods.base import LayerMethod
-from keras_dst.optimizers import unwrap
+from keras_dst.optimizers import SparseOptimizer, unwrap
 from keras_dst.selection import Filters, is_kernel, select
 
 _OURS = (SparseMixin, SparseComposite, Gate)
@@ -140,16 +140,25 @@ def strip(model):
     _check_gates(model, found)
     for layer in found:
         layer.release()
-    wrapper = unwrap(getattr(model, "optimizer", None))
-    if wrapper is not None and model.optimizer is wrapper:
-        model.optimizer = wrapper.inner_optimizer
-    elif wrapper is not None:  # inside loss scaling
-        model.optimizer.inner_optimizer = wrapper.inner_optimizer
+    if unwrap(getattr(model, "optimizer", None)):
+        model.optimizer = _without_masks(model.optimizer)
+    if model.compiled:
+        compiled = model._compile_config.config  # what is saved of it
+        compiled["optimizer"] = _without_masks(compiled["optimizer"])
     if found:
         _refresh(model)
     else:
         _forget_compiled_steps(model)
     return model
+
+
+def _without_masks(optimizer):
+    """The optimiser without a SparseOptimizer in it."""
+    if isinstance(optimizer, SparseOptimizer):
+        return optimizer.inner_optimizer
+    if wrapper := unwrap(optimizer):  # inside loss scaling
+        optimizer.inner_optimizer = wrapper.inner_optimizer
+    return optimizer
 
 
 def is_sparse(model) -> bool:

@@ -1,9 +1,6 @@
 """The command, the README and the package as a user meets them."""
 
 import json
-import os
-import pathlib
-import re
 import subprocess
 import sys
 
@@ -19,9 +16,6 @@ from keras_dst.methods import DST
 from tests.backends import once
 from tests.export.graphs import fully_connected, sparse_values
 from tests.export.test_export_tflite import on_tensorflow
-from tests.pages import blocks
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -177,34 +171,6 @@ def test_lint_documents_its_exit_codes(capsys):
     assert "1 an error found" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_page_on_files(edge, monkeypatch, capsys):
-    monkeypatch.chdir(edge)
-    for name in ("model", "dense", "sparse"):
-        (edge / f"{name}.tflite").write_bytes((edge / "good.tflite").read_bytes())
-    page = (ROOT / "docs" / "edge.md").read_text()
-    commands = re.findall(r"^keras-dst (.*?) *(?:#.*)?$", page, re.M)
-    assert len(commands) == 5
-    for command in commands:
-        if command.startswith("export"):  # `test_export` runs it
-            cli._parser().parse_args(command.split())
-        else:
-            assert cli.main(command.split()) == 0
-    assert capsys.readouterr().err == ""
-
-
-@on_tensorflow
-def test_the_examples_on_that_page(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    codes = [code for _, code in blocks("edge.md")]
-    assert len(codes) == 2
-    for code in codes:
-        exec(compile(code, "edge.md", "exec"), {})
-    out = capsys.readouterr().out
-    assert "this file" in out
-    assert "padding 'same' is no way into the sparse form" in out
-    assert sorted(os.listdir()) == ["int8.tflite", "model.tflite", "small.tflite"]
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "is no file"), (b"", "whole zip"), (b"PK\x03\x04 cut", "whole zip")],
@@ -216,10 +182,44 @@ def test_a_file_that_is_no_model(command, content, message, tmp_path, capsys):
     if content is not None:
         path.write_bytes(content)
     before = sorted(tmp_path.iterdir())
-    arguments = [command, str(path)] + [str(tmp_path / "out")] * (command != "report")
+    arguments = [command, str(path)] + [str(tmp_path / "out.keras")] * (command != "report")
     assert cli.main(arguments) == 1
     assert message in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.h5", "keras_dst.tfmot.load"),
+        ("model.weights.h5", "weights alone"),
+        ("model.tflite", "keras-dst inspect"),
+    ],
+)
+def test_a_file_for_another_command(name, message, tmp_path, capsys):
+    (tmp_path / name).write_bytes(b"any")
+    assert cli.main(["report", str(tmp_path / name)]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["strip", "shrink"])
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("out.h5", "Expected a .keras file to write. Received: "),
+        ("out", "Expected a .keras file to write. Received: "),
+        ("no/out.keras", "Fix: create "),
+    ],
+)
+def test_an_output_that_cannot_be_written(command, output, message, saved, tmp_path, capsys):
+    assert cli.main([command, str(saved), str(tmp_path / output)]) == 1
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model.keras"]
+
+
+def test_without_a_command_there_is_help(capsys):
+    assert cli.main([]) == 2
+    assert "keras-dst export model.keras model.tflite" in capsys.readouterr().err
 
 
 def test_a_damaged_model(saved, tmp_path, capsys):
@@ -242,24 +242,3 @@ def test_importing_needs_keras_and_numpy_alone():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     third_party = set(out.stdout.split()) - set(sys.stdlib_module_names)
     assert third_party == {"keras_dst"}
-
-
-@once
-def test_python_m_shows_the_commands():
-    command = [sys.executable, "-m", "keras_dst", "--help"]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for name in ("demo", "report", "strip", "shrink", "export", "inspect", "lint", "bench"):
-        assert name in out
-    assert "Exit codes: 0 done; 1 failed" in out
-
-
-def test_readme_examples_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    codes = [code for _, code in blocks("../README.md")]
-    assert len(codes) == 2
-    x = np.random.default_rng(0).standard_normal((640, 784)).astype("float32")
-    names = {"x": x, "y": np.arange(640) % 10, "loss": "sparse_categorical_crossentropy"}
-    for code in codes:
-        exec(compile(code, "README.md", "exec"), names)
-    assert (tmp_path / "model.tflite").stat().st_size < 4 * 300 * 784 / 2
-    assert os.listdir(tmp_path) == ["model.tflite"]

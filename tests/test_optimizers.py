@@ -179,6 +179,10 @@ class TestErrors:
             SparseOptimizer("sgd", DST())
         with pytest.raises(TypeError, match="Expected a method"):
             SparseOptimizer("sgd", 0.9)
+        with pytest.raises(TypeError, match=r"the class Magnitude\. Call it: Magnitude\("):
+            SparseOptimizer("sgd", Magnitude)
+        with pytest.raises(TypeError, match=r"SparseOptimizer\(optimizer, method\)"):
+            SparseOptimizer(Magnitude(0.9), "sgd")
 
     def test_loss_scaling_inside(self):
         with pytest.raises(ValueError, match="LossScaleOptimizer goes around"):

@@ -16,7 +16,6 @@ from keras_dst.methods import DST, Consensus, Magnitude
 from keras_dst.shrink.plan import Plan
 from keras_dst.shrink.rules import Kernel
 from tests import models
-from tests.pages import blocks
 
 # JAX compiles every op of every net, TensorFlow traces it.
 EXAMPLES = 12 if keras.backend.backend() == "torch" else 3
@@ -627,19 +626,6 @@ def test_channels_of_a_trained_residual_net(method):
         alone = dead[name] & ~summed
         found = sum(n for why, n in rows[name].reasons.items() if " adds " in why)
         assert found == alone.sum()
-
-
-def test_the_page():
-    codes = [code for _, code in blocks("shrink.md")]
-    assert len(codes) == 2
-    rng = np.random.default_rng(0)
-    images = rng.standard_normal((64, 16, 16, 3)).astype("float32")
-    names = {"images": images, "classes": rng.integers(0, 4, 64)}
-    for code in codes:
-        exec(compile(code, "shrink.md", "exec"), names)
-    assert names["small"].get_layer("inner").filters <= 9
-    reasons = [row.reasons for row in keras_dst.shrink_report(names["model"]).layers]
-    assert "'sum' adds 'stem', whose channel lives" in reasons[2]
 
 
 class TestErrors:

@@ -1,5 +1,7 @@
 """`sparsify` and `strip` on models of every kind."""
 
+import zipfile
+
 import keras
 import numpy as np
 import pytest
@@ -116,13 +118,25 @@ def test_dense_weights_never_load_by_halves(tmp_path):
 
 
 def test_a_stripped_file_has_no_trace_of_keras_dst(model, tmp_path):
-    import zipfile
-
     keras_dst.sparsify(model, DST())
     models.compiled(model).optimizer.build(model.trainable_variables)
     keras_dst.strip(model).save(tmp_path / "model.keras")
     with zipfile.ZipFile(tmp_path / "model.keras") as archive:
         assert "keras_dst" not in archive.read("config.json").decode()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_nor_has_one_that_was_pruned_by_its_optimiser(scaled, tmp_path):
+    model = models.sequential()
+    optimizer = keras_dst.SparseOptimizer("adam", Magnitude(0.5))
+    if scaled:
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    models.compiled(model, optimizer).optimizer.build(model.trainable_variables)
+    keras_dst.strip(model).save(tmp_path / "model.keras")
+    with zipfile.ZipFile(tmp_path / "model.keras") as archive:
+        assert "keras_dst" not in archive.read("config.json").decode()
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert len(loaded.optimizer.variables) == len(model.optimizer.variables)
 
 
 @pytest.mark.parametrize("inner", ["adam", "sgd"])
@@ -309,6 +323,8 @@ class TestErrors:
             keras_dst.sparsify(models.residual(), Magnitude(0.5))
         with pytest.raises(TypeError, match="Expected a method"):
             keras_dst.sparsify(models.residual(), "dst")
+        with pytest.raises(TypeError, match=r"the class DST\. Call it: DST\("):
+            keras_dst.sparsify(models.residual(), DST)
 
     def test_filter_that_fits_nothing(self):
         model = models.residual()
@@ -318,6 +334,8 @@ class TestErrors:
             keras_dst.sparsify(model, DST(), "(")
         with pytest.raises(TypeError, match="filters"):
             keras_dst.sparsify(model, DST(), 3)
+        with pytest.raises(TypeError, match="of a layer give its name"):
+            keras_dst.sparsify(model, DST(), model.layers[-1])
         assert not is_sparse(model)
 
     def test_nothing_supported(self):

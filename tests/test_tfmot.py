@@ -12,7 +12,6 @@ from keras import layers
 import keras_dst
 from keras_dst import tfmot
 from tests import models
-from tests.pages import blocks
 
 BATCH, STEPS = 8, 12
 rng = np.random.default_rng(0)
@@ -585,18 +584,3 @@ def test_what_is_no_file_of_a_model(tmp_path):
         pass
     with pytest.raises(ValueError, match="no model"):
         tfmot.load(tmp_path / "weights.h5")
-
-
-# -- the page ------------------------------------------------------------------------------------
-
-
-def test_the_page():
-    names = {}
-    for info, code in blocks("tfmot.md"):
-        if info in ("", keras.backend.backend()):
-            exec(code, names)
-    assert pruned_names(names["some"]) == [names["some"].layers[0].name]
-    assert tfmot.is_pruned(names["mixer"])
-    for name in ("looped", "model"):
-        if name in names:
-            assert keras_dst.report(names[name]).sparsity == pytest.approx(0.8, abs=0.01)

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 
 from keras_dst.export.report import ExportReport
+from keras_dst.files import check_writable
 from keras_dst.surgery import check_model
 
 
@@ -132,18 +133,7 @@ def check_exportable(model: Any) -> None:
 
 def _checked_path(path: str | os.PathLike[str]) -> Path:
     target = Path(path)
-    folder = target.parent
-    if target.is_dir():
-        raise IsADirectoryError(f"Expected the path of a file. Received: the folder {target}.")
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"Expected a path in an existing folder. Received: {target}. Fix: create {folder}."
-        )
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"Expected a path in a folder that may be written. Received: {target}. "
-            f"Fix: allow writing in {folder}, or choose another folder."
-        )
+    check_writable(target)
     return target
 
 

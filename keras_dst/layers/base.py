@@ -12,7 +12,7 @@ from keras import ops
 
 from keras_dst.devices import beside
 from keras_dst.masks import KERNEL, Layout
-from keras_dst.methods.base import LayerMethod, Method, State
+from keras_dst.methods.base import LayerMethod, Method, State, described
 
 if TYPE_CHECKING:
     from keras import Layer as _Layer  # what the mixins are mixed into
@@ -297,5 +297,5 @@ def check_method(method) -> LayerMethod:
         )
     raise TypeError(
         "Expected a method whose mask is part of the forward pass, such as "
-        f"keras_dst.methods.DST(). Received: {method!r} of type {type(method).__name__}"
+        f"keras_dst.methods.DST(). Received: {described(method)}"
     )

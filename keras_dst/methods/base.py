@@ -148,7 +148,8 @@ class Method(Configurable):
             if not math.isclose(self.schedule.sparsity, 1 - n / m):
                 raise ValueError(
                     f"pattern={self.pattern!r} fixes the sparsity at {1 - n / m:g}. "
-                    f"Received: sparsity={self.schedule.sparsity:g}"
+                    f"Received: sparsity={self.schedule.sparsity:g}. "
+                    f"Give {1 - n / m:g}, or another pattern."
                 )
         if pattern.n_of_m and self.allocation not in ("global", "uniform"):
             raise ValueError(
@@ -160,6 +161,13 @@ class Method(Configurable):
 def _kept_of_m(shape: Sequence[int], layout: Layout, n: int, m: int) -> int:
     inputs = shape[layout.inputs[-1]]
     return math.prod(shape) // inputs * (inputs // m * n + min(n, inputs % m))
+
+
+def described(value) -> str:
+    """What was received in place of a method, for the message of an error."""
+    if isinstance(value, type) and issubclass(value, Method):
+        return f"the class {value.__name__}. Call it: {value.__name__}(...)"
+    return repr(value) if isinstance(value, Method) else f"{value!r} of type {type(value).__name__}"
 
 
 class LayerMethod(Method):

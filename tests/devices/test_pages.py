@@ -1,4 +1,4 @@
-"""The code of the pages on loops and devices runs as it stands there."""
+"""The code of the page on devices runs as it stands there."""
 
 import pathlib
 import re
@@ -6,21 +6,10 @@ import re
 import keras
 import pytest
 
-import keras_dst
 from tests.devices.launch import launch
 from tests.pages import blocks
 
 BACKEND = keras.backend.backend()
-
-
-def test_loops_of_ones_own():
-    names = {}
-    for info, code in blocks("custom_loops.md"):
-        if info in ("", BACKEND):
-            exec(code, names)
-    assert keras_dst.report(names["pruned"]).sparsity == pytest.approx(0.9, abs=0.01)
-    assert 0.1 < keras_dst.report(names["learned"]).sparsity < 1
-    assert not any(hasattr(layer, "sparsity") for layer in names["learned"].layers)
 
 
 def of_this_backend():

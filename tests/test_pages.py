@@ -1,0 +1,146 @@
+"""All code on all pages runs as it stands there: a new page is run because it is there."""
+
+import pathlib
+import re
+import shlex
+import tomllib
+
+import keras
+import numpy as np
+import pytest
+
+import keras_dst
+from keras_dst import cli
+from tests.pages import PAGES, ROOT, fences
+from tests.test_tfmot import file_of
+
+BACKEND = keras.backend.backend()
+SHOWN = ("diff", "math")  # languages with nothing to run
+ELSEWHERE = {"docs/many_devices.md": "tests/devices/test_pages.py"}  # in processes of its own
+
+
+def backends(page):
+    """Where a page is run: on those it names, else once; exports where they are quick."""
+    text = (ROOT / page).read_text()
+    named = {info for language, info, _ in fences(page) if language == "python" and info}
+    return named or {"tensorflow" if re.search("export_tflite|keras-dst export", text) else "torch"}
+
+
+def here():
+    return [page for page in PAGES if page not in ELSEWHERE and BACKEND in backends(page)]
+
+
+@pytest.mark.parametrize("page", here())
+def test_page(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    BEFORE.get(page, lambda: None)()
+    names = {"__name__": "__main__"}
+    for language, info, code in fences(page):
+        if language == "python":
+            assert info in ("", "tensorflow", "jax", "torch")
+            if info in ("", BACKEND):
+                exec(compile(code, page, "exec"), names)
+        elif language == "bash":
+            for line in code.splitlines():
+                run_command(shlex.split(line, comments=True))
+        else:
+            assert language in SHOWN
+    AFTER.get(page, lambda names, out: None)(names, capsys.readouterr().out)
+
+
+def run_command(words):
+    """Run a line of a shell, or see that what it asks for is there."""
+    match words:
+        case []:
+            pass
+        case ["keras-dst", *arguments]:
+            assert cli.main(arguments) == 0
+        case ["make", *targets]:
+            assert set(targets) <= set(
+                re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+            )
+        case ["pip", "install", package]:
+            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+            extra = re.fullmatch(r"keras_dst\[(\w+)\]", package)[1]
+            assert extra in extras["optional-dependencies"]
+        case _:
+            pytest.fail(f"a command that no test runs: {words}")
+
+
+def test_no_page_and_no_block_is_left_out():
+    for page, test in ELSEWHERE.items():
+        assert f'blocks("{pathlib.Path(page).name}")' in (ROOT / test).read_text()
+    for page in PAGES:
+        assert backends(page) <= {"tensorflow", "jax", "torch"} or page in ELSEWHERE
+
+
+# -- what a page says, beside that it runs -------------------------------------------------------
+
+
+def readme(names, out):
+    assert keras_dst.report(names["model"]).sparsity == pytest.approx(0.9, abs=0.01)
+    size = pathlib.Path("model.tflite").stat().st_size
+    assert size < 4 * names["model"].count_params() / 2
+
+
+def custom_loops(names, out):
+    assert keras_dst.report(names["pruned"]).sparsity == pytest.approx(0.9, abs=0.01)
+    assert 0.1 < keras_dst.report(names["learned"]).sparsity < 1
+    assert not any(hasattr(layer, "sparsity") for layer in names["learned"].layers)
+
+
+def edge(names, out):
+    assert "this file" in out
+    assert "padding 'same' is no way into the sparse form" in out
+
+
+def shrink(names, out):
+    assert names["small"].get_layer("inner").filters <= 9
+    reasons = [row.reasons for row in keras_dst.shrink_report(names["model"]).layers]
+    assert "'sum' adds 'stem', whose channel lives" in reasons[2]
+
+
+def tfmot(names, out):
+    layer = names["some"].layers[0]
+    assert [row.name for row in keras_dst.report(names["some"]).layers if row.sparse]
+    assert keras_dst.tfmot.is_pruned(layer)
+    assert keras_dst.tfmot.is_pruned(names["mixer"])
+    for name in ("looped", "model"):
+        assert keras_dst.report(names[name]).sparsity == pytest.approx(0.8, abs=0.01)
+
+
+def index(names, out):
+    assert keras_dst.report(names["other"]).sparsity == pytest.approx(0.9, abs=0.001)
+    assert names["report"].sparsity == pytest.approx(0.9, abs=0.01)
+    assert type(names["model"].layers[0]) is keras.layers.Dense
+
+
+def resuming(names, out):
+    reached = [float(line) for line in out.splitlines() if re.fullmatch(r"0\.\d+", line)]
+    np.testing.assert_allclose(reached, [0.9, 0.9], atol=0.001)
+
+
+def why_not_smaller(names, out):
+    sizes = {name: pathlib.Path(f"{name}.keras").stat().st_size for name in ("dense", "sparse")}
+    assert sizes["dense"] == sizes["sparse"]
+    assert names["zipped"][1] < names["zipped"][0] / 2
+    assert names["report"].bytes < names["report"].dense_bytes / 2
+
+
+def where_zeros_go(names, out):
+    schedules = re.findall(r"^(\w+) \[.*?([\d.]+)\]$", out, re.M)
+    assert schedules == [(name, "0.9") for name in ("Cubic", "Geometric", "Sigmoid", "Constant")]
+
+
+BEFORE = {"docs/tfmot.md": lambda: file_of("pruned.h5")}
+AFTER = {
+    "README.md": readme,
+    "docs/custom_loops.md": custom_loops,
+    "docs/edge.md": edge,
+    "docs/index.md": index,
+    "docs/resuming.md": resuming,
+    "docs/shrink.md": shrink,
+    "docs/tfmot.md": tfmot,
+    "docs/where_zeros_go.md": where_zeros_go,
+    "docs/why_not_smaller.md": why_not_smaller,
+}

@@ -1,0 +1,100 @@
+"""The wheel, as someone gets it who has nothing of the repository."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+
+import keras
+import pytest
+
+import keras_dst
+from tests.backends import once
+from tests.pages import ROOT
+
+pytestmark = once
+
+SCRIPT = """
+import pathlib, runpy, sys
+import keras, keras_dst
+
+assert pathlib.Path(keras_dst.__file__).is_relative_to(sys.prefix), keras_dst.__file__
+model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+keras_dst.sparsify(model, keras_dst.methods.DST())
+print(keras_dst.report(keras_dst.strip(model)))
+
+def shows(run, name, argument):
+    print(f"== {argument}")
+    sys.argv = ["keras-dst", argument]
+    try:
+        run(name, run_name="__main__")
+    except SystemExit as end:
+        assert end.code == 0
+
+command = str(pathlib.Path(sys.prefix) / "bin" / "keras-dst")
+shows(runpy.run_path, command, "--version")
+shows(runpy.run_path, command, "--help")
+shows(runpy.run_module, "keras_dst", "--help")
+"""
+
+
+def run(*command, cwd):
+    environment = {
+        "KERAS_BACKEND": keras.backend.backend(),
+        "PATH": "",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Built of a copy, without a network: with the setuptools that is here."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("keras_dst", "tests", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    run(sys.executable, "-m", "pip", "wheel", *options, ".", "-w", "dist", cwd=folder)
+    (path,) = (folder / "dist").glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """An environment that has the wheel, and of all else what this one has."""
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder)
+    # A folder in a .pth is searched last, and what is in it of .pth files is not read.
+    (pathlib.Path(site.strip()) / "here.pth").write_text(sysconfig.get_path("purelib"))
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
+    run(*pip, "--no-deps", "--no-index", str(wheel), cwd=folder)
+    return folder
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    package = {str(path.relative_to(ROOT)) for path in ROOT.glob("keras_dst/**/*.py")}
+    inside = {name for name in names if ".dist-info/" not in name}
+    assert inside == package | {"keras_dst/py.typed"}
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_it_works_by_itself(installed):
+    report, version, shown, again = run(
+        installed / "bin" / "python", "-c", SCRIPT, cwd=installed
+    ).split("== --")
+    assert "0.00 % sparse" in report
+    assert version.split() == ["version", "keras-dst", keras_dst.__version__]
+    for name in ("demo", "report", "strip", "shrink", "export", "inspect", "lint", "bench"):
+        assert f"  keras-dst {name}" in shown or f"    {name} " in shown
+    assert "Exit codes: 0 done; 1 failed" in shown
+    assert shown == again
