@@ -35,6 +35,7 @@ class Net:
     build: Callable
     data: Callable
     epochs: int
+    rate: float
     prunable: str  # names of the kernels that methods may prune
 
 
@@ -55,9 +56,9 @@ def enlarged():
 
 
 NETS = {
-    "lenet": Net(nets.lenet_300_100, mnist, 10, ".*dense.*/kernel"),
-    "vgg": Net(nets.vgg, cifar10, 4, ".*conv2d.*/kernel"),
-    "mobilenet": Net(nets.mobilenet, enlarged, 3, ".*pointwise.*/kernel"),
+    "lenet": Net(nets.lenet_300_100, mnist, 10, 0.05, ".*dense.*/kernel"),
+    "vgg": Net(nets.vgg, cifar10, 4, 0.01, ".*conv2d.*/kernel"),
+    "mobilenet": Net(nets.mobilenet, enlarged, 3, 0.05, ".*pointwise.*/kernel"),
 }
 FAST = {"optimize": "latency"}
 SMALL = {"optimize": "size", "quantize": "weights"}
@@ -117,7 +118,7 @@ def trained(net_name, method):
     keras.utils.clear_session()
     keras.utils.set_random_seed(SEED)
     model = net.build()
-    rate = keras.optimizers.schedules.CosineDecay(0.05, net.epochs * -(-len(y) // BATCH))
+    rate = keras.optimizers.schedules.CosineDecay(net.rate, net.epochs * -(-len(y) // BATCH))
     optimizer = keras.optimizers.SGD(rate, momentum=0.9)
     callbacks = []
     if method:
