@@ -1,4 +1,7 @@
-"""Callbacks for `fit`: `SparseTraining`, and the `BackupAndRestore` that goes with it."""
+"""Callbacks for `fit`: `SparseTraining`, and the `BackupAndRestore` that goes with it.
+
+`SparsityTensorBoard`, which watches them, is in `keras_dst.tensorboard`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from keras_dst.compiled import give_back_state
 from keras_dst.drivers import Driver, drivers_of
 from keras_dst.files import save_in_place, save_whole
 from keras_dst.logs import worst
+from keras_dst.tensorboard import SparsityTensorBoard as SparsityTensorBoard
 
 
 class SparseTraining(keras.callbacks.Callback):

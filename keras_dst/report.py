@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import pathlib
 import re
 import textwrap
 import warnings
@@ -18,7 +19,8 @@ from keras import layers
 from rich.box import MARKDOWN
 from rich.table import Table
 
-from keras_dst import plots
+from keras_dst import html, plots
+from keras_dst.files import whole_or_not
 from keras_dst.surgery import check_model
 from keras_dst.tables import as_text, percent
 from keras_dst.weights import Weight, cells, weights_of
@@ -193,6 +195,32 @@ class SparsityReport:
             >>> keras_dst.report(model).plot().figure.savefig("density.png")
         """
         return plots.density(self, ax)
+
+    def to_html(self) -> str:
+        """A page with the summary, the table, the densities and heat maps of the masks.
+
+        It is whole in itself: no scripts, and nothing is loaded from elsewhere.
+
+        Raises:
+            ImportError: without matplotlib or jinja2.
+
+        Example:
+            >>> IPython.display.HTML(keras_dst.report(model).to_html())
+        """
+        return html.page(self)
+
+    def save_html(self, path) -> None:
+        """Write the page of `to_html` to a file, which is whole or not there.
+
+        Args:
+            path: of the file; one that exists is replaced.
+
+        Example:
+            >>> keras_dst.report(model).save_html("report.html")
+        """
+        text = self.to_html()
+        with whole_or_not(pathlib.Path(path)) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
 
 
 def report(model) -> SparsityReport:

@@ -143,8 +143,8 @@ def test_trade_off():
     axes = plots.trade_off({"DST": pairs, "RigL": [(0.9, 0.5)]}, dense=0.95, metric="top-1")
     axes.figure.canvas.draw()
     curve, other = axes.containers
-    np.testing.assert_allclose(curve.lines[0].get_xdata(), [0.5, 0.1, 0.02])
-    np.testing.assert_allclose(curve.lines[0].get_ydata(), [0.9, 0.86, 0.7])
+    assert list(curve.lines[0].get_xdata()) == pytest.approx([0.5, 0.1, 0.02])
+    assert list(curve.lines[0].get_ydata()) == pytest.approx([0.9, 0.86, 0.7])
     low, high = np.array(curve.lines[2][0].get_segments())[1, :, 1]  # of the seeds at 0.9
     assert (low, high) == pytest.approx((0.8, 0.9))
     assert len(other.lines[0].get_xdata()) == 1
