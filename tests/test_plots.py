@@ -14,6 +14,7 @@ from keras_dst.methods import DST, Magnitude
 from keras_dst.weights import cells
 from tests import models
 from tests.backends import once
+from tests.pages import blocks
 
 
 @pytest.fixture(autouse=True)
@@ -204,3 +205,23 @@ def test_history_of_some_logs(pyplot):
         plots.history(history, "f1")
     with pytest.raises(ValueError, match="history must have an epoch"):
         plots.history({})
+
+
+# -- the page ------------------------------------------------------------------------------------
+
+
+@once
+def test_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((64, 16, 16, 3)).astype("float32")
+    names = {"images": images, "classes": rng.integers(0, 4, 64)}
+    codes = [code for _, code in blocks("pictures.md")]
+    assert len(codes) == 6
+    for code in codes:
+        exec(compile(code, "pictures.md", "exec"), names)
+    drawn = ["density", "history", "masks", "trade_off"]
+    assert [path.stem for path in sorted(tmp_path.glob("*.png"))] == drawn
+    assert (tmp_path / "report.html").stat().st_size > 5000
+    for folder in ("optg", "magnitude"):
+        assert len(list((tmp_path / "logs" / folder).iterdir())) == 1
