@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import time
-import uuid
 import weakref
 
 import keras
@@ -158,7 +157,7 @@ class _Events:
         from tensorboardX.record_writer import directory_check
 
         directory_check(log_dir)
-        self.file = EventsWriter(f"{log_dir}/events", f".{uuid.uuid4().hex[:8]}")
+        self.file = EventsWriter(f"{log_dir}/events", f".{time.time_ns()}")
         self.close = weakref.finalize(self, self.file.close)  # also where a fit fails
 
     def scalar(self, tag: str, value: float, step: int) -> None:
