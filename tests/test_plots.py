@@ -90,6 +90,7 @@ def half_pruned():
     return model, weights
 
 
+@once
 def test_masks_of_a_dense_model():
     model, weights = half_pruned()
     weights[:, 2] = 0
@@ -111,6 +112,7 @@ def test_masks_of_a_running_method_and_after_strip():
         keras_dst.strip(model)
 
 
+@once
 def test_masks_of_an_optimizer():
     model = models.compiled(
         models.sequential(), keras_dst.SparseOptimizer("sgd", Magnitude(0.5, allocation="uniform"))
@@ -121,6 +123,7 @@ def test_masks_of_an_optimizer():
     assert all(title.endswith("50.00 % sparse") for title in found)
 
 
+@once
 def test_masks_by_name():
     model = models.sequential()
     first, *_, last = (row.name for row in keras_dst.report(model).layers)
