@@ -100,6 +100,10 @@ class FlipOut(UpdateMethod):
             for w, s in zip(weights, states)
         ]
 
+    def watched(self, state):
+        flips, kept = ops.convert_to_numpy(state["flips"]), ops.convert_to_numpy(state["mask"])
+        return {"flips": flips[kept]}  # of pruned weights they are 0
+
     def perturb(self, grads, masks, step):
         if not self.noise:
             return grads
