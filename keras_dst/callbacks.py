@@ -13,6 +13,7 @@ from keras_dst.backup import Running
 from keras_dst.compiled import give_back_state
 from keras_dst.drivers import Driver, drivers_of
 from keras_dst.files import save_in_place, save_whole
+from keras_dst.metrics import mode_of
 
 _WORST = 1e30  # of a metric before the target is reached
 
@@ -212,12 +213,8 @@ class _GatedEvaluate:
 def _mode(model, name) -> str:
     """Whether the best value of a metric is its `"min"` or its `"max"`, as the metric says."""
     name = name.removeprefix("val_")
-    if name == "loss":
-        return "min"
-    groups = [getattr(metric, "metrics", [metric]) for metric in model.metrics]
-    found = [getattr(m, "_direction", None) for group in groups for m in group if m.name == name]
-    if found and found[0] in ("up", "down"):
-        return "max" if found[0] == "up" else "min"
+    if mode := mode_of(model, name):
+        return mode
     raise ValueError(
         f"Whether the best {name!r} is the smallest or the largest is not known. "
         "Give SparseTraining(gate_mode='min') or 'max'."
