@@ -169,13 +169,6 @@ def equal_drop(
     drops = np.maximum.accumulate(np.maximum(drops, 0), axis=1)
     # The slope decides ties alone: it makes the curves invertible.
     drops = drops / (drops.max() or 1.0) + 1e-6 * grid
-
-    def reached(drop):
-        return np.array([np.interp(drop, curve, grid) for curve in drops])
-
-    low, high = 0.0, float(drops.max())
-    for _ in range(100):
-        middle = (low + high) / 2
-        enough = reached(middle) @ counts >= sparsity * counts.sum()
-        low, high = (low, middle) if enough else (middle, high)
-    return reached(high)
+    common = np.unique(drops)  # between these the sparsities are linear in the common drop
+    shares = np.array([np.interp(common, curve, grid) for curve in drops])
+    return np.array([np.interp(sparsity * counts.sum(), counts @ shares, row) for row in shares])

@@ -173,8 +173,8 @@ def test_a_sparse_model_and_a_stripped_one(data, method):
     found = keras_dst.sensitivity(model, data, GRID, verbose=0)
     for old, new in zip(before, arrays(model)):
         np.testing.assert_array_equal(old, new)
-    assert keras_dst.report(model).sparsity > 0.2
     keras_dst.strip(model)
+    assert np.mean(model.get_weights()[0] == 0) > 0.2
     assert keras_dst.sensitivity(model, data, GRID, verbose=0).to_dict() == found.to_dict()
 
 
@@ -182,8 +182,8 @@ def test_a_mask_that_would_change(data):
     model = masked(DST(pattern="1x4"))
     before = model.get_weights()
     assert keras_dst.sensitivity(model, data, GRID, pattern="1x4", verbose=0)
-    with pytest.raises(ValueError, match=r"mask of 'net/one/kernel' follows .* strip"):
-        keras_dst.sensitivity(model, data, (0.3,), verbose=0)
+    with pytest.raises(ValueError, match=r"mask of 'net/one/kernel' follows .*keras_dst.strip"):
+        keras_dst.sensitivity(model, data, (0.9,), verbose=0)
     for old, new in zip(before, model.get_weights()):
         np.testing.assert_array_equal(old, new)
 
@@ -328,7 +328,7 @@ def test_the_names_in_an_allocation():
         np.testing.assert_array_equal(kept, expected)
     assert expected @ sizes == pytest.approx(20)
     lost = made(("a", 10, (0.2, 0.9)), ("b", 10, (0.1, 0.2)), baseline=0.1, mode="min")
-    assert list(lost.allocation(0.5).values()) == pytest.approx([0.25, 0.75], abs=0.04)
+    assert list(lost.allocation(0.5).values()) == pytest.approx([1 / 3, 2 / 3], abs=1e-5)
 
 
 def sensitive(rng):
@@ -391,22 +391,22 @@ class TestErrors:
             keras_dst.sensitivity("model.keras", data)
         with pytest.raises(TypeError, match="the layer 'one'"):
             keras_dst.sensitivity(net().layers[0], data)
-        model = keras.models.clone_model(net())
+        model = keras.Sequential([keras.Input((4,)), layers.Dense(3)], name="net")
         with pytest.raises(ValueError, match=r"'net' is not compiled.*model\.compile"):
             keras_dst.sensitivity(model, data)
 
     def test_the_data(self, data):
-        with pytest.raises(ValueError, match="again and again.*generator"):
+        with pytest.raises(ValueError, match=r"again and again.*generator"):
             keras_dst.sensitivity(net(), (data for _ in range(3)))
 
     def test_the_rest(self, data):
-        with pytest.raises(ValueError, match="metric='f1' is none of .*: accuracy, loss"):
+        with pytest.raises(ValueError, match=r"metric='f1' is none of .*: accuracy, loss"):
             keras_dst.sensitivity(net(), data, metric="f1", verbose=0)
         with pytest.raises(ValueError, match="Expected sparsities above 0"):
             keras_dst.sensitivity(net(), data, ())
         with pytest.raises(ValueError, match=r"in \[0, 1\)"):
             keras_dst.sensitivity(net(), data, (0.5, 1.5))
-        with pytest.raises(ValueError, match="fixes the sparsity at 0.5"):
+        with pytest.raises(ValueError, match=r"fixes the sparsity at 0.5"):
             keras_dst.sensitivity(net(), data, pattern="2:4")
         with pytest.raises(ValueError, match="fits none of the names"):
             keras_dst.sensitivity(net(), data, filters="three")
@@ -420,6 +420,6 @@ class TestErrors:
             return p[:, 0]
 
         model.compile(loss="sparse_categorical_crossentropy", metrics=[mine])
-        with pytest.raises(ValueError, match="best 'mine' is .* not known. Ask for metric='loss'"):
+        with pytest.raises(ValueError, match=r"best 'mine' is .* not known. Ask for metric='loss'"):
             keras_dst.sensitivity(model, data, verbose=0)
         assert keras_dst.sensitivity(model, data, metric="loss", verbose=0).mode == "min"
