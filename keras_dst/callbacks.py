@@ -76,6 +76,18 @@ class SparseTraining(keras.callbacks.Callback):
         self._drivers: list[Driver] = []
         self._begun = False
 
+    def missed(self) -> list[str]:
+        """What the training has not reached of its targets: a sentence for each of them.
+
+        Example:
+            >>> sparse = keras_dst.callbacks.SparseTraining()
+            >>> model.fit(x, y, epochs=20, callbacks=[sparse])
+            >>> sparse.missed()
+            []
+        """
+        behind = [d for d in self._drivers if d.schedule and not d.is_at_target()]
+        return [driver.outcome() for driver in behind]
+
     # -- Keras's hooks ---------------------------------------------------------------------------
 
     def on_train_begin(self, logs=None):

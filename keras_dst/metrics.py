@@ -15,4 +15,4 @@ def mode_of(model, name: str) -> str | None:
     found = [m for m in metrics if m.name == name]
     found = found or [m for m in metrics if name.endswith(f"_{m.name}")]
     directions = {getattr(metric, "_direction", None) for metric in found}
-    return {("up",): "max", ("down",): "min"}.get(tuple(directions))
+    return "max" if directions == {"up"} else "min" if directions == {"down"} else None
