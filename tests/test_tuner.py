@@ -15,6 +15,7 @@ from keras_dst.export import ExportReport, FileReport
 from keras_dst.methods import DST, Magnitude
 from keras_dst.tuner import SparseHyperModel
 from tests.backends import once
+from tests.pages import blocks
 
 # KerasTuner asks Python for threads in an old way, and keeps weights with the optimiser's, which a
 # model that was only built does not take.
@@ -187,3 +188,28 @@ def test_without_keras_tuner(monkeypatch):
     monkeypatch.setitem(sys.modules, "keras_tuner", None)
     with pytest.raises(ImportError, match=r"pip install keras_dst\[tuner\]"):
         importlib.import_module("keras_dst.tuner")
+
+
+def test_the_page(tmp_path, monkeypatch, capsys):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
+    monkeypatch.chdir(tmp_path)
+    keras.utils.set_random_seed(0)
+    names = {}
+    for info, code in blocks("sensitivity.md"):
+        if info in ("", keras.backend.backend()):
+            exec(compile(code, "sensitivity.md", "exec"), names)
+    pyplot.close("all")
+    shares = names["shares"]
+    assert len(shares) == 3
+    sizes = {w.path: w.shape[0] * w.shape[1] for w in names["dense"].weights[::2]}
+    spared = sum(shares[name] * sizes[name] for name in sizes)
+    assert spared == pytest.approx(0.9 * sum(sizes.values()))
+    assert 0.8 <= keras_dst.report(names["best"]).sparsity <= 0.95
+    assert [trial.status for trial in trials(names["tuner"])] == ["COMPLETED"] * (
+        names["tuner"].oracle.max_trials
+    )
+    assert "measured" in capsys.readouterr().out
+    if keras.backend.backend() == "tensorflow":
+        for trial in trials(names["tuner"]):
+            assert 0 < trial.metrics.get_best_value("file_bytes") < 4 * 12_608
