@@ -206,9 +206,7 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     spared = sum(shares[name] * sizes[name] for name in sizes)
     assert spared == pytest.approx(0.9 * sum(sizes.values()))
     assert 0.8 <= keras_dst.report(names["best"]).sparsity <= 0.95
-    assert [trial.status for trial in trials(names["tuner"])] == ["COMPLETED"] * (
-        names["tuner"].oracle.max_trials
-    )
+    assert [trial.status for trial in trials(names["tuner"])] == ["COMPLETED"] * 2
     assert "measured" in capsys.readouterr().out
     if keras.backend.backend() == "tensorflow":
         for trial in trials(names["tuner"]):
