@@ -14,6 +14,7 @@ from keras_dst import (
 from keras_dst.export import ExportError, ExportReport, LintReport, export_tflite, lint
 from keras_dst.optimizers import SparseOptimizer
 from keras_dst.report import SparsityReport, report
+from keras_dst.sensitivity import SensitivityReport, sensitivity
 from keras_dst.shrink import ShrinkReport, shrink, shrink_report
 from keras_dst.surgery import SparsifyReport, sparsify, strip
 from keras_dst.version import __version__
@@ -22,6 +23,7 @@ __all__ = [
     "ExportError",
     "ExportReport",
     "LintReport",
+    "SensitivityReport",
     "ShrinkReport",
     "SparseOptimizer",
     "SparsifyReport",
@@ -38,6 +40,7 @@ __all__ = [
     "regularizers",
     "report",
     "schedules",
+    "sensitivity",
     "shrink",
     "shrink_report",
     "sparsify",

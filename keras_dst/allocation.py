@@ -43,7 +43,7 @@ def densities(
         allocation: `"uniform"`: the same for all. `"erk"` (Erdős-Rényi-Kernel): proportional to
             `sum(shape) / prod(shape)`, at most 1, so that small layers stay denser. A dict: the
             named weights get 1 - their sparsity, all others `density`; a name is the weight's
-            path, or a regular expression found in it; where several fit, the last one counts.
+            path, or else a regular expression found in it; where several fit, the last one counts.
         shapes: shapes of the weights.
         density: fraction of weights kept, overall.
         names: paths of the weights, for a dict.
@@ -82,7 +82,8 @@ def _erk(shapes, density):
 def _by_name(allocation, density, names):
     result = np.full(len(names), float(density))
     for key, sparsity in allocation.items():
-        fitting = [i for i, name in enumerate(names) if key == name or re.search(key, name)]
+        fitting = [i for i, name in enumerate(names) if key == name]
+        fitting = fitting or [i for i, name in enumerate(names) if re.search(key, name)]
         if not fitting:
             raise ValueError(
                 f"allocation[{key!r}] fits no weight. The weights are: {', '.join(names)}"
@@ -126,3 +127,48 @@ def kept_counts(
     order = np.argsort(counts - exact, kind="stable")
     counts[order[: max(0, total - int(counts.sum()))]] += 1
     return np.minimum(counts, sizes)
+
+
+def equal_drop(
+    sparsities: Sequence[float], drops: np.ndarray, sizes: Sequence[int], sparsity: float
+) -> np.ndarray:
+    """Sparsity of every weight, such that the largest drop of all is as small as can be.
+
+    Every weight becomes as sparse as one drop, common to all, lets it, read off its curve between
+    the points measured; the common drop is the one at which the whole has the sparsity asked for.
+    Drops below 0, and smaller ones at higher sparsities, count as none further; where that leaves
+    a choice, sparsities are even.
+
+    Args:
+        sparsities: where the drops were measured, from 0 on, increasing.
+        drops: what is lost at each of them when one weight alone is pruned: an array of shape
+            (weights, sparsities).
+        sizes: numbers of entries of the weights.
+        sparsity: fraction of zeros, overall.
+
+    Returns:
+        float64 in [0, max(sparsities)], one number per weight.
+
+    Raises:
+        ValueError: for a sparsity beyond those measured, or drops that are no finite numbers.
+
+    Example:
+        >>> drops = [[0.0, 0.1, 0.5], [0.0, 0.0, 0.1]]
+        >>> keras_dst.allocation.equal_drop([0.0, 0.5, 0.9], drops, [10, 10], 0.7)
+        array([0.5, 0.9])
+    """
+    check_sparsity(sparsity)
+    grid, drops, counts = (np.asarray(x, "float64") for x in (sparsities, drops, sizes))
+    if sparsity > grid[-1]:
+        raise ValueError(
+            f"Expected a sparsity of at most {grid[-1]:g}, the highest that was measured. "
+            f"Received: {sparsity:g}"
+        )
+    if not np.isfinite(drops).all():
+        raise ValueError(f"Expected drops that are finite numbers. Received: {drops.tolist()}")
+    drops = np.maximum.accumulate(np.maximum(drops, 0), axis=1)
+    # The slope decides ties alone: it makes the curves invertible.
+    drops = drops / (drops.max() or 1.0) + 1e-6 * grid
+    common = np.unique(drops)  # between these the sparsities are linear in the common drop
+    shares = np.array([np.interp(common, curve, grid) for curve in drops])
+    return np.array([np.interp(sparsity * counts.sum(), counts @ shares, row) for row in shares])

@@ -16,7 +16,7 @@ from keras_dst.backup import Running
 from keras_dst.compiled import give_back_state
 from keras_dst.drivers import Driver, drivers_of
 from keras_dst.files import save_in_place, save_whole
-from keras_dst.logs import worst
+from keras_dst.logs import mode_of, worst
 from keras_dst.tensorboard import SparsityTensorBoard as SparsityTensorBoard
 
 
@@ -77,6 +77,18 @@ class SparseTraining(keras.callbacks.Callback):
         self.steps_per_epoch = steps_per_epoch
         self._drivers: list[Driver] = []
         self._begun = False
+
+    def missed(self) -> list[str]:
+        """What the training has not reached of its targets: a sentence for each of them.
+
+        Example:
+            >>> sparse = keras_dst.callbacks.SparseTraining()
+            >>> model.fit(x, y, epochs=20, callbacks=[sparse])
+            >>> sparse.missed()
+            []
+        """
+        behind = [d for d in self._drivers if d.schedule and not d.is_at_target()]
+        return [driver.outcome() for driver in behind]
 
     # -- Keras's hooks ---------------------------------------------------------------------------
 
@@ -213,12 +225,8 @@ class _GatedEvaluate:
 def _mode(model, name) -> str:
     """Whether the best value of a metric is its `"min"` or its `"max"`, as the metric says."""
     name = name.removeprefix("val_")
-    if name == "loss":
-        return "min"
-    groups = [getattr(metric, "metrics", [metric]) for metric in model.metrics]
-    found = [getattr(m, "_direction", None) for group in groups for m in group if m.name == name]
-    if found and found[0] in ("up", "down"):
-        return "max" if found[0] == "up" else "min"
+    if mode := mode_of(model, name):
+        return mode
     raise ValueError(
         f"Whether the best {name!r} is the smallest or the largest is not known. "
         "Give SparseTraining(gate_mode='min') or 'max'."

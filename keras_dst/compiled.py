@@ -36,6 +36,16 @@ def give_back_state(model, *step_arguments) -> None:
         model.jax_state_sync()
 
 
+def drop_state(model) -> None:
+    """Drop the values that an interrupted `evaluate` took out of a model's variables, on JAX.
+
+    Those of its weights have to be assigned anew.
+    """
+    if keras.backend.backend() == "jax":
+        model._jax_state = None
+        model._jax_state_synced = True
+
+
 def generator_state() -> str | None:
     """State of the random numbers that layers draw apart from Keras's seeds: Dropout on torch."""
     if keras.backend.backend() != "torch":

@@ -249,11 +249,15 @@ class Driver:
             self.project()  # an average of weights (EMA) came after the last step
             reached = self._reached()
         if abs(reached - target) > self.tolerance:
-            warnings.warn(
-                f"{self.method!r} reached {self.method.quantity} {reached:.4f}, target "
-                f"{target:.3g}: missed by {abs(reached - target):.4f}.",
-                stacklevel=2,
-            )
+            warnings.warn(self.outcome(), stacklevel=2)
+
+    def outcome(self) -> str:
+        """What was reached of the final target, as a sentence."""
+        target, reached = self._target(), self._reached()
+        return (
+            f"{self.method!r} reached {self.method.quantity} {reached:.4f}, target {target:.3g}: "
+            f"missed by {abs(reached - target):.4f}."
+        )
 
     def is_at_target(self) -> bool:
         """Whether the final target is reached now, or more than that."""

@@ -1,8 +1,8 @@
-"""What `SparseTraining(gate=...)` logs for a metric before the target is reached."""
+"""What a metric in the logs of `fit` means."""
 
 from __future__ import annotations
 
-_WORST = 1e30
+_WORST = 1e30  # of a metric before the target is reached, for SparseTraining(gate=...)
 
 
 def worst(epoch: int, mode: str) -> float:
@@ -13,3 +13,18 @@ def worst(epoch: int, mode: str) -> float:
 def is_worst(value: float) -> bool:
     """Whether a logged value only stands for "not at the target yet"."""
     return 1e-10 * _WORST < abs(value) <= _WORST
+
+
+def mode_of(model, name: str) -> str | None:
+    """Whether the best value under this name in the logs is the `"min"` or the `"max"`.
+
+    None where the compiled metric does not say.
+    """
+    if name == "loss" or name.endswith("_loss"):
+        return "min"
+    metrics = [m for group in model.metrics for m in getattr(group, "metrics", [group])]
+    # The metric of one of several outputs has the name of the output before its own.
+    found = [m for m in metrics if m.name == name]
+    found = found or [m for m in metrics if name.endswith(f"_{m.name}")]
+    directions = {getattr(metric, "_direction", None) for metric in found}
+    return "max" if directions == {"up"} else "min" if directions == {"down"} else None

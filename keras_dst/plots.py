@@ -258,6 +258,33 @@ def _end_of(path: str, length: int = 30) -> str:
     return path if len(path) <= length else f"…{path[1 - length :]}"
 
 
+def sensitivity(report, ax=None):
+    """What the metric becomes as one weight alone is pruned: a line for every weight.
+
+    Args:
+        report: a `keras_dst.sensitivity` of a model.
+        ax: the matplotlib axes to draw on; by default those of a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: without matplotlib.
+
+    Example:
+        >>> plots.sensitivity(keras_dst.sensitivity(model, (x, y))).figure.savefig("curves.png")
+    """
+    ax = ax or new_figure(8, 4.5).subplots()
+    for row in report.weights:
+        ax.plot((0.0, *report.sparsities), (report.baseline, *row.values), "o-", label=row.name)
+    ax.axhline(report.baseline, color="grey", linestyle="--", zorder=0)
+    ax.set_xlabel("sparsity of this weight alone (dashed: none pruned)")
+    ax.set_ylabel(report.metric)
+    ax.set_title(f"{report.model}: sensitivity to {report.pattern} pruning")
+    ax.legend(fontsize="small")
+    return ax
+
+
 def new_figure(width: float, height: float):
     """A new figure of pyplot, so many inches wide and high, that makes room for its labels."""
     try:
