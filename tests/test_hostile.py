@@ -18,6 +18,7 @@ from keras_dst.callbacks import BackupAndRestore, SparseTraining
 from keras_dst.masks import Layout
 from keras_dst.methods import LayerMethod
 from tests import stop_worker
+from tests.backends import once
 from tests.stop_worker import METHODS, x, y
 
 # JAX compiles every operation for every shape.
@@ -253,6 +254,7 @@ def load(path):
     return model
 
 
+@once
 @pytest.mark.parametrize("ending", ["keras", "weights.h5"])
 @pytest.mark.parametrize("part", [0, 0.3, 0.9, 0.999])
 def test_a_file_cut_short_is_refused(ending, part, saved, tmp_path):
@@ -263,6 +265,7 @@ def test_a_file_cut_short_is_refused(ending, part, saved, tmp_path):
         load(path)
 
 
+@once
 def test_a_damaged_file_is_refused(saved, tmp_path):
     content = bytearray((saved / "model.keras").read_bytes())
     for place in range(len(content) // 4, len(content) // 2):
@@ -334,6 +337,7 @@ CODE = {
 }
 
 
+@once
 @pytest.mark.parametrize("what", CODE)
 def test_code_in_the_place_of_a_method_is_refused(what, saved, tmp_path):
     def change(config):
@@ -346,6 +350,7 @@ def test_code_in_the_place_of_a_method_is_refused(what, saved, tmp_path):
         keras.saving.load_model(path, safe_mode=True)
 
 
+@once
 @pytest.mark.parametrize("name", METHODS)
 def test_every_file_of_ours_loads_safely(name, tmp_path):
     model = stop_worker.build(METHODS[name])
@@ -357,6 +362,7 @@ def test_every_file_of_ours_loads_safely(name, tmp_path):
         assert "__lambda__" not in archive.read("config.json").decode()
 
 
+@once
 @pytest.mark.parametrize("filters", [lambda v: v.shape[0] == 12, "net/first/kernel"])
 def test_filters_are_saved_as_the_paths_they_chose(filters, tmp_path):
     def make():
@@ -385,6 +391,7 @@ def test_a_filter_that_is_a_lambda_cannot_be_saved_before_it_chose():
         unbuilt.get_config()
 
 
+@once
 @pytest.mark.parametrize(
     "record", ["", "{", "[]", "{}", '{"epoch": "one"}', '{"epoch": 1, "batch": 0}']
 )
@@ -395,6 +402,7 @@ def test_a_damaged_record_of_a_backup(record, tmp_path):
         stop_worker.fit(model, SparseTraining(), BackupAndRestore(tmp_path))
 
 
+@once
 def test_a_backup_without_its_weights(tmp_path):
     record = {"epoch": 1, "batch": 0, "weights": "x.weights.h5", "seeds": [], "generator": None}
     (tmp_path / "training.json").write_text(json.dumps(record))

@@ -13,6 +13,7 @@ from keras import layers
 import keras_dst
 from keras_dst.methods import DST, Magnitude
 from keras_dst.report import report
+from tests.backends import once
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +70,7 @@ def test_lenet_300_100():
     assert not any(row.sparse for row in found.layers)
 
 
+@once
 def test_zeros_of_plain_layers():
     model = lenet()
     for layer, keep in zip(model.layers, (23_520, 1_500, 1_000)):
@@ -151,6 +153,7 @@ def test_flops_of_one_layer(make, shape, products):
     assert found.parameters == model.count_params()
 
 
+@once
 def test_attention_counts_its_projections():
     inputs = keras.Input((6, 8))
     outputs = layers.MultiHeadAttention(num_heads=2, key_dim=4)(inputs, inputs)
@@ -160,6 +163,7 @@ def test_attention_counts_its_projections():
     assert found.dense_flops == 4 * 2 * 64 * 6
 
 
+@once
 @pytest.mark.skipif(
     not hasattr(layers, "ReversibleEmbedding"), reason="this Keras has no ReversibleEmbedding"
 )
@@ -173,17 +177,20 @@ def test_an_embedding_used_backwards_multiplies(tied):
     assert [row.dense_flops for row in found.layers] == ([528] if tied else [0, 528])
 
 
+@once
 def test_a_fixed_batch_counts_as_one_sample():
     model = sequential((7, 3), layers.LSTM(5, stateful=True), batch_size=4)
     assert report(model).dense_flops == 2 * 160 * 7
 
 
+@once
 def test_bytes_are_those_of_the_variables():
     half = layers.Dense(3, dtype="bfloat16")
     # 4 * 3 + 3 in two bytes, 3 * 2 + 2 in four
     assert report(sequential((4,), half, layers.Dense(2))).bytes == 15 * 2 + 8 * 4
 
 
+@once
 def test_nothing_to_prune():
     found = report(sequential((4,), layers.BatchNormalization()))
     assert (found.layers, found.sparsity, found.flops) == ([], 0.0, 0)
@@ -194,6 +201,7 @@ def test_nothing_to_prune():
 # -- models of every kind ------------------------------------------------------------------------
 
 
+@once
 def test_a_shared_layer_counts_once_and_costs_twice():
     inner = sequential((4,), layers.Dense(4, name="one"), layers.Dense(4, name="two"))
     shared = layers.Dense(3, name="shared")
@@ -232,6 +240,7 @@ def test_a_subclassed_model():
     assert [row.dense_flops for row in found.layers] == [2 * 2 * 16, 2 * 12, 0]
 
 
+@once
 def test_several_inputs():
     a, b = keras.Input((4,), name="z"), keras.Input((5,), name="b")
     x = layers.Concatenate()([a, b])
@@ -250,6 +259,7 @@ class Tied(layers.Layer):
         return keras.ops.matmul(x, self.kernel)
 
 
+@once
 def test_a_weight_of_two_layers_counts_once_and_costs_twice():
     dense = layers.Dense(4)
     dense.build((None, 4))
@@ -258,6 +268,7 @@ def test_a_weight_of_two_layers_counts_once_and_costs_twice():
     assert [(row.layer, row.dense_flops) for row in found.layers] == [("Dense", 2 * 2 * 16)]
 
 
+@once
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_frozen_kernels_are_prunable(when):
     dense = layers.Dense(3, trainable=when == "after")
@@ -267,6 +278,7 @@ def test_frozen_kernels_are_prunable(when):
     assert report(model).sparsity == 0.75
 
 
+@once
 def test_quantised_kernels_are_prunable():
     dense = layers.Dense(3)
     model = sequential((4,), dense)
@@ -276,6 +288,7 @@ def test_quantised_kernels_are_prunable():
     assert (found.sparsity, found.dense_flops) == (0.75, 24)
 
 
+@once
 def test_a_layer_is_a_model_too():
     dense = layers.Dense(3)
     dense.build((None, 4))
@@ -344,6 +357,7 @@ def test_masks_of_a_sparse_optimizer():
 # -- where FLOPs are not known -------------------------------------------------------------------
 
 
+@once
 def test_open_sizes_leave_flops_open_where_they_matter():
     model = sequential(
         (None, None, 3), layers.Conv2D(4, 3), layers.GlobalAveragePooling2D(), layers.Dense(2)
@@ -376,6 +390,7 @@ def test_no_input_shape():
     assert found.parameters == 15
 
 
+@once
 def test_a_layer_that_is_not_built():
     class Late(keras.Model):
         def __init__(self):
@@ -408,6 +423,7 @@ class Own(layers.Layer):
         return keras.ops.matmul(x + self.token, self.matrix) + keras.ops.sum(self.unclear)
 
 
+@once
 def test_layers_of_the_users_own():
     matrix, token, unclear = report(sequential((8, 5), Own())).layers
     assert matrix.dense_flops == 2 * 15 * 8
@@ -470,6 +486,7 @@ def test_the_model_is_left_as_it_was(make):
 # -- what comes out ------------------------------------------------------------------------------
 
 
+@once
 def test_to_dict_is_json():
     found = report(masked_model())
     figures = json.loads(json.dumps(found.to_dict()))
@@ -493,6 +510,7 @@ def test_to_dict_is_json():
     assert (row["flops"], row["dense_flops"]) == (12, 18)
 
 
+@once
 def test_the_table():
     model = lenet()
     zeroed(model.layers[0].kernel, 23_520)
@@ -511,6 +529,7 @@ def test_the_table():
     assert "yes" in str(report(masked_model()))
 
 
+@once
 def test_names_are_printed_as_they_are():
     # Rich would take these for a style and an emoji.
     found = report(masked_model())
@@ -529,6 +548,7 @@ def pyplot():
     matplotlib.use(before)
 
 
+@once
 def test_plot_has_a_bar_per_weight(pyplot):
     found = report(masked_model())
     axes = found.plot()
@@ -539,16 +559,19 @@ def test_plot_has_a_bar_per_weight(pyplot):
     axes.figure.canvas.draw()
 
 
+@once
 def test_plot_on_given_axes(pyplot):
     axes = pyplot.figure().add_subplot()
     assert report(lenet()).plot(axes) is axes
     assert len(axes.patches) == 3
 
 
+@once
 def test_plot_of_nothing(pyplot):
     assert len(report(sequential((4,), layers.BatchNormalization())).plot().patches) == 0
 
 
+@once
 def test_plot_without_matplotlib(monkeypatch):
     found = report(lenet())
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
@@ -561,17 +584,20 @@ def test_plot_without_matplotlib(monkeypatch):
 # -- wrong objects -------------------------------------------------------------------------------
 
 
+@once
 @pytest.mark.parametrize("wrong", [None, "model.keras", 3, keras.layers.Dense])
 def test_wrong_objects(wrong):
     with pytest.raises(TypeError, match="Expected a Keras 3 model"):
         report(wrong)
 
 
+@once
 def test_the_output_of_a_layer():
     with pytest.raises(TypeError, match=r"keras\.Model\(inputs, outputs\)"):
         report(layers.Dense(3)(keras.Input((4,))))
 
 
+@once
 def test_an_unbuilt_model():
     with pytest.raises(ValueError, match="has no weights yet"):
         report(keras.Sequential([layers.Dense(3)]))

@@ -16,6 +16,7 @@ from keras_dst.methods import DST, Consensus, Magnitude
 from keras_dst.shrink.plan import Plan
 from keras_dst.shrink.rules import Kernel
 from tests import models
+from tests.backends import once
 
 # JAX compiles every op of every net, TensorFlow traces it.
 EXAMPLES = 12 if keras.backend.backend() == "torch" else 3
@@ -137,6 +138,7 @@ def test_a_convnet(padding, one):
     assert small.get_layer("two").use_bias == (padding == "valid")
 
 
+@once
 def test_dead_channels_that_are_zero_leave_nothing_behind():
     model = keras.Sequential(
         [
@@ -152,6 +154,7 @@ def test_dead_channels_that_are_zero_leave_nothing_behind():
     assert not small.get_layer("head").use_bias
 
 
+@once
 def test_channels_that_nothing_reads():
     model = convnet()
     layer = model.get_layer("three")
@@ -166,6 +169,7 @@ def test_channels_that_nothing_reads():
     check(model, one=5, two=4, three=5, head=2)
 
 
+@once
 def test_one_channel_stays():
     model = convnet()
     kill(model, "one", count=8)
@@ -173,6 +177,7 @@ def test_one_channel_stays():
     check(model, one=1, two=1, three=1, head=2)
 
 
+@once
 def test_dead_classes_stay():
     model = convnet()
     kill(model, "one", "head")
@@ -207,6 +212,7 @@ def test_a_residual_net(merge):
     check(model, a_1=4, b_1=4, a_2=6, b_2=6, stem=6)
 
 
+@once
 @pytest.mark.parametrize(
     "merge", [lambda x, y: layers.Add()([x, y]), lambda x, y: x + y], ids=["layer", "operator"]
 )
@@ -223,6 +229,7 @@ def test_a_closed_branch_goes(merge, gated):
     assert "b_1" not in [layer.name for layer in small.layers]
 
 
+@once
 def test_concatenation_depthwise_and_multiplication():
     inputs = keras.Input((8, 8, 3))
     a = layers.Conv2D(6, 3, padding="same", name="a")(inputs)
@@ -256,6 +263,7 @@ def sequential(shape, *stack):
     )
 
 
+@once
 def test_separable_convolutions():
     model = sequential(
         (6, 6, 3),
@@ -274,6 +282,7 @@ def test_separable_convolutions():
     check(model, one=3, two=2, three=2)
 
 
+@once
 def test_transposed_convolutions_of_units_in_space():
     model = sequential(
         (3,),
@@ -315,6 +324,7 @@ def test_channels_first():
     assert "closed" not in [layer.name for layer in small.layers]
 
 
+@once
 def test_whole_groups_of_convolutions():
     model = sequential(
         (5, 5, 3),
@@ -347,6 +357,7 @@ def test_recurrent_layers_lose_inputs():
     assert [small.get_layer(n).cell.kernel.shape[0] for n in ("lstm", "gru", "rnn")] == [3, 3, 3]
 
 
+@once
 def test_shared_layers_and_several_outputs():
     one, two = keras.Input((8,)), keras.Input((8,))
     shared, norm = layers.Dense(6, "relu", name="shared"), layers.BatchNormalization()
@@ -363,6 +374,7 @@ def test_shared_layers_and_several_outputs():
     assert small.get_layer("shared").units == 3
 
 
+@once
 def test_what_is_not_understood_keeps_its_channels():
     inputs = keras.Input((8, 8, 4))
     x = layers.Conv2D(8, 3, padding="same", name="one")(inputs)
@@ -376,6 +388,7 @@ def test_what_is_not_understood_keeps_its_channels():
     check(model, one=8, grouped=8, dense=3, attention=6, own=4, head=3)
 
 
+@once
 @pytest.mark.parametrize("kind", ["sequential", "residual", "nested"])
 def test_models_of_every_kind(kind):
     keras.utils.set_random_seed(0)
@@ -421,6 +434,7 @@ def test_a_sparse_model_is_stripped_in_a_copy(tmp_path):
     models.compiled(small).fit(*models.data(), verbose=0)
 
 
+@once
 def test_channels_of_magnitude():
     method = Magnitude(0.5, pattern="channel", allocation="uniform")
     model = models.compiled(models.sequential(), keras_dst.SparseOptimizer("adam", method))
@@ -429,6 +443,7 @@ def test_channels_of_magnitude():
     assert small.count_params() < model.count_params()
 
 
+@once
 class TestReport:
     def test_figures(self):
         model = convnet("valid")
@@ -570,6 +585,7 @@ def random_net(steps, seed):
     return model
 
 
+@once
 @few
 @given(
     st.lists(
@@ -628,6 +644,7 @@ def test_channels_of_a_trained_residual_net(method):
         assert found == alone.sum()
 
 
+@once
 class TestErrors:
     def test_no_graph(self):
         with pytest.raises(ValueError, match="Sequential and Functional models"):

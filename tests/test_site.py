@@ -59,7 +59,11 @@ def test_every_public_name_is_in_the_reference(site):
     inventory = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
     known = {line.split(" ")[0] for line in zlib.decompress(inventory).decode().splitlines()}
     # Some functions are called as the modules that they are in.
-    known |= {f"keras_dst.{n}" for n in ("report", "sensitivity", "shrink") if f"keras_dst.{n}.{n}" in known}
+    known |= {
+        f"keras_dst.{n}"
+        for n in ("report", "sensitivity", "shrink")
+        if f"keras_dst.{n}.{n}" in known
+    }
     public = {f"keras_dst.{n}" for n in keras_dst.__all__ if callable(getattr(keras_dst, n))}
     public |= {f"keras_dst.methods.{name}" for name in keras_dst.methods.__all__}
     layers = {layer.__name__ for layer in keras_dst.layers.SPARSE_LAYERS} | {"Gate"}

@@ -11,6 +11,7 @@ from keras_dst.layers import SparseComposite, SparseMixin
 from keras_dst.methods import DST, Magnitude
 from keras_dst.surgery import is_sparse
 from tests import models
+from tests.backends import once
 
 x, y = models.data()
 
@@ -84,6 +85,7 @@ def test_keras_file_round_trip(model, tmp_path):
     assert not any(isinstance(z, SparseComposite) for z in loaded._flatten_layers())
 
 
+@once
 def test_weights_file_round_trip(model, tmp_path):
     keras_dst.sparsify(model, DST())
     prune_somewhat(model)
@@ -117,6 +119,7 @@ def test_dense_weights_never_load_by_halves(tmp_path):
         model.load_weights(tmp_path / "dense.weights.h5")
 
 
+@once
 def test_a_stripped_file_has_no_trace_of_keras_dst(model, tmp_path):
     keras_dst.sparsify(model, DST())
     models.compiled(model).optimizer.build(model.trainable_variables)

@@ -12,6 +12,7 @@ from keras import layers
 import keras_dst
 from keras_dst import tfmot
 from tests import models
+from tests.backends import once
 
 BATCH, STEPS = 8, 12
 rng = np.random.default_rng(0)
@@ -49,6 +50,7 @@ def turns(schedule, until=30):
     return [step for step in range(until) if schedule(step)[0]]
 
 
+@once
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
@@ -66,6 +68,7 @@ def test_turns(schedule, expected):
     assert turns(schedule) == expected
 
 
+@once
 def test_sparsity_of_schedules():
     decay = tfmot.PolynomialDecay(0.25, 0.75, 10, 20)
     found = [decay(step)[1] for step in (0, 10, 15, 20, 99)]
@@ -78,6 +81,7 @@ def test_sparsity_of_schedules():
     assert tfmot.ConstantSparsity(0.5, 0)(7)[1] == 0.5
 
 
+@once
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -98,11 +102,13 @@ def test_values_outside_their_range(make, says):
         make()
 
 
+@once
 def test_a_schedule_of_another_kind():
     with pytest.raises(TypeError, match="PruningSchedule"):
         tfmot.prune_low_magnitude(dense(7), keras_dst.schedules.Cubic(0.5))
 
 
+@once
 def test_configs():
     full = tfmot.PruneLowMagnitude(DECAY, (2, 4), "MAX", (2, 4))
     for thing in (DECAY, EVERY, full, tfmot.PruneLowMagnitude(EVERY)):
@@ -139,6 +145,7 @@ def test_block_mask():
     np.testing.assert_array_equal(tfmot.block_mask(w, 0.5, (2, 2), "MAX"), of_largest)
 
 
+@once
 def test_block_mask_where_blocks_do_not_divide_the_weight():
     # Six rows in blocks of four: the windows are rows 0-2 and 3-5, the blocks 0-3 and 4-5.
     w = np.array([[0, 0, 0, 5, 5, 5]], "float32").T
@@ -237,6 +244,7 @@ def test_a_file_goes_on_as_if_there_were_none(policy, tmp_path):
         np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
 
 
+@once
 def test_a_training_that_is_compiled_again_counts_on():
     model = compiled(tfmot.prune_low_magnitude(dense(7), DECAY))
     fit(model)
@@ -265,6 +273,7 @@ def test_backups_within_an_epoch(tmp_path):
         np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
 
 
+@once
 def test_without_its_callback_training_is_refused():
     with pytest.raises(ValueError, match=r"tfmot\.UpdatePruningStep\(\)"):
         fit(compiled(tfmot.prune_low_magnitude(dense(7), DECAY)), callbacks=[])
@@ -277,6 +286,7 @@ def test_without_its_callback_training_is_refused():
     fit(model)
 
 
+@once
 def test_what_the_callback_refuses():
     with pytest.raises(ValueError, match="found nothing that is pruned"):
         fit(compiled(dense(7)))
@@ -297,6 +307,7 @@ def pruned_names(model):
     return [layer.name for layer in model._flatten_layers() if tfmot.is_pruned(layer)]
 
 
+@once
 def test_depthwise_kernels_are_left_dense():
     model = keras.Sequential(
         [keras.Input((8, 8, 3)), layers.DepthwiseConv2D(3), layers.SeparableConv2D(4, 3, name="s")]
@@ -316,6 +327,7 @@ def test_layers_one_by_one():
     assert [m.mean() for m in masks_of(model)] == [0.5, 11 / 56]
 
 
+@once
 def test_layers_that_a_clone_function_picks():
     def pick(layer):
         prune = isinstance(layer, layers.Dense) and layer.units == 8
@@ -326,6 +338,7 @@ def test_layers_that_a_clone_function_picks():
     assert [m.shape for m in masks_of(model)] == [(9, 8)]
 
 
+@once
 def test_a_model_that_is_pruned_in_two_goes(tmp_path):
     def network():
         inputs = keras.Input((4, 6))
@@ -362,12 +375,14 @@ class Unknown(Named):
     prunable_weights = ()
 
 
+@once
 def test_a_layer_of_ones_own():
     model = keras.Sequential([keras.Input((9,)), tfmot.prune_low_magnitude(Named(), EVERY)])
     fit(compiled(model))
     assert np.count_nonzero(tfmot.strip_pruning(model).layers[0].mix.numpy()) == round(63 / 2)
 
 
+@once
 @pytest.mark.parametrize(
     ("make", "arguments", "says"),
     [
@@ -385,6 +400,7 @@ def image_model(*inner):
     return keras.Sequential([keras.Input((8, 8, 3)), *inner])
 
 
+@once
 @pytest.mark.parametrize(
     ("make", "arguments", "says"),
     [
@@ -413,6 +429,7 @@ def test_what_cannot_be_pruned(make, arguments, says):
         assert not keras_dst.surgery.is_sparse(model)
 
 
+@once
 def test_a_model_under_another_method():
     model = dense(8, 7)
     keras_dst.sparsify(model, keras_dst.methods.DST())
@@ -442,6 +459,7 @@ def xnnpack(pad=1, strides=2, body=(), end=None, channels=3):
 POLICY = tfmot.PruneForLatencyOnXNNPack()
 
 
+@once
 def test_the_policy_prunes_1x1_convolutions():
     model = xnnpack()
     tfmot.prune_low_magnitude(model, pruning_policy=POLICY)
@@ -456,6 +474,7 @@ def test_the_policy_prunes_1x1_convolutions():
     assert pruned_names(model) == ["gate"]
 
 
+@once
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -522,6 +541,7 @@ def file_of(path, layer=WRAPPED, kernel=KERNEL):
     return path
 
 
+@once
 def test_a_file_of_tfmot(tmp_path):
     model = tfmot.load(file_of(tmp_path / "pruned.h5"))
     (layer,) = model.layers
@@ -554,6 +574,7 @@ FOREIGN = {"class_name": "Popen", "module": "subprocess", "config": {"args": ["t
 SCHEDULE = {"class_name": "Mine", "config": {}}
 
 
+@once
 @pytest.mark.parametrize(
     ("layer", "says"),
     [
@@ -574,6 +595,7 @@ def test_files_that_are_refused(tmp_path, layer, says):
         tfmot.load(file_of(tmp_path / "pruned.h5", layer))
 
 
+@once
 def test_what_is_no_file_of_a_model(tmp_path):
     with pytest.raises(ValueError, match="Save the model"):
         tfmot.load(tmp_path)

@@ -13,6 +13,7 @@ from keras_dst.export.choose import Goal, choose
 from keras_dst.export.decode import values
 from keras_dst.export.encode import Form, encode, stored_dense, weights
 from keras_dst.export.flat import read
+from tests.backends import once
 
 from .graphs import AUTO, BUILTIN, File, convolution, fully_connected, ops, run, sparse_values
 from .test_export_tflite import encodings, export_tflite, prune
@@ -32,6 +33,7 @@ def test_golden():
     assert parameters.zeroPoint.tolist() == [0, 0, 0]
 
 
+@once
 @given(st.integers(0, 10**6), st.sampled_from([0, 1, 3]))
 def test_rounding(seed, axis):
     weight = sparse_values((3, 2, 4, 5), 0.5, seed=seed)
@@ -42,6 +44,7 @@ def test_rounding(seed, axis):
     assert not found[weight == 0].any()
 
 
+@once
 @pytest.mark.parametrize("resolver", [AUTO, BUILTIN])
 @pytest.mark.parametrize("form", [SPARSE, BLOCKS, DENSE], ids=str)
 @pytest.mark.parametrize(
@@ -68,6 +71,7 @@ def test_rounded_weights_run(dense, form, resolver):
     np.testing.assert_allclose(found, run(reference, x, BUILTIN), atol=1e-4)
 
 
+@once
 @pytest.mark.parametrize("resolver", [AUTO, BUILTIN])
 @pytest.mark.parametrize("inputs", [64, 4096])
 def test_blocks_of_16_read_directly(inputs, resolver):
@@ -111,6 +115,7 @@ def integers(op, weight):
     return graph.finish({"x": x}, {"y": y}).content()
 
 
+@once
 @pytest.mark.parametrize(
     ("op", "shape", "block", "version"),
     [

@@ -15,6 +15,7 @@ from keras_dst.export import LintReport
 from keras_dst.export.choose import choose
 from keras_dst.export.decode import values
 from keras_dst.export.flat import read, write
+from tests.backends import once
 
 from . import test_nchw as nets
 from .graphs import AUTO, File, convolution, fully_connected, run, sparse_values
@@ -150,6 +151,7 @@ def found(content, rule):
     return [f for f in keras_dst.lint(content).findings if f.rule == rule.split(",")[0]]
 
 
+@once
 @pytest.mark.parametrize(("rule", "case"), [*ERRORS.items(), *ADVICE.items()])
 def test_rule(rule, case):
     broken, words, sound = case
@@ -174,6 +176,7 @@ def wrong(content):
     return np.abs(y - x @ weight.T).max() > 0.05 * np.abs(y).max()
 
 
+@once
 @pytest.mark.parametrize("rule", ["sparse-format", "sparse-format, int8", "hybrid-width"])
 def test_the_runtime_agrees(rule):
     broken, _, sound = ERRORS[rule]
@@ -189,6 +192,7 @@ def test_the_runtime_refuses_int8_behind_densify():
     assert np.isfinite(run(sound, x)).all()
 
 
+@once
 @pytest.mark.parametrize(
     ("steps", "where", "words"),
     [
@@ -236,6 +240,7 @@ def test_it_says_whether_sparse_inference_is_on():
     assert (off.sparse_inference, off.reason[-20:]) == (False, "tion to gain from it")
 
 
+@once
 @pytest.mark.parametrize("content", [fully_connected(BLOCKS), WHOLE, CUT], ids=["fc", "on", "off"])
 def test_what_the_export_makes_has_no_errors(content):
     report = keras_dst.lint(choose(content).content)
