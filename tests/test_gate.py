@@ -10,6 +10,7 @@ from keras_dst.callbacks import SparseTraining
 from keras_dst.layers import Gate
 from keras_dst.methods import DST, Consensus
 from tests import models
+from tests.backends import once
 from tests.gradients import gradients
 
 # These trainings are too short for the penalties; that it says so is tested in test_callbacks.py.
@@ -117,8 +118,15 @@ def test_one_channel_stays_open_and_a_branch_may_close():
 # -- training ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dependent", [False, True], ids=["logits", "module"])
-@pytest.mark.parametrize("structure", ["channel", "branch"])
+@pytest.mark.parametrize(
+    ("structure", "dependent"),
+    [
+        ("channel", True),
+        ("branch", False),
+        pytest.param("channel", False, marks=once),
+        pytest.param("branch", True, marks=once),
+    ],
+)
 def test_target_files_strip_and_shrink(structure, dependent, tmp_path):
     model = models.compiled(net(structure, dependent), keras.optimizers.Adam(0.01))
     history = fit(model).history
