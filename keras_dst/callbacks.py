@@ -1,4 +1,7 @@
-"""Callbacks for `fit`: `SparseTraining`, and the `BackupAndRestore` that goes with it."""
+"""Callbacks for `fit`: `SparseTraining`, and the `BackupAndRestore` that goes with it.
+
+`SparsityTensorBoard`, which watches them, is in `keras_dst.tensorboard`.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from keras_dst.backup import Running
 from keras_dst.compiled import give_back_state
 from keras_dst.drivers import Driver, drivers_of
 from keras_dst.files import save_in_place, save_whole
-
-_WORST = 1e30  # of a metric before the target is reached
+from keras_dst.logs import worst
+from keras_dst.tensorboard import SparsityTensorBoard as SparsityTensorBoard
 
 
 class SparseTraining(keras.callbacks.Callback):
@@ -190,9 +193,7 @@ class SparseTraining(keras.callbacks.Callback):
             raise ValueError(f"gate={self.gate!r} is none of the metrics: {', '.join(logs)}")
         self._gated = True
         mode = self.gate_mode or _mode(self.model, self.gate)
-        # Better from epoch to epoch, so that nobody loses patience before the target is reached.
-        worst = _WORST / (self._epoch + 1) * (1 if mode == "min" else -1)
-        logs[f"{name}_at_target"] = logs[name] if self._at_target else worst
+        logs[f"{name}_at_target"] = logs[name] if self._at_target else worst(self._epoch, mode)
 
 
 class _GatedEvaluate:

@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="sparsity, parameters and FLOPs, layer by layer")
     report.add_argument("model", help="a .keras file")
     report.add_argument("--json", action="store_true", help="print JSON")
+    report.add_argument("--html", metavar="FILE", help="write a page with pictures here as well")
     report.set_defaults(run=_report)
 
     strip = commands.add_parser("strip", help="bake masks in; leave stock Keras layers")
@@ -105,7 +106,10 @@ def _demo(arguments):
 def _report(arguments):
     import keras_dst
 
-    _show(keras_dst.report(_load(arguments.model)), arguments.json)
+    report = keras_dst.report(_load(arguments.model))
+    if arguments.html:
+        report.save_html(arguments.html)
+    _show(report, arguments.json)
 
 
 def _strip(arguments):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
@@ -15,7 +15,7 @@ from keras_dst.compiled import compiled
 from keras_dst.devices import beside
 from keras_dst.layers import Gate, SparseMixin, prunable
 from keras_dst.masks import Layout, Pattern
-from keras_dst.methods.base import LayerMethod, State, When
+from keras_dst.methods.base import LayerMethod, Method, State, When
 from keras_dst.optimizers import SparseOptimizer, exclude_from_decay, tensors, unwrap
 from keras_dst.paths import TwoPathLoss
 from keras_dst.report import uses_of
@@ -26,9 +26,7 @@ _LEARNED_RESPONSE = 5  # steps in which a learned method shows what an update ha
 
 def drivers_of(model) -> list[Driver]:
     """One driver for every method at work in a model."""
-    if not model.optimizer.built:
-        with beside(model.trainable_variables[0]):
-            model.optimizer.build(model.trainable_variables)
+    _build_optimizer(model)
     wrapper = unwrap(model.optimizer)
     found: list[Driver] = []
     groups: dict[LayerMethod, list[SparseMixin | Gate]] = {}
@@ -45,6 +43,43 @@ def drivers_of(model) -> list[Driver]:
     if wrapper is not None:
         wrapper.layouts = _layouts(model, wrapper)
         found.append(OptimizerDriver(model, wrapper))
+    return found
+
+
+def _build_optimizer(model) -> None:
+    if not model.optimizer.built:
+        with beside(model.trainable_variables[0]):
+            model.optimizer.build(model.trainable_variables)
+
+
+class Member(NamedTuple):
+    """A weight under a method, for those who watch it."""
+
+    name: str
+    method: Method
+    weight: Any
+    state: State
+    layout: Layout
+
+    def mask(self) -> np.ndarray:
+        """Its mask now, boolean."""
+        weight, state = ops.convert_to_tensor(self.weight), tensors(self.state)
+        return ops.convert_to_numpy(self.method.mask(weight, state, self.layout)).astype(bool)
+
+
+def members_of(model) -> list[Member]:
+    """Every weight under a method, in the layers of a model and in its optimiser."""
+    _build_optimizer(model)
+    found = [
+        Member(weight.path, layer.sparsity, weight, state, layout)
+        for layer in model._flatten_layers()
+        if isinstance(layer, (SparseMixin, Gate))
+        for layout, weight, state in layer.masked_weights()
+    ]
+    wrapper = unwrap(model.optimizer)
+    if wrapper is not None:
+        states = zip(wrapper.kernels, wrapper.states, wrapper.layouts)
+        found += [Member(w.path, wrapper.method, w, state, layout) for w, state, layout in states]
     return found
 
 

@@ -6,25 +6,24 @@ import contextlib
 import dataclasses
 import functools
 import math
+import pathlib
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import keras
 import numpy as np
-from keras import layers, ops
+from keras import layers
 from rich.box import MARKDOWN
 from rich.table import Table
 
-from keras_dst import plots
-from keras_dst.layers import Gate, SparseMixin
-from keras_dst.optimizers import unwrap
-from keras_dst.selection import is_kernel
+from keras_dst import html, plots
+from keras_dst.files import whole_or_not
 from keras_dst.surgery import check_model
 from keras_dst.tables import as_text, percent
+from keras_dst.weights import Weight, cells, weights_of
 
 Shape = tuple[int, ...]
 
@@ -52,6 +51,7 @@ class WeightReport:
         sparse: whether it is under a mask, of its layer or of a `SparseOptimizer`.
         uses: how often an entry is multiplied for one sample, None where that is not known.
         reason: why `uses` is None.
+        cells: densities of its parts, as `plots.masks` draws them: inputs x outputs.
 
     Example:
         >>> keras_dst.report(model).layers[0].density
@@ -64,7 +64,8 @@ class WeightReport:
     nonzeros: int
     sparse: bool
     uses: int | None
-    reason: str | None = None
+    reason: str | None
+    cells: np.ndarray = field(repr=False, compare=False)
 
     @property
     def density(self) -> float:
@@ -89,6 +90,7 @@ class WeightReport:
     def to_dict(self) -> dict[str, Any]:
         """All figures, in types that JSON knows."""
         own = {**dataclasses.asdict(self), "shape": list(self.shape)}
+        del own["cells"]  # a picture
         derived = ("density", "sparsity", "flops", "dense_flops")
         return {**own, **{name: getattr(self, name) for name in derived}}
 
@@ -194,6 +196,32 @@ class SparsityReport:
         """
         return plots.density(self, ax)
 
+    def to_html(self) -> str:
+        """A page with the summary, the table, the densities and heat maps of the masks.
+
+        It is whole in itself: no scripts, and nothing is loaded from elsewhere.
+
+        Raises:
+            ImportError: without matplotlib or jinja2.
+
+        Example:
+            >>> IPython.display.HTML(keras_dst.report(model).to_html())
+        """
+        return html.page(self)
+
+    def save_html(self, path) -> None:
+        """Write the page of `to_html` to a file, which is whole or not there.
+
+        Args:
+            path: of the file; one that exists is replaced.
+
+        Example:
+            >>> keras_dst.report(model).save_html("report.html")
+        """
+        text = self.to_html()
+        with whole_or_not(pathlib.Path(path)) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
+
 
 def report(model) -> SparsityReport:
     """Count what of a model is zero, and what it costs.
@@ -226,25 +254,33 @@ def report(model) -> SparsityReport:
         64
     """
     check_model(model)
-    weights = _weights(model)
-    prunable = [weight for weight in weights if weight.prunable]
-    rows = [
-        WeightReport(
-            name=weight.variable.path,
-            layer=type(weight.layers[0]).__name__,
-            shape=tuple(weight.variable.shape),
-            parameters=weight.parameters,
-            nonzeros=weight.nonzeros,
-            sparse=weight.sparse,
-            uses=uses,
-            reason=reason,
-        )
-        for weight, (uses, reason) in zip(prunable, _uses(model, prunable))
-    ]
+    weights = weights_of(model)
+    uses = iter(_uses(model, [weight for weight in weights if weight.prunable]))
+    nonzeros = 0
+    rows = []
+    for weight in weights:
+        kept = weight.kept()
+        count = int(np.count_nonzero(kept))
+        nonzeros += count
+        if weight.prunable:
+            times, reason = next(uses)
+            rows.append(
+                WeightReport(
+                    name=weight.variable.path,
+                    layer=type(weight.layers[0]).__name__,
+                    shape=tuple(weight.variable.shape),
+                    parameters=weight.parameters,
+                    nonzeros=count,
+                    sparse=weight.sparse,
+                    uses=times,
+                    reason=reason,
+                    cells=cells(kept, weight.layout),
+                )
+            )
     return SparsityReport(
         model=model.name,
         parameters=sum(weight.parameters for weight in weights),
-        nonzeros=sum(weight.nonzeros for weight in weights),
+        nonzeros=nonzeros,
         bytes=sum(weight.parameters * _bytes_each(weight.variable.dtype) for weight in weights),
         layers=rows,
     )
@@ -266,95 +302,13 @@ def _bytes_each(dtype: str) -> int:
     return max(int(bits[0]) // 8, 1) if bits else 1
 
 
-# -- weights -------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Weight:
-    variable: Any
-    layers: list
-    prunable: bool
-    sparse: bool
-    nonzeros: int
-
-    @property
-    def parameters(self) -> int:
-        return math.prod(self.variable.shape)
-
-
-def _weights(model) -> list[_Weight]:
-    """All weights of a model, without those that keras_dst added."""
-    owners: dict[int, list] = {}
-    masks: dict[int, Any] = {}
-    ours: set[int] = set()
-    for layer in model._flatten_layers():
-        for variable in layer._trainable_variables + layer._non_trainable_variables:
-            owners.setdefault(id(variable), []).append(layer)
-        for variable, mask in _masked(layer):
-            masks[id(variable)] = mask
-        if isinstance(layer, (SparseMixin, Gate)):
-            ours.update(id(value) for value in layer.own_variables().values())
-    wrapper = unwrap(getattr(model, "optimizer", None))
-    updated = {id(kernel) for kernel in wrapper.kernels} if wrapper is not None else set()
-    found = []
-    for variable in model.weights:
-        key = id(variable)
-        if key in ours:
-            continue
-        mask = masks.get(key)
-        own = _innermost(owners[key])
-        found.append(
-            _Weight(
-                variable=variable,
-                layers=own,
-                prunable=mask is not None or any(_is_kernel(variable, layer) for layer in own),
-                sparse=mask is not None or key in updated,
-                nonzeros=_count(variable, mask),
-            )
-        )
-    return found
-
-
 def uses_of(model) -> dict[int, tuple[int | None, str | None]]:
     """How often every prunable weight is multiplied for one sample, or None and the reason.
 
     By the id of its variable.
     """
-    weights = [weight for weight in _weights(model) if weight.prunable]
+    weights = [weight for weight in weights_of(model) if weight.prunable]
     return {id(w.variable): found for w, found in zip(weights, _uses(model, weights))}
-
-
-def _masked(layer) -> Iterator[tuple]:
-    """The masked weights of a layer: raw variable and mask."""
-    if isinstance(layer, SparseMixin):
-        for layout, variable, state in layer.masked_weights():
-            w = ops.convert_to_tensor(variable)
-            yield variable, layer.sparsity.mask(w, state, layout)
-
-
-def _innermost(owners: list) -> list:
-    """Layers that hold a weight themselves, not those that borrow it from a layer inside."""
-    ids = {id(layer) for layer in owners}
-    return [
-        layer
-        for layer in owners
-        if not any(id(inner) in ids for inner in layer._flatten_layers(include_self=False))
-    ]
-
-
-def _is_kernel(variable, layer) -> bool:
-    """Whether this would be prunable if it were neither frozen nor quantised."""
-    trained = any(variable is own for own in layer._trainable_variables)  # frozen or not
-    quantised = variable.dtype == "int8" and layer.quantization_mode == "int8"
-    return (trained or quantised) and is_kernel(variable)
-
-
-def _count(variable, mask) -> int:
-    # Counted by NumPy: JAX would compile for every shape.
-    nonzero = ops.convert_to_numpy(ops.convert_to_tensor(variable)) != 0
-    if mask is not None:
-        nonzero = nonzero & ops.convert_to_numpy(mask).astype(bool)
-    return int(np.count_nonzero(nonzero))
 
 
 # -- FLOPs ---------------------------------------------------------------------------------------
@@ -440,7 +394,7 @@ def _shapes(structure) -> list[Shape]:
     return [tuple(x.shape) for x in tensors] or [()]
 
 
-def _uses(model, weights: list[_Weight]) -> list[tuple[int | None, str | None]]:
+def _uses(model, weights: list[Weight]) -> list[tuple[int | None, str | None]]:
     """How often every weight is multiplied for one sample, or None and the reason."""
     watched = {id(layer): layer for weight in weights for layer in weight.layers}
     watched |= {id(x): x for x in model._flatten_layers() if isinstance(x, layers.RNN)}
@@ -451,7 +405,7 @@ def _uses(model, weights: list[_Weight]) -> list[tuple[int | None, str | None]]:
     return [_agreed(weight, traces) for weight in weights]
 
 
-def _agreed(weight: _Weight, traces: list[_Trace]) -> tuple[int | None, str | None]:
+def _agreed(weight: Weight, traces: list[_Trace]) -> tuple[int | None, str | None]:
     try:
         uses = {_uses_in(trace, weight) for trace in traces}
     except _Unknown as unknown:
@@ -461,7 +415,7 @@ def _agreed(weight: _Weight, traces: list[_Trace]) -> tuple[int | None, str | No
     return uses.pop(), None
 
 
-def _uses_in(trace: _Trace, weight: _Weight) -> int:
+def _uses_in(trace: _Trace, weight: Weight) -> int:
     uses = sum(
         call.times * _places(layer, weight.variable, call)
         for layer in weight.layers

@@ -28,7 +28,9 @@ def is_prunable(variable) -> bool:
     return bool(variable.trainable) and is_kernel(variable)
 
 
-def select(items: Sequence, filters: Filters, names: Sequence[tuple[str, ...]]) -> list[bool]:
+def select(
+    items: Sequence, filters: Filters, names: Sequence[tuple[str, ...]], argument: str = "filters"
+) -> list[bool]:
     """For every item, whether the filter selects it.
 
     Args:
@@ -36,6 +38,7 @@ def select(items: Sequence, filters: Filters, names: Sequence[tuple[str, ...]]) 
         filters: None for all; a name or a regular expression, compared with the whole name; a
             list of them; or `callable(item) -> bool`.
         names: for every item, the names it has, its own first.
+        argument: what the user calls the filter, for errors.
 
     Raises:
         ValueError: when a name or expression selects nothing.
@@ -48,22 +51,22 @@ def select(items: Sequence, filters: Filters, names: Sequence[tuple[str, ...]]) 
     patterns = [filters] if isinstance(filters, str) else filters
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
         raise TypeError(
-            "filters must be a name, a regular expression, a list of them, or a callable that "
+            f"{argument} must be a name, a regular expression, a list of them, or a callable that "
             f"takes a layer. Received: {filters!r}"
         )
     chosen = [False] * len(items)
     for pattern in patterns:
-        whole = _compile(pattern).fullmatch
+        whole = _compile(pattern, argument).fullmatch
         hits = [any(name == pattern or whole(name) for name in own) for own in names]
         if not any(hits):
             own_names = ", ".join(own[0] for own in names)
-            raise ValueError(f"filters: {pattern!r} fits none of the names. Names: {own_names}")
+            raise ValueError(f"{argument}: {pattern!r} fits none of the names. Names: {own_names}")
         chosen = [a or b for a, b in zip(chosen, hits)]
     return chosen
 
 
-def _compile(pattern: str) -> re.Pattern:
+def _compile(pattern: str, argument: str) -> re.Pattern:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"filters: {pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"{argument}: {pattern!r} is no regular expression: {error}") from error

@@ -93,6 +93,10 @@ class Method(Configurable):
         """Saliency of every weight: the higher, the longer it is kept."""
         raise NotImplementedError
 
+    def watched(self, state: State) -> dict[str, Tensor]:
+        """What is worth watching of a weight's state in training, by name: arrays or numbers."""
+        return {}
+
     def kept_counts(
         self,
         shapes: Sequence[Sequence[int]],

@@ -155,6 +155,9 @@ class Consensus(LayerMethod):
     def mask(self, w, state, layout=KERNEL):
         return ops.broadcast_to(self.is_open(state, layout), w.shape)
 
+    def watched(self, state):
+        return {"gate": ops.sigmoid(state["logit"]) if "logit" in state else state["mean"]}
+
     # -- target ----------------------------------------------------------------------------------
 
     def join(self, layers, uses):

@@ -158,6 +158,9 @@ class DST(LayerMethod):
         on = ops.logical_not(self._margin(w, state, layout) <= 0)
         return Pattern(self.pattern).expand(on, w.shape, layout)
 
+    def watched(self, state):
+        return {"threshold": state["threshold"]}
+
     # -- target ----------------------------------------------------------------------------------
 
     @property

@@ -100,6 +100,9 @@ class FlipOut(UpdateMethod):
             for w, s in zip(weights, states)
         ]
 
+    def watched(self, state):
+        return {"flips": state["flips"][state["mask"]]}  # of pruned weights they are 0
+
     def perturb(self, grads, masks, step):
         if not self.noise:
             return grads

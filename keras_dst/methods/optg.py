@@ -104,6 +104,9 @@ class OptG(LayerMethod):
         mask = ops.cast(state["mask"], w.dtype)
         return masks.straight_through_product(w, ops.convert_to_tensor(state["scores"]), mask)
 
+    def watched(self, state):
+        return {"scores": state["scores"]}
+
     def update(self, weights, states, layouts, kept, when):
         scores = [s["anchor"] + s["rate"] * (s["scores"] - s["anchor"]) for s in states]
         rate = when.sparsity / max(self._final, 1e-9)

@@ -1,0 +1,152 @@
+"""The report as a page, seen by a reader: in a browser."""
+
+import base64
+import html
+import io
+import re
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from keras_dst import cli, report
+from tests import models
+from tests.backends import once
+from tests.browser import look_at
+
+pytestmark = once
+
+EVIL = "<script>alert(1)</script>&\"'"
+
+
+def pruned(seed=0):
+    """A dense model, most weights of which are zero, with names that are no HTML."""
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(8, 3, name="conv"),
+            layers.Flatten(),
+            layers.Dense(100, name="body"),
+            layers.Dense(4, name="head"),
+        ],
+        name="lenet",
+    )
+    rng = np.random.default_rng(seed)
+    for variable in model.trainable_variables:
+        if len(variable.shape) > 1:
+            variable.assign((rng.random(variable.shape) < 0.1).astype("float32"))
+    model.layers[2].kernel._path = f"lenet/{EVIL}/kernel"
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A report, and the file of its page."""
+    found = report(pruned())
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    found.save_html(path)
+    return found, path
+
+
+def shown(number):
+    return f"{number:,}"
+
+
+def test_a_reader_sees_the_report(saved, tmp_path):
+    found, path = saved
+    page = look_at(path, tmp_path)
+    assert page.console == []
+    assert page.requests == []
+    assert page.overflow <= 0
+    for row in found.layers:
+        line = next(x for x in page.text.splitlines() if x.startswith(f"{row.name}\t"))
+        cells = [text.strip() for text in line.split("\t")]
+        assert cells[1:4] == [row.layer, " × ".join(map(str, row.shape)), shown(row.parameters)]
+        assert cells[4:6] == [shown(row.nonzeros), f"{100 * row.sparsity:.2f} %"]
+        assert cells[6:8] == [shown(row.flops), shown(row.dense_flops)]
+    assert f"{100 * found.sparsity:.2f} %" in page.text
+    assert EVIL in page.text
+    assert len(page.pictures) == len(found.layers) == 3
+    for row, (width, height, width_on_page, alt) in zip(found.layers, page.pictures):
+        assert (height, width) == row.cells.shape
+        assert width_on_page > 100
+        assert row.name in alt
+    assert "<title>lenet: " in page.dom
+    assert page.screenshot.stat().st_size > 10_000
+
+
+def test_on_a_phone_in_the_dark(saved, tmp_path):
+    page = look_at(saved[1], tmp_path, width=500, dark=True)  # no window is narrower
+    assert page.overflow <= 0
+    assert page.console == []
+    red, *_ = map(int, re.findall(r"\d+", page.background))
+    assert red < 64
+    assert min(width for *_, width, _ in page.pictures) > 100
+
+
+def test_the_file_holds_everything(saved):
+    text = saved[1].read_text("utf-8")
+    links = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]*)""", text)
+    assert len(links) == 3
+    assert all(link.startswith("data:image/png;base64,") for link in links)
+    assert "<script" not in text
+    assert html.escape(EVIL, quote=False).split("&amp;")[0] in text
+
+
+def test_pictures_are_of_what_is_kept(saved):
+    from matplotlib.image import imread
+
+    found, path = saved
+    images = re.findall(r"base64,([^\"]*)", path.read_text("utf-8"))
+    for row, image in zip(found.layers, images):
+        pixels = imread(io.BytesIO(base64.b64decode(image)))
+        # The opacity is the root of the density, in 8 bits.
+        np.testing.assert_allclose(pixels[..., 3] ** 2, row.cells, atol=0.01)
+
+
+def test_a_model_without_weights_and_one_without_flops():
+    nothing = report(keras.Sequential([keras.Input((4,)), layers.BatchNormalization()], name="no"))
+    assert "no prunable weight" in nothing.to_html()
+
+    class Odd(layers.Layer):
+        def build(self, shape):
+            self.mix = self.add_weight(name="mix", shape=(3, 5))
+
+        def call(self, x):
+            return x + keras.ops.sum(self.mix)
+
+    unknown = report(keras.Sequential([keras.Input((4,)), Odd()]))
+    assert "FLOPs are not known: what Odd does" in unknown.to_html()
+    assert ">?</td>" in unknown.to_html()
+
+
+def test_the_command(tmp_path, capsys):
+    models.sequential().save(tmp_path / "model.keras")
+    files = [str(tmp_path / "model.keras"), "--html", str(tmp_path / "page.html")]
+    assert cli.main(["report", *files]) == 0
+    assert "total of these" in capsys.readouterr().out
+    assert "<h2>Masks</h2>" in (tmp_path / "page.html").read_text("utf-8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.keras", "page.html"]
+
+
+class TestErrors:
+    def test_whole_or_not(self, monkeypatch, tmp_path):
+        found = report(models.sequential())
+        (tmp_path / "page.html").write_text("old")
+        monkeypatch.setattr(type(found), "to_html", lambda self: "\udc80")  # cannot be encoded
+        with pytest.raises(UnicodeEncodeError):
+            found.save_html(tmp_path / "page.html")
+        assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [
+            ("page.html", "old")
+        ]
+
+    @pytest.mark.parametrize("library", ["jinja2", "matplotlib"])
+    def test_without_a_library(self, library, monkeypatch):
+        found = report(models.sequential())
+        for name in [name for name in sys.modules if name.split(".")[0] == library]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, library, None)
+        with pytest.raises(ImportError, match=r"pip install keras_dst\[plot\]"):
+            found.to_html()

@@ -1,0 +1,206 @@
+"""Pictures, read back from what matplotlib was given to draw."""
+
+import importlib
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_dst
+from keras_dst import plots
+from keras_dst.masks import Layout
+from keras_dst.methods import DST, Magnitude
+from keras_dst.weights import cells
+from tests import models
+from tests.backends import once
+
+
+@pytest.fixture(autouse=True)
+def pyplot():
+    matplotlib = pytest.importorskip("matplotlib")
+    before = matplotlib.get_backend()
+    matplotlib.use("Agg")
+    plt = importlib.import_module("matplotlib.pyplot")
+    yield plt
+    plt.close("all")
+    matplotlib.use(before)
+
+
+def pictures(figure):
+    """The heat maps of a figure by their titles."""
+    figure.canvas.draw()
+    found = [ax for ax in figure.axes if ax.get_title()]
+    return {ax.get_title(): np.asarray(ax.images[0].get_array()) for ax in found}
+
+
+# -- cells ---------------------------------------------------------------------------------------
+
+
+@once
+def test_a_small_weight_is_drawn_entry_by_entry():
+    kept = np.random.default_rng(0).random((5, 7)) < 0.5
+    np.testing.assert_array_equal(cells(kept), kept)
+
+
+@once
+def test_cells_of_a_large_weight_are_densities():
+    kept = np.random.default_rng(0).random((256, 128)) < 0.1
+    expected = kept.reshape(64, 4, 64, 2).mean((1, 3))
+    np.testing.assert_allclose(cells(kept), expected, rtol=1e-6)
+
+
+@once
+@pytest.mark.parametrize("shape", [(100, 1), (65, 129), (1, 300), (784, 64)])
+def test_cells_leave_no_entry_out(shape):
+    for place in [(0, 0), (-1, -1), (shape[0] // 2, shape[1] // 2)]:
+        kept = np.zeros(shape, bool)
+        kept[place] = True
+        found = cells(kept)
+        assert np.count_nonzero(found) == 1
+        assert max(found.shape) <= 64
+
+
+@once
+def test_axes_of_a_convolution():
+    kept = np.zeros((3, 3, 2, 4), bool)
+    kept[2, 1, 1, 3] = True
+    expected = np.zeros((18, 4))
+    expected[(2 * 3 + 1) * 2 + 1, 3] = 1
+    np.testing.assert_array_equal(cells(kept), expected)
+    # A transposed one: (*window, out, in).
+    found = cells(kept, Layout((-2,), (-1,)))
+    assert found.shape == (36, 2)
+    assert found[(2 * 3 + 1) * 4 + 3, 1] == 1
+
+
+@once
+def test_cells_of_nothing():
+    assert cells(np.zeros((0, 4), bool)).shape == (0, 4)
+
+
+# -- masks ---------------------------------------------------------------------------------------
+
+
+def half_pruned():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(6, name="body")], name="net")
+    weights = np.arange(1, 25, dtype="float32").reshape(4, 6)
+    model.layers[0].kernel.assign(weights)
+    return model, weights
+
+
+def test_masks_of_a_dense_model():
+    model, weights = half_pruned()
+    weights[:, 2] = 0
+    model.layers[0].kernel.assign(weights)
+    ((title, picture),) = pictures(plots.masks(model)).items()
+    assert title == "net/body/kernel\n16.67 % sparse"
+    np.testing.assert_array_equal(picture, weights != 0)
+
+
+def test_masks_of_a_running_method_and_after_strip():
+    model, weights = half_pruned()
+    keras_dst.sparsify(model, DST())
+    model.layers[0].sparse_state["kernel"]["threshold"].assign(np.full(6, 12.5))
+    expected = weights > 12.5
+    for _ in range(2):
+        ((title, picture),) = pictures(plots.masks(model)).items()
+        assert title.endswith("50.00 % sparse")
+        np.testing.assert_array_equal(picture, expected)
+        keras_dst.strip(model)
+
+
+def test_masks_of_an_optimizer():
+    model = models.compiled(
+        models.sequential(), keras_dst.SparseOptimizer("sgd", Magnitude(0.5, allocation="uniform"))
+    )
+    model.fit(*models.data(), verbose=0, callbacks=[keras_dst.callbacks.SparseTraining()])
+    found = pictures(plots.masks(model, columns=2))
+    assert len(found) == 4
+    assert all(title.endswith("50.00 % sparse") for title in found)
+
+
+def test_masks_by_name():
+    model = models.sequential()
+    first, *_, last = (row.name for row in keras_dst.report(model).layers)
+    for names in ([first, last], [model.layers[0].name, ".*" + last[-8:]]):
+        titles = list(pictures(plots.masks(model, names)))
+        assert [title.split("\n")[0] for title in titles] == [first, last]
+    with pytest.raises(ValueError, match="names: 'conv9' fits none of the names"):
+        plots.masks(model, "conv9")
+    with pytest.raises(ValueError, match="no prunable weight"):
+        plots.masks(keras.Sequential([keras.Input((4,)), layers.BatchNormalization()]))
+    with pytest.raises(TypeError, match="Expected a Keras 3 model"):
+        plots.masks("model.keras")
+
+
+# -- curves --------------------------------------------------------------------------------------
+
+
+@once
+def test_trade_off():
+    pairs = [(0.98, 0.7), (0.5, 0.9), (0.9, 0.8), (0.9, 0.9), (0.9, 0.88)]
+    axes = plots.trade_off({"DST": pairs, "RigL": [(0.9, 0.5)]}, dense=0.95, metric="top-1")
+    axes.figure.canvas.draw()
+    curve, other = axes.containers
+    assert list(curve.lines[0].get_xdata()) == pytest.approx([0.5, 0.1, 0.02])
+    assert list(curve.lines[0].get_ydata()) == pytest.approx([0.9, 0.86, 0.7])
+    low, high = np.array(curve.lines[2][0].get_segments())[1, :, 1]  # of the seeds at 0.9
+    assert (low, high) == pytest.approx((0.8, 0.9))
+    assert len(other.lines[0].get_xdata()) == 1
+    assert axes.get_xscale() == "log"
+    assert axes.get_xlim()[0] > axes.get_xlim()[1]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["50 %", "10 %", "2 %"]
+    assert axes.get_ylabel() == "top-1"
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert sorted(labels) == ["DST", "RigL", "dense"]
+
+
+@once
+@pytest.mark.parametrize("pairs", [[(1.0, 0.5)], [(-0.1, 0.5)], [(0.5, float("nan"))], []])
+def test_results_that_cannot_be_drawn(pairs):
+    with pytest.raises(ValueError, match=r"results\['DST'\] must"):
+        plots.trade_off({"DST": pairs})
+    with pytest.raises(ValueError, match="must have a label"):
+        plots.trade_off({})
+
+
+LOGS = {
+    "accuracy": [0.5, 0.6, 0.7, 0.8],
+    "loss": [1.2, 0.9, 0.8, 0.7],
+    "val_loss": [0.9, 0.8],  # validation_freq=2
+    "sparsity": [0.1, 0.5, 0.9, 0.9],
+    "val_accuracy_at_target": [-1e30, -5e29, 0.7, 0.8],
+}
+
+
+@once
+def test_history():
+    axes = plots.history(LOGS)
+    axes.figure.canvas.draw()
+    left, right = axes.figure.axes
+    assert left is axes
+    lines = {line.get_label(): line for line in left.get_lines()}
+    assert list(lines) == ["accuracy", "sparsity", "val_accuracy_at_target"]
+    at_target = lines["val_accuracy_at_target"].get_ydata()
+    np.testing.assert_array_equal(at_target, [np.nan, np.nan, 0.7, 0.8])
+    loss, val_loss = right.get_lines()
+    assert loss.get_color() == val_loss.get_color()
+    assert (loss.get_linestyle(), val_loss.get_linestyle()) == ("-", "--")
+    np.testing.assert_array_equal(val_loss.get_xdata(), [2, 4])
+    assert right.get_ylabel() == "loss"
+    assert len(axes.get_legend().get_texts()) == 5
+
+
+@once
+def test_history_of_some_logs(pyplot):
+    given = pyplot.figure().add_subplot()
+    history = keras.callbacks.History()
+    history.history = LOGS
+    assert plots.history(history, ["(val_)?loss"], given) is given
+    assert len(given.figure.axes) == 1
+    assert len(given.get_lines()) == 2
+    with pytest.raises(ValueError, match="names: 'f1' fits none of the names"):
+        plots.history(history, "f1")
+    with pytest.raises(ValueError, match="history must have an epoch"):
+        plots.history({})
