@@ -7,18 +7,26 @@ VENV := .venv
 TFMOT := .venv-tfmot
 RUN := TF_CPP_MIN_LOG_LEVEL=3 $(VENV)/bin/python
 BACKENDS := tensorflow jax torch
+BROWSERS := chromium chromium-browser google-chrome
 DEMO_READY := $(VENV)/ready-demo
 TEST_READY := $(VENV)/ready-test
 
-.PHONY: demo test lint $(BACKENDS:%=test-%) test-notebooks notebooks clean
+.PHONY: demo test lint browser $(BACKENDS:%=test-%) test-notebooks notebooks clean
 .PHONY: bench-mnist bench-methods bench-step bench-overhead bench-matrix bench-edge
 
 demo: $(DEMO_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m keras_dst demo
 
 # Two at a time, on a thread each; what one prints comes when it is done.
-test: lint
+test: lint browser
 	$(MAKE) --jobs=2 --output-sync=target $(BACKENDS:%=test-%) test-notebooks
+
+# The HTML report is looked at in a browser; as root on a Debian, get one where there is none.
+browser:
+	@for name in $(BROWSERS); do command -v $$name >/dev/null && exit; done; \
+	[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+	&& DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium >/dev/null \
+	|| echo "No browser ($(BROWSERS)), nor a way to get one: the tests of the HTML report skip."
 
 lint: $(TEST_READY)
 	$(VENV)/bin/ruff check .

@@ -31,12 +31,11 @@ def page(report) -> str:
         report=report,
         version=__version__,
         summary=_summary(report),
-        colour=_COLOUR,
         percent=percent,
         count=_count,
         shape=_shape,
         picture=_picture,
-        scale=[(f"{100 * density:g} %", density**_POWER) for density in _SCALE],
+        scale=[(f"{100 * density:g} %", _shade(density)) for density in _SCALE],
     )
 
 
@@ -60,6 +59,10 @@ def _count(number: int | None) -> str:
 
 def _shape(row) -> str:
     return " × ".join(str(n) for n in row.shape)
+
+
+def _shade(density: float) -> str:
+    return f"{_COLOUR}{round(255 * density**_POWER):02x}"
 
 
 def _picture(cells: np.ndarray) -> str:

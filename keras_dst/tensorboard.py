@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import time
-import uuid
+import weakref
 
 import keras
 import numpy as np
@@ -50,8 +50,8 @@ class SparsityTensorBoard(keras.callbacks.Callback):
 
     def __init__(self, log_dir, update_freq: int | str = "epoch", histograms: bool = True):
         super().__init__()
-        is_number = isinstance(update_freq, int) and not isinstance(update_freq, bool)
-        if update_freq != "epoch" and not (is_number and update_freq >= 1):
+        whole = isinstance(update_freq, int) and not isinstance(update_freq, bool)
+        if update_freq != "epoch" and (not whole or int(update_freq) < 1):
             raise ValueError(
                 "update_freq must be 'epoch' or a whole number of batches >= 1. "
                 f"Received: {update_freq!r}"
@@ -96,7 +96,7 @@ class SparsityTensorBoard(keras.callbacks.Callback):
         self._events.file.flush()
 
     def on_train_end(self, logs=None):
-        self._events.file.close()
+        self._events.close()
 
     # --------------------------------------------------------------------------------------------
 
@@ -157,7 +157,8 @@ class _Events:
         from tensorboardX.record_writer import directory_check
 
         directory_check(log_dir)
-        self.file = EventsWriter(f"{log_dir}/events", f".{uuid.uuid4().hex[:8]}")
+        self.file = EventsWriter(f"{log_dir}/events", f".{time.time_ns()}")
+        self.close = weakref.finalize(self, self.file.close)  # also where a fit fails
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         from tensorboardX.summary import scalar

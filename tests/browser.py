@@ -19,6 +19,7 @@ _PROBE = """<script>addEventListener("load", () => {
     overflow: document.documentElement.scrollWidth - innerWidth,
     background: getComputedStyle(document.body).backgroundColor,
     text: document.body.innerText,
+    requests: performance.getEntriesByType("resource").map(entry => entry.name),
   };
   const node = document.createElement("script");
   node.type = "application/json"; node.id = "probe";
@@ -37,7 +38,7 @@ class Page:
     background: str
     text: str  # as it is shown
     console: list[str]
-    requests: list[str]
+    requests: list[str]  # for anything that is not in the page itself
     screenshot: pathlib.Path
 
 
@@ -54,11 +55,11 @@ def look_at(page: pathlib.Path, folder: pathlib.Path, width=1200, dark=False) ->
     probed = text.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")
     copy = folder / "probed.html"
     copy.write_text(probed.replace("</body>", f"{_PROBE}</body>"), "utf-8")
-    net_log, screenshot = folder / "net.json", folder / "screenshot.png"
+    screenshot = folder / "screenshot.png"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     flags += ["--disable-dev-shm-usage", "--hide-scrollbars", "--enable-logging=stderr"]
-    flags += [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={net_log}"]
+    flags += [f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
     flags += [f"--window-size={width},2400", f"--screenshot={screenshot}", "--dump-dom"]
     flags += [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
     done = subprocess.run(
@@ -71,6 +72,5 @@ def look_at(page: pathlib.Path, folder: pathlib.Path, width=1200, dark=False) ->
         dom=dom,
         **probe,
         console=re.findall(r"CONSOLE.*", done.stderr),
-        requests=re.findall(r'"url":\s*"((?:https?|wss?)://[^"]*)"', net_log.read_text()),
         screenshot=screenshot,
     )

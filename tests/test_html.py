@@ -86,6 +86,18 @@ def test_on_a_phone_in_the_dark(saved, tmp_path):
     assert min(width for *_, width, _ in page.pictures) > 100
 
 
+def test_the_browser_notices_what_is_loaded_or_broken(saved, tmp_path):
+    page = tmp_path / "page.html"
+    text = saved[1].read_text("utf-8").replace("img-src data:", "img-src http: data:")
+    missing = '<img src="http://example.invalid/x.png" alt="x"><img src="data:image/png;base64,AA">'
+    page.write_text(text.replace("</main>", f"{missing}<link rel=stylesheet href=x.css></main>"))
+    found = look_at(page, tmp_path)
+    assert len(found.requests) == 2
+    assert "http://example.invalid/x.png" in found.requests
+    assert "Security Policy" in found.console[0]  # forbids the style sheet
+    assert [width for width, *_ in found.pictures][-2:] == [0, 0]
+
+
 def test_the_file_holds_everything(saved):
     text = saved[1].read_text("utf-8")
     links = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]*)""", text)

@@ -14,6 +14,7 @@ from keras_dst.methods import DST, Magnitude
 from keras_dst.weights import cells
 from tests import models
 from tests.backends import once
+from tests.pages import blocks
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +90,7 @@ def half_pruned():
     return model, weights
 
 
+@once
 def test_masks_of_a_dense_model():
     model, weights = half_pruned()
     weights[:, 2] = 0
@@ -110,6 +112,7 @@ def test_masks_of_a_running_method_and_after_strip():
         keras_dst.strip(model)
 
 
+@once
 def test_masks_of_an_optimizer():
     model = models.compiled(
         models.sequential(), keras_dst.SparseOptimizer("sgd", Magnitude(0.5, allocation="uniform"))
@@ -120,12 +123,13 @@ def test_masks_of_an_optimizer():
     assert all(title.endswith("50.00 % sparse") for title in found)
 
 
+@once
 def test_masks_by_name():
-    model = models.sequential()
-    first, *_, last = (row.name for row in keras_dst.report(model).layers)
-    for names in ([first, last], [model.layers[0].name, ".*" + last[-8:]]):
+    inner = [layers.Dense(3, name=name) for name in ("stem", "body", "head")]
+    model = keras.Sequential([keras.Input((4,)), *inner], name="net")
+    for names in (["net/stem/kernel", "head"], ".*(stem|head)/kernel"):
         titles = list(pictures(plots.masks(model, names)))
-        assert [title.split("\n")[0] for title in titles] == [first, last]
+        assert [title.split("\n")[0] for title in titles] == ["net/stem/kernel", "net/head/kernel"]
     with pytest.raises(ValueError, match="names: 'conv9' fits none of the names"):
         plots.masks(model, "conv9")
     with pytest.raises(ValueError, match="no prunable weight"):
@@ -204,3 +208,23 @@ def test_history_of_some_logs(pyplot):
         plots.history(history, "f1")
     with pytest.raises(ValueError, match="history must have an epoch"):
         plots.history({})
+
+
+# -- the page ------------------------------------------------------------------------------------
+
+
+@once
+def test_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((64, 16, 16, 3)).astype("float32")
+    names = {"images": images, "classes": rng.integers(0, 4, 64)}
+    codes = [code for _, code in blocks("pictures.md")]
+    assert len(codes) == 6
+    for code in codes:
+        exec(compile(code, "pictures.md", "exec"), names)
+    drawn = ["density", "history", "masks", "trade_off"]
+    assert [path.stem for path in sorted(tmp_path.glob("*.png"))] == drawn
+    assert (tmp_path / "report.html").stat().st_size > 5000
+    for folder in ("optg", "magnitude"):
+        assert len(list((tmp_path / "logs" / folder).iterdir())) == 1

@@ -106,6 +106,7 @@ def test_a_layer_method_by_epochs(tmp_path):
     assert scalars(events, f"density/{BODY}")[1] == pytest.approx(kept.mean())
 
 
+@once
 @pytest.mark.parametrize(
     ("method", "title"),
     [(OptG(0.5), "scores"), (DST(granularity="layer"), "threshold"), (Consensus(1.0), "gate")],
@@ -119,6 +120,7 @@ def test_what_a_method_learns(method, title, tmp_path):
     assert f"density/{HEAD}" not in events.Tags()["scalars"]
 
 
+@once
 def test_a_gate_and_no_histograms(tmp_path):
     inputs = keras.Input((8, 8, 3))
     x = layers.Gate(dependent=True, sparsity=Consensus(1.0), name="gate")(inputs)

@@ -101,7 +101,8 @@ class FlipOut(UpdateMethod):
         ]
 
     def watched(self, state):
-        return {"flips": state["flips"][state["mask"]]}  # of pruned weights they are 0
+        flips, kept = ops.convert_to_numpy(state["flips"]), ops.convert_to_numpy(state["mask"])
+        return {"flips": flips[kept]}  # of pruned weights they are 0
 
     def perturb(self, grads, masks, step):
         if not self.noise:
