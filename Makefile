@@ -1,6 +1,6 @@
 # make demo: the main job, end to end, on real data. make test: everything, on three backends.
-# Both do all their own set-up. The rest: lint, test-BACKEND, bench-mnist, bench-methods,
-# bench-step, bench-overhead, bench-matrix, bench-edge, docs, picture, clean.
+# Both do all their own set-up. The rest: lint, test-BACKEND, test-notebooks, notebooks, docs, picture,
+# bench-mnist, bench-methods, bench-step, bench-overhead, bench-matrix, bench-edge, clean.
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,15 +11,15 @@ BROWSERS := chromium chromium-browser google-chrome
 DEMO_READY := $(VENV)/ready-demo
 TEST_READY := $(VENV)/ready-test
 
-.PHONY: demo test lint browser docs picture $(BACKENDS:%=test-%) clean
+.PHONY: demo test lint browser docs picture notebooks $(BACKENDS:%=test-%) test-notebooks clean
 .PHONY: bench-mnist bench-methods bench-step bench-overhead bench-matrix bench-edge
 
 demo: $(DEMO_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m keras_dst demo
 
-# Two backends at a time, on a thread each; what one prints comes when it is done.
+# Two at a time, on a thread each; what one prints comes when it is done.
 test: lint browser
-	$(MAKE) --jobs=2 --output-sync=target $(BACKENDS:%=test-%)
+	$(MAKE) --jobs=2 --output-sync=target $(BACKENDS:%=test-%) test-notebooks
 
 # The HTML report is looked at in a browser; as root on a Debian, get one where there is none.
 browser:
@@ -45,7 +45,15 @@ picture: $(TEST_READY)
 test-torch: $(TFMOT)/ready
 
 $(BACKENDS:%=test-%): test-%: $(TEST_READY)
-	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(RUN) -m pytest
+	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(RUN) -m pytest --ignore=tests/test_notebooks.py
+
+# Each on the backend that it chooses itself.
+test-notebooks: $(TEST_READY)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_notebooks.py
+
+# Runs all of them anew and stores what they show.
+notebooks: $(TEST_READY)
+	OMP_NUM_THREADS=1 $(RUN) notebooks/execute.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

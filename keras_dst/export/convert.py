@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import subprocess
 import sys
@@ -188,6 +189,7 @@ def _output_to(log: IO[bytes]) -> Iterator[None]:
     try:
         with (
             open(os.dup(log.fileno()), "w") as stream,
+            _tensorflow_logs_to(stream),
             contextlib.redirect_stdout(stream),
             contextlib.redirect_stderr(stream),
             warnings.catch_warnings(action="ignore"),
@@ -199,6 +201,20 @@ def _output_to(log: IO[bytes]) -> Iterator[None]:
         for descriptor, copy in saved.items():
             os.dup2(copy, descriptor)
             os.close(copy)
+
+
+@contextlib.contextmanager
+def _tensorflow_logs_to(stream: IO[str]) -> Iterator[None]:
+    """Sends TensorFlow's log there, which keeps the stream that it began with: a notebook's."""
+    import tensorflow as tf
+
+    handlers = [h for h in tf.get_logger().handlers if isinstance(h, logging.StreamHandler)]
+    before = [handler.setStream(stream) for handler in handlers]
+    try:
+        yield
+    finally:
+        for handler, own in zip(handlers, before):
+            handler.setStream(own)
 
 
 def _conversion_error(output: str) -> ExportError:

@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import gzip
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -248,6 +250,20 @@ def test_a_subclassed_model(tmp_path):
 def test_converting_prints_nothing(capfd):
     to_tflite(lenet_300_100())
     assert capfd.readouterr() == ("", "")
+
+
+@on_tensorflow
+def test_converting_prints_nothing_in_a_notebook(monkeypatch):
+    import tensorflow as tf
+
+    cell = io.StringIO()
+    handler = logging.StreamHandler(cell)
+    log = tf.get_logger()
+    monkeypatch.setattr(log, "handlers", [handler])
+    monkeypatch.setattr(log, "level", logging.INFO)
+    to_tflite(lenet_300_100())
+    assert handler.stream is cell
+    assert not cell.getvalue()
 
 
 @on_tensorflow

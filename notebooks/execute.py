@@ -1,0 +1,49 @@
+"""Executes notebooks. As a script, in place: `python notebooks/execute.py [NAME.ipynb ...]`."""
+
+import pathlib
+import re
+import sys
+
+import nbformat
+from nbclient import NotebookClient
+
+HERE = pathlib.Path(__file__).parent
+ALL = sorted(HERE.glob("*.ipynb"))
+
+
+def execute(path: pathlib.Path) -> nbformat.NotebookNode:
+    """A notebook with the outputs of a fresh run; raises on an error, and on any warning."""
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(HERE)}},
+        record_timing=False,
+        coalesce_streams=True,
+    ).execute()
+    for cell in notebook.cells:
+        outputs = cell.get("outputs", [])
+        said = "".join(out.text for out in outputs if out.get("name") == "stderr")
+        if re.search(r"\w+Warning: ", said):
+            raise RuntimeError(f"A warning in {path.name}:\n{said}")
+        # What remains are the greetings of TensorFlow's and LiteRT's C++.
+        outputs[:] = [out for out in outputs if out.get("name") != "stderr"]
+    return notebook
+
+
+def store(notebook, path: pathlib.Path) -> None:
+    """Write a notebook without what differs from machine to machine."""
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for cell in notebook.cells:
+        cell.metadata = {}
+    nbformat.write(notebook, path)
+
+
+if __name__ == "__main__":
+    for path in [pathlib.Path(name) for name in sys.argv[1:]] or ALL:
+        print(path.name, flush=True)
+        store(execute(path), path)
