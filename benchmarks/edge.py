@@ -176,7 +176,6 @@ def run(name):
             "epochs": NETS[case.net].epochs,
             "accuracy": accuracy,
             "against_dense": found,
-            "bars": case.bars,
             "report": after.to_dict() | {"path": "sparse.tflite"},
         },
     )
@@ -206,14 +205,14 @@ def table():
         result = json.loads(path.read_text())
         accuracy = " / ".join(f"{100 * value:.1f}" for value in result["accuracy"].values())
         columns = ("bytes", "gzip_bytes", "latency", "latency_no_avx")
-        figures = [_figure(result, column) for column in columns]
+        figures = [_figure(result, column, CASES[name].bars.get(column)) for column in columns]
         lines.append(f"| {name} | {accuracy} | {' | '.join(figures)} |")
     (RESULTS / "edge.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
-def _figure(result, column) -> str:
-    value, bar = result["against_dense"][column], result["bars"].get(column)
+def _figure(result, column, bar) -> str:
+    value = result["against_dense"][column]
     if value is None:
         return "not measured"
     mark = "" if bar is None else "**" if value <= bar else "~~"
