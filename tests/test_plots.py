@@ -1,6 +1,7 @@
 """Pictures, read back from what matplotlib was given to draw."""
 
 import importlib
+import sys
 
 import keras
 import numpy as np
@@ -11,10 +12,12 @@ import keras_dst
 from keras_dst import plots
 from keras_dst.masks import Layout
 from keras_dst.methods import DST, Magnitude
+from keras_dst.report import report
 from keras_dst.weights import cells
 from tests import models
 from tests.backends import once
 from tests.pages import blocks
+from tests.test_report import lenet, masked_model
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +36,49 @@ def pictures(figure):
     figure.canvas.draw()
     found = [ax for ax in figure.axes if ax.get_title()]
     return {ax.get_title(): np.asarray(ax.images[0].get_array()) for ax in found}
+
+
+# -- density -----------------------------------------------------------------------------------
+
+
+@once
+def test_density_has_a_bar_per_weight(pyplot):
+    found = report(masked_model())
+    axes = found.plot()
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([6 / 9, 1.0])
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == [r.name for r in found.layers]
+    assert "density" in axes.get_xlabel()
+    assert axes.get_title() == f"{found.model}: 20.00 % sparse"
+    axes.figure.canvas.draw()
+
+
+@once
+def test_density_on_given_axes(pyplot):
+    axes = pyplot.figure().add_subplot()
+    assert report(lenet()).plot(axes) is axes
+    assert len(axes.patches) == 3
+
+
+@once
+def test_density_of_nothing(pyplot):
+    assert (
+        len(
+            report(keras.Sequential([keras.Input((4,)), layers.BatchNormalization()]))
+            .plot()
+            .patches
+        )
+        == 0
+    )
+
+
+@once
+def test_without_matplotlib(monkeypatch):
+    found = report(lenet())
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install keras_dst\[plot\]"):
+        found.plot()
 
 
 # -- cells ---------------------------------------------------------------------------------------

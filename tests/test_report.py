@@ -1,9 +1,7 @@
 """`report` against counts done by hand and by NumPy."""
 
 import dataclasses
-import importlib
 import json
-import sys
 
 import keras
 import numpy as np
@@ -535,50 +533,6 @@ def test_names_are_printed_as_they_are():
     found = report(masked_model())
     row = dataclasses.replace(found.layers[0], name="[bold]:smile:")
     assert "[bold]:smile:" in str(dataclasses.replace(found, layers=[row]))
-
-
-@pytest.fixture
-def pyplot():
-    matplotlib = pytest.importorskip("matplotlib")
-    before = matplotlib.get_backend()
-    matplotlib.use("Agg")
-    plt = importlib.import_module("matplotlib.pyplot")
-    yield plt
-    plt.close("all")
-    matplotlib.use(before)
-
-
-@once
-def test_plot_has_a_bar_per_weight(pyplot):
-    found = report(masked_model())
-    axes = found.plot()
-    assert [bar.get_width() for bar in axes.patches] == pytest.approx([6 / 9, 1.0])
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == [r.name for r in found.layers]
-    assert "density" in axes.get_xlabel()
-    assert axes.get_title() == f"{found.model}: 20.00 % sparse"
-    axes.figure.canvas.draw()
-
-
-@once
-def test_plot_on_given_axes(pyplot):
-    axes = pyplot.figure().add_subplot()
-    assert report(lenet()).plot(axes) is axes
-    assert len(axes.patches) == 3
-
-
-@once
-def test_plot_of_nothing(pyplot):
-    assert len(report(sequential((4,), layers.BatchNormalization())).plot().patches) == 0
-
-
-@once
-def test_plot_without_matplotlib(monkeypatch):
-    found = report(lenet())
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"pip install keras_dst\[plot\]"):
-        found.plot()
 
 
 # -- wrong objects -------------------------------------------------------------------------------
