@@ -172,7 +172,9 @@ def test_jump_at_a_step(schedule, total, step, expected):
 def test_what_is_no_sparsity(value):
     with pytest.raises(ValueError, match=r"target is the fraction of zeros.*Received: target="):
         check_sparsity(value, "target")
-    with pytest.raises(ValueError, match=r"^sparsity is the fraction of zeros, a number in \[0, 1"):
+    with pytest.raises(
+        ValueError, match=r"^sparsity is the fraction of zeros, a Python number in \[0, 1"
+    ):
         Cubic(value)
 
 
