@@ -92,8 +92,8 @@ class Schedule(Configurable):
         if total_steps is None:
             raise ValueError(
                 f"{self!r} is given in fractions of training, whose length is not known here. Fit "
-                "with the SparseTraining callback, callbacks=[keras_dst.callbacks.SparseTraining()], "
-                "or give begin_step and end_step."
+                "with the SparseTraining callback, "
+                "callbacks=[keras_dst.callbacks.SparseTraining()], or give begin_step and end_step."
             )
         return math.floor(self.begin * total_steps), math.floor(self.end * total_steps)
 
