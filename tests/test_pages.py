@@ -16,7 +16,11 @@ from tests.test_tfmot import file_of
 
 BACKEND = keras.backend.backend()
 SHOWN = ("diff", "math")  # languages with nothing to run
-ELSEWHERE = {"docs/many_devices.md": "tests/devices/test_pages.py"}  # in processes of its own
+ELSEWHERE = {  # in processes of their own, or with pictures and trials to look at
+    "docs/many_devices.md": "tests/devices/test_pages.py",
+    "docs/pictures.md": "tests/test_plots.py",
+    "docs/sensitivity.md": "tests/test_tuner.py",
+}
 
 
 def backends(page):
