@@ -124,7 +124,10 @@ def _demo(arguments):
 
 def _report(arguments):
     import keras_dst
+    from keras_dst.files import check_writable
 
+    if arguments.html:
+        check_writable(pathlib.Path(arguments.html))
     report = keras_dst.report(_load(arguments.model))
     if arguments.html:
         report.save_html(arguments.html)

@@ -13,7 +13,7 @@ from keras import ops
 from keras_dst.backup import Running
 from keras_dst.compiled import compiled
 from keras_dst.devices import beside
-from keras_dst.layers import Gate, SparseMixin, prunable
+from keras_dst.layers import Gate, SparseMixin, layouts_of
 from keras_dst.masks import Layout, Pattern
 from keras_dst.methods.base import LayerMethod, Method, State, When
 from keras_dst.optimizers import SparseOptimizer, exclude_from_decay, tensors, unwrap
@@ -85,11 +85,7 @@ def members_of(model) -> list[Member]:
 
 def _layouts(model, optimizer: SparseOptimizer) -> list[Layout]:
     """Axes of the kernels of an optimiser, as the layers that hold them know."""
-    known = {
-        id(variable): layout
-        for layer in model._flatten_layers()
-        for layout, variable in prunable(layer)
-    }
+    known = layouts_of(model)
     return [
         known.get(id(kernel), layout)
         for kernel, layout in zip(optimizer.kernels, optimizer.layouts)

@@ -7,7 +7,7 @@ import io
 
 import numpy as np
 
-from keras_dst.tables import percent
+from keras_dst.tables import count, percent
 from keras_dst.version import __version__
 
 _COLOUR = "#4a86f0"  # of what is kept; its opacity is the density, so that any background serves
@@ -32,7 +32,7 @@ def page(report) -> str:
         version=__version__,
         summary=_summary(report),
         percent=percent,
-        count=_count,
+        count=count,
         shape=_shape,
         picture=_picture,
         scale=[(f"{100 * density:g} %", _shade(density)) for density in _SCALE],
@@ -44,17 +44,13 @@ def _summary(report) -> list[tuple[str, str, str]]:
     found = [
         ("sparsity", percent(report.sparsity), "of the prunable weights"),
         ("sparsity in total", percent(report.total_sparsity), "of all weights"),
-        ("nonzeros", _count(report.nonzeros), f"of {_count(report.parameters)} parameters"),
-        ("bytes", _count(report.bytes), "if all are stored"),
+        ("nonzeros", count(report.nonzeros), f"of {count(report.parameters)} parameters"),
+        ("bytes", count(report.bytes), "if all are stored"),
     ]
     if report.flops is not None:
-        note = f"of {_count(report.dense_flops)} for a sample"
-        found.append(("FLOPs", _count(report.flops), note))
+        note = f"of {count(report.dense_flops)} for a sample"
+        found.append(("FLOPs", count(report.flops), note))
     return found
-
-
-def _count(number: int | None) -> str:
-    return "?" if number is None else f"{number:,}"
 
 
 def _shape(row) -> str:

@@ -343,9 +343,9 @@ class _Ranking:
         """The least or the largest finite score; `nothing` where there is none."""
 
         def of_rows(s, nothing, left):
-            real = (
-                ops.isfinite(s) if left is None else ops.logical_and(ops.isfinite(s), _within(left))
-            )
+            real = ops.isfinite(s)
+            if left is not None:
+                real = ops.logical_and(real, _within(left))
             return reduce(ops.where(real, ops.clip(s, -_LARGEST, _LARGEST), nothing), axis=1)
 
         found = [
@@ -497,8 +497,8 @@ def _by_row(reduce, dtype, *matrices):
         return reduce(*(part(m) if getattr(m, "ndim", 0) == 2 else m for m in matrices))
 
     def next_slab(i, found):
-        begin, size = i * _SLAB, _SLAB
-        values = apply(lambda m: ops.slice(m, (begin, 0), (size, m.shape[1])))
+        begin = i * _SLAB
+        values = apply(lambda m: ops.slice(m, (begin, 0), (_SLAB, m.shape[1])))
         return ops.slice_update(found, (begin,), values)
 
     end = slabs * _SLAB

@@ -20,9 +20,9 @@ from rich.box import MARKDOWN
 from rich.table import Table
 
 from keras_dst import html, plots
-from keras_dst.files import whole_or_not
+from keras_dst.files import check_writable, whole_or_not
 from keras_dst.surgery import check_model
-from keras_dst.tables import as_text, percent
+from keras_dst.tables import as_text, count, percent
 from keras_dst.weights import Weight, cells, weights_of
 
 Shape = tuple[int, ...]
@@ -215,11 +215,17 @@ class SparsityReport:
         Args:
             path: of the file; one that exists is replaced.
 
+        Raises:
+            OSError: where the file cannot be written.
+            ImportError: without matplotlib or jinja2.
+
         Example:
             >>> keras_dst.report(model).save_html("report.html")
         """
+        path = pathlib.Path(path)
+        check_writable(path)
         text = self.to_html()
-        with whole_or_not(pathlib.Path(path)) as unfinished:
+        with whole_or_not(path) as unfinished:
             unfinished.write_text(text, encoding="utf-8")
 
 
@@ -260,8 +266,8 @@ def report(model) -> SparsityReport:
     rows = []
     for weight in weights:
         kept = weight.kept()
-        count = int(np.count_nonzero(kept))
-        nonzeros += count
+        number = int(np.count_nonzero(kept))
+        nonzeros += number
         if weight.prunable:
             times, reason = next(uses)
             rows.append(
@@ -270,7 +276,7 @@ def report(model) -> SparsityReport:
                     layer=type(weight.layers[0]).__name__,
                     shape=tuple(weight.variable.shape),
                     parameters=weight.parameters,
-                    nonzeros=count,
+                    nonzeros=number,
                     sparse=weight.sparse,
                     uses=times,
                     reason=reason,
@@ -293,8 +299,7 @@ def _sum_known(counts: list[int | None]) -> int | None:
 
 def _figures(parameters, nonzeros, *flops) -> list[str]:
     sparsity = 1 - nonzeros / parameters if parameters else 0.0
-    counts = ["?" if count is None else f"{count:,}" for count in flops]
-    return [f"{parameters:,}", f"{nonzeros:,}", percent(sparsity), *counts]
+    return [count(parameters), count(nonzeros), percent(sparsity), *map(count, flops)]
 
 
 def _bytes_each(dtype: str) -> int:

@@ -16,7 +16,7 @@ from keras import ops
 from keras_dst import plots
 from keras_dst.allocation import equal_drop
 from keras_dst.compiled import compiled, drop_state
-from keras_dst.layers import SparseMixin, prunable
+from keras_dst.layers import SparseMixin, layouts_of
 from keras_dst.logs import mode_of
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods import Magnitude
@@ -282,9 +282,8 @@ class _Kernel:
 
 def _kernels(model, filters) -> list[_Kernel]:
     """The weights that a method can prune, a shared one once."""
-    layouts, masks = {}, {}
+    layouts, masks = layouts_of(model), {}
     for layer in model._flatten_layers():
-        layouts.update({id(variable): layout for layout, variable in prunable(layer)})
         if isinstance(layer, SparseMixin):
             for layout, variable, state in layer.masked_weights():
                 mask = functools.partial(layer.sparsity.mask, state=state, layout=layout)

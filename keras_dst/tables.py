@@ -40,6 +40,11 @@ def as_text(table: Table, width: int) -> str:
     return text.getvalue()
 
 
+def count(number: int | None) -> str:
+    """A number as text: 1234567 is ``1,234,567``, and one that is not known ``?``."""
+    return "?" if number is None else f"{number:,}"
+
+
 def percent(fraction: float) -> str:
     """A fraction as text: 0.125 is ``12.50 %``."""
     return f"{100 * fraction:.2f} %"

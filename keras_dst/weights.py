@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_dst.layers import Gate, SparseMixin, prunable
+from keras_dst.layers import Gate, SparseMixin, layouts_of
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.optimizers import unwrap
 from keras_dst.selection import is_kernel
@@ -56,14 +56,13 @@ def weights_of(model) -> list[Weight]:
     """All weights of a model, without those that keras_dst added."""
     owners: dict[int, list] = {}
     masks: dict[int, Any] = {}
-    layouts: dict[int, Layout] = {}
+    layouts = layouts_of(model)
     ours: set[int] = set()
     for layer in model._flatten_layers():
         for variable in layer._trainable_variables + layer._non_trainable_variables:
             owners.setdefault(id(variable), []).append(layer)
         for variable, mask in _masked(layer):
             masks[id(variable)] = mask
-        layouts |= {id(variable): layout for layout, variable in prunable(layer)}
         if isinstance(layer, (SparseMixin, Gate)):
             ours.update(id(value) for value in layer.own_variables().values())
     wrapper = unwrap(getattr(model, "optimizer", None))

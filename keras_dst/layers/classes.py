@@ -113,6 +113,15 @@ def prunable(layer) -> Iterator[tuple[Layout, Any]]:
             yield weight.layout_of(layer), variable
 
 
+def layouts_of(model) -> dict[int, Layout]:
+    """The axes of every weight of a model that can take a mask, by the id of its variable."""
+    return {
+        id(variable): layout
+        for layer in model._flatten_layers()
+        for layout, variable in prunable(layer)
+    }
+
+
 def _declared(stock: type) -> dict[str, Layout]:
     """The weights that a user's layer class declares as prunable, and their axes."""
     weights = getattr(stock, "prunable_weights", ())
