@@ -141,6 +141,9 @@ def test_the_command(tmp_path, capsys):
     assert "total of these" in capsys.readouterr().out
     assert "<h2>Masks</h2>" in (tmp_path / "page.html").read_text("utf-8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.keras", "page.html"]
+    nowhere = str(tmp_path / "nowhere" / "page.html")
+    assert cli.main(["report", files[0], "--html", nowhere]) == 1
+    assert f"Expected a path in an existing folder. Received: {nowhere}" in capsys.readouterr().err
 
 
 class TestErrors:
