@@ -11,14 +11,14 @@ BROWSERS := chromium chromium-browser google-chrome
 DEMO_READY := $(VENV)/ready-demo
 TEST_READY := $(VENV)/ready-test
 
-.PHONY: demo test lint browser docs picture notebooks $(BACKENDS:%=test-%) test-notebooks clean
+.PHONY: demo test lint browser arm64 docs picture notebooks $(BACKENDS:%=test-%) test-notebooks clean
 .PHONY: bench-mnist bench-methods bench-step bench-overhead bench-matrix bench-edge
 
 demo: $(DEMO_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m keras_dst demo
 
 # Two at a time, on a thread each; what one prints comes when it is done.
-test: lint browser
+test: lint browser arm64
 	$(MAKE) --jobs=2 --output-sync=target $(BACKENDS:%=test-%) test-notebooks
 
 # The HTML report is looked at in a browser; as root on a Debian, get one where there is none.
@@ -27,6 +27,12 @@ browser:
 	[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
 	&& DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium >/dev/null \
 	|| echo "No browser ($(BROWSERS)), nor a way to get one: the tests of the HTML report skip."
+
+# Files are run on an emulated ARM CPU as well, where Debian's packages for it can be had.
+arm64: $(TEST_READY)
+	@[ -e build/arm64/ready ] || { command -v apt-get dpkg-deb >/dev/null \
+	&& rm -rf build/arm64 && tests/arm64/setup.sh build/arm64 $(VENV)/bin/python; } \
+	|| echo "No emulated ARM CPU (see tests/arm64/setup.sh): its tests skip."
 
 lint: $(TEST_READY)
 	$(VENV)/bin/ruff check .

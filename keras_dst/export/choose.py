@@ -19,8 +19,9 @@ from keras_dst.export.encode import Form, Weight
 
 #: Stored blocks must be filled at least this much, or the pattern is another one.
 BLOCK_FILL = 0.75
-#: A sparse int8 weight of more inputs than this overflows a counter of the kernel for float inputs.
-MOST_HYBRID_INPUTS = 4096
+#: The kernel of a sparse int8 weight for float inputs has a byte for the place of a block of 16,
+#: and one for the number of blocks of an output: with more it is wrong.
+MOST_HYBRID_INPUTS, MOST_HYBRID_BLOCKS = 4096, 255
 #: Latencies, and sizes, that differ by less than this factor count as equal.
 SAME_LATENCY, SAME_SIZE = 1.05, 1.01
 
@@ -224,9 +225,18 @@ def right_forms(weight: Weight, piece: schema.ModelT, int8: bool) -> list[Form]:
         return forms
     blocks = [block for block in (1, 4) if inputs % block == 0]
     forms += [Form(block, unpack=False, im2col=convolved) for block in blocks]
-    if int8 and inputs % 16 == 0 and inputs <= MOST_HYBRID_INPUTS:
+    if int8 and _suits_hybrid(weight.values.reshape(-1, inputs)):
         forms.append(Form(16, unpack=False, int8=True, im2col=convolved))
     return forms
+
+
+def _suits_hybrid(values: np.ndarray) -> bool:
+    """Whether the kernel of a sparse int8 weight for float inputs is right on these."""
+    rows, inputs = values.shape
+    if inputs % 16 or inputs > MOST_HYBRID_INPUTS:
+        return False
+    stored = (values.reshape(rows, -1, 16) != 0).any(axis=-1).sum(axis=-1)
+    return bool(stored.max() <= MOST_HYBRID_BLOCKS)
 
 
 def _right_forms_of_int8(weight: Weight, piece: schema.ModelT) -> list[Form]:

@@ -11,7 +11,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from keras_dst.export import nchw
-from keras_dst.export.choose import MOST_HYBRID_INPUTS, UNSAFE, choose, in_blocks
+from keras_dst.export.choose import (
+    MOST_HYBRID_BLOCKS,
+    MOST_HYBRID_INPUTS,
+    UNSAFE,
+    choose,
+    in_blocks,
+)
 from keras_dst.export.decode import (
     blocks,
     encoding,
@@ -121,14 +127,17 @@ def _remainder(model, graph) -> Iterator[Finding]:
 
 def _too_wide(model, graph) -> Iterator[Finding]:
     for op, x, tensor in _direct(model, graph):
-        inputs = shape(tensor)[-1]
-        hybrid = type_name(x) == "float32" and type_name(tensor) == "int8"
-        if hybrid and inputs > MOST_HYBRID_INPUTS:
-            found = (
-                f"{inputs} float inputs on int8 weights; its kernel counts to {MOST_HYBRID_INPUTS}"
-            )
-            fix = "Split the layer by its inputs, quantise its input too, or use float32."
-            yield _error("hybrid-width", _where(model, graph, op), found, fix)
+        if type_name(x) != "float32" or encoding(tensor) != "1x16":
+            continue
+        inputs, most = shape(tensor)[-1], _most_blocks(tensor)
+        fix = "Split the layer by its inputs, quantise its input too, or use float32."
+        if inputs > MOST_HYBRID_INPUTS:
+            found = f"{inputs} float inputs on int8 weights; its kernel has {MOST_HYBRID_INPUTS}"
+        elif most > MOST_HYBRID_BLOCKS:
+            found = f"{most} int8 blocks in a row; its kernel counts to {MOST_HYBRID_BLOCKS}"
+        else:
+            continue
+        yield _error("hybrid-width", _where(model, graph, op), found, fix)
 
 
 def _densified_integers(model, graph) -> Iterator[Finding]:
@@ -157,8 +166,9 @@ def _through_densify(model, graph) -> Iterator[Finding]:
             tensor = graph.tensors[unpacked[op.inputs[WEIGHT_SLOT]]]
             form = _direct_form(model, tensor)
             if form:
-                found = f"DENSIFY unpacks {_name(tensor)}; it is faster read directly, as {form}"
-                yield _advice("densify", _where(model, graph, op), found, _AS_EXPORTED)
+                found = f"DENSIFY unpacks {_name(tensor)}, which can be faster read as {form}"
+                fix = "Let keras_dst.export_tflite(optimize='latency') measure both."
+                yield _advice("densify", _where(model, graph, op), found, fix)
 
 
 def _pattern(model, graph) -> Iterator[Finding]:
@@ -306,6 +316,11 @@ def _outputs(model, graph, kind: str) -> dict[int, int]:
     """What the ops of one kind make, and of what."""
     made = (op for op in graph.operators if op_name(model, op) == kind)
     return {int(op.outputs[0]): int(op.inputs[0]) for op in made}
+
+
+def _most_blocks(tensor) -> int:
+    """The largest number of blocks in a row of a matrix that is stored in them."""
+    return int(np.diff(tensor.sparsity.dimMetadata[1].arraySegments.values.astype(int)).max())
 
 
 def _matrix(model, tensor) -> np.ndarray | None:

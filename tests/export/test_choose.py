@@ -263,6 +263,14 @@ def test_forms_of_a_width(inputs, expected):
     assert forms(fully_connected(sparse_values((4, inputs), 0.1))) == expected
 
 
+@pytest.mark.parametrize(("inputs", "right"), [(4080, True), (4096, False)])
+def test_forms_of_a_full_row(inputs, right):
+    """The kernel for float inputs counts the 256 blocks of its row as none."""
+    weight = sparse_values((4, inputs), 0.1, block=16)
+    weight[1] = 1.0
+    assert ("int8 1x16" in forms(fully_connected(weight))) == right
+
+
 def test_no_convolution_reads_a_sparse_weight():
     """CONV_2D becomes another op, or its weight is unpacked; the others have that alone."""
     for op in ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV"):

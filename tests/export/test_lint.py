@@ -65,14 +65,14 @@ def half(weight, densify):
     return make
 
 
-def int8(shape, block=16):
+def int8(shape, block=16, density=0.2):
     """An int8 weight in blocks of 16, stored in blocks of this size."""
-    weight = integers(shape)
+    weight = integers(shape, density)
     return lambda graph: graph.quantized(graph.sparse(weight, block))
 
 
-def integers(shape):
-    weight = (20 * sparse_values(shape, 0.2, block=16)).astype(np.int8)
+def integers(shape, density=0.2):
+    weight = (20 * sparse_values(shape, density, block=16)).astype(np.int8)
     weight[..., -16:] = 1
     return weight
 
@@ -118,6 +118,11 @@ ERRORS = {
         layer(densified(sparse_values((32, 66), 0.2)), version=1),
     ),
     "hybrid-width": (layer(int8((4, 4112))), "4112 float inputs", layer(int8((4, 4096)))),
+    "hybrid-width, blocks": (
+        layer(int8((4, 4096), density=1.0)),
+        "256 int8 blocks in a row",
+        layer(int8((4, 4080), density=1.0)),
+    ),
     "densify-int8": (maps(int8_densified(False)), "refuses", maps(int8_densified(True))),
     "nchw-layout": (nets.unpacked(CUT), "MAX_POOL_2D", nets.unpacked(WHOLE)),
 }
@@ -177,7 +182,9 @@ def wrong(content):
 
 
 @once
-@pytest.mark.parametrize("rule", ["sparse-format", "sparse-format, int8", "hybrid-width"])
+@pytest.mark.parametrize(
+    "rule", ["sparse-format", "sparse-format, int8", "hybrid-width", "hybrid-width, blocks"]
+)
 def test_the_runtime_agrees(rule):
     broken, _, sound = ERRORS[rule]
     assert wrong(broken)

@@ -1,0 +1,130 @@
+"""Files where XNNPACK has its sparse kernels, with AVX hidden and on ARM: the same outputs."""
+
+import functools
+
+import numpy as np
+import pytest
+from ai_edge_litert import schema_py_generated as schema
+
+from keras_dst.export.choose import UNSAFE, Goal, choose
+from keras_dst.export.cost import CPUS, Modelled
+from keras_dst.export.encode import Form, encode, weights
+from keras_dst.export.flat import read
+from tests import arm64, no_avx
+from tests.backends import once
+
+from .graphs import BUILTIN, convolution, fully_connected, run, sparse_values
+from .test_int8 import integers
+from .test_nchw import BODY, ENDS, ENTRIES, MIDDLES, entry, mean, network, pointwise, pool, unpacked
+
+pytestmark = once
+
+RUN = """
+import pathlib
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+for path in pathlib.Path(sys.argv[1]).glob("*.tflite"):
+    for resolver in (OpResolverType.AUTO, OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES):
+        try:
+            runner = Interpreter(str(path), experimental_op_resolver_type=resolver)
+            runner = runner.get_signature_runner()
+            (output,) = runner(x=np.load(path.with_suffix(".npy"))).values()
+        except RuntimeError:  # refused
+            output = np.array(np.nan)
+        np.save(path.with_suffix(f".{resolver.name}.npy"), output)
+"""
+RESOLVERS = ("AUTO", "BUILTIN_WITHOUT_DEFAULT_DELEGATES")
+
+
+def formed(content, form):
+    return encode(content, {weight.buffer: form for weight in weights(read(content))})
+
+
+CUT_BODY = (pointwise, pool("MAX_POOL_2D"), pointwise, mean)
+CUT = network(entry, *CUT_BODY)
+ARM = Goal("latency", (Modelled(CPUS["arm"]),))
+FC = fully_connected(sparse_values((24, 64), 0.3, block=16))
+CONV = convolution("CONV_2D", sparse_values((16, 3, 3, 16), 0.2, block=4))
+FC_INTEGERS = sparse_values((24, 304), 0.1, block=16)
+CONV_INTEGERS = sparse_values((16, 3, 3, 32), 0.1, block=4)
+WRITTEN = {
+    "moved as a whole": choose(network(*BODY, pointwise, mean), ARM).content,
+    "moved in part": choose(CUT, ARM).content,
+    "im2col": formed(CONV, Form(4, unpack=False, im2col=True)),
+    "blocks": formed(FC, Form(4, unpack=False)),
+    "blocks of int8": formed(FC, Form(16, unpack=False, int8=True)),
+    "int8": formed(CONV, Form(1, unpack=True, int8=True)),
+    "widest blocks of int8": formed(
+        fully_connected(sparse_values((4, 4080), 1.0, block=16)), Form(16, unpack=False, int8=True)
+    ),
+    "integers, blocks": choose(integers("FULLY_CONNECTED", FC_INTEGERS), Goal("size")).content,
+    "integers, unpacked": choose(integers("CONV_2D", CONV_INTEGERS), Goal("size")).content,
+}
+#: What XNNPACK does with a file where DENSIFY is in front of every sparse weight.
+RULES = {
+    f"{kind}: {name}": (unpacked(network(*BODY, *before, *steps, *after)), verdict)
+    for kind, cases, before, after in (
+        ("middle", MIDDLES, (), (pointwise, mean)),
+        ("end", ENDS, (pointwise,), ()),
+    )
+    for name, (steps, verdict) in cases.items()
+}
+RULES |= {
+    f"entry: {name}": (unpacked(network(functools.partial(entry, **changes), *CUT_BODY)), "off")
+    for name, changes in ENTRIES.items()
+}
+FILES = WRITTEN | {name: content for name, (content, _) in RULES.items()}
+
+
+@pytest.fixture(scope="module", params=[no_avx, arm64], ids=["AVX hidden", "ARM emulated"])
+def outputs(request, tmp_path_factory):
+    """The outputs of every file here, and on a CPU with sparse kernels on both resolvers."""
+    cpu = request.param
+    if cpu.obstacle():
+        pytest.skip(cpu.obstacle())
+    folder = tmp_path_factory.mktemp("sparse_kernels")
+    names = {name: str(place) for place, name in enumerate(FILES)}
+    expected = {}
+    for name, content in FILES.items():
+        tensor = read(content).subgraphs[0].tensors[0]
+        x = np.random.default_rng(0).standard_normal(tensor.shape).astype(np.float32)
+        if tensor.type == schema.TensorType.INT8:
+            x = (40 * x).clip(-127, 127).astype(np.int8)
+        (folder / f"{names[name]}.tflite").write_bytes(content)
+        np.save(folder / f"{names[name]}.npy", x)
+        expected[name] = run(content, x, BUILTIN)
+    cpu.run(RUN, folder)
+    return {
+        name: (expected[name], *(np.load(folder / f"{names[name]}.{r}.npy") for r in RESOLVERS))
+        for name in FILES
+    }
+
+
+def error(found, expected):
+    if found.shape != expected.shape:
+        return np.inf
+    return np.abs(found - expected).max() / np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_the_same(outputs, name):
+    expected, *found = outputs[name]
+    assert {values.shape for values in found} == {expected.shape}
+    integers = expected.dtype == np.int8
+    allowed = 1 if integers else 1e-4 * np.abs(expected).max()  # kernels differ in rounding
+    for values in found:
+        np.testing.assert_allclose(values.astype(float), expected, rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize(
+    ("name", "verdict"), [(name, verdict) for name, (_, verdict) in RULES.items()]
+)
+def test_the_rules(outputs, name, verdict):
+    """What is called wrong is wrong; were it right, the guard would prove nothing."""
+    expected, delegated, builtin = outputs[name]
+    assert error(builtin, expected) < 1e-4
+    assert (verdict == "wrong") == (not error(delegated, expected) < 1e-4)
+
+
+def test_the_guard():
+    assert UNSAFE in {choice.reason for choice in choose(CUT, ARM).choices}
