@@ -1,6 +1,6 @@
 # make demo: the main job, end to end, on real data. make test: everything, on three backends.
 # Both do all their own set-up. The rest: lint, test-BACKEND, test-notebooks, notebooks, docs, picture,
-# bench-mnist, bench-methods, bench-step, bench-overhead, bench-matrix, bench-edge, clean.
+# bench-mnist, bench-methods, bench-patterns, bench-step, bench-overhead, bench-matrix, bench-edge, clean.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ DEMO_READY := $(VENV)/ready-demo
 TEST_READY := $(VENV)/ready-test
 
 .PHONY: demo test lint browser arm64 docs picture notebooks $(BACKENDS:%=test-%) test-notebooks clean
-.PHONY: bench-mnist bench-methods bench-step bench-overhead bench-matrix bench-edge
+.PHONY: bench-mnist bench-methods bench-patterns bench-step bench-overhead bench-matrix bench-edge
 
 demo: $(DEMO_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m keras_dst demo
@@ -80,6 +80,11 @@ bench-mnist: $(TEST_READY)
 bench-methods: $(TEST_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.methods mnist --seeds 3
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.methods cifar10 --seeds 1
+
+bench-patterns: $(TEST_READY)
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.patterns mnist-mlp --seeds 3
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.patterns mnist --seeds 1 --methods Magnitude DST
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.patterns cifar10 --seeds 1 --methods Magnitude DST
 
 bench-step: $(TEST_READY)
 	$(RUN) -m benchmarks.step_time small-cnn

@@ -15,6 +15,7 @@ whose JSON is there already are not run again.
 
 import argparse
 import collections
+import functools
 import json
 import pathlib
 import time
@@ -46,6 +47,7 @@ class Task:
 
 
 TASKS = {
+    "mnist-mlp": Task("LeNet-300-100, MNIST", nets.lenet_300_100, mnist, 5, 0.05),
     "mnist": Task("LeNet-5, MNIST", nets.lenet_5, mnist, 5, 0.05),
     "cifar10": Task(
         "ResNet-8 with a first stride of 2, CIFAR-10",
@@ -58,18 +60,19 @@ TASKS = {
     ),
 }
 
+# Each takes the sparsity, and options of the method beside it.
 METHODS = {
     "dense": None,
-    "random": lambda s: SET(s, drop_fraction=0.0),
-    "Magnitude": lambda s: Magnitude(s),
-    "Magnitude, revival": lambda s: Magnitude(s, revival=True),
-    "SET": lambda s: SET(s),
-    "RigL": lambda s: RigL(s),
-    "FlipOut": lambda s: FlipOut(s),
-    "FlipOut, no noise": lambda s: FlipOut(s, noise=0.0),
-    "DST": lambda s: DST(target_sparsity=s),
-    "DCIL": lambda s: DCIL(s),
-    "OptG": lambda s: OptG(s),
+    "random": functools.partial(SET, drop_fraction=0.0),
+    "Magnitude": Magnitude,
+    "Magnitude, revival": functools.partial(Magnitude, revival=True),
+    "SET": SET,
+    "RigL": RigL,
+    "FlipOut": FlipOut,
+    "FlipOut, no noise": functools.partial(FlipOut, noise=0.0),
+    "DST": lambda s, **options: DST(target_sparsity=s, **options),
+    "DCIL": DCIL,
+    "OptG": OptG,
     # Closes whole units: the fraction that it keeps open is counted in weights, as sparsity is.
     "Consensus": lambda s: Consensus(target=1 - s, cost="parameters"),
 }
@@ -101,8 +104,9 @@ class Augmented(keras.utils.PyDataset):
         self.order = self.rng.permutation(len(self.y))
 
 
-def run(task_name, method_name, sparsity, seed, data):
-    task, make = TASKS[task_name], METHODS[method_name]
+def run(task, method_name, sparsity, seed, data, **options):
+    """Train, strip and test a net; what goes into the JSON of the run."""
+    make = METHODS[method_name]
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
     (x, y), test = data
@@ -113,7 +117,7 @@ def run(task_name, method_name, sparsity, seed, data):
         momentum=0.9,
         weight_decay=task.decay,
     )
-    method = make and make(sparsity)
+    method = make and make(sparsity, **options)
     optimizer = under(method, model, optimizer)
     model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
     whole = len(y) // BATCH * BATCH
@@ -130,31 +134,27 @@ def run(task_name, method_name, sparsity, seed, data):
     keras_dst.strip(model)
     accuracy = model.evaluate(*test, batch_size=500, verbose=0, return_dict=True)["accuracy"]
     report = keras_dst.report(model)
-    save(
-        name_of(task_name, method_name, sparsity, seed),
-        {
-            "command": f"python -m benchmarks.methods {task_name}",
-            "task": task_name,
-            "net": task.title,
-            "method": method_name,
-            "config": repr(method),
-            "target": sparsity,
-            "seed": seed,
-            "epochs": task.epochs,
-            "test_accuracy": accuracy,
-            "sparsity": report.sparsity,
-            "layers": {row.name: row.density for row in report.layers},
-            "seconds": seconds,
-            "history": {k: [float(v) for v in values] for k, values in history.history.items()},
-        },
-    )
-    print(f"{task.title} {method_name} {sparsity} seed {seed}: {accuracy:.4f}", flush=True)
+    print(f"{task.title} {method!r} seed {seed}: {accuracy:.4f}", flush=True)
+    return {
+        "net": task.title,
+        "method": method_name,
+        "config": repr(method),
+        "target": sparsity,
+        "seed": seed,
+        "epochs": task.epochs,
+        "test_accuracy": accuracy,
+        "sparsity": report.sparsity,
+        "layers": {row.name: row.density for row in report.layers},
+        "seconds": seconds,
+        "history": {k: [float(v) for v in values] for k, values in history.history.items()},
+    }
 
 
-def name_of(task, method, sparsity, seed):
+def name_of(benchmark, task, seed, method, *rest):
+    """The name of the JSON of a run."""
     method = method.lower().replace(", ", "-").replace(" ", "-")
-    kind = method if method == "dense" else f"{method}_{sparsity}"
-    return f"methods_{task}_{kind}_{keras.backend.backend()}_seed{seed}"
+    kind = "_".join(map(str, [method] if method == "dense" else [method, *rest]))
+    return f"{benchmark}_{task}_{kind}_{keras.backend.backend()}_seed{seed}"
 
 
 def table():
@@ -207,9 +207,11 @@ def main():
         for seed in range(args.seeds):
             for method in args.methods:
                 for sparsity in (*SPARSITIES, *ALSO.get(method, ())):
-                    name = name_of(args.task, method, sparsity, seed)
+                    name = name_of("methods", args.task, seed, method, sparsity)
                     if not (RESULTS / f"{name}.json").exists():
-                        run(args.task, method, sparsity, seed, data)
+                        command = f"python -m benchmarks.methods {args.task}"
+                        found = run(TASKS[args.task], method, sparsity, seed, data)
+                        save(name, {"command": command, "task": args.task} | found)
     table()
 
 
