@@ -1,6 +1,6 @@
 # make demo: the main job, end to end, on real data. make test: everything, on three backends.
 # Both do all their own set-up. The rest: lint, test-BACKEND, test-notebooks, notebooks, docs, picture,
-# bench-mnist, bench-methods, bench-patterns, bench-step, bench-overhead, bench-matrix, bench-edge, clean.
+# bench-mnist, bench-methods, bench-patterns, bench-step, bench-overhead, bench-matrix, bench-edge, bench-int8, clean.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ DEMO_READY := $(VENV)/ready-demo
 TEST_READY := $(VENV)/ready-test
 
 .PHONY: demo test lint browser arm64 docs picture notebooks $(BACKENDS:%=test-%) test-notebooks clean
-.PHONY: bench-mnist bench-methods bench-patterns bench-step bench-overhead bench-matrix bench-edge
+.PHONY: bench-mnist bench-methods bench-patterns bench-step bench-overhead bench-matrix bench-edge bench-int8
 
 demo: $(DEMO_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m keras_dst demo
@@ -105,6 +105,9 @@ bench-matrix: $(TEST_READY)
 
 bench-edge: $(TEST_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.edge
+
+bench-int8: $(TEST_READY)
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.int8
 
 clean:
 	rm -rf $(VENV) $(TFMOT) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
