@@ -1,6 +1,6 @@
 # make demo: the main job, end to end, on real data. make test: everything, on three backends.
 # Both do all their own set-up. The rest: lint, test-BACKEND, test-notebooks, notebooks, docs, picture,
-# bench-mnist, bench-methods, bench-patterns, bench-step, bench-overhead, bench-matrix, bench-edge, bench-int8, clean.
+# browser, arm64, clean, and bench-NAME, below.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,8 @@ DEMO_READY := $(VENV)/ready-demo
 TEST_READY := $(VENV)/ready-test
 
 .PHONY: demo test lint browser arm64 docs picture notebooks $(BACKENDS:%=test-%) test-notebooks clean
-.PHONY: bench-mnist bench-methods bench-patterns bench-step bench-overhead bench-matrix bench-edge bench-int8
+.PHONY: bench-mnist bench-methods bench-patterns bench-step bench-overhead bench-matrix
+.PHONY: bench-edge bench-int8
 
 demo: $(DEMO_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m keras_dst demo
