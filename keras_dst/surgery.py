@@ -42,6 +42,12 @@ class SparsifyReport:
     skipped: dict[str, str] = field(default_factory=dict)
     doubled: list[str] = field(default_factory=list)
 
+    def __getattr__(self, name):
+        raise AttributeError(
+            f"A SparsifyReport has no {name!r}. sparsify() changes the model in place and returns "
+            "what it did: go on with the model that it was given."
+        )
+
     def __str__(self):
         doubled = f", {len(self.doubled)} doubled" if self.doubled else ""
         counts = f"{len(self.sparse)} layers sparse, {len(self.skipped)} skipped{doubled}"

@@ -1,5 +1,6 @@
 """`sparsify` and `strip` on models of every kind."""
 
+import copy
 import zipfile
 
 import keras
@@ -185,6 +186,14 @@ def test_filters(filters, expected):
     assert [path.rpartition("/")[2] for path in report.sparse] == expected
     assert [layer.name for layer in layers_of(model)] == expected
     assert set(report.skipped.values()) == {"not selected by filters"}
+
+
+def test_the_report_taken_for_the_model_says_where_the_model_is():
+    model = models.MODELS["sequential"]()
+    report = keras_dst.sparsify(model, DST())
+    assert copy.deepcopy(report).sparse == report.sparse
+    with pytest.raises(AttributeError, match=r"'fit'\. sparsify\(\) changes the model in place"):
+        report.fit(x, y)
 
 
 def test_the_report_says_what_was_skipped_and_why():
