@@ -13,7 +13,7 @@ TEST_READY := $(VENV)/ready-test
 
 .PHONY: demo test lint browser arm64 docs picture notebooks $(BACKENDS:%=test-%) test-notebooks clean
 .PHONY: bench-mnist bench-methods bench-patterns bench-step bench-overhead bench-matrix
-.PHONY: bench-edge bench-int8
+.PHONY: bench-edge bench-int8 bench-growth
 
 demo: $(DEMO_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m keras_dst demo
@@ -103,6 +103,9 @@ $(TFMOT)/ready: constraints.txt
 bench-matrix: $(TEST_READY)
 	$(VENV)/bin/pip install -q -c constraints.txt keras-hub
 	$(RUN) -m benchmarks.matrix
+
+bench-growth: $(TEST_READY)
+	$(RUN) -m benchmarks.growth
 
 bench-edge: $(TEST_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.edge

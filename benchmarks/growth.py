@@ -1,0 +1,208 @@
+"""What sparse training costs as nets, depths and batches grow: results/growth_BACKEND.json.
+
+Nets of dense layers, along three axes, the rest held: parameters, layers, batch. At every point
+the plain net and each method train in turns, as in `benchmarks.step_time`; then the net is made
+sparse and stripped, and one of 90 % sparsity has its masks updated, is shrunk and exported. Slopes
+are those of a line through the logarithms: 1 is proportional, below 1 the cost grows slower.
+
+python -m benchmarks.growth [--backend BACKEND] [--axes AXIS ...]
+python -m benchmarks.growth --table
+"""
+
+import argparse
+import gc
+import json
+import os
+import pathlib
+import statistics
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+
+from benchmarks.backends import BACKENDS, run_on
+from benchmarks.timing import in_turns, ratios, seconds, steps_of_fit, update_masks
+
+STEPS, ROUNDS = 4, 5
+TOTAL = 4000  # steps of the training that is begun
+
+
+@dataclass
+class Point:
+    """A net of dense layers, all alike, and the samples of a step."""
+
+    width: int
+    depth: int
+    batch: int
+
+    @property
+    def weights(self) -> int:
+        return self.depth * self.width**2
+
+
+AXES = {
+    "parameters": [Point(width, 4, 32) for width in (160, 500, 1580, 5000)],
+    "layers": [Point(64, depth, 32) for depth in (10, 40, 200)],
+    "batch": [Point(500, 4, batch) for batch in (1, 8, 64, 512)],
+}
+ONCE = ("sparsify", "strip", "update", "shrink", "export")
+NOTES = pathlib.Path(__file__).with_suffix(".md")  # what the table says, in words
+
+
+def methods() -> dict:
+    from keras_dst.methods import DCIL, DST, FlipOut, Magnitude, OptG, RigL
+
+    return {
+        "DST": DST(),
+        "DCIL": DCIL(0.9),
+        "OptG": OptG(0.9),
+        "Magnitude": Magnitude(0.9),
+        "FlipOut": FlipOut(0.9),
+        "RigL": RigL(0.9),
+    }
+
+
+def net(point, method=None):
+    """A compiled net, and its driver, where there is one."""
+    import keras
+
+    import keras_dst
+    from benchmarks.common import under
+
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((point.width,))])
+    for _ in range(point.depth):
+        model.add(keras.layers.Dense(point.width, "relu"))
+    model.add(keras.layers.Dense(10, "softmax"))
+    optimizer = under(method, model, keras.optimizers.SGD(0.01, momentum=0.9))
+    model.compile(optimizer, "sparse_categorical_crossentropy")
+    return model, keras_dst.callbacks.SparseTraining(TOTAL // STEPS) if method else None
+
+
+def measure(axes):
+    import keras
+
+    from benchmarks.common import RESULTS, save
+
+    name = f"growth_{keras.backend.backend()}"
+    path = RESULTS / f"{name}.json"
+    found = json.loads(path.read_text())["axes"] if path.exists() else {}
+    for axis in axes:
+        found[axis] = []
+        for point in AXES[axis]:
+            ratio = {name: steps(point, method) for name, method in methods().items()}
+            row = {**vars(point), "weights": point.weights, "ratio_to_plain": ratio}
+            row["seconds"] = once(point)
+            print(keras.backend.backend(), axis, row, flush=True)
+            found[axis].append(row)
+        result = {"command": "make bench-growth", "steps": STEPS, "rounds": ROUNDS, "axes": found}
+        save(name, result)
+
+
+def steps(point, method) -> float:
+    """The time of a step under a method beside that of the plain net."""
+    import numpy as np
+
+    x = np.random.default_rng(0).standard_normal((point.batch * STEPS, point.width), "float32")
+    y = np.arange(len(x)) % 10
+
+    def turn(method):
+        model, callback = net(point, method)
+        return partial(steps_of_fit, model, x, y, point.batch, [callback] if callback else [])
+
+    turns = {"plain": turn(None), "sparse": turn(method)}
+    in_turns(turns, 2)  # compiles
+    found = ratios(in_turns(turns, ROUNDS), "plain")["sparse"]
+    del turns
+    gc.collect()
+    return found
+
+
+def once(point) -> dict:
+    """Seconds of what happens once, or every hundred steps."""
+    import numpy as np
+
+    import keras_dst
+    from keras_dst.drivers import drivers_of
+    from keras_dst.methods import DST, Magnitude
+
+    model, _ = net(point)
+    times = {"sparsify": seconds(partial(keras_dst.sparsify, model, DST()))}
+    times["strip"] = seconds(partial(keras_dst.strip, model))
+    model, _ = net(point, Magnitude(0.9))
+    x = np.zeros((point.batch, point.width), np.float32)
+    training = keras_dst.callbacks.SparseTraining()
+    model.fit(x, np.zeros(len(x)), point.batch, verbose=0, callbacks=[training])
+    (driver,) = drivers_of(model)
+    driver.begin(TOTAL, TOTAL, TOTAL)
+    update = partial(update_masks, driver, TOTAL)
+    update()  # compiles
+    times["update"] = statistics.median(seconds(update) for _ in range(3))
+    keras_dst.strip(model)
+    times["shrink"] = seconds(partial(keras_dst.shrink, model))
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "model.tflite"
+        times["export"] = seconds(partial(keras_dst.export_tflite, model, path, measure=False))
+    del model, driver, update
+    gc.collect()
+    return times
+
+
+def slope(sizes, values) -> float:
+    """Of the line through the logarithms that is nearest by squares."""
+    import numpy as np
+
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def table():
+    from benchmarks.common import RESULTS
+
+    sizes = {"parameters": "weights", "layers": "depth", "batch": "batch"}
+    lines = [
+        "# What it costs as the work grows",
+        "",
+        "Nets of dense layers on one core. First, time of a step beside the plain net's, in turns, "
+        f"medians of {ROUNDS}; then seconds of what happens once, or for `update` every hundred "
+        "steps: `update`, `shrink` and `export`, without measuring, at 90 % sparsity. `slope` is "
+        "the exponent of growth. Made by `make bench-growth` from `results/growth_*.json`.",
+    ]
+    for backend in BACKENDS:
+        path = RESULTS / f"growth_{backend}.json"
+        if not path.exists():
+            continue
+        for axis, rows in json.loads(path.read_text())["axes"].items():
+            names = list(rows[0]["ratio_to_plain"])
+            size = [row[sizes[axis]] for row in rows]
+            lines += ["", f"## {axis}, {backend}", ""]
+            lines += [f"| {axis} | {' | '.join([*names, *ONCE])} |"]
+            lines += ["|---|" + "---|" * (len(names) + len(ONCE))]
+            for n, row in zip(size, rows):
+                cells = [f"{row['ratio_to_plain'][name]:.2f}" for name in names]
+                cells += [f"{row['seconds'][name]:.3g} s" for name in ONCE]
+                lines.append(f"| {n:,} | {' | '.join(cells)} |")
+            slopes = [slope(size, [row["ratio_to_plain"][n] for row in rows]) for n in names]
+            slopes += [slope(size, [row["seconds"][n] for row in rows]) for n in ONCE]
+            lines.append(f"| slope | {' | '.join(f'{s:.2f}' for s in slopes)} |")
+    (RESULTS / "growth.md").write_text("\n".join([*lines, "", NOTES.read_text().rstrip()]) + "\n")
+    print((RESULTS / "growth.md").read_text())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", choices=BACKENDS, help="this one, in this process")
+    parser.add_argument("--axes", nargs="*", choices=AXES, default=list(AXES))
+    parser.add_argument("--table", action="store_true", help="the table alone")
+    args = parser.parse_args()
+    if args.backend:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before any thread pool is made
+        measure(args.axes)
+        return
+    if not args.table:
+        for name in BACKENDS:
+            run_on(name, "growth", "--backend", name, "--axes", *args.axes)
+    table()
+
+
+if __name__ == "__main__":
+    main()
