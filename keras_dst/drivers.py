@@ -273,8 +273,8 @@ class Driver:
         if self.method.learned:
             return 0.01
         pattern = Pattern(self.method.pattern)
-        groups = [pattern.sizes(s, layout).max() for s, layout in zip(self.shapes, self.layouts)]
-        return max(0.001, float(max(groups)) / self.size)
+        groups = [math.prod(pattern.block(s, lay)) for s, lay in zip(self.shapes, self.layouts)]
+        return max(0.001, max(groups) / self.size)
 
     def _reached(self) -> float:
         """What of the target is reached now."""

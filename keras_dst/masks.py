@@ -14,8 +14,8 @@ from keras import ops
 
 Tensor = Any
 
-# Halvings of the score interval in `top_k` at the most; they stop where two floats are adjacent.
-_HALVINGS = 300
+# Steps of the search for a threshold at the most; it stops where two floats are adjacent.
+_STEPS = 900
 _LARGEST = 1e38  # scores beyond it count as tied: there is room to calculate with them
 _WIDTH = 1 << 10  # of the rows in which scores are ranked
 _BUNDLE = 1 << 20  # tensors are joined up to this number of entries
@@ -173,6 +173,8 @@ class Pattern:
 
 
 def _block_sizes(shape: Sequence[int], block: Sequence[int]) -> np.ndarray:
+    if max(block, default=1) == 1:
+        return np.broadcast_to(np.int32(1), shape)  # which takes no memory
     sizes = np.ones([1] * len(shape), "int32")
     for axis, (n, b) in enumerate(zip(shape, block)):
         along = np.minimum(b, n - b * np.arange(-(-n // b)))
@@ -231,7 +233,7 @@ def top_k(
     """Masks that keep the weights of highest score, ranked over all tensors or in each of them.
 
     Ties go to the earlier tensor, then to the earlier position in it (C order), so that every
-    backend keeps the same weights. The threshold is found by bisection, without a sort.
+    backend keeps the same weights. The threshold is searched for, without a sort or a copy.
 
     Args:
         scores: float tensors, of any shapes. An infinite score ties with the largest or the
@@ -240,7 +242,8 @@ def top_k(
             with a number for each of them.
         sizes: weights in every group where an entry stands for several (`Pattern.sizes`). Groups
             are then taken in order of their score while their sizes fit into `kept`.
-        first: how many of the best entries of every tensor come before all others.
+        first: how many of the best entries of every tensor come before all others; `kept` has to
+            be enough for them.
 
     Returns:
         A list of boolean tensors, one per tensor of scores.
@@ -249,13 +252,7 @@ def top_k(
         >>> keras_dst.masks.top_k([keras.ops.array([0.1, 0.3, 0.2])], 2)  # [[False, True, True]]
     """
     kept = ops.cast(kept, "int32")
-    ranking = _Ranking(scores, kept.ndim == 0, sizes)
-    if first is not None:
-        if max(first) == 1:
-            ranking.put_first(ranking.best())
-        else:
-            each = _Ranking(scores, together=False)
-            ranking.put_first(each.masks(ops.convert_to_tensor(first, "int32")))
+    ranking = _Ranking(scores, kept.ndim == 0, sizes, first)
     found = ranking.masks(kept if kept.ndim else kept[None])
     flat = [mask for rows, matrix in zip(ranking.bundles, found) for mask in rows.split(matrix)]
     return [ops.reshape(mask, tuple(s.shape)) for mask, s in zip(flat, scores)]
@@ -272,8 +269,11 @@ class _Rows:
     Attributes, of every row:
         tensor: number of the tensor it belongs to.
         owner: for each of the tensors here, whether it is the row's.
+        local: number of the tensor among those here.
         start: position of its first entry, a column.
         left: entries of its tensor from its start on, a column; None where every row is full.
+
+    ``begins`` are the first rows of the tensors.
     """
 
     def __init__(self, members: Sequence[int], lengths: Sequence[int], starts: Sequence[int]):
@@ -282,171 +282,260 @@ class _Rows:
         within = np.concatenate([_WIDTH * np.arange(n, dtype="int32") for n in counts])
         self.tensor = np.repeat(np.array(members, "int32"), counts)
         self.owner = self.tensor == np.array(members)[:, None]
+        self.local = self.tensor - members[0]
+        self.begins = np.flatnonzero(np.diff(self.tensor, prepend=-1)).astype("int32")
         start = within + np.repeat(np.array([starts[i] for i in members], "int32"), counts)
         self.start = ops.convert_to_tensor(start[:, None])
         left = np.repeat(np.array(self.lengths, "int32"), counts) - within
         self.left = ops.convert_to_tensor(left[:, None]) if np.any(left < _WIDTH) else None
 
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+    def join(self, tensors: Sequence[Tensor], nothing: float) -> Tensor:
+        """The matrix of their rows, with `nothing` behind the last entry of each."""
         parts = []
         for i, length in zip(self.members, self.lengths):
             parts.append(ops.reshape(tensors[i], (-1,)))
             if length % _WIDTH:
-                parts.append(ops.zeros(-length % _WIDTH, parts[-1].dtype))
+                parts.append(ops.full((-length % _WIDTH,), nothing, parts[-1].dtype))
         flat = ops.concatenate(parts) if len(parts) > 1 else parts[0]
         return ops.reshape(flat, (-1, _WIDTH))
 
     def split(self, matrix: Tensor) -> list[Tensor]:
         """The entries of every tensor, flat."""
         flat = ops.reshape(matrix, (-1,))
-        begins = np.flatnonzero(np.diff(self.tensor, prepend=-1)) * _WIDTH
-        return [flat[begin : begin + n] for begin, n in zip(begins.tolist(), self.lengths)]
+        begins = (_WIDTH * self.begins).tolist()
+        return [flat[begin : begin + n] for begin, n in zip(begins, self.lengths)]
 
 
 class _Ranking:
-    """Scores of which a number is kept, of all together or of each tensor; bisected in one loop.
+    """Scores of which a number is kept, of all together or of each tensor, in one search.
 
     Small tensors are joined, so that there are few operations to compile; large ones are not, as
-    a copy of all the weights takes its memory. Values are kept per ranking: one, or one for each
-    tensor.
+    a copy of all the weights takes its memory. Scores stay as they are: one that is not finite is
+    taken for the largest or the smallest when it is compared. Values are kept per ranking: one, or
+    one for each tensor.
     """
 
-    def __init__(self, scores, together, sizes=None):
+    def __init__(self, scores, together, sizes=None, first=None):
         self.together = together
         lengths = [math.prod(s.shape) for s in scores]
         starts = [0, *np.cumsum(lengths)[:-1].tolist()] if together else [0] * len(lengths)
         self.lengths = ops.convert_to_tensor([sum(lengths)] if together else lengths, "int32")
         self.bundles = [_Rows(members, lengths, starts) for members in _bundles(lengths)]
         scores = [ops.cast(s, "float32") for s in scores]
-        self._take([b.join(scores) for b in self.bundles])
+        self.scores = [b.join(scores, -np.inf) for b in self.bundles]
+        self.least, self.most, self.peaks = self._extremes()
         # How many weights an entry stands for; None: one.
-        self.weights = [None] * len(self.bundles)
+        self.weights, self.total = [None] * len(self.bundles), self.lengths
         if sizes is not None and any(np.any(n != 1) for n in sizes):
             ones = [ops.convert_to_tensor(n, "int32") for n in sizes]
-            self.weights = [b.join(ones) for b in self.bundles]
+            self.weights = [b.join(ones, 0) for b in self.bundles]
+            totals = [int(n.sum()) for n in sizes]
+            self.total = ops.convert_to_tensor([sum(totals)] if together else totals, "int32")
+        # Of each tensor by itself, the best are among those that are kept anyway.
+        self.first: Sequence[int] = []
+        self.ahead = None
+        if together and first is not None:
+            self.first = first
+            self.ahead = ops.convert_to_tensor(first, "int32")
+            if self.weights[0] is not None:
+                ahead = [
+                    _by_row(_weigh_marked, "int32", *of) for of in zip(self.best(), self.weights)
+                ]
+                self.ahead = self._by_tensor(ahead, ops.sum, 0)
 
-    def _take(self, scores):
-        """Infinities tie with the largest and smallest finite score, NaN with the smallest."""
-        # One after the other: the second waits for the memory of the first.
-        nothing = ops.full(self.lengths.shape, _LARGEST)
-        self.least = self._extreme(ops.min, scores, nothing)
-        self.most = self._extreme(ops.max, scores, self.least)
-        self.scores = []
-        for b, s in zip(self.bundles, scores):
-            most, least = self._each(b, self.most), self._each(b, self.least)
-            s = ops.where(
-                ops.isfinite(s), ops.clip(s, -_LARGEST, _LARGEST), ops.where(s > 0, most, least)
+    def _extremes(self):
+        """The least and the largest finite score, and the largest of every row."""
+        floors = [_by_row(_least, "float32", s, b.left) for b, s in zip(self.bundles, self.scores)]
+        peaks = [_by_row(_largest, "float32", s) for s in self.scores]
+        sums = [_by_row(_sum, "float32", s, b.left) for b, s in zip(self.bundles, self.scores)]
+        # Not every backend hands a NaN on to the extremes, but all do to a sum.
+        usual = [ops.all(ops.isfinite(total)) for total in sums]
+        usual += [ops.all(ops.abs(end) <= _LARGEST) for end in floors + peaks]
+
+        def bounds(floors, peaks):
+            least = self._gather(floors, ops.min, _LARGEST)
+            return least, ops.maximum(self._gather(peaks, ops.max, -_LARGEST), least)
+
+        def of_finite():
+            least, most = bounds(
+                [
+                    _by_row(lambda s: _least(_limited(s, _LARGEST)), "float32", s)
+                    for s in self.scores
+                ],
+                [
+                    _by_row(lambda s: _largest(_limited(s, -_LARGEST)), "float32", s)
+                    for s in self.scores
+                ],
             )
-            self.scores.append(s if b.left is None else ops.where(_within(b.left), s, -np.inf))
+            peaks = [
+                _by_row(
+                    lambda s, *ends: _largest(self._finite(s, *ends)),
+                    "float32",
+                    s,
+                    self._each(b, least),
+                    self._each(b, most),
+                )
+                for b, s in zip(self.bundles, self.scores)
+            ]
+            return least, most, peaks
 
-    def _extreme(self, reduce, scores, nothing):
-        """The least or the largest finite score; `nothing` where there is none."""
-
-        def of_rows(s, nothing, left):
-            real = ops.isfinite(s)
-            if left is not None:
-                real = ops.logical_and(real, _within(left))
-            return reduce(ops.where(real, ops.clip(s, -_LARGEST, _LARGEST), nothing), axis=1)
-
-        found = [
-            _by_row(of_rows, "float32", s, self._each(b, nothing), b.left)
-            for b, s in zip(self.bundles, scores)
-        ]
-        return self._gather(found, reduce, _LARGEST if reduce is ops.min else -_LARGEST)
+        return ops.cond(
+            ops.all(ops.stack(usual)), lambda: (*bounds(floors, peaks), peaks), of_finite
+        )
 
     def best(self):
-        """Masks of the first of the best entries of every tensor."""
-        most = [ops.max(s, axis=1) for s in self.scores]
-        tops = self._by_tensor(most, ops.max, -np.inf)
-        last = np.iinfo("int32").max
-        first = []
-        for b, s, m in zip(self.bundles, self.scores, most):
-            place = _by_row(lambda s: ops.cast(ops.argmax(s, axis=1), "int32"), "int32", s)
-            is_top = m >= ops.take(tops, b.tensor)
-            first.append(ops.where(is_top, b.start[:, 0] + place, last))
-        first = self._by_tensor(first, ops.min, last)
-        return [_columns() == self._of(b, first) - b.start for b in self.bundles]
+        """The first of the best entries of every tensor, as many as `first` says; see `_marked`."""
+        if max(self.first) > 1:
+            flat = [part for b, s in zip(self.bundles, self.scores) for part in b.split(s)]
+            each = _Ranking(flat, together=False)
+            return each.masks(ops.convert_to_tensor(self.first, "int32"))
+        found = []
+        for b, s, peaks in zip(self.bundles, self.scores, self.peaks):
+            numbers = ops.arange(len(b.tensor), dtype="int32")
+            # Of every tensor the first row with its largest score, and the place in that.
+            tops = ops.max(ops.where(b.owner, peaks, -np.inf), axis=1, keepdims=True)
+            tops = ops.logical_and(b.owner, peaks >= tops)
+            rows = ops.min(ops.where(tops, numbers, len(b.tensor)), axis=1)
+            best = self._finite(ops.take(s, rows, axis=0), self.least, self.most)
+            place = ops.cast(ops.argmax(best, axis=1), "int32")
+            is_it = numbers == ops.take(rows, b.local)
+            found.append(ops.where(is_it, ops.take(place, b.local), -1)[:, None])
+        return found
 
-    def put_first(self, masks):
-        """Raise some scores above all others."""
-        size = ops.maximum(ops.max(ops.abs(self.most)), ops.max(ops.abs(self.least)))
-        self.scores = [ops.where(m, s + 2 * size + 1, s) for m, s in zip(masks, self.scores)]
-        self.most = self.most + 2 * size + 1
+    @staticmethod
+    def _finite(s, least, most):
+        """Infinities tie with the largest and smallest finite score, NaN with the smallest."""
+        return ops.where(s > least, ops.minimum(s, most), least)
 
     def masks(self, kept):
-        low, high = self.thresholds(kept)
-        above = self._above(high)
-        tied = [
-            ops.logical_and(more, ops.logical_not(a)) for more, a in zip(self._above(low), above)
-        ]
-        room, ties = kept - self._count(above), self._count(tied)
+        low, high, below, above = self.thresholds(kept)
+        room, ties = kept - above, below - above
         end = ops.where(ties <= room, self.lengths, 0)
         some_fit = ops.logical_and(room > 0, ties > room)
+        firsts = self.best() if self.first else [None] * len(self.bundles)
         end = ops.cond(
-            ops.any(some_fit), lambda: self._last_ties(tied, room, some_fit, end), lambda: end
+            ops.any(some_fit),
+            lambda: ops.where(some_fit, self._last_ties(low, high, firsts, room), end),
+            lambda: end,
         )
-        return [ops.logical_or(a, t) for a, t in zip(above, self._before(tied, end))]
+        found = []
+        for b, s, first in zip(self.bundles, self.scores, firsts):
+            tied = ops.logical_and(self._above(b, s, low), _within(self._each(b, end) - b.start))
+            found.append(_marked(ops.logical_or(self._above(b, s, high), tied), first))
+        return found
 
     def thresholds(self, kept):
-        """`(low, high)`: no more than `kept` weights score above `high`, more do above `low`."""
-        low = self.least - ops.maximum(ops.abs(self.least), 1.0)
-        high = ops.where(self._count(self._above(low)) <= kept, low, self.most)
+        """`(low, high)`: no more than `kept` weights score above `high`, more do above `low`.
 
-        def open_(low, high, count):
+        And how many do. The next threshold is where a straight line between the counts meets
+        `kept`, and every third time in the middle, so that no score can make the search long. A
+        side that stays where it is twice counts half from then on.
+
+        Source of the line: the Illinois variant of false position, M. Dowell and P. Jarratt, BIT
+        11 (1971).
+        """
+        gap = ops.maximum(ops.abs(self.least), 1e-30)
+        everything = self.total <= kept
+        low = self.least - 2.0**-22 * gap
+        high = ops.where(everything, self.least - ops.maximum(gap, 1.0), self.most)
+
+        def open_(low, high, below, above, *_):
             middle = low / 2 + high / 2
             between = ops.logical_and(low < middle, middle < high)
-            return ops.logical_and(count < kept, between)
+            return ops.logical_and(above < kept, between)
 
-        def halve(low, high, count):
-            middle = low / 2 + high / 2
-            above = self._count(self._above(middle))
-            fits = above <= kept
-            active = open_(low, high, count)
+        def narrow(low, high, below, above, half_below, half_above, last, turn):
+            excess = half_below * ops.cast(below - kept, "float32")
+            lack = half_above * ops.cast(kept - above, "float32")
+            guess = low + (high - low) * (excess / ops.maximum(excess + lack, 1e-30))
+            inside = ops.logical_and(low < guess, guess < high)
+            guessed = ops.logical_and(inside, ops.not_equal(turn % 3, 0))
+            threshold = ops.where(guessed, guess, low / 2 + high / 2)
+            count = self._count_above(threshold)
+            active, fits = open_(low, high, below, above), count <= kept
             down, up = ops.logical_and(active, fits), ops.logical_and(active, ops.logical_not(fits))
+            side = ops.where(down, 1, ops.where(up, -1, last))
+            again = ops.where(side == last, 0.5, 1.0)
             return (
-                ops.where(up, middle, low),
-                ops.where(down, middle, high),
-                ops.where(down, above, count),
+                ops.where(up, threshold, low),
+                ops.where(down, threshold, high),
+                ops.where(up, count, below),
+                ops.where(down, count, above),
+                ops.where(up, 1.0, ops.where(down, half_below * again, half_below)),
+                ops.where(down, 1.0, ops.where(up, half_above * again, half_above)),
+                side,
+                turn + 1,
             )
 
-        low, high, _ = ops.while_loop(
+        one, side = ops.ones(low.shape, "float32"), ops.zeros(low.shape, "int32")
+        turn = ops.convert_to_tensor(1, "int32")
+        low, high, below, above, *_ = ops.while_loop(
             lambda *state: ops.any(open_(*state)),
-            halve,
-            (low, high, self._count(self._above(high))),
-            maximum_iterations=_HALVINGS,
+            narrow,
+            (low, high, self.total, self._count_above(high), one, one, side, turn),
+            maximum_iterations=_STEPS,
         )
-        return low, high
+        return low, high, below, above
 
-    def _last_ties(self, tied, room, some_fit, end):
-        """Up to which positions the tied weights fit into `room`, where some do; else `end`."""
+    def _last_ties(self, low, high, firsts, room):
+        """Up to which positions what scores between two thresholds fits into `room`."""
+        found, offset = [], 0
+        for b, s, weights, first in zip(self.bundles, self.scores, self.weights, firsts):
+            above = _marked(self._above(b, s, high), first)
+            tied = ops.logical_and(self._above(b, s, low), ops.logical_not(above))
+            if b.left is not None:
+                tied = ops.logical_and(tied, _within(b.left))
+            counts = _by_row(_weigh, "int32", tied, weights)
+            before = ops.cumsum(counts) - counts
+            if self.together:
+                begins, sizes, space = np.zeros(1), np.array([len(b.tensor)]), room[0]
+                before, offset = before + offset, offset + ops.sum(counts)
+            else:
+                begins, sizes = b.begins, np.bincount(b.local)
+                before = before - ops.take(ops.take(before, begins), b.local)
+                space = ops.take(room, b.tensor)
+            begins, sizes = (ops.convert_to_tensor(n, "int32") for n in (begins, sizes))
+            # The row in which there is no more room, and how much of it there still is.
+            full = ops.cast(before + counts <= space, "int32")
+            full = ops.sum(full[None] if self.together else ops.where(b.owner, full, 0), axis=1)
+            row = begins + ops.minimum(full, sizes - 1)
+            rest = ops.take(space - before, row)
+            entries = ops.take(tied, row, axis=0)
+            entries = ops.where(
+                entries, 1 if weights is None else ops.take(weights, row, axis=0), 0
+            )
+            fits = ops.cumsum(entries, axis=1) <= rest[:, None]
+            place = ops.take(b.start[:, 0], row) + ops.cast(ops.sum(fits, axis=1), "int32")
+            found.append(ops.where(full < sizes, place, np.iinfo("int32").max))
+        places = ops.concatenate(found)
+        return ops.min(places, keepdims=True) if self.together else places
 
-        def halve(low, high):  # what lies before `low` fits, what lies before `high` does not
-            middle = low + (high - low) // 2
-            good = self._count(self._before(tied, middle)) <= room
-            active = high - low > 1
-            down, up = ops.logical_and(active, ops.logical_not(good)), ops.logical_and(active, good)
-            return ops.where(up, middle, low), ops.where(down, middle, high)
+    def _above(self, b, s, thresholds):
+        """Mask of the scores of a bundle above a threshold; below the least one, all are."""
+        everything = self._each(b, thresholds < self.least)
+        return ops.logical_or(s > self._each(b, self._finite_cut(thresholds)), everything)
 
-        low, _ = ops.while_loop(
-            lambda low, high: ops.any(high - low > 1),
-            halve,
-            (ops.where(some_fit, 0, end), ops.where(some_fit, self.lengths, end + 1)),
-        )
-        return low
+    def _finite_cut(self, thresholds):
+        """The same cut for scores that need not be finite: none is above the largest."""
+        return ops.where(thresholds < self.most, thresholds, np.inf)
 
-    def _above(self, thresholds):
-        return [s > self._each(b, thresholds) for b, s in zip(self.bundles, self.scores)]
+    def _count_above(self, thresholds):
+        """Weights that score above a threshold, with all that come first, per ranking."""
 
-    def _before(self, masks, ends):
-        """The parts of masks that lie before these positions."""
-        return [
-            ops.logical_and(mask, _within(self._each(b, ends) - b.start))
-            for b, mask in zip(self.bundles, masks)
+        def of_rows(s, cut, weights):
+            return _weigh(s > cut, weights)
+
+        cut = self._finite_cut(thresholds)
+        counts = [
+            _by_row(of_rows, "int32", s, self._each(b, cut), n)
+            for b, s, n in zip(self.bundles, self.scores, self.weights)
         ]
-
-    def _count(self, masks):
-        counts = [_by_row(_weigh, "int32", mask, n) for mask, n in zip(masks, self.weights)]
-        return self._gather(counts, ops.sum, 0)
+        if self.ahead is None:
+            count = self._gather(counts, ops.sum, 0)
+        else:  # what comes first and what is above: of each tensor one is part of the other
+            count = ops.maximum(self._by_tensor(counts, ops.sum, 0), self.ahead)
+            count = ops.sum(count)[None]
+        return ops.where(thresholds < self.least, self.total, count)
 
     def _each(self, rows, values):
         """For every row its own of one value per ranking."""
@@ -504,6 +593,34 @@ def _by_row(reduce, dtype, *matrices):
     end = slabs * _SLAB
     found = ops.fori_loop(0, slabs, next_slab, ops.zeros((end,), dtype))
     return ops.concatenate([found, apply(lambda m: m[end:])]) if end < rows else found
+
+
+def _least(s, left=None):
+    return ops.min(s if left is None else ops.where(_within(left), s, _LARGEST), axis=1)
+
+
+def _largest(s):
+    return ops.max(s, axis=1)
+
+
+def _sum(s, left):
+    return ops.sum(s if left is None else ops.where(_within(left), s, 0.0), axis=1)
+
+
+def _limited(s, nothing):
+    """Scores within what can be calculated with; `nothing` for those that are not finite."""
+    return ops.where(ops.isfinite(s), ops.clip(s, -_LARGEST, _LARGEST), nothing)
+
+
+def _marked(mask, first):
+    """A mask with what comes first: None, another mask, or a column in every row."""
+    if first is None:
+        return mask
+    return ops.logical_or(mask, first if first.shape[1] == _WIDTH else _columns() == first)
+
+
+def _weigh_marked(first, weights):
+    return _weigh(_marked(ops.zeros(weights.shape, "bool"), first), weights)
 
 
 def _columns():

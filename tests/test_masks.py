@@ -453,12 +453,22 @@ def test_top_k_of_tensors_of_several_rows_bundles_and_slabs(monkeypatch):
             array(mask) for mask in function(tensors, ops.convert_to_tensor(kept, "int32"))
         ]
 
-    raised = [s + 100 * (np.arange(s.size) == np.argmax(s)).reshape(s.shape) for s in scores]
+    def raised(first):
+        best = [m for s, n in zip(scores, first) for m in reference_top_k([s], n)]
+        return [s + 100 * m for s, m in zip(scores, best)]
+
     together, of_groups, best_first = found(), found(sizes), found(first=[1] * len(shapes))
+    several = [3, 1, 2, 5]
+    several_first, of_groups_first = found(first=several), found(sizes, several)
     for kept in (0, 7, 30, 51, 99):
         assert_equal(together(kept), reference_top_k(scores, kept))
         assert_equal(of_groups(kept), reference_top_k(scores, kept, sizes))
-        assert_equal(best_first(kept), reference_top_k(raised, kept))
+    for kept in (4, 11, 30, 51, 99):
+        assert_equal(best_first(kept), reference_top_k(raised([1] * len(shapes)), kept))
+    for kept in (11, 12, 30, 51, 99):
+        assert_equal(several_first(kept), reference_top_k(raised(several), kept))
+        kept += 33  # as many groups weigh four times as much at the most
+        assert_equal(of_groups_first(kept), reference_top_k(raised(several), kept, sizes))
     counts = [11, 0, 2, 36]
     each = zip(scores, counts, sizes)
     assert_equal(found(sizes)(counts), [reference_top_k([s], k, [n])[0] for s, k, n in each])

@@ -123,17 +123,20 @@ class Method(Configurable):
                 masks.n_of_m(s, *pattern.n_of_m, axis=layout.inputs[-1])
                 for s, layout in zip(scores, layouts)
             ]
-        groups = [pattern.scores(s, layout) for s, layout in zip(scores, layouts)]
-        sizes = [pattern.sizes(s.shape, layout) for s, layout in zip(scores, layouts)]
         # The best groups of every weight come first of all, so that no layer dies.
-        first = [min(math.prod(n.shape), -(-self.min_kept // int(n.min()))) for n in sizes]
-        least = np.array([count * int(n.max()) for count, n in zip(first, sizes)])
+        shapes, sizes = [tuple(s.shape) for s in scores], None
+        first = [min(math.prod(shape), self.min_kept) for shape in shapes]
+        least = np.array(first)
+        if pattern.grouped:
+            sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
+            first = [min(math.prod(n.shape), -(-self.min_kept // int(n.min()))) for n in sizes]
+            least = np.array([count * int(n.max()) for count, n in zip(first, sizes)])
         # One count is for all weights together, several are for each by itself.
         kept = ops.maximum(kept, np.sum(least) if kept.shape[0] == 1 else least)
-        kept_groups = masks.top_k(groups, kept[0] if kept.shape[0] == 1 else kept, sizes, first)
-        return [
-            pattern.expand(g, s.shape, layout) for g, s, layout in zip(kept_groups, scores, layouts)
-        ]
+        groups = [pattern.scores(s, layout) for s, layout in zip(scores, layouts)]
+        del scores  # as large as the weights, and needed no longer
+        found = masks.top_k(groups, kept[0] if kept.shape[0] == 1 else kept, sizes, first)
+        return [pattern.expand(g, s, layout) for g, s, layout in zip(found, shapes, layouts)]
 
     def _check_common(self):
         allocations.check(self.allocation)
