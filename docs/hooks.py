@@ -26,7 +26,8 @@ def on_page_markdown(markdown, page, config, files):
     markdown = re.sub(r"^```python .+$", "```python", markdown, flags=re.MULTILINE)  # what runs it
     markdown = re.sub(r"^```math\n(.*?)^```$", _formula, markdown, flags=re.DOTALL | re.MULTILINE)
     markdown = re.sub(r"^<!-- figures of (.+?) -->$", _figures, markdown, flags=re.MULTILINE)
-    markdown = markdown.replace("<!-- step times -->", step_times())
+    for marker, table in (("step times", step_times), ("mask updates", mask_updates)):
+        markdown = markdown.replace(f"<!-- {marker} -->", table())
     folder = posixpath.dirname(page.file.src_uri)
 
     def inside(link):
@@ -60,28 +61,52 @@ def figures(method: str, page: str) -> str:
 
 
 def step_times() -> str:
-    """A table for each net: how long a step takes beside the plain model's, by backend."""
-    paths = [*ROOT.glob("results/step_time_*.json"), *ROOT.glob("results/overhead_*.json")]
-    runs = [run for run in map(_read, sorted(paths)) if "ratio_to_plain" in run]
+    """A table for each net: how long a step takes beside the plain model's, by backend.
+
+    In brackets, how long compiling takes beside the plain model's, where that was timed.
+    """
+    runs = [run for kind in ("step_time", "overhead") for run in _runs(kind)]
     lines = []
-    for net in dict.fromkeys(run["net"] for run in runs):
-        ratios = {run["backend"]: run["ratio_to_plain"] for run in runs if run["net"] == net}
-        names = dict.fromkeys(name for ratio in ratios.values() for name in ratio)
-        lines += [
-            "",
-            f"**{net}**",
-            "",
-            f"| | {' | '.join(ratios)} |",
-            "|---|" + "---|" * len(ratios),
-        ]
-        for name in names:
-            cells = [f"{r[name]:.2f}" if name in r else "" for r in ratios.values()]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+    for net in dict.fromkeys(run["net"] for _, run in runs):
+        columns = {name: _ratios(run) for name, run in runs if run["net"] == net}
+        lines += ["", f"**{net}**", "", *_columns(columns)]
     return "\n".join(lines)
 
 
-def _read(path) -> dict:
-    return json.loads(path.read_text())
+def mask_updates() -> str:
+    """What an update of 25 million masks takes: passes over the weights, and memory."""
+    columns = {
+        backend: {
+            name: f"{of['passes']:.0f} passes, {of['memory_over_weights']:.1f}×"
+            for name, of in run["methods"].items()
+        }
+        for backend, run in _runs("mask_update")
+    }
+    return "\n".join(["", *_columns(columns)])
+
+
+def _runs(kind: str) -> list[tuple[str, dict]]:
+    """What is in the files of a kind, by the last word of their names: a backend, or a peer."""
+    paths = sorted(ROOT.glob(f"results/{kind}_*.json"))
+    return [(path.stem.removeprefix(f"{kind}_"), json.loads(path.read_text())) for path in paths]
+
+
+def _ratios(run: dict) -> dict[str, str]:
+    compiling = run["seconds_to_compile"]
+    found = {}
+    for name, ratio in run["ratio_to_plain"].items():
+        timed = compiling["plain"] > 1 and run["net"].startswith("resnet")
+        compiled = f" ({compiling[name] / compiling['plain']:.2f})" if timed else ""
+        found[name] = f"{ratio:.2f}{compiled}"
+    return found
+
+
+def _columns(columns: dict[str, dict[str, str]]) -> list[str]:
+    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    for name in dict.fromkeys(name for cells in columns.values() for name in cells):
+        cells = [cells.get(name, "") for cells in columns.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 class Examples(griffe.Extension):
