@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_dst import masks
+from keras_dst import masks, ranking
 from keras_dst.compiled import compiled
 from keras_dst.masks import KERNEL, Layout, Pattern
 from tests.gradients import gradients
@@ -440,7 +440,7 @@ def test_top_k_of_each_tensor_equals_a_stable_sort(case, counts):
 # Rows of 4 entries, bundles of up to 16, slabs of 2 rows: several of each, full ones and others.
 def test_top_k_of_tensors_of_several_rows_bundles_and_slabs(monkeypatch):
     for name, size in (("_WIDTH", 4), ("_BUNDLE", 16), ("_SLAB", 2)):
-        monkeypatch.setattr(masks, name, size)
+        monkeypatch.setattr(ranking, name, size)
     shapes = [(19,), (3, 5), (2,), (16,)]
     scores = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
     scores[0], scores[2] = np.round(scores[0]), np.round(scores[2])  # with ties
