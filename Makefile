@@ -13,7 +13,7 @@ TEST_READY := $(VENV)/ready-test
 
 .PHONY: demo test lint browser arm64 docs picture notebooks $(BACKENDS:%=test-%) test-notebooks clean
 .PHONY: bench-mnist bench-methods bench-patterns bench-step bench-overhead bench-matrix
-.PHONY: bench-edge bench-int8 bench-growth
+.PHONY: bench-edge bench-int8 bench-growth bench-authors
 
 demo: $(DEMO_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m keras_dst demo
@@ -112,6 +112,13 @@ bench-edge: $(TEST_READY)
 
 bench-int8: $(TEST_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.int8
+
+# AUTHORS names a folder with checkouts of the repositories that benchmarks/authors.py lists.
+bench-authors: $(TEST_READY)
+	KERAS_BACKEND=jax $(RUN) -m benchmarks.authors dst --code $(AUTHORS)/DynamicSparseTraining
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.authors flipout --code $(AUTHORS)/flipout --seeds 1
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.authors optg --code $(AUTHORS)/OptG --seeds 1
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.authors dcil --code $(AUTHORS)/DCIL-pytorch --seeds 1
 
 clean:
 	rm -rf $(VENV) $(TFMOT) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

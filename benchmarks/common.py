@@ -80,7 +80,7 @@ def save(name: str, result: dict) -> pathlib.Path:
     """Write one run to results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({**result, **environment()}, indent=1) + "\n")
+    path.write_text(json.dumps({**environment(), **result}, indent=1) + "\n")
     print(f"wrote {path.relative_to(RESULTS.parent)}")
     return path
 

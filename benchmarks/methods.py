@@ -44,6 +44,8 @@ class Task:
     rate: float
     decay: float | None = None
     augmented: bool = False
+    batch: int = BATCH
+    constant: bool = False  # the rate, which else falls along a cosine to 0
 
 
 TASKS = {
@@ -111,21 +113,20 @@ def run(task, method_name, sparsity, seed, data, **options):
     keras.utils.set_random_seed(seed)
     (x, y), test = data
     model = task.net()
-    steps = task.epochs * (len(y) // BATCH)
+    steps = task.epochs * (len(y) // task.batch)
+    cosine = keras.optimizers.schedules.CosineDecay(task.rate, steps)
     optimizer = keras.optimizers.SGD(
-        keras.optimizers.schedules.CosineDecay(task.rate, steps),
-        momentum=0.9,
-        weight_decay=task.decay,
+        task.rate if task.constant else cosine, momentum=0.9, weight_decay=task.decay
     )
     method = make and make(sparsity, **options)
     optimizer = under(method, model, optimizer)
     model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
-    whole = len(y) // BATCH * BATCH
+    whole = len(y) // task.batch * task.batch
     batches = (Augmented(x, y, seed),) if task.augmented else (x[:whole], y[:whole])
     begin = time.perf_counter()
     history = model.fit(
         *batches,
-        batch_size=None if task.augmented else BATCH,
+        batch_size=None if task.augmented else task.batch,
         epochs=task.epochs,
         verbose=0,
         callbacks=[keras_dst.callbacks.SparseTraining()] if method else [],
