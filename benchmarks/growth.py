@@ -45,7 +45,6 @@ AXES = {
     "batch": [Point(500, 4, batch) for batch in (1, 8, 64, 512)],
 }
 ONCE = ("sparsify", "strip", "update", "shrink", "export")
-NOTES = pathlib.Path(__file__).with_suffix(".md")  # what the table says, in words
 
 
 def methods() -> dict:
@@ -184,8 +183,8 @@ def table():
             slopes = [slope(size, [row["ratio_to_plain"][n] for row in rows]) for n in names]
             slopes += [slope(size, [row["seconds"][n] for row in rows]) for n in ONCE]
             lines.append(f"| slope | {' | '.join(f'{s:.2f}' for s in slopes)} |")
-    (RESULTS / "growth.md").write_text("\n".join([*lines, "", NOTES.read_text().rstrip()]) + "\n")
-    print((RESULTS / "growth.md").read_text())
+    (RESULTS / "growth.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 def main():

@@ -11,7 +11,7 @@ import zlib
 import pytest
 
 import keras_dst
-from benchmarks import authors, edge, matrix, methods, mnist_all, picture
+from benchmarks import authors, edge, int8, matrix, methods, mnist_all, patterns, picture
 from benchmarks.common import RESULTS
 from tests.backends import once
 from tests.pages import PAGES, ROOT
@@ -79,7 +79,14 @@ def test_every_public_name_is_in_the_reference(site):
 # -- figures -------------------------------------------------------------------------------------
 
 
-TABLES = {"methods": methods, "mnist": mnist_all, "edge": edge, "authors": authors}
+TABLES = {
+    "authors": authors,
+    "edge": edge,
+    "int8": int8,
+    "methods": methods,
+    "mnist": mnist_all,
+    "patterns": patterns,
+}
 
 
 @pytest.mark.parametrize("name", TABLES)
