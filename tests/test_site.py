@@ -11,7 +11,7 @@ import zlib
 import pytest
 
 import keras_dst
-from benchmarks import edge, matrix, methods, mnist_all, picture
+from benchmarks import edge, matrix, methods, mnist_all, peers, picture
 from benchmarks.common import RESULTS
 from tests.backends import once
 from tests.pages import PAGES, ROOT
@@ -79,7 +79,7 @@ def test_every_public_name_is_in_the_reference(site):
 # -- figures -------------------------------------------------------------------------------------
 
 
-TABLES = {"methods": methods, "mnist": mnist_all, "edge": edge}
+TABLES = {"methods": methods, "mnist": mnist_all, "edge": edge, "peers": peers}
 
 
 @pytest.mark.parametrize("name", TABLES)
