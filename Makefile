@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 TFMOT := .venv-tfmot
+PQUANT := .venv-pquant
 RUN := TF_CPP_MIN_LOG_LEVEL=3 $(VENV)/bin/python
 BACKENDS := tensorflow jax torch
 BROWSERS := chromium chromium-browser google-chrome
@@ -13,7 +14,7 @@ TEST_READY := $(VENV)/ready-test
 
 .PHONY: demo test lint browser arm64 docs picture notebooks $(BACKENDS:%=test-%) test-notebooks clean
 .PHONY: bench-mnist bench-methods bench-patterns bench-step bench-overhead bench-matrix
-.PHONY: bench-edge bench-int8 bench-growth bench-authors
+.PHONY: bench-edge bench-int8 bench-growth bench-authors bench-peers
 
 demo: $(DEMO_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m keras_dst demo
@@ -120,5 +121,13 @@ bench-authors: $(TEST_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.authors optg --code $(AUTHORS)/OptG --seeds 1
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.authors dcil --code $(AUTHORS)/DCIL-pytorch --seeds 1
 
+bench-peers: $(TEST_READY) $(TFMOT)/ready $(PQUANT)/ready
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.peers
+
+$(PQUANT)/ready: constraints.txt
+	$(PYTHON) -m venv $(PQUANT)
+	$(PQUANT)/bin/pip install -q -c constraints.txt 'pquant-ml[tensorflow]==0.1.*'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(TFMOT) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(TFMOT) $(PQUANT) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -53,7 +53,7 @@ def under(method, model, optimizer):
 def environment() -> dict:
     """Backend, versions and machine, for the JSON of a run."""
     packages = ("keras-dst", "keras", "tensorflow", "jax", "torch", "ai-edge-litert", "numpy")
-    packages += ("tf_keras", "tensorflow-model-optimization")
+    packages += ("tf_keras", "tensorflow-model-optimization", "pquant-ml")
     versions = {}
     for package in packages:
         try:

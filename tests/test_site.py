@@ -11,7 +11,17 @@ import zlib
 import pytest
 
 import keras_dst
-from benchmarks import authors, edge, int8, matrix, methods, mnist_all, patterns, picture
+from benchmarks import (
+    authors,
+    edge,
+    int8,
+    matrix,
+    methods,
+    mnist_all,
+    patterns,
+    peers,
+    picture,
+)
 from benchmarks.common import RESULTS
 from tests.backends import once
 from tests.pages import PAGES, ROOT
@@ -86,6 +96,7 @@ TABLES = {
     "methods": methods,
     "mnist": mnist_all,
     "patterns": patterns,
+    "peers": peers,
 }
 
 
