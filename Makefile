@@ -32,7 +32,7 @@ browser:
 
 # Files are run on an emulated ARM CPU as well, where Debian's packages for it can be had.
 arm64: $(TEST_READY)
-	@[ -e build/arm64/ready ] || { command -v apt-get dpkg-deb >/dev/null \
+	@[ -e build/arm64/ready ] || { command -v apt-get >/dev/null \
 	&& rm -rf build/arm64 && tests/arm64/setup.sh build/arm64 $(VENV)/bin/python; } \
 	|| echo "No emulated ARM CPU (see tests/arm64/setup.sh): its tests skip."
 

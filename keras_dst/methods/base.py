@@ -124,13 +124,15 @@ class Method(Configurable):
                 for s, layout in zip(scores, layouts)
             ]
         # The best groups of every weight come first of all, so that no layer dies.
-        shapes, sizes = [tuple(s.shape) for s in scores], None
-        first = [min(math.prod(shape), self.min_kept) for shape in shapes]
-        least = np.array(first)
+        shapes = [tuple(s.shape) for s in scores]
         if pattern.grouped:
             sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
             first = [min(math.prod(n.shape), -(-self.min_kept // int(n.min()))) for n in sizes]
             least = np.array([count * int(n.max()) for count, n in zip(first, sizes)])
+        else:
+            sizes = None
+            first = [min(math.prod(shape), self.min_kept) for shape in shapes]
+            least = np.array(first)
         # One count is for all weights together, several are for each by itself.
         kept = ops.maximum(kept, np.sum(least) if kept.shape[0] == 1 else least)
         groups = [pattern.scores(s, layout) for s, layout in zip(scores, layouts)]
