@@ -6,6 +6,7 @@ yardstick: one pass of `abs` and `sum` over the same weights. Seconds are those 
 
 import argparse
 import ctypes
+import itertools
 import os
 import pathlib
 import statistics
@@ -16,6 +17,7 @@ from benchmarks.timing import cpu_seconds, in_turns, ratios, update_masks
 
 ROUNDS = 5
 STEPS = 10_000  # of the training whose schedule is followed
+STEP = 100  # of them from one update to the next
 SELF = pathlib.Path("/proc/self")
 
 
@@ -78,7 +80,11 @@ def of(method) -> dict:
     driver.begin(STEPS, STEPS, STEPS // 10)
     for layer in getattr(driver, "layers", []):
         layer.both_paths = True  # as after a step of DCIL
-    update = partial(update_masks, driver, STEPS // 4)
+    steps = itertools.count(STEPS // 4, STEP)
+
+    def update():
+        update_masks(driver, next(steps))
+
     update()
     random = np.random.default_rng(0)
     variables = model.trainable_variables

@@ -349,6 +349,8 @@ class LayerDriver(Driver):
             for name, value in change.items():
                 # A copy: on JAX two variables must not share one buffer.
                 state[name].assign(ops.copy(value))
+            for name, source in self.method.copied.items():
+                state[name].assign(ops.copy(change[source]))
 
     def drive(self, driven):
         super().drive(driven)

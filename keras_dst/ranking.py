@@ -16,9 +16,10 @@ Tensor = Any
 # Steps of the search for a threshold at the most; it stops where two floats are adjacent.
 _STEPS = 900
 _LARGEST = 1e38  # scores beyond it count as tied: there is room to calculate with them
+_SMALLEST = 2.0**-126  # scores that differ by no more count as tied: less is 0 on some backends
 _WIDTH = 1 << 10  # of the rows in which scores are ranked
 _BUNDLE = 1 << 20  # tensors are joined up to this number of entries
-_SLAB = 1 << 8  # rows that are counted at once
+_SLAB = 1 << 9  # rows that are counted at once
 
 
 def top_k(
@@ -90,17 +91,19 @@ class _Rows:
         """The matrix of their rows, with `nothing` behind the last entry of each."""
         parts = []
         for i, length in zip(self.members, self.lengths):
-            parts.append(ops.reshape(tensors[i], (-1,)))
+            part = ops.reshape(tensors[i], (-1,))
             if length % _WIDTH:
-                parts.append(ops.full((-length % _WIDTH,), nothing, parts[-1].dtype))
-        flat = ops.concatenate(parts) if len(parts) > 1 else parts[0]
-        return ops.reshape(flat, (-1, _WIDTH))
+                nothings = ops.full((-length % _WIDTH,), nothing, part.dtype)
+                part = ops.concatenate([part, nothings])
+            # Joined as rows, not flat: XLA would keep it in both forms.
+            parts.append(ops.reshape(part, (-1, _WIDTH)))
+        return ops.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def split(self, matrix: Tensor) -> list[Tensor]:
         """The entries of every tensor, flat."""
-        flat = ops.reshape(matrix, (-1,))
-        begins = (_WIDTH * self.begins).tolist()
-        return [flat[begin : begin + n] for begin, n in zip(begins, self.lengths)]
+        ends = [*self.begins[1:].tolist(), len(self.tensor)]
+        rows = [matrix[begin:end] for begin, end in zip(self.begins.tolist(), ends)]
+        return [ops.reshape(r, (-1,))[:n] for r, n in zip(rows, self.lengths)]
 
 
 class _Ranking:
@@ -208,7 +211,7 @@ class _Ranking:
         low, high, below, above = self.thresholds(kept)
         room, ties = kept - above, below - above
         end = ops.where(ties <= room, self.lengths, 0)
-        some_fit = ops.logical_and(room > 0, ties > room)
+        some_fit = (room > 0) & (ties > room)
         firsts = self.best() if self.first else [None] * len(self.bundles)
         end = ops.cond(
             ops.any(some_fit),
@@ -217,8 +220,8 @@ class _Ranking:
         )
         found = []
         for b, s, first in zip(self.bundles, self.scores, firsts):
-            tied = ops.logical_and(self._above(b, s, low), _within(self._each(b, end) - b.start))
-            found.append(_marked(ops.logical_or(self._above(b, s, high), tied), first))
+            tied = self._above(b, s, low) & _within(self._each(b, end) - b.start)
+            found.append(_marked(self._above(b, s, high) | tied, first))
         return found
 
     def thresholds(self, kept):
@@ -232,25 +235,34 @@ class _Ranking:
         11 (1971).
         """
         gap = ops.maximum(ops.abs(self.least), 1e-30)
-        everything = self.total <= kept
-        low = self.least - 2.0**-22 * gap
-        high = ops.where(everything, self.least - ops.maximum(gap, 1.0), self.most)
+        # Most scores may tie with the least: weights that are pruned already.
+        rest = self._count_above(self.least)
+        everything, settled = self.total <= kept, rest <= kept
+        low = ops.where(settled, self.least - 2.0**-22 * gap, self.least)
+        high = ops.where(settled, self.least, self.most)
+        high = ops.where(everything, self.least - ops.maximum(gap, 1.0), high)
+        above = ops.zeros(kept.shape, "int32") if self.ahead is None else ops.sum(self.ahead)[None]
+        above = ops.where(everything, self.total, ops.where(settled, rest, above))
+        below = ops.where(settled, self.total, rest)
 
         def open_(low, high, below, above, *_):
             middle = low / 2 + high / 2
-            between = ops.logical_and(low < middle, middle < high)
-            return ops.logical_and(above < kept, between)
+            between = (low < middle) & (middle < high) & (high - low > _SMALLEST)
+            return (above < kept) & between & (high > self.least)
 
         def narrow(low, high, below, above, half_below, half_above, last, turn):
             excess = half_below * ops.cast(below - kept, "float32")
             lack = half_above * ops.cast(kept - above, "float32")
             guess = low + (high - low) * (excess / ops.maximum(excess + lack, 1e-30))
-            inside = ops.logical_and(low < guess, guess < high)
-            guessed = ops.logical_and(inside, ops.not_equal(turn % 3, 0))
-            threshold = ops.where(guessed, guess, low / 2 + high / 2)
+            inside = (low < guess) & (guess < high)
+            # Zeros are many, and far from the next float by halves: that is tried first.
+            at_zero = (low < 0) & (high > 0)
+            under = (low < -_SMALLEST) & ops.equal(high, 0)
+            threshold = ops.where(inside & ops.not_equal(turn % 3, 0), guess, low / 2 + high / 2)
+            threshold = ops.where(at_zero, 0.0, ops.where(under, -_SMALLEST, threshold))
             count = self._count_above(threshold)
             active, fits = open_(low, high, below, above), count <= kept
-            down, up = ops.logical_and(active, fits), ops.logical_and(active, ops.logical_not(fits))
+            down, up = active & fits, active & ~fits
             side = ops.where(down, 1, ops.where(up, -1, last))
             again = ops.where(side == last, 0.5, 1.0)
             return (
@@ -269,7 +281,7 @@ class _Ranking:
         low, high, below, above, *_ = ops.while_loop(
             lambda *state: ops.any(open_(*state)),
             narrow,
-            (low, high, self.total, self._count_above(high), one, one, side, turn),
+            (low, high, below, above, one, one, side, turn),
             maximum_iterations=_STEPS,
         )
         return low, high, below, above
@@ -279,9 +291,9 @@ class _Ranking:
         found, offset = [], 0
         for b, s, weights, first in zip(self.bundles, self.scores, self.weights, firsts):
             above = _marked(self._above(b, s, high), first)
-            tied = ops.logical_and(self._above(b, s, low), ops.logical_not(above))
+            tied = self._above(b, s, low) & ~above
             if b.left is not None:
-                tied = ops.logical_and(tied, _within(b.left))
+                tied = tied & _within(b.left)
             counts = _by_row(_weigh, "int32", tied, weights)
             before = ops.cumsum(counts) - counts
             if self.together:
@@ -310,7 +322,7 @@ class _Ranking:
     def _above(self, b, s, thresholds):
         """Mask of the scores of a bundle above a threshold; below the least one, all are."""
         everything = self._each(b, thresholds < self.least)
-        return ops.logical_or(s > self._each(b, self._finite_cut(thresholds)), everything)
+        return (s > self._each(b, self._finite_cut(thresholds))) | everything
 
     def _finite_cut(self, thresholds):
         """The same cut for scores that need not be finite: none is above the largest."""
@@ -413,7 +425,7 @@ def _marked(mask, first):
     """A mask with what comes first: None, another mask, or a column in every row."""
     if first is None:
         return mask
-    return ops.logical_or(mask, first if first.shape[1] == _WIDTH else _columns() == first)
+    return mask | (first if first.shape[1] == _WIDTH else _columns() == first)
 
 
 def _weigh_marked(first, weights):

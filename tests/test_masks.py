@@ -14,6 +14,7 @@ from keras import ops
 from keras_dst import masks, ranking
 from keras_dst.compiled import compiled
 from keras_dst.masks import KERNEL, Layout, Pattern
+from tests.backends import COMPILES
 from tests.gradients import gradients
 
 DEPTHWISE = Layout(outputs=(-2, -1), inputs=())
@@ -367,6 +368,19 @@ def test_top_k_over_fifteen_decades(sign):
     scores = split(np.random.RandomState(0).permutation(scores), [(5, 8), (21,)])
     for kept in range(62):
         assert_equal(top_k(scores, kept), reference_top_k(scores, kept))
+
+
+@pytest.mark.skipif(COMPILES, reason="counts are those of a loop that is not compiled")
+@pytest.mark.parametrize("kept", [100, 5_000, 5_010, 9_000, 16_990, 17_000, 19_000])
+def test_the_search_for_a_threshold_within_zeros_is_short(kept, monkeypatch):
+    scores = np.concatenate([random(2_000), np.zeros(6_000), -np.ones(2_000)]).astype("float32")
+    scores, counts = [np.abs(scores), scores], []
+    count = ranking._Ranking._count_above
+    monkeypatch.setattr(
+        ranking._Ranking, "_count_above", lambda *args: counts.append(1) or count(*args)
+    )
+    assert_equal(top_k(scores, kept), reference_top_k(scores, kept))
+    assert len(counts) < 40  # 300 to the denormal numbers around 0
 
 
 def test_top_k_compiled_by_xla():

@@ -135,9 +135,8 @@ class Method(Configurable):
             least = np.array(first)
         # One count is for all weights together, several are for each by itself.
         kept = ops.maximum(kept, np.sum(least) if kept.shape[0] == 1 else least)
-        groups = [pattern.scores(s, layout) for s, layout in zip(scores, layouts)]
-        del scores  # as large as the weights, and needed no longer
-        found = masks.top_k(groups, kept[0] if kept.shape[0] == 1 else kept, sizes, first)
+        scores = [pattern.scores(s, layout) for s, layout in zip(scores, layouts)]
+        found = masks.top_k(scores, kept[0] if kept.shape[0] == 1 else kept, sizes, first)
         return [pattern.expand(g, s, layout) for g, s, layout in zip(found, shapes, layouts)]
 
     def _check_common(self):
@@ -184,6 +183,7 @@ class LayerMethod(Method):
 
     Attributes:
         undecayed: names of the states that no weight decay may touch.
+        copied: names of states that each update leaves as a copy of another one, with its name.
         two_paths: whether a training step also runs the model on its full path (`paths`), where
             every batch normalisation has statistics, scale and offset of its own.
         prunes_units: whether whole output units are pruned, with their bias; not those that are
@@ -192,6 +192,7 @@ class LayerMethod(Method):
     """
 
     undecayed: tuple[str, ...] = ()
+    copied: Mapping[str, str] = {}
     two_paths = False
     prunes_units = False
     needs_uses = False

@@ -91,12 +91,8 @@ class FlipOut(UpdateMethod):
 
     def scores(self, weights, states):
         return [
-            ops.where(
-                s["mask"],
-                ops.abs(ops.cast(w, "float32")) ** self.power
-                / (ops.cast(s["flips"], "float32") + 1),
-                -1.0,
-            )
+            ops.where(s["mask"], ops.abs(ops.cast(w, "float32")) ** self.power, -1.0)
+            / (ops.where(s["mask"], ops.cast(s["flips"], "float32"), 0.0) + 1)
             for w, s in zip(weights, states)
         ]
 

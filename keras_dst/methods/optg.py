@@ -50,6 +50,7 @@ class OptG(LayerMethod):
     """
 
     undecayed = ("scores",)
+    copied: Mapping[str, str] = {"anchor": "scores"}
 
     def __init__(
         self,
@@ -111,6 +112,6 @@ class OptG(LayerMethod):
         scores = [s["anchor"] + s["rate"] * (s["scores"] - s["anchor"]) for s in states]
         rate = when.sparsity / max(self._final, 1e-9)
         return [
-            {"scores": v, "anchor": v, "rate": rate, "mask": mask}
+            {"scores": v, "rate": rate, "mask": mask}
             for v, mask in zip(scores, self.rank(scores, layouts, kept))
         ]

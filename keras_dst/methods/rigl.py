@@ -13,7 +13,7 @@ from __future__ import annotations
 import keras
 from keras import ops
 
-from keras_dst.methods.set import SET
+from keras_dst.methods.set import SET, put_first
 
 
 @keras.saving.register_keras_serializable("keras_dst")
@@ -35,8 +35,14 @@ class RigL(SET):
     def init(self, kernels, steps):
         return [{"gradient": ("zeros", k.dtype)} for k in kernels]
 
-    def growth(self, states, when):
-        return [ops.abs(s["gradient"]) for s in states]
+    def ranked(self, stay, began, states, when):
+        # In the first mask they are random.
+        drawn = super().ranked
+        return ops.cond(
+            ops.any(ops.stack(began)),
+            lambda: put_first(stay, (ops.abs(s["gradient"]) for s in states)),
+            lambda: drawn(stay, began, states, when),
+        )
 
     def before(self, weights, grads, states):
         weights, masked, _ = super().before(weights, grads, states)

@@ -122,35 +122,26 @@ class SET(UpdateMethod):
         others = super().kept_counts(shapes[1:], layouts[1:], 1 - density, names[1:])
         return np.array([first, *others])
 
-    def growth(self, states, when):
-        """What the free places are ranked by, in each weight."""
-        return self._random(states, when)
-
-    def _random(self, states, when):
-        return [
+    def ranked(self, stay, began, states, when):
+        """Scores of all places: those that stay are the best, the others are free to grow."""
+        drawn = (
             noise.uniform(s["mask"].shape, self.seed, when.step, i) for i, s in enumerate(states)
-        ]
+        )
+        return put_first(stay, drawn)
 
     def update(self, weights, states, layouts, kept, when):
         # Before the first update everything is kept, afterwards no more than `kept`. The mask to
         # begin with is random for every method, and keeps the weights as they were initialised.
         began = [ops.logical_not(ops.all(s["mask"])) for s in states]
         drop = ops.cast(ops.round(self._drop(when) * ops.cast(kept, "float32")), "int32")
-        magnitudes = [
+        # What is ranked is as large as the weights, and goes as it comes.
+        magnitudes = (
             ops.where(s["mask"], ops.abs(ops.cast(w, "float32")), -1.0)
             for w, s in zip(weights, states)
-        ]
-        stay = [
-            ops.logical_and(b, mask)
-            for b, mask in zip(began, self.rank(magnitudes, layouts, kept - drop))
-        ]
-        growth = ops.cond(
-            ops.any(ops.stack(began)),
-            lambda: [ops.cast(g, "float32") for g in self.growth(states, when)],
-            lambda: self._random(states, when),
         )
-        ranked = [ops.where(s, ops.max(g) + 1.0, g) for s, g in zip(stay, growth)]
-        new = self.rank(ranked, layouts, kept)
+        stay = self.rank(list(magnitudes), layouts, kept - drop)
+        stay = [ops.logical_and(b, mask) for b, mask in zip(began, stay)]
+        new = self.rank(self.ranked(stay, began, states, when), layouts, kept)
         return [
             {"mask": m, "grown": ops.logical_and(b, ops.logical_and(m, ops.logical_not(s)))}
             for m, s, b in zip(new, stay, began)
@@ -163,3 +154,9 @@ class SET(UpdateMethod):
         else:
             done = when.progress / self.stop
         return self.drop_fraction / 2 * (1 + ops.cos(math.pi * ops.minimum(done, 1.0)))
+
+
+def put_first(masks, scores):
+    """Scores, float32, of which those in the masks are the best."""
+    scores = (ops.cast(s, "float32") for s in scores)
+    return [ops.where(mask, ops.max(s) + 1.0, s) for mask, s in zip(masks, scores)]
