@@ -345,11 +345,12 @@ class LayerDriver(Driver):
         super().begin(length, fit, epoch, done)
 
     def take(self, changes):
-        for state, change in zip(self.states, changes):
+        for state in self.states:
+            change = changes.pop(0)  # goes as it comes: all of them are as large as the model
             for name, value in change.items():
-                # A copy: on JAX two variables must not share one buffer.
-                state[name].assign(ops.copy(value))
+                state[name].assign(value)
             for name, source in self.method.copied.items():
+                # On JAX two variables must not share one buffer.
                 state[name].assign(ops.copy(change[source]))
 
     def drive(self, driven):
