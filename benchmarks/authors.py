@@ -54,7 +54,15 @@ def halvings(events):
     yield Case(f"magnitude-{sparsity:.4g}", "flipout", "Magnitude", sparsity, task, schedule)
 
 
-LENET = Task("LeNet-300-100, MNIST", nets.lenet_300_100, mnist, 20, 0.01, batch=64, constant=True)
+LENET = Task(
+    "LeNet-300-100, MNIST",
+    nets.lenet_300_100,
+    mnist,
+    20,
+    0.01,
+    batch=64,
+    rates=lambda rate, steps: rate,
+)
 LENET_5 = dataclasses.replace(TASKS["mnist"], epochs=10)
 RESNET = dataclasses.replace(TASKS["cifar10"], decay=None)  # Keras's is not PyTorch's
 CASES = [

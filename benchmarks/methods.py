@@ -19,6 +19,7 @@ import functools
 import json
 import pathlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import keras
@@ -33,19 +34,56 @@ BATCH = 128
 NOTES = pathlib.Path(__file__).with_name("methods.md")  # what the table says, in words
 
 
+class Shuffled(keras.utils.PyDataset):
+    """Batches drawn by NumPy, anew in every epoch: the same on every backend."""
+
+    def __init__(self, x, y, seed):
+        super().__init__()
+        self.x, self.y, self.rng = x, y, np.random.default_rng(seed)
+        self.order = self.rng.permutation(len(y))
+
+    def __len__(self):
+        return len(self.y) // BATCH
+
+    def __getitem__(self, index):
+        chosen = self.order[index * BATCH : (index + 1) * BATCH]
+        return self.x[chosen], self.y[chosen]
+
+    def on_epoch_end(self):
+        self.order = self.rng.permutation(len(self.y))
+
+
+class Augmented(Shuffled):
+    """Images shifted by up to four pixels and flipped."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        padded = np.pad(x, ((0, 0), (4, 4), (4, 4), (0, 0)))
+        rows, columns = self.rng.integers(0, 9, (2, BATCH, 1)) + np.arange(self.x.shape[1])
+        x = padded[np.arange(BATCH)[:, None, None], rows[:, :, None], columns[:, None, :]]
+        flipped = self.rng.random(BATCH) < 0.5
+        x[flipped] = x[flipped, :, ::-1]
+        return x, y
+
+
+def cosine(rate, steps):
+    """A rate that falls to 0."""
+    return keras.optimizers.schedules.CosineDecay(rate, steps)
+
+
 @dataclass
 class Task:
     """What is trained, on what, for how long."""
 
     title: str
-    net: object
-    data: object
+    net: Callable
+    data: Callable
     epochs: int
     rate: float
     decay: float | None = None
-    augmented: bool = False
     batch: int = BATCH
-    constant: bool = False  # the rate, which else falls along a cosine to 0
+    batches: type[Shuffled] | None = None  # None: shuffled by Keras
+    rates: Callable = cosine  # of the rate to begin with and the number of steps
 
 
 TASKS = {
@@ -58,7 +96,7 @@ TASKS = {
         3,
         0.1,
         5e-4,
-        augmented=True,
+        batches=Augmented,
     ),
 }
 
@@ -82,51 +120,29 @@ SPARSITIES = (0.9, 0.98)
 ALSO = {"Consensus": (0.5,)}  # what its paper shows
 
 
-class Augmented(keras.utils.PyDataset):
-    """Images shifted by up to four pixels and flipped, anew and shuffled in every epoch."""
-
-    def __init__(self, x, y, seed):
-        super().__init__()
-        self.x, self.y, self.rng = x, y, np.random.default_rng(seed)
-        self.order = self.rng.permutation(len(y))
-
-    def __len__(self):
-        return len(self.y) // BATCH
-
-    def __getitem__(self, index):
-        chosen = self.order[index * BATCH : (index + 1) * BATCH]
-        padded = np.pad(self.x[chosen], ((0, 0), (4, 4), (4, 4), (0, 0)))
-        rows, columns = self.rng.integers(0, 9, (2, BATCH, 1)) + np.arange(self.x.shape[1])
-        x = padded[np.arange(BATCH)[:, None, None], rows[:, :, None], columns[:, None, :]]
-        flipped = self.rng.random(BATCH) < 0.5
-        x[flipped] = x[flipped, :, ::-1]
-        return x, self.y[chosen]
-
-    def on_epoch_end(self):
-        self.order = self.rng.permutation(len(self.y))
-
-
 def run(task, method_name, sparsity, seed, data, **options):
     """Train, strip and test a net; what goes into the JSON of the run."""
+    return trained(task, method_name, sparsity, seed, data, **options)[1]
+
+
+def trained(task, method_name, sparsity, seed, data, **options):
+    """The net that `run` has trained and stripped, and what goes into the JSON."""
     make = METHODS[method_name]
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
     (x, y), test = data
     model = task.net()
-    steps = task.epochs * (len(y) // task.batch)
-    cosine = keras.optimizers.schedules.CosineDecay(task.rate, steps)
-    optimizer = keras.optimizers.SGD(
-        task.rate if task.constant else cosine, momentum=0.9, weight_decay=task.decay
-    )
+    rates = task.rates(task.rate, task.epochs * (len(y) // task.batch))
+    optimizer = keras.optimizers.SGD(rates, momentum=0.9, weight_decay=task.decay)
     method = make and make(sparsity, **options)
     optimizer = under(method, model, optimizer)
     model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
     whole = len(y) // task.batch * task.batch
-    batches = (Augmented(x, y, seed),) if task.augmented else (x[:whole], y[:whole])
+    batches = (task.batches(x, y, seed),) if task.batches else (x[:whole], y[:whole])
     begin = time.perf_counter()
     history = model.fit(
         *batches,
-        batch_size=None if task.augmented else task.batch,
+        batch_size=None if task.batches else task.batch,
         epochs=task.epochs,
         verbose=0,
         callbacks=[keras_dst.callbacks.SparseTraining()] if method else [],
@@ -136,7 +152,7 @@ def run(task, method_name, sparsity, seed, data, **options):
     accuracy = model.evaluate(*test, batch_size=500, verbose=0, return_dict=True)["accuracy"]
     report = keras_dst.report(model)
     print(f"{task.title} {method!r} seed {seed}: {accuracy:.4f}", flush=True)
-    return {
+    return model, {
         "net": task.title,
         "method": method_name,
         "config": repr(method),

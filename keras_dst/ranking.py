@@ -19,7 +19,9 @@ _LARGEST = 1e38  # scores beyond it count as tied: there is room to calculate wi
 _SMALLEST = 2.0**-126  # scores that differ by no more count as tied: less is 0 on some backends
 _WIDTH = 1 << 10  # of the rows in which scores are ranked
 _BUNDLE = 1 << 20  # tensors are joined up to this number of entries
-_SLAB = 1 << 9  # rows that are counted at once
+_SLAB = 1 << 8  # rows that are counted at once
+_MANY = 1 << 22  # scores of which a sample tells first where the threshold is about
+_SAMPLED = (32, 25)  # of the rows and of the columns one in so many is in the sample
 
 
 def top_k(
@@ -119,7 +121,8 @@ class _Ranking:
         self.together = together
         lengths = [math.prod(s.shape) for s in scores]
         starts = [0, *np.cumsum(lengths)[:-1].tolist()] if together else [0] * len(lengths)
-        self.lengths = ops.convert_to_tensor([sum(lengths)] if together else lengths, "int32")
+        self.count = sum(lengths)
+        self.lengths = ops.convert_to_tensor([self.count] if together else lengths, "int32")
         self.bundles = [_Rows(members, lengths, starts) for members in _bundles(lengths)]
         scores = [ops.cast(s, "float32") for s in scores]
         self.scores = [b.join(scores, -np.inf) for b in self.bundles]
@@ -254,9 +257,11 @@ class _Ranking:
             excess = half_below * ops.cast(below - kept, "float32")
             lack = half_above * ops.cast(kept - above, "float32")
             guess = low + (high - low) * (excess / ops.maximum(excess + lack, 1e-30))
+            for i, threshold in enumerate(sampled):
+                guess = ops.where(ops.equal(turn, i + 1), threshold, guess)
             inside = (low < guess) & (guess < high)
             # Zeros are many, and far from the next float by halves: that is tried first.
-            at_zero = (low < 0) & (high > 0)
+            at_zero = (low < 0) & (high > 0) & (turn > 2)
             under = (low < -_SMALLEST) & ops.equal(high, 0)
             threshold = ops.where(inside & ops.not_equal(turn % 3, 0), guess, low / 2 + high / 2)
             threshold = ops.where(at_zero, 0.0, ops.where(under, -_SMALLEST, threshold))
@@ -276,6 +281,8 @@ class _Ranking:
                 turn + 1,
             )
 
+        many = self.together and self.count >= _MANY
+        sampled = self._of_sample(kept) if many else ()
         one, side = ops.ones(low.shape, "float32"), ops.zeros(low.shape, "int32")
         turn = ops.convert_to_tensor(1, "int32")
         low, high, below, above, *_ = ops.while_loop(
@@ -285,6 +292,18 @@ class _Ranking:
             maximum_iterations=_STEPS,
         )
         return low, high, below, above
+
+    def _of_sample(self, kept):
+        """Scores between which the threshold is, as far as a sample of them can tell."""
+        down, across = _SAMPLED
+        rows = [ops.take(s, np.arange(0, s.shape[0], down), axis=0) for s in self.scores]
+        sample = [ops.reshape(r[:, across // 2 :: across], (-1,)) for r in rows]
+        sample = ops.sort(ops.concatenate(sample))
+        size = sample.shape[0]
+        part = ops.clip(ops.cast(kept, "float32") / ops.cast(self.total, "float32"), 0, 1)
+        place, spread = size * (1 - part), 3 * ops.sqrt(size * part * (1 - part)) + 1
+        ends = [ops.clip(end, 0, size - 1) for end in (place + spread, place - spread)]
+        return [ops.take(sample, ops.cast(end, "int32")) for end in ends]
 
     def _last_ties(self, low, high, firsts, room):
         """Up to which positions what scores between two thresholds fits into `room`."""

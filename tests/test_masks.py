@@ -341,6 +341,17 @@ def test_top_k(scores, kept, expected):
     assert_equal(top_k(scores, kept), [np.array(mask, bool) for mask in expected])
 
 
+@pytest.mark.skipif(COMPILES, reason="a search that is not compiled can be changed by every test")
+@pytest.mark.parametrize(
+    ("scores", "kept", "expected"),
+    [pytest.param(*case, id=what) for what, *case in TOP_K],
+)
+def test_top_k_after_a_sample(scores, kept, expected, monkeypatch):
+    monkeypatch.setattr(ranking, "_MANY", 1)
+    monkeypatch.setattr(ranking, "_SAMPLED", (1, 1))
+    assert_equal(top_k(scores, kept), [np.array(mask, bool) for mask in expected])
+
+
 def test_top_k_outside_a_compiled_function():
     found = masks.top_k([tensor([0.1, 0.3]), tensor([0.2])], 2)
     assert_equal([ops.convert_to_numpy(mask) for mask in found], [[False, True], [True]])
@@ -453,7 +464,8 @@ def test_top_k_of_each_tensor_equals_a_stable_sort(case, counts):
 
 # Rows of 4 entries, bundles of up to 16, slabs of 2 rows: several of each, full ones and others.
 def test_top_k_of_tensors_of_several_rows_bundles_and_slabs(monkeypatch):
-    for name, size in (("_WIDTH", 4), ("_BUNDLE", 16), ("_SLAB", 2)):
+    sizes = {"_WIDTH": 4, "_BUNDLE": 16, "_SLAB": 2, "_MANY": 1, "_SAMPLED": (2, 3)}
+    for name, size in sizes.items():
         monkeypatch.setattr(ranking, name, size)
     shapes = [(19,), (3, 5), (2,), (16,)]
     scores = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
