@@ -14,7 +14,7 @@ TEST_READY := $(VENV)/ready-test
 
 .PHONY: demo test lint browser arm64 docs picture notebooks $(BACKENDS:%=test-%) test-notebooks clean
 .PHONY: bench-mnist bench-methods bench-patterns bench-step bench-overhead bench-matrix
-.PHONY: bench-edge bench-int8 bench-growth bench-authors bench-peers
+.PHONY: bench-edge bench-int8 bench-growth bench-authors bench-peers bench-across bench-energy
 
 demo: $(DEMO_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m keras_dst demo
@@ -103,6 +103,12 @@ $(TFMOT)/ready: constraints.txt
 bench-matrix: $(TEST_READY)
 	$(VENV)/bin/pip install -q -c constraints.txt keras-hub
 	$(RUN) -m benchmarks.matrix
+
+bench-across: $(TEST_READY)
+	$(RUN) -m benchmarks.across mnist-mlp --seeds 1
+
+bench-energy: $(TEST_READY)
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.energy
 
 bench-growth: $(TEST_READY)
 	$(RUN) -m benchmarks.growth

@@ -18,8 +18,7 @@ import os
 import pathlib
 import tempfile
 
-from benchmarks.backends import BACKENDS, run_on
-from benchmarks.common import RESULTS, save, spread
+from benchmarks.backends import BACKENDS, RESULTS, run_on
 
 SPARSITY = 0.9
 PAIRS = list(itertools.combinations(BACKENDS, 2))
@@ -74,6 +73,8 @@ def compare(task_name, seed):
     """Run all backends, and save what each has reached and how far their masks are the same."""
     import numpy as np
 
+    from benchmarks.common import save
+
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(temporary)
         for backend in BACKENDS:
@@ -113,6 +114,8 @@ def compare(task_name, seed):
 
 
 def table():
+    from benchmarks.common import spread
+
     lines = [
         "# The same training on three backends",
         "",
@@ -138,9 +141,8 @@ def table():
             for a, b in PAIRS:
                 cells.append(f"{sum(r['overlap'][f'{a} {b}'] for r in runs) / len(runs):.1%}")
             lines.append(f"| {method} | {' | '.join(cells)} |")
-    notes = ["", NOTES.read_text().rstrip()] if NOTES.exists() else []
     path = RESULTS / "across.md"
-    path.write_text("\n".join([*lines, *notes]) + "\n")
+    path.write_text("\n".join([*lines, "", NOTES.read_text().rstrip()]) + "\n")
     print(path.read_text())
 
 

@@ -1,10 +1,12 @@
-"""Commands on one backend after the other: Keras has one for the whole of a process."""
+"""What a benchmark needs before it imports Keras, which has one backend for all of a process."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
 BACKENDS = ("tensorflow", "jax", "torch")
+RESULTS = pathlib.Path(__file__).parent.parent / "results"
 
 
 def run_on(backend: str, module: str, *arguments: str) -> None:

@@ -11,7 +11,7 @@ import statistics
 import keras
 import numpy as np
 
-RESULTS = pathlib.Path(__file__).parent.parent / "results"
+from benchmarks.backends import RESULTS
 
 
 def mnist() -> tuple:

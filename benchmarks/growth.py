@@ -19,11 +19,12 @@ import tempfile
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.backends import BACKENDS, run_on
+from benchmarks.backends import BACKENDS, RESULTS, run_on
 from benchmarks.timing import in_turns, ratios, seconds, steps_of_fit, update_masks
 
 STEPS, ROUNDS = 4, 5
 TOTAL = 4000  # steps of the training that is begun
+NOTES = pathlib.Path(__file__).with_suffix(".md")  # what the table says, in words
 
 
 @dataclass
@@ -81,7 +82,7 @@ def net(point, method=None):
 def measure(axes):
     import keras
 
-    from benchmarks.common import RESULTS, save
+    from benchmarks.common import save
 
     name = f"growth_{keras.backend.backend()}"
     path = RESULTS / f"{name}.json"
@@ -155,8 +156,6 @@ def slope(sizes, values) -> float:
 
 
 def table():
-    from benchmarks.common import RESULTS
-
     sizes = {"parameters": "weights", "layers": "depth", "batch": "batch"}
     lines = [
         "# What it costs as the work grows",
@@ -183,8 +182,9 @@ def table():
             slopes = [slope(size, [row["ratio_to_plain"][n] for row in rows]) for n in names]
             slopes += [slope(size, [row["seconds"][n] for row in rows]) for n in ONCE]
             lines.append(f"| slope | {' | '.join(f'{s:.2f}' for s in slopes)} |")
-    (RESULTS / "growth.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    path = RESULTS / "growth.md"
+    path.write_text("\n".join([*lines, "", NOTES.read_text().rstrip()]) + "\n")
+    print(path.read_text())
 
 
 def main():

@@ -143,6 +143,7 @@ def trained(task, method_name, sparsity, seed, data, **options):
     history = model.fit(
         *batches,
         batch_size=None if task.batches else task.batch,
+        shuffle=task.batches is None,  # theirs is an order of their own
         epochs=task.epochs,
         verbose=0,
         callbacks=[keras_dst.callbacks.SparseTraining()] if method else [],

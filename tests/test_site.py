@@ -12,8 +12,10 @@ import pytest
 
 import keras_dst
 from benchmarks import (
+    across,
     authors,
     edge,
+    growth,
     int8,
     matrix,
     methods,
@@ -90,8 +92,10 @@ def test_every_public_name_is_in_the_reference(site):
 
 
 TABLES = {
+    "across": across,
     "authors": authors,
     "edge": edge,
+    "growth": growth,
     "int8": int8,
     "methods": methods,
     "mnist": mnist_all,
