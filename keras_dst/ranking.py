@@ -5,7 +5,7 @@ is all that a mask update of a large model takes time for.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ _SAMPLED = (32, 25)  # of the rows and of the columns one in so many is in the s
 
 
 def top_k(
-    scores: Sequence[Tensor],
+    scores: Iterable[Tensor],
     kept: Tensor,
     sizes: Sequence[np.ndarray] | None = None,
     first: Sequence[int] | None = None,
@@ -52,10 +52,13 @@ def top_k(
         >>> keras_dst.masks.top_k([keras.ops.array([0.1, 0.3, 0.2])], 2)  # [[False, True, True]]
     """
     kept = ops.cast(kept, "int32")
+    scores = list(scores)
+    shapes = [tuple(s.shape) for s in scores]
     ranking = _Ranking(scores, kept.ndim == 0, sizes, first)
+    scores.clear()  # those that are joined are not needed twice
     found = ranking.masks(kept if kept.ndim else kept[None])
     flat = [mask for rows, matrix in zip(ranking.bundles, found) for mask in rows.split(matrix)]
-    return [ops.reshape(mask, tuple(s.shape)) for mask, s in zip(flat, scores)]
+    return [ops.reshape(mask, shape) for mask, shape in zip(flat, shapes)]
 
 
 def kth(scores: Sequence[Tensor], kept: Tensor) -> Tensor:

@@ -135,8 +135,10 @@ class Method(Configurable):
             least = np.array(first)
         # One count is for all weights together, several are for each by itself.
         kept = ops.maximum(kept, np.sum(least) if kept.shape[0] == 1 else least)
-        scores = [pattern.scores(s, layout) for s, layout in zip(scores, layouts)]
-        found = masks.top_k(scores, kept[0] if kept.shape[0] == 1 else kept, sizes, first)
+        kept = kept[0] if kept.shape[0] == 1 else kept
+        groups = (pattern.scores(s, layout) for s, layout in zip(scores, layouts))
+        scores = ()  # as large as the weights: not to be held where the ranking joins them
+        found = masks.top_k(groups, kept, sizes, first)
         return [pattern.expand(g, s, layout) for g, s, layout in zip(found, shapes, layouts)]
 
     def _check_common(self):
