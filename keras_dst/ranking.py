@@ -219,16 +219,20 @@ class _Ranking:
         end = ops.where(ties <= room, self.lengths, 0)
         some_fit = (room > 0) & (ties > room)
         firsts = self.best() if self.first else [None] * len(self.bundles)
-        end = ops.cond(
+
+        def up_to(end):
+            found = []
+            for b, s, first in zip(self.bundles, self.scores, firsts):
+                tied = self._above(b, s, low) & _within(self._each(b, end) - b.start)
+                found.append(_marked(self._above(b, s, high) | tied, first))
+            return found
+
+        # Whole masks, not their ends alone: XLA would compile all this again for every tensor.
+        return ops.cond(
             ops.any(some_fit),
-            lambda: ops.where(some_fit, self._last_ties(low, high, firsts, room), end),
-            lambda: end,
+            lambda: up_to(ops.where(some_fit, self._last_ties(low, high, firsts, room), end)),
+            lambda: up_to(end),
         )
-        found = []
-        for b, s, first in zip(self.bundles, self.scores, firsts):
-            tied = self._above(b, s, low) & _within(self._each(b, end) - b.start)
-            found.append(_marked(self._above(b, s, high) | tied, first))
-        return found
 
     def thresholds(self, kept):
         """`(low, high)`: no more than `kept` weights score above `high`, more do above `low`.
