@@ -115,6 +115,7 @@ bench-growth: $(TEST_READY)
 
 bench-edge: $(TEST_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.edge
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.grid
 
 bench-int8: $(TEST_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.int8

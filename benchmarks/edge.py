@@ -58,6 +58,7 @@ def enlarged():
 NETS = {
     "lenet": Net(nets.lenet_300_100, mnist, 10, 0.05, ".*dense.*/kernel"),
     "vgg": Net(nets.vgg, cifar10, 4, 0.01, ".*conv2d.*/kernel"),
+    "resnet": Net(lambda: nets.resnet(20), cifar10, 4, 0.05, ".*conv2d.*/kernel"),
     "mobilenet": Net(nets.mobilenet, enlarged, 3, 0.05, ".*pointwise.*/kernel"),
 }
 FAST = {"optimize": "latency"}

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_dst.ranking import bundles
+
 Tensor = Any
 
 # Of the table of normal numbers.
@@ -67,18 +69,20 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
     Example:
         >>> (noise,) = keras_dst.noise.normal([(2, 3)], 0, step)
     """
-    sizes = [math.prod(shape) for shape in shapes]
-    rows = [-(-size // _WIDTH) for size in sizes]
-    index = np.repeat(np.arange(len(rows)), rows)
-    position = np.concatenate([np.arange(n) for n in rows])
-    # Gathered, not sliced at a random place: for that XLA under TensorFlow compiles every step.
-    chosen = ops.bitwise_and(bits(seed, step, index, position), _ROWS - 1)
-    drawn = ops.take(ops.convert_to_tensor(_table(seed)), chosen, axis=0)
-    ends = np.cumsum(rows)
-    return [
-        ops.reshape(ops.reshape(drawn[end - n : end], (-1,))[:size], shape)
-        for end, n, size, shape in zip(ends, rows, sizes, shapes)
-    ]
+    table = ops.convert_to_tensor(_table(seed))
+    found = []
+    for members in bundles([math.prod(shape) for shape in shapes]):
+        sizes = [math.prod(shapes[i]) for i in members]
+        rows = [-(-size // _WIDTH) for size in sizes]
+        position = np.concatenate([np.arange(n) for n in rows])
+        # Gathered, not sliced at a random place: for that XLA under TensorFlow compiles every step.
+        chosen = ops.bitwise_and(bits(seed, step, np.repeat(members, rows), position), _ROWS - 1)
+        drawn = ops.take(table, chosen, axis=0)
+        found += [
+            ops.reshape(ops.reshape(drawn[end - n : end], (-1,))[:size], shapes[i])
+            for i, end, n, size in zip(members, np.cumsum(rows), rows, sizes)
+        ]
+    return found
 
 
 @functools.lru_cache(maxsize=4)

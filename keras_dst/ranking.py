@@ -126,7 +126,7 @@ class _Ranking:
         starts = [0, *np.cumsum(lengths)[:-1].tolist()] if together else [0] * len(lengths)
         self.count = sum(lengths)
         self.lengths = ops.convert_to_tensor([self.count] if together else lengths, "int32")
-        self.bundles = [_Rows(members, lengths, starts) for members in _bundles(lengths)]
+        self.bundles = [_Rows(members, lengths, starts) for members in bundles(lengths)]
         scores = [ops.cast(s, "float32") for s in scores]
         self.scores = [b.join(scores, -np.inf) for b in self.bundles]
         self.least, self.most, self.peaks = self._extremes()
@@ -393,7 +393,7 @@ class _Ranking:
         )
 
 
-def _bundles(lengths: Sequence[int]) -> list[list[int]]:
+def bundles(lengths: Sequence[int]) -> list[list[int]]:
     """Numbers of tensors that are joined: neighbours, while they are small together."""
     found: list[list[int]] = []
     room = 0

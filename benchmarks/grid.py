@@ -1,0 +1,201 @@
+"""What sparsity gains a .tflite file, by net, pattern and sparsity: results/grid_NET.json.
+
+The nets of `benchmarks.edge`, trained dense there, are trained on for half as long, while
+`Magnitude` makes them sparse, with the same sparsity in every layer but the last; the dense one is
+trained on as well. Whole channels are then removed. Each is exported for latency and measured
+beside the dense float32 and int8 files, in turns, at batch 1 on one thread: accuracy on test
+images, bytes, latency, time to load, peak memory; and so is the file of TensorFlow's converter with
+`EXPERIMENTAL_SPARSITY`, which is what tfmot's users get. Cells that a JSON has already are not made
+again.
+
+python -m benchmarks.grid [--nets NET ...]
+python -m benchmarks.grid --table
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import statistics
+import tempfile
+from dataclasses import asdict
+
+import keras
+
+import keras_dst
+from benchmarks.common import RESULTS, save
+from benchmarks.edge import BATCH, IMAGES, NETS, NO_AVX, SEED, TESTED, trained
+from keras_dst.export.convert import conversions
+from keras_dst.export.measure import bench
+from keras_dst.export.memory import peak_memory
+from keras_dst.methods import Magnitude
+from tests import no_avx
+
+PATTERNS = ("unstructured", "1x4", "channel")
+SPARSITIES = (0.8, 0.9, 0.95, 0.98)
+KINDS = ("sparse", "converter")  # ours, and that of TensorFlow's converter
+RUNS, LOADS = 50, 9
+FREQUENCY = 10  # steps between updates of the masks: trainings are short
+NOTES = pathlib.Path(__file__).with_suffix(".md")  # what the table says, in words
+
+
+def epochs_of(net) -> int:
+    """How long a net is trained on."""
+    return max(2, net.epochs // 2)
+
+
+def tuned(net_name, method=None):
+    """The net after it has been trained on, under a method or dense."""
+    net = NETS[net_name]
+    x, y = net.data()[0]
+    x, y = x[:IMAGES], y[:IMAGES]
+    model = trained(net_name, None)
+    keras.utils.set_random_seed(SEED)
+    rate = keras.optimizers.schedules.CosineDecay(net.rate, epochs_of(net) * -(-len(y) // BATCH))
+    optimizer = keras.optimizers.SGD(rate, momentum=0.9)
+    callbacks = []
+    if method:
+        last = model.layers[-1].kernel  # its outputs are the classes
+        kernels = [v.path for v in model.trainable_variables if v is not last]
+        kernels = [path for path in kernels if re.fullmatch(net.prunable, path)]
+        optimizer = keras_dst.SparseOptimizer(optimizer, method, filters=kernels)
+        callbacks = [keras_dst.callbacks.SparseTraining()]
+    model.compile(optimizer, "sparse_categorical_crossentropy")
+    model.fit(x, y, batch_size=BATCH, epochs=epochs_of(net), verbose=0, callbacks=callbacks)
+    return keras_dst.strip(model)
+
+
+def cell(net_name, method, dense) -> dict:
+    """What the file of a sparse net is beside those of a dense one, whose paths these are."""
+    x, y = NETS[net_name].data()[1]
+    test = x[:TESTED], y[:TESTED]
+    model = tuned(net_name, method)
+    small = keras_dst.shrink(model) if method.pattern == "channel" else model
+    ours, theirs = (dense[0].with_name(f"{name}.tflite") for name in KINDS)
+    report = keras_dst.export_tflite(small, ours, inputs=test[0], evaluate=test, optimize="latency")
+    theirs.write_bytes(converted(model))
+    paths = [*dense, ours, theirs]
+    files = {
+        file.name.removesuffix(".tflite"): asdict(file) for file in bench(paths, runs=RUNS).files
+    }
+    loads = [[file.load for file in bench(paths, warmup=0, runs=1).files] for _ in range(LOADS)]
+    for path, times in zip(paths, zip(*loads)):
+        files[path.stem]["load"] = statistics.median(times)
+        files[path.stem]["memory"] = peak_memory(path.read_bytes())
+    hidden = no_avx.obstacle()
+    if not hidden:
+        for path, seconds in zip(paths, json.loads(no_avx.run(NO_AVX, *paths))):
+            files[path.stem]["latency_no_avx"] = seconds
+    return {
+        "method": repr(method),
+        "sparsity": keras_dst.report(model).sparsity,
+        "encodings": sorted({tensor.encoding for tensor in report.tensors}),
+        "max_error": report.max_error,
+        "accuracy": report.files[-1].accuracy,
+        "no_avx": hidden or "hidden",
+        "files": files,
+    }
+
+
+def converted(model) -> bytes:
+    """The file that TensorFlow's converter writes of a net with zeros."""
+    import tensorflow as tf
+
+    converter = tf.lite.TFLiteConverter.from_keras_model(model)
+    converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
+    return converter.convert()
+
+
+def run(net_name):
+    name = f"grid_{net_name}"
+    path = RESULTS / f"{name}.json"
+    cells = json.loads(path.read_text())["cells"] if path.exists() else {}
+    plan = [(p, s) for p in PATTERNS for s in SPARSITIES if f"{p}, {s:.0%}" not in cells]
+    if not plan:
+        return
+    x, y = NETS[net_name].data()[1]
+    model = tuned(net_name)
+    with tempfile.TemporaryDirectory() as folder:
+        dense = [pathlib.Path(folder) / f"{kind}.tflite" for kind in ("float32", "int8")]
+        test = x[:TESTED], y[:TESTED]
+        report = keras_dst.export_tflite(model, dense[0], evaluate=test)
+        for file, content in zip(dense, conversions(model, ["float32", "dynamic"])):
+            file.write_bytes(content)
+        told = {
+            "command": "make bench-edge",
+            "seed": SEED,
+            "images": IMAGES,
+            "tested": TESTED,
+            "epochs": [NETS[net_name].epochs, epochs_of(NETS[net_name])],
+            "accuracy_of_dense": {file.name: file.accuracy for file in report.files[:2]},
+            "cells": cells,
+        }
+        for pattern, sparsity in plan:
+            method = Magnitude(sparsity, pattern=pattern, allocation="uniform", frequency=FREQUENCY)
+            found = cells[f"{pattern}, {sparsity:.0%}"] = cell(net_name, method, dense)
+            print(net_name, pattern, sparsity, found, flush=True)
+            save(name, told)
+
+
+def table():
+    lines = [
+        "# Files for the edge, net by net",
+        "",
+        f"Trained dense on {IMAGES:,} images, then half as long again under `Magnitude`, every "
+        "layer but the last as sparse as the others; accuracy in % on "
+        f"{TESTED:,} test images, of the file. "
+        "Beside the dense float32 file of the same net: bytes, latency of one inference on one "
+        "thread, time to load, peak memory. `channel`: the channels are removed. `converter`: the "
+        "file that TensorFlow's converter writes of the same sparse net with "
+        "`EXPERIMENTAL_SPARSITY`. Made by `make bench-edge` from `results/grid_*.json`.",
+    ]
+    for net in NETS:
+        path = RESULTS / f"grid_{net}.json"
+        if path.exists():
+            lines += ["", f"## {net}", "", *_rows(json.loads(path.read_text()))]
+    path = RESULTS / "grid.md"
+    path.write_text("\n".join([*lines, "", NOTES.read_text().rstrip()]) + "\n")
+    print(path.read_text())
+
+
+def _rows(result) -> list[str]:
+    columns = ("accuracy", "bytes", "latency", "load", "memory", "latency, AVX hidden")
+    columns += ("converter: bytes", "latency", "load", "memory", "latency, AVX hidden")
+    first, *_ = result["cells"].values()
+    dense, int8 = first["files"]["float32"], first["files"]["int8"]
+    accuracy, of_int8 = result["accuracy_of_dense"].values()
+    milliseconds = [f"{1e3 * dense[name]:.3g} ms" for name in ("latency", "load")]
+    plain = [f"{dense['bytes']:,}", *milliseconds, f"{1e-6 * dense['memory']:.3g} MB"]
+    rows = [("dense float32", accuracy, plain), ("dense int8", of_int8, _beside(int8, dense))]
+    for name, cell in result["cells"].items():
+        both = [_beside(cell["files"][kind], cell["files"]["float32"]) for kind in KINDS]
+        rows.append((name, cell["accuracy"], [*both[0], *both[1]]))
+    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+    for name, accuracy, cells in rows:
+        cells = [f"{100 * accuracy:.1f}", *cells]
+        cells += [""] * (len(columns) - len(cells))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _beside(file, dense) -> list[str]:
+    """A file's figures as ratios to those of a dense one."""
+    digits = {"bytes": 3, "latency": 2, "load": 2, "memory": 2, "latency_no_avx": 2}
+    return [
+        f"{file[k] / dense[k]:.{n}f}" if k in file else "not measured" for k, n in digits.items()
+    ]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nets", nargs="*", choices=NETS, default=list(NETS))
+    parser.add_argument("--table", action="store_true", help="the table alone")
+    args = parser.parse_args()
+    if not args.table:
+        for name in args.nets:
+            run(name)
+    table()
+
+
+if __name__ == "__main__":
+    main()
