@@ -52,6 +52,19 @@ def lenet_5():
     )
 
 
+def lstm(units: int):
+    """An LSTM that reads the rows of an image, one after the other."""
+    return keras.Sequential(
+        [
+            keras.Input((28, 28, 1)),
+            layers.Reshape((28, 28)),
+            layers.LSTM(units),
+            layers.Dense(10, "softmax"),
+        ],
+        name=f"lstm-{units}",
+    )
+
+
 def resnet(depth: int, width: int = 16, stride: int = 1):
     """The residual net of arXiv 1512.03385 for CIFAR-10, of 6 n + 2 layers, with projections.
 
