@@ -159,20 +159,21 @@ def table():
 
 
 def _rows(result) -> list[str]:
-    columns = ("accuracy", "bytes", "latency", "load", "memory", "latency, AVX hidden")
+    columns = ("zeros", "accuracy", "bytes", "latency", "load", "memory", "latency, AVX hidden")
     columns += ("converter: bytes", "latency", "load", "memory", "latency, AVX hidden")
     first, *_ = result["cells"].values()
     dense, int8 = first["files"]["float32"], first["files"]["int8"]
     accuracy, of_int8 = result["accuracy_of_dense"].values()
     milliseconds = [f"{1e3 * dense[name]:.3g} ms" for name in ("latency", "load")]
     plain = [f"{dense['bytes']:,}", *milliseconds, f"{1e-6 * dense['memory']:.3g} MB"]
-    rows = [("dense float32", accuracy, plain), ("dense int8", of_int8, _beside(int8, dense))]
+    rows = [("dense float32", 0, accuracy, plain)]
+    rows += [("dense int8", 0, of_int8, _beside(int8, dense))]
     for name, cell in result["cells"].items():
         both = [_beside(cell["files"][kind], cell["files"]["float32"]) for kind in KINDS]
-        rows.append((name, cell["accuracy"], [*both[0], *both[1]]))
+        rows.append((name, cell["sparsity"], cell["accuracy"], [*both[0], *both[1]]))
     lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
-    for name, accuracy, cells in rows:
-        cells = [f"{100 * accuracy:.1f}", *cells]
+    for name, sparsity, accuracy, cells in rows:
+        cells = [f"{sparsity:.1%}", f"{100 * accuracy:.1f}", *cells]
         cells += [""] * (len(columns) - len(cells))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines

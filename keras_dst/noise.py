@@ -71,6 +71,7 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
     """
     table = ops.convert_to_tensor(_table(seed))
     found = []
+    # Small tensors together, so that there is little to compile; a large one is not written out.
     for members in bundles([math.prod(shape) for shape in shapes]):
         sizes = [math.prod(shapes[i]) for i in members]
         rows = [-(-size // _WIDTH) for size in sizes]
