@@ -18,11 +18,10 @@ import os
 import pathlib
 import tempfile
 
-from benchmarks.backends import BACKENDS, RESULTS, run_on
+from benchmarks.backends import BACKENDS, RESULTS, run_on, write_page
 
 SPARSITY = 0.9
 PAIRS = list(itertools.combinations(BACKENDS, 2))
-NOTES = pathlib.Path(__file__).with_suffix(".md")  # what the table says, in words
 
 
 def begun(net, seed):
@@ -141,9 +140,7 @@ def table():
             for a, b in PAIRS:
                 cells.append(f"{sum(r['overlap'][f'{a} {b}'] for r in runs) / len(runs):.1%}")
             lines.append(f"| {method} | {' | '.join(cells)} |")
-    path = RESULTS / "across.md"
-    path.write_text("\n".join([*lines, "", NOTES.read_text().rstrip()]) + "\n")
-    print(path.read_text())
+    write_page(RESULTS / "across.md", lines)
 
 
 def main():

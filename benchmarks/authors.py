@@ -20,7 +20,8 @@ import subprocess
 from collections.abc import Callable
 
 from benchmarks import methods, nets
-from benchmarks.common import RESULTS, mnist, save, spread
+from benchmarks.backends import RESULTS, write_page
+from benchmarks.common import mnist, save, spread
 from benchmarks.methods import TASKS, Task
 from keras_dst.schedules import Geometric
 
@@ -30,7 +31,6 @@ REPOSITORIES = {
     "optg": "zyxxmu/OptG",
     "dcil": "Jangho-Kim/DCIL-pytorch",
 }
-NOTES = pathlib.Path(__file__).with_suffix(".md")  # what the table says, in words
 
 
 @dataclasses.dataclass
@@ -140,9 +140,7 @@ def table():
             lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += ["", "| authors' code | commit |", "|---|---|"]
     lines += [f"| {name} | {commit[:10]} |" for name, commit in sorted(commits.items())]
-    path = RESULTS / "authors.md"
-    path.write_text("\n".join([*lines, "", NOTES.read_text().rstrip()]) + "\n")
-    print(path.read_text())
+    write_page(RESULTS / "authors.md", lines)
 
 
 def main():

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 BACKENDS = ("tensorflow", "jax", "torch")
-RESULTS = pathlib.Path(__file__).parent.parent / "results"
+HERE = pathlib.Path(__file__).parent
+RESULTS = HERE.parent / "results"
 
 
 def run_on(backend: str, module: str, *arguments: str) -> None:
@@ -14,3 +15,11 @@ def run_on(backend: str, module: str, *arguments: str) -> None:
     command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
     print(f"KERAS_BACKEND={backend}", *command[1:], flush=True)
     subprocess.run(command, env={**os.environ, "KERAS_BACKEND": backend}, check=True)
+
+
+def write_page(path: pathlib.Path, lines: list[str]) -> None:
+    """Write a page of tables, and below them what they say in words: benchmarks/NAME.md, if any."""
+    notes = HERE / path.name
+    words = ["", notes.read_text().rstrip()] if notes.exists() else []
+    path.write_text("\n".join([*lines, *words]) + "\n")
+    print(path.read_text())

@@ -20,7 +20,8 @@ import keras
 
 import keras_dst
 from benchmarks import nets
-from benchmarks.common import RESULTS, cifar10, mnist, save
+from benchmarks.backends import RESULTS, write_page
+from benchmarks.common import cifar10, mnist, save
 from keras_dst.methods import Magnitude
 from tests import no_avx
 
@@ -211,8 +212,7 @@ def table():
         columns = ("bytes", "gzip_bytes", "latency", "latency_no_avx")
         figures = [_figure(result, column, CASES[name].bars.get(column)) for column in columns]
         lines.append(f"| {name} | {accuracy} | {' | '.join(figures)} |")
-    (RESULTS / "edge.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write_page(RESULTS / "edge.md", lines)
 
 
 def _figure(result, column, bar) -> str:

@@ -23,12 +23,12 @@ import collections
 import dataclasses
 import itertools
 import json
-import pathlib
 import statistics
 
 import keras
 
-from benchmarks.common import RESULTS, save
+from benchmarks.backends import RESULTS, write_page
+from benchmarks.common import save
 from benchmarks.methods import TASKS, name_of, run
 from keras_dst.schedules import Constant
 
@@ -40,7 +40,6 @@ METHODS = (PRUNED_LATER, "Magnitude", "DST", "DCIL", "OptG", "FlipOut", "SET", "
 PATHS = {"DCIL": 2}  # passes of a step
 ALIVE = ("DST", "DCIL", "OptG")
 SPARSE_FROM_THE_START = ("SET", "RigL")
-NOTES = pathlib.Path(__file__).with_suffix(".md")  # what the table says, in words
 
 
 def twice(rate, steps):
@@ -119,9 +118,7 @@ def table():
         cells = [f"{statistics.mean(n):.2f}" for n in zip(*map(operations, runs))]
         took = statistics.median(run["seconds"] for run in runs)
         lines.append(f"| {method} | {epochs} | {reached} | {' | '.join(cells)} | {took:.0f} |")
-    path = RESULTS / "energy.md"
-    path.write_text("\n".join([*lines, "", NOTES.read_text().rstrip()]) + "\n")
-    print(path.read_text())
+    write_page(RESULTS / "energy.md", lines)
 
 
 def main():

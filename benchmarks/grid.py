@@ -23,7 +23,8 @@ from dataclasses import asdict
 import keras
 
 import keras_dst
-from benchmarks.common import RESULTS, save
+from benchmarks.backends import RESULTS, write_page
+from benchmarks.common import save
 from benchmarks.edge import BATCH, IMAGES, NETS, NO_AVX, SEED, TESTED, trained
 from keras_dst.export.convert import conversions
 from keras_dst.export.measure import bench
@@ -36,7 +37,6 @@ SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 KINDS = ("sparse", "converter")  # ours, and that of TensorFlow's converter
 RUNS, LOADS = 50, 9
 FREQUENCY = 10  # steps between updates of the masks: trainings are short
-NOTES = pathlib.Path(__file__).with_suffix(".md")  # what the table says, in words
 
 
 def epochs_of(net) -> int:
@@ -153,9 +153,7 @@ def table():
         path = RESULTS / f"grid_{net}.json"
         if path.exists():
             lines += ["", f"## {net}", "", *_rows(json.loads(path.read_text()))]
-    path = RESULTS / "grid.md"
-    path.write_text("\n".join([*lines, "", NOTES.read_text().rstrip()]) + "\n")
-    print(path.read_text())
+    write_page(RESULTS / "grid.md", lines)
 
 
 def _rows(result) -> list[str]:

@@ -19,12 +19,11 @@ import tempfile
 from dataclasses import dataclass
 from functools import partial
 
-from benchmarks.backends import BACKENDS, RESULTS, run_on
+from benchmarks.backends import BACKENDS, RESULTS, run_on, write_page
 from benchmarks.timing import in_turns, ratios, seconds, steps_of_fit, update_masks
 
 STEPS, ROUNDS = 4, 5
 TOTAL = 4000  # steps of the training that is begun
-NOTES = pathlib.Path(__file__).with_suffix(".md")  # what the table says, in words
 
 
 @dataclass
@@ -182,9 +181,7 @@ def table():
             slopes = [slope(size, [row["ratio_to_plain"][n] for row in rows]) for n in names]
             slopes += [slope(size, [row["seconds"][n] for row in rows]) for n in ONCE]
             lines.append(f"| slope | {' | '.join(f'{s:.2f}' for s in slopes)} |")
-    path = RESULTS / "growth.md"
-    path.write_text("\n".join([*lines, "", NOTES.read_text().rstrip()]) + "\n")
-    print(path.read_text())
+    write_page(RESULTS / "growth.md", lines)
 
 
 def main():

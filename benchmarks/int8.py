@@ -14,7 +14,8 @@ import pathlib
 import tempfile
 
 import keras_dst
-from benchmarks.common import RESULTS, save
+from benchmarks.backends import RESULTS, write_page
+from benchmarks.common import save
 from benchmarks.edge import IMAGES, NETS, SEED, TESTED, trained
 from keras_dst.methods import Magnitude
 
@@ -93,8 +94,7 @@ def table():
                 for file in kinds.values()
             ]
             lines.append(f"| {net} | {name} | " + " | ".join(cells) + " |")
-    (RESULTS / "int8.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    write_page(RESULTS / "int8.md", lines)
 
 
 def main():

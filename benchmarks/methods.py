@@ -17,7 +17,6 @@ import argparse
 import collections
 import functools
 import json
-import pathlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,11 +26,11 @@ import numpy as np
 
 import keras_dst
 from benchmarks import nets
-from benchmarks.common import RESULTS, cifar10, mnist, save, spread, under
+from benchmarks.backends import RESULTS, write_page
+from benchmarks.common import cifar10, mnist, save, spread, under
 from keras_dst.methods import DCIL, DST, SET, Consensus, FlipOut, Magnitude, OptG, RigL
 
 BATCH = 128
-NOTES = pathlib.Path(__file__).with_name("methods.md")  # what the table says, in words
 
 
 class Shuffled(keras.utils.PyDataset):
@@ -207,10 +206,7 @@ def table():
             )
             if seeds:
                 lines.append(f"| {method} | {seeds} | " + " | ".join(cells) + " |")
-    lines += ["", NOTES.read_text().rstrip()]
-    path = RESULTS / "methods.md"
-    path.write_text("\n".join(lines) + "\n")
-    print(path.read_text())
+    write_page(RESULTS / "methods.md", lines)
 
 
 def main():

@@ -8,8 +8,8 @@ import collections
 import json
 import statistics
 
-from benchmarks.backends import run_on
-from benchmarks.common import RESULTS, spread
+from benchmarks.backends import RESULTS, run_on, write_page
+from benchmarks.common import spread
 
 # backend, model, target sparsity (None: the paper's alpha alone; "dense": the control), seeds
 RUNS = [
@@ -74,9 +74,7 @@ def table():
             f"| {model} | {kind} | {backend} | {len(runs)} | {spread(accuracy)} % "
             f"| {spread(kept)} % | {statistics.median(r['seconds'] for r in runs):.0f} |"
         )
-    path = RESULTS / "mnist.md"
-    path.write_text("\n".join(lines) + "\n")
-    print(path.read_text())
+    write_page(RESULTS / "mnist.md", lines)
 
 
 if __name__ == "__main__":

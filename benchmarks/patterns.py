@@ -12,16 +12,15 @@ python -m benchmarks.patterns --table
 import argparse
 import collections
 import json
-import pathlib
 
-from benchmarks.common import RESULTS, save, spread
+from benchmarks.backends import RESULTS, write_page
+from benchmarks.common import save, spread
 from benchmarks.methods import METHODS, TASKS, name_of, run
 
 #: Methods that prune weights by a score, alone, in blocks along the inputs, or whole channels.
 SCORED = [name for name in METHODS if name not in ("dense", "random", "Consensus")]
 PATTERNS = ("unstructured", "1x4", "1x16", "channel")
 SPARSITIES = (0.9, 0.95)
-NOTES = pathlib.Path(__file__).with_suffix(".md")  # what the table says, in words
 
 
 def table():
@@ -49,9 +48,7 @@ def table():
                     cells = [spread(some) if some else "" for some in runs]
                     row = [method, f"{sparsity:.0%}", str(max(len(some or ()) for some in runs))]
                     lines.append("| " + " | ".join(row + cells) + " |")
-    path = RESULTS / "patterns.md"
-    path.write_text("\n".join([*lines, "", NOTES.read_text().rstrip()]) + "\n")
-    print(path.read_text())
+    write_page(RESULTS / "patterns.md", lines)
 
 
 def main():

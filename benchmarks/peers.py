@@ -16,7 +16,8 @@ import statistics
 import subprocess
 import sys
 
-from benchmarks.common import RESULTS, mnist, save, spread
+from benchmarks.backends import RESULTS, write_page
+from benchmarks.common import mnist, save, spread
 from benchmarks.peers_worker import EPOCHS, FEW, FILES, NET, RESNET, ROUNDS, STEPS, TARGET
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -25,7 +26,6 @@ PYTHONS = {
     "tfmot": ROOT / ".venv-tfmot" / "bin" / "python",
     "PQuantML": ROOT / ".venv-pquant" / "bin" / "python",
 }
-NOTES = pathlib.Path(__file__).with_suffix(".md")  # what the table says, in words
 RUNS = 1000
 
 
@@ -133,9 +133,7 @@ def table():
             outcomes.setdefault(_outcome(found), []).append(method)
         for outcome, methods in outcomes.items():
             lines.append(f"| {tool} | {'; '.join(methods)} | {outcome} |")
-    path = RESULTS / "peers.md"
-    path.write_text("\n".join([*lines, "", NOTES.read_text().rstrip()]) + "\n")
-    print(path.read_text())
+    write_page(RESULTS / "peers.md", lines)
 
 
 def _row(result, method, found) -> str:
