@@ -10,11 +10,15 @@ HERE = pathlib.Path(__file__).parent
 RESULTS = HERE.parent / "results"
 
 
-def run_on(backend: str, module: str, *arguments: str) -> None:
-    """Run `python -m benchmarks.MODULE ARGUMENTS` with a backend; raise if it fails."""
+def run_on(backend: str, module: str, *arguments: str, variables: dict | None = None) -> None:
+    """Run `python -m benchmarks.MODULE ARGUMENTS` with a backend; raise if it fails.
+
+    `variables` are put into its environment.
+    """
     command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
     print(f"KERAS_BACKEND={backend}", *command[1:], flush=True)
-    subprocess.run(command, env={**os.environ, "KERAS_BACKEND": backend}, check=True)
+    environment = {**os.environ, **(variables or {}), "KERAS_BACKEND": backend}
+    subprocess.run(command, env=environment, check=True)
 
 
 def write_page(path: pathlib.Path, lines: list[str]) -> None:

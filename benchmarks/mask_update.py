@@ -9,9 +9,11 @@ blocks, and what is held at once, where every block has pages of its own.
 import argparse
 import ctypes
 import itertools
+import json
 import os
 import pathlib
 import statistics
+import tempfile
 from functools import partial
 
 from benchmarks.backends import BACKENDS, run_on
@@ -21,8 +23,8 @@ ROUNDS = 5
 STEPS = 10_000  # of the training whose schedule is followed
 STEP = 100  # of them from one update to the next
 SELF = pathlib.Path("/proc/self")
-LIBC = ctypes.CDLL(None)
-MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
+# Under glibc every block of half a MiB or more then has pages of its own.
+NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 19)}
 
 
 def methods() -> dict:
@@ -41,13 +43,17 @@ def methods() -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=BACKENDS, help="this one, in this process")
+    parser.add_argument("--memory", type=pathlib.Path, help="memory alone, to this file")
     args = parser.parse_args()
     if args.backend is None:
         for name in BACKENDS:
             run_on(name, "mask_update", "--backend", name)
         return
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before any thread pool is made
-    measure()
+    if args.memory:
+        args.memory.write_text(json.dumps({n: memory(m) for n, m in methods().items()}))
+    else:
+        measure()
 
 
 def measure():
@@ -55,16 +61,18 @@ def measure():
 
     from benchmarks.common import save
 
+    backend = keras.backend.backend()
     found = {name: times(method) for name, method in methods().items()}
-    for column in ("grown_over_weights", "memory_over_weights"):
-        for name, method in methods().items():
-            found[name][column] = memory(method)
-        # Blocks of half a MiB or more get pages of their own from now on, and leave no holes.
-        LIBC.mallopt(MMAP_THRESHOLD, 1 << 19)
+    for column, variables in (("grown_over_weights", {}), ("memory_over_weights", NO_HOLES)):
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            told = ("--backend", backend, "--memory", file.name)
+            run_on(backend, "mask_update", *told, variables=variables)
+            for name, figure in json.load(file).items():
+                found[name][column] = figure
     for name, figures in found.items():
-        print(f"{keras.backend.backend():10s} {name:20s}", *figures.values())
+        print(f"{backend:10s} {name:20s}", *figures.values())
     result = {"command": "make bench-overhead", "net": "ResNet50 of keras.applications"}
-    save(f"mask_update_{keras.backend.backend()}", {**result, "rounds": ROUNDS, "methods": found})
+    save(f"mask_update_{backend}", {**result, "rounds": ROUNDS, "methods": found})
 
 
 def prepared(method):
@@ -130,7 +138,7 @@ def memory(method) -> float:
     from keras_dst.export.memory import kilobytes
 
     driver, update = prepared(method)
-    LIBC.malloc_trim(0)  # gives back what is free, which would be used again unseen
+    ctypes.CDLL(None).malloc_trim(0)  # gives back what is free, which would be used again unseen
     before = kilobytes("VmRSS")
     (SELF / "clear_refs").write_text("5")  # the peak counts from here on
     update()

@@ -216,23 +216,26 @@ class _Ranking:
     def masks(self, kept):
         low, high, below, above = self.thresholds(kept)
         room, ties = kept - above, below - above
-        end = ops.where(ties <= room, self.lengths, 0)
-        some_fit = (room > 0) & (ties > room)
+        all_fit = ties <= room
+        some_fit = (room > 0) & ~all_fit
         firsts = self.best() if self.first else [None] * len(self.bundles)
+        bundles = list(zip(self.bundles, self.scores, firsts))
 
-        def up_to(end):
+        def none_or_all():
+            cut = ops.where(all_fit, low, high)
+            return [_marked(self._above(b, s, cut), first) for b, s, first in bundles]
+
+        def some():
+            end = ops.where(all_fit, self.lengths, 0)
+            end = ops.where(some_fit, self._last_ties(low, high, firsts, room), end)
             found = []
-            for b, s, first in zip(self.bundles, self.scores, firsts):
+            for b, s, first in bundles:
                 tied = self._above(b, s, low) & _within(self._each(b, end) - b.start)
                 found.append(_marked(self._above(b, s, high) | tied, first))
             return found
 
         # Whole masks, not their ends alone: XLA would compile all this again for every tensor.
-        return ops.cond(
-            ops.any(some_fit),
-            lambda: up_to(ops.where(some_fit, self._last_ties(low, high, firsts, room), end)),
-            lambda: up_to(end),
-        )
+        return ops.cond(ops.any(some_fit), some, none_or_all)
 
     def thresholds(self, kept):
         """`(low, high)`: no more than `kept` weights score above `high`, more do above `low`.
