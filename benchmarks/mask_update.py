@@ -19,7 +19,7 @@ from functools import partial
 from benchmarks.backends import BACKENDS, run_on
 from benchmarks.timing import cpu_seconds, in_turns, ratios, update_masks
 
-ROUNDS = 5
+ROUNDS = 9
 STEPS = 10_000  # of the training whose schedule is followed
 STEP = 100  # of them from one update to the next
 SELF = pathlib.Path("/proc/self")
