@@ -5,8 +5,9 @@ The nets of `benchmarks.edge`, trained dense there, are trained on for half as l
 trained on as well. Whole channels are then removed. Each is exported for latency and measured
 beside the dense float32 and int8 files, in turns, at batch 1 on one thread: accuracy on test
 images, bytes, latency, time to load, peak memory; and so is the file of TensorFlow's converter with
-`EXPERIMENTAL_SPARSITY`, which is what tfmot's users get. Cells that a JSON has already are not made
-again.
+`EXPERIMENTAL_SPARSITY`, which is what tfmot's users get. Latency is measured once more with AVX
+hidden, where XNNPACK takes the kernels it has for ARM; our file is then one exported for ARM. Cells
+that a JSON has already are not made again.
 
 python -m benchmarks.grid [--nets NET ...]
 python -m benchmarks.grid --table
@@ -34,7 +35,7 @@ from tests import no_avx
 
 PATTERNS = ("unstructured", "1x4", "channel")
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
-KINDS = ("sparse", "converter")  # ours, and that of TensorFlow's converter
+TARGETS = {"sparse": "host", "arm": "arm"}  # our files, beside that of TensorFlow's converter
 RUNS, LOADS = 50, 9
 FREQUENCY = 10  # steps between updates of the masks: trainings are short
 
@@ -71,10 +72,15 @@ def cell(net_name, method, dense) -> dict:
     test = x[:TESTED], y[:TESTED]
     model = tuned(net_name, method)
     small = keras_dst.shrink(model) if method.pattern == "channel" else model
-    ours, theirs = (dense[0].with_name(f"{name}.tflite") for name in KINDS)
-    report = keras_dst.export_tflite(small, ours, inputs=test[0], evaluate=test, optimize="latency")
+    *ours, theirs = (dense[0].with_name(f"{name}.tflite") for name in (*TARGETS, "converter"))
+    reports = {
+        path.stem: keras_dst.export_tflite(
+            small, path, inputs=test[0], evaluate=test, optimize="latency", target=target
+        )
+        for path, target in zip(ours, TARGETS.values())
+    }
     theirs.write_bytes(converted(model))
-    paths = [*dense, ours, theirs]
+    paths = [*dense, *ours, theirs]
     files = {
         file.name.removesuffix(".tflite"): asdict(file) for file in bench(paths, runs=RUNS).files
     }
@@ -89,9 +95,12 @@ def cell(net_name, method, dense) -> dict:
     return {
         "method": repr(method),
         "sparsity": keras_dst.report(model).sparsity,
-        "encodings": sorted({tensor.encoding for tensor in report.tensors}),
-        "max_error": report.max_error,
-        "accuracy": report.files[-1].accuracy,
+        "encodings": {
+            name: sorted({tensor.encoding for tensor in report.tensors})
+            for name, report in reports.items()
+        },
+        "max_error": {name: report.max_error for name, report in reports.items()},
+        "accuracy": reports["sparse"].files[-1].accuracy,
         "no_avx": hidden or "hidden",
         "files": files,
     }
@@ -145,9 +154,10 @@ def table():
         "layer but the last as sparse as the others; accuracy in % on "
         f"{TESTED:,} test images, of the file. "
         "Beside the dense float32 file of the same net: bytes, latency of one inference on one "
-        "thread, time to load, peak memory. `channel`: the channels are removed. `converter`: the "
-        "file that TensorFlow's converter writes of the same sparse net with "
-        "`EXPERIMENTAL_SPARSITY`. Made by `make bench-edge` from `results/grid_*.json`.",
+        "thread, time to load, peak memory; then bytes and latency of a file exported for ARM, "
+        "with AVX hidden, where XNNPACK takes the kernels it has for ARM. `channel`: the channels "
+        "are removed. `converter`: the file that TensorFlow's converter writes of the same sparse "
+        "net with `EXPERIMENTAL_SPARSITY`. Made by `make bench-edge` from `results/grid_*.json`.",
     ]
     for net in NETS:
         path = RESULTS / f"grid_{net}.json"
@@ -156,19 +166,31 @@ def table():
     write_page(RESULTS / "grid.md", lines)
 
 
+#: Measured, by how many digits are told, on a CPU as it is and with AVX hidden.
+DIGITS = {"bytes": 3, "latency": 2, "load": 2, "memory": 2}
+NO_AVX_DIGITS = {"bytes": 3, "latency_no_avx": 2}
+
+
 def _rows(result) -> list[str]:
-    columns = ("zeros", "accuracy", "bytes", "latency", "load", "memory", "latency, AVX hidden")
-    columns += ("converter: bytes", "latency", "load", "memory", "latency, AVX hidden")
+    columns = ("zeros", "accuracy", *DIGITS, "no AVX: bytes", "latency", "converter: bytes")
+    columns += ("latency", "load", "memory", "latency, no AVX")
     first, *_ = result["cells"].values()
     dense, int8 = first["files"]["float32"], first["files"]["int8"]
     accuracy, of_int8 = result["accuracy_of_dense"].values()
-    milliseconds = [f"{1e3 * dense[name]:.3g} ms" for name in ("latency", "load")]
-    plain = [f"{dense['bytes']:,}", *milliseconds, f"{1e-6 * dense['memory']:.3g} MB"]
+    plain = [f"{dense['bytes']:,}"]
+    plain += [f"{1e3 * dense[name]:.3g} ms" for name in ("latency", "load")]
+    plain += [f"{1e-6 * dense['memory']:.3g} MB", plain[0]]
+    if "latency_no_avx" in dense:
+        plain += [f"{1e3 * dense['latency_no_avx']:.3g} ms"]
     rows = [("dense float32", 0, accuracy, plain)]
-    rows += [("dense int8", 0, of_int8, _beside(int8, dense))]
+    both = _beside(int8, dense, DIGITS) + _beside(int8, dense, NO_AVX_DIGITS)
+    rows += [("dense int8", 0, of_int8, both)]
     for name, cell in result["cells"].items():
-        both = [_beside(cell["files"][kind], cell["files"]["float32"]) for kind in KINDS]
-        rows.append((name, cell["sparsity"], cell["accuracy"], [*both[0], *both[1]]))
+        of = cell["files"]
+        dense = of["float32"]
+        cells = _beside(of["sparse"], dense, DIGITS) + _beside(of["arm"], dense, NO_AVX_DIGITS)
+        cells += _beside(of["converter"], dense, DIGITS | {"latency_no_avx": 2})
+        rows.append((name, cell["sparsity"], cell["accuracy"], cells))
     lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for name, sparsity, accuracy, cells in rows:
         cells = [f"{sparsity:.1%}", f"{100 * accuracy:.1f}", *cells]
@@ -177,9 +199,8 @@ def _rows(result) -> list[str]:
     return lines
 
 
-def _beside(file, dense) -> list[str]:
+def _beside(file, dense, digits) -> list[str]:
     """A file's figures as ratios to those of a dense one."""
-    digits = {"bytes": 3, "latency": 2, "load": 2, "memory": 2, "latency_no_avx": 2}
     return [
         f"{file[k] / dense[k]:.{n}f}" if k in file else "not measured" for k, n in digits.items()
     ]

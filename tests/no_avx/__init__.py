@@ -1,12 +1,16 @@
 """Runs Python as on a CPU without AVX, on which XNNPACK takes its sparse kernels, as on ARM.
 
-Intel CPUs can let CPUID trap, on Linux for one process. The handler in ``hide_avx.c`` then answers
+LiteRT asks the CPU what it has by CPUID instructions. Each of those that ``objdump`` finds in its
+libraries gets a breakpoint, in one process's memory; the handler in ``hide_avx.c`` then answers
 with the bits of AVX, FMA, F16C and everything above cleared.
 """
 
+import ctypes
 import functools
 import os
 import pathlib
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -17,12 +21,12 @@ _SOURCE = pathlib.Path(__file__).with_name("hide_avx.c")
 
 def obstacle():
     """Why AVX cannot be hidden on this machine; empty if it can."""
-    cpu = pathlib.Path("/proc/cpuinfo")
-    if not cpu.exists() or "cpuid_fault" not in cpu.read_text():
-        return (
-            "hiding AVX needs Linux on a CPU that can trap CPUID: no cpuid_fault in /proc/cpuinfo"
-        )
-    return "" if shutil.which("cc") else "hiding AVX needs a C compiler: there is no cc"
+    machine = f"{platform.system()} {platform.machine()}"
+    if machine != "Linux x86_64":
+        return f"hiding AVX needs Linux x86_64, this is {machine}"
+    if not (shutil.which("cc") and shutil.which("objdump")):
+        return "hiding AVX needs a C compiler, cc, and binutils' objdump"
+    return ""
 
 
 @functools.cache
@@ -32,11 +36,33 @@ def _library():
     return path
 
 
+def hide(library):
+    """Hides AVX from LiteRT in this process, before its first interpreter."""
+    import ai_edge_litert.interpreter  # what follows looks at its libraries, now loaded
+
+    ours = str(pathlib.Path(ai_edge_litert.__file__).parent)
+    loaded = {}
+    for line in pathlib.Path("/proc/self/maps").read_text().splitlines():
+        begin, path = line.partition("-")[0], line.split(maxsplit=5)[-1]
+        if path.startswith(ours):
+            loaded.setdefault(path, int(begin, 16))
+    places = []
+    for path, begin in loaded.items():
+        listing = subprocess.run(["objdump", "-d", path], capture_output=True, text=True).stdout
+        places += [
+            begin + int(offset, 16)
+            for offset in re.findall(r"^ *([0-9a-f]+):\t0f a2 +\tcpuid", listing, re.MULTILINE)
+        ]
+    addresses = (ctypes.c_void_p * len(places))(*places)
+    if not places or ctypes.CDLL(library).hide_avx(addresses, len(places)):
+        raise RuntimeError(f"no breakpoints could be set at {len(places)} places of {[*loaded]}")
+
+
 def run(code, *arguments):
     """Runs Python code in a process that sees no AVX; raises with its words where it fails."""
-    hide = "import ctypes, sys; assert ctypes.CDLL(sys.argv.pop(1)).hide_avx() == 0\n"
+    hidden = "import sys\nfrom tests import no_avx\nno_avx.hide(sys.argv.pop(1))\n"
     done = subprocess.run(
-        [sys.executable, "-c", hide + code, str(_library()), *map(str, arguments)],
+        [sys.executable, "-c", hidden + code, str(_library()), *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},

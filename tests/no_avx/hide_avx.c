@@ -1,27 +1,18 @@
-/* CPUID traps in this process and is answered without the bits of AVX and what builds on it. */
+/* CPUID instructions at given places are answered without the bits of AVX and what builds on it. */
 #define _GNU_SOURCE
 #include <signal.h>
 #include <stdint.h>
-#include <sys/syscall.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
 
-#define ARCH_SET_CPUID 0x1012
 #define BIT(n) (1u << (n))
-
-static struct sigaction previous;
+#define BREAKPOINT 0xcc
 
 static void answer(int number, siginfo_t *info, void *context) {
   greg_t *registers = ((ucontext_t *)context)->uc_mcontext.gregs;
-  const uint8_t *code = (const uint8_t *)registers[REG_RIP];
-  if (code[0] != 0x0f || code[1] != 0xa2) { /* not CPUID: a fault of the program's own */
-    sigaction(SIGSEGV, &previous, 0);
-    return;
-  }
   uint32_t leaf = registers[REG_RAX], part = registers[REG_RCX], a = leaf, b, c = part, d;
-  syscall(SYS_arch_prctl, ARCH_SET_CPUID, 1);
   __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  syscall(SYS_arch_prctl, ARCH_SET_CPUID, 0);
   if (leaf == 1) c &= ~(BIT(28) | BIT(12) | BIT(29)); /* AVX, FMA, F16C */
   if (leaf == 7 && part == 0) {
     b &= ~(BIT(5) | BIT(16) | BIT(17) | BIT(21) | BIT(28) | BIT(30) | BIT(31)); /* AVX2, AVX512 */
@@ -33,11 +24,20 @@ static void answer(int number, siginfo_t *info, void *context) {
   registers[REG_RBX] = b;
   registers[REG_RCX] = c;
   registers[REG_RDX] = d;
-  registers[REG_RIP] += 2;
+  registers[REG_RIP] += 1; /* past the second byte of the instruction, 0f a2 */
 }
 
-int hide_avx(void) {
-  struct sigaction action = {.sa_sigaction = answer, .sa_flags = SA_SIGINFO | SA_NODEFER};
-  sigaction(SIGSEGV, &action, &previous);
-  return syscall(SYS_arch_prctl, ARCH_SET_CPUID, 0);
+/* 0, or 1 where a place holds no CPUID or its memory cannot be written. */
+int hide_avx(uint8_t **places, int count) {
+  struct sigaction action = {.sa_sigaction = answer, .sa_flags = SA_SIGINFO};
+  uintptr_t page = sysconf(_SC_PAGESIZE);
+  sigaction(SIGTRAP, &action, 0);
+  for (int i = 0; i < count; i++) {
+    uint8_t *place = places[i], *start = (uint8_t *)((uintptr_t)place & ~(page - 1));
+    if (place[0] != 0x0f || place[1] != 0xa2) return 1;
+    if (mprotect(start, page, PROT_READ | PROT_WRITE | PROT_EXEC)) return 1;
+    *place = BREAKPOINT;
+    if (mprotect(start, page, PROT_READ | PROT_EXEC)) return 1;
+  }
+  return 0;
 }
