@@ -95,10 +95,16 @@ def _layouts(model, optimizer: SparseOptimizer) -> list[Layout]:
 @functools.lru_cache(maxsize=16)
 def _functions(method, layouts, shapes):
     """A method's update and its counts of kept weights, compiled once for all trainings with it."""
-    update = compiled(lambda w, s, kept, when: method.update(w, s, layouts, kept, when))
-    kept = compiled(
-        lambda w, s: [ops.sum(ops.cast(method.mask(*x), "float32")) for x in zip(w, s, layouts)]
-    )
+
+    @compiled
+    def update(weights, states, kept, when):
+        return method.update(weights, states, layouts, kept, when)
+
+    @compiled
+    def kept(weights, states):
+        masks = [method.mask(*values) for values in zip(weights, states, layouts)]
+        return [ops.sum(ops.cast(mask, "float32")) for mask in masks]
+
     return update, kept
 
 
