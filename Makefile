@@ -1,6 +1,6 @@
 # make demo: the main job, end to end, on real data. make test: everything, on three backends.
-# Both do all their own set-up. The rest: lint, test-BACKEND, test-notebooks, notebooks, docs, picture,
-# browser, arm64, clean, and bench-NAME, below.
+# Both do all their own set-up. The rest: lint, test-BACKEND, test-notebooks, notebooks, docs,
+# pictures, browser, arm64, clean, and bench-NAME, below.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ BROWSERS := chromium chromium-browser google-chrome
 DEMO_READY := $(VENV)/ready-demo
 TEST_READY := $(VENV)/ready-test
 
-.PHONY: demo test lint browser arm64 docs picture notebooks $(BACKENDS:%=test-%) test-notebooks clean
+.PHONY: demo test lint browser arm64 docs pictures notebooks $(BACKENDS:%=test-%) test-notebooks clean
 .PHONY: bench-mnist bench-methods bench-patterns bench-step bench-overhead bench-matrix
 .PHONY: bench-edge bench-int8 bench-growth bench-authors bench-peers bench-across bench-energy
 
@@ -46,8 +46,8 @@ docs: $(TEST_READY)
 	$(VENV)/bin/python -m mkdocs build --strict
 
 # The one in README.md, of the JSON files in results/.
-picture: $(TEST_READY)
-	KERAS_BACKEND=torch $(RUN) -m benchmarks.picture
+pictures: $(TEST_READY)
+	KERAS_BACKEND=torch $(RUN) -m benchmarks.pictures
 
 # tfmot takes no Keras 3: what is tested against it, on one backend, has an environment of its own.
 test-torch: $(TFMOT)/ready

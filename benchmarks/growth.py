@@ -44,6 +44,7 @@ AXES = {
     "layers": [Point(64, depth, 32) for depth in (10, 40, 200)],
     "batch": [Point(500, 4, batch) for batch in (1, 8, 64, 512)],
 }
+SIZES = {"parameters": "weights", "layers": "depth", "batch": "batch"}  # what an axis counts
 ONCE = ("sparsify", "strip", "update", "shrink", "export")
 
 
@@ -155,7 +156,6 @@ def slope(sizes, values) -> float:
 
 
 def table():
-    sizes = {"parameters": "weights", "layers": "depth", "batch": "batch"}
     lines = [
         "# What it costs as the work grows",
         "",
@@ -170,7 +170,7 @@ def table():
             continue
         for axis, rows in json.loads(path.read_text())["axes"].items():
             names = list(rows[0]["ratio_to_plain"])
-            size = [row[sizes[axis]] for row in rows]
+            size = [row[SIZES[axis]] for row in rows]
             lines += ["", f"## {axis}, {backend}", ""]
             lines += [f"| {axis} | {' | '.join([*names, *ONCE])} |"]
             lines += ["|---|" + "---|" * (len(names) + len(ONCE))]

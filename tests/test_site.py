@@ -24,7 +24,7 @@ from benchmarks import (
     mnist_all,
     patterns,
     peers,
-    picture,
+    pictures,
 )
 from benchmarks.common import RESULTS
 from tests.backends import once
@@ -124,12 +124,13 @@ def test_the_page_of_models_is_that_of_the_json_files(tmp_path, monkeypatch):
     assert matrix.PAGE.read_text() == committed
 
 
-def test_the_picture_is_that_of_the_json_files(tmp_path):
+@pytest.mark.parametrize("name", pictures.PICTURES)
+def test_pictures_are_those_of_the_json_files(name, tmp_path):
     def data(path):
         return re.search(r"<dc:description>(.*?)</dc:description>", path.read_text())[1]
 
-    picture.draw(tmp_path / "methods.svg")
-    assert data(tmp_path / "methods.svg") == data(picture.PATH)
+    pictures.draw(name, tmp_path / "made.svg")
+    assert data(tmp_path / "made.svg") == data(pictures.IMAGES / f"{name}.svg")
 
 
 def test_figures_in_the_readme_are_in_the_results():

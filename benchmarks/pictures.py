@@ -1,0 +1,161 @@
+"""The pictures in README.md and docs/benchmarks.md, of the JSON files in results/.
+
+python -m benchmarks.pictures
+
+Each is a function that gives the data, which stand in the picture's description as well, and one
+that draws them: see `PICTURES`.
+"""
+
+import collections
+import json
+import pathlib
+import statistics
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+
+from benchmarks.backends import RESULTS
+from benchmarks.grid import NETS, PATTERNS, SPARSITIES
+from benchmarks.growth import SIZES
+
+IMAGES = pathlib.Path(__file__).parent.parent / "docs" / "images"
+TASK = "mnist"
+MARKERS = {0.9: "o", 0.98: "D"}
+
+
+def draw(name: str, path: pathlib.Path) -> None:
+    """One of `PICTURES`, with its data in the description."""
+    data, onto, size = PICTURES[name]
+    shown = data()
+    with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 9}):
+        figure = plt.figure(figsize=size, layout="constrained")
+        onto(figure, shown)
+        text = json.dumps(shown)
+        figure.savefig(path, metadata={"Date": None, "Creator": None, "Description": text})
+        plt.close(figure)
+
+
+# -- test errors of all methods ------------------------------------------------------------------
+
+
+def errors() -> dict:
+    """Test errors in % of every run: by method and target, in the order of the mean errors."""
+    runs = [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"methods_{TASK}_*.json"))]
+    found = collections.defaultdict(lambda: collections.defaultdict(list))
+    for run in runs:
+        if run["method"] == "dense" or run["target"] in MARKERS:
+            error = round(100 * (1 - run["test_accuracy"]), 2)
+            found[run["method"]][str(run["target"])].append(error)
+    hardest = str(max(MARKERS))
+    order = sorted(found, key=lambda name: statistics.mean(found[name].get(hardest, [0])))
+    sparse = {name: dict(sorted(found[name].items())) for name in order if name != "dense"}
+    (dense,) = found["dense"].values()
+    told = {"net": runs[0]["net"], "epochs": runs[0]["epochs"]}
+    return told | {"dense": dense, "sparse": sparse}
+
+
+def draw_errors(figure, shown) -> None:
+    """Every run is a dot, so that nothing hides behind a mean."""
+    axes = figure.subplots()
+    for place, of_method in enumerate(shown["sparse"].values()):
+        for (target, marker), colour in zip(MARKERS.items(), ("tab:blue", "tab:red")):
+            values = of_method[str(target)]
+            label = f"{target:.0%} of the weights zero" if place == 0 else None
+            style = {"marker": marker, "color": colour, "alpha": 0.6, "linewidths": 0}
+            axes.scatter(values, [place] * len(values), label=label, **style)
+    dense = shown["dense"]
+    axes.axvline(statistics.mean(dense), color="grey", linestyle="--", label="dense net")
+    axes.set_yticks(range(len(shown["sparse"])), shown["sparse"])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100 %"])
+    axes.minorticks_off()
+    axes.set_xlabel("test error, logarithmic; left is better")
+    title = f"{shown['net']}, {shown['epochs']} epochs, {len(dense)} seeds, no method tuned"
+    axes.set_title(title, loc="left")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="upper right")
+
+
+# -- time of a step as the work grows ------------------------------------------------------------
+
+
+def growth() -> dict:
+    """Time of a step beside the plain net's: by axis, the sizes and the ratios of each method."""
+    axes = json.loads((RESULTS / "growth_jax.json").read_text())["axes"]
+    return {
+        axis: {
+            "sizes": [row[SIZES[axis]] for row in rows],
+            "ratios": {
+                name: [round(row["ratio_to_plain"][name], 3) for row in rows]
+                for name in rows[0]["ratio_to_plain"]
+            },
+        }
+        for axis, rows in axes.items()
+    }
+
+
+def draw_growth(figure, shown) -> None:
+    every = figure.subplots(1, len(shown), sharey=True)
+    for axes, (axis, found) in zip(every, shown.items()):
+        for name, ratios in found["ratios"].items():
+            axes.plot(found["sizes"], ratios, marker=".", label=name)
+        axes.axhline(1, color="grey", linestyle="--")
+        axes.set_xscale("log")
+        axes.set_xlabel(axis)
+        axes.grid(alpha=0.3)
+    every[0].set_ylabel("time of a step, plain net = 1")
+    every[-1].legend()
+
+
+# -- latency of files ----------------------------------------------------------------------------
+
+KINDS = {"this CPU": ("sparse", "latency"), "no AVX": ("arm", "latency_no_avx")}
+
+
+def files() -> dict:
+    """Latency beside the dense float32 file: by net, pattern and CPU, in order of the sparsity."""
+    found = {}
+    for net in NETS:
+        cells = json.loads((RESULTS / f"grid_{net}.json").read_text())["cells"]
+        of = {(p, s): cells[f"{p}, {s:.0%}"]["files"] for p in PATTERNS for s in SPARSITIES}
+        found[net] = {
+            pattern: {
+                cpu: [
+                    round(of[pattern, s][file][key] / of[pattern, s]["float32"][key], 3)
+                    for s in SPARSITIES
+                ]
+                for cpu, (file, key) in KINDS.items()
+            }
+            for pattern in PATTERNS
+        }
+    return found
+
+
+def draw_files(figure, shown) -> None:
+    every = figure.subplots(1, len(shown), sharey=True)
+    places = range(len(SPARSITIES))
+    for axes, (net, found) in zip(every, shown.items()):
+        for number, (pattern, latencies) in enumerate(found.items()):
+            for (cpu, values), line in zip(latencies.items(), ("-", ":")):
+                style = {"color": f"C{number}", "linestyle": line, "marker": "."}
+                axes.plot(places, values, label=f"{pattern}, {cpu}", **style)
+        axes.axhline(1, color="grey", linestyle="--")
+        axes.set_yscale("log")
+        axes.set_xticks(places, [f"{s:.0%}" for s in SPARSITIES])
+        axes.set_title(net)
+        axes.grid(alpha=0.3)
+    every[0].set_ylabel("latency, dense float32 file = 1")
+    every[0].legend(fontsize=7)
+
+
+PICTURES = {
+    "methods": (errors, draw_errors, (7, 3.6)),
+    "growth": (growth, draw_growth, (9, 3.4)),
+    "files": (files, draw_files, (9, 3.4)),
+}
+
+if __name__ == "__main__":
+    for name in PICTURES:
+        draw(name, IMAGES / f"{name}.svg")
+        print(f"wrote docs/images/{name}.svg")
