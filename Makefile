@@ -123,9 +123,9 @@ bench-int8: $(TEST_READY)
 # AUTHORS names a folder with checkouts of the repositories that benchmarks/authors.py lists.
 bench-authors: $(TEST_READY)
 	KERAS_BACKEND=jax $(RUN) -m benchmarks.authors dst --code $(AUTHORS)/DynamicSparseTraining
-	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.authors flipout --code $(AUTHORS)/flipout --seeds 1
-	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.authors optg --code $(AUTHORS)/OptG --seeds 1
-	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.authors dcil --code $(AUTHORS)/DCIL-pytorch --seeds 1
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.authors flipout --code $(AUTHORS)/flipout
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.authors optg --code $(AUTHORS)/OptG
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.authors dcil --code $(AUTHORS)/DCIL-pytorch
 
 bench-peers: $(TEST_READY) $(TFMOT)/ready $(PQUANT)/ready
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.peers
