@@ -45,7 +45,7 @@ lint: $(TEST_READY)
 docs: $(TEST_READY)
 	$(VENV)/bin/python -m mkdocs build --strict
 
-# The one in README.md, of the JSON files in results/.
+# Those in README.md and docs/benchmarks.md, of the JSON files in results/.
 pictures: $(TEST_READY)
 	KERAS_BACKEND=torch $(RUN) -m benchmarks.pictures
 
@@ -80,8 +80,8 @@ bench-mnist: $(TEST_READY)
 	$(RUN) -m benchmarks.mnist_all
 
 bench-methods: $(TEST_READY)
-	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.methods mnist --seeds 3
-	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.methods cifar10 --seeds 1
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.methods mnist
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.methods cifar10
 
 bench-patterns: $(TEST_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.patterns mnist-mlp --seeds 1

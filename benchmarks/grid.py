@@ -166,44 +166,56 @@ def table():
     write_page(RESULTS / "grid.md", lines)
 
 
-#: Measured, by how many digits are told, on a CPU as it is and with AVX hidden.
-DIGITS = {"bytes": 3, "latency": 2, "load": 2, "memory": 2}
-NO_AVX_DIGITS = {"bytes": 3, "latency_no_avx": 2}
+#: Columns of the table: head, whose file, what of it, and by how many digits it is told.
+COLUMNS = (
+    ("bytes", "sparse", "bytes", 3),
+    ("latency", "sparse", "latency", 2),
+    ("load", "sparse", "load", 2),
+    ("memory", "sparse", "memory", 2),
+    ("no AVX: bytes", "arm", "bytes", 3),
+    ("latency", "arm", "latency_no_avx", 2),
+    ("converter: bytes", "converter", "bytes", 3),
+    ("latency", "converter", "latency", 2),
+    ("load", "converter", "load", 2),
+    ("memory", "converter", "memory", 2),
+    ("latency, no AVX", "converter", "latency_no_avx", 2),
+)
 
 
 def _rows(result) -> list[str]:
-    columns = ("zeros", "accuracy", *DIGITS, "no AVX: bytes", "latency", "converter: bytes")
-    columns += ("latency", "load", "memory", "latency, no AVX")
     first, *_ = result["cells"].values()
     dense, int8 = first["files"]["float32"], first["files"]["int8"]
     accuracy, of_int8 = result["accuracy_of_dense"].values()
-    plain = [f"{dense['bytes']:,}"]
-    plain += [f"{1e3 * dense[name]:.3g} ms" for name in ("latency", "load")]
-    plain += [f"{1e-6 * dense['memory']:.3g} MB", plain[0]]
-    if "latency_no_avx" in dense:
-        plain += [f"{1e3 * dense['latency_no_avx']:.3g} ms"]
+    plain = [_absolute(dense, key) if kind in TARGETS else "" for _, kind, key, _ in COLUMNS]
     rows = [("dense float32", 0, accuracy, plain)]
-    both = _beside(int8, dense, DIGITS) + _beside(int8, dense, NO_AVX_DIGITS)
-    rows += [("dense int8", 0, of_int8, both)]
+    rows += [("dense int8", 0, of_int8, _beside({"float32": dense} | dict.fromkeys(TARGETS, int8)))]
     for name, cell in result["cells"].items():
-        of = cell["files"]
-        dense = of["float32"]
-        cells = _beside(of["sparse"], dense, DIGITS) + _beside(of["arm"], dense, NO_AVX_DIGITS)
-        cells += _beside(of["converter"], dense, DIGITS | {"latency_no_avx": 2})
-        rows.append((name, cell["sparsity"], cell["accuracy"], cells))
-    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+        rows.append((name, cell["sparsity"], cell["accuracy"], _beside(cell["files"])))
+    heads = ["zeros", "accuracy", *(head for head, *_ in COLUMNS)]
+    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     for name, sparsity, accuracy, cells in rows:
         cells = [f"{sparsity:.1%}", f"{100 * accuracy:.1f}", *cells]
-        cells += [""] * (len(columns) - len(cells))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
-def _beside(file, dense, digits) -> list[str]:
-    """A file's figures as ratios to those of a dense one."""
-    return [
-        f"{file[k] / dense[k]:.{n}f}" if k in file else "not measured" for k, n in digits.items()
-    ]
+def _absolute(file, key) -> str:
+    if key not in file:
+        return "not measured"
+    if key == "bytes":
+        return f"{file[key]:,}"
+    return f"{1e-6 * file[key]:.3g} MB" if key == "memory" else f"{1e3 * file[key]:.3g} ms"
+
+
+def _beside(files) -> list[str]:
+    """The columns of files, as ratios to the dense one."""
+    return [_ratio(files.get(of), files["float32"], key, digits) for _, of, key, digits in COLUMNS]
+
+
+def _ratio(file, dense, key, digits) -> str:
+    if file is None:
+        return ""
+    return f"{file[key] / dense[key]:.{digits}f}" if key in file else "not measured"
 
 
 def main():

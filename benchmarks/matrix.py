@@ -11,7 +11,7 @@ import os
 import pathlib
 import tempfile
 
-from benchmarks.backends import BACKENDS, run_on
+from benchmarks.backends import BACKENDS, RESULTS, run_on
 
 STEPS = ("fit", "evaluate", "predict", "save, load", "strip")
 BATCH, BATCHES, CLASSES = 4, 3, 5
@@ -189,7 +189,7 @@ def _steps(build, method):
 def measure(models, names):
     import keras
 
-    from benchmarks.common import RESULTS, save
+    from benchmarks.common import save
 
     name = f"matrix_{keras.backend.backend()}"
     path = RESULTS / f"{name}.json"
@@ -205,8 +205,6 @@ def measure(models, names):
 
 
 def table():
-    from benchmarks.common import RESULTS
-
     lines = [
         "# Models that are tested",
         "",

@@ -199,10 +199,8 @@ def table():
                 reached = sum(r["sparsity"] for r in some) / len(some) if some else 0
                 accuracies = [100 * r["test_accuracy"] for r in some]
                 cells.append(f"{spread(accuracies)} ({reached:.1%})" if some else "")
-            seeds = (
-                max(len(some) for (name, _), some in runs.items() if name == method)
-                if any(name == method for name, _ in runs)
-                else 0
+            seeds = max(
+                (len(some) for (name, _), some in runs.items() if name == method), default=0
             )
             if seeds:
                 lines.append(f"| {method} | {seeds} | " + " | ".join(cells) + " |")

@@ -26,7 +26,7 @@ from benchmarks import (
     peers,
     pictures,
 )
-from benchmarks.common import RESULTS
+from benchmarks.backends import RESULTS
 from tests.backends import once
 from tests.pages import PAGES, ROOT
 

@@ -48,11 +48,9 @@ def hide(library):
             loaded.setdefault(path, int(begin, 16))
     places = []
     for path, begin in loaded.items():
-        listing = subprocess.run(["objdump", "-d", path], capture_output=True, text=True).stdout
-        places += [
-            begin + int(offset, 16)
-            for offset in re.findall(r"^ *([0-9a-f]+):\t0f a2 +\tcpuid", listing, re.MULTILINE)
-        ]
+        code = subprocess.run(["objdump", "-d", path], check=True, capture_output=True, text=True)
+        found = re.findall(r"^ *([0-9a-f]+):\t0f a2 +\tcpuid", code.stdout, re.MULTILINE)
+        places += [begin + int(offset, 16) for offset in found]
     addresses = (ctypes.c_void_p * len(places))(*places)
     if not places or ctypes.CDLL(library).hide_avx(addresses, len(places)):
         raise RuntimeError(f"no breakpoints could be set at {len(places)} places of {[*loaded]}")
