@@ -88,14 +88,15 @@ def export(
         )
     progress("measuring")
     compared = _compared(model, [*files.values(), plan.content], settings)
+    before, after = compared[0], compared[-1]
     with whole_or_not(path) as unfinished:
         unfinished.write_bytes(plan.content)
     return ExportReport(
         path=path,
-        bytes=len(plan.content),
-        gzip_bytes=gzip_bytes(plan.content),
-        dense_bytes=len(dense),
-        dense_gzip_bytes=gzip_bytes(dense),
+        bytes=after.bytes,
+        gzip_bytes=after.gzip_bytes,
+        dense_bytes=before.bytes,
+        dense_gzip_bytes=before.gzip_bytes,
         tensors=[_tensor_report(choice) for choice in plan.choices],
         max_error=found.error,
         files=compared,
