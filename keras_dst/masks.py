@@ -34,6 +34,19 @@ class Layout(NamedTuple):
 KERNEL = Layout()
 
 
+def masked(w: Tensor, mask: Tensor) -> Tensor:
+    """The entries of `w` where the boolean mask is true, exact zeros elsewhere.
+
+    Args:
+        w: float tensor.
+        mask: boolean tensor of its shape.
+
+    Example:
+        >>> keras_dst.masks.masked(keras.ops.array([1.0, 2.0]), keras.ops.array([True, False]))
+    """
+    return ops.where(mask, w, 0.0)
+
+
 def _upstream(args: tuple, upstream: Tensor) -> Tensor:
     # torch passes the arguments and a keyword, TensorFlow and JAX the upstream gradient alone.
     return args[-1] if upstream is None else upstream
@@ -74,16 +87,24 @@ def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         w: float tensor.
-        scores: what the mask was ranked from, finite; shape and dtype of `w`.
-        mask: zeros and ones in the dtype of `w`; shape of `w`.
+        scores: what the mask was ranked from; shape and dtype of `w`.
+        mask: boolean tensor of its shape.
 
     Example:
         >>> keras_dst.masks.straight_through_product(w, scores, mask)
 
     Source: straight-through estimator, arXiv 1308.3432.
     """
-    # The scores less themselves: exactly 0, with a derivative of 1.
-    return w * (ops.stop_gradient(mask) + (scores - ops.stop_gradient(scores)))
+
+    @ops.custom_gradient
+    def product(w, scores):
+        def grad(*args, upstream=None):
+            g = _upstream(args, upstream)
+            return masked(g, mask), g * w
+
+        return masked(w, mask), grad
+
+    return product(w, scores)
 
 
 # -- patterns ------------------------------------------------------------------------------------

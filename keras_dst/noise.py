@@ -5,7 +5,9 @@ Replicas, resumed trainings and the three backends all draw the same. Numbers co
 """
 
 import functools
+import itertools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +18,8 @@ from keras_dst.ranking import bundles
 
 Tensor = Any
 
-# Of the table of normal numbers.
-_ROWS, _WIDTH = 1 << 12, 1 << 8
+_SIZE = 1 << 20  # of the table of normal numbers
+_NARROW, _WIDE = 1 << 8, 1 << 13  # its rows
 
 
 def bits(*numbers: Tensor) -> Tensor:
@@ -59,7 +61,9 @@ def uniform(shape: Sequence[int], *numbers: Tensor) -> Tensor:
 def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Tensor]:
     """Numbers from N(0, 1), float32, for tensors of these shapes, anew at every step.
 
-    They are random rows of a table of a million numbers, which costs a copy instead of a draw.
+    They are random rows of a table of a million numbers, which costs a copy instead of a draw. The
+    rows of a large tensor are as wide as its own, of which there are fewer, and each of them is
+    there with both signs: no weight is pushed one way for long.
 
     Args:
         shapes: of the results.
@@ -69,16 +73,21 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
     Example:
         >>> (noise,) = keras_dst.noise.normal([(2, 3)], 0, step)
     """
-    table = ops.convert_to_tensor(_table(seed))
+    table = functools.cache(lambda mirrored: ops.convert_to_tensor(_table(seed, mirrored)))
     found = []
     # Small tensors together, so that there is little to compile; a large one is not written out.
     for members in bundles([math.prod(shape) for shape in shapes]):
+        alone = len(members) == 1
+        # XLA copies rows that become rows; what it has to cut elsewhere it looks up one by one.
+        width = _width(shapes[members[0]]) if alone else _NARROW
+        numbers = ops.reshape(table(alone), (-1, 1 << (width - 1).bit_length()))
         sizes = [math.prod(shapes[i]) for i in members]
-        rows = [-(-size // _WIDTH) for size in sizes]
+        rows = [-(-size // width) for size in sizes]
         position = np.concatenate([np.arange(n) for n in rows])
         # Gathered, not sliced at a random place: for that XLA under TensorFlow compiles every step.
-        chosen = ops.bitwise_and(bits(seed, step, np.repeat(members, rows), position), _ROWS - 1)
-        drawn = ops.take(table, chosen, axis=0)
+        chosen = bits(seed, step, np.repeat(members, rows), position)
+        chosen = ops.bitwise_and(chosen, numbers.shape[0] - 1)
+        drawn = ops.take(numbers[:, :width], chosen, axis=0)
         found += [
             ops.reshape(ops.reshape(drawn[end - n : end], (-1,))[:size], shapes[i])
             for i, end, n, size in zip(members, np.cumsum(rows), rows, sizes)
@@ -86,6 +95,15 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
     return found
 
 
+def _width(shape: Sequence[int]) -> int:
+    """Of rows that fill a tensor exactly, from its last axis on, where these are in bounds."""
+    widths = itertools.accumulate(reversed(tuple(shape)), operator.mul)
+    return next((width for width in widths if _NARROW <= width <= _WIDE), _NARROW)
+
+
 @functools.lru_cache(maxsize=4)
-def _table(seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((_ROWS, _WIDTH), "float32")
+def _table(seed: int, mirrored: bool) -> np.ndarray:
+    """Normal numbers; mirrored, the second half of them has the other signs of the first."""
+    numbers = np.random.default_rng(seed).standard_normal(_SIZE, "float32")
+    half = numbers[: _SIZE // 2]
+    return np.concatenate([half, -half]) if mirrored else numbers

@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_dst.devices import beside, check_optimizer, dtype_beside, over_replicas
-from keras_dst.masks import KERNEL, Layout
+from keras_dst.masks import KERNEL, Layout, masked
 from keras_dst.methods.base import LayerMethod, Method, State, UpdateMethod, When, described
 from keras_dst.selection import Filters, is_prunable, select
 
@@ -155,12 +155,12 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         ]
         kernels = [kernel for _, kernel, _ in members]
         states = [tensors(state) for _, _, state in members]
-        before, masked, carry = self.method.before(
+        before, kept_grads, carry = self.method.before(
             [ops.convert_to_tensor(k) for k in kernels],
             [ops.convert_to_tensor(grads[i]) for i, _, _ in members],
             states,
         )
-        for (i, kernel, _), grad, value in zip(members, masked, before):
+        for (i, kernel, _), grad, value in zip(members, kept_grads, before):
             grads[i] = grad
             if self.method.moves_weights:
                 self.assign(kernel, value)
@@ -235,8 +235,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             value = self.method.masked(ops.convert_to_tensor(kernel), tensors(state))
             if grown is not None:
                 for slot in self._slots(index):
-                    self.assign(slot, _zero_where(grown, ops.convert_to_tensor(slot)))
-                value = _zero_where(grown, value)
+                    self.assign(slot, ops.where(grown, 0.0, ops.convert_to_tensor(slot)))
+                value = ops.where(grown, 0.0, value)
             self.assign(kernel, value)
 
     def _slots(self, index: int) -> list:
@@ -278,8 +278,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         if not self.inner_optimizer.use_ema:
             return
         for kernel, state in zip(self.kernels, self.states):  # averages of the past, not yet masked
-            mask = ops.cast(ops.convert_to_tensor(state["mask"]), kernel.dtype)
-            kernel.assign(ops.convert_to_tensor(kernel) * mask)
+            mask = ops.convert_to_tensor(state["mask"])
+            kernel.assign(masked(ops.convert_to_tensor(kernel), mask))
 
     def get_config(self):
         filters = self.filters
@@ -342,10 +342,6 @@ def exclude_from_decay(optimizer, variables) -> None:
 def tensors(state: State) -> dict[str, Any]:
     """The values of a state's variables."""
     return {name: ops.convert_to_tensor(value) for name, value in state.items()}
-
-
-def _zero_where(condition, value):
-    return ops.where(condition, ops.zeros_like(value), value)
 
 
 def _copy_of(variable):

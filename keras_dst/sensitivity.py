@@ -18,7 +18,7 @@ from keras_dst.allocation import equal_drop
 from keras_dst.compiled import compiled, drop_state
 from keras_dst.layers import SparseMixin, layouts_of
 from keras_dst.logs import mode_of
-from keras_dst.masks import KERNEL, Layout
+from keras_dst.masks import KERNEL, Layout, masked
 from keras_dst.methods import Magnitude
 from keras_dst.selection import Filters, is_prunable, select
 from keras_dst.surgery import check_model
@@ -201,7 +201,7 @@ def sensitivity(
     def pruned(weights, kept):
         scores = methods[0].scores(weights, [{} for _ in weights])
         found = methods[0].rank(scores, layouts, kept)
-        return [ops.where(mask, w, ops.zeros_like(w)) for mask, w in zip(found, weights)]
+        return [masked(w, mask) for mask, w in zip(found, weights)]
 
     bar = keras.utils.Progbar(
         1 + len(grid) * len(kernels), verbose=1 if verbose == "auto" else verbose, unit_name="pass"
@@ -267,7 +267,7 @@ class _Kernel:
     def seen(self):
         """The weight as the forward pass sees it."""
         w = ops.convert_to_tensor(self.variable)
-        return w if self.mask is None else ops.where(self.mask(w), w, ops.zeros_like(w))
+        return w if self.mask is None else masked(w, self.mask(w))
 
     def take(self, weight) -> None:
         """Let the forward pass see this weight."""

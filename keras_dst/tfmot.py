@@ -488,9 +488,7 @@ class _StepDriver(LayerDriver):
 
 @functools.cache
 def _pruned():
-    return compiled(
-        lambda weights, kept: [ops.where(m, w, ops.zeros_like(w)) for w, m in zip(weights, kept)]
-    )
+    return compiled(lambda weights, kept: [masks.masked(w, m) for w, m in zip(weights, kept)])
 
 
 # -- files ---------------------------------------------------------------------------------------

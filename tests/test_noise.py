@@ -62,8 +62,21 @@ def test_xla_compiles_one_program_for_all_steps():
     assert first == second
 
 
-def test_a_tensor_larger_than_the_table():
-    (found,) = noise.normal([(3, 1 << 19)], 0, 5)
-    rows = array(found)
-    assert abs(rows.std() - 1) < 0.01
-    assert abs(np.corrcoef(rows) - np.eye(3)).max() < 0.01
+@pytest.mark.parametrize("shape", [(3, 1 << 19), (2000, 700), (3, 3, 700, 200), (1 << 20,)])
+def test_large_tensors(shape):
+    (found,) = noise.normal([shape], 0, 5)
+    assert found.shape == shape
+    halves = array(found).ravel()[: 1 << 20].reshape(2, -1)
+    assert abs(halves.std() - 1) < 0.01
+    assert abs(np.corrcoef(halves) - np.eye(2)).max() < 0.01
+
+
+def test_no_weight_of_a_large_tensor_is_pushed_one_way():
+    draw = compiled(lambda step: noise.normal([(1 << 8, 1 << 13)], 0, step))
+    steps, places = 400, np.random.default_rng(0).integers(0, 1 << 21, 2000)
+    total = sum(
+        array(draw(ops.convert_to_tensor(step, "int32"))[0]).ravel()[places]
+        for step in range(steps)
+    )
+    # A row has few values to take from, some larger than others, but as likely with each sign.
+    assert abs(total / np.sqrt(steps)).mean() < 1.1 * np.sqrt(2 / np.pi)

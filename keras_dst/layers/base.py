@@ -11,7 +11,7 @@ import keras
 from keras import ops
 
 from keras_dst.devices import beside
-from keras_dst.masks import KERNEL, Layout
+from keras_dst.masks import KERNEL, Layout, masked
 from keras_dst.methods.base import LayerMethod, Method, State, described
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class SparseWeight:
         state = layer.__dict__.get("sparse_state", {}).get(self.name)
         if state is None:
             return value
-        masked = layer.sparsity.apply(ops.convert_to_tensor(value), state, self.layout_of(layer))
-        return ops.cast(masked, layer.compute_dtype)
+        seen = layer.sparsity.apply(ops.convert_to_tensor(value), state, self.layout_of(layer))
+        return ops.cast(seen, layer.compute_dtype)
 
     def __set__(self, layer, value):
         setattr(layer, self.slot, value)
@@ -183,7 +183,7 @@ class SparseMixin(_Layer):
         for layout, variable, state in self.masked_weights():
             w = ops.convert_to_tensor(variable)
             mask = self.sparsity.mask(w, state, layout)
-            variable.assign(ops.where(mask, w, ops.zeros_like(w)))
+            variable.assign(masked(w, mask))
             variable._autocast = True
         for weight in self._masked_attributes():
             bias = weight.raw(self)

@@ -292,8 +292,7 @@ class UpdateMethod(Method):
 
         By default the gradients of pruned weights are 0.
         """
-        masked = [g * ops.cast(s["mask"], g.dtype) for g, s in zip(grads, states)]
-        return weights, masked, None
+        return weights, [masks.masked(g, s["mask"]) for g, s in zip(grads, states)], None
 
     def after(
         self, carry: Any, weights: Sequence[Tensor], states: Sequence[State]
@@ -306,4 +305,4 @@ class UpdateMethod(Method):
 
     def masked(self, w: Tensor, state: State) -> Tensor:
         """What the model's weight becomes under a mask, now or when the mask has changed."""
-        return w * ops.cast(state["mask"], w.dtype)
+        return masks.masked(w, state["mask"])

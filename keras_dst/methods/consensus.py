@@ -221,8 +221,7 @@ class Consensus(LayerMethod):
 
 def binary(pi, is_open):
     """1 where a gate is open, 0 elsewhere, whose gradient is handed on to pi as it is."""
-    on = ops.cast(is_open, pi.dtype)
-    return masks.straight_through_product(ops.ones_like(pi), pi, on)
+    return masks.straight_through_product(ops.ones_like(pi), pi, is_open)
 
 
 class _Penalties(keras.regularizers.Regularizer):

@@ -25,6 +25,7 @@ from collections.abc import Mapping
 import keras
 from keras import ops
 
+from keras_dst import masks
 from keras_dst.methods.base import LayerMethod
 from keras_dst.paths import on_full_path
 from keras_dst.schedules import Cubic, Schedule, check_sparsity
@@ -112,7 +113,7 @@ class DCIL(LayerMethod):
         mask = self.mask(w, state, layout)
         if on_full_path():
             return ops.where(mask, ops.stop_gradient(w), w)
-        return ops.where(mask, w, ops.zeros_like(w))
+        return masks.masked(w, mask)
 
     def scores(self, weights, states):
         return [ops.abs(w) if self.score == "magnitude" else ops.square(w) for w in weights]

@@ -98,7 +98,7 @@ class FlipOut(UpdateMethod):
 
     def watched(self, state):
         flips, kept = ops.convert_to_numpy(state["flips"]), ops.convert_to_numpy(state["mask"])
-        return {"flips": flips[kept]}  # of pruned weights they are 0
+        return {"flips": flips[kept]}
 
     def perturb(self, grads, masks, step):
         if not self.noise:
@@ -116,12 +116,16 @@ class FlipOut(UpdateMethod):
 
     def before(self, weights, grads, states):
         weights, masked, _ = super().before(weights, grads, states)
-        return weights, masked, [ops.sign(w) for w in weights]
+        return weights, masked, [_sign(w) for w in weights]
 
     def after(self, carry, weights, states):
-        changes = []
-        for sign, w, s in zip(carry, weights, states):
-            flipped = ops.cast(ops.not_equal(ops.sign(w), sign), s["flips"].dtype)
-            counted = ops.where(s["mask"], s["flips"] + flipped, ops.zeros_like(flipped))
-            changes.append({"flips": counted})
-        return super().after(carry, weights, states)[0], changes
+        weights, _ = super().after(carry, weights, states)
+        return weights, [
+            {"flips": s["flips"] + ops.cast(ops.not_equal(_sign(w), sign), s["flips"].dtype)}
+            for sign, w, s in zip(carry, weights, states)
+        ]
+
+
+def _sign(w):
+    """In the smallest type: it is written and read again."""
+    return ops.cast(ops.sign(w), "int8")

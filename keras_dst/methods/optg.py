@@ -102,8 +102,8 @@ class OptG(LayerMethod):
         }
 
     def apply(self, w, state, layout):
-        mask = ops.cast(state["mask"], w.dtype)
-        return masks.straight_through_product(w, ops.convert_to_tensor(state["scores"]), mask)
+        scores, mask = (ops.convert_to_tensor(state[name]) for name in ("scores", "mask"))
+        return masks.straight_through_product(w, scores, mask)
 
     def watched(self, state):
         return {"scores": state["scores"]}
