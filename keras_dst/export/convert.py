@@ -189,7 +189,7 @@ def _output_to(log: IO[bytes]) -> Iterator[None]:
     try:
         with (
             open(os.dup(log.fileno()), "w") as stream,
-            _tensorflow_logs_to(stream),
+            _logs_to(stream),
             contextlib.redirect_stdout(stream),
             contextlib.redirect_stderr(stream),
             warnings.catch_warnings(action="ignore"),
@@ -204,7 +204,7 @@ def _output_to(log: IO[bytes]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _tensorflow_logs_to(stream: IO[str]) -> Iterator[None]:
+def _logs_to(stream: IO[str]) -> Iterator[None]:
     """Sends TensorFlow's log there, which keeps the stream that it began with: a notebook's."""
     import tensorflow as tf
 
@@ -215,6 +215,10 @@ def _tensorflow_logs_to(stream: IO[str]) -> Iterator[None]:
     finally:
         for handler, own in zip(handlers, before):
             handler.setStream(own)
+        # A first word to the root logger, which had no handler, has given it one.
+        for new in logging.root.handlers[:]:
+            if isinstance(new, logging.StreamHandler) and new.stream is stream:
+                logging.root.removeHandler(new)
 
 
 def _conversion_error(output: str) -> ExportError:

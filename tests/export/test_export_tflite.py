@@ -267,6 +267,14 @@ def test_converting_prints_nothing_in_a_notebook(monkeypatch):
 
 
 @on_tensorflow
+def test_converting_leaves_no_handler_of_the_root_log(monkeypatch):
+    # The converter's first word to a root logger without a handler gives it one, of stderr.
+    monkeypatch.setattr(logging.root, "handlers", [])
+    to_tflite(lenet_300_100())
+    assert logging.root.handlers == []
+
+
+@on_tensorflow
 @pytest.mark.parametrize(
     ("model", "fix"),
     [
