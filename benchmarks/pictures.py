@@ -151,7 +151,7 @@ def draw_files(figure, shown) -> None:
 
 PICTURES = {
     "methods": (errors, draw_errors, (7, 3.6)),
-    "growth": (growth, draw_growth, (9, 3.4)),
+    "growth": (growth, draw_growth, (12, 3.4)),
     "files": (files, draw_files, (9, 3.4)),
 }
 

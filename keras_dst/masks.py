@@ -104,7 +104,8 @@ def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
 
         return masked(w, mask), grad
 
-    return product(w, scores)
+    # Reshaped to what they are: variables are read, which TensorFlow would take for a third input.
+    return product(*(ops.reshape(v, v.shape) for v in (w, scores)))
 
 
 # -- patterns ------------------------------------------------------------------------------------

@@ -48,6 +48,12 @@ def test_gradients():
     np.testing.assert_allclose(to_v, g * w, rtol=1e-6)
 
 
+def test_a_call_outside_of_a_compiled_step():
+    model = sparse(OptG(0.5), "sgd")
+    found = ops.convert_to_numpy(model(x[:4]))
+    np.testing.assert_allclose(found, model.predict(x[:4], verbose=0), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("epochs", [2, 10, 160])
 def test_the_slope_is_per_epoch(epochs):
     schedule = OptG(0.9, beta=1.0).schedule_over(epochs)
