@@ -105,7 +105,7 @@ def draw_growth(figure, shown) -> None:
         axes.set_xlabel(axis)
         axes.grid(alpha=0.3)
     every[0].set_ylabel("time of a step, plain net = 1")
-    every[-1].legend()
+    every[1].legend(ncols=2, loc="upper center", fontsize="small")
 
 
 # -- latency of files ----------------------------------------------------------------------------
