@@ -21,7 +21,7 @@ RUNS = [
     ("jax", "lenet-300-100", None, [0]),
     ("jax", "lenet-300-100", 0.975, [0, 1, 2]),
     ("tensorflow", "lenet-5-caffe", "dense", [0]),
-    ("jax", "lstm-128", "dense", [0]),
+    ("jax", "lstm-128", "dense", [0, 1, 2]),
     ("jax", "lstm-128", 0.975, [0, 1, 2]),
     ("jax", "lstm-256", "dense", [0]),
     ("jax", "lstm-256", 0.975, [0, 1, 2]),
