@@ -3,7 +3,8 @@
 Nets of dense layers, along three axes, the rest held: parameters, layers, batch. At every point
 the plain net and each method train in turns, as in `benchmarks.step_time`; then the net is made
 sparse and stripped, and one of 90 % sparsity has its masks updated, is shrunk and exported. Slopes
-are those of a line through the logarithms: 1 is proportional, below 1 the cost grows slower.
+are those of a line through the logarithms: 1 is proportional, below 1 the cost grows slower. On JAX
+the steps of the axis of parameters are measured once more, with memory kept from step to step.
 
 python -m benchmarks.growth [--backend BACKEND] [--axes AXIS ...]
 python -m benchmarks.growth --table

@@ -38,13 +38,13 @@ def masked(w: Tensor, mask: Tensor) -> Tensor:
     """The entries of `w` where the boolean mask is true, exact zeros elsewhere.
 
     Args:
-        w: float tensor.
+        w: tensor of any type.
         mask: boolean tensor of its shape.
 
     Example:
         >>> keras_dst.masks.masked(keras.ops.array([1.0, 2.0]), keras.ops.array([True, False]))
     """
-    return ops.where(mask, w, 0.0)
+    return ops.where(mask, w, 0)
 
 
 def _upstream(args: tuple, upstream: Tensor) -> Tensor:

@@ -235,8 +235,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             value = self.method.masked(ops.convert_to_tensor(kernel), tensors(state))
             if grown is not None:
                 for slot in self._slots(index):
-                    self.assign(slot, ops.where(grown, 0.0, ops.convert_to_tensor(slot)))
-                value = ops.where(grown, 0.0, value)
+                    self.assign(slot, ops.where(grown, 0, ops.convert_to_tensor(slot)))
+                value = ops.where(grown, 0, value)
             self.assign(kernel, value)
 
     def _slots(self, index: int) -> list:

@@ -226,7 +226,7 @@ class PruneLowMagnitude(LayerMethod):
 
     def apply(self, w, state, layout):
         # w where it is kept, 0 elsewhere, and all of the gradient.
-        return w - ops.stop_gradient(ops.where(self.mask(w, state), ops.zeros_like(w), w))
+        return w - ops.stop_gradient(ops.where(self.mask(w, state), 0, w))
 
     def join(self, layers, uses):
         raise ValueError(

@@ -112,6 +112,13 @@ def test_masked(dtype):
     assert not np.signbit(array(found)).any()
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int32"])
+def test_masked_counters(dtype):
+    found = masks.masked(tensor([3, 5], dtype), tensor([True, False], "bool"))
+    assert keras.backend.standardize_dtype(found.dtype) == dtype
+    np.testing.assert_array_equal(array(found), [3, 0])
+
+
 @pytest.mark.parametrize("dtype", EPSILON)
 def test_straight_through_product(dtype):
     w, scores, g = (tensor(random(3, 4, seed=seed), dtype) for seed in range(3))

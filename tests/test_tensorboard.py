@@ -88,7 +88,7 @@ def test_an_update_side_method(tmp_path):
     assert sum(scalars(events, "mask_changes").values()) == pytest.approx(0.8, abs=0.01)
     flips = events.Histograms(f"flips/{BODY}")[-1].histogram_value
     assert flips.num == note.masks[8][0].sum()
-    assert flips.sum == optimizer.states[0]["flips"].numpy()[note.masks[8][0]].sum()
+    assert flips.sum == optimizer.states[0]["flips"].numpy().sum()
     assert scalars(events, "epoch/loss") == pytest.approx(dict(zip([4, 8], history["loss"])))
 
 

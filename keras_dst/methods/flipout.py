@@ -18,6 +18,7 @@ import keras
 from keras import ops
 
 from keras_dst import noise as random
+from keras_dst.masks import masked
 from keras_dst.methods.base import UpdateMethod
 from keras_dst.schedules import Geometric, Schedule, check_sparsity
 
@@ -91,14 +92,18 @@ class FlipOut(UpdateMethod):
 
     def scores(self, weights, states):
         return [
-            ops.where(s["mask"], ops.abs(ops.cast(w, "float32")) ** self.power, -1.0)
-            / (ops.where(s["mask"], ops.cast(s["flips"], "float32"), 0.0) + 1)
+            ops.where(
+                s["mask"],
+                ops.abs(ops.cast(w, "float32")) ** self.power
+                / (ops.cast(s["flips"], "float32") + 1),
+                -1.0,
+            )
             for w, s in zip(weights, states)
         ]
 
     def watched(self, state):
         flips, kept = ops.convert_to_numpy(state["flips"]), ops.convert_to_numpy(state["mask"])
-        return {"flips": flips[kept]}
+        return {"flips": flips[kept]}  # of pruned weights they are 0
 
     def perturb(self, grads, masks, step):
         if not self.noise:
@@ -111,19 +116,19 @@ class FlipOut(UpdateMethod):
             size = math.prod(grad.shape)
             scale = self.noise * ops.sqrt(ops.sum(ops.square(grad)) / size)
             added = ops.cast(numbers, grad.dtype) * scale
-            grads[i] = grad + (added if mask is None else ops.where(mask, added, 0.0))
+            grads[i] = grad + (added if mask is None else masked(added, mask))
         return grads
 
     def before(self, weights, grads, states):
-        weights, masked, _ = super().before(weights, grads, states)
-        return weights, masked, [_sign(w) for w in weights]
+        weights, grads, _ = super().before(weights, grads, states)
+        return weights, grads, [_sign(w) for w in weights]
 
     def after(self, carry, weights, states):
-        weights, _ = super().after(carry, weights, states)
-        return weights, [
-            {"flips": s["flips"] + ops.cast(ops.not_equal(_sign(w), sign), s["flips"].dtype)}
-            for sign, w, s in zip(carry, weights, states)
-        ]
+        changes = []
+        for sign, w, s in zip(carry, weights, states):
+            flipped = ops.cast(ops.not_equal(_sign(w), sign), s["flips"].dtype)
+            changes.append({"flips": masked(s["flips"] + flipped, s["mask"])})
+        return super().after(carry, weights, states)[0], changes
 
 
 def _sign(w):
