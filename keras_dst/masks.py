@@ -73,8 +73,8 @@ def step(x: Tensor) -> Tensor:
 
     def grad(*args, upstream=None):
         distance = ops.abs(x)
-        slope = ops.where(distance <= 0.4, 2.0 - 4.0 * distance, 0.4)
-        return _upstream(args, upstream) * ops.where(distance <= 1.0, slope, 0.0)
+        slope = masked(ops.maximum(2.0 - 4.0 * distance, 0.4), distance <= 1.0)
+        return _upstream(args, upstream) * slope
 
     return ops.cast(x > 0, x.dtype), grad
 

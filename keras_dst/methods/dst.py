@@ -143,19 +143,19 @@ class DST(LayerMethod):
 
     # -- forward ---------------------------------------------------------------------------------
 
-    def _margin(self, w, state, layout):
+    def _margin(self, magnitude, state, layout):
         """Q: how far each group's score lies above its threshold."""
-        # Not ops.abs, whose gradient at 0 is 1 on JAX; the paper's is sign(w), 0 there.
-        magnitude = w * ops.stop_gradient(ops.sign(w))
         return Pattern(self.pattern).scores(magnitude, layout) - state["threshold"]
 
     def apply(self, w, state, layout):
-        on = masks.step(self._margin(w, state, layout))
+        # Not ops.abs, whose gradient at 0 is 1 on JAX; the paper's is sign(w), 0 there.
+        magnitude = w * ops.stop_gradient(ops.sign(w))
+        on = masks.step(self._margin(magnitude, state, layout))
         return w * Pattern(self.pattern).expand(on, w.shape, layout)
 
     def mask(self, w, state, layout=KERNEL):
         # What is NaN is kept, so that nobody takes it for pruned.
-        on = ops.logical_not(self._margin(w, state, layout) <= 0)
+        on = ops.logical_not(self._margin(ops.abs(w), state, layout) <= 0)
         return Pattern(self.pattern).expand(on, w.shape, layout)
 
     def watched(self, state):
@@ -215,7 +215,7 @@ class DST(LayerMethod):
         """Q of every weight, those of a group alike."""
         pattern = Pattern(self.pattern)
         return [
-            pattern.expand(self._margin(w, s, layout), w.shape, layout)
+            pattern.expand(self._margin(ops.abs(w), s, layout), w.shape, layout)
             for w, s, layout in zip(weights, states, layouts)
         ]
 
