@@ -43,6 +43,7 @@ class Case:
     sparsity: float | None
     task: Task
     schedule: Callable | None = None  # of ours, where it is not the method's own
+    options: dict = dataclasses.field(default_factory=dict)  # of ours
 
 
 def halvings(events):
@@ -68,7 +69,7 @@ RESNET = dataclasses.replace(TASKS["cifar10"], decay=None)  # Keras's is not PyT
 CASES = [
     Case("dst", "dst", "DST", None, LENET),
     *(case for events in (4, 6, 10) for case in halvings(events)),
-    Case("optg-0.9", "optg", "OptG", 0.9, LENET_5),
+    Case("optg-0.9", "optg", "OptG", 0.9, LENET_5, options={"beta": 1.0}),
     Case("dcil-0.9", "dcil", "DCIL", 0.9, RESNET),
 ]
 
@@ -80,7 +81,7 @@ def run_ours(case, seed, data):
         case.task, net=lambda: theirs.begun(case.family, seed, case.task.net())
     )
     sparsity = case.schedule(case.sparsity) if case.schedule else case.sparsity
-    return methods.run(task, case.method, sparsity, seed, data)
+    return methods.run(task, case.method, sparsity, seed, data, **case.options)
 
 
 def run(family, code, seeds):

@@ -8,8 +8,9 @@ A trainable score `v` per weight, 0 to begin with, and one ranking of all scores
 
 with `e` of `E` epochs done, masks ranked anew once an epoch, and no weight decay on scores. Since
 only a mask update reads the scores, the factor on their rate is applied there: to the way that the
-optimiser, whichever it is, has moved them since the last one. Deviation: the sigmoid is stretched
-to begin at 0 and to end at 1 exactly, so the target is met.
+optimiser, whichever it is, has moved them since the last one. Deviations: the sigmoid is stretched
+to begin at 0 and to end at 1 exactly, so the target is met; and trainings of less than 20 epochs,
+over which it would still be steep at the end, follow that of 20 within their first three quarters.
 """
 
 from __future__ import annotations
@@ -23,15 +24,19 @@ from keras_dst import masks
 from keras_dst.methods.base import LayerMethod
 from keras_dst.schedules import Schedule, Sigmoid, check_sparsity
 
+_SHORT = 20  # epochs; a shorter training has its own curve, which leaves it time to recover
+
 
 @keras.saving.register_keras_serializable("keras_dst")
 class OptG(LayerMethod):
     """Learn a score per weight by gradient descent, beside the weights, and keep the highest.
 
     Args:
-        sparsity: final fraction of zeros, a number in [0, 1), reached along a sigmoid around the
-            middle of training; or a `Schedule`.
-        beta: slope of the sigmoid per epoch. Defaults to 1.
+        sparsity: final fraction of zeros, a number in [0, 1), reached along a sigmoid; or a
+            `Schedule`.
+        beta: slope of the sigmoid per epoch, around the middle of training. Defaults to None: 1,
+            the paper's, from 20 epochs on; a shorter training follows the curve of 20 epochs in
+            its first three quarters.
         allocation: `"global"` (the paper, default), `"uniform"`, `"erk"`, or a dict of sparsities
             by weight name or regular expression.
         pattern: `"unstructured"` (the paper, default), blocks such as `"1x4"`, N:M such as
@@ -55,7 +60,7 @@ class OptG(LayerMethod):
     def __init__(
         self,
         sparsity: float | Schedule,
-        beta: float = 1.0,
+        beta: float | None = None,
         allocation: str | Mapping[str, float] = "global",
         pattern: str = "unstructured",
         frequency: int | str = "epoch",
@@ -67,18 +72,21 @@ class OptG(LayerMethod):
         self.pattern = pattern
         self.frequency = frequency
         self.min_kept = min_kept
-        if not beta > 0:
+        if beta is not None and not beta > 0:
             raise ValueError(f"beta must be a number > 0. Received: {beta!r}")
         if not isinstance(sparsity, Schedule):
             check_sparsity(sparsity)
-        self.schedule = sparsity if isinstance(sparsity, Schedule) else Sigmoid(sparsity)
+            sparsity = Sigmoid(sparsity, end=0.75, steepness=_SHORT)
+        self.schedule = sparsity
         self._final = self.schedule.sparsity
         self._check_common()
 
     def schedule_over(self, epochs):
         if isinstance(self.sparsity, Schedule) or not epochs:
             return self.schedule
-        return Sigmoid(self.sparsity, steepness=self.beta * epochs)
+        if self.beta is None and epochs < _SHORT:
+            return self.schedule
+        return Sigmoid(self.sparsity, steepness=(self.beta or 1.0) * epochs)
 
     def build(self, layer, name, variable, layout):
         # The rate is the factor on the scores' learning rate, the anchor is where they were when

@@ -65,6 +65,20 @@ def test_the_slope_is_per_epoch(epochs):
         )
 
 
+@pytest.mark.parametrize(
+    ("epochs", "expected"),
+    [
+        (160, Sigmoid(0.9, steepness=160)),
+        (20, Sigmoid(0.9, steepness=20)),
+        (19, Sigmoid(0.9, end=0.75, steepness=20)),
+        (0.5, Sigmoid(0.9, end=0.75, steepness=20)),
+        (None, Sigmoid(0.9, end=0.75, steepness=20)),
+    ],
+)
+def test_a_short_training_has_time_to_recover(epochs, expected):
+    assert OptG(0.9).schedule_over(epochs) == expected
+
+
 def test_a_schedule_of_the_users_stays():
     schedule = Sigmoid(0.9, begin_step=0, end_step=10)
     assert OptG(schedule).schedule_over(160) == schedule
