@@ -4,7 +4,8 @@ Nets of dense layers, along three axes, the rest held: parameters, layers, batch
 the plain net and each method train in turns, as in `benchmarks.step_time`; then the net is made
 sparse and stripped, and one of 90 % sparsity has its masks updated, is shrunk and exported. Slopes
 are those of a line through the logarithms: 1 is proportional, below 1 the cost grows slower. On JAX
-the steps of the axis of parameters are measured once more, with memory kept from step to step.
+and torch the steps of the axis of parameters are measured once more, with memory kept from step to
+step.
 
 python -m benchmarks.growth [--backend BACKEND] [--axes AXIS ...]
 python -m benchmarks.growth --table
@@ -50,8 +51,8 @@ AXES = {
 AXES[KEPT] = AXES["parameters"]
 # What an axis counts.
 SIZES = {"parameters": "weights", "layers": "depth", "batch": "batch", KEPT: "weights"}
-# XLA takes what a step needs for a moment as one block, which glibc hands back to the system after
-# the step if it is larger than 32 MiB, unless it is told to keep it.
+# XLA takes what a step needs for a moment as one block, torch every tensor by itself. If more than
+# 32 MiB are free, glibc hands them back to the system at once, unless it is told to keep them.
 KEEP = {f"MALLOC_{what}_THRESHOLD_": str(1 << 40) for what in ("MMAP", "TRIM")}
 
 
@@ -204,7 +205,7 @@ def main():
     if not args.table:
         # A process for every axis: under TensorFlow a fit never gives its variables' memory back.
         for name, axis in itertools.product(BACKENDS, args.axes):
-            if axis != KEPT or name == "jax":
+            if axis != KEPT or name != "tensorflow":
                 variables = KEEP if axis == KEPT else {}
                 run_on(name, "growth", "--backend", name, "--axes", axis, variables=variables)
     table()
