@@ -105,7 +105,7 @@ bench-matrix: $(TEST_READY)
 	$(RUN) -m benchmarks.matrix
 
 bench-across: $(TEST_READY)
-	$(RUN) -m benchmarks.across mnist-mlp --seeds 1
+	$(RUN) -m benchmarks.across mnist-mlp
 
 bench-energy: $(TEST_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.energy

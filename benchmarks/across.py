@@ -1,6 +1,6 @@
 """The same training on three backends: one JSON per task and seed, and results/across.md.
 
-python -m benchmarks.across mnist-mlp --seeds 1
+python -m benchmarks.across mnist-mlp
 python -m benchmarks.across --table
     the table alone, from the JSON files that are there.
 
