@@ -96,6 +96,9 @@ def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
     Source: straight-through estimator, arXiv 1308.3432.
     """
 
+    # Reshaped to what they are: TensorFlow reads variables here, else inside, as further inputs.
+    w, scores, mask = (ops.reshape(v, v.shape) for v in (w, scores, mask))
+
     @ops.custom_gradient
     def product(w, scores):
         def grad(*args, upstream=None):
@@ -104,8 +107,7 @@ def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
 
         return masked(w, mask), grad
 
-    # Reshaped to what they are: variables are read, which TensorFlow would take for a third input.
-    return product(*(ops.reshape(v, v.shape) for v in (w, scores)))
+    return product(w, scores)
 
 
 # -- patterns ------------------------------------------------------------------------------------

@@ -173,6 +173,32 @@ def test_a_schedule_over_two_fits(name):
     check_target(model, method)
 
 
+class Memory(keras.layers.Layer):
+    """A cell of one's own."""
+
+    prunable_weights = ("mix",)
+    state_size = output_size = 8
+
+    def build(self, shape):
+        self.mix = self.add_weight(shape=(shape[-1] + 8, 8))
+
+    def call(self, step, states):
+        h = keras.ops.tanh(keras.ops.concatenate([step, states[0]], -1) @ self.mix)
+        return h, [h]
+
+
+@pytest.mark.parametrize("name", ["dst-target", "dcil", "optg"])
+def test_masks_in_the_loop_of_a_recurrent_layer(name):
+    keras.utils.set_random_seed(0)
+    net = [keras.Input((24, 1)), keras.layers.LSTM(8, return_sequences=True)]
+    net += [keras.layers.RNN(Memory()), keras.layers.Dense(4, "softmax")]
+    model = keras.Sequential(net)
+    keras_dst.sparsify(model, METHODS[name][0])
+    models.compiled(model, "adam", run_eagerly=False)
+    model.fit(x[..., None], y, BATCH, 2, verbose=0, callbacks=[SparseTraining()])
+    check_target(model, METHODS[name])
+
+
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision(one_of_each, policy):
     if COMPILES and policy == "mixed_bfloat16" and one_of_each[0] not in ONE_OF_A_FAMILY:

@@ -94,6 +94,42 @@ def test_every_layer_equals_its_stock_layer_and_masks_by_its_thresholds(case):
     np.testing.assert_array_equal(run(sparse, x), run(stock, x))
 
 
+@pytest.mark.parametrize("kind", ["SimpleRNN", "LSTM", "GRU"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_cell_masks_its_weights_once_a_sequence(kind, dropout, monkeypatch):
+    drop = {"dropout": dropout, "recurrent_dropout": dropout}
+    cells = [getattr(layers, f"Sparse{kind}Cell")(6, sparsity=DST(), **drop) for _ in range(2)]
+    recurrent = keras.layers.RNN(cells, unroll=True)
+    x = np.random.default_rng(0).standard_normal((2, 5, 4)).astype("float32")
+    recurrent(x)
+    calls = []
+    apply = DST.apply
+    monkeypatch.setattr(DST, "apply", lambda *args: calls.append(args) or apply(*args))
+    recurrent(x, training=True)
+    assert len(calls) == 4  # two weights of each cell, not of each step
+
+
+def test_a_cell_holds_nothing_from_one_call_to_the_next():
+    keras.utils.set_random_seed(0)
+    cell = layers.SparseSimpleRNNCell(6, use_bias=False, sparsity=DST(granularity="layer"))
+    recurrent = keras.layers.RNN(cell)
+    x = np.random.default_rng(0).standard_normal((2, 5, 4)).astype("float32")
+    nothing = np.zeros((2, 6), "float32")
+
+    def alone():
+        return keras.ops.convert_to_numpy(cell(x[:, 0], [nothing])[0])
+
+    recurrent(x)
+    kernel = cell._kernel.numpy()
+    np.testing.assert_allclose(alone(), np.tanh(x[:, 0] @ kernel), rtol=1e-5)
+    with pytest.raises(Exception, match=r"(?i)shape|dim|size"):
+        recurrent(x[:, :, :3])  # fails within the sequence
+    assert not cell.held
+    cell.sparse_state["kernel"]["threshold"].assign(10.0)
+    np.testing.assert_array_equal(alone(), nothing)
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(recurrent(x)), nothing)
+
+
 def test_config_round_trip(case):
     cls, arguments, *_ = case
     layer = cls(**arguments, sparsity=DST(granularity="layer"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -50,6 +51,8 @@ class SparseWeight:
         state = layer.__dict__.get("sparse_state", {}).get(self.name)
         if state is None:
             return value
+        if self.name in layer.held:
+            return layer.held[self.name]
         seen = layer.sparsity.apply(ops.convert_to_tensor(value), state, self.layout_of(layer))
         return ops.cast(seen, layer.compute_dtype)
 
@@ -98,6 +101,7 @@ class SparseMixin(_Layer):
     stock: type
     sparsity: LayerMethod
     sparse_state: dict[str, State]
+    held: Mapping[str, Any] = MappingProxyType({})  # what `SparseCellMixin` masks beforehand
     driven = False  # whether a SparseTraining callback is at work
     both_paths = False  # whether a training step has been traced on both paths
 
@@ -253,6 +257,36 @@ class SparseMixin(_Layer):
             self.__dict__["sparse_state"] = state
             for variables, old in zip(lists, before):
                 variables[:] = old
+
+
+class SparseCellMixin(SparseMixin):
+    """What makes the cell of a recurrent layer sparse: masks once a sequence, not at every step.
+
+    Keras asks a cell for its dropout before a sequence, outside of the loop, and lets it go after
+    the last step; masked weights are held as long. A cell that is called by itself holds none.
+    """
+
+    calling = False
+
+    def __call__(self, *args, **kwargs):
+        self.__dict__["calling"] = True
+        try:
+            return super().__call__(*args, **kwargs)
+        except BaseException:
+            self.__dict__["held"] = {}  # the sequence ends here
+            raise
+        finally:
+            self.__dict__["calling"] = False
+
+    def get_dropout_mask(self, step_input):
+        if not self.calling:
+            self.__dict__["held"] = {}
+            self.__dict__["held"] = {name: getattr(self, name) for name in self.sparse_state}
+        return super().get_dropout_mask(step_input)
+
+    def reset_dropout_mask(self):
+        self.__dict__["held"] = {}
+        super().reset_dropout_mask()
 
 
 def require_driver(layer) -> None:

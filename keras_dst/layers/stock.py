@@ -9,7 +9,13 @@ from keras import layers
 # Keras exports the layers that use this cell, not the cell.
 from keras.src.layers.rnn.conv_lstm import ConvLSTMCell
 
-from keras_dst.layers.base import EinsumWeight, SparseBias, SparseMixin, SparseWeight
+from keras_dst.layers.base import (
+    EinsumWeight,
+    SparseBias,
+    SparseCellMixin,
+    SparseMixin,
+    SparseWeight,
+)
 from keras_dst.masks import Layout
 
 _register = keras.saving.register_keras_serializable("keras_dst")
@@ -141,7 +147,7 @@ class SparseSeparableConv2D(SparseMixin, layers.SeparableConv2D):
 
 
 @_register
-class SparseSimpleRNNCell(SparseMixin, layers.SimpleRNNCell):
+class SparseSimpleRNNCell(SparseCellMixin, layers.SimpleRNNCell):
     """`keras.layers.SimpleRNNCell`, sparse in its kernel and its recurrent kernel.
 
     Example:
@@ -154,7 +160,7 @@ class SparseSimpleRNNCell(SparseMixin, layers.SimpleRNNCell):
 
 
 @_register
-class SparseLSTMCell(SparseMixin, layers.LSTMCell):
+class SparseLSTMCell(SparseCellMixin, layers.LSTMCell):
     """`keras.layers.LSTMCell`, sparse in its kernel and its recurrent kernel.
 
     A unit of theirs, which has a threshold of its own under DST, is that of one of the four gates.
@@ -166,7 +172,7 @@ class SparseLSTMCell(SparseMixin, layers.LSTMCell):
 
 
 @_register
-class SparseGRUCell(SparseMixin, layers.GRUCell):
+class SparseGRUCell(SparseCellMixin, layers.GRUCell):
     """`keras.layers.GRUCell`, sparse in its kernel and its recurrent kernel.
 
     A unit of theirs, which has a threshold of its own under DST, is that of one of the three gates.
@@ -178,7 +184,7 @@ class SparseGRUCell(SparseMixin, layers.GRUCell):
 
 
 @_register
-class SparseConvLSTMCell(SparseMixin, ConvLSTMCell):
+class SparseConvLSTMCell(SparseCellMixin, ConvLSTMCell):
     """The cell of `keras.layers.ConvLSTM1D/2D/3D`, sparse in its kernel and recurrent kernel."""
 
     stock = ConvLSTMCell
