@@ -92,6 +92,7 @@ bench-step: $(TEST_READY)
 
 bench-overhead: $(TEST_READY) $(TFMOT)/ready
 	$(RUN) -m benchmarks.step_time resnet-20
+	$(RUN) -m benchmarks.step_time lstm-128
 	TF_CPP_MIN_LOG_LEVEL=3 $(TFMOT)/bin/python -m benchmarks.tfmot_step_time
 	$(RUN) -m benchmarks.mask_update
 

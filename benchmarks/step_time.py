@@ -5,6 +5,7 @@ the ratio to the plain model of the same turn is what counts; medians over the t
 
     small-cnn   results/step_time_BACKEND.json
     resnet-20   results/overhead_BACKEND.json
+    lstm-128    results/recurrent_BACKEND.json, without Consensus, which has no units to prune there
 
 It is the beginning of a training of 4,000 steps, in which most methods update their masks every
 100. So updates are timed by themselves, and their share of a step is added to the ratio (DCIL's,
@@ -65,9 +66,16 @@ def resnet_20():
     return nets.resnet(20)
 
 
+def lstm_128():
+    from benchmarks import nets
+
+    return nets.lstm(128)
+
+
 SETTINGS = {
     "small-cnn": Setting("step_time", (28, 28, 1), small_cnn, steps=5, rounds=17),
     "resnet-20": Setting("overhead", (32, 32, 3), resnet_20, steps=3, rounds=9),
+    "lstm-128": Setting("recurrent", (28, 28, 1), lstm_128, steps=5, rounds=17),
 }
 
 
@@ -124,6 +132,8 @@ def measure(net, only=None):
         return partial(steps_of_fit, model, x, y, BATCH, callbacks), driver
 
     chosen = methods()
+    if net == "lstm-128":
+        del chosen["Consensus"]
     if only:
         chosen = {name: chosen[name] for name in ("plain", *only)}
     built = {name: build(method) for name, method in chosen.items()}

@@ -65,7 +65,7 @@ def step_times() -> str:
 
     In brackets, how long compiling takes beside the plain model's, where that was timed.
     """
-    runs = [run for kind in ("step_time", "overhead") for run in _runs(kind)]
+    runs = [run for kind in ("step_time", "overhead", "recurrent") for run in _runs(kind)]
     lines = []
     for net in dict.fromkeys(run["net"] for _, run in runs):
         columns = {name: _ratios(run) for name, run in runs if run["net"] == net}
