@@ -273,20 +273,23 @@ class SparseCellMixin(SparseMixin):
         try:
             return super().__call__(*args, **kwargs)
         except BaseException:
-            self.__dict__["held"] = {}  # the sequence ends here
+            self._let_go()  # the sequence ends here
             raise
         finally:
-            self.__dict__["calling"] = False
+            self.__dict__.pop("calling", None)
 
     def get_dropout_mask(self, step_input):
         if not self.calling:
-            self.__dict__["held"] = {}
+            self._let_go()
             self.__dict__["held"] = {name: getattr(self, name) for name in self.sparse_state}
         return super().get_dropout_mask(step_input)
 
     def reset_dropout_mask(self):
-        self.__dict__["held"] = {}
+        self._let_go()
         super().reset_dropout_mask()
+
+    def _let_go(self) -> None:
+        self.__dict__.pop("held", None)
 
 
 def require_driver(layer) -> None:
