@@ -14,18 +14,17 @@ from benchmarks.common import spread
 # backend, model, target sparsity (None: the paper's alpha alone; "dense": the control), seeds
 RUNS = [
     ("jax", "lenet-300-100", 0.97, [0, 1, 2]),
-    ("tensorflow", "lenet-300-100", 0.97, [0]),
-    ("torch", "lenet-300-100", 0.97, [0]),
-    ("tensorflow", "lenet-5-caffe", 0.984, [0]),
+    ("tensorflow", "lenet-300-100", 0.97, [0, 1, 2]),
+    ("torch", "lenet-300-100", 0.97, [0, 1, 2]),
+    ("tensorflow", "lenet-5-caffe", 0.984, [0, 1, 2]),
     ("jax", "lenet-300-100", "dense", [0, 1, 2]),
-    ("jax", "lenet-300-100", None, [0]),
+    ("jax", "lenet-300-100", None, [0, 1, 2]),
     ("jax", "lenet-300-100", 0.975, [0, 1, 2]),
-    ("tensorflow", "lenet-5-caffe", "dense", [0]),
+    ("tensorflow", "lenet-5-caffe", "dense", [0, 1, 2]),
     ("jax", "lstm-128", "dense", [0, 1, 2]),
     ("jax", "lstm-128", 0.975, [0, 1, 2]),
-    ("jax", "lstm-256", "dense", [0]),
+    ("jax", "lstm-256", "dense", [0, 1, 2]),
     ("jax", "lstm-256", 0.975, [0, 1, 2]),
-    ("tensorflow", "lenet-5-caffe", 0.984, [1, 2]),
 ]
 
 
