@@ -84,8 +84,8 @@ bench-methods: $(TEST_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.methods cifar10
 
 bench-patterns: $(TEST_READY)
-	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.patterns mnist-mlp --seeds 1
-	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.patterns mnist --seeds 1 --methods Magnitude
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.patterns mnist-mlp
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.patterns mnist --methods Magnitude
 
 bench-step: $(TEST_READY)
 	$(RUN) -m benchmarks.step_time small-cnn
