@@ -20,22 +20,22 @@ def cpu_seconds(work: Callable) -> float:
 
 
 def steps_of_fit(model, x, y, batch_size: int, callbacks, now=time.perf_counter) -> float:
-    """Seconds of all steps of a fit of one epoch, and of what callbacks do between them.
+    """Seconds of the steps of a fit of one epoch but the first, and of callbacks between them.
 
-    What a fit does once, at its beginning and end, is not in it. `now` is the clock to read.
+    What a fit does once, at its beginning and end, is not in it; nor is the first step, which may
+    have to fetch the memory that all of them use. `now` is the clock to read.
     """
     import keras
 
     class Clock(keras.callbacks.Callback):
         last = -(-len(x) // batch_size) - 1
 
-        def on_train_batch_begin(self, batch, logs=None):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch in (0, self.last):
+                float(logs["loss"])  # waits for the step, where the backend does not
             if batch == 0:
                 self.begin = now()
-
-        def on_train_batch_end(self, batch, logs=None):
-            if batch == self.last:
-                float(logs["loss"])  # waits for the step, where the backend does not
+            elif batch == self.last:
                 self.seconds = now() - self.begin
 
     clock = Clock()

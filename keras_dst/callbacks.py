@@ -11,6 +11,7 @@ import warnings
 
 import keras
 
+from keras_dst import memory
 from keras_dst.backup import BackupAndRestore as BackupAndRestore
 from keras_dst.backup import Running
 from keras_dst.compiled import give_back_state
@@ -27,7 +28,9 @@ class SparseTraining(keras.callbacks.Callback):
     where that one ended. Masks and controllers are updated between steps, `sparsity` (of the
     weights under the method) is shown in the progress bar and kept in the history, the last step
     makes it exact, and a warning says by how much a target was missed. While it is at work, what
-    `save` and `save_weights` write is whole or not there at all.
+    `save` and `save_weights` write is whole or not there at all, and on Linux the process keeps
+    memory that a step frees for the next one, unless variables such as MALLOC_TRIM_THRESHOLD_ say
+    what it is to do.
 
     Put it before callbacks of Keras that save within an epoch.
 
@@ -117,6 +120,7 @@ class SparseTraining(keras.callbacks.Callback):
             # Not in on_epoch_end alone: here it is in the log for callbacks before this one, too.
             vars(self.model)["evaluate"] = _GatedEvaluate(self.model, self._write_validation)  # type: ignore[index]
         guard_step(self.model, self._drivers)
+        memory.keep()
 
     def on_epoch_begin(self, epoch, logs=None):
         if not self._begun:
@@ -154,6 +158,7 @@ class SparseTraining(keras.callbacks.Callback):
         self._write(logs)
 
     def on_train_end(self, logs=None):
+        memory.give_back()
         save_in_place(self.model)
         vars(self.model).pop("evaluate", None)  # type: ignore[attr-defined]
         if not self._begun:  # a backup of the last epoch was restored

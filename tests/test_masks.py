@@ -112,6 +112,33 @@ def test_masked(dtype):
     assert not np.signbit(array(found)).any()
 
 
+@pytest.mark.parametrize("dtype", EPSILON)
+def test_gradients_of_what_is_masked(dtype):
+    w, mask = tensor([1.5, 7.0], dtype), tensor([True, False], "bool")
+    np.testing.assert_array_equal(array(masks.stop_gradient_where(mask, w)), [1.5, 7])
+    for upstream, kept, others in (([2, 3], [2, 0], [0, 3]), ([NAN, 3], [NAN, 0], [0, 3])):
+        g = tensor(upstream, dtype)
+        (found,) = gradients(lambda w: masks.masked(w, mask), [w], g)
+        np.testing.assert_array_equal(found, kept)
+        (found,) = gradients(lambda w: masks.stop_gradient_where(mask, w), [w], g)
+        np.testing.assert_array_equal(found, others)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="others have one way to do it")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_masked_on_torch(dtype, compiled):
+    import torch
+
+    function = torch.compile(masks.masked, backend="eager") if compiled else masks.masked
+    w = torch.tensor([1.5, torch.inf, torch.nan], dtype=getattr(torch, dtype), requires_grad=True)
+    found = function(w, torch.tensor([True, False, False]))
+    assert found.dtype == w.dtype
+    assert found.tolist() == [1.5, 0, 0]
+    found.sum().backward()
+    assert w.grad.tolist() == [1, 0, 0]
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "int32"])
 def test_masked_counters(dtype):
     found = masks.masked(tensor([3, 5], dtype), tensor([True, False], "bool"))

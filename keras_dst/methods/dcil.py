@@ -112,7 +112,7 @@ class DCIL(LayerMethod):
     def apply(self, w, state, layout):
         mask = self.mask(w, state, layout)
         if on_full_path():
-            return ops.where(mask, ops.stop_gradient(w), w)
+            return masks.stop_gradient_where(mask, w)
         return masks.masked(w, mask)
 
     def scores(self, weights, states):

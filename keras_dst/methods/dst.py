@@ -229,7 +229,7 @@ class _Reset(keras.constraints.Constraint):
     def __call__(self, threshold):
         t = ops.convert_to_tensor(threshold)
         mask = self.method.mask(ops.convert_to_tensor(self.variable), {"threshold": t}, self.layout)
-        alive = ops.mean(ops.cast(mask, t.dtype)) > self.method.reset_at
+        alive = ops.mean(masks.ones(mask, t.dtype)) > self.method.reset_at
         t = masks.masked(t, ops.logical_and(alive, ops.isfinite(t)))
         # Below 0 a threshold masks nothing more, it only takes longer to come back.
         return t if self.method.schedule is None else ops.maximum(t, 0.0)
