@@ -242,7 +242,8 @@ def guard_step(model, drivers):
     """Make the compiled step, which later fits use again, refuse to run without a driver."""
     if model.train_function is None:  # a training loop of the user's own
         return
-    step = inspect.unwrap(model.train_function)
+    # The guards of earlier fits come off, but not what compiles the step: torch.compile wraps, too.
+    step = inspect.unwrap(model.train_function, stop=lambda f: not hasattr(f, "guards"))
 
     @functools.wraps(step, assigned=(), updated=())
     def guarded(*args, **kwargs):
@@ -255,4 +256,5 @@ def guard_step(model, drivers):
             )
         return step(*args, **kwargs)
 
+    vars(guarded)["guards"] = drivers
     model.train_function = guarded

@@ -1,5 +1,7 @@
 """`SparseTraining`: what it resolves, shows, projects, refuses and warns about."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -52,6 +54,29 @@ def test_a_short_training_is_pruned_all_the_same():
     assert history.history["sparsity"][-1] == pytest.approx(0.9, abs=1e-3)
     assert keras_dst.report(model).sparsity == pytest.approx(0.9, abs=1e-3)
     assert len(set(history.history["sparsity"])) > 3
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="others compile without a wrapper")
+def test_what_compiles_the_step_stays_around_it(monkeypatch):
+    # A guard is around it, too, of which a later fit takes off the earlier one.
+    import torch
+
+    steps = []
+
+    def stand_in(step):  # the compiler takes a minute
+        @functools.wraps(step)
+        def compiled(data):
+            steps.append(1)
+            return step(data)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", stand_in)
+    model = sparse(Magnitude(0.5))
+    model.compile(model.optimizer, "sparse_categorical_crossentropy", jit_compile=True)
+    for _ in range(2):
+        model.fit(x, y, batch_size=64, verbose=0, callbacks=[SparseTraining()])
+    assert len(steps) == 4
 
 
 def test_an_epoch_of_one_batch():

@@ -263,7 +263,7 @@ def test_any_inner_optimiser(one_of_each, inner):
 )
 def test_every_way_to_compile(one_of_each, compile_arguments):
     if not COMPILES and "run_eagerly" not in compile_arguments:
-        pytest.skip("Keras on torch refuses steps_per_execution; jit_compile needs a C++ compiler")
+        pytest.skip("Keras on torch refuses steps_per_execution; jit_compile takes a minute each")
     if COMPILES and "run_eagerly" in compile_arguments and one_of_each[0] not in ONE_OF_A_FAMILY:
         pytest.skip("nothing compiled is in it: torch has run it")
     if keras.backend.backend() == "jax" and "steps_per_execution" not in compile_arguments:

@@ -52,7 +52,7 @@ def test_kept_while_a_training_lasts():
     x, y = models.data(size=32)
     model = models.compiled(models.residual(), SparseOptimizer("sgd", Magnitude(0.5)))
     seen = []
-    look = keras.callbacks.LambdaCallback(on_train_batch_end=lambda *_: seen.append(stays()))
+    look = keras.callbacks.LambdaCallback(on_train_batch_end=lambda _, logs: seen.append(stays()))
     model.fit(x, y, batch_size=16, verbose=0, callbacks=[SparseTraining(), look])
     assert seen == [True, True]
     assert not stays()

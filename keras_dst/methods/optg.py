@@ -36,7 +36,7 @@ class OptG(LayerMethod):
             `Schedule`.
         beta: slope of the sigmoid per epoch, around the middle of training. Defaults to None: 1,
             the paper's, from 20 epochs on; a shorter training follows the curve of 20 epochs in
-            its first three quarters.
+            its first three quarters. A `Schedule` has its own.
         allocation: `"global"` (the paper, default), `"uniform"`, `"erk"`, or a dict of sparsities
             by weight name or regular expression.
         pattern: `"unstructured"` (the paper, default), blocks such as `"1x4"`, N:M such as
@@ -74,6 +74,11 @@ class OptG(LayerMethod):
         self.min_kept = min_kept
         if beta is not None and not beta > 0:
             raise ValueError(f"beta must be a number > 0. Received: {beta!r}")
+        if beta is not None and isinstance(sparsity, Schedule):
+            raise ValueError(
+                "beta is the slope of the sigmoid towards a sparsity that is a number; a Schedule "
+                f"has its own. Received: sparsity={sparsity!r}, beta={beta!r}"
+            )
         if not isinstance(sparsity, Schedule):
             check_sparsity(sparsity)
             sparsity = Sigmoid(sparsity, end=0.75, steepness=_SHORT)

@@ -9,7 +9,7 @@ import keras_dst
 from keras_dst.callbacks import SparseTraining
 from keras_dst.masks import KERNEL
 from keras_dst.methods import OptG
-from keras_dst.schedules import Sigmoid
+from keras_dst.schedules import Constant, Sigmoid
 from tests import models
 from tests.gradients import gradients
 
@@ -161,7 +161,12 @@ def test_no_sparsity_is_no_sparsity():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"beta": 0}, "beta"), ({"sparsity": 1.0}, "sparsity"), ({"frequency": "day"}, "frequency")],
+    [
+        ({"beta": 0}, "beta must be a number > 0. Received: 0"),
+        ({"beta": 1.0, "sparsity": Constant(0.9)}, "a Schedule has its own. Received: sparsity="),
+        ({"sparsity": 1.0}, "sparsity"),
+        ({"frequency": "day"}, "frequency"),
+    ],
 )
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
