@@ -50,7 +50,7 @@ AXES = {
 }
 # What an axis counts.
 SIZES = {"parameters": "weights", "layers": "depth", "batch": "batch"}
-# What `keras_dst.memory` asks for, here for the whole of a process.
+# What `keras_dst.freed_memory` asks for, here for the whole of a process.
 KEEP = {f"MALLOC_{what}_THRESHOLD_": str(1 << 40) for what in ("MMAP", "TRIM")}
 
 

@@ -11,7 +11,7 @@ import warnings
 
 import keras
 
-from keras_dst import memory
+from keras_dst import freed_memory
 from keras_dst.backup import BackupAndRestore as BackupAndRestore
 from keras_dst.backup import Running
 from keras_dst.compiled import give_back_state
@@ -120,7 +120,7 @@ class SparseTraining(keras.callbacks.Callback):
             # Not in on_epoch_end alone: here it is in the log for callbacks before this one, too.
             vars(self.model)["evaluate"] = _GatedEvaluate(self.model, self._write_validation)  # type: ignore[index]
         guard_step(self.model, self._drivers)
-        memory.keep()
+        freed_memory.keep()
 
     def on_epoch_begin(self, epoch, logs=None):
         if not self._begun:
@@ -158,7 +158,7 @@ class SparseTraining(keras.callbacks.Callback):
         self._write(logs)
 
     def on_train_end(self, logs=None):
-        memory.give_back()
+        freed_memory.give_back()
         save_in_place(self.model)
         vars(self.model).pop("evaluate", None)  # type: ignore[attr-defined]
         if not self._begun:  # a backup of the last epoch was restored
