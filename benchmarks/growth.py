@@ -190,7 +190,8 @@ def table():
         path = RESULTS / f"growth_{backend}.json"
         if not path.exists():
             continue
-        for axis, rows in json.loads(path.read_text())["axes"].items():
+        found = json.loads(path.read_text())["axes"]
+        for axis, rows in ((a, found[a]) for a in AXES if a in found):
             names, timed = list(rows[0]["ratio_to_plain"]), list(rows[0]["seconds"])
             size = [row[SIZES[axis]] for row in rows]
             lines += ["", f"## {axis}, {backend}", ""]

@@ -52,7 +52,11 @@ def masked(w: Tensor, mask: Tensor) -> Tensor:
 
 
 def ones(mask: Tensor, dtype) -> Tensor:
-    """A boolean mask as zeros and ones of another type."""
+    """A boolean mask as zeros and ones of another type.
+
+    Example:
+        >>> keras_dst.masks.ones(keras.ops.array([True, False]), "float32")
+    """
     # By way of bytes, of which torch makes floats in a fifth of the time.
     return ops.cast(ops.cast(mask, "uint8"), dtype)
 
