@@ -202,4 +202,5 @@ def _leave_out(model, batches: int) -> None:
             model.train_function = step
         return {} if len(arguments) == 1 else ({}, arguments[0])
 
+    vars(draw)["ours"] = True  # as `callbacks.guard_step` marks its own
     model.train_function = draw

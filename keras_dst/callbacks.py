@@ -242,8 +242,8 @@ def guard_step(model, drivers):
     """Make the compiled step, which later fits use again, refuse to run without a driver."""
     if model.train_function is None:  # a training loop of the user's own
         return
-    # The guards of earlier fits come off, but not what compiles the step: torch.compile wraps, too.
-    step = inspect.unwrap(model.train_function, stop=lambda f: not hasattr(f, "guards"))
+    # What earlier fits left comes off, not what compiles the step: torch.compile wraps it, too.
+    step = inspect.unwrap(model.train_function, stop=lambda f: not hasattr(f, "ours"))
 
     @functools.wraps(step, assigned=(), updated=())
     def guarded(*args, **kwargs):
@@ -256,5 +256,5 @@ def guard_step(model, drivers):
             )
         return step(*args, **kwargs)
 
-    vars(guarded)["guards"] = drivers
+    vars(guarded)["ours"] = True
     model.train_function = guarded
