@@ -145,7 +145,7 @@ def once(point) -> dict:
     import numpy as np
 
     import keras_dst
-    from keras_dst.drivers import drivers_of
+    from keras_dst._training.drivers import drivers_of
     from keras_dst.methods import DST, Magnitude
 
     model, _ = net(point)

@@ -82,7 +82,7 @@ def prepared(method):
     from keras import ops
 
     from benchmarks.common import under
-    from keras_dst.drivers import drivers_of
+    from keras_dst._training.drivers import drivers_of
 
     keras.backend.clear_session()
     keras.utils.set_random_seed(0)
@@ -114,10 +114,10 @@ def times(method) -> dict:
     """What one update takes beside a pass, in seconds of a processor."""
     from keras import ops
 
-    from keras_dst.compiled import compiled
+    from keras_dst._backend.jit import jit
 
     driver, update = prepared(method)
-    total = compiled(lambda weights: sum(ops.sum(ops.abs(w)) for w in weights))
+    total = jit(lambda weights: sum(ops.sum(ops.abs(w)) for w in weights))
 
     def one_pass():
         float(ops.convert_to_numpy(total([ops.convert_to_tensor(w) for w in driver.weights])))

@@ -118,7 +118,7 @@ def methods():
     from keras_dst.methods import DCIL, DST, SET, Consensus, FlipOut, Magnitude, OptG, RigL
 
     return {
-        "DST": DST(target_sparsity=0.5),
+        "DST": DST(sparsity=0.5),
         "DCIL": DCIL(0.8),
         "OptG": OptG(0.8),
         "Consensus": Consensus(0.5),

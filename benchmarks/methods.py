@@ -109,11 +109,11 @@ METHODS = {
     "RigL": RigL,
     "FlipOut": FlipOut,
     "FlipOut, no noise": functools.partial(FlipOut, noise=0.0),
-    "DST": lambda s, **options: DST(target_sparsity=s, **options),
+    "DST": lambda s, **options: DST(sparsity=s, **options),
     "DCIL": DCIL,
     "OptG": OptG,
     # Closes whole units: the fraction that it keeps open is counted in weights, as sparsity is.
-    "Consensus": lambda s: Consensus(target=1 - s, cost="parameters"),
+    "Consensus": lambda s: Consensus(s, cost="parameters"),
 }
 SPARSITIES = (0.9, 0.98)
 ALSO = {"Consensus": (0.5,)}  # what its paper shows

@@ -41,7 +41,7 @@ def main():
     model = MODELS[args.model]()
     callbacks = []
     if not args.dense:
-        method = keras_dst.methods.DST(target_sparsity=args.target, alpha=args.alpha)
+        method = keras_dst.methods.DST(sparsity=args.target, alpha=args.alpha)
         keras_dst.sparsify(model, method)
         callbacks = [keras_dst.callbacks.SparseTraining()]
     recurrent = args.model.startswith("lstm")

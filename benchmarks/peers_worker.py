@@ -71,7 +71,7 @@ class KerasDST(Tool):
         made = {
             "Magnitude, uniform": partial(self.library.methods.Magnitude, TARGET, "uniform"),
             "Magnitude": partial(self.library.methods.Magnitude, TARGET),
-            "DST": partial(self.library.methods.DST, target_sparsity=TARGET),
+            "DST": partial(self.library.methods.DST, sparsity=TARGET),
         }
         optimizer = under(made[method](), model, optimizer)
         return model, optimizer, [self.library.callbacks.SparseTraining(epochs)]

@@ -88,7 +88,7 @@ def methods() -> dict:
     return {
         "plain": None,
         "DST": DST(),
-        "DST, target": DST(target_sparsity=0.9),
+        "DST, target": DST(sparsity=0.9),
         "DCIL": DCIL(0.9),
         "OptG": OptG(0.9),
         "Consensus": Consensus(0.5),

@@ -1,23 +1,28 @@
-"""Sparse training for any Keras 3 model, and the way to a smaller, faster `.tflite`."""
+"""Sparse training for any Keras 3 model, and an exporter that writes smaller, faster `.tflite`."""
 
-from keras_dst import (
-    allocation,
-    callbacks,
-    layers,
-    masks,
-    methods,
-    plots,
-    regularizers,
-    schedules,
-    tfmot,
-)
-from keras_dst.export import ExportError, ExportReport, LintReport, export_tflite, lint
+import importlib
+
+from keras_dst import allocation, callbacks, layers, masks, methods, regularizers, schedules
 from keras_dst.optimizers import SparseOptimizer
-from keras_dst.report import SparsityReport, report
-from keras_dst.sensitivity import SensitivityReport, sensitivity
-from keras_dst.shrink import ShrinkReport, shrink, shrink_report
 from keras_dst.surgery import SparsifyReport, sparsify, strip
 from keras_dst.version import __version__
+
+# Reports, export and plots are imported on first use: training needs none of them.
+_LAZY = {
+    "ExportError": "export",
+    "ExportReport": "export",
+    "LintReport": "export",
+    "SensitivityReport": "_reporting.sensitivity",
+    "ShrinkReport": "_structure",
+    "SparsityReport": "_reporting.sparsity",
+    "export_tflite": "export",
+    "lint": "export",
+    "report": "_reporting.sparsity",
+    "sensitivity": "_reporting.sensitivity",
+    "shrink": "_structure",
+    "shrink_report": "_structure",
+}
+_LAZY_MODULES = ("plots", "tfmot", "tuner")
 
 __all__ = [
     "ExportError",
@@ -47,3 +52,17 @@ __all__ = [
     "strip",
     "tfmot",
 ]
+
+
+def __getattr__(name):
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"keras_dst.{name}")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'keras_dst' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"keras_dst.{_LAZY[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return __all__

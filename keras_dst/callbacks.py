@@ -11,14 +11,14 @@ import warnings
 
 import keras
 
-from keras_dst import freed_memory
-from keras_dst.backup import BackupAndRestore as BackupAndRestore
-from keras_dst.backup import Running
-from keras_dst.compiled import give_back_state
-from keras_dst.drivers import Driver, drivers_of
-from keras_dst.files import save_in_place, save_whole
-from keras_dst.logs import mode_of, worst
-from keras_dst.tensorboard import SparsityTensorBoard as SparsityTensorBoard
+from keras_dst import _keras
+from keras_dst._backend import malloc
+from keras_dst._training.backup import ActiveFit
+from keras_dst._training.backup import BackupAndRestore as BackupAndRestore
+from keras_dst._training.drivers import Driver, drivers_of
+from keras_dst._training.metrics import direction_of_metric, worst_value
+from keras_dst._training.tensorboard import SparsityTensorBoard as SparsityTensorBoard
+from keras_dst._utils.files import save_in_place, save_whole
 
 
 class SparseTraining(keras.callbacks.Callback):
@@ -38,13 +38,14 @@ class SparseTraining(keras.callbacks.Callback):
         epochs: epochs that the schedule takes, where they are not those of the first `fit`: for a
             training in several calls.
         steps_per_epoch: batches in an epoch, where `fit` cannot know before the first one ends.
-        gate: a metric of which the best counts only at the target, such as `"val_accuracy"`. The
+        metric_at_target: a metric of which the best counts only at the target, such as
+            `"val_accuracy"`. The
             log `"val_accuracy_at_target"` has its value once the target is reached. Before, it has
             one that is worse than any, and less so from epoch to epoch: whatever looks for the
             best, or waits for better, neither keeps nor stops at what is not sparse enough. A
             metric of the training itself needs this callback to come first.
-        gate_mode: whether the best of it is the `"min"` or the `"max"`; by default what the metric
-            itself says.
+        metric_mode: whether the best of it is the `"min"` or the `"max"`; by default what the
+            metric itself says.
 
     Raises:
         ValueError: when training begins and there is nothing to drive, or its length is unknown.
@@ -54,7 +55,7 @@ class SparseTraining(keras.callbacks.Callback):
 
         The best model at the target:
 
-        >>> sparse = keras_dst.callbacks.SparseTraining(gate="val_accuracy")
+        >>> sparse = keras_dst.callbacks.SparseTraining(metric_at_target="val_accuracy")
         >>> best = keras.callbacks.ModelCheckpoint(
         ...     "best.keras", "val_accuracy_at_target", mode="max", save_best_only=True
         ... )
@@ -65,14 +66,14 @@ class SparseTraining(keras.callbacks.Callback):
         self,
         epochs: int | None = None,
         steps_per_epoch: int | None = None,
-        gate: str | None = None,
-        gate_mode: str | None = None,
+        metric_at_target: str | None = None,
+        metric_mode: str | None = None,
     ):
         super().__init__()
-        if gate_mode not in (None, "min", "max"):
-            raise ValueError(f"gate_mode must be 'min' or 'max'. Received: {gate_mode!r}")
-        self.gate = gate
-        self.gate_mode = gate_mode
+        if metric_mode not in (None, "min", "max"):
+            raise ValueError(f"metric_mode must be 'min' or 'max'. Received: {metric_mode!r}")
+        self.metric_at_target = metric_at_target
+        self.metric_mode = metric_mode
         for name, value in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number >= 1. Received: {value!r}")
@@ -109,18 +110,18 @@ class SparseTraining(keras.callbacks.Callback):
                 "The number of steps in the only epoch is unknown. "
                 "Give SparseTraining(steps_per_epoch=...)."
             )
-        if self.gate and not all(driver.schedule for driver in self._drivers):
+        if self.metric_at_target and not all(driver.schedule for driver in self._drivers):
             raise ValueError(
-                f"gate={self.gate!r} needs a target, and one of the methods has none: "
-                f"{[driver.method for driver in self._drivers]}"
+                f"metric_at_target={self.metric_at_target!r} needs a target, and one of the "
+                f"methods has none: {[driver.method for driver in self._drivers]}"
             )
-        self._begun = self._gated = False
+        self._begun = self._metric_seen = False
         save_whole(self.model)
-        if self.gate and self.gate.startswith("val_"):
+        if self.metric_at_target and self.metric_at_target.startswith("val_"):
             # Not in on_epoch_end alone: here it is in the log for callbacks before this one, too.
-            vars(self.model)["evaluate"] = _GatedEvaluate(self.model, self._write_validation)  # type: ignore[index]
+            vars(self.model)["evaluate"] = _EvaluateWithTarget(self.model, self._write_validation)  # type: ignore[index]
         guard_step(self.model, self._drivers)
-        freed_memory.keep()
+        malloc.keep()
 
     def on_epoch_begin(self, epoch, logs=None):
         if not self._begun:
@@ -158,14 +159,16 @@ class SparseTraining(keras.callbacks.Callback):
         self._write(logs)
 
     def on_train_end(self, logs=None):
-        freed_memory.give_back()
+        malloc.give_back()
         save_in_place(self.model)
         vars(self.model).pop("evaluate", None)  # type: ignore[attr-defined]
         if not self._begun:  # a backup of the last epoch was restored
             self._begin(self.params.get("epochs", 1))
-        if self.gate and not self._gated:
+        if self.metric_at_target and not self._metric_seen:
             warnings.warn(
-                f"gate={self.gate!r} was in no log: fit without validation?", stacklevel=2
+                f"metric_at_target={self.metric_at_target!r} was in no log: fit without "
+                "validation?",
+                stacklevel=2,
             )
         for driver in self._drivers:
             driver.end(self._batches, warn_early=self.epochs is None)
@@ -192,33 +195,44 @@ class SparseTraining(keras.callbacks.Callback):
         self._sync()
         kept = sum(d.kept() for d in self._drivers)
         self._log = 1 - kept / sum(d.size for d in self._drivers)
-        self._at_target = self.gate is None or all(d.is_at_target() for d in self._drivers)
+        self._at_target = self.metric_at_target is None or all(
+            d.is_at_target() for d in self._drivers
+        )
 
     def _write(self, logs):
         if logs is None:
             return
-        if self.gate and logs and (self.gate in logs or not self.gate.startswith("val_")):
-            self._write_gated(logs, self.gate)
+        if (
+            self.metric_at_target
+            and logs
+            and (self.metric_at_target in logs or not self.metric_at_target.startswith("val_"))
+        ):
+            self._write_at_target(logs, self.metric_at_target)
         logs["sparsity"] = self._log
 
     def _write_validation(self, logs):
         self._measure()
-        self._write_gated(logs, (self.gate or "").removeprefix("val_"))
+        self._write_at_target(logs, (self.metric_at_target or "").removeprefix("val_"))
 
-    def _write_gated(self, logs, name):
+    def _write_at_target(self, logs, name):
         if name not in logs:
-            raise ValueError(f"gate={self.gate!r} is none of the metrics: {', '.join(logs)}")
-        self._gated = True
-        mode = self.gate_mode or _mode(self.model, self.gate)
-        logs[f"{name}_at_target"] = logs[name] if self._at_target else worst(self._epoch, mode)
+            raise ValueError(
+                f"metric_at_target={self.metric_at_target!r} is none of the metrics: "
+                + ", ".join(logs)
+            )
+        self._metric_seen = True
+        mode = self.metric_mode or _mode(self.model, self.metric_at_target)
+        logs[f"{name}_at_target"] = (
+            logs[name] if self._at_target else worst_value(self._epoch, mode)
+        )
 
 
-class _GatedEvaluate:
+class _EvaluateWithTarget:
     """What stands in for a model's `evaluate` while a fit calls it, and adds to its logs."""
 
     def __init__(self, model, write):
         self.inner = getattr(model.evaluate, "inner", model.evaluate)
-        self.write, self.running = write, Running(model)
+        self.write, self.running = write, ActiveFit(model)
 
     def __call__(self, *args, **kwargs):
         logs = self.inner(*args, **kwargs)
@@ -230,11 +244,11 @@ class _GatedEvaluate:
 def _mode(model, name) -> str:
     """Whether the best value of a metric is its `"min"` or its `"max"`, as the metric says."""
     name = name.removeprefix("val_")
-    if mode := mode_of(model, name):
+    if mode := direction_of_metric(model, name):
         return mode
     raise ValueError(
         f"Whether the best {name!r} is the smallest or the largest is not known. "
-        "Give SparseTraining(gate_mode='min') or 'max'."
+        "Give SparseTraining(metric_mode='min') or 'max'."
     )
 
 
@@ -248,7 +262,7 @@ def guard_step(model, drivers):
     @functools.wraps(step, assigned=(), updated=())
     def guarded(*args, **kwargs):
         if idle := [d for d in drivers if d.schedule is not None and not d.driven]:
-            give_back_state(model, *args)
+            _keras.restore_jax_state(model, *args)
             callback = idle[0].method.driver
             raise ValueError(
                 "This model was compiled for training with the "

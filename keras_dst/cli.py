@@ -124,7 +124,7 @@ def _demo(arguments):
 
 def _report(arguments):
     import keras_dst
-    from keras_dst.files import check_writable
+    from keras_dst._utils.files import check_writable
 
     if arguments.html:
         check_writable(pathlib.Path(arguments.html))
@@ -151,7 +151,7 @@ def _shrink(arguments):
 
 
 def _check_output(output: str) -> None:
-    from keras_dst.files import check_writable
+    from keras_dst._utils.files import check_writable
 
     if not output.endswith(".keras"):
         raise ValueError(f"Expected a .keras file to write. Received: {output}.")
@@ -159,9 +159,9 @@ def _check_output(output: str) -> None:
 
 
 def _save(model, output: str) -> None:
-    from keras_dst.files import whole_or_not
+    from keras_dst._utils.files import atomic_write
 
-    with whole_or_not(pathlib.Path(output)) as unfinished:
+    with atomic_write(pathlib.Path(output)) as unfinished:
         model.save(unfinished)
 
 
@@ -207,7 +207,7 @@ def _inspect(arguments):
     from keras_dst.export.tflite import check_installed
 
     check_installed("ai_edge_litert", "flatbuffers")
-    from keras_dst.export.contents import contents
+    from keras_dst.export.inspection import contents
 
     _show(contents(arguments.model), arguments.json)
 

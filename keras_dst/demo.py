@@ -33,7 +33,7 @@ def run(epochs: int = 40, seed: int = 0, keep: str | None = None) -> dict:
     print(f"digits: {len(train[0])} images to train on, {len(test[0])} to test on, 28 x 28 pixels")
 
     dense = _train(train, epochs, seed, None)
-    method = methods.DST(target_sparsity=SPARSITY, pattern="1x4")
+    method = methods.DST(sparsity=SPARSITY, pattern="1x4")
     print(f"training with {method!r}")
     sparse = _train(train, epochs, seed, method)
 

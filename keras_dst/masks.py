@@ -13,9 +13,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dst import compiled
-from keras_dst.ranking import kth as kth  # part of this module for those who use it
-from keras_dst.ranking import top_k as top_k
+from keras_dst._backend import jit
+from keras_dst._backend.ranking import kth as kth  # part of this module for those who use it
+from keras_dst._backend.ranking import top_k as top_k
 
 Tensor = Any
 
@@ -47,7 +47,7 @@ def masked(w: Tensor, mask: Tensor) -> Tensor:
         >>> keras_dst.masks.masked(keras.ops.array([1.0, 2.0]), keras.ops.array([True, False]))
     """
     if keras.backend.backend() == "torch":
-        return compiled.masked(w, mask)
+        return jit.masked(w, mask)
     return ops.where(mask, w, 0)
 
 

@@ -9,10 +9,16 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dst.devices import beside, check_optimizer, dtype_beside, over_replicas
+from keras_dst import _keras
+from keras_dst._backend.devices import (
+    check_distribution,
+    counter_dtype,
+    placed_like,
+    sum_over_replicas,
+)
+from keras_dst._utils.filters import Filters, is_prunable, select
 from keras_dst.masks import KERNEL, Layout, masked
-from keras_dst.methods.base import LayerMethod, Method, State, UpdateMethod, When, described
-from keras_dst.selection import Filters, is_prunable, select
+from keras_dst.methods.base import LayerMethod, Method, ScheduleState, State, UpdateMethod, describe
 
 
 @keras.saving.register_keras_serializable("keras_dst")
@@ -77,7 +83,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 + ", ".join(v.path for v in variables)
             )
         kernels = [variables[i] for i in kernel_indices]
-        check_optimizer(self, kernels[0])
+        check_distribution(self, kernels[0])
         states = []
         schedule = self.method.schedule
         in_steps = schedule is not None and schedule.in_steps
@@ -98,7 +104,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def _wanted(self, kernels, steps):
         """What the method keeps of every weight, of types that the devices can handle."""
         return [
-            {name: (initial, dtype_beside(k, dtype)) for name, (initial, dtype) in extra.items()}
+            {name: (initial, counter_dtype(k, dtype)) for name, (initial, dtype) in extra.items()}
             for k, extra in zip(kernels, self.method.init(kernels, steps))
         ]
 
@@ -109,7 +115,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             if initial == "value":
                 initial = _copy_of(kernel)
             # Every replica computes the same, so that nothing need be aggregated.
-            with beside(kernel):
+            with placed_like(kernel):
                 state[name] = self.add_variable(
                     kernel.shape, initial, dtype, name=f"{prefix}_{name}"
                 )
@@ -120,22 +126,22 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
         Keras builds an optimiser before anybody knows how long a training will be.
         """
-        kernels = self.kernels
+        kernels, own = self.kernels, _keras.own_variables_of(self)
         for kernel, state, wanted in zip(kernels, self.states, self._wanted(kernels, steps)):
             for name, (initial, dtype) in wanted.items():
                 if state[name].dtype != dtype:
-                    place = next(i for i, v in enumerate(self._variables) if v is state[name])
+                    place = next(i for i, v in enumerate(own) if v is state[name])
                     state.update(self._add_state(kernel, {name: (initial, dtype)}))
-                    self._variables[place] = self._variables.pop()
+                    own[place] = own.pop()
 
     @property
     def kernels(self) -> list:
         """The variables that are pruned."""
-        return [self._trainable_variables[i] for i in self.kernel_indices]
+        return [_keras.trained_variables_of(self)[i] for i in self.kernel_indices]
 
     @property
     def variables(self):
-        return self._variables + self.inner_optimizer.variables
+        return _keras.own_variables_of(self) + self.inner_optimizer.variables
 
     # -- the step --------------------------------------------------------------------------------
 
@@ -143,10 +149,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         if not self.built:
             with keras.name_scope(self.name, caller=self):
                 self.build(trainable_variables)
-        variables = list(trainable_variables or self._trainable_variables)
+        variables = list(trainable_variables or _keras.trained_variables_of(self))
         grads, replicas = list(grads), 1
         if self.method.reads_gradients:
-            grads, replicas = over_replicas(grads)
+            grads, replicas = sum_over_replicas(grads)
         where = {id(v): i for i, v in enumerate(variables)}
         members = [
             (where[id(kernel)], kernel, state)
@@ -204,7 +210,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         due = ops.equal(step, ops.convert_to_tensor(times, "int32"))
         now = ops.argmax(ops.cast(due, "int32"))
         kept = ops.take(ops.convert_to_tensor(np.stack(counts), "int32"), now, axis=0)
-        when = When(
+        now = ScheduleState(
             step,
             ops.minimum(ops.cast(step, "float32") / max(last, 1), 1.0),
             ops.take(ops.convert_to_tensor(targets, "float32"), now),
@@ -219,7 +225,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
         # Assigned outside the branches: JAX cannot assign within them.
         changes = ops.cond(
-            ops.any(due), lambda: method.update(weights, states, self.layouts, kept, when), keep
+            ops.any(due), lambda: method.update(weights, states, self.layouts, kept, now), keep
         )
         self.update_masks(changes)
 
@@ -241,7 +247,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
     def _slots(self, index: int) -> list:
         """What the inner optimiser keeps for a variable: momentum and the like, of its shape."""
-        variables = self._trainable_variables
+        variables = _keras.trained_variables_of(self)
         found = []
         for value in vars(self.inner_optimizer).values():
             if isinstance(value, dict):
@@ -285,7 +291,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         filters = self.filters
         if filters is not None and self.built:
             # What they chose: a file holds no code, and paths in it lack the name of the model.
-            every = [v.path for v in self._trainable_variables if is_prunable(v)]
+            every = [v.path for v in _keras.trained_variables_of(self) if is_prunable(v)]
             filters = [_end_of(name, every) for name in self.kernel_names]
         elif callable(filters):
             raise ValueError(
@@ -326,17 +332,10 @@ def _end_of(path: str, paths: list[str]) -> str:
 
 
 def exclude_from_decay(optimizer, variables) -> None:
-    """Exempt variables from weight decay, beside those that the user has exempted.
-
-    Keras's `exclude_from_weight_decay` replaces the user's choice, and an optimiser that is built
-    refuses it.
-    """
+    """Exempt variables from weight decay in the innermost optimizer."""
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
-    exempt = set(getattr(optimizer, "_exclude_from_weight_decay", ()))
-    exempt.update(optimizer._var_key(variable) for variable in variables)
-    optimizer._exclude_from_weight_decay = exempt
-    optimizer._exclude_from_weight_decay_cache = {}
+    _keras.exempt_from_decay(optimizer, variables)
 
 
 def tensors(state: State) -> dict[str, Any]:
@@ -357,4 +356,4 @@ def _check_method(method) -> UpdateMethod:
             f"keras_dst.sparsify(model, {method!r}) and compile with the plain optimiser instead."
         )
     expected = "a method whose mask is part of the update, such as keras_dst.methods.Magnitude(0.9)"
-    raise TypeError(f"Expected {expected}. Received: {described(method)}")
+    raise TypeError(f"Expected {expected}. Received: {describe(method)}")

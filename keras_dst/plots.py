@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from keras_dst.logs import is_worst
-from keras_dst.selection import Filters, select
+from keras_dst._reporting.tables import percent
+from keras_dst._reporting.weights import cells, matrix_shape, weights_of
+from keras_dst._training.metrics import is_worst_value
+from keras_dst._utils.filters import Filters, select
 from keras_dst.surgery import check_model
-from keras_dst.tables import percent
-from keras_dst.weights import cells, matrix_shape, weights_of
 
 _MARKERS = "osD^vPX*"
 
@@ -188,7 +188,7 @@ def history(history, names: Filters = None, ax=None):
 
     What lies within [0, 1], such as sparsity and accuracy, is on the left axis; the rest, such as
     most losses, has the right one. Validation is dashed, in the colour of the training. What
-    `SparseTraining(gate=...)` logs before the target is reached is left open.
+    `SparseTraining(metric_at_target=...)` logs before the target is reached is left open.
 
     Args:
         history: what `fit` returned, or its dict.
@@ -213,7 +213,7 @@ def history(history, names: Filters = None, ax=None):
     known = list(logs)
     chosen = select(known, names, [(name,) for name in known], "names")
     curves = {
-        name: np.array([math.nan if is_worst(v) else v for v in logs[name]], "float64")
+        name: np.array([math.nan if is_worst_value(v) else v for v in logs[name]], "float64")
         for name, is_chosen in zip(known, chosen)
         if is_chosen
     }

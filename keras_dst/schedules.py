@@ -5,7 +5,7 @@ import math
 import keras
 import numpy as np
 
-from keras_dst.config import Configurable
+from keras_dst._utils.config import Configurable
 
 
 @keras.saving.register_keras_serializable("keras_dst")

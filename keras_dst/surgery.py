@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 import keras
 
-from keras_dst.devices import beside, list_parameters
+from keras_dst import _keras
+from keras_dst._backend.devices import placed_like, refresh_torch_parameters
+from keras_dst._utils.filters import Filters, is_kernel, select
 from keras_dst.layers import (
     Gate,
     SparseBatchNormalization,
@@ -20,7 +22,6 @@ from keras_dst.layers import (
 )
 from keras_dst.methods.base import LayerMethod
 from keras_dst.optimizers import SparseOptimizer, unwrap
-from keras_dst.selection import Filters, is_kernel, select
 
 _OURS = (SparseMixin, SparseComposite, Gate)
 
@@ -90,7 +91,7 @@ def sparsify(model, method: LayerMethod, filters: Filters = None) -> SparsifyRep
     """
     check_model(model)
     method = check_method(method)
-    inner = [layer for layer in model._flatten_layers() if not _is_container(layer)]
+    inner = [layer for layer in _keras.flatten_layers(model) if not _is_container(layer)]
     names = _names(model, inner)
     # Check before the first change, so that an error leaves the model as it was.
     if any(isinstance(layer, SparseMixin) for layer in inner):
@@ -122,7 +123,7 @@ def become_sparse(model, layers, method: LayerMethod) -> None:
     _check_ties(layers)
     for layer in layers:
         make_sparse(layer, method)
-    _remember(model)
+    _record_recipes(model)
     _refresh(model)
 
 
@@ -142,14 +143,14 @@ def strip(model):
         >>> keras_dst.strip(model).save("model.keras")  # loads without keras_dst
     """
     check_model(model)
-    found = [x for x in model._flatten_layers() if isinstance(x, _OURS)]
+    found = [x for x in _keras.flatten_layers(model) if isinstance(x, _OURS)]
     _check_gates(model, found)
     for layer in found:
-        layer.release()
+        layer.restore_stock()
     if unwrap(getattr(model, "optimizer", None)):
         model.optimizer = _without_masks(model.optimizer)
     if model.compiled:
-        compiled = model._compile_config.config  # what is saved of it
+        compiled = _keras.compile_config(model)  # what is saved of it
         compiled["optimizer"] = _without_masks(compiled["optimizer"])
     if found:
         _refresh(model)
@@ -169,7 +170,7 @@ def _without_masks(optimizer):
 
 def is_sparse(model) -> bool:
     """Whether a model holds layers of ours, which `strip` would replace."""
-    return any(isinstance(x, _OURS) for x in model._flatten_layers())
+    return any(isinstance(x, _OURS) for x in _keras.flatten_layers(model))
 
 
 def check_model(model) -> None:
@@ -198,17 +199,11 @@ def check_model(model) -> None:
     raise TypeError(f"Expected a Keras 3 model. Received: {kind}. {fix}")
 
 
-def graph_of(model):
-    """The Functional graph of a model, or None where a `call` of its own runs it."""
-    graph = model._functional if isinstance(model, keras.Sequential) else model
-    return graph if hasattr(graph, "_nodes_by_depth") else None
-
-
 def _names(model, inner) -> list[tuple[str, ...]]:
     """What every layer can be called: its name, its path, and those of the layers around it."""
     found = {id(layer): [layer.name, layer.path] for layer in inner}
-    for outer in model._flatten_layers(include_self=False):
-        for layer in outer._flatten_layers(include_self=False):
+    for outer in _keras.flatten_layers(model, include_self=False):
+        for layer in _keras.flatten_layers(outer, include_self=False):
             if id(layer) in found:
                 found[id(layer)] += [outer.name, outer.path]
     return [tuple(name for name in found[id(layer)] if name) for layer in inner]
@@ -216,17 +211,17 @@ def _names(model, inner) -> list[tuple[str, ...]]:
 
 def _exempt(model, method, filters) -> dict[int, str]:
     """Layers that the method must not touch, by their id, and why."""
-    gates = [x for x in model._flatten_layers() if isinstance(x, Gate)]
-    inside = [x for gate in gates for x in gate._flatten_layers(include_self=False)]
+    gates = [x for x in _keras.flatten_layers(model) if isinstance(x, Gate)]
+    inside = [x for gate in gates for x in _keras.flatten_layers(gate, include_self=False)]
     exempt = {id(x): "it is the gating module of a Gate" for x in inside}
-    for layer in model._flatten_layers():
+    for layer in _keras.flatten_layers(model):
         if isinstance(layer, keras.layers.SpectralNormalization):
             reason = "SpectralNormalization divides the kernel by its norm without the mask; "
             reason += "prune it with SparseOptimizer"
             exempt[id(layer)] = exempt[id(layer.layer)] = reason
     if not method.prunes_units:
         return exempt
-    if graph_of(model) is None and filters is None:
+    if _keras.graph_of(model) is None and filters is None:
         raise ValueError(
             f"{type(method).__name__} prunes whole units, and which layers give the outputs of "
             f"'{model.name}' is not known: a call of its own runs it. Name the layers to prune "
@@ -237,23 +232,23 @@ def _exempt(model, method, filters) -> dict[int, str]:
 
 def _outputs(model) -> set[int]:
     """Ids of the layers that give a model's outputs: on every way back, the first with kernels."""
-    graph = graph_of(model)
+    graph = _keras.graph_of(model)
     if graph is None:
         return set()
     found: set[int] = set()
     tensors, seen = list(graph.outputs), set()
     while tensors:
         tensor = tensors.pop()
-        operation, index = tensor._keras_history[:2]
+        operation = _keras.operation_of(tensor)
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
         if isinstance(operation, keras.Model) and (last := _outputs(operation)):
             found |= last
         elif _has_kernels(operation):
-            found |= {id(layer) for layer in operation._flatten_layers()}
+            found |= {id(layer) for layer in _keras.flatten_layers(operation)}
         else:
-            tensors += operation._inbound_nodes[index].input_tensors
+            tensors += _keras.node_of(tensor).input_tensors
     return found
 
 
@@ -265,7 +260,7 @@ def _has_kernels(operation) -> bool:
 
 def _check_gates(model, layers) -> None:
     """Raise for a Gate that is part of no graph, where it could not become a stock layer."""
-    graphs = [g for x in model._flatten_layers() if (g := _graph_or_none(x)) is not None]
+    graphs = [g for x in _keras.flatten_layers(model) if (g := _graph_or_none(x)) is not None]
     placed = {id(operation) for graph in graphs for operation in graph.operations}
     for layer in layers:
         if isinstance(layer, Gate) and id(layer) not in placed:
@@ -277,7 +272,7 @@ def _check_gates(model, layers) -> None:
 
 
 def _graph_or_none(layer):
-    return graph_of(layer) if isinstance(layer, keras.Model) else None
+    return _keras.graph_of(layer) if isinstance(layer, keras.Model) else None
 
 
 def _is_container(layer) -> bool:
@@ -308,7 +303,10 @@ def unsupported(layer, method) -> str | None:
 def has_kernel(layer) -> bool:
     """Whether a layer itself trains a weight that could be pruned, or has quantised one."""
     quantised = getattr(layer, "quantization_mode", None)
-    own = layer._trainable_variables + (layer._non_trainable_variables if quantised else [])
+    own = [
+        *_keras.trainable_variables_of(layer),
+        *(_keras.non_trainable_variables_of(layer) if quantised else []),
+    ]
     return any(map(is_kernel, own))
 
 
@@ -337,17 +335,19 @@ def _carries_its_layers(layer) -> bool:
         return False
 
 
-def _remember(layer) -> None:
+def _record_recipes(layer) -> None:
     """Give every outermost layer that rebuilds plain layers inside the recipe to sparsify them."""
-    if not any(isinstance(x, SparseMixin) for x in layer._flatten_layers(include_self=False)):
+    if not any(
+        isinstance(x, SparseMixin) for x in _keras.flatten_layers(layer, include_self=False)
+    ):
         return
     if _carries_its_layers(layer):
-        for inner in layer._flatten_layers(include_self=False, recursive=False):
-            _remember(inner)
+        for inner in _keras.flatten_layers(layer, include_self=False, recursive=False):
+            _record_recipes(inner)
     else:
         if not isinstance(layer, SparseComposite):
             layer.__class__ = composite_class(type(layer))
-        layer.remember()
+        layer.record_recipe()
 
 
 def _forget_compiled_steps(model) -> None:
@@ -356,13 +356,13 @@ def _forget_compiled_steps(model) -> None:
 
 def _refresh(model) -> None:
     """Make a model, compiled or not, ready for its new variables."""
-    list_parameters(model)
+    refresh_torch_parameters(model)
     if not isinstance(model, keras.Model):
         return
     _forget_compiled_steps(model)
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None and optimizer.built:
-        with beside(model.trainable_variables[0]):
+        with placed_like(model.trainable_variables[0]):
             model.optimizer = _rebuilt(optimizer, model.trainable_variables)
 
 

@@ -19,7 +19,7 @@ from tests import models
 
 METHODS = {
     "dst": methods.DST(),
-    "dst-target": methods.DST(target_sparsity=0.7),
+    "dst-target": methods.DST(sparsity=0.7),
     "dcil": methods.DCIL(0.8),
     "consensus": methods.Consensus(0.5),
     "magnitude": methods.Magnitude(0.8),
@@ -89,7 +89,7 @@ def main(folder, save_freq):
         model = build(method)
         backup = BackupAndRestore(folder / name, save_freq, delete_checkpoint=False)
         fit(model, backup, SparseTraining(), Lines(name))
-        with keras_dst.files.whole_or_not(result) as unfinished:
+        with keras_dst._utils.files.atomic_write(result) as unfinished:
             np.savez(unfinished, **state(model))
 
 

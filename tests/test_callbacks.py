@@ -123,7 +123,7 @@ def test_the_controller_holds_its_target():
     model = keras.Sequential(
         [keras.Input((64,)), keras.layers.Dense(100, "relu"), keras.layers.Dense(10, "softmax")]
     )
-    keras_dst.sparsify(model, DST(target_sparsity=0.9))
+    keras_dst.sparsify(model, DST(sparsity=0.9))
     models.compiled(model, keras.optimizers.SGD(0.05, momentum=0.9), metrics=["accuracy"])
     record = Record()
     history = model.fit(
@@ -134,7 +134,7 @@ def test_the_controller_holds_its_target():
 
 
 def test_a_missed_target_is_met_by_the_last_projection_with_a_warning():
-    model = sparse(DST(target_sparsity=0.9))
+    model = sparse(DST(sparsity=0.9))
     with pytest.warns(UserWarning, match=r"training had reached sparsity 0\.\d+, target 0\.9"):
         history = model.fit(x, y, epochs=1, verbose=0, callbacks=[SparseTraining()])
     assert history.history["sparsity"][-1] == pytest.approx(0.9, abs=0.01)
@@ -183,7 +183,7 @@ class TestErrors:
         with pytest.raises(ValueError, match="SparseTraining callback"):
             sparse(Magnitude(0.5)).fit(x, y, verbose=0)
         with pytest.raises(ValueError, match="SparseTraining callback"):
-            sparse(DST(target_sparsity=0.5)).fit(x, y, verbose=0)
+            sparse(DST(sparsity=0.5)).fit(x, y, verbose=0)
 
     def test_dst_without_a_target_needs_no_driver(self):
         sparse(DST()).fit(x, y, verbose=0)

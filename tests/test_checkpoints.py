@@ -77,7 +77,7 @@ def test_every_file_has_the_sparsity_that_was_logged(name, ending, save_freq, tm
 def test_the_best_one_is_at_the_target(monitor, first, tmp_path):
     """Whatever the order, without a warning; nobody stops before there was something to judge."""
     model = build_with_accuracy(METHODS["optg"])
-    sparse = SparseTraining(gate=monitor)
+    sparse = SparseTraining(metric_at_target=monitor)
     gated = f"{monitor}_at_target"
     mode = "max" if "accuracy" in monitor else "min"
     path = tmp_path / "best.keras"
@@ -125,27 +125,27 @@ class TestGateErrors:
     @pytest.mark.parametrize("gate", ["f1", "val_f1"])
     def test_a_metric_that_is_none(self, gate):
         with pytest.raises(ValueError, match="is none of the metrics: accuracy"):
-            self.fit(gate=gate)
+            self.fit(metric_at_target=gate)
 
     def test_a_method_without_a_target(self):
         with pytest.raises(ValueError, match="needs a target"):
-            self.fit("dst", gate="val_loss")
+            self.fit("dst", metric_at_target="val_loss")
 
     def test_a_mode_that_is_none(self):
-        with pytest.raises(ValueError, match="gate_mode must be"):
-            SparseTraining(gate="loss", gate_mode="auto")
+        with pytest.raises(ValueError, match="metric_mode must be"):
+            SparseTraining(metric_at_target="loss", metric_mode="auto")
 
     def test_a_metric_that_does_not_say_what_is_best(self):
         model = stop_worker.build(METHODS["magnitude"])
         mean = keras.metrics.MeanMetricWrapper(lambda y, p: keras.ops.max(p, -1), name="own")
         model.compile(model.optimizer, "sparse_categorical_crossentropy", metrics=[mean])
-        with pytest.raises(ValueError, match="gate_mode"):
-            model.fit(x, y, verbose=0, callbacks=[SparseTraining(gate="own")])
+        with pytest.raises(ValueError, match="metric_mode"):
+            model.fit(x, y, verbose=0, callbacks=[SparseTraining(metric_at_target="own")])
 
     def test_no_validation(self):
         model = stop_worker.build(METHODS["magnitude"])
         with pytest.warns(UserWarning, match="without validation"):
-            model.fit(x, y, verbose=0, callbacks=[SparseTraining(gate="val_loss")])
+            model.fit(x, y, verbose=0, callbacks=[SparseTraining(metric_at_target="val_loss")])
 
 
 @pytest.mark.parametrize("ending", ["keras", "weights.h5"])

@@ -11,7 +11,7 @@ import pytest
 import keras_dst
 from keras_dst import cli
 from keras_dst.export.encode import Form, encode, weights
-from keras_dst.export.flat import read, write
+from keras_dst.export.flatbuffer import read, write
 from keras_dst.methods import DST
 from tests.backends import once
 from tests.export.graphs import fully_connected, sparse_values

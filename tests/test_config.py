@@ -21,8 +21,8 @@ OBJECTS = [
     Geometric(0.9, begin_step=10, end_step=90),
     Sigmoid(0.9, 0.5, begin=0.125, end=0.5, steepness=8.0),
     Sigmoid(0.9, begin_step=10, end_step=90),
-    DST(target_sparsity=0.9, alpha=1e-3, granularity="layer", reset_density=0.125, frequency=5),
-    DST(target_sparsity=Geometric(0.9, end=0.5), pattern="1x4"),
+    DST(sparsity=0.9, alpha=1e-3, granularity="layer", reset_density=0.125, frequency=5),
+    DST(sparsity=Geometric(0.9, end=0.5), pattern="1x4"),
     DCIL(0.75, 0.5, 4.0, "erk", "channel", "square", frequency=5, min_kept=8),
     DCIL(Sigmoid(0.75), pattern="1x4"),
     Magnitude(0.75, "erk", "1x4", revival=True, frequency=5, min_kept=8),
@@ -92,7 +92,7 @@ def test_repr_is_the_call(thing):
         (Cubic(0.9), "Cubic(sparsity=0.9)"),
         (Cubic(0.9, end=0.75), "Cubic(sparsity=0.9)"),  # the default, given
         (DST(), "DST()"),
-        (DST(Constant(0.5), pattern="1x4"), "DST(target_sparsity=Constant(sparsity=0.5), "
+        (DST(Constant(0.5), pattern="1x4"), "DST(sparsity=Constant(sparsity=0.5), "
          "pattern='1x4')"),
     ],
 )  # fmt: skip

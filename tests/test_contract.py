@@ -19,13 +19,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWa
 # name: (method, sparsity it must end with or None, allowed difference)
 METHODS = {
     "dst": (methods.DST(), None, None),
-    "dst-target": (methods.DST(target_sparsity=0.8), 0.8, 0.01),
-    "dst-target-1x4": (methods.DST(target_sparsity=0.8, pattern="1x4"), 0.8, 0.01),
-    "dst-target-layer": (methods.DST(target_sparsity=0.5, granularity="layer"), 0.5, 0.01),
+    "dst-target": (methods.DST(sparsity=0.8), 0.8, 0.01),
+    "dst-target-1x4": (methods.DST(sparsity=0.8, pattern="1x4"), 0.8, 0.01),
+    "dst-target-layer": (methods.DST(sparsity=0.5, granularity="layer"), 0.5, 0.01),
     "dcil": (methods.DCIL(0.8), 0.8, 0.001),
     "dcil-channel": (methods.DCIL(0.5, pattern="channel"), 0.5, 0.02),
     # Gates close whole units, of 24 and of 48 weights out of 2688; never those of the classes.
-    "consensus": (methods.Consensus(0.7, lambda_polar=0.1, lambda_act=20.0), 0.3, 0.01),
+    "consensus": (methods.Consensus(0.3, lambda_polar=0.1, lambda_act=20.0), 0.3, 0.01),
     "magnitude": (methods.Magnitude(0.8), 0.8, 0.001),
     "magnitude-uniform": (methods.Magnitude(0.8, allocation="uniform"), 0.8, 0.001),
     "magnitude-erk": (methods.Magnitude(0.8, allocation="erk"), 0.8, 0.001),
@@ -295,7 +295,7 @@ def test_the_compiled_step_is_traced_once(one_of_each, monkeypatch):
 
 
 EXTREME = [
-    methods.DST(target_sparsity=0.999),
+    methods.DST(sparsity=0.999),
     methods.Magnitude(0.999),
     methods.FlipOut(0.999),
     methods.OptG(0.999),

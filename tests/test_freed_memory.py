@@ -9,14 +9,14 @@ import keras
 import numpy as np
 import pytest
 
-from keras_dst import freed_memory
+from keras_dst._backend import malloc
 from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import Magnitude
 from keras_dst.optimizers import SparseOptimizer
 from tests import models
 
 pytestmark = pytest.mark.skipif(
-    freed_memory._glibc() is None, reason="no glibc, or one that the environment has told"
+    malloc._glibc() is None, reason="no glibc, or one that the environment has told"
 )
 SIZE = 64 << 20  # bytes, above what glibc keeps by itself
 
@@ -37,12 +37,12 @@ def stays():
 
 def test_kept_until_given_back():
     assert not stays()
-    freed_memory.keep()
+    malloc.keep()
     try:
         assert stays()
         before = resident()
     finally:
-        freed_memory.give_back()
+        malloc.give_back()
     assert before - resident() > SIZE // 2
     assert not stays()
 
@@ -58,7 +58,7 @@ def test_kept_while_a_training_lasts():
 
 
 def test_what_the_environment_says_counts():
-    code = "from tests.test_freed_memory import *; freed_memory.keep(); print(stays())"
+    code = "from tests.test_freed_memory import *; malloc.keep(); print(stays())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "MALLOC_TRIM_THRESHOLD_": "131072"},

@@ -27,18 +27,18 @@ def array(tensor):
 def net(structure="channel", dependent=True, method=None, width=8):
     """Four residual blocks whose branches, or the channels within, have gates."""
     keras.utils.set_random_seed(0)
-    method = method or Consensus(0.6 if structure == "channel" else 0.5)
+    method = method or Consensus(0.4 if structure == "channel" else 0.5)
     inputs = keras.Input((12,))
     h = layers.Dense(width, name="stem")(inputs)
     for i in "abcd":
         z = layers.Dense(width, name=f"{i}_1")(h)
         z = layers.BatchNormalization(name=f"{i}_norm")(z)
         if structure == "channel":
-            gate = Gate(dependent=dependent, sparsity=method, name=f"{i}_gate")
+            gate = Gate(dependent=dependent, method=method, name=f"{i}_gate")
             z = gate(z, context=h) if dependent else gate(z)
         z = layers.Dense(width, name=f"{i}_2")(layers.ReLU()(z))
         if structure == "branch":
-            gate = Gate(structure="branch", dependent=dependent, sparsity=method, name=f"{i}_gate")
+            gate = Gate(structure="branch", dependent=dependent, method=method, name=f"{i}_gate")
             z = gate(z, h) if dependent else gate(z)
         h = layers.Add()([h, z])
     return keras.Model(inputs, layers.Dense(2, activation="softmax", name="head")(h))
@@ -70,7 +70,7 @@ def test_values_and_gradients_of_a_logit():
 
     def gated(logit):
         own = {**state, "logit": logit}
-        z = gate.sparsity.gate(own, gate._layout)
+        z = gate.method.gate(own, gate._layout)
         return ops.sum(z[:, None] * ops.convert_to_tensor(inputs), axis=(0, 2))
 
     upstream = np.float32([1.0, 2.0, -3.0])
@@ -173,9 +173,9 @@ def test_the_reported_loss_is_task_polarisation_and_budget():
     inputs = keras.Input((6,))
     method = Consensus(0.5, lambda_polar=3.0, lambda_act=7.0)
     gates = [
-        Gate(dependent=True, cost=2.0, sparsity=method),
-        Gate(sparsity=method, name="logit"),
-        Gate(dependent=True, structure="branch", cost=5.0, sparsity=method),
+        Gate(dependent=True, cost=2.0, method=method),
+        Gate(method=method, name="logit"),
+        Gate(dependent=True, structure="branch", cost=5.0, method=method),
     ]
     outputs = gates[2](gates[1](gates[0](inputs)))
     model = keras.Model(inputs, outputs)
@@ -277,11 +277,11 @@ def test_a_frozen_gate_stays_as_it_is():
 
 
 def test_config_round_trip():
-    gate = Gate(1, "branch", True, 4, 0.5, 3.0, sparsity=Consensus(0.7), name="g")
+    gate = Gate(1, "branch", True, 4, 0.5, 3.0, method=Consensus(0.3), name="g")
     copy = Gate.from_config(gate.get_config())
     assert copy.get_config() == gate.get_config()
-    assert copy.sparsity == Consensus(0.7)
-    assert Gate().sparsity == Consensus()
+    assert copy.method == Consensus(0.3)
+    assert Gate().method == Consensus()
 
 
 def test_errors():
@@ -290,7 +290,7 @@ def test_errors():
     with pytest.raises(ValueError, match="cost must be a number > 0"):
         Gate(cost=0)
     with pytest.raises(TypeError, match=r"trained by methods\.Consensus"):
-        Gate(sparsity=DST())
+        Gate(method=DST())
     model = models.compiled(net())
     with pytest.raises(ValueError, match="SparseTraining"):
         model.fit(x, y, verbose=0)

@@ -153,7 +153,7 @@ def kept_weights(model):
     if hasattr(model.optimizer, "states"):
         return [int(s["mask"].numpy().sum()) for s in model.optimizer.states]
     return [
-        int(ops.convert_to_numpy(layer.sparsity.mask(ops.convert_to_tensor(w), s, layout)).sum())
+        int(ops.convert_to_numpy(layer.method.mask(ops.convert_to_tensor(w), s, layout)).sum())
         for layer in model.layers
         for layout, w, s in layer.masked_weights()
     ]
@@ -205,8 +205,7 @@ class TestTraining:
 
     def test_another_sparsity_in_a_second_fit(self, name):
         method = KINDS[name]
-        key = "target_sparsity" if method.learned else "sparsity"
-        other = type(method)(**{**method.get_config(), key: 0.5})
+        other = type(method)(**{**method.get_config(), "sparsity": 0.5})
         model = net(method)
         fit(model, x, y, epochs=3, callbacks=[SparseTraining()])
         if isinstance(method, LayerMethod):

@@ -70,7 +70,7 @@ def run(layer, x):
 def test_every_layer_equals_its_stock_layer_and_masks_by_its_thresholds(case):
     cls, arguments, x, thresholds = case
     keras.utils.set_random_seed(0)
-    sparse = cls(**arguments, sparsity=DST())
+    sparse = cls(**arguments, method=DST())
     y = run(sparse, x)
     stock = cls.stock(**arguments)
     run(stock, x)
@@ -98,7 +98,7 @@ def test_every_layer_equals_its_stock_layer_and_masks_by_its_thresholds(case):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_cell_masks_its_weights_once_a_sequence(kind, dropout, monkeypatch):
     drop = {"dropout": dropout, "recurrent_dropout": dropout}
-    cells = [getattr(layers, f"Sparse{kind}Cell")(6, sparsity=DST(), **drop) for _ in range(2)]
+    cells = [getattr(layers, f"Sparse{kind}Cell")(6, method=DST(), **drop) for _ in range(2)]
     recurrent = keras.layers.RNN(cells, unroll=True)
     x = np.random.default_rng(0).standard_normal((2, 5, 4)).astype("float32")
     recurrent(x)
@@ -111,7 +111,7 @@ def test_a_cell_masks_its_weights_once_a_sequence(kind, dropout, monkeypatch):
 
 def test_a_cell_holds_nothing_from_one_call_to_the_next():
     keras.utils.set_random_seed(0)
-    cell = layers.SparseSimpleRNNCell(6, use_bias=False, sparsity=DST(granularity="layer"))
+    cell = layers.SparseSimpleRNNCell(6, use_bias=False, method=DST(granularity="layer"))
     recurrent = keras.layers.RNN(cell)
     x = np.random.default_rng(0).standard_normal((2, 5, 4)).astype("float32")
     nothing = np.zeros((2, 6), "float32")
@@ -124,7 +124,7 @@ def test_a_cell_holds_nothing_from_one_call_to_the_next():
     np.testing.assert_allclose(alone(), np.tanh(x[:, 0] @ kernel), rtol=1e-5)
     with pytest.raises(Exception, match=r"(?i)shape|dim|size"):
         recurrent(x[:, :, :3])  # fails within the sequence
-    assert not cell.held
+    assert not cell.cached_weights
     cell.sparse_state["kernel"]["threshold"].assign(10.0)
     np.testing.assert_array_equal(alone(), nothing)
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(recurrent(x)), nothing)
@@ -132,7 +132,7 @@ def test_a_cell_holds_nothing_from_one_call_to_the_next():
 
 def test_config_round_trip(case):
     cls, arguments, *_ = case
-    layer = cls(**arguments, sparsity=DST(granularity="layer"))
+    layer = cls(**arguments, method=DST(granularity="layer"))
     copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer))
     assert type(copy) is cls
     assert copy.get_config() == layer.get_config()
@@ -140,7 +140,7 @@ def test_config_round_trip(case):
 
 @pytest.mark.parametrize(("granularity", "shape"), [("layer", ()), ("weight", (5, 6))])
 def test_granularity(granularity, shape):
-    layer = layers.SparseDense(6, sparsity=DST(granularity=granularity))
+    layer = layers.SparseDense(6, method=DST(granularity=granularity))
     layer.build((None, 5))
     assert layer.sparse_state["kernel"]["threshold"].shape == shape
 
@@ -151,7 +151,7 @@ def test_a_layer_needs_a_method_for_the_forward_pass():
     with pytest.raises(TypeError, match="sparsity"):
         layers.SparseDense(6)
     with pytest.raises(AttributeError):
-        _ = layers.SparseDense(6, sparsity=DST()).kernel
+        _ = layers.SparseDense(6, method=DST()).kernel
 
 
 def test_the_guard_resets_the_thresholds_of_a_layer_that_dies_in_that_very_step():
@@ -168,7 +168,7 @@ def test_the_guard_resets_the_thresholds_of_a_layer_that_dies_in_that_very_step(
 
 
 @pytest.mark.filterwarnings("ignore:.*training had reached sparsity:UserWarning")
-@pytest.mark.parametrize("method", [DST(alpha=1.0), DST(target_sparsity=0.999)], ids=str)
+@pytest.mark.parametrize("method", [DST(alpha=1.0), DST(sparsity=0.999)], ids=str)
 def test_extreme_pressure_neither_kills_a_layer_nor_gives_nan(method):
     keras.utils.set_random_seed(0)
     model = models.sequential()

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_dst import masks, ranking
-from keras_dst.compiled import compiled
+from keras_dst import masks
+from keras_dst._backend import ranking
+from keras_dst._backend.jit import jit
 from keras_dst.masks import KERNEL, Layout, Pattern
 from tests.backends import COMPILES
 from tests.gradients import gradients
@@ -206,12 +207,12 @@ def test_pattern(name, shape, layout, block):
     assert pattern.grouped == (math.prod(block) > 1)
 
     weights = random(*shape)
-    scores = array(compiled(lambda w: pattern.scores(w, layout))(tensor(weights)))
+    scores = array(jit(lambda w: pattern.scores(w, layout))(tensor(weights)))
     sizes = pattern.sizes(shape, layout)
     assert sizes.dtype == np.int32
     assert sizes.sum() == weights.size
     groups = random(*scores.shape, seed=1)
-    mask = array(compiled(lambda g: pattern.expand(g, shape, layout))(tensor(groups)))
+    mask = array(jit(lambda g: pattern.expand(g, shape, layout))(tensor(groups)))
     assert mask.shape == shape
     for index, members in blocks_of(shape, block):
         assert sizes[index] == weights[members].size
@@ -244,7 +245,7 @@ def test_golden_blocks():
 @pytest.mark.parametrize("block", [(4, 1), (1, 4), (3, 2), (5, 3), (1, 1)])
 def test_spread_reverses_pool(block):
     groups = random(*(-(-n // b) for n, b in zip((5, 3), block)))
-    there_and_back = compiled(lambda g: masks.pool(masks.spread(g, block, (5, 3)), block))
+    there_and_back = jit(lambda g: masks.pool(masks.spread(g, block, (5, 3)), block))
     np.testing.assert_allclose(array(there_and_back(tensor(groups))), groups, rtol=1e-6)
 
 
@@ -331,7 +332,7 @@ def compiled_top_k(shapes, sizes, kept_axes, xla):
         import tensorflow as tf
 
         return tf.function(function, jit_compile=True)
-    return compiled(function)
+    return jit(function)
 
 
 def top_k(scores, kept, sizes=None, xla=False):
@@ -411,7 +412,7 @@ def test_top_k_next_to_the_lowest_float():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_top_k_in_half_precision(dtype):
     scores = tensor([0.5, -2, 0.25, 1, 0.25], dtype)
-    (mask,) = compiled(lambda s: masks.top_k([s], 3))(scores)
+    (mask,) = jit(lambda s: masks.top_k([s], 3))(scores)
     assert_equal([array(mask)], [[1, 0, 1, 1, 0]])
 
 
@@ -515,7 +516,7 @@ def test_top_k_of_tensors_of_several_rows_bundles_and_slabs(monkeypatch):
     sizes = [np.random.RandomState(i).randint(1, 5, shape) for i, shape in enumerate(shapes)]
 
     def found(sizes=None, first=None):
-        function = compiled(lambda s, kept: masks.top_k(s, kept, sizes, first))
+        function = jit(lambda s, kept: masks.top_k(s, kept, sizes, first))
         tensors = [tensor(s) for s in scores]
         return lambda kept: [
             array(mask) for mask in function(tensors, ops.convert_to_tensor(kept, "int32"))
@@ -547,7 +548,7 @@ def test_top_k_of_tensors_of_several_rows_bundles_and_slabs(monkeypatch):
 
 def test_kth_is_exceeded_by_exactly_that_many():
     scores = [random(3, 4), random(5, seed=1)]
-    kth = compiled(masks.kth)
+    kth = jit(masks.kth)
     for kept in range(18):
         threshold = array(kth([tensor(s) for s in scores], ops.convert_to_tensor(kept)))
         assert sum((s > threshold).sum() for s in scores) == kept
@@ -589,7 +590,7 @@ def reference_n_of_m(scores, n, m, axis):
     ],
 )
 def test_n_of_m(shape, n, m, axis):
-    function = compiled(lambda s: masks.n_of_m(s, n, m, axis))
+    function = jit(lambda s: masks.n_of_m(s, n, m, axis))
     for scores in [random(*shape), np.round(random(*shape))]:  # distinct, tied
         found = function(tensor(scores))
         assert keras.backend.standardize_dtype(found.dtype) == "bool"
@@ -624,7 +625,7 @@ def test_golden_n_of_m():
     ],
 )
 def test_n_of_m_of_ties_and_of_what_is_not_finite(scores, expected):
-    found = compiled(lambda s: masks.n_of_m(s, 2, 4, axis=0))(tensor(scores))
+    found = jit(lambda s: masks.n_of_m(s, 2, 4, axis=0))(tensor(scores))
     np.testing.assert_array_equal(array(found), expected)
 
 
@@ -670,7 +671,7 @@ def test_same_masks_on_every_backend(name, block, golden):
 
     pattern = Pattern(name)
 
-    @compiled
+    @jit
     def find(weights):
         scores = [ops.abs(w) for w in weights]
         if pattern.n_of_m:

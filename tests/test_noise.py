@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_dst import noise
-from keras_dst.compiled import compiled
+from keras_dst._backend import random
+from keras_dst._backend.jit import jit
 from tests.test_trajectories import hashed
 
 
@@ -16,18 +16,18 @@ def array(tensor):
 
 @pytest.mark.parametrize("numbers", [(0,), (1, 2, 3), (-5, 2**31 - 1), (7, 123456, 0, 99)])
 def test_the_hash(numbers):
-    assert array(noise.bits(*numbers)).view("uint32") == hashed(*numbers)
+    assert array(random.bits(*numbers)).view("uint32") == hashed(*numbers)
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (3, 5, 2)])
 def test_uniform_is_the_hash_of_the_position(shape):
-    found = array(noise.uniform(shape, 3, 41))
+    found = array(random.uniform(shape, 3, 41))
     expected = hashed(hashed(3, 41), np.arange(np.prod(shape))) & 0xFFFFFF
     np.testing.assert_array_equal(found, (expected / 2**24).astype("float32").reshape(shape))
 
 
 def test_uniform_numbers_are_spread_evenly_and_independent():
-    one, other = (array(noise.uniform((1 << 16,), 0, step)) for step in (0, 1))
+    one, other = (array(random.uniform((1 << 16,), 0, step)) for step in (0, 1))
     counts = np.histogram(one, 16, (0, 1))[0]
     assert abs(counts / 4096 - 1).max() < 5 / 64  # five standard deviations
     for pair in ((one, other), (one[1:], one[:-1])):
@@ -35,7 +35,7 @@ def test_uniform_numbers_are_spread_evenly_and_independent():
 
 
 def test_normal_numbers_are_normal_and_others_at_every_step_and_tensor():
-    draw = compiled(lambda step: noise.normal([(300, 200), (), (200, 300)], 0, step))
+    draw = jit(lambda step: random.normal([(300, 200), (), (200, 300)], 0, step))
     drawn = [[array(x) for x in draw(ops.convert_to_tensor(step, "int32"))] for step in (0, 1)]
     assert [x.shape for x in drawn[0]] == [(300, 200), (), (200, 300)]
     flat = [x.ravel() for step in drawn for x in step if x.size > 1]
@@ -55,7 +55,7 @@ def test_normal_numbers_are_normal_and_others_at_every_step_and_tensor():
 def test_xla_compiles_one_program_for_all_steps():
     import tensorflow as tf
 
-    draw = tf.function(lambda step: noise.normal([(3, 5)], 0, step), jit_compile=True)
+    draw = tf.function(lambda step: random.normal([(3, 5)], 0, step), jit_compile=True)
     first, second = (
         draw.experimental_get_compiler_ir(tf.constant(step))(stage="hlo") for step in (1, 2)
     )
@@ -63,7 +63,7 @@ def test_xla_compiles_one_program_for_all_steps():
 
 
 def test_a_tensor_larger_than_the_table():
-    (found,) = noise.normal([(3, 1 << 19)], 0, 5)
+    (found,) = random.normal([(3, 1 << 19)], 0, 5)
     rows = array(found)
     assert abs(rows.std() - 1) < 0.01
     assert abs(np.corrcoef(rows) - np.eye(3)).max() < 0.01
@@ -71,7 +71,7 @@ def test_a_tensor_larger_than_the_table():
 
 @pytest.mark.parametrize("shape", [(2000, 700), (3, 3, 700, 200), (1 << 20,)])
 def test_rows_as_wide_as_the_tensor(shape):
-    (found,) = noise.normal([shape], 0, 5)
+    (found,) = random.normal([shape], 0, 5)
     assert found.shape == shape
     halves = array(found).ravel()[: 1 << 20].reshape(2, -1)
     assert abs(halves.std() - 1) < 0.01
@@ -79,7 +79,7 @@ def test_rows_as_wide_as_the_tensor(shape):
 
 
 def test_no_weight_of_a_large_tensor_is_pushed_one_way():
-    draw = compiled(lambda step: noise.normal([(1 << 8, 1 << 13)], 0, step))
+    draw = jit(lambda step: random.normal([(1 << 8, 1 << 13)], 0, step))
     steps, places = 400, np.random.default_rng(0).integers(0, 1 << 21, 2000)
     total = sum(
         array(draw(ops.convert_to_tensor(step, "int32"))[0]).ravel()[places]

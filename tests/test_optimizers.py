@@ -6,10 +6,10 @@ import pytest
 
 import keras_dst
 from keras_dst import SparseOptimizer
+from keras_dst._utils.filters import is_prunable
 from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import DST, Magnitude
 from keras_dst.schedules import Cubic
-from keras_dst.selection import is_prunable
 from tests import models
 
 x, y = models.data(size=128)

@@ -10,10 +10,10 @@ from keras import layers
 
 import keras_dst
 from keras_dst import plots
+from keras_dst._reporting.sparsity import report
+from keras_dst._reporting.weights import cells
 from keras_dst.masks import Layout
 from keras_dst.methods import DST, Magnitude
-from keras_dst.report import report
-from keras_dst.weights import cells
 from tests import models
 from tests.backends import once
 from tests.pages import blocks

@@ -9,8 +9,8 @@ import pytest
 from keras import layers
 
 import keras_dst
+from keras_dst._reporting.sparsity import report
 from keras_dst.methods import DST, Magnitude
-from keras_dst.report import report
 from tests.backends import once
 
 
@@ -305,7 +305,7 @@ def masked_model():
     threshold        0.2  0.0  0.5      and 0.0 is zero by itself
     """
     model = sequential((3,), layers.Dense(3, name="masked"), layers.Dense(2, name="plain"))
-    keras_dst.sparsify(model, DST(target_sparsity=0.5), filters="masked")
+    keras_dst.sparsify(model, DST(sparsity=0.5), filters="masked")
     layer = model.layers[0]
     ((_, kernel, state),) = layer.masked_weights()
     kernel.assign([[0.1, 0.5, -0.9], [-0.3, 0.0, 0.9], [0.5, 0.4, -0.2]])

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_dst.selection import is_kernel, is_prunable, select
+from keras_dst._utils.filters import is_kernel, is_prunable, select
 
 
 @pytest.mark.parametrize(

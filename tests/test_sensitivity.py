@@ -9,9 +9,9 @@ import pytest
 from keras import layers, ops
 
 import keras_dst
+from keras_dst._reporting.sensitivity import SensitivityReport, WeightSensitivity
 from keras_dst.allocation import densities, equal_drop
 from keras_dst.methods import DCIL, DST, Magnitude
-from keras_dst.sensitivity import SensitivityReport, WeightSensitivity
 from tests.backends import COMPILES, once
 
 GRID = (0.5, 0.75)

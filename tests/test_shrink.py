@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from keras import layers
 
 import keras_dst
-from keras_dst.compiled import compiled
+from keras_dst._backend.jit import jit
+from keras_dst._structure.plan import Plan
+from keras_dst._structure.rules import Kernel
 from keras_dst.methods import DST, Consensus, Magnitude
-from keras_dst.shrink.plan import Plan
-from keras_dst.shrink.rules import Kernel
 from tests import models
 from tests.backends import once
 
@@ -73,7 +73,7 @@ def outputs(model, seed=9):
     """What a model predicts for random inputs. Compiled as a whole, as JAX is quicker then."""
     rng = np.random.default_rng(seed)
     inputs = [rng.standard_normal((3, *x.shape[1:])).astype("float32") for x in model.inputs]
-    run = compiled(lambda x: model(x, training=False))
+    run = jit(lambda x: model(x, training=False))
     return keras.ops.convert_to_numpy(run(inputs[0] if len(inputs) == 1 else inputs))
 
 
@@ -624,7 +624,7 @@ def test_channels_of_a_trained_residual_net(method):
         method = Magnitude(0.5, pattern="channel", allocation="uniform")
         models.compiled(model, keras_dst.SparseOptimizer("adam", method))
     else:
-        keras_dst.sparsify(model, DST(target_sparsity=0.5, pattern="channel"))
+        keras_dst.sparsify(model, DST(sparsity=0.5, pattern="channel"))
         models.compiled(model)
     model.fit(*models.data(), epochs=4, verbose=0, callbacks=[keras_dst.callbacks.SparseTraining()])
     keras_dst.strip(model)

@@ -71,7 +71,7 @@ def test_a_stripped_model_is_made_sparse_again_and_every_weight_moves_in_a_step(
 
 
 def test_keras_file_round_trip(model, tmp_path):
-    keras_dst.sparsify(model, DST(target_sparsity=0.5))
+    keras_dst.sparsify(model, DST(sparsity=0.5))
     prune_somewhat(model)
     expected = models.predict(model, x)
     model.save(tmp_path / "model.keras")
@@ -80,7 +80,7 @@ def test_keras_file_round_trip(model, tmp_path):
     for a, b in zip(model.weights, loaded.weights):  # those under the mask as well
         np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
     assert len(layers_of(loaded)) == len(layers_of(model))
-    assert {repr(layer.sparsity) for layer in layers_of(loaded)} == {repr(DST(0.5))}
+    assert {repr(layer.method) for layer in layers_of(loaded)} == {repr(DST(0.5))}
     keras_dst.strip(loaded)
     np.testing.assert_array_equal(models.predict(loaded, x), expected)
     assert not any(isinstance(z, SparseComposite) for z in loaded._flatten_layers())

@@ -109,7 +109,7 @@ def test_a_layer_method_by_epochs(tmp_path):
 @once
 @pytest.mark.parametrize(
     ("method", "title"),
-    [(OptG(0.5), "scores"), (DST(granularity="layer"), "threshold"), (Consensus(1.0), "gate")],
+    [(OptG(0.5), "scores"), (DST(granularity="layer"), "threshold"), (Consensus(0), "gate")],
 )
 def test_what_a_method_learns(method, title, tmp_path):
     model = net()
@@ -123,7 +123,7 @@ def test_what_a_method_learns(method, title, tmp_path):
 @once
 def test_a_gate_and_no_histograms(tmp_path):
     inputs = keras.Input((8, 8, 3))
-    x = layers.Gate(dependent=True, sparsity=Consensus(1.0), name="gate")(inputs)
+    x = layers.Gate(dependent=True, method=Consensus(0), name="gate")(inputs)
     outputs = keras.layers.Dense(2, "softmax")(keras.layers.Flatten()(x))
     _, events = fitted(keras.Model(inputs, outputs), tmp_path, epochs=1, histograms=False)
     assert "density/gate/mean" in events.Tags()["scalars"]
@@ -140,7 +140,7 @@ def test_masks_that_move_at_one_density(tmp_path):
 @once
 def test_what_is_not_at_the_target_is_left_out(tmp_path):
     model = models.compiled(net(), SparseOptimizer("sgd", Magnitude(0.5)), metrics=["accuracy"])
-    callbacks = [SparsityTensorBoard(tmp_path), SparseTraining(gate="val_accuracy")]
+    callbacks = [SparsityTensorBoard(tmp_path), SparseTraining(metric_at_target="val_accuracy")]
     data = models.data(size=64)
     callbacks.reverse()
     model.fit(*data, validation_data=data, epochs=4, verbose=0, callbacks=callbacks)

@@ -322,7 +322,7 @@ def test_layers_one_by_one():
     rest = tfmot.prune_low_magnitude([layers.Dropout(0.5), layers.Dense(7, name="last")], DECAY)
     model = keras.Sequential([keras.Input((9,)), first, *rest])
     tfmot.prune_low_magnitude(model, tfmot.ConstantSparsity(0.9, 0))  # all are pruned already
-    assert [layer.sparsity.pruning_schedule for layer in (first, rest[1])] == [EVERY, DECAY]
+    assert [layer.method.pruning_schedule for layer in (first, rest[1])] == [EVERY, DECAY]
     fit(compiled(model))
     assert [m.mean() for m in masks_of(model)] == [0.5, 11 / 56]
 
@@ -351,7 +351,7 @@ def test_a_model_that_is_pruned_in_two_goes(tmp_path):
     assert len(masks_of(model)) == 8
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
-    found = [z.sparsity.pruning_schedule for z in again._flatten_layers() if tfmot.is_pruned(z)]
+    found = [z.method.pruning_schedule for z in again._flatten_layers() if tfmot.is_pruned(z)]
     assert sorted(map(repr, found)) == [repr(EVERY)] * 2 + [repr(DECAY)] * 4
 
 
@@ -548,7 +548,7 @@ def test_a_file_of_tfmot(tmp_path):
     ((_, raw, state),) = layer.masked_weights()
     np.testing.assert_array_equal(raw.numpy(), KERNEL)
     np.testing.assert_array_equal(state["mask"].numpy(), KERNEL != 0)
-    assert layer.sparsity == tfmot.PruneLowMagnitude(tfmot.ConstantSparsity(0.5, 0, -1, 5))
+    assert layer.method == tfmot.PruneLowMagnitude(tfmot.ConstantSparsity(0.5, 0, -1, 5))
     assert layer.name == "d"
     one = np.ones((1, 3), "float32")
     np.testing.assert_array_equal(model.predict(one, verbose=0), [[9, 4]])

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from keras_dst.export import encode, flat, im2col, nchw
+from keras_dst.export import encode, flatbuffer, im2col, sparse_inference
 from keras_dst.export.cost import CPUS, Modelled
 from keras_dst.export.encode import Form, Weight
 
@@ -114,7 +114,7 @@ def choose(
         goal: what it is for.
         progress: called with a line for every weight.
     """
-    model = flat.read(content)
+    model = flatbuffer.read(content)
     weights = encode.weights(model)
     options = []
     for number, weight in enumerate(weights, start=1):
@@ -139,7 +139,7 @@ def choose(
 def _plan(content: bytes, options: list[list[Choice]], goal: Goal) -> Plan:
     """The best of the options for every weight, so that every CPU computes the file rightly."""
     plan = _encoded(content, [_best(ways, goal) for ways in options])
-    if not nchw.is_wrong(flat.read(plan.content)):
+    if not sparse_inference.is_wrong(flatbuffer.read(plan.content)):
         return plan
     return _encoded(content, [_best(_without_densify(ways), goal) for ways in options])
 
@@ -174,8 +174,8 @@ def _options(model: schema.ModelT, weight: Weight, goal: Goal) -> list[Choice]:
     obstacle = _obstacle(weight)
     if obstacle:
         return [Choice(weight, None, bytes_dense, obstacle)]
-    piece = flat.readers(model, weight.buffer)
-    dense = flat.write(piece)
+    piece = flatbuffer.readers(model, weight.buffer)
+    dense = flatbuffer.write(piece)
     forms = right_forms(weight, piece, goal.int8)
     if not forms:
         return [Choice(weight, None, bytes_dense, "an int8 weight of an op on floats")]

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from keras_dst.export import nchw
+from keras_dst.export import sparse_inference
 from keras_dst.export.decode import encoding, origins, shape, type_name, values
 from keras_dst.export.encode import WEIGHT_OPS, WEIGHT_SLOT
-from keras_dst.export.flat import indices, op_name, read, stored
+from keras_dst.export.flatbuffer import indices, op_name, read, stored
 
 _COPIES = frozenset({"PAD", "STRIDED_SLICE", "CONCATENATION"})
 _AT_LOAD = frozenset({"DENSIFY", "DEQUANTIZE"})
@@ -117,9 +117,9 @@ class Modelled:
 
     def _computed_sparse(self, model, graph) -> set[int]:
         """The ops that XNNPACK computes in its sparse form."""
-        if self.cpu.sparse is None or not nchw.is_hinted(model, graph):
+        if self.cpu.sparse is None or not sparse_inference.is_hinted(model, graph):
             return set()
-        part = nchw.moved(nchw.read_nodes(model, graph), graph)
+        part = sparse_inference.moved(sparse_inference.read_nodes(model, graph), graph)
         return set() if part.wrong else {id(node.op) for node in part.nodes if node.weights}
 
     def _size(self, tensor: schema.TensorT) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from keras_dst.export.flat import indices, op_name, read, stored
+from keras_dst.export.flatbuffer import indices, op_name, read, stored
 
 _TYPES = {code: name.lower() for name, code in vars(schema.TensorType).items() if name.isupper()}
 

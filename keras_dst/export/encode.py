@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from keras_dst.export import codes, im2col
-from keras_dst.export.flat import (
+from keras_dst.export import im2col, quantize
+from keras_dst.export.flatbuffer import (
     add_tensor,
     make_op,
     op_code,
@@ -172,7 +172,7 @@ def stored_dense(content: bytes, forms: Mapping[int, Form]) -> bytes:
     rounded = {buffer: form for buffer, form in forms.items() if form.int8}
     for weight in weights(model):
         if weight.buffer in rounded and rounded[weight.buffer].unpack:
-            values = codes.dequantize(*codes.quantize(weight.values, scale_axis(weight)))
+            values = quantize.dequantize(*quantize.quantize(weight.values, scale_axis(weight)))
             model.buffers[weight.buffer].data = values.reshape(-1).view(np.uint8)
     apply(model, {b: replace(form, block=0) for b, form in rounded.items() if not form.unpack})
     return write(model)
@@ -192,7 +192,7 @@ def _store(model: schema.ModelT, weight: Weight, form: Form) -> None:
     """Writes the values of a weight, and what its tensors say of them."""
     values, sparsity = weight.values, None
     if form.int8:
-        values, quantization = codes.quantize(values, scale_axis(weight))
+        values, quantization = quantize.quantize(values, scale_axis(weight))
         for tensor in weight.tensors:
             tensor.type, tensor.quantization = schema.TensorType.INT8, quantization
     if form.im2col:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from keras_dst.export import flat
+from keras_dst.export import flatbuffer
 
 _WHOLE_BATCH_AND_CHANNELS = 0b1001  # as a mask over the axes of a slice
 
@@ -51,44 +51,47 @@ def lower(
 
     def added(like: int, name: str, sizes: Sequence[int]) -> int:
         tensor = copy.copy(graph.tensors[like])
-        tensor.name = f"{flat.text(graph.tensors[op.outputs[0]].name)}/{name}"
+        tensor.name = f"{flatbuffer.text(graph.tensors[op.outputs[0]].name)}/{name}"
         tensor.shape, tensor.shapeSignature = (
             None if old is None else np.array([old[0], *sizes], np.int32)
             for old in (tensor.shape, tensor.shapeSignature)
         )
-        return flat.add_tensor(graph, tensor)
+        return flatbuffer.add_tensor(graph, tensor)
 
     ops = []
     if np.any(pads):
-        widths = flat.add_constant(model, graph, [(0, 0), *pads, (0, 0)])
+        widths = flatbuffer.add_constant(model, graph, [(0, 0), *pads, (0, 0)])
         padded = added(x, "padded", [*(n + sum(pad) for n, pad in zip(sizes, pads)), kernel[3]])
-        ops.append(flat.make_op(model, "PAD", [x, widths], [padded], schema.PadOptionsT()))
+        ops.append(flatbuffer.make_op(model, "PAD", [x, widths], [padded], schema.PadOptionsT()))
         x = padded
     slices = []
     if (*kernel[1:3], *strides) == (1, 1, 1, 1):
         slices = [x]
     else:
-        steps = flat.add_constant(model, graph, (1, *strides, 1))
+        steps = flatbuffer.add_constant(model, graph, (1, *strides, 1))
         for place in np.ndindex(*kernel[1:3]):
             begin = [i * step for i, step in zip(place, dilations)]
             end = [i + (n - 1) * stride + 1 for i, n, stride in zip(begin, out, strides)]
-            bounds = [flat.add_constant(model, graph, (0, *i, 0)) for i in (begin, end)]
+            bounds = [flatbuffer.add_constant(model, graph, (0, *i, 0)) for i in (begin, end)]
             slices.append(added(x, "slice{}x{}".format(*place), [*out, kernel[3]]))
             kind = schema.StridedSliceOptionsT()
             kind.beginMask = kind.endMask = _WHOLE_BATCH_AND_CHANNELS
             inputs = [x, *bounds, steps]
-            ops.append(flat.make_op(model, "STRIDED_SLICE", inputs, slices[-1:], kind))
+            ops.append(flatbuffer.make_op(model, "STRIDED_SLICE", inputs, slices[-1:], kind))
     x = slices[0]
     if len(slices) > 1:
         x = added(x, "columns", [*out, len(slices) * kernel[3]])
         joined = schema.ConcatenationOptionsT()
         joined.axis = 3
-        ops.append(flat.make_op(model, "CONCATENATION", slices, [x], joined))
+        ops.append(flatbuffer.make_op(model, "CONCATENATION", slices, [x], joined))
     product = schema.FullyConnectedOptionsT()
     product.fusedActivationFunction = options.fusedActivationFunction
     product.keepNumDims = True
     inputs = [x, *op.inputs[1:]]
-    return [*ops, flat.make_op(model, "FULLY_CONNECTED", inputs, op.outputs, product, version)]
+    return [
+        *ops,
+        flatbuffer.make_op(model, "FULLY_CONNECTED", inputs, op.outputs, product, version),
+    ]
 
 
 def _axis(size: int, kernel: int, stride: int, dilation: int, same: bool) -> tuple[int, tuple]:

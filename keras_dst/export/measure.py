@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
+from keras_dst._reporting.tables import as_table
 from keras_dst.export.decode import load
-from keras_dst.tables import as_table
 
 # How many turns `latencies` gives every file: at least so many, and then until so much time is up.
 _LEAST_TURNS, _MOST_TURNS, _SECONDS = 15, 200, 0.3

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_dst._utils.files import atomic_write
 from keras_dst.export import encode
 from keras_dst.export.choose import Choice, Goal, Plan, choose
 from keras_dst.export.convert import conversions
@@ -26,7 +27,6 @@ from keras_dst.export.report import (
     gzip_bytes,
 )
 from keras_dst.export.verify import Case, Deviation, deviation, difference, keras_cases, predictor
-from keras_dst.files import whole_or_not
 
 #: The largest error against Keras that passes by default, by what is rounded.
 TOLERANCES = {None: 1e-4, "weights": 0.1, "full": 0.3}
@@ -89,7 +89,7 @@ def export(
     progress("measuring")
     compared = _compared(model, [*files.values(), plan.content], settings)
     before, after = compared[0], compared[-1]
-    with whole_or_not(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_bytes(plan.content)
     return ExportReport(
         path=path,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from keras_dst.tables import as_table
+from keras_dst._reporting.tables import as_table
 
 
 class ExportError(RuntimeError):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from keras_dst.export import nchw
+from keras_dst.export import sparse_inference
 from keras_dst.export.choose import (
     MOST_HYBRID_BLOCKS,
     MOST_HYBRID_INPUTS,
@@ -35,9 +35,9 @@ from keras_dst.export.encode import (
     Form,
     pack,
 )
-from keras_dst.export.flat import indices, op_name, read, text
+from keras_dst.export.flatbuffer import indices, op_name, read, text
 from keras_dst.export.lint import Finding, LintReport
-from keras_dst.export.nchw import Node, Role
+from keras_dst.export.sparse_inference import Node, Role
 
 #: Below this density FULLY_CONNECTED is faster on 1x4 blocks than on the dense weight.
 _BLOCK_DENSITY = 0.5
@@ -222,9 +222,9 @@ def _stored_dense(content: bytes) -> Iterator[Finding]:
 
 def _sparse_inference(model, graph) -> tuple[bool, str, list[Finding]]:
     """Whether XNNPACK computes a graph in its sparse form where there is no AVX, why, and how."""
-    rule, hinted = "sparse-inference", nchw.is_hinted(model, graph)
-    nodes = nchw.read_nodes(model, graph)
-    part = nchw.moved(nodes, graph)
+    rule, hinted = "sparse-inference", sparse_inference.is_hinted(model, graph)
+    nodes = sparse_inference.read_nodes(model, graph)
+    part = sparse_inference.moved(nodes, graph)
     if hinted and part.wrong:
         return False, "results can be wrong", [_misread(model, graph, nodes, n) for n in part.wrong]
     convolutions = [n for n in nodes if n.weights and len(shape(graph.tensors[n.outputs[0]])) == 4]

@@ -10,8 +10,8 @@ from typing import Any
 
 import keras
 
+from keras_dst._utils.files import check_writable
 from keras_dst.export.report import ExportReport
-from keras_dst.files import check_writable
 from keras_dst.surgery import check_model
 
 

@@ -1,4 +1,4 @@
-"""Keras's layers with a mask over their weights: `SparseDense` is `Dense` plus `sparsity=method`.
+"""Keras's layers with a mask over their weights: `SparseDense` is `Dense` plus `method=`.
 
 `sparsify` turns the layers of a built model into these, in place; they can be used by hand too.
 """

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras import ops
 
-from keras_dst.devices import beside
+from keras_dst import _keras
+from keras_dst._backend.devices import placed_like
 from keras_dst.masks import KERNEL, Layout, masked
-from keras_dst.methods.base import LayerMethod, Method, State, described
+from keras_dst.methods.base import LayerMethod, Method, State, describe
 
 if TYPE_CHECKING:
     from keras import Layer as _Layer  # what the mixins are mixed into
@@ -51,9 +52,9 @@ class SparseWeight:
         state = layer.__dict__.get("sparse_state", {}).get(self.name)
         if state is None:
             return value
-        if self.name in layer.held:
-            return layer.held[self.name]
-        seen = layer.sparsity.apply(ops.convert_to_tensor(value), state, self.layout_of(layer))
+        if self.name in layer.cached_weights:
+            return layer.cached_weights[self.name]
+        seen = layer.method.apply(ops.convert_to_tensor(value), state, self.layout_of(layer))
         return ops.cast(seen, layer.compute_dtype)
 
     def __set__(self, layer, value):
@@ -71,9 +72,9 @@ class SparseBias(SparseWeight):
             return self
         bias = self.raw(layer)
         state = layer.__dict__.get("sparse_state", {}).get("kernel")
-        if bias is None or state is None or not layer.sparsity.prunes_units:
+        if bias is None or state is None or not layer.method.prunes_units:
             return bias
-        units = ops.reshape(layer.sparsity.gate(state, type(layer).kernel.layout_of(layer)), (-1,))
+        units = ops.reshape(layer.method.gate(state, type(layer).kernel.layout_of(layer)), (-1,))
         bias = ops.convert_to_tensor(bias)
         return ops.cast(bias * ops.cast(units, bias.dtype), layer.compute_dtype)
 
@@ -91,27 +92,29 @@ class EinsumWeight(SparseWeight):
         )
 
 
-class SparseMixin(_Layer):
+class SparseMixin(_keras.BuildHook):
     """What makes a Keras layer sparse; comes before the stock class among the bases.
 
     Args:
-        sparsity: the method whose mask the layer's weights get, such as `methods.DST()`.
+        method: the method whose mask the layer's weights get, such as `methods.DST()`.
     """
 
     stock: type
-    sparsity: LayerMethod
+    method: LayerMethod
     sparse_state: dict[str, State]
-    held: Mapping[str, Any] = MappingProxyType({})  # what `SparseCellMixin` masks beforehand
+    cached_weights: Mapping[str, Any] = MappingProxyType(
+        {}
+    )  # what `SparseCellMixin` masks beforehand
     driven = False  # whether a SparseTraining callback is at work
     both_paths = False  # whether a training step has been traced on both paths
 
-    def __init__(self, *args, sparsity, **kwargs):
+    def __init__(self, *args, method, **kwargs):
         super().__init__(*args, **kwargs)
-        self.adopt(check_method(sparsity))
+        self.attach_method(check_method(method))
 
-    def adopt(self, method: LayerMethod) -> None:
+    def attach_method(self, method: LayerMethod) -> None:
         """Take on a method, before the weights exist or after (`sparsify`)."""
-        self.sparsity = method
+        self.method = method
         # Past Keras's tracking, which follows `add_weight` already.
         self.__dict__["sparse_state"] = {}
         for weight in self._masked_attributes():
@@ -145,14 +148,12 @@ class SparseMixin(_Layer):
 
     def batch_mean(self, layout: Layout, state: State):
         """Mean over the batch of the gates of a weight; they are the same for every input."""
-        return self.sparsity.gate(state, layout)
+        return self.method.gate(state, layout)
 
-    # What Keras calls once a layer is built, whatever the signature of its `build`. So the state
-    # comes after all stock weights, as it does in a layer that was built before it was made
-    # sparse: optimisers are saved by the order of the weights.
-    def _lock_state(self):
+    # The state comes after all stock weights, as in a layer that was built before it was made
+    # sparse: optimizers are saved by the order of the weights.
+    def after_build(self):
         self._add_states()
-        super()._lock_state()
 
     def _add_states(self):
         for weight in self.sparse_weights():
@@ -162,47 +163,38 @@ class SparseMixin(_Layer):
             if "float" not in variable.dtype:  # quantised
                 continue
             layout = weight.layout_of(self)
-            if not self.sparsity.takes(layout):
+            if not self.method.applies_to(layout):
                 continue
             # The mask is decided in the variable's own precision; the masked weight is cast.
-            variable._autocast = False
-            with self._unlocked(), beside(variable):
-                self.sparse_state[weight.name] = self.sparsity.build(
+            _keras.set_autocast(variable, False)
+            with _keras.unlocked(self), placed_like(variable):
+                self.sparse_state[weight.name] = self.method.build(
                     self, weight.name, variable, layout
                 )
         if self.sparse_state:
             require_driver(self)
 
-    @contextlib.contextmanager
-    def _unlocked(self):
-        self._tracker.unlock()
-        try:
-            with self._open_name_scope():
-                yield
-        finally:
-            self._tracker.lock()
-
-    def release(self) -> None:
+    def restore_stock(self) -> None:
         """Bake the masks into the weights as exact zeros and become the stock layer again."""
         for layout, variable, state in self.masked_weights():
             w = ops.convert_to_tensor(variable)
-            mask = self.sparsity.mask(w, state, layout)
+            mask = self.method.mask(w, state, layout)
             variable.assign(masked(w, mask))
-            variable._autocast = True
+            _keras.set_autocast(variable, True)
         for weight in self._masked_attributes():
             bias = weight.raw(self)
             if isinstance(weight, SparseBias) and bias is not None:
                 bias.assign(ops.convert_to_tensor(getattr(self, weight.name)))
         for own in self.own_variables().values():
-            self._untrack_variable(own)
-        for variable in self._trainable_variables:
+            _keras.untrack_variable(self, own)
+        for variable in _keras.trainable_variables_of(self):
             if isinstance(variable.constraint, _Driven):
                 variable.constraint = variable.constraint.inner
         for weight in self._masked_attributes():
             is_property = isinstance(getattr(self.stock, weight.name, None), property)
             if not is_property and weight.slot in self.__dict__:
                 self.__dict__[weight.name] = self.__dict__.pop(weight.slot)
-        del self.__dict__["sparsity"], self.__dict__["sparse_state"]
+        del self.__dict__["method"], self.__dict__["sparse_state"]
         self.__class__ = self.stock
 
     def enable_lora(self, *args, **kwargs):
@@ -213,8 +205,8 @@ class SparseMixin(_Layer):
     # -- saving ----------------------------------------------------------------------------------
 
     def get_config(self):
-        sparsity = keras.saving.serialize_keras_object(self.sparsity)
-        return {**super().get_config(), "sparsity": sparsity}
+        method = keras.saving.serialize_keras_object(self.method)
+        return {**super().get_config(), "method": method}
 
     # Keras saves a layer's weights by position, and some layers a fixed list of them. Ours go by
     # name beside them; what a dense layer's weights lack stays as it was.
@@ -247,7 +239,7 @@ class SparseMixin(_Layer):
         """For a while, only the stock layer's variables, and no masks over them."""
         own = {id(variable) for variable in self.own_variables().values()}
         state, self.__dict__["sparse_state"] = self.sparse_state, {}
-        lists = (self._trainable_variables, self._non_trainable_variables)
+        lists = (_keras.trainable_variables_of(self), _keras.non_trainable_variables_of(self))
         before = [list(variables) for variables in lists]
         for variables in lists:
             variables[:] = [v for v in variables if id(v) not in own]
@@ -281,7 +273,9 @@ class SparseCellMixin(SparseMixin):
     def get_dropout_mask(self, step_input):
         if not self.calling:
             self._let_go()
-            self.__dict__["held"] = {name: getattr(self, name) for name in self.sparse_state}
+            self.__dict__["cached_weights"] = {
+                name: getattr(self, name) for name in self.sparse_state
+            }
         return super().get_dropout_mask(step_input)
 
     def reset_dropout_mask(self):
@@ -289,13 +283,15 @@ class SparseCellMixin(SparseMixin):
         super().reset_dropout_mask()
 
     def _let_go(self) -> None:
-        self.__dict__.pop("held", None)
+        self.__dict__.pop("cached_weights", None)
 
 
 def require_driver(layer) -> None:
     """Let an optimiser's step fail on this layer when its method's driver is not at work."""
-    trained = [v for inner in layer._flatten_layers() for v in inner._trainable_variables]
-    if layer.sparsity.needs_driver and trained:
+    trained = [
+        v for inner in _keras.flatten_layers(layer) for v in _keras.trainable_variables_of(inner)
+    ]
+    if layer.method.needs_driver and trained:
         smallest = min(trained, key=lambda v: math.prod(v.shape))
         if not isinstance(smallest.constraint, _Driven):
             smallest.constraint = _Driven(smallest.constraint, layer)
@@ -312,7 +308,7 @@ class _Driven(keras.constraints.Constraint):
 
     def __call__(self, value):
         if not self.layer.driven:
-            method = self.layer.sparsity
+            method = self.layer.method
             raise ValueError(
                 f"'{self.layer.name}' is under {method!r}, whose target the "
                 f"{method.driver.split('.')[-1]} callback pursues. "
@@ -334,5 +330,5 @@ def check_method(method) -> LayerMethod:
         )
     raise TypeError(
         "Expected a method whose mask is part of the forward pass, such as "
-        f"keras_dst.methods.DST(). Received: {described(method)}"
+        f"keras_dst.methods.DST(). Received: {describe(method)}"
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras import layers
 
+from keras_dst import _keras
 from keras_dst.layers.base import SparseMixin, SparseWeight, check_method
 from keras_dst.layers.normalization import SparseBatchNormalization
 from keras_dst.layers.stock import STOCK_LAYERS
@@ -38,9 +39,9 @@ class SparseSubclass(SparseMixin):
 
     @classmethod
     def from_config(cls, config):
-        layer, config = _stock_instance(config, ("sparsity",))
+        layer, config = _stock_instance(config, ("method",))
         layer.__class__ = sparse_class(type(layer))
-        layer.adopt(check_method(config["sparsity"]))
+        layer.attach_method(check_method(config["method"]))
         return layer
 
 
@@ -65,30 +66,30 @@ class SparseComposite(_Layer):
         layer.__class__ = composite_class(type(layer))
         layer.__dict__["recipe"] = config["recipe"]
         if layer.built:  # as a Functional model is
-            layer.follow()
+            layer.apply_recipe()
         return layer
 
     def build_from_config(self, config):
         super().build_from_config(config)
-        self.follow()
+        self.apply_recipe()
 
-    def follow(self) -> None:
+    def apply_recipe(self) -> None:
         """Make the layers inside sparse, as the recipe says."""
-        inner = self._flatten_layers(include_self=False)
+        inner = _keras.flatten_layers(self, include_self=False)
         for index, layer in enumerate(inner):
             if str(index) in self.recipe and not isinstance(layer, SparseMixin):
                 make_sparse(layer, check_method(self.recipe[str(index)]))
 
-    def remember(self) -> None:
+    def record_recipe(self) -> None:
         """Take down the methods of the sparse layers inside."""
-        inner = self._flatten_layers(include_self=False)
+        inner = _keras.flatten_layers(self, include_self=False)
         self.__dict__["recipe"] = {
-            str(index): keras.saving.serialize_keras_object(layer.sparsity)
+            str(index): keras.saving.serialize_keras_object(layer.method)
             for index, layer in enumerate(inner)
             if isinstance(layer, SparseMixin)
         }
 
-    def release(self) -> None:
+    def restore_stock(self) -> None:
         """Become the stock class again."""
         del self.__dict__["recipe"]
         self.__class__ = self.stock
@@ -117,7 +118,7 @@ def layouts_of(model) -> dict[int, Layout]:
     """The axes of every weight of a model that can take a mask, by the id of its variable."""
     return {
         id(variable): layout
-        for layer in model._flatten_layers()
+        for layer in _keras.flatten_layers(model)
         for layout, variable in prunable(layer)
     }
 
@@ -170,4 +171,4 @@ def _of_keras(name: str) -> type | None:
 def make_sparse(layer, method: LayerMethod) -> None:
     """Turn a layer of a supported class, built or not, into its sparse class, in place."""
     layer.__class__ = sparse_class(type(layer))
-    layer.adopt(method)
+    layer.attach_method(method)

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
+from keras_dst import _keras
 from keras_dst.layers.base import check_method, require_driver
 from keras_dst.masks import Layout
 from keras_dst.methods.base import State
@@ -17,7 +18,7 @@ from keras_dst.methods.consensus import Consensus, binary
 
 
 @keras.saving.register_keras_serializable("keras_dst")
-class Gate(layers.Layer):
+class Gate(_keras.BuildHook, layers.Layer):
     """Multiplies channels, or a whole residual branch, by gates that are open (1) or closed (0).
 
     The gates are trained by `methods.Consensus`, with the `SparseTraining` callback. In inference
@@ -34,7 +35,7 @@ class Gate(layers.Layer):
         units: of the gating module's first dense layer. Defaults to 16.
         momentum: of the running mean of the gating module's gates. Defaults to 0.9.
         cost: of a structure, in the unit of the method's other costs. Defaults to 1.
-        sparsity: the method; gates and layers under equal methods share one budget. Defaults to
+        method: the method; gates and layers under equal methods share one budget. Defaults to
             None: `methods.Consensus()`.
 
     Call arguments:
@@ -53,7 +54,7 @@ class Gate(layers.Layer):
     Source: arXiv 2302.10798.
     """
 
-    sparsity: Consensus
+    method: Consensus
     driven = False
 
     def __init__(
@@ -64,7 +65,7 @@ class Gate(layers.Layer):
         units: int = 16,
         momentum: float = 0.9,
         cost: float = 1.0,
-        sparsity=None,
+        method=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -78,10 +79,10 @@ class Gate(layers.Layer):
         self.units = units
         self.momentum = momentum
         self.cost = cost
-        method = check_method(Consensus() if sparsity is None else sparsity)
+        method = check_method(Consensus() if method is None else method)
         if not isinstance(method, Consensus):
             raise TypeError(f"A Gate is trained by methods.Consensus. Received: {method!r}")
-        self.sparsity = method
+        self.method = method
         # Past Keras's tracking, as in SparseMixin.
         self.__dict__["sparse_state"] = {}
         # Of a unit that has but one weight; a branch has no units of which one must stay open.
@@ -120,20 +121,19 @@ class Gate(layers.Layer):
                 name="logit",
                 shape=gates,
                 autocast=False,
-                initializer=keras.initializers.Constant(self.sparsity.start),
+                initializer=keras.initializers.Constant(self.method.start),
             )
         own = {"mean" if self.dependent else "logit": pi}
-        self.sparse_state["gate"] = {**own, **self.sparsity.build_budget(self, "gate")}
+        self.sparse_state["gate"] = {**own, **self.method.build_budget(self, "gate")}
 
-    def _lock_state(self):
+    def after_build(self):
         if self.sparse_state:
             require_driver(self)
-        super()._lock_state()
 
     def call(self, x, context=None, training=False):
         state = self.sparse_state["gate"]
         if not self.dependent:
-            z = self.sparsity.gate(state, self._layout)
+            z = self.method.gate(state, self._layout)
         elif training and self.trainable:
             z = self._module(x if context is None else context)
             mean = ops.reshape(ops.mean(z, axis=0), state["mean"].shape)
@@ -156,7 +156,7 @@ class Gate(layers.Layer):
 
     def is_open(self):
         """Which gates are open in inference, boolean."""
-        return self.sparsity.is_open(self.sparse_state["gate"], self._layout)
+        return self.method.is_open(self.sparse_state["gate"], self._layout)
 
     def masked_weights(self) -> Iterator[tuple[Layout, Any, State]]:
         """As of a sparse layer; the gates count as its weights."""
@@ -170,17 +170,17 @@ class Gate(layers.Layer):
     def batch_mean(self, layout: Layout, state: State):
         """Mean over the batch of the gates, of the forward pass that this is called after."""
         if not self.dependent:
-            return self.sparsity.gate(state, layout)
+            return self.method.gate(state, layout)
         mean = self.__dict__.pop("_batch_mean", None)
         return ops.cast(self.is_open(), "float32") if mean is None else mean
 
-    def release(self) -> None:
+    def restore_stock(self) -> None:
         """Become a stock layer that multiplies by the constants that the gates are in inference."""
         on = ops.convert_to_numpy(self.is_open()).astype("float32")
         scale = np.broadcast_to(on, self._shape).reshape(self._shape).tolist()
         stock = layers.Rescaling(scale, name=self.name, dtype=self.dtype_policy)
         stock.build(self._shape)
-        nodes = self._inbound_nodes, self._outbound_nodes
+        nodes = _keras.nodes_of(self)
         for node in nodes[0]:  # `Rescaling` reads no context
             node.arguments = type(node.arguments)(
                 (*node.arguments.args, *node.arguments.kwargs.values())[0]
@@ -188,7 +188,7 @@ class Gate(layers.Layer):
         self.__dict__.clear()
         self.__class__ = layers.Rescaling
         self.__dict__.update(stock.__dict__)
-        self.__dict__["_inbound_nodes"], self.__dict__["_outbound_nodes"] = nodes
+        _keras.set_nodes_of(self, *nodes)
 
     def compute_output_shape(self, x_shape, context_shape=None):
         return x_shape
@@ -196,5 +196,5 @@ class Gate(layers.Layer):
     def get_config(self):
         names = ("axis", "structure", "dependent", "units", "momentum", "cost")
         own = {name: getattr(self, name) for name in names}
-        sparsity = keras.saving.serialize_keras_object(self.sparsity)
-        return {**super().get_config(), **own, "sparsity": sparsity}
+        method = keras.saving.serialize_keras_object(self.method)
+        return {**super().get_config(), **own, "method": method}

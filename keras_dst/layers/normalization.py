@@ -3,9 +3,10 @@
 import keras
 from keras import layers, ops
 
-from keras_dst.devices import beside
+from keras_dst import _keras
+from keras_dst._backend.devices import placed_like
+from keras_dst._training.two_path import on_full_path
 from keras_dst.layers.base import SparseMixin
-from keras_dst.paths import on_full_path
 
 
 class PathVariable:
@@ -35,13 +36,13 @@ class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
     as a copy of the first, which alone is used in inference and left by `strip`.
 
     Args:
-        sparsity: a method with two paths, such as `methods.DCIL(0.9)`; all others as there.
+        method: a method with two paths, such as `methods.DCIL(0.9)`; all others as there.
 
     Raises:
         ValueError: for a method with one path.
 
     Example:
-        >>> keras_dst.layers.SparseBatchNormalization(sparsity=keras_dst.methods.DCIL(0.9))
+        >>> keras_dst.layers.SparseBatchNormalization(method=keras_dst.methods.DCIL(0.9))
 
     Source: arXiv 2109.04660.
     """
@@ -55,20 +56,20 @@ class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
     renorm_mean = PathVariable()
     renorm_stddev = PathVariable()
 
-    def adopt(self, method):
+    def attach_method(self, method):
         if not method.two_paths:
             raise ValueError(
                 "A batch normalisation has a second set of variables for a method with two paths, "
                 f"such as keras_dst.methods.DCIL. Received: {method!r}"
             )
-        super().adopt(method)
+        super().attach_method(method)
 
     def _add_states(self):
         if self.sparse_state:
             return
         attributes = vars(SparseBatchNormalization).items()
         names = [name for name, value in attributes if isinstance(value, PathVariable)]
-        with self._unlocked():
+        with _keras.unlocked(self):
             self.sparse_state["full"] = {
                 name: self._copy_of(self.__dict__[name], f"full_{name}")
                 for name in names
@@ -76,13 +77,13 @@ class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
             }
 
     def _copy_of(self, variable, name):
-        with beside(variable):
+        with placed_like(variable):
             copy = self.add_weight(
                 name=name,
                 shape=variable.shape,
                 initializer=lambda shape, dtype=None: ops.copy(ops.convert_to_tensor(variable)),
                 dtype=variable.dtype,
-                trainable=any(variable is own for own in self._trainable_variables),
+                trainable=any(variable is own for own in _keras.trainable_variables_of(self)),
                 autocast=False,
                 regularizer=variable.regularizer,
                 constraint=variable.constraint,

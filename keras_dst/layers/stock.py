@@ -1,4 +1,4 @@
-"""Keras's layers with a mask over their weights: `SparseDense` is `Dense` plus `sparsity=method`.
+"""Keras's layers with a mask over their weights: `SparseDense` is `Dense` plus `method=`.
 
 All other arguments are the stock layer's; a method that prunes whole units prunes their bias too.
 """
@@ -6,9 +6,7 @@ All other arguments are the stock layer's; a method that prunes whole units prun
 import keras
 from keras import layers
 
-# Keras exports the layers that use this cell, not the cell.
-from keras.src.layers.rnn.conv_lstm import ConvLSTMCell
-
+from keras_dst import _keras
 from keras_dst.layers.base import (
     EinsumWeight,
     SparseBias,
@@ -29,10 +27,10 @@ class SparseDense(SparseMixin, layers.Dense):
     """`keras.layers.Dense` with a sparse kernel.
 
     Args:
-        sparsity: the method, such as `methods.DST()`; all others as for `Dense`.
+        method: the method, such as `methods.DST()`; all others as for `Dense`.
 
     Example:
-        >>> keras_dst.layers.SparseDense(10, sparsity=keras_dst.methods.DST())
+        >>> keras_dst.layers.SparseDense(10, method=keras_dst.methods.DST())
     """
 
     stock = layers.Dense
@@ -151,7 +149,7 @@ class SparseSimpleRNNCell(SparseCellMixin, layers.SimpleRNNCell):
     """`keras.layers.SimpleRNNCell`, sparse in its kernel and its recurrent kernel.
 
     Example:
-        >>> keras.layers.RNN(SparseSimpleRNNCell(8, sparsity=keras_dst.methods.DST()))
+        >>> keras.layers.RNN(SparseSimpleRNNCell(8, method=keras_dst.methods.DST()))
     """
 
     stock = layers.SimpleRNNCell
@@ -184,10 +182,10 @@ class SparseGRUCell(SparseCellMixin, layers.GRUCell):
 
 
 @_register
-class SparseConvLSTMCell(SparseCellMixin, ConvLSTMCell):
+class SparseConvLSTMCell(SparseCellMixin, _keras.ConvLSTMCell):
     """The cell of `keras.layers.ConvLSTM1D/2D/3D`, sparse in its kernel and recurrent kernel."""
 
-    stock = ConvLSTMCell
+    stock = _keras.ConvLSTMCell
     kernel = SparseWeight()
     recurrent_kernel = SparseWeight()
 

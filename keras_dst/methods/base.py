@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_dst import allocation as allocations
 from keras_dst import masks
-from keras_dst.config import Configurable
+from keras_dst._utils.config import Configurable
 from keras_dst.masks import KERNEL, Layout, Pattern
 from keras_dst.schedules import Schedule
 
@@ -19,7 +19,7 @@ Tensor = Any
 State = dict[str, Any]
 
 
-class When(NamedTuple):
+class ScheduleState(NamedTuple):
     """When in training a periodic update happens, as scalar tensors.
 
     Attributes:
@@ -46,7 +46,7 @@ class Method(Configurable):
         frequency: steps between updates of the masks by the `SparseTraining` callback, or
             `"epoch"`.
         learned: whether sparsity follows from training instead of from a ranking.
-        quantity: what the target is a figure of, in the words of a warning.
+        target_quantity: what the target is a figure of, in the words of a warning.
         driver: the callback that pursues the target.
     """
 
@@ -56,7 +56,7 @@ class Method(Configurable):
     frequency: int | str = 100
     min_kept: int = 1
     learned = False
-    quantity = "sparsity"
+    target_quantity = "sparsity"
     driver = "keras_dst.callbacks.SparseTraining"
 
     def schedule_over(self, epochs: float | None) -> Schedule | None:
@@ -77,14 +77,14 @@ class Method(Configurable):
         states: Sequence[State],
         layouts: Sequence[Layout],
         kept: Tensor,
-        when: When,
+        when: ScheduleState,
     ) -> list[State]:
         """The parts of the states that a periodic update changes; here, newly ranked masks.
 
         Args:
             weights, states, layouts: of all the weights under this method.
             kept: how many weights to keep, one count for all or one per weight.
-            when: the time of this update.
+            now: the time of this update.
         """
         new = self.rank(self.scores(weights, states), layouts, kept)
         return [{"mask": mask} for mask in new]
@@ -93,7 +93,7 @@ class Method(Configurable):
         """Saliency of every weight: the higher, the longer it is kept."""
         raise NotImplementedError
 
-    def watched(self, state: State) -> dict[str, Tensor]:
+    def monitored(self, state: State) -> dict[str, Tensor]:
         """What is worth watching of a weight's state in training, by name: arrays or numbers."""
         return {}
 
@@ -173,7 +173,7 @@ def _kept_of_m(shape: Sequence[int], layout: Layout, n: int, m: int) -> int:
     return math.prod(shape) // inputs * (inputs // m * n + min(n, inputs % m))
 
 
-def described(value) -> str:
+def describe(value) -> str:
     """What was received in place of a method, for the message of an error."""
     if isinstance(value, type) and issubclass(value, Method):
         return f"the class {value.__name__}. Call it: {value.__name__}(...)"
@@ -185,26 +185,26 @@ class LayerMethod(Method):
 
     Attributes:
         undecayed: names of the states that no weight decay may touch.
-        copied: names of states that each update leaves as a copy of another one, with its name.
+        snapshots: names of states that each update leaves as a copy of another one, with its name.
         two_paths: whether a training step also runs the model on its full path (`paths`), where
             every batch normalisation has statistics, scale and offset of its own.
         prunes_units: whether whole output units are pruned, with their bias; not those that are
             the outputs of the model.
-        needs_uses: whether `join` has to know how often every weight is multiplied.
+        needs_use_counts: whether `join` has to know how often every weight is multiplied.
     """
 
     undecayed: tuple[str, ...] = ()
-    copied: Mapping[str, str] = {}
+    snapshots: Mapping[str, str] = {}
     two_paths = False
     prunes_units = False
-    needs_uses = False
+    needs_use_counts = False
 
     @property
     def needs_driver(self) -> bool:
         """Whether training without the callback `driver` would leave out a part of it."""
         return self.schedule is not None
 
-    def takes(self, layout: Layout) -> bool:
+    def applies_to(self, layout: Layout) -> bool:
         """Whether a weight with these axes gets a mask."""
         return True
 
@@ -236,7 +236,7 @@ class LayerMethod(Method):
         """The weight that the forward pass sees: `w` masked, with the method's gradient."""
         raise NotImplementedError
 
-    def coupling(self, state: State) -> Callable[[Tensor, Tensor], Tensor] | None:
+    def path_divergence(self, state: State) -> Callable[[Tensor, Tensor], Tensor] | None:
         """What two paths lose by disagreeing, from the logits of both; None where nothing."""
         return None
 
@@ -244,14 +244,14 @@ class LayerMethod(Method):
         """The factor, 0 or 1, of every output unit and its bias, where these are pruned whole."""
         raise NotImplementedError
 
-    def join(self, layers: Sequence, uses: Mapping[int, tuple]) -> None:
+    def bind_layers(self, layers: Sequence, uses: Mapping[int, tuple]) -> None:
         """Tell all the layers under this method of one another, when training begins.
 
         `uses` has, by the id of a weight, how often an entry of it is multiplied for one sample,
-        or None and the reason; it is empty unless `needs_uses`.
+        or None and the reason; it is empty unless `needs_use_counts`.
         """
 
-    def weigh(self, state: State) -> float | None:
+    def cost_per_entry(self, state: State) -> float | None:
         """How much an entry of a weight counts for the target; None: all count alike."""
         return None
 

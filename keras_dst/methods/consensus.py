@@ -25,7 +25,7 @@ from keras_dst import masks
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods.base import LayerMethod
 from keras_dst.regularizers import Budget, Polarization
-from keras_dst.schedules import Cubic
+from keras_dst.schedules import Cubic, Schedule, check_sparsity
 
 _EDGE = 1e-3  # distance from the boundary of a gate that the last projection has turned
 
@@ -45,7 +45,8 @@ class Consensus(LayerMethod):
     with fewer keep more accuracy with smaller lambdas.
 
     Args:
-        target: fraction of the cost of all structures that stays open, in (0, 1]. Defaults to 0.5.
+        sparsity: fraction of the cost of all structures that is removed, in [0, 1), reached along
+            a cubic ramp over the first half of training, or a `Schedule`. Defaults to 0.5.
         cost: of a structure: `"flops"` (of its weights, for one sample) or `"parameters"` (its
             weights). Defaults to `"flops"`.
         lambda_polar: weight of the polarisation penalty. Defaults to 0.5.
@@ -56,7 +57,7 @@ class Consensus(LayerMethod):
         ValueError: for a value outside its range.
 
     Example:
-        >>> keras_dst.sparsify(model, keras_dst.methods.Consensus(target=0.5))
+        >>> keras_dst.sparsify(model, keras_dst.methods.Consensus(0.5))
 
     Source: arXiv 2302.10798.
     """
@@ -65,29 +66,27 @@ class Consensus(LayerMethod):
     prunes_units = True
     pattern = "channel"
     undecayed = ("logit",)
-    quantity = "fraction of the cost closed"
+    target_quantity = "fraction of the cost closed"
     start = 0.1  # mean logit at the beginning: open, and near enough to be closed
 
     def __init__(
         self,
-        target: float = 0.5,
+        sparsity: float | Schedule = 0.5,
         cost: str = "flops",
         lambda_polar: float = 0.5,
         lambda_act: float = 100.0,
         frequency: int = 20,
     ):
-        self.target = target
+        self.sparsity = sparsity
         self.cost = cost
         self.lambda_polar = lambda_polar
         self.lambda_act = lambda_act
         self.frequency = frequency
-        self.needs_uses = cost == "flops"
-        if not 0 < target <= 1:
-            raise ValueError(
-                "target is the fraction of the cost that stays open, in (0, 1]. "
-                f"Received: {target!r}"
-            )
-        self.schedule = Cubic(1 - target, end=0.5)
+        self.needs_use_counts = cost == "flops"
+        if not isinstance(sparsity, Schedule):
+            check_sparsity(sparsity)
+        self.schedule = sparsity if isinstance(sparsity, Schedule) else Cubic(sparsity, end=0.5)
+        self._open_at_end = 1 - self.schedule.sparsity
         if cost not in ("flops", "parameters"):
             raise ValueError(f"cost must be 'flops' or 'parameters'. Received: {cost!r}")
         for name in ("lambda_polar", "lambda_act"):
@@ -155,12 +154,12 @@ class Consensus(LayerMethod):
     def mask(self, w, state, layout=KERNEL):
         return ops.broadcast_to(self.is_open(state, layout), w.shape)
 
-    def watched(self, state):
+    def monitored(self, state):
         return {"gate": ops.sigmoid(state["logit"]) if "logit" in state else state["mean"]}
 
     # -- target ----------------------------------------------------------------------------------
 
-    def join(self, layers, uses):
+    def bind_layers(self, layers, uses):
         for layer in layers:
             for _, variable, state in layer.masked_weights():
                 state["cost"].assign(self._cost(layer, variable, uses))
@@ -183,11 +182,11 @@ class Consensus(LayerMethod):
             )
         return 2.0 * times
 
-    def weigh(self, state):
+    def cost_per_entry(self, state):
         return float(state["cost"].numpy())
 
-    def update(self, weights, states, layouts, kept, when):
-        return [{"target": 1 - when.sparsity} for _ in weights]
+    def update(self, weights, states, layouts, kept, now):
+        return [{"target": 1 - now.sparsity} for _ in weights]
 
     def project(self, weights, states, layouts, kept):
         """Close or open the gates nearest to the boundary, so that the target is met.
@@ -208,7 +207,7 @@ class Consensus(LayerMethod):
                 p[p.argmax()] = np.inf
         order = np.argsort(-np.concatenate(pi), kind="stable")
         spent = np.concatenate([[0.0], np.cumsum(np.concatenate(costs)[order])])
-        count = np.argmin(np.abs(spent - self.target * spent[-1]))
+        count = np.argmin(np.abs(spent - self._open_at_end * spent[-1]))
         kept = np.zeros(len(order), bool)
         kept[order[: max(count, np.isinf(np.concatenate(pi)).sum())]] = True
         on = np.split(kept, np.cumsum([v.size for v in values])[:-1])

@@ -26,8 +26,8 @@ import keras
 from keras import ops
 
 from keras_dst import masks
+from keras_dst._training.two_path import on_full_path
 from keras_dst.methods.base import LayerMethod
-from keras_dst.paths import on_full_path
 from keras_dst.schedules import Cubic, Schedule, check_sparsity
 
 
@@ -118,12 +118,12 @@ class DCIL(LayerMethod):
     def scores(self, weights, states):
         return [ops.abs(w) if self.score == "magnitude" else ops.square(w) for w in weights]
 
-    def update(self, weights, states, layouts, kept, when):
-        coupled = ops.cast(when.progress >= self.warmup, "float32")
-        changes = super().update(weights, states, layouts, kept, when)
+    def update(self, weights, states, layouts, kept, now):
+        coupled = ops.cast(now.progress >= self.warmup, "float32")
+        changes = super().update(weights, states, layouts, kept, now)
         return [{**change, "coupled": coupled} for change in changes]
 
-    def coupling(self, state):
+    def path_divergence(self, state):
         if self.warmup == 1:
             return None
         return lambda p, f: ops.convert_to_tensor(state["coupled"]) * self.divergence(p, f)

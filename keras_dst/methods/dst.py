@@ -7,7 +7,7 @@ A threshold `t` per output unit is trained beside the weights:
     loss = task + alpha * sum(exp(-t))
 
 so weights are pruned and come back at every step. Deviations, all of them beyond the paper:
-blocks and channels are scored by their mean `|w|`; `target_sparsity` steers alpha, and keeps
+blocks and channels are scored by their mean `|w|`; `sparsity` steers alpha, and keeps
 thresholds from going below 0; the penalty is continued linearly below t = -1; thresholds that are
 not finite are set back to 0.
 """
@@ -38,7 +38,7 @@ class DST(LayerMethod):
     """Dynamic Sparse Training: a trainable threshold per output unit, one run from scratch.
 
     Args:
-        target_sparsity: fraction of zeros to hold, over all weights under the method: a number in
+        sparsity: fraction of zeros to hold, over all weights under the method: a number in
             [0, 1), reached along a cubic ramp over the first half of training, or a `Schedule`.
             Needs the `SparseTraining` callback, which steers alpha. Defaults to None, the paper's
             own training, where alpha decides.
@@ -56,7 +56,7 @@ class DST(LayerMethod):
         ValueError: for a value outside its range, or an N:M pattern.
 
     Example:
-        >>> keras_dst.sparsify(model, keras_dst.methods.DST(target_sparsity=0.9))
+        >>> keras_dst.sparsify(model, keras_dst.methods.DST(sparsity=0.9))
 
     Source: arXiv 2005.06870.
     """
@@ -65,24 +65,24 @@ class DST(LayerMethod):
 
     def __init__(
         self,
-        target_sparsity: float | Schedule | None = None,
+        sparsity: float | Schedule | None = None,
         alpha: float = 5e-4,
         granularity: str = "unit",
         pattern: str = "unstructured",
         reset_density: float = 0.01,
         frequency: int = 20,
     ):
-        self.target_sparsity = target_sparsity
+        self.sparsity = sparsity
         self.alpha = alpha
         self.granularity = granularity
         self.pattern = pattern
         self.reset_density = reset_density
         self.frequency = frequency
-        if isinstance(target_sparsity, Schedule):
-            self.schedule = target_sparsity
-        elif target_sparsity is not None:
-            check_sparsity(target_sparsity, "target_sparsity")
-            self.schedule = Cubic(target_sparsity, end=0.5)
+        if isinstance(sparsity, Schedule):
+            self.schedule = sparsity
+        elif sparsity is not None:
+            check_sparsity(sparsity)
+            self.schedule = Cubic(sparsity, end=0.5)
         if granularity not in ("unit", "layer", "weight"):
             raise ValueError(
                 f"granularity must be 'unit', 'layer' or 'weight'. Received: {granularity!r}"
@@ -158,7 +158,7 @@ class DST(LayerMethod):
         on = ops.logical_not(self._margin(ops.abs(w), state, layout) <= 0)
         return Pattern(self.pattern).expand(on, w.shape, layout)
 
-    def watched(self, state):
+    def monitored(self, state):
         return {"threshold": state["threshold"]}
 
     # -- target ----------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ class DST(LayerMethod):
             return self.reset_density
         return min(self.reset_density, 0.1 * (1 - self.schedule.sparsity))
 
-    def update(self, weights, states, layouts, kept, when):
+    def update(self, weights, states, layouts, kept, now):
         """Steer alpha towards the target density.
 
         `gap` is the shift of all thresholds that would meet the target, and alpha has to close it.

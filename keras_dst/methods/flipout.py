@@ -6,7 +6,7 @@
 Events, equally spaced, each remove the fraction `rate` of the weights still kept, lowest score
 first, ranked over all tensors, for good; the last event removes what the target leaves. With `n`
 events they come after the fractions 1/(n+1), .. n/(n+1) of training, as in the paper's own runs.
-Deviation: the noise is read from a table of normal numbers (`noise.normal`).
+Deviation: the noise is read from a table of normal numbers (`random.normal`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import keras
 from keras import ops
 
-from keras_dst import noise as random
+from keras_dst._backend import random
 from keras_dst.masks import masked
 from keras_dst.methods.base import UpdateMethod
 from keras_dst.schedules import Geometric, Schedule, check_sparsity
@@ -101,7 +101,7 @@ class FlipOut(UpdateMethod):
             for w, s in zip(weights, states)
         ]
 
-    def watched(self, state):
+    def monitored(self, state):
         flips, kept = ops.convert_to_numpy(state["flips"]), ops.convert_to_numpy(state["mask"])
         return {"flips": flips[kept]}  # of pruned weights they are 0
 

@@ -55,7 +55,7 @@ class OptG(LayerMethod):
     """
 
     undecayed = ("scores",)
-    copied: Mapping[str, str] = {"anchor": "scores"}
+    snapshots: Mapping[str, str] = {"anchor": "scores"}
 
     def __init__(
         self,
@@ -118,12 +118,12 @@ class OptG(LayerMethod):
         scores, mask = (ops.convert_to_tensor(state[name]) for name in ("scores", "mask"))
         return masks.straight_through_product(w, scores, mask)
 
-    def watched(self, state):
+    def monitored(self, state):
         return {"scores": state["scores"]}
 
-    def update(self, weights, states, layouts, kept, when):
+    def update(self, weights, states, layouts, kept, now):
         scores = [s["anchor"] + s["rate"] * (s["scores"] - s["anchor"]) for s in states]
-        rate = when.sparsity / max(self._final, 1e-9)
+        rate = now.sparsity / max(self._final, 1e-9)
         return [
             {"scores": v, "rate": rate, "mask": mask}
             for v, mask in zip(scores, self.rank(scores, layouts, kept))

@@ -35,13 +35,13 @@ class RigL(SET):
     def init(self, kernels, steps):
         return [{"gradient": ("zeros", k.dtype)} for k in kernels]
 
-    def ranked(self, stay, began, states, when):
+    def ranked(self, stay, began, states, now):
         # In the first mask they are random.
         drawn = super().ranked
         return ops.cond(
             ops.any(ops.stack(began)),
             lambda: put_first(stay, (ops.abs(s["gradient"]) for s in states)),
-            lambda: drawn(stay, began, states, when),
+            lambda: drawn(stay, began, states, now),
         )
 
     def before(self, weights, grads, states):

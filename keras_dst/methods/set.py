@@ -18,7 +18,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dst import noise
+from keras_dst._backend import random
 from keras_dst.masks import Pattern
 from keras_dst.methods.base import UpdateMethod
 from keras_dst.schedules import Constant, check_sparsity
@@ -122,18 +122,18 @@ class SET(UpdateMethod):
         others = super().kept_counts(shapes[1:], layouts[1:], 1 - density, names[1:])
         return np.array([first, *others])
 
-    def ranked(self, stay, began, states, when):
+    def ranked(self, stay, began, states, now):
         """Scores of all places: those that stay are the best, the others are free to grow."""
         drawn = (
-            noise.uniform(s["mask"].shape, self.seed, when.step, i) for i, s in enumerate(states)
+            random.uniform(s["mask"].shape, self.seed, now.step, i) for i, s in enumerate(states)
         )
         return put_first(stay, drawn)
 
-    def update(self, weights, states, layouts, kept, when):
+    def update(self, weights, states, layouts, kept, now):
         # Before the first update everything is kept, afterwards no more than `kept`. The mask to
         # begin with is random for every method, and keeps the weights as they were initialised.
         began = [ops.logical_not(ops.all(s["mask"])) for s in states]
-        drop = ops.cast(ops.round(self._drop(when) * ops.cast(kept, "float32")), "int32")
+        drop = ops.cast(ops.round(self._drop(now) * ops.cast(kept, "float32")), "int32")
         # What is ranked is as large as the weights, and goes as it comes.
         magnitudes = (
             ops.where(s["mask"], ops.abs(ops.cast(w, "float32")), -1.0)
@@ -141,18 +141,18 @@ class SET(UpdateMethod):
         )
         stay = self.rank(list(magnitudes), layouts, kept - drop)
         stay = [ops.logical_and(b, mask) for b, mask in zip(began, stay)]
-        new = self.rank(self.ranked(stay, began, states, when), layouts, kept)
+        new = self.rank(self.ranked(stay, began, states, now), layouts, kept)
         return [
             {"mask": m, "grown": ops.logical_and(b, ops.logical_and(m, ops.logical_not(s)))}
             for m, s, b in zip(new, stay, began)
         ]
 
-    def _drop(self, when):
+    def _drop(self, now):
         """Fraction of the kept weights to replace now."""
         if self.stop_step is not None:
-            done = ops.cast(when.step, "float32") / self.stop_step
+            done = ops.cast(now.step, "float32") / self.stop_step
         else:
-            done = when.progress / self.stop
+            done = now.progress / self.stop
         return self.drop_fraction / 2 * (1 + ops.cos(math.pi * ops.minimum(done, 1.0)))
 
 

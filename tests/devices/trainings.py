@@ -41,10 +41,10 @@ from keras_dst import methods
 from keras_dst.callbacks import SparseTraining
 
 METHODS = {
-    "dst": methods.DST(target_sparsity=0.7, frequency=5),
+    "dst": methods.DST(sparsity=0.7, frequency=5),
     "dcil": methods.DCIL(0.7),
     "optg": methods.OptG(0.7),
-    "consensus": methods.Consensus(0.7, lambda_polar=0.1, lambda_act=20.0),
+    "consensus": methods.Consensus(0.3, lambda_polar=0.1, lambda_act=20.0),
     "magnitude": methods.Magnitude(0.7, revival=True),
     "flipout": methods.FlipOut(0.7),
     "set": methods.SET(0.7),

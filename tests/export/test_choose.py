@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 
-from keras_dst.export import encode, flat
+from keras_dst.export import encode, flatbuffer
 from keras_dst.export.choose import Goal, choose, right_forms
 from keras_dst.export.cost import CPUS, Modelled
 from keras_dst.export.decode import encoding
 from keras_dst.export.encode import Form
-from keras_dst.export.flat import read, readers
+from keras_dst.export.flatbuffer import read, readers
 from tests.backends import once
 
 from . import graphs
@@ -35,7 +35,7 @@ def clock(**nanoseconds):
 def form_of(content):
     """The form of the first sparse weight of a file, without spaces."""
     model = read(content)
-    kinds = [flat.op_name(model, op) for op in model.subgraphs[0].operators]
+    kinds = [flatbuffer.op_name(model, op) for op in model.subgraphs[0].operators]
     for tensor in model.subgraphs[0].tensors:
         if tensor.sparsity is not None:
             names = ["im2col_" * ("STRIDED_SLICE" in kinds), "int8_" * (tensor.type == 9)]
@@ -286,7 +286,7 @@ def test_a_convolution_over_groups_or_open_maps_stays_one():
     for tensor in model.subgraphs[0].tensors:
         if tensor.shapeSignature is not None:
             tensor.shapeSignature = np.array([-1, -1, -1, tensor.shape[3]], np.int32)
-    for content in (grouped, flat.write(model)):
+    for content in (grouped, flatbuffer.write(model)):
         assert not any("im2col" in form for form in forms(content))
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 
-from keras_dst.export.contents import ContentsReport, contents
 from keras_dst.export.decode import encoding, unpack
 from keras_dst.export.encode import Form, encode, pack, weights
-from keras_dst.export.flat import read
+from keras_dst.export.flatbuffer import read
+from keras_dst.export.inspection import ContentsReport, contents
 from tests.backends import once
 
 from .graphs import File, convolution, fully_connected, sparse_values

@@ -5,7 +5,7 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 
 from keras_dst.export.encode import Form, encode, pack, weights
-from keras_dst.export.flat import read
+from keras_dst.export.flatbuffer import read
 from tests.backends import once
 
 from . import graphs

@@ -17,7 +17,7 @@ from ai_edge_litert.interpreter import Interpreter
 from keras import layers
 
 import keras_dst
-from keras_dst.export import ExportError, ExportReport, encode, flat, pipeline
+from keras_dst.export import ExportError, ExportReport, encode, flatbuffer, pipeline
 from keras_dst.export.convert import to_tflite
 from keras_dst.surgery import is_sparse
 
@@ -576,4 +576,4 @@ def test_importing_keras_dst_needs_none_of_them():
 
 def test_ops_of_an_exported_file(model, converted, path):
     export_tflite(model, path)
-    assert ops(flat.read(path.read_bytes())) == [("DENSIFY", 1), ("FULLY_CONNECTED", 1)]
+    assert ops(flatbuffer.read(path.read_bytes())) == [("DENSIFY", 1), ("FULLY_CONNECTED", 1)]

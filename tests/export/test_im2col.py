@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_dst.export.encode import Form, encode, weights
-from keras_dst.export.flat import read
+from keras_dst.export.flatbuffer import read
 from tests.backends import once
 
 from .graphs import AUTO, BUILTIN, File, ops, run, sparse_values

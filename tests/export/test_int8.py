@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from keras import layers
 
-from keras_dst.export import ExportError, codes, pipeline
+from keras_dst.export import ExportError, pipeline, quantize
 from keras_dst.export.choose import Goal, choose
 from keras_dst.export.decode import values
 from keras_dst.export.encode import Form, encode, stored_dense, weights
-from keras_dst.export.flat import read
+from keras_dst.export.flatbuffer import read
 from tests.backends import once
 
 from .graphs import AUTO, BUILTIN, File, convolution, fully_connected, ops, run, sparse_values
@@ -25,7 +25,7 @@ HYBRID = Form(16, unpack=False, int8=True)
 
 # 127 stands for the largest of each row: 2.54 and 1; a row of zeros has a scale too.
 def test_golden():
-    made, parameters = codes.quantize(
+    made, parameters = quantize.quantize(
         np.array([[2.54, 0, -1.27], [1, 0.5, 0], [0, 0, 0]], np.float32), axis=0
     )
     assert made.tolist() == [[127, 0, -64], [127, 64, 0], [0, 0, 0]]
@@ -37,8 +37,8 @@ def test_golden():
 @given(st.integers(0, 10**6), st.sampled_from([0, 1, 3]))
 def test_rounding(seed, axis):
     weight = sparse_values((3, 2, 4, 5), 0.5, seed=seed)
-    made, parameters = codes.quantize(weight, axis)
-    found = codes.dequantize(made, parameters)
+    made, parameters = quantize.quantize(weight, axis)
+    found = quantize.dequantize(made, parameters)
     step = np.abs(weight).max(axis=tuple({0, 1, 2, 3} - {axis}), keepdims=True) / 127
     assert (np.abs(found - weight) <= 0.5001 * step).all()
     assert not found[weight == 0].any()

@@ -14,7 +14,7 @@ import keras_dst
 from keras_dst.export import LintReport
 from keras_dst.export.choose import choose
 from keras_dst.export.decode import values
-from keras_dst.export.flat import read, write
+from keras_dst.export.flatbuffer import read, write
 from tests.backends import once
 
 from . import test_nchw as nets

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 
-from keras_dst.export import nchw
+from keras_dst.export import sparse_inference
 from keras_dst.export.choose import UNSAFE, Goal, choose
 from keras_dst.export.encode import Form, encode, weights
-from keras_dst.export.flat import read
+from keras_dst.export.flatbuffer import read
 from tests.backends import once
 
 from .graphs import AUTO, File, run, sparse_values
@@ -138,9 +138,9 @@ def unpacked(content):
 def verdict(content):
     model = read(unpacked(content))
     (graph,) = model.subgraphs
-    assert nchw.is_hinted(model, graph)
-    part = nchw.moved(nchw.read_nodes(model, graph), graph)
-    assert nchw.is_wrong(model) == bool(part.wrong)
+    assert sparse_inference.is_hinted(model, graph)
+    part = sparse_inference.moved(sparse_inference.read_nodes(model, graph), graph)
+    assert sparse_inference.is_wrong(model) == bool(part.wrong)
     return "wrong" if part.wrong else "on" if part.nodes else "off"
 
 
@@ -252,8 +252,8 @@ def test_maps_that_are_handed_out():
 
 def test_without_densify_nothing_is_moved():
     content = network(*BODY, pool("MAX_POOL_2D"), pointwise, mean)
-    assert not nchw.is_wrong(read(content))
-    assert nchw.is_wrong(read(unpacked(content)))
+    assert not sparse_inference.is_wrong(read(content))
+    assert sparse_inference.is_wrong(read(unpacked(content)))
 
 
 def test_int8_weights_behind_dequantize_count():
@@ -302,16 +302,19 @@ def test_ops_that_read_nothing_or_have_no_options():
     graph.op("VAR_HANDLE", [], [], schema.VarHandleOptionsT())
     y = graph.op("FULLY_CONNECTED", [x, graph.constant(sparse_values((8, 64), 0.1)), -1], [1, 8])
     model = read(graph.finish({"x": x}, {"y": y}).content())
-    nodes = nchw.read_nodes(model, model.subgraphs[0])
+    nodes = sparse_inference.read_nodes(model, model.subgraphs[0])
     assert [(node.kind, node.role) for node in nodes] == [
-        ("VAR_HANDLE", nchw.Role.NONE),
-        ("FULLY_CONNECTED", nchw.Role.NONE),
+        ("VAR_HANDLE", sparse_inference.Role.NONE),
+        ("FULLY_CONNECTED", sparse_inference.Role.NONE),
     ]
 
 
 @pytest.mark.parametrize(
     ("signature", "role"),
-    [([-1, 1, 1, 32], nchw.Role.INSIDE), ([-1, -1, -1, 32], nchw.Role.NONE)],
+    [
+        ([-1, 1, 1, 32], sparse_inference.Role.INSIDE),
+        ([-1, -1, -1, 32], sparse_inference.Role.NONE),
+    ],
     ids=["one", "open"],
 )
 def test_a_size_that_is_open_is_not_one(signature, role):
@@ -320,5 +323,5 @@ def test_a_size_that_is_open_is_not_one(signature, role):
     graph.graph.tensors[x].shapeSignature = np.array(signature, np.int32)
     y = binary("ADD", "AddOptionsT", vector)(graph, x)
     model = read(graph.finish({"x": x}, {"y": y}).content())
-    (node,) = nchw.read_nodes(model, model.subgraphs[0])
+    (node,) = sparse_inference.read_nodes(model, model.subgraphs[0])
     assert node.role == role

@@ -9,7 +9,7 @@ from ai_edge_litert import schema_py_generated as schema
 from keras_dst.export.choose import UNSAFE, Goal, choose
 from keras_dst.export.cost import CPUS, Modelled
 from keras_dst.export.encode import Form, encode, weights
-from keras_dst.export.flat import read
+from keras_dst.export.flatbuffer import read
 from tests import arm64, no_avx
 from tests.backends import once
 

@@ -8,7 +8,7 @@ import pytest
 from keras import layers
 
 from keras_dst.export.encode import Form, encode, weights
-from keras_dst.export.flat import read
+from keras_dst.export.flatbuffer import read
 from keras_dst.export.verify import BATCH, MAX_SAMPLES, Case, deviation, keras_cases
 
 from . import graphs

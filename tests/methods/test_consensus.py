@@ -180,7 +180,7 @@ def conv_net():
 )
 def test_the_target_is_the_cost_that_stays_open(cost, of_a_unit):
     model = conv_net()
-    keras_dst.sparsify(model, Consensus(0.61, cost))
+    keras_dst.sparsify(model, Consensus(0.39, cost))
     models.compiled(model)
     x, y = models.data()
     model.fit(x, y, epochs=2, verbose=0, callbacks=[SparseTraining()])
@@ -225,7 +225,7 @@ def test_training_reaches_the_target(inner):
             layers.Dense(4, "softmax"),
         ]
     )
-    keras_dst.sparsify(model, Consensus(0.4))
+    keras_dst.sparsify(model, Consensus(0.6))
     models.compiled(model, inner(), metrics=["accuracy"])
     history = model.fit(x, y, 16, 14, verbose=0, callbacks=[SparseTraining()]).history
     assert history["sparsity"][-2] == pytest.approx(0.6, abs=0.1)
@@ -250,11 +250,11 @@ def test_project_opens_those_nearest_to_the_budget():
     np.testing.assert_array_equal(two >= 0, [0, 1, 0])
     for found, before in zip((one, two), logits):  # what was right stays as it was
         np.testing.assert_array_equal(found, np.float32(before))
-    one, two = project(Consensus(0.2), logits, [1, 3])
+    one, two = project(Consensus(0.8), logits, [1, 3])
     # The best of each layer come first: 8 of 26 is more than asked for, and least.
     np.testing.assert_array_equal(one >= 0, [0, 0, 0, 1])
     np.testing.assert_array_equal(two >= 0, [0, 1, 0])
-    one, two = project(Consensus(1.0), logits, [1, 3])
+    one, two = project(Consensus(0), logits, [1, 3])
     assert (one >= 0).all()
     assert (two >= 0).all()
 
@@ -264,7 +264,7 @@ def test_project_opens_those_nearest_to_the_budget():
 
 def test_trajectory_against_the_equations():
     """50 steps of the two-layer net with gates on its hidden units, both penalties, in NumPy."""
-    method = Consensus(0.4, lambda_polar=0.5, lambda_act=4.0)
+    method = Consensus(0.6, lambda_polar=0.5, lambda_act=4.0)
     method.schedule = Constant(0.6)  # the paper's budget, without our ramp
     model = reference.keras_net()
     keras_dst.sparsify(model, method)
@@ -308,16 +308,16 @@ def test_trajectory_against_the_equations():
 
 def test_defaults():
     assert Consensus().get_config() == {
-        "target": 0.5, "cost": "flops", "lambda_polar": 0.5, "lambda_act": 100.0, "frequency": 20,
+        "sparsity": 0.5, "cost": "flops", "lambda_polar": 0.5, "lambda_act": 100.0, "frequency": 20,
     }  # fmt: skip
-    assert Consensus(0.75).schedule == Cubic(0.25, end=0.5)
+    assert Consensus(0.25).schedule == Cubic(0.25, end=0.5)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target": 0.0}, r"target is the fraction of the cost that stays open, in \(0, 1\]"),
-        ({"target": 1.2}, r"target is .* Received: 1.2"),
+        ({"sparsity": 1.0}, r"sparsity is the fraction of zeros, .* Received: sparsity=1.0"),
+        ({"sparsity": -0.2}, "sparsity is the fraction of zeros, .* Received: sparsity=-0.2"),
         ({"cost": "bytes"}, "cost must be 'flops' or 'parameters'. Received: 'bytes'"),
         ({"lambda_polar": -1.0}, "lambda_polar must be a number >= 0. Received: -1.0"),
         ({"lambda_act": float("nan")}, "lambda_act must be a number >= 0"),

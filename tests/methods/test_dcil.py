@@ -6,11 +6,11 @@ import pytest
 from keras import layers, ops
 
 import keras_dst
+from keras_dst._training.two_path import full_path
 from keras_dst.callbacks import SparseTraining
 from keras_dst.layers import SparseBatchNormalization, SparseDense
 from keras_dst.masks import KERNEL
 from keras_dst.methods import DCIL, DST
-from keras_dst.paths import full_path
 from keras_dst.schedules import Constant, Cubic
 from tests import models, reference
 from tests.gradients import gradients
@@ -89,7 +89,7 @@ class MyNorm(layers.BatchNormalization):
 @pytest.mark.parametrize("arguments", [{}, {"scale": False}, {"center": False}], ids=str)
 def test_batch_norm_is_the_stock_layer_on_either_path(arguments):
     x, other = random(8, 5), 3 * random(8, 5) + 1
-    dual = SparseBatchNormalization(**arguments, momentum=0.5, sparsity=DCIL(0.5))
+    dual = SparseBatchNormalization(**arguments, momentum=0.5, method=DCIL(0.5))
     pruned, full = (layers.BatchNormalization(**arguments, momentum=0.5) for _ in range(2))
     np.testing.assert_array_equal(array(dual(x, training=True)), array(pruned(x, training=True)))
     with full_path():
@@ -542,8 +542,8 @@ def test_one_method_with_two_paths_in_a_model():
     model = keras.Sequential(
         [
             keras.Input((5,)),
-            SparseDense(4, sparsity=DCIL(0.5)),
-            SparseDense(3, "softmax", sparsity=DCIL(0.6)),
+            SparseDense(4, method=DCIL(0.5)),
+            SparseDense(3, "softmax", method=DCIL(0.6)),
         ]
     )
     models.compiled(model)
@@ -588,7 +588,7 @@ def test_errors(arguments, message):
 
 def test_a_second_set_needs_a_method_with_two_paths():
     with pytest.raises(ValueError, match="two paths"):
-        SparseBatchNormalization(sparsity=DST())
+        SparseBatchNormalization(method=DST())
 
 
 def test_schedule():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_dst.compiled import compiled
+from keras_dst._backend.jit import jit
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods import DST
 from keras_dst.regularizers import ThresholdPenalty
@@ -127,7 +127,7 @@ def test_mask(granularity, layout, shape, threshold, shared, pattern, block):
     assert 0 < expected.mean() < 1
     method = DST(granularity=granularity, pattern=pattern)
 
-    @compiled
+    @jit
     def mask_and_apply(w, t):
         state = {"threshold": t}
         return method.mask(w, state, layout), method.apply(w, state, layout)
@@ -252,7 +252,7 @@ def compiled_project(method, shapes):
         masks = [method.mask(w, s) for w, s in zip(weights, states)]
         return masks, [s["threshold"] for s in states]
 
-    return compiled(project)
+    return jit(project)
 
 
 def project(method, weights, thresholds, kept):
@@ -311,7 +311,7 @@ def test_alpha_pushes_all_thresholds_towards_the_target(kept, sign):
     ]
     states = [{**s, "threshold": tensor([0.5])} for s in states]
     values = [{k: ops.convert_to_tensor(v) for k, v in s.items()} for s in states]
-    update = compiled(
+    update = jit(
         lambda weights, values, kept: method.update(weights, values, [KERNEL] * 2, kept, None)
     )
     one, other = update(weights, values, ops.convert_to_tensor([kept], dtype="int32"))
@@ -328,8 +328,8 @@ def test_schedule_of_the_target():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target_sparsity": 1.0}, "target_sparsity is the fraction of zeros"),
-        ({"target_sparsity": 90}, "target_sparsity is the fraction of zeros"),
+        ({"sparsity": 1.0}, "sparsity is the fraction of zeros"),
+        ({"sparsity": 90}, "sparsity is the fraction of zeros"),
         ({"granularity": "channel"}, "granularity must be .* Received: 'channel'"),
         ({"alpha": -1e-3}, "alpha must be a number >= 0. Received: -0.001"),
         ({"alpha": math.nan}, "alpha must be a number >= 0"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_dst.compiled import compiled
+from keras_dst._backend.jit import jit
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods import Magnitude
 from keras_dst.schedules import Constant, Cubic, Sigmoid
@@ -31,7 +31,7 @@ def compiled_rank(method, layout, shapes):
         scores = method.scores(weights, [{} for _ in shapes])
         return method.rank(scores, [layout for _ in shapes], kept)
 
-    return compiled(rank)
+    return jit(rank)
 
 
 def masks_of(method, weights, kept, layout=KERNEL):

@@ -118,10 +118,12 @@ def test_the_factor_is_that_of_the_last_update():
         "rate": ops.convert_to_tensor(0.5),
         "mask": ops.ones((2, 2), "bool"),
     }
-    from keras_dst.methods.base import When
+    from keras_dst.methods.base import ScheduleState
 
-    when = When(ops.convert_to_tensor(7), ops.convert_to_tensor(0.5), ops.convert_to_tensor(0.3))
-    (change,) = OptG(0.5).update([w], [state], [KERNEL], ops.convert_to_tensor([2]), when)
+    now = ScheduleState(
+        ops.convert_to_tensor(7), ops.convert_to_tensor(0.5), ops.convert_to_tensor(0.3)
+    )
+    (change,) = OptG(0.5).update([w], [state], [KERNEL], ops.convert_to_tensor([2]), now)
     found = {k: ops.convert_to_numpy(v) for k, v in change.items()}
     np.testing.assert_allclose(found["scores"], [[3, 1], [2, 2.5]])
     np.testing.assert_array_equal(found["mask"], [[True, False], [False, True]])

@@ -9,11 +9,11 @@ import pytest
 from keras import ops
 
 import keras_dst
+from keras_dst._backend.jit import jit
 from keras_dst.callbacks import SparseTraining
-from keras_dst.compiled import compiled
 from keras_dst.masks import KERNEL
 from keras_dst.methods import SET, RigL
-from keras_dst.methods.base import When
+from keras_dst.methods.base import ScheduleState
 from tests import models
 from tests.test_optimizers import train_step
 
@@ -23,16 +23,18 @@ x, y = models.data(size=128)
 
 @functools.cache
 def compiled_update(method):
-    return compiled(lambda w, s, kept, when: method.update(w, s, [KERNEL], kept, when))
+    return jit(lambda w, s, kept, now: method.update(w, s, [KERNEL], kept, now))
 
 
 def update(method, w, mask, gradient, kept, step=50, progress=0.1):
     """New mask of one weight, and what has grown, as NumPy."""
     dtypes = ("int32", "float32", "float32")
-    when = When(*(ops.convert_to_tensor(n, d) for n, d in zip((step, progress, 0.5), dtypes)))
+    now = ScheduleState(
+        *(ops.convert_to_tensor(n, d) for n, d in zip((step, progress, 0.5), dtypes))
+    )
     state = {"mask": ops.convert_to_tensor(mask), "gradient": ops.convert_to_tensor(gradient)}
     kept = ops.convert_to_tensor([kept], "int32")
-    (found,) = compiled_update(method)([ops.convert_to_tensor(w)], [state], kept, when)
+    (found,) = compiled_update(method)([ops.convert_to_tensor(w)], [state], kept, now)
     return {k: ops.convert_to_numpy(v) for k, v in found.items()}
 
 

@@ -1,0 +1,116 @@
+"""A model on several devices: the little that Keras leaves to each backend."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_dst import _keras
+
+Tensor = Any
+
+
+@contextlib.contextmanager
+def placed_like(variable) -> Iterator[None]:
+    """Variables that are created within this context live where `variable` lives.
+
+    Those of its shape are sharded as it is, all others are whole on every device.
+    """
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        strategy = getattr(variable.value, "distribute_strategy", None)
+        if strategy is not None and not tf.distribute.has_strategy():
+            with strategy.scope():
+                yield
+            return
+    if backend == "jax" and keras.distribution.distribution() is not None:
+        with _like(variable).scope():
+            yield
+        return
+    yield
+
+
+def _like(variable):
+    """The present distribution, where it goes by the shape of new variables, not by their path: a
+    user's layout map may take theirs for the path of the kernel they are of."""
+    present = keras.distribution.distribution()
+
+    def layout_of(new):
+        if tuple(new.shape) == tuple(variable.shape):
+            return present.get_variable_layout(variable)
+        return keras.distribution.TensorLayout([None] * len(new.shape), present.device_mesh)
+
+    like = copy.copy(present)
+    like.get_variable_layout = layout_of
+    return like
+
+
+def check_distribution(optimizer, variable) -> None:
+    """Raise where Keras cannot let an optimiser train variables with replicas, such as this one."""
+    if keras.backend.backend() != "tensorflow":
+        return
+    strategy = getattr(variable.value, "distribute_strategy", None)
+    if strategy is None or strategy.num_replicas_in_sync == 1:
+        return
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    for each in (optimizer, inner):
+        if _keras.distribution_strategy_of(each) is not strategy:
+            raise ValueError(
+                "Create the optimiser within strategy.scope(), as the model was. "
+                f"Received: '{each.name}', which was created outside of it."
+            )
+    if inner.gradient_accumulation_steps:
+        raise ValueError(
+            "Keras cannot accumulate gradients under tf.distribute. Use a larger batch. Received: "
+            f"gradient_accumulation_steps={inner.gradient_accumulation_steps}"
+        )
+
+
+def counter_dtype(variable, dtype: str) -> str:
+    """The type that is kept for a counter of type `dtype` where `variable` lives.
+
+    Workers of TensorFlow can send each other no integers of 8 or 16 bits.
+    """
+    if keras.backend.backend() == "tensorflow" and dtype in ("uint8", "int16"):
+        import tensorflow as tf
+
+        strategy = getattr(variable.value, "distribute_strategy", None)
+        if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+            return "int32"
+    return dtype
+
+
+def sum_over_replicas(gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], int]:
+    """Gradients of a whole batch from those of one replica's part, and the number of replicas.
+
+    Only under `tf.distribute` does an optimiser see the part, which it adds up by itself: JAX has
+    one program for all devices, and torch's DistributedDataParallel is done before.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        context = tf.distribute.get_replica_context()
+        if context is not None and context.num_replicas_in_sync > 1:
+            known = {i: ops.convert_to_tensor(g) for i, g in enumerate(gradients) if g is not None}
+            summed = context.all_reduce(tf.distribute.ReduceOp.SUM, list(known.values()))
+            found = dict(zip(known, summed))
+            return [found.get(i) for i in range(len(gradients))], context.num_replicas_in_sync
+    return list(gradients), 1
+
+
+def refresh_torch_parameters(model) -> None:
+    """Tell torch of variables that layers of a built model have gained or lost.
+
+    Keras lists them as parameters when a model is built; DistributedDataParallel would leave new
+    ones to each process.
+    """
+    if keras.backend.backend() == "torch":
+        for layer in _keras.flatten_layers(model):
+            _keras.refresh_torch_parameters(layer)

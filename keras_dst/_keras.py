@@ -1,0 +1,332 @@
+"""The private attributes of Keras that this package reads, all in one module.
+
+Keras may rename a private attribute in any release. Every access goes through a function here, so
+that a rename shows up in one place. `PRIVATE_NAMES` lists the attributes, and `missing_names`
+compares the list with the installed Keras; `tests/test_keras_names.py` runs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+# Keras exports the layers that use this cell, but not the cell.
+from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
+
+if TYPE_CHECKING:
+    from keras import Layer as _Layer
+else:
+    _Layer = object
+
+# Where each private attribute lives; `missing_names` builds one object of each kind to look at.
+PRIVATE_NAMES = {
+    "layer": (
+        "_build_shapes_dict",
+        "_flatten_layers",
+        "_inbound_nodes",
+        "_lock_state",
+        "_non_trainable_variables",
+        "_open_name_scope",
+        "_outbound_nodes",
+        "_remat_mode",
+        "_trainable_variables",
+        "_tracker",
+        "_untrack_variable",
+    ),
+    "variable": ("_autocast",),
+    "model": (
+        "_aggregate_additional_loss",
+        "_compile_loss",
+        "_compute_loss_has_training_arg",
+        "_initial_epoch",
+        "_inputs_struct",
+        "_losses_override",
+        "_nodes_by_depth",
+        "_outputs_struct",
+    ),
+    "compiled model": ("_compile_config",),
+    "sequential": ("_functional",),
+    "tensor": ("_keras_history",),
+    "compiled loss": ("_flat_losses", "_y_pred_build_structure"),
+    "metric": ("_direction",),
+    "optimizer": (
+        "_trainable_variables",
+        "_use_weight_decay",
+        "_var_key",
+        "_variables",
+    ),
+    "TensorFlow optimizer": ("_distribution_strategy",),
+    "JAX model": ("_jax_state", "_jax_state_synced"),
+    "torch layer": ("_track_variables",),
+}
+
+# -- layers --------------------------------------------------------------------------------------
+
+
+def flatten_layers(layer, include_self: bool = True, recursive: bool = True) -> list:
+    """Return a layer and the layers inside it, outermost first."""
+    return list(layer._flatten_layers(include_self=include_self, recursive=recursive))
+
+
+def trainable_variables_of(layer) -> list:
+    """Return the list, open to changes, of the variables a layer itself trains, frozen or not."""
+    return layer._trainable_variables
+
+
+def non_trainable_variables_of(layer) -> list:
+    """Return the list, open to changes, of the variables that a layer itself keeps untrained."""
+    return layer._non_trainable_variables
+
+
+@contextlib.contextmanager
+def unlocked(layer) -> Iterator[None]:
+    """Allow a built layer to gain variables within this context, under its own name scope."""
+    layer._tracker.unlock()
+    try:
+        with layer._open_name_scope():
+            yield
+    finally:
+        layer._tracker.lock()
+
+
+def untrack_variable(layer, variable) -> None:
+    """Remove a variable from a built layer."""
+    layer._untrack_variable(variable)
+
+
+def set_autocast(variable, autocast: bool) -> None:
+    """Choose whether Keras casts a variable to the compute dtype when a layer reads it."""
+    if not hasattr(variable, "_autocast"):
+        raise AttributeError("keras.Variable has no attribute `_autocast` in this Keras.")
+    variable._autocast = autocast
+
+
+def build_shapes(layer) -> dict[str, Any] | None:
+    """Return the shapes that a layer was built with, by argument of `build`; None if unknown."""
+    return layer._build_shapes_dict
+
+
+def is_rematerialized(layer) -> bool:
+    """Return whether a layer was created under `keras.RematScope`."""
+    return bool(layer._remat_mode)
+
+
+class BuildHook(_Layer):
+    """Mixin that calls `after_build` once Keras has built a layer, whatever its `build` takes."""
+
+    def after_build(self) -> None:
+        """React to the end of `build`, before Keras refuses new variables."""
+        raise NotImplementedError
+
+    def _lock_state(self):
+        self.after_build()
+        super()._lock_state()
+
+
+def refresh_torch_parameters(layer) -> None:
+    """List a layer's variables as torch parameters again, after some were added or removed."""
+    layer._track_variables()
+
+
+# -- graphs --------------------------------------------------------------------------------------
+
+
+def graph_of(model):
+    """Return the Functional graph of a model, or None if its own `call` runs it."""
+    graph = model._functional if isinstance(model, keras.Sequential) else model
+    return graph if hasattr(graph, "_nodes_by_depth") else None
+
+
+def nodes_in_order(graph) -> list:
+    """Return the nodes of a Functional graph in the order in which they run."""
+    by_depth = graph._nodes_by_depth
+    return [node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]]
+
+
+def operation_of(tensor):
+    """Return the operation that made a symbolic tensor."""
+    return tensor._keras_history.operation
+
+
+def node_of(tensor):
+    """Return the node, a call of an operation, that made a symbolic tensor."""
+    operation, index = tensor._keras_history[:2]
+    return operation._inbound_nodes[index]
+
+
+def nodes_of(operation) -> tuple[list, list]:
+    """Return the lists of nodes before and after an operation; the lists are Keras's own."""
+    return operation._inbound_nodes, operation._outbound_nodes
+
+
+def set_nodes_of(operation, inbound: list, outbound: list) -> None:
+    """Give an operation the nodes of the operation that it replaces in a graph."""
+    operation.__dict__["_inbound_nodes"] = inbound
+    operation.__dict__["_outbound_nodes"] = outbound
+
+
+def structures_of(graph) -> tuple[Any, Any]:
+    """Return the nested structures of symbolic inputs and outputs of a Functional graph."""
+    return graph._inputs_struct, graph._outputs_struct
+
+
+# -- training ------------------------------------------------------------------------------------
+
+
+def compile_config(model) -> dict[str, Any]:
+    """Return the arguments of `compile` that a file stores; changes to the dict are stored."""
+    return model._compile_config.config
+
+
+def flat_losses(model) -> list[tuple]:
+    """Return (path, loss, weight) for every compiled loss, with None for a missing weight."""
+    compiled = model._compile_loss
+    losses = compiled._flat_losses if compiled is not None else ()
+    return [(path, loss, weight) for path, loss, weight, *_ in losses]
+
+
+def output_structure(model):
+    """Return the structure of outputs that the compiled loss was built for."""
+    return model._compile_loss._y_pred_build_structure
+
+
+def add_to_loss(model, loss):
+    """Return an additional loss scaled and cast as Keras adds it to the total loss."""
+    return model._aggregate_additional_loss(loss)
+
+
+def takes_training(model) -> bool:
+    """Return whether a model's own `compute_loss` takes the argument `training`."""
+    return model._compute_loss_has_training_arg
+
+
+def set_takes_training(model, value: bool) -> None:
+    """Tell Keras whether the `compute_loss` now set on a model takes `training`."""
+    if not hasattr(model, "_compute_loss_has_training_arg"):
+        raise AttributeError("Keras models have no `_compute_loss_has_training_arg` any more.")
+    vars(model)["_compute_loss_has_training_arg"] = value
+
+
+@contextlib.contextmanager
+def without_additional_losses(model) -> Iterator[None]:
+    """Leave regularizers and `add_loss` out of the loss that is computed within this context."""
+    before = model._losses_override
+    vars(model)["_losses_override"] = [keras.ops.zeros(())]
+    try:
+        yield
+    finally:
+        vars(model)["_losses_override"] = before
+
+
+def set_initial_epoch(model, epoch: int | None) -> None:
+    """Let the fit that begins now start at this epoch."""
+    if not hasattr(model, "_initial_epoch"):
+        raise AttributeError("Keras models have no `_initial_epoch` any more.")
+    model._initial_epoch = epoch
+
+
+def restore_jax_state(model, *step_arguments) -> None:
+    """Give a model its values back when its compiled step will not run.
+
+    On JAX, `fit` takes the values out of the variables and passes them as the first argument.
+    """
+    if keras.backend.backend() == "jax":
+        names = ("trainable", "non_trainable", "optimizer", "metrics")
+        model._jax_state = {f"{n}_variables": v for n, v in zip(names, step_arguments[0])}
+        model._jax_state_synced = False
+        model.jax_state_sync()
+
+
+def discard_jax_state(model) -> None:
+    """Discard the values that an interrupted `evaluate` took out of a model's variables, on JAX.
+
+    The weights have to be assigned again.
+    """
+    if keras.backend.backend() == "jax":
+        model._jax_state = None
+        model._jax_state_synced = True
+
+
+def metric_direction(metric) -> str | None:
+    """Return "up" or "down", the direction in which a metric improves; None if it does not say."""
+    return getattr(metric, "_direction", None)
+
+
+# -- optimizers ----------------------------------------------------------------------------------
+
+
+def own_variables_of(optimizer) -> list:
+    """Return the list, open to changes, of the variables that an optimizer itself created."""
+    return optimizer._variables
+
+
+def trained_variables_of(optimizer) -> list:
+    """Return the variables that an optimizer was built for."""
+    return optimizer._trainable_variables
+
+
+def distribution_strategy_of(optimizer):
+    """Return the `tf.distribute` strategy under which an optimizer was created, or None."""
+    return optimizer._distribution_strategy
+
+
+def exempt_from_decay(optimizer, variables) -> None:
+    """Exempt variables from weight decay, in addition to the variables that the user exempted.
+
+    Keras's `exclude_from_weight_decay` replaces the user's choice, and raises once an optimizer is
+    built.
+    """
+    exempt = set(vars(optimizer).get("_exclude_from_weight_decay", ()))
+    exempt.update(optimizer._var_key(variable) for variable in variables)
+    optimizer._exclude_from_weight_decay = exempt
+    optimizer._exclude_from_weight_decay_cache = {}
+    if decayed := [v.path for v in variables if optimizer._use_weight_decay(v)]:
+        raise RuntimeError(
+            "This version of Keras decays variables that keras_dst has exempted from weight decay: "
+            f"{', '.join(decayed)}. Expected: `Optimizer._exclude_from_weight_decay` to be read."
+        )
+
+
+def copy_decay_exemptions(source, target) -> None:
+    """Exempt from weight decay in one optimizer what the user exempted in another."""
+    for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
+        if name in vars(source):
+            setattr(target, name, copy.copy(vars(source)[name]))
+    target._exclude_from_weight_decay_cache = {}
+
+
+# -- the check -----------------------------------------------------------------------------------
+
+
+def missing_names() -> list[str]:
+    """Return the names in `PRIVATE_NAMES` that the installed Keras lacks, as "object.name"."""
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse", metrics=["mae"])
+    model.train_on_batch(keras.ops.ones((2, 2)), keras.ops.ones((2, 1)))
+    objects = {
+        "layer": model.layers[0],
+        "variable": model.layers[0].kernel,
+        "model": keras.Model(model.inputs, model.outputs),
+        "compiled model": model,
+        "sequential": model,
+        "tensor": model.outputs[0],
+        "compiled loss": model._compile_loss,
+        "metric": keras.metrics.MeanAbsoluteError(),
+        "optimizer": model.optimizer,
+    }
+    if keras.backend.backend() == "tensorflow":
+        objects["TensorFlow optimizer"] = model.optimizer
+    if keras.backend.backend() == "jax":
+        objects["JAX model"] = model
+    if keras.backend.backend() == "torch":
+        objects["torch layer"] = model.layers[0]
+    return [
+        f"{kind}.{name}"
+        for kind, found in objects.items()
+        for name in PRIVATE_NAMES[kind]
+        if not hasattr(found, name)
+    ]

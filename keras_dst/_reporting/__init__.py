@@ -1,0 +1,1 @@
+"""Reports: sparsity, FLOPs, sensitivity, tables and HTML."""

@@ -1,0 +1,1 @@
+"""Training: the update clock, the drivers, what a fit patches, backups, TensorBoard."""

@@ -1,0 +1,422 @@
+"""What moves a method along its schedule between steps: one driver for every method at work."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+
+from keras_dst import _keras
+from keras_dst._backend.devices import placed_like
+from keras_dst._backend.jit import jit
+from keras_dst._reporting.flops import count_uses
+from keras_dst._training.backup import ActiveFit
+from keras_dst._training.two_path import TwoPathLoss
+from keras_dst.layers import Gate, SparseMixin, layouts_of
+from keras_dst.masks import Layout, Pattern
+from keras_dst.methods.base import LayerMethod, Method, ScheduleState, State
+from keras_dst.optimizers import SparseOptimizer, exclude_from_decay, tensors, unwrap
+
+_FEWEST_UPDATES = 20  # of the masks while sparsity grows, however short the training
+_LEARNED_RESPONSE = 5  # steps in which a learned method shows what an update has done
+
+
+def drivers_of(model) -> list[Driver]:
+    """One driver for every method at work in a model."""
+    _build_optimizer(model)
+    wrapper = unwrap(model.optimizer)
+    found: list[Driver] = []
+    groups: dict[LayerMethod, list[SparseMixin | Gate]] = {}
+    for layer in _keras.flatten_layers(model):
+        if isinstance(layer, (SparseMixin, Gate)) and any(layer.masked_weights()):
+            groups.setdefault(layer.method, []).append(layer)
+    if sum(method.two_paths for method in groups) > 1:
+        raise ValueError(
+            f"A model has one method with two paths at the most. Received: {list(groups)}"
+        )
+    for method, layers in groups.items():
+        method.bind_layers(layers, count_uses(model) if method.needs_use_counts else {})
+        found.append(LayerDriver(model, layers))
+    if wrapper is not None:
+        wrapper.layouts = _layouts(model, wrapper)
+        found.append(OptimizerDriver(model, wrapper))
+    return found
+
+
+def _build_optimizer(model) -> None:
+    if not model.optimizer.built:
+        with placed_like(model.trainable_variables[0]):
+            model.optimizer.build(model.trainable_variables)
+
+
+class Member(NamedTuple):
+    """A weight under a method, for those who watch it."""
+
+    name: str
+    method: Method
+    weight: Any
+    state: State
+    layout: Layout
+
+    def mask(self) -> np.ndarray:
+        """Its mask now, boolean."""
+        weight, state = ops.convert_to_tensor(self.weight), tensors(self.state)
+        return ops.convert_to_numpy(self.method.mask(weight, state, self.layout)).astype(bool)
+
+
+def members_of(model) -> list[Member]:
+    """Every weight under a method, in the layers of a model and in its optimiser."""
+    _build_optimizer(model)
+    found = [
+        Member(weight.path, layer.method, weight, state, layout)
+        for layer in _keras.flatten_layers(model)
+        if isinstance(layer, (SparseMixin, Gate))
+        for layout, weight, state in layer.masked_weights()
+    ]
+    wrapper = unwrap(model.optimizer)
+    if wrapper is not None:
+        states = zip(wrapper.kernels, wrapper.states, wrapper.layouts)
+        found += [Member(w.path, wrapper.method, w, state, layout) for w, state, layout in states]
+    return found
+
+
+def _layouts(model, optimizer: SparseOptimizer) -> list[Layout]:
+    """Axes of the kernels of an optimiser, as the layers that hold them know."""
+    known = layouts_of(model)
+    return [
+        known.get(id(kernel), layout)
+        for kernel, layout in zip(optimizer.kernels, optimizer.layouts)
+    ]
+
+
+@functools.lru_cache(maxsize=16)
+def _functions(method, layouts, shapes):
+    """A method's update and its counts of kept weights, compiled once for all trainings with it."""
+
+    @jit
+    def update(weights, states, kept, now):
+        return method.update(weights, states, layouts, kept, now)
+
+    @jit
+    def kept(weights, states):
+        masks = [method.mask(*values) for values in zip(weights, states, layouts)]
+        return [ops.sum(ops.cast(mask, "float32")) for mask in masks]
+
+    return update, kept
+
+
+class Driver:
+    """Updates the states of all the weights under one method, along its schedule."""
+
+    def __init__(self, model, method, weights, states, layouts, names):
+        self.model, self.method = model, method
+        self.weights, self.states = weights, states
+        self.layouts, self.names = layouts, names
+        self.shapes = [tuple(w.shape) for w in weights]
+        self.size = sum(math.prod(shape) for shape in self.shapes)
+        self.schedule = method.schedule
+        self.total: int | None = None
+        self.every = 0  # steps between updates; 0: not known yet
+        self._update, self._kept = _functions(method, tuple(layouts), tuple(self.shapes))
+        # How much an entry of every weight counts for the target; None: all alike.
+        self.costs: list[float] | None = None
+
+    # Where progress is kept: step, and length of the schedule (0: not begun).
+
+    def read_progress(self) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def write_progress(self, step: int, total: int) -> None:
+        raise NotImplementedError
+
+    def take(self, changes: list[State]) -> None:
+        raise NotImplementedError
+
+    # --------------------------------------------------------------------------------------------
+
+    def begin(self, length: int | None, fit: int | None, epoch: int | None, done: int = 0) -> None:
+        """Start, or go on, with a schedule over `length` steps, in a fit of `fit` steps.
+
+        The first `done` of these were taken before the training was interrupted.
+        """
+        self.drive(True)
+        self.projected = False
+        if self.schedule is None:
+            return
+        self.last, total = self.read_progress()
+        self.start = self.last - done
+        self.total = total or length
+        self._plan(fit, epoch)
+        self.write_progress(self.last, self.total or 0)
+        # A resumed training has had its update at this step before it was saved.
+        if self.every and self.last == 0 and not self.method.learned:
+            self.advance(0)
+
+    def set_length(self, length: int, fit: int, epoch: int, batches: int) -> None:
+        """The length became known after the first epoch, of so many batches."""
+        if self.schedule is None or self.total is not None:
+            return
+        self.total = length
+        self._plan(fit, epoch)
+        self.write_progress(self.start + batches, length)
+        if not self.method.learned:
+            self.advance(batches)
+
+    def _plan(self, fit, epoch):
+        self.fit_end = fit and self.start + fit
+        self.every = 0
+        if self.total is None and not self.in_steps:
+            return
+        if self.total and epoch:
+            self.schedule = self.method.schedule_over(self.total / epoch)
+        first, self.ramp_end = self.method.span(self.total)
+        often = self.method.frequency
+        if often == "epoch":
+            often = epoch or self.total
+        if first < self.ramp_end:
+            shortest = _LEARNED_RESPONSE if self.method.learned else 1
+            often = min(often, max(shortest, (self.ramp_end - first) // _FEWEST_UPDATES))
+        self.every = often
+        self.marks = [*self.schedule.jumps(self.total), self.ramp_end, self.total, self.fit_end]
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether the schedule needs no length of training."""
+        return self.schedule is not None and self.schedule.in_steps
+
+    def is_due(self, batches: int) -> bool:
+        if self.schedule is None or not self.every:
+            return False
+        step = self.start + batches
+        if step <= self.last:
+            return False
+        crossed = self.last // self.every != step // self.every
+        return crossed or any(self.last < mark <= step for mark in self.marks if mark)
+
+    def advance(self, batches: int) -> None:
+        """Update the states to what the schedule asks for after this many batches."""
+        step = self.last = self.start + batches
+        # A learned method gets its target one update ahead: it takes that long to move there.
+        ahead = self.every if self.method.learned else 0
+        target = self.schedule.at(step + ahead, self.total)
+        done = min(1.0, step / max(self.total or self.ramp_end, 1))
+        now = ScheduleState(
+            ops.convert_to_tensor(step, "int32"),
+            ops.convert_to_tensor(done, "float32"),
+            ops.convert_to_tensor(target, "float32"),
+        )
+        self.take(self._update(*self._values(), self._counts(target), now))
+        if self.total is not None and step >= self.total and step in (self.total, self.fit_end):
+            self.project()
+
+    def project(self) -> None:
+        """Meet the target of a learned method exactly, at the end."""
+        if not self.method.learned or self.schedule is None:
+            return
+        target, reached = self._target(), self._reached()
+        if abs(reached - target) > self.tolerance and not self.projected:
+            warnings.warn(
+                f"{self.method!r}: training had reached {self.method.target_quantity} "
+                f"{reached:.4f}, target {target:.3g}; the last projection made up for it, at a "
+                "cost in accuracy. Train longer, or with another weight of the penalty.",
+                stacklevel=2,
+            )
+        values = self._values()
+        counts = self._counts(self.schedule.sparsity)
+        self.take(self.method.project(*values, self.layouts, counts))
+        self.projected = True
+
+    def end(self, batches: int, warn_early: bool) -> None:
+        """Leave the schedule; warn when its target was missed."""
+        self.drive(False)
+        if self.schedule is None:
+            return
+        step = self.start + batches
+        total = self.total or 0
+        self.write_progress(step, total)
+        target, reached = self._target(), self._reached()
+        if step < total:
+            if warn_early and reached < target - self.tolerance:
+                warnings.warn(
+                    f"{self.method!r}: training ended after {step} of the {total} steps of its "
+                    f"schedule, at {self.method.target_quantity} {reached:.4f}, "
+                    f"target {target:.3g}. Fit again to go on.",
+                    stacklevel=2,
+                )
+            return
+        if abs(reached - target) > self.tolerance and self.method.learned:
+            self.project()  # an average of weights (EMA) came after the last step
+            reached = self._reached()
+        if abs(reached - target) > self.tolerance:
+            warnings.warn(self.outcome(), stacklevel=2)
+
+    def outcome(self) -> str:
+        """What was reached of the final target, as a sentence."""
+        target, reached = self._target(), self._reached()
+        return (
+            f"{self.method!r} reached {self.method.target_quantity} {reached:.4f}, "
+            f"target {target:.3g}: missed by {abs(reached - target):.4f}."
+        )
+
+    def is_at_target(self) -> bool:
+        """Whether the final target is reached now, or more than that."""
+        return self._reached() >= self._target() - self.tolerance
+
+    def _target(self) -> float:
+        """The final sparsity of all these weights together, or of their cost."""
+        final = self.schedule.sparsity
+        if self.costs is not None:
+            return final
+        counts = self.method.kept_counts(self.shapes, self.layouts, final, self.names)
+        return 1 - float(sum(counts)) / self.size
+
+    @property
+    def tolerance(self) -> float:
+        """By how much a target may be missed without a word."""
+        if self.method.learned:
+            return 0.01
+        pattern = Pattern(self.method.pattern)
+        groups = [math.prod(pattern.block(s, lay)) for s, lay in zip(self.shapes, self.layouts)]
+        return max(0.001, max(groups) / self.size)
+
+    def _reached(self) -> float:
+        """What of the target is reached now."""
+        costs = self.costs or [1.0] * len(self.shapes)
+        total = sum(c * math.prod(shape) for c, shape in zip(costs, self.shapes))
+        return 1 - sum(c * k for c, k in zip(costs, self._counts_kept())) / total
+
+    def kept(self) -> float:
+        """Weights that the masks keep now."""
+        return sum(self._counts_kept())
+
+    def _counts_kept(self) -> list[float]:
+        return [float(ops.convert_to_numpy(k)) for k in self._kept(*self._values())]
+
+    def _values(self) -> tuple[list, list]:
+        weights = [ops.convert_to_tensor(w) for w in self.weights]
+        return weights, [tensors(s) for s in self.states]
+
+    def _counts(self, target):
+        counts = self.method.kept_counts(self.shapes, self.layouts, target, self.names)
+        return ops.convert_to_tensor(counts, "int32")
+
+    def drive(self, driven: bool) -> None:
+        """Tell layers or optimiser whether a callback is at work."""
+        self.driven: ActiveFit | bool = ActiveFit(self.model) if driven else False
+
+
+class LayerDriver(Driver):
+    """Drives the layers that share one method."""
+
+    loss: TwoPathLoss | None = None
+
+    def __init__(self, model, layers: list[Any]):
+        self.optimizer, self.layers = model.optimizer, layers
+        members = [m for layer in layers for m in layer.masked_weights()]
+        method: LayerMethod = layers[0].method
+        super().__init__(
+            model,
+            method,
+            [variable for _, variable, _ in members],
+            [state for _, _, state in members],
+            [layout for layout, _, _ in members],
+            [variable.path for _, variable, _ in members],
+        )
+        costs = [method.cost_per_entry(state) for state in self.states]
+        self.costs = [c for c in costs if c is not None] or None
+
+    # The step is counted by the optimiser, whose counter is part of every checkpoint; the layer
+    # keeps the pair (step, counter) from which to count on, also after `compile` reset the counter.
+
+    def _iterations(self) -> int:
+        optimizer = self.optimizer
+        while hasattr(optimizer, "inner_optimizer"):
+            optimizer = optimizer.inner_optimizer
+        return _int(optimizer.iterations) * (optimizer.gradient_accumulation_steps or 1)
+
+    def read_progress(self):
+        step, counter, total = (int(n) for n in self.states[0]["progress"].numpy())
+        return step + max(0, self._iterations() - counter) if total else 0, total
+
+    def write_progress(self, step, total):
+        for state in self.states:
+            state["progress"].assign(np.array([step, self._iterations(), total], "int32"))
+
+    def begin(self, length, fit, epoch, done=0):
+        undecayed = [s[n] for s in self.states for n in self.method.undecayed if n in s]
+        exclude_from_decay(self.optimizer, undecayed)
+        super().begin(length, fit, epoch, done)
+
+    def take(self, changes):
+        for state in self.states:
+            change = changes.pop(0)  # goes as it comes: all of them are as large as the model
+            for name, value in change.items():
+                state[name].assign(value)
+            for name, source in self.method.snapshots.items():
+                # On JAX two variables must not share one buffer.
+                state[name].assign(ops.copy(change[source]))
+
+    def drive(self, driven):
+        super().drive(driven)
+        for layer in self.layers:
+            layer.driven = self.driven
+        if self.method.two_paths and driven:
+            coupling = self.method.path_divergence(self.states[0])
+            self.loss = TwoPathLoss(self.model, coupling, self._traced_on_both_paths)
+        elif self.loss is not None:
+            self.loss.restore()
+
+    def _traced_on_both_paths(self):
+        for layer in self.layers:
+            layer.both_paths = True
+
+    def advance(self, batches):
+        if self.method.two_paths and batches and not self.layers[0].both_paths:
+            raise ValueError(
+                f"{self.method!r} trains two paths within compute_loss, which the train_step of "
+                f"'{self.model.name}' does not call. Let it call self.compute_loss(x=x, y=y, "
+                "y_pred=y_pred, sample_weight=sample_weight, training=True)."
+            )
+        super().advance(batches)
+
+
+class OptimizerDriver(Driver):
+    """Drives a SparseOptimizer."""
+
+    def __init__(self, model, optimizer: SparseOptimizer):
+        self.optimizer = optimizer
+        super().__init__(
+            model,
+            optimizer.method,
+            optimizer.kernels,
+            optimizer.states,
+            optimizer.layouts,
+            optimizer.kernel_names,
+        )
+
+    def begin(self, length, fit, epoch, done=0):
+        if length and not _int(self.optimizer.step):
+            self.optimizer.expect(length)
+        super().begin(length, fit, epoch, done)
+
+    def read_progress(self):
+        return _int(self.optimizer.step), _int(self.optimizer.total)
+
+    def write_progress(self, step, total):
+        self.optimizer.step.assign(step)
+        self.optimizer.total.assign(total)
+
+    def take(self, changes):
+        self.optimizer.update_masks(changes)
+
+    def drive(self, driven):
+        super().drive(driven)
+        self.optimizer.driven = self.driven
+
+
+def _int(counter) -> int:
+    return int(ops.cast(counter, "int32"))  # a variable with replicas has no `__int__`

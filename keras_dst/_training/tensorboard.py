@@ -1,0 +1,176 @@
+"""What happens to the masks in a training, for TensorBoard."""
+
+from __future__ import annotations
+
+import collections
+import time
+import weakref
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_dst._training.drivers import Member, members_of
+from keras_dst._training.metrics import is_worst_value
+from keras_dst.optimizers import tensors
+
+_BINS = 64  # of a histogram
+
+
+class SparsityTensorBoard(keras.callbacks.Callback):
+    """Writes density, mask changes and what methods learn, weight by weight, for TensorBoard.
+
+    Of every weight under a method, `<path>` being its path:
+
+    * `density/<path>`: the fraction that its mask keeps; `density` is that of all together;
+    * `mask_changes/<path>`: the fraction of its mask that differs from the last time, or from the
+      first step of this `fit`; `mask_changes` is that of all together;
+    * what the method has beside its mask: `threshold/<path>` (DST), `flips/<path>` of the weights
+      that are kept (FlipOut), `scores/<path>` (OptG), `gate/<path>` (Consensus: how open a gate is,
+      closed below 0.5). Arrays are histograms of their finite values.
+
+    At the end of an epoch also the logs of `fit`, as `epoch/<name>`, as Keras's own TensorBoard
+    callback needs TensorFlow. Put it behind `SparseTraining`. Where several processes train one
+    model, give it to one of them.
+
+    Args:
+        log_dir: the folder that `tensorboard --logdir` reads; made where it is missing.
+        update_freq: `"epoch"`, at the end of each, with its number as the step; or every so many
+            batches, with the optimiser's iterations. Defaults to `"epoch"`.
+        histograms: whether to write histograms. Defaults to True.
+
+    Raises:
+        ImportError: without tensorboardX.
+        ValueError: for another update_freq, or when training begins and nothing is sparse.
+
+    Example:
+        >>> board = keras_dst.callbacks.SparsityTensorBoard("logs/dst")
+        >>> model.fit(x, y, epochs=20, callbacks=[keras_dst.callbacks.SparseTraining(), board])
+    """
+
+    def __init__(self, log_dir, update_freq: int | str = "epoch", histograms: bool = True):
+        super().__init__()
+        whole = isinstance(update_freq, int) and not isinstance(update_freq, bool)
+        if update_freq != "epoch" and (not whole or int(update_freq) < 1):
+            raise ValueError(
+                "update_freq must be 'epoch' or a whole number of batches >= 1. "
+                f"Received: {update_freq!r}"
+            )
+        self.log_dir = log_dir
+        self.update_freq = update_freq
+        self.histograms = histograms
+        _check_installed()
+
+    def on_train_begin(self, logs=None):
+        self._members = _by_name(members_of(self.model))
+        if not self._members:
+            raise ValueError(
+                "SparsityTensorBoard found nothing sparse. Call keras_dst.sparsify(model, method), "
+                "or compile with keras_dst.SparseOptimizer(optimizer, method)."
+            )
+        self._masks: dict[str, np.ndarray] = {}
+        self._batches = 0
+        self._events = _Events(str(self.log_dir))
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if not self._masks:  # not in on_train_begin: a backup may only just have been restored
+            self._masks = self._read_masks()
+        self._epoch_start = self._batches
+
+    def on_train_batch_end(self, batch, logs=None):
+        last, self._batches = self._batches, self._epoch_start + batch + 1
+        every = self.update_freq
+        if isinstance(every, int) and last // every != self._batches // every:
+            self._write(self._iterations())
+            self._events.file.flush()
+
+    def on_epoch_end(self, epoch, logs=None):
+        step = epoch
+        if self.update_freq == "epoch":
+            self._write(step)
+        else:
+            step = self._iterations()
+        for name, value in (logs or {}).items():
+            if not is_worst_value(value):
+                self._events.scalar(f"epoch/{name}", float(value), step)
+        self._events.file.flush()
+
+    def on_train_end(self, logs=None):
+        self._events.close()
+
+    # --------------------------------------------------------------------------------------------
+
+    def _iterations(self) -> int:
+        _ = self.model  # on JAX, hands the state of the running fit back to the variables
+        return int(ops.convert_to_numpy(self.model.optimizer.iterations))
+
+    def _read_masks(self) -> dict[str, np.ndarray]:
+        _ = self.model
+        return {name: member.mask() for name, member in self._members.items()}
+
+    def _write(self, step: int) -> None:
+        masks = self._read_masks()
+        changes = {name: mask != self._masks[name] for name, mask in masks.items()}
+        self._masks = masks
+        for title, found in (("density", masks), ("mask_changes", changes)):
+            for name, flags in found.items():
+                self._events.scalar(f"{title}/{name}", flags.mean(), step)
+            size = sum(flags.size for flags in found.values())
+            total = sum(np.count_nonzero(flags) for flags in found.values())
+            self._events.scalar(title, total / size, step)
+        for name, member in self._members.items():
+            for title, tensor in member.method.monitored(tensors(member.state)).items():
+                self._write_values(f"{title}/{name}", ops.convert_to_numpy(tensor), step)
+
+    def _write_values(self, tag: str, values: np.ndarray, step: int) -> None:
+        if not values.shape:
+            self._events.scalar(tag, float(values), step)
+        elif self.histograms and np.isfinite(values).any():
+            self._events.histogram(tag, values[np.isfinite(values)], step)
+
+
+def _by_name(members: list[Member]) -> dict[str, Member]:
+    """Members by their paths, numbered where two layers have one path."""
+    seen: collections.Counter[str] = collections.Counter()
+    found = {}
+    for member in members:
+        count = seen[member.name]
+        seen[member.name] += 1
+        found[f"{member.name}_{count}" if count else member.name] = member
+    return found
+
+
+def _check_installed() -> None:
+    try:
+        import tensorboardX  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "SparsityTensorBoard needs tensorboardX: pip install keras_dst[tensorboard]"
+        ) from error
+
+
+class _Events:
+    """An event file of its own, written at once: a training that is killed leaves what it wrote."""
+
+    def __init__(self, log_dir: str):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.record_writer import directory_check
+
+        directory_check(log_dir)
+        self.file = EventsWriter(f"{log_dir}/events", f".{time.time_ns()}")
+        self.close = weakref.finalize(self, self.file.close)  # also where a fit fails
+
+    def scalar(self, tag: str, value: float, step: int) -> None:
+        from tensorboardX.summary import scalar
+
+        self._write(scalar(tag, value), step)
+
+    def histogram(self, tag: str, values: np.ndarray, step: int) -> None:
+        from tensorboardX.summary import histogram
+
+        self._write(histogram(tag, values, _BINS), step)
+
+    def _write(self, summary, step: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self.file.write_event(Event(wall_time=time.time(), step=step, summary=summary))

@@ -1,0 +1,110 @@
+"""What a ``.tflite`` file is made of: its constants, and how each is stored."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from keras_dst._reporting.tables import as_table
+from keras_dst.export.decode import (
+    encoding,
+    load,
+    shape,
+    stored_bytes,
+    type_name,
+    values,
+)
+from keras_dst.export.flatbuffer import indices, op_name, read, stored, text
+from keras_dst.export.report import gzip_bytes
+
+
+@dataclass(frozen=True)
+class ConstantReport:
+    """One constant of a file.
+
+    ``encoding`` is ``"dense"``, ``"csr"``, ``"1x4"`` and the like, with ``"+densify"`` where the
+    runtime unpacks it at load. ``bytes`` are those of its values and indices, ``sparsity`` is its
+    share of zeros, None where it does not hold numbers.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    encoding: str
+    bytes: int
+    sparsity: float | None
+
+
+@dataclass(frozen=True)
+class ContentsReport:
+    """What `contents` found. `str()` is a table of the constants, and the size of the file."""
+
+    bytes: int
+    gzip_bytes: int
+    constants: list[ConstantReport]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                constant.name,
+                constant.type,
+                "x".join(map(str, constant.shape)),
+                constant.encoding,
+                f"{constant.bytes:,}",
+                "?" if constant.sparsity is None else f"{constant.sparsity:.1%}",
+            )
+            for constant in self.constants
+        ]
+        headings = ("constant", "type", "shape", "encoding", "bytes >", "zeros >")
+        total = f"{self.bytes:,} bytes in all, {self.gzip_bytes:,} with gzip"
+        return f"{as_table(headings, rows)}\n{total}"
+
+
+def contents(source: str | os.PathLike[str] | bytes) -> ContentsReport:
+    """Lists the constants of a ``.tflite`` file, in file order.
+
+    Args:
+        source: the file, as a path or bytes.
+
+    Returns:
+        A `ContentsReport`.
+
+    Raises:
+        ValueError: a file that is no ``.tflite`` file, or is damaged.
+        OSError: a path that cannot be read.
+
+    Example:
+        >>> print(contents("model.tflite"))
+    """
+    content = load(source)
+    model = read(content)
+    rows = []
+    for graph in model.subgraphs:
+        densified = {
+            index
+            for op in graph.operators
+            if op_name(model, op) == "DENSIFY"
+            for index in indices(op.inputs)
+        }
+        for index, tensor in enumerate(graph.tensors):
+            if stored(model, tensor) is None:
+                continue
+            entries = values(model, tensor)
+            rows.append(
+                ConstantReport(
+                    name=text(tensor.name),
+                    type=type_name(tensor),
+                    shape=shape(tensor),
+                    encoding=encoding(tensor) + "+densify" * (index in densified),
+                    bytes=stored_bytes(model, tensor),
+                    sparsity=None if entries is None else float(np.mean(entries == 0)),
+                )
+            )
+    return ContentsReport(len(content), gzip_bytes(content), rows)

@@ -1,0 +1,324 @@
+"""Which ops of a graph XNNPACK computes in its sparse form, and whether it does so rightly.
+
+On CPUs without AVX, which every ARM is, XNNPACK moves a part of a graph with a DENSIFY op from the
+layout NHWC to NCHW, in which 1x1 convolutions skip zero weights. The part begins at an entry: a 3x3
+convolution with stride 2 over 3 channels, padded by 1 on each side. It leaves through an exit: a
+mean over height and width, or DEPTH_TO_SPACE. It is moved if every op in it knows NCHW, its values
+have no other readers, and more than 2/3 of its 1x1 weights are zeros.
+
+XNNPACK does not check that each way out of the part is an exit. Where one is not, the next op takes
+NCHW data for NHWC: the results are wrong, without an error.
+
+Where versions of XNNPACK differ, the worse is assumed: every op counts as taken by XNNPACK, and a
+mean that keeps its dimensions as wrong.
+
+Source: ``xnn_check_nchw_compatibility`` and ``xnn_subgraph_rewrite_for_nchw`` in XNNPACK's
+``src/subgraph.c``: the same since October 2020, for FULLY_CONNECTED since January 2025.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+from keras_dst.export.decode import origins, shape, type_name, values
+from keras_dst.export.encode import WEIGHT_SLOT
+from keras_dst.export.flatbuffer import indices, op_name, stored
+
+_UNARY = re.compile(
+    "ABS|CEIL|ELU|EXP|FLOOR|GELU|HARD_SWISH|LEAKY_RELU|LOGISTIC|NEG|RELU|RELU6|RELU_N1_TO_1|ROUND|"
+    "RSQRT|SIN|COS|SQRT|SQUARE|TANH"
+)
+
+
+class Role(enum.Flag):
+    """What an op can be to the part that is moved."""
+
+    NONE = 0
+    ENTRY = enum.auto()
+    INSIDE = enum.auto()
+    EXIT = enum.auto()
+
+
+@dataclass(eq=False)
+class Node:
+    """An op as XNNPACK sees it: merged with the PAD before it, its constants left out.
+
+    Attributes:
+        op: the op of the file.
+        kind: its builtin name.
+        inputs: the computed tensors that it reads.
+        outputs: the tensors that it computes.
+        role: what it can be to the part that is moved.
+        obstacle: what keeps it from being inside, or an exit.
+        zeros: how many of its weights are zero, for a 1x1 convolution.
+        weights: how many weights that has; 0 for another op.
+    """
+
+    op: schema.OperatorT
+    kind: str
+    inputs: list[int]
+    outputs: list[int]
+    role: Role
+    obstacle: str
+    zeros: int = 0
+    weights: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """The ops that read NCHW data, and those whose results are wrong or refused for it."""
+
+    nodes: list[Node]
+    wrong: list[Node]
+
+
+def is_hinted(model: schema.ModelT, graph: schema.SubGraphT) -> bool:
+    """Whether XNNPACK considers its sparse form at all: a DENSIFY op makes it do so."""
+    return any(op_name(model, op) == "DENSIFY" for op in graph.operators)
+
+
+def is_wrong(model: schema.ModelT) -> bool:
+    """Whether some op of a file gives wrong results, or is refused, on CPUs without AVX."""
+    return any(
+        is_hinted(model, graph) and moved(read_nodes(model, graph), graph).wrong
+        for graph in model.subgraphs
+    )
+
+
+def moved(nodes: list[Node], graph: schema.SubGraphT) -> Part:
+    """The part of a graph that XNNPACK moves to NCHW once it considers that.
+
+    Args:
+        nodes: what `read_nodes` gives for the graph.
+        graph: the graph.
+    """
+    outputs = set(indices(graph.outputs))
+    group, roles, bad = _groups(nodes, outputs)
+    off = {group[n] for n in bad}
+    members = [n for n, role in enumerate(roles) if role & (Role.INSIDE | Role.EXIT)]
+    readers = Counter(t for node in nodes for t in set(node.inputs)) + Counter(outputs)
+    known = Counter(t for n in members if group[n] not in off for t in nodes[n].inputs)
+    off |= {group[n] for n in members for t in nodes[n].inputs if known[t] != readers[t]}
+    zeros: Counter[int] = Counter()
+    weights: Counter[int] = Counter()
+    for n, node in enumerate(nodes):
+        zeros[group[n]] += node.zeros
+        weights[group[n]] += node.weights
+    on = [n for n in members if group[n] not in off and 3 * zeros[group[n]] > 2 * weights[group[n]]]
+    nchw = {t for n in on for t in nodes[n].inputs}
+    wrong = [node for node in nodes if not _is_right(node, nchw, graph)]
+    return Part([nodes[n] for n in on], wrong)
+
+
+def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role], set[int]]:
+    """The group of connected ops that each op is in, what is left of its role, and the bad ops."""
+    group, roles = list(range(len(nodes))), [node.role for node in nodes]
+    bad: set[int] = set()
+    producer = {t: n for n, node in enumerate(nodes) for t in node.outputs if t not in outputs}
+
+    def join(n: int) -> bool:
+        """Joins an op with those that it reads from; returns whether a group changed."""
+        changed = False
+        for t in nodes[n].inputs:
+            source = producer.get(t)
+            if source is None or source in bad or not roles[source] & (Role.ENTRY | Role.INSIDE):
+                bad.add(n)
+            else:
+                roles[source] &= ~Role.EXIT
+                changed = changed or group[source] != group[n]
+                group[source] = group[n] = max(group[source], group[n])
+        return changed
+
+    changed = True in [join(n) for n, role in enumerate(roles) if role & Role.EXIT]
+    if not changed:  # without an exit nothing is moved
+        bad.update(range(len(nodes)))
+    while changed:
+        inside = (n for n, role in enumerate(roles) if role & (Role.INSIDE | Role.EXIT))
+        changed = True in [join(n) for n in inside if n not in bad]
+    return group, roles, bad
+
+
+def _is_right(node: Node, nchw: set[int], graph: schema.SubGraphT) -> bool:
+    """Whether an op gives what it should while some tensors are in NCHW."""
+    reads = any(t in nchw for t in node.inputs)
+    writes = any(t in nchw for t in node.outputs)
+    matrix = all(len(shape(graph.tensors[t])) < 3 for t in node.outputs)  # has no layout
+    if reads and Role.EXIT in node.role:
+        return not node.obstacle and (not writes or matrix)
+    if reads and matrix:
+        return not writes
+    return reads == writes or node.role == Role.ENTRY
+
+
+def read_nodes(model: schema.ModelT, graph: schema.SubGraphT) -> list[Node]:
+    """The ops of a graph as XNNPACK sees them, in file order."""
+    unpacked, pads = origins(model, graph), _merged_pads(model, graph)
+    found = []
+    for op in graph.operators:
+        outputs = indices(op.outputs)
+        if any(t in unpacked or t in pads for t in outputs):
+            continue
+        kind = op_name(model, op)
+        role, obstacle = _role(model, graph, op, kind, unpacked, pads)
+        node = Node(op, kind, [], outputs, role, obstacle)
+        for t in indices(op.inputs):
+            source, _ = pads.get(t, (t, ()))
+            if source not in unpacked and stored(model, graph.tensors[source]) is None:
+                node.inputs.append(source)
+        if kind == "MUL":  # XNNPACK squares what is multiplied by itself
+            node.inputs = list(dict.fromkeys(node.inputs))
+        if role == Role.INSIDE and kind in ("CONV_2D", "FULLY_CONNECTED"):
+            weight = int(op.inputs[WEIGHT_SLOT])
+            node.zeros, node.weights = _zeros(model, graph.tensors[unpacked.get(weight, weight)])
+        found.append(node)
+    return found
+
+
+def _merged_pads(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, tuple[int, tuple]]:
+    """The padded tensors that XNNPACK merges with the one convolution that reads each.
+
+    Each with the tensor that it is made from, and what it adds above, below, left and right.
+    """
+    readers = Counter(t for op in graph.operators for t in set(indices(op.inputs)))
+    readers += Counter(indices(graph.outputs))
+    pads, merged = {}, {}
+    for op in graph.operators:
+        kind = op_name(model, op)
+        if kind in ("PAD", "PADV2"):
+            widths = values(model, graph.tensors[op.inputs[1]])
+            if widths is not None and widths.shape == (4, 2) and not widths[[0, 3]].any():
+                pads[int(op.outputs[0])] = (int(op.inputs[0]), tuple(widths[1:3].ravel().tolist()))
+        elif kind in ("CONV_2D", "DEPTHWISE_CONV_2D"):
+            t = int(op.inputs[0])
+            if t in pads and readers[t] == 1 and (_is_valid(op) or _stride(op) == (1, 1)):
+                merged[t] = pads[t]
+    return merged
+
+
+def _role(model, graph, op, kind, unpacked, pads) -> tuple[Role, str]:
+    """The role of an op, and what keeps it from being inside."""
+    tensors = [graph.tensors[t] for t in indices(op.inputs) + indices(op.outputs)]
+    ranks = {len(shape(tensor)) for tensor in tensors if stored(model, tensor) is None}
+    if not all(type_name(x).startswith(("float", "int32", "int64")) for x in tensors):
+        return Role.NONE, f"{kind} on integers"
+    if kind == "CONV_2D":
+        return _convolution(graph, op, pads)
+    if kind == "DEPTHWISE_CONV_2D":
+        return _depthwise(graph, op, pads)
+    if kind == "FULLY_CONNECTED":
+        # Without keepNumDims it is a RESHAPE to two dimensions first.
+        kept = getattr(op.builtinOptions, "keepNumDims", False)
+        sparse = graph.tensors[op.inputs[WEIGHT_SLOT]].sparsity is not None
+        return (Role.INSIDE, "") if kept and not sparse else (Role.NONE, kind)
+    if kind in ("MEAN", "SUM") and len(shape(tensors[0])) == 4:
+        return Role.INSIDE | Role.EXIT, _reduction(model, graph, op, kind)
+    if kind == "DEPTH_TO_SPACE":
+        return Role.EXIT, ""
+    if kind in ("ADD", "MUL") and all(len(shape(tensor)) == 4 for tensor in tensors):
+        # XNNPACK looks at the first operand, whichever is the constant.
+        constant = any(stored(model, tensor) is not None for tensor in tensors[:2])
+        wide = sum(size != 1 for size in _sizes(tensors[0])) > 1
+        return (Role.NONE, f"{kind} of a constant") if constant and wide else (Role.INSIDE, "")
+    if kind == "RESIZE_BILINEAR" and 1 not in shape(tensors[0])[1:3]:
+        return Role.INSIDE, ""
+    if _UNARY.fullmatch(kind) and ranks == {4}:
+        return Role.INSIDE, ""
+    return Role.NONE, kind
+
+
+def _sizes(tensor: schema.TensorT) -> list[int]:
+    """The sizes of a tensor without the batch, and with -1 for those left open."""
+    signature = tensor.shapeSignature
+    return list(shape(tensor) if signature is None or not len(signature) else signature)[1:]
+
+
+def _reduction(model, graph, op, kind) -> str:
+    """What makes the result of a MEAN or SUM over NCHW data differ."""
+    axes = values(model, graph.tensors[op.inputs[1]])
+    left = {1, 2, 3} - {int(axis) % 4 for axis in ([] if axes is None else axes.ravel())}
+    if 3 in left and left != {3}:  # the axes that are left come in another order
+        return f"{kind} over one of height and width"
+    made = int(op.outputs[0])
+    readers = {op_name(model, other) for other in graph.operators if made in indices(other.inputs)}
+    if op.builtinOptions.keepDims and (readers != {"RESHAPE"} or made in indices(graph.outputs)):
+        return f"{kind} with keepdims"  # its shape is that of NCHW
+    return ""
+
+
+def _convolution(graph, op, pads) -> tuple[Role, str]:
+    channels = shape(graph.tensors[op.inputs[0]])[-1:]
+    _, height, width, depth = shape(graph.tensors[op.inputs[WEIGHT_SLOT]])
+    stride, padding = _stride(op), _padding(op, (height, width), pads)
+    plain = _dilation(op) == (1, 1) and channels == (depth,)
+    if plain and (height, width, stride, padding) == (1, 1, (1, 1), (0, 0, 0, 0)):
+        return Role.INSIDE, ""
+    text = _described(f"{height}x{width} CONV_2D over {depth} channels", op, padding)
+    if plain and (height, width, depth, stride) == (3, 3, 3, (2, 2)) and padding == (1, 1, 1, 1):
+        return Role.ENTRY, text
+    return Role.NONE, text
+
+
+def _depthwise(graph, op, pads) -> tuple[Role, str]:
+    _, height, width, _ = shape(graph.tensors[op.inputs[WEIGHT_SLOT]])
+    padding = _padding(op, (height, width), pads)
+    if (
+        height == width
+        and height in (3, 5)
+        and _dilation(op) == (1, 1)
+        and _stride(op) in ((1, 1), (2, 2))
+        and op.builtinOptions.depthMultiplier == 1
+        and padding == (height // 2,) * 4
+    ):
+        return Role.INSIDE, ""
+    return Role.NONE, _described(f"{height}x{width} DEPTHWISE_CONV_2D", op, padding)
+
+
+def _described(what: str, op: schema.OperatorT, padding: tuple[int, ...] | None) -> str:
+    (rows, columns), dilation = _stride(op), _dilation(op)
+    text = f"{what}, stride {rows}" if rows == columns else f"{what}, stride {rows}x{columns}"
+    if dilation != (1, 1):
+        text += f", dilation {dilation[0]}x{dilation[1]}"
+    if getattr(op.builtinOptions, "depthMultiplier", 1) != 1:
+        text += f", depth multiplier {op.builtinOptions.depthMultiplier}"
+    return text + (
+        ", padding 'same'" if padding is None else ", padded by {}+{} and {}+{}".format(*padding)
+    )
+
+
+def _padding(op, kernel, pads) -> tuple[int, ...] | None:
+    """What is added above, below, left and right; None where that depends on the input's size."""
+    if _is_valid(op):
+        own = [0, 0, 0, 0]
+    elif _stride(op) == (1, 1):
+        totals = [(size - 1) * step for size, step in zip(kernel, _dilation(op))]
+        own = [half for total in totals for half in (total // 2, total - total // 2)]
+    else:
+        return None
+    _, added = pads.get(int(op.inputs[0]), (0, (0, 0, 0, 0)))
+    return tuple(a + b for a, b in zip(own, added))
+
+
+def _zeros(model: schema.ModelT, tensor: schema.TensorT) -> tuple[int, int]:
+    """How many entries of a weight are zero, and how many there are."""
+    weight = values(model, tensor)
+    if weight is None:
+        return 0, 0
+    return int(weight.size - np.count_nonzero(weight)), int(weight.size)
+
+
+def _is_valid(op: schema.OperatorT) -> bool:
+    return op.builtinOptions.padding == schema.Padding.VALID
+
+
+def _stride(op: schema.OperatorT) -> tuple[int, int]:
+    return op.builtinOptions.strideH, op.builtinOptions.strideW
+
+
+def _dilation(op: schema.OperatorT) -> tuple[int, int]:
+    return op.builtinOptions.dilationHFactor, op.builtinOptions.dilationWFactor

@@ -1,0 +1,361 @@
+"""Models of Keras 2 (`tf_keras`), pruned with tfmot or not, read from their files by Keras 3.
+
+Neither tf_keras nor tfmot is needed, and no code in a file is run: all classes are those of Keras,
+or registered ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import keras
+import numpy as np
+
+from keras_dst import _keras
+
+_WRAPPER = "PruneLowMagnitude"
+_STATE = re.compile(r"(mask|threshold|pruning_step)(_\d+)?:0")
+_MODELS = ("Sequential", "Functional", "Model")
+# Arguments that mean nothing in Keras 3, whatever their value; others may be left out if falsy.
+_SHAPES = ("batch_input_shape", "input_length", "query_shape", "key_shape", "value_shape")
+_UNUSED = ("implementation", "kernel_initializer", "kernel_regularizer", "kernel_constraint")
+
+
+@dataclass
+class Wrapper:
+    """What a file holds of one of tfmot's wrappers.
+
+    Attributes:
+        layer: name of the layer in it.
+        config: arguments of the wrapper.
+        masks: of its prunable weights, in their order.
+        step: steps trained, -1 where there were none.
+    """
+
+    layer: str
+    config: dict[str, Any]
+    masks: list[np.ndarray]
+    step: int
+
+
+def read(path: str | os.PathLike) -> tuple[keras.Model, list[Wrapper]]:
+    """The model in a `.keras` or `.h5` file of Keras 2, without wrappers, and these.
+
+    Raises:
+        ValueError: for another file, or for what Keras 3 has no counterpart of.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(
+            "Expected a .keras or .h5 file. Save the model as one where it was made. "
+            f"Received: {path}"
+        )
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive, archive.open("model.weights.h5") as weights:
+            config = json.loads(archive.read("config.json"))
+            with h5py.File(weights, "r") as file:
+                return _read(config, _Zipped(), file)
+    if not h5py.is_hdf5(path):
+        raise ValueError(f"Expected a .keras or .h5 file. Received: {path}, which is neither")
+    with h5py.File(path, "r") as file:
+        if "model_config" not in file.attrs:
+            raise ValueError(
+                f"{path} holds weights and no model. Save the whole model: model.save(path)."
+            )
+        return _read(json.loads(file.attrs["model_config"]), _Legacy(), file["model_weights"])
+
+
+def _read(config, stored, root) -> tuple[keras.Model, list[Wrapper]]:
+    if "layers" not in config["config"]:
+        raise ValueError(
+            f"The file holds a {config['class_name']}, which is neither Sequential nor Functional: "
+            "its code is not in the file. Write it for Keras 3, and load the weights into that."
+        )
+    model = keras.saving.deserialize_keras_object(_model(config))
+    if not model.built:
+        raise ValueError(f"The file of '{model.name}' does not say the shape of its inputs.")
+    return model, list(_fill(model, config["config"]["layers"], stored, root))
+
+
+# -- configs -------------------------------------------------------------------------------------
+
+
+def _model(config: dict) -> dict:
+    """The config of a model as Keras 3 reads it, with the layers in place of their wrappers."""
+    own = dict(config["config"])
+    renamed = {_name(x): _name(_unwrapped(x)) for x in own["layers"]}
+    offsets = _offsets(own)
+
+    def tensor(reference):
+        name, node, index = reference[:3]
+        history = [renamed[name], node - offsets.get(name, 0), index]
+        config = {"shape": [], "dtype": "float32", "keras_history": history}
+        return {"class_name": "__keras_tensor__", "config": config}
+
+    def value(x):
+        return tensor(x) if _is_reference(x, renamed) else x
+
+    def call(node):
+        node = [node] if _is_reference(node, renamed) else node
+        if not all(_is_reference(x, renamed) for x in node):
+            raise ValueError(f"A layer of '{own['name']}' is called in an unknown way: {node!r}")
+        kwargs = node[0][3] if len(node[0]) > 3 else {}
+        args = [tensor(x) for x in node]
+        return {
+            "args": args if len(args) == 1 else [args],
+            "kwargs": {name: value(x) for name, x in kwargs.items()},
+        }
+
+    layers = []
+    for entry in own["layers"]:
+        layer = _layer(_unwrapped(entry))
+        if "inbound_nodes" in entry:
+            layer["name"] = renamed[_name(entry)]
+            layer["inbound_nodes"] = [call(node) for node in entry["inbound_nodes"]]
+        layers.append(layer)
+    own["layers"] = layers
+    for ends in ("input_layers", "output_layers"):
+        if ends in own:
+            several = [own[ends]] if _is_reference(own[ends], renamed) else own[ends]
+            own[ends] = [tensor(x)["config"]["keras_history"] for x in several]
+    functional = config["class_name"] != "Sequential"
+    return {
+        "module": "keras.src.models.functional" if functional else "keras",
+        "class_name": "Functional" if functional else "Sequential",
+        "config": own,
+        "registered_name": None,
+    }
+
+
+def _is_reference(x, names) -> bool:
+    """Whether this stands for a tensor: name of a layer, number of its call, of the output."""
+    return isinstance(x, list) and len(x) in (3, 4) and isinstance(x[0], str) and x[0] in names
+
+
+def _offsets(model: dict) -> dict[str, int]:
+    """How many calls of a layer come before those in the model: Keras 2 counts a model's own."""
+    first: dict[str, int] = {}
+    names = {_name(x) for x in model["layers"]}
+
+    def visit(x):
+        if _is_reference(x, names):
+            first[x[0]] = min(x[1], first.get(x[0], x[1]))
+        for inner in x.values() if isinstance(x, dict) else x if isinstance(x, list) else ():
+            visit(inner)
+
+    visit([x.get("inbound_nodes", []) for x in model["layers"]] + [model.get("output_layers", [])])
+    return first
+
+
+def _name(entry: dict) -> str:
+    return entry["config"]["name"]
+
+
+def _unwrapped(entry: dict) -> dict:
+    return entry["config"]["layer"] if entry["class_name"] == _WRAPPER else entry
+
+
+def _layer(entry: dict) -> dict:
+    """The config of a layer as Keras 3 reads it."""
+    name = entry["class_name"]
+    if name in _MODELS and "layers" in entry["config"]:
+        return _model(entry)
+    registered = entry.get("registered_name") or name
+    custom = keras.saving.get_registered_object(registered)
+    cls = custom or getattr(keras.layers, name, None)
+    if cls is None or cls is keras.layers.Lambda:
+        what = "runs code from the file" if cls else "is neither of Keras 3 nor registered"
+        raise ValueError(
+            f"'{_name(entry)}' is a {name}, which {what}. Write it as a layer of Keras 3 with "
+            "@keras.saving.register_keras_serializable(), and load the weights into that."
+        )
+    config = entry["config"] if custom else _arguments(cls, entry["config"])
+    return {
+        "module": None if custom else "keras.layers",
+        "class_name": name,
+        "config": {key: _value(x) for key, x in config.items()},
+        "registered_name": registered if custom else None,
+        **({"build_config": entry["build_config"]} if custom and "build_config" in entry else {}),
+    }
+
+
+def _arguments(cls, config: dict) -> dict:
+    """Those of a layer's arguments that its class in Keras 3 takes."""
+    known = {name for base in cls.__mro__ for name in inspect.signature(base.__init__).parameters}
+    config = dict(config)
+    if cls is keras.layers.InputLayer and "batch_input_shape" in config:
+        config["batch_shape"] = config.pop("batch_input_shape")
+    if cls is keras.layers.BatchNormalization and isinstance(config["axis"], list):
+        (config["axis"],) = config["axis"]
+    for name in [name for name in config if name not in known]:
+        value = config.pop(name)
+        if value and name not in _SHAPES + _UNUSED and (name, value) != ("groups", 1):
+            raise ValueError(
+                f"'{config['name']}' has {name}={value!r}, which the {cls.__name__} of Keras 3 "
+                "does not know. Build the model anew, and load the weights into it."
+            )
+    return config
+
+
+def _value(x):
+    """A value in a config: layers in it as Keras 3 reads them, objects of Keras or registered."""
+    if isinstance(x, list):
+        return [_value(inner) for inner in x]
+    if not isinstance(x, dict):
+        return x
+    name, registered = x.get("class_name"), x.get("registered_name") or x.get("class_name")
+    if name is None:
+        return {key: _value(inner) for key, inner in x.items()}
+    if name == "Policy":
+        return x["config"]["name"]
+    if hasattr(keras.layers, name) and "name" in x["config"]:
+        return _layer(x)
+    for kind in ("initializers", "regularizers", "constraints"):
+        if hasattr(getattr(keras, kind), name):
+            return {**x, "module": f"keras.{kind}"}
+    if keras.saving.get_registered_object(registered) is None:
+        raise ValueError(
+            f"The file holds a {name} ({registered!r}), which is neither of Keras 3 nor "
+            "registered. Decorate yours with @keras.saving.register_keras_serializable()."
+        )
+    return {**x, "module": None, "registered_name": registered}
+
+
+# -- weights -------------------------------------------------------------------------------------
+
+
+def _fill(model, entries: list[dict], stored, place) -> Iterator[Wrapper]:
+    """Assign the weights of all layers of a model; the wrappers that were around them."""
+    found = stored.places(place, entries)
+    by_name = {_name(_unwrapped(entry)): entry for entry in entries}
+    for layer in model.layers:
+        entry = by_name[layer.name]
+        own = found.get(_name(entry))
+        if isinstance(layer, keras.Model):
+            yield from _fill(layer, entry["config"]["layers"], stored, own)
+            continue
+        if own is None:  # an InputLayer, or another without weights
+            variables, arrays = layer.weights, []
+        else:
+            variables, arrays = stored.weights(own, layer, entry)
+        if [tuple(v.shape) for v in variables] != [a.shape for a in arrays]:
+            raise ValueError(
+                f"'{layer.name}' has weights of the shapes {[tuple(v.shape) for v in variables]}. "
+                f"Received: {[a.shape for a in arrays]}"
+            )
+        for variable, array in zip(variables, arrays):
+            variable.assign(array)
+        if entry["class_name"] == _WRAPPER:
+            masks, step = stored.state(own, entry)
+            yield Wrapper(layer.name, entry["config"], masks, step)
+
+
+class _Legacy:
+    """Weights in an `.h5` file: a group per layer, in which every weight has a path."""
+
+    def places(self, group, entries):
+        if isinstance(group, list):  # of a model within the model, whose weights are in one list
+            return {
+                _name(x): [pair for pair in group if _names_in(x) & set(pair[0].split("/"))]
+                for x in entries
+            }
+        return {
+            name: [(path, group[name][path][()]) for path in _texts(group[name], "weight_names")]
+            for name in _texts(group, "layer_names")
+        }
+
+    def weights(self, pairs, layer, entry):
+        arrays = [array for path, array in pairs if not self._is_state(path, entry)]
+        return layer.trainable_weights + layer.non_trainable_weights, arrays
+
+    def state(self, pairs, entry):
+        state = [pair for pair in pairs if self._is_state(pair[0], entry)]
+        masks = [array for path, array in state if path.split("/")[-1].startswith("mask")]
+        return masks, int(state[-1][1])
+
+    def _is_state(self, path, entry) -> bool:
+        *parents, last = path.split("/")
+        wrapped = entry["class_name"] == _WRAPPER and _name(entry) in parents
+        return wrapped and bool(_STATE.fullmatch(last))
+
+
+class _Zipped:
+    """Weights in a `.keras` file: a group per layer, named by its class, and groups in it."""
+
+    def places(self, group, entries):
+        # A Sequential does not count its InputLayer among its layers.
+        counted = (
+            entries
+            if "inbound_nodes" in entries[0]
+            else [entry for entry in entries if entry["class_name"] != "InputLayer"]
+        )
+        keys = _keys([entry["class_name"] for entry in counted])
+        return {_name(x): group["layers"][key] for x, key in zip(counted, keys)}
+
+    def weights(self, group, layer, entry):
+        if entry["class_name"] == _WRAPPER:
+            group = group.get("layer", {})
+        pairs = list(self._pairs(group, layer))
+        return [variable for variable, _ in pairs], [array for _, array in pairs]
+
+    def _pairs(self, group, owner):
+        """Every variable of a layer and of those in it, beside what is stored of it."""
+        if isinstance(owner, (list, tuple)):
+            for key, layer in zip(_keys([type(x).__name__ for x in owner]), owner):
+                yield from self._pairs(group[key], layer)
+            return
+        variables = [
+            *_keras.trainable_variables_of(owner),
+            *_keras.non_trainable_variables_of(owner),
+        ]
+        yield from zip(variables, _numbered(group), strict=True)
+        for name in group:
+            if name != "vars" and _holds_arrays(group[name]):
+                yield from self._pairs(group[name], getattr(owner, name))
+
+    def state(self, group, entry):
+        arrays = _numbered(group)
+        # The n weights that are pruned, then their masks and thresholds in turn, then the step.
+        n = (len(arrays) - 1) // 3
+        return arrays[n:-1:2], int(arrays[-1])
+
+
+def _names_in(entry) -> set[str]:
+    """Names of a layer, of its wrapper, and of all layers in it."""
+    inner = [_names_in(x) for x in entry["config"].get("layers", [])]
+    return {_name(entry), _name(_unwrapped(entry))}.union(*inner)
+
+
+def _numbered(group) -> list[np.ndarray]:
+    stored = group.get("vars", {})
+    return [stored[str(i)][()] for i in range(len(stored))]
+
+
+def _holds_arrays(group) -> bool:
+    if isinstance(group, h5py.Dataset):
+        return True
+    return any(_holds_arrays(inner) for inner in group.values())
+
+
+def _texts(group, name) -> list[str]:
+    return [x.decode() if isinstance(x, bytes) else str(x) for x in group.attrs[name]]
+
+
+def _keys(classes: list[str]) -> list[str]:
+    """The names that Keras gives layers of these classes in a file: dense, dense_1, ..."""
+    found: list[str] = []
+    for name in classes:
+        snake = re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", re.sub(r"\W+", "", name))
+        snake = re.sub(r"([a-z])([A-Z])", r"\1_\2", snake).lower()
+        before = sum(1 for other in classes[: len(found)] if other == name)
+        found.append(f"{snake}_{before}" if before else snake)
+    return found
