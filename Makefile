@@ -1,65 +1,109 @@
-# make demo: the main job, end to end, on real data. make test: everything, on three backends.
-# Both do all their own set-up. The rest: lint, test-BACKEND, test-notebooks, notebooks, docs,
-# pictures, browser, arm64, clean, and bench-NAME, below.
+# The four commands: each does all its own set-up in .venv.
+#   make demo      train, strip, export and run a small network on real digits
+#   make check     linters, types and the tests that need no backend: under three minutes
+#   make test      all tests on three backends, notebooks and pages
+#   make test-all  the same, and the slow forms: many kills, every combination
+# Also: lint, test-BACKEND, test-once, test-xla, test-notebooks, notebooks, docs, pictures,
+# browser, arm64, clean, and the benchmarks (bench-NAME) at the end.
 
 PYTHON ?= python3
 VENV := .venv
 TFMOT := .venv-tfmot
 PQUANT := .venv-pquant
 RUN := TF_CPP_MIN_LOG_LEVEL=3 $(VENV)/bin/python
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest
 BACKENDS := tensorflow jax torch
 BROWSERS := chromium chromium-browser google-chrome
 DEMO_READY := $(VENV)/ready-demo
 TEST_READY := $(VENV)/ready-test
+PARTS := lint $(BACKENDS:%=test-%) test-once test-xla test-notebooks
+FAILED := build/failed
 
-.PHONY: demo test lint browser arm64 docs pictures notebooks $(BACKENDS:%=test-%) test-notebooks clean
+# Slow forms carry the marker `slow`, tests that need no backend the marker `once`.
+SLOW := and not slow
+test-all: SLOW :=
+
+.PHONY: demo check test test-all parts lint browser arm64 docs pictures notebooks clean
+.PHONY: $(BACKENDS:%=test-%) test-once test-xla test-notebooks test-quick
 .PHONY: bench-mnist bench-methods bench-patterns bench-step bench-overhead bench-matrix
 .PHONY: bench-edge bench-int8 bench-growth bench-authors bench-peers bench-across bench-energy
 
 demo: $(DEMO_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m keras_dst demo
 
-# Two at a time, on a thread each; what one prints comes when it is done.
-test: lint browser arm64
-	$(MAKE) --jobs=2 --output-sync=target $(BACKENDS:%=test-%) test-notebooks
+check: lint test-quick
 
-# The HTML report is looked at in a browser; as root on a Debian, get one where there is none.
+# Every part runs, also after another part has failed. The failed parts are listed at the end.
+test test-all: arm64
+	rm -rf $(FAILED)
+	$(MAKE) --keep-going --jobs=2 --output-sync=target SLOW="$(SLOW)" $(PARTS) || true
+	@failed=$$(ls $(FAILED) 2>/dev/null | xargs); \
+	[ -z "$$failed" ] && echo "All parts passed: $(PARTS)." \
+	|| { echo "Failed: $$failed. Run one alone with: make NAME"; exit 1; }
+
+# A part leaves a file with its name in $(FAILED) until it has passed.
+begin = @mkdir -p $(FAILED) && touch $(FAILED)/$@
+passed = @rm $(FAILED)/$@
+
+# Tests of the HTML report look at it in a browser, if there is one. `make browser` installs
+# Chromium with apt-get, as root.
 browser:
 	@for name in $(BROWSERS); do command -v $$name >/dev/null && exit; done; \
-	[ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
-	&& DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium >/dev/null \
-	|| echo "No browser ($(BROWSERS)), nor a way to get one: the tests of the HTML report skip."
+	apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium >/dev/null
 
-# Files are run on an emulated ARM CPU as well, where Debian's packages for it can be had.
+# Exported files also run on an emulated ARM CPU. Debian's packages for it are unpacked into
+# build/arm64; nothing is installed.
 arm64: $(TEST_READY)
 	@[ -e build/arm64/ready ] || { command -v apt-get >/dev/null \
 	&& rm -rf build/arm64 && tests/arm64/setup.sh build/arm64 $(VENV)/bin/python; } \
 	|| echo "No emulated ARM CPU (see tests/arm64/setup.sh): its tests skip."
 
 lint: $(TEST_READY)
+	$(begin)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(passed)
 
-# The pages, in build/site. `make test` builds them too.
+# Build the pages in build/site. The tests build them too.
 docs: $(TEST_READY)
 	$(VENV)/bin/python -m mkdocs build --strict
 
-# Those in README.md and docs/benchmarks.md, of the JSON files in results/.
+# Draw the pictures in README.md and docs/ from the JSON files in results/.
 pictures: $(TEST_READY)
 	KERAS_BACKEND=torch $(RUN) -m benchmarks.pictures
 
-# tfmot takes no Keras 3: what is tested against it, on one backend, has an environment of its own.
+# tfmot does not accept Keras 3, so the tests that compare with it use an environment of their own.
 test-torch: $(TFMOT)/ready
 
 $(BACKENDS:%=test-%): test-%: $(TEST_READY)
-	KERAS_BACKEND=$* OMP_NUM_THREADS=1 $(RUN) -m pytest --ignore=tests/test_notebooks.py
+	$(begin)
+	KERAS_BACKEND=$* $(PYTEST) --ignore=tests/test_notebooks.py -m "not once $(SLOW)"
+	$(passed)
 
-# Each on the backend that it chooses itself.
+test-once: $(TEST_READY)
+	$(begin)
+	KERAS_BACKEND=torch $(PYTEST) --ignore=tests/test_notebooks.py -m "once $(SLOW)"
+	$(passed)
+
+test-quick: $(TEST_READY)
+	KERAS_BACKEND=torch $(PYTEST) --ignore=tests/test_notebooks.py -m "once and not slow"
+
+# The other parts compile with the fastest optimization level of XLA. Users run the default one.
+test-xla: $(TEST_READY)
+	$(begin)
+	KERAS_DST_XLA_DEFAULT=1 KERAS_BACKEND=jax $(PYTEST) tests/test_trajectories.py \
+	tests/test_contract.py -k "trajectory or target or strip"
+	$(passed)
+
+# Each notebook chooses its own backend.
 test-notebooks: $(TEST_READY)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_notebooks.py
+	$(begin)
+	$(PYTEST) tests/test_notebooks.py
+	$(passed)
 
-# Runs all of them anew and stores what they show.
+# Run all notebooks again and store their outputs.
 notebooks: $(TEST_READY)
 	OMP_NUM_THREADS=1 $(RUN) notebooks/execute.py
 
