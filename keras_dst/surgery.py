@@ -20,7 +20,7 @@ from keras_dst.layers import (
     prunable,
     sparse_class,
 )
-from keras_dst.methods.base import LayerMethod
+from keras_dst.methods.base import LayerMethod, TwoPathMethod, UnitMethod
 from keras_dst.optimizers import SparseOptimizer, unwrap
 
 _OURS = (SparseMixin, SparseComposite, Gate)
@@ -101,7 +101,7 @@ def sparsify(model, method: LayerMethod, filters: Filters = None) -> SparsifyRep
     exempt = _exempt(model, method, filters)
     for layer, selected in zip(inner, select(inner, filters, names)):
         if isinstance(layer, SparseBatchNormalization.stock):
-            if method.two_paths and layer.built:
+            if isinstance(method, TwoPathMethod) and layer.built:
                 norms.append(layer)
                 report.doubled.append(layer.path or layer.name)
             continue
@@ -219,7 +219,7 @@ def _exempt(model, method, filters) -> dict[int, str]:
             reason = "SpectralNormalization divides the kernel by its norm without the mask; "
             reason += "prune it with SparseOptimizer"
             exempt[id(layer)] = exempt[id(layer.layer)] = reason
-    if not method.prunes_units:
+    if not isinstance(method, UnitMethod):
         return exempt
     if _keras.graph_of(model) is None and filters is None:
         raise ValueError(
@@ -290,7 +290,7 @@ def unsupported(layer, method) -> str | None:
         return "the layer is quantised; make it sparse, strip, then quantise"
     if getattr(layer, "lora_enabled", False):
         return "LoRA is enabled; save and load the model, which merges it, then make it sparse"
-    if method.prunes_units and not cls.has_units():
+    if isinstance(method, UnitMethod) and not cls.has_units():
         return f"{type(method).__name__} prunes whole units, which {type(layer).__name__} has not"
     for layout, variable in prunable(layer):
         try:

@@ -9,7 +9,7 @@ import pytest
 import keras_dst
 from keras_dst import methods, schedules
 from keras_dst.callbacks import SparseTraining
-from keras_dst.methods import LayerMethod, UpdateMethod
+from keras_dst.methods import LayerMethod, TwoPathMethod, UpdateMethod
 from tests import models
 from tests.backends import COMPILES
 
@@ -290,7 +290,7 @@ def test_the_compiled_step_is_traced_once(one_of_each, monkeypatch):
         assert len(traces) >= 4 * len(x) // BATCH  # eager: one call per step, nothing to trace
     else:
         assert len(traces) - after_two <= 1  # Keras's own symbolic call, and no new trace
-        calls = 2 if getattr(one_of_each[0], "two_paths", False) else 1  # in a trace
+        calls = 2 if isinstance(one_of_each[0], TwoPathMethod) else 1  # in a trace
         assert after_two <= 2 * calls + 1
 
 

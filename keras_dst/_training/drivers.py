@@ -18,7 +18,14 @@ from keras_dst._training.backup import ActiveFit
 from keras_dst._training.two_path import TwoPathLoss
 from keras_dst.layers import Gate, SparseMixin, layouts_of
 from keras_dst.masks import Layout, Pattern
-from keras_dst.methods.base import LayerMethod, Method, ScheduleState, State
+from keras_dst.methods.base import (
+    LayerMethod,
+    Method,
+    ScheduleState,
+    State,
+    TwoPathMethod,
+    UnitMethod,
+)
 from keras_dst.optimizers import SparseOptimizer, exclude_from_decay, tensors, unwrap
 
 _FEWEST_UPDATES = 20  # of the masks while sparsity grows, however short the training
@@ -34,12 +41,18 @@ def drivers_of(model) -> list[Driver]:
     for layer in _keras.flatten_layers(model):
         if isinstance(layer, (SparseMixin, Gate)) and any(layer.masked_weights()):
             groups.setdefault(layer.method, []).append(layer)
-    if sum(method.two_paths for method in groups) > 1:
+    if sum(isinstance(method, TwoPathMethod) for method in groups) > 1:
         raise ValueError(
             f"A model has one method with two paths at the most. Received: {list(groups)}"
         )
     for method, layers in groups.items():
-        method.bind_layers(layers, count_uses(model) if method.needs_use_counts else {})
+        if method.driver != LayerMethod.driver:
+            raise ValueError(
+                f"{method!r} is updated by the {method.driver} callback. "
+                f"Fit with callbacks=[{method.driver}()] instead of SparseTraining."
+            )
+        if isinstance(method, UnitMethod):
+            method.bind_layers(layers, count_uses(model) if method.needs_use_counts else {})
         found.append(LayerDriver(model, layers))
     if wrapper is not None:
         wrapper.layouts = _layouts(model, wrapper)
@@ -326,8 +339,9 @@ class LayerDriver(Driver):
             [layout for layout, _, _ in members],
             [variable.path for _, variable, _ in members],
         )
-        costs = [method.cost_per_entry(state) for state in self.states]
-        self.costs = [c for c in costs if c is not None] or None
+        if isinstance(method, UnitMethod):
+            costs = [method.cost_per_entry(state) for state in self.states]
+            self.costs = [c for c in costs if c is not None] or None
 
     # The step is counted by the optimiser, whose counter is part of every checkpoint; the layer
     # keeps the pair (step, counter) from which to count on, also after `compile` reset the counter.
@@ -364,7 +378,7 @@ class LayerDriver(Driver):
         super().drive(driven)
         for layer in self.layers:
             layer.driven = self.driven
-        if self.method.two_paths and driven:
+        if isinstance(self.method, TwoPathMethod) and driven:
             coupling = self.method.path_divergence(self.states[0])
             self.loss = TwoPathLoss(self.model, coupling, self._traced_on_both_paths)
         elif self.loss is not None:
@@ -375,7 +389,7 @@ class LayerDriver(Driver):
             layer.both_paths = True
 
     def advance(self, batches):
-        if self.method.two_paths and batches and not self.layers[0].both_paths:
+        if isinstance(self.method, TwoPathMethod) and batches and not self.layers[0].both_paths:
             raise ValueError(
                 f"{self.method!r} trains two paths within compute_loss, which the train_step of "
                 f"'{self.model.name}' does not call. Let it call self.compute_loss(x=x, y=y, "

@@ -6,18 +6,16 @@ Which of them runs is known while a step is traced, so the compiled step has no 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import losses, ops
 
 from keras_dst import _keras
+from keras_dst.methods.base import full_path
 
 Tensor = Any
-
-_full = ContextVar("full_path", default=False)
 
 _CLASSES = (
     losses.categorical_crossentropy,
@@ -26,26 +24,6 @@ _CLASSES = (
 )
 _BINARY = (losses.binary_crossentropy, losses.binary_focal_crossentropy)
 _EPSILON = 1e-7  # probabilities are clipped to it before their logarithm, as Keras's losses do
-
-
-def on_full_path() -> bool:
-    """Whether layers are being called on the full path."""
-    return _full.get()
-
-
-@contextlib.contextmanager
-def full_path() -> Iterator[None]:
-    """Layers that are called within this context take the full path.
-
-    Example:
-        >>> with keras_dst._training.two_path.full_path():
-        ...     full = model(x)
-    """
-    token = _full.set(True)
-    try:
-        yield
-    finally:
-        _full.reset(token)
 
 
 class TwoPathLoss:

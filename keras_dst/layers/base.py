@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import keras
 from keras import ops
@@ -14,7 +14,7 @@ from keras import ops
 from keras_dst import _keras
 from keras_dst._backend.devices import placed_like
 from keras_dst.masks import KERNEL, Layout, masked
-from keras_dst.methods.base import LayerMethod, Method, State, describe
+from keras_dst.methods.base import LayerMethod, Method, State, UnitMethod, describe
 
 if TYPE_CHECKING:
     from keras import Layer as _Layer  # what the mixins are mixed into
@@ -72,7 +72,7 @@ class SparseBias(SparseWeight):
             return self
         bias = self.raw(layer)
         state = layer.__dict__.get("sparse_state", {}).get("kernel")
-        if bias is None or state is None or not layer.method.prunes_units:
+        if bias is None or state is None or not isinstance(layer.method, UnitMethod):
             return bias
         units = ops.reshape(layer.method.gate(state, type(layer).kernel.layout_of(layer)), (-1,))
         bias = ops.convert_to_tensor(bias)
@@ -148,7 +148,7 @@ class SparseMixin(_keras.BuildHook):
 
     def batch_mean(self, layout: Layout, state: State):
         """Mean over the batch of the gates of a weight; they are the same for every input."""
-        return self.method.gate(state, layout)
+        return cast(UnitMethod, self.method).gate(state, layout)
 
     # The state comes after all stock weights, as in a layer that was built before it was made
     # sparse: optimizers are saved by the order of the weights.

@@ -5,8 +5,8 @@ from keras import layers, ops
 
 from keras_dst import _keras
 from keras_dst._backend.devices import placed_like
-from keras_dst._training.two_path import on_full_path
 from keras_dst.layers.base import SparseMixin
+from keras_dst.methods.base import TwoPathMethod, on_full_path
 
 
 class PathVariable:
@@ -57,7 +57,7 @@ class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
     renorm_stddev = PathVariable()
 
     def attach_method(self, method):
-        if not method.two_paths:
+        if not isinstance(method, TwoPathMethod):
             raise ValueError(
                 "A batch normalisation has a second set of variables for a method with two paths, "
                 f"such as keras_dst.methods.DCIL. Received: {method!r}"

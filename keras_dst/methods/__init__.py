@@ -1,6 +1,15 @@
 """The methods, one paper one file."""
 
-from keras_dst.methods.base import LayerMethod, Method, UpdateMethod
+from keras_dst.methods.base import (
+    LayerMethod,
+    Method,
+    ScheduleState,
+    TwoPathMethod,
+    UnitMethod,
+    UpdateMethod,
+    full_path,
+    on_full_path,
+)
 from keras_dst.methods.consensus import Consensus
 from keras_dst.methods.dcil import DCIL
 from keras_dst.methods.dst import DST
@@ -21,5 +30,10 @@ __all__ = [
     "Method",
     "OptG",
     "RigL",
+    "ScheduleState",
+    "TwoPathMethod",
+    "UnitMethod",
     "UpdateMethod",
+    "full_path",
+    "on_full_path",
 ]

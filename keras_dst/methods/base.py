@@ -1,9 +1,24 @@
-"""What all methods share: a config, and pure functions over weights, states and gradients."""
+"""Base classes of all methods.
+
+A method is a small object: its constructor's arguments, and pure functions over weights, states and
+gradients. It never touches a model. The classes differ in where the mask is applied:
+
+    UpdateMethod     in the optimizer step; the layers stay plain (Magnitude, FlipOut, SET, RigL)
+    LayerMethod      in the forward pass; the layers hold the mask's state (DST, OptG)
+    TwoPathMethod    in the forward pass, which runs with and without the mask (DCIL)
+    UnitMethod       in the forward pass, on whole output units and their biases (Consensus)
+
+Callers and their calls: the sparse layers call `build` and `apply`, `SparseOptimizer` calls `init`,
+`before`, `perturb` and `after` in every step, and the drivers of the `SparseTraining` callback call
+`update` at every mask update and `project` at the end of the schedule.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,12 +35,12 @@ State = dict[str, Any]
 
 
 class ScheduleState(NamedTuple):
-    """When in training a periodic update happens, as scalar tensors.
+    """Position of a mask update in the training, as scalar tensors.
 
     Attributes:
-        step: optimiser steps done, int32.
-        progress: fraction of the training done, float32 in [0, 1].
-        sparsity: what the schedule asks for now, float32.
+        step: Number of optimizer steps done, int32.
+        progress: Fraction of the training that is done, float32 in [0, 1].
+        sparsity: Sparsity that the schedule asks for now, float32.
     """
 
     step: Tensor
@@ -34,20 +49,24 @@ class ScheduleState(NamedTuple):
 
 
 class Method(Configurable):
-    """Base of all methods: `score x allocation x schedule x pattern`.
+    """Base class of all methods: `score x allocation x schedule x pattern`.
 
-    A method holds numbers and names alone; it never touches a model. Subclass `LayerMethod` when
-    the mask is part of the forward pass, `UpdateMethod` when it is part of the update.
+    A method holds numbers and names only. Subclass `LayerMethod` if the mask is part of the forward
+    pass, and `UpdateMethod` if it is part of the optimizer step.
+
+    In all functions, `weights` is a list of tensors in Keras layout, and `states` is a list with
+    one dict of tensors per weight. `layouts` lists the input and output axes of each weight.
 
     Attributes:
-        schedule: how the target sparsity grows, or None where the method has no target.
-        allocation: how sparsity is shared out among the weights.
-        pattern: the shape in which weights are pruned.
-        frequency: steps between updates of the masks by the `SparseTraining` callback, or
-            `"epoch"`.
-        learned: whether sparsity follows from training instead of from a ranking.
-        target_quantity: what the target is a figure of, in the words of a warning.
-        driver: the callback that pursues the target.
+        schedule: Schedule of the target sparsity, or None if the method has no target.
+        allocation: Distribution of the sparsity over the weights.
+        pattern: Shape of the groups of weights that are pruned together, see `masks.Pattern`.
+        frequency: Steps between mask updates, or `"epoch"`.
+        min_kept: Number of weights that every layer keeps.
+        learned: True if the sparsity follows from training, False if it follows from a ranking.
+            A learned method gets its target one update ahead, and has a `project` function.
+        target_quantity: Name of the quantity that has the target, for warnings.
+        driver: Full name of the callback that pursues the target.
     """
 
     schedule: Schedule | None = None
@@ -60,15 +79,29 @@ class Method(Configurable):
     driver = "keras_dst.callbacks.SparseTraining"
 
     def schedule_over(self, epochs: float | None) -> Schedule | None:
-        """The schedule, for a training of so many epochs (None: not known)."""
+        """Return the schedule for a training of this many epochs.
+
+        The driver calls it when training begins. By default the schedule does not depend on the
+        number of epochs.
+
+        Args:
+            epochs: Number of epochs, or None if it is not known.
+        """
         return self.schedule
 
     def span(self, total_steps: int | None) -> tuple[int, int]:
-        """First and last step between which masks change, in a training of this many steps."""
+        """Return the first and the last step between which masks change.
+
+        Args:
+            total_steps: Length of the training, or None if it is not known.
+        """
         return self.schedule.span(total_steps) if self.schedule else (0, 0)
 
     def mask(self, w: Tensor, state: State, layout: Layout = KERNEL) -> Tensor:
-        """The mask of one weight, boolean, from its state."""
+        """Return the boolean mask of one weight, in its shape.
+
+        Drivers, reports, plots and `strip` call it. By default the mask is a part of the state.
+        """
         return ops.convert_to_tensor(state["mask"])
 
     def update(
@@ -77,24 +110,53 @@ class Method(Configurable):
         states: Sequence[State],
         layouts: Sequence[Layout],
         kept: Tensor,
-        when: ScheduleState,
+        now: ScheduleState,
     ) -> list[State]:
-        """The parts of the states that a periodic update changes; here, newly ranked masks.
+        """Return new values of the states, with one dict of the changed entries per weight.
+
+        The driver calls it at every mask update, and compiles it. By default it ranks the weights
+        by their `scores` and returns new masks.
 
         Args:
-            weights, states, layouts: of all the weights under this method.
-            kept: how many weights to keep, one count for all or one per weight.
-            now: the time of this update.
+            weights: All weights under this method.
+            states: States of these weights.
+            layouts: Axes of these weights.
+            kept: Number of weights to keep, int32: a vector with one number for all weights
+                together or with one number per weight.
+            now: Position of this update in the training.
         """
         new = self.rank(self.scores(weights, states), layouts, kept)
         return [{"mask": mask} for mask in new]
 
     def scores(self, weights: Sequence[Tensor], states: Sequence[State]) -> list[Tensor]:
-        """Saliency of every weight: the higher, the longer it is kept."""
+        """Return the saliency of all weights, in their shapes. The highest scores are kept.
+
+        `update` calls it. Every method that ranks its weights defines it.
+        """
+        raise NotImplementedError
+
+    def project(
+        self,
+        weights: Sequence[Tensor],
+        states: Sequence[State],
+        layouts: Sequence[Layout],
+        kept: Tensor,
+    ) -> list[State]:
+        """Return new values of the states that meet the final target exactly.
+
+        The driver calls it after the last step of the schedule, if the method is `learned`. Every
+        learned method with a schedule defines it.
+
+        Args:
+            weights: All weights under this method.
+            states: States of these weights.
+            layouts: Axes of these weights.
+            kept: Final number of weights to keep, as in `update`.
+        """
         raise NotImplementedError
 
     def monitored(self, state: State) -> dict[str, Tensor]:
-        """What is worth watching of a weight's state in training, by name: arrays or numbers."""
+        """Return the arrays or numbers of a state that are logged to TensorBoard, by name."""
         return {}
 
     def kept_counts(
@@ -104,11 +166,18 @@ class Method(Configurable):
         sparsity: float,
         names: Sequence[str],
     ) -> np.ndarray:
-        """Counts of weights to keep, as `update` takes them."""
+        """Return the number of weights to keep, in the form that `update` takes.
+
+        Args:
+            shapes: Shapes of all weights under this method.
+            layouts: Axes of these weights.
+            sparsity: Fraction of zeros, overall.
+            names: Paths of these weights, for an allocation by name.
+        """
         final = self.schedule.sparsity if self.schedule else None
         pattern = Pattern(self.pattern)
         for shape, layout in zip(shapes, layouts):
-            pattern.block(shape, layout)  # raises where a weight lacks an axis for it
+            pattern.block(shape, layout)  # raises if a weight lacks an axis for the pattern
         if pattern.n_of_m:
             return np.array([_kept_of_m(*x, *pattern.n_of_m) for x in zip(shapes, layouts)])
         return allocations.kept_counts(self.allocation, shapes, sparsity, names, final)
@@ -116,14 +185,20 @@ class Method(Configurable):
     def rank(
         self, scores: Sequence[Tensor], layouts: Sequence[Layout], kept: Tensor
     ) -> list[Tensor]:
-        """Boolean masks that keep the highest scores, in this method's pattern and allocation."""
+        """Return boolean masks that keep the highest scores, in this method's pattern.
+
+        Args:
+            scores: Saliency of all weights, in their shapes.
+            layouts: Axes of these weights.
+            kept: Number of weights to keep, as in `update`.
+        """
         pattern = Pattern(self.pattern)
         if pattern.n_of_m:
             return [
                 masks.n_of_m(s, *pattern.n_of_m, axis=layout.inputs[-1])
                 for s, layout in zip(scores, layouts)
             ]
-        # The best groups of every weight come first of all, so that no layer dies.
+        # The best groups of every weight come first, so that no layer is pruned to nothing.
         shapes = [tuple(s.shape) for s in scores]
         if pattern.grouped:
             sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
@@ -133,11 +208,11 @@ class Method(Configurable):
             sizes = None
             first = [min(math.prod(shape), self.min_kept) for shape in shapes]
             least = np.array(first)
-        # One count is for all weights together, several are for each by itself.
+        # A single count is for all weights together; several counts are for one weight each.
         kept = ops.maximum(kept, np.sum(least) if kept.shape[0] == 1 else least)
         kept = kept[0] if kept.shape[0] == 1 else kept
         groups = (pattern.scores(s, layout) for s, layout in zip(scores, layouts))
-        scores = ()  # as large as the weights: not to be held where the ranking joins them
+        scores = ()  # Free the scores, which are as large as the weights, while they are ranked.
         found = masks.top_k(groups, kept, sizes, first)
         return [pattern.expand(g, s, layout) for g, s, layout in zip(found, shapes, layouts)]
 
@@ -159,12 +234,13 @@ class Method(Configurable):
                 raise ValueError(
                     f"pattern={self.pattern!r} fixes the sparsity at {1 - n / m:g}. "
                     f"Received: sparsity={self.schedule.sparsity:g}. "
-                    f"Give {1 - n / m:g}, or another pattern."
+                    f"Pass sparsity={1 - n / m:g}, or another pattern."
                 )
         if pattern.n_of_m and self.allocation not in ("global", "uniform"):
             raise ValueError(
-                f"pattern={self.pattern!r} fixes the sparsity of every weight, so that there is "
-                f"nothing to allocate. Received: allocation={self.allocation!r}"
+                f"pattern={self.pattern!r} fixes the sparsity of every weight, so it cannot be "
+                f"combined with an allocation. Received: allocation={self.allocation!r}. "
+                "Leave allocation out, or use another pattern."
             )
 
 
@@ -174,56 +250,76 @@ def _kept_of_m(shape: Sequence[int], layout: Layout, n: int, m: int) -> int:
 
 
 def describe(value) -> str:
-    """What was received in place of a method, for the message of an error."""
+    """Describe a value that was passed instead of a method, for an error message."""
     if isinstance(value, type) and issubclass(value, Method):
         return f"the class {value.__name__}. Call it: {value.__name__}(...)"
     return repr(value) if isinstance(value, Method) else f"{value!r} of type {type(value).__name__}"
 
 
+# -- masks in the forward pass -------------------------------------------------------------------
+
+
 class LayerMethod(Method):
-    """A method whose mask is part of the forward pass; its state lives in the layer.
+    """Base class of methods whose mask is part of the forward pass.
+
+    The state of a mask is a dict of variables of the layer. `sparsify` and the `Sparse*` layers
+    take these methods. By default the state is a mask that every `update` ranks again, and the
+    layer sees `w * mask`.
 
     Attributes:
-        undecayed: names of the states that no weight decay may touch.
-        snapshots: names of states that each update leaves as a copy of another one, with its name.
-        two_paths: whether a training step also runs the model on its full path (`paths`), where
-            every batch normalisation has statistics, scale and offset of its own.
-        prunes_units: whether whole output units are pruned, with their bias; not those that are
-            the outputs of the model.
-        needs_use_counts: whether `join` has to know how often every weight is multiplied.
+        undecayed: Names of the states that are exempt from weight decay.
+        snapshots: Mapping from a state's name to the name of another state. After every update,
+            the first state is set to a copy of the second one.
     """
 
     undecayed: tuple[str, ...] = ()
     snapshots: Mapping[str, str] = {}
-    two_paths = False
-    prunes_units = False
-    needs_use_counts = False
 
     @property
     def needs_driver(self) -> bool:
-        """Whether training without the callback `driver` would leave out a part of it."""
+        """Whether training fails without the callback `driver`: true if there is a schedule."""
         return self.schedule is not None
 
     def applies_to(self, layout: Layout) -> bool:
-        """Whether a weight with these axes gets a mask."""
+        """Return whether a weight with these axes gets a mask. Other weights stay dense."""
         return True
 
     def check(self, shape: Sequence[int], layout: Layout) -> None:
-        """Raise ValueError where a weight of this shape cannot be pruned as the method asks."""
+        """Raise ValueError if a weight of this shape cannot be pruned in the method's pattern.
+
+        `sparsify` calls it for every weight, and reports the message as the reason to skip a layer.
+        """
         Pattern(self.pattern).block(shape, layout)
 
     def build(self, layer, name: str, variable, layout: Layout) -> State:
-        """Add what the mask of `variable` needs to the layer; return it as a dict of variables."""
-        raise NotImplementedError
+        """Add the state of one weight to its layer, and return it as a dict of variables.
+
+        The layer calls it once, after its weights exist. A method with a schedule needs an entry
+        `"progress"`, made by `build_progress`.
+
+        Args:
+            layer: Sparse layer that holds the weight; call its `add_weight`.
+            name: Name of the weight in the layer, the prefix for names of variables.
+            variable: Keras variable of the weight.
+            layout: Axes of the weight.
+        """
+        return {
+            "mask": self.build_mask(layer, name, variable),
+            "progress": self.build_progress(layer, name),
+        }
 
     def build_progress(self, layer, name: str):
-        """Where SparseTraining keeps how far a schedule is: step, optimiser's counter, length."""
+        """Add the variable in which `SparseTraining` saves the position in the schedule.
+
+        Its three entries are the step, the optimizer's counter at this step, and the length of the
+        schedule.
+        """
         return layer.add_weight(
             name=f"{name}_progress", shape=(3,), initializer="zeros", dtype="int32", trainable=False
         )
 
     def build_mask(self, layer, name: str, variable):
-        """A mask that periodic updates rank anew; all ones to begin with."""
+        """Add a boolean mask of ones in the shape of a weight."""
         return layer.add_weight(
             name=f"{name}_mask",
             shape=variable.shape,
@@ -233,38 +329,166 @@ class LayerMethod(Method):
         )
 
     def apply(self, w: Tensor, state: State, layout: Layout) -> Tensor:
-        """The weight that the forward pass sees: `w` masked, with the method's gradient."""
-        raise NotImplementedError
+        """Return the masked weight that the forward pass sees, with the method's gradient.
+
+        The layer calls it in every forward pass. By default only kept weights get a gradient.
+
+        Args:
+            w: Weight, in the precision of its variable.
+            state: State of the weight, a dict of variables.
+            layout: Axes of the weight.
+        """
+        return masks.masked(w, self.mask(w, state, layout))
+
+
+_full_path = ContextVar("full_path", default=False)
+
+
+def on_full_path() -> bool:
+    """Return whether layers are called on the full path of a `TwoPathMethod`."""
+    return _full_path.get()
+
+
+@contextlib.contextmanager
+def full_path() -> Iterator[None]:
+    """Run all layers that are called in this context on the full path, without their masks.
+
+    The path is known while a step is traced, so the compiled step has no branch.
+
+    Example:
+        >>> with keras_dst.methods.full_path():
+        ...     dense_output = model(x)
+    """
+    token = _full_path.set(True)
+    try:
+        yield
+    finally:
+        _full_path.reset(token)
+
+
+class TwoPathMethod(LayerMethod):
+    """Base class of methods that train the model on a pruned and on a full path in every step.
+
+    Both paths share the weights; every batch normalization has statistics, scale and offset of its
+    own for each path. The loss is the sum of the losses of both paths. Inference uses the pruned
+    path. A model can have only one two-path method.
+
+    By default the pruned path trains the kept weights, and the full path trains the pruned weights.
+    """
+
+    def apply(self, w: Tensor, state: State, layout: Layout) -> Tensor:
+        """Return the weight that the present path sees; `on_full_path()` tells the path.
+
+        By default this is `w * mask` on the pruned path. On the full path it is `w`, whose gradient
+        is 0 for kept weights.
+        """
+        mask = self.mask(w, state, layout)
+        if on_full_path():
+            return masks.stop_gradient_where(mask, w)
+        return masks.masked(w, mask)
 
     def path_divergence(self, state: State) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """What two paths lose by disagreeing, from the logits of both; None where nothing."""
+        """Return a function that computes a penalty on the difference of the two paths.
+
+        The driver calls it once when training begins. The function takes the logits of the pruned
+        path and of the full path, with the classes on the last axis, and returns a scalar. It is
+        called in every step, for every output that is trained by a cross-entropy. Return None, as
+        this base class does, to train without a penalty.
+
+        Args:
+            state: State of the first weight under this method, a dict of variables.
+        """
         return None
 
+
+class UnitMethod(LayerMethod):
+    """Base class of methods that prune whole output units, each with its bias.
+
+    A gate of 0 or 1 multiplies all weights of an output unit. Layers that give the outputs of the
+    model are not pruned. The costs of the units may differ, and the target is then a fraction of
+    the total cost.
+
+    Attributes:
+        needs_use_counts: Whether `bind_layers` gets the number of multiplications per weight.
+    """
+
+    pattern = "channel"
+    needs_use_counts = False
+
+    @staticmethod
+    def gate_shape(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
+        """Return the shape of the gates of a weight; it broadcasts against the weight.
+
+        Args:
+            shape: Shape of the weight.
+            layout: Axes of the weight.
+
+        Example:
+            >>> keras_dst.methods.UnitMethod.gate_shape((3, 3, 16, 8), keras_dst.masks.KERNEL)
+            (8,)
+        """
+        outputs = {axis % len(shape) for axis in layout.outputs}
+        kept = [n if axis in outputs else 1 for axis, n in enumerate(shape)]
+        return tuple(kept[min(outputs) :]) if outputs else ()
+
     def gate(self, state: State, layout: Layout = KERNEL) -> Tensor:
-        """The factor, 0 or 1, of every output unit and its bias, where these are pruned whole."""
+        """Return the gates of a weight, 0 or 1, in the shape that `gate_shape` gives.
+
+        The layer calls it in every forward pass for its kernel and for its bias. Every unit method
+        defines it.
+
+        Args:
+            state: State of the weight, a dict of variables.
+            layout: Axes of the weight.
+        """
         raise NotImplementedError
 
-    def bind_layers(self, layers: Sequence, uses: Mapping[int, tuple]) -> None:
-        """Tell all the layers under this method of one another, when training begins.
+    def apply(self, w: Tensor, state: State, layout: Layout) -> Tensor:
+        """Return the weight multiplied by its gates."""
+        return w * self.gate(state, layout)
 
-        `uses` has, by the id of a weight, how often an entry of it is multiplied for one sample,
-        or None and the reason; it is empty unless `needs_use_counts`.
+    def mask(self, w: Tensor, state: State, layout: Layout = KERNEL) -> Tensor:
+        """Return the boolean mask of one weight: true for all weights of an open unit."""
+        return ops.broadcast_to(self.gate(state, layout) > 0, w.shape)
+
+    def bind_layers(
+        self, layers: Sequence, uses: Mapping[int, tuple[int | None, str | None]]
+    ) -> None:
+        """Connect all layers under this method, for penalties that depend on all gates.
+
+        The driver calls it once when training begins. By default it does nothing.
+
+        Args:
+            layers: All layers and gates under this method.
+            uses: Mapping from the id of a weight's variable to a pair: the number of
+                multiplications of each entry per sample, and a message. If the number is None, the
+                message says why it is not known. Empty unless `needs_use_counts` is true.
         """
 
     def cost_per_entry(self, state: State) -> float | None:
-        """How much an entry of a weight counts for the target; None: all count alike."""
+        """Return the cost of one entry of a weight, for the target; None if all cost the same.
+
+        The driver calls it once when training begins, after `bind_layers`.
+        """
         return None
 
 
+# -- masks in the optimizer step -----------------------------------------------------------------
+
+
 class UpdateMethod(Method):
-    """A method whose mask is part of the update; its state lives in `SparseOptimizer`.
+    """Base class of methods whose mask is part of the optimizer step.
+
+    The state of a mask is a dict of variables of the `SparseOptimizer`; the layers stay plain. The
+    functions below are called in every step, in this order: `before`, `perturb`, the inner
+    optimizer, `after`. By default pruned weights get no gradient and stay 0.
 
     Attributes:
-        moves_weights: whether `before` gives the inner optimiser other weights than the model's.
-        grows: whether `update` also gives `grown`: a boolean mask of the weights that are newly
-            kept and start at 0, with fresh slots in the inner optimiser.
-        reads_gradients: whether more is done with gradients than to mask them, so that each replica
-            needs those of the whole batch.
+        moves_weights: Whether `before` returns weights that differ from the model's weights.
+        grows: Whether `update` also returns an entry `"grown"`: a boolean mask of the weights that
+            are newly kept. These weights and their optimizer slots, such as momentum, start at 0.
+        reads_gradients: Whether the method computes with gradients instead of only masking them.
+            Replicas of a distributed training then sum their gradients first.
     """
 
     moves_weights = False
@@ -272,37 +496,64 @@ class UpdateMethod(Method):
     reads_gradients = False
 
     def init(self, kernels: Sequence, steps: int | None) -> list[dict[str, tuple[str, str]]]:
-        """Per weight, the state beside its mask: name to (initial value, dtype).
+        """Return the states that the method keeps in addition to the mask, one dict per weight.
 
-        The initial value is `"zeros"`, or `"value"` for a copy of the weight. `steps` is the
-        length of the training, None while it is not known.
+        The optimizer calls it when it is built, and again when the length of the training is known.
+        A dict maps the name of a state to `(initial value, dtype)`. The initial value is `"zeros"`,
+        or `"value"` for a copy of the weight. Every state has the shape of its weight.
+
+        Args:
+            kernels: Keras variables that are pruned.
+            steps: Length of the training, or None if it is not known.
         """
         return [{} for _ in kernels]
-
-    def perturb(
-        self, grads: Sequence[Tensor], masks: Sequence[Tensor | None], step: Tensor
-    ) -> Sequence[Tensor]:
-        """Gradients of all variables, pruned or not, for the inner optimiser; by default as is."""
-        return grads
 
     def before(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:
-        """Weights and gradients for the inner optimiser, and what `after` needs of the old weights.
+        """Return weights and gradients for the inner optimizer, and a value for `after`.
 
-        By default the gradients of pruned weights are 0.
+        The value, such as the old signs of the weights, is of any type. By default the gradients
+        of pruned weights become 0.
+
+        Args:
+            weights: All weights under this method.
+            grads: Gradients of these weights.
+            states: States of these weights.
         """
         return weights, [masks.masked(g, s["mask"]) for g, s in zip(grads, states)], None
+
+    def perturb(
+        self, grads: Sequence[Tensor | None], masks: Sequence[Tensor | None], step: Tensor
+    ) -> Sequence[Tensor | None]:
+        """Return changed gradients of all trainable variables, also of those without a mask.
+
+        By default the gradients stay as they are.
+
+        Args:
+            grads: Gradients of all variables; None for a variable without a gradient.
+            masks: Masks of all variables; None for a variable without a mask.
+            step: Number of optimizer steps done, int32.
+        """
+        return grads
 
     def after(
         self, carry: Any, weights: Sequence[Tensor], states: Sequence[State]
     ) -> tuple[list[Tensor], list[State]]:
-        """Weights and changed states, once the inner optimiser has moved the weights.
+        """Return new weights, and new values of the states as in `update`.
 
-        By default the pruned weights, which momentum or decay may have moved, are 0 again.
+        By default pruned weights, which momentum or weight decay may have moved, become 0 again.
+
+        Args:
+            carry: Third value that `before` returned.
+            weights: All weights under this method, after the inner optimizer's step.
+            states: States of these weights.
         """
         return [self.masked(w, s) for w, s in zip(weights, states)], [{} for _ in weights]
 
     def masked(self, w: Tensor, state: State) -> Tensor:
-        """What the model's weight becomes under a mask, now or when the mask has changed."""
+        """Return the value of one weight under its mask.
+
+        The optimizer also calls it after a mask update.
+        """
         return masks.masked(w, state["mask"])

@@ -23,7 +23,7 @@ from keras import ops
 
 from keras_dst import masks
 from keras_dst.masks import KERNEL, Layout
-from keras_dst.methods.base import LayerMethod
+from keras_dst.methods.base import UnitMethod
 from keras_dst.regularizers import Budget, Polarization
 from keras_dst.schedules import Cubic, Schedule, check_sparsity
 
@@ -31,7 +31,7 @@ _EDGE = 1e-3  # distance from the boundary of a gate that the last projection ha
 
 
 @keras.saving.register_keras_serializable("keras_dst")
-class Consensus(LayerMethod):
+class Consensus(UnitMethod):
     """Binary gates on output units and residual branches, in one training run without fine-tuning.
 
     `sparsify` gives every Dense and Conv layer a trainable gate per output unit, which closes its
@@ -63,8 +63,6 @@ class Consensus(LayerMethod):
     """
 
     learned = True
-    prunes_units = True
-    pattern = "channel"
     undecayed = ("logit",)
     target_quantity = "fraction of the cost closed"
     start = 0.1  # mean logit at the beginning: open, and near enough to be closed
@@ -107,7 +105,7 @@ class Consensus(LayerMethod):
 
         logit = layer.add_weight(
             name=f"{name}_logit",
-            shape=self._units(variable.shape, layout),
+            shape=self.gate_shape(variable.shape, layout),
             initializer=initial,
             autocast=False,
         )
@@ -122,13 +120,6 @@ class Consensus(LayerMethod):
             for key in ("cost", "target")
         }
         return {**state, "progress": self.build_progress(layer, name)}
-
-    @staticmethod
-    def _units(shape, layout):
-        """Shape of the gates of a weight: that of its output axes."""
-        outputs = {axis % len(shape) for axis in layout.outputs}
-        kept = [n if axis in outputs else 1 for axis, n in enumerate(shape)]
-        return tuple(kept[min(outputs) :]) if outputs else ()
 
     @staticmethod
     def _window(variable, layout):
@@ -147,9 +138,6 @@ class Consensus(LayerMethod):
         """z of a trainable logit, with the straight-through gradient."""
         pi = ops.sigmoid(state["logit"])
         return binary(pi, self.is_open(state, layout))
-
-    def apply(self, w, state, layout):
-        return w * self.gate(state, layout)
 
     def mask(self, w, state, layout=KERNEL):
         return ops.broadcast_to(self.is_open(state, layout), w.shape)

@@ -25,14 +25,12 @@ from collections.abc import Mapping
 import keras
 from keras import ops
 
-from keras_dst import masks
-from keras_dst._training.two_path import on_full_path
-from keras_dst.methods.base import LayerMethod
+from keras_dst.methods.base import TwoPathMethod
 from keras_dst.schedules import Cubic, Schedule, check_sparsity
 
 
 @keras.saving.register_keras_serializable("keras_dst")
-class DCIL(LayerMethod):
+class DCIL(TwoPathMethod):
     """Two paths, pruned and full, that learn from each other; pruned weights get true gradients.
 
     A step costs about two steps of the plain model. The KL term needs an output under a
@@ -64,8 +62,6 @@ class DCIL(LayerMethod):
 
     Source: arXiv 2109.04660.
     """
-
-    two_paths = True
 
     def __init__(
         self,
@@ -101,19 +97,12 @@ class DCIL(LayerMethod):
 
     def build(self, layer, name, variable, layout):
         return {
-            "mask": self.build_mask(layer, name, variable),
-            "progress": self.build_progress(layer, name),
+            **super().build(layer, name, variable, layout),
             # 1 once the warm-up is over; a variable, so that the step need not be traced anew.
             "coupled": layer.add_weight(
                 name=f"{name}_coupled", initializer="zeros", trainable=False, autocast=False
             ),
         }
-
-    def apply(self, w, state, layout):
-        mask = self.mask(w, state, layout)
-        if on_full_path():
-            return masks.stop_gradient_where(mask, w)
-        return masks.masked(w, mask)
 
     def scores(self, weights, states):
         return [ops.abs(w) if self.score == "magnitude" else ops.square(w) for w in weights]

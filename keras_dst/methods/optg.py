@@ -110,8 +110,7 @@ class OptG(LayerMethod):
             "rate": layer.add_weight(
                 name=f"{name}_rate", initializer="zeros", trainable=False, autocast=False
             ),
-            "mask": self.build_mask(layer, name, variable),
-            "progress": self.build_progress(layer, name),
+            **super().build(layer, name, variable, layout),
         }
 
     def apply(self, w, state, layout):

@@ -220,20 +220,11 @@ class PruneLowMagnitude(LayerMethod):
 
     def build(self, layer, name, variable, layout):
         self.check(variable.shape, layout)
-        return {
-            "mask": self.build_mask(layer, name, variable),
-            "progress": self.build_progress(layer, name),
-        }
+        return super().build(layer, name, variable, layout)
 
     def apply(self, w, state, layout):
         # w where it is kept, 0 elsewhere, and all of the gradient.
         return w - ops.stop_gradient(ops.where(self.mask(w, state), 0, w))
-
-    def bind_layers(self, layers, uses):
-        raise ValueError(
-            "prune_low_magnitude goes by steps as tfmot does, which keras_dst.tfmot."
-            "UpdatePruningStep() counts. Fit with that callback instead of SparseTraining."
-        )
 
     def is_turn(self, step: int) -> bool:
         """Whether there are new masks before this step, the first of which is 1."""

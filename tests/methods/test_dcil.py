@@ -6,11 +6,10 @@ import pytest
 from keras import layers, ops
 
 import keras_dst
-from keras_dst._training.two_path import full_path
 from keras_dst.callbacks import SparseTraining
 from keras_dst.layers import SparseBatchNormalization, SparseDense
 from keras_dst.masks import KERNEL
-from keras_dst.methods import DCIL, DST
+from keras_dst.methods import DCIL, DST, full_path
 from keras_dst.schedules import Constant, Cubic
 from tests import models, reference
 from tests.gradients import gradients
