@@ -19,6 +19,7 @@ from keras_dst._training.drivers import Driver, drivers_of
 from keras_dst._training.metrics import direction_of_metric, worst_value
 from keras_dst._training.tensorboard import SparsityTensorBoard as SparsityTensorBoard
 from keras_dst._utils.files import save_in_place, save_whole
+from keras_dst._utils.validation import check_integer
 
 
 class SparseTraining(keras.callbacks.Callback):
@@ -75,8 +76,8 @@ class SparseTraining(keras.callbacks.Callback):
         self.metric_at_target = metric_at_target
         self.metric_mode = metric_mode
         for name, value in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number >= 1. Received: {value!r}")
+            if value is not None:
+                check_integer(value, name)
         self.epochs = epochs
         self.steps_per_epoch = steps_per_epoch
         self._drivers: list[Driver] = []

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from keras_dst import callbacks, methods
+from keras_dst._utils.validation import check_integer
 from keras_dst.surgery import sparsify, strip
 
 SPARSITY = 0.9
@@ -28,6 +29,8 @@ def run(epochs: int = 40, seed: int = 0, keep: str | None = None) -> dict:
     """
     from keras_dst.export import export_tflite
 
+    check_integer(epochs, "epochs")
+    check_integer(seed, "seed", minimum=0)
     start = time.perf_counter()
     train, test = _digits()
     print(f"digits: {len(train[0])} images to train on, {len(test[0])} to test on, 28 x 28 pixels")

@@ -16,6 +16,7 @@ from keras import ops
 from keras_dst._backend import jit
 from keras_dst._backend.ranking import kth as kth  # part of this module for those who use it
 from keras_dst._backend.ranking import top_k as top_k
+from keras_dst._utils.validation import check_integer
 
 Tensor = Any
 
@@ -295,11 +296,16 @@ def n_of_m(scores: Tensor, n: int, m: int, axis: int = -2) -> Tensor:
     Returns:
         A boolean tensor of the shape of `scores`.
 
+    Raises:
+        ValueError: If `n` or `m` is not a whole number of at least 1.
+
     Example:
         >>> keras_dst.masks.n_of_m(keras.ops.array([[3.0], [1.0], [2.0], [4.0]]), 2, 4)
 
     Source: arXiv 2102.04010.
     """
+    check_integer(n, "n")
+    check_integer(m, "m")
     shape = tuple(scores.shape)
     axis %= len(shape)
     length = shape[axis]

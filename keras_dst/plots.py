@@ -12,6 +12,7 @@ from keras_dst._reporting.tables import percent
 from keras_dst._reporting.weights import cells, matrix_shape, weights_of
 from keras_dst._training.metrics import is_worst_value
 from keras_dst._utils.filters import Filters, select
+from keras_dst._utils.validation import check_integer
 from keras_dst.surgery import check_model
 
 _MARKERS = "osD^vPX*"
@@ -71,6 +72,7 @@ def masks(model, names: Filters = None, columns: int = 4):
         >>> keras_dst.plots.masks(model, ".*kernel").savefig("masks.png")
     """
     check_model(model)
+    check_integer(columns, "columns")
     weights = [weight for weight in weights_of(model) if weight.prunable]
     paths = [(w.variable.path, *(layer.name for layer in w.layers)) for w in weights]
     chosen = select([w.variable for w in weights], names, paths, "names")

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from keras_dst._utils.config import Configurable
+from keras_dst._utils.validation import is_integer
 
 
 @keras.saving.register_keras_serializable("keras_dst")
@@ -52,11 +53,10 @@ class Schedule(Configurable):
                 "begin_step and end_step go together. "
                 f"Received: begin_step={begin_step}, end_step={end_step}"
             )
-        whole = all(isinstance(step, int) for step in (begin_step, end_step))
         if (
             begin_step is not None
             and end_step is not None
-            and (not whole or not 0 <= begin_step <= end_step)
+            and not (is_integer(begin_step, minimum=0) and is_integer(end_step, begin_step))
         ):
             raise ValueError(
                 "Expected whole numbers 0 <= begin_step <= end_step. "

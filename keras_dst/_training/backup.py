@@ -15,6 +15,7 @@ from keras import ops
 from keras_dst import _keras
 from keras_dst._backend.jit import set_torch_rng_state, torch_rng_state
 from keras_dst._utils.files import atomic_write
+from keras_dst._utils.validation import is_integer
 
 _RECORD = "training.json"
 
@@ -53,7 +54,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         delete_checkpoint: bool = True,
     ):
         super().__init__()
-        if save_freq != "epoch" and (type(save_freq) is not int or save_freq < 1):
+        if save_freq != "epoch" and not is_integer(save_freq, minimum=1):
             raise ValueError(
                 f"save_freq must be 'epoch' or a number of batches >= 1. Received: {save_freq!r}"
             )

@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_dst._training.drivers import Member, members_of
 from keras_dst._training.metrics import is_worst_value
+from keras_dst._utils.validation import is_integer
 from keras_dst.optimizers import tensors
 
 _BINS = 64  # of a histogram
@@ -50,8 +51,7 @@ class SparsityTensorBoard(keras.callbacks.Callback):
 
     def __init__(self, log_dir, update_freq: int | str = "epoch", histograms: bool = True):
         super().__init__()
-        whole = isinstance(update_freq, int) and not isinstance(update_freq, bool)
-        if update_freq != "epoch" and (not whole or int(update_freq) < 1):
+        if update_freq != "epoch" and not is_integer(update_freq, minimum=1):
             raise ValueError(
                 "update_freq must be 'epoch' or a whole number of batches >= 1. "
                 f"Received: {update_freq!r}"

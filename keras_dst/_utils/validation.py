@@ -1,22 +1,23 @@
-"""Checks of arguments that many classes share."""
+"""Argument checks that several modules share."""
 
 
 def is_integer(value, minimum: int | None = None) -> bool:
-    """Return whether `value` is a whole number, at least `minimum`; booleans are not numbers."""
+    """Return whether `value` is a whole number of at least `minimum`. Booleans are refused."""
     whole = isinstance(value, int) and not isinstance(value, bool)
     return whole and (minimum is None or value >= minimum)
 
 
-def check_integer(value, name: str, minimum: int = 1) -> None:
+def check_integer(value, name: str, minimum: int | None = 1) -> None:
     """Raise ValueError unless `value` is a whole number of at least `minimum`.
 
     Args:
-        value: the argument to check. Booleans are refused.
-        name: the name of the argument, for the message.
-        minimum: the smallest allowed value. Defaults to 1.
+        value: Argument to check. Booleans are refused.
+        name: Name of the argument, for the message.
+        minimum: Smallest allowed value, or None if every whole number is allowed. Defaults to 1.
 
     Example:
         >>> check_integer(3, "epochs")
     """
     if not is_integer(value, minimum):
-        raise ValueError(f"{name} must be a whole number >= {minimum}. Received: {value!r}")
+        bound = "" if minimum is None else f" >= {minimum}"
+        raise ValueError(f"{name} must be a whole number{bound}. Received: {name}={value!r}")

@@ -13,6 +13,7 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
 from keras_dst._reporting.tables import as_table
+from keras_dst._utils.validation import check_integer
 from keras_dst.export.decode import load
 
 # How many turns `latencies` gives every file: at least so many, and then until so much time is up.
@@ -99,11 +100,15 @@ def bench(
     Example:
         >>> print(bench(["dense.tflite", "sparse.tflite"]))
     """
-    if not paths or min(threads, runs) < 1 or warmup < 0:
-        raise ValueError(
-            "Expected one path or more, 1 thread and 1 run or more, and no negative warmup. "
-            f"Received: {len(paths)} path(s), threads={threads}, runs={runs}, warmup={warmup}."
-        )
+    if not paths:
+        raise ValueError("Expected at least one path. Received: an empty sequence.")
+    for name, number, minimum in (
+        ("threads", threads, 1),
+        ("runs", runs, 1),
+        ("warmup", warmup, 0),
+        ("seed", seed, 0),
+    ):
+        check_integer(number, name, minimum)
     contents = [load(path) for path in paths]
     loads, interpreters = zip(*_loaded(contents, threads, batch=1, seed=seed))
     times = np.zeros((warmup + runs, len(paths)))

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 
 from keras_dst._utils.files import check_writable
+from keras_dst._utils.validation import check_integer
 from keras_dst.export.report import ExportReport
 from keras_dst.surgery import check_model
 
@@ -86,8 +87,7 @@ def export_tflite(
     _check_option("target", target, ("host", "arm", "any"))
     _check_option("quantize", quantize, (None, "weights", "full"))
     for name, number in (("threads", threads), ("batch", batch)):
-        if not isinstance(number, int) or number < 1:
-            raise ValueError(f"Expected {name} of 1 or more. Received: {name}={number!r}.")
+        check_integer(number, name)
     pair = isinstance(evaluate, tuple | list) and len(evaluate) == 2
     if not (evaluate is None or callable(evaluate) or pair):
         raise ValueError(

@@ -11,6 +11,7 @@ import numpy as np
 from keras import layers, ops
 
 from keras_dst import _keras
+from keras_dst._utils.validation import check_integer
 from keras_dst.layers.base import check_method, require_driver
 from keras_dst.masks import Layout
 from keras_dst.methods.base import State
@@ -73,6 +74,8 @@ class Gate(_keras.BuildHook, layers.Layer):
             raise ValueError(f"structure must be 'channel' or 'branch'. Received: {structure!r}")
         if not cost > 0:
             raise ValueError(f"cost must be a number > 0. Received: {cost!r}")
+        check_integer(axis, "axis", minimum=None)
+        check_integer(units, "units")
         self.axis = axis
         self.structure = structure
         self.dependent = dependent

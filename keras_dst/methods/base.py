@@ -27,6 +27,7 @@ from keras import ops
 from keras_dst import allocation as allocations
 from keras_dst import masks
 from keras_dst._utils.config import Configurable
+from keras_dst._utils.validation import check_integer, is_integer
 from keras_dst.masks import KERNEL, Layout, Pattern
 from keras_dst.schedules import Schedule
 
@@ -223,10 +224,9 @@ class Method(Configurable):
             value = getattr(self, name)
             if name == "frequency" and value == "epoch":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1. Received: {value!r}")
+            check_integer(value, name)
         seed = getattr(self, "seed", 0)
-        if not isinstance(seed, int) or not 0 <= seed < 2**31:
+        if not is_integer(seed, minimum=0) or seed >= 2**31:
             raise ValueError(f"seed must be a whole number in [0, 2**31). Received: {seed!r}")
         if pattern.n_of_m and self.schedule:
             n, m = pattern.n_of_m

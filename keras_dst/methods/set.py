@@ -19,6 +19,7 @@ import numpy as np
 from keras import ops
 
 from keras_dst._backend import random
+from keras_dst._utils.validation import check_integer
 from keras_dst.masks import Pattern
 from keras_dst.methods.base import UpdateMethod
 from keras_dst.schedules import Constant, check_sparsity
@@ -90,8 +91,8 @@ class SET(UpdateMethod):
                 "stop is a fraction of training, in (0, 1] (give stop_step for a step number). "
                 f"Received: stop={stop!r}"
             )
-        if stop_step is not None and not (isinstance(stop_step, int) and stop_step > 0):
-            raise ValueError(f"stop_step must be a whole number > 0. Received: {stop_step!r}")
+        if stop_step is not None:
+            check_integer(stop_step, "stop_step")
         self.schedule = Constant(sparsity, begin_step=None if stop_step is None else 0)
         name = type(self).__name__
         if Pattern(pattern).n_of_m:

@@ -27,6 +27,7 @@ from keras_dst import _keras, masks
 from keras_dst._backend.jit import jit
 from keras_dst._training.drivers import LayerDriver
 from keras_dst._utils.config import Configurable
+from keras_dst._utils.validation import is_integer
 from keras_dst.callbacks import guard_step
 from keras_dst.layers import SparseMixin, sparse_class
 from keras_dst.methods.base import LayerMethod
@@ -56,7 +57,7 @@ class PruningSchedule(Configurable):
 
     def _check_steps(self, begin_step, end_step, frequency) -> None:
         steps = {"begin_step": begin_step, "end_step": end_step, "frequency": frequency}
-        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in steps.values())
+        whole = all(is_integer(n) for n in steps.values())
         if not whole or begin_step < 0 or not (end_step == -1 or begin_step <= end_step):
             raise ValueError(
                 "Expected whole numbers 0 <= begin_step <= end_step, where ConstantSparsity takes "
@@ -245,7 +246,7 @@ class PruneLowMagnitude(LayerMethod):
 
 def _pair(value, name) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, (tuple, list)) else ()
-    if len(pair) != 2 or not all(type(n) is int and n > 0 for n in pair):
+    if len(pair) != 2 or not all(is_integer(n, minimum=1) for n in pair):
         raise ValueError(f"{name} must be two whole numbers >= 1. Received: {value!r}")
     return pair
 

@@ -180,8 +180,8 @@ def test_a_wrong_scale_is_found_out(converted, tmp_path, monkeypatch):
         ({"quantize": "int4"}, "Expected quantize to be one of .*'weights'.*Received: 'int4'"),
         ({"optimize": "speed"}, "Expected optimize to be one of 'latency'.*Received: 'speed'"),
         ({"target": "x86"}, "Expected target to be one of 'host'.*Received: 'x86'"),
-        ({"threads": 0}, "Expected threads of 1 or more. Received: threads=0"),
-        ({"batch": 1.5}, "Expected batch of 1 or more. Received: batch=1.5"),
+        ({"threads": 0}, "threads must be a whole number >= 1. Received: threads=0"),
+        ({"batch": 1.5}, "batch must be a whole number >= 1. Received: batch=1.5"),
     ],
 )
 def test_options_that_mean_nothing(converted, tmp_path, options, message):

@@ -1,0 +1,61 @@
+"""Every whole-number argument of the package refuses booleans, fractions and strings."""
+
+import numpy as np
+import pytest
+
+from keras_dst import callbacks, layers, masks, methods, schedules
+from keras_dst._utils.validation import check_integer, is_integer
+from tests.backends import once
+
+pytestmark = once
+
+ARGUMENTS = {
+    "SparseTraining(epochs)": lambda n: callbacks.SparseTraining(epochs=n),
+    "SparseTraining(steps_per_epoch)": lambda n: callbacks.SparseTraining(steps_per_epoch=n),
+    "BackupAndRestore(save_freq)": lambda n: callbacks.BackupAndRestore("folder", n),
+    "SparsityTensorBoard(update_freq)": lambda n: callbacks.SparsityTensorBoard("folder", n),
+    "Schedule(begin_step)": lambda n: schedules.Cubic(0.8, begin_step=n, end_step=9),
+    "Schedule(end_step)": lambda n: schedules.Cubic(0.8, begin_step=0, end_step=n),
+    "Constant(begin_step)": lambda n: schedules.Constant(0.8, begin_step=n),
+    "Gate(axis)": lambda n: layers.Gate(axis=n),
+    "Gate(units)": lambda n: layers.Gate(units=n),
+    "SET(stop_step)": lambda n: methods.SET(0.8, stop_step=n),
+    "RigL(stop_step)": lambda n: methods.RigL(0.8, stop_step=n),
+    "DST(frequency)": lambda n: methods.DST(0.8, frequency=n),
+    "Consensus(frequency)": lambda n: methods.Consensus(0.8, frequency=n),
+    "n_of_m(n)": lambda n: masks.n_of_m(np.ones((4, 4), "float32"), n, 4),
+    "n_of_m(m)": lambda n: masks.n_of_m(np.ones((4, 4), "float32"), 2, n),
+} | {
+    f"{method.__name__}({name})": lambda n, method=method, name=name: method(0.8, **{name: n})
+    for method, names in {
+        methods.Magnitude: ("frequency", "min_kept"),
+        methods.FlipOut: ("frequency", "min_kept", "seed"),
+        methods.OptG: ("frequency", "min_kept"),
+        methods.DCIL: ("frequency", "min_kept"),
+        methods.SET: ("frequency", "min_kept", "seed"),
+        methods.RigL: ("frequency", "min_kept", "seed"),
+    }.items()
+    for name in names
+}
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+@pytest.mark.parametrize("value", [True, False, 1.5, 2.0, "two"])
+def test_only_whole_numbers_are_accepted(argument, value):
+    with pytest.raises(ValueError, match=r"whole number|number of batches"):
+        ARGUMENTS[argument](value)
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_a_whole_number_is_accepted(argument):
+    ARGUMENTS[argument](4)
+
+
+def test_the_message_states_the_bound_and_the_received_value():
+    with pytest.raises(ValueError, match=r"^runs must be a whole number >= 0. Received: runs=-1$"):
+        check_integer(-1, "runs", minimum=0)
+    with pytest.raises(ValueError, match=r"^axis must be a whole number. Received: axis=True$"):
+        check_integer(True, "axis", minimum=None)
+    check_integer(-1, "axis", minimum=None)
+    assert is_integer(0)
+    assert not is_integer(0, minimum=1)
