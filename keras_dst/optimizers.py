@@ -101,7 +101,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.states = states
         self.layouts = [KERNEL if len(k.shape) > 1 else Layout(inputs=()) for k in kernels]
 
-    def _wanted(self, kernels, steps):
+    def _wanted(self, kernels, steps=None):
         """What the method keeps of every weight, of types that the devices can handle."""
         return [
             {name: (initial, counter_dtype(k, dtype)) for name, (initial, dtype) in extra.items()}
@@ -244,6 +244,20 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                     self.assign(slot, ops.where(grown, 0, ops.convert_to_tensor(slot)))
                 value = ops.where(grown, 0, value)
             self.assign(kernel, value)
+
+    def reapply_masks(self) -> None:
+        """Set the pruned weights to zero again, after somebody assigned other values to weights.
+
+        States that started as a copy of a weight, such as the dense weights of
+        `Magnitude(revival=True)`, take the assigned values of the weights that are kept.
+        """
+        for kernel, state, wanted in zip(self.kernels, self.states, self._wanted(self.kernels)):
+            value, mask = ops.convert_to_tensor(kernel), ops.convert_to_tensor(state["mask"])
+            for name, (initial, _) in wanted.items():
+                if initial == "value":
+                    copy = ops.convert_to_tensor(state[name])
+                    self.assign(state[name], ops.where(mask, ops.cast(value, copy.dtype), copy))
+            self.assign(kernel, masked(value, mask))
 
     def _slots(self, index: int) -> list:
         """What the inner optimiser keeps for a variable: momentum and the like, of its shape."""

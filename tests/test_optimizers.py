@@ -6,6 +6,7 @@ import pytest
 
 import keras_dst
 from keras_dst import SparseOptimizer
+from keras_dst._training.drivers import drivers_of
 from keras_dst._utils.filters import is_prunable
 from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import DST, Magnitude
@@ -95,6 +96,42 @@ def test_the_custom_loop_and_the_callback_prune_the_same_weights():
 
     driven, alone = masks(True), masks(False)
     assert sum(m.sum() for m in driven) == sum(m.sum() for m in alone)
+
+
+@pytest.mark.parametrize("revival", [False, True])
+def test_masks_apply_again_to_weights_that_were_assigned(revival):
+    keras.utils.set_random_seed(0)
+    model = models.residual()
+    dense = model.get_weights()
+    models.compiled(model, SparseOptimizer("sgd", Magnitude(0.8, revival=revival)))
+    model.fit(x, y, verbose=0, callbacks=[SparseTraining()])
+    (driver,) = drivers_of(model)
+    assert driver.measured_sparsity() == pytest.approx(0.8, abs=1e-3)
+    pruned = [k.numpy() == 0 for k in model.optimizer.kernels]
+    model.set_weights(dense)
+    assert driver.measured_sparsity() == 0
+    restored = [k.numpy() for k in model.optimizer.kernels]
+    driver.reapply_masks()
+    assert driver.measured_sparsity() == pytest.approx(0.8, abs=1e-3)
+    for kernel, before, zero in zip(model.optimizer.kernels, restored, pruned):
+        np.testing.assert_array_equal(kernel.numpy(), np.where(zero, 0, before))
+    driver.take([{} for _ in pruned])  # training continues with the assigned values
+    for kernel, before, zero in zip(model.optimizer.kernels, restored, pruned):
+        np.testing.assert_array_equal(kernel.numpy(), np.where(zero, 0, before))
+
+
+def test_measured_sparsity_of_sparse_layers():
+    keras.utils.set_random_seed(0)
+    model = models.residual()
+    keras_dst.sparsify(model, DST())
+    models.compiled(model, "sgd")
+    (driver,) = drivers_of(model)
+    assert driver.measured_sparsity() == 0
+    for state in driver.states:
+        state["threshold"].assign(state["threshold"] + 0.05)
+    driver.reapply_masks()
+    expected = keras_dst.report(model).sparsity
+    assert 0.05 < expected == pytest.approx(driver.measured_sparsity(), abs=1e-6)
 
 
 @pytest.mark.parametrize("inner", ["sgd", "adam", "rmsprop", "adamw"])

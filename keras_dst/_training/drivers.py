@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from keras_dst._reporting.flops import count_uses
 from keras_dst._training.backup import ActiveFit
 from keras_dst._training.two_path import TwoPathLoss
 from keras_dst.layers import Gate, SparseMixin, layouts_of
-from keras_dst.masks import Layout, Pattern
+from keras_dst.masks import Layout, Pattern, masked
 from keras_dst.methods.base import (
     LayerMethod,
     Method,
@@ -147,6 +148,22 @@ class Driver:
         raise NotImplementedError
 
     def take(self, changes: list[State]) -> None:
+        raise NotImplementedError
+
+    def reapply_masks(self) -> None:
+        """Apply the present masks to the weights again, after a callback assigned other values.
+
+        Only a SparseOptimizer needs this. Sparse layers apply their masks in every forward pass.
+        """
+
+    def measured_sparsity(self) -> float:
+        """Return the fraction of zeros among the weights that the model computes with now."""
+        flags = (ops.cast(ops.not_equal(w, 0), "float32") for w in self._effective_weights())
+        nonzero = sum(float(ops.convert_to_numpy(ops.sum(f))) for f in flags)
+        return 1 - nonzero / self.size
+
+    def _effective_weights(self) -> Iterator[Any]:
+        """Yield every weight as the forward pass of the model sees it."""
         raise NotImplementedError
 
     # --------------------------------------------------------------------------------------------
@@ -374,6 +391,10 @@ class LayerDriver(Driver):
                 # On JAX two variables must not share one buffer.
                 state[name].assign(ops.copy(change[source]))
 
+    def _effective_weights(self):
+        for values in zip(*self._values(), self.layouts):
+            yield masked(values[0], self.method.mask(*values))
+
     def drive(self, driven):
         super().drive(driven)
         for layer in self.layers:
@@ -426,6 +447,12 @@ class OptimizerDriver(Driver):
 
     def take(self, changes):
         self.optimizer.update_masks(changes)
+
+    def reapply_masks(self):
+        self.optimizer.reapply_masks()
+
+    def _effective_weights(self):
+        yield from map(ops.convert_to_tensor, self.weights)
 
     def drive(self, driven):
         super().drive(driven)
