@@ -107,13 +107,13 @@ def stop_gradient_where(mask: Tensor, w: Tensor) -> Tensor:
     w, mask = (ops.reshape(v, v.shape) for v in (w, mask))  # as in `straight_through_product`
 
     @ops.custom_gradient
-    def identity(w):
+    def identity(w, mask):
         def grad(*args, upstream=None):
-            return masked(_upstream(args, upstream), ops.logical_not(mask))
+            return masked(_upstream(args, upstream), ops.logical_not(mask)), None
 
         return w, grad
 
-    return identity(w)
+    return identity(w, mask)
 
 
 def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
@@ -136,15 +136,16 @@ def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
     # Reshaped to what they are: TensorFlow reads variables here, else inside, as further inputs.
     w, scores, mask = (ops.reshape(v, v.shape) for v in (w, scores, mask))
 
+    # The mask is an argument as well: JAX exports no custom gradient that closes over a tracer.
     @ops.custom_gradient
-    def product(w, scores):
+    def product(w, scores, mask):
         def grad(*args, upstream=None):
             g = _upstream(args, upstream)
-            return masked(g, mask), g * w
+            return masked(g, mask), g * w, None
 
         return masked(w, mask), grad
 
-    return product(w, scores)
+    return product(w, scores, mask)
 
 
 # -- patterns ------------------------------------------------------------------------------------
