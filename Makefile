@@ -25,8 +25,8 @@ test-all: SLOW :=
 
 .PHONY: demo check test test-all parts lint browser arm64 docs pictures notebooks clean
 .PHONY: $(BACKENDS:%=test-%) test-once test-xla test-notebooks test-quick
-.PHONY: bench-mnist bench-methods bench-patterns bench-step bench-overhead bench-matrix
-.PHONY: bench-edge bench-int8 bench-growth bench-authors bench-peers bench-across bench-energy
+.PHONY: bench-mnist bench-methods bench-patterns bench-step bench-overhead bench-models
+.PHONY: bench-tflite bench-int8 bench-scaling bench-authors bench-libraries bench-agreement bench-time-to-accuracy
 
 demo: $(DEMO_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m keras_dst demo
@@ -121,59 +121,59 @@ $(TEST_READY): pyproject.toml constraints.txt | $(VENV)/bin/python
 # Slow proofs, written to results/. KERAS_DST_DATA names a folder with mnist.npz, where there is no
 # network for keras.datasets.
 bench-mnist: $(TEST_READY)
-	$(RUN) -m benchmarks.mnist_all
+	$(RUN) -m benchmarks.accuracy.mnist_runs
 
 bench-methods: $(TEST_READY)
-	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.methods mnist
-	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.methods cifar10
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.accuracy.methods mnist
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.accuracy.methods cifar10
 
 bench-patterns: $(TEST_READY)
-	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.patterns mnist-mlp
-	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.patterns mnist --methods Magnitude
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.accuracy.patterns mnist-mlp
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.accuracy.patterns mnist --methods Magnitude
 
 bench-step: $(TEST_READY)
-	$(RUN) -m benchmarks.step_time small-cnn
+	$(RUN) -m benchmarks.training_cost.step_time small-cnn
 
 bench-overhead: $(TEST_READY) $(TFMOT)/ready
-	$(RUN) -m benchmarks.step_time resnet-20
-	$(RUN) -m benchmarks.step_time lstm-128
-	TF_CPP_MIN_LOG_LEVEL=3 $(TFMOT)/bin/python -m benchmarks.tfmot_step_time
-	$(RUN) -m benchmarks.mask_update
+	$(RUN) -m benchmarks.training_cost.step_time resnet-20
+	$(RUN) -m benchmarks.training_cost.step_time lstm-128
+	TF_CPP_MIN_LOG_LEVEL=3 $(TFMOT)/bin/python -m benchmarks.training_cost.tfmot_step_time
+	$(RUN) -m benchmarks.training_cost.mask_update
 
 $(TFMOT)/ready: constraints.txt
 	$(PYTHON) -m venv $(TFMOT)
 	$(TFMOT)/bin/pip install -q -c constraints.txt tensorflow tf_keras tensorflow-model-optimization==0.8.*
 	touch $@
 
-bench-matrix: $(TEST_READY)
+bench-models: $(TEST_READY)
 	$(VENV)/bin/pip install -q -c constraints.txt keras-hub
-	$(RUN) -m benchmarks.matrix
+	$(RUN) -m benchmarks.coverage.models
 
-bench-across: $(TEST_READY)
-	$(RUN) -m benchmarks.across mnist-mlp
+bench-agreement: $(TEST_READY)
+	$(RUN) -m benchmarks.accuracy.backend_agreement mnist-mlp
 
-bench-energy: $(TEST_READY)
-	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.energy
+bench-time-to-accuracy: $(TEST_READY)
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.training_cost.time_to_accuracy
 
-bench-growth: $(TEST_READY)
-	$(RUN) -m benchmarks.growth
+bench-scaling: $(TEST_READY)
+	$(RUN) -m benchmarks.training_cost.scaling
 
-bench-edge: $(TEST_READY)
-	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.edge
-	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.grid
+bench-tflite: $(TEST_READY)
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.files.tflite_cases
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.files.tflite_grid
 
 bench-int8: $(TEST_READY)
-	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.int8
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.files.int8
 
 # AUTHORS names a folder with checkouts of the repositories that benchmarks/authors.py lists.
 bench-authors: $(TEST_READY)
-	KERAS_BACKEND=jax $(RUN) -m benchmarks.authors dst --code $(AUTHORS)/DynamicSparseTraining
-	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.authors flipout --code $(AUTHORS)/flipout
-	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.authors optg --code $(AUTHORS)/OptG
-	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.authors dcil --code $(AUTHORS)/DCIL-pytorch
+	KERAS_BACKEND=jax $(RUN) -m benchmarks.accuracy.authors dst --code $(AUTHORS)/DynamicSparseTraining
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.accuracy.authors flipout --code $(AUTHORS)/flipout
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.accuracy.authors optg --code $(AUTHORS)/OptG
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.accuracy.authors dcil --code $(AUTHORS)/DCIL-pytorch
 
-bench-peers: $(TEST_READY) $(TFMOT)/ready $(PQUANT)/ready
-	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.peers
+bench-libraries: $(TEST_READY) $(TFMOT)/ready $(PQUANT)/ready
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.comparison.libraries
 
 $(PQUANT)/ready: constraints.txt
 	$(PYTHON) -m venv $(PQUANT)

@@ -14,9 +14,9 @@ import statistics
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
-from benchmarks.backends import RESULTS
-from benchmarks.grid import NETS, PATTERNS, SPARSITIES
-from benchmarks.growth import SIZES
+from benchmarks import results
+from benchmarks.files.tflite_grid import NETS, PATTERNS, SPARSITIES
+from benchmarks.training_cost.scaling import SIZES
 
 IMAGES = pathlib.Path(__file__).parent.parent / "docs" / "images"
 TASK = "mnist"
@@ -40,7 +40,8 @@ def draw(name: str, path: pathlib.Path) -> None:
 
 def errors() -> dict:
     """Test errors in % of every run: by method and target, in the order of the mean errors."""
-    runs = [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"methods_{TASK}_*.json"))]
+    stored = results.runs("methods")
+    runs = [run for name, run in stored.items() if name.startswith(f"{TASK}_")]
     found = collections.defaultdict(lambda: collections.defaultdict(list))
     for run in runs:
         if run["method"] == "dense" or run["target"] in MARKERS:
@@ -82,7 +83,7 @@ def draw_errors(figure, shown) -> None:
 
 def growth() -> dict:
     """Time of a step beside the plain net's: by axis, the sizes and the ratios of each method."""
-    axes = json.loads((RESULTS / "growth_jax.json").read_text())["axes"]
+    axes = results.runs("scaling")["jax"]["axes"]
     return {
         axis: {
             "sizes": [row[SIZES[axis]] for row in rows],
@@ -117,7 +118,7 @@ def files() -> dict:
     """Latency beside the dense float32 file: by net, pattern and CPU, in order of the sparsity."""
     found = {}
     for net in NETS:
-        cells = json.loads((RESULTS / f"grid_{net}.json").read_text())["cells"]
+        cells = results.runs("tflite_grid")[net]["cells"]
         of = {(p, s): cells[f"{p}, {s:.0%}"]["files"] for p in PATTERNS for s in SPARSITIES}
         found[net] = {
             pattern: {

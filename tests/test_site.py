@@ -26,7 +26,6 @@ from benchmarks import (
     peers,
     pictures,
 )
-from benchmarks.backends import RESULTS
 from tests.backends import once
 from tests.pages import PAGES, ROOT
 

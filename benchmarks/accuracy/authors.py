@@ -1,0 +1,167 @@
+"""The authors' own code beside ours: one JSON per run, and results/authors.md.
+
+python -m benchmarks.accuracy.authors dst --code PATH --seeds 3
+    PATH is a checkout of the authors' repository, see REPOSITORIES; nothing of it is kept here.
+python -m benchmarks.accuracy.authors --table
+    the table alone, from the JSON files that are there.
+
+Their layers, criteria and loops, and our method, train the same net from the same initial weights,
+on the same arrays, for as many epochs, with the same batches, rate and momentum. Accuracy is that
+of the last epoch, on the test set. Runs whose JSON is there already are not run again.
+"""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import pathlib
+import subprocess
+from collections.abc import Callable
+
+from benchmarks import networks, results
+from benchmarks.accuracy import methods
+from benchmarks.accuracy.methods import TASKS, Task
+from benchmarks.data import mnist
+from keras_dst.schedules import Geometric
+
+BENCHMARK = "authors"
+REPOSITORIES = {
+    "dst": "junjieliu2910/DynamicSparseTraining",
+    "flipout": "AndreiXYZ/flipout",
+    "optg": "zyxxmu/OptG",
+    "dcil": "Jangho-Kim/DCIL-pytorch",
+}
+
+
+@dataclasses.dataclass
+class Case:
+    """What both sides train, and how sparse."""
+
+    name: str
+    family: str  # whose code
+    method: str  # of `benchmarks.accuracy.methods`
+    sparsity: float | None
+    task: Task
+    schedule: Callable | None = None  # of ours, where it is not the method's own
+    options: dict = dataclasses.field(default_factory=dict)  # of ours
+
+
+def halvings(events):
+    """The cases of FlipOut, and of magnitude, at so many events: one an epoch."""
+    sparsity = 1 - 0.5**events
+    task = dataclasses.replace(TASKS["mnist"], epochs=events + 1)
+    schedule = functools.partial(Geometric, end=events / (events + 1), rate=0.5)
+    yield Case(f"flipout-{sparsity:.4g}", "flipout", "FlipOut", sparsity, task)
+    yield Case(f"magnitude-{sparsity:.4g}", "flipout", "Magnitude", sparsity, task, schedule)
+
+
+LENET = Task(
+    "LeNet-300-100, MNIST",
+    networks.lenet_300_100,
+    mnist,
+    20,
+    0.01,
+    batch=64,
+    rates=lambda rate, steps: rate,
+)
+LENET_5 = dataclasses.replace(TASKS["mnist"], epochs=10)
+RESNET = dataclasses.replace(TASKS["cifar10"], decay=None)  # Keras's is not PyTorch's
+CASES = [
+    Case("dst", "dst", "DST", None, LENET),
+    *(case for events in (4, 6, 10) for case in halvings(events)),
+    Case("optg-0.9", "optg", "OptG", 0.9, LENET_5, options={"beta": 1.0}),
+    Case("dcil-0.9", "dcil", "DCIL", 0.9, RESNET),
+]
+
+
+def run_ours(case, seed, data):
+    from benchmarks.accuracy import (
+        authors_code,  # PyTorch is needed to train, not to make the table
+    )
+
+    task = dataclasses.replace(
+        case.task, net=lambda: authors_code.begun(case.family, seed, case.task.net())
+    )
+    sparsity = case.schedule(case.sparsity) if case.schedule else case.sparsity
+    return methods.run(task, case.method, sparsity, seed, data, **case.options)
+
+
+def run(family, code, seeds):
+    from benchmarks.accuracy import authors_code
+
+    head = ["git", "-C", code, "rev-parse", "HEAD"]
+    commit = subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+    authors_code.prepare(code, family)
+    for case in (case for case in CASES if case.family == family):
+        data = case.task.data()
+        for seed in range(seeds):
+            for whose, trained in (("theirs", authors_code.run), ("ours", run_ours)):
+                name = f"{case.name}_{whose}_seed{seed}"
+                if name in results.runs(BENCHMARK):
+                    continue
+                told = {
+                    "command": f"python -m benchmarks.accuracy.authors {family}",
+                    "repository": REPOSITORIES[family],
+                    "commit": commit,
+                    "case": case.name,
+                    "whose": whose,
+                    "net": case.task.title,
+                    "epochs": case.task.epochs,
+                    "seed": seed,
+                }
+                results.save(
+                    BENCHMARK, name, told | trained(case, seed, data) | {"target": case.sparsity}
+                )
+
+
+def table():
+    found = collections.defaultdict(lambda: collections.defaultdict(list))
+    commits = {}
+    for run in results.runs(BENCHMARK).values():
+        found[run["case"]][run["whose"]].append(run)
+        commits[run["repository"]] = run["commit"]
+    lines = [
+        "# The authors' code and ours",
+        "",
+        "Test accuracy in % after the last epoch, mean and standard deviation over the seeds; "
+        "beside it the sparsity that was reached. Both start from the same weights and have the "
+        "same data, net, epochs, batches and rate; theirs trains on PyTorch, on a CPU. Made by "
+        "`make bench-authors` from the JSON files here.",
+        "",
+        "| method | net | epochs | sparsity asked | seeds | authors' code | ours | ours on |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in CASES:
+        theirs, ours = (found[case.name][whose] for whose in ("theirs", "ours"))
+        if theirs and ours:
+            asked = "none" if case.sparsity is None else f"{case.sparsity:.2%}"
+            seeds = min(len(theirs), len(ours))
+            cells = [case.method, case.task.title, case.task.epochs, asked, seeds]
+            for runs in (theirs, ours):
+                reached = sum(run["sparsity"] for run in runs) / len(runs)
+                cells.append(
+                    f"{results.mean_std([100 * r['test_accuracy'] for r in runs])} ({reached:.2%})"
+                )
+            cells.append(ours[0]["backend"])
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += ["", "| authors' code | commit |", "|---|---|"]
+    lines += [f"| {name} | {commit[:10]} |" for name, commit in sorted(commits.items())]
+    results.write_index(BENCHMARK, lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("family", nargs="?", choices=REPOSITORIES, help="whose code")
+    parser.add_argument("--code", type=pathlib.Path, help="a checkout of their repository")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if args.family:
+        if args.code is None:
+            parser.error("expected --code PATH, a checkout of the authors' repository")
+        run(args.family, args.code, args.seeds)
+    table()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""The same training on three backends: one JSON per task and seed, and results/across.md.
+
+python -m benchmarks.accuracy.backend_agreement mnist-mlp
+python -m benchmarks.accuracy.backend_agreement --table
+    the table alone, from the JSON files that are there.
+
+Initial weights and the order of the batches are drawn by NumPy, so that nothing differs but the
+backend's arithmetic. Nets, data and budget are those of `benchmarks.accuracy.methods`. Tasks and seeds whose
+JSON is there already are not run again.
+"""
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import pathlib
+import tempfile
+
+from benchmarks import results
+from benchmarks.backends import BACKENDS, run_on
+
+BENCHMARK = "backend_agreement"
+SPARSITY = 0.9
+PAIRS = list(itertools.combinations(BACKENDS, 2))
+
+
+def begun(net, seed):
+    """A net whose kernels NumPy has drawn (He et al., normal)."""
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+    model = net()
+    for variable in model.trainable_variables:
+        if len(variable.shape) > 1:
+            fan_in = np.prod(variable.shape[:-1])
+            variable.assign(np.sqrt(2 / fan_in) * rng.standard_normal(variable.shape))
+    return model
+
+
+def train(task_name, seed, folder):
+    """Train with every method on this backend; results and masks go into the folder."""
+    import keras
+    import numpy as np
+
+    from benchmarks.accuracy import methods
+
+    backend = keras.backend.backend()
+    task = methods.TASKS[task_name]
+    data = task.data()
+    task = dataclasses.replace(
+        task,
+        net=functools.partial(begun, task.net, seed),
+        batches=task.batches or methods.Shuffled,
+    )
+    for method in methods.METHODS:
+        model, found = methods.trained(task, method, SPARSITY, seed, data)
+        masks = [
+            keras.ops.convert_to_numpy(v).ravel() != 0
+            for v in model.trainable_variables
+            if len(v.shape) > 1
+        ]
+        name = methods.name_of("across", task_name, seed, method)
+        np.save(folder / f"{name}.npy", np.concatenate(masks))
+        (folder / f"{name}.json").write_text(json.dumps(found))
+    names = {
+        method: methods.name_of("across", task_name, seed, method) for method in methods.METHODS
+    }
+    (folder / f"{backend}.json").write_text(json.dumps(names))
+
+
+def compare(task_name, seed):
+    """Run all backends, and save what each has reached and how far their masks are the same."""
+    import numpy as np
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary)
+        for backend in BACKENDS:
+            arguments = (
+                task_name,
+                "--backend",
+                backend,
+                "--seed",
+                str(seed),
+                "--folder",
+                temporary,
+            )
+            run_on(backend, "accuracy.backend_agreement", *arguments)
+        names = {b: json.loads((folder / f"{b}.json").read_text()) for b in BACKENDS}
+        rows = {}
+        for method in names[BACKENDS[0]]:
+            files = {b: folder / names[b][method] for b in BACKENDS}
+            runs = {
+                b: json.loads(f.with_name(f.name + ".json").read_text()) for b, f in files.items()
+            }
+            masks = {b: np.load(f.with_name(f.name + ".npy")) for b, f in files.items()}
+            rows[method] = {
+                "config": runs[BACKENDS[0]]["config"],
+                "test_accuracy": {b: run["test_accuracy"] for b, run in runs.items()},
+                "sparsity": {b: run["sparsity"] for b, run in runs.items()},
+                "seconds": {b: run["seconds"] for b, run in runs.items()},
+                "overlap": {
+                    f"{a} {b}": float((masks[a] & masks[b]).sum() / (masks[a] | masks[b]).sum())
+                    for a, b in PAIRS
+                },
+            }
+    some = runs[BACKENDS[0]]
+    told = {
+        "command": f"python -m benchmarks.accuracy.backend_agreement {task_name}",
+        "net": some["net"],
+    }
+    told |= {"backend": ", ".join(BACKENDS)}
+    told |= {"epochs": some["epochs"], "seed": seed, "target": SPARSITY, "methods": rows}
+    results.save(BENCHMARK, f"{task_name}_seed{seed}", told)
+
+
+def table():
+    lines = [
+        "# The same training on three backends",
+        "",
+        "Same net, initial weights, batches in the same order, method and number of epochs; "
+        f"{SPARSITY:.0%} sparse. Test accuracy in % after the last epoch, the sparsity reached, "
+        "and how much of what two backends keep is the same: weights that both keep, of those "
+        "that either does. Means over the seeds. Two masks drawn at random would share 5 %. "
+        "Made by `make bench-agreement` from the JSON files here.",
+    ]
+    found: dict = {}
+    for run in results.runs(BENCHMARK).values():
+        found.setdefault((run["net"], run["epochs"]), []).append(run["methods"])
+    for (net, epochs), seeds in found.items():
+        lines += ["", f"## {net}, {epochs} epochs, seeds: {len(seeds)}", ""]
+        heads = [*BACKENDS, "sparsity", *(f"{a}, {b}" for a, b in PAIRS)]
+        lines += [f"| method | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+        for method in seeds[0]:
+            runs = [seed[method] for seed in seeds]
+            cells = [
+                results.mean_std([100 * r["test_accuracy"][b] for r in runs]) for b in BACKENDS
+            ]
+            reached = sorted({f"{r['sparsity'][b]:.2%}" for r in runs for b in BACKENDS})
+            cells.append(" to ".join(dict.fromkeys((reached[0], reached[-1]))))
+            for a, b in PAIRS:
+                cells.append(f"{sum(r['overlap'][f'{a} {b}'] for r in runs) / len(runs):.1%}")
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    results.write_index(BENCHMARK, lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", nargs="?", help="of benchmarks.accuracy.methods")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--table", action="store_true")
+    worker = parser.add_argument_group("one backend, in this process")
+    worker.add_argument("--backend", choices=BACKENDS)
+    worker.add_argument("--seed", type=int)
+    worker.add_argument("--folder", type=pathlib.Path)
+    args = parser.parse_args()
+    if args.backend:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before any thread pool is made
+        train(args.task, args.seed, args.folder)
+        return
+    for seed in range(args.seeds) if args.task else ():
+        if f"{args.task}_seed{seed}" not in results.runs(BENCHMARK):
+            compare(args.task, seed)
+    table()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""All methods on the same nets, data and budget: one JSON per run, and results/methods.md.
+
+python -m benchmarks.accuracy.methods mnist --seeds 3
+    LeNet-5 on MNIST, 5 epochs.
+python -m benchmarks.accuracy.methods cifar10 --seeds 1
+    ResNet-8 on CIFAR-10, at half resolution from its first convolution on, 3 epochs, with crops
+    and flips.
+python -m benchmarks.accuracy.methods --table
+    the table alone, from the JSON files that are there.
+
+SGD with momentum 0.9, batch 128, the rate falling along a cosine to 0: the same for every method,
+tuned for none. Accuracy is that of the last epoch, of the stripped model, on the test set. Runs
+whose JSON is there already are not run again.
+"""
+
+import argparse
+import collections
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+
+import keras_dst
+from benchmarks import networks, results
+from benchmarks.data import cifar10, mnist, under
+from keras_dst.methods import DCIL, DST, SET, Consensus, FlipOut, Magnitude, OptG, RigL
+
+BENCHMARK = "methods"
+BATCH = 128
+
+
+class Shuffled(keras.utils.PyDataset):
+    """Batches drawn by NumPy, anew in every epoch: the same on every backend."""
+
+    def __init__(self, x, y, seed):
+        super().__init__()
+        self.x, self.y, self.rng = x, y, np.random.default_rng(seed)
+        self.order = self.rng.permutation(len(y))
+
+    def __len__(self):
+        return len(self.y) // BATCH
+
+    def __getitem__(self, index):
+        chosen = self.order[index * BATCH : (index + 1) * BATCH]
+        return self.x[chosen], self.y[chosen]
+
+    def on_epoch_end(self):
+        self.order = self.rng.permutation(len(self.y))
+
+
+class Augmented(Shuffled):
+    """Images shifted by up to four pixels and flipped."""
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        padded = np.pad(x, ((0, 0), (4, 4), (4, 4), (0, 0)))
+        rows, columns = self.rng.integers(0, 9, (2, BATCH, 1)) + np.arange(self.x.shape[1])
+        x = padded[np.arange(BATCH)[:, None, None], rows[:, :, None], columns[:, None, :]]
+        flipped = self.rng.random(BATCH) < 0.5
+        x[flipped] = x[flipped, :, ::-1]
+        return x, y
+
+
+def cosine(rate, steps):
+    """A rate that falls to 0."""
+    return keras.optimizers.schedules.CosineDecay(rate, steps)
+
+
+@dataclass
+class Task:
+    """What is trained, on what, for how long."""
+
+    title: str
+    net: Callable
+    data: Callable
+    epochs: int
+    rate: float
+    decay: float | None = None
+    batch: int = BATCH
+    batches: type[Shuffled] | None = None  # None: shuffled by Keras
+    rates: Callable = cosine  # of the rate to begin with and the number of steps
+
+
+TASKS = {
+    "mnist-mlp": Task("LeNet-300-100, MNIST", networks.lenet_300_100, mnist, 5, 0.05),
+    "mnist": Task("LeNet-5, MNIST", networks.lenet_5, mnist, 5, 0.05),
+    "cifar10": Task(
+        "ResNet-8 with a first stride of 2, CIFAR-10",
+        lambda: networks.resnet(8, stride=2),
+        cifar10,
+        3,
+        0.1,
+        5e-4,
+        batches=Augmented,
+    ),
+}
+
+# Each takes the sparsity, and options of the method beside it.
+METHODS = {
+    "dense": None,
+    "random": functools.partial(SET, drop_fraction=0.0),
+    "Magnitude": Magnitude,
+    "Magnitude, revival": functools.partial(Magnitude, revival=True),
+    "SET": SET,
+    "RigL": RigL,
+    "FlipOut": FlipOut,
+    "FlipOut, no noise": functools.partial(FlipOut, noise=0.0),
+    "DST": lambda s, **options: DST(sparsity=s, **options),
+    "DCIL": DCIL,
+    "OptG": OptG,
+    # Closes whole units: the fraction that it keeps open is counted in weights, as sparsity is.
+    "Consensus": lambda s: Consensus(s, cost="parameters"),
+}
+SPARSITIES = (0.9, 0.98)
+ALSO = {"Consensus": (0.5,)}  # what its paper shows
+
+
+def run(task, method_name, sparsity, seed, data, **options):
+    """Train, strip and test a net; what goes into the JSON of the run."""
+    return trained(task, method_name, sparsity, seed, data, **options)[1]
+
+
+def trained(task, method_name, sparsity, seed, data, **options):
+    """The net that `run` has trained and stripped, and what goes into the JSON."""
+    make = METHODS[method_name]
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(seed)
+    (x, y), test = data
+    model = task.net()
+    rates = task.rates(task.rate, task.epochs * (len(y) // task.batch))
+    optimizer = keras.optimizers.SGD(rates, momentum=0.9, weight_decay=task.decay)
+    method = make and make(sparsity, **options)
+    optimizer = under(method, model, optimizer)
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    whole = len(y) // task.batch * task.batch
+    batches = (task.batches(x, y, seed),) if task.batches else (x[:whole], y[:whole])
+    begin = time.perf_counter()
+    history = model.fit(
+        *batches,
+        batch_size=None if task.batches else task.batch,
+        shuffle=task.batches is None,  # theirs is an order of their own
+        epochs=task.epochs,
+        verbose=0,
+        callbacks=[keras_dst.callbacks.SparseTraining()] if method else [],
+    )
+    seconds = time.perf_counter() - begin
+    keras_dst.strip(model)
+    accuracy = model.evaluate(*test, batch_size=500, verbose=0, return_dict=True)["accuracy"]
+    report = keras_dst.report(model)
+    print(f"{task.title} {method!r} seed {seed}: {accuracy:.4f}", flush=True)
+    return model, {
+        "net": task.title,
+        "method": method_name,
+        "config": repr(method),
+        "target": sparsity,
+        "seed": seed,
+        "epochs": task.epochs,
+        "test_accuracy": accuracy,
+        "sparsity": report.sparsity,
+        "layers": {row.name: row.density for row in report.layers},
+        "seconds": seconds,
+        "history": {k: [float(v) for v in values] for k, values in history.history.items()},
+    }
+
+
+def name_of(task, seed, method, *rest):
+    """The name of the JSON of a run."""
+    method = method.lower().replace(", ", "-").replace(" ", "-")
+    kind = "_".join(map(str, [method] if method == "dense" else [method, *rest]))
+    return f"{task}_{kind}_{keras.backend.backend()}_seed{seed}"
+
+
+def table():
+    found = collections.defaultdict(lambda: collections.defaultdict(list))
+    for run in results.runs(BENCHMARK).values():
+        target = "" if run["method"] == "dense" else run["target"]
+        found[run["net"], run["epochs"], run["backend"]][run["method"], target].append(run)
+    lines = [
+        "# All methods, one budget",
+        "",
+        "Test accuracy in % after the last epoch, mean and standard deviation over the seeds; "
+        "beside it the sparsity that was reached. Same net, data, optimiser and number of epochs "
+        "for every method, tuned for none. Made by `make bench-methods` from the JSON files here.",
+    ]
+    for (net, epochs, backend), runs in found.items():
+        lines += ["", f"## {net}, {epochs} epochs, {backend}", ""]
+        targets = sorted({target for _, target in runs if target != ""})
+        lines += ["| method | seeds | " + " | ".join(f"{t:.0%} sparse" for t in targets) + " |"]
+        lines += ["|---|---|" + "---|" * len(targets)]
+        for method in METHODS:
+            cells = []
+            for target in targets:
+                some = runs.get((method, "" if method == "dense" else target), [])
+                reached = sum(r["sparsity"] for r in some) / len(some) if some else 0
+                accuracies = [100 * r["test_accuracy"] for r in some]
+                cells.append(f"{results.mean_std(accuracies)} ({reached:.1%})" if some else "")
+            seeds = max(
+                (len(some) for (name, _), some in runs.items() if name == method), default=0
+            )
+            if seeds:
+                lines.append(f"| {method} | {seeds} | " + " | ".join(cells) + " |")
+    results.write_index(BENCHMARK, lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", nargs="?", choices=TASKS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if args.task:
+        data = TASKS[args.task].data()
+        for seed in range(args.seeds):
+            for method in args.methods:
+                for sparsity in (*SPARSITIES, *ALSO.get(method, ())):
+                    name = name_of(args.task, seed, method, sparsity)
+                    if name not in results.runs(BENCHMARK):
+                        command = f"python -m benchmarks.accuracy.methods {args.task}"
+                        found = run(TASKS[args.task], method, sparsity, seed, data)
+                        results.save(
+                            BENCHMARK, name, {"command": command, "task": args.task} | found
+                        )
+    table()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""All runs of `benchmarks.accuracy.mnist`, then the table of them: results/mnist.md.
+
+Runs whose JSON is there already are not run again; `--table` makes the table alone.
+"""
+
+import argparse
+import collections
+import statistics
+
+from benchmarks import results
+from benchmarks.backends import run_on
+
+# backend, model, target sparsity (None: the paper's alpha alone; "dense": the control)
+RUNS = [
+    ("jax", "lenet-300-100", 0.97),
+    ("tensorflow", "lenet-300-100", 0.97),
+    ("torch", "lenet-300-100", 0.97),
+    ("tensorflow", "lenet-5-caffe", 0.984),
+    ("jax", "lenet-300-100", "dense"),
+    ("jax", "lenet-300-100", None),
+    ("jax", "lenet-300-100", 0.975),
+    ("tensorflow", "lenet-5-caffe", "dense"),
+    ("jax", "lstm-128", "dense"),
+    ("jax", "lstm-128", 0.975),
+    ("jax", "lstm-256", "dense"),
+    ("jax", "lstm-256", 0.975),
+]
+BENCHMARK = "mnist"
+SEEDS = 3
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", action="store_true")
+    if not parser.parse_args().table:
+        for backend, model, target in RUNS:
+            for seed in range(SEEDS):
+                run(backend, model, target, seed)
+    table()
+
+
+def run(backend, model, target, seed):
+    kind = {None: "alpha", "dense": "dense"}.get(target, f"target{target}")
+    if f"{model}_{kind}_{backend}_seed{seed}" in results.runs(BENCHMARK):
+        return
+    how = {None: [], "dense": ["--dense"]}.get(target, ["--target", str(target)])
+    run_on(backend, "accuracy.mnist", model, "--seed", str(seed), *how)
+
+
+def table():
+    groups = collections.defaultdict(list)
+    for result in results.runs(BENCHMARK).values():
+        arguments = result["arguments"]
+        kind = "dense" if arguments["dense"] else "DST"
+        if arguments["target"]:
+            kind = f"DST, target {arguments['target']:.1%}"
+        groups[(arguments["model"], kind, result["backend"])].append(result)
+    lines = [
+        "# DST on MNIST, the paper's recipe",
+        "",
+        "SGD 0.01, momentum 0.9, for LSTMs Adam 0.001; batch 64, 20 epochs, pixels in [0, 1]; "
+        "accuracy on the test set "
+        "after the last epoch, mean and standard deviation over the seeds. Made by "
+        "`make bench-mnist` from the JSON files in this folder.",
+        "",
+        "| net | training | backend | seeds | test accuracy | weights kept | seconds a run |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (model, kind, backend), runs in groups.items():
+        accuracy = [100 * r["test_accuracy"] for r in runs]
+        kept = [100 * r["kept"] for r in runs]
+        lines.append(
+            f"| {model} | {kind} | {backend} | {len(runs)} | {results.mean_std(accuracy)} % "
+            f"| {results.mean_std(kept)} % | {statistics.median(r['seconds'] for r in runs):.0f} |"
+        )
+    results.write_index(BENCHMARK, lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,368 @@
+"""What one tool does for benchmarks.comparison.libraries, in the environment that it needs.
+
+python -m benchmarks.comparison.libraries_worker TOOL
+    writes results/peers_NET_TOOL.json for both nets, and files to build/peers/.
+
+Every method trains in a process of its own, for its peak of memory.
+"""
+
+import multiprocessing
+import os
+import pathlib
+import re
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from unittest import mock
+
+import numpy as np
+
+from benchmarks import results
+from benchmarks.timing import cpu_seconds, in_turns, ratios, steps_of_fit
+
+NET, RESNET = "lenet-300-100", "resnet-8"
+TARGET, EPOCHS, BATCH, RATE, SEEDS = 0.9, 5, 128, 0.05, 3
+STEPS, ROUNDS = 110, 9  # of the turns that are timed; masks are updated every 100 steps
+FEW = 8  # steps of an epoch of the ResNet
+ALPHAS = (1e-4, 1.25e-4, 1.5e-4, 2e-4, 6e-4)  # to choose from where there is no target
+FILES = pathlib.Path(__file__).parent.parent / "build" / "peers"
+
+
+class Tool:
+    """How a tool prunes: `begin` before compiling, `end` after training, `files` of the rest."""
+
+    methods: tuple = ()
+    slow: tuple = ()  # methods for which one seed has to do
+    probabilities = True  # whether the net still ends in a softmax
+    setting = None  # what `search` has found
+
+    def begin(self, method, model, optimizer, epochs, steps):
+        """The model and the optimizer to compile, and callbacks."""
+        raise NotImplementedError
+
+    def end(self, model):
+        return model
+
+    def files(self, model):
+        """Contents of .tflite files, by the way that they are made."""
+        import tensorflow as tf
+
+        sparse = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
+        for way, optimizations in {"converter": [], "EXPERIMENTAL_SPARSITY": sparse}.items():
+            converter = tf.lite.TFLiteConverter.from_keras_model(model)
+            converter.optimizations = optimizations
+            yield way, converter.convert()
+
+
+class KerasDST(Tool):
+    methods = ("Magnitude, uniform", "Magnitude", "DST")
+
+    def __init__(self):
+        os.environ["KERAS_BACKEND"] = "tensorflow"
+        import keras_dst
+
+        self.library = keras_dst
+
+    def begin(self, method, model, optimizer, epochs, steps):
+        from benchmarks.data import under
+
+        made = {
+            "Magnitude, uniform": partial(self.library.methods.Magnitude, TARGET, "uniform"),
+            "Magnitude": partial(self.library.methods.Magnitude, TARGET),
+            "DST": partial(self.library.methods.DST, sparsity=TARGET),
+        }
+        optimizer = under(made[method](), model, optimizer)
+        return model, optimizer, [self.library.callbacks.SparseTraining(epochs)]
+
+    def end(self, model):
+        return self.library.strip(model)
+
+    def files(self, model):
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder) / "model.tflite"
+            for optimize in ("latency", "size"):
+                self.library.export_tflite(model, path, optimize=optimize)
+                yield f"export_tflite, {optimize}", path.read_bytes()
+
+
+class Tfmot(Tool):
+    methods = ("prune_low_magnitude",)
+
+    def __init__(self):
+        from benchmarks.training_cost.tfmot_step_time import (
+            tfmot,  # puts tf_keras in the place of Keras
+        )
+
+        self.library = tfmot.sparsity.keras
+
+    def begin(self, method, model, optimizer, epochs, steps):
+        """The ramp of Magnitude in keras_dst."""
+        total = epochs * steps
+        schedule = self.library.PolynomialDecay(
+            0.0, TARGET, 0, int(0.75 * total), frequency=min(100, total // 20)
+        )
+        model = self.library.prune_low_magnitude(model, pruning_schedule=schedule)
+        return model, optimizer, [self.library.UpdatePruningStep()]
+
+    def end(self, model):
+        return self.library.strip_pruning(model)
+
+
+class TfmotOnKeras3(Tfmot):
+    """Given the model that the others are given."""
+
+    methods = ("prune_low_magnitude, Keras 3",)
+
+    def __init__(self):
+        os.environ["TF_USE_LEGACY_KERAS"] = "1"
+        import tensorflow_model_optimization as tfmot
+
+        self.library = tfmot.sparsity.keras
+
+
+class PQuantML(Tool):
+    """Without its quantisation; its phases of training in the proportions that it comes with."""
+
+    methods = ("DST", "PDP", "Wanda", "Wanda, no pretraining")
+    slow = ("PDP",)
+    probabilities = False  # it leaves out activations other than ReLU and tanh
+
+    def __init__(self):
+        os.environ["KERAS_BACKEND"] = "tensorflow"
+        import pquant
+        from pquant.core.keras.train import PQuantCallback
+
+        self.library, self.callback = pquant, PQuantCallback
+
+    def config(self, method, epochs):
+        config = getattr(self.library, f"{method.split(',')[0].lower()}_config")()
+        config.quantization_parameters.enable_quantization = False
+        pruning, training = config.pruning_parameters, config.training_parameters
+        training.epochs, training.pretraining_epochs, training.fine_tuning_epochs = epochs, 0, 0
+        if method.startswith("DST"):
+            pruning.alpha = self.setting or pruning.alpha
+        else:
+            pruning.sparsity = TARGET
+        if method == "PDP":  # is at its target after two thirds of its epochs, then fine-tunes
+            training.fine_tuning_epochs = epochs // 5
+            training.epochs = epochs - training.fine_tuning_epochs
+            pruning.epsilon = 1.5 / training.epochs
+        if method == "Wanda":  # pretrains for a fifth of the epochs, prunes after three fifths
+            training.pretraining_epochs = epochs // 5
+            training.epochs = epochs - training.pretraining_epochs
+            pruning.t_start_collecting_batch = 2 * epochs // 5
+        return config
+
+    def begin(self, method, model, optimizer, epochs, steps):
+        config = self.config(method, epochs)
+        model = self.library.add_compression_layers(model, config)
+        return model, optimizer, [self.callback(config, log_ebops=False, log_keep_ratio=False)]
+
+    def search(self):
+        """The alpha that brings DST, which has no target, nearest to the sparsity; all tried."""
+        tried = []
+        for self.setting in ALPHAS:
+            model, *_ = trained(self, "DST", seed=0)
+            tried.append({"alpha": self.setting, "sparsity": sparsity_of(model)})
+        return min(tried, key=lambda each: abs(each["sparsity"] - TARGET)) | {"tried": tried}
+
+
+class PQuantMLLayers(PQuantML):
+    """The ResNet written anew in its layers, as its manual has it for a new model."""
+
+    methods = ("DST, net written in its layers",)
+
+    def begin(self, method, model, optimizer, epochs, steps):
+        from benchmarks import networks
+
+        config, layers = self.config(method, epochs), self.library.layers
+
+        def convolution(filters, size, strides=1, **options):
+            strides = (strides, strides)
+            return layers.PQConv2d(config, filters, (size, size), strides=strides, **options)
+
+        made = {"Conv2D": convolution, "Dense": lambda units, _: layers.PQDense(config, units)}
+        with mock.patch.multiple(networks.layers, **made):
+            model = networks.resnet(8)
+        return model, optimizer, [self.callback(config, log_ebops=False, log_keep_ratio=False)]
+
+
+TOOLS = {
+    "keras_dst": [KerasDST],
+    "tfmot": [Tfmot, TfmotOnKeras3],
+    "PQuantML": [PQuantML, PQuantMLLayers],
+}
+
+
+def built(tool, method, net, epochs, steps):
+    """A compiled model, and the callbacks to train it with."""
+    import keras
+
+    rate = keras.optimizers.schedules.CosineDecay(RATE, epochs * steps)
+    model, optimizer, callbacks = net(), keras.optimizers.SGD(rate, momentum=0.9), []
+    logits = False
+    if method != "dense":
+        model, optimizer, callbacks = tool.begin(method, model, optimizer, epochs, steps)
+        logits = not tool.probabilities
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=logits)
+    model.compile(optimizer, loss, metrics=["accuracy"])
+    return model, callbacks
+
+
+def trained(tool, method, seed):
+    """LeNet-300-100 after all epochs, and the accuracy on the test set of what is left of it."""
+    import keras
+
+    from benchmarks import networks
+    from benchmarks.data import mnist
+
+    (x, y), (x_test, y_test) = mnist()
+    steps = len(y) // BATCH
+    x, y = x[: steps * BATCH], y[: steps * BATCH]
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(seed)
+    model, callbacks = built(tool, method, networks.lenet_300_100, EPOCHS, steps)
+    before = memory(reset=True)
+    model.fit(x, y, batch_size=BATCH, epochs=EPOCHS, verbose=0, callbacks=callbacks)
+    added = memory() - before
+    model = model if method == "dense" else tool.end(model)
+    found = model.predict(x_test, batch_size=500, verbose=0).argmax(-1) == y_test
+    return model, float(found.mean()), added
+
+
+def kernels(model) -> list:
+    return [np.asarray(weight) for weight in model.weights if "kernel" in weight.name]
+
+
+def sparsity_of(model) -> float:
+    weights = np.concatenate([kernel.ravel() for kernel in kernels(model)])
+    return float(np.mean(weights == 0))
+
+
+def memory(reset=False) -> int:
+    """The most bytes that this process has had since the last reset."""
+    process = pathlib.Path("/proc/self")
+    if reset:
+        (process / "clear_refs").write_text("5")
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", (process / "status").read_text())[1])
+
+
+def accuracy(kind, method, setting):
+    """Accuracies and sparsities; of the first seed, memory that training took, layers, files."""
+    tool, result = kind(), {"test_accuracy": [], "sparsity": [], "files": {}}
+    tool.setting = setting
+    for seed in range(1 if method in tool.slow else SEEDS):
+        model, correct, added = trained(tool, method, seed)
+        result["test_accuracy"].append(correct)
+        result["sparsity"].append(sparsity_of(model))
+        print(kind.__name__, method, seed, correct, result["sparsity"][-1], flush=True)
+        if seed == 0:
+            result["memory"] = added
+            result["layers"] = [float(np.mean(kernel == 0)) for kernel in kernels(model)]
+            files = dict(tool.files(model))
+            for way, content in [*files.items()][: 1 if method == "dense" else None]:
+                name = f"{kind.__name__} {method} {way}.tflite".replace(", ", "-").replace(" ", "_")
+                (FILES / name).write_bytes(content)
+                result["files"][way] = name
+    return result
+
+
+def times(kind, methods):
+    """How long a step takes beside the dense net's, all in turns, and compiling; of a processor."""
+    tool, turns = kind(), {}
+    from benchmarks import networks
+    from benchmarks.data import mnist
+
+    steps = STEPS + 1  # the first is not timed
+    x, y = (part[: steps * BATCH] for part in mnist()[0])
+    for name in ("start", "dense", *methods):  # what a process does once is in none of the others
+        method = "dense" if name == "start" else name
+        model, callbacks = built(tool, method, networks.lenet_300_100, ROUNDS + 2, steps)
+        turns[name] = partial(steps_of_fit, model, x, y, BATCH, callbacks, time.process_time)
+    turns.pop("start")()
+    first, again = ({n: cpu_seconds(turn) for n, turn in turns.items()} for _ in range(2))
+    found = in_turns(turns, ROUNDS)
+    return {
+        "steps_per_round": STEPS,
+        "ratio_to_dense": ratios(found, "dense"),
+        "median_seconds_per_step": {n: statistics.median(t) / STEPS for n, t in found.items()},
+        "seconds_to_compile": {n: max(0.0, first[n] - again[n]) for n in turns},
+        "seconds_per_round": found,
+    }
+
+
+def jobs(kind):
+    """Whether each method can prune, train, finish and convert a ResNet, else what it says."""
+    tool, found = kind(), {}
+    from benchmarks import networks
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((FEW * BATCH, 32, 32, 3)).astype("float32")
+    y = rng.integers(0, 10, FEW * BATCH)
+    for method in tool.methods:
+        stage = "pruning"
+        try:
+            model, callbacks = built(tool, method, partial(networks.resnet, 8), EPOCHS, FEW)
+            stage = "training"
+            model.fit(x, y, batch_size=BATCH, epochs=EPOCHS, verbose=0, callbacks=callbacks)
+            stage = "finishing"
+            model = tool.end(model)
+            stage = "converting"
+            way, content = next(tool.files(model))
+            found[method] = {"sparsity": sparsity_of(model), "bytes": {way: len(content)}}
+        except Exception as error:
+            found[method] = {"stage": stage, "error": said(error)}
+    return found
+
+
+def said(error) -> str:
+    """What an error says, without colours."""
+    return f"{type(error).__name__}: " + re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+
+
+def alone(work, *arguments):
+    """The result of a function that has a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def search(kind):
+    return kind().search()
+
+
+def main():
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # of the processes started here, too
+    FILES.mkdir(parents=True, exist_ok=True)
+    name = sys.argv[1]
+    kinds = TOOLS[name]
+    kind = kinds[0]
+    setting = alone(search, kind) if hasattr(kind, "search") else None
+    found = {}
+    for method in ("dense", *kind.methods):
+        try:
+            found[method] = alone(accuracy, kind, method, setting and setting["alpha"])
+        except Exception as error:
+            found[method] = {"error": said(error)}
+    works = [method for method in found if method != "dense" and "error" not in found[method]]
+    lenet = {"methods": found, "search": setting, "times": alone(times, kind, works)}
+    done = {method: result for each in kinds for method, result in alone(jobs, each).items()}
+
+    kind()  # for the Keras that it runs on
+    about = {"command": "make bench-libraries", "tool": name, "target": TARGET, "batch": BATCH}
+    about |= {"epochs": EPOCHS}
+    results.save(
+        "libraries", f"{NET}_{name}", about | {"net": NET, "seeds": list(range(SEEDS))} | lenet
+    )
+    results.save(
+        "libraries",
+        f"{RESNET}_{name}",
+        about | {"net": RESNET, "steps": EPOCHS * FEW, "jobs": done},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What rounding to int8 costs a sparse net: one JSON per net, and results/int8.md.
+
+The nets of `benchmarks.files.tflite_cases`, trained dense and at 90 %, exported with float32 weights, with int8
+weights (`quantize="weights"`) and as integers throughout (`quantize="full"`, ranges from 200
+training images): accuracy on test images and bytes, each as small as can be (`optimize="size"`).
+Nets whose JSON is there already are not run again.
+
+python -m benchmarks.files.int8 [--nets NET ...]
+"""
+
+import argparse
+import pathlib
+import tempfile
+
+import keras_dst
+from benchmarks import results
+from benchmarks.files.tflite_cases import IMAGES, NETS, SEED, TESTED, trained
+from keras_dst.methods import Magnitude
+
+BENCHMARK = "int8"
+METHODS = {
+    "dense": None,
+    "unstructured": Magnitude(0.9),
+    "1x4": Magnitude(0.9, pattern="1x4"),
+    "1x16": Magnitude(0.9, pattern="1x16"),
+}
+SAMPLES = 200
+QUANTIZE = {"float32": None, "int8 weights": "weights", "int8": "full"}
+
+
+def run(net):
+    (x, _), (x_test, y_test) = NETS[net].data()
+    test = x_test[:TESTED], y_test[:TESTED]
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, method in METHODS.items():
+            model = trained(net, method)
+            for kind, quantize in QUANTIZE.items():
+                report = keras_dst.export_tflite(
+                    model,
+                    pathlib.Path(folder) / "model.tflite",
+                    optimize="size",
+                    measure=False,
+                    quantize=quantize,
+                    representative=x[:SAMPLES] if quantize == "full" else None,
+                    inputs=test[0],
+                    evaluate=test,
+                )
+                found.setdefault(name, {})[kind] = {
+                    "accuracy": report.files[-1].accuracy,
+                    "bytes": report.bytes,
+                    "max_error": report.max_error,
+                    "encodings": [tensor.encoding for tensor in report.tensors],
+                }
+                print(net, name, kind, found[name][kind], flush=True)
+    results.save(
+        BENCHMARK,
+        net,
+        {
+            "command": "make bench-int8",
+            "methods": {name: repr(method) for name, method in METHODS.items()},
+            "seed": SEED,
+            "images": IMAGES,
+            "tested": TESTED,
+            "samples": SAMPLES,
+            "epochs": NETS[net].epochs,
+            "files": found,
+        },
+    )
+
+
+def table():
+    lines = [
+        "# What int8 costs a sparse net",
+        "",
+        f"Accuracy in % on {TESTED:,} test images, of the file itself, and its bytes beside those "
+        "of the dense float32 file. The sparse nets have 90 % zeros. `int8 weights` are rounded "
+        "one layer at a time where that is smaller and computed with in float32; `int8` computes "
+        f"in integers, with ranges from {SAMPLES} training images. "
+        "Made by `make bench-int8` from `results/int8_*.json`.",
+        "",
+        "| net | weights | " + " | ".join(QUANTIZE) + " |",
+        "|---|---|" + "---|" * len(QUANTIZE),
+    ]
+    stored = results.runs(BENCHMARK)
+    for net in NETS:
+        if net not in stored:
+            continue
+        found = stored[net]["files"]
+        whole = found["dense"]["float32"]["bytes"]
+        for name, kinds in found.items():
+            cells = [
+                f"{100 * file['accuracy']:.2f} ({file['bytes'] / whole:.3f}×)"
+                for file in kinds.values()
+            ]
+            lines.append(f"| {net} | {name} | " + " | ".join(cells) + " |")
+    results.write_index(BENCHMARK, lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nets", nargs="*", choices=NETS, default=["lenet", "vgg"])
+    for net in parser.parse_args().nets:
+        if net not in results.runs(BENCHMARK):
+            run(net)
+    table()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""What sparsity gains a .tflite file, by net, pattern and sparsity: results/grid_NET.json.
+
+The nets of `benchmarks.files.tflite_cases`, trained dense there, are trained on for half as long, while
+`Magnitude` makes them sparse, with the same sparsity in every layer but the last; the dense one is
+trained on as well. Whole channels are then removed. Each is exported for latency and measured
+beside the dense float32 and int8 files, in turns, at batch 1 on one thread: accuracy on test
+images, bytes, latency, time to load, peak memory; and so is the file of TensorFlow's converter with
+`EXPERIMENTAL_SPARSITY`, which is what tfmot's users get. Latency is measured once more with AVX
+hidden, where XNNPACK takes the kernels it has for ARM; our file is then one exported for ARM. Cells
+that a JSON has already are not made again.
+
+python -m benchmarks.files.tflite_grid [--nets NET ...]
+python -m benchmarks.files.tflite_grid --table
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import statistics
+import tempfile
+from dataclasses import asdict
+
+import keras
+
+import keras_dst
+from benchmarks import results
+from benchmarks.files.tflite_cases import BATCH, IMAGES, NETS, NO_AVX, SEED, TESTED, trained
+from keras_dst.export.convert import conversions
+from keras_dst.export.measure import bench
+from keras_dst.export.memory import peak_memory
+from keras_dst.methods import Magnitude
+from tests import no_avx
+
+BENCHMARK = "tflite_grid"
+PATTERNS = ("unstructured", "1x4", "channel")
+SPARSITIES = (0.8, 0.9, 0.95, 0.98)
+TARGETS = {"sparse": "host", "arm": "arm"}  # our files, beside that of TensorFlow's converter
+RUNS, LOADS = 50, 9
+FREQUENCY = 10  # steps between updates of the masks: trainings are short
+
+
+def epochs_of(net) -> int:
+    """How long a net is trained on."""
+    return max(2, net.epochs // 2)
+
+
+def tuned(net_name, method=None):
+    """The net after it has been trained on, under a method or dense."""
+    net = NETS[net_name]
+    x, y = net.data()[0]
+    x, y = x[:IMAGES], y[:IMAGES]
+    model = trained(net_name, None)
+    keras.utils.set_random_seed(SEED)
+    rate = keras.optimizers.schedules.CosineDecay(net.rate, epochs_of(net) * -(-len(y) // BATCH))
+    optimizer = keras.optimizers.SGD(rate, momentum=0.9)
+    callbacks = []
+    if method:
+        last = model.layers[-1].kernel  # its outputs are the classes
+        kernels = [v.path for v in model.trainable_variables if v is not last]
+        kernels = [path for path in kernels if re.fullmatch(net.prunable, path)]
+        optimizer = keras_dst.SparseOptimizer(optimizer, method, filters=kernels)
+        callbacks = [keras_dst.callbacks.SparseTraining()]
+    model.compile(optimizer, "sparse_categorical_crossentropy")
+    model.fit(x, y, batch_size=BATCH, epochs=epochs_of(net), verbose=0, callbacks=callbacks)
+    return keras_dst.strip(model)
+
+
+def cell(net_name, method, dense) -> dict:
+    """What the file of a sparse net is beside those of a dense one, whose paths these are."""
+    x, y = NETS[net_name].data()[1]
+    test = x[:TESTED], y[:TESTED]
+    model = tuned(net_name, method)
+    small = keras_dst.shrink(model) if method.pattern == "channel" else model
+    *ours, theirs = (dense[0].with_name(f"{name}.tflite") for name in (*TARGETS, "converter"))
+    reports = {
+        path.stem: keras_dst.export_tflite(
+            small, path, inputs=test[0], evaluate=test, optimize="latency", target=target
+        )
+        for path, target in zip(ours, TARGETS.values())
+    }
+    theirs.write_bytes(converted(model))
+    paths = [*dense, *ours, theirs]
+    files = {
+        file.name.removesuffix(".tflite"): asdict(file) for file in bench(paths, runs=RUNS).files
+    }
+    loads = [[file.load for file in bench(paths, warmup=0, runs=1).files] for _ in range(LOADS)]
+    for path, times in zip(paths, zip(*loads)):
+        files[path.stem]["load"] = statistics.median(times)
+        files[path.stem]["memory"] = peak_memory(path.read_bytes())
+    hidden = no_avx.obstacle()
+    if not hidden:
+        for path, seconds in zip(paths, json.loads(no_avx.run(NO_AVX, *paths))):
+            files[path.stem]["latency_no_avx"] = seconds
+    return {
+        "method": repr(method),
+        "sparsity": keras_dst.report(model).sparsity,
+        "encodings": {
+            name: sorted({tensor.encoding for tensor in report.tensors})
+            for name, report in reports.items()
+        },
+        "max_error": {name: report.max_error for name, report in reports.items()},
+        "accuracy": reports["sparse"].files[-1].accuracy,
+        "no_avx": hidden or "hidden",
+        "files": files,
+    }
+
+
+def converted(model) -> bytes:
+    """The file that TensorFlow's converter writes of a net with zeros."""
+    import tensorflow as tf
+
+    converter = tf.lite.TFLiteConverter.from_keras_model(model)
+    converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
+    return converter.convert()
+
+
+def run(net_name):
+    cells = results.runs(BENCHMARK).get(net_name, {"cells": {}})["cells"]
+    plan = [(p, s) for p in PATTERNS for s in SPARSITIES if f"{p}, {s:.0%}" not in cells]
+    if not plan:
+        return
+    x, y = NETS[net_name].data()[1]
+    model = tuned(net_name)
+    with tempfile.TemporaryDirectory() as folder:
+        dense = [pathlib.Path(folder) / f"{kind}.tflite" for kind in ("float32", "int8")]
+        test = x[:TESTED], y[:TESTED]
+        report = keras_dst.export_tflite(model, dense[0], evaluate=test)
+        for file, content in zip(dense, conversions(model, ["float32", "dynamic"])):
+            file.write_bytes(content)
+        told = {
+            "command": "make bench-tflite",
+            "seed": SEED,
+            "images": IMAGES,
+            "tested": TESTED,
+            "epochs": [NETS[net_name].epochs, epochs_of(NETS[net_name])],
+            "accuracy_of_dense": {file.name: file.accuracy for file in report.files[:2]},
+            "cells": cells,
+        }
+        for pattern, sparsity in plan:
+            method = Magnitude(sparsity, pattern=pattern, allocation="uniform", frequency=FREQUENCY)
+            found = cells[f"{pattern}, {sparsity:.0%}"] = cell(net_name, method, dense)
+            print(net_name, pattern, sparsity, found, flush=True)
+            results.save(BENCHMARK, net_name, told)
+
+
+def table():
+    lines = [
+        "# Files for the edge, net by net",
+        "",
+        f"Trained dense on {IMAGES:,} images, then half as long again under `Magnitude`, every "
+        "layer but the last as sparse as the others; accuracy in % on "
+        f"{TESTED:,} test images, of the file. "
+        "Beside the dense float32 file of the same net: bytes, latency of one inference on one "
+        "thread, time to load, peak memory; then bytes and latency of a file exported for ARM, "
+        "with AVX hidden, where XNNPACK takes the kernels it has for ARM. `channel`: the channels "
+        "are removed. `converter`: the file that TensorFlow's converter writes of the same sparse "
+        "net with `EXPERIMENTAL_SPARSITY`. Made by `make bench-tflite` from `results/grid_*.json`.",
+    ]
+    stored = results.runs(BENCHMARK)
+    for net in NETS:
+        if net in stored:
+            lines += ["", f"## {net}", "", *_rows(stored[net])]
+    results.write_index(BENCHMARK, lines)
+
+
+#: Columns of the table: head, whose file, what of it, and by how many digits it is told.
+COLUMNS = (
+    ("bytes", "sparse", "bytes", 3),
+    ("latency", "sparse", "latency", 2),
+    ("load", "sparse", "load", 2),
+    ("memory", "sparse", "memory", 2),
+    ("no AVX: bytes", "arm", "bytes", 3),
+    ("latency", "arm", "latency_no_avx", 2),
+    ("converter: bytes", "converter", "bytes", 3),
+    ("latency", "converter", "latency", 2),
+    ("load", "converter", "load", 2),
+    ("memory", "converter", "memory", 2),
+    ("latency, no AVX", "converter", "latency_no_avx", 2),
+)
+
+
+def _rows(result) -> list[str]:
+    first, *_ = result["cells"].values()
+    dense, int8 = first["files"]["float32"], first["files"]["int8"]
+    accuracy, of_int8 = result["accuracy_of_dense"].values()
+    plain = [_absolute(dense, key) if kind in TARGETS else "" for _, kind, key, _ in COLUMNS]
+    rows = [("dense float32", 0, accuracy, plain)]
+    rows += [("dense int8", 0, of_int8, _beside({"float32": dense} | dict.fromkeys(TARGETS, int8)))]
+    for name, cell in result["cells"].items():
+        rows.append((name, cell["sparsity"], cell["accuracy"], _beside(cell["files"])))
+    heads = ["zeros", "accuracy", *(head for head, *_ in COLUMNS)]
+    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    for name, sparsity, accuracy, cells in rows:
+        cells = [f"{sparsity:.1%}", f"{100 * accuracy:.1f}", *cells]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _absolute(file, key) -> str:
+    if key not in file:
+        return "not measured"
+    if key == "bytes":
+        return f"{file[key]:,}"
+    return f"{1e-6 * file[key]:.3g} MB" if key == "memory" else f"{1e3 * file[key]:.3g} ms"
+
+
+def _beside(files) -> list[str]:
+    """The columns of files, as ratios to the dense one."""
+    return [_ratio(files.get(of), files["float32"], key, digits) for _, of, key, digits in COLUMNS]
+
+
+def _ratio(file, dense, key, digits) -> str:
+    if file is None:
+        return ""
+    return f"{file[key] / dense[key]:.{digits}f}" if key in file else "not measured"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nets", nargs="*", choices=NETS, default=list(NETS))
+    parser.add_argument("--table", action="store_true", help="the table alone")
+    args = parser.parse_args()
+    if not args.table:
+        for name in args.nets:
+            run(name)
+    table()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The runs of a benchmark in results/BENCHMARK/runs.jsonl, and their table in index.md.
+
+Every line of `runs.jsonl` is a JSON object: the name of the run under "run", its figures, the
+command, the seeds, the versions of all packages and the machine. `config` and `method` show the
+constructor call of the version that ran.
+"""
+
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "results"
+NOTES = pathlib.Path(__file__).parent / "notes"
+
+
+def runs(benchmark: str) -> dict[str, dict]:
+    """Return all stored runs of a benchmark by name, in the order of their names."""
+    path = RESULTS / benchmark / "runs.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {run.pop("run"): run for run in map(json.loads, lines)}
+
+
+def save(benchmark: str, name: str, run: dict) -> None:
+    """Store a run under its name, with the versions and the machine; replace an older one."""
+    folder = RESULTS / benchmark
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:  # several processes may store runs
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        stored = runs(benchmark) | {name: {**environment(), **run}}
+        lines = [json.dumps({"run": key, **stored[key]}) + "\n" for key in sorted(stored)]
+        (folder / "runs.jsonl").write_text("".join(lines))
+    print(f"stored {name} in results/{benchmark}/runs.jsonl")
+
+
+def write_index(benchmark: str, lines: list[str]) -> None:
+    """Write index.md: the lines, and after them the text of benchmarks/notes/BENCHMARK.md."""
+    notes = NOTES / f"{benchmark}.md"
+    text = ["", notes.read_text().rstrip()] if notes.exists() else []
+    path = RESULTS / benchmark / "index.md"
+    path.write_text("\n".join([*lines, *text]) + "\n")
+    print(path.read_text())
+
+
+def environment() -> dict:
+    """Return the backend, the versions of the packages and the machine, for a stored run."""
+    import keras
+
+    packages = ("keras-dst", "keras", "tensorflow", "jax", "torch", "ai-edge-litert", "numpy")
+    packages += ("tf_keras", "tensorflow-model-optimization", "pquant-ml")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "backend": keras.backend.backend(),
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {_cpu()}",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _cpu() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def mean_std(values) -> str:
+    """Return the mean of some values and, of two or more, their standard deviation, as text."""
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"

@@ -1,0 +1,148 @@
+"""Time and memory of a mask update over 25 million weights: results/mask_update_BACKEND.json.
+
+The kernels of a ResNet-50 are ranked globally, by each method that ranks. In turns with it, the
+yardstick: one pass of `abs` and `sum` over the same weights. Seconds are those of one core. Memory
+is measured twice: by how much the process grows, with holes that its allocator leaves between
+blocks, and what is held at once, where every block has pages of its own.
+"""
+
+import argparse
+import ctypes
+import itertools
+import json
+import os
+import pathlib
+import statistics
+import tempfile
+from functools import partial
+
+from benchmarks import results
+from benchmarks.backends import BACKENDS, run_on
+from benchmarks.timing import cpu_seconds, in_turns, ratios, update_masks
+
+ROUNDS = 9
+STEPS = 10_000  # of the training whose schedule is followed
+STEP = 100  # of them from one update to the next
+SELF = pathlib.Path("/proc/self")
+# Under glibc every block of half a MiB or more then has pages of its own.
+NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 19)}
+
+
+def methods() -> dict:
+    from keras_dst.methods import DCIL, FlipOut, Magnitude, OptG, RigL
+
+    return {
+        "Magnitude": Magnitude(0.9),
+        "Magnitude, revival": Magnitude(0.9, revival=True),
+        "FlipOut": FlipOut(0.9),
+        "RigL": RigL(0.9),
+        "DCIL": DCIL(0.9),
+        "OptG": OptG(0.9),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", choices=BACKENDS, help="this one, in this process")
+    parser.add_argument("--memory", type=pathlib.Path, help="memory alone, to this file")
+    args = parser.parse_args()
+    if args.backend is None:
+        for name in BACKENDS:
+            run_on(name, "training_cost.mask_update", "--backend", name)
+        return
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before any thread pool is made
+    if args.memory:
+        args.memory.write_text(json.dumps({n: memory(m) for n, m in methods().items()}))
+    else:
+        measure()
+
+
+def measure():
+    import keras
+
+    backend = keras.backend.backend()
+    found = {name: times(method) for name, method in methods().items()}
+    for column, variables in (("grown_over_weights", {}), ("memory_over_weights", NO_HOLES)):
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            told = ("--backend", backend, "--memory", file.name)
+            run_on(backend, "training_cost.mask_update", *told, variables=variables)
+            for name, figure in json.load(file).items():
+                found[name][column] = figure
+    for name, figures in found.items():
+        print(f"{backend:10s} {name:20s}", *figures.values())
+    result = {"command": "make bench-overhead", "net": "ResNet50 of keras.applications"}
+    results.save("mask_update", backend, {**result, "rounds": ROUNDS, "methods": found})
+
+
+def prepared(method):
+    """The driver of the net under a method, and what updates its masks, compiled."""
+    import keras
+    import numpy as np
+    from keras import ops
+
+    from benchmarks.data import under
+    from keras_dst._training.drivers import drivers_of
+
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(0)
+    model = keras.applications.ResNet50(weights=None)
+    model.compile(
+        under(method, model, keras.optimizers.SGD(0.1)), "sparse_categorical_crossentropy"
+    )
+    driver = drivers_of(model)[0]
+    driver.begin(STEPS, STEPS, STEPS // 10)
+    for layer in getattr(driver, "layers", []):
+        layer.both_paths = True  # as after a step of DCIL
+    steps = itertools.count(STEPS // 4, STEP)
+
+    def update():
+        update_masks(driver, next(steps))
+
+    update()
+    random = np.random.default_rng(0)
+    variables = model.trainable_variables
+    model.optimizer.apply(
+        [ops.convert_to_tensor(random.standard_normal(v.shape), v.dtype) for v in variables],
+        variables,
+    )
+    update()
+    return driver, update
+
+
+def times(method) -> dict:
+    """What one update takes beside a pass, in seconds of a processor."""
+    from keras import ops
+
+    from keras_dst._backend.jit import jit
+
+    driver, update = prepared(method)
+    total = jit(lambda weights: sum(ops.sum(ops.abs(w)) for w in weights))
+
+    def one_pass():
+        float(ops.convert_to_numpy(total([ops.convert_to_tensor(w) for w in driver.weights])))
+
+    one_pass()  # compiles
+    works = {"pass": partial(cpu_seconds, one_pass), "update": partial(cpu_seconds, update)}
+    found = in_turns(works, ROUNDS)
+    return {
+        "passes": ratios(found, "pass")["update"],
+        "seconds": statistics.median(found["update"]),
+        "seconds_of_a_pass": statistics.median(found["pass"]),
+        "weights": driver.size,
+    }
+
+
+def memory(method) -> float:
+    """What an update takes at its peak, beside the weights."""
+    from keras_dst.export.memory import kilobytes
+
+    driver, update = prepared(method)
+    ctypes.CDLL(None).malloc_trim(0)  # gives back what is free, which would be used again unseen
+    before = kilobytes("VmRSS")
+    (SELF / "clear_refs").write_text("5")  # the peak counts from here on
+    update()
+    return (kilobytes("VmHWM") - before) * 1024 / (4 * driver.size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""What sparse training costs as nets, depths and batches grow: results/growth_BACKEND.json.
+
+Nets of dense layers, along three axes, the rest held: parameters, layers, batch. At every point
+the plain net and each method, at 90 % sparsity, train in turns, as in `benchmarks.training_cost.step_time`; then
+the net is made sparse and stripped, and one of 90 % has its masks updated, is shrunk and exported.
+Slopes are those of a line through the logarithms: 1 is proportional, below 1 the cost grows slower.
+
+Memory is kept from step to step in all of it, the plain net's too, as `SparseTraining` has it.
+
+python -m benchmarks.training_cost.scaling [--backend BACKEND] [--axes AXIS ...]
+python -m benchmarks.training_cost.scaling --table
+"""
+
+import argparse
+import gc
+import itertools
+import os
+import pathlib
+import statistics
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+
+from benchmarks import results
+from benchmarks.backends import BACKENDS, run_on
+from benchmarks.timing import in_turns, ratios, seconds, steps_of_fit, update_masks
+
+BENCHMARK = "scaling"
+STEPS, ROUNDS = 4, 5
+TOTAL = 4000  # steps of the training that is begun
+
+
+@dataclass
+class Point:
+    """A net of dense layers, all alike, and the samples of a step."""
+
+    width: int
+    depth: int
+    batch: int
+
+    @property
+    def weights(self) -> int:
+        return self.depth * self.width**2
+
+
+SPARSITY = 0.9
+AXES = {
+    "parameters": [Point(width, 4, 32) for width in (160, 500, 1580, 5000)],
+    "layers": [Point(64, depth, 32) for depth in (10, 40, 200)],
+    "batch": [Point(500, 4, batch) for batch in (1, 8, 64, 512)],
+}
+# What an axis counts.
+SIZES = {"parameters": "weights", "layers": "depth", "batch": "batch"}
+# What `keras_dst.freed_memory` asks for, here for the whole of a process.
+KEEP = {f"MALLOC_{what}_THRESHOLD_": str(1 << 40) for what in ("MMAP", "TRIM")}
+
+
+def methods() -> dict:
+    from keras_dst.methods import DCIL, DST, FlipOut, Magnitude, OptG, RigL
+    from keras_dst.schedules import Constant
+
+    now = Constant(SPARSITY)  # from the first step on
+    return {
+        "DST": DST(),
+        "DCIL": DCIL(now),
+        "OptG": OptG(now),
+        "Magnitude": Magnitude(now),
+        "FlipOut": FlipOut(now),
+        "RigL": RigL(SPARSITY),
+    }
+
+
+def net(point, method=None):
+    """A compiled net, and its driver, where there is one."""
+    import keras
+
+    import keras_dst
+    from benchmarks.data import under
+
+    keras.backend.clear_session()
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((point.width,))])
+    for _ in range(point.depth):
+        model.add(keras.layers.Dense(point.width, "relu"))
+    model.add(keras.layers.Dense(10, "softmax"))
+    optimizer = under(method, model, keras.optimizers.SGD(0.01, momentum=0.9))
+    model.compile(optimizer, "sparse_categorical_crossentropy")
+    if isinstance(method, keras_dst.methods.DST):
+        prune(model)
+    return model, keras_dst.callbacks.SparseTraining(TOTAL // (STEPS + 1)) if method else None
+
+
+def prune(model):
+    """Give thresholds values that prune so many of the weights, which are uniform at first."""
+    from keras import ops
+
+    for layer in model.layers:
+        for _, weight, state in layer.masked_weights():
+            most = ops.max(ops.abs(ops.convert_to_tensor(weight)))
+            threshold = state["threshold"]
+            threshold.assign(ops.full(threshold.shape, SPARSITY * float(most)))
+
+
+def measure(axes):
+    import keras
+
+    name = keras.backend.backend()
+    found = results.runs(BENCHMARK).get(name, {"axes": {}})["axes"]
+    for axis in axes:
+        found[axis] = []
+        for point in AXES[axis]:
+            ratio = {name: steps(point, method) for name, method in methods().items()}
+            row = {**vars(point), "weights": point.weights, "ratio_to_plain": ratio}
+            row["seconds"] = once(point)
+            print(keras.backend.backend(), axis, row, flush=True)
+            found[axis].append(row)
+        result = {"command": "make bench-scaling", "steps": STEPS, "rounds": ROUNDS, "axes": found}
+        results.save(BENCHMARK, name, result)
+
+
+def steps(point, method) -> float:
+    """The time of a step under a method beside that of the plain net."""
+    import numpy as np
+
+    shape = (point.batch * (STEPS + 1), point.width)  # the first step is not timed
+    x = np.random.default_rng(0).standard_normal(shape, "float32")
+    y = np.arange(len(x)) % 10
+
+    def turn(method):
+        model, callback = net(point, method)
+        return partial(steps_of_fit, model, x, y, point.batch, [callback] if callback else [])
+
+    turns = {"plain": turn(None), "sparse": turn(method)}
+    in_turns(turns, 2)  # compiles
+    found = ratios(in_turns(turns, ROUNDS), "plain")["sparse"]
+    del turns
+    gc.collect()
+    return found
+
+
+def once(point) -> dict:
+    """Seconds of what happens once, or every hundred steps."""
+    import numpy as np
+
+    import keras_dst
+    from keras_dst._training.drivers import drivers_of
+    from keras_dst.methods import DST, Magnitude
+
+    model, _ = net(point)
+    times = {"sparsify": seconds(partial(keras_dst.sparsify, model, DST()))}
+    times["strip"] = seconds(partial(keras_dst.strip, model))
+    model, _ = net(point, Magnitude(SPARSITY))
+    x = np.zeros((point.batch, point.width), np.float32)
+    training = keras_dst.callbacks.SparseTraining()
+    model.fit(x, np.zeros(len(x)), point.batch, verbose=0, callbacks=[training])
+    (driver,) = drivers_of(model)
+    driver.begin(TOTAL, TOTAL, TOTAL)
+    update = partial(update_masks, driver, TOTAL)
+    update()  # compiles
+    times["update"] = statistics.median(seconds(update) for _ in range(3))
+    keras_dst.strip(model)
+    times["shrink"] = seconds(partial(keras_dst.shrink, model))
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "model.tflite"
+        times["export"] = seconds(partial(keras_dst.export_tflite, model, path, measure=False))
+    del model, driver, update
+    gc.collect()
+    return times
+
+
+def slope(sizes, values) -> float:
+    """Of the line through the logarithms that is nearest by squares."""
+    import numpy as np
+
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def table():
+    lines = [
+        "# What it costs as the work grows",
+        "",
+        "Nets of dense layers on one core, 90 % of their weights pruned. First, time of a step "
+        f"beside the plain net's, in turns, medians of {ROUNDS}; then seconds of what happens "
+        "once, or for `update` every hundred steps; `export` is without measuring. `slope` is the "
+        "exponent of growth. Made by `make bench-scaling` from `results/growth_*.json`.",
+    ]
+    stored = results.runs(BENCHMARK)
+    for backend in BACKENDS:
+        if backend not in stored:
+            continue
+        found = stored[backend]["axes"]
+        for axis, rows in ((a, found[a]) for a in AXES if a in found):
+            names, timed = list(rows[0]["ratio_to_plain"]), list(rows[0]["seconds"])
+            size = [row[SIZES[axis]] for row in rows]
+            lines += ["", f"## {axis}, {backend}", ""]
+            lines += [f"| {SIZES[axis]} | {' | '.join([*names, *timed])} |"]
+            lines += ["|---|" + "---|" * (len(names) + len(timed))]
+            for n, row in zip(size, rows):
+                cells = [f"{row['ratio_to_plain'][name]:.2f}" for name in names]
+                cells += [f"{row['seconds'][name]:.3g} s" for name in timed]
+                lines.append(f"| {n:,} | {' | '.join(cells)} |")
+            slopes = [slope(size, [row["ratio_to_plain"][n] for row in rows]) for n in names]
+            slopes += [slope(size, [row["seconds"][n] for row in rows]) for n in timed]
+            lines.append(f"| slope | {' | '.join(f'{s:.2f}' for s in slopes)} |")
+    results.write_index(BENCHMARK, lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", choices=BACKENDS, help="this one, in this process")
+    parser.add_argument("--axes", nargs="*", choices=AXES, default=list(AXES))
+    parser.add_argument("--table", action="store_true", help="the table alone")
+    args = parser.parse_args()
+    if args.backend:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before any thread pool is made
+        measure(args.axes)
+        return
+    if not args.table:
+        # A process for every axis: under TensorFlow a fit never gives its variables' memory back.
+        for name, axis in itertools.product(BACKENDS, args.axes):
+            run_on(name, "training_cost.scaling", "--backend", name, "--axes", axis, variables=KEEP)
+    table()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Step time of sparse training against the plain model: one JSON per net and backend.
+
+A net at batch 128 on one core: the plain model and each method train for some steps in turns, and
+the ratio to the plain model of the same turn is what counts; medians over the turns.
+
+    small-cnn   results/step_time_BACKEND.json
+    resnet-20   results/overhead_BACKEND.json
+    lstm-128    results/recurrent_BACKEND.json, without Consensus, which has no units to prune there
+
+It is the beginning of a training of 4,000 steps, in which most methods update their masks every
+100. So updates are timed by themselves, and their share of a step is added to the ratio (DCIL's,
+every 16, are counted twice where they fall into a turn). What the first turn takes longer than the
+second is compiling, in seconds of a processor.
+"""
+
+import argparse
+import os
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from benchmarks import results
+from benchmarks.backends import BACKENDS, run_on
+from benchmarks.timing import (
+    cpu_seconds,
+    in_turns,
+    ratios,
+    seconds,
+    steps_of_fit,
+    update_masks,
+)
+
+BATCH = 128
+TOTAL = 4000  # steps of the training that is begun
+
+
+@dataclass
+class Setting:
+    """What is timed, and how often."""
+
+    result: str
+    shape: tuple
+    net: Callable
+    steps: int  # in a turn
+    rounds: int
+    without: tuple = ()  # methods that find nothing to prune there
+
+
+def small_cnn():
+    import keras
+
+    model = keras.Sequential([keras.Input((28, 28, 1))])
+    for filters in (32, 64):
+        model.add(keras.layers.Conv2D(filters, 3, padding="same"))
+        model.add(keras.layers.BatchNormalization())
+        model.add(keras.layers.ReLU())
+        model.add(keras.layers.MaxPooling2D())
+    model.add(keras.layers.Flatten())
+    model.add(keras.layers.Dense(128, "relu"))
+    model.add(keras.layers.Dense(10, "softmax"))
+    return model
+
+
+def resnet_20():
+    from benchmarks import networks
+
+    return networks.resnet(20)
+
+
+def lstm_128():
+    from benchmarks import networks
+
+    return networks.lstm(128)
+
+
+SETTINGS = {
+    "small-cnn": Setting("step_time", (28, 28, 1), small_cnn, steps=5, rounds=17),
+    "resnet-20": Setting("overhead", (32, 32, 3), resnet_20, steps=3, rounds=9),
+    "lstm-128": Setting(
+        "recurrent", (28, 28, 1), lstm_128, steps=5, rounds=17, without=("Consensus",)
+    ),
+}
+
+
+def methods() -> dict:
+    from keras_dst.methods import DCIL, DST, SET, Consensus, FlipOut, Magnitude, OptG, RigL
+
+    return {
+        "plain": None,
+        "DST": DST(),
+        "DST, target": DST(sparsity=0.9),
+        "DCIL": DCIL(0.9),
+        "OptG": OptG(0.9),
+        "Consensus": Consensus(0.5),
+        "Magnitude": Magnitude(0.9),
+        "Magnitude, revival": Magnitude(0.9, revival=True),
+        "FlipOut": FlipOut(0.9),
+        "SET": SET(0.9),
+        "RigL": RigL(0.9),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("net", choices=SETTINGS)
+    parser.add_argument("--backend", choices=BACKENDS, help="this one, in this process")
+    parser.add_argument("--methods", nargs="*", help="these alone, as the result names them")
+    args = parser.parse_args()
+    if args.backend is None:
+        only = ["--methods", *args.methods] if args.methods else []
+        for name in BACKENDS:
+            run_on(name, "training_cost.step_time", args.net, "--backend", name, *only)
+        return
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before any thread pool is made
+    measure(args.net, args.methods)
+
+
+def measure(net, only=None):
+    import keras
+
+    import keras_dst
+    from benchmarks.data import under
+
+    setting = SETTINGS[net]
+    x, y = data(setting)
+
+    def build(method):
+        keras.utils.set_random_seed(0)
+        model = setting.net()
+        optimizer = under(method, model, keras.optimizers.SGD(0.01, momentum=0.9))
+        model.compile(optimizer, "sparse_categorical_crossentropy")
+        epochs = TOTAL // (setting.steps + 1)
+        driver = keras_dst.callbacks.SparseTraining(epochs) if method else None
+        callbacks = [driver] if driver else []
+        return partial(steps_of_fit, model, x, y, BATCH, callbacks), driver
+
+    chosen = {name: method for name, method in methods().items() if name not in setting.without}
+    if only:
+        chosen = {name: chosen[name] for name in ("plain", *only)}
+    built = {name: build(method) for name, method in chosen.items()}
+    turns = {name: turn for name, (turn, _) in built.items()}
+    result = compared(net, turns)
+    found, step = result["ratio_to_plain"], result["median_seconds_per_step"]
+    compiling = result["seconds_to_compile"]
+    updates = {name: update_of(driver) for name, (_, driver) in built.items() if driver}
+    updates = {name: update for name, update in updates.items() if update}
+    for name, update in updates.items():
+        found[name] += update["seconds"] / update["every_steps"] / step["plain"]
+    for name, ratio in found.items():
+        line = f"{keras.backend.backend():10s} {name:20s} {ratio:.2f}"
+        print(
+            line,
+            f"compile {compiling[name] / max(compiling['plain'], 1e-9):.2f}",
+            updates.get(name),
+        )
+    results.save("step_time", f"{net}_{keras.backend.backend()}", {**result, "updates": updates})
+
+
+def data(setting) -> tuple:
+    """Random images and labels for one turn, whose first step is not timed."""
+    import numpy as np
+
+    size = BATCH * (setting.steps + 1)
+    x = np.random.default_rng(0).standard_normal((size, *setting.shape)).astype("float32")
+    return x, np.arange(size) % 10
+
+
+def compared(net, turns) -> dict:
+    """Seconds of each of the turns, which are begun here, beside those of `plain`."""
+    setting = SETTINGS[net]
+    first, again = ({n: cpu_seconds(turn) for n, turn in turns.items()} for _ in range(2))
+    times = in_turns(turns, setting.rounds)
+    step = {n: statistics.median(t) / setting.steps for n, t in times.items()}
+    return {
+        "command": "make bench-step" if net == "small-cnn" else "make bench-overhead",
+        "net": f"{net}, {' x '.join(map(str, setting.shape))}, batch {BATCH}, one core",
+        "rounds": setting.rounds,
+        "steps_per_round": setting.steps,
+        "ratio_to_plain": ratios(times, "plain"),
+        "median_seconds_per_step": step,
+        "seconds_to_compile": {n: max(0.0, first[n] - again[n]) for n in turns},
+        "seconds_per_round": times,
+    }
+
+
+def update_of(callback) -> dict | None:
+    """Seconds that an update of the masks takes, and after how many steps there is one."""
+    driver = callback._drivers[0]
+    if not driver.every:
+        return None
+    update = partial(update_masks, driver, 0)
+    update()  # compiles
+    times = [seconds(update) for _ in range(5)]
+    return {"seconds": statistics.median(times), "every_steps": driver.every}
+
+
+if __name__ == "__main__":
+    main()
