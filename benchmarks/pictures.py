@@ -18,7 +18,7 @@ from benchmarks import results
 from benchmarks.files.tflite_grid import NETS, PATTERNS, SPARSITIES
 from benchmarks.training_cost.scaling import SIZES
 
-IMAGES = pathlib.Path(__file__).parent.parent / "docs" / "images"
+IMAGES = results.ROOT / "docs" / "images"
 TASK = "mnist"
 MARKERS = {0.9: "o", 0.98: "D"}
 

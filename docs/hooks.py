@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def on_files(files, config):
     """Pages that are not in docs/: the tables of results/, and the changes."""
-    for path in [*sorted(ROOT.glob("results/*.md")), ROOT / "CHANGELOG.md"]:
+    for path in [*sorted(ROOT.glob("results/*/index.md")), ROOT / "CHANGELOG.md"]:
         name = path.relative_to(ROOT).as_posix()
         kind = InclusionLevel.NOT_IN_NAV  # they may be there
         files.append(File.generated(config, name, abs_src_path=str(path), inclusion=kind))
@@ -44,11 +44,11 @@ def _formula(block) -> str:
 
 
 def _figures(marker) -> str:
-    return figures(marker[1], (ROOT / "results" / "methods.md").read_text())
+    return figures(marker[1], (ROOT / "results" / "methods" / "index.md").read_text())
 
 
 def figures(method: str, page: str) -> str:
-    """The rows of a method, its variants, and what it is read against, of results/methods.md."""
+    """Return the rows of a method, its variants and its baselines from results/methods/index.md."""
     wanted = ("method", "---", "dense", "random", "Magnitude", method)
     lines = []
     for section in page.split("\n## ")[1:]:
@@ -65,10 +65,11 @@ def step_times() -> str:
 
     In brackets, how long compiling takes beside the plain model's, where that was timed.
     """
-    runs = [run for kind in ("step_time", "overhead", "recurrent") for run in _runs(kind)]
-    lines = []
-    for net in dict.fromkeys(run["net"] for _, run in runs):
-        columns = {name: _ratios(run) for name, run in runs if run["net"] == net}
+    runs, lines = _runs("step_time"), []
+    for net in ("small-cnn", "resnet-20", "lstm-128"):
+        mine = {name.split("_")[1]: run for name, run in runs.items() if name.startswith(net)}
+        columns = {name: _ratios(run) for name, run in mine.items()}
+        net = next(iter(mine.values()))["net"]
         lines += ["", f"**{net}**", "", *_columns(columns)]
     return "\n".join(lines)
 
@@ -80,15 +81,15 @@ def mask_updates() -> str:
             name: f"{of['passes']:.0f} passes, {of['memory_over_weights']:.1f}×"
             for name, of in run["methods"].items()
         }
-        for backend, run in _runs("mask_update")
+        for backend, run in _runs("mask_update").items()
     }
     return "\n".join(["", *_columns(columns)])
 
 
-def _runs(kind: str) -> list[tuple[str, dict]]:
-    """What is in the files of a kind, by the last word of their names: a backend, or a peer."""
-    paths = sorted(ROOT.glob(f"results/{kind}_*.json"))
-    return [(path.stem.removeprefix(f"{kind}_"), json.loads(path.read_text())) for path in paths]
+def _runs(benchmark: str) -> dict[str, dict]:
+    """Return the stored runs of a benchmark by name."""
+    lines = (ROOT / "results" / benchmark / "runs.jsonl").read_text().splitlines()
+    return {run["run"]: run for run in map(json.loads, lines)}
 
 
 def _ratios(run: dict) -> dict[str, str]:

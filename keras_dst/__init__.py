@@ -1,20 +1,31 @@
 """Sparse training for any Keras 3 model, and an exporter that writes smaller, faster `.tflite`."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from keras_dst import allocation, callbacks, layers, masks, methods, regularizers, schedules
 from keras_dst.optimizers import SparseOptimizer
 from keras_dst.surgery import SparsifyReport, sparsify, strip
 from keras_dst.version import __version__
 
+if TYPE_CHECKING:  # for editors, type checkers and the reference, which do not run `__getattr__`
+    from keras_dst import plots, tfmot
+    from keras_dst._reporting.sensitivity import SensitivityReport, sensitivity
+    from keras_dst._reporting.sparsity import SparsityReport, WeightReport, report
+    from keras_dst._structure import ChannelReport, ShrinkReport, shrink, shrink_report
+    from keras_dst.export import ExportError, ExportReport, LintReport, export_tflite
+    from keras_dst.export.lint import lint
+
 # Reports, export and plots are imported on first use: training needs none of them.
 _LAZY = {
+    "ChannelReport": "_structure",
     "ExportError": "export",
     "ExportReport": "export",
     "LintReport": "export",
     "SensitivityReport": "_reporting.sensitivity",
     "ShrinkReport": "_structure",
     "SparsityReport": "_reporting.sparsity",
+    "WeightReport": "_reporting.sparsity",
     "export_tflite": "export",
     "lint": "export",
     "report": "_reporting.sparsity",
@@ -25,6 +36,7 @@ _LAZY = {
 _LAZY_MODULES = ("plots", "tfmot", "tuner")
 
 __all__ = [
+    "ChannelReport",
     "ExportError",
     "ExportReport",
     "LintReport",
@@ -33,6 +45,7 @@ __all__ = [
     "SparseOptimizer",
     "SparsifyReport",
     "SparsityReport",
+    "WeightReport",
     "__version__",
     "allocation",
     "callbacks",

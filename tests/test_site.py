@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -11,21 +12,12 @@ import zlib
 import pytest
 
 import keras_dst
-from benchmarks import (
-    across,
-    authors,
-    edge,
-    energy,
-    grid,
-    growth,
-    int8,
-    matrix,
-    methods,
-    mnist_all,
-    patterns,
-    peers,
-    pictures,
-)
+from benchmarks import pictures, results
+from benchmarks.accuracy import authors, backend_agreement, methods, mnist_runs, patterns
+from benchmarks.comparison import libraries
+from benchmarks.coverage import models
+from benchmarks.files import int8, tflite_cases, tflite_grid
+from benchmarks.training_cost import scaling, time_to_accuracy
 from tests.backends import once
 from tests.pages import PAGES, ROOT
 
@@ -92,35 +84,36 @@ def test_every_public_name_is_in_the_reference(site):
 # -- figures -------------------------------------------------------------------------------------
 
 
-TABLES = {
-    "across": across,
-    "authors": authors,
-    "edge": edge,
-    "energy": energy,
-    "grid": grid,
-    "growth": growth,
-    "int8": int8,
-    "methods": methods,
-    "mnist": mnist_all,
-    "patterns": patterns,
-    "peers": peers,
-}
+TABLES = (
+    authors,
+    backend_agreement,
+    int8,
+    libraries,
+    methods,
+    mnist_runs,
+    patterns,
+    scaling,
+    tflite_cases,
+    tflite_grid,
+    time_to_accuracy,
+)
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_tables_are_those_of_the_json_files(name, tmp_path, monkeypatch):
-    made, table = TABLES[name], f"{name}.md"
-    shutil.copytree(RESULTS, tmp_path / "results")
-    monkeypatch.setattr(made, "RESULTS", tmp_path / "results")
-    made.table()
-    assert (tmp_path / "results" / table).read_text() == (RESULTS / table).read_text()
+@pytest.mark.parametrize("benchmark", TABLES, ids=lambda module: module.BENCHMARK)
+def test_the_table_of_a_benchmark_follows_from_its_runs(benchmark, tmp_path, monkeypatch):
+    page = pathlib.Path(benchmark.BENCHMARK) / "index.md"
+    committed = (results.RESULTS / page).read_text()
+    shutil.copytree(results.RESULTS, tmp_path / "results")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    benchmark.table()
+    assert (tmp_path / "results" / page).read_text() == committed
 
 
-def test_the_page_of_models_is_that_of_the_json_files(tmp_path, monkeypatch):
-    committed = matrix.PAGE.read_text()
-    monkeypatch.setattr(matrix, "PAGE", tmp_path / "models.md")
-    matrix.table()
-    assert matrix.PAGE.read_text() == committed
+def test_the_page_of_models_follows_from_its_runs(tmp_path, monkeypatch):
+    committed = models.PAGE.read_text()
+    monkeypatch.setattr(models, "PAGE", tmp_path / "models.md")
+    models.table()
+    assert models.PAGE.read_text() == committed
 
 
 @pytest.mark.parametrize("name", pictures.PICTURES)
@@ -135,6 +128,6 @@ def test_pictures_are_those_of_the_json_files(name, tmp_path):
 def test_figures_in_the_readme_are_in_the_results():
     section = (ROOT / "README.md").read_text().split("## Does it work?")[1].split("\n## ")[0]
     figures = re.findall(r"\d+\.\d+(?: ± \d+\.\d+)? %|\b0\.\d{3}\b", section)
-    tables = "".join(path.read_text() for path in RESULTS.glob("*.md"))
+    tables = "".join(path.read_text() for path in results.RESULTS.glob("*/index.md"))
     assert figures
     assert [figure for figure in figures if figure not in tables] == []

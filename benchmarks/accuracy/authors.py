@@ -126,7 +126,7 @@ def table():
         "Test accuracy in % after the last epoch, mean and standard deviation over the seeds; "
         "beside it the sparsity that was reached. Both start from the same weights and have the "
         "same data, net, epochs, batches and rate; theirs trains on PyTorch, on a CPU. Made by "
-        "`make bench-authors` from the JSON files here.",
+        "`make bench-authors` from the runs next to this page.",
         "",
         "| method | net | epochs | sparsity asked | seeds | authors' code | ours | ours on |",
         "|---|---|---|---|---|---|---|---|",

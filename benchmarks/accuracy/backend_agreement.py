@@ -5,7 +5,8 @@ python -m benchmarks.accuracy.backend_agreement --table
     the table alone, from the JSON files that are there.
 
 Initial weights and the order of the batches are drawn by NumPy, so that nothing differs but the
-backend's arithmetic. Nets, data and budget are those of `benchmarks.accuracy.methods`. Tasks and seeds whose
+backend's arithmetic. Nets, data and budget are those of `benchmarks.accuracy.methods`. Tasks and
+seeds whose
 JSON is there already are not run again.
 """
 
@@ -123,7 +124,7 @@ def table():
         f"{SPARSITY:.0%} sparse. Test accuracy in % after the last epoch, the sparsity reached, "
         "and how much of what two backends keep is the same: weights that both keep, of those "
         "that either does. Means over the seeds. Two masks drawn at random would share 5 %. "
-        "Made by `make bench-agreement` from the JSON files here.",
+        "Made by `make bench-agreement` from the runs next to this page.",
     ]
     found: dict = {}
     for run in results.runs(BENCHMARK).values():

@@ -183,7 +183,8 @@ def table():
         "",
         "Test accuracy in % after the last epoch, mean and standard deviation over the seeds; "
         "beside it the sparsity that was reached. Same net, data, optimiser and number of epochs "
-        "for every method, tuned for none. Made by `make bench-methods` from the JSON files here.",
+        "for every method, tuned for none. Made by `make bench-methods` from the runs next to "
+        "this page.",
     ]
     for (net, epochs, backend), runs in found.items():
         lines += ["", f"## {net}, {epochs} epochs, {backend}", ""]

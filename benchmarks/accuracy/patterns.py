@@ -1,6 +1,7 @@
 """What a pattern costs: methods at equal sparsity, weights pruned alone or together.
 
-One JSON per run, and results/patterns.md. Nets, data and budget are those of `benchmarks.accuracy.methods`.
+One JSON per run, and results/patterns.md. Nets, data and budget are those of
+`benchmarks.accuracy.methods`.
 Runs whose JSON is there already are not run again.
 
 python -m benchmarks.accuracy.patterns mnist-mlp --seeds 3
@@ -35,7 +36,7 @@ def table():
         "Test accuracy in % after the last epoch, mean and standard deviation over the seeds. Same "
         "net, data, optimiser and number of epochs for every method and pattern, tuned for none. "
         "Blocks are consecutive inputs of one unit; a channel is all that makes one unit. "
-        "Made by `make bench-patterns` from the JSON files here.",
+        "Made by `make bench-patterns` from the runs next to this page.",
     ]
     for net, epochs, backend in dict.fromkeys(key for key, *_ in found):
         lines += ["", f"## {net}, {epochs} epochs, {backend}", ""]

@@ -95,7 +95,7 @@ def table():
         "keras_dst, tfmot and PQuantML at the same job: the same data, seeds, optimiser (SGD with "
         f"momentum 0.9 along a cosine), number of epochs and target of {TARGET:.0%}, tuned for "
         "none. Each tool in the environment that it needs, on one core, on TensorFlow. "
-        "Made by `make bench-libraries` from `results/peers_*.json`.",
+        "Made by `make bench-libraries` from the runs next to this page.",
         "",
         f"## LeNet-300-100, MNIST, {EPOCHS} epochs",
         "",

@@ -28,7 +28,7 @@ TARGET, EPOCHS, BATCH, RATE, SEEDS = 0.9, 5, 128, 0.05, 3
 STEPS, ROUNDS = 110, 9  # of the turns that are timed; masks are updated every 100 steps
 FEW = 8  # steps of an epoch of the ResNet
 ALPHAS = (1e-4, 1.25e-4, 1.5e-4, 2e-4, 6e-4)  # to choose from where there is no target
-FILES = pathlib.Path(__file__).parent.parent / "build" / "peers"
+FILES = results.ROOT / "build" / "peers"
 
 
 class Tool:

@@ -1,13 +1,13 @@
 """Which models work, on which backend, with which methods: results/matrix_BACKEND.json.
 
 Every model is made sparse, trained for a few steps, evaluated, saved, loaded and stripped; what
-fails is written down with its error. `python -m benchmarks.coverage.models --table` makes docs/models.md.
+fails is written down with its error. `python -m benchmarks.coverage.models --table` makes
+docs/models.md.
 """
 
 import argparse
 import math
 import os
-import pathlib
 import tempfile
 
 from benchmarks import results
@@ -16,7 +16,7 @@ from benchmarks.backends import BACKENDS, run_on
 BENCHMARK = "models"
 STEPS = ("fit", "evaluate", "predict", "save, load", "strip")
 BATCH, BATCHES, CLASSES = 4, 3, 5
-PAGE = pathlib.Path(__file__).parent.parent / "docs" / "models.md"
+PAGE = results.ROOT / "docs" / "models.md"
 
 
 def images(size=32):
@@ -211,7 +211,7 @@ def table():
         "Each model is made sparse, trained, evaluated, predicts, is saved, loaded and stripped, "
         "with small inputs and random weights. ✓: all of it works, and the loaded and the stripped "
         "model predict exactly what the trained one did. An empty cell was not run. Made "
-        "by `make bench-models` from `results/matrix_*.json`.",
+        "by `make bench-models` from the runs next to this page.",
     ]
     notes: list[str] = []
     stored = results.runs(BENCHMARK)

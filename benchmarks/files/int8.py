@@ -1,6 +1,7 @@
 """What rounding to int8 costs a sparse net: one JSON per net, and results/int8.md.
 
-The nets of `benchmarks.files.tflite_cases`, trained dense and at 90 %, exported with float32 weights, with int8
+The nets of `benchmarks.files.tflite_cases`, trained dense and at 90 %, exported with float32
+weights, with int8
 weights (`quantize="weights"`) and as integers throughout (`quantize="full"`, ranges from 200
 training images): accuracy on test images and bytes, each as small as can be (`optimize="size"`).
 Nets whose JSON is there already are not run again.
@@ -77,7 +78,7 @@ def table():
         "of the dense float32 file. The sparse nets have 90 % zeros. `int8 weights` are rounded "
         "one layer at a time where that is smaller and computed with in float32; `int8` computes "
         f"in integers, with ranges from {SAMPLES} training images. "
-        "Made by `make bench-int8` from `results/int8_*.json`.",
+        "Made by `make bench-int8` from the runs next to this page.",
         "",
         "| net | weights | " + " | ".join(QUANTIZE) + " |",
         "|---|---|" + "---|" * len(QUANTIZE),

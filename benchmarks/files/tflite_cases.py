@@ -26,7 +26,7 @@ from tests import no_avx
 
 BENCHMARK = "tflite_cases"
 IMAGES, TESTED, BATCH, SEED = 5_000, 2_000, 64, 0
-TRAINED = pathlib.Path(__file__).parent.parent / "build" / "edge"
+TRAINED = results.ROOT / "build" / "edge"
 
 
 @dataclass
@@ -199,7 +199,7 @@ def table():
         "Against the dense float32 file of the same net, trained as long: bytes, and latency of "
         "one inference on one thread, as it is and with AVX hidden (as on ARM). Accuracy in % on "
         f"{TESTED:,} test images: of the dense net, the sparse net, and the file. Bold: a goal, "
-        "met; struck through: missed. Made by `make bench-tflite` from `results/edge_*.json`.",
+        "met; struck through: missed. Made by `make bench-tflite` from the runs next to this page.",
         "",
         "| case | accuracy | bytes | gzip | latency | latency, AVX hidden |",
         "|---|---|---|---|---|---|",

@@ -1,6 +1,7 @@
 """What sparsity gains a .tflite file, by net, pattern and sparsity: results/grid_NET.json.
 
-The nets of `benchmarks.files.tflite_cases`, trained dense there, are trained on for half as long, while
+The nets of `benchmarks.files.tflite_cases`, trained dense there, are trained on for half as long,
+while
 `Magnitude` makes them sparse, with the same sparsity in every layer but the last; the dense one is
 trained on as well. Whole channels are then removed. Each is exported for latency and measured
 beside the dense float32 and int8 files, in turns, at batch 1 on one thread: accuracy on test
@@ -155,7 +156,8 @@ def table():
         "thread, time to load, peak memory; then bytes and latency of a file exported for ARM, "
         "with AVX hidden, where XNNPACK takes the kernels it has for ARM. `channel`: the channels "
         "are removed. `converter`: the file that TensorFlow's converter writes of the same sparse "
-        "net with `EXPERIMENTAL_SPARSITY`. Made by `make bench-tflite` from `results/grid_*.json`.",
+        "net with `EXPERIMENTAL_SPARSITY`. Made by `make bench-tflite` from the runs next to this "
+        "page.",
     ]
     stored = results.runs(BENCHMARK)
     for net in NETS:

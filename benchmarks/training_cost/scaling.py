@@ -1,7 +1,8 @@
 """What sparse training costs as nets, depths and batches grow: results/growth_BACKEND.json.
 
 Nets of dense layers, along three axes, the rest held: parameters, layers, batch. At every point
-the plain net and each method, at 90 % sparsity, train in turns, as in `benchmarks.training_cost.step_time`; then
+the plain net and each method, at 90 % sparsity, train in turns, as in
+`benchmarks.training_cost.step_time`; then
 the net is made sparse and stripped, and one of 90 % has its masks updated, is shrunk and exported.
 Slopes are those of a line through the logarithms: 1 is proportional, below 1 the cost grows slower.
 
@@ -182,7 +183,7 @@ def table():
         "Nets of dense layers on one core, 90 % of their weights pruned. First, time of a step "
         f"beside the plain net's, in turns, medians of {ROUNDS}; then seconds of what happens "
         "once, or for `update` every hundred steps; `export` is without measuring. `slope` is the "
-        "exponent of growth. Made by `make bench-scaling` from `results/growth_*.json`.",
+        "exponent of growth. Made by `make bench-scaling` from the runs next to this page.",
     ]
     stored = results.runs(BENCHMARK)
     for backend in BACKENDS:

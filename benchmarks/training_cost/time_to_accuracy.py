@@ -4,7 +4,8 @@ python -m benchmarks.training_cost.time_to_accuracy --seeds 3
 python -m benchmarks.training_cost.time_to_accuracy --table
     the table alone, from the JSON files that are there.
 
-LeNet-300-100 on MNIST, 95 % sparse, as `benchmarks.accuracy.methods` trains it, with budgets of 2 to 10
+LeNet-300-100 on MNIST, 95 % sparse, as `benchmarks.accuracy.methods` trains it, with budgets of 2
+to 10
 epochs. Sparse from one pass of training, by each method, beside train, prune, fine-tune: half of
 the epochs dense, then the smallest weights go at once, then the other half with the rate from its
 top again. The cheapest budget whose mean accuracy over the seeds reaches the goal is what counts:
@@ -102,7 +103,7 @@ def table():
         f"{100 * LESS:g} points. Operations of the whole training are in those of a dense epoch: "
         "as executed here, and as they would be where every zero is skipped. Seconds are the "
         f"fit's, with compiling. All ended within {100 * apart:.2f} points of the target. Made by "
-        "`make bench-time-to-accuracy` from the JSON files here.",
+        "`make bench-time-to-accuracy` from the runs next to this page.",
         "",
         "| | epochs | accuracy | operations | zeros skipped | seconds |",
         "|---|---|---|---|---|---|",
