@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from keras_dst import allocation, callbacks, layers, masks, methods, regularizers, schedules
+from keras_dst import allocation, callbacks, layers, masks, methods, regularizers, schedules, tfmot
 from keras_dst.optimizers import SparseOptimizer
 from keras_dst.surgery import SparsifyReport, sparsify, strip
 from keras_dst.version import __version__
@@ -33,7 +33,7 @@ _LAZY = {
     "shrink": "_structure",
     "shrink_report": "_structure",
 }
-_LAZY_MODULES = ("plots", "tfmot", "tuner")
+_LAZY_MODULES = ("plots", "tuner")
 
 __all__ = [
     "ChannelReport",

@@ -119,12 +119,12 @@ class BuildHook(_Layer):
     """Mixin that calls `after_build` once Keras has built a layer, whatever its `build` takes."""
 
     def after_build(self) -> None:
-        """React to the end of `build`, before Keras refuses new variables."""
+        """React to the end of `build`. The method may change the class of the layer."""
         raise NotImplementedError
 
     def _lock_state(self):
-        self.after_build()
         super()._lock_state()
+        self.after_build()
 
 
 def refresh_torch_parameters(layer) -> None:

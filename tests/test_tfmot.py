@@ -11,6 +11,7 @@ from keras import layers
 
 import keras_dst
 from keras_dst import tfmot
+from keras_dst.tfmot.masks import block_mask, magnitude_mask
 from tests import models
 from tests.backends import once
 
@@ -132,7 +133,7 @@ def test_configs():
     ],
 )
 def test_magnitude_mask(weights, sparsity, expected):
-    found = tfmot.magnitude_mask(np.array(weights, "float32"), sparsity)
+    found = magnitude_mask(np.array(weights, "float32"), sparsity)
     np.testing.assert_array_equal(found, np.array(expected, bool))
 
 
@@ -140,19 +141,19 @@ def test_block_mask():
     w = np.array([[9, 0, 4, 4], [0, 0, 4, 4], [1, 1, 0, 6], [1, 1, 0, 0]], "float32")
     # Means 2.25 4 / 1 1.5, largest 9 4 / 1 6.
     of_means = np.kron([[1, 1], [0, 0]], np.ones((2, 2), bool))
-    np.testing.assert_array_equal(tfmot.block_mask(w, 0.5, (2, 2), "AVG"), of_means)
+    np.testing.assert_array_equal(block_mask(w, 0.5, (2, 2), "AVG"), of_means)
     of_largest = np.kron([[1, 0], [0, 1]], np.ones((2, 2), bool))
-    np.testing.assert_array_equal(tfmot.block_mask(w, 0.5, (2, 2), "MAX"), of_largest)
+    np.testing.assert_array_equal(block_mask(w, 0.5, (2, 2), "MAX"), of_largest)
 
 
 @once
 def test_block_mask_where_blocks_do_not_divide_the_weight():
     # Six rows in blocks of four: the windows are rows 0-2 and 3-5, the blocks 0-3 and 4-5.
     w = np.array([[0, 0, 0, 5, 5, 5]], "float32").T
-    found = tfmot.block_mask(w, 0.5, (4, 1), "AVG")
+    found = block_mask(w, 0.5, (4, 1), "AVG")
     np.testing.assert_array_equal(found[:, 0], [0, 0, 0, 0, 1, 1])
     # A block as wide as the weight, and wider.
-    assert tfmot.block_mask(w, 0.5, (1, 3), "MAX").sum() == 3
+    assert block_mask(w, 0.5, (1, 3), "MAX").sum() == 3
 
 
 # -- training ------------------------------------------------------------------------------------

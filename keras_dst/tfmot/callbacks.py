@@ -1,0 +1,115 @@
+"""`UpdatePruningStep`: the callback that prunes while a model is trained."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_dst import _keras, masks
+from keras_dst._backend.jit import jit
+from keras_dst._training.drivers import LayerDriver
+from keras_dst.callbacks import guard_step
+from keras_dst.methods.base import LayerMethod
+from keras_dst.tfmot.pruning import is_pruned
+
+
+class UpdatePruningStep(keras.callbacks.Callback):
+    """Callback that updates the masks of pruned layers and sets masked weights to zero.
+
+    In your own training loop, compile the model, then call `set_model` and `on_train_begin`. Call
+    `on_train_batch_begin` before every step and `on_epoch_end` after every epoch.
+
+    Raises:
+        ValueError: When training begins, if the model has no pruned layer, is not compiled, or is
+            compiled with `steps_per_execution` above 1, which hides steps from callbacks.
+
+    Example:
+        >>> model.fit(x, y, epochs=2, callbacks=[keras_dst.tfmot.UpdatePruningStep()])
+    """
+
+    def on_train_begin(self, logs=None):
+        groups: dict[LayerMethod, list[Any]] = {}
+        for layer in _keras.flatten_layers(self.model):
+            if is_pruned(layer):
+                groups.setdefault(layer.method, []).append(layer)
+        if not groups:
+            raise ValueError(
+                f"UpdatePruningStep found no pruned layer in '{self.model.name}'. Call "
+                "model = keras_dst.tfmot.prune_low_magnitude(model), and compile it."
+            )
+        if getattr(self.model, "optimizer", None) is None:
+            raise ValueError(
+                f"'{self.model.name}' has no optimizer, whose counter tells the step. Compile it."
+            )
+        if self.model.steps_per_execution != 1:
+            raise ValueError(
+                "UpdatePruningStep must be called before every step. Compile with "
+                "steps_per_execution=1, or use keras_dst.SparseOptimizer. "
+                f"Received: steps_per_execution={self.model.steps_per_execution}"
+            )
+        self._drivers = [_StepDriver(self.model, layers_) for layers_ in groups.values()]
+        self._skipped_batches = 0
+        guard_step(self.model, self._drivers)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        # A resumed fit draws the batches before the backup again, and skips them.
+        self._skipped_batches = getattr(self.model, "_initial_batch", 0)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch < self._skipped_batches:
+            return
+        _ = self.model  # On JAX, this property writes the state of the running fit to variables.
+        for driver in self._drivers:
+            driver.before_step()
+
+    def on_epoch_end(self, batch, logs=None):
+        _ = self.model
+        for driver in self._drivers:
+            driver.apply_masks()
+            driver.save_progress()
+
+    def on_train_end(self, logs=None):
+        for driver in self._drivers:
+            driver.drive(False)
+
+
+class _StepDriver(LayerDriver):
+    """Driver of the layers that share one `PruneLowMagnitude`."""
+
+    def __init__(self, model, layers_):
+        super().__init__(model, layers_)
+        self.schedule = self.method.pruning_schedule
+        self.step: int | None = None  # Read at the first step, after a backup may be restored.
+        self.drive(True)
+
+    def before_step(self):
+        """Count a step, update the masks if the schedule says so, and zero masked weights."""
+        if self.step is None:
+            self.step, _ = self.read_progress()
+            self.save_progress()
+        self.step += 1
+        if self.method.is_update(self.step):
+            for weight, state in zip(self.weights, self.states):
+                w = ops.convert_to_numpy(ops.cast(ops.convert_to_tensor(weight), "float32"))
+                state["mask"].assign(self.method.new_mask(w, self.step))
+        self.apply_masks()
+
+    def apply_masks(self):
+        """Set masked weights to zero again: the optimizer step has moved them."""
+        weights, states = self._values()
+        masked = _masked_weights()(weights, [state["mask"] for state in states])
+        for weight, value in zip(self.weights, masked):
+            weight.assign(value)
+
+    def save_progress(self):
+        """Store the number of steps in the layers, so that a later fit continues from it."""
+        if self.step is not None:
+            self.write_progress(self.step, 1)
+
+
+@functools.cache
+def _masked_weights():
+    return jit(lambda weights, kept: [masks.masked(w, m) for w, m in zip(weights, kept)])

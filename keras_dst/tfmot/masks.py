@@ -1,0 +1,48 @@
+"""Magnitude masks of tfmot, for single weights and for blocks, in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def magnitude_mask(w: np.ndarray, sparsity: float) -> np.ndarray:
+    """Return a boolean mask of the `max(1, round(size * (1 - sparsity)))` largest magnitudes.
+
+    Weights that tie with the smallest kept magnitude are kept as well, as in tfmot.
+    """
+    magnitudes = np.abs(w)
+    kept = max(1, int(np.round(np.float32(w.size) * (np.float32(1) - np.float32(sparsity)))))
+    return magnitudes >= np.partition(magnitudes, w.size - kept, axis=None)[w.size - kept]
+
+
+def block_mask(w: np.ndarray, sparsity: float, block_size, pooling: str) -> np.ndarray:
+    """Return a boolean mask of the blocks with the largest pooled magnitudes.
+
+    Args:
+        w: Matrix of shape (inputs, outputs).
+        sparsity: Fraction of blocks that the mask prunes.
+        block_size: Rows (inputs) and columns (outputs) of a block.
+        pooling: `"AVG"` ranks blocks by their mean magnitude, `"MAX"` by the largest.
+
+    If the block size does not divide an axis, tfmot splits the padding between both ends of the
+    axis. The windows that it pools then start before the blocks that they decide about. This
+    function does the same.
+    """
+    pooled = np.abs(w)
+    for axis, length in enumerate(block_size):
+        pooled = _pool(pooled, axis, length, {"AVG": np.nanmean, "MAX": np.nanmax}[pooling])
+    mask = magnitude_mask(pooled, sparsity)
+    for axis, length in enumerate(block_size):
+        mask = np.repeat(mask, length, axis)
+    return mask[: w.shape[0], : w.shape[1]]
+
+
+def _pool(values, axis, length, reduce):
+    """Reduce windows of `length` entries along one axis, padded alike at both ends."""
+    windows = -(-values.shape[axis] // length)
+    missing = windows * length - values.shape[axis]
+    padding = [(0, 0), (0, 0)]
+    padding[axis] = (missing // 2, missing - missing // 2)
+    padded = np.pad(values, padding, constant_values=np.nan)
+    shape = [*values.shape[:axis], windows, length, *values.shape[axis + 1 :]]
+    return reduce(padded.reshape(shape), axis=axis + 1)

@@ -1,0 +1,230 @@
+"""`prune_low_magnitude` and `strip_pruning`: prune layers in place, and make them stock again."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import keras
+
+from keras_dst import _keras
+from keras_dst._utils.filters import is_kernel
+from keras_dst.layers import SparseMixin, sparse_class
+from keras_dst.surgery import become_sparse, check_model, has_kernel, strip, unsupported
+from keras_dst.tfmot.method import PruneLowMagnitude
+from keras_dst.tfmot.policies import PruningPolicy
+from keras_dst.tfmot.schedules import ConstantSparsity, PruningSchedule
+
+_DEFAULT_SCHEDULE = ConstantSparsity(0.5, 0)
+
+
+def prune_low_magnitude(
+    to_prune,
+    pruning_schedule: PruningSchedule = _DEFAULT_SCHEDULE,
+    block_size: tuple[int, int] = (1, 1),
+    block_pooling_type: str = "AVG",
+    pruning_policy: PruningPolicy | None = None,
+    sparsity_m_by_n: tuple[int, int] | None = None,
+    **kwargs,
+):
+    """Let `UpdatePruningStep` prune the kernels of a model or layer while it is trained.
+
+    The model or layer is changed in place and returned. Layers that are pruned already keep their
+    schedule. Frozen layers of a model stay dense. Fit with `callbacks=[UpdatePruningStep()]`.
+
+    Args:
+        to_prune: A built Keras 3 model, a layer (built or not), or a list of layers.
+        pruning_schedule: Schedule that decides when masks are updated, and their sparsity.
+            Defaults to `ConstantSparsity(0.5, 0)`.
+        block_size: Rows (inputs) and columns (outputs) of the blocks that are pruned as a whole,
+            for weights that are matrices. This is the order of tfmot; in a `pattern` of
+            `keras_dst.methods`, outputs come first: `"1x4"` is `block_size=(4, 1)` here.
+            Defaults to (1, 1).
+        block_pooling_type: `"AVG"` ranks blocks by their mean magnitude, `"MAX"` by the largest.
+            Defaults to `"AVG"`.
+        pruning_policy: Policy that chooses the layers of a model. Defaults to None: all layers.
+        sparsity_m_by_n: Pair `(m, n)`: m zeros in every n consecutive inputs. The mask is chosen
+            at step 1, whatever the schedule says. Defaults to None.
+
+    Returns:
+        `to_prune`.
+
+    Raises:
+        TypeError: If `to_prune` is not a Keras 3 model, a layer or a list of layers.
+        ValueError: If a layer cannot be pruned in this way. Nothing is changed then.
+
+    Example:
+        >>> model = keras_dst.tfmot.prune_low_magnitude(model)
+        >>> model.compile("adam", "mse")
+        >>> model.fit(x, y, callbacks=[keras_dst.tfmot.UpdatePruningStep()])
+        >>> model = keras_dst.tfmot.strip_pruning(model)
+
+    Source: arXiv 1710.01878; tfmot 0.8.
+    """
+    if kwargs:
+        raise TypeError(
+            f"Unexpected arguments {sorted(kwargs)}. Set the input shape with keras.Input(shape) "
+            "before the layer, and pass other arguments to the layer itself."
+        )
+    method = PruneLowMagnitude(pruning_schedule, block_size, block_pooling_type, sparsity_m_by_n)
+    targets = to_prune if isinstance(to_prune, list) else [to_prune]
+    # Check before the first change, so that an error leaves everything as it was.
+    plans = [(target, _layers_to_prune(target, method, pruning_policy)) for target in targets]
+    for target, layers_ in plans:
+        if layers_ == [target] and _is_unbuilt_composite(target):
+            target.__class__ = _pruned_on_build(type(target))  # type: ignore[arg-type]
+            target.__dict__["method"] = method
+        else:
+            become_sparse(target, layers_, method)
+    return to_prune
+
+
+def strip_pruning(model):
+    """Set masked weights to exact zeros and restore stock Keras layers, in place.
+
+    This function is `keras_dst.strip` under the name that tfmot uses.
+
+    Example:
+        >>> keras_dst.tfmot.strip_pruning(model).save("model.keras")
+    """
+    return strip(model)
+
+
+def is_pruned(layer) -> bool:
+    """Return whether `prune_low_magnitude` has pruned this layer."""
+    return isinstance(layer, SparseMixin) and isinstance(layer.method, PruneLowMagnitude)
+
+
+def leaf_layers(model) -> Iterator:
+    """Yield the layers of a model that are not models, also the layers of models inside it."""
+    for layer in model.layers:
+        yield from leaf_layers(layer) if isinstance(layer, keras.Model) else [layer]
+
+
+def prunable_layers(layers, method: PruneLowMagnitude) -> list:
+    """Return the layers among these that the method prunes, without layers that are pruned already.
+
+    Raises:
+        ValueError: If a layer has weights that cannot be pruned.
+    """
+    found = []
+    for layer in layers:
+        if is_pruned(layer):
+            continue
+        if reason := _obstacle(layer, method):
+            raise ValueError(
+                f"'{layer.name}' cannot be pruned: {reason}. To leave this layer dense, prune the "
+                "other layers one by one, or pass a pruning_policy."
+            )
+        cls = sparse_class(type(layer))
+        if cls and any(
+            method.applies_to(weight.layout_of(layer)) for weight in cls.sparse_weights()
+        ):
+            found.append(layer)
+    return found
+
+
+class _PrunedOnBuild(_keras.BuildHook):
+    """Mixin of an unbuilt layer, such as `LSTM`, whose inner layers are pruned once it is built."""
+
+    stock: type
+    method: PruneLowMagnitude
+
+    def after_build(self):
+        method = self.__dict__.pop("method")
+        self.__class__ = self.stock
+        become_sparse(self, _inner_layers_to_prune(self, method), method)
+
+    def get_config(self):
+        raise ValueError(
+            f"'{self.name}' is to be pruned once it is built, and has no config before. Build the "
+            "layer first: add it to a model with keras.Input, or call it on data. To prune a layer "
+            "inside a wrapper such as Bidirectional, prune the wrapper."
+        )
+
+
+@functools.cache
+def _pruned_on_build(stock) -> type:
+    return type(stock.__name__, (_PrunedOnBuild, stock), {"stock": stock})
+
+
+def _is_unbuilt_composite(layer) -> bool:
+    """Return whether this layer gets the weights that can be pruned only when it is built."""
+    return (
+        not isinstance(layer, keras.Model)
+        and not layer.built
+        and sparse_class(type(layer)) is None
+        and type(layer).build is not keras.Layer.build
+        and not _lacks_weight_names(layer)
+    )
+
+
+def _layers_to_prune(target, method, policy) -> list:
+    """Return the layers of a model or layer that are to be pruned."""
+    if not isinstance(target, keras.Model):
+        if not isinstance(target, keras.Layer):
+            check_model(target)
+        if isinstance(target, _PrunedOnBuild):
+            return []
+        return [target] if _is_unbuilt_composite(target) else _inner_layers_to_prune(target, method)
+    check_model(target)
+    if policy is not None:
+        policy.ensure_model_supports_pruning(target)
+    allowed = [x for x in leaf_layers(target) if policy is None or policy.allow_pruning(x)]
+    inside = {id(x): x for leaf in allowed for x in _keras.flatten_layers(leaf)}.values()
+    found = prunable_layers([x for x in inside if not _is_frozen(x)], method)
+    if not found and not any(map(is_pruned, _keras.flatten_layers(target))):
+        raise ValueError(
+            f"There is nothing to prune in '{target.name}'"
+            + (f" that {type(policy).__name__} allows" if policy else "")
+            + (": its layers are frozen." if any(map(_is_frozen, inside)) else ".")
+        )
+    return found
+
+
+def _inner_layers_to_prune(layer, method) -> list:
+    """Return the layers to prune among a layer and the layers inside it."""
+    inside = _keras.flatten_layers(layer)
+    found = prunable_layers([x for x in inside if not _is_frozen(x)], method)
+    if not found and any(map(_is_frozen, inside)):
+        raise ValueError(
+            f"'{layer.name}' is frozen, so it is neither trained nor pruned. Set "
+            "layer.trainable = True first, or leave this layer out."
+        )
+    return found
+
+
+def _is_frozen(layer) -> bool:
+    """Return whether a dense layer has kernels and trains none of them."""
+    if is_pruned(layer):
+        return False
+    if not layer.built:
+        return not layer.trainable and sparse_class(type(layer)) is not None
+    kernels = [x for x in _keras.trainable_variables_of(layer) if is_kernel(x)]
+    return bool(kernels) and not any(kernel.trainable for kernel in kernels)
+
+
+def _lacks_weight_names(layer) -> bool:
+    """Return whether a class names its weights as tfmot wants it, and not as Keras 3 code can."""
+    return hasattr(layer, "get_prunable_weights") and not hasattr(layer, "prunable_weights")
+
+
+def _obstacle(layer, method) -> str | None:
+    """Return why a layer with weights that might be pruned cannot be pruned, or None."""
+    if isinstance(layer, SparseMixin):
+        return "it is sparse already; call keras_dst.strip(model) first"
+    if _lacks_weight_names(layer):
+        return (
+            "its class has a method get_prunable_weights. Name the weights in the class instead, "
+            'such as prunable_weights = ("kernel",)'
+        )
+    if layer.built:
+        reason = unsupported(layer, method) if has_kernel(layer) else None
+    elif sparse_class(type(layer)) or type(layer).build is keras.Layer.build:
+        return None
+    else:
+        return "it is not built. Call the model or layer around it once on data first"
+    is_own = not type(layer).__module__.startswith("keras.")
+    if reason and is_own and not sparse_class(type(layer)):
+        reason += '; name its weights in the class, such as prunable_weights = ("kernel",)'
+    return reason

@@ -1,0 +1,113 @@
+"""Pruning schedules of tfmot: when masks are updated, and the sparsity of each update."""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+
+from keras_dst._utils.config import Configurable
+from keras_dst._utils.validation import is_integer
+from keras_dst.schedules import check_sparsity
+
+
+class PruningSchedule(Configurable):
+    """Base class of pruning schedules, also of the schedules that users write.
+
+    `schedule(step)` returns the pair `(update, sparsity)`: whether the masks are updated before
+    this step, and the fraction of zeros that the new masks have. Steps count from 1.
+
+    To save a model with a schedule of your own, keep every constructor argument in an attribute of
+    the same name, and decorate the class with `@keras.saving.register_keras_serializable()`.
+    """
+
+    def __call__(self, step: int) -> tuple[bool, float]:
+        raise NotImplementedError
+
+    def _should_prune_in_step(self, step, begin_step, end_step, frequency) -> bool:
+        in_range = begin_step <= step and (end_step < 0 or step <= end_step)
+        return in_range and (step - begin_step) % frequency == 0
+
+    def _check_steps(self, begin_step, end_step, frequency) -> None:
+        steps = {"begin_step": begin_step, "end_step": end_step, "frequency": frequency}
+        is_range = (
+            is_integer(begin_step, minimum=0)
+            and is_integer(end_step)
+            and (end_step == -1 or begin_step <= end_step)
+        )
+        if not is_range:
+            raise ValueError(
+                "Expected whole numbers 0 <= begin_step <= end_step. ConstantSparsity also takes "
+                f"end_step=-1, which means no end. Received: {steps}"
+            )
+        if not is_integer(frequency, minimum=1):
+            raise ValueError(f"frequency must be a whole number of steps >= 1. Received: {steps}")
+
+
+@keras.saving.register_keras_serializable("keras_dst.tfmot")
+class ConstantSparsity(PruningSchedule):
+    """A schedule with the same sparsity at every update.
+
+    Args:
+        target_sparsity: Fraction of zeros, in [0, 1).
+        begin_step: Step of the first update. Steps count from 1, so 0 is not a step.
+        end_step: Last step at which masks may be updated. Defaults to -1, which means no end.
+        frequency: Number of steps from one update to the next. Defaults to 100.
+
+    Example:
+        >>> keras_dst.tfmot.ConstantSparsity(0.5, begin_step=2, frequency=10)(12)
+        (True, 0.5)
+    """
+
+    def __init__(self, target_sparsity, begin_step, end_step=-1, frequency=100):
+        self.target_sparsity = target_sparsity
+        self.begin_step, self.end_step, self.frequency = begin_step, end_step, frequency
+        check_sparsity(target_sparsity, "target_sparsity")
+        self._check_steps(begin_step, end_step, frequency)
+
+    def __call__(self, step):
+        update = self._should_prune_in_step(step, self.begin_step, self.end_step, self.frequency)
+        return update, self.target_sparsity
+
+
+@keras.saving.register_keras_serializable("keras_dst.tfmot")
+class PolynomialDecay(PruningSchedule):
+    """A schedule from one sparsity to another: `s_f + (s_i - s_f) (1 - progress)**power`.
+
+    Args:
+        initial_sparsity: Fraction of zeros at `begin_step`, in [0, 1).
+        final_sparsity: Fraction of zeros at `end_step`, in [0, 1).
+        begin_step: Step of the first update.
+        end_step: Step at which the final sparsity is reached. No update follows it.
+        power: Exponent of the polynomial. Defaults to 3.
+        frequency: Number of steps from one update to the next. Defaults to 100.
+
+    Example:
+        >>> keras_dst.tfmot.PolynomialDecay(0.0, 0.8, 0, 200)(100)
+        (True, 0.7)
+
+    Source: arXiv 1710.01878, equation 1.
+    """
+
+    def __init__(
+        self, initial_sparsity, final_sparsity, begin_step, end_step, power=3, frequency=100
+    ):
+        self.initial_sparsity, self.final_sparsity = initial_sparsity, final_sparsity
+        self.power = power
+        self.begin_step, self.end_step, self.frequency = begin_step, end_step, frequency
+        check_sparsity(initial_sparsity, "initial_sparsity")
+        check_sparsity(final_sparsity, "final_sparsity")
+        self._check_steps(begin_step, end_step, frequency)
+        if end_step == -1:
+            raise ValueError(
+                "PolynomialDecay needs an end_step >= begin_step, at which final_sparsity is "
+                "reached. Received: end_step=-1"
+            )
+
+    def __call__(self, step):
+        update = self._should_prune_in_step(step, self.begin_step, self.end_step, self.frequency)
+        length = max(self.end_step - self.begin_step, 1)
+        # tfmot computes in float32, and rounding decides how many weights are kept.
+        progress = np.clip(np.float32(step - self.begin_step) / np.float32(length), 0, 1)
+        difference = np.float32(self.initial_sparsity - self.final_sparsity)
+        decay = (np.float32(1) - progress) ** np.float32(self.power)
+        return update, float(difference * decay + np.float32(self.final_sparsity))
