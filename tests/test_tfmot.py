@@ -1,6 +1,8 @@
 """keras_dst.tfmot against tfmot's rules written in NumPy, and what goes around them."""
 
 import json
+import subprocess
+import sys
 from itertools import pairwise
 
 import h5py
@@ -91,7 +93,7 @@ def test_sparsity_of_schedules():
         (lambda: tfmot.ConstantSparsity(0.5, 5, 4), "end_step"),
         (lambda: tfmot.ConstantSparsity(0.5, 0, frequency=0), "frequency"),
         (lambda: tfmot.ConstantSparsity(0.5, 0.0), "whole numbers"),
-        (lambda: tfmot.PolynomialDecay(0.0, 0.5, 0, -1), "needs the end_step"),
+        (lambda: tfmot.PolynomialDecay(0.0, 0.5, 0, -1), "needs an end_step"),
         (lambda: tfmot.PolynomialDecay(0.0, 1.5, 0, 9), "final_sparsity"),
         (lambda: tfmot.PruneLowMagnitude(EVERY, block_size=4), "block_size"),
         (lambda: tfmot.PruneLowMagnitude(EVERY, block_pooling_type="SUM"), "'AVG' or 'MAX'"),
@@ -289,7 +291,7 @@ def test_without_its_callback_training_is_refused():
 
 @once
 def test_what_the_callback_refuses():
-    with pytest.raises(ValueError, match="found nothing that is pruned"):
+    with pytest.raises(ValueError, match="found no pruned layer"):
         fit(compiled(dense(7)))
     callback = tfmot.UpdatePruningStep()
     callback.set_model(tfmot.prune_low_magnitude(dense(7)))
@@ -376,6 +378,115 @@ class Unknown(Named):
     prunable_weights = ()
 
 
+class Outer(layers.Layer):
+    """A layer without a `build` method, around a layer that gets its weights in `build`."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = layers.MultiHeadAttention(2, 4, name="attention")
+
+    def call(self, inputs):
+        return self.attention(inputs, inputs)
+
+
+UNBUILT = {
+    "LSTM": (lambda: layers.LSTM(3), 2),
+    "GRU": (lambda: layers.GRU(3), 2),
+    "RNN": (lambda: layers.RNN([layers.LSTMCell(3), layers.SimpleRNNCell(3)]), 4),
+    "Bidirectional": (lambda: layers.Bidirectional(layers.LSTM(3)), 4),
+    "TimeDistributed": (lambda: layers.TimeDistributed(layers.Dense(3)), 1),
+    "MultiHeadAttention": (lambda: layers.MultiHeadAttention(2, 4), 4),
+    "user's layer": (lambda: models.Block(6), 3),
+    "LayerNormalization": (layers.LayerNormalization, 0),
+}
+
+
+@pytest.mark.parametrize("name", UNBUILT)
+def test_unbuilt_layers_are_pruned_once_they_are_built(name, tmp_path):
+    make, expected = UNBUILT[name]
+    layer = tfmot.prune_low_magnitude(make(), EVERY)
+    tfmot.prune_low_magnitude([layer], DECAY)  # The first schedule stays.
+    inputs = keras.Input((5, 4))
+    features = layer(inputs, inputs) if name == "MultiHeadAttention" else layer(inputs)
+    last = tfmot.prune_low_magnitude(layers.Dense(3), EVERY)
+    model = keras.Model(inputs, last(layers.Flatten()(features)))
+    pruned = [x for x in layer._flatten_layers() if tfmot.is_pruned(x)]
+    assert sum(len(list(x.masked_weights())) for x in pruned) == expected
+    assert all(x.method.pruning_schedule == EVERY for x in pruned)
+    model.compile("sgd", "mse", run_eagerly=True)
+    data = np.ones((4, 5, 4), "float32"), np.ones((4, 3), "float32")
+    model.fit(*data, batch_size=2, verbose=0, callbacks=[tfmot.UpdatePruningStep()])
+    for mask in masks_of(model):
+        assert mask.sum() == max(1, round(mask.size / 2))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for a, b in zip(masks_of(model), masks_of(loaded), strict=True):
+        np.testing.assert_array_equal(a, b)
+    stripped = tfmot.strip_pruning(model)
+    assert not any(type(x).__module__.startswith("keras_dst") for x in stripped._flatten_layers())
+
+
+@once
+def test_the_config_of_a_layer_that_waits_for_its_build_is_refused():
+    lstm = tfmot.prune_low_magnitude(layers.LSTM(3))
+    with pytest.raises(ValueError, match="prune the wrapper"):
+        layers.Bidirectional(lstm)
+
+
+@once
+def test_an_unsupported_layer_is_refused_when_it_is_built():
+    layer = tfmot.prune_low_magnitude(Unknown(name="own"))
+    with pytest.raises(ValueError, match=r"'own' cannot be pruned: .*prunable_weights = "):
+        layer(keras.Input((9,)))
+
+
+@once
+def test_frozen_layers_stay_dense():
+    base = keras.Sequential([keras.Input((9,)), layers.Dense(8), layers.Dense(8)], name="base")
+    base.trainable = False
+    model = keras.Sequential([keras.Input((9,)), base, layers.Dense(7, name="head")])
+    tfmot.prune_low_magnitude(model, EVERY)
+    assert pruned_names(model) == ["head"]
+    before = [w.numpy() for w in base.weights]
+    fit(compiled(model))
+    for old, new in zip(before, base.weights):
+        np.testing.assert_array_equal(old, new.numpy())
+    model.trainable = False
+    with pytest.raises(ValueError, match="nothing to prune in 'base': its layers are frozen"):
+        tfmot.prune_low_magnitude(base)
+    frozen = layers.Dense(7, name="frozen", trainable=False)
+    for wrong in (frozen, [layers.Dropout(0.5), frozen]):
+        with pytest.raises(ValueError, match=r"'frozen' is frozen.*trainable = True"):
+            tfmot.prune_low_magnitude(wrong)
+    lstm = tfmot.prune_low_magnitude(layers.LSTM(3, trainable=False))
+    with pytest.raises(ValueError, match="is frozen"):
+        lstm(keras.Input((5, 4)))
+
+
+@once
+def test_a_pruned_model_loads_in_a_process_that_imports_keras_dst_alone(tmp_path):
+    model = compiled(tfmot.prune_low_magnitude(dense(7), DECAY))
+    fit(model)
+    model.save(tmp_path / "model.keras")
+    code = (
+        "import sys, keras, keras_dst\n"
+        "model = keras.saving.load_model(sys.argv[1])\n"
+        "print(repr(model.layers[0].method.pruning_schedule))\n"
+        "print(keras_dst.report(model).layers[0].nonzeros)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "model.keras"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == [repr(DECAY), str(masks_of(model)[0].sum())]
+
+
+@once
+def test_the_public_names_are_all_that_dir_shows():
+    assert sorted(tfmot.__all__) == dir(tfmot)
+    assert all(hasattr(tfmot, name) for name in tfmot.__all__)
+
+
 @once
 def test_a_layer_of_ones_own():
     model = keras.Sequential([keras.Input((9,)), tfmot.prune_low_magnitude(Named(), EVERY)])
@@ -418,9 +529,8 @@ def image_model(*inner):
             "2 or 4 axes",
         ),
         (lambda: Mine(7), {}, "prunable_weights"),
-        (lambda: Unknown(), {}, "before it is built"),
         (lambda: keras.Sequential([keras.Input((9,)), Unknown()]), {}, "not supported"),
-        (lambda: layers.MultiHeadAttention(2, 4), {}, "before it is built"),
+        (lambda: Outer(), {}, "'attention' cannot be pruned: it is not built"),
     ],
 )
 def test_what_cannot_be_pruned(make, arguments, says):
@@ -475,20 +585,50 @@ def test_the_policy_prunes_1x1_convolutions():
     assert pruned_names(model) == ["gate"]
 
 
+def xnnpack_around(inner, subtract=False):
+    """A model with another model in it, and a subtraction between layers."""
+    inputs = keras.Input((16, 16, 3))
+    z = inner(layers.Conv2D(4, 3, strides=2)(layers.ZeroPadding2D(1)(inputs)))
+    after = layers.Conv2D(4, 1, name="after")(z)
+    z = layers.Subtract()([z - after, after]) if subtract else after
+    return keras.Model(inputs, layers.GlobalAveragePooling2D()(z))
+
+
+def inner_model(*inner, size=8):
+    return keras.Sequential([keras.Input((size, size, 4)), *inner])
+
+
+@once
+def test_the_policy_looks_into_models_and_accepts_subtraction():
+    within = layers.Conv2D(4, 1, name="within")
+    depthwise = inner_model(layers.DepthwiseConv2D(5), size=12)  # Its padding is outside of it.
+    inner = inner_model(within, layers.ZeroPadding2D(2), depthwise)
+    model = xnnpack_around(inner, subtract=True)
+    tfmot.prune_low_magnitude(model, pruning_policy=POLICY)
+    assert pruned_names(model) == ["within", "after"]
+    base = keras.Sequential(xnnpack().layers[:-2])
+    inputs = keras.Input((16, 16, 3))
+    model = keras.Model(inputs, layers.Dense(2)(layers.GlobalAveragePooling2D()(base(inputs))))
+    tfmot.prune_low_magnitude(model, pruning_policy=POLICY)
+    assert pruned_names(model) == ["pruned"]
+
+
 @once
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: xnnpack(pad=2), "begins as XNNPACK"),
-        (lambda: xnnpack(strides=1), "begins as XNNPACK"),
-        (lambda: xnnpack(channels=1), "begins as XNNPACK"),
-        (lambda: xnnpack(end=layers.GlobalMaxPooling2D()), "ends as XNNPACK"),
-        (lambda: xnnpack(body=[layers.Conv2D(4, 3, name="wide")]), "'wide' has no sparse form"),
+        (lambda: xnnpack(pad=2), "to begin with"),
+        (lambda: xnnpack(strides=1), "to begin with"),
+        (lambda: xnnpack(channels=1), "to begin with"),
+        (lambda: xnnpack(end=layers.GlobalMaxPooling2D()), "to go through"),
+        (lambda: xnnpack(body=[layers.Conv2D(4, 3, name="wide")]), "no sparse form of 'wide'"),
+        (lambda: xnnpack_around(inner_model(layers.Softmax())), "no sparse form of 'softmax"),
+        (lambda: xnnpack_around(inner_model(layers.DepthwiseConv2D(3))), "no sparse form"),
         (lambda: xnnpack(body=[layers.DepthwiseConv2D(3, 2, "same")]), "no sparse form"),
         (lambda: xnnpack(body=[layers.Softmax()]), "no sparse form"),
         (lambda: xnnpack(body=[layers.BatchNormalization(axis=1)]), "no sparse form"),
         (lambda: xnnpack(body=[layers.ReLU()]), "nothing to prune"),
-        (models.Subclassed, "a call of its own"),
+        (models.Subclassed, "its own call method"),
     ],
 )
 def test_models_that_the_policy_does_not_suit(make, says):
@@ -587,7 +727,7 @@ SCHEDULE = {"class_name": "Mine", "config": {}}
         (changed(units=4), "shapes"),
         (
             {**WRAPPED, "config": {**WRAPPED["config"], "pruning_schedule": SCHEDULE}},
-            "a schedule 'Mine'",
+            "unknown class 'Mine'",
         ),
     ],
 )
