@@ -1,4 +1,4 @@
-"""What a benchmark needs before it imports Keras, which has one backend for all of a process."""
+"""Run a benchmark on a backend. Keras must be imported after the backend is chosen."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ BACKENDS = ("tensorflow", "jax", "torch")
 def run_on(backend: str, module: str, *arguments: str, variables: dict | None = None) -> None:
     """Run `python -m benchmarks.MODULE ARGUMENTS` with a backend; raise if it fails.
 
-    `variables` are put into its environment.
+    `variables` are added to the environment of the process.
     """
     command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
     print(f"KERAS_BACKEND={backend}", *command[1:], flush=True)

@@ -1,4 +1,4 @@
-"""What all benchmarks share: data, machine and versions, one JSON file per run."""
+"""Load the data of the benchmarks, and put a model under a method."""
 
 import os
 import pathlib
@@ -8,14 +8,14 @@ import numpy as np
 
 
 def mnist() -> tuple:
-    """MNIST as floats in [0, 1], `(x_train, y_train), (x_test, y_test)`."""
+    """Return MNIST as `(x_train, y_train), (x_test, y_test)`, with pixels in [0, 1]."""
     return tuple(
         ((x / 255.0).astype("float32")[..., None], y.astype("int32")) for x, y in _load("mnist")
     )
 
 
 def cifar10() -> tuple:
-    """CIFAR-10, each channel with mean 0 and deviation 1, as `mnist`."""
+    """Return CIFAR-10 like `mnist`, with mean 0 and standard deviation 1 per channel."""
     (x, y), (x_test, y_test) = _load("cifar10")
     mean, deviation = x.mean((0, 1, 2)), x.std((0, 1, 2))
     return tuple(
@@ -25,7 +25,7 @@ def cifar10() -> tuple:
 
 
 def _load(name: str) -> tuple:
-    """From NAME.npz in the folder named by KERAS_DST_DATA, else from `keras.datasets`."""
+    """Load NAME.npz from the folder in KERAS_DST_DATA, or else from `keras.datasets`."""
     folder = os.environ.get("KERAS_DST_DATA")
     if not folder:
         return getattr(keras.datasets, name).load_data()
@@ -34,8 +34,8 @@ def _load(name: str) -> tuple:
 
 
 def under(method, model, optimizer):
-    """Put the model under a method, or None; the optimizer to compile it with."""
-    import keras_dst  # not at the top: other tools are timed in environments without it
+    """Apply a method, or None, to a model; return the optimizer to compile it with."""
+    import keras_dst  # other tools are timed in environments that lack keras_dst
 
     if isinstance(method, keras_dst.methods.LayerMethod):
         keras_dst.sparsify(model, method)

@@ -1,4 +1,4 @@
-"""The nets of the papers that the benchmarks train."""
+"""Networks of the papers that the benchmarks train."""
 
 import keras
 from keras import layers
@@ -18,7 +18,7 @@ def lenet_300_100():
 
 
 def lenet_5_caffe():
-    """The LeNet-5 of DST's paper: 431,080 weights."""
+    """Return the LeNet-5 of the DST paper, with 431,080 weights."""
     return keras.Sequential(
         [
             keras.Input((28, 28, 1)),
@@ -35,7 +35,7 @@ def lenet_5_caffe():
 
 
 def lenet_5():
-    """LeNet-5 as of 1998, with ReLU and maximum pooling: 61,706 weights."""
+    """Return the LeNet-5 of 1998 with ReLU and max pooling, with 61,706 weights."""
     return keras.Sequential(
         [
             keras.Input((28, 28, 1)),
@@ -53,7 +53,7 @@ def lenet_5():
 
 
 def lstm(units: int):
-    """An LSTM that reads the rows of an image, one after the other."""
+    """Return an LSTM that reads an image row by row."""
     return keras.Sequential(
         [
             keras.Input((28, 28, 1)),
@@ -66,10 +66,10 @@ def lstm(units: int):
 
 
 def resnet(depth: int, width: int = 16, stride: int = 1):
-    """The residual net of arXiv 1512.03385 for CIFAR-10, of 6 n + 2 layers, with projections.
+    """Return the CIFAR-10 ResNet of arXiv 1512.03385 with 6 n + 2 layers and projections.
 
-    `width` is the number of channels before the first halving of the image, and `stride` that of
-    the first convolution; the paper's are 16 and 1.
+    `width` is the number of channels of the first stage and `stride` the stride of the first
+    convolution. The paper uses 16 and 1.
     """
     blocks, rest = divmod(depth - 2, 6)
     if rest:
@@ -94,7 +94,7 @@ def resnet(depth: int, width: int = 16, stride: int = 1):
 
 
 def vgg():
-    """VGG's configuration A (arXiv 1409.1556), normalised, with one dense layer, for CIFAR-10."""
+    """Return VGG A (arXiv 1409.1556) for CIFAR-10, with batch normalization and one dense layer."""
     model = keras.Sequential([keras.Input((32, 32, 3))], name="vgg")
     for widths in ((64,), (128,), (256, 256), (512, 512), (512, 512)):
         for width in widths:
@@ -108,7 +108,7 @@ def vgg():
 
 
 def mobilenet(size: int = 96, width: float = 0.5):
-    """MobileNetV1 (arXiv 1704.04861) padded so that XNNPACK can compute it in its sparse form."""
+    """Return MobileNetV1 (arXiv 1704.04861) with the padding that XNNPACK's sparse kernels need."""
 
     def channels(n):
         return int(n * width)
@@ -116,18 +116,18 @@ def mobilenet(size: int = 96, width: float = 0.5):
     def halved(x):
         return layers.ZeroPadding2D(1)(x), {"strides": 2, "padding": "valid"}
 
-    def normalised(x):
+    def normalized(x):
         return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
 
     inputs = keras.Input((size, size, 3))
     x, options = halved(inputs)
-    x = normalised(layers.Conv2D(channels(32), 3, use_bias=False, **options)(x))
+    x = normalized(layers.Conv2D(channels(32), 3, use_bias=False, **options)(x))
     for number, filters in enumerate((64, 128, 128, 256, 256, *[512] * 6, 1024, 1024)):
         options = {"padding": "same"}
         if number in (1, 3, 5, 11):
             x, options = halved(x)
-        x = normalised(layers.DepthwiseConv2D(3, use_bias=False, **options)(x))
+        x = normalized(layers.DepthwiseConv2D(3, use_bias=False, **options)(x))
         pointwise = layers.Conv2D(channels(filters), 1, use_bias=False, name=f"pointwise{number}")
-        x = normalised(pointwise(x))
+        x = normalized(pointwise(x))
     x = layers.GlobalAveragePooling2D()(x)
     return keras.Model(inputs, layers.Dense(10, "softmax")(x), name="mobilenet")

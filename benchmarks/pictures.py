@@ -24,7 +24,7 @@ MARKERS = {0.9: "o", 0.98: "D"}
 
 
 def draw(name: str, path: pathlib.Path) -> None:
-    """One of `PICTURES`, with its data in the description."""
+    """Draw one of `PICTURES`; the SVG description holds its data."""
     data, onto, size = PICTURES[name]
     shown = data()
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 9}):
@@ -39,7 +39,7 @@ def draw(name: str, path: pathlib.Path) -> None:
 
 
 def errors() -> dict:
-    """Test errors in % of every run: by method and target, in the order of the mean errors."""
+    """Return the test error in % of every run by method and target, ordered by mean error."""
     stored = results.runs("methods")
     runs = [run for name, run in stored.items() if name.startswith(f"{TASK}_")]
     found = collections.defaultdict(lambda: collections.defaultdict(list))
@@ -56,16 +56,16 @@ def errors() -> dict:
 
 
 def draw_errors(figure, shown) -> None:
-    """Every run is a dot, so that nothing hides behind a mean."""
+    """Draw one dot per run."""
     axes = figure.subplots()
     for place, of_method in enumerate(shown["sparse"].values()):
-        for (target, marker), colour in zip(MARKERS.items(), ("tab:blue", "tab:red")):
+        for (target, marker), color in zip(MARKERS.items(), ("tab:blue", "tab:red")):
             values = of_method[str(target)]
             label = f"{target:.0%} of the weights zero" if place == 0 else None
-            style = {"marker": marker, "color": colour, "alpha": 0.6, "linewidths": 0}
+            style = {"marker": marker, "color": color, "alpha": 0.6, "linewidths": 0}
             axes.scatter(values, [place] * len(values), label=label, **style)
     dense = shown["dense"]
-    axes.axvline(statistics.mean(dense), color="grey", linestyle="--", label="dense net")
+    axes.axvline(statistics.mean(dense), color="grey", linestyle="--", label="dense network")
     axes.set_yticks(range(len(shown["sparse"])), shown["sparse"])
     axes.invert_yaxis()
     axes.set_xscale("log")
@@ -78,11 +78,11 @@ def draw_errors(figure, shown) -> None:
     axes.legend(loc="upper right")
 
 
-# -- time of a step as the work grows ------------------------------------------------------------
+# -- time of a step as networks grow ------------------------------------------------------------
 
 
 def growth() -> dict:
-    """Time of a step beside the plain net's: by axis, the sizes and the ratios of each method."""
+    """Return the step time ratio of each method to the dense network, by axis."""
     axes = results.runs("scaling")["jax"]["axes"]
     return {
         axis: {
@@ -105,7 +105,7 @@ def draw_growth(figure, shown) -> None:
         axes.set_xscale("log")
         axes.set_xlabel(axis)
         axes.grid(alpha=0.3)
-    every[0].set_ylabel("time of a step, plain net = 1")
+    every[0].set_ylabel("time of a step, dense network = 1")
     every[1].legend(ncols=2, loc="upper center", fontsize="small")
 
 
@@ -115,7 +115,7 @@ KINDS = {"this CPU": ("sparse", "latency"), "no AVX": ("arm", "latency_no_avx")}
 
 
 def files() -> dict:
-    """Latency beside the dense float32 file: by net, pattern and CPU, in order of the sparsity."""
+    """Return the latency ratio to the dense float32 file by network, pattern and CPU."""
     found = {}
     for net in NETS:
         cells = results.runs("tflite_grid")[net]["cells"]

@@ -1,4 +1,4 @@
-"""Times that can be compared on a noisy machine: all candidates take turns."""
+"""Time pieces of work in turns, so that the times can be compared on a noisy machine."""
 
 import statistics
 import time
@@ -6,24 +6,24 @@ from collections.abc import Callable
 
 
 def seconds(work: Callable) -> float:
-    """How long a piece of work takes."""
+    """Return the wall-clock seconds that a piece of work takes."""
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
 
 
 def cpu_seconds(work: Callable) -> float:
-    """How much time of a processor a piece of work takes: on one core, whoever else is at it."""
+    """Return the CPU seconds that a piece of work takes."""
     begin = time.process_time()
     work()
     return time.process_time() - begin
 
 
 def steps_of_fit(model, x, y, batch_size: int, callbacks, now=time.perf_counter) -> float:
-    """Seconds of the steps of a fit of one epoch but the first, and of callbacks between them.
+    """Return the seconds of all steps but the first in a fit of one epoch, callbacks included.
 
-    What a fit does once, at its beginning and end, is not in it; nor is the first step, which may
-    have to fetch the memory that all of them use. `now` is the clock to read.
+    The start and the end of the fit are not counted. The first step is not counted either, because
+    it may allocate the memory that all steps use. `now` is the clock to read.
     """
     import keras
 
@@ -32,7 +32,7 @@ def steps_of_fit(model, x, y, batch_size: int, callbacks, now=time.perf_counter)
 
         def on_train_batch_end(self, batch, logs=None):
             if batch in (0, self.last):
-                float(logs["loss"])  # waits for the step, where the backend does not
+                float(logs["loss"])  # waits until the step has run
             if batch == 0:
                 self.begin = now()
             elif batch == self.last:
@@ -44,7 +44,7 @@ def steps_of_fit(model, x, y, batch_size: int, callbacks, now=time.perf_counter)
 
 
 def update_masks(driver, step: int) -> None:
-    """Let a driver update its masks, and wait until it has, where the backend does not."""
+    """Let a driver update its masks, and wait until the update has run."""
     from keras import ops
 
     driver.advance(step)
@@ -53,7 +53,7 @@ def update_masks(driver, step: int) -> None:
 
 
 def in_turns(works: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds that each piece of work returns, one after the other, so many times over."""
+    """Run the pieces of work in turns; return the seconds that each returns per round."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
@@ -62,7 +62,7 @@ def in_turns(works: dict[str, Callable[[], float]], rounds: int) -> dict[str, li
 
 
 def ratios(times: dict[str, list[float]], to: str) -> dict[str, float]:
-    """The median over the rounds of each time by that of another piece of the same round."""
+    """Return the median over the rounds of the ratio to one piece of the same round."""
     return {
         name: statistics.median(a / b for a, b in zip(found, times[to]))
         for name, found in times.items()

@@ -1,13 +1,14 @@
-"""The authors' own code beside ours: one JSON per run, and results/authors.md.
+"""Compare our methods with the code of their authors: results/authors.
 
 python -m benchmarks.accuracy.authors dst --code PATH --seeds 3
-    PATH is a checkout of the authors' repository, see REPOSITORIES; nothing of it is kept here.
+    PATH is a checkout of the authors' repository, see REPOSITORIES. This repository holds none of
+    that code.
 python -m benchmarks.accuracy.authors --table
-    the table alone, from the JSON files that are there.
+    Write the table from the stored runs.
 
-Their layers, criteria and loops, and our method, train the same net from the same initial weights,
-on the same arrays, for as many epochs, with the same batches, rate and momentum. Accuracy is that
-of the last epoch, on the test set. Runs whose JSON is there already are not run again.
+The authors' layers, criteria and loops and our method train the same network from the same initial
+weights, on the same arrays, with the same epochs, batches, learning rate and momentum. Accuracy is
+the test accuracy after the last epoch. Stored runs are not repeated.
 """
 
 import argparse
@@ -35,19 +36,19 @@ REPOSITORIES = {
 
 @dataclasses.dataclass
 class Case:
-    """What both sides train, and how sparse."""
+    """A network, a method and a sparsity that both sides train."""
 
     name: str
-    family: str  # whose code
-    method: str  # of `benchmarks.accuracy.methods`
+    family: str  # key of REPOSITORIES
+    method: str  # name in `benchmarks.accuracy.methods`
     sparsity: float | None
     task: Task
-    schedule: Callable | None = None  # of ours, where it is not the method's own
-    options: dict = dataclasses.field(default_factory=dict)  # of ours
+    schedule: Callable | None = None  # our schedule, if it is not the default of the method
+    options: dict = dataclasses.field(default_factory=dict)  # further arguments of our method
 
 
 def halvings(events):
-    """The cases of FlipOut, and of magnitude, at so many events: one an epoch."""
+    """Yield a case of FlipOut and of magnitude pruning with this many events, one per epoch."""
     sparsity = 1 - 0.5**events
     task = dataclasses.replace(TASKS["mnist"], epochs=events + 1)
     schedule = functools.partial(Geometric, end=events / (events + 1), rate=0.5)
@@ -121,14 +122,16 @@ def table():
         found[run["case"]][run["whose"]].append(run)
         commits[run["repository"]] = run["commit"]
     lines = [
-        "# The authors' code and ours",
+        "# Comparison with the authors' code",
         "",
-        "Test accuracy in % after the last epoch, mean and standard deviation over the seeds; "
-        "beside it the sparsity that was reached. Both start from the same weights and have the "
-        "same data, net, epochs, batches and rate; theirs trains on PyTorch, on a CPU. Made by "
+        "Test accuracy in % after the last epoch, mean and standard deviation over the seeds, with "
+        "the sparsity in brackets. Both sides start from the same weights and use the same data, "
+        "network, epochs, batches and learning rate. The authors' code runs on PyTorch, on a CPU. "
+        "Made by "
         "`make bench-authors` from the runs next to this page.",
         "",
-        "| method | net | epochs | sparsity asked | seeds | authors' code | ours | ours on |",
+        "| method | network | epochs | target | seeds | authors' code | keras_dst | backend of "
+        "keras_dst |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for case in CASES:

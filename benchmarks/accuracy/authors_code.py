@@ -1,10 +1,12 @@
-"""What trains a net by the code of a method's authors, on a CPU, for `benchmarks.accuracy.authors`.
+"""Train a network with the code of a method's authors, on a CPU.
 
-Their modules are imported from a checkout. What asks for a GPU gets none, and what reads images is
-left out: their loops get our arrays.
+`benchmarks.accuracy.authors` calls this module. It imports the authors' modules from a checkout.
+Calls that need a GPU are replaced by functions that do nothing, and our arrays replace the loaders
+of images.
 
-Each `NAME_net` makes their net, and `NAME` takes (case, net, data, seed), trains it by their loop,
-and returns a function from images to logits, and the weights as they are masked.
+Each function `NAME_net` builds the authors' network. Each function `NAME` takes (case, net, data,
+seed), trains the network with the authors' loop, and returns a function from images to logits and
+the masked weights.
 """
 
 import functools
@@ -59,7 +61,7 @@ def flipout_net():
 
 
 def flipout(case, net, data, seed):
-    """An event at the end of every epoch but the last."""
+    """Train with a pruning event after every epoch but the last."""
     criterion = {"FlipOut": "flipout", "Magnitude": "global_magnitude"}[case.method]
     words = f"--prune_criterion {criterion} --prune_freq 1 --prune_rate 0.5 --opt sgd -mom 0.9"
     words += f" -lr {case.task.rate} -bs {case.task.batch} -e {case.task.epochs} --device cpu"
@@ -85,7 +87,10 @@ def flipout(case, net, data, seed):
 
 
 def optg_net():
-    """LeNet-5 of their convolutions; a dense layer is one whose kernel is as large as its input."""
+    """Return LeNet-5 built from the authors' convolutions.
+
+    A dense layer becomes a convolution whose kernel is as large as its input.
+    """
     sys.argv = ["imagenet.py", "--config", f"{sys.path[0]}/configs/resnet50_cifar10.yaml"]
     from utils.conv_type import MySparseConv as Conv
 
@@ -97,7 +102,10 @@ def optg_net():
 
 
 def optg(case, net, data, seed):
-    """Their sigmoid stops short of the sparsity in few epochs: it is asked for so much more."""
+    """Train by the authors' loop, with a higher sparsity, so that their sigmoid ends at the target.
+
+    In few epochs their sigmoid stops below the requested sparsity.
+    """
     import imagenet as theirs
 
     train, task, args = loader(case.task, *data[0]), case.task, theirs.args
@@ -123,7 +131,7 @@ def optg(case, net, data, seed):
 
 
 def dcil_net():
-    """Their ResNet at the depth of 8, with a stride in the first convolution."""
+    """Return the authors' ResNet with depth 8 and a stride of 2 in the first convolution."""
     from pruning.dcil import mnn
     from pruning.models import resnet_mask
 
@@ -134,7 +142,7 @@ def dcil_net():
 
 
 def dcil(case, net, data, seed):
-    """Their loop takes a part of an epoch at a time, so that epochs are fractions, as steps are."""
+    """Train by the authors' loop in parts of an epoch, so that the schedule sees fractions."""
     import run_dcil as theirs
 
     task, source = case.task, Augmented(*data[0], seed)
@@ -172,7 +180,7 @@ LOOPS = {"dst": dst, "flipout": flipout, "optg": optg, "dcil": dcil}
 
 
 def prepare(code, family):
-    """Put the authors' modules on the path, and stand-ins for what is not on this machine."""
+    """Put the authors' modules on the path, and replace modules that this machine lacks."""
     sys.path[:0] = [str(code / "mnist" if family == "dst" else code)]
     missing = ["torchvision", "torchvision.models", "torchvision.transforms", "cv2"]
     for name in [*missing, "utils.data_loaders" if family == "flipout" else "data"]:
@@ -186,17 +194,17 @@ def prepare(code, family):
 
 
 def tensors(x, y):
-    """Arrays of images, channels last, and of labels, as PyTorch has them."""
+    """Return images (channels last) and labels as PyTorch tensors (channels first)."""
     return torch.from_numpy(np.moveaxis(x, -1, 1).copy()), torch.from_numpy(y).long()
 
 
 def loader(task, x, y):
-    """Shuffled batches, all of the same size."""
+    """Return a loader of shuffled batches of equal size."""
     return DataLoader(TensorDataset(*tensors(x, y)), task.batch, shuffle=True, drop_last=True)
 
 
 def falling(optimizer, task, steps_per_epoch):
-    """An optimiser whose rate falls along a cosine to 0, step by step."""
+    """Return the optimizer with a learning rate that falls to 0 along a cosine, step by step."""
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.epochs * steps_per_epoch)
     optimizer.register_step_post_hook(lambda *_: cosine.step())
     return optimizer
@@ -208,7 +216,7 @@ def make(family, seed):
 
 
 def run(case, seed, data):
-    """Train and test their net; what goes into the JSON of the run."""
+    """Train and test the authors' network; return the figures of the run."""
     net = make(case.family, seed)
     begin = time.perf_counter()
     logits, weights = LOOPS[case.family](case, net, data, seed)
@@ -227,7 +235,7 @@ def run(case, seed, data):
 
 
 def begun(family, seed, model):
-    """A Keras model of the shape of their net, with its initial weights."""
+    """Return the Keras model with the initial weights of the authors' network."""
     net = make(family, seed)
     modules = [m for m in net.modules() if getattr(m, "weight", torch.ones(1)).ndim > 1]
     for layer in model.layers:

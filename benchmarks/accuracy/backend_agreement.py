@@ -1,13 +1,11 @@
-"""The same training on three backends: one JSON per task and seed, and results/across.md.
+"""Run the same training on three backends: results/backend_agreement.
 
-python -m benchmarks.accuracy.backend_agreement mnist-mlp
+python -m benchmarks.accuracy.backend_agreement mnist-mlp --seeds 3
 python -m benchmarks.accuracy.backend_agreement --table
-    the table alone, from the JSON files that are there.
 
-Initial weights and the order of the batches are drawn by NumPy, so that nothing differs but the
-backend's arithmetic. Nets, data and budget are those of `benchmarks.accuracy.methods`. Tasks and
-seeds whose
-JSON is there already are not run again.
+NumPy draws the initial weights and the order of the batches, so that only the arithmetic of the
+backends differs. Networks, data and budget are those of `benchmarks.accuracy.methods`. Stored runs
+are not repeated.
 """
 
 import argparse
@@ -28,7 +26,7 @@ PAIRS = list(itertools.combinations(BACKENDS, 2))
 
 
 def begun(net, seed):
-    """A net whose kernels NumPy has drawn (He et al., normal)."""
+    """Return a network whose kernels NumPy draws from the normal distribution of He et al."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -41,7 +39,7 @@ def begun(net, seed):
 
 
 def train(task_name, seed, folder):
-    """Train with every method on this backend; results and masks go into the folder."""
+    """Train with every method on this backend; write figures and masks into the folder."""
     import keras
     import numpy as np
 
@@ -72,7 +70,7 @@ def train(task_name, seed, folder):
 
 
 def compare(task_name, seed):
-    """Run all backends, and save what each has reached and how far their masks are the same."""
+    """Run all backends; store the figures of each and the overlap of their masks."""
     import numpy as np
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -120,10 +118,11 @@ def table():
     lines = [
         "# The same training on three backends",
         "",
-        "Same net, initial weights, batches in the same order, method and number of epochs; "
-        f"{SPARSITY:.0%} sparse. Test accuracy in % after the last epoch, the sparsity reached, "
-        "and how much of what two backends keep is the same: weights that both keep, of those "
-        "that either does. Means over the seeds. Two masks drawn at random would share 5 %. "
+        "Network, initial weights, order of batches, method and number of epochs are the same; the "
+        f"sparsity is {SPARSITY:.0%}. The table gives test accuracy in % after the last epoch, the "
+        "sparsity, and the overlap of the masks of two backends: weights that both keep, divided "
+        "by weights that either keeps. Figures are means over the seeds. Two random masks would "
+        "share 5 %. "
         "Made by `make bench-agreement` from the runs next to this page.",
     ]
     found: dict = {}
@@ -148,10 +147,10 @@ def table():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", nargs="?", help="of benchmarks.accuracy.methods")
+    parser.add_argument("task", nargs="?", help="a task of benchmarks.accuracy.methods")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--table", action="store_true")
-    worker = parser.add_argument_group("one backend, in this process")
+    worker = parser.add_argument_group("run one backend in this process")
     worker.add_argument("--backend", choices=BACKENDS)
     worker.add_argument("--seed", type=int)
     worker.add_argument("--folder", type=pathlib.Path)

@@ -1,16 +1,16 @@
-"""All methods on the same nets, data and budget: one JSON per run, and results/methods.md.
+"""Train all methods on the same networks, data and budget: results/methods.
 
 python -m benchmarks.accuracy.methods mnist --seeds 3
-    LeNet-5 on MNIST, 5 epochs.
+    Train LeNet-5 on MNIST for 5 epochs.
 python -m benchmarks.accuracy.methods cifar10 --seeds 1
-    ResNet-8 on CIFAR-10, at half resolution from its first convolution on, 3 epochs, with crops
-    and flips.
+    Train ResNet-8 on CIFAR-10 for 3 epochs, with crops and flips. The first convolution halves the
+    resolution.
 python -m benchmarks.accuracy.methods --table
-    the table alone, from the JSON files that are there.
+    Write the table from the stored runs.
 
-SGD with momentum 0.9, batch 128, the rate falling along a cosine to 0: the same for every method,
-tuned for none. Accuracy is that of the last epoch, of the stripped model, on the test set. Runs
-whose JSON is there already are not run again.
+Every method uses SGD with momentum 0.9, batch 128 and a cosine learning rate. No method is tuned.
+Accuracy is the test accuracy of the stripped model after the last epoch. Stored runs are not
+repeated.
 """
 
 import argparse
@@ -33,7 +33,7 @@ BATCH = 128
 
 
 class Shuffled(keras.utils.PyDataset):
-    """Batches drawn by NumPy, anew in every epoch: the same on every backend."""
+    """Batches that NumPy draws again in every epoch, equal on every backend."""
 
     def __init__(self, x, y, seed):
         super().__init__()
@@ -65,13 +65,13 @@ class Augmented(Shuffled):
 
 
 def cosine(rate, steps):
-    """A rate that falls to 0."""
+    """Return a learning rate that falls to 0 along a cosine."""
     return keras.optimizers.schedules.CosineDecay(rate, steps)
 
 
 @dataclass
 class Task:
-    """What is trained, on what, for how long."""
+    """A network, its data and its training budget."""
 
     title: str
     net: Callable
@@ -80,8 +80,8 @@ class Task:
     rate: float
     decay: float | None = None
     batch: int = BATCH
-    batches: type[Shuffled] | None = None  # None: shuffled by Keras
-    rates: Callable = cosine  # of the rate to begin with and the number of steps
+    batches: type[Shuffled] | None = None  # None: Keras shuffles
+    rates: Callable = cosine  # takes the initial rate and the number of steps
 
 
 TASKS = {
@@ -98,7 +98,7 @@ TASKS = {
     ),
 }
 
-# Each takes the sparsity, and options of the method beside it.
+# Each value takes the sparsity and further arguments of the method.
 METHODS = {
     "dense": None,
     "random": functools.partial(SET, drop_fraction=0.0),
@@ -111,20 +111,20 @@ METHODS = {
     "DST": lambda s, **options: DST(sparsity=s, **options),
     "DCIL": DCIL,
     "OptG": OptG,
-    # Closes whole units: the fraction that it keeps open is counted in weights, as sparsity is.
+    # Consensus removes whole units; their cost is counted in weights, as sparsity is.
     "Consensus": lambda s: Consensus(s, cost="parameters"),
 }
 SPARSITIES = (0.9, 0.98)
-ALSO = {"Consensus": (0.5,)}  # what its paper shows
+ALSO = {"Consensus": (0.5,)}  # the sparsity of its paper
 
 
 def run(task, method_name, sparsity, seed, data, **options):
-    """Train, strip and test a net; what goes into the JSON of the run."""
+    """Train, strip and test a network; return the figures of the run."""
     return trained(task, method_name, sparsity, seed, data, **options)[1]
 
 
 def trained(task, method_name, sparsity, seed, data, **options):
-    """The net that `run` has trained and stripped, and what goes into the JSON."""
+    """Train, strip and test a network; return the network and the figures of the run."""
     make = METHODS[method_name]
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
@@ -141,7 +141,7 @@ def trained(task, method_name, sparsity, seed, data, **options):
     history = model.fit(
         *batches,
         batch_size=None if task.batches else task.batch,
-        shuffle=task.batches is None,  # theirs is an order of their own
+        shuffle=task.batches is None,  # these batches have an order of their own
         epochs=task.epochs,
         verbose=0,
         callbacks=[keras_dst.callbacks.SparseTraining()] if method else [],
@@ -167,7 +167,7 @@ def trained(task, method_name, sparsity, seed, data, **options):
 
 
 def name_of(task, seed, method, *rest):
-    """The name of the JSON of a run."""
+    """Return the name under which a run is stored."""
     method = method.lower().replace(", ", "-").replace(" ", "-")
     kind = "_".join(map(str, [method] if method == "dense" else [method, *rest]))
     return f"{task}_{kind}_{keras.backend.backend()}_seed{seed}"
@@ -181,9 +181,9 @@ def table():
     lines = [
         "# All methods, one budget",
         "",
-        "Test accuracy in % after the last epoch, mean and standard deviation over the seeds; "
-        "beside it the sparsity that was reached. Same net, data, optimiser and number of epochs "
-        "for every method, tuned for none. Made by `make bench-methods` from the runs next to "
+        "Test accuracy in % after the last epoch, mean and standard deviation over the seeds, with "
+        "the sparsity in brackets. Network, data, optimizer and number of epochs are the same for "
+        "every method, and no method is tuned. Made by `make bench-methods` from the runs next to "
         "this page.",
     ]
     for (net, epochs, backend), runs in found.items():

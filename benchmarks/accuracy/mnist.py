@@ -1,9 +1,10 @@
-"""DST on MNIST by the paper's recipe (arXiv 2005.06870): LeNet-300-100, LeNet-5-Caffe, LSTMs.
+"""Train DST on MNIST by the paper's recipe (arXiv 2005.06870): results/mnist.
 
 python -m benchmarks.accuracy.mnist lenet-300-100 --seed 0 --target 0.975
-    SGD 0.01, momentum 0.9, batch 64, 20 epochs, pixels in [0, 1], no weight decay, no augmentation;
-    LSTMs, for which the recipe is not known, with Adam 0.001.
-    Test accuracy is that of the last epoch, on the stripped model.
+
+The recipe is SGD 0.01, momentum 0.9, batch 64, 20 epochs and pixels in [0, 1], without weight decay
+and augmentation. The recipe for LSTMs is not known; they use Adam 0.001. Accuracy is the test
+accuracy of the stripped model after the last epoch.
 """
 
 import argparse

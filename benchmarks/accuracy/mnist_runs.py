@@ -1,6 +1,6 @@
-"""All runs of `benchmarks.accuracy.mnist`, then the table of them: results/mnist.md.
+"""Run `benchmarks.accuracy.mnist` for all networks, targets and seeds: results/mnist.
 
-Runs whose JSON is there already are not run again; `--table` makes the table alone.
+Stored runs are not repeated. `--table` writes the table from the stored runs.
 """
 
 import argparse
@@ -56,14 +56,13 @@ def table():
             kind = f"DST, target {arguments['target']:.1%}"
         groups[(arguments["model"], kind, result["backend"])].append(result)
     lines = [
-        "# DST on MNIST, the paper's recipe",
+        "# DST on MNIST with the paper's recipe",
         "",
-        "SGD 0.01, momentum 0.9, for LSTMs Adam 0.001; batch 64, 20 epochs, pixels in [0, 1]; "
-        "accuracy on the test set "
-        "after the last epoch, mean and standard deviation over the seeds. Made by "
-        "`make bench-mnist` from the JSON files in this folder.",
+        "SGD 0.01 with momentum 0.9 (LSTMs: Adam 0.001), batch 64, 20 epochs, pixels in [0, 1]. "
+        "Test accuracy after the last epoch, mean and standard deviation over the seeds. Made by "
+        "`make bench-mnist` from the runs next to this page.",
         "",
-        "| net | training | backend | seeds | test accuracy | weights kept | seconds a run |",
+        "| network | training | backend | seeds | test accuracy | density | seconds per run |",
         "|---|---|---|---|---|---|---|",
     ]
     for (model, kind, backend), runs in groups.items():

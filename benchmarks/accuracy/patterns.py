@@ -1,13 +1,6 @@
-"""What a pattern costs: methods at equal sparsity, weights pruned alone or together.
+"""Compare patterns at equal sparsity: results/patterns.
 
-One JSON per run, and results/patterns.md. Nets, data and budget are those of
-`benchmarks.accuracy.methods`.
-Runs whose JSON is there already are not run again.
-
-python -m benchmarks.accuracy.patterns mnist-mlp --seeds 3
-python -m benchmarks.accuracy.patterns cifar10 --seeds 1 --methods Magnitude
-python -m benchmarks.accuracy.patterns --table
-    the table alone, from the JSON files that are there.
+Networks, data and budget are those of `benchmarks.accuracy.methods`. Stored runs are not repeated.
 """
 
 import argparse
@@ -31,11 +24,12 @@ def table():
             100 * stored["test_accuracy"]
         )
     lines = [
-        "# What a pattern costs",
+        "# Accuracy by pattern",
         "",
-        "Test accuracy in % after the last epoch, mean and standard deviation over the seeds. Same "
-        "net, data, optimiser and number of epochs for every method and pattern, tuned for none. "
-        "Blocks are consecutive inputs of one unit; a channel is all that makes one unit. "
+        "Test accuracy in % after the last epoch, mean and standard deviation over the seeds. "
+        "Network, data, optimizer and number of epochs are the same for every method and pattern. "
+        "No method is tuned. A block holds consecutive inputs of one output unit. A channel holds "
+        "all weights of one output unit. "
         "Made by `make bench-patterns` from the runs next to this page.",
     ]
     for net, epochs, backend in dict.fromkeys(key for key, *_ in found):

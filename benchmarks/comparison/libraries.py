@@ -1,11 +1,11 @@
-"""Beside peers, in one run: keras_dst, tfmot and PQuantML; results/peers_*.json, results/peers.md.
-
-The same net, data, seeds, epochs, batch, optimiser and target for all of them; then a ResNet that
-each has to prune, train for a few steps and convert. Each tool runs in the environment that it
-needs, by benchmarks.comparison.libraries_worker; what has its JSON already is not run again.
+"""Compare keras_dst, tfmot and PQuantML in one run: results/libraries.
 
 python -m benchmarks.comparison.libraries [--table]
-    with --table the table alone, from the JSON files that are there.
+
+All tools train the same network with the same data, seeds, epochs, batch size, optimizer and
+target. Then each tool prunes a ResNet, trains it for a few steps and converts it. Each tool runs
+in an environment of its own, through `benchmarks.comparison.libraries_worker`. Stored runs are not
+repeated. `--table` writes the table from the stored runs.
 """
 
 import argparse
@@ -38,7 +38,7 @@ RUNS = 1000
 
 
 def worked(tool):
-    """Runs a tool, unless it has run."""
+    """Run a tool, unless its runs are stored."""
     if f"{RESNET}_{tool}" not in results.runs(BENCHMARK):
         command = [PYTHONS[tool], "-m", "benchmarks.comparison.libraries_worker", tool]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -47,13 +47,13 @@ def worked(tool):
 
 
 def read(net):
-    """What each tool did with a net, of those that have run."""
+    """Return the stored runs of one network by tool."""
     stored = results.runs(BENCHMARK)
     return {tool: stored[f"{net}_{tool}"] for tool in PYTHONS if f"{net}_{tool}" in stored}
 
 
 def files():
-    """Bytes, latency and accuracy of all files, in turns in one process."""
+    """Measure bytes, latency and accuracy of all files, in turns in one process."""
     from keras_dst.export.measure import bench
 
     rows = [
@@ -74,7 +74,7 @@ def files():
 
 
 def accuracy(path, x, y) -> float:
-    """Of a file, image by image."""
+    """Return the accuracy of a file, measured image by image."""
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(str(path), num_threads=1)
@@ -90,19 +90,20 @@ def accuracy(path, x, y) -> float:
 
 def table():
     lines = [
-        "# Beside peers, in one run",
+        "# Comparison with other libraries",
         "",
-        "keras_dst, tfmot and PQuantML at the same job: the same data, seeds, optimiser (SGD with "
-        f"momentum 0.9 along a cosine), number of epochs and target of {TARGET:.0%}, tuned for "
-        "none. Each tool in the environment that it needs, on one core, on TensorFlow. "
+        "keras_dst, tfmot and PQuantML train with the same data, seeds, optimizer (SGD with "
+        "momentum "
+        f"0.9 and a cosine learning rate), number of epochs and target of {TARGET:.0%}. No tool is "
+        "tuned. Each tool runs in its own environment, on one core, on TensorFlow. "
         "Made by `make bench-libraries` from the runs next to this page.",
         "",
         f"## LeNet-300-100, MNIST, {EPOCHS} epochs",
         "",
-        "Test accuracy in % after the last epoch, of the finished net, mean and standard deviation "
-        "over the seeds; the sparsity that was reached. Beside the same tool's dense net: the time "
-        f"of a step (median of {ROUNDS} rounds of {STEPS} steps in turns, updates of masks in it) "
-        "and the memory that training takes more. All times are those of a processor.",
+        "Test accuracy in % of the finished network after the last epoch, mean and standard "
+        "deviation over the seeds, and the sparsity. Step time and memory are relative to the "
+        f"dense network of the same tool. Step time is the median of {ROUNDS} rounds of {STEPS} "
+        "steps in turns, mask updates included. All times are CPU times.",
         "",
         "| tool | method | seeds | accuracy | sparsity | step | step, ms | compiling, s | memory |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -112,13 +113,13 @@ def table():
             lines.append(f"| {tool} | {method} | {_row(result, method, found)} |")
     lines += [
         "",
-        "## Its files",
+        "## Files of this network",
         "",
-        "`.tflite` files of the first seed, beside the dense one of the first row: bytes, and "
-        "median latency of one inference on one thread, all files in turns in one process; and the "
-        "test accuracy of the file itself.",
+        "`.tflite` files of the first seed, relative to the dense file in the first row: bytes and "
+        "median latency of one inference on one thread, with all files measured in turns in one "
+        "process. Accuracy is the test accuracy of the file.",
         "",
-        "| tool | method | by | bytes | latency | accuracy |",
+        "| tool | method | written by | bytes | latency | accuracy |",
         "|---|---|---|---|---|---|",
     ]
     found = results.runs(BENCHMARK).get(f"{NET}_files", {"files": []})["files"]
@@ -130,10 +131,11 @@ def table():
         "",
         "## A ResNet",
         "",
-        f"ResNet-8, {EPOCHS * FEW} steps on random images, to be pruned, trained, finished and "
-        "converted.",
+        f"Each tool prunes a ResNet-8, trains it for {EPOCHS * FEW} steps on random images, "
+        "finishes "
+        "and converts it.",
         "",
-        "| tool | method | what happens |",
+        "| tool | method | result |",
         "|---|---|---|",
     ]
     for tool, result in read(RESNET).items():
@@ -169,7 +171,7 @@ def _outcome(found) -> str:
 
 
 def _code(error) -> str:
-    """The first sentence or two of an error, for a cell of a table."""
+    """Return the first sentences of an error as code, for a cell of a table."""
     said, _, _ = error.partition("\n\nArguments received")
     return f"`{' '.join(said.split()).replace('|', '/').replace('`', chr(39))}`"
 

@@ -1,9 +1,9 @@
-"""What one tool does for benchmarks.comparison.libraries, in the environment that it needs.
+"""Run one tool for benchmarks.comparison.libraries, in the environment that the tool needs.
 
 python -m benchmarks.comparison.libraries_worker TOOL
-    writes results/peers_NET_TOOL.json for both nets, and files to build/peers/.
 
-Every method trains in a process of its own, for its peak of memory.
+Stores the runs of both networks in results/libraries and writes files to build/peers/. Every method
+trains in a process of its own, so that peak memory can be measured.
 """
 
 import multiprocessing
@@ -32,7 +32,7 @@ FILES = results.ROOT / "build" / "peers"
 
 
 class Tool:
-    """How a tool prunes: `begin` before compiling, `end` after training, `files` of the rest."""
+    """A pruning tool: `begin` before compiling, `end` after training, `files` to write files."""
 
     methods: tuple = ()
     slow: tuple = ()  # methods for which one seed has to do
@@ -40,14 +40,14 @@ class Tool:
     setting = None  # what `search` has found
 
     def begin(self, method, model, optimizer, epochs, steps):
-        """The model and the optimizer to compile, and callbacks."""
+        """Return the model and the optimizer to compile, and the callbacks."""
         raise NotImplementedError
 
     def end(self, model):
         return model
 
     def files(self, model):
-        """Contents of .tflite files, by the way that they are made."""
+        """Yield the converter's options and the content of each .tflite file."""
         import tensorflow as tf
 
         sparse = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
@@ -99,7 +99,7 @@ class Tfmot(Tool):
         self.library = tfmot.sparsity.keras
 
     def begin(self, method, model, optimizer, epochs, steps):
-        """The ramp of Magnitude in keras_dst."""
+        """Return the ramp that Magnitude uses in keras_dst."""
         total = epochs * steps
         schedule = self.library.PolynomialDecay(
             0.0, TARGET, 0, int(0.75 * total), frequency=min(100, total // 20)
@@ -112,7 +112,7 @@ class Tfmot(Tool):
 
 
 class TfmotOnKeras3(Tfmot):
-    """Given the model that the others are given."""
+    """tfmot applied to the Keras 3 model that the other tools get."""
 
     methods = ("prune_low_magnitude, Keras 3",)
 
@@ -124,7 +124,7 @@ class TfmotOnKeras3(Tfmot):
 
 
 class PQuantML(Tool):
-    """Without its quantisation; its phases of training in the proportions that it comes with."""
+    """PQuantML without quantization, with its default proportions of the training phases."""
 
     methods = ("DST", "PDP", "Wanda", "Wanda, no pretraining")
     slow = ("PDP",)
@@ -162,7 +162,9 @@ class PQuantML(Tool):
         return model, optimizer, [self.callback(config, log_ebops=False, log_keep_ratio=False)]
 
     def search(self):
-        """The alpha that brings DST, which has no target, nearest to the sparsity; all tried."""
+        """Return the alpha that brings DST closest to the target, and all values that were
+        tried.
+        """
         tried = []
         for self.setting in ALPHAS:
             model, *_ = trained(self, "DST", seed=0)
@@ -171,7 +173,7 @@ class PQuantML(Tool):
 
 
 class PQuantMLLayers(PQuantML):
-    """The ResNet written anew in its layers, as its manual has it for a new model."""
+    """PQuantML with the ResNet written in its own layers, as its manual recommends."""
 
     methods = ("DST, net written in its layers",)
 
@@ -198,7 +200,7 @@ TOOLS = {
 
 
 def built(tool, method, net, epochs, steps):
-    """A compiled model, and the callbacks to train it with."""
+    """Return a compiled model and the callbacks to train it with."""
     import keras
 
     rate = keras.optimizers.schedules.CosineDecay(RATE, epochs * steps)
@@ -213,7 +215,7 @@ def built(tool, method, net, epochs, steps):
 
 
 def trained(tool, method, seed):
-    """LeNet-300-100 after all epochs, and the accuracy on the test set of what is left of it."""
+    """Return LeNet-300-100 after training and the test accuracy of its finished form."""
     import keras
 
     from benchmarks import networks
@@ -243,7 +245,7 @@ def sparsity_of(model) -> float:
 
 
 def memory(reset=False) -> int:
-    """The most bytes that this process has had since the last reset."""
+    """Return the peak memory in bytes of this process since the last reset."""
     process = pathlib.Path("/proc/self")
     if reset:
         (process / "clear_refs").write_text("5")
@@ -251,7 +253,7 @@ def memory(reset=False) -> int:
 
 
 def accuracy(kind, method, setting):
-    """Accuracies and sparsities; of the first seed, memory that training took, layers, files."""
+    """Return accuracies and sparsities; for the first seed also memory, layers and files."""
     tool, result = kind(), {"test_accuracy": [], "sparsity": [], "files": {}}
     tool.setting = setting
     for seed in range(1 if method in tool.slow else SEEDS):
@@ -271,7 +273,7 @@ def accuracy(kind, method, setting):
 
 
 def times(kind, methods):
-    """How long a step takes beside the dense net's, all in turns, and compiling; of a processor."""
+    """Return step times relative to the dense network, in turns, and compile times; CPU time."""
     tool, turns = kind(), {}
     from benchmarks import networks
     from benchmarks.data import mnist
@@ -295,7 +297,7 @@ def times(kind, methods):
 
 
 def jobs(kind):
-    """Whether each method can prune, train, finish and convert a ResNet, else what it says."""
+    """Return for each method the sparsity of the converted ResNet, or the stage that fails."""
     tool, found = kind(), {}
     from benchmarks import networks
 
@@ -319,12 +321,12 @@ def jobs(kind):
 
 
 def said(error) -> str:
-    """What an error says, without colours."""
+    """Return the message of an error without color codes."""
     return f"{type(error).__name__}: " + re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
 
 
 def alone(work, *arguments):
-    """The result of a function that has a process of its own."""
+    """Return the result of a function that runs in a process of its own."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(work, *arguments).result()

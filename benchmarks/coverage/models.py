@@ -1,7 +1,7 @@
-"""Which models work, on which backend, with which methods: results/matrix_BACKEND.json.
+"""Test which models work on which backend with which methods: results/models.
 
-Every model is made sparse, trained for a few steps, evaluated, saved, loaded and stripped; what
-fails is written down with its error. `python -m benchmarks.coverage.models --table` makes
+Every model is made sparse, trained for a few steps, evaluated, saved, loaded and stripped. A step
+that fails is stored with its error. `python -m benchmarks.coverage.models --table` writes
 docs/models.md.
 """
 
@@ -69,7 +69,7 @@ def recurrent_text():
 
 
 def multi_input():
-    """Two inputs, two outputs, a nested model that is used twice."""
+    """Return a model with two inputs, two outputs and a nested model that is called twice."""
     import keras
     from keras import layers
 
@@ -131,7 +131,7 @@ def methods():
 
 
 def run(build, method) -> dict[str, str]:
-    """Each step, and "ok" or the error that ended it."""
+    """Return "ok" or the error for each step."""
     found = {}
     try:
         for step in _steps(build, method):
@@ -208,10 +208,10 @@ def table():
     lines = [
         "# Models that are tested",
         "",
-        "Each model is made sparse, trained, evaluated, predicts, is saved, loaded and stripped, "
-        "with small inputs and random weights. ✓: all of it works, and the loaded and the stripped "
-        "model predict exactly what the trained one did. An empty cell was not run. Made "
-        "by `make bench-models` from the runs next to this page.",
+        "Each model is made sparse, trained, evaluated, used to predict, saved, loaded and "
+        "stripped, with small inputs and random weights. A check mark means that every step works "
+        "and that the loaded and the stripped model predict exactly the same as the trained "
+        "model. An empty cell was not run. Made by `make bench-models` from `results/models`.",
     ]
     notes: list[str] = []
     stored = results.runs(BENCHMARK)

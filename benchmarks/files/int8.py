@@ -1,12 +1,11 @@
-"""What rounding to int8 costs a sparse net: one JSON per net, and results/int8.md.
-
-The nets of `benchmarks.files.tflite_cases`, trained dense and at 90 %, exported with float32
-weights, with int8
-weights (`quantize="weights"`) and as integers throughout (`quantize="full"`, ranges from 200
-training images): accuracy on test images and bytes, each as small as can be (`optimize="size"`).
-Nets whose JSON is there already are not run again.
+"""Measure the accuracy that int8 costs a sparse network: results/int8.
 
 python -m benchmarks.files.int8 [--nets NET ...]
+
+The networks of `benchmarks.files.tflite_cases`, dense and with 90 % zeros, are exported with
+float32 weights, with int8 weights (`quantize="weights"`) and in integers throughout
+(`quantize="full"`, ranges from 200 training images). Accuracy is measured on test images. Every
+file is exported with `optimize="size"`. Stored networks are not repeated.
 """
 
 import argparse
@@ -72,12 +71,13 @@ def run(net):
 
 def table():
     lines = [
-        "# What int8 costs a sparse net",
+        "# int8: accuracy and size of sparse networks",
         "",
-        f"Accuracy in % on {TESTED:,} test images, of the file itself, and its bytes beside those "
-        "of the dense float32 file. The sparse nets have 90 % zeros. `int8 weights` are rounded "
-        "one layer at a time where that is smaller and computed with in float32; `int8` computes "
-        f"in integers, with ranges from {SAMPLES} training images. "
+        f"Accuracy in % of the file on {TESTED:,} test images, and in brackets its bytes relative "
+        "to "
+        "the dense float32 file. The sparse networks have 90 % zeros. The column `int8 weights` "
+        "rounds the weights of every layer that becomes smaller and computes in float32. The "
+        f"column `int8` computes in integers, with ranges from {SAMPLES} training images. "
         "Made by `make bench-int8` from the runs next to this page.",
         "",
         "| net | weights | " + " | ".join(QUANTIZE) + " |",

@@ -1,12 +1,12 @@
-"""What a sparse .tflite file gains: one JSON per case, and results/edge.md.
-
-Real nets are trained, dense and sparse, exported, and run in the interpreter: accuracy on test
-images, bytes, latency against the dense float32 file at batch 1 on one thread, files in turns. Then
-once more on the same CPU with AVX hidden, where XNNPACK takes the kernels it has for ARM. The nets
-see 5,000 images for a few epochs: it is the cost of sparsity that is compared, not the accuracy.
-Cases whose JSON is there already are not run again.
+"""Measure size, latency and accuracy of sparse .tflite files: results/tflite_cases.
 
 python -m benchmarks.files.tflite_cases [--cases CASE ...]
+
+Networks are trained dense and sparse, exported, and run in the interpreter. Accuracy is measured on
+test images. Bytes and latency are relative to the dense float32 file, at batch 1 on one thread, in
+turns. Latency is measured again with AVX hidden, where XNNPACK uses the kernels that it has for
+ARM. The networks see 5,000 images for a few epochs, so the benchmark compares the cost of sparsity
+and not the accuracy. Stored cases are not repeated.
 """
 
 import argparse
@@ -31,18 +31,18 @@ TRAINED = results.ROOT / "build" / "edge"
 
 @dataclass
 class Net:
-    """What is trained, on what, for how long."""
+    """A network, its data and its training budget."""
 
     build: Callable
     data: Callable
     epochs: int
     rate: float
-    prunable: str  # names of the kernels that methods may prune
+    prunable: str  # regular expression for the kernels to prune
 
 
 @dataclass
 class Case:
-    """One net under one method, one way to export it, and what is hoped for."""
+    """A network, a method, export options, and the goals for the file."""
 
     net: str
     method: Magnitude
@@ -52,7 +52,7 @@ class Case:
 
 
 def enlarged():
-    """What is seen of CIFAR-10, at 96 x 96."""
+    """Return the used images of CIFAR-10, enlarged to 96 x 96."""
     return tuple((x[:IMAGES].repeat(3, 1).repeat(3, 2), y[:IMAGES]) for x, y in cifar10())
 
 
@@ -78,7 +78,7 @@ CASES = {
     ),
     "vgg-95-1x4-arm": Case(
         "vgg",
-        Magnitude(0.95, pattern="1x4", allocation="uniform"),  # no early layer stays dense
+        Magnitude(0.95, pattern="1x4", allocation="uniform"),  # so that no early layer stays dense
         ARM,
         bars={"latency_no_avx": 0.25},
     ),
@@ -92,12 +92,12 @@ CASES = {
     ),
     "mobilenet-90": Case(
         "mobilenet",
-        Magnitude(0.9, allocation="uniform"),  # the first layers are the costly ones
+        Magnitude(0.9, allocation="uniform"),  # the first layers cost most
         ARM,
         bars={"latency_no_avx": 0.3},
     ),
 }
-# As keras_dst.export.measure does it, without Keras: TensorFlow and JAX do not start without AVX.
+# The same measurement as keras_dst.export.measure without Keras: TensorFlow and JAX need AVX.
 NO_AVX = """
 import json, statistics, time
 from ai_edge_litert.interpreter import Interpreter
@@ -116,7 +116,7 @@ print(json.dumps([statistics.median(found) for found in times]))
 
 
 def trained(net_name, method):
-    """The net after training, dense for None, from a file where there is one."""
+    """Return the trained network, dense if `method` is None, from a file if there is one."""
     net = NETS[net_name]
     TRAINED.mkdir(parents=True, exist_ok=True)
     path = TRAINED / f"{net_name}_{method!r}.keras".replace("/", "")
@@ -194,12 +194,13 @@ def _ratio(seconds) -> float:
 
 def table():
     lines = [
-        "# What a sparse .tflite file gains",
+        "# Sparse .tflite files: size, latency, accuracy",
         "",
-        "Against the dense float32 file of the same net, trained as long: bytes, and latency of "
-        "one inference on one thread, as it is and with AVX hidden (as on ARM). Accuracy in % on "
-        f"{TESTED:,} test images: of the dense net, the sparse net, and the file. Bold: a goal, "
-        "met; struck through: missed. Made by `make bench-tflite` from the runs next to this page.",
+        "Bytes and latency of one inference on one thread, relative to the dense float32 file of "
+        "the same network, trained for as long. Latency is measured with AVX and with AVX hidden "
+        f"(as on ARM). Accuracy in % on {TESTED:,} test images: dense network, sparse network, "
+        "sparse file. Bold figures meet their goal; crossed-out figures miss it. Made by `make "
+        "bench-tflite` from the runs next to this page.",
         "",
         "| case | accuracy | bytes | gzip | latency | latency, AVX hidden |",
         "|---|---|---|---|---|---|",

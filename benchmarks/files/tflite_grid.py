@@ -1,17 +1,16 @@
-"""What sparsity gains a .tflite file, by net, pattern and sparsity: results/grid_NET.json.
-
-The nets of `benchmarks.files.tflite_cases`, trained dense there, are trained on for half as long,
-while
-`Magnitude` makes them sparse, with the same sparsity in every layer but the last; the dense one is
-trained on as well. Whole channels are then removed. Each is exported for latency and measured
-beside the dense float32 and int8 files, in turns, at batch 1 on one thread: accuracy on test
-images, bytes, latency, time to load, peak memory; and so is the file of TensorFlow's converter with
-`EXPERIMENTAL_SPARSITY`, which is what tfmot's users get. Latency is measured once more with AVX
-hidden, where XNNPACK takes the kernels it has for ARM; our file is then one exported for ARM. Cells
-that a JSON has already are not made again.
+"""Measure .tflite files by network, pattern and sparsity: results/tflite_grid.
 
 python -m benchmarks.files.tflite_grid [--nets NET ...]
 python -m benchmarks.files.tflite_grid --table
+
+The networks of `benchmarks.files.tflite_cases`, trained dense there, train for half as long again
+under `Magnitude`. Every layer but the last gets the same sparsity. The dense network trains for as
+long. Channels of the pattern "channel" are removed. Each network is exported for latency and
+compared with the dense float32 and int8 files, in turns, at batch 1 on one thread: accuracy on test
+images, bytes, latency, load time and peak memory. The file of TensorFlow's converter with
+`EXPERIMENTAL_SPARSITY`, which users of tfmot get, is measured as well. Latency is measured again
+with AVX hidden, where XNNPACK uses the kernels that it has for ARM; our file is then exported for
+ARM. Stored cells are not repeated.
 """
 
 import argparse
@@ -36,18 +35,18 @@ from tests import no_avx
 BENCHMARK = "tflite_grid"
 PATTERNS = ("unstructured", "1x4", "channel")
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
-TARGETS = {"sparse": "host", "arm": "arm"}  # our files, beside that of TensorFlow's converter
+TARGETS = {"sparse": "host", "arm": "arm"}  # our files, next to the file of TensorFlow's converter
 RUNS, LOADS = 50, 9
 FREQUENCY = 10  # steps between updates of the masks: trainings are short
 
 
 def epochs_of(net) -> int:
-    """How long a net is trained on."""
+    """Return for how many more epochs a network is trained."""
     return max(2, net.epochs // 2)
 
 
 def tuned(net_name, method=None):
-    """The net after it has been trained on, under a method or dense."""
+    """Return the network after further training, under a method or dense."""
     net = NETS[net_name]
     x, y = net.data()[0]
     x, y = x[:IMAGES], y[:IMAGES]
@@ -68,7 +67,7 @@ def tuned(net_name, method=None):
 
 
 def cell(net_name, method, dense) -> dict:
-    """What the file of a sparse net is beside those of a dense one, whose paths these are."""
+    """Measure the files of a sparse network next to the dense files at these paths."""
     x, y = NETS[net_name].data()[1]
     test = x[:TESTED], y[:TESTED]
     model = tuned(net_name, method)
@@ -108,7 +107,7 @@ def cell(net_name, method, dense) -> dict:
 
 
 def converted(model) -> bytes:
-    """The file that TensorFlow's converter writes of a net with zeros."""
+    """Return the file that TensorFlow's converter writes for a network with zeros."""
     import tensorflow as tf
 
     converter = tf.lite.TFLiteConverter.from_keras_model(model)
@@ -147,16 +146,18 @@ def run(net_name):
 
 def table():
     lines = [
-        "# Files for the edge, net by net",
+        "# Sparse .tflite files by network, pattern and sparsity",
         "",
-        f"Trained dense on {IMAGES:,} images, then half as long again under `Magnitude`, every "
-        "layer but the last as sparse as the others; accuracy in % on "
-        f"{TESTED:,} test images, of the file. "
-        "Beside the dense float32 file of the same net: bytes, latency of one inference on one "
-        "thread, time to load, peak memory; then bytes and latency of a file exported for ARM, "
-        "with AVX hidden, where XNNPACK takes the kernels it has for ARM. `channel`: the channels "
-        "are removed. `converter`: the file that TensorFlow's converter writes of the same sparse "
-        "net with `EXPERIMENTAL_SPARSITY`. Made by `make bench-tflite` from the runs next to this "
+        f"Each network trains dense on {IMAGES:,} images, then half as long again under "
+        "`Magnitude` "
+        "with the same sparsity in every layer but the last. Accuracy in % is that of the file on "
+        f"{TESTED:,} test images. Bytes, latency of one inference on one thread, load time and "
+        "peak "
+        "memory are relative to the dense float32 file. The next two columns give bytes and "
+        "latency of a file exported for ARM, with AVX hidden, where XNNPACK uses the kernels that "
+        "it has for ARM. The pattern `channel` removes channels. `converter` is the file that "
+        "TensorFlow's converter writes for the same network with `EXPERIMENTAL_SPARSITY`. Made by "
+        "`make bench-tflite` from the runs next to this "
         "page.",
     ]
     stored = results.runs(BENCHMARK)
@@ -166,7 +167,7 @@ def table():
     results.write_index(BENCHMARK, lines)
 
 
-#: Columns of the table: head, whose file, what of it, and by how many digits it is told.
+#: Columns of the table: heading, file, figure of the file, number of digits.
 COLUMNS = (
     ("bytes", "sparse", "bytes", 3),
     ("latency", "sparse", "latency", 2),
@@ -208,7 +209,7 @@ def _absolute(file, key) -> str:
 
 
 def _beside(files) -> list[str]:
-    """The columns of files, as ratios to the dense one."""
+    """Return the columns of a row as ratios to the dense file."""
     return [_ratio(files.get(of), files["float32"], key, digits) for _, of, key, digits in COLUMNS]
 
 

@@ -1,9 +1,9 @@
-"""Time and memory of a mask update over 25 million weights: results/mask_update_BACKEND.json.
+"""Measure time and memory of a mask update over 25 million weights: results/mask_update.
 
-The kernels of a ResNet-50 are ranked globally, by each method that ranks. In turns with it, the
-yardstick: one pass of `abs` and `sum` over the same weights. Seconds are those of one core. Memory
-is measured twice: by how much the process grows, with holes that its allocator leaves between
-blocks, and what is held at once, where every block has pages of its own.
+Each method that ranks weights ranks the kernels of a ResNet-50. One pass of `abs` and `sum` over
+the same weights, measured in turns, is the unit of time. All times are CPU seconds on one core.
+Memory is measured twice: the growth of the process, including holes that its allocator leaves, and
+the memory held at once, with every block in pages of its own.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from benchmarks.backends import BACKENDS, run_on
 from benchmarks.timing import cpu_seconds, in_turns, ratios, update_masks
 
 ROUNDS = 9
-STEPS = 10_000  # of the training whose schedule is followed
-STEP = 100  # of them from one update to the next
+STEPS = 10_000  # length of the training
+STEP = 100  # steps between two updates
 SELF = pathlib.Path("/proc/self")
-# Under glibc every block of half a MiB or more then has pages of its own.
+# glibc then gives every block of 512 KiB or more pages of its own.
 NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 19)}
 
 
@@ -75,7 +75,7 @@ def measure():
 
 
 def prepared(method):
-    """The driver of the net under a method, and what updates its masks, compiled."""
+    """Return the driver of the network under a method, and a compiled mask update."""
     import keras
     import numpy as np
     from keras import ops
@@ -92,7 +92,7 @@ def prepared(method):
     driver = drivers_of(model)[0]
     driver.begin(STEPS, STEPS, STEPS // 10)
     for layer in getattr(driver, "layers", []):
-        layer.both_paths = True  # as after a step of DCIL
+        layer.both_paths = True  # as a step of DCIL leaves it
     steps = itertools.count(STEPS // 4, STEP)
 
     def update():
@@ -110,7 +110,7 @@ def prepared(method):
 
 
 def times(method) -> dict:
-    """What one update takes beside a pass, in seconds of a processor."""
+    """Measure an update and one pass over the weights in CPU seconds."""
     from keras import ops
 
     from keras_dst._backend.jit import jit
@@ -133,13 +133,13 @@ def times(method) -> dict:
 
 
 def memory(method) -> float:
-    """What an update takes at its peak, beside the weights."""
+    """Return the peak memory of an update divided by the memory of the weights."""
     from keras_dst.export.memory import kilobytes
 
     driver, update = prepared(method)
-    ctypes.CDLL(None).malloc_trim(0)  # gives back what is free, which would be used again unseen
+    ctypes.CDLL(None).malloc_trim(0)  # free memory would be reused without being counted
     before = kilobytes("VmRSS")
-    (SELF / "clear_refs").write_text("5")  # the peak counts from here on
+    (SELF / "clear_refs").write_text("5")  # resets the peak
     update()
     return (kilobytes("VmHWM") - before) * 1024 / (4 * driver.size)
 

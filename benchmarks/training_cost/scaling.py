@@ -1,12 +1,12 @@
-"""What sparse training costs as nets, depths and batches grow: results/growth_BACKEND.json.
+"""Measure how the cost of sparse training grows with the network: results/scaling.
 
-Nets of dense layers, along three axes, the rest held: parameters, layers, batch. At every point
-the plain net and each method, at 90 % sparsity, train in turns, as in
-`benchmarks.training_cost.step_time`; then
-the net is made sparse and stripped, and one of 90 % has its masks updated, is shrunk and exported.
-Slopes are those of a line through the logarithms: 1 is proportional, below 1 the cost grows slower.
+Networks of dense layers vary along three axes: parameters, layers and batch size. At every point
+the dense network and each method at 90 % sparsity train in turns, as in
+`benchmarks.training_cost.step_time`. Then one network is made sparse and stripped, and another
+network with 90 % zeros has its masks updated, is shrunk and is exported. `slope` is the slope of a
+line through the logarithms: 1 is proportional growth.
 
-Memory is kept from step to step in all of it, the plain net's too, as `SparseTraining` has it.
+Freed memory is kept between steps in all runs, for the dense network too.
 
 python -m benchmarks.training_cost.scaling [--backend BACKEND] [--axes AXIS ...]
 python -m benchmarks.training_cost.scaling --table
@@ -33,7 +33,7 @@ TOTAL = 4000  # steps of the training that is begun
 
 @dataclass
 class Point:
-    """A net of dense layers, all alike, and the samples of a step."""
+    """A network of equal dense layers, and the batch size."""
 
     width: int
     depth: int
@@ -50,9 +50,9 @@ AXES = {
     "layers": [Point(64, depth, 32) for depth in (10, 40, 200)],
     "batch": [Point(500, 4, batch) for batch in (1, 8, 64, 512)],
 }
-# What an axis counts.
+# The column of each axis.
 SIZES = {"parameters": "weights", "layers": "depth", "batch": "batch"}
-# What `keras_dst.freed_memory` asks for, here for the whole of a process.
+# Keep freed memory in the process, for all runs.
 KEEP = {f"MALLOC_{what}_THRESHOLD_": str(1 << 40) for what in ("MMAP", "TRIM")}
 
 
@@ -60,7 +60,7 @@ def methods() -> dict:
     from keras_dst.methods import DCIL, DST, FlipOut, Magnitude, OptG, RigL
     from keras_dst.schedules import Constant
 
-    now = Constant(SPARSITY)  # from the first step on
+    now = Constant(SPARSITY)  # from the first step
     return {
         "DST": DST(),
         "DCIL": DCIL(now),
@@ -72,7 +72,7 @@ def methods() -> dict:
 
 
 def net(point, method=None):
-    """A compiled net, and its driver, where there is one."""
+    """Return a compiled network and its callback, or None for the dense network."""
     import keras
 
     import keras_dst
@@ -92,7 +92,7 @@ def net(point, method=None):
 
 
 def prune(model):
-    """Give thresholds values that prune so many of the weights, which are uniform at first."""
+    """Set thresholds that prune 90 % of the weights, which are initialized uniformly."""
     from keras import ops
 
     for layer in model.layers:
@@ -120,7 +120,7 @@ def measure(axes):
 
 
 def steps(point, method) -> float:
-    """The time of a step under a method beside that of the plain net."""
+    """Return the step time ratio of a method to the dense network."""
     import numpy as np
 
     shape = (point.batch * (STEPS + 1), point.width)  # the first step is not timed
@@ -140,7 +140,7 @@ def steps(point, method) -> float:
 
 
 def once(point) -> dict:
-    """Seconds of what happens once, or every hundred steps."""
+    """Measure the seconds of sparsify, strip, update, shrink and export."""
     import numpy as np
 
     import keras_dst
@@ -170,7 +170,7 @@ def once(point) -> dict:
 
 
 def slope(sizes, values) -> float:
-    """Of the line through the logarithms that is nearest by squares."""
+    """Return the slope of the least-squares line through the logarithms."""
     import numpy as np
 
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
@@ -178,12 +178,13 @@ def slope(sizes, values) -> float:
 
 def table():
     lines = [
-        "# What it costs as the work grows",
+        "# Scaling",
         "",
-        "Nets of dense layers on one core, 90 % of their weights pruned. First, time of a step "
-        f"beside the plain net's, in turns, medians of {ROUNDS}; then seconds of what happens "
-        "once, or for `update` every hundred steps; `export` is without measuring. `slope` is the "
-        "exponent of growth. Made by `make bench-scaling` from the runs next to this page.",
+        "Networks of dense layers with 90 % of their weights pruned, on one core. The columns of "
+        f"the methods give the step time relative to the dense network, medians of {ROUNDS} rounds "
+        "in turns. The other columns are seconds: `update` happens every hundred steps and the "
+        "others once. `export` does not measure latency. `slope` is the exponent of growth. Made "
+        "by `make bench-scaling` from the runs next to this page.",
     ]
     stored = results.runs(BENCHMARK)
     for backend in BACKENDS:

@@ -1,16 +1,13 @@
-"""Step time of sparse training against the plain model: one JSON per net and backend.
+"""Measure the time of a training step relative to the dense model: results/step_time.
 
-A net at batch 128 on one core: the plain model and each method train for some steps in turns, and
-the ratio to the plain model of the same turn is what counts; medians over the turns.
+The dense model and each method train for some steps in turns, with batch 128 on one core. The
+result is the median over the rounds of the ratio to the dense model in the same round.
+`lstm-128` runs without Consensus, because an LSTM has no units that Consensus could prune.
 
-    small-cnn   results/step_time_BACKEND.json
-    resnet-20   results/overhead_BACKEND.json
-    lstm-128    results/recurrent_BACKEND.json, without Consensus, which has no units to prune there
-
-It is the beginning of a training of 4,000 steps, in which most methods update their masks every
-100. So updates are timed by themselves, and their share of a step is added to the ratio (DCIL's,
-every 16, are counted twice where they fall into a turn). What the first turn takes longer than the
-second is compiling, in seconds of a processor.
+The timed steps are the beginning of a training of 4,000 steps, in which most methods update their
+masks every 100 steps. Updates are therefore timed separately, and their share per step is added to
+the ratio. DCIL updates every 16 steps, so an update that falls into a timed round counts twice.
+Compile time is the CPU time of the first round minus that of the second.
 """
 
 import argparse
@@ -32,19 +29,18 @@ from benchmarks.timing import (
 )
 
 BATCH = 128
-TOTAL = 4000  # steps of the training that is begun
+TOTAL = 4000  # length of the training
 
 
 @dataclass
 class Setting:
-    """What is timed, and how often."""
+    """A network to time, and the number of steps and rounds."""
 
-    result: str
     shape: tuple
     net: Callable
-    steps: int  # in a turn
+    steps: int  # per round
     rounds: int
-    without: tuple = ()  # methods that find nothing to prune there
+    without: tuple = ()  # methods that find nothing to prune
 
 
 def small_cnn():
@@ -75,11 +71,9 @@ def lstm_128():
 
 
 SETTINGS = {
-    "small-cnn": Setting("step_time", (28, 28, 1), small_cnn, steps=5, rounds=17),
-    "resnet-20": Setting("overhead", (32, 32, 3), resnet_20, steps=3, rounds=9),
-    "lstm-128": Setting(
-        "recurrent", (28, 28, 1), lstm_128, steps=5, rounds=17, without=("Consensus",)
-    ),
+    "small-cnn": Setting((28, 28, 1), small_cnn, steps=5, rounds=17),
+    "resnet-20": Setting((32, 32, 3), resnet_20, steps=3, rounds=9),
+    "lstm-128": Setting((28, 28, 1), lstm_128, steps=5, rounds=17, without=("Consensus",)),
 }
 
 
@@ -105,7 +99,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("net", choices=SETTINGS)
     parser.add_argument("--backend", choices=BACKENDS, help="this one, in this process")
-    parser.add_argument("--methods", nargs="*", help="these alone, as the result names them")
+    parser.add_argument("--methods", nargs="*", help="only these methods, named as in the result")
     args = parser.parse_args()
     if args.backend is None:
         only = ["--methods", *args.methods] if args.methods else []
@@ -158,7 +152,7 @@ def measure(net, only=None):
 
 
 def data(setting) -> tuple:
-    """Random images and labels for one turn, whose first step is not timed."""
+    """Return random images and labels for one round; its first step is not timed."""
     import numpy as np
 
     size = BATCH * (setting.steps + 1)
@@ -167,7 +161,7 @@ def data(setting) -> tuple:
 
 
 def compared(net, turns) -> dict:
-    """Seconds of each of the turns, which are begun here, beside those of `plain`."""
+    """Time all candidates in turns; return their times and ratios to `plain`."""
     setting = SETTINGS[net]
     first, again = ({n: cpu_seconds(turn) for n, turn in turns.items()} for _ in range(2))
     times = in_turns(turns, setting.rounds)
@@ -185,7 +179,7 @@ def compared(net, turns) -> dict:
 
 
 def update_of(callback) -> dict | None:
-    """Seconds that an update of the masks takes, and after how many steps there is one."""
+    """Return the seconds of a mask update and the steps between two updates."""
     driver = callback._drivers[0]
     if not driver.every:
         return None

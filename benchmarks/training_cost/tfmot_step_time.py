@@ -1,6 +1,7 @@
-"""Step time of tfmot against its plain model: results/overhead_tfmot.json, as step_time resnet-20.
+"""Measure the time of a tfmot training step relative to its dense model: results/step_time.
 
-Runs in an environment of its own, with tf_keras: tfmot takes no model of Keras 3.
+tfmot does not accept Keras 3 models, so this module runs with tf_keras in an environment of its
+own.
 """
 
 import os

@@ -1,22 +1,19 @@
-"""What it takes to train a sparse net to one accuracy: results/energy_*.json and results/energy.md.
+"""Measure the cost of training a sparse network to a given accuracy: results/time_to_accuracy.
 
 python -m benchmarks.training_cost.time_to_accuracy --seeds 3
 python -m benchmarks.training_cost.time_to_accuracy --table
-    the table alone, from the JSON files that are there.
 
-LeNet-300-100 on MNIST, 95 % sparse, as `benchmarks.accuracy.methods` trains it, with budgets of 2
-to 10
-epochs. Sparse from one pass of training, by each method, beside train, prune, fine-tune: half of
-the epochs dense, then the smallest weights go at once, then the other half with the rate from its
-top again. The cheapest budget whose mean accuracy over the seeds reaches the goal is what counts:
-the dense net's after five epochs, less a part of a point. Runs whose JSON is there already are not
-run again.
+LeNet-300-100 trains on MNIST to 95 % sparsity, as in `benchmarks.accuracy.methods`, with budgets of
+2 to 10 epochs. Each method prunes during training. The baseline is train, prune, fine-tune: half of
+the epochs dense, then all pruning at once, then the other half with the learning rate at its top
+again. The result is the smallest budget whose mean accuracy over the seeds reaches the goal: the
+accuracy of the dense network after five epochs minus half a point. Stored runs are not repeated.
 
-Every weight of this net is multiplied once for a sample, so operations follow from density: two for
-each product, in three products of a step (outputs, gradients of inputs, gradients of weights). What
-this library executes is dense. What is left where zeros are skipped: the products at the mean
-density of an epoch; but methods that may revive a weight (`ALIVE`) need the gradients of all of
-them. RigL does in the step before an update, which is not counted.
+Every weight of this network is multiplied once per sample, so operations follow from density: two
+per product, in three products per step (outputs, gradients of inputs, gradients of weights). This
+library executes dense products. The column for skipped zeros counts the products at the mean
+density of each epoch. Methods that may revive a weight (`ALIVE`) need the gradients of all weights.
+RigL needs them only in the step before an update, which is not counted.
 """
 
 import argparse
@@ -34,22 +31,22 @@ from keras_dst.schedules import Constant
 BENCHMARK = "time_to_accuracy"
 SPARSITY = 0.95
 EPOCHS = (2, 4, 6, 8, 10)
-LESS = 0.005  # of accuracy than the dense net's
+LESS = 0.005  # accuracy below the dense network
 PRUNED_LATER = "train, prune, fine-tune"
 METHODS = (PRUNED_LATER, "Magnitude", "DST", "DCIL", "OptG", "FlipOut", "SET", "RigL")
-PATHS = {"DCIL": 2}  # passes of a step
+PATHS = {"DCIL": 2}  # forward passes per step
 ALIVE = ("DST", "DCIL", "OptG")
 SPARSE_FROM_THE_START = ("SET", "RigL")
 
 
 def twice(rate, steps):
-    """A rate that falls to 0 by the middle, and from its top again by the end."""
+    """Return a learning rate that falls to 0 twice, in each half of training."""
     schedules = keras.optimizers.schedules
     return schedules.CosineDecayRestarts(rate, steps // 2, t_mul=1.0, m_mul=1.0)
 
 
 def trained(method, epochs, seed, data):
-    """The result of one run."""
+    """Train one network; return the figures of the run."""
     task = dataclasses.replace(TASKS["mnist-mlp"], epochs=epochs)
     if method != PRUNED_LATER:
         return run(task, method, SPARSITY, seed, data)
@@ -58,7 +55,7 @@ def trained(method, epochs, seed, data):
 
 
 def densities(result) -> list[float]:
-    """Of every epoch, the mean of its begin and its end."""
+    """Return the density of every epoch, the mean of its start and its end."""
     way, epochs = result["way"], result["epochs"]
     if way == "dense":
         return [1.0] * epochs
@@ -70,7 +67,10 @@ def densities(result) -> list[float]:
 
 
 def operations(result) -> tuple[float, float]:
-    """Of a training, in those of a dense epoch: executed, and left where zeros are skipped."""
+    """Return the operations of a training in units of a dense epoch.
+
+    The first number counts executed operations, the second the operations with zeros skipped.
+    """
     paths = PATHS.get(result["way"], 1)
     left = 0.0
     for density in densities(result):
@@ -95,14 +95,14 @@ def table():
     sparse = [run for runs in found.values() for run in runs if run["way"] != "dense"]
     apart = max(abs(run["sparsity"] - SPARSITY) for run in sparse)
     lines = [
-        "# What it takes to reach an accuracy",
+        "# Cost of training to a given accuracy",
         "",
-        f"LeNet-300-100 on MNIST, {SPARSITY:.0%} sparse: the fewest epochs, of "
-        f"{', '.join(map(str, EPOCHS))}, after which the mean test accuracy over {len(dense)} "
-        f"seeds is {100 * goal:.2f} % or more, that of the dense net after five epochs less "
-        f"{100 * LESS:g} points. Operations of the whole training are in those of a dense epoch: "
-        "as executed here, and as they would be where every zero is skipped. Seconds are the "
-        f"fit's, with compiling. All ended within {100 * apart:.2f} points of the target. Made by "
+        f"LeNet-300-100 on MNIST, {SPARSITY:.0%} sparse. `epochs` is the smallest budget, of "
+        f"{', '.join(map(str, EPOCHS))}, whose mean test accuracy over {len(dense)} seeds reaches "
+        f"{100 * goal:.2f} %: the accuracy of the dense network after five epochs minus "
+        f"{100 * LESS:g} points. Operations of the whole training are given in units of a dense "
+        "epoch, as executed and with every zero skipped. Seconds are those of `fit`, with compile "
+        f"time. All runs ended within {100 * apart:.2f} points of the target. Made by "
         "`make bench-time-to-accuracy` from the runs next to this page.",
         "",
         "| | epochs | accuracy | operations | zeros skipped | seconds |",
