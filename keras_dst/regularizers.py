@@ -27,7 +27,7 @@ class ThresholdPenalty(keras.regularizers.Regularizer):
         self.alpha = alpha
 
     def __call__(self, x):
-        x = ops.convert_to_tensor(x)
+        x = _as_loss(x)
         steep = x < -1.0
         bounded = ops.where(steep, -math.e * x, ops.exp(-ops.where(steep, -1.0, x)))
         return ops.cast(self.alpha, x.dtype) * ops.sum(bounded)
@@ -56,7 +56,7 @@ class Polarization(keras.regularizers.Regularizer):
         self.weight = weight
 
     def __call__(self, x):
-        x = ops.convert_to_tensor(x)
+        x = _as_loss(x)
         return self.weight * ops.mean(x * (1 - x))
 
     def get_config(self):
@@ -97,10 +97,16 @@ class Budget(keras.regularizers.Regularizer):
         self.costs = costs
 
     def __call__(self, x):
-        x = ops.convert_to_tensor(x)
+        x = _as_loss(x)
         costs = ops.ones_like(x) if self.costs is None else ops.cast(self.costs, x.dtype)
-        return self.weight * (ops.sum(costs * x) / ops.sum(costs) - self.target) ** 2
+        target = ops.cast(self.target, x.dtype)
+        return self.weight * (ops.sum(costs * x) / ops.sum(costs) - target) ** 2
 
     def get_config(self):
         costs = None if self.costs is None else ops.convert_to_numpy(self.costs).tolist()
         return {"target": float(self.target), "weight": self.weight, "costs": costs}
+
+
+def _as_loss(x):
+    """Cast to the type of a model's loss, to which Keras adds all penalties."""
+    return ops.cast(ops.convert_to_tensor(x), keras.config.floatx())

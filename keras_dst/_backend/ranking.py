@@ -279,7 +279,7 @@ class _Ranking:
             active, fits = open_(low, high, below, above), count <= kept
             down, up = active & fits, active & ~fits
             side = ops.where(down, 1, ops.where(up, -1, last))
-            again = ops.where(side == last, 0.5, 1.0)
+            again = ops.where(side == last, half, whole)
             return (
                 ops.where(up, threshold, low),
                 ops.where(down, threshold, high),
@@ -294,6 +294,8 @@ class _Ranking:
         many = self.together and self.count >= _MANY
         sampled = self._of_sample(kept) if many else ()
         one, side = ops.ones(low.shape, "float32"), ops.zeros(low.shape, "int32")
+        # Two Python numbers would get the type of `keras.config.floatx()`.
+        half, whole = (ops.convert_to_tensor(x, "float32") for x in (0.5, 1.0))
         turn = ops.convert_to_tensor(1, "int32")
         low, high, below, above, *_ = ops.while_loop(
             lambda *state: ops.any(open_(*state)),
@@ -338,10 +340,9 @@ class _Ranking:
             full = ops.sum(full[None] if self.together else ops.where(b.owner, full, 0), axis=1)
             row = begins + ops.minimum(full, sizes - 1)
             rest = ops.take(space - before, row)
-            entries = ops.take(tied, row, axis=0)
-            entries = ops.where(
-                entries, 1 if weights is None else ops.take(weights, row, axis=0), 0
-            )
+            entries = ops.cast(ops.take(tied, row, axis=0), "int32")
+            if weights is not None:
+                entries = entries * ops.take(weights, row, axis=0)
             fits = ops.cumsum(entries, axis=1) <= rest[:, None]
             place = ops.take(b.start[:, 0], row) + ops.cast(ops.sum(fits, axis=1), "int32")
             found.append(ops.where(full < sizes, place, np.iinfo("int32").max))

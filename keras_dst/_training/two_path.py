@@ -83,6 +83,7 @@ class TwoPathLoss:
         if self.coupling is not None:
             for weight, *logits in _logits(self.model, y_pred, full):
                 term = _keras.add_to_loss(self.model, self.coupling(*logits))
+                term = ops.cast(term, loss.dtype)
                 loss = loss + (term if weight is None else weight * term)
         return loss
 

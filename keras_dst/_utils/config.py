@@ -1,42 +1,95 @@
-"""Objects that are their constructor's arguments: config, equality and repr from the signature."""
+"""Base class of methods and schedules: config, equality and repr from the constructor."""
 
 import inspect
+from inspect import Parameter
+from typing import Any
 
 import keras
 
 
 class Configurable:
-    """Keeps every constructor argument as an attribute of that name, and nothing else matters."""
+    """Base class of objects that keep every constructor argument as an attribute of that name.
 
-    def get_config(self) -> dict:
-        """The constructor's arguments, serialised."""
-        names = inspect.signature(type(self).__init__).parameters
+    Nothing else belongs to their config: two objects of one class with equal arguments are equal.
+    A class without a constructor has no arguments. A constructor with `**kwargs` passes them on to
+    the constructor of its base class.
+    """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        arguments_of(cls)  # raises for a constructor that a config cannot describe
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the constructor's arguments, serialized."""
         return {
-            name: keras.saving.serialize_keras_object(getattr(self, name))
-            for name in names
-            if name != "self"
+            name: keras.saving.serialize_keras_object(self._argument(name))
+            for name in arguments_of(type(self))
         }
 
     @classmethod
-    def from_config(cls, config: dict):
-        """The object whose `get_config` gave this."""
-        return cls(**{name: keras.saving.deserialize_keras_object(v) for name, v in config.items()})
+    def from_config(cls, config: dict[str, Any]):
+        """Return a new object from the config that `get_config` returned."""
+        values = {name: keras.saving.deserialize_keras_object(v) for name, v in config.items()}
+        positional = [
+            values.pop(name)
+            for name, argument in arguments_of(cls).items()
+            if argument.kind is Parameter.POSITIONAL_ONLY and name in values
+        ]
+        return cls(*positional, **values)
+
+    def _argument(self, name):
+        try:
+            return getattr(self, name)
+        except AttributeError:
+            cls = type(self).__name__
+            raise AttributeError(
+                f"{cls}.__init__ takes the argument {name!r}, but the object has no attribute "
+                f"{name!r}, which its config and repr need. Assign self.{name} = {name} in "
+                "__init__."
+            ) from None
 
     def __eq__(self, other):
         return type(self) is type(other) and self.get_config() == other.get_config()
 
     def __hash__(self):
-        return hash(type(self))  # equal numbers, such as 0 and 0.0, have to hash alike
+        # Equal objects have equal hashes only if no argument is hashed: 0 equals 0.0.
+        return hash(type(self))
 
     def __repr__(self):
-        defaults = {
-            name: parameter.default
-            for name, parameter in inspect.signature(type(self).__init__).parameters.items()
-            if name != "self"
-        }
-        given = (
-            f"{name}={getattr(self, name)!r}"
-            for name, default in defaults.items()
-            if getattr(self, name) is not default and getattr(self, name) != default
-        )
+        given = []
+        for name, argument in arguments_of(type(self)).items():
+            value = self._argument(name)
+            if value is not argument.default and value != argument.default:
+                keyword = "" if argument.kind is Parameter.POSITIONAL_ONLY else f"{name}="
+                given.append(f"{keyword}{value!r}")
         return f"{type(self).__name__}({', '.join(given)})"
+
+
+def arguments_of(cls: type) -> dict[str, Parameter]:
+    """Return the arguments of a class's constructor by name, without `self`.
+
+    Arguments that the constructor passes on by `**kwargs` are included.
+
+    Raises:
+        TypeError: If the constructor takes arguments that have no names.
+    """
+    found: dict[str, Parameter] = {}
+    passes_on = ""
+    for base in cls.__mro__[:-1]:
+        if "__init__" not in vars(base):
+            continue
+        arguments = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+        kinds = {argument.kind: f"{argument}".split(":")[0] for argument in arguments}
+        for argument in arguments:
+            if argument.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
+                found.setdefault(argument.name, argument)
+        passes_on = kinds.get(Parameter.VAR_KEYWORD, "")
+        if not passes_on:
+            passes_on = kinds.get(Parameter.VAR_POSITIONAL, "")
+            break
+    if passes_on:
+        raise TypeError(
+            f"The arguments of {cls.__name__}.__init__ must have names, under which a config can "
+            f"hold them. Received: {passes_on}. Name every argument."
+        )
+    return found

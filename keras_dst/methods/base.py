@@ -212,7 +212,10 @@ class Method(Configurable):
         # A single count is for all weights together; several counts are for one weight each.
         kept = ops.maximum(kept, np.sum(least) if kept.shape[0] == 1 else least)
         kept = kept[0] if kept.shape[0] == 1 else kept
-        groups = (pattern.scores(s, layout) for s, layout in zip(scores, layouts))
+        # In float32 before they are pooled, so that all precisions rank equal weights alike.
+        groups = (
+            pattern.scores(ops.cast(s, "float32"), layout) for s, layout in zip(scores, layouts)
+        )
         scores = ()  # Free the scores, which are as large as the weights, while they are ranked.
         found = masks.top_k(groups, kept, sizes, first)
         return [pattern.expand(g, s, layout) for g, s, layout in zip(found, shapes, layouts)]

@@ -115,7 +115,11 @@ class Consensus(UnitMethod):
         """What every gate has: cost of an entry of its weight, present target, and progress."""
         state = {
             key: layer.add_weight(
-                name=f"{name}_{key}", initializer="ones", trainable=False, autocast=False
+                name=f"{name}_{key}",
+                initializer="ones",
+                dtype="float32",
+                trainable=False,
+                autocast=False,
             )
             for key in ("cost", "target")
         }
@@ -224,7 +228,7 @@ class _Penalties(keras.regularizers.Regularizer):
         means, costs = [], []
         for layer in self.layers:
             for layout, variable, state in layer.masked_weights():
-                mean = ops.reshape(layer.batch_mean(layout, state), (-1,))
+                mean = ops.cast(ops.reshape(layer.batch_mean(layout, state), (-1,)), "float32")
                 each = math.prod(variable.shape) / math.prod(mean.shape)
                 means.append(mean)
                 costs.append(ops.convert_to_tensor(state["cost"]) * each + ops.zeros_like(mean))

@@ -100,11 +100,16 @@ class DCIL(TwoPathMethod):
             **super().build(layer, name, variable, layout),
             # 1 once the warm-up is over; a variable, so that the step need not be traced anew.
             "coupled": layer.add_weight(
-                name=f"{name}_coupled", initializer="zeros", trainable=False, autocast=False
+                name=f"{name}_coupled",
+                initializer="zeros",
+                dtype="float32",
+                trainable=False,
+                autocast=False,
             ),
         }
 
     def scores(self, weights, states):
+        weights = [ops.cast(w, "float32") for w in weights]
         return [ops.abs(w) if self.score == "magnitude" else ops.square(w) for w in weights]
 
     def update(self, weights, states, layouts, kept, now):

@@ -108,6 +108,7 @@ class DST(LayerMethod):
             alpha = layer.add_weight(
                 name=f"{name}_alpha",
                 initializer=keras.initializers.Constant(self.alpha),
+                dtype="float32",
                 trainable=False,
                 autocast=False,
             )
@@ -116,6 +117,7 @@ class DST(LayerMethod):
                 name=f"{name}_control",
                 shape=(4,),
                 initializer="zeros",
+                dtype="float32",
                 trainable=False,
                 autocast=False,
             )
@@ -181,7 +183,7 @@ class DST(LayerMethod):
         """
         gap = masks.kth(self._margins(weights, states, layouts), kept[0])
         sizes = [math.prod(w.shape) for w in weights]
-        scale = sum(ops.sum(ops.abs(w)) for w in weights) / sum(sizes)
+        scale = sum(ops.sum(ops.abs(ops.cast(w, "float32"))) for w in weights) / sum(sizes)
         alpha = states[0]["alpha"]
         last, drift, square, product = ops.unstack(states[0]["control"])
 
@@ -207,15 +209,16 @@ class DST(LayerMethod):
         gap = masks.kth(margins, kept[0])
         changes = []
         for w, state, margin in zip(weights, states, margins):
-            most = ops.max(margin) - 1e-6 * ops.max(ops.abs(w))
-            changes.append({"threshold": state["threshold"] + ops.minimum(gap, most)})
+            most = ops.max(margin) - 1e-6 * ops.cast(ops.max(ops.abs(w)), "float32")
+            shift = ops.cast(ops.minimum(gap, most), w.dtype)
+            changes.append({"threshold": state["threshold"] + shift})
         return changes
 
     def _margins(self, weights, states, layouts):
         """Q of every weight, those of a group alike."""
         pattern = Pattern(self.pattern)
         return [
-            pattern.expand(self._margin(ops.abs(w), s, layout), w.shape, layout)
+            ops.cast(pattern.expand(self._margin(ops.abs(w), s, layout), w.shape, layout), "float32")
             for w, s, layout in zip(weights, states, layouts)
         ]
 
@@ -229,7 +232,7 @@ class _Reset(keras.constraints.Constraint):
     def __call__(self, threshold):
         t = ops.convert_to_tensor(threshold)
         mask = self.method.mask(ops.convert_to_tensor(self.variable), {"threshold": t}, self.layout)
-        alive = ops.mean(masks.ones(mask, t.dtype)) > self.method.reset_at
+        alive = ops.mean(masks.ones(mask, "float32")) > self.method.reset_at
         t = masks.masked(t, ops.logical_and(alive, ops.isfinite(t)))
         # Below 0 a threshold masks nothing more, it only takes longer to come back.
         return t if self.method.schedule is None else ops.maximum(t, 0.0)

@@ -114,8 +114,9 @@ class FlipOut(UpdateMethod):
         for i, numbers in zip(known, drawn):
             grad, mask = grads[i], masks[i]
             size = math.prod(grad.shape)
-            scale = self.noise * ops.sqrt(ops.sum(ops.square(grad)) / size)
-            added = ops.cast(numbers, grad.dtype) * scale
+            squares = ops.square(ops.cast(grad, "float32"))  # their sum overflows in float16
+            scale = self.noise * ops.sqrt(ops.sum(squares) / size)
+            added = ops.cast(numbers * scale, grad.dtype)
             grads[i] = grad + (added if mask is None else masked(added, mask))
         return grads
 

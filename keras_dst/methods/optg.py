@@ -108,7 +108,11 @@ class OptG(LayerMethod):
                 autocast=False,
             ),
             "rate": layer.add_weight(
-                name=f"{name}_rate", initializer="zeros", trainable=False, autocast=False
+                name=f"{name}_rate",
+                initializer="zeros",
+                dtype="float32",
+                trainable=False,
+                autocast=False,
             ),
             **super().build(layer, name, variable, layout),
         }
@@ -121,7 +125,10 @@ class OptG(LayerMethod):
         return {"scores": state["scores"]}
 
     def update(self, weights, states, layouts, kept, now):
-        scores = [s["anchor"] + s["rate"] * (s["scores"] - s["anchor"]) for s in states]
+        scores = [
+            s["anchor"] + ops.cast(s["rate"], s["anchor"].dtype) * (s["scores"] - s["anchor"])
+            for s in states
+        ]
         rate = now.sparsity / max(self._final, 1e-9)
         return [
             {"scores": v, "rate": rate, "mask": mask}

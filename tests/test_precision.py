@@ -1,0 +1,131 @@
+"""Methods under weights of every floating-point type."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_dst
+from keras_dst import methods
+from keras_dst.callbacks import SparseTraining
+from keras_dst.masks import KERNEL
+from keras_dst.methods import LayerMethod
+from tests import models
+from tests.backends import COMPILES
+
+METHODS = {
+    "dst": methods.DST(),
+    "dst-target": methods.DST(sparsity=0.8),
+    "dcil": methods.DCIL(0.8),
+    "consensus": methods.Consensus(0.5),
+    "magnitude": methods.Magnitude(0.8),
+    "magnitude-revival": methods.Magnitude(0.8, revival=True),
+    "magnitude-1x4": methods.Magnitude(0.8, pattern="1x4"),
+    "magnitude-2:4": methods.Magnitude(0.5, pattern="2:4"),
+    "flipout": methods.FlipOut(0.8),
+    "optg": methods.OptG(0.8),
+    "set": methods.SET(0.8),
+    "rigl": methods.RigL(0.8),
+}
+# Types of the first and of the second half of a model's layers.
+MIXED = [("float64", "float32"), ("float32", "float64"), ("bfloat16", "float32")]
+MIXED += [("float16", "float16"), ("bfloat16", "bfloat16")]
+
+x = np.random.default_rng(0).standard_normal((64, 16)).astype("float32")
+y = (x[:, 0] > 0).astype("int32")
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    return METHODS[request.param]
+
+
+@pytest.fixture
+def float64():
+    before = keras.config.floatx()
+    keras.config.set_floatx("float64")
+    yield
+    keras.config.set_floatx(before)
+
+
+def check_training(method, first=None, second=None):
+    """Fit a model with layers of two types, and check the sparsity of the stripped model."""
+    keras.utils.set_random_seed(0)
+    net = [keras.Input((16,)), keras.layers.Dense(64, "relu", dtype=first)]
+    net += [keras.layers.BatchNormalization(dtype=second), keras.layers.Dense(32, dtype=second)]
+    model = keras.Sequential([*net, keras.layers.Dense(2, "softmax")])
+    optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
+    if isinstance(method, LayerMethod):
+        keras_dst.sparsify(model, method)
+    else:
+        optimizer = keras_dst.SparseOptimizer(optimizer, method)
+    models.compiled(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # twelve steps are few for learned methods
+        history = model.fit(x, y, 16, 3, verbose=0, callbacks=[SparseTraining()]).history
+    assert np.isfinite(history["loss"]).all()
+    if method.schedule:
+        assert history["sparsity"][-1] == pytest.approx(method.schedule.sparsity, abs=0.01)
+    predicted = model.predict(x, verbose=0)
+    keras_dst.strip(model)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), predicted)
+
+
+@pytest.mark.usefixtures("float64")
+def test_float64_as_the_default_type(method):
+    check_training(method)
+
+
+@pytest.mark.parametrize("types", MIXED, ids="-".join)
+def test_layers_of_two_types_in_one_model(method, types):
+    if COMPILES and (types != MIXED[0] or method.pattern not in ("unstructured", "channel")):
+        pytest.skip("torch tries the other types, without a compilation for each of them")
+    check_training(method, *types)
+
+
+RANKED = [name for name in METHODS if not name.startswith(("dst", "consensus"))]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", RANKED)
+def test_masks_equal_the_masks_of_float32(name, dtype):
+    if keras.backend.backend() == "jax" and dtype == "float64":
+        pytest.skip("JAX computes in float32 unless jax_enable_x64 is set")
+    method = METHODS[name]
+    rng = np.random.default_rng(0)
+    # Multiples of 1/64 below 2 are exact in the 8 bits of bfloat16, and many of them tie.
+    weights = [np.round(rng.uniform(-2, 2, shape) * 64) / 64 for shape in ((24, 16), (16, 8))]
+    found = [masks_of(method, weights, kind) for kind in ("float32", dtype)]
+    for mask, other in zip(*found):
+        np.testing.assert_array_equal(mask, other)
+        assert 0 < mask.mean() < 1
+
+
+def masks_of(method, weights, dtype):
+    tensors = [ops.convert_to_tensor(w, dtype) for w in weights]
+    mask = [ops.cast(np.ones(w.shape), "bool") for w in weights]
+    states = [
+        {
+            "mask": m,
+            "dense": w,
+            "gradient": w,
+            "flips": ops.zeros(w.shape, "int32"),
+            "scores": w,
+            "anchor": ops.zeros(w.shape, dtype),
+            "rate": ops.ones((), "float32"),
+        }
+        for w, m in zip(tensors, mask)
+    ]
+    shapes = [w.shape for w in weights]
+    layouts = [KERNEL] * len(weights)
+    target = method.schedule.sparsity
+    kept = method.kept_counts(shapes, layouts, target, ["a", "b"])
+    now = methods.ScheduleState(
+        ops.convert_to_tensor(5, "int32"),
+        ops.convert_to_tensor(0.5, "float32"),
+        ops.convert_to_tensor(target, "float32"),
+    )
+    changes = method.update(tensors, states, layouts, ops.convert_to_tensor(kept, "int32"), now)
+    return [ops.convert_to_numpy(change["mask"]) for change in changes]
