@@ -8,7 +8,18 @@ import keras
 import pytest
 
 import keras_dst
-from keras_dst.methods import DCIL, DST, SET, FlipOut, Magnitude, OptG, RigL
+from keras_dst import tfmot
+from keras_dst.methods import (
+    DCIL,
+    DST,
+    SET,
+    FlipOut,
+    LayerMethod,
+    Magnitude,
+    OptG,
+    RigL,
+    UpdateMethod,
+)
 from keras_dst.schedules import Constant, Cubic, Geometric, Sigmoid
 
 # For every class, objects that between them set every argument to something other than its default.
@@ -84,6 +95,64 @@ def test_round_trip(thing):
 def test_repr_is_the_call(thing):
     scope = {**vars(keras_dst.methods), **vars(keras_dst.schedules)}
     assert eval(repr(thing), scope) == thing
+
+
+class NoArguments(UpdateMethod):
+    """A method without a constructor."""
+
+
+class Forwarding(Magnitude):
+    """A method that passes arguments on to its base class."""
+
+    def __init__(self, *args, extra=1, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.extra = extra
+
+
+class EveryKind(LayerMethod):
+    """A method with positional-only and keyword-only arguments."""
+
+    def __init__(self, first, /, second=2, *, third=3):
+        self.first, self.second, self.third = first, second, third
+
+
+class NoSteps(tfmot.PruningSchedule):
+    """A schedule without a constructor."""
+
+
+OWN = [NoArguments(), NoSteps(), Forwarding(0.5), Forwarding(0.5, extra=2, allocation="erk")]
+OWN += [EveryKind(1), EveryKind(1, second=5, third=7)]
+
+
+@pytest.mark.parametrize("thing", OWN, ids=repr)
+def test_constructors_of_other_forms(thing):
+    again = type(thing).from_config(json.loads(json.dumps(thing.get_config())))
+    assert again == thing
+    assert eval(repr(thing), globals()) == thing
+    assert repr(again) == repr(thing)
+
+
+def test_objects_without_arguments_are_equal():
+    assert NoArguments() == NoArguments()
+    assert NoArguments() != NoSteps()
+    assert NoArguments().get_config() == {}
+
+
+@pytest.mark.parametrize("signature", ["*values", "**values", "a, *args", "a, **values"])
+def test_arguments_without_names_are_refused(signature):
+    scope = {"Method": LayerMethod}
+    with pytest.raises(TypeError, match="must have names"):
+        exec(f"class Own(Method):\n    def __init__(self, {signature}): pass", scope)
+
+
+def test_an_argument_that_is_not_kept_is_named():
+    class Forgetful(LayerMethod):
+        def __init__(self, strength):
+            pass
+
+    for use in (repr, LayerMethod.get_config):
+        with pytest.raises(AttributeError, match=r"self\.strength = strength"):
+            use(Forgetful(1))
 
 
 @pytest.mark.parametrize(

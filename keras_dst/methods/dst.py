@@ -218,7 +218,9 @@ class DST(LayerMethod):
         """Q of every weight, those of a group alike."""
         pattern = Pattern(self.pattern)
         return [
-            ops.cast(pattern.expand(self._margin(ops.abs(w), s, layout), w.shape, layout), "float32")
+            ops.cast(
+                pattern.expand(self._margin(ops.abs(w), s, layout), w.shape, layout), "float32"
+            )
             for w, s, layout in zip(weights, states, layouts)
         ]
 
