@@ -1,4 +1,4 @@
-"""What MkDocs needs to be told: formulas, figures of results/, and the files around docs/."""
+"""Hooks of MkDocs: formulas, tables from results/, and pages outside docs/."""
 
 import json
 import pathlib
@@ -13,34 +13,53 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def on_files(files, config):
-    """Pages that are not in docs/: the tables of results/, and the changes."""
-    for path in [*sorted(ROOT.glob("results/*/index.md")), ROOT / "CHANGELOG.md"]:
+    """Add the pages that are outside docs/: results, changelog, contributing."""
+    for path in [*sorted(ROOT.glob("results/*/index.md")), *sorted(ROOT.glob("C*.md"))]:
         name = path.relative_to(ROOT).as_posix()
-        kind = InclusionLevel.NOT_IN_NAV  # they may be there
+        kind = InclusionLevel.NOT_IN_NAV  # no warning, whether the navigation lists it or not
         files.append(File.generated(config, name, abs_src_path=str(path), inclusion=kind))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Formulas become MathML, markers tables; links out of docs/ lead to the pages above."""
-    markdown = re.sub(r"^```python .+$", "```python", markdown, flags=re.MULTILINE)  # what runs it
-    markdown = re.sub(r"^```math\n(.*?)^```$", _formula, markdown, flags=re.DOTALL | re.MULTILINE)
+    """Render formulas as MathML, fill in tables, and adapt links that cross the edge of docs/."""
+    markdown = re.sub(r"^```python .+$", "```python", markdown, flags=re.MULTILINE)  # the backend
+    markdown = re.sub(r"^```math\n(.*?)^```$", _display, markdown, flags=re.DOTALL | re.MULTILINE)
+    markdown = _outside_code(markdown, lambda text: re.sub(r"\$([^$\n]+)\$", _inline, text))
     markdown = re.sub(r"^<!-- figures of (.+?) -->$", _figures, markdown, flags=re.MULTILINE)
     for marker, table in (("step times", step_times), ("mask updates", mask_updates)):
-        markdown = markdown.replace(f"<!-- {marker} -->", table())
-    folder = posixpath.dirname(page.file.src_uri)
+        if f"<!-- {marker} -->" in markdown:
+            markdown = markdown.replace(f"<!-- {marker} -->", table())
 
-    def inside(link):
-        target = posixpath.normpath(posixpath.join("docs", folder, link[1]))
-        if target.startswith("docs/"):
-            return link[0]
-        return f"]({posixpath.relpath(target, folder or '.')})"
+    def adapt(text):
+        return re.sub(r"\]\((?!\w+:)([^)#]+)", lambda link: _link(link[1], page.file), text)
 
-    return re.sub(r"\]\((\.\./[^)#]+)\)", inside, markdown)
+    return _outside_code(markdown, adapt)
 
 
-def _formula(block) -> str:
+def _link(target: str, file: File) -> str:
+    """Return a link that is right in the repository, as it is right in the site.
+
+    In the repository, CONTRIBUTING.md is above docs/. In the site, both are in one folder.
+    """
+    source = pathlib.Path(file.abs_src_path).relative_to(ROOT).as_posix()
+    linked = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+    in_site = linked.removeprefix("docs/")
+    return f"]({posixpath.relpath(in_site, posixpath.dirname(file.src_uri) or '.')}"
+
+
+def _outside_code(markdown: str, change) -> str:
+    """Apply a change to the text between fenced blocks and code spans."""
+    parts = re.split(r"(^```.*?^```$|`[^`\n]+`)", markdown, flags=re.DOTALL | re.MULTILINE)
+    return "".join(part if i % 2 else change(part) for i, part in enumerate(parts))
+
+
+def _display(block) -> str:
     return f"<div>{convert(block[1].strip(), display='block')}</div>"
+
+
+def _inline(formula) -> str:
+    return convert(formula[1])
 
 
 def _figures(marker) -> str:
@@ -61,25 +80,25 @@ def figures(method: str, page: str) -> str:
 
 
 def step_times() -> str:
-    """A table for each net: how long a step takes beside the plain model's, by backend.
+    """Return a table for each net: the time of a step as a ratio to the plain model, by backend.
 
-    In brackets, how long compiling takes beside the plain model's, where that was timed.
+    If compilation was timed, its ratio follows in brackets.
     """
     runs, lines = _runs("step_time"), []
     for net in ("small-cnn", "resnet-20", "lstm-128"):
-        mine = {name.split("_")[1]: run for name, run in runs.items() if name.startswith(net)}
-        columns = {name: _ratios(run) for name, run in mine.items()}
-        net = next(iter(mine.values()))["net"]
-        lines += ["", f"**{net}**", "", *_columns(columns)]
+        of_net = {name.split("_")[1]: run for name, run in runs.items() if name.startswith(net)}
+        title = next(iter(of_net.values()))["net"]
+        columns = {name: _ratios(run) for name, run in of_net.items()}
+        lines += ["", f"**{title}**", "", *_columns(columns)]
     return "\n".join(lines)
 
 
 def mask_updates() -> str:
-    """What an update of 25 million masks takes: passes over the weights, and memory."""
+    """Return the table of one update of 25 million masks: passes over the weights, and memory."""
     columns = {
         backend: {
-            name: f"{of['passes']:.0f} passes, {of['memory_over_weights']:.1f}×"
-            for name, of in run["methods"].items()
+            name: f"{cost['passes']:.0f} passes, {cost['memory_over_weights']:.1f}×"
+            for name, cost in run["methods"].items()
         }
         for backend, run in _runs("mask_update").items()
     }
@@ -93,9 +112,10 @@ def _runs(benchmark: str) -> dict[str, dict]:
 
 
 def _ratios(run: dict) -> dict[str, str]:
+    """Return the cells of a run, by method."""
     found = {name: f"{ratio:.2f}" for name, ratio in run["ratio_to_plain"].items()}
     compiling = run["seconds_to_compile"]
-    # Nothing is compiled where the first turn takes hardly longer than the others.
+    # A backend compiled nothing if the first round took hardly longer than the others.
     if run["net"].startswith("resnet") and compiling["plain"] > 1:
         for name in found:
             found[name] += f" ({compiling[name] / compiling['plain']:.2f})"
@@ -103,6 +123,7 @@ def _ratios(run: dict) -> dict[str, str]:
 
 
 def _columns(columns: dict[str, dict[str, str]]) -> list[str]:
+    """Return the lines of a table with these columns, each of them by the name of the row."""
     lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     for name in dict.fromkeys(name for cells in columns.values() for name in cells):
         cells = [cells.get(name, "") for cells in columns.values()]
@@ -111,10 +132,10 @@ def _columns(columns: dict[str, dict[str, str]]) -> list[str]:
 
 
 class Examples(griffe.Extension):
-    """Docstrings say `Example:`, in the singular, as Keras's do."""
+    """An extension that reads `Example:`, in the singular as in Keras's docstrings, as code."""
 
     def on_object(self, *, obj, **kwargs):
-        """Let griffe read the section as code."""
+        """Rename the section to the plural that griffe knows."""
         if obj.docstring:
             obj.docstring.value = re.sub(
                 r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE

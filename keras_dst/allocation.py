@@ -8,6 +8,8 @@ import numpy as np
 
 from keras_dst.schedules import check_sparsity
 
+__all__ = ["densities", "kept_counts"]
+
 NAMES = ("global", "uniform", "erk")
 
 

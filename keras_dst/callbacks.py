@@ -13,13 +13,14 @@ import keras
 
 from keras_dst import _keras
 from keras_dst._backend import malloc
-from keras_dst._training.backup import ActiveFit
-from keras_dst._training.backup import BackupAndRestore as BackupAndRestore
+from keras_dst._training.backup import ActiveFit, BackupAndRestore
 from keras_dst._training.drivers import Driver, drivers_of
 from keras_dst._training.metrics import direction_of_metric, worst_value
-from keras_dst._training.tensorboard import SparsityTensorBoard as SparsityTensorBoard
+from keras_dst._training.tensorboard import SparsityTensorBoard
 from keras_dst._utils.files import save_in_place, save_whole
 from keras_dst._utils.validation import check_integer
+
+__all__ = ["BackupAndRestore", "SparseTraining", "SparsityTensorBoard"]
 
 
 class SparseTraining(keras.callbacks.Callback):

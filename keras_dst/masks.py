@@ -14,9 +14,20 @@ import numpy as np
 from keras import ops
 
 from keras_dst._backend import jit
-from keras_dst._backend.ranking import kth as kth  # part of this module for those who use it
-from keras_dst._backend.ranking import top_k as top_k
+from keras_dst._backend.ranking import kth, top_k
 from keras_dst._utils.validation import check_integer
+
+__all__ = [
+    "Layout",
+    "Pattern",
+    "kth",
+    "masked",
+    "n_of_m",
+    "step",
+    "stop_gradient_where",
+    "straight_through_product",
+    "top_k",
+]
 
 Tensor = Any
 

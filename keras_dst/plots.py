@@ -15,6 +15,8 @@ from keras_dst._utils.filters import Filters, select
 from keras_dst._utils.validation import check_integer
 from keras_dst.surgery import check_model
 
+__all__ = ["density", "history", "masks", "sensitivity", "trade_off"]
+
 _MARKERS = "osD^vPX*"
 
 

@@ -5,6 +5,8 @@ import math
 import keras
 from keras import ops
 
+__all__ = ["Budget", "Polarization", "ThresholdPenalty"]
+
 
 @keras.saving.register_keras_serializable("keras_dst")
 class ThresholdPenalty(keras.regularizers.Regularizer):

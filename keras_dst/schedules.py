@@ -8,6 +8,8 @@ import numpy as np
 from keras_dst._utils.config import Configurable
 from keras_dst._utils.validation import is_integer
 
+__all__ = ["Constant", "Cubic", "Geometric", "Schedule", "Sigmoid"]
+
 
 @keras.saving.register_keras_serializable("keras_dst")
 class Schedule(Configurable):

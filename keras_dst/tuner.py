@@ -18,6 +18,8 @@ try:
 except ImportError as error:
     raise ImportError("This hook needs KerasTuner: pip install keras_dst[tuner]") from error
 
+__all__ = ["SparseHyperModel"]
+
 
 class SparseHyperModel(keras_tuner.HyperModel):
     """Trains each trial of a search with `SparseTraining`, and judges it by what it ends with.

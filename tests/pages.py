@@ -1,4 +1,4 @@
-"""The code on the pages of docs/, and of README.md."""
+"""The code blocks of README.md and of the pages in docs/."""
 
 import pathlib
 import re
@@ -8,7 +8,10 @@ PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/
 
 
 def fences(page):
-    """`(language, info, code)` of every fenced block on a page, named from the root, in order."""
+    """Return `(language, info, code)` for each fenced block of a page, in order.
+
+    The page is a path relative to the root of the repository.
+    """
     text = (ROOT / page).read_text()
     found = re.findall(r"^```(\w*) ?(.*?)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     assert 2 * len(found) == text.count("```")
@@ -16,5 +19,8 @@ def fences(page):
 
 
 def blocks(page):
-    """`(info, code)` of the Python on a page of docs/; no info where it is for all backends."""
+    """Return `(info, code)` for each Python block of a page in docs/.
+
+    The info names a backend, and is empty for a block that runs on every backend.
+    """
     return [(info, code) for language, info, code in fences(f"docs/{page}") if language == "python"]

@@ -1,4 +1,4 @@
-"""All code on all pages runs as it stands there: a new page is run because it is there."""
+"""The code on every page runs as it is written. A new page is tested because it exists."""
 
 import pathlib
 import re
@@ -15,8 +15,8 @@ from tests.pages import PAGES, ROOT, fences
 from tests.test_tfmot import file_of
 
 BACKEND = keras.backend.backend()
-SHOWN = ("diff", "math")  # languages with nothing to run
-ELSEWHERE = {  # in processes of their own, or with pictures and trials to look at
+NOT_RUN = ("diff", "math", "text")  # languages of blocks that are not code
+TESTED_ELSEWHERE = {  # pages that need several processes, or whose pictures and trials are checked
     "docs/many_devices.md": "tests/devices/test_pages.py",
     "docs/pictures.md": "tests/test_plots.py",
     "docs/sensitivity.md": "tests/test_tuner.py",
@@ -24,17 +24,20 @@ ELSEWHERE = {  # in processes of their own, or with pictures and trials to look 
 
 
 def backends(page):
-    """Where a page is run: on those it names, else once; exports where they are quick."""
+    """Return the backends that a page is tested on.
+
+    A page whose blocks name no backend is tested once: on TensorFlow if it exports, else on torch.
+    """
     text = (ROOT / page).read_text()
     named = {info for language, info, _ in fences(page) if language == "python" and info}
     return named or {"tensorflow" if re.search("export_tflite|keras-dst export", text) else "torch"}
 
 
-def here():
-    return [page for page in PAGES if page not in ELSEWHERE and BACKEND in backends(page)]
+def pages_of_this_backend():
+    return [page for page in PAGES if page not in TESTED_ELSEWHERE and BACKEND in backends(page)]
 
 
-@pytest.mark.parametrize("page", here())
+@pytest.mark.parametrize("page", pages_of_this_backend())
 def test_page(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     BEFORE.get(page, lambda: None)()
@@ -48,37 +51,36 @@ def test_page(page, tmp_path, monkeypatch, capsys):
             for line in code.splitlines():
                 run_command(shlex.split(line, comments=True))
         else:
-            assert language in SHOWN
+            assert language in NOT_RUN
     AFTER.get(page, lambda names, out: None)(names, capsys.readouterr().out)
 
 
 def run_command(words):
-    """Run a line of a shell, or see that what it asks for is there."""
+    """Run a `keras-dst` command; check that the target or extra of another command exists."""
     match words:
         case []:
             pass
         case ["keras-dst", *arguments]:
             assert cli.main(arguments) == 0
         case ["make", *targets]:
-            assert set(targets) <= set(
-                re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
-            )
+            rules = re.findall(r"^([\w -]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            assert set(targets) <= {target for rule in rules for target in rule.split()}
         case ["pip", "install", package]:
             extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
             extra = re.fullmatch(r"keras_dst\[(\w+)\]", package)[1]
             assert extra in extras["optional-dependencies"]
         case _:
-            pytest.fail(f"a command that no test runs: {words}")
+            pytest.fail(f"No test knows this command: {words}")
 
 
-def test_no_page_and_no_block_is_left_out():
-    for page, test in ELSEWHERE.items():
+def test_every_page_runs_on_a_backend():
+    for page, test in TESTED_ELSEWHERE.items():
         assert f'blocks("{pathlib.Path(page).name}")' in (ROOT / test).read_text()
     for page in PAGES:
-        assert backends(page) <= {"tensorflow", "jax", "torch"} or page in ELSEWHERE
+        assert backends(page) <= {"tensorflow", "jax", "torch"} or page in TESTED_ELSEWHERE
 
 
-# -- what a page says, beside that it runs -------------------------------------------------------
+# -- claims of a page about its results ----------------------------------------------------------
 
 
 def readme(names, out):
@@ -90,7 +92,7 @@ def readme(names, out):
 def custom_loops(names, out):
     assert keras_dst.report(names["pruned"]).sparsity == pytest.approx(0.9, abs=0.01)
     assert 0.1 < keras_dst.report(names["learned"]).sparsity < 1
-    assert not any(hasattr(layer, "sparsity") for layer in names["learned"].layers)
+    assert not any(hasattr(layer, "method") for layer in names["learned"].layers)
 
 
 def edge(names, out):
@@ -114,8 +116,13 @@ def tfmot(names, out):
 
 
 def index(names, out):
-    assert keras_dst.report(names["other"]).sparsity == pytest.approx(0.9, abs=0.001)
-    assert names["report"].sparsity == pytest.approx(0.9, abs=0.01)
+    assert keras_dst.report(names["model"]).sparsity == pytest.approx(0.9, abs=0.001)
+    assert "this file" in out
+
+
+def guide(names, out):
+    assert keras_dst.report(names["other"]).sparsity == pytest.approx(0.9, abs=0.01)
+    assert names["report"].sparsity == pytest.approx(0.9, abs=0.001)
     assert type(names["model"].layers[0]) is keras.layers.Dense
 
 
@@ -141,6 +148,7 @@ AFTER = {
     "README.md": readme,
     "docs/custom_loops.md": custom_loops,
     "docs/edge.md": edge,
+    "docs/guide.md": guide,
     "docs/index.md": index,
     "docs/resuming.md": resuming,
     "docs/shrink.md": shrink,
