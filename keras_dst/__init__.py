@@ -9,7 +9,7 @@ from keras_dst.surgery import SparsifyReport, sparsify, strip
 from keras_dst.version import __version__
 
 if TYPE_CHECKING:  # for editors, type checkers and the reference, which do not run `__getattr__`
-    from keras_dst import plots, tfmot
+    from keras_dst import plots
     from keras_dst._reporting.sensitivity import SensitivityReport, sensitivity
     from keras_dst._reporting.sparsity import SparsityReport, WeightReport, report
     from keras_dst._structure import ChannelReport, ShrinkReport, shrink, shrink_report

@@ -1,4 +1,4 @@
-"""Pictures of sparse models and of their training, drawn by matplotlib."""
+"""Plots of sparse models and of their training, with matplotlib."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from keras_dst._reporting.tables import percent
-from keras_dst._reporting.weights import cells, matrix_shape, weights_of
+from keras_dst._reporting.tables import format_percent
+from keras_dst._reporting.weights import density_map, matrix_shape, weights_of
 from keras_dst._training.metrics import is_worst_value
 from keras_dst._utils.filters import Filters, select
 from keras_dst._utils.validation import check_integer
@@ -21,54 +21,54 @@ _MARKERS = "osD^vPX*"
 
 
 def density(report, ax=None):
-    """Bar chart of the density of every prunable weight.
+    """Draw a bar chart of the density of every prunable weight.
 
     Args:
-        report: a `keras_dst.report` of a model.
-        ax: the matplotlib axes to draw on; by default those of a new figure.
+        report: Result of `keras_dst.report`.
+        ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
 
     Returns:
         The axes.
 
     Raises:
-        ImportError: without matplotlib.
+        ImportError: If matplotlib is not installed.
 
     Example:
         >>> plots.density(keras_dst.report(model)).figure.savefig("density.png")
     """
     ax = ax or new_figure(8, 1.5 + 0.3 * len(report.layers)).subplots()
-    places = range(len(report.layers))
-    bars = ax.barh(places, [row.density for row in report.layers])
-    ax.bar_label(bars, [percent(row.density) for row in report.layers], padding=3)
-    ax.axvline(1 - report.sparsity, color="grey", linestyle="--", zorder=0)
-    ax.set_yticks(places, [row.name for row in report.layers])
-    ax.set_ylim(max(len(report.layers), 1) - 0.5, -0.5)  # the first layer on top
-    ax.set_xlim(0, 1.2)  # room for the labels
+    positions = range(len(report.layers))
+    bars = ax.barh(positions, [row.density for row in report.layers])
+    ax.bar_label(bars, [format_percent(row.density) for row in report.layers], padding=3)
+    ax.axvline(1 - report.sparsity, color="gray", linestyle="--", zorder=0)
+    ax.set_yticks(positions, [row.name for row in report.layers])
+    ax.set_ylim(max(len(report.layers), 1) - 0.5, -0.5)  # The first weight is at the top.
+    ax.set_xlim(0, 1.2)  # Leave space for the labels.
     ax.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
-    ax.set_xlabel("density: fraction of weights kept (dashed: of all these)")
-    ax.set_title(f"{report.model}: {percent(report.sparsity)} sparse")
+    ax.set_xlabel("density, the fraction of nonzeros (dashed: all these weights together)")
+    ax.set_title(f"{report.model}: {format_percent(report.sparsity)} sparse")
     return ax
 
 
 def masks(model, names: Filters = None, columns: int = 4):
-    """Heat maps of what is kept of every prunable weight: where the zeros are.
+    """Draw a heat map of the kept entries of every prunable weight.
 
-    A weight is drawn as a matrix, inputs downwards and output units across; the window of a
-    convolution counts as inputs. Where it has more than 64 of either, a cell is the density of
-    several entries. Zeros are those of `report`: a weight that is 0, or whose mask is.
+    The rows of a heat map are inputs and its columns are output units. The window of a convolution
+    counts as inputs. If a weight has more than 64 inputs or outputs, a cell shows the density of
+    several entries. An entry counts as zero if it is 0 or masked, as in `report`.
 
     Args:
-        model: a built Keras 3 model, dense, sparse or stripped; it is left as it was.
-        names: which weights: None for all; a path or a layer's name, a regular expression for one
-            of them, or a list of these.
-        columns: heat maps side by side. Defaults to 4.
+        model: A built Keras 3 model: dense, sparse or stripped. It is not changed.
+        names: Weights to draw: None for all; the path of a weight, the name of a layer, a regular
+            expression for one of them, or a list of these. Defaults to None.
+        columns: Number of heat maps per row. Defaults to 4.
 
     Returns:
         The figure.
 
     Raises:
-        ImportError: without matplotlib.
-        ValueError: when there is nothing to draw, or a name fits no weight.
+        ImportError: If matplotlib is not installed.
+        ValueError: If the model has no prunable weight, or a name matches no weight.
 
     Example:
         >>> keras_dst.plots.masks(model, ".*kernel").savefig("masks.png")
@@ -80,7 +80,7 @@ def masks(model, names: Filters = None, columns: int = 4):
     chosen = select([w.variable for w in weights], names, paths, "names")
     weights = [weight for weight, is_chosen in zip(weights, chosen) if is_chosen]
     if not weights:
-        raise ValueError(f"'{model.name}' has no prunable weight to draw.")
+        raise ValueError(f"'{model.name}' has no prunable weights to draw.")
     columns = min(columns, len(weights))
     rows = math.ceil(len(weights) / columns)
     figure = new_figure(2.4 * columns + 1, 2.4 * rows)
@@ -90,10 +90,10 @@ def masks(model, names: Filters = None, columns: int = 4):
     grid = grid[: len(weights)]
     for ax, weight in zip(grid, weights):
         image = _heat_map(ax, weight)
-    # Steps of a root, so that what little is kept can be seen.
+    # The color scale is a square root, so that low densities stay visible.
     ticks = [0, 0.01, 0.1, 0.25, 0.5, 1]
     figure.colorbar(image, ax=list(grid), label="density", ticks=ticks, aspect=12 * rows)
-    figure.suptitle(f"{model.name}: what is kept, inputs (down) x outputs (across)")
+    figure.suptitle(f"{model.name}: density of inputs (rows) x outputs (columns)")
     return figure
 
 
@@ -101,7 +101,7 @@ def _heat_map(ax, weight):
     from matplotlib.colors import PowerNorm
 
     kept = weight.kept()
-    matrix = cells(kept, weight.layout)
+    matrix = density_map(kept, weight.layout)
     inputs, outputs = matrix_shape(kept.shape, weight.layout)
     image = ax.imshow(
         matrix,
@@ -114,33 +114,35 @@ def _heat_map(ax, weight):
     ax.set_xticks([outputs])
     ax.set_yticks([inputs])
     ax.tick_params(labelsize=7, length=2)
-    ax.set_title(f"{_end_of(weight.variable.path)}\n{percent(1 - kept.mean())} sparse", size=8)
+    ax.set_title(
+        f"{_end_of(weight.variable.path)}\n{format_percent(1 - kept.mean())} sparse", size=8
+    )
     return image
 
 
 def trade_off(results, ax=None, dense: float | None = None, metric: str = "accuracy"):
-    """Curves of a metric over the fraction of weights kept, from many to few.
+    """Draw curves of a metric over the density, from dense to sparse.
 
     Args:
-        results: for every label, pairs `(sparsity, value)`. Several at one sparsity, as of several
-            seeds, are drawn as their mean and their range.
-        ax: the matplotlib axes to draw on; by default those of a new figure.
-        dense: the value of the dense model, drawn as a line.
-        metric: what the values are.
+        results: Mapping from labels to pairs `(sparsity, value)`. Several values at one sparsity,
+            such as the values of several seeds, are drawn as their mean and their range.
+        ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
+        dense: Value of the dense baseline, drawn as a line. Defaults to None: no line.
+        metric: Name of the metric, for the vertical axis. Defaults to `"accuracy"`.
 
     Returns:
         The axes.
 
     Raises:
-        ImportError: without matplotlib.
-        ValueError: for no results, a sparsity outside [0, 1), or a value that is not finite.
+        ImportError: If matplotlib is not installed.
+        ValueError: If there are no results, a sparsity is outside [0, 1), or a value is not finite.
 
     Example:
         >>> keras_dst.plots.trade_off({"DST": [(0.9, 0.981), (0.9, 0.979), (0.95, 0.973)]})
     """
     curves = {label: _by_sparsity(label, pairs) for label, pairs in results.items()}
     if not curves:
-        raise ValueError("results must have a label with pairs (sparsity, value). Received: none")
+        raise ValueError("results must map labels to pairs (sparsity, value). Received: no labels")
     ax = ax or new_figure(7, 4.5).subplots()
     for (label, curve), marker in zip(curves.items(), itertools.cycle(_MARKERS)):
         kept = [1 - sparsity for sparsity in curve]
@@ -151,7 +153,7 @@ def trade_off(results, ax=None, dense: float | None = None, metric: str = "accur
         ]
         ax.errorbar(kept, means, np.abs(ranges), label=label, marker=marker, capsize=3)
     if dense is not None:
-        ax.axhline(dense, color="grey", linestyle="--", label="dense", zorder=0)
+        ax.axhline(dense, color="gray", linestyle="--", label="dense", zorder=0)
     ax.set_xscale("log")
     ax.invert_xaxis()
     _tick_at(ax, sorted({1 - sparsity for curve in curves.values() for sparsity in curve}))
@@ -163,7 +165,7 @@ def trade_off(results, ax=None, dense: float | None = None, metric: str = "accur
 
 
 def _by_sparsity(label, pairs: Sequence) -> dict[float, list[float]]:
-    """The values at every sparsity, in ascending order of it."""
+    """Return the values at every sparsity, in order of increasing sparsity."""
     found: dict[float, list[float]] = {}
     for sparsity, value in pairs:
         if not 0 <= sparsity < 1 or not math.isfinite(value):
@@ -173,12 +175,14 @@ def _by_sparsity(label, pairs: Sequence) -> dict[float, list[float]]:
             )
         found.setdefault(round(float(sparsity), 6), []).append(float(value))
     if not found:
-        raise ValueError(f"results[{label!r}] must have a pair (sparsity, value). Received: none")
+        raise ValueError(
+            f"results[{label!r}] must have a pair (sparsity, value). Received: no pairs"
+        )
     return dict(sorted(found.items()))
 
 
 def _tick_at(ax, kept: Sequence[float]) -> None:
-    """Ticks where results are, but for those that are too near to the one before."""
+    """Set ticks at the measured densities, without ticks that would be too close."""
     ticks = [kept[-1]]
     for fraction in reversed(kept):
         if fraction < 0.8 * ticks[-1]:
@@ -188,42 +192,42 @@ def _tick_at(ax, kept: Sequence[float]) -> None:
 
 
 def history(history, names: Filters = None, ax=None):
-    """Sparsity and metrics over the epochs of a training.
+    """Draw the sparsity and the metrics of every epoch of a training.
 
-    What lies within [0, 1], such as sparsity and accuracy, is on the left axis; the rest, such as
-    most losses, has the right one. Validation is dashed, in the colour of the training. What
-    `SparseTraining(metric_at_target=...)` logs before the target is reached is left open.
+    Metrics within [0, 1], such as sparsity and accuracy, use the left axis. All other metrics, such
+    as most losses, use the right axis. Validation metrics are dashed, in the color of the training
+    metric. The curves of `SparseTraining(metric_at_target=...)` begin when the target is reached.
 
     Args:
-        history: what `fit` returned, or its dict.
-        names: which logs: None for all; a name, a regular expression for whole names, or a list of
-            these.
-        ax: the matplotlib axes to draw on; by default those of a new figure.
+        history: Return value of `fit`, or its dict of metrics.
+        names: Metrics to draw: None for all; a name, a regular expression for whole names, or a
+            list of these. Defaults to None.
+        ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
 
     Returns:
-        The axes on the left; `ax.figure.axes` has both.
+        The left axes. `ax.figure.axes` holds both.
 
     Raises:
-        ImportError: without matplotlib.
-        ValueError: for an empty history, or a name that fits no log.
+        ImportError: If matplotlib is not installed.
+        ValueError: If the history is empty, or a name matches no metric.
 
     Example:
         >>> history = model.fit(x, y, epochs=20, callbacks=[keras_dst.callbacks.SparseTraining()])
         >>> keras_dst.plots.history(history, ["sparsity", "(val_)?accuracy"])
     """
-    logs: Mapping[str, Sequence[float]] = getattr(history, "history", history)
-    if not logs or not all(map(len, logs.values())):
-        raise ValueError(f"history must have an epoch at least. Received: {history!r}")
-    known = list(logs)
+    metrics: Mapping[str, Sequence[float]] = getattr(history, "history", history)
+    if not metrics or not all(map(len, metrics.values())):
+        raise ValueError(f"history must have at least one epoch. Received: {history!r}")
+    known = list(metrics)
     chosen = select(known, names, [(name,) for name in known], "names")
     curves = {
-        name: np.array([math.nan if is_worst_value(v) else v for v in logs[name]], "float64")
+        name: np.array([math.nan if is_worst_value(v) else v for v in metrics[name]], "float64")
         for name, is_chosen in zip(known, chosen)
         if is_chosen
     }
     ax = ax or new_figure(7, 4.5).subplots()
     bases = list(dict.fromkeys(name.removeprefix("val_") for name in curves))
-    left = [base for base in bases if all(map(_is_fraction, _of(base, curves)))]
+    left = [base for base in bases if all(map(_is_fraction, _curves_of(base, curves)))]
     right = [base for base in bases if base not in left]
     sides = [(ax, left or right)]
     if left and right:
@@ -233,8 +237,8 @@ def history(history, names: Filters = None, ax=None):
         for name, values in curves.items():
             base = name.removeprefix("val_")
             if base in shown:
-                every = length // len(values)  # validation_freq
-                epochs = every * np.arange(1, len(values) + 1)
+                interval = length // len(values)  # That is `validation_freq` of `fit`.
+                epochs = interval * np.arange(1, len(values) + 1)
                 style = "-" if name == base else "--"
                 side.plot(epochs, values, style, color=f"C{bases.index(base)}", label=name)
         side.set_ylabel(", ".join(shown))
@@ -247,33 +251,34 @@ def history(history, names: Filters = None, ax=None):
     return ax
 
 
-def _of(base: str, curves: Mapping) -> list:
-    """The curves of a metric, in training and validation."""
+def _curves_of(base: str, curves: Mapping) -> list:
+    """Return the training curve and the validation curve of a metric."""
     return [values for name, values in curves.items() if name.removeprefix("val_") == base]
 
 
 def _is_fraction(values) -> bool:
+    """Return whether all known values are within [0, 1]."""
     known = values[~np.isnan(values)]
     return bool(np.all((known >= 0) & (known <= 1)))
 
 
 def _end_of(path: str, length: int = 30) -> str:
-    """The end of a long path, which tells more than its beginning."""
+    """Shorten a long path to its end, which says more than its beginning."""
     return path if len(path) <= length else f"…{path[1 - length :]}"
 
 
 def sensitivity(report, ax=None):
-    """What the metric becomes as one weight alone is pruned: a line for every weight.
+    """Draw the metric over the sparsity of one pruned weight: a line for every weight.
 
     Args:
-        report: a `keras_dst.sensitivity` of a model.
-        ax: the matplotlib axes to draw on; by default those of a new figure.
+        report: Result of `keras_dst.sensitivity`.
+        ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
 
     Returns:
         The axes.
 
     Raises:
-        ImportError: without matplotlib.
+        ImportError: If matplotlib is not installed.
 
     Example:
         >>> plots.sensitivity(keras_dst.sensitivity(model, (x, y))).figure.savefig("curves.png")
@@ -281,8 +286,8 @@ def sensitivity(report, ax=None):
     ax = ax or new_figure(8, 4.5).subplots()
     for row in report.weights:
         ax.plot((0.0, *report.sparsities), (report.baseline, *row.values), "o-", label=row.name)
-    ax.axhline(report.baseline, color="grey", linestyle="--", zorder=0)
-    ax.set_xlabel("sparsity of this weight alone (dashed: none pruned)")
+    ax.axhline(report.baseline, color="gray", linestyle="--", zorder=0)
+    ax.set_xlabel("sparsity of this weight; all other weights stay (dashed: no weight pruned)")
     ax.set_ylabel(report.metric)
     ax.set_title(f"{report.model}: sensitivity to {report.pattern} pruning")
     ax.legend(fontsize="small")
@@ -290,9 +295,9 @@ def sensitivity(report, ax=None):
 
 
 def new_figure(width: float, height: float):
-    """A new figure of pyplot, so many inches wide and high, that makes room for its labels."""
+    """Return a new pyplot figure of this size in inches, with a layout that fits its labels."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install keras_dst[plot]") from error
+        raise ImportError("Plots need matplotlib: pip install keras_dst[plot]") from error
     return plt.figure(figsize=(width, height), layout="constrained")

@@ -70,7 +70,7 @@ def test_a_reader_sees_the_report(saved, tmp_path):
     assert EVIL in page.text
     assert len(page.pictures) == len(found.layers) == 3
     for row, (width, height, width_on_page, alt) in zip(found.layers, page.pictures):
-        assert (height, width) == row.cells.shape
+        assert (height, width) == row.density_map.shape
         assert width_on_page > 100
         assert row.name in alt
     assert "<title>lenet: " in page.dom
@@ -115,7 +115,7 @@ def test_pictures_are_of_what_is_kept(saved):
     for row, image in zip(found.layers, images):
         pixels = imread(io.BytesIO(base64.b64decode(image)))
         # The opacity is the root of the density, in 8 bits.
-        np.testing.assert_allclose(pixels[..., 3] ** 2, row.cells, atol=0.01)
+        np.testing.assert_allclose(pixels[..., 3] ** 2, row.density_map, atol=0.01)
 
 
 def test_a_model_without_weights_and_one_without_flops():
@@ -130,7 +130,7 @@ def test_a_model_without_weights_and_one_without_flops():
             return x + keras.ops.sum(self.mix)
 
     unknown = report(keras.Sequential([keras.Input((4,)), Odd()]))
-    assert "FLOPs are not known: what Odd does" in unknown.to_html()
+    assert "The FLOPs are unknown: the use of " in unknown.to_html()
     assert ">?</td>" in unknown.to_html()
 
 
@@ -138,7 +138,7 @@ def test_the_command(tmp_path, capsys):
     models.sequential().save(tmp_path / "model.keras")
     files = [str(tmp_path / "model.keras"), "--html", str(tmp_path / "page.html")]
     assert cli.main(["report", *files]) == 0
-    assert "total of these" in capsys.readouterr().out
+    assert "all prunable" in capsys.readouterr().out
     assert "<h2>Masks</h2>" in (tmp_path / "page.html").read_text("utf-8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.keras", "page.html"]
     nowhere = str(tmp_path / "nowhere" / "page.html")

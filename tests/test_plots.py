@@ -11,7 +11,7 @@ from keras import layers
 import keras_dst
 from keras_dst import plots
 from keras_dst._reporting.sparsity import report
-from keras_dst._reporting.weights import cells
+from keras_dst._reporting.weights import density_map
 from keras_dst.masks import Layout
 from keras_dst.methods import DST, Magnitude
 from tests import models
@@ -87,14 +87,14 @@ def test_without_matplotlib(monkeypatch):
 @once
 def test_a_small_weight_is_drawn_entry_by_entry():
     kept = np.random.default_rng(0).random((5, 7)) < 0.5
-    np.testing.assert_array_equal(cells(kept), kept)
+    np.testing.assert_array_equal(density_map(kept), kept)
 
 
 @once
 def test_cells_of_a_large_weight_are_densities():
     kept = np.random.default_rng(0).random((256, 128)) < 0.1
     expected = kept.reshape(64, 4, 64, 2).mean((1, 3))
-    np.testing.assert_allclose(cells(kept), expected, rtol=1e-6)
+    np.testing.assert_allclose(density_map(kept), expected, rtol=1e-6)
 
 
 @once
@@ -103,7 +103,7 @@ def test_cells_leave_no_entry_out(shape):
     for place in [(0, 0), (-1, -1), (shape[0] // 2, shape[1] // 2)]:
         kept = np.zeros(shape, bool)
         kept[place] = True
-        found = cells(kept)
+        found = density_map(kept)
         assert np.count_nonzero(found) == 1
         assert max(found.shape) <= 64
 
@@ -114,16 +114,16 @@ def test_axes_of_a_convolution():
     kept[2, 1, 1, 3] = True
     expected = np.zeros((18, 4))
     expected[(2 * 3 + 1) * 2 + 1, 3] = 1
-    np.testing.assert_array_equal(cells(kept), expected)
+    np.testing.assert_array_equal(density_map(kept), expected)
     # A transposed one: (*window, out, in).
-    found = cells(kept, Layout((-2,), (-1,)))
+    found = density_map(kept, Layout((-2,), (-1,)))
     assert found.shape == (36, 2)
     assert found[(2 * 3 + 1) * 4 + 3, 1] == 1
 
 
 @once
 def test_cells_of_nothing():
-    assert cells(np.zeros((0, 4), bool)).shape == (0, 4)
+    assert density_map(np.zeros((0, 4), bool)).shape == (0, 4)
 
 
 # -- masks ---------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_trade_off():
 def test_results_that_cannot_be_drawn(pairs):
     with pytest.raises(ValueError, match=r"results\['DST'\] must"):
         plots.trade_off({"DST": pairs})
-    with pytest.raises(ValueError, match="must have a label"):
+    with pytest.raises(ValueError, match="must map labels"):
         plots.trade_off({})
 
 
@@ -252,7 +252,7 @@ def test_history_of_some_logs(pyplot):
     assert len(given.get_lines()) == 2
     with pytest.raises(ValueError, match="names: 'f1' fits none of the names"):
         plots.history(history, "f1")
-    with pytest.raises(ValueError, match="history must have an epoch"):
+    with pytest.raises(ValueError, match="history must have at least one epoch"):
         plots.history({})
 
 

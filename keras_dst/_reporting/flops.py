@@ -1,4 +1,4 @@
-"""FLOPs of a model: how often every weight is multiplied for one sample."""
+"""Use counts for FLOPs: how often each weight is multiplied for one sample."""
 
 from __future__ import annotations
 
@@ -21,64 +21,67 @@ Shape = tuple[int, ...]
 
 _TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 
-# Weights of layers other than Keras's that are looked up or added, and not multiplied.
+# Names of weights in user-defined layers that are looked up or added, and not multiplied.
 _TABLES = re.compile(r"(embeddings?|tokens?)$")
 
-# A model is traced with this batch where its Input leaves it open; 1 could be squeezed away.
+# Batch size of a trace if the Input leaves it open. A model could squeeze away an axis of size 1.
 _BATCH = 2
-# What replaces other open sizes. Layers for which the two differ have no FLOPs of their own.
+# Two sizes that replace open axes. If the count depends on the size, the FLOPs are unknown.
 _SIZES = (128, 256)
 
 
 def count_uses(model) -> dict[int, tuple[int | None, str | None]]:
-    """How often every prunable weight is multiplied for one sample, or None and the reason.
+    """Return the use count of every prunable weight, by the id of its variable.
 
-    By the id of its variable.
+    A use count is the number of multiplications with each entry for one sample. Each value is a
+    pair of the count, or None if it is unknown, and the reason why it is unknown.
     """
     weights = [weight for weight in weights_of(model) if weight.prunable]
-    return {id(w.variable): found for w, found in zip(weights, count_per_weight(model, weights))}
+    return {
+        id(w.variable): found for w, found in zip(weights, count_uses_per_weight(model, weights))
+    }
 
 
-class _Unknown(Exception):
-    """Why FLOPs cannot be told."""
+class _UnknownCount(Exception):
+    """Error with the reason why a use count is unknown."""
 
 
 @dataclass
 class _Call:
-    """A call of a layer: how often it happens, and the shapes of its tensors, with the batch."""
+    """A call of a layer: how often it is repeated, and the shapes of its inputs and output."""
 
-    times: int
+    repeats: int
     inputs: list[Shape]
     output: Shape
 
 
 class _Trace(keras.Operation):
-    """Calls a model on symbolic tensors, for inference, and notes the calls of layers inside."""
+    """A symbolic inference call of a model that records the calls of its layers."""
 
-    # Attributes, because Keras serialises an operation's arguments.
+    # The model is not an argument, because Keras serializes the arguments of an operation.
     model: Any
     batch: int
 
     def __init__(self):
         super().__init__(name="trace")
         self.calls: dict[int, list[_Call]] = {}
-        self.times = 1
+        self.repeats = 1
 
     def call(self, args, kwargs):
-        self.calls.clear()  # torch calls again where a model does not run on its meta device
+        self.calls.clear()  # torch calls again if the model does not run on the meta device.
         self.model(*args, training=False, **kwargs)
         return []
 
     @contextlib.contextmanager
-    def watch(self, watched: list):
-        """Note the calls of layers, by an attribute before the method of their class."""
+    def recording(self, watched: list):
+        """Record the calls of layers in this context, by instance attributes that hide methods."""
         before = []
         try:
             for layer in watched:
                 name = "quantized_call" if layer.quantization_mode else "call"
                 before.append((layer.__dict__, name, layer.__dict__.get(name)))
-                # Past Keras's tracking.
-                layer.__dict__[name] = self._watched(layer, getattr(layer, name))
+                # Assign to `__dict__`, because Keras tracks ordinary assignments.
+                layer.__dict__[name] = self._recorded(layer, getattr(layer, name))
             yield
         finally:
             for attributes, name, old in before:
@@ -87,31 +90,31 @@ class _Trace(keras.Operation):
                 else:
                     attributes[name] = old
 
-    def _watched(self, layer, call):
+    def _recorded(self, layer, call):
         @functools.wraps(call)
-        def noted(*args, **kwargs):
+        def record(*args, **kwargs):
             output = call(*args, **kwargs)
-            noted_call = _Call(self.times, _shapes((args, kwargs)), _shapes(output)[0])
-            self.calls.setdefault(id(layer), []).append(noted_call)
+            recorded = _Call(self.repeats, _shapes((args, kwargs)), _shapes(output)[0])
+            self.calls.setdefault(id(layer), []).append(recorded)
             return output
 
-        # What an RNN calls, and how often, differs by backend. So count a step of it instead.
+        # The calls inside an RNN differ by backend. One step of its cell is recorded instead.
         @functools.wraps(call)
-        def unrolled(sequences, *args, **kwargs):
+        def record_step(sequences, *args, **kwargs):
             with self._repeat(sequences.shape[1]):
                 layer.cell(sequences[:, 0], layer.get_initial_state(sequences.shape[0]))
             with self._repeat(0):
                 return call(sequences, *args, **kwargs)
 
-        return unrolled if isinstance(layer, layers.RNN) else noted
+        return record_step if isinstance(layer, layers.RNN) else record
 
     @contextlib.contextmanager
     def _repeat(self, times: int):
-        before, self.times = self.times, self.times * times
+        before, self.repeats = self.repeats, self.repeats * times
         try:
             yield
         finally:
-            self.times = before
+            self.repeats = before
 
 
 def _shapes(structure) -> list[Shape]:
@@ -119,42 +122,42 @@ def _shapes(structure) -> list[Shape]:
     return [tuple(x.shape) for x in tensors] or [()]
 
 
-def count_per_weight(model, weights: list[Weight]) -> list[tuple[int | None, str | None]]:
-    """How often every weight is multiplied for one sample, or None and the reason."""
+def count_uses_per_weight(model, weights: list[Weight]) -> list[tuple[int | None, str | None]]:
+    """Return the use counts of these weights, in the form of `count_uses`."""
     watched = {id(layer): layer for weight in weights for layer in weight.layers}
     watched |= {id(x): x for x in _keras.flatten_layers(model) if isinstance(x, layers.RNN)}
     try:
         traces = _traces(model, list(watched.values()))
-    except _Unknown as unknown:
+    except _UnknownCount as unknown:
         return [(None, str(unknown))] * len(weights)
-    return [_agreed(weight, traces) for weight in weights]
+    return [_same_in_all(weight, traces) for weight in weights]
 
 
-def _agreed(weight: Weight, traces: list[_Trace]) -> tuple[int | None, str | None]:
+def _same_in_all(weight: Weight, traces: list[_Trace]) -> tuple[int | None, str | None]:
     try:
-        uses = {_uses_in(trace, weight) for trace in traces}
-    except _Unknown as unknown:
+        counts = {_count_in(trace, weight) for trace in traces}
+    except _UnknownCount as unknown:
         return None, str(unknown)
-    if len(uses) > 1:
+    if len(counts) > 1:
         return None, "they depend on a size that the Input leaves open"
-    return uses.pop(), None
+    return counts.pop(), None
 
 
-def _uses_in(trace: _Trace, weight: Weight) -> int:
-    uses = sum(
-        call.times * _places(layer, weight.variable, call)
+def _count_in(trace: _Trace, weight: Weight) -> int:
+    count = sum(
+        call.repeats * _positions(layer, weight.variable, call)
         for layer in weight.layers
         for call in trace.calls.get(id(layer), ())
-        if call.times
+        if call.repeats
     )
-    return uses // trace.batch
+    return count // trace.batch
 
 
 def _traces(model, watched: list) -> list[_Trace]:
-    """Trace a model, with every size for the axes that its input leaves open."""
+    """Trace a model, once for each size of the axes that its input leaves open."""
     unbuilt = [layer.name for layer in _keras.flatten_layers(model) if not layer.built]
-    if unbuilt:  # a trace would build them
-        raise _Unknown(f"'{unbuilt[0]}' is not built; call the model once on data")
+    if unbuilt:  # A trace would build the layer.
+        raise _UnknownCount(f"'{unbuilt[0]}' is not built; call the model once on data")
     inputs = _inputs(model)
     tensors = keras.tree.flatten(inputs)
     batch = next((x.shape[0] for x in tensors if x.shape and x.shape[0]), _BATCH)
@@ -166,8 +169,8 @@ def _traces(model, watched: list) -> list[_Trace]:
     def traced(size):
         trace = _Trace()
         trace.model, trace.batch = model, batch
-        with trace.watch(watched), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those of the model's own calls
+        with trace.recording(watched), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Warnings of the calls in the model.
             trace.compute_output_spec(*keras.tree.map_structure(lambda x: closed(x, size), inputs))
         return trace
 
@@ -176,17 +179,19 @@ def _traces(model, watched: list) -> list[_Trace]:
         return [traced(size) for size in (_SIZES if is_open else _SIZES[:1])]
     except Exception as error:
         text = re.sub(r"\x1b\[\d*m", "", str(error).split("Error encountered:\n")[-1])
-        raise _Unknown(f"the model fails in a trace ({textwrap.shorten(text, 200)})") from error
+        raise _UnknownCount(
+            f"a symbolic call of the model fails ({textwrap.shorten(text, 200)})"
+        ) from error
 
 
 def _inputs(model) -> tuple[tuple, dict]:
-    """Arguments to call a model with, positional and by name, as KerasTensors."""
+    """Return symbolic positional and keyword arguments for a call of the model."""
     inputs = getattr(model, "inputs", None)
     if inputs and all(isinstance(x, keras.KerasTensor) for x in inputs):
         return (inputs[0] if isinstance(model, keras.Sequential) else model.input,), {}
     shapes = _keras.build_shapes(model)
     if not shapes or any(shape is None for shape in shapes.values()):
-        raise _Unknown("the model's input shape is not known; call it once on data")
+        raise _UnknownCount("the model's input shape is unknown; call the model once on data")
     tensors = {
         name.removesuffix("_shape"): keras.tree.map_shape_structure(keras.KerasTensor, shape)
         for name, shape in shapes.items()
@@ -194,37 +199,37 @@ def _inputs(model) -> tuple[tuple, dict]:
     return ((*tensors.values(),), {}) if len(tensors) == 1 else ((), tensors)
 
 
-def _places(layer, variable, call: _Call) -> int:
-    """At how many places of its tensors, over the batch, a layer applies the whole of a weight."""
+def _positions(layer, variable, call: _Call) -> int:
+    """Return the number of positions, over the batch, at which a layer applies a whole weight."""
     shape, x, y = tuple(variable.shape), call.inputs[0], call.output
     if any(None in tensor for tensor in (x, y)):
-        raise _Unknown(f"the shapes in {layer.name} are not known")
+        raise _UnknownCount(f"the shapes in {layer.name} are unknown")
     if isinstance(layer, _TRANSPOSED):
-        return _points(layer, x)
+        return _grid_points(layer, x)
     if hasattr(layer, "kernel_size"):
-        return _points(layer, y)
+        return _grid_points(layer, y)
     if isinstance(layer, layers.EinsumDense):
         inputs, kernel = re.split(",|->", layer.equation.replace(" ", ""))[:2]
         applied = (n for letter, n in zip(kernel, shape) if letter in inputs)
         return math.prod(x) // math.prod(applied)
     if isinstance(layer, layers.Embedding):
-        return _reversed_places(layer, variable, x, y)
+        return _embedding_positions(layer, variable, x, y)
     if _TABLES.search(variable.name):
         return 0
     for tensor in call.inputs:
         if len(shape) == 2 and tensor[-1:] == shape[:1]:
             return math.prod(tensor[:-1])
-    raise _Unknown(f"what {type(layer).__name__} does with {variable.path} is not known")
+    raise _UnknownCount(f"the use of {variable.path} by {type(layer).__name__} is unknown")
 
 
-def _points(layer, shape: Shape) -> int:
-    """Points in time or space of a convolution's input or output, over the batch."""
+def _grid_points(layer, shape: Shape) -> int:
+    """Return the number of points in time or space of a convolution's tensor, over the batch."""
     first = getattr(layer, "data_format", None) == "channels_first"
     return math.prod(shape[:1] + shape[2:] if first else shape[:-1])
 
 
-def _reversed_places(layer, variable, x: Shape, y: Shape) -> int:
-    """An embedding looks up, at no cost, or goes back from vectors to scores of tokens."""
+def _embedding_positions(layer, variable, x: Shape, y: Shape) -> int:
+    """Return 0 for a lookup of vectors, and the number of positions for a reverse projection."""
     if len(y) > len(x):
         return 0
     tied = getattr(layer, "tie_weights", True)

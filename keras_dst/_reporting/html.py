@@ -1,4 +1,4 @@
-"""A sparsity report as a page: one file, with everything in it."""
+"""The sparsity report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import io
 
 import numpy as np
 
-from keras_dst._reporting.tables import count, percent
+from keras_dst._reporting.tables import format_count, format_percent
 from keras_dst.version import __version__
 
-_COLOUR = "#4a86f0"  # of what is kept; its opacity is the density, so that any background serves
-_POWER = 0.5  # of the density, so that what little is kept can be seen
-_SCALE = (0, 0.01, 0.1, 0.25, 0.5, 1)
+# The opacity of this color shows the density, so that a map fits light and dark backgrounds.
+_COLOR = "#4a86f0"
+_GAMMA = 0.5  # opacity = density ** gamma, so that low densities stay visible.
+_LEGEND = (0, 0.01, 0.1, 0.25, 0.5, 1)
 
 
-def page(report) -> str:
-    """The page of a `keras_dst.report`; see `SparsityReport.to_html`."""
+def render_page(report) -> str:
+    """Render a sparsity report as an HTML page; see `SparsityReport.to_html`."""
     try:
         import matplotlib.image  # noqa: F401
         from jinja2 import Environment, PackageLoader
@@ -31,44 +32,45 @@ def page(report) -> str:
         report=report,
         version=__version__,
         summary=_summary(report),
-        percent=percent,
-        count=count,
+        percent=format_percent,
+        count=format_count,
         shape=_shape,
-        picture=_picture,
-        scale=[(f"{100 * density:g} %", _shade(density)) for density in _SCALE],
+        image=_image,
+        legend=[(f"{100 * density:g} %", _color_of(density)) for density in _LEGEND],
     )
 
 
 def _summary(report) -> list[tuple[str, str, str]]:
-    """The figures at the top: name, figure, note."""
-    found = [
-        ("sparsity", percent(report.sparsity), "of the prunable weights"),
-        ("sparsity in total", percent(report.total_sparsity), "of all weights"),
-        ("nonzeros", count(report.nonzeros), f"of {count(report.parameters)} parameters"),
-        ("bytes", count(report.bytes), "if all are stored"),
+    """Return the name, the number and the note of every figure at the top of the page."""
+    parameters = f"of {format_count(report.parameters)} parameters"
+    figures = [
+        ("sparsity", format_percent(report.sparsity), "of the prunable weights"),
+        ("total sparsity", format_percent(report.total_sparsity), "of all weights"),
+        ("nonzeros", format_count(report.nonzeros), parameters),
+        ("bytes", format_count(report.bytes), "if zeros are stored"),
     ]
     if report.flops is not None:
-        note = f"of {count(report.dense_flops)} for a sample"
-        found.append(("FLOPs", count(report.flops), note))
-    return found
+        note = f"of {format_count(report.dense_flops)} per sample"
+        figures.append(("FLOPs", format_count(report.flops), note))
+    return figures
 
 
 def _shape(row) -> str:
     return " × ".join(str(n) for n in row.shape)
 
 
-def _shade(density: float) -> str:
-    return f"{_COLOUR}{round(255 * density**_POWER):02x}"
+def _color_of(density: float) -> str:
+    return f"{_COLOR}{round(255 * density**_GAMMA):02x}"
 
 
-def _picture(cells: np.ndarray) -> str:
-    """A matrix of densities as the data URI of a PNG, a pixel a cell."""
+def _image(density_map: np.ndarray) -> str:
+    """Return the data URI of a PNG image with one pixel per cell of a density map."""
     from matplotlib.colors import to_rgba
     from matplotlib.image import imsave
 
-    pixels = np.empty((*cells.shape, 4), "float32")
-    pixels[...] = to_rgba(_COLOUR)
-    pixels[..., 3] = cells**_POWER
+    pixels = np.empty((*density_map.shape, 4), "float32")
+    pixels[...] = to_rgba(_COLOR)
+    pixels[..., 3] = density_map**_GAMMA
     file = io.BytesIO()
     imsave(file, pixels, format="png")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""What every weight of a trained model loses by being pruned alone: `sensitivity`."""
+"""`sensitivity`: the metric of a trained model when one weight at a time is pruned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from keras import ops
 
 from keras_dst import _keras, plots
 from keras_dst._backend.jit import jit
-from keras_dst._reporting.tables import as_table, percent
+from keras_dst._reporting.tables import as_table, format_percent
 from keras_dst._training.metrics import direction_of_metric
 from keras_dst._utils.filters import Filters, is_prunable, select
 from keras_dst.allocation import equal_drop
@@ -27,13 +27,13 @@ from keras_dst.surgery import check_model
 
 @dataclass(frozen=True)
 class WeightSensitivity:
-    """One weight of a model, pruned alone.
+    """Sensitivity of one weight: a row of a `SensitivityReport`.
 
     Attributes:
-        name: path of the weight.
-        shape: its shape.
-        parameters: number of its entries.
-        values: of the metric, at each of the report's sparsities.
+        name: Path of the weight.
+        shape: Shape of the weight.
+        parameters: Number of entries.
+        values: Metric of the model with this weight pruned to each sparsity of the report.
     """
 
     name: str
@@ -44,16 +44,16 @@ class WeightSensitivity:
 
 @dataclass(frozen=True)
 class SensitivityReport:
-    """What `sensitivity` measured: prints as a table.
+    """Result of `sensitivity`. It prints as a table.
 
     Attributes:
-        model: name of the model.
-        metric: what was measured.
-        mode: whether the best of it is the `"min"` or the `"max"`.
-        pattern: the shape in which weights were pruned.
-        baseline: its value with the model as it is.
-        sparsities: fractions of zeros that were measured, increasing.
-        weights: the weights, in the model's order.
+        model: Name of the model.
+        metric: Name of the measured metric.
+        mode: `"min"` if a smaller metric is better, `"max"` if a larger metric is better.
+        pattern: Pattern in which weights were pruned.
+        baseline: Metric of the model before pruning.
+        sparsities: Measured fractions of zeros, in increasing order.
+        weights: A `WeightSensitivity` for every weight, in the order of the model.
 
     Example:
         >>> print(keras_dst.sensitivity(model, (x, y)))
@@ -68,20 +68,20 @@ class SensitivityReport:
     weights: list[WeightSensitivity] = field(repr=False)
 
     def allocation(self, sparsity: float) -> dict[str, float]:
-        """A sparsity for every weight, as the `allocation` of a method that ranks weights.
+        """Return a sparsity for every weight, for the argument `allocation` of a method.
 
-        Weights that lose less get sparser: each as far as one drop of the metric, common to all,
-        lets it, read off its curve between the points measured. The common drop is the one at
-        which all these weights together have the sparsity asked for.
+        Every weight is pruned until it costs the same drop of the metric, read off its curve by
+        interpolation. That drop is chosen so that the total sparsity is `sparsity`.
 
         Args:
-            sparsity: fraction of zeros over all these weights, at most the highest measured.
+            sparsity: Fraction of zeros over all weights of this report, at most the highest
+                measured sparsity.
 
         Returns:
             A dict from paths of weights to sparsities.
 
         Raises:
-            ValueError: for a sparsity beyond those measured.
+            ValueError: If `sparsity` is above the highest measured sparsity.
 
         Example:
             >>> shares = keras_dst.sensitivity(model, (x, y)).allocation(0.9)
@@ -94,7 +94,7 @@ class SensitivityReport:
         return {row.name: float(share) for row, share in zip(self.weights, shares)}
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures, in types that JSON knows.
+        """Return the whole report in types that JSON supports.
 
         Example:
             >>> json.dumps(keras_dst.sensitivity(model, (x, y)).to_dict())
@@ -107,7 +107,8 @@ class SensitivityReport:
         return {**figures, "sparsities": list(self.sparsities), "weights": rows}
 
     def __str__(self):
-        headings = ["weight", "shape", "weights >", *(f"{percent(s)} >" for s in self.sparsities)]
+        sparsities = [f"{format_percent(s)} >" for s in self.sparsities]
+        headings = ["weight", "shape", "weights >", *sparsities]
         rows = [
             [
                 row.name,
@@ -118,21 +119,21 @@ class SensitivityReport:
             for row in self.weights
         ]
         return (
-            f"{self.model}: {self.metric} is {self.baseline:.4f}; with one weight alone pruned "
-            f"({self.pattern}) to a sparsity of\n{as_table(headings, rows)}"
+            f"{self.model}: {self.metric} is {self.baseline:.4f}. With a single weight pruned "
+            f"({self.pattern}) to this sparsity, it is:\n{as_table(headings, rows)}"
         )
 
     def plot(self, ax=None):
-        """What the metric becomes as one weight alone is pruned: a line for every weight.
+        """Draw the metric over the sparsity of one pruned weight: a line for every weight.
 
         Args:
-            ax: the matplotlib axes to draw on; by default those of a new figure.
+            ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
 
         Returns:
             The axes.
 
         Raises:
-            ImportError: without matplotlib.
+            ImportError: If matplotlib is not installed.
 
         Example:
             >>> keras_dst.sensitivity(model, (x, y)).plot().figure.savefig("curves.png")
@@ -150,40 +151,41 @@ def sensitivity(
     metric: str | None = None,
     verbose: str | int = "auto",
 ) -> SensitivityReport:
-    """Measure how much a trained model loses when one of its weights is pruned.
+    """Measure how much a trained model loses when a single weight is pruned.
 
-    Every weight that a method can prune, alone and the others as they are, is pruned by magnitude
-    to each of the sparsities, and the model is evaluated once. It may be dense, sparse already or
-    stripped; zeros that it has count as pruned. Afterwards its weights are what they were, also
-    when an evaluation was interrupted. Frozen weights are measured where they have a mask.
+    Each prunable weight is pruned by magnitude to each of the sparsities while all other weights
+    stay as they are. The model is evaluated every time. It may be dense, sparse or stripped, and
+    its zeros count as pruned. Its weights are restored at the end, also after an interrupt. Frozen
+    weights are measured only if they have a mask.
 
     Args:
-        model: a built and compiled Keras 3 model.
-        data: what to evaluate on: `(x, y)` or `(x, y, sample_weight)`, or a data set that
-            `model.evaluate` takes and that can be gone through again and again.
-        sparsities: fractions of zeros, in [0, 1).
-        pattern: `"unstructured"` (default), blocks such as `"1x4"`, `"channel"`, or N:M such as
-            `"2:4"`, which goes with its own sparsity alone.
-        filters: which weights: None for all; a weight's path or a regular expression for whole
-            paths, a list of them, or `callable(variable) -> bool`.
-        metric: one of the values that `model.evaluate` gives. By default the metric that the model
-            was compiled with where that is just one, else `"loss"`.
-        verbose: 0 for no progress bar, 2 for its last line alone, else `"auto"` or 1.
+        model: A built and compiled Keras 3 model.
+        data: Evaluation data: `(x, y)`, `(x, y, sample_weight)`, or a data set that
+            `model.evaluate` accepts and that can be iterated more than once.
+        sparsities: Fractions of zeros, in [0, 1). Defaults to (0.5, 0.7, 0.8, 0.9, 0.95).
+        pattern: `"unstructured"`, blocks such as `"1x4"` (outputs x inputs), `"channel"`, or N:M
+            such as `"2:4"`, which has a single possible sparsity. Defaults to `"unstructured"`.
+        filters: Weights to measure: None for all; a path or a regular expression for whole paths,
+            a list of them, or `callable(variable) -> bool`. Defaults to None.
+        metric: Name of a value that `model.evaluate` returns. Defaults to the compiled metric if
+            there is exactly one, and to `"loss"` otherwise.
+        verbose: 0 shows no progress bar, 2 shows its last line, `"auto"` and 1 show the bar.
+            Defaults to `"auto"`.
 
     Returns:
         A `SensitivityReport`.
 
     Raises:
-        TypeError: for a model that is not a Keras 3 model.
-        ValueError: for a model that is not built or not compiled, data that can be gone through
-            only once, an unknown metric, a pattern or filter that does not fit, or a mask that
-            depends on the weights under it in another pattern.
+        TypeError: If `model` is not a Keras 3 model.
+        ValueError: If the model is not built or not compiled, the data can be iterated only once,
+            the metric is unknown, or the pattern or the filter does not fit. Also if the mask of a
+            layer depends on its weights and would change in this pattern.
 
     Example:
         >>> model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
         >>> print(keras_dst.sensitivity(model, (x_val, y_val)))
 
-    Source: arXiv 1608.08710, section 3.2, which does so for filters.
+    Source: arXiv 1608.08710, section 3.2, which prunes the filters of one layer at a time.
     """
     _check(model, data)
     grid = sorted({0.0, *sparsities})[1:]
@@ -208,14 +210,16 @@ def sensitivity(
     )
     values: list[list[float]] = [[] for _ in kernels]
     try:
-        logs = _evaluate(model, data)
-        metric, mode = _metric(model, logs, metric)
-        baseline = logs[metric]
+        results = _evaluate(model, data)
+        metric, mode = _metric(model, results, metric)
+        baseline = results[metric]
         bar.add(1)
         for kept in counts:
-            weights = pruned([k.seen() for k in kernels], ops.convert_to_tensor(kept, "int32"))
+            weights = pruned(
+                [k.masked_value() for k in kernels], ops.convert_to_tensor(kept, "int32")
+            )
             for kernel, weight, row in zip(kernels, weights, values):
-                kernel.take(weight)
+                kernel.assign(weight)
                 row.append(_evaluate(model, data)[metric])
                 kernel.variable.assign(original[id(kernel.variable)])
                 bar.add(1)
@@ -240,13 +244,13 @@ def _check(model, data) -> None:
         )
     if not model.compiled:
         raise ValueError(
-            f"'{model.name}' is not compiled, so that there is nothing to measure. "
+            f"'{model.name}' is not compiled, so it has no metric to measure. "
             "Call model.compile(loss=..., metrics=['accuracy']) first."
         )
     if hasattr(data, "__next__"):
         raise ValueError(
-            "Expected data that can be gone through again and again: (x, y), or a data set. "
-            f"Received: {type(data).__name__}, which is used up after the first pass."
+            "Expected data that can be iterated more than once: (x, y), or a data set. "
+            f"Received: {type(data).__name__}, which is exhausted after the first pass."
         )
 
 
@@ -254,7 +258,7 @@ def _check(model, data) -> None:
 class _Kernel:
     variable: Any
     layout: Layout
-    mask: Callable | None  # of a value of the variable, where a layer masks it
+    mask: Callable | None  # Maps a value of the variable to its mask, if a layer masks it.
 
     @property
     def name(self) -> str:
@@ -264,24 +268,26 @@ class _Kernel:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.variable.shape)
 
-    def seen(self):
-        """The weight as the forward pass sees it."""
+    def masked_value(self):
+        """Return the weight as the forward pass sees it."""
         w = ops.convert_to_tensor(self.variable)
         return w if self.mask is None else masked(w, self.mask(w))
 
-    def take(self, weight) -> None:
-        """Let the forward pass see this weight."""
+    def assign(self, weight) -> None:
+        """Set the variable so that the forward pass sees this weight."""
         self.variable.assign(weight)
-        if self.mask is not None and ops.any(self.seen() != ops.convert_to_tensor(self.variable)):
+        if self.mask is not None and ops.any(
+            self.masked_value() != ops.convert_to_tensor(self.variable)
+        ):
             raise ValueError(
-                f"The mask of '{self.name}' follows from the weights under it, and changes as they "
+                f"The mask of '{self.name}' is computed from its weights, and changes when they "
                 "are pruned in another pattern. Call keras_dst.strip on the model, or on a copy of "
-                "it, first; or ask for the pattern of its method."
+                "it, first. Or pass the pattern of its method."
             )
 
 
 def _kernels(model, filters) -> list[_Kernel]:
-    """The weights that a method can prune, a shared one once."""
+    """Return the weights that a method can prune. A shared weight is listed once."""
     layouts, masks = layouts_of(model), {}
     for layer in _keras.flatten_layers(model):
         if isinstance(layer, SparseMixin):
@@ -297,26 +303,27 @@ def _kernels(model, filters) -> list[_Kernel]:
     ]
     if not kernels:
         raise ValueError(
-            f"'{model.name}' has no weight to prune"
-            + (": filters selects none." if found else ": no kernel that is trained or masked.")
+            f"'{model.name}' has no weight to prune: "
+            + ("filters selects no weight." if found else "no kernel is trained or masked.")
         )
     return kernels
 
 
-def _metric(model, logs: Mapping[str, float], metric: str | None) -> tuple[str, str]:
-    """What to measure, and whether its best value is the `"min"` or the `"max"`."""
+def _metric(model, results: Mapping[str, float], metric: str | None) -> tuple[str, str]:
+    """Return the name of the metric to measure, and its mode `"min"` or `"max"`."""
     if metric is None:
-        metrics = [name for name in logs if name != "loss" and not name.endswith("_loss")]
+        metrics = [name for name in results if name != "loss" and not name.endswith("_loss")]
         metric = metrics[0] if len(metrics) == 1 else "loss"
-    if metric not in logs:
+    if metric not in results:
         raise ValueError(
-            f"metric={metric!r} is none of what model.evaluate gives: {', '.join(logs)}"
+            f"metric must be a value that model.evaluate returns: {', '.join(results)}. "
+            f"Received: {metric!r}"
         )
     mode = direction_of_metric(model, metric)
     if mode is None:
         raise ValueError(
-            f"Whether the best {metric!r} is the smallest or the largest is not known. "
-            "Ask for metric='loss', or compile with a metric of Keras's."
+            f"The metric {metric!r} does not say whether smaller or larger values are better. "
+            "Pass metric='loss', or compile with a metric of Keras."
         )
     return metric, mode
 

@@ -1,4 +1,4 @@
-"""What of a model is zero, and what it costs: `report`."""
+"""`report`: the sparsity, the parameters and the FLOPs of a model."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from rich.table import Table
 
 from keras_dst import plots
 from keras_dst._reporting import html
-from keras_dst._reporting.flops import Shape, count_per_weight
-from keras_dst._reporting.tables import as_text, count, percent
-from keras_dst._reporting.weights import cells, weights_of
+from keras_dst._reporting.flops import Shape, count_uses_per_weight
+from keras_dst._reporting.tables import as_text, format_count, format_percent
+from keras_dst._reporting.weights import density_map, weights_of
 from keras_dst._utils.files import atomic_write, check_writable
 from keras_dst.surgery import check_model
 
 
 @dataclass(frozen=True)
 class WeightReport:
-    """One prunable weight of a model.
+    """One prunable weight of a model: a row of a `SparsityReport`.
 
     Attributes:
-        name: path of the weight.
-        layer: type of its layer.
-        shape: its shape.
-        parameters: number of its entries.
-        nonzeros: entries that are neither zero nor masked.
-        sparse: whether it is under a mask, of its layer or of a `SparseOptimizer`.
-        uses: how often an entry is multiplied for one sample, None where that is not known.
-        reason: why `uses` is None.
-        cells: densities of its parts, as `plots.masks` draws them: inputs x outputs.
+        name: Path of the weight.
+        layer: Class name of its layer.
+        shape: Shape of the weight.
+        parameters: Number of entries.
+        nonzeros: Number of entries that are neither zero nor masked.
+        sparse: Whether a layer or a `SparseOptimizer` masks the weight.
+        use_count: Number of multiplications with each entry for one sample. None if unknown.
+        reason: Reason why `use_count` is unknown, or None.
+        density_map: Densities of equal parts of the weight, as a matrix of inputs x outputs.
 
     Example:
         >>> keras_dst.report(model).layers[0].density
@@ -46,9 +46,9 @@ class WeightReport:
     parameters: int
     nonzeros: int
     sparse: bool
-    uses: int | None
+    use_count: int | None
     reason: str | None
-    cells: np.ndarray = field(repr=False, compare=False)
+    density_map: np.ndarray = field(repr=False, compare=False)
 
     @property
     def density(self) -> float:
@@ -62,33 +62,33 @@ class WeightReport:
 
     @property
     def flops(self) -> int | None:
-        """Multiplications and additions for one sample, those with zeros left out."""
-        return None if self.uses is None else 2 * self.nonzeros * self.uses
+        """Multiplications and additions with nonzeros for one sample. None if unknown."""
+        return None if self.use_count is None else 2 * self.nonzeros * self.use_count
 
     @property
     def dense_flops(self) -> int | None:
-        """Multiplications and additions for one sample."""
-        return None if self.uses is None else 2 * self.parameters * self.uses
+        """Multiplications and additions for one sample if no entry were zero. None if unknown."""
+        return None if self.use_count is None else 2 * self.parameters * self.use_count
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures, in types that JSON knows."""
+        """Return all numbers and names in types that JSON supports, without the density map."""
         own = {**dataclasses.asdict(self), "shape": list(self.shape)}
-        del own["cells"]  # a picture
+        del own["density_map"]
         derived = ("density", "sparsity", "flops", "dense_flops")
         return {**own, **{name: getattr(self, name) for name in derived}}
 
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """What `report` found: prints as a table.
+    """Result of `report`. It prints as a table.
 
     Attributes:
-        model: name of the model.
-        parameters: number of all weights: kernels, biases, normalisation and its statistics, and
-            not the state that keras_dst adds. A shared layer counts once.
-        nonzeros: how many of them are neither zero nor masked.
-        bytes: size of all weights, zeros included, in the dtypes of the variables.
-        layers: the prunable weights, in the model's order.
+        model: Name of the model.
+        parameters: Number of parameters, among them biases and the statistics of normalization
+            layers. A shared layer counts once. State that keras_dst adds does not count.
+        nonzeros: Number of parameters that are neither zero nor masked.
+        bytes: Size of all parameters, zeros included, in the dtypes of the variables.
+        layers: A `WeightReport` for every prunable weight, in the order of the model.
 
     Example:
         >>> print(keras_dst.report(model))
@@ -102,32 +102,32 @@ class SparsityReport:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros among the prunable weights; 0 where there is none."""
+        """Fraction of zeros among the prunable weights; 0 if there are no prunable weights."""
         prunable = sum(row.parameters for row in self.layers)
         return 1 - sum(row.nonzeros for row in self.layers) / prunable if prunable else 0.0
 
     @property
     def total_sparsity(self) -> float:
-        """Fraction of zeros among all weights; 0 where there is none."""
+        """Fraction of zeros among all weights; 0 if there are no weights."""
         return 1 - self.nonzeros / self.parameters if self.parameters else 0.0
 
     @property
     def flops(self) -> int | None:
-        """FLOPs for one sample, each kernel's scaled with its density; None: see `reason`."""
+        """FLOPs for one sample, without multiplications by zero. None if unknown: see `reason`."""
         return _sum_known([row.flops for row in self.layers])
 
     @property
     def dense_flops(self) -> int | None:
-        """FLOPs for one sample if no weight were zero; None: see `reason`."""
+        """FLOPs for one sample if no weight were zero. None if unknown: see `reason`."""
         return _sum_known([row.dense_flops for row in self.layers])
 
     @property
     def reason(self) -> str | None:
-        """Why `flops` is None."""
+        """Reasons why `flops` is unknown, or None."""
         return "; ".join(dict.fromkeys(row.reason for row in self.layers if row.reason)) or None
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures, in types that JSON knows.
+        """Return the whole report in types that JSON supports.
 
         Example:
             >>> json.dumps(keras_dst.report(model).to_dict())
@@ -146,33 +146,35 @@ class SparsityReport:
         table.add_column("masked")
         for row in self.layers:
             shape = " x ".join(str(n) for n in row.shape)
-            figures = _figures(row.parameters, row.nonzeros, row.flops, row.dense_flops)
-            table.add_row(row.name, row.layer, shape, *figures, "yes" if row.sparse else "")
+            cells = _table_cells(row.parameters, row.nonzeros, row.flops, row.dense_flops)
+            table.add_row(row.name, row.layer, shape, *cells, "yes" if row.sparse else "")
         table.add_row()
         prunable = sum(row.parameters for row in self.layers)
         kept = sum(row.nonzeros for row in self.layers)
-        figures = _figures(prunable, kept, self.flops, self.dense_flops)
-        table.add_row("total of these", "", "", *figures)
-        table.add_row("all weights", "", "", *_figures(self.parameters, self.nonzeros)[:3])
-        lines = [f"{self.model}: {percent(self.sparsity)} sparse, {self.bytes:,} bytes if dense"]
+        cells = _table_cells(prunable, kept, self.flops, self.dense_flops)
+        table.add_row("all prunable", "", "", *cells)
+        table.add_row("all weights", "", "", *_table_cells(self.parameters, self.nonzeros)[:3])
+        lines = [
+            f"{self.model}: {format_percent(self.sparsity)} sparse, {self.bytes:,} bytes if dense"
+        ]
         lines += [
             line.rstrip() for line in as_text(table, width=10_000).splitlines() if line.strip()
         ]
         if self.reason:
-            lines.append(f"FLOPs are not known: {self.reason}.")
+            lines.append(f"The FLOPs are unknown: {self.reason}.")
         return "\n".join(lines)
 
     def plot(self, ax=None):
-        """Bar chart of the density of every prunable weight.
+        """Draw a bar chart of the density of every prunable weight.
 
         Args:
-            ax: the matplotlib axes to draw on; by default those of a new figure.
+            ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
 
         Returns:
             The axes.
 
         Raises:
-            ImportError: without matplotlib.
+            ImportError: If matplotlib is not installed.
 
         Example:
             >>> keras_dst.report(model).plot().figure.savefig("density.png")
@@ -180,27 +182,27 @@ class SparsityReport:
         return plots.density(self, ax)
 
     def to_html(self) -> str:
-        """A page with the summary, the table, the densities and heat maps of the masks.
+        """Return an HTML page with a summary, a table, a bar chart and maps of the masks.
 
-        It is whole in itself: no scripts, and nothing is loaded from elsewhere.
+        The page is self-contained: it has no scripts and loads no other files.
 
         Raises:
-            ImportError: without matplotlib or jinja2.
+            ImportError: If matplotlib or jinja2 is not installed.
 
         Example:
             >>> IPython.display.HTML(keras_dst.report(model).to_html())
         """
-        return html.page(self)
+        return html.render_page(self)
 
     def save_html(self, path) -> None:
-        """Write the page of `to_html` to a file, which is whole or not there.
+        """Write the page of `to_html` to a file, in one atomic write.
 
         Args:
-            path: of the file; one that exists is replaced.
+            path: Path of the file. An existing file is replaced.
 
         Raises:
-            OSError: where the file cannot be written.
-            ImportError: without matplotlib or jinja2.
+            OSError: If the file cannot be written.
+            ImportError: If matplotlib or jinja2 is not installed.
 
         Example:
             >>> keras_dst.report(model).save_html("report.html")
@@ -213,29 +215,31 @@ class SparsityReport:
 
 
 def report(model) -> SparsityReport:
-    """Count what of a model is zero, and what it costs.
+    """Measure the sparsity, the parameters and the FLOPs of a model.
 
-    Works on every built Keras model: dense, made sparse by `sparsify`, trained with
-    `SparseOptimizer`, or stripped. A weight counts as zero where it is 0 or its mask is. Prunable
-    are the weights under a mask and all other kernels, frozen ones included.
+    The model may be dense, made sparse by `sparsify`, trained with `SparseOptimizer`, or stripped.
+    An entry of a weight counts as zero if it is 0 or masked. Prunable weights are the masked
+    weights and all other kernels, also frozen kernels.
 
-    FLOPs are those of the prunable weights in inference on one sample, a multiplication and an
-    addition being 2; padding counts as input. They come from one symbolic call of the model, so a
-    shared layer counts as often as it is called, an RNN cell once per time step, and a layer that
-    inference does not call as 0. They are None, with the reason, where the model's input shape is
-    not known or leaves open a size they depend on, and for a weight of a user's own layer that is
-    neither a matrix over the last axis of an input, nor that of a convolution, nor named as a token
-    or an embedding, which cost nothing.
+    FLOPs are counted for the prunable weights and inference on one sample. A multiplication and an
+    addition count as 2, and padding counts as input. The model is traced once, symbolically. A
+    shared layer therefore counts once per call, an RNN cell once per time step, and a layer that
+    inference does not call counts as 0.
+
+    FLOPs are None if they depend on a size that the input shape leaves open. They are also None for
+    a layer of your own whose weight is neither a convolution kernel nor a matrix over the last axis
+    of an input. Weights whose names end in "token" or "embedding" cost nothing. `reason` explains
+    every None.
 
     Args:
-        model: a built Keras 3 model or layer; it is left as it was.
+        model: A built Keras 3 model or layer. It is not changed.
 
     Returns:
         A `SparsityReport`.
 
     Raises:
-        TypeError: for a model that is not a Keras 3 model.
-        ValueError: for an unbuilt model.
+        TypeError: If `model` is not a Keras 3 model or layer.
+        ValueError: If the model is not built.
 
     Example:
         >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
@@ -244,26 +248,26 @@ def report(model) -> SparsityReport:
     """
     check_model(model)
     weights = weights_of(model)
-    uses = iter(count_per_weight(model, [weight for weight in weights if weight.prunable]))
+    use_counts = iter(count_uses_per_weight(model, [w for w in weights if w.prunable]))
     nonzeros = 0
     rows = []
     for weight in weights:
         kept = weight.kept()
-        number = int(np.count_nonzero(kept))
-        nonzeros += number
+        kept_count = int(np.count_nonzero(kept))
+        nonzeros += kept_count
         if weight.prunable:
-            times, reason = next(uses)
+            use_count, reason = next(use_counts)
             rows.append(
                 WeightReport(
                     name=weight.variable.path,
                     layer=type(weight.layers[0]).__name__,
                     shape=tuple(weight.variable.shape),
                     parameters=weight.parameters,
-                    nonzeros=number,
+                    nonzeros=kept_count,
                     sparse=weight.sparse,
-                    uses=times,
+                    use_count=use_count,
                     reason=reason,
-                    cells=cells(kept, weight.layout),
+                    density_map=density_map(kept, weight.layout),
                 )
             )
     return SparsityReport(
@@ -276,15 +280,17 @@ def report(model) -> SparsityReport:
 
 
 def _sum_known(counts: list[int | None]) -> int | None:
+    """Return the sum of some counts, or None if one of them is unknown."""
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 
 
-def _figures(parameters, nonzeros, *flops) -> list[str]:
+def _table_cells(parameters, nonzeros, *flops) -> list[str]:
     sparsity = 1 - nonzeros / parameters if parameters else 0.0
-    return [count(parameters), count(nonzeros), percent(sparsity), *map(count, flops)]
+    counts = [format_count(parameters), format_count(nonzeros)]
+    return [*counts, format_percent(sparsity), *map(format_count, flops)]
 
 
 def _bytes_each(dtype: str) -> int:
-    bits = re.search(r"\d+", dtype)  # as in bfloat16 and float8_e4m3fn; bool has none
+    bits = re.search(r"\d+", dtype)  # As in bfloat16 and float8_e4m3fn. "bool" has no digits.
     return max(int(bits[0]) // 8, 1) if bits else 1

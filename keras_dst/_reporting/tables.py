@@ -1,4 +1,4 @@
-"""Tables of text, as the reports print them."""
+"""Text tables and number formats of the reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from rich.table import Table
 
 
 def as_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, as wide on a terminal as in a file; ``>`` sets a column to the right."""
+    """Return a Markdown table. A heading that ends in ``" >"`` aligns its column to the right.
+
+    Args:
+        headings: Names of the columns.
+        rows: Cells of every row, as text.
+    """
     table = Table(box=MARKDOWN)
     for heading in headings:
         name = heading.removesuffix(" >")
@@ -24,7 +29,7 @@ def as_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def as_text(table: Table, width: int) -> str:
-    """A table, the same on a terminal, in a notebook and in a file, and names as they are."""
+    """Render a table as plain text that does not depend on the terminal or a notebook."""
     text = io.StringIO()
     console = Console(
         file=text,
@@ -40,11 +45,11 @@ def as_text(table: Table, width: int) -> str:
     return text.getvalue()
 
 
-def count(number: int | None) -> str:
-    """A number as text: 1234567 is ``1,234,567``, and one that is not known ``?``."""
+def format_count(number: int | None) -> str:
+    """Format a whole number: 1234567 as ``1,234,567``, and None as ``?``."""
     return "?" if number is None else f"{number:,}"
 
 
-def percent(fraction: float) -> str:
-    """A fraction as text: 0.125 is ``12.50 %``."""
+def format_percent(fraction: float) -> str:
+    """Format a fraction: 0.125 as ``12.50 %``."""
     return f"{100 * fraction:.2f} %"

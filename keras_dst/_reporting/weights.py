@@ -1,4 +1,4 @@
-"""The weights of a model, and what of each is kept, whatever makes them sparse."""
+"""The weights of a model and the entries that are neither zero nor masked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from keras_dst.layers import Gate, SparseMixin, layouts_of
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.optimizers import unwrap
 
-_CELLS = 64  # of a picture of a weight, along each side at the most
+_MAX_CELLS = 64  # Rows and columns of a density map, at most.
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,12 @@ class Weight:
     """A weight of a model.
 
     Attributes:
-        variable: the Keras variable.
-        mask: that of its layer, or None.
-        layers: those that hold it; several where it is shared.
-        layout: which of its axes are inputs and outputs.
-        prunable: whether it is under a mask, or could be.
-        sparse: whether it is under a mask, of its layer or of a `SparseOptimizer`.
+        variable: Keras variable of the weight.
+        mask: Mask that the layer applies to the weight, or None.
+        layers: Layers that hold the weight: several if the weight is shared.
+        layout: Input and output axes of the weight.
+        prunable: Whether the weight has a mask, or is a kernel that could have a mask.
+        sparse: Whether a layer or a `SparseOptimizer` masks the weight.
     """
 
     variable: Any
@@ -41,12 +41,12 @@ class Weight:
 
     @property
     def parameters(self) -> int:
-        """Number of its entries."""
+        """Number of entries."""
         return math.prod(self.variable.shape)
 
     def kept(self) -> np.ndarray:
-        """Which entries are neither zero nor masked, boolean."""
-        # By NumPy: JAX would compile for every shape.
+        """Return a boolean array of the entries that are neither zero nor masked."""
+        # NumPy computes this, because JAX would compile it for every shape.
         nonzero = ops.convert_to_numpy(ops.convert_to_tensor(self.variable)) != 0
         if self.mask is not None:
             nonzero = nonzero & ops.convert_to_numpy(self.mask).astype(bool)
@@ -54,7 +54,7 @@ class Weight:
 
 
 def weights_of(model) -> list[Weight]:
-    """All weights of a model, without those that keras_dst added."""
+    """Return all weights of a model, except the variables that keras_dst added."""
     owners: dict[int, list] = {}
     masks: dict[int, Any] = {}
     layouts = layouts_of(model)
@@ -69,40 +69,40 @@ def weights_of(model) -> list[Weight]:
             masks[id(variable)] = mask
         if isinstance(layer, (SparseMixin, Gate)):
             ours.update(id(value) for value in layer.own_variables().values())
-    wrapper = unwrap(getattr(model, "optimizer", None))
-    updated = {id(kernel) for kernel in wrapper.kernels} if wrapper is not None else set()
+    optimizer = unwrap(getattr(model, "optimizer", None))
+    updated = {id(kernel) for kernel in optimizer.kernels} if optimizer is not None else set()
     found = []
     for variable in model.weights:
         key = id(variable)
         if key in ours:
             continue
-        own = _innermost(owners[key])
+        holders = _innermost(owners[key])
         found.append(
             Weight(
                 variable=variable,
                 mask=masks.get(key),
-                layers=own,
+                layers=holders,
                 layout=layouts.get(key, KERNEL),
-                prunable=key in masks or any(_is_kernel(variable, layer) for layer in own),
+                prunable=key in masks or any(_is_kernel(variable, layer) for layer in holders),
                 sparse=key in masks or key in updated,
             )
         )
     return found
 
 
-def cells(kept: np.ndarray, layout: Layout = KERNEL) -> np.ndarray:
-    """The densities of a weight's parts, as a picture: inputs downwards, output units across.
+def density_map(kept: np.ndarray, layout: Layout = KERNEL) -> np.ndarray:
+    """Return the densities of equal parts of a weight, as a matrix of inputs x outputs.
 
     Args:
-        kept: boolean, the shape of the weight. The window of a convolution counts as inputs.
-        layout: which of its axes are outputs.
+        kept: Boolean array of the kept entries, in the shape of the weight. The window of a
+            convolution counts as inputs.
+        layout: Input and output axes of the weight.
 
     Returns:
-        A float32 matrix, of as many rows and columns as there are inputs and outputs, or of 64
-        where there are more.
+        A float32 matrix with one row per input and one column per output, but at most 64 of each.
 
     Example:
-        >>> keras_dst._reporting.weights.cells(np.ones((3, 3, 16, 128), bool)).shape
+        >>> density_map(np.ones((3, 3, 16, 128), bool)).shape
         (64, 64)
     """
     inputs, outputs = _axes(kept.shape, layout)
@@ -111,7 +111,7 @@ def cells(kept: np.ndarray, layout: Layout = KERNEL) -> np.ndarray:
 
 
 def matrix_shape(shape: Sequence[int], layout: Layout = KERNEL) -> tuple[int, int]:
-    """Numbers of inputs and outputs of a weight; the window of a convolution counts as inputs."""
+    """Return the numbers of inputs and outputs of a weight; a window counts as inputs."""
     inputs, outputs = _axes(shape, layout)
     return math.prod(shape[axis] for axis in inputs), math.prod(shape[axis] for axis in outputs)
 
@@ -122,14 +122,14 @@ def _axes(shape: Sequence[int], layout: Layout) -> tuple[list[int], list[int]]:
 
 
 def _means(matrix: np.ndarray) -> np.ndarray:
-    """Means over neighbouring rows, so that 64 are left at the most."""
-    ends = np.linspace(0, len(matrix), min(len(matrix), _CELLS) + 1).round().astype(int)
+    """Return the means of neighboring rows, so that at most 64 rows remain."""
+    ends = np.linspace(0, len(matrix), min(len(matrix), _MAX_CELLS) + 1).round().astype(int)
     sums = np.add.reduceat(matrix, ends[:-1], axis=0)
     return sums / np.diff(ends)[:, None].astype("float32")
 
 
 def _masked(layer) -> Iterator[tuple]:
-    """The masked weights of a layer: raw variable and mask."""
+    """Yield the raw variable and the mask of every masked weight of a layer."""
     if isinstance(layer, SparseMixin):
         for layout, variable, state in layer.masked_weights():
             w = ops.convert_to_tensor(variable)
@@ -137,7 +137,7 @@ def _masked(layer) -> Iterator[tuple]:
 
 
 def _innermost(owners: list) -> list:
-    """Layers that hold a weight themselves, not those that borrow it from a layer inside."""
+    """Return the layers that own a weight, without layers that refer to a layer inside."""
     ids = {id(layer) for layer in owners}
     return [
         layer
@@ -147,7 +147,7 @@ def _innermost(owners: list) -> list:
 
 
 def _is_kernel(variable, layer) -> bool:
-    """Whether this would be prunable if it were neither frozen nor quantised."""
-    trained = any(variable is own for own in _keras.trainable_variables_of(layer))  # frozen or not
-    quantised = variable.dtype == "int8" and layer.quantization_mode == "int8"
-    return (trained or quantised) and is_kernel(variable)
+    """Return whether a variable is a kernel of a layer. It may be frozen or quantized."""
+    trained = any(variable is own for own in _keras.trainable_variables_of(layer))
+    quantized = variable.dtype == "int8" and layer.quantization_mode == "int8"
+    return (trained or quantized) and is_kernel(variable)
