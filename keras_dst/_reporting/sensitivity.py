@@ -119,8 +119,8 @@ class SensitivityReport:
             for row in self.weights
         ]
         return (
-            f"{self.model}: {self.metric} is {self.baseline:.4f}. With a single weight pruned "
-            f"({self.pattern}) to this sparsity, it is:\n{as_table(headings, rows)}"
+            f"{self.model}: {self.metric} is {self.baseline:.4f}, and with a single weight "
+            f"pruned ({self.pattern}):\n{as_table(headings, rows)}"
         )
 
     def plot(self, ax=None):
