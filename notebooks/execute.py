@@ -1,4 +1,4 @@
-"""Executes notebooks. As a script, in place: `python notebooks/execute.py [NAME.ipynb ...]`."""
+"""Execute notebooks and store their outputs: `python notebooks/execute.py [NAME.ipynb ...]`."""
 
 import pathlib
 import re
@@ -12,7 +12,11 @@ ALL = sorted(HERE.glob("*.ipynb"))
 
 
 def execute(path: pathlib.Path) -> nbformat.NotebookNode:
-    """A notebook with the outputs of a fresh run; raises on an error, and on any warning."""
+    """Return a notebook with the outputs of a fresh run.
+
+    Raises:
+        RuntimeError: for a warning in the output. An error in a cell raises an error of nbclient.
+    """
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
         notebook,
@@ -24,16 +28,16 @@ def execute(path: pathlib.Path) -> nbformat.NotebookNode:
     ).execute()
     for cell in notebook.cells:
         outputs = cell.get("outputs", [])
-        said = "".join(out.text for out in outputs if out.get("name") == "stderr")
-        if re.search(r"\w+Warning: ", said):
-            raise RuntimeError(f"A warning in {path.name}:\n{said}")
-        # What remains are the greetings of TensorFlow's and LiteRT's C++.
+        errors = "".join(out.text for out in outputs if out.get("name") == "stderr")
+        if re.search(r"\w+Warning: ", errors):
+            raise RuntimeError(f"A warning in {path.name}:\n{errors}")
+        # The rest of stderr is what the C++ of TensorFlow and LiteRT logs at the start.
         outputs[:] = [out for out in outputs if out.get("name") != "stderr"]
     return notebook
 
 
 def store(notebook, path: pathlib.Path) -> None:
-    """Write a notebook without what differs from machine to machine."""
+    """Write a notebook without the metadata that depend on the machine."""
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},

@@ -1,6 +1,7 @@
-"""Every notebook runs without an error or a warning, and is stored with what it shows."""
+"""Every notebook runs without errors or warnings, and its stored outputs are still true."""
 
 import json
+import math
 import re
 
 import nbformat
@@ -10,14 +11,65 @@ from notebooks.execute import ALL, execute
 
 each = pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 
+NUMBER = r"(\d[\d,]*(?:\.\d+)?(?:e-\d+)?)"
+# Regular expressions of values in printed text, with the absolute and the relative difference that
+# is allowed. Trainings on two CPUs differ, and the test data are 360 images.
+VALUES = {
+    "total sparsity": (rf"{NUMBER} ?% sparse", 0.1, 0),
+    "accuracy": (rf"{NUMBER}% (?:correct|with gates|now)", 5, 0),
+    "accuracy of a file": (rf"accuracy:? +{NUMBER}%", 5, 0),
+    "accuracy of a path": (rf"path {NUMBER}%", 5, 0),
+    "parameters before": (rf"parameters {NUMBER} ->", 0, 0),
+    "parameters after": (rf"parameters [\d,]+ -> {NUMBER}", 0, 0.2),
+    "weights": (rf"total of these[ |]+{NUMBER}", 0, 0),
+    "nonzero weights": (rf"total of these[ |]+[\d,]+[ |]+{NUMBER}", 0, 0.002),
+    "bytes of the dense file": (rf"dense float32 [ |]+{NUMBER}", 0, 0.01),
+    "bytes of the dense int8 file": (rf"dense int8 [ |]+{NUMBER}", 0, 0.01),
+    "zeros of a layer": (rf"zeros before: +{NUMBER}", 30, 0.01),
+    "agreement of masks": (rf"device: {NUMBER}%", 1, 0),
+    "copies of a mask": (rf"{NUMBER} copies", 0, 0),
+    "difference of outputs": (rf"difference.*?: {NUMBER}", 1e-4, 0),
+    "weights in all": (rf"in all, of {NUMBER}", 0, 0),
+    "weights that return": (rf"{NUMBER} (?:returns|of [\d,]+ weights)", 0, 0.5),
+    "weights kept by both criteria": (rf"(?:kept by both:|kept,) {NUMBER}%", 10, 0),
+}
+
 
 def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def kinds(cell):
-    """What a cell shows: text that it prints, pictures, values."""
+    """Return the kind of each output of a cell: the name of a stream, or the types of a value."""
     return [sorted(out.data) if "data" in out else out.name for out in cell.outputs]
+
+
+def printed(notebook):
+    """Return the text that a notebook prints."""
+    outputs = [out for cell in code_cells(notebook) for out in cell.outputs]
+    return "".join(out.text for out in outputs if out.output_type == "stream")
+
+
+def values(text):
+    """Return the numbers in a text, by name and in order."""
+    return {
+        name: [float(number.replace(",", "")) for number in re.findall(pattern, text)]
+        for name, (pattern, _, _) in VALUES.items()
+    }
+
+
+def differences(text, stored):
+    """Return what differs more than allowed: (name, numbers now, numbers stored)."""
+    now, before = values(text), values(stored)
+    return [
+        (name, now[name], before[name])
+        for name, (_, absolute, relative) in VALUES.items()
+        if len(now[name]) != len(before[name])
+        or not all(
+            math.isclose(a, b, abs_tol=absolute, rel_tol=relative)
+            for a, b in zip(now[name], before[name])
+        )
+    ]
 
 
 def test_notebooks_are_numbered_without_a_gap():
@@ -26,7 +78,7 @@ def test_notebooks_are_numbered_without_a_gap():
 
 
 @each
-def test_stored_notebook_is_whole(path):
+def test_stored_notebook_is_complete(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert notebook.cells[0].source.startswith("# ")
@@ -41,7 +93,7 @@ def test_stored_notebook_is_whole(path):
 
 
 @each
-def test_stored_notebook_names_nothing_of_the_machine_it_ran_on(path):
+def test_stored_notebook_names_nothing_of_its_machine(path):
     notebook = nbformat.read(path, as_version=4)
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert not any(cell.metadata for cell in notebook.cells)
@@ -52,7 +104,7 @@ def test_stored_notebook_names_nothing_of_the_machine_it_ran_on(path):
 
 
 @each
-def test_links_of_a_notebook_lead_somewhere(path):
+def test_links_of_a_notebook_have_targets(path):
     notebook = nbformat.read(path, as_version=4)
     text = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     links = re.findall(r"\]\(([^)]+)\)", text)
@@ -62,8 +114,25 @@ def test_links_of_a_notebook_lead_somewhere(path):
 
 
 @each
-def test_notebook_runs_and_shows_what_is_stored(path):
+def test_a_changed_value_is_a_difference(path):
+    """Guards the comparison: it finds at least two values in each notebook, and each change."""
+    stored = printed(nbformat.read(path, as_version=4))
+    assert differences(stored, stored) == []
+    found = {name: numbers for name, numbers in values(stored).items() if numbers}
+    assert sum(map(len, found.values())) >= 2
+    for name in found:
+        pattern, absolute, relative = VALUES[name]
+        first = re.search(pattern, stored)
+        value = float(first[1].replace(",", ""))
+        changed = value + 2 * absolute + 2 * relative * value + 1
+        text = f"{stored[: first.start(1)]}{changed:.6f}{stored[first.end(1) :]}"
+        assert name in [difference[0] for difference in differences(text, stored)]
+
+
+@each
+def test_notebook_runs_and_shows_the_stored_values(path):
     stored = nbformat.read(path, as_version=4)
     executed = execute(path)
     for cell, before in zip(code_cells(executed), code_cells(stored)):
         assert kinds(cell) == kinds(before), cell.source
+    assert differences(printed(executed), printed(stored)) == []
