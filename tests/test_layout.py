@@ -1,0 +1,104 @@
+"""The layout of the package: imports go one way, and the root holds what users import."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+
+import keras_dst
+from tests.backends import once
+
+pytestmark = once
+
+ROOT = pathlib.Path(keras_dst.__file__).parent
+FILES = {
+    ".".join(("keras_dst", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
+    for path in ROOT.rglob("*.py")
+}
+# Folders from the bottom to the top: a module imports only from its own or a lower row.
+ROWS = (
+    ("version", "_utils", "_keras"),
+    ("_backend", "masks", "schedules", "allocation", "regularizers"),
+    ("methods",),
+    ("layers",),
+    ("optimizers",),
+    ("surgery",),
+    ("_reporting", "_structure", "_training", "plots"),
+    ("callbacks", "export"),
+    ("tfmot", "tuner", "demo"),
+    ("cli", "__main__"),
+)
+
+
+def imports(path):
+    """Yield the modules of keras_dst that a file imports, also inside functions."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in FILES)
+        elif isinstance(node, ast.ImportFrom) and node.module in FILES:
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in FILES else node.module
+
+
+GRAPH = {name: set(imports(path)) - {name} for name, path in FILES.items()}
+
+
+def row_of(name):
+    part = name.split(".")[1] if "." in name else "__main__"
+    return next(i for i, row in enumerate(ROWS) if part in row)
+
+
+def test_no_module_imports_in_a_circle():
+    try:
+        TopologicalSorter(GRAPH).prepare()
+    except CycleError as error:
+        raise AssertionError(" -> ".join(error.args[1])) from error
+
+
+def test_no_import_runs_upwards():
+    upwards = [
+        f"{name} imports {other}"
+        for name, others in GRAPH.items()
+        if name != "keras_dst"
+        for other in others
+        if other != "keras_dst" and row_of(other) > row_of(name)
+    ]
+    assert upwards == []
+
+
+def test_no_function_shadows_a_module():
+    """`import keras_dst.report` would otherwise give the function."""
+    packages = [name for name, path in FILES.items() if path.name == "__init__.py"]
+    for package in packages:
+        module = sys.modules.get(package) or __import__(package, fromlist=["_"])
+        for name in getattr(module, "__all__", ()):
+            if f"{package}.{name}" in FILES:
+                assert isinstance(getattr(module, name), type(sys)), f"{package}.{name}"
+
+
+def test_dir_is_the_public_surface():
+    assert dir(keras_dst) == sorted(keras_dst.__all__)
+    assert not [name for name in keras_dst.__all__ if name[0] == "_" and name != "__version__"]
+
+
+def test_importing_the_package_loads_no_report_and_no_plots():
+    code = "import sys, keras; before = set(sys.modules); import keras_dst; "
+    code += "print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    heavy = {"matplotlib", "jinja2", "flatbuffers", "ai_edge_litert", "tensorboardX", "keras_tuner"}
+    ours = {"export", "plots", "_structure", "_reporting.html", "_reporting.sparsity", "cli"}
+    assert not loaded & (heavy | {f"keras_dst.{name}" for name in ours})
