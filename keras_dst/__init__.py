@@ -15,9 +15,12 @@ if TYPE_CHECKING:  # for editors, type checkers and the reference, which do not 
     from keras_dst._structure import ChannelReport, ShrinkReport, shrink, shrink_report
     from keras_dst.export import ExportError, ExportReport, LintReport, export_tflite
     from keras_dst.export.lint import lint
+    from keras_dst.sparse_files import load_sparse, save_sparse
 
 # Reports, export and plots are imported on first use: training needs none of them.
 _LAZY = {
+    "load_sparse": "sparse_files",
+    "save_sparse": "sparse_files",
     "ChannelReport": "_structure",
     "ExportError": "export",
     "ExportReport": "export",
@@ -52,11 +55,13 @@ __all__ = [
     "export_tflite",
     "layers",
     "lint",
+    "load_sparse",
     "masks",
     "methods",
     "plots",
     "regularizers",
     "report",
+    "save_sparse",
     "schedules",
     "sensitivity",
     "shrink",

@@ -1,0 +1,228 @@
+"""Sparse model files: `save_sparse` stores only the nonzero weights, `load_sparse` reads them.
+
+A sparse file is a `.keras` archive whose weights are stored in the safetensors format instead of
+HDF5. Every weight that gets smaller that way is stored as a bitmap, one bit per entry (1 for a
+nonzero entry, most significant bit first), and the nonzero values in C order:
+
+    bytes of a float32 weight = (density + 1/32) * bytes of the dense weight
+
+The archive also holds the structure of the HDF5 file, so that `load_sparse` rebuilds the `.keras`
+archive and lets Keras load it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import pathlib
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import h5py
+import keras
+import numpy as np
+
+from keras_dst import _keras
+from keras_dst._utils.files import atomic_write, check_writable
+from keras_dst.layers.base import SparseMixin
+from keras_dst.masks import masked
+from keras_dst.surgery import check_model
+
+_HDF5, _SAFETENSORS, _STRUCTURE = "model.weights.h5", "model.safetensors", "structure.json"
+_FORMAT = 1
+
+
+def save_sparse(model, path, include_optimizer: bool = False) -> None:
+    """Save a model in one file that holds only its nonzero weights.
+
+    A float32 weight takes about (density + 1/32) of its dense bytes. The file is written in one
+    step, and an error leaves no file. Pruned weights are stored as zeros; use `model.save` to also
+    keep the values that masked weights have under their mask.
+
+    Args:
+        model: a built Keras 3 model: sparse, stripped or dense.
+        path: path of the file. An existing file is replaced.
+        include_optimizer: whether to store the optimizer and the arguments of `compile`, for
+            further training. Defaults to False.
+
+    Raises:
+        TypeError: if `model` is not a Keras 3 model.
+        ValueError: if the model is not built.
+        OSError: if the file cannot be written.
+        ImportError: if safetensors is not installed.
+
+    Example:
+        >>> keras_dst.save_sparse(model, "model.sparse")
+        >>> model = keras_dst.load_sparse("model.sparse")
+    """
+    safetensors = _safetensors()
+    check_model(model)
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"Expected a keras.Model. Received: the layer '{model.name}'.")
+    path = pathlib.Path(path)
+    check_writable(path)
+    with tempfile.TemporaryDirectory() as folder:
+        dense = pathlib.Path(folder) / "model.keras"
+        with _zeros_under_masks(model):
+            model.save(dense)
+        with zipfile.ZipFile(dense) as archive, atomic_write(path) as unfinished:
+            with archive.open(_HDF5) as file, h5py.File(io.BytesIO(file.read())) as weights:
+                structure, tensors = _encode(weights, include_optimizer)
+            with zipfile.ZipFile(unfinished, "w") as sparse:
+                for name in archive.namelist():
+                    content = archive.read(name)
+                    if name == "config.json" and not include_optimizer:
+                        config = {**json.loads(content), "compile_config": None}
+                        content = json.dumps(config).encode()
+                    if name != _HDF5:
+                        sparse.writestr(name, content, zipfile.ZIP_DEFLATED)
+                sparse.writestr(_STRUCTURE, json.dumps(structure), zipfile.ZIP_DEFLATED)
+                sparse.writestr(_SAFETENSORS, safetensors.save(tensors))
+
+
+def load_sparse(path, custom_objects=None, safe_mode: bool = True) -> keras.Model:
+    """Load a model that `save_sparse` wrote, with exactly the same weights.
+
+    Args:
+        path: path of the file.
+        custom_objects: dict from names to classes or functions, as for `keras.saving.load_model`.
+        safe_mode: whether to refuse `Lambda` layers with stored code. Defaults to True.
+
+    Returns:
+        The model. It is compiled if the file was saved with `include_optimizer=True`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file was not written by `save_sparse`, or is damaged.
+        ImportError: if safetensors is not installed.
+
+    Example:
+        >>> model = keras_dst.load_sparse("model.sparse")
+    """
+    safetensors = _safetensors()
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a file that save_sparse wrote. Received: {path}.")
+    with tempfile.TemporaryDirectory() as folder:
+        dense = pathlib.Path(folder) / "model.keras"
+        try:
+            with zipfile.ZipFile(path) as sparse:
+                damaged = sparse.testzip()
+                if damaged:
+                    raise ValueError(f"the checksum of {damaged} differs")
+                structure = json.loads(sparse.read(_STRUCTURE))
+                if structure["format"] != _FORMAT:
+                    raise ValueError(f"the format is {structure['format']}, not {_FORMAT}")
+                tensors = safetensors.load(sparse.read(_SAFETENSORS))
+                with zipfile.ZipFile(dense, "w") as archive:
+                    for name in sparse.namelist():
+                        if name not in (_STRUCTURE, _SAFETENSORS):
+                            archive.writestr(name, sparse.read(name))
+                    archive.writestr(_HDF5, _decode(structure, tensors))
+        except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, TypeError, EOFError) as error:
+            raise _damaged(path, error) from error
+        except safetensors.SafetensorError as error:
+            raise _damaged(path, error) from error
+        return keras.saving.load_model(dense, custom_objects=custom_objects, safe_mode=safe_mode)
+
+
+def _damaged(path, error) -> ValueError:
+    return ValueError(
+        f"{path} was not written by save_sparse, or it is damaged: {error}. "
+        "Save the model again with keras_dst.save_sparse(model, path)."
+    )
+
+
+def _safetensors():
+    """Return a namespace with `save`, `load` and `SafetensorError` of safetensors."""
+    try:
+        import safetensors
+        import safetensors.numpy
+    except ImportError as error:
+        raise ImportError(
+            "Sparse model files need safetensors: pip install keras_dst[safetensors]"
+        ) from error
+    names = {"save": safetensors.numpy.save, "load": safetensors.numpy.load}
+    return type("_Safetensors", (), {**names, "SafetensorError": safetensors.SafetensorError})
+
+
+@contextlib.contextmanager
+def _zeros_under_masks(model) -> Iterator[None]:
+    """Set the masked weights of sparse layers to zero, and restore their values at the end."""
+    restored = []
+    for layer in _keras.flatten_layers(model):
+        if isinstance(layer, SparseMixin):
+            for layout, variable, state in layer.masked_weights():
+                restored.append((variable, variable.numpy()))
+                w = keras.ops.convert_to_tensor(variable)
+                variable.assign(masked(w, layer.method.mask(w, state, layout)))
+    try:
+        yield
+    finally:
+        for variable, value in restored:
+            variable.assign(value)
+
+
+def _encode(weights: h5py.File, include_optimizer: bool) -> tuple[dict, dict[str, np.ndarray]]:
+    """Return the structure of an HDF5 file, without data, and its tensors, sparse if smaller."""
+    structure: dict[str, Any] = {"format": _FORMAT, "groups": {}, "datasets": {}}
+    tensors = {}
+
+    def visit(name, item):
+        if name.split("/")[0] == "optimizer" and not include_optimizer:
+            return
+        attributes = {key: _to_json(value) for key, value in item.attrs.items()}
+        if isinstance(item, h5py.Group):
+            structure["groups"][name] = attributes
+            return
+        values = np.ascontiguousarray(item[()]).reshape(-1)
+        entry = {"attributes": attributes, "dtype": values.dtype.str, "shape": item.shape}
+        kept = values.view(f"u{values.dtype.itemsize}") != 0  # -0.0 is not zero here
+        bitmap = np.packbits(kept)
+        entry["sparse"] = bool(
+            bitmap.nbytes + np.count_nonzero(kept) * values.itemsize < values.nbytes
+        )
+        if values.dtype.kind == "b":  # the bitmap is the whole mask
+            tensors[f"{name}:bitmap"] = bitmap
+            entry["sparse"] = True
+        elif entry["sparse"]:
+            tensors[f"{name}:bitmap"] = bitmap
+            tensors[f"{name}:values"] = values[kept].view("uint8")
+        else:
+            tensors[name] = values.view("uint8")
+        structure["datasets"][name] = entry
+
+    weights.visititems(visit)
+    structure["attributes"] = {key: _to_json(value) for key, value in weights.attrs.items()}
+    return structure, tensors
+
+
+def _decode(structure: dict, tensors: dict[str, np.ndarray]) -> bytes:
+    """Return the HDF5 file that `_encode` has taken apart."""
+    content = io.BytesIO()
+    with h5py.File(content, "w") as weights:
+        weights.attrs.update(structure["attributes"])
+        for name, attributes in structure["groups"].items():
+            weights.require_group(name).attrs.update(attributes)
+        for name, entry in structure["datasets"].items():
+            dtype, shape = np.dtype(entry["dtype"]), tuple(entry["shape"])
+            size = int(np.prod(shape, dtype="int64"))
+            if not entry["sparse"]:
+                values = tensors[name].view(dtype)
+            else:
+                kept = np.unpackbits(tensors[f"{name}:bitmap"], count=size).astype(bool)
+                values = kept
+                if dtype.kind != "b":
+                    values = np.zeros(size, dtype)
+                    values[kept] = tensors[f"{name}:values"].view(dtype)
+            dataset = weights.create_dataset(name, data=values.reshape(shape))
+            dataset.attrs.update(entry["attributes"])
+    return content.getvalue()
+
+
+def _to_json(value):
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
