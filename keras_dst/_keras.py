@@ -25,6 +25,7 @@ else:
 # Where each private attribute lives; `missing_names` builds one object of each kind to look at.
 PRIVATE_NAMES = {
     "layer": (
+        "_auto_config",
         "_build_shapes_dict",
         "_flatten_layers",
         "_inbound_nodes",
@@ -167,6 +168,16 @@ def set_nodes_of(operation, inbound: list, outbound: list) -> None:
     """Give an operation the nodes of the operation that it replaces in a graph."""
     operation.__dict__["_inbound_nodes"] = inbound
     operation.__dict__["_outbound_nodes"] = outbound
+
+
+def declares_input(model) -> bool:
+    """Return whether a Sequential model was created with an Input, not built from data.
+
+    Keras adds an input layer in both cases, but only states its dtype if it was built from data.
+    A model that was loaded from a file counts as built from data.
+    """
+    config = operation_of(model.inputs[0])._auto_config
+    return config is not None and config.config["dtype"] is None
 
 
 def structures_of(graph) -> tuple[Any, Any]:

@@ -207,9 +207,9 @@ def _inspect(arguments):
     from keras_dst.export.tflite import check_installed
 
     check_installed("ai_edge_litert", "flatbuffers")
-    from keras_dst.export.inspection import contents
+    from keras_dst.export.inspection import inspect_file
 
-    _show(contents(arguments.model), arguments.json)
+    _show(inspect_file(arguments.model), arguments.json)
 
 
 def _lint(arguments):

@@ -1,4 +1,4 @@
-"""A hook for KerasTuner: methods searched against accuracy, the size of the file, or latency."""
+"""Search with KerasTuner for a sparse model that is accurate, small or fast."""
 
 from __future__ import annotations
 
@@ -16,33 +16,35 @@ from keras_dst.export import export_tflite
 try:
     import keras_tuner
 except ImportError as error:
-    raise ImportError("This hook needs KerasTuner: pip install keras_dst[tuner]") from error
+    raise ImportError(
+        "keras_dst.tuner needs KerasTuner. Fix: pip install keras_dst[tuner]."
+    ) from error
 
 __all__ = ["SparseHyperModel"]
 
 
 class SparseHyperModel(keras_tuner.HyperModel):
-    """Trains each trial of a search with `SparseTraining`, and judges it by what it ends with.
+    """A KerasTuner hypermodel that trains each trial with `SparseTraining`.
 
-    The results of a trial are the logs of its last epoch, under names that begin with `final_`, as
-    in `"final_val_accuracy"`: the target is reached there, and its weights are what KerasTuner
-    keeps. The best epoch would often be one before the target. A trial that misses its target
-    fails, and its message says by how much.
+    The results of a trial are the logs of its last epoch, under names such as
+    `"final_val_accuracy"`. The sparsity target is reached in the last epoch, and KerasTuner keeps
+    its weights. An earlier epoch is often more accurate, but less sparse. A trial that misses its
+    target fails with a message that states the deviation.
 
     Args:
-        build: a function as KerasTuner takes it, from hyperparameters to a compiled model. It makes
-            the model sparse, by `sparsify` or `SparseOptimizer`, with a method of which `hp.Float`,
-            `hp.Choice` and the like choose alpha, target, pattern or allocation.
-        export: arguments of `export_tflite`, such as `{"optimize": "size"}`. Then every trial
-            writes a file, for a moment, and has these results too: `"file_bytes"`, `"gzip_bytes"`,
-            `"latency"` (seconds; unless `measure=False`) and `"file_accuracy"` (with `evaluate`).
-            Defaults to None: no file.
-        score: a function from a dict of the results to a number, which is one of the results too,
-            under the name `"score"`: for accuracy at a price, or within a limit. Defaults to None.
+        build: function from hyperparameters to a compiled sparse model, as KerasTuner takes it. It
+            applies `sparsify` or `SparseOptimizer`. The hyperparameters choose the method or its
+            arguments, such as sparsity, pattern or allocation.
+        export: arguments of `export_tflite`, such as `{"optimize": "size"}`. If given, every trial
+            exports a temporary file and has the results `"file_bytes"`, `"gzip_bytes"`, `"latency"`
+            (seconds, unless `measure=False`) and `"file_accuracy"` (with `evaluate`). Defaults to
+            None: no export.
+        score: function from the dict of results to a number, the result `"score"`. It can weigh
+            accuracy against size or latency. Defaults to None: no such result.
 
     Raises:
-        TypeError: for a `build` that is no function, or arguments that `export_tflite` lacks.
-        ImportError: when imported without KerasTuner.
+        TypeError: `build` is not a function, or `export` has an unknown argument.
+        ImportError: KerasTuner is not installed.
 
     Example:
         >>> def build(hp):
@@ -66,20 +68,21 @@ class SparseHyperModel(keras_tuner.HyperModel):
         if isinstance(build, keras.Layer) or not callable(build):
             raise TypeError(
                 "Expected build to be a function from hyperparameters to a compiled model. "
-                f"Received: {build!r} of type {type(build).__name__}"
+                f"Received: {build!r} of type {type(build).__name__}. "
+                "Fix: pass a function, for example build=lambda hp: make_model(hp)."
             )
         inspect.signature(export_tflite).bind("model", "path", **(export or {}))
         self.build_model, self.export, self.score = build, export, score
 
     def build(self, hp):
-        """A model, as the function makes it."""
+        """Return the model that the `build` function makes."""
         return self.build_model(hp)
 
     def fit(self, hp, model, *args, callbacks=(), **kwargs):
-        """Train a model; return the results of the trial by name.
+        """Train a model and return the results of the trial by name.
 
         Raises:
-            keras_tuner.errors.FailedTrialError: when the target was missed.
+            keras_tuner.errors.FailedTrialError: the trial missed its sparsity target.
         """
         given = [callback for callback in callbacks if isinstance(callback, SparseTraining)]
         sparse = given[0] if given else SparseTraining()
@@ -89,14 +92,14 @@ class SparseHyperModel(keras_tuner.HyperModel):
             raise keras_tuner.errors.FailedTrialError(" ".join(missed))
         results = {f"final_{name}": float(values[-1]) for name, values in history.items()}
         if self.export is not None:
-            results.update(_measured(model, self.export))
+            results.update(_exported(model, self.export))
         if self.score is not None:
             results["score"] = float(self.score(results))
         return results
 
 
-def _measured(model, options: Mapping[str, Any]) -> dict[str, float]:
-    """Size, latency and accuracy of a model's file, as far as these are measured."""
+def _exported(model, options: Mapping[str, Any]) -> dict[str, float]:
+    """Export a model; return the size of its file, and its latency and accuracy if measured."""
     with tempfile.TemporaryDirectory() as folder:
         file = export_tflite(model, pathlib.Path(folder) / "model.tflite", **options).files[-1]
     found = {

@@ -10,7 +10,7 @@ import pytest
 
 import keras_dst
 from keras_dst import cli
-from keras_dst.export.encode import Form, encode, weights
+from keras_dst.export.encode import Format, encode, weights
 from keras_dst.export.flatbuffer import read, write
 from keras_dst.methods import DST
 from tests.backends import once
@@ -98,7 +98,7 @@ def edge(tmp_path):
     values = sparse_values((32, 64), 0.1, block=4)
     good = fully_connected(values)
     (weight,) = weights(read(good))
-    good = encode(good, {weight.buffer: Form(4, unpack=False)})
+    good = encode(good, {weight.buffer: Format(4, unpack=False)})
     bad = read(good)
     bad.operatorCodes[-1].version = 12
     (tmp_path / "good.tflite").write_bytes(good)

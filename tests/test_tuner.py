@@ -1,4 +1,4 @@
-"""Searches by KerasTuner, of small nets."""
+"""Searches with KerasTuner for small sparse networks."""
 
 import importlib
 import json
@@ -17,8 +17,8 @@ from keras_dst.tuner import SparseHyperModel
 from tests.backends import once
 from tests.pages import blocks
 
-# KerasTuner asks Python for threads in an old way, and keeps weights with the optimiser's, which a
-# model that was only built does not take.
+# KerasTuner uses deprecated functions of `threading`. It also saves the variables of the optimizer;
+# Keras skips them when it loads the weights into a model that was not trained.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:currentThread|getName:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning"),
@@ -34,7 +34,7 @@ def data():
     return {"x": x, "y": (x[:, 0] > 0).astype("int32"), "validation_split": 0.25}
 
 
-def net():
+def network():
     return keras.Sequential(
         [keras.Input((8,)), layers.Dense(8, "relu", name="one"), layers.Dense(2, name="two")]
     )
@@ -46,14 +46,14 @@ def compiled(model, optimizer):
     return model
 
 
-def ranked(hp):
+def magnitude_model(hp):
     sparsity = hp.Choice("sparsity", [0.5, 0.75])
     method = Magnitude(sparsity, pattern=hp.Choice("pattern", ["unstructured", "1x2"]))
-    return compiled(net(), keras_dst.SparseOptimizer("adam", method))
+    return compiled(network(), keras_dst.SparseOptimizer("adam", method))
 
 
-def learned(hp):
-    model = net()
+def threshold_model(hp):
+    model = network()
     alpha = hp.Float("alpha", 1e-3, 1e-1, sampling="log")
     keras_dst.sparsify(model, DST(alpha=alpha))
     return compiled(model, "adam")
@@ -69,8 +69,8 @@ def trials(tuner):
     return sorted(tuner.oracle.trials.values(), key=lambda trial: trial.trial_id)
 
 
-def test_targets_and_patterns(data, tmp_path):
-    tuner = search(tmp_path, SparseHyperModel(ranked))
+def test_trials_reach_their_targets(data, tmp_path):
+    tuner = search(tmp_path, SparseHyperModel(magnitude_model))
     tuner.search(**data, epochs=2, verbose=0)
     for trial in trials(tuner):
         metrics = trial.metrics
@@ -78,7 +78,7 @@ def test_targets_and_patterns(data, tmp_path):
         target = trial.hyperparameters["sparsity"]
         assert metrics.get_best_value("final_sparsity") == pytest.approx(target, abs=0.02)
         assert trial.score == metrics.get_best_value("final_val_accuracy")
-    # What the tuner kept is what it judged.
+    # The saved weights are those of the last epoch, from which the results come.
     (model,) = tuner.get_best_models()
     best = tuner.oracle.get_best_trials()[0]
     assert keras_dst.report(model).sparsity == pytest.approx(
@@ -87,20 +87,22 @@ def test_targets_and_patterns(data, tmp_path):
     logs = model.evaluate(data["x"][60:], data["y"][60:], verbose=0, return_dict=True)
     assert logs["accuracy"] == pytest.approx(best.score)
 
-    # A search goes on from its folder.
-    again = search(tmp_path, SparseHyperModel(ranked), trials=2)
-    assert again.remaining_trials == 1
-    again.search(**data, epochs=2, verbose=0)
-    assert [t.trial_id for t in trials(again)] == ["0", "1"]
-    assert trials(again)[0].score == trials(tuner)[0].score
+    # A second search continues in the same folder.
+    second = search(tmp_path, SparseHyperModel(magnitude_model), trials=2)
+    assert second.remaining_trials == 1
+    second.search(**data, epochs=2, verbose=0)
+    assert [t.trial_id for t in trials(second)] == ["0", "1"]
+    assert trials(second)[0].score == trials(tuner)[0].score
 
 
-def test_alpha_without_a_target(data, tmp_path):
+def test_a_score_of_accuracy_and_sparsity(data, tmp_path):
     def score(results):
         return results["final_val_accuracy"] + results["final_sparsity"]
 
     tuner = search(
-        tmp_path, SparseHyperModel(learned, score=score), keras_tuner.Objective("score", "max")
+        tmp_path,
+        SparseHyperModel(threshold_model, score=score),
+        keras_tuner.Objective("score", "max"),
     )
     tuner.search(**data, epochs=2, verbose=0)
     (trial,) = trials(tuner)
@@ -111,7 +113,7 @@ def test_alpha_without_a_target(data, tmp_path):
 
 
 class Stop(keras.callbacks.Callback):
-    """Ends a training after its first epoch."""
+    """A callback that stops training after the first epoch."""
 
     def on_epoch_end(self, epoch, logs=None):
         self.model.stop_training = True
@@ -119,7 +121,7 @@ class Stop(keras.callbacks.Callback):
 
 @pytest.mark.filterwarnings("ignore:Magnitude.* training ended after:UserWarning")
 def test_a_missed_target(data, tmp_path):
-    tuner = search(tmp_path, SparseHyperModel(ranked))
+    tuner = search(tmp_path, SparseHyperModel(magnitude_model))
     tuner.search(**data, epochs=4, verbose=0, callbacks=[Stop()])
     (trial,) = trials(tuner)
     assert trial.status == "FAILED"
@@ -129,7 +131,7 @@ def test_a_missed_target(data, tmp_path):
     assert "missed by" in json.loads(saved.read_text())["message"]
 
 
-def test_a_callback_of_the_users(data):
+def test_a_sparse_training_callback_of_the_user(data):
     seen = []
 
     class Training(keras_dst.callbacks.SparseTraining):
@@ -138,7 +140,7 @@ def test_a_callback_of_the_users(data):
             super().on_train_begin(logs)
 
     hp = keras_tuner.HyperParameters()
-    hypermodel = SparseHyperModel(ranked)
+    hypermodel = SparseHyperModel(magnitude_model)
     results = hypermodel.fit(
         hp, hypermodel.build(hp), **data, epochs=1, verbose=0, callbacks=[Training()]
     )
@@ -147,19 +149,19 @@ def test_a_callback_of_the_users(data):
 
 
 @once
-def test_a_file(data, tmp_path, monkeypatch):
-    """Which figures are taken from the report of an export; the page makes real ones."""
-    asked = []
+def test_results_of_an_export(data, tmp_path, monkeypatch):
+    """The export is replaced by fixed figures; `test_the_page` exports real files."""
+    calls = []
 
     def export(model, path, **options):
         assert path.parent.is_dir()
-        asked.append((path, options))
+        calls.append((path, options))
         dense = FileReport("dense float32", 900, 800, 1e-3, 1e-3, 1, None)
         file = FileReport("this file", 300, 200, latency, 1e-3, 1, None)
         return ExportReport(path, 300, 200, 900, 800, [], 0.0, [dense, file], 1, 1)
 
     hypermodel = SparseHyperModel(
-        ranked, {"optimize": "size"}, lambda results: -results["file_bytes"]
+        magnitude_model, {"optimize": "size"}, lambda results: -results["file_bytes"]
     )
     monkeypatch.setattr("keras_dst.tuner.export_tflite", export)
     hp = keras_tuner.HyperParameters()
@@ -170,17 +172,17 @@ def test_a_file(data, tmp_path, monkeypatch):
         assert results["score"] == -300
         assert results.get("latency") == latency
         assert "file_accuracy" not in results
-    (path, options), _ = asked
+    (path, options), _ = calls
     assert options == {"optimize": "size"}
     assert not path.parent.exists()
 
 
 @once
-def test_errors():
+def test_invalid_arguments():
     with pytest.raises(TypeError, match="build to be a function"):
-        SparseHyperModel(net())
-    with pytest.raises(TypeError, match="unexpected keyword argument 'optimise'"):
-        SparseHyperModel(ranked, {"optimise": "size"})
+        SparseHyperModel(network())
+    with pytest.raises(TypeError, match="unexpected keyword argument 'optimize_for'"):
+        SparseHyperModel(magnitude_model, {"optimize_for": "size"})
 
 
 @once
@@ -203,8 +205,8 @@ def test_the_page(tmp_path, monkeypatch):
     pyplot.close("all")
     assert (tmp_path / "sensitivity.png").stat().st_size > 0
     sizes = {row.name: row.parameters for row in names["measured"].weights}
-    asked = sum(names["shares"][name] * size for name, size in sizes.items())
-    assert asked == pytest.approx(0.9 * (64 * 128 + 128 * 32 + 32 * 10))
+    pruned = sum(names["shares"][name] * size for name, size in sizes.items())
+    assert pruned == pytest.approx(0.9 * (64 * 128 + 128 * 32 + 32 * 10))
     found = trials(names["tuner"])
     assert [trial.status for trial in found] == ["COMPLETED"] * 2
     for trial in found:

@@ -1,21 +1,24 @@
-"""Keras 3 model on any backend -> dense ``.tflite`` files, of float32 or of int8.
+"""Convert a Keras 3 model on any backend to dense ``.tflite`` files, in float32 or int8.
 
-TensorFlow holds the only converter that folds batch normalisation into the weights, keeps the batch
-size open and freezes every variable. Models on other backends reach it as a ``.keras`` file read by
-a second Python: ``python -m keras_dst.export.convert model.keras folder float32``.
+Only TensorFlow's converter folds batch normalization into the weights, keeps the batch size open
+and freezes every variable. A model on another backend is saved as a ``.keras`` file, and a second
+Python converts it: ``python -m keras_dst.export.convert FOLDER float32``.
 """
 
 from __future__ import annotations
 
+import builtins
 import contextlib
-import functools
+import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,142 +26,199 @@ import keras
 import numpy as np
 
 from keras_dst.export.report import ExportError
+from keras_dst.export.samples import InputSpec, Samples, Signature, signature_of, symbolic_inputs
 from keras_dst.surgery import is_sparse, strip
 
-# What a message of the converter means for the user: a part of it, and the fix.
+# The fix for an error message that contains the key.
 _FIXES = {
     "Could not locate": (
-        "decorate your class with @keras.saving.register_keras_serializable(), in a module that "
-        "can be imported"
+        "define the class or function in a module that another Python can import, not in the "
+        "script or notebook that runs, and decorate it with "
+        "@keras.saving.register_keras_serializable()"
     ),
     "TensorListReserve": (
-        "build the recurrent layers with unroll=True, or a functional model with a fixed batch, "
+        "build the recurrent layers with unroll=True, or give the model a fixed batch size, "
         "keras.Input(batch_shape=(1, ...))"
     ),
-    "f16>": "rebuild the model under keras.config.set_dtype_policy('float32'), with its weights",
 }
-# How much of the converter's words an error shows: the end, without whole configs and call stacks.
+# The fix for an unsupported op whose types contain the key.
+_TYPE_FIXES = {
+    "f16>": "rebuild the model under keras.config.set_dtype_policy('float32'), with its weights",
+    "f64>": (
+        "rebuild the model under keras.config.set_floatx('float32'), with its weights, and cast "
+        "float64 values to float32"
+    ),
+    "complex<": "compute with the real and imaginary parts as two float32 tensors",
+    "!tf_type.string>": "process the strings outside the exported model, and give it numbers",
+}
+_OP_FIX = (
+    "compute it with other keras.ops, or export the part of the model before it, "
+    "keras.Model(model.inputs, tensor), and compute the rest outside"
+)
+_CALL_FIX = (
+    "write the code of your own layers and Lambda layers with keras.ops, which runs on every "
+    "backend, instead of functions of JAX, PyTorch or NumPy"
+)
+# Keras operations that a user would not recognize by their TensorFlow op.
+_PART_OF = {"BitwiseAnd": "keras.ops.argmax and argmin"}
+
+# An error shows only the last lines of the converter's log, without long configs.
 _LINES, _COLUMNS = 8, 400
+# Lines that TensorFlow always logs, and empty lines.
+_NOISE = re.compile(r"\s*$|[IW]\d{4} |WARNING: All log messages before absl")
+
+
+class _Failure(Exception):
+    """A step of the conversion failed: ``"load"``, ``"call"`` or ``"convert"``."""
+
+    def __init__(self, step: str, text: str):
+        super().__init__(step, text)
+        self.step, self.text = step, text
 
 
 def to_tflite(model: keras.Model) -> bytes:
-    """The dense float32 ``.tflite`` file of a built Keras 3 model, sparse or not."""
+    """Return the dense float32 ``.tflite`` file of a built Keras 3 model, sparse or not."""
     return conversions(model, ["float32"])[0]
 
 
-def conversions(model: keras.Model, kinds: Sequence[str], samples: Any = None) -> list[bytes]:
-    """Dense ``.tflite`` files of a built Keras 3 model, sparse or not.
+def conversions(
+    model: keras.Model,
+    kinds: Sequence[str],
+    signature: Signature | None = None,
+    samples: Samples | None = None,
+) -> list[bytes]:
+    """Return dense ``.tflite`` files of a built Keras 3 model, sparse or not.
 
-    The model is left as it is: where it holds layers of keras_dst, a copy of it is stripped.
+    The model is not changed. If it contains layers of keras_dst, a copy of it is stripped.
 
     Args:
-        model: the model.
-        kinds: ``"float32"``; ``"dynamic"``, whose weights are int8; ``"int8"``, which computes
-            with integers between inputs and outputs of the model's own types.
-        samples: inputs as for `model.predict`, of which ``"int8"`` takes the ranges of all values.
+        model: a built Keras 3 model.
+        kinds: the files to make. ``"float32"``; ``"dynamic"``, with int8 weights; ``"int8"``, with
+            integer ops between inputs and outputs of the model's own types.
+        signature: inputs of the files. Defaults to all inputs of the model.
+        samples: samples from which ``"int8"`` takes the ranges of all values.
 
     Raises:
-        ExportError: the model could not be converted; with the converter's own words.
+        ExportError: the model could not be converted. The message names the op or the layer.
     """
-    here = keras.backend.backend() == "tensorflow"
+    signature = signature or signature_of(model)
+    on_tensorflow = keras.backend.backend() == "tensorflow"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source = folder / "model.keras"
-        if here and not is_sparse(model):
-            _quietly(_convert, model, folder, kinds, samples)
+        if on_tensorflow and not is_sparse(model):
+            _quietly(_convert, model, folder, kinds, signature, samples and samples.arrays)
         else:
-            model.save(source)
-            if here:
-                _quietly(convert_file, source, folder, kinds, samples)
+            _save(model, folder / "model.keras")
+            if on_tensorflow:
+                _quietly(_convert_file, folder, kinds, signature, samples and samples.arrays)
             else:
-                _in_second_python(source, folder, kinds, _flat(model, samples))
+                _convert_in_second_python(folder, kinds, signature, samples)
         return [(folder / kind).read_bytes() for kind in kinds]
 
 
-def convert_file(source: Path, folder: Path, kinds: Sequence[str], samples: Any) -> None:
-    """Converts a ``.keras`` file, on TensorFlow: strips what is sparse, writes a file per kind."""
-    # The file was written a moment ago by its reader: safe_mode guards against others' files.
-    model = keras.saving.load_model(source, compile=False, safe_mode=False)
-    _convert(strip(model), folder, kinds, samples)
+def _save(model: keras.Model, path: Path) -> None:
+    try:
+        model.save(path)
+    except Exception as error:
+        raise ExportError(
+            f"The model could not be saved for the conversion: {type(error).__name__}: {error}"
+        ) from error
 
 
-def _convert(model: keras.Model, folder: Path, kinds: Sequence[str], samples: Any) -> None:
+def _convert_file(
+    folder: Path, kinds: Sequence[str], signature: Signature, arrays: list | None
+) -> None:
+    """Load ``model.keras`` from a folder, strip it, and write one ``.tflite`` file per kind."""
+    with _names_for_lambdas():
+        with _step("load"):
+            # safe_mode protects against files of others; this process or its parent wrote it.
+            model = keras.saving.load_model(folder / "model.keras", compile=False, safe_mode=False)
+            strip(model)
+        _convert(model, folder, kinds, signature, arrays)
+
+
+@contextlib.contextmanager
+def _names_for_lambdas() -> Iterator[None]:
+    """Define the usual names of Keras and NumPy for lambdas, which are saved without globals."""
+    names = {"keras": keras, "ops": keras.ops, "layers": keras.layers, "np": np, "numpy": np}
+    added = {name: module for name, module in names.items() if not hasattr(builtins, name)}
+    vars(builtins).update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            delattr(builtins, name)
+
+
+def _convert(
+    model: keras.Model,
+    folder: Path,
+    kinds: Sequence[str],
+    signature: Signature,
+    arrays: list | None,
+) -> None:
     import tensorflow as tf
 
-    if symbolic_inputs(model) is None:
-        make = functools.partial(tf.lite.TFLiteConverter.from_keras_model, model)
-    else:
-        # The same steps, but from_keras_model calls the model on a flat list, whatever structure
-        # it takes, and hides the reason where that fails.
-        saved = str(folder / "saved")
+    specs, structure = signature.specs, symbolic_inputs(model)
+    if structure is None:  # a subclassed model, or a Sequential model with a layer that failed
+        structure = signature.structure
+
+    def serve(values):
+        rest = iter(values)
+        inputs = [next(rest) if spec.present else None for spec in specs]
+        return model(keras.tree.pack_sequence_as(structure, inputs), training=False)
+
+    present = [spec for spec in specs if spec.present]
+    tensors = [tf.TensorSpec(spec.shape, spec.dtype, spec.name) for spec in present]
+    saved = str(folder / "saved")
+    with _step("call"):
         archive = keras.export.ExportArchive()
         archive.track(model)
-        call = functools.partial(model.__call__, training=False)
-        archive.add_endpoint("serve", call, [_signature(model)])
+        archive.add_endpoint("serve", serve, [tensors])
         archive.write_out(saved)
-        make = functools.partial(tf.lite.TFLiteConverter.from_saved_model, saved)
-    for kind in kinds:
-        converter = make()
-        if kind != "float32":
-            converter.optimizations = [tf.lite.Optimize.DEFAULT]
-        if kind == "int8":
-            from keras_dst.export.verify import named_batches
-
-            batches = list(named_batches(model, make().convert(), samples))
-            converter.representative_dataset = lambda batches=batches: iter(batches)
-        (folder / kind).write_bytes(converter.convert())
+    with _step("convert"):
+        for kind in kinds:
+            converter = tf.lite.TFLiteConverter.from_saved_model(saved)
+            if kind != "float32":
+                converter.optimizations = [tf.lite.Optimize.DEFAULT]
+            if kind == "int8":
+                batches = list(_calibration_batches(specs, arrays or []))
+                converter.representative_dataset = lambda batches=batches: iter(batches)
+            (folder / kind).write_bytes(converter.convert())
 
 
-def symbolic_inputs(model: keras.Model) -> Any:
-    """The inputs that a model declares, in the structure it is called with; None if it does not."""
-    if not hasattr(model, "inputs"):
-        return None  # a subclassed model
-    return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+def _calibration_batches(specs: list[InputSpec], arrays: list) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the samples one by one, or in batches of the model's fixed size, by input name."""
+    present = [(spec, array) for spec, array in zip(specs, arrays) if spec.present]
+    size = max(spec.shape[0] or 1 for spec, _ in present)
+    count = min(len(array) for _, array in present)
+    for start in range(0, count - size + 1, size):
+        yield {s.name: array[start : start + size].astype(s.dtype) for s, array in present}
 
 
-def input_names(model: keras.Model) -> list[str] | None:
-    """The names of a functional model's inputs, in its order; None for another kind of model.
-
-    They are those of its Input layers, which a copy keeps; the tensors of a copy are named anew.
-    """
-    if isinstance(model, keras.Sequential) or not hasattr(model, "inputs"):
-        return None
-    layers = [layer for layer in model.layers if isinstance(layer, keras.layers.InputLayer)]
-    names = {id(layer.output): layer.name for layer in layers}
-    return [names[id(tensor)] for tensor in model.inputs]
+@contextlib.contextmanager
+def _step(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise _Failure(name, f"{type(error).__name__}: {error}") from error
 
 
-def _signature(model: keras.Model) -> Any:
-    import tensorflow as tf
-
-    if isinstance(model, keras.Sequential):
-        # Its batch size may be that of the data it was built from.
-        (tensor,) = model.inputs
-        return tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype, tensor.name)
-    named = zip(model.inputs, input_names(model) or [], strict=True)
-    specs = [tf.TensorSpec(tensor.shape, tensor.dtype, name) for tensor, name in named]
-    return keras.tree.pack_sequence_as(model.input, specs)
-
-
-def _flat(model: keras.Model, samples: Any) -> list:
-    """Samples in the order of the model's inputs, whatever structure they come in."""
-    if samples is None:
-        return []
-    from keras_dst.export.verify import declared
-
-    return keras.tree.flatten(declared(model, samples))
-
-
-def _in_second_python(source: Path, folder: Path, kinds: Sequence[str], samples: list) -> None:
-    np.savez(folder / "samples.npz", *samples)
+def _convert_in_second_python(
+    folder: Path, kinds: Sequence[str], signature: Signature, samples: Samples | None
+) -> None:
+    arrays = samples.arrays if samples else []
+    present = {str(place): a for place, a in enumerate(arrays) if a is not None}
+    np.savez(folder / "samples.npz", **present)  # type: ignore[arg-type]
+    (folder / "signature.json").write_text(json.dumps(asdict(signature)))
     environment = {
         **os.environ,
         "KERAS_BACKEND": "tensorflow",
-        "CUDA_VISIBLE_DEVICES": "-1",  # the first Python may hold all the memory of the GPU
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # finds the user's own classes
+        "CUDA_VISIBLE_DEVICES": "-1",  # the first Python may hold all memory of the GPU
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # to import the user's modules
     }
     done = subprocess.run(
-        [sys.executable, "-m", __name__, str(source), str(folder), *kinds],
+        [sys.executable, "-m", __name__, str(folder), *kinds],
         env=environment,
         capture_output=True,
         text=True,
@@ -166,7 +226,9 @@ def _in_second_python(source: Path, folder: Path, kinds: Sequence[str], samples:
         check=False,
     )
     if done.returncode:
-        raise _conversion_error(done.stderr)
+        failure = folder / "failure.json"
+        step, text = json.loads(failure.read_text()) if failure.exists() else ("convert", "")
+        raise _conversion_error(step, f"{done.stderr}\n{text}")
 
 
 def _quietly(convert: Callable[..., None], *arguments: Any) -> None:
@@ -174,15 +236,15 @@ def _quietly(convert: Callable[..., None], *arguments: Any) -> None:
         try:
             with _output_to(log):
                 convert(*arguments)
-        except Exception as error:
+        except _Failure as failure:
             log.seek(0)
-            said = log.read().decode(errors="replace")
-            raise _conversion_error(f"{said}\n{error}") from error
+            logged = log.read().decode(errors="replace")
+            raise _conversion_error(failure.step, f"{logged}\n{failure.text}") from failure
 
 
 @contextlib.contextmanager
 def _output_to(log: IO[bytes]) -> Iterator[None]:
-    """Sends what Python and C++ print meanwhile to ``log``; the converter says a lot."""
+    """Redirect the output of Python and C++ to ``log``: the converter prints a lot."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
@@ -205,7 +267,7 @@ def _output_to(log: IO[bytes]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logs_to(stream: IO[str]) -> Iterator[None]:
-    """Sends TensorFlow's log there, which keeps the stream that it began with: a notebook's."""
+    """Redirect TensorFlow's log handlers, which keep the stream they started with."""
     import tensorflow as tf
 
     handlers = [h for h in tf.get_logger().handlers if isinstance(h, logging.StreamHandler)]
@@ -215,22 +277,69 @@ def _logs_to(stream: IO[str]) -> Iterator[None]:
     finally:
         for handler, own in zip(handlers, before):
             handler.setStream(own)
-        # A first word to the root logger, which had no handler, has given it one.
+        # The first message to a root logger without handlers adds a handler to it.
         for new in logging.root.handlers[:]:
             if isinstance(new, logging.StreamHandler) and new.stream is stream:
                 logging.root.removeHandler(new)
 
 
-def _conversion_error(output: str) -> ExportError:
-    fixes = "".join(f"\nFix: {fix}." for sign, fix in _FIXES.items() if sign in output)
-    lines = [line[:_COLUMNS] for line in output.splitlines() if line.strip()]
-    said = "\n  ".join(lines[-_LINES:])
-    return ExportError(f"The model could not be converted to .tflite:\n  {said}{fixes}")
+def _conversion_error(step: str, output: str) -> ExportError:
+    """Return the error for a failed step: the reason, the fix, and the end of the log."""
+    output = re.sub(r"\x1b\[\d*m", "", output)  # colors
+    ops = _unsupported_ops(output)
+    if ops:
+        fixes = [fix for sign, fix in _TYPE_FIXES.items() if any(sign in op for op in ops)]
+        fixes += [fix for sign, fix in _FIXES.items() if any(sign in op for op in ops)]
+        return ExportError(
+            "The model could not be converted to .tflite: TensorFlow Lite has no op for\n  "
+            + "\n  ".join(ops)
+            + "".join(f"\nFix: {fix}." for fix in fixes or [_OP_FIX])
+        )
+    fixes = [fix for sign, fix in _FIXES.items() if sign in output]
+    reason = ""
+    if step == "call" or (step == "load" and not fixes):
+        reason = " its layers cannot be called on TensorFlow, which every conversion needs."
+        fixes = fixes or [_CALL_FIX]
+    lines = [line[:_COLUMNS] for line in output.splitlines() if not _NOISE.match(line)]
+    log = "\n  ".join(lines[-_LINES:])
+    return ExportError(
+        f"The model could not be converted to .tflite:{reason}\n  {log}"
+        + "".join(f"\nFix: {fix}." for fix in fixes)
+    )
 
 
-def _main(source: str, folder: str, *kinds: str) -> None:
-    with np.load(Path(folder, "samples.npz")) as arrays:
-        convert_file(Path(source), Path(folder), kinds, [arrays[name] for name in arrays.files])
+def _unsupported_ops(output: str) -> list[str]:
+    """Return the ops that the converter's log calls unsupported, each with its place and types."""
+    found: dict[str, str] = {}
+    for line in output.splitlines():
+        op = re.search(r"error: .*'tfl?\.(\w+)' op (.*)", line)
+        place = re.search(r'fused\["\w+:", "([^"@]+)', line)
+        if op and op[1] not in found:
+            note = f", part of {_PART_OF[op[1]]}" if op[1] in _PART_OF else ""
+            found[op[1]] = f"{op[1]}{note}, at {place[1] if place else 'an unknown place'}"
+            if "neither a custom op nor a flex op" not in op[2]:
+                found[op[1]] += f": {op[2][:_COLUMNS]}"
+        current = re.search(r'see current operation: .*"tfl?\.(\w+)"\(.* : (\(.*)', line)
+        if current and current[1] in found and " on " not in found[current[1]]:
+            found[current[1]] += f", on {current[2][:_COLUMNS]}"
+    for names in re.findall(r"^(?:TF Select|Custom) ops: (.+)$", output, re.M):
+        for name in names.split(", "):
+            found.setdefault(name.strip(), name.strip())
+    return list(found.values())
+
+
+def _main(folder: str, *kinds: str) -> None:
+    path = Path(folder)
+    stored_signature = json.loads((path / "signature.json").read_text())
+    specs = [InputSpec(**spec) for spec in stored_signature["specs"]]
+    signature = Signature(specs, stored_signature["structure"])
+    with np.load(path / "samples.npz") as stored:
+        arrays = [stored.get(str(place)) for place in range(len(specs))]
+    try:
+        _convert_file(path, kinds, signature, arrays)
+    except _Failure as failure:
+        (path / "failure.json").write_text(json.dumps([failure.step, failure.text]))
+        sys.exit(1)
 
 
 if __name__ == "__main__":

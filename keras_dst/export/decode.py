@@ -1,4 +1,4 @@
-"""What a ``.tflite`` file holds: constants, dense or sparse, and how they reach the ops."""
+"""Read the constants of a ``.tflite`` file, dense or sparse, and find which ops unpack them."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ _TYPES = {code: name.lower() for name, code in vars(schema.TensorType).items() i
 
 
 def load(source: bytes | str | os.PathLike[str]) -> bytes:
-    """The content of a ``.tflite`` file, or a ValueError where it is no such file."""
+    """Return the bytes of a ``.tflite`` file; raise ValueError if it is not a ``.tflite`` file."""
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
     name = "the bytes given" if isinstance(source, bytes) else str(source)
     if content[4:8] != b"TFL3":
         raise ValueError(
-            f"Expected a .tflite file; a .keras file has to be loaded first. Received: {name}."
+            f"Expected a .tflite file. Received: {name}, which is not one. "
+            "Fix: load a .keras file with keras.saving.load_model and pass the model."
         )
-    with whole(name):
+    with value_error_if_damaged(name):
         _walk(read(content))
     return content
 
 
 @contextlib.contextmanager
-def whole(name: str) -> Iterator[None]:
-    """Makes a ValueError of what goes wrong while a damaged file is read."""
+def value_error_if_damaged(name: str) -> Iterator[None]:
+    """Raise ValueError for any exception while a file is read: such a file is damaged."""
     try:
         yield
     except Exception as error:
         raise ValueError(
-            f"Expected a whole .tflite file. Received: {name}, which is damaged or cut short "
+            f"Expected a complete .tflite file. Received: {name}, which is damaged or cut short "
             f"({type(error).__name__}: {error})."
         ) from error
 
 
 def _walk(model: schema.ModelT) -> None:
-    """Reads all that a file refers to; raises where that is not there."""
+    """Read everything that a file refers to; raise an exception if a part is missing."""
     for graph in model.subgraphs:
         for tensor in graph.tensors:
             values(model, tensor)
@@ -52,17 +53,17 @@ def _walk(model: schema.ModelT) -> None:
 
 
 def type_name(tensor: schema.TensorT) -> str:
-    """The type of a tensor's entries, such as ``"float32"``."""
+    """Return the type of a tensor's values, such as ``"float32"``."""
     return _TYPES.get(tensor.type, str(tensor.type))
 
 
 def shape(tensor: schema.TensorT) -> tuple[int, ...]:
-    """The shape of a tensor, with 1 for a size that is open."""
+    """Return the shape of a tensor, with 1 for an open size."""
     return () if tensor.shape is None else tuple(map(int, tensor.shape))
 
 
 def values(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
-    """The entries of a constant, sparse ones unpacked; None where computed, or not of numbers."""
+    """Return the dense values of a constant; None for computed tensors and other types."""
     data, dtype = stored(model, tensor), getattr(np, type_name(tensor), None)
     if data is None or dtype is None:
         return None
@@ -71,14 +72,14 @@ def values(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
 
 
 def unpack(tensor: schema.TensorT, entries: np.ndarray) -> np.ndarray:
-    """The dense form of a sparse tensor, in any encoding of the schema.
+    """Return the dense values of a sparse tensor, in any encoding of the schema.
 
-    Its axes are those of the tensor and, behind them, those within a block. They are walked in
-    `traversalOrder`, each either whole or as compressed rows of indices.
+    The encoding has the axes of the tensor, followed by the axes within a block. The loop visits
+    them in `traversalOrder`. Each axis is stored either dense or as compressed rows of indices.
     """
     sparsity, rank = tensor.sparsity, len(shape(tensor))
-    positions = np.zeros(1, np.int64)  # of what is stored so far, one level after the other
-    found: list[np.ndarray] = []  # its index along every axis walked
+    positions = np.zeros(1, np.int64)  # storage positions at the current level
+    found: list[np.ndarray] = []  # indices of these positions along every visited axis
     for axis in sparsity.dimMetadata:
         if axis.format == schema.DimensionType.DENSE:
             counts = np.full(len(positions), axis.denseSize)
@@ -94,20 +95,20 @@ def unpack(tensor: schema.TensorT, entries: np.ndarray) -> np.ndarray:
         positions = children
     index = dict(zip(map(int, sparsity.traversalOrder), found))
     for inner, outer in enumerate(block_axes(tensor), start=rank):
-        index[outer] = index[outer] * blocks(tensor)[outer] + index[inner]
+        index[outer] = index[outer] * block_sizes(tensor)[outer] + index[inner]
     dense = np.zeros(shape(tensor), entries.dtype)
     dense[tuple(index[axis] for axis in range(rank))] = entries[positions]
     return dense
 
 
 def block_axes(tensor: schema.TensorT) -> list[int]:
-    """The axes of a sparse tensor that are cut into blocks."""
+    """Return the axes of a sparse tensor that are divided into blocks."""
     block_map = tensor.sparsity.blockMap
     return [] if block_map is None else [int(axis) for axis in block_map]
 
 
-def blocks(tensor: schema.TensorT) -> list[int]:
-    """The size of the blocks of a sparse tensor along each of its axes; 1 where not cut."""
+def block_sizes(tensor: schema.TensorT) -> list[int]:
+    """Return the block size along each axis of a sparse tensor; 1 for axes without blocks."""
     order, sizes = list(tensor.sparsity.traversalOrder), [1] * len(shape(tensor))
     for inner, outer in enumerate(block_axes(tensor), start=len(sizes)):
         sizes[outer] = int(tensor.sparsity.dimMetadata[order.index(inner)].denseSize)
@@ -115,30 +116,31 @@ def blocks(tensor: schema.TensorT) -> list[int]:
 
 
 def encoding(tensor: schema.TensorT) -> str:
-    """How a constant is stored: ``"dense"``, ``"csr"``, ``"1x4"``, or ``"sparse"`` for the rest.
+    """Return the encoding of a constant: ``"dense"``, ``"csr"``, ``"1x4"``, ... or ``"sparse"``.
 
-    CSR and 1xN compress the last axis alone: in single values, and in blocks of N.
+    CSR compresses only the last axis, value by value; 1xN compresses it in blocks of N values.
+    ``"sparse"`` stands for every other sparse encoding.
     """
     if tensor.sparsity is None:
         return "dense"
-    last, cut = len(shape(tensor)) - 1, block_axes(tensor)
+    last, divided = len(shape(tensor)) - 1, block_axes(tensor)
     formats = [axis.format for axis in tensor.sparsity.dimMetadata]
     compressed = [i for i, kind in enumerate(formats) if kind != schema.DimensionType.DENSE]
     ordered = list(tensor.sparsity.traversalOrder) == list(range(len(formats)))
-    if not ordered or compressed != [last] or cut not in ([], [last]):
+    if not ordered or compressed != [last] or divided not in ([], [last]):
         return "sparse"
-    return f"1x{blocks(tensor)[-1]}" if cut else "csr"
+    return f"1x{block_sizes(tensor)[-1]}" if divided else "csr"
 
 
 def stored_bytes(model: schema.ModelT, tensor: schema.TensorT) -> int:
-    """Bytes of the values of a constant and, where it is sparse, of its indices."""
+    """Return the bytes of a constant's values and, if it is sparse, of its indices."""
     data = stored(model, tensor)
     size = 0 if data is None else data.nbytes
     return size if tensor.sparsity is None else size + index_bytes(tensor.sparsity)
 
 
 def index_bytes(sparsity: schema.SparsityParametersT) -> int:
-    """Bytes of the indices of an encoding."""
+    """Return the bytes of the indices of a sparse encoding."""
     vectors = [
         vector.values
         for axis in sparsity.dimMetadata
@@ -148,8 +150,8 @@ def index_bytes(sparsity: schema.SparsityParametersT) -> int:
     return sum(np.asarray(vector).nbytes for vector in vectors)
 
 
-def origins(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, int]:
-    """For every tensor that DENSIFY or DEQUANTIZE computes from a constant: that constant."""
+def constant_sources(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, int]:
+    """Return the constant behind every tensor that DENSIFY or DEQUANTIZE ops make from one."""
     found: dict[int, int] = {}
     for op in graph.operators:
         if op_name(model, op) in ("DENSIFY", "DEQUANTIZE"):

@@ -1,6 +1,6 @@
-"""Weights inside a ``.tflite`` file in another form, written straight into its flatbuffer.
+"""Change the storage format of weights inside a ``.tflite`` file.
 
-A pure pass from bytes to bytes, which works on a file from any converter.
+The module edits the flatbuffer of a file from any converter. It needs no TensorFlow.
 
 Source: ``SparsityParameters`` in the TensorFlow Lite schema,
 https://github.com/tensorflow/tensorflow/blob/master/tensorflow/compiler/mlir/lite/schema/schema.fbs
@@ -27,13 +27,13 @@ from keras_dst.export.flatbuffer import (
     write,
 )
 
-#: Ops with a kernel for a float32 weight that is unpacked by a DENSIFY op, or itself sparse.
+#: Ops whose kernels accept a weight that a DENSIFY op unpacks, or a sparse weight.
 WEIGHT_OPS = frozenset({"FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV"})
-#: The input of each of these ops that holds its weight.
+#: Position of the weight among the inputs of these ops.
 WEIGHT_SLOT = 1
 
-# XNNPACK takes the op in every other version, and reads the compressed bytes as a dense matrix; and
-# it refuses one on int8 weights behind DENSIFY.
+# XNNPACK takes over FULLY_CONNECTED in every other version, and reads a sparse weight as dense.
+# It also refuses int8 weights that come from DENSIFY. It leaves version 8 to the builtin kernel.
 SPARSE_FULLY_CONNECTED_VERSION = 8
 
 _NUMPY = {
@@ -44,16 +44,17 @@ _NUMPY = {
 
 
 @dataclass(frozen=True)
-class Form:
-    """A way to store a weight, and to hand it to the ops that read it.
+class Format:
+    """The storage format of a weight, and how the ops that use the weight read it.
 
     Attributes:
-        block: consecutive values along the last axis that are kept or dropped together: 1 is plain
-            CSR, 0 stores every value.
-        unpack: the runtime makes a dense float weight of it once, at load, by DENSIFY and
-            DEQUANTIZE ops. Otherwise the op itself reads the weight as it is stored.
-        int8: the values are rounded to 8 bits.
-        im2col: CONV_2D becomes FULLY_CONNECTED, the only op that reads a sparse weight itself.
+        block: number of consecutive values along the last axis that are stored together. 1 means
+            CSR, 0 means that every value is stored.
+        unpack: True if DENSIFY and DEQUANTIZE ops make a dense float weight once, when the file is
+            loaded. False if the op reads the stored weight directly.
+        int8: True if the values are quantized to 8 bits. Defaults to False.
+        im2col: True if CONV_2D is lowered to FULLY_CONNECTED, the only op that reads a sparse
+            weight directly. Defaults to False.
     """
 
     block: int
@@ -69,10 +70,10 @@ class Form:
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A constant of a model: the values in one buffer, the tensors over it, and their readers.
+    """A constant of a model: a buffer, its values, its tensors, and the ops that read them.
 
     ``readers`` holds ``(op name, input slot)`` for every op that reads one of the tensors, and
-    ``("OUTPUT", 0)`` where a tensor leaves the graph.
+    ``("OUTPUT", 0)`` for every tensor that is an output of the graph.
     """
 
     buffer: int
@@ -82,19 +83,22 @@ class Weight:
 
     @property
     def name(self) -> str:
+        """Name of the first tensor."""
         return text(self.tensors[0].name)
 
     @property
     def op(self) -> str:
+        """Name of the first op that reads the weight, or ``"none"``."""
         return self.readers[0][0] if self.readers else "none"
 
     @property
     def density(self) -> float:
+        """Fraction of values that are not zero."""
         return np.count_nonzero(self.values) / self.values.size
 
 
 def weights(model: schema.ModelT) -> list[Weight]:
-    """Every constant of two or more dimensions (float32, float16 or int8), in file order."""
+    """Return the float32, float16 and int8 constants of rank 2 or more, in file order."""
     found: dict[int, Weight] = {}
     for graph in model.subgraphs:
         readers = _readers(model, graph)
@@ -109,7 +113,7 @@ def weights(model: schema.ModelT) -> list[Weight]:
 
 
 def constant(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
-    """The values of a dense constant tensor; None for a computed, sparse or other-typed one."""
+    """Return the values of a dense constant; None for computed, sparse or other tensors."""
     data = stored(model, tensor)
     if data is None or tensor.sparsity is not None or tensor.type not in _NUMPY:
         return None
@@ -117,20 +121,21 @@ def constant(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
 
 
 def pack(values: np.ndarray, block: int) -> tuple[schema.SparsityParametersT, np.ndarray]:
-    """Compressed sparse rows over the last axis of ``values``, in blocks of ``block`` values.
+    """Compress the last axis of ``values`` to sparse rows, in blocks of ``block`` values.
 
-    Returns the encoding and the stored values, flat. All axes but the last are stored densely.
+    Returns the encoding and a vector of the stored values. The other axes are dense.
     """
     *outer, width = values.shape
     if width % block:
-        # The converter of TensorFlow drops the last values instead.
+        # TensorFlow's converter silently drops the last values instead.
         raise ValueError(
-            f"Expected a last axis that is a multiple of the block, {block}. Received: {width}."
+            f"Expected the last axis to be a multiple of the block size {block}. "
+            f"Received: {width}. Fix: use a block size of 1."
         )
     cells = values.reshape(-1, width // block, block)
     kept = (cells != 0).any(axis=-1)
     if not kept.any():
-        kept[0, 0] = True  # a tensor with an empty buffer would no longer be a constant
+        kept[0, 0] = True  # a tensor with an empty buffer is not a constant any more
     rows = np.concatenate([[0], np.cumsum(kept.sum(axis=1))])
 
     sparsity = schema.SparsityParametersT()
@@ -144,122 +149,126 @@ def pack(values: np.ndarray, block: int) -> tuple[schema.SparsityParametersT, np
     return sparsity, cells[kept].reshape(-1)
 
 
-def encode(content: bytes, forms: Mapping[int, Form]) -> bytes:
-    """The file with the weights of some buffers in another form; all else stays as it is.
+def encode(content: bytes, formats: Mapping[int, Format]) -> bytes:
+    """Return a ``.tflite`` file with some of its weights in another storage format.
 
     Args:
-        content: a ``.tflite`` file with dense weights.
-        forms: for each buffer (`Weight.buffer`) to change, its form.
+        content: bytes of a file with dense weights.
+        formats: the new format of each weight, by buffer (`Weight.buffer`). Other weights keep
+            their format.
 
     Raises:
-        ValueError: a form that the runtime would read wrongly: a sparse weight straight into an
-            op other than FULLY_CONNECTED, or blocks that do not divide the last axis.
+        ValueError: the runtime would misread a format: a sparse weight that an op other than
+            FULLY_CONNECTED reads directly, or blocks that do not divide the last axis.
 
     Example:
-        >>> content = encode(content, {w.buffer: Form(1, True) for w in weights(read(content))})
+        >>> content = encode(content, {w.buffer: Format(1, True) for w in weights(read(content))})
     """
     model = read(content)
-    apply(model, forms)
+    apply(model, formats)
     return write(model)
 
 
-def stored_dense(content: bytes, forms: Mapping[int, Form]) -> bytes:
-    """A file that computes what `encode` makes of ``content``, without a sparse weight in it.
+def encode_dense(content: bytes, formats: Mapping[int, Format]) -> bytes:
+    """Return a file without sparse weights that must compute the same as the `encode` result.
 
-    Rounded weights are float32, but where the op reads integers.
+    Quantized weights are stored as the float32 values of their integers. Weights that an op reads
+    directly as integers stay integers.
     """
     model = read(content)
-    rounded = {buffer: form for buffer, form in forms.items() if form.int8}
+    rounded = {buffer: format for buffer, format in formats.items() if format.int8}
     for weight in weights(model):
         if weight.buffer in rounded and rounded[weight.buffer].unpack:
             values = quantize.dequantize(*quantize.quantize(weight.values, scale_axis(weight)))
             model.buffers[weight.buffer].data = values.reshape(-1).view(np.uint8)
-    apply(model, {b: replace(form, block=0) for b, form in rounded.items() if not form.unpack})
+    apply(
+        model, {b: replace(format, block=0) for b, format in rounded.items() if not format.unpack}
+    )
     return write(model)
 
 
-def apply(model: schema.ModelT, forms: Mapping[int, Form]) -> None:
-    """Puts the weights of some buffers into another form, in place; see `encode`."""
-    changed = {w.buffer: (w, forms[w.buffer]) for w in weights(model) if w.buffer in forms}
-    for weight, form in changed.values():
-        _store(model, weight, form)
+def apply(model: schema.ModelT, formats: Mapping[int, Format]) -> None:
+    """Change the storage format of weights of a model in place, as `encode` does."""
+    changed = {w.buffer: (w, formats[w.buffer]) for w in weights(model) if w.buffer in formats}
+    for weight, format in changed.values():
+        _store(model, weight, format)
     for graph in model.subgraphs:
         here = {i: t.buffer for i, t in enumerate(graph.tensors) if t.buffer in changed}
-        _connect(model, graph, {index: changed[buffer] for index, buffer in here.items()})
+        _rewire_readers(model, graph, {index: changed[buffer] for index, buffer in here.items()})
 
 
-def _store(model: schema.ModelT, weight: Weight, form: Form) -> None:
-    """Writes the values of a weight, and what its tensors say of them."""
+def _store(model: schema.ModelT, weight: Weight, format: Format) -> None:
+    """Store the values of a weight in a format, and describe the format in its tensors."""
     values, sparsity = weight.values, None
-    if form.int8:
+    if format.int8:
         values, quantization = quantize.quantize(values, scale_axis(weight))
         for tensor in weight.tensors:
             tensor.type, tensor.quantization = schema.TensorType.INT8, quantization
-    if form.im2col:
+    if format.im2col:
         values = values.reshape(len(values), -1)
     shape = np.array(values.shape, np.int32)
-    if form.block:
-        sparsity, values = pack(values, form.block)
+    if format.block:
+        sparsity, values = pack(values, format.block)
     for tensor in weight.tensors:
         tensor.shape, tensor.sparsity = shape, sparsity
     model.buffers[weight.buffer].data = values.reshape(-1).view(np.uint8)
 
 
 def scale_axis(weight: Weight) -> int:
-    """The axis along which int8 codes have a scale each: the output channels."""
+    """Return the axis of the output channels, each of which has its own int8 scale."""
     return weight.values.ndim - 1 if weight.op == "DEPTHWISE_CONV_2D" else 0
 
 
-def _connect(
-    model: schema.ModelT, graph: schema.SubGraphT, changed: dict[int, tuple[Weight, Form]]
+def _rewire_readers(
+    model: schema.ModelT, graph: schema.SubGraphT, changed: dict[int, tuple[Weight, Format]]
 ) -> None:
-    """Lets the readers of changed tensors read them: directly, or once they are unpacked."""
+    """Make the readers of changed tensors read them directly, or through unpacking ops."""
     operators: list[schema.OperatorT] = []
     unpacked: dict[int, int] = {}
     version = SPARSE_FULLY_CONNECTED_VERSION
     for op in graph.operators:
-        op.inputs = np.array([] if op.inputs is None else op.inputs, np.int32)  # can be written
+        op.inputs = np.array([] if op.inputs is None else op.inputs, np.int32)  # writable
         for slot, index in ((s, int(i)) for s, i in enumerate(op.inputs) if i in changed):
-            weight, form = changed[index]
-            if form.unpack:
+            weight, format = changed[index]
+            if format.unpack:
                 if index not in unpacked:
-                    made, unpacked[index] = _unpack(model, graph, index, form)
+                    made, unpacked[index] = _unpack(model, graph, index, format)
                     operators += made
                 op.inputs[slot] = unpacked[index]
                 if op_name(model, op) == "FULLY_CONNECTED" and weight.values.dtype == np.int8:
                     op.opcodeIndex = op_code(model, "FULLY_CONNECTED", version)
-            elif form.im2col:
-                _check_reader(model, op, slot, "CONV_2D", form)
+            elif format.im2col:
+                _check_reader(model, op, slot, "CONV_2D", format)
                 *before, op = im2col.lower(model, graph, op, weight.values.shape, version)
                 operators += before
             else:
-                _check_reader(model, op, slot, "FULLY_CONNECTED", form)
+                _check_reader(model, op, slot, "FULLY_CONNECTED", format)
                 op.opcodeIndex = op_code(model, "FULLY_CONNECTED", version)
         operators.append(op)
     graph.operators = operators
 
 
 def _check_reader(
-    model: schema.ModelT, op: schema.OperatorT, slot: int, wanted: str, form: Form
+    model: schema.ModelT, op: schema.OperatorT, slot: int, wanted: str, format: Format
 ) -> None:
     if op_name(model, op) != wanted or slot != WEIGHT_SLOT:
         raise ValueError(
-            f"Expected the weight of a {wanted} op for the form {str(form)!r}. "
-            f"Received: input {slot} of {op_name(model, op)}. Use a form that is unpacked."
+            f"Expected the weight of a {wanted} op for the format {str(format)!r}. "
+            f"Received: input {slot} of {op_name(model, op)}. Fix: use a format with unpack=True."
         )
 
 
 def _unpack(
-    model: schema.ModelT, graph: schema.SubGraphT, index: int, form: Form
+    model: schema.ModelT, graph: schema.SubGraphT, index: int, format: Format
 ) -> tuple[list[schema.OperatorT], int]:
-    """The ops that make a dense float weight of a stored one, and the tensor they make."""
+    """Return the ops that unpack a stored weight to dense floats, and their output tensor."""
     ops = []
-    if form.block:
-        dense = _computed(graph.tensors[index], "dense")
+    if format.block:
+        dense = _computed_copy(graph.tensors[index], "dense")
         source, index = index, add_tensor(graph, dense)
         ops.append(make_op(model, "DENSIFY", [source], [index], schema.DensifyOptionsT()))
-    if form.int8:
-        dense = _computed(graph.tensors[index], "float")
+    if format.int8:
+        dense = _computed_copy(graph.tensors[index], "float")
         dense.type, dense.quantization = schema.TensorType.FLOAT32, None
         source, index = index, add_tensor(graph, dense)
         options = schema.DequantizeOptionsT()
@@ -267,11 +276,11 @@ def _unpack(
     return ops, index
 
 
-def _computed(tensor: schema.TensorT, suffix: str) -> schema.TensorT:
-    """A tensor like another one, to be computed."""
+def _computed_copy(tensor: schema.TensorT, suffix: str) -> schema.TensorT:
+    """Return a copy of a tensor that an op computes."""
     computed = copy.copy(tensor)
     computed.name = f"{text(tensor.name)}/{suffix}"
-    computed.buffer = 0  # by convention the empty one
+    computed.buffer = 0  # buffer 0 is empty by convention
     computed.sparsity = None
     return computed
 
@@ -302,7 +311,7 @@ def _compressed_axis(rows: np.ndarray, columns: np.ndarray) -> schema.DimensionM
 
 
 def _indices(values: np.ndarray) -> tuple[int, object]:
-    """The narrowest index vector of the schema that holds ``values``."""
+    """Return the type and the narrowest index vector of the schema that holds ``values``."""
     kinds = schema.SparseIndexVector
     largest = values.max()
     if largest <= np.iinfo(np.uint8).max:

@@ -1,6 +1,6 @@
-"""The flatbuffer of a ``.tflite`` file in object form: reading, writing, adding to it.
+"""Read, write and edit the flatbuffer of a ``.tflite`` file in object form.
 
-Needs flatbuffers, NumPy and the schema of LiteRT, never TensorFlow.
+This module needs flatbuffers, NumPy and the schema of LiteRT, but not TensorFlow.
 """
 
 from __future__ import annotations
@@ -12,65 +12,68 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-_BUFFER_ALIGNMENT = 16  # the schema's force_align, which the Python object API does not apply
+_BUFFER_ALIGNMENT = 16  # force_align in the schema; the Python object API ignores it
 _OP_NAMES = {code: name for name, code in vars(schema.BuiltinOperator).items() if name.isupper()}
 
 
 def read(content: bytes) -> schema.ModelT:
-    """The object form of a ``.tflite`` file, for reading and for changing."""
+    """Return the object form of a ``.tflite`` file. It can be edited and written again."""
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
     if any(buffer.offset > 1 for buffer in model.buffers):
         raise ValueError(
             "Expected a .tflite file below 2 GB, with its weights inside the flatbuffer. "
-            "Received: a file with its weights behind it."
+            "Received: a file with its weights after the flatbuffer."
         )
     return model
 
 
 def write(model: schema.ModelT) -> bytes:
-    """The ``.tflite`` file of a model in object form."""
+    """Return the ``.tflite`` file of a model in object form."""
     builder = _AlignedBuilder(1024)
     builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
     return bytes(builder.Output())
 
 
 def op_name(model: schema.ModelT, op: schema.OperatorT) -> str:
-    """The builtin name of an op, such as ``"CONV_2D"``."""
+    """Return the builtin name of an op, such as ``"CONV_2D"``."""
     builtin = _builtin(model.operatorCodes[op.opcodeIndex])
     return _OP_NAMES.get(builtin, str(builtin))
 
 
 def text(name: bytes | str | None) -> str:
-    """A name of the flatbuffer as a string."""
+    """Return a name of the flatbuffer as a string."""
     return name.decode() if isinstance(name, bytes) else name or ""
 
 
 def indices(tensors: Iterable[int] | None) -> list[int]:
-    """The tensors that an op reads or writes, without optional ones that are left out."""
+    """Return the tensors that an op reads or writes, without its absent optional tensors."""
     return [] if tensors is None else [int(t) for t in tensors if t >= 0]
 
 
 def stored(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
-    """The bytes of a constant as they are in the file; None for a tensor that is computed."""
+    """Return the stored bytes of a constant, or None for a computed tensor."""
     data = model.buffers[tensor.buffer].data
     return None if data is None or not len(data) else data
 
 
-def readers(model: schema.ModelT, buffer: int) -> schema.ModelT:
-    """A file of the ops that read a buffer alone: what they read comes in, what they make goes out.
+def extract_readers(model: schema.ModelT, buffer: int) -> schema.ModelT:
+    """Extract a model that contains only the ops that read one buffer.
 
-    Its buffers have the numbers of the model's.
+    The computed inputs of these ops become inputs of the extracted model, their outputs become its
+    outputs. Buffers keep their numbers.
     """
-    found = schema.ModelT()
-    found.version, found.operatorCodes = model.version, list(model.operatorCodes)
-    found.buffers = [schema.BufferT() for _ in model.buffers]
-    found.subgraphs = [
-        piece for graph in model.subgraphs if (piece := _readers(model, graph, buffer, found))
+    extracted = schema.ModelT()
+    extracted.version, extracted.operatorCodes = model.version, list(model.operatorCodes)
+    extracted.buffers = [schema.BufferT() for _ in model.buffers]
+    extracted.subgraphs = [
+        piece
+        for graph in model.subgraphs
+        if (piece := _extract_from_graph(model, graph, buffer, extracted))
     ]
-    return found
+    return extracted
 
 
-def _readers(model, graph, buffer: int, found: schema.ModelT) -> schema.SubGraphT | None:
+def _extract_from_graph(model, graph, buffer: int, extracted) -> schema.SubGraphT | None:
     piece, places = schema.SubGraphT(), {-1: -1}
     piece.tensors, piece.operators = [], []
     for op in graph.operators:
@@ -81,25 +84,25 @@ def _readers(model, graph, buffer: int, found: schema.ModelT) -> schema.SubGraph
             if index not in places:
                 tensor = copy.copy(graph.tensors[index])
                 places[int(index)] = add_tensor(piece, tensor)
-                found.buffers[tensor.buffer] = copy.copy(model.buffers[tensor.buffer])
+                extracted.buffers[tensor.buffer] = copy.copy(model.buffers[tensor.buffer])
         op.inputs = np.array([places[int(index)] for index in op.inputs], np.int32)
         op.outputs = np.array([places[int(index)] for index in op.outputs], np.int32)
         piece.operators.append(op)
     made = {int(index) for op in piece.operators for index in op.outputs}
     needed = {int(index) for op in piece.operators for index in op.inputs} - made - {-1}
     piece.outputs = sorted(made)
-    piece.inputs = [i for i in sorted(needed) if stored(found, piece.tensors[i]) is None]
+    piece.inputs = [i for i in sorted(needed) if stored(extracted, piece.tensors[i]) is None]
     return piece if piece.operators else None
 
 
 def add_tensor(graph: schema.SubGraphT, tensor: schema.TensorT) -> int:
-    """The index of a tensor, once it is part of a graph."""
+    """Add a tensor to a graph and return its index."""
     graph.tensors.append(tensor)
     return len(graph.tensors) - 1
 
 
 def add_constant(model: schema.ModelT, graph: schema.SubGraphT, values) -> int:
-    """The index of a tensor of integers, which is made once for equal ones."""
+    """Return the index of an int32 constant, which is added unless the graph already has it."""
     array = np.asarray(values, np.int32)
     name = f"constant{array.tolist()}"
     for index, tensor in enumerate(graph.tensors):
@@ -116,7 +119,7 @@ def add_constant(model: schema.ModelT, graph: schema.SubGraphT, values) -> int:
 def make_op(
     model: schema.ModelT, name: str, inputs, outputs, options, version: int = 1
 ) -> schema.OperatorT:
-    """An op by its builtin name, with options of its type, such as ``DensifyOptionsT``."""
+    """Create an op by its builtin name, with the options of its kind (``DensifyOptionsT``, ...)."""
     op = schema.OperatorT()
     op.opcodeIndex = op_code(model, name, version)
     op.inputs, op.outputs = np.array(inputs, np.int32), np.array(outputs, np.int32)
@@ -126,12 +129,12 @@ def make_op(
 
 
 def _builtin(code: schema.OperatorCodeT) -> int:
-    # Codes above 127 came later than the one-byte field, and are in the other one alone.
+    # The one-byte field cannot hold codes above 127, which only the newer field stores.
     return max(code.builtinCode, code.deprecatedBuiltinCode)
 
 
 def op_code(model: schema.ModelT, name: str, version: int) -> int:
-    """The index of an op code, which is added where the model does not have it."""
+    """Return the index of an op code, which is added unless the model already has it."""
     builtin = getattr(schema.BuiltinOperator, name)
     for index, code in enumerate(model.operatorCodes):
         if (_builtin(code), code.version) == (builtin, version):
@@ -145,7 +148,7 @@ def op_code(model: schema.ModelT, name: str, version: int) -> int:
 
 
 class _AlignedBuilder(flatbuffers.Builder):
-    """Starts every byte vector, and so every buffer, where a kernel may load it in one piece."""
+    """Flatbuffer builder that aligns every byte vector, and so every buffer, for vector loads."""
 
     def CreateNumpyVector(self, x: np.ndarray) -> int:
         if x.dtype == np.uint8:

@@ -1,7 +1,8 @@
-"""CONV_2D as slices of its input and one FULLY_CONNECTED, which can read a sparse weight.
+"""Lower CONV_2D to slices of its input and one FULLY_CONNECTED op (im2col).
 
-Every position of the kernel is a slice of the padded input; side by side they hold, for each
-output pixel, the values that the kernel sees there. A 1x1 kernel needs none of that.
+FULLY_CONNECTED can read a sparse weight, and CONV_2D cannot. There is one slice of the padded input
+for every position of the kernel. Concatenated, the slices hold, for each output pixel, the values
+that the kernel multiplies there. A 1x1 kernel with stride 1 needs no slices.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from ai_edge_litert import schema_py_generated as schema
 
 from keras_dst.export import flatbuffer
 
-_WHOLE_BATCH_AND_CHANNELS = 0b1001  # as a mask over the axes of a slice
+_FULL_BATCH_AND_CHANNELS = 0b1001  # bit mask of the axes that a slice keeps whole
 
 
-def suits(graph: schema.SubGraphT, op: schema.OperatorT, kernel: Sequence[int]) -> bool:
-    """Whether the input of a CONV_2D has a height and width that are known, and no groups."""
+def is_applicable(graph: schema.SubGraphT, op: schema.OperatorT, kernel: Sequence[int]) -> bool:
+    """Return whether a CONV_2D has no groups and an input of known height and width."""
     tensor = graph.tensors[op.inputs[0]]
     signature = tensor.shapeSignature
     sizes = tensor.shape if signature is None or not len(signature) else signature
@@ -32,14 +33,14 @@ def lower(
     kernel: Sequence[int],
     version: int,
 ) -> list[schema.OperatorT]:
-    """The ops that stand for a CONV_2D, once its weight is a matrix.
+    """Return the ops that replace a CONV_2D whose weight has been reshaped to a matrix.
 
     Args:
-        model: the file, to which constants and op codes are added.
-        graph: the graph of the op, to which tensors are added.
-        op: the CONV_2D.
+        model: the model that contains the op. Constants and op codes are added to it.
+        graph: the graph that contains the op. Tensors are added to it.
+        op: the CONV_2D op.
         kernel: the shape of its weight: filters, height, width, channels.
-        version: of the FULLY_CONNECTED op.
+        version: the version of the FULLY_CONNECTED op.
     """
     options, x = op.builtinOptions, int(op.inputs[0])
     strides = (options.strideH, options.strideW)
@@ -75,7 +76,7 @@ def lower(
             bounds = [flatbuffer.add_constant(model, graph, (0, *i, 0)) for i in (begin, end)]
             slices.append(added(x, "slice{}x{}".format(*place), [*out, kernel[3]]))
             kind = schema.StridedSliceOptionsT()
-            kind.beginMask = kind.endMask = _WHOLE_BATCH_AND_CHANNELS
+            kind.beginMask = kind.endMask = _FULL_BATCH_AND_CHANNELS
             inputs = [x, *bounds, steps]
             ops.append(flatbuffer.make_op(model, "STRIDED_SLICE", inputs, slices[-1:], kind))
     x = slices[0]
@@ -95,7 +96,7 @@ def lower(
 
 
 def _axis(size: int, kernel: int, stride: int, dilation: int, same: bool) -> tuple[int, tuple]:
-    """The output size along an axis, and the padding before and behind it."""
+    """Return the output size along an axis, and the padding before and after it."""
     reach = (kernel - 1) * dilation + 1
     if not same:
         return (size - reach) // stride + 1, (0, 0)

@@ -1,4 +1,4 @@
-"""What a ``.tflite`` file is made of: its constants, and how each is stored."""
+"""List the constants of a ``.tflite`` file and their storage formats."""
 
 from __future__ import annotations
 
@@ -25,9 +25,14 @@ from keras_dst.export.report import gzip_bytes
 class ConstantReport:
     """One constant of a file.
 
-    ``encoding`` is ``"dense"``, ``"csr"``, ``"1x4"`` and the like, with ``"+densify"`` where the
-    runtime unpacks it at load. ``bytes`` are those of its values and indices, ``sparsity`` is its
-    share of zeros, None where it does not hold numbers.
+    Attributes:
+        name: name of the tensor.
+        type: type of its values, such as ``"float32"``.
+        shape: shape of the tensor.
+        encoding: ``"dense"``, ``"csr"``, ``"1x4"`` and so on, followed by ``"+densify"`` if the
+            runtime unpacks the constant when it loads the file.
+        bytes: bytes of the values and indices.
+        sparsity: fraction of zeros. None if the values are not numbers.
     """
 
     name: str
@@ -39,15 +44,15 @@ class ConstantReport:
 
 
 @dataclass(frozen=True)
-class ContentsReport:
-    """What `contents` found. `str()` is a table of the constants, and the size of the file."""
+class InspectionReport:
+    """The constants of a file. `str()` is a table of the constants and the size of the file."""
 
     bytes: int
     gzip_bytes: int
     constants: list[ConstantReport]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, ready for JSON."""
+        """Return the report as plain values, ready for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -67,21 +72,21 @@ class ContentsReport:
         return f"{as_table(headings, rows)}\n{total}"
 
 
-def contents(source: str | os.PathLike[str] | bytes) -> ContentsReport:
-    """Lists the constants of a ``.tflite`` file, in file order.
+def inspect_file(source: str | os.PathLike[str] | bytes) -> InspectionReport:
+    """Return the constants of a ``.tflite`` file, in file order.
 
     Args:
-        source: the file, as a path or bytes.
+        source: the file, as a path or as bytes.
 
     Returns:
-        A `ContentsReport`.
+        An `InspectionReport`.
 
     Raises:
-        ValueError: a file that is no ``.tflite`` file, or is damaged.
-        OSError: a path that cannot be read.
+        ValueError: the file is not a ``.tflite`` file, or it is damaged.
+        OSError: the path cannot be read.
 
     Example:
-        >>> print(contents("model.tflite"))
+        >>> print(inspect_file("model.tflite"))
     """
     content = load(source)
     model = read(content)
@@ -107,4 +112,4 @@ def contents(source: str | os.PathLike[str] | bytes) -> ContentsReport:
                     sparsity=None if entries is None else float(np.mean(entries == 0)),
                 )
             )
-    return ContentsReport(len(content), gzip_bytes(content), rows)
+    return InspectionReport(len(content), gzip_bytes(content), rows)

@@ -1,4 +1,4 @@
-"""Times `.tflite` files in the LiteRT interpreter."""
+"""Measure the latency of ``.tflite`` files in the LiteRT interpreter."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ from keras_dst._reporting.tables import as_table
 from keras_dst._utils.validation import check_integer
 from keras_dst.export.decode import load
 
-# How many turns `latencies` gives every file: at least so many, and then until so much time is up.
-_LEAST_TURNS, _MOST_TURNS, _SECONDS = 15, 200, 0.3
+# `latencies` runs at least the first number of rounds, and then rounds until the time is over.
+_MIN_ROUNDS, _MAX_ROUNDS, _SECONDS = 15, 200, 0.3
 
 
 @dataclass(frozen=True)
 class Timing:
-    """How fast one file is.
+    """The latency of one file.
 
-    ``latency`` is the median of one inference and ``spread`` its interquartile range, ``load`` the
-    time to make the interpreter and allocate its tensors, all in seconds; ``ratio`` is the latency
-    as a fraction of the first file's.
+    Attributes:
+        name: name of the file.
+        bytes: size of the file.
+        load: seconds to create the interpreter and allocate its tensors.
+        latency: median seconds of one inference.
+        spread: interquartile range of the seconds of one inference.
+        ratio: latency divided by the latency of the first file.
     """
 
     name: str
@@ -39,14 +43,14 @@ class Timing:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """What `bench` measured. `str()` is a table."""
+    """The measurements of `bench`. `str()` is a table."""
 
     threads: int
     runs: int
     files: list[Timing]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, ready for JSON."""
+        """Return the report as plain values, ready for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -62,7 +66,7 @@ class BenchReport:
             for file in self.files
         ]
         headings = ("file", "bytes >", "load, ms >", "latency, ms >", "spread, ms >", "ratio >")
-        total = f"{self.runs} runs of each file in turn, {self.threads} thread(s)"
+        total = f"{self.runs} runs of each file, interleaved, {self.threads} thread(s)"
         return f"{as_table(headings, rows)}\n{total}"
 
 
@@ -75,27 +79,27 @@ def bench(
     seed: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> BenchReport:
-    """Times ``.tflite`` files against each other, on random inputs, in this process.
+    """Compare the latencies of ``.tflite`` files on random inputs, in this process.
 
-    The files take turns at every run, so that a machine whose speed drifts slows all of them
-    alike. Each is run at the batch size that it was saved with; an open one counts as 1.
+    The runs of the files are interleaved, so that a drift of the machine's speed affects all files
+    equally. Each file runs at its own batch size; an open batch size counts as 1.
 
     Args:
-        paths: the files; the first is what the others are compared with.
-        threads: threads of the interpreter.
-        warmup: runs of each file that are not counted.
-        runs: runs of each file that are.
-        seed: of the inputs: uniform between 0 and 1, and zeros for integers.
-        progress: called with the number of runs done so far.
+        paths: paths of the files. The other files are compared with the first.
+        threads: number of threads of the interpreter. Defaults to 1.
+        warmup: number of runs of each file that are not counted. Defaults to 10.
+        runs: number of runs of each file that are counted. Defaults to 100.
+        seed: seed of the random inputs, uniform between 0 and 1 (integers: zeros; strings: empty).
+            Defaults to 0.
+        progress: function that is called with the number of runs done so far.
 
     Returns:
         A `BenchReport`.
 
     Raises:
-        ValueError: no path, a number below 1 (0 for ``warmup``), or a file that is no ``.tflite``
-            file.
-        RuntimeError: what the interpreter says when it refuses a file.
-        OSError: a path that cannot be read.
+        ValueError: there is no path, a number is too small, or a file is not a ``.tflite`` file.
+        RuntimeError: the interpreter refuses a file.
+        OSError: a path cannot be read.
 
     Example:
         >>> print(bench(["dense.tflite", "sparse.tflite"]))
@@ -110,10 +114,10 @@ def bench(
     ):
         check_integer(number, name, minimum)
     contents = [load(path) for path in paths]
-    loads, interpreters = zip(*_loaded(contents, threads, batch=1, seed=seed))
+    loads, interpreters = zip(*_load_all(contents, threads, batch=1, seed=seed))
     times = np.zeros((warmup + runs, len(paths)))
-    for run, turn in zip(range(warmup + runs), _turns(interpreters)):
-        times[run] = turn
+    for run, seconds in zip(range(warmup + runs), _rounds(interpreters)):
+        times[run] = seconds
         progress(run + 1)
     low, middle, high = np.percentile(times[warmup:], [25, 50, 75], axis=0)
     files = [
@@ -130,42 +134,42 @@ def bench(
     return BenchReport(threads, runs, files)
 
 
-def latencies(contents: Sequence[bytes], *, threads: int = 1, batch: int = 1) -> list[float]:
-    """Median seconds of one inference of every file, in turns, as `bench` has them.
+def latencies(files: Sequence[bytes], *, threads: int = 1, batch: int = 1) -> list[float]:
+    """Return the median seconds of one inference of each file, from interleaved runs.
 
     Args:
-        contents: the files.
-        threads: threads of the interpreter.
-        batch: the batch size of files that leave it open.
+        files: bytes of the files.
+        threads: number of threads of the interpreter. Defaults to 1.
+        batch: batch size for files with an open batch size. Defaults to 1.
 
     Example:
         >>> dense, sparse = latencies([dense_bytes, sparse_bytes])
     """
-    return loads_and_latencies(contents, threads=threads, batch=batch)[1]
+    return loads_and_latencies(files, threads=threads, batch=batch)[1]
 
 
 def loads_and_latencies(
-    contents: Sequence[bytes], *, threads: int = 1, batch: int = 1
+    files: Sequence[bytes], *, threads: int = 1, batch: int = 1
 ) -> tuple[list[float], list[float]]:
-    """Seconds that loading each file took, and what `latencies` gives."""
-    loads, interpreters = zip(*_loaded(contents, threads, batch))
+    """Return the seconds to load each file, and the result of `latencies`."""
+    loads, interpreters = zip(*_load_all(files, threads, batch))
     times: list[list[float]] = []
     begin = time.perf_counter()
-    for turn in _turns(interpreters):
-        times.append(turn)
-        if len(times) >= _MOST_TURNS or (
-            len(times) >= _LEAST_TURNS and time.perf_counter() - begin > _SECONDS
+    for seconds in _rounds(interpreters):
+        times.append(seconds)
+        if len(times) >= _MAX_ROUNDS or (
+            len(times) >= _MIN_ROUNDS and time.perf_counter() - begin > _SECONDS
         ):
             break
     return list(loads), np.median(times, axis=0).tolist()
 
 
-def _turns(interpreters: Sequence[Interpreter]) -> Iterator[list[float]]:
-    """The seconds of one inference of every file, in turn, without end.
+def _rounds(interpreters: Sequence[Interpreter]) -> Iterator[list[float]]:
+    """Yield rounds without end, each with the seconds of one inference of every file.
 
-    Each file runs twice in its turn, the first time to bring its weights back into the caches.
-    Inferences are timed one by one: the mean over a longer turn would hold whatever else the
-    machine did meanwhile.
+    Each file runs twice in a round: the first run brings its weights back into the caches and is
+    not timed. Single inferences are timed because other work on the machine would disturb a longer
+    measurement.
     """
     while True:
         times = []
@@ -177,12 +181,12 @@ def _turns(interpreters: Sequence[Interpreter]) -> Iterator[list[float]]:
         yield times
 
 
-def _loaded(
-    contents: Sequence[bytes], threads: int, batch: int = 1, seed: int = 0
+def _load_all(
+    files: Sequence[bytes], threads: int, batch: int = 1, seed: int = 0
 ) -> list[tuple[float, Interpreter]]:
-    """The seconds that loading each file took, and its interpreter with its inputs set."""
-    _load(contents[0], threads, batch)  # the first one of a process also sets up the runtime
-    found = [_load(content, threads, batch) for content in contents]
+    """Return the seconds to load each file, and its interpreter with its inputs set."""
+    _load(files[0], threads, batch)  # the first load of a process also sets up the runtime
+    found = [_load(content, threads, batch) for content in files]
     for _, interpreter in found:
         _feed(interpreter, seed)
     return found
@@ -202,5 +206,8 @@ def _load(content: bytes, threads: int, batch: int) -> tuple[float, Interpreter]
 def _feed(interpreter: Interpreter, seed: int) -> None:
     random = np.random.default_rng(seed)
     for detail in interpreter.get_input_details():
-        values = random.random(detail["shape"])
-        interpreter.set_tensor(detail["index"], values.astype(detail["dtype"]))
+        if detail["dtype"] in (np.bytes_, np.str_, object):
+            values = np.full(detail["shape"], b"", object)
+        else:
+            values = random.random(detail["shape"]).astype(detail["dtype"])
+        interpreter.set_tensor(detail["index"], values)

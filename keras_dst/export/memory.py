@@ -1,4 +1,7 @@
-"""Peak memory of one inference, in a Python of its own: ``python memory.py file threads batch``."""
+"""Measure the peak memory of one inference in a separate Python process.
+
+The process runs ``python memory.py FILE THREADS BATCH``.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,15 @@ _STATUS = Path("/proc/self/status")
 
 
 def peak_memory(content: bytes, *, threads: int = 1, batch: int = 1) -> int | None:
-    """Bytes that loading a file and running it once adds to a process; None where unknown.
+    """Return the bytes that a process needs to load a file and run it once.
 
     Args:
-        content: the file.
-        threads: threads of the interpreter.
-        batch: the batch size of a file that leaves it open.
+        content: bytes of the file.
+        threads: number of threads of the interpreter. Defaults to 1.
+        batch: batch size for files with an open batch size. Defaults to 1.
+
+    Returns:
+        The bytes, or None if this is not Linux or the file cannot be run.
     """
     if not _STATUS.exists():  # not Linux
         return None
@@ -32,7 +38,7 @@ def _main(path: str, threads: str, batch: str) -> None:
     from ai_edge_litert.interpreter import Interpreter
 
     before = kilobytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    Path("/proc/self/clear_refs").write_text("5")  # reset the recorded peak
     interpreter = Interpreter(path, num_threads=int(threads))
     for detail in interpreter.get_input_details():
         sizes = [int(batch) if size == -1 else size for size in detail["shape_signature"]]
@@ -43,7 +49,7 @@ def _main(path: str, threads: str, batch: str) -> None:
 
 
 def kilobytes(name: str) -> int:
-    """A figure of this process's memory, such as ``"VmRSS"``, as Linux counts it."""
+    """Return one entry of this process's memory status on Linux, such as ``"VmRSS"``."""
     (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith(name))
     return int(line.split()[1])
 

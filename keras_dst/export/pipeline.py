@@ -1,4 +1,4 @@
-"""Model to file: convert, choose, encode, verify, measure, and only then write."""
+"""Export a model: read the data, convert, select formats, encode, compare, measure, write."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_dst._utils.files import atomic_write
 from keras_dst.export import encode
-from keras_dst.export.choose import Choice, Goal, Plan, choose
 from keras_dst.export.convert import conversions
-from keras_dst.export.cost import CPUS, Modelled, this_cpu
-from keras_dst.export.encode import Form
+from keras_dst.export.encode import Format
+from keras_dst.export.latency_model import CPUS, LatencyModel, this_cpu
 from keras_dst.export.measure import latencies, loads_and_latencies
 from keras_dst.export.memory import peak_memory
 from keras_dst.export.report import (
@@ -26,19 +24,37 @@ from keras_dst.export.report import (
     TensorReport,
     gzip_bytes,
 )
-from keras_dst.export.verify import Case, Deviation, deviation, difference, keras_cases, predictor
+from keras_dst.export.samples import (
+    MAX_CALIBRATION_SAMPLES,
+    MAX_SAMPLES,
+    Samples,
+    Signature,
+    random_samples,
+    read_labeled,
+    read_samples,
+    signature_of,
+)
+from keras_dst.export.selection import Choice, Objective, Plan, select_formats
+from keras_dst.export.verify import (
+    Case,
+    Deviation,
+    deviation,
+    deviation_between,
+    keras_cases,
+    predictor,
+)
 
-#: The largest error against Keras that passes by default, by what is rounded.
+#: The default tolerance of the error against Keras, by what is quantized.
 TOLERANCES = {None: 1e-4, "weights": 0.1, "full": 0.3}
-#: The largest error against a dense file of the same rounded weights.
+#: The tolerance against a dense file with the same quantized weights.
 _EXACT = 1e-4
-#: The same where the runtime rounds the inputs of ops as well, by kernels that differ in that.
+#: The same tolerance if the runtime also quantizes the inputs of ops, as kernels round differently.
 _INEXACT = 5e-2
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `keras_dst.export_tflite` was asked for, checked."""
+    """The checked arguments of `keras_dst.export_tflite`."""
 
     tolerance: float
     optimize: str = "balanced"
@@ -47,47 +63,62 @@ class Settings:
     threads: int = 1
     batch: int = 1
     quantize: str | None = None
+    inputs: Any = None
     representative: Any = None
     evaluate: Any = None
 
-    def goal(self) -> Goal:
-        """What the choice of forms is for."""
+    def objective(self) -> Objective:
+        """Return the criterion by which formats are selected."""
         here = this_cpu()
         cpus = {"host": [here], "arm": ["arm"], "any": sorted({here, "arm"})}[self.target]
         measured = functools.partial(latencies, threads=self.threads, batch=self.batch)
-        clocks = [
-            measured if self.measure and cpu == here else Modelled(CPUS[cpu], self.batch)
+        timers = [
+            measured if self.measure and cpu == here else LatencyModel(CPUS[cpu], self.batch)
             for cpu in cpus
         ]
-        return Goal(self.optimize, tuple(clocks), self.quantize == "weights")
+        return Objective(self.optimize, tuple(timers), self.quantize == "weights")
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The data arguments of an export, as arrays.
+
+    Attributes:
+        signature: the inputs of the file.
+        samples: samples on which the file is compared with the model.
+        calibration: samples from which int8 ranges are taken; None if nothing needs them.
+        evaluate: None, a function of predict, or samples and labels.
+    """
+
+    signature: Signature
+    samples: Samples
+    calibration: Samples | None
+    evaluate: Any
 
 
 def export(
-    model: keras.Model,
-    path: Path,
-    inputs: Any,
-    settings: Settings,
-    progress: Callable[[str], None],
+    model: keras.Model, path: Path, settings: Settings, progress: Callable[[str], None]
 ) -> ExportReport:
-    """What `keras_dst.export_tflite` does once its arguments have been checked."""
+    """Export a model after `keras_dst.export_tflite` has checked the other arguments."""
+    data = _read_data(model, settings)
     progress("converting")
     full = settings.quantize == "full"
     kinds = ["float32"] + (["int8"] if full else ["dynamic"] * settings.measure)
-    files = dict(zip(kinds, conversions(model, kinds, settings.representative)))
-    dense, base = files["float32"], files["int8" if full else "float32"]
-    plan = choose(base, settings.goal(), progress)
+    files = dict(zip(kinds, conversions(model, kinds, data.signature, data.calibration)))
+    base = files["int8" if full else "float32"]
+    plan = select_formats(base, settings.objective(), progress)
     progress("comparing with the model")
-    cases = keras_cases(model, dense, settings.representative if inputs is None else inputs)
+    cases = keras_cases(model, data.signature, data.samples)
     found = deviation(plan.content, cases)
     wrong = _fault(found, base, plan, cases, settings)
     if wrong:
         raise ExportError(
-            f"Expected {path.name} to compute what the Keras model does, within "
+            f"Expected {path.name} to compute the outputs of the Keras model, within "
             f"{settings.tolerance:.0e}. Received: an error of {wrong.error:.1e} in {wrong.where}. "
-            f"Nothing was written. {_culprit(base, plan.choices, cases, settings)}"
+            f"Nothing was written. {_explain_fault(base, plan.choices, cases, settings)}"
         )
     progress("measuring")
-    compared = _compared(model, [*files.values(), plan.content], settings)
+    compared = _compare(model, [*files.values(), plan.content], data, settings)
     before, after = compared[0], compared[-1]
     with atomic_write(path) as unfinished:
         unfinished.write_bytes(plan.content)
@@ -105,80 +136,147 @@ def export(
     )
 
 
-def _compared(model: keras.Model, contents: list[bytes], settings: Settings) -> list[FileReport]:
-    """The dense files and the one to be written, last, side by side."""
+def _read_data(model: keras.Model, settings: Settings) -> _Data:
+    """Read and check all data arguments, before anything is converted."""
+    calibration = samples = None
+    if settings.representative is not None:
+        calibration = read_samples(
+            model, settings.representative, "representative", streamed=MAX_CALIBRATION_SAMPLES
+        )
+        samples = calibration[:MAX_SAMPLES]
+    if settings.inputs is not None:
+        samples = read_samples(model, settings.inputs, "inputs", limit=MAX_SAMPLES)
+    signature = signature_of(model, samples)
+    if calibration and signature_of(model, calibration) != signature:
+        raise ValueError(
+            "Expected inputs= and representative= with arrays for the same inputs. Received: None "
+            "for an optional input in only one of them."
+        )
+    _check_types(model, signature, settings.quantize)
+    if samples is None:
+        samples = random_samples(signature)
+    evaluate = settings.evaluate
+    if not (evaluate is None or callable(evaluate)):
+        _check_classes(getattr(model, "outputs", None))
+        evaluate = read_labeled(model, evaluate)
+    return _Data(signature, samples, calibration, evaluate)
+
+
+def _check_types(model: keras.Model, signature: Signature, quantize: str | None) -> None:
+    """Raise ExportError for inputs that no ``.tflite`` file can have."""
+    strings = [spec.name for spec in signature.specs if spec.dtype == "string"]
+    if strings and keras.backend.backend() != "tensorflow":
+        raise ExportError(
+            f"Expected inputs of numbers on the {keras.backend.backend()} backend. Received: the "
+            f"inputs {strings} of strings, on which only TensorFlow can call a Keras model. Fix: "
+            "load and export the model with KERAS_BACKEND=tensorflow, or export the part after the "
+            "layers that read strings, keras.Model(tensor, model.outputs)."
+        )
+    if strings and quantize == "full":
+        raise ExportError(
+            f"Expected inputs of numbers for quantize='full'. Received: the inputs {strings} of "
+            "strings, for which the converter cannot find ranges. Fix: use quantize='weights'."
+        )
+    inputs = getattr(model, "inputs", None) or []
+    ragged = [tensor.name for tensor in inputs if getattr(tensor, "ragged", False)]
+    if ragged:
+        raise ExportError(
+            f"Expected dense inputs. Received: the ragged inputs {ragged}, which a .tflite file "
+            "cannot have. Fix: build the model on padded sequences, with a mask if necessary."
+        )
+
+
+def _compare(
+    model: keras.Model, files: list[bytes], data: _Data, settings: Settings
+) -> list[FileReport]:
+    """Return reports on the dense files and on the file to be written, which comes last."""
     at = {"threads": settings.threads, "batch": settings.batch}
-    nothing: Sequence[None] = [None] * len(contents)
+    nothing: Sequence[None] = [None] * len(files)
     loads: Sequence[float | None] = nothing
     times: Sequence[float | None] = nothing
     memory: Sequence[int | None] = nothing
     if settings.measure:
-        loads, times = loads_and_latencies(contents, **at)
-        memory = [peak_memory(content, **at) for content in contents]
-    accuracy = [_accuracy(model, content, settings.evaluate) for content in contents]
-    names = ["dense float32", *["dense int8"] * (len(contents) - 2), "this file"]
+        loads, times = loads_and_latencies(files, **at)
+        memory = [peak_memory(content, **at) for content in files]
+    accuracy = [_accuracy(model, content, data) for content in files]
+    names = ["dense float32", *["dense int8"] * (len(files) - 2), "this file"]
     return [
         FileReport(name, len(content), gzip_bytes(content), *figures)
-        for name, content, *figures in zip(names, contents, times, loads, memory, accuracy)
+        for name, content, *figures in zip(names, files, times, loads, memory, accuracy)
     ]
 
 
-def _accuracy(model: keras.Model, content: bytes, evaluate: Any) -> float | None:
-    if evaluate is None:
+def _accuracy(model: keras.Model, content: bytes, data: _Data) -> float | None:
+    if data.evaluate is None:
         return None
-    predict = predictor(model, content)
-    if callable(evaluate):
-        return float(evaluate(predict))
-    inputs, labels = evaluate
-    outputs = predict(inputs)
-    if isinstance(outputs, dict) or outputs.shape[-1] < 2:
-        raise ValueError(
-            "Expected a model with one output of a value per class for evaluate=(x, y). Received: "
-            f"{len(outputs) if isinstance(outputs, dict) else 'one'} output(s) of another kind. "
-            "Fix: pass evaluate=lambda predict: ..., which gives the metric."
-        )
-    labels = np.asarray(labels)
+    predict = predictor(model, content, data.signature)
+    if callable(data.evaluate):
+        return float(data.evaluate(predict))
+    samples, labels = data.evaluate
+    outputs = predict(samples)
+    _check_classes(list(outputs.values()) if isinstance(outputs, dict) else [outputs])
     one_hot = labels.ndim == outputs.ndim and labels.shape[-1] == outputs.shape[-1]
+    if not one_hot and labels.size != outputs[..., 0].size:
+        raise ValueError(
+            "Expected labels in evaluate as integers, one for each prediction, or one-hot. "
+            f"Received: labels of shape {labels.shape} for outputs of shape {outputs.shape}."
+        )
     classes = labels.argmax(-1) if one_hot else labels.reshape(outputs.shape[:-1])
     return float((outputs.argmax(-1) == classes).mean())
+
+
+def _check_classes(outputs: Sequence | None) -> None:
+    """Raise ValueError unless there is one output, with a value for each class."""
+    if outputs is None:
+        return
+    if len(outputs) != 1 or len(outputs[0].shape) < 2 or (outputs[0].shape[-1] or 2) < 2:
+        raise ValueError(
+            "Expected a model with one output that has a value for each class, for evaluate=(x, y) "
+            f"or a data set. Received: outputs of shapes {[tuple(y.shape) for y in outputs]}. "
+            "Fix: pass evaluate=lambda predict: ..., a function that returns the metric."
+        )
 
 
 def _fault(
     found: Deviation, base: bytes, plan: Plan, cases: list[Case], settings: Settings
 ) -> Deviation | None:
-    """What is wrong with a file: it is far from Keras, or from a dense one of the same weights."""
+    """Return the deviation of a file from Keras, or from its weights stored dense, if too large."""
     if found.error > settings.tolerance:
         return found
     if settings.quantize:
-        rounded = difference(plan.content, encode.stored_dense(base, plan.forms), cases)
-        hybrid = any(form.int8 and not form.unpack for form in plan.forms.values())
+        reference = encode.encode_dense(base, plan.formats)
+        rounded = deviation_between(plan.content, reference, cases)
+        hybrid = any(f.int8 and not f.unpack for f in plan.formats.values())
         if rounded.error > (_INEXACT if hybrid or settings.quantize == "full" else _EXACT):
             return replace(rounded, where=f"{rounded.where}, from the same weights stored dense")
     return None
 
 
-def _culprit(base: bytes, choices: list[Choice], cases: list[Case], settings: Settings) -> str:
-    """What makes a file wrong: the conversion itself, or the weights that alone do so too."""
+def _explain_fault(
+    base: bytes, choices: list[Choice], cases: list[Case], settings: Settings
+) -> str:
+    """Explain a fault: name the conversion, or the weights that cause a fault alone."""
     plain = deviation(base, cases)
     if plain.error > settings.tolerance:
         return (
             f"The dense conversion by TensorFlow already differs, by {plain.error:.1e} in "
-            f"{plain.where}: no sparse weight is at fault."
+            f"{plain.where}: no sparse weight causes the fault. Fix: use keras.ops that compute "
+            "the same on TensorFlow, or pass a larger tolerance=."
         )
     guilty = [
-        f"{choice.weight.name!r} ({choice.weight.op}, {choice.form})"
+        f"{choice.weight.name!r} ({choice.weight.op}, {choice.format})"
         for choice in choices
-        if choice.form and _is_guilty(base, choice, choice.form, cases, settings)
+        if choice.format and _is_guilty(base, choice, choice.format, cases, settings)
     ]
     if not guilty:
-        return "The dense conversion agrees, and so does every sparse weight alone."
-    return f"The dense conversion agrees; at fault: {', '.join(guilty)}."
+        return "The dense conversion is correct, and so is every sparse weight alone."
+    return f"The dense conversion is correct. Sparse weights at fault: {', '.join(guilty)}."
 
 
 def _is_guilty(
-    base: bytes, choice: Choice, form: Form, cases: list[Case], settings: Settings
+    base: bytes, choice: Choice, format: Format, cases: list[Case], settings: Settings
 ) -> bool:
-    alone = Plan([choice], encode.encode(base, {choice.weight.buffer: form}))
+    alone = Plan([choice], encode.encode(base, {choice.weight.buffer: format}))
     found = deviation(alone.content, cases)
     return _fault(found, base, alone, cases, settings) is not None
 
@@ -199,5 +297,5 @@ def _tensor_report(choice: Choice) -> TensorReport:
 
 def _encoding(choice: Choice) -> str:
     if choice.weight.values.dtype == "int8":
-        return f"int8 {choice.form}" if choice.form else "int8"
-    return str(choice.form or "dense")
+        return f"int8 {choice.format}" if choice.format else "int8"
+    return str(choice.format or "dense")

@@ -1,4 +1,4 @@
-"""Weights as 8-bit integers, in which every zero stays one."""
+"""Quantize weights to 8-bit integers. Zeros stay zeros."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ _LARGEST = 127  # symmetric: -128 is not used
 
 
 def quantize(values: np.ndarray, axis: int) -> tuple[np.ndarray, schema.QuantizationParametersT]:
-    """The nearest codes to ``values``, with a scale for each index of ``axis``."""
+    """Round values to int8 with one symmetric scale per index of ``axis``.
+
+    Returns the integers and the quantization parameters of the schema.
+    """
     others = tuple(i for i in range(values.ndim) if i != axis)
     peaks = np.abs(values).max(axis=others, keepdims=True)
     scales = np.where(peaks > 0, peaks / np.float32(_LARGEST), np.float32(1))
@@ -20,8 +23,8 @@ def quantize(values: np.ndarray, axis: int) -> tuple[np.ndarray, schema.Quantiza
     return np.rint(values / scales).astype(np.int8), parameters
 
 
-def dequantize(codes: np.ndarray, parameters: schema.QuantizationParametersT) -> np.ndarray:
-    """The values that codes stand for."""
-    shape = [1] * codes.ndim
+def dequantize(integers: np.ndarray, parameters: schema.QuantizationParametersT) -> np.ndarray:
+    """Return the float32 values of quantized integers."""
+    shape = [1] * integers.ndim
     shape[parameters.quantizedDimension] = -1
-    return codes * np.reshape(parameters.scale, shape).astype(np.float32)
+    return integers * np.reshape(parameters.scale, shape).astype(np.float32)

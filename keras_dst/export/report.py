@@ -1,4 +1,4 @@
-"""What an export gives back: a report, or an error."""
+"""The report of an export, and its error."""
 
 from __future__ import annotations
 
@@ -11,12 +11,23 @@ from keras_dst._reporting.tables import as_table
 
 
 class ExportError(RuntimeError):
-    """A model that could not be converted, or whose file did not compute what the model does."""
+    """The model could not be converted, or the file does not compute the model's outputs."""
 
 
 @dataclass(frozen=True)
 class TensorReport:
-    """One weight of the file: how it is stored, in how many bytes, and why if it stayed dense."""
+    """The storage of one weight in the file.
+
+    Attributes:
+        name: name of the tensor.
+        op: builtin name of the first op that reads the weight.
+        shape: shape of the weight in the file.
+        density: fraction of values that are not zero.
+        encoding: storage format, such as ``"csr+densify"``.
+        bytes: bytes of the weight in this format.
+        dense_bytes: bytes of the weight if it is stored dense.
+        reason: why the weight is stored dense; empty if it is stored in another format.
+    """
 
     name: str
     op: str
@@ -30,11 +41,17 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class FileReport:
-    """One of the files that are compared: the dense ones, and the one that was written.
+    """One of the compared files: a dense file, or the file that was written.
 
-    ``latency`` is the median of one inference, ``load`` the time to load the file, in seconds,
-    both on this CPU; ``memory`` the bytes that both add to a process at their peak. They are None
-    where they were not measured, ``accuracy`` where there was nothing to evaluate on.
+    Attributes:
+        name: ``"dense float32"``, ``"dense int8"`` or ``"this file"``.
+        bytes: size of the file.
+        gzip_bytes: size of the file after compression with gzip.
+        latency: median seconds of one inference on this CPU. None if not measured.
+        load: seconds to load the file on this CPU. None if not measured.
+        memory: peak of the bytes that loading and one inference add to a process. None if not
+            measured.
+        accuracy: result of ``evaluate``. None if no ``evaluate`` was given.
     """
 
     name: str
@@ -48,13 +65,20 @@ class FileReport:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What `export_tflite` wrote.
+    """The result of `export_tflite`. `str()` is a table of the weights and a table of the files.
 
-    ``bytes`` and ``gzip_bytes`` are those of the file, ``dense_bytes`` and ``dense_gzip_bytes``
-    those of the same model with its weights stored densely. ``max_error`` is the worst
-    ``max|y - y_keras| / max|y_keras|`` over all outputs and both ways to run the file. ``files``
-    are the dense float32 file, a dense int8 one where there is one, and the one that was written,
-    at ``batch`` and ``threads``. `str()` is a table of the weights and one of the files.
+    Attributes:
+        path: path of the file.
+        bytes: size of the file.
+        gzip_bytes: size of the file after compression with gzip.
+        dense_bytes: size of a dense float32 file of the same model.
+        dense_gzip_bytes: size of that dense file after compression with gzip.
+        tensors: the weights of the file.
+        max_error: largest ``max|y - y_keras| / max|y_keras|`` of all outputs, with and without
+            XNNPACK.
+        files: the dense float32 file, a dense int8 file if one was made, and the written file.
+        threads: number of threads at which the files were measured.
+        batch: batch size at which the files were measured.
 
     Example:
         >>> print(export_tflite(model, "model.tflite"))
@@ -72,7 +96,7 @@ class ExportReport:
     batch: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, ready for JSON."""
+        """Return the report as plain values, ready for JSON."""
         return {**asdict(self), "path": str(self.path)}
 
     def __str__(self) -> str:
@@ -89,15 +113,18 @@ class ExportReport:
             )
             for tensor in self.tensors
         ]
-        headings = ("tensor", "op", "shape", "density >", "encoding", "bytes >", "dense >", "why")
+        headings = (
+            *("tensor", "op", "shape", "density >", "encoding", "bytes >"),
+            *("dense bytes >", "reason if dense"),
+        )
         return (
-            f"{as_table(headings, rows)}\n\n{self._compared()}\n"
+            f"{as_table(headings, rows)}\n\n{self._comparison()}\n"
             f"{self.path.name}: {self.bytes:,} bytes ({self.bytes / self.dense_bytes:.2f}x of "
             f"dense, gzip {self.gzip_bytes / self.dense_gzip_bytes:.2f}x), "
             f"max error {self.max_error:.0e}"
         )
 
-    def _compared(self) -> str:
+    def _comparison(self) -> str:
         dense = self.files[0]
         rows = [
             (
@@ -115,7 +142,7 @@ class ExportReport:
         ]
         measures = ("bytes >", "ratio >", "gzip >", "latency, ms >", "ratio >", "load, ms >")
         table = as_table(("file", *measures, "memory, MB >", "accuracy >"), rows)
-        return f"{table}\nlatency: on this CPU, batch {self.batch}, {self.threads} thread(s)"
+        return f"{table}\nLatency on this CPU at batch size {self.batch}, {self.threads} thread(s)."
 
 
 def _scaled(value: float | None, unit: float) -> str:
@@ -127,5 +154,5 @@ def _ratio(value: float | None, dense: float | None) -> str:
 
 
 def gzip_bytes(content: bytes) -> int:
-    """How large a file is once it is compressed."""
+    """Return the size of a file after compression with gzip."""
     return len(gzip.compress(content, compresslevel=9))

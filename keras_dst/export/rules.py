@@ -1,7 +1,7 @@
-"""The rules of `lint`: each takes one graph of a file and yields what it finds there.
+"""The rules of `lint`: each rule reads one graph of a file and yields its findings.
 
-They follow measurements on LiteRT 2.3 and the sources of XNNPACK. What is an error here was seen to
-give wrong results, most of it without a message, or to be refused.
+The rules follow measurements with LiteRT 2.3 and the sources of XNNPACK. An error here is a fault
+that was seen to give wrong results, mostly without a message, or to be refused by the runtime.
 """
 
 from __future__ import annotations
@@ -11,18 +11,11 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from keras_dst.export import sparse_inference
-from keras_dst.export.choose import (
-    MOST_HYBRID_BLOCKS,
-    MOST_HYBRID_INPUTS,
-    UNSAFE,
-    choose,
-    in_blocks,
-)
 from keras_dst.export.decode import (
-    blocks,
+    block_sizes,
+    constant_sources,
     encoding,
     index_bytes,
-    origins,
     shape,
     stored_bytes,
     type_name,
@@ -32,44 +25,51 @@ from keras_dst.export.encode import (
     SPARSE_FULLY_CONNECTED_VERSION,
     WEIGHT_OPS,
     WEIGHT_SLOT,
-    Form,
+    Format,
     pack,
 )
+from keras_dst.export.findings import Finding, LintReport
 from keras_dst.export.flatbuffer import indices, op_name, read, text
-from keras_dst.export.lint import Finding, LintReport
+from keras_dst.export.selection import (
+    MAX_HYBRID_BLOCKS,
+    MAX_HYBRID_INPUTS,
+    UNSAFE,
+    has_blocks,
+    select_formats,
+)
 from keras_dst.export.sparse_inference import Node, Role
 
-#: Below this density FULLY_CONNECTED is faster on 1x4 blocks than on the dense weight.
+#: Below this density FULLY_CONNECTED is faster with 1x4 blocks than with the dense weight.
 _BLOCK_DENSITY = 0.5
-#: The same on CSR.
+#: Below this density FULLY_CONNECTED is faster with CSR than with the dense weight.
 _CSR_DENSITY = 0.12
 
-_AS_EXPORTED = "Export the model again, with keras_dst.export_tflite."
+_EXPORT_AGAIN = "Export the model again with keras_dst.export_tflite."
 _ENTRY = (
     "Begin with ZeroPadding2D(1) and Conv2D(filters, 3, strides=2, padding='valid') on an input "
-    "of 3 channels."
+    "with 3 channels."
 )
-_EXIT = "End with GlobalAveragePooling2D behind the last convolution."
-_DISARM = (
+_EXIT = "Put GlobalAveragePooling2D after the last convolution."
+_TWO_STEP_PADDING = (
     "Pad the first convolution in two steps, ZeroPadding2D(((1, 0), (1, 0))) and then "
-    "ZeroPadding2D(((0, 1), (0, 1))): XNNPACK then stays with its dense form."
+    "ZeroPadding2D(((0, 1), (0, 1))): XNNPACK then keeps its dense kernels."
 )
 _FIXES = {
     "MAX_POOL_2D": "Subsample with stride 2 in a depthwise convolution instead.",
     "AVERAGE_POOL_2D": "Subsample with stride 2 in a depthwise convolution instead.",
-    "CONV_2D": "Use a depthwise convolution and then a 1x1 one with stride 1.",
+    "CONV_2D": "Use a depthwise convolution followed by a 1x1 convolution with stride 1.",
     "DEPTHWISE_CONV_2D": (
-        "Use a 3x3 or 5x5 kernel with depth_multiplier=1; for stride 2, ZeroPadding2D(1) or (2) "
-        "before it and padding='valid'."
+        "Use a 3x3 or 5x5 kernel with depth_multiplier=1. For stride 2, put ZeroPadding2D(1) or "
+        "(2) before the layer and use padding='valid'."
     ),
     "CONCATENATION": "Add the branches instead.",
     "MEAN": "Use GlobalAveragePooling2D() without keepdims.",
 }
-_OTHERWISE = "Leave it out, or move it behind GlobalAveragePooling2D."
+_DEFAULT_FIX = "Remove this op, or move it after GlobalAveragePooling2D."
 
 
 def check(name: str, content: bytes) -> LintReport:
-    """The report on a ``.tflite`` file."""
+    """Return the report on a ``.tflite`` file."""
     model = read(content)
     found: list[Finding] = []
     for graph in model.subgraphs:
@@ -77,7 +77,7 @@ def check(name: str, content: bytes) -> LintReport:
             found += rule(model, graph)
     verdicts = [_sparse_inference(model, graph) for graph in model.subgraphs]
     found += [finding for *_, findings in verdicts for finding in findings]
-    found += _stored_dense(content)
+    found += _zeros_dense(content)
     engages, reason, _ = max(verdicts, key=lambda verdict: verdict[0])
     return LintReport(name, engages, reason, sorted(found, key=lambda f: f.level != "error"))
 
@@ -85,62 +85,75 @@ def check(name: str, content: bytes) -> LintReport:
 # -- wrong results -------------------------------------------------------------------------------
 
 
-def _unreadable(model, graph) -> Iterator[Finding]:
+def _sparse_input(model, graph) -> Iterator[Finding]:
     for op, kind, slot, tensor in _sparse_reads(model, graph):
         if kind == "DENSIFY" or (kind == "FULLY_CONNECTED" and slot == WEIGHT_SLOT):
             continue
-        found = f"reads {_name(tensor)}, which is sparse, as if it were dense"
-        yield _error("sparse-input", _where(model, graph, op), found, _AS_EXPORTED)
+        found = f"reads the sparse tensor {_name(tensor)} as if it were dense: results are wrong"
+        yield _error("sparse-input", _where(model, graph, op), found, _EXPORT_AGAIN)
 
 
-def _other_version(model, graph) -> Iterator[Finding]:
+def _sparse_version(model, graph) -> Iterator[Finding]:
     for op, _, tensor in _direct(model, graph):
         version = model.operatorCodes[op.opcodeIndex].version
         if version != SPARSE_FULLY_CONNECTED_VERSION:
             found = (
-                f"has version {version}, in which XNNPACK takes the sparse {_name(tensor)} as dense"
+                f"has version {version}: XNNPACK reads the sparse weight {_name(tensor)} as if it "
+                "were dense, and the results are wrong"
             )
-            fix = f"Set the version of the op to {SPARSE_FULLY_CONNECTED_VERSION}. {_AS_EXPORTED}"
+            fix = f"Set the version of the op to {SPARSE_FULLY_CONNECTED_VERSION}. {_EXPORT_AGAIN}"
             yield _error("sparse-version", _where(model, graph, op), found, fix)
 
 
-def _other_format(model, graph) -> Iterator[Finding]:
+def _sparse_format(model, graph) -> Iterator[Finding]:
     for op, _, tensor in _direct(model, graph):
         known = {"float32": ("csr", "1x4"), "int8": ("1x16",)}.get(type_name(tensor), ())
         if encoding(tensor) not in known:
-            found = f"cannot read {_name(tensor)}: {type_name(tensor)} in {encoding(tensor)}"
-            yield _error("sparse-format", _where(model, graph, op), found, _AS_EXPORTED)
+            found = (
+                f"has no kernel for {_name(tensor)}, {type_name(tensor)} in {encoding(tensor)}: "
+                "the runtime refuses the file or computes wrong results"
+            )
+            yield _error("sparse-format", _where(model, graph, op), found, _EXPORT_AGAIN)
 
 
-def _remainder(model, graph) -> Iterator[Finding]:
+def _block_remainder(model, graph) -> Iterator[Finding]:
     for tensor in graph.tensors:
         if tensor.sparsity is None:
             continue
-        for size, block in zip(shape(tensor), blocks(tensor)):
+        for size, block in zip(shape(tensor), block_sizes(tensor)):
             if size % block:
                 found = (
-                    f"in blocks of {block} along {size} inputs: the last {size % block} are lost"
+                    f"is stored in blocks of {block} along {size} inputs: the last {size % block} "
+                    "inputs are lost, and the results are wrong"
                 )
-                fix = f"Pad the layer's inputs to a multiple of {block}, or export it in CSR."
+                fix = (
+                    f"Pad the layer's inputs to a multiple of {block}, or store its weight in CSR."
+                )
                 yield _error("block-remainder", _name(tensor), found, fix)
 
 
-def _too_wide(model, graph) -> Iterator[Finding]:
+def _hybrid_width(model, graph) -> Iterator[Finding]:
     for op, x, tensor in _direct(model, graph):
         if type_name(x) != "float32" or encoding(tensor) != "1x16":
             continue
-        inputs, most = shape(tensor)[-1], _most_blocks(tensor)
-        fix = "Split the layer by its inputs, quantise its input too, or use float32."
-        if inputs > MOST_HYBRID_INPUTS:
-            found = f"{inputs} float inputs on int8 weights; its kernel has {MOST_HYBRID_INPUTS}"
-        elif most > MOST_HYBRID_BLOCKS:
-            found = f"{most} int8 blocks in a row; its kernel counts to {MOST_HYBRID_BLOCKS}"
+        inputs, most = shape(tensor)[-1], _max_blocks_per_row(tensor)
+        fix = "Split the layer by its inputs, quantize its input as well, or use float32."
+        if inputs > MAX_HYBRID_INPUTS:
+            found = (
+                f"multiplies {inputs} float inputs by an int8 weight: the kernel overflows above "
+                f"{MAX_HYBRID_INPUTS} inputs, and the results are wrong"
+            )
+        elif most > MAX_HYBRID_BLOCKS:
+            found = (
+                f"has {most} int8 blocks in a row: the kernel counts only to {MAX_HYBRID_BLOCKS}, "
+                "and the results are wrong"
+            )
         else:
             continue
         yield _error("hybrid-width", _where(model, graph, op), found, fix)
 
 
-def _densified_integers(model, graph) -> Iterator[Finding]:
+def _densify_int8(model, graph) -> Iterator[Finding]:
     unpacked = _outputs(model, graph, "DENSIFY")
     for op in graph.operators:
         kind, inputs = op_name(model, op), indices(op.inputs)
@@ -151,44 +164,50 @@ def _densified_integers(model, graph) -> Iterator[Finding]:
             version = model.operatorCodes[op.opcodeIndex].version
             taken = kind != "FULLY_CONNECTED" or version != SPARSE_FULLY_CONNECTED_VERSION
             if taken and (float_output or kind == "FULLY_CONNECTED"):
-                found = "reads int8 weights behind DENSIFY, which XNNPACK refuses to prepare"
-                fix = "Put DEQUANTIZE behind DENSIFY, or store the weights dense."
+                found = "reads int8 weights from DENSIFY, and XNNPACK refuses such a file"
+                fix = "Put DEQUANTIZE after DENSIFY, or store the weights dense."
                 yield _error("densify-int8", _where(model, graph, op), found, fix)
 
 
-# -- slower or larger than need be ---------------------------------------------------------------
+# -- slower or larger than necessary -------------------------------------------------------------
 
 
-def _through_densify(model, graph) -> Iterator[Finding]:
+def _densify(model, graph) -> Iterator[Finding]:
     unpacked = _outputs(model, graph, "DENSIFY")
     for op in graph.operators:
         if op_name(model, op) == "FULLY_CONNECTED" and op.inputs[WEIGHT_SLOT] in unpacked:
             tensor = graph.tensors[unpacked[op.inputs[WEIGHT_SLOT]]]
-            form = _direct_form(model, tensor)
-            if form:
-                found = f"DENSIFY unpacks {_name(tensor)}, which can be faster read as {form}"
-                fix = "Let keras_dst.export_tflite(optimize='latency') measure both."
+            faster = _faster_format(model, tensor)
+            if faster:
+                found = (
+                    f"DENSIFY unpacks {_name(tensor)}, but the op may run faster if it reads the "
+                    f"weight directly as {faster}"
+                )
+                fix = "Use keras_dst.export_tflite(optimize='latency'), which measures both."
                 yield _advice("densify", _where(model, graph, op), found, fix)
 
 
 def _pattern(model, graph) -> Iterator[Finding]:
-    unpacked = origins(model, graph)
+    unpacked = constant_sources(model, graph)
     for op in graph.operators:
         if op_name(model, op) != "FULLY_CONNECTED":
             continue
         index = int(op.inputs[WEIGHT_SLOT])
         tensor = graph.tensors[unpacked.get(index, index)]
         weight = _matrix(model, tensor)
-        if weight is None or _density(weight) > _BLOCK_DENSITY or in_blocks(weight, 4):
+        if weight is None or _density(weight) > _BLOCK_DENSITY or has_blocks(weight, 4):
             continue
-        found = f"{_density(weight):.1%} of the weights are left, and not in blocks of four inputs"
-        fix = "Train with pattern='1x4': blocks are smaller and several times as fast."
+        found = (
+            f"keeps {_density(weight):.1%} of its weights, but not in blocks of four inputs: no "
+            "kernel is fast for this pattern"
+        )
+        fix = "Train with pattern='1x4': blocks take fewer bytes and run several times as fast."
         if weight.shape[-1] % 4:
             fix = f"Pad the {weight.shape[-1]} inputs to a multiple of 4. {fix}"
         yield _advice("pattern", _where(model, graph, op), found, fix)
 
 
-def _larger(model, graph) -> Iterator[Finding]:
+def _sparse_larger(model, graph) -> Iterator[Finding]:
     for tensor in graph.tensors:
         weight = values(model, tensor)
         if tensor.sparsity is None or weight is None:
@@ -197,71 +216,85 @@ def _larger(model, graph) -> Iterator[Finding]:
         if encoding(tensor) != "csr":
             sparsity, entries = pack(weight, block=1)
             sizes["csr"] = entries.nbytes + index_bytes(sparsity)
-        form = min(sizes, key=lambda form: sizes[form])
+        best = min(sizes, key=lambda name: sizes[name])
         size = stored_bytes(model, tensor)
-        if sizes[form] < size:
-            found = f"{size:,} bytes in {encoding(tensor)}, {sizes[form]:,} in {form}"
-            yield _advice("sparse-larger", _name(tensor), found, _AS_EXPORTED)
+        if sizes[best] < size:
+            found = f"takes {size:,} bytes in {encoding(tensor)}, but {sizes[best]:,} in {best}"
+            yield _advice("sparse-larger", _name(tensor), found, _EXPORT_AGAIN)
 
 
-def _stored_dense(content: bytes) -> Iterator[Finding]:
-    for choice in choose(content).choices:
+def _zeros_dense(content: bytes) -> Iterator[Finding]:
+    for choice in select_formats(content).choices:
         weight = choice.weight
-        found = f"{1 - weight.density:.1%} zeros, stored dense in {weight.values.nbytes:,} bytes"
-        if choice.form:
-            found, fix = f"{found}; {choice.bytes:,} in {choice.form}", _AS_EXPORTED
+        found = (
+            f"has {1 - weight.density:.1%} zeros but is stored dense, in "
+            f"{weight.values.nbytes:,} bytes"
+        )
+        if choice.format:
+            found, fix = f"{found}; {choice.format} takes {choice.bytes:,}", _EXPORT_AGAIN
         elif choice.reason == UNSAFE:
-            found, fix = f"{found}: {UNSAFE}", _DISARM
+            found, fix = f"{found}: {UNSAFE}", _TWO_STEP_PADDING
         else:
             continue
         yield _advice("zeros-dense", _name(weight.tensors[0]), found, fix)
 
 
-# -- XNNPACK's sparse form -----------------------------------------------------------------------
+# -- sparse inference by XNNPACK -----------------------------------------------------------------
 
 
 def _sparse_inference(model, graph) -> tuple[bool, str, list[Finding]]:
-    """Whether XNNPACK computes a graph in its sparse form where there is no AVX, why, and how."""
+    """Return whether XNNPACK uses sparse kernels on CPUs without AVX, the reason, and findings."""
     rule, hinted = "sparse-inference", sparse_inference.is_hinted(model, graph)
     nodes = sparse_inference.read_nodes(model, graph)
-    part = sparse_inference.moved(nodes, graph)
-    if hinted and part.wrong:
-        return False, "results can be wrong", [_misread(model, graph, nodes, n) for n in part.wrong]
+    region = sparse_inference.sparse_region(nodes, graph)
+    if hinted and region.wrong:
+        findings = [_misread(model, graph, nodes, node) for node in region.wrong]
+        return False, "results can be wrong, see the findings of rule nchw-layout", findings
     convolutions = [n for n in nodes if n.weights and len(shape(graph.tensors[n.outputs[0]])) == 4]
     if not convolutions:
-        return False, "there is no 1x1 convolution to gain from it", []
-    if part.nodes and not part.wrong and hinted:
-        return True, f"{len(part.nodes)} of {len(nodes)} ops", []
+        return False, "the graph has no 1x1 convolution that could gain from it", []
+    if region.nodes and not region.wrong and hinted:
+        return True, f"{len(region.nodes)} of {len(nodes)} ops", []
     where = f"{len(convolutions)} 1x1 convolution(s)"
-    if part.nodes and not part.wrong:
-        found = "no weight is behind DENSIFY, without which zeros are not looked for"
-        return False, "it is not asked for", [_advice(rule, where, found, _AS_EXPORTED)]
+    if region.nodes and not region.wrong:
+        found = "have zeros, but no DENSIFY op: XNNPACK then does not look for zeros"
+        advice = [_advice(rule, where, found, _EXPORT_AGAIN)]
+        return False, "no weight is stored sparse behind a DENSIFY op", advice
     findings = [
         _advice(rule, _where(model, graph, node.op), found, fix)
         for node, found, fix in _obstacles(nodes)
     ]
     zeros, weights = sum(n.zeros for n in convolutions), sum(n.weights for n in convolutions)
     if 3 * zeros <= 2 * weights:
-        found = f"{zeros / weights:.1%} of the weights are zero; more than 66.7 % must be"
+        found = (
+            f"have {zeros / weights:.1%} zeros in their weights: XNNPACK uses sparse kernels only "
+            "above 66.7 %"
+        )
         findings.append(_advice(rule, where, found, "Prune the 1x1 convolutions further."))
-    return False, "see the advice" if findings else "its ops do not fit together", findings
+    if findings:
+        return False, "see the findings of rule sparse-inference", findings
+    return False, "its ops do not form one region with sparse kernels", findings
 
 
 def _misread(model, graph, nodes: list[Node], node: Node) -> Finding:
-    behind = [node] if node.obstacle else [n for n in nodes if set(n.inputs) & set(node.outputs)]
-    blocked = next((n for n in behind if n.obstacle), None)
-    what = blocked.obstacle if blocked else "the output of the model"
-    found = f"can give wrong results on ARM: XNNPACK's sparse form ends here, before {what}"
-    fix = f"{_FIXES.get(blocked.kind, _OTHERWISE) if blocked else _OTHERWISE} Or: {_DISARM}"
+    readers = [node] if node.obstacle else [n for n in nodes if set(n.inputs) & set(node.outputs)]
+    blocked = next((n for n in readers if n.obstacle), None)
+    reader = blocked.obstacle if blocked else "the output of the model"
+    found = (
+        "can give wrong results on ARM: the sparse kernels of XNNPACK pass data in NCHW layout to "
+        f"{reader}, which expects NHWC"
+    )
+    fix = _FIXES.get(blocked.kind, _DEFAULT_FIX) if blocked else _DEFAULT_FIX
+    fix = f"{fix} Or: {_TWO_STEP_PADDING}"
     return _error("nchw-layout", _where(model, graph, node.op), found, fix)
 
 
 def _obstacles(nodes: list[Node]) -> Iterator[tuple[Node, str, str]]:
-    """The ops that keep a graph from being moved, with what is the matter and the fix."""
+    """Yield the ops that prevent sparse inference of a graph, each with the problem and the fix."""
     entries = [node for node in nodes if node.role == Role.ENTRY]
     if not entries:
         first = next((node for node in nodes if node.kind == "CONV_2D"), nodes[0])
-        yield first, f"{first.obstacle or first.kind} is no way into the sparse form", _ENTRY
+        yield first, f"sparse inference cannot begin at {first.obstacle or first.kind}", _ENTRY
         return
     inside, reached = list(entries), {t for node in entries for t in node.outputs}
     left = False
@@ -269,36 +302,37 @@ def _obstacles(nodes: list[Node]) -> Iterator[tuple[Node, str, str]]:
         if not reached & set(node.inputs):
             continue
         if not node.role:
-            yield node, f"{node.obstacle} has no sparse form", _FIXES.get(node.kind, _OTHERWISE)
+            found = f"{node.obstacle} cannot take part in sparse inference"
+            yield node, found, _FIXES.get(node.kind, _DEFAULT_FIX)
         elif Role.EXIT not in node.role:
             inside.append(node)
             reached |= set(node.outputs)
         left = left or not node.role or Role.EXIT in node.role
     for node in inside[len(entries) :]:
         if not reached >= set(node.inputs):
-            yield node, "reads from outside of the part in sparse form", _OTHERWISE
+            yield node, "reads a tensor from outside the region with sparse kernels", _DEFAULT_FIX
     if not left:
-        yield inside[-1], "no global average pooling is behind it", _EXIT
+        yield inside[-1], "is not followed by the global average pooling that must end it", _EXIT
 
 
 RULES: tuple[Callable[..., Iterator[Finding]], ...] = (
-    _unreadable,
-    _other_version,
-    _other_format,
-    _remainder,
-    _too_wide,
-    _densified_integers,
-    _through_densify,
+    _sparse_input,
+    _sparse_version,
+    _sparse_format,
+    _block_remainder,
+    _hybrid_width,
+    _densify_int8,
+    _densify,
     _pattern,
-    _larger,
+    _sparse_larger,
 )
 
 
-# -- what the rules look at ----------------------------------------------------------------------
+# -- helpers of the rules ------------------------------------------------------------------------
 
 
 def _sparse_reads(model, graph) -> Iterator[tuple]:
-    """Every read of a sparse tensor: the op, its name, the slot, the tensor."""
+    """Yield the op, op name, input slot and tensor of every read of a sparse tensor."""
     for op in graph.operators:
         for slot, index in enumerate(op.inputs if op.inputs is not None else []):
             if index >= 0 and graph.tensors[index].sparsity is not None:
@@ -306,20 +340,20 @@ def _sparse_reads(model, graph) -> Iterator[tuple]:
 
 
 def _direct(model, graph) -> Iterator[tuple]:
-    """Every FULLY_CONNECTED op that reads a sparse weight itself, its input, and the weight."""
+    """Yield the op, input and weight of every FULLY_CONNECTED op that reads a sparse weight."""
     for op, kind, slot, tensor in _sparse_reads(model, graph):
         if kind == "FULLY_CONNECTED" and slot == WEIGHT_SLOT:
             yield op, graph.tensors[op.inputs[0]], tensor
 
 
 def _outputs(model, graph, kind: str) -> dict[int, int]:
-    """What the ops of one kind make, and of what."""
+    """Return the input of every op of one kind, by its output."""
     made = (op for op in graph.operators if op_name(model, op) == kind)
     return {int(op.outputs[0]): int(op.inputs[0]) for op in made}
 
 
-def _most_blocks(tensor) -> int:
-    """The largest number of blocks in a row of a matrix that is stored in them."""
+def _max_blocks_per_row(tensor) -> int:
+    """Return the largest number of blocks in one row of a matrix stored in blocks."""
     return int(np.diff(tensor.sparsity.dimMetadata[1].arraySegments.values.astype(int)).max())
 
 
@@ -332,21 +366,21 @@ def _density(weight: np.ndarray) -> float:
     return np.count_nonzero(weight) / weight.size
 
 
-def _direct_form(model, tensor) -> Form | None:
-    """The form in which FULLY_CONNECTED is faster on this weight than on the dense one."""
+def _faster_format(model, tensor) -> Format | None:
+    """Return the format that FULLY_CONNECTED reads faster than the dense weight, or None."""
     weight = _matrix(model, tensor)
     if weight is None:
         return None
-    if in_blocks(weight, 4):
-        return Form(4, unpack=False)
-    return Form(1, unpack=False) if _density(weight) <= _CSR_DENSITY else None
+    if has_blocks(weight, 4):
+        return Format(4, unpack=False)
+    return Format(1, unpack=False) if _density(weight) <= _CSR_DENSITY else None
 
 
 def _where(model, graph, op) -> str:
-    """An op by the name of its weight, after its layer, or else of what it makes."""
+    """Describe an op by the name of its weight, or else of its output."""
     kind = op_name(model, op)
     index = int(op.inputs[WEIGHT_SLOT] if kind in WEIGHT_OPS else op.outputs[0])
-    return f"{kind} {_name(graph.tensors[origins(model, graph).get(index, index)])}"
+    return f"{kind} {_name(graph.tensors[constant_sources(model, graph).get(index, index)])}"
 
 
 def _name(tensor) -> str:

@@ -1,16 +1,20 @@
-"""Which ops of a graph XNNPACK computes in its sparse form, and whether it does so rightly.
+"""Find the ops of a graph that XNNPACK runs with sparse kernels, and whether results are correct.
 
-On CPUs without AVX, which every ARM is, XNNPACK moves a part of a graph with a DENSIFY op from the
-layout NHWC to NCHW, in which 1x1 convolutions skip zero weights. The part begins at an entry: a 3x3
-convolution with stride 2 over 3 channels, padded by 1 on each side. It leaves through an exit: a
-mean over height and width, or DEPTH_TO_SPACE. It is moved if every op in it knows NCHW, its values
-have no other readers, and more than 2/3 of its 1x1 weights are zeros.
+On CPUs without AVX, such as every ARM CPU, XNNPACK can run a region of a graph in NCHW instead of
+NHWC layout. In NCHW layout, 1x1 convolutions skip zero weights. XNNPACK considers this only if the
+graph contains a DENSIFY op. The region begins at an entry: a 3x3 convolution with stride 2 over 3
+channels, padded by 1 on each side. It ends at an exit: a mean over height and width, or
+DEPTH_TO_SPACE. Every op of the region must support NCHW, no op outside may read its values, and
+more than 2/3 of its 1x1 weights must be zeros.
 
-XNNPACK does not check that each way out of the part is an exit. Where one is not, the next op takes
-NCHW data for NHWC: the results are wrong, without an error.
+XNNPACK does not check that the region ends only at exits. If another op reads a value of the
+region, that op reads NCHW data as if it were NHWC. The results are then wrong, without an error.
 
-Where versions of XNNPACK differ, the worse is assumed: every op counts as taken by XNNPACK, and a
-mean that keeps its dimensions as wrong.
+The analysis assumes that XNNPACK takes every op of the graph. In fact XNNPACK leaves some ops to
+the builtin kernels, and the set differs between versions and builds of LiteRT. Such an op splits
+the graph, and data is in NHWC layout at the split. Some networks are therefore called wrong here
+that some versions compute correctly. This is on purpose: a file must be correct with every version.
+For the same reason a mean that keeps its dimensions counts as wrong.
 
 Source: ``xnn_check_nchw_compatibility`` and ``xnn_subgraph_rewrite_for_nchw`` in XNNPACK's
 ``src/subgraph.c``: the same since October 2020, for FULLY_CONNECTED since January 2025.
@@ -26,7 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from keras_dst.export.decode import origins, shape, type_name, values
+from keras_dst.export.decode import constant_sources, shape, type_name, values
 from keras_dst.export.encode import WEIGHT_SLOT
 from keras_dst.export.flatbuffer import indices, op_name, stored
 
@@ -37,7 +41,7 @@ _UNARY = re.compile(
 
 
 class Role(enum.Flag):
-    """What an op can be to the part that is moved."""
+    """The roles that an op can have in a region in NCHW layout."""
 
     NONE = 0
     ENTRY = enum.auto()
@@ -47,17 +51,17 @@ class Role(enum.Flag):
 
 @dataclass(eq=False)
 class Node:
-    """An op as XNNPACK sees it: merged with the PAD before it, its constants left out.
+    """An op as XNNPACK sees it: merged with the PAD before it, without its constants.
 
     Attributes:
         op: the op of the file.
-        kind: its builtin name.
-        inputs: the computed tensors that it reads.
-        outputs: the tensors that it computes.
-        role: what it can be to the part that is moved.
-        obstacle: what keeps it from being inside, or an exit.
-        zeros: how many of its weights are zero, for a 1x1 convolution.
-        weights: how many weights that has; 0 for another op.
+        kind: builtin name of the op.
+        inputs: computed tensors that the op reads.
+        outputs: tensors that the op computes.
+        role: roles that the op can have in a region.
+        obstacle: description of the op if it cannot be inside a region, or not be an exit.
+        zeros: number of zero weights of a 1x1 convolution or a FULLY_CONNECTED op.
+        weights: number of weights of such an op; 0 for other ops.
     """
 
     op: schema.OperatorT
@@ -71,31 +75,31 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Part:
-    """The ops that read NCHW data, and those whose results are wrong or refused for it."""
+class Region:
+    """The ops that read NCHW data, and the ops whose results are then wrong or refused."""
 
     nodes: list[Node]
     wrong: list[Node]
 
 
 def is_hinted(model: schema.ModelT, graph: schema.SubGraphT) -> bool:
-    """Whether XNNPACK considers its sparse form at all: a DENSIFY op makes it do so."""
+    """Return whether the graph has a DENSIFY op, without which XNNPACK uses dense kernels."""
     return any(op_name(model, op) == "DENSIFY" for op in graph.operators)
 
 
 def is_wrong(model: schema.ModelT) -> bool:
-    """Whether some op of a file gives wrong results, or is refused, on CPUs without AVX."""
+    """Return whether CPUs without AVX may compute a file wrongly, or refuse it."""
     return any(
-        is_hinted(model, graph) and moved(read_nodes(model, graph), graph).wrong
+        is_hinted(model, graph) and sparse_region(read_nodes(model, graph), graph).wrong
         for graph in model.subgraphs
     )
 
 
-def moved(nodes: list[Node], graph: schema.SubGraphT) -> Part:
-    """The part of a graph that XNNPACK moves to NCHW once it considers that.
+def sparse_region(nodes: list[Node], graph: schema.SubGraphT) -> Region:
+    """Return the region of a graph that XNNPACK runs in NCHW layout if the graph has DENSIFY.
 
     Args:
-        nodes: what `read_nodes` gives for the graph.
+        nodes: result of `read_nodes` for the graph.
         graph: the graph.
     """
     outputs = set(indices(graph.outputs))
@@ -113,17 +117,17 @@ def moved(nodes: list[Node], graph: schema.SubGraphT) -> Part:
     on = [n for n in members if group[n] not in off and 3 * zeros[group[n]] > 2 * weights[group[n]]]
     nchw = {t for n in on for t in nodes[n].inputs}
     wrong = [node for node in nodes if not _is_right(node, nchw, graph)]
-    return Part([nodes[n] for n in on], wrong)
+    return Region([nodes[n] for n in on], wrong)
 
 
 def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role], set[int]]:
-    """The group of connected ops that each op is in, what is left of its role, and the bad ops."""
+    """Return the group of connected ops of each op, its remaining role, and the excluded ops."""
     group, roles = list(range(len(nodes))), [node.role for node in nodes]
     bad: set[int] = set()
     producer = {t: n for n, node in enumerate(nodes) for t in node.outputs if t not in outputs}
 
     def join(n: int) -> bool:
-        """Joins an op with those that it reads from; returns whether a group changed."""
+        """Join an op with the producers of its inputs; return whether a group changed."""
         changed = False
         for t in nodes[n].inputs:
             source = producer.get(t)
@@ -136,7 +140,7 @@ def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role]
         return changed
 
     changed = True in [join(n) for n, role in enumerate(roles) if role & Role.EXIT]
-    if not changed:  # without an exit nothing is moved
+    if not changed:  # without an exit there is no region
         bad.update(range(len(nodes)))
     while changed:
         inside = (n for n, role in enumerate(roles) if role & (Role.INSIDE | Role.EXIT))
@@ -145,7 +149,7 @@ def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role]
 
 
 def _is_right(node: Node, nchw: set[int], graph: schema.SubGraphT) -> bool:
-    """Whether an op gives what it should while some tensors are in NCHW."""
+    """Return whether an op computes correctly if the tensors ``nchw`` are in NCHW layout."""
     reads = any(t in nchw for t in node.inputs)
     writes = any(t in nchw for t in node.outputs)
     matrix = all(len(shape(graph.tensors[t])) < 3 for t in node.outputs)  # has no layout
@@ -157,8 +161,8 @@ def _is_right(node: Node, nchw: set[int], graph: schema.SubGraphT) -> bool:
 
 
 def read_nodes(model: schema.ModelT, graph: schema.SubGraphT) -> list[Node]:
-    """The ops of a graph as XNNPACK sees them, in file order."""
-    unpacked, pads = origins(model, graph), _merged_pads(model, graph)
+    """Return the ops of a graph as XNNPACK sees them, in file order."""
+    unpacked, pads = constant_sources(model, graph), _merged_pads(model, graph)
     found = []
     for op in graph.operators:
         outputs = indices(op.outputs)
@@ -171,7 +175,7 @@ def read_nodes(model: schema.ModelT, graph: schema.SubGraphT) -> list[Node]:
             source, _ = pads.get(t, (t, ()))
             if source not in unpacked and stored(model, graph.tensors[source]) is None:
                 node.inputs.append(source)
-        if kind == "MUL":  # XNNPACK squares what is multiplied by itself
+        if kind == "MUL":  # XNNPACK makes a square of x * x
             node.inputs = list(dict.fromkeys(node.inputs))
         if role == Role.INSIDE and kind in ("CONV_2D", "FULLY_CONNECTED"):
             weight = int(op.inputs[WEIGHT_SLOT])
@@ -181,9 +185,9 @@ def read_nodes(model: schema.ModelT, graph: schema.SubGraphT) -> list[Node]:
 
 
 def _merged_pads(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, tuple[int, tuple]]:
-    """The padded tensors that XNNPACK merges with the one convolution that reads each.
+    """Return the padded tensors whose PAD op XNNPACK merges into the convolution that reads them.
 
-    Each with the tensor that it is made from, and what it adds above, below, left and right.
+    The value of each is its source tensor and the padding above, below, left and right.
     """
     readers = Counter(t for op in graph.operators for t in set(indices(op.inputs)))
     readers += Counter(indices(graph.outputs))
@@ -202,7 +206,7 @@ def _merged_pads(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, tup
 
 
 def _role(model, graph, op, kind, unpacked, pads) -> tuple[Role, str]:
-    """The role of an op, and what keeps it from being inside."""
+    """Return the roles of an op, and its description if it cannot be inside a region."""
     tensors = [graph.tensors[t] for t in indices(op.inputs) + indices(op.outputs)]
     ranks = {len(shape(tensor)) for tensor in tensors if stored(model, tensor) is None}
     if not all(type_name(x).startswith(("float", "int32", "int64")) for x in tensors):
@@ -212,7 +216,7 @@ def _role(model, graph, op, kind, unpacked, pads) -> tuple[Role, str]:
     if kind == "DEPTHWISE_CONV_2D":
         return _depthwise(graph, op, pads)
     if kind == "FULLY_CONNECTED":
-        # Without keepNumDims it is a RESHAPE to two dimensions first.
+        # Without keepNumDims, XNNPACK first reshapes the input to two dimensions.
         kept = getattr(op.builtinOptions, "keepNumDims", False)
         sparse = graph.tensors[op.inputs[WEIGHT_SLOT]].sparsity is not None
         return (Role.INSIDE, "") if kept and not sparse else (Role.NONE, kind)
@@ -221,7 +225,7 @@ def _role(model, graph, op, kind, unpacked, pads) -> tuple[Role, str]:
     if kind == "DEPTH_TO_SPACE":
         return Role.EXIT, ""
     if kind in ("ADD", "MUL") and all(len(shape(tensor)) == 4 for tensor in tensors):
-        # XNNPACK looks at the first operand, whichever is the constant.
+        # XNNPACK checks the shape of the first operand, even if the second is the constant.
         constant = any(stored(model, tensor) is not None for tensor in tensors[:2])
         wide = sum(size != 1 for size in _sizes(tensors[0])) > 1
         return (Role.NONE, f"{kind} of a constant") if constant and wide else (Role.INSIDE, "")
@@ -233,21 +237,21 @@ def _role(model, graph, op, kind, unpacked, pads) -> tuple[Role, str]:
 
 
 def _sizes(tensor: schema.TensorT) -> list[int]:
-    """The sizes of a tensor without the batch, and with -1 for those left open."""
+    """Return the sizes of a tensor without its batch size, with -1 for open sizes."""
     signature = tensor.shapeSignature
     return list(shape(tensor) if signature is None or not len(signature) else signature)[1:]
 
 
 def _reduction(model, graph, op, kind) -> str:
-    """What makes the result of a MEAN or SUM over NCHW data differ."""
+    """Describe why a MEAN or SUM over NCHW data is wrong; return "" if it is correct."""
     axes = values(model, graph.tensors[op.inputs[1]])
     left = {1, 2, 3} - {int(axis) % 4 for axis in ([] if axes is None else axes.ravel())}
-    if 3 in left and left != {3}:  # the axes that are left come in another order
+    if 3 in left and left != {3}:  # the remaining axes come in another order
         return f"{kind} over one of height and width"
     made = int(op.outputs[0])
     readers = {op_name(model, other) for other in graph.operators if made in indices(other.inputs)}
     if op.builtinOptions.keepDims and (readers != {"RESHAPE"} or made in indices(graph.outputs)):
-        return f"{kind} with keepdims"  # its shape is that of NCHW
+        return f"{kind} with keepdims"  # its result has an NCHW shape
     return ""
 
 
@@ -258,7 +262,7 @@ def _convolution(graph, op, pads) -> tuple[Role, str]:
     plain = _dilation(op) == (1, 1) and channels == (depth,)
     if plain and (height, width, stride, padding) == (1, 1, (1, 1), (0, 0, 0, 0)):
         return Role.INSIDE, ""
-    text = _described(f"{height}x{width} CONV_2D over {depth} channels", op, padding)
+    text = _describe(f"{height}x{width} CONV_2D over {depth} channels", op, padding)
     if plain and (height, width, depth, stride) == (3, 3, 3, (2, 2)) and padding == (1, 1, 1, 1):
         return Role.ENTRY, text
     return Role.NONE, text
@@ -276,12 +280,12 @@ def _depthwise(graph, op, pads) -> tuple[Role, str]:
         and padding == (height // 2,) * 4
     ):
         return Role.INSIDE, ""
-    return Role.NONE, _described(f"{height}x{width} DEPTHWISE_CONV_2D", op, padding)
+    return Role.NONE, _describe(f"{height}x{width} DEPTHWISE_CONV_2D", op, padding)
 
 
-def _described(what: str, op: schema.OperatorT, padding: tuple[int, ...] | None) -> str:
+def _describe(name: str, op: schema.OperatorT, padding: tuple[int, ...] | None) -> str:
     (rows, columns), dilation = _stride(op), _dilation(op)
-    text = f"{what}, stride {rows}" if rows == columns else f"{what}, stride {rows}x{columns}"
+    text = f"{name}, stride {rows}" if rows == columns else f"{name}, stride {rows}x{columns}"
     if dilation != (1, 1):
         text += f", dilation {dilation[0]}x{dilation[1]}"
     if getattr(op.builtinOptions, "depthMultiplier", 1) != 1:
@@ -292,7 +296,7 @@ def _described(what: str, op: schema.OperatorT, padding: tuple[int, ...] | None)
 
 
 def _padding(op, kernel, pads) -> tuple[int, ...] | None:
-    """What is added above, below, left and right; None where that depends on the input's size."""
+    """Return the padding above, below, left and right; None if it depends on the input size."""
     if _is_valid(op):
         own = [0, 0, 0, 0]
     elif _stride(op) == (1, 1):
@@ -305,7 +309,7 @@ def _padding(op, kernel, pads) -> tuple[int, ...] | None:
 
 
 def _zeros(model: schema.ModelT, tensor: schema.TensorT) -> tuple[int, int]:
-    """How many entries of a weight are zero, and how many there are."""
+    """Return the number of zeros of a weight, and its size."""
     weight = values(model, tensor)
     if weight is None:
         return 0, 0

@@ -1,4 +1,4 @@
-"""``export_tflite``: the way into this package, which checks what it is given."""
+"""``export_tflite``: check the arguments of an export, then run it."""
 
 from __future__ import annotations
 
@@ -32,86 +32,91 @@ def export_tflite(
     evaluate: Any = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> ExportReport:
-    """Writes a model as a ``.tflite`` file with sparse weights, after running and comparing it.
+    """Write a model as a ``.tflite`` file with sparse weights, after running and comparing it.
 
-    The file is run in the LiteRT interpreter, with XNNPACK and without, and compared with the
-    model's own outputs. It gets its name only when they agree. The model is not changed.
+    The file is run in the LiteRT interpreter, with XNNPACK and without it, and compared with the
+    outputs of the model. It is written only if the outputs agree. The model is not changed.
 
     Args:
-        model: a built Keras 3 model on any backend: sparse, stripped or plain.
-        path: the file to write, in an existing folder. A file of that name is replaced.
-        inputs: samples to compare on, as for `model.predict`; the first 32 are used. Default:
-            seeded random ones (floats: standard normal; integers: zeros and ones).
-        tolerance: largest error that passes, ``max|y - y_keras| / max(max|y_keras|, 1e-6)`` of
-            every output. Default: 1e-4; with ``quantize`` 0.1 for weights, 0.3 in full.
-            The file must then also be close to a dense one of the same rounded weights.
-        optimize: what the form of every weight is chosen for. ``"latency"``: the fastest, and of
-            equally fast ones the smallest. ``"size"``: the smallest, and of equally small ones the
-            fastest. ``"balanced"``: the least product of bytes and latency, of the forms that are
-            not slower than dense.
-        target: the CPU that latency is about: ``"host"`` is this one, ``"arm"`` one without AVX,
-            ``"any"`` both, of which the slower counts.
-        measure: whether latencies of this CPU are measured. Otherwise, and for another CPU, they
-            come from a model of its kernels.
-        threads: threads of the interpreter, for measuring.
-        batch: batch size for measuring, where the model leaves it open.
-        quantize: what may be rounded to 8 bits. None: nothing. ``"weights"``: weights, one by one
-            where that is better. ``"full"``: all values, by the converter of TensorFlow, with
-            ranges from ``representative``. Zeros stay zeros.
-        representative: samples of what the model will be used on, as for `model.predict`, for
-            ``quantize="full"``. Then they are the default of ``inputs`` too.
-        evaluate: what the accuracy in the report is found on: ``(x, y)``, with labels as integers
-            or one-hot; or a function of ``predict`` that gives a number, where ``predict`` takes
-            inputs as `model.predict` does and gives the outputs of a file. Default: none.
-        progress: called with a line on what is being done.
+        model: a built Keras 3 model on any backend: sparse, stripped or never sparse. A sparse
+            input becomes a dense input of the file. Optional inputs that are None in ``inputs`` or
+            ``representative`` are left out of the file.
+        path: the file to write, in an existing folder. An existing file is replaced.
+        inputs: samples for the comparison, in every form that `model.predict` takes: arrays, or a
+            data set, data loader or generator of batches. The first 32 samples are used. Defaults
+            to seeded random samples (floats: standard normal; integers: zeros and ones). Models on
+            strings need it.
+        tolerance: largest accepted error, ``max|y - y_keras| / max(max|y_keras|, 1e-6)`` of each
+            output. Defaults to 1e-4, to 0.1 with ``quantize="weights"``, and to 0.3 with
+            ``quantize="full"``. A quantized file must also agree with a dense file of the same
+            quantized weights: to 1e-4, or to 0.05 if the ops compute with integers.
+        optimize: criterion by which the storage format of every weight is selected. ``"latency"``
+            selects the fastest format and, among equally fast formats, the smallest. ``"size"``
+            selects the smallest format and, among equally small formats, the fastest.
+            ``"balanced"``, the default, selects the least product of bytes and latency among the
+            formats that are not slower than dense.
+        target: CPU for which latency counts: ``"host"``, the default, for this CPU, ``"arm"`` for a
+            CPU without AVX, ``"any"`` for both; then the larger latency ratio counts.
+        measure: whether to measure latencies on this CPU. If False, and for other CPUs, a model of
+            the kernels estimates them. Defaults to True.
+        threads: number of threads of the interpreter for measurements. Defaults to 1.
+        batch: batch size for measurements, if the model leaves it open. Defaults to 1.
+        quantize: values that may be quantized to 8 bits. None, the default, for no values.
+            ``"weights"`` for weights, each only if it serves ``optimize``. ``"full"`` for all
+            values: TensorFlow's converter takes their ranges from ``representative``. Zeros stay
+            zeros.
+        representative: typical samples for ``quantize="full"``, in every form that `model.predict`
+            takes. All arrays are read, and the first 1000 samples of a data set or generator. The
+            samples are also the default of ``inputs``.
+        evaluate: data for the accuracy in the report: ``(x, y)``, or a data set, data loader or
+            generator of batches ``(x, y)``. Labels are integers or one-hot. Sample weights are
+            ignored. Or a function of ``predict`` that returns a number; ``predict`` takes inputs as
+            `model.predict` and returns the outputs of a file. Defaults to None: no accuracy.
+        progress: function that is called with a line of text before each step.
 
     Returns:
-        An `ExportReport`: the form of every weight, the error; bytes, latency, load time, peak
-        memory and accuracy of the file beside those of dense ones.
+        An `ExportReport`: the format of every weight and the error of the file. It compares bytes,
+        latency, load time, peak memory and accuracy with dense files.
 
     Raises:
         TypeError: ``model`` is not a Keras 3 model.
-        ValueError: an unbuilt model, ``inputs`` that do not fit it, or an unknown option.
-        OSError: a ``path`` that cannot be written, before any work is done.
+        ValueError: the model is not built, data does not fit it, or an option is unknown.
+        OSError: ``path`` cannot be written. This is checked before any work is done.
         ImportError: the packages of ``keras_dst[export]`` are missing.
-        ExportError: the conversion failed, or the file does not compute what the model does; it
-            names the weight at fault. Nothing is written.
+        ExportError: the model could not be converted, or the file does not compute the outputs of
+            the model. The message names the op or the weight at fault. Nothing is written.
 
     Example:
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
         >>> report = export_tflite(model, "model.tflite", optimize="latency")
     """
     check_exportable(model)
-    file = _checked_path(path)
+    file = Path(path)
+    check_writable(file)
     _check_option("optimize", optimize, ("latency", "size", "balanced"))
     _check_option("target", target, ("host", "arm", "any"))
     _check_option("quantize", quantize, (None, "weights", "full"))
-    for name, number in (("threads", threads), ("batch", batch)):
-        check_integer(number, name)
-    pair = isinstance(evaluate, tuple | list) and len(evaluate) == 2
-    if not (evaluate is None or callable(evaluate) or pair):
-        raise ValueError(
-            "Expected evaluate=(x, y), or a function of predict. "
-            f"Received: {type(evaluate).__name__}."
-        )
+    check_integer(threads, "threads")
+    check_integer(batch, "batch")
     if (quantize == "full") != (representative is not None):
         raise ValueError(
-            "Expected representative samples with quantize='full', and only then. Received: "
+            "Expected representative= with quantize='full', and only then. Received: "
             f"quantize={quantize!r}, representative "
             f"{'missing' if representative is None else 'given'}. "
-            "Fix: pass representative=x[:200], say, of the training data."
+            "Fix: pass samples of the training data, for example representative=x[:200]."
         )
     if tolerance is not None and not 0 <= tolerance < float("inf"):
         raise ValueError(f"Expected a finite tolerance of 0 or more. Received: {tolerance}.")
     check_installed("tensorflow", "ai_edge_litert", "flatbuffers")
-    # Not above: keras_dst works without these packages until something is exported.
+    # The pipeline needs these optional packages, without which `import keras_dst` must work.
     from keras_dst.export.pipeline import TOLERANCES, Settings, export
 
     limit = TOLERANCES[quantize] if tolerance is None else tolerance
     settings = Settings(
-        limit, optimize, target, measure, threads, batch, quantize, representative, evaluate
+        *(limit, optimize, target, measure, threads, batch, quantize),
+        *(inputs, representative, evaluate),
     )
-    return export(model, file, inputs, settings, progress)
+    return export(model, file, settings, progress)
 
 
 def _check_option(name: str, value: Any, known: tuple) -> None:
@@ -122,7 +127,7 @@ def _check_option(name: str, value: Any, known: tuple) -> None:
 
 
 def check_exportable(model: Any) -> None:
-    """Raise unless this is a built Keras 3 model."""
+    """Raise TypeError or ValueError unless ``model`` is a built Keras 3 model."""
     if isinstance(model, keras.Layer) and not isinstance(model, keras.Model):
         raise TypeError(
             f"Expected a Keras 3 model. Received: the layer {model.name!r} "
@@ -131,14 +136,8 @@ def check_exportable(model: Any) -> None:
     check_model(model)
 
 
-def _checked_path(path: str | os.PathLike[str]) -> Path:
-    target = Path(path)
-    check_writable(target)
-    return target
-
-
 def check_installed(*packages: str) -> None:
-    """Raise unless these packages are there, which `import keras_dst` does without."""
+    """Raise ImportError unless these optional packages are installed."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ImportError(

@@ -1,8 +1,8 @@
-"""Runs a ``.tflite`` file in the LiteRT interpreter and compares it with the Keras model."""
+"""Run ``.tflite`` files in the LiteRT interpreter and compare them with the Keras model."""
 
 from __future__ import annotations
 
-import re
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,22 +11,18 @@ import keras
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
-from keras_dst.export.convert import input_names, symbolic_inputs
+from keras_dst.export.samples import BATCH, Samples, Signature, read_samples
 
-#: The ways to run a file: as users do, and without the delegate, which has faults of its own.
+#: A file is run with XNNPACK, as users run it, and without it, because XNNPACK has its own faults.
 RESOLVERS = {
     "XNNPACK": OpResolverType.AUTO,
     "builtin kernels": OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
 }
-MAX_SAMPLES = 32
-BATCH = 4
-#: Size of the axes that a model leaves open, in the inputs made here.
-OPEN_SIZE = 32
 
 
 @dataclass(frozen=True)
 class Case:
-    """One batch: arrays by input name of the file, and the outputs expected, by output name."""
+    """One batch: arrays by input name of the file, and expected outputs by output name."""
 
     inputs: dict[str, np.ndarray]
     outputs: dict[str, np.ndarray]
@@ -34,9 +30,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Deviation:
-    """The worst error of a file over some cases, and where it arose.
+    """The largest error of a file over some cases, and the output in which it was found.
 
-    ``error`` is ``max|y - expected| / max|expected|`` of the worst output, infinite where values
+    ``error`` is ``max|y - expected| / max|expected|`` of the worst output. It is infinite if values
     are not finite, shapes differ, or the interpreter refuses the file.
     """
 
@@ -45,12 +41,12 @@ class Deviation:
 
 
 def deviation(content: bytes, cases: list[Case]) -> Deviation:
-    """Runs ``content`` on every case, with and without XNNPACK, and returns the worst error."""
+    """Run a file on every case, with and without XNNPACK, and return its largest error."""
     return max(_deviations(content, cases, RESOLVERS), key=lambda found: found.error)
 
 
-def difference(content: bytes, reference: bytes, cases: list[Case]) -> Deviation:
-    """The worst error of a file against another one, each way to run them by itself."""
+def deviation_between(content: bytes, reference: bytes, cases: list[Case]) -> Deviation:
+    """Return the largest error of a file against another file, run in the same way."""
     found: list[Deviation] = []
     for label, resolver in RESOLVERS.items():
         outputs = run(reference, cases, resolver)
@@ -60,57 +56,64 @@ def difference(content: bytes, reference: bytes, cases: list[Case]) -> Deviation
 
 
 def run(content: bytes, cases: list[Case], resolver: OpResolverType) -> list[dict[str, np.ndarray]]:
-    """The outputs of a file for every case, by output name.
+    """Return the outputs of a file for every case, by output name.
 
     Raises:
-        RuntimeError, ValueError: what the interpreter says when it refuses the file or an input.
+        RuntimeError, ValueError: the interpreter refuses the file or an input.
     """
     runner = _runner(content, resolver)
     return [runner(**case.inputs) for case in cases]
 
 
-def keras_cases(model: keras.Model, content: bytes, inputs: Any = None) -> list[Case]:
-    """Batches for the file ``content``, with the outputs that the Keras model itself gives.
+def keras_cases(model: keras.Model, signature: Signature, samples: Samples) -> list[Case]:
+    """Return batches of samples with the outputs that the Keras model computes for them.
 
-    A model with an open batch size is run at batch 1 and at batch 4, another one at its own.
+    If the batch size of the model is open, there is a batch of 1 before the batches of 4. The
+    states of recurrent layers, and other variables, are the same before and after the call.
 
     Args:
-        model: the Keras 3 model that ``content`` was converted from.
-        content: a ``.tflite`` file.
-        inputs: arrays as for `model.predict`, of which the first 32 samples are used. Default:
-            seeded random ones (floats: standard normal; integers: zeros and ones).
-
-    Raises:
-        ValueError: ``inputs`` that do not fit the file, or missing where they cannot be made up.
+        model: the Keras 3 model from which a file was converted.
+        signature: the inputs of the file.
+        samples: sample data for these inputs.
     """
-    wanted, fixed = _wanted(content)
-    if inputs is None:
-        samples = _random_samples(model, wanted, fixed if fixed > 0 else BATCH)
-    else:
-        samples = declared(model, keras.tree.map_structure(_sample_array, inputs))
-    return [
-        Case(_by_input_name(model, batch, wanted), _by_output_name(model(batch, training=False)))
-        for batch in _batches(samples, fixed)
-    ]
+    with _unchanged(model):
+        return [
+            Case(
+                _by_input_name(batch, signature),
+                _by_output_name(model(batch.packed(), training=False)),
+            )
+            for batch in _batches(samples, signature)
+        ]
 
 
-def named_batches(
-    model: keras.Model, content: bytes, inputs: Any
-) -> Iterator[dict[str, np.ndarray]]:
-    """Samples one by one, or in batches of a fixed size, by the input names of a file."""
-    wanted, fixed = _wanted(content)
-    samples = declared(model, keras.tree.map_structure(np.asarray, inputs))
-    for batch in _batches(samples, max(fixed, 1)):
-        yield _by_input_name(model, batch, wanted)
+@contextlib.contextmanager
+def _unchanged(model: keras.Model) -> Iterator[None]:
+    """Restore the variables that a call of a model can change, such as states."""
+    before = [(v, keras.ops.convert_to_numpy(v)) for v in model.non_trainable_variables]
+    try:
+        yield
+    finally:
+        for variable, value in before:
+            variable.assign(value)
 
 
-def predictor(model: keras.Model, content: bytes) -> Callable[[Any], Any]:
-    """Runs a file on inputs as for `model.predict`; gives its output, or a dict of several."""
+def predictor(model: keras.Model, content: bytes, signature: Signature) -> Callable[[Any], Any]:
+    """Return a function that runs a file on inputs in every form that `model.predict` takes.
+
+    The function returns the output of the file, or a dict of outputs if there are several.
+    """
     runner = _runner(content, OpResolverType.AUTO)
+    size = _fixed_batch(signature) or 1
 
     def predict(inputs: Any) -> Any:
-        found = [runner(**batch) for batch in named_batches(model, content, inputs)]
-        outputs = {name: np.concatenate([each[name] for each in found]) for name in found[0]}
+        is_read = isinstance(inputs, Samples)
+        samples = inputs if is_read else read_samples(model, inputs, "predict")
+        count = len(samples)
+        found: list[dict[str, np.ndarray]] = []
+        for start in range(0, count, size):
+            rows = np.arange(start, start + size) % count  # the last batch is filled up
+            found.append(runner(**_by_input_name(samples[rows], signature)))
+        outputs = {name: np.concatenate([y[name] for y in found])[:count] for name in found[0]}
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
 
     return predict
@@ -119,12 +122,6 @@ def predictor(model: keras.Model, content: bytes) -> Callable[[Any], Any]:
 def _runner(content: bytes, resolver: OpResolverType) -> Any:
     interpreter = Interpreter(model_content=content, experimental_op_resolver_type=resolver)
     return interpreter.get_signature_runner()
-
-
-def _wanted(content: bytes) -> tuple[dict[str, Any], int]:
-    """The details of the inputs of a file, by name, and its batch size, -1 for an open one."""
-    details = _runner(content, OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES).get_input_details()
-    return details, int(next(iter(details.values()))["shape_signature"][0])
 
 
 def _deviations(
@@ -146,94 +143,44 @@ def _deviations(
 def _error(result: np.ndarray | None, expected: np.ndarray) -> float:
     if result is None or result.shape != expected.shape:
         return float("inf")
-    wide = expected.astype(np.float64)
+    if expected.dtype.kind in "SUO":  # strings
+        return (
+            0.0 if np.array_equal(result.astype(np.bytes_), expected.astype(np.bytes_)) else np.inf
+        )
+    wide = expected.astype(np.complex128 if expected.dtype.kind == "c" else np.float64)
     with np.errstate(invalid="ignore"):
         error = np.abs(result - wide).max() / max(np.abs(wide).max(), 1e-6)
     return float(error) if np.isfinite(error) else float("inf")
 
 
 def _by_output_name(outputs: Any) -> dict[str, np.ndarray]:
-    """Outputs under the names that the converter gives them: keys of a dict, or positions."""
+    """Return outputs by the names that the converter gives them: keys of a dict, or positions."""
     if not isinstance(outputs, dict):
         flat = keras.tree.flatten(outputs)
         outputs = {f"output_{position}": value for position, value in enumerate(flat)}
     return {name: np.asarray(keras.ops.convert_to_numpy(y)) for name, y in outputs.items()}
 
 
-def _by_input_name(model: keras.Model, batch: Any, wanted: dict) -> dict[str, np.ndarray]:
-    """Arrays under the input names of the file, in its dtypes."""
-    names = input_names(model) or _in_order(wanted)
-    arrays = keras.tree.flatten(batch)
-    _check_count(arrays, names)
-    named = zip(names, arrays, strict=True)
-    return {name: array.astype(wanted[name]["dtype"]) for name, array in named}
+def _by_input_name(batch: Samples, signature: Signature) -> dict[str, np.ndarray]:
+    """Return the present arrays by the input names of the file, in the types of the file."""
+    return {
+        spec.name: array.astype(np.bytes_ if spec.dtype == "string" else spec.dtype)
+        for spec, array in zip(signature.specs, batch.arrays, strict=True)
+        if array is not None and spec.present
+    }
 
 
-def declared(model: keras.Model, inputs: Any) -> Any:
-    """Arrays in the structure that the model declares, where it does; they may come by name."""
-    symbolic, names = symbolic_inputs(model), input_names(model)
-    if symbolic is None:
-        return inputs
-    if names and isinstance(inputs, dict) and set(inputs) == set(names):
-        inputs = [inputs[name] for name in names]
-    arrays = keras.tree.flatten(inputs)
-    _check_count(arrays, names or [symbolic.name])
-    return keras.tree.pack_sequence_as(symbolic, arrays)
+def _fixed_batch(signature: Signature) -> int | None:
+    sizes = [spec.shape[0] for spec in signature.specs if spec.present]
+    return max((size for size in sizes if size), default=None)
 
 
-def _check_count(arrays: list, names: list[str]) -> None:
-    if len(arrays) != len(names):
-        raise ValueError(f"Expected input arrays for {names}. Received: {len(arrays)} arrays.")
-
-
-def _in_order(names: Any) -> list[str]:
-    """``args_0, args_0_1, ... args_0_10``: the names of positional inputs in their order."""
-    return sorted(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
-
-
-def _batches(samples: Any, fixed: int) -> Iterator[Any]:
-    arrays = keras.tree.flatten(samples)
-    count = min(len(array) for array in arrays)
-    if count < max(fixed, 1) or any(len(array) != len(arrays[0]) for array in arrays):
-        raise ValueError(
-            f"Expected input arrays with one number of samples, at least {max(fixed, 1)}. "
-            f"Received: arrays of {[len(array) for array in arrays]} samples."
-        )
-    if fixed > 0:
-        starts, size = range(0, count - fixed + 1, fixed), fixed
+def _batches(samples: Samples, signature: Signature) -> Iterator[Samples]:
+    fixed = _fixed_batch(signature)
+    if fixed is None:
+        yield samples[:1]
+        for start in range(0, len(samples), BATCH):
+            yield samples[start : start + BATCH]
     else:
-        starts, size = range(0, count, BATCH), BATCH
-        yield keras.tree.map_structure(lambda array: array[:1], samples)
-    for start in starts:
-        yield keras.tree.map_structure(lambda array, s=start: array[s : s + size], samples)
-
-
-def _sample_array(value: Any) -> np.ndarray:
-    array = np.asarray(value)
-    if array.ndim == 0 or array.dtype == object:
-        raise ValueError(
-            "Expected inputs as for model.predict: an array, or a list or dict of arrays, with "
-            f"samples along the first axis. Received: {type(value).__name__}."
-        )
-    return array[:MAX_SAMPLES]
-
-
-def _random_samples(model: keras.Model, wanted: dict, batch: int) -> Any:
-    rng = np.random.default_rng(0)
-
-    def made(shape: Any, dtype: Any) -> np.ndarray:
-        sizes = [batch, *(OPEN_SIZE if size in (None, -1) else size for size in shape[1:])]
-        if np.issubdtype(dtype, np.floating):
-            return rng.standard_normal(sizes).astype(dtype)
-        return rng.integers(0, 2, sizes).astype(dtype)
-
-    symbolic = symbolic_inputs(model)
-    if symbolic is not None:
-        return keras.tree.map_structure(lambda t: made(t.shape, np.dtype(t.dtype)), symbolic)
-    if len(wanted) == 1:
-        (detail,) = wanted.values()
-        return made(detail["shape_signature"], detail["dtype"])
-    raise ValueError(
-        f"Expected inputs= for a subclassed model with {len(wanted)} inputs, which does not say "
-        "how it is called. Received: none. Fix: pass inputs= as for model.predict."
-    )
+        for start in range(0, len(samples) - fixed + 1, fixed):
+            yield samples[start : start + fixed]

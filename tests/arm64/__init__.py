@@ -1,6 +1,6 @@
-"""Runs Python as on an ARM CPU, emulated: LiteRT's wheel for arm64, XNNPACK with NEON.
+"""Run Python on an emulated ARM CPU, with LiteRT's arm64 wheel and the NEON kernels of XNNPACK.
 
-``setup.sh`` gets all of it into build/arm64; ``make test`` calls it where it can run.
+``setup.sh`` downloads the emulator and the packages to build/arm64.
 """
 
 import os
@@ -11,16 +11,14 @@ _FOLDER = pathlib.Path(__file__).parents[2] / "build" / "arm64"
 
 
 def obstacle():
-    """Why ARM cannot be emulated on this machine; empty if it can."""
+    """Return why this machine cannot emulate ARM; empty if it can."""
     if (_FOLDER / "ready").exists():
         return ""
-    return "an emulated ARM needs what tests/arm64/setup.sh gets, on a Debian: there is no " + str(
-        _FOLDER / "ready"
-    )
+    return f"{_FOLDER / 'ready'} is missing: run tests/arm64/setup.sh, which needs Debian"
 
 
 def run(code, *arguments):
-    """Runs Python code on the emulated CPU; raises with its words where it fails."""
+    """Run Python code on the emulated CPU; raise RuntimeError with its messages if it fails."""
     (python,) = (_FOLDER / "root" / "usr" / "bin").glob("python3.*")
     done = subprocess.run(
         [

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Gets what runs the interpreter as on an ARM CPU: Debian's emulator, its Python for arm64 and the
-# wheels for it, all unpacked in a folder. Nothing of the system changes; root is not needed.
-#     tests/arm64/setup.sh FOLDER PYTHON    (a Python that has ai-edge-litert)
+# Download an ARM emulator, a Python for arm64 and its wheels from Debian and PyPI to a folder.
+# The script changes nothing outside the folder and does not need root.
+#     tests/arm64/setup.sh FOLDER PYTHON    (PYTHON has ai-edge-litert installed)
 set -euo pipefail
 python=$(realpath -s "$2")
 mkdir -p "$1"
 cd "$1"
 
-# An apt of its own, to which nothing is installed: so it finds every package that Python needs.
+# Use a separate apt state without installed packages, so that apt downloads every dependency.
 mkdir -p apt/lists/partial apt/cache/archives/partial apt/state
 : >apt/status
 arm=(-qq -o APT::Architecture=arm64 -o APT::Architectures=arm64
@@ -25,7 +25,7 @@ apt-get "${host[@]}" update
 apt-get "${host[@]}" download qemu-user-static
 dpkg-deb --fsys-tarfile qemu-user-static_*.deb | tar -x --strip-components=3 ./usr/bin/qemu-aarch64-static
 
-# XNNPACK asks Linux for its CPU; without an answer it ends the process.
+# XNNPACK reads this file and aborts without it.
 mkdir -p root/proc
 cat >root/proc/cpuinfo <<'CPU'
 processor	: 0

@@ -1,4 +1,4 @@
-"""Small ``.tflite`` files made by hand, and sparse weights read back by plain loops."""
+"""Builders of small ``.tflite`` files, and a decoder of sparse weights in plain loops."""
 
 import flatbuffers
 import numpy as np
@@ -20,7 +20,7 @@ TYPES = {
 
 
 class File:
-    """Builds a ``.tflite`` file: graphs of ops over tensors, one signature for each graph."""
+    """A builder of a ``.tflite`` file that consists of graphs, each with its own signature."""
 
     def __init__(self):
         self.model = schema.ModelT()
@@ -53,7 +53,7 @@ class File:
 
 
 class Graph:
-    """One subgraph of a `File`. Tensors are given by their index."""
+    """A subgraph of a `File`. Tensors are identified by their index."""
 
     def __init__(self, file, graph, key):
         self.file, self.graph, self.key = file, graph, key
@@ -67,7 +67,7 @@ class Graph:
         return len(self.graph.tensors) - 1
 
     def dynamic(self, shape, dtype="float32"):
-        """A tensor with an open batch size."""
+        """Add a tensor with an open batch size."""
         index = self.tensor(shape, dtype)
         self.graph.tensors[index].shapeSignature = np.array([-1, *shape[1:]], np.int32)
         return index
@@ -77,7 +77,7 @@ class Graph:
         return self.tensor(values.shape, values.dtype.name, name, buffer)
 
     def sparse(self, values, block=1, name="weight"):
-        """A constant in CSR or in blocks along its last axis, of which a rest is lost."""
+        """Add a constant in CSR, or in blocks along its last axis; an incomplete block is lost."""
         width = values.shape[-1]
         sparsity, entries = pack(values[..., : width - width % block], block)
         index = self.tensor(values.shape, values.dtype.name, name, self.file._buffer(entries))
@@ -92,7 +92,7 @@ class Graph:
         return index
 
     def unary(self, builtin, x, dtype=None, options=None):
-        """An op that keeps the shape, and the type unless another is given."""
+        """Add an op whose output has the shape of its input, and its type or ``dtype``."""
         y = self.op(builtin, [x], self.shape(x), options)
         self.graph.tensors[y].shapeSignature = None
         self.graph.tensors[y].type = TYPES[dtype] if dtype else self.graph.tensors[x].type
@@ -100,7 +100,7 @@ class Graph:
         return y
 
     def op(self, builtin, inputs, shape, options=None, version=1):
-        """Adds an op with one output of this shape, and returns that."""
+        """Add an op with one output of this shape, and return the output."""
         code = schema.OperatorCodeT()
         code.builtinCode = getattr(schema.BuiltinOperator, builtin)
         code.deprecatedBuiltinCode = min(code.builtinCode, 127)
@@ -122,13 +122,13 @@ class Graph:
         return [int(size) for size in self.graph.tensors[index].shape]
 
     def pad(self, x, widths, dtype=np.int32):
-        """A PAD by ``[[before, after], ...]``, one pair for each axis."""
+        """Add a PAD op with ``[[before, after], ...]``, one pair for each axis."""
         shape = [size + sum(pair) for size, pair in zip(self.shape(x), widths)]
         widths = self.constant(np.array(widths, dtype))
         return self.op("PAD", [x, widths], shape, schema.PadOptionsT())
 
     def convolve(self, op, x, weight, stride=1, same=True, dilation=1, multiplier=1):
-        """A convolution of this kind with a bias; ``weight`` may be the index of a tensor."""
+        """Add a convolution op with a bias; ``weight`` is an array or the index of a tensor."""
         options = {
             "CONV_2D": schema.Conv2DOptionsT,
             "DEPTHWISE_CONV_2D": schema.DepthwiseConv2DOptionsT,
@@ -152,7 +152,7 @@ class Graph:
         return self.op(op, [x, kernel, bias], [1, *sizes, filters], options)
 
     def finish(self, inputs, outputs):
-        """Names the inputs and outputs, which makes the graph's signature."""
+        """Name the inputs and outputs in a signature, and return the file."""
         signature = schema.SignatureDefT()
         signature.signatureKey = self.key
         signature.subgraphIndex = len(self.file.model.subgraphs) - 1
@@ -171,7 +171,7 @@ def _named(name, index):
 
 
 def fully_connected(weight, batch=-1, name="weight", input_name="x"):
-    """A file with one FULLY_CONNECTED op; the batch size is open unless it is given."""
+    """Return a file with one FULLY_CONNECTED op; the batch size is open unless it is given."""
     graph = File().graph()
     make = graph.dynamic if batch == -1 else graph.tensor
     x = make([abs(batch), weight.shape[-1]])
@@ -188,7 +188,7 @@ def fully_connected(weight, batch=-1, name="weight", input_name="x"):
 
 
 def convolution(op, weight, stride=1, same=True, shape=(1, 8, 8, None), pad=None, dtype=np.int32):
-    """A file with one convolution of this kind, after a PAD by ``pad`` where that is given."""
+    """Return a file with one convolution, after a PAD op if ``pad`` is given."""
     graph = File().graph()
     x = y = graph.dynamic((*shape[:3], shape[3] or weight.shape[-1]))
     if pad is not None:
@@ -198,7 +198,7 @@ def convolution(op, weight, stride=1, same=True, shape=(1, 8, 8, None), pad=None
 
 
 def sparse_values(shape, density, block=1, seed=0):
-    """Random float32 values of which ``density`` remain, in blocks along the last axis."""
+    """Return random float32 values with this density, in blocks along the last axis."""
     rng = np.random.default_rng(seed)
     values = rng.standard_normal(shape).astype(np.float32)
     kept = rng.random((*shape[:-1], shape[-1] // block)) < density
@@ -206,7 +206,7 @@ def sparse_values(shape, density, block=1, seed=0):
 
 
 def decode(sparsity, stored, shape):
-    """The dense values of a sparse tensor whose last axis alone is compressed, value by value."""
+    """Decode a sparse tensor whose last axis is compressed, value by value."""
     *outer, width = shape
     axes = sparsity.dimMetadata
     assert [axis.format for axis in axes[: len(shape)]] == [0] * len(outer) + [1]
@@ -230,7 +230,7 @@ def decode(sparsity, stored, shape):
 
 
 def run(content, x, resolver=AUTO, key=None):
-    """The first output of a file with one input, in the LiteRT interpreter."""
+    """Return the first output of a file with one input, run in the LiteRT interpreter."""
     interpreter = Interpreter(model_content=content, experimental_op_resolver_type=resolver)
     runner = interpreter.get_signature_runner(key)
     (name,) = runner.get_input_details()
@@ -238,7 +238,7 @@ def run(content, x, resolver=AUTO, key=None):
 
 
 def ops(model, graph=0):
-    """``(name, version)`` of every op of a graph, in order."""
+    """Return ``(name, version)`` of every op of a graph, in order."""
     names = {code: name for name, code in vars(schema.BuiltinOperator).items() if name.isupper()}
     codes = [model.operatorCodes[op.opcodeIndex] for op in model.subgraphs[graph].operators]
     return [(names[code.builtinCode], code.version) for code in codes]

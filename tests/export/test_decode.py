@@ -1,13 +1,13 @@
-"""What is read from a file, against values and encodings written by other code or by hand."""
+"""Decoding of constants, compared with values and encodings that other code or hands wrote."""
 
 import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 
 from keras_dst.export.decode import encoding, unpack
-from keras_dst.export.encode import Form, encode, pack, weights
+from keras_dst.export.encode import Format, encode, pack, weights
 from keras_dst.export.flatbuffer import read
-from keras_dst.export.inspection import ContentsReport, contents
+from keras_dst.export.inspection import InspectionReport, inspect_file
 from tests.backends import once
 
 from .graphs import File, convolution, fully_connected, sparse_values
@@ -23,7 +23,7 @@ def tensor(shape, sparsity):
 
 @pytest.mark.parametrize("shape", [(5, 48), (3, 2, 2, 32), (16,)], ids=str)
 @pytest.mark.parametrize(("block", "name"), [(1, "csr"), (4, "1x4"), (16, "1x16")])
-def test_what_is_packed_is_unpacked(shape, block, name):
+def test_unpack_inverts_pack(shape, block, name):
     values = sparse_values(shape, 0.3, block)
     sparsity, stored = pack(values, block)
     packed = tensor(shape, sparsity)
@@ -42,12 +42,12 @@ def axis(size=None, starts=None, columns=None):
     return made
 
 
-# The example of the schema: blocks of 2x2, walked by columns of blocks.
+# The example in the schema: 2x2 blocks, stored column by column.
 #   1 0 0 0      |  blocks (row, column): (0, 0) = 1 0 / 0 4,  (1, 1) = 2 3 / 0 5
 #   0 4 0 0      |
 #   0 0 2 3      |
 #   0 0 0 5      |
-def test_blocks_of_two_by_two_in_another_order():
+def test_2x2_blocks_in_column_order():
     sparsity = schema.SparsityParametersT()
     sparsity.traversalOrder, sparsity.blockMap = np.array([1, 0, 2, 3]), np.array([0, 1])
     sparsity.dimMetadata = [axis(2), axis(None, [0, 1, 2], [0, 1]), axis(2), axis(2)]
@@ -58,40 +58,40 @@ def test_blocks_of_two_by_two_in_another_order():
     np.testing.assert_array_equal(unpack(packed, stored), expected)
 
 
-def test_contents_of_a_dense_and_a_sparse_file():
+def test_constants_of_a_dense_and_a_sparse_file():
     values = sparse_values((16, 3, 3, 32), 0.25)
     dense = convolution("CONV_2D", values)
     (weight,) = weights(read(dense))
-    sparse = encode(dense, {weight.buffer: Form(1, unpack=True)})
-    for content, form in ((dense, "dense"), (sparse, "csr+densify")):
-        report = contents(content)
+    sparse = encode(dense, {weight.buffer: Format(1, unpack=True)})
+    for content, format in ((dense, "dense"), (sparse, "csr+densify")):
+        report = inspect_file(content)
         kernel, bias = report.constants
         assert (kernel.name, kernel.type, kernel.shape) == ("weight", "float32", (16, 3, 3, 32))
-        assert (kernel.encoding, bias.encoding) == (form, "dense")
+        assert (kernel.encoding, bias.encoding) == (format, "dense")
         assert kernel.sparsity == pytest.approx(1 - weight.density)
         assert (bias.bytes, bias.shape, bias.sparsity) == (64, (16,), 0)
         assert (report.bytes, report.gzip_bytes < report.bytes) == (len(content), True)
-    # 4 bytes a value and 1 a column, and 2 for where each of 144 rows begins.
+    # 4 bytes per value, 1 per column index, and 2 for the start of each of 144 rows.
     stored = np.count_nonzero(values)
-    assert contents(sparse).constants[0].bytes == 5 * stored + 2 * (16 * 9 + 1)
-    assert contents(dense).constants[0].bytes == values.nbytes
+    assert inspect_file(sparse).constants[0].bytes == 5 * stored + 2 * (16 * 9 + 1)
+    assert inspect_file(dense).constants[0].bytes == values.nbytes
 
 
-def test_contents_of_other_types():
+def test_constants_of_other_types():
     graph = File().graph()
     x = graph.dynamic([1, 4])
     graph.constant(np.array([[0, 5]], np.int64), "int64")
     text = graph.constant(np.frombuffer(b"hello", np.int8), "text")
     graph.graph.tensors[text].type = schema.TensorType.STRING
-    report = contents(graph.finish({"x": x}, {"y": x}).content())
+    report = inspect_file(graph.finish({"x": x}, {"y": x}).content())
     found = [(row.name, row.type, row.bytes, row.sparsity) for row in report.constants]
     assert found == [("int64", "int64", 16, 0.5), ("text", "string", 5, None)]
-    assert isinstance(report, ContentsReport)
+    assert isinstance(report, InspectionReport)
     assert str(report).splitlines()[3].split("|")[-2].strip() == "?"
 
 
-def test_the_table():
-    lines = str(contents(fully_connected(sparse_values((8, 16), 0.5)))).splitlines()
+def test_the_printed_table():
+    lines = str(inspect_file(fully_connected(sparse_values((8, 16), 0.5)))).splitlines()
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     assert cells[:5] == ["weight", "float32", "8x16", "dense", "512"]
     assert lines[-1].endswith("with gzip")

@@ -1,10 +1,10 @@
-"""The flatbuffer pass: what is written decodes to the weights, runs, and touches nothing else."""
+"""Encoding of weights: files decode to the same weights, run, and are otherwise unchanged."""
 
 import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 
-from keras_dst.export.encode import Form, encode, pack, weights
+from keras_dst.export.encode import Format, encode, pack, weights
 from keras_dst.export.flatbuffer import read
 from tests.backends import once
 
@@ -13,21 +13,21 @@ from .graphs import AUTO, BUILTIN, convolution, decode, fully_connected, ops, ru
 
 pytestmark = once
 
-CSR, BLOCKS = Form(1, False), Form(4, False)
-CSR_DENSIFY, BLOCKS_DENSIFY = Form(1, True), Form(4, True)
+CSR, BLOCKS = Format(1, False), Format(4, False)
+CSR_DENSIFY, BLOCKS_DENSIFY = Format(1, True), Format(4, True)
 
 
-def encode_all(content, form):
-    return encode(content, {weight.buffer: form for weight in weights(read(content))})
+def encode_all(content, format):
+    return encode(content, {weight.buffer: format for weight in weights(read(content))})
 
 
 def stored(model, graph=0):
-    """Every sparse tensor of a graph, with its stored values."""
+    """Return the sparse tensors of a graph, each with its stored values."""
     tensors = [tensor for tensor in model.subgraphs[graph].tensors if tensor.sparsity is not None]
     return [(tensor, model.buffers[tensor.buffer].data.view(np.float32)) for tensor in tensors]
 
 
-# A 3x8 weight, 1x4 pattern: rows keep blocks [1], [], [0, 1], so 3 blocks start at 0, 1, 1.
+# A 3x8 weight in 1x4 blocks. The rows keep blocks [1], [] and [0, 1], so they start at 0, 1 and 1.
 #   row 0:  0 0 0 0 | 1 2 0 4
 #   row 1:  0 0 0 0 | 0 0 0 0
 #   row 2:  5 6 7 8 | 9 0 0 0
@@ -36,7 +36,7 @@ GOLDEN = np.array(
 )
 
 
-def test_golden_blocks():
+def test_blocks_of_a_small_weight():
     sparsity, values = pack(GOLDEN, 4)
     compressed = sparsity.dimMetadata[1]
     assert compressed.arraySegments.values.tolist() == [0, 1, 1, 3]
@@ -44,7 +44,7 @@ def test_golden_blocks():
     assert values.tolist() == [1, 2, 0, 4, 5, 6, 7, 8, 9, 0, 0, 0]
 
 
-def test_golden_csr():
+def test_csr_of_a_small_weight():
     sparsity, values = pack(GOLDEN, 1)
     compressed = sparsity.dimMetadata[1]
     assert compressed.arraySegments.values.tolist() == [0, 3, 3, 8]
@@ -55,7 +55,7 @@ def test_golden_csr():
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
 @pytest.mark.parametrize("block", [1, 4])
 @pytest.mark.parametrize("shape", [(7, 12), (1, 4), (5, 3, 3, 8), (1, 3, 3, 16), (2, 3, 20)])
-def test_decodes_exactly(shape, block, density):
+def test_encoded_weights_decode_exactly(shape, block, density):
     values = sparse_values(shape, density, block)
     sparsity, kept = pack(values, block)
     np.testing.assert_array_equal(decode(sparsity, kept, shape), values)
@@ -70,7 +70,7 @@ def test_decodes_exactly(shape, block, density):
         ((2, 70_000), 0.001, schema.Uint8VectorT, schema.Int32VectorT),
     ],
 )
-def test_index_vectors_are_as_narrow_as_they_can_be(shape, density, segments, indices):
+def test_index_vectors_use_the_narrowest_type(shape, density, segments, indices):
     values = sparse_values(shape, density)
     values[0, -1] = 1
     sparsity, kept = pack(values, 1)
@@ -80,22 +80,22 @@ def test_index_vectors_are_as_narrow_as_they_can_be(shape, density, segments, in
     np.testing.assert_array_equal(decode(sparsity, kept, shape), values)
 
 
-def test_nan_is_not_a_zero():
+def test_nan_is_kept():
     values = np.array([[0, np.nan, 0, 1]], np.float32)
     np.testing.assert_array_equal(decode(*pack(values, 1), values.shape), values)
 
 
-def test_a_width_that_blocks_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match=r"multiple of the block, 4. Received: 302"):
+def test_a_block_size_that_does_not_divide_the_width_is_refused():
+    with pytest.raises(ValueError, match=r"multiple of the block size 4. Received: 302"):
         pack(np.ones((2, 302), np.float32), 4)
 
 
 @pytest.mark.parametrize("resolver", [AUTO, BUILTIN])
-@pytest.mark.parametrize("form", [CSR, BLOCKS, CSR_DENSIFY, BLOCKS_DENSIFY], ids=str)
+@pytest.mark.parametrize("format", [CSR, BLOCKS, CSR_DENSIFY, BLOCKS_DENSIFY], ids=str)
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.6])
-def test_fully_connected_runs(form, density, resolver):
-    weight = sparse_values((12, 64), density, form.block)
-    content = encode_all(fully_connected(weight), form)
+def test_fully_connected_computes_the_same(format, density, resolver):
+    weight = sparse_values((12, 64), density, format.block)
+    content = encode_all(fully_connected(weight), format)
     ((tensor, kept),) = stored(read(content))
     np.testing.assert_array_equal(decode(tensor.sparsity, kept, weight.shape), weight)
     for batch in (1, 4):
@@ -103,14 +103,14 @@ def test_fully_connected_runs(form, density, resolver):
         np.testing.assert_allclose(run(content, x, resolver), x @ weight.T, atol=1e-5)
 
 
-def test_direct_fully_connected_is_version_8():
-    """With version 12, which the converter writes, XNNPACK reads compressed bytes as dense."""
+def test_fully_connected_with_a_sparse_weight_has_version_8():
+    """In version 12, which the converter writes, XNNPACK reads a sparse weight as dense."""
     content = encode_all(fully_connected(sparse_values((8, 16), 0.2)), CSR)
     assert ops(read(content)) == [("FULLY_CONNECTED", 8)]
 
 
 @pytest.mark.parametrize("resolver", [AUTO, BUILTIN])
-@pytest.mark.parametrize("form", [CSR_DENSIFY, BLOCKS_DENSIFY], ids=str)
+@pytest.mark.parametrize("format", [CSR_DENSIFY, BLOCKS_DENSIFY], ids=str)
 @pytest.mark.parametrize(
     ("op", "shape"),
     [
@@ -119,10 +119,10 @@ def test_direct_fully_connected_is_version_8():
         ("TRANSPOSE_CONV", (6, 3, 3, 8)),
     ],
 )
-def test_convolutions_run(op, shape, form, resolver):
-    weight = sparse_values(shape, 0.2, form.block)
+def test_convolutions_compute_the_same(op, shape, format, resolver):
+    weight = sparse_values(shape, 0.2, format.block)
     dense = convolution(op, weight)
-    content = encode_all(dense, form)
+    content = encode_all(dense, format)
     assert [name for name, _ in ops(read(content))] == ["DENSIFY", op]
     ((tensor, kept),) = stored(read(content))
     np.testing.assert_array_equal(decode(tensor.sparsity, kept, weight.shape), weight)
@@ -133,13 +133,15 @@ def test_convolutions_run(op, shape, form, resolver):
 
 
 @pytest.mark.parametrize("op", ["CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV"])
-def test_a_sparse_constant_never_goes_straight_into_a_convolution(op):
+def test_a_convolution_cannot_read_a_sparse_weight_directly(op):
     content = convolution(op, sparse_values((1, 3, 3, 8), 0.2))
-    with pytest.raises(ValueError, match=f"Received: input 1 of {op}. Use a form that is unpacked"):
+    with pytest.raises(
+        ValueError, match=f"Received: input 1 of {op}. Fix: use a format with unpack=True"
+    ):
         encode_all(content, CSR)
 
 
-def test_a_sparse_constant_is_only_ever_the_weight():
+def test_only_the_weight_can_be_sparse():
     graph = graphs.File().graph()
     x = graph.constant(sparse_values((4, 8), 0.2))
     weight = graph.tensor([6, 8])
@@ -150,7 +152,7 @@ def test_a_sparse_constant_is_only_ever_the_weight():
 
 
 def shared_weight_graph(file, key, weight, buffer=None):
-    """Two FULLY_CONNECTED ops, one after the other, over one square weight."""
+    """Add a graph in which two consecutive FULLY_CONNECTED ops share a square weight."""
     graph = file.graph(key)
     x = graph.dynamic([1, weight.shape[0]])
     shared = graph.constant(weight, buffer=buffer)
@@ -166,10 +168,10 @@ def shared_weight_graph(file, key, weight, buffer=None):
     return graph.graph.tensors[shared].buffer
 
 
-@pytest.mark.parametrize("form", [CSR, BLOCKS_DENSIFY], ids=str)
-def test_shared_by_ops_graphs_and_tensors(form):
-    """One buffer under two tensors in two graphs, each read twice, is stored and unpacked once."""
-    weight = sparse_values((32, 32), 0.2, form.block)
+@pytest.mark.parametrize("format", [CSR, BLOCKS_DENSIFY], ids=str)
+def test_a_weight_shared_by_ops_graphs_and_tensors(format):
+    """Two graphs have tensors of one buffer. Each graph unpacks it once."""
+    weight = sparse_values((32, 32), 0.2, format.block)
     file = graphs.File()
     buffer = shared_weight_graph(file, "one", weight)
     shared_weight_graph(file, "two", weight, buffer)
@@ -177,13 +179,13 @@ def test_shared_by_ops_graphs_and_tensors(form):
     (found,) = weights(read(dense))
     assert (found.buffer, len(found.tensors), len(found.readers)) == (buffer, 2, 4)
 
-    content = encode(dense, {buffer: form})
+    content = encode(dense, {buffer: format})
     assert len(content) < len(dense)
     model = read(content)
     x = np.random.default_rng(1).standard_normal((3, 32)).astype(np.float32)
     for index, key in enumerate(["one", "two"]):
         names = [name for name, _ in ops(model, index)]
-        assert names.count("DENSIFY") == form.unpack
+        assert names.count("DENSIFY") == format.unpack
         ((tensor, kept),) = stored(model, index)
         np.testing.assert_array_equal(decode(tensor.sparsity, kept, weight.shape), weight)
         for resolver in (AUTO, BUILTIN):
@@ -191,7 +193,7 @@ def test_shared_by_ops_graphs_and_tensors(form):
             np.testing.assert_allclose(result, x @ weight.T @ weight.T, atol=1e-4)
 
 
-def test_everything_else_stays():
+def test_other_parts_of_the_file_do_not_change():
     graph = graphs.File().graph()
     x = graph.dynamic([1, 8])
     first = graph.constant(sparse_values((16, 8), 0.1), "first")
@@ -220,15 +222,15 @@ def test_everything_else_stays():
     assert ops(after) == [("FULLY_CONNECTED", 8), ("FULLY_CONNECTED", 1)]
 
 
-@pytest.mark.parametrize("form", [CSR, CSR_DENSIFY], ids=str)
-def test_no_buffer_is_left_without_a_reader(form):
-    model = read(encode_all(fully_connected(sparse_values((8, 16), 0.2)), form))
+@pytest.mark.parametrize("format", [CSR, CSR_DENSIFY], ids=str)
+def test_every_buffer_is_read(format):
+    model = read(encode_all(fully_connected(sparse_values((8, 16), 0.2)), format))
     read_by = {tensor.buffer for graph in model.subgraphs for tensor in graph.tensors}
     read_by |= {note.buffer for note in model.metadata}
     assert read_by == set(range(len(model.buffers)))
 
 
-def test_buffers_start_where_a_kernel_may_load_16_bytes():
+def test_buffers_are_aligned_to_16_bytes():
     content = encode_all(fully_connected(sparse_values((5, 16), 0.3)), CSR)
     file = np.frombuffer(content, np.uint8)
     root = schema.Model.GetRootAs(file, 0)
@@ -247,7 +249,7 @@ def test_weights_lists_constants_with_their_readers():
     assert weights(read(encode_all(content, CSR))) == []
 
 
-def test_weights_behind_the_flatbuffer_are_refused():
+def test_weights_after_the_flatbuffer_are_refused():
     file = graphs.File()
     file.model.buffers[1].offset = 4096
     with pytest.raises(ValueError, match="below 2 GB"):

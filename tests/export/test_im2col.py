@@ -1,4 +1,4 @@
-"""CONV_2D as FULLY_CONNECTED: the same outputs as a convolution by plain NumPy."""
+"""CONV_2D lowered to FULLY_CONNECTED, compared with a convolution in plain NumPy."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from ai_edge_litert import schema_py_generated as schema
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_dst.export.encode import Form, encode, weights
+from keras_dst.export.encode import Format, encode, weights
 from keras_dst.export.flatbuffer import read
 from tests.backends import once
 
@@ -27,11 +27,11 @@ def net(weight, sizes, stride, same, dilation, activation=0):
 
 def lowered(content, block):
     (weight,) = weights(read(content))
-    return encode(content, {weight.buffer: Form(block, unpack=False, im2col=True)})
+    return encode(content, {weight.buffer: Format(block, unpack=False, im2col=True)})
 
 
 def convolved(x, weight, stride, same, dilation):
-    """By one product for each output pixel, with the bias that the graphs have."""
+    """Convolve with one product per output pixel, and add the bias that the test graphs have."""
     filters, rows, columns, _ = weight.shape
     reach = [(size - 1) * dilation + 1 for size in (rows, columns)]
     if same:
@@ -57,7 +57,7 @@ def convolved(x, weight, stride, same, dilation):
     st.sampled_from([1, 4]),
     st.integers(1, 3),
 )
-def test_computes_the_convolution(sizes, kernel, steps, same, block, batch):
+def test_im2col_computes_the_convolution(sizes, kernel, steps, same, block, batch):
     stride, dilation = steps
     weight = sparse_values((6, *kernel, 4), 0.3, block)
     content = lowered(net(weight, sizes, stride, same, dilation), block)
@@ -67,7 +67,7 @@ def test_computes_the_convolution(sizes, kernel, steps, same, block, batch):
         np.testing.assert_allclose(run(content, x, resolver), expected, atol=1e-4)
 
 
-def test_the_activation_stays():
+def test_the_activation_is_kept():
     dense = net(sparse_values((6, 3, 3, 8), 0.5) * 3, (6, 6), 1, True, 1, RELU6)
     x = np.random.default_rng(0).standard_normal((2, 6, 6, 8)).astype(np.float32)
     found = run(lowered(dense, 4), x)
@@ -78,7 +78,7 @@ def test_the_activation_stays():
 @pytest.mark.parametrize(
     ("kernel", "stride", "same", "slices"), [(1, 1, True, 0), (1, 2, True, 1), (3, 1, False, 9)]
 )
-def test_no_more_ops_than_needed(kernel, stride, same, slices):
+def test_the_number_of_ops(kernel, stride, same, slices):
     content = lowered(net(sparse_values((4, kernel, kernel, 8), 0.2), (8, 8), stride, same, 1), 4)
     names = [name for name, _ in ops(read(content))]
     assert names == ["STRIDED_SLICE"] * slices + ["CONCATENATION"] * (slices > 1) + [
@@ -87,15 +87,15 @@ def test_no_more_ops_than_needed(kernel, stride, same, slices):
     assert ops(read(content))[-1] == ("FULLY_CONNECTED", 8)
 
 
-def test_constants_are_made_once():
-    """Two convolutions over maps of one size have the same bounds."""
+def test_equal_constants_are_shared():
+    """Two convolutions on inputs of the same size use the same slice bounds."""
     graph = File().graph()
     x = y = graph.dynamic([1, 8, 8, 8])
     for seed in (0, 1):
         weight = sparse_values((8, 3, 3, 8), 0.2, seed=seed)
         y = graph.convolve("CONV_2D", y, weight)
     dense = graph.finish({"x": x}, {"y": y}).content()
-    form = Form(1, unpack=False, im2col=True)
-    model = read(encode(dense, {weight.buffer: form for weight in weights(read(dense))}))
+    format = Format(1, unpack=False, im2col=True)
+    model = read(encode(dense, {weight.buffer: format for weight in weights(read(dense))}))
     integers = [t for t in model.subgraphs[0].tensors if t.type == schema.TensorType.INT32]
     assert len(integers) == 1 + 9 + 9 + 1  # paddings, begins, ends, steps

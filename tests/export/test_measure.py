@@ -1,4 +1,4 @@
-"""Timing of files: what is reported, never how fast."""
+"""Measurements of files: the reported figures and their meaning, but not their size."""
 
 import json
 import pathlib
@@ -31,12 +31,21 @@ def test_bench(paths):
     assert (first.name, second.name, first.ratio) == ("a.tflite", "b.tflite", 1.0)
     assert second.ratio == second.latency / first.latency
     assert first.bytes == paths[0].stat().st_size
-    assert min(first.latency, first.load, first.spread + 1e-12) > 0
+    assert first.latency > 0
+    assert first.load > 0
     assert json.loads(json.dumps(report.to_dict()))["runs"] == 7
-    assert str(report).splitlines()[-1] == "7 runs of each file in turn, 2 thread(s)"
+    assert str(report).splitlines()[-1] == "7 runs of each file, interleaved, 2 thread(s)"
 
 
-def test_bench_of_one_file_and_of_integers(tmp_path):
+def test_latency_is_the_median_and_spread_the_interquartile_range(paths, monkeypatch):
+    seconds = [[9.0, 9.0], *([float(n), 2.0 * n] for n in (5, 1, 4, 2, 3))]
+    monkeypatch.setattr(measure, "_rounds", lambda interpreters: iter(seconds))
+    first, second = bench(paths, runs=5, warmup=1).files
+    assert (first.latency, first.spread) == (3.0, 2.0)
+    assert (second.latency, second.spread, second.ratio) == (6.0, 4.0, 2.0)
+
+
+def test_bench_of_a_single_file_on_integers(tmp_path):
     graph = File().graph()
     x = graph.tensor([2, 3], "int32")
     graph.finish({"x": x}, {"y": graph.unary("ABS", x)})
@@ -46,12 +55,12 @@ def test_bench_of_one_file_and_of_integers(tmp_path):
     assert (file.ratio, file.spread) == (1.0, 0.0)
 
 
-def test_an_open_batch_has_the_size_asked_for(monkeypatch):
+def test_an_open_batch_gets_the_requested_size(monkeypatch):
     contents = [
         fully_connected(sparse_values((32, 64), 1.0)),
         fully_connected(np.eye(64, dtype="f")),
     ]
-    interpreters = measure._loaded(contents, threads=1, batch=5)
+    interpreters = measure._load_all(contents, threads=1, batch=5)
     shapes = [interpreter.get_input_details()[0]["shape"] for _, interpreter in interpreters]
     assert [shape.tolist() for shape in shapes] == [[5, 64], [5, 64]]
     assert len(latencies(contents, batch=5)) == 2
@@ -64,34 +73,35 @@ def test_peak_memory_grows_with_the_file():
     assert peak_memory(small, batch=4, threads=2) > 0
 
 
-@pytest.mark.parametrize("wrong", [{"threads": 0}, {"runs": 0}, {"warmup": -1}])
+@pytest.mark.parametrize("wrong", [{"threads": 0}, {"runs": 0}, {"warmup": -1}, {"runs": True}])
 def test_wrong_numbers(paths, wrong):
-    with pytest.raises(ValueError, match="Expected one path or more"):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"{name} must be a whole number"):
         bench(paths, **wrong)
 
 
-def test_no_file_and_a_damaged_one(paths):
-    with pytest.raises(ValueError, match="Expected one path or more"):
+def test_bench_without_files_or_with_a_damaged_file(paths):
+    with pytest.raises(ValueError, match="Expected at least one path"):
         bench([])
     paths[1].write_bytes(paths[1].read_bytes()[:90])
     with pytest.raises(ValueError, match="damaged"):
         bench(paths)
 
 
-def test_the_files_take_turns(paths, monkeypatch):
-    turns = []
+def test_runs_of_files_are_interleaved(paths, monkeypatch):
+    order = []
 
-    class Noted:
+    class FakeInterpreter:
         def __init__(self, model_content, num_threads):
-            self.name = len(turns)
+            self.name = len(order)
 
         allocate_tensors = get_input_details = lambda self: []
 
         def invoke(self):
-            turns.append(id(self))
+            order.append(id(self))
 
-    monkeypatch.setattr("keras_dst.export.measure.Interpreter", Noted)
+    monkeypatch.setattr("keras_dst.export.measure.Interpreter", FakeInterpreter)
     bench(paths, runs=3, warmup=1)
-    assert len(set(turns)) == 2
-    first, second = turns[0], turns[2]
-    assert turns == [first, first, second, second] * 4  # in each turn, one that is not timed
+    assert len(set(order)) == 2
+    first, second = order[0], order[2]
+    assert order == [first, first, second, second] * 4  # the first of two runs is not timed

@@ -1,4 +1,4 @@
-"""Files where XNNPACK has its sparse kernels, with AVX hidden and on ARM: the same outputs."""
+"""Files run on CPUs with XNNPACK's sparse kernels: with hidden AVX, and on an emulated ARM."""
 
 import functools
 
@@ -6,16 +6,27 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 
-from keras_dst.export.choose import UNSAFE, Goal, choose
-from keras_dst.export.cost import CPUS, Modelled
-from keras_dst.export.encode import Form, encode, weights
+from keras_dst.export.encode import Format, encode, weights
 from keras_dst.export.flatbuffer import read
+from keras_dst.export.latency_model import CPUS, LatencyModel
+from keras_dst.export.selection import UNSAFE, Objective, select_formats
 from tests import arm64, no_avx
 from tests.backends import once
 
 from .graphs import BUILTIN, convolution, fully_connected, run, sparse_values
 from .test_int8 import integers
-from .test_nchw import BODY, ENDS, ENTRIES, MIDDLES, entry, mean, network, pointwise, pool, unpacked
+from .test_sparse_inference import (
+    BODY,
+    ENDS,
+    ENTRIES,
+    MIDDLES,
+    entry,
+    mean,
+    network,
+    pointwise,
+    pool,
+    unpacked,
+)
 
 pytestmark = once
 
@@ -29,38 +40,43 @@ for path in pathlib.Path(sys.argv[1]).glob("*.tflite"):
             runner = Interpreter(str(path), experimental_op_resolver_type=resolver)
             runner = runner.get_signature_runner()
             (output,) = runner(x=np.load(path.with_suffix(".npy"))).values()
-        except RuntimeError:  # refused
+        except RuntimeError:  # the runtime refused the file
             output = np.array(np.nan)
         np.save(path.with_suffix(f".{resolver.name}.npy"), output)
 """
 RESOLVERS = ("AUTO", "BUILTIN_WITHOUT_DEFAULT_DELEGATES")
 
 
-def formed(content, form):
-    return encode(content, {weight.buffer: form for weight in weights(read(content))})
+def encoded(content, format):
+    return encode(content, {weight.buffer: format for weight in weights(read(content))})
 
 
 CUT_BODY = (pointwise, pool("MAX_POOL_2D"), pointwise, mean)
 CUT = network(entry, *CUT_BODY)
-ARM = Goal("latency", (Modelled(CPUS["arm"]),))
+ARM = Objective("latency", (LatencyModel(CPUS["arm"]),))
 FC = fully_connected(sparse_values((24, 64), 0.3, block=16))
 CONV = convolution("CONV_2D", sparse_values((16, 3, 3, 16), 0.2, block=4))
 FC_INTEGERS = sparse_values((24, 304), 0.1, block=16)
 CONV_INTEGERS = sparse_values((16, 3, 3, 32), 0.1, block=4)
 WRITTEN = {
-    "moved as a whole": choose(network(*BODY, pointwise, mean), ARM).content,
-    "moved in part": choose(CUT, ARM).content,
-    "im2col": formed(CONV, Form(4, unpack=False, im2col=True)),
-    "blocks": formed(FC, Form(4, unpack=False)),
-    "blocks of int8": formed(FC, Form(16, unpack=False, int8=True)),
-    "int8": formed(CONV, Form(1, unpack=True, int8=True)),
-    "widest blocks of int8": formed(
-        fully_connected(sparse_values((4, 4080), 1.0, block=16)), Form(16, unpack=False, int8=True)
+    "region without obstacle": select_formats(network(*BODY, pointwise, mean), ARM).content,
+    "region with an obstacle": select_formats(CUT, ARM).content,
+    "im2col": encoded(CONV, Format(4, unpack=False, im2col=True)),
+    "blocks": encoded(FC, Format(4, unpack=False)),
+    "blocks of int8": encoded(FC, Format(16, unpack=False, int8=True)),
+    "int8": encoded(CONV, Format(1, unpack=True, int8=True)),
+    "widest blocks of int8": encoded(
+        fully_connected(sparse_values((4, 4080), 1.0, block=16)),
+        Format(16, unpack=False, int8=True),
     ),
-    "integers, blocks": choose(integers("FULLY_CONNECTED", FC_INTEGERS), Goal("size")).content,
-    "integers, unpacked": choose(integers("CONV_2D", CONV_INTEGERS), Goal("size")).content,
+    "integers, blocks": select_formats(
+        integers("FULLY_CONNECTED", FC_INTEGERS), Objective("size")
+    ).content,
+    "integers, unpacked": select_formats(
+        integers("CONV_2D", CONV_INTEGERS), Objective("size")
+    ).content,
 }
-#: What XNNPACK does with a file where DENSIFY is in front of every sparse weight.
+#: Files with a DENSIFY op for every sparse weight, and the expected verdict.
 RULES = {
     f"{kind}: {name}": (unpacked(network(*BODY, *before, *steps, *after)), verdict)
     for kind, cases, before, after in (
@@ -78,7 +94,7 @@ FILES = WRITTEN | {name: content for name, (content, _) in RULES.items()}
 
 @pytest.fixture(scope="module", params=[no_avx, arm64], ids=["AVX hidden", "ARM emulated"])
 def outputs(request, tmp_path_factory):
-    """The outputs of every file here, and on a CPU with sparse kernels on both resolvers."""
+    """Return the outputs of every file on this CPU, and with both resolvers on the other CPU."""
     cpu = request.param
     if cpu.obstacle():
         pytest.skip(cpu.obstacle())
@@ -107,11 +123,11 @@ def error(found, expected):
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_the_same(outputs, name):
+def test_exported_files_compute_the_same(outputs, name):
     expected, *found = outputs[name]
     assert {values.shape for values in found} == {expected.shape}
     integers = expected.dtype == np.int8
-    allowed = 1 if integers else 1e-4 * np.abs(expected).max()  # kernels differ in rounding
+    allowed = 1 if integers else 1e-4 * np.abs(expected).max()  # kernels round differently
     for values in found:
         np.testing.assert_allclose(values.astype(float), expected, rtol=0, atol=allowed)
 
@@ -119,12 +135,12 @@ def test_the_same(outputs, name):
 @pytest.mark.parametrize(
     ("name", "verdict"), [(name, verdict) for name, (_, verdict) in RULES.items()]
 )
-def test_the_rules(outputs, name, verdict):
-    """What is called wrong is wrong; were it right, the guard would prove nothing."""
+def test_verdicts_are_true(outputs, name, verdict):
+    """A network that is called wrong does compute wrong results on this CPU."""
     expected, delegated, builtin = outputs[name]
     assert error(builtin, expected) < 1e-4
     assert (verdict == "wrong") == (not error(delegated, expected) < 1e-4)
 
 
-def test_the_guard():
-    assert UNSAFE in {choice.reason for choice in choose(CUT, ARM).choices}
+def test_an_unsafe_network_is_exported_without_densify():
+    assert UNSAFE in {choice.reason for choice in select_formats(CUT, ARM).choices}

@@ -1,7 +1,8 @@
-"""An estimate of the latency of a ``.tflite`` file, where it cannot be measured.
+"""Estimate the latency of a ``.tflite`` file on a CPU that is not at hand.
 
-Constants are nanoseconds on one thread, rounded from runs of single ops on a CPU of 2023; those for
-CPUs without AVX with AVX hidden, in place of an ARM. Overheads and copies are guesses.
+The constants are nanoseconds on one thread, rounded from runs of single ops on an x86 CPU of 2023.
+The constants for CPUs without AVX come from the same CPU with AVX hidden, as a proxy for ARM. The
+constants for overheads and copies are guesses.
 """
 
 from __future__ import annotations
@@ -14,29 +15,29 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from keras_dst.export import sparse_inference
-from keras_dst.export.decode import encoding, origins, shape, type_name, values
+from keras_dst.export.decode import constant_sources, encoding, shape, type_name, values
 from keras_dst.export.encode import WEIGHT_OPS, WEIGHT_SLOT
 from keras_dst.export.flatbuffer import indices, op_name, read, stored
 
 _COPIES = frozenset({"PAD", "STRIDED_SLICE", "CONCATENATION"})
 _AT_LOAD = frozenset({"DENSIFY", "DEQUANTIZE"})
-_RUN, _OP = 1000, 100  # nanoseconds that a run takes, and an op, whatever their sizes
+_RUN, _OP = 1000, 100  # fixed nanoseconds of each inference, and of each op
 _NANO = 1e-9
 
 
 @dataclass(frozen=True)
 class Cpu:
-    """What the kernels of a CPU take, in nanoseconds.
+    """The speed of the kernels of a CPU, in nanoseconds.
 
     Attributes:
-        vector: dense FULLY_CONNECTED of one row, for each weight.
-        matrix: dense ops on many rows, for each multiplication.
-        direct: FULLY_CONNECTED on a sparse weight, for each stored value and row, by encoding:
-            of one row, and of many.
-        row: the same, for each row of the weight and of the input.
-        copy: for each value that a PAD, STRIDED_SLICE or CONCATENATION writes.
-        sparse: a convolution in XNNPACK's sparse form, for each multiplication by a nonzero; None
-            where that does not exist.
+        vector: nanoseconds per weight of a dense FULLY_CONNECTED op on one row.
+        matrix: nanoseconds per multiplication of a dense op on many rows.
+        direct: nanoseconds per stored value and row of FULLY_CONNECTED with a sparse weight. One
+            pair for each encoding: for one row, and for many rows.
+        row: nanoseconds per row of the weight and row of the input, in addition to ``direct``.
+        copy: nanoseconds per value that a PAD, STRIDED_SLICE or CONCATENATION op writes.
+        sparse: nanoseconds per multiplication by a nonzero weight in XNNPACK's sparse convolution.
+            None if the CPU does not use that kernel.
     """
 
     vector: float
@@ -68,25 +69,30 @@ CPUS = {
 
 
 def this_cpu() -> str:
-    """The name of the CPU that is like this one."""
+    """Return the key of `CPUS` that describes this machine."""
     return "x86" if platform.machine().lower() in ("x86_64", "amd64") else "arm"
 
 
 @dataclass(frozen=True)
-class Modelled:
-    """A clock of a CPU: gives the estimated seconds of files, at a batch size."""
+class LatencyModel:
+    """A function that estimates the seconds of one inference of each file on a CPU.
+
+    Attributes:
+        cpu: the CPU.
+        batch: batch size for files with an open batch size. Defaults to 1.
+    """
 
     cpu: Cpu
     batch: int = 1
 
-    def __call__(self, contents: Sequence[bytes]) -> list[float]:
-        return [self._seconds(read(content)) for content in contents]
+    def __call__(self, files: Sequence[bytes]) -> list[float]:
+        return [self._seconds(read(content)) for content in files]
 
     def _seconds(self, model: schema.ModelT) -> float:
         total = float(_RUN)
         for graph in model.subgraphs:
-            sparse = self._computed_sparse(model, graph)
-            unpacked = origins(model, graph)
+            sparse = self._sparse_ops(model, graph)
+            unpacked = constant_sources(model, graph)
             for op in graph.operators:
                 kind = op_name(model, op)
                 if kind in _AT_LOAD or not indices(op.outputs):
@@ -115,12 +121,13 @@ class Modelled:
         product = entries * max(one, many * rows)
         return product + cpu.row * shape(tensor)[0] * rows
 
-    def _computed_sparse(self, model, graph) -> set[int]:
-        """The ops that XNNPACK computes in its sparse form."""
+    def _sparse_ops(self, model, graph) -> set[int]:
+        """Return the ids of the ops that XNNPACK runs with sparse kernels."""
         if self.cpu.sparse is None or not sparse_inference.is_hinted(model, graph):
             return set()
-        part = sparse_inference.moved(sparse_inference.read_nodes(model, graph), graph)
-        return set() if part.wrong else {id(node.op) for node in part.nodes if node.weights}
+        nodes = sparse_inference.read_nodes(model, graph)
+        region = sparse_inference.sparse_region(nodes, graph)
+        return set() if region.wrong else {id(node.op) for node in region.nodes if node.weights}
 
     def _size(self, tensor: schema.TensorT) -> float:
         signature = tensor.shapeSignature

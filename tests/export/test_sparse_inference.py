@@ -1,13 +1,13 @@
-"""The part of a graph that XNNPACK moves to NCHW, as seen on a CPU whose AVX was hidden."""
+"""The region that XNNPACK runs in NCHW layout, as observed on a CPU with hidden AVX."""
 
 import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 
 from keras_dst.export import sparse_inference
-from keras_dst.export.choose import UNSAFE, Goal, choose
-from keras_dst.export.encode import Form, encode, weights
+from keras_dst.export.encode import Format, encode, weights
 from keras_dst.export.flatbuffer import read
+from keras_dst.export.selection import UNSAFE, Objective, select_formats
 from tests.backends import once
 
 from .graphs import AUTO, File, run, sparse_values
@@ -58,7 +58,7 @@ def unary(kind, options=None):
 
 
 def binary(kind, options, other):
-    """``other`` makes the second operand, from the graph and the first one."""
+    """Return a step with two operands; ``other`` makes the second from the graph and the first."""
 
     def add(graph, x):
         y = other(graph, x)
@@ -104,7 +104,7 @@ def reshaped(*shape):
 
 
 def gated(*squeeze):
-    """Squeeze and excitation: the maps times what these steps make of them."""
+    """Return a squeeze-and-excitation step: feature maps times the result of these steps."""
 
     def add(graph, x):
         y = x
@@ -116,7 +116,7 @@ def gated(*squeeze):
 
 
 def network(*steps, size=16, channels=3, also=()):
-    """A file with these steps in a row, of which each adds ops; ``also`` are outputs as well."""
+    """Return a file of consecutive steps; the steps numbered in ``also`` are outputs, too."""
     graph = File().graph()
     x = y = graph.tensor([1, size, size, channels])
     found = []
@@ -130,18 +130,18 @@ def network(*steps, size=16, channels=3, also=()):
 
 
 def unpacked(content):
-    """The file with a DENSIFY op before each sparse weight."""
+    """Return the file with a DENSIFY op for each sparse weight."""
     sparse = [weight for weight in weights(read(content)) if weight.density < 0.5]
-    return encode(content, {weight.buffer: Form(1, unpack=True) for weight in sparse})
+    return encode(content, {weight.buffer: Format(1, unpack=True) for weight in sparse})
 
 
 def verdict(content):
     model = read(unpacked(content))
     (graph,) = model.subgraphs
     assert sparse_inference.is_hinted(model, graph)
-    part = sparse_inference.moved(sparse_inference.read_nodes(model, graph), graph)
-    assert sparse_inference.is_wrong(model) == bool(part.wrong)
-    return "wrong" if part.wrong else "on" if part.nodes else "off"
+    region = sparse_inference.sparse_region(sparse_inference.read_nodes(model, graph), graph)
+    assert sparse_inference.is_wrong(model) == bool(region.wrong)
+    return "wrong" if region.wrong else "on" if region.nodes else "off"
 
 
 def squared(kind, options):
@@ -156,7 +156,7 @@ BODY = (entry, depthwise(), pointwise)
 SQUEEZE = (pointwise, unary("LOGISTIC"))
 ADD, MUL = schema.AddOptionsT, schema.MulOptionsT
 
-# All of it was seen in LiteRT 2.3, run as if the CPU had no AVX.
+# Each result was observed with LiteRT 2.3 on a CPU with hidden AVX.
 MIDDLES = {
     "nothing": ([], "on"),
     "activations": ([unary("RELU"), unary("HARD_SWISH"), unary("LOGISTIC"), unary("SIN")], "on"),
@@ -205,28 +205,28 @@ ENTRIES = {
 
 
 @pytest.mark.parametrize(("steps", "expected"), MIDDLES.values(), ids=MIDDLES)
-def test_in_the_middle(steps, expected):
+def test_ops_in_the_middle(steps, expected):
     assert verdict(network(*BODY, *steps, pointwise, mean)) == expected
 
 
 @pytest.mark.parametrize(("steps", "expected"), ENDS.values(), ids=ENDS)
-def test_at_the_end(steps, expected):
+def test_ops_at_the_end(steps, expected):
     assert verdict(network(*BODY, pointwise, *steps)) == expected
 
 
 @pytest.mark.parametrize("changes", ENTRIES.values(), ids=ENTRIES)
 @pytest.mark.parametrize("middle", [[], [pool("MAX_POOL_2D")]], ids=["whole", "cut"])
-def test_without_an_entry_nothing_is_moved(changes, middle):
+def test_no_region_without_an_entry(changes, middle):
     begin = [lambda graph, x: entry(graph, x, **changes), pointwise]
     assert verdict(network(*begin, *middle, pointwise, mean)) == "off"
 
 
-def test_four_channels_are_no_entry():
+def test_four_channels_are_not_an_entry():
     assert verdict(network(*BODY, mean, channels=4)) == "off"
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
-def test_widths_of_both_types(dtype):
+def test_paddings_of_both_integer_types(dtype):
     def begin(graph, x):
         weight = sparse_values((32, 3, 3, 3), 1.0)
         return graph.convolve("CONV_2D", graph.pad(x, BY_ONE, dtype), weight, 2, same=False)
@@ -235,28 +235,28 @@ def test_widths_of_both_types(dtype):
 
 
 @pytest.mark.parametrize(("density", "expected"), [(0.30, "on"), (0.37, "off")])
-def test_two_thirds_of_zeros(density, expected):
+def test_the_limit_of_two_thirds_zeros(density, expected):
     thin = [lambda graph, x: pointwise(graph, x, density)] * 2
     assert verdict(network(entry, *thin, mean)) == expected
 
 
-def test_fully_connected_counts_where_it_is_moved():
+def test_zeros_of_fully_connected_count_inside_the_region():
     for density, expected in ((0.1, "on"), (1.0, "off")):
         end = [mean, lambda graph, x, density=density: dense(graph, x, density)]
         assert verdict(network(*BODY, *end)) == expected
 
 
-def test_maps_that_are_handed_out():
+def test_feature_maps_that_are_also_an_output():
     assert verdict(network(*BODY, pointwise, mean, also=[2])) == "wrong"
 
 
-def test_without_densify_nothing_is_moved():
+def test_no_region_without_densify():
     content = network(*BODY, pool("MAX_POOL_2D"), pointwise, mean)
     assert not sparse_inference.is_wrong(read(content))
     assert sparse_inference.is_wrong(read(unpacked(content)))
 
 
-def test_int8_weights_behind_dequantize_count():
+def test_zeros_of_int8_weights_before_dequantize_count():
     def quantized(graph, x):
         weight = (20 * sparse_values((32, 1, 1, 32), 0.2)).astype(np.int8)
         packed = graph.quantized(graph.sparse(weight))
@@ -269,34 +269,34 @@ def test_int8_weights_behind_dequantize_count():
 
 
 @pytest.mark.parametrize(
-    ("middle", "forms"),
+    ("middle", "formats"),
     [([], {"csr+densify"}), ([pool("MAX_POOL_2D")], set())],
     ids=["whole", "cut"],
 )
-def test_the_export_unpacks_only_what_is_right(middle, forms):
-    choices = choose(network(*BODY, *middle, pointwise, mean)).choices
-    assert {str(choice.form) for choice in choices if choice.form} == forms
+def test_the_export_uses_densify_only_if_it_is_safe(middle, formats):
+    choices = select_formats(network(*BODY, *middle, pointwise, mean)).choices
+    assert {str(choice.format) for choice in choices if choice.format} == formats
     reasons = {choice.reason for choice in choices if choice.weight.density < 0.5}
-    assert reasons == ({""} if forms else {UNSAFE})
-    assert all("no smaller" in c.reason for c in choices if c.weight.density > 0.5)
+    assert reasons == ({""} if formats else {UNSAFE})
+    assert all("which is not less" in c.reason for c in choices if c.weight.density > 0.5)
 
 
 @pytest.mark.parametrize("optimize", ["latency", "balanced"])
-def test_a_layer_read_directly_does_not_cut_a_part_unseen(optimize):
-    """Stored sparse, FULLY_CONNECTED over maps is no longer moved with what is before it."""
+def test_a_layer_read_directly_does_not_split_the_region(optimize):
+    """FULLY_CONNECTED on feature maps leaves the region if it reads a sparse weight directly."""
     content = network(*BODY, dense, pointwise, mean)
     assert verdict(content) == "on"
-    plan = choose(content, Goal(optimize))
+    plan = select_formats(content, Objective(optimize))
     assert verdict(plan.content) == "on"
-    forms = {choice.weight.op: str(choice.form) for choice in plan.choices}
-    assert forms == {
+    formats = {choice.weight.op: str(choice.format) for choice in plan.choices}
+    assert formats == {
         "CONV_2D": "csr+densify",
         "DEPTHWISE_CONV_2D": "None",
         "FULLY_CONNECTED": "csr+densify",
     }
 
 
-def test_ops_that_read_nothing_or_have_no_options():
+def test_ops_without_inputs_or_options():
     graph = File().graph()
     x = graph.tensor([1, 64])
     graph.op("VAR_HANDLE", [], [], schema.VarHandleOptionsT())
@@ -317,7 +317,7 @@ def test_ops_that_read_nothing_or_have_no_options():
     ],
     ids=["one", "open"],
 )
-def test_a_size_that_is_open_is_not_one(signature, role):
+def test_an_open_size_is_not_1(signature, role):
     graph = File().graph()
     x = graph.tensor([1, 1, 1, 32])
     graph.graph.tensors[x].shapeSignature = np.array(signature, np.int32)

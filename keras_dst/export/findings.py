@@ -1,0 +1,65 @@
+"""The results of `lint`: findings and the report that lists them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One problem of a model or file, with the change that fixes it.
+
+    Attributes:
+        level: ``"error"`` if results are wrong, or a runtime refuses the file, on some CPU.
+            ``"advice"`` if the file is larger or slower than necessary.
+        rule: name of the rule.
+        where: name of the op or tensor.
+        found: description of the problem and of its effect.
+        fix: the change to make.
+    """
+
+    level: Literal["error", "advice"]
+    rule: str
+    where: str
+    found: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.level}: {self.where}: {self.found} [{self.rule}]\n  Fix: {self.fix}"
+
+
+@dataclass(frozen=True)
+class LintReport:
+    """The findings of `lint` in one file or model. `str()` lists them, errors first.
+
+    Attributes:
+        name: name of the file or of the model.
+        sparse_inference: True if XNNPACK uses its sparse kernels on CPUs without AVX.
+        reason: why XNNPACK does not use them, or for how many ops it does.
+        findings: errors, then advice.
+
+    Example:
+        >>> print(keras_dst.lint("model.tflite"))
+    """
+
+    name: str
+    sparse_inference: bool
+    reason: str
+    findings: list[Finding]
+
+    @property
+    def errors(self) -> list[Finding]:
+        """The findings of level ``"error"``."""
+        return [finding for finding in self.findings if finding.level == "error"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain values, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        answer = "yes" if self.sparse_inference else "no"
+        advice = len(self.findings) - len(self.errors)
+        lines = [f"{self.name}: errors: {len(self.errors)}, advice: {advice}"]
+        lines.append(f"Sparse inference by XNNPACK on ARM: {answer}, {self.reason}.")
+        return "\n".join(lines + [str(finding) for finding in self.findings])

@@ -1,0 +1,448 @@
+"""The inputs of a model, and sample data for them in every form that `model.predict` takes."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_dst import _keras
+
+#: Number of samples on which a file is compared with the model.
+MAX_SAMPLES = 32
+#: Number of samples that are read from a data set or generator to calibrate int8 ranges.
+MAX_CALIBRATION_SAMPLES = 1000
+#: Batch size of the comparison if the model leaves its batch size open.
+BATCH = 4
+#: Size of other open axes in random samples.
+OPEN_SIZE = 32
+
+_ACCEPTED = (
+    "an array, a list or dict of arrays, a tf.data.Dataset, a torch DataLoader, a "
+    "keras.utils.PyDataset, or a generator of batches"
+)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of a model.
+
+    Attributes:
+        name: name of the input in the file.
+        shape: shape with the batch size first; None for open sizes.
+        dtype: name of the type.
+        optional: whether the model accepts None for this input. Defaults to False.
+        present: whether the file has this input. Defaults to True.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+    optional: bool = False
+    present: bool = True
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The inputs of a model, and the nested structure of their positions."""
+
+    specs: list[InputSpec]
+    structure: Any
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Arrays for all inputs of a model.
+
+    Attributes:
+        arrays: one array for each input, with samples along the first axis. None for an optional
+            input that is absent.
+        structure: the nested structure in which the model takes its inputs.
+    """
+
+    arrays: list[np.ndarray | None]
+    structure: Any
+
+    def __len__(self) -> int:
+        return min(len(array) for array in self.arrays if array is not None)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> Samples:
+        return replace(self, arrays=[None if a is None else a[rows] for a in self.arrays])
+
+    def packed(self) -> Any:
+        """Return the arrays in the nested structure in which the model takes them."""
+        return keras.tree.pack_sequence_as(self.structure, self.arrays)
+
+
+def symbolic_inputs(model: keras.Model) -> Any:
+    """Return the symbolic inputs of a model in its nested structure; None for subclassed models."""
+    if not hasattr(model, "inputs"):
+        return None
+    return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
+
+
+def signature_of(model: keras.Model, samples: Samples | None = None) -> Signature:
+    """Return the inputs that the file of a model has.
+
+    Args:
+        model: a built Keras 3 model.
+        samples: sample data. Optional inputs that are None there are left out of the file. The
+            inputs of a subclassed model are described by the samples, if there are any.
+
+    Raises:
+        ValueError: a subclassed model does not record its inputs, and there are no samples.
+    """
+    specs, structure = _declared_specs(model), symbolic_inputs(model)
+    if specs is None:
+        if samples is None:
+            return Signature([_built_spec(model)], 0)
+        specs, structure = _specs_of_samples(samples), samples.structure
+    elif samples is not None:
+        specs = [
+            replace(spec, present=array is not None)
+            for spec, array in zip(specs, samples.arrays, strict=True)
+        ]
+    return Signature(specs, keras.tree.pack_sequence_as(structure, list(range(len(specs)))))
+
+
+def _declared_specs(model: keras.Model) -> list[InputSpec] | None:
+    if symbolic_inputs(model) is None:
+        return None
+    if isinstance(model, keras.Sequential):
+        (tensor,) = model.inputs
+        batch = tensor.shape[0] if _keeps_batch_size(model) else None
+        return [InputSpec(_safe(tensor.name), (batch, *tensor.shape[1:]), tensor.dtype)]
+    # A copy of a model keeps the names of its Input layers, but not the names of the tensors.
+    layers = [_keras.operation_of(tensor) for tensor in model.inputs]
+    names = [_safe(layer.name) for layer in layers]
+    if len(set(names)) < len(names):
+        names = [f"{name}_{place}" for place, name in enumerate(names)]
+    optional = [getattr(layer, "optional", False) for layer in layers]
+    return [
+        InputSpec(name, tuple(tensor.shape), tensor.dtype, can_be_none)
+        for name, tensor, can_be_none in zip(names, model.inputs, optional, strict=True)
+    ]
+
+
+def _safe(name: str) -> str:
+    """Return a name as TensorFlow writes it into a signature."""
+    return re.sub(r"\W", "_", name)
+
+
+def _keeps_batch_size(model: keras.Sequential) -> bool:
+    """Return whether the recorded batch size of a Sequential model is part of the model.
+
+    Keras also records a batch size if a model without an Input is built from data. Recurrent layers
+    need a fixed batch size if they are stateful or not unrolled.
+    """
+    layers = _keras.flatten_layers(model)
+    recurrent = [layer for layer in layers if isinstance(layer, keras.layers.RNN)]
+    needed = any(layer.stateful or not layer.unroll for layer in recurrent)
+    return needed or _keras.declares_input(model)
+
+
+def _specs_of_samples(samples: Samples) -> list[InputSpec]:
+    names = ["args_0", *(f"args_0_{number}" for number in range(1, len(samples.arrays)))]
+    return [
+        InputSpec(name, (None, *array.shape[1:]), _dtype_in_file(array.dtype))
+        for name, array in zip(names, samples.arrays)
+        if array is not None
+    ]
+
+
+def _dtype_in_file(dtype: np.dtype) -> str:
+    if dtype.kind in "US":
+        return "string"
+    return keras.config.floatx() if dtype.kind == "f" else dtype.name
+
+
+def _built_spec(model: keras.Model) -> InputSpec:
+    shapes = list((_keras.build_shapes(model) or {}).values())
+    sizes = shapes[0] if len(shapes) == 1 else None
+    if not (sizes and all(size is None or isinstance(size, int) for size in sizes)):
+        raise ValueError(
+            f"Expected inputs= for {model.name!r}, a subclassed model that does not record how it "
+            "is called. Received: none. Fix: pass inputs= as for model.predict."
+        )
+    return InputSpec("args_0", (None, *sizes[1:]), keras.config.floatx())
+
+
+# -- reading data --------------------------------------------------------------------------------
+
+
+def read_samples(
+    model: keras.Model, data: Any, argument: str, limit: int | None = None, streamed: int = 0
+) -> Samples:
+    """Return the inputs in ``data`` as arrays, after checking that they fit the model.
+
+    Args:
+        model: a built Keras 3 model.
+        data: inputs as for `model.predict`. Labels in the batches of a data set are ignored.
+        argument: name of the argument that holds the data, for messages.
+        limit: largest number of samples to return. Defaults to None: all.
+        streamed: largest number of samples to read from a data set or generator. Defaults to 0:
+            the limit.
+
+    Raises:
+        ValueError: the data has another form, or does not fit the inputs of the model.
+    """
+    if not _is_stream(data):
+        return _enough(model, _match(model, data, argument), argument)[:limit]
+    limit = streamed or limit
+    found: list[Samples] = []
+    for batch in _batches(data, argument, endless=limit is not None):
+        inputs, _ = _split(batch, _count(model), argument)
+        found.append(_match(model, inputs, argument))
+        if limit is not None and sum(map(len, found)) >= limit:
+            break
+    return _enough(model, _joined(found, argument), argument)[:limit]
+
+
+def _enough(model: keras.Model, samples: Samples, argument: str) -> Samples:
+    """Return the samples, or raise ValueError if they do not fill a batch of the model."""
+    least = max((spec.shape[0] or 1 for spec in _declared_specs(model) or []), default=1)
+    if len(samples) < least:
+        raise ValueError(
+            f"Expected at least {least} samples in {argument}, to fill a batch of the model. "
+            f"Received: {len(samples)} samples."
+        )
+    return samples
+
+
+def read_labeled(model: keras.Model, data: Any) -> tuple[Samples, np.ndarray]:
+    """Return the inputs and the labels in ``evaluate=``, a pair or a data set of pairs.
+
+    Raises:
+        ValueError: the data has another form, or does not fit the inputs of the model.
+    """
+    if not _is_stream(data):
+        if not isinstance(data, tuple | list) or len(data) != 2:
+            raise ValueError(
+                "Expected evaluate=(x, y), a data set of batches (x, y), or a function of predict. "
+                f"Received: {type(data).__name__}."
+            )
+        inputs, labels = data
+        if _is_stream(inputs):
+            raise ValueError(
+                "Expected arrays in evaluate=(x, y). "
+                f"Received: {type(inputs).__name__} as x. Fix: pass the data set alone, with "
+                "batches (x, y)."
+            )
+        samples, targets = _match(model, inputs, "evaluate"), _label_array(labels)
+    else:
+        found, read = [], []
+        for batch in _batches(data, "evaluate", endless=False):
+            inputs, labels = _split(batch, _count(model), "evaluate")
+            found.append(_match(model, inputs, "evaluate"))
+            read.append(_label_array(labels))
+        samples = _joined(found, "evaluate")
+        targets = np.concatenate(read)
+    if len(samples) != len(targets):
+        raise ValueError(
+            "Expected one label for each sample in evaluate. "
+            f"Received: {len(samples)} samples and {len(targets)} labels."
+        )
+    return samples, targets
+
+
+def random_samples(signature: Signature) -> Samples:
+    """Return seeded random samples: standard normal floats, and zeros and ones for integers."""
+    rng = np.random.default_rng(0)
+
+    def array(spec: InputSpec) -> np.ndarray:
+        batch, *sizes = spec.shape
+        shape = [batch or BATCH, *(size or OPEN_SIZE for size in sizes)]
+        if spec.dtype == "string":
+            raise ValueError(
+                f"Expected inputs= for a model on strings (input {spec.name!r}). Received: none, "
+                "and random strings would not be in its vocabulary. Fix: pass inputs= with an "
+                f"array of strings of shape {_shape_text(spec.shape)}."
+            )
+        if "float" in spec.dtype:
+            return rng.standard_normal(shape).astype(keras.config.floatx())
+        if spec.dtype.startswith("complex"):
+            return rng.standard_normal(shape).astype(spec.dtype)
+        return rng.integers(0, 2, shape).astype(spec.dtype)
+
+    return Samples([array(spec) for spec in signature.specs], signature.structure)
+
+
+def _is_stream(data: Any) -> bool:
+    """Return whether ``data`` yields batches, instead of being an array or nested arrays."""
+    if isinstance(data, keras.utils.PyDataset):
+        return True
+    if isinstance(data, str | bytes | list | tuple | dict) or _is_array(data):
+        return False
+    return hasattr(data, "__iter__")
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "shape") or hasattr(value, "__array__")
+
+
+def _batches(data: Any, argument: str, endless: bool) -> Iterator[Any]:
+    """Yield the batches of a data set; raise if it is endless and that is not allowed."""
+    if isinstance(data, keras.utils.PyDataset):
+        infinite = data.num_batches is None
+    else:
+        infinite = hasattr(data, "cardinality") and int(data.cardinality()) == -1
+    if infinite and not endless:
+        raise ValueError(
+            f"Expected a finite data set in {argument}. Received: {type(data).__name__} without "
+            "an end. Fix: end it, for example with dataset.take(100)."
+        )
+    if isinstance(data, keras.utils.PyDataset):
+        numbers = itertools.count() if infinite else range(data.num_batches)
+        return (data[number] for number in numbers)
+    return iter(data)
+
+
+def _count(model: keras.Model) -> int | None:
+    specs = _declared_specs(model)
+    return None if specs is None else len(specs)
+
+
+def _split(batch: Any, count: int | None, argument: str) -> tuple[Any, Any]:
+    """Return the inputs and labels of a batch: x, (x,), (x, y), (x, y, sample_weight).
+
+    A sequence with one array for each of several inputs is read as the inputs, as TensorFlow's
+    converter does it. Sample weights are ignored, as the metrics of Keras ignore them.
+    """
+    if not isinstance(batch, tuple | list):
+        return batch, None
+    if count and count > 1 and len(batch) == count != len(keras.tree.flatten(batch[0])):
+        return batch, None
+    if len(batch) not in (1, 2, 3):
+        raise ValueError(
+            f"Expected batches x, (x, y) or (x, y, sample_weight) in {argument}. "
+            f"Received: a {type(batch).__name__} of {len(batch)} entries."
+        )
+    return batch[0], batch[1] if len(batch) > 1 else None
+
+
+def _joined(found: list[Samples], argument: str) -> Samples:
+    if not found:
+        raise ValueError(
+            f"Expected at least one batch in {argument}. Received: no batch. Fix: pass a new "
+            "generator, if this one was read before."
+        )
+    arrays = [
+        None if parts[0] is None else np.concatenate(parts)
+        for parts in zip(*(samples.arrays for samples in found), strict=True)
+    ]
+    return replace(found[0], arrays=arrays)
+
+
+def _match(model: keras.Model, inputs: Any, argument: str) -> Samples:
+    """Return arrays in the order of the model's inputs, after checking that they fit."""
+    specs, structure = _declared_specs(model), symbolic_inputs(model)
+    arrays: list[np.ndarray | None]
+    if specs is None:
+        arrays = [_array(value, argument) for value in keras.tree.flatten(inputs)]
+        samples = Samples(arrays, inputs)
+    else:
+        values = _values_in_order(inputs, specs, structure)
+        names = [spec.name for spec in specs]
+        if len(values) != len(specs):
+            raise ValueError(
+                f"Expected input arrays for {names} in {argument}. Received: {len(values)} arrays."
+            )
+        arrays = [_fitted(x, spec, argument) for x, spec in zip(values, specs, strict=True)]
+        samples = Samples(arrays, structure)
+    counts = [len(array) for array in arrays if array is not None]
+    if len(set(counts)) != 1:
+        raise ValueError(
+            f"Expected input arrays with one number of samples in {argument}. "
+            f"Received: arrays of {counts} samples."
+        )
+    return samples
+
+
+def _values_in_order(inputs: Any, specs: list[InputSpec], structure: Any) -> list:
+    """Return values by position; dicts may use the model's own keys or the names of its inputs."""
+    if isinstance(inputs, dict):
+        keys = [spec.name for spec in specs]
+        if isinstance(structure, dict) and len(structure) == len(specs):
+            own = keras.tree.flatten({key: key for key in structure})
+            keys = own if set(own) & set(inputs) else keys
+        required = {key for key, spec in zip(keys, specs) if not spec.optional}
+        if required <= set(inputs) and set(keys) & set(inputs):
+            return [inputs.get(key) for key in keys]
+    return keras.tree.flatten(inputs)
+
+
+def _fitted(value: Any, spec: InputSpec, argument: str) -> np.ndarray | None:
+    """Return the array for one input, with the rank that Keras would give it."""
+    if value is None and spec.optional:
+        return None
+    array = _array(value, argument)
+    if array.ndim == len(spec.shape) - 1 and spec.shape[-1] == 1:
+        array = array[..., None]
+    elif array.ndim == len(spec.shape) + 1 and array.shape[-1] == 1:
+        array = array[..., 0]
+    sizes = zip(array.shape[1:], spec.shape[1:])
+    if array.ndim != len(spec.shape) or any(b not in (None, a) for a, b in sizes):
+        fix = ""
+        if array.shape == spec.shape[1:]:
+            fix = " Fix: add a batch axis, for example with dataset.batch(32) or x[None]."
+        raise ValueError(
+            f"Expected {argument} of shape {_shape_text(spec.shape)} for the input {spec.name!r}. "
+            f"Received: an array of shape {array.shape}.{fix}"
+        )
+    if (array.dtype.kind in "USO") != (spec.dtype == "string"):
+        raise ValueError(
+            f"Expected {argument} of type {spec.dtype} for the input {spec.name!r}. "
+            f"Received: an array of type {array.dtype}."
+        )
+    return array
+
+
+def _shape_text(shape: tuple[int | None, ...]) -> str:
+    sizes = ["batch" if shape[0] is None else str(shape[0]), *map(str, shape[1:])]
+    return f"({', '.join(sizes)})"
+
+
+def _label_array(labels: Any) -> np.ndarray:
+    values = keras.tree.flatten(labels)
+    if len(values) != 1 or values[0] is None:
+        raise ValueError(
+            "Expected one array of labels for each batch in evaluate. "
+            f"Received: {'none' if labels is None else f'{len(values)} arrays'}. "
+            "Fix: pass evaluate=lambda predict: ..., a function that returns the metric."
+        )
+    return _array(values[0], "evaluate")
+
+
+def _array(value: Any, argument: str) -> np.ndarray:
+    """Return a dense NumPy array of an array or tensor of any library."""
+    if hasattr(value, "detach"):  # torch
+        value = value.detach().cpu()
+        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+    for method in ("toarray", "todense", "to_dense"):  # sparse arrays of SciPy, JAX and torch
+        if hasattr(value, method):
+            value = getattr(value, method)()
+    if hasattr(value, "dense_shape"):  # a sparse tensor of TensorFlow
+        value = _dense(value)
+    array = np.asarray(value) if _is_array(value) else np.empty((), object)
+    if array.dtype == object and array.size and all(isinstance(x, str) for x in array.flat):
+        array = array.astype(str)
+    if array.dtype == object and array.size and all(isinstance(x, bytes) for x in array.flat):
+        array = array.astype(bytes)
+    if array.ndim == 0 or array.dtype == object:
+        raise ValueError(
+            f"Expected {argument} as for model.predict: {_ACCEPTED}, with samples along the first "
+            f"axis. Received: {type(value).__name__}."
+        )
+    return array
+
+
+def _dense(tensor: Any) -> np.ndarray:
+    values = np.asarray(tensor.values)
+    dense = np.zeros(np.asarray(tensor.dense_shape), values.dtype)
+    dense[tuple(np.asarray(tensor.indices).T)] = values
+    return dense

@@ -1,0 +1,303 @@
+"""Select the storage format of every weight of a model.
+
+Rules decide which formats the runtime reads correctly; measured or estimated latencies and the
+number of bytes decide among these formats. The rules follow the kernels of XNNPACK and LiteRT: only
+FULLY_CONNECTED reads a sparse weight directly. Every other op needs a dense weight, which DENSIFY
+unpacks when the file is loaded. CONV_2D can be lowered to FULLY_CONNECTED.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+from keras_dst.export import encode, flatbuffer, im2col, sparse_inference
+from keras_dst.export.encode import Format, Weight
+from keras_dst.export.latency_model import CPUS, LatencyModel
+
+#: A weight has a block pattern if its stored blocks have at least this fraction of nonzeros.
+MIN_BLOCK_DENSITY = 0.75
+#: Limits of the kernel for a sparse int8 weight and float inputs. It stores the position of a block
+#: of 16 inputs, and the number of blocks of an output, in one byte each. It is wrong beyond them.
+MAX_HYBRID_INPUTS, MAX_HYBRID_BLOCKS = 4096, 255
+#: Latencies, and sizes, that differ by less than this factor count as equal.
+SAME_LATENCY, SAME_SIZE = 1.05, 1.01
+
+#: The reason why a weight stays dense although DENSIFY would make it smaller.
+UNSAFE = "with DENSIFY, ARM CPUs would compute this model wrongly"
+
+#: A function that returns the seconds of one inference of every file.
+Timer = Callable[[Sequence[bytes]], list[float]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The storage format that was selected for one weight.
+
+    Attributes:
+        weight: the weight.
+        format: its format; None if it stays as it is.
+        bytes: bytes of the weight in this format.
+        reason: why the weight stays as it is; empty if its format changes.
+        latency_ratio: latency of the ops that read the weight, divided by their latency with the
+            dense weight. With several CPUs, the largest of their ratios. Defaults to 1.
+    """
+
+    weight: Weight
+    format: Format | None
+    bytes: int
+    reason: str = ""
+    latency_ratio: float = 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A choice for every weight of a file, in file order, and the resulting file."""
+
+    choices: list[Choice]
+    content: bytes
+
+    @property
+    def formats(self) -> dict[int, Format]:
+        """The formats of all changed weights, by buffer."""
+        return _formats(self.choices)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The criterion by which formats and files are selected.
+
+    Attributes:
+        optimize: ``"latency"`` selects the fastest option and, among equally fast options, the
+            smallest. ``"size"`` selects the smallest option and, among equally small options, the
+            fastest. ``"balanced"``, the default, selects the least product of bytes and latency
+            among the options that are not slower than dense.
+        timers: one function for each CPU that the file must be fast on. Defaults to a model of an
+            x86 CPU.
+        int8: whether weights may be quantized to 8 bits. Defaults to False.
+    """
+
+    optimize: str = "balanced"
+    timers: tuple[Timer, ...] = (LatencyModel(CPUS["x86"]),)
+    int8: bool = False
+
+    def best(self, sizes: Sequence[float], ratios: Sequence[float]) -> int:
+        """Return the index of the best option, given the bytes and latency ratio of each."""
+        options = range(len(sizes))
+        if self.optimize == "size":
+            small = [i for i in options if sizes[i] <= SAME_SIZE * min(sizes)]
+            return min(small, key=lambda i: (ratios[i], sizes[i]))
+        limit = min(ratios) if self.optimize == "latency" else 1.0
+        fast = [i for i in options if ratios[i] <= SAME_LATENCY * limit]
+        if self.optimize == "latency":
+            return min(fast, key=lambda i: (sizes[i], ratios[i]))
+        return min(fast, key=lambda i: sizes[i] * ratios[i])
+
+    def latency_ratios(self, files: Sequence[bytes]) -> list[float]:
+        """Return the latency of each file divided by that of the first, on the worst CPU."""
+        seconds = [timer(files) for timer in self.timers]
+        return [max(times[i] / times[0] for times in seconds) for i in range(len(files))]
+
+
+def select_formats(
+    content: bytes,
+    objective: Objective = Objective(),
+    progress: Callable[[str], None] = lambda line: None,
+) -> Plan:
+    """Return the best plan for a dense ``.tflite`` file.
+
+    First, the best format of every weight is selected by itself. Because ops can be faster or
+    slower inside the whole graph, the resulting file is then compared with three others. In the
+    first, ops read all weights directly. In the second, all weights are unpacked, and XNNPACK may
+    run sparse kernels. The third is the dense file.
+
+    Args:
+        content: bytes of the file, with float32 or int8 weights.
+        objective: the criterion of the selection. Defaults to `Objective()`.
+        progress: function that is called with a line of text for every weight.
+    """
+    model = flatbuffer.read(content)
+    weights = encode.weights(model)
+    options = []
+    for number, weight in enumerate(weights, start=1):
+        progress(f"weight {number} of {len(weights)}: {weight.name}")
+        options.append(_options(model, weight, objective))
+    encoder = _Encoder(content)
+    unpacked = [[c for c in row if _uses_dense_kernel(c.weight, c.format)] for row in options]
+    direct = [[c for c in row if c.format and not c.format.unpack] or row for row in options]
+    plans = [
+        encoder.plan(options, objective),
+        encoder.plan(direct, replace(objective, optimize="latency")),
+        encoder.plan(unpacked, replace(objective, optimize="size")),
+        Plan([row[0] for row in options], content),
+    ]
+    progress("whole files")
+    distinct = list(dict.fromkeys([content, *(plan.content for plan in plans)]))
+    ratio_of = dict(zip(distinct, objective.latency_ratios(distinct)))
+    ratios = [ratio_of[plan.content] for plan in plans]
+    ratios[2:] = [min(ratios[2], 1.0), 1.0]  # unpacked weights are dense during inference
+    return plans[objective.best([len(plan.content) for plan in plans], ratios)]
+
+
+class _Encoder:
+    """Makes plans for one file, and encodes the file once for each distinct set of formats."""
+
+    def __init__(self, content: bytes):
+        self.content = content
+        self.files: dict[frozenset, tuple[bytes, bool]] = {frozenset(): (content, False)}
+
+    def plan(self, options: list[list[Choice]], objective: Objective) -> Plan:
+        """Return the plan of the best options that every CPU computes correctly."""
+        choices = [_best(row, objective) for row in options]
+        content, wrong = self._encode(choices)
+        if wrong:
+            choices = [_best(_without_densify(row), objective) for row in options]
+            content, _ = self._encode(choices)
+        return Plan(choices, content)
+
+    def _encode(self, choices: list[Choice]) -> tuple[bytes, bool]:
+        """Return the file, and whether some CPU may compute it wrongly."""
+        formats = _formats(choices)
+        key = frozenset(formats.items())
+        if key not in self.files:
+            model = flatbuffer.read(self.content)
+            encode.apply(model, formats)
+            wrong = sparse_inference.is_wrong(model)
+            self.files[key] = flatbuffer.write(model), wrong
+        return self.files[key]
+
+
+def _best(options: list[Choice], objective: Objective) -> Choice:
+    sizes = [choice.bytes for choice in options]
+    return options[objective.best(sizes, [choice.latency_ratio for choice in options])]
+
+
+def _formats(choices: list[Choice]) -> dict[int, Format]:
+    return {choice.weight.buffer: choice.format for choice in choices if choice.format}
+
+
+def _uses_dense_kernel(weight: Weight, format: Format | None) -> bool:
+    """Return whether the ops run the same kernel as with the dense weight."""
+    other_kernel = weight.values.dtype == np.int8 and weight.op == "FULLY_CONNECTED"
+    return format is None or (format.unpack and not other_kernel)
+
+
+def _without_densify(options: list[Choice]) -> list[Choice]:
+    left = [c for c in options if not (c.format and c.format.unpack and c.format.block)]
+    if left == options:
+        return options
+    return [replace(choice, reason=choice.reason and UNSAFE) for choice in left]
+
+
+def _options(model: schema.ModelT, weight: Weight, objective: Objective) -> list[Choice]:
+    """Return the choice of staying dense, and a choice for every valid format that is smaller."""
+    bytes_dense = weight.values.nbytes
+    obstacle = _obstacle(weight)
+    if obstacle:
+        return [Choice(weight, None, bytes_dense, obstacle)]
+    piece = flatbuffer.extract_readers(model, weight.buffer)
+    dense = flatbuffer.write(piece)
+    formats = valid_formats(weight, piece, objective.int8)
+    if not formats:
+        return [Choice(weight, None, bytes_dense, "an int8 weight of an op on floats")]
+    files = {format: encode.encode(dense, {weight.buffer: format}) for format in formats}
+    sizes = {format: bytes_dense + len(file) - len(dense) for format, file in files.items()}
+    smaller = [format for format in formats if sizes[format] < bytes_dense]
+    if not smaller:
+        reason = f"{formats[0]} would take {sizes[formats[0]]:,} bytes, which is not less"
+        return [Choice(weight, None, bytes_dense, reason)]
+    direct = [format for format in smaller if not _uses_dense_kernel(weight, format)]
+    ratios = dict(zip(direct, _latency_ratios(dense, [files[f] for f in direct], objective)))
+    choices = [Choice(weight, f, sizes[f], "", ratios.get(f, 1.0)) for f in smaller]
+    return [Choice(weight, None, bytes_dense, "dense is the fastest"), *choices]
+
+
+def _latency_ratios(dense: bytes, files: list[bytes], objective: Objective) -> list[float]:
+    try:
+        return objective.latency_ratios([dense, *files])[1:] if files else []
+    except RuntimeError:  # the ops cannot run alone, for example on inputs of unknown rank
+        return [float("inf")] * len(files)
+
+
+def valid_formats(weight: Weight, piece: schema.ModelT, int8: bool) -> list[Format]:
+    """Return the formats in which the ops read a weight correctly on every CPU.
+
+    `sparse_inference.is_wrong` checks whether the whole graph is correct, too.
+
+    Args:
+        weight: a float32 or int8 weight.
+        piece: a model that contains only the ops that read the weight.
+        int8: whether the values may be quantized.
+    """
+    if weight.values.dtype == np.int8:
+        return _valid_formats_of_int8(weight, piece)
+    shape, kinds = weight.values.shape, {kind for kind, _ in weight.readers}
+    # XNNPACK takes over the DEQUANTIZE before a TRANSPOSE_CONV, but not that op: wrong results.
+    int8 = int8 and "TRANSPOSE_CONV" not in kinds and bool(np.isfinite(weight.values).all())
+    unpacked = _unpacked_formats(weight)
+    formats = unpacked + [replace(format, int8=True) for format in unpacked if int8]
+    formats += [Format(0, unpack=True, int8=True)] * int8
+    convolved = kinds == {"CONV_2D"}
+    if convolved and all(
+        im2col.is_applicable(graph, op, shape)
+        for graph in piece.subgraphs
+        for op in graph.operators
+    ):
+        inputs = shape[1] * shape[2] * shape[3]
+    elif kinds == {"FULLY_CONNECTED"}:
+        inputs = shape[1]
+    else:
+        return formats
+    blocks = [block for block in (1, 4) if inputs % block == 0]
+    formats += [Format(block, unpack=False, im2col=convolved) for block in blocks]
+    if int8 and _fits_hybrid_kernel(weight.values.reshape(-1, inputs)):
+        formats.append(Format(16, unpack=False, int8=True, im2col=convolved))
+    return formats
+
+
+def _fits_hybrid_kernel(values: np.ndarray) -> bool:
+    """Return whether the kernel for a sparse int8 weight and float inputs is correct on these."""
+    rows, inputs = values.shape
+    if inputs % 16 or inputs > MAX_HYBRID_INPUTS:
+        return False
+    stored = (values.reshape(rows, -1, 16) != 0).any(axis=-1).sum(axis=-1)
+    return bool(stored.max() <= MAX_HYBRID_BLOCKS)
+
+
+def _valid_formats_of_int8(weight: Weight, piece: schema.ModelT) -> list[Format]:
+    for graph in piece.subgraphs:
+        if any(graph.tensors[i].type != schema.TensorType.INT8 for i in graph.outputs):
+            return []
+    blocks = weight.op == "FULLY_CONNECTED" and weight.values.shape[1] % 16 == 0
+    return _unpacked_formats(weight) + [Format(16, unpack=False)] * blocks
+
+
+def _unpacked_formats(weight: Weight) -> list[Format]:
+    width = weight.values.shape[-1]
+    return [Format(block, unpack=True) for block in (1, 4) if width % block == 0]
+
+
+def _obstacle(weight: Weight) -> str:
+    """Return why a weight must keep its format; empty if its format can change."""
+    if weight.values.dtype == np.float16:
+        return "float16: only float32 and int8 weights can be stored sparse"
+    if len({tuple(tensor.shape) for tensor in weight.tensors}) > 1:
+        return "ops read it in several shapes"
+    for op, slot in weight.readers:
+        if op not in encode.WEIGHT_OPS or slot != encode.WEIGHT_SLOT:
+            return f"read by {op}, which accepts no sparse weight"
+        if op == "FULLY_CONNECTED" and weight.values.ndim != 2:
+            return f"FULLY_CONNECTED with a weight of rank {weight.values.ndim}, not 2"
+    return "" if weight.readers else "no op reads it"
+
+
+def has_blocks(values: np.ndarray, block: int) -> bool:
+    """Return whether the nonzeros form blocks of this size along the last axis."""
+    if values.shape[-1] % block:
+        return False
+    cells = values.reshape(-1, block) != 0
+    stored = np.count_nonzero(cells.any(axis=-1)) * block
+    return bool(stored) and bool(np.count_nonzero(cells) >= MIN_BLOCK_DENSITY * stored)

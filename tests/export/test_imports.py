@@ -1,0 +1,30 @@
+"""The modules of the export package import each other in one direction, also inside functions."""
+
+import ast
+import graphlib
+import pathlib
+
+import keras_dst
+
+ROOT = pathlib.Path(keras_dst.__file__).parent / "export"
+
+
+def imported_modules(path):
+    """Yield the modules of the package that a module imports, anywhere in its code."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "keras_dst.export":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            parent, _, name = node.module.rpartition(".")
+            if parent == "keras_dst.export":
+                yield name
+
+
+def test_no_import_circles():
+    imports = {
+        path.stem: set(imported_modules(path))
+        for path in ROOT.glob("*.py")
+        if path.stem != "__init__"
+    }
+    assert imports["lint"] >= {"rules", "findings"}
+    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError for a circle

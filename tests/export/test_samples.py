@@ -1,0 +1,228 @@
+"""Sample data in every form that `model.predict` takes, on every backend."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from keras_dst.export.samples import (
+    MAX_CALIBRATION_SAMPLES,
+    InputSpec,
+    Signature,
+    random_samples,
+    read_labeled,
+    read_samples,
+    signature_of,
+)
+
+X = np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32)
+Y = np.arange(20) % 3
+EXTRA = np.arange(40, dtype=np.float32).reshape(20, 2)
+
+
+def one_input():
+    x = keras.Input((8,), name="x")
+    return keras.Model(x, layers.Dense(3)(x))
+
+
+def two_inputs(optional=False):
+    x, extra = keras.Input((8,), name="x"), keras.Input((2,), name="extra", optional=optional)
+    return keras.Model([x, extra], layers.Dense(3)(x))
+
+
+class Batches(keras.utils.PyDataset):
+    """Batches of 8 samples, with labels."""
+
+    def __init__(self, length=3):
+        super().__init__()
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        return X[8 * index : 8 * index + 8], Y[8 * index : 8 * index + 8]
+
+
+def tf_dataset(*arrays):
+    tf = pytest.importorskip("tensorflow")
+    return tf.data.Dataset.from_tensor_slices(arrays if len(arrays) > 1 else arrays[0])
+
+
+def data_loader(*arrays):
+    torch = pytest.importorskip("torch")
+    dataset = torch.utils.data.TensorDataset(*map(torch.as_tensor, arrays))
+    return torch.utils.data.DataLoader(dataset, batch_size=8)
+
+
+def sparse_tensor():
+    tf = pytest.importorskip("tensorflow")
+    return tf.sparse.from_dense(X)
+
+
+ONE_INPUT = {
+    "array": lambda: X,
+    "float64": lambda: X.astype(np.float64),
+    "list": lambda: [X],
+    "dict": lambda: {"x": X},
+    "backend tensor": lambda: keras.ops.convert_to_tensor(X),
+    "sparse tensor": sparse_tensor,
+    "tf.data": lambda: tf_dataset(X).batch(8),
+    "tf.data with labels": lambda: tf_dataset(X, Y).batch(8),
+    "tf.data of dicts": lambda: tf_dataset(X).batch(8).map(lambda x: {"x": x}),
+    "DataLoader": lambda: data_loader(X),
+    "DataLoader with labels": lambda: data_loader(X, Y),
+    "PyDataset": Batches,
+    "generator": lambda: (X[i : i + 8] for i in (0, 8, 16)),
+    "generator of lists": lambda: ([X[i : i + 1]] for i in range(20)),
+    "generator with labels": lambda: ((X[i : i + 8], Y[i : i + 8]) for i in (0, 8, 16)),
+    "iterator of one batch": lambda: iter([X]),
+}
+
+
+@pytest.mark.parametrize("make", ONE_INPUT.values(), ids=ONE_INPUT)
+def test_every_form_for_one_input(make):
+    samples = read_samples(one_input(), make(), "inputs")
+    np.testing.assert_allclose(samples.arrays[0], X)
+    assert len(read_samples(one_input(), make(), "inputs", limit=5)) == 5
+
+
+TWO_INPUTS = {
+    "list": lambda: [X, EXTRA],
+    "tuple": lambda: (X, EXTRA),
+    "dict": lambda: {"extra": EXTRA, "x": X},
+    "tf.data": lambda: tf_dataset(X, EXTRA).batch(8).map(lambda x, extra: ((x, extra),)),
+    "tf.data of dicts": lambda: (
+        tf_dataset(X, EXTRA, Y).batch(8).map(lambda x, extra, y: ({"x": x, "extra": extra}, y))
+    ),
+    "generator": lambda: (((X[i : i + 8], EXTRA[i : i + 8]), Y[i : i + 8]) for i in (0, 8, 16)),
+    "generator of lists": lambda: ([X[i : i + 1], EXTRA[i : i + 1]] for i in range(20)),
+    "DataLoader": lambda: data_loader(X, EXTRA),
+}
+
+
+@pytest.mark.parametrize("make", TWO_INPUTS.values(), ids=TWO_INPUTS)
+def test_every_form_for_two_inputs(make):
+    samples = read_samples(two_inputs(), make(), "inputs")
+    np.testing.assert_array_equal(samples.arrays[0], X)
+    np.testing.assert_array_equal(samples.arrays[1], EXTRA)
+
+
+LABELED = {
+    "pair": lambda: (X, Y),
+    "tf.data": lambda: tf_dataset(X, Y).batch(8),
+    "DataLoader": lambda: data_loader(X, Y),
+    "PyDataset": Batches,
+    "generator with weights": lambda: ((X[i : i + 8], Y[i : i + 8], None) for i in (0, 8, 16)),
+}
+
+
+@pytest.mark.parametrize("make", LABELED.values(), ids=LABELED)
+def test_every_form_of_labeled_data(make):
+    samples, labels = read_labeled(one_input(), make())
+    np.testing.assert_array_equal(samples.arrays[0], X)
+    np.testing.assert_array_equal(labels, Y)
+
+
+def test_an_endless_data_set_is_read_up_to_the_limit():
+    model = one_input()
+    endless = (X for _ in itertools.count())
+    samples = read_samples(model, endless, "representative", streamed=MAX_CALIBRATION_SAMPLES)
+    assert len(samples) == MAX_CALIBRATION_SAMPLES
+    repeated = tf_dataset(X, Y).batch(8).repeat()
+    assert len(read_samples(model, repeated, "inputs", limit=32)) == 32
+    with pytest.raises(ValueError, match=r"finite data set in evaluate.*Fix: .*take"):
+        read_labeled(model, repeated)
+
+
+def test_missing_last_axes_are_added_as_keras_does():
+    x = keras.Input((1,), name="x")
+    model = keras.Model(x, layers.Dense(3)(x))
+    assert read_samples(model, X[:, 0], "inputs").arrays[0].shape == (20, 1)
+    assert read_samples(one_input(), X[..., None], "inputs").arrays[0].shape == (20, 8)
+
+
+def test_an_optional_input_may_be_none():
+    model = two_inputs(optional=True)
+    for inputs in ([X, None], {"x": X, "extra": None}, {"x": X}):
+        signature = signature_of(model, read_samples(model, inputs, "inputs"))
+        assert [spec.present for spec in signature.specs] == [True, False]
+    assert [spec.present for spec in signature_of(model).specs] == [True, True]
+    with pytest.raises(ValueError, match=r"Expected inputs as for model.predict"):
+        read_samples(two_inputs(), [X, None], "inputs")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (1.0, "as for model.predict.*Received: float"),
+        (object(), "as for model.predict.*Received: object"),
+        ("text", "as for model.predict.*Received: str"),
+        ([[1.0, 2.0]], r"Expected input arrays for \['x'\].*Received: 2 arrays"),
+        ([X, X], r"Expected input arrays for \['x'\].*Received: 2 arrays"),
+        (X[:, :7], r"shape \(batch, 8\) for the input 'x'. Received: an array of shape \(20, 7\)"),
+        (X[0], r"Received: an array of shape \(8,\). Fix: add a batch axis"),
+        (X.astype(str), "of type float32 for the input 'x'. Received: an array of type"),
+        (iter([]), "at least one batch in inputs. Received: no batch"),
+        (iter([(X, Y, Y, Y)]), "Received: a tuple of 4 entries"),
+        (X[:0], "at least 1 samples in inputs.*Received: 0 samples"),
+    ],
+)
+def test_data_that_does_not_fit(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        read_samples(one_input(), inputs, "inputs")
+
+
+def test_too_few_samples_for_a_fixed_batch():
+    x = keras.Input(batch_shape=(3, 8))
+    with pytest.raises(ValueError, match=r"at least 3 samples in inputs.*Received: 2 samples"):
+        read_samples(keras.Model(x, layers.Dense(3)(x)), X[:2], "inputs")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("x", r"Expected evaluate=\(x, y\).*Received: str"),
+        ((X, Y, Y), r"Expected evaluate=\(x, y\).*Received: tuple"),
+        ((X, Y[:5]), "Received: 20 samples and 5 labels"),
+        ((X, {"a": Y, "b": Y}), "Expected one array of labels.*Received: 2 arrays"),
+        (iter([X]), "Expected one array of labels.*Received: none"),
+        ((iter([X]), Y), "Expected arrays in evaluate.*Fix: pass the data set alone"),
+    ],
+)
+def test_labeled_data_that_does_not_fit(data, message):
+    with pytest.raises(ValueError, match=message):
+        read_labeled(one_input(), data)
+
+
+@pytest.mark.parametrize(
+    ("make", "batch"),
+    [
+        (lambda: [keras.Input(batch_shape=(2, 3)), layers.Dense(4)], 2),
+        (lambda: [keras.Input((3,)), layers.Dense(4)], None),
+        (lambda: [layers.Dense(4)], None),
+    ],
+    ids=["Input with a batch size", "Input", "built from data"],
+)
+def test_the_batch_size_of_a_sequential_model(make, batch):
+    model = keras.Sequential(make())
+    if not model.built:
+        model(np.ones((7, 3), np.float32))
+    assert signature_of(model).specs[0].shape == (batch, 3)
+
+
+@pytest.mark.parametrize("options", [{"stateful": True, "unroll": True}, {}])
+def test_recurrent_layers_keep_the_batch_size_after_loading(tmp_path, options):
+    sequence = keras.Input(batch_shape=(1, 6, 8))
+    model = keras.Sequential([sequence, layers.LSTM(4, **options), layers.Dense(3)])
+    model.save(tmp_path / "model.keras")
+    for found in (model, keras.saving.load_model(tmp_path / "model.keras")):
+        assert signature_of(found).specs[0].shape == (1, 6, 8)
+
+
+def test_random_samples_for_strings_ask_for_inputs():
+    signature = Signature([InputSpec("word", (None, 1), "string")], 0)
+    with pytest.raises(ValueError, match=r"Expected inputs= for a model on strings .*'word'"):
+        random_samples(signature)
