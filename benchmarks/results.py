@@ -47,6 +47,15 @@ def write_index(benchmark: str, lines: list[str]) -> None:
     print(path.read_text())
 
 
+def columns(cells_of: dict[str, dict[str, str]]) -> list[str]:
+    """Return the lines of a Markdown table from its columns, dicts from row names to cells."""
+    lines = [f"| | {' | '.join(cells_of)} |", "|---|" + "---|" * len(cells_of)]
+    for name in dict.fromkeys(name for cells in cells_of.values() for name in cells):
+        cells = [cells.get(name, "") for cells in cells_of.values()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def environment() -> dict:
     """Return the backend, the versions of the packages and the machine, for a stored run."""
     import keras

@@ -1,6 +1,5 @@
 """Hooks of MkDocs: formulas, tables from results/, and pages outside docs/."""
 
-import json
 import pathlib
 import posixpath
 import re
@@ -27,9 +26,6 @@ def on_page_markdown(markdown, page, config, files):
     markdown = re.sub(r"^```math\n(.*?)^```$", _display, markdown, flags=re.DOTALL | re.MULTILINE)
     markdown = _outside_code(markdown, lambda text: re.sub(r"\$([^$\n]+)\$", _inline, text))
     markdown = re.sub(r"^<!-- figures of (.+?) -->$", _figures, markdown, flags=re.MULTILINE)
-    for marker, table in (("step times", step_times), ("mask updates", mask_updates)):
-        if f"<!-- {marker} -->" in markdown:
-            markdown = markdown.replace(f"<!-- {marker} -->", table())
 
     def adapt(text):
         return re.sub(r"\]\((?!\w+:)([^)#]+)", lambda link: _link(link[1], page.file), text)
@@ -77,58 +73,6 @@ def figures(method: str, page: str) -> str:
             lines += ["", f"**{heading}**", ""]
             lines += [row for row in rows if re.split("[|,]", row)[1].strip() in wanted]
     return "\n".join(lines)
-
-
-def step_times() -> str:
-    """Return a table for each net: the time of a step as a ratio to the plain model, by backend.
-
-    If compilation was timed, its ratio follows in brackets.
-    """
-    runs, lines = _runs("step_time"), []
-    for net in ("small-cnn", "resnet-20", "lstm-128"):
-        of_net = {name.split("_")[1]: run for name, run in runs.items() if name.startswith(net)}
-        title = next(iter(of_net.values()))["net"]
-        columns = {name: _ratios(run) for name, run in of_net.items()}
-        lines += ["", f"**{title}**", "", *_columns(columns)]
-    return "\n".join(lines)
-
-
-def mask_updates() -> str:
-    """Return the table of one update of 25 million masks: passes over the weights, and memory."""
-    columns = {
-        backend: {
-            name: f"{cost['passes']:.0f} passes, {cost['memory_over_weights']:.1f}×"
-            for name, cost in run["methods"].items()
-        }
-        for backend, run in _runs("mask_update").items()
-    }
-    return "\n".join(["", *_columns(columns)])
-
-
-def _runs(benchmark: str) -> dict[str, dict]:
-    """Return the stored runs of a benchmark by name."""
-    lines = (ROOT / "results" / benchmark / "runs.jsonl").read_text().splitlines()
-    return {run["run"]: run for run in map(json.loads, lines)}
-
-
-def _ratios(run: dict) -> dict[str, str]:
-    """Return the cells of a run, by method."""
-    found = {name: f"{ratio:.2f}" for name, ratio in run["ratio_to_plain"].items()}
-    compiling = run["seconds_to_compile"]
-    # A backend compiled nothing if the first round took hardly longer than the others.
-    if run["net"].startswith("resnet") and compiling["plain"] > 1:
-        for name in found:
-            found[name] += f" ({compiling[name] / compiling['plain']:.2f})"
-    return found
-
-
-def _columns(columns: dict[str, dict[str, str]]) -> list[str]:
-    """Return the lines of a table with these columns, each of them by the name of the row."""
-    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
-    for name in dict.fromkeys(name for cells in columns.values() for name in cells):
-        cells = [cells.get(name, "") for cells in columns.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
 
 
 class Examples(griffe.Extension):

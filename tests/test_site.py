@@ -17,7 +17,7 @@ from benchmarks.accuracy import authors, backend_agreement, methods, mnist_runs,
 from benchmarks.comparison import libraries
 from benchmarks.coverage import models
 from benchmarks.files import int8, tflite_cases, tflite_grid
-from benchmarks.training_cost import scaling, time_to_accuracy
+from benchmarks.training_cost import mask_update, scaling, step_time, time_to_accuracy
 from tests.backends import once
 from tests.pages import PAGES, ROOT
 
@@ -108,10 +108,12 @@ TABLES = (
     backend_agreement,
     int8,
     libraries,
+    mask_update,
     methods,
     mnist_runs,
     patterns,
     scaling,
+    step_time,
     tflite_cases,
     tflite_grid,
     time_to_accuracy,

@@ -28,6 +28,7 @@ from benchmarks.timing import (
     update_masks,
 )
 
+BENCHMARK = "step_time"
 BATCH = 128
 TOTAL = 4000  # length of the training
 
@@ -105,6 +106,7 @@ def main():
         only = ["--methods", *args.methods] if args.methods else []
         for name in BACKENDS:
             run_on(name, "training_cost.step_time", args.net, "--backend", name, *only)
+        table()
         return
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before any thread pool is made
     measure(args.net, args.methods)
@@ -148,7 +150,7 @@ def measure(net, only=None):
             f"compile {compiling[name] / max(compiling['plain'], 1e-9):.2f}",
             updates.get(name),
         )
-    results.save("step_time", f"{net}_{keras.backend.backend()}", {**result, "updates": updates})
+    results.save(BENCHMARK, f"{net}_{keras.backend.backend()}", {**result, "updates": updates})
 
 
 def data(setting) -> tuple:
@@ -187,6 +189,35 @@ def update_of(callback) -> dict | None:
     update()  # compiles
     times = [seconds(update) for _ in range(5)]
     return {"seconds": statistics.median(times), "every_steps": driver.every}
+
+
+def table():
+    lines = [
+        "# Step time",
+        "",
+        "The table shows the time of a training step as a ratio to the plain model. Both "
+        "models take turns on one core, and mask updates are included. Numbers in brackets are "
+        "ratios of compilation time. Medians within a few percent of 1 are noise. Made by "
+        "`make bench-step` and `make bench-overhead` from the runs next to this page.",
+    ]
+    stored = results.runs(BENCHMARK)
+    for net in SETTINGS:
+        of_net = {name.split("_")[1]: run for name, run in stored.items() if name.startswith(net)}
+        title = next(iter(of_net.values()))["net"]
+        columns = {name: _ratios(run) for name, run in of_net.items()}
+        lines += ["", f"## {title}", "", *results.columns(columns)]
+    results.write_index(BENCHMARK, lines)
+
+
+def _ratios(run: dict) -> dict[str, str]:
+    """Return the cells of a run, by method."""
+    found = {name: f"{ratio:.2f}" for name, ratio in run["ratio_to_plain"].items()}
+    compiling = run["seconds_to_compile"]
+    # A backend compiled nothing if the first round took hardly longer than the others.
+    if run["net"].startswith("resnet") and compiling["plain"] > 1:
+        for name in found:
+            found[name] += f" ({compiling[name] / compiling['plain']:.2f})"
+    return found
 
 
 if __name__ == "__main__":
