@@ -1,4 +1,4 @@
-"""The wheel, as someone gets it who has nothing of the repository."""
+"""The wheel contains the package, and works in an environment without the repository."""
 
 import pathlib
 import shutil
@@ -26,7 +26,7 @@ model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
 keras_dst.sparsify(model, keras_dst.methods.DST())
 print(keras_dst.report(keras_dst.strip(model)))
 
-def shows(run, name, argument):
+def print_output(run, name, argument):
     print(f"== {argument}")
     sys.argv = ["keras-dst", argument]
     try:
@@ -35,9 +35,9 @@ def shows(run, name, argument):
         assert end.code == 0
 
 command = str(pathlib.Path(sys.prefix) / "bin" / "keras-dst")
-shows(runpy.run_path, command, "--version")
-shows(runpy.run_path, command, "--help")
-shows(runpy.run_module, "keras_dst", "--help")
+print_output(runpy.run_path, command, "--version")
+print_output(runpy.run_path, command, "--help")
+print_output(runpy.run_module, "keras_dst", "--help")
 """
 
 
@@ -54,7 +54,7 @@ def run(*command, cwd):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built of a copy, without a network: with the setuptools that is here."""
+    """Build the wheel from a copy of the repository, without a network."""
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("keras_dst", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -68,19 +68,19 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """An environment that has the wheel, and of all else what this one has."""
+    """Create an environment with the wheel, and with the other packages of this environment."""
     folder = tmp_path_factory.mktemp("installed")
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder)
-    # A folder in a .pth is searched last, and what is in it of .pth files is not read.
+    # Python searches a folder named in a .pth file last, and ignores the .pth files in it.
     (pathlib.Path(site.strip()) / "here.pth").write_text(sysconfig.get_path("purelib"))
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
     run(*pip, "--no-deps", "--no-index", str(wheel), cwd=folder)
     return folder
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+def test_the_wheel_contains_the_package_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     files = [path for path in ROOT.glob("keras_dst/**/*.*") if "__pycache__" not in path.parts]
     inside = {name for name in names if ".dist-info/" not in name}
@@ -88,7 +88,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_it_works_by_itself(installed):
+def test_the_installed_wheel_works(installed):
     report, version, shown, again = run(
         installed / "bin" / "python", "-c", SCRIPT, cwd=installed
     ).split("== --")

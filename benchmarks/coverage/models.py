@@ -206,7 +206,7 @@ def measure(models, names):
 
 def table():
     lines = [
-        "# Models that are tested",
+        "# Tested models",
         "",
         "Each model is made sparse, trained, evaluated, used to predict, saved, loaded and "
         "stripped, with small inputs and random weights. A check mark means that every step works "
