@@ -27,15 +27,11 @@ import numpy as np
 
 from keras_dst.export.report import ExportError
 from keras_dst.export.samples import InputSpec, Samples, Signature, signature_of, symbolic_inputs
+from keras_dst.export.states import reset_states
 from keras_dst.surgery import is_sparse, strip
 
 # The fix for an error message that contains the key.
 _FIXES = {
-    "Could not locate": (
-        "define the class or function in a module that another Python can import, not in the "
-        "script or notebook that runs, and decorate it with "
-        "@keras.saving.register_keras_serializable()"
-    ),
     "TensorListReserve": (
         "build the recurrent layers with unroll=True, or give the model a fixed batch size, "
         "keras.Input(batch_shape=(1, ...))"
@@ -54,6 +50,10 @@ _TYPE_FIXES = {
 _OP_FIX = (
     "compute it with other keras.ops, or export the part of the model before it, "
     "keras.Model(model.inputs, tensor), and compute the rest outside"
+)
+_REGISTER_FIX = (
+    "define it in a module that another Python can import, not in the script or notebook that "
+    "runs, and decorate it with @keras.saving.register_keras_serializable()"
 )
 _CALL_FIX = (
     "write the code of your own layers and Lambda layers with keras.ops, which runs on every "
@@ -103,7 +103,7 @@ def conversions(
     """
     signature = signature or signature_of(model)
     on_tensorflow = keras.backend.backend() == "tensorflow"
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, reset_states(model):
         folder = Path(name)
         if on_tensorflow and not is_sparse(model):
             _quietly(_convert, model, folder, kinds, signature, samples and samples.arrays)
@@ -295,9 +295,15 @@ def _conversion_error(step: str, output: str) -> ExportError:
             + "\n  ".join(ops)
             + "".join(f"\nFix: {fix}." for fix in fixes or [_OP_FIX])
         )
+    unknown = re.search(r"Could not locate (class|function) '([^']+)'", output)
+    if unknown:
+        return ExportError(
+            f"The model could not be converted to .tflite: the {unknown[1]} {unknown[2]!r} is not "
+            f"known to the process that loads the model for the conversion.\nFix: {_REGISTER_FIX}."
+        )
     fixes = [fix for sign, fix in _FIXES.items() if sign in output]
     reason = ""
-    if step == "call" or (step == "load" and not fixes):
+    if step in ("call", "load"):
         reason = " its layers cannot be called on TensorFlow, which every conversion needs."
         fixes = fixes or [_CALL_FIX]
     lines = [line[:_COLUMNS] for line in output.splitlines() if not _NOISE.match(line)]

@@ -40,7 +40,7 @@ def export_tflite(
     Args:
         model: a built Keras 3 model on any backend: sparse, stripped or never sparse. A sparse
             input becomes a dense input of the file. Optional inputs that are None in ``inputs`` or
-            ``representative`` are left out of the file.
+            ``representative`` are left out of the file. States of recurrent layers begin at zero.
         path: the file to write, in an existing folder. An existing file is replaced.
         inputs: samples for the comparison, in every form that `model.predict` takes: arrays, or a
             data set, data loader or generator of batches. The first 32 samples are used. Defaults

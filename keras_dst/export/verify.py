@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
 from keras_dst.export.samples import BATCH, Samples, Signature, read_samples
+from keras_dst.export.states import reset_states
 
 #: A file is run with XNNPACK, as users run it, and without it, because XNNPACK has its own faults.
 RESOLVERS = {
@@ -68,15 +68,15 @@ def run(content: bytes, cases: list[Case], resolver: OpResolverType) -> list[dic
 def keras_cases(model: keras.Model, signature: Signature, samples: Samples) -> list[Case]:
     """Return batches of samples with the outputs that the Keras model computes for them.
 
-    If the batch size of the model is open, there is a batch of 1 before the batches of 4. The
-    states of recurrent layers, and other variables, are the same before and after the call.
+    If the batch size of the model is open, there is a batch of 1 before the batches of 4. States of
+    recurrent layers are zero before the first batch. The model is not changed.
 
     Args:
         model: the Keras 3 model from which a file was converted.
         signature: the inputs of the file.
         samples: sample data for these inputs.
     """
-    with _unchanged(model):
+    with reset_states(model):
         return [
             Case(
                 _by_input_name(batch, signature),
@@ -84,17 +84,6 @@ def keras_cases(model: keras.Model, signature: Signature, samples: Samples) -> l
             )
             for batch in _batches(samples, signature)
         ]
-
-
-@contextlib.contextmanager
-def _unchanged(model: keras.Model) -> Iterator[None]:
-    """Restore the variables that a call of a model can change, such as states."""
-    before = [(v, keras.ops.convert_to_numpy(v)) for v in model.non_trainable_variables]
-    try:
-        yield
-    finally:
-        for variable, value in before:
-            variable.assign(value)
 
 
 def predictor(model: keras.Model, content: bytes, signature: Signature) -> Callable[[Any], Any]:

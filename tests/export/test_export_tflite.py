@@ -243,12 +243,18 @@ def test_a_stateful_sequential_model_keeps_its_batch_size_and_states(tmp_path, u
     lstm = layers.LSTM(4, stateful=True, unroll=unroll)
     model = keras.Sequential([keras.Input(batch_shape=(1, 6, 8)), lstm, layers.Dense(3)])
     model(np.ones((1, 6, 8), np.float32))
-    states = [state.numpy() for state in lstm.states]
+    states = [state.numpy().copy() for state in lstm.states]
     path = tmp_path / "model.tflite"
-    export_tflite(model, path, inputs=np.random.default_rng(0).standard_normal((3, 6, 8)))
+    x = np.random.default_rng(0).standard_normal((3, 6, 8)).astype(np.float32)
+    export_tflite(model, path, inputs=x)
     assert list(input_shapes(path).values()) == [[1, 6, 8]]
     for before, after in zip(states, lstm.states, strict=True):
         np.testing.assert_array_equal(before, after.numpy())
+    runner = Interpreter(str(path)).get_signature_runner()
+    lstm.reset_state()
+    for batch in (x[:1], x[1:2]):  # the file begins with states of zero and keeps its states
+        found = next(iter(runner(**dict.fromkeys(input_shapes(path), batch)).values()))
+        np.testing.assert_allclose(found, keras.ops.convert_to_numpy(model(batch)), atol=1e-5)
 
 
 class OptionalSum(layers.Layer):

@@ -40,7 +40,7 @@ def hide(library):
     """Hides AVX from LiteRT in this process, before its first interpreter."""
     import ai_edge_litert.interpreter  # what follows looks at its libraries, now loaded
 
-    ours = str(pathlib.Path(ai_edge_litert.__file__).parent)
+    ours = str(pathlib.Path(ai_edge_litert.__file__).resolve().parent)
     loaded = {}
     for line in pathlib.Path("/proc/self/maps").read_text().splitlines():
         begin, path = line.partition("-")[0], line.split(maxsplit=5)[-1]

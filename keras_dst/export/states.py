@@ -1,0 +1,34 @@
+"""The states of recurrent layers during an export."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import keras
+
+from keras_dst import _keras
+
+
+@contextlib.contextmanager
+def reset_states(model: keras.Model) -> Iterator[None]:
+    """Reset the states of stateful recurrent layers to zero, and restore them afterwards.
+
+    A ``.tflite`` file begins with states of zero, because a ``.keras`` file stores no states. All
+    other variables that a call of the model can change are restored as well.
+    """
+    recurrent = [
+        layer
+        for layer in _keras.flatten_layers(model)
+        if isinstance(layer, keras.layers.RNN) and layer.stateful
+    ]
+    variables = list(model.non_trainable_variables)
+    variables += [state for layer in recurrent for state in keras.tree.flatten(layer.states)]
+    before = [(variable, keras.ops.convert_to_numpy(variable).copy()) for variable in variables]
+    for layer in recurrent:
+        layer.reset_state()
+    try:
+        yield
+    finally:
+        for variable, value in before:
+            variable.assign(value)
