@@ -1,6 +1,7 @@
-"""Schedules: how sparsity grows, from the fraction of training that is done to a sparsity."""
+"""Sparsity schedules: functions from the fraction of training that is done to a sparsity."""
 
 import math
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -13,20 +14,22 @@ __all__ = ["Constant", "Cubic", "Geometric", "Schedule", "Sigmoid"]
 
 @keras.saving.register_keras_serializable("keras_dst")
 class Schedule(Configurable):
-    """Base of all schedules: a pure function from a fraction of training to a sparsity.
+    """Base class of all schedules: pure functions from a fraction of training to a sparsity.
 
-    Subclasses override `shape`, which maps progress in [0, 1] to the part of the way from
-    `initial_sparsity` to `sparsity` that is done.
+    A subclass overrides `curve`, which maps progress in [0, 1] to a value in [0, 1]: 0 stands for
+    `initial_sparsity` and 1 for `sparsity`.
 
     Args:
-        sparsity: final fraction of zeros, in [0, 1).
-        initial_sparsity: sparsity at the beginning, in [0, sparsity].
-        begin, end: fractions of training, in [0, 1], between which sparsity changes.
-        begin_step, end_step: the same in training steps, instead of `begin` and `end`. They are
-            what a custom loop without a `SparseTraining` callback needs.
+        sparsity: Final fraction of zeros, in [0, 1).
+        initial_sparsity: Sparsity before the schedule begins, in [0, sparsity]. Defaults to 0.
+        begin, end: Fractions of training, in [0, 1], between which the sparsity changes. They
+            default to 0 and 0.75.
+        begin_step, end_step: Training steps between which the sparsity changes, instead of `begin`
+            and `end`. A custom loop without the `SparseTraining` callback needs them. Defaults to
+            None.
 
     Raises:
-        ValueError: for a sparsity outside [0, 1), or a beginning that is not before the end.
+        ValueError: If a sparsity is outside [0, 1), or if the schedule ends before it begins.
     """
 
     def __init__(
@@ -43,17 +46,17 @@ class Schedule(Configurable):
         if initial_sparsity > sparsity:
             raise ValueError(
                 f"initial_sparsity must not exceed sparsity={sparsity}. "
-                f"Received: initial_sparsity={initial_sparsity}"
+                f"Received: initial_sparsity={initial_sparsity}. Pass a smaller initial_sparsity."
             )
         if not 0 <= begin <= end <= 1:
             raise ValueError(
-                "begin and end are fractions of training, 0 <= begin <= end <= 1 (give begin_step "
-                f"and end_step for step numbers). Received: begin={begin}, end={end}"
+                "begin and end are fractions of training, 0 <= begin <= end <= 1. Received: "
+                f"begin={begin}, end={end}. Pass begin_step and end_step for numbers of steps."
             )
         if (begin_step is None) != (end_step is None):
             raise ValueError(
                 "begin_step and end_step go together. "
-                f"Received: begin_step={begin_step}, end_step={end_step}"
+                f"Received: begin_step={begin_step}, end_step={end_step}. Pass both or neither."
             )
         if (
             begin_step is not None
@@ -69,42 +72,54 @@ class Schedule(Configurable):
         self.begin, self.end = begin, end
         self.begin_step, self.end_step = begin_step, end_step
 
-    def shape(self, progress):
+    def curve(self, progress):
+        """Return the fraction of the change in sparsity that is done.
+
+        Args:
+            progress: Position between the beginning (0) and the end (1), a number or an array.
+        """
         raise NotImplementedError
 
     def _at_progress(self, progress):
-        done = self.shape(np.clip(progress, 0.0, 1.0))
+        done = self.curve(np.clip(progress, 0.0, 1.0))
         value = self.initial_sparsity + (self.sparsity - self.initial_sparsity) * done
         return float(value) if np.ndim(value) == 0 else value
 
     def __call__(self, fraction):
-        """Sparsity when this fraction of training, a number or an array in [0, 1], is done."""
+        """Return the sparsity after this fraction of training, a number or an array in [0, 1]."""
         span = max(self.end - self.begin, np.finfo("float64").eps)
         return self._at_progress((np.asarray(fraction, "float64") - self.begin) / span)
 
     @property
     def in_steps(self) -> bool:
-        """Whether the schedule was given in steps, and so needs no length of training."""
+        """Whether the schedule is given in steps and works without the length of the training."""
         return self.begin_step is not None
 
     def span(self, total_steps: int | None) -> tuple[int, int]:
-        """First and last step at which sparsity changes, in a training of this many steps."""
+        """Return the first and the last step at which the sparsity changes.
+
+        Args:
+            total_steps: Length of the training, or None if it is not known.
+
+        Raises:
+            ValueError: If a schedule in fractions of training gets no length.
+        """
         if self.begin_step is not None and self.end_step is not None:
             return self.begin_step, self.end_step
         if total_steps is None:
             raise ValueError(
-                f"{self!r} is given in fractions of training, whose length is not known here. Fit "
-                "with the SparseTraining callback, "
-                "callbacks=[keras_dst.callbacks.SparseTraining()], or give begin_step and end_step."
+                f"{self!r} is given in fractions of training, and the length of the training is "
+                "not known here. Fit with callbacks=[keras_dst.callbacks.SparseTraining()], or "
+                "pass begin_step and end_step."
             )
         return math.floor(self.begin * total_steps), math.floor(self.end * total_steps)
 
     def jumps(self, total_steps: int | None) -> list[int]:
-        """Steps at which sparsity jumps; none where it grows smoothly."""
+        """Return the steps at which the sparsity jumps. The list of a smooth schedule is empty."""
         return []
 
     def at(self, step: int, total_steps: int | None = None) -> float:
-        """Sparsity after this many steps of a training of `total_steps`."""
+        """Return the sparsity after `step` steps of a training of `total_steps` steps."""
         first, last = self.span(total_steps)
         if step >= last:
             return self._at_progress(1.0)
@@ -113,7 +128,12 @@ class Schedule(Configurable):
 
 @keras.saving.register_keras_serializable("keras_dst")
 class Constant(Schedule):
-    """The final sparsity from the beginning on.
+    """Schedule that jumps to the final sparsity at the beginning.
+
+    Args:
+        sparsity: Fraction of zeros, in [0, 1).
+        begin: Fraction of training after which the weights are pruned. Defaults to 0.
+        begin_step: Step after which the weights are pruned, instead of `begin`. Defaults to None.
 
     Example:
         >>> keras_dst.schedules.Constant(0.9)(0.3)
@@ -123,18 +143,20 @@ class Constant(Schedule):
     def __init__(self, sparsity, begin=0.0, begin_step=None):
         super().__init__(sparsity, 0.0, begin, begin, begin_step, begin_step)
 
-    def shape(self, progress):
+    def curve(self, progress):
         return np.ones_like(progress)
 
     def _at_progress(self, progress):
-        # There is no way to go between begin and end: before it nothing, from it on everything.
+        # Begin and end coincide: the sparsity is 0 before this point and final after it.
         value = np.where(np.asarray(progress) >= 0, self.sparsity, 0.0)
         return float(value) if np.ndim(value) == 0 else value
 
 
 @keras.saving.register_keras_serializable("keras_dst")
 class Cubic(Schedule):
-    """Fast at first, slow at the end: `s_f + (s_i - s_f)(1 - progress)**3`.
+    """Schedule that prunes fast at first and slowly at the end.
+
+    The sparsity is `s_f + (s_i - s_f)(1 - progress)**3`, from `s_i` to `s_f`.
 
     Example:
         >>> keras_dst.schedules.Cubic(0.8, end=1.0)(0.5)
@@ -143,18 +165,18 @@ class Cubic(Schedule):
     Source: arXiv 1710.01878, equation 1.
     """
 
-    def shape(self, progress):
+    def curve(self, progress):
         return 1.0 - (1.0 - progress) ** 3
 
 
 @keras.saving.register_keras_serializable("keras_dst")
 class Geometric(Schedule):
-    """Density falls by the same factor in equal times, so each update removes an equal share.
+    """Schedule whose density falls by the same factor in equal times.
 
     Args:
-        rate: where it is given, sparsity grows in equally spaced jumps, each of which removes this
-            fraction of the weights still kept; the last removes what the target leaves. Defaults
-            to None: smooth.
+        rate: Fraction of the kept weights that each of several equally spaced jumps removes, in
+            (0, 1). The last jump removes fewer weights if the target asks for that. Defaults to
+            None: the density falls smoothly.
 
     Example:
         >>> keras_dst.schedules.Geometric(0.75, end=1.0)(0.5)
@@ -178,21 +200,21 @@ class Geometric(Schedule):
             raise ValueError(f"rate must be a number in (0, 1). Received: rate={rate!r}")
         self.rate = rate
 
-    def shape(self, progress):
+    def curve(self, progress):
         progress = np.asarray(progress)
         left = (1.0 - self.sparsity) / (1.0 - self.initial_sparsity)
         if left == 1.0:
             return progress
         if self.rate is None:
             return (1.0 - left**progress) / (1.0 - left)
-        # The first jump comes a step after the beginning, the last one at the end.
-        done = np.floor(progress * self.number + 1e-9)
-        density = np.where(done < self.number, (1.0 - self.rate) ** done, left)
+        # The first jump comes one interval after the beginning, and the last jump at the end.
+        done = np.floor(progress * self.jump_count + 1e-9)
+        density = np.where(done < self.jump_count, (1.0 - self.rate) ** done, left)
         return (1.0 - density) / (1.0 - left)
 
     @property
-    def number(self) -> int:
-        """How many jumps there are, with a rate."""
+    def jump_count(self) -> int:
+        """Number of jumps of a schedule with a rate."""
         left = (1.0 - self.sparsity) / (1.0 - self.initial_sparsity)
         return max(1, math.ceil(math.log(left) / math.log(1.0 - self.rate) - 1e-9))
 
@@ -200,19 +222,20 @@ class Geometric(Schedule):
         if self.rate is None:
             return []
         first, last = self.span(total_steps)
-        way = (last - first) / self.number
-        return [first + math.ceil(way * i - 1e-9) for i in range(1, self.number + 1)]
+        interval = (last - first) / self.jump_count
+        return [first + math.ceil(interval * i - 1e-9) for i in range(1, self.jump_count + 1)]
 
 
 @keras.saving.register_keras_serializable("keras_dst")
 class Sigmoid(Schedule):
-    """Slow, fast, slow: a logistic curve around the middle between begin and end.
+    """Schedule along a logistic curve: slow at the beginning and at the end.
 
-    The paper's curve `sigmoid(steepness * (progress - 1/2))` is stretched to begin at 0 and end
-    at 1 exactly.
+    The paper's curve `sigmoid(steepness * (progress - 1/2))` is stretched so that it begins at 0
+    and ends at 1 exactly.
 
     Args:
-        steepness: slope parameter over the whole way; the paper's `beta` times its epochs.
+        steepness: Steepness of the curve: the paper's `beta` times its number of epochs. Defaults
+            to 20.
 
     Example:
         >>> keras_dst.schedules.Sigmoid(0.9)(0.5)
@@ -234,15 +257,41 @@ class Sigmoid(Schedule):
         super().__init__(sparsity, initial_sparsity, begin, end, begin_step, end_step)
         self.steepness = steepness
 
-    def shape(self, progress):
+    def curve(self, progress):
         curve = np.tanh(self.steepness / 2 * (np.asarray(progress) - 0.5))
         return 0.5 + 0.5 * curve / np.tanh(self.steepness / 4)
 
 
-def check_sparsity(value, name: str = "sparsity") -> None:
-    """Raise unless `value` is a number in [0, 1)."""
+def as_schedule(sparsity, ramp: Callable[[float], Schedule]) -> Schedule:
+    """Return a method's schedule from its `sparsity` argument.
+
+    Args:
+        sparsity: A number in [0, 1), or a `Schedule`, which is returned unchanged.
+        ramp: Function that makes the method's default schedule from a number.
+
+    Raises:
+        ValueError: If `sparsity` is neither a number in [0, 1) nor a `Schedule`.
+
+    Example:
+        >>> keras_dst.schedules.as_schedule(0.9, keras_dst.schedules.Cubic)
+        Cubic(sparsity=0.9)
+    """
+    if isinstance(sparsity, Schedule):
+        return sparsity
+    check_sparsity(sparsity, alternative=", or a Schedule such as schedules.Cubic(0.9)")
+    return ramp(sparsity)
+
+
+def check_sparsity(value, name: str = "sparsity", alternative: str = "") -> None:
+    """Raise ValueError unless `value` is a Python number in [0, 1).
+
+    Args:
+        value: Argument to check. Booleans are refused.
+        name: Name of the argument, for the message.
+        alternative: Other allowed values, for the message. Defaults to no other values.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ValueError(
-            f"{name} is the fraction of zeros, a Python number in [0, 1) such as 0.9 for 90 %. "
-            f"Received: {name}={value!r}"
+            f"{name} is the fraction of zeros, a Python number in [0, 1) such as 0.9 for 90 %"
+            f"{alternative}. Received: {name}={value!r}"
         )

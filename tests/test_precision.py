@@ -42,6 +42,19 @@ def method(request):
     return METHODS[request.param]
 
 
+@pytest.fixture(autouse=True)
+def jax_has_float64():
+    """JAX turns float64 into float32 unless it is configured otherwise."""
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
 @pytest.fixture
 def float64():
     before = keras.config.floatx()
@@ -91,8 +104,6 @@ RANKED = [name for name in METHODS if not name.startswith(("dst", "consensus"))]
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", RANKED)
 def test_masks_equal_the_masks_of_float32(name, dtype):
-    if keras.backend.backend() == "jax" and dtype == "float64":
-        pytest.skip("JAX computes in float32 unless jax_enable_x64 is set")
     method = METHODS[name]
     rng = np.random.default_rng(0)
     # Multiples of 1/64 below 2 are exact in the 8 bits of bfloat16, and many of them tie.

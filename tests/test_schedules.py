@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_dst.schedules import Constant, Cubic, Geometric, Schedule, Sigmoid, check_sparsity
+from keras_dst import methods
+from keras_dst.schedules import (
+    Constant,
+    Cubic,
+    Geometric,
+    Schedule,
+    Sigmoid,
+    as_schedule,
+    check_sparsity,
+)
 
 
 def cubic(p, final, initial):
@@ -169,7 +178,7 @@ def test_jump_at_a_step(schedule, total, step, expected):
 @pytest.mark.parametrize(
     "value", [-0.1, 1, 1.0, 90, math.nan, math.inf, "0.9", None, True, False, [0.9]]
 )
-def test_what_is_no_sparsity(value):
+def test_values_that_are_not_a_sparsity(value):
     with pytest.raises(ValueError, match=r"target is the fraction of zeros.*Received: target="):
         check_sparsity(value, "target")
     with pytest.raises(
@@ -179,7 +188,7 @@ def test_what_is_no_sparsity(value):
 
 
 @pytest.mark.parametrize("value", [0, 0.0, 0.5, 0.999, np.float64(0.5)])
-def test_what_is_a_sparsity(value):
+def test_values_that_are_a_sparsity(value):
     check_sparsity(value)
 
 
@@ -191,7 +200,7 @@ def test_what_is_a_sparsity(value):
         ({"begin": 0.8, "end": 0.2}, "Received: begin=0.8, end=0.2"),
         ({"begin": -0.1}, "fractions of training"),
         ({"end": 1.5}, "fractions of training"),
-        ({"begin": 100, "end": 200}, "give begin_step and end_step for step numbers"),
+        ({"begin": 100, "end": 200}, "Pass begin_step and end_step for numbers of steps"),
         ({"begin_step": 10}, "go together. Received: begin_step=10, end_step=None"),
         ({"end_step": 10}, "go together. Received: begin_step=None, end_step=10"),
         ({"begin_step": 10, "end_step": 5}, "Received: begin_step=10, end_step=5"),
@@ -205,10 +214,30 @@ def test_errors(ramp, arguments, message):
         ramp(0.9, **arguments)
 
 
-def test_a_schedule_of_ones_own():
+@pytest.mark.parametrize("value", [0, 0.5, Cubic(0.5), Constant(0.5)])
+def test_methods_take_a_number_or_a_schedule(value):
+    schedule = as_schedule(value, Cubic)
+    assert schedule == (value if isinstance(value, Schedule) else Cubic(value))
+
+
+@pytest.mark.parametrize("value", [1.0, True, "0.9", Cubic, np.float32(0.9)])
+@pytest.mark.parametrize(
+    "method", [methods.Magnitude, methods.DST, methods.DCIL, methods.OptG, methods.FlipOut]
+)
+def test_methods_refuse_other_values(method, value):
+    with pytest.raises(ValueError, match=r"a Python number in \[0, 1.*or a Schedule.*Received"):
+        method(value)
+
+
+def test_methods_that_are_sparse_from_the_start_take_no_schedule():
+    with pytest.raises(ValueError, match=r"SET keeps it constant and takes no Schedule.*Cubic"):
+        methods.SET(Cubic(0.9))
+
+
+def test_a_schedule_outside_the_package():
     @keras.saving.register_keras_serializable("tests")
     class Linear(Schedule):
-        def shape(self, progress):
+        def curve(self, progress):
             return progress
 
     assert Linear(0.8, end=1.0)(0.25) == pytest.approx(0.2)

@@ -1,16 +1,18 @@
-"""Consensus sub-network: binary gates with polarisation (arXiv 2302.10798).
+"""Consensus sub-network: binary gates with polarization (arXiv 2302.10798).
 
-A gate per structure, an output unit of a layer or a residual branch, multiplies its output:
+A structure is an output unit of a layer or a residual branch. A gate multiplies its output:
 
     z = 1[pi >= 0.5]        dz/dpi = 1 (straight-through)        g = mean of z over the batch
     loss = task + lambda_polar mean(g (1 - g)) + lambda_act (sum(c g) / sum(c) - target)**2
 
-with c the cost of a structure. Two forms of pi: `sigmoid(logit)`, a trainable logit per structure,
-which sparse layers and `Gate` have; or the paper's gating module of the input, which `Gate` has.
-Deviations: a logit's gate is the same for all inputs, so that g = z; in inference a module's gates
-are the consensus, running mean >= 0.5, at all times and not only after training; the last unit of a
-layer stays open; the target of the budget comes down along a cubic ramp; the last projection makes
-up for what training missed of it.
+with c the cost of a structure. There are two forms of pi. Sparse layers have `sigmoid(logit)`, with
+a trainable logit per structure. `layers.Gate` has this form or the paper's gating module, which
+reads the input.
+
+Deviations: The gate of a logit is the same for all inputs, so g = z. In inference, the gates of a
+module are always the consensus: open if the running mean is at least 0.5. The last unit of a layer
+stays open. The target of the budget decreases along a cubic ramp. A projection after the last step
+meets the target exactly.
 """
 
 from __future__ import annotations
@@ -25,36 +27,39 @@ from keras_dst import masks
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods.base import UnitMethod
 from keras_dst.regularizers import Budget, Polarization
-from keras_dst.schedules import Cubic, Schedule, check_sparsity
+from keras_dst.schedules import Cubic, Schedule, as_schedule
 
-_EDGE = 1e-3  # distance from the boundary of a gate that the last projection has turned
+# Distance from the decision boundary to which `project` moves a gate that it closes.
+_EDGE = 1e-3
 
 
 @keras.saving.register_keras_serializable("keras_dst")
 class Consensus(UnitMethod):
-    """Binary gates on output units and residual branches, in one training run without fine-tuning.
+    """Pruning of output units and residual branches by trained binary gates, without fine-tuning.
 
-    `sparsify` gives every Dense and Conv layer a trainable gate per output unit, which closes its
-    weights and its bias; layers that give the model's outputs have none. `layers.Gate` puts gates
-    anywhere. All gates under equal methods share one budget. Needs the `SparseTraining` callback,
-    which joins them and meets the target in the last step; `shrink` then removes what is closed.
+    `sparsify` gives every Dense and Conv layer a trainable gate per output unit. A closed gate
+    zeroes the weights and the bias of its unit. Layers that give the outputs of the model get no
+    gates. `layers.Gate` puts gates anywhere. All gates under equal methods share one budget.
+    Training needs the `SparseTraining` callback, which connects the gates and meets the target
+    after the last step. `shrink` then removes the closed units.
 
-    The budget shrinks from everything to the target over the first half of training. The mean logit
-    begins at 0.1, units of larger weights higher. This and both lambdas are our choice: with a few
-    hundred units or more, the target is reached within a few hundred steps of SGD or Adam; nets
-    with fewer keep more accuracy with smaller lambdas.
+    The mean logit begins at 0.1, and units with larger weights begin higher. The default lambdas
+    reach the target within a few hundred steps of SGD or Adam if the model has a few hundred units
+    or more. Smaller models keep more accuracy with smaller lambdas. The paper gives none of these
+    numbers.
 
     Args:
-        sparsity: fraction of the cost of all structures that is removed, in [0, 1), reached along
-            a cubic ramp over the first half of training, or a `Schedule`. Defaults to 0.5.
-        cost: of a structure: `"flops"` (of its weights, for one sample) or `"parameters"` (its
-            weights). Defaults to `"flops"`.
-        lambda_polar: weight of the polarisation penalty. Defaults to 0.5.
-        lambda_act: weight of the budget penalty. Defaults to 100.
+        sparsity: Final fraction of the cost of all structures that is removed, a number in [0, 1)
+            or a `Schedule`. A number is reached along a cubic ramp over the first half of training.
+            Defaults to 0.5.
+        cost: Cost of a structure: `"flops"` (FLOPs of its weights, for one sample) or
+            `"parameters"` (number of its weights). Defaults to `"flops"`.
+        lambda_polar: Weight of the polarization penalty. Defaults to 0.5.
+        lambda_act: Weight of the budget penalty. Defaults to 100.
         frequency: steps between two updates of the budget and the log. Defaults to 20.
 
     Raises:
-        ValueError: for a value outside its range.
+        ValueError: If an argument is outside its range.
 
     Example:
         >>> keras_dst.sparsify(model, keras_dst.methods.Consensus(0.5))
@@ -65,7 +70,7 @@ class Consensus(UnitMethod):
     learned = True
     undecayed = ("logit",)
     target_quantity = "fraction of the cost closed"
-    start = 0.1  # mean logit at the beginning: open, and near enough to be closed
+    start = 0.1  # Mean of the initial logits: open, and near enough to the boundary to close.
 
     def __init__(
         self,
@@ -81,9 +86,7 @@ class Consensus(UnitMethod):
         self.lambda_act = lambda_act
         self.frequency = frequency
         self.needs_use_counts = cost == "flops"
-        if not isinstance(sparsity, Schedule):
-            check_sparsity(sparsity)
-        self.schedule = sparsity if isinstance(sparsity, Schedule) else Cubic(sparsity, end=0.5)
+        self.schedule = as_schedule(sparsity, lambda final: Cubic(final, end=0.5))
         self._open_at_end = 1 - self.schedule.sparsity
         if cost not in ("flops", "parameters"):
             raise ValueError(f"cost must be 'flops' or 'parameters'. Received: {cost!r}")
@@ -112,7 +115,7 @@ class Consensus(UnitMethod):
         return {"logit": logit, **self.build_budget(layer, name)}
 
     def build_budget(self, layer, name: str):
-        """What every gate has: cost of an entry of its weight, present target, and progress."""
+        """Add the state of the budget: cost per entry, present target and schedule position."""
         state = {
             key: layer.add_weight(
                 name=f"{name}_{key}",
@@ -127,19 +130,19 @@ class Consensus(UnitMethod):
 
     @staticmethod
     def _window(variable, layout):
-        """Axes of a weight that are not its output axes."""
+        """Return the axes of a weight that are not its output axes."""
         rank = len(variable.shape)
         return tuple({*range(rank)} - {axis % rank for axis in layout.outputs})
 
     # -- forward ---------------------------------------------------------------------------------
 
     def is_open(self, state, layout: Layout = KERNEL):
-        """Whether each structure is open, boolean; of units, the best is."""
+        """Return which structures are open, as booleans. The best unit of a layer is open."""
         margin = state["logit"] if "logit" in state else state["mean"] - 0.5
         return margin >= (ops.minimum(ops.max(margin), 0.0) if layout.outputs else 0.0)
 
     def gate(self, state, layout: Layout = KERNEL):
-        """z of a trainable logit, with the straight-through gradient."""
+        """Return the gates z of trainable logits, with the straight-through gradient."""
         pi = ops.sigmoid(state["logit"])
         return binary(pi, self.is_open(state, layout))
 
@@ -155,15 +158,15 @@ class Consensus(UnitMethod):
         for layer in layers:
             for _, variable, state in layer.masked_weights():
                 state["cost"].assign(self._cost(layer, variable, uses))
-        # On one of ours, which `strip` takes along.
+        # The penalties are the regularizer of a gate's variable, which `strip` removes.
         own = [v for x in layers for v in x.own_variables().values() if v.trainable]
         for variable in own:
-            variable.regularizer = None  # from an earlier training
+            variable.regularizer = None  # Penalties of an earlier training.
         for variable in own[:1]:
             variable.regularizer = _Penalties(self, layers)
 
     def _cost(self, layer, variable, uses) -> float:
-        """Cost of an entry of a weight, or of a gate."""
+        """Return the cost of one entry of a weight, or of one gate of a `Gate`."""
         if id(variable) not in uses:
             return getattr(layer, "cost", 1.0)
         times, reason = uses[id(variable)]
@@ -181,10 +184,10 @@ class Consensus(UnitMethod):
         return [{"target": 1 - now.sparsity} for _ in weights]
 
     def project(self, weights, states, layouts, kept):
-        """Close or open the gates nearest to the boundary, so that the target is met.
+        """Open or close the gates nearest to the decision boundary, so that the target is met.
 
-        In the order of pi, as many are open as come nearest to the budget; the best unit of every
-        layer always is.
+        Gates open in descending order of pi, until the cost of the open gates is nearest to the
+        target. The best unit of every layer is always open.
         """
         key = ["logit" if "logit" in s else "mean" for s in states]
         edge = [0.0 if k == "logit" else 0.5 for k in key]
@@ -211,14 +214,14 @@ class Consensus(UnitMethod):
 
 
 def binary(pi, is_open):
-    """1 where a gate is open, 0 elsewhere, whose gradient is handed on to pi as it is."""
+    """Return 1 for open gates and 0 for closed gates, with the straight-through gradient to pi."""
     return masks.straight_through_product(ops.ones_like(pi), pi, is_open)
 
 
 class _Penalties(keras.regularizers.Regularizer):
-    """Both penalties over all gates of a model; the regulariser of one of its variables.
+    """Regularizer that computes both penalties over all gates of a model.
 
-    The gates of layers are coupled, so that no layer could add its part by itself.
+    It belongs to one variable of the model, because the penalties couple the gates of all layers.
     """
 
     def __init__(self, method, layers):

@@ -1,21 +1,22 @@
 """Dynamic Collective Intelligence Learning (arXiv 2109.04660, ACM MM 2023).
 
-Two forward paths in every step, over the same weights and the same mask:
+Every step runs two forward paths with the same weights and the same mask:
 
     pruned path p:  forward with w * m    dL/dw = g_p m             used for inference
     full path f:    forward with w        dL/dw = g_f (1 - m)       the refined gradient
     loss = CE(p) + CE(f) + T**2 (KL(stop(f) || p) + KL(stop(p) || f))        softmax at T
 
-each path with its own batch normalisation (statistics, scale and offset), KL after a warm-up.
-Every 16 steps all weights are ranked anew by `|w|`, at the sparsity
+Each path has its own batch normalization (statistics, scale and offset). The KL terms begin after a
+warm-up. Every 16 steps all weights are ranked by `|w|` again, at the sparsity
 
     s_t = s (1 - (1 - t / T_p)**3)
 
-The logits of the other path are a constant target in each KL, as in the authors' code. Deviations:
-the schedule grows by steps, not by epochs; beyond the paper are other allocations, blocks and N:M,
-the KL of binary outputs (two classes) and of several outputs (their sum, weighted as their losses),
-and a guard that leaves every layer a weight. What has no mask (biases, and layers that are not
-sparse) is trained by both paths.
+In each KL term the logits of the other path are a constant target, as in the authors' code.
+Variables without a mask, such as biases, are trained by both paths.
+
+Deviations: the sparsity grows by steps instead of epochs. Extensions of the paper: other
+allocations, blocks and N:M; the KL of binary outputs (as two classes) and of several outputs (the
+sum, weighted as the losses); and a guard that leaves every layer at least one weight.
 """
 
 from __future__ import annotations
@@ -26,36 +27,39 @@ import keras
 from keras import ops
 
 from keras_dst.methods.base import TwoPathMethod
-from keras_dst.schedules import Cubic, Schedule, check_sparsity
+from keras_dst.schedules import Cubic, Schedule, as_schedule
 
 
 @keras.saving.register_keras_serializable("keras_dst")
 class DCIL(TwoPathMethod):
-    """Two paths, pruned and full, that learn from each other; pruned weights get true gradients.
+    """Training of a pruned and a full model that share their weights and learn from each other.
 
-    A step costs about two steps of the plain model. The KL term needs an output under a
-    cross-entropy of Keras, whose `from_logits` says whether outputs are logits or probabilities;
-    outputs under other losses are trained on both paths without it.
+    Pruned weights get the gradient of the full model, so they can come back. A step costs about two
+    steps of the plain model. The KL terms need an output under a Keras cross-entropy, whose
+    `from_logits` says whether the outputs are logits. Outputs under other losses are trained on
+    both paths without KL terms.
 
     Args:
-        sparsity: final fraction of zeros, a number in [0, 1), reached along a cubic ramp over the
-            first three quarters of training (the paper's 225 of 300 epochs), or a `Schedule`.
-        warmup: fraction of training, in [0, 1], before the KL term comes in, at the next update of
-            the masks; 1 leaves it out. Defaults to 70/300, the paper's.
-        temperature: T of the softmax in the KL term. Defaults to 2.
-        allocation: `"global"` (default: all weights ranked together), `"uniform"`, `"erk"`, or a
-            dict of sparsities by weight name or regular expression.
-        pattern: `"unstructured"` (default), `"channel"` (the paper's filters), blocks such as
-            `"1x4"`, or N:M such as `"2:4"`; blocks and channels have the mean score of their
-            weights.
-        score: `"magnitude"` (default), `|w|`, or `"square"`, `w**2`, which differs for blocks and
-            channels.
+        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. A number is reached
+            along a cubic ramp over the first three quarters of training, as in the paper.
+        warmup: Fraction of training, in [0, 1], after which the KL terms begin; 1 leaves them out.
+            Defaults to 70/300, as in the paper.
+        temperature: Temperature T of the softmax in the KL terms. Defaults to 2.
+        allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
+            weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
+            expressions to sparsities. Defaults to `"global"`.
+        pattern: Shape of the groups that are pruned together: `"unstructured"` (single weights),
+            `"channel"` (the filters of the paper), blocks such as `"1x4"` (outputs x inputs), or
+            N:M such as `"2:4"`. A group has the mean score of its weights. Defaults to
+            `"unstructured"`.
+        score: Saliency of a weight: `"magnitude"` for `|w|`, or `"square"` for `w**2`. They rank
+            blocks and channels differently. Defaults to `"magnitude"`.
         frequency: steps between updates of the masks. Defaults to 16; a short training gets at
             least twenty updates.
-        min_kept: weights that every layer keeps. Defaults to 1.
+        min_kept: Number of weights that every layer keeps. Defaults to 1.
 
     Raises:
-        ValueError: for a value outside its range.
+        ValueError: If an argument is outside its range.
 
     Example:
         >>> keras_dst.sparsify(model, keras_dst.methods.DCIL(0.9))
@@ -82,9 +86,7 @@ class DCIL(TwoPathMethod):
         self.score = score
         self.frequency = frequency
         self.min_kept = min_kept
-        if not isinstance(sparsity, Schedule):
-            check_sparsity(sparsity)
-        self.schedule = sparsity if isinstance(sparsity, Schedule) else Cubic(sparsity, end=0.75)
+        self.schedule = as_schedule(sparsity, lambda final: Cubic(final, end=0.75))
         if not 0 <= warmup <= 1:
             raise ValueError(
                 f"warmup is a fraction of training, in [0, 1]. Received: warmup={warmup!r}"
@@ -98,7 +100,7 @@ class DCIL(TwoPathMethod):
     def build(self, layer, name, variable, layout):
         return {
             **super().build(layer, name, variable, layout),
-            # 1 once the warm-up is over; a variable, so that the step need not be traced anew.
+            # 1 after the warm-up. It is a variable so that the step is not traced again.
             "coupled": layer.add_weight(
                 name=f"{name}_coupled",
                 initializer="zeros",

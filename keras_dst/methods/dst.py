@@ -1,15 +1,16 @@
 """Dynamic Sparse Training with trainable masked layers (arXiv 2005.06870, ICLR 2020).
 
-A threshold `t` per output unit is trained beside the weights:
+Every output unit has a threshold `t`, which is trained together with the weights:
 
     Q = |w| - t        m = 1[Q > 0]        forward with w * m
     dL/dw = g m + g w S'(Q) sign(w)        dL/dt = -sum(g w S'(Q))        S': `masks.step`
     loss = task + alpha * sum(exp(-t))
 
-so weights are pruned and come back at every step. Deviations, all of them beyond the paper:
-blocks and channels are scored by their mean `|w|`; `sparsity` steers alpha, and keeps
-thresholds from going below 0; the penalty is continued linearly below t = -1; thresholds that are
-not finite are set back to 0.
+Weights can be pruned and come back at every step.
+
+Extensions of the paper: Blocks and channels are scored by their mean `|w|`. With a target sparsity,
+a controller sets alpha, and thresholds do not go below 0. The penalty is continued linearly below
+t = -1. Thresholds that are not finite are reset to 0.
 """
 
 from __future__ import annotations
@@ -24,36 +25,39 @@ from keras_dst import masks
 from keras_dst.masks import KERNEL, Pattern
 from keras_dst.methods.base import LayerMethod
 from keras_dst.regularizers import ThresholdPenalty
-from keras_dst.schedules import Cubic, Schedule, check_sparsity
+from keras_dst.schedules import Cubic, Schedule, as_schedule
 
-# The controller of alpha, see `DST.update`. Tuned on digits and MNIST with SGD and Adam, and on a
-# net of 3,000 weights trained for 100 steps.
-_SHARE = 0.3  # of the gap, to be closed from one update to the next
-_MEMORY = 0.9  # of what was seen, from one update to the next
-_FASTER = 3.0  # times its mean size that alpha may reach in an update
+# Constants of the controller of alpha, see `DST.update`. They were tuned on digits and MNIST with
+# SGD and Adam, and on a model of 3,000 weights that was trained for 100 steps.
+_GAP_SHARE = 0.3  # Fraction of the gap that the controller closes from one update to the next.
+_MEMORY = 0.9  # Decay of the exponential moving averages, per update.
+_MAX_GROWTH = 3.0  # Largest ratio of alpha to the root of its mean square.
 
 
 @keras.saving.register_keras_serializable("keras_dst")
 class DST(LayerMethod):
-    """Dynamic Sparse Training: a trainable threshold per output unit, one run from scratch.
+    """Dynamic Sparse Training with a trainable threshold per output unit.
 
     Args:
-        sparsity: fraction of zeros to hold, over all weights under the method: a number in
-            [0, 1), reached along a cubic ramp over the first half of training, or a `Schedule`.
-            Needs the `SparseTraining` callback, which steers alpha. Defaults to None, the paper's
-            own training, where alpha decides.
-        alpha: weight of the penalty on thresholds. Defaults to 5e-4, the paper's for LeNets (5e-6
-            for VGG-16 and WRN on CIFAR-10, 1e-4 to 1e-3 for LSTMs). With a target it is where the
-            controller starts.
-        granularity: what shares a threshold: `"unit"` (the paper), `"layer"`, or `"weight"`.
-        pattern: `"unstructured"` (the paper), blocks such as `"1x4"`, or `"channel"`.
-        reset_density: a layer whose density falls to this or below has its thresholds set back to
-            0 in the same step. Defaults to 0.01, the paper's; with a target sparsity it is at
-            most a tenth of the target density.
+        sparsity: Final fraction of zeros over all weights under the method: a number in [0, 1), a
+            `Schedule`, or None. A number is reached along a cubic ramp over the first half of
+            training. A target needs the `SparseTraining` callback, which controls alpha. Defaults
+            to None: the sparsity follows from alpha, as in the paper.
+        alpha: Weight of the penalty on thresholds. The paper has 5e-4 for LeNets, 5e-6 for VGG-16
+            and WRN on CIFAR-10, and 1e-4 to 1e-3 for LSTMs. With a target, it is the initial value
+            of the controller. Defaults to 5e-4.
+        granularity: Weights that share a threshold: an output unit, `"unit"`; a layer, `"layer"`;
+            or none, `"weight"`. Defaults to `"unit"`, as in the paper.
+        pattern: Shape of the groups that are pruned together: `"unstructured"` (single weights, as
+            in the paper), blocks such as `"1x4"` (outputs x inputs), or `"channel"`. Defaults to
+            `"unstructured"`.
+        reset_density: Density at or below which the thresholds of a layer are reset to 0, in the
+            same step. With a target sparsity, it is at most a tenth of the target density. Defaults
+            to 0.01, as in the paper.
         frequency: steps between two moves of alpha, with a target. Defaults to 20.
 
     Raises:
-        ValueError: for a value outside its range, or an N:M pattern.
+        ValueError: If an argument is outside its range, or if `pattern` is N:M.
 
     Example:
         >>> keras_dst.sparsify(model, keras_dst.methods.DST(sparsity=0.9))
@@ -78,11 +82,8 @@ class DST(LayerMethod):
         self.pattern = pattern
         self.reset_density = reset_density
         self.frequency = frequency
-        if isinstance(sparsity, Schedule):
-            self.schedule = sparsity
-        elif sparsity is not None:
-            check_sparsity(sparsity)
-            self.schedule = Cubic(sparsity, end=0.5)
+        if sparsity is not None:
+            self.schedule = as_schedule(sparsity, lambda final: Cubic(final, end=0.5))
         if granularity not in ("unit", "layer", "weight"):
             raise ValueError(
                 f"granularity must be 'unit', 'layer' or 'weight'. Received: {granularity!r}"
@@ -112,7 +113,7 @@ class DST(LayerMethod):
                 trainable=False,
                 autocast=False,
             )
-            # What the controller remembers: the last gap, and what it has learned.
+            # The last gap, and three exponential moving averages of the controller.
             control = layer.add_weight(
                 name=f"{name}_control",
                 shape=(4,),
@@ -146,17 +147,17 @@ class DST(LayerMethod):
     # -- forward ---------------------------------------------------------------------------------
 
     def _margin(self, magnitude, state, layout):
-        """Q: how far each group's score lies above its threshold."""
+        """Return Q, the distance of each group's score from its threshold."""
         return Pattern(self.pattern).scores(magnitude, layout) - state["threshold"]
 
     def apply(self, w, state, layout):
-        # Not ops.abs, whose gradient at 0 is 1 on JAX; the paper's is sign(w), 0 there.
+        # The gradient of |w| at 0 is 0 in the paper, and 1 for ops.abs on JAX.
         magnitude = w * ops.stop_gradient(ops.sign(w))
         on = masks.step(self._margin(magnitude, state, layout))
         return w * Pattern(self.pattern).expand(on, w.shape, layout)
 
     def mask(self, w, state, layout=KERNEL):
-        # What is NaN is kept, so that nobody takes it for pruned.
+        # A NaN is kept, so that a diverged weight is not taken for a pruned weight.
         on = ops.logical_not(self._margin(ops.abs(w), state, layout) <= 0)
         return Pattern(self.pattern).expand(on, w.shape, layout)
 
@@ -167,19 +168,24 @@ class DST(LayerMethod):
 
     @property
     def reset_at(self) -> float:
-        """Density at which a layer's thresholds are reset."""
+        """Density at or below which the thresholds of a layer are reset."""
         if self.schedule is None:
             return self.reset_density
         return min(self.reset_density, 0.1 * (1 - self.schedule.sparsity))
 
     def update(self, weights, states, layouts, kept, now):
-        """Steer alpha towards the target density.
+        """Return new values of alpha, which control the density.
 
-        `gap` is the shift of all thresholds that would meet the target, and alpha has to close it.
-        From one update to the next it closes by `drift + response * alpha`, where drift is what
-        weights and the schedule do meanwhile. Both are estimated from what was seen (exponentially
-        weighted least squares), and alpha is set to close a fixed share of the gap. It is negative
-        where too few weights are left.
+        The gap is the shift of all thresholds that would meet the target, in the unit of weights.
+        The controller models how much of it closes from one update to the next:
+
+            last gap - gap = drift + response alpha
+
+        The drift, in the unit of weights per update, is the effect of the training and of the
+        schedule. The response is the effect of alpha, which has no unit; response is in the unit of
+        weights per update too. Both are estimated by exponentially weighted least squares. Alpha is
+        then set so that the fraction `_GAP_SHARE` of the gap closes until the next update. It is
+        negative if too few weights are kept.
         """
         gap = masks.kth(self._margins(weights, states, layouts), kept[0])
         sizes = [math.prod(w.shape) for w in weights]
@@ -192,18 +198,18 @@ class DST(LayerMethod):
         product = _MEMORY * product + (1 - _MEMORY) * alpha * (moved - drift)
         response = product / ops.maximum(square, 1e-30)
         drift = _MEMORY * drift + (1 - _MEMORY) * (moved - response * alpha)
-        wanted = _SHARE * ops.clip(gap, -scale, scale) - drift
-        # Where alpha has had no visible effect so far, or the other way round: more of it.
-        limit = _FASTER * ops.maximum(ops.sqrt(square), self.alpha)
+        wanted = _GAP_SHARE * ops.clip(gap, -scale, scale) - drift
+        # If alpha has had no effect yet, or an effect of the wrong sign, alpha grows to its limit.
+        limit = _MAX_GROWTH * ops.maximum(ops.sqrt(square), self.alpha)
         response = ops.maximum(response, ops.abs(wanted) / limit + 1e-30)
         alpha = ops.clip(wanted / response, -limit, limit)
         control = ops.stack([gap, drift, square, product])
         return [{"alpha": alpha, "control": control} for _ in weights]
 
     def project(self, weights, states, layouts, kept):
-        """Shift all thresholds by the same amount, so that exactly `kept` weights are left.
+        """Shift all thresholds by the same amount, so that exactly `kept` weights are kept.
 
-        Only a layer that would lose all its weights keeps its best ones.
+        A layer that would lose all its weights gets a smaller shift and keeps its largest weights.
         """
         margins = self._margins(weights, states, layouts)
         gap = masks.kth(margins, kept[0])
@@ -215,7 +221,7 @@ class DST(LayerMethod):
         return changes
 
     def _margins(self, weights, states, layouts):
-        """Q of every weight, those of a group alike."""
+        """Return Q of every weight in float32; the weights of a group have equal values."""
         pattern = Pattern(self.pattern)
         return [
             ops.cast(
@@ -226,7 +232,10 @@ class DST(LayerMethod):
 
 
 class _Reset(keras.constraints.Constraint):
-    """The paper's guard, as the constraint of a threshold: applied within the optimiser's step."""
+    """Constraint that resets the thresholds of a layer with few kept weights, as in the paper.
+
+    Keras applies it in every optimizer step.
+    """
 
     def __init__(self, method, variable, layout):
         self.method, self.variable, self.layout = method, variable, layout
@@ -236,5 +245,5 @@ class _Reset(keras.constraints.Constraint):
         mask = self.method.mask(ops.convert_to_tensor(self.variable), {"threshold": t}, self.layout)
         alive = ops.mean(masks.ones(mask, "float32")) > self.method.reset_at
         t = masks.masked(t, ops.logical_and(alive, ops.isfinite(t)))
-        # Below 0 a threshold masks nothing more, it only takes longer to come back.
+        # A threshold below 0 prunes nothing, and needs more time to rise again.
         return t if self.method.schedule is None else ops.maximum(t, 0.0)

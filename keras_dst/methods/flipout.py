@@ -1,11 +1,13 @@
 """FlipOut: prune the weights whose sign keeps flipping (arXiv 2009.02594).
 
-    score = |w|^p / (flips + 1)        flips: optimiser steps that changed sign(w)
+    score = |w|^p / (flips + 1)        flips: optimizer steps that changed sign(w)
     grad <- grad + lambda ||grad||_2 / sqrt(n) N(0, 1)        for every tensor, n its size
 
-Events, equally spaced, each remove the fraction `rate` of the weights still kept, lowest score
-first, ranked over all tensors, for good; the last event removes what the target leaves. With `n`
-events they come after the fractions 1/(n+1), .. n/(n+1) of training, as in the paper's own runs.
+Weights are pruned for good, in equally spaced pruning events. Each event ranks all tensors together
+and removes the fraction `rate` of the kept weights that has the lowest scores. The last event meets
+the target and may remove fewer. The `n` events come after the fractions 1/(n+1), ..., n/(n+1) of
+training, as in the paper's own runs.
+
 Deviation: the noise is read from a table of normal numbers (`random.normal`).
 """
 
@@ -20,30 +22,32 @@ from keras import ops
 from keras_dst._backend import random
 from keras_dst.masks import masked
 from keras_dst.methods.base import UpdateMethod
-from keras_dst.schedules import Geometric, Schedule, check_sparsity
+from keras_dst.schedules import Geometric, Schedule, as_schedule
 
 
 @keras.saving.register_keras_serializable("keras_dst")
 class FlipOut(UpdateMethod):
-    """Prune weights that are small and whose sign does not settle, at a few events.
+    """Pruning of small weights whose sign keeps flipping, in a few pruning events.
 
     Args:
-        sparsity: final fraction of zeros, a number in [0, 1), reached in events that each remove
-            `rate` of what is left; or a `Schedule`.
-        power: the exponent p of the magnitude. Defaults to 2.
-        noise: the factor lambda of the gradient noise. Defaults to 1; 0 for none.
-        rate: fraction of the kept weights that an event removes, in (0, 1). Defaults to 0.5.
-        allocation: `"global"` (the paper, default), `"uniform"`, `"erk"`, or a dict of sparsities
-            by weight name or regular expression.
-        pattern: `"unstructured"` (the paper, default), blocks such as `"1x4"`, N:M such as
-            `"2:4"`, or `"channel"`; groups are scored by the mean score of their weights.
-        frequency: steps between updates of the masks under a `Schedule` that grows smoothly.
-            Defaults to 100.
-        min_kept: weights that every layer keeps. Defaults to 1.
-        seed: of the noise. Defaults to 0.
+        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. A number is reached
+            in equally spaced pruning events.
+        power: Exponent p of the magnitude. Defaults to 2.
+        noise: Factor lambda of the gradient noise; 0 turns the noise off. Defaults to 1.
+        rate: Fraction of the kept weights that a pruning event removes, in (0, 1). A `Schedule`
+            has its own. Defaults to None: 0.5, as in the paper.
+        allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
+            weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
+            expressions to sparsities. Defaults to `"global"`.
+        pattern: Shape of the groups that are pruned together: `"unstructured"` (single weights, as
+            in the paper), blocks such as `"1x4"` (outputs x inputs), N:M such as `"2:4"`, or
+            `"channel"`. A group has the mean score of its weights. Defaults to `"unstructured"`.
+        frequency: Steps between mask updates under a smooth `Schedule`. Defaults to 100.
+        min_kept: Number of weights that every layer keeps. Defaults to 1.
+        seed: Seed of the noise. Defaults to 0.
 
     Raises:
-        ValueError: for a value outside its range.
+        ValueError: If an argument is outside its range, or if `rate` is passed with a `Schedule`.
 
     Example:
         >>> optimizer = keras_dst.SparseOptimizer("sgd", keras_dst.methods.FlipOut(0.9))
@@ -56,7 +60,7 @@ class FlipOut(UpdateMethod):
         sparsity: float | Schedule,
         power: float = 2.0,
         noise: float = 1.0,
-        rate: float = 0.5,
+        rate: float | None = None,
         allocation: str | Mapping[str, float] = "global",
         pattern: str = "unstructured",
         frequency: int = 100,
@@ -76,14 +80,20 @@ class FlipOut(UpdateMethod):
             raise ValueError(f"power must be a number > 0. Received: {power!r}")
         if not noise >= 0:
             raise ValueError(f"noise must be a number >= 0. Received: {noise!r}")
-        if isinstance(sparsity, Schedule):
-            self.schedule = sparsity
-        else:
-            check_sparsity(sparsity)
-            events = Geometric(sparsity, end=1.0, rate=rate).number
-            self.schedule = Geometric(sparsity, end=events / (events + 1), rate=rate)
+        if rate is not None and isinstance(sparsity, Schedule):
+            raise ValueError(
+                "rate belongs to a sparsity that is a number; a Schedule has its own pruning "
+                f"events. Received: sparsity={sparsity!r}, rate={rate!r}. Leave one of them out."
+            )
+        self.schedule = as_schedule(sparsity, self._events)
         self.reads_gradients = noise > 0
         self._check_common()
+
+    def _events(self, sparsity):
+        """Return a schedule of pruning events for a target that is a number."""
+        rate = 0.5 if self.rate is None else self.rate
+        number = Geometric(sparsity, end=1.0, rate=rate).jump_count
+        return Geometric(sparsity, end=number / (number + 1), rate=rate)
 
     def init(self, kernels, steps):
         # The smallest type in which no counter of this training can overflow.
@@ -103,7 +113,7 @@ class FlipOut(UpdateMethod):
 
     def monitored(self, state):
         flips, kept = ops.convert_to_numpy(state["flips"]), ops.convert_to_numpy(state["mask"])
-        return {"flips": flips[kept]}  # of pruned weights they are 0
+        return {"flips": flips[kept]}  # The counters of pruned weights are 0.
 
     def perturb(self, grads, masks, step):
         if not self.noise:
@@ -133,5 +143,5 @@ class FlipOut(UpdateMethod):
 
 
 def _sign(w):
-    """In the smallest type: it is written and read again."""
+    """Return the signs in int8, because a step writes them and reads them again."""
     return ops.cast(ops.sign(w), "int8")

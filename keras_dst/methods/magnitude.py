@@ -1,10 +1,10 @@
-"""Magnitude pruning along a gradual schedule (arXiv 1710.01878), the baseline of every paper.
+"""Magnitude pruning along a gradual schedule (arXiv 1710.01878), the usual baseline.
 
     s_t = s_f + (s_i - s_f)(1 - (t - t0) / (t1 - t0))**3        score = |w|
 
-`revival=True` keeps the pruned weights' values aside and goes on training them by the gradient at
-the masked weights, so that they may come back (Dynamic Model Pruning with Feedback, arXiv
-2006.07253).
+With `revival=True` the optimizer keeps a dense copy of the weights and trains it with the gradient
+at the masked weights, so that pruned weights may come back (Dynamic Model Pruning with Feedback,
+arXiv 2006.07253).
 """
 
 from __future__ import annotations
@@ -15,25 +15,29 @@ import keras
 from keras import ops
 
 from keras_dst.methods.base import State, UpdateMethod
-from keras_dst.schedules import Cubic, Schedule, check_sparsity
+from keras_dst.schedules import Cubic, Schedule, as_schedule
 
 
 @keras.saving.register_keras_serializable("keras_dst")
 class Magnitude(UpdateMethod):
-    """Prune the weights of smallest magnitude, more of them as training goes on.
+    """Gradual magnitude pruning: the smallest weights become 0 while the model is trained.
 
     Args:
-        sparsity: final fraction of zeros, a number in [0, 1), reached along a cubic ramp over the
-            first three quarters of training, or a `Schedule`.
-        allocation: `"global"` (default: all weights ranked together), `"uniform"`, `"erk"`, or a
-            dict of sparsities by weight name or regular expression.
-        pattern: `"unstructured"` (default), blocks such as `"1x4"`, N:M such as `"2:4"`, or
-            `"channel"`; blocks and channels are scored by their mean magnitude.
-        revival: whether pruned weights go on being trained and may come back. Defaults to False:
-            pruned for good.
+        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. A number is reached
+            along a cubic ramp over the first three quarters of training.
+        allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
+            weights), `"uniform"`, `"erk"`, or a dict from weight names or regular
+            expressions to sparsities. Defaults to `"global"`.
+        pattern: Shape of the groups that are pruned together: `"unstructured"` (single weights),
+            blocks such as `"1x4"` (outputs x inputs), N:M such as `"2:4"`, or `"channel"`. A group
+            has the mean magnitude of its weights as its score. Defaults to `"unstructured"`.
+        revival: Whether pruned weights are still trained and may come back. Defaults to False.
         frequency: steps between updates of the masks. Defaults to 100; a short training gets at
             least twenty updates.
-        min_kept: weights that every layer keeps. Defaults to 1.
+        min_kept: Number of weights that every layer keeps. Defaults to 1.
+
+    Raises:
+        ValueError: If an argument is outside its range.
 
     Example:
         >>> optimizer = keras_dst.SparseOptimizer("adam", keras_dst.methods.Magnitude(0.9))
@@ -56,9 +60,7 @@ class Magnitude(UpdateMethod):
         self.revival = revival
         self.frequency = frequency
         self.min_kept = min_kept
-        if not isinstance(sparsity, Schedule):
-            check_sparsity(sparsity)
-        self.schedule = sparsity if isinstance(sparsity, Schedule) else Cubic(sparsity)
+        self.schedule = as_schedule(sparsity, Cubic)
         self.moves_weights = revival
         self._check_common()
 

@@ -1,16 +1,18 @@
-"""OptG: optimising gradient-driven criteria (arXiv 2201.12826).
+"""OptG: optimizing gradient-driven criteria (arXiv 2201.12826).
 
-A trainable score `v` per weight, 0 to begin with, and one ranking of all scores:
+Every weight has a trainable score `v`, which begins at 0. All scores are ranked together:
 
     m = 1[v among the highest 1 - s_t]        forward with w * m
     dL/dw = g m        dL/dv = g w        (straight-through)
     s_e = s sigmoid(beta (e - E/2))        rate_v(e) = rate_w(e) sigmoid(beta (e - E/2))
 
-with `e` of `E` epochs done, masks ranked anew once an epoch, and no weight decay on scores. Since
-only a mask update reads the scores, the factor on their rate is applied there: to the way that the
-optimiser, whichever it is, has moved them since the last one. Deviations: the sigmoid is stretched
-to begin at 0 and to end at 1 exactly, so the target is met; and trainings of less than 20 epochs,
-over which it would still be steep at the end, follow that of 20 within their first three quarters.
+with `e` of `E` epochs done. Masks are updated once an epoch, and scores have no weight decay. Only
+mask updates read the scores, so the factor on their learning rate is applied there: it multiplies
+the change that the optimizer has made to the scores since the last update.
+
+Deviations: the sigmoid is stretched so that it begins at 0 and ends at 1 exactly, and the target is
+met. A training of fewer than 20 epochs follows the curve of 20 epochs in its first three quarters,
+because its own curve would still be steep at the end.
 """
 
 from __future__ import annotations
@@ -22,31 +24,33 @@ from keras import ops
 
 from keras_dst import masks
 from keras_dst.methods.base import LayerMethod
-from keras_dst.schedules import Schedule, Sigmoid, check_sparsity
+from keras_dst.schedules import Schedule, Sigmoid, as_schedule
 
-_SHORT = 20  # epochs; a shorter training has its own curve, which leaves it time to recover
+_SHORT = 20  # Epochs. A shorter training follows another curve, which leaves time to recover.
 
 
 @keras.saving.register_keras_serializable("keras_dst")
 class OptG(LayerMethod):
-    """Learn a score per weight by gradient descent, beside the weights, and keep the highest.
+    """Pruning by trained scores: every weight has a score, and the highest scores are kept.
 
     Args:
-        sparsity: final fraction of zeros, a number in [0, 1), reached along a sigmoid; or a
-            `Schedule`.
-        beta: slope of the sigmoid per epoch, around the middle of training. Defaults to None: 1,
-            the paper's, from 20 epochs on; a shorter training follows the curve of 20 epochs in
-            its first three quarters. A `Schedule` has its own.
-        allocation: `"global"` (the paper, default), `"uniform"`, `"erk"`, or a dict of sparsities
-            by weight name or regular expression.
-        pattern: `"unstructured"` (the paper, default), blocks such as `"1x4"`, N:M such as
-            `"2:4"`, or `"channel"`; groups are scored by the mean score of their weights.
-        frequency: steps between updates of the masks, or `"epoch"` (the paper, default). A short
-            training gets at least twenty updates.
-        min_kept: weights that every layer keeps. Defaults to 1.
+        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. A number is reached
+            along a sigmoid.
+        beta: Steepness of the sigmoid per epoch. A `Schedule` has its own. Defaults to None: 1, as
+            in the paper, for 20 epochs or more. A shorter training follows the curve of 20 epochs
+            in its first three quarters.
+        allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
+            weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
+            expressions to sparsities. Defaults to `"global"`.
+        pattern: Shape of the groups that are pruned together: `"unstructured"` (single weights, as
+            in the paper), blocks such as `"1x4"` (outputs x inputs), N:M such as `"2:4"`, or
+            `"channel"`. A group has the mean score of its weights. Defaults to `"unstructured"`.
+        frequency: Steps between mask updates, or `"epoch"`. A short training gets at least twenty
+            updates. Defaults to `"epoch"`, as in the paper.
+        min_kept: Number of weights that every layer keeps. Defaults to 1.
 
     Raises:
-        ValueError: for a value outside its range.
+        ValueError: If an argument is outside its range, or if `beta` is passed with a `Schedule`.
 
     Example:
         >>> keras_dst.sparsify(model, keras_dst.methods.OptG(0.9))
@@ -76,13 +80,12 @@ class OptG(LayerMethod):
             raise ValueError(f"beta must be a number > 0. Received: {beta!r}")
         if beta is not None and isinstance(sparsity, Schedule):
             raise ValueError(
-                "beta is the slope of the sigmoid towards a sparsity that is a number; a Schedule "
-                f"has its own. Received: sparsity={sparsity!r}, beta={beta!r}"
+                "beta belongs to a sparsity that is a number; a Schedule has its own curve. "
+                f"Received: sparsity={sparsity!r}, beta={beta!r}. Leave one of them out."
             )
-        if not isinstance(sparsity, Schedule):
-            check_sparsity(sparsity)
-            sparsity = Sigmoid(sparsity, end=0.75, steepness=_SHORT)
-        self.schedule = sparsity
+        self.schedule = as_schedule(
+            sparsity, lambda final: Sigmoid(final, end=0.75, steepness=_SHORT)
+        )
         self._final = self.schedule.sparsity
         self._check_common()
 
@@ -94,8 +97,8 @@ class OptG(LayerMethod):
         return Sigmoid(self.sparsity, steepness=(self.beta or 1.0) * epochs)
 
     def build(self, layer, name, variable, layout):
-        # The rate is the factor on the scores' learning rate, the anchor is where they were when
-        # it was last applied.
+        # The rate is the factor on the learning rate of the scores. The anchor holds the scores of
+        # the last mask update.
         return {
             "scores": layer.add_weight(
                 name=f"{name}_scores", shape=variable.shape, initializer="zeros", autocast=False

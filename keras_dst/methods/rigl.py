@@ -1,11 +1,11 @@
 """RigL: rigging the lottery (arXiv 1911.11134), sparse from the first step on.
 
-As SET, but connections grow where the gradient of the dense weight is largest:
+RigL drops weights as SET does, and grows connections with the largest gradients:
 
-    grow: the highest |dL/d(w m)| among the weights that are pruned
+    grow: the pruned weights with the largest |dL/d(w m)|
     drop(t) = drop_fraction / 2 (1 + cos(pi t / t_stop))
 
-The gradient is that of the last step before an update.
+An update uses the gradients of the last step before it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from __future__ import annotations
 import keras
 from keras import ops
 
-from keras_dst.methods.set import SET, put_first
+from keras_dst.methods.set import SET, rank_first
 
 
 @keras.saving.register_keras_serializable("keras_dst")
 class RigL(SET):
-    """Sparse from the first step on: drop the smallest weights, grow where gradients are largest.
+    """Dynamic sparse training that drops small weights and grows weights with large gradients.
 
     Args:
-        sparsity, allocation, pattern, drop_fraction, stop, stop_step, frequency, min_kept, seed:
-            as for `SET`; the seed is that of the mask to begin with.
+        sparsity, allocation, pattern, drop_fraction, stop, stop_step, frequency, min_kept:
+            See `SET`.
+        seed: Seed of the first, random mask. Defaults to 0.
 
     Example:
         >>> optimizer = keras_dst.SparseOptimizer("sgd", keras_dst.methods.RigL(0.9))
@@ -35,12 +36,12 @@ class RigL(SET):
     def init(self, kernels, steps):
         return [{"gradient": ("zeros", k.dtype)} for k in kernels]
 
-    def ranked(self, stay, began, states, now):
-        # In the first mask they are random.
-        drawn = super().ranked
+    def growth_scores(self, stay, began, states, now):
+        # The first mask is random; there are no gradients yet.
+        drawn = super().growth_scores
         return ops.cond(
             ops.any(ops.stack(began)),
-            lambda: put_first(stay, (ops.abs(s["gradient"]) for s in states)),
+            lambda: rank_first(stay, (ops.abs(s["gradient"]) for s in states)),
             lambda: drawn(stay, began, states, now),
         )
 

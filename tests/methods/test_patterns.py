@@ -31,7 +31,7 @@ def refusal(cls, pattern, allocation):
     if cls in FIXED_BEFORE and pattern == "2:4":
         return "has no N:M form"
     if cls in FIXED_BEFORE and allocation == "global":
-        return "fixes every layer's density before training"
+        return "fixes the density of every layer before training"
     if pattern == "2:4" and allocation not in ("global", "uniform"):
         return "fixes the sparsity of every weight"
     return None
