@@ -12,9 +12,15 @@ from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import LayerMethod, TwoPathMethod, UpdateMethod
 from tests import models
 from tests.backends import COMPILES
+from tests.pages import blocks
 
 # A hundred steps are too few for a controller; that it says so is tested in test_callbacks.py.
 pytestmark = pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
+
+# The classes of the page on custom methods, outside the package, by name.
+own: dict = {}
+for _, code in blocks("own_methods.md"):
+    exec(compile(code, "docs/own_methods.md", "exec"), own)
 
 # name: (method, sparsity it must end with or None, allowed difference)
 METHODS = {
@@ -38,6 +44,10 @@ METHODS = {
     "set": (methods.SET(0.8), 0.8, 0.01),
     "set-uniform": (methods.SET(0.6, allocation="uniform"), 0.6, 0.01),
     "rigl": (methods.RigL(0.8), 0.8, 0.01),
+    "own-update": (own["GradientMagnitude"](0.8), 0.8, 0.001),
+    "own-layer": (own["StraightThrough"](0.8), 0.8, 0.001),
+    "own-two-path": (own["Twins"](0.8), 0.8, 0.001),
+    "own-unit": (own["SmallUnits"](0.5), 0.5, 0.02),
 }
 
 x = np.random.default_rng(0).standard_normal((256, 24)).astype("float32")
@@ -47,8 +57,9 @@ BATCH, EPOCHS = 16, 6
 
 ONE_OF_A_FAMILY = [METHODS[name][0] for name in ("dst-target", "magnitude-revival")]
 KINDS = ["dst-target", "dcil", "optg", "consensus", "magnitude-revival", "flipout", "rigl"]
+OWN = ["own-update", "own-layer", "own-two-path", "own-unit"]
 # Patterns and allocations change rankings, which test_masks.py has on every backend.
-TRIED = ["dst", "magnitude", "set", *KINDS] if COMPILES else METHODS
+TRIED = ["dst", "magnitude", "set", *KINDS, *OWN] if COMPILES else METHODS
 
 
 @pytest.fixture(params=TRIED)
@@ -134,7 +145,7 @@ def test_target_log_second_fit_and_strip(method):
     assert not any(type(z).__module__.startswith("keras_dst") for z in model._flatten_layers())
 
 
-@pytest.mark.parametrize("name", ["set", *KINDS])
+@pytest.mark.parametrize("name", ["set", *KINDS, *OWN])
 def test_saved_and_resumed_equals_uninterrupted(name, tmp_path):
     method = METHODS[name]
     whole = build(method[0])

@@ -409,7 +409,8 @@ class UnitMethod(LayerMethod):
 
     A gate of 0 or 1 multiplies all weights of an output unit. Layers that give the outputs of the
     model are not pruned. The costs of the units may differ, and the target is then a fraction of
-    the total cost.
+    the total cost. By default the state is a gate per unit, and every `update` opens the units with
+    the highest mean score.
 
     Attributes:
         needs_use_counts: Whether `bind_layers` gets the number of multiplications per weight.
@@ -434,17 +435,39 @@ class UnitMethod(LayerMethod):
         kept = [n if axis in outputs else 1 for axis, n in enumerate(shape)]
         return tuple(kept[min(outputs) :]) if outputs else ()
 
+    def build(self, layer, name: str, variable, layout: Layout) -> State:
+        """Add a gate per output unit, all open, and the schedule position to the layer."""
+        gate = layer.add_weight(
+            name=f"{name}_gate",
+            shape=self.gate_shape(variable.shape, layout),
+            initializer="ones",
+            trainable=False,
+            autocast=False,
+        )
+        return {"gate": gate, "progress": self.build_progress(layer, name)}
+
+    def update(self, weights, states, layouts, kept, now):
+        """Return new gates, which open the units with the highest scores."""
+        found = []
+        ranked = self.rank(self.scores(weights, states), layouts, kept)
+        for w, mask, layout in zip(weights, ranked, layouts):
+            rank = len(w.shape)
+            inputs = {*range(rank)} - {axis % rank for axis in layout.outputs}
+            is_open = ops.reshape(ops.any(mask, tuple(inputs)), self.gate_shape(w.shape, layout))
+            found.append({"gate": ops.cast(is_open, w.dtype)})
+        return found
+
     def gate(self, state: State, layout: Layout = KERNEL) -> Tensor:
         """Return the gates of a weight, 0 or 1, in the shape that `gate_shape` gives.
 
-        The layer calls it in every forward pass for its kernel and for its bias. Every unit method
-        defines it.
+        The layer calls it in every forward pass for its kernel and for its bias. By default the
+        gates are a part of the state.
 
         Args:
             state: State of the weight, a dict of variables.
             layout: Axes of the weight.
         """
-        raise NotImplementedError
+        return ops.convert_to_tensor(state["gate"])
 
     def apply(self, w: Tensor, state: State, layout: Layout) -> Tensor:
         """Return the weight multiplied by its gates."""

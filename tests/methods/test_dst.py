@@ -337,8 +337,8 @@ def test_schedule_of_the_target():
         ({"reset_density": -0.1}, "reset_density must be in"),
         ({"pattern": "2:4"}, "no N:M form.*Use Magnitude"),
         ({"pattern": "blocks"}, "pattern must be 'unstructured'"),
-        ({"frequency": 0}, "frequency must be a whole number >= 1. Received: 0"),
-        ({"frequency": 2.5}, "frequency must be a whole number >= 1. Received: 2.5"),
+        ({"frequency": 0}, "frequency must be a whole number >= 1. Received: frequency=0"),
+        ({"frequency": 2.5}, "frequency must be a whole number >= 1. Received: frequency=2.5"),
         ({"frequency": True}, "frequency must be a whole number"),
     ],
 )

@@ -165,7 +165,10 @@ def test_no_sparsity_is_no_sparsity():
     ("arguments", "message"),
     [
         ({"beta": 0}, "beta must be a number > 0. Received: 0"),
-        ({"beta": 1.0, "sparsity": Constant(0.9)}, "a Schedule has its own curve. Received: sparsity="),
+        (
+            {"beta": 1.0, "sparsity": Constant(0.9)},
+            "own curve. Received: sparsity=",
+        ),
         ({"sparsity": 1.0}, "sparsity"),
         ({"frequency": "day"}, "frequency"),
     ],
