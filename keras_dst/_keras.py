@@ -17,6 +17,9 @@ import keras
 # Keras exports the layers that use this cell, but not the cell.
 from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
 
+# `keras.Model(inputs, outputs)` makes an instance of this class, which Keras does not export.
+from keras.src.models.functional import Functional
+
 if TYPE_CHECKING:
     from keras import Layer as _Layer
 else:
@@ -52,6 +55,7 @@ PRIVATE_NAMES = {
     "compiled model": ("_compile_config",),
     "sequential": ("_functional",),
     "tensor": ("_keras_history",),
+    "masked tensor": ("_keras_mask",),
     "compiled loss": ("_flat_losses", "_y_pred_build_structure"),
     "metric": ("_direction",),
     "optimizer": (
@@ -111,6 +115,15 @@ def build_shapes(layer) -> dict[str, Any] | None:
     return layer._build_shapes_dict
 
 
+def is_plain_stock(layer) -> bool:
+    """Return whether a layer is of a class of Keras whose config and variables are its whole state.
+
+    The state of preprocessing layers is more than that: vocabularies, boundaries, statistics.
+    """
+    module = type(layer).__module__
+    return module.startswith("keras.src.layers.") and ".preprocessing." not in module
+
+
 def is_rematerialized(layer) -> bool:
     """Return whether a layer was created under `keras.RematScope`."""
     return bool(layer._remat_mode)
@@ -138,6 +151,8 @@ def refresh_torch_parameters(layer) -> None:
 
 def graph_of(model):
     """Return the Functional graph of a model, or None if its own `call` runs it."""
+    if type(model).call not in (keras.Sequential.call, Functional.call):
+        return None
     graph = model._functional if isinstance(model, keras.Sequential) else model
     return graph if hasattr(graph, "_nodes_by_depth") else None
 
@@ -151,6 +166,11 @@ def nodes_in_order(graph) -> list:
 def operation_of(tensor):
     """Return the operation that made a symbolic tensor."""
     return tensor._keras_history.operation
+
+
+def mask_of(tensor):
+    """Return the mask that Keras attached to a tensor, or None."""
+    return getattr(tensor, "_keras_mask", None)
 
 
 def node_of(tensor):
@@ -325,6 +345,7 @@ def missing_names() -> list[str]:
         "compiled model": model,
         "sequential": model,
         "tensor": model.outputs[0],
+        "masked tensor": keras.layers.Masking()(keras.Input((2, 1))),
         "compiled loss": model._compile_loss,
         "metric": keras.metrics.MeanAbsoluteError(),
         "optimizer": model.optimizer,

@@ -12,8 +12,8 @@ from keras import layers
 
 import keras_dst
 from keras_dst._backend.jit import jit
+from keras_dst._structure.handlers import KernelLayer
 from keras_dst._structure.plan import Plan
-from keras_dst._structure.rules import Kernel
 from keras_dst.methods import DST, Consensus, Magnitude
 from tests import models
 from tests.backends import once
@@ -30,7 +30,7 @@ few = settings(
 KERNELS = (layers.Dense, layers.Conv1D, layers.Conv2D)
 
 
-def randomise(model, seed=0):
+def randomize(model, seed=0):
     """Biases, offsets and statistics as after training: none of them 0."""
     rng = np.random.default_rng(seed)
     for variable in model.weights:
@@ -105,7 +105,7 @@ def reverse(z):
 
 
 def convnet(padding="same", use_bias=False):
-    return randomise(
+    return randomize(
         keras.Sequential(
             [
                 keras.Input((8, 8, 3)),
@@ -196,7 +196,7 @@ def residual(merge, gated=False):
     x = merge(x, body(x, "a"))
     x = layers.ReLU()(merge(x, body(x, "b")))
     x = layers.GlobalAveragePooling2D()(x)
-    return randomise(keras.Model(inputs, layers.Dense(2, name="head")(x)))
+    return randomize(keras.Model(inputs, layers.Dense(2, name="head")(x)))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_concatenation_depthwise_and_multiplication():
     x = layers.Conv2D(5, 3, strides=2, padding="same", name="after")(x)
     x = layers.Reshape((-1, 5))(x)
     x = layers.Conv1D(4, 3, name="last")(x)
-    model = randomise(keras.Model(inputs, layers.Flatten()(x)))
+    model = randomize(keras.Model(inputs, layers.Flatten()(x)))
     kill(model, "a", bias=True)
     kill(model, "after")
     depthwise = model.get_layer("depthwise")
@@ -258,7 +258,7 @@ def test_concatenation_depthwise_and_multiplication():
 
 def sequential(shape, *stack):
     """A net of these layers, without dead channels, that ends in two numbers."""
-    return randomise(
+    return randomize(
         keras.Sequential([keras.Input(shape), *stack, layers.Flatten(), layers.Dense(2)])
     )
 
@@ -317,7 +317,7 @@ def test_channels_first():
     a = layers.Flatten(**first)(layers.SeparableConv2D(4, 2, name="three", **first)(x))
     b = layers.Permute((2, 3, 1))(layers.DepthwiseConv2D(2, **first)(x))
     b = layers.GlobalAveragePooling2D()(layers.Conv2D(4, 1, name="four")(b))
-    model = randomise(keras.Model(inputs, layers.Dense(2)(layers.Concatenate()([a, b]))))
+    model = randomize(keras.Model(inputs, layers.Dense(2)(layers.Concatenate()([a, b]))))
     kill(model, "one", "two", "three", "four")
     kill(model, "closed", count=6)
     small = check(model, one=3, two=2, three=2, four=2)
@@ -339,7 +339,10 @@ def test_whole_groups_of_convolutions():
     kill(model, "grouped", count=8)
     check(model, one=4, grouped=6, two=4)
     reasons = keras_dst.shrink_report(model).layers[1].reasons
-    assert reasons == {"'grouped' loses whole groups alone, and others of its group live": 2}
+    assert reasons == {
+        "'grouped' loses only whole groups, and other channels of the group are in use; prune all "
+        "filters of the group": 2
+    }
 
 
 def test_recurrent_layers_lose_inputs():
@@ -364,7 +367,7 @@ def test_shared_layers_and_several_outputs():
     a, b = norm(shared(one)), norm(shared(two))
     second = layers.Dense(4, name="second")
     out = [layers.Add()([second(a), second(b)]), layers.Dense(3, name="third")(a)]
-    model = randomise(keras.Model([one, two], {"x": out[0], "y": out[1]}))
+    model = randomize(keras.Model([one, two], {"x": out[0], "y": out[1]}))
     kill(model, "shared")
     small = keras_dst.shrink(model)
     x = [np.random.default_rng(i).standard_normal((5, 8)).astype("float32") for i in (1, 2)]
@@ -383,7 +386,7 @@ def test_what_is_not_understood_keeps_its_channels():
     x = layers.Dense(6, "relu", name="dense")(x)
     x = layers.Dense(6, "softmax", name="attention")(x)
     x = layers.Dense(4, reverse, name="own")(x)
-    model = randomise(keras.Model(inputs, layers.Dense(3, name="head")(x)))
+    model = randomize(keras.Model(inputs, layers.Dense(3, name="head")(x)))
     kill(model, "one", "grouped", "dense", "attention", "own", bias=True)
     check(model, one=8, grouped=8, dense=3, attention=6, own=4, head=3)
 
@@ -392,7 +395,7 @@ def test_what_is_not_understood_keeps_its_channels():
 @pytest.mark.parametrize("kind", ["sequential", "residual", "nested"])
 def test_models_of_every_kind(kind):
     keras.utils.set_random_seed(0)
-    model = randomise(models.MODELS[kind]())
+    model = randomize(models.MODELS[kind]())
     for layer in model._flatten_layers():
         if type(layer) in KERNELS and layer.kernel.shape[-1] > 2:
             kernel = np.array(layer.kernel.numpy())
@@ -491,22 +494,29 @@ class TestReport:
         x = layers.Dense(4, "softmax", name="choice")(x)
         x = layers.Dense(6, name="mine")(x)
         x = layers.Dense(6, name="last")(models.MyDense(6, name="own")(x))
-        model = randomise(keras.Model(inputs, x))
+        model = randomize(keras.Model(inputs, x))
         names = ("one", "two", "three", "separable", "four", "choice", "mine", "own", "last")
         kill(model, *names)
         found = {row.layer: row.reasons for row in keras_dst.shrink_report(model).layers}
-        border = "gives the constant of the channel other numbers at other places, as at a border"
+        border = "changes the constant of the channel at some positions, as padding does at the "
+        border += "border; make the channel zero or do not pad"
+        separable = "'separable' pads with zeros, where the constant of the channel ends; use "
+        separable += "padding='valid'"
+        softmax = "'choice' has the activation 'softmax', which may mix channels; use an "
+        softmax += "elementwise activation"
+        custom = "'own' is a custom layer, whose code shrink cannot read; use layers of Keras "
+        custom += "instead"
         assert found == {
             "one": {f"'depthwise' {border}": 3},
             "depthwise": {},
-            "two": {"'norm' normalises over channels": 4},
-            "three": {"'separable' pads with zeros, where its constant ends": 2},
+            "two": {"'norm' normalizes over channels; use BatchNormalization instead": 4},
+            "three": {separable: 2},
             "separable": {},
-            "four": {"'pool' takes another axis for the channels": 2},
-            "choice": {"'choice' has the activation 'softmax', which may mix channels": 2},
-            "mine": {"'own' is a layer of your own": 3},
-            "own": {"'own' is a layer of your own": 3},
-            "last": {"it is an output of the model": 3},
+            "four": {"'pool' has its channels on another axis; use one axis": 2},
+            "choice": {softmax: 2},
+            "mine": {custom: 3},
+            "own": {custom: 3},
+            "last": {"it is an output of the model; exclude its layer from pruning": 3},
         }
 
     def test_reasons_of_what_is_shared_or_has_to_hold_constants(self):
@@ -516,24 +526,28 @@ class TestReport:
         found = {row.layer: row.reasons for row in keras_dst.shrink_report(model).layers}
         assert found == {
             "one": {},
-            "two": {"one channel of every layer stays": 1},
-            "three": {"one channel of every layer stays": 1},
+            "two": {"every layer keeps at least one channel; nothing can be done": 1},
+            "three": {"every layer keeps at least one channel; nothing can be done": 1},
             "head": {},
         }
         model = convnet()
         kill(model, "one")
         rows = keras_dst.shrink_report(model).layers
         assert rows[0].reasons == {
-            "'two' pads with zeros: it holds the constants of those that go": 1
+            "'two' pads with zeros and needs one channel that carries the constants of the "
+            "removed channels; use padding='valid' to remove this channel too": 1
         }
 
         a, b = keras.Input((4,)), keras.Input((4,))
         shared = layers.Dense(3, name="shared")
         x, y = layers.Dense(6, name="a")(a), layers.Dense(6, name="b")(b)
-        model = randomise(keras.Model([a, b], layers.Add()([shared(x), shared(y)])))
+        model = randomize(keras.Model([a, b], layers.Add()([shared(x), shared(y)])))
         kill(model, "a")
         rows = {row.layer: row for row in keras_dst.shrink_report(model).layers}
-        assert rows["a"].reasons == {"'shared' is called on 'b' too, whose channel lives": 3}
+        assert rows["a"].reasons == {
+            "'shared' is also called on 'b', whose channel is in use; remove the same channel "
+            "there too": 3
+        }
 
 
 # -- nets at random ------------------------------------------------------------------------------
@@ -550,13 +564,10 @@ STEPS = {
     "pool": lambda n: layers.AveragePooling2D(2, 1, padding="same", name=n),
     "turned": lambda n: layers.Permute((3, 1, 2), name=n),
 }
-REASONS = ("pads with zeros", "at a border", "loses whole groups", "one channel of every layer")
-REASONS += (
-    "an output of the model",
-    " adds ",
-    "another axis",
-    "several that differ",
-    "is tied to",
+REASONS = (
+    *("pads with zeros", "at the border", "loses only whole groups", "at least one channel"),
+    *("an output of the model", " adds ", "another axis", "several different channels"),
+    "is coupled to",
 )
 
 
@@ -573,7 +584,7 @@ def random_net(steps, seed):
             y = layers.Add(name=f"add_{place}")([x, y])
         x = y
     x = layers.Flatten()(x)
-    model = randomise(keras.Model(inputs, layers.Dense(2, name="head")(x)), seed)
+    model = randomize(keras.Model(inputs, layers.Dense(2, name="head")(x)), seed)
     for layer in model.layers:
         if hasattr(layer, "kernel") or hasattr(layer, "pointwise_kernel"):
             kernel, axis = units_of(layer)
@@ -607,8 +618,8 @@ def test_every_dead_channel_of_a_random_net_goes_or_has_a_reason(steps, seed):
         assert all(any(known in why for known in REASONS) for why in row.reasons), row
     again = Plan(small)
     # A single group that is left is a convolution like others, which could do without more.
-    alone = any(getattr(rule.op, "groups", 1) > 1 for rule in Plan(model).rules)
-    assert alone or all(again.keeps(rule.y).all() for rule in again.rules)
+    alone = any(getattr(handler.op, "groups", 1) > 1 for handler in Plan(model).handlers)
+    assert alone or all(again.keeps(handler.y).all() for handler in again.handlers)
 
 
 # -- trained, pruned, shrunk ----------------------------------------------------------------------
@@ -647,7 +658,7 @@ def test_channels_of_a_trained_residual_net(method):
 @once
 class TestErrors:
     def test_no_graph(self):
-        with pytest.raises(ValueError, match="Sequential and Functional models"):
+        with pytest.raises(ValueError, match="Expected a Sequential or Functional model"):
             keras_dst.shrink(models.subclassed())
         with pytest.raises(TypeError, match="Expected a Keras 3 model"):
             keras_dst.shrink("model.keras")
@@ -663,6 +674,6 @@ class TestErrors:
         model = convnet()
         kill(model, "one")
         # A bug: constants go into the bias at the border as well.
-        monkeypatch.setattr(Kernel, "pads", False)
-        with pytest.raises(RuntimeError, match="would have changed the outputs"):
+        monkeypatch.setattr(KernelLayer, "pads_with_zeros", False)
+        with pytest.raises(RuntimeError, match="would change the outputs"):
             keras_dst.shrink(model)

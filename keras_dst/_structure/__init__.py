@@ -1,11 +1,16 @@
-"""Dead channels removed for good: `shrink` makes a smaller dense model of one with zeros.
+"""`shrink` removes dead channels from a model, and `shrink_report` explains the result.
 
-Three passes over the model's graph, nested models laid out flat (`graph`). Forwards: which channels
-hold the same number whatever the input, and which number. Then which channels live or die together
-(`groups`): those that a layer hands on, those that an addition adds; `rules` says both, for every
-kind of layer. A channel can go where every kernel that reads it can do without (`plan`): its
-weights for it are zero, or the number is a constant, which moves into the bias. Last, the graph is
-built anew from what is left (`build`). What stays though it is dead has a reason (`reasons`).
+`shrink` works on the flat graph of a model (`graph.py`) in three passes:
+
+1. Constant propagation (`plan.py`, `handlers.py`): find the channels whose value does not depend
+   on the input. A unit with zero weights always returns its activated bias.
+2. Coupling (`plan.py`, `groups.py`): put channels into groups that are kept or removed together,
+   such as the channels that an addition adds. Remove a group if every kernel that reads its
+   channels has zero weights for them or can absorb their constants in its bias.
+3. Building (`build.py`, `copies.py`): slice the weights of the layers and call the layers again.
+
+`dispatch.py` chooses the handler for each kind of layer. `pipeline.py` runs the passes and compares
+both models. `explain.py` finds the reasons why dead channels are kept, and `report.py` prints them.
 """
 
 from keras_dst._structure.pipeline import shrink

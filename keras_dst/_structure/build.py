@@ -1,4 +1,4 @@
-"""The model anew, from the channels that stay."""
+"""Third pass of `shrink`: build the smaller model from the channels that are kept."""
 
 from __future__ import annotations
 
@@ -9,75 +9,83 @@ import numpy as np
 from keras import layers, tree
 
 from keras_dst import _keras
+from keras_dst._structure.copies import copy_operation, copy_recurrent_state, live_config
 from keras_dst._structure.graph import Tensor
+from keras_dst._structure.handlers import Addition, ChannelHandler
 from keras_dst._structure.plan import Plan
-from keras_dst._structure.rules import Rule, Sum
 
 
-class _Build:
-    """The new tensors and layers, by the ids of the old ones."""
+def build(plan: Plan) -> keras.Model:
+    """Return the smaller model of a plan, with the inputs and the structure of the given model."""
+    graph, builder = plan.graph, _Builder(plan)
+    inputs = []
+    for x, old in zip(plan.inputs, graph.inputs):
+        layer = _keras.operation_of(old)
+        inputs.append(type(layer).from_config(layer.get_config()).output)
+        builder.tensors[id(x)] = inputs[-1]
+    for handler in plan.handlers:
+        builder.add(handler)
+    input_structure, output_structure = _keras.structures_of(graph)
+    outputs = [builder.tensor(y) for y in plan.outputs]
+    small = keras.Model(
+        tree.pack_sequence_as(input_structure, inputs),
+        tree.pack_sequence_as(output_structure, outputs),
+        name=plan.model.name,
+    )
+    builder.set_weights()
+    return small
+
+
+class _Builder:
+    """New tensors and operations of the smaller model, by the ids of the old ones."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
         self.tensors: dict[int, Any] = {}
-        self.made: dict[int, Any] = {}
-        self.weights: list[tuple[Any, list[np.ndarray]]] = []
+        self.operations: dict[int, Any] = {}
+        self.sliced: list[tuple[Any, Any, list[np.ndarray]]] = []
 
-    def new(self, x: Tensor):
+    def tensor(self, x: Tensor):
+        """Return the new tensor for an old tensor or for a view of it."""
         return self.tensors[id(x.origin or x)]
 
-    def add(self, rule: Rule) -> None:
-        """Call the operation on the new tensors, as far as it is still needed."""
-        call = rule.call
-        inputs = [self.new(x) for x in call.inputs]
-        if call.dropped and len(inputs) == 1:
-            result = inputs[0]
-        elif call.dropped:
-            op = self._remade(rule)
-            result = (op if isinstance(op, keras.Layer) else layers.Add())(inputs)
+    def add(self, handler: ChannelHandler) -> None:
+        """Call the new operation on the new tensors; leave out terms that are constants."""
+        call = handler.call
+        if isinstance(handler, Addition) and call.constant_terms:
+            terms = [self.tensor(x) for x in call.inputs]
+            result = terms[0] if len(terms) == 1 else self._operation(handler)(terms)
+            result = self._add_constants(handler, result)
         else:
-            args, kwargs = call.map(self.new)
-            result = self._remade(rule)(*args, **kwargs)
-        if isinstance(rule, Sum) and call.dropped:
-            result = self._shifted(rule, result)
+            args, kwargs = call.map(self.tensor)
+            result = self._operation(handler)(*args, **kwargs)
         self.tensors.update((id(x), y) for x, y in zip(call.outputs, tree.flatten(result)))
 
-    def _shifted(self, rule: Sum, tensor):
-        offset = rule.offset(self.plan.gone)
-        if not offset.any():
+    def set_weights(self) -> None:
+        """Set the weights of the layers that lost channels, once the model has built them."""
+        for layer, new, weights in self.sliced:
+            if weights:
+                new.set_weights(weights)
+            copy_recurrent_state(layer, new)
+
+    def _add_constants(self, handler: Addition, tensor):
+        constants = handler.sum_of_constants(self.plan.removed)
+        if not constants.any():
             return tensor
-        name, dtype = f"{rule.op.name}_constant", rule.y.dtype
-        return layers.Rescaling(1.0, offset.tolist(), name=name, dtype=dtype)(tensor)
+        name, dtype = f"{self.plan.names[id(handler.op)]}_constant", handler.y.dtype
+        return layers.Rescaling(1.0, constants.tolist(), name=name, dtype=dtype)(tensor)
 
-    def _remade(self, rule: Rule):
-        """The operation for the channels that stay, once."""
-        op = rule.op
-        if not isinstance(op, keras.Layer):  # as `x + y` is
-            return op
-        if id(op) not in self.made:
-            config = {**op.get_config(), "name": self.plan.names[id(op)]}
-            weights = rule.cut(config, self.plan.gone)
-            self.made[id(op)] = type(op).from_config(config)
-            self.weights.append((self.made[id(op)], weights))
-        return self.made[id(op)]
-
-
-def build(plan: Plan) -> keras.Model:
-    """The smaller model of a plan, with the structure of inputs and outputs of the old one."""
-    graph, work = plan.graph, _Build(plan)
-    inputs = []
-    for x, old in zip(plan.inputs, graph.inputs):
-        name = _keras.operation_of(old).name
-        inputs.append(keras.Input(batch_shape=x.shape, dtype=x.dtype, name=name))
-        work.tensors[id(x)] = inputs[-1]
-    for rule in plan.rules:
-        work.add(rule)
-    small = keras.Model(
-        tree.pack_sequence_as(_keras.structures_of(graph)[0], inputs),
-        tree.pack_sequence_as(_keras.structures_of(graph)[1], [work.new(y) for y in plan.outputs]),
-        name=plan.model.name,
-    )
-    for layer, weights in work.weights:
-        if weights:
-            layer.set_weights(weights)
-    return small
+    def _operation(self, handler: ChannelHandler):
+        """Return the new operation, which is created at the first of its calls."""
+        op = handler.op
+        if id(op) not in self.operations:
+            name = self.plan.names[id(op)]
+            if handler.can_slice:
+                config = {**live_config(op), "name": name}
+                weights = handler.slice(config, self.plan.removed)
+                new = type(op)(**config)
+                self.sliced.append((op, new, weights))
+            else:
+                new = copy_operation(op, name, share=id(op) in self.plan.tied)
+            self.operations[id(op)] = new
+        return self.operations[id(op)]

@@ -1,4 +1,4 @@
-"""A model's graph, laid out flat: tensors with channels, and calls in the order they run."""
+"""Flat graph of a model: tensors with channels, and calls in the order in which they run."""
 
 from __future__ import annotations
 
@@ -10,89 +10,157 @@ import numpy as np
 from keras import ops, tree
 
 from keras_dst import _keras
+from keras_dst._structure.copies import dense_copy
+from keras_dst.layers import Gate
 
-UNKNOWN = np.nan  # in place of a constant
-OPEN = 32  # what replaces the open sizes of an input, to try a layer on
+UNKNOWN = np.nan  # stands for the value of a channel that depends on the input
+OPEN_SIZE = 32  # replaces the unknown sizes of an input when a layer or model is run for a test
 
 
 @dataclass(eq=False)
 class Tensor:
-    """A tensor of the graph, and its channels: those on one axis, by default the last."""
+    """Tensor of the graph, with its channels along one axis, by default the last axis.
+
+    Attributes:
+        shape: the shape, with None for unknown sizes.
+        dtype: the name of the data type.
+        masked: True if the tensor may carry a Keras mask.
+        origin: for a view, the tensor whose channels are along another axis.
+        axis: the axis of the channels.
+        constant: for each channel, its constant value, or NaN if the value depends on the input.
+        ids: for each channel, its group. Channels of one group are kept or removed together.
+    """
 
     shape: tuple
     dtype: str
-    origin: Tensor | None = None  # of a view: the tensor whose channels are on another axis
+    masked: bool = False
+    origin: Tensor | None = None
     axis: int = field(init=False)
-    constant: np.ndarray = field(init=False)  # by channel: the number it always is, or NaN
-    ids: np.ndarray = field(init=False)  # by channel: channels of one id live or die together
+    constant: np.ndarray = field(init=False)
+    ids: np.ndarray = field(init=False)
 
     def __post_init__(self):
-        self.carry(len(self.shape) - 1)
+        self.set_channels(len(self.shape) - 1)
 
     @property
     def channels(self) -> int:
+        """Number of channels, 0 if the number is unknown."""
         return (self.shape[self.axis] or 0) if len(self.shape) > 1 else 0
 
-    def carry(self, axis: int, constant: np.ndarray | None = None) -> None:
-        """Put the channels on an axis. Those whose constants are not given vary."""
+    def set_channels(self, axis: int, constant: np.ndarray | None = None) -> None:
+        """Set the axis of the channels, and their constants if they are known."""
         self.axis = axis
         self.constant = np.full(self.channels, UNKNOWN) if constant is None else constant
 
     def along(self, axis: int) -> Tensor:
-        """This tensor for a layer that takes another axis for the channels."""
+        """Return this tensor, or a view whose channels are along the given axis."""
         if axis == self.axis:
             return self
-        view = Tensor(self.shape, self.dtype, origin=self)
-        view.carry(axis)
+        view = Tensor(self.shape, self.dtype, self.masked, origin=self)
+        view.set_channels(axis)
         return view
 
 
 @dataclass(eq=False)
 class Call:
-    """A call of an operation of the graph."""
+    """Call of one operation in the graph.
+
+    Attributes:
+        op: the operation: a layer without masks of this package, or an operation such as `x + y`.
+        args: the positional arguments.
+        kwargs: the keyword arguments, without the Keras masks that Keras passes by itself.
+        outputs: the output tensors.
+        prefix: the names of the nested models around the call.
+        constant_terms: the constant inputs that an addition no longer adds.
+    """
 
     op: Any
     args: tuple
     kwargs: dict
     outputs: list[Tensor]
     prefix: str
-    dropped: list[Tensor] = field(default_factory=list)  # summands that are constants
+    constant_terms: list[Tensor] = field(default_factory=list)
 
     @property
     def inputs(self) -> list[Tensor]:
-        found = [x for x in tree.flatten((self.args, self.kwargs)) if isinstance(x, Tensor)]
-        return [x for x in found if not any(x is d for d in self.dropped)]
+        """The tensors whose channels the operation reads; masks have no channels."""
+        data = {name: x for name, x in self.kwargs.items() if not _is_mask(name)}
+        return [x for x in _tensors((self.args, data)) if not _contains(self.constant_terms, x)]
+
+    @property
+    def masks(self) -> list[Tensor]:
+        """The masks that the user passes to the operation."""
+        return _tensors({name: x for name, x in self.kwargs.items() if _is_mask(name)})
 
     def map(self, fn) -> tuple[tuple, dict]:
-        """Its arguments, with `fn` of every tensor."""
+        """Return the arguments, with `fn` applied to every tensor."""
         return tree.map_structure(
             lambda x: fn(x) if isinstance(x, Tensor) else x, (self.args, self.kwargs)
         )
 
-    def look_along(self, axis: int) -> None:
-        """Take the channels of every input on this axis."""
-        self.args, self.kwargs = self.map(lambda x: x.along(axis))
+    def view_along(self, axis: int) -> None:
+        """Replace every input by a view whose channels are along the given axis."""
+        inputs = self.inputs
+        self.args, self.kwargs = self.map(lambda x: x.along(axis) if _contains(inputs, x) else x)
 
 
-def lay_out(model, inputs: list[Tensor], prefix: str, calls: list[Call]) -> list[Tensor]:
-    """Add the calls of a model, and of the models inside, to the list; return its outputs."""
+def flatten_graph(model, inputs: list[Tensor]) -> tuple[list[Call], list[Tensor]]:
+    """Return the calls of a model and of the models inside it, and the output tensors."""
+    calls: list[Call] = []
+    return calls, _flatten(model, inputs, "", calls, {})
+
+
+def _flatten(model, inputs, prefix: str, calls: list[Call], dense: dict[int, Any]) -> list[Tensor]:
     graph = _keras.graph_of(model)
     tensors = {id(x): y for x, y in zip(graph.inputs, inputs)}
     for node in _keras.nodes_in_order(graph):
         if node.is_input or node.operation is None:
             continue
+        op = node.operation
         args, kwargs = node.arguments.fill_in(tensors)
-        if isinstance(node.operation, keras.Model) and _keras.graph_of(node.operation) is not None:
-            given = [x for x in tree.flatten((args, kwargs)) if isinstance(x, Tensor)]
-            inner = f"{prefix}{node.operation.name}_"
-            outputs = lay_out(node.operation, given, inner, calls)
+        for key in [key for key in kwargs if _is_automatic_mask(key, node)]:
+            del kwargs[key]
+        given = _tensors((args, kwargs))
+        if _is_nested_graph(op) and len(given) == len(_keras.graph_of(op).inputs):
+            outputs = _flatten(op, given, f"{prefix}{op.name}_", calls, dense)
         else:
-            outputs = [Tensor(tuple(x.shape), x.dtype) for x in node.outputs]
-            calls.append(Call(node.operation, args, kwargs, outputs, prefix))
+            if isinstance(op, Gate):  # the dense copy of a gate reads its first input only
+                args, kwargs = (given[0],), {}
+            if id(op) not in dense:
+                dense[id(op)] = dense_copy(op)
+            masked = any(x.masked for x in given)
+            outputs = [
+                Tensor(tuple(x.shape), x.dtype, masked=masked or _keras.mask_of(x) is not None)
+                for x in node.outputs
+            ]
+            calls.append(Call(dense[id(op)], args, kwargs, outputs, prefix))
         tensors.update((id(x), y) for x, y in zip(node.outputs, outputs))
     return [tensors[id(x)] for x in graph.outputs]
 
 
-def array(x) -> np.ndarray:
-    """The values of a tensor or a variable, in float64."""
-    return np.asarray(ops.convert_to_numpy(ops.cast(x, "float32")), "float64")
+def _is_nested_graph(op) -> bool:
+    return isinstance(op, keras.Model) and _keras.graph_of(op) is not None
+
+
+def _is_mask(name: str) -> bool:
+    return name == "mask" or name.endswith("_mask")
+
+
+def _is_automatic_mask(name: str, node) -> bool:
+    """Return whether an argument holds masks that Keras passes to the layer by itself."""
+    automatic = [mask for x in node.input_tensors if (mask := _keras.mask_of(x)) is not None]
+    given = [x for x in tree.flatten(node.arguments.kwargs[name]) if x is not None]
+    return _is_mask(name) and all(any(x is mask for mask in automatic) for x in given)
+
+
+def _tensors(structure) -> list[Tensor]:
+    return [x for x in tree.flatten(structure) if isinstance(x, Tensor)]
+
+
+def _contains(tensors: list[Tensor], x: Tensor) -> bool:
+    return any(x is y for y in tensors)
+
+
+def to_float64(x) -> np.ndarray:
+    """Return the values of a tensor or a variable as a float64 array."""
+    return np.asarray(ops.convert_to_numpy(x)).astype("float64")

@@ -1,8 +1,9 @@
-"""From a model with dead channels to one without: planned, built, compared."""
+"""`shrink`: plan the removal of channels, build the smaller model, compare both models."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -11,98 +12,138 @@ from keras import ops, tree
 from keras_dst import _keras
 from keras_dst._backend.jit import jit
 from keras_dst._structure.build import build
-from keras_dst._structure.graph import OPEN, array
+from keras_dst._structure.graph import OPEN_SIZE, to_float64
 from keras_dst._structure.plan import Plan
-from keras_dst.surgery import check_model, is_sparse, strip
+from keras_dst.surgery import check_model
 
 
 def shrink(model) -> keras.Model:
-    """A smaller dense model that predicts the same, without channels and units that are dead.
+    """Remove dead channels; return a smaller dense model with the same predictions.
 
-    Dead is an output unit whose weights are all zero, as `strip` leaves them after
-    `methods.Consensus` or any method with `pattern="channel"`, and a channel that no layer after it
-    reads. They go through batch normalisation, activations, pooling, flattening, permutation,
-    concatenation, addition and convolutions of every kind, of grouped ones as whole groups, in
-    either data format; recurrent layers lose inputs. The constants they leave behind move into the
-    biases of the layers after them. A branch that adds nothing but constants goes as a whole. Where
-    a constant meets zero padding, one channel holds what all of them gave. What mixes its channels
-    (a softmax, attention, layer normalisation) or is a layer of your own keeps them; one channel of
-    every layer stays. `shrink_report` says what stayed, and why.
+    A unit is dead if its weights are all zero, as after `methods.Consensus` or after any method
+    with `pattern="channel"`. A channel is also dead if no layer reads it. Dead channels are
+    followed through batch normalization, activations, pooling, flattening, permutation,
+    concatenation, addition and convolutions, with channels first or last. Grouped convolutions lose
+    whole groups; recurrent layers lose inputs. The constants that removed channels leave behind
+    move into the biases of the next layers. If a constant meets zero padding, one channel stays
+    and carries the constants of all removed channels. A branch that only adds constants is removed
+    as a whole. Layers that mix their channels and custom layers keep all channels, and every layer
+    keeps at least one. `shrink_report` lists the channels that stay, with reasons.
 
-    Both models are run on random numbers before the new one is returned.
+    Before the smaller model is returned, both models are run on random inputs and compared.
 
     Args:
-        model: a built Sequential or Functional model, also one with such models inside. It is left
-            as it was; one that is still sparse is stripped in a copy.
+        model: a built Sequential or Functional model, which may contain such models. It is not
+            changed. Masks of a sparse model are applied in the smaller model.
 
     Returns:
-        A new Functional model, not compiled. Layers keep their names; those of nested models lie
-        flat in it.
+        A new Functional model that is not compiled. Layers keep their names; layers of nested
+        models become layers of the new model. Custom layers, preprocessing layers and layers
+        without weights share their state with the given model; all other layers are copies.
 
     Raises:
-        TypeError: for something other than a Keras 3 model.
-        ValueError: for an unbuilt model, or one whose `call` is its own.
-        RuntimeError: should outputs differ by more than 1e-5 of their size (2e-2 in half
+        TypeError: if `model` is not a Keras 3 model.
+        ValueError: if the model is not built, has a `call` of its own, or cannot be run on random
+            inputs.
+        RuntimeError: if the outputs differ by more than 1e-5 of their size (2e-2 in half
             precision).
 
     Warns:
-        UserWarning: when nothing is dead.
+        UserWarning: if no channel is dead.
 
     Example:
         >>> small = keras_dst.shrink(keras_dst.strip(model))
     """
-    source = stripped(model)
-    small = build(Plan(source))
-    if small.count_params() >= source.count_params():
+    plan, small = plan_and_build(model)
+    if plan.removes_nothing():
         warnings.warn(f"shrink found nothing to remove in '{model.name}'.", stacklevel=2)
-    _compare(source, small)
     return small
 
 
-def stripped(model) -> keras.Model:
-    """The model, or a stripped copy of one that is sparse; raises where it has no graph."""
+def plan_and_build(model) -> tuple[Plan, keras.Model]:
+    """Return the plan for a model and the smaller model, once it is equal to the given model."""
     check_model(model)
     if not isinstance(model, keras.Model) or _keras.graph_of(model) is None:
         raise ValueError(
-            f"shrink works on Sequential and Functional models. '{model.name}' is a "
-            f"{type(model).__name__}, whose layers are called by code of its own."
+            "Expected a Sequential or Functional model. "
+            f"Received: '{model.name}' of type {type(model).__name__}, which runs its layers in a "
+            "`call` of its own. Fix: shrink the Functional models inside it."
         )
-    if not is_sparse(model):
-        return model
-    copy = keras.models.clone_model(model)
-    copy.set_weights(model.get_weights())
-    return strip(copy)
+    plan = Plan(model)
+    small = build(plan)
+    _compare(model, small)
+    return plan, small
 
 
 def random_inputs(model, batch: int):
-    """Random numbers for a model's inputs, in their structure."""
+    """Return random inputs in the structure that a model expects.
+
+    Strings and integers are taken from the vocabularies in the model, if there are any.
+    """
     rng = np.random.default_rng(0)
+    vocabularies = _vocabularies(model)
 
     def draw(x):
-        shape = [OPEN if n is None else n for n in x.shape[1:]]
+        shape = [OPEN_SIZE if n is None else n for n in x.shape[1:]]
         shape = [batch if x.shape[0] is None else x.shape[0], *shape]
-        integer = "int" in x.dtype or x.dtype == "bool"
-        drawn = rng.integers(0, 2, shape) if integer else rng.standard_normal(shape)
-        return ops.convert_to_tensor(drawn, x.dtype)
+        if x.dtype == "string":
+            if keras.backend.backend() != "tensorflow":
+                raise ValueError(
+                    f"'{model.name}' has an input of strings, which Keras runs on TensorFlow only. "
+                    "Fix: set KERAS_BACKEND=tensorflow, or shrink a model that begins after the "
+                    "layer that reads the strings."
+                )
+            return ops.convert_to_tensor(rng.choice(vocabularies[str] or ["a", "b"], shape))
+        if "int" in x.dtype or x.dtype == "bool":
+            return ops.convert_to_tensor(rng.choice(vocabularies[int] or [0, 1], shape), x.dtype)
+        if x.sparse:
+            hot = rng.integers(0, shape[-1], shape[:-1])
+            return ops.one_hot(hot, shape[-1], dtype=x.dtype, sparse=True)
+        return ops.convert_to_tensor(rng.standard_normal(shape), x.dtype)
 
     return tree.map_structure(draw, _keras.structures_of(_keras.graph_of(model))[0])
 
 
-def inference(model):
-    """The model's forward pass, compiled as a whole: op by op, JAX would compile each of them."""
-    return jit(lambda x: model(x, training=False))
+def _vocabularies(model) -> dict[type, list]:
+    """Return the words and the integers in the vocabularies of lookup layers."""
+    found: dict[type, list] = {str: [], int: []}
+    for layer in _keras.flatten_layers(model):
+        if isinstance(layer, (keras.layers.StringLookup, keras.layers.TextVectorization)):
+            found[str] += map(str, layer.get_vocabulary())
+        elif isinstance(layer, keras.layers.IntegerLookup):
+            found[int] += map(int, layer.get_vocabulary())
+    return found
+
+
+def inference(model, inputs) -> Callable:
+    """Return the forward pass of a model without side effects, compiled if it can be compiled."""
+
+    def forward(x):
+        with keras.StatelessScope():  # states of recurrent layers and random seeds do not advance
+            return model(x, training=False)
+
+    compiled = jit(forward)
+    try:
+        compiled(inputs)
+    except Exception:  # for example, lookup tables run op by op only
+        forward(inputs)  # an error of the model itself is raised here
+        return forward
+    return compiled
 
 
 def _compare(model, small) -> None:
-    """Raise unless both predict the same for random inputs."""
+    """Raise an error unless both models give the same outputs for random inputs."""
     inputs = random_inputs(model, batch=2)
     half = any("16" in str(layer.compute_dtype) for layer in _keras.flatten_layers(model))
-    outputs = [inference(m)(inputs) for m in (model, small)]
+    outputs = [inference(m, inputs)(inputs) for m in (model, small)]
     for a, b in zip(*map(tree.flatten, outputs)):
-        a, b = array(a), array(b)
-        difference, size = np.abs(a - b).max(initial=0), max(1.0, np.abs(a).max(initial=0))
+        a, b = to_float64(a), to_float64(b)
+        differ = ~((a == b) | (np.isnan(a) & np.isnan(b)))
+        difference = np.abs(a - b)[differ].max(initial=0)
+        size = np.abs(a[np.isfinite(a)]).max(initial=1)
         if not difference <= (2e-2 if half else 1e-5) * size:
             raise RuntimeError(
-                f"shrink would have changed the outputs of '{model.name}' by {difference:.2g}, "
-                f"which are of size {size:.2g}. No model is returned; please report this."
+                f"shrink would change the outputs of '{model.name}' by {difference:.2g}; the "
+                f"largest output is {size:.2g}. No model is returned. Fix: if a custom layer is "
+                "sparse, call keras_dst.strip(model) first; otherwise please report this model."
             )

@@ -1,78 +1,111 @@
-"""What of a model can go: forwards its constants, then its ties, then what nothing needs."""
+"""First and second pass of `shrink`: propagate constants, couple channels, choose removals."""
 
 from __future__ import annotations
 
+import keras
 import numpy as np
 
 from keras_dst import _keras
-from keras_dst._structure.choose import rule_of
-from keras_dst._structure.graph import Call, Tensor, lay_out
-from keras_dst._structure.groups import Groups
-from keras_dst._structure.rules import Kernel, Rule
+from keras_dst._structure.dispatch import handler_for
+from keras_dst._structure.graph import Tensor, flatten_graph
+from keras_dst._structure.groups import ChannelGroups
+from keras_dst._structure.handlers import Addition, ChannelHandler, KernelLayer
 
 
 class Plan:
-    """Which channels of a model go.
+    """Channels of a model that can be removed.
+
+    Args:
+        model: a Sequential or Functional model, dense or sparse.
+        remove: whether to remove anything. Without removal, `build` makes a dense copy of the
+            model. Defaults to True.
 
     Attributes:
-        all_rules: one for every call of an operation, in the order they run.
-        rules: those that are needed for the outputs.
-        names: of every layer in the new model, by the id of the old one.
-        gone: by channel id, whether it goes.
-        spared: why channels stay that could go, by their id.
+        all_handlers: one handler for every call of an operation, in the order of the calls.
+        handlers: the handlers of the calls that the outputs of the smaller model depend on.
+        names: the name in the smaller model of every operation, by its id.
+        tied: ids of the operations that share a weight with another operation.
+        removed: for every channel group, whether it is removed.
+        kept_reasons: by group, the reason why a removable group is kept.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, remove: bool = True):
         self.model = model
         self.graph = _keras.graph_of(model)
         self.inputs = [Tensor(tuple(x.shape), x.dtype) for x in self.graph.inputs]
-        calls: list[Call] = []
-        self.outputs = lay_out(model, self.inputs, "", calls)
-        self.all_rules = [_followed(call) for call in calls]
-        self.rules = self._live()
-        self.names = self._named()
-        self.pinned = self._tied()
-        self.kernels = list({id(r.op): r for r in self.rules if isinstance(r, Kernel)}.values())
-        self.gone = self._unneeded()
-        self.spared = self._spare()
+        calls, self.outputs = flatten_graph(model, self.inputs)
+        self.tied = _weight_sharing([call.op for call in calls])
+        self.all_handlers = []
+        for call in calls:
+            handler = handler_for(call, self.tied.get(id(call.op), ""))
+            handler.propagate_constants()
+            if remove and isinstance(handler, Addition):
+                handler.drop_constant_terms()
+            self.all_handlers.append(handler)
+        self.handlers = self._needed_handlers() if remove else self.all_handlers
+        self.names = self._unique_names()
+        self.pinned = self._couple_channels()
+        self.kernels = list(
+            {id(h.op): h for h in self.handlers if isinstance(h, KernelLayer)}.values()
+        )
+        self.removed = np.zeros(len(self.pinned), bool)
+        self.kept_reasons: dict[int, str] = {}
+        if remove:
+            self._remove_unread_channels()
+            self._keep_necessary_channels()
 
-    def _live(self) -> list[Rule]:
-        wanted = {id(x) for x in self.outputs}
-        live = []
-        for rule in reversed(self.all_rules):
-            if any(id(y) in wanted for y in rule.call.outputs):
-                live.append(rule)
-                wanted |= {id(x.origin or x) for x in rule.call.inputs}
-        return live[::-1]
+    def keeps(self, x: Tensor) -> np.ndarray:
+        """Return, for each channel of a tensor, whether it is kept."""
+        return ~self.removed[x.ids]
 
-    def _named(self) -> dict[int, str]:
+    def removes_nothing(self) -> bool:
+        """Return whether the smaller model has every operation and channel of the given model."""
+        needed = {id(handler.op) for handler in self.handlers}
+        layers = [h.op for h in self.all_handlers if isinstance(h.op, keras.Layer)]
+        outputs = (y for handler in self.handlers for y in handler.call.outputs)
+        return all(id(op) in needed for op in layers) and all(self.keeps(y).all() for y in outputs)
+
+    def _needed_handlers(self) -> list[ChannelHandler]:
+        """Return the handlers of the calls that the outputs depend on."""
+        needed = {id(x) for x in self.outputs}
+        handlers = []
+        for handler in reversed(self.all_handlers):
+            if any(id(y) in needed for y in handler.call.outputs):
+                handlers.append(handler)
+                read = (*handler.call.inputs, *handler.call.masks)
+                needed |= {id(x.origin or x) for x in read}
+        return handlers[::-1]
+
+    def _unique_names(self) -> dict[int, str]:
         taken = {_keras.operation_of(x).name for x in self.graph.inputs}
         names: dict[int, str] = {}
-        for rule in self.rules:
-            if id(rule.op) not in names:
-                name = rule.op.name
+        for handler in self.handlers:
+            if id(handler.op) not in names:
+                name = handler.op.name
                 while name in taken:
-                    name = (rule.call.prefix or "again_") + name
+                    name = (handler.call.prefix or "again_") + name
                 taken.add(name)
-                names[id(rule.op)] = name
+                names[id(handler.op)] = name
         return names
 
-    def _tied(self) -> np.ndarray:
-        """Give all channels their ids; return which of them have to stay."""
-        groups = Groups()
+    def _couple_channels(self) -> np.ndarray:
+        """Put all channels into groups; return, for every group, whether it has to stay."""
+        groups = ChannelGroups()
         for x in self.inputs:
             x.ids = groups.new(x.channels)
             groups.pin(x)
         tensors = list(self.inputs)
-        for rule in self.rules:
-            for view in rule.call.inputs:
+        for handler in self.handlers:
+            for view in handler.call.inputs:
                 if view.origin:
                     view.ids = groups.new(view.channels)
                     groups.pin(view)
                     groups.pin(view.origin)
                     tensors.append(view)
-            rule.tie(groups)
-            tensors += rule.call.outputs
+            handler.couple(groups)
+            for mask in handler.call.masks:
+                groups.pin(mask)
+            tensors += handler.call.outputs
         for y in self.outputs:
             groups.pin(y)
         roots = groups.roots()
@@ -80,46 +113,51 @@ class Plan:
         pinned[roots[groups.pinned()]] = True
         for tensor in tensors:
             tensor.ids = roots[tensor.ids]
-        for rule in self.rules:
-            if isinstance(rule, Kernel):
-                rule.unit_ids = roots[rule.unit_ids]
+        for handler in self.handlers:
+            if isinstance(handler, KernelLayer):
+                handler.unit_ids = roots[handler.unit_ids]
         return pinned
 
-    def _unneeded(self) -> np.ndarray:
-        gone = np.zeros(len(self.pinned), bool)
-        while True:  # a unit that goes reads nothing: more can go
-            stays = self.pinned.copy()
+    def _remove_unread_channels(self) -> None:
+        """Remove all groups that no remaining unit needs; repeat, as removed units read nothing."""
+        while True:
+            needed = self.pinned.copy()
             for kernel in self.kernels:
-                stays[kernel.x.ids[kernel.needs(gone)]] = True
-            if np.array_equal(gone, ~stays):
-                return gone
-            gone = ~stays
+                needed[kernel.x.ids[kernel.needs(self.removed)]] = True
+            if np.array_equal(self.removed, ~needed):
+                return
+            self.removed = ~needed
 
-    def _spare(self) -> dict[int, str]:
-        """Keep what has to hold constants, and one channel of every tensor."""
-        spared: dict[int, str] = {}
+    def _keep_necessary_channels(self) -> None:
+        """Keep the channels that carry constants, and at least one channel of every tensor."""
 
-        def spare(channel: int, reason: str) -> None:
-            self.gone[channel] = False
-            spared[channel] = reason
+        def keep(group: int, reason: str) -> None:
+            self.removed[group] = False
+            self.kept_reasons[group] = reason
 
         for kernel in self.kernels:
-            holder = kernel.holder(self.gone)
-            if holder is not None and self.gone[kernel.x.ids[holder]]:
+            carrier = kernel.carrier(self.removed)
+            if carrier is not None and self.removed[kernel.x.ids[carrier]]:
                 name = self.names[id(kernel.op)]
-                reason = f"'{name}' pads with zeros: it holds the constants of those that go"
-                spare(kernel.x.ids[holder], reason)
-        for tensor in (y for rule in self.rules for y in rule.call.outputs):
-            if len(tensor.ids) and self.gone[tensor.ids].all():
-                spare(tensor.ids[0], "one channel of every layer stays")
-        return spared
-
-    def keeps(self, x: Tensor) -> np.ndarray:
-        """By channel: whether it stays."""
-        return ~self.gone[x.ids]
+                keep(
+                    kernel.x.ids[carrier],
+                    f"'{name}' pads with zeros and needs one channel that carries the constants "
+                    "of the removed channels; use padding='valid' to remove this channel too",
+                )
+        for tensor in (y for handler in self.handlers for y in handler.call.outputs):
+            if len(tensor.ids) and self.removed[tensor.ids].all():
+                keep(tensor.ids[0], "every layer keeps at least one channel; nothing can be done")
 
 
-def _followed(call: Call) -> Rule:
-    rule = rule_of(call)
-    rule.spread()
-    return rule
+def _weight_sharing(operations: list) -> dict[int, str]:
+    """Return a reason for every operation that shares a weight with another, by its id."""
+    owners: dict[int, dict[int, str]] = {}
+    for op in operations:
+        for variable in getattr(op, "weights", ()):
+            owners.setdefault(id(variable), {})[id(op)] = op.name
+    reasons = {}
+    for shared in (names for names in owners.values() if len(names) > 1):
+        for op in shared:
+            others = " and ".join(f"'{name}'" for key, name in shared.items() if key != op)
+            reasons[op] = f"shares a weight with {others}"
+    return reasons

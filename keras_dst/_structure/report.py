@@ -1,4 +1,4 @@
-"""What `shrink` removes, what it cannot remove, and why: `shrink_report`."""
+"""`shrink_report`: the channels that `shrink` removes, and why it keeps other dead channels."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from keras import ops, tree
 from keras_dst._reporting.sparsity import report
 from keras_dst._reporting.tables import as_table
 from keras_dst._structure.build import build
-from keras_dst._structure.pipeline import inference, random_inputs, stripped
+from keras_dst._structure.explain import explained_layers
+from keras_dst._structure.pipeline import inference, plan_and_build, random_inputs
 from keras_dst._structure.plan import Plan
-from keras_dst._structure.reasons import makers
+from keras_dst.surgery import is_sparse
 
 
 @dataclass(frozen=True)
 class ChannelReport:
-    """The channels, units or filters, of one layer.
+    """Channels (units or filters) of one layer.
 
     Attributes:
         layer: name of the layer in the smaller model.
-        type: its type.
-        before: number of its channels.
-        after: number of those that stay; 0 where the whole layer goes.
-        reasons: why dead ones stay, each with the number of channels.
+        type: class of the layer.
+        before: number of channels.
+        after: number of channels that are kept; 0 if the whole layer is removed.
+        reasons: reasons why dead channels are kept, with the number of channels for each reason.
 
     Example:
         >>> keras_dst.shrink_report(model).layers[0].reasons
@@ -42,16 +43,16 @@ class ChannelReport:
 
 @dataclass(frozen=True)
 class ShrinkReport:
-    """What `shrink_report` found: prints as a table.
+    """Result of `shrink_report`, which prints as a table.
 
     Attributes:
         model: name of the model.
-        parameters_before: number of all weights.
-        parameters_after: that of the smaller model.
-        flops_before: FLOPs for one sample, zeros included; None where they are not known.
-        flops_after: those of the smaller model.
-        latency_before: seconds for one sample on the current backend; None if not asked for.
-        latency_after: those of the smaller model.
+        parameters_before: number of parameters of the given model.
+        parameters_after: number of parameters of the smaller model.
+        flops_before: FLOPs of the given model for one sample, zeros included; None if unknown.
+        flops_after: FLOPs of the smaller model for one sample; None if unknown.
+        latency_before: seconds for one sample on the current backend; None if not measured.
+        latency_after: seconds for one sample with the smaller model; None if not measured.
         layers: the layers that make channels.
 
     Example:
@@ -68,7 +69,7 @@ class ShrinkReport:
     layers: list[ChannelReport] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, ready for JSON."""
+        """Return the report as plain values, which can be written as JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -83,7 +84,14 @@ class ShrinkReport:
             )
             for row in self.layers
         ]
-        headings = ("layer", "type", "channels >", "after >", "dead among these >", "why they stay")
+        headings = (
+            "layer",
+            "type",
+            "channels >",
+            "after >",
+            "dead among these >",
+            "why they are kept",
+        )
         figures = [
             _ratio("parameters", self.parameters_before, self.parameters_after),
             _ratio("FLOPs", self.flops_before, self.flops_after),
@@ -96,40 +104,59 @@ class ShrinkReport:
 
 def _ratio(name: str, before: float | None, after: float | None) -> str:
     if before is None or after is None:
-        return f"{name} not known"
+        return f"{name} unknown"
     ratio = f" ({after / before:.2f}x)" if before else ""
     return f"{name} {before:,.0f} -> {after:,.0f}{ratio}"
 
 
 def shrink_report(model, latency: bool = False) -> ShrinkReport:
-    """What `shrink(model)` removes, and why dead channels stay that it cannot remove.
+    """Report the channels that `shrink(model)` removes, and why it keeps other dead channels.
 
-    Dead is a channel, unit or filter whose weights are all zero, or that nothing reads. The reason
-    why one stays is the first layer on its way to the output that needs it.
+    A channel, unit or filter is dead if its weights are all zero or if no layer reads it. The
+    reason for a kept channel names the first layer on the way to the output that needs it.
 
     Args:
-        model: what `shrink` takes: a built Sequential or Functional model, dense or sparse; it is
-            left as it was.
-        latency: whether to time both models: the median of 50 runs of each in turn on one sample,
-            compiled as the current backend does (on torch: eagerly).
+        model: a built Sequential or Functional model, dense or sparse. It is not changed.
+        latency: whether to measure both models. The latency is the median of 50 runs on one
+            sample, in turn, compiled by the current backend (on PyTorch: not compiled). Defaults
+            to False.
 
     Returns:
         A `ShrinkReport`.
 
     Raises:
-        TypeError: for something other than a Keras 3 model.
-        ValueError: for an unbuilt model, or one whose `call` is its own.
+        TypeError: if `model` is not a Keras 3 model.
+        ValueError: if the model is not built, has a `call` of its own, or cannot be run on random
+            inputs.
+        RuntimeError: if the outputs of the smaller model differ.
 
     Example:
         >>> print(keras_dst.shrink_report(model, latency=True))
     """
-    source = stripped(model)
-    plan = Plan(source)
-    small = build(plan)
-    before, after = report(source), report(small)
-    times = _latencies(source, small) if latency else (None, None)
-    live = {id(rule.op): rule for rule in plan.rules}
-    return ShrinkReport(
+    return shrink_and_report(model, latency)[1]
+
+
+def shrink_and_report(model, latency: bool = False) -> tuple[keras.Model, ShrinkReport]:
+    """Return the smaller model and its report from one plan."""
+    plan, small = plan_and_build(model)
+    before, after = report(model), report(small)
+    times: list[float | None] = [None, None]
+    if latency:
+        # Masks take time in every call, which is not saved by removing channels.
+        dense = build(Plan(model, remove=False)) if is_sparse(model) else model
+        times = _latencies(dense, small)
+    kept = {id(handler.op) for handler in plan.handlers}
+    rows = [
+        ChannelReport(
+            layer=plan.names.get(id(handler.op), handler.op.name),
+            type=type(handler.op).__name__,
+            before=handler.y.channels,
+            after=int(plan.keeps(handler.y).sum()) if id(handler.op) in kept else 0,
+            reasons=dict(reasons),
+        )
+        for handler, reasons in explained_layers(plan)
+    ]
+    return small, ShrinkReport(
         model=model.name,
         parameters_before=before.parameters,
         parameters_after=after.parameters,
@@ -137,28 +164,19 @@ def shrink_report(model, latency: bool = False) -> ShrinkReport:
         flops_after=after.dense_flops,
         latency_before=times[0],
         latency_after=times[1],
-        layers=[
-            ChannelReport(
-                layer=plan.names.get(id(rule.op), rule.op.name),
-                type=type(rule.op).__name__,
-                before=rule.y.channels,
-                after=int(plan.keeps(rule.y).sum()) if id(rule.op) in live else 0,
-                reasons=dict(reasons),
-            )
-            for rule, reasons in makers(plan)
-        ],
+        layers=rows,
     )
 
 
-def _latencies(*models: keras.Model, runs: int = 50, warmup: int = 5) -> list[float]:
-    """Median seconds of one call of each model, in turn."""
+def _latencies(*models: keras.Model, runs: int = 50, warmup: int = 5) -> list[float | None]:
+    """Return the median seconds of one call of each model; the models are called in turn."""
     inputs = random_inputs(models[0], batch=1)
-    calls = [inference(model) for model in models]
+    calls = [inference(model, inputs) for model in models]
     times = np.zeros((warmup + runs, len(calls)))
     for run in range(warmup + runs):
         for place, call in enumerate(calls):
             begin = time.perf_counter()
             for output in tree.flatten(call(inputs)):
-                ops.convert_to_numpy(output)  # waits for it
+                ops.convert_to_numpy(output)  # waits for the result
             times[run, place] = time.perf_counter() - begin
     return [float(median) for median in np.median(times[warmup:], axis=0)]

@@ -1,0 +1,107 @@
+"""Copies of layers: `shrink` leaves the layers of the model that it is given unchanged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import layers, tree
+
+from keras_dst import _keras
+from keras_dst.layers import Gate, SparseComposite, SparseMixin
+
+
+def dense_copy(op):
+    """Return a copy of a sparse layer without masks, or the operation itself if it has no masks."""
+    if not isinstance(op, (SparseMixin, SparseComposite, Gate)):
+        return op
+    try:
+        copy = _rebuilt(op)
+        for inner in _keras.flatten_layers(copy):
+            if isinstance(inner, (SparseMixin, SparseComposite, Gate)):
+                inner.restore_stock()
+    except Exception as error:
+        raise ValueError(
+            f"shrink cannot copy the sparse layer '{op.name}' to remove its masks: {error} "
+            "Fix: call keras_dst.strip(model), which works in place, and shrink the result."
+        ) from error
+    return copy
+
+
+def copy_operation(op, name: str, share: bool = False):
+    """Return a copy of an operation with the same state, under a new name, outside of any graph.
+
+    A Keras layer with weights is created again and gets the values of its variables. Everything
+    else shares its state with the original: layers without weights, layers whose state is more
+    than their variables (lookup tables, statistics, closures), and layers of the user's classes,
+    because their configs may leave out attributes.
+    """
+    if share or not _has_only_variables(op):
+        return _shared(op, name)
+    copy = _rebuilt(op, name=name)
+    return _shared(op, name) if copy is None else copy
+
+
+def live_config(layer) -> dict[str, Any]:
+    """Return the arguments that create a layer again, with functions and objects as they are.
+
+    The config of a layer describes functions and objects by name, which fails for lambdas and for
+    classes that are not registered with Keras.
+    """
+    config = dict(layer.get_config())
+    for key, value in config.items():
+        own = getattr(layer, key, None)
+        if key == "dtype":
+            config[key] = layer.dtype_policy
+        elif isinstance(own, keras.Layer):
+            config[key] = type(own)(**live_config(own))
+        elif isinstance(own, (list, tuple)) and any(isinstance(x, keras.Layer) for x in own):
+            config[key] = [type(x)(**live_config(x)) for x in own]
+        elif callable(own) or key == "method":
+            config[key] = own
+        elif isinstance(value, dict) and "class_name" in value:
+            config[key] = keras.saving.deserialize_keras_object(value) if own is None else own
+    return config
+
+
+def copy_recurrent_state(layer, copy) -> None:
+    """Copy the states that stateful recurrent layers keep between batches."""
+    for old, new in zip(_keras.flatten_layers(layer), _keras.flatten_layers(copy)):
+        if getattr(old, "stateful", False) and isinstance(old, layers.RNN):
+            for source, target in zip(tree.flatten(old.states), tree.flatten(new.states)):
+                target.assign(source)
+
+
+def _rebuilt(layer, **changes):
+    """Return a built copy with variables of its own; None if its variables differ in shape."""
+    if isinstance(layer, SparseComposite):  # its config names the layers inside that have masks
+        copy = type(layer).from_config(layer.get_config())
+    else:
+        config = {**live_config(layer), **changes}
+        config.pop("stock_class", None)
+        copy = type(layer)(**config)
+    copy.build_from_config(layer.get_build_config())
+    if [v.shape for v in copy.variables] != [v.shape for v in layer.variables]:
+        return None
+    for new, old in zip(copy.variables, layer.variables):
+        new.assign(old)
+    copy_recurrent_state(layer, copy)
+    return copy
+
+
+def _has_only_variables(op) -> bool:
+    """Return whether the variables of an operation, and there are some, are its whole state."""
+    return (
+        isinstance(op, keras.Layer)
+        and bool(op.weights)
+        and all(_keras.is_plain_stock(layer) for layer in _keras.flatten_layers(op))
+    )
+
+
+def _shared(op, name: str):
+    """Return another handle on an operation: same state, but its own name and place in a graph."""
+    handle = object.__new__(type(op))
+    vars(handle).update(vars(op))
+    vars(handle)["name"] = name
+    _keras.set_nodes_of(handle, [], [])
+    return handle

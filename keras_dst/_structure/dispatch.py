@@ -1,0 +1,202 @@
+"""Choice of the handler for a call, or the reason why its channels cannot be removed."""
+
+from __future__ import annotations
+
+import math
+
+import keras
+import numpy as np
+from keras import layers
+
+from keras_dst._structure.graph import Call
+from keras_dst._structure.handlers import (
+    DEPTHWISE,
+    MERGE_VERBS,
+    Addition,
+    BatchNorm,
+    ChannelHandler,
+    Concatenation,
+    Elementwise,
+    ElementwiseMerge,
+    GroupedConv,
+    KernelLayer,
+    Opaque,
+    PReLUSlopes,
+    Rearrangement,
+    Recurrent,
+    Rescale,
+    SeparableConv,
+    TimeDistributedDense,
+    TransposedConv,
+)
+
+
+def _every(pattern: str, ranks=(1, 2, 3)) -> tuple:
+    return tuple(getattr(layers, pattern.format(n)) for n in ranks)
+
+
+# Layers that treat every value separately, or do nothing in inference.
+_ELEMENTWISE_LAYERS = (
+    *(layers.Dropout, layers.GaussianNoise, layers.GaussianDropout, layers.ActivityRegularization),
+    *(layers.Identity, layers.ReLU, layers.LeakyReLU, layers.ELU, *_every("SpatialDropout{}D")),
+)
+# Layers that treat every channel separately and all channels alike.
+_SPATIAL = (
+    *(*_every("UpSampling{}D"), *_every("ZeroPadding{}D"), *_every("Cropping{}D")),
+    *(*_every("MaxPooling{}D"), *_every("AveragePooling{}D")),
+    *(*_every("GlobalMaxPooling{}D"), *_every("GlobalAveragePooling{}D")),
+)
+# Activations of one value. Softmax and similar activations mix the channels.
+_ELEMENTWISE = (
+    *("linear", "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish"),
+    *("sigmoid", "hard_sigmoid", "hard_silu", "tanh", "hard_tanh", "softplus", "softsign"),
+    *("exponential", "log_sigmoid"),
+)
+_NOT_READ = "prune layers whose channels it does not read"
+_MIXING_LAYERS = {
+    **dict.fromkeys(
+        (*(f"{n}Normalization" for n in ("Layer", "Group", "RMS", "Unit")), "Normalize"),
+        "normalizes over channels; use BatchNormalization instead",
+    ),
+    **dict.fromkeys(
+        ("MultiHeadAttention", "GroupQueryAttention", "Attention", "AdditiveAttention"),
+        f"attends with all channels at once; {_NOT_READ}",
+    ),
+    "Softmax": f"is a softmax over channels; {_NOT_READ}",
+    "Dot": f"multiplies channels with each other; {_NOT_READ}",
+    "Masking": f"computes its mask from all channels; {_NOT_READ}",
+}
+
+_HANDLERS: dict[type, type[ChannelHandler]] = {
+    **dict.fromkeys((layers.Dense, *_every("Conv{}D")), KernelLayer),
+    **dict.fromkeys(_every("Conv{}DTranspose"), TransposedConv),
+    **dict.fromkeys(_every("SeparableConv{}D", (1, 2)), SeparableConv),
+    **dict.fromkeys((layers.SimpleRNN, layers.LSTM, layers.GRU), Recurrent),
+    **dict.fromkeys(DEPTHWISE, GroupedConv),
+    **dict.fromkeys((layers.Flatten, layers.Reshape, layers.Permute), Rearrangement),
+    **dict.fromkeys((*_ELEMENTWISE_LAYERS, layers.Activation, *_SPATIAL), Elementwise),
+    layers.BatchNormalization: BatchNorm,
+    layers.Rescaling: Rescale,
+    layers.PReLU: PReLUSlopes,
+    layers.TimeDistributed: TimeDistributedDense,
+    layers.Concatenate: Concatenation,
+}
+
+
+def handler_for(call: Call, tied: str = "") -> ChannelHandler:
+    """Return the handler for a call.
+
+    Args:
+        call: the call.
+        tied: the reason to leave the layer whole because it shares a weight with another layer.
+            Defaults to "", for a layer that shares none.
+
+    Returns:
+        The handler. It is `Opaque`, with the reason, if the channels cannot be removed.
+    """
+    op, kind = call.op, type(call.op)
+    handler = _HANDLERS.get(kind)
+    if kind.__name__ in MERGE_VERBS and kind.__module__.startswith("keras."):
+        # Both the layer `Add` and the operation of `x + y` have the name "Add".
+        handler = Addition if kind.__name__ == "Add" else ElementwiseMerge
+    if handler is None:
+        return Opaque(call, _unsupported_reason(op))
+    if tied:
+        return Opaque(call, f"{tied}; {_NOT_READ}")
+    if call.kwargs.get("training"):
+        return Opaque(call, f"is called with training=True; {_NOT_READ}")
+    if len(call.outputs) != 1 or not call.inputs:
+        return Opaque(call, f"has more than one output; {_NOT_READ}")
+    if getattr(op, "quantization_mode", None):
+        return Opaque(call, "is quantized; quantize after shrink instead")
+    if getattr(op, "lora_enabled", False):
+        return Opaque(call, "has LoRA enabled; save and load the model, which merges LoRA")
+    y = call.outputs[0]
+    if len({len(x.shape) for x in call.inputs}) == 1:
+        call.view_along(_channel_axis(call))
+        if handler is not Rearrangement and len(y.shape) == len(call.inputs[0].shape):
+            y.set_channels(call.inputs[0].axis)
+    elif any(x.axis != len(x.shape) - 1 for x in call.inputs):
+        return Opaque(call, "joins channels along different axes; use one data format")
+    if not all(x.channels for x in (*call.inputs, y)):
+        return Opaque(call, "has an unknown number of channels; state it in the Input")
+    if handler is Concatenation and op.axis % len(y.shape) != call.inputs[0].axis:
+        handler = ElementwiseMerge
+    if handler is KernelLayer and getattr(op, "groups", 1) > 1:
+        handler = GroupedConv
+    reason = _input_reason(handler, call)
+    return Opaque(call, reason) if reason else handler(call, _unit_reason(handler, call))
+
+
+def _channel_axis(call: Call) -> int:
+    """Return the axis on which an operation takes the channels of its inputs."""
+    op, last = call.op, len(call.inputs[0].shape) - 1
+    if isinstance(op, layers.BatchNormalization):
+        return op.axis % (last + 1)
+    kind = type(op)
+    anywhere = (*_ELEMENTWISE_LAYERS, layers.Activation, layers.PReLU)
+    if kind in anywhere or not _has_channel_axis(kind):
+        return next((x.axis for x in call.inputs if x.axis != last), last)
+    return 1 if getattr(op, "data_format", None) == "channels_first" else last
+
+
+def _has_channel_axis(kind: type) -> bool:
+    """Return whether layers of this class define which axis has the channels."""
+    handler = _HANDLERS.get(kind, ElementwiseMerge)
+    return not issubclass(handler, (Rearrangement, Concatenation, ElementwiseMerge, Rescale))
+
+
+def _unsupported_reason(op) -> str:
+    kind = type(op)
+    if isinstance(op, layers.Lambda):
+        return "is a Lambda, whose function shrink cannot read; use layers of Keras instead"
+    if not kind.__module__.startswith("keras."):
+        return "is a custom layer, whose code shrink cannot read; use layers of Keras instead"
+    default = f"is of type {kind.__name__}, which shrink does not support; {_NOT_READ}"
+    return _MIXING_LAYERS.get(kind.__name__, default)
+
+
+def _input_reason(handler: type[ChannelHandler], call: Call) -> str:
+    """Return why a call keeps its inputs although its kind of layer can lose inputs."""
+    op, x, y = call.op, call.inputs[0], call.outputs[0]
+    if handler is TimeDistributedDense and type(op.layer) is not layers.Dense:
+        return f"repeats a {type(op.layer).__name__}, which shrink does not support; {_NOT_READ}"
+    if (handler is GroupedConv or isinstance(op, layers.Activation)) and not _is_elementwise(op):
+        return _activation_reason(op)
+    if handler is Recurrent and len(call.inputs) > 1:
+        return f"is called with an initial state; {_NOT_READ}"
+    if handler is Rescale:
+        sizes = [math.prod(np.shape(value)) for value in (op.scale, op.offset)]
+        own = {np.shape(value)[-1:] for value in (op.scale, op.offset)} - {(), (1,)}
+        fits = x.axis == len(x.shape) - 1 and own <= {(x.channels,)} and max(sizes) <= x.channels
+        return "" if max(sizes) == 1 or fits else f"scales positions differently; {_NOT_READ}"
+    if issubclass(handler, ElementwiseMerge):
+        arrays = [z for z in keras.tree.flatten((call.args, call.kwargs)) if np.ndim(z)]
+        alike = all(z.channels in (1, y.channels) for z in call.inputs)
+        whole = any(z.channels == y.channels for z in call.inputs)
+        return "" if alike and whole and not arrays else f"combines an array; {_NOT_READ}"
+    if handler is Rearrangement and None in (*x.shape[1:], *y.shape[1:]):
+        last = x.axis == len(x.shape) - 1 and x.shape[-1] == y.shape[-1]
+        known = isinstance(op, layers.Permute) or last
+        return "" if known else "has unknown sizes; state the shape in the Input"
+    return ""
+
+
+def _unit_reason(handler: type[ChannelHandler], call: Call) -> str:
+    """Return why a layer that can lose inputs has to keep its units."""
+    if handler is Recurrent:
+        return "is recurrent: each of its units reads all units; make the layer narrower instead"
+    if not issubclass(handler, KernelLayer):
+        return ""
+    layer = call.op.layer if handler is TimeDistributedDense else call.op
+    return "" if _is_elementwise(layer) else _activation_reason(layer)
+
+
+def _activation_reason(layer) -> str:
+    name = getattr(layer.activation, "__name__", type(layer.activation).__name__)
+    return f"has the activation '{name}', which may mix channels; use an elementwise activation"
+
+
+def _is_elementwise(layer) -> bool:
+    name = getattr(layer.activation, "__name__", "")
+    return name in _ELEMENTWISE and layer.activation is keras.activations.get(name)

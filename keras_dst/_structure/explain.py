@@ -1,0 +1,125 @@
+"""Reasons why dead channels are kept: the first layer on the way to the output that needs them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from keras_dst._structure.graph import Tensor
+from keras_dst._structure.handlers import ChannelHandler, GroupedConv, KernelLayer, Opaque
+from keras_dst._structure.plan import Plan
+
+
+def explained_layers(plan: Plan) -> Iterator[tuple[ChannelHandler, Counter[str]]]:
+    """Yield the handler of every layer that makes channels, with its reasons and their counts."""
+    finder = _ReasonFinder(plan)
+    seen = set()
+    kept = {id(handler.op) for handler in plan.handlers}
+    for handler in plan.all_handlers:
+        if id(handler.op) not in seen and _makes_channels(handler):
+            seen.add(id(handler.op))
+            yield handler, finder.reasons(handler) if id(handler.op) in kept else Counter()
+
+
+def _makes_channels(handler: ChannelHandler) -> bool:
+    if isinstance(handler, (GroupedConv, Opaque)):
+        return bool(handler.ignores_input().size)
+    return isinstance(handler, KernelLayer)
+
+
+class _ReasonFinder:
+    """Search along the graph for the layers that need the units of a layer."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.producers = {id(y): handler for handler in plan.handlers for y in handler.call.outputs}
+
+    def reasons(self, layer: ChannelHandler) -> Counter[str]:
+        """Return why dead units of a layer are kept, with the number of units for each reason."""
+        plan, ids = self.plan, layer.y.ids
+        calls = [handler for handler in plan.handlers if handler.op is layer.op]
+        read, why = self._follow(calls)
+        dead = ~np.isin(ids, list(read))
+        zero = layer.ignores_input()
+        if zero.size:
+            dead |= zero
+        kept = ids[dead & ~plan.removed[ids]]
+        return Counter(
+            plan.kept_reasons.get(i) or why.get(i) or self._coupling_reason(layer, i) for i in kept
+        )
+
+    def _follow(self, calls: list[ChannelHandler]) -> tuple[set[int], dict[int, str]]:
+        """Return the ids of the channels that are read, and reasons for constant channels."""
+        read: set[int] = set()
+        why: dict[int, str] = {}
+        reached = {id(handler.y) for handler in calls}
+
+        def note(ids: Iterable[int], reason: str, reads: bool = True) -> None:
+            for i in ids:
+                why.setdefault(int(i), reason)
+            if reads:
+                read.update(map(int, ids))
+
+        if calls[0].reason:
+            note(calls[0].y.ids, f"'{self._name(calls[0])}' {calls[0].reason}")
+        for handler in self.plan.handlers:
+            given = [x for x in handler.call.inputs if id(x.origin or x) in reached]
+            name = self._name(handler)
+            for x in given:
+                if x.origin:
+                    note(x.origin.ids, f"'{name}' has its channels on another axis; use one axis")
+                elif isinstance(handler, Opaque):
+                    note(x.ids, f"'{name}' {handler.reason}")
+                elif isinstance(handler, KernelLayer):
+                    needs = handler.needs(self.plan.removed)
+                    read.update(map(int, x.ids[needs]))
+                    for i in x.ids[needs & ~np.isnan(x.constant)]:
+                        note([i], f"'{name}' {handler.reason_for(self._coupled(handler, i))}")
+                else:
+                    for i in np.unique(handler.broken_constants(x)):
+                        reason = handler.reason_for(self._coupled(handler, i))
+                        note([i], f"'{name}' {reason}", reads=False)
+            if given and not isinstance(handler, (KernelLayer, Opaque)):
+                reached.add(id(handler.y))
+        for y in self.plan.outputs:
+            if id(y) in reached:
+                note(y.ids, "it is an output of the model; exclude its layer from pruning")
+        return read, why
+
+    def _name(self, handler: ChannelHandler) -> str:
+        return self.plan.names[id(handler.op)]
+
+    def _coupled(self, handler: ChannelHandler, channel: int) -> str:
+        """Return the names of the layers whose varying channels are coupled to a constant one."""
+        tensors = [
+            x for x in (*handler.call.inputs, *handler.called_on) if channel in _varying_ids(x)
+        ]
+        return " and ".join(dict.fromkeys(self._source(x, channel) for x in tensors))
+
+    def _source(self, x: Tensor, channel: int) -> str:
+        """Return the name of the layer that makes a channel."""
+        while handler := self.producers.get(id(x.origin or x)):
+            varying = [z for z in handler.call.inputs if channel in _varying_ids(z)]
+            if isinstance(handler, (KernelLayer, GroupedConv, Opaque)) or not varying:
+                return f"'{self._name(handler)}'"
+            x = varying[0]
+        return "an input of the model"
+
+    def _coupling_reason(self, layer: ChannelHandler, channel: int) -> str:
+        if isinstance(layer, GroupedConv):
+            return f"'{self._name(layer)}' {layer.whole_groups}"
+        names = [
+            f"'{self._name(handler)}'"
+            for handler in self.plan.handlers
+            if handler.op is not layer.op
+            and isinstance(handler, (KernelLayer, GroupedConv, Opaque))
+            and any(channel in y.ids for y in handler.call.outputs)
+        ]
+        others = " and ".join(dict.fromkeys(names)) or "the same layer"
+        return f"it is coupled to a channel of {others}; remove both"
+
+
+def _varying_ids(x: Tensor) -> np.ndarray:
+    return x.ids[np.isnan(x.constant)]

@@ -1,0 +1,558 @@
+"""Handlers of the calls in a graph: how each kind of layer treats its channels.
+
+A handler propagates constants through its call, couples channels that are kept or removed together,
+slices the weights of its layer, and gives the reason why a channel cannot be removed.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from keras_dst._structure.copies import live_config
+from keras_dst._structure.graph import OPEN_SIZE, UNKNOWN, Call, Tensor, to_float64
+from keras_dst._structure.groups import ChannelGroups
+
+DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
+MERGE_VERBS = {
+    **{"Add": "adds", "Subtract": "subtracts", "Multiply": "multiplies by"},
+    **{"Average": "averages with", "Maximum": "compares with", "Minimum": "compares with"},
+}
+_SAME_CHANNEL = "remove the same channel there too"
+
+
+class ChannelHandler:
+    """Handler of one call of an operation.
+
+    Args:
+        call: the call.
+        reason: why the outputs of the operation have to stay; empty if they can be removed.
+    """
+
+    can_slice = False  # whether the handler creates the layer again with fewer channels
+
+    def __init__(self, call: Call, reason: str = ""):
+        self.call, self.op, self.reason = call, call.op, reason
+        self.called_on: list[Tensor] = []  # every tensor that a layer with weights is called on
+
+    @property
+    def x(self) -> Tensor:
+        """The first input."""
+        return self.call.inputs[0]
+
+    @property
+    def y(self) -> Tensor:
+        """The first output."""
+        return self.call.outputs[0]
+
+    def propagate_constants(self) -> None:
+        """Set the channel axis of the output and the constants of its channels."""
+        raise NotImplementedError
+
+    def couple(self, groups: ChannelGroups) -> None:
+        """Set the channel ids of the output; couple channels and pin channels."""
+        raise NotImplementedError
+
+    def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
+        """Change the layer's config for the kept channels and return the weights for them.
+
+        The constants of removed channels move into the bias or into one kept channel.
+
+        Args:
+            config: the arguments that create the layer. It is changed in place.
+            removed: for every channel group, whether it is removed.
+        """
+        return self.op.get_weights()
+
+    def ignores_input(self) -> np.ndarray:
+        """Return, for each output channel, whether its value is the same for every input."""
+        return np.zeros(self.y.channels, bool)
+
+    def broken_constants(self, x: Tensor) -> np.ndarray:
+        """Return the ids of the constant channels of an input that are not constant afterwards."""
+        return x.ids[:0]
+
+    def reason_for(self, others: str) -> str:
+        """Return why a constant is not constant after the call.
+
+        Args:
+            others: names of the layers whose varying channels are coupled to the constant one.
+        """
+        if others and len(self.called_on) > 1:
+            return f"is also called on {others}, whose channel is in use; {_SAME_CHANNEL}"
+        return (
+            "changes the constant of the channel at some positions, as padding does at the border; "
+            "make the channel zero or do not pad"
+        )
+
+
+class Opaque(ChannelHandler):
+    """Operation whose inputs and outputs all have to stay, for a reason."""
+
+    def propagate_constants(self) -> None:
+        """Leave the outputs as they are: nothing is known about them."""
+
+    def couple(self, groups: ChannelGroups) -> None:
+        for y in self.call.outputs:
+            y.ids = groups.new(y.channels)
+        for tensor in (*self.call.inputs, *self.call.outputs):
+            groups.pin(tensor)
+
+    def ignores_input(self) -> np.ndarray:
+        kernel = getattr(self.op, "kernel", None)
+        shape = tuple(getattr(kernel, "shape", ()))
+        if len(self.call.outputs) > 1 or len(shape) < 2 or shape[-1] != self.y.channels:
+            return np.zeros(0, bool)
+        return np.all(to_float64(kernel) == 0, axis=tuple(range(len(shape) - 1)))
+
+
+class Elementwise(ChannelHandler):
+    """Operation that treats every channel separately and all channels alike."""
+
+    def propagate_constants(self) -> None:
+        axis = self.x.axis if len(self.y.shape) == len(self.x.shape) else len(self.y.shape) - 1
+        self.y.set_channels(axis)
+        self.y.constant = self._run_on_constants()
+
+    def couple(self, groups: ChannelGroups) -> None:
+        self.y.ids = self.x.ids
+
+    def broken_constants(self, x: Tensor) -> np.ndarray:
+        return self.y.ids[~np.isnan(x.constant) & np.isnan(self.y.constant)]
+
+    def _varies(self) -> np.ndarray:
+        return np.any(np.broadcast_arrays(*(np.isnan(x.constant) for x in self.call.inputs)), 0)
+
+    def _run_on_constants(self) -> np.ndarray:
+        """Return the constants of the output, found by running the operation on constants."""
+        y, varies = self.y, self._varies() & ~self.ignores_input()
+        if varies.all():
+            return np.full(y.channels, UNKNOWN)
+
+        def sample(x):
+            shape = [1, *(OPEN_SIZE if n is None else n for n in x.shape[1:])]
+            if any(x is mask for mask in self.call.masks):
+                return ops.ones(shape, x.dtype)
+            values = np.broadcast_to(_broadcast_channels(x, np.nan_to_num(x.constant)), shape)
+            return ops.convert_to_tensor(values, x.dtype)
+
+        args, kwargs = self.call.map(sample)
+        with keras.StatelessScope():  # the layer belongs to the model that was given
+            found = to_float64(self.op(*args, **kwargs))
+        found = np.moveaxis(found, y.axis, -1).reshape(-1, y.channels)
+        same = np.isclose(found, found[0], rtol=1e-6, atol=0).all(0)
+        return np.where(varies | ~same, UNKNOWN, found[0])
+
+
+class PerChannel(Elementwise):
+    """Layer with its own parameters for every channel."""
+
+    can_slice = True
+
+    def couple(self, groups: ChannelGroups) -> None:
+        self.called_on = groups.called_on(self.op, self.x)
+        super().couple(groups)
+
+
+class BatchNorm(PerChannel):
+    """Batch normalization."""
+
+    def ignores_input(self) -> np.ndarray:
+        return to_float64(self.op.gamma) == 0 if self.op.scale else super().ignores_input()
+
+    def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
+        return [w[~removed[self.x.ids]] for w in self.op.get_weights()]
+
+
+class Rescale(PerChannel):
+    """Rescaling by one number, or by one number for each channel of the last axis."""
+
+    def ignores_input(self) -> np.ndarray:
+        return np.broadcast_to(np.ravel(self.op.scale) == 0, self.y.channels)
+
+    def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
+        for key in ("scale", "offset"):
+            value = np.asarray(getattr(self.op, key))
+            if value.size > 1:
+                config[key] = value[..., ~removed[self.x.ids]].tolist()
+        return []
+
+
+class PReLUSlopes(PerChannel):
+    """PReLU, whose slopes may be shared along axes."""
+
+    def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
+        (alpha,) = self.op.get_weights()
+        axis = self.x.axis - 1
+        return [alpha if alpha.shape[axis] == 1 else alpha.compress(~removed[self.x.ids], axis)]
+
+
+class ElementwiseMerge(Elementwise):
+    """Sum, product and similar merges, and concatenation along time or space."""
+
+    def couple(self, groups: ChannelGroups) -> None:
+        whole = [x for x in self.call.inputs if x.channels == self.y.channels]
+        for x in self.call.inputs:
+            if x.channels == self.y.channels:
+                groups.couple(x.ids, whole[0].ids)
+            else:  # its one channel is broadcast to all channels of the others
+                groups.pin(x)
+        self.y.ids = whole[0].ids
+
+    def ignores_input(self) -> np.ndarray:
+        if type(self.op).__name__ != "Multiply":
+            return super().ignores_input()
+        return np.any(np.broadcast_arrays(*(x.constant == 0 for x in self.call.inputs)), 0)
+
+    def reason_for(self, others: str) -> str:
+        if not others:
+            return super().reason_for(others)
+        verb = MERGE_VERBS.get(type(self.op).__name__, "joins")
+        return f"{verb} {others}, whose channel is in use; {_SAME_CHANNEL}"
+
+
+class Addition(ElementwiseMerge):
+    """Addition, which can drop the terms that are constant."""
+
+    def drop_constant_terms(self) -> None:
+        """Drop the inputs that are constant, unless the Keras mask of the sum may change."""
+        if any(x.masked for x in self.call.inputs):
+            return
+        for x in self.call.inputs:
+            others = [z for z in self.call.inputs if z is not x]
+            whole = any(z.shape == self.y.shape for z in others)
+            if whole and not np.isnan(x.constant).any():
+                self.call.constant_terms.append(x)
+
+    def sum_of_constants(self, removed: np.ndarray) -> np.ndarray:
+        """Return the sum of the dropped terms, in a shape that broadcasts to the output."""
+        total = sum(np.broadcast_to(x.constant, self.y.channels) for x in self.call.constant_terms)
+        kept = np.asarray(total)[~removed[self.y.ids]]
+        return kept.reshape(-1, *(1,) * (len(self.y.shape) - 1 - self.y.axis))
+
+
+class Concatenation(ChannelHandler):
+    """Concatenation of the channels of several tensors."""
+
+    def propagate_constants(self) -> None:
+        constants = [x.constant for x in self.call.inputs]
+        self.y.set_channels(self.x.axis, np.concatenate(constants))
+
+    def couple(self, groups: ChannelGroups) -> None:
+        self.y.ids = np.concatenate([x.ids for x in self.call.inputs])
+
+
+class GroupedConv(Elementwise):
+    """Depthwise or grouped convolution, which loses all channels of a group or none of them."""
+
+    can_slice = True
+    whole_groups = (
+        "loses only whole groups, and other channels of the group are in use; prune all filters "
+        "of the group"
+    )
+
+    @cached_property
+    def sizes(self) -> tuple[int, int]:
+        """Number of inputs and number of units of a group."""
+        groups = self.x.channels if isinstance(self.op, DEPTHWISE) else self.op.groups
+        return self.x.channels // groups, self.y.channels // groups
+
+    def couple(self, groups: ChannelGroups) -> None:
+        self.called_on = groups.called_on(self.op, self.x)
+        inputs, units = self.sizes
+        first = self.x.ids[::inputs]
+        groups.couple(self.x.ids, np.repeat(first, inputs))
+        self.y.ids = np.repeat(first, units)
+
+    def _varies(self) -> np.ndarray:
+        inputs, units = self.sizes
+        return np.repeat(np.isnan(self.x.constant).reshape(-1, inputs).any(1), units)
+
+    def broken_constants(self, x: Tensor) -> np.ndarray:
+        inputs, units = self.sizes
+        varies = np.isnan(self.y.constant).reshape(-1, units).any(1)
+        return x.ids[~np.isnan(x.constant) & np.repeat(varies, inputs)]
+
+    def ignores_input(self) -> np.ndarray:
+        kernel = to_float64(self.op.kernel)
+        return np.all(kernel.reshape(-1, self.sizes[0], self.y.channels) == 0, axis=(0, 1))
+
+    def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
+        kernel, *bias = self.op.get_weights()
+        units = ~removed[self.y.ids]
+        if isinstance(self.op, DEPTHWISE):
+            kernel = kernel[..., ~removed[self.x.ids], :]
+        else:
+            kernel = kernel[..., units]
+            config["filters"] = int(units.sum())
+            config["groups"] = config["filters"] // self.sizes[1]
+        return [kernel, *(b[units] for b in bias)]
+
+    def reason_for(self, others: str) -> str:
+        if not others or self.sizes[0] == 1:
+            return super().reason_for(others)
+        return self.whole_groups
+
+
+class Rearrangement(ChannelHandler):
+    """Flatten, Reshape and Permute."""
+
+    can_slice = True
+
+    def propagate_constants(self) -> None:
+        self.y.set_channels(self._output_axis())
+        rows = self._rows(self.x.constant)
+        self.y.constant = np.where(np.all(rows == rows[0], 0), rows[0], UNKNOWN)
+
+    def couple(self, groups: ChannelGroups) -> None:
+        rows = self._rows(self.x.ids)
+        for row in np.unique(rows, axis=0):
+            groups.couple(row, rows[0])
+        self.y.ids = rows[0]
+
+    def _output_axis(self) -> int:
+        """Return the axis of the channels in the output; the last axis if they are on several."""
+        places = self._rearranged(np.arange(self.x.channels))
+        for axis in reversed(range(places.ndim)):
+            if np.all(places == places.take([0], axis)):
+                continue
+            along = np.moveaxis(places, axis, -1).reshape(-1, places.shape[axis])
+            return axis + 1 if np.all(along == along[0]) else places.ndim
+        return places.ndim
+
+    def _rows(self, values: np.ndarray) -> np.ndarray:
+        """Return values per input channel as values per output channel, one row per position."""
+        moved = np.moveaxis(self._rearranged(values), self.y.axis - 1, -1)
+        return moved.reshape(-1, self.y.channels)
+
+    def _rearranged(self, values: np.ndarray) -> np.ndarray:
+        """Return values per input channel at every position of the output of one sample.
+
+        Unknown sizes count as 2: every size above 1 gives the same result.
+        """
+        shape = [2 if n is None else n for n in self.x.shape[1:]]
+        grid = np.broadcast_to(_broadcast_channels(self.x, values)[0], shape)
+        if isinstance(self.op, layers.Permute):
+            return grid.transpose([n - 1 for n in self.op.dims])
+        if getattr(self.op, "data_format", None) == "channels_first":  # Flatten
+            grid = np.moveaxis(grid, 0, -1)
+        return grid.reshape([-1 if n is None else n for n in self.y.shape[1:]])
+
+    def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
+        if "target_shape" in config:
+            target = [-1 if n is None else n for n in self.y.shape]
+            target[self.y.axis] = int((~removed[self.y.ids]).sum())
+            config["target_shape"] = tuple(target[1:])
+        return []
+
+    def broken_constants(self, x: Tensor) -> np.ndarray:
+        constant = ~np.isnan(self._rows(x.constant))
+        return self._rows(x.ids)[constant & np.isnan(self.y.constant)]
+
+    def reason_for(self, others: str) -> str:
+        return "joins several different channels into one; prune all of these channels"
+
+
+class KernelLayer(ChannelHandler):
+    """Layer whose units read all channels: Dense or a convolution."""
+
+    can_slice = True
+
+    @property
+    def layer(self):
+        """The layer that holds the weights."""
+        return self.op
+
+    @cached_property
+    def w(self) -> np.ndarray:
+        """The kernel, with the axes window, channels, units."""
+        return to_float64(self.layer.kernel)
+
+    @cached_property
+    def window(self) -> tuple[int, ...]:
+        """The axes of the window in the kernel."""
+        return tuple(range(self.w.ndim - 2))
+
+    @cached_property
+    def reads(self) -> np.ndarray:
+        """For each channel and unit, whether a weight between them is not zero."""
+        return np.any(self.w != 0, axis=self.window)
+
+    @property
+    def pads_with_zeros(self) -> bool:
+        """Whether the layer reads zeros around its input, where a constant channel ends."""
+        window = getattr(self.layer, "kernel_size", (1,))
+        return getattr(self.layer, "padding", "valid") != "valid" and math.prod(window) > 1
+
+    def propagate_constants(self) -> None:
+        self.y.set_channels(self.x.axis if len(self.w.shape) > 2 else len(self.y.shape) - 1)
+        if not self.reason:
+            self.y.constant = self._constant_units()
+
+    def _constant_units(self) -> np.ndarray:
+        """Return the constant value of every unit, or NaN if the unit varies."""
+        constant = self.x.constant
+        usable = (constant == 0) if self.pads_with_zeros else ~np.isnan(constant)
+        varies = (self.reads & ~usable[:, None]).any(0)
+        value = np.nan_to_num(constant) @ self.w.sum(self.window)
+        if self.layer.use_bias:
+            value = value + to_float64(self.layer.bias)
+        dtype = "float64" if self.layer.compute_dtype == "float64" else "float32"
+        activated = self.layer.activation(ops.convert_to_tensor(value, dtype))
+        return np.where(varies, UNKNOWN, to_float64(activated))
+
+    def couple(self, groups: ChannelGroups) -> None:
+        self.called_on = groups.called_on(self.op, self.x)
+        self.unit_ids = self.y.ids = groups.units(self.op, self.y.channels)
+        if self.reason:
+            groups.pin(self.y)
+
+    def ignores_input(self) -> np.ndarray:
+        return np.all(~self.reads, axis=0)
+
+    def common_constant(self) -> np.ndarray:
+        """Return, for each channel, its constant if it is the same in every call, or NaN."""
+        constants = np.stack([x.constant for x in self.called_on])
+        return np.where(np.all(constants == constants[0], 0), constants[0], UNKNOWN)
+
+    def can_lose(self) -> np.ndarray:
+        """Return, for each channel, whether it is a constant that can move elsewhere."""
+        return ~np.isnan(self.common_constant())
+
+    def needs(self, removed: np.ndarray) -> np.ndarray:
+        """Return, for each channel, whether the remaining units need it."""
+        return self.reads[:, ~removed[self.unit_ids]].any(1) & ~self.can_lose()
+
+    def carrier(self, removed: np.ndarray) -> int | None:
+        """Return the channel that carries all constants if they cannot move into the bias."""
+        kept, constant = ~removed[self.x.ids], self._removed_constants(removed)
+        if not self.pads_with_zeros or not constant.any():
+            return None
+        common = np.nan_to_num(self.common_constant())
+        best = np.abs(common) * (kept if np.any(common[kept]) else ~kept)
+        return int(best.argmax())
+
+    def _removed_constants(self, removed: np.ndarray) -> np.ndarray:
+        """Return, for each channel, the constant that the layer loses with it, or 0."""
+        lost = removed[self.x.ids] & self.reads[:, ~removed[self.unit_ids]].any(1)
+        return np.where(lost, np.nan_to_num(self.common_constant()), 0.0)
+
+    def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
+        kept, units = ~removed[self.x.ids], ~removed[self.unit_ids]
+        config["units" if "units" in config else "filters"] = int(units.sum())
+        moved = np.einsum("i,...io->...o", self._removed_constants(removed), self.w)
+        bias = to_float64(self.layer.bias) if self.layer.use_bias else np.zeros(len(units))
+        carrier = self.carrier(removed)
+        w = self.w.copy()
+        if carrier is not None:
+            w[..., carrier, :] += moved / self.common_constant()[carrier]
+        else:
+            bias = bias + moved.sum(self.window)
+        config["use_bias"] = bool(self.layer.use_bias or bias.any())
+        return self._sliced(w, kept, units) + [bias[units]] * config["use_bias"]
+
+    def _sliced(self, w: np.ndarray, kept: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
+        return [w[..., kept, :][..., units]]
+
+
+class TransposedConv(KernelLayer):
+    """Transposed convolution. At some positions only a part of its window meets the input."""
+
+    @cached_property
+    def w(self) -> np.ndarray:
+        return np.swapaxes(to_float64(self.layer.kernel), -1, -2)
+
+    @property
+    def pads_with_zeros(self) -> bool:
+        return math.prod((*self.op.kernel_size, *self.op.strides)) > 1
+
+    def _sliced(self, w, kept, units) -> list[np.ndarray]:
+        return [np.swapaxes(sliced, -1, -2) for sliced in super()._sliced(w, kept, units)]
+
+
+class SeparableConv(KernelLayer):
+    """Depthwise convolution followed by a convolution with a window of 1."""
+
+    @cached_property
+    def w(self) -> np.ndarray:
+        depthwise = to_float64(self.op.depthwise_kernel)
+        return np.einsum("...im,imo->...io", depthwise, self._pointwise)
+
+    @property
+    def _pointwise(self) -> np.ndarray:
+        pointwise = to_float64(self.op.pointwise_kernel)
+        return pointwise.reshape(-1, self.op.depth_multiplier, pointwise.shape[-1])
+
+    def can_lose(self) -> np.ndarray:
+        # No channel can carry the constant of another: every channel has a single window.
+        return self.common_constant() == 0 if self.pads_with_zeros else super().can_lose()
+
+    def _sliced(self, w, kept, units) -> list[np.ndarray]:
+        pointwise = self._pointwise[kept].reshape(-1, len(units))[:, units]
+        shape = (1,) * len(self.window) + pointwise.shape
+        return [to_float64(self.op.depthwise_kernel)[..., kept, :], pointwise.reshape(shape)]
+
+    def reason_for(self, others: str) -> str:
+        if others:
+            return super().reason_for(others)
+        return "pads with zeros, where the constant of the channel ends; use padding='valid'"
+
+
+class TimeDistributedDense(KernelLayer):
+    """`TimeDistributed(Dense)`."""
+
+    @property
+    def layer(self):
+        return self.op.layer
+
+    def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
+        inner = live_config(self.layer)
+        weights = super().slice(inner, removed)
+        config["layer"] = type(self.layer)(**inner)
+        return weights
+
+
+class Recurrent(KernelLayer):
+    """SimpleRNN, LSTM or GRU, which keep their units: every unit reads all units."""
+
+    @property
+    def layer(self):
+        return self.op.cell
+
+    def propagate_constants(self) -> None:
+        self.y.set_channels(len(self.y.shape) - 1)
+
+    def couple(self, groups: ChannelGroups) -> None:
+        self.called_on = groups.called_on(self.op, self.x)
+        self.unit_ids = groups.units(self.op, self.w.shape[-1])
+        self.y.ids = groups.new(self.y.channels)
+        groups.pin_ids(self.unit_ids)
+        groups.pin(self.y)
+
+    def ignores_input(self) -> np.ndarray:
+        return np.zeros(0, bool)
+
+    def can_lose(self) -> np.ndarray:
+        return super().can_lose() if self.layer.use_bias else self.common_constant() == 0
+
+    def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
+        kernel, recurrent, *bias = self.op.get_weights()
+        for b in bias:  # GRU adds the first row of its bias to the input
+            b.reshape(-1, kernel.shape[-1])[0] += self._removed_constants(removed) @ self.w
+        return [kernel[~removed[self.x.ids]], recurrent, *bias]
+
+    def reason_for(self, others: str) -> str:
+        if others:
+            return super().reason_for(others)
+        return "has no bias to which the constant of the channel could move; set use_bias=True"
+
+
+def _broadcast_channels(x: Tensor, values: np.ndarray) -> np.ndarray:
+    """Return values per channel in a shape that broadcasts to the shape of the tensor."""
+    shape = [1] * len(x.shape)
+    shape[x.axis] = x.channels
+    return values.reshape(shape)
