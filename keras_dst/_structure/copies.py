@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import keras
@@ -48,7 +49,12 @@ def live_config(layer) -> dict[str, Any]:
     The config of a layer describes functions and objects by name, which fails for lambdas and for
     classes that are not registered with Keras.
     """
-    config = dict(layer.get_config())
+    try:
+        config = dict(layer.get_config())
+    except NotImplementedError:  # an object in the config has no config
+        init = inspect.signature(getattr(layer, "stock", type(layer)).__init__)
+        names = {*init.parameters, "name", "trainable", "dtype", "method", "activity_regularizer"}
+        config = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
     for key, value in config.items():
         own = getattr(layer, key, None)
         if key == "dtype":
