@@ -550,6 +550,318 @@ class TestReport:
         }
 
 
+# -- layers whose state is more than their config and weights ------------------------------------
+
+
+class Factor(layers.Layer):
+    """A custom layer whose config lacks an attribute."""
+
+    factor = 1.0
+
+    def call(self, x):
+        return x * self.factor
+
+
+class Penalty(keras.regularizers.Regularizer):
+    """A regularizer that has no config."""
+
+    def __call__(self, w):
+        return 0.0 * keras.ops.sum(w)
+
+
+def factor(value, name=None):
+    layer = Factor(name=name)
+    layer.factor = value
+    return layer
+
+
+def adapted(layer, data):
+    layer.adapt(data)
+    return layer
+
+
+SAMPLES = np.random.default_rng(0).normal(5, 3, (40, 8)).astype("float32")
+STATEFUL_LAYERS = {
+    "statistics": lambda: adapted(layers.Normalization(), SAMPLES),
+    "boundaries": lambda: adapted(layers.Discretization(num_bins=4), SAMPLES),
+    "attribute": lambda: factor(3.0),
+    "closure": lambda: layers.Lambda(lambda x, scale=4.0: x * scale),
+    "random": lambda: layers.GaussianNoise(0.5, seed=3),
+    "statistics in a nested model": lambda: keras.Sequential(
+        [keras.Input((8,)), adapted(layers.Normalization(), SAMPLES)]
+    ),
+}
+
+
+def with_layer(layer, dtype="float32", **options):
+    """A net that begins with a layer and has a prunable layer after it."""
+    inputs = keras.Input((8,), dtype=dtype)
+    x = layers.Dense(16, "relu", name="hidden", **options)(keras.ops.cast(layer(inputs), "float32"))
+    return randomize(keras.Model(inputs, layers.Dense(2, name="head")(x)))
+
+
+def assert_smaller(model, x, layer="hidden"):
+    """Shrink a model whose hidden layer is half dead; compare outputs, width and side effects."""
+    before = models.arrays(model.variables)
+    small = keras_dst.shrink(model)
+    for variable, old in zip(model.variables, before):
+        np.testing.assert_array_equal(variable.numpy(), old)
+    with keras.StatelessScope():
+        pairs = zip(*(keras.tree.flatten(m(x, training=False)) for m in (small, model)))
+        for found, expected in pairs:
+            found, expected = map(keras.ops.convert_to_numpy, (found, expected))
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    (row,) = (r for r in keras_dst.shrink_report(model).layers if r.layer == layer)
+    assert row.after == row.before // 2, row.reasons
+    return small
+
+
+@pytest.mark.parametrize("kind", STATEFUL_LAYERS)
+def test_the_whole_state_of_other_layers_is_kept(kind):
+    model = with_layer(STATEFUL_LAYERS[kind]())
+    kill(model, "hidden")
+    assert_smaller(model, SAMPLES)
+
+
+def test_the_vocabulary_of_a_lookup_is_kept():
+    inputs = keras.Input((1,), dtype="int64")
+    lookup = adapted(layers.IntegerLookup(output_mode="one_hot"), np.array([30, 40, 40, 50]))
+    x = layers.Dense(16, "relu", name="hidden")(lookup(inputs))
+    model = randomize(keras.Model(inputs, layers.Dense(2)(x)))
+    kill(model, "hidden")
+    assert_smaller(model, np.array([[30], [40], [7]]))
+
+
+def test_inputs_of_strings():
+    if keras.backend.backend() == "jax":
+        pytest.skip("JAX cannot convert the strings of this test")
+    inputs = keras.Input((1,), dtype="string")
+    words = layers.StringLookup(vocabulary=["a", "b"], output_mode="one_hot")
+    x = layers.Dense(16, "relu", name="hidden")(words(inputs))
+    model = randomize(keras.Model(inputs, layers.Dense(2)(x)))
+    kill(model, "hidden")
+    if keras.backend.backend() == "tensorflow":
+        assert_smaller(model, keras.ops.convert_to_tensor([["a"], ["b"], ["c"]]))
+    else:
+        with pytest.raises(ValueError, match="input of strings, which Keras runs on TensorFlow"):
+            keras_dst.shrink(model)
+
+
+def test_statistics_of_a_sparse_model():
+    model = with_layer(adapted(layers.Normalization(), SAMPLES))
+    keras_dst.sparsify(model, Consensus(), filters="hidden")
+    layer = model.get_layer("hidden")
+    layer.sparse_state["kernel"]["logit"].assign([1, -1] * 8)
+    assert_smaller(model, SAMPLES)
+    assert layer.sparse_state
+
+
+@once
+@pytest.mark.filterwarnings("ignore:The object being serialized includes a `lambda`")
+def test_functions_and_objects_that_keras_cannot_save():
+    inputs = keras.Input((8,))
+    x = layers.Dense(8, lambda t: 2 * t, kernel_regularizer=Penalty())(inputs)
+    x = layers.Dense(16, "relu", kernel_regularizer=Penalty(), name="hidden")(x)
+    model = randomize(keras.Model(inputs, layers.Dense(2, lambda t: t + 1)(x)))
+    kill(model, "hidden")
+    small = assert_smaller(model, SAMPLES)
+    assert isinstance(small.get_layer("hidden").kernel_regularizer, Penalty)
+    keras_dst.sparsify(model, Consensus(), filters="hidden")
+    model.get_layer("hidden").sparse_state["kernel"]["logit"].assign([1, -1] * 8)
+    assert_smaller(model, SAMPLES)
+
+
+@once
+def test_layers_of_one_name_in_two_nested_models():
+    def block(name):
+        inputs = keras.Input((8,))
+        return keras.Model(inputs, factor(2.0, name="same")(inputs) + 1.0, name=name)
+
+    model = with_layer(keras.Sequential([keras.Input((8,)), block("a"), block("b")]))
+    kill(model, "hidden")
+    small = assert_smaller(model, SAMPLES)
+    assert len({layer.name for layer in small.layers}) == len(small.layers)
+
+
+@once
+def test_the_given_model_gets_no_new_nodes():
+    model = with_layer(factor(2.0))
+    kill(model, "hidden")
+    operations = model.operations
+    before = [len(operation._inbound_nodes) for operation in operations]
+    keras_dst.shrink(model)
+    assert [len(operation._inbound_nodes) for operation in operations] == before
+
+
+@once
+def test_weights_that_two_layers_share_are_not_sliced():
+    class Tied(layers.Layer):
+        def __init__(self, source):
+            super().__init__()
+            self.source = source
+
+        def call(self, x):
+            return x @ keras.ops.transpose(self.source.kernel)
+
+    inputs = keras.Input((8,))
+    hidden = layers.Dense(16, "relu", name="hidden")
+    x = layers.Dense(16, "relu", name="middle")(hidden(inputs))
+    model = randomize(keras.Model(inputs, Tied(hidden)(x)))
+    kill(model, "hidden")
+    with pytest.warns(UserWarning, match="nothing to remove"):
+        keras_dst.shrink(model)
+    (reason,) = keras_dst.shrink_report(model).layers[0].reasons
+    assert "'hidden' shares a weight with 'tied" in reason
+
+
+@once
+def test_a_nested_model_with_its_own_call_is_left_whole():
+    class Doubled(keras.Model):
+        def call(self, x, training=None):
+            return 2.0 * super().call(x)
+
+    inputs = keras.Input((8,))
+    model = with_layer(Doubled(inputs, layers.Dense(8)(inputs)))
+    kill(model, "hidden")
+    assert_smaller(model, SAMPLES)
+
+
+@once
+def test_dropout_that_is_active_in_inference():
+    inputs = keras.Input((8,))
+    x = layers.Dense(16, "relu", name="hidden")(inputs)
+    x = layers.Dropout(0.5, name="dropout")(x, training=True)
+    model = randomize(keras.Model(inputs, layers.Dense(2)(x)))
+    kill(model, "hidden")
+    (reason,) = keras_dst.shrink_report(model).layers[0].reasons
+    assert reason.startswith("'dropout' is called with training=True")
+
+
+# -- Keras masks ---------------------------------------------------------------------------------
+
+IDS = np.array([[1, 2, 0, 0, 3, 0], [4, 0, 0, 0, 0, 0]])
+READERS = {
+    "average": layers.GlobalAveragePooling1D,
+    "maximum": layers.GlobalMaxPooling1D,
+    "lstm": lambda: layers.LSTM(4),
+    "gru": lambda: layers.GRU(4),
+    "rnn": lambda: layers.SimpleRNN(4),
+    "nested": lambda: keras.Sequential([keras.Input((6, 16)), layers.GlobalAveragePooling1D()]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*destroy the mask information")
+@pytest.mark.parametrize("reader", READERS)
+def test_masks_of_an_embedding(reader):
+    inputs = keras.Input((6,), dtype="int32")
+    x = layers.Embedding(9, 8, mask_zero=True)(inputs)
+    x = layers.Dense(16, "relu", name="hidden")(x)
+    model = randomize(keras.Model(inputs, layers.Dense(2)(READERS[reader]()(x))))
+    kill(model, "hidden")
+    assert_smaller(model, IDS)
+
+
+@once
+def test_masks_through_a_concatenation():
+    inputs = keras.Input((6, 8))
+    x = layers.Masking(name="masking")(layers.Dense(6, use_bias=False, name="before")(inputs))
+    x = layers.Concatenate()([layers.Dense(16, name="hidden")(x), layers.Dense(4)(x)])
+    model = randomize(keras.Model(inputs, layers.LSTM(4)(x)))
+    kill(model, "hidden", "before")
+    samples = np.random.default_rng(0).standard_normal((2, 6, 8)).astype("float32")
+    samples[:, 3:] = 0
+    assert_smaller(model, samples)
+    rows = {row.layer: row for row in keras_dst.shrink_report(model).layers}
+    (reason,) = rows["before"].reasons
+    assert reason.startswith("'masking' computes its mask from all channels")
+
+
+@once
+@pytest.mark.parametrize("reader", ["average", "lstm"])
+def test_masks_that_the_user_passes(reader):
+    inputs, mask = keras.Input((6, 8)), keras.Input((6,), dtype="bool")
+    x = layers.Dense(16, "relu", name="hidden")(inputs)
+    x = READERS[reader]()(x, mask=mask)
+    model = randomize(keras.Model([inputs, mask], layers.Dense(2)(x)))
+    kill(model, "hidden")
+    samples = np.random.default_rng(0).standard_normal((2, 6, 8)).astype("float32")
+    assert_smaller(model, [samples, IDS > 0])
+
+
+@once
+def test_a_constant_term_stays_if_it_removes_the_mask():
+    ids, values = keras.Input((6,), dtype="int32"), keras.Input((6, 8))
+    x = layers.Embedding(9, 8, mask_zero=True)(ids)
+    x = layers.Add()([x, layers.Dense(8, kernel_initializer="zeros")(values)])
+    x = layers.Dense(16, name="hidden")(layers.GlobalAveragePooling1D()(x))
+    model = keras.Model([ids, values], layers.Dense(2)(x))
+    kill(model, "hidden")
+    assert_smaller(model, [IDS, np.ones((2, 6, 8), "float32")])
+
+
+# -- inputs and states ---------------------------------------------------------------------------
+
+
+class Maybe(layers.Layer):
+    """A layer with an optional input."""
+
+    def call(self, a, b=None):
+        return a if b is None else a + b
+
+
+def test_optional_inputs():
+    a, b = keras.Input((8,), name="a"), keras.Input((8,), name="b", optional=True)
+    x = layers.Dense(16, "relu", name="hidden")(Maybe()(a, b))
+    model = randomize(keras.Model({"a": a, "b": b}, layers.Dense(2)(x)))
+    kill(model, "hidden")
+    assert_smaller(model, {"a": SAMPLES, "b": SAMPLES})
+    assert_smaller(model, {"a": SAMPLES, "b": None})
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "torch", reason="Keras has no sparse tensors on PyTorch"
+)
+def test_sparse_inputs():
+    inputs = keras.Input((8,), sparse=True, batch_size=2, name="values")
+    x = layers.Dense(16, "relu", name="hidden")(inputs)
+    model = randomize(keras.Model(inputs, layers.Dense(2)(x)))
+    kill(model, "hidden")
+    small = assert_smaller(model, keras.ops.one_hot(np.array([1, 3]), 8, sparse=True))
+    assert small.inputs[0].sparse
+    assert small.inputs[0].shape == (2, 8)
+    assert small.inputs[0].name == "values"
+
+
+def test_states_of_recurrent_layers():
+    model = keras.Sequential(
+        [
+            keras.Input(batch_shape=(2, 6, 8)),
+            layers.Dense(16, "relu", name="hidden"),
+            layers.GRU(4, stateful=True, return_sequences=True),
+            layers.Bidirectional(layers.LSTM(3, stateful=True)),
+        ]
+    )
+    randomize(model)
+    kill(model, "hidden")
+    samples = np.random.default_rng(0).standard_normal((2, 6, 8)).astype("float32")
+    model.predict(samples, verbose=0, batch_size=2)
+    assert_smaller(model, samples)
+
+
+@once
+def test_float64_weights_keep_their_precision():
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("float64")
+    try:
+        model = convnet("valid")
+        kill(model, "one")
+        small = keras_dst.shrink(model)
+    finally:
+        keras.config.set_dtype_policy(before)
+    x = np.random.default_rng(0).standard_normal((2, 8, 8, 3))
+    np.testing.assert_allclose(small.predict(x), model.predict(x), rtol=1e-10)
+
+
 # -- nets at random ------------------------------------------------------------------------------
 
 STEPS = {

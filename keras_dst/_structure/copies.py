@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import keras
@@ -50,7 +51,9 @@ def live_config(layer) -> dict[str, Any]:
     classes that are not registered with Keras.
     """
     try:
-        config = dict(layer.get_config())
+        with warnings.catch_warnings():  # Keras warns about lambdas in files; no file is written
+            warnings.simplefilter("ignore")
+            config = dict(layer.get_config())
     except NotImplementedError:  # an object in the config has no config
         init = inspect.signature(getattr(layer, "stock", type(layer)).__init__)
         names = {*init.parameters, "name", "trainable", "dtype", "method", "activity_regularizer"}
