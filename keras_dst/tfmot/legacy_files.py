@@ -1,7 +1,7 @@
-"""Models of Keras 2 (`tf_keras`), pruned with tfmot or not, read from their files by Keras 3.
+"""Reader for files of Keras 2 (`tf_keras`) models, pruned with tfmot or not.
 
-Neither tf_keras nor tfmot is needed, and no code in a file is run: all classes are those of Keras,
-or registered ones.
+The reader needs neither tf_keras nor tfmot, and runs no code from a file. It creates objects of
+Keras classes and of registered classes only.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ import numpy as np
 
 from keras_dst import _keras
 
-_WRAPPER = "PruneLowMagnitude"
+_WRAPPER = "PruneLowMagnitude"  # Class name of the wrapper that tfmot puts around a layer.
 _STATE = re.compile(r"(mask|threshold|pruning_step)(_\d+)?:0")
 _MODELS = ("Sequential", "Functional", "Model")
-# Arguments that mean nothing in Keras 3, whatever their value; others may be left out if falsy.
+# Arguments without a meaning in Keras 3. Other unknown arguments are dropped only if falsy.
 _SHAPES = ("batch_input_shape", "input_length", "query_shape", "key_shape", "value_shape")
 _UNUSED = ("implementation", "kernel_initializer", "kernel_regularizer", "kernel_constraint")
 
 
 @dataclass
 class Wrapper:
-    """What a file holds of one of tfmot's wrappers.
+    """A tfmot wrapper around a layer, as read from a file.
 
     Attributes:
-        layer: name of the layer in it.
-        config: arguments of the wrapper.
-        masks: of its prunable weights, in their order.
-        step: steps trained, -1 where there were none.
+        layer: Name of the wrapped layer.
+        config: Arguments of the wrapper.
+        masks: Masks of the prunable weights, in the order of the weights.
+        step: Number of trained steps, or -1 before the first step.
     """
 
     layer: str
@@ -48,56 +48,63 @@ class Wrapper:
 
 
 def read(path: str | os.PathLike) -> tuple[keras.Model, list[Wrapper]]:
-    """The model in a `.keras` or `.h5` file of Keras 2, without wrappers, and these.
+    """Read a model without its tfmot wrappers, and the wrappers, from a file of Keras 2.
 
     Raises:
-        ValueError: for another file, or for what Keras 3 has no counterpart of.
+        ValueError: If the file is not a `.keras` or `.h5` file of a model, or if Keras 3 cannot
+            express a layer in it.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(
-            "Expected a .keras or .h5 file. Save the model as one where it was made. "
-            f"Received: {path}"
+            f"Expected a .keras or .h5 file. Received: {path}. Save the model in such a file with "
+            "the tf_keras that made it."
         )
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive, archive.open("model.weights.h5") as weights:
             config = json.loads(archive.read("config.json"))
             with h5py.File(weights, "r") as file:
-                return _read(config, _Zipped(), file)
+                return _build(config, _KerasFormat(), file)
     if not h5py.is_hdf5(path):
-        raise ValueError(f"Expected a .keras or .h5 file. Received: {path}, which is neither")
+        raise ValueError(f"Expected a .keras or .h5 file. Received: {path}, which is neither.")
     with h5py.File(path, "r") as file:
         if "model_config" not in file.attrs:
             raise ValueError(
-                f"{path} holds weights and no model. Save the whole model: model.save(path)."
+                f"{path} holds weights but no model. Save the whole model: model.save(path)."
             )
-        return _read(json.loads(file.attrs["model_config"]), _Legacy(), file["model_weights"])
+        config = json.loads(file.attrs["model_config"])
+        return _build(config, _H5Format(), file["model_weights"])
 
 
-def _read(config, stored, root) -> tuple[keras.Model, list[Wrapper]]:
+def _build(config, file_format, root) -> tuple[keras.Model, list[Wrapper]]:
+    """Build the model of a config and assign its stored weights."""
     if "layers" not in config["config"]:
         raise ValueError(
-            f"The file holds a {config['class_name']}, which is neither Sequential nor Functional: "
-            "its code is not in the file. Write it for Keras 3, and load the weights into that."
+            f"The file holds a {config['class_name']}, which is neither Sequential nor Functional, "
+            "so the code of its call is not in the file. Write the model for Keras 3, and load "
+            "the weights into it."
         )
-    model = keras.saving.deserialize_keras_object(_model(config))
+    model = keras.saving.deserialize_keras_object(_model_config(config))
     if not model.built:
-        raise ValueError(f"The file of '{model.name}' does not say the shape of its inputs.")
-    return model, list(_fill(model, config["config"]["layers"], stored, root))
+        raise ValueError(
+            f"The file of '{model.name}' does not contain the shape of its inputs. Build the model "
+            "in tf_keras, and save it again."
+        )
+    return model, list(_assign_weights(model, config["config"]["layers"], file_format, root))
 
 
 # -- configs -------------------------------------------------------------------------------------
 
 
-def _model(config: dict) -> dict:
-    """The config of a model as Keras 3 reads it, with the layers in place of their wrappers."""
+def _model_config(config: dict) -> dict:
+    """Convert the config of a model to Keras 3, with layers in place of their wrappers."""
     own = dict(config["config"])
     renamed = {_name(x): _name(_unwrapped(x)) for x in own["layers"]}
-    offsets = _offsets(own)
+    first_calls = _first_calls(own)
 
     def tensor(reference):
         name, node, index = reference[:3]
-        history = [renamed[name], node - offsets.get(name, 0), index]
+        history = [renamed[name], node - first_calls.get(name, 0), index]
         config = {"shape": [], "dtype": "float32", "keras_history": history}
         return {"class_name": "__keras_tensor__", "config": config}
 
@@ -107,7 +114,9 @@ def _model(config: dict) -> dict:
     def call(node):
         node = [node] if _is_reference(node, renamed) else node
         if not all(_is_reference(x, renamed) for x in node):
-            raise ValueError(f"A layer of '{own['name']}' is called in an unknown way: {node!r}")
+            raise ValueError(
+                f"Expected that layers of '{own['name']}' are called on tensors. Received: {node!r}"
+            )
         kwargs = node[0][3] if len(node[0]) > 3 else {}
         args = [tensor(x) for x in node]
         return {
@@ -117,7 +126,7 @@ def _model(config: dict) -> dict:
 
     layers = []
     for entry in own["layers"]:
-        layer = _layer(_unwrapped(entry))
+        layer = _layer_config(_unwrapped(entry))
         if "inbound_nodes" in entry:
             layer["name"] = renamed[_name(entry)]
             layer["inbound_nodes"] = [call(node) for node in entry["inbound_nodes"]]
@@ -137,12 +146,12 @@ def _model(config: dict) -> dict:
 
 
 def _is_reference(x, names) -> bool:
-    """Whether this stands for a tensor: name of a layer, number of its call, of the output."""
+    """Return whether a value refers to a tensor: [layer name, call index, output index]."""
     return isinstance(x, list) and len(x) in (3, 4) and isinstance(x[0], str) and x[0] in names
 
 
-def _offsets(model: dict) -> dict[str, int]:
-    """How many calls of a layer come before those in the model: Keras 2 counts a model's own."""
+def _first_calls(model: dict) -> dict[str, int]:
+    """Return the index of the first call of each layer. In Keras 2 it can be above 0."""
     first: dict[str, int] = {}
     names = {_name(x) for x in model["layers"]}
 
@@ -161,35 +170,36 @@ def _name(entry: dict) -> str:
 
 
 def _unwrapped(entry: dict) -> dict:
+    """Return the config of a layer without the wrapper of tfmot."""
     return entry["config"]["layer"] if entry["class_name"] == _WRAPPER else entry
 
 
-def _layer(entry: dict) -> dict:
-    """The config of a layer as Keras 3 reads it."""
+def _layer_config(entry: dict) -> dict:
+    """Convert the config of a layer to Keras 3."""
     name = entry["class_name"]
     if name in _MODELS and "layers" in entry["config"]:
-        return _model(entry)
+        return _model_config(entry)
     registered = entry.get("registered_name") or name
     custom = keras.saving.get_registered_object(registered)
     cls = custom or getattr(keras.layers, name, None)
     if cls is None or cls is keras.layers.Lambda:
-        what = "runs code from the file" if cls else "is neither of Keras 3 nor registered"
+        reason = "runs code from the file" if cls else "is neither of Keras 3 nor registered"
         raise ValueError(
-            f"'{_name(entry)}' is a {name}, which {what}. Write it as a layer of Keras 3 with "
-            "@keras.saving.register_keras_serializable(), and load the weights into that."
+            f"'{_name(entry)}' is a {name}, which {reason}. Write it as a layer of Keras 3 with "
+            "@keras.saving.register_keras_serializable(), and load the file again."
         )
     config = entry["config"] if custom else _arguments(cls, entry["config"])
     return {
         "module": None if custom else "keras.layers",
         "class_name": name,
-        "config": {key: _value(x) for key, x in config.items()},
+        "config": {key: _config_value(x) for key, x in config.items()},
         "registered_name": registered if custom else None,
         **({"build_config": entry["build_config"]} if custom and "build_config" in entry else {}),
     }
 
 
 def _arguments(cls, config: dict) -> dict:
-    """Those of a layer's arguments that its class in Keras 3 takes."""
+    """Return the arguments of a layer that its class in Keras 3 accepts."""
     known = {name for base in cls.__mro__ for name in inspect.signature(base.__init__).parameters}
     config = dict(config)
     if cls is keras.layers.InputLayer and "batch_input_shape" in config:
@@ -201,24 +211,24 @@ def _arguments(cls, config: dict) -> dict:
         if value and name not in _SHAPES + _UNUSED and (name, value) != ("groups", 1):
             raise ValueError(
                 f"'{config['name']}' has {name}={value!r}, which the {cls.__name__} of Keras 3 "
-                "does not know. Build the model anew, and load the weights into it."
+                "does not know. Build the model in Keras 3, and load the weights into it."
             )
     return config
 
 
-def _value(x):
-    """A value in a config: layers in it as Keras 3 reads them, objects of Keras or registered."""
+def _config_value(x):
+    """Convert a value in a config, and all layers and objects inside it, to Keras 3."""
     if isinstance(x, list):
-        return [_value(inner) for inner in x]
+        return [_config_value(inner) for inner in x]
     if not isinstance(x, dict):
         return x
     name, registered = x.get("class_name"), x.get("registered_name") or x.get("class_name")
     if name is None:
-        return {key: _value(inner) for key, inner in x.items()}
+        return {key: _config_value(inner) for key, inner in x.items()}
     if name == "Policy":
         return x["config"]["name"]
     if hasattr(keras.layers, name) and "name" in x["config"]:
-        return _layer(x)
+        return _layer_config(x)
     for kind in ("initializers", "regularizers", "constraints"):
         if hasattr(getattr(keras, kind), name):
             return {**x, "module": f"keras.{kind}"}
@@ -233,44 +243,45 @@ def _value(x):
 # -- weights -------------------------------------------------------------------------------------
 
 
-def _fill(model, entries: list[dict], stored, place) -> Iterator[Wrapper]:
-    """Assign the weights of all layers of a model; the wrappers that were around them."""
-    found = stored.places(place, entries)
+def _assign_weights(model, entries: list[dict], file_format, root) -> Iterator[Wrapper]:
+    """Assign the stored weights to all layers of a model, and yield the wrappers."""
+    found = file_format.find_layers(root, entries)
     by_name = {_name(_unwrapped(entry)): entry for entry in entries}
     for layer in model.layers:
         entry = by_name[layer.name]
-        own = found.get(_name(entry))
+        stored = found.get(_name(entry))
         if isinstance(layer, keras.Model):
-            yield from _fill(layer, entry["config"]["layers"], stored, own)
+            yield from _assign_weights(layer, entry["config"]["layers"], file_format, stored)
             continue
-        if own is None:  # an InputLayer, or another without weights
+        if stored is None:  # The layer has no weights.
             variables, arrays = layer.weights, []
         else:
-            variables, arrays = stored.weights(own, layer, entry)
+            variables, arrays = file_format.weights(stored, layer, entry)
         if [tuple(v.shape) for v in variables] != [a.shape for a in arrays]:
             raise ValueError(
-                f"'{layer.name}' has weights of the shapes {[tuple(v.shape) for v in variables]}. "
-                f"Received: {[a.shape for a in arrays]}"
+                f"Expected weights of the shapes {[tuple(v.shape) for v in variables]} for "
+                f"'{layer.name}'. Received from the file: {[a.shape for a in arrays]}"
             )
         for variable, array in zip(variables, arrays):
             variable.assign(array)
         if entry["class_name"] == _WRAPPER:
-            masks, step = stored.state(own, entry)
+            masks, step = file_format.state(stored, entry)
             yield Wrapper(layer.name, entry["config"], masks, step)
 
 
-class _Legacy:
-    """Weights in an `.h5` file: a group per layer, in which every weight has a path."""
+class _H5Format:
+    """Weights of an `.h5` file: one group per layer, with a path for every weight."""
 
-    def places(self, group, entries):
-        if isinstance(group, list):  # of a model within the model, whose weights are in one list
+    def find_layers(self, group, entries):
+        """Map the name of each layer to its pairs of path and array."""
+        if isinstance(group, list):  # The weights of a model inside the model are in one list.
             return {
                 _name(x): [pair for pair in group if _names_in(x) & set(pair[0].split("/"))]
                 for x in entries
             }
         return {
-            name: [(path, group[name][path][()]) for path in _texts(group[name], "weight_names")]
-            for name in _texts(group, "layer_names")
+            name: [(path, group[name][path][()]) for path in _strings(group[name], "weight_names")]
+            for name in _strings(group, "layer_names")
         }
 
     def weights(self, pairs, layer, entry):
@@ -288,11 +299,12 @@ class _Legacy:
         return wrapped and bool(_STATE.fullmatch(last))
 
 
-class _Zipped:
-    """Weights in a `.keras` file: a group per layer, named by its class, and groups in it."""
+class _KerasFormat:
+    """Weights of a `.keras` file: one group per layer, named by its class."""
 
-    def places(self, group, entries):
-        # A Sequential does not count its InputLayer among its layers.
+    def find_layers(self, group, entries):
+        """Map the name of each layer to its group."""
+        # A Sequential does not list its InputLayer among its layers.
         counted = (
             entries
             if "inbound_nodes" in entries[0]
@@ -308,7 +320,7 @@ class _Zipped:
         return [variable for variable, _ in pairs], [array for _, array in pairs]
 
     def _pairs(self, group, owner):
-        """Every variable of a layer and of those in it, beside what is stored of it."""
+        """Yield pairs of variable and stored array for a layer and the layers inside it."""
         if isinstance(owner, (list, tuple)):
             for key, layer in zip(_keys([type(x).__name__ for x in owner]), owner):
                 yield from self._pairs(group[key], layer)
@@ -324,18 +336,19 @@ class _Zipped:
 
     def state(self, group, entry):
         arrays = _numbered(group)
-        # The n weights that are pruned, then their masks and thresholds in turn, then the step.
+        # The file has n pruned weights, then n pairs of mask and threshold, then the step.
         n = (len(arrays) - 1) // 3
         return arrays[n:-1:2], int(arrays[-1])
 
 
 def _names_in(entry) -> set[str]:
-    """Names of a layer, of its wrapper, and of all layers in it."""
+    """Return the names of a layer, of its wrapper, and of all layers inside it."""
     inner = [_names_in(x) for x in entry["config"].get("layers", [])]
     return {_name(entry), _name(_unwrapped(entry))}.union(*inner)
 
 
 def _numbered(group) -> list[np.ndarray]:
+    """Return the arrays of a group whose names are 0, 1, 2, ..."""
     stored = group.get("vars", {})
     return [stored[str(i)][()] for i in range(len(stored))]
 
@@ -346,12 +359,12 @@ def _holds_arrays(group) -> bool:
     return any(_holds_arrays(inner) for inner in group.values())
 
 
-def _texts(group, name) -> list[str]:
+def _strings(group, name) -> list[str]:
     return [x.decode() if isinstance(x, bytes) else str(x) for x in group.attrs[name]]
 
 
 def _keys(classes: list[str]) -> list[str]:
-    """The names that Keras gives layers of these classes in a file: dense, dense_1, ..."""
+    """Return the group names of layers of these classes in a file: dense, dense_1, ..."""
     found: list[str] = []
     for name in classes:
         snake = re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", re.sub(r"\W+", "", name))
