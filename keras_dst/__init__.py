@@ -10,7 +10,7 @@ from keras_dst.version import __version__
 
 if TYPE_CHECKING:  # for editors, type checkers and the reference, which do not run `__getattr__`
     from keras_dst import plots
-    from keras_dst._reporting.sensitivity import SensitivityReport, sensitivity
+    from keras_dst._reporting.sensitivity import SensitivityReport, WeightSensitivity, sensitivity
     from keras_dst._reporting.sparsity import SparsityReport, WeightReport, report
     from keras_dst._structure import ChannelReport, ShrinkReport, shrink, shrink_report
     from keras_dst.export import ExportError, ExportReport, LintReport, export_tflite
@@ -29,6 +29,7 @@ _LAZY = {
     "ShrinkReport": "_structure",
     "SparsityReport": "_reporting.sparsity",
     "WeightReport": "_reporting.sparsity",
+    "WeightSensitivity": "_reporting.sensitivity",
     "export_tflite": "export",
     "lint": "export",
     "report": "_reporting.sparsity",
@@ -49,6 +50,7 @@ __all__ = [
     "SparsifyReport",
     "SparsityReport",
     "WeightReport",
+    "WeightSensitivity",
     "__version__",
     "allocation",
     "callbacks",

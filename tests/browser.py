@@ -1,4 +1,4 @@
-"""A real browser, headless, as a reader of a page has it."""
+"""A headless browser that opens an HTML page and reports what it shows."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
-#: Written into the page by the page itself, once its pictures are there.
+# Script that writes its findings into the page once the images are loaded.
 _PROBE = """<script>addEventListener("load", () => {
   const size = x => [x.naturalWidth, x.naturalHeight, x.getBoundingClientRect().width, x.alt];
   const found = {
@@ -30,26 +30,26 @@ _PROBE = """<script>addEventListener("load", () => {
 
 @dataclasses.dataclass
 class Page:
-    """What a browser made of a page."""
+    """An HTML page as a browser shows it."""
 
     dom: str
-    pictures: list  # natural width and height, width on the page, alt text
-    overflow: int  # pixels by which the page is wider than the window
+    pictures: list  # Natural width and height, width on the page, alt text of each image.
+    overflow: int  # Pixels by which the page is wider than the window.
     background: str
-    text: str  # as it is shown
+    text: str  # Visible text.
     console: list[str]
-    requests: list[str]  # for anything that is not in the page itself
+    requests: list[str]  # Addresses of files outside the page.
     screenshot: pathlib.Path
 
 
 def look_at(page: pathlib.Path, folder: pathlib.Path, width=1200, dark=False) -> Page:
-    """Open a page; skips the test where there is no browser.
+    """Open a page in a browser, or skip the test if no browser is installed.
 
-    The page's own policy allows no script: its copy that is opened has one, the probe's.
+    The security policy of the page forbids scripts. A copy of the page allows the probe script.
     """
     browser = next(filter(None, map(shutil.which, NAMES)), None)
     if browser is None:
-        pytest.skip(f"No browser to look at the page with: none of {', '.join(NAMES)} is installed")
+        pytest.skip(f"This test needs one of these browsers: {', '.join(NAMES)}")
     text = page.read_text("utf-8")
     assert "default-src 'none'" in text
     probed = text.replace("default-src 'none'", "default-src 'none'; script-src 'unsafe-inline'")

@@ -1,4 +1,4 @@
-"""The report as a page, seen by a reader: in a browser."""
+"""Tests of the HTML report, opened in a browser."""
 
 import base64
 import html
@@ -22,7 +22,7 @@ EVIL = "<script>alert(1)</script>&\"'"
 
 
 def pruned(seed=0):
-    """A dense model, most weights of which are zero, with names that are no HTML."""
+    """Return a dense model whose weights are mostly zero, with a name that must be escaped."""
     model = keras.Sequential(
         [
             keras.Input((8, 8, 3)),
@@ -43,18 +43,18 @@ def pruned(seed=0):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A report, and the file of its page."""
+    """Return a report and the path of its HTML page."""
     found = report(pruned())
     path = tmp_path_factory.mktemp("page") / "report.html"
     found.save_html(path)
     return found, path
 
 
-def shown(number):
+def formatted(number):
     return f"{number:,}"
 
 
-def test_a_reader_sees_the_report(saved, tmp_path):
+def test_the_page_shows_the_report(saved, tmp_path):
     found, path = saved
     page = look_at(path, tmp_path)
     assert page.console == []
@@ -63,9 +63,9 @@ def test_a_reader_sees_the_report(saved, tmp_path):
     for row in found.layers:
         line = next(x for x in page.text.splitlines() if x.startswith(f"{row.name}\t"))
         cells = [text.strip() for text in line.split("\t")]
-        assert cells[1:4] == [row.layer, " × ".join(map(str, row.shape)), shown(row.parameters)]
-        assert cells[4:6] == [shown(row.nonzeros), f"{100 * row.sparsity:.2f} %"]
-        assert cells[6:8] == [shown(row.flops), shown(row.dense_flops)]
+        assert cells[1:4] == [row.layer, " × ".join(map(str, row.shape)), formatted(row.parameters)]
+        assert cells[4:6] == [formatted(row.nonzeros), f"{100 * row.sparsity:.2f} %"]
+        assert cells[6:8] == [formatted(row.flops), formatted(row.dense_flops)]
     assert f"{100 * found.sparsity:.2f} %" in page.text
     assert EVIL in page.text
     assert len(page.pictures) == len(found.layers) == 3
@@ -77,8 +77,8 @@ def test_a_reader_sees_the_report(saved, tmp_path):
     assert page.screenshot.stat().st_size > 10_000
 
 
-def test_on_a_phone_in_the_dark(saved, tmp_path):
-    page = look_at(saved[1], tmp_path, width=500, dark=True)  # no window is narrower
+def test_the_page_fits_a_narrow_window_with_a_dark_theme(saved, tmp_path):
+    page = look_at(saved[1], tmp_path, width=500, dark=True)  # Chromium has no narrower windows.
     assert page.overflow <= 0
     assert page.console == []
     red, *_ = map(int, re.findall(r"\d+", page.background))
@@ -86,7 +86,7 @@ def test_on_a_phone_in_the_dark(saved, tmp_path):
     assert min(width for *_, width, _ in page.pictures) > 100
 
 
-def test_the_browser_notices_what_is_loaded_or_broken(saved, tmp_path):
+def test_the_browser_probe_reports_requests_and_broken_images(saved, tmp_path):
     page = tmp_path / "page.html"
     text = saved[1].read_text("utf-8").replace("img-src data:", "img-src http: data:")
     missing = '<img src="http://example.invalid/x.png" alt="x"><img src="data:image/png;base64,AA">'
@@ -94,11 +94,11 @@ def test_the_browser_notices_what_is_loaded_or_broken(saved, tmp_path):
     found = look_at(page, tmp_path)
     assert len(found.requests) == 2
     assert "http://example.invalid/x.png" in found.requests
-    assert "Security Policy" in found.console[0]  # forbids the style sheet
+    assert "Security Policy" in found.console[0]  # The policy forbids the style sheet.
     assert [width for width, *_ in found.pictures][-2:] == [0, 0]
 
 
-def test_the_file_holds_everything(saved):
+def test_the_page_is_self_contained(saved):
     text = saved[1].read_text("utf-8")
     links = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]*)""", text)
     assert len(links) == 3
@@ -107,18 +107,18 @@ def test_the_file_holds_everything(saved):
     assert html.escape(EVIL, quote=False).split("&amp;")[0] in text
 
 
-def test_pictures_are_of_what_is_kept(saved):
+def test_images_show_the_density_maps(saved):
     from matplotlib.image import imread
 
     found, path = saved
     images = re.findall(r"base64,([^\"]*)", path.read_text("utf-8"))
     for row, image in zip(found.layers, images):
         pixels = imread(io.BytesIO(base64.b64decode(image)))
-        # The opacity is the root of the density, in 8 bits.
+        # The opacity is the square root of the density, in 8 bits.
         np.testing.assert_allclose(pixels[..., 3] ** 2, row.density_map, atol=0.01)
 
 
-def test_a_model_without_weights_and_one_without_flops():
+def test_models_without_prunable_weights_or_without_flops():
     nothing = report(keras.Sequential([keras.Input((4,)), layers.BatchNormalization()], name="no"))
     assert "no prunable weight" in nothing.to_html()
 
@@ -134,7 +134,7 @@ def test_a_model_without_weights_and_one_without_flops():
     assert ">?</td>" in unknown.to_html()
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_report_command_writes_a_page(tmp_path, capsys):
     models.sequential().save(tmp_path / "model.keras")
     files = [str(tmp_path / "model.keras"), "--html", str(tmp_path / "page.html")]
     assert cli.main(["report", *files]) == 0
@@ -147,10 +147,11 @@ def test_the_command(tmp_path, capsys):
 
 
 class TestErrors:
-    def test_whole_or_not(self, monkeypatch, tmp_path):
+    def test_saving_is_atomic(self, monkeypatch, tmp_path):
         found = report(models.sequential())
         (tmp_path / "page.html").write_text("old")
-        monkeypatch.setattr(type(found), "to_html", lambda self: "\udc80")  # cannot be encoded
+        invalid = "\udc80"  # This text cannot be encoded.
+        monkeypatch.setattr(type(found), "to_html", lambda self: invalid)
         with pytest.raises(UnicodeEncodeError):
             found.save_html(tmp_path / "page.html")
         assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [
@@ -158,7 +159,7 @@ class TestErrors:
         ]
 
     @pytest.mark.parametrize("library", ["jinja2", "matplotlib"])
-    def test_without_a_library(self, library, monkeypatch):
+    def test_a_missing_library_is_named(self, library, monkeypatch):
         found = report(models.sequential())
         for name in [name for name in sys.modules if name.split(".")[0] == library]:
             monkeypatch.delitem(sys.modules, name)

@@ -1,4 +1,4 @@
-"""Pictures, read back from what matplotlib was given to draw."""
+"""Tests of `keras_dst.plots`, which read the drawn data back from matplotlib."""
 
 import importlib
 import sys
@@ -32,13 +32,13 @@ def pyplot():
 
 
 def pictures(figure):
-    """The heat maps of a figure by their titles."""
+    """Return the data of the heat maps of a figure, by title."""
     figure.canvas.draw()
     found = [ax for ax in figure.axes if ax.get_title()]
     return {ax.get_title(): np.asarray(ax.images[0].get_array()) for ax in found}
 
 
-# -- density -----------------------------------------------------------------------------------
+# -- density ---------------------------------------------------------------------------------------
 
 
 @once
@@ -60,7 +60,7 @@ def test_density_on_given_axes(pyplot):
 
 
 @once
-def test_density_of_nothing(pyplot):
+def test_density_without_prunable_weights(pyplot):
     assert (
         len(
             report(keras.Sequential([keras.Input((4,)), layers.BatchNormalization()]))
@@ -81,7 +81,7 @@ def test_without_matplotlib(monkeypatch):
         found.plot()
 
 
-# -- cells ---------------------------------------------------------------------------------------
+# -- density maps ----------------------------------------------------------------------------------
 
 
 @once
@@ -109,24 +109,24 @@ def test_cells_leave_no_entry_out(shape):
 
 
 @once
-def test_axes_of_a_convolution():
+def test_density_map_of_a_convolution():
     kept = np.zeros((3, 3, 2, 4), bool)
     kept[2, 1, 1, 3] = True
     expected = np.zeros((18, 4))
     expected[(2 * 3 + 1) * 2 + 1, 3] = 1
     np.testing.assert_array_equal(density_map(kept), expected)
-    # A transposed one: (*window, out, in).
+    # The kernel of a transposed convolution has the axes (*window, out, in).
     found = density_map(kept, Layout((-2,), (-1,)))
     assert found.shape == (36, 2)
     assert found[(2 * 3 + 1) * 4 + 3, 1] == 1
 
 
 @once
-def test_cells_of_nothing():
+def test_density_map_of_an_empty_weight():
     assert density_map(np.zeros((0, 4), bool)).shape == (0, 4)
 
 
-# -- masks ---------------------------------------------------------------------------------------
+# -- masks -----------------------------------------------------------------------------------------
 
 
 def half_pruned():
@@ -146,7 +146,7 @@ def test_masks_of_a_dense_model():
     np.testing.assert_array_equal(picture, weights != 0)
 
 
-def test_masks_of_a_running_method_and_after_strip():
+def test_masks_are_the_same_before_and_after_strip():
     model, weights = half_pruned()
     keras_dst.sparsify(model, DST())
     model.layers[0].sparse_state["kernel"]["threshold"].assign(np.full(6, 12.5))
@@ -184,7 +184,7 @@ def test_masks_by_name():
         plots.masks("model.keras")
 
 
-# -- curves --------------------------------------------------------------------------------------
+# -- curves ----------------------------------------------------------------------------------------
 
 
 @once
@@ -195,7 +195,9 @@ def test_trade_off():
     curve, other = axes.containers
     assert list(curve.lines[0].get_xdata()) == pytest.approx([0.5, 0.1, 0.02])
     assert list(curve.lines[0].get_ydata()) == pytest.approx([0.9, 0.86, 0.7])
-    low, high = np.array(curve.lines[2][0].get_segments())[1, :, 1]  # of the seeds at 0.9
+    low, high = np.array(curve.lines[2][0].get_segments())[
+        1, :, 1
+    ]  # Range of the three seeds at 0.9.
     assert (low, high) == pytest.approx((0.8, 0.9))
     assert len(other.lines[0].get_xdata()) == 1
     assert axes.get_xscale() == "log"
@@ -208,14 +210,14 @@ def test_trade_off():
 
 @once
 @pytest.mark.parametrize("pairs", [[(1.0, 0.5)], [(-0.1, 0.5)], [(0.5, float("nan"))], []])
-def test_results_that_cannot_be_drawn(pairs):
+def test_invalid_results_are_refused(pairs):
     with pytest.raises(ValueError, match=r"results\['DST'\] must"):
         plots.trade_off({"DST": pairs})
     with pytest.raises(ValueError, match="must map labels"):
         plots.trade_off({})
 
 
-LOGS = {
+METRICS = {
     "accuracy": [0.5, 0.6, 0.7, 0.8],
     "loss": [1.2, 0.9, 0.8, 0.7],
     "val_loss": [0.9, 0.8],  # validation_freq=2
@@ -226,7 +228,7 @@ LOGS = {
 
 @once
 def test_history():
-    axes = plots.history(LOGS)
+    axes = plots.history(METRICS)
     axes.figure.canvas.draw()
     left, right = axes.figure.axes
     assert left is axes
@@ -243,10 +245,10 @@ def test_history():
 
 
 @once
-def test_history_of_some_logs(pyplot):
+def test_history_of_selected_metrics(pyplot):
     given = pyplot.figure().add_subplot()
     history = keras.callbacks.History()
-    history.history = LOGS
+    history.history = METRICS
     assert plots.history(history, ["(val_)?loss"], given) is given
     assert len(given.figure.axes) == 1
     assert len(given.get_lines()) == 2
@@ -256,11 +258,11 @@ def test_history_of_some_logs(pyplot):
         plots.history({})
 
 
-# -- the page ------------------------------------------------------------------------------------
+# -- documentation ---------------------------------------------------------------------------------
 
 
 @once
-def test_the_page(tmp_path, monkeypatch):
+def test_the_code_in_pictures_md(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     images = rng.standard_normal((64, 16, 16, 3)).astype("float32")
@@ -272,5 +274,6 @@ def test_the_page(tmp_path, monkeypatch):
     drawn = ["density", "history", "masks", "trade_off"]
     assert [path.stem for path in sorted(tmp_path.glob("*.png"))] == drawn
     assert (tmp_path / "report.html").stat().st_size > 5000
-    for folder in ("optg", "magnitude"):
-        assert len(list((tmp_path / "logs" / folder).iterdir())) == 1
+    for folder, tag in (("optg", b"scores/"), ("magnitude", b"kept_per_unit/")):
+        (events,) = (tmp_path / "logs" / folder).iterdir()
+        assert tag in events.read_bytes()

@@ -1,4 +1,4 @@
-"""`report` against counts done by hand and by NumPy."""
+"""Tests of `report` against counts by hand and by NumPy."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from tests.backends import once
 
 @pytest.fixture(autouse=True)
 def quick_weights(monkeypatch):
-    """What a weight starts at does not matter here, and JAX compiles a draw for every shape."""
+    """Start all weights at 0.5, because JAX would compile a random draw for every shape."""
 
     def halves(self, shape, dtype=None):
         return keras.ops.convert_to_tensor(np.full(shape, 0.5, "float32"), dtype)
@@ -35,7 +35,7 @@ def lenet():
 
 
 def zeroed(variable, keep, seed=0):
-    """Sets all but `keep` entries of a variable to 0, and the others to 1."""
+    """Set `keep` random entries of a variable to 1 and all others to 0."""
     value = np.zeros(variable.shape, "float32")
     value.flat[np.random.default_rng(seed).permutation(value.size)[:keep]] = 1
     variable.assign(value)
@@ -45,7 +45,7 @@ def figures(found):
     return [(row.shape, row.nonzeros, row.flops, row.dense_flops) for row in found.layers]
 
 
-# -- counts --------------------------------------------------------------------------------------
+# -- counts ----------------------------------------------------------------------------------------
 
 
 def test_lenet_300_100():
@@ -83,7 +83,7 @@ def test_zeros_of_plain_layers():
     assert (found.flops, found.dense_flops) == (52_040, 532_400)
 
 
-def test_a_small_convolutional_net():
+def test_a_small_convolutional_model():
     model = sequential(
         (9, 9, 4),
         layers.Conv2D(8, 3, strides=2, padding="same"),  # 9 -> 5: 25 places
@@ -111,7 +111,7 @@ def test_a_small_convolutional_net():
     assert found.sparsity == pytest.approx(1 - 213 / 1_152)
 
 
-# Layer, shape of its input, multiplications by hand: entries of the kernels times their uses.
+# Layer, input shape, number of multiplications by hand: kernel entries times their use counts.
 ONE_LAYER = [
     (lambda: layers.Dense(3), (6, 4), 12 * 6),
     (lambda: layers.Conv1D(6, 3, padding="causal"), (10, 4), 72 * 10),
@@ -166,7 +166,7 @@ def test_attention_counts_its_projections():
     not hasattr(layers, "ReversibleEmbedding"), reason="this Keras has no ReversibleEmbedding"
 )
 @pytest.mark.parametrize("tied", [True, False])
-def test_an_embedding_used_backwards_multiplies(tied):
+def test_the_reverse_call_of_an_embedding_multiplies(tied):
     embedding = layers.ReversibleEmbedding(11, 4, tie_weights=tied)
     inputs = keras.Input((6,))
     model = keras.Model(inputs, embedding(embedding(inputs), reverse=True))
@@ -189,14 +189,14 @@ def test_bytes_are_those_of_the_variables():
 
 
 @once
-def test_nothing_to_prune():
+def test_a_model_without_prunable_weights():
     found = report(sequential((4,), layers.BatchNormalization()))
     assert (found.layers, found.sparsity, found.flops) == ([], 0.0, 0)
     assert found.parameters == 16
     assert "all weights" in str(found)
 
 
-# -- models of every kind ------------------------------------------------------------------------
+# -- kinds of models -------------------------------------------------------------------------------
 
 
 @once
@@ -215,7 +215,7 @@ def test_a_shared_layer_counts_once_and_costs_twice():
 
 
 class Subclassed(keras.Model):
-    """Two calls of one layer, one of another, and a layer for training alone."""
+    """A model with two calls of one layer, one call of another, and a layer for training only."""
 
     def __init__(self):
         super().__init__()
@@ -247,7 +247,7 @@ def test_several_inputs():
 
 
 class Tied(layers.Layer):
-    """Multiplies with the weight of another layer."""
+    """A layer that multiplies with the weight of another layer."""
 
     def __init__(self, kernel):
         super().__init__()
@@ -277,7 +277,7 @@ def test_frozen_kernels_are_prunable(when):
 
 
 @once
-def test_quantised_kernels_are_prunable():
+def test_quantized_kernels_are_prunable():
     dense = layers.Dense(3)
     model = sequential((4,), dense)
     zeroed(dense.kernel, 3)
@@ -287,17 +287,17 @@ def test_quantised_kernels_are_prunable():
 
 
 @once
-def test_a_layer_is_a_model_too():
+def test_a_single_layer_can_be_reported():
     dense = layers.Dense(3)
     dense.build((None, 4))
     assert report(dense).dense_flops == 24
 
 
-# -- masks ---------------------------------------------------------------------------------------
+# -- masks -----------------------------------------------------------------------------------------
 
 
 def masked_model():
-    """A Dense layer under DST, whose thresholds leave this of its kernel:
+    """Return a model with a Dense layer under DST that has this kernel and mask:
 
     | w |            0.1  0.5  0.9      1[|w| > t]   0  1  1
                      0.3  0.0  0.9                   1  0  1
@@ -325,7 +325,7 @@ def test_masked_weights_count_as_zeros():
     assert (found.parameters, found.nonzeros, found.bytes) == (20, 12, 80)
 
 
-def test_strip_keeps_every_figure():
+def test_strip_keeps_every_number():
     model = masked_model()
     sparse = report(model).to_dict()
     stripped = report(keras_dst.strip(model)).to_dict()
@@ -339,7 +339,7 @@ def test_masks_of_a_sparse_optimizer():
     model = sequential((4,), layers.Dense(8), layers.Dense(2))
     optimizer = keras_dst.SparseOptimizer("sgd", Magnitude(0.75))
     model.compile(optimizer, "mse")
-    assert not any(row.sparse for row in report(model).layers)  # it has not seen them yet
+    assert not any(row.sparse for row in report(model).layers)  # The optimizer is not built yet.
     optimizer.build(model.trainable_variables)
     assert report(model).sparsity == 0
     rng = np.random.default_rng(0)
@@ -352,11 +352,11 @@ def test_masks_of_a_sparse_optimizer():
     assert not any(row.sparse for row in report(keras_dst.strip(model)).layers)
 
 
-# -- where FLOPs are not known -------------------------------------------------------------------
+# -- unknown FLOPs ---------------------------------------------------------------------------------
 
 
 @once
-def test_open_sizes_leave_flops_open_where_they_matter():
+def test_open_sizes_make_flops_unknown_if_they_matter():
     model = sequential(
         (None, None, 3), layers.Conv2D(4, 3), layers.GlobalAveragePooling2D(), layers.Dense(2)
     )
@@ -371,7 +371,7 @@ def test_open_sizes_leave_flops_open_where_they_matter():
     assert conv.reason in str(found)
 
 
-def test_no_input_shape():
+def test_an_unknown_input_shape_makes_flops_unknown():
     class Shapeless(keras.Model):
         def __init__(self):
             super().__init__()
@@ -389,7 +389,7 @@ def test_no_input_shape():
 
 
 @once
-def test_a_layer_that_is_not_built():
+def test_an_unbuilt_layer_makes_flops_unknown():
     class Late(keras.Model):
         def __init__(self):
             super().__init__()
@@ -410,7 +410,7 @@ def test_a_layer_that_is_not_built():
 
 
 class Own(layers.Layer):
-    """A matrix over the last axis, a token that is added, and a weight of unclear use."""
+    """A layer with a matrix over the last axis, an added token, and a weight of unknown use."""
 
     def build(self, shape):
         self.matrix = self.add_weight(shape=(shape[-1], 3), name="matrix")
@@ -430,7 +430,7 @@ def test_layers_of_the_users_own():
     assert "Own" in unclear.reason
 
 
-# -- the model stays as it was -------------------------------------------------------------------
+# -- the model is not changed ----------------------------------------------------------------------
 
 
 class Fails(keras.Model):
@@ -456,7 +456,7 @@ def recurrent():
 
 
 @pytest.mark.parametrize("make", [fails, recurrent, masked_model])
-def test_the_model_is_left_as_it_was(make):
+def test_report_does_not_change_the_model(make):
     def state():
         return [
             (
@@ -481,7 +481,7 @@ def test_the_model_is_left_as_it_was(make):
         assert "call" not in vars(model.dense)
 
 
-# -- what comes out ------------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------------
 
 
 @once
@@ -528,30 +528,30 @@ def test_the_table():
 
 
 @once
-def test_names_are_printed_as_they_are():
-    # Rich would take these for a style and an emoji.
+def test_names_are_printed_literally():
+    # Rich would interpret these names as a style and an emoji.
     found = report(masked_model())
     row = dataclasses.replace(found.layers[0], name="[bold]:smile:")
     assert "[bold]:smile:" in str(dataclasses.replace(found, layers=[row]))
 
 
-# -- wrong objects -------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 @once
 @pytest.mark.parametrize("wrong", [None, "model.keras", 3, keras.layers.Dense])
-def test_wrong_objects(wrong):
+def test_objects_that_are_not_models_are_refused(wrong):
     with pytest.raises(TypeError, match="Expected a Keras 3 model"):
         report(wrong)
 
 
 @once
-def test_the_output_of_a_layer():
+def test_a_symbolic_tensor_is_refused():
     with pytest.raises(TypeError, match=r"keras\.Model\(inputs, outputs\)"):
         report(layers.Dense(3)(keras.Input((4,))))
 
 
 @once
-def test_an_unbuilt_model():
+def test_an_unbuilt_model_is_refused():
     with pytest.raises(ValueError, match="has no weights yet"):
         report(keras.Sequential([layers.Dense(3)]))

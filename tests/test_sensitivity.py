@@ -1,4 +1,4 @@
-"""`sensitivity` against a loop of its own in NumPy, and the allocation against brute force."""
+"""Tests of `sensitivity` against NumPy, and of its allocation against brute force."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ def data():
 
 
 class Counted(layers.Dense):
-    """Counts how often it is traced."""
+    """A Dense layer that counts how often it is traced."""
 
     calls = 0
 
@@ -47,7 +47,7 @@ def arrays(model):
 
 
 def accuracy(weights, x, y):
-    """Of the net above, with the weights as arrays."""
+    """Return the accuracy of the model above with these weights, in NumPy."""
     one, first, two, second = weights
     return np.mean(np.argmax(np.maximum(x @ one + first, 0) @ two + second, 1) == y)
 
@@ -59,7 +59,7 @@ def smallest_to_zero(w, sparsity):
     return w
 
 
-def test_the_figures(data):
+def test_values_match_numpy(data):
     model = net()
     before = arrays(model)
     weights = model.get_weights()
@@ -85,18 +85,18 @@ def test_the_figures(data):
     for old, new in zip(before[: len(weights)], arrays(model)):
         np.testing.assert_array_equal(old, new)
     assert len(traced) == 1 + 2 * len(GRID)
-    if COMPILES:  # the first pass, and no other
+    if COMPILES:  # Only the first pass traces the model.
         assert traced[0] == traced[-1]
 
 
-def test_a_pattern_a_filter_and_the_loss(data):
+def test_arguments_choose_pattern_weights_and_metric(data):
     model = net()
     found = keras_dst.sensitivity(
         model, data, (0.5,), pattern="2:4", filters=".*one/kernel", metric="loss", verbose=0
     )
     (row,) = found.weights
     w = model.get_weights()
-    order = np.argsort(np.abs(w[0]), axis=0)  # of every four inputs two
+    order = np.argsort(np.abs(w[0]), axis=0)  # Two of every four inputs.
     np.put_along_axis(w[0], order[:2], 0, axis=0)
     model.set_weights(w)
     assert row.values == pytest.approx([model.evaluate(*data, verbose=0)[0]], rel=1e-5)
@@ -114,8 +114,8 @@ def test_channels(data):
     assert found.weights[0].values == pytest.approx([accuracy(w, *data)], abs=1e-6)
 
 
-class Endless(keras.utils.PyDataset):
-    """Batches, until it fails."""
+class Batches(keras.utils.PyDataset):
+    """Batches of data, with an error after some of them."""
 
     def __init__(self, data, error=None, after=10**9):
         super().__init__()
@@ -134,17 +134,18 @@ class Endless(keras.utils.PyDataset):
 @once
 def test_a_data_set(data):
     whole = keras_dst.sensitivity(net(), data, (0.5,), verbose=0)
-    parts = keras_dst.sensitivity(net(), Endless(data), (0.5,), verbose=0)
+    parts = keras_dst.sensitivity(net(), Batches(data), (0.5,), verbose=0)
     weighted = keras_dst.sensitivity(net(), (*data, np.ones(40)), (0.5,), verbose=0)
     assert whole.to_dict() == parts.to_dict() == weighted.to_dict()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt("stop"), ValueError("stop")], ids=repr)
-def test_interrupted(data, error):
+def test_weights_are_restored_after_an_error(data, error):
     model = net()
     before = model.get_weights()
-    with pytest.raises(BaseException, match="stop"):  # in the third pass; TensorFlow wraps it
-        keras_dst.sensitivity(model, Endless(data, error, 10), (0.5,), verbose=0)
+    # The third pass fails. TensorFlow wraps the error.
+    with pytest.raises(BaseException, match="stop"):
+        keras_dst.sensitivity(model, Batches(data, error, 10), (0.5,), verbose=0)
     for old, new in zip(before, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
     logs = model.evaluate(*data, verbose=0, return_dict=True)
@@ -152,7 +153,7 @@ def test_interrupted(data, error):
     model.fit(*data, verbose=0)
 
 
-# -- models of every kind ------------------------------------------------------------------------
+# -- kinds of models -------------------------------------------------------------------------------
 
 
 def masked(method):
@@ -180,7 +181,7 @@ def test_a_sparse_model_and_a_stripped_one(data, method):
 
 
 @once
-def test_a_mask_that_would_change(data):
+def test_a_mask_that_would_change_is_refused(data):
     model = masked(DST(pattern="1x4"))
     before = model.get_weights()
     assert keras_dst.sensitivity(model, data, GRID, pattern="1x4", verbose=0)
@@ -204,13 +205,13 @@ def test_two_outputs_and_a_shared_weight(data):
     labels = {"a": data[1], "b": 2 - data[1]}
     found = keras_dst.sensitivity(model, (data[0], labels), (0.5,), verbose=0)
     assert [row.name for row in found.weights] == ["shared/kernel", "a/kernel", "b/kernel"]
-    assert (found.metric, found.mode) == ("loss", "min")  # there is more than one metric
+    assert (found.metric, found.mode) == ("loss", "min")  # There are two metrics.
     found = keras_dst.sensitivity(
         model, (data[0], labels), (0.5,), metric="b_accuracy", filters="(a|b)/kernel", verbose=0
     )
     assert (found.metric, found.mode) == ("b_accuracy", "max")
     a, b = found.weights
-    assert a.values == (found.baseline,) != b.values  # of a alone, b does not depend
+    assert a.values == (found.baseline,) != b.values  # The output b does not depend on a.
 
 
 @once
@@ -225,7 +226,7 @@ def test_frozen_weights(data):
         keras_dst.sensitivity(model, data, (0.5,), verbose=0)
 
 
-# -- the report ----------------------------------------------------------------------------------
+# -- the report ------------------------------------------------------------------------------------
 
 
 def made(*rows, baseline=1.0, sparsities=GRID, mode="max"):
@@ -276,7 +277,7 @@ def test_the_progress_bar(data, capsys):
     assert capsys.readouterr().out == ""
 
 
-# -- the allocation ------------------------------------------------------------------------------
+# -- the allocation --------------------------------------------------------------------------------
 
 
 @once
@@ -293,7 +294,7 @@ def test_no_allocation_has_a_smaller_largest_drop(seed, sparsity):
     def largest(shares):
         return max(np.interp(s, grid, curve) for s, curve in zip(shares, curves))
 
-    # All allocations on a fine grid of two of the sparsities; the third one follows.
+    # Try two sparsities on a fine grid. The third sparsity follows from the total.
     best = np.inf
     for first in np.linspace(0, 0.95, 96):
         for second in np.linspace(0, 0.95, 96):
@@ -301,7 +302,7 @@ def test_no_allocation_has_a_smaller_largest_drop(seed, sparsity):
             if 0 <= third <= 0.95:
                 best = min(best, largest((first, second, third)))
     assert largest(found) <= best + 1e-5
-    assert best - largest(found) < 0.05  # the grid is fine enough to mean something
+    assert best - largest(found) < 0.05  # The grid is fine enough.
 
 
 @once
@@ -310,7 +311,7 @@ def test_ties_are_even_and_ends_hold():
     assert equal_drop([0, *GRID], free, [10, 90], 0.4) == pytest.approx([0.4, 0.4])
     assert equal_drop([0, *GRID], free, [10, 90], 0.75) == pytest.approx([0.75, 0.75])
     assert equal_drop([0, *GRID], free, [10, 90], 0) == pytest.approx([0, 0])
-    # Dear from the start: the other one takes all it may first, up to the highest measured.
+    # Pruning the first weight costs metric at once, so the second weight is pruned first.
     dear = [[0, 0.5, 1], [0, 0, 0]]
     assert equal_drop([0, *GRID], dear, [10, 90], 0.675) == pytest.approx([0, 0.75], abs=1e-5)
     with pytest.raises(ValueError, match=r"at most 0.75, the highest that was measured"):
@@ -326,7 +327,7 @@ def test_the_names_in_an_allocation():
     names = [row.name for row in found.weights]
     sizes = [row.parameters for row in found.weights]
     expected = 1 - np.array([shares[name] for name in names])
-    for order in (shares, dict(reversed(shares.items()))):  # one is found within another
+    for order in (shares, dict(reversed(shares.items()))):  # One name contains another.
         kept = densities(order, [(n, 1) for n in sizes], 0.5, names)
         np.testing.assert_array_equal(kept, expected)
     assert expected @ sizes == pytest.approx(20)
@@ -335,7 +336,7 @@ def test_the_names_in_an_allocation():
 
 
 def sensitive(rng):
-    """Ten numbers to a class by way of a layer where each weight counts and a wasteful one."""
+    """Return a classifier with a narrow layer that needs all its weights and a wide layer."""
     model = keras.Sequential(
         [
             keras.Input((10,)),
@@ -347,7 +348,7 @@ def sensitive(rng):
     )
     narrow = np.linalg.qr(rng.standard_normal((10, 10)))[0]
     wide = 0.01 * rng.standard_normal((10, 40))
-    wide[:, 0] = narrow.T @ np.ones(10)  # all that is read
+    wide[:, 0] = narrow.T @ np.ones(10)  # Only this column is used.
     out = np.zeros((40, 2))
     out[0] = -1, 1
     model.set_weights([narrow, wide, out + 1e-3 * rng.standard_normal((40, 2))])
@@ -360,7 +361,7 @@ def sensitive(rng):
 
 
 @once
-def test_a_sensitive_layer_is_spared():
+def test_a_sensitive_layer_stays_denser():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((400, 10)).astype("float32")
     y = (x.sum(1) > 0).astype("int32")
@@ -385,7 +386,7 @@ def test_a_sensitive_layer_is_spared():
     assert reached["measured"] > reached["uniform"] + 0.05
 
 
-# -- errors --------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 @once

@@ -1,4 +1,4 @@
-"""keras_dst.tfmot against tfmot's rules written in NumPy, and what goes around them."""
+"""Tests of `keras_dst.tfmot` against the rules of tfmot, written in NumPy."""
 
 import json
 import subprocess
@@ -18,6 +18,7 @@ from tests import models
 from tests.backends import once
 
 BATCH, STEPS = 8, 12
+GAP = 1e-4
 rng = np.random.default_rng(0)
 x = rng.standard_normal((BATCH * STEPS, 9)).astype("float32")
 y = rng.standard_normal((BATCH * STEPS, 7)).astype("float32")
@@ -46,10 +47,10 @@ def masks_of(model):
     return [s["mask"].numpy() for layer in pruned for _, _, s in layer.masked_weights()]
 
 
-# -- schedules -----------------------------------------------------------------------------------
+# -- schedules -------------------------------------------------------------------------------------
 
 
-def turns(schedule, until=30):
+def update_steps(schedule, until=30):
     return [step for step in range(until) if schedule(step)[0]]
 
 
@@ -67,26 +68,25 @@ def turns(schedule, until=30):
     ],
     ids=repr,
 )
-def test_turns(schedule, expected):
-    assert turns(schedule) == expected
+def test_schedules_update_at_these_steps(schedule, expected):
+    assert update_steps(schedule) == expected
 
 
 @once
-def test_sparsity_of_schedules():
+def test_schedules_return_these_sparsities():
     decay = tfmot.PolynomialDecay(0.25, 0.75, 10, 20)
     found = [decay(step)[1] for step in (0, 10, 15, 20, 99)]
-    # Half of the way is left: an eighth of the difference.
+    # Halfway, (1 - 0.5)**3 = 1/8 of the difference remains.
     np.testing.assert_allclose(found, [0.25, 0.25, 0.75 - 0.5 / 8, 0.75, 0.75], rtol=1e-6)
     assert tfmot.PolynomialDecay(0.0, 0.5, 0, 10, power=1)(5)[1] == pytest.approx(0.25)
-    assert tfmot.PolynomialDecay(0.5, 0.0, 0, 10, power=1)(5)[1] == pytest.approx(
-        0.25
-    )  # it may fall
+    falling = tfmot.PolynomialDecay(0.5, 0.0, 0, 10, power=1)
+    assert falling(5)[1] == pytest.approx(0.25)
     assert tfmot.ConstantSparsity(0.5, 0)(7)[1] == 0.5
 
 
 @once
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: tfmot.ConstantSparsity(1.0, 0), "target_sparsity"),
         (lambda: tfmot.ConstantSparsity(0.5, -1), "begin_step"),
@@ -100,26 +100,26 @@ def test_sparsity_of_schedules():
         (lambda: tfmot.PruneLowMagnitude(EVERY, sparsity_m_by_n=(4, 2)), "m < n"),
     ],
 )
-def test_values_outside_their_range(make, says):
-    with pytest.raises(ValueError, match=says):
+def test_arguments_outside_their_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
         make()
 
 
 @once
-def test_a_schedule_of_another_kind():
+def test_a_schedule_of_another_class_is_refused():
     with pytest.raises(TypeError, match="PruningSchedule"):
         tfmot.prune_low_magnitude(dense(7), keras_dst.schedules.Cubic(0.5))
 
 
 @once
-def test_configs():
+def test_configs_round_trip():
     full = tfmot.PruneLowMagnitude(DECAY, (2, 4), "MAX", (2, 4))
     for thing in (DECAY, EVERY, full, tfmot.PruneLowMagnitude(EVERY)):
         config = json.loads(json.dumps(keras.saving.serialize_keras_object(thing)))
         assert keras.saving.deserialize_keras_object(config) == thing
 
 
-# -- masks ---------------------------------------------------------------------------------------
+# -- masks -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -127,11 +127,11 @@ def test_configs():
     [
         ([4.0, -3.0, 2.0, -1.0], 0.5, [1, 1, 0, 0]),
         ([4.0, -3.0, 2.0, -1.0], 0.0, [1, 1, 1, 1]),
-        ([4.0, -3.0, 2.0, -1.0], 0.99, [1, 0, 0, 0]),  # one is kept
+        ([4.0, -3.0, 2.0, -1.0], 0.99, [1, 0, 0, 0]),  # at least one entry is kept
         ([4.0, 3.0, 2.0, 1.0, 0.5], 0.5, [1, 1, 0, 0, 0]),  # 2.5 rounds to the even 2
         ([7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], 0.5, [1, 1, 1, 1, 0, 0, 0]),  # 3.5 to 4
         ([4.0, -2.0, 2.0, 1.0], 0.5, [1, 1, 1, 0]),  # ties are kept
-        ([4.0, 0.0, 0.0, 0.0], 0.5, [1, 1, 1, 1]),  # pruned ones tie with each other
+        ([4.0, 0.0, 0.0, 0.0], 0.5, [1, 1, 1, 1]),  # zeros tie with each other
     ],
 )
 def test_magnitude_mask(weights, sparsity, expected):
@@ -139,9 +139,9 @@ def test_magnitude_mask(weights, sparsity, expected):
     np.testing.assert_array_equal(found, np.array(expected, bool))
 
 
-def test_block_mask():
+def test_block_mask_ranks_blocks_by_mean_or_maximum():
     w = np.array([[9, 0, 4, 4], [0, 0, 4, 4], [1, 1, 0, 6], [1, 1, 0, 0]], "float32")
-    # Means 2.25 4 / 1 1.5, largest 9 4 / 1 6.
+    # The means are 2.25 4 / 1 1.5, and the largest magnitudes 9 4 / 1 6.
     of_means = np.kron([[1, 1], [0, 0]], np.ones((2, 2), bool))
     np.testing.assert_array_equal(block_mask(w, 0.5, (2, 2), "AVG"), of_means)
     of_largest = np.kron([[1, 0], [0, 1]], np.ones((2, 2), bool))
@@ -149,29 +149,35 @@ def test_block_mask():
 
 
 @once
-def test_block_mask_where_blocks_do_not_divide_the_weight():
-    # Six rows in blocks of four: the windows are rows 0-2 and 3-5, the blocks 0-3 and 4-5.
+def test_block_mask_if_blocks_do_not_divide_the_weight():
+    # With six rows and blocks of four, tfmot pools rows 0-2 and 3-5 for the blocks 0-3 and 4-5.
     w = np.array([[0, 0, 0, 5, 5, 5]], "float32").T
     found = block_mask(w, 0.5, (4, 1), "AVG")
     np.testing.assert_array_equal(found[:, 0], [0, 0, 0, 0, 1, 1])
-    # A block as wide as the weight, and wider.
+    # A block may be wider than the weight.
     assert block_mask(w, 0.5, (1, 3), "MAX").sum() == 3
 
 
-# -- training ------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 def reference(w, schedule, rate, momentum=0.0, n_of_m=None):
-    """A linear layer under tfmot: mask of every step, weights after the last."""
+    """Train a linear layer by the rules of tfmot.
+
+    Return the mask of every step and the weights after the last step.
+    """
     mask, slot, masks = np.ones_like(w, bool), np.zeros_like(w), []
     for step in range(1, STEPS + 1):
-        turn, sparsity = schedule(step)
+        update, sparsity = schedule(step)
         if n_of_m:
-            turn = step == 1
-        if turn and not n_of_m:
+            update = step == 1
+        if update and not n_of_m:
             kept = max(1, round(w.size * (1 - sparsity)))
-            mask = np.abs(w) >= np.sort(np.abs(w), axis=None)[-kept]
-        elif turn:
+            magnitudes = np.sort(np.abs(w), axis=None)
+            mask = np.abs(w) >= magnitudes[-kept]
+            # Rounding on another CPU cannot change a mask with such a gap at the threshold.
+            assert magnitudes[-kept] - magnitudes[-kept - 1] > GAP or not magnitudes[-kept]
+        elif update:
             zeros, of = n_of_m
             mask = np.zeros_like(w, bool)
             for column in range(w.shape[1]):
@@ -193,7 +199,7 @@ def reference(w, schedule, rate, momentum=0.0, n_of_m=None):
     [(EVERY, 0.0, None), (DECAY, 0.9, None), (DECAY, 0.0, (2, 4))],
     ids=["every", "decay", "2-of-4"],
 )
-def test_masks_and_weights_of_every_step(schedule, momentum, n_of_m):
+def test_masks_and_weights_of_every_step_match_the_reference(schedule, momentum, n_of_m):
     start = rng.standard_normal((9, 7)).astype("float32") / 3
     model = keras.Sequential([keras.Input((9,)), layers.Dense(7, use_bias=False)])
     model.layers[0].kernel.assign(start)
@@ -208,20 +214,20 @@ def test_masks_and_weights_of_every_step(schedule, momentum, n_of_m):
     fit(model, callbacks=[tfmot.UpdatePruningStep(), Record()])
     expected, weights = reference(start.astype("float64"), schedule, 0.5, momentum, n_of_m)
     np.testing.assert_array_equal(found, expected)
-    if schedule is EVERY:  # weights that were pruned came back
+    if schedule is EVERY:  # Pruned weights were kept again later.
         assert any((b & ~a).any() for a, b in pairwise(expected))
     np.testing.assert_allclose(
         tfmot.strip_pruning(model).layers[0].kernel.numpy(), weights, atol=1e-5
     )
 
 
-def test_a_whole_model_and_what_is_left_of_it():
+def test_a_nested_model_is_pruned_and_stripped():
     images, labels = models.data()
     model = tfmot.prune_low_magnitude(models.nested(), tfmot.ConstantSparsity(0.75, 2, frequency=3))
     model.compile("adam", "sparse_categorical_crossentropy")
     model.fit(images, labels, batch_size=16, verbose=0, callbacks=[tfmot.UpdatePruningStep()])
     report = keras_dst.report(model)
-    for row in report.layers:  # every kernel by itself
+    for row in report.layers:  # Each kernel reaches the sparsity by itself.
         assert row.nonzeros == max(1, round(row.parameters * 0.25))
     before = model.predict(images, verbose=0)
     assert tfmot.strip_pruning(model) is model
@@ -230,7 +236,7 @@ def test_a_whole_model_and_what_is_left_of_it():
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-def test_a_file_goes_on_as_if_there_were_none(policy, tmp_path):
+def test_training_continues_exactly_after_loading_a_file(policy, tmp_path):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
     try:
@@ -248,7 +254,7 @@ def test_a_file_goes_on_as_if_there_were_none(policy, tmp_path):
 
 
 @once
-def test_a_training_that_is_compiled_again_counts_on():
+def test_compiling_again_does_not_reset_the_step():
     model = compiled(tfmot.prune_low_magnitude(dense(7), DECAY))
     fit(model)
     compiled(model)
@@ -257,7 +263,7 @@ def test_a_training_that_is_compiled_again_counts_on():
     assert progress[0] == 2 * STEPS
 
 
-def test_backups_within_an_epoch(tmp_path):
+def test_training_continues_exactly_from_a_backup_within_an_epoch(tmp_path):
     class Stop(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
             if batch == 7:
@@ -277,7 +283,7 @@ def test_backups_within_an_epoch(tmp_path):
 
 
 @once
-def test_without_its_callback_training_is_refused():
+def test_training_without_the_callback_is_refused():
     with pytest.raises(ValueError, match=r"tfmot\.UpdatePruningStep\(\)"):
         fit(compiled(tfmot.prune_low_magnitude(dense(7), DECAY)), callbacks=[])
     model = compiled(tfmot.prune_low_magnitude(dense(7), DECAY))
@@ -290,20 +296,20 @@ def test_without_its_callback_training_is_refused():
 
 
 @once
-def test_what_the_callback_refuses():
+def test_the_callback_refuses_models_that_it_cannot_prune():
     with pytest.raises(ValueError, match="found no pruned layer"):
         fit(compiled(dense(7)))
     callback = tfmot.UpdatePruningStep()
     callback.set_model(tfmot.prune_low_magnitude(dense(7)))
     with pytest.raises(ValueError, match="Compile it"):
         callback.on_train_begin()
-    if keras.backend.backend() != "torch":  # which refuses it by itself
+    if keras.backend.backend() != "torch":  # Keras refuses it on torch.
         model = compiled(tfmot.prune_low_magnitude(dense(7)), steps_per_execution=4)
         with pytest.raises(ValueError, match="steps_per_execution=1"):
             fit(model)
 
 
-# -- what is pruned ------------------------------------------------------------------------------
+# -- what is pruned --------------------------------------------------------------------------------
 
 
 def pruned_names(model):
@@ -320,18 +326,19 @@ def test_depthwise_kernels_are_left_dense():
     assert [tuple(w.shape) for _, w, _ in model.get_layer("s").masked_weights()] == [(1, 1, 3, 4)]
 
 
-def test_layers_one_by_one():
+def test_single_layers_keep_their_own_schedules():
     first = tfmot.prune_low_magnitude(layers.Dense(8, name="first"), EVERY)
     rest = tfmot.prune_low_magnitude([layers.Dropout(0.5), layers.Dense(7, name="last")], DECAY)
     model = keras.Sequential([keras.Input((9,)), first, *rest])
-    tfmot.prune_low_magnitude(model, tfmot.ConstantSparsity(0.9, 0))  # all are pruned already
+    # All layers are pruned already, so this call changes nothing.
+    tfmot.prune_low_magnitude(model, tfmot.ConstantSparsity(0.9, 0))
     assert [layer.method.pruning_schedule for layer in (first, rest[1])] == [EVERY, DECAY]
     fit(compiled(model))
     assert [m.mean() for m in masks_of(model)] == [0.5, 11 / 56]
 
 
 @once
-def test_layers_that_a_clone_function_picks():
+def test_a_clone_function_can_prune_some_layers():
     def pick(layer):
         prune = isinstance(layer, layers.Dense) and layer.units == 8
         return tfmot.prune_low_magnitude(layer, EVERY) if prune else layer
@@ -342,7 +349,7 @@ def test_layers_that_a_clone_function_picks():
 
 
 @once
-def test_a_model_that_is_pruned_in_two_goes(tmp_path):
+def test_two_calls_can_prune_different_parts_of_a_model(tmp_path):
     def network():
         inputs = keras.Input((4, 6))
         z = layers.MultiHeadAttention(2, 4, name="attention")(inputs, inputs)
@@ -369,7 +376,7 @@ class Named(layers.Layer):
         return inputs @ self.mix
 
 
-class Mine(layers.Dense):
+class WithTfmotMethod(layers.Dense):
     def get_prunable_weights(self):
         return [self.kernel, self.bias]
 
@@ -488,7 +495,7 @@ def test_the_public_names_are_all_that_dir_shows():
 
 
 @once
-def test_a_layer_of_ones_own():
+def test_a_users_layer_names_its_prunable_weights():
     model = keras.Sequential([keras.Input((9,)), tfmot.prune_low_magnitude(Named(), EVERY)])
     fit(compiled(model))
     assert np.count_nonzero(tfmot.strip_pruning(model).layers[0].mix.numpy()) == round(63 / 2)
@@ -496,15 +503,15 @@ def test_a_layer_of_ones_own():
 
 @once
 @pytest.mark.parametrize(
-    ("make", "arguments", "says"),
+    ("make", "arguments", "message"),
     [
         (lambda: dense(7), {"input_shape": (9,)}, "keras.Input"),
         (lambda: keras.Input((9,)), {}, "a Keras 3 model"),
         (lambda: "model.keras", {}, "load_model"),
     ],
 )
-def test_what_is_no_model_or_layer(make, arguments, says):
-    with pytest.raises(TypeError, match=says):
+def test_objects_that_are_not_models_or_layers_are_refused(make, arguments, message):
+    with pytest.raises(TypeError, match=message):
         tfmot.prune_low_magnitude(make(), **arguments)
 
 
@@ -514,7 +521,7 @@ def image_model(*inner):
 
 @once
 @pytest.mark.parametrize(
-    ("make", "arguments", "says"),
+    ("make", "arguments", "message"),
     [
         (lambda: keras.Sequential([layers.Dense(7)]), {}, "no weights yet"),
         (lambda: image_model(layers.Flatten()), {}, "nothing to prune"),
@@ -528,27 +535,27 @@ def image_model(*inner):
             {"sparsity_m_by_n": (2, 4)},
             "2 or 4 axes",
         ),
-        (lambda: Mine(7), {}, "prunable_weights"),
+        (lambda: WithTfmotMethod(7), {}, "prunable_weights"),
         (lambda: keras.Sequential([keras.Input((9,)), Unknown()]), {}, "not supported"),
         (lambda: Outer(), {}, "'attention' cannot be pruned: it is not built"),
     ],
 )
-def test_what_cannot_be_pruned(make, arguments, says):
-    with pytest.raises(ValueError, match=says):
+def test_layers_that_cannot_be_pruned_are_refused(make, arguments, message):
+    with pytest.raises(ValueError, match=message):
         tfmot.prune_low_magnitude(model := make(), **arguments)
     if model.built:
         assert not keras_dst.surgery.is_sparse(model)
 
 
 @once
-def test_a_model_under_another_method():
+def test_a_model_that_is_sparse_already_is_refused():
     model = dense(8, 7)
     keras_dst.sparsify(model, keras_dst.methods.DST())
     with pytest.raises(ValueError, match="sparse already"):
         tfmot.prune_low_magnitude(model)
 
 
-# -- XNNPACK -------------------------------------------------------------------------------------
+# -- XNNPACK ---------------------------------------------------------------------------------------
 
 
 def xnnpack(pad=1, strides=2, body=(), end=None, channels=3):
@@ -615,7 +622,7 @@ def test_the_policy_looks_into_models_and_accepts_subtraction():
 
 @once
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: xnnpack(pad=2), "to begin with"),
         (lambda: xnnpack(strides=1), "to begin with"),
@@ -631,15 +638,15 @@ def test_the_policy_looks_into_models_and_accepts_subtraction():
         (models.Subclassed, "its own call method"),
     ],
 )
-def test_models_that_the_policy_does_not_suit(make, says):
+def test_the_policy_refuses_models_without_a_sparse_form(make, message):
     model = make()
     if not model.built:
         model(np.zeros((1, 8, 8, 3), "float32"))
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         tfmot.prune_low_magnitude(model, pruning_policy=POLICY)
 
 
-# -- files ---------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 KERNEL = np.array([[1, 0], [0, -2], [3, 0]], "float32")
 WRAPPED = {
@@ -661,7 +668,7 @@ WRAPPED = {
 
 
 def file_of(path, layer=WRAPPED, kernel=KERNEL):
-    """An .h5 file as tf_keras writes it, of one layer."""
+    """Write an .h5 file with one layer, as tf_keras does."""
     inputs = {"class_name": "InputLayer", "config": {"name": "i", "batch_input_shape": [None, 3]}}
     config = {"name": "m", "layers": [inputs, layer]}
     weights = {
@@ -683,7 +690,7 @@ def file_of(path, layer=WRAPPED, kernel=KERNEL):
 
 
 @once
-def test_a_file_of_tfmot(tmp_path):
+def test_load_restores_masks_schedule_and_step(tmp_path):
     model = tfmot.load(file_of(tmp_path / "pruned.h5"))
     (layer,) = model.layers
     ((_, raw, state),) = layer.masked_weights()
@@ -698,7 +705,7 @@ def test_a_file_of_tfmot(tmp_path):
     callback = [tfmot.UpdatePruningStep()]
     model.fit(np.ones((4, 3)), np.ones((4, 2)), batch_size=1, verbose=0, callbacks=callback)
     assert state["progress"].numpy()[0] == 11
-    # At step 10 three of six are kept, and all zeros would tie with the fourth.
+    # At step 10, three of six entries are kept. Zeros do not tie with the third largest.
     np.testing.assert_array_equal(state["mask"].numpy(), KERNEL != 0)
     assert type(tfmot.strip_pruning(model).layers[0]) is layers.Dense
 
@@ -717,7 +724,7 @@ SCHEDULE = {"class_name": "Mine", "config": {}}
 
 @once
 @pytest.mark.parametrize(
-    ("layer", "says"),
+    ("layer", "message"),
     [
         (LAMBDA, "runs code from the file"),
         (changed(activation=LAMBDA_INSIDE), "neither of Keras 3 nor registered"),
@@ -731,13 +738,13 @@ SCHEDULE = {"class_name": "Mine", "config": {}}
         ),
     ],
 )
-def test_files_that_are_refused(tmp_path, layer, says):
-    with pytest.raises(ValueError, match=says):
+def test_load_refuses_parts_that_keras_3_lacks(tmp_path, layer, message):
+    with pytest.raises(ValueError, match=message):
         tfmot.load(file_of(tmp_path / "pruned.h5", layer))
 
 
 @once
-def test_what_is_no_file_of_a_model(tmp_path):
+def test_load_refuses_other_files(tmp_path):
     with pytest.raises(ValueError, match="Save the model"):
         tfmot.load(tmp_path)
     (tmp_path / "text.h5").write_text("text")

@@ -1,7 +1,8 @@
-"""Masks and files against real tfmot: the same weights, gradients and schedule, step by step.
+"""Masks and files compared with the real tfmot, step by step.
 
-Runs where there is a Python with tf_keras and tensorflow-model-optimization: on torch in the one
-that `make test` sets up in .venv-tfmot, on every backend where KERAS_DST_TFMOT_PYTHON names one.
+The tests need a Python with tf_keras and tensorflow-model-optimization: `.venv-tfmot`, which
+`make test` creates and which the tests use on torch, or the Python that the environment variable
+KERAS_DST_TFMOT_PYTHON names, which they use on every backend.
 """
 
 import os
@@ -24,19 +25,19 @@ PYTHON = pathlib.Path(GIVEN or ROOT / ".venv-tfmot" / "bin" / "python")
 pytestmark = [
     pytest.mark.skipif(
         not GIVEN and keras.backend.backend() != "torch",
-        reason="run on torch, which needs no compiling; test_tfmot.py has all backends agree",
+        reason="runs on torch only, which is fastest; test_tfmot.py runs on every backend",
     ),
     pytest.mark.skipif(
         not PYTHON.exists(),
-        reason="there is no environment with tfmot: `make test-torch` makes one in .venv-tfmot, or "
-        "KERAS_DST_TFMOT_PYTHON names the Python of one",
+        reason="needs a Python with tfmot: create .venv-tfmot with `make test-torch`, or set "
+        "KERAS_DST_TFMOT_PYTHON",
     ),
 ]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """What real tfmot makes of all cases."""
+def records(tmp_path_factory):
+    """Train all cases with the real tfmot, and return the folder of their records."""
     folder = tmp_path_factory.mktemp("tfmot")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
     environment.pop("KERAS_BACKEND", None)
@@ -57,7 +58,7 @@ def read(folder, case):
 
 
 def pruned(model):
-    """Raw weight and mask of every pruned weight, in tfmot's order: that of the layers."""
+    """Return the raw variable and the mask of every pruned weight, in the order of the layers."""
     found = []
     for layer in model.layers:
         inside = [x for x in layer._flatten_layers() if tfmot.is_pruned(x)]
@@ -66,15 +67,19 @@ def pruned(model):
 
 
 def fit(model, case, epoch, record, first):
-    """Train an epoch; every step has to have the masks and weights of the record."""
+    """Train an epoch, and compare masks and weights with the record after every step.
+
+    Every step then begins at the recorded weights, so that rounding differences do not add up until
+    they change a mask.
+    """
     kind, *_ = CASES[case]
     x, y = tfmot_worker.data(kind)
     part = slice(epoch * BATCH * BATCHES, (epoch + 1) * BATCH * BATCHES)
-    changes = []
+    masks = []
 
     class Compare(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
-            step = first + len(changes)
+            step = first + len(masks)
             found = pruned(self.model)
             assert f"mask_{step}_{len(found)}" not in record
             for i, (weight, mask) in enumerate(found):
@@ -82,7 +87,8 @@ def fit(model, case, epoch, record, first):
                 np.testing.assert_array_equal(mask.numpy(), record[f"mask_{step}_{i}"], where)
                 expected = record[f"weight_{step}_{i}"]
                 np.testing.assert_allclose(weight.numpy(), expected, atol=2e-4, err_msg=where)
-            changes.append([mask.numpy() for _, mask in found])
+                weight.assign(expected)
+            masks.append([mask.numpy() for _, mask in found])
 
     model.fit(
         x[part],
@@ -92,7 +98,7 @@ def fit(model, case, epoch, record, first):
         verbose=0,
         callbacks=[tfmot.UpdatePruningStep(), Compare()],
     )
-    return changes
+    return masks
 
 
 def compiled(model, case):
@@ -102,9 +108,9 @@ def compiled(model, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_masks_of_every_step(made, case):
+def test_masks_of_every_step_equal_those_of_tfmot(records, case):
     kind, (schedule, steps), arguments, *_ = CASES[case]
-    record = read(made, case)
+    record = read(records, case)
     model = tfmot_worker.net(keras, kind)
     for i, variable in enumerate(model.weights):
         variable.assign(record[f"start_{i}"])
@@ -113,7 +119,7 @@ def test_masks_of_every_step(made, case):
     masks = [
         m for epoch in range(EPOCHS) for m in fit(model, case, epoch, record, 1 + epoch * BATCHES)
     ]
-    if case == "every-step":  # weights came back, or the order of things could not be told
+    if case == "every-step":  # Pruned weights were kept again, so the order of steps counts.
         assert any((b & ~a).any() for s, t in pairwise(masks) for a, b in zip(s, t))
     x, _ = tfmot_worker.data(kind)
     stripped = tfmot.strip_pruning(model)
@@ -121,13 +127,13 @@ def test_masks_of_every_step(made, case):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if CASES[case][4]])
-def test_a_file_of_tfmot_is_loaded_and_trained_on(made, case):
+def test_training_continues_from_a_file_of_tfmot(records, case):
     kind, _, _, optimizer, extension = CASES[case]
-    record = read(made, case)
-    model = tfmot.load(made / f"{case}.{extension}")
+    record = read(records, case)
+    model = tfmot.load(records / f"{case}.{extension}")
     x, _ = tfmot_worker.data(kind)
     np.testing.assert_allclose(model.predict(x, verbose=0), record["predicted"], atol=1e-5)
     for i, (_, mask) in enumerate(pruned(model)):
         np.testing.assert_array_equal(mask.numpy(), record[f"mask_{BATCHES}_{i}"])
-    if optimizer == tfmot_worker.SGD:  # which keeps nothing that a file without it would lack
+    if optimizer == tfmot_worker.SGD:  # Plain SGD has no state that the file lacks.
         fit(compiled(model, case), case, 1, record, BATCHES + 1)

@@ -1,8 +1,8 @@
-"""Trains nets with real tfmot and tf_keras, in an environment of its own, for test_tfmot_parity.py.
+"""Script that trains models with the real tfmot and tf_keras, for test_tfmot_parity.py.
 
-`python tests/tfmot_worker.py FOLDER` leaves for every case a file `CASE.npz` with the weights it
-began with, the masks of every step and the weights after it, and `CASE.EXTENSION` with the model
-after the first epoch.
+`python tests/tfmot_worker.py FOLDER` runs in an environment with tfmot. For every case it writes
+`CASE.npz` with the initial weights and the masks and weights of every step, and `CASE.EXTENSION`
+with the model after the first epoch.
 """
 
 import os
@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-BATCH, BATCHES, EPOCHS = 8, 13, 2  # an odd number, so that turns fall on the ends of epochs too
+BATCH, BATCHES, EPOCHS = 8, 13, 2  # 13 is odd, so some updates are at the end of an epoch.
 SGD = ("SGD", {"learning_rate": 0.5})
 ADAM = ("Adam", {"learning_rate": 0.02})
 MOMENTUM = ("SGD", {"learning_rate": 0.2, "momentum": 0.9})
@@ -26,10 +26,10 @@ DECAY = (
         "frequency": 3,
     },
 )
-# name: (net, schedule, other arguments of prune_low_magnitude, optimiser, format of the file)
+# name: (model, schedule, other arguments of prune_low_magnitude, optimizer, file format)
 CASES = {
     "every-step": ("dense", EVERY, {}, MOMENTUM, "h5"),
-    "regularised": ("regularised", DECAY, {}, ADAM, "keras"),
+    "regularized": ("regularized", DECAY, {}, ADAM, "keras"),
     "nested": ("nested", CONSTANT, {}, SGD, "h5"),
     "recurrent": ("recurrent", DECAY, {}, ADAM, "keras"),
     "convolutions": ("convolutions", DECAY, {}, SGD, "h5"),
@@ -41,18 +41,18 @@ CASES = {
         SGD,
         "h5",
     ),
-    # Of sparsity_m_by_n there is nothing in tfmot's files.
+    # tfmot does not write sparsity_m_by_n to its files.
     "2-of-4": ("image", CONSTANT, {"sparsity_m_by_n": (2, 4)}, SGD, None),
 }
 SHAPES = {"convolutions": (6, 6, 6), "image": (6, 6, 6), "recurrent": (5, 6)}
 
 
 def net(keras, name):
-    """The same net of Keras 2 or 3."""
+    """Return the same model in Keras 2 or 3."""
     layers = keras.layers
     inputs = keras.Input(SHAPES.get(name, (10,)))
-    if name in ("dense", "regularised"):
-        decay = keras.regularizers.L2(0.1) if name == "regularised" else None
+    if name in ("dense", "regularized"):
+        decay = keras.regularizers.L2(0.1) if name == "regularized" else None
         x = layers.Dense(7, activation="tanh", kernel_regularizer=decay)(inputs)
         x = layers.Dense(9, activation="tanh")(x)
     elif name == "image":
@@ -75,7 +75,7 @@ def net(keras, name):
 
 
 def data(name):
-    """Inputs and labels for all steps, from first to last."""
+    """Return inputs and labels of all steps, in order."""
     rng = np.random.default_rng(0)
     size = BATCH * BATCHES * EPOCHS
     x = rng.standard_normal((size, *SHAPES.get(name, (10,)))).astype("float32")
