@@ -1,4 +1,4 @@
-"""`python -m keras_dst` is the command `keras-dst`."""
+"""Run the command `keras-dst` with `python -m keras_dst`."""
 
 import sys
 

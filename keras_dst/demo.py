@@ -1,4 +1,4 @@
-"""The main job from end to end on real data: train sparse, strip, export, run the file."""
+"""Demo on real data: train a sparse model, strip it, export it, and run the file."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ def run(epochs: int = 40, seed: int = 0, keep: str | None = None) -> dict:
     """Train LeNet-300-100 on scikit-learn's digits, dense and with DST, and compare the files.
 
     Args:
-        epochs: epochs of both trainings.
-        seed: seed of both trainings.
-        keep: path to keep the sparse `.tflite` at. Defaults to None: it is deleted.
+        epochs: Number of epochs of both trainings. Defaults to 40.
+        seed: Seed of both trainings. Defaults to 0.
+        keep: Path at which to keep the sparse `.tflite` file. Defaults to None, which deletes
+            the file.
 
     Returns:
-        The figures of the table that is printed: accuracies, bytes, and the latency ratio.
+        The figures of the printed table: accuracies, bytes, and the latency ratio.
     """
     from keras_dst.export import export_tflite
 

@@ -1,4 +1,4 @@
-"""The command, the README and the package as a user meets them."""
+"""Tests of the command `keras-dst`."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ from tests.export.test_export_tflite import on_tensorflow
 
 @pytest.fixture
 def saved(tmp_path):
-    """A sparse model in a file, half of whose kernel is pruned."""
+    """File of a sparse model, in which half of the kernel is pruned."""
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, name="head")])
     keras_dst.sparsify(model, DST())
     layer = model.layers[0]
@@ -63,6 +63,68 @@ def test_shrink(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.keras", "small.keras"]
 
 
+def test_models_are_loaded_without_compiling(tmp_path, capsys):
+    class Warmup(keras.optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return 0.01
+
+        def get_config(self):
+            return {}
+
+    def own_loss(y, z):
+        return keras.ops.mean(keras.ops.square(y - z))
+
+    model = keras.Sequential(
+        [keras.Input((8,)), keras.layers.Dense(4, name="body"), keras.layers.Dense(2)]
+    )
+    model.compile(keras.optimizers.SGD(Warmup()), own_loss, metrics=[own_loss])
+    kernel = np.array(model.layers[0].kernel.numpy())
+    kernel[:, :2] = 0
+    model.layers[0].kernel.assign(kernel)
+    path = str(tmp_path / "model.keras")
+    model.save(path)
+    assert cli.main(["report", path]) == 0
+    assert cli.main(["strip", path, str(tmp_path / "stock.keras")]) == 0
+    assert cli.main(["shrink", path, str(tmp_path / "small.keras")]) == 0
+    assert keras.saving.load_model(tmp_path / "small.keras").get_layer("body").units == 2
+    capsys.readouterr()
+
+
+def test_zeros_of_an_optimizer_are_reported_without_compiling(tmp_path, capsys):
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8)])
+    model.compile(keras_dst.SparseOptimizer("sgd", keras_dst.methods.Magnitude(0.5)), "mse")
+    model.fit(
+        np.ones((8, 8)),
+        np.ones((8, 8)),
+        verbose=0,
+        callbacks=[keras_dst.callbacks.SparseTraining()],
+    )
+    model.save(tmp_path / "model.keras")
+    assert cli.main(["report", str(tmp_path / "model.keras"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sparsity"] == pytest.approx(0.5)
+
+
+def test_custom_layers_are_imported_first(tmp_path, capsys, monkeypatch):
+    (tmp_path / "my_layers.py").write_text(
+        "import keras\n"
+        "@keras.saving.register_keras_serializable('mine')\n"
+        "class Twice(keras.layers.Layer):\n"
+        "    def call(self, x):\n"
+        "        return 2 * x\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    code = (
+        "import keras, my_layers; "
+        "keras.Sequential([keras.Input((3,)), my_layers.Twice(), keras.layers.Dense(2)])"
+        ".save('model.keras')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert cli.main(["report", "model.keras"]) == 1
+    assert "Fix: for custom layers, add --import MODULE" in capsys.readouterr().err
+    monkeypatch.syspath_prepend("")
+    assert cli.main(["report", "model.keras", "--import", "my_layers"]) == 0
+
+
 def test_export(saved, tmp_path, capsys):
     np.savez(tmp_path / "data.npz", x=np.ones((6, 8), "f"), y=np.zeros(6, int))
     options = ["--optimize", "size", "--target", "any", "--quantize", "weights", "--threads", "2"]
@@ -94,7 +156,7 @@ def test_export_shows_progress_on_a_terminal(saved, tmp_path, capsys, monkeypatc
 
 @pytest.fixture
 def edge(tmp_path):
-    """A sound and a faulty file."""
+    """Folder with a valid and an invalid `.tflite` file."""
     values = sparse_values((32, 64), 0.1, block=4)
     good = fully_connected(values)
     (weight,) = weights(read(good))
@@ -155,7 +217,7 @@ def test_bench_shows_progress_on_a_terminal(edge, capsys, monkeypatch):
     ids=["missing", "empty", "other", "truncated"],
 )
 @pytest.mark.parametrize("command", ["inspect", "lint", "bench"])
-def test_a_file_that_is_no_tflite(command, content, message, tmp_path, capsys):
+def test_a_file_that_is_not_a_tflite_file(command, content, message, tmp_path, capsys):
     path = tmp_path / "broken.tflite"
     if content is not None:
         path.write_bytes(content)
@@ -173,11 +235,11 @@ def test_lint_documents_its_exit_codes(capsys):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "is no file"), (b"", "whole zip"), (b"PK\x03\x04 cut", "whole zip")],
+    [(None, "is not a file"), (b"", "whole zip"), (b"PK\x03\x04 cut", "whole zip")],
     ids=["missing", "empty", "truncated"],
 )
 @pytest.mark.parametrize("command", ["report", "strip", "shrink", "export"])
-def test_a_file_that_is_no_model(command, content, message, tmp_path, capsys):
+def test_a_file_that_is_not_a_model(command, content, message, tmp_path, capsys):
     path = tmp_path / "broken.keras"
     if content is not None:
         path.write_bytes(content)
