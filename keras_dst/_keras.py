@@ -59,11 +59,18 @@ PRIVATE_NAMES = {
     "compiled loss": ("_flat_losses", "_y_pred_build_structure"),
     "metric": ("_direction",),
     "optimizer": (
+        "_iterations",
+        "_learning_rate",
         "_trainable_variables",
+        "_trainable_variables_indices",
+        "_untrack_variable",
         "_use_weight_decay",
         "_var_key",
         "_variables",
     ),
+    "MultiOptimizer": ("_inner_optimizers", "_optimizer_map"),
+    "OptimizerMap": ("_default_optimizer", "_optimizer_map"),
+    "optimizer with averages": ("_model_variables_moving_average",),
     "TensorFlow optimizer": ("_distribution_strategy",),
     "JAX model": ("_jax_state", "_jax_state_synced"),
     "torch layer": ("_track_variables",),
@@ -300,6 +307,75 @@ def trained_variables_of(optimizer) -> list:
     return optimizer._trainable_variables
 
 
+def delete_counters(optimizer) -> None:
+    """Delete the step counter and the learning rate of an optimizer that wraps another one."""
+    for name in ("_iterations", "_learning_rate"):
+        optimizer._untrack_variable(getattr(optimizer, name))
+        delattr(optimizer, name)
+
+
+def set_trained_variables(optimizer, variables) -> None:
+    """Set the variables that an optimizer trains, as the `build` of Keras does."""
+    vars(optimizer)["_trainable_variables"] = variables
+    for index, variable in enumerate(variables):
+        optimizer._trainable_variables_indices[optimizer._var_key(variable)] = index
+
+
+def step_counter_of(optimizer):
+    """Return the variable that counts the calls of `apply`."""
+    return optimizer._iterations
+
+
+def replace_optimizers(optimizer, replace) -> None:
+    """Replace every optimizer inside a `MultiOptimizer` by what `replace` returns for it."""
+    optimizer._inner_optimizers[:] = [replace(inner) for inner in optimizer._inner_optimizers]
+    by_path = optimizer._optimizer_map
+    if isinstance(by_path, keras.optimizers.OptimizerMap):
+        by_path._default_optimizer = replace(by_path._default_optimizer)
+        for path, inner in by_path._optimizer_map.items():
+            by_path._optimizer_map[path] = replace(inner)
+
+
+def _index_of(optimizer, variable) -> int | None:
+    """Return the position of a variable among the variables that an optimizer was built for."""
+    return optimizer._trainable_variables_indices.get(optimizer._var_key(variable))
+
+
+def moving_average_of(optimizer, variable):
+    """Return the exponential moving average of a trained variable, or None if there is none."""
+    index = _index_of(optimizer, variable)
+    return None if index is None else optimizer._model_variables_moving_average[index]
+
+
+def slots_of(optimizer, variable) -> list:
+    """Return the variables of an optimizer with one entry per entry of a trained variable.
+
+    Momentum is an example. Keras keeps such variables in lists in the order of the trained
+    variables, or in dicts by path.
+    """
+    index = _index_of(optimizer, variable)
+    if index is None:
+        return []
+    trained = optimizer._trainable_variables
+    found: list[Any] = []
+    for value in vars(optimizer).values():
+        if value is trained:
+            continue
+        if isinstance(value, dict):
+            found.append(value.get(getattr(variable, "path", None)))
+        elif isinstance(value, list) and len(value) == len(trained):
+            found.append(value[index])
+    own, shape = optimizer._variables, tuple(variable.shape)
+    slots = [s for s in found if any(s is v for v in own) and tuple(s.shape) == shape]
+    if not slots and shape and any(tuple(v.shape) == shape for v in own):
+        raise RuntimeError(
+            f"Expected {type(optimizer).__name__} to keep its variables in lists in the order of "
+            f"the trained variables. Found none for '{variable.path}', although variables of its "
+            "shape exist. Use a method that does not grow weights, such as Magnitude."
+        )
+    return slots
+
+
 def distribution_strategy_of(optimizer):
     """Return the `tf.distribute` strategy under which an optimizer was created, or None."""
     return optimizer._distribution_strategy
@@ -338,6 +414,9 @@ def missing_names() -> list[str]:
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse", metrics=["mae"])
     model.train_on_batch(keras.ops.ones((2, 2)), keras.ops.ones((2, 1)))
+    optimizer_map = keras.optimizers.OptimizerMap(keras.optimizers.SGD())
+    averaging = keras.optimizers.SGD(use_ema=True)
+    averaging.build(model.trainable_variables)
     objects = {
         "layer": model.layers[0],
         "variable": model.layers[0].kernel,
@@ -349,6 +428,9 @@ def missing_names() -> list[str]:
         "compiled loss": model._compile_loss,
         "metric": keras.metrics.MeanAbsoluteError(),
         "optimizer": model.optimizer,
+        "MultiOptimizer": keras.optimizers.MultiOptimizer(optimizer_map),
+        "OptimizerMap": optimizer_map,
+        "optimizer with averages": averaging,
     }
     if keras.backend.backend() == "tensorflow":
         objects["TensorFlow optimizer"] = model.optimizer

@@ -263,7 +263,7 @@ def guard_step(model, drivers):
 
     @functools.wraps(step, assigned=(), updated=())
     def guarded(*args, **kwargs):
-        if idle := [d for d in drivers if d.schedule is not None and not d.driven]:
+        if idle := [d for d in drivers if d.schedule is not None and not d.active]:
             _keras.restore_jax_state(model, *args)
             callback = idle[0].method.driver
             raise ValueError(

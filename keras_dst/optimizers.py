@@ -1,8 +1,9 @@
-"""The optimiser that keeps weights sparse: any Keras optimiser inside, a method's mask around."""
+"""`SparseOptimizer`: a Keras optimizer that keeps the weights it trains sparse."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -16,6 +17,8 @@ from keras_dst._backend.devices import (
     placed_like,
     sum_over_replicas,
 )
+from keras_dst._backend.jit import is_known_false, jit, outside_torch_graph
+from keras_dst._utils.clock import UpdateClock, update_clock
 from keras_dst._utils.filters import Filters, is_prunable, select
 from keras_dst.masks import KERNEL, Layout, masked
 from keras_dst.methods.base import LayerMethod, Method, ScheduleState, State, UpdateMethod, describe
@@ -23,21 +26,26 @@ from keras_dst.methods.base import LayerMethod, Method, ScheduleState, State, Up
 
 @keras.saving.register_keras_serializable("keras_dst")
 class SparseOptimizer(keras.optimizers.Optimizer):
-    """Wraps an optimiser so that the weights it trains are sparse, whatever the model.
+    """Optimizer wrapper that prunes the weights of any model.
 
-    The layers stay plain Keras layers: masks and counters live here, and the pruned weights are
-    exact zeros after every step. Masks are updated by the `SparseTraining` callback; where the
-    method's schedule is given in steps, they are updated within the step when there is none.
+    The layers stay plain Keras layers. Masks and counters are variables of this optimizer, and the
+    pruned weights are exact zeros after every step. The `SparseTraining` callback updates the
+    masks. Without the callback, the optimizer step updates them itself, if the schedule of the
+    method is given in steps.
+
+    Everything else belongs to the inner optimizer: attributes such as `learning_rate`,
+    `weight_decay` or `clipnorm` are read from the inner optimizer and set on it.
 
     Args:
-        inner_optimizer: any Keras optimiser or its name. Gradient clipping, weight decay, EMA and
-            gradient accumulation are set there.
-        method: a method whose mask is part of the update, such as `methods.Magnitude(0.9)`.
-        filters: which weights: None for all kernels; a weight's path or a regular expression for
-            whole paths, a list of them, or `callable(variable) -> bool`.
+        inner_optimizer: Keras optimizer, or the name of one.
+        method: Method whose mask is part of the optimizer step, such as `methods.Magnitude(0.9)`.
+        filters: Weights to prune: the path of a weight, a regular expression for whole paths, a
+            list of paths and expressions, or `callable(variable) -> bool`. Defaults to None, which
+            prunes all kernels.
+        name: Name of the optimizer. Defaults to None, a name that Keras makes.
 
     Raises:
-        TypeError: for a method of the other family, which `sparsify` takes.
+        TypeError: If the method masks the forward pass; `sparsify` takes such a method.
 
     Example:
         >>> optimizer = keras_dst.SparseOptimizer("adam", keras_dst.methods.Magnitude(0.9))
@@ -49,234 +57,51 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         super().__init__(learning_rate=0.0, name=name)
         if isinstance(inner_optimizer, Method):
             raise TypeError(
-                "The optimiser comes first: SparseOptimizer(optimizer, method). "
-                f"Received: {inner_optimizer!r} as the optimiser"
+                "Expected SparseOptimizer(optimizer, method), with the optimizer first. "
+                f"Received: {inner_optimizer!r} as the optimizer"
             )
         inner_optimizer = keras.optimizers.get(inner_optimizer)
         if isinstance(inner_optimizer, (keras.optimizers.LossScaleOptimizer, SparseOptimizer)):
             raise ValueError(
-                "Wrap the plain optimiser; LossScaleOptimizer goes around SparseOptimizer (compile "
-                f"adds it under mixed_float16). Received: {type(inner_optimizer).__name__}"
+                "Expected an optimizer without loss scaling or masks. LossScaleOptimizer goes "
+                "around SparseOptimizer; compile adds it under mixed_float16. "
+                f"Received: {type(inner_optimizer).__name__}"
             )
-        self.inner_optimizer = inner_optimizer
+        # Keras has set its defaults, a step counter and a learning rate on this optimizer. These
+        # belong to the inner optimizer, where `__getattr__` finds them.
+        _keras.delete_counters(self)
+        for attribute in list(vars(self)):
+            if not attribute.startswith("_") and attribute not in ("name", "built"):
+                delattr(self, attribute)
         self.method = _check_method(method)
         self.filters = filters
-        self.driven: object = False  # whether a SparseTraining callback is at work
+        self.driver_active: object = False  # true while a SparseTraining callback updates the masks
         self.kernel_indices: list[int] = []
         self.kernel_names: list[str] = []
         self.states: list[State] = []
-        # Axes of the kernels: from the shape alone, until SparseTraining tells from the layers.
+        # SparseTraining replaces these default axes by the axes that the layers know.
         self.layouts: list[Layout] = []
+        self.step: Any = None
+        self.total: Any = None
+        self._timetable: _Timetable | None = None
+        self.inner_optimizer = inner_optimizer
 
-    # -- state -----------------------------------------------------------------------------------
+    # -- attributes of the inner optimizer -------------------------------------------------------
 
-    def build(self, variables):
-        # Model variables are kept by index alone: Keras would track them as the optimiser's own.
-        variables = list(variables)
-        chosen = [i for i, v in enumerate(variables) if is_prunable(v)]
-        paths = [variables[i].path for i in chosen]
-        selected = select([variables[i] for i in chosen], self.filters, [(path,) for path in paths])
-        kernel_indices = [i for i, s in zip(chosen, selected) if s]
-        if not kernel_indices:
-            raise ValueError(
-                "SparseOptimizer found no weight to prune among: "
-                + ", ".join(v.path for v in variables)
-            )
-        kernels = [variables[i] for i in kernel_indices]
-        check_distribution(self, kernels[0])
-        states = []
-        schedule = self.method.schedule
-        in_steps = schedule is not None and schedule.in_steps
-        steps = self.method.span(None)[1] if in_steps else None
-        for kernel, extra in zip(kernels, self._wanted(kernels, steps)):
-            states.append(self._add_state(kernel, {"mask": ("ones", "bool"), **extra}))
-        # Steps done, and the length of the schedule as SparseTraining found it (0: not yet).
-        self.step = self.add_variable((), "zeros", "int32", name="step")
-        self.total = self.add_variable((), "zeros", "int32", name="total")
-        if not self.inner_optimizer.built:
-            self.inner_optimizer.build(variables)
-        super().build(variables)
-        self.kernel_indices = kernel_indices
-        self.kernel_names = [k.path for k in kernels]
-        self.states = states
-        self.layouts = [KERNEL if len(k.shape) > 1 else Layout(inputs=()) for k in kernels]
+    def __getattr__(self, name):
+        inner = vars(self).get("inner_optimizer")
+        # TensorFlow keeps its tracking of an object in attributes that begin with `_self_`.
+        if inner is None or name.startswith(("__", "_self_")):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(inner, name)
 
-    def _wanted(self, kernels, steps=None):
-        """What the method keeps of every weight, of types that the devices can handle."""
-        return [
-            {name: (initial, counter_dtype(k, dtype)) for name, (initial, dtype) in extra.items()}
-            for k, extra in zip(kernels, self.method.init(kernels, steps))
-        ]
-
-    def _add_state(self, kernel, wanted) -> State:
-        prefix = kernel.path.replace("/", "_")
-        state = {}
-        for name, (initial, dtype) in wanted.items():
-            if initial == "value":
-                initial = _copy_of(kernel)
-            # Every replica computes the same, so that nothing need be aggregated.
-            with placed_like(kernel):
-                state[name] = self.add_variable(
-                    kernel.shape, initial, dtype, name=f"{prefix}_{name}"
-                )
-        return state
-
-    def expect(self, steps: int) -> None:
-        """Before the first step: choose the types of the states for a training of this length.
-
-        Keras builds an optimiser before anybody knows how long a training will be.
-        """
-        kernels, own = self.kernels, _keras.own_variables_of(self)
-        for kernel, state, wanted in zip(kernels, self.states, self._wanted(kernels, steps)):
-            for name, (initial, dtype) in wanted.items():
-                if state[name].dtype != dtype:
-                    place = next(i for i, v in enumerate(own) if v is state[name])
-                    state.update(self._add_state(kernel, {name: (initial, dtype)}))
-                    own[place] = own.pop()
-
-    @property
-    def kernels(self) -> list:
-        """The variables that are pruned."""
-        return [_keras.trained_variables_of(self)[i] for i in self.kernel_indices]
-
-    @property
-    def variables(self):
-        return _keras.own_variables_of(self) + self.inner_optimizer.variables
-
-    # -- the step --------------------------------------------------------------------------------
-
-    def apply(self, grads, trainable_variables=None):
-        if not self.built:
-            with keras.name_scope(self.name, caller=self):
-                self.build(trainable_variables)
-        variables = list(trainable_variables or _keras.trained_variables_of(self))
-        grads, replicas = list(grads), 1
-        if self.method.reads_gradients:
-            grads, replicas = sum_over_replicas(grads)
-        where = {id(v): i for i, v in enumerate(variables)}
-        members = [
-            (where[id(kernel)], kernel, state)
-            for kernel, state in zip(self.kernels, self.states)
-            if id(kernel) in where and grads[where[id(kernel)]] is not None
-        ]
-        kernels = [kernel for _, kernel, _ in members]
-        states = [tensors(state) for _, _, state in members]
-        before, kept_grads, carry = self.method.before(
-            [ops.convert_to_tensor(k) for k in kernels],
-            [ops.convert_to_tensor(grads[i]) for i, _, _ in members],
-            states,
-        )
-        for (i, kernel, _), grad, value in zip(members, kept_grads, before):
-            grads[i] = grad
-            if self.method.moves_weights:
-                self.assign(kernel, value)
-        masks: list = [None] * len(grads)
-        for (i, _, _), state in zip(members, states):
-            masks[i] = state["mask"]
-        grads = list(self.method.perturb(grads, masks, ops.convert_to_tensor(self.step)))
-        if replicas > 1:  # whose gradients the inner optimiser adds up
-            grads = [g if g is None else g / replicas for g in grads]
-        self.inner_optimizer.apply(grads, variables)
-        weights, changes = self.method.after(
-            carry, [ops.convert_to_tensor(k) for k in kernels], states
-        )
-        for (_, kernel, state), value, change in zip(members, weights, changes):
-            # The states first: on torch they may be views of the kernel.
-            for name, new in change.items():
-                self.assign(state[name], new)
-            self.assign(kernel, value)
-        self.step.assign(self.step + 1)
-        if not self.driven:
-            self._update_in_step()
-
-    def _update_in_step(self):
-        """Update the masks within the compiled step, for loops without a callback."""
-        method, schedule = self.method, self.method.schedule
-        if schedule is None:
-            return
-        first, last = method.span(None)
-        every = method.frequency
-        if not isinstance(every, int):
-            raise ValueError(
-                f"{method!r} updates its masks once an epoch, which only SparseTraining knows. "
-                "Give frequency in steps, or fit with the callback."
-            )
-        events = {*range(first, last, every), *schedule.jumps(None), last}
-        times = sorted({max(1, event) for event in events})
-        shapes = [k.shape for k in self.kernels]
-        targets = [schedule.at(time) for time in times]
-        counts = [method.kept_counts(shapes, self.layouts, t, self.kernel_names) for t in targets]
-        step = ops.convert_to_tensor(self.step)
-        due = ops.equal(step, ops.convert_to_tensor(times, "int32"))
-        now = ops.argmax(ops.cast(due, "int32"))
-        kept = ops.take(ops.convert_to_tensor(np.stack(counts), "int32"), now, axis=0)
-        now = ScheduleState(
-            step,
-            ops.minimum(ops.cast(step, "float32") / max(last, 1), 1.0),
-            ops.take(ops.convert_to_tensor(targets, "float32"), now),
-        )
-        weights = [ops.convert_to_tensor(k) for k in self.kernels]
-        states = [tensors(s) for s in self.states]
-
-        def keep():
-            if not method.grows:
-                return [{"mask": s["mask"]} for s in states]
-            return [{"mask": s["mask"], "grown": ops.zeros_like(s["mask"])} for s in states]
-
-        # Assigned outside the branches: JAX cannot assign within them.
-        changes = ops.cond(
-            ops.any(due), lambda: method.update(weights, states, self.layouts, kept, now), keep
-        )
-        self.update_masks(changes)
-
-    def update_masks(self, changes: list[State]) -> None:
-        """Take over new states from `method.update`, and zero the weights that they prune."""
-        for index, kernel, state, change in zip(
-            self.kernel_indices, self.kernels, self.states, changes
-        ):
-            change = dict(change)
-            grown = change.pop("grown", None)
-            for name, new in change.items():
-                self.assign(state[name], new)
-            value = self.method.masked(ops.convert_to_tensor(kernel), tensors(state))
-            if grown is not None:
-                for slot in self._slots(index):
-                    self.assign(slot, ops.where(grown, 0, ops.convert_to_tensor(slot)))
-                value = ops.where(grown, 0, value)
-            self.assign(kernel, value)
-
-    def reapply_masks(self) -> None:
-        """Set the pruned weights to zero again, after somebody assigned other values to weights.
-
-        States that started as a copy of a weight, such as the dense weights of
-        `Magnitude(revival=True)`, take the assigned values of the weights that are kept.
-        """
-        for kernel, state, wanted in zip(self.kernels, self.states, self._wanted(self.kernels)):
-            value, mask = ops.convert_to_tensor(kernel), ops.convert_to_tensor(state["mask"])
-            for name, (initial, _) in wanted.items():
-                if initial == "value":
-                    copy = ops.convert_to_tensor(state[name])
-                    self.assign(state[name], ops.where(mask, ops.cast(value, copy.dtype), copy))
-            self.assign(kernel, masked(value, mask))
-
-    def _slots(self, index: int) -> list:
-        """What the inner optimiser keeps for a variable: momentum and the like, of its shape."""
-        variables = _keras.trained_variables_of(self)
-        found = []
-        for value in vars(self.inner_optimizer).values():
-            if isinstance(value, dict):
-                found.append(value.get(variables[index].path))
-            elif isinstance(value, list) and len(value) == len(variables):
-                found.append(value[index])
-        return [
-            slot
-            for slot in found
-            if isinstance(slot, keras.Variable)
-            and slot is not variables[index]
-            and slot.shape == variables[index].shape
-        ]
-
-    # -- the inner optimiser's part --------------------------------------------------------------
+    def __setattr__(self, name, value):
+        inner = vars(self).get("inner_optimizer")
+        own = name.startswith("_") or name in vars(self) or hasattr(type(self), name)
+        if inner is None or own or not hasattr(inner, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(inner, name, value)
 
     @property
     def iterations(self):
@@ -290,27 +115,330 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def learning_rate(self, value):
         self.inner_optimizer.learning_rate = value
 
+    @property
+    def variables(self):
+        return _keras.own_variables_of(self) + self.inner_optimizer.variables
+
+    def set_weights(self, weights):
+        weights, own = list(weights), _keras.own_variables_of(self)
+        if self.built and len(weights) != len(self.variables):
+            raise ValueError(
+                f"Expected {len(self.variables)} arrays, one for every variable of this optimizer. "
+                f"Received: {len(weights)}"
+            )
+        super().set_weights(weights[: len(own)])
+        self.inner_optimizer.set_weights(weights[len(own) :])
+
     def scale_loss(self, loss):
         return self.inner_optimizer.scale_loss(loss)
 
+    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+        self.inner_optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    def update_step(self, gradient, variable, learning_rate):
+        self.inner_optimizer.update_step(gradient, variable, learning_rate)
+
     def finalize_variable_values(self, var_list):
         self.inner_optimizer.finalize_variable_values(var_list)
-        if not self.inner_optimizer.use_ema:
+        if any(leaf.use_ema for leaf in leaf_optimizers(self)):
+            for kernel, state in zip(self.kernels, self.states):
+                self.assign(kernel, masked(ops.convert_to_tensor(kernel), _mask_of(state)))
+
+    # -- state -----------------------------------------------------------------------------------
+
+    def build(self, variables):
+        variables = list(variables)
+        if self.built or not (variables or self._is_dense()):
+            # Keras builds the optimizer of an `.h5` file for an empty list before it knows the
+            # variables. The optimizer then stays unbuilt, and the first step builds it.
             return
-        for kernel, state in zip(self.kernels, self.states):  # averages of the past, not yet masked
-            mask = ops.convert_to_tensor(state["mask"])
-            kernel.assign(masked(ops.convert_to_tensor(kernel), mask))
+        # Model variables are kept by index only: Keras would track them as the optimizer's own.
+        prunable = [i for i, v in enumerate(variables) if is_prunable(v)]
+        paths = [_path_of(variables[i]) for i in prunable]
+        chosen = select([variables[i] for i in prunable], self.filters, [(path,) for path in paths])
+        kernel_indices = [i for i, is_chosen in zip(prunable, chosen) if is_chosen]
+        if not kernel_indices and not self._is_dense():
+            raise ValueError(
+                "SparseOptimizer found no weight to prune among: "
+                + ", ".join(map(_path_of, variables))
+            )
+        kernels = [variables[i] for i in kernel_indices]
+        if kernels:
+            check_distribution(self, kernels[0])
+        states = []
+        schedule = self.method.schedule
+        in_steps = schedule is not None and schedule.in_steps
+        steps = self.method.span(None)[1] if in_steps else None
+        for kernel, extra in zip(kernels, self._state_specs(kernels, steps)):
+            states.append(self._add_state(kernel, {"mask": ("ones", "bool"), **extra}))
+        # Number of steps done, and length of the schedule. SparseTraining sets the length; before,
+        # it is 0.
+        self.step = self.add_variable((), "zeros", "int32", name="step")
+        self.total = self.add_variable((), "zeros", "int32", name="total")
+        if not self.inner_optimizer.built:
+            self.inner_optimizer.build(variables)
+        # Not by `super().build`, which would add averages and accumulators of the inner optimizer.
+        _keras.set_trained_variables(self, variables)
+        self.built: bool = True
+        self.kernel_indices = kernel_indices
+        self.kernel_names = [_path_of(k) for k in kernels]
+        self.states = states
+        self.set_layouts([KERNEL if len(k.shape) > 1 else Layout(inputs=()) for k in kernels])
+
+    def set_layouts(self, layouts: list[Layout]) -> None:
+        """Set the input and output axes of the kernels, as the layers know them."""
+        self.layouts = layouts
+        self._plan_updates(initial_update=True)
+
+    def _is_dense(self) -> bool:
+        """Return whether the method never prunes anything."""
+        method = self.method
+        target = method.schedule.sparsity if method.schedule else None
+        return target == 0 and not isinstance(method.allocation, Mapping)
+
+    def _state_specs(self, kernels, steps=None) -> list[dict[str, tuple[Any, str]]]:
+        """Return initial value and dtype of every state, with dtypes that the devices support."""
+        return [
+            {name: (initial, counter_dtype(k, dtype)) for name, (initial, dtype) in specs.items()}
+            for k, specs in zip(kernels, self.method.init(kernels, steps))
+        ]
+
+    def _add_state(self, kernel, specs) -> State:
+        prefix = _path_of(kernel).replace("/", "_")
+        state = {}
+        for name, (initial, dtype) in specs.items():
+            if initial == "value":
+                initial = _copy_of(kernel)
+            # Every replica computes the same values, so they need no aggregation.
+            with placed_like(kernel):
+                state[name] = self.add_variable(
+                    kernel.shape, initial, dtype, name=f"{prefix}_{name}"
+                )
+        return state
+
+    def set_training_length(self, steps: int) -> None:
+        """Choose the dtypes of the states for a training of this length, before the first step.
+
+        Keras builds an optimizer before the length of the training is known.
+        """
+        kernels, own = self.kernels, _keras.own_variables_of(self)
+        for kernel, state, specs in zip(kernels, self.states, self._state_specs(kernels, steps)):
+            for name, (initial, dtype) in specs.items():
+                if state[name].dtype != dtype:
+                    place = next(i for i, v in enumerate(own) if v is state[name])
+                    state.update(self._add_state(kernel, {name: (initial, dtype)}))
+                    own[place] = own.pop()
+
+    @property
+    def kernels(self) -> list:
+        """The variables that are pruned."""
+        return [_keras.trained_variables_of(self)[i] for i in self.kernel_indices]
+
+    # -- the step --------------------------------------------------------------------------------
+
+    def apply(self, grads, trainable_variables=None):
+        grads = list(grads)
+        if not grads:
+            return
+        if not self.built and trainable_variables is not None:
+            trainable_variables = list(trainable_variables)
+            with keras.name_scope(self.name, caller=self):
+                self.build(trainable_variables)
+        known = _keras.trained_variables_of(self)
+        if trainable_variables is None and (not self.built or len(grads) != len(known)):
+            self.inner_optimizer.apply(grads)  # raises Keras's error
+        variables = list(known if trainable_variables is None else trainable_variables)
+        replicas = 1
+        if self.method.reads_gradients:
+            grads, replicas = sum_over_replicas(grads)
+        position = {id(variable): i for i, (_, variable) in enumerate(zip(grads, variables))}
+        pruned = [
+            (position[id(kernel)], kernel, state)
+            for kernel, state in zip(self.kernels, self.states)
+            if id(kernel) in position and grads[position[id(kernel)]] is not None
+        ]
+        kernels = [kernel for _, kernel, _ in pruned]
+        states = [tensors_of(state) for _, _, state in pruned]
+        before, kept_grads, carry = self.method.before(
+            [ops.convert_to_tensor(k) for k in kernels],
+            [ops.convert_to_tensor(grads[i]) for i, _, _ in pruned],
+            states,
+        )
+        masks: list = [None] * len(grads)
+        for (i, kernel, _), state, grad, value in zip(pruned, states, kept_grads, before):
+            grads[i], masks[i] = grad, state["mask"]
+            if self.method.moves_weights:
+                self.assign(kernel, value)
+        grads = list(self.method.perturb(grads, masks, ops.convert_to_tensor(self.step)))
+        if replicas > 1:  # The inner optimizer sums the gradients of the replicas again.
+            grads = [g if g is None else g / replicas for g in grads]
+        self.inner_optimizer.apply(grads, variables)
+        weights, changes = self.method.after(
+            carry, [ops.convert_to_tensor(k) for k in kernels], states
+        )
+        for (_, kernel, state), value, change in zip(pruned, weights, changes):
+            # Assign the states first: on torch they may be views of the kernel.
+            for name, new in change.items():
+                self.assign(state[name], new)
+            self.assign(kernel, value)
+            self._mask_average(kernel, state)
+        self.step.assign(self.step + 1)
+        if not self.driver_active and not self._is_dense():
+            self._update_in_step()
+
+    # -- mask updates ----------------------------------------------------------------------------
+
+    def apply_initial_masks(self) -> None:
+        """Prune the weights as the schedule asks at step 0, before a training loop of your own.
+
+        The `SparseTraining` callback does the same when `fit` begins. If a loop does not call this,
+        the masks of step 0 are applied after the first step.
+
+        Raises:
+            ValueError: If the optimizer is not built, or if the schedule is not given in steps.
+
+        Example:
+            >>> optimizer.build(model.trainable_variables)
+            >>> optimizer.apply_initial_masks()
+        """
+        if not self.built:
+            raise ValueError(
+                "Expected a built optimizer. Call optimizer.build(model.trainable_variables) first."
+            )
+        if self._is_dense() or int(ops.cast(self.step, "int32")):
+            return
+        self._known_timetable()
+        method: Any = self.method
+        if (sparsity := method.schedule.at(0)) > 0:
+            shapes = [tuple(k.shape) for k in self.kernels]
+            kept = method.kept_counts(shapes, self.layouts, sparsity, self.kernel_names)
+            kept = ops.convert_to_tensor(kept, "int32")
+            now = ScheduleState(
+                ops.convert_to_tensor(0, "int32"),
+                ops.convert_to_tensor(0.0, "float32"),
+                ops.convert_to_tensor(sparsity, "float32"),
+            )
+            update = jit(lambda w, s, kept, now: method.update(w, s, self.layouts, kept, now))
+            self.update_masks(update(*self._values(), kept, now))
+        self._plan_updates(initial_update=False)
+
+    def _plan_updates(self, initial_update: bool) -> None:
+        """Compute steps, targets and counts of all updates once, outside of compiled steps."""
+        method: Any = self.method
+        schedule = method.schedule
+        self._timetable = None
+        clock = update_clock(method, schedule) if schedule is not None else None
+        if clock is None or self._is_dense():
+            return
+        targets = {step: schedule.at(step) for step in clock.steps()}
+        if initial_update and targets[0] > 0 and 1 not in targets:
+            targets[1] = targets[0]  # the weights are not known before the first step
+        shapes = [tuple(k.shape) for k in self.kernels]
+        steps = sorted(targets)
+        kept = [
+            method.kept_counts(shapes, self.layouts, targets[s], self.kernel_names) for s in steps
+        ]
+        self._timetable = _Timetable(
+            clock, np.array(steps, "int32"), np.array([targets[s] for s in steps]), np.stack(kept)
+        )
+
+    def _known_timetable(self) -> _Timetable:
+        if self._timetable is not None:
+            return self._timetable
+        if self.method.schedule is not None:
+            self.method.schedule.span(None)  # raises unless the schedule is given in steps
+        raise ValueError(
+            f"{self.method!r} updates its masks once an epoch, and only SparseTraining knows the "
+            "length of an epoch. Pass frequency as a number of steps, or fit with the callback."
+        )
+
+    @outside_torch_graph
+    def _update_in_step(self):
+        """Update the masks within the optimizer step, for training loops without a callback."""
+        method = self.method
+        if method.schedule is None:
+            return
+        timetable = self._known_timetable()
+        step = ops.convert_to_tensor(self.step)
+        due, row = timetable.look_up(step)
+        if is_known_false(due):
+            return
+        kept = ops.take(ops.convert_to_tensor(timetable.kept, "int32"), row, axis=0)
+        now = ScheduleState(
+            step,
+            ops.minimum(ops.cast(step, "float32") / max(timetable.clock.last, 1), 1.0),
+            ops.take(ops.convert_to_tensor(timetable.targets, "float32"), row),
+        )
+        weights, states = self._values()
+
+        def keep():
+            if not method.grows:
+                return [{"mask": s["mask"]} for s in states]
+            return [{"mask": s["mask"], "grown": ops.zeros_like(s["mask"])} for s in states]
+
+        # Variables are assigned outside of the branches: JAX cannot assign them within.
+        changes = ops.cond(
+            due, lambda: method.update(weights, states, self.layouts, kept, now), keep
+        )
+        self.update_masks(changes)
+
+    def _values(self) -> tuple[list, list]:
+        weights = [ops.convert_to_tensor(k) for k in self.kernels]
+        return weights, [tensors_of(s) for s in self.states]
+
+    def update_masks(self, changes: list[State]) -> None:
+        """Assign the states that `method.update` returned, and prune the weights accordingly."""
+        for kernel, state, change in zip(self.kernels, self.states, changes):
+            change = dict(change)
+            grown = change.pop("grown", None)
+            for name, new in change.items():
+                self.assign(state[name], new)
+            value = self.method.masked(ops.convert_to_tensor(kernel), tensors_of(state))
+            if grown is not None:
+                for slot in self._slots(kernel):
+                    self.assign(slot, ops.where(grown, 0, ops.convert_to_tensor(slot)))
+                value = ops.where(grown, 0, value)
+            self.assign(kernel, value)
+            self._mask_average(kernel, state)
+
+    def reapply_masks(self) -> None:
+        """Set the pruned weights to zero again, after somebody assigned other values to weights.
+
+        States that started as a copy of a weight, such as the dense weights of
+        `Magnitude(revival=True)`, take the assigned values of the weights that are kept.
+        """
+        for kernel, state, specs in zip(self.kernels, self.states, self._state_specs(self.kernels)):
+            value, mask = ops.convert_to_tensor(kernel), _mask_of(state)
+            for name, (initial, _) in specs.items():
+                if initial == "value":
+                    copy = ops.convert_to_tensor(state[name])
+                    self.assign(state[name], ops.where(mask, ops.cast(value, copy.dtype), copy))
+            self.assign(kernel, masked(value, mask))
+
+    def _slots(self, kernel) -> list:
+        """Return the variables of the inner optimizer with one entry per weight of a kernel."""
+        return [slot for leaf in leaf_optimizers(self) for slot in _keras.slots_of(leaf, kernel)]
+
+    def _mask_average(self, kernel, state) -> None:
+        """Mask the exponential moving average of a kernel, which callbacks put into the model."""
+        for leaf in leaf_optimizers(self):
+            average = _keras.moving_average_of(leaf, kernel) if leaf.use_ema else None
+            if average is not None:
+                self.assign(average, masked(ops.convert_to_tensor(average), _mask_of(state)))
+
+    # -- saving ----------------------------------------------------------------------------------
 
     def get_config(self):
         filters = self.filters
         if filters is not None and self.built:
-            # What they chose: a file holds no code, and paths in it lack the name of the model.
-            every = [v.path for v in _keras.trained_variables_of(self) if is_prunable(v)]
-            filters = [_end_of(name, every) for name in self.kernel_names]
+            # Save the paths that the filter chose: a file cannot hold code, and the paths in a
+            # file lack the name of the model.
+            known = [_path_of(v) for v in _keras.trained_variables_of(self) if is_prunable(v)]
+            filters = [_suffix_pattern(name, known) for name in self.kernel_names]
         elif callable(filters):
             raise ValueError(
-                "filters is a callable, which is saved as the paths that it chose, and the "
-                "optimiser is not built yet. Build it first, or give the paths."
+                "A callable `filters` is saved as the paths that it chose, and the optimizer is "
+                "not built yet. Build the optimizer first, or pass the paths."
             )
         return {
             "name": self.name,
@@ -328,15 +456,102 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return cls(**objects)
 
 
-def unwrap(optimizer) -> SparseOptimizer | None:
-    """The SparseOptimizer in an optimiser, itself or inside loss scaling; None if there is none."""
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        optimizer = optimizer.inner_optimizer
-    return optimizer if isinstance(optimizer, SparseOptimizer) else None
+class _Timetable:
+    """The mask updates of a training whose schedule is given in steps.
+
+    Attributes:
+        clock: Clock of the updates.
+        steps: Steps of the updates up to the end of the schedule.
+        targets: Sparsity at each of these steps.
+        kept: Numbers of weights to keep at each of these steps.
+    """
+
+    def __init__(self, clock: UpdateClock, steps, targets, kept):
+        self.clock, self.steps, self.targets, self.kept = clock, steps, targets, kept
+
+    def look_up(self, step):
+        """Return whether an update is due at a step, and the row of its target; both as tensors."""
+        steps = ops.convert_to_tensor(self.steps)
+        periodic = ops.equal(ops.mod(step - self.clock.first, self.clock.period), 0)
+        due = ops.any(ops.equal(steps, step)) | ((step > self.clock.last) & periodic)
+        return due, ops.maximum(ops.sum(ops.cast(steps <= step, "int32")) - 1, 0)
 
 
-def _end_of(path: str, paths: list[str]) -> str:
-    """A regular expression for the end of a path, from the layer on, that no other path has."""
+def sparse_optimizers(optimizer) -> list[SparseOptimizer]:
+    """Return all SparseOptimizers in an optimizer: the optimizer itself, and those inside it."""
+    return [found for found in _nested(optimizer) if isinstance(found, SparseOptimizer)]
+
+
+def leaf_optimizers(optimizer) -> list:
+    """Return the optimizers inside an optimizer that have no optimizer inside themselves."""
+    return [found for found in _nested(optimizer) if not _inside(found)]
+
+
+def _nested(optimizer) -> Iterator:
+    yield optimizer
+    for inner in _inside(optimizer):
+        yield from _nested(inner)
+
+
+def _inside(optimizer) -> list:
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        return list(optimizer.optimizers)
+    inner = vars(optimizer).get("inner_optimizer")
+    return [] if inner is None else [inner]
+
+
+def optimizers_of(model) -> list:
+    """Return the outermost optimizers of a model: `model.optimizer`, and others in attributes.
+
+    A model with a `train_step` of its own may hold optimizers in attributes, lists and dicts.
+    """
+    found = list(_optimizers_in(vars(model)))
+    nested = {id(inner) for outer in found for inner in _nested(outer) if inner is not outer}
+    return list({id(o): o for o in found if id(o) not in nested}.values())
+
+
+def _optimizers_in(value) -> Iterator:
+    if isinstance(value, keras.optimizers.Optimizer):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _optimizers_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _optimizers_in(item)
+
+
+def without_masks(optimizer):
+    """Return an optimizer in which the inner optimizers replace all SparseOptimizers."""
+    if isinstance(optimizer, SparseOptimizer):
+        return optimizer.inner_optimizer
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        _keras.replace_optimizers(optimizer, without_masks)
+    elif inner := vars(optimizer).get("inner_optimizer"):
+        optimizer.inner_optimizer = without_masks(inner)
+    return optimizer
+
+
+def remove_masks(model) -> None:
+    """Replace all SparseOptimizers of a model, also in lists and dicts, by the inner optimizers."""
+    for name, value in list(vars(model).items()):
+        if isinstance(value, keras.optimizers.Optimizer):
+            if (stock := without_masks(value)) is not value:
+                setattr(model, name, stock)
+        elif isinstance(value, (dict, list)) and any(True for _ in _optimizers_in(value)):
+            places = list(value.items() if isinstance(value, dict) else enumerate(value))
+            for place, item in places:
+                if isinstance(item, keras.optimizers.Optimizer):
+                    value[place] = without_masks(item)
+
+
+def _path_of(variable) -> str:
+    """Return the path of a variable; a `tf.Variable` has a name only."""
+    return getattr(variable, "path", variable.name)
+
+
+def _suffix_pattern(path: str, paths: list[str]) -> str:
+    """Return a regular expression for the end of a path that no other path matches."""
     parts = path.split("/")
     for length in range(2, len(parts)):
         end = "/".join(parts[-length:])
@@ -346,15 +561,18 @@ def _end_of(path: str, paths: list[str]) -> str:
 
 
 def exclude_from_decay(optimizer, variables) -> None:
-    """Exempt variables from weight decay in the innermost optimizer."""
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-    _keras.exempt_from_decay(optimizer, variables)
+    """Exempt variables from weight decay in all optimizers inside an optimizer."""
+    for leaf in leaf_optimizers(optimizer):
+        _keras.exempt_from_decay(leaf, variables)
 
 
-def tensors(state: State) -> dict[str, Any]:
-    """The values of a state's variables."""
+def tensors_of(state: State) -> dict[str, Any]:
+    """Return the present values of a state's variables."""
     return {name: ops.convert_to_tensor(value) for name, value in state.items()}
+
+
+def _mask_of(state: State):
+    return ops.convert_to_tensor(state["mask"])
 
 
 def _copy_of(variable):
@@ -366,8 +584,10 @@ def _check_method(method) -> UpdateMethod:
         return method
     if isinstance(method, LayerMethod):
         raise TypeError(
-            f"{type(method).__name__} masks the forward pass, not the update. Call "
-            f"keras_dst.sparsify(model, {method!r}) and compile with the plain optimiser instead."
+            f"{type(method).__name__} masks the forward pass instead of the optimizer step. Call "
+            f"keras_dst.sparsify(model, {method!r}) and compile with the plain optimizer instead."
         )
-    expected = "a method whose mask is part of the update, such as keras_dst.methods.Magnitude(0.9)"
-    raise TypeError(f"Expected {expected}. Received: {describe(method)}")
+    raise TypeError(
+        "Expected a method whose mask is part of the optimizer step, such as "
+        f"keras_dst.methods.Magnitude(0.9). Received: {describe(method)}"
+    )

@@ -21,7 +21,7 @@ from keras_dst.layers import (
     sparse_class,
 )
 from keras_dst.methods.base import LayerMethod, TwoPathMethod, UnitMethod
-from keras_dst.optimizers import SparseOptimizer, unwrap
+from keras_dst.optimizers import remove_masks, without_masks
 
 _OURS = (SparseMixin, SparseComposite, Gate)
 
@@ -147,25 +147,15 @@ def strip(model):
     _check_gates(model, found)
     for layer in found:
         layer.restore_stock()
-    if unwrap(getattr(model, "optimizer", None)):
-        model.optimizer = _without_masks(model.optimizer)
+    remove_masks(model)
     if model.compiled:
         compiled = _keras.compile_config(model)  # what is saved of it
-        compiled["optimizer"] = _without_masks(compiled["optimizer"])
+        compiled["optimizer"] = without_masks(compiled["optimizer"])
     if found:
         _refresh(model)
     else:
         _forget_compiled_steps(model)
     return model
-
-
-def _without_masks(optimizer):
-    """The optimiser without a SparseOptimizer in it."""
-    if isinstance(optimizer, SparseOptimizer):
-        return optimizer.inner_optimizer
-    if wrapper := unwrap(optimizer):  # inside loss scaling
-        optimizer.inner_optimizer = wrapper.inner_optimizer
-    return optimizer
 
 
 def is_sparse(model) -> bool:

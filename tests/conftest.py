@@ -14,3 +14,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 if not os.environ.get("KERAS_DST_XLA_DEFAULT"):
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {flags}".strip()
+
+
+def pytest_configure(config):
+    # Keras's own tests, which tests/test_keras_optimizers.py runs, have this mark.
+    config.addinivalue_line("markers", "requires_trainable_backend: a test of Keras that trains")

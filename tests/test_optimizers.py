@@ -1,4 +1,6 @@
-"""`SparseOptimizer`: exactly the inner optimiser where nothing is pruned, and custom loops."""
+"""`SparseOptimizer`: what it prunes, and training loops without `fit`."""
+
+import warnings
 
 import keras
 import numpy as np
@@ -9,9 +11,10 @@ from keras_dst import SparseOptimizer
 from keras_dst._training.drivers import drivers_of
 from keras_dst._utils.filters import is_prunable
 from keras_dst.callbacks import SparseTraining
-from keras_dst.methods import DST, Magnitude
-from keras_dst.schedules import Cubic
-from tests import models
+from keras_dst.methods import DST, SET, FlipOut, Magnitude, RigL
+from keras_dst.schedules import Constant, Cubic, Geometric
+from tests import models, reference
+from tests.backends import slow
 
 x, y = models.data(size=128)
 STEPS = Cubic(0.8, begin_step=2, end_step=14)
@@ -85,17 +88,94 @@ def test_a_custom_loop_needs_no_callback_when_steps_are_given(method):
     assert int(model.optimizer.step) == 16
 
 
-def test_the_custom_loop_and_the_callback_prune_the_same_weights():
-    def masks(fit):
-        keras.utils.set_random_seed(0)
-        method = Magnitude(STEPS, frequency=3)
-        model = models.compiled(models.residual(), SparseOptimizer("sgd", method))
-        callbacks = [SparseTraining()] if fit else []
-        model.fit(x, y, batch_size=8, shuffle=False, verbose=0, callbacks=callbacks)
-        return [s["mask"].numpy() for s in model.optimizer.states]
+JUMPS = Geometric(0.8, rate=0.5, begin_step=0, end_step=15)
+CLOCKS = {
+    "magnitude-cubic": Magnitude(Cubic(0.8, begin_step=2, end_step=14), frequency=3),
+    "magnitude-cubic-default": Magnitude(Cubic(0.8, begin_step=0, end_step=14)),
+    "magnitude-rare": Magnitude(Cubic(0.8, begin_step=3, end_step=17), frequency=100),
+    "magnitude-constant": Magnitude(Constant(0.6, begin_step=0), frequency=4),
+    "magnitude-late": Magnitude(Constant(0.6, begin_step=5)),
+    "magnitude-initial": Magnitude(Cubic(0.8, 0.4, begin_step=2, end_step=14), frequency=5),
+    "revival-cubic": Magnitude(Cubic(0.8, begin_step=2, end_step=14), revival=True, frequency=3),
+    "revival-constant": Magnitude(Constant(0.6, begin_step=0), revival=True, frequency=4),
+    "flipout-jumps": FlipOut(JUMPS, seed=5),
+    "flipout-cubic": FlipOut(Cubic(0.8, begin_step=2, end_step=14), frequency=4, seed=5),
+    "set": SET(0.7, stop_step=12, frequency=3, seed=7),
+    "set-default": SET(0.7, "uniform", stop_step=14, seed=7),
+    "rigl": RigL(0.7, stop_step=12, frequency=5, seed=7),
+}
 
-    driven, alone = masks(True), masks(False)
-    assert sum(m.sum() for m in driven) == sum(m.sum() for m in alone)
+
+@pytest.mark.parametrize("name", CLOCKS)
+def test_a_loop_gives_the_same_masks_and_weights_as_fit_with_the_callback(name):
+    """All variables are equal, bit for bit, after 20 steps of a schedule that ends before."""
+    steps = 20
+    x, y = reference.data(steps)
+
+    def compiled():
+        model = reference.keras_net()
+        optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        jit = keras.backend.backend() == "jax"
+        model.compile(SparseOptimizer(optimizer, CLOCKS[name]), loss, jit_compile=jit)
+        return model
+
+    def values(model):
+        variables = [*model.variables, *model.optimizer.variables]
+        return {v.path: v.numpy() for v in variables if v is not model.optimizer.total}
+
+    fitted, looped = compiled(), compiled()
+    fitted.fit(
+        x.reshape(-1, x.shape[-1]), y.ravel(), batch_size=x.shape[1], shuffle=False, verbose=0,
+        callbacks=[SparseTraining()],
+    )  # fmt: skip
+    looped.optimizer.build(looped.trainable_variables)
+    looped.optimizer.apply_initial_masks()
+    for inputs, classes in zip(x, y):
+        looped.train_on_batch(inputs, classes)
+
+    expected = [*values(fitted).values()]
+    for (path, found), value in zip(values(looped).items(), expected, strict=True):
+        np.testing.assert_array_equal(found, value, err_msg=path)
+    masks = [s["mask"].numpy() for s in looped.optimizer.states]
+    assert 0.15 < np.mean(np.concatenate([m.ravel() for m in masks])) < 0.5
+
+
+def test_initial_masks_need_a_built_optimizer_and_a_schedule_in_steps():
+    optimizer = SparseOptimizer("sgd", Magnitude(0.5))
+    with pytest.raises(ValueError, match="Expected a built optimizer"):
+        optimizer.apply_initial_masks()
+    optimizer.build(models.residual().trainable_variables)
+    with pytest.raises(ValueError, match="begin_step and end_step"):
+        optimizer.apply_initial_masks()
+
+
+def test_counts_of_future_updates_are_computed_once(monkeypatch):
+    calls = []
+    count = Magnitude.kept_counts
+    monkeypatch.setattr(Magnitude, "kept_counts", lambda *args: calls.append(args) or count(*args))
+    variable = keras.Variable(np.ones((4, 4), "float32"))
+    optimizer = SparseOptimizer("sgd", Magnitude(Cubic(0.5, begin_step=0, end_step=40)))
+    optimizer.build([variable])
+    expected = len(calls)
+    assert expected == 21
+    for _ in range(5):
+        optimizer.apply([keras.ops.ones((4, 4))], [variable])
+    assert len(calls) == expected
+
+
+@slow
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="torch.compile is torch's")
+def test_torch_compiles_the_step_without_the_callback():
+    model = reference.keras_net()
+    optimizer = SparseOptimizer("sgd", Magnitude(Cubic(0.5, begin_step=0, end_step=4), frequency=2))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, jit_compile=True)
+    x, y = reference.data(6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.fit(x.reshape(-1, x.shape[-1]), y.ravel(), batch_size=x.shape[1], verbose=0)
+    assert keras_dst.report(model).sparsity == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("revival", [False, True])
@@ -115,7 +195,7 @@ def test_masks_apply_again_to_weights_that_were_assigned(revival):
     assert driver.measured_sparsity() == pytest.approx(0.8, abs=1e-3)
     for kernel, before, zero in zip(model.optimizer.kernels, restored, pruned):
         np.testing.assert_array_equal(kernel.numpy(), np.where(zero, 0, before))
-    driver.take([{} for _ in pruned])  # training continues with the assigned values
+    driver.assign_states([{} for _ in pruned])  # training continues with the assigned values
     for kernel, before, zero in zip(model.optimizer.kernels, restored, pruned):
         np.testing.assert_array_equal(kernel.numpy(), np.where(zero, 0, before))
 

@@ -25,6 +25,30 @@ def jit(fn):
     return fn
 
 
+def is_known_false(flag) -> bool:
+    """Return whether a boolean tensor is false now; a tensor that is being traced is not known."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        return not isinstance(flag, jax.core.Tracer) and not bool(flag)
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.executing_eagerly() and not bool(flag)
+    return not bool(flag)
+
+
+def outside_torch_graph(fn):
+    """Return `fn`, which torch.compile does not trace but calls between two compiled graphs."""
+    if keras.backend.backend() != "torch":
+        return fn
+
+    import torch
+
+    return torch.compiler.disable(fn)
+
+
 def masked(w, mask):
     """`masks.masked` on torch, run op by op, where `where` may take longer than the plain step.
 

@@ -14,7 +14,7 @@ from keras_dst import _keras
 from keras_dst._utils.filters import is_kernel
 from keras_dst.layers import Gate, SparseMixin, layouts_of
 from keras_dst.masks import KERNEL, Layout
-from keras_dst.optimizers import unwrap
+from keras_dst.optimizers import optimizers_of, sparse_optimizers
 
 _MAX_CELLS = 64  # Rows and columns of a density map, at most.
 
@@ -69,8 +69,12 @@ def weights_of(model) -> list[Weight]:
             masks[id(variable)] = mask
         if isinstance(layer, (SparseMixin, Gate)):
             ours.update(id(value) for value in layer.own_variables().values())
-    optimizer = unwrap(getattr(model, "optimizer", None))
-    updated = {id(kernel) for kernel in optimizer.kernels} if optimizer is not None else set()
+    updated = {
+        id(kernel)
+        for optimizer in optimizers_of(model)
+        for sparse in sparse_optimizers(optimizer)
+        for kernel in sparse.kernels
+    }
     found = []
     for variable in model.weights:
         key = id(variable)

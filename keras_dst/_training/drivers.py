@@ -17,6 +17,7 @@ from keras_dst._backend.jit import jit
 from keras_dst._reporting.flops import count_uses
 from keras_dst._training.backup import ActiveFit
 from keras_dst._training.two_path import TwoPathLoss
+from keras_dst._utils.clock import update_clock
 from keras_dst.layers import Gate, SparseMixin, layouts_of
 from keras_dst.masks import Layout, Pattern, masked
 from keras_dst.methods.base import (
@@ -27,16 +28,17 @@ from keras_dst.methods.base import (
     TwoPathMethod,
     UnitMethod,
 )
-from keras_dst.optimizers import SparseOptimizer, exclude_from_decay, tensors, unwrap
-
-_FEWEST_UPDATES = 20  # of the masks while sparsity grows, however short the training
-_LEARNED_RESPONSE = 5  # steps in which a learned method shows what an update has done
+from keras_dst.optimizers import (
+    SparseOptimizer,
+    exclude_from_decay,
+    optimizers_of,
+    sparse_optimizers,
+    tensors_of,
+)
 
 
 def drivers_of(model) -> list[Driver]:
-    """One driver for every method at work in a model."""
-    _build_optimizer(model)
-    wrapper = unwrap(model.optimizer)
+    """Return one driver for every method under which a model has weights."""
     found: list[Driver] = []
     groups: dict[LayerMethod, list[SparseMixin | Gate]] = {}
     for layer in _keras.flatten_layers(model):
@@ -55,19 +57,56 @@ def drivers_of(model) -> list[Driver]:
         if isinstance(method, UnitMethod):
             method.bind_layers(layers, count_uses(model) if method.needs_use_counts else {})
         found.append(LayerDriver(model, layers))
-    if wrapper is not None:
-        wrapper.layouts = _layouts(model, wrapper)
-        found.append(OptimizerDriver(model, wrapper))
+    for optimizer in _built_sparse_optimizers(model):
+        optimizer.set_layouts(_layouts(model, optimizer))
+        found.append(OptimizerDriver(model, optimizer))
     return found
 
 
-def _build_optimizer(model) -> None:
-    if not model.optimizer.built:
+def _built_sparse_optimizers(model) -> list[SparseOptimizer]:
+    """Return all SparseOptimizers of a model, also of a model with several optimizers."""
+    optimizers = optimizers_of(model)
+    found = [sparse for outer in optimizers for sparse in sparse_optimizers(outer)]
+    compiled = model.optimizer
+    # Keras compiles a model with an optimizer that a train_step with others does not use.
+    is_used = len(optimizers) == 1 or (compiled is not None and sparse_optimizers(compiled))
+    if is_used and not compiled.built:
         with placed_like(model.trainable_variables[0]):
-            model.optimizer.build(model.trainable_variables)
+            compiled.build(model.trainable_variables)
+    if unbuilt := [sparse.name for sparse in found if not sparse.built]:
+        raise ValueError(
+            "Expected every SparseOptimizer of the model to know its variables before training. "
+            f"Received optimizers that are not built: {', '.join(unbuilt)}. Call "
+            "optimizer.build(variables) with the variables that each optimizer trains, for example "
+            f"in the `compile` of '{model.name}'."
+        )
+    return found
 
 
-class Member(NamedTuple):
+def _optimizer_of(model, variables):
+    """Return the optimizer that trains these variables of a model, which may have several."""
+    optimizers = optimizers_of(model)
+    if len(optimizers) == 1:
+        return optimizers[0]
+    keys = {id(variable) for variable in variables}
+    training = [
+        each
+        for each in optimizers
+        if any(id(variable) in keys for variable in _keras.trained_variables_of(each))
+    ]
+    # Keras builds `model.optimizer` for all variables, also if a train_step does not use it.
+    others = [each for each in training if each is not model.optimizer]
+    if len(others or training) != 1:
+        raise ValueError(
+            f"'{model.name}' has {len(optimizers)} optimizers, and exactly one of them has to "
+            f"train the sparse weights. Received: {len(others or training)} that are built for "
+            f"{variables[0].path}. Call optimizer.build(variables) with the variables that each "
+            "optimizer trains, before fit."
+        )
+    return (others or training)[0]
+
+
+class PrunedWeight(NamedTuple):
     """A weight under a method, for those who watch it."""
 
     name: str
@@ -78,28 +117,27 @@ class Member(NamedTuple):
 
     def mask(self) -> np.ndarray:
         """Its mask now, boolean."""
-        weight, state = ops.convert_to_tensor(self.weight), tensors(self.state)
+        weight, state = ops.convert_to_tensor(self.weight), tensors_of(self.state)
         return ops.convert_to_numpy(self.method.mask(weight, state, self.layout)).astype(bool)
 
 
-def members_of(model) -> list[Member]:
-    """Every weight under a method, in the layers of a model and in its optimiser."""
-    _build_optimizer(model)
+def pruned_weights_of(model) -> list[PrunedWeight]:
+    """Return every weight under a method, in the layers of a model and in its optimizers."""
+    optimizers = _built_sparse_optimizers(model)
     found = [
-        Member(weight.path, layer.method, weight, state, layout)
+        PrunedWeight(weight.path, layer.method, weight, state, layout)
         for layer in _keras.flatten_layers(model)
         if isinstance(layer, (SparseMixin, Gate))
         for layout, weight, state in layer.masked_weights()
     ]
-    wrapper = unwrap(model.optimizer)
-    if wrapper is not None:
-        states = zip(wrapper.kernels, wrapper.states, wrapper.layouts)
-        found += [Member(w.path, wrapper.method, w, state, layout) for w, state, layout in states]
+    for optimizer in optimizers:
+        for weight, state, layout in zip(optimizer.kernels, optimizer.states, optimizer.layouts):
+            found.append(PrunedWeight(weight.path, optimizer.method, weight, state, layout))
     return found
 
 
 def _layouts(model, optimizer: SparseOptimizer) -> list[Layout]:
-    """Axes of the kernels of an optimiser, as the layers that hold them know."""
+    """Return the axes of the kernels of an optimizer, as the layers that hold them know."""
     known = layouts_of(model)
     return [
         known.get(id(kernel), layout)
@@ -134,7 +172,7 @@ class Driver:
         self.size = sum(math.prod(shape) for shape in self.shapes)
         self.schedule = method.schedule
         self.total: int | None = None
-        self.every = 0  # steps between updates; 0: not known yet
+        self.clock: Any = None  # an UpdateClock, or None until the length of the training is known
         self._update, self._kept = _functions(method, tuple(layouts), tuple(self.shapes))
         # How much an entry of every weight counts for the target; None: all alike.
         self.costs: list[float] | None = None
@@ -147,7 +185,7 @@ class Driver:
     def write_progress(self, step: int, total: int) -> None:
         raise NotImplementedError
 
-    def take(self, changes: list[State]) -> None:
+    def assign_states(self, changes: list[State]) -> None:
         raise NotImplementedError
 
     def reapply_masks(self) -> None:
@@ -173,8 +211,9 @@ class Driver:
 
         The first `done` of these were taken before the training was interrupted.
         """
-        self.drive(True)
+        self.set_active(True)
         self.projected = False
+        self.clock = None
         if self.schedule is None:
             return
         self.last, total = self.read_progress()
@@ -183,35 +222,25 @@ class Driver:
         self._plan(fit, epoch)
         self.write_progress(self.last, self.total or 0)
         # A resumed training has had its update at this step before it was saved.
-        if self.every and self.last == 0 and not self.method.learned:
+        if self.clock and self.last == 0 and not self.method.learned:
             self.advance(0)
 
     def set_length(self, length: int, fit: int, epoch: int, batches: int) -> None:
         """The length became known after the first epoch, of so many batches."""
         if self.schedule is None or self.total is not None:
             return
+        late = self.clock is None  # the update at step 0 has not been possible
         self.total = length
         self._plan(fit, epoch)
         self.write_progress(self.start + batches, length)
-        if not self.method.learned:
+        if late and not self.method.learned:
             self.advance(batches)
 
     def _plan(self, fit, epoch):
         self.fit_end = fit and self.start + fit
-        self.every = 0
-        if self.total is None and not self.in_steps:
-            return
         if self.total and epoch:
             self.schedule = self.method.schedule_over(self.total / epoch)
-        first, self.ramp_end = self.method.span(self.total)
-        often = self.method.frequency
-        if often == "epoch":
-            often = epoch or self.total
-        if first < self.ramp_end:
-            shortest = _LEARNED_RESPONSE if self.method.learned else 1
-            often = min(often, max(shortest, (self.ramp_end - first) // _FEWEST_UPDATES))
-        self.every = often
-        self.marks = [*self.schedule.jumps(self.total), self.ramp_end, self.total, self.fit_end]
+        self.clock = update_clock(self.method, self.schedule, self.total, epoch)
 
     @property
     def in_steps(self) -> bool:
@@ -219,27 +248,28 @@ class Driver:
         return self.schedule is not None and self.schedule.in_steps
 
     def is_due(self, batches: int) -> bool:
-        if self.schedule is None or not self.every:
+        if self.clock is None:
             return False
         step = self.start + batches
         if step <= self.last:
             return False
-        crossed = self.last // self.every != step // self.every
-        return crossed or any(self.last < mark <= step for mark in self.marks if mark)
+        # The final projection of a learned method comes at the end of the schedule or of a fit.
+        ends = [end for end in (self.total, self.fit_end) if end and self.method.learned]
+        return self.clock.is_due(self.last, step) or any(self.last < end <= step for end in ends)
 
     def advance(self, batches: int) -> None:
         """Update the states to what the schedule asks for after this many batches."""
         step = self.last = self.start + batches
         # A learned method gets its target one update ahead: it takes that long to move there.
-        ahead = self.every if self.method.learned else 0
+        ahead = self.clock.period if self.method.learned else 0
         target = self.schedule.at(step + ahead, self.total)
-        done = min(1.0, step / max(self.total or self.ramp_end, 1))
+        done = min(1.0, step / max(self.total or self.clock.last, 1))
         now = ScheduleState(
             ops.convert_to_tensor(step, "int32"),
             ops.convert_to_tensor(done, "float32"),
             ops.convert_to_tensor(target, "float32"),
         )
-        self.take(self._update(*self._values(), self._counts(target), now))
+        self.assign_states(self._update(*self._values(), self._counts(target), now))
         if self.total is not None and step >= self.total and step in (self.total, self.fit_end):
             self.project()
 
@@ -257,12 +287,12 @@ class Driver:
             )
         values = self._values()
         counts = self._counts(self.schedule.sparsity)
-        self.take(self.method.project(*values, self.layouts, counts))
+        self.assign_states(self.method.project(*values, self.layouts, counts))
         self.projected = True
 
     def end(self, batches: int, warn_early: bool) -> None:
         """Leave the schedule; warn when its target was missed."""
-        self.drive(False)
+        self.set_active(False)
         if self.schedule is None:
             return
         step = self.start + batches
@@ -328,15 +358,15 @@ class Driver:
 
     def _values(self) -> tuple[list, list]:
         weights = [ops.convert_to_tensor(w) for w in self.weights]
-        return weights, [tensors(s) for s in self.states]
+        return weights, [tensors_of(s) for s in self.states]
 
     def _counts(self, target):
         counts = self.method.kept_counts(self.shapes, self.layouts, target, self.names)
         return ops.convert_to_tensor(counts, "int32")
 
-    def drive(self, driven: bool) -> None:
+    def set_active(self, active: bool) -> None:
         """Tell layers or optimiser whether a callback is at work."""
-        self.driven: ActiveFit | bool = ActiveFit(self.model) if driven else False
+        self.active: ActiveFit | bool = ActiveFit(self.model) if active else False
 
 
 class LayerDriver(Driver):
@@ -345,16 +375,17 @@ class LayerDriver(Driver):
     loss: TwoPathLoss | None = None
 
     def __init__(self, model, layers: list[Any]):
-        self.optimizer, self.layers = model.optimizer, layers
-        members = [m for layer in layers for m in layer.masked_weights()]
+        self.layers = layers
+        weights = [weight for layer in layers for weight in layer.masked_weights()]
+        self.optimizer = _optimizer_of(model, [variable for _, variable, _ in weights])
         method: LayerMethod = layers[0].method
         super().__init__(
             model,
             method,
-            [variable for _, variable, _ in members],
-            [state for _, _, state in members],
-            [layout for layout, _, _ in members],
-            [variable.path for _, variable, _ in members],
+            [variable for _, variable, _ in weights],
+            [state for _, _, state in weights],
+            [layout for layout, _, _ in weights],
+            [variable.path for _, variable, _ in weights],
         )
         if isinstance(method, UnitMethod):
             costs = [method.cost_per_entry(state) for state in self.states]
@@ -367,7 +398,7 @@ class LayerDriver(Driver):
         optimizer = self.optimizer
         while hasattr(optimizer, "inner_optimizer"):
             optimizer = optimizer.inner_optimizer
-        return _int(optimizer.iterations) * (optimizer.gradient_accumulation_steps or 1)
+        return _int(_keras.step_counter_of(optimizer))
 
     def read_progress(self):
         step, counter, total = (int(n) for n in self.states[0]["progress"].numpy())
@@ -379,10 +410,11 @@ class LayerDriver(Driver):
 
     def begin(self, length, fit, epoch, done=0):
         undecayed = [s[n] for s in self.states for n in self.method.undecayed if n in s]
-        exclude_from_decay(self.optimizer, undecayed)
+        for optimizer in optimizers_of(self.model):
+            exclude_from_decay(optimizer, undecayed)
         super().begin(length, fit, epoch, done)
 
-    def take(self, changes):
+    def assign_states(self, changes):
         for state in self.states:
             change = changes.pop(0)  # goes as it comes: all of them are as large as the model
             for name, value in change.items():
@@ -395,11 +427,11 @@ class LayerDriver(Driver):
         for values in zip(*self._values(), self.layouts):
             yield masked(values[0], self.method.mask(*values))
 
-    def drive(self, driven):
-        super().drive(driven)
+    def set_active(self, active):
+        super().set_active(active)
         for layer in self.layers:
-            layer.driven = self.driven
-        if isinstance(self.method, TwoPathMethod) and driven:
+            layer.driver_active = self.active
+        if isinstance(self.method, TwoPathMethod) and active:
             coupling = self.method.path_divergence(self.states[0])
             self.loss = TwoPathLoss(self.model, coupling, self._traced_on_both_paths)
         elif self.loss is not None:
@@ -435,7 +467,7 @@ class OptimizerDriver(Driver):
 
     def begin(self, length, fit, epoch, done=0):
         if length and not _int(self.optimizer.step):
-            self.optimizer.expect(length)
+            self.optimizer.set_training_length(length)
         super().begin(length, fit, epoch, done)
 
     def read_progress(self):
@@ -445,7 +477,7 @@ class OptimizerDriver(Driver):
         self.optimizer.step.assign(step)
         self.optimizer.total.assign(total)
 
-    def take(self, changes):
+    def assign_states(self, changes):
         self.optimizer.update_masks(changes)
 
     def reapply_masks(self):
@@ -454,9 +486,9 @@ class OptimizerDriver(Driver):
     def _effective_weights(self):
         yield from map(ops.convert_to_tensor, self.weights)
 
-    def drive(self, driven):
-        super().drive(driven)
-        self.optimizer.driven = self.driven
+    def set_active(self, active):
+        super().set_active(active)
+        self.optimizer.driver_active = self.active
 
 
 def _int(counter) -> int:

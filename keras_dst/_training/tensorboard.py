@@ -10,10 +10,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dst._training.drivers import Member, members_of
+from keras_dst._training.drivers import PrunedWeight, pruned_weights_of
 from keras_dst._training.metrics import is_worst_value
 from keras_dst._utils.validation import is_integer
-from keras_dst.optimizers import tensors
+from keras_dst.optimizers import tensors_of
 
 _BINS = 64  # of a histogram
 
@@ -62,7 +62,7 @@ class SparsityTensorBoard(keras.callbacks.Callback):
         _check_installed()
 
     def on_train_begin(self, logs=None):
-        self._members = _by_name(members_of(self.model))
+        self._members = _by_name(pruned_weights_of(self.model))
         if not self._members:
             raise ValueError(
                 "SparsityTensorBoard found nothing sparse. Call keras_dst.sparsify(model, method), "
@@ -119,7 +119,7 @@ class SparsityTensorBoard(keras.callbacks.Callback):
             total = sum(np.count_nonzero(flags) for flags in found.values())
             self._events.scalar(title, total / size, step)
         for name, member in self._members.items():
-            for title, tensor in member.method.monitored(tensors(member.state)).items():
+            for title, tensor in member.method.monitored(tensors_of(member.state)).items():
                 self._write_values(f"{title}/{name}", ops.convert_to_numpy(tensor), step)
 
     def _write_values(self, tag: str, values: np.ndarray, step: int) -> None:
@@ -129,7 +129,7 @@ class SparsityTensorBoard(keras.callbacks.Callback):
             self._events.histogram(tag, values[np.isfinite(values)], step)
 
 
-def _by_name(members: list[Member]) -> dict[str, Member]:
+def _by_name(members: list[PrunedWeight]) -> dict[str, PrunedWeight]:
     """Members by their paths, numbered where two layers have one path."""
     seen: collections.Counter[str] = collections.Counter()
     found = {}

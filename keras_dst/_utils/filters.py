@@ -20,7 +20,7 @@ def is_kernel(variable) -> bool:
     """Whether this weight counts as prunable: floats or int8, two or more axes, and no bias."""
     return (
         len(variable.shape) >= 2
-        and ("float" in variable.dtype or variable.dtype == "int8")
+        and bool(re.search("float|^int8$", keras.backend.standardize_dtype(variable.dtype)))
         and not _NOT_PRUNED.search(variable.name)
     )
 

@@ -105,7 +105,7 @@ class SparseMixin(_keras.BuildHook):
     cached_weights: Mapping[str, Any] = MappingProxyType(
         {}
     )  # what `SparseCellMixin` masks beforehand
-    driven = False  # whether a SparseTraining callback is at work
+    driver_active = False  # whether a SparseTraining callback is at work
     both_paths = False  # whether a training step has been traced on both paths
 
     def __init__(self, *args, method, **kwargs):
@@ -307,7 +307,7 @@ class _Driven(keras.constraints.Constraint):
         self.inner, self.layer = inner, layer
 
     def __call__(self, value):
-        if not self.layer.driven:
+        if not self.layer.driver_active:
             method = self.layer.method
             raise ValueError(
                 f"'{self.layer.name}' is under {method!r}, whose target the "

@@ -56,7 +56,7 @@ class Gate(_keras.BuildHook, layers.Layer):
     """
 
     method: Consensus
-    driven = False
+    driver_active = False
 
     def __init__(
         self,

@@ -62,7 +62,9 @@ class Method(Configurable):
         schedule: Schedule of the target sparsity, or None if the method has no target.
         allocation: Distribution of the sparsity over the weights.
         pattern: Shape of the groups of weights that are pruned together, see `masks.Pattern`.
-        frequency: Steps between mask updates, or `"epoch"`.
+        frequency: Steps between mask updates, or `"epoch"`. None means `default_frequency`, and at
+            least twenty updates in a short training.
+        default_frequency: Steps between mask updates in the paper, or `"epoch"`.
         min_kept: Number of weights that every layer keeps.
         learned: True if the sparsity follows from training, False if it follows from a ranking.
             A learned method gets its target one update ahead, and has a `project` function.
@@ -73,7 +75,8 @@ class Method(Configurable):
     schedule: Schedule | None = None
     allocation: str | Mapping[str, float] = "global"
     pattern: str = "unstructured"
-    frequency: int | str = 100
+    frequency: int | str | None = None
+    default_frequency: int | str = 100
     min_kept: int = 1
     learned = False
     target_quantity = "sparsity"
@@ -225,7 +228,7 @@ class Method(Configurable):
         pattern = Pattern(self.pattern)
         for name in ("frequency", "min_kept"):
             value = getattr(self, name)
-            if name == "frequency" and value == "epoch":
+            if name == "frequency" and value in (None, "epoch"):
                 continue
             check_integer(value, name)
         seed = getattr(self, "seed", 0)

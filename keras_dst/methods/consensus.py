@@ -67,6 +67,7 @@ class Consensus(UnitMethod):
     Source: arXiv 2302.10798.
     """
 
+    default_frequency = 20
     learned = True
     undecayed = ("logit",)
     target_quantity = "fraction of the cost closed"
@@ -78,7 +79,7 @@ class Consensus(UnitMethod):
         cost: str = "flops",
         lambda_polar: float = 0.5,
         lambda_act: float = 100.0,
-        frequency: int = 20,
+        frequency: int | str | None = None,
     ):
         self.sparsity = sparsity
         self.cost = cost

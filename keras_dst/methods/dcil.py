@@ -67,6 +67,8 @@ class DCIL(TwoPathMethod):
     Source: arXiv 2109.04660.
     """
 
+    default_frequency = 16
+
     def __init__(
         self,
         sparsity: float | Schedule,
@@ -75,7 +77,7 @@ class DCIL(TwoPathMethod):
         allocation: str | Mapping[str, float] = "global",
         pattern: str = "unstructured",
         score: str = "magnitude",
-        frequency: int = 16,
+        frequency: int | str | None = None,
         min_kept: int = 1,
     ):
         self.sparsity = sparsity

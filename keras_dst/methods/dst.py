@@ -65,6 +65,7 @@ class DST(LayerMethod):
     Source: arXiv 2005.06870.
     """
 
+    default_frequency = 20
     learned = True
 
     def __init__(
@@ -74,7 +75,7 @@ class DST(LayerMethod):
         granularity: str = "unit",
         pattern: str = "unstructured",
         reset_density: float = 0.01,
-        frequency: int = 20,
+        frequency: int | str | None = None,
     ):
         self.sparsity = sparsity
         self.alpha = alpha

@@ -63,7 +63,7 @@ class FlipOut(UpdateMethod):
         rate: float | None = None,
         allocation: str | Mapping[str, float] = "global",
         pattern: str = "unstructured",
-        frequency: int = 100,
+        frequency: int | str | None = None,
         min_kept: int = 1,
         seed: int = 0,
     ):

@@ -51,7 +51,7 @@ class Magnitude(UpdateMethod):
         allocation: str | Mapping[str, float] = "global",
         pattern: str = "unstructured",
         revival: bool = False,
-        frequency: int = 100,
+        frequency: int | str | None = None,
         min_kept: int = 1,
     ):
         self.sparsity = sparsity

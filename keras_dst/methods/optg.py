@@ -58,6 +58,7 @@ class OptG(LayerMethod):
     Source: arXiv 2201.12826, equations 4 to 9.
     """
 
+    default_frequency = "epoch"
     undecayed = ("scores",)
     snapshots: Mapping[str, str] = {"anchor": "scores"}
 
@@ -67,7 +68,7 @@ class OptG(LayerMethod):
         beta: float | None = None,
         allocation: str | Mapping[str, float] = "global",
         pattern: str = "unstructured",
-        frequency: int | str = "epoch",
+        frequency: int | str | None = None,
         min_kept: int = 1,
     ):
         self.sparsity = sparsity

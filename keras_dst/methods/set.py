@@ -74,7 +74,7 @@ class SET(UpdateMethod):
         drop_fraction: float = 0.3,
         stop: float = 0.75,
         stop_step: int | None = None,
-        frequency: int = 100,
+        frequency: int | str | None = None,
         min_kept: int = 1,
         seed: int = 0,
     ):

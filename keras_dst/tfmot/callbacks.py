@@ -73,7 +73,7 @@ class UpdatePruningStep(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         for driver in self._drivers:
-            driver.drive(False)
+            driver.set_active(False)
 
 
 class _StepDriver(LayerDriver):
@@ -83,7 +83,7 @@ class _StepDriver(LayerDriver):
         super().__init__(model, layers_)
         self.schedule = self.method.pruning_schedule
         self.step: int | None = None  # Read at the first step, after a backup may be restored.
-        self.drive(True)
+        self.set_active(True)
 
     def before_step(self):
         """Count a step, update the masks if the schedule says so, and zero masked weights."""
