@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
+import importlib
 import json
 import logging
 import os
@@ -20,11 +22,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import FunctionType
 from typing import IO, Any
 
 import keras
 import numpy as np
 
+from keras_dst import _keras
 from keras_dst.export.report import ExportError
 from keras_dst.export.samples import InputSpec, Samples, Signature, signature_of, symbolic_inputs
 from keras_dst.export.states import reset_states
@@ -52,8 +56,8 @@ _OP_FIX = (
     "keras.Model(model.inputs, tensor), and compute the rest outside"
 )
 _REGISTER_FIX = (
-    "define it in a module that another Python can import, not in the script or notebook that "
-    "runs, and decorate it with @keras.saving.register_keras_serializable()"
+    "define it at the top level of a module that another Python can import, not in the script or "
+    "notebook that runs, and decorate it with @keras.saving.register_keras_serializable()"
 )
 _CALL_FIX = (
     "write the code of your own layers and Lambda layers with keras.ops, which runs on every "
@@ -110,9 +114,10 @@ def conversions(
         else:
             _save(model, folder / "model.keras")
             if on_tensorflow:
-                _quietly(_convert_file, folder, kinds, signature, samples and samples.arrays)
+                arrays = samples and samples.arrays
+                _quietly(_convert_file, folder, kinds, signature, arrays, _custom_objects(model))
             else:
-                _convert_in_second_python(folder, kinds, signature, samples)
+                _convert_in_second_python(folder, kinds, signature, samples, _custom_objects(model))
         return [(folder / kind).read_bytes() for kind in kinds]
 
 
@@ -126,15 +131,37 @@ def _save(model: keras.Model, path: Path) -> None:
 
 
 def _convert_file(
-    folder: Path, kinds: Sequence[str], signature: Signature, arrays: list | None
+    folder: Path,
+    kinds: Sequence[str],
+    signature: Signature,
+    arrays: list | None,
+    custom_objects: dict[str, Any],
 ) -> None:
     """Load ``model.keras`` from a folder, strip it, and write one ``.tflite`` file per kind."""
     with _names_for_lambdas():
-        with _step("load"):
+        with _step("load"), keras.saving.custom_object_scope(custom_objects):
             # safe_mode protects against files of others; this process or its parent wrote it.
             model = keras.saving.load_model(folder / "model.keras", compile=False, safe_mode=False)
             strip(model)
         _convert(model, folder, kinds, signature, arrays)
+
+
+def _custom_objects(model: keras.Model) -> dict[str, Any]:
+    """Return the classes and functions of the user that a model contains, by name."""
+    layers = _keras.flatten_layers(model)
+    found: list[Any] = [cls for layer in layers for cls in type(layer).__mro__]
+    for layer in layers:
+        found += [value for value in vars(layer).values() if isinstance(value, FunctionType)]
+    known = ("keras.", "keras_dst.", "torch.", "tensorflow.", "builtins")
+    return {obj.__name__: obj for obj in found if not obj.__module__.startswith(known)}
+
+
+def _import(module: str, name: str) -> Any:
+    """Return an object of a module by its qualified name; None if it cannot be imported."""
+    try:
+        return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    except Exception:  # whatever the user's module raises here
+        return None
 
 
 @contextlib.contextmanager
@@ -205,12 +232,18 @@ def _step(name: str) -> Iterator[None]:
 
 
 def _convert_in_second_python(
-    folder: Path, kinds: Sequence[str], signature: Signature, samples: Samples | None
+    folder: Path,
+    kinds: Sequence[str],
+    signature: Signature,
+    samples: Samples | None,
+    custom_objects: dict[str, Any],
 ) -> None:
     arrays = samples.arrays if samples else []
     present = {str(place): a for place, a in enumerate(arrays) if a is not None}
     np.savez(folder / "samples.npz", **present)  # type: ignore[arg-type]
     (folder / "signature.json").write_text(json.dumps(asdict(signature)))
+    places = {name: (obj.__module__, obj.__qualname__) for name, obj in custom_objects.items()}
+    (folder / "custom_objects.json").write_text(json.dumps(places))
     environment = {
         **os.environ,
         "KERAS_BACKEND": "tensorflow",
@@ -227,7 +260,9 @@ def _convert_in_second_python(
     )
     if done.returncode:
         failure = folder / "failure.json"
-        step, text = json.loads(failure.read_text()) if failure.exists() else ("convert", "")
+        step, text = "convert", f"TensorFlow's converter crashed (exit code {done.returncode})"
+        if failure.exists():
+            step, text = json.loads(failure.read_text())
         raise _conversion_error(step, f"{done.stderr}\n{text}")
 
 
@@ -339,10 +374,13 @@ def _main(folder: str, *kinds: str) -> None:
     stored_signature = json.loads((path / "signature.json").read_text())
     specs = [InputSpec(**spec) for spec in stored_signature["specs"]]
     signature = Signature(specs, stored_signature["structure"])
+    places = json.loads((path / "custom_objects.json").read_text())
+    imported = {name: _import(*place) for name, place in places.items()}
+    custom_objects = {name: obj for name, obj in imported.items() if obj is not None}
     with np.load(path / "samples.npz") as stored:
         arrays = [stored.get(str(place)) for place in range(len(specs))]
     try:
-        _convert_file(path, kinds, signature, arrays)
+        _convert_file(path, kinds, signature, arrays, custom_objects)
     except _Failure as failure:
         (path / "failure.json").write_text(json.dumps([failure.step, failure.text]))
         sys.exit(1)

@@ -151,7 +151,7 @@ def index_bytes(sparsity: schema.SparsityParametersT) -> int:
 
 
 def constant_sources(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, int]:
-    """Return the constant behind every tensor that DENSIFY or DEQUANTIZE ops make from one."""
+    """Map every tensor that DENSIFY or DEQUANTIZE ops make from a constant to this constant."""
     found: dict[int, int] = {}
     for op in graph.operators:
         if op_name(model, op) in ("DENSIFY", "DEQUANTIZE"):

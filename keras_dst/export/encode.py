@@ -72,8 +72,8 @@ class Format:
 class Weight:
     """A constant of a model: a buffer, its values, its tensors, and the ops that read them.
 
-    ``readers`` holds ``(op name, input slot)`` for every op that reads one of the tensors, and
-    ``("OUTPUT", 0)`` for every tensor that is an output of the graph.
+    ``readers`` holds ``(op name, input slot)`` for every op that reads one of the tensors. A tensor
+    that is an output of the graph adds ``("OUTPUT", 0)``.
     """
 
     buffer: int

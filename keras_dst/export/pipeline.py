@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 
+from keras_dst import _keras
 from keras_dst._utils.files import atomic_write
 from keras_dst.export import encode
 from keras_dst.export.convert import conversions
@@ -152,7 +153,7 @@ def _read_data(model: keras.Model, settings: Settings) -> _Data:
             "Expected inputs= and representative= with arrays for the same inputs. Received: None "
             "for an optional input in only one of them."
         )
-    _check_types(model, signature, settings.quantize)
+    _check_convertible(model, signature, settings.quantize)
     if samples is None:
         samples = random_samples(signature)
     evaluate = settings.evaluate
@@ -162,8 +163,8 @@ def _read_data(model: keras.Model, settings: Settings) -> _Data:
     return _Data(signature, samples, calibration, evaluate)
 
 
-def _check_types(model: keras.Model, signature: Signature, quantize: str | None) -> None:
-    """Raise ExportError for inputs that no ``.tflite`` file can have."""
+def _check_convertible(model: keras.Model, signature: Signature, quantize: str | None) -> None:
+    """Raise ExportError for inputs and layers that the converter cannot convert."""
     strings = [spec.name for spec in signature.specs if spec.dtype == "string"]
     if strings and keras.backend.backend() != "tensorflow":
         raise ExportError(
@@ -176,6 +177,17 @@ def _check_types(model: keras.Model, signature: Signature, quantize: str | None)
         raise ExportError(
             f"Expected inputs of numbers for quantize='full'. Received: the inputs {strings} of "
             "strings, for which the converter cannot find ranges. Fix: use quantize='weights'."
+        )
+    loops = [
+        layer.name
+        for layer in _keras.flatten_layers(model)
+        if isinstance(layer, keras.layers.RNN) and not layer.unroll
+    ]
+    if loops and quantize == "full":  # the converter would end the process
+        raise ExportError(
+            "Expected recurrent layers with unroll=True for quantize='full'. Received: the layers "
+            f"{loops}, which run a loop that TensorFlow's converter cannot calibrate. Fix: build "
+            "them with unroll=True, or use quantize='weights'."
         )
     inputs = getattr(model, "inputs", None) or []
     ragged = [tensor.name for tensor in inputs if getattr(tensor, "ragged", False)]

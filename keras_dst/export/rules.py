@@ -259,7 +259,7 @@ def _sparse_inference(model, graph) -> tuple[bool, str, list[Finding]]:
     if region.nodes and not region.wrong:
         found = "have zeros, but no DENSIFY op: XNNPACK then does not look for zeros"
         advice = [_advice(rule, where, found, _EXPORT_AGAIN)]
-        return False, "no weight is stored sparse behind a DENSIFY op", advice
+        return False, "no weight is stored sparse before a DENSIFY op", advice
     findings = [
         _advice(rule, _where(model, graph, node.op), found, fix)
         for node, found, fix in _obstacles(nodes)

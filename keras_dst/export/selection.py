@@ -143,7 +143,7 @@ def select_formats(
 
 
 class _Encoder:
-    """Makes plans for one file, and encodes the file once for each distinct set of formats."""
+    """A maker of plans for one file that encodes the file once per distinct set of formats."""
 
     def __init__(self, content: bytes):
         self.content = content

@@ -4,8 +4,8 @@ On CPUs without AVX, such as every ARM CPU, XNNPACK can run a region of a graph 
 NHWC layout. In NCHW layout, 1x1 convolutions skip zero weights. XNNPACK considers this only if the
 graph contains a DENSIFY op. The region begins at an entry: a 3x3 convolution with stride 2 over 3
 channels, padded by 1 on each side. It ends at an exit: a mean over height and width, or
-DEPTH_TO_SPACE. Every op of the region must support NCHW, no op outside may read its values, and
-more than 2/3 of its 1x1 weights must be zeros.
+DEPTH_TO_SPACE. Every op of the region must support NCHW, and no op outside may read its values.
+More than 2/3 of its 1x1 weights must be zeros.
 
 XNNPACK does not check that the region ends only at exits. If another op reads a value of the
 region, that op reads NCHW data as if it were NHWC. The results are then wrong, without an error.

@@ -44,8 +44,8 @@ def export_tflite(
         path: the file to write, in an existing folder. An existing file is replaced.
         inputs: samples for the comparison, in every form that `model.predict` takes: arrays, or a
             data set, data loader or generator of batches. The first 32 samples are used. Defaults
-            to seeded random samples (floats: standard normal; integers: zeros and ones). Models on
-            strings need it.
+            to seeded random samples (floats: standard normal; integers: zeros and ones). Models
+            with string inputs need this argument.
         tolerance: largest accepted error, ``max|y - y_keras| / max(max|y_keras|, 1e-6)`` of each
             output. Defaults to 1e-4, to 0.1 with ``quantize="weights"``, and to 0.3 with
             ``quantize="full"``. A quantized file must also agree with a dense file of the same

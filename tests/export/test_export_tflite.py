@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gzip
+import importlib
 import io
 import json
 import logging
@@ -436,14 +437,23 @@ def test_a_sparse_model_is_exported_without_being_changed(tmp_path):
         np.testing.assert_array_equal(old, new)
 
 
-class NotRegistered(layers.Dense):
-    """A class that another Python cannot find."""
-
-
-def test_an_unregistered_class(tmp_path):
-    model = keras.Sequential([keras.Input((8,)), NotRegistered(4), layers.Dense(4)])
+def test_classes_and_functions_of_a_module(tmp_path, monkeypatch):
+    code = "from keras import layers\nclass Own(layers.Dense): pass\ndef double(x): return 2 * x\n"
+    (tmp_path / "own_layers.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("own_layers")
+    model = keras.Sequential([keras.Input((8,)), own.Own(4, own.double), layers.Dense(4)])
     keras_dst.sparsify(model, keras_dst.methods.DST(), filters="dense.*")
-    with pytest.raises(ExportError, match=r"'NotRegistered'(.|\n)*register_keras_serializable"):
+    assert export_tflite(model, tmp_path / "model.tflite").max_error < 1e-5
+
+
+@pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="there is no second Python")
+def test_a_class_that_another_python_cannot_import(tmp_path):
+    class Local(layers.Dense):
+        pass
+
+    model = keras.Sequential([keras.Input((8,)), Local(4)])
+    with pytest.raises(ExportError, match="class 'Local' is not known to the process"):
         export_tflite(model, tmp_path / "model.tflite")
     assert list(tmp_path.iterdir()) == []
 
@@ -632,6 +642,13 @@ DATA = {
         "Expected representative of type float32",
     ),
 }
+
+
+def test_a_recurrent_loop_cannot_be_calibrated(never_converted, tmp_path):
+    model = keras.Sequential([keras.Input(batch_shape=(1, 6, 8)), layers.LSTM(4, name="loop")])
+    x = np.ones((4, 6, 8), np.float32)
+    with pytest.raises(ExportError, match=r"unroll=True for quantize='full'.*\['loop'\]"):
+        export_tflite(model, tmp_path / "m.tflite", quantize="full", representative=x)
 
 
 @pytest.mark.parametrize(("options", "message"), DATA.values(), ids=DATA)

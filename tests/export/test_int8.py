@@ -165,8 +165,8 @@ def cases(values):
 def largest_rounding_error(kernel, x):
     """Return the bound of the error if a kernel and the inputs are rounded to the nearest step.
 
-    Each value is off by at most half a step, so ``|dx w + x dw + dx dw|`` is bounded by the sums of
-    the absolute values.
+    Each value is off by at most half a step. The error ``dx w + x dw + dx dw`` is therefore bounded
+    by the sum of the absolute values of its terms.
     """
     steps_w = np.abs(kernel).max(axis=0) / 127
     steps_x = np.abs(x).max(axis=1, keepdims=True) / 127

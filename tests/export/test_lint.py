@@ -112,7 +112,7 @@ ERRORS = {
         "the last 2 inputs are lost",
         layer(stored(sparse_values((32, 66), 0.2))),
     ),
-    "block-remainder, behind DENSIFY": (
+    "block-remainder, DENSIFY": (
         layer(densified(sparse_values((32, 66), 0.2), 4), version=1),
         "the last 2 inputs are lost",
         layer(densified(sparse_values((32, 66), 0.2)), version=1),
@@ -191,7 +191,7 @@ def test_the_runtime_shows_the_fault(rule):
     assert not wrong(sound)
 
 
-def test_the_runtime_refuses_int8_behind_densify():
+def test_the_runtime_refuses_int8_from_densify():
     broken, _, sound = ERRORS["densify-int8"]
     x = np.ones((1, 8, 8, 32), np.float32)
     with pytest.raises(RuntimeError, match="failed to prepare"):

@@ -256,6 +256,22 @@ def test_no_region_without_densify():
     assert sparse_inference.is_wrong(read(unpacked(content)))
 
 
+@pytest.mark.parametrize(
+    "step",
+    [
+        unary("L2_NORMALIZATION", schema.L2NormOptionsT),
+        unary("LOG_SOFTMAX", schema.LogSoftmaxOptionsT),
+    ],
+    ids=["L2_NORMALIZATION", "LOG_SOFTMAX"],
+)
+def test_ops_that_xnnpack_leaves_out_count_as_wrong(step):
+    """LiteRT 2.3 computes these networks correctly: its XNNPACK takes over neither op.
+
+    Another version may take over the op, and then split the region at it.
+    """
+    assert verdict(network(*BODY, step, pointwise, mean)) == "wrong"
+
+
 def test_zeros_of_int8_weights_before_dequantize_count():
     def quantized(graph, x):
         weight = (20 * sparse_values((32, 1, 1, 32), 0.2)).astype(np.int8)
