@@ -1,4 +1,4 @@
-"""`shrink`: fewer channels, the same outputs."""
+"""Tests of `shrink`: fewer channels with the same outputs, and the reasons in the report."""
 
 import json
 import re
@@ -18,20 +18,23 @@ from keras_dst.methods import DST, Consensus, Magnitude
 from tests import models
 from tests.backends import once
 
-# JAX compiles every op of every net, TensorFlow traces it.
+# Random nets are slow on JAX, which compiles every op of a net, and on TensorFlow, which traces it.
 EXAMPLES = 12 if keras.backend.backend() == "torch" else 3
 few = settings(
     max_examples=EXAMPLES,
     deadline=None,
     derandomize=True,
     database=None,
-    phases=[Phase.explicit, Phase.generate],  # a failure is small enough as it is
+    phases=[
+        Phase.explicit,
+        Phase.generate,
+    ],  # a failing net is small, so shrinking it further is not needed
 )
 KERNELS = (layers.Dense, layers.Conv1D, layers.Conv2D)
 
 
 def randomize(model, seed=0):
-    """Biases, offsets and statistics as after training: none of them 0."""
+    """Set biases, offsets and statistics to values that are not 0, as after training."""
     rng = np.random.default_rng(seed)
     for variable in model.weights:
         if len(variable.shape) == 1:
@@ -41,7 +44,7 @@ def randomize(model, seed=0):
 
 
 def units_of(layer):
-    """The kernel that makes a layer's units, and their axis."""
+    """Return the kernel that makes the units of a layer, and the axis of the units."""
     layer = getattr(layer, "layer", layer)
     layer = getattr(layer, "cell", layer)
     kernel = layer.pointwise_kernel if hasattr(layer, "pointwise_kernel") else layer.kernel
@@ -49,7 +52,7 @@ def units_of(layer):
 
 
 def kill(model, *names, count=None, bias=False):
-    """Set the kernels of half of the units, or so many, to zero; the last ones."""
+    """Set the kernels of the last units to zero: half of the units, or `count` of them."""
     for name in names:
         layer = model.get_layer(name)
         variable, axis = units_of(layer)
@@ -64,13 +67,13 @@ def kill(model, *names, count=None, bias=False):
 
 
 def dead_units(model, name):
-    """By unit of a layer: whether its weights are all zero."""
+    """Return, for each unit of a layer, whether its weights are all zero."""
     variable, axis = units_of(model.get_layer(name))
     return ~np.moveaxis(variable.numpy(), axis, -1).reshape(-1, variable.shape[axis]).any(0)
 
 
 def outputs(model, seed=9):
-    """What a model predicts for random inputs. Compiled as a whole, as JAX is quicker then."""
+    """Return the predictions of a compiled model for random inputs."""
     rng = np.random.default_rng(seed)
     inputs = [rng.standard_normal((3, *x.shape[1:])).astype("float32") for x in model.inputs]
     run = jit(lambda x: model(x, training=False))
@@ -83,7 +86,7 @@ def assert_same_outputs(model, small):
 
 
 def check(model, **widths):
-    """Shrink; compare the outputs and the widths of layers; the model is left as it was."""
+    """Shrink a model; check outputs, widths of layers, and that the model is unchanged."""
     before = models.arrays(model.weights)
     small = keras_dst.shrink(model)
     for variable, old in zip(model.weights, before):
@@ -100,7 +103,7 @@ def check(model, **widths):
 
 @keras.saving.register_keras_serializable("tests")
 def reverse(z):
-    """An activation of the user's own, which mixes the channels."""
+    """Custom activation, which mixes the channels."""
     return keras.ops.flip(z, -1)
 
 
@@ -127,10 +130,10 @@ def convnet(padding="same", use_bias=False):
 
 @pytest.mark.parametrize(
     ("padding", "one"),
-    # Where zeros are padded, one dead channel stays, to hold the constants of all.
+    # With zero padding, one dead channel is kept to carry the constants of all.
     [("same", 5), ("valid", 4)],
 )
-def test_a_convnet(padding, one):
+def test_channels_of_a_convnet(padding, one):
     model = convnet(padding)
     kill(model, "one", "two", "three")
     small = check(model, one=one, two=3, three=5, head=2)
@@ -139,7 +142,7 @@ def test_a_convnet(padding, one):
 
 
 @once
-def test_dead_channels_that_are_zero_leave_nothing_behind():
+def test_dead_channels_that_are_zero_leave_no_constants():
     model = keras.Sequential(
         [
             keras.Input((8, 8, 3)),
@@ -155,13 +158,13 @@ def test_dead_channels_that_are_zero_leave_nothing_behind():
 
 
 @once
-def test_channels_that_nothing_reads():
+def test_channels_that_no_layer_reads():
     model = convnet()
     layer = model.get_layer("three")
     kernel = np.array(layer.kernel.numpy()).reshape(4, 4, 6, 10)
     kernel[:, :, :2] = 0
     layer.kernel.assign(kernel.reshape(-1, 10))
-    # Units that are read by dead units alone go with them.
+    # Units that only dead units read are removed with them.
     kill(model, "three")
     kernel = np.array(model.get_layer("two").kernel.numpy())
     kernel[:, :, :3, 2:] = 0
@@ -170,7 +173,7 @@ def test_channels_that_nothing_reads():
 
 
 @once
-def test_one_channel_stays():
+def test_one_channel_of_every_layer_is_kept():
     model = convnet()
     kill(model, "one", count=8)
     kill(model, "three", count=10)
@@ -178,7 +181,7 @@ def test_one_channel_stays():
 
 
 @once
-def test_dead_classes_stay():
+def test_dead_classes_are_kept():
     model = convnet()
     kill(model, "one", "head")
     check(model, one=5, head=2)
@@ -206,7 +209,7 @@ def test_a_residual_net(merge):
     model = residual(merge)
     kill(model, "a_1", "b_1", bias=True)
     check(model, a_1=4, b_1=4, a_2=8, b_2=8, stem=8)
-    # A channel goes where it is dead in all summands.
+    # A channel is removed if it is dead in all terms.
     kill(model, "a_2", "b_2", "stem", count=3, bias=True)
     kill(model, "a_2", "b_2")
     check(model, a_1=4, b_1=4, a_2=6, b_2=6, stem=6)
@@ -217,12 +220,14 @@ def test_a_residual_net(merge):
     "merge", [lambda x, y: layers.Add()([x, y]), lambda x, y: x + y], ids=["layer", "operator"]
 )
 @pytest.mark.parametrize("gated", [False, True])
-def test_a_closed_branch_goes(merge, gated):
+def test_a_closed_branch_is_removed(merge, gated):
     model = residual(merge, gated)
     if not gated:
         kill(model, "b_2", count=8)
         small = check(model, a_1=8, a_2=8, stem=8)
-        assert any("constant" in layer.name for layer in small.layers)  # the norm's offset
+        assert any(
+            "constant" in layer.name for layer in small.layers
+        )  # offset of the normalization
     else:
         small = check(model, stem=8, head=2)
         assert "a_1" not in [layer.name for layer in small.layers]
@@ -257,7 +262,7 @@ def test_concatenation_depthwise_and_multiplication():
 
 
 def sequential(shape, *stack):
-    """A net of these layers, without dead channels, that ends in two numbers."""
+    """Return a net of these layers without dead channels, with two outputs."""
     return randomize(
         keras.Sequential([keras.Input(shape), *stack, layers.Flatten(), layers.Dense(2)])
     )
@@ -278,12 +283,12 @@ def test_separable_convolutions():
     small = check(model, one=3, two=4, three=2)
     assert small.get_layer("slopes").alpha.shape == (1, 1, 3)
     assert small.get_layer("own").alpha.shape == (4, 2)
-    kill(model, "two", bias=True)  # nothing of it is lost at the border of the third
+    kill(model, "two", bias=True)  # a channel that is zero is the same at the border
     check(model, one=3, two=2, three=2)
 
 
 @once
-def test_transposed_convolutions_of_units_in_space():
+def test_transposed_convolutions_after_a_dense_layer():
     model = sequential(
         (3,),
         layers.Dense(16, "relu", name="seed"),
@@ -295,15 +300,15 @@ def test_transposed_convolutions_of_units_in_space():
     )
     kill(model, "one", "two", "three", bias=True)
     kernel = np.array(model.get_layer("one").kernel.numpy())
-    kernel[..., 3] = 0  # nobody reads these four units
+    kernel[..., 3] = 0  # no layer reads these four units
     model.get_layer("one").kernel.assign(kernel)
     check(model, seed=12, one=3, two=2, three=2)
-    kill(model, "seed", count=13)  # all that channels 0, 1 and 2 hold in three places of four
+    kill(model, "seed", count=13)  # channels 0, 1 and 2 at three of four positions
     check(model, seed=12, one=3, two=2, three=2)
 
 
 @pytest.mark.skipif(
-    keras.backend.backend() == "tensorflow", reason="TensorFlow pools channels_last alone on a CPU"
+    keras.backend.backend() == "tensorflow", reason="TensorFlow pools only channels_last on a CPU"
 )
 def test_channels_first():
     first = {"data_format": "channels_first"}
@@ -378,7 +383,7 @@ def test_shared_layers_and_several_outputs():
 
 
 @once
-def test_what_is_not_understood_keeps_its_channels():
+def test_unsupported_layers_keep_their_channels():
     inputs = keras.Input((8, 8, 4))
     x = layers.Conv2D(8, 3, padding="same", name="one")(inputs)
     x = layers.Conv2D(8, 3, padding="same", groups=2, name="grouped")(x)
@@ -468,12 +473,12 @@ class TestReport:
         assert "latency in µs" in str(found)
         assert "FLOPs 17,608 -> " in str(found)
 
-    def test_nothing_is_timed_unasked(self):
+    def test_latency_is_measured_only_on_request(self):
         found = keras_dst.shrink_report(convnet())
         assert found.latency_before is found.latency_after is None
         assert "latency" not in str(found)
 
-    def test_a_layer_that_goes(self):
+    def test_a_removed_layer(self):
         model = residual(lambda x, y: layers.Add()([x, y]))
         kill(model, "b_2", count=8)
         after = {row.layer: row.after for row in keras_dst.shrink_report(model).layers}
@@ -519,7 +524,7 @@ class TestReport:
             "last": {"it is an output of the model; exclude its layer from pruning": 3},
         }
 
-    def test_reasons_of_what_is_shared_or_has_to_hold_constants(self):
+    def test_reasons_of_shared_layers_and_carriers_of_constants(self):
         model = convnet()
         kill(model, "one")
         kill(model, "three", count=10)
@@ -623,6 +628,7 @@ def test_the_whole_state_of_other_layers_is_kept(kind):
     assert_smaller(model, SAMPLES)
 
 
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype int64")
 def test_the_vocabulary_of_a_lookup_is_kept():
     inputs = keras.Input((1,), dtype="int64")
     lookup = adapted(layers.IntegerLookup(output_mode="one_hot"), np.array([30, 40, 40, 50]))
@@ -654,6 +660,7 @@ def test_statistics_of_a_sparse_model():
     layer.sparse_state["kernel"]["logit"].assign([1, -1] * 8)
     assert_smaller(model, SAMPLES)
     assert layer.sparse_state
+    assert keras_dst.shrink_report(model, latency=True).latency_before > 0
 
 
 @once
@@ -862,7 +869,7 @@ def test_float64_weights_keep_their_precision():
     np.testing.assert_allclose(small.predict(x), model.predict(x), rtol=1e-10)
 
 
-# -- nets at random ------------------------------------------------------------------------------
+# -- random nets ---------------------------------------------------------------------------------
 
 STEPS = {
     "conv": lambda n: layers.Conv2D(4, 2, activation="relu", name=n),
@@ -884,7 +891,7 @@ REASONS = (
 
 
 def random_net(steps, seed):
-    """A net of these steps, some with a shortcut, some of whose units are dead."""
+    """Return a net of these steps, with some shortcuts and some dead units."""
     rng = np.random.default_rng(seed)
     x = inputs = keras.Input((5, 5, 4))
     for place, (step, merge) in enumerate(steps):
@@ -919,17 +926,19 @@ def random_net(steps, seed):
     st.integers(0, 999),
 )
 @pytest.mark.filterwarnings("ignore:shrink found nothing")
-def test_every_dead_channel_of_a_random_net_goes_or_has_a_reason(steps, seed):
+def test_every_dead_channel_of_a_random_net_is_removed_or_has_a_reason(steps, seed):
     model = random_net(steps, seed)
     small = keras_dst.shrink(model)
     assert_same_outputs(model, small)
     for row in keras_dst.shrink_report(model).layers:
         dead = dead_units(model, row.layer)
-        living = (~dead).sum() * row.before // len(dead)  # of a depthwise one, several a channel
+        living = (
+            (~dead).sum() * row.before // len(dead)
+        )  # a depthwise layer has several units per channel
         assert row.after - sum(row.reasons.values()) <= living, row
         assert all(any(known in why for known in REASONS) for why in row.reasons), row
     again = Plan(small)
-    # A single group that is left is a convolution like others, which could do without more.
+    # A grouped convolution with one group left is a plain convolution, which could lose more.
     alone = any(getattr(handler.op, "groups", 1) > 1 for handler in Plan(model).handlers)
     assert alone or all(again.keeps(handler.y).all() for handler in again.handlers)
 
@@ -937,7 +946,7 @@ def test_every_dead_channel_of_a_random_net_goes_or_has_a_reason(steps, seed):
 # -- trained, pruned, shrunk ----------------------------------------------------------------------
 
 
-# Whole channels of a small net meet the target to a few percent; and the training is short.
+# Whole channels of a small net meet the target only to a few percent in a short training.
 @pytest.mark.filterwarnings("ignore:DST")
 @pytest.mark.parametrize("method", [Magnitude, DST], ids=lambda method: method.__name__)
 def test_channels_of_a_trained_residual_net(method):
@@ -956,9 +965,9 @@ def test_channels_of_a_trained_residual_net(method):
     small = keras_dst.shrink(model)
     assert_same_outputs(model, small)
     rows = {row.layer: row for row in keras_dst.shrink_report(model).layers}
-    for name in ("a_1", "b_1"):  # inside the branches: all that are dead, but one for constants
+    for name in ("a_1", "b_1"):  # within the branches, all dead channels but one for constants
         assert rows[name].after <= 9 - dead[name].sum()
-    # Around the branches a channel goes once it is dead in all of them.
+    # Around the branches a channel is removed if it is dead in all layers.
     summed = dead["stem"] & dead["a_2"] & dead["b_2"]
     for name in ("stem", "a_2", "b_2"):
         assert 8 - summed.sum() <= rows[name].after <= 9 - summed.sum()
@@ -985,7 +994,7 @@ class TestErrors:
     def test_a_difference(self, monkeypatch):
         model = convnet()
         kill(model, "one")
-        # A bug: constants go into the bias at the border as well.
+        # A simulated bug: constants move into the bias although the layer pads.
         monkeypatch.setattr(KernelLayer, "pads_with_zeros", False)
         with pytest.raises(RuntimeError, match="would change the outputs"):
             keras_dst.shrink(model)
