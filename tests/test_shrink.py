@@ -674,7 +674,7 @@ def test_functions_and_objects_that_keras_cannot_save():
     small = assert_smaller(model, SAMPLES)
     assert isinstance(small.get_layer("hidden").kernel_regularizer, Penalty)
     keras_dst.sparsify(model, Consensus(), filters="hidden")
-    model.get_layer("hidden").sparse_state["kernel"]["logit"].assign([1, -1] * 8)
+    model.get_layer("hidden").sparse_state["kernel"]["logit"].assign([1] * 8 + [-1] * 8)
     assert_smaller(model, SAMPLES)
 
 
