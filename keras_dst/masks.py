@@ -115,7 +115,7 @@ def stop_gradient_where(mask: Tensor, w: Tensor) -> Tensor:
     Example:
         >>> keras_dst.masks.stop_gradient_where(mask, w)
     """
-    w, mask = (ops.reshape(v, v.shape) for v in (w, mask))  # as in `straight_through_product`
+    w, mask = (ops.reshape(v, ops.shape(v)) for v in (w, mask))  # as in `straight_through_product`
 
     @ops.custom_gradient
     def identity(w, mask):
@@ -145,7 +145,7 @@ def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
     """
 
     # Reshaped to what they are: TensorFlow reads variables here, else inside, as further inputs.
-    w, scores, mask = (ops.reshape(v, v.shape) for v in (w, scores, mask))
+    w, scores, mask = (ops.reshape(v, ops.shape(v)) for v in (w, scores, mask))
 
     # The mask is an argument as well: JAX exports no custom gradient that closes over a tracer.
     @ops.custom_gradient

@@ -118,6 +118,16 @@ def test_one_channel_stays_open_and_a_branch_may_close():
 # -- training ------------------------------------------------------------------------------------
 
 
+def test_a_gating_module_trains_with_a_partial_last_batch():
+    """TensorFlow compiles the step with an unknown batch size then."""
+    inputs = keras.Input((12,))
+    gated = Gate(dependent=True, method=Consensus(0.5))(layers.Dense(8)(inputs))
+    outputs = layers.Dense(2, activation="softmax")(gated)
+    model = models.compiled(keras.Model(inputs, outputs), "sgd")
+    history = model.fit(x[:20], y[:20], batch_size=16, verbose=0, callbacks=[SparseTraining()])
+    assert np.isfinite(history.history["loss"]).all()
+
+
 @pytest.mark.parametrize(
     ("structure", "dependent"),
     [
