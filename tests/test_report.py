@@ -103,7 +103,7 @@ def test_a_small_convolutional_model():
         ((3, 3, 6, 2), 27, 2 * 27 * 9, 2 * 108 * 9),
         ((108, 5), 60, 2 * 60, 2 * 540),
     ]
-    # kernels 288 + 216 + 108 + 540, biases 8 + 6 + 12 + 5, batch normalisation 4 * 8
+    # kernels 288 + 216 + 108 + 540, biases 8 + 6 + 12 + 5, batch normalization 4 * 8
     assert found.parameters == model.count_params() == 1_152 + 31 + 32
     weights = model.get_weights()
     assert found.nonzeros == sum(np.count_nonzero(w) for w in weights) == 213 + 16

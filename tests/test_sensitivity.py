@@ -306,7 +306,7 @@ def test_no_allocation_has_a_smaller_largest_drop(seed, sparsity):
 
 
 @once
-def test_ties_are_even_and_ends_hold():
+def test_ties_are_shared_evenly_within_the_measured_range():
     free = np.zeros((2, 3))
     assert equal_drop([0, *GRID], free, [10, 90], 0.4) == pytest.approx([0.4, 0.4])
     assert equal_drop([0, *GRID], free, [10, 90], 0.75) == pytest.approx([0.75, 0.75])
@@ -321,7 +321,7 @@ def test_ties_are_even_and_ends_hold():
 
 
 @once
-def test_the_names_in_an_allocation():
+def test_allocations_match_weights_by_name():
     found = made(("a", 10, (1.0, 0.5)), ("a+b", 10, (1.0, 1.0)), ("x/net/a", 20, (0.5, 0.0)))
     shares = found.allocation(0.5)
     names = [row.name for row in found.weights]
@@ -418,7 +418,7 @@ class TestErrors:
         with pytest.raises(ValueError, match="filters selects no weight"):
             keras_dst.sensitivity(net(), data, filters=lambda variable: False)
 
-    def test_a_metric_of_ones_own(self, data):
+    def test_a_users_metric_without_a_direction(self, data):
         model = net()
 
         def mine(y, p):

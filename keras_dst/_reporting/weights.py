@@ -141,7 +141,7 @@ def _masked(layer) -> Iterator[tuple]:
 
 
 def _innermost(owners: list) -> list:
-    """Return the layers that own a weight, without layers that refer to a layer inside."""
+    """Return the holders of a weight that do not contain another holder of the same weight."""
     ids = {id(layer) for layer in owners}
     return [
         layer
