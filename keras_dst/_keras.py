@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import keras
+from keras.src.backend import get_autocast_scope
 
 # Keras exports the layers that use this cell, but not the cell.
 from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
@@ -59,8 +61,11 @@ PRIVATE_NAMES = {
     "compiled loss": ("_flat_losses", "_y_pred_build_structure"),
     "metric": ("_direction",),
     "optimizer": (
+        "_exclude_from_weight_decay",
+        "_exclude_from_weight_decay_cache",
         "_iterations",
         "_learning_rate",
+        "_tracker",
         "_trainable_variables",
         "_trainable_variables_indices",
         "_untrack_variable",
@@ -105,16 +110,25 @@ def unlocked(layer) -> Iterator[None]:
         layer._tracker.lock()
 
 
-def untrack_variable(layer, variable) -> None:
-    """Remove a variable from a built layer."""
+def remove_variable(layer, name: str, variable) -> None:
+    """Remove a variable, and the attribute that holds it, from a built layer."""
     layer._untrack_variable(variable)
+    if name in vars(layer):
+        # Not `delattr`: Keras runs the garbage collector every time. The base class of
+        # `keras.Layer` deletes what TensorFlow and torch track.
+        super(keras.Layer, layer).__delattr__(name)
 
 
 def set_autocast(variable, autocast: bool) -> None:
     """Choose whether Keras casts a variable to the compute dtype when a layer reads it."""
-    if not hasattr(variable, "_autocast"):
-        raise AttributeError("keras.Variable has no attribute `_autocast` in this Keras.")
+    _require(variable, "_autocast")
     variable._autocast = autocast
+
+
+def autocast(tensor):
+    """Return a tensor in the dtype in which a layer that runs now would read a float variable."""
+    scope = get_autocast_scope()
+    return tensor if scope is None else scope.maybe_cast(tensor)
 
 
 def build_shapes(layer) -> dict[str, Any] | None:
@@ -139,6 +153,10 @@ def is_rematerialized(layer) -> bool:
 class BuildHook(_Layer):
     """Mixin that calls `after_build` once Keras has built a layer, whatever its `build` takes."""
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        _require(keras.Layer, "_lock_state")  # else Keras would never call the hook
+
     def after_build(self) -> None:
         """React to the end of `build`. The method may change the class of the layer."""
         raise NotImplementedError
@@ -161,7 +179,7 @@ def graph_of(model):
     if type(model).call not in (keras.Sequential.call, Functional.call):
         return None
     graph = model._functional if isinstance(model, keras.Sequential) else model
-    return graph if hasattr(graph, "_nodes_by_depth") else None
+    return graph if isinstance(graph, Functional) else None
 
 
 def nodes_in_order(graph) -> list:
@@ -193,6 +211,8 @@ def nodes_of(operation) -> tuple[list, list]:
 
 def set_nodes_of(operation, inbound: list, outbound: list) -> None:
     """Give an operation the nodes of the operation that it replaces in a graph."""
+    _require(operation, "_inbound_nodes")
+    _require(operation, "_outbound_nodes")
     operation.__dict__["_inbound_nodes"] = inbound
     operation.__dict__["_outbound_nodes"] = outbound
 
@@ -244,8 +264,7 @@ def takes_training(model) -> bool:
 
 def set_takes_training(model, value: bool) -> None:
     """Tell Keras whether the `compute_loss` now set on a model takes `training`."""
-    if not hasattr(model, "_compute_loss_has_training_arg"):
-        raise AttributeError("Keras models have no `_compute_loss_has_training_arg` any more.")
+    _require(model, "_compute_loss_has_training_arg")
     vars(model)["_compute_loss_has_training_arg"] = value
 
 
@@ -262,8 +281,7 @@ def without_additional_losses(model) -> Iterator[None]:
 
 def set_initial_epoch(model, epoch: int | None) -> None:
     """Let the fit that begins now start at this epoch."""
-    if not hasattr(model, "_initial_epoch"):
-        raise AttributeError("Keras models have no `_initial_epoch` any more.")
+    _require(model, "_initial_epoch")
     model._initial_epoch = epoch
 
 
@@ -273,6 +291,8 @@ def restore_jax_state(model, *step_arguments) -> None:
     On JAX, `fit` takes the values out of the variables and passes them as the first argument.
     """
     if keras.backend.backend() == "jax":
+        _require(model, "_jax_state")
+        _require(model, "_jax_state_synced")
         names = ("trainable", "non_trainable", "optimizer", "metrics")
         model._jax_state = {f"{n}_variables": v for n, v in zip(names, step_arguments[0])}
         model._jax_state_synced = False
@@ -285,6 +305,8 @@ def discard_jax_state(model) -> None:
     The weights have to be assigned again.
     """
     if keras.backend.backend() == "jax":
+        _require(model, "_jax_state")
+        _require(model, "_jax_state_synced")
         model._jax_state = None
         model._jax_state_synced = True
 
@@ -398,21 +420,115 @@ def exempt_from_decay(optimizer, variables) -> None:
         )
 
 
-def copy_decay_exemptions(source, target) -> None:
-    """Exempt from weight decay in one optimizer what the user exempted in another."""
-    for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
-        if name in vars(source):
-            setattr(target, name, copy.copy(vars(source)[name]))
-    target._exclude_from_weight_decay_cache = {}
+def rebuild_optimizer(optimizer, variables) -> None:
+    """Build an optimizer again for other variables, in place, and keep its state.
+
+    The optimizer and the optimizers inside it stay the same objects, with everything that the
+    user set on them. Variables that are trained before and after keep their slots.
+    """
+    every = _with_inner_optimizers(optimizer)
+    before = [
+        (list(each._variables), list(each._trainable_variables), dict(vars(each))) for each in every
+    ]
+    for each, (own, *_) in zip(every, before):
+        for variable in own:
+            each._tracker.untrack(variable)
+        each._trainable_variables_indices = {}
+        each.built = False
+    optimizer.build(list(variables))
+    for each, (own, trained, attributes) in zip(every, before):
+        _restore_variables(each, own, attributes)
+        _forget_decay_exemptions(each, trained)
+
+
+def _with_inner_optimizers(optimizer) -> list:
+    """Return an optimizer and all optimizers inside it."""
+    inner = getattr(optimizer, "inner_optimizer", None)
+    inside = getattr(optimizer, "optimizers", ()) if inner is None else [inner]
+    return [optimizer, *(each for one in inside for each in _with_inner_optimizers(one))]
+
+
+def _restore_variables(optimizer, before: list, attributes: dict[str, Any]) -> None:
+    """Track the variables that `__init__` created again, and copy the values of all others."""
+    own, present = optimizer._variables, vars(optimizer)
+    created = list(own)
+    kept = [v for v in before if any(v is value for value in present.values())]
+    for variable in kept:
+        optimizer._tracker.add_to_store("variables", variable)
+    own[:] = [*kept, *created]
+    pairs = [(present.get(name), old) for name, old in attributes.items()]
+    old_names = dict(zip(_numbered_names(before), before))
+    pairs += [(v, old_names.get(name)) for name, v in zip(_numbered_names(own), own)]
+    for variable, old in pairs:
+        both = isinstance(variable, keras.Variable) and isinstance(old, keras.Variable)
+        if both and variable is not old and variable.shape == old.shape:
+            variable.assign(old.numpy())
+
+
+def _numbered_names(variables) -> list[tuple[str, int]]:
+    """Return the name of every variable with a number: some optimizers use one name repeatedly."""
+    seen: Counter[str] = Counter()
+    names = []
+    for variable in variables:
+        names.append((variable.name, seen[variable.name]))
+        seen[variable.name] += 1
+    return names
+
+
+def _forget_decay_exemptions(optimizer, trained_before) -> None:
+    """Drop the weight-decay exemptions of variables that an optimizer does not train any more.
+
+    Exemptions go by the id of a variable, and a new variable may get the id of a deleted variable.
+    """
+    exempt = vars(optimizer).get("_exclude_from_weight_decay")
+    if exempt:
+        trained = {optimizer._var_key(v) for v in optimizer._trainable_variables}
+        exempt.difference_update({optimizer._var_key(v) for v in trained_before} - trained)
+    if "_exclude_from_weight_decay_cache" in vars(optimizer):
+        optimizer._exclude_from_weight_decay_cache = {}
+
+
+# -- devices -------------------------------------------------------------------------------------
+
+
+def distribution_like(variable):
+    """Return a copy of the present distribution that places new variables as a given variable is.
+
+    New variables of the same shape are sharded like the given variable. All others are replicated
+    on every device. The copy chooses by shape and not by path, because a user's layout map may
+    match the path of a mask with the rule for its kernel.
+    """
+    present = keras.distribution.distribution()
+
+    def layout_of(new):
+        if tuple(new.shape) == tuple(variable.shape):
+            return present.get_variable_layout(variable)
+        return keras.distribution.TensorLayout([None] * len(new.shape), present.device_mesh)
+
+    # Keras asks the object of the distribution for the layout of every new variable.
+    like = copy.copy(present)
+    like.get_variable_layout = layout_of
+    return like
 
 
 # -- the check -----------------------------------------------------------------------------------
 
 
+def _require(target, name: str) -> None:
+    """Raise if Keras renamed a private attribute that this package writes."""
+    if not hasattr(target, name):
+        raise AttributeError(
+            f"Keras {keras.__version__} has no private attribute `{name}` where keras_dst "
+            "expects it. Install a version of Keras that keras_dst supports."
+        )
+
+
 def missing_names() -> list[str]:
     """Return the names in `PRIVATE_NAMES` that the installed Keras lacks, as "object.name"."""
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
-    model.compile("sgd", "mse", metrics=["mae"])
+    optimizer = keras.optimizers.SGD()
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    model.compile(optimizer, "mse", metrics=["mae"])
     model.train_on_batch(keras.ops.ones((2, 2)), keras.ops.ones((2, 1)))
     optimizer_map = keras.optimizers.OptimizerMap(keras.optimizers.SGD())
     averaging = keras.optimizers.SGD(use_ema=True)
@@ -427,7 +543,7 @@ def missing_names() -> list[str]:
         "masked tensor": keras.layers.Masking()(keras.Input((2, 1))),
         "compiled loss": model._compile_loss,
         "metric": keras.metrics.MeanAbsoluteError(),
-        "optimizer": model.optimizer,
+        "optimizer": optimizer,
         "MultiOptimizer": keras.optimizers.MultiOptimizer(optimizer_map),
         "OptimizerMap": optimizer_map,
         "optimizer with averages": averaging,

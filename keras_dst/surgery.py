@@ -1,170 +1,206 @@
-"""Changing models in place: `sparsify` makes layers sparse, `strip` makes them stock again."""
+"""Functions that change a model in place: `sparsify` makes it sparse, `strip` makes it stock."""
 
 from __future__ import annotations
 
+import html
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import keras
 
 from keras_dst import _keras
 from keras_dst._backend.devices import placed_like, refresh_torch_parameters
 from keras_dst._utils.filters import Filters, is_kernel, select
-from keras_dst.layers import (
-    Gate,
-    SparseBatchNormalization,
-    SparseComposite,
-    SparseMixin,
-    check_method,
-    composite_class,
+from keras_dst.layers import Gate, SparseBatchNormalization
+from keras_dst.layers.base import SparseMixin
+from keras_dst.layers.classes import (
+    SparseContainer,
+    container_class,
+    frozen_layers_of,
+    layouts_of,
     make_sparse,
-    prunable,
+    prunable_weights_of,
     sparse_class,
 )
-from keras_dst.methods.base import LayerMethod, TwoPathMethod, UnitMethod
-from keras_dst.optimizers import remove_masks, without_masks
+from keras_dst.masks import KERNEL, Layout, Pattern
+from keras_dst.methods.base import (
+    LayerMethod,
+    Method,
+    TwoPathMethod,
+    UnitMethod,
+    UpdateMethod,
+    describe,
+)
+from keras_dst.optimizers import (
+    SparseOptimizer,
+    optimizers_of,
+    remove_masks,
+    sparse_optimizers,
+    without_masks,
+)
 
-_OURS = (SparseMixin, SparseComposite, Gate)
+_SPARSE_CLASSES = (SparseMixin, SparseContainer, Gate)
+_FROZEN = "frozen (trainable=False)"
+_FILTERED = "not selected by filters"
 
 
 @dataclass
 class SparsifyReport:
-    """What `sparsify` did.
+    """Summary of a call of `sparsify`: the layers that are sparse now, and the layers that are not.
+
+    The fields correspond to those of the `QuantizationReport` that `quantize` of Keras 3.16
+    returns. `print` shows plain text, and a notebook shows a table.
 
     Attributes:
-        method: the method that was applied.
-        sparse: paths of the layers that are sparse now.
-        skipped: path of every other layer with weights to prune, and why it was left alone.
-        doubled: paths of the batch normalisations that have a second set of variables now, for a
-            method with two paths.
+        method: Method that was applied.
+        sparsified: List of `(path, weights)`, with one entry per sparse layer: its path, and the
+            names of its weights that have a mask.
+        skipped: List of `(path, reason)`, with one entry per layer that has a kernel and is not
+            sparse.
+        doubled: List of paths of the batch normalizations that have a second set of variables now.
+            A method that trains two paths, such as `methods.DCIL`, needs the second set.
     """
 
-    method: LayerMethod
-    sparse: list[str] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
+    method: Method
+    sparsified: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
     doubled: list[str] = field(default_factory=list)
 
     def __getattr__(self, name):
         raise AttributeError(
-            f"A SparsifyReport has no {name!r}. sparsify() changes the model in place and returns "
-            "what it did: go on with the model that it was given."
+            f"A SparsifyReport has no attribute {name!r}. sparsify() changes the model in place "
+            "and returns this report. Continue with the model that you passed to it."
         )
 
     def __str__(self):
-        doubled = f", {len(self.doubled)} doubled" if self.doubled else ""
-        counts = f"{len(self.sparse)} layers sparse, {len(self.skipped)} skipped{doubled}"
-        lines = [f"{self.method!r}: {counts}"]
-        lines += [f"  sparse   {path}" for path in self.sparse]
-        lines += [f"  doubled  {path}" for path in self.doubled]
-        lines += [f"  skipped  {path}: {reason}" for path, reason in self.skipped.items()]
+        lines = [f"{self.method!r}: {self._counts()}"]
+        lines += [f"  {status:<10} {path}: {detail}" for path, status, detail in self._rows()]
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks."""
+        rows = [
+            "<tr>" + "".join(f'<td style="text-align:left">{html.escape(x)}</td>' for x in row)
+            for row in self._rows()
+        ]
+        head = "".join(f"<th>{name}</th>" for name in ("layer", "status", "weights or reason"))
+        title = html.escape(f"{self.method!r}: {self._counts()}")
+        return f"<table><caption>{title}</caption><tr>{head}</tr>{''.join(rows)}</table>"
 
-def sparsify(model, method: LayerMethod, filters: Filters = None) -> SparsifyReport:
-    """Make the layers of a model sparse, in place, as `model.quantize()` works.
+    def _counts(self) -> str:
+        doubled = f", {len(self.doubled)} batch normalizations doubled" if self.doubled else ""
+        return f"{len(self.sparsified)} layers sparse, {len(self.skipped)} skipped{doubled}"
 
-    Every supported layer becomes its sparse class, however deep inside nested, subclassed or
-    wrapping layers: dense, convolutional (also transposed, depthwise, separable), `EinsumDense` (so
-    attention), `Embedding`, the cells of recurrent layers, subclasses of them, and layers of your
-    own whose class names its weights in `prunable_weights`. It keeps its weights, its name and its
-    place in the graph; a shared layer keeps one mask. A compiled model
-    stays compiled; an optimiser that has been built keeps its slots. A method with two paths gives
-    every batch normalisation a second set of variables, whatever the filters.
+    def _rows(self) -> Iterator[tuple[str, str, str]]:
+        for path, weights in self.sparsified:
+            yield path, "sparse", ", ".join(weights)
+        for path in self.doubled:
+            yield path, "doubled", "second set of variables for the full path"
+        for path, reason in self.skipped:
+            yield path, "skipped", reason
+
+
+def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
+    """Make a model sparse, in place, as `model.quantize()` quantizes it.
+
+    `sparsify` takes every method:
+
+    * DST, DCIL, OptG and Consensus mask the weights in the forward pass. Every supported layer
+      becomes its sparse class, before or after `compile`. Layers inside nested, subclassed or
+      wrapping layers are included. Supported are dense, convolutional (also transposed, depthwise
+      and separable), `EinsumDense` (and thus attention) and `Embedding` layers, the cells of
+      recurrent layers, subclasses of all these, and your own layers if their class names its
+      weights in `prunable_weights`. A shared layer has one mask. DCIL also adds a second set of
+      variables to every batch normalization, and `filters` do not apply to these.
+    * Magnitude, FlipOut, SET and RigL mask the weights in the optimizer step. The optimizer of a
+      compiled model becomes a `SparseOptimizer`, and the layers do not change.
+
+    Weights, names and graph stay as they are. A compiled model stays compiled: its optimizer keeps
+    its state and everything that you set on it. Frozen layers are skipped. A layer that you freeze
+    later keeps the mask that it has then.
 
     Args:
-        model: a built Keras 3 model.
-        method: a method whose mask is part of the forward pass, such as `methods.DST()`.
-        filters: which layers: None for all; the name or path of a layer, or of one that it is
-            inside of, or a regular expression for these; a list of them; or
-            `callable(layer) -> bool`.
+        model: Built Keras 3 model.
+        method: Method from `keras_dst.methods`, such as `methods.Magnitude(0.9)`.
+        filters: Selection of layers. A string is the name or path of a layer, of a layer around it
+            or of one of its weights, or a regular expression for the whole name. A list of strings
+            selects all that one of them matches. A callable gets a layer and returns a boolean.
+            Defaults to None, which selects all layers.
 
     Returns:
-        A `SparsifyReport`: what was made sparse and what was skipped, with the reason.
+        A `SparsifyReport`, which lists the sparse layers, and the skipped layers with the reasons.
 
     Raises:
-        TypeError: for a model that is not a Keras 3 model, or a method of the other family.
-        ValueError: for an unbuilt model, a filter that fits nothing, a model that is sparse
-            already, or when nothing supported was found.
+        TypeError: If the model is not a Keras 3 model, or the method is not a method.
+        ValueError: If the model is not built, is already sparse or has nothing to make sparse, if
+            a filter matches nothing, or if the method needs a compiled model and the model is not
+            compiled.
 
     Example:
         >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
-        >>> print(keras_dst.sparsify(model, keras_dst.methods.DST()))
+        >>> model.compile("adam", "mse")
+        >>> print(keras_dst.sparsify(model, keras_dst.methods.Magnitude(0.9)))
     """
     check_model(model)
-    method = check_method(method)
-    inner = [layer for layer in _keras.flatten_layers(model) if not _is_container(layer)]
-    names = _names(model, inner)
-    # Check before the first change, so that an error leaves the model as it was.
-    if any(isinstance(layer, SparseMixin) for layer in inner):
-        raise ValueError("The model is sparse already. Call keras_dst.strip(model) first.")
-    report = SparsifyReport(method)
-    chosen, norms = [], []
-    exempt = _exempt(model, method, filters)
-    for layer, selected in zip(inner, select(inner, filters, names)):
-        if isinstance(layer, SparseBatchNormalization.stock):
-            if isinstance(method, TwoPathMethod) and layer.built:
-                norms.append(layer)
-                report.doubled.append(layer.path or layer.name)
-            continue
-        reason = exempt.get(id(layer)) if selected else "not selected by filters"
-        reason = reason or unsupported(layer, method)
-        if reason is None:
-            chosen.append(layer)
-            report.sparse.append(layer.path or layer.name)
-        elif has_kernel(layer):
-            report.skipped[layer.path or layer.name] = reason
-    if not chosen:
-        raise ValueError(f"There is nothing to make sparse in '{model.name}'.\n{report}")
-    become_sparse(model, chosen + norms, method)
-    return report
-
-
-def become_sparse(model, layers, method: LayerMethod) -> None:
-    """Turn these layers of a model, or of a layer, built or not, into sparse ones."""
-    _check_ties(layers)
-    for layer in layers:
-        make_sparse(layer, method)
-    _record_recipes(model)
-    _refresh(model)
+    if not isinstance(method, (LayerMethod, UpdateMethod)):
+        raise TypeError(
+            "Expected a method, such as keras_dst.methods.Magnitude(0.9). "
+            f"Received: {describe(method)}"
+        )
+    if any(isinstance(x, SparseMixin) for x in _keras.flatten_layers(model)) or (
+        isinstance(method, UpdateMethod) and any(map(sparse_optimizers, optimizers_of(model)))
+    ):
+        raise ValueError("The model is already sparse. Call keras_dst.strip(model) first.")
+    if isinstance(method, UpdateMethod):
+        return _sparsify_optimizer(model, method, filters)
+    return _sparsify_model_layers(model, method, filters)
 
 
 def strip(model):
-    """Bake the masks into the weights as exact zeros and leave stock Keras layers, in place.
+    """Write the masks into the weights as exact zeros and restore stock Keras layers, in place.
 
-    Works after every method, also on a model that was never sparse. The model predicts the same
-    as before; no class of ours is left in it, nor in its compiled optimiser. It stays compiled.
+    `strip` works after every method, and also on a model that was never sparse. The model predicts
+    the same as before. It stays compiled, with its plain optimizer, and holds no class of
+    keras_dst.
 
     Args:
-        model: a built Keras 3 model.
+        model: Built Keras 3 model.
 
     Returns:
         The same model.
+
+    Raises:
+        TypeError: If the model is not a Keras 3 model.
+        ValueError: If the model is not built, or if a `Gate` is not part of a graph.
 
     Example:
         >>> keras_dst.strip(model).save("model.keras")  # loads without keras_dst
     """
     check_model(model)
-    found = [x for x in _keras.flatten_layers(model) if isinstance(x, _OURS)]
+    found = [x for x in _keras.flatten_layers(model) if isinstance(x, _SPARSE_CLASSES)]
     _check_gates(model, found)
     for layer in found:
         layer.restore_stock()
     remove_masks(model)
-    if model.compiled:
-        compiled = _keras.compile_config(model)  # what is saved of it
+    if getattr(model, "compiled", False):
+        compiled = _keras.compile_config(model)
         compiled["optimizer"] = without_masks(compiled["optimizer"])
     if found:
         _refresh(model)
-    else:
+    elif isinstance(model, keras.Model):
         _forget_compiled_steps(model)
     return model
 
 
-def is_sparse(model) -> bool:
-    """Whether a model holds layers of ours, which `strip` would replace."""
-    return any(isinstance(x, _OURS) for x in _keras.flatten_layers(model))
+def has_sparse_layers(model) -> bool:
+    """Return whether a model holds sparse layers, gates or containers, which `strip` replaces."""
+    return any(isinstance(x, _SPARSE_CLASSES) for x in _keras.flatten_layers(model))
 
 
 def check_model(model) -> None:
-    """Raise unless this is a built Keras 3 model or layer."""
+    """Raise unless the argument is a built Keras 3 model or layer."""
     if isinstance(model, keras.Layer):
         if not model.built:
             raise ValueError(
@@ -174,54 +210,140 @@ def check_model(model) -> None:
         return
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     if isinstance(model, keras.KerasTensor):
-        fix = "That is the output of a layer that was called: build keras.Model(inputs, outputs)."
+        fix = "This is the output of a layer. Build keras.Model(inputs, outputs)."
     elif any(
         b.__module__.startswith(("tf_keras", "tensorflow.python.keras"))
         for b in type(model).__mro__
     ):
-        fix = "That is a Keras 2 model: build or load it with `keras` 3 instead of tf_keras."
+        fix = "This is a Keras 2 model. Build or load it with `keras` 3 instead of tf_keras."
     elif any(b.__module__.startswith("torch.nn") for b in type(model).__mro__):
-        fix = "That is a torch module: keras_dst works on Keras models, with torch as a backend."
+        fix = "This is a torch module. Build a Keras model, which can run on torch."
     elif isinstance(model, str) or hasattr(model, "__fspath__"):
-        fix = "Load it first: keras.saving.load_model(path)."
+        fix = "Load it first with keras.saving.load_model(path)."
     else:
-        fix = "Build one with keras.Model or keras.Sequential."
+        fix = "Build a model with keras.Model or keras.Sequential."
     raise TypeError(f"Expected a Keras 3 model. Received: {kind}. {fix}")
 
 
-def _names(model, inner) -> list[tuple[str, ...]]:
-    """What every layer can be called: its name, its path, and those of the layers around it."""
+# -- masks in the layers -------------------------------------------------------------------------
+
+
+def _sparsify_model_layers(model, method: LayerMethod, filters: Filters) -> SparsifyReport:
+    inner = [x for x in _keras.flatten_layers(model) if not isinstance(x, keras.Model)]
+    report = SparsifyReport(method)
+    chosen, norms = [], []
+    excluded = _excluded_layers(model, method, filters)
+    names = _names_of(model, inner)
+    selection = select(inner, filters, [tuple(names[id(layer)]) for layer in inner])
+    for layer, selected in zip(inner, selection):
+        path = layer.path or layer.name
+        if isinstance(layer, SparseBatchNormalization.stock):
+            if isinstance(method, TwoPathMethod) and layer.built:
+                norms.append(layer)
+                report.doubled.append(path)
+            continue
+        reason = excluded.get(id(layer)) if selected else _FILTERED
+        reason = reason or why_unsupported(layer, method)
+        if reason is None:
+            chosen.append(layer)
+            weights = [v.name for layout, v in prunable_weights_of(layer)]
+            report.sparsified.append((path, tuple(weights)))
+        elif has_kernel(layer):
+            report.skipped.append((path, reason))
+    _check_not_empty(model, report)
+    sparsify_layers(model, chosen + norms, method)
+    return report
+
+
+def sparsify_layers(model, layers, method: LayerMethod) -> None:
+    """Make these layers sparse; they are part of a model or layer, which is built or not."""
+    _check_ties(layers)
+    for layer in layers:
+        make_sparse(layer, method)
+    _record_recipes(model)
+    _refresh(model)
+
+
+def why_unsupported(layer, method: LayerMethod) -> str | None:
+    """Return the reason why a layer cannot be made sparse, or None if it can."""
+    cls = sparse_class(type(layer))
+    if cls is None:
+        return f"{type(layer).__name__} is not supported"
+    if not layer.built:
+        return "the layer is not built"
+    if getattr(layer, "quantization_mode", None):
+        return "the layer is quantized; make it sparse, call strip, then quantize"
+    if getattr(layer, "lora_enabled", False):
+        return "LoRA is enabled; save and load the model, which merges it, then make it sparse"
+    if isinstance(method, UnitMethod) and not cls.has_units():
+        return f"{type(method).__name__} prunes whole units; {type(layer).__name__} has no units"
+    for layout, variable in prunable_weights_of(layer):
+        if not variable.trainable:
+            return f"its weight '{variable.name}' is {_FROZEN}"
+        try:
+            method.check(variable.shape, layout)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def has_kernel(layer) -> bool:
+    """Return whether a layer itself holds a weight that could be pruned."""
+    quantized = getattr(layer, "quantization_mode", None)
+    own = [
+        *_keras.trainable_variables_of(layer),
+        *(_keras.non_trainable_variables_of(layer) if quantized else []),
+    ]
+    return any(map(is_kernel, own))
+
+
+def _check_not_empty(model, report: SparsifyReport) -> None:
+    if not report.sparsified:
+        raise ValueError(f"There is nothing to make sparse in '{model.name}'.\n{report}")
+
+
+def _names_of(model, inner) -> dict[int, list[str]]:
+    """Return the names and paths of every layer and of the layers around it, by the layer's id."""
     found = {id(layer): [layer.name, layer.path] for layer in inner}
     for outer in _keras.flatten_layers(model, include_self=False):
         for layer in _keras.flatten_layers(outer, include_self=False):
             if id(layer) in found:
                 found[id(layer)] += [outer.name, outer.path]
-    return [tuple(name for name in found[id(layer)] if name) for layer in inner]
+    for layer in inner:
+        found[id(layer)] += [v.path for v in _keras.trainable_variables_of(layer) if is_kernel(v)]
+    return {key: [name for name in names if name] for key, names in found.items()}
 
 
-def _exempt(model, method, filters) -> dict[int, str]:
-    """Layers that the method must not touch, by their id, and why."""
-    gates = [x for x in _keras.flatten_layers(model) if isinstance(x, Gate)]
-    inside = [x for gate in gates for x in _keras.flatten_layers(gate, include_self=False)]
-    exempt = {id(x): "it is the gating module of a Gate" for x in inside}
+def _excluded_layers(model, method: LayerMethod, filters: Filters) -> dict[int, str]:
+    """Return the ids of the layers that the method must not change, with the reasons."""
+    excluded = dict.fromkeys(frozen_layers_of(model), _FROZEN)
+    excluded.update(_gating_modules(model))
     for layer in _keras.flatten_layers(model):
         if isinstance(layer, keras.layers.SpectralNormalization):
-            reason = "SpectralNormalization divides the kernel by its norm without the mask; "
-            reason += "prune it with SparseOptimizer"
-            exempt[id(layer)] = exempt[id(layer.layer)] = reason
+            reason = (
+                "SpectralNormalization divides the kernel by its norm without the mask; prune it "
+                "with a method that masks the update, such as Magnitude"
+            )
+            excluded[id(layer)] = excluded[id(layer.layer)] = reason
     if not isinstance(method, UnitMethod):
-        return exempt
+        return excluded
     if _keras.graph_of(model) is None and filters is None:
         raise ValueError(
-            f"{type(method).__name__} prunes whole units, and which layers give the outputs of "
-            f"'{model.name}' is not known: a call of its own runs it. Name the layers to prune "
-            "with filters."
+            f"{type(method).__name__} prunes whole units, but not the units of the outputs. Which "
+            f"layers give the outputs of '{model.name}' is unknown, because its own `call` runs "
+            "it. Name the layers to prune with filters."
         )
-    return {**exempt, **dict.fromkeys(_outputs(model), "its units are the model's outputs")}
+    return {**excluded, **dict.fromkeys(_output_layers(model), "its units are the model's outputs")}
 
 
-def _outputs(model) -> set[int]:
-    """Ids of the layers that give a model's outputs: on every way back, the first with kernels."""
+def _gating_modules(model) -> dict[int, str]:
+    gates = [x for x in _keras.flatten_layers(model) if isinstance(x, Gate)]
+    inside = [x for gate in gates for x in _keras.flatten_layers(gate, include_self=False)]
+    return {id(x): "it is the gating module of a Gate" for x in inside}
+
+
+def _output_layers(model) -> set[int]:
+    """Return the ids of the layers with kernels that are nearest to the model's outputs."""
     graph = _keras.graph_of(model)
     if graph is None:
         return set()
@@ -233,31 +355,32 @@ def _outputs(model) -> set[int]:
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        if isinstance(operation, keras.Model) and (last := _outputs(operation)):
+        if isinstance(operation, keras.Model) and (last := _output_layers(operation)):
             found |= last
-        elif _has_kernels(operation):
+        elif _holds_kernels(operation):
             found |= {id(layer) for layer in _keras.flatten_layers(operation)}
         else:
             tensors += _keras.node_of(tensor).input_tensors
     return found
 
 
-def _has_kernels(operation) -> bool:
+def _holds_kernels(operation) -> bool:
     if isinstance(operation, Gate) or not isinstance(operation, keras.Layer):
         return False
     return any(map(is_kernel, operation.weights))
 
 
 def _check_gates(model, layers) -> None:
-    """Raise for a Gate that is part of no graph, where it could not become a stock layer."""
+    """Raise if a Gate is not part of a graph, so that no stock layer can replace it."""
     graphs = [g for x in _keras.flatten_layers(model) if (g := _graph_or_none(x)) is not None]
     placed = {id(operation) for graph in graphs for operation in graph.operations}
     for layer in layers:
         if isinstance(layer, Gate) and id(layer) not in placed:
             raise ValueError(
-                f"'{layer.name}' is a Gate that a layer or model of your own makes and calls, "
-                "which would make a Gate again. Build the model as Sequential or Functional to "
-                "strip it; in inference its gates are constants as it is."
+                f"'{layer.name}' is a Gate that your own layer or model creates and calls. A file "
+                "of the stripped model would create the Gate again. Build the model as Sequential "
+                "or Functional to strip it, or use it as it is: its gates are constants in "
+                "inference."
             )
 
 
@@ -265,58 +388,23 @@ def _graph_or_none(layer):
     return _keras.graph_of(layer) if isinstance(layer, keras.Model) else None
 
 
-def _is_container(layer) -> bool:
-    return isinstance(layer, keras.Model)
-
-
-def unsupported(layer, method) -> str | None:
-    """Why a layer cannot be made sparse, or None."""
-    cls = sparse_class(type(layer))
-    if cls is None:
-        return f"{type(layer).__name__} is not supported"
-    if not layer.built:
-        return "the layer is not built"
-    if getattr(layer, "quantization_mode", None):
-        return "the layer is quantised; make it sparse, strip, then quantise"
-    if getattr(layer, "lora_enabled", False):
-        return "LoRA is enabled; save and load the model, which merges it, then make it sparse"
-    if isinstance(method, UnitMethod) and not cls.has_units():
-        return f"{type(method).__name__} prunes whole units, which {type(layer).__name__} has not"
-    for layout, variable in prunable(layer):
-        try:
-            method.check(variable.shape, layout)
-        except ValueError as error:
-            return str(error)
-    return None
-
-
-def has_kernel(layer) -> bool:
-    """Whether a layer itself trains a weight that could be pruned, or has quantised one."""
-    quantised = getattr(layer, "quantization_mode", None)
-    own = [
-        *_keras.trainable_variables_of(layer),
-        *(_keras.non_trainable_variables_of(layer) if quantised else []),
-    ]
-    return any(map(is_kernel, own))
-
-
 def _check_ties(layers) -> None:
-    """Raise where two layers hold one weight, which can have but one mask."""
+    """Raise if two layers hold the same weight, because a weight can have only one mask."""
     owners: dict[int, str] = {}
     for layer in layers:
-        for _, variable in prunable(layer):
+        for _, variable in prunable_weights_of(layer):
             if id(variable) in owners:
                 raise ValueError(
                     f"'{layer.name}' and '{owners[id(variable)]}' hold the same weight "
-                    f"'{variable.path}', which can have but one mask. Call one layer twice, read "
-                    "the weight from the other layer where it is used, or prune it with "
-                    "SparseOptimizer."
+                    f"'{variable.path}', which can have only one mask. Call one layer twice, or "
+                    "read the weight from the other layer in `call`, or use a method that masks "
+                    "the update, such as Magnitude."
                 )
             owners[id(variable)] = layer.name
 
 
-def _carries_its_layers(layer) -> bool:
-    """Whether a layer's config holds the layers inside: then each of them saves itself."""
+def _config_holds_layers(layer) -> bool:
+    """Return whether the config of a layer holds the layers inside, which then save themselves."""
     if not isinstance(layer, keras.Model):
         return False
     try:
@@ -326,18 +414,108 @@ def _carries_its_layers(layer) -> bool:
 
 
 def _record_recipes(layer) -> None:
-    """Give every outermost layer that rebuilds plain layers inside the recipe to sparsify them."""
+    """Turn every outermost layer whose config rebuilds plain layers into a `SparseContainer`."""
     if not any(
         isinstance(x, SparseMixin) for x in _keras.flatten_layers(layer, include_self=False)
     ):
         return
-    if _carries_its_layers(layer):
+    if _config_holds_layers(layer):
         for inner in _keras.flatten_layers(layer, include_self=False, recursive=False):
             _record_recipes(inner)
     else:
-        if not isinstance(layer, SparseComposite):
-            layer.__class__ = composite_class(type(layer))
+        if not isinstance(layer, SparseContainer):
+            layer.__class__ = container_class(type(layer))
         layer.record_recipe()
+
+
+# -- masks in the optimizer ----------------------------------------------------------------------
+
+
+def _sparsify_optimizer(model, method: UpdateMethod, filters: Filters) -> SparsifyReport:
+    """Wrap the optimizer of a compiled model in a `SparseOptimizer`."""
+    if getattr(model, "optimizer", None) is None:
+        raise ValueError(
+            f"{type(method).__name__} masks the weights in the optimizer step, and "
+            f"'{model.name}' is not compiled. Call model.compile(...) first, or compile with "
+            f"keras_dst.SparseOptimizer(optimizer, {method!r})."
+        )
+    scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    inner = model.optimizer.inner_optimizer if scaled else model.optimizer
+    report, kernels, complete = _choose_kernels(model, method, filters, inner)
+    _check_not_empty(model, report)
+    # Paths, and not the callable itself, because a SparseOptimizer selects variables by path.
+    paths = None if complete else [re.escape(kernel.path) for kernel in kernels]
+    with placed_like(kernels[0]):
+        wrapper = SparseOptimizer(inner, method, paths)
+        if inner.built:
+            wrapper.build(_keras.trained_variables_of(inner))
+    compiled = _keras.compile_config(model)
+    given = compiled["optimizer"]
+    if scaled:
+        model.optimizer.inner_optimizer = wrapper
+    else:
+        model.optimizer = wrapper
+    # `compile` adds the loss scaling of its own again when a file is loaded.
+    compiled["optimizer"] = given if given is model.optimizer else wrapper
+    _forget_compiled_steps(model)
+    return report
+
+
+def _choose_kernels(
+    model, method: UpdateMethod, filters: Filters, optimizer
+) -> tuple[SparsifyReport, list[Any], bool]:
+    """Return the report, the selected kernels, and whether these are all the kernels."""
+    layers = _keras.flatten_layers(model)
+    owners: dict[int, tuple[Any, Any]] = {}
+    for layer in layers:
+        for variable in _keras.trainable_variables_of(layer):
+            if is_kernel(variable):
+                owners.setdefault(id(variable), (layer, variable))
+    pairs = list(owners.values())
+    names = _names_of(model, layers)
+    selection = select(
+        [layer for layer, _ in pairs],
+        filters,
+        [(variable.path, *names[id(layer)][:-1]) for layer, variable in pairs],
+    )
+    trained = optimizer.built and set(map(id, _keras.trained_variables_of(optimizer)))
+    frozen, gating, layouts = frozen_layers_of(model), _gating_modules(model), layouts_of(model)
+    sparse: dict[str, list[str]] = {}
+    report = SparsifyReport(method)
+    kernels, pattern_fits = [], True
+    for (layer, variable), selected in zip(pairs, selection):
+        default = KERNEL if len(variable.shape) > 1 else Layout(inputs=())
+        misfit = _pattern_misfit(method, variable, layouts.get(id(variable), default))
+        if id(layer) in frozen or not variable.trainable:
+            reason: str | None = _FROZEN
+        elif not selected:
+            reason = _FILTERED
+        elif trained and id(variable) not in trained:
+            reason = "the optimizer was built without it; compile the model again"
+        else:
+            reason = gating.get(id(layer)) or misfit
+            pattern_fits = pattern_fits and reason is None
+        path = layer.path or layer.name
+        if reason is None:
+            kernels.append(variable)
+            sparse.setdefault(path, []).append(variable.name)
+        else:
+            report.skipped.append((path, reason))
+    report.sparsified = [(path, tuple(weights)) for path, weights in sparse.items()]
+    report.skipped = list(dict.fromkeys(report.skipped))
+    return report, kernels, filters is None and pattern_fits
+
+
+def _pattern_misfit(method: UpdateMethod, variable, layout: Layout) -> str | None:
+    """Return the reason why a weight cannot have the method's pattern, or None if it can."""
+    try:
+        Pattern(method.pattern).block(variable.shape, layout)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+# -- compiled models -----------------------------------------------------------------------------
 
 
 def _forget_compiled_steps(model) -> None:
@@ -345,24 +523,13 @@ def _forget_compiled_steps(model) -> None:
 
 
 def _refresh(model) -> None:
-    """Make a model, compiled or not, ready for its new variables."""
+    """Prepare a model, compiled or not, for variables that it has gained or lost."""
     refresh_torch_parameters(model)
     if not isinstance(model, keras.Model):
         return
     _forget_compiled_steps(model)
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None and optimizer.built:
-        with placed_like(model.trainable_variables[0]):
-            model.optimizer = _rebuilt(optimizer, model.trainable_variables)
-
-
-def _rebuilt(optimizer, variables):
-    """An optimiser of the same config for other variables; what fits of the old state is kept."""
-    new = type(optimizer).from_config(optimizer.get_config())
-    new.build(variables)
-    old = {v.path: v for v in optimizer.variables}
-    for variable in new.variables:
-        source = old.get(variable.path)
-        if source is not None and source.shape == variable.shape:
-            variable.assign(source.numpy())
-    return new
+        variables = model.trainable_variables
+        with placed_like(variables[0]):
+            _keras.rebuild_optimizer(optimizer, variables)

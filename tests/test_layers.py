@@ -74,7 +74,7 @@ def test_every_layer_equals_its_stock_layer_and_masks_by_its_thresholds(case):
     y = run(sparse, x)
     stock = cls.stock(**arguments)
     run(stock, x)
-    own = {id(v) for v in sparse.own_variables().values()}
+    own = {id(v) for v in sparse.state_variables().values()}
     for variable, source in zip(stock.weights, [v for v in sparse.weights if id(v) not in own]):
         variable.assign(source.numpy())
     np.testing.assert_array_equal(y, run(stock, x))
@@ -147,8 +147,8 @@ def test_granularity(granularity, shape):
 
 def test_a_layer_needs_a_method_for_the_forward_pass():
     with pytest.raises(TypeError, match="SparseOptimizer"):
-        layers.SparseDense(6, sparsity=Magnitude(0.5))
-    with pytest.raises(TypeError, match="sparsity"):
+        layers.SparseDense(6, method=Magnitude(0.5))
+    with pytest.raises(TypeError, match="method"):
         layers.SparseDense(6)
     with pytest.raises(AttributeError):
         _ = layers.SparseDense(6, method=DST()).kernel
@@ -181,3 +181,42 @@ def test_extreme_pressure_neither_kills_a_layer_nor_gives_nan(method):
         assert np.isfinite(variable.numpy().astype("float64")).all(), variable.path
     for row in keras_dst.report(keras_dst.strip(model)).layers:
         assert row.nonzeros > 0, row.name
+
+
+def test_an_embedding_that_keras_builds_in_its_constructor():
+    table = np.random.default_rng(0).standard_normal((10, 4)).astype("float32")
+    layer = layers.SparseEmbedding(10, 4, weights=table, method=DST())
+    assert layer.sparse_state["embeddings"]["threshold"].shape == (4,)
+    tokens = np.arange(10)[None]
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(layer(tokens))[0], table)
+    copy = type(layer).from_config(layer.get_config())
+    copy(tokens)
+    assert copy.sparse_state["embeddings"]["threshold"].shape == (4,)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16", "float16"])
+@pytest.mark.parametrize("inner", [None, "float32", "mixed_bfloat16"])
+def test_dtypes_are_those_of_the_stock_layer(policy, inner):
+    """Also where a layer calls another by its `call`, as `TimeDistributed` does."""
+    x = np.ones((3, 2, 4), "float32")
+    for arguments in ({"use_bias": False}, {}):
+        dtypes = []
+        for cls, own in ((layers.SparseDense, {"method": DST()}), (keras.layers.Dense, {})):
+            dense = cls(1, dtype=inner, **arguments, **own)
+            try:
+                result = keras.layers.TimeDistributed(dense, dtype=policy)(x)
+                dtypes.append(keras.backend.standardize_dtype(result.dtype))
+            except Exception as error:  # torch does not add tensors of two dtypes
+                dtypes.append(type(error))
+            dense = cls(1, dtype=policy, **arguments, **own)
+            dtypes.append(keras.backend.standardize_dtype(dense(x).dtype))
+            dtypes.append(keras.backend.standardize_dtype(dense.kernel.dtype))
+        assert dtypes[:3] == dtypes[3:]
+
+
+def test_the_names_of_the_module_are_layers():
+    assert "SparseReversibleEmbedding" in layers.__all__ or not hasattr(
+        keras.layers, "ReversibleEmbedding"
+    )
+    for name in layers.__all__:
+        assert issubclass(getattr(layers, name), keras.Layer)

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 import keras_dst
-from keras_dst.layers import SparseComposite, SparseMixin
-from keras_dst.methods import DST, Magnitude
-from keras_dst.surgery import is_sparse
+from keras_dst.callbacks import SparseTraining
+from keras_dst.layers.base import SparseMixin
+from keras_dst.layers.classes import SparseContainer
+from keras_dst.methods import DCIL, DST, Magnitude, OptG
+from keras_dst.optimizers import sparse_optimizers
+from keras_dst.schedules import Constant
+from keras_dst.surgery import has_kernel, has_sparse_layers
 from tests import models
 from tests.backends import once
 
@@ -27,6 +31,10 @@ def layers_of(model):
     return [layer for layer in model._flatten_layers() if isinstance(layer, SparseMixin)]
 
 
+def paths(report):
+    return [path for path, _ in report.sparsified]
+
+
 def prune_somewhat(model):
     """Thresholds that prune a good part of every layer."""
     for layer in layers_of(model):
@@ -38,7 +46,7 @@ def prune_somewhat(model):
 def test_a_mask_of_ones_changes_nothing(model):
     before = models.predict(model, x)
     report = keras_dst.sparsify(model, DST())
-    assert len(report.sparse) == len(layers_of(model)) >= 3
+    assert len(report.sparsified) == len(layers_of(model)) >= 3
     np.testing.assert_array_equal(models.predict(model, x), before)
 
 
@@ -52,7 +60,7 @@ def test_strip_predicts_the_same_and_leaves_no_class_of_ours(model):
     np.testing.assert_array_equal(models.predict(model, x), sparse)
     assert [type(layer) for layer in model._flatten_layers()] == classes
     assert [v.path for v in model.variables] == names
-    assert not is_sparse(model)
+    assert not has_sparse_layers(model)
     for layer in model._flatten_layers():
         if isinstance(layer, (keras.layers.Dense, keras.layers.Conv2D)):
             zeros = np.mean(layer.kernel.numpy() == 0)
@@ -83,7 +91,7 @@ def test_keras_file_round_trip(model, tmp_path):
     assert {repr(layer.method) for layer in layers_of(loaded)} == {repr(DST(0.5))}
     keras_dst.strip(loaded)
     np.testing.assert_array_equal(models.predict(loaded, x), expected)
-    assert not any(isinstance(z, SparseComposite) for z in loaded._flatten_layers())
+    assert not any(isinstance(z, SparseContainer) for z in loaded._flatten_layers())
 
 
 @once
@@ -112,12 +120,43 @@ def test_dense_weights_load_where_the_file_names_attributes(tmp_path):
     np.testing.assert_array_equal(layer.bias.numpy(), np.ones(4))
 
 
-def test_dense_weights_never_load_by_halves(tmp_path):
+def test_a_weights_file_of_the_dense_model_loads_into_the_sparse_model(model, tmp_path):
+    """Also if only some layers are sparse: Keras numbers the layers of a file by their class."""
+    expected = models.predict(model, x)
+    model.save_weights(tmp_path / "dense.weights.h5")
+    for some in (False, True):
+        keras_dst.strip(model)
+        for variable in model.variables:
+            if "seed" not in variable.path:
+                variable.assign(np.zeros(variable.shape))
+        keras_dst.sparsify(model, DST(), every_second(model) if some else None)
+        model.load_weights(tmp_path / "dense.weights.h5")
+        np.testing.assert_array_equal(models.predict(model, x), expected)
+
+
+def every_second(model):
+    """A filter for every second layer with a kernel."""
+    chosen = [layer for layer in model._flatten_layers() if has_kernel(layer)][::2]
+    return lambda layer: any(layer is other for other in chosen)
+
+
+def test_dense_weights_leave_the_masks_as_they_are(tmp_path):
     model = models.sequential()
     model.save_weights(tmp_path / "dense.weights.h5")
     keras_dst.sparsify(model, DST())
-    with pytest.raises((ValueError, UserWarning)):  # Keras's file names layers by their class
-        model.load_weights(tmp_path / "dense.weights.h5")
+    prune_somewhat(model)
+    masked = models.predict(model, x)
+    model.load_weights(tmp_path / "dense.weights.h5")
+    np.testing.assert_array_equal(models.predict(model, x), masked)
+
+
+def test_a_weights_file_of_the_sparse_model_is_refused_by_the_dense_model(tmp_path):
+    model = models.sequential()
+    keras_dst.sparsify(model, DST())
+    model.save_weights(tmp_path / "sparse.weights.h5")
+    keras_dst.strip(model)
+    with pytest.raises(ValueError, match="expected 1 variables, but received 2"):
+        model.load_weights(tmp_path / "sparse.weights.h5")
 
 
 @once
@@ -130,7 +169,7 @@ def test_a_stripped_file_has_no_trace_of_keras_dst(model, tmp_path):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_nor_has_one_that_was_pruned_by_its_optimiser(scaled, tmp_path):
+def test_nor_has_one_that_was_pruned_by_its_optimizer(scaled, tmp_path):
     model = models.sequential()
     optimizer = keras_dst.SparseOptimizer("adam", Magnitude(0.5))
     if scaled:
@@ -144,7 +183,7 @@ def test_nor_has_one_that_was_pruned_by_its_optimiser(scaled, tmp_path):
 
 
 @pytest.mark.parametrize("inner", ["adam", "sgd"])
-def test_a_trained_model_goes_on_training_with_its_optimiser(inner):
+def test_a_trained_model_goes_on_training_with_its_optimizer(inner):
     model = models.compiled(models.residual(), inner)
     model.fit(x, y, epochs=2, verbose=0)
     slots = {v.path: v.numpy().copy() for v in model.optimizer.variables}
@@ -160,7 +199,7 @@ def test_a_trained_model_goes_on_training_with_its_optimiser(inner):
 def test_a_shared_layer_keeps_one_mask():
     model = models.nested()
     report = keras_dst.sparsify(model, DST())
-    assert len([path for path in report.sparse if "shared" in path]) == 1
+    assert len([path for path in paths(report) if "shared" in path]) == 1
 
 
 @pytest.mark.parametrize(
@@ -183,15 +222,15 @@ def test_filters(filters, expected):
         ]
     )
     report = keras_dst.sparsify(model, DST(), filters)
-    assert [path.rpartition("/")[2] for path in report.sparse] == expected
+    assert [path.rpartition("/")[2] for path in paths(report)] == expected
     assert [layer.name for layer in layers_of(model)] == expected
-    assert set(report.skipped.values()) == {"not selected by filters"}
+    assert {reason for _, reason in report.skipped} == {"not selected by filters"}
 
 
 def test_the_report_taken_for_the_model_says_where_the_model_is():
     model = models.MODELS["sequential"]()
     report = keras_dst.sparsify(model, DST())
-    assert copy.deepcopy(report).sparse == report.sparse
+    assert copy.deepcopy(report).sparsified == report.sparsified
     with pytest.raises(AttributeError, match=r"'fit'\. sparsify\(\) changes the model in place"):
         report.fit(x, y)
 
@@ -206,29 +245,29 @@ def test_the_report_says_what_was_skipped_and_why():
             keras.layers.DepthwiseConv2D(3),
             keras.layers.SpectralNormalization(keras.layers.Conv2D(4, 3)),
             keras.layers.Dense(4, name="tuned"),
-            keras.layers.Dense(4, name="quantised"),
+            keras.layers.Dense(4, name="quantized"),
             Undeclared(4),
             keras.layers.Conv2D(8, 3, name="other"),
             keras.layers.Conv2D(8, 3),
         ]
     )
     model.get_layer("tuned").enable_lora(2)
-    model.get_layer("quantised").quantize("int8")
+    model.get_layer("quantized").quantize("int8")
     report = keras_dst.sparsify(
         model, DST(pattern="1x4"), filters=lambda layer: layer.name != "other"
     )
-    assert report.sparse == [model.layers[-1].path]
+    assert report.sparsified == [(model.layers[-1].path, ("kernel",))]
     parts = [
         "needs an input axis",
-        "prune it with SparseOptimizer",  # the wrapper, which holds the kernel too
-        "prune it with SparseOptimizer",
+        "masks the update, such as Magnitude",  # the wrapper, which holds the kernel too
+        "masks the update, such as Magnitude",
         "LoRA",
-        "quantised",
+        "quantized",
         "Undeclared is not supported",
         "not selected by filters",
     ]
     assert len(report.skipped) == len(parts)
-    for reason, part in zip(report.skipped.values(), parts):
+    for (_, reason), part in zip(report.skipped, parts):
         assert part in reason
         assert reason in str(report)
 
@@ -238,10 +277,11 @@ def test_filters_name_layers_or_those_around_them():
     names = [layer.name for layer in model.layers]
     bidirectional = next(name for name in names if "bidirectional" in name)
     report = keras_dst.sparsify(model, DST(), filters=bidirectional)
-    assert len(report.sparse) == 2
-    assert all("lstm_cell" in path for path in report.sparse)
+    assert len(report.sparsified) == 2
+    assert all("lstm_cell" in path for path in paths(report))
     keras_dst.strip(model)
-    assert keras_dst.sparsify(model, DST(), filters=report.sparse[1]).sparse == report.sparse[1:]
+    again = keras_dst.sparsify(model, DST(), filters=paths(report)[1])
+    assert again.sparsified == report.sparsified[1:]
 
 
 def test_one_weight_has_one_mask():
@@ -253,7 +293,7 @@ def test_one_weight_has_one_mask():
     model = keras.Sequential([keras.Input((8,)), first, Tied(8)])
     with pytest.raises(ValueError, match="hold the same weight"):
         keras_dst.sparsify(model, DST())
-    assert not is_sparse(model)
+    assert not has_sparse_layers(model)
 
 
 def test_a_table_that_is_read_both_ways_has_one_mask(tmp_path):
@@ -286,12 +326,12 @@ def test_lora_does_not_go_with_a_mask():
     np.testing.assert_array_equal(models.predict(model, x), before)
 
 
-def test_zeros_survive_quantisation():
+def test_zeros_survive_quantization():
     model = models.sequential()
     keras_dst.sparsify(model, DST())
     prune_somewhat(model)
     dense = model.layers[-1]
-    with pytest.raises(NotImplementedError, match="SparseDense"):  # Model.quantize warns of it
+    with pytest.raises(NotImplementedError, match=r"strip\(model\) first, then quantize"):
         dense.quantize("int8")
     keras_dst.strip(model)
     zeros = dense.kernel.numpy() == 0
@@ -299,6 +339,319 @@ def test_zeros_survive_quantisation():
     assert dense._kernel.dtype == "int8"
     assert np.all(dense._kernel.numpy()[zeros] == 0)
     assert 0.3 < zeros.mean() < 0.7
+
+
+# -- methods that mask the update ----------------------------------------------------------------
+
+
+def zeros_of(model):
+    return {v.path: np.mean(v.numpy() == 0) for v in model.trainable_variables if len(v.shape) > 1}
+
+
+@pytest.mark.parametrize("fitted", [False, True], ids=["compiled", "fitted"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "loss scaling"])
+def test_a_method_for_the_optimizer_wraps_it_and_keeps_its_state(fitted, scaled, tmp_path):
+    model = models.residual()
+    inner = keras.optimizers.Adam(0.01)
+    inner.exclude_from_weight_decay(var_names=["bias"])
+    outer = keras.optimizers.LossScaleOptimizer(inner) if scaled else inner
+    models.compiled(model, outer)
+    if fitted:
+        model.fit(x, y, verbose=0)
+    inner.learning_rate = 0.02
+    slots = {v.path: v.numpy().copy() for v in inner.variables}
+    report = keras_dst.sparsify(model, Magnitude(0.5))
+    assert len(report.sparsified) == 3
+    assert not report.skipped
+    assert not has_sparse_layers(model)
+    assert (model.optimizer is outer) == scaled
+    assert sparse_optimizers(model.optimizer)[0].inner_optimizer is inner
+    for variable in inner.variables:
+        np.testing.assert_array_equal(variable.numpy(), slots[variable.path])
+    history = model.fit(x, y, epochs=3, verbose=0, callbacks=[SparseTraining()])
+    assert history.history["sparsity"][-1] == pytest.approx(0.5, abs=0.01)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert sparse_optimizers(loaded.optimizer)[0].method == Magnitude(0.5)
+    assert keras_dst.strip(model) is model
+    assert not sparse_optimizers(model.optimizer)
+    assert (model.optimizer.inner_optimizer if scaled else model.optimizer) is inner
+    assert float(keras.ops.convert_to_numpy(inner.learning_rate)) == pytest.approx(0.02)
+    model.fit(x, y, verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ("inner", ["inner/dense_a", "inner/dense_b"]),
+        ("dense_.*", ["inner/dense_a", "inner/dense_b"]),
+        (["dense_b", "conv"], ["conv", "inner/dense_b"]),
+        ("inner/dense_b/kernel", ["inner/dense_b"]),
+        (lambda layer: isinstance(layer, keras.layers.Conv2D), ["conv"]),
+    ],
+)
+def test_filters_select_layers_for_the_optimizer(filters, expected):
+    dense = [keras.layers.Dense(4, name="dense_a"), keras.layers.Dense(2, name="dense_b")]
+    conv = keras.layers.Conv2D(2, 3, name="conv")
+    inner = keras.Sequential([keras.Input((72,)), *dense], name="inner")
+    model = keras.Sequential([keras.Input((8, 8, 3)), conv, keras.layers.Flatten(), inner])
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    report = keras_dst.sparsify(model, Magnitude(0.5), filters)
+    found = [path.removeprefix(f"{model.name}/") for path in paths(report)]
+    assert sorted(found) == expected
+    assert {reason for _, reason in report.skipped} == {"not selected by filters"}
+    model.optimizer.build(model.trainable_variables)
+    kernels = {id(kernel) for kernel in model.optimizer.kernels}
+    chosen = [x.name for x in (conv, *dense) if id(x.kernel) in kernels]
+    assert chosen == [path.rpartition("/")[2] for path in expected]
+
+
+def test_the_optimizer_skips_weights_without_the_axes_of_the_pattern():
+    model = models.sequential()
+    models.compiled(model)
+    report = keras_dst.sparsify(model, Magnitude(0.5, pattern="1x4"))
+    assert [path for path, _ in report.skipped] == [model.layers[3].path]  # depthwise
+    assert "needs an input axis" in str(report)
+    model.fit(x, y, verbose=0, callbacks=[SparseTraining()])
+    assert zeros_of(model)[model.layers[3].kernel.path] == 0
+
+
+def test_the_optimizer_is_wrapped_once():
+    model = models.compiled(models.residual())
+    keras_dst.sparsify(model, Magnitude(0.5))
+    with pytest.raises(ValueError, match="already sparse"):
+        keras_dst.sparsify(model, Magnitude(0.5))
+    keras_dst.strip(model)
+    keras_dst.sparsify(model, DST())
+    with pytest.raises(ValueError, match="already sparse"):
+        keras_dst.sparsify(model, Magnitude(0.5))
+
+
+def test_the_report_is_a_table_in_a_notebook():
+    model = models.compiled(models.residual())
+    for method in (DST(), Magnitude(0.5)):
+        report = keras_dst.sparsify(model, method, filters=lambda layer: layer.name != "<head>")
+        table = report._repr_html_()
+        assert table.startswith("<table>")
+        assert table.count("<tr>") == 1 + len(report.sparsified) + len(report.skipped)
+        for path in paths(report):
+            assert path in table
+            assert path in str(report)
+        keras_dst.strip(model)
+
+
+# -- frozen layers -------------------------------------------------------------------------------
+
+
+def frozen_model(how):
+    """A model with a frozen base of two layers."""
+    layers = [keras.layers.Dense(64, "relu", trainable=how != "argument") for _ in range(2)]
+    base = keras.Sequential(
+        [keras.Input((16,)), *layers],
+        name="base",
+    )
+    if how == "attribute":
+        base.trainable = False
+    if how == "layers":
+        for layer in base.layers:
+            layer.trainable = False
+    if how == "weights":
+        for layer in base.layers:
+            layer.kernel.trainable = False
+    head = [keras.layers.Dense(32, "relu", name="mid"), keras.layers.Dense(2, "softmax")]
+    return keras.Sequential([keras.Input((16,)), base, *head])
+
+
+@pytest.mark.parametrize("how", ["argument", "attribute", "layers", "weights"])
+@pytest.mark.parametrize("method", [OptG(0.8), Magnitude(0.8)], ids=["OptG", "Magnitude"])
+def test_frozen_layers_are_skipped(method, how):
+    model = models.compiled(frozen_model(how))
+    report = keras_dst.sparsify(model, method)
+    assert len(report.sparsified) == 2
+    assert len(report.skipped) == 2
+    assert all("frozen" in reason for _, reason in report.skipped)
+    before = models.arrays(model.get_layer("base").weights)
+    data, labels = x.reshape(96, -1)[:, :16], y
+    model.fit(data, labels, epochs=2, verbose=0, callbacks=[SparseTraining()])
+    keras_dst.strip(model)
+    for variable, old in zip(model.get_layer("base").weights, before):
+        if "kernel" in variable.path:
+            np.testing.assert_array_equal(variable.numpy(), old)
+
+
+@pytest.mark.parametrize("method", [OptG(0.8), DST(0.8), DCIL(0.8, warmup=1.0), Magnitude(0.8)])
+@pytest.mark.filterwarnings("ignore:.*training had reached sparsity:UserWarning")
+def test_a_layer_that_is_frozen_later_keeps_its_mask(method):
+    model = models.compiled(frozen_model("trainable"))
+    keras_dst.sparsify(model, method)
+    model.get_layer("base").trainable = False
+    model.compile(model.optimizer, "sparse_categorical_crossentropy")
+    before = models.arrays(model.get_layer("base").variables)
+    data, labels = x.reshape(96, -1)[:, :16], y
+    history = model.fit(data, labels, epochs=2, verbose=0, callbacks=[SparseTraining()])
+    assert history.history["sparsity"][-1] == pytest.approx(0.8, abs=0.02)
+    for variable, old in zip(model.get_layer("base").variables, before):
+        np.testing.assert_array_equal(variable.numpy(), old, err_msg=variable.path)
+    keras_dst.strip(model)
+    kernels = [v for v in model.get_layer("base").weights if "kernel" in v.path]
+    assert all(np.all(kernel.numpy() != 0) for kernel in kernels)
+
+
+# -- the optimizer of a compiled model -----------------------------------------------------------
+
+
+def optimizers():
+    """Optimizers of every structure: slots, no slots, factored slots, singles, several inside."""
+    several = keras.optimizers.Adafactor, keras.optimizers.Nadam, keras.optimizers.SGD
+    found = {cls.__name__: cls(0.01) for cls in several}
+    found["Adam"] = keras.optimizers.Adam(0.01, use_ema=True, gradient_accumulation_steps=2)
+    found["scaled"] = keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01))
+    if hasattr(keras.optimizers, "MultiOptimizer"):
+        rest, biases = keras.optimizers.Adam(0.01), keras.optimizers.SGD(0.01, momentum=0.9)
+        map_ = keras.optimizers.OptimizerMap(rest)
+        map_[".*bias"] = biases
+        found["several"] = keras.optimizers.MultiOptimizer(map_)
+    return found
+
+
+@pytest.mark.parametrize("name", optimizers())
+def test_the_optimizer_stays_the_same_object_with_all_its_state(name):
+    model = models.compiled(models.residual(), optimizers()[name])
+    optimizer = model.optimizer
+    optimizer.note = "set by the user"
+    model.fit(x, y, epochs=2, verbose=0)
+    before = models.arrays(optimizer.variables)
+    names = [v.name for v in optimizer.variables]
+    keras_dst.sparsify(model, DST())
+    assert model.optimizer is optimizer
+    assert optimizer.note == "set by the user"
+    if name != "SGD":
+        assert len(optimizer.variables) > len(before)
+    model.fit(x, y, verbose=0)
+    keras_dst.strip(model)
+    assert len(optimizer.variables) == len(names)
+    keras_dst.sparsify(model, DST())
+    keras_dst.strip(model)
+    after = models.arrays(optimizer.variables)
+    changed = [n for n, a, b in zip(names, before, after) if not np.array_equal(a, b)]
+    assert len(changed) > len(names) / 2 or name == "SGD"  # the training of one epoch
+    model.fit(x, y, verbose=0)
+    counters = [v for v in optimizer.variables if v.name == "iteration"]
+    assert max(int(v.numpy()) for v in counters) == 12
+
+
+@pytest.mark.parametrize("name", optimizers())
+def test_sparsify_and_strip_change_no_state_of_the_optimizer(name):
+    model = models.compiled(models.residual(), optimizers()[name])
+    model.fit(x, y, epochs=2, verbose=0)
+    before = models.arrays(model.optimizer.variables)
+    keras_dst.sparsify(model, DST())
+    keras_dst.strip(model)
+    assert len(model.optimizer.variables) == len(before)
+    for variable, value in zip(model.optimizer.variables, before):
+        np.testing.assert_array_equal(variable.numpy(), value, err_msg=variable.path)
+
+
+@pytest.mark.parametrize("by", ["name", "variable"])
+@pytest.mark.parametrize("fitted", [False, True], ids=["compiled", "fitted"])
+def test_exclusions_from_weight_decay_are_kept(by, fitted):
+    model = models.residual()
+    optimizer = keras.optimizers.AdamW(0.01, weight_decay=1.0)
+    kernel = model.layers[1].kernel
+    chosen = {"var_names": ["kernel"]} if by == "name" else {"var_list": [kernel]}
+    optimizer.exclude_from_weight_decay(**chosen)
+    models.compiled(model, optimizer)
+    nothing = np.zeros(len(x))  # no gradient: only weight decay moves a weight
+    if fitted:
+        model.fit(x, y, sample_weight=nothing, verbose=0)
+    before, other = kernel.numpy().copy(), model.layers[-1].kernel.numpy().copy()
+    for method in (DST(alpha=0.0), Magnitude(Constant(0.0, begin_step=0))):
+        keras_dst.sparsify(model, method)
+        model.fit(x, y, sample_weight=nothing, verbose=0)
+        keras_dst.strip(model)
+        model.fit(x, y, sample_weight=nothing, verbose=0)
+        np.testing.assert_array_equal(kernel.numpy(), before)
+    assert np.all(model.layers[-1].kernel.numpy() == other) == (by == "name")
+
+
+# -- other formats -------------------------------------------------------------------------------
+
+
+def sparse_models():
+    """One model of each kind of sparse layer."""
+    dcil = models.sequential()
+    keras_dst.sparsify(dcil, DCIL(0.5))
+    dst, optg = models.recurrent(), models.subclassed()
+    keras_dst.sparsify(dst, DST(0.5))
+    keras_dst.sparsify(optg, OptG(0.5))
+    inputs = keras.Input((8, 8, 3))
+    gated = keras.layers.Conv2D(4, 3)(inputs)
+    gated = keras_dst.layers.Gate(dependent=True)(gated, context=gated)
+    gated = keras.layers.Dense(2, "softmax")(keras.layers.GlobalAveragePooling2D()(gated))
+    return {"DST": dst, "DCIL": dcil, "OptG": optg, "Gate": keras.Model(inputs, gated)}
+
+
+@pytest.mark.parametrize("name", ["DST", "DCIL", "OptG", "Gate"])
+def test_checkpoints_of_tensorflow_hold_the_whole_state(name, tmp_path):
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("a format of TensorFlow")
+    import tensorflow as tf
+
+    model, other = sparse_models()[name], sparse_models()[name]
+    for variable in model.variables:
+        if "seed" not in variable.path:
+            value = variable.numpy()
+            variable.assign(~value if value.dtype == bool else value + 1)
+    path = tf.train.Checkpoint(model=model).save(str(tmp_path / "checkpoint"))
+    tf.train.Checkpoint(model=other).restore(path).assert_existing_objects_matched()
+    for a, b in zip(model.weights, other.weights):
+        np.testing.assert_array_equal(b.numpy(), a.numpy(), err_msg=a.path)
+    if name == "OptG":
+        return  # a subclassed model has no signature
+    tf.saved_model.save(other, str(tmp_path / "saved"))
+    loaded = tf.saved_model.load(str(tmp_path / "saved"))
+    expected = models.predict(model, x)
+    np.testing.assert_allclose(loaded(x, training=False).numpy(), expected, atol=1e-6)
+    keras_dst.strip(other)
+    path = tf.train.Checkpoint(model=other).save(str(tmp_path / "stripped"))
+    assert not any("threshold" in key for key, _ in tf.train.list_variables(path))
+
+
+def test_checkpoints_of_tensorflow_hold_the_state_of_the_optimizer(tmp_path):
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("a format of TensorFlow")
+    import tensorflow as tf
+
+    fitted, other = (models.compiled(models.residual()) for _ in range(2))
+    for model in (fitted, other):
+        keras_dst.sparsify(model, Magnitude(0.5))
+        model.optimizer.build(model.trainable_variables)
+    fitted.fit(x, y, verbose=0, callbacks=[SparseTraining()])
+    checkpoint = tf.train.Checkpoint(model=fitted, optimizer=fitted.optimizer)
+    path = checkpoint.save(str(tmp_path / "checkpoint"))
+    checkpoint = tf.train.Checkpoint(model=other, optimizer=other.optimizer)
+    checkpoint.restore(path).assert_existing_objects_matched()
+    for a, b in zip(fitted.optimizer.variables, other.optimizer.variables):
+        np.testing.assert_array_equal(b.numpy(), a.numpy(), err_msg=a.path)
+
+
+@pytest.mark.parametrize("name", ["DST", "DCIL", "OptG", "Gate"])
+def test_an_unstripped_model_is_exported(name, tmp_path):
+    model = sparse_models()[name]
+    if keras.backend.backend() == "torch":
+        import torch
+
+        model.eval()
+        torch.export.export(model, (torch.zeros(2, 8, 8, 3),))
+        return
+    models.compiled(model).fit(
+        x, y, verbose=0, callbacks=[SparseTraining(steps_per_epoch=3)], epochs=1
+    )
+    model.export(tmp_path / "saved", verbose=False)
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(tmp_path / "saved"))
+    np.testing.assert_allclose(loaded.serve(x).numpy(), models.predict(model, x), atol=1e-5)
 
 
 class TestErrors:
@@ -330,9 +683,13 @@ class TestErrors:
         with pytest.raises(ValueError, match="has no weights yet"):
             keras_dst.sparsify(keras.Sequential([keras.layers.Dense(2)]), DST())
 
-    def test_method_of_the_other_family(self):
-        with pytest.raises(TypeError, match="SparseOptimizer"):
+    def test_a_method_for_the_optimizer_needs_a_compiled_model(self):
+        with pytest.raises(
+            ValueError, match=r"Call model.compile.*SparseOptimizer\(optimizer, Mag"
+        ):
             keras_dst.sparsify(models.residual(), Magnitude(0.5))
+
+    def test_another_object_than_a_method(self):
         with pytest.raises(TypeError, match="Expected a method"):
             keras_dst.sparsify(models.residual(), "dst")
         with pytest.raises(TypeError, match=r"the class DST\. Call it: DST\("):
@@ -348,7 +705,7 @@ class TestErrors:
             keras_dst.sparsify(model, DST(), 3)
         with pytest.raises(TypeError, match="of a layer give its name"):
             keras_dst.sparsify(model, DST(), model.layers[-1])
-        assert not is_sparse(model)
+        assert not has_sparse_layers(model)
 
     def test_nothing_supported(self):
         model = keras.Sequential([keras.Input((3,)), keras.layers.ReLU()])
@@ -358,7 +715,7 @@ class TestErrors:
     def test_twice(self):
         model = models.residual()
         keras_dst.sparsify(model, DST())
-        with pytest.raises(ValueError, match="sparse already"):
+        with pytest.raises(ValueError, match="already sparse"):
             keras_dst.sparsify(model, DST())
 
     def test_unknown_class_in_a_file(self, tmp_path):

@@ -544,7 +544,7 @@ def test_layers_that_cannot_be_pruned_are_refused(make, arguments, message):
     with pytest.raises(ValueError, match=message):
         tfmot.prune_low_magnitude(model := make(), **arguments)
     if model.built:
-        assert not keras_dst.surgery.is_sparse(model)
+        assert not keras_dst.surgery.has_sparse_layers(model)
 
 
 @once

@@ -94,7 +94,7 @@ def prepared(method):
     driver = drivers_of(model)[0]
     driver.begin(STEPS, STEPS, STEPS // 10)
     for layer in getattr(driver, "layers", []):
-        layer.both_paths = True  # as a step of DCIL leaves it
+        layer.traced_both_paths = True  # as a step of DCIL leaves it
     steps = itertools.count(STEPS // 4, STEP)
 
     def update():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,25 +30,10 @@ def placed_like(variable) -> Iterator[None]:
                 yield
             return
     if backend == "jax" and keras.distribution.distribution() is not None:
-        with _like(variable).scope():
+        with _keras.distribution_like(variable).scope():
             yield
         return
     yield
-
-
-def _like(variable):
-    """The present distribution, where it goes by the shape of new variables, not by their path: a
-    user's layout map may take theirs for the path of the kernel they are of."""
-    present = keras.distribution.distribution()
-
-    def layout_of(new):
-        if tuple(new.shape) == tuple(variable.shape):
-            return present.get_variable_layout(variable)
-        return keras.distribution.TensorLayout([None] * len(new.shape), present.device_mesh)
-
-    like = copy.copy(present)
-    like.get_variable_layout = layout_of
-    return like
 
 
 def check_distribution(optimizer, variable) -> None:

@@ -19,7 +19,8 @@ from keras_dst._reporting.tables import as_table, format_percent
 from keras_dst._training.metrics import direction_of_metric
 from keras_dst._utils.filters import Filters, is_prunable, select
 from keras_dst.allocation import equal_drop
-from keras_dst.layers import SparseMixin, layouts_of
+from keras_dst.layers.base import SparseMixin
+from keras_dst.layers.classes import layouts_of
 from keras_dst.masks import KERNEL, Layout, masked
 from keras_dst.methods import Magnitude
 from keras_dst.surgery import check_model

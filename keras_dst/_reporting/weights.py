@@ -12,7 +12,9 @@ from keras import ops
 
 from keras_dst import _keras
 from keras_dst._utils.filters import is_kernel
-from keras_dst.layers import Gate, SparseMixin, layouts_of
+from keras_dst.layers import Gate
+from keras_dst.layers.base import SparseMixin
+from keras_dst.layers.classes import layouts_of
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.optimizers import optimizers_of, sparse_optimizers
 
@@ -68,7 +70,7 @@ def weights_of(model) -> list[Weight]:
         for variable, mask in _masked(layer):
             masks[id(variable)] = mask
         if isinstance(layer, (SparseMixin, Gate)):
-            ours.update(id(value) for value in layer.own_variables().values())
+            ours.update(id(value) for value in layer.state_variables().values())
     updated = {
         id(kernel)
         for optimizer in optimizers_of(model)

@@ -10,17 +10,19 @@ import keras
 from keras import layers, tree
 
 from keras_dst import _keras
-from keras_dst.layers import Gate, SparseComposite, SparseMixin
+from keras_dst.layers import Gate
+from keras_dst.layers.base import SparseMixin
+from keras_dst.layers.classes import SparseContainer
 
 
 def dense_copy(op):
     """Return a copy of a sparse layer without masks, or the operation itself if it has no masks."""
-    if not isinstance(op, (SparseMixin, SparseComposite, Gate)):
+    if not isinstance(op, (SparseMixin, SparseContainer, Gate)):
         return op
     try:
         copy = _rebuilt(op)
         for inner in _keras.flatten_layers(copy):
-            if isinstance(inner, (SparseMixin, SparseComposite, Gate)):
+            if isinstance(inner, (SparseMixin, SparseContainer, Gate)):
                 inner.restore_stock()
     except Exception as error:
         raise ValueError(
@@ -83,7 +85,7 @@ def copy_recurrent_state(layer, copy) -> None:
 
 def _rebuilt(layer, **changes):
     """Return a built copy with variables of its own; None if its variables differ in shape."""
-    if isinstance(layer, SparseComposite):  # its config names the layers inside that have masks
+    if isinstance(layer, SparseContainer):  # its config names the layers inside that have masks
         copy = type(layer).from_config(layer.get_config())
     else:
         config = {**live_config(layer), **changes}

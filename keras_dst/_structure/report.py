@@ -16,7 +16,7 @@ from keras_dst._structure.build import build
 from keras_dst._structure.explain import explained_layers
 from keras_dst._structure.pipeline import inference, plan_and_build, random_inputs
 from keras_dst._structure.plan import Plan
-from keras_dst.surgery import is_sparse
+from keras_dst.surgery import has_sparse_layers
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def shrink_and_report(model, latency: bool = False) -> tuple[keras.Model, Shrink
     times: list[float | None] = [None, None]
     if latency:
         # Masks take time in every call, which is not saved by removing channels.
-        dense = build(Plan(model, remove=False)) if is_sparse(model) else model
+        dense = build(Plan(model, remove=False)) if has_sparse_layers(model) else model
         times = _latencies(dense, small)
     kept = {id(handler.op) for handler in plan.handlers}
     rows = [

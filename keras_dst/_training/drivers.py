@@ -18,7 +18,9 @@ from keras_dst._reporting.flops import count_uses
 from keras_dst._training.backup import ActiveFit
 from keras_dst._training.two_path import TwoPathLoss
 from keras_dst._utils.clock import update_clock
-from keras_dst.layers import Gate, SparseMixin, layouts_of
+from keras_dst.layers import Gate
+from keras_dst.layers.base import SparseMixin
+from keras_dst.layers.classes import frozen_layers_of, layouts_of
 from keras_dst.masks import Layout, Pattern, masked
 from keras_dst.methods.base import (
     LayerMethod,
@@ -41,7 +43,10 @@ def drivers_of(model) -> list[Driver]:
     """Return one driver for every method under which a model has weights."""
     found: list[Driver] = []
     groups: dict[LayerMethod, list[SparseMixin | Gate]] = {}
+    frozen = frozen_layers_of(model)  # a layer that was frozen after `sparsify` keeps its mask
     for layer in _keras.flatten_layers(model):
+        if id(layer) in frozen:
+            continue
         if isinstance(layer, (SparseMixin, Gate)) and any(layer.masked_weights()):
             groups.setdefault(layer.method, []).append(layer)
     if sum(isinstance(method, TwoPathMethod) for method in groups) > 1:
@@ -439,10 +444,14 @@ class LayerDriver(Driver):
 
     def _traced_on_both_paths(self):
         for layer in self.layers:
-            layer.both_paths = True
+            layer.traced_both_paths = True
 
     def advance(self, batches):
-        if isinstance(self.method, TwoPathMethod) and batches and not self.layers[0].both_paths:
+        if (
+            isinstance(self.method, TwoPathMethod)
+            and batches
+            and not self.layers[0].traced_both_paths
+        ):
             raise ValueError(
                 f"{self.method!r} trains two paths within compute_loss, which the train_step of "
                 f"'{self.model.name}' does not call. Let it call self.compute_loss(x=x, y=y, "

@@ -32,7 +32,7 @@ from keras_dst import _keras
 from keras_dst.export.report import ExportError
 from keras_dst.export.samples import InputSpec, Samples, Signature, signature_of, symbolic_inputs
 from keras_dst.export.states import reset_states
-from keras_dst.surgery import is_sparse, strip
+from keras_dst.surgery import has_sparse_layers, strip
 
 # The fix for an error message that contains the key.
 _FIXES = {
@@ -109,7 +109,7 @@ def conversions(
     on_tensorflow = keras.backend.backend() == "tensorflow"
     with tempfile.TemporaryDirectory() as name, reset_states(model):
         folder = Path(name)
-        if on_tensorflow and not is_sparse(model):
+        if on_tensorflow and not has_sparse_layers(model):
             _quietly(_convert, model, folder, kinds, signature, samples and samples.arrays)
         else:
             _save(model, folder / "model.keras")

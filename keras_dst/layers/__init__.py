@@ -1,19 +1,10 @@
-"""Keras's layers with a mask over their weights: `SparseDense` is `Dense` plus `method=`.
+"""Sparse forms of Keras's layers: `SparseDense` is `Dense` with the additional argument `method=`.
 
-`sparsify` turns the layers of a built model into these, in place; they can be used by hand too.
+`sparsify` turns the layers of a built model into these layers, in place. They can also be created
+directly.
 """
 
-from keras_dst.layers.base import SparseBias, SparseMixin, SparseWeight, check_method
-from keras_dst.layers.classes import (
-    SPARSE_LAYERS,
-    SparseComposite,
-    SparseSubclass,
-    composite_class,
-    layouts_of,
-    make_sparse,
-    prunable,
-    sparse_class,
-)
+from keras_dst.layers import stock as _stock
 from keras_dst.layers.gate import Gate
 from keras_dst.layers.normalization import SparseBatchNormalization
 from keras_dst.layers.stock import (
@@ -37,11 +28,8 @@ from keras_dst.layers.stock import (
 )
 
 __all__ = [
-    "SPARSE_LAYERS",
     "Gate",
     "SparseBatchNormalization",
-    "SparseBias",
-    "SparseComposite",
     "SparseConv1D",
     "SparseConv1DTranspose",
     "SparseConv2D",
@@ -56,16 +44,11 @@ __all__ = [
     "SparseEmbedding",
     "SparseGRUCell",
     "SparseLSTMCell",
-    "SparseMixin",
     "SparseSeparableConv1D",
     "SparseSeparableConv2D",
     "SparseSimpleRNNCell",
-    "SparseSubclass",
-    "SparseWeight",
-    "check_method",
-    "composite_class",
-    "layouts_of",
-    "make_sparse",
-    "prunable",
-    "sparse_class",
 ]
+
+if hasattr(_stock, "SparseReversibleEmbedding"):  # Keras has the stock layer since 3.12
+    SparseReversibleEmbedding = _stock.SparseReversibleEmbedding
+    __all__ += ["SparseReversibleEmbedding"]

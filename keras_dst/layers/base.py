@@ -1,4 +1,4 @@
-"""What makes a Keras layer sparse: `SparseMixin`, and attributes that read a weight masked."""
+"""The mixin that makes a Keras layer sparse, and attributes that read a weight with its mask."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from keras_dst.masks import KERNEL, Layout, masked
 from keras_dst.methods.base import LayerMethod, Method, State, UnitMethod, describe
 
 if TYPE_CHECKING:
-    from keras import Layer as _Layer  # what the mixins are mixed into
+    from keras import Layer as _Layer  # the base of every class that uses a mixin
 else:
     _Layer = object
 
 
 class SparseWeight:
-    """Attribute of a sparse layer: reading gives the masked tensor, writing stores the variable.
+    """Attribute of a sparse layer: reading returns the masked tensor, writing stores the variable.
 
-    The raw variable is kept in the attribute's name with an underscore before it, where Keras's
-    Dense, Conv, EinsumDense and Embedding have it as well.
+    The variable is stored under the attribute's name with a leading underscore. Keras's Dense,
+    Conv, EinsumDense and Embedding store it there, too.
     """
 
     def __init__(self, layout: Layout = KERNEL):
@@ -36,35 +36,39 @@ class SparseWeight:
         self.owner, self.name, self.slot = owner, name, f"_{name}"
 
     def raw(self, layer):
-        """The variable under the mask, or None before the layer is built; sparse yet or not."""
+        """Return the variable without its mask, or None before the layer is built."""
         return layer.__dict__.get(self.slot, layer.__dict__.get(self.name))
 
     def layout_of(self, layer) -> Layout:
-        """Axes of this weight in a layer."""
+        """Return the axes of this weight in a layer."""
         return self.layout
 
-    def __get__(self, layer, owner=None):
-        if layer is None:
-            return self
+    def masked(self, layer):
+        """Return the weight with its mask, in the dtype of the variable."""
         value = getattr(super(self.owner, layer), self.name, self.raw(layer))
         if value is None:
             raise AttributeError(f"Build the layer before accessing `{self.name}`.")
         state = layer.__dict__.get("sparse_state", {}).get(self.name)
         if state is None:
             return value
+        return layer.method.apply(ops.convert_to_tensor(value), state, self.layout_of(layer))
+
+    def __get__(self, layer, owner=None):
+        if layer is None:
+            return self
         if self.name in layer.cached_weights:
             return layer.cached_weights[self.name]
-        seen = layer.method.apply(ops.convert_to_tensor(value), state, self.layout_of(layer))
-        return ops.cast(seen, layer.compute_dtype)
+        value = self.masked(layer)
+        return value if isinstance(value, keras.Variable) else _keras.autocast(value)
 
     def __set__(self, layer, value):
         setattr(layer, self.slot, value)
 
 
 class SparseBias(SparseWeight):
-    """The bias of a layer: masked by the units of its kernel, where the method prunes these whole.
+    """Bias of a layer, masked together with its unit if the method prunes whole units.
 
-    It has no state of its own, and its weights count as no weights under the method.
+    A bias has no state of its own and does not count among the weights under the method.
     """
 
     def __get__(self, layer, owner=None):
@@ -76,11 +80,11 @@ class SparseBias(SparseWeight):
             return bias
         units = ops.reshape(layer.method.gate(state, type(layer).kernel.layout_of(layer)), (-1,))
         bias = ops.convert_to_tensor(bias)
-        return ops.cast(bias * ops.cast(units, bias.dtype), layer.compute_dtype)
+        return bias * ops.cast(units, bias.dtype)
 
 
 class EinsumWeight(SparseWeight):
-    """The kernel of an `EinsumDense`, whose equation tells what its axes are."""
+    """Kernel of an `EinsumDense`, whose axes are read from the layer's equation."""
 
     def layout_of(self, layer):
         operands, output = layer.equation.replace(" ", "").split("->")
@@ -92,33 +96,46 @@ class EinsumWeight(SparseWeight):
         )
 
 
+def register(cls):
+    """Register a sparse class under its own name, and give it the `__name__` of its stock class.
+
+    Keras names the layers of a weights file after `type(layer).__name__`. With this name, a
+    weights file of the dense model loads into the sparse model.
+    """
+    cls = keras.saving.register_keras_serializable("keras_dst", cls.__name__)(cls)
+    cls.__name__ = cls.stock.__name__
+    return cls
+
+
 class SparseMixin(_keras.BuildHook):
-    """What makes a Keras layer sparse; comes before the stock class among the bases.
+    """Mixin that makes a Keras layer sparse; put it before the stock class among the bases.
 
     Args:
-        method: the method whose mask the layer's weights get, such as `methods.DST()`.
+        method: Method that masks the weights of the layer, such as `methods.DST()`.
     """
 
     stock: type
     method: LayerMethod
     sparse_state: dict[str, State]
-    cached_weights: Mapping[str, Any] = MappingProxyType(
-        {}
-    )  # what `SparseCellMixin` masks beforehand
-    driver_active = False  # whether a SparseTraining callback is at work
-    both_paths = False  # whether a training step has been traced on both paths
+    # Masked weights that `SparseCellMixin` computes once for a whole sequence.
+    cached_weights: Mapping[str, Any] = MappingProxyType({})
+    driver_active = False  # whether a callback such as SparseTraining is running
+    traced_both_paths = False  # whether a training step was traced on both paths of DCIL
 
     def __init__(self, *args, method, **kwargs):
         super().__init__(*args, **kwargs)
         self.attach_method(check_method(method))
 
     def attach_method(self, method: LayerMethod) -> None:
-        """Take on a method, before the weights exist or after (`sparsify`)."""
+        """Set the method of this layer, before or after the layer is built."""
         self.method = method
-        # Past Keras's tracking, which follows `add_weight` already.
+        # Keras sets `quantize` on every instance, so a method of the class would not be called.
+        self.__dict__["_stock_quantize"] = self.__dict__.get("quantize")
+        self.__dict__["quantize"] = self._refuse_to_quantize
+        # Keras must not track the nested dict: `add_weight` tracks the variables in it already.
         self.__dict__["sparse_state"] = {}
         for weight in self._masked_attributes():
-            if weight.name in self.__dict__:  # set while the class was the stock one
+            if weight.name in self.__dict__:  # set while the class was the stock class
                 self.__dict__[weight.slot] = self.__dict__.pop(weight.name)
         if self.built:
             self._add_states()
@@ -132,50 +149,54 @@ class SparseMixin(_keras.BuildHook):
 
     @classmethod
     def sparse_weights(cls) -> list[SparseWeight]:
-        """The weights of this class that take a mask."""
+        """Return the attributes of this class whose weights can have a mask."""
         return [w for w in cls._masked_attributes() if not isinstance(w, SparseBias)]
 
     @classmethod
     def has_units(cls) -> bool:
-        """Whether output units can be pruned whole, with their bias."""
+        """Return whether whole output units, with their bias, can be pruned."""
         return any(isinstance(weight, SparseBias) for weight in cls._masked_attributes())
 
     def masked_weights(self) -> Iterator[tuple[Layout, Any, State]]:
-        """Every weight that has a mask: its axes, its raw variable, its state."""
+        """Yield the axes, the variable and the state of every weight that has a mask."""
         for weight in self.sparse_weights():
             if weight.name in self.sparse_state:
                 yield weight.layout_of(self), weight.raw(self), self.sparse_state[weight.name]
 
     def batch_mean(self, layout: Layout, state: State):
-        """Mean over the batch of the gates of a weight; they are the same for every input."""
+        """Return the mean over the batch of a weight's gates, which are equal for all inputs."""
         return cast(UnitMethod, self.method).gate(state, layout)
 
-    # The state comes after all stock weights, as in a layer that was built before it was made
-    # sparse: optimizers are saved by the order of the weights.
+    # The state is created after all stock weights. Optimizers save their slots in the order of
+    # the weights, and a layer that is made sparse after it was built has this order as well.
     def after_build(self):
-        self._add_states()
+        # Keras's Embedding builds itself in `__init__` if it gets `weights=`, before the method
+        # is known. `attach_method` adds the state then.
+        if "sparse_state" in self.__dict__:
+            self._add_states()
 
     def _add_states(self):
         for weight in self.sparse_weights():
             variable = weight.raw(self)
             if variable is None or weight.name in self.sparse_state:
                 continue
-            if "float" not in variable.dtype:  # quantised
+            if "float" not in variable.dtype:  # quantized
                 continue
             layout = weight.layout_of(self)
             if not self.method.applies_to(layout):
                 continue
-            # The mask is decided in the variable's own precision; the masked weight is cast.
+            # The mask is computed in the variable's own precision; the masked weight is cast.
             _keras.set_autocast(variable, False)
             with _keras.unlocked(self), placed_like(variable):
                 self.sparse_state[weight.name] = self.method.build(
                     self, weight.name, variable, layout
                 )
         if self.sparse_state:
+            expose_variables(self)
             require_driver(self)
 
     def restore_stock(self) -> None:
-        """Bake the masks into the weights as exact zeros and become the stock layer again."""
+        """Write the masks into the weights as exact zeros, and become the stock layer again."""
         for layout, variable, state in self.masked_weights():
             w = ops.convert_to_tensor(variable)
             mask = self.method.mask(w, state, layout)
@@ -185,21 +206,28 @@ class SparseMixin(_keras.BuildHook):
             bias = weight.raw(self)
             if isinstance(weight, SparseBias) and bias is not None:
                 bias.assign(ops.convert_to_tensor(getattr(self, weight.name)))
-        for own in self.own_variables().values():
-            _keras.untrack_variable(self, own)
+        for name, variable in self.state_variables().items():
+            _keras.remove_variable(self, name, variable)
         for variable in _keras.trainable_variables_of(self):
-            if isinstance(variable.constraint, _Driven):
+            if isinstance(variable.constraint, _RequireDriver):
                 variable.constraint = variable.constraint.inner
         for weight in self._masked_attributes():
             is_property = isinstance(getattr(self.stock, weight.name, None), property)
             if not is_property and weight.slot in self.__dict__:
                 self.__dict__[weight.name] = self.__dict__.pop(weight.slot)
+        self.__dict__["quantize"] = self.__dict__.pop("_stock_quantize")
         del self.__dict__["method"], self.__dict__["sparse_state"]
         self.__class__ = self.stock
 
     def enable_lora(self, *args, **kwargs):
         raise ValueError(
-            f"'{self.name}' is sparse: call keras_dst.strip(model) first, then enable_lora."
+            f"'{self.name}' is sparse. Call keras_dst.strip(model) first, then enable_lora."
+        )
+
+    def _refuse_to_quantize(self, *args, **kwargs):
+        # `Model.quantize` turns a NotImplementedError into a warning for the layer.
+        raise NotImplementedError(
+            f"'{self.name}' is sparse. Call keras_dst.strip(model) first, then quantize."
         )
 
     # -- saving ----------------------------------------------------------------------------------
@@ -208,25 +236,26 @@ class SparseMixin(_keras.BuildHook):
         method = keras.saving.serialize_keras_object(self.method)
         return {**super().get_config(), "method": method}
 
-    # Keras saves a layer's weights by position, and some layers a fixed list of them. Ours go by
-    # name beside them; what a dense layer's weights lack stays as it was.
+    # Keras saves the weights of a layer by position. The variables of the method are saved by
+    # name, next to the weights of the stock layer. If a file lacks them, as the file of a dense
+    # model does, they stay as they are: a layer that was just made sparse keeps all its weights.
     def save_own_variables(self, store):
-        own = self.own_variables()
+        own = self.state_variables()
         with self._as_stock():
             super().save_own_variables(store)
         for name, variable in own.items():
             store[name] = variable
 
     def load_own_variables(self, store):
-        own = self.own_variables()
+        own = self.state_variables()
         with self._as_stock():
             super().load_own_variables({k: store[k] for k in store.keys() if k not in own})
         for name, variable in own.items():
             if name in store.keys():
                 variable.assign(store[name])
 
-    def own_variables(self) -> dict[str, Any]:
-        """The variables that the stock layer does not have, by name."""
+    def state_variables(self) -> dict[str, Any]:
+        """Return the variables of the method in this layer, by name."""
         return {
             f"{name}_{key}": variable
             for name, state in self.sparse_state.items()
@@ -236,8 +265,8 @@ class SparseMixin(_keras.BuildHook):
 
     @contextlib.contextmanager
     def _as_stock(self):
-        """For a while, only the stock layer's variables, and no masks over them."""
-        own = {id(variable) for variable in self.own_variables().values()}
+        """Show only the stock layer's variables, without masks, within this context."""
+        own = {id(variable) for variable in self.state_variables().values()}
         state, self.__dict__["sparse_state"] = self.sparse_state, {}
         lists = (_keras.trainable_variables_of(self), _keras.non_trainable_variables_of(self))
         before = [list(variables) for variables in lists]
@@ -252,55 +281,68 @@ class SparseMixin(_keras.BuildHook):
 
 
 class SparseCellMixin(SparseMixin):
-    """What makes the cell of a recurrent layer sparse: masks once a sequence, not at every step.
+    """Mixin for recurrent cells, which masks the weights once per sequence, not at every step.
 
-    Keras asks a cell for its dropout before a sequence, outside of the loop, and lets it go after
-    the last step; masked weights are held as long. A cell that is called by itself holds none.
+    Keras requests the dropout mask of a cell before a sequence and resets it after the last step.
+    The masked weights are cached for as long. A cell that is called by itself caches nothing.
     """
 
-    calling = False
+    _called_by_itself = False
 
     def __call__(self, *args, **kwargs):
-        self.__dict__["calling"] = True
+        self.__dict__["_called_by_itself"] = True
         try:
             return super().__call__(*args, **kwargs)
         except BaseException:
-            self._let_go()  # the sequence ends here
+            self._clear_cached_weights()  # an error ends the sequence
             raise
         finally:
-            self.__dict__.pop("calling", None)
+            self.__dict__.pop("_called_by_itself", None)
 
     def get_dropout_mask(self, step_input):
-        if not self.calling:
-            self._let_go()
+        if not self._called_by_itself:
+            self._clear_cached_weights()
             self.__dict__["cached_weights"] = {
-                name: getattr(self, name) for name in self.sparse_state
+                weight.name: ops.cast(weight.masked(self), self.compute_dtype)
+                for weight in self.sparse_weights()
+                if weight.name in self.sparse_state
             }
         return super().get_dropout_mask(step_input)
 
     def reset_dropout_mask(self):
-        self._let_go()
+        self._clear_cached_weights()
         super().reset_dropout_mask()
 
-    def _let_go(self) -> None:
+    def _clear_cached_weights(self) -> None:
         self.__dict__.pop("cached_weights", None)
 
 
+def expose_variables(layer) -> None:
+    """Make the variables of a layer's method attributes of the layer.
+
+    TensorFlow's checkpoints and SavedModels hold only variables that are attributes.
+    """
+    for name, state in layer.sparse_state.items():
+        for key, variable in state.items():
+            if isinstance(variable, keras.Variable):
+                setattr(layer, f"{name}_{key}", variable)
+
+
 def require_driver(layer) -> None:
-    """Let an optimiser's step fail on this layer when its method's driver is not at work."""
+    """Make an optimizer step fail on this layer while the callback of its method is not running."""
     trained = [
         v for inner in _keras.flatten_layers(layer) for v in _keras.trainable_variables_of(inner)
     ]
     if layer.method.needs_driver and trained:
         smallest = min(trained, key=lambda v: math.prod(v.shape))
-        if not isinstance(smallest.constraint, _Driven):
-            smallest.constraint = _Driven(smallest.constraint, layer)
+        if not isinstance(smallest.constraint, _RequireDriver):
+            smallest.constraint = _RequireDriver(smallest.constraint, layer)
 
 
-class _Driven(keras.constraints.Constraint):
-    """Raises when an optimiser's step is traced while no driver is at work.
+class _RequireDriver(keras.constraints.Constraint):
+    """Constraint that raises when an optimizer step is traced while no callback is running.
 
-    The one place that is visited in every kind of training, and in nothing but training.
+    Every kind of training applies constraints, and nothing else does.
     """
 
     def __init__(self, inner, layer):
@@ -310,25 +352,26 @@ class _Driven(keras.constraints.Constraint):
         if not self.layer.driver_active:
             method = self.layer.method
             raise ValueError(
-                f"'{self.layer.name}' is under {method!r}, whose target the "
-                f"{method.driver.split('.')[-1]} callback pursues. "
+                f"'{self.layer.name}' is under {method!r}, which needs the "
+                f"{method.driver.split('.')[-1]} callback to reach its target. "
                 f"Fit with callbacks=[{method.driver}()]."
             )
         return value if self.inner is None else self.inner(value)
 
 
 def check_method(method) -> LayerMethod:
-    """The method, deserialised where it is a config; raise unless it belongs into a layer."""
+    """Return a layer method, deserialized if it is a config; raise for any other object."""
     if isinstance(method, dict):
         method = keras.saving.deserialize_keras_object(method)
     if isinstance(method, LayerMethod):
         return method
     if isinstance(method, Method):
         raise TypeError(
-            f"{type(method).__name__} masks the update, not the forward pass. Compile the plain "
-            f"model with keras_dst.SparseOptimizer(optimizer, {method!r}) instead."
+            f"{type(method).__name__} masks the update, not the forward pass, so it cannot be the "
+            "method of a layer. Use the plain Keras layer, and compile the model with "
+            f"keras_dst.SparseOptimizer(optimizer, {method!r})."
         )
     raise TypeError(
-        "Expected a method whose mask is part of the forward pass, such as "
-        f"keras_dst.methods.DST(). Received: {describe(method)}"
+        "Expected a method that masks the forward pass, such as keras_dst.methods.DST(). "
+        f"Received: {describe(method)}"
     )

@@ -1,4 +1,4 @@
-"""Which sparse class a layer becomes: ours, or one derived for a class of the user's own."""
+"""The sparse class that a layer becomes: a class of this package, or a class derived from it."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from keras import layers
 from keras_dst import _keras
 from keras_dst.layers.base import SparseMixin, SparseWeight, check_method
 from keras_dst.layers.normalization import SparseBatchNormalization
-from keras_dst.layers.stock import STOCK_LAYERS
+from keras_dst.layers.stock import SPARSE_KERNEL_LAYERS
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods.base import LayerMethod
 
 if TYPE_CHECKING:
-    from keras import Layer as _Layer  # what the mixins are mixed into
+    from keras import Layer as _Layer  # the base of every class that uses a mixin
 else:
     _Layer = object
 
-SPARSE_LAYERS: tuple[type[SparseMixin], ...] = (*STOCK_LAYERS, SparseBatchNormalization)
+SPARSE_LAYERS: tuple[type[SparseMixin], ...] = (*SPARSE_KERNEL_LAYERS, SparseBatchNormalization)
 
 
 @keras.saving.register_keras_serializable("keras_dst")
 class SparseSubclass(SparseMixin):
-    """A user's layer, made sparse; a file names the user's class.
+    """Sparse form of a layer class that a user wrote; a file stores the name of the user's class.
 
-    It is a subclass of a supported layer, or declares what of it can be pruned:
+    The user's class is a subclass of a supported layer, or it declares the weights to prune:
 
         class Mixer(keras.layers.Layer):
             prunable_weights = ("mix",)  # or {"mix": keras_dst.masks.Layout(outputs=(-2,), ...)}
     """
 
     def get_config(self):
-        return {**super().get_config(), "stock_class": _name_of(self.stock)}
+        return {**super().get_config(), "stock_class": _registered_name(self.stock)}
 
     @classmethod
     def from_config(cls, config):
@@ -46,26 +46,26 @@ class SparseSubclass(SparseMixin):
 
 
 @keras.saving.register_keras_serializable("keras_dst")
-class SparseComposite(_Layer):
-    """A layer or model that makes layers of its own, some of which are sparse.
+class SparseContainer(_Layer):
+    """Sparse form of a layer or model that creates other layers, some of which are sparse.
 
-    Its config rebuilds plain layers, so it carries the recipe: which of the layers inside, by
-    their order, takes which method.
+    The config of such a layer rebuilds plain layers. Therefore it also stores a recipe: the method
+    of every sparse layer inside, by the position of that layer.
     """
 
     stock: type
     recipe: dict[str, Any]
 
     def get_config(self):
-        own = {"stock_class": _name_of(self.stock), "recipe": self.__dict__["recipe"]}
+        own = {"stock_class": _registered_name(self.stock), "recipe": self.__dict__["recipe"]}
         return {**super().get_config(), **own}
 
     @classmethod
     def from_config(cls, config):
         layer, config = _stock_instance(config, ("recipe",))
-        layer.__class__ = composite_class(type(layer))
+        layer.__class__ = container_class(type(layer))
         layer.__dict__["recipe"] = config["recipe"]
-        if layer.built:  # as a Functional model is
+        if layer.built:  # a Functional model is built by its constructor
             layer.apply_recipe()
         return layer
 
@@ -81,7 +81,7 @@ class SparseComposite(_Layer):
                 make_sparse(layer, check_method(self.recipe[str(index)]))
 
     def record_recipe(self) -> None:
-        """Take down the methods of the sparse layers inside."""
+        """Store the methods of the sparse layers inside in the recipe."""
         inner = _keras.flatten_layers(self, include_self=False)
         self.__dict__["recipe"] = {
             str(index): keras.saving.serialize_keras_object(layer.method)
@@ -95,19 +95,33 @@ class SparseComposite(_Layer):
         self.__class__ = self.stock
 
 
+def make_sparse(layer, method: LayerMethod) -> None:
+    """Turn a layer of a supported class, built or not, into its sparse class, in place."""
+    layer.__class__ = sparse_class(type(layer))
+    layer.attach_method(method)
+
+
 def sparse_class(stock: type) -> type[SparseMixin] | None:
-    """The sparse class of a layer class: ours, or one made for a class of the user's own."""
+    """Return the sparse class of a layer class, or None if the class is not supported.
+
+    The sparse class of a user's own layer class is created here.
+    """
     for cls in SPARSE_LAYERS:
         if stock is cls.stock:
             return cls
-    ours = next((cls for cls in SPARSE_LAYERS if issubclass(stock, cls.stock)), None)
-    if ours is None and not _declared(stock):
+    base = next((cls for cls in SPARSE_LAYERS if issubclass(stock, cls.stock)), None)
+    if base is None and not _declared_weights(stock):
         return None
-    return _derive((SparseSubclass, *([ours] if ours else []), stock))
+    return _derive((SparseSubclass, *([base] if base else []), stock))
 
 
-def prunable(layer) -> Iterator[tuple[Layout, Any]]:
-    """Every weight of a layer, sparse yet or not, that can take a mask: its axes, its variable."""
+def container_class(stock: type) -> type:
+    """Return the class that a layer of this class becomes if layers inside it are sparse."""
+    return _derive((SparseContainer, stock))
+
+
+def prunable_weights_of(layer) -> Iterator[tuple[Layout, Any]]:
+    """Yield the axes and the variable of every weight of a layer that can have a mask."""
     cls = type(layer) if isinstance(layer, SparseMixin) else sparse_class(type(layer))
     for weight in cls.sparse_weights() if cls else ():
         if (variable := weight.raw(layer)) is not None:
@@ -115,60 +129,64 @@ def prunable(layer) -> Iterator[tuple[Layout, Any]]:
 
 
 def layouts_of(model) -> dict[int, Layout]:
-    """The axes of every weight of a model that can take a mask, by the id of its variable."""
+    """Return the axes of every weight of a model that can have a mask, by the variable's id."""
     return {
         id(variable): layout
         for layer in _keras.flatten_layers(model)
-        for layout, variable in prunable(layer)
+        for layout, variable in prunable_weights_of(layer)
     }
 
 
-def _declared(stock: type) -> dict[str, Layout]:
-    """The weights that a user's layer class declares as prunable, and their axes."""
+def frozen_layers_of(model) -> set[int]:
+    """Return the ids of the layers that have trainable weights, none of which the model trains."""
+    trained = set(map(id, model.trainable_variables))
+    frozen = set()
+    for layer in _keras.flatten_layers(model):
+        inside = _keras.flatten_layers(layer)
+        own = [id(v) for inner in inside for v in _keras.trainable_variables_of(inner)]
+        if own and trained.isdisjoint(own):
+            frozen.add(id(layer))
+    return frozen
+
+
+def _declared_weights(stock: type) -> dict[str, Layout]:
+    """Return the weights that a user's layer class declares as prunable, with their axes."""
     weights = getattr(stock, "prunable_weights", ())
     return dict(weights) if isinstance(weights, Mapping) else dict.fromkeys(weights, KERNEL)
 
 
-def composite_class(stock: type) -> type:
-    """The class that a layer of this class becomes when layers inside it are sparse."""
-    return _derive((SparseComposite, stock))
-
-
 @functools.cache
 def _derive(bases: tuple[type, ...]) -> type:
-    # One class per stock class, so that two layers of a class stay of one class. All of them are
-    # saved under the name of the base, whose `from_config` finds the user's class.
+    # There is one class per stock class, so two layers of a class still have the same class. All
+    # derived classes are registered under the name of the first base. The `from_config` of that
+    # base finds the user's class. They are named after the stock class, see `base.register`.
     stock = bases[-1]
-    weights = {name: SparseWeight(layout) for name, layout in _declared(stock).items()}
-    derived = type(f"Sparse{stock.__name__}", bases, {"stock": stock, **weights})
+    weights = {name: SparseWeight(layout) for name, layout in _declared_weights(stock).items()}
+    own = {"stock": stock, "__qualname__": f"Sparse{stock.__name__}", **weights}
+    derived = type(stock.__name__, bases, own)
     return keras.saving.register_keras_serializable("keras_dst", bases[0].__name__)(derived)
 
 
-def _name_of(stock: type) -> str:
+def _registered_name(stock: type) -> str:
     return keras.saving.get_registered_name(stock)
 
 
-def _stock_instance(config: dict, ours: tuple[str, ...]) -> tuple[Any, dict]:
-    """A layer of the class that a config names, and what of the config is ours."""
+def _stock_instance(config: dict, own_keys: tuple[str, ...]) -> tuple[Any, dict]:
+    """Return a layer of the class that a config names, and the entries under `own_keys`."""
     config = dict(config)
-    own = {name: config.pop(name) for name in ours}
+    own = {name: config.pop(name) for name in own_keys}
     name = config.pop("stock_class")
-    stock: Any = keras.saving.get_registered_object(name) or _of_keras(name)
+    stock: Any = keras.saving.get_registered_object(name) or _keras_class(name)
     if stock is None:
         raise TypeError(
-            f"The file holds a sparse layer made from the class {name!r}, which is not known here. "
-            "Import it, and decorate it with `@keras.saving.register_keras_serializable()`."
+            f"The file holds a sparse layer made from the class {name!r}, which Keras cannot find. "
+            "Import the class, and decorate it with "
+            "`@keras.saving.register_keras_serializable()`."
         )
     return stock.from_config(config), own
 
 
-def _of_keras(name: str) -> type | None:
-    """Keras's own layer of a class name, which it may export under another."""
+def _keras_class(name: str) -> type | None:
+    """Return the layer class of Keras with this `__name__`; Keras may export it under another."""
     found = (x for x in vars(layers).values() if isinstance(x, type) and x.__name__ == name)
     return next(found, None)
-
-
-def make_sparse(layer, method: LayerMethod) -> None:
-    """Turn a layer of a supported class, built or not, into its sparse class, in place."""
-    layer.__class__ = sparse_class(type(layer))
-    layer.attach_method(method)

@@ -1,4 +1,4 @@
-"""Gates on channels and residual branches, as `methods.Consensus` trains them."""
+"""Gates on channels and residual branches, which `methods.Consensus` trains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from keras import layers, ops
 
 from keras_dst import _keras
 from keras_dst._utils.validation import check_integer
-from keras_dst.layers.base import check_method, require_driver
+from keras_dst.layers.base import check_method, expose_variables, require_driver
 from keras_dst.masks import Layout
 from keras_dst.methods.base import State
 from keras_dst.methods.consensus import Consensus, binary
@@ -20,33 +20,35 @@ from keras_dst.methods.consensus import Consensus, binary
 
 @keras.saving.register_keras_serializable("keras_dst")
 class Gate(_keras.BuildHook, layers.Layer):
-    """Multiplies channels, or a whole residual branch, by gates that are open (1) or closed (0).
+    """Layer that multiplies channels, or a residual branch, by gates: 1 is open, 0 is closed.
 
-    The gates are trained by `methods.Consensus`, with the `SparseTraining` callback. In inference
-    they are constants: the sign of the trained logits or, of a gating module, the consensus, which
-    is whether the running mean of a gate is 0.5 or more. `strip` leaves a `keras.layers.Rescaling`
-    by these constants.
+    `methods.Consensus` trains the gates, with the `SparseTraining` callback. In inference the
+    gates are constants. A trained gate is open if its logit is 0 or more. A gate of a gating module
+    is open if its running mean is 0.5 or more, which the paper calls the consensus. `strip`
+    replaces this layer by a `keras.layers.Rescaling` with these constants.
 
     Args:
-        axis: of the channels. Defaults to -1.
-        structure: what a gate is of: `"channel"`, or `"branch"`, the whole tensor. A branch may be
-            closed; of the channels one at least is open. Defaults to `"channel"`.
-        dependent: whether a gating module decides for every input (global average pool, dense,
-            batch norm, ReLU, dense, sigmoid), or a trainable logit for all. Defaults to False.
-        units: of the gating module's first dense layer. Defaults to 16.
-        momentum: of the running mean of the gating module's gates. Defaults to 0.9.
-        cost: of a structure, in the unit of the method's other costs. Defaults to 1.
-        method: the method; gates and layers under equal methods share one budget. Defaults to
-            None: `methods.Consensus()`.
+        axis: Axis of the channels. Defaults to -1.
+        structure: Structure that one gate opens or closes: `"channel"`, or `"branch"` for the whole
+            tensor. At least one channel stays open; a branch may be closed. Defaults to
+            `"channel"`.
+        dependent: If True, a gating module computes the gates from every input (global average
+            pooling, dense, batch normalization, ReLU, dense, sigmoid). If False, every gate has
+            one trainable logit for all inputs. Defaults to False.
+        units: Number of units in the first dense layer of the gating module. Defaults to 16.
+        momentum: Momentum of the running mean of the gating module's gates. Defaults to 0.9.
+        cost: Cost of one structure, in the unit of the method's other costs. Defaults to 1.
+        method: Method that trains the gates. Gates and layers under equal methods share one
+            budget. Defaults to None, which means `methods.Consensus()`.
 
     Call arguments:
-        x: the tensor that is gated.
-        context: what the gating module reads, channels on the same axis: the paper's reads the
-            input of the layer whose output is gated. Defaults to None: `x`.
+        x: Tensor to multiply by the gates.
+        context: Input of the gating module, with its channels on the same axis. In the paper it is
+            the input of the layer whose output is gated. Defaults to None, which means `x`.
 
     Raises:
-        ValueError: for another structure, or a cost that is not positive.
-        TypeError: for another method than Consensus.
+        ValueError: If the structure is unknown or the cost is not positive.
+        TypeError: If the method is not `Consensus`.
 
     Example:
         >>> y = keras.layers.Conv2D(8, 3, padding="same")(x)
@@ -56,7 +58,7 @@ class Gate(_keras.BuildHook, layers.Layer):
     """
 
     method: Consensus
-    driver_active = False
+    driver_active = False  # whether a callback such as SparseTraining is running
 
     def __init__(
         self,
@@ -73,7 +75,7 @@ class Gate(_keras.BuildHook, layers.Layer):
         if structure not in ("channel", "branch"):
             raise ValueError(f"structure must be 'channel' or 'branch'. Received: {structure!r}")
         if not cost > 0:
-            raise ValueError(f"cost must be a number > 0. Received: {cost!r}")
+            raise ValueError(f"cost must be a number above 0. Received: {cost!r}")
         check_integer(axis, "axis", minimum=None)
         check_integer(units, "units")
         self.axis = axis
@@ -84,11 +86,11 @@ class Gate(_keras.BuildHook, layers.Layer):
         self.cost = cost
         method = check_method(Consensus() if method is None else method)
         if not isinstance(method, Consensus):
-            raise TypeError(f"A Gate is trained by methods.Consensus. Received: {method!r}")
+            raise TypeError(f"Expected keras_dst.methods.Consensus. Received: {method!r}")
         self.method = method
-        # Past Keras's tracking, as in SparseMixin.
+        # Keras must not track the nested dict, see `SparseMixin.attach_method`.
         self.__dict__["sparse_state"] = {}
-        # Of a unit that has but one weight; a branch has no units of which one must stay open.
+        # A channel is like a unit with one weight. A branch has no units, so it may be closed.
         self._layout = Layout((-1,) if structure == "channel" else (), ())
 
     def build(self, x_shape, context_shape=None):
@@ -101,10 +103,10 @@ class Gate(_keras.BuildHook, layers.Layer):
         if self.dependent:
             context_shape = context_shape or x_shape
             pooled = (None, context_shape[self.axis])
-            # Gates are decided in float32, whatever the policy.
+            # Gates are computed in float32 under every dtype policy.
             self.hidden = layers.Dense(self.units, use_bias=False, dtype="float32", name="hidden")
             self.norm = layers.BatchNormalization(dtype="float32", name="norm")
-            # Open to begin with.
+            # A bias of ones opens all gates at the beginning.
             self.out = layers.Dense(
                 math.prod(gates), "sigmoid", bias_initializer="ones", dtype="float32", name="out"
             )
@@ -131,6 +133,7 @@ class Gate(_keras.BuildHook, layers.Layer):
 
     def after_build(self):
         if self.sparse_state:
+            expose_variables(self)
             require_driver(self)
 
     def call(self, x, context=None, training=False):
@@ -140,7 +143,7 @@ class Gate(_keras.BuildHook, layers.Layer):
         elif training and self.trainable:
             z = self._module(x if context is None else context)
             mean = ops.reshape(ops.mean(z, axis=0), state["mean"].shape)
-            # For the penalties, which are computed after this in the same trace.
+            # The penalties read the mean later in the same trace.
             self.__dict__["_batch_mean"] = mean
             old = ops.convert_to_tensor(state["mean"])
             mean = ops.stop_gradient(mean)
@@ -150,7 +153,7 @@ class Gate(_keras.BuildHook, layers.Layer):
         return x * ops.cast(ops.reshape(z, (-1, *self._shape[1:])), x.dtype)
 
     def _module(self, context):
-        """z of the gating module, for every input."""
+        """Return the gates that the gating module computes for every input."""
         context = ops.cast(context, "float32")
         places = {*range(1, len(context.shape))} - {self.axis % len(context.shape)}
         pooled = ops.mean(context, axis=tuple(places)) if places else context
@@ -158,33 +161,33 @@ class Gate(_keras.BuildHook, layers.Layer):
         return binary(pi, pi >= 0.5)
 
     def is_open(self):
-        """Which gates are open in inference, boolean."""
+        """Return which gates are open in inference, as a boolean tensor."""
         return self.method.is_open(self.sparse_state["gate"], self._layout)
 
     def masked_weights(self) -> Iterator[tuple[Layout, Any, State]]:
-        """As of a sparse layer; the gates count as its weights."""
+        """Yield layout, variable and state of the gates, as a sparse layer does for its weights."""
         for state in self.sparse_state.values():
             yield self._layout, state["mean" if self.dependent else "logit"], state
 
-    def own_variables(self) -> dict[str, Any]:
-        """As of a sparse layer: all, the gating module's too."""
+    def state_variables(self) -> dict[str, Any]:
+        """Return all variables, with those of the gating module, by path."""
         return {variable.path: variable for variable in self.variables}
 
     def batch_mean(self, layout: Layout, state: State):
-        """Mean over the batch of the gates, of the forward pass that this is called after."""
+        """Return the mean over the batch of the gates in the last forward pass."""
         if not self.dependent:
             return self.method.gate(state, layout)
         mean = self.__dict__.pop("_batch_mean", None)
         return ops.cast(self.is_open(), "float32") if mean is None else mean
 
     def restore_stock(self) -> None:
-        """Become a stock layer that multiplies by the constants that the gates are in inference."""
+        """Become a stock layer that multiplies by the gates of inference, which are constants."""
         on = ops.convert_to_numpy(self.is_open()).astype("float32")
         scale = np.broadcast_to(on, self._shape).reshape(self._shape).tolist()
         stock = layers.Rescaling(scale, name=self.name, dtype=self.dtype_policy)
         stock.build(self._shape)
         nodes = _keras.nodes_of(self)
-        for node in nodes[0]:  # `Rescaling` reads no context
+        for node in nodes[0]:  # `Rescaling` takes no context
             node.arguments = type(node.arguments)(
                 (*node.arguments.args, *node.arguments.kwargs.values())[0]
             )

@@ -1,16 +1,15 @@
-"""Batch normalisation with variables of its own for each of two paths, as `methods.DCIL` asks."""
+"""Batch normalization with separate variables for the pruned and the full path of DCIL."""
 
-import keras
 from keras import layers, ops
 
 from keras_dst import _keras
 from keras_dst._backend.devices import placed_like
-from keras_dst.layers.base import SparseMixin
+from keras_dst.layers.base import SparseMixin, expose_variables, register
 from keras_dst.methods.base import TwoPathMethod, on_full_path
 
 
 class PathVariable:
-    """Attribute of a batch normalisation: the variable of the path that runs."""
+    """Attribute of a batch normalization that returns the variable of the path that runs."""
 
     def __set_name__(self, owner, name):
         self.name = name
@@ -28,18 +27,20 @@ class PathVariable:
         layer.__dict__[self.name] = value
 
 
-@keras.saving.register_keras_serializable("keras_dst")
+@register
 class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
     """`keras.layers.BatchNormalization` with a second set of variables for the full path.
 
-    Nothing in it is pruned: scale, offset and moving statistics are doubled. The second set starts
-    as a copy of the first, which alone is used in inference and left by `strip`.
+    This layer prunes nothing. It has a second scale and offset and second moving statistics. The
+    second set starts as a copy of the first. Inference uses the first set only, and `strip` removes
+    the second set.
 
     Args:
-        method: a method with two paths, such as `methods.DCIL(0.9)`; all others as there.
+        method: Method that trains two paths, such as `methods.DCIL(0.9)`. All other arguments are
+            those of `BatchNormalization`.
 
     Raises:
-        ValueError: for a method with one path.
+        ValueError: If the method trains one path.
 
     Example:
         >>> keras_dst.layers.SparseBatchNormalization(method=keras_dst.methods.DCIL(0.9))
@@ -59,8 +60,8 @@ class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
     def attach_method(self, method):
         if not isinstance(method, TwoPathMethod):
             raise ValueError(
-                "A batch normalisation has a second set of variables for a method with two paths, "
-                f"such as keras_dst.methods.DCIL. Received: {method!r}"
+                "Expected a method that trains two paths, such as keras_dst.methods.DCIL(0.9): "
+                f"the layer holds one set of variables for each path. Received: {method!r}"
             )
         super().attach_method(method)
 
@@ -73,8 +74,9 @@ class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
             self.sparse_state["full"] = {
                 name: self._copy_of(self.__dict__[name], f"full_{name}")
                 for name in names
-                if self.__dict__.get(name) is not None  # as gamma without scale
+                if self.__dict__.get(name) is not None  # gamma is None if scale=False
             }
+        expose_variables(self)
 
     def _copy_of(self, variable, name):
         with placed_like(variable):
@@ -88,11 +90,11 @@ class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
                 regularizer=variable.regularizer,
                 constraint=variable.constraint,
             )
-        copy.trainable = variable.trainable  # False in a layer that is frozen
+        copy.trainable = variable.trainable  # False in a frozen layer
         return copy
 
     def load_own_variables(self, store):
         super().load_own_variables(store)
         for name, copy in self.sparse_state["full"].items():
-            if f"full_{name}" not in store.keys():  # from a dense model
+            if f"full_{name}" not in store.keys():  # the file of a dense model
                 copy.assign(self.__dict__[name].numpy())

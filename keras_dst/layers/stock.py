@@ -1,9 +1,9 @@
-"""Keras's layers with a mask over their weights: `SparseDense` is `Dense` plus `method=`.
+"""Sparse forms of Keras's layers: `SparseDense` is `Dense` with the additional argument `method=`.
 
-All other arguments are the stock layer's; a method that prunes whole units prunes their bias too.
+All other arguments are the arguments of the stock layer. A method that prunes whole units also
+prunes their biases.
 """
 
-import keras
 from keras import layers
 
 from keras_dst import _keras
@@ -13,21 +13,21 @@ from keras_dst.layers.base import (
     SparseCellMixin,
     SparseMixin,
     SparseWeight,
+    register,
 )
 from keras_dst.masks import Layout
 
-_register = keras.saving.register_keras_serializable("keras_dst")
-
 _TRANSPOSED = Layout(outputs=(-2,), inputs=(-1,))  # (*window, out, in)
-_DEPTHWISE = Layout(outputs=(-2, -1), inputs=())  # (*window, in, multiplier): a unit is one channel
+_DEPTHWISE = Layout(outputs=(-2, -1), inputs=())  # (*window, in, multiplier); a unit is one channel
 
 
-@_register
+@register
 class SparseDense(SparseMixin, layers.Dense):
     """`keras.layers.Dense` with a sparse kernel.
 
     Args:
-        method: the method, such as `methods.DST()`; all others as for `Dense`.
+        method: Method that masks the kernel, such as `methods.DST()`. All other arguments are
+            those of `Dense`.
 
     Example:
         >>> keras_dst.layers.SparseDense(10, method=keras_dst.methods.DST())
@@ -38,23 +38,23 @@ class SparseDense(SparseMixin, layers.Dense):
     bias = SparseBias()
 
 
-@_register
+@register
 class SparseEinsumDense(SparseMixin, layers.EinsumDense):
-    """`keras.layers.EinsumDense` with a sparse kernel, whose axes the equation tells."""
+    """`keras.layers.EinsumDense` with a sparse kernel, whose axes are read from the equation."""
 
     stock = layers.EinsumDense
     kernel = EinsumWeight()
 
 
-@_register
+@register
 class SparseEmbedding(SparseMixin, layers.Embedding):
-    """`keras.layers.Embedding` with a sparse table: `(tokens, units)`, as a kernel is laid out."""
+    """`keras.layers.Embedding` with a sparse table of the shape `(tokens, units)`."""
 
     stock = layers.Embedding
     embeddings = SparseWeight()
 
 
-@_register
+@register
 class SparseConv1D(SparseMixin, layers.Conv1D):
     """`keras.layers.Conv1D` with a sparse kernel."""
 
@@ -63,7 +63,7 @@ class SparseConv1D(SparseMixin, layers.Conv1D):
     bias = SparseBias()
 
 
-@_register
+@register
 class SparseConv2D(SparseMixin, layers.Conv2D):
     """`keras.layers.Conv2D` with a sparse kernel."""
 
@@ -72,7 +72,7 @@ class SparseConv2D(SparseMixin, layers.Conv2D):
     bias = SparseBias()
 
 
-@_register
+@register
 class SparseConv3D(SparseMixin, layers.Conv3D):
     """`keras.layers.Conv3D` with a sparse kernel."""
 
@@ -81,7 +81,7 @@ class SparseConv3D(SparseMixin, layers.Conv3D):
     bias = SparseBias()
 
 
-@_register
+@register
 class SparseConv1DTranspose(SparseMixin, layers.Conv1DTranspose):
     """`keras.layers.Conv1DTranspose` with a sparse kernel."""
 
@@ -90,7 +90,7 @@ class SparseConv1DTranspose(SparseMixin, layers.Conv1DTranspose):
     bias = SparseBias()
 
 
-@_register
+@register
 class SparseConv2DTranspose(SparseMixin, layers.Conv2DTranspose):
     """`keras.layers.Conv2DTranspose` with a sparse kernel."""
 
@@ -99,7 +99,7 @@ class SparseConv2DTranspose(SparseMixin, layers.Conv2DTranspose):
     bias = SparseBias()
 
 
-@_register
+@register
 class SparseConv3DTranspose(SparseMixin, layers.Conv3DTranspose):
     """`keras.layers.Conv3DTranspose` with a sparse kernel."""
 
@@ -108,45 +108,45 @@ class SparseConv3DTranspose(SparseMixin, layers.Conv3DTranspose):
     bias = SparseBias()
 
 
-@_register
+@register
 class SparseDepthwiseConv1D(SparseMixin, layers.DepthwiseConv1D):
-    """`keras.layers.DepthwiseConv1D` with a sparse kernel; a unit is one channel's filter."""
+    """`keras.layers.DepthwiseConv1D` with a sparse kernel; a unit is the filter of one channel."""
 
     stock = layers.DepthwiseConv1D
     kernel = SparseWeight(_DEPTHWISE)
     bias = SparseBias()
 
 
-@_register
+@register
 class SparseDepthwiseConv2D(SparseMixin, layers.DepthwiseConv2D):
-    """`keras.layers.DepthwiseConv2D` with a sparse kernel; a unit is one channel's filter."""
+    """`keras.layers.DepthwiseConv2D` with a sparse kernel; a unit is the filter of one channel."""
 
     stock = layers.DepthwiseConv2D
     kernel = SparseWeight(_DEPTHWISE)
     bias = SparseBias()
 
 
-@_register
+@register
 class SparseSeparableConv1D(SparseMixin, layers.SeparableConv1D):
-    """`keras.layers.SeparableConv1D`, both of whose kernels are sparse."""
+    """`keras.layers.SeparableConv1D` with two sparse kernels."""
 
     stock = layers.SeparableConv1D
     depthwise_kernel = SparseWeight(_DEPTHWISE)
     pointwise_kernel = SparseWeight()
 
 
-@_register
+@register
 class SparseSeparableConv2D(SparseMixin, layers.SeparableConv2D):
-    """`keras.layers.SeparableConv2D`, both of whose kernels are sparse."""
+    """`keras.layers.SeparableConv2D` with two sparse kernels."""
 
     stock = layers.SeparableConv2D
     depthwise_kernel = SparseWeight(_DEPTHWISE)
     pointwise_kernel = SparseWeight()
 
 
-@_register
+@register
 class SparseSimpleRNNCell(SparseCellMixin, layers.SimpleRNNCell):
-    """`keras.layers.SimpleRNNCell`, sparse in its kernel and its recurrent kernel.
+    """`keras.layers.SimpleRNNCell` with a sparse kernel and a sparse recurrent kernel.
 
     Example:
         >>> keras.layers.RNN(SparseSimpleRNNCell(8, method=keras_dst.methods.DST()))
@@ -157,11 +157,11 @@ class SparseSimpleRNNCell(SparseCellMixin, layers.SimpleRNNCell):
     recurrent_kernel = SparseWeight()
 
 
-@_register
+@register
 class SparseLSTMCell(SparseCellMixin, layers.LSTMCell):
-    """`keras.layers.LSTMCell`, sparse in its kernel and its recurrent kernel.
+    """`keras.layers.LSTMCell` with a sparse kernel and a sparse recurrent kernel.
 
-    A unit of theirs, which has a threshold of its own under DST, is that of one of the four gates.
+    A unit, which has its own threshold under DST, is one unit of one of the four gates.
     """
 
     stock = layers.LSTMCell
@@ -169,11 +169,11 @@ class SparseLSTMCell(SparseCellMixin, layers.LSTMCell):
     recurrent_kernel = SparseWeight()
 
 
-@_register
+@register
 class SparseGRUCell(SparseCellMixin, layers.GRUCell):
-    """`keras.layers.GRUCell`, sparse in its kernel and its recurrent kernel.
+    """`keras.layers.GRUCell` with a sparse kernel and a sparse recurrent kernel.
 
-    A unit of theirs, which has a threshold of its own under DST, is that of one of the three gates.
+    A unit, which has its own threshold under DST, is one unit of one of the three gates.
     """
 
     stock = layers.GRUCell
@@ -181,16 +181,16 @@ class SparseGRUCell(SparseCellMixin, layers.GRUCell):
     recurrent_kernel = SparseWeight()
 
 
-@_register
+@register
 class SparseConvLSTMCell(SparseCellMixin, _keras.ConvLSTMCell):
-    """The cell of `keras.layers.ConvLSTM1D/2D/3D`, sparse in its kernel and recurrent kernel."""
+    """Cell of `keras.layers.ConvLSTM1D/2D/3D` with two sparse kernels."""
 
     stock = _keras.ConvLSTMCell
     kernel = SparseWeight()
     recurrent_kernel = SparseWeight()
 
 
-STOCK_LAYERS: tuple[type[SparseMixin], ...] = (
+SPARSE_KERNEL_LAYERS: tuple[type[SparseMixin], ...] = (
     SparseDense,
     SparseEinsumDense,
     SparseEmbedding,
@@ -210,14 +210,14 @@ STOCK_LAYERS: tuple[type[SparseMixin], ...] = (
     SparseConvLSTMCell,
 )
 
-if hasattr(layers, "ReversibleEmbedding"):  # not before Keras 3.12
+if hasattr(layers, "ReversibleEmbedding"):  # new in Keras 3.12
 
-    @_register
+    @register
     class SparseReversibleEmbedding(SparseMixin, layers.ReversibleEmbedding):
-        """`keras.layers.ReversibleEmbedding` with a sparse table, or two that are not tied."""
+        """`keras.layers.ReversibleEmbedding` with one sparse table, or two if they are not tied."""
 
         stock = layers.ReversibleEmbedding
         embeddings = SparseWeight()
         reverse_embeddings = SparseWeight()
 
-    STOCK_LAYERS += (SparseReversibleEmbedding,)
+    SPARSE_KERNEL_LAYERS += (SparseReversibleEmbedding,)

@@ -160,7 +160,7 @@ class Consensus(UnitMethod):
             for _, variable, state in layer.masked_weights():
                 state["cost"].assign(self._cost(layer, variable, uses))
         # The penalties are the regularizer of a gate's variable, which `strip` removes.
-        own = [v for x in layers for v in x.own_variables().values() if v.trainable]
+        own = [v for x in layers for v in x.state_variables().values() if v.trainable]
         for variable in own:
             variable.regularizer = None  # Penalties of an earlier training.
         for variable in own[:1]:

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_dst import _keras
-from keras_dst.surgery import become_sparse
+from keras_dst.surgery import sparsify_layers
 from keras_dst.tfmot import legacy_files
 from keras_dst.tfmot.method import PruneLowMagnitude
 from keras_dst.tfmot.pruning import leaf_layers, prunable_layers
@@ -43,7 +43,7 @@ def load(path: str | os.PathLike) -> keras.Model:
         method = _method_of(wrapper.config)
         inside = _keras.flatten_layers(leaves[wrapper.layer]) if wrapper.masks else []
         layers_ = prunable_layers(inside, method)
-        become_sparse(model, layers_, method)
+        sparsify_layers(model, layers_, method)
         members = [member for layer in layers_ for member in layer.masked_weights()]
         for (_, _, state), mask in zip(members, wrapper.masks, strict=True):
             state["mask"].assign(mask != 0)

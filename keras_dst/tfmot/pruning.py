@@ -9,8 +9,9 @@ import keras
 
 from keras_dst import _keras
 from keras_dst._utils.filters import is_kernel
-from keras_dst.layers import SparseMixin, sparse_class
-from keras_dst.surgery import become_sparse, check_model, has_kernel, strip, unsupported
+from keras_dst.layers.base import SparseMixin
+from keras_dst.layers.classes import sparse_class
+from keras_dst.surgery import check_model, has_kernel, sparsify_layers, strip, why_unsupported
 from keras_dst.tfmot.method import PruneLowMagnitude
 from keras_dst.tfmot.policies import PruningPolicy
 from keras_dst.tfmot.schedules import ConstantSparsity, PruningSchedule
@@ -75,7 +76,7 @@ def prune_low_magnitude(
             target.__class__ = _pruned_on_build(type(target))  # type: ignore[arg-type]
             target.__dict__["method"] = method
         else:
-            become_sparse(target, layers_, method)
+            sparsify_layers(target, layers_, method)
     return to_prune
 
 
@@ -133,7 +134,7 @@ class _PrunedOnBuild(_keras.BuildHook):
     def after_build(self):
         method = self.__dict__.pop("method")
         self.__class__ = self.stock
-        become_sparse(self, _inner_layers_to_prune(self, method), method)
+        sparsify_layers(self, _inner_layers_to_prune(self, method), method)
 
     def get_config(self):
         raise ValueError(
@@ -219,7 +220,7 @@ def _obstacle(layer, method) -> str | None:
             'such as prunable_weights = ("kernel",)'
         )
     if layer.built:
-        reason = unsupported(layer, method) if has_kernel(layer) else None
+        reason = why_unsupported(layer, method) if has_kernel(layer) else None
     elif sparse_class(type(layer)) or type(layer).build is keras.Layer.build:
         return None
     else:

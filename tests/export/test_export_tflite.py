@@ -20,7 +20,7 @@ from keras import layers, ops
 import keras_dst
 from keras_dst.export import ExportError, ExportReport, encode, flatbuffer, pipeline
 from keras_dst.export.convert import to_tflite
-from keras_dst.surgery import is_sparse
+from keras_dst.surgery import has_sparse_layers
 
 from .graphs import AUTO, BUILTIN, fully_connected, sparse_values
 from .graphs import ops as ops_of
@@ -431,7 +431,7 @@ def test_a_sparse_model_is_exported_without_being_changed(tmp_path):
     # Most initial weights are below 0.1 in the large kernel, and half of them in the heads.
     forms = {tensor.shape: (tensor.encoding, tensor.density < 0.7) for tensor in report.tensors}
     assert forms[32, 3, 3, 32] == forms[32, 40] == forms[64, 40] == ("csr+densify", True)
-    assert is_sparse(model)
+    assert has_sparse_layers(model)
     assert {layer.name: type(layer) for layer in model.layers} == before
     for old, new in zip(weights, model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)

@@ -97,7 +97,7 @@ def test_batch_norm_is_the_stock_layer_on_either_path(arguments):
         )
         np.testing.assert_array_equal(array(dual(x)), array(full(x)))
     np.testing.assert_array_equal(array(dual(x)), array(pruned(x)))
-    second = dual.own_variables()
+    second = dual.state_variables()
     assert len(second) == len(full.weights) == len(dual.weights) / 2
     for name, variable in second.items():
         stock = getattr(full, name.removeprefix("full_"))
@@ -120,14 +120,14 @@ def test_second_set_in_files_reports_and_after_strip(norm, tmp_path):
     stock = [type(layer) for layer in model._flatten_layers()]
     report = keras_dst.sparsify(model, DCIL(0.5), filters="dense.*")
     assert report.doubled == [model.layers[1].path]
-    assert len(report.sparse) == 2
+    assert len(report.sparsified) == 2
     assert not report.skipped
-    assert f"doubled  {model.layers[1].path}" in str(report)
+    assert f"doubled    {model.layers[1].path}" in str(report)
     assert "doubled" not in str(keras_dst.sparsify(norm_model(), DST()))
     assert keras_dst.report(model).parameters == plain.parameters
 
     dual = model.layers[1]
-    for name, variable in dual.own_variables().items():
+    for name, variable in dual.state_variables().items():
         first = getattr(dual, name.removeprefix("full_"))
         np.testing.assert_array_equal(variable.numpy(), first.numpy())
         variable.assign(variable.numpy() + 1)
@@ -171,7 +171,7 @@ def test_batch_norm_inside_a_layer(tmp_path):
     model = keras.Sequential([keras.Input((5,)), NormBlock(), layers.Dense(3)])
     keras_dst.sparsify(model, DCIL(0.5))
     assert isinstance(model.layers[0].steps[1], SparseBatchNormalization)
-    for variable in model.layers[0].steps[1].own_variables().values():
+    for variable in model.layers[0].steps[1].state_variables().values():
         variable.assign(random(4))
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
@@ -189,7 +189,7 @@ def test_the_weights_of_a_stock_layer_go_into_both_sets():
     keras_dst.sparsify(model, DCIL(0.5))
     dual = model.layers[1]
     dual.load_own_variables({key: value.numpy() for key, value in store.items()})
-    for name, variable in dual.own_variables().items():
+    for name, variable in dual.state_variables().items():
         first = getattr(stock, name.removeprefix("full_"))
         np.testing.assert_array_equal(variable.numpy(), first.numpy())
 
@@ -365,7 +365,7 @@ def test_trajectory_is_that_of_the_equations():
     for name, found in reference.parameters(model).items():
         np.testing.assert_allclose(found, p[name], atol=1e-4, err_msg=name)
     dual = model.layers[1]
-    second = {k.removeprefix("full_"): v.numpy() for k, v in dual.own_variables().items()}
+    second = {k.removeprefix("full_"): v.numpy() for k, v in dual.state_variables().items()}
     assert abs(second["gamma"] - dual.gamma.numpy()).max() > 0.01
     for name in ("gamma", "beta"):
         np.testing.assert_allclose(second[name], p[f"full_{name}"], atol=1e-4)
