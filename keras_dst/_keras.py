@@ -21,6 +21,7 @@ from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
 
 # `keras.Model(inputs, outputs)` makes an instance of this class, which Keras does not export.
 from keras.src.models.functional import Functional
+from keras.src.utils.tracking import DotNotTrackScope
 
 if TYPE_CHECKING:
     from keras import Layer as _Layer
@@ -430,9 +431,8 @@ def rebuild_optimizer(optimizer, variables) -> None:
     before = [
         (list(each._variables), list(each._trainable_variables), dict(vars(each))) for each in every
     ]
-    for each, (own, *_) in zip(every, before):
-        for variable in own:
-            each._tracker.untrack(variable)
+    for each in every:
+        _set_own_variables(each, [])
         each._trainable_variables_indices = {}
         each.built = False
     optimizer.build(list(variables))
@@ -450,12 +450,10 @@ def _with_inner_optimizers(optimizer) -> list:
 
 def _restore_variables(optimizer, before: list, attributes: dict[str, Any]) -> None:
     """Track the variables that `__init__` created again, and copy the values of all others."""
-    own, present = optimizer._variables, vars(optimizer)
-    created = list(own)
+    present = vars(optimizer)
     kept = [v for v in before if any(v is value for value in present.values())]
-    for variable in kept:
-        optimizer._tracker.add_to_store("variables", variable)
-    own[:] = [*kept, *created]
+    own = [*kept, *optimizer._variables]
+    _set_own_variables(optimizer, own)
     pairs = [(present.get(name), old) for name, old in attributes.items()]
     old_names = dict(zip(_numbered_names(before), before))
     pairs += [(v, old_names.get(name)) for name, v in zip(_numbered_names(own), own)]
@@ -463,6 +461,18 @@ def _restore_variables(optimizer, before: list, attributes: dict[str, Any]) -> N
         both = isinstance(variable, keras.Variable) and isinstance(old, keras.Variable)
         if both and variable is not old and variable.shape == old.shape:
             variable.assign(old.numpy())
+
+
+def _set_own_variables(optimizer, variables: list) -> None:
+    """Replace the list of the variables that an optimizer created.
+
+    TensorFlow does not save a list that was changed in place other than by appending.
+    """
+    with DotNotTrackScope():
+        optimizer._variables = variables
+    tracker = optimizer._tracker
+    tracker.config["variables"] = (tracker.config["variables"][0], optimizer._variables)
+    tracker.stored_ids["variables"] = set(map(id, variables))
 
 
 def _numbered_names(variables) -> list[tuple[str, int]]:

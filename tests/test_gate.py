@@ -298,7 +298,7 @@ def test_errors():
         Gate(structure="layer")
     with pytest.raises(ValueError, match="cost must be a number above 0"):
         Gate(cost=0)
-    with pytest.raises(TypeError, match=r"trained by methods\.Consensus"):
+    with pytest.raises(TypeError, match=r"Expected keras_dst\.methods\.Consensus"):
         Gate(method=DST())
     model = models.compiled(net())
     with pytest.raises(ValueError, match="SparseTraining"):

@@ -317,7 +317,7 @@ def masked_model():
 def test_masked_weights_count_as_zeros():
     found = report(masked_model())
     masked, plain = found.layers
-    assert (masked.layer, masked.sparse, masked.nonzeros) == ("SparseDense", True, 6)
+    assert (masked.layer, masked.sparse, masked.nonzeros) == ("Dense", True, 6)
     assert (masked.flops, masked.dense_flops) == (12, 18)
     assert (plain.layer, plain.sparse, plain.nonzeros) == ("Dense", False, 6)
     assert found.sparsity == pytest.approx(3 / 15)
