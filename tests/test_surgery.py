@@ -634,6 +634,8 @@ def test_checkpoints_of_tensorflow_hold_the_state_of_the_optimizer(tmp_path):
         np.testing.assert_array_equal(b.numpy(), a.numpy(), err_msg=a.path)
 
 
+@pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
+@pytest.mark.filterwarnings("ignore:The `native_serialization` parameter:DeprecationWarning")
 @pytest.mark.parametrize("name", ["DST", "DCIL", "OptG", "Gate"])
 def test_an_unstripped_model_is_exported(name, tmp_path):
     model = sparse_models()[name]
