@@ -69,7 +69,6 @@ PRIVATE_NAMES = {
         "_tracker",
         "_trainable_variables",
         "_trainable_variables_indices",
-        "_untrack_variable",
         "_use_weight_decay",
         "_var_key",
         "_variables",
@@ -321,7 +320,7 @@ def metric_direction(metric) -> str | None:
 
 
 def own_variables_of(optimizer) -> list:
-    """Return the list, open to changes, of the variables that an optimizer itself created."""
+    """Return the list of the variables that an optimizer itself created, see `set_own_variables`."""
     return optimizer._variables
 
 
@@ -333,8 +332,8 @@ def trained_variables_of(optimizer) -> list:
 def delete_counters(optimizer) -> None:
     """Delete the step counter and the learning rate of an optimizer that wraps another one."""
     for name in ("_iterations", "_learning_rate"):
-        optimizer._untrack_variable(getattr(optimizer, name))
         delattr(optimizer, name)
+    set_own_variables(optimizer, [])
 
 
 def set_trained_variables(optimizer, variables) -> None:
@@ -432,7 +431,7 @@ def rebuild_optimizer(optimizer, variables) -> None:
         (list(each._variables), list(each._trainable_variables), dict(vars(each))) for each in every
     ]
     for each in every:
-        _set_own_variables(each, [])
+        set_own_variables(each, [])
         each._trainable_variables_indices = {}
         each.built = False
     optimizer.build(list(variables))
@@ -453,7 +452,7 @@ def _restore_variables(optimizer, before: list, attributes: dict[str, Any]) -> N
     present = vars(optimizer)
     kept = [v for v in before if any(v is value for value in present.values())]
     own = [*kept, *optimizer._variables]
-    _set_own_variables(optimizer, own)
+    set_own_variables(optimizer, own)
     pairs = [(present.get(name), old) for name, old in attributes.items()]
     old_names = dict(zip(_numbered_names(before), before))
     pairs += [(v, old_names.get(name)) for name, v in zip(_numbered_names(own), own)]
@@ -463,7 +462,7 @@ def _restore_variables(optimizer, before: list, attributes: dict[str, Any]) -> N
             variable.assign(old.numpy())
 
 
-def _set_own_variables(optimizer, variables: list) -> None:
+def set_own_variables(optimizer, variables: list) -> None:
     """Replace the list of the variables that an optimizer created.
 
     TensorFlow does not save a list that was changed in place other than by appending.

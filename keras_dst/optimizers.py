@@ -221,13 +221,13 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
         Keras builds an optimizer before the length of the training is known.
         """
-        kernels, own = self.kernels, _keras.own_variables_of(self)
+        kernels = self.kernels
         for kernel, state, specs in zip(kernels, self.states, self._state_specs(kernels, steps)):
             for name, (initial, dtype) in specs.items():
-                if state[name].dtype != dtype:
-                    place = next(i for i, v in enumerate(own) if v is state[name])
+                if (old := state[name]).dtype != dtype:
                     state.update(self._add_state(kernel, {name: (initial, dtype)}))
-                    own[place] = own.pop()
+                    *own, new = _keras.own_variables_of(self)
+                    _keras.set_own_variables(self, [new if v is old else v for v in own])
 
     @property
     def kernels(self) -> list:
