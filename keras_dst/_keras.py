@@ -320,7 +320,7 @@ def metric_direction(metric) -> str | None:
 
 
 def own_variables_of(optimizer) -> list:
-    """Return the list of the variables that an optimizer itself created, see `set_own_variables`."""
+    """Return the list of the variables that an optimizer itself created."""
     return optimizer._variables
 
 
