@@ -326,7 +326,8 @@ def _conversion_error(step: str, output: str) -> ExportError:
         fixes = [fix for sign, fix in _TYPE_FIXES.items() if any(sign in op for op in ops)]
         fixes += [fix for sign, fix in _FIXES.items() if any(sign in op for op in ops)]
         return ExportError(
-            "The model could not be converted to .tflite: TensorFlow Lite has no op for\n  "
+            "The model could not be converted to .tflite: TensorFlow Lite has no builtin op for "
+            "these ops, which would need TF Select or custom ops:\n  "
             + "\n  ".join(ops)
             + "".join(f"\nFix: {fix}." for fix in fixes or [_OP_FIX])
         )
