@@ -215,7 +215,7 @@ def test_measured_sparsity_of_sparse_layers():
 
 
 @pytest.mark.parametrize("inner", ["sgd", "adam", "rmsprop", "adamw"])
-def test_nothing_pruned_equals_the_inner_optimiser(inner):
+def test_nothing_pruned_equals_the_inner_optimizer(inner):
     def weights(wrap):
         keras.utils.set_random_seed(0)
         optimizer = keras.optimizers.get(inner)
@@ -231,7 +231,7 @@ def test_nothing_pruned_equals_the_inner_optimiser(inner):
         np.testing.assert_array_equal(a, b)
 
 
-def test_it_passes_on_what_belongs_to_the_inner_optimiser():
+def test_it_passes_on_what_belongs_to_the_inner_optimizer():
     optimizer = SparseOptimizer(keras.optimizers.SGD(0.1), Magnitude(0.5))
     assert float(optimizer.learning_rate) == pytest.approx(0.1)
     optimizer.learning_rate = 0.01

@@ -1,7 +1,7 @@
 """Fifty steps of every method against its equations, written in NumPy from the papers alone.
 
 A reference is asked for the weights that the net sees (`effective`), takes their gradients, makes
-the step of the optimiser, and does what the method does between steps (`between`, with the number
+the step of the optimizer, and does what the method does between steps (`between`, with the number
 of steps done). Scores, counters and thresholds are its own.
 """
 

@@ -1,4 +1,4 @@
-"""What moves a method along its schedule between steps: one driver for every method at work."""
+"""Drivers: apply the scheduled mask updates of a method between training steps."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _optimizer_of(model, variables):
 
 
 class PrunedWeight(NamedTuple):
-    """A weight under a method, for those who watch it."""
+    """A weight under a method, with all that is needed to compute its mask."""
 
     name: str
     method: Method
@@ -121,7 +121,7 @@ class PrunedWeight(NamedTuple):
     layout: Layout
 
     def mask(self) -> np.ndarray:
-        """Its mask now, boolean."""
+        """Return the present mask, boolean."""
         weight, state = ops.convert_to_tensor(self.weight), tensors_of(self.state)
         return ops.convert_to_numpy(self.method.mask(weight, state, self.layout)).astype(bool)
 
@@ -152,7 +152,7 @@ def _layouts(model, optimizer: SparseOptimizer) -> list[Layout]:
 
 @functools.lru_cache(maxsize=16)
 def _functions(method, layouts, shapes):
-    """A method's update and its counts of kept weights, compiled once for all trainings with it."""
+    """Return compiled functions for the update of a method and for the numbers of kept weights."""
 
     @jit
     def update(weights, states, kept, now):
@@ -167,7 +167,7 @@ def _functions(method, layouts, shapes):
 
 
 class Driver:
-    """Updates the states of all the weights under one method, along its schedule."""
+    """Base class of drivers: updates the states of all weights under one method."""
 
     def __init__(self, model, method, weights, states, layouts, names):
         self.model, self.method = model, method
@@ -179,10 +179,10 @@ class Driver:
         self.total: int | None = None
         self.clock: Any = None  # an UpdateClock, or None until the length of the training is known
         self._update, self._kept = _functions(method, tuple(layouts), tuple(self.shapes))
-        # How much an entry of every weight counts for the target; None: all alike.
+        # Cost of one entry of every weight; None if all entries cost the same.
         self.costs: list[float] | None = None
 
-    # Where progress is kept: step, and length of the schedule (0: not begun).
+    # Progress is saved as the step and the length of the schedule, which is 0 before the start.
 
     def read_progress(self) -> tuple[int, int]:
         raise NotImplementedError
@@ -212,9 +212,9 @@ class Driver:
     # --------------------------------------------------------------------------------------------
 
     def begin(self, length: int | None, fit: int | None, epoch: int | None, done: int = 0) -> None:
-        """Start, or go on, with a schedule over `length` steps, in a fit of `fit` steps.
+        """Start or continue a schedule over `length` steps, in a fit of `fit` steps.
 
-        The first `done` of these were taken before the training was interrupted.
+        The first `done` steps of the fit were done before the training was interrupted.
         """
         self.set_active(True)
         self.projected = False
@@ -231,10 +231,10 @@ class Driver:
             self.advance(0)
 
     def set_length(self, length: int, fit: int, epoch: int, batches: int) -> None:
-        """The length became known after the first epoch, of so many batches."""
+        """Set the length of the schedule, which became known after the first epoch."""
         if self.schedule is None or self.total is not None:
             return
-        late = self.clock is None  # the update at step 0 has not been possible
+        late = self.clock is None  # The update at step 0 has not been possible.
         self.total = length
         self._plan(fit, epoch)
         self.write_progress(self.start + batches, length)
@@ -249,7 +249,7 @@ class Driver:
 
     @property
     def in_steps(self) -> bool:
-        """Whether the schedule needs no length of training."""
+        """Whether the schedule is given in steps and needs no length of the training."""
         return self.schedule is not None and self.schedule.in_steps
 
     def is_due(self, batches: int) -> bool:
@@ -263,9 +263,9 @@ class Driver:
         return self.clock.is_due(self.last, step) or any(self.last < end <= step for end in ends)
 
     def advance(self, batches: int) -> None:
-        """Update the states to what the schedule asks for after this many batches."""
+        """Update the states as the schedule asks after this many batches of the fit."""
         step = self.last = self.start + batches
-        # A learned method gets its target one update ahead: it takes that long to move there.
+        # A learned method gets its target one update ahead, because it needs one period to follow.
         ahead = self.clock.period if self.method.learned else 0
         target = self.schedule.at(step + ahead, self.total)
         done = min(1.0, step / max(self.total or self.clock.last, 1))
@@ -279,7 +279,7 @@ class Driver:
             self.project()
 
     def project(self) -> None:
-        """Meet the target of a learned method exactly, at the end."""
+        """Change the states of a learned method so that they meet the target exactly."""
         if not self.method.learned or self.schedule is None:
             return
         target, reached = self._target(), self._reached()
@@ -296,7 +296,7 @@ class Driver:
         self.projected = True
 
     def end(self, batches: int, warn_early: bool) -> None:
-        """Leave the schedule; warn when its target was missed."""
+        """Save the progress at the end of a fit, and warn if the target was missed."""
         self.set_active(False)
         if self.schedule is None:
             return
@@ -320,7 +320,7 @@ class Driver:
             warnings.warn(self.outcome(), stacklevel=2)
 
     def outcome(self) -> str:
-        """What was reached of the final target, as a sentence."""
+        """Return a sentence that compares the quantity reached with the final target."""
         target, reached = self._target(), self._reached()
         return (
             f"{self.method!r} reached {self.method.target_quantity} {reached:.4f}, "
@@ -328,11 +328,11 @@ class Driver:
         )
 
     def is_at_target(self) -> bool:
-        """Whether the final target is reached now, or more than that."""
+        """Return whether the final target is reached now, or exceeded."""
         return self._reached() >= self._target() - self.tolerance
 
     def _target(self) -> float:
-        """The final sparsity of all these weights together, or of their cost."""
+        """Return the final target: a sparsity of all weights, or a fraction of their cost."""
         final = self.schedule.sparsity
         if self.costs is not None:
             return final
@@ -341,7 +341,7 @@ class Driver:
 
     @property
     def tolerance(self) -> float:
-        """By how much a target may be missed without a word."""
+        """Deviation from the target that is allowed without a warning."""
         if self.method.learned:
             return 0.01
         pattern = Pattern(self.method.pattern)
@@ -349,13 +349,13 @@ class Driver:
         return max(0.001, max(groups) / self.size)
 
     def _reached(self) -> float:
-        """What of the target is reached now."""
+        """Return the present value of the quantity that has the target."""
         costs = self.costs or [1.0] * len(self.shapes)
         total = sum(c * math.prod(shape) for c, shape in zip(costs, self.shapes))
         return 1 - sum(c * k for c, k in zip(costs, self._counts_kept())) / total
 
     def kept(self) -> float:
-        """Weights that the masks keep now."""
+        """Return the number of weights that the masks keep now."""
         return sum(self._counts_kept())
 
     def _counts_kept(self) -> list[float]:
@@ -370,12 +370,12 @@ class Driver:
         return ops.convert_to_tensor(counts, "int32")
 
     def set_active(self, active: bool) -> None:
-        """Tell layers or optimiser whether a callback is at work."""
+        """Tell the layers or the optimizer whether a callback updates the masks."""
         self.active: ActiveFit | bool = ActiveFit(self.model) if active else False
 
 
 class LayerDriver(Driver):
-    """Drives the layers that share one method."""
+    """Driver of the layers that share one method."""
 
     loss: TwoPathLoss | None = None
 
@@ -396,7 +396,7 @@ class LayerDriver(Driver):
             costs = [method.cost_per_entry(state) for state in self.states]
             self.costs = [c for c in costs if c is not None] or None
 
-    # The step is counted by the optimiser, whose counter is part of every checkpoint; the layer
+    # The step is counted by the optimizer, whose counter is part of every checkpoint; the layer
     # keeps the pair (step, counter) from which to count on, also after `compile` reset the counter.
 
     def _iterations(self) -> int:
@@ -421,7 +421,9 @@ class LayerDriver(Driver):
 
     def assign_states(self, changes):
         for state in self.states:
-            change = changes.pop(0)  # goes as it comes: all of them are as large as the model
+            change = changes.pop(
+                0
+            )  # Free each change when it is assigned: together they are as large as the model.
             for name, value in change.items():
                 state[name].assign(value)
             for name, source in self.method.snapshots.items():
@@ -461,7 +463,7 @@ class LayerDriver(Driver):
 
 
 class OptimizerDriver(Driver):
-    """Drives a SparseOptimizer."""
+    """Driver of a SparseOptimizer."""
 
     def __init__(self, model, optimizer: SparseOptimizer):
         self.optimizer = optimizer
