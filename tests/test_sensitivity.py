@@ -413,7 +413,7 @@ class TestErrors:
             keras_dst.sensitivity(net(), data, (0.5, 1.5))
         with pytest.raises(ValueError, match=r"fixes the sparsity at 0.5"):
             keras_dst.sensitivity(net(), data, pattern="2:4")
-        with pytest.raises(ValueError, match="fits none of the names"):
+        with pytest.raises(ValueError, match="matches none of the names"):
             keras_dst.sensitivity(net(), data, filters="three")
         with pytest.raises(ValueError, match="filters selects no weight"):
             keras_dst.sensitivity(net(), data, filters=lambda variable: False)

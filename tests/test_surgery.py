@@ -698,13 +698,13 @@ class TestErrors:
 
     def test_filter_that_fits_nothing(self):
         model = models.residual()
-        with pytest.raises(ValueError, match=r"no_such_layer.*fits none"):
+        with pytest.raises(ValueError, match=r"no_such_layer.*matches none"):
             keras_dst.sparsify(model, DST(), "no_such_layer")
-        with pytest.raises(ValueError, match="no regular expression"):
+        with pytest.raises(ValueError, match="not a regular expression"):
             keras_dst.sparsify(model, DST(), "(")
         with pytest.raises(TypeError, match="filters"):
             keras_dst.sparsify(model, DST(), 3)
-        with pytest.raises(TypeError, match="of a layer give its name"):
+        with pytest.raises(TypeError, match="To select a layer, pass its name"):
             keras_dst.sparsify(model, DST(), model.layers[-1])
         assert not has_sparse_layers(model)
 

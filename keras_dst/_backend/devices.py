@@ -1,4 +1,4 @@
-"""A model on several devices: the little that Keras leaves to each backend."""
+"""Helpers for models on several devices, for the parts that Keras leaves to each backend."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Tensor = Any
 
 @contextlib.contextmanager
 def placed_like(variable) -> Iterator[None]:
-    """Variables that are created within this context live where `variable` lives.
+    """Place variables that are created within this context on the devices of `variable`.
 
-    Those of its shape are sharded as it is, all others are whole on every device.
+    Variables of its shape are sharded in the same way. All others are replicated.
     """
     backend = keras.backend.backend()
     if backend == "tensorflow":
@@ -37,7 +37,7 @@ def placed_like(variable) -> Iterator[None]:
 
 
 def check_distribution(optimizer, variable) -> None:
-    """Raise where Keras cannot let an optimiser train variables with replicas, such as this one."""
+    """Raise if an optimizer cannot train a variable that has replicas on several devices."""
     if keras.backend.backend() != "tensorflow":
         return
     strategy = getattr(variable.value, "distribute_strategy", None)
@@ -47,8 +47,8 @@ def check_distribution(optimizer, variable) -> None:
     for each in (optimizer, inner):
         if _keras.distribution_strategy_of(each) is not strategy:
             raise ValueError(
-                "Create the optimiser within strategy.scope(), as the model was. "
-                f"Received: '{each.name}', which was created outside of it."
+                "Expected an optimizer that was created within strategy.scope(), like the model. "
+                f"Received: '{each.name}', which was created outside of the scope."
             )
     if inner.gradient_accumulation_steps:
         raise ValueError(
@@ -58,9 +58,9 @@ def check_distribution(optimizer, variable) -> None:
 
 
 def counter_dtype(variable, dtype: str) -> str:
-    """The type that is kept for a counter of type `dtype` where `variable` lives.
+    """Return the dtype of a counter that is placed like `variable`.
 
-    Workers of TensorFlow can send each other no integers of 8 or 16 bits.
+    The workers of TensorFlow cannot exchange integers of 8 or 16 bits, so they use int32.
     """
     if keras.backend.backend() == "tensorflow" and dtype in ("uint8", "int16"):
         import tensorflow as tf
@@ -72,10 +72,10 @@ def counter_dtype(variable, dtype: str) -> str:
 
 
 def sum_over_replicas(gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], int]:
-    """Gradients of a whole batch from those of one replica's part, and the number of replicas.
+    """Return the gradients summed over all replicas, and the number of replicas.
 
-    Only under `tf.distribute` does an optimiser see the part, which it adds up by itself: JAX has
-    one program for all devices, and torch's DistributedDataParallel is done before.
+    An optimizer gets the gradients of one replica only under `tf.distribute`. JAX runs one program
+    for all devices, and torch's DistributedDataParallel sums the gradients before.
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -90,10 +90,10 @@ def sum_over_replicas(gradients: Sequence[Tensor | None]) -> tuple[list[Tensor |
 
 
 def refresh_torch_parameters(model) -> None:
-    """Tell torch of variables that layers of a built model have gained or lost.
+    """Register with torch the variables that layers of a built model have gained or lost.
 
-    Keras lists them as parameters when a model is built; DistributedDataParallel would leave new
-    ones to each process.
+    Keras registers parameters when it builds a model. DistributedDataParallel synchronizes only
+    registered parameters between processes.
     """
     if keras.backend.backend() == "torch":
         for layer in _keras.flatten_layers(model):

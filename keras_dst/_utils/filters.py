@@ -1,4 +1,4 @@
-"""Which weights and layers are meant: what can be pruned, and what a user's filter selects."""
+"""Predicates for prunable weights, and the selection of layers and weights by a user's filter."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import keras
 
 Filters = str | Sequence[str] | Callable[[Any], bool] | None
 
-# A matrix that is no kernel: biases of attention heads, and what belongs to a mask of ours.
+# Names of matrices that are not kernels: biases of attention heads, and the state of a method.
 _NOT_PRUNED = re.compile(
     r"(^|_)(bias|beta|gamma|scale|threshold|scores?|anchor|alpha|control|lora_\w+_[ab])$"
 )
 
 
 def is_kernel(variable) -> bool:
-    """Whether this weight counts as prunable: floats or int8, two or more axes, and no bias."""
+    """Return whether a weight can be pruned: float or int8, at least two axes, and not a bias."""
     return (
         len(variable.shape) >= 2
         and bool(re.search("float|^int8$", keras.backend.standardize_dtype(variable.dtype)))
@@ -26,25 +26,25 @@ def is_kernel(variable) -> bool:
 
 
 def is_prunable(variable) -> bool:
-    """Whether an optimiser can prune this weight: a kernel that is trained."""
+    """Return whether an optimizer can prune a weight, which must be a trainable kernel."""
     return bool(variable.trainable) and is_kernel(variable)
 
 
 def select(
     items: Sequence, filters: Filters, names: Sequence[tuple[str, ...]], argument: str = "filters"
 ) -> list[bool]:
-    """For every item, whether the filter selects it.
+    """Return for every item whether the filter selects it.
 
     Args:
-        items: layers or variables, as the callable form of `filters` gets them.
-        filters: None for all; a name or a regular expression, compared with the whole name; a
-            list of them; or `callable(item) -> bool`.
-        names: for every item, the names it has, its own first.
-        argument: what the user calls the filter, for errors.
+        items: Layers or variables; a callable filter gets each of them.
+        filters: Name, regular expression for a whole name, list of both, or
+            `callable(item) -> bool`. None selects all items.
+        names: Names of every item; the first is the item's own name.
+        argument: Name of the user's argument, for errors. Defaults to "filters".
 
     Raises:
-        ValueError: when a name or expression selects nothing.
-        TypeError: for a filter of another type.
+        ValueError: If a name or expression selects nothing.
+        TypeError: If the filter has another type.
     """
     if filters is None:
         return [True] * len(items)
@@ -53,8 +53,8 @@ def select(
     patterns = [filters] if isinstance(filters, str) else filters
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
         raise TypeError(
-            f"{argument} must be a name, a regular expression, a list of them, or a callable that "
-            f"takes a layer; of a layer give its name. Received: {filters!r}"
+            f"{argument} must be a name, a regular expression, a list of these, or a callable. To "
+            f"select a layer, pass its name. Received: {filters!r}"
         )
     chosen = [False] * len(items)
     for pattern in patterns:
@@ -62,7 +62,9 @@ def select(
         hits = [any(name == pattern or whole(name) for name in own) for own in names]
         if not any(hits):
             own_names = ", ".join(own[0] for own in names)
-            raise ValueError(f"{argument}: {pattern!r} fits none of the names. Names: {own_names}")
+            raise ValueError(
+                f"{argument}: {pattern!r} matches none of the names. Names: {own_names}"
+            )
         chosen = [a or b for a, b in zip(chosen, hits)]
     return chosen
 
@@ -71,4 +73,4 @@ def _compile(pattern: str, argument: str) -> re.Pattern:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"{argument}: {pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"{argument}: {pattern!r} is not a regular expression: {error}") from error

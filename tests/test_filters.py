@@ -73,13 +73,15 @@ def test_select(filters, chosen):
 def test_a_filter_that_selects_nothing(filters):
     wrong = filters[-1] if isinstance(filters, list) else filters
     with pytest.raises(
-        ValueError, match=f"'{wrong}' fits none of the names. Names: conv_1, conv_2"
+        ValueError, match=f"'{wrong}' matches none of the names. Names: conv_1, conv_2"
     ):
         select(NAMES, filters, NAMES)
 
 
 def test_a_filter_that_is_no_expression():
-    with pytest.raises(ValueError, match=r"filters: 'conv\(' is no regular expression: missing \)"):
+    with pytest.raises(
+        ValueError, match=r"filters: 'conv\(' is not a regular expression: missing \)"
+    ):
         select(NAMES, "conv(", NAMES)
 
 
