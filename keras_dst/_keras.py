@@ -46,7 +46,6 @@ PRIVATE_NAMES = {
     ),
     "variable": ("_autocast",),
     "model": (
-        "_aggregate_additional_loss",
         "_compile_loss",
         "_compute_loss_has_training_arg",
         "_initial_epoch",
@@ -252,20 +251,13 @@ def output_structure(model):
     return model._compile_loss._y_pred_build_structure
 
 
-def add_to_loss(model, loss):
-    """Return an additional loss scaled and cast as Keras adds it to the total loss."""
-    return model._aggregate_additional_loss(loss)
+# The attribute that tells Keras whether a model's `compute_loss` takes the argument `training`.
+TAKES_TRAINING = "_compute_loss_has_training_arg"
 
 
 def takes_training(model) -> bool:
     """Return whether a model's own `compute_loss` takes the argument `training`."""
-    return model._compute_loss_has_training_arg
-
-
-def set_takes_training(model, value: bool) -> None:
-    """Tell Keras whether the `compute_loss` now set on a model takes `training`."""
-    _require(model, "_compute_loss_has_training_arg")
-    vars(model)["_compute_loss_has_training_arg"] = value
+    return getattr(model, TAKES_TRAINING)
 
 
 @contextlib.contextmanager
@@ -277,6 +269,11 @@ def without_additional_losses(model) -> Iterator[None]:
         yield
     finally:
         vars(model)["_losses_override"] = before
+
+
+def is_validation(evaluate_options: dict[str, Any]) -> bool:
+    """Return whether `fit` itself calls `evaluate` with these keyword arguments."""
+    return bool(evaluate_options.get("_use_cached_eval_dataset"))
 
 
 def set_initial_epoch(model, epoch: int | None) -> None:

@@ -1,61 +1,67 @@
-"""Callbacks for `fit`: `SparseTraining`, and the `BackupAndRestore` that goes with it.
-
-`SparsityTensorBoard`, which watches them, is in `keras_dst.tensorboard`.
-"""
+"""Callbacks for `fit`: `SparseTraining`, `BackupAndRestore` and `SparsityTensorBoard`."""
 
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 
 import keras
 
 from keras_dst import _keras
-from keras_dst._backend import malloc
-from keras_dst._training.backup import ActiveFit, BackupAndRestore
+from keras_dst._training.backup import BackupAndRestore
 from keras_dst._training.drivers import Driver, drivers_of
+from keras_dst._training.fit_patches import AtomicSave, active_fit
 from keras_dst._training.metrics import direction_of_metric, worst_value
 from keras_dst._training.tensorboard import SparsityTensorBoard
-from keras_dst._utils.files import save_in_place, save_whole
 from keras_dst._utils.validation import check_integer
 
 __all__ = ["BackupAndRestore", "SparseTraining", "SparsityTensorBoard"]
 
 
 class SparseTraining(keras.callbacks.Callback):
-    """Drives every method during `fit`: schedules, mask updates, the log, the last projection.
+    """Callback that updates the masks during `fit`, for every method.
 
-    Schedules are resolved from the epochs and steps of the first `fit`; a later `fit` goes on
-    where that one ended. Masks and controllers are updated between steps, `sparsity` (of the
-    weights under the method) is shown in the progress bar and kept in the history, the last step
-    makes it exact, and a warning says by how much a target was missed. While it is at work, what
-    `save` and `save_weights` write is whole or not there at all, and on Linux the process keeps
-    memory that a step frees for the next one, unless variables such as MALLOC_TRIM_THRESHOLD_ say
-    what it is to do.
+    The length of the schedule follows from the epochs and steps of the first `fit`. A later `fit`
+    continues the schedule. Masks and controllers are updated between steps. The progress bar and
+    the history show the log `sparsity`: the sparsity of all weights under a method. The last step
+    makes learned sparsity exact. A warning tells if a target was missed, and by how much.
 
-    Put it before callbacks of Keras that save within an epoch.
+    Masks also hold for weights that other callbacks assign, such as the averages of
+    `SwapEMAWeights`. If a callback assigns weights of a time before the target at the end of
+    training, as `EarlyStopping(restore_best_weights=True)` does, they are pruned again with a
+    warning.
+
+    While `fit` runs, `model.save` and `model.save_weights` are atomic: a process that is killed
+    leaves the old file or the new file.
+
+    Put this callback before Keras callbacks that save within an epoch.
 
     Args:
-        epochs: epochs that the schedule takes, where they are not those of the first `fit`: for a
-            training in several calls.
-        steps_per_epoch: batches in an epoch, where `fit` cannot know before the first one ends.
-        metric_at_target: a metric of which the best counts only at the target, such as
-            `"val_accuracy"`. The
-            log `"val_accuracy_at_target"` has its value once the target is reached. Before, it has
-            one that is worse than any, and less so from epoch to epoch: whatever looks for the
-            best, or waits for better, neither keeps nor stops at what is not sparse enough. A
-            metric of the training itself needs this callback to come first.
-        metric_mode: whether the best of it is the `"min"` or the `"max"`; by default what the
-            metric itself says.
+        epochs: Number of epochs of the whole schedule, for a training in several calls of `fit`.
+            Defaults to None, the epochs of the first `fit`.
+        steps_per_epoch: Number of batches per epoch, for data of unknown length. Defaults to None:
+            `fit` counts the batches in the first epoch.
+        metric_at_target: Name of a metric whose best value counts only at the target, such as
+            `"val_accuracy"`. The log `"val_accuracy_at_target"` has the value of this metric once
+            the target is reached. Before, it has a value that is worse than any other and that
+            improves from epoch to epoch. Callbacks that monitor it therefore neither keep a model
+            that is not sparse enough nor stop too early. If the metric is measured in training,
+            put this callback first. Defaults to None.
+        metric_mode: Direction in which that metric improves, `"min"` or `"max"`. Defaults to None,
+            the direction of the compiled metric.
+        keep_memory: Whether the process keeps the memory that a training step frees, until `fit`
+            ends. The next step then reuses it. This setting of the C library applies to the whole
+            process. It has an effect only on Linux with glibc, and only if no environment variable
+            such as MALLOC_TRIM_THRESHOLD_ is set. Defaults to False.
 
     Raises:
-        ValueError: when training begins and there is nothing to drive, or its length is unknown.
+        ValueError: If an argument is out of range. In `fit`: if nothing in the model is sparse, or
+            if the length of training is unknown.
 
     Example:
         >>> model.fit(x, y, epochs=20, callbacks=[keras_dst.callbacks.SparseTraining()])
 
-        The best model at the target:
+        Save the best model at the target:
 
         >>> sparse = keras_dst.callbacks.SparseTraining(metric_at_target="val_accuracy")
         >>> best = keras.callbacks.ModelCheckpoint(
@@ -70,22 +76,24 @@ class SparseTraining(keras.callbacks.Callback):
         steps_per_epoch: int | None = None,
         metric_at_target: str | None = None,
         metric_mode: str | None = None,
+        keep_memory: bool = False,
     ):
         super().__init__()
         if metric_mode not in (None, "min", "max"):
             raise ValueError(f"metric_mode must be 'min' or 'max'. Received: {metric_mode!r}")
-        self.metric_at_target = metric_at_target
-        self.metric_mode = metric_mode
         for name, value in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
             if value is not None:
                 check_integer(value, name)
         self.epochs = epochs
         self.steps_per_epoch = steps_per_epoch
+        self.metric_at_target = metric_at_target
+        self.metric_mode = metric_mode
+        self.keep_memory = keep_memory
         self._drivers: list[Driver] = []
         self._begun = False
 
     def missed(self) -> list[str]:
-        """What the training has not reached of its targets: a sentence for each of them.
+        """Return one sentence for every target that the model misses now.
 
         Example:
             >>> sparse = keras_dst.callbacks.SparseTraining()
@@ -93,50 +101,65 @@ class SparseTraining(keras.callbacks.Callback):
             >>> sparse.missed()
             []
         """
-        behind = [d for d in self._drivers if d.schedule and not d.is_at_target()]
-        return [driver.outcome() for driver in behind]
+        missed = [d for d in self._drivers if d.schedule and not d.is_at_target()]
+        return [driver.outcome() for driver in missed]
 
-    # -- Keras's hooks ---------------------------------------------------------------------------
+    # -- hooks that Keras calls ------------------------------------------------------------------
 
     def on_train_begin(self, logs=None):
         self._drivers = drivers_of(self.model)
         if not self._drivers:
             raise ValueError(
-                "SparseTraining found nothing to drive: no sparse layer and no SparseOptimizer. "
-                "Call keras_dst.sparsify(model, method), or compile with "
-                "keras_dst.SparseOptimizer(optimizer, method)."
+                "SparseTraining expects a model with sparse layers or a SparseOptimizer. Received "
+                f"'{self.model.name}', which has neither. Call keras_dst.sparsify(model, method), "
+                "or compile with keras_dst.SparseOptimizer(optimizer, method)."
             )
         self._epoch_length = self.steps_per_epoch or self.params.get("steps")
         if self._epoch_length is None and (self.epochs or self.params.get("epochs", 1)) < 2:
             raise ValueError(
-                "The number of steps in the only epoch is unknown. "
-                "Give SparseTraining(steps_per_epoch=...)."
+                "SparseTraining expects a known number of steps, or more than one epoch. Received "
+                "data of unknown length for one epoch. Pass SparseTraining(steps_per_epoch=...)."
             )
         if self.metric_at_target and not all(driver.schedule for driver in self._drivers):
             raise ValueError(
-                f"metric_at_target={self.metric_at_target!r} needs a target, and one of the "
-                f"methods has none: {[driver.method for driver in self._drivers]}"
+                f"metric_at_target={self.metric_at_target!r} needs a target for every method. "
+                f"Received: {[driver.method for driver in self._drivers]}. Pass a sparsity to "
+                "every method, or leave metric_at_target out."
             )
         self._begun = self._metric_seen = False
-        save_whole(self.model)
+        self._patch_fit()
+
+    def _patch_fit(self):
+        self._fit = fit = active_fit(self.model)
+        fit.keeps_memory = self.keep_memory
+        for name in ("save", "save_weights"):
+            fit.replace(
+                self.model, name, functools.partial(AtomicSave, prepare=self._reapply_masks)
+            )
         if self.metric_at_target and self.metric_at_target.startswith("val_"):
-            # Not in on_epoch_end alone: here it is in the log for callbacks before this one, too.
-            vars(self.model)["evaluate"] = _EvaluateWithTarget(self.model, self._write_validation)  # type: ignore[index]
-        guard_step(self.model, self._drivers)
-        malloc.keep()
+            # `on_epoch_end` alone would add the log too late for the callbacks before this one.
+            fit.replace(self.model, "evaluate", self._with_metric_at_target)
+        if fit.history is not None:
+            # EarlyStopping assigns weights in its `on_train_end`. The history comes after it.
+            fit.replace(
+                fit.history, "on_train_end", functools.partial(self._with_last_check, fit.history)
+            )
+        fit.guard_step(self._drivers)
 
     def on_epoch_begin(self, epoch, logs=None):
         if not self._begun:
-            # Not in on_train_begin: BackupAndRestore may only just have restored the state.
+            # BackupAndRestore may restore the state as late as in its `on_train_begin`.
             self._begin(epoch)
+        self._reapply_masks()
         self._epoch = epoch
         self._epoch_start = self._batches
+        self._fit.begin_epoch()
 
     def _begin(self, epoch):
         self._begun = True
         self._first_epoch = epoch
         self._batches = 0
-        done = getattr(self.model, "_initial_batch", 0)  # batches that are drawn and left out
+        done = self._fit.skipped_batches
         for driver in self._drivers:
             driver.begin(self._steps(self.epochs), self._steps(), self._epoch_length, done)
         self._measure()
@@ -151,52 +174,87 @@ class SparseTraining(keras.callbacks.Callback):
             self._measure()
         self._write(logs)
 
+    def on_test_batch_begin(self, batch, logs=None):
+        if batch == 0 and self._begun:  # SwapEMAWeights has assigned averages in `on_test_begin`.
+            self._reapply_masks()
+
     def on_epoch_end(self, epoch, logs=None):
         if self._epoch_length is None:
             self._epoch_length = self._batches
             for driver in self._drivers:
                 length = self._steps(self.epochs)
                 driver.set_length(length, self._steps(), self._epoch_length, self._batches)
+        self._reapply_masks()
         self._measure()
         self._write(logs)
 
     def on_train_end(self, logs=None):
-        malloc.give_back()
-        save_in_place(self.model)
-        vars(self.model).pop("evaluate", None)  # type: ignore[attr-defined]
-        if not self._begun:  # a backup of the last epoch was restored
+        if not self._begun:  # BackupAndRestore restored the end of a training.
             self._begin(self.params.get("epochs", 1))
         if self.metric_at_target and not self._metric_seen:
             warnings.warn(
-                f"metric_at_target={self.metric_at_target!r} was in no log: fit without "
-                "validation?",
+                f"metric_at_target={self.metric_at_target!r} was in no log. Did fit run without "
+                "validation data?",
                 stacklevel=2,
             )
+        if _averages_weights(self.model.optimizer):
+            self._reapply_masks()  # `fit` itself has assigned the averages.
+        else:
+            self._recover()
         for driver in self._drivers:
             driver.end(self._batches, warn_early=self.epochs is None)
+        self._measure()
         if any(driver.in_steps for driver in self._drivers):
-            # Compiled for a step that leaves the masks to this callback; the next fit may do
-            # without it.
+            # This step leaves the masks to the callback. The next `fit` may run without it.
             self.model.train_function = None
+        if self._fit.history is None:  # A training loop of the user's own.
+            self._fit.end()
 
     # --------------------------------------------------------------------------------------------
 
     def _sync(self):
-        """On JAX, hand the state of the running fit back to the variables."""
+        """Assign the state of the running `fit` to the variables, on JAX."""
         _ = self.model
 
     def _steps(self, epochs=None):
-        """Steps in so many epochs, or in this fit; None while that is unknown."""
+        """Return the steps in a number of epochs, or in this `fit`; None if they are unknown."""
         if self._epoch_length is None:
             return None
         if epochs is None:
             epochs = self.params.get("epochs", 1) - self._first_epoch
         return epochs * self._epoch_length
 
+    def _reapply_masks(self):
+        """Apply the masks to weights that another callback may have assigned."""
+        self._sync()
+        for driver in self._drivers:
+            driver.reapply_masks()
+
+    def _recover(self):
+        """Prune the weights again if another callback has assigned less sparse weights."""
+        self._sync()
+        for driver, reached in zip(self._drivers, self._reached):
+            driver.recover(self._batches, reached)
+
+    def _with_last_check(self, history, inner):
+        """Return `on_train_end` of the history with a check of the weights that `fit` returns."""
+
+        def on_train_end(logs=None):
+            inner(logs)
+            if self._begun:
+                self._recover()
+                self._measure()
+                if logged := history.history.get("sparsity"):
+                    logged[-1] = self._sparsity
+            self._fit.end()
+
+        return on_train_end
+
     def _measure(self):
         self._sync()
         kept = sum(d.kept() for d in self._drivers)
-        self._log = 1 - kept / sum(d.size for d in self._drivers)
+        self._sparsity = 1 - kept / sum(d.size for d in self._drivers)
+        self._reached = [driver.reached() for driver in self._drivers]
         self._at_target = self.metric_at_target is None or all(
             d.is_at_target() for d in self._drivers
         )
@@ -204,23 +262,28 @@ class SparseTraining(keras.callbacks.Callback):
     def _write(self, logs):
         if logs is None:
             return
-        if (
-            self.metric_at_target
-            and logs
-            and (self.metric_at_target in logs or not self.metric_at_target.startswith("val_"))
-        ):
-            self._write_at_target(logs, self.metric_at_target)
-        logs["sparsity"] = self._log
+        name = self.metric_at_target
+        if name and logs and (name in logs or not name.startswith("val_")):
+            self._write_at_target(logs, name)
+        logs["sparsity"] = self._sparsity
 
-    def _write_validation(self, logs):
-        self._measure()
-        self._write_at_target(logs, (self.metric_at_target or "").removeprefix("val_"))
+    def _with_metric_at_target(self, evaluate):
+        """Return a model's `evaluate` that adds the metric at the target, as `fit` calls it."""
+
+        def evaluate_with_metric(*arguments, **options):
+            logs = evaluate(*arguments, **options)
+            if _keras.is_validation(options) and isinstance(logs, dict):
+                self._measure()
+                self._write_at_target(logs, (self.metric_at_target or "").removeprefix("val_"))
+            return logs
+
+        return evaluate_with_metric
 
     def _write_at_target(self, logs, name):
         if name not in logs:
             raise ValueError(
-                f"metric_at_target={self.metric_at_target!r} is none of the metrics: "
-                + ", ".join(logs)
+                f"metric_at_target={self.metric_at_target!r} is none of the metrics. "
+                "Expected one of: " + ", ".join(logs)
             )
         self._metric_seen = True
         mode = self.metric_mode or _mode(self.model, self.metric_at_target)
@@ -229,48 +292,19 @@ class SparseTraining(keras.callbacks.Callback):
         )
 
 
-class _EvaluateWithTarget:
-    """What stands in for a model's `evaluate` while a fit calls it, and adds to its logs."""
-
-    def __init__(self, model, write):
-        self.inner = getattr(model.evaluate, "inner", model.evaluate)
-        self.write, self.running = write, ActiveFit(model)
-
-    def __call__(self, *args, **kwargs):
-        logs = self.inner(*args, **kwargs)
-        if self.running and isinstance(logs, dict):
-            self.write(logs)
-        return logs
+def _averages_weights(optimizer) -> bool:
+    """Return whether an optimizer assigns averages of the weights when `fit` ends."""
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    return optimizer.use_ema
 
 
 def _mode(model, name) -> str:
-    """Whether the best value of a metric is its `"min"` or its `"max"`, as the metric says."""
+    """Return `"min"` or `"max"`, the direction in which a metric improves."""
     name = name.removeprefix("val_")
     if mode := direction_of_metric(model, name):
         return mode
     raise ValueError(
-        f"Whether the best {name!r} is the smallest or the largest is not known. "
-        "Give SparseTraining(metric_mode='min') or 'max'."
+        f"The direction in which the metric {name!r} improves is unknown. Pass "
+        "SparseTraining(metric_mode='min'), or metric_mode='max'."
     )
-
-
-def guard_step(model, drivers):
-    """Make the compiled step, which later fits use again, refuse to run without a driver."""
-    if model.train_function is None:  # a training loop of the user's own
-        return
-    # What earlier fits left comes off, not what compiles the step: torch.compile wraps it, too.
-    step = inspect.unwrap(model.train_function, stop=lambda f: not hasattr(f, "ours"))
-
-    @functools.wraps(step, assigned=(), updated=())
-    def guarded(*args, **kwargs):
-        if idle := [d for d in drivers if d.schedule is not None and not d.active]:
-            _keras.restore_jax_state(model, *args)
-            callback = idle[0].method.driver
-            raise ValueError(
-                "This model was compiled for training with the "
-                f"{callback.split('.')[-1]} callback. Fit with callbacks=[{callback}()]."
-            )
-        return step(*args, **kwargs)
-
-    vars(guarded)["ours"] = True
-    model.train_function = guarded

@@ -124,7 +124,7 @@ class TestGateErrors:
 
     @pytest.mark.parametrize("gate", ["f1", "val_f1"])
     def test_a_metric_that_is_none(self, gate):
-        with pytest.raises(ValueError, match="is none of the metrics: accuracy"):
+        with pytest.raises(ValueError, match=r"none of the metrics\. Expected one of: accuracy"):
             self.fit(metric_at_target=gate)
 
     def test_a_method_without_a_target(self):

@@ -183,12 +183,12 @@ def compared(net, turns) -> dict:
 def update_of(callback) -> dict | None:
     """Return the seconds of a mask update and the steps between two updates."""
     driver = callback._drivers[0]
-    if not driver.every:
+    if not driver.clock:
         return None
     update = partial(update_masks, driver, 0)
     update()  # compiles
     times = [seconds(update) for _ in range(5)]
-    return {"seconds": statistics.median(times), "every_steps": driver.every}
+    return {"seconds": statistics.median(times), "every_steps": driver.clock.period}
 
 
 def table():

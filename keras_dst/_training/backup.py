@@ -1,9 +1,8 @@
-"""Going on with a training that was killed: `BackupAndRestore`."""
+"""`BackupAndRestore`: resume a training that was killed."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import pathlib
@@ -14,6 +13,7 @@ from keras import ops
 
 from keras_dst import _keras
 from keras_dst._backend.jit import set_torch_rng_state, torch_rng_state
+from keras_dst._training.fit_patches import active_fit
 from keras_dst._utils.files import atomic_write
 from keras_dst._utils.validation import is_integer
 
@@ -21,26 +21,32 @@ _RECORD = "training.json"
 
 
 class BackupAndRestore(keras.callbacks.Callback):
-    """Backs up a training, and goes on with it exactly, at whatever moment it was killed.
+    """Callback that backs up a training and resumes it exactly, whenever it was killed.
 
-    As `keras.callbacks.BackupAndRestore`, which a kill can leave with a file cut short, or with
-    weights and an epoch number that do not belong together, which begins an epoch again with the
-    weights that it had in the middle of it, and which forgets the random numbers of dropout. Here
-    a backup counts from one renaming on, has these with it, and a training goes on with the
-    batch after it: the batches before are drawn and left out. A backup is made when all callbacks
-    are done with an epoch or a batch, whatever their order.
+    A resumed training ends with the same weights as a training that was not killed. For this, it
+    differs from `keras.callbacks.BackupAndRestore` in four ways:
 
-    The data have to come in the same order again: `fit(shuffle=False)`, or a data set whose order
-    follows from the epoch. The logs of an epoch that was resumed are of the batches since then.
+    * Backups are atomic. A kill leaves the previous backup or the new backup.
+    * A backup holds the weights and the epoch and batch that belong to them.
+    * Training resumes with the batch after the backup. The earlier batches of the epoch are drawn
+      from the data, but not trained on.
+    * A backup holds the states of random number generators, such as those of dropout.
+
+    A backup is written after all callbacks have processed an epoch or a batch, in any order of
+    callbacks.
+
+    The data must come in the same order again: pass `shuffle=False` to `fit`, or use a data set
+    whose order depends only on the epoch. The logs of a resumed epoch cover the batches since the
+    backup.
 
     Args:
-        backup_dir: a folder for this training alone.
-        save_freq: `"epoch"` (default), or a number of batches.
-        delete_checkpoint: whether the backup is deleted once training is finished. Defaults to
-            True.
+        backup_dir: Folder that only this training uses.
+        save_freq: `"epoch"`, or the number of batches between two backups. Defaults to `"epoch"`.
+        delete_checkpoint: Whether the backup is deleted when training ends. Defaults to True.
 
     Raises:
-        ValueError: for another `save_freq`, or when a model without weights is to be restored.
+        ValueError: If `save_freq` is out of range. In `fit`: if a model without weights would be
+            restored, or if a file in `backup_dir` cannot be read.
 
     Example:
         >>> backup = keras_dst.callbacks.BackupAndRestore("backup")
@@ -56,29 +62,30 @@ class BackupAndRestore(keras.callbacks.Callback):
         super().__init__()
         if save_freq != "epoch" and not is_integer(save_freq, minimum=1):
             raise ValueError(
-                f"save_freq must be 'epoch' or a number of batches >= 1. Received: {save_freq!r}"
+                "save_freq must be 'epoch' or a whole number of batches >= 1. "
+                f"Received: {save_freq!r}"
             )
         self.backup_dir = pathlib.Path(backup_dir)
         self.save_freq = save_freq
         self.delete_checkpoint = delete_checkpoint
 
     def on_train_begin(self, logs=None):
-        self._epoch = None  # what trains next
+        self._epoch = None  # The epoch and batch that train next.
         self._batch = 0
-        self._since = 0  # batches trained since the last backup
-        self._generator = None  # state to be restored
-        self.model._initial_batch = 0
+        self._since = 0  # Number of batches trained since the last backup.
+        self._generator = None  # State of the torch generator that will be restored.
+        self._fit = active_fit(self.model)
         if (self.backup_dir / _RECORD).exists():
             self._restore()
 
     def on_epoch_begin(self, epoch, logs=None):
-        if self._epoch not in (None, epoch):  # another epoch has ended, and every callback with it
+        if self._epoch not in (None, epoch):  # All callbacks have processed the last epoch.
             self._batch = 0
             if self._is_due("epoch"):
                 self._back_up(epoch, 0)
         self._epoch = epoch
-        if self.model._initial_batch:
-            _leave_out(self.model, self.model._initial_batch)
+        if self._fit.skipped_batches:
+            self._fit.skip(self._fit.skipped_batches)
         else:
             self._restore_generator()
 
@@ -100,8 +107,10 @@ class BackupAndRestore(keras.callbacks.Callback):
         elif self.backup_dir.exists():
             (self.backup_dir / _RECORD).unlink(missing_ok=True)
             self._clear()
-            with contextlib.suppress(OSError):  # something of the user's is in it
+            with contextlib.suppress(OSError):  # The folder holds files of the user.
                 self.backup_dir.rmdir()
+        if not self._fit.is_patched:
+            self._fit.end()
 
     # --------------------------------------------------------------------------------------------
 
@@ -129,7 +138,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._since = 0
 
     def _clear(self, keep=None):
-        """Remove older backups, and what kills have left unfinished."""
+        """Delete older backups and unfinished files."""
         for pattern in ("*backup-*.weights.h5", f".*{_RECORD}"):
             for path in self.backup_dir.glob(pattern):
                 if path != keep:
@@ -139,8 +148,9 @@ class BackupAndRestore(keras.callbacks.Callback):
         model, path = self.model, self.backup_dir / _RECORD
         if not model.built:
             raise ValueError(
-                f"There is a backup in {self.backup_dir}, and '{model.name}' has no weights yet. "
-                "Give it an Input, or call it once on data, before fit."
+                f"Expected a built model, to restore the backup in {self.backup_dir}. Received "
+                f"'{model.name}', which has no weights yet. Give the model an Input, or call it "
+                "once on data, before fit."
             )
         try:
             record = json.loads(path.read_text())
@@ -149,7 +159,8 @@ class BackupAndRestore(keras.callbacks.Callback):
             seeds, self._generator = list(record["seeds"]), record["generator"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path} is no record of a backup. Delete {self.backup_dir} to train anew."
+                f"Expected a record of a backup in {path}. The file holds something else. Delete "
+                f"{self.backup_dir} to train from the beginning."
             ) from error
         if model.optimizer is not None and not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
@@ -158,53 +169,24 @@ class BackupAndRestore(keras.callbacks.Callback):
             variable.assign(np.array(value, variable.dtype))
         self._epoch, self._batch = epoch, batch
         _keras.set_initial_epoch(model, epoch)
-        model._initial_batch = batch
+        self._fit.skipped_batches = batch
 
     def _restore_generator(self):
-        # Where the backup was made: a new epoch draws from it as well.
+        """Restore the state of the torch generator, at the batch after the backup.
+
+        The beginning of an epoch also draws random numbers.
+        """
         if self._generator is not None:
             set_torch_rng_state(self._generator)
             self._generator = None
 
     def _forget_start(self):
-        """Keras keeps where a fit begins for every later one."""
+        """Reset the first epoch, which Keras would use for every later `fit`."""
         _keras.set_initial_epoch(self.model, None)
-        self.model._initial_batch = 0
+        self._fit.skipped_batches = 0
 
 
 def _seeds(model) -> list:
-    """States of the random numbers of layers such as Dropout, which Keras leaves out of files."""
+    """Return the seed states of layers such as Dropout, which Keras does not save."""
     known = {id(v) for v in [*model.weights, *model.metrics_variables]}
     return [v for v in model.variables if id(v) not in known]
-
-
-class ActiveFit:
-    """True while the fit in which it was made goes on; nobody hears of one that is interrupted."""
-
-    def __init__(self, model):
-        self.model, self.history = model, getattr(model, "history", None)
-
-    def __bool__(self):
-        return getattr(self.model, "history", None) is self.history  # every fit makes a new one
-
-
-def _leave_out(model, batches: int) -> None:
-    """Draw so many batches without training on them."""
-    step, left, running = model.train_function, batches, ActiveFit(model)
-
-    @functools.wraps(step, assigned=(), updated=())
-    def draw(*arguments):
-        nonlocal left
-        if not running:  # interrupted before it was done
-            model.train_function = step
-            return step(*arguments)
-        if keras.backend.backend() != "torch":  # where they are drawn before
-            for _ in range(model.steps_per_execution):
-                next(arguments[-1])
-        left -= model.steps_per_execution
-        if left <= 0:
-            model.train_function = step
-        return {} if len(arguments) == 1 else ({}, arguments[0])
-
-    vars(draw)["ours"] = True  # as `callbacks.guard_step` marks its own
-    model.train_function = draw

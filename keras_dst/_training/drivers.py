@@ -15,8 +15,8 @@ from keras_dst import _keras
 from keras_dst._backend.devices import placed_like
 from keras_dst._backend.jit import jit
 from keras_dst._reporting.flops import count_uses
-from keras_dst._training.backup import ActiveFit
-from keras_dst._training.two_path import TwoPathLoss
+from keras_dst._training.fit_patches import active_fit
+from keras_dst._training.two_path import TwoPathLoss, check_rematerialization
 from keras_dst._utils.clock import update_clock
 from keras_dst.layers import Gate
 from keras_dst.layers.base import SparseMixin
@@ -29,6 +29,7 @@ from keras_dst.methods.base import (
     State,
     TwoPathMethod,
     UnitMethod,
+    UpdateMethod,
 )
 from keras_dst.optimizers import (
     SparseOptimizer,
@@ -152,7 +153,7 @@ def _layouts(model, optimizer: SparseOptimizer) -> list[Layout]:
 
 @functools.lru_cache(maxsize=16)
 def _functions(method, layouts, shapes):
-    """Return compiled functions for the update of a method and for the numbers of kept weights."""
+    """Return the compiled mask update and kept-weight count of a method, cached for later fits."""
 
     @jit
     def update(weights, states, kept, now):
@@ -161,13 +162,15 @@ def _functions(method, layouts, shapes):
     @jit
     def kept(weights, states):
         masks = [method.mask(*values) for values in zip(weights, states, layouts)]
+        if isinstance(method, UpdateMethod):  # A callback may have assigned weights outside masks.
+            masks = [ops.logical_or(m, ops.not_equal(w, 0)) for m, w in zip(masks, weights)]
         return [ops.sum(ops.cast(mask, "float32")) for mask in masks]
 
     return update, kept
 
 
 class Driver:
-    """Base class of drivers: updates the states of all weights under one method."""
+    """Driver that updates the states of all weights under one method, along its schedule."""
 
     def __init__(self, model, method, weights, states, layouts, names):
         self.model, self.method = model, method
@@ -179,18 +182,19 @@ class Driver:
         self.total: int | None = None
         self.clock: Any = None  # an UpdateClock, or None until the length of the training is known
         self._update, self._kept = _functions(method, tuple(layouts), tuple(self.shapes))
-        # Cost of one entry of every weight; None if all entries cost the same.
+        # Cost of one entry of each weight for the target; None if all entries count the same.
         self.costs: list[float] | None = None
 
-    # Progress is saved as the step and the length of the schedule, which is 0 before the start.
-
     def read_progress(self) -> tuple[int, int]:
+        """Return the stored step and the length of the schedule, which is 0 before training."""
         raise NotImplementedError
 
     def write_progress(self, step: int, total: int) -> None:
+        """Store the step and the length of the schedule."""
         raise NotImplementedError
 
     def assign_states(self, changes: list[State]) -> None:
+        """Assign the states that a mask update has changed."""
         raise NotImplementedError
 
     def reapply_masks(self) -> None:
@@ -198,6 +202,35 @@ class Driver:
 
         Only a SparseOptimizer needs this. Sparse layers apply their masks in every forward pass.
         """
+
+    def recover(self, batches: int, expected: float) -> None:
+        """Prune the weights again, with a warning, if a callback assigned less sparse weights.
+
+        Args:
+            batches: Number of batches of this fit.
+            expected: Return value of `reached` before the callback assigned the weights.
+        """
+        assigned = self._assigned()
+        self.reapply_masks()
+        if self.schedule is None or assigned >= expected - self.tolerance:
+            return
+        self._prune(batches)
+        warnings.warn(
+            f"{self.method!r}: a callback assigned weights with {self.method.target_quantity} "
+            f"{assigned:.4f} at the end of training, where training had reached {expected:.4f}. "
+            f"keras_dst pruned these weights to {self.reached():.4f} without training them "
+            "further, at a cost in accuracy. To restore the best weights among those at the "
+            "target, pass metric_at_target='val_loss' (or another metric) to SparseTraining, and "
+            "let EarlyStopping monitor 'val_loss_at_target'.",
+            stacklevel=2,
+        )
+
+    def _assigned(self) -> float:
+        """Return how much of the target the weights reach that a callback may have assigned."""
+        return self.reached()
+
+    def _prune(self, batches: int) -> None:
+        """Prune the weights as the schedule asks after this number of batches."""
 
     def measured_sparsity(self) -> float:
         """Return the fraction of zeros among the weights that the model computes with now."""
@@ -212,9 +245,9 @@ class Driver:
     # --------------------------------------------------------------------------------------------
 
     def begin(self, length: int | None, fit: int | None, epoch: int | None, done: int = 0) -> None:
-        """Start or continue a schedule over `length` steps, in a fit of `fit` steps.
+        """Start or continue a schedule of `length` steps, in a fit of `fit` steps.
 
-        The first `done` steps of the fit were done before the training was interrupted.
+        The first `done` steps were trained before the training was interrupted.
         """
         self.set_active(True)
         self.projected = False
@@ -226,7 +259,7 @@ class Driver:
         self.total = total or length
         self._plan(fit, epoch)
         self.write_progress(self.last, self.total or 0)
-        # A resumed training has had its update at this step before it was saved.
+        # A resumed training had its update at this step before it was saved.
         if self.clock and self.last == 0 and not self.method.learned:
             self.advance(0)
 
@@ -234,7 +267,7 @@ class Driver:
         """Set the length of the schedule, which became known after the first epoch."""
         if self.schedule is None or self.total is not None:
             return
-        late = self.clock is None  # The update at step 0 has not been possible.
+        late = self.clock is None  # there was no update at step 0
         self.total = length
         self._plan(fit, epoch)
         self.write_progress(self.start + batches, length)
@@ -249,7 +282,7 @@ class Driver:
 
     @property
     def in_steps(self) -> bool:
-        """Whether the schedule is given in steps and needs no length of the training."""
+        """Whether the schedule is given in steps and needs no length of training."""
         return self.schedule is not None and self.schedule.in_steps
 
     def is_due(self, batches: int) -> bool:
@@ -263,9 +296,9 @@ class Driver:
         return self.clock.is_due(self.last, step) or any(self.last < end <= step for end in ends)
 
     def advance(self, batches: int) -> None:
-        """Update the states as the schedule asks after this many batches of the fit."""
+        """Update the masks to the sparsity of the schedule after this number of batches."""
         step = self.last = self.start + batches
-        # A learned method gets its target one update ahead, because it needs one period to follow.
+        # A learned method gets its target one update early, because it needs that time to move.
         ahead = self.clock.period if self.method.learned else 0
         target = self.schedule.at(step + ahead, self.total)
         done = min(1.0, step / max(self.total or self.clock.last, 1))
@@ -279,15 +312,17 @@ class Driver:
             self.project()
 
     def project(self) -> None:
-        """Change the states of a learned method so that they meet the target exactly."""
+        """Project a learned method onto its exact target, at the end of training."""
         if not self.method.learned or self.schedule is None:
             return
-        target, reached = self._target(), self._reached()
-        if abs(reached - target) > self.tolerance and not self.projected:
+        target, reached = self._target(), self.reached()
+        # The projection makes the target exact. Moving a tenth of the kept weights costs little.
+        allowed = max(self.tolerance, 0.1 * (1 - target))
+        if abs(reached - target) > allowed and not self.projected:
             warnings.warn(
                 f"{self.method!r}: training had reached {self.method.target_quantity} "
-                f"{reached:.4f}, target {target:.3g}; the last projection made up for it, at a "
-                "cost in accuracy. Train longer, or with another weight of the penalty.",
+                f"{reached:.4f}, target {target:.3g}. The last projection made the target exact, at "
+                "a cost in accuracy. Train longer, or change the weight of the penalty.",
                 stacklevel=2,
             )
         values = self._values()
@@ -296,14 +331,14 @@ class Driver:
         self.projected = True
 
     def end(self, batches: int, warn_early: bool) -> None:
-        """Save the progress at the end of a fit, and warn if the target was missed."""
+        """End the fit, and warn if the target was missed."""
         self.set_active(False)
         if self.schedule is None:
             return
         step = self.start + batches
         total = self.total or 0
         self.write_progress(step, total)
-        target, reached = self._target(), self._reached()
+        target, reached = self._target(), self.reached()
         if step < total:
             if warn_early and reached < target - self.tolerance:
                 warnings.warn(
@@ -314,25 +349,25 @@ class Driver:
                 )
             return
         if abs(reached - target) > self.tolerance and self.method.learned:
-            self.project()  # an average of weights (EMA) came after the last step
-            reached = self._reached()
+            self.project()  # averaged weights (EMA) were assigned after the last step
+            reached = self.reached()
         if abs(reached - target) > self.tolerance:
             warnings.warn(self.outcome(), stacklevel=2)
 
     def outcome(self) -> str:
-        """Return a sentence that compares the quantity reached with the final target."""
-        target, reached = self._target(), self._reached()
+        """Return a sentence about the final target and the value that was reached."""
+        target, reached = self._target(), self.reached()
         return (
             f"{self.method!r} reached {self.method.target_quantity} {reached:.4f}, "
             f"target {target:.3g}: missed by {abs(reached - target):.4f}."
         )
 
     def is_at_target(self) -> bool:
-        """Return whether the final target is reached now, or exceeded."""
-        return self._reached() >= self._target() - self.tolerance
+        """Return whether the final target is reached or exceeded now."""
+        return self.reached() >= self._target() - self.tolerance
 
     def _target(self) -> float:
-        """Return the final target: a sparsity of all weights, or a fraction of their cost."""
+        """Return the final sparsity over all weights of this driver, or over their cost."""
         final = self.schedule.sparsity
         if self.costs is not None:
             return final
@@ -348,8 +383,8 @@ class Driver:
         groups = [math.prod(pattern.block(s, lay)) for s, lay in zip(self.shapes, self.layouts)]
         return max(0.001, max(groups) / self.size)
 
-    def _reached(self) -> float:
-        """Return the present value of the quantity that has the target."""
+    def reached(self) -> float:
+        """Return the sparsity that is reached now, over the weights or over their cost."""
         costs = self.costs or [1.0] * len(self.shapes)
         total = sum(c * math.prod(shape) for c, shape in zip(costs, self.shapes))
         return 1 - sum(c * k for c, k in zip(costs, self._counts_kept())) / total
@@ -370,14 +405,12 @@ class Driver:
         return ops.convert_to_tensor(counts, "int32")
 
     def set_active(self, active: bool) -> None:
-        """Tell the layers or the optimizer whether a callback updates the masks."""
-        self.active: ActiveFit | bool = ActiveFit(self.model) if active else False
+        """Tell the layers or the optimizer whether this driver is active."""
+        self.active: object = active_fit(self.model) if active else False
 
 
 class LayerDriver(Driver):
     """Driver of the layers that share one method."""
-
-    loss: TwoPathLoss | None = None
 
     def __init__(self, model, layers: list[Any]):
         self.layers = layers
@@ -439,10 +472,26 @@ class LayerDriver(Driver):
         for layer in self.layers:
             layer.driver_active = self.active
         if isinstance(self.method, TwoPathMethod) and active:
-            coupling = self.method.path_divergence(self.states[0])
-            self.loss = TwoPathLoss(self.model, coupling, self._traced_on_both_paths)
-        elif self.loss is not None:
-            self.loss.restore()
+            check_rematerialization(self.model)
+            takes_training = _keras.takes_training(self.model)
+            fit, divergence = active_fit(self.model), self.method.path_divergence(self.states[0])
+            fit.replace(
+                self.model,
+                "compute_loss",
+                lambda inner: TwoPathLoss(
+                    self.model, divergence, self._traced_on_both_paths, inner, takes_training
+                ),
+            )
+            fit.replace(self.model, _keras.TAKES_TRAINING, lambda _: True)
+
+    def _prune(self, batches):
+        if self.total is None and not self.in_steps:
+            return
+        if not self.method.learned:
+            self.advance(batches)
+            return
+        counts = self._counts(self.schedule.at(self.start + batches, self.total))
+        self.assign_states(self.method.project(*self._values(), self.layouts, counts))
 
     def _traced_on_both_paths(self):
         for layer in self.layers:
@@ -492,7 +541,19 @@ class OptimizerDriver(Driver):
         self.optimizer.update_masks(changes)
 
     def reapply_masks(self):
+        weights, states = self._values()
+        masks, nonzero = [s["mask"] for s in states], [ops.not_equal(w, 0) for w in weights]
+        if not any(_count(ops.logical_and(n, ops.logical_not(m))) for n, m in zip(nonzero, masks)):
+            return
+        kept = sum(map(_count, masks))
+        if sum(map(_count, nonzero)) <= kept + self.tolerance * self.size:
+            # The weights are as sparse as the masks, and were trained with other masks.
+            for state, mask in zip(self.states, nonzero):
+                self.optimizer.assign(state["mask"], mask)
         self.optimizer.reapply_masks()
+
+    def _assigned(self):
+        return self.measured_sparsity()
 
     def _effective_weights(self):
         yield from map(ops.convert_to_tensor, self.weights)
@@ -500,6 +561,10 @@ class OptimizerDriver(Driver):
     def set_active(self, active):
         super().set_active(active)
         self.optimizer.driver_active = self.active
+
+
+def _count(flags) -> int:
+    return int(ops.sum(ops.cast(flags, "int32")))
 
 
 def _int(counter) -> int:

@@ -1,7 +1,4 @@
-"""Two forward paths through one model: the pruned one, which counts, and the full one beside it.
-
-Which of them runs is known while a step is traced, so the compiled step has no branch.
-"""
+"""The loss of a model that is trained on two forward paths: the pruned path and the full path."""
 
 from __future__ import annotations
 
@@ -23,53 +20,38 @@ _CLASSES = (
     losses.categorical_focal_crossentropy,
 )
 _BINARY = (losses.binary_crossentropy, losses.binary_focal_crossentropy)
-_EPSILON = 1e-7  # probabilities are clipped to it before their logarithm, as Keras's losses do
+_EPSILON = 1e-7  # Keras's losses clip probabilities to this value before the logarithm, too.
 
 
 class TwoPathLoss:
-    """What stands in for a model's `compute_loss` while both paths are trained.
+    """Replacement of a model's `compute_loss` that trains both paths.
 
-    In training the model runs again, on the full path; the loss is the sum of both and of what
-    couples their outputs. Metrics see the outputs of the pruned path alone, and what does not
-    depend on the path (regularisers) or comes from the pruned one (`add_loss`) is counted once.
+    A training step runs the model a second time, on the full path. The loss is the sum of the
+    losses of both paths and of the divergence between their outputs. Metrics see the outputs of
+    the pruned path only. Regularizers and losses from `add_loss` are counted once.
 
     Args:
-        model: the model that is fitted.
-        coupling: from the logits of both paths, classes last, to a scalar; None without.
-        on_trace: called whenever a training step is traced.
+        model: Model that is trained.
+        divergence: Function from the logits of the pruned and of the full path, with the classes
+            on the last axis, to the divergence of every entry. None trains without a divergence.
+        on_trace: Function to call whenever a training step is traced.
+        inner: The `compute_loss` that this object replaces.
+        takes_training: Whether `inner` takes the argument `training`.
+
+    Raises:
+        ValueError: If layers of the model are under `RematScope` and the backend is not JAX.
     """
 
     def __init__(
         self,
         model,
-        coupling: Callable[[Tensor, Tensor], Tensor] | None,
+        divergence: Callable[[Tensor, Tensor], Tensor] | None,
         on_trace: Callable[[], None],
+        inner: Callable[..., Tensor],
+        takes_training: bool,
     ):
-        if keras.backend.backend() != "jax" and any(
-            _keras.is_rematerialized(layer) for layer in _keras.flatten_layers(model)
-        ):
-            raise ValueError(
-                "Layers under RematScope are called again in the backward pass, where it is not "
-                "known which of two paths they were on. Build the model without it, or use JAX."
-            )
-        if isinstance(model.compute_loss, TwoPathLoss):  # left by a fit that was interrupted
-            model.compute_loss.restore()
-        self.model, self.coupling, self.on_trace = model, coupling, on_trace
-        # Past Keras's tracking of attributes; the instance may hold a `compute_loss` of its own.
-        self.own = vars(model).get("compute_loss")
-        self.inner = model.compute_loss
-        self.takes_training = _keras.takes_training(model)
-        vars(model)["compute_loss"] = self
-        _keras.set_takes_training(model, True)
-
-    def restore(self) -> None:
-        """Give the model its own `compute_loss` back."""
-        _keras.set_takes_training(self.model, self.takes_training)
-        model = vars(self.model)
-        if self.own is None:
-            del model["compute_loss"]
-        else:
-            model["compute_loss"] = self.own
+        self.model, self.divergence, self.on_trace = model, divergence, on_trace
+        self.inner, self.takes_training = inner, takes_training
 
     def __call__(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         loss = self._loss(x, y, y_pred, sample_weight, training)
@@ -80,11 +62,9 @@ class TwoPathLoss:
             full = self.model(x, training=True)
             with self._task_alone():
                 loss = loss + self._loss(x, y, full, sample_weight, training)
-        if self.coupling is not None:
-            for weight, *logits in _logits(self.model, y_pred, full):
-                term = _keras.add_to_loss(self.model, self.coupling(*logits))
-                term = ops.cast(term, loss.dtype)
-                loss = loss + (term if weight is None else weight * term)
+        if self.divergence is not None:
+            divergence = self._divergence(y_pred, full, sample_weight)
+            loss = loss + ops.cast(divergence, loss.dtype)
         return loss
 
     def _loss(self, x, y, y_pred, sample_weight, training):
@@ -93,7 +73,7 @@ class TwoPathLoss:
 
     @contextlib.contextmanager
     def _task_alone(self):
-        """No penalties in the model's losses, and nothing that a loss assigns lasts: metrics."""
+        """Leave penalties out of the loss, and undo what the loss assigns to variables."""
         variables = [*self.model.variables, *self.model.metrics_variables]
         with (
             _keras.without_additional_losses(self.model),
@@ -101,26 +81,65 @@ class TwoPathLoss:
         ):
             yield
 
+    def _divergence(self, pruned, full, sample_weight) -> Tensor:
+        """Return the divergence of all outputs under a cross-entropy, weighted as their losses."""
+        structure, terms = _keras.output_structure(self.model), []
+        for path, loss, weight in _keras.flat_losses(self.model):
+            if _kind(loss) is None:
+                continue
+            outputs = [_output(y, structure, path) for y in (pruned, full)]
+            weights = sample_weight
+            if keras.tree.is_nested(sample_weight):
+                for key in path:
+                    weights = weights[key]
+            term = _Divergence(self.divergence, loss)(*reversed(outputs), weights)
+            terms.append(term if weight is None else weight * term)
+        if not terms:
+            raise ValueError(
+                "Expected an output under a cross-entropy of Keras (categorical, sparse "
+                "categorical, binary, or a focal form), for the divergence between the two paths. "
+                f"Received: loss={getattr(self.model, 'loss', None)!r}. "
+                "Fix: train without the divergence, with DCIL(warmup=1.0)."
+            )
+        return sum(terms)
 
-def _logits(model, pruned, full) -> list[tuple[Any, Tensor, Tensor]]:
-    """For every output under a cross-entropy: weight of its loss, logits of both paths."""
-    found = []
-    for path, loss, weight in _keras.flat_losses(model):
-        if _kind(loss) is not None:
-            both = [_output(y, _keras.output_structure(model), path) for y in (pruned, full)]
-            found.append((weight, *(class_logits(loss, y) for y in both)))
-    if not found:
+
+def check_rematerialization(model) -> None:
+    """Raise ValueError if a backward pass would run layers again without knowing their path."""
+    if keras.backend.backend() != "jax" and any(
+        _keras.is_rematerialized(layer) for layer in _keras.flatten_layers(model)
+    ):
         raise ValueError(
-            "The divergence between the two paths is defined for outputs under a cross-entropy of "
-            "Keras (categorical, sparse categorical, binary and their focal forms), and this model "
-            f"has none. Received: loss={getattr(model, 'loss', None)!r}. "
-            "Give DCIL(warmup=1.0) to train without it."
+            "Expected a model without RematScope. The backward pass runs its layers again, when "
+            "the path, pruned or full, is not known. Build the model without RematScope, or use "
+            "JAX."
         )
-    return found
+
+
+class _Divergence(losses.Loss):
+    """The divergence between two paths, as a loss with the reduction of a cross-entropy.
+
+    Keras weights its entries by the sample weights and the mask of the outputs, as it does for the
+    cross-entropy.
+    """
+
+    def __init__(self, divergence, crossentropy):
+        super().__init__(
+            name="path_divergence", reduction=crossentropy.reduction, dtype=crossentropy.dtype
+        )
+        self.divergence, self.crossentropy = divergence, crossentropy
+
+    def call(self, y_true, y_pred):
+        """Return the divergence of every entry, from the outputs of both paths."""
+        logits = (class_logits(self.crossentropy, outputs) for outputs in (y_pred, y_true))
+        entries = self.divergence(*logits)
+        if _kind(self.crossentropy) is _BINARY and len(entries.shape):
+            return ops.mean(entries, axis=-1)  # The binary cross-entropy takes this mean, too.
+        return entries
 
 
 def _output(outputs, structure, path):
-    """One of a model's outputs, where its compiled loss finds it."""
+    """Return the output of a model that its compiled loss finds at `path`."""
     if keras.tree.is_nested(outputs):
         outputs = keras.tree.pack_sequence_as(structure, keras.tree.flatten(outputs))
     for key in path:
@@ -129,21 +148,22 @@ def _output(outputs, structure, path):
 
 
 def _kind(loss):
-    """The cross-entropies that a loss is one of, or None."""
+    """Return the family of cross-entropies that a loss belongs to, or None."""
     fn = getattr(loss, "fn", None)
     return next((kind for kind in (_CLASSES, _BINARY) if fn in kind), None)
 
 
 def class_logits(loss, outputs: Tensor) -> Tensor:
-    """Logits over classes, on the last axis, of outputs that go into a cross-entropy.
+    """Return the logits of the outputs that go into a cross-entropy, with classes on the last axis.
 
     Args:
-        loss: a cross-entropy, as a Keras loss object. Its `from_logits` says what the outputs are;
-            probabilities are clipped at 1e-7. A binary one makes two classes of every output.
-        outputs: float tensor.
+        loss: Cross-entropy, as a Keras loss object. Its `from_logits` tells logits from
+            probabilities. Probabilities are clipped at 1e-7. A binary cross-entropy makes two
+            classes of every output.
+        outputs: Float tensor with the outputs.
 
     Returns:
-        A float32 tensor, up to a constant per entry.
+        A float32 tensor. Its logits are exact up to a constant per entry.
     """
     outputs = ops.cast(outputs, "float32")
     from_logits = getattr(loss, "from_logits", False)

@@ -397,9 +397,10 @@ class TwoPathMethod(LayerMethod):
         """Return a function that computes a penalty on the difference of the two paths.
 
         The driver calls it once when training begins. The function takes the logits of the pruned
-        path and of the full path, with the classes on the last axis, and returns a scalar. It is
-        called in every step, for every output that is trained by a cross-entropy. Return None, as
-        this base class does, to train without a penalty.
+        path and of the full path, with the classes on the last axis, and returns the penalty of
+        every entry. It is called in every step, for every output that is trained by a
+        cross-entropy. The penalties are reduced like this cross-entropy, with the same sample
+        weights. Return None, as this base class does, to train without a penalty.
 
         Args:
             state: State of the first weight under this method, a dict of variables.

@@ -127,7 +127,7 @@ class DCIL(TwoPathMethod):
         return lambda p, f: ops.convert_to_tensor(state["coupled"]) * self.divergence(p, f)
 
     def divergence(self, p, f):
-        """KL of each path from the other, the mean over all entries.
+        """Return the KL divergence of each path from the other, one value per entry.
 
         Args:
             p, f: logits of the pruned and of the full path, classes last.
@@ -136,6 +136,6 @@ class DCIL(TwoPathMethod):
 
         def from_target(z, target):
             target = ops.stop_gradient(target)
-            return ops.mean(ops.sum(ops.exp(target) * (target - z), axis=-1))
+            return ops.sum(ops.exp(target) * (target - z), axis=-1)
 
         return self.temperature**2 * (from_target(p, f) + from_target(f, p))

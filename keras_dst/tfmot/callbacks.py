@@ -11,7 +11,7 @@ from keras import ops
 from keras_dst import _keras, masks
 from keras_dst._backend.jit import jit
 from keras_dst._training.drivers import LayerDriver
-from keras_dst.callbacks import guard_step
+from keras_dst._training.fit_patches import active_fit
 from keras_dst.methods.base import LayerMethod
 from keras_dst.tfmot.pruning import is_pruned
 
@@ -52,11 +52,12 @@ class UpdatePruningStep(keras.callbacks.Callback):
             )
         self._drivers = [_StepDriver(self.model, layers_) for layers_ in groups.values()]
         self._skipped_batches = 0
-        guard_step(self.model, self._drivers)
+        self._fit = active_fit(self.model)
+        self._fit.guard_step(self._drivers)
 
     def on_epoch_begin(self, epoch, logs=None):
         # A resumed fit draws the batches before the backup again, and skips them.
-        self._skipped_batches = getattr(self.model, "_initial_batch", 0)
+        self._skipped_batches = self._fit.skipped_batches
 
     def on_train_batch_begin(self, batch, logs=None):
         if batch < self._skipped_batches:

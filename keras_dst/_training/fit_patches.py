@@ -1,0 +1,227 @@
+"""Everything that a running `fit` replaces on a model, and the clean-up that undoes it.
+
+Keras calls no hook when `fit` raises. `fit` keeps the logs of the last step in a local variable,
+however. The patched training step therefore returns logs that hold a token. Python frees the logs
+when `fit` ends, whether `fit` returns or raises, and the finalizer of the token restores the model.
+An exception that is being handled keeps the local variables of `fit` alive. Until Python frees that
+exception, the patched methods behave as the stock methods do, except that saves are atomic.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import pathlib
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_dst import _keras
+from keras_dst._backend import malloc
+from keras_dst._utils.files import atomic_write
+
+_ATTRIBUTE = "_keras_dst_fit"
+
+
+def active_fit(model) -> ActiveFit:
+    """Return the object that all callbacks of the running `fit` share, and create it if needed."""
+    # Every `fit` has its own history. Only a training loop of the user's own may have none.
+    owner = vars(getattr(model, "history", None) or model)
+    if not owner.get(_ATTRIBUTE):
+        owner[_ATTRIBUTE] = ActiveFit(model)
+    return owner[_ATTRIBUTE]
+
+
+class _Patch(NamedTuple):
+    """An attribute of an object and the function that makes its replacement."""
+
+    owner: Any
+    name: str
+    make: Callable[[Any], Any]
+
+
+class ActiveFit:
+    """A running `fit`: what it patches, and how many batches it skips. False once it is over.
+
+    Under `fit`, the patches are applied at the first training step, so that an exception before
+    that step leaves the model as it was. In a training loop of the user's own they are applied when
+    the first epoch begins, and undone when training ends or the next training begins.
+
+    Attributes:
+        skipped_batches: Number of batches that the first epoch draws without training on them.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.history = getattr(model, "history", None)
+        self.skipped_batches = 0
+        self.keeps_memory = False
+        self._to_skip = 0
+        self._ended = False
+        self._drivers: Sequence[Any] = ()
+        self._patches: list[_Patch] = []
+        self._applied: list[tuple[_Patch, Any, dict]] | None = None
+        self._token: Callable[[], Any] = lambda: None
+        # `fit` compiles a step and makes an empty history before it calls the callbacks.
+        compiled = getattr(model, "train_function", None) is not None
+        self._is_fit = compiled and self.history is not None and not self.history.history
+
+    def __bool__(self):
+        # Every `fit` gives the model a new history, also after a `fit` that was interrupted.
+        return not self._ended and getattr(self.model, "history", None) is self.history
+
+    def replace(self, owner, name: str, make: Callable[[Any], Any]) -> None:
+        """Replace an attribute from the first step until `fit` ends.
+
+        Args:
+            owner: Object that has the attribute, such as the model.
+            name: Name of the attribute.
+            make: Function from the present value of the attribute to its replacement.
+        """
+        self._patches.append(_Patch(owner, name, make))
+
+    def guard_step(self, drivers: Sequence[Any] = ()) -> None:
+        """Patch the compiled training step.
+
+        The patched step stays in `model.train_function`, because later fits use the compiled step
+        again. It refuses to run while a driver in `drivers` is needed and no callback is active.
+        """
+        self._drivers = [*self._drivers, *drivers]
+        if self.model.train_function is None:  # The user wrote the training loop.
+            return
+        # Remove the patches of earlier fits, but keep the wrapper of torch.compile.
+        step = inspect.unwrap(self.model.train_function, stop=lambda f: not _is_patched(f))
+
+        @functools.wraps(step, assigned=(), updated=())
+        def patched_step(*arguments):
+            return self._step(step, arguments)
+
+        vars(patched_step)[_ATTRIBUTE] = True
+        self.model.train_function = patched_step
+
+    def begin_epoch(self) -> None:
+        """Apply the patches in a training loop of the user's own."""
+        if not self._is_fit:
+            self._apply()
+
+    def skip(self, batches: int) -> None:
+        """Draw this number of batches from the data without training on them."""
+        self._to_skip = batches
+        self.guard_step()
+
+    @property
+    def is_patched(self) -> bool:
+        """Whether a callback has asked for patches other than skipped batches."""
+        return bool(self._patches or self._drivers)
+
+    def restore(self) -> None:
+        """Undo the patches. The next training step of this `fit` applies them again."""
+        applied, self._applied = self._applied, None
+        for patch, replacement, before in reversed(applied or ()):
+            own = vars(patch.owner)
+            if own.get(patch.name) is replacement:
+                del own[patch.name]
+                own.update(before)
+        if applied is not None and self.keeps_memory:
+            malloc.return_freed_memory()
+
+    def end(self) -> None:
+        """Undo the patches for good."""
+        self._ended = True
+        self.restore()
+        vars(self.history or self.model).pop(_ATTRIBUTE, None)
+
+    def _apply(self) -> None:
+        if self._applied is not None:
+            return
+        self._applied = []
+        for patch in self._patches:
+            own = vars(patch.owner)
+            before = {patch.name: own[patch.name]} if patch.name in own else {}
+            own[patch.name] = replacement = patch.make(getattr(patch.owner, patch.name))
+            self._applied.append((patch, replacement, before))
+        if self.keeps_memory:
+            malloc.keep_freed_memory()
+
+    def _step(self, step, arguments):
+        if self and self._to_skip > 0:
+            return self._skip_step(step, arguments)
+        if idle := [d for d in self._drivers if d.schedule is not None and not d.active]:
+            _keras.restore_jax_state(self.model, *arguments)
+            callback = idle[0].method.driver
+            raise ValueError(
+                "This model was compiled for training with the "
+                f"{callback.split('.')[-1]} callback. Fit with callbacks=[{callback}()]."
+            )
+        if not self:  # A later fit without any callback of this package.
+            return step(*arguments)
+        try:
+            self._apply()
+            result = step(*arguments)
+        except BaseException:
+            self.restore()
+            raise
+        if isinstance(result, tuple):  # JAX: the logs and the state
+            return self._with_token(result[0]), *result[1:]
+        return self._with_token(result)
+
+    def _with_token(self, logs):
+        """Return the logs of a step with the token whose end is the end of `fit`."""
+        if not isinstance(logs, dict):
+            return logs
+        token = self._token()
+        if token is None:
+            token = _Token()
+            self._token = weakref.ref(token)
+            weakref.finalize(token, self.restore).atexit = False
+        logs = _Logs(logs)
+        logs.token = token
+        return logs
+
+    def _skip_step(self, step, arguments):
+        steps = self.model.steps_per_execution
+        if keras.backend.backend() != "torch":  # On torch, `fit` has drawn the batch already.
+            for _ in range(steps):
+                next(arguments[-1])
+        self._to_skip -= steps
+        if self._to_skip <= 0 and not self.is_patched:
+            self.model.train_function = step
+        return {} if len(arguments) == 1 else ({}, arguments[0])
+
+
+class _Token:
+    """An object that only the logs of a step refer to."""
+
+
+class _Logs(dict):
+    """The logs of a step, which hold a token."""
+
+    token: _Token
+
+
+def _is_patched(step) -> bool:
+    return _ATTRIBUTE in getattr(step, "__dict__", ())
+
+
+class AtomicSave:
+    """Replacement of a model's `save` or `save_weights` that writes local files atomically.
+
+    Keras overwrites an existing file in place. If the process is killed meanwhile, neither the old
+    nor the new file is left.
+
+    Args:
+        inner: The method that writes the file.
+        prepare: Function to call before the file is written.
+    """
+
+    def __init__(self, inner, prepare: Callable[[], None]):
+        self.inner, self.prepare = inner, prepare
+
+    def __call__(self, filepath, overwrite=True, **kwargs):
+        self.prepare()
+        if kwargs or not overwrite or "://" in str(filepath):
+            return self.inner(filepath, overwrite=overwrite, **kwargs)
+        with atomic_write(pathlib.Path(filepath)) as unfinished:
+            return self.inner(unfinished, overwrite=True)
