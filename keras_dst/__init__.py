@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # for editors, type checkers and the reference, which do not 
     from keras_dst._reporting.sparsity import SparsityReport, WeightReport, report
     from keras_dst._structure import ChannelReport, ShrinkReport, shrink, shrink_report
     from keras_dst.export import ExportError, ExportReport, LintReport, export_tflite
-    from keras_dst.export.lint import lint
+    from keras_dst.export.linter import lint
     from keras_dst.sparse_files import load_sparse, save_sparse
 
 # Reports, export and plots are imported on first use: training needs none of them.

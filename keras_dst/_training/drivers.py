@@ -321,8 +321,8 @@ class Driver:
         if abs(reached - target) > allowed and not self.projected:
             warnings.warn(
                 f"{self.method!r}: training had reached {self.method.target_quantity} "
-                f"{reached:.4f}, target {target:.3g}. The last projection made the target exact, at "
-                "a cost in accuracy. Train longer, or change the weight of the penalty.",
+                f"{reached:.4f}, target {target:.3g}. The last projection made the target exact, "
+                "at a cost in accuracy. Train longer, or change the weight of the penalty.",
                 stacklevel=2,
             )
         values = self._values()

@@ -1,7 +1,7 @@
 """Export of Keras models to ``.tflite`` files with sparse weights, and checks of such files."""
 
 from keras_dst.export.findings import Finding, LintReport
-from keras_dst.export.lint import lint
+from keras_dst.export.linter import lint
 from keras_dst.export.report import ExportError, ExportReport, FileReport
 from keras_dst.export.tflite import export_tflite
 
