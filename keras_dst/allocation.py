@@ -1,4 +1,4 @@
-"""Allocation: how a model's sparsity is shared out among its weights."""
+"""Allocation: the distribution of a model's sparsity over its weights."""
 
 import math
 import re
@@ -14,14 +14,15 @@ NAMES = ("global", "uniform", "erk")
 
 
 def check(allocation) -> None:
-    """Raise unless this is `"global"`, `"uniform"`, `"erk"` or a dict of sparsities by name."""
+    """Raise ValueError unless `allocation` is a known name or a dict of sparsities by name."""
     if isinstance(allocation, Mapping):
         for name, sparsity in allocation.items():
             try:
                 re.compile(name)
             except (re.error, TypeError) as error:
                 raise ValueError(
-                    f"allocation: {name!r} is no name and no regular expression: {error}"
+                    "The keys of an allocation are weight names or regular expressions. "
+                    f"Received: {name!r}, which is not valid: {error}"
                 ) from error
             check_sparsity(sparsity, f"allocation[{name!r}]")
     elif allocation not in NAMES:
@@ -37,21 +38,22 @@ def densities(
     density: float,
     names: Sequence[str] = (),
 ) -> np.ndarray:
-    """Density of every weight, float64 in [0, 1].
+    """Return the density of every weight, as float64 in [0, 1].
 
-    The whole has the density asked for, except under a dict, which may ask for another.
+    The mean density over all entries is `density`, unless the allocation is a dict.
 
     Args:
-        allocation: `"uniform"`: the same for all. `"erk"` (Erdős-Rényi-Kernel): proportional to
-            `sum(shape) / prod(shape)`, at most 1, so that small layers stay denser. A dict: the
-            named weights get 1 - their sparsity, all others `density`; a name is the weight's
-            path, or else a regular expression found in it; where several fit, the last one counts.
-        shapes: shapes of the weights.
-        density: fraction of weights kept, overall.
-        names: paths of the weights, for a dict.
+        allocation: `"uniform"` gives all weights the same density. `"erk"` (Erdős-Rényi-Kernel)
+            gives densities proportional to `sum(shape) / prod(shape)`, at most 1, so that small
+            layers stay denser. A dict maps names to sparsities; all other weights get `density`. A
+            name is the path of a weight, or a regular expression that is searched for in the
+            paths. If several names match a weight, the last name counts.
+        shapes: Shapes of the weights.
+        density: Fraction of the weights that are kept, overall.
+        names: Paths of the weights, for a dict.
 
     Raises:
-        ValueError: for another allocation, or when a name in the dict fits no weight.
+        ValueError: If the allocation is not known, or if a name in the dict matches no weight.
 
     Example:
         >>> keras_dst.allocation.densities("erk", [(10, 10), (1000, 1000)], 0.1)
@@ -71,7 +73,7 @@ def _erk(shapes, density):
     raw = np.array([sum(s) for s in shapes], "float64") / sizes
     full = np.zeros(len(sizes), bool)
     while True:
-        # Weights that would exceed density 1 are kept whole; the others share what is left.
+        # Weights that would exceed density 1 stay dense; the others share the remaining density.
         budget = density * sizes.sum() - sizes[full].sum()
         result = np.where(full, 1.0, 0.0)
         if not full.all():
@@ -88,7 +90,7 @@ def _by_name(allocation, density, names):
         fitting = fitting or [i for i, name in enumerate(names) if re.search(key, name)]
         if not fitting:
             raise ValueError(
-                f"allocation[{key!r}] fits no weight. The weights are: {', '.join(names)}"
+                f"allocation[{key!r}] matches no weight. The weights are: {', '.join(names)}"
             )
         result[fitting] = 1 - sparsity
     return result
@@ -101,16 +103,16 @@ def kept_counts(
     names: Sequence[str] = (),
     final_sparsity: float | None = None,
 ) -> np.ndarray:
-    """How many weights to keep: one count for all when global, else one per weight (int64).
+    """Return the number of entries to keep: one total if global, else one per weight (int64).
 
-    The counts add up to the exact number for the whole, `round((1 - sparsity) * size)`, except
-    under a dict, where each weight has its own.
+    The sum of the numbers is exactly `round((1 - sparsity) * size)`, unless the allocation is a
+    dict, which gives every named weight its own sparsity.
 
     Args:
-        allocation, shapes, names: as for `densities`.
-        sparsity: fraction of zeros now.
-        final_sparsity: what the sparsities of a dict stand for; they are scaled to `sparsity`
-            while it grows.
+        allocation, shapes, names: See `densities`.
+        sparsity: Present fraction of zeros.
+        final_sparsity: Final fraction of zeros. The sparsities of a dict are final values, and are
+            scaled by `sparsity / final_sparsity` before. Defaults to None: they are not scaled.
 
     Example:
         >>> keras_dst.allocation.kept_counts("uniform", [(10, 10), (30, 10)], 0.9)
@@ -125,7 +127,7 @@ def kept_counts(
     counts = np.floor(exact + 1e-9).astype("int64")
     by_name = isinstance(allocation, Mapping)
     total = round(float(exact.sum()) if by_name else (1 - sparsity) * int(sizes.sum()))
-    # The largest remainders take what rounding down left over.
+    # Largest-remainder method: the entries lost by rounding down go to the largest remainders.
     order = np.argsort(counts - exact, kind="stable")
     counts[order[: max(0, total - int(counts.sum()))]] += 1
     return np.minimum(counts, sizes)
@@ -134,25 +136,25 @@ def kept_counts(
 def equal_drop(
     sparsities: Sequence[float], drops: np.ndarray, sizes: Sequence[int], sparsity: float
 ) -> np.ndarray:
-    """Sparsity of every weight, such that the largest drop of all is as small as can be.
+    """Return sparsities of all weights that make the largest drop of the metric minimal.
 
-    Every weight becomes as sparse as one drop, common to all, lets it, read off its curve between
-    the points measured; the common drop is the one at which the whole has the sparsity asked for.
-    Drops below 0, and smaller ones at higher sparsities, count as none further; where that leaves
-    a choice, sparsities are even.
+    Every weight is pruned until it costs the same drop of the metric. That drop is chosen so that
+    the total sparsity meets the target. Curves are linear between the measured points. A curve is
+    made monotonic first: a smaller drop at a higher sparsity, or a drop below 0, is replaced by
+    the largest drop before it. If several solutions are left, the sparsities are even.
 
     Args:
-        sparsities: where the drops were measured, from 0 on, increasing.
-        drops: what is lost at each of them when one weight alone is pruned: an array of shape
+        sparsities: Sparsities at which the drops were measured, increasing from 0.
+        drops: Drop of the metric when a single weight is pruned, an array of shape
             (weights, sparsities).
-        sizes: numbers of entries of the weights.
-        sparsity: fraction of zeros, overall.
+        sizes: Numbers of entries of the weights.
+        sparsity: Fraction of zeros, overall.
 
     Returns:
-        float64 in [0, max(sparsities)], one number per weight.
+        A float64 array in [0, max(sparsities)], with one number per weight.
 
     Raises:
-        ValueError: for a sparsity beyond those measured, or drops that are no finite numbers.
+        ValueError: If `sparsity` exceeds the measured sparsities, or if a drop is not finite.
 
     Example:
         >>> drops = [[0.0, 0.1, 0.5], [0.0, 0.0, 0.1]]
@@ -169,8 +171,8 @@ def equal_drop(
     if not np.isfinite(drops).all():
         raise ValueError(f"Expected drops that are finite numbers. Received: {drops.tolist()}")
     drops = np.maximum.accumulate(np.maximum(drops, 0), axis=1)
-    # The slope decides ties alone: it makes the curves invertible.
+    # The small slope only breaks ties: it makes the curves invertible.
     drops = drops / (drops.max() or 1.0) + 1e-6 * grid
-    common = np.unique(drops)  # between these the sparsities are linear in the common drop
+    common = np.unique(drops)  # Sparsities are linear in the drop between these points.
     shares = np.array([np.interp(common, curve, grid) for curve in drops])
     return np.array([np.interp(sparsity * counts.sum(), counts @ shares, row) for row in shares])

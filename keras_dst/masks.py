@@ -1,7 +1,7 @@
-"""Masks: pure functions from weights and scores to masks, the same on every backend.
+"""Pure functions that compute and apply masks.
 
-A mask has the shape of its weight; 1 is kept, 0 is pruned. Everything here goes through
-`keras.ops` and can run inside a compiled step.
+A mask has the shape of its weight; 1 is kept and 0 is pruned. All functions use `keras.ops`, give
+the same results on every backend, and can run in a compiled step.
 """
 
 import math
@@ -33,11 +33,15 @@ Tensor = Any
 
 
 class Layout(NamedTuple):
-    """Which axes of a weight are output units and which are input channels, counted from the end.
+    """Output axes and input axes of a weight, as negative indices.
 
-    The default is Keras's for Dense and Conv kernels: `(*window, in, out)`. Axes named in neither
-    are the window of a convolution. `inputs=()` where an output unit sees one channel alone
-    (depthwise).
+    The default fits the kernels of Keras's Dense and Conv layers, `(*window, in, out)`. All other
+    axes are the window of a convolution. A depthwise kernel has `inputs=()`, because each of its
+    output units reads a single channel.
+
+    Attributes:
+        outputs: Axes of the output units. Defaults to the last axis.
+        inputs: Axes of the input channels. Defaults to the second last axis.
     """
 
     outputs: tuple[int, ...] = (-1,)
@@ -49,11 +53,11 @@ KERNEL = Layout()
 
 
 def masked(w: Tensor, mask: Tensor) -> Tensor:
-    """The entries of `w` where the boolean mask is true, exact zeros elsewhere.
+    """Return `w` with exact zeros in all entries for which the mask is false.
 
     Args:
-        w: tensor of any type.
-        mask: boolean tensor of its shape.
+        w: Tensor of any type.
+        mask: Boolean tensor in the shape of `w`.
 
     Example:
         >>> keras_dst.masks.masked(keras.ops.array([1.0, 2.0]), keras.ops.array([True, False]))
@@ -64,32 +68,36 @@ def masked(w: Tensor, mask: Tensor) -> Tensor:
 
 
 def ones(mask: Tensor, dtype) -> Tensor:
-    """A boolean mask as zeros and ones of another type.
+    """Convert a boolean mask to zeros and ones of another type.
+
+    Args:
+        mask: Boolean tensor.
+        dtype: Type of the result.
 
     Example:
         >>> keras_dst.masks.ones(keras.ops.array([True, False]), "float32")
     """
-    # By way of bytes, of which torch makes floats in a fifth of the time.
+    # torch converts bytes to floats five times as fast as booleans.
     return ops.cast(ops.cast(mask, "uint8"), dtype)
 
 
 def _upstream(args: tuple, upstream: Tensor) -> Tensor:
-    # torch passes the arguments and a keyword, TensorFlow and JAX the upstream gradient alone.
+    # torch passes the arguments and a keyword; TensorFlow and JAX pass the upstream gradient only.
     return args[-1] if upstream is None else upstream
 
 
 @ops.custom_gradient
 def step(x: Tensor) -> Tensor:
-    """Unit step, 1 where `x > 0` and 0 elsewhere, with a long-tailed derivative.
+    """Return 1 for `x > 0` and 0 otherwise, with a long-tailed derivative.
 
-    The derivative handed to backpropagation is `2 - 4|x|` for `|x| <= 0.4`, `0.4` for
-    `0.4 < |x| <= 1` and 0 beyond, so that a unit that is off still learns.
+    The derivative in backpropagation is `2 - 4|x|` for `|x| <= 0.4`, `0.4` for `0.4 < |x| <= 1`,
+    and 0 for larger `|x|`. Pruned weights near their threshold therefore still learn.
 
     Args:
-        x: float tensor of any shape.
+        x: Float tensor of any shape.
 
     Returns:
-        A tensor of zeros and ones, of the shape and dtype of `x`.
+        A tensor of zeros and ones, with the shape and dtype of `x`.
 
     Example:
         >>> keras_dst.masks.step(keras.ops.array([-0.1, 0.0, 0.2]))  # [0, 0, 1]
@@ -106,16 +114,16 @@ def step(x: Tensor) -> Tensor:
 
 
 def stop_gradient_where(mask: Tensor, w: Tensor) -> Tensor:
-    """`w`, whose gradient is 0 where the mask is true.
+    """Return `w` unchanged, and set its gradient to 0 in all entries for which the mask is true.
 
     Args:
-        mask: boolean tensor, of the shape of `w`.
-        w: float tensor.
+        mask: Boolean tensor in the shape of `w`.
+        w: Float tensor.
 
     Example:
         >>> keras_dst.masks.stop_gradient_where(mask, w)
     """
-    w, mask = (ops.reshape(v, ops.shape(v)) for v in (w, mask))  # as in `straight_through_product`
+    w, mask = (ops.reshape(v, ops.shape(v)) for v in (w, mask))  # See `straight_through_product`.
 
     @ops.custom_gradient
     def identity(w, mask):
@@ -128,15 +136,15 @@ def stop_gradient_where(mask: Tensor, w: Tensor) -> Tensor:
 
 
 def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
-    """`w * mask`, whose gradient reaches the scores as if they were the mask.
+    """Return `w * mask`, and pass the gradient of the mask on to the scores.
 
-    With `g` the gradient of the product: `dL/dw = g * mask`, `dL/dscores = g * w`, none for the
-    mask.
+    If `g` is the gradient of the product, then `dL/dw = g * mask` and `dL/dscores = g * w`. The
+    mask gets no gradient.
 
     Args:
-        w: float tensor.
-        scores: what the mask was ranked from; shape and dtype of `w`.
-        mask: boolean tensor of its shape.
+        w: Float tensor.
+        scores: Scores that the mask was ranked by, with the shape and dtype of `w`.
+        mask: Boolean tensor in the shape of `w`.
 
     Example:
         >>> keras_dst.masks.straight_through_product(w, scores, mask)
@@ -144,7 +152,7 @@ def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
     Source: straight-through estimator, arXiv 1308.3432.
     """
 
-    # Reshaped to what they are: TensorFlow reads variables here, else inside, as further inputs.
+    # The reshape makes tensors of variables. TensorFlow refuses variables in a custom gradient.
     w, scores, mask = (ops.reshape(v, ops.shape(v)) for v in (w, scores, mask))
 
     # The mask is an argument as well: JAX exports no custom gradient that closes over a tracer.
@@ -163,19 +171,23 @@ def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
 
 
 class Pattern:
-    """The shape in which weights are pruned: one by one, in blocks, N of M, or whole channels.
+    """Shape of the groups of weights that are kept or pruned together.
 
-    A pattern splits a weight into groups that live or die together. `"unstructured"`: every
-    weight; `"RxC"`, as `"1x4"`: blocks of R consecutive output units by C consecutive input
-    channels; `"N:M"`, as `"2:4"`: N kept in every M consecutive input channels; `"channel"`: all
-    the weights of an output unit. A dimension that the block does not divide ends in a smaller
-    block.
+    | name | group |
+    |---|---|
+    | `"unstructured"` | a single weight |
+    | `"RxC"`, such as `"1x4"` | R consecutive output units x C consecutive input channels |
+    | `"N:M"`, such as `"2:4"` | a single weight; N of M consecutive input channels are kept |
+    | `"channel"` | all weights of an output unit |
+
+    If a block does not divide an axis, the last block of the axis is smaller. The order is outputs
+    x inputs; `block_size` in `keras_dst.tfmot` has the order inputs x outputs, as in tfmot.
 
     Args:
-        name: one of the forms above.
+        name: Name of the pattern, see above.
 
     Raises:
-        ValueError: for any other form.
+        ValueError: If there is no pattern of this name.
 
     Example:
         >>> keras_dst.masks.Pattern("1x4").block((3, 3, 16, 8))
@@ -192,7 +204,9 @@ class Pattern:
         elif match := re.fullmatch(r"([1-9]\d*):([1-9]\d*)", text):
             self.n_of_m = (int(match[1]), int(match[2]))
             if self.n_of_m[0] >= self.n_of_m[1]:
-                raise ValueError(f"An N:M pattern keeps N of M weights, N < M. Received: {name!r}")
+                raise ValueError(
+                    f"An N:M pattern keeps N of M weights, with N < M. Received: {name!r}"
+                )
         elif text not in ("unstructured", "channel"):
             raise ValueError(
                 "pattern must be 'unstructured', blocks such as '1x4' (outputs x inputs), N:M such "
@@ -201,11 +215,11 @@ class Pattern:
 
     @property
     def grouped(self) -> bool:
-        """Whether several weights share one bit of the mask."""
+        """Whether a group has several weights."""
         return self.name == "channel" or math.prod(self._block) > 1
 
     def block(self, shape: Sequence[int], layout: Layout = KERNEL) -> tuple[int, ...]:
-        """Length of a block along every axis of a weight of this shape."""
+        """Return the length of a block along every axis of a weight of this shape."""
         lengths = [1] * len(shape)
         if self.name == "channel":
             outputs = {axis % len(shape) for axis in layout.outputs}
@@ -226,15 +240,15 @@ class Pattern:
         return tuple(lengths)
 
     def scores(self, scores: Tensor, layout: Layout = KERNEL) -> Tensor:
-        """Score of every group: the mean score of its weights."""
+        """Return the score of every group, the mean score of its weights."""
         return pool(scores, self.block(scores.shape, layout))
 
     def sizes(self, shape: Sequence[int], layout: Layout = KERNEL) -> np.ndarray:
-        """Number of weights in every group (int32, the shape of `scores`)."""
+        """Return the number of weights in every group, as int32 in the shape of `scores`."""
         return _block_sizes(shape, self.block(shape, layout))
 
     def expand(self, groups: Tensor, shape: Sequence[int], layout: Layout = KERNEL) -> Tensor:
-        """Mask of a weight from one value per group."""
+        """Return the mask of a weight from one value per group."""
         return spread(groups, self.block(shape, layout), shape)
 
     def __repr__(self):
@@ -243,7 +257,7 @@ class Pattern:
 
 def _block_sizes(shape: Sequence[int], block: Sequence[int]) -> np.ndarray:
     if max(block, default=1) == 1:
-        return np.broadcast_to(np.int32(1), shape)  # which takes no memory
+        return np.broadcast_to(np.int32(1), shape)  # A broadcast array takes no memory.
     sizes = np.ones([1] * len(shape), "int32")
     for axis, (n, b) in enumerate(zip(shape, block)):
         along = np.minimum(b, n - b * np.arange(-(-n // b)))
@@ -252,11 +266,11 @@ def _block_sizes(shape: Sequence[int], block: Sequence[int]) -> np.ndarray:
 
 
 def pool(values: Tensor, block: Sequence[int]) -> Tensor:
-    """Mean over blocks: a tensor with `ceil(n / b)` entries along every axis.
+    """Return the means of all blocks: `ceil(n / b)` entries along every axis.
 
     Args:
-        values: float tensor with a static shape.
-        block: length of a block along every axis; the last block of an axis may be smaller.
+        values: Float tensor with a static shape.
+        block: Length of a block along every axis. The last block of an axis may be smaller.
 
     Example:
         >>> keras_dst.masks.pool(keras.ops.ones((6, 2)), (4, 1))  # shape (2, 2)
@@ -274,12 +288,12 @@ def pool(values: Tensor, block: Sequence[int]) -> Tensor:
 
 
 def spread(groups: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """The reverse of `pool`: every entry of a block takes the block's value.
+    """Return a tensor in which every entry of a block has the block's value.
 
     Args:
-        groups: tensor with one entry per block.
-        block: length of a block along every axis.
-        shape: shape of the result.
+        groups: Tensor with one entry per block.
+        block: Length of a block along every axis.
+        shape: Shape of the result.
     """
     if max(block, default=1) == 1:
         return groups
@@ -294,19 +308,19 @@ def spread(groups: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor
 
 
 def n_of_m(scores: Tensor, n: int, m: int, axis: int = -2) -> Tensor:
-    """Mask that keeps the `n` highest scores in every `m` consecutive entries along an axis.
+    """Return a mask that keeps the `n` highest scores of every `m` consecutive scores.
 
-    Ties go to the earlier entry. An axis that `m` does not divide ends in a shorter group, of
-    which up to `n` entries are kept.
+    Of equal scores, the earlier score is kept. If `m` does not divide the axis, the last group is
+    shorter and keeps up to `n` scores.
 
     Args:
-        scores: float tensor with a static shape.
-        n: entries kept in a group.
-        m: length of a group.
-        axis: the axis the groups run along, by default the input axis of a Keras kernel.
+        scores: Float tensor with a static shape.
+        n: Number of scores that a group keeps.
+        m: Number of scores in a group.
+        axis: Axis of the groups. Defaults to -2, the input axis of a Keras kernel.
 
     Returns:
-        A boolean tensor of the shape of `scores`.
+        A boolean tensor in the shape of `scores`.
 
     Raises:
         ValueError: If `n` or `m` is not a whole number of at least 1.

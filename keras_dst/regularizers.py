@@ -1,4 +1,4 @@
-"""The papers' penalties as Keras regularisers, usable alone."""
+"""Penalties of the papers as Keras regularizers, which also work without a method."""
 
 import math
 
@@ -10,14 +10,13 @@ __all__ = ["Budget", "Polarization", "ThresholdPenalty"]
 
 @keras.saving.register_keras_serializable("keras_dst")
 class ThresholdPenalty(keras.regularizers.Regularizer):
-    """DST's sparse regularisation term `alpha * sum(exp(-t))`, which drives thresholds up.
+    """Sparse regularization term of DST, `alpha * sum(exp(-t))`, which increases thresholds.
 
-    Below `t = -1` the exponential is continued by its tangent, so that the gradient never exceeds
-    `alpha * e`: the one deviation from the paper, where a threshold that runs away to minus
-    infinity overflows.
+    Deviation from the paper: below `t = -1` the exponential is continued by its tangent. The
+    gradient is therefore at most `alpha * e`, and very small thresholds do not overflow.
 
     Args:
-        alpha: weight of the penalty, a number or a scalar variable. Defaults to 5e-4.
+        alpha: Weight of the penalty, a number or a scalar variable. Defaults to 5e-4.
 
     Example:
         >>> keras_dst.regularizers.ThresholdPenalty(0.1)(keras.ops.zeros((3,)))  # 0.3
@@ -40,18 +39,18 @@ class ThresholdPenalty(keras.regularizers.Regularizer):
 
 @keras.saving.register_keras_serializable("keras_dst")
 class Polarization(keras.regularizers.Regularizer):
-    """The consensus penalty `weight * mean(g (1 - g))`: 0 when every gate is open or closed.
+    """Consensus penalty `weight * mean(g (1 - g))`, which is 0 if all gates are open or closed.
 
     Args:
-        weight: of the penalty. Defaults to 1.
+        weight: Weight of the penalty. Defaults to 1.
 
     Call arguments:
-        x: means of the gates over a batch, in [0, 1], of any shape.
+        x: Means of the gates over a batch, in [0, 1], of any shape.
 
     Example:
         >>> keras_dst.regularizers.Polarization()(keras.ops.array([1.0, 0.5]))  # 0.125
 
-    Source: arXiv 2302.10798, polarisation loss.
+    Source: arXiv 2302.10798, polarization loss.
     """
 
     def __init__(self, weight: float = 1.0):
@@ -67,19 +66,19 @@ class Polarization(keras.regularizers.Regularizer):
 
 @keras.saving.register_keras_serializable("keras_dst")
 class Budget(keras.regularizers.Regularizer):
-    """The penalty `weight * (sum(c g) / sum(c) - target)**2` on the cost of what is open.
+    """Penalty `weight * (sum(c g) / sum(c) - target)**2` on the cost of all open gates.
 
     Args:
-        target: fraction of the cost that stays open, in (0, 1]; a number or a scalar tensor.
-        weight: of the penalty. Defaults to 1.
-        costs: of every gate, FLOPs or parameters or any other unit, shape of the gates. Defaults
-            to None: all alike.
+        target: Fraction of the cost that stays open, in (0, 1]: a number or a scalar tensor.
+        weight: Weight of the penalty. Defaults to 1.
+        costs: Cost of every gate, in any unit and in the shape of the gates. Defaults to None: all
+            gates cost the same.
 
     Call arguments:
-        x: means of the gates over a batch, in [0, 1], of any shape.
+        x: Means of the gates over a batch, in [0, 1], of any shape.
 
     Raises:
-        ValueError: for a target outside (0, 1].
+        ValueError: If the target is outside (0, 1].
 
     Example:
         >>> budget = keras_dst.regularizers.Budget(0.5, costs=[3.0, 1.0])

@@ -97,7 +97,7 @@ def test_by_name(allocation, expected):
 
 def test_a_name_that_fits_nothing():
     with pytest.raises(
-        ValueError, match=r"\['dense'\] fits no weight. The weights are: net/conv_1"
+        ValueError, match=r"\['dense'\] matches no weight. The weights are: net/conv_1"
     ):
         densities({"dense": 0.5}, [(4, 4)] * 3, 0.2, PATHS)
 

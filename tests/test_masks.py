@@ -390,8 +390,8 @@ def test_top_k(scores, kept, expected):
     [pytest.param(*case, id=what) for what, *case in TOP_K],
 )
 def test_top_k_after_a_sample(scores, kept, expected, monkeypatch):
-    monkeypatch.setattr(ranking, "_MANY", 1)
-    monkeypatch.setattr(ranking, "_SAMPLED", (1, 1))
+    monkeypatch.setattr(ranking, "_SAMPLE_FROM", 1)
+    monkeypatch.setattr(ranking, "_SAMPLE_STRIDES", (1, 1))
     assert_equal(top_k(scores, kept), [np.array(mask, bool) for mask in expected])
 
 
@@ -507,7 +507,13 @@ def test_top_k_of_each_tensor_equals_a_stable_sort(case, counts):
 
 # Rows of 4 entries, bundles of up to 16, slabs of 2 rows: several of each, full ones and others.
 def test_top_k_of_tensors_of_several_rows_bundles_and_slabs(monkeypatch):
-    sizes = {"_WIDTH": 4, "_BUNDLE": 16, "_SLAB": 2, "_MANY": 1, "_SAMPLED": (2, 3)}
+    sizes = {
+        "_ROW_WIDTH": 4,
+        "_BUNDLE_SIZE": 16,
+        "_SLAB_ROWS": 2,
+        "_SAMPLE_FROM": 1,
+        "_SAMPLE_STRIDES": (2, 3),
+    }
     for name, size in sizes.items():
         monkeypatch.setattr(ranking, name, size)
     shapes = [(19,), (3, 5), (2,), (16,)]

@@ -1,1 +1,1 @@
-"""What Keras leaves to each backend: compilation, devices, random numbers, top-k ranking."""
+"""Code below Keras: compilation, devices, random numbers, and top-k ranking."""

@@ -1,13 +1,14 @@
-"""What Keras has no public way to ask of a backend."""
+"""Compilation and other functions of a backend that Keras has no public function for."""
 
 import keras
 from keras import ops
 
 
 def jit(fn):
-    """`fn` compiled for tensors in and out: by XLA on JAX, as a graph on TensorFlow, else as is.
+    """Return `fn` compiled by XLA on JAX, or as a graph on TensorFlow; torch runs it eagerly.
 
-    Without it each mask update would be traced anew on JAX, and run op by op on TensorFlow.
+    Without compilation, JAX would trace every mask update again, and TensorFlow would run it op by
+    op.
     """
     backend = keras.backend.backend()
     if backend == "jax":
@@ -50,10 +51,10 @@ def outside_torch_graph(fn):
 
 
 def masked(w, mask):
-    """`masks.masked` on torch, run op by op, where `where` may take longer than the plain step.
+    """Compute `masks.masked` on torch, faster than `torch.where` in eager mode.
 
-    On a processor it branches at every entry. A product is vectorised, and with the bits of a float
-    it is exact: zeros are positive, and nothing is left of what is not finite.
+    `torch.where` branches at every entry on a CPU. A product of the float's bits with the mask is
+    vectorized, and exact: all zeros are positive, also for entries that are not finite.
     """
     import torch
 
@@ -76,7 +77,7 @@ def masked(w, mask):
 
 
 def torch_rng_state() -> str | None:
-    """State of the random numbers that layers draw apart from Keras's seeds: Dropout on torch."""
+    """Return the state of torch's random numbers, which Dropout on torch draws; else None."""
     if keras.backend.backend() != "torch":
         return None
     import torch
@@ -85,7 +86,7 @@ def torch_rng_state() -> str | None:
 
 
 def set_torch_rng_state(state: str) -> None:
-    """Go on drawing from a state that `torch_rng_state` gave."""
+    """Restore a state that `torch_rng_state` returned."""
     import torch
 
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state), dtype=torch.uint8))

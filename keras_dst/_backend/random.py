@@ -1,7 +1,8 @@
-"""Random numbers that are a function of where and when they are drawn, and of nothing else.
+"""Random numbers that depend only on the seed, the step, the tensor and the position.
 
-Replicas, resumed trainings and the three backends all draw the same. Numbers come from a hash of
-(seed, step, index of the tensor, position), in int32 arithmetic, which wraps around everywhere.
+Replicas, resumed trainings and the three backends draw the same numbers. The numbers are a hash of
+(seed, step, index of the tensor, position) in int32 arithmetic, which overflows alike on all
+backends.
 """
 
 import functools
@@ -18,12 +19,12 @@ from keras_dst._backend.ranking import bundles
 
 Tensor = Any
 
-_SIZE = 1 << 20  # of the table of normal numbers
-_NARROW, _WIDE = 1 << 8, 1 << 13  # its rows
+_SIZE = 1 << 20  # Number of entries of the table of normal numbers.
+_NARROW, _WIDE = 1 << 8, 1 << 13  # Smallest and largest width of the table's rows.
 
 
 def bits(*numbers: Tensor) -> Tensor:
-    """Hash of integers or int32 tensors, broadcast against each other: an int32 tensor."""
+    """Return the int32 hash of integers or int32 tensors, which are broadcast."""
     state = ops.zeros((), "int32")
     for number in numbers:
         state = _mixed(state * 31 + ops.cast(number, "int32") + 0x3C6EF372)
@@ -31,60 +32,60 @@ def bits(*numbers: Tensor) -> Tensor:
 
 
 def _mixed(x):
-    # The finaliser of MurmurHash3 (public domain): every bit of x changes about half of the result.
+    # Finalizer of MurmurHash3 (public domain): every bit of x changes about half of all bits.
     for shift, factor in ((16, -2048144789), (13, -1028477387)):
         x = ops.bitwise_xor(x, _shifted(x, shift)) * factor
     return ops.bitwise_xor(x, _shifted(x, 16))
 
 
 def _shifted(x, by):
-    # A right shift that fills with zeros; int32's own fills with the sign.
+    # A right shift that fills with zeros; the shift of int32 fills with the sign.
     return ops.bitwise_and(ops.bitwise_right_shift(x, by), (1 << (32 - by)) - 1)
 
 
 def uniform(shape: Sequence[int], *numbers: Tensor) -> Tensor:
-    """Numbers in [0, 1), float32: a function of their position and of the integers given.
+    """Return float32 numbers in [0, 1) that depend on their position and on `numbers`.
 
     Args:
-        shape: of the result.
-        numbers: integers or int32 scalars, such as seed, step and index of the tensor.
+        shape: Shape of the result.
+        numbers: Integers or int32 scalars, such as the seed, the step and the tensor's index.
 
     Example:
         >>> keras_dst._backend.random.uniform((2, 3), 0, step, 7)
     """
     positions = ops.arange(math.prod(shape), dtype="int32")
     found = bits(bits(*numbers), positions)
-    # 24 bits are what a float32 holds exactly.
+    # A float32 holds 24 bits exactly.
     return ops.reshape(ops.cast(ops.bitwise_and(found, 0xFFFFFF), "float32"), shape) / (1 << 24)
 
 
 def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Tensor]:
-    """Numbers from N(0, 1), float32, for tensors of these shapes, anew at every step.
+    """Return float32 numbers from N(0, 1) for tensors of these shapes, new at every step.
 
-    They are random rows of a table of a million numbers, which costs a copy instead of a draw. The
-    rows of a large tensor are as wide as its own, of which there are fewer, and each of them is
-    there with both signs: no weight is pushed one way for long.
+    The numbers are random rows of a table of a million numbers, because copying is faster than
+    drawing. Rows for a large tensor are as wide as the tensor's rows. The table then has fewer
+    rows, and holds each row with both signs, so that the noise of a weight has mean 0.
 
     Args:
-        shapes: of the results.
-        seed: of the table and the rows.
-        step: int32 scalar.
+        shapes: Shapes of the results.
+        seed: Seed of the table and of the choice of rows.
+        step: Number of the step, an int32 scalar.
 
     Example:
         >>> (noise,) = keras_dst._backend.random.normal([(2, 3)], 0, step)
     """
     table = functools.cache(lambda mirrored: ops.convert_to_tensor(_table(seed, mirrored)))
     found = []
-    # Small tensors together, so that there is little to compile; a large one is not written out.
+    # Small tensors are joined, so that few operations are compiled. Large tensors are not copied.
     for members in bundles([math.prod(shape) for shape in shapes]):
         alone = len(members) == 1
-        # XLA copies rows that become rows; what it has to cut elsewhere it looks up one by one.
+        # XLA copies whole rows if the tensor has rows of the same width; else it copies entries.
         width = _width(shapes[members[0]]) if alone else _NARROW
         numbers = ops.reshape(table(alone), (-1, 1 << (width - 1).bit_length()))
         sizes = [math.prod(shapes[i]) for i in members]
         rows = [-(-size // width) for size in sizes]
         position = np.concatenate([np.arange(n) for n in rows])
-        # Gathered, not sliced at a random place: for that XLA under TensorFlow compiles every step.
+        # A gather, because XLA under TensorFlow would compile a slice at a random place every step.
         chosen = bits(seed, step, np.repeat(members, rows), position)
         chosen = ops.bitwise_and(chosen, numbers.shape[0] - 1)
         drawn = ops.take(numbers[:, :width], chosen, axis=0)
@@ -96,14 +97,14 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
 
 
 def _width(shape: Sequence[int]) -> int:
-    """Of rows that fill a tensor exactly, from its last axis on, where these are in bounds."""
+    """Return a width of rows that fill the tensor exactly and that is within the bounds."""
     widths = itertools.accumulate(reversed(tuple(shape)), operator.mul)
     return next((width for width in widths if _NARROW <= width <= _WIDE), _NARROW)
 
 
 @functools.lru_cache(maxsize=4)
 def _table(seed: int, mirrored: bool) -> np.ndarray:
-    """Normal numbers; mirrored, the second half of them has the other signs of the first."""
+    """Return normal numbers. If mirrored, the second half is the first half with other signs."""
     numbers = np.random.default_rng(seed).standard_normal(_SIZE, "float32")
     half = numbers[: _SIZE // 2]
     return np.concatenate([half, -half]) if mirrored else numbers

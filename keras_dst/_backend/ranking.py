@@ -1,7 +1,7 @@
-"""The best of many scores, found without a sort: `top_k` and `kth`, which `masks` has as well.
+"""Top-k selection without a sort: `top_k` and `kth`, which `masks` exports.
 
-Scores stay where they are. They are counted above a threshold, row by row, until it is right; this
-is all that a mask update of a large model takes time for.
+The scores are not copied. A search finds the threshold: every step counts the scores above a
+candidate, row by row. This count takes nearly all the time of a mask update of a large model.
 """
 
 import math
@@ -13,15 +13,15 @@ from keras import ops
 
 Tensor = Any
 
-# Steps of the search for a threshold at the most; it stops where two floats are adjacent.
-_STEPS = 900
-_LARGEST = 1e38  # scores beyond it count as tied: there is room to calculate with them
-_SMALLEST = 2.0**-126  # scores that differ by no more count as tied: less is 0 on some backends
-_WIDTH = 1 << 10  # of the rows in which scores are ranked
-_BUNDLE = 1 << 20  # tensors are joined up to this number of entries
-_SLAB = 1 << 8  # rows that are counted at once
-_MANY = 1 << 22  # scores of which a sample tells first where the threshold is about
-_SAMPLED = (32, 25)  # of the rows and of the columns one in so many is in the sample
+# Largest number of search steps. The search stops earlier if two thresholds are adjacent floats.
+_MAX_STEPS = 900
+_LARGEST = 1e38  # Scores above it count as tied, so that sums of two scores do not overflow.
+_SMALLEST = 2.0**-126  # Scores with a smaller difference count as tied: some backends flush to 0.
+_ROW_WIDTH = 1 << 10  # Number of scores in a row.
+_BUNDLE_SIZE = 1 << 20  # Largest number of scores of small tensors that are joined.
+_SLAB_ROWS = 1 << 8  # Number of rows that are counted at once.
+_SAMPLE_FROM = 1 << 22  # Number of scores from which a sample gives the first thresholds.
+_SAMPLE_STRIDES = (32, 25)  # Distances of the rows and of the columns in the sample.
 
 
 def top_k(
@@ -30,20 +30,21 @@ def top_k(
     sizes: Sequence[np.ndarray] | None = None,
     first: Sequence[int] | None = None,
 ):
-    """Masks that keep the weights of highest score, ranked over all tensors or in each of them.
+    """Return masks that keep the highest scores, over all tensors or within each tensor.
 
-    Ties go to the earlier tensor, then to the earlier position in it (C order), so that every
-    backend keeps the same weights. The threshold is searched for, without a sort or a copy.
+    Of equal scores, the score in the earlier tensor is kept, then the score at the earlier position
+    (C order). All backends therefore keep the same weights.
 
     Args:
-        scores: float tensors, of any shapes. An infinite score ties with the largest or the
-            smallest finite one, NaN with the smallest.
-        kept: how many weights to keep: an integer scalar, for all tensors together, or a vector
-            with a number for each of them.
-        sizes: weights in every group where an entry stands for several (`Pattern.sizes`). Groups
-            are then taken in order of their score while their sizes fit into `kept`.
-        first: how many of the best entries of every tensor come before all others; `kept` has to
-            be enough for them.
+        scores: Float tensors of any shapes. An infinite score ties with the largest or the smallest
+            finite score, and NaN with the smallest.
+        kept: Number of weights to keep: an integer scalar for all tensors together, or a vector
+            with one number per tensor.
+        sizes: Number of weights in every group, if an entry stands for a group
+            (`Pattern.sizes`). Groups are then kept in the order of their scores while their sizes
+            fit into `kept`. Defaults to None: every entry is one weight.
+        first: Number of the best entries of every tensor that are kept before all other entries;
+            `kept` must be large enough for them. Defaults to None: no entries.
 
     Returns:
         A list of boolean tensors, one per tensor of scores.
@@ -55,34 +56,38 @@ def top_k(
     scores = list(scores)
     shapes = [tuple(s.shape) for s in scores]
     ranking = _Ranking(scores, kept.ndim == 0, sizes, first)
-    scores.clear()  # those that are joined are not needed twice
+    scores.clear()  # Free the scores of small tensors, which the ranking has joined.
     found = ranking.masks(kept if kept.ndim else kept[None])
     flat = [mask for rows, matrix in zip(ranking.bundles, found) for mask in rows.split(matrix)]
     return [ops.reshape(mask, shape) for mask, shape in zip(flat, shapes)]
 
 
 def kth(scores: Sequence[Tensor], kept: Tensor) -> Tensor:
-    """A value that exactly `kept` scores exceed, ties aside: the threshold of `top_k`."""
+    """Return the threshold of `top_k`, which exactly `kept` scores exceed if no scores tie.
+
+    Args:
+        scores: Float tensors of any shapes.
+        kept: Number of scores above the threshold, an integer scalar.
+    """
     return _Ranking(scores, together=True).thresholds(ops.cast(kept, "int32")[None])[1][0]
 
 
 class _Rows:
-    """Some of the tensors that are ranked, as the rows of a matrix; a tensor begins a new row.
+    """Layout of a bundle of tensors as rows of a matrix; every tensor begins a new row.
 
-    Attributes, of every row:
-        tensor: number of the tensor it belongs to.
-        owner: for each of the tensors here, whether it is the row's.
-        local: number of the tensor among those here.
-        start: position of its first entry, a column.
-        left: entries of its tensor from its start on, a column; None where every row is full.
-
-    ``begins`` are the first rows of the tensors.
+    Attributes:
+        tensor: Index of each row's tensor among all tensors.
+        local: Index of each row's tensor in this bundle.
+        owner: Boolean matrix (tensors of this bundle, rows): whether the row belongs to the tensor.
+        start: Position of each row's first entry in its tensor, or in all tensors together.
+        left: Number of entries of the tensor from the row's start on. None if all rows are full.
+        begins: Index of each tensor's first row.
     """
 
     def __init__(self, members: Sequence[int], lengths: Sequence[int], starts: Sequence[int]):
         self.members, self.lengths = members, [lengths[i] for i in members]
-        counts = [-(-n // _WIDTH) for n in self.lengths]
-        within = np.concatenate([_WIDTH * np.arange(n, dtype="int32") for n in counts])
+        counts = [-(-n // _ROW_WIDTH) for n in self.lengths]
+        within = np.concatenate([_ROW_WIDTH * np.arange(n, dtype="int32") for n in counts])
         self.tensor = np.repeat(np.array(members, "int32"), counts)
         self.owner = self.tensor == np.array(members)[:, None]
         self.local = self.tensor - members[0]
@@ -90,34 +95,33 @@ class _Rows:
         start = within + np.repeat(np.array([starts[i] for i in members], "int32"), counts)
         self.start = ops.convert_to_tensor(start[:, None])
         left = np.repeat(np.array(self.lengths, "int32"), counts) - within
-        self.left = ops.convert_to_tensor(left[:, None]) if np.any(left < _WIDTH) else None
+        self.left = ops.convert_to_tensor(left[:, None]) if np.any(left < _ROW_WIDTH) else None
 
-    def join(self, tensors: Sequence[Tensor], nothing: float) -> Tensor:
-        """The matrix of their rows, with `nothing` behind the last entry of each."""
+    def join(self, tensors: Sequence[Tensor], padding: float) -> Tensor:
+        """Return the matrix of the bundle's rows, padded with `padding` after each tensor."""
         parts = []
         for i, length in zip(self.members, self.lengths):
             part = ops.reshape(tensors[i], (-1,))
-            if length % _WIDTH:
-                nothings = ops.full((-length % _WIDTH,), nothing, part.dtype)
-                part = ops.concatenate([part, nothings])
-            # Joined as rows, not flat: XLA would keep it in both forms.
-            parts.append(ops.reshape(part, (-1, _WIDTH)))
+            if length % _ROW_WIDTH:
+                end = ops.full((-length % _ROW_WIDTH,), padding, part.dtype)
+                part = ops.concatenate([part, end])
+            # Joined as rows: XLA would hold a flat tensor in memory in both shapes.
+            parts.append(ops.reshape(part, (-1, _ROW_WIDTH)))
         return ops.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def split(self, matrix: Tensor) -> list[Tensor]:
-        """The entries of every tensor, flat."""
+        """Return the entries of every tensor of the bundle as vectors."""
         ends = [*self.begins[1:].tolist(), len(self.tensor)]
         rows = [matrix[begin:end] for begin, end in zip(self.begins.tolist(), ends)]
         return [ops.reshape(r, (-1,))[:n] for r, n in zip(rows, self.lengths)]
 
 
 class _Ranking:
-    """Scores of which a number is kept, of all together or of each tensor, in one search.
+    """Search for the thresholds of one ranking of all tensors, or of one ranking per tensor.
 
-    Small tensors are joined, so that there are few operations to compile; large ones are not, as
-    a copy of all the weights takes its memory. Scores stay as they are: one that is not finite is
-    taken for the largest or the smallest when it is compared. Values are kept per ranking: one, or
-    one for each tensor.
+    Small tensors are joined to bundles, so that few operations are compiled. Large tensors are not
+    copied. Scores that are not finite are replaced only in comparisons. Vectors such as thresholds
+    and counts have one entry per ranking.
     """
 
     def __init__(self, scores, together, sizes=None, first=None):
@@ -130,14 +134,14 @@ class _Ranking:
         scores = [ops.cast(s, "float32") for s in scores]
         self.scores = [b.join(scores, -np.inf) for b in self.bundles]
         self.least, self.most, self.peaks = self._extremes()
-        # How many weights an entry stands for; None: one.
+        # Number of weights of each entry. None if every entry is one weight.
         self.weights, self.total = [None] * len(self.bundles), self.lengths
         if sizes is not None and any(np.any(n != 1) for n in sizes):
             ones = [ops.convert_to_tensor(n, "int32") for n in sizes]
             self.weights = [b.join(ones, 0) for b in self.bundles]
             totals = [int(n.sum()) for n in sizes]
             self.total = ops.convert_to_tensor([sum(totals)] if together else totals, "int32")
-        # Of each tensor by itself, the best are among those that are kept anyway.
+        # A ranking per tensor keeps the best entries of its tensor anyway.
         self.first: Sequence[int] = []
         self.ahead = None
         if together and first is not None:
@@ -145,16 +149,17 @@ class _Ranking:
             self.ahead = ops.convert_to_tensor(first, "int32")
             if self.weights[0] is not None:
                 ahead = [
-                    _by_row(_weigh_marked, "int32", *of) for of in zip(self.best(), self.weights)
+                    _by_row(_weigh_first, "int32", *pair)
+                    for pair in zip(self.first_entries(), self.weights)
                 ]
                 self.ahead = self._by_tensor(ahead, ops.sum, 0)
 
     def _extremes(self):
-        """The least and the largest finite score, and the largest of every row."""
+        """Return the smallest and the largest finite score, and the largest score of every row."""
         floors = [_by_row(_least, "float32", s, b.left) for b, s in zip(self.bundles, self.scores)]
         peaks = [_by_row(_largest, "float32", s) for s in self.scores]
         sums = [_by_row(_sum, "float32", s, b.left) for b, s in zip(self.bundles, self.scores)]
-        # Not every backend hands a NaN on to the extremes, but all do to a sum.
+        # A sum with a NaN is NaN on every backend; a minimum or maximum is not.
         usual = [ops.all(ops.isfinite(total)) for total in sums]
         usual += [ops.all(ops.abs(end) <= _LARGEST) for end in floors + peaks]
 
@@ -178,8 +183,8 @@ class _Ranking:
                     lambda s, *ends: _largest(self._finite(s, *ends)),
                     "float32",
                     s,
-                    self._each(b, least),
-                    self._each(b, most),
+                    self._to_rows(b, least),
+                    self._to_rows(b, most),
                 )
                 for b, s in zip(self.bundles, self.scores)
             ]
@@ -189,8 +194,8 @@ class _Ranking:
             ops.all(ops.stack(usual)), lambda: (*bounds(floors, peaks), peaks), of_finite
         )
 
-    def best(self):
-        """The first of the best entries of every tensor, as many as `first` says; see `_marked`."""
+    def first_entries(self):
+        """Return the best entries of every tensor, in a form that `_with_first` takes."""
         if max(self.first) > 1:
             flat = [part for b, s in zip(self.bundles, self.scores) for part in b.split(s)]
             each = _Ranking(flat, together=False)
@@ -198,19 +203,19 @@ class _Ranking:
         found = []
         for b, s, peaks in zip(self.bundles, self.scores, self.peaks):
             numbers = ops.arange(len(b.tensor), dtype="int32")
-            # Of every tensor the first row with its largest score, and the place in that.
+            # The first row with the largest score of each tensor, and the column in this row.
             tops = ops.max(ops.where(b.owner, peaks, -np.inf), axis=1, keepdims=True)
             tops = ops.logical_and(b.owner, peaks >= tops)
             rows = ops.min(ops.where(tops, numbers, len(b.tensor)), axis=1)
             best = self._finite(ops.take(s, rows, axis=0), self.least, self.most)
             place = ops.cast(ops.argmax(best, axis=1), "int32")
-            is_it = numbers == ops.take(rows, b.local)
-            found.append(ops.where(is_it, ops.take(place, b.local), -1)[:, None])
+            is_row = numbers == ops.take(rows, b.local)
+            found.append(ops.where(is_row, ops.take(place, b.local), -1)[:, None])
         return found
 
     @staticmethod
     def _finite(s, least, most):
-        """Infinities tie with the largest and smallest finite score, NaN with the smallest."""
+        """Return scores with finite values in place of infinities and NaN."""
         return ops.where(s > least, ops.minimum(s, most), least)
 
     def masks(self, kept):
@@ -218,37 +223,38 @@ class _Ranking:
         room, ties = kept - above, below - above
         all_fit = ties <= room
         some_fit = (room > 0) & ~all_fit
-        firsts = self.best() if self.first else [None] * len(self.bundles)
+        firsts = self.first_entries() if self.first else [None] * len(self.bundles)
         bundles = list(zip(self.bundles, self.scores, firsts))
 
         def none_or_all():
             cut = ops.where(all_fit, low, high)
-            return [_marked(self._above(b, s, cut), first) for b, s, first in bundles]
+            return [_with_first(self._above(b, s, cut), first) for b, s, first in bundles]
 
         def some():
             end = ops.where(all_fit, self.lengths, 0)
             end = ops.where(some_fit, self._last_ties(low, high, firsts, room), end)
             found = []
             for b, s, first in bundles:
-                tied = self._above(b, s, low) & _within(self._each(b, end) - b.start)
-                found.append(_marked(self._above(b, s, high) | tied, first))
+                tied = self._above(b, s, low) & _within(self._to_rows(b, end) - b.start)
+                found.append(_with_first(self._above(b, s, high) | tied, first))
             return found
 
-        # Whole masks, not their ends alone: XLA would compile all this again for every tensor.
+        # The branches return whole masks. XLA would compile them once per tensor otherwise.
         return ops.cond(ops.any(some_fit), some, none_or_all)
 
     def thresholds(self, kept):
-        """`(low, high)`: no more than `kept` weights score above `high`, more do above `low`.
+        """Return `(low, high, below, above)`, the two thresholds around `kept` and their counts.
 
-        And how many do. The next threshold is where a straight line between the counts meets
-        `kept`, and every third time in the middle, so that no score can make the search long. A
-        side that stays where it is twice counts half from then on.
+        At most `kept` weights score above `high` (`above` weights), and more than `kept` weights
+        score above `low` (`below` weights). The search keeps this invariant. It tries the point at
+        which a straight line between both counts meets `kept` (false position). If one end stays
+        for two steps, its distance is halved, as in the Illinois variant. Every third step tries
+        the middle, which bounds the number of steps for all scores.
 
-        Source of the line: the Illinois variant of false position, M. Dowell and P. Jarratt, BIT
-        11 (1971).
+        Source: M. Dowell and P. Jarratt, BIT 11 (1971), Illinois variant of false position.
         """
         gap = ops.maximum(ops.abs(self.least), 1e-30)
-        # Most scores may tie with the least: weights that are pruned already.
+        # Many scores may tie with the smallest score, as scores of pruned weights do.
         rest = self._count_above(self.least)
         everything, settled = self.total <= kept, rest <= kept
         low = ops.where(settled, self.least - 2.0**-22 * gap, self.least)
@@ -270,7 +276,7 @@ class _Ranking:
             for i, threshold in enumerate(sampled):
                 guess = ops.where(ops.equal(turn, i + 1), threshold, guess)
             inside = (low < guess) & (guess < high)
-            # Zeros are many, and far from the next float by halves: that is tried first.
+            # Many scores are 0, and bisection needs many steps to reach 0, so 0 is tried first.
             at_zero = (low < 0) & (high > 0) & (turn > 2)
             under = (low < -_SMALLEST) & ops.equal(high, 0)
             threshold = ops.where(inside & ops.not_equal(turn % 3, 0), guess, low / 2 + high / 2)
@@ -291,23 +297,23 @@ class _Ranking:
                 turn + 1,
             )
 
-        many = self.together and self.count >= _MANY
-        sampled = self._of_sample(kept) if many else ()
+        many = self.together and self.count >= _SAMPLE_FROM
+        sampled = self._sample_bounds(kept) if many else ()
         one, side = ops.ones(low.shape, "float32"), ops.zeros(low.shape, "int32")
-        # Two Python numbers would get the type of `keras.config.floatx()`.
+        # `ops.where` gives two Python numbers the type `keras.config.floatx()`.
         half, whole = (ops.convert_to_tensor(x, "float32") for x in (0.5, 1.0))
         turn = ops.convert_to_tensor(1, "int32")
         low, high, below, above, *_ = ops.while_loop(
             lambda *state: ops.any(open_(*state)),
             narrow,
             (low, high, below, above, one, one, side, turn),
-            maximum_iterations=_STEPS,
+            maximum_iterations=_MAX_STEPS,
         )
         return low, high, below, above
 
-    def _of_sample(self, kept):
-        """Scores between which the threshold is, as far as a sample of them can tell."""
-        down, across = _SAMPLED
+    def _sample_bounds(self, kept):
+        """Return two scores of a sample that probably enclose the threshold."""
+        down, across = _SAMPLE_STRIDES
         rows = [ops.take(s, np.arange(0, s.shape[0], down), axis=0) for s in self.scores]
         sample = [ops.reshape(r[:, across // 2 :: across], (-1,)) for r in rows]
         sample = ops.sort(ops.concatenate(sample))
@@ -318,10 +324,16 @@ class _Ranking:
         return [ops.take(sample, ops.cast(end, "int32")) for end in ends]
 
     def _last_ties(self, low, high, firsts, room):
-        """Up to which positions what scores between two thresholds fits into `room`."""
+        """Return the position after the last tied entry that still fits, per ranking.
+
+        Args:
+            low, high: Thresholds; scores between them are tied.
+            firsts: Best entries of every tensor, which are kept before all others.
+            room: Number of tied weights that are kept.
+        """
         found, offset = [], 0
         for b, s, weights, first in zip(self.bundles, self.scores, self.weights, firsts):
-            above = _marked(self._above(b, s, high), first)
+            above = _with_first(self._above(b, s, high), first)
             tied = self._above(b, s, low) & ~above
             if b.left is not None:
                 tied = tied & _within(b.left)
@@ -335,7 +347,7 @@ class _Ranking:
                 before = before - ops.take(ops.take(before, begins), b.local)
                 space = ops.take(room, b.tensor)
             begins, sizes = (ops.convert_to_tensor(n, "int32") for n in (begins, sizes))
-            # The row in which there is no more room, and how much of it there still is.
+            # The row in which the room ends, and the room that is left for this row.
             full = ops.cast(before + counts <= space, "int32")
             full = ops.sum(full[None] if self.together else ops.where(b.owner, full, 0), axis=1)
             row = begins + ops.minimum(full, sizes - 1)
@@ -350,74 +362,73 @@ class _Ranking:
         return ops.min(places, keepdims=True) if self.together else places
 
     def _above(self, b, s, thresholds):
-        """Mask of the scores of a bundle above a threshold; below the least one, all are."""
-        everything = self._each(b, thresholds < self.least)
-        return (s > self._each(b, self._finite_cut(thresholds))) | everything
+        """Return the mask of a bundle's scores above a threshold.
+
+        A threshold below the smallest finite score keeps all scores, also NaN.
+        """
+        everything = self._to_rows(b, thresholds < self.least)
+        return (s > self._to_rows(b, self._finite_cut(thresholds))) | everything
 
     def _finite_cut(self, thresholds):
-        """The same cut for scores that need not be finite: none is above the largest."""
+        """Return thresholds that infinite scores do not exceed if the largest score does not."""
         return ops.where(thresholds < self.most, thresholds, np.inf)
 
     def _count_above(self, thresholds):
-        """Weights that score above a threshold, with all that come first, per ranking."""
+        """Return the number of weights above a threshold or among the first, per ranking."""
 
         def of_rows(s, cut, weights):
             return _weigh(s > cut, weights)
 
         cut = self._finite_cut(thresholds)
         counts = [
-            _by_row(of_rows, "int32", s, self._each(b, cut), n)
+            _by_row(of_rows, "int32", s, self._to_rows(b, cut), n)
             for b, s, n in zip(self.bundles, self.scores, self.weights)
         ]
         if self.ahead is None:
             count = self._gather(counts, ops.sum, 0)
-        else:  # what comes first and what is above: of each tensor one is part of the other
+        else:  # In each tensor, one of both sets contains the other one.
             count = ops.maximum(self._by_tensor(counts, ops.sum, 0), self.ahead)
             count = ops.sum(count)[None]
         return ops.where(thresholds < self.least, self.total, count)
 
-    def _each(self, rows, values):
-        """For every row its own of one value per ranking."""
-        return values[0] if self.together else self._of(rows, values)
-
-    @staticmethod
-    def _of(rows, values):
-        """For every row that of its tensor."""
-        return ops.take(values, rows.tensor)[:, None]
+    def _to_rows(self, rows, values):
+        """Broadcast one value per ranking to the rows of a bundle."""
+        return values[0] if self.together else ops.take(values, rows.tensor)[:, None]
 
     def _gather(self, values, reduce, nothing):
-        """One value per ranking, of one for every row."""
+        """Reduce one value per row to one value per ranking; `nothing` is the neutral value."""
         if self.together:
             return reduce(ops.stack([reduce(v) for v in values]))[None]
         return self._by_tensor(values, reduce, nothing)
 
     def _by_tensor(self, values, reduce, nothing):
+        """Reduce one value per row to one value per tensor."""
         return ops.concatenate(
             [reduce(ops.where(b.owner, v, nothing), axis=1) for b, v in zip(self.bundles, values)]
         )
 
 
 def bundles(lengths: Sequence[int]) -> list[list[int]]:
-    """Numbers of tensors that are joined: neighbours, while they are small together."""
+    """Return the indices of neighboring tensors that are joined, as long as they are small."""
     found: list[list[int]] = []
     room = 0
     for i, length in enumerate(lengths):
         if length > room:
             found.append([])
-            room = _BUNDLE
+            room = _BUNDLE_SIZE
         found[-1].append(i)
         room -= length
     return found
 
 
 def _by_row(reduce, dtype, *matrices):
-    """What `reduce` gives for every row of matrices; what is none, it gets as it is.
+    """Apply a reduction to the rows of matrices; other arguments are passed on unchanged.
 
-    A slab of rows after the other: XLA and TensorFlow write out what is reduced, in four bytes
-    for an entry of a mask.
+    It processes one slab of rows after the other. XLA and TensorFlow write the reduced matrix to
+    memory, with four bytes per entry of a mask.
     """
     rows = matrices[0].shape[0]
-    slabs = rows // _SLAB
+    slabs = rows // _SLAB_ROWS
     if slabs < 2:
         return reduce(*matrices)
 
@@ -425,11 +436,11 @@ def _by_row(reduce, dtype, *matrices):
         return reduce(*(part(m) if getattr(m, "ndim", 0) == 2 else m for m in matrices))
 
     def next_slab(i, found):
-        begin = i * _SLAB
-        values = apply(lambda m: ops.slice(m, (begin, 0), (_SLAB, m.shape[1])))
+        begin = i * _SLAB_ROWS
+        values = apply(lambda m: ops.slice(m, (begin, 0), (_SLAB_ROWS, m.shape[1])))
         return ops.slice_update(found, (begin,), values)
 
-    end = slabs * _SLAB
+    end = slabs * _SLAB_ROWS
     found = ops.fori_loop(0, slabs, next_slab, ops.zeros((end,), dtype))
     return ops.concatenate([found, apply(lambda m: m[end:])]) if end < rows else found
 
@@ -447,33 +458,33 @@ def _sum(s, left):
 
 
 def _limited(s, nothing):
-    """Scores within what can be calculated with; `nothing` for those that are not finite."""
+    """Clip scores to +-1e38, and replace scores that are not finite by `nothing`."""
     return ops.where(ops.isfinite(s), ops.clip(s, -_LARGEST, _LARGEST), nothing)
 
 
-def _marked(mask, first):
-    """A mask with what comes first: None, another mask, or a column in every row."""
+def _with_first(mask, first):
+    """Add the first entries to a mask: None, a mask, or the index of a column per row."""
     if first is None:
         return mask
-    return mask | (first if first.shape[1] == _WIDTH else _columns() == first)
+    return mask | (first if first.shape[1] == _ROW_WIDTH else _columns() == first)
 
 
-def _weigh_marked(first, weights):
-    return _weigh(_marked(ops.zeros(weights.shape, "bool"), first), weights)
+def _weigh_first(first, weights):
+    return _weigh(_with_first(ops.zeros(weights.shape, "bool"), first), weights)
 
 
 def _columns():
-    return ops.arange(_WIDTH, dtype="int32")
+    return ops.arange(_ROW_WIDTH, dtype="int32")
 
 
 def _within(numbers):
-    """For every row a mask of its first entries, of so many."""
+    """Return a mask of the first entries of every row, with the given number per row."""
     return _columns() < numbers
 
 
 def _weigh(mask, weights):
-    """How many weights are kept in every row."""
+    """Return the number of kept weights in every row."""
     if weights is None:
-        # With a third axis, because Keras transposes the counts and torch wants a matrix for that.
+        # The third axis is for Keras on torch, which transposes the counts as a matrix.
         return ops.cast(ops.reshape(ops.count_nonzero(mask[..., None], axis=1), (-1,)), "int32")
     return ops.sum(ops.where(mask, weights, 0), axis=1)

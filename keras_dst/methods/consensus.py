@@ -56,7 +56,8 @@ class Consensus(UnitMethod):
             `"parameters"` (number of its weights). Defaults to `"flops"`.
         lambda_polar: Weight of the polarization penalty. Defaults to 0.5.
         lambda_act: Weight of the budget penalty. Defaults to 100.
-        frequency: steps between two updates of the budget and the log. Defaults to 20.
+        frequency: Steps between budget updates, or `"epoch"`. Defaults to None:
+            20 in a long training, and at least twenty updates in a short training.
 
     Raises:
         ValueError: If an argument is outside its range.

@@ -54,8 +54,8 @@ class DCIL(TwoPathMethod):
             `"unstructured"`.
         score: Saliency of a weight: `"magnitude"` for `|w|`, or `"square"` for `w**2`. They rank
             blocks and channels differently. Defaults to `"magnitude"`.
-        frequency: steps between updates of the masks. Defaults to 16; a short training gets at
-            least twenty updates.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
+            16 in a long training, and at least twenty updates in a short training.
         min_kept: Number of weights that every layer keeps. Defaults to 1.
 
     Raises:

@@ -54,7 +54,8 @@ class DST(LayerMethod):
         reset_density: Density at or below which the thresholds of a layer are reset to 0, in the
             same step. With a target sparsity, it is at most a tenth of the target density. Defaults
             to 0.01, as in the paper.
-        frequency: steps between two moves of alpha, with a target. Defaults to 20.
+        frequency: Steps between updates of alpha, or `"epoch"`. Defaults to None:
+            20 in a long training, and at least twenty updates in a short training.
 
     Raises:
         ValueError: If an argument is outside its range, or if `pattern` is N:M.

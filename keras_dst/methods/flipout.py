@@ -42,7 +42,8 @@ class FlipOut(UpdateMethod):
         pattern: Shape of the groups that are pruned together: `"unstructured"` (single weights, as
             in the paper), blocks such as `"1x4"` (outputs x inputs), N:M such as `"2:4"`, or
             `"channel"`. A group has the mean score of its weights. Defaults to `"unstructured"`.
-        frequency: Steps between mask updates under a smooth `Schedule`. Defaults to 100.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
+            100 in a long training, and at least twenty updates in a short training.
         min_kept: Number of weights that every layer keeps. Defaults to 1.
         seed: Seed of the noise. Defaults to 0.
 

@@ -32,8 +32,8 @@ class Magnitude(UpdateMethod):
             blocks such as `"1x4"` (outputs x inputs), N:M such as `"2:4"`, or `"channel"`. A group
             has the mean magnitude of its weights as its score. Defaults to `"unstructured"`.
         revival: Whether pruned weights are still trained and may come back. Defaults to False.
-        frequency: steps between updates of the masks. Defaults to 100; a short training gets at
-            least twenty updates.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
+            100 in a long training, and at least twenty updates in a short training.
         min_kept: Number of weights that every layer keeps. Defaults to 1.
 
     Raises:

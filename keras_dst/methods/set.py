@@ -50,7 +50,8 @@ class SET(UpdateMethod):
         stop: Fraction of training after which the masks stay as they are. Defaults to 0.75.
         stop_step: Step after which the masks stay as they are, instead of `stop`. A loop without
             `SparseTraining` needs it. Defaults to None.
-        frequency: steps between updates. Defaults to 100; a short training gets at least twenty.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
+            100 in a long training, and at least twenty updates in a short training.
         min_kept: Number of weights that every layer keeps. Defaults to 1.
         seed: Seed of the random connections. Defaults to 0.
 
