@@ -28,8 +28,9 @@ def penalty_and_gradient(values, alpha, dtype="float32"):
     t = ops.convert_to_tensor(np.array(values, "float32"), dtype=dtype)
     penalty = ThresholdPenalty(alpha)
     value = penalty(t)
-    assert keras.backend.standardize_dtype(value.dtype) == dtype
-    (gradient,) = gradients(penalty, [t], ops.ones((), dtype))
+    # The type of a model's loss, to which Keras adds the penalties of all layers.
+    assert keras.backend.standardize_dtype(value.dtype) == keras.config.floatx()
+    (gradient,) = gradients(penalty, [t], ops.ones(()))
     return float(ops.cast(value, "float32")), gradient
 
 

@@ -263,10 +263,10 @@ def test_schedule():
         ({"pattern": "4"}, "pattern must be 'unstructured'"),
         ({"pattern": "2:4"}, "'2:4' fixes the sparsity at 0.5. Received: sparsity=0.9"),
         ({"pattern": "1:4", "sparsity": Constant(0.5)}, "at 0.75. Received: sparsity=0.5"),
-        ({"frequency": 0}, "frequency must be a whole number >= 1. Received: 0"),
-        ({"frequency": 10.0}, "frequency must be a whole number >= 1. Received: 10.0"),
-        ({"min_kept": 0}, "min_kept must be a whole number >= 1. Received: 0"),
-        ({"min_kept": True}, "min_kept must be a whole number >= 1. Received: True"),
+        ({"frequency": 0}, "frequency must be a whole number >= 1. Received: frequency=0"),
+        ({"frequency": 10.0}, "frequency must be a whole number >= 1. Received: frequency=10.0"),
+        ({"min_kept": 0}, "min_kept must be a whole number >= 1. Received: min_kept=0"),
+        ({"min_kept": True}, "min_kept must be a whole number >= 1. Received: min_kept=True"),
     ],
 )
 def test_errors(arguments, message):
