@@ -507,7 +507,7 @@ def test_a_training_step_that_leaves_out_compute_loss():
     keras_dst.sparsify(model, DCIL(0.5))
     still(model, "mse")
     with pytest.raises(ValueError, match="does not call"):
-        fit(model, random(16, 5), random(16, 3))
+        fit(model, random(64, 5), random(64, 3))
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")  # of the second set

@@ -130,11 +130,9 @@ def test_grown_weights_start_at_zero_with_fresh_slots(cls):
             _ = self.model  # on JAX, hands the state back
             masks = [s["mask"].numpy().copy() for s in optimizer.states]
             if seen:
-                for index, kernel, old, new in zip(
-                    optimizer.kernel_indices, optimizer.kernels, seen[-1], masks
-                ):
+                for kernel, old, new in zip(optimizer.kernels, seen[-1], masks):
                     grown = new & ~old
-                    slots = optimizer._slots(index)
+                    slots = optimizer._slots(kernel)
                     assert len(slots) == 2
                     for values in (kernel, *slots):
                         assert not values.numpy()[grown].any()
