@@ -308,8 +308,12 @@ def test_trajectory_against_the_equations():
 
 def test_defaults():
     assert Consensus().get_config() == {
-        "sparsity": 0.5, "cost": "flops", "lambda_polar": 0.5, "lambda_act": 100.0, "frequency": None,
-    }  # fmt: skip
+        "sparsity": 0.5,
+        "cost": "flops",
+        "lambda_polar": 0.5,
+        "lambda_act": 100.0,
+        "frequency": None,
+    }
     assert Consensus(0.25).schedule == Cubic(0.25, end=0.5)
 
 
