@@ -1,9 +1,9 @@
-"""A two-layer net with batch normalisation in NumPy (float64), written from the equations alone.
+"""A two-layer net with batch normalization in NumPy (float64), written from the equations alone.
 
     a = x w1    n = gamma (a - mean) / sqrt(var + eps) + beta    h = max(n, 0)    z = h w2 + b2
 
-`keras_net` is the same net in Keras. Methods are written upon it in the tests, as their papers
-have them, and their trajectories compared with ours.
+`keras_net` is the same net in Keras. The tests write the methods of the papers for this net, and
+compare their trajectories with those of the package.
 """
 
 import keras

@@ -1,4 +1,4 @@
-"""What every method must do. A method joins by one line in METHODS."""
+"""Contract of all methods. A method joins by one line in METHODS."""
 
 import warnings
 
@@ -14,7 +14,7 @@ from tests import models
 from tests.backends import COMPILES
 from tests.pages import blocks
 
-# A hundred steps are too few for a controller; that it says so is tested in test_callbacks.py.
+# A hundred steps are too few for a controller. test_callbacks.py tests this warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 
 # The classes of the page on custom methods, outside the package, by name.
@@ -22,7 +22,7 @@ own: dict = {}
 for _, code in blocks("own_methods.md"):
     exec(compile(code, "docs/own_methods.md", "exec"), own)
 
-# name: (method, sparsity it must end with or None, allowed difference)
+# Name: (method, final sparsity or None, allowed difference).
 METHODS = {
     "dst": (methods.DST(), None, None),
     "dst-target": (methods.DST(sparsity=0.8), 0.8, 0.01),
@@ -244,7 +244,7 @@ INNER = {
 
 
 @pytest.mark.parametrize("inner", INNER)
-def test_any_inner_optimiser(one_of_each, inner):
+def test_any_inner_optimizer(one_of_each, inner):
     if COMPILES and inner != "all":
         pytest.skip("where each is compiled: all at once; one by one on torch")
     model = build(one_of_each[0], INNER[inner]())

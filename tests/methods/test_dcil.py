@@ -77,12 +77,12 @@ def test_divergence_and_its_gradients():
     np.testing.assert_allclose(found[1], to_f, atol=1e-6)
 
 
-# -- batch normalisation -------------------------------------------------------------------------
+# -- batch normalization -------------------------------------------------------------------------
 
 
 @keras.saving.register_keras_serializable("tests")
 class MyNorm(layers.BatchNormalization):
-    """A user's subclass of batch normalisation."""
+    """A user's subclass of batch normalization."""
 
 
 @pytest.mark.parametrize("arguments", [{}, {"scale": False}, {"center": False}], ids=str)
@@ -151,7 +151,7 @@ def test_second_set_in_files_reports_and_after_strip(norm, tmp_path):
 
 @keras.saving.register_keras_serializable("tests")
 class NormBlock(layers.Layer):
-    """A layer that makes a batch normalisation of its own."""
+    """A layer that creates its own batch normalization."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)

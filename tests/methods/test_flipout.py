@@ -19,7 +19,7 @@ from tests import models
 def test_events_come_at_the_papers_epochs(sparsity, every):
     found = FlipOut(sparsity).schedule.jumps(350)
     events = round(np.log2(1 / (1 - sparsity)))
-    # The paper's numbers are whole epochs, and the last of 1 - 0.5^10 = 0.99902 is ours of 0.999.
+    # The paper has whole epochs. Its last sparsity, 1 - 0.5^10 = 0.99902, is 0.999 here.
     assert len(found) == events
     np.testing.assert_allclose(found, every * np.arange(1, events + 1), atol=0.03 * 350)
 

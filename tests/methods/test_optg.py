@@ -132,7 +132,7 @@ def test_the_factor_is_that_of_the_last_update():
 
 def test_an_update_leaves_the_anchor_where_the_scores_are():
     model = sparse(OptG(0.5, frequency=2), "sgd")
-    for _ in range(2):  # the second fit gives all buffers to the step anew
+    for _ in range(2):  # The second fit passes all buffers to the step again.
         model.fit(x, y, batch_size=32, epochs=2, verbose=0, callbacks=[SparseTraining(epochs=4)])
     for state in states(model):
         scores, anchor = (ops.convert_to_numpy(state[n]) for n in ("scores", "anchor"))

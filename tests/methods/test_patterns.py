@@ -77,7 +77,7 @@ def test_well_defined_or_refused(cls, pattern, allocation):
     elif allocation == "erk":
         raw = np.array([28, 24]) / SIZES  # sum(shape) / size
         wanted = raw * SIZES * sum(SIZES) / 2 / (raw * SIZES).sum()
-        if wanted[0] > SIZES[0]:  # no denser than dense; the other has what is left
+        if wanted[0] > SIZES[0]:  # A weight has at most density 1; the other weight gets the rest.
             wanted = np.array([SIZES[0], sum(SIZES) / 2 - SIZES[0]])
     elif allocation == "global":
         assert abs(counts.sum() - sum(SIZES) / 2) <= max(groups)

@@ -106,7 +106,7 @@ SHAPES = [(10, 10), (30, 50), (50, 10)]
     ("allocation", "sparsity", "expected"),
     [
         ("uniform", 0.75, [100, 319, 106]),  # the first is dense
-        ("uniform", 0.9, [10, 150, 50]),  # it would be half of what is kept
+        ("uniform", 0.9, [10, 150, 50]),  # The first weight would be half of all kept weights.
         ({"a": 0.5}, 0.75, [50, 375, 125]),
     ],
 )
@@ -124,7 +124,7 @@ def test_grown_weights_start_at_zero_with_fresh_slots(cls):
     seen = []
 
     class Watch(keras.callbacks.Callback):
-        """Comes after SparseTraining: what a mask update has left."""
+        """Checks grown weights after `SparseTraining` has updated the masks."""
 
         def on_train_batch_end(self, batch, logs=None):
             _ = self.model  # on JAX, hands the state back
