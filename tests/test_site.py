@@ -64,6 +64,7 @@ def test_the_site_loads_nothing_from_a_network(site):
 PUBLIC_MODULES = (
     "allocation",
     "callbacks",
+    "layers",
     "masks",
     "methods",
     "plots",
