@@ -136,6 +136,9 @@ def why_not_smaller(names, out):
     sizes = {name: pathlib.Path(f"{name}.keras").stat().st_size for name in ("dense", "sparse")}
     assert sizes["dense"] == sizes["sparse"]
     assert names["zipped"][1] < names["zipped"][0] / 2
+    assert pathlib.Path("model.sparse").stat().st_size < 0.2 * sizes["dense"]
+    for weight, loaded in zip(names["model"].weights, names["loaded"].weights, strict=True):
+        np.testing.assert_array_equal(loaded.numpy(), weight.numpy())
     assert names["report"].bytes < names["report"].dense_bytes / 2
 
 
