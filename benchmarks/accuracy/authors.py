@@ -124,11 +124,11 @@ def table():
     lines = [
         "# Comparison with the authors' code",
         "",
-        "Test accuracy in % after the last epoch, mean and standard deviation over the seeds, with "
-        "the sparsity in brackets. Both sides start from the same weights and use the same data, "
-        "network, epochs, batches and learning rate. The authors' code runs on PyTorch, on a CPU. "
-        "Made by "
-        "`make bench-authors` from the runs next to this page.",
+        "The table shows the test accuracy in % after the last epoch as mean and standard "
+        "deviation over the seeds, with the sparsity in brackets. Both sides start from the "
+        "same weights and use the same data, network, epochs, batches and learning rate. The "
+        "authors' code runs on PyTorch, on a CPU. `make bench-authors` writes this page from "
+        "the runs next to it.",
         "",
         "| method | network | epochs | target | seeds | authors' code | keras_dst | backend of "
         "keras_dst |",

@@ -181,10 +181,10 @@ def table():
     lines = [
         "# All methods, one budget",
         "",
-        "Test accuracy in % after the last epoch, mean and standard deviation over the seeds, with "
-        "the sparsity in brackets. Network, data, optimizer and number of epochs are the same for "
-        "every method, and no method is tuned. Made by `make bench-methods` from the runs next to "
-        "this page.",
+        "The tables show the test accuracy in % after the last epoch as mean and standard "
+        "deviation over the seeds, with the sparsity in brackets. Network, data, optimizer and "
+        "number of epochs are the same for every method, and no method is tuned. `make "
+        "bench-methods` writes this page from the runs next to it.",
     ]
     for (net, epochs, backend), runs in found.items():
         lines += ["", f"## {net}, {epochs} epochs, {backend}", ""]

@@ -58,9 +58,10 @@ def table():
     lines = [
         "# DST on MNIST with the paper's recipe",
         "",
-        "SGD 0.01 with momentum 0.9 (LSTMs: Adam 0.001), batch 64, 20 epochs, pixels in [0, 1]. "
-        "Test accuracy after the last epoch, mean and standard deviation over the seeds. Made by "
-        "`make bench-mnist` from the runs next to this page.",
+        "All networks train for 20 epochs with batches of 64 images and pixels in [0, 1]. The "
+        "optimizer is SGD with a learning rate of 0.01 and momentum 0.9; LSTMs use Adam with "
+        "0.001. The table shows the test accuracy after the last epoch as mean and standard "
+        "deviation over the seeds. `make bench-mnist` writes this page from the runs next to it.",
         "",
         "| network | training | backend | seeds | test accuracy | density | seconds per run |",
         "|---|---|---|---|---|---|---|",

@@ -26,11 +26,11 @@ def table():
     lines = [
         "# Accuracy by pattern",
         "",
-        "Test accuracy in % after the last epoch, mean and standard deviation over the seeds. "
-        "Network, data, optimizer and number of epochs are the same for every method and pattern. "
-        "No method is tuned. A block holds consecutive inputs of one output unit. A channel holds "
-        "all weights of one output unit. "
-        "Made by `make bench-patterns` from the runs next to this page.",
+        "The tables show the test accuracy in % after the last epoch as mean and standard "
+        "deviation over the seeds. Network, data, optimizer and number of epochs are the same "
+        "for every method and pattern. No method is tuned. A block contains consecutive inputs "
+        "of one output unit. A channel contains all weights of one output unit. `make "
+        "bench-patterns` writes this page from the runs next to it.",
     ]
     for net, epochs, backend in dict.fromkeys(key for key, *_ in found):
         lines += ["", f"## {net}, {epochs} epochs, {backend}", ""]

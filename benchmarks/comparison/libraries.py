@@ -96,7 +96,7 @@ def table():
         "momentum "
         f"0.9 and a cosine learning rate), number of epochs and target of {TARGET:.0%}. No tool is "
         "tuned. Each tool runs in its own environment, on one core, on TensorFlow. "
-        "Made by `make bench-libraries` from the runs next to this page.",
+        "`make bench-libraries` writes this page from the runs next to it.",
         "",
         f"## LeNet-300-100, MNIST, {EPOCHS} epochs",
         "",

@@ -211,7 +211,8 @@ def table():
         "Each model is made sparse, trained, evaluated, used to predict, saved, loaded and "
         "stripped, with small inputs and random weights. A check mark means that every step works "
         "and that the loaded and the stripped model predict exactly the same as the trained "
-        "model. An empty cell was not run. Made by `make bench-models` from `results/models`.",
+        "model. An empty cell was not run. `make bench-models` writes this page from the runs in "
+        "`results/models`.",
     ]
     notes: list[str] = []
     stored = results.runs(BENCHMARK)

@@ -73,12 +73,12 @@ def table():
     lines = [
         "# int8: accuracy and size of sparse networks",
         "",
-        f"Accuracy in % of the file on {TESTED:,} test images, and in brackets its bytes relative "
-        "to "
-        "the dense float32 file. The sparse networks have 90 % zeros. The column `int8 weights` "
-        "rounds the weights of every layer that becomes smaller and computes in float32. The "
-        f"column `int8` computes in integers, with ranges from {SAMPLES} training images. "
-        "Made by `make bench-int8` from the runs next to this page.",
+        f"The table shows the accuracy in % of each file on {TESTED:,} test images, and in "
+        "brackets its bytes relative to the dense float32 file. The sparse networks have 90 % "
+        "zeros. The column `int8 weights` rounds the weights of every layer that becomes "
+        "smaller and computes in float32. The column `int8` computes in integers, with ranges "
+        f"from {SAMPLES} training images. `make bench-int8` writes this page from the runs next "
+        "to it.",
         "",
         "| net | weights | " + " | ".join(QUANTIZE) + " |",
         "|---|---|" + "---|" * len(QUANTIZE),

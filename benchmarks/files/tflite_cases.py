@@ -196,11 +196,12 @@ def table():
     lines = [
         "# Sparse .tflite files: size, latency, accuracy",
         "",
-        "Bytes and latency of one inference on one thread, relative to the dense float32 file of "
-        "the same network, trained for as long. Latency is measured with AVX and with AVX hidden "
-        f"(as on ARM). Accuracy in % on {TESTED:,} test images: dense network, sparse network, "
-        "sparse file. Bold figures meet their goal; crossed-out figures miss it. Made by `make "
-        "bench-tflite` from the runs next to this page.",
+        "The table shows bytes and latency of each file, relative to the dense float32 file of "
+        "the same network after the same number of epochs. Latency is the time of one inference "
+        "on one thread, measured with AVX and with AVX hidden (as on ARM). The accuracy in % on "
+        f"{TESTED:,} test images is listed for the dense network, the sparse network and the "
+        "sparse file. Bold figures meet their goal; crossed-out figures miss it. `make "
+        "bench-tflite` writes this page from the runs next to it.",
         "",
         "| case | accuracy | bytes | gzip | latency | latency, AVX hidden |",
         "|---|---|---|---|---|---|",

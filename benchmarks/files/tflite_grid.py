@@ -148,17 +148,14 @@ def table():
     lines = [
         "# Sparse .tflite files by network, pattern and sparsity",
         "",
-        f"Each network trains dense on {IMAGES:,} images, then half as long again under "
-        "`Magnitude` "
-        "with the same sparsity in every layer but the last. Accuracy in % is that of the file on "
-        f"{TESTED:,} test images. Bytes, latency of one inference on one thread, load time and "
-        "peak "
-        "memory are relative to the dense float32 file. The next two columns give bytes and "
-        "latency of a file exported for ARM, with AVX hidden, where XNNPACK uses the kernels that "
-        "it has for ARM. The pattern `channel` removes channels. `converter` is the file that "
-        "TensorFlow's converter writes for the same network with `EXPERIMENTAL_SPARSITY`. Made by "
-        "`make bench-tflite` from the runs next to this "
-        "page.",
+        f"Each network trains dense on {IMAGES:,} images, then half as many epochs under "
+        "`Magnitude` with the same sparsity in every layer but the last. The accuracy in % of "
+        f"each file is measured on {TESTED:,} test images. Bytes, latency of one inference on "
+        "one thread, load time and peak memory are relative to the dense float32 file. The next "
+        "two columns give bytes and latency of a file exported for ARM, with AVX hidden, where "
+        "XNNPACK uses the kernels that it has for ARM. The pattern `channel` removes channels. "
+        "`converter` is the file that TensorFlow's converter writes for the same network with "
+        "`EXPERIMENTAL_SPARSITY`. `make bench-tflite` writes this page from the runs next to it.",
     ]
     stored = results.runs(BENCHMARK)
     for net in NETS:

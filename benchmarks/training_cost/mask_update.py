@@ -154,8 +154,8 @@ def table():
         "one core. RigL ranks each weight tensor alone; the other methods rank all tensors "
         "together. The sparsity grows from one update to the next. Time is given in passes of "
         "`abs` and `sum` over the weights, and memory as a ratio to the memory of the weights. "
-        "The goals were 60 passes and 2×. Made by `make bench-overhead` from the runs next to "
-        "this page.",
+        "The goals were 60 passes and 2×. `make bench-overhead` writes this page from the runs "
+        "next to it.",
         "",
     ]
     columns = {

@@ -180,11 +180,11 @@ def table():
     lines = [
         "# Scaling",
         "",
-        "Networks of dense layers with 90 % of their weights pruned, on one core. The columns of "
-        f"the methods give the step time relative to the dense network, medians of {ROUNDS} rounds "
-        "in turns. The other columns are seconds: `update` happens every hundred steps and the "
-        "others once. `export` does not measure latency. `slope` is the exponent of growth. Made "
-        "by `make bench-scaling` from the runs next to this page.",
+        "The networks consist of dense layers with 90 % of their weights pruned, and run on one "
+        "core. The columns of the methods give the step time relative to the dense network: the "
+        f"median of {ROUNDS} rounds in turns. The other columns are seconds: `update` happens "
+        "every hundred steps and the others once. `export` does not measure latency. `slope` is "
+        "the exponent of growth. `make bench-scaling` writes this page from the runs next to it.",
     ]
     stored = results.runs(BENCHMARK)
     for backend in BACKENDS:

@@ -98,12 +98,12 @@ def table():
         "# Cost of training to a given accuracy",
         "",
         f"LeNet-300-100 on MNIST, {SPARSITY:.0%} sparse. `epochs` is the smallest budget, of "
-        f"{', '.join(map(str, EPOCHS))}, whose mean test accuracy over {len(dense)} seeds reaches "
-        f"{100 * goal:.2f} %: the accuracy of the dense network after five epochs minus "
+        f"{', '.join(map(str, EPOCHS))}, whose mean test accuracy over {len(dense)} seeds "
+        f"reaches {100 * goal:.2f} %: the accuracy of the dense network after five epochs minus "
         f"{100 * LESS:g} points. Operations of the whole training are given in units of a dense "
-        "epoch, as executed and with every zero skipped. Seconds are those of `fit`, with compile "
-        f"time. All runs ended within {100 * apart:.2f} points of the target. Made by "
-        "`make bench-time-to-accuracy` from the runs next to this page.",
+        "epoch, as executed and with every zero skipped. Seconds are the duration of `fit`, "
+        f"with compile time. All runs ended within {100 * apart:.2f} points of the target. `make "
+        "bench-time-to-accuracy` writes this page from the runs next to it.",
         "",
         "| | epochs | accuracy | operations | zeros skipped | seconds |",
         "|---|---|---|---|---|---|",
