@@ -59,11 +59,11 @@ def test_squares_rank_channels_otherwise_than_magnitudes():
 
 
 def divergence(p, f, temperature):
-    """The paper's KL terms, and their gradients by both logits."""
+    """Return the paper's KL terms of every entry, and the gradients of their mean."""
     a, b = reference.softmax(p / temperature), reference.softmax(f / temperature)
     each = a * np.log(a / b) + b * np.log(b / a)
     step = temperature * (a - b) / len(p)
-    return temperature**2 * each.sum(-1).mean(), step, -step
+    return temperature**2 * each.sum(-1), step, -step
 
 
 def test_divergence_and_its_gradients():
@@ -72,7 +72,7 @@ def test_divergence_and_its_gradients():
     value, to_p, to_f = divergence(p.astype("float64"), f.astype("float64"), 3.0)
     tensors = [ops.convert_to_tensor(p), ops.convert_to_tensor(f)]
     np.testing.assert_allclose(array(method.divergence(*tensors)), value, rtol=1e-5)
-    found = gradients(method.divergence, tensors, ops.ones(()))
+    found = gradients(method.divergence, tensors, ops.ones((6,)) / 6)
     np.testing.assert_allclose(found[0], to_p, atol=1e-6)
     np.testing.assert_allclose(found[1], to_f, atol=1e-6)
 
@@ -261,7 +261,7 @@ def test_loss_counts_penalties_once_and_honours_weights(from_logits):
     assert abs(pruned - full).max() > 0.1
     penalties = 0.1 * (model.layers[0]._kernel.numpy() ** 2).sum() + hidden.mean()
     task = (weights * (pruned + full)).mean()
-    expected = task + penalties + divergence(*logits, 2.0)[0]
+    expected = task + penalties + (weights * divergence(*logits, 2.0)[0]).mean()
     np.testing.assert_allclose(logs["loss"], [expected], rtol=1e-5)
     np.testing.assert_allclose(logs["ce"], [pruned.mean()], rtol=1e-5)
 
@@ -293,7 +293,8 @@ def test_loss_of_several_outputs():
     with full_path():
         full = [np.asarray(array(z), "float64") for z in model(x)]
     two = [np.stack([np.zeros(32), np.log(s / (1 - s)).ravel()], -1) for s in (pruned[1], full[1])]
-    kl = divergence(np.log(pruned[0]), np.log(full[0]), 2.0)[0] + 3 * divergence(*two, 2.0)[0]
+    kl = divergence(np.log(pruned[0]), np.log(full[0]), 2.0)[0].mean()
+    kl += 3 * divergence(*two, 2.0)[0].mean()
     weighted = np.dot([1, 3, 5], np.add(task(pruned), task(full)))
     np.testing.assert_allclose(logs["loss"], [weighted + kl], rtol=1e-4)
     np.testing.assert_allclose(logs["number_loss"], [task(pruned)[2]], rtol=1e-4)  # pruned alone
@@ -334,6 +335,7 @@ def trained_by_equations(x, y, p, statistics, warmup):
         (zp, cp), (zf, cf) = reference.forward(x[t], pruned), reference.forward(x[t], full)
         (lp, dp), (lf, df) = (reference.cross_entropy(z, y[t]) for z in (zp, zf))
         kl, kp, kf = divergence(zp, zf, 2.0)
+        kl = kl.mean()
         gp = reference.backward(dp + coupled * kp, pruned, cp)
         gf = reference.backward(df + coupled * kf, full, cf)
         g = {n: gp[n] * mask[n] + gf[n] * ~mask[n] for n in names}
