@@ -127,7 +127,7 @@ def measure(net, only=None):
         optimizer = under(method, model, keras.optimizers.SGD(0.01, momentum=0.9))
         model.compile(optimizer, "sparse_categorical_crossentropy")
         epochs = TOTAL // (setting.steps + 1)
-        driver = keras_dst.callbacks.SparseTraining(epochs) if method else None
+        driver = keras_dst.callbacks.SparseTraining(epochs, keep_memory=True) if method else None
         callbacks = [driver] if driver else []
         return partial(steps_of_fit, model, x, y, BATCH, callbacks), driver
 
