@@ -156,7 +156,7 @@ def main():
     worker.add_argument("--folder", type=pathlib.Path)
     args = parser.parse_args()
     if args.backend:
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before any thread pool is made
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before thread pools start
         train(args.task, args.seed, args.folder)
         return
     for seed in range(args.seeds) if args.task else ():

@@ -25,9 +25,9 @@ from benchmarks.timing import cpu_seconds, in_turns, ratios, steps_of_fit
 
 NET, RESNET = "lenet-300-100", "resnet-8"
 TARGET, EPOCHS, BATCH, RATE, SEEDS = 0.9, 5, 128, 0.05, 3
-STEPS, ROUNDS = 110, 9  # of the turns that are timed; masks are updated every 100 steps
+STEPS, ROUNDS = 110, 9  # of the timed turns, with a mask update every 100 steps
 FEW = 8  # steps of an epoch of the ResNet
-ALPHAS = (1e-4, 1.25e-4, 1.5e-4, 2e-4, 6e-4)  # to choose from where there is no target
+ALPHAS = (1e-4, 1.25e-4, 1.5e-4, 2e-4, 6e-4)  # candidates for methods without a target
 FILES = results.ROOT / "build" / "peers"
 
 
@@ -146,7 +146,7 @@ class PQuantML(Tool):
             pruning.alpha = self.setting or pruning.alpha
         else:
             pruning.sparsity = TARGET
-        if method == "PDP":  # is at its target after two thirds of its epochs, then fine-tunes
+        if method == "PDP":  # reaches its target after 2/3 of its epochs, then fine-tunes
             training.fine_tuning_epochs = epochs // 5
             training.epochs = epochs - training.fine_tuning_epochs
             pruning.epsilon = 1.5 / training.epochs

@@ -56,7 +56,7 @@ def tuned(net_name, method=None):
     optimizer = keras.optimizers.SGD(rate, momentum=0.9)
     callbacks = []
     if method:
-        last = model.layers[-1].kernel  # its outputs are the classes
+        last = model.layers[-1].kernel  # stays dense: its outputs are the classes
         kernels = [v.path for v in model.trainable_variables if v is not last]
         kernels = [path for path in kernels if re.fullmatch(net.prunable, path)]
         optimizer = keras_dst.SparseOptimizer(optimizer, method, filters=kernels)

@@ -52,7 +52,7 @@ def main():
             run_on(name, "training_cost.mask_update", "--backend", name)
         table()
         return
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before any thread pool is made
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before thread pools start
     if args.memory:
         args.memory.write_text(json.dumps({n: memory(m) for n, m in methods().items()}))
     else:
@@ -139,7 +139,7 @@ def memory(method) -> float:
     from keras_dst.export.memory import kilobytes
 
     driver, update = prepared(method)
-    ctypes.CDLL(None).malloc_trim(0)  # free memory would be reused without being counted
+    ctypes.CDLL(None).malloc_trim(0)  # else the update reuses free memory uncounted
     before = kilobytes("VmRSS")
     (SELF / "clear_refs").write_text("5")  # resets the peak
     update()

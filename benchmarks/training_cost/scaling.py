@@ -214,7 +214,7 @@ def main():
     parser.add_argument("--table", action="store_true", help="the table alone")
     args = parser.parse_args()
     if args.backend:
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before any thread pool is made
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before thread pools start
         measure(args.axes)
         return
     if not args.table:

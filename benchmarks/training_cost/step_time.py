@@ -41,7 +41,7 @@ class Setting:
     net: Callable
     steps: int  # per round
     rounds: int
-    without: tuple = ()  # methods that find nothing to prune
+    without: tuple = ()  # methods that cannot prune this network
 
 
 def small_cnn():
@@ -108,7 +108,7 @@ def main():
             run_on(name, "training_cost.step_time", args.net, "--backend", name, *only)
         table()
         return
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before any thread pool is made
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before thread pools start
     measure(args.net, args.methods)
 
 

@@ -8,7 +8,7 @@ import os
 import sys
 from functools import partial
 
-os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before any thread pool is made
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before thread pools start
 os.environ["TF_USE_LEGACY_KERAS"] = "1"
 
 import tf_keras  # noqa: E402

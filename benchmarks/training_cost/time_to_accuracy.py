@@ -31,7 +31,7 @@ from keras_dst.schedules import Constant
 BENCHMARK = "time_to_accuracy"
 SPARSITY = 0.95
 EPOCHS = (2, 4, 6, 8, 10)
-LESS = 0.005  # accuracy below the dense network
+LESS = 0.005  # accepted loss of accuracy
 PRUNED_LATER = "train, prune, fine-tune"
 METHODS = (PRUNED_LATER, "Magnitude", "DST", "DCIL", "OptG", "FlipOut", "SET", "RigL")
 PATHS = {"DCIL": 2}  # forward passes per step
@@ -74,7 +74,7 @@ def operations(result) -> tuple[float, float]:
     paths = PATHS.get(result["way"], 1)
     left = 0.0
     for density in densities(result):
-        over_all = density + paths - 1  # a second path is the dense net's
+        over_all = density + paths - 1  # the second path is dense
         left += (2 * over_all + (paths if result["way"] in ALIVE else over_all)) / 3
     return float(paths * result["epochs"]), left
 
