@@ -22,6 +22,8 @@ FAILED := build/failed
 # Slow forms carry the marker `slow`, tests that need no backend the marker `once`.
 SLOW := and not slow
 test-all: SLOW :=
+test-all: export KERAS_DST_LONG = 1
+test-all: export KERAS_DST_KILLS = 10
 
 .PHONY: demo check test test-all parts lint browser arm64 docs pictures notebooks clean
 .PHONY: $(BACKENDS:%=test-%) test-once test-xla test-notebooks test-quick

@@ -1,4 +1,6 @@
-"""Which tests run on which backend."""
+"""Which tests run on which backend, and in which form."""
+
+import os
 
 import keras
 import pytest
@@ -12,3 +14,11 @@ once = pytest.mark.once
 
 #: Marks a long form of a test that `make test` runs in a short form. `make test-all` runs it.
 slow = pytest.mark.slow
+
+#: Whether the long forms run, as in `make test-all`.
+LONG = bool(os.environ.get("KERAS_DST_LONG"))
+
+
+def short(cases: dict, *names: str) -> dict:
+    """Return the named cases in `make test`, and all cases in `make test-all`."""
+    return cases if LONG else {name: cases[name] for name in names}

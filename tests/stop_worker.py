@@ -16,8 +16,9 @@ from keras_dst import methods
 from keras_dst.callbacks import BackupAndRestore, SparseTraining
 from keras_dst.methods import LayerMethod
 from tests import models
+from tests.backends import short
 
-METHODS = {
+ALL_METHODS = {
     "dst": methods.DST(),
     "dst-target": methods.DST(sparsity=0.7),
     "dcil": methods.DCIL(0.8),
@@ -29,6 +30,7 @@ METHODS = {
     "set": methods.SET(0.8),
     "rigl": methods.RigL(0.8),
 }
+METHODS = short(ALL_METHODS, "dst-target", "dcil", "flipout", "optg", "rigl")
 EPOCHS, STEPS, BATCH = 5, 8, 8
 
 x = np.random.default_rng(0).standard_normal((STEPS * BATCH, 12)).astype("float32")

@@ -9,7 +9,7 @@ from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import DST, LayerMethod
 from tests import stop_worker
 from tests.backends import once
-from tests.stop_worker import METHODS, x, y
+from tests.stop_worker import ALL_METHODS, x, y
 
 
 class Logged(keras.callbacks.Callback):
@@ -41,7 +41,7 @@ class Logged(keras.callbacks.Callback):
     ],
 )
 def test_every_file_has_the_sparsity_that_was_logged(name, ending, save_freq, tmp_path):
-    method = METHODS[name]
+    method = ALL_METHODS[name]
     model = stop_worker.build(method)
     place = "{epoch}" if save_freq == "epoch" else "{epoch}-{batch}"
     checkpoint = keras.callbacks.ModelCheckpoint(
@@ -76,7 +76,7 @@ def test_every_file_has_the_sparsity_that_was_logged(name, ending, save_freq, tm
 )
 def test_the_best_one_is_at_the_target(monitor, first, tmp_path):
     """Whatever the order, without a warning; nobody stops before there was something to judge."""
-    model = build_with_accuracy(METHODS["optg"])
+    model = build_with_accuracy(ALL_METHODS["optg"])
     sparse = SparseTraining(metric_at_target=monitor)
     gated = f"{monitor}_at_target"
     mode = "max" if "accuracy" in monitor else "min"
@@ -118,7 +118,7 @@ def build_with_accuracy(method):
 
 class TestGateErrors:
     def fit(self, method="magnitude", metric="accuracy", **arguments):
-        model = build_with_accuracy(METHODS[method])
+        model = build_with_accuracy(ALL_METHODS[method])
         callbacks = [SparseTraining(**arguments)]
         model.fit(x, y, validation_data=(x, y), verbose=0, callbacks=callbacks)
 
@@ -136,14 +136,14 @@ class TestGateErrors:
             SparseTraining(metric_at_target="loss", metric_mode="auto")
 
     def test_a_metric_that_does_not_say_what_is_best(self):
-        model = stop_worker.build(METHODS["magnitude"])
+        model = stop_worker.build(ALL_METHODS["magnitude"])
         mean = keras.metrics.MeanMetricWrapper(lambda y, p: keras.ops.max(p, -1), name="own")
         model.compile(model.optimizer, "sparse_categorical_crossentropy", metrics=[mean])
         with pytest.raises(ValueError, match="metric_mode"):
             model.fit(x, y, verbose=0, callbacks=[SparseTraining(metric_at_target="own")])
 
     def test_no_validation(self):
-        model = stop_worker.build(METHODS["magnitude"])
+        model = stop_worker.build(ALL_METHODS["magnitude"])
         with pytest.warns(UserWarning, match="without validation"):
             model.fit(x, y, verbose=0, callbacks=[SparseTraining(metric_at_target="val_loss")])
 
@@ -152,7 +152,7 @@ class TestGateErrors:
 def test_a_save_that_is_cut_short_leaves_the_last_file(ending, tmp_path, monkeypatch):
     path = tmp_path / f"model.{ending}"
     only = ending == "weights.h5"
-    method = METHODS["magnitude"]
+    method = ALL_METHODS["magnitude"]
 
     class CutShort(keras.callbacks.Callback):
         """Keras's writers, in the third epoch, write half of a file."""
@@ -191,7 +191,7 @@ def test_an_interrupted_fit_leaves_a_model_that_can_be_saved(name, tmp_path):
         def on_train_batch_end(self, batch, logs=None):
             raise KeyboardInterrupt
 
-    method = METHODS[name]
+    method = ALL_METHODS[name]
     model = stop_worker.build(method)
     sparse = SparseTraining()
     with pytest.raises(KeyboardInterrupt):

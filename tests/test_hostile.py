@@ -19,15 +19,15 @@ from keras_dst.masks import Layout
 from keras_dst.methods import LayerMethod
 from tests import stop_worker
 from tests.backends import once
-from tests.stop_worker import METHODS, x, y
+from tests.stop_worker import ALL_METHODS, x, y
 
 # JAX compiles every operation for every shape.
 EXAMPLES = 4 if keras.backend.backend() == "jax" else 25
 few = hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 
 # One method of each kind.
-KINDS = {name: METHODS[name] for name in ("dst-target", "optg", "magnitude-revival", "flipout")}
-KINDS["rigl"] = METHODS["rigl"]
+KINDS = {name: ALL_METHODS[name] for name in ("dst-target", "optg", "magnitude-revival", "flipout")}
+KINDS["rigl"] = ALL_METHODS["rigl"]
 
 PATTERNS = ("unstructured", "1x4", "4x1", "2x3", "channel")
 VALUES = {
@@ -238,7 +238,7 @@ def fit(model, x, y, epochs=1, batch_size=16, **kwargs):
 def saved(tmp_path_factory):
     """A model in both formats."""
     folder = tmp_path_factory.mktemp("saved")
-    model = stop_worker.build(METHODS["optg"])
+    model = stop_worker.build(ALL_METHODS["optg"])
     model.optimizer.build(model.trainable_variables)
     model.save(folder / "model.keras")
     model.save_weights(folder / "model.weights.h5")
@@ -248,7 +248,7 @@ def saved(tmp_path_factory):
 def load(path):
     if path.suffix == ".keras":
         return keras.saving.load_model(path)
-    model = stop_worker.build(METHODS["optg"])
+    model = stop_worker.build(ALL_METHODS["optg"])
     model.load_weights(path)
     return model
 
@@ -350,9 +350,9 @@ def test_code_in_the_place_of_a_method_is_refused(what, saved, tmp_path):
 
 
 @once
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ALL_METHODS)
 def test_every_file_of_ours_loads_safely(name, tmp_path):
-    model = stop_worker.build(METHODS[name])
+    model = stop_worker.build(ALL_METHODS[name])
     model.optimizer.build(model.trainable_variables)
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras", safe_mode=True)
@@ -396,7 +396,7 @@ def test_a_filter_that_is_a_lambda_cannot_be_saved_before_it_chose():
 )
 def test_a_damaged_record_of_a_backup(record, tmp_path):
     (tmp_path / "training.json").write_text(record)
-    model = stop_worker.build(METHODS["magnitude"])
+    model = stop_worker.build(ALL_METHODS["magnitude"])
     with pytest.raises(ValueError, match="Expected a record of a backup"):
         stop_worker.fit(model, SparseTraining(), BackupAndRestore(tmp_path))
 
@@ -406,7 +406,7 @@ def test_a_backup_without_its_weights(tmp_path):
     record = {"epoch": 1, "batch": 0, "weights": "x.weights.h5", "seeds": [], "generator": None}
     (tmp_path / "training.json").write_text(json.dumps(record))
     with pytest.raises(OSError, match=r"x\.weights\.h5"):
-        stop_worker.fit(stop_worker.build(METHODS["magnitude"]), BackupAndRestore(tmp_path))
+        stop_worker.fit(stop_worker.build(ALL_METHODS["magnitude"]), BackupAndRestore(tmp_path))
 
 
 @pytest.mark.parametrize("save_freq", [0, -1, 1.5, "batch", True])

@@ -95,7 +95,7 @@ def check_same(model, other):
 @pytest.fixture(scope="module")
 def whole():
     """A training with RigL that nothing interrupted, and its method."""
-    method = stop_worker.METHODS["rigl"]
+    method = stop_worker.ALL_METHODS["rigl"]
     model = stop_worker.build(method)
     stop_worker.fit(model, SparseTraining())
     return method, model
@@ -149,7 +149,7 @@ def test_what_a_kill_leaves_unfinished_is_removed_and_nothing_else(tmp_path):
     (tmp_path / "mine.txt").write_text("not ours")
     (tmp_path / ".123.backup-1-0.weights.h5").write_text("cut short")
     (tmp_path / ".123.training.json").write_text("{")
-    model = stop_worker.build(stop_worker.METHODS["magnitude"])
+    model = stop_worker.build(stop_worker.ALL_METHODS["magnitude"])
     stop_worker.fit(model, SparseTraining(), BackupAndRestore(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
@@ -157,9 +157,9 @@ def test_what_a_kill_leaves_unfinished_is_removed_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("name", ["dst-target", "flipout"])
 def test_a_backup_of_the_end_is_the_end(name, tmp_path):
     """As when a training is killed after its last backup."""
-    model = stop_worker.build(stop_worker.METHODS[name])
+    model = stop_worker.build(stop_worker.ALL_METHODS[name])
     stop_worker.fit(model, SparseTraining(), BackupAndRestore(tmp_path, delete_checkpoint=False))
-    again = stop_worker.build(stop_worker.METHODS[name])
+    again = stop_worker.build(stop_worker.ALL_METHODS[name])
     stop_worker.fit(again, SparseTraining(), BackupAndRestore(tmp_path, delete_checkpoint=False))
     check_same(model, again)
 
@@ -168,7 +168,7 @@ def test_a_backup_of_the_end_is_the_end(name, tmp_path):
 @pytest.mark.parametrize("driven", [True, False])
 def test_interrupted_while_batches_are_left_out(driven, tmp_path):
     """A later fit leaves out none."""
-    method = stop_worker.METHODS["magnitude" if driven else "dst"]
+    method = stop_worker.ALL_METHODS["magnitude" if driven else "dst"]
     callbacks = [SparseTraining()] if driven else []
     crash(stop_worker.build(method), (1, 7), *callbacks, BackupAndRestore(tmp_path, 3))
     model = stop_worker.build(method)
@@ -182,7 +182,7 @@ def test_interrupted_while_batches_are_left_out(driven, tmp_path):
 
 @once
 def test_a_later_fit_begins_at_its_own_beginning(tmp_path):
-    method = stop_worker.METHODS["magnitude"]
+    method = stop_worker.ALL_METHODS["magnitude"]
     crash(stop_worker.build(method), (2, 3), SparseTraining(), BackupAndRestore(tmp_path, 3))
     model = stop_worker.build(method)
     stop_worker.fit(model, SparseTraining(), BackupAndRestore(tmp_path, 3))
@@ -196,7 +196,7 @@ def test_a_later_fit_begins_at_its_own_beginning(tmp_path):
 @pytest.mark.parametrize("name", ["dst-target", "magnitude"])
 def test_keras_own_backup_within_an_epoch_ends_at_the_target(name, tmp_path):
     """It begins the epoch again, so that there are more steps than the schedule has."""
-    method = stop_worker.METHODS[name]
+    method = stop_worker.ALL_METHODS[name]
     own = keras.callbacks.BackupAndRestore
     crash(stop_worker.build(method), (2, 5), SparseTraining(), own(tmp_path / "b", 3))
     model = stop_worker.build(method)

@@ -39,8 +39,9 @@ import numpy as np
 import keras_dst
 from keras_dst import methods
 from keras_dst.callbacks import SparseTraining
+from tests.backends import short
 
-METHODS = {
+ALL_METHODS = {
     "dst": methods.DST(sparsity=0.7, frequency=5),
     "dcil": methods.DCIL(0.7),
     "optg": methods.OptG(0.7),
@@ -50,6 +51,7 @@ METHODS = {
     "set": methods.SET(0.7),
     "rigl": methods.RigL(0.7),
 }
+METHODS = short(ALL_METHODS, "dst", "dcil", "consensus", "rigl")
 BATCH, EPOCHS = 16, 2
 x = np.random.default_rng(0).standard_normal((128, 8)).astype("float32")
 y = (x @ np.random.default_rng(1).standard_normal((8, 4))).argmax(1)
