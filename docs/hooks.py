@@ -36,7 +36,8 @@ def on_page_markdown(markdown, page, config, files):
 def _link(target: str, file: File) -> str:
     """Return a link that is right in the repository, as it is right in the site.
 
-    In the repository, CONTRIBUTING.md is above docs/. In the site, both are in one folder.
+    In the repository, CONTRIBUTING.md is above docs/. In the site, CONTRIBUTING.md and the pages of
+    docs/ are in one folder.
     """
     source = pathlib.Path(file.abs_src_path).relative_to(ROOT).as_posix()
     linked = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
