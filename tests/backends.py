@@ -1,4 +1,4 @@
-"""Which tests run on which backend, and in which form."""
+"""Pytest marks that select the backends and the form of a test."""
 
 import os
 

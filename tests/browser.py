@@ -11,7 +11,7 @@ import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
-# Script that writes its findings into the page once the images are loaded.
+# This script writes its findings into the page once the images are loaded.
 _PROBE = """<script>addEventListener("load", () => {
   const size = x => [x.naturalWidth, x.naturalHeight, x.getBoundingClientRect().width, x.alt];
   const found = {
@@ -30,7 +30,7 @@ _PROBE = """<script>addEventListener("load", () => {
 
 @dataclasses.dataclass
 class Page:
-    """An HTML page as a browser shows it."""
+    """Properties of an HTML page that a browser displays."""
 
     dom: str
     pictures: list  # Natural width and height, width on the page, alt text of each image.

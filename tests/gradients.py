@@ -1,4 +1,4 @@
-"""Gradients of a function, by whichever backend runs the tests."""
+"""Gradients of a function on the backend that runs the tests."""
 
 import keras
 import numpy as np
@@ -6,7 +6,7 @@ from keras import ops
 
 
 def gradients(function, arguments, upstream):
-    """Gradients of `sum(upstream * function(*arguments))`: a float64 array for every argument.
+    """Return float64 gradients of `sum(upstream * function(*arguments))` for every argument.
 
     `arguments` and `upstream` are tensors; `upstream` has the shape of the function's result.
     """

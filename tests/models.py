@@ -6,7 +6,7 @@ from keras import layers
 
 
 def data(seed=0, size=96):
-    """Images of 8 x 8 x 3, their class by the brighter half."""
+    """Return images of 8 x 8 x 3; the brighter half is the class."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((size, 8, 8, 3)).astype("float32")
     y = (x[:, :, :4].mean((1, 2, 3)) > x[:, :, 4:].mean((1, 2, 3))).astype("int32")
@@ -49,7 +49,7 @@ def nested():
 
 @keras.saving.register_keras_serializable("tests")
 class Block(layers.Layer):
-    """A layer that makes layers of its own, in lists and in dicts."""
+    """A layer that creates sublayers in lists and in dicts."""
 
     def __init__(self, units, **kwargs):
         super().__init__(**kwargs)
@@ -117,7 +117,7 @@ def functional_with_block():
 
 @keras.saving.register_keras_serializable("tests")
 class Backbone(keras.Model):
-    """A class of its own over a Functional graph, as KerasHub's."""
+    """A subclass that builds a Functional graph, as KerasHub models do."""
 
     def __init__(self, units=16, **kwargs):
         inputs = keras.Input((8, 8, 3))
@@ -136,7 +136,7 @@ def backbone():
 
 @keras.saving.register_keras_serializable("tests")
 class Mixer(layers.Layer):
-    """A user's own layer, which declares what of it can be pruned."""
+    """A custom layer that declares its prunable weights."""
 
     prunable_weights = ("mix",)
 
@@ -170,7 +170,7 @@ def convolutions():
 
 
 def attention():
-    """Words, attention of both kinds, and a layer of the user's own."""
+    """Return a model with an embedding, two kinds of attention and a custom layer."""
     inputs = keras.Input((8, 8, 3))
     words = keras.ops.cast(keras.ops.clip(layers.Reshape((24, 8))(inputs) * 4 + 8, 0, 15), "int32")
     x = layers.Embedding(16, 4)(words[:, :, 0]) + layers.Embedding(16, 4)(words[:, :, 1])
@@ -215,5 +215,5 @@ def predict(model, x):
 
 
 def arrays(variables):
-    """Copies of the values of variables."""
+    """Return copies of the values of variables."""
     return [np.array(v.numpy()) for v in variables]

@@ -31,7 +31,7 @@ def keras_net(dense=keras.layers.Dense, **arguments):
 
 
 def data(steps, batch=16, seed=0):
-    """Batches of inputs and class numbers."""
+    """Return batches of inputs and class numbers."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((steps, batch, SIZES[0])).astype("float32")
     teacher = rng.standard_normal((SIZES[0], SIZES[2]))
@@ -39,7 +39,7 @@ def data(steps, batch=16, seed=0):
 
 
 def forward(x, p):
-    """Logits, and what `backward` needs, with the statistics of the batch."""
+    """Return the logits and the values for `backward`, with batch statistics."""
     x = np.asarray(x, "float64")
     a = x @ p["w1"]
     mean, var = a.mean(0), a.var(0)
@@ -73,7 +73,7 @@ def softmax(z):
 
 
 def cross_entropy(z, y):
-    """Mean cross-entropy over the batch, and its gradient by the logits."""
+    """Return the mean cross-entropy of a batch and its gradient by the logits."""
     p = softmax(z)
     rows = np.arange(len(y))
     dz = p.copy()

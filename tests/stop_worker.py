@@ -47,7 +47,7 @@ class Lines(keras.callbacks.Callback):
 
 
 def build(method):
-    keras.utils.clear_session()  # so that names are the same in every process
+    keras.utils.clear_session()  # Names are the same in every process.
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
@@ -68,7 +68,7 @@ def build(method):
 
 
 def state(model):
-    """Everything that training changes, by name."""
+    """Return all values that training changes, by name."""
     variables = [*model.variables, *model.optimizer.variables]
     return {f"{i} {v.path}": np.array(v.numpy()) for i, v in enumerate(variables)}
 

@@ -1,4 +1,4 @@
-"""Allocation against plain Python, and counts that add up."""
+"""Tests of allocations against plain Python, and of the sum of the kept counts."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""`SparseTraining`: what it resolves, shows, projects, refuses and warns about."""
+"""Tests of `SparseTraining`: schedules, logs, final projection, errors and warnings."""
 
 import functools
 
@@ -48,7 +48,7 @@ def test_the_schedule_follows_the_paper_step_by_step():
 
 
 def test_a_short_training_is_pruned_all_the_same():
-    # tfmot's default frequency of 100 leaves a training of 96 steps dense, without a word.
+    # tfmot's default frequency of 100 leaves a training of 96 steps dense without a warning.
     model = sparse(Magnitude(0.9))
     history = model.fit(x, y, batch_size=8, epochs=6, verbose=0, callbacks=[SparseTraining()])
     assert history.history["sparsity"][-1] == pytest.approx(0.9, abs=1e-3)
@@ -56,14 +56,16 @@ def test_a_short_training_is_pruned_all_the_same():
     assert len(set(history.history["sparsity"])) > 3
 
 
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="others compile without a wrapper")
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="only torch wraps the step to compile it"
+)
 def test_what_compiles_the_step_stays_around_it(monkeypatch):
-    # A guard is around it, too, of which a later fit takes off the earlier one.
+    # `fit` also wraps the step in a guard. A later fit removes the earlier guard.
     import torch
 
     steps = []
 
-    def stand_in(step):  # the compiler takes a minute
+    def stand_in(step):  # The real compiler would take a minute.
         @functools.wraps(step)
         def compiled(data):
             steps.append(1)

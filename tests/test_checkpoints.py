@@ -1,4 +1,4 @@
-"""Files written in training are sparse and whole, and the best one is at the target."""
+"""Checkpoints are sparse and complete, and the best checkpoint meets the target."""
 
 import keras
 import numpy as np
@@ -27,7 +27,7 @@ class Logged(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.seen[self.epoch, 0] = found = keras_dst.report(self.model).sparsity
-        # What grows begins at 0: more zeros than the mask has.
+        # Weights that grow start at 0, so there are more zeros than the mask has.
         assert logs["sparsity"] - 0.01 <= found <= logs["sparsity"] + 0.1
 
 
@@ -155,7 +155,7 @@ def test_a_save_that_is_cut_short_leaves_the_last_file(ending, tmp_path, monkeyp
     method = ALL_METHODS["magnitude"]
 
     class CutShort(keras.callbacks.Callback):
-        """Keras's writers, in the third epoch, write half of a file."""
+        """A callback that makes Keras write half of a file in the third epoch."""
 
         def on_epoch_end(self, epoch, logs=None):
             if epoch != 2:
@@ -199,7 +199,7 @@ def test_an_interrupted_fit_leaves_a_model_that_can_be_saved(name, tmp_path):
     model.save(tmp_path / "model.keras")
     with pytest.raises(ValueError, match="SparseTraining"):
         stop_worker.fit(model)
-    if isinstance(method, LayerMethod):  # traced anew
+    if isinstance(method, LayerMethod):  # The step is traced again.
         model.compile("sgd", "sparse_categorical_crossentropy")
         with pytest.raises(ValueError, match="SparseTraining"):
             stop_worker.fit(model)

@@ -159,7 +159,7 @@ def test_an_argument_that_is_not_kept_is_named():
     ("thing", "text"),
     [
         (Cubic(0.9), "Cubic(sparsity=0.9)"),
-        (Cubic(0.9, end=0.75), "Cubic(sparsity=0.9)"),  # the default, given
+        (Cubic(0.9, end=0.75), "Cubic(sparsity=0.9)"),  # The argument equals its default.
         (DST(), "DST()"),
         (DST(Constant(0.5), pattern="1x4"), "DST(sparsity=Constant(sparsity=0.5), "
          "pattern='1x4')"),

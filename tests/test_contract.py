@@ -130,7 +130,7 @@ def test_target_log_second_fit_and_strip(method):
     logged = history.history["sparsity"]
     assert len(logged) == EPOCHS
 
-    if method[1] is not None:  # the schedule is done: a second fit holds its end
+    if method[1] is not None:  # A second fit keeps the final sparsity.
         again = fit(model, 2).history["sparsity"]
         np.testing.assert_allclose(again[-1], logged[-1], atol=method[2])
         logged = again
@@ -140,7 +140,7 @@ def test_target_log_second_fit_and_strip(method):
     slack = 0.01 if getattr(method[0], "grows", False) else 1e-6
     assert logged[-1] - 1e-6 <= check_target(model, method) <= logged[-1] + slack
     np.testing.assert_array_equal(model.predict(x, verbose=0), before)
-    assert not model.losses  # no penalty stays
+    assert not model.losses  # No penalty remains.
     assert isinstance(model.optimizer, keras.optimizers.SGD)
     assert not any(type(z).__module__.startswith("keras_dst") for z in model._flatten_layers())
 
@@ -153,7 +153,7 @@ def test_saved_and_resumed_equals_uninterrupted(name, tmp_path):
 
     interrupted = build(method[0])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ended before the schedule did
+        warnings.simplefilter("ignore")  # This training ended before its schedule.
         fit(interrupted, callbacks=[StopAfter(2)])
     interrupted.save(tmp_path / "model.keras")
     resumed = keras.saving.load_model(tmp_path / "model.keras")
@@ -185,7 +185,7 @@ def test_a_schedule_over_two_fits(name):
 
 
 class Memory(keras.layers.Layer):
-    """A cell of one's own."""
+    """A custom recurrent cell."""
 
     prunable_weights = ("mix",)
     state_size = output_size = 8
@@ -251,7 +251,7 @@ def test_any_inner_optimizer(one_of_each, inner):
     pruned = []
 
     class Watch(keras.callbacks.Callback):
-        """What an update prunes is 0 after every step."""
+        """A callback that checks that pruned weights are 0 after every step."""
 
         def on_train_batch_end(self, batch, logs=None):
             optimizer = self.model.optimizer
@@ -298,10 +298,10 @@ def test_the_compiled_step_is_traced_once(one_of_each, monkeypatch):
     after_two = len(traces)
     fit(model, 2)
     if not COMPILES:
-        assert len(traces) >= 4 * len(x) // BATCH  # eager: one call per step, nothing to trace
+        assert len(traces) >= 4 * len(x) // BATCH  # Eager mode: one call per step.
     else:
-        assert len(traces) - after_two <= 1  # Keras's own symbolic call, and no new trace
-        calls = 2 if isinstance(one_of_each[0], TwoPathMethod) else 1  # in a trace
+        assert len(traces) - after_two <= 1  # the symbolic call by Keras
+        calls = 2 if isinstance(one_of_each[0], TwoPathMethod) else 1  # calls per trace
         assert after_two <= 2 * calls + 1
 
 

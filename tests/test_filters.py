@@ -1,4 +1,4 @@
-"""What can be pruned, and what a filter selects."""
+"""Tests of prunable weights and of filters that select weights."""
 
 import keras
 import numpy as np
@@ -18,7 +18,7 @@ from keras_dst._utils.filters import is_kernel, is_prunable, select
         ("kernel", (4, 3), {"dtype": "bfloat16"}, True),
         ("kernel", (4, 3), {"dtype": "float16"}, True),
         ("kernel", (4, 3), {"trainable": False}, True),
-        ("kernel", (4, 3), {"dtype": "int8", "trainable": False}, True),  # quantised
+        ("kernel", (4, 3), {"dtype": "int8", "trainable": False}, True),  # quantized
         ("kernel", (4, 3), {"dtype": "int32", "trainable": False}, False),
         ("kernel", (4,), {}, False),
         ("bias", (2, 8), {}, False),  # of an attention head

@@ -38,7 +38,7 @@ def fit(model, *callbacks):
 
 
 def own_attributes(model):
-    """Return the attributes of a model that `fit` may replace, and those with a name of ours."""
+    """Return the attributes of a model that `fit` may replace, and all keras_dst attributes."""
     own = vars(model)
     names = {name for name in own if name in PATCHED or "keras_dst" in name}
     return names, own["_compute_loss_has_training_arg"]

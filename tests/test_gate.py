@@ -1,4 +1,4 @@
-"""The layer `Gate`: values, gradients, training, files, and what `strip` and `shrink` leave."""
+"""Tests of the layer `Gate`: values, gradients, training, files, `strip` and `shrink`."""
 
 import keras
 import numpy as np
@@ -13,7 +13,7 @@ from tests import models
 from tests.backends import once
 from tests.gradients import gradients
 
-# These trainings are too short for the penalties; that it says so is tested in test_callbacks.py.
+# These trainings are too short for the penalties. test_callbacks.py tests the warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 
 x = np.random.default_rng(0).standard_normal((128, 12)).astype("float32")
@@ -210,7 +210,7 @@ def test_the_reported_loss_is_task_polarisation_and_budget():
             h = h * means[-1]
     g, c = np.concatenate(means), np.repeat([2, 1, 5], [6, 6, 1])
     assert 0 < g[:6].mean() < 1
-    # At the beginning, the target is that all are open.
+    # At first, the target is that all gates are open.
     expected = 3 * (g * (1 - g)).mean() + 7 * ((c * g).sum() / c.sum() - 1) ** 2
     assert losses[-1] == pytest.approx(expected, rel=1e-3)
 

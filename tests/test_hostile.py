@@ -149,7 +149,7 @@ def net(method, units=(8,), inputs=12, optimizer=None):
 
 
 def kept_weights(model):
-    """How many weights the masks keep, of each layer."""
+    """Return the number of kept weights of each layer."""
     if hasattr(model.optimizer, "states"):
         return [int(s["mask"].numpy().sum()) for s in model.optimizer.states]
     return [
@@ -169,7 +169,7 @@ class TestTraining:
         bad[20] = np.nan
         kernel = [v for v in model.trainable_variables if v.path.endswith("kernel")][-1]
         value = kernel.numpy().copy()
-        value[0, 0] = np.nan  # TensorFlow's ReLU makes a 0 of what is NaN before it
+        value[0, 0] = np.nan  # TensorFlow's ReLU turns NaN into 0.
         kernel.assign(value)
         history = fit(model, bad, y, epochs=3, callbacks=[SparseTraining()])
         assert np.isnan(history["loss"][-1])
@@ -236,7 +236,7 @@ def fit(model, x, y, epochs=1, batch_size=16, **kwargs):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A model in both formats."""
+    """Save a model in both file formats."""
     folder = tmp_path_factory.mktemp("saved")
     model = stop_worker.build(ALL_METHODS["optg"])
     model.optimizer.build(model.trainable_variables)
@@ -276,7 +276,7 @@ def test_a_damaged_file_is_refused(saved, tmp_path):
 
 
 def rewritten(source, target, change_config=None, change_weights=None):
-    """A copy of a .keras file with another config or other weights."""
+    """Write a copy of a .keras file with another config or other weights."""
     import h5py
 
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
@@ -308,7 +308,7 @@ def test_a_mask_of_the_wrong_shape_is_refused(saved, tmp_path):
 
 
 def change_methods(config, new):
-    """The config with another object for every method of ours."""
+    """Return the config with another object in place of every keras_dst method."""
     if isinstance(config, dict):
         if config.get("registered_name", "") == "keras_dst>OptG":
             return new

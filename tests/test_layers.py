@@ -1,4 +1,4 @@
-"""The sparse layers by hand, and what DST does to them in training."""
+"""Tests of the sparse layers against values by hand, and of training with DST."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""Masks against plain NumPy: steps, patterns, rankings; the same bits on every backend."""
+"""Tests of masks against NumPy: steps, patterns, rankings, equal bits on all backends."""
 
 import functools
 import math
@@ -29,7 +29,7 @@ def tensor(values, dtype="float32"):
 
 
 def array(x):
-    """A tensor as float64, exactly."""
+    """Return the exact values of a tensor as float64."""
     return ops.convert_to_numpy(ops.cast(x, "float32")).astype("float64")
 
 
@@ -350,7 +350,7 @@ def assert_equal(found, expected):
         np.testing.assert_array_equal(one, other)
 
 
-# what, scores, kept, masks
+# description, scores, kept, masks
 TOP_K = [
     ("the highest", [[0.1, 0.3, 0.2, 0]], 2, [[0, 1, 1, 0]]),
     ("over all tensors", [[1, 5], [[4, 2], [3, 6]]], 3, [[0, 1], [[1, 0], [0, 1]]]),

@@ -1,4 +1,4 @@
-"""Random numbers by hash: against unsigned arithmetic in NumPy, and as good as drawn ones."""
+"""Tests of hashed random numbers: values against NumPy, and their distribution."""
 
 import keras
 import numpy as np

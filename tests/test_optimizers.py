@@ -1,4 +1,4 @@
-"""`SparseOptimizer`: what it prunes, and training loops without `fit`."""
+"""Tests of `SparseOptimizer`: the weights it prunes, and training loops without `fit`."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""The papers' penalties: value and gradient against NumPy."""
+"""Tests of the papers' penalties: value and gradient against NumPy."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""A training that is killed, at any moment, ends as one that was not."""
+"""Training that is killed and resumed ends exactly like uninterrupted training."""
 
 import os
 import pathlib
@@ -53,7 +53,7 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(tmp_path):
     rng = random.Random(SEED)
     kills = 0
     for _ in range(KILLS):
-        # By chance between two backups, within one, in the middle of a step.
+        # The kill comes at a random time: between backups, during a backup or during a step.
         lines = rng.randint(1, max(1, 2 * LINES // (KILLS + 1)))
         kills += not run(killed, rng.choice(["epoch", 3]), lines, 0.03 * rng.random())
     assert kills or not KILLS
@@ -66,7 +66,7 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(tmp_path):
 
 
 class Crash(keras.callbacks.Callback):
-    """Interrupts a fit in this process, after a batch."""
+    """A callback that interrupts `fit` after a given batch."""
 
     def __init__(self, epoch, batch):
         super().__init__()
@@ -167,7 +167,7 @@ def test_a_backup_of_the_end_is_the_end(name, tmp_path):
 @once
 @pytest.mark.parametrize("driven", [True, False])
 def test_interrupted_while_batches_are_left_out(driven, tmp_path):
-    """A later fit leaves out none."""
+    """A later fit does not skip any batch."""
     method = stop_worker.ALL_METHODS["magnitude" if driven else "dst"]
     callbacks = [SparseTraining()] if driven else []
     crash(stop_worker.build(method), (1, 7), *callbacks, BackupAndRestore(tmp_path, 3))

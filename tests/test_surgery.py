@@ -36,7 +36,7 @@ def paths(report):
 
 
 def prune_somewhat(model):
-    """Thresholds that prune a good part of every layer."""
+    """Set thresholds that prune a large part of every layer."""
     for layer in layers_of(model):
         for _, variable, state in layer.masked_weights():
             middle = np.median(np.abs(variable.numpy()))
@@ -85,7 +85,7 @@ def test_keras_file_round_trip(model, tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(models.predict(loaded, x), expected)
-    for a, b in zip(model.weights, loaded.weights):  # those under the mask as well
+    for a, b in zip(model.weights, loaded.weights):  # Pruned weights are restored as well.
         np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
     assert len(layers_of(loaded)) == len(layers_of(model))
     assert {repr(layer.method) for layer in layers_of(loaded)} == {repr(DST(0.5))}
@@ -135,7 +135,7 @@ def test_a_weights_file_of_the_dense_model_loads_into_the_sparse_model(model, tm
 
 
 def every_second(model):
-    """A filter for every second layer with a kernel."""
+    """Return a filter that selects every second layer with a kernel."""
     chosen = [layer for layer in model._flatten_layers() if has_kernel(layer)][::2]
     return lambda layer: any(layer is other for other in chosen)
 
@@ -534,7 +534,7 @@ def test_the_optimizer_stays_the_same_object_with_all_its_state(name):
     keras_dst.strip(model)
     after = models.arrays(optimizer.variables)
     changed = [n for n, a, b in zip(names, before, after) if not np.array_equal(a, b)]
-    assert len(changed) > len(names) / 2 or name == "SGD"  # the training of one epoch
+    assert len(changed) > len(names) / 2 or name == "SGD"  # This is the state after one epoch.
     model.fit(x, y, verbose=0)
     counters = [v for v in optimizer.variables if v.name == "iteration"]
     assert max(int(v.numpy()) for v in counters) == 12
@@ -578,7 +578,7 @@ def test_exclusions_from_weight_decay_are_kept(by, fitted):
 
 
 def sparse_models():
-    """One model of each kind of sparse layer."""
+    """Return one model of each kind of sparse layer."""
     dcil = models.sequential()
     keras_dst.sparsify(dcil, DCIL(0.5))
     dst, optg = models.residual(), models.convolutions()

@@ -1,4 +1,4 @@
-"""What SparsityTensorBoard writes, read back by TensorBoard itself."""
+"""Tests of SparsityTensorBoard, whose files TensorBoard reads back."""
 
 import sys
 
@@ -15,7 +15,7 @@ from tests.backends import once
 
 
 class Note(keras.callbacks.Callback):
-    """Takes down the masks after every batch, beside the callback under test."""
+    """A callback that records the masks after every batch."""
 
     def __init__(self, read):
         super().__init__()
@@ -49,7 +49,7 @@ BODY, HEAD = "net/body/kernel", "net/head/kernel"
 
 
 def fitted(model, folder, optimizer=None, epochs=2, first=(), **kwargs):
-    """Fits 4 batches an epoch, and reads back what was written."""
+    """Fit 4 batches per epoch, and return the logs that TensorBoard reads."""
     models.compiled(model, optimizer, metrics=["accuracy"])
     board = SparsityTensorBoard(folder, **kwargs)
     callbacks = [SparseTraining(), board, *first]

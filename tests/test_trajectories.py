@@ -23,7 +23,7 @@ RATE = 0.05
 
 
 def keep_highest(scores, kept):
-    """Masks of the highest scores over all arrays; ties go to the earlier place."""
+    """Return masks of the highest scores of all arrays. Earlier entries win ties."""
     flat = np.concatenate([s.ravel() for s in scores])
     mask = np.zeros(flat.size, bool)
     mask[np.lexsort((np.arange(flat.size), -flat))[:kept]] = True
@@ -201,7 +201,7 @@ class RigL(SET):
 
 
 def hashed(*numbers):
-    """The hash behind our random numbers, in unsigned arithmetic."""
+    """Return the hash of the random numbers, computed in unsigned arithmetic."""
     with np.errstate(over="ignore"):
         state = np.uint32(0)
         for number in numbers:

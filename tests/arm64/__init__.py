@@ -11,7 +11,7 @@ _FOLDER = pathlib.Path(__file__).parents[2] / "build" / "arm64"
 
 
 def obstacle():
-    """Return why this machine cannot emulate ARM; empty if it can."""
+    """Return the reason why this machine cannot emulate ARM, or an empty string."""
     if (_FOLDER / "ready").exists():
         return ""
     return f"{_FOLDER / 'ready'} is missing: run tests/arm64/setup.sh, which needs Debian"

@@ -1,4 +1,4 @@
-"""Several Python processes at once, as a cluster would start them."""
+"""Start several Python processes at once, as on a cluster."""
 
 import json
 import os

@@ -8,7 +8,7 @@ from tests.devices import trainings
 from tests.devices.launch import launch
 
 BACKEND = keras.backend.backend()
-# What runs on which backend: (setup, processes, runs on several devices, copies of a variable).
+# Setups of each backend: (setup, processes, runs on several devices, copies of a variable).
 SETUPS = {
     "tensorflow": [("mirrored", 1, ["mirrored"], 2), ("workers", 2, ["workers"], 2)],
     "jax": [("sharded", 1, ["data", "model"], 2)],

@@ -1,4 +1,4 @@
-"""The code of the page on devices runs as it stands there."""
+"""The code of the page on several devices runs unchanged."""
 
 import pathlib
 import re

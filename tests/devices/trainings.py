@@ -25,7 +25,7 @@ if __name__ == "__main__":  # before the backend is imported
         cpu = tf.config.list_physical_devices("CPU")[0]
         logical = [tf.config.LogicalDeviceConfiguration()] * DEVICES[_setup]
         tf.config.set_logical_device_configuration(cpu, logical)
-    if _setup == "workers":  # which has to be made first of all, and once
+    if _setup == "workers":  # The strategy must be created first, and only once.
         import tensorflow as tf
 
         options = tf.distribute.experimental.CommunicationOptions(
@@ -58,7 +58,7 @@ y = (x @ np.random.default_rng(1).standard_normal((8, 4))).argmax(1)
 
 
 def build(method):
-    """The net under a method, compiled; the same weights every time."""
+    """Return a compiled net under a method, always with the same initial weights."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
@@ -153,7 +153,7 @@ def workers_(folder):
 
 
 def loop(model, strategy):
-    """A training loop of one's own on TensorFlow, driven by SparseTraining."""
+    """Run a custom training loop on TensorFlow with SparseTraining."""
     batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
     batches = strategy.experimental_distribute_dataset(batches)
 
@@ -180,7 +180,7 @@ def loop(model, strategy):
 
 @contextlib.contextmanager
 def driven(model):
-    """The callbacks of a loop of one's own."""
+    """Return the callbacks of a custom training loop."""
     callbacks = keras.callbacks.CallbackList(
         [SparseTraining()], model=model, epochs=EPOCHS, steps=len(x) // BATCH
     )

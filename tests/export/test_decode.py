@@ -1,4 +1,4 @@
-"""Decoding of constants, compared with values and encodings that other code or hands wrote."""
+"""Decoding of constants, compared with independently written values and encodings."""
 
 import numpy as np
 import pytest
