@@ -197,9 +197,9 @@ MODELS = {f.__name__: f for f in KINDS}
 
 
 def compiled(model, optimizer=None, **kwargs):
-    """The model, compiled for `data`.
+    """Compile a model for `data`, and return the model.
 
-    On TensorFlow without XLA, and recurrent models not at all: both take their time there.
+    On TensorFlow, models run without XLA and recurrent models run eagerly, to save time.
     """
     if keras.backend.backend() == "tensorflow":
         recurrent = any(isinstance(layer, layers.RNN) for layer in model._flatten_layers())

@@ -51,7 +51,7 @@ def forward(x, p):
 
 
 def backward(dz, p, cache):
-    """Gradients of the weights as they were in `forward`, from those of the logits."""
+    """Return the gradients of the weights used in `forward`, given the gradients of the logits."""
     dn = dz @ p["w2"].T * (cache["n"] > 0)
     normal = cache["normal"]
     dnormal = dn * p["gamma"]

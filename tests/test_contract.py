@@ -101,7 +101,7 @@ def fit(model, epochs=EPOCHS, driver=None, callbacks=(), **kwargs):
 
 
 def sparsity(model):
-    """Of the weights under the method, counted once they are plain."""
+    """Return the sparsity of the weights under the method, counted in the stripped model."""
     under = {row.name for row in keras_dst.report(model).layers if row.sparse}
     kernels = [v.numpy() for v in keras_dst.strip(model).variables if v.path in under]
     return 1 - sum(np.count_nonzero(k) for k in kernels) / sum(k.size for k in kernels)

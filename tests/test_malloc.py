@@ -49,7 +49,7 @@ def test_memory_is_kept_until_it_is_returned():
 
 
 class Observe(keras.callbacks.Callback):
-    """Records after every step whether memory is kept, and may raise an error."""
+    """A callback that records after every step whether memory is kept, and may raise an error."""
 
     def __init__(self, error=None):
         super().__init__()

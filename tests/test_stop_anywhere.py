@@ -23,7 +23,7 @@ LINES = len(stop_worker.METHODS) * stop_worker.EPOCHS * stop_worker.STEPS
 
 
 def run(folder, save_freq, kill_after=None, delay=0.0):
-    """Run the worker; kill it after so many lines and a moment. Whether it ended by itself."""
+    """Run the worker, kill it after `kill_after` lines, and return whether it ended by itself."""
     command = [sys.executable, "-m", "tests.stop_worker", str(folder), str(save_freq)]
     errors = folder / "errors.txt"
     with errors.open("w") as stream:
@@ -94,7 +94,7 @@ def check_same(model, other):
 
 @pytest.fixture(scope="module")
 def whole():
-    """A training with RigL that nothing interrupted, and its method."""
+    """Train a model with RigL without interruption; return the method and the model."""
     method = stop_worker.ALL_METHODS["rigl"]
     model = stop_worker.build(method)
     stop_worker.fit(model, SparseTraining())

@@ -1,4 +1,4 @@
-"""Trains a small net by every method, on one device and on several, for the tests beside this.
+"""Script for test_devices.py: train a small net with every method on one or several devices.
 
 `python -m tests.devices.trainings SETUP FOLDER` leaves a file `METHOD.RUN.COPY.npz` there for every
 run and every copy of the variables, its arrays named by their paths.
