@@ -1,4 +1,4 @@
-"""What `test_stop_anywhere` kills: `python -m tests.stop_worker FOLDER SAVE_FREQ`.
+"""Worker process that `test_stop_anywhere` kills: `python -m tests.stop_worker FOLDER SAVE_FREQ`.
 
 Trains a small net with every method, one after the other, each with a backup; prints a line for
 every step. A method that is done has its result in the folder, and is not trained again.

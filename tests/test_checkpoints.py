@@ -13,7 +13,7 @@ from tests.stop_worker import ALL_METHODS, x, y
 
 
 class Logged(keras.callbacks.Callback):
-    """What the model's sparsity was, by (epoch, batch), both from 1 on as in names of files."""
+    """A callback that records the sparsity by (epoch, batch), both counted from 1."""
 
     def __init__(self):
         super().__init__()

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def launch(command, processes, folder, **environment):
-    """Run Python with these arguments, once or as workers that know of each other; their output."""
+    """Run Python in one process or in connected workers, and return the output."""
     workers = [f"127.0.0.1:{port}" for port in free_ports(processes)]
     common = {
         **os.environ,

@@ -66,7 +66,7 @@ def test_the_target_is_reached(trained, setup, run, method):
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MultiWorkerMirroredStrategy is TensorFlow's")
 def test_fit_of_keras_alone_fails_on_several_workers(trained):
-    """Why docs/many_devices.md has a loop of one's own there; a Keras that can do better fails."""
+    """This limit of Keras is why docs/many_devices.md uses a custom training loop."""
     for rank in range(2):
         assert "PerReplica" in (trained("workers") / f"fit.{rank}.txt").read_text()
 

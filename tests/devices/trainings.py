@@ -1,7 +1,7 @@
 """Script for test_devices.py: train a small net with every method on one or several devices.
 
-`python -m tests.devices.trainings SETUP FOLDER` leaves a file `METHOD.RUN.COPY.npz` there for every
-run and every copy of the variables, its arrays named by their paths.
+`python -m tests.devices.trainings SETUP FOLDER` writes a file `METHOD.RUN.COPY.npz` for every
+run and every copy of the variables. Arrays in the file are named by the variables' paths.
 """
 
 # ruff: noqa: E402 - devices are set up before the backend is imported
@@ -14,7 +14,7 @@ import warnings
 
 DEVICES = {"mirrored": 2, "sharded": 8}  # of one process
 
-if __name__ == "__main__":  # before the backend is imported
+if __name__ == "__main__":  # Set up devices before importing the backend.
     _setup = sys.argv[1]
     if _setup == "sharded":
         flags = f"--xla_force_host_platform_device_count={DEVICES[_setup]}"
@@ -237,13 +237,13 @@ def whole_on_each(variable):
 
 
 def check_layouts(model):
-    """What has the shape of a sharded kernel is sharded as it is."""
+    """Check that variables with the shape of a sharded kernel are sharded like the kernel."""
     kernel = model.layers[0]._kernel
     for path, variable in variables(model).items():
         if "first" in path and tuple(variable.shape) == tuple(kernel.shape):
             spec = variable.value.sharding.spec
             if tuple(spec) != (None, "model"):
-                raise AssertionError(f"{path} lies as {spec}")
+                raise AssertionError(f"{path} has the sharding {spec}")
 
 
 def ddp(folder):
