@@ -391,6 +391,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         for kernel, state, change in zip(self.kernels, self.states, changes):
             change = dict(change)
             grown = change.pop("grown", None)
+            pruned = ops.logical_not(_mask_of(state))  # a copy, which torch does not change below
             for name, new in change.items():
                 self.assign(state[name], new)
             value = self.method.masked(ops.convert_to_tensor(kernel), tensors_of(state))
@@ -399,7 +400,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                     self.assign(slot, ops.where(grown, 0, ops.convert_to_tensor(slot)))
                 value = ops.where(grown, 0, value)
             self.assign(kernel, value)
-            self._mask_average(kernel, state)
+            # The average of a weight that comes back starts at the present value of the weight.
+            self._mask_average(kernel, state, ops.where(pruned, value, 0))
 
     def reapply_masks(self) -> None:
         """Set the pruned weights to zero again, after somebody assigned other values to weights.
@@ -419,12 +421,18 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         """Return the variables of the inner optimizer with one entry per weight of a kernel."""
         return [slot for leaf in leaf_optimizers(self) for slot in _keras.slots_of(leaf, kernel)]
 
-    def _mask_average(self, kernel, state) -> None:
-        """Mask the exponential moving average of a kernel, which callbacks put into the model."""
+    def _mask_average(self, kernel, state, added=None) -> None:
+        """Mask the exponential moving average of a kernel, which callbacks put into the model.
+
+        The tensor `added` is added to the average first.
+        """
         for leaf in leaf_optimizers(self):
             average = _keras.moving_average_of(leaf, kernel) if leaf.use_ema else None
             if average is not None:
-                self.assign(average, masked(ops.convert_to_tensor(average), _mask_of(state)))
+                value = ops.convert_to_tensor(average)
+                if added is not None:
+                    value = value + ops.cast(added, value.dtype)
+                self.assign(average, masked(value, _mask_of(state)))
 
     # -- saving ----------------------------------------------------------------------------------
 

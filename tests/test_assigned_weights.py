@@ -143,12 +143,12 @@ def test_weights_assigned_during_training(first, tmp_path):
     model, sparse_training = sparse(METHODS["magnitude"]), SparseTraining()
     initial = model.get_weights()
     assign = keras.callbacks.LambdaCallback(
-        on_epoch_end=lambda epoch, logs: model.set_weights(initial),
-        on_test_begin=lambda logs: model.set_weights(initial),
+        on_epoch_end=lambda epoch, logs: assign.model.set_weights(initial),
+        on_test_begin=lambda logs: assign.model.set_weights(initial),
     )
     seen = []
     look = keras.callbacks.LambdaCallback(
-        on_test_batch_end=lambda batch, logs: seen.append(keras_dst.report(model).sparsity)
+        on_test_batch_end=lambda batch, logs: seen.append(keras_dst.report(look.model).sparsity)
     )
     save = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.weights.h5", save_weights_only=True)
     callbacks = [sparse_training, assign] if first else [assign, sparse_training]
@@ -169,7 +169,7 @@ def test_averages_are_as_sparse_as_the_weights(swap_on_epoch, first, tmp_path):
     seen = []
     swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)
     look = keras.callbacks.LambdaCallback(
-        on_test_batch_end=lambda batch, logs: seen.append(keras_dst.report(model).sparsity)
+        on_test_batch_end=lambda batch, logs: seen.append(keras_dst.report(look.model).sparsity)
     )
     save = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras")
     callbacks = [sparse_training, swap] if first else [swap, sparse_training]

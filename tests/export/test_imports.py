@@ -26,5 +26,5 @@ def test_no_import_circles():
         for path in ROOT.glob("*.py")
         if path.stem != "__init__"
     }
-    assert imports["lint"] >= {"rules", "findings"}
+    assert imports["linter"] >= {"rules", "findings"}
     graphlib.TopologicalSorter(imports).prepare()  # raises CycleError for a circle
