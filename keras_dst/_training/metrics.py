@@ -1,26 +1,29 @@
-"""What a metric in the logs of `fit` means."""
+"""Directions of metrics, and placeholder values of metrics before the target is reached."""
 
 from __future__ import annotations
 
 from keras_dst import _keras
 
-_WORST = 1e30  # of a metric before the target is reached, for SparseTraining(metric_at_target=...)
+_WORST = 1e30  # Placeholder for SparseTraining(metric_at_target=...) in the first epoch.
 
 
 def worst_value(epoch: int, mode: str) -> float:
-    """A value worse than any, and less so from epoch to epoch: nobody is to lose patience."""
+    """Return a value worse than any metric.
+
+    It improves from epoch to epoch, so that EarlyStopping does not stop.
+    """
     return _WORST / (epoch + 1) * (1 if mode == "min" else -1)
 
 
 def is_worst_value(value: float) -> bool:
-    """Whether a logged value only stands for "not at the target yet"."""
+    """Return whether a logged value is the placeholder of a metric before the target."""
     return 1e-10 * _WORST < abs(value) <= _WORST
 
 
 def direction_of_metric(model, name: str) -> str | None:
-    """Whether the best value under this name in the logs is the `"min"` or the `"max"`.
+    """Return `"min"` or `"max"`, the direction in which a metric in the logs improves.
 
-    None where the compiled metric does not say.
+    Return None if the compiled metric does not tell its direction.
     """
     if name == "loss" or name.endswith("_loss"):
         return "min"

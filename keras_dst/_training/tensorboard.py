@@ -1,4 +1,4 @@
-"""What happens to the masks in a training, for TensorBoard."""
+"""`SparsityTensorBoard`: write the development of the masks for TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,34 +15,36 @@ from keras_dst._training.metrics import is_worst_value
 from keras_dst._utils.validation import is_integer
 from keras_dst.optimizers import tensors_of
 
-_BINS = 64  # of a histogram
+_BINS = 64  # Number of bins of a histogram.
 
 
 class SparsityTensorBoard(keras.callbacks.Callback):
-    """Writes density, mask changes and what methods learn, weight by weight, for TensorBoard.
+    """Callback that writes density, mask changes and learned states for TensorBoard.
 
-    Of every weight under a method, `<path>` being its path:
+    It writes these values for every weight under a method, where `<path>` is the weight's path:
 
-    * `density/<path>`: the fraction that its mask keeps; `density` is that of all together;
-    * `mask_changes/<path>`: the fraction of its mask that differs from the last time, or from the
-      first step of this `fit`; `mask_changes` is that of all together;
-    * what the method has beside its mask: `threshold/<path>` (DST), `flips/<path>` of the weights
-      that are kept (FlipOut), `scores/<path>` (OptG), `gate/<path>` (Consensus: how open a gate is,
-      closed below 0.5). Arrays are histograms of their finite values.
+    * `density/<path>`: Fraction of the weight that its mask keeps. `density` is this fraction for
+      all weights together.
+    * `mask_changes/<path>`: Fraction of the mask that has changed since the previous record, or
+      since the first step of this `fit`. `mask_changes` is this fraction for all masks together.
+    * `threshold/<path>` (DST), `flips/<path>` of the kept weights (FlipOut), `scores/<path>`
+      (OptG), and `gate/<path>` (Consensus; a gate below 0.5 is closed). Arrays are written as
+      histograms of their finite values.
 
-    At the end of an epoch also the logs of `fit`, as `epoch/<name>`, as Keras's own TensorBoard
-    callback needs TensorFlow. Put it behind `SparseTraining`. Where several processes train one
-    model, give it to one of them.
+    At the end of an epoch it also writes the logs of `fit`, as `epoch/<name>`, because Keras's own
+    TensorBoard callback needs TensorFlow. Put this callback after `SparseTraining`. If several
+    processes train one model, pass it to one process only.
 
     Args:
-        log_dir: the folder that `tensorboard --logdir` reads; made where it is missing.
-        update_freq: `"epoch"`, at the end of each, with its number as the step; or every so many
-            batches, with the optimiser's iterations. Defaults to `"epoch"`.
-        histograms: whether to write histograms. Defaults to True.
+        log_dir: Folder that `tensorboard --logdir` reads. A missing folder is created.
+        update_freq: `"epoch"` to write at the end of every epoch, with the epoch as the step, or
+            the number of batches between two records, with the optimizer's iterations as the step.
+            Defaults to `"epoch"`.
+        histograms: Whether to write histograms. Defaults to True.
 
     Raises:
-        ImportError: without tensorboardX.
-        ValueError: for another update_freq, or when training begins and nothing is sparse.
+        ImportError: If tensorboardX is not installed.
+        ValueError: If `update_freq` is out of range. In `fit`: if nothing in the model is sparse.
 
     Example:
         >>> board = keras_dst.callbacks.SparsityTensorBoard("logs/dst")
@@ -73,7 +75,9 @@ class SparsityTensorBoard(keras.callbacks.Callback):
         self._events = _Events(str(self.log_dir))
 
     def on_epoch_begin(self, epoch, logs=None):
-        if not self._masks:  # not in on_train_begin: a backup may only just have been restored
+        if (
+            not self._masks
+        ):  # BackupAndRestore may restore the masks as late as in `on_train_begin`.
             self._masks = self._read_masks()
         self._epoch_start = self._batches
 
@@ -101,7 +105,7 @@ class SparsityTensorBoard(keras.callbacks.Callback):
     # --------------------------------------------------------------------------------------------
 
     def _iterations(self) -> int:
-        _ = self.model  # on JAX, hands the state of the running fit back to the variables
+        _ = self.model  # On JAX, this property assigns the state of the running fit.
         return int(ops.convert_to_numpy(self.model.optimizer.iterations))
 
     def _read_masks(self) -> dict[str, np.ndarray]:
@@ -130,7 +134,7 @@ class SparsityTensorBoard(keras.callbacks.Callback):
 
 
 def _by_name(members: list[PrunedWeight]) -> dict[str, PrunedWeight]:
-    """Members by their paths, numbered where two layers have one path."""
+    """Return members by their paths. Numbers tell apart members with the same path."""
     seen: collections.Counter[str] = collections.Counter()
     found = {}
     for member in members:
@@ -150,7 +154,7 @@ def _check_installed() -> None:
 
 
 class _Events:
-    """An event file of its own, written at once: a training that is killed leaves what it wrote."""
+    """Event file that is written without delay, so that a kill loses no finished record."""
 
     def __init__(self, log_dir: str):
         from tensorboardX.event_file_writer import EventsWriter
@@ -158,7 +162,7 @@ class _Events:
 
         directory_check(log_dir)
         self.file = EventsWriter(f"{log_dir}/events", f".{time.time_ns()}")
-        self.close = weakref.finalize(self, self.file.close)  # also where a fit fails
+        self.close = weakref.finalize(self, self.file.close)  # Also runs if `fit` raises.
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         from tensorboardX.summary import scalar
