@@ -37,15 +37,14 @@ check: lint test-quick
 
 # Every part runs, also after another part has failed. The failed parts are listed at the end.
 test test-all: arm64
-	rm -rf $(FAILED)
+	rm -rf $(FAILED) && mkdir -p $(FAILED) && touch $(PARTS:%=$(FAILED)/%)
 	$(MAKE) --keep-going --jobs=2 --output-sync=target SLOW="$(SLOW)" $(PARTS) || true
 	@failed=$$(ls $(FAILED) 2>/dev/null | xargs); \
 	[ -z "$$failed" ] && echo "All parts passed: $(PARTS)." \
 	|| { echo "Failed: $$failed. Run one alone with: make NAME"; exit 1; }
 
-# A part leaves a file with its name in $(FAILED) until it has passed.
-begin = @mkdir -p $(FAILED) && touch $(FAILED)/$@
-passed = @rm $(FAILED)/$@
+# $(FAILED) holds a file for every part that has not passed yet.
+passed = @rm -f $(FAILED)/$@
 
 # Tests of the HTML report look at it in a browser, if there is one. `make browser` installs
 # Chromium with apt-get, as root.
@@ -62,7 +61,6 @@ arm64: $(TEST_READY)
 	|| echo "No emulated ARM CPU (see tests/arm64/setup.sh): its tests skip."
 
 lint: $(TEST_READY)
-	$(begin)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
@@ -80,12 +78,10 @@ pictures: $(TEST_READY)
 test-torch: $(TFMOT)/ready
 
 $(BACKENDS:%=test-%): test-%: $(TEST_READY)
-	$(begin)
 	KERAS_BACKEND=$* $(PYTEST) --ignore=tests/test_notebooks.py -m "not once $(SLOW)"
 	$(passed)
 
 test-once: $(TEST_READY)
-	$(begin)
 	KERAS_BACKEND=torch $(PYTEST) --ignore=tests/test_notebooks.py -m "once $(SLOW)"
 	$(passed)
 
@@ -94,14 +90,12 @@ test-quick: $(TEST_READY)
 
 # The other parts compile with the fastest optimization level of XLA. Users run the default one.
 test-xla: $(TEST_READY)
-	$(begin)
 	KERAS_DST_XLA_DEFAULT=1 KERAS_BACKEND=jax $(PYTEST) tests/test_trajectories.py \
 	tests/test_contract.py -k "trajectory or target or strip"
 	$(passed)
 
 # Each notebook chooses its own backend.
 test-notebooks: $(TEST_READY)
-	$(begin)
 	$(PYTEST) tests/test_notebooks.py
 	$(passed)
 
