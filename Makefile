@@ -91,7 +91,7 @@ test-quick: $(TEST_READY)
 # The other parts compile with the fastest optimization level of XLA. Users run the default one.
 test-xla: $(TEST_READY)
 	KERAS_DST_XLA_DEFAULT=1 KERAS_BACKEND=jax $(PYTEST) tests/test_trajectories.py \
-	tests/test_contract.py -k "trajectory or target or strip"
+	tests/test_contract.py -m "not slow" -k "fifty or target or strip"
 	$(passed)
 
 # Each notebook chooses its own backend.
