@@ -14,6 +14,7 @@ from keras_dst._training.fit_patches import AtomicSave, active_fit
 from keras_dst._training.metrics import direction_of_metric, worst_value
 from keras_dst._training.tensorboard import SparsityTensorBoard
 from keras_dst._utils.validation import check_integer
+from keras_dst.optimizers import averages_weights
 
 __all__ = ["BackupAndRestore", "SparseTraining", "SparsityTensorBoard"]
 
@@ -197,7 +198,7 @@ class SparseTraining(keras.callbacks.Callback):
                 "validation data?",
                 stacklevel=2,
             )
-        if _averages_weights(self.model.optimizer):
+        if averages_weights(self.model.optimizer):
             self._reapply_masks()  # `fit` itself has assigned the averages.
         else:
             self._recover()
@@ -290,13 +291,6 @@ class SparseTraining(keras.callbacks.Callback):
         logs[f"{name}_at_target"] = (
             logs[name] if self._at_target else worst_value(self._epoch, mode)
         )
-
-
-def _averages_weights(optimizer) -> bool:
-    """Return whether an optimizer assigns averages of the weights when `fit` ends."""
-    while hasattr(optimizer, "inner_optimizer"):
-        optimizer = optimizer.inner_optimizer
-    return optimizer.use_ema
 
 
 def _mode(model, name) -> str:

@@ -140,7 +140,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
     def finalize_variable_values(self, var_list):
         self.inner_optimizer.finalize_variable_values(var_list)
-        if any(leaf.use_ema for leaf in leaf_optimizers(self)):
+        if averages_weights(self):
             for kernel, state in zip(self.kernels, self.states):
                 self.assign(kernel, masked(ops.convert_to_tensor(kernel), _mask_of(state)))
 
@@ -388,10 +388,12 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
     def update_masks(self, changes: list[State]) -> None:
         """Assign the states that `method.update` returned, and prune the weights accordingly."""
+        averages = averages_weights(self)
         for kernel, state, change in zip(self.kernels, self.states, changes):
             change = dict(change)
             grown = change.pop("grown", None)
-            pruned = ops.logical_not(_mask_of(state))  # a copy, which torch does not change below
+            # A copy: on torch, the assignments below change the mask in place.
+            pruned = ops.logical_not(_mask_of(state)) if averages else None
             for name, new in change.items():
                 self.assign(state[name], new)
             value = self.method.masked(ops.convert_to_tensor(kernel), tensors_of(state))
@@ -400,8 +402,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                     self.assign(slot, ops.where(grown, 0, ops.convert_to_tensor(slot)))
                 value = ops.where(grown, 0, value)
             self.assign(kernel, value)
-            # The average of a weight that comes back starts at the present value of the weight.
-            self._mask_average(kernel, state, ops.where(pruned, value, 0))
+            if averages:  # The average of a weight that comes back starts at its present value.
+                self._mask_average(kernel, state, ops.where(pruned, value, 0))
 
     def reapply_masks(self) -> None:
         """Set the pruned weights to zero again, after somebody assigned other values to weights.
@@ -493,6 +495,11 @@ def sparse_optimizers(optimizer) -> list[SparseOptimizer]:
 def leaf_optimizers(optimizer) -> list:
     """Return the optimizers inside an optimizer that have no optimizer inside themselves."""
     return [found for found in _nested(optimizer) if not _inside(found)]
+
+
+def averages_weights(optimizer) -> bool:
+    """Return whether an optimizer keeps averages of the weights, which `fit` assigns at its end."""
+    return optimizer is not None and any(leaf.use_ema for leaf in leaf_optimizers(optimizer))
 
 
 def _nested(optimizer) -> Iterator:

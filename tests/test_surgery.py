@@ -728,3 +728,14 @@ class TestErrors:
                 layer["config"]["stock_class"] = "elsewhere>Unknown"
         with pytest.raises(TypeError, match="register_keras_serializable"):
             keras.Sequential.from_config(config)
+
+
+def test_a_cloned_model_is_sparse_inside_its_composite_layers():
+    inputs = keras.Input((6, 8))
+    attention = keras.layers.MultiHeadAttention(2, 4)(inputs, inputs)
+    model = keras.Model(inputs, keras.layers.Dense(2)(attention))
+    keras_dst.sparsify(model, DST())
+    sparse = [row.sparse for row in keras_dst.report(model).layers]
+    copy = keras.models.clone_model(model)
+    assert sparse == [True] * 5
+    assert [row.sparse for row in keras_dst.report(copy).layers] == sparse

@@ -450,13 +450,13 @@ class LayerDriver(Driver):
         undecayed = [s[n] for s in self.states for n in self.method.undecayed if n in s]
         for optimizer in optimizers_of(self.model):
             exclude_from_decay(optimizer, undecayed)
+        self._skipped = done
         super().begin(length, fit, epoch, done)
 
     def assign_states(self, changes):
         for state in self.states:
-            change = changes.pop(
-                0
-            )  # Free each change when it is assigned: together they are as large as the model.
+            # Free each change once it is assigned: all changes are as large as the model.
+            change = changes.pop(0)
             for name, value in change.items():
                 state[name].assign(value)
             for name, source in self.method.snapshots.items():
@@ -497,18 +497,23 @@ class LayerDriver(Driver):
         for layer in self.layers:
             layer.traced_both_paths = True
 
-    def advance(self, batches):
-        if (
-            isinstance(self.method, TwoPathMethod)
-            and batches
-            and not self.layers[0].traced_both_paths
-        ):
+    def _check_both_paths(self, batches):
+        """Raise ValueError if steps were trained without the full path of a two-path method."""
+        trained, two_paths = batches > self._skipped, isinstance(self.method, TwoPathMethod)
+        if two_paths and trained and not self.layers[0].traced_both_paths:
             raise ValueError(
                 f"{self.method!r} trains two paths within compute_loss, which the train_step of "
                 f"'{self.model.name}' does not call. Let it call self.compute_loss(x=x, y=y, "
                 "y_pred=y_pred, sample_weight=sample_weight, training=True)."
             )
+
+    def advance(self, batches):
+        self._check_both_paths(batches)
         super().advance(batches)
+
+    def end(self, batches, warn_early):
+        super().end(batches, warn_early)
+        self._check_both_paths(batches)
 
 
 class OptimizerDriver(Driver):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 from keras import layers
@@ -15,11 +15,6 @@ from keras_dst.layers.normalization import SparseBatchNormalization
 from keras_dst.layers.stock import SPARSE_KERNEL_LAYERS
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods.base import LayerMethod
-
-if TYPE_CHECKING:
-    from keras import Layer as _Layer  # the base of every class that uses a mixin
-else:
-    _Layer = object
 
 SPARSE_LAYERS: tuple[type[SparseMixin], ...] = (*SPARSE_KERNEL_LAYERS, SparseBatchNormalization)
 
@@ -46,7 +41,7 @@ class SparseSubclass(SparseMixin):
 
 
 @keras.saving.register_keras_serializable("keras_dst")
-class SparseContainer(_Layer):
+class SparseContainer(_keras.BuildHook):
     """Sparse form of a layer or model that creates other layers, some of which are sparse.
 
     The config of such a layer rebuilds plain layers. Therefore it also stores a recipe: the method
@@ -71,6 +66,9 @@ class SparseContainer(_Layer):
 
     def build_from_config(self, config):
         super().build_from_config(config)
+        self.apply_recipe()  # Keras may load a model without calling its `build`.
+
+    def after_build(self):
         self.apply_recipe()
 
     def apply_recipe(self) -> None:
