@@ -114,6 +114,11 @@ class Schedule(Configurable):
             )
         return math.floor(self.begin * total_steps), math.floor(self.end * total_steps)
 
+    @property
+    def first_sparsity(self) -> float:
+        """The sparsity before the first step."""
+        return self.at(0) if self.in_steps else self(0.0)
+
     def jumps(self, total_steps: int | None) -> list[int]:
         """Return the steps at which the sparsity jumps. The list of a smooth schedule is empty."""
         return []

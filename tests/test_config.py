@@ -37,7 +37,7 @@ OBJECTS = [
     DCIL(0.75, 0.5, 4.0, "erk", "channel", "square", frequency=5, min_kept=8),
     DCIL(Sigmoid(0.75), pattern="1x4"),
     Magnitude(0.75, "erk", "1x4", revival=True, frequency=5, min_kept=8),
-    Magnitude(Sigmoid(0.75), {"conv.*": 0.5, "head": 0.25}),
+    Magnitude(Sigmoid(0.75), {"conv.*": 0.5, "head": 0.25}, score="lamp"),
     Geometric(0.9, rate=0.25),
     FlipOut(0.9, 3.0, 0.5, 0.25, "erk", "1x4", frequency=5, min_kept=8, seed=7),
     FlipOut(Cubic(0.9), allocation={"conv.*": 0.5, "head": 0.25}),

@@ -2,6 +2,8 @@
 
     s_t = s_f + (s_i - s_f)(1 - (t - t0) / (t1 - t0))**3        score = |w|
 
+Other importance criteria are in `saliency.py`: LAMP and the first-order Taylor expansion.
+
 With `revival=True` the optimizer keeps a dense copy of the weights and trains it with the gradient
 at the masked weights, so that pruned weights may come back (Dynamic Model Pruning with Feedback,
 arXiv 2006.07253).
@@ -14,6 +16,7 @@ from collections.abc import Mapping
 import keras
 from keras import ops
 
+from keras_dst.methods import saliency
 from keras_dst.methods.base import State, UpdateMethod
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
@@ -30,19 +33,26 @@ class Magnitude(UpdateMethod):
             expressions to sparsities. Defaults to `"global"`.
         pattern: Shape of the groups that are pruned together: `"unstructured"` (single weights),
             blocks such as `"1x4"` (outputs x inputs), N:M such as `"2:4"`, or `"channel"`. A group
-            has the mean magnitude of its weights as its score. Defaults to `"unstructured"`.
+            has the mean score of its weights. Defaults to `"unstructured"`.
         revival: Whether pruned weights are still trained and may come back. Defaults to False.
+        score: Saliency of a weight. `"magnitude"` is `|w|`. `"lamp"` is the square of the weight,
+            divided by the sum of the squares of all weights of its layer that are not smaller;
+            a global ranking then needs no other allocation. `"taylor"` is the moving average of
+            `(w dL/dw)**2` over the batches, an estimate of the change of the loss if the weight
+            becomes 0. Defaults to `"magnitude"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
             100 in a long training, and at least twenty updates in a short training.
         min_kept: Number of weights that every layer keeps. Defaults to 1.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        ValueError: If an argument is outside its range, or if `score="taylor"` is combined with a
+            schedule that prunes before the first step, when there are no gradients.
 
     Example:
         >>> optimizer = keras_dst.SparseOptimizer("adam", keras_dst.methods.Magnitude(0.9))
 
-    Source: arXiv 1710.01878; arXiv 2006.07253 for revival.
+    Source: arXiv 1710.01878; arXiv 2006.07253 for revival; arXiv 2010.07611 for LAMP; arXiv
+        1906.10771 for Taylor.
     """
 
     def __init__(
@@ -51,6 +61,7 @@ class Magnitude(UpdateMethod):
         allocation: str | Mapping[str, float] = "global",
         pattern: str = "unstructured",
         revival: bool = False,
+        score: str = "magnitude",
         frequency: int | str | None = None,
         min_kept: int = 1,
     ):
@@ -58,30 +69,65 @@ class Magnitude(UpdateMethod):
         self.allocation = allocation
         self.pattern = pattern
         self.revival = revival
+        self.score = score
         self.frequency = frequency
         self.min_kept = min_kept
         self.schedule = as_schedule(sparsity, Cubic)
         self.moves_weights = revival
+        self.reads_gradients = score == "taylor"
+        if score not in saliency.CRITERIA:
+            raise ValueError(
+                f"score must be one of {', '.join(map(repr, saliency.CRITERIA))}. "
+                f"Received: score={score!r}"
+            )
+        if self.reads_gradients and self.schedule.first_sparsity > 0:
+            raise ValueError(
+                "score='taylor' ranks weights by their gradients, which do not exist before the "
+                "first step. Pass a schedule that begins at sparsity 0, such as Cubic(0.9). "
+                f"Received: {self.schedule!r}"
+            )
         self._check_common()
 
     def init(self, kernels, steps):
-        return [{"dense": ("value", k.dtype)} if self.revival else {} for k in kernels]
+        states: dict[str, tuple[str, str]] = {}
+        if self.score == "taylor":
+            states["taylor"] = ("zeros", "float32")
+        return [
+            {**states, **({"dense": ("value", k.dtype)} if self.revival else {})} for k in kernels
+        ]
 
     def scores(self, weights, states):
-        if self.revival:
-            weights = [s["dense"] for s in states]
-        return [ops.abs(w) for w in weights]
+        weights = self._trained(weights, states)
+        if self.score == "lamp":
+            return [saliency.lamp(w) for w in weights]
+        if self.score == "taylor" and self.revival:
+            return [s["taylor"] for s in states]
+        if self.score == "taylor":  # The averages of pruned weights decay, but are not 0.
+            return [ops.where(s["mask"], s["taylor"], -1.0) for s in states]
+        return [saliency.magnitude(w) for w in weights]
 
     def before(self, weights, grads, states):
+        weights = self._trained(weights, states)
+        averages = None
+        if self.score == "taylor":
+            averages = [
+                saliency.taylor(s["taylor"], w, g) for w, g, s in zip(weights, grads, states)
+            ]
         if not self.revival:
-            return super().before(weights, grads, states)
-        return [s["dense"] for s in states], list(grads), None
+            weights, grads, _ = super().before(weights, grads, states)
+        return weights, list(grads), averages
 
     def after(self, carry, weights, states):
-        if not self.revival:
-            return super().after(carry, weights, states)
-        changes: list[State] = [{"dense": w} for w in weights]
+        changes: list[State] = [{} for _ in weights]
+        if carry is not None:
+            changes = [{"taylor": average} for average in carry]
+        if self.revival:
+            changes = [{**c, "dense": w} for c, w in zip(changes, weights)]
         return [self.masked(w, {**s, **c}) for w, s, c in zip(weights, states, changes)], changes
 
     def masked(self, w, state):
         return super().masked(state["dense"] if self.revival else w, state)
+
+    def _trained(self, weights, states):
+        """Return the weights that the optimizer trains: the dense copies with revival."""
+        return [s["dense"] for s in states] if self.revival else list(weights)

@@ -1,0 +1,77 @@
+"""Importance criteria: pure functions that give every weight a saliency.
+
+The weights with the highest saliency are kept. `Magnitude(score=...)` selects a criterion:
+
+    "magnitude"    |w|
+    "lamp"         w^2 / (sum of the squares of all weights of the layer that are not smaller)
+    "taylor"       moving average over the batches of (w dL/dw)^2
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keras import ops
+
+Tensor = Any
+
+CRITERIA = ("magnitude", "lamp", "taylor")
+
+# Weight of the past in the moving average of `taylor`, as in the paper.
+_MOMENTUM = 0.9
+
+
+def magnitude(w: Tensor) -> Tensor:
+    """Return the absolute values of a weight.
+
+    Example:
+        >>> magnitude(keras.ops.array([-2.0, 0.5]))  # [2.0, 0.5]
+    """
+    return ops.abs(w)
+
+
+def lamp(w: Tensor) -> Tensor:
+    """Return the layer-adaptive score of every entry of a weight, in [0, 1].
+
+    The score is the square of an entry, divided by the sum of the squares of all entries of the
+    same weight that are not smaller. The largest entry of every layer has the score 1, so a ranking
+    of all layers together keeps it. Of equal entries, the later one has the higher score.
+
+    Args:
+        w: Float tensor of any shape.
+
+    Returns:
+        A float32 tensor in the shape of `w`.
+
+    Example:
+        >>> lamp(keras.ops.array([1.0, -2.0, 3.0]))  # [1 / 14, 4 / 13, 1]
+
+    Source: arXiv 2010.07611, section 3.
+    """
+    squares = ops.square(ops.cast(ops.reshape(w, (-1,)), "float32"))
+    order = ops.argsort(squares)
+    sizes = ops.take(squares, order)
+    not_smaller = ops.flip(ops.cumsum(ops.flip(sizes, 0)), 0)
+    scores = sizes / ops.maximum(not_smaller, 1e-30)
+    places = ops.argsort(order)
+    return ops.reshape(ops.take(scores, places), w.shape)
+
+
+def taylor(average: Tensor, w: Tensor, grad: Tensor) -> Tensor:
+    """Return the first-order Taylor saliency after one more batch.
+
+    The square of `w dL/dw` estimates how much the loss changes if the weight becomes 0. The
+    saliency is its exponential moving average over the batches, with a momentum of 0.9.
+
+    Args:
+        average: Saliency before this batch, float32, in the shape of `w`; zeros at first.
+        w: Weight.
+        grad: Gradient of the loss with respect to the weight.
+
+    Example:
+        >>> taylor(average, w, grad)
+
+    Source: arXiv 1906.10771, section 3.
+    """
+    change = ops.square(ops.cast(w, "float32") * ops.cast(grad, "float32"))
+    return _MOMENTUM * average + (1 - _MOMENTUM) * change
