@@ -2,6 +2,6 @@
 
 import sys
 
-from keras_dst.cli import main
+from keras_dst_cli import main
 
 sys.exit(main())

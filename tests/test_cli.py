@@ -1,21 +1,26 @@
 """Tests of the command `keras-dst`."""
 
 import json
+import os
 import subprocess
 import sys
+import zipfile
 
 import keras
 import numpy as np
 import pytest
 
-import keras_dst
-from keras_dst import cli
+import keras_dst.cli
+import keras_dst_cli as cli
 from keras_dst.export.encode import Format, encode, weights
 from keras_dst.export.flatbuffer import read, write
 from keras_dst.methods import DST
 from tests.backends import once
 from tests.export.graphs import fully_connected, sparse_values
 from tests.export.test_export_tflite import on_tensorflow
+from tests.pages import ROOT
+
+BACKENDS_AND_PACKAGE = {"keras", "numpy", "tensorflow", "jax", "torch", "keras_dst"}
 
 
 @pytest.fixture
@@ -285,14 +290,58 @@ def test_without_a_command_there_is_help(capsys):
 
 
 def test_a_damaged_model(saved, tmp_path, capsys):
-    import zipfile
-
     broken = tmp_path / "damaged.keras"
     with zipfile.ZipFile(saved) as source, zipfile.ZipFile(broken, "w") as target:
         target.writestr("config.json", source.read("config.json")[:-40])
         target.writestr("model.weights.h5", source.read("model.weights.h5"))
     assert cli.main(["report", str(broken)]) == 1
     assert "could not be loaded" in capsys.readouterr().err
+
+
+def modules_after(code, tmp_path):
+    """Run code in a new process, and return the top-level modules that it has loaded."""
+    code = f"import atexit, sys; atexit.register(lambda: print(*sys.modules)); {code}"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    return {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+
+
+@once
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["export", "--help"],
+        [],
+        ["no-such-command"],
+        ["export", "model.keras", "model.tflite", "--target", "no-such-cpu"],
+        ["report", "missing.keras"],
+        ["shrink", "model.tflite", "small.keras"],
+        ["strip", "empty.keras", "stock.h5"],
+        ["bench", "missing.tflite"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_wrong_arguments_import_no_backend(arguments, tmp_path):
+    (tmp_path / "model.tflite").touch()
+    zipfile.ZipFile(tmp_path / "empty.keras", "w").close()
+    code = f"import keras_dst_cli; sys.exit(keras_dst_cli.main({arguments}))"
+    loaded = modules_after(code, tmp_path)
+    assert "keras_dst_cli" in loaded
+    assert loaded & BACKENDS_AND_PACKAGE == set()
+
+
+@once
+def test_every_command_has_a_function():
+    (commands,) = (a for a in cli._parser()._actions if isinstance(a.choices, dict))
+    for name in commands.choices:
+        assert callable(getattr(keras_dst.cli, name))
 
 
 @once

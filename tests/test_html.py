@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from keras import layers
 
-from keras_dst import cli, report
+import keras_dst_cli as cli
+from keras_dst import report
 from tests import models
 from tests.backends import once
 from tests.browser import look_at

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import keras_dst
-from keras_dst import cli
+import keras_dst_cli as cli
 from tests.pages import PAGES, ROOT, fences
 from tests.test_tfmot import file_of
 

@@ -58,7 +58,7 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("keras_dst", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
+    for name in ("keras_dst_cli.py", "pyproject.toml", "setup.cfg", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
     run(sys.executable, "-m", "pip", "wheel", *options, ".", "-w", "dist", cwd=folder)
@@ -84,7 +84,7 @@ def test_the_wheel_contains_the_package_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     files = [path for path in ROOT.glob("keras_dst/**/*.*") if "__pycache__" not in path.parts]
     inside = {name for name in names if ".dist-info/" not in name}
-    assert inside == {str(path.relative_to(ROOT)) for path in files}
+    assert inside == {str(path.relative_to(ROOT)) for path in files} | {"keras_dst_cli.py"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

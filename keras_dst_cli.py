@@ -1,0 +1,197 @@
+"""Command `keras-dst`: check the arguments, then import keras_dst and run the command.
+
+This module imports only the standard library. It is outside the package because the package imports
+Keras and a backend, which takes seconds. Help, the version and wrong arguments need neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import pathlib
+import sys
+import zipfile
+from collections.abc import Sequence
+
+_EXAMPLES = """\
+examples:
+  keras-dst demo                                 train, strip and export a net on real digits
+  keras-dst report model.keras                   show the sparsity of every layer
+  keras-dst export model.keras model.tflite      write a sparse file, measured against dense files
+  keras-dst export model.keras small.tflite --optimize size --quantize weights
+  keras-dst bench dense.tflite sparse.tflite     compare the latency of two files
+  keras-dst report model.keras --import my_layers   for a model with custom layers
+
+Models are loaded without compiling: no optimizer, loss or metric is needed.
+KERAS_BACKEND chooses tensorflow, jax or torch, as for any program that uses Keras.
+keras-dst COMMAND --help shows the options of a command.
+
+Exit codes: 0 done; 1 failed, with the reason on stderr; 2 wrong usage.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0 done, 1 failed with a message, 2 wrong usage.
+
+    The exit code of `lint` is also 1 if it finds an error.
+    """
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    try:
+        _check_files(arguments)
+        run = getattr(importlib.import_module("keras_dst.cli"), arguments.command)
+        return run(arguments) or 0
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+        print(f"keras-dst {arguments.command}: {error}", file=sys.stderr)
+        return 1
+
+
+class _Version(argparse.Action):
+    """Print the version of the installed distribution, and exit."""
+
+    def __call__(self, parser, *_):
+        from importlib.metadata import version
+
+        print(f"keras-dst {version('keras-dst')}")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="keras-dst",
+        description="Inspect sparse Keras 3 models; export them to smaller, faster .tflite files.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(dest="command")
+
+    demo = commands.add_parser("demo", help="train, strip and export a small net on real data")
+    demo.add_argument(
+        "--keep", metavar="FILE", help="path at which to keep the sparse .tflite file"
+    )
+
+    report = commands.add_parser("report", help="show sparsity, parameters and FLOPs by layer")
+    report.add_argument("model", help="a .keras file")
+    report.add_argument("--json", action="store_true", help="print JSON")
+    report.add_argument("--html", metavar="FILE", help="also write an HTML report")
+
+    strip = commands.add_parser(
+        "strip", help="apply masks to the weights; write stock Keras layers"
+    )
+    strip.add_argument("model", help="a .keras file")
+    strip.add_argument("output", help="the .keras file to write")
+
+    shrink = commands.add_parser("shrink", help="remove dead channels; write a smaller dense model")
+    shrink.add_argument("model", help="a .keras file")
+    shrink.add_argument("output", help="the .keras file to write")
+    shrink.add_argument("--latency", action="store_true", help="measure the latency of both models")
+    shrink.add_argument("--json", action="store_true", help="print JSON")
+
+    export = commands.add_parser("export", help="write a sparse-encoded .tflite file")
+    export.add_argument("model", help="a .keras file")
+    export.add_argument("output", help="the .tflite file to write")
+    export.add_argument("--optimize", choices=("latency", "size", "balanced"), default="balanced")
+    export.add_argument(
+        "--target",
+        choices=("host", "arm", "any"),
+        default="host",
+        help="CPU on which the file will run (default host)",
+    )
+    export.add_argument("--quantize", choices=("weights", "full"), help="quantize to 8 bits")
+    export.add_argument(
+        "--representative", metavar="NPY", help="file of samples for --quantize full"
+    )
+    export.add_argument(
+        "--evaluate", metavar="NPZ", help="file of arrays x and y on which to measure the accuracy"
+    )
+    export.add_argument("--threads", type=int, default=1, help="threads for measuring (default 1)")
+    export.add_argument("--batch", type=int, default=1, help="batch size for measuring (default 1)")
+    export.add_argument(
+        "--no-measure", action="store_true", help="estimate latencies instead of measuring"
+    )
+    export.add_argument("--json", action="store_true", help="print JSON")
+
+    inspect = commands.add_parser("inspect", help="show how a .tflite file stores each constant")
+    inspect.add_argument("model", help="a .tflite file")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+
+    lint = commands.add_parser(
+        "lint",
+        help="find what makes a .tflite file wrong, slow or large",
+        epilog="Exit codes: 0 no error found, only advice; 1 an error found, or failed with the "
+        "reason on stderr; 2 wrong usage.",
+    )
+    lint.add_argument("model", help="a .tflite file, or a .keras file to export for the check")
+    lint.add_argument("--json", action="store_true", help="print JSON")
+
+    bench = commands.add_parser("bench", help="compare the latency of .tflite files")
+    bench.add_argument("models", nargs="+", metavar="model", help="a .tflite file")
+    bench.add_argument(
+        "--threads", type=int, default=1, help="threads of the interpreter (default 1)"
+    )
+    bench.add_argument(
+        "--warmup", type=int, default=10, help="runs before the measured runs (default 10)"
+    )
+    bench.add_argument(
+        "--runs", type=int, default=100, help="measured runs of each file (default 100)"
+    )
+    bench.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default 0)")
+    bench.add_argument("--json", action="store_true", help="print JSON")
+    for command in (report, strip, shrink, export, lint):
+        command.add_argument(
+            "--import",
+            dest="modules",
+            action="append",
+            default=[],
+            metavar="MODULE",
+            help="import this module first, which registers custom layers; may be repeated",
+        )
+    return parser
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    """Raise an error if a file to read is missing, or if a file name has the wrong ending."""
+    command = arguments.command
+    if command in ("inspect", "lint", "bench"):
+        for path in arguments.models if command == "bench" else [arguments.model]:
+            os.stat(path)
+    if command in ("report", "strip", "shrink", "export") or (
+        command == "lint" and arguments.model.endswith(".keras")
+    ):
+        _check_model(arguments.model)
+    if command in ("strip", "shrink") and not arguments.output.endswith(".keras"):
+        raise ValueError(f"Expected a .keras file to write. Received: {arguments.output}.")
+
+
+def _check_model(path: str) -> None:
+    """Raise an error if a file is not a `.keras` file, with the fix."""
+    if not pathlib.Path(path).is_file():
+        raise ValueError(
+            f"Expected a file that model.save('x.keras') wrote. Received: {path}, which is not a "
+            "file."
+        )
+    if path.endswith((".h5", ".hdf5")):
+        raise ValueError(
+            f"Expected a .keras file. Received: {path}, which has weights alone or comes from an "
+            "older Keras. Fix: load the model in Python, for a tf_keras model with "
+            "keras_dst.tfmot.load(path), and save it with model.save('x.keras')."
+        )
+    if path.endswith(".tflite"):
+        raise ValueError(
+            f"Expected a .keras file. Received: {path}. Fix: use keras-dst inspect, lint or bench "
+            "for .tflite files."
+        )
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"Expected a .keras file, which is a zip archive. Received: {path}, which is not a "
+            "whole zip archive. Fix: save the model again with model.save('x.keras')."
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
