@@ -345,6 +345,11 @@ def step_counter_of(optimizer):
     return optimizer._iterations
 
 
+def is_multi_optimizer(optimizer) -> bool:
+    """Return whether an optimizer is a `MultiOptimizer`, which older versions of Keras lack."""
+    return isinstance(optimizer, getattr(keras.optimizers, "MultiOptimizer", ()))
+
+
 def replace_optimizers(optimizer, replace) -> None:
     """Replace every optimizer inside a `MultiOptimizer` by what `replace` returns for it."""
     optimizer._inner_optimizers[:] = [replace(inner) for inner in optimizer._inner_optimizers]
@@ -536,7 +541,6 @@ def missing_names() -> list[str]:
     optimizer.exclude_from_weight_decay(var_names=["bias"])
     model.compile(optimizer, "mse", metrics=["mae"])
     model.train_on_batch(keras.ops.ones((2, 2)), keras.ops.ones((2, 1)))
-    optimizer_map = keras.optimizers.OptimizerMap(keras.optimizers.SGD())
     averaging = keras.optimizers.SGD(use_ema=True)
     averaging.build(model.trainable_variables)
     objects = {
@@ -550,10 +554,12 @@ def missing_names() -> list[str]:
         "compiled loss": model._compile_loss,
         "metric": keras.metrics.MeanAbsoluteError(),
         "optimizer": optimizer,
-        "MultiOptimizer": keras.optimizers.MultiOptimizer(optimizer_map),
-        "OptimizerMap": optimizer_map,
         "optimizer with averages": averaging,
     }
+    if hasattr(keras.optimizers, "MultiOptimizer"):
+        optimizer_map = keras.optimizers.OptimizerMap(keras.optimizers.SGD())
+        objects["OptimizerMap"] = optimizer_map
+        objects["MultiOptimizer"] = keras.optimizers.MultiOptimizer(optimizer_map)
     if keras.backend.backend() == "tensorflow":
         objects["TensorFlow optimizer"] = model.optimizer
     if keras.backend.backend() == "jax":

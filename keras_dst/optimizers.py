@@ -509,7 +509,7 @@ def _nested(optimizer) -> Iterator:
 
 
 def _inside(optimizer) -> list:
-    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+    if _keras.is_multi_optimizer(optimizer):
         return list(optimizer.optimizers)
     inner = vars(optimizer).get("inner_optimizer")
     return [] if inner is None else [inner]
@@ -540,7 +540,7 @@ def without_masks(optimizer):
     """Return an optimizer in which the inner optimizers replace all SparseOptimizers."""
     if isinstance(optimizer, SparseOptimizer):
         return optimizer.inner_optimizer
-    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+    if _keras.is_multi_optimizer(optimizer):
         _keras.replace_optimizers(optimizer, without_masks)
     elif inner := vars(optimizer).get("inner_optimizer"):
         optimizer.inner_optimizer = without_masks(inner)
