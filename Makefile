@@ -3,8 +3,8 @@
 #   make check     linters, types and the tests that need no backend: under three minutes
 #   make test      all tests on three backends, notebooks and pages
 #   make test-all  the same, and the slow forms: many kills, every combination
-# Also: lint, test-BACKEND, test-once, test-xla, test-notebooks, notebooks, docs, pictures,
-# browser, arm64, clean, and the benchmarks (bench-NAME) at the end.
+# Also: lint, test-BACKEND, test-once, test-xla, test-notebooks, test-wheel, test-versions,
+# notebooks, docs, pictures, browser, arm64, clean, and the benchmarks (bench-NAME) at the end.
 
 PYTHON ?= python3
 VENV := .venv
@@ -27,6 +27,7 @@ test-all: export KERAS_DST_KILLS = 10
 
 .PHONY: demo check test test-all parts lint browser arm64 docs pictures notebooks clean
 .PHONY: $(BACKENDS:%=test-%) test-once test-xla test-notebooks test-quick
+.PHONY: test-wheel test-versions
 .PHONY: bench-mnist bench-methods bench-patterns bench-step bench-overhead bench-models
 .PHONY: bench-tflite bench-int8 bench-scaling bench-authors bench-libraries bench-agreement bench-time-to-accuracy
 
@@ -102,6 +103,15 @@ test-notebooks: $(TEST_READY)
 # Run all notebooks again and store their outputs.
 notebooks: $(TEST_READY)
 	OMP_NUM_THREADS=1 $(RUN) notebooks/execute.py
+
+# Install the wheel with each extra, in environments of their own. NAMES="jax export" chooses some.
+test-wheel:
+	$(PYTHON) tests/environments.py wheel $(NAMES)
+
+# Run the core of the tests with the oldest and the newest versions of Keras and the backends, on
+# each Python that is installed. NAMES="oldest" chooses one set.
+test-versions:
+	$(PYTHON) tests/environments.py versions $(NAMES)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

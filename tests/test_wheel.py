@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 
@@ -13,6 +14,7 @@ import pytest
 
 import keras_dst
 from tests.backends import once
+from tests.environments import SETS
 from tests.pages import ROOT
 
 pytestmark = once
@@ -50,6 +52,16 @@ def run(*command, cwd):
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_the_oldest_versions_are_the_lower_bounds():
+    """`make test-versions` installs the lower bounds of pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *extras["jax"], *extras["torch"], *extras["export"]]
+    bounds = {n.split(",")[0].replace(">=", "==") for n in needed if ">=" in n}
+    pins = {pin for name, (_, pins) in SETS.items() if "oldest" in name for pin in pins}
+    assert bounds <= pins
 
 
 @pytest.fixture(scope="module")
