@@ -42,10 +42,13 @@ class Layout(NamedTuple):
     Attributes:
         outputs: Axes of the output units. Defaults to the last axis.
         inputs: Axes of the input channels. Defaults to the second last axis.
+        channels: Channels of the model that the output units make, see
+            `keras_dst.methods.channels`. Defaults to None: every unit is pruned alone.
     """
 
     outputs: tuple[int, ...] = (-1,)
     inputs: tuple[int, ...] = (-2,)
+    channels: Any = None
 
 
 # Axes of Keras's Dense and Conv kernels.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -21,6 +21,7 @@ from keras_dst._backend.jit import is_known_false, jit, outside_torch_graph
 from keras_dst._utils.clock import UpdateClock, update_clock
 from keras_dst._utils.filters import Filters, is_prunable, select
 from keras_dst.masks import KERNEL, Layout, masked
+from keras_dst.methods import channels
 from keras_dst.methods.base import LayerMethod, Method, ScheduleState, State, UpdateMethod, describe
 
 
@@ -81,6 +82,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.states: list[State] = []
         # SparseTraining replaces these default axes by the axes that the layers know.
         self.layouts: list[Layout] = []
+        # Biases and scales of coupled channels: index of the variable, axis, channels along it.
+        self._followers: list[tuple[int, int, np.ndarray]] = []
         self.step: Any = None
         self.total: Any = None
         self._timetable: _Timetable | None = None
@@ -143,6 +146,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         if averages_weights(self):
             for kernel, state in zip(self.kernels, self.states):
                 self.assign(kernel, masked(ops.convert_to_tensor(kernel), _mask_of(state)))
+            self._mask_followers()
 
     # -- state -----------------------------------------------------------------------------------
 
@@ -185,9 +189,20 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.states = states
         self.set_layouts([KERNEL if len(k.shape) > 1 else Layout(inputs=()) for k in kernels])
 
-    def set_layouts(self, layouts: list[Layout]) -> None:
-        """Set the input and output axes of the kernels, as the layers know them."""
+    def set_layouts(
+        self, layouts: list[Layout], followers: Sequence[tuple[Any, int, np.ndarray]] = ()
+    ) -> None:
+        """Set the axes and the coupled channels of the kernels, as the model knows them.
+
+        Args:
+            layouts: Axes and channels of all kernels.
+            followers: Variables that are pruned together with the channels, such as biases. Each is
+                a tuple of a trainable variable, its axis of the channels, and the number of the
+                channel of every entry along this axis, or -1. Defaults to no variables.
+        """
         self.layouts = layouts
+        place = {id(v): i for i, v in enumerate(_keras.trained_variables_of(self))}
+        self._followers = [(place[id(v)], axis, ids) for v, axis, ids in followers]
         self._plan_updates(initial_update=True)
 
     def _is_dense(self) -> bool:
@@ -285,6 +300,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.step.assign(self.step + 1)
         if not self.driver_active and not self._is_dense():
             self._update_in_step()
+        self._mask_followers()
 
     # -- mask updates ----------------------------------------------------------------------------
 
@@ -404,6 +420,20 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             self.assign(kernel, value)
             if averages:  # The average of a weight that comes back starts at its present value.
                 self._mask_average(kernel, state, ops.where(pruned, value, 0))
+        self._mask_followers()
+
+    def _mask_followers(self) -> None:
+        """Set the biases and scales of the channels to zero that are pruned."""
+        if not self._followers:
+            return
+        alive = channels.alive([_mask_of(state) for state in self.states], self.layouts)
+        variables = _keras.trained_variables_of(self)
+        for index, axis, ids in self._followers:
+            variable = variables[index]
+            mask = channels.along_axis(alive, ids, len(variable.shape), axis)
+            self.assign(variable, masked(ops.convert_to_tensor(variable), mask))
+            for average in self._averages_of(variable):
+                self.assign(average, masked(ops.convert_to_tensor(average), mask))
 
     def reapply_masks(self) -> None:
         """Set the pruned weights to zero again, after somebody assigned other values to weights.
@@ -418,6 +448,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                     copy = ops.convert_to_tensor(state[name])
                     self.assign(state[name], ops.where(mask, ops.cast(value, copy.dtype), copy))
             self.assign(kernel, masked(value, mask))
+        self._mask_followers()
 
     def _slots(self, kernel) -> list:
         """Return the variables of the inner optimizer with one entry per weight of a kernel."""
@@ -428,13 +459,17 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
         The tensor `added` is added to the average first.
         """
-        for leaf in leaf_optimizers(self):
-            average = _keras.moving_average_of(leaf, kernel) if leaf.use_ema else None
-            if average is not None:
-                value = ops.convert_to_tensor(average)
-                if added is not None:
-                    value = value + ops.cast(added, value.dtype)
-                self.assign(average, masked(value, _mask_of(state)))
+        for average in self._averages_of(kernel):
+            value = ops.convert_to_tensor(average)
+            if added is not None:
+                value = value + ops.cast(added, value.dtype)
+            self.assign(average, masked(value, _mask_of(state)))
+
+    def _averages_of(self, variable) -> list:
+        """Return the exponential moving averages of a variable in the inner optimizers."""
+        leaves = [leaf for leaf in leaf_optimizers(self) if leaf.use_ema]
+        found = [_keras.moving_average_of(leaf, variable) for leaf in leaves]
+        return [average for average in found if average is not None]
 
     # -- saving ----------------------------------------------------------------------------------
 

@@ -325,15 +325,21 @@ def _excluded_layers(model, method: LayerMethod, filters: Filters) -> dict[int, 
                 "with a method that masks the update, such as Magnitude"
             )
             excluded[id(layer)] = excluded[id(layer.layer)] = reason
-    if not isinstance(method, UnitMethod):
-        return excluded
-    if _keras.graph_of(model) is None and filters is None:
+    excluded.update(_excluded_outputs(model, method, filters))
+    return excluded
+
+
+def _excluded_outputs(model, method: Method, filters: Filters) -> dict[int, str]:
+    """Return the ids of the layers that give the model's outputs, if whole units are pruned."""
+    if method.pattern != "channel":
+        return {}
+    if isinstance(method, UnitMethod) and _keras.graph_of(model) is None and filters is None:
         raise ValueError(
             f"{type(method).__name__} prunes whole units, but not the units of the outputs. Which "
             f"layers give the outputs of '{model.name}' is unknown, because its own `call` runs "
             "it. Name the layers to prune with filters."
         )
-    return {**excluded, **dict.fromkeys(_output_layers(model), "its units are the model's outputs")}
+    return dict.fromkeys(_output_layers(model), "its units are the model's outputs")
 
 
 def _gating_modules(model) -> dict[int, str]:
@@ -479,7 +485,8 @@ def _choose_kernels(
         [(variable.path, *names[id(layer)][:-1]) for layer, variable in pairs],
     )
     trained = optimizer.built and set(map(id, _keras.trained_variables_of(optimizer)))
-    frozen, gating, layouts = frozen_layers_of(model), _gating_modules(model), layouts_of(model)
+    frozen, layouts = frozen_layers_of(model), layouts_of(model)
+    excluded = {**_gating_modules(model), **_excluded_outputs(model, method, filters)}
     sparse: dict[str, list[str]] = {}
     report = SparsifyReport(method)
     kernels, pattern_fits = [], True
@@ -493,7 +500,7 @@ def _choose_kernels(
         elif trained and id(variable) not in trained:
             reason = "the optimizer was built without it; compile the model again"
         else:
-            reason = gating.get(id(layer)) or misfit
+            reason = excluded.get(id(layer)) or misfit
             pattern_fits = pattern_fits and reason is None
         path = layer.path or layer.name
         if reason is None:

@@ -29,6 +29,7 @@ from keras_dst import masks
 from keras_dst._utils.config import Configurable
 from keras_dst._utils.validation import check_integer, is_integer
 from keras_dst.masks import KERNEL, Layout, Pattern
+from keras_dst.methods import channels
 from keras_dst.schedules import Schedule
 
 Tensor = Any
@@ -65,7 +66,12 @@ class Method(Configurable):
         frequency: Steps between mask updates, or `"epoch"`. None means `default_frequency`, and at
             least twenty updates in a short training.
         default_frequency: Steps between mask updates in the paper, or `"epoch"`.
-        min_kept: Number of weights that every layer keeps.
+        min_kept: Number of weights that every layer keeps, or of channels that every group of
+            coupled channels keeps.
+        counted_in: Quantity whose removed fraction is the sparsity, if channels are coupled:
+            `"channels"`, `"parameters"` or `"flops"`.
+        round_to: The number of kept channels of a group is a multiple of this number, if the group
+            has at least twice as many channels.
         learned: True if the sparsity follows from training, False if it follows from a ranking.
             A learned method gets its target one update ahead, and has a `project` function.
         target_quantity: Name of the quantity that has the target, for warnings.
@@ -78,6 +84,8 @@ class Method(Configurable):
     frequency: int | str | None = None
     default_frequency: int | str = 100
     min_kept: int = 1
+    counted_in: str = "channels"
+    round_to: int = 8
     learned = False
     target_quantity = "sparsity"
     driver = "keras_dst.callbacks.SparseTraining"
@@ -172,6 +180,8 @@ class Method(Configurable):
     ) -> np.ndarray:
         """Return the number of weights to keep, in the form that `update` takes.
 
+        If channels are coupled, it is the number of channels to keep, see `methods.channels`.
+
         Args:
             shapes: Shapes of all weights under this method.
             layouts: Axes of these weights.
@@ -182,6 +192,8 @@ class Method(Configurable):
         pattern = Pattern(self.pattern)
         for shape, layout in zip(shapes, layouts):
             pattern.block(shape, layout)  # raises if a weight lacks an axis for the pattern
+        if channels.groups_of(layouts):
+            return channels.kept_counts(self, shapes, layouts, sparsity, names)
         if pattern.n_of_m:
             return np.array([_kept_of_m(*x, *pattern.n_of_m) for x in zip(shapes, layouts)])
         return allocations.kept_counts(self.allocation, shapes, sparsity, names, final)
@@ -197,6 +209,8 @@ class Method(Configurable):
             kept: Number of weights to keep, as in `update`.
         """
         pattern = Pattern(self.pattern)
+        if channels.groups_of(layouts):
+            return channels.rank(self, scores, layouts, kept)
         if pattern.n_of_m:
             return [
                 masks.n_of_m(s, *pattern.n_of_m, axis=layout.inputs[-1])
@@ -226,11 +240,22 @@ class Method(Configurable):
     def _check_common(self):
         allocations.check(self.allocation)
         pattern = Pattern(self.pattern)
-        for name in ("frequency", "min_kept"):
+        for name in ("frequency", "min_kept", "round_to"):
             value = getattr(self, name)
             if name == "frequency" and value in (None, "epoch"):
                 continue
             check_integer(value, name)
+        if self.counted_in not in channels.COUNTED_IN:
+            raise ValueError(
+                f"counted_in must be one of {', '.join(map(repr, channels.COUNTED_IN))}. "
+                f"Received: counted_in={self.counted_in!r}"
+            )
+        if pattern.name != "channel" and (self.counted_in, self.round_to) != ("channels", 8):
+            raise ValueError(
+                "counted_in and round_to belong to pattern='channel'. "
+                f"Received: pattern={self.pattern!r}, counted_in={self.counted_in!r}, "
+                f"round_to={self.round_to!r}. Leave them out, or pass pattern='channel'."
+            )
         seed = getattr(self, "seed", 0)
         if not is_integer(seed, minimum=0) or seed >= 2**31:
             raise ValueError(f"seed must be a whole number in [0, 2**31). Received: {seed!r}")

@@ -44,7 +44,12 @@ class FlipOut(UpdateMethod):
             `"channel"`. A group has the mean score of its weights. Defaults to `"unstructured"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
             100 in a long training, and at least twenty updates in a short training.
-        min_kept: Number of weights that every layer keeps. Defaults to 1.
+        min_kept: Number of weights that every layer keeps; with `"channel"`, number of channels
+            that every group of coupled channels keeps. Defaults to 1.
+        counted_in: Quantity whose removed fraction is the sparsity with `"channel"`: `"channels"`,
+            `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        round_to: With `"channel"`, the number of kept channels of a group is a multiple of this
+            number, if the group has at least twice as many channels. Defaults to 8.
         seed: Seed of the noise. Defaults to 0.
 
     Raises:
@@ -66,6 +71,8 @@ class FlipOut(UpdateMethod):
         pattern: str = "unstructured",
         frequency: int | str | None = None,
         min_kept: int = 1,
+        counted_in: str = "channels",
+        round_to: int = 8,
         seed: int = 0,
     ):
         self.sparsity = sparsity
@@ -76,6 +83,8 @@ class FlipOut(UpdateMethod):
         self.pattern = pattern
         self.frequency = frequency
         self.min_kept = min_kept
+        self.counted_in = counted_in
+        self.round_to = round_to
         self.seed = seed
         if not power > 0:
             raise ValueError(f"power must be a number > 0. Received: {power!r}")

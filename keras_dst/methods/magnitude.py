@@ -42,7 +42,12 @@ class Magnitude(UpdateMethod):
             becomes 0. Defaults to `"magnitude"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
             100 in a long training, and at least twenty updates in a short training.
-        min_kept: Number of weights that every layer keeps. Defaults to 1.
+        min_kept: Number of weights that every layer keeps; with `"channel"`, number of channels
+            that every group of coupled channels keeps. Defaults to 1.
+        counted_in: Quantity whose removed fraction is the sparsity with `"channel"`: `"channels"`,
+            `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        round_to: With `"channel"`, the number of kept channels of a group is a multiple of this
+            number, if the group has at least twice as many channels. Defaults to 8.
 
     Raises:
         ValueError: If an argument is outside its range, or if `score="taylor"` is combined with a
@@ -64,6 +69,8 @@ class Magnitude(UpdateMethod):
         score: str = "magnitude",
         frequency: int | str | None = None,
         min_kept: int = 1,
+        counted_in: str = "channels",
+        round_to: int = 8,
     ):
         self.sparsity = sparsity
         self.allocation = allocation
@@ -72,6 +79,8 @@ class Magnitude(UpdateMethod):
         self.score = score
         self.frequency = frequency
         self.min_kept = min_kept
+        self.counted_in = counted_in
+        self.round_to = round_to
         self.schedule = as_schedule(sparsity, Cubic)
         self.moves_weights = revival
         self.reads_gradients = score == "taylor"

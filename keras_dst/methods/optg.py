@@ -47,7 +47,12 @@ class OptG(LayerMethod):
             `"channel"`. A group has the mean score of its weights. Defaults to `"unstructured"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
             `"epoch"` in a long training, and at least twenty updates in a short training.
-        min_kept: Number of weights that every layer keeps. Defaults to 1.
+        min_kept: Number of weights that every layer keeps; with `"channel"`, number of channels
+            that every group of coupled channels keeps. Defaults to 1.
+        counted_in: Quantity whose removed fraction is the sparsity with `"channel"`: `"channels"`,
+            `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        round_to: With `"channel"`, the number of kept channels of a group is a multiple of this
+            number, if the group has at least twice as many channels. Defaults to 8.
 
     Raises:
         ValueError: If an argument is outside its range, or if `beta` is passed with a `Schedule`.
@@ -70,6 +75,8 @@ class OptG(LayerMethod):
         pattern: str = "unstructured",
         frequency: int | str | None = None,
         min_kept: int = 1,
+        counted_in: str = "channels",
+        round_to: int = 8,
     ):
         self.sparsity = sparsity
         self.beta = beta
@@ -77,6 +84,8 @@ class OptG(LayerMethod):
         self.pattern = pattern
         self.frequency = frequency
         self.min_kept = min_kept
+        self.counted_in = counted_in
+        self.round_to = round_to
         if beta is not None and not beta > 0:
             raise ValueError(f"beta must be a number > 0. Received: {beta!r}")
         if beta is not None and isinstance(sparsity, Schedule):

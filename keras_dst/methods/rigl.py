@@ -21,8 +21,8 @@ class RigL(SET):
     """Dynamic sparse training that drops small weights and grows weights with large gradients.
 
     Args:
-        sparsity, allocation, pattern, drop_fraction, stop, stop_step, frequency, min_kept:
-            See `SET`.
+        sparsity, allocation, pattern, drop_fraction, stop, stop_step, frequency, min_kept,
+            counted_in, round_to: See `SET`.
         seed: Seed of the first, random mask. Defaults to 0.
 
     Example:

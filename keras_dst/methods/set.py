@@ -21,6 +21,7 @@ from keras import ops
 from keras_dst._backend import random
 from keras_dst._utils.validation import check_integer
 from keras_dst.masks import Pattern
+from keras_dst.methods import channels
 from keras_dst.methods.base import UpdateMethod
 from keras_dst.schedules import Constant, check_sparsity
 
@@ -52,7 +53,12 @@ class SET(UpdateMethod):
             `SparseTraining` needs it. Defaults to None.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
             100 in a long training, and at least twenty updates in a short training.
-        min_kept: Number of weights that every layer keeps. Defaults to 1.
+        min_kept: Number of weights that every layer keeps; with `"channel"`, number of channels
+            that every group of coupled channels keeps. Defaults to 1.
+        counted_in: Quantity whose removed fraction is the sparsity with `"channel"`: `"channels"`,
+            `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        round_to: With `"channel"`, the number of kept channels of a group is a multiple of this
+            number, if the group has at least twice as many channels. Defaults to 8.
         seed: Seed of the random connections. Defaults to 0.
 
     Raises:
@@ -77,6 +83,8 @@ class SET(UpdateMethod):
         stop_step: int | None = None,
         frequency: int | str | None = None,
         min_kept: int = 1,
+        counted_in: str = "channels",
+        round_to: int = 8,
         seed: int = 0,
     ):
         self.sparsity = sparsity
@@ -87,6 +95,8 @@ class SET(UpdateMethod):
         self.stop_step = stop_step
         self.frequency = frequency
         self.min_kept = min_kept
+        self.counted_in = counted_in
+        self.round_to = round_to
         self.seed = seed
         name = type(self).__name__
         check_sparsity(sparsity, alternative=f"; {name} keeps it constant and takes no Schedule")
@@ -120,6 +130,8 @@ class SET(UpdateMethod):
 
     def kept_counts(self, shapes, layouts, sparsity, names):
         counts = super().kept_counts(shapes, layouts, sparsity, names)
+        if channels.groups_of(layouts):
+            return counts
         first = math.prod(shapes[0])
         if self.allocation != "uniform" or len(shapes) == 1 or _FIRST * first > counts.sum():
             return counts

@@ -1,0 +1,373 @@
+"""Ranking of coupled channels: groups of channels that leave a model together.
+
+A channel of a model is made by several weights, such as all convolutions whose outputs are added.
+Removing it makes a model smaller only if all these weights lose it. The functions here therefore
+rank channels instead of output units:
+
+    s_c = mean over the units u that make channel c of score(u) / scale(layer of u)
+    cost(n) = sum over weights of base (share of inputs kept) (share of outputs kept)
+
+with the number `n` of kept channels per group. A **group** is a set of channels that the same
+weights make; all its channels have the same cost. The number of kept channels of a group is a
+multiple of `round_to`, because widths such as 9 or 17 are slow on most hardware.
+
+`Layout.channels` connects a weight with its channels. It is None for a weight whose output units
+are ranked alone, as in a model without a graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_dst import allocation as allocations
+from keras_dst import masks
+from keras_dst.masks import Layout, Pattern
+
+Tensor = Any
+
+COUNTED_IN = ("channels", "parameters", "flops")
+
+# A global ranking gets its target as a whole number of parts, because counts are int32.
+_PARTS = 2**20
+
+
+class ChannelGroups:
+    """All groups of coupled channels of a model, and the cost of the model without some of them.
+
+    Channels have consecutive numbers: first the channels of the first group, then those of the
+    second group, and so on. Two objects with equal arguments are equal and have the same hash, so
+    compiled functions can be cached.
+
+    Args:
+        sizes: Number of channels of every group.
+        shares: Array of shape (weights, 2, groups + 1). It holds the fraction of the entries along
+            the inputs and along the outputs of a weight that belongs to each group. The last
+            column holds the fraction that always stays.
+        costs: Array of shape (weights, 2): the parameters and the FLOPs of every weight.
+    """
+
+    def __init__(self, sizes: Sequence[int], shares: np.ndarray, costs: np.ndarray):
+        self.sizes = np.array(sizes, "int32")
+        self.shares = np.array(shares, "float64")
+        self.costs = np.array(costs, "float64")
+        self.owner = np.repeat(np.arange(len(self.sizes), dtype="int32"), self.sizes)
+        arrays = (self.sizes, self.shares, self.costs)
+        self._key = tuple(array.tobytes() for array in arrays)
+        self._hash = hash(self._key)
+
+    def __eq__(self, other):
+        return isinstance(other, ChannelGroups) and self._key == other._key
+
+    def __hash__(self):
+        return self._hash
+
+    def kept_share(self, kept: Tensor, counted_in: str) -> Tensor:
+        """Return the fraction of the channels, parameters or FLOPs that is left.
+
+        Args:
+            kept: Number of kept channels of every group, an array or a tensor of floats.
+            counted_in: `"channels"`, `"parameters"` or `"flops"`.
+        """
+        total: Any = np.sum
+        array: Any = np.asarray
+        if not isinstance(kept, np.ndarray):
+            total, array = ops.sum, lambda x: ops.convert_to_tensor(x, "float32")
+        if counted_in == "channels":
+            return total(kept) / float(self.sizes.sum())
+        base = self.costs[:, COUNTED_IN.index(counted_in) - 1]
+        used = base > 0
+        shares = self.shares[used]
+        left = kept / array(self.sizes.astype("float64"))
+        inputs, outputs = (
+            total(array(shares[:, side, :-1]) * left, axis=1) + array(shares[:, side, -1])
+            for side in (0, 1)
+        )
+        return total(array(base[used] / base.sum()) * inputs * outputs)
+
+
+class Channels:
+    """The channels that the output units of one weight make. Equal objects have equal hashes.
+
+    Args:
+        ids: Number of the channel of every output unit, or -1 for a unit that always stays.
+        groups: The groups of the model.
+    """
+
+    def __init__(self, ids: Sequence[int], groups: ChannelGroups):
+        self.ids = np.array(ids, "int32")
+        self.groups = groups
+        self._key = (self.ids.tobytes(), groups)
+        self._hash = hash(self._key)
+
+    def __eq__(self, other):
+        return isinstance(other, Channels) and self._key == other._key
+
+    def __hash__(self):
+        return self._hash
+
+
+def groups_of(layouts: Sequence[Layout]) -> ChannelGroups | None:
+    """Return the groups that these layouts belong to, or None if channels are not coupled."""
+    return next((layout.channels.groups for layout in layouts if layout.channels), None)
+
+
+# -- the number of channels to keep -------------------------------------------------------------
+
+
+def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) -> np.ndarray:
+    """Return the number of channels to keep per group, or the target of a global ranking.
+
+    Every group is pruned to its density; all densities are scaled by one factor, so that the
+    fraction of the removed channels, parameters or FLOPs is nearest to the sparsity. Groups that a
+    dict of sparsities names get their own sparsity, and the other groups meet the target.
+
+    Args:
+        method: Method with `allocation`, `counted_in`, `round_to` and `min_kept`.
+        shapes, layouts, names: Shapes, axes and paths of all weights under the method.
+        sparsity: Fraction to remove now.
+    """
+    target = 1 - sparsity
+    if method.allocation == "global":
+        return np.array([round(target * _PARTS)])
+    groups = _required(layouts)
+    sizes, step, least = groups.sizes, *_steps(groups, method)
+    own = _own_densities(method, layouts, sparsity, names, groups)
+
+    def exact(density):
+        """Return the number of channels to keep per group, without rounding."""
+        if method.allocation == "erk":
+            each = _mean_of_members(allocations.densities("erk", shapes, density), layouts, groups)
+        else:
+            each = np.full(len(sizes), density)
+        return np.where(np.isnan(own), each, own) * sizes
+
+    def rounded(density):
+        counts = np.floor(exact(density) / step + 0.5) * step
+        return np.clip(counts, least, sizes)
+
+    def share(counts):
+        return float(groups.kept_share(counts, method.counted_in))
+
+    # Bisection ends with two densities whose counts enclose the target.
+    low, high = 0.0, 1.0
+    if share(rounded(target)) <= target:
+        low = target
+    else:
+        high = target
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share(rounded(middle)) <= target else (low, middle)
+    counts, more = rounded(low), rounded(high)
+    # Largest-remainder method: the groups between both counts get the larger one in turn.
+    remainder = exact(high) / step - np.floor(exact(high) / step)
+    for group in np.argsort(-remainder, kind="stable"):
+        trial = counts.copy()
+        trial[group] = more[group]
+        if abs(share(trial) - target) < abs(share(counts) - target):
+            counts = trial
+    return counts.astype("int64")
+
+
+def _steps(groups: ChannelGroups, method) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rounding step and the smallest number of channels of every group."""
+    step = np.where(groups.sizes >= 2 * method.round_to, method.round_to, 1)
+    return step, np.minimum(np.maximum(step, method.min_kept), groups.sizes)
+
+
+def _own_densities(method, layouts, sparsity, names, groups) -> np.ndarray:
+    """Return the density of every group that the allocation names, and NaN for other groups.
+
+    A group with several named weights has the highest of their densities.
+    """
+    own = np.full(len(groups.sizes), np.nan)
+    if not isinstance(method.allocation, Mapping):
+        return own
+    final = method.schedule.sparsity if method.schedule else 0.0
+    scale = sparsity / final if final else 1.0
+    scaled = {name: value * scale for name, value in method.allocation.items()}
+    named = allocations.densities(scaled, [()] * len(names), np.nan, names)
+    for density, members in zip(named, _groups_by_weight(layouts, groups)):
+        own[members] = np.fmax(own[members], density)
+    return own
+
+
+def _mean_of_members(values, layouts, groups) -> np.ndarray:
+    """Return the mean of one value per weight over the weights of every group."""
+    total, count = np.zeros(len(groups.sizes)), np.zeros(len(groups.sizes))
+    for value, members in zip(values, _groups_by_weight(layouts, groups)):
+        total[members] += value
+        count[members] += 1
+    return np.where(count > 0, total / np.maximum(count, 1), 1.0)
+
+
+def _groups_by_weight(layouts, groups) -> list[np.ndarray]:
+    """Return the numbers of the groups of every weight."""
+    ids = [layout.channels.ids if layout.channels else np.zeros(0, int) for layout in layouts]
+    return [np.unique(groups.owner[i[i >= 0]]) for i in ids]
+
+
+# -- the ranking ---------------------------------------------------------------------------------
+
+
+def rank(method, scores: Sequence[Tensor], layouts: Sequence[Layout], kept: Tensor):
+    """Return boolean masks that keep the channels with the highest scores.
+
+    Args:
+        method: Method with `allocation`, `counted_in`, `round_to` and `min_kept`.
+        scores: Saliency of all weights, in their shapes.
+        layouts: Axes and channels of these weights.
+        kept: Numbers that `kept_counts` returned, as a tensor.
+    """
+    groups, pattern = _required(layouts), Pattern("channel")
+    saliency = channel_scores(scores, layouts)
+    ends = np.cumsum(groups.sizes)
+    parts = [saliency[end - size : end] for size, end in zip(groups.sizes.tolist(), ends.tolist())]
+    if method.allocation == "global":
+        kept = _global_counts(method, groups, saliency, kept[0])
+    alive = ops.concatenate([*masks.top_k(parts, kept), ops.ones((1,), "bool")])
+    found = []
+    for score, layout in zip(scores, layouts):
+        shape = tuple(score.shape)
+        if not layout.channels:
+            found.append(ops.ones(shape, "bool"))
+            continue
+        units = pattern.sizes(shape, layout).shape
+        ids = layout.channels.ids
+        on = ops.take(alive, np.where(ids < 0, len(groups.owner), ids))
+        found.append(pattern.expand(ops.reshape(on, units), shape, layout))
+    return found
+
+
+def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
+    """Return the saliency of every channel: the mean of the normalized scores of its units.
+
+    The scores of a weight are divided by the mean of its positive scores, because layers differ
+    in the scale of their weights. A score below 0 marks a weight that is pruned already.
+
+    Args:
+        scores: Saliency of all weights, in their shapes.
+        layouts: Axes and channels of these weights.
+
+    Returns:
+        A float32 vector with one entry per channel.
+    """
+    pattern, units = Pattern("channel"), []
+    for score, layout in zip(scores, layouts):
+        if not layout.channels:
+            continue
+        pooled = ops.reshape(pattern.scores(ops.cast(score, "float32"), layout), (-1,))
+        scale = ops.mean(ops.maximum(pooled, 0.0))
+        scale = ops.where(scale > 0, scale, ops.mean(ops.abs(pooled)))
+        units.append(pooled / ops.where(scale > 0, scale, 1.0))
+    # Every row of `places` lists the units of a channel. The last entry of `every` is 0.
+    places, counts = _units_of_channels(tuple(layouts))
+    every = ops.concatenate([*units, ops.zeros((1,), "float32")])
+    return ops.sum(ops.take(every, places), axis=1) / ops.convert_to_tensor(counts, "float32")
+
+
+def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
+    """Return for every channel whether it is kept, and True as an additional last entry.
+
+    The masks of all weights that make a channel agree, so the first of these weights is read.
+
+    Args:
+        found: Boolean masks of all weights.
+        layouts: Axes and channels of these weights.
+    """
+    first = _units_of_channels(tuple(layouts))[0][:, 0]
+    units, start, places = [], 0, np.zeros(len(first), "int32")
+    offset = 0
+    for mask, layout in zip(found, layouts):
+        if not layout.channels:
+            continue
+        end = start + len(layout.channels.ids)
+        here = (first >= start) & (first < end)
+        if here.any():
+            rank = len(mask.shape)
+            others = {*range(rank)} - {axis % rank for axis in layout.outputs}
+            units.append(ops.reshape(ops.any(mask, tuple(sorted(others))), (-1,)))
+            places[here] = first[here] - start + offset
+            offset += end - start
+        start = end
+    places[first >= start] = offset  # no weight under the method makes the channel
+    every = ops.concatenate([*units, ops.ones((1,), "bool")])
+    return ops.take(every, np.append(places, offset))
+
+
+def along_axis(alive: Tensor, ids: np.ndarray, rank: int, axis: int) -> Tensor:
+    """Return a boolean mask along one axis of a variable, which broadcasts to the variable.
+
+    Args:
+        alive: Vector that the function `alive` returned.
+        ids: Number of the channel of every entry along the axis, or -1 for an entry that stays.
+        rank: Number of axes of the variable.
+        axis: Axis of the channels.
+    """
+    last = alive.shape[0] - 1
+    on = ops.take(alive, np.where(ids < 0, last, ids).astype("int32"))
+    return ops.reshape(on, [-1 if a == axis % rank else 1 for a in range(rank)])
+
+
+def _global_counts(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor) -> Tensor:
+    """Return the number of channels per group that one ranking of all groups keeps.
+
+    The number of channels above a threshold is rounded in every group. Bisection finds the
+    threshold at which the model meets the target.
+    """
+    step, least = (ops.convert_to_tensor(x, "int32") for x in _steps(groups, method))
+    sizes, owner = (ops.convert_to_tensor(x, "int32") for x in (groups.sizes, groups.owner))
+    target = ops.cast(kept, "float32") / _PARTS
+    total = len(groups.owner)
+    # The place of every channel in the ranking: 0 for the highest score, ties in order.
+    place = ops.cast(ops.argsort(ops.argsort(-saliency)), "int32")
+    numbers = ops.convert_to_tensor(np.arange(len(groups.sizes)), "int32")
+    belongs = ops.equal(owner[None], numbers[:, None])
+
+    def counts(first):
+        above = ops.logical_and(belongs, (place < first)[None])
+        count = ops.sum(ops.cast(above, "int32"), axis=1)
+        return ops.minimum(ops.maximum((count + step // 2) // step * step, least), sizes)
+
+    def share(first):
+        return groups.kept_share(ops.cast(counts(first), "float32"), method.counted_in)
+
+    def narrow(_, ends):
+        low, high = ends
+        middle = (low + high) // 2
+        fits = share(middle) <= target
+        return ops.where(fits, middle, low), ops.where(fits, high, middle)
+
+    ends = (ops.convert_to_tensor(0, "int32"), ops.convert_to_tensor(total, "int32"))
+    low, high = ops.fori_loop(0, math.ceil(math.log2(max(total, 2))) + 1, narrow, ends)
+    nearer = ops.abs(share(high) - target) < ops.abs(share(low) - target)
+    return counts(ops.where(nearer, high, low))
+
+
+@functools.lru_cache(maxsize=16)
+def _units_of_channels(layouts: tuple[Layout, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places of all units of every channel, and their numbers.
+
+    A place is a position among the units of all weights with channels. Rows are filled up with the
+    place after the last unit.
+    """
+    every = np.concatenate([layout.channels.ids for layout in layouts if layout.channels])
+    total = len(_required(layouts).owner)
+    counts = np.bincount(every[every >= 0], minlength=total)
+    order = np.argsort(every, kind="stable")[np.count_nonzero(every < 0) :]
+    places = np.full((total, counts.max(initial=1)), len(every), "int32")
+    column = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    places[every[order], column] = order
+    return places, np.maximum(counts, 1)
+
+
+def _required(layouts) -> ChannelGroups:
+    groups = groups_of(layouts)
+    if groups is None:
+        raise ValueError("Expected layouts with channels. Received layouts without channels.")
+    return groups
