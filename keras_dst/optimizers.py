@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -190,7 +191,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.set_layouts([KERNEL if len(k.shape) > 1 else Layout(inputs=()) for k in kernels])
 
     def set_layouts(
-        self, layouts: list[Layout], followers: Sequence[tuple[Any, int, np.ndarray]] = ()
+        self,
+        layouts: list[Layout],
+        followers: Sequence[tuple[Any, int, np.ndarray]] = (),
+        model_known: bool = False,
     ) -> None:
         """Set the axes and the coupled channels of the kernels, as the model knows them.
 
@@ -199,8 +203,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             followers: Variables that are pruned together with the channels, such as biases. Each is
                 a tuple of a trainable variable, its axis of the channels, and the number of the
                 channel of every entry along this axis, or -1. Defaults to no variables.
+            model_known: Whether the layouts come from a model. Defaults to False.
         """
         self.layouts = layouts
+        self._model_known = model_known
         place = {id(v): i for i, v in enumerate(_keras.trained_variables_of(self))}
         self._followers = [(place[id(v)], axis, ids) for v, axis, ids in followers]
         self._plan_updates(initial_update=True)
@@ -324,6 +330,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         if self._is_dense() or int(ops.cast(self.step, "int32")):
             return
         self._known_timetable()
+        self._check_channels()
         method: Any = self.method
         if (sparsity := method.schedule.at(0)) > 0:
             shapes = [tuple(k.shape) for k in self.kernels]
@@ -379,6 +386,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         due, row = timetable.look_up(step)
         if is_known_false(due):
             return
+        self._check_channels()
         kept = ops.take(ops.convert_to_tensor(timetable.kept, "int32"), row, axis=0)
         now = ScheduleState(
             step,
@@ -397,6 +405,27 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             due, lambda: method.update(weights, states, self.layouts, kept, now), keep
         )
         self.update_masks(changes)
+
+    def _check_channels(self) -> None:
+        """Warn or raise if channels are ranked without knowledge of the model."""
+        if self.method.pattern != "channel" or self._model_known:
+            return
+        fix = (
+            "Call keras_dst.couple_channels(model, optimizer) before the first step, or fit with "
+            "callbacks=[keras_dst.callbacks.SparseTraining()]."
+        )
+        if self.method.counted_in != "channels":
+            raise ValueError(
+                f"counted_in={self.method.counted_in!r} needs the model, which the optimizer does "
+                f"not know. {fix}"
+            )
+        self._model_known = True  # one warning is enough
+        warnings.warn(
+            f"{self.method!r}: the optimizer does not know its model. It ranks the channels of "
+            "each layer alone, so that `shrink` can remove few of them, and it also prunes the "
+            f"layers that give the outputs of the model. {fix}",
+            stacklevel=2,
+        )
 
     def _values(self) -> tuple[list, list]:
         weights = [ops.convert_to_tensor(k) for k in self.kernels]

@@ -15,6 +15,7 @@ from keras_dst import _keras
 from keras_dst._backend.devices import placed_like
 from keras_dst._backend.jit import jit
 from keras_dst._reporting.flops import count_uses
+from keras_dst._training.channels import Coupling, Follower, couple, mask_followers
 from keras_dst._training.fit_patches import active_fit
 from keras_dst._training.two_path import TwoPathLoss, check_rematerialization
 from keras_dst._utils.clock import update_clock
@@ -22,6 +23,7 @@ from keras_dst.layers import Gate
 from keras_dst.layers.base import SparseMixin
 from keras_dst.layers.classes import frozen_layers_of, layouts_of
 from keras_dst.masks import Layout, Pattern, masked
+from keras_dst.methods import channels
 from keras_dst.methods.base import (
     LayerMethod,
     Method,
@@ -64,8 +66,45 @@ def drivers_of(model) -> list[Driver]:
             method.bind_layers(layers, count_uses(model) if method.needs_use_counts else {})
         found.append(LayerDriver(model, layers))
     for optimizer in _built_sparse_optimizers(model):
-        optimizer.set_layouts(_layouts(model, optimizer))
-        found.append(OptimizerDriver(model, optimizer))
+        found.append(OptimizerDriver(model, optimizer, _couple_optimizer(model, optimizer)))
+    return found
+
+
+def couple_channels(model, optimizer: SparseOptimizer | None = None) -> None:
+    """Tell the optimizer which channels of a model leave together, for `pattern="channel"`.
+
+    The `SparseTraining` callback calls this function when `fit` begins. A training loop without the
+    callback calls it before the first step; otherwise the optimizer ranks the channels of each
+    layer alone. A second call after the last step sets the moving means of removed channels to 0,
+    which an optimizer step cannot do on JAX.
+
+    Groups of channels are not saved: call the function again after a model is loaded.
+
+    Args:
+        model: Built Keras model.
+        optimizer: `SparseOptimizer` that trains the model. It is built for the trainable variables
+            of the model if it is not built yet. Defaults to None: all optimizers of the model.
+
+    Raises:
+        ValueError: If no channel can be pruned, or if the costs of the channels are not known.
+
+    Example:
+        >>> optimizer = keras_dst.SparseOptimizer("sgd", method)
+        >>> keras_dst.couple_channels(model, optimizer)
+    """
+    if optimizer is not None and not optimizer.built:
+        with placed_like(model.trainable_variables[0]):
+            optimizer.build(model.trainable_variables)
+    optimizers = _built_sparse_optimizers(model) if optimizer is None else [optimizer]
+    for each in optimizers:
+        OptimizerDriver(model, each, _couple_optimizer(model, each)).mask_followers()
+
+
+def _couple_optimizer(model, optimizer: SparseOptimizer) -> Coupling:
+    """Set the axes and the channels of the weights of an optimizer, as the model knows them."""
+    layouts = _layouts(model, optimizer)
+    found = couple(model, optimizer.method, optimizer.kernels, layouts)
+    optimizer.set_layouts(found.layouts, found.followers, model_known=True)
     return found
 
 
@@ -164,8 +203,10 @@ def _functions(method, layouts, shapes):
         masks = [method.mask(*values) for values in zip(weights, states, layouts)]
         if isinstance(method, UpdateMethod):  # A callback may have assigned weights outside masks.
             masks = [ops.logical_or(m, ops.not_equal(w, 0)) for m, w in zip(masks, weights)]
-        return [ops.sum(ops.cast(mask, "float32")) for mask in masks]
+        counts = [ops.sum(ops.cast(mask, "float32")) for mask in masks]
+        return counts, channels.alive(masks, layouts) if groups else None
 
+    groups = channels.groups_of(layouts)
     return update, kept
 
 
@@ -184,6 +225,11 @@ class Driver:
         self._update, self._kept = _functions(method, tuple(layouts), tuple(self.shapes))
         # Cost of one entry of each weight for the target; None if all entries count the same.
         self.costs: list[float] | None = None
+        self.groups = channels.groups_of(layouts)
+        self.followers: list[Follower] = []
+        self.target_quantity = method.target_quantity
+        if self.groups:
+            self.target_quantity = f"fraction of the {method.counted_in} removed"
 
     def read_progress(self) -> tuple[int, int]:
         """Return the stored step and the length of the schedule, which is 0 before training."""
@@ -216,7 +262,7 @@ class Driver:
             return
         self._prune(batches)
         warnings.warn(
-            f"{self.method!r}: a callback assigned weights with {self.method.target_quantity} "
+            f"{self.method!r}: a callback assigned weights with {self.target_quantity} "
             f"{assigned:.4f} at the end of training, where training had reached {expected:.4f}. "
             f"keras_dst pruned these weights to {self.reached():.4f} without training them "
             "further, at a cost in accuracy. To restore the best weights among those at the "
@@ -308,6 +354,7 @@ class Driver:
             ops.convert_to_tensor(target, "float32"),
         )
         self.assign_states(self._update(*self._values(), self._counts(target), now))
+        self.mask_followers()
         if self.total is not None and step >= self.total and step in (self.total, self.fit_end):
             self.project()
 
@@ -320,7 +367,7 @@ class Driver:
         allowed = max(self.tolerance, 0.1 * (1 - target))
         if abs(reached - target) > allowed and not self.projected:
             warnings.warn(
-                f"{self.method!r}: training had reached {self.method.target_quantity} "
+                f"{self.method!r}: training had reached {self.target_quantity} "
                 f"{reached:.4f}, target {target:.3g}. The last projection made the target exact, "
                 "at a cost in accuracy. Train longer, or change the weight of the penalty.",
                 stacklevel=2,
@@ -343,7 +390,7 @@ class Driver:
             if warn_early and reached < target - self.tolerance:
                 warnings.warn(
                     f"{self.method!r}: training ended after {step} of the {total} steps of its "
-                    f"schedule, at {self.method.target_quantity} {reached:.4f}, "
+                    f"schedule, at {self.target_quantity} {reached:.4f}, "
                     f"target {target:.3g}. Fit again to go on.",
                     stacklevel=2,
                 )
@@ -358,7 +405,7 @@ class Driver:
         """Return a sentence about the final target and the value that was reached."""
         target, reached = self._target(), self.reached()
         return (
-            f"{self.method!r} reached {self.method.target_quantity} {reached:.4f}, "
+            f"{self.method!r} reached {self.target_quantity} {reached:.4f}, "
             f"target {target:.3g}: missed by {abs(reached - target):.4f}."
         )
 
@@ -369,7 +416,7 @@ class Driver:
     def _target(self) -> float:
         """Return the final sparsity over all weights of this driver, or over their cost."""
         final = self.schedule.sparsity
-        if self.costs is not None:
+        if self.costs is not None or self.groups:
             return final
         counts = self.method.kept_counts(self.shapes, self.layouts, final, self.names)
         return 1 - float(sum(counts)) / self.size
@@ -379,12 +426,19 @@ class Driver:
         """Deviation from the target that is allowed without a warning."""
         if self.method.learned:
             return 0.01
+        if self.groups:
+            return self.groups.rounding_step(self.method)
         pattern = Pattern(self.method.pattern)
         groups = [math.prod(pattern.block(s, lay)) for s, lay in zip(self.shapes, self.layouts)]
         return max(0.001, max(groups) / self.size)
 
     def reached(self) -> float:
         """Return the sparsity that is reached now, over the weights or over their cost."""
+        if self.groups:
+            kept = np.bincount(
+                self.groups.owner[self._alive()[:-1]], minlength=len(self.groups.sizes)
+            )
+            return 1 - float(self.groups.kept_share(kept.astype("float64"), self.method.counted_in))
         costs = self.costs or [1.0] * len(self.shapes)
         total = sum(c * math.prod(shape) for c, shape in zip(costs, self.shapes))
         return 1 - sum(c * k for c, k in zip(costs, self._counts_kept())) / total
@@ -394,7 +448,16 @@ class Driver:
         return sum(self._counts_kept())
 
     def _counts_kept(self) -> list[float]:
-        return [float(ops.convert_to_numpy(k)) for k in self._kept(*self._values())]
+        return [float(ops.convert_to_numpy(k)) for k in self._kept(*self._values())[0]]
+
+    def _alive(self) -> np.ndarray:
+        """Return for every channel whether it is kept, and True as an additional last entry."""
+        return ops.convert_to_numpy(self._kept(*self._values())[1])
+
+    def mask_followers(self) -> None:
+        """Set the biases, scales, offsets and statistics of pruned channels to zero."""
+        if self.groups and self.followers:
+            mask_followers(self.followers, ops.convert_to_tensor(self._alive()))
 
     def _values(self) -> tuple[list, list]:
         weights = [ops.convert_to_tensor(w) for w in self.weights]
@@ -417,14 +480,17 @@ class LayerDriver(Driver):
         weights = [weight for layer in layers for weight in layer.masked_weights()]
         self.optimizer = _optimizer_of(model, [variable for _, variable, _ in weights])
         method: LayerMethod = layers[0].method
+        variables = [variable for _, variable, _ in weights]
+        coupling = couple(model, method, variables, [layout for layout, _, _ in weights])
         super().__init__(
             model,
             method,
-            [variable for _, variable, _ in weights],
+            variables,
             [state for _, _, state in weights],
-            [layout for layout, _, _ in weights],
-            [variable.path for _, variable, _ in weights],
+            coupling.layouts,
+            [variable.path for variable in variables],
         )
+        self.followers = [*coupling.followers, *coupling.statistics]
         if isinstance(method, UnitMethod):
             costs = [method.cost_per_entry(state) for state in self.states]
             self.costs = [c for c in costs if c is not None] or None
@@ -462,6 +528,9 @@ class LayerDriver(Driver):
             for name, source in self.method.snapshots.items():
                 # On JAX two variables must not share one buffer.
                 state[name].assign(ops.copy(change[source]))
+
+    def reapply_masks(self):
+        self.mask_followers()
 
     def _effective_weights(self):
         for values in zip(*self._values(), self.layouts):
@@ -519,7 +588,7 @@ class LayerDriver(Driver):
 class OptimizerDriver(Driver):
     """Driver of a SparseOptimizer."""
 
-    def __init__(self, model, optimizer: SparseOptimizer):
+    def __init__(self, model, optimizer: SparseOptimizer, coupling: Coupling):
         self.optimizer = optimizer
         super().__init__(
             model,
@@ -529,6 +598,7 @@ class OptimizerDriver(Driver):
             optimizer.layouts,
             optimizer.kernel_names,
         )
+        self.followers = coupling.statistics  # the optimizer masks the trainable followers
 
     def begin(self, length, fit, epoch, done=0):
         if length and not _int(self.optimizer.step):
@@ -558,7 +628,7 @@ class OptimizerDriver(Driver):
         self.optimizer.reapply_masks()
 
     def _assigned(self):
-        return self.measured_sparsity()
+        return self.reached() if self.groups else self.measured_sparsity()
 
     def _effective_weights(self):
         yield from map(ops.convert_to_tensor, self.weights)

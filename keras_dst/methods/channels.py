@@ -67,6 +67,14 @@ class ChannelGroups:
     def __hash__(self):
         return self._hash
 
+    def counts(self, kept: np.ndarray) -> np.ndarray:
+        """Return the number of kept channels of every group.
+
+        Args:
+            kept: Boolean vector with one entry per channel.
+        """
+        return np.bincount(self.owner[kept], minlength=len(self.sizes)).astype("float64")
+
     def kept_share(self, kept: Tensor, counted_in: str) -> Tensor:
         """Return the fraction of the channels, parameters or FLOPs that is left.
 
@@ -90,6 +98,16 @@ class ChannelGroups:
         )
         return total(array(base[used] / base.sum()) * inputs * outputs)
 
+    def rounding_step(self, method) -> float:
+        """Return the largest share of the cost that one rounding step of one group changes."""
+        step, _ = _steps(self, method)
+        whole = self.sizes.astype("float64")
+        each = [
+            1 - float(self.kept_share(np.maximum(whole - change, 0), method.counted_in))
+            for change in np.diag(step)
+        ]
+        return max(0.001, *each)
+
 
 class Channels:
     """The channels that the output units of one weight make. Equal objects have equal hashes.
@@ -99,7 +117,7 @@ class Channels:
         groups: The groups of the model.
     """
 
-    def __init__(self, ids: Sequence[int], groups: ChannelGroups):
+    def __init__(self, ids: Sequence[int] | np.ndarray, groups: ChannelGroups):
         self.ids = np.array(ids, "int32")
         self.groups = groups
         self._key = (self.ids.tobytes(), groups)

@@ -1,0 +1,255 @@
+"""Channels that leave together, in trainings of whole models."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import keras_dst
+from keras_dst import methods
+from keras_dst.callbacks import SparseTraining
+from keras_dst.schedules import Constant, Cubic
+
+X = np.random.default_rng(0).standard_normal((32, 8, 8, 3)).astype("float32")
+Y = np.arange(32) % 5
+
+
+def residual(width=16):
+    """A stem and a branch with a depthwise convolution, whose outputs are added."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(width, 3, padding="same", name="stem")(inputs)
+    x = layers.ReLU()(layers.BatchNormalization(name="stem_norm")(x))
+    y = layers.Conv2D(2 * width, 1, use_bias=False, name="expand")(x)
+    y = layers.ReLU()(layers.BatchNormalization(name="expand_norm")(y))
+    y = layers.DepthwiseConv2D(3, padding="same", name="depthwise")(y)
+    y = layers.BatchNormalization(scale=False, name="depthwise_norm")(y)
+    y = layers.Conv2D(width, 1, name="project")(layers.ReLU()(y))
+    x = layers.GlobalAveragePooling2D()(layers.Add()([x, y]))
+    return keras.Model(inputs, layers.Dense(5, name="classes")(x))
+
+
+def compiled(method, model=None, optimizer=None):
+    model = model or residual()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer or keras.optimizers.SGD(0.05, momentum=0.9), loss)
+    keras_dst.sparsify(model, method)
+    return model
+
+
+def fit(model, *callbacks, epochs=2):
+    model.fit(X, Y, batch_size=8, epochs=epochs, shuffle=False, verbose=0, callbacks=[*callbacks])
+    return model
+
+
+def array(variable):
+    return ops.convert_to_numpy(ops.convert_to_tensor(variable))
+
+
+def units(model, name, axis=-1):
+    """Which output units of a layer are not zero."""
+    kernel = array(model.get_layer(name).kernel)
+    return np.moveaxis(kernel, axis, -1).reshape(-1, kernel.shape[axis]).any(0)
+
+
+def widths(model):
+    """Numbers of filters and units, without those of the outputs."""
+    made = [layer for layer in model.layers if hasattr(layer, "kernel")]
+    found = [getattr(x, "filters", getattr(x, "units", None)) for x in made[:-1]]
+    return [n for n in found if n is not None]
+
+
+def normalized(kernel, axis=-1):
+    pooled = np.abs(np.moveaxis(kernel, axis, -1)).reshape(-1, kernel.shape[axis]).mean(0)
+    return pooled / pooled.mean()
+
+
+def best(score, kept):
+    mask = np.zeros(len(score), bool)
+    mask[np.argsort(-score, kind="stable")[:kept]] = True
+    return mask
+
+
+RANKING = {
+    "magnitude": methods.Magnitude(0.5, "uniform", "channel"),
+    "magnitude-global": methods.Magnitude(0.5, "global", "channel"),
+    "magnitude-taylor": methods.Magnitude(0.5, "uniform", "channel", score="taylor"),
+    "magnitude-lamp": methods.Magnitude(0.5, "uniform", "channel", score="lamp"),
+    "flipout": methods.FlipOut(0.5, allocation="uniform", pattern="channel"),
+    "dcil": methods.DCIL(0.5, allocation="uniform", pattern="channel"),
+    "optg": methods.OptG(0.5, allocation="uniform", pattern="channel"),
+}
+
+
+def test_masks_are_those_of_the_summed_scores():
+    model = compiled(methods.Magnitude(Constant(0.5), "uniform", "channel"), None, "sgd")
+    model.optimizer.learning_rate = 0.0
+    kernels = {n: array(model.get_layer(n).kernel) for n in ("stem", "expand", "project")}
+    kernels["depthwise"] = array(model.get_layer("depthwise").kernel)
+    fit(model, SparseTraining(), epochs=1)
+    stream = best(normalized(kernels["stem"]) + normalized(kernels["project"]), 8)
+    inner = best(normalized(kernels["expand"]) + normalized(kernels["depthwise"], -2), 16)
+    for name, axis, expected in [
+        ("stem", -1, stream),
+        ("project", -1, stream),
+        ("expand", -1, inner),
+        ("depthwise", -2, inner),
+    ]:
+        np.testing.assert_array_equal(units(model, name, axis), expected, name)
+    assert units(model, "classes").all()
+    assert not array(model.get_layer("stem").bias)[~stream].any()
+    for name, alive in (("stem_norm", stream), ("expand_norm", inner), ("depthwise_norm", inner)):
+        norm = model.get_layer(name)
+        followers = [norm.beta, norm.moving_mean, *([norm.gamma] if norm.scale else [])]
+        assert not any(array(v)[~alive].any() for v in followers), name
+
+
+@pytest.mark.parametrize("name", RANKING)
+def test_every_ranking_method_prunes_groups(name):
+    model = fit(compiled(RANKING[name]), callback := SparseTraining())
+    assert callback.missed() == []
+    keras_dst.strip(model)
+    np.testing.assert_array_equal(units(model, "stem"), units(model, "project"))
+    np.testing.assert_array_equal(units(model, "expand"), units(model, "depthwise", -2))
+    assert units(model, "classes").all()
+    small = keras_dst.shrink(model)
+    assert sum(widths(small)) == (24 + 8 if "global" not in name else sum(widths(small)))
+    assert all(width % 8 == 0 for width in widths(small))
+    np.testing.assert_allclose(
+        array(model(X, training=False)), array(small(X, training=False)), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_a_loop_gives_the_masks_of_fit(allocation):
+    def method():
+        schedule = Cubic(0.5, begin_step=1, end_step=6)
+        return methods.Magnitude(
+            schedule, allocation, "channel", frequency=2, counted_in="flops", round_to=4
+        )
+
+    one, other = compiled(method()), compiled(method())
+    keras_dst.couple_channels(other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(other)
+    fit(one, SparseTraining())
+    for a, b in zip(one.trainable_variables, other.trainable_variables):
+        np.testing.assert_array_equal(array(a), array(b), a.path)
+    assert not units(one, "stem").all()
+    keras_dst.couple_channels(other)  # the moving means follow
+    for a, b in zip(one.weights, other.weights):
+        np.testing.assert_allclose(array(a), array(b), rtol=1e-6, err_msg=a.path)
+
+
+def test_groups_are_found_again_after_a_file_is_loaded(tmp_path):
+    model = fit(
+        compiled(methods.Magnitude(0.5, "uniform", "channel")), SparseTraining(epochs=2), epochs=1
+    )
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for continued in (model, loaded):
+        fit(continued, SparseTraining(epochs=2), epochs=1)
+    for a, b in zip(model.weights, loaded.weights):
+        np.testing.assert_array_equal(array(a), array(b), a.path)
+    np.testing.assert_array_equal(units(loaded, "stem"), units(loaded, "project"))
+    assert units(loaded, "stem").sum() == 8
+
+
+@pytest.mark.parametrize("counted_in", ["channels", "parameters", "flops"])
+def test_the_target_is_met_in_its_quantity(counted_in):
+    method = methods.Magnitude(
+        Constant(0.6), "uniform", "channel", counted_in=counted_in, round_to=1
+    )
+    model = fit(compiled(method, residual(32)), SparseTraining(), epochs=1)
+    keras_dst.strip(model)
+    small = keras_dst.shrink(model)
+    before, after = keras_dst.report(model), keras_dst.report(small)
+    found = {
+        "channels": sum(widths(small)) / sum(widths(model)),
+        "parameters": after.parameters / before.parameters,
+        "flops": after.dense_flops / before.dense_flops,
+    }
+    assert found[counted_in] == pytest.approx(0.4, abs=0.02)
+
+
+def test_a_target_that_the_floor_does_not_allow_is_reported():
+    method = methods.Magnitude(0.9, "uniform", "channel")
+    with pytest.warns(
+        UserWarning, match="fraction of the channels removed 0.6.*, target 0.9: missed by"
+    ):
+        fit(compiled(method), SparseTraining())
+
+
+def test_a_channel_stays_if_a_filter_excludes_a_weight_that_makes_it():
+    model = residual()
+    model.compile("sgd", "mse")
+    keras_dst.sparsify(
+        model,
+        methods.Magnitude(Constant(0.5), "uniform", "channel"),
+        filters=["stem", "expand", "depthwise"],
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(model.optimizer, loss)
+    fit(model, SparseTraining(), epochs=1)
+    assert units(model, "stem").all()
+    assert units(model, "expand").sum() == 16
+
+
+def test_an_optimizer_that_does_not_know_its_model_warns():
+    method = methods.Magnitude(Constant(0.5, begin_step=1), "uniform", "channel")
+    with pytest.warns(UserWarning, match=r"does not know its model.*couple_channels"):
+        fit(compiled(method), epochs=1)
+    flops = methods.Magnitude(Constant(0.5, begin_step=1), pattern="channel", counted_in="flops")
+    with pytest.raises(ValueError, match="counted_in='flops' needs the model"):
+        fit(compiled(flops), epochs=1)
+
+
+def test_a_sparse_optimizer_exempts_the_outputs():
+    model = residual()
+    optimizer = keras_dst.SparseOptimizer(
+        "sgd", methods.Magnitude(Constant(0.5), "global", "channel")
+    )
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    fit(model, SparseTraining(), epochs=1)
+    assert units(model, "classes").all()
+    assert array(model.get_layer("classes").kernel).all()
+
+
+class OwnCall(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.classes = layers.Dense(16, "relu"), layers.Dense(5)
+
+    def call(self, x):
+        return self.classes(self.hidden(ops.reshape(x, (-1, 192))))
+
+
+def test_a_model_without_a_graph_is_ranked_layer_by_layer():
+    keras.utils.set_random_seed(0)
+    model = OwnCall()
+    model(X)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("sgd", loss)
+    keras_dst.sparsify(model, methods.Magnitude(Constant(0.5), "uniform", "channel"))
+    with pytest.warns(UserWarning, match="channels of each layer are ranked alone"):
+        fit(model, SparseTraining(), epochs=1)
+    assert array(model.hidden.kernel).any(0).sum() == 8
+    model.compile("sgd", loss)
+    keras_dst.sparsify(model, methods.Magnitude(0.5, pattern="channel", counted_in="flops"))
+    with pytest.raises(ValueError, match="needs a Sequential or Functional model"):
+        fit(model, SparseTraining(), epochs=1)
+
+
+def test_a_model_whose_channels_all_stay():
+    model = keras.Sequential([keras.Input((8, 8, 3)), layers.Flatten(), layers.Dense(5)])
+    method = methods.Magnitude(0.5, pattern="channel")
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="its units are the model's outputs"):
+        keras_dst.sparsify(model, method)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras_dst.SparseOptimizer("sgd", method), loss)
+    with pytest.raises(ValueError, match=r"no channel of .* can be pruned"):
+        fit(model, SparseTraining(), epochs=1)
