@@ -153,6 +153,7 @@ $(TFMOT)/ready: constraints.txt
 
 bench-models: $(TEST_READY)
 	$(VENV)/bin/pip install -q -c constraints.txt keras-hub
+	KERAS_BACKEND=torch $(RUN) -m benchmarks.coverage.half_channels
 	$(RUN) -m benchmarks.coverage.models
 
 bench-agreement: $(TEST_READY)

@@ -131,3 +131,61 @@ def mobilenet(size: int = 96, width: float = 0.5):
         x = normalized(pointwise(x))
     x = layers.GlobalAveragePooling2D()(x)
     return keras.Model(inputs, layers.Dense(10, "softmax")(x), name="mobilenet")
+
+
+def vision_transformer(blocks: int = 6, width: int = 192, heads: int = 6):
+    """Return a small ViT (arXiv 2010.11929) for images of 32 x 32 in patches of 4 x 4."""
+    inputs = keras.Input((32, 32, 3))
+    x = layers.Reshape((64, width))(layers.Conv2D(width, 4, strides=4)(inputs))
+    for _ in range(blocks):
+        y = layers.LayerNormalization()(x)
+        x = layers.Add()([x, layers.MultiHeadAttention(heads, width // heads)(y, y)])
+        y = layers.Dense(4 * width, "gelu")(layers.LayerNormalization()(x))
+        x = layers.Add()([x, layers.Dense(width)(y)])
+    x = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(x))
+    return keras.Model(inputs, layers.Dense(10)(x), name="vit")
+
+
+def u_net(width: int = 32, depth: int = 3):
+    """Return a U-Net (arXiv 1505.04597) with batch normalization and transposed convolutions."""
+
+    def block(x, filters):
+        for _ in range(2):
+            x = layers.Conv2D(filters, 3, padding="same", use_bias=False)(x)
+            x = layers.ReLU()(layers.BatchNormalization()(x))
+        return x
+
+    inputs = x = keras.Input((32, 32, 3))
+    skipped = []
+    for level in range(depth):
+        skipped.append(block(x, width * 2**level))
+        x = layers.MaxPooling2D()(skipped[-1])
+    x = block(x, width * 2**depth)
+    for level in reversed(range(depth)):
+        x = layers.Conv2DTranspose(width * 2**level, 2, strides=2)(x)
+        x = block(layers.Concatenate()([skipped[level], x]), width * 2**level)
+    return keras.Model(inputs, layers.Conv2D(2, 1)(x), name="u-net")
+
+
+def detector(width: int = 32):
+    """Return a residual network with a feature pyramid, and three heads on each of two levels."""
+
+    def convolved(x, filters, strides=1):
+        x = layers.Conv2D(filters, 3, strides, padding="same", use_bias=False)(x)
+        return layers.BatchNormalization()(x)
+
+    inputs = keras.Input((64, 64, 3))
+    x = layers.ReLU()(convolved(inputs, width, 2))
+    levels = []
+    for filters in (2 * width, 4 * width):
+        x = layers.ReLU()(convolved(x, filters, 2))
+        y = convolved(layers.ReLU()(convolved(x, filters)), filters)
+        x = layers.ReLU()(layers.Add()([x, y]))
+        levels.append(layers.Conv2D(2 * width, 1)(x))
+    fine = layers.Add()([levels[0], layers.UpSampling2D()(levels[1])])
+    outputs = {}
+    for name, level in (("fine", fine), ("coarse", levels[1])):
+        y = layers.ReLU()(convolved(level, 2 * width))
+        for head, filters in (("classes", 10), ("boxes", 4), ("center", 1)):
+            outputs[f"{name}_{head}"] = layers.Conv2D(filters, 3, padding="same")(y)
+    return keras.Model(inputs, outputs, name="detector")

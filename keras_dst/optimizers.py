@@ -85,6 +85,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.layouts: list[Layout] = []
         # Biases and scales of coupled channels: index of the variable, axis, channels along it.
         self._followers: list[tuple[int, int, np.ndarray]] = []
+        self._scales = channels.Scales([], [])
         self.step: Any = None
         self.total: Any = None
         self._timetable: _Timetable | None = None
@@ -209,6 +210,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self._model_known = model_known
         place = {id(v): i for i, v in enumerate(_keras.trained_variables_of(self))}
         self._followers = [(place[id(v)], axis, ids) for v, axis, ids in followers]
+        gammas = [(place[id(v)], ids) for v, _, ids in followers if v.name == "gamma"]
+        shapes = [tuple(kernel.shape) for kernel in self.kernels]
+        gammas = gammas if self.method.reads_scales else []
+        self._scales = channels.scales_of(shapes, layouts, gammas)
         self._plan_updates(initial_update=True)
 
     def _is_dense(self) -> bool:
@@ -342,7 +347,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 ops.convert_to_tensor(sparsity, "float32"),
             )
             update = jit(lambda w, s, kept, now: method.update(w, s, self.layouts, kept, now))
-            self.update_masks(update(*self._values(), kept, now))
+            self.update_masks(update(*self.values(), kept, now))
         self._plan_updates(initial_update=False)
 
     def _plan_updates(self, initial_update: bool) -> None:
@@ -393,7 +398,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             ops.minimum(ops.cast(step, "float32") / max(timetable.clock.last, 1), 1.0),
             ops.take(ops.convert_to_tensor(timetable.targets, "float32"), row),
         )
-        weights, states = self._values()
+        weights, states = self.values()
 
         def keep():
             if not method.grows:
@@ -414,10 +419,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             "Call keras_dst.couple_channels(model, optimizer) before the first step, or fit with "
             "callbacks=[keras_dst.callbacks.SparseTraining()]."
         )
-        if self.method.counted_in != "channels":
+        if self.method.counted_in != "channels" or self.method.reads_scales:
             raise ValueError(
-                f"counted_in={self.method.counted_in!r} needs the model, which the optimizer does "
-                f"not know. {fix}"
+                f"{self.method!r} needs the model, which the optimizer does not know. {fix}"
             )
         self._model_known = True  # one warning is enough
         warnings.warn(
@@ -427,9 +431,16 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             stacklevel=2,
         )
 
-    def _values(self) -> tuple[list, list]:
+    def values(self) -> tuple[list, list]:
+        """Return the present weights and states under the method, as tensors."""
         weights = [ops.convert_to_tensor(k) for k in self.kernels]
-        return weights, [tensors_of(s) for s in self.states]
+        states = [tensors_of(s) for s in self.states]
+        variables = _keras.trained_variables_of(self)
+        scales = self._scales.read([variables[i] for i in self._scales.variables])
+        for state, scale in zip(states, scales):
+            if scale is not None:
+                state["scale"] = scale
+        return weights, states
 
     def update_masks(self, changes: list[State]) -> None:
         """Assign the states that `method.update` returned, and prune the weights accordingly."""

@@ -203,7 +203,7 @@ def test_an_optimizer_that_does_not_know_its_model_warns():
     with pytest.warns(UserWarning, match=r"does not know its model.*couple_channels"):
         fit(compiled(method), epochs=1)
     flops = methods.Magnitude(Constant(0.5, begin_step=1), pattern="channel", counted_in="flops")
-    with pytest.raises(ValueError, match="counted_in='flops' needs the model"):
+    with pytest.raises(ValueError, match=r"counted_in='flops'.* needs the model"):
         fit(compiled(flops), epochs=1)
 
 

@@ -12,6 +12,7 @@ import tempfile
 
 from benchmarks import results
 from benchmarks.backends import BACKENDS, run_on
+from benchmarks.coverage import half_channels
 
 BENCHMARK = "models"
 STEPS = ("fit", "evaluate", "predict", "save, load", "strip")
@@ -228,7 +229,7 @@ def table():
             row = result["cells"].get(model, {})
             cells = [_cell(model, name, row.get(name), notes) for name in names]
             lines.append(f"| {model} | {' | '.join(cells)} |")
-    lines += ["", *notes]
+    lines += ["", *notes, *half_channels.table()]
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n".join(lines).rstrip() + "\n")
     print(PAGE.read_text())

@@ -615,6 +615,9 @@ class OptimizerDriver(Driver):
     def assign_states(self, changes):
         self.optimizer.update_masks(changes)
 
+    def _values(self):
+        return self.optimizer.values()
+
     def reapply_masks(self):
         weights, states = self._values()
         masks, nonzero = [s["mask"] for s in states], [ops.not_equal(w, 0) for w in weights]

@@ -544,11 +544,14 @@ class UpdateMethod(Method):
             are newly kept. These weights and their optimizer slots, such as momentum, start at 0.
         reads_gradients: Whether the method computes with gradients instead of only masking them.
             Replicas of a distributed training then sum their gradients first.
+        reads_scales: Whether `scores` reads an entry `"scale"` in the state of every weight that
+            has a normalization behind it: the scales, in a shape that broadcasts to the weight.
     """
 
     moves_weights = False
     grows = False
     reads_gradients = False
+    reads_scales = False
 
     def init(self, kernels: Sequence, steps: int | None) -> list[dict[str, tuple[str, str]]]:
         """Return the states that the method keeps in addition to the mask, one dict per weight.

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
@@ -316,6 +316,59 @@ def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
     places[first >= start] = offset  # no weight under the method makes the channel
     every = ops.concatenate([*units, ops.ones((1,), "bool")])
     return ops.take(every, np.append(places, offset))
+
+
+class Scales(NamedTuple):
+    """The scales of normalizations behind the output units of all weights.
+
+    Attributes:
+        variables: Indices of the variables that hold scales.
+        places: For every weight None, or the position of the scale of every output unit in all
+            these variables together, in a shape that broadcasts to the weight.
+    """
+
+    variables: list[int]
+    places: list[np.ndarray | None]
+
+    def read(self, variables: Sequence) -> list[Tensor | None]:
+        """Return the scales of every weight, or None for a weight without scales.
+
+        Args:
+            variables: The variables that hold scales.
+        """
+        if not variables:
+            return [None] * len(self.places)
+        every = ops.concatenate([ops.convert_to_tensor(v) for v in variables])
+        return [None if places is None else ops.take(every, places) for places in self.places]
+
+
+def scales_of(
+    shapes: Sequence[Sequence[int]],
+    layouts: Sequence[Layout],
+    gammas: Sequence[tuple[int, np.ndarray]],
+) -> Scales:
+    """Find the scale of every output unit.
+
+    Args:
+        shapes: Shapes of all weights.
+        layouts: Axes and channels of all weights.
+        gammas: Index and channels of every variable of scales. The first variable of a channel
+            counts.
+    """
+    if not gammas:
+        return Scales([], [])
+    position: dict[int, int] = {-1: 0}  # A unit that always stays needs no scale.
+    for place, channel in enumerate(np.concatenate([ids for _, ids in gammas]).tolist()):
+        position.setdefault(channel, place)
+    places: list[np.ndarray | None] = []
+    for shape, layout in zip(shapes, layouts):
+        ids = layout.channels.ids.tolist() if layout.channels else []
+        if not ids or any(channel not in position for channel in ids):
+            places.append(None)
+            continue
+        found = np.array([position[channel] for channel in ids], "int32")
+        places.append(found.reshape(Pattern("channel").sizes(shape, layout).shape))
+    return Scales([index for index, _ in gammas], places)
 
 
 def along_axis(alive: Tensor, ids: np.ndarray, rank: int, axis: int) -> Tensor:

@@ -39,7 +39,9 @@ class Magnitude(UpdateMethod):
             divided by the sum of the squares of all weights of its layer that are not smaller;
             a global ranking then needs no other allocation. `"taylor"` is the moving average of
             `(w dL/dw)**2` over the batches, an estimate of the change of the loss if the weight
-            becomes 0. Defaults to `"magnitude"`.
+            becomes 0. `"bn_scale"` is the magnitude of the scale of the normalization behind the
+            output unit, for `pattern="channel"`; weights without a normalization behind them are
+            ranked by `|w|`. Defaults to `"magnitude"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
             100 in a long training, and at least twenty updates in a short training.
         min_kept: Number of weights that every layer keeps; with `"channel"`, number of channels
@@ -57,7 +59,7 @@ class Magnitude(UpdateMethod):
         >>> optimizer = keras_dst.SparseOptimizer("adam", keras_dst.methods.Magnitude(0.9))
 
     Source: arXiv 1710.01878; arXiv 2006.07253 for revival; arXiv 2010.07611 for LAMP; arXiv
-        1906.10771 for Taylor.
+        1906.10771 for Taylor; arXiv 1708.06519 for the scales of batch normalization.
     """
 
     def __init__(
@@ -84,10 +86,16 @@ class Magnitude(UpdateMethod):
         self.schedule = as_schedule(sparsity, Cubic)
         self.moves_weights = revival
         self.reads_gradients = score == "taylor"
+        self.reads_scales = score == "bn_scale"
         if score not in saliency.CRITERIA:
             raise ValueError(
                 f"score must be one of {', '.join(map(repr, saliency.CRITERIA))}. "
                 f"Received: score={score!r}"
+            )
+        if score == "bn_scale" and pattern != "channel":
+            raise ValueError(
+                "score='bn_scale' ranks whole channels. Pass pattern='channel'. "
+                f"Received: pattern={pattern!r}"
             )
         if self.reads_gradients and self.schedule.first_sparsity > 0:
             raise ValueError(
@@ -113,6 +121,11 @@ class Magnitude(UpdateMethod):
             return [s["taylor"] for s in states]
         if self.score == "taylor":  # The averages of pruned weights decay, but are not 0.
             return [ops.where(s["mask"], s["taylor"], -1.0) for s in states]
+        if self.score == "bn_scale":
+            return [
+                saliency.bn_scale(w, s["scale"]) if "scale" in s else saliency.magnitude(w)
+                for w, s in zip(weights, states)
+            ]
         return [saliency.magnitude(w) for w in weights]
 
     def before(self, weights, grads, states):

@@ -5,6 +5,7 @@ The weights with the highest saliency are kept. `Magnitude(score=...)` selects a
     "magnitude"    |w|
     "lamp"         w^2 / (sum of the squares of all weights of the layer that are not smaller)
     "taylor"       moving average over the batches of (w dL/dw)^2
+    "bn_scale"     |gamma| of the batch normalization behind the output unit
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from keras import ops
 
 Tensor = Any
 
-CRITERIA = ("magnitude", "lamp", "taylor")
+CRITERIA = ("magnitude", "lamp", "taylor", "bn_scale")
 
 # Weight of the past in the moving average of `taylor`, as in the paper.
 _MOMENTUM = 0.9
@@ -75,3 +76,20 @@ def taylor(average: Tensor, w: Tensor, grad: Tensor) -> Tensor:
     """
     change = ops.square(ops.cast(w, "float32") * ops.cast(grad, "float32"))
     return _MOMENTUM * average + (1 - _MOMENTUM) * change
+
+
+def bn_scale(w: Tensor, gamma: Tensor) -> Tensor:
+    """Return the magnitude of the scale of every output unit, for all weights of the unit.
+
+    Regularize the scales with L1 in training, as the paper does; otherwise they say little.
+
+    Args:
+        w: Weight.
+        gamma: Scales of the normalization behind the weight, in a shape that broadcasts to `w`.
+
+    Example:
+        >>> bn_scale(keras.ops.ones((2, 2)), keras.ops.array([-2.0, 1.0]))  # [[2, 1], [2, 1]]
+
+    Source: arXiv 1708.06519, section 3.
+    """
+    return ops.broadcast_to(ops.abs(gamma), w.shape)

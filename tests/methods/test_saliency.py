@@ -76,6 +76,33 @@ def test_taylor_refuses_a_schedule_that_prunes_before_the_first_step():
     Magnitude(Constant(0.5, begin_step=1), score="taylor")
 
 
+def test_bn_scale_is_the_scale_behind_every_unit():
+    keras.utils.set_random_seed(0)
+    layers = keras.layers
+    inputs = keras.Input((6, 6, 3))
+    x = layers.Conv2D(8, 3, name="conv")(inputs)
+    x = layers.BatchNormalization(name="norm")(x)
+    x = layers.DepthwiseConv2D(3, name="depthwise")(x)
+    x = layers.Dense(6, name="plain")(layers.GlobalAveragePooling2D()(x))
+    model = keras.Model(inputs, layers.Dense(2)(x))
+    gamma = np.array([3, -8, 1, 5, 2, -7, 4, 6], "float32")
+    model.get_layer("norm").gamma.assign(gamma)
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    method = Magnitude(Constant(0.5), "uniform", "channel", score="bn_scale", round_to=1)
+    keras_dst.sparsify(model, method)
+    images = np.ones((4, 6, 6, 3), "float32")
+    callback = keras_dst.callbacks.SparseTraining()
+    size = array(model.get_layer("plain").kernel)
+    model.fit(images, np.ones((4, 2)), verbose=0, callbacks=[callback])
+    for name, axes in (("conv", (0, 1, 2)), ("depthwise", (0, 1, 3))):
+        kept = array(model.get_layer(name).kernel).any(axes)
+        np.testing.assert_array_equal(kept, np.abs(gamma) > 4)
+    kept = array(model.get_layer("plain").kernel).any(0)  # ranked by magnitude
+    assert set(np.flatnonzero(kept)) == set(np.argsort(-np.abs(size).mean(0))[:3])
+    with pytest.raises(ValueError, match="Pass pattern='channel'"):
+        Magnitude(0.5, score="bn_scale")
+
+
 def test_an_unknown_score():
     with pytest.raises(ValueError, match="score must be one of 'magnitude', 'lamp', 'taylor'"):
         Magnitude(0.5, score="hessian")

@@ -1,0 +1,203 @@
+"""Measure what is left of many networks when half of their channels are removed.
+
+Every network is trained for two steps on random data, so only shapes and exactness count. Once the
+channels that leave together are ranked together, and once the channels of each layer alone. Stored
+networks are not measured again; delete a line of results/half_channels/runs.jsonl to repeat it.
+`python -m benchmarks.coverage.models --table` writes the table into docs/models.md.
+"""
+
+import argparse
+import time
+import warnings
+
+from benchmarks import results
+
+BENCHMARK = "half_channels"
+CLASSES, BATCH, STEPS = 10, 2, 2
+MODES = ("per layer", "together")
+
+
+def applications(name, size=32, **options):
+    def build():
+        import keras
+
+        make = getattr(keras.applications, name)
+        return make(input_shape=(size, size, 3), weights=None, classes=CLASSES, **options)
+
+    return build
+
+
+def own(name, *arguments):
+    def build():
+        from benchmarks import networks
+
+        return getattr(networks, name)(*arguments)
+
+    return build
+
+
+def keras_hub_resnet():
+    import keras
+    import keras_hub
+    from keras import layers
+
+    backbone = keras_hub.models.ResNetBackbone(
+        input_conv_filters=[64],
+        input_conv_kernel_sizes=[7],
+        stackwise_num_filters=[64, 128, 256, 512],
+        stackwise_num_blocks=[2, 2, 2, 2],
+        stackwise_num_strides=[1, 2, 2, 2],
+        block_type="basic_block",
+        image_shape=(32, 32, 3),
+    )
+    x = layers.GlobalAveragePooling2D()(backbone.output)
+    return keras.Model(backbone.input, layers.Dense(CLASSES)(x))
+
+
+NETWORKS = {
+    "ResNet-20 (CIFAR)": own("resnet", 20),
+    "ResNet-56 (CIFAR)": own("resnet", 56),
+    "VGG (CIFAR)": own("vgg"),
+    "ViT, small": own("vision_transformer"),
+    "U-Net": own("u_net"),
+    "detector with three heads": own("detector"),
+    "MobileNet": applications("MobileNet"),
+    "MobileNetV2": applications("MobileNetV2"),
+    "MobileNetV3Small": applications("MobileNetV3Small"),
+    "MobileNetV3Large": applications("MobileNetV3Large"),
+    "EfficientNetB0": applications("EfficientNetB0"),
+    "EfficientNetV2B0": applications("EfficientNetV2B0"),
+    "ResNet50": applications("ResNet50"),
+    "ResNet50V2": applications("ResNet50V2"),
+    "ConvNeXtTiny": applications("ConvNeXtTiny"),
+    "DenseNet121": applications("DenseNet121"),
+    "Xception": applications("Xception", 71),
+    "InceptionV3": applications("InceptionV3", 75),
+    "InceptionResNetV2": applications("InceptionResNetV2", 75),
+    "VGG16": applications("VGG16"),
+    "NASNetMobile": applications("NASNetMobile"),
+    "KerasHub ResNetBackbone": keras_hub_resnet,
+}
+
+
+def measure(build, mode: str) -> dict:
+    """Return what is left of a network, or the error."""
+    import keras
+    import numpy as np
+    from keras import tree
+
+    import keras_dst
+
+    keras.utils.set_random_seed(0)
+    model = build()
+    schedule = keras_dst.schedules.Constant(0.5, begin_step=1)
+    method = keras_dst.methods.Magnitude(schedule, "uniform", "channel", frequency=1)
+    model.compile(keras.optimizers.SGD(1e-3), "mse")
+    keras_dst.sparsify(model, method)
+    shape = (BATCH * STEPS, *model.inputs[0].shape[1:])
+    x = np.random.default_rng(0).standard_normal(shape).astype("float32")
+    y = tree.map_structure(lambda t: np.zeros((len(x), *t.shape[1:]), "float32"), model.output)
+    callbacks = [keras_dst.callbacks.SparseTraining()] if mode == "together" else []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # The ranking per layer warns that it loses channels.
+        model.fit(x, y, batch_size=BATCH, verbose=0, callbacks=callbacks)
+    keras_dst.strip(model)
+    before = keras_dst.report(model)
+    began = time.perf_counter()
+    small = keras_dst.shrink(model)
+    seconds = time.perf_counter() - began
+    after = keras_dst.report(small)
+    pairs = zip(*(tree.flatten(m(x, training=False)) for m in (model, small)))
+    found = [[keras.ops.convert_to_numpy(t) for t in pair] for pair in pairs]
+    widths = _widths(small)
+    odd = [name for name, width in _widths(model).items() if widths.get(name, width) != width]
+    return {
+        "parameters": after.parameters / before.parameters,
+        "flops": after.dense_flops / before.dense_flops,
+        "changed layers": len(odd),
+        "odd widths": sum(widths[name] % 8 != 0 for name in odd),
+        "difference": float(max(np.abs(a - b).max() for a, b in found)),
+        "seconds of shrink": seconds,
+    }
+
+
+def _widths(model) -> dict[str, int]:
+    """Return the number of filters or units of every layer, by its name."""
+    found = {}
+    for layer in model._flatten_layers(include_self=False):
+        width = getattr(layer, "filters", None) or getattr(layer, "units", None)
+        if isinstance(width, int):
+            found[layer.name] = width
+    return found
+
+
+def table() -> list[str]:
+    """Return the lines of the section in docs/models.md."""
+    stored = results.runs(BENCHMARK)
+    if not stored:
+        return []
+    lines = [
+        "",
+        "## Half of the channels",
+        "",
+        "The table shows the fraction of the FLOPs and of the parameters that `shrink` leaves "
+        'after `Magnitude(0.5, "uniform", "channel")` has removed half of the channels. Half of '
+        "the channels of every layer leave about a quarter of the FLOPs. A ranking per layer removes "
+        "less, because the layers that feed a sum keep different channels. A width is odd if "
+        "`shrink` has changed it to a number that is not a multiple of 8. The difference is the "
+        "largest difference between the outputs of the stripped and of the shrunk model. The "
+        "networks have random weights, so the table says nothing about accuracy. "
+        "`make bench-models` writes it.",
+        "",
+        "| network | FLOPs, ranked per layer | FLOPs, ranked together "
+        "| parameters, ranked together | odd widths | difference | shrink in s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in NETWORKS:
+        if name in stored:
+            alone, together = (stored[name]["modes"][mode] for mode in MODES)
+            lines.append(f"| {name} | {_cell(alone, 'flops')} | {_row(together)} |")
+    return lines
+
+
+def _row(found: dict) -> str:
+    if "error" in found:
+        return f"{found['error']} | | | |"
+    cells = [f"{found[key]:.3f}" for key in ("flops", "parameters")]
+    odd = f"{found['odd widths']} of {found['changed layers']}"
+    return " | ".join(
+        [*cells, odd, f"{found['difference']:.0e}", f"{found['seconds of shrink']:.0f}"]
+    )
+
+
+def _cell(found: dict, key: str) -> str:
+    return "error" if "error" in found else f"{found[key]:.3f}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=list(NETWORKS))
+    args = parser.parse_args()
+    import keras
+
+    for name in args.networks:
+        if name in results.runs(BENCHMARK):
+            continue
+        modes = {}
+        for mode in MODES:
+            try:
+                modes[mode] = measure(NETWORKS[name], mode)
+            except ImportError as error:
+                print(f"{name}: skipped, {error}", flush=True)
+                break
+            except Exception as error:  # whatever it is, it belongs into the table
+                modes[mode] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            print(f"{name}, {mode}: {modes[mode]}", flush=True)
+            keras.backend.clear_session()
+        else:
+            run = {"command": "make bench-models", "seed": 0, "modes": modes}
+            results.save(BENCHMARK, name, run)
+
+
+if __name__ == "__main__":
+    main()
