@@ -28,7 +28,7 @@ test-all: export KERAS_DST_KILLS = 10
 .PHONY: demo check test test-all parts lint browser arm64 docs pictures notebooks clean
 .PHONY: $(BACKENDS:%=test-%) test-once test-xla test-notebooks test-quick
 .PHONY: test-wheel test-versions
-.PHONY: bench-mnist bench-methods bench-patterns bench-step bench-overhead bench-models
+.PHONY: bench-mnist bench-methods bench-patterns bench-step bench-overhead bench-models bench-channels
 .PHONY: bench-tflite bench-int8 bench-scaling bench-authors bench-libraries bench-agreement bench-time-to-accuracy
 
 demo: $(DEMO_READY)
@@ -155,6 +155,10 @@ bench-models: $(TEST_READY)
 	$(VENV)/bin/pip install -q -c constraints.txt keras-hub
 	KERAS_BACKEND=torch $(RUN) -m benchmarks.coverage.half_channels
 	$(RUN) -m benchmarks.coverage.models
+
+# A dense ResNet-56 and VGG are trained first. A GPU is needed for the full table.
+bench-channels: $(TEST_READY)
+	KERAS_BACKEND=jax $(RUN) -m benchmarks.accuracy.channels
 
 bench-agreement: $(TEST_READY)
 	$(RUN) -m benchmarks.accuracy.backend_agreement mnist-mlp

@@ -141,13 +141,12 @@ def table() -> list[str]:
         "## Half of the channels",
         "",
         "The table shows the fraction of the FLOPs and of the parameters that `shrink` leaves "
-        'after `Magnitude(0.5, "uniform", "channel")` has removed half of the channels. Half of '
-        "the channels of every layer leave about a quarter of the FLOPs. A ranking per layer removes "
-        "less, because the layers that feed a sum keep different channels. A width is odd if "
-        "`shrink` has changed it to a number that is not a multiple of 8. The difference is the "
-        "largest difference between the outputs of the stripped and of the shrunk model. The "
-        "networks have random weights, so the table says nothing about accuracy. "
-        "`make bench-models` writes it.",
+        'after `Magnitude(0.5, "uniform", "channel")` has removed half of the channels, which '
+        "leaves about a quarter of the FLOPs. A ranking per layer removes less, because the layers "
+        "that feed a sum keep different channels. A width is odd if `shrink` has changed it to a "
+        "number that is not a multiple of 8. The difference is the largest difference between the "
+        "outputs of the stripped and of the shrunk model. The networks have random weights, so the "
+        "table says nothing about accuracy. `make bench-models` writes it.",
         "",
         "| network | FLOPs, ranked per layer | FLOPs, ranked together "
         "| parameters, ranked together | odd widths | difference | shrink in s |",

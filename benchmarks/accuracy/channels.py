@@ -1,0 +1,197 @@
+"""Compare methods that remove channels at equal FLOPs: results/channels.
+
+A dense network is trained once per seed. Every method then prunes it to a fraction of its FLOPs and
+trains it further, with the same budget. The accuracy is that of the shrunk model after the last
+epoch. Stored runs are not repeated, and the dense networks are kept in build/channels.
+"""
+
+import argparse
+import collections
+import pathlib
+
+from benchmarks import results
+
+BENCHMARK = "channels"
+NETS = ("resnet-56", "vgg")
+SPEEDUPS = (2, 4)
+BATCH = 128
+FOLDER = pathlib.Path("build/channels")
+
+
+def methods(sparsity):
+    from keras_dst.methods import DCIL, FlipOut, Magnitude, OptG
+
+    options = {"pattern": "channel", "counted_in": "flops"}
+    return {
+        "Magnitude, uniform": Magnitude(sparsity, "uniform", **options),
+        "Magnitude, global": Magnitude(sparsity, "global", **options),
+        "Magnitude, LAMP": Magnitude(sparsity, "global", score="lamp", **options),
+        "Magnitude, Taylor": Magnitude(sparsity, "global", score="taylor", **options),
+        "FlipOut": FlipOut(sparsity, allocation="global", **options),
+        "DCIL": DCIL(sparsity, allocation="global", **options),
+        "OptG": OptG(sparsity, allocation="global", **options),
+    }
+
+
+def network(name):
+    from benchmarks import networks
+
+    return networks.vgg() if name == "vgg" else networks.resnet(int(name.split("-")[1]))
+
+
+def batches(x, y, seed):
+    """Return batches of randomly shifted and flipped images."""
+    import keras
+    import numpy as np
+
+    class Augmented(keras.utils.PyDataset):
+        epoch = 0
+
+        def __len__(self):
+            return len(x) // BATCH
+
+        def on_epoch_begin(self):
+            rng = np.random.default_rng((seed, self.epoch))
+            self.epoch += 1
+            self.order = rng.permutation(len(x))
+            self.shifts = rng.integers(0, 9, (len(x), 2))
+            self.flips = rng.integers(0, 2, len(x)) * 2 - 1
+
+        def __getitem__(self, i):
+            if not self.epoch:
+                self.on_epoch_begin()
+            chosen = self.order[i * BATCH : (i + 1) * BATCH]
+            padded = np.pad(x[chosen], ((0, 0), (4, 4), (4, 4), (0, 0)))
+            shifted = [
+                image[a : a + 32, b : b + 32][:, :: self.flips[n]]
+                for image, (a, b), n in zip(padded, self.shifts[chosen], chosen)
+            ]
+            return np.stack(shifted), y[chosen]
+
+    return Augmented()
+
+
+def train(model, data, rate, epochs, seed, method=None):
+    """Train a network with SGD along a cosine, and return the test accuracy after it."""
+    import keras
+
+    import keras_dst
+
+    (x, y), test = data
+    steps = epochs * (len(x) // BATCH)
+    schedule = keras.optimizers.schedules.CosineDecay(rate, steps)
+    optimizer = keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    callbacks = []
+    if method is not None:
+        keras_dst.sparsify(model, method)
+        callbacks = [keras_dst.callbacks.SparseTraining()]
+    model.fit(batches(x, y, seed), epochs=epochs, verbose=2, callbacks=callbacks)
+    return model.evaluate(*test, batch_size=500, verbose=0)[1]
+
+
+def dense(net, data, seed, epochs):
+    """Return the path of the trained dense network and its test accuracy."""
+    import keras
+
+    path = FOLDER / f"{net}, {epochs} epochs, seed {seed}.keras"
+    name = f"{net}, dense, {epochs} epochs, seed {seed}"
+    if not path.exists() or name not in results.runs(BENCHMARK):
+        keras.utils.set_random_seed(seed)
+        model = network(net)
+        run = {"net": net, "method": "dense", "speedup": 1, "seed": seed, "epochs": [epochs, 0]}
+        run["test_accuracy"] = train(model, data, 0.1, epochs, seed)
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        model.save(path)
+        results.save(BENCHMARK, name, {"command": "make bench-channels", **run})
+    return path
+
+
+def prune(path, data, method, epochs, seed):
+    """Return the accuracy and the size of a dense network that a method has pruned."""
+    import keras
+
+    import keras_dst
+
+    keras.utils.set_random_seed(seed)
+    model = keras.saving.load_model(path)
+    train(model, data, 0.02, epochs, seed, method)
+    keras_dst.strip(model)
+    small = keras_dst.shrink(model)
+    small.compile(loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+    before, after = keras_dst.report(model), keras_dst.report(small)
+    return {
+        "test_accuracy": small.evaluate(*data[1], batch_size=500, verbose=0)[1],
+        "flops": after.dense_flops / before.dense_flops,
+        "parameters": after.parameters / before.parameters,
+    }
+
+
+def table():
+    found = collections.defaultdict(list)
+    for run in results.runs(BENCHMARK).values():
+        key = run["net"], f"{run['backend']}, {run['epochs'][0]} epochs dense"
+        found[key, run["method"], run["speedup"]].append(run)
+    lines = [
+        "# Accuracy without channels",
+        "",
+        "The tables show the test accuracy in % on CIFAR-10 after the last epoch, as mean and "
+        "standard deviation over the seeds, and the fraction of the FLOPs that is left. The "
+        "accuracy is that of the shrunk model. Every method starts from the same dense network "
+        "and trains for the same number of epochs. No method is tuned. `make bench-channels` "
+        "writes this page from the runs next to it.",
+    ]
+    for key in dict.fromkeys(key for key, *_ in found):
+        lines += ["", f"## {', '.join(key)}", "", "| method | seeds | dense | 2x | 4x |"]
+        lines += ["|---|---|---|---|---|"]
+        for method in dict.fromkeys(method for other, method, _ in found if other == key):
+            runs = [found.get((key, method, speedup), []) for speedup in (1, *SPEEDUPS)]
+            seeds = max(map(len, runs))
+            lines.append(f"| {method} | {seeds} | {' | '.join(map(_cell, runs))} |")
+    results.write_index(BENCHMARK, lines)
+
+
+def _cell(runs) -> str:
+    if not runs:
+        return ""
+    accuracy = results.mean_std([100 * run["test_accuracy"] for run in runs])
+    if "flops" not in runs[0]:
+        return accuracy
+    return f"{accuracy} ({results.mean_std([run['flops'] for run in runs])})"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nets", nargs="*", choices=NETS, default=list(NETS))
+    parser.add_argument("--methods", nargs="*", choices=methods(0.5), default=list(methods(0.5)))
+    parser.add_argument("--speedups", nargs="*", type=int, default=list(SPEEDUPS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", nargs=2, type=int, default=[160, 100])
+    parser.add_argument("--images", type=int, default=50_000, help="images of the training set")
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if args.table:
+        table()
+        return
+    from benchmarks.data import cifar10
+
+    (x, y), test = cifar10()
+    data = (x[: args.images], y[: args.images]), test
+    for seed in range(args.seeds):
+        for net in args.nets:
+            path = dense(net, data, seed, args.epochs[0])
+            for speedup in args.speedups:
+                for method in args.methods:
+                    name = f"{net}, {method}, {speedup}x, {args.epochs} epochs, seed {seed}"
+                    if name in results.runs(BENCHMARK):
+                        continue
+                    run = {"net": net, "method": method, "speedup": speedup, "seed": seed}
+                    chosen = methods(1 - 1 / speedup)[method]
+                    run |= prune(path, data, chosen, args.epochs[1], seed)
+                    run |= {"epochs": args.epochs, "images": args.images}
+                    results.save(BENCHMARK, name, {"command": "make bench-channels", **run})
+    table()
+
+
+if __name__ == "__main__":
+    main()
