@@ -24,9 +24,25 @@ def cifar10() -> tuple:
     )
 
 
+def spoken_digits() -> tuple:
+    """Return log-mel spectrograms of the Free Spoken Digit Dataset like `mnist`.
+
+    Raises:
+        FileNotFoundError: If KERAS_DST_DATA names no folder with fsdd_logmel.npz.
+    """
+    return tuple(
+        ((x / 255.0).astype("float32")[..., None], y.astype("int32"))
+        for x, y in _load("fsdd_logmel")
+    )
+
+
 def _load(name: str) -> tuple:
     """Load NAME.npz from the folder in KERAS_DST_DATA, or else from `keras.datasets`."""
     folder = os.environ.get("KERAS_DST_DATA")
+    if not folder and not hasattr(keras.datasets, name):
+        raise FileNotFoundError(
+            f"Expected KERAS_DST_DATA to name a folder with {name}.npz, which keras.datasets lacks."
+        )
     if not folder:
         return getattr(keras.datasets, name).load_data()
     with np.load(pathlib.Path(folder) / f"{name}.npz", allow_pickle=False) as file:

@@ -93,6 +93,33 @@ def resnet(depth: int, width: int = 16, stride: int = 1):
     return keras.Model(inputs, layers.Dense(10, "softmax")(x), name=f"resnet-{depth}")
 
 
+def keyword_cnn():
+    """Return a small convolutional network for 63 x 32 log-mel spectrograms of spoken digits."""
+    inputs = x = keras.Input((63, 32, 1))
+    for filters in (32, 64, 64):
+        x = layers.Conv2D(filters, 3, 2, padding="same", use_bias=False)(x)
+        x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
+    x = layers.Dense(128, "relu")(layers.Flatten()(x))
+    return keras.Model(inputs, layers.Dense(10, "softmax")(x), name="keyword-cnn")
+
+
+def ds_cnn(width: int = 64):
+    """Return a CNN of depthwise separable convolutions (arXiv 1711.07128) for CIFAR-10."""
+
+    def normalized(x):
+        return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
+
+    inputs = keras.Input((32, 32, 3))
+    x = normalized(layers.Conv2D(width, 3, 2, padding="same", use_bias=False)(inputs))
+    for number, (factor, strides) in enumerate(((1, 1), (2, 2), (2, 1), (4, 2), (4, 1))):
+        x = layers.DepthwiseConv2D(3, strides, padding="same", use_bias=False)(x)
+        x = normalized(x)
+        pointwise = layers.Conv2D(factor * width, 1, use_bias=False, name=f"pointwise{number}")
+        x = normalized(pointwise(x))
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, layers.Dense(10, "softmax")(x), name="ds-cnn")
+
+
 def vgg():
     """Return VGG A (arXiv 1409.1556) for CIFAR-10, with batch normalization and one dense layer."""
     model = keras.Sequential([keras.Input((32, 32, 3))], name="vgg")

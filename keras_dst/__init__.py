@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # for editors, type checkers and the reference, which do not 
     from keras_dst._reporting.sparsity import SparsityReport, WeightReport, report
     from keras_dst._structure import ChannelReport, ShrinkReport, shrink, shrink_report
     from keras_dst._training.drivers import couple_channels
+    from keras_dst.clustering import cluster_weights
     from keras_dst.export import ExportError, ExportReport, LintReport, export_tflite
     from keras_dst.export.linter import lint
     from keras_dst.sparse_files import load_sparse, save_sparse
@@ -31,6 +32,7 @@ _LAZY = {
     "SparsityReport": "_reporting.sparsity",
     "WeightReport": "_reporting.sparsity",
     "WeightSensitivity": "_reporting.sensitivity",
+    "cluster_weights": "clustering",
     "couple_channels": "_training.drivers",
     "export_tflite": "export",
     "lint": "export",
@@ -56,6 +58,7 @@ __all__ = [
     "__version__",
     "allocation",
     "callbacks",
+    "cluster_weights",
     "couple_channels",
     "export_tflite",
     "layers",

@@ -1,4 +1,4 @@
-"""Callbacks for `fit`: `SparseTraining`, `BackupAndRestore` and `SparsityTensorBoard`."""
+"""Callbacks for `fit`: sparse training, kept clusters, backups and TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from keras_dst._training.fit_patches import AtomicSave, active_fit
 from keras_dst._training.metrics import direction_of_metric, worst_value
 from keras_dst._training.tensorboard import SparsityTensorBoard
 from keras_dst._utils.validation import check_integer
+from keras_dst.clustering import KeepClusters
 from keras_dst.optimizers import averages_weights
 
-__all__ = ["BackupAndRestore", "SparseTraining", "SparsityTensorBoard"]
+__all__ = ["BackupAndRestore", "KeepClusters", "SparseTraining", "SparsityTensorBoard"]
 
 
 class SparseTraining(keras.callbacks.Callback):

@@ -1,0 +1,222 @@
+r"""Weight clustering: few distinct values per tensor (arXiv 1510.00149, section 3).
+
+    w_i = s_i c_{l_i}        l_i = argmin_k |w_i / s_i - c_k|        s_i = max |w| of the channel
+
+The values c come from k-means in one dimension, which starts with evenly spaced values. Deviations
+from the paper:
+
+* The values are relative to the largest magnitude s of the output channel, and -1 and 1 stay fixed.
+  Int8 quantization divides every channel by s, and batch normalization multiplies the channel. The
+  int8 tensor therefore has as few distinct values as c.
+* Zero is a value of its own. No other weight becomes zero, so the sparsity does not change.
+* Fine-tuning is a projection: after a step of any optimizer, c_k becomes the mean of w / s of its
+  weights. The paper instead sums the gradients of these weights, which is the same direction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_dst._reporting.weights import weights_of
+from keras_dst._utils.filters import Filters, select
+from keras_dst._utils.validation import check_integer
+from keras_dst.masks import Layout
+
+_ITERATIONS = 300
+_EQUAL = 1e-6  # Values that differ by less than float32 rounds are one value.
+
+
+def cluster_weights(model, clusters: int = 16, filters: Filters = None):
+    """Give every kernel at most `clusters` distinct values per tensor, in place.
+
+    The values are relative to the largest magnitude of each output channel, so that an int8 file
+    with one scale per channel has at most `clusters` distinct integers per tensor. Vela encodes
+    such tensors in fewer bytes. Zeros stay zeros and count as one value. A kernel that has no more
+    distinct values than `clusters` keeps them, up to the rounding of float32.
+
+    Fine-tune the model afterwards with `keras_dst.callbacks.KeepClusters`.
+
+    Args:
+        model: Built Keras model without masks in the forward pass.
+        clusters: Largest number of distinct values per kernel, at least 4. Defaults to 16.
+        filters: Kernels to cluster: the path of a weight, a regular expression for whole paths, a
+            list of paths and expressions, or `callable(variable) -> bool`. Defaults to None, which
+            clusters all kernels.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If `clusters` is not a whole number of at least 4, if the model has sparse
+            layers, or if a kernel is not finite.
+
+    Example:
+        >>> keras_dst.cluster_weights(model, clusters=16)
+
+    Source: arXiv 1510.00149, section 3.
+    """
+    for kernel in _clustered(model, clusters, filters):
+        kernel.project()
+    return model
+
+
+class KeepClusters(keras.callbacks.Callback):
+    """Callback that fine-tunes a model with few distinct values per kernel.
+
+    When `fit` begins, the kernels are clustered as by `keras_dst.cluster_weights`. Weights of one
+    value stay equal: after every batch, each value becomes the mean of its weights. Zeros stay
+    zeros, and the largest weight of each output channel keeps its value. With
+    `steps_per_execution`, the weights may differ between two calls of the callback.
+
+    Args:
+        clusters: Largest number of distinct values per kernel, at least 4. Defaults to 16.
+        filters: Kernels to cluster, as for `keras_dst.cluster_weights`. Defaults to None, which
+            clusters all kernels.
+
+    Raises:
+        ValueError: In `fit`, as `keras_dst.cluster_weights`.
+
+    Example:
+        >>> model.fit(x, y, epochs=2, callbacks=[keras_dst.callbacks.KeepClusters(16)])
+    """
+
+    def __init__(self, clusters: int = 16, filters: Filters = None):
+        super().__init__()
+        check_integer(clusters, "clusters", 4)
+        self.clusters = clusters
+        self.filters = filters
+
+    def on_train_begin(self, logs=None):
+        self._kernels = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self._kernels is None:  # BackupAndRestore may restore weights in `on_train_begin`.
+            self._kernels = _clustered(self.model, self.clusters, self.filters)
+            self._project()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._project()
+
+    def on_train_end(self, logs=None):
+        self._project()  # The optimizer may have assigned averages of the weights.
+
+    def _project(self):
+        _ = self.model  # On JAX, this assigns the state of the running `fit` to the variables.
+        for kernel in self._kernels or ():
+            kernel.project()
+
+
+@dataclass
+class _Kernel:
+    """A kernel and its clusters.
+
+    Attributes:
+        variable: Variable of the kernel.
+        scales: Largest magnitude of each output channel, in a shape that fits the kernel.
+        values: Relative values of the clusters. The first value is 0.
+        labels: Index of the cluster of each weight, in the shape of the kernel.
+    """
+
+    variable: Any
+    scales: np.ndarray
+    values: np.ndarray
+    labels: np.ndarray
+
+    def project(self) -> None:
+        """Set every weight to the mean of its cluster. The values 0, -1 and 1 stay."""
+        relative, labels = _array(self.variable) / self.scales, self.labels.ravel()
+        counts = np.bincount(labels, minlength=len(self.values))
+        sums = np.bincount(labels, relative.ravel(), minlength=len(self.values))
+        fixed = (counts == 0) | np.isin(self.values, (-1, 0, 1))
+        means = np.clip(sums / np.maximum(counts, 1), -1, 1)
+        self.values = np.where(fixed, self.values, means)
+        self.variable.assign(self.values[self.labels] * self.scales)
+
+
+def _clustered(model, clusters, filters) -> list[_Kernel]:
+    """Return the clusters of the selected kernels. The weights do not change."""
+    check_integer(clusters, "clusters", 4)
+    weights = [weight for weight in weights_of(model) if weight.prunable]
+    masked = [weight.variable.path for weight in weights if weight.mask is not None]
+    if masked:
+        raise ValueError(
+            f"Expected a model without sparse layers. Received: masks of {', '.join(masked)}. "
+            "Fix: call keras_dst.strip(model) first."
+        )
+    weights = [weight for weight in weights if "float" in weight.variable.dtype]
+    variables = [weight.variable for weight in weights]
+    chosen = select(variables, filters, [(variable.path,) for variable in variables])
+    return [_cluster(w.variable, w.layout, clusters) for w, kept in zip(weights, chosen) if kept]
+
+
+def _cluster(variable, layout: Layout, clusters: int) -> _Kernel:
+    kernel = _array(variable)
+    if not np.isfinite(kernel).all():
+        raise ValueError(
+            f"Expected finite weights. Received: {variable.path} with NaN or infinite values."
+        )
+    outputs = [axis % kernel.ndim for axis in layout.outputs]
+    inputs = tuple(axis for axis in range(kernel.ndim) if axis not in outputs)
+    scales = np.abs(kernel).max(axis=inputs, keepdims=True)
+    scales[scales == 0] = 1
+    relative = kernel / scales
+    nonzero = np.sort(relative[relative != 0])
+    values = k_means(nonzero, clusters - (len(nonzero) < kernel.size))
+    labels = np.where(relative == 0, 0, 1 + _nearest(values, relative))
+    return _Kernel(variable, scales, np.concatenate([[0.0], values]), labels)
+
+
+def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
+    """Return the sorted values of k-means in one dimension. The values -1 and 1 stay fixed.
+
+    Args:
+        numbers: Sorted numbers in [-1, 1].
+        clusters: Number of values, at least 2.
+
+    Returns:
+        At most `clusters` values: the numbers themselves if they have no more distinct values.
+    """
+    if not len(numbers):
+        return numbers
+    starts = np.flatnonzero(np.diff(numbers, prepend=-2) > _EQUAL)
+    if len(starts) <= clusters:
+        return _with_fixed_ends(_means(numbers, starts), numbers)
+    values = np.linspace(numbers[0], numbers[-1], clusters)
+    for _ in range(_ITERATIONS):
+        starts = np.searchsorted(numbers, (values[1:] + values[:-1]) / 2)
+        starts = np.concatenate([[0], starts])
+        filled = np.diff(starts, append=len(numbers)) > 0
+        means = values.copy()
+        means[filled] = _means(numbers, starts[filled])
+        means = _with_fixed_ends(means, numbers)
+        if np.array_equal(means, values):
+            break
+        values = means
+    return values
+
+
+def _means(numbers: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Return the mean of each part of some numbers. `starts` holds the first index of each part."""
+    return np.add.reduceat(numbers, starts) / np.diff(starts, append=len(numbers))
+
+
+def _with_fixed_ends(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Return values of which the first is -1 and the last is 1 if a number has this value."""
+    first = -1 if numbers[0] == -1 else values[0]
+    last = 1 if numbers[-1] == 1 else values[-1]
+    return np.concatenate([[first], values[1:-1], [last]]) if len(values) > 1 else values
+
+
+def _nearest(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Return the index of the value that is nearest to each number."""
+    return np.searchsorted((values[1:] + values[:-1]) / 2, numbers, side="right")
+
+
+def _array(variable) -> np.ndarray:
+    """Return the values of a variable in float64, in which sums of weights are precise."""
+    return ops.convert_to_numpy(ops.convert_to_tensor(variable)).astype("float64")
