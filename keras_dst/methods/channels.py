@@ -50,14 +50,23 @@ class ChannelGroups:
             the inputs and along the outputs of a weight that belongs to each group. The last
             column holds the fraction that always stays.
         costs: Array of shape (weights, 2): the parameters and the FLOPs of every weight.
+        widths: Number of filters that one channel of every group stands for, as in a grouped
+            convolution, which loses whole groups of filters. Defaults to None, for 1 in all groups.
     """
 
-    def __init__(self, sizes: Sequence[int], shares: np.ndarray, costs: np.ndarray):
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        shares: np.ndarray,
+        costs: np.ndarray,
+        widths: Sequence[int] | None = None,
+    ):
         self.sizes = np.array(sizes, "int32")
+        self.widths = np.ones_like(self.sizes) if widths is None else np.array(widths, "int32")
         self.shares = np.array(shares, "float64")
         self.costs = np.array(costs, "float64")
         self.owner = np.repeat(np.arange(len(self.sizes), dtype="int32"), self.sizes)
-        arrays = (self.sizes, self.shares, self.costs)
+        arrays = (self.sizes, self.shares, self.costs, self.widths)
         self._key = tuple(array.tobytes() for array in arrays)
         self._hash = hash(self._key)
 
@@ -87,7 +96,7 @@ class ChannelGroups:
         if not isinstance(kept, np.ndarray):
             total, array = ops.sum, lambda x: ops.convert_to_tensor(x, "float32")
         if counted_in == "channels":
-            return total(kept) / float(self.sizes.sum())
+            return total(kept * array(self.widths)) / float((self.sizes * self.widths).sum())
         base = self.costs[:, COUNTED_IN.index(counted_in) - 1]
         used = base > 0
         shares = self.shares[used]
@@ -194,7 +203,8 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
 
 def _steps(groups: ChannelGroups, method) -> tuple[np.ndarray, np.ndarray]:
     """Return the rounding step and the smallest number of channels of every group."""
-    step = np.where(groups.sizes >= 2 * method.round_to, method.round_to, 1)
+    step = method.round_to // np.gcd(method.round_to, groups.widths)
+    step = np.where(groups.sizes >= 2 * step, step, 1)
     return step, np.minimum(np.maximum(step, method.min_kept), groups.sizes)
 
 
