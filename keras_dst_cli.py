@@ -14,6 +14,12 @@ import sys
 import zipfile
 from collections.abc import Sequence
 
+#: Copied from `keras_dst.export.ethos`, which this module must not import.
+_NPUS = (
+    *("ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256"),
+    *("ethos-u65-512", "ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024"),
+    "ethos-u85-2048",
+)
 _EXAMPLES = """\
 examples:
   keras-dst demo                                 train, strip and export a net on real digits
@@ -98,9 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--optimize", choices=("latency", "size", "balanced"), default="balanced")
     export.add_argument(
         "--target",
-        choices=("host", "arm", "any"),
+        choices=("host", "arm", "any", *_NPUS),
         default="host",
-        help="CPU on which the file will run (default host)",
+        metavar="TARGET",
+        help=f"processor for the file: host (default), arm, any, {', '.join(_NPUS)}",
     )
     export.add_argument("--quantize", choices=("weights", "full"), help="quantize to 8 bits")
     export.add_argument(

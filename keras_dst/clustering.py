@@ -2,8 +2,8 @@ r"""Weight clustering: few distinct values per tensor (arXiv 1510.00149, section
 
     w_i = s_i c_{l_i}        l_i = argmin_k |w_i / s_i - c_k|        s_i = max |w| of the channel
 
-The values c come from k-means in one dimension, which starts with evenly spaced values. Deviations
-from the paper:
+The values c come from k-means in one dimension, which starts with evenly spaced values
+outside of the gap around zero that pruning leaves. Deviations from the paper:
 
 * The values are relative to the largest magnitude s of the output channel, and -1 and 1 stay fixed.
   Int8 quantization divides every channel by s, and batch normalization multiplies the channel. The
@@ -186,7 +186,12 @@ def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
     starts = np.flatnonzero(np.diff(numbers, prepend=-2) > _EQUAL)
     if len(starts) <= clusters:
         return _with_fixed_ends(_means(numbers, starts), numbers)
-    values = np.linspace(numbers[0], numbers[-1], clusters)
+    # Pruned weights have no small magnitudes. The values begin outside of this gap around zero.
+    split = np.searchsorted(numbers, 0)
+    low, high = numbers[split - 1 : split + 1] if 0 < split < len(numbers) else (0.0, 0.0)
+    values = np.linspace(numbers[0], numbers[-1] - (high - low), clusters)
+    values[values > low] += high - low
+    values[-1] = numbers[-1]
     for _ in range(_ITERATIONS):
         starts = np.searchsorted(numbers, (values[1:] + values[:-1]) / 2)
         starts = np.concatenate([[0], starts])

@@ -44,7 +44,7 @@ def distinct(model):
         ([-0.75, -0.5, 0.5, 0.75], 2, [-0.625, 0.625]),  # free ends
         ([-1, -1, 0.5, 0.5, 1], 3, [-1, 0.5, 1]),  # already three values
         ([1, 1], 4, [1]),
-        ([-1, -0.5, -0.375, -0.25, 1], 4, [-1, -0.375, 1 / 3, 1]),  # no number near 1/3
+        ([-1, -0.5, -0.375, -0.25, 1], 4, [-1, -0.75, -0.375, 1]),  # no number near -0.75
         ([], 4, []),
     ],
 )
@@ -57,7 +57,7 @@ def test_values_are_relative_to_the_channel_and_zeros_stay():
     column = np.array([-1, -0.9375, 0, 0.0625, 0.125, 0.4375, 0.5, 1])
     model = dense(column[:, None] * [2, 8])
     assert keras_dst.cluster_weights(model, clusters=6) is model
-    # One value of six is zero. The others begin at -1, -0.5, 0, 0.5 and 1.
+    # One value of six is zero. The others begin at -1, 0.25, 0.5, 0.75 and 1.
     expected = np.array([-1, -1, 0, 0.09375, 0.09375, 0.46875, 0.46875, 1])
     np.testing.assert_array_equal(kernel_of(model), expected[:, None] * [2, 8])
 

@@ -98,9 +98,10 @@ def conversions(
     Args:
         model: a built Keras 3 model.
         kinds: the files to make. ``"float32"``; ``"dynamic"``, with int8 weights; ``"int8"``, with
-            integer ops between inputs and outputs of the model's own types.
+            integer ops between inputs and outputs of the model's own types; ``"integer"``, with
+            int8 inputs and outputs too.
         signature: inputs of the files. Defaults to all inputs of the model.
-        samples: samples from which ``"int8"`` takes the ranges of all values.
+        samples: samples from which ``"int8"`` and ``"integer"`` take the ranges of all values.
 
     Raises:
         ExportError: the model could not be converted. The message names the op or the layer.
@@ -208,7 +209,9 @@ def _convert(
             converter = tf.lite.TFLiteConverter.from_saved_model(saved)
             if kind != "float32":
                 converter.optimizations = [tf.lite.Optimize.DEFAULT]
-            if kind == "int8":
+            if kind == "integer":
+                converter.inference_input_type = converter.inference_output_type = tf.int8
+            if kind in ("int8", "integer"):
                 batches = list(_calibration_batches(specs, arrays or []))
                 converter.representative_dataset = lambda batches=batches: iter(batches)
             (folder / kind).write_bytes(converter.convert())

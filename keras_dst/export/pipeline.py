@@ -15,6 +15,14 @@ from keras_dst._utils.files import atomic_write
 from keras_dst.export import encode
 from keras_dst.export.convert import conversions
 from keras_dst.export.encode import Format
+from keras_dst.export.ethos import (
+    ACCELERATORS,
+    NEEDS_VELA,
+    VelaReport,
+    compile_for_npu,
+    vela_version,
+)
+from keras_dst.export.flatbuffer import read
 from keras_dst.export.latency_model import CPUS, LatencyModel, this_cpu
 from keras_dst.export.measure import latencies, loads_and_latencies
 from keras_dst.export.memory import peak_memory
@@ -67,6 +75,12 @@ class Settings:
     inputs: Any = None
     representative: Any = None
     evaluate: Any = None
+    vela_path: Path | None = None
+
+    @property
+    def npu(self) -> bool:
+        """Whether the file is for an Ethos-U NPU."""
+        return self.target in ACCELERATORS
 
     def objective(self) -> Objective:
         """Return the criterion by which formats are selected."""
@@ -104,10 +118,14 @@ def export(
     data = _read_data(model, settings)
     progress("converting")
     full = settings.quantize == "full"
-    kinds = ["float32"] + (["int8"] if full else ["dynamic"] * settings.measure)
+    second = "integer" if settings.npu else "int8" if full else "dynamic"
+    kinds = ["float32"] + [second] * (full or settings.measure)
     files = dict(zip(kinds, conversions(model, kinds, data.signature, data.calibration)))
-    base = files["int8" if full else "float32"]
-    plan = select_formats(base, settings.objective(), progress)
+    base = files[second if full else "float32"]
+    if settings.npu:
+        plan = _dense_plan(base)
+    else:
+        plan = select_formats(base, settings.objective(), progress)
     progress("comparing with the model")
     cases = keras_cases(model, data.signature, data.samples)
     found = deviation(plan.content, cases)
@@ -118,11 +136,17 @@ def export(
             f"{settings.tolerance:.0e}. Received: an error of {wrong.error:.1e} in {wrong.where}. "
             f"Nothing was written. {_explain_fault(base, plan.choices, cases, settings)}"
         )
+    compiled, vela = _compile(plan.content, settings, progress)
     progress("measuring")
-    compared = _compare(model, [*files.values(), plan.content], data, settings)
+    # The file for an NPU is the dense int8 file itself.
+    others = [files["float32"]] if settings.npu else list(files.values())
+    compared = _compare(model, [*others, plan.content], data, settings)
     before, after = compared[0], compared[-1]
     with atomic_write(path) as unfinished:
         unfinished.write_bytes(plan.content)
+    if settings.vela_path is not None:
+        with atomic_write(settings.vela_path) as unfinished:
+            unfinished.write_bytes(compiled)
     return ExportReport(
         path=path,
         bytes=after.bytes,
@@ -134,7 +158,26 @@ def export(
         files=compared,
         threads=settings.threads,
         batch=settings.batch,
+        vela=vela,
+        note=NEEDS_VELA if settings.npu and vela is None else "",
     )
+
+
+def _dense_plan(content: bytes) -> Plan:
+    """Return the plan that stores every weight of a file for an NPU as it is."""
+    reason = "an NPU reads dense weights, which Vela encodes"
+    found = encode.weights(read(content))
+    return Plan([Choice(weight, None, weight.values.nbytes, reason) for weight in found], content)
+
+
+def _compile(
+    content: bytes, settings: Settings, progress: Callable[[str], None]
+) -> tuple[bytes, VelaReport | None]:
+    """Return the file that Vela compiles and its estimates, if Vela is installed."""
+    if not settings.npu or vela_version() is None:
+        return b"", None
+    progress("running Vela")
+    return compile_for_npu(content, settings.target)
 
 
 def _read_data(model: keras.Model, settings: Settings) -> _Data:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import gzip
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from keras_dst._reporting.tables import as_table
+
+if TYPE_CHECKING:  # `ethos` imports this module
+    from keras_dst.export.ethos import VelaReport
 
 
 class ExportError(RuntimeError):
@@ -79,6 +82,8 @@ class ExportReport:
         files: the dense float32 file, a dense int8 file if one was made, and the written file.
         threads: number of threads at which the files were measured.
         batch: batch size at which the files were measured.
+        vela: Vela's estimates for an Ethos-U NPU. None for other targets, and if Vela is missing.
+        note: a sentence about figures that are missing; empty if none is missing.
 
     Example:
         >>> print(export_tflite(model, "model.tflite"))
@@ -94,6 +99,8 @@ class ExportReport:
     files: list[FileReport]
     threads: int
     batch: int
+    vela: VelaReport | None = None
+    note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain values, ready for JSON."""
@@ -117,8 +124,9 @@ class ExportReport:
             *("tensor", "op", "shape", "density >", "encoding", "bytes >"),
             *("dense bytes >", "reason if dense"),
         )
+        estimates = f"{self.vela}\n\n" if self.vela else f"{self.note}\n\n" if self.note else ""
         return (
-            f"{as_table(headings, rows)}\n\n{self._comparison()}\n"
+            f"{as_table(headings, rows)}\n\n{estimates}{self._comparison()}\n"
             f"{self.path.name}: {self.bytes:,} bytes ({self.bytes / self.dense_bytes:.2f}x of "
             f"dense, gzip {self.gzip_bytes / self.dense_gzip_bytes:.2f}x), "
             f"max error {self.max_error:.0e}"

@@ -30,6 +30,7 @@ def export_tflite(
     quantize: str | None = None,
     representative: Any = None,
     evaluate: Any = None,
+    vela_path: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> ExportReport:
     """Write a model as a ``.tflite`` file with sparse weights, after running and comparing it.
@@ -56,7 +57,10 @@ def export_tflite(
             ``"balanced"``, the default, selects the least product of bytes and latency among the
             formats that are not slower than dense.
         target: CPU for which latency counts: ``"host"``, the default, for this CPU, ``"arm"`` for a
-            CPU without AVX, ``"any"`` for both; then the larger latency ratio counts.
+            CPU without AVX, ``"any"`` for both; then the larger latency ratio counts. Or an Arm
+            Ethos-U NPU, such as ``"ethos-u55-128"``, with ``quantize="full"``: the file has int8
+            inputs and outputs and dense weights. If Vela is installed, the report has its
+            estimates. ``optimize`` has no effect then, and nothing is measured on this CPU.
         measure: whether to measure latencies on this CPU. If False, and for other CPUs, a model of
             the kernels estimates them. Defaults to True.
         threads: number of threads of the interpreter for measurements. Defaults to 1.
@@ -72,6 +76,8 @@ def export_tflite(
             generator of batches ``(x, y)``. Labels are integers or one-hot. Sample weights are
             ignored. Or a function of ``predict`` that returns a number; ``predict`` takes inputs as
             `model.predict` and returns the outputs of a file. Defaults to None: no accuracy.
+        vela_path: path of the file that Vela compiles for the NPU, in an existing folder. Defaults
+            to None: the compiled file is not written.
         progress: function that is called with a line of text before each step.
 
     Returns:
@@ -82,7 +88,8 @@ def export_tflite(
         TypeError: ``model`` is not a Keras 3 model.
         ValueError: the model is not built, data does not fit it, or an option is unknown.
         OSError: ``path`` cannot be written. This is checked before any work is done.
-        ImportError: the packages of ``keras_dst[export]`` are missing.
+        ImportError: the packages of ``keras_dst[export]`` are missing, or ``keras_dst[ethos]`` is
+            missing and ``vela_path`` is given.
         ExportError: the model could not be converted, or the file does not compute the outputs of
             the model. The message names the op or the weight at fault. Nothing is written.
 
@@ -94,7 +101,6 @@ def export_tflite(
     file = Path(path)
     check_writable(file)
     _check_option("optimize", optimize, ("latency", "size", "balanced"))
-    _check_option("target", target, ("host", "arm", "any"))
     _check_option("quantize", quantize, (None, "weights", "full"))
     check_integer(threads, "threads")
     check_integer(batch, "batch")
@@ -109,12 +115,30 @@ def export_tflite(
         raise ValueError(f"Expected a finite tolerance of 0 or more. Received: {tolerance}.")
     check_installed("tensorflow", "ai_edge_litert", "flatbuffers")
     # The pipeline needs these optional packages, without which `import keras_dst` must work.
+    from keras_dst.export.ethos import ACCELERATORS, NEEDS_VELA, vela_version
     from keras_dst.export.pipeline import TOLERANCES, Settings, export
 
+    _check_option("target", target, ("host", "arm", "any", *ACCELERATORS))
+    npu, compiled = target in ACCELERATORS, None
+    if npu and quantize != "full":
+        raise ValueError(
+            f"Expected quantize='full' with target={target!r}. Received: quantize={quantize!r}. "
+            "Fix: pass quantize='full' and samples of the training data as representative=."
+        )
+    if vela_path is not None:
+        if not npu:
+            raise ValueError(
+                "Expected an Ethos-U target with vela_path=, such as target='ethos-u55-128'. "
+                f"Received: target={target!r}."
+            )
+        if vela_version() is None:
+            raise ImportError(NEEDS_VELA)
+        compiled = Path(vela_path)
+        check_writable(compiled)
     limit = TOLERANCES[quantize] if tolerance is None else tolerance
     settings = Settings(
-        *(limit, optimize, target, measure, threads, batch, quantize),
-        *(inputs, representative, evaluate),
+        *(limit, optimize, target, measure and not npu, threads, batch, quantize),
+        *(inputs, representative, evaluate, compiled),
     )
     return export(model, file, settings, progress)
 

@@ -108,9 +108,32 @@ def predictor(model: keras.Model, content: bytes, signature: Signature) -> Calla
     return predict
 
 
-def _runner(content: bytes, resolver: OpResolverType) -> Any:
+def _runner(content: bytes, resolver: OpResolverType) -> Callable[..., dict[str, np.ndarray]]:
+    """Return a function that runs a file on float inputs, also if the file takes int8 inputs."""
     interpreter = Interpreter(model_content=content, experimental_op_resolver_type=resolver)
-    return interpreter.get_signature_runner()
+    runner = interpreter.get_signature_runner()
+    inputs, outputs = runner.get_input_details(), runner.get_output_details()
+
+    def run(**arrays: np.ndarray) -> dict[str, np.ndarray]:
+        found = runner(**{name: _quantized(a, inputs[name]) for name, a in arrays.items()})
+        return {name: _dequantized(a, outputs[name]) for name, a in found.items()}
+
+    return run
+
+
+def _quantized(array: np.ndarray, details: dict[str, Any]) -> np.ndarray:
+    """Round floats to the int8 values that an input takes; return other arrays as they are."""
+    scale, zero_point = details["quantization"]
+    if details["dtype"] != np.int8 or array.dtype.kind != "f" or not scale:
+        return array
+    return np.clip(np.rint(array / scale) + zero_point, -128, 127).astype(np.int8)
+
+
+def _dequantized(array: np.ndarray, details: dict[str, Any]) -> np.ndarray:
+    scale, zero_point = details["quantization"]
+    if details["dtype"] != np.int8 or not scale:
+        return array
+    return np.float32(scale) * (array.astype(np.float32) - zero_point)
 
 
 def _deviations(

@@ -1,0 +1,240 @@
+"""Compile int8 files for Arm Ethos-U NPUs with Vela, and read its estimates.
+
+Vela (PyPI ``ethos-u-vela``) encodes weights for the NPU and estimates cycles with a model of the
+hardware. The zeros of an ordinary dense int8 weight make its encoding shorter.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from keras_dst._reporting.tables import as_table
+from keras_dst.export.decode import load
+from keras_dst.export.encode import scale_axis, weights
+from keras_dst.export.flatbuffer import op_name, read, text, write
+from keras_dst.export.report import ExportError
+
+#: The configurations that Vela 5.2 compiles for: the NPU and its number of MACs per cycle.
+ACCELERATORS = (
+    *("ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256"),
+    *("ethos-u65-512", "ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024"),
+    "ethos-u85-2048",
+)
+NEEDS_VELA = "Estimates for an Ethos-U NPU need Vela. Fix: pip install keras_dst[ethos]."
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class VelaEstimate:
+    """Vela's estimates for one inference with one file.
+
+    Attributes:
+        weight_bytes: bytes of the weights in Vela's encoding.
+        npu_cycles: cycles in which the NPU computes.
+        memory_cycles: cycles in which each memory is read or written, by the name of the memory.
+            Computation and memory accesses overlap.
+        cycles: cycles of the whole inference.
+        seconds: time of the whole inference at the default clock.
+    """
+
+    weight_bytes: int
+    npu_cycles: int
+    memory_cycles: dict[str, int]
+    cycles: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CPUOp:
+    """An op of the file that Vela leaves to the CPU.
+
+    Attributes:
+        op: builtin name of the op.
+        tensor: name of the first output of the op.
+        reason: reason that Vela gives; empty if it gives no reason.
+    """
+
+    op: str
+    tensor: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class VelaReport:
+    """Vela's estimates for a file and for a dense file of the same architecture.
+
+    The estimates come from the cycle model of Vela. They are not measurements on hardware.
+
+    The dense file has the same ops, with normally distributed random weights without zeros. Vela
+    encodes such weights in a few percent fewer bytes than trained dense weights.
+
+    Attributes:
+        accelerator: accelerator configuration, such as ``"ethos-u55-128"``.
+        system: system configuration, which sets the clock and the bandwidths. Vela's default.
+        memory_mode: placement of weights and activations in memories. Vela's default.
+        version: version of Vela.
+        file: estimates for the file.
+        dense: estimates for the dense file.
+        ops: number of ops in the file.
+        cpu_ops: ops that run on the CPU instead of the NPU.
+    """
+
+    accelerator: str
+    system: str
+    memory_mode: str
+    version: str
+    file: VelaEstimate
+    dense: VelaEstimate
+    ops: int
+    cpu_ops: list[CPUOp]
+
+    def __str__(self) -> str:
+        file, dense = self.file, self.dense
+        rows = [
+            ("encoded weights, bytes", *_compared(file.weight_bytes, dense.weight_bytes)),
+            ("cycles of the NPU", *_compared(file.npu_cycles, dense.npu_cycles)),
+            *(
+                (f"cycles of {name}", *_compared(file.memory_cycles[name], cycles))
+                for name, cycles in dense.memory_cycles.items()
+            ),
+            ("cycles of an inference", *_compared(file.cycles, dense.cycles)),
+            ("microseconds", *_compared(1e6 * file.seconds, 1e6 * dense.seconds)),
+        ]
+        table = as_table(("estimate of Vela", "this file >", "dense >", "ratio >"), rows)
+        on_npu = self.ops - len(self.cpu_ops)
+        lines = [
+            table,
+            f"Estimates of Vela {self.version} for {self.accelerator} ({self.system}, "
+            f"{self.memory_mode}), not measurements on hardware.",
+            "Dense: the same ops with normally distributed weights without zeros.",
+            f"{on_npu} of {self.ops} ops run on the NPU.",
+            *(f"On the CPU: {o.op} {o.tensor}. {o.reason}".rstrip() for o in self.cpu_ops),
+        ]
+        return "\n".join(lines)
+
+
+def _compared(value: float, dense: float) -> tuple[str, str, str]:
+    ratio = f"{value / dense:.3f}" if dense else ""
+    return f"{value:,.0f}", f"{dense:,.0f}", ratio
+
+
+def vela_version() -> str | None:
+    """Return the version of Vela, or None if it is not installed."""
+    try:
+        return importlib.metadata.version("ethos-u-vela")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def compile_for_npu(content: bytes, accelerator: str) -> tuple[bytes, VelaReport]:
+    """Compile a dense-encoded int8 file with Vela; return the compiled file and a report.
+
+    Args:
+        content: the ``.tflite`` file.
+        accelerator: one of `ACCELERATORS`. Vela's defaults for this accelerator apply.
+
+    Raises:
+        ImportError: Vela is not installed.
+        ValueError: the accelerator is unknown, or the file is damaged.
+        ExportError: Vela stops with an error.
+    """
+    if accelerator not in ACCELERATORS:
+        raise ValueError(
+            f"Expected one of the accelerators {', '.join(ACCELERATORS)}. Received: {accelerator!r}"
+        )
+    version = vela_version()
+    if version is None:
+        raise ImportError(NEEDS_VELA)
+    model = read(load(content))
+    compiled, summary, log = _run_vela(content, accelerator)
+    _, dense_summary, _ = _run_vela(dense_twin(content), accelerator)
+    report = VelaReport(
+        accelerator=accelerator,
+        system=summary["system_config"],
+        memory_mode=summary["memory_mode"],
+        version=version,
+        file=_estimate(summary),
+        dense=_estimate(dense_summary),
+        ops=sum(len(graph.operators) for graph in model.subgraphs),
+        cpu_ops=_cpu_ops(compiled, _reasons(log)),
+    )
+    return compiled, report
+
+
+def _run_vela(content: bytes, accelerator: str) -> tuple[bytes, dict[str, str], str]:
+    """Return the file that Vela makes, its summary, and its output as text."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "model.tflite").write_bytes(content)
+        command = [sys.executable, "-m", "ethosu.vela", "model.tflite"]
+        command += ["--accelerator-config", accelerator, "--output-dir", "."]
+        # A second process, because an error in Vela's C++ part ends the process.
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        summaries = list(folder.glob("model_summary_*.csv"))
+        if done.returncode or not summaries:
+            lines = (done.stdout + done.stderr).strip().splitlines()
+            reasons = [line for line in lines if "rror" in line] or lines[-1:]
+            raise ExportError(
+                f"Expected a file that Vela compiles for {accelerator}. Received: Vela stopped "
+                f"with exit code {done.returncode}: {' '.join(reasons)} "
+                "Fix: replace the layers that these ops come from."
+            )
+        with summaries[0].open(newline="") as file:
+            summary = next(csv.DictReader(file))
+        return (folder / "model_vela.tflite").read_bytes(), summary, done.stdout
+
+
+def _estimate(summary: dict[str, str]) -> VelaEstimate:
+    memories = ("sram", "dram", "on_chip_flash", "off_chip_flash")
+    accesses = {name: int(summary[f"cycles_{name}_access"]) for name in memories}
+    return VelaEstimate(
+        weight_bytes=int(summary["total_npu_encoded_weights"]),
+        npu_cycles=int(summary["cycles_npu"]),
+        memory_cycles={name.replace("_", " "): n for name, n in accesses.items() if n},
+        cycles=int(summary["cycles_total"]),
+        seconds=float(summary["inference_time"]),
+    )
+
+
+def _cpu_ops(compiled: bytes, reasons: dict[str, str]) -> list[CPUOp]:
+    """Return the ops of a compiled file that are not part of an NPU command stream."""
+    model, found = read(compiled), []
+    for graph in model.subgraphs:
+        for op in graph.operators:
+            if text(model.operatorCodes[op.opcodeIndex].customCode) != "ethos-u":
+                tensor = text(graph.tensors[op.outputs[0]].name)
+                found.append(CPUOp(op_name(model, op), tensor, reasons.get(tensor, "")))
+    return found
+
+
+def _reasons(log: str) -> dict[str, str]:
+    """Return the reasons in Vela's output by the name of the op's output tensor."""
+    warnings = re.findall(r"operator: \w+, ofm: '(.*?)'\nReason: (.*?)\n\s*\n", log, re.DOTALL)
+    return {tensor: " ".join(reason.split()) for tensor, reason in warnings}
+
+
+def dense_twin(content: bytes) -> bytes:
+    """Return the same file with other int8 weights: seeded random values without zeros.
+
+    The values are normally distributed. The largest magnitude of every channel is 127, as in a
+    quantized model.
+    """
+    model, rng = read(content), np.random.default_rng(_SEED)
+    for weight in weights(model):
+        if weight.values.dtype == np.int8:
+            channel = scale_axis(weight)
+            others = tuple(axis for axis in range(weight.values.ndim) if axis != channel)
+            drawn = rng.normal(size=weight.values.shape)
+            drawn = np.rint(127 * drawn / np.abs(drawn).max(axis=others, keepdims=True))
+            drawn[drawn == 0] = 1
+            model.buffers[weight.buffer].data = drawn.astype(np.int8).reshape(-1).view(np.uint8)
+    return write(model)
