@@ -32,6 +32,18 @@ def dense_copy(op):
     return copy
 
 
+def original_variables(op, copy) -> dict[int, Any]:
+    """Return the variables of a sparse layer, by the ids of the variables of its dense copy."""
+    if copy is op:
+        return {}
+    pairs: list[tuple[Any, Any]] = []
+    for old, new in zip(_keras.flatten_layers(op), _keras.flatten_layers(copy)):
+        # A sparse layer adds the states of its method after the variables of the stock layer.
+        for variables in (_keras.trainable_variables_of, _keras.non_trainable_variables_of):
+            pairs += zip(variables(old), variables(new))
+    return {id(new): old for old, new in pairs}
+
+
 def copy_operation(op, name: str, share: bool = False):
     """Return a copy of an operation with the same state, under a new name, outside of any graph.
 

@@ -12,6 +12,7 @@ from keras_dst._structure.graph import Call
 from keras_dst._structure.handlers import (
     DEPTHWISE,
     MERGE_VERBS,
+    NOT_READ,
     Addition,
     BatchNorm,
     ChannelHandler,
@@ -52,7 +53,6 @@ _ELEMENTWISE = (
     *("sigmoid", "hard_sigmoid", "hard_silu", "tanh", "hard_tanh", "softplus", "softsign"),
     *("exponential", "log_sigmoid"),
 )
-_NOT_READ = "prune layers whose channels it does not read"
 _MIXING_LAYERS = {
     **dict.fromkeys(
         (*(f"{n}Normalization" for n in ("Layer", "Group", "RMS", "Unit")), "Normalize"),
@@ -60,11 +60,11 @@ _MIXING_LAYERS = {
     ),
     **dict.fromkeys(
         ("MultiHeadAttention", "GroupQueryAttention", "Attention", "AdditiveAttention"),
-        f"attends with all channels at once; {_NOT_READ}",
+        f"attends with all channels at once; {NOT_READ}",
     ),
-    "Softmax": f"is a softmax over channels; {_NOT_READ}",
-    "Dot": f"multiplies channels with each other; {_NOT_READ}",
-    "Masking": f"computes its mask from all channels; {_NOT_READ}",
+    "Softmax": f"is a softmax over channels; {NOT_READ}",
+    "Dot": f"multiplies channels with each other; {NOT_READ}",
+    "Masking": f"computes its mask from all channels; {NOT_READ}",
 }
 
 _HANDLERS: dict[type, type[ChannelHandler]] = {
@@ -102,11 +102,11 @@ def handler_for(call: Call, tied: str = "") -> ChannelHandler:
     if handler is None:
         return Opaque(call, _unsupported_reason(op))
     if tied:
-        return Opaque(call, f"{tied}; {_NOT_READ}")
+        return Opaque(call, f"{tied}; {NOT_READ}")
     if call.kwargs.get("training"):
-        return Opaque(call, f"is called with training=True; {_NOT_READ}")
+        return Opaque(call, f"is called with training=True; {NOT_READ}")
     if len(call.outputs) != 1 or not call.inputs:
-        return Opaque(call, f"has more than one output; {_NOT_READ}")
+        return Opaque(call, f"has more than one output; {NOT_READ}")
     if getattr(op, "quantization_mode", None):
         return Opaque(call, "is quantized; quantize after shrink instead")
     if getattr(op, "lora_enabled", False):
@@ -152,7 +152,7 @@ def _unsupported_reason(op) -> str:
         return "is a Lambda, whose function shrink cannot read; use layers of Keras instead"
     if not kind.__module__.startswith("keras."):
         return "is a custom layer, whose code shrink cannot read; use layers of Keras instead"
-    default = f"is of type {kind.__name__}, which shrink does not support; {_NOT_READ}"
+    default = f"is of type {kind.__name__}, which shrink does not support; {NOT_READ}"
     return _MIXING_LAYERS.get(kind.__name__, default)
 
 
@@ -160,21 +160,21 @@ def _input_reason(handler: type[ChannelHandler], call: Call) -> str:
     """Return why a call keeps its inputs although its kind of layer can lose inputs."""
     op, x, y = call.op, call.inputs[0], call.outputs[0]
     if handler is TimeDistributedDense and type(op.layer) is not layers.Dense:
-        return f"repeats a {type(op.layer).__name__}, which shrink does not support; {_NOT_READ}"
+        return f"repeats a {type(op.layer).__name__}, which shrink does not support; {NOT_READ}"
     if (handler is GroupedConv or isinstance(op, layers.Activation)) and not _is_elementwise(op):
         return _activation_reason(op)
     if handler is Recurrent and len(call.inputs) > 1:
-        return f"is called with an initial state; {_NOT_READ}"
+        return f"is called with an initial state; {NOT_READ}"
     if handler is Rescale:
         sizes = [math.prod(np.shape(value)) for value in (op.scale, op.offset)]
         own = {np.shape(value)[-1:] for value in (op.scale, op.offset)} - {(), (1,)}
         fits = x.axis == len(x.shape) - 1 and own <= {(x.channels,)} and max(sizes) <= x.channels
-        return "" if max(sizes) == 1 or fits else f"scales positions differently; {_NOT_READ}"
+        return "" if max(sizes) == 1 or fits else f"scales positions differently; {NOT_READ}"
     if issubclass(handler, ElementwiseMerge):
         arrays = [z for z in keras.tree.flatten((call.args, call.kwargs)) if np.ndim(z)]
         alike = all(z.channels in (1, y.channels) for z in call.inputs)
         whole = any(z.channels == y.channels for z in call.inputs)
-        return "" if alike and whole and not arrays else f"combines an array; {_NOT_READ}"
+        return "" if alike and whole and not arrays else f"combines an array; {NOT_READ}"
     if handler is Rearrangement and None in (*x.shape[1:], *y.shape[1:]):
         last = x.axis == len(x.shape) - 1 and x.shape[-1] == y.shape[-1]
         known = isinstance(op, layers.Permute) or last

@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops, tree
 
 from keras_dst import _keras
-from keras_dst._structure.copies import dense_copy
+from keras_dst._structure.copies import dense_copy, original_variables
 from keras_dst.layers import Gate
 
 UNKNOWN = np.nan  # stands for the value of a channel that depends on the input
@@ -104,13 +104,20 @@ class Call:
         self.args, self.kwargs = self.map(lambda x: x.along(axis) if _contains(inputs, x) else x)
 
 
-def flatten_graph(model, inputs: list[Tensor]) -> tuple[list[Call], list[Tensor]]:
-    """Return the calls of a model and of the models inside it, and the output tensors."""
+def flatten_graph(model, inputs: list[Tensor]) -> tuple[list[Call], list[Tensor], dict[int, Any]]:
+    """Return the calls of a model and of the models inside it, its outputs, and its variables.
+
+    The variables of the model are given by the ids of the variables of the dense copies that stand
+    for its sparse layers.
+    """
     calls: list[Call] = []
-    return calls, _flatten(model, inputs, "", calls, {})
+    dense: dict[int, Any] = {}
+    originals: dict[int, Any] = {}
+    outputs = _flatten(model, inputs, "", calls, dense, originals)
+    return calls, outputs, originals
 
 
-def _flatten(model, inputs, prefix: str, calls: list[Call], dense: dict[int, Any]) -> list[Tensor]:
+def _flatten(model, inputs, prefix: str, calls: list[Call], dense, originals) -> list[Tensor]:
     graph = _keras.graph_of(model)
     tensors = {id(x): y for x, y in zip(graph.inputs, inputs)}
     for node in _keras.nodes_in_order(graph):
@@ -122,12 +129,13 @@ def _flatten(model, inputs, prefix: str, calls: list[Call], dense: dict[int, Any
             del kwargs[key]
         given = _tensors((args, kwargs))
         if _is_nested_graph(op) and len(given) == len(_keras.graph_of(op).inputs):
-            outputs = _flatten(op, given, f"{prefix}{op.name}_", calls, dense)
+            outputs = _flatten(op, given, f"{prefix}{op.name}_", calls, dense, originals)
         else:
             if isinstance(op, Gate):  # the dense copy of a gate reads its first input only
                 args, kwargs = (given[0],), {}
             if id(op) not in dense:
                 dense[id(op)] = dense_copy(op)
+                originals.update(original_variables(op, dense[id(op)]))
             masked = any(x.masked for x in given)
             outputs = [
                 Tensor(tuple(x.shape), x.dtype, masked=masked or _keras.mask_of(x) is not None)

@@ -15,13 +15,14 @@ from keras import layers, ops
 
 from keras_dst._structure.copies import live_config
 from keras_dst._structure.graph import OPEN_SIZE, UNKNOWN, Call, Tensor, to_float64
-from keras_dst._structure.groups import ChannelGroups
+from keras_dst._structure.unions import ChannelUnions, Member
 
 DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 MERGE_VERBS = {
     **{"Add": "adds", "Subtract": "subtracts", "Multiply": "multiplies by"},
     **{"Average": "averages with", "Maximum": "compares with", "Minimum": "compares with"},
 }
+NOT_READ = "prune layers whose channels it does not read"
 _SAME_CHANNEL = "remove the same channel there too"
 
 
@@ -49,13 +50,19 @@ class ChannelHandler:
         """The first output."""
         return self.call.outputs[0]
 
-    def propagate_constants(self) -> None:
-        """Set the channel axis of the output and the constants of its channels."""
-        raise NotImplementedError
+    def place_channels(self) -> None:
+        """Set the channel axis of the output."""
 
-    def couple(self, groups: ChannelGroups) -> None:
+    def propagate_constants(self) -> None:
+        """Set the constants of the channels of the output."""
+
+    def couple(self, unions: ChannelUnions) -> None:
         """Set the channel ids of the output; couple channels and pin channels."""
         raise NotImplementedError
+
+    def members(self) -> list[Member]:
+        """Return the variables of the layer that have channels, once all channels have ids."""
+        return []
 
     def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
         """Change the layer's config for the kept channels and return the weights for them.
@@ -93,14 +100,11 @@ class ChannelHandler:
 class Opaque(ChannelHandler):
     """Operation whose inputs and outputs all have to stay, for a reason."""
 
-    def propagate_constants(self) -> None:
-        """Leave the outputs as they are: nothing is known about them."""
-
-    def couple(self, groups: ChannelGroups) -> None:
+    def couple(self, unions: ChannelUnions) -> None:
         for y in self.call.outputs:
-            y.ids = groups.new(y.channels)
+            y.ids = unions.new(y.channels)
         for tensor in (*self.call.inputs, *self.call.outputs):
-            groups.pin(tensor)
+            unions.pin(tensor.ids, f"'{self.op.name}' {self.reason}")
 
     def ignores_input(self) -> np.ndarray:
         kernel = getattr(self.op, "kernel", None)
@@ -113,12 +117,14 @@ class Opaque(ChannelHandler):
 class Elementwise(ChannelHandler):
     """Operation that treats every channel separately and all channels alike."""
 
-    def propagate_constants(self) -> None:
+    def place_channels(self) -> None:
         axis = self.x.axis if len(self.y.shape) == len(self.x.shape) else len(self.y.shape) - 1
         self.y.set_channels(axis)
+
+    def propagate_constants(self) -> None:
         self.y.constant = self._run_on_constants()
 
-    def couple(self, groups: ChannelGroups) -> None:
+    def couple(self, unions: ChannelUnions) -> None:
         self.y.ids = self.x.ids
 
     def broken_constants(self, x: Tensor) -> np.ndarray:
@@ -153,9 +159,9 @@ class PerChannel(Elementwise):
 
     can_slice = True
 
-    def couple(self, groups: ChannelGroups) -> None:
-        self.called_on = groups.called_on(self.op, self.x)
-        super().couple(groups)
+    def couple(self, unions: ChannelUnions) -> None:
+        self.called_on = unions.called_on(self.op, self.x)
+        super().couple(unions)
 
 
 class BatchNorm(PerChannel):
@@ -163,6 +169,12 @@ class BatchNorm(PerChannel):
 
     def ignores_input(self) -> np.ndarray:
         return to_float64(self.op.gamma) == 0 if self.op.scale else super().ignores_input()
+
+    def members(self) -> list[Member]:
+        axes = {-1: self.x.ids}
+        zeroed = (self.op.gamma, self.op.beta, self.op.moving_mean)
+        found = [Member(v, axes, follows=True) for v in zeroed if v is not None]
+        return [*found, Member(self.op.moving_variance, axes)]
 
     def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
         return [w[~removed[self.x.ids]] for w in self.op.get_weights()]
@@ -185,6 +197,11 @@ class Rescale(PerChannel):
 class PReLUSlopes(PerChannel):
     """PReLU, whose slopes may be shared along axes."""
 
+    def members(self) -> list[Member]:
+        axis = self.x.axis - len(self.x.shape)
+        shared = self.op.alpha.shape[axis] == 1
+        return [Member(self.op.alpha, {} if shared else {axis: self.x.ids})]
+
     def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
         (alpha,) = self.op.get_weights()
         axis = self.x.axis - 1
@@ -194,13 +211,14 @@ class PReLUSlopes(PerChannel):
 class ElementwiseMerge(Elementwise):
     """Sum, product and similar merges, and concatenation along time or space."""
 
-    def couple(self, groups: ChannelGroups) -> None:
+    def couple(self, unions: ChannelUnions) -> None:
         whole = [x for x in self.call.inputs if x.channels == self.y.channels]
         for x in self.call.inputs:
             if x.channels == self.y.channels:
-                groups.couple(x.ids, whole[0].ids)
+                unions.couple(x.ids, whole[0].ids)
             else:  # its one channel is broadcast to all channels of the others
-                groups.pin(x)
+                reason = f"'{self.op.name}' broadcasts the channel; {NOT_READ}"
+                unions.pin(x.ids, reason)
         self.y.ids = whole[0].ids
 
     def ignores_input(self) -> np.ndarray:
@@ -238,11 +256,13 @@ class Addition(ElementwiseMerge):
 class Concatenation(ChannelHandler):
     """Concatenation of the channels of several tensors."""
 
-    def propagate_constants(self) -> None:
-        constants = [x.constant for x in self.call.inputs]
-        self.y.set_channels(self.x.axis, np.concatenate(constants))
+    def place_channels(self) -> None:
+        self.y.set_channels(self.x.axis)
 
-    def couple(self, groups: ChannelGroups) -> None:
+    def propagate_constants(self) -> None:
+        self.y.constant = np.concatenate([x.constant for x in self.call.inputs])
+
+    def couple(self, unions: ChannelUnions) -> None:
         self.y.ids = np.concatenate([x.ids for x in self.call.inputs])
 
 
@@ -261,12 +281,20 @@ class GroupedConv(Elementwise):
         groups = self.x.channels if isinstance(self.op, DEPTHWISE) else self.op.groups
         return self.x.channels // groups, self.y.channels // groups
 
-    def couple(self, groups: ChannelGroups) -> None:
-        self.called_on = groups.called_on(self.op, self.x)
+    def couple(self, unions: ChannelUnions) -> None:
+        self.called_on = unions.called_on(self.op, self.x)
         inputs, units = self.sizes
         first = self.x.ids[::inputs]
-        groups.couple(self.x.ids, np.repeat(first, inputs))
+        unions.couple(self.x.ids, np.repeat(first, inputs))
         self.y.ids = np.repeat(first, units)
+
+    def members(self) -> list[Member]:
+        depthwise = isinstance(self.op, DEPTHWISE)
+        axes = {-2: self.x.ids} if depthwise else {-1: self.y.ids}
+        found = [Member(self.op.kernel, axes, output=-2 if depthwise else -1)]
+        if self.op.use_bias:
+            found.append(Member(self.op.bias, {-1: self.y.ids}, follows=True))
+        return found
 
     def _varies(self) -> np.ndarray:
         inputs, units = self.sizes
@@ -303,15 +331,17 @@ class Rearrangement(ChannelHandler):
 
     can_slice = True
 
-    def propagate_constants(self) -> None:
+    def place_channels(self) -> None:
         self.y.set_channels(self._output_axis())
+
+    def propagate_constants(self) -> None:
         rows = self._rows(self.x.constant)
         self.y.constant = np.where(np.all(rows == rows[0], 0), rows[0], UNKNOWN)
 
-    def couple(self, groups: ChannelGroups) -> None:
+    def couple(self, unions: ChannelUnions) -> None:
         rows = self._rows(self.x.ids)
         for row in np.unique(rows, axis=0):
-            groups.couple(row, rows[0])
+            unions.couple(row, rows[0])
         self.y.ids = rows[0]
 
     def _output_axis(self) -> int:
@@ -388,8 +418,11 @@ class KernelLayer(ChannelHandler):
         window = getattr(self.layer, "kernel_size", (1,))
         return getattr(self.layer, "padding", "valid") != "valid" and math.prod(window) > 1
 
+    def place_channels(self) -> None:
+        convolves = hasattr(self.layer, "kernel_size")
+        self.y.set_channels(self.x.axis if convolves else len(self.y.shape) - 1)
+
     def propagate_constants(self) -> None:
-        self.y.set_channels(self.x.axis if len(self.w.shape) > 2 else len(self.y.shape) - 1)
         if not self.reason:
             self.y.constant = self._constant_units()
 
@@ -405,11 +438,20 @@ class KernelLayer(ChannelHandler):
         activated = self.layer.activation(ops.convert_to_tensor(value, dtype))
         return np.where(varies, UNKNOWN, to_float64(activated))
 
-    def couple(self, groups: ChannelGroups) -> None:
-        self.called_on = groups.called_on(self.op, self.x)
-        self.unit_ids = self.y.ids = groups.units(self.op, self.y.channels)
+    def couple(self, unions: ChannelUnions) -> None:
+        self.called_on = unions.called_on(self.op, self.x)
+        self.unit_ids = self.y.ids = unions.units(self.op, self.y.channels)
         if self.reason:
-            groups.pin(self.y)
+            unions.pin(self.y.ids, f"'{self.op.name}' {self.reason}")
+
+    def members(self) -> list[Member]:
+        found = [Member(self.layer.kernel, {-2: self.x.ids, -1: self.unit_ids}, output=-1)]
+        return found + self._bias()
+
+    def _bias(self) -> list[Member]:
+        if not self.layer.use_bias:
+            return []
+        return [Member(self.layer.bias, {-1: self.unit_ids}, follows=True)]
 
     def ignores_input(self) -> np.ndarray:
         return np.all(~self.reads, axis=0)
@@ -466,6 +508,10 @@ class TransposedConv(KernelLayer):
     def w(self) -> np.ndarray:
         return np.swapaxes(to_float64(self.layer.kernel), -1, -2)
 
+    def members(self) -> list[Member]:
+        axes = {-2: self.unit_ids, -1: self.x.ids}
+        return [Member(self.op.kernel, axes, output=-2), *self._bias()]
+
     @property
     def pads_with_zeros(self) -> bool:
         return math.prod((*self.op.kernel_size, *self.op.strides)) > 1
@@ -486,6 +532,12 @@ class SeparableConv(KernelLayer):
     def _pointwise(self) -> np.ndarray:
         pointwise = to_float64(self.op.pointwise_kernel)
         return pointwise.reshape(-1, self.op.depth_multiplier, pointwise.shape[-1])
+
+    def members(self) -> list[Member]:
+        inputs = np.repeat(self.x.ids, self.op.depth_multiplier)
+        pointwise = Member(self.op.pointwise_kernel, {-2: inputs, -1: self.unit_ids}, output=-1)
+        depthwise = Member(self.op.depthwise_kernel, {-2: self.x.ids}, output=-2)
+        return [depthwise, pointwise, *self._bias()]
 
     def can_lose(self) -> np.ndarray:
         # No channel can carry the constant of another: every channel has a single window.
@@ -523,15 +575,21 @@ class Recurrent(KernelLayer):
     def layer(self):
         return self.op.cell
 
-    def propagate_constants(self) -> None:
+    def place_channels(self) -> None:
         self.y.set_channels(len(self.y.shape) - 1)
 
-    def couple(self, groups: ChannelGroups) -> None:
-        self.called_on = groups.called_on(self.op, self.x)
-        self.unit_ids = groups.units(self.op, self.w.shape[-1])
-        self.y.ids = groups.new(self.y.channels)
-        groups.pin_ids(self.unit_ids)
-        groups.pin(self.y)
+    def propagate_constants(self) -> None:
+        """Leave the outputs as they are: their values depend on the units themselves."""
+
+    def couple(self, unions: ChannelUnions) -> None:
+        self.called_on = unions.called_on(self.op, self.x)
+        self.unit_ids = unions.units(self.op, self.layer.kernel.shape[-1])
+        self.y.ids = unions.new(self.y.channels)
+        for ids in (self.unit_ids, self.y.ids):
+            unions.pin(ids, f"'{self.op.name}' {self.reason}")
+
+    def members(self) -> list[Member]:
+        return [Member(self.layer.kernel, {-2: self.x.ids, -1: self.unit_ids}, output=-1)]
 
     def ignores_input(self) -> np.ndarray:
         return np.zeros(0, bool)

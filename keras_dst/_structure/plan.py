@@ -8,8 +8,8 @@ import numpy as np
 from keras_dst import _keras
 from keras_dst._structure.dispatch import handler_for
 from keras_dst._structure.graph import Tensor, flatten_graph
-from keras_dst._structure.groups import ChannelGroups
 from keras_dst._structure.handlers import Addition, ChannelHandler, KernelLayer
+from keras_dst._structure.unions import ChannelUnions
 
 
 class Plan:
@@ -25,22 +25,27 @@ class Plan:
         handlers: the handlers of the calls that the outputs of the smaller model depend on.
         names: the name in the smaller model of every operation, by its id.
         tied: ids of the operations that share a weight with another operation.
-        removed: for every channel group, whether it is removed.
-        kept_reasons: by group, the reason why a removable group is kept.
+        originals: the variables of the given model, by the ids of the variables of dense copies.
+        pinned: for every union of coupled channels, by its id, whether it has to stay.
+        pin_reasons: by union, the reason why it has to stay.
+        removed: for every union, whether it is removed.
+        kept_reasons: by union, the reason why a removable union is kept.
     """
 
     def __init__(self, model, remove: bool = True):
         self.model = model
         self.graph = _keras.graph_of(model)
         self.inputs = [Tensor(tuple(x.shape), x.dtype) for x in self.graph.inputs]
-        calls, self.outputs = flatten_graph(model, self.inputs)
+        calls, self.outputs, self.originals = flatten_graph(model, self.inputs)
         self.tied = _weight_sharing([call.op for call in calls])
         self.all_handlers = []
         for call in calls:
             handler = handler_for(call, self.tied.get(id(call.op), ""))
-            handler.propagate_constants()
-            if remove and isinstance(handler, Addition):
-                handler.drop_constant_terms()
+            handler.place_channels()
+            if remove:
+                handler.propagate_constants()
+                if isinstance(handler, Addition):
+                    handler.drop_constant_terms()
             self.all_handlers.append(handler)
         self.handlers = self._needed_handlers() if remove else self.all_handlers
         self.names = self._unique_names()
@@ -89,33 +94,35 @@ class Plan:
         return names
 
     def _couple_channels(self) -> np.ndarray:
-        """Put all channels into groups; return, for every group, whether it has to stay."""
-        groups = ChannelGroups()
+        """Couple all channels; return, for every union, whether it has to stay."""
+        unions = ChannelUnions()
         for x in self.inputs:
-            x.ids = groups.new(x.channels)
-            groups.pin(x)
+            x.ids = unions.new(x.channels)
+            unions.pin(x.ids, "it is an input of the model")
         tensors = list(self.inputs)
         for handler in self.handlers:
+            name = handler.op.name
             for view in handler.call.inputs:
                 if view.origin:
-                    view.ids = groups.new(view.channels)
-                    groups.pin(view)
-                    groups.pin(view.origin)
+                    view.ids = unions.new(view.channels)
+                    for ids in (view.ids, view.origin.ids):
+                        unions.pin(ids, f"'{name}' has its channels on another axis; use one axis")
                     tensors.append(view)
-            handler.couple(groups)
+            handler.couple(unions)
             for mask in handler.call.masks:
-                groups.pin(mask)
+                unions.pin(mask.ids, f"'{name}' reads it as a mask")
             tensors += handler.call.outputs
         for y in self.outputs:
-            groups.pin(y)
-        roots = groups.roots()
-        pinned = np.zeros(len(roots), bool)
-        pinned[roots[groups.pinned()]] = True
+            unions.pin(y.ids, "it is an output of the model")
+        roots = unions.roots()
         for tensor in tensors:
             tensor.ids = roots[tensor.ids]
         for handler in self.handlers:
             if isinstance(handler, KernelLayer):
                 handler.unit_ids = roots[handler.unit_ids]
+        self.pin_reasons = unions.reasons(roots)
+        pinned = np.zeros(len(roots), bool)
+        pinned[list(self.pin_reasons)] = True
         return pinned
 
     def _remove_unread_channels(self) -> None:

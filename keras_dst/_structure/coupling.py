@@ -1,0 +1,245 @@
+"""Groups of channels that leave a model together, and the price of the model without them.
+
+`channel_groups` describes a model as plain data. Training ranks and masks the channels of a group
+together; `shrink` removes exactly these channels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+from keras_dst import _keras
+from keras_dst._reporting.flops import count_uses
+from keras_dst._reporting.weights import weights_of
+from keras_dst._structure.handlers import (
+    ElementwiseMerge,
+    GroupedConv,
+    KernelLayer,
+    Opaque,
+)
+from keras_dst._structure.plan import Plan
+from keras_dst._structure.unions import Member
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels that the same variables make and read, so that each of them has the same price.
+
+    Attributes:
+        ids: the ids of the channels, in ascending order. Each id stands for one channel, or for
+            several channels that cannot leave alone, such as a group of a grouped convolution.
+        members: the variables that have these channels along one of their axes.
+        layers: the names of the layers that make the channels.
+        chain: the operations that couple the layers, as `"conv3 → add_1 ← conv1"`. Empty if a
+            single layer makes the channels.
+        reason: the reason why the channels have to stay. Empty if each of them can leave.
+        width: the number of channels of the model for one id. It is 1 in most groups.
+    """
+
+    ids: np.ndarray
+    members: list[Member]
+    layers: list[str]
+    chain: str
+    reason: str
+    width: int = 1
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, eq=False)
+class CoupledChannels:
+    """All channels of a model as plain data, and the groups in which they leave.
+
+    A channel has an id. Positions along the axes of variables that have the same id belong
+    together: they are kept or removed at once. Ids are consecutive numbers. The channels of the
+    first group come first, then the channels of the second group, and so on. Ids below `removable`
+    can leave; all other ids have to stay.
+
+    To remove the channels `dead`, a boolean array with one entry per id:
+
+    * set all members with an `output` axis to zero at the positions `dead[member.axes[output]]`;
+    * set all members that follow to zero at the positions `dead[member.axes[-1]]`.
+
+    All dead channels are then exactly zero, and `shrink` removes them without a remainder.
+    The saliency of a channel is the sum over all positions with its id along the output axes.
+    A variable of the model that is no member has no channel that can be followed.
+
+    Attributes:
+        members: all variables with channels. A variable appears once. The variables are the
+            variables of the given model, also if its layers are sparse.
+        groups: the groups that can leave, followed by the groups that have to stay.
+        removable: the number of ids that can leave.
+        count: the number of all ids.
+        uses: the use count of every variable that a layer multiplies, by the id of the variable;
+            see `keras_dst.report`. None if the use count is unknown.
+        other_parameters: the number of entries of all variables that are no members.
+        other_flops: the FLOPs of these variables; None if they are unknown.
+    """
+
+    members: list[Member]
+    groups: list[ChannelGroup]
+    removable: int
+    count: int
+    uses: dict[int, int | None]
+    other_parameters: int
+    other_flops: int | None
+
+
+class Cost(NamedTuple):
+    """Price of a model without some of its channels.
+
+    Attributes:
+        parameters: the number of entries of all variables.
+        flops: the FLOPs of one sample; None if they are unknown.
+    """
+
+    parameters: int
+    flops: int | None
+
+
+def channel_groups(model) -> CoupledChannels:
+    """Return the channels of a model, and the groups in which they leave it.
+
+    Args:
+        model: a built Sequential or Functional model, which may contain such models, dense or
+            sparse. It is not changed.
+
+    Raises:
+        ValueError: if the model has a `call` of its own, so that it has no graph.
+    """
+    if not isinstance(model, keras.Model) or _keras.graph_of(model) is None:
+        raise ValueError(
+            "Expected a Sequential or Functional model, whose graph tells which channels belong "
+            f"together. Received: '{model.name}' of type {type(model).__name__}."
+        )
+    plan = Plan(model, remove=False)
+    members = _members(plan)
+    counts = {key: count for key, (count, _) in count_uses(model).items()}
+    owned = {id(member.variable) for member in members}
+    sizes = {id(w.variable): w.parameters for w in weights_of(model)}
+    others = [key for key in sizes if key not in owned]
+    unknown = any(counts.get(key, 0) is None for key in others)
+    found, number = _groups(plan, members)
+    members = [_renumbered(member, number) for member in members]
+    groups = []
+    for group in found:
+        ids = number[group.ids]
+        inside = [m for m in members if any(np.isin(a, ids).any() for a in m.axes.values())]
+        groups.append(replace(group, ids=ids, members=inside))
+    return CoupledChannels(
+        members=members,
+        groups=groups,
+        removable=sum(len(group) for group in groups if not group.reason),
+        count=sum(map(len, groups)),
+        uses=counts,
+        other_parameters=sum(sizes[key] for key in others),
+        other_flops=None if unknown else sum(2 * sizes[k] * (counts.get(k) or 0) for k in others),
+    )
+
+
+def cost_of(channels: CoupledChannels, dead: np.ndarray | None = None) -> Cost:
+    """Return the price of a model without the dead channels, by arithmetic.
+
+    Args:
+        channels: the channels of the model.
+        dead: for every channel id, whether the channel is removed. Defaults to None, which
+            removes no channel.
+    """
+    kept = np.ones(channels.count, bool) if dead is None else ~np.asarray(dead, bool)
+    parameters, flops = channels.other_parameters, channels.other_flops
+    for member in channels.members:
+        size = math.prod(member.variable.shape)
+        for axis, ids in member.axes.items():
+            size = size // member.variable.shape[axis] * int(kept[ids].sum())
+        parameters += size
+        uses = channels.uses.get(id(member.variable), 0)
+        flops = None if flops is None or uses is None else flops + 2 * uses * size
+    return Cost(parameters, flops)
+
+
+def _members(plan: Plan) -> list[Member]:
+    """Return the variables of the given model that have channels, each once."""
+    found = {}
+    for handler in plan.handlers:
+        for member in handler.members():
+            variable = plan.originals.get(id(member.variable), member.variable)
+            axes = {axis: np.asarray(ids) for axis, ids in member.axes.items()}
+            layer = plan.names[id(handler.op)]
+            found[id(variable)] = replace(member, variable=variable, axes=axes, layer=layer)
+    return list(found.values())
+
+
+def _renumbered(member: Member, number: np.ndarray) -> Member:
+    return replace(member, axes={axis: number[ids] for axis, ids in member.axes.items()})
+
+
+def _groups(plan: Plan, members: list[Member]) -> tuple[list[ChannelGroup], np.ndarray]:
+    """Return all groups, those that can leave first, and the new number of every channel id."""
+    touched: dict[int, list[tuple[int, int]]] = {}
+    for place, member in enumerate(members):
+        for axis, ids in member.axes.items():
+            for channel in np.unique(ids).tolist():
+                touched.setdefault(channel, []).append((place, axis))
+    alike: dict[tuple, list[int]] = {}
+    for channel in sorted(touched):
+        key = (plan.pin_reasons.get(channel, ""), *touched[channel])
+        alike.setdefault(key, []).append(channel)
+    chains = _Chains(plan)
+    groups = []
+    for (reason, *places), channels in alike.items():
+        ids = np.array(channels)
+        axes = [members[place].axes[axis] for place, axis in places]
+        layers = [members[p].layer for p, axis in places if axis == members[p].output]
+        groups.append(
+            ChannelGroup(
+                ids=ids,
+                members=[],
+                layers=list(dict.fromkeys(layers)),
+                chain=chains.text(channels[0]),
+                reason=reason,
+                width=min(int(np.isin(a, ids).sum()) // len(ids) for a in axes),
+            )
+        )
+    groups.sort(key=lambda group: bool(group.reason))
+    number = np.full(len(plan.pinned), -1)
+    number[np.concatenate([group.ids for group in groups])] = np.arange(len(touched))
+    return groups, number
+
+
+class _Chains:
+    """Operations that couple the channels of several layers."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.links: list[tuple[np.ndarray, str]] = []
+        source: dict[int, str] = {}
+        called: dict[int, list[str]] = {}
+        for handler in plan.handlers:
+            name = plan.names[id(handler.op)]
+            inputs = [source.get(id(x.origin or x), "input") for x in handler.call.inputs]
+            distinct = list(dict.fromkeys(inputs))
+            joins = isinstance(handler, GroupedConv) or (
+                isinstance(handler, ElementwiseMerge) and len(distinct) > 1
+            )
+            makes = isinstance(handler, (KernelLayer, Opaque))
+            for y in handler.call.outputs:
+                source[id(y)] = name if joins or makes or not inputs else inputs[0]
+            if joins:
+                first, *others = distinct
+                text = " ← ".join((f"{first} → {name}", *others))
+                self.links.append((handler.y.ids, text))
+            elif makes and inputs and not isinstance(handler, Opaque):
+                before = called.setdefault(id(handler.op), [])
+                if before and inputs[0] not in before:
+                    self.links.append((handler.x.ids, f"{before[0]} → {name} ← {inputs[0]}"))
+                before.append(inputs[0])
+
+    def text(self, channel: int) -> str:
+        """Return the links of a channel as text."""
+        return ", ".join(dict.fromkeys(text for ids, text in self.links if channel in ids))

@@ -1,0 +1,94 @@
+"""Ids of channels, the unions of coupled channels, and the variables that the ids belong to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from keras_dst._structure.graph import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """Variable of a layer, with the channels along its axes.
+
+    Attributes:
+        variable: the Keras variable.
+        axes: the id of the channel at every position along an axis, by negative axis. Axes without
+            channels, such as the window of a convolution, are not listed.
+        output: the axis whose channels the variable makes: -1 for the kernel of `Dense` and of
+            convolutions, -2 for depthwise and transposed kernels. None for all other variables.
+        follows: True if the variable is set to zero together with a channel, as a bias is, so that
+            the channel is exactly zero. False for kernels and for variances.
+        layer: the name of the layer.
+    """
+
+    variable: Any
+    axes: dict[int, np.ndarray]
+    output: int | None = None
+    follows: bool = False
+    layer: str = ""
+
+
+class ChannelUnions:
+    """Unions of coupled channels, and the reasons why some channels have to stay.
+
+    Every channel has an id of its own at first. `couple` unites channels; `pin` keeps channels.
+    """
+
+    def __init__(self):
+        self._count = 0
+        self._edges: list[tuple[np.ndarray, np.ndarray]] = []
+        self._pinned: list[tuple[np.ndarray, str]] = []
+        self._called_on: dict[int, list[Tensor]] = {}
+        self._units: dict[int, np.ndarray] = {}
+
+    def new(self, count: int) -> np.ndarray:
+        """Return the ids of `count` new channels."""
+        self._count += count
+        return np.arange(self._count - count, self._count)
+
+    def units(self, layer, count: int) -> np.ndarray:
+        """Return the ids of the units of a layer, which are the same in all of its calls."""
+        if id(layer) not in self._units:
+            self._units[id(layer)] = self.new(count)
+        return self._units[id(layer)]
+
+    def called_on(self, layer, x: Tensor) -> list[Tensor]:
+        """Return all inputs of a layer so far; couple their channels, as they meet one weight."""
+        tensors = self._called_on.setdefault(id(layer), [])
+        tensors.append(x)
+        self.couple(x.ids, tensors[0].ids)
+        return tensors
+
+    def couple(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Unite the first channel of `a` with the first channel of `b`, and so on."""
+        self._edges.append((a, b))
+
+    def pin(self, ids: np.ndarray, reason: str) -> None:
+        """Keep the channels with these ids, for a reason."""
+        self._pinned.append((ids, reason))
+
+    def roots(self) -> np.ndarray:
+        """Return, for every channel id, the smallest id of its union."""
+        roots = np.arange(self._count)
+        if not self._edges:
+            return roots
+        a, b = (np.concatenate(ends).astype(int) for ends in zip(*self._edges))
+        while not np.array_equal(roots[a], roots[b]):
+            low = np.minimum(roots[a], roots[b])
+            np.minimum.at(roots, roots[a], low)
+            np.minimum.at(roots, roots[b], low)
+            while not np.array_equal(roots, roots[roots]):
+                roots = roots[roots]
+        return roots
+
+    def reasons(self, roots: np.ndarray) -> dict[int, str]:
+        """Return the first reason of every union that has to stay, by its root."""
+        found: dict[int, str] = {}
+        for ids, reason in self._pinned:
+            for root in np.unique(roots[ids]):
+                found.setdefault(int(root), reason)
+        return found
