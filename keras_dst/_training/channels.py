@@ -10,11 +10,10 @@ import numpy as np
 from keras import ops
 
 from keras_dst import _keras
-from keras_dst._reporting.flops import count_uses
-from keras_dst.layers.base import SparseWeight
+from keras_dst.layers import Gate
 from keras_dst.masks import Layout, masked
 from keras_dst.methods import channels
-from keras_dst.methods.base import Method
+from keras_dst.methods.base import Method, UnitMethod
 
 # A variable with channels along one axis: the variable, the axis, and the number of the channel of
 # every entry along this axis, or -1 for an entry that stays.
@@ -51,54 +50,69 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
     Raises:
         ValueError: If no channel can be pruned, or if the costs of the channels are not known.
     """
-    if method.pattern != "channel" or method.learned:
-        return Coupling(list(layouts), [], [])
-    if _keras.graph_of(model) is None:
+    alone = Coupling(list(layouts), [], [])
+    if method.pattern != "channel" or (method.learned and not isinstance(method, UnitMethod)):
+        return alone
+    has_graph = _keras.graph_of(model) is not None
+    if method.learned:  # gates of a unit method, which `layers.Gate` may put anywhere
+        gates = any(isinstance(layer, Gate) for layer in _keras.flatten_layers(model))
+        if gates or not has_graph:
+            return alone
+    if not has_graph:
         return _uncoupled(model, method, layouts)
-    pinned, parts = _parts(model)
+    # Imported here, because most trainings need no graph of the model.
+    from keras_dst._structure.coupling import channel_groups
+
+    coupled = channel_groups(model)
     under = {id(weight) for weight in weights}
-    makers: dict[int, list[int]] = {}
-    for place, part in enumerate(parts):
-        if part.out is not None:
-            for channel in np.unique(part.axes[part.out]).tolist():
-                makers.setdefault(channel, []).append(place)
-    members: dict[tuple[int, ...], list[int]] = {}
-    for channel, places in makers.items():
-        if not pinned[channel] and all(id(parts[place].variable) in under for place in places):
-            members.setdefault(tuple(places), []).append(channel)
-    if not members:
+    chosen = [
+        group
+        for group in coupled.groups
+        if not group.reason
+        and all(id(m.variable) in under for m in group.members if _makes(m, group.ids))
+    ]
+    if not chosen and method.learned:
+        return alone
+    if not chosen:
+        reasons = "; ".join(dict.fromkeys(group.reason for group in coupled.groups if group.reason))
         raise ValueError(
             f"pattern='channel': no channel of '{model.name}' can be pruned. Expected channels "
             "that do not reach the outputs of the model, and whose weights are all under "
-            f"{method!r}. Select more layers, or use another pattern."
+            f"{method!r}. Select more layers, or use another pattern. Reasons why channels stay: "
+            f"{reasons or 'none'}"
         )
-    # Consecutive numbers for the channels of every group.
-    numbers = np.full(len(pinned), -1, "int32")
-    numbers[[channel for group in members.values() for channel in group]] = np.arange(
-        sum(map(len, members.values()))
+    # Consecutive numbers for the channels of the chosen groups.
+    numbers = np.full(coupled.count, -1, "int32")
+    numbers[np.concatenate([group.ids for group in chosen])] = np.arange(sum(map(len, chosen)))
+    groups = channels.ChannelGroups(
+        [len(group) for group in chosen],
+        *_costs(method, coupled, numbers, [len(group) for group in chosen]),
+        [group.width for group in chosen],
     )
-    sizes = [len(group) for group in members.values()]
-    groups = channels.ChannelGroups(sizes, *_costs(model, method, parts, numbers, sizes))
-    known = {id(part.variable): part for part in parts}
+    known = {id(member.variable): member for member in coupled.members}
     found = [
         _with_channels(weight, layout, known.get(id(weight)), numbers, groups)
         for weight, layout in zip(weights, layouts)
     ]
     following = [
-        (part.variable, axis, numbers[ids])
-        for part in parts
-        if part.out is None
-        for axis, ids in part.axes.items()
-        if (numbers[ids] >= 0).any()
+        (member.variable, -1, numbers[member.axes[-1]])
+        for member in coupled.members
+        if member.follows and (numbers[member.axes[-1]] >= 0).any()
     ]
-    if getattr(method, "grows", False):
-        following = []  # a channel that grows at 0 gets a gradient only if its offsets are not 0
+    if method.learned or getattr(method, "grows", False):
+        # Gates may open again. A channel that grows at 0 needs other offsets to get a gradient.
+        following = []
     trained = {id(variable) for variable in model.trainable_variables}
     return Coupling(
         found,
         [follower for follower in following if id(follower[0]) in trained],
         [follower for follower in following if id(follower[0]) not in trained],
     )
+
+
+def _makes(member, ids: np.ndarray) -> bool:
+    """Return whether a variable makes one of these channels."""
+    return member.output is not None and bool(np.isin(member.axes[member.output], ids).any())
 
 
 def mask_followers(followers: Sequence[Follower], alive) -> None:
@@ -132,96 +146,38 @@ def _uncoupled(model, method: Method, layouts) -> Coupling:
     return Coupling(list(layouts), [], [])
 
 
-def _with_channels(weight, layout: Layout, part, numbers, groups) -> Layout:
+def _with_channels(weight, layout: Layout, member, numbers, groups) -> Layout:
     """Return the layout of a weight with the channels of its output units."""
-    if part is None or part.out is None:
+    if member is None or member.output is None:
         return layout
     rank = len(weight.shape)
-    out = part.out % rank
+    out = member.output % rank
     axes = sorted(axis % rank for axis in layout.outputs)
     if out not in axes:
         axes = [out]
     units = tuple(weight.shape[axis] for axis in axes)
     along = [-1 if axis == out else 1 for axis in axes]
-    ids = np.broadcast_to(numbers[part.axes[part.out]].reshape(along), units).reshape(-1)
+    ids = np.broadcast_to(numbers[member.axes[member.output]].reshape(along), units).reshape(-1)
     outputs = tuple(axis - rank for axis in axes)
     return Layout(outputs, layout.inputs, channels.Channels(ids, groups))
 
 
-def _costs(model, method: Method, parts, numbers, sizes) -> tuple[np.ndarray, np.ndarray]:
+def _costs(method: Method, coupled, numbers, sizes) -> tuple[np.ndarray, np.ndarray]:
     """Return the shares and the costs of all weights of a model, see `ChannelGroups`."""
-    uses = count_uses(model)
-    known = {id(part.variable): part for part in parts}
     owner = np.append(np.repeat(np.arange(len(sizes)), sizes), len(sizes))
-    shares, costs = [], []
-    for variable in model.weights:
-        size, axes = int(np.prod(variable.shape)), []
-        part = known.get(id(variable))
-        if part is not None:
-            axes = [numbers[ids] for _, ids in sorted(part.axes.items())]
-        count, reason = uses.get(id(variable), (0, None))
-        if count is None:
-            if method.counted_in == "flops":
-                raise ValueError(
-                    f"counted_in='flops': the FLOPs of {variable.path} are not known: {reason}. "
-                    "Use counted_in='parameters'."
-                )
-            count = 0
-        costs.append([size, 2 * count * size])
-        rows = [np.bincount(owner[ids], minlength=len(sizes) + 1) / len(ids) for ids in axes]
-        stays = np.eye(len(sizes) + 1)[-1]
+    stays = np.eye(len(sizes) + 1)[-1]
+    # All variables without channels count as one weight that stays.
+    shares, costs = [[stays, stays]], [[coupled.other_parameters, coupled.other_flops]]
+    for member in coupled.members:
+        size = int(np.prod(member.variable.shape))
+        ids = [numbers[ids] for _, ids in sorted(member.axes.items())]
+        rows = [np.bincount(owner[i], minlength=len(sizes) + 1) / len(i) for i in ids]
         shares.append([*rows, stays, stays][:2])
-    return np.array(shares), np.array(costs, "float64")
-
-
-class Part(NamedTuple):
-    """TEMPORARY."""
-
-    variable: Any
-    axes: dict
-    out: int | None
-
-
-def _parts(model):
-    from keras_dst._structure.handlers import (
-        DEPTHWISE,
-        BatchNorm,
-        GroupedConv,
-        KernelLayer,
-        Recurrent,
-        SeparableConv,
-        TransposedConv,
-    )
-    from keras_dst._structure.plan import Plan
-
-    plan, found = Plan(model, remove=False), {}
-    by_name = {layer.name: layer for layer in _keras.flatten_layers(model)}
-
-    def add(op, name, axes, out=None):
-        layer = by_name.get(op.name, op)
-        weight = getattr(type(layer), name, None)
-        v = weight.raw(layer) if isinstance(weight, SparseWeight) else getattr(layer, name, None)
-        if v is not None:
-            found[id(v)] = Part(v, axes, out)
-
-    for h in plan.handlers:
-        if isinstance(h, Recurrent):
-            continue
-        if isinstance(h, SeparableConv):
-            x = h.x.ids
-            add(h.op, "depthwise_kernel", {-2: x})
-            pointwise = {-2: np.repeat(x, h.op.depth_multiplier), -1: h.unit_ids}
-            add(h.op, "pointwise_kernel", pointwise, -1)
-            add(h.op, "bias", {-1: h.unit_ids})
-        elif isinstance(h, KernelLayer):
-            i, o = (-1, -2) if isinstance(h, TransposedConv) else (-2, -1)
-            add(h.layer, "kernel", {i: h.x.ids, o: h.unit_ids}, o)
-            add(h.layer, "bias", {-1: h.unit_ids})
-        elif isinstance(h, GroupedConv):
-            dw = isinstance(h.op, DEPTHWISE)
-            add(h.op, "kernel", {-2: h.x.ids} if dw else {-1: h.y.ids}, -2 if dw else -1)
-            add(h.op, "bias", {-1: h.y.ids})
-        elif isinstance(h, BatchNorm):
-            for n in ("gamma", "beta", "moving_mean"):
-                add(h.op, n, {-1: h.x.ids})
-    return plan.pinned, list(found.values())
+        uses = coupled.uses.get(id(member.variable), 0)
+        costs.append([size, None if uses is None else 2 * uses * size])
+    if method.counted_in == "flops" and any(flops is None for _, flops in costs):
+        raise ValueError(
+            "The target is counted in FLOPs, and the FLOPs of some weights are not known. "
+            "print(keras_dst.report(model)) lists them. Count the target in parameters instead."
+        )
+    return np.array(shares), np.array([[size, flops or 0] for size, flops in costs], "float64")

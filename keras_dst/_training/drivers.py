@@ -62,8 +62,6 @@ def drivers_of(model) -> list[Driver]:
                 f"{method!r} is updated by the {method.driver} callback. "
                 f"Fit with callbacks=[{method.driver}()] instead of SparseTraining."
             )
-        if isinstance(method, UnitMethod):
-            method.bind_layers(layers, count_uses(model) if method.needs_use_counts else {})
         found.append(LayerDriver(model, layers))
     for optimizer in _built_sparse_optimizers(model):
         found.append(OptimizerDriver(model, optimizer, _couple_optimizer(model, optimizer)))
@@ -204,10 +202,23 @@ def _functions(method, layouts, shapes):
         if isinstance(method, UpdateMethod):  # A callback may have assigned weights outside masks.
             masks = [ops.logical_or(m, ops.not_equal(w, 0)) for m, w in zip(masks, weights)]
         counts = [ops.sum(ops.cast(mask, "float32")) for mask in masks]
-        return counts, channels.alive(masks, layouts) if groups else None
+        if not groups:
+            return counts, None
+        if isinstance(method, UnitMethod):  # a channel leaves if all its gates are closed
+            units = [_units(mask, layout) for mask, layout in zip(masks, layouts)]
+            alive = channels.largest_of_units(units, layouts) > 0
+            return counts, ops.concatenate([alive, ops.ones((1,), "bool")])
+        return counts, channels.alive(masks, layouts)
 
     groups = channels.groups_of(layouts)
     return update, kept
+
+
+def _units(mask, layout: Layout):
+    """Return 1 for every output unit whose mask keeps a weight, and 0 for the others."""
+    rank = len(mask.shape)
+    others = {*range(rank)} - {axis % rank for axis in layout.outputs}
+    return ops.cast(ops.any(mask, tuple(sorted(others))), "float32")
 
 
 class Driver:
@@ -228,7 +239,7 @@ class Driver:
         self.groups = channels.groups_of(layouts)
         self.followers: list[Follower] = []
         self.target_quantity = method.target_quantity
-        if self.groups:
+        if self.groups and not method.learned:
             self.target_quantity = f"fraction of the {method.counted_in} removed"
 
     def read_progress(self) -> tuple[int, int]:
@@ -424,10 +435,11 @@ class Driver:
     @property
     def tolerance(self) -> float:
         """Deviation from the target that is allowed without a warning."""
+        if self.groups:
+            step = self.groups.rounding_step(self.method)
+            return max(0.01, step) if self.method.learned else step
         if self.method.learned:
             return 0.01
-        if self.groups:
-            return self.groups.rounding_step(self.method)
         pattern = Pattern(self.method.pattern)
         groups = [math.prod(pattern.block(s, lay)) for s, lay in zip(self.shapes, self.layouts)]
         return max(0.001, max(groups) / self.size)
@@ -482,6 +494,9 @@ class LayerDriver(Driver):
         method: LayerMethod = layers[0].method
         variables = [variable for _, variable, _ in weights]
         coupling = couple(model, method, variables, [layout for layout, _, _ in weights])
+        if isinstance(method, UnitMethod):
+            uses = count_uses(model) if method.needs_use_counts else {}
+            method.bind_layers(layers, uses, coupling.layouts)
         super().__init__(
             model,
             method,

@@ -507,7 +507,10 @@ class UnitMethod(LayerMethod):
         return ops.broadcast_to(self.gate(state, layout) > 0, w.shape)
 
     def bind_layers(
-        self, layers: Sequence, uses: Mapping[int, tuple[int | None, str | None]]
+        self,
+        layers: Sequence,
+        uses: Mapping[int, tuple[int | None, str | None]],
+        layouts: Sequence[Layout],
     ) -> None:
         """Connect all layers under this method, for penalties that depend on all gates.
 
@@ -518,6 +521,8 @@ class UnitMethod(LayerMethod):
             uses: Mapping from the id of a weight's variable to a pair: the number of
                 multiplications of each entry per sample, and a message. If the number is None, the
                 message says why it is not known. Empty unless `needs_use_counts` is true.
+            layouts: Axes of all weights of these layers. They hold the channels that leave together
+                if the model has a graph.
         """
 
     def cost_per_entry(self, state: State) -> float | None:

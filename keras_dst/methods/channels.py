@@ -76,6 +76,11 @@ class ChannelGroups:
     def __hash__(self):
         return self._hash
 
+    def split(self, values: Tensor) -> list[Tensor]:
+        """Split a vector with one entry per channel into one vector per group."""
+        ends = np.cumsum(self.sizes).tolist()
+        return [values[end - size : end] for size, end in zip(self.sizes.tolist(), ends)]
+
     def counts(self, kept: np.ndarray) -> np.ndarray:
         """Return the number of kept channels of every group.
 
@@ -272,6 +277,20 @@ def rank(method, scores: Sequence[Tensor], layouts: Sequence[Layout], kept: Tens
     return found
 
 
+def best(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor) -> Tensor:
+    """Return for every channel whether it is kept, by its saliency.
+
+    Args:
+        method: Method with `allocation`, `counted_in`, `round_to` and `min_kept`.
+        groups: Groups of the channels.
+        saliency: Vector with one float per channel.
+        kept: Numbers that `kept_counts` returned, as a tensor.
+    """
+    if method.allocation == "global":
+        kept = _global_counts(method, groups, saliency, kept[0])
+    return ops.concatenate(masks.top_k(groups.split(saliency), kept))
+
+
 def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
     """Return the saliency of every channel: the mean of the normalized scores of its units.
 
@@ -379,6 +398,20 @@ def scales_of(
         found = np.array([position[channel] for channel in ids], "int32")
         places.append(found.reshape(Pattern("channel").sizes(shape, layout).shape))
     return Scales([index for index, _ in gammas], places)
+
+
+def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
+    """Return for every channel the largest value of the units that make it.
+
+    A channel can be removed if all its units are closed, so its gate is the largest of theirs.
+
+    Args:
+        values: One value >= 0 per output unit of every weight, float tensors of any shapes.
+        layouts: Axes and channels of these weights.
+    """
+    units = [ops.reshape(v, (-1,)) for v, layout in zip(values, layouts) if layout.channels]
+    every = ops.concatenate([*units, ops.zeros((1,), units[0].dtype)])
+    return ops.max(ops.take(every, _units_of_channels(tuple(layouts))[0]), axis=1)
 
 
 def along_axis(alive: Tensor, ids: np.ndarray, rank: int, axis: int) -> Tensor:

@@ -3,11 +3,14 @@
 A structure is an output unit of a layer or a residual branch. A gate multiplies its output:
 
     z = 1[pi >= 0.5]        dz/dpi = 1 (straight-through)        g = mean of z over the batch
-    loss = task + lambda_polar mean(g (1 - g)) + lambda_act (sum(c g) / sum(c) - target)**2
+    loss = task + lambda_polar mean(g (1 - g)) + lambda_act (cost(g) / cost(1) - target)**2
 
-with c the cost of a structure. There are two forms of pi. Sparse layers have `sigmoid(logit)`, with
-a trainable logit per structure. `layers.Gate` has this form or the paper's gating module, which
-reads the input.
+The cost is that of the smaller model: a channel leaves if all gates of the layers that make it are
+closed, and it takes the inputs of the next layers with it. If the model has no graph or has
+`layers.Gate`, the cost is `sum(c g)` with the cost c of each structure, as in the paper.
+
+There are two forms of pi. Sparse layers have `sigmoid(logit)`, with a trainable logit per
+structure. `layers.Gate` has this form or the paper's gating module, which reads the input.
 
 Deviations: The gate of a logit is the same for all inputs, so g = z. In inference, the gates of a
 module are always the consensus: open if the running mean is at least 0.5. The last unit of a layer
@@ -25,6 +28,7 @@ from keras import ops
 
 from keras_dst import masks
 from keras_dst.masks import KERNEL, Layout
+from keras_dst.methods import channels
 from keras_dst.methods.base import UnitMethod
 from keras_dst.regularizers import Budget, Polarization
 from keras_dst.schedules import Cubic, Schedule, as_schedule
@@ -49,11 +53,10 @@ class Consensus(UnitMethod):
     numbers.
 
     Args:
-        sparsity: Final fraction of the cost of all structures that is removed, a number in [0, 1)
-            or a `Schedule`. A number is reached along a cubic ramp over the first half of training.
-            Defaults to 0.5.
-        cost: Cost of a structure: `"flops"` (FLOPs of its weights, for one sample) or
-            `"parameters"` (number of its weights). Defaults to `"flops"`.
+        sparsity: Final fraction of the cost that is removed, a number in [0, 1) or a `Schedule`. A
+            number is reached along a cubic ramp over the first half of training. Defaults to 0.5.
+        cost: Quantity whose removed fraction is the sparsity: `"flops"` (FLOPs of one sample) or
+            `"parameters"`. Defaults to `"flops"`.
         lambda_polar: Weight of the polarization penalty. Defaults to 0.5.
         lambda_act: Weight of the budget penalty. Defaults to 100.
         frequency: Steps between budget updates, or `"epoch"`. Defaults to None:
@@ -72,6 +75,7 @@ class Consensus(UnitMethod):
     learned = True
     undecayed = ("logit",)
     target_quantity = "fraction of the cost closed"
+    round_to = 1  # the projection comes after the last step, so it moves as few gates as it can
     start = 0.1  # Mean of the initial logits: open, and near enough to the boundary to close.
 
     def __init__(
@@ -88,6 +92,7 @@ class Consensus(UnitMethod):
         self.lambda_act = lambda_act
         self.frequency = frequency
         self.needs_use_counts = cost == "flops"
+        self.counted_in = cost
         self.schedule = as_schedule(sparsity, lambda final: Cubic(final, end=0.5))
         self._open_at_end = 1 - self.schedule.sparsity
         if cost not in ("flops", "parameters"):
@@ -156,7 +161,7 @@ class Consensus(UnitMethod):
 
     # -- target ----------------------------------------------------------------------------------
 
-    def bind_layers(self, layers, uses):
+    def bind_layers(self, layers, uses, layouts):
         for layer in layers:
             for _, variable, state in layer.masked_weights():
                 state["cost"].assign(self._cost(layer, variable, uses))
@@ -165,7 +170,7 @@ class Consensus(UnitMethod):
         for variable in own:
             variable.regularizer = None  # Penalties of an earlier training.
         for variable in own[:1]:
-            variable.regularizer = _Penalties(self, layers)
+            variable.regularizer = _Penalties(self, layers, layouts)
 
     def _cost(self, layer, variable, uses) -> float:
         """Return the cost of one entry of a weight, or of one gate of a `Gate`."""
@@ -189,12 +194,16 @@ class Consensus(UnitMethod):
         """Open or close the gates nearest to the decision boundary, so that the target is met.
 
         Gates open in descending order of pi, until the cost of the open gates is nearest to the
-        target. The best unit of every layer is always open.
+        target. The best unit of every layer is always open. If channels are coupled, the gates of a
+        channel close together, and the best channel of every group is open.
         """
         key = ["logit" if "logit" in s else "mean" for s in states]
         edge = [0.0 if k == "logit" else 0.5 for k in key]
         values = [ops.convert_to_numpy(s[k]) for s, k in zip(states, key)]
         pi = [1 / (1 + np.exp(-(v - e).ravel().astype("float64"))) for v, e in zip(values, edge)]
+        groups = channels.groups_of(layouts)
+        if groups:
+            return self._project_channels(groups, values, pi, layouts, kept)
         costs = [
             np.full(v.size, float(ops.convert_to_numpy(s["cost"])) * np.prod(w.shape) / v.size)
             for v, s, w in zip(values, states, weights)
@@ -214,6 +223,27 @@ class Consensus(UnitMethod):
         ]
         return [{k: ops.convert_to_tensor(new, "float32")} for k, new in zip(key, turned)]
 
+    def _project_channels(self, groups, logits, pi, layouts, kept):
+        """Close the channels with the lowest pi, so that the smaller model meets the target."""
+        units = [ops.convert_to_tensor(p, "float32") for p in pi]
+        largest = channels.largest_of_units(units, layouts)
+        is_open = ops.convert_to_numpy(channels.best(self, groups, largest, kept))
+        largest = ops.convert_to_numpy(largest)
+        changes = []
+        for logit, unit, layout in zip(logits, units, layouts):
+            new = logit.copy()
+            if layout.channels:
+                ids = layout.channels.ids.reshape(new.shape)
+                stays = is_open[ids] | (ids < 0)
+                new = np.where(stays, new, np.minimum(new, -_EDGE))
+                # The best gate of an open channel is open; its other gates stay as they are.
+                best = ops.convert_to_numpy(unit).reshape(new.shape) == largest[ids]
+                if not (stays & (new >= 0)).any():
+                    best = stays
+                new = np.where(stays & (ids >= 0) & best, np.maximum(new, 0.0), new)
+            changes.append({"logit": ops.convert_to_tensor(new, "float32")})
+        return changes
+
 
 def binary(pi, is_open):
     """Return 1 for open gates and 0 for closed gates, with the straight-through gradient to pi."""
@@ -226,8 +256,8 @@ class _Penalties(keras.regularizers.Regularizer):
     It belongs to one variable of the model, because the penalties couple the gates of all layers.
     """
 
-    def __init__(self, method, layers):
-        self.method, self.layers = method, layers
+    def __init__(self, method, layers, layouts):
+        self.method, self.layers, self.layouts = method, layers, layouts
 
     def __call__(self, x):
         means, costs = [], []
@@ -237,7 +267,14 @@ class _Penalties(keras.regularizers.Regularizer):
                 each = math.prod(variable.shape) / math.prod(mean.shape)
                 means.append(mean)
                 costs.append(ops.convert_to_tensor(state["cost"]) * each + ops.zeros_like(mean))
-        means, costs = ops.concatenate(means), ops.stop_gradient(ops.concatenate(costs))
         target = ops.convert_to_tensor(state["target"])
-        polar = Polarization(self.method.lambda_polar)
-        return polar(means) + Budget(target, self.method.lambda_act, costs)(means)
+        polar = Polarization(self.method.lambda_polar)(ops.concatenate(means))
+        groups = channels.groups_of(self.layouts)
+        if groups is None:
+            costs = ops.stop_gradient(ops.concatenate(costs))
+            budget = Budget(target, self.method.lambda_act, costs)
+            return polar + budget(ops.concatenate(means))
+        kept = channels.largest_of_units(means, self.layouts)
+        counts = ops.stack([ops.sum(part) for part in groups.split(kept)])
+        share = groups.kept_share(counts, self.method.counted_in)
+        return polar + self.method.lambda_act * ops.cast(share - target, polar.dtype) ** 2

@@ -171,27 +171,46 @@ def conv_net():
 
 
 @pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")  # a few steps
-@pytest.mark.parametrize(
-    ("cost", "of_a_unit"),
-    [
-        ("flops", {"one": 2 * 64 * 27, "two": 2 * 16 * 108, "three": 2 * 16}),
-        ("parameters", {"one": 27, "two": 108, "three": 16}),
-    ],
-)
-def test_the_target_is_the_cost_that_stays_open(cost, of_a_unit):
+@pytest.mark.parametrize("cost", ["flops", "parameters"])
+def test_the_target_is_the_cost_of_the_smaller_model(cost):
     model = conv_net()
     keras_dst.sparsify(model, Consensus(0.39, cost))
     models.compiled(model)
     x, y = models.data()
     model.fit(x, y, epochs=2, verbose=0, callbacks=[SparseTraining()])
-    logits = {n: model.get_layer(n).sparse_state["kernel"]["logit"].numpy() for n in of_a_unit}
-    total = sum(c * logits[name].size for name, c in of_a_unit.items())
-    spent = sum(c * (logits[name] >= 0).sum() for name, c in of_a_unit.items())
-    assert abs(spent / total - 0.61) <= max(of_a_unit.values()) / total / 2 + 1e-6
-    parameters = keras_dst.report(model).parameters
+    before = keras_dst.report(model)
+    after = keras_dst.report(keras_dst.shrink(keras_dst.strip(model)))
+    left = {
+        "flops": after.dense_flops / before.dense_flops,
+        "parameters": after.parameters / before.parameters,
+    }
+    # A channel of "two" has up to 5 % of the cost. A padded layer may keep one closed channel.
+    assert left[cost] == pytest.approx(0.61, abs=0.06)
+
+
+@pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")  # a few steps
+def test_gates_of_a_sum_close_together():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(16, 3, padding="same", name="stem")(inputs)
+    y = layers.Conv2D(16, 3, padding="same", activation="relu", name="inner")(x)
+    y = layers.Conv2D(16, 3, padding="same", name="outer")(y)
+    x = layers.GlobalAveragePooling2D()(layers.Add()([x, y]))
+    model = keras.Model(inputs, layers.Dense(2, "softmax")(x))
+    keras_dst.sparsify(model, Consensus(0.5))
+    models.compiled(model)
+    images, classes = models.data()
+    model.fit(images, classes, epochs=2, verbose=0, callbacks=[SparseTraining()])
+    stem, outer = (
+        model.get_layer(name).sparse_state["kernel"]["logit"].numpy() >= 0
+        for name in ("stem", "outer")
+    )
+    kept = stem | outer
+    before = keras_dst.report(model).dense_flops
     small = keras_dst.shrink(keras_dst.strip(model))
-    assert keras_dst.report(small).parameters < 0.8 * parameters
-    assert keras_dst.report(small).flops < 0.7 * keras_dst.report(model).dense_flops
+    assert small.get_layer("outer").filters == kept.sum()
+    assert kept.sum() < 16
+    assert keras_dst.report(small).dense_flops / before == pytest.approx(0.5, abs=0.06)
 
 
 def test_flops_that_are_not_known():
@@ -228,9 +247,11 @@ def test_training_reaches_the_target(inner):
     keras_dst.sparsify(model, Consensus(0.6))
     models.compiled(model, inner(), metrics=["accuracy"])
     history = model.fit(x, y, 16, 14, verbose=0, callbacks=[SparseTraining()]).history
-    assert history["sparsity"][-2] == pytest.approx(0.6, abs=0.1)
-    assert history["sparsity"][-1] == pytest.approx(0.6, abs=0.01)
+    assert history["sparsity"][-2] == pytest.approx(history["sparsity"][-1], abs=0.1)
     assert history["accuracy"][-1] > 0.8  # 0.25 by chance
+    before = keras_dst.report(model).dense_flops
+    small = keras_dst.shrink(keras_dst.strip(model))
+    assert keras_dst.report(small).dense_flops / before == pytest.approx(0.4, abs=0.01)
 
 
 def project(method, logits, costs, weights=None, layouts=None):
