@@ -110,12 +110,13 @@ def measure(build, mode: str) -> dict:
     pairs = zip(*(tree.flatten(m(x, training=False)) for m in (model, small)))
     found = [[keras.ops.convert_to_numpy(t) for t in pair] for pair in pairs]
     widths = _widths(small)
-    odd = [name for name, width in _widths(model).items() if widths.get(name, width) != width]
+    full = _widths(model)
+    changed = [name for name, width in full.items() if widths.get(name, width) != width]
     return {
         "parameters": after.parameters / before.parameters,
         "flops": after.dense_flops / before.dense_flops,
-        "changed layers": len(odd),
-        "odd widths": sum(widths[name] % 8 != 0 for name in odd),
+        "changed layers": len(changed),
+        "odd widths": sum(widths[name] % 8 != 0 for name in changed if full[name] >= 16),
         "difference": float(max(np.abs(a - b).max() for a, b in found)),
         "seconds of shrink": seconds,
     }
@@ -144,7 +145,7 @@ def table() -> list[str]:
         'after `Magnitude(0.5, "uniform", "channel")` has removed half of the channels, which '
         "leaves about a quarter of the FLOPs. A ranking per layer removes less, because the layers "
         "that feed a sum keep different channels. A width is odd if `shrink` has changed it to a "
-        "number that is not a multiple of 8. The difference is the largest difference between the "
+        "number that is not a multiple of 8; layers with fewer than 16 channels do not count. The difference is the largest difference between the "
         "outputs of the stripped and of the shrunk model. The networks have random weights, so the "
         "table says nothing about accuracy. `make bench-models` writes it.",
         "",
