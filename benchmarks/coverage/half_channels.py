@@ -145,9 +145,10 @@ def table() -> list[str]:
         'after `Magnitude(0.5, "uniform", "channel")` has removed half of the channels, which '
         "leaves about a quarter of the FLOPs. A ranking per layer removes less, because the layers "
         "that feed a sum keep different channels. A width is odd if `shrink` has changed it to a "
-        "number that is not a multiple of 8; layers with fewer than 16 channels do not count. The difference is the largest difference between the "
-        "outputs of the stripped and of the shrunk model. The networks have random weights, so the "
-        "table says nothing about accuracy. `make bench-models` writes it.",
+        "number that is not a multiple of 8; layers with fewer than 16 channels do not count. The "
+        "difference is the largest difference between the outputs of the stripped and of the "
+        "shrunk model. The networks have random weights, so the table says nothing about accuracy. "
+        "`make bench-models` writes it.",
         "",
         "| network | FLOPs, ranked per layer | FLOPs, ranked together "
         "| parameters, ranked together | odd widths | difference | shrink in s |",
