@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from keras_dst.allocation import NAMES, check, densities, kept_counts
+from keras_dst.allocation import NAMES, check, densities, floor_counts, kept_counts
 
 NETWORK = [(3, 3, 3, 16), (3, 3, 16, 32), (3, 3, 32, 64), (1024, 100), (100, 10)]
 
@@ -181,3 +181,15 @@ def test_what_is_no_sparsity_by_name(sparsity):
 def test_what_is_no_name(name):
     with pytest.raises(ValueError, match="allocation"):
         check({name: 0.5})
+
+
+@pytest.mark.parametrize(
+    ("shapes", "sparsity", "expected"),
+    [
+        ([(10, 10), (30, 10)], 0.9, [3, 6]),  # a quarter of 13.3 and of 26.7
+        ([(4, 4), (100, 100)], 0.999, [1, 2]),  # a quarter of 0.4 and of 9.6
+        ([(1, 2), (100, 100)], 0.0, [1, 2500]),
+    ],
+)
+def test_floor_is_a_quarter_of_erk(shapes, sparsity, expected):
+    assert floor_counts(shapes, sparsity).tolist() == expected

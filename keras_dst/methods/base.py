@@ -83,7 +83,7 @@ class Method(Configurable):
     pattern: str = "unstructured"
     frequency: int | str | None = None
     default_frequency: int | str = 100
-    min_kept: int = 1
+    min_kept: int | None = None
     counted_in: str = "channels"
     round_to: int = 8
     learned = False
@@ -216,33 +216,55 @@ class Method(Configurable):
                 masks.n_of_m(s, *pattern.n_of_m, axis=layout.inputs[-1])
                 for s, layout in zip(scores, layouts)
             ]
-        # The best groups of every weight come first, so that no layer is pruned to nothing.
         shapes = [tuple(s.shape) for s in scores]
+        together = kept.shape[0] == 1  # Otherwise there is one count per weight.
+        sizes = None
         if pattern.grouped:
             sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
-            first = [min(math.prod(n.shape), -(-self.min_kept // int(n.min()))) for n in sizes]
-            least = np.array([count * int(n.max()) for count, n in zip(first, sizes)])
-        else:
-            sizes = None
-            first = [min(math.prod(shape), self.min_kept) for shape in shapes]
-            least = np.array(first)
-        # A single count is for all weights together; several counts are for one weight each.
-        kept = ops.maximum(kept, np.sum(least) if kept.shape[0] == 1 else least)
-        kept = kept[0] if kept.shape[0] == 1 else kept
+        floors = self._floors(shapes, sizes, together)
+        # The largest groups count, so that the first groups of every weight always fit.
+        largest = np.array([int(n.max()) for n in sizes] if sizes else [1] * len(shapes))
+        least = largest * (floors if self.min_kept else 1)
+        kept = ops.maximum(kept, least.sum() if together else least)
+        kept = kept[0] if together else kept
         # In float32 before they are pooled, so that all precisions rank equal weights alike.
-        groups = (
+        groups = [
             pattern.scores(ops.cast(s, "float32"), layout) for s, layout in zip(scores, layouts)
-        )
+        ]
         scores = ()  # Free the scores, which are as large as the weights, while they are ranked.
-        found = masks.top_k(groups, kept, sizes, first)
+        found = masks.top_k(groups, kept, sizes, [1] * len(groups))
+        if together and floors.max() > 1:
+            # Floors need a second ranking. It runs only if the first one leaves a weight too few.
+            counts = ops.stack([ops.sum(ops.cast(mask, "int32")) for mask in found])
+            too_few = ops.any(counts < ops.convert_to_tensor(floors, "int32"))
+            found = ops.cond(
+                too_few & (kept >= int(np.dot(largest, floors))),
+                lambda: masks.top_k(groups, kept, sizes, floors.tolist()),
+                lambda: found,
+            )
         return [pattern.expand(g, s, layout) for g, s, layout in zip(found, shapes, layouts)]
+
+    def _floors(self, shapes, sizes, together) -> np.ndarray:
+        """Return the number of groups that every weight keeps; `sizes` is None without groups."""
+        if self.min_kept is None and together and self.schedule is not None:
+            floors = allocations.floor_counts(shapes, self.schedule.sparsity)
+            if (
+                sizes
+            ):  # Rounded down, so that the floors need at most a quarter of the kept weights.
+                floors = floors // [int(n.max()) for n in sizes]
+        else:
+            floors = np.array([self.min_kept or 1] * len(shapes))
+            if sizes:
+                floors = -(-floors // [int(n.min()) for n in sizes])
+        groups = [math.prod(n.shape) for n in sizes] if sizes else [*map(math.prod, shapes)]
+        return np.clip(floors, 1, groups)
 
     def _check_common(self):
         allocations.check(self.allocation)
         pattern = Pattern(self.pattern)
         for name in ("frequency", "min_kept", "round_to"):
             value = getattr(self, name)
-            if name == "frequency" and value in (None, "epoch"):
+            if (name != "round_to" and value is None) or (name, value) == ("frequency", "epoch"):
                 continue
             check_integer(value, name)
         if self.counted_in not in channels.COUNTED_IN:

@@ -210,7 +210,7 @@ def _steps(groups: ChannelGroups, method) -> tuple[np.ndarray, np.ndarray]:
     """Return the rounding step and the smallest number of channels of every group."""
     step = method.round_to // np.gcd(method.round_to, groups.widths)
     step = np.where(groups.sizes >= 2 * step, step, 1)
-    return step, np.minimum(np.maximum(step, method.min_kept), groups.sizes)
+    return step, np.minimum(np.maximum(step, method.min_kept or 1), groups.sizes)
 
 
 def _own_densities(method, layouts, sparsity, names, groups) -> np.ndarray:

@@ -16,7 +16,7 @@ Variables without a mask, such as biases, are trained by both paths.
 
 Deviations: the sparsity grows by steps instead of epochs. Extensions of the paper: other
 allocations, blocks and N:M; the KL of binary outputs (as two classes) and of several outputs (the
-sum, weighted as the losses); and a guard that leaves every layer at least one weight.
+sum, weighted as the losses); and a floor for the weights of every layer.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class DCIL(TwoPathMethod):
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
             16 in a long training, and at least twenty updates in a short training.
         min_kept: Number of weights that every layer keeps; with `"channel"`, number of channels
-            that every group of coupled channels keeps. Defaults to 1.
+            that every group of coupled channels keeps. Defaults to None: a quarter of the weights
+            under `"erk"` if the allocation is `"global"`, and 1 otherwise.
         counted_in: Quantity whose removed fraction is the sparsity with `"channel"`: `"channels"`,
             `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `"channel"`, the number of kept channels of a group is a multiple of this
@@ -83,7 +84,7 @@ class DCIL(TwoPathMethod):
         pattern: str = "unstructured",
         score: str = "magnitude",
         frequency: int | str | None = None,
-        min_kept: int = 1,
+        min_kept: int | None = None,
         counted_in: str = "channels",
         round_to: int = 8,
     ):

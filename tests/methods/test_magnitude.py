@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 from keras_dst._backend.jit import jit
+from keras_dst.allocation import floor_counts
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods import Magnitude
 from keras_dst.schedules import Constant, Cubic, Sigmoid
@@ -73,8 +74,9 @@ def best(w, kept):
 
 
 def reference_global(weights, kept, min_kept):
-    """First the best `min_kept` of every weight, then the best of all others."""
-    masks = [best(w, min_kept) for w in weights]
+    """Keep the best `min_kept` of every weight, then the best of all others."""
+    floors = np.broadcast_to(min_kept, len(weights))
+    masks = [best(w, n) for w, n in zip(weights, floors)]
     protected = np.concatenate([np.ravel(mask) for mask in masks])
     scores = np.concatenate([np.abs(np.ravel(w)) for w in weights])
     order = [i for i in np.argsort(-scores, kind="stable") if not protected[i]]
@@ -216,6 +218,43 @@ GOLDEN = "01a7fdb322130f52"
 def test_same_masks_on_every_backend():
     for masks in (reference_global(LAYERS, 30, 1), masks_of(Magnitude(0.5), LAYERS, [30])):
         assert np.packbits(np.concatenate([m.ravel() for m in masks])).tobytes().hex() == GOLDEN
+
+
+# -- the floor of a global ranking ---------------------------------------------------------------
+
+# Kernels of ResNet-20 for CIFAR-10 (272,282 weights).
+RESNET_20 = [
+    *[(3, 3, 3, 16), *[(3, 3, 16, 16)] * 6],
+    *[(3, 3, 16, 32), (1, 1, 16, 32), *[(3, 3, 32, 32)] * 5],
+    *[(3, 3, 32, 64), (1, 1, 32, 64), *[(3, 3, 64, 64)] * 5, (64, 10)],
+]
+
+
+@pytest.mark.parametrize("sparsity", [0.98, 0.99, 0.999])
+def test_floor_of_every_layer(sparsity):
+    # The weights of every second layer are so small that a plain ranking leaves one of them.
+    weights = [random(*s, scale=1e-3 if i % 2 else 1.0) for i, s in enumerate(RESNET_20)]
+    method = Magnitude(sparsity)
+    layouts = [KERNEL] * len(weights)
+    kept = method.kept_counts(RESNET_20, layouts, sparsity, [""] * len(weights))
+    found = masks_of(method, weights, kept)
+    floors = floor_counts(RESNET_20, sparsity)
+    counts = [int(mask.sum()) for mask in found]
+    assert sum(counts) == kept[0]
+    assert counts[1::2] == floors[1::2].tolist()
+    assert_equal(found, reference_global(weights, kept[0], floors))
+    plain = masks_of(Magnitude(sparsity, min_kept=1), weights, kept)
+    assert {int(mask.sum()) for mask in plain[1::2]} == {1}
+
+
+@pytest.mark.parametrize("pattern", ["1x4", "4x1", "4x4"])
+def test_floor_of_blocks_meets_the_target(pattern):
+    shapes = [(32, 32), (64, 64), (64, 12)]
+    weights = [random(*s, scale=1e-3 if i else 1.0) for i, s in enumerate(shapes)]
+    found = masks_of(Magnitude(0.9, pattern=pattern), weights, [589])
+    counts = [int(mask.sum()) for mask in found]
+    assert 589 - 16 < sum(counts) <= 589
+    assert all(c > f - 16 for c, f in zip(counts, floor_counts(shapes, 0.9)))
 
 
 # -- counts and constructor ----------------------------------------------------------------------
