@@ -29,7 +29,7 @@ test-all: export KERAS_DST_KILLS = 10
 .PHONY: $(BACKENDS:%=test-%) test-once test-xla test-notebooks test-quick
 .PHONY: test-wheel test-versions
 .PHONY: bench-mnist bench-methods bench-patterns bench-step bench-overhead bench-models bench-channels
-.PHONY: bench-tflite bench-int8 bench-scaling bench-authors bench-libraries bench-agreement bench-time-to-accuracy
+.PHONY: bench-tflite bench-int8 bench-micro bench-scaling bench-authors bench-libraries bench-agreement bench-time-to-accuracy
 
 demo: $(DEMO_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m keras_dst demo
@@ -175,6 +175,9 @@ bench-tflite: $(TEST_READY)
 
 bench-int8: $(TEST_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.files.int8
+
+bench-micro: $(TEST_READY)
+	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.files.micro
 
 # AUTHORS names a folder with checkouts of the repositories that benchmarks/authors.py lists.
 bench-authors: $(TEST_READY)

@@ -16,7 +16,7 @@ from benchmarks import pictures, results
 from benchmarks.accuracy import authors, backend_agreement, methods, mnist_runs, patterns
 from benchmarks.comparison import libraries
 from benchmarks.coverage import models
-from benchmarks.files import int8, tflite_cases, tflite_grid
+from benchmarks.files import int8, micro, tflite_cases, tflite_grid
 from benchmarks.training_cost import mask_update, scaling, step_time, time_to_accuracy
 from tests.backends import once
 from tests.pages import PAGES, ROOT
@@ -111,6 +111,7 @@ TABLES = (
     libraries,
     mask_update,
     methods,
+    micro,
     mnist_runs,
     patterns,
     scaling,

@@ -103,7 +103,7 @@ class VelaReport:
             ("encoded weights, bytes", *_compared(file.weight_bytes, dense.weight_bytes)),
             ("cycles of the NPU", *_compared(file.npu_cycles, dense.npu_cycles)),
             *(
-                (f"cycles of {name}", *_compared(file.memory_cycles[name], cycles))
+                (f"cycles of {name}", *_compared(file.memory_cycles.get(name, 0), cycles))
                 for name, cycles in dense.memory_cycles.items()
             ),
             ("cycles of an inference", *_compared(file.cycles, dense.cycles)),
@@ -146,6 +146,9 @@ def compile_for_npu(content: bytes, accelerator: str) -> tuple[bytes, VelaReport
         ImportError: Vela is not installed.
         ValueError: the accelerator is unknown, or the file is damaged.
         ExportError: Vela stops with an error.
+
+    Example:
+        >>> compiled, report = compile_for_npu(path.read_bytes(), "ethos-u85-256")
     """
     if accelerator not in ACCELERATORS:
         raise ValueError(

@@ -1,0 +1,303 @@
+"""Measure accuracy and size of sparse int8 files for microcontrollers and NPUs: results/micro.
+
+python -m benchmarks.files.micro [--nets NET ...]
+
+Four small networks are trained dense and sparse, stripped and exported for TensorFlow Lite Micro
+and for three Ethos-U NPUs. Accuracy is measured on all test samples, of the float model and of the
+int8 file, after the last epoch. Cycles and encoded bytes are estimates of Vela. Trained networks
+are kept in build/micro. Stored runs are not repeated.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import keras
+import numpy as np
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+from tflite_micro.python.tflite_micro.runtime import Interpreter as Micro
+
+import keras_dst
+from benchmarks import networks, results
+from benchmarks.data import cifar10, mnist, spoken_digits
+from keras_dst.export.ethos import compile_for_npu
+from keras_dst.methods import Magnitude
+
+BENCHMARK = "micro"
+BATCH, SEED = 128, 0
+TRAINED = results.ROOT / "build" / "micro"
+KERNELS = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+
+
+@dataclass
+class Net:
+    """A network, its data and its training budget."""
+
+    title: str
+    build: Callable
+    data: Callable
+    epochs: int
+    rate: float
+    prunable: str  # regular expression for the kernels to prune
+    variants: tuple[str, ...] = ("dense", "80", "90", "95")
+
+
+NETS = {
+    "lenet": Net("LeNet-300-100, MNIST", networks.lenet_300_100, mnist, 10, 0.05, ".*/kernel"),
+    "keywords": Net(
+        "keyword-spotting CNN, spoken digits",
+        networks.keyword_cnn,
+        spoken_digits,
+        30,
+        0.05,
+        ".*(conv2d_[12]|dense)/kernel",
+    ),
+    "resnet": Net(
+        "ResNet-8 of width 32 with a first stride of 2, CIFAR-10",
+        lambda: networks.resnet(8, width=32, stride=2),
+        cifar10,
+        4,
+        0.05,
+        ".*conv2d_.*/kernel",
+        ("dense", "80", "90", "95", "2:4", "16 values", "90, 16 values"),
+    ),
+    "ds-cnn": Net("DS-CNN, CIFAR-10", networks.ds_cnn, cifar10, 4, 0.05, ".*pointwise.*/kernel"),
+}
+METHODS = {
+    "dense": None,
+    "80": Magnitude(0.8),
+    "90": Magnitude(0.9),
+    "95": Magnitude(0.95),
+    "2:4": Magnitude(0.5, pattern="2:4"),
+}
+
+
+VALUES = 16
+TUNED = {
+    f"{VALUES} values": "dense",
+    f"90, {VALUES} values": "90",
+}  # variant: network it begins with
+SAMPLES = 200
+NPUS = ("ethos-u55-128", "ethos-u65-256", "ethos-u85-256")
+COMPARED = 100  # test samples on which TensorFlow Lite Micro and LiteRT are compared
+BARS = {"weights": 0.20, "cycles": 0.45, "lost": 0.5}
+
+
+def trained(name, variant):
+    """Return a trained and stripped network, from a file if there is one."""
+    net = NETS[name]
+    TRAINED.mkdir(parents=True, exist_ok=True)
+    path = TRAINED / f"{name}_{variant}.keras"
+    if path.exists():
+        return keras.saving.load_model(path)
+    x, y = net.data()[0]
+    keras.utils.clear_session()
+    if variant in TUNED:
+        model, epochs, rate = trained(name, TUNED[variant]), 1, net.rate / 10
+    else:
+        keras.utils.set_random_seed(SEED)
+        model, epochs, rate = net.build(), net.epochs, net.rate
+    keras.utils.set_random_seed(SEED)
+    decay = keras.optimizers.schedules.CosineDecay(rate, epochs * -(-len(y) // BATCH))
+    optimizer, callbacks = keras.optimizers.SGD(decay, momentum=0.9), []
+    if variant in TUNED:
+        callbacks = [keras_dst.callbacks.KeepClusters(VALUES)]
+    elif method := METHODS[variant]:
+        optimizer = keras_dst.SparseOptimizer(optimizer, method, filters=net.prunable)
+        callbacks = [keras_dst.callbacks.SparseTraining()]
+    model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
+    model.fit(x, y, batch_size=BATCH, epochs=epochs, verbose=2, callbacks=callbacks)
+    keras_dst.strip(model).save(path)
+    return model
+
+
+def arena_of(path):
+    """Return the bytes that TensorFlow Lite Micro allocates in its arena for a file."""
+    code = (
+        "import sys; from tflite_micro.python.tflite_micro.runtime import Interpreter as I; "
+        "I.from_file(sys.argv[1]).print_allocations()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    return int(re.search(r"Arena allocation total (\d+) bytes", done.stdout + done.stderr)[1])
+
+
+def largest_difference(content, x):
+    """Return the largest difference of int8 outputs between TensorFlow Lite Micro and LiteRT."""
+    lite = Interpreter(model_content=content, experimental_op_resolver_type=KERNELS)
+    lite.allocate_tensors()
+    taken, given = lite.get_input_details()[0], lite.get_output_details()[0]["index"]
+    micro = Micro.from_bytes(content)
+    scale, zero = taken["quantization"]
+    largest = 0
+    for sample in np.clip(np.rint(x / scale) + zero, -128, 127).astype("int8"):
+        lite.set_tensor(taken["index"], sample[None])
+        lite.invoke()
+        micro.set_input(sample[None], 0)
+        micro.invoke()
+        difference = lite.get_tensor(given).astype(int) - micro.get_output(0)
+        largest = max(largest, int(abs(difference).max()))
+    return largest
+
+
+def run(name, variant):
+    net, model = NETS[name], trained(name, variant)
+    (x, y), (x_test, y_test) = net.data()
+    with tempfile.TemporaryDirectory() as folder:
+        report = keras_dst.export_tflite(
+            model,
+            pathlib.Path(folder) / "model.tflite",
+            target=NPUS[0],
+            quantize="full",
+            representative=x[:SAMPLES],
+            inputs=x_test[:32],
+            evaluate=(x_test, y_test),
+        )
+        content, arena = report.path.read_bytes(), arena_of(report.path)
+    estimates = {report.vela.accelerator: report.vela}
+    estimates |= {npu: compile_for_npu(content, npu)[1] for npu in NPUS[1:]}
+    results.save(
+        BENCHMARK,
+        f"{name}_{variant}",
+        {
+            "command": "make bench-micro",
+            "net": name,
+            "variant": variant,
+            "method": repr(METHODS[TUNED.get(variant, variant)]),
+            "seed": SEED,
+            "epochs": net.epochs,
+            "trained_on": len(y),
+            "tested_on": len(y_test),
+            "samples": SAMPLES,
+            "parameters": model.count_params(),
+            "sparsity": keras_dst.report(model).sparsity,
+            "float_accuracy": float((model.predict(x_test, verbose=0).argmax(-1) == y_test).mean()),
+            "int8_accuracy": report.files[-1].accuracy,
+            "bytes": report.bytes,
+            "gzip_bytes": report.gzip_bytes,
+            "arena_bytes": arena,
+            "tflm_difference": largest_difference(content, x_test[:COMPARED]),
+            "vela": {npu: dataclasses.asdict(found) for npu, found in estimates.items()},
+        },
+    )
+
+
+def ratios(run, dense):
+    """Return the figures of a run that the table shows as ratios to the dense run."""
+    found = {"gzip": run["gzip_bytes"] / dense["gzip_bytes"]}
+    for npu, label in zip(NPUS, ("U55-128", "U65-256", "U85-256")):
+        own, other = run["vela"][npu]["file"], dense["vela"][npu]["file"]
+        found[f"{label} weights"] = own["weight_bytes"] / other["weight_bytes"]
+        found[f"{label} cycles"] = own["cycles"] / other["cycles"]
+        found[f"{label} NPU cycles"] = own["npu_cycles"] / other["npu_cycles"]
+    return found
+
+
+def table():
+    stored = results.runs(BENCHMARK)
+    lines = [
+        "# Microcontrollers and NPUs",
+        "",
+        "The table shows the accuracy in % of the float model and of its int8 file on all test "
+        "samples, and the size of the int8 file with dense weights. The arena is the memory, in "
+        "bytes, that TensorFlow Lite Micro allocates. The other columns are ratios to the file of "
+        "the dense network after the same number of epochs: bytes after compression with "
+        "gzip, encoded weights, and cycles. Encoded weights and cycles are **estimates of Vela**, "
+        "in its default configurations, and not measurements on hardware. `make bench-micro` "
+        "writes this page from the runs next to it.",
+    ]
+    for name, net in NETS.items():
+        runs = {variant: stored[f"{name}_{variant}"] for variant in net.variants}
+        cells_of = list(ratios(runs["dense"], runs["dense"]))
+        headings = ["weights", "float", "int8", "bytes", "arena", *cells_of, "ops on the CPU"]
+        first = next(iter(runs.values()))
+        lines += [
+            "",
+            f"## {net.title}",
+            "",
+            f"{first['parameters']:,} parameters, {net.epochs} epochs on {first['trained_on']:,} "
+            f"samples, tested on {first['tested_on']:,} samples.",
+            "",
+            "| " + " | ".join(headings) + " |",
+            "|---|" + "---|" * (len(headings) - 1),
+        ]
+        for variant, run in runs.items():
+            cells = [
+                f"{variant} %" if variant.isdigit() else variant.replace("90,", "90 %,"),
+                f"{100 * run['float_accuracy']:.2f}",
+                f"{100 * run['int8_accuracy']:.2f}",
+                f"{run['bytes']:,}",
+                f"{run['arena_bytes']:,}",
+                *(f"{value:.3f}" for value in ratios(run, runs["dense"]).values()),
+                str(_cpu_ops(run)),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    results.write_index(BENCHMARK, [*lines, *bars(stored)])
+
+
+def bars(stored):
+    """Return the lines that compare the runs with the goals."""
+    runs_of = {name: [run for run in stored.values() if run["net"] == name] for name in NETS}
+    goals = {
+        f"encoded weights at 90 % on the U55-128, at most {BARS['weights']}": (
+            BARS["weights"],
+            {name: _at_90(stored, name, "U55-128 weights") for name in NETS},
+        ),
+        f"cycles at 90 % on the U55-128, at most {BARS['cycles']}": (
+            BARS["cycles"],
+            {name: _at_90(stored, name, "U55-128 cycles") for name in NETS},
+        ),
+        "largest number of ops on the CPU, 0": (
+            0,
+            {name: max(map(_cpu_ops, runs)) for name, runs in runs_of.items()},
+        ),
+        f"largest loss of accuracy by int8 in points, at most {BARS['lost']}": (
+            BARS["lost"],
+            {
+                name: max(100 * (run["float_accuracy"] - run["int8_accuracy"]) for run in runs)
+                for name, runs in runs_of.items()
+            },
+        ),
+    }
+    lines = ["", "## Goals", "", f"| goal | {' | '.join(NETS)} |", "|---|" + "---|" * len(NETS)]
+    for goal, (limit, found) in goals.items():
+        cells = [f"{value:.3g}" for value in found.values()]
+        marks = ["**" if value <= limit + 1e-9 else "~~" for value in found.values()]
+        marked = [f"{mark}{cell}{mark}" for mark, cell in zip(marks, cells)]
+        lines.append(f"| {goal} | {' | '.join(marked)} |")
+    largest = max(run["tflm_difference"] for run in stored.values())
+    return [
+        *lines,
+        "",
+        "Bold figures meet the goal; crossed-out figures miss it.",
+        "",
+        f"The int8 outputs of TensorFlow Lite Micro and of LiteRT differ by at most {largest} on "
+        f"{COMPARED} test samples of each run.",
+    ]
+
+
+def _at_90(stored, name, figure):
+    return ratios(stored[f"{name}_90"], stored[f"{name}_dense"])[figure]
+
+
+def _cpu_ops(run):
+    return max(len(found["cpu_ops"]) for found in run["vela"].values())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nets", nargs="*", choices=NETS, default=list(NETS))
+    for name in parser.parse_args().nets:
+        for variant in NETS[name].variants:
+            if f"{name}_{variant}" not in results.runs(BENCHMARK):
+                run(name, variant)
+    table()
+
+
+if __name__ == "__main__":
+    main()
