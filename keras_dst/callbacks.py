@@ -254,11 +254,11 @@ class SparseTraining(keras.callbacks.Callback):
 
     def _measure(self):
         self._sync()
-        kept = sum(d.kept() for d in self._drivers)
-        self._sparsity = 1 - kept / sum(d.size for d in self._drivers)
-        self._reached = [driver.reached() for driver in self._drivers]
+        counts = [driver.counts_kept() for driver in self._drivers]
+        self._sparsity = 1 - sum(map(sum, counts)) / sum(d.size for d in self._drivers)
+        self._reached = [d.reached(c) for d, c in zip(self._drivers, counts)]
         self._at_target = self.metric_at_target is None or all(
-            d.is_at_target() for d in self._drivers
+            d.is_at_target(c) for d, c in zip(self._drivers, counts)
         )
 
     def _write(self, logs):

@@ -98,3 +98,34 @@ def refresh_torch_parameters(model) -> None:
     if keras.backend.backend() == "torch":
         for layer in _keras.flatten_layers(model):
             _keras.refresh_torch_parameters(layer)
+
+
+def on_accelerator(tensor) -> bool:
+    """Return whether the operations on a tensor run on a GPU or TPU instead of a CPU.
+
+    A tensor that is traced has no device yet. JAX then uses its default device, and TensorFlow uses
+    a GPU if there is one.
+    """
+    backend = keras.backend.backend()
+    if backend == "torch":
+        return tensor.device.type != "cpu"
+    if backend == "jax":
+        import jax
+
+        default = jax.config.values["jax_default_device"]
+        return getattr(default, "platform", default or jax.default_backend()) != "cpu"
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return bool(tf.config.list_logical_devices("GPU"))
+    return False
+
+
+def torch_device(tensor) -> str | None:
+    """Return the name of a tensor's device on torch, and None on other backends."""
+    return str(tensor.device) if keras.backend.backend() == "torch" else None
+
+
+def device_scope(device: str | None):
+    """Return a context in which Keras computes on a device; None leaves the device as it is."""
+    return contextlib.nullcontext() if device is None else keras.device(device)

@@ -2,14 +2,24 @@
 
 The scores are not copied. A search finds the threshold: every step counts the scores above a
 candidate, row by row. This count takes nearly all the time of a mask update of a large model.
+
+On a CPU the rows are counted slab by slab, which keeps temporary values in the cache. On an
+accelerator a loop over slabs would launch thousands of small kernels, so all rows are counted at
+once. JAX fuses several counts into one pass over the scores, so a step of the search tries several
+candidates there. Both forms keep the same bounds around the threshold, and give equal masks.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
+
+from keras_dst._backend.devices import device_scope, on_accelerator, torch_device
+from keras_dst._backend.jit import count_true
 
 Tensor = Any
 
@@ -20,6 +30,7 @@ _SMALLEST = 2.0**-126  # Scores with a smaller difference count as tied: some ba
 _ROW_WIDTH = 1 << 10  # Number of scores in a row.
 _BUNDLE_SIZE = 1 << 20  # Largest number of scores of small tensors that are joined.
 _SLAB_ROWS = 1 << 8  # Number of rows that are counted at once.
+_SECTIONS = 8  # Number of sections of the range. XLA reads the scores once for eight counts.
 _SAMPLE_FROM = 1 << 22  # Number of scores from which a sample gives the first thresholds.
 _SAMPLE_STRIDES = (32, 25)  # Distances of the rows and of the columns in the sample.
 
@@ -116,12 +127,24 @@ class _Rows:
         return [ops.reshape(r, (-1,))[:n] for r, n in zip(rows, self.lengths)]
 
 
+def _reads_scores(method):
+    """Return a method that runs on the device of the scores, within a search on the host."""
+
+    @functools.wraps(method)
+    def on_device(self, *args):
+        with device_scope(self.device):
+            return method(self, *args)
+
+    return on_device
+
+
 class _Ranking:
     """Search for the thresholds of one ranking of all tensors, or of one ranking per tensor.
 
     Small tensors are joined to bundles, so that few operations are compiled. Large tensors are not
     copied. Scores that are not finite are replaced only in comparisons. Vectors such as thresholds
-    and counts have one entry per ranking.
+    and counts have one entry per ranking. On torch these vectors are in the memory of the host: a
+    GPU would launch a kernel for each operation, and the search has to wait for each count anyway.
     """
 
     def __init__(self, scores, together, sizes=None, first=None):
@@ -133,6 +156,8 @@ class _Ranking:
         self.bundles = [_Rows(members, lengths, starts) for members in bundles(lengths)]
         scores = [ops.cast(s, "float32") for s in scores]
         self.scores = [b.join(scores, -np.inf) for b in self.bundles]
+        self.at_once = on_accelerator(self.scores[0])
+        self.device = torch_device(self.scores[0]) if self.at_once else None
         self.least, self.most, self.peaks = self._extremes()
         # Number of weights of each entry. None if every entry is one weight.
         self.weights, self.total = [None] * len(self.bundles), self.lengths
@@ -149,16 +174,28 @@ class _Ranking:
             self.ahead = ops.convert_to_tensor(first, "int32")
             if self.weights[0] is not None:
                 ahead = [
-                    _by_row(_weigh_first, "int32", *pair)
+                    self._by_row(_weigh_first, "int32", *pair)
                     for pair in zip(self.first_entries(), self.weights)
                 ]
                 self.ahead = self._by_tensor(ahead, ops.sum, 0)
+        with self._on_host():
+            self.least, self.most, self.lengths, self.total = map(
+                ops.convert_to_tensor, (self.least, self.most, self.lengths, self.total)
+            )
+            if self.ahead is not None:
+                self.ahead = ops.convert_to_tensor(self.ahead)
+
+    def _on_host(self):
+        """Return a context in which torch computes thresholds and counts in the host's memory."""
+        return device_scope(self.device and "cpu")
 
     def _extremes(self):
         """Return the smallest and the largest finite score, and the largest score of every row."""
-        floors = [_by_row(_least, "float32", s, b.left) for b, s in zip(self.bundles, self.scores)]
-        peaks = [_by_row(_largest, "float32", s) for s in self.scores]
-        sums = [_by_row(_sum, "float32", s, b.left) for b, s in zip(self.bundles, self.scores)]
+        floors = [
+            self._by_row(_least, "float32", s, b.left) for b, s in zip(self.bundles, self.scores)
+        ]
+        peaks = [self._by_row(_largest, "float32", s) for s in self.scores]
+        sums = [self._by_row(_sum, "float32", s, b.left) for b, s in zip(self.bundles, self.scores)]
         # A sum with a NaN is NaN on every backend; a minimum or maximum is not.
         usual = [ops.all(ops.isfinite(total)) for total in sums]
         usual += [ops.all(ops.abs(end) <= _LARGEST) for end in floors + peaks]
@@ -170,16 +207,16 @@ class _Ranking:
         def of_finite():
             least, most = bounds(
                 [
-                    _by_row(lambda s: _least(_limited(s, _LARGEST)), "float32", s)
+                    self._by_row(lambda s: _least(_limited(s, _LARGEST)), "float32", s)
                     for s in self.scores
                 ],
                 [
-                    _by_row(lambda s: _largest(_limited(s, -_LARGEST)), "float32", s)
+                    self._by_row(lambda s: _largest(_limited(s, -_LARGEST)), "float32", s)
                     for s in self.scores
                 ],
             )
             peaks = [
-                _by_row(
+                self._by_row(
                     lambda s, *ends: _largest(self._finite(s, *ends)),
                     "float32",
                     s,
@@ -194,6 +231,7 @@ class _Ranking:
             ops.all(ops.stack(usual)), lambda: (*bounds(floors, peaks), peaks), of_finite
         )
 
+    @_reads_scores
     def first_entries(self):
         """Return the best entries of every tensor, in a form that `_with_first` takes."""
         if max(self.first) > 1:
@@ -201,13 +239,14 @@ class _Ranking:
             each = _Ranking(flat, together=False)
             return each.masks(ops.convert_to_tensor(self.first, "int32"))
         found = []
+        least, most = ops.convert_to_tensor(self.least), ops.convert_to_tensor(self.most)
         for b, s, peaks in zip(self.bundles, self.scores, self.peaks):
             numbers = ops.arange(len(b.tensor), dtype="int32")
             # The first row with the largest score of each tensor, and the column in this row.
             tops = ops.max(ops.where(b.owner, peaks, -np.inf), axis=1, keepdims=True)
             tops = ops.logical_and(b.owner, peaks >= tops)
             rows = ops.min(ops.where(tops, numbers, len(b.tensor)), axis=1)
-            best = self._finite(ops.take(s, rows, axis=0), self.least, self.most)
+            best = self._finite(ops.take(s, rows, axis=0), least, most)
             place = ops.cast(ops.argmax(best, axis=1), "int32")
             is_row = numbers == ops.take(rows, b.local)
             found.append(ops.where(is_row, ops.take(place, b.local), -1)[:, None])
@@ -219,6 +258,10 @@ class _Ranking:
         return ops.where(s > least, ops.minimum(s, most), least)
 
     def masks(self, kept):
+        with self._on_host():
+            return self._masks(ops.convert_to_tensor(kept))
+
+    def _masks(self, kept):
         low, high, below, above = self.thresholds(kept)
         room, ties = kept - above, below - above
         all_fit = ties <= room
@@ -233,41 +276,58 @@ class _Ranking:
         def some():
             end = ops.where(all_fit, self.lengths, 0)
             end = ops.where(some_fit, self._last_ties(low, high, firsts, room), end)
-            found = []
-            for b, s, first in bundles:
-                tied = self._above(b, s, low) & _within(self._to_rows(b, end) - b.start)
-                found.append(_with_first(self._above(b, s, high) | tied, first))
-            return found
+            return [self._with_ties(b, s, low, high, end, first) for b, s, first in bundles]
 
         # The branches return whole masks. XLA would compile them once per tensor otherwise.
         return ops.cond(ops.any(some_fit), some, none_or_all)
+
+    @_reads_scores
+    def _with_ties(self, b, s, low, high, end, first):
+        """Return the mask of the scores above `high` and of the tied scores before `end`."""
+        tied = self._above(b, s, low) & _within(self._to_rows(b, end) - b.start)
+        return _with_first(self._above(b, s, high) | tied, first)
 
     def thresholds(self, kept):
         """Return `(low, high, below, above)`, the two thresholds around `kept` and their counts.
 
         At most `kept` weights score above `high` (`above` weights), and more than `kept` weights
-        score above `low` (`below` weights). The search keeps this invariant. It tries the point at
-        which a straight line between both counts meets `kept` (false position). If one end stays
-        for two steps, its distance is halved, as in the Illinois variant. Every third step tries
-        the middle, which bounds the number of steps for all scores.
+        score above `low` (`below` weights). Both forms of the search keep this invariant.
+        """
+        with self._on_host():
+            kept = ops.convert_to_tensor(kept)
+            gap = ops.maximum(ops.abs(self.least), 1e-30)
+            # Many scores may tie with the smallest score, as scores of pruned weights do.
+            rest = self._count_above(self.least)
+            everything, settled = self.total <= kept, rest <= kept
+            low = ops.where(settled, self.least - 2.0**-22 * gap, self.least)
+            high = ops.where(settled, self.least, self.most)
+            high = ops.where(everything, self.least - ops.maximum(gap, 1.0), high)
+            none = ops.zeros(kept.shape, "int32")
+            above = none if self.ahead is None else ops.sum(self.ahead)[None]
+            above = ops.where(everything, self.total, ops.where(settled, rest, above))
+            below = ops.where(settled, self.total, rest)
+            by_sections = self.at_once and keras.backend.backend() == "jax"
+            search = self._by_sections if by_sections else self._by_false_position
+            return search(kept, low, high, below, above)
+
+    def _is_open(self, kept, low, high, above):
+        """Return whether a search has to go on, per ranking."""
+        middle = low / 2 + high / 2
+        between = (low < middle) & (middle < high) & (high - low > _SMALLEST)
+        return (above < kept) & between & (high > self.least)
+
+    def _by_false_position(self, kept, low, high, below, above):
+        """Search with one candidate per step.
+
+        The search tries the point at which a straight line between both counts meets `kept` (false
+        position). If one end stays for two steps, its distance is halved, as in the Illinois
+        variant. Every third step tries the middle, which bounds the number of steps for all scores.
 
         Source: M. Dowell and P. Jarratt, BIT 11 (1971), Illinois variant of false position.
         """
-        gap = ops.maximum(ops.abs(self.least), 1e-30)
-        # Many scores may tie with the smallest score, as scores of pruned weights do.
-        rest = self._count_above(self.least)
-        everything, settled = self.total <= kept, rest <= kept
-        low = ops.where(settled, self.least - 2.0**-22 * gap, self.least)
-        high = ops.where(settled, self.least, self.most)
-        high = ops.where(everything, self.least - ops.maximum(gap, 1.0), high)
-        above = ops.zeros(kept.shape, "int32") if self.ahead is None else ops.sum(self.ahead)[None]
-        above = ops.where(everything, self.total, ops.where(settled, rest, above))
-        below = ops.where(settled, self.total, rest)
 
         def open_(low, high, below, above, *_):
-            middle = low / 2 + high / 2
-            between = (low < middle) & (middle < high) & (high - low > _SMALLEST)
-            return (above < kept) & between & (high > self.least)
+            return self._is_open(kept, low, high, above)
 
         def narrow(low, high, below, above, half_below, half_above, last, turn):
             excess = half_below * ops.cast(below - kept, "float32")
@@ -298,7 +358,7 @@ class _Ranking:
             )
 
         many = self.together and self.count >= _SAMPLE_FROM
-        sampled = self._sample_bounds(kept) if many else ()
+        sampled = [ops.convert_to_tensor(t) for t in self._sample_bounds(kept)] if many else ()
         one, side = ops.ones(low.shape, "float32"), ops.zeros(low.shape, "int32")
         # `ops.where` gives two Python numbers the type `keras.config.floatx()`.
         half, whole = (ops.convert_to_tensor(x, "float32") for x in (0.5, 1.0))
@@ -311,6 +371,41 @@ class _Ranking:
         )
         return low, high, below, above
 
+    def _by_sections(self, kept, low, high, below, above):
+        """Search with several candidates per step, which XLA counts in one pass over the scores.
+
+        The candidates divide the range between the thresholds into equal sections. One candidate is
+        the exact middle, so the search ends for all scores. 0 is tried in every step, because many
+        scores are 0.
+        """
+
+        def narrow(low, high, below, above):
+            active = self._is_open(kept, low, high, above)
+            parts = [n / _SECTIONS for n in range(1, _SECTIONS) if 2 * n != _SECTIONS]
+            candidates = [low + (high - low) * part for part in parts]
+            candidates += [low / 2 + high / 2, ops.where(ops.equal(high, 0), -_SMALLEST, 0.0)]
+            new = low, high, below, above
+            for threshold in candidates:
+                count = self._count_above(threshold)
+                low, high, below, above = new
+                inside = active & (low < threshold) & (threshold < high)
+                up, down = inside & (count > kept), inside & (count <= kept)
+                new = (
+                    ops.where(up, threshold, low),
+                    ops.where(down, threshold, high),
+                    ops.where(up, count, below),
+                    ops.where(down, count, above),
+                )
+            return new
+
+        return ops.while_loop(
+            lambda low, high, below, above: ops.any(self._is_open(kept, low, high, above)),
+            narrow,
+            (low, high, below, above),
+            maximum_iterations=_MAX_STEPS,
+        )
+
+    @_reads_scores
     def _sample_bounds(self, kept):
         """Return two scores of a sample that probably enclose the threshold."""
         down, across = _SAMPLE_STRIDES
@@ -323,6 +418,7 @@ class _Ranking:
         ends = [ops.clip(end, 0, size - 1) for end in (place + spread, place - spread)]
         return [ops.take(sample, ops.cast(end, "int32")) for end in ends]
 
+    @_reads_scores
     def _last_ties(self, low, high, firsts, room):
         """Return the position after the last tied entry that still fits, per ranking.
 
@@ -337,7 +433,7 @@ class _Ranking:
             tied = self._above(b, s, low) & ~above
             if b.left is not None:
                 tied = tied & _within(b.left)
-            counts = _by_row(_weigh, "int32", tied, weights)
+            counts = self._by_row(_weigh, "int32", tied, weights)
             before = ops.cumsum(counts) - counts
             if self.together:
                 begins, sizes, space = np.zeros(1), np.array([len(b.tensor)]), room[0]
@@ -361,6 +457,7 @@ class _Ranking:
         places = ops.concatenate(found)
         return ops.min(places, keepdims=True) if self.together else places
 
+    @_reads_scores
     def _above(self, b, s, thresholds):
         """Return the mask of a bundle's scores above a threshold.
 
@@ -375,21 +472,49 @@ class _Ranking:
 
     def _count_above(self, thresholds):
         """Return the number of weights above a threshold or among the first, per ranking."""
+        count = self._count_scores(thresholds)
+        if self.ahead is not None:  # In each tensor, one of both sets contains the other one.
+            count = ops.sum(ops.maximum(count, self.ahead))[None]
+        return ops.where(thresholds < self.least, self.total, count)
+
+    @_reads_scores
+    def _count_scores(self, thresholds):
+        """Return the number of weights above a threshold, per ranking or per tensor."""
 
         def of_rows(s, cut, weights):
             return _weigh(s > cut, weights)
 
         cut = self._finite_cut(thresholds)
         counts = [
-            _by_row(of_rows, "int32", s, self._to_rows(b, cut), n)
+            self._by_row(of_rows, "int32", s, self._to_rows(b, cut), n)
             for b, s, n in zip(self.bundles, self.scores, self.weights)
         ]
         if self.ahead is None:
-            count = self._gather(counts, ops.sum, 0)
-        else:  # In each tensor, one of both sets contains the other one.
-            count = ops.maximum(self._by_tensor(counts, ops.sum, 0), self.ahead)
-            count = ops.sum(count)[None]
-        return ops.where(thresholds < self.least, self.total, count)
+            return self._gather(counts, ops.sum, 0)
+        return self._by_tensor(counts, ops.sum, 0)
+
+    def _by_row(self, reduce, dtype, *matrices):
+        """Apply a reduction to the rows of matrices; other arguments are passed on unchanged.
+
+        On a CPU it processes one slab of rows after the other. XLA and TensorFlow write the reduced
+        matrix to memory there, with four bytes per entry of a mask.
+        """
+        rows = matrices[0].shape[0]
+        slabs = rows // _SLAB_ROWS
+        if slabs < 2 or self.at_once:
+            return reduce(*matrices)
+
+        def apply(part):
+            return reduce(*(part(m) if getattr(m, "ndim", 0) == 2 else m for m in matrices))
+
+        def next_slab(i, found):
+            begin = i * _SLAB_ROWS
+            values = apply(lambda m: ops.slice(m, (begin, 0), (_SLAB_ROWS, m.shape[1])))
+            return ops.slice_update(found, (begin,), values)
+
+        end = slabs * _SLAB_ROWS
+        found = ops.fori_loop(0, slabs, next_slab, ops.zeros((end,), dtype))
+        return ops.concatenate([found, apply(lambda m: m[end:])]) if end < rows else found
 
     def _to_rows(self, rows, values):
         """Broadcast one value per ranking to the rows of a bundle."""
@@ -419,30 +544,6 @@ def bundles(lengths: Sequence[int]) -> list[list[int]]:
         found[-1].append(i)
         room -= length
     return found
-
-
-def _by_row(reduce, dtype, *matrices):
-    """Apply a reduction to the rows of matrices; other arguments are passed on unchanged.
-
-    It processes one slab of rows after the other. XLA and TensorFlow write the reduced matrix to
-    memory, with four bytes per entry of a mask.
-    """
-    rows = matrices[0].shape[0]
-    slabs = rows // _SLAB_ROWS
-    if slabs < 2:
-        return reduce(*matrices)
-
-    def apply(part):
-        return reduce(*(part(m) if getattr(m, "ndim", 0) == 2 else m for m in matrices))
-
-    def next_slab(i, found):
-        begin = i * _SLAB_ROWS
-        values = apply(lambda m: ops.slice(m, (begin, 0), (_SLAB_ROWS, m.shape[1])))
-        return ops.slice_update(found, (begin,), values)
-
-    end = slabs * _SLAB_ROWS
-    found = ops.fori_loop(0, slabs, next_slab, ops.zeros((end,), dtype))
-    return ops.concatenate([found, apply(lambda m: m[end:])]) if end < rows else found
 
 
 def _least(s, left=None):
@@ -485,6 +586,5 @@ def _within(numbers):
 def _weigh(mask, weights):
     """Return the number of kept weights in every row."""
     if weights is None:
-        # The third axis is for Keras on torch, which transposes the counts as a matrix.
-        return ops.cast(ops.reshape(ops.count_nonzero(mask[..., None], axis=1), (-1,)), "int32")
+        return count_true(mask)
     return ops.sum(ops.where(mask, weights, 0), axis=1)

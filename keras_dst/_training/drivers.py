@@ -201,7 +201,8 @@ def _functions(method, layouts, shapes):
         masks = [method.mask(*values) for values in zip(weights, states, layouts)]
         if isinstance(method, UpdateMethod):  # A callback may have assigned weights outside masks.
             masks = [ops.logical_or(m, ops.not_equal(w, 0)) for m, w in zip(masks, weights)]
-        counts = [ops.sum(ops.cast(mask, "float32")) for mask in masks]
+        # In one tensor, because reading each count would wait for the device once per weight.
+        counts = ops.stack([ops.sum(ops.cast(mask, "float32")) for mask in masks])
         if not groups:
             return counts, None
         if isinstance(method, UnitMethod):  # a channel leaves if all its gates are closed
@@ -420,9 +421,9 @@ class Driver:
             f"target {target:.3g}: missed by {abs(reached - target):.4f}."
         )
 
-    def is_at_target(self) -> bool:
-        """Return whether the final target is reached or exceeded now."""
-        return self.reached() >= self._target() - self.tolerance
+    def is_at_target(self, counts: list[float] | None = None) -> bool:
+        """Return whether the final target is reached or exceeded now; `counts` as in `reached`."""
+        return self.reached(counts) >= self._target() - self.tolerance
 
     def _target(self) -> float:
         """Return the final sparsity over all weights of this driver, or over their cost."""
@@ -444,8 +445,12 @@ class Driver:
         groups = [math.prod(pattern.block(s, lay)) for s, lay in zip(self.shapes, self.layouts)]
         return max(0.001, max(groups) / self.size)
 
-    def reached(self) -> float:
-        """Return the sparsity that is reached now, over the weights or over their cost."""
+    def reached(self, counts: list[float] | None = None) -> float:
+        """Return the sparsity that is reached now, over the weights or over their cost.
+
+        Args:
+            counts: Return value of `counts_kept`, if it is known. Defaults to None.
+        """
         if self.groups:
             kept = np.bincount(
                 self.groups.owner[self._alive()[:-1]], minlength=len(self.groups.sizes)
@@ -453,14 +458,14 @@ class Driver:
             return 1 - float(self.groups.kept_share(kept.astype("float64"), self.method.counted_in))
         costs = self.costs or [1.0] * len(self.shapes)
         total = sum(c * math.prod(shape) for c, shape in zip(costs, self.shapes))
-        return 1 - sum(c * k for c, k in zip(costs, self._counts_kept())) / total
+        return 1 - sum(c * k for c, k in zip(costs, counts or self.counts_kept())) / total
 
-    def kept(self) -> float:
-        """Return the number of weights that the masks keep now."""
-        return sum(self._counts_kept())
+    def counts_kept(self) -> list[float]:
+        """Return the number of entries that the mask of each weight keeps now.
 
-    def _counts_kept(self) -> list[float]:
-        return [float(ops.convert_to_numpy(k)) for k in self._kept(*self._values())[0]]
+        It waits for the device once.
+        """
+        return ops.convert_to_numpy(self._kept(*self._values())[0]).tolist()
 
     def _alive(self) -> np.ndarray:
         """Return for every channel whether it is kept, and True as an additional last entry."""
