@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # for editors, type checkers and the reference, which do not 
     from keras_dst.clustering import cluster_weights
     from keras_dst.export import ExportError, ExportReport, LintReport, export_tflite
     from keras_dst.export.linter import lint
+    from keras_dst.recalibration import recalibrate
     from keras_dst.sparse_files import load_sparse, save_sparse
 
 # Reports, export and plots are imported on first use: training needs none of them.
@@ -36,6 +37,7 @@ _LAZY = {
     "couple_channels": "_training.drivers",
     "export_tflite": "export",
     "lint": "export",
+    "recalibrate": "recalibration",
     "report": "_reporting.sparsity",
     "sensitivity": "_reporting.sensitivity",
     "shrink": "_structure",
@@ -67,6 +69,7 @@ __all__ = [
     "masks",
     "methods",
     "plots",
+    "recalibrate",
     "regularizers",
     "report",
     "save_sparse",

@@ -107,7 +107,7 @@ def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
 
     `sparsify` takes every method:
 
-    * DST, DCIL, OptG and Consensus mask the weights in the forward pass. Every supported layer
+    * DST, DCIL, ST-3, OptG and Consensus mask the weights in the forward pass. A supported layer
       becomes its sparse class, before or after `compile`. Layers inside nested, subclassed or
       wrapping layers are included. Supported are dense, convolutional (also transposed, depthwise
       and separable), `EinsumDense` (and thus attention) and `Embedding` layers, the cells of

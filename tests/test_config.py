@@ -13,6 +13,7 @@ from keras_dst.methods import (
     DCIL,
     DST,
     SET,
+    ST3,
     FlipOut,
     LayerMethod,
     Magnitude,
@@ -58,13 +59,15 @@ OBJECTS = [
     FlipOut(0.9, 3.0, 0.5, 0.25, "erk", "1x4", frequency=5, min_kept=8, seed=7),
     FlipOut(Cubic(0.9), allocation={"conv.*": 0.5, "head": 0.25}),
     OptG(0.9, 0.5, "erk", "1x4", frequency=5, min_kept=8),
+    ST3(0.9, True, "erk", frequency=5, min_kept=8),
     SET(0.9, "uniform", "1x4", 0.25, stop=0.5, frequency=5, min_kept=8, seed=7),
     SET(0.9, {"conv.*": 0.5, "head": 0.25}, stop_step=100),
     RigL(0.9, "uniform", "1x4", 0.25, stop=0.5, frequency=5, min_kept=8, seed=7),
     RigL(0.9, {"conv.*": 0.5, "head": 0.25}, stop_step=100),
 ]
 MINIMAL = [Constant(0.9), Cubic(0.9), Geometric(0.9), Sigmoid(0.9)]
-MINIMAL += [DCIL(0.9), DST(), FlipOut(0.9), Magnitude(0.9), OptG(0.9), RigL(0.9), SET(0.9)]
+MINIMAL += [DCIL(0.9), DST(), FlipOut(0.9), Magnitude(0.9), OptG(0.9), RigL(0.9)]
+MINIMAL += [SET(0.9), ST3(0.9)]
 CLASSES = [type(thing) for thing in MINIMAL]
 every_object = pytest.mark.parametrize("thing", OBJECTS + MINIMAL, ids=repr)
 

@@ -42,6 +42,8 @@ METHODS = {
     "magnitude-channel": (methods.Magnitude(0.5, pattern="channel"), 0.5, 0.06),
     "flipout": (methods.FlipOut(0.8), 0.8, 0.001),
     "optg": (methods.OptG(0.8), 0.8, 0.001),
+    "st3": (methods.ST3(0.8), 0.8, 0.001),
+    "st3-sigma-erk": (methods.ST3(0.8, sigma=True, allocation="erk"), 0.8, 0.001),
     "set": (methods.SET(0.8), 0.8, 0.01),
     "set-uniform": (methods.SET(0.6, allocation="uniform"), 0.6, 0.01),
     "rigl": (methods.RigL(0.8), 0.8, 0.01),
@@ -57,7 +59,7 @@ BATCH, EPOCHS = 16, 6
 
 
 ONE_OF_A_FAMILY = [METHODS[name][0] for name in ("dst-target", "magnitude-revival")]
-KINDS = ["dst-target", "dcil", "optg", "consensus", "magnitude-revival", "flipout", "rigl"]
+KINDS = ["dst-target", "dcil", "optg", "st3", "consensus", "magnitude-revival", "flipout", "rigl"]
 OWN = ["own-update", "own-layer", "own-two-path", "own-unit"]
 # Patterns and allocations change rankings, which test_masks.py has on every backend.
 TRIED = ["dst", "magnitude", "set", *KINDS, *OWN] if COMPILES else METHODS

@@ -162,6 +162,34 @@ class OptG(Dense):
             self.mask = dict(zip(KERNELS, keep_highest([self.v[n] for n in KERNELS], kept)))
 
 
+class ST3(Dense):
+    """Soft threshold at a quantile, rescaled units, straight-through gradient, cubic ramp."""
+
+    def __init__(self, p):
+        super().__init__(p)
+        self.tau, self.factor = 0.0, {n: np.ones(p[n].shape[1]) for n in KERNELS}
+
+    def effective(self):
+        soft = {
+            n: self.factor[n] * np.sign(self.p[n]) * (abs(self.p[n]) - self.tau) for n in KERNELS
+        }
+        return {n: soft[n] * self.mask[n] if n in KERNELS else w for n, w in self.p.items()}
+
+    masked = effective
+
+    def between(self, count):
+        if count % 10:
+            return
+        sparsity = 0.8 * (1 - (1 - count / (TOTAL / 2)) ** 3)
+        sizes = [abs(self.p[n]) for n in KERNELS]
+        kept = keep_highest(sizes, round((1 - sparsity) * SIZE))
+        self.mask = dict(zip(KERNELS, kept))
+        self.tau = max((s[~m].max() for s, m in zip(sizes, kept) if not m.all()), default=0.0)
+        for n, size in zip(KERNELS, sizes):
+            share = (size * self.mask[n]).sum(0) / size.sum(0)
+            self.factor[n] = 1.01 / (share + 0.01)
+
+
 class SET(Magnitude):
     """Drop the smallest, grow at random; densities by Erdős-Rényi, 30 and 21 of the weights."""
 
@@ -222,6 +250,7 @@ METHODS = {
     "dst": (methods.DST(alpha=0.02), DST),
     "flipout": (methods.FlipOut(STAIRS, seed=5), FlipOut),
     "optg": (methods.OptG(CURVE), OptG),
+    "st3": (methods.ST3(0.8, frequency=10), ST3),
     "set": (methods.SET(0.8, frequency=10, seed=7), SET),
     "rigl": (methods.RigL(0.8, frequency=10, seed=7), RigL),
 }

@@ -31,6 +31,7 @@ ARGUMENTS = {
         methods.Magnitude: ("frequency", "min_kept"),
         methods.FlipOut: ("frequency", "min_kept", "seed"),
         methods.OptG: ("frequency", "min_kept"),
+        methods.ST3: ("frequency", "min_kept"),
         methods.DCIL: ("frequency", "min_kept"),
         methods.SET: ("frequency", "min_kept", "seed"),
         methods.RigL: ("frequency", "min_kept", "seed"),

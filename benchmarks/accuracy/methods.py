@@ -26,7 +26,7 @@ import numpy as np
 import keras_dst
 from benchmarks import networks, results
 from benchmarks.data import cifar10, mnist, under
-from keras_dst.methods import DCIL, DST, SET, Consensus, FlipOut, Magnitude, OptG, RigL
+from keras_dst.methods import DCIL, DST, SET, ST3, Consensus, FlipOut, Magnitude, OptG, RigL
 
 BENCHMARK = "methods"
 BATCH = 128
@@ -110,6 +110,7 @@ METHODS = {
     "FlipOut, no noise": functools.partial(FlipOut, noise=0.0),
     "DST": lambda s, **options: DST(sparsity=s, **options),
     "DCIL": DCIL,
+    "ST-3": ST3,
     "OptG": OptG,
     # Consensus removes whole units; their cost is counted in weights, as sparsity is.
     "Consensus": lambda s: Consensus(s, cost="parameters"),

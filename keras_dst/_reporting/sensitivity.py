@@ -259,7 +259,7 @@ def _check(model, data) -> None:
 class _Kernel:
     variable: Any
     layout: Layout
-    mask: Callable | None  # Maps a value of the variable to its mask, if a layer masks it.
+    effective: Callable | None  # Maps a value to the masked value, if a layer masks it.
 
     @property
     def name(self) -> str:
@@ -272,33 +272,33 @@ class _Kernel:
     def masked_value(self):
         """Return the weight as the forward pass sees it."""
         w = ops.convert_to_tensor(self.variable)
-        return w if self.mask is None else masked(w, self.mask(w))
+        return w if self.effective is None else self.effective(w)
 
     def assign(self, weight) -> None:
         """Set the variable so that the forward pass sees this weight."""
         self.variable.assign(weight)
-        if self.mask is not None and ops.any(
+        if self.effective is not None and ops.any(
             self.masked_value() != ops.convert_to_tensor(self.variable)
         ):
             raise ValueError(
-                f"The mask of '{self.name}' is computed from its weights, and changes when they "
-                "are pruned in another pattern. Call keras_dst.strip on the model, or on a copy of "
-                "it, first. Or pass the pattern of its method."
+                f"The masked value of '{self.name}' is computed from its weights, and changes "
+                "when they are pruned in another pattern. Call keras_dst.strip on the model, or on "
+                "a copy of it, first. Or pass the pattern of its method."
             )
 
 
 def _kernels(model, filters) -> list[_Kernel]:
     """Return the weights that a method can prune. A shared weight is listed once."""
-    layouts, masks = layouts_of(model), {}
+    layouts, effective = layouts_of(model), {}
     for layer in _keras.flatten_layers(model):
         if isinstance(layer, SparseMixin):
             for layout, variable, state in layer.masked_weights():
-                mask = functools.partial(layer.method.mask, state=state, layout=layout)
-                masks[id(variable)] = mask
-    found = [v for v in model.weights if id(v) in masks or is_prunable(v)]
+                apply = functools.partial(layer.method.apply, state=state, layout=layout)
+                effective[id(variable)] = apply
+    found = [v for v in model.weights if id(v) in effective or is_prunable(v)]
     chosen = select(found, filters, [(v.path,) for v in found])
     kernels = [
-        _Kernel(v, layouts.get(id(v), KERNEL), masks.get(id(v)))
+        _Kernel(v, layouts.get(id(v), KERNEL), effective.get(id(v)))
         for v, wanted in zip(found, chosen)
         if wanted
     ]

@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_dst import _keras
 from keras_dst._backend.devices import placed_like
-from keras_dst.masks import KERNEL, Layout, masked
+from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods.base import LayerMethod, Method, State, UnitMethod, describe
 
 if TYPE_CHECKING:
@@ -196,11 +196,9 @@ class SparseMixin(_keras.BuildHook):
             require_driver(self)
 
     def restore_stock(self) -> None:
-        """Write the masks into the weights as exact zeros, and become the stock layer again."""
+        """Write the effective weights into the variables, and become the stock layer again."""
         for layout, variable, state in self.masked_weights():
-            w = ops.convert_to_tensor(variable)
-            mask = self.method.mask(w, state, layout)
-            variable.assign(masked(w, mask))
+            variable.assign(self.method.apply(ops.convert_to_tensor(variable), state, layout))
             _keras.set_autocast(variable, True)
         for weight in self._masked_attributes():
             bias = weight.raw(self)

@@ -18,11 +18,13 @@ from keras_dst.methods.magnitude import Magnitude
 from keras_dst.methods.optg import OptG
 from keras_dst.methods.rigl import RigL
 from keras_dst.methods.set import SET
+from keras_dst.methods.st3 import ST3
 
 __all__ = [
     "DCIL",
     "DST",
     "SET",
+    "ST3",
     "Consensus",
     "FlipOut",
     "LayerMethod",

@@ -4,7 +4,7 @@ A method is a small object: its constructor's arguments, and pure functions over
 gradients. It never touches a model. The classes differ in where the mask is applied:
 
     UpdateMethod     in the optimizer step; the layers stay plain (Magnitude, FlipOut, SET, RigL)
-    LayerMethod      in the forward pass; the layers hold the mask's state (DST, OptG)
+    LayerMethod      in the forward pass; the layers hold the mask's state (DST, ST-3, OptG)
     TwoPathMethod    in the forward pass, which runs with and without the mask (DCIL)
     UnitMethod       in the forward pass, on whole output units and their biases (Consensus)
 

@@ -1,0 +1,148 @@
+"""ST-3: straight-through gradients and soft thresholding (arXiv 2212.01076, WACV 2023).
+
+The forward pass sees soft-thresholded weights, rescaled per output unit, and the gradient passes
+straight through to the raw weights, so that pruned weights can come back without a jump:
+
+    m = 1[|w| > tau]                           tau: the sparsity quantile of all |w|
+    v = a sign(w) (|w| - tau) m                forward        dL/dw = dL/dv
+    a = (1 + e) / (sum|w| m / sum|w| + e)      for each output unit, e = 0.01
+    s_t = s (1 - (1 - t / T)**3)               T: half of the training
+
+ST-3 sigma (`sigma=True`) ranks `|w| / std` instead, with `std = 1 / sqrt(sum(shape))` for each
+layer, and thresholds each layer at `tau std`. Layers then lose more equal shares of their weights.
+
+Masks, thresholds and factors are constant between two mask updates. The constant `e` and the
+form of `std` are those of the authors' code.
+
+Deviations: masks are updated every 16 steps instead of every step. The ramp begins with the first
+step instead of after five epochs of 160. `tau` is the largest magnitude that is pruned, instead of
+an interpolated quantile. Layers under a floor, or under another allocation than `"global"`, have a
+threshold of their own, so that every kept weight exceeds its threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_dst import masks
+from keras_dst.methods.base import LayerMethod, UnitMethod
+from keras_dst.schedules import Cubic, Schedule, as_schedule
+
+_EPSILON = 0.01  # It bounds the factor of a unit that loses all of its weights.
+_TINY = 1e-6  # Mean magnitude that is added to the weights of a unit, which may all be 0.
+
+
+@keras.saving.register_keras_serializable("keras_dst")
+class ST3(LayerMethod):
+    """Soft-thresholded weights in the forward pass, and straight-through gradients.
+
+    Pruned weights are trained all the time and cross their threshold without a jump. `strip`
+    writes the thresholded and rescaled weights into the model.
+
+    Args:
+        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. A number is reached
+            along a cubic ramp over the first half of training, as in the paper's CIFAR-10 runs.
+        sigma: Whether weights are ranked in units of their layer's standard deviation (ST-3
+            sigma). The layers are then pruned more evenly, which saves more FLOPs. Defaults to
+            False.
+        allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
+            weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
+            expressions to sparsities. Defaults to `"global"`.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
+            16 in a long training, and at least twenty updates in a short training.
+        min_kept: Number of weights that every layer keeps. Defaults to None: a quarter of the
+            weights under `"erk"` if the allocation is `"global"`, and 1 otherwise.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+
+    Example:
+        >>> keras_dst.sparsify(model, keras_dst.methods.ST3(0.95))
+
+    Source: arXiv 2212.01076.
+    """
+
+    default_frequency = 16
+
+    def __init__(
+        self,
+        sparsity: float | Schedule,
+        sigma: bool = False,
+        allocation: str | Mapping[str, float] = "global",
+        frequency: int | str | None = None,
+        min_kept: int | None = None,
+    ):
+        self.sparsity = sparsity
+        self.sigma = sigma
+        self.allocation = allocation
+        self.frequency = frequency
+        self.min_kept = min_kept
+        self.schedule = as_schedule(sparsity, lambda final: Cubic(final, end=0.5))
+        self._check_common()
+
+    def build(self, layer, name, variable, layout):
+        def add(kind, shape, initializer):
+            return layer.add_weight(
+                name=f"{name}_{kind}",
+                shape=shape,
+                initializer=initializer,
+                dtype="float32",
+                trainable=False,
+                autocast=False,
+            )
+
+        return {
+            **super().build(layer, name, variable, layout),
+            "threshold": add("threshold", (), "zeros"),
+            "factor": add("factor", UnitMethod.gate_shape(variable.shape, layout), "ones"),
+        }
+
+    def apply(self, w, state, layout):
+        raw = ops.cast(w, "float32")
+        soft = ops.convert_to_tensor(state["factor"]) * (
+            raw - ops.sign(raw) * ops.convert_to_tensor(state["threshold"])
+        )
+        value = ops.cast(masks.masked(soft, self.mask(w, state, layout)), w.dtype)
+        # The difference is 0 in the forward pass, and passes the gradient of the value on to `w`.
+        return ops.stop_gradient(value) + (w - ops.stop_gradient(w))
+
+    def monitored(self, state):
+        return {"threshold": state["threshold"], "factor": state["factor"]}
+
+    def scores(self, weights, states):
+        return [ops.abs(ops.cast(w, "float32")) / self._std(w.shape) for w in weights]
+
+    def update(self, weights, states, layouts, kept, now):
+        scores = self.scores(weights, states)
+        found = self.rank(scores, layouts, kept)
+        # Largest pruned score and smallest kept score of every weight.
+        below = [ops.max(ops.where(m, 0.0, s)) for m, s in zip(found, scores)]
+        above = [ops.min(ops.where(m, s, np.inf)) for m, s in zip(found, scores)]
+        common = ops.max(ops.stack(below)) if self.allocation == "global" else np.float32(np.inf)
+        changes = []
+        for w, layout, mask, own, least in zip(weights, layouts, found, below, above):
+            # A floor keeps weights below the common threshold; their layer has its own threshold.
+            threshold = ops.where(common < least, common, own) * self._std(w.shape)
+            factor = _factor(ops.abs(ops.cast(w, "float32")), mask, layout)
+            changes.append({"mask": mask, "threshold": threshold, "factor": factor})
+        return changes
+
+    def _std(self, shape) -> np.float32:
+        """Return the unit of a layer's scores."""
+        return np.float32(1 / np.sqrt(sum(shape)) if self.sigma else 1.0)
+
+
+def _factor(magnitude, mask, layout):
+    """Return the factor that restores the magnitude of every output unit, in its gate's shape."""
+    rank = len(magnitude.shape)
+    outputs = {axis % rank for axis in layout.outputs}
+    inputs = tuple(axis for axis in range(rank) if axis not in outputs)
+    whole = ops.mean(magnitude, inputs, keepdims=True) + _TINY
+    left = ops.mean(masks.masked(magnitude, mask), inputs, keepdims=True) + _TINY
+    # The same sum twice, so that a unit without zeros has the factor 1 exactly.
+    factor = (whole + _EPSILON * whole) / (left + _EPSILON * whole)
+    return ops.reshape(factor, UnitMethod.gate_shape(magnitude.shape, layout))

@@ -1,0 +1,157 @@
+"""Estimate the statistics of batch normalization again, after the weights have changed."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_dst import _keras
+from keras_dst._utils.validation import check_integer
+from keras_dst.surgery import check_model
+
+
+def recalibrate(model, data, batch_size: int = 128, steps: int | None = None):
+    """Estimate the moving statistics of all batch normalizations again, in one pass over data.
+
+    One-shot pruning and `shrink` change the inputs of batch normalizations, so the moving means and
+    variances no longer fit. The new statistics are the averages of the means and the variances of
+    all batches, weighted by the number of samples. `momentum` does not matter. Only batch
+    normalizations compute as in training: dropout is off. Frozen batch normalizations and all
+    other weights stay as they are. An error or an interrupt restores the old statistics.
+
+    Args:
+        model: A built Keras 3 model: dense, sparse, stripped or shrunk. The model of DCIL gets new
+            statistics for the pruned path, which inference uses.
+        data: Training data: an array of inputs, `(inputs, targets)`, a list or dict of arrays for a
+            model with several inputs, or an iterable of batches such as a `tf.data.Dataset`, a
+            `PyDataset` or a generator. A batch holds inputs, or `(inputs, targets)`.
+        batch_size: Number of samples in a batch, if the data are arrays. Defaults to 128.
+        steps: Number of batches to read. Defaults to None: all batches.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: If `model` is not a Keras 3 model, or if `data` is of another type.
+        ValueError: If the model has no batch normalization to estimate, if a batch normalization
+            has `renorm=True`, or if the data have no batches.
+
+    Example:
+        >>> keras_dst.recalibrate(keras_dst.shrink(model), x_train)
+    """
+    check_model(model)
+    check_integer(batch_size, "batch_size")
+    if steps is not None:
+        check_integer(steps, "steps")
+    layers = _normalizations(model)
+    batches = itertools.islice(_batches(data, batch_size), steps)
+    before = [(v, np.array(v.numpy())) for layer in layers for v in _statistics(layer)]
+    seen = 0
+    try:
+        with contextlib.ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(_averaging(layer))
+            stack.enter_context(_without_gradients())
+            for batch in batches:
+                model(batch, training=False)
+                seen += 1
+        if not seen:
+            raise ValueError(
+                "Expected at least one batch of data. Received: data without batches. A generator "
+                "can be read only once; make a new one."
+            )
+    except BaseException:
+        for variable, value in before:
+            variable.assign(value)
+        raise
+    return model
+
+
+def _normalizations(model) -> list:
+    """Return the batch normalizations whose statistics training would update."""
+    found = [
+        layer
+        for layer in _keras.flatten_layers(model)
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+    trained = [layer for layer in found if layer.trainable]
+    if not trained:
+        raise ValueError(
+            f"Expected a model with batch normalization. '{model.name}' has {len(found)} "
+            "BatchNormalization layers, and 0 of them are trainable. Set layer.trainable = True, "
+            "or leave recalibrate out: other layers have no statistics."
+        )
+    for layer in trained:
+        if getattr(layer, "renorm", False):
+            raise ValueError(
+                f"Expected batch normalizations without renorm. Received: '{layer.name}' with "
+                "renorm=True. Train for some steps instead."
+            )
+    return trained
+
+
+def _statistics(layer) -> list:
+    return [layer.moving_mean, layer.moving_variance]
+
+
+@contextlib.contextmanager
+def _averaging(layer) -> Iterator[None]:
+    """Let a batch normalization average the statistics of all its calls in this context.
+
+    Call number k sets the momentum to the share of the samples before it, so that the moving
+    statistics are the cumulative averages.
+    """
+    momentum, call, samples = layer.momentum, layer.call, 0
+
+    def averaged(inputs, *args, **kwargs):
+        nonlocal samples
+        if not samples:  # The first momentum is 0, and 0 times infinity is NaN.
+            for variable in _statistics(layer):
+                variable.assign(np.zeros(variable.shape))
+        before, samples = samples, samples + int(inputs.shape[0])
+        layer.momentum = before / samples
+        return call(inputs, **{**kwargs, "training": True})
+
+    layer.call = averaged
+    try:
+        yield
+    finally:
+        del layer.call
+        layer.momentum = momentum
+
+
+def _without_gradients():
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
+
+
+def _batches(data, batch_size: int) -> Iterator[Any]:
+    """Yield the inputs of every batch."""
+    if isinstance(data, tuple):
+        data = data[0]
+    if isinstance(data, keras.utils.PyDataset):
+        yield from (_inputs(data[i]) for i in range(data.num_batches or 0))
+    elif hasattr(data, "shape") or isinstance(data, (list, Mapping)):
+        length = len(keras.tree.flatten(data)[0])
+        for begin in range(0, length, batch_size):
+            part = slice(begin, begin + batch_size)
+            yield keras.tree.map_structure(lambda array, part=part: array[part], data)
+    elif isinstance(data, Iterable) and not isinstance(data, str):
+        yield from map(_inputs, data)
+    else:
+        raise TypeError(
+            "Expected data as an array, (inputs, targets), a list or dict of arrays, or an "
+            f"iterable of batches. Received: {data!r} of type {type(data).__name__}"
+        )
+
+
+def _inputs(batch):
+    return keras.utils.unpack_x_y_sample_weight(batch)[0]
