@@ -57,6 +57,7 @@ PRIVATE_NAMES = {
     "compiled model": ("_compile_config",),
     "sequential": ("_functional",),
     "tensor": ("_keras_history",),
+    "attention": ("_key_dense", "_output_dense", "_query_dense", "_value_dense"),
     "masked tensor": ("_keras_mask",),
     "compiled loss": ("_flat_losses", "_y_pred_build_structure"),
     "metric": ("_direction",),
@@ -86,6 +87,16 @@ PRIVATE_NAMES = {
 def flatten_layers(layer, include_self: bool = True, recursive: bool = True) -> list:
     """Return a layer and the layers inside it, outermost first."""
     return list(layer._flatten_layers(include_self=include_self, recursive=recursive))
+
+
+def attention_projections_of(layer) -> dict[str, Any]:
+    """Return the dense layers of a `MultiHeadAttention` or `GroupQueryAttention`, by their role."""
+    return {
+        "query": layer._query_dense,
+        "key": layer._key_dense,
+        "value": layer._value_dense,
+        "output": layer._output_dense,
+    }
 
 
 def trainable_variables_of(layer) -> list:
@@ -541,6 +552,8 @@ def missing_names() -> list[str]:
     optimizer.exclude_from_weight_decay(var_names=["bias"])
     model.compile(optimizer, "mse", metrics=["mae"])
     model.train_on_batch(keras.ops.ones((2, 2)), keras.ops.ones((2, 1)))
+    attention = keras.layers.MultiHeadAttention(1, 1)
+    attention.build((1, 1, 1), (1, 1, 1))
     averaging = keras.optimizers.SGD(use_ema=True)
     averaging.build(model.trainable_variables)
     objects = {
@@ -551,6 +564,7 @@ def missing_names() -> list[str]:
         "sequential": model,
         "tensor": model.outputs[0],
         "masked tensor": keras.layers.Masking()(keras.Input((2, 1))),
+        "attention": attention,
         "compiled loss": model._compile_loss,
         "metric": keras.metrics.MeanAbsoluteError(),
         "optimizer": optimizer,

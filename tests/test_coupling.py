@@ -8,6 +8,7 @@ from keras import layers
 import keras_dst
 from keras_dst._structure.coupling import channel_groups, cost_of
 from tests.backends import once
+from tests.test_shrink import assert_same_outputs, randomize
 
 pytestmark = once
 
@@ -78,11 +79,127 @@ def test_cost_is_the_cost_of_the_smaller_model():
 def remove(found, dead):
     """Set everything to zero that belongs to the dead channels."""
     for member in found.members:
-        axis = member.output if member.output is not None else -1
+        axis = member.output if member.output is not None else next(iter(member.axes), None)
         if member.output is not None or member.follows:
             values = np.moveaxis(np.array(member.variable.numpy()), axis, 0)
             values[dead[member.axes[axis]]] = 0
             member.variable.assign(np.moveaxis(values, 0, axis))
+
+
+def vision_transformer():
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Reshape((4, 8))(layers.Conv2D(8, 4, strides=4, name="patches")(inputs))
+    y = layers.LayerNormalization(name="norm")(x)
+    x = layers.Add(name="add")([x, layers.MultiHeadAttention(4, 2, name="attention")(y, y)])
+    y = layers.LayerNormalization()(x)
+    y = layers.Dense(8, name="narrow")(layers.Dense(16, "gelu", name="wide")(y))
+    x = layers.LayerNormalization()(layers.Add(name="add_2")([x, y]))
+    return keras.Model(inputs, layers.Dense(3, name="head")(x[:, 0]))
+
+
+def grouped_query():
+    inputs = keras.Input((6,), dtype="int32")
+    x = layers.Embedding(5, 8, name="tokens")(inputs)
+    y = layers.RMSNormalization()(x)
+    x = layers.Add(name="add")([x, layers.GroupQueryAttention(2, 8, 4, name="attention")(y, y)])
+    return keras.Model(inputs, layers.Dense(3, name="head")(x))
+
+
+def squeeze_and_excitation():
+    inputs = keras.Input((6, 6, 3))
+    x = layers.Conv2D(8, 3, padding="same", use_bias=False, name="conv")(inputs)
+    y = layers.GlobalAveragePooling2D(keepdims=True)(x)
+    y = layers.Conv2D(4, 1, activation="relu", name="squeeze")(y)
+    y = layers.Conv2D(8, 1, activation="sigmoid", name="excite")(y)
+    x = layers.Conv2D(4, 3, padding="same", name="next")(layers.Multiply(name="gate")([x, y]))
+    return keras.Model(inputs, layers.Conv2D(2, 1, name="head")(x))
+
+
+def concatenation():
+    inputs = keras.Input((6, 6, 3))
+    a = layers.Conv2D(4, 1, name="a")(inputs)
+    b = layers.Conv2D(6, 1, name="b")(inputs)
+    x = layers.Concatenate()([a, b])
+    x = layers.Conv2DTranspose(8, 2, strides=2, name="up")(x)
+    x = layers.SeparableConv2D(4, 3, padding="same", depth_multiplier=2, name="separable")(x)
+    x = layers.DepthwiseConv2D(3, depth_multiplier=2, name="depthwise")(x)
+    return keras.Model(inputs, layers.Dense(2, name="head")(layers.Flatten()(x)))
+
+
+def gated_halves():
+    inputs = keras.Input((6, 6, 3))
+    a, b = keras.ops.split(layers.Conv2D(16, 3, name="both")(inputs), 2, axis=-1)
+    x = layers.GroupNormalization(4, name="norm")(layers.Multiply(name="product")([a, b]))
+    x = layers.Conv2D(8, 1, groups=2, name="grouped")(x)
+    return keras.Model(inputs, layers.Conv2D(2, 1, name="head")(x))
+
+
+def recurrent():
+    inputs = keras.Input((5, 3))
+    x = layers.LSTM(8, return_sequences=True, name="lstm")(inputs)
+    x = layers.GRU(6, return_sequences=True, name="gru")(x)
+    x = layers.SimpleRNN(4, name="rnn")(x)
+    return keras.Model(inputs, layers.Dense(2, name="head")(x))
+
+
+def called_twice_and_nested():
+    inner = keras.Sequential([keras.Input((8,)), layers.Dense(8, name="inner")], name="nested")
+    inputs = keras.Input((4,))
+    x, shared = layers.Dense(8, name="first")(inputs), layers.Dense(6, name="shared")
+    y = inner(x)
+    return keras.Model(
+        inputs, layers.Dense(2, name="head")(layers.Concatenate()([shared(x), shared(y)]))
+    )
+
+
+MODELS = {
+    vision_transformer: [
+        (8, ["patches", "attention", "narrow"]),
+        (4, ["attention"]),
+        (16, ["wide"]),
+    ],
+    grouped_query: [(8, ["tokens", "attention"]), (4, ["attention"])],
+    squeeze_and_excitation: [(8, ["conv", "excite"]), (4, ["squeeze"]), (4, ["next"])],
+    concatenation: [
+        (4, ["a"]),
+        (6, ["b"]),
+        (8, ["up", "separable"]),
+        (4, ["separable", "depthwise"]),
+    ],
+    gated_halves: [(2, ["both", "grouped"])],
+    recurrent: [(8, ["lstm"]), (6, ["gru"]), (4, ["rnn"])],
+    called_twice_and_nested: [(8, ["first", "inner"]), (6, ["shared"])],
+}
+
+
+@pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
+def test_groups_leave_exactly(build):
+    """Half of every group leaves; the outputs stay, and the price is the planned price."""
+    keras.utils.set_random_seed(0)
+    model = randomize(build())
+    assert groups_of(model) == MODELS[build]
+    found = channel_groups(model)
+    dead = np.zeros(found.count, bool)
+    for group in found.groups:
+        if not group.reason:
+            dead[group.ids[len(group) // 2 :]] = True
+    remove(found, dead)
+    small = keras_dst.shrink(model)
+    assert_same_outputs(model, small)
+    report = keras_dst.report(small)
+    assert cost_of(found, dead) == (report.parameters, report.dense_flops)
+    if build is not gated_halves:  # a convolution that has one group left couples nothing
+        assert [2 * size for size, _ in groups_of(small)] == [size for size, _ in MODELS[build]]
+
+
+def test_layer_normalization_keeps_a_channel_that_is_not_zero():
+    model = randomize(vision_transformer())
+    kernel = model.get_layer("patches").kernel
+    values = np.array(kernel.numpy())
+    values[..., 4:] = 0
+    kernel.assign(values)
+    with pytest.warns(UserWarning, match="found nothing to remove"):
+        keras_dst.shrink(model)
 
 
 def test_variables_of_sparse_layers_are_those_of_the_model():

@@ -511,10 +511,12 @@ class TestReport:
         softmax += "elementwise activation"
         custom = "'own' is a custom layer, whose code shrink cannot read; use layers of Keras "
         custom += "instead"
+        norm = "'norm' normalizes over channels, and the channel is not zero; set its bias to zero "
+        norm += "too"
         assert found == {
             "one": {f"'depthwise' {border}": 3},
             "depthwise": {},
-            "two": {"'norm' normalizes over channels; use BatchNormalization instead": 4},
+            "two": {norm: 4},
             "three": {separable: 2},
             "separable": {},
             "four": {"'pool' has its channels on another axis; use one axis": 2},

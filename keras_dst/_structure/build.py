@@ -58,7 +58,8 @@ class _Builder:
             result = self._add_constants(handler, result)
         else:
             args, kwargs = call.map(self.tensor)
-            result = self._operation(handler)(*args, **kwargs)
+            operation = self._operation(handler)
+            result = handler.apply(operation, args, kwargs, self.plan.removed)
         self.tensors.update((id(x), y) for x, y in zip(call.outputs, tree.flatten(result)))
 
     def set_weights(self) -> None:

@@ -19,7 +19,6 @@ from keras_dst._reporting.weights import weights_of
 from keras_dst._structure.handlers import (
     ElementwiseMerge,
     GroupedConv,
-    KernelLayer,
     Opaque,
 )
 from keras_dst._structure.plan import Plan
@@ -64,7 +63,7 @@ class CoupledChannels:
     To remove the channels `dead`, a boolean array with one entry per id:
 
     * set all members with an `output` axis to zero at the positions `dead[member.axes[output]]`;
-    * set all members that follow to zero at the positions `dead[member.axes[-1]]`.
+    * set all members that follow to zero at the positions `dead[ids]` of their only axis.
 
     All dead channels are then exactly zero, and `shrink` removes them without a remainder.
     The saliency of a channel is the sum over all positions with its id along the output axes.
@@ -155,7 +154,7 @@ def cost_of(channels: CoupledChannels, dead: np.ndarray | None = None) -> Cost:
     parameters, flops = channels.other_parameters, channels.other_flops
     for member in channels.members:
         size = math.prod(member.variable.shape)
-        for axis, ids in member.axes.items():
+        for axis, ids in member.axes.items() if member.shrinks else ():
             size = size // member.variable.shape[axis] * int(kept[ids].sum())
         parameters += size
         uses = channels.uses.get(id(member.variable), 0)
@@ -202,7 +201,7 @@ def _groups(plan: Plan, members: list[Member]) -> tuple[list[ChannelGroup], np.n
                 members=[],
                 layers=list(dict.fromkeys(layers)),
                 chain=chains.text(channels[0]),
-                reason=reason,
+                reason=reason or ("" if layers else "no weight makes the channels"),
                 width=min(int(np.isin(a, ids).sum()) // len(ids) for a in axes),
             )
         )
@@ -227,7 +226,7 @@ class _Chains:
             joins = isinstance(handler, GroupedConv) or (
                 isinstance(handler, ElementwiseMerge) and len(distinct) > 1
             )
-            makes = isinstance(handler, (KernelLayer, Opaque))
+            makes = handler.makes_channels or isinstance(handler, Opaque)
             for y in handler.call.outputs:
                 source[id(y)] = name if joins or makes or not inputs else inputs[0]
             if joins:

@@ -19,6 +19,7 @@ from keras_dst._structure.handlers import (
     Concatenation,
     Elementwise,
     ElementwiseMerge,
+    EmbeddingTable,
     GroupedConv,
     KernelLayer,
     Opaque,
@@ -30,6 +31,8 @@ from keras_dst._structure.handlers import (
     TimeDistributedDense,
     TransposedConv,
 )
+from keras_dst._structure.indexing import Padding, Slice, Split, full_key
+from keras_dst._structure.mixing import Attention, GroupNorm, LayerNorm, LayerScale, RMSNorm
 
 
 def _every(pattern: str, ranks=(1, 2, 3)) -> tuple:
@@ -55,11 +58,11 @@ _ELEMENTWISE = (
 )
 _MIXING_LAYERS = {
     **dict.fromkeys(
-        (*(f"{n}Normalization" for n in ("Layer", "Group", "RMS", "Unit")), "Normalize"),
+        ("UnitNormalization", "Normalize"),
         "normalizes over channels; use BatchNormalization instead",
     ),
     **dict.fromkeys(
-        ("MultiHeadAttention", "GroupQueryAttention", "Attention", "AdditiveAttention"),
+        ("Attention", "AdditiveAttention"),
         f"attends with all channels at once; {NOT_READ}",
     ),
     "Softmax": f"is a softmax over channels; {NOT_READ}",
@@ -80,6 +83,22 @@ _HANDLERS: dict[type, type[ChannelHandler]] = {
     layers.PReLU: PReLUSlopes,
     layers.TimeDistributed: TimeDistributedDense,
     layers.Concatenate: Concatenation,
+    layers.Embedding: EmbeddingTable,
+    layers.LayerNormalization: LayerNorm,
+    layers.RMSNormalization: RMSNorm,
+    layers.GroupNormalization: GroupNorm,
+    **dict.fromkeys((layers.MultiHeadAttention, layers.GroupQueryAttention), Attention),
+}
+# Operations and layers that Keras does not export.
+_HANDLERS_BY_NAME: dict[str, type[ChannelHandler]] = {
+    **dict.fromkeys(MERGE_VERBS, ElementwiseMerge),
+    "Add": Addition,  # both the layer `Add` and the operation of `x + y`
+    "GetItem": Slice,
+    "Split": Split,
+    "Pad": Padding,
+    "LayerScale": LayerScale,
+    "StochasticDepth": Elementwise,
+    **dict.fromkeys(("Relu", "Relu6", "Gelu", "Silu", "Sigmoid", "Tanh", "Softplus"), Elementwise),
 }
 
 
@@ -96,16 +115,15 @@ def handler_for(call: Call, tied: str = "") -> ChannelHandler:
     """
     op, kind = call.op, type(call.op)
     handler = _HANDLERS.get(kind)
-    if kind.__name__ in MERGE_VERBS and kind.__module__.startswith("keras."):
-        # Both the layer `Add` and the operation of `x + y` have the name "Add".
-        handler = Addition if kind.__name__ == "Add" else ElementwiseMerge
+    if handler is None and kind.__module__.startswith("keras."):
+        handler = _HANDLERS_BY_NAME.get(kind.__name__)
     if handler is None:
         return Opaque(call, _unsupported_reason(op))
     if tied:
         return Opaque(call, f"{tied}; {NOT_READ}")
     if call.kwargs.get("training"):
         return Opaque(call, f"is called with training=True; {NOT_READ}")
-    if len(call.outputs) != 1 or not call.inputs:
+    if (len(call.outputs) != 1 and handler is not Split) or not call.inputs:
         return Opaque(call, f"has more than one output; {NOT_READ}")
     if getattr(op, "quantization_mode", None):
         return Opaque(call, "is quantized; quantize after shrink instead")
@@ -118,7 +136,8 @@ def handler_for(call: Call, tied: str = "") -> ChannelHandler:
             y.set_channels(call.inputs[0].axis)
     elif any(x.axis != len(x.shape) - 1 for x in call.inputs):
         return Opaque(call, "joins channels along different axes; use one data format")
-    if not all(x.channels for x in (*call.inputs, y)):
+    known = call.outputs if handler is EmbeddingTable else (*call.inputs, *call.outputs)
+    if not all(x.channels for x in known):
         return Opaque(call, "has an unknown number of channels; state it in the Input")
     if handler is Concatenation and op.axis % len(y.shape) != call.inputs[0].axis:
         handler = ElementwiseMerge
@@ -131,7 +150,7 @@ def handler_for(call: Call, tied: str = "") -> ChannelHandler:
 def _channel_axis(call: Call) -> int:
     """Return the axis on which an operation takes the channels of its inputs."""
     op, last = call.op, len(call.inputs[0].shape) - 1
-    if isinstance(op, layers.BatchNormalization):
+    if isinstance(op, (layers.BatchNormalization, layers.GroupNormalization)):
         return op.axis % (last + 1)
     kind = type(op)
     anywhere = (*_ELEMENTWISE_LAYERS, layers.Activation, layers.PReLU)
@@ -175,6 +194,30 @@ def _input_reason(handler: type[ChannelHandler], call: Call) -> str:
         alike = all(z.channels in (1, y.channels) for z in call.inputs)
         whole = any(z.channels == y.channels for z in call.inputs)
         return "" if alike and whole and not arrays else f"combines an array; {NOT_READ}"
+    if handler in (LayerNorm, RMSNorm):
+        axes = [op.axis] if isinstance(op.axis, int) else list(op.axis)
+        if [axis % len(x.shape) for axis in axes] != [x.axis]:
+            return f"normalizes over other axes than the channels; {NOT_READ}"
+        if getattr(op, "rms_scaling", False):
+            return f"scales by the standard deviation; {NOT_READ}"
+        # The operations that pad and slice the channels would lose the mask.
+        masked = handler is LayerNorm and x.masked
+        return f"normalizes over the channels of a masked sequence; {NOT_READ}" if masked else ""
+    if handler is LayerScale and x.axis != len(x.shape) - 1:
+        return f"scales positions differently; {NOT_READ}"
+    if handler is Slice and full_key(call) is None:
+        return f"takes single channels; {NOT_READ}"
+    if handler is Padding:
+        values = [*call.args[1:], *call.kwargs.values()]
+        zeros = op.mode == "constant" and all(value is None or value == 0 for value in values)
+        return "" if zeros else f"pads with other values than zeros; {NOT_READ}"
+    if handler is Attention:
+        config = op.get_config()
+        if config.get("use_gate"):
+            return f"has a gate; {NOT_READ}"
+        shape = config.get("output_shape")
+        if isinstance(shape, (tuple, list)) and len(shape) != 1:
+            return f"has units along several axes; {NOT_READ}"
     if handler is Rearrangement and None in (*x.shape[1:], *y.shape[1:]):
         last = x.axis == len(x.shape) - 1 and x.shape[-1] == y.shape[-1]
         known = isinstance(op, layers.Permute) or last
@@ -185,7 +228,9 @@ def _input_reason(handler: type[ChannelHandler], call: Call) -> str:
 def _unit_reason(handler: type[ChannelHandler], call: Call) -> str:
     """Return why a layer that can lose inputs has to keep its units."""
     if handler is Recurrent:
-        return "is recurrent: each of its units reads all units; make the layer narrower instead"
+        cell = call.op.cell
+        gates = getattr(cell, "recurrent_activation", cell.activation)
+        return "" if _is_elementwise(cell) and _is_known(gates) else _activation_reason(cell)
     if not issubclass(handler, KernelLayer):
         return ""
     layer = call.op.layer if handler is TimeDistributedDense else call.op
@@ -198,5 +243,9 @@ def _activation_reason(layer) -> str:
 
 
 def _is_elementwise(layer) -> bool:
-    name = getattr(layer.activation, "__name__", "")
-    return name in _ELEMENTWISE and layer.activation is keras.activations.get(name)
+    return _is_known(layer.activation)
+
+
+def _is_known(activation) -> bool:
+    name = getattr(activation, "__name__", "")
+    return name in _ELEMENTWISE and activation is keras.activations.get(name)

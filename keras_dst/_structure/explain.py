@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from keras_dst._structure.graph import Tensor
-from keras_dst._structure.handlers import ChannelHandler, GroupedConv, KernelLayer, Opaque
+from keras_dst._structure.handlers import ChannelHandler, GroupedConv, Opaque
 from keras_dst._structure.plan import Plan
 
 
@@ -24,9 +24,9 @@ def explained_layers(plan: Plan) -> Iterator[tuple[ChannelHandler, Counter[str]]
 
 
 def _makes_channels(handler: ChannelHandler) -> bool:
-    if isinstance(handler, (GroupedConv, Opaque)):
-        return bool(handler.ignores_input().size)
-    return isinstance(handler, KernelLayer)
+    return handler.makes_channels or (
+        isinstance(handler, Opaque) and bool(handler.ignores_input().size)
+    )
 
 
 class _ReasonFinder:
@@ -72,17 +72,19 @@ class _ReasonFinder:
                     note(x.origin.ids, f"'{name}' has its channels on another axis; use one axis")
                 elif isinstance(handler, Opaque):
                     note(x.ids, f"'{name}' {handler.reason}")
-                elif isinstance(handler, KernelLayer):
-                    needs = handler.needs(self.plan.removed)
+                    continue
+                needs = handler.needs(x, self.plan.removed)
+                if needs.any():
                     read.update(map(int, x.ids[needs]))
                     for i in x.ids[needs & ~np.isnan(x.constant)]:
                         note([i], f"'{name}' {handler.reason_for(self._coupled(handler, i))}")
-                else:
+                if not handler.makes_channels or isinstance(handler, GroupedConv):
                     for i in np.unique(handler.broken_constants(x)):
                         reason = handler.reason_for(self._coupled(handler, i))
                         note([i], f"'{name}' {reason}", reads=False)
-            if given and not isinstance(handler, (KernelLayer, Opaque)):
-                reached.add(id(handler.y))
+            passes = not handler.makes_channels or isinstance(handler, GroupedConv)
+            if given and passes and not isinstance(handler, Opaque):
+                reached |= {id(y) for y in handler.call.outputs}
         for y in self.plan.outputs:
             if id(y) in reached:
                 note(y.ids, "it is an output of the model; exclude its layer from pruning")
@@ -102,7 +104,7 @@ class _ReasonFinder:
         """Return the name of the layer that makes a channel."""
         while handler := self.producers.get(id(x.origin or x)):
             varying = [z for z in handler.call.inputs if channel in _varying_ids(z)]
-            if isinstance(handler, (KernelLayer, GroupedConv, Opaque)) or not varying:
+            if _makes_channels(handler) or isinstance(handler, Opaque) or not varying:
                 return f"'{self._name(handler)}'"
             x = varying[0]
         return "an input of the model"
@@ -114,7 +116,7 @@ class _ReasonFinder:
             f"'{self._name(handler)}'"
             for handler in self.plan.handlers
             if handler.op is not layer.op
-            and isinstance(handler, (KernelLayer, GroupedConv, Opaque))
+            and (handler.makes_channels or isinstance(handler, Opaque))
             and any(channel in y.ids for y in handler.call.outputs)
         ]
         others = " and ".join(dict.fromkeys(names)) or "the same layer"

@@ -35,6 +35,7 @@ class ChannelHandler:
     """
 
     can_slice = False  # whether the handler creates the layer again with fewer channels
+    makes_channels = False  # whether the channels of the output are units of the layer
 
     def __init__(self, call: Call, reason: str = ""):
         self.call, self.op, self.reason = call, call.op, reason
@@ -71,9 +72,43 @@ class ChannelHandler:
 
         Args:
             config: the arguments that create the layer. It is changed in place.
-            removed: for every channel group, whether it is removed.
+            removed: for every union of channels, whether it is removed.
         """
-        return self.op.get_weights()
+        axes = {id(member.variable): member.axes for member in self.members()}
+        weights = []
+        for variable, w in zip(self.op.weights, self.op.get_weights()):
+            for axis, ids in axes.get(id(variable), {}).items():
+                w = w.compress(~removed[ids], axis)
+            weights.append(w)
+        return weights
+
+    def apply(self, operation, args: tuple, kwargs: dict, removed: np.ndarray):
+        """Call the new operation on the new tensors, and return its output.
+
+        Args:
+            operation: the operation of the smaller model.
+            args, kwargs: the arguments of the call, with the tensors of the smaller model.
+            removed: for every union of channels, whether it is removed.
+        """
+        return operation(*args, **kwargs)
+
+    def relabel(self, roots: np.ndarray) -> None:
+        """Replace the ids of the units by the ids of their unions."""
+
+    def needs(self, x: Tensor, removed: np.ndarray) -> np.ndarray:
+        """Return, for each channel of an input, whether the outputs need this very channel.
+
+        A handler that passes channels on, such as an activation, needs none of them itself.
+
+        Args:
+            x: an input of the call.
+            removed: for every union of channels, whether it is removed.
+        """
+        return np.zeros(x.channels, bool)
+
+    def needed_inside(self, removed: np.ndarray) -> np.ndarray:
+        """Return the ids of the channels within the layer that its outputs need."""
+        return np.zeros(0, int)
 
     def ignores_input(self) -> np.ndarray:
         """Return, for each output channel, whether its value is the same for every input."""
@@ -176,9 +211,6 @@ class BatchNorm(PerChannel):
         found = [Member(v, axes, follows=True) for v in zeroed if v is not None]
         return [*found, Member(self.op.moving_variance, axes)]
 
-    def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
-        return [w[~removed[self.x.ids]] for w in self.op.get_weights()]
-
 
 class Rescale(PerChannel):
     """Rescaling by one number, or by one number for each channel of the last axis."""
@@ -201,11 +233,6 @@ class PReLUSlopes(PerChannel):
         axis = self.x.axis - len(self.x.shape)
         shared = self.op.alpha.shape[axis] == 1
         return [Member(self.op.alpha, {} if shared else {axis: self.x.ids})]
-
-    def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
-        (alpha,) = self.op.get_weights()
-        axis = self.x.axis - 1
-        return [alpha if alpha.shape[axis] == 1 else alpha.compress(~removed[self.x.ids], axis)]
 
 
 class ElementwiseMerge(Elementwise):
@@ -269,7 +296,7 @@ class Concatenation(ChannelHandler):
 class GroupedConv(Elementwise):
     """Depthwise or grouped convolution, which loses all channels of a group or none of them."""
 
-    can_slice = True
+    can_slice = makes_channels = True
     whole_groups = (
         "loses only whole groups, and other channels of the group are in use; prune all filters "
         "of the group"
@@ -310,15 +337,10 @@ class GroupedConv(Elementwise):
         return np.all(kernel.reshape(-1, self.sizes[0], self.y.channels) == 0, axis=(0, 1))
 
     def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
-        kernel, *bias = self.op.get_weights()
-        units = ~removed[self.y.ids]
-        if isinstance(self.op, DEPTHWISE):
-            kernel = kernel[..., ~removed[self.x.ids], :]
-        else:
-            kernel = kernel[..., units]
-            config["filters"] = int(units.sum())
+        if not isinstance(self.op, DEPTHWISE):
+            config["filters"] = int((~removed[self.y.ids]).sum())
             config["groups"] = config["filters"] // self.sizes[1]
-        return [kernel, *(b[units] for b in bias)]
+        return super().slice(config, removed)
 
     def reason_for(self, others: str) -> str:
         if not others or self.sizes[0] == 1:
@@ -390,7 +412,7 @@ class Rearrangement(ChannelHandler):
 class KernelLayer(ChannelHandler):
     """Layer whose units read all channels: Dense or a convolution."""
 
-    can_slice = True
+    can_slice = makes_channels = True
 
     @property
     def layer(self):
@@ -465,8 +487,10 @@ class KernelLayer(ChannelHandler):
         """Return, for each channel, whether it is a constant that can move elsewhere."""
         return ~np.isnan(self.common_constant())
 
-    def needs(self, removed: np.ndarray) -> np.ndarray:
-        """Return, for each channel, whether the remaining units need it."""
+    def relabel(self, roots: np.ndarray) -> None:
+        self.unit_ids = roots[self.unit_ids]
+
+    def needs(self, x: Tensor, removed: np.ndarray) -> np.ndarray:
         return self.reads[:, ~removed[self.unit_ids]].any(1) & ~self.can_lose()
 
     def carrier(self, removed: np.ndarray) -> int | None:
@@ -554,6 +578,35 @@ class SeparableConv(KernelLayer):
         return "pads with zeros, where the constant of the channel ends; use padding='valid'"
 
 
+class EmbeddingTable(ChannelHandler):
+    """Embedding of integers, whose table makes channels."""
+
+    can_slice = makes_channels = True
+
+    def place_channels(self) -> None:
+        self.y.set_channels(len(self.y.shape) - 1)
+
+    def propagate_constants(self) -> None:
+        self.y.constant = np.where(self.ignores_input(), 0.0, UNKNOWN)
+
+    def couple(self, unions: ChannelUnions) -> None:
+        self.unit_ids = self.y.ids = unions.units(self.op, self.y.channels)
+        unions.pin(self.x.ids, f"'{self.op.name}' looks up the values")
+
+    def relabel(self, roots: np.ndarray) -> None:
+        self.unit_ids = roots[self.unit_ids]
+
+    def members(self) -> list[Member]:
+        return [Member(self.op.embeddings, {-1: self.unit_ids}, output=-1)]
+
+    def ignores_input(self) -> np.ndarray:
+        return np.all(to_float64(self.op.embeddings) == 0, axis=0)
+
+    def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
+        config["output_dim"] = int((~removed[self.unit_ids]).sum())
+        return super().slice(config, removed)
+
+
 class TimeDistributedDense(KernelLayer):
     """`TimeDistributed(Dense)`."""
 
@@ -569,39 +622,62 @@ class TimeDistributedDense(KernelLayer):
 
 
 class Recurrent(KernelLayer):
-    """SimpleRNN, LSTM or GRU, which keep their units: every unit reads all units."""
+    """SimpleRNN, LSTM or GRU. A unit whose weights are all zero stays at its initial state, 0."""
 
     @property
     def layer(self):
         return self.op.cell
 
+    @cached_property
+    def gates(self) -> int:
+        """Number of kernels next to each other: 1, or 3 for GRU, or 4 for LSTM."""
+        return self.layer.kernel.shape[-1] // self.layer.units
+
     def place_channels(self) -> None:
         self.y.set_channels(len(self.y.shape) - 1)
 
     def propagate_constants(self) -> None:
-        """Leave the outputs as they are: their values depend on the units themselves."""
+        found = [self.w, to_float64(self.layer.recurrent_kernel)]
+        if self.layer.use_bias:
+            found.append(to_float64(self.layer.bias).reshape(-1, self.w.shape[-1]))
+        dead = np.all(np.concatenate(found) == 0, axis=0).reshape(self.gates, -1).all(0)
+        at_zero = float(self.layer.activation(ops.zeros((1,)))[0])
+        if not self.reason and not self.op.stateful and at_zero == 0:
+            self.y.constant = np.where(dead, 0.0, UNKNOWN)
 
     def couple(self, unions: ChannelUnions) -> None:
         self.called_on = unions.called_on(self.op, self.x)
-        self.unit_ids = unions.units(self.op, self.layer.kernel.shape[-1])
-        self.y.ids = unions.new(self.y.channels)
-        for ids in (self.unit_ids, self.y.ids):
-            unions.pin(ids, f"'{self.op.name}' {self.reason}")
+        self.y.ids = unions.units(self.op, self.layer.units)
+        self.unit_ids = np.tile(self.y.ids, self.gates)
+        if self.reason:
+            unions.pin(self.y.ids, f"'{self.op.name}' {self.reason}")
 
     def members(self) -> list[Member]:
-        return [Member(self.layer.kernel, {-2: self.x.ids, -1: self.unit_ids}, output=-1)]
+        cell, units = self.layer, self.unit_ids
+        found = [
+            Member(cell.kernel, {-2: self.x.ids, -1: units}, output=-1),
+            Member(cell.recurrent_kernel, {-2: self.y.ids, -1: units}, output=-1),
+        ]
+        return [*found, *self._bias()]
 
     def ignores_input(self) -> np.ndarray:
-        return np.zeros(0, bool)
+        return self.y.constant == 0
 
     def can_lose(self) -> np.ndarray:
         return super().can_lose() if self.layer.use_bias else self.common_constant() == 0
 
+    def needed_inside(self, removed: np.ndarray) -> np.ndarray:
+        recurrent = to_float64(self.layer.recurrent_kernel)
+        read = np.any(recurrent[:, ~removed[self.unit_ids]] != 0, axis=1)
+        return self.y.ids[read & (self.y.constant != 0)]
+
     def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
-        kernel, recurrent, *bias = self.op.get_weights()
-        for b in bias:  # GRU adds the first row of its bias to the input
-            b.reshape(-1, kernel.shape[-1])[0] += self._removed_constants(removed) @ self.w
-        return [kernel[~removed[self.x.ids]], recurrent, *bias]
+        config["units"] = int((~removed[self.y.ids]).sum())
+        weights = ChannelHandler.slice(self, config, removed)
+        moved = (self._removed_constants(removed) @ self.w)[~removed[self.unit_ids]]
+        for bias in weights[2:]:  # GRU adds the first row of its bias to the input
+            bias.reshape(-1, len(moved))[0] += moved
+        return weights
 
     def reason_for(self, others: str) -> str:
         if others:

@@ -118,8 +118,7 @@ class Plan:
         for tensor in tensors:
             tensor.ids = roots[tensor.ids]
         for handler in self.handlers:
-            if isinstance(handler, KernelLayer):
-                handler.unit_ids = roots[handler.unit_ids]
+            handler.relabel(roots)
         self.pin_reasons = unions.reasons(roots)
         pinned = np.zeros(len(roots), bool)
         pinned[list(self.pin_reasons)] = True
@@ -127,10 +126,15 @@ class Plan:
 
     def _remove_unread_channels(self) -> None:
         """Remove all groups that no remaining unit needs; repeat, as removed units read nothing."""
+        known = {id(kernel.op) for kernel in self.kernels}  # one call of each shows all its needs
+        others = [h for h in self.handlers if id(h.op) not in known]
+        readers = [*self.kernels, *others]
         while True:
             needed = self.pinned.copy()
-            for kernel in self.kernels:
-                needed[kernel.x.ids[kernel.needs(self.removed)]] = True
+            for handler in readers:
+                needed[handler.needed_inside(self.removed)] = True
+                for x in handler.call.inputs:
+                    needed[x.ids[handler.needs(x, self.removed)]] = True
             if np.array_equal(self.removed, ~needed):
                 return
             self.removed = ~needed

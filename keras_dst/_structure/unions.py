@@ -22,6 +22,8 @@ class Member:
             convolutions, -2 for depthwise and transposed kernels. None for all other variables.
         follows: True if the variable is set to zero together with a channel, as a bias is, so that
             the channel is exactly zero. False for kernels and for variances.
+        shrinks: False if the variable keeps its size when channels leave: layer normalization
+            counts the channels that left as zeros.
         layer: the name of the layer.
     """
 
@@ -29,6 +31,7 @@ class Member:
     axes: dict[int, np.ndarray]
     output: int | None = None
     follows: bool = False
+    shrinks: bool = True
     layer: str = ""
 
 

@@ -1,0 +1,204 @@
+"""Handlers of layers that mix channels: normalization over channels, and attention."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from keras import ops
+
+from keras_dst import _keras
+from keras_dst._structure.graph import UNKNOWN, Tensor, to_float64
+from keras_dst._structure.handlers import ChannelHandler, PerChannel
+from keras_dst._structure.unions import ChannelUnions, Member
+
+
+class LayerNorm(PerChannel):
+    """Layer normalization over the channels.
+
+    A channel that is zero is part of the mean and of the variance. The smaller model therefore pads
+    the kept channels with zeros to the old width, normalizes, and takes the kept channels again.
+    """
+
+    def members(self) -> list[Member]:
+        offsets = [v for v in (self.op.gamma, self.op.beta) if v is not None]
+        return [Member(v, {-1: self.x.ids}, follows=True, shrinks=False) for v in offsets]
+
+    def ignores_input(self) -> np.ndarray:
+        return to_float64(self.op.gamma) == 0 if self.op.scale else super().ignores_input()
+
+    def _varies(self) -> np.ndarray:
+        return np.ones(self.x.channels, bool)
+
+    def needs(self, x: Tensor, removed: np.ndarray) -> np.ndarray:
+        return x.constant != 0
+
+    def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
+        kept = ~removed[self.x.ids]
+        return [np.pad(w[kept], (0, int((~kept).sum()))) for w in self.op.get_weights()]
+
+    def apply(self, operation, args: tuple, kwargs: dict, removed: np.ndarray):
+        kept = ~removed[self.x.ids]
+        if kept.all():
+            return operation(*args, **kwargs)
+        x, axis = args[0], self.x.axis
+        rank = len(x.shape)
+        added = [(0, int((~kept).sum()) if a == axis else 0) for a in range(rank)]
+        y = operation(ops.pad(x, added), **kwargs)
+        return y[tuple(slice(int(kept.sum()) if a == axis else None) for a in range(rank))]
+
+    def reason_for(self, others: str) -> str:
+        return "normalizes over channels, and the channel is not zero; set its bias to zero too"
+
+
+class RMSNorm(LayerNorm):
+    """Division by the root mean square of the channels, which can be rescaled exactly."""
+
+    def members(self) -> list[Member]:
+        return [Member(self.op.scale, {-1: self.x.ids}, follows=True)]
+
+    def ignores_input(self) -> np.ndarray:
+        return to_float64(self.op.scale) == 0
+
+    def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
+        # mean(x^2) over n channels is k / n times the mean over the k channels that are not zero.
+        kept = ~removed[self.x.ids]
+        ratio = len(kept) / int(kept.sum())
+        config["epsilon"] = self.op.epsilon * ratio
+        return [w[kept] * math.sqrt(ratio) for w in self.op.get_weights()]
+
+    def apply(self, operation, args: tuple, kwargs: dict, removed: np.ndarray):
+        return operation(*args, **kwargs)
+
+
+class GroupNorm(PerChannel):
+    """Group normalization, which loses all channels of a group or none of them."""
+
+    def couple(self, unions: ChannelUnions) -> None:
+        super().couple(unions)
+        size = self.x.channels // self.op.groups
+        unions.couple(self.x.ids, np.repeat(self.x.ids[::size], size))
+
+    def members(self) -> list[Member]:
+        offsets = [v for v in (self.op.gamma, self.op.beta) if v is not None]
+        return [Member(v, {-1: self.x.ids}, follows=True) for v in offsets]
+
+    def ignores_input(self) -> np.ndarray:
+        return to_float64(self.op.gamma) == 0 if self.op.scale else super().ignores_input()
+
+    def _varies(self) -> np.ndarray:
+        size = self.x.channels // self.op.groups
+        return np.repeat(np.isnan(self.x.constant).reshape(-1, size).any(1), size)
+
+    def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
+        kept = ~removed[self.x.ids]
+        config["groups"] = int(kept.sum()) * self.op.groups // len(kept)
+        return super().slice(config, removed)
+
+    def reason_for(self, others: str) -> str:
+        return "normalizes groups of channels; remove all channels of the group"
+
+
+class LayerScale(PerChannel):
+    """Product with one number for each channel, as in the ConvNeXt of `keras.applications`."""
+
+    def members(self) -> list[Member]:
+        return [Member(self.op.gamma, {-1: self.x.ids}, follows=True)]
+
+    def ignores_input(self) -> np.ndarray:
+        return to_float64(self.op.gamma) == 0
+
+    def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
+        config["projection_dim"] = int((~removed[self.x.ids]).sum())
+        return super().slice(config, removed)
+
+
+class Attention(ChannelHandler):
+    """`MultiHeadAttention` and `GroupQueryAttention`, which lose inputs, units and whole heads."""
+
+    can_slice = makes_channels = True
+
+    def __init__(self, call, reason: str = ""):
+        super().__init__(call, reason)
+        self.projections = _keras.attention_projections_of(self.op)
+        args = (*call.args, *(() if len(call.args) > 1 else (call.kwargs["value"],)))
+        query, value = args[:2]
+        key = args[2] if len(args) > 2 else call.kwargs.get("key")
+        self.given = {"query": query, "key": value if key is None else key, "value": value}
+        self.heads = self.projections["value"].kernel.shape[1]
+        # Several query heads of grouped-query attention share a head of keys and values.
+        self.sharing = self.projections["query"].kernel.shape[1] // self.heads
+
+    def place_channels(self) -> None:
+        self.y.set_channels(len(self.y.shape) - 1)
+
+    def couple(self, unions: ChannelUnions) -> None:
+        for name, x in self.given.items():
+            unions.called_on(self.projections[name], x)
+        self.head_ids = unions.units(self.projections["value"], self.heads)
+        self.unit_ids = self.y.ids = unions.units(self.op, self.y.channels)
+        if self.fixed_width:
+            unions.couple(self.unit_ids, self.given["query"].ids)
+
+    @property
+    def fixed_width(self) -> bool:
+        """Whether the layer has as many units as its query has channels."""
+        return not hasattr(self.op, "num_heads")
+
+    def relabel(self, roots: np.ndarray) -> None:
+        self.unit_ids, self.head_ids = roots[self.unit_ids], roots[self.head_ids]
+
+    def members(self) -> list[Member]:
+        found = []
+        query_heads = np.repeat(self.head_ids, self.sharing)
+        for name, x in self.given.items():
+            heads = query_heads if name == "query" else self.head_ids
+            layer = self.projections[name]
+            found.append(Member(layer.kernel, {-3: x.ids, -2: heads}, output=-2))
+            if layer.bias is not None:
+                found.append(Member(layer.bias, {-2: heads}, follows=True))
+        layer = self.projections["output"]
+        found.append(Member(layer.kernel, {-3: query_heads, -1: self.unit_ids}, output=-1))
+        if layer.bias is not None:
+            found.append(Member(layer.bias, {-1: self.unit_ids}, follows=True))
+        return found
+
+    def propagate_constants(self) -> None:
+        bias = self.projections["output"].bias
+        value = 0.0 if bias is None else to_float64(bias)
+        self.y.constant = np.where(self.ignores_input(), value, UNKNOWN)
+
+    def ignores_input(self) -> np.ndarray:
+        return np.all(to_float64(self.projections["output"].kernel) == 0, axis=(0, 1))
+
+    def needs(self, x: Tensor, removed: np.ndarray) -> np.ndarray:
+        needed = np.zeros(x.channels, bool)
+        for name, given in self.given.items():
+            if given is x:
+                kernel = to_float64(self.projections[name].kernel)
+                kept = ~removed[self.head_ids]
+                kept = np.repeat(kept, self.sharing) if name == "query" else kept
+                needed |= np.any(kernel[:, kept] != 0, axis=(1, 2))
+        return needed & (x.constant != 0)
+
+    def needed_inside(self, removed: np.ndarray) -> np.ndarray:
+        """Return the ids of the heads whose values are not zero and are read by a kept unit."""
+        value, output = self.projections["value"], self.projections["output"]
+        filled = np.any(to_float64(value.kernel) != 0, axis=(0, 2))
+        if value.bias is not None:
+            filled |= np.any(to_float64(value.bias) != 0, axis=1)
+        read = np.any(to_float64(output.kernel)[..., ~removed[self.unit_ids]] != 0, axis=(1, 2))
+        return self.head_ids[filled & read.reshape(self.heads, self.sharing).any(1)]
+
+    def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
+        heads = int((~removed[self.head_ids]).sum())
+        if self.fixed_width:
+            config["num_key_value_heads"] = heads
+            config["num_query_heads"] = heads * self.sharing
+        else:
+            config["num_heads"] = heads
+            config["output_shape"] = (int((~removed[self.unit_ids]).sum()),)
+        return super().slice(config, removed)
+
+    def reason_for(self, others: str) -> str:
+        return "reads the channel, which is not zero; set its bias to zero too"
