@@ -121,11 +121,6 @@ def on_accelerator(tensor) -> bool:
     return False
 
 
-def torch_device(tensor) -> str | None:
-    """Return the name of a tensor's device on torch, and None on other backends."""
-    return str(tensor.device) if keras.backend.backend() == "torch" else None
-
-
 def device_scope(device: str | None):
     """Return a context in which Keras computes on a device; None leaves the device as it is."""
     return contextlib.nullcontext() if device is None else keras.device(device)

@@ -18,7 +18,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dst._backend.devices import device_scope, on_accelerator, torch_device
+from keras_dst._backend.devices import device_scope, on_accelerator
 from keras_dst._backend.jit import count_true
 
 Tensor = Any
@@ -143,8 +143,7 @@ class _Ranking:
 
     Small tensors are joined to bundles, so that few operations are compiled. Large tensors are not
     copied. Scores that are not finite are replaced only in comparisons. Vectors such as thresholds
-    and counts have one entry per ranking. On torch these vectors are in the memory of the host: a
-    GPU would launch a kernel for each operation, and the search has to wait for each count anyway.
+    and counts have one entry per ranking.
     """
 
     def __init__(self, scores, together, sizes=None, first=None):
@@ -157,7 +156,8 @@ class _Ranking:
         scores = [ops.cast(s, "float32") for s in scores]
         self.scores = [b.join(scores, -np.inf) for b in self.bundles]
         self.at_once = on_accelerator(self.scores[0])
-        self.device = torch_device(self.scores[0]) if self.at_once else None
+        # The search stays on the device of the scores until a test on a GPU covers the host.
+        self.device: str | None = None
         self.least, self.most, self.peaks = self._extremes()
         # Number of weights of each entry. None if every entry is one weight.
         self.weights, self.total = [None] * len(self.bundles), self.lengths
