@@ -150,6 +150,8 @@ class ExportReport:
         ]
         measures = ("bytes >", "ratio >", "gzip >", "latency, ms >", "ratio >", "load, ms >")
         table = as_table(("file", *measures, "memory, MB >", "accuracy >"), rows)
+        if dense.latency is None:
+            return table
         return f"{table}\nLatency on this CPU at batch size {self.batch}, {self.threads} thread(s)."
 
 
