@@ -95,9 +95,10 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
         for weight, layout in zip(weights, layouts)
     ]
     following = [
-        (member.variable, -1, numbers[member.axes[-1]])
+        (member.variable, axis, numbers[ids])
         for member in coupled.members
-        if member.follows and (numbers[member.axes[-1]] >= 0).any()
+        for axis, ids in member.axes.items()
+        if member.follows and (numbers[ids] >= 0).any()
     ]
     if method.learned or getattr(method, "grows", False):
         # Gates may open again. A channel that grows at 0 needs other offsets to get a gradient.
