@@ -158,6 +158,44 @@ def test_groups_are_found_again_after_a_file_is_loaded(tmp_path):
     assert units(loaded, "stem").sum() == 8
 
 
+def transformer():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6, 32))
+    x = layers.Dense(32, name="embed")(inputs)
+    y = layers.LayerNormalization(name="norm")(x)
+    x = layers.Add()([x, layers.MultiHeadAttention(4, 8, name="attention")(y, y)])
+    y = layers.Dense(64, "gelu", name="wide")(layers.LayerNormalization()(x))
+    x = layers.Add()([x, layers.Dense(32, name="narrow")(y)])
+    x = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(x))
+    return keras.Model(inputs, layers.Dense(5, name="classes")(x))
+
+
+def test_whole_heads_and_the_stream_of_a_transformer_are_pruned():
+    model = compiled(methods.Magnitude(Constant(0.5), "uniform", "channel"), transformer(), "sgd")
+    model.optimizer.learning_rate = 0.0
+    kernels = {v.path: array(v) for v in model.trainable_variables}
+    tokens = np.random.default_rng(0).standard_normal((32, 6, 32)).astype("float32")
+    model.fit(tokens, Y, batch_size=8, verbose=0, callbacks=[SparseTraining()])
+    after = {v.path: array(v) for v in model.trainable_variables}
+    score = sum(
+        normalized(kernels[f"attention/{name}/kernel"], 1) for name in ("query", "key", "value")
+    )
+    heads = best(score, 2)
+    stream = [kernels["embed/kernel"], kernels["narrow/kernel"]]
+    score = sum(map(normalized, [*stream, kernels["attention/attention_output/kernel"]]))
+    kept = best(score, 16)
+    for name in ("query", "key", "value"):
+        np.testing.assert_array_equal(after[f"attention/{name}/kernel"].any((0, 2)), heads, name)
+    for name in ("embed", "narrow", "attention/attention_output"):
+        kernel = after[f"{name}/kernel"]
+        np.testing.assert_array_equal(kernel.reshape(-1, 32).any(0), kept, name)
+    np.testing.assert_array_equal(after["norm/gamma"] != 0, kept)
+    small = keras_dst.shrink(keras_dst.strip(model))
+    assert small.get_layer("attention").num_heads == 2
+    assert small.get_layer("wide").units == 32
+    np.testing.assert_allclose(array(model(tokens)), array(small(tokens)), atol=1e-5)
+
+
 @pytest.mark.parametrize("counted_in", ["channels", "parameters", "flops"])
 def test_the_target_is_met_in_its_quantity(counted_in):
     method = methods.Magnitude(

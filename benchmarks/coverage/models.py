@@ -229,7 +229,8 @@ def table():
             row = result["cells"].get(model, {})
             cells = [_cell(model, name, row.get(name), notes) for name in names]
             lines.append(f"| {model} | {' | '.join(cells)} |")
-    lines += ["", *notes, *half_channels.table()]
+    lines += ["", *notes] if notes else []
+    lines += half_channels.table()
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n".join(lines).rstrip() + "\n")
     print(PAGE.read_text())

@@ -171,7 +171,7 @@ def _costs(method: Method, coupled, numbers, sizes) -> tuple[np.ndarray, np.ndar
     shares, costs = [[stays, stays]], [[coupled.other_parameters, coupled.other_flops]]
     for member in coupled.members:
         size = int(np.prod(member.variable.shape))
-        ids = [numbers[ids] for _, ids in sorted(member.axes.items())]
+        ids = [numbers[ids] for _, ids in sorted(member.axes.items()) if member.shrinks]
         rows = [np.bincount(owner[i], minlength=len(sizes) + 1) / len(i) for i in ids]
         shares.append([*rows, stays, stays][:2])
         uses = coupled.uses.get(id(member.variable), 0)
