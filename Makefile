@@ -16,7 +16,8 @@ BACKENDS := tensorflow jax torch
 BROWSERS := chromium chromium-browser google-chrome
 DEMO_READY := $(VENV)/ready-demo
 TEST_READY := $(VENV)/ready-test
-PARTS := lint $(BACKENDS:%=test-%) test-once test-xla test-notebooks
+# Two parts run at a time. The longest parts come first, so that both cores are busy to the end.
+PARTS := $(BACKENDS:%=test-%) test-notebooks test-xla test-once lint
 FAILED := build/failed
 
 # Slow forms carry the marker `slow`, tests that need no backend the marker `once`.
