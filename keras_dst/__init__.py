@@ -12,7 +12,15 @@ if TYPE_CHECKING:  # for editors, type checkers and the reference, which do not 
     from keras_dst import plots
     from keras_dst._reporting.sensitivity import SensitivityReport, WeightSensitivity, sensitivity
     from keras_dst._reporting.sparsity import SparsityReport, WeightReport, report
-    from keras_dst._structure import ChannelReport, ShrinkReport, shrink, shrink_report
+    from keras_dst._structure import (
+        ChannelGroup,
+        ChannelReport,
+        CoupledChannels,
+        ShrinkReport,
+        channel_groups,
+        shrink,
+        shrink_report,
+    )
     from keras_dst._training.drivers import couple_channels
     from keras_dst.clustering import cluster_weights
     from keras_dst.export import ExportError, ExportReport, LintReport, export_tflite
@@ -24,7 +32,10 @@ if TYPE_CHECKING:  # for editors, type checkers and the reference, which do not 
 _LAZY = {
     "load_sparse": "sparse_files",
     "save_sparse": "sparse_files",
+    "ChannelGroup": "_structure",
     "ChannelReport": "_structure",
+    "CoupledChannels": "_structure",
+    "channel_groups": "_structure",
     "ExportError": "export",
     "ExportReport": "export",
     "LintReport": "export",
@@ -46,7 +57,9 @@ _LAZY = {
 _LAZY_MODULES = ("plots", "tuner")
 
 __all__ = [
+    "ChannelGroup",
     "ChannelReport",
+    "CoupledChannels",
     "ExportError",
     "ExportReport",
     "LintReport",
@@ -60,6 +73,7 @@ __all__ = [
     "__version__",
     "allocation",
     "callbacks",
+    "channel_groups",
     "cluster_weights",
     "couple_channels",
     "export_tflite",

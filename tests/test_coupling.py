@@ -214,5 +214,14 @@ def test_a_model_without_a_graph():
         def call(self, x):
             return x
 
+    model = Own()
+    model.build((1, 2))
     with pytest.raises(ValueError, match="Expected a Sequential or Functional model"):
-        channel_groups(Own())
+        channel_groups(model)
+
+
+def test_the_table_of_groups():
+    lines = str(keras_dst.channel_groups(bottleneck())).splitlines()
+    cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    assert cells == ["8", "stem, project", "stem → sum ← project", ""]
+    assert "<td>stem → sum ← project</td>" in keras_dst.channel_groups(bottleneck())._repr_html_()

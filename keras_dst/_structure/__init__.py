@@ -4,16 +4,28 @@
 
 1. Constant propagation (`plan.py`, `handlers.py`): find the channels whose value does not depend
    on the input. A unit with zero weights always returns its activated bias.
-2. Coupling (`plan.py`, `groups.py`): put channels into groups that are kept or removed together,
+2. Coupling (`plan.py`, `unions.py`): put channels into groups that are kept or removed together,
    such as the channels that an addition adds. Remove a group if every kernel that reads its
    channels has zero weights for them or can absorb their constants in its bias.
 3. Building (`build.py`, `copies.py`): slice the weights of the layers and call the layers again.
 
-`dispatch.py` chooses the handler for each kind of layer. `pipeline.py` runs the passes and compares
+`dispatch.py` chooses the handler for each kind of layer. The handlers are in `handlers.py`,
+`mixing.py` (normalization over channels, attention) and `indexing.py` (slices, splits, padding).
+`coupling.py` describes the coupled channels as plain data, for training and for users.
+`pipeline.py` runs the passes and compares
 both models. `explain.py` finds the reasons why dead channels are kept, and `report.py` prints them.
 """
 
+from keras_dst._structure.coupling import ChannelGroup, CoupledChannels, channel_groups
 from keras_dst._structure.pipeline import shrink
 from keras_dst._structure.report import ChannelReport, ShrinkReport, shrink_report
 
-__all__ = ["ChannelReport", "ShrinkReport", "shrink", "shrink_report"]
+__all__ = [
+    "ChannelGroup",
+    "ChannelReport",
+    "CoupledChannels",
+    "ShrinkReport",
+    "channel_groups",
+    "shrink",
+    "shrink_report",
+]

@@ -6,6 +6,7 @@ together; `shrink` removes exactly these channels.
 
 from __future__ import annotations
 
+import html
 import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import numpy as np
 
 from keras_dst import _keras
 from keras_dst._reporting.flops import count_uses
+from keras_dst._reporting.tables import as_table
 from keras_dst._reporting.weights import weights_of
 from keras_dst._structure.handlers import (
     ElementwiseMerge,
@@ -23,6 +25,7 @@ from keras_dst._structure.handlers import (
 )
 from keras_dst._structure.plan import Plan
 from keras_dst._structure.unions import Member
+from keras_dst.surgery import check_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +92,25 @@ class CoupledChannels:
     other_parameters: int
     other_flops: int | None
 
+    def __str__(self) -> str:
+        headings = ("channels >", "made by", "coupled by", "reason to stay")
+        return as_table(headings, self._rows())
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks."""
+        names = ("channels", "made by", "coupled by", "reason to stay")
+        head = "".join(f"<th>{name}</th>" for name in names)
+        rows = [
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in self._rows()
+        ]
+        return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        return [
+            (f"{len(g) * g.width:,}", ", ".join(g.layers), g.chain, g.reason) for g in self.groups
+        ]
+
 
 class Cost(NamedTuple):
     """Price of a model without some of its channels.
@@ -105,13 +127,27 @@ class Cost(NamedTuple):
 def channel_groups(model) -> CoupledChannels:
     """Return the channels of a model, and the groups in which they leave it.
 
+    Channels are coupled by sums and products, by depthwise and grouped convolutions, by
+    normalizations, and by layers that are called several times. `pattern="channel"` prunes coupled
+    channels together, and `shrink` removes them.
+
     Args:
         model: a built Sequential or Functional model, which may contain such models, dense or
             sparse. It is not changed.
 
+    Returns:
+        `CoupledChannels`, which displays as a table with one row per group: the number of channels,
+        the layers that make them, the operations that couple the layers, and the reason if the
+        channels have to stay.
+
     Raises:
-        ValueError: if the model has a `call` of its own, so that it has no graph.
+        TypeError: if `model` is not a Keras 3 model.
+        ValueError: if the model is not built, or has a `call` of its own and thus no graph.
+
+    Example:
+        >>> print(keras_dst.channel_groups(model))
     """
+    check_model(model)
     if not isinstance(model, keras.Model) or _keras.graph_of(model) is None:
         raise ValueError(
             "Expected a Sequential or Functional model, whose graph tells which channels belong "

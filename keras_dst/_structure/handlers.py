@@ -419,15 +419,20 @@ class KernelLayer(ChannelHandler):
         """The layer that holds the weights."""
         return self.op
 
-    @cached_property
+    @property
     def w(self) -> np.ndarray:
         """The kernel, with the axes window, channels, units."""
-        return to_float64(self.layer.kernel)
+        return np.asarray(ops.convert_to_numpy(self.layer.kernel))
+
+    @cached_property
+    def summed(self) -> np.ndarray:
+        """The sum of the kernel over its window, with the axes channels, units."""
+        return self.w.sum(self.window, dtype="float64")
 
     @cached_property
     def window(self) -> tuple[int, ...]:
         """The axes of the window in the kernel."""
-        return tuple(range(self.w.ndim - 2))
+        return tuple(range(len(self.layer.kernel.shape) - 2))
 
     @cached_property
     def reads(self) -> np.ndarray:
@@ -453,7 +458,7 @@ class KernelLayer(ChannelHandler):
         constant = self.x.constant
         usable = (constant == 0) if self.pads_with_zeros else ~np.isnan(constant)
         varies = (self.reads & ~usable[:, None]).any(0)
-        value = np.nan_to_num(constant) @ self.w.sum(self.window)
+        value = np.nan_to_num(constant) @ self.summed
         if self.layer.use_bias:
             value = value + to_float64(self.layer.bias)
         dtype = "float64" if self.layer.compute_dtype == "float64" else "float32"
@@ -510,27 +515,36 @@ class KernelLayer(ChannelHandler):
     def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
         kept, units = ~removed[self.x.ids], ~removed[self.unit_ids]
         config["units" if "units" in config else "filters"] = int(units.sum())
-        moved = np.einsum("i,...io->...o", self._removed_constants(removed), self.w)
+        removed_constants = self._removed_constants(removed)
         bias = to_float64(self.layer.bias) if self.layer.use_bias else np.zeros(len(units))
         carrier = self.carrier(removed)
-        w = self.w.copy()
-        if carrier is not None:
-            w[..., carrier, :] += moved / self.common_constant()[carrier]
-        else:
-            bias = bias + moved.sum(self.window)
+        weights = self._sliced(kept, units)
+        if carrier is not None and kept[carrier]:
+            lost = removed_constants.nonzero()[0]
+            moved = np.einsum("i,...io->...o", removed_constants[lost], self.w[..., lost, :])
+            added = moved / self.common_constant()[carrier]
+            place = int(kept[:carrier].sum())
+            weights[0][..., place, :] = weights[0][..., place, :] + added[..., units]
+        elif carrier is None and removed_constants.any():
+            bias = bias + removed_constants @ self.summed
         config["use_bias"] = bool(self.layer.use_bias or bias.any())
-        return self._sliced(w, kept, units) + [bias[units]] * config["use_bias"]
+        return self._oriented(weights) + [bias[units]] * config["use_bias"]
 
-    def _sliced(self, w: np.ndarray, kept: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
-        return [w[..., kept, :][..., units]]
+    def _sliced(self, kept: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
+        """Return new kernels for the kept channels and units, with the axes of `w`."""
+        return [self.w.compress(kept, -2).compress(units, -1)]
+
+    def _oriented(self, weights: list[np.ndarray]) -> list[np.ndarray]:
+        """Return kernels with the axes of the layer."""
+        return weights
 
 
 class TransposedConv(KernelLayer):
     """Transposed convolution. At some positions only a part of its window meets the input."""
 
-    @cached_property
+    @property
     def w(self) -> np.ndarray:
-        return np.swapaxes(to_float64(self.layer.kernel), -1, -2)
+        return np.swapaxes(super().w, -1, -2)
 
     def members(self) -> list[Member]:
         axes = {-2: self.unit_ids, -1: self.x.ids}
@@ -540,21 +554,30 @@ class TransposedConv(KernelLayer):
     def pads_with_zeros(self) -> bool:
         return math.prod((*self.op.kernel_size, *self.op.strides)) > 1
 
-    def _sliced(self, w, kept, units) -> list[np.ndarray]:
-        return [np.swapaxes(sliced, -1, -2) for sliced in super()._sliced(w, kept, units)]
+    def _oriented(self, weights: list[np.ndarray]) -> list[np.ndarray]:
+        return [np.swapaxes(w, -1, -2) for w in weights]
 
 
 class SeparableConv(KernelLayer):
     """Depthwise convolution followed by a convolution with a window of 1."""
 
     @cached_property
-    def w(self) -> np.ndarray:
-        depthwise = to_float64(self.op.depthwise_kernel)
-        return np.einsum("...im,imo->...io", depthwise, self._pointwise)
+    def window(self) -> tuple[int, ...]:
+        return tuple(range(len(self.op.depthwise_kernel.shape) - 2))
+
+    @cached_property
+    def summed(self) -> np.ndarray:
+        depthwise = to_float64(self.op.depthwise_kernel).sum(self.window)
+        return np.einsum("im,imo->io", depthwise, self._pointwise)
+
+    @cached_property
+    def reads(self) -> np.ndarray:
+        depthwise = np.any(to_float64(self.op.depthwise_kernel) != 0, axis=self.window)
+        return np.any(depthwise[..., None] & (self._pointwise != 0), axis=1)
 
     @property
     def _pointwise(self) -> np.ndarray:
-        pointwise = to_float64(self.op.pointwise_kernel)
+        pointwise = np.asarray(ops.convert_to_numpy(self.op.pointwise_kernel))
         return pointwise.reshape(-1, self.op.depth_multiplier, pointwise.shape[-1])
 
     def members(self) -> list[Member]:
@@ -567,7 +590,7 @@ class SeparableConv(KernelLayer):
         # No channel can carry the constant of another: every channel has a single window.
         return self.common_constant() == 0 if self.pads_with_zeros else super().can_lose()
 
-    def _sliced(self, w, kept, units) -> list[np.ndarray]:
+    def _sliced(self, kept, units) -> list[np.ndarray]:
         pointwise = self._pointwise[kept].reshape(-1, len(units))[:, units]
         shape = (1,) * len(self.window) + pointwise.shape
         return [to_float64(self.op.depthwise_kernel)[..., kept, :], pointwise.reshape(shape)]
@@ -674,7 +697,7 @@ class Recurrent(KernelLayer):
     def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
         config["units"] = int((~removed[self.y.ids]).sum())
         weights = ChannelHandler.slice(self, config, removed)
-        moved = (self._removed_constants(removed) @ self.w)[~removed[self.unit_ids]]
+        moved = (self._removed_constants(removed) @ self.summed)[~removed[self.unit_ids]]
         for bias in weights[2:]:  # GRU adds the first row of its bias to the input
             bias.reshape(-1, len(moved))[0] += moved
         return weights
