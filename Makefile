@@ -29,7 +29,7 @@ test-all: export KERAS_DST_KILLS = 10
 .PHONY: demo check test test-all parts lint browser arm64 docs pictures notebooks clean
 .PHONY: $(BACKENDS:%=test-%) test-once test-xla test-notebooks test-quick
 .PHONY: test-wheel test-versions
-.PHONY: bench-mnist bench-methods bench-patterns bench-step bench-overhead bench-models bench-channels
+.PHONY: bench-mnist bench-methods bench-papers bench-patterns bench-step bench-overhead bench-models bench-channels
 .PHONY: bench-tflite bench-int8 bench-micro bench-scaling bench-authors bench-libraries bench-agreement bench-time-to-accuracy
 
 demo: $(DEMO_READY)
@@ -133,6 +133,15 @@ bench-mnist: $(TEST_READY)
 bench-methods: $(TEST_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.accuracy.methods mnist
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.accuracy.methods cifar10
+
+# Every run can be stopped, also after MINUTES, and goes on from its backup in build/papers.
+MINUTES ?= 0
+SEED ?= 0
+bench-papers: $(TEST_READY)
+	for sparsity in 0.95 0.9 0.98; do \
+	for method in dense DCIL OptG ST-3 "ST-3 sigma" Magnitude "Magnitude, revival" DST RigL SET FlipOut; do \
+	KERAS_BACKEND=jax $(RUN) -m benchmarks.accuracy.papers resnet-32-16 "$$method" $$sparsity \
+	--seed $(SEED) --minutes $(MINUTES) || exit 1; done; done
 
 bench-patterns: $(TEST_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.accuracy.patterns mnist-mlp

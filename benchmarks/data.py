@@ -10,13 +10,13 @@ import numpy as np
 def mnist() -> tuple:
     """Return MNIST as `(x_train, y_train), (x_test, y_test)`, with pixels in [0, 1]."""
     return tuple(
-        ((x / 255.0).astype("float32")[..., None], y.astype("int32")) for x, y in _load("mnist")
+        ((x / 255.0).astype("float32")[..., None], y.astype("int32")) for x, y in load("mnist")
     )
 
 
 def cifar10() -> tuple:
     """Return CIFAR-10 like `mnist`, with mean 0 and standard deviation 1 per channel."""
-    (x, y), (x_test, y_test) = _load("cifar10")
+    (x, y), (x_test, y_test) = load("cifar10")
     mean, deviation = x.mean((0, 1, 2)), x.std((0, 1, 2))
     return tuple(
         (((x - mean) / deviation).astype("float32"), y.ravel().astype("int32"))
@@ -32,12 +32,12 @@ def spoken_digits() -> tuple:
     """
     return tuple(
         ((x / 255.0).astype("float32")[..., None], y.astype("int32"))
-        for x, y in _load("fsdd_logmel")
+        for x, y in load("fsdd_logmel")
     )
 
 
-def _load(name: str) -> tuple:
-    """Load NAME.npz from the folder in KERAS_DST_DATA, or else from `keras.datasets`."""
+def load(name: str) -> tuple:
+    """Return NAME.npz from the folder in KERAS_DST_DATA, or else from `keras.datasets`."""
     folder = os.environ.get("KERAS_DST_DATA")
     if not folder and not hasattr(keras.datasets, name):
         raise FileNotFoundError(

@@ -148,6 +148,13 @@ def test_pictures_follow_from_the_runs(name, tmp_path):
     assert data(tmp_path / "made.svg") == data(pictures.IMAGES / f"{name}.svg")
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_front_pages_show_the_table_of_100_epochs(page):
+    table = (results.RESULTS / "papers" / "index.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert "\n".join(rows) in (ROOT / page).read_text()
+
+
 @pytest.mark.parametrize(
     ("page", "heading"), [("README.md", "Measured results"), ("docs/index.md", "Results")]
 )
