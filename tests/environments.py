@@ -55,7 +55,11 @@ USES = {
     "micro": "import tflite_micro",
     "plot": "report.save_html('report.html'); keras_dst.plots",
     "safetensors": "keras_dst.save_sparse(model, 'm.st'); keras_dst.load_sparse('m.st')",
-    "tensorboard": "model.fit(x, y, callbacks=[keras_dst.callbacks.SparsityTensorBoard('logs')])",
+    "tensorboard": """
+keras_dst.sparsify(model, keras_dst.methods.DST(0.5))
+board = keras_dst.callbacks.SparsityTensorBoard("logs")
+model.fit(x, y, verbose=0, callbacks=[keras_dst.callbacks.SparseTraining(), board])
+""",
     "tuner": "keras_dst.tuner",
 }
 
