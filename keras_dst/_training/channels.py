@@ -53,13 +53,11 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
     alone = Coupling(list(layouts), [], [])
     if method.pattern != "channel" or (method.learned and not isinstance(method, UnitMethod)):
         return alone
-    has_graph = _keras.graph_of(model) is not None
-    if method.learned:  # gates of a unit method, which `layers.Gate` may put anywhere
-        gates = any(isinstance(layer, Gate) for layer in _keras.flatten_layers(model))
-        if gates or not has_graph:
-            return alone
-    if not has_graph:
-        return _uncoupled(model, method, layouts)
+    gates = any(isinstance(layer, Gate) for layer in _keras.flatten_layers(model))
+    if gates and isinstance(method, UnitMethod):  # a `Gate` may multiply anything by its gates
+        return alone
+    if _keras.graph_of(model) is None:
+        return alone if method.learned else _uncoupled(model, method, layouts)
     # Imported here, because most trainings need no graph of the model.
     from keras_dst._structure.coupling import channel_groups
 
