@@ -29,7 +29,7 @@ test-all: export KERAS_DST_KILLS = 10
 .PHONY: demo check test test-all parts lint browser arm64 docs pictures notebooks clean
 .PHONY: $(BACKENDS:%=test-%) test-once test-xla test-notebooks test-quick
 .PHONY: test-wheel test-versions
-.PHONY: bench-mnist bench-methods bench-papers bench-patterns bench-step bench-overhead bench-models bench-channels
+.PHONY: bench-mnist bench-methods bench-papers bench-recalibration bench-patterns bench-step bench-overhead bench-models bench-channels
 .PHONY: bench-tflite bench-int8 bench-micro bench-scaling bench-authors bench-libraries bench-agreement bench-time-to-accuracy
 
 demo: $(DEMO_READY)
@@ -142,6 +142,9 @@ bench-papers: $(TEST_READY)
 	for method in dense DCIL OptG ST-3 "ST-3 sigma" Magnitude "Magnitude, revival" DST RigL SET FlipOut; do \
 	KERAS_BACKEND=jax $(RUN) -m benchmarks.accuracy.papers resnet-32-16 "$$method" $$sparsity \
 	--seed $(SEED) --minutes $(MINUTES) || exit 1; done; done
+
+bench-recalibration: $(TEST_READY)
+	KERAS_BACKEND=torch $(RUN) -m benchmarks.accuracy.recalibration
 
 bench-patterns: $(TEST_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.accuracy.patterns mnist-mlp
