@@ -104,10 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--optimize", choices=("latency", "size", "balanced"), default="balanced")
     export.add_argument(
         "--target",
-        choices=("host", "arm", "any", *_NPUS),
+        choices=("host", "arm", "any", "micro", *_NPUS),
         default="host",
         metavar="TARGET",
-        help=f"processor for the file: host (default), arm, any, {', '.join(_NPUS)}",
+        help=f"processor for the file: host (default), arm, any, micro, {', '.join(_NPUS)}",
     )
     export.add_argument("--quantize", choices=("weights", "full"), help="quantize to 8 bits")
     export.add_argument(

@@ -26,6 +26,12 @@ from keras_dst.export.flatbuffer import read
 from keras_dst.export.latency_model import CPUS, LatencyModel, this_cpu
 from keras_dst.export.measure import latencies, loads_and_latencies
 from keras_dst.export.memory import peak_memory
+from keras_dst.export.micro import (
+    MicroReport,
+    encode_for_micro,
+    quantized_inputs,
+    report_for,
+)
 from keras_dst.export.report import (
     ExportError,
     ExportReport,
@@ -82,6 +88,11 @@ class Settings:
         """Whether the file is for an Ethos-U NPU."""
         return self.target in ACCELERATORS
 
+    @property
+    def micro(self) -> bool:
+        """Whether the file is for a microcontroller."""
+        return self.target == "micro"
+
     def objective(self) -> Objective:
         """Return the criterion by which formats are selected."""
         here = this_cpu()
@@ -118,14 +129,12 @@ def export(
     data = _read_data(model, settings)
     progress("converting")
     full = settings.quantize == "full"
-    second = "integer" if settings.npu else "int8" if full else "dynamic"
+    integer = settings.npu or settings.micro
+    second = "integer" if integer else "int8" if full else "dynamic"
     kinds = ["float32"] + [second] * (full or settings.measure)
     files = dict(zip(kinds, conversions(model, kinds, data.signature, data.calibration)))
     base = files[second if full else "float32"]
-    if settings.npu:
-        plan = _dense_plan(base)
-    else:
-        plan = select_formats(base, settings.objective(), progress)
+    plan = _dense_plan(base) if integer else select_formats(base, settings.objective(), progress)
     progress("comparing with the model")
     cases = keras_cases(model, data.signature, data.samples)
     found = deviation(plan.content, cases)
@@ -137,13 +146,21 @@ def export(
             f"Nothing was written. {_explain_fault(base, plan.choices, cases, settings)}"
         )
     compiled, vela = _compile(plan.content, settings, progress)
+    content, tensors, micro = plan.content, [_tensor_report(c) for c in plan.choices], None
+    if settings.micro:
+        content, tensors, micro = _encode_for_micro(base, cases, progress)
     progress("measuring")
     # The file for an NPU is the dense int8 file itself.
     others = [files["float32"]] if settings.npu else list(files.values())
-    compared = _compare(model, [*others, plan.content], data, settings)
+    compared = _compare(model, others if settings.micro else [*others, content], data, settings)
+    if settings.micro:  # LiteRT cannot run the file, whose outputs equal those of dense int8
+        sizes = (len(content), gzip_bytes(content))
+        compared.append(
+            replace(compared[-1], name="this file", bytes=sizes[0], gzip_bytes=sizes[1])
+        )
     before, after = compared[0], compared[-1]
     with atomic_write(path) as unfinished:
-        unfinished.write_bytes(plan.content)
+        unfinished.write_bytes(content)
     if settings.vela_path is not None:
         with atomic_write(settings.vela_path) as unfinished:
             unfinished.write_bytes(compiled)
@@ -153,18 +170,41 @@ def export(
         gzip_bytes=after.gzip_bytes,
         dense_bytes=before.bytes,
         dense_gzip_bytes=before.gzip_bytes,
-        tensors=[_tensor_report(choice) for choice in plan.choices],
+        tensors=tensors,
         max_error=found.error,
         files=compared,
         threads=settings.threads,
         batch=settings.batch,
         vela=vela,
+        micro=micro,
+        rounded_to_zero=_rounded_to_zero(files["float32"], base) if full else 0,
         note=NEEDS_VELA if settings.npu and vela is None else "",
     )
 
 
+def _encode_for_micro(
+    dense: bytes, cases: list[Case], progress: Callable[[str], None]
+) -> tuple[bytes, list[TensorReport], MicroReport]:
+    """Return the file for microcontrollers, once TFLM has run it on all samples."""
+    progress("running the file in TensorFlow Lite for Microcontrollers")
+    content, tensors = encode_for_micro(dense)
+    inputs = quantized_inputs(dense, [case.inputs for case in cases])
+    return content, tensors, report_for(content, dense, inputs)
+
+
+def _rounded_to_zero(floats: bytes, integers: bytes) -> int:
+    """Return how many nonzero weights of a float file are zero in the int8 file."""
+    found = {weight.name: weight.values for weight in encode.weights(read(floats))}
+    count = 0
+    for weight in encode.weights(read(integers)):
+        original = found.get(weight.name)
+        if original is not None and original.shape == weight.values.shape:
+            count += int(((original != 0) & (weight.values == 0)).sum())
+    return count
+
+
 def _dense_plan(content: bytes) -> Plan:
-    """Return the plan that stores every weight of a file for an NPU as it is."""
+    """Return the plan that stores every weight of an int8 file as it is."""
     reason = "an NPU reads dense weights, which Vela encodes"
     found = encode.weights(read(content))
     return Plan([Choice(weight, None, weight.values.nbytes, reason) for weight in found], content)
@@ -254,7 +294,8 @@ def _compare(
         loads, times = loads_and_latencies(files, **at)
         memory = [peak_memory(content, **at) for content in files]
     accuracy = [_accuracy(model, content, data) for content in files]
-    names = ["dense float32", *["dense int8"] * (len(files) - 2), "this file"]
+    last = "dense int8" if settings.micro else "this file"
+    names = ["dense float32", *["dense int8"] * (len(files) - 2), last]
     return [
         FileReport(name, len(content), gzip_bytes(content), *figures)
         for name, content, *figures in zip(names, files, times, loads, memory, accuracy)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from keras_dst._reporting.tables import as_table
 
-if TYPE_CHECKING:  # `ethos` imports this module
+if TYPE_CHECKING:  # these modules import this module
     from keras_dst.export.ethos import VelaReport
+    from keras_dst.export.micro import MicroReport
 
 
 class ExportError(RuntimeError):
@@ -83,6 +84,9 @@ class ExportReport:
         threads: number of threads at which the files were measured.
         batch: batch size at which the files were measured.
         vela: Vela's estimates for an Ethos-U NPU. None for other targets, and if Vela is missing.
+        micro: comparison in TensorFlow Lite for Microcontrollers. None for other targets.
+        rounded_to_zero: number of nonzero weights that int8 rounds to zero. 0 without
+            ``quantize="full"``.
         note: a sentence about figures that are missing; empty if none is missing.
 
     Example:
@@ -100,6 +104,8 @@ class ExportReport:
     threads: int
     batch: int
     vela: VelaReport | None = None
+    micro: MicroReport | None = None
+    rounded_to_zero: int = 0
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,9 +130,12 @@ class ExportReport:
             *("tensor", "op", "shape", "density >", "encoding", "bytes >"),
             *("dense bytes >", "reason if dense"),
         )
-        estimates = f"{self.vela}\n\n" if self.vela else f"{self.note}\n\n" if self.note else ""
+        parts = [str(part) for part in (self.vela, self.micro, self.note or None) if part]
+        if self.rounded_to_zero:
+            parts.append(f"int8 rounds {self.rounded_to_zero:,} nonzero weights to zero.")
+        extra = "".join(f"{part}\n\n" for part in parts)
         return (
-            f"{as_table(headings, rows)}\n\n{estimates}{self._comparison()}\n"
+            f"{as_table(headings, rows)}\n\n{extra}{self._comparison()}\n"
             f"{self.path.name}: {self.bytes:,} bytes ({self.bytes / self.dense_bytes:.2f}x of "
             f"dense, gzip {self.gzip_bytes / self.dense_gzip_bytes:.2f}x), "
             f"max error {self.max_error:.0e}"

@@ -60,7 +60,10 @@ def export_tflite(
             CPU without AVX, ``"any"`` for both; then the larger latency ratio counts. Or an Arm
             Ethos-U NPU, such as ``"ethos-u55-128"``, with ``quantize="full"``: the file has int8
             inputs and outputs and dense weights. If Vela is installed, the report has its
-            estimates. ``optimize`` has no effect then, and nothing is measured on this CPU.
+            estimates. Or ``"micro"`` for TensorFlow Lite for Microcontrollers, with
+            ``quantize="full"``: weights are stored without their zeros where this saves bytes. Only
+            TFLM runs such a file. With an NPU and with ``"micro"``, nothing is measured on this CPU
+            and ``optimize`` keeps its default.
         measure: whether to measure latencies on this CPU. If False, and for other CPUs, a model of
             the kernels estimates them. Defaults to True.
         threads: number of threads of the interpreter for measurements. Defaults to 1.
@@ -88,8 +91,8 @@ def export_tflite(
         TypeError: ``model`` is not a Keras 3 model.
         ValueError: the model is not built, data does not fit it, or an option is unknown.
         OSError: ``path`` cannot be written. This is checked before any work is done.
-        ImportError: the packages of ``keras_dst[export]`` are missing, or ``keras_dst[ethos]`` is
-            missing and ``vela_path`` is given.
+        ImportError: the packages of ``keras_dst[export]`` are missing, or ``keras_dst[micro]`` with
+            ``target="micro"``, or ``keras_dst[ethos]`` with ``vela_path``.
         ExportError: the model could not be converted, or the file does not compute the outputs of
             the model. The message names the op or the weight at fault. Nothing is written.
 
@@ -116,15 +119,24 @@ def export_tflite(
     check_installed("tensorflow", "ai_edge_litert", "flatbuffers")
     # The pipeline needs these optional packages, without which `import keras_dst` must work.
     from keras_dst.export.ethos import ACCELERATORS, NEEDS_VELA, vela_version
+    from keras_dst.export.micro import check_tflm
     from keras_dst.export.pipeline import TOLERANCES, Settings, export
 
-    _check_option("target", target, ("host", "arm", "any", *ACCELERATORS))
+    _check_option("target", target, ("host", "arm", "any", "micro", *ACCELERATORS))
     npu, compiled = target in ACCELERATORS, None
-    if npu and quantize != "full":
+    integer = npu or target == "micro"
+    if integer and quantize != "full":
         raise ValueError(
             f"Expected quantize='full' with target={target!r}. Received: quantize={quantize!r}. "
             "Fix: pass quantize='full' and samples of the training data as representative=."
         )
+    if integer and optimize != "balanced":
+        raise ValueError(
+            f"Expected no optimize= with target={target!r}, which has one format per weight. "
+            f"Received: optimize={optimize!r}. Fix: leave out optimize=."
+        )
+    if target == "micro":
+        check_tflm()
     if vela_path is not None:
         if not npu:
             raise ValueError(
@@ -137,7 +149,7 @@ def export_tflite(
         check_writable(compiled)
     limit = TOLERANCES[quantize] if tolerance is None else tolerance
     settings = Settings(
-        *(limit, optimize, target, measure and not npu, threads, batch, quantize),
+        *(limit, optimize, target, measure and not integer, threads, batch, quantize),
         *(inputs, representative, evaluate, compiled),
     )
     return export(model, file, settings, progress)

@@ -1,0 +1,347 @@
+"""Files for microcontrollers: weights without their zeros, in TensorFlow Lite for Microcontrollers.
+
+TensorFlow Lite for Microcontrollers (TFLM) decodes compressed constants with the custom op
+``TFLM_DECODE``. Its pruning format stores a weight in two constants:
+
+* The first constant is a bitmap with one bit per entry, 1 for a kept entry, most significant bit
+  first.
+* The second constant is a header of 16 bytes and the kept entries in order. The header holds the
+  decode type 2 (pruning) and the version 1, and at byte 4 the version 1 of the pruning format.
+
+An op reads the decoded weight from the arena, so that the file is smaller and the arena larger.
+Decoding takes time: the format makes nothing faster.
+
+Source: the op DECODE in the repository of TFLM, ``kernels/decode_state_prune.cc``.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+
+from keras_dst._reporting.tables import as_table
+from keras_dst.export.encode import Weight, weights
+from keras_dst.export.flatbuffer import add_tensor, indices, op_name, read, text, write
+from keras_dst.export.report import ExportError, TensorReport, gzip_bytes
+
+DECODE = "TFLM_DECODE"
+NEEDS_TFLM = "Files for microcontrollers are run in TFLM. Fix: pip install keras_dst[micro]."
+_OP_NAMES = """
+    ABS ADD ADD_N ARG_MAX ARG_MIN ASSIGN_VARIABLE AVERAGE_POOL_2D BATCH_MATMUL
+    BATCH_TO_SPACE_ND BROADCAST_ARGS BROADCAST_TO CALL_ONCE CAST CEIL CONCATENATION CONV_2D COS
+    CUMSUM DEPTHWISE_CONV_2D DEPTH_TO_SPACE DEQUANTIZE DIV DYNAMIC_UPDATE_SLICE ELU
+    EMBEDDING_LOOKUP EQUAL EXP EXPAND_DIMS FILL FLOOR FLOOR_DIV FLOOR_MOD FULLY_CONNECTED
+    GATHER GATHER_ND GREATER GREATER_EQUAL HARD_SWISH IF L2_NORMALIZATION L2_POOL_2D LEAKY_RELU
+    LESS LESS_EQUAL LOG LOGICAL_AND LOGICAL_NOT LOGICAL_OR LOGISTIC LOG_SOFTMAX MAXIMUM
+    MAX_POOL_2D MEAN MINIMUM MIRROR_PAD MUL NEG NOT_EQUAL PACK PAD PADV2 PRELU QUANTIZE
+    READ_VARIABLE REDUCE_ALL REDUCE_MAX REDUCE_MIN RELU RELU6 RESHAPE RESIZE_BILINEAR
+    RESIZE_NEAREST_NEIGHBOR REVERSE_V2 ROUND RSQRT SELECT_V2 SHAPE SIN SLICE SOFTMAX
+    SPACE_TO_BATCH_ND SPACE_TO_DEPTH SPLIT SPLIT_V SQRT SQUARE SQUARED_DIFFERENCE SQUEEZE
+    STRIDED_SLICE SUB SUM SVDF TANH TRANSPOSE TRANSPOSE_CONV UNIDIRECTIONAL_SEQUENCE_LSTM
+    UNPACK VAR_HANDLE WHILE ZEROS_LIKE
+"""
+#: Builtin ops that the op resolver of TFLM can register.
+OPS = frozenset(_OP_NAMES.split())
+_WORKER = Path(__file__).with_name("micro_worker.py")
+_PRUNING_HEADER = np.array([2, 1, 0, 0, 1, *[0] * 11], np.uint8)
+# TFLM takes one block of memory. Activations may be larger than the weights.
+_SPARE_ARENA = 1 << 24
+
+
+@dataclass(frozen=True)
+class MicroReport:
+    """Comparison of a file for microcontrollers with the dense int8 file, both run in TFLM.
+
+    Attributes:
+        bytes: size of the file.
+        dense_bytes: size of the dense int8 file, which gives the same outputs bit for bit.
+        dense_gzip_bytes: size of the dense int8 file after compression with gzip.
+        arena: bytes that the interpreter allocates for the file.
+        dense_arena: bytes that the interpreter allocates for the dense int8 file.
+        samples: number of samples on which all outputs were equal.
+    """
+
+    bytes: int
+    dense_bytes: int
+    dense_gzip_bytes: int
+    arena: int
+    dense_arena: int
+    samples: int
+
+    def __str__(self) -> str:
+        rows = [
+            ("bytes", f"{self.bytes:,}", f"{self.dense_bytes:,}"),
+            ("bytes after gzip", "", f"{self.dense_gzip_bytes:,}"),
+            ("arena, bytes", f"{self.arena:,}", f"{self.dense_arena:,}"),
+        ]
+        table = as_table(("in TFLM", "this file >", "dense int8 >"), rows)
+        return (
+            f"{table}\nThe outputs of both files are equal on {self.samples} samples. This file is "
+            f"{self.bytes / self.dense_bytes:.2f}x of dense int8, and it is not faster."
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """Outputs of a file in TFLM, one array per output, and the bytes of its arena."""
+
+    outputs: list[np.ndarray]
+    arena: int
+
+
+def check_tflm() -> None:
+    """Raise ImportError unless the interpreter of TFLM is installed."""
+    if importlib.util.find_spec("tflite_micro") is None:
+        raise ImportError(NEEDS_TFLM)
+
+
+def encode_for_micro(content: bytes) -> tuple[bytes, list[TensorReport]]:
+    """Store the int8 weights of a dense file without their zeros where the file gets smaller.
+
+    Args:
+        content: bytes of a full-integer int8 file with dense weights.
+
+    Returns:
+        The file, and a report on every weight.
+
+    Example:
+        >>> smaller, tensors = encode_for_micro(path.read_bytes())
+    """
+    chosen: list[int] = []
+    reports = []
+    for weight in weights(read(content)):
+        reason, stored = _unfit(weight), weight.values.nbytes
+        if not reason:
+            trial = _with_decode(content, [*chosen, weight.buffer])
+            if len(trial) < len(_with_decode(content, chosen)):
+                chosen.append(weight.buffer)
+                stored = sum(part.nbytes for part in _pruned(weight.values))
+            else:
+                reason = "its zeros save fewer bytes than the bitmap takes"
+        reports.append(
+            TensorReport(
+                name=weight.name,
+                op=weight.op,
+                shape=weight.values.shape,
+                density=weight.density,
+                encoding=f"{weight.values.dtype} {'dense' if reason else 'bitmap'}",
+                bytes=stored,
+                dense_bytes=weight.values.nbytes,
+                reason=reason,
+            )
+        )
+    return _with_decode(content, chosen), reports
+
+
+def unsupported_ops(model: schema.ModelT) -> list[tuple[str, str]]:
+    """Return the ops that TFLM lacks, each with the name of its first output."""
+    found = []
+    for graph in model.subgraphs:
+        for op in graph.operators:
+            name, code = op_name(model, op), model.operatorCodes[op.opcodeIndex]
+            if name not in OPS and text(code.customCode) != DECODE:
+                found.append((name, text(graph.tensors[op.outputs[0]].name)))
+    return found
+
+
+def run_in_tflm(content: bytes, inputs: list[np.ndarray]) -> Run:
+    """Run a file in TFLM on every row of its inputs.
+
+    Args:
+        content: the file.
+        inputs: an array of shape `(runs, *shape)` for every input of the file, in the type of the
+            input.
+
+    Raises:
+        ImportError: the extra `micro` is not installed.
+        ExportError: TFLM refuses the file.
+    """
+    check_tflm()
+    model = read(content)
+    missing = unsupported_ops(model)
+    if missing:
+        listed = ", ".join(f"{name} ({tensor})" for name, tensor in missing)
+        raise ExportError(
+            f"Expected a file with ops that TFLM has. Received: {listed}. Fix: replace the layers "
+            "that these ops come from."
+        )
+    (graph,) = model.subgraphs[:1]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "model.tflite").write_bytes(content)
+        arrays = {f"input_{place}": array for place, array in enumerate(inputs)}
+        arrays["outputs"] = np.array(len(graph.outputs))
+        np.savez(folder / "inputs.npz", allow_pickle=False, **arrays)
+        paths = [str(folder / name) for name in ("model.tflite", "inputs.npz", "outputs.npz")]
+        # Without -P, modules next to the worker would hide modules of the standard library.
+        command = [sys.executable, "-P", str(_WORKER), *paths, str(_arena_limit(model))]
+        done = subprocess.run(command, capture_output=True, text=True)
+        log = done.stdout + done.stderr
+        used = re.search(r"Arena allocation total (\d+) bytes", log)
+        if done.returncode or used is None:
+            lines = [line for line in log.splitlines() if line.strip()]
+            raise ExportError(
+                "Expected a file that TFLM runs. Received: TFLM stopped with exit code "
+                f"{done.returncode}: {' '.join(lines[-3:])} Fix: replace the layer named there, or "
+                "use a fixed input shape."
+            )
+        with np.load(folder / "outputs.npz") as loaded:
+            outputs = [loaded[f"output_{place}"] for place in range(len(graph.outputs))]
+    return Run(outputs, int(used[1]))
+
+
+def report_for(content: bytes, dense: bytes, inputs: list[np.ndarray]) -> MicroReport:
+    """Compare a file with the dense int8 file in TFLM.
+
+    Raises:
+        ExportError: an output differs by a bit.
+    """
+    own, reference = run_in_tflm(content, inputs), run_in_tflm(dense, inputs)
+    for place, (y, expected) in enumerate(zip(own.outputs, reference.outputs, strict=True)):
+        if not np.array_equal(y, expected):
+            raise ExportError(
+                f"Expected output {place} of the file to equal the dense int8 file bit for bit in "
+                "TFLM. Received: different values. Nothing was written. Please report this model."
+            )
+    return MicroReport(
+        bytes=len(content),
+        dense_bytes=len(dense),
+        dense_gzip_bytes=gzip_bytes(dense),
+        arena=own.arena,
+        dense_arena=reference.arena,
+        samples=len(inputs[0]),
+    )
+
+
+def quantized_inputs(content: bytes, cases: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
+    """Return samples as the inputs of a file, with one row per run.
+
+    Args:
+        content: the file, whose inputs have a batch size of 1 or a fixed one.
+        cases: batches of floats or integers, by input name.
+    """
+    model = read(content)
+    graph, names = model.subgraphs[0], _input_names(model)
+    found = []
+    for index in graph.inputs:
+        tensor = graph.tensors[index]
+        array = np.concatenate([case[names[int(index)]] for case in cases])
+        if tensor.type == schema.TensorType.INT8 and array.dtype.kind == "f":
+            scale, zero = tensor.quantization.scale[0], tensor.quantization.zeroPoint[0]
+            array = np.clip(np.rint(array / scale) + zero, -128, 127).astype(np.int8)
+        found.append(array.reshape(-1, *tensor.shape))
+    return found
+
+
+def _input_names(model: schema.ModelT) -> dict[int, str]:
+    signature = model.signatureDefs[0]
+    return {int(entry.tensorIndex): text(entry.name) for entry in signature.inputs}
+
+
+def _arena_limit(model: schema.ModelT) -> int:
+    tensors = [tensor for graph in model.subgraphs for tensor in graph.tensors]
+    sizes = [4 * int(np.prod(t.shape)) for t in tensors if t.shape is not None and len(t.shape)]
+    return _SPARE_ARENA + 2 * sum(sizes)
+
+
+def _unfit(weight: Weight) -> str:
+    """Return why TFLM cannot decode a weight; empty if it can."""
+    quantization = weight.tensors[0].quantization
+    if weight.values.dtype != np.int8 or quantization is None or quantization.scale is None:
+        return "it is not quantized to int8"
+    if any(name == "OUTPUT" for name, _ in weight.readers):
+        return "it is an output of the model"
+    if np.any(quantization.zeroPoint):
+        return "its zeros are not stored as 0"
+    if quantization.quantizedDimension not in (0, weight.values.ndim - 1):
+        return "TFLM decodes scales along the first or the last axis"
+    return ""
+
+
+def _pruned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the bitmap of a weight, and the header with the kept entries."""
+    flat = values.reshape(-1)
+    kept = flat != 0
+    return np.packbits(kept), np.concatenate([_PRUNING_HEADER, flat[kept].view(np.uint8)])
+
+
+def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
+    """Return a file that stores the weights in some buffers without their zeros."""
+    if not buffers:
+        return write(read(content))
+    model = read(content)
+    found = {weight.buffer: weight for weight in weights(model) if weight.buffer in buffers}
+    code = _decode_op_code(model)
+    for graph in model.subgraphs:
+        encoded: dict[int, tuple[int, int, schema.TensorT]] = {}
+        for index, tensor in list(enumerate(graph.tensors)):
+            if tensor.buffer in found:
+                encoded[index] = _encode_tensor(model, graph, index, found[tensor.buffer].values)
+        graph.operators = [
+            new for op in graph.operators for new in _decoded_reads(graph, op, encoded, code)
+        ]
+    for buffer in buffers:
+        model.buffers[buffer].data = None
+    return write(model)
+
+
+def _decode_op_code(model: schema.ModelT) -> int:
+    code = schema.OperatorCodeT()
+    code.builtinCode = code.deprecatedBuiltinCode = schema.BuiltinOperator.CUSTOM
+    code.customCode, code.version = DECODE, 1
+    model.operatorCodes.append(code)
+    return len(model.operatorCodes) - 1
+
+
+def _encode_tensor(
+    model: schema.ModelT, graph: schema.SubGraphT, index: int, values: np.ndarray
+) -> tuple[int, int, schema.TensorT]:
+    """Replace a weight by its two constants; return their indices and the decoded tensor."""
+    tensor = graph.tensors[index]
+    decoded = copy.copy(tensor)
+    decoded.name, decoded.buffer = f"{text(tensor.name)}/decoded", 0
+    places = []
+    for data, suffix in zip(_pruned(values), ("bitmap", "kept")):
+        buffer, constant = schema.BufferT(), schema.TensorT()
+        buffer.data = data
+        model.buffers.append(buffer)
+        constant.name, constant.type = f"{text(tensor.name)}/{suffix}", schema.TensorType.UINT8
+        constant.shape = np.array(data.shape, np.int32)
+        constant.buffer = len(model.buffers) - 1
+        places.append(add_tensor(graph, constant))
+    tensor.buffer, tensor.shape = 0, np.zeros(1, np.int32)
+    return places[0], places[1], decoded
+
+
+def _decoded_reads(
+    graph: schema.SubGraphT, op: schema.OperatorT, encoded: dict[int, Any], code: int
+) -> list[schema.OperatorT]:
+    """Return an op that reads decoded weights, after the op that decodes them for it alone.
+
+    TFLM keeps a decoded tensor only until the next op has run.
+    """
+    reads = [index for index in indices(op.inputs) if index in encoded]
+    if not reads:
+        return [op]
+    decode, new = schema.OperatorT(), {}
+    decode.opcodeIndex = code
+    pairs: list[int] = []
+    for index in dict.fromkeys(reads):
+        bitmap, kept, decoded = encoded[index]
+        pairs += [bitmap, kept]
+        new[index] = add_tensor(graph, copy.copy(decoded))
+    decode.inputs = np.array(pairs, np.int32)
+    decode.outputs = np.array(list(new.values()), np.int32)
+    op.inputs = np.array([new.get(int(index), index) for index in op.inputs], np.int32)
+    return [decode, op]

@@ -1,0 +1,32 @@
+"""Run a file in the interpreter of TensorFlow Lite for Microcontrollers, in a process of its own.
+
+An unsupported file can end the process. The arguments are the paths of the file, of the inputs, and
+of the outputs. The inputs are an ``.npz`` file with one array per input, ``input_0`` and so on, and
+one row per run. The outputs have the same form. The interpreter prints its memory use to stderr.
+"""
+
+import sys
+
+import numpy as np
+from tflite_micro.python.tflite_micro.runtime import Interpreter
+
+
+def main(path: str, inputs: str, outputs: str, arena: str) -> None:
+    """Run the file on every row of the inputs, and write the outputs."""
+    interpreter = Interpreter.from_file(path, arena_size=int(arena))
+    with np.load(inputs) as loaded:
+        arrays = [loaded[f"input_{place}"] for place in range(len(loaded.files) - 1)]
+        count = int(loaded["outputs"])
+    found = []
+    for rows in zip(*arrays):
+        for place, row in enumerate(rows):
+            interpreter.set_input(row, place)
+        interpreter.invoke()
+        found.append([interpreter.get_output(place).copy() for place in range(count)])
+    stacked = {f"output_{place}": np.stack(values) for place, values in enumerate(zip(*found))}
+    np.savez(outputs, allow_pickle=False, **stacked)
+    interpreter.print_allocations()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,167 @@
+"""Files for microcontrollers: weights without their zeros, run in TensorFlow Lite Micro."""
+
+import importlib.util
+
+import keras
+import numpy as np
+import pytest
+
+import keras_dst
+from keras_dst.export import micro
+from keras_dst.export.encode import weights
+from keras_dst.export.flatbuffer import op_name, read, text
+from keras_dst.export.report import ExportError
+from tests.backends import once
+
+pytestmark = once
+x = np.random.default_rng(0).normal(size=(24, 12, 12, 4)).astype("float32")
+
+
+def sparse(model, sparsity=0.9):
+    """Set the smallest weights of every kernel to zero."""
+    rng = np.random.default_rng(0)
+    for variable in model.trainable_variables:
+        if variable.name == "kernel":
+            w = rng.normal(size=variable.shape) / np.sqrt(np.prod(variable.shape[:-1]))
+            variable.assign(w * (np.abs(w) > np.quantile(np.abs(w), sparsity)))
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Return a small sparse network with all kinds of kernels."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((12, 12, 4))
+    h = keras.layers.Conv2D(32, 3, padding="same", activation="relu")(inputs)
+    h = keras.layers.DepthwiseConv2D(3, padding="same", activation="relu")(h)
+    h = keras.layers.Conv2D(64, 1, activation="relu")(h)
+    h = keras.layers.Flatten()(keras.layers.MaxPooling2D(2)(h))
+    h = keras.layers.Dense(48, activation="relu")(h)
+    return sparse(keras.Model(inputs, keras.layers.Dense(10)(h)))
+
+
+@pytest.fixture(scope="module")
+def report(model, tmp_path_factory):
+    """Export the network for a microcontroller."""
+    path = tmp_path_factory.mktemp("micro") / "model.tflite"
+    return keras_dst.export_tflite(
+        model, path, target="micro", quantize="full", representative=x, evaluate=lambda _: 0.5
+    )
+
+
+def test_the_file_decodes_weights_and_has_no_op_that_tflm_lacks(report):
+    file = read(report.path.read_bytes())
+    (graph,) = file.subgraphs
+    names = [
+        text(file.operatorCodes[op.opcodeIndex].customCode) or op_name(file, op)
+        for op in graph.operators
+    ]
+    assert names.count(micro.DECODE) == sum(not tensor.reason for tensor in report.tensors)
+    assert not micro.unsupported_ops(file)
+    for place, name in enumerate(names):  # a decoded weight lives until the next op has run
+        if name == micro.DECODE:
+            (decoded,) = graph.operators[place].outputs
+            assert decoded in graph.operators[place + 1].inputs
+
+
+def test_the_report_compares_the_file_with_dense_int8(report):
+    found = report.micro
+    assert found.bytes == report.bytes == report.path.stat().st_size
+    assert found.bytes < 0.32 * found.dense_bytes
+    assert found.arena > found.dense_arena  # a decoded weight lies in the arena
+    assert found.samples == 1 + len(x)
+    assert [file.name for file in report.files] == ["dense float32", "dense int8", "this file"]
+    assert report.files[1].bytes == found.dense_bytes
+    assert report.files[2].accuracy == 0.5
+    assert "it is not faster" in str(report)
+
+
+def test_the_formats_are_chosen_per_weight(report):
+    chosen = {tensor.shape: tensor for tensor in report.tensors}
+    dense = chosen[(48, 2304)]
+    kept = round(dense.density * 48 * 2304)
+    assert dense.encoding == "int8 bitmap"
+    assert dense.bytes == 48 * 2304 // 8 + 16 + kept
+    small = chosen[(10, 48)]
+    assert small.encoding == "int8 dense"
+    assert small.reason == "its zeros save fewer bytes than the bitmap takes"
+    assert small.bytes == 480
+
+
+def test_the_constants_of_a_weight():
+    values = np.array([[0, 5, 0, -3], [0, 0, 0, 127], [1, 0, 0, 0]], np.int8)
+    bitmap, kept = micro._pruned(values)
+    assert bitmap.tolist() == [0b01010001, 0b10000000]
+    assert kept[:16].tolist() == [2, 1, 0, 0, 1] + [0] * 11
+    assert kept[16:].view(np.int8).tolist() == [5, -3, 127, 1]
+
+
+def test_a_weight_that_two_ops_read_is_decoded_for_each(tmp_path):
+    inputs = keras.Input((64,))
+    shared = keras.layers.Dense(64)
+    model = sparse(keras.Model(inputs, shared(keras.layers.ReLU()(shared(inputs)))))
+    samples = np.random.default_rng(1).normal(size=(8, 64)).astype("float32")
+    path = tmp_path / "model.tflite"
+    keras_dst.export_tflite(model, path, target="micro", quantize="full", representative=samples)
+    file = read(path.read_bytes())
+    (graph,) = file.subgraphs
+    codes = [text(file.operatorCodes[op.opcodeIndex].customCode) for op in graph.operators]
+    assert codes.count(micro.DECODE) == 2
+
+
+def test_zeros_stay_zeros_and_lost_weights_are_counted(tmp_path):
+    model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(24)])
+    w = np.random.default_rng(0).uniform(0.5, 1, (32, 24))
+    w *= np.arange(32 * 24).reshape(32, 24) % 5 > 2
+    w[1, 1:7:2] = 1e-5  # int8 rounds these three weights to zero
+    model.layers[0].kernel.assign(w)
+    samples = np.random.default_rng(1).normal(size=(8, 32)).astype("float32")
+    path = tmp_path / "model.tflite"
+    report = keras_dst.export_tflite(
+        model, path, target="ethos-u55-128", quantize="full", representative=samples
+    )
+    assert report.rounded_to_zero == 3
+    assert "int8 rounds 3 nonzero weights to zero." in str(report)
+    (weight,) = weights(read(path.read_bytes()))
+    (tensor,) = weight.tensors
+    assert len(tensor.quantization.scale) == 24
+    assert tensor.quantization.zeroPoint.tolist() == [0] * 24
+    assert np.array_equal(weight.values == 0, (w < 1e-4).T)
+
+
+def test_an_op_that_tflm_lacks_is_named_and_nothing_is_written(tmp_path):
+    inputs = keras.Input((16,))
+    model = keras.Model(inputs, keras.ops.sort(keras.layers.Dense(16)(inputs)))
+    samples = np.random.default_rng(1).normal(size=(8, 16)).astype("float32")
+    with pytest.raises(ExportError, match=r"ops that TFLM has. Received: TOPK_V2"):
+        keras_dst.export_tflite(
+            model,
+            tmp_path / "model.tflite",
+            target="micro",
+            quantize="full",
+            representative=samples,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_difference_in_tflm_raises(report, monkeypatch):
+    content = report.path.read_bytes()
+    runs = iter([micro.Run([np.zeros(3)], 1), micro.Run([np.ones(3)], 1)])
+    monkeypatch.setattr(micro, "run_in_tflm", lambda *_: next(runs))
+    with pytest.raises(ExportError, match="bit for bit"):
+        micro.report_for(content, content, [x])
+
+
+def test_arguments_that_do_not_fit_the_target(model, tmp_path, monkeypatch):
+    path = tmp_path / "model.tflite"
+    with pytest.raises(ValueError, match="Expected quantize='full' with target='micro'"):
+        keras_dst.export_tflite(model, path, target="micro")
+    settings = {"target": "micro", "quantize": "full"}
+    with pytest.raises(ValueError, match="leave out optimize="):
+        keras_dst.export_tflite(model, path, representative=x, optimize="size", **settings)
+    with pytest.raises(ValueError, match="shape"):
+        keras_dst.export_tflite(model, path, representative=x[..., :2], **settings)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "tflite_micro" or None)
+    with pytest.raises(ImportError, match=r"keras_dst\[micro\]"):
+        keras_dst.export_tflite(model, path, representative=x, **settings)
+    assert not list(tmp_path.iterdir())
