@@ -119,8 +119,3 @@ def on_accelerator(tensor) -> bool:
 
         return bool(tf.config.list_logical_devices("GPU"))
     return False
-
-
-def device_scope(device: str | None):
-    """Return a context in which Keras computes on a device; None leaves the device as it is."""
-    return contextlib.nullcontext() if device is None else keras.device(device)

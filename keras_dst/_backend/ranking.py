@@ -9,7 +9,6 @@ once. JAX fuses several counts into one pass over the scores, so a step of the s
 candidates there. Both forms keep the same bounds around the threshold, and give equal masks.
 """
 
-import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dst._backend.devices import device_scope, on_accelerator
+from keras_dst._backend.devices import on_accelerator
 from keras_dst._backend.jit import count_true
 
 Tensor = Any
@@ -127,17 +126,6 @@ class _Rows:
         return [ops.reshape(r, (-1,))[:n] for r, n in zip(rows, self.lengths)]
 
 
-def _reads_scores(method):
-    """Return a method that runs on the device of the scores, within a search on the host."""
-
-    @functools.wraps(method)
-    def on_device(self, *args):
-        with device_scope(self.device):
-            return method(self, *args)
-
-    return on_device
-
-
 class _Ranking:
     """Search for the thresholds of one ranking of all tensors, or of one ranking per tensor.
 
@@ -156,8 +144,6 @@ class _Ranking:
         scores = [ops.cast(s, "float32") for s in scores]
         self.scores = [b.join(scores, -np.inf) for b in self.bundles]
         self.at_once = on_accelerator(self.scores[0])
-        # The search stays on the device of the scores until a test on a GPU covers the host.
-        self.device: str | None = None
         self.least, self.most, self.peaks = self._extremes()
         # Number of weights of each entry. None if every entry is one weight.
         self.weights, self.total = [None] * len(self.bundles), self.lengths
@@ -178,16 +164,6 @@ class _Ranking:
                     for pair in zip(self.first_entries(), self.weights)
                 ]
                 self.ahead = self._by_tensor(ahead, ops.sum, 0)
-        with self._on_host():
-            self.least, self.most, self.lengths, self.total = map(
-                ops.convert_to_tensor, (self.least, self.most, self.lengths, self.total)
-            )
-            if self.ahead is not None:
-                self.ahead = ops.convert_to_tensor(self.ahead)
-
-    def _on_host(self):
-        """Return a context in which torch computes thresholds and counts in the host's memory."""
-        return device_scope(self.device and "cpu")
 
     def _extremes(self):
         """Return the smallest and the largest finite score, and the largest score of every row."""
@@ -231,7 +207,6 @@ class _Ranking:
             ops.all(ops.stack(usual)), lambda: (*bounds(floors, peaks), peaks), of_finite
         )
 
-    @_reads_scores
     def first_entries(self):
         """Return the best entries of every tensor, in a form that `_with_first` takes."""
         if max(self.first) > 1:
@@ -239,14 +214,13 @@ class _Ranking:
             each = _Ranking(flat, together=False)
             return each.masks(ops.convert_to_tensor(self.first, "int32"))
         found = []
-        least, most = ops.convert_to_tensor(self.least), ops.convert_to_tensor(self.most)
         for b, s, peaks in zip(self.bundles, self.scores, self.peaks):
             numbers = ops.arange(len(b.tensor), dtype="int32")
             # The first row with the largest score of each tensor, and the column in this row.
             tops = ops.max(ops.where(b.owner, peaks, -np.inf), axis=1, keepdims=True)
             tops = ops.logical_and(b.owner, peaks >= tops)
             rows = ops.min(ops.where(tops, numbers, len(b.tensor)), axis=1)
-            best = self._finite(ops.take(s, rows, axis=0), least, most)
+            best = self._finite(ops.take(s, rows, axis=0), self.least, self.most)
             place = ops.cast(ops.argmax(best, axis=1), "int32")
             is_row = numbers == ops.take(rows, b.local)
             found.append(ops.where(is_row, ops.take(place, b.local), -1)[:, None])
@@ -258,10 +232,6 @@ class _Ranking:
         return ops.where(s > least, ops.minimum(s, most), least)
 
     def masks(self, kept):
-        with self._on_host():
-            return self._masks(ops.convert_to_tensor(kept))
-
-    def _masks(self, kept):
         low, high, below, above = self.thresholds(kept)
         room, ties = kept - above, below - above
         all_fit = ties <= room
@@ -281,7 +251,6 @@ class _Ranking:
         # The branches return whole masks. XLA would compile them once per tensor otherwise.
         return ops.cond(ops.any(some_fit), some, none_or_all)
 
-    @_reads_scores
     def _with_ties(self, b, s, low, high, end, first):
         """Return the mask of the scores above `high` and of the tied scores before `end`."""
         tied = self._above(b, s, low) & _within(self._to_rows(b, end) - b.start)
@@ -293,22 +262,20 @@ class _Ranking:
         At most `kept` weights score above `high` (`above` weights), and more than `kept` weights
         score above `low` (`below` weights). Both forms of the search keep this invariant.
         """
-        with self._on_host():
-            kept = ops.convert_to_tensor(kept)
-            gap = ops.maximum(ops.abs(self.least), 1e-30)
-            # Many scores may tie with the smallest score, as scores of pruned weights do.
-            rest = self._count_above(self.least)
-            everything, settled = self.total <= kept, rest <= kept
-            low = ops.where(settled, self.least - 2.0**-22 * gap, self.least)
-            high = ops.where(settled, self.least, self.most)
-            high = ops.where(everything, self.least - ops.maximum(gap, 1.0), high)
-            none = ops.zeros(kept.shape, "int32")
-            above = none if self.ahead is None else ops.sum(self.ahead)[None]
-            above = ops.where(everything, self.total, ops.where(settled, rest, above))
-            below = ops.where(settled, self.total, rest)
-            by_sections = self.at_once and keras.backend.backend() == "jax"
-            search = self._by_sections if by_sections else self._by_false_position
-            return search(kept, low, high, below, above)
+        gap = ops.maximum(ops.abs(self.least), 1e-30)
+        # Many scores may tie with the smallest score, as scores of pruned weights do.
+        rest = self._count_above(self.least)
+        everything, settled = self.total <= kept, rest <= kept
+        low = ops.where(settled, self.least - 2.0**-22 * gap, self.least)
+        high = ops.where(settled, self.least, self.most)
+        high = ops.where(everything, self.least - ops.maximum(gap, 1.0), high)
+        none = ops.zeros(kept.shape, "int32")
+        above = none if self.ahead is None else ops.sum(self.ahead)[None]
+        above = ops.where(everything, self.total, ops.where(settled, rest, above))
+        below = ops.where(settled, self.total, rest)
+        by_sections = self.at_once and keras.backend.backend() == "jax"
+        search = self._by_sections if by_sections else self._by_false_position
+        return search(kept, low, high, below, above)
 
     def _is_open(self, kept, low, high, above):
         """Return whether a search has to go on, per ranking."""
@@ -358,7 +325,7 @@ class _Ranking:
             )
 
         many = self.together and self.count >= _SAMPLE_FROM
-        sampled = [ops.convert_to_tensor(t) for t in self._sample_bounds(kept)] if many else ()
+        sampled = self._sample_bounds(kept) if many else ()
         one, side = ops.ones(low.shape, "float32"), ops.zeros(low.shape, "int32")
         # `ops.where` gives two Python numbers the type `keras.config.floatx()`.
         half, whole = (ops.convert_to_tensor(x, "float32") for x in (0.5, 1.0))
@@ -405,7 +372,6 @@ class _Ranking:
             maximum_iterations=_MAX_STEPS,
         )
 
-    @_reads_scores
     def _sample_bounds(self, kept):
         """Return two scores of a sample that probably enclose the threshold."""
         down, across = _SAMPLE_STRIDES
@@ -418,7 +384,6 @@ class _Ranking:
         ends = [ops.clip(end, 0, size - 1) for end in (place + spread, place - spread)]
         return [ops.take(sample, ops.cast(end, "int32")) for end in ends]
 
-    @_reads_scores
     def _last_ties(self, low, high, firsts, room):
         """Return the position after the last tied entry that still fits, per ranking.
 
@@ -457,7 +422,6 @@ class _Ranking:
         places = ops.concatenate(found)
         return ops.min(places, keepdims=True) if self.together else places
 
-    @_reads_scores
     def _above(self, b, s, thresholds):
         """Return the mask of a bundle's scores above a threshold.
 
@@ -477,7 +441,6 @@ class _Ranking:
             count = ops.sum(ops.maximum(count, self.ahead))[None]
         return ops.where(thresholds < self.least, self.total, count)
 
-    @_reads_scores
     def _count_scores(self, thresholds):
         """Return the number of weights above a threshold, per ranking or per tensor."""
 
