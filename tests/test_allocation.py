@@ -161,24 +161,24 @@ def test_counts_by_name_grow_with_the_schedule(sparsity, final, expected):
 
 
 @pytest.mark.parametrize("allocation", [*NAMES, {}, {"conv": 0.5, r"head/\w+": 0}])
-def test_what_is_an_allocation(allocation):
+def test_valid_allocations_are_accepted(allocation):
     check(allocation)
 
 
 @pytest.mark.parametrize("allocation", ["local", "ERK", "", None, 0.9, ["erk"], ("conv", 0.5)])
-def test_what_is_no_allocation(allocation):
+def test_an_invalid_allocation_is_refused(allocation):
     with pytest.raises(ValueError, match=r"one of 'global', 'uniform', 'erk' or a dict.*Received"):
         check(allocation)
 
 
 @pytest.mark.parametrize("sparsity", [1.0, -0.5, "0.5", None])
-def test_what_is_no_sparsity_by_name(sparsity):
+def test_an_invalid_sparsity_in_an_allocation_is_refused(sparsity):
     with pytest.raises(ValueError, match=r"allocation\['conv'\] is the fraction of zeros"):
         check({"conv": sparsity})
 
 
 @pytest.mark.parametrize("name", ["conv(", 3])
-def test_what_is_no_name(name):
+def test_an_invalid_layer_name_in_an_allocation_is_refused(name):
     with pytest.raises(ValueError, match="allocation"):
         check({name: 0.5})
 

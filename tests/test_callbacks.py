@@ -59,7 +59,7 @@ def test_a_short_training_is_pruned_all_the_same():
 @pytest.mark.skipif(
     keras.backend.backend() != "torch", reason="only torch wraps the step to compile it"
 )
-def test_what_compiles_the_step_stays_around_it(monkeypatch):
+def test_a_fit_keeps_the_torch_compile_wrapper_of_the_step(monkeypatch):
     # `fit` also wraps the step in a guard. A later fit removes the earlier guard.
     import torch
 

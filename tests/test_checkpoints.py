@@ -123,7 +123,7 @@ class TestGateErrors:
         model.fit(x, y, validation_data=(x, y), verbose=0, callbacks=callbacks)
 
     @pytest.mark.parametrize("gate", ["f1", "val_f1"])
-    def test_a_metric_that_is_none(self, gate):
+    def test_an_unknown_metric_is_refused(self, gate):
         with pytest.raises(ValueError, match=r"none of the metrics\. Expected one of: accuracy"):
             self.fit(metric_at_target=gate)
 
@@ -131,7 +131,7 @@ class TestGateErrors:
         with pytest.raises(ValueError, match="needs a target"):
             self.fit("dst", metric_at_target="val_loss")
 
-    def test_a_mode_that_is_none(self):
+    def test_an_invalid_metric_mode_is_refused(self):
         with pytest.raises(ValueError, match="metric_mode must be"):
             SparseTraining(metric_at_target="loss", metric_mode="auto")
 

@@ -164,7 +164,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("attribute", CHANGES)
-def test_what_is_set_reaches_the_inner_optimizer(attribute):
+def test_attributes_of_the_wrapper_reach_the_inner_optimizer(attribute):
     def change(optimizer):
         setattr(optimizer, attribute, CHANGES[attribute])
         assert float(getattr(optimizer, attribute)) == pytest.approx(CHANGES[attribute])

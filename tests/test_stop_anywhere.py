@@ -145,7 +145,7 @@ def test_killed_within_a_backup(rename, whole, tmp_path, monkeypatch):
 
 
 @once
-def test_what_a_kill_leaves_unfinished_is_removed_and_nothing_else(tmp_path):
+def test_only_unfinished_files_of_a_kill_are_removed(tmp_path):
     (tmp_path / "mine.txt").write_text("not ours")
     (tmp_path / ".123.backup-1-0.weights.h5").write_text("cut short")
     (tmp_path / ".123.training.json").write_text("{")

@@ -169,7 +169,7 @@ def test_a_stripped_file_has_no_trace_of_keras_dst(model, tmp_path):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_nor_has_one_that_was_pruned_by_its_optimizer(scaled, tmp_path):
+def test_files_of_stripped_models_do_not_name_keras_dst(scaled, tmp_path):
     model = models.sequential()
     optimizer = keras_dst.SparseOptimizer("adam", Magnitude(0.5))
     if scaled:

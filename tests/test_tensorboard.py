@@ -138,7 +138,7 @@ def test_masks_that_move_at_one_density(tmp_path):
 
 
 @once
-def test_what_is_not_at_the_target_is_left_out(tmp_path):
+def test_values_before_the_target_are_left_out(tmp_path):
     model = models.compiled(net(), SparseOptimizer("sgd", Magnitude(0.5)), metrics=["accuracy"])
     callbacks = [SparsityTensorBoard(tmp_path), SparseTraining(metric_at_target="val_accuracy")]
     data = models.data(size=64)

@@ -255,9 +255,9 @@ def _sparse_inference(model, graph) -> tuple[bool, str, list[Finding]]:
         return False, "the graph has no 1x1 convolution that could gain from it", []
     if region.nodes and not region.wrong and hinted:
         return True, f"{len(region.nodes)} of {len(nodes)} ops", []
-    where = f"{len(convolutions)} 1x1 convolution(s)"
+    where = "1x1 convolutions"
     if region.nodes and not region.wrong:
-        found = "have zeros, but no DENSIFY op: XNNPACK then does not look for zeros"
+        found = "no DENSIFY op precedes their weights, so XNNPACK does not look for zeros"
         advice = [_advice(rule, where, found, _EXPORT_AGAIN)]
         return False, "no weight is stored sparse before a DENSIFY op", advice
     findings = [
@@ -267,8 +267,8 @@ def _sparse_inference(model, graph) -> tuple[bool, str, list[Finding]]:
     zeros, weights = sum(n.zeros for n in convolutions), sum(n.weights for n in convolutions)
     if 3 * zeros <= 2 * weights:
         found = (
-            f"have {zeros / weights:.1%} zeros in their weights: XNNPACK uses sparse kernels only "
-            "above 66.7 %"
+            f"{zeros / weights:.1%} of their weights are zero, and XNNPACK uses sparse kernels "
+            "only above 66.7 %"
         )
         findings.append(_advice(rule, where, found, "Prune the 1x1 convolutions further."))
     if findings:

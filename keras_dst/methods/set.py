@@ -49,7 +49,7 @@ class SET(UpdateMethod):
         drop_fraction: Fraction of the kept weights that the first update replaces, in [0, 1). It
             falls to 0 along a cosine. Defaults to 0.3.
         stop: Fraction of training after which the masks stay as they are. Defaults to 0.75.
-        stop_step: Step after which the masks stay as they are, instead of `stop`. A loop without
+        stop_step: Step after which the masks stay as they are. Excludes `stop`. A loop without
             `SparseTraining` needs it. Defaults to None.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
             100 in a long training, and at least twenty updates in a short training.
@@ -109,6 +109,11 @@ class SET(UpdateMethod):
             )
         if stop_step is not None:
             check_integer(stop_step, "stop_step")
+            if stop != 0.75:
+                raise ValueError(
+                    "stop and stop_step exclude each other. "
+                    f"Received: stop={stop!r}, stop_step={stop_step!r}. Pass one of them."
+                )
         self.schedule = Constant(sparsity, begin_step=None if stop_step is None else 0)
         if Pattern(pattern).n_of_m:
             raise ValueError(

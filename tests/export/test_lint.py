@@ -148,7 +148,7 @@ ADVICE = {
         convolution("CONV_2D", sparse_values((16, 3, 3, 32), 0.9)),
     ),
     "sparse-inference": (CUT, "MAX_POOL_2D cannot take part", nets.unpacked(WHOLE)),
-    "sparse-inference, no DENSIFY": (WHOLE, "but no DENSIFY op", nets.unpacked(WHOLE)),
+    "sparse-inference, no DENSIFY": (WHOLE, "no DENSIFY op precedes", nets.unpacked(WHOLE)),
 }
 
 
@@ -221,8 +221,8 @@ def test_the_runtime_refuses_int8_from_densify():
         ),
         (
             [nets.entry, lambda g, x: nets.pointwise(g, x, 0.5), nets.mean],
-            "1 1x1 convolution(s)",
-            "zeros in their weights",
+            "1x1 convolutions",
+            "of their weights are zero",
         ),
         (
             [*nets.BODY, nets.depthwise(7, dilation=2), nets.pointwise],

@@ -173,6 +173,7 @@ def test_a_custom_loop(cls):
         ({"drop_fraction": 1.0}, "drop_fraction"),
         ({"stop": 0}, "stop"),
         ({"stop_step": 0.5}, "stop_step"),
+        ({"stop": 0.5, "stop_step": 100}, "exclude each other"),
         ({"sparsity": 1}, "sparsity"),
     ],
 )
