@@ -1,4 +1,4 @@
-"""Load the data of the benchmarks, and put a model under a method."""
+"""Load the data of the benchmarks, and apply a method to a model."""
 
 import os
 import pathlib
@@ -28,7 +28,7 @@ def spoken_digits() -> tuple:
     """Return log-mel spectrograms of the Free Spoken Digit Dataset like `mnist`.
 
     Raises:
-        FileNotFoundError: If KERAS_DST_DATA names no folder with fsdd_logmel.npz.
+        FileNotFoundError: If KERAS_DST_DATA does not name a folder with fsdd_logmel.npz.
     """
     return tuple(
         ((x / 255.0).astype("float32")[..., None], y.astype("int32"))
@@ -41,7 +41,8 @@ def load(name: str) -> tuple:
     folder = os.environ.get("KERAS_DST_DATA")
     if not folder and not hasattr(keras.datasets, name):
         raise FileNotFoundError(
-            f"Expected KERAS_DST_DATA to name a folder with {name}.npz, which keras.datasets lacks."
+            f"Expected KERAS_DST_DATA to name a folder with {name}.npz. Received: the variable is "
+            f"not set. Fix: set it, because keras.datasets does not contain {name}."
         )
     if not folder:
         return getattr(keras.datasets, name).load_data()

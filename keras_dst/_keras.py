@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 else:
     _Layer = object
 
-# Where each private attribute lives; `missing_names` builds one object of each kind to look at.
+# Private attributes by kind of object. `missing_names` builds and checks one object of each kind.
 PRIVATE_NAMES = {
     "layer": (
         "_auto_config",
@@ -147,9 +147,9 @@ def build_shapes(layer) -> dict[str, Any] | None:
 
 
 def is_plain_stock(layer) -> bool:
-    """Return whether a layer is of a class of Keras whose config and variables are its whole state.
+    """Return whether a layer has a Keras class and no state besides its config and variables.
 
-    The state of preprocessing layers is more than that: vocabularies, boundaries, statistics.
+    Preprocessing layers have other state, such as vocabularies, boundaries and statistics.
     """
     module = type(layer).__module__
     return module.startswith("keras.src.layers.") and ".preprocessing." not in module
@@ -209,18 +209,18 @@ def mask_of(tensor):
 
 
 def node_of(tensor):
-    """Return the node, a call of an operation, that made a symbolic tensor."""
+    """Return the node (one call of an operation) that made a symbolic tensor."""
     operation, index = tensor._keras_history[:2]
     return operation._inbound_nodes[index]
 
 
 def nodes_of(operation) -> tuple[list, list]:
-    """Return the lists of nodes before and after an operation; the lists are Keras's own."""
+    """Return the inbound and outbound nodes of an operation, as Keras's own lists."""
     return operation._inbound_nodes, operation._outbound_nodes
 
 
 def set_nodes_of(operation, inbound: list, outbound: list) -> None:
-    """Give an operation the nodes of the operation that it replaces in a graph."""
+    """Set the inbound and outbound nodes of an operation that replaces another operation."""
     _require(operation, "_inbound_nodes")
     _require(operation, "_outbound_nodes")
     operation.__dict__["_inbound_nodes"] = inbound
@@ -338,14 +338,14 @@ def trained_variables_of(optimizer) -> list:
 
 
 def delete_counters(optimizer) -> None:
-    """Delete the step counter and the learning rate of an optimizer that wraps another one."""
+    """Delete the step counter and the learning rate of an optimizer that wraps an optimizer."""
     for name in ("_iterations", "_learning_rate"):
         delattr(optimizer, name)
     set_own_variables(optimizer, [])
 
 
 def set_trained_variables(optimizer, variables) -> None:
-    """Set the variables that an optimizer trains, as the `build` of Keras does."""
+    """Set the variables that an optimizer trains, as `Optimizer.build` does."""
     vars(optimizer)["_trainable_variables"] = variables
     for index, variable in enumerate(variables):
         optimizer._trainable_variables_indices[optimizer._var_key(variable)] = index

@@ -25,8 +25,9 @@ class SparseTraining(keras.callbacks.Callback):
 
     The length of the schedule follows from the epochs and steps of the first `fit`. A later `fit`
     continues the schedule. Masks and controllers are updated between steps. The progress bar and
-    the history show the log `sparsity`: the sparsity of all weights under a method. The last step
-    makes learned sparsity exact. A warning tells if a target was missed, and by how much.
+    the history show `sparsity`: the sparsity of all weights that the method prunes. If a method
+    learns its sparsity and has a target, the last step adjusts the masks to meet the target
+    exactly. If a target was missed, a warning states by how much.
 
     Masks also hold for weights that other callbacks assign, such as the averages of
     `SwapEMAWeights`. If a callback assigns weights of a time before the target at the end of

@@ -179,9 +179,9 @@ class Geometric(Schedule):
     """Schedule whose density falls by the same factor in equal times.
 
     Args:
-        rate: Fraction of the kept weights that each of several equally spaced jumps removes, in
-            (0, 1). The last jump removes fewer weights if the target asks for that. Defaults to
-            None: the density falls smoothly.
+        rate: Fraction of the kept weights that every jump removes, in (0, 1). Jumps are equally
+            spaced. The last jump removes fewer weights if a full jump would exceed the target.
+            Defaults to None: the density falls smoothly, without jumps.
 
     Example:
         >>> keras_dst.schedules.Geometric(0.75, end=1.0)(0.5)

@@ -168,7 +168,11 @@ def _zeros_under_masks(model) -> Iterator[None]:
 
 
 def _encode(weights: h5py.File, include_optimizer: bool) -> tuple[dict, dict[str, np.ndarray]]:
-    """Return the structure of an HDF5 file, without data, and its tensors, sparse if smaller."""
+    """Return the structure of an HDF5 file without data, and its tensors.
+
+    A tensor is encoded as a bitmap and its nonzero values if this takes fewer bytes. A boolean
+    tensor is always encoded as a bitmap.
+    """
     structure: dict[str, Any] = {"format": _FORMAT, "groups": {}, "datasets": {}}
     tensors = {}
 
@@ -202,7 +206,7 @@ def _encode(weights: h5py.File, include_optimizer: bool) -> tuple[dict, dict[str
 
 
 def _decode(structure: dict, tensors: dict[str, np.ndarray]) -> bytes:
-    """Return the HDF5 file that `_encode` has taken apart."""
+    """Return the HDF5 file for the structure and the tensors that `_encode` returned."""
     content = io.BytesIO()
     with h5py.File(content, "w") as weights:
         weights.attrs.update(structure["attributes"])

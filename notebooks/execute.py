@@ -15,7 +15,8 @@ def execute(path: pathlib.Path) -> nbformat.NotebookNode:
     """Return a notebook with the outputs of a fresh run.
 
     Raises:
-        RuntimeError: for a warning in the output. An error in a cell raises an error of nbclient.
+        RuntimeError: If the output contains a warning.
+        nbclient.exceptions.CellExecutionError: If a cell raises an error.
     """
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(

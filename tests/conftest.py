@@ -20,7 +20,9 @@ if not os.environ.get("KERAS_DST_XLA_DEFAULT"):
 
 def pytest_configure(config):
     # Keras's own tests, which tests/test_keras_optimizers.py runs, have this mark.
-    config.addinivalue_line("markers", "requires_trainable_backend: a test of Keras that trains")
+    config.addinivalue_line(
+        "markers", "requires_trainable_backend: a Keras test that trains a model"
+    )
 
 
 # These tests take most of the time on TensorFlow and JAX, which compile every step again for every

@@ -10,14 +10,14 @@ import keras
 import numpy as np
 
 EPSILON = 1e-3
-MOMENTUM = 0.99  # of the running statistics
+MOMENTUM = 0.99  # momentum of the running statistics
 SIZES = (12, 16, 4)  # inputs, hidden units, classes
 
 NAMES = ("w1", "gamma", "beta", "w2", "b2")
 
 
 def keras_net(dense=keras.layers.Dense, **arguments):
-    """The net in Keras; its outputs are logits. Trainable weights come in the order of NAMES."""
+    """Return the net in Keras, which outputs logits. Its trainable weights are ordered as NAMES."""
     keras.utils.set_random_seed(3)
     return keras.Sequential(
         [
@@ -73,7 +73,7 @@ def softmax(z):
 
 
 def cross_entropy(z, y):
-    """Return the mean cross-entropy of a batch and its gradient by the logits."""
+    """Return the mean cross-entropy of a batch and its gradient with respect to the logits."""
     p = softmax(z)
     rows = np.arange(len(y))
     dz = p.copy()
@@ -82,7 +82,7 @@ def cross_entropy(z, y):
 
 
 def gradients(x, y, p):
-    """Gradients of the mean cross-entropy of a batch, by the weights that the net is given."""
+    """Return the gradients of the mean cross-entropy of a batch with respect to the weights `p`."""
     z, cache = forward(x, p)
     return backward(cross_entropy(z, y)[1], p, cache)
 

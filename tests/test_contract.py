@@ -77,7 +77,7 @@ def one_of_each(request):
 
 
 def build(method, inner=None, **compile_arguments):
-    """A small net under a method, compiled."""
+    """Return a small compiled net that a method prunes."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [

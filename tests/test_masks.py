@@ -444,8 +444,8 @@ def test_top_k_compiled_by_xla():
 
 
 def test_top_k_of_groups_stops_at_the_first_that_does_not_fit():
-    # score  9 8 7 6      kept 5: 2 + 1 fit, the next 3 do not, and the 1 after them must wait.
-    # size   2 1 3 1
+    # score  9 8 7 6      Sizes 2 and 1 fit into 5 kept weights. Size 3 does not fit, and the
+    # size   2 1 3 1      ranking stops there, although the last size 1 would fit.
     assert_equal(top_k([[9, 8, 7, 6]], 5, [np.array([2, 1, 3, 1])]), [[1, 1, 0, 0]])
 
 

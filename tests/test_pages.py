@@ -15,8 +15,9 @@ from tests.pages import PAGES, ROOT, fences
 from tests.test_tfmot import file_of
 
 BACKEND = keras.backend.backend()
-NOT_RUN = ("diff", "math", "text")  # languages of blocks that are not code
-TESTED_ELSEWHERE = {  # pages that need several processes, or whose pictures and trials are checked
+NOT_RUN = ("diff", "math", "text")  # languages of fenced blocks that hold no code
+# Pages with tests of their own, which start several processes or check the results of the page.
+TESTED_ELSEWHERE = {
     "docs/many_devices.md": "tests/devices/test_pages.py",
     "docs/pictures.md": "tests/test_plots.py",
     "docs/sensitivity.md": "tests/test_tuner.py",

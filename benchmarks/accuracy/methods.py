@@ -80,7 +80,7 @@ class Task:
     rate: float
     decay: float | None = None
     batch: int = BATCH
-    batches: type[Shuffled] | None = None  # None: Keras shuffles
+    batches: type[Shuffled] | None = None  # None: `fit` shuffles the arrays
     rates: Callable = cosine  # takes the initial rate and the number of steps
 
 

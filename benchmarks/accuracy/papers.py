@@ -2,7 +2,8 @@
 
 python -m benchmarks.accuracy.papers resnet-32-16 DCIL 0.95 --seed 0 --minutes 10 --backup FOLDER
     Train for ten minutes at most, and back up after every epoch. The same command, on this or on
-    another machine, goes on from the backup. The last piece stores the run.
+    another machine, continues from the backup. The command that trains the last epoch stores the
+    run.
 python -m benchmarks.accuracy.papers resnet-32-16 DCIL 0.95 --steps 20
     Train a few steps of the first epoch, and print the loss. Nothing is stored.
 python -m benchmarks.accuracy.papers --table
@@ -169,11 +170,11 @@ NETS = {
 
 
 class Paused(Exception):
-    """Signal that the time of this piece is over. The backup holds the training."""
+    """Signal that the time limit of the command is reached. The backup holds the training."""
 
 
 class Log(keras.callbacks.Callback):
-    """Log of every epoch in a file, and the end of a piece after some minutes."""
+    """Callback that logs every epoch to a file, and pauses the training after some minutes."""
 
     def __init__(self, path, minutes):
         super().__init__()
@@ -202,7 +203,7 @@ class Log(keras.callbacks.Callback):
 
 
 def compiled(net, method, seed, epochs, data, epoch=0):
-    """Return the model of a run, its data from an epoch on, and the method or None."""
+    """Return the compiled model of a run, and its training data from an epoch on."""
     keras.utils.set_random_seed(seed)
     (x, y), _ = data
     model = NETS[net][1](x)
@@ -216,7 +217,7 @@ def compiled(net, method, seed, epochs, data, epoch=0):
 
 
 def run(net, method_name, sparsity, seed, epochs, data, backup, minutes=None):
-    """Train one piece of a run; return its figures, or None if the training is not at its end."""
+    """Train to the last epoch and return the figures of the run, or None at the time limit."""
     backup.mkdir(parents=True, exist_ok=True)
     record = backup / "weights" / "training.json"
     epoch = json.loads(record.read_text())["epoch"] if record.exists() else 0

@@ -9,8 +9,8 @@ import collections
 from benchmarks import results
 from benchmarks.accuracy.methods import METHODS, TASKS, name_of, run
 
-#: Methods that prune weights by a score, alone, in blocks along the inputs, or whole channels.
 BENCHMARK = "patterns"
+#: Methods that score weights, and can prune single weights, blocks of inputs or whole channels.
 SCORED = [name for name in METHODS if name not in ("dense", "random", "Consensus")]
 PATTERNS = ("unstructured", "1x4", "1x16", "channel")
 SPARSITIES = (0.9, 0.95)

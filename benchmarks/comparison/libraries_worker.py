@@ -25,7 +25,7 @@ from benchmarks.timing import cpu_seconds, in_turns, ratios, steps_of_fit
 
 NET, RESNET = "lenet-300-100", "resnet-8"
 TARGET, EPOCHS, BATCH, RATE, SEEDS = 0.9, 5, 128, 0.05, 3
-STEPS, ROUNDS = 110, 9  # of the timed turns, with a mask update every 100 steps
+STEPS, ROUNDS = 110, 9  # numbers of timed steps and rounds; masks are updated every 100 steps
 FEW = 8  # steps of an epoch of the ResNet
 ALPHAS = (1e-4, 1.25e-4, 1.5e-4, 2e-4, 6e-4)  # candidates for methods without a target
 FILES = results.ROOT / "build" / "peers"
@@ -35,9 +35,9 @@ class Tool:
     """A pruning tool: `begin` before compiling, `end` after training, `files` to write files."""
 
     methods: tuple = ()
-    slow: tuple = ()  # methods for which one seed has to do
-    probabilities = True  # whether the net still ends in a softmax
-    setting = None  # what `search` has found
+    slow: tuple = ()  # slow methods, which run with one seed only
+    probabilities = True  # whether the net ends with a softmax
+    setting = None  # setting that `search` found
 
     def begin(self, method, model, optimizer, epochs, steps):
         """Return the model and the optimizer to compile, and the callbacks."""

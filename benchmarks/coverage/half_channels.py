@@ -92,7 +92,7 @@ def measure(build, mode: str) -> dict:
     schedule = keras_dst.schedules.Constant(0.5, begin_step=1)
     method = keras_dst.methods.Magnitude(schedule, "uniform", "channel", frequency=1)
     _draw_statistics(model)
-    # Random networks have gradients of any size.
+    # Clip the gradients, which may be very large in random networks.
     model.compile(keras.optimizers.SGD(1e-3, global_clipnorm=1.0), "mse")
     keras_dst.sparsify(model, method)
     shape = (BATCH * STEPS, *model.inputs[0].shape[1:])
@@ -125,7 +125,7 @@ def measure(build, mode: str) -> dict:
 
 
 def _draw_statistics(model) -> None:
-    """Draw biases, scales and statistics, whose initial values would make every channel alike."""
+    """Draw random biases, scales and statistics, because their initial values are equal."""
     import numpy as np
 
     rng = np.random.default_rng(0)

@@ -4,7 +4,7 @@ python -m benchmarks.files.micro [--nets NET ...]
 
 Four small networks are trained dense and sparse, stripped and exported for TensorFlow Lite Micro
 and for three Ethos-U NPUs. Accuracy is measured on all test samples, of the float model and of the
-int8 file, after the last epoch. Cycles and encoded bytes are estimates of Vela. Trained networks
+int8 file, after the last epoch. Cycles and encoded bytes are estimated by Vela. Trained networks
 are kept in build/micro. Stored runs are not repeated.
 """
 

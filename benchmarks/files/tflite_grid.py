@@ -46,7 +46,7 @@ def epochs_of(net) -> int:
 
 
 def tuned(net_name, method=None):
-    """Return the network after further training, under a method or dense."""
+    """Return the network after further training, with a method or dense."""
     net = NETS[net_name]
     x, y = net.data()[0]
     x, y = x[:IMAGES], y[:IMAGES]

@@ -77,7 +77,7 @@ def measure():
 
 
 def prepared(method):
-    """Return the driver of the network under a method, and a compiled mask update."""
+    """Return the driver of a network that a method prunes, and the compiled mask update."""
     import keras
     import numpy as np
     from keras import ops

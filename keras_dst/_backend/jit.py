@@ -29,7 +29,7 @@ def jit(fn):
 
 
 def is_known_false(flag) -> bool:
-    """Return whether a boolean tensor is false now; a tensor that is being traced is not known."""
+    """Return whether a boolean tensor is known to be false. Its value is unknown while traced."""
     backend = keras.backend.backend()
     if backend == "jax":
         import jax

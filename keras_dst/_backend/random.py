@@ -68,7 +68,7 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
 
     Args:
         shapes: Shapes of the results.
-        seed: Seed of the table and of the choice of rows.
+        seed: Seed of the numbers in the table and of the random choice of its rows.
         step: Number of the step, an int32 scalar.
 
     Example:
@@ -104,7 +104,7 @@ def _width(shape: Sequence[int]) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _table(seed: int, mirrored: bool) -> np.ndarray:
-    """Return normal numbers. If mirrored, the second half is the first half with other signs."""
+    """Return normal numbers. If mirrored, the second half is the negated first half."""
     numbers = np.random.default_rng(seed).standard_normal(_SIZE, "float32")
     half = numbers[: _SIZE // 2]
     return np.concatenate([half, -half]) if mirrored else numbers

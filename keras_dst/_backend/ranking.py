@@ -27,7 +27,7 @@ _MAX_STEPS = 900
 _LARGEST = 1e38  # Scores above it count as tied, so that sums of two scores do not overflow.
 _SMALLEST = 2.0**-126  # Scores with a smaller difference count as tied: some backends flush to 0.
 _ROW_WIDTH = 1 << 10  # Number of scores in a row.
-_BUNDLE_SIZE = 1 << 20  # Largest number of scores of small tensors that are joined.
+_BUNDLE_SIZE = 1 << 20  # Largest number of scores in a bundle of small tensors.
 _SLAB_ROWS = 1 << 8  # Number of rows that are counted at once.
 _SECTIONS = 8  # Number of sections of the range. XLA reads the scores once for eight counts.
 _SAMPLE_FROM = 1 << 22  # Number of scores from which a sample gives the first thresholds.
@@ -497,7 +497,7 @@ class _Ranking:
 
 
 def bundles(lengths: Sequence[int]) -> list[list[int]]:
-    """Return the indices of neighboring tensors that are joined, as long as they are small."""
+    """Group neighboring small tensors into bundles, and return the indices of each bundle."""
     found: list[list[int]] = []
     room = 0
     for i, length in enumerate(lengths):

@@ -43,7 +43,7 @@ def count_uses(model) -> dict[int, tuple[int | None, str | None]]:
 
 
 class _UnknownCount(Exception):
-    """Error with the reason why a use count is unknown."""
+    """Error that states why a use count is unknown."""
 
 
 @dataclass

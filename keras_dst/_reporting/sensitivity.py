@@ -71,15 +71,16 @@ class SensitivityReport:
     def allocation(self, sparsity: float) -> dict[str, float]:
         """Return a sparsity for every weight, for the argument `allocation` of a method.
 
-        Every weight is pruned until it costs the same drop of the metric, read off its curve by
-        interpolation. That drop is chosen so that the total sparsity is `sparsity`.
+        Every weight gets the sparsity at which the metric drops by the same amount, by linear
+        interpolation of the weight's curve. The amount is chosen so that the total sparsity is
+        `sparsity`.
 
         Args:
             sparsity: Fraction of zeros over all weights of this report, at most the highest
                 measured sparsity.
 
         Returns:
-            A dict from paths of weights to sparsities.
+            A dict that maps the path of each weight to its sparsity.
 
         Raises:
             ValueError: If `sparsity` is above the highest measured sparsity.
@@ -324,7 +325,7 @@ def _metric(model, results: Mapping[str, float], metric: str | None) -> tuple[st
     if mode is None:
         raise ValueError(
             f"The metric {metric!r} does not say whether smaller or larger values are better. "
-            "Pass metric='loss', or compile with a metric of Keras."
+            "Pass metric='loss', or compile the model with a Keras metric."
         )
     return metric, mode
 

@@ -127,7 +127,7 @@ def mask_followers(followers: Sequence[Follower], alive) -> None:
 
 
 def _uncoupled(model, method: Method, layouts) -> Coupling:
-    """Warn that the channels of each layer are ranked alone, because the model has no graph."""
+    """Warn that the channels of each layer are ranked separately, as the model has no graph."""
     if method.counted_in != "channels":
         raise ValueError(
             f"counted_in={method.counted_in!r} needs a Sequential or Functional model. Received: "
@@ -162,7 +162,7 @@ def _with_channels(weight, layout: Layout, member, numbers, groups) -> Layout:
 
 
 def _costs(method: Method, coupled, numbers, sizes) -> tuple[np.ndarray, np.ndarray]:
-    """Return the shares and the costs of all weights of a model, see `ChannelGroups`."""
+    """Return the arguments `shares` and `costs` of `ChannelGroups` for all weights of a model."""
     owner = np.append(np.repeat(np.arange(len(sizes)), sizes), len(sizes))
     stays = np.eye(len(sizes) + 1)[-1]
     # All variables without channels count as one weight that stays.

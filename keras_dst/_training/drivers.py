@@ -99,7 +99,7 @@ def couple_channels(model, optimizer: SparseOptimizer | None = None) -> None:
 
 
 def _couple_optimizer(model, optimizer: SparseOptimizer) -> Coupling:
-    """Set the axes and the channels of the weights of an optimizer, as the model knows them."""
+    """Tell an optimizer the axes and the channels of its weights, which only the model knows."""
     layouts = _layouts(model, optimizer)
     found = couple(model, optimizer.method, optimizer.kernels, layouts)
     optimizer.set_layouts(found.layouts, found.followers, model_known=True)
@@ -107,11 +107,11 @@ def _couple_optimizer(model, optimizer: SparseOptimizer) -> Coupling:
 
 
 def _built_sparse_optimizers(model) -> list[SparseOptimizer]:
-    """Return all SparseOptimizers of a model, also of a model with several optimizers."""
+    """Return all SparseOptimizers of a model, which may have several optimizers."""
     optimizers = optimizers_of(model)
     found = [sparse for outer in optimizers for sparse in sparse_optimizers(outer)]
     compiled = model.optimizer
-    # Keras compiles a model with an optimizer that a train_step with others does not use.
+    # A custom train_step may use other optimizers than the optimizer passed to `compile`.
     is_used = len(optimizers) == 1 or (compiled is not None and sparse_optimizers(compiled))
     if is_used and not compiled.built:
         with placed_like(model.trainable_variables[0]):
@@ -150,7 +150,7 @@ def _optimizer_of(model, variables):
 
 
 class PrunedWeight(NamedTuple):
-    """A weight under a method, with all that is needed to compute its mask."""
+    """A weight that a method prunes, with the data from which its mask is computed."""
 
     name: str
     method: Method
@@ -159,13 +159,13 @@ class PrunedWeight(NamedTuple):
     layout: Layout
 
     def mask(self) -> np.ndarray:
-        """Return the present mask, boolean."""
+        """Return the current boolean mask."""
         weight, state = ops.convert_to_tensor(self.weight), tensors_of(self.state)
         return ops.convert_to_numpy(self.method.mask(weight, state, self.layout)).astype(bool)
 
 
 def pruned_weights_of(model) -> list[PrunedWeight]:
-    """Return every weight under a method, in the layers of a model and in its optimizers."""
+    """Return every weight that the layers or the optimizers of a model prune."""
     optimizers = _built_sparse_optimizers(model)
     found = [
         PrunedWeight(weight.path, layer.method, weight, state, layout)

@@ -27,7 +27,7 @@ _ATTRIBUTE = "_keras_dst_fit"
 
 def active_fit(model) -> ActiveFit:
     """Return the object that all callbacks of the running `fit` share, and create it if needed."""
-    # Every `fit` has its own history. Only a training loop of the user's own may have none.
+    # Every `fit` creates a history. A custom training loop may have no history.
     owner = vars(getattr(model, "history", None) or model)
     if not owner.get(_ATTRIBUTE):
         owner[_ATTRIBUTE] = ActiveFit(model)
@@ -43,7 +43,7 @@ class _Patch(NamedTuple):
 
 
 class ActiveFit:
-    """A running `fit`: what it patches, and how many batches it skips. False once it is over.
+    """State of a running `fit`: its patches, and the batches that it skips. False after its end.
 
     Under `fit`, the patches are applied at the first training step, so that an exception before
     that step leaves the model as it was. In a training loop of the user's own they are applied when
@@ -168,7 +168,7 @@ class ActiveFit:
         return self._with_token(result)
 
     def _with_token(self, logs):
-        """Return the logs of a step with the token whose end is the end of `fit`."""
+        """Return the logs of a step with a token. When `fit` ends, the token is deleted."""
         if not isinstance(logs, dict):
             return logs
         token = self._token()
@@ -192,7 +192,7 @@ class ActiveFit:
 
 
 class _Token:
-    """An object that only the logs of a step refer to."""
+    """Object that is deleted together with the logs of a step, which hold the only reference."""
 
 
 class _Logs(dict):
@@ -208,8 +208,8 @@ def _is_patched(step) -> bool:
 class AtomicSave:
     """Replacement of a model's `save` or `save_weights` that writes local files atomically.
 
-    Keras overwrites an existing file in place. If the process is killed meanwhile, neither the old
-    nor the new file is left.
+    Keras overwrites an existing file in place. If the process is killed during the write, the
+    old file is lost and the new file is incomplete.
 
     Args:
         inner: The method that writes the file.

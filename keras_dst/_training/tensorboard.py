@@ -21,7 +21,7 @@ _BINS = 64  # Number of bins of a histogram.
 class SparsityTensorBoard(keras.callbacks.Callback):
     """Callback that writes density, mask changes and learned states for TensorBoard.
 
-    It writes these values for every weight under a method, where `<path>` is the weight's path:
+    It writes these values for every pruned weight, where `<path>` is the weight's path:
 
     * `density/<path>`: Fraction of the weight that its mask keeps. `density` is this fraction for
       all weights together.
@@ -134,7 +134,7 @@ class SparsityTensorBoard(keras.callbacks.Callback):
 
 
 def _by_name(members: list[PrunedWeight]) -> dict[str, PrunedWeight]:
-    """Return members by their paths. Numbers tell apart members with the same path."""
+    """Return a dict from paths to members. If paths are equal, a number is appended to them."""
     seen: collections.Counter[str] = collections.Counter()
     found = {}
     for member in members:

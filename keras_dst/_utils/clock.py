@@ -46,14 +46,14 @@ class UpdateClock(NamedTuple):
 
 
 def update_clock(method, schedule, total=None, epoch=None) -> UpdateClock | None:
-    """Return the clock of a method in a training, or None if the training's length is not known.
+    """Return the clock of a method, or None if the length of the training is unknown.
 
-    Without a frequency of the user's own, the method's `default_frequency` holds, but the masks are
+    If the user sets no frequency, `default_frequency` of the method applies. The masks are then
     updated at least twenty times while the target changes.
 
     Args:
         method: A `methods.Method` with a schedule.
-        schedule: The method's schedule in this training.
+        schedule: `Schedule` of the target in this training.
         total: Number of steps in the training. A schedule in steps does not need it.
         epoch: Number of steps in an epoch, for updates once an epoch.
     """

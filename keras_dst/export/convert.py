@@ -161,13 +161,13 @@ def _import(module: str, name: str) -> Any:
     """Return an object of a module by its qualified name; None if it cannot be imported."""
     try:
         return functools.reduce(getattr, name.split("."), importlib.import_module(module))
-    except Exception:  # whatever the user's module raises here
+    except Exception:  # A user's module may raise any error.
         return None
 
 
 @contextlib.contextmanager
 def _names_for_lambdas() -> Iterator[None]:
-    """Define the usual names of Keras and NumPy for lambdas, which are saved without globals."""
+    """Define names such as `keras` and `np` as builtins: Keras saves lambdas without globals."""
     names = {"keras": keras, "ops": keras.ops, "layers": keras.layers, "np": np, "numpy": np}
     added = {name: module for name, module in names.items() if not hasattr(builtins, name)}
     vars(builtins).update(added)

@@ -174,13 +174,13 @@ def compile_for_npu(content: bytes, accelerator: str) -> tuple[bytes, VelaReport
 
 
 def _run_vela(content: bytes, accelerator: str) -> tuple[bytes, dict[str, str], str]:
-    """Return the file that Vela makes, its summary, and its output as text."""
+    """Run Vela; return the compiled file, Vela's summary, and the text that Vela prints."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "model.tflite").write_bytes(content)
         command = [sys.executable, "-m", "ethosu.vela", "model.tflite"]
         command += ["--accelerator-config", accelerator, "--output-dir", "."]
-        # A second process, because an error in Vela's C++ part ends the process.
+        # Run Vela in a separate process, because an error in its C++ code ends the process.
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         summaries = list(folder.glob("model_summary_*.csv"))
         if done.returncode or not summaries:

@@ -204,7 +204,7 @@ def _rounded_to_zero(floats: bytes, integers: bytes) -> int:
 
 
 def _dense_plan(content: bytes) -> Plan:
-    """Return the plan that stores every weight of an int8 file as it is."""
+    """Return a plan that stores every weight of an int8 file without sparse encoding."""
     reason = "an NPU reads dense weights, which Vela encodes"
     found = encode.weights(read(content))
     return Plan([Choice(weight, None, weight.values.nbytes, reason) for weight in found], content)
@@ -213,7 +213,11 @@ def _dense_plan(content: bytes) -> Plan:
 def _compile(
     content: bytes, settings: Settings, progress: Callable[[str], None]
 ) -> tuple[bytes, VelaReport | None]:
-    """Return the file that Vela compiles and its estimates, if Vela is installed."""
+    """Compile a file with Vela if the target is an NPU and Vela is installed.
+
+    Returns:
+        The compiled file and Vela's report. Otherwise an empty file and None.
+    """
     if not settings.npu or vela_version() is None:
         return b"", None
     progress("running Vela")

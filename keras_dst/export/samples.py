@@ -311,7 +311,7 @@ def _split(batch: Any, count: int | None, argument: str) -> tuple[Any, Any]:
     """Return the inputs and labels of a batch: x, (x,), (x, y), (x, y, sample_weight).
 
     A sequence with one array for each of several inputs is read as the inputs, as TensorFlow's
-    converter does it. Sample weights are ignored, as the metrics of Keras ignore them.
+    converter does it. Sample weights are ignored, as in the `metrics` of `compile`.
     """
     if not isinstance(batch, tuple | list):
         return batch, None

@@ -72,14 +72,14 @@ class SparseContainer(_keras.BuildHook):
         self.apply_recipe()
 
     def apply_recipe(self) -> None:
-        """Make the layers inside sparse, as the recipe says."""
+        """Make the inner layers sparse with the methods in the recipe."""
         inner = _keras.flatten_layers(self, include_self=False)
         for index, layer in enumerate(inner):
             if str(index) in self.recipe and not isinstance(layer, SparseMixin):
                 make_sparse(layer, check_method(self.recipe[str(index)]))
 
     def record_recipe(self) -> None:
-        """Store the methods of the sparse layers inside in the recipe."""
+        """Store the methods of the sparse inner layers in the recipe."""
         inner = _keras.flatten_layers(self, include_self=False)
         self.__dict__["recipe"] = {
             str(index): keras.saving.serialize_keras_object(layer.method)
@@ -88,7 +88,7 @@ class SparseContainer(_keras.BuildHook):
         }
 
     def restore_stock(self) -> None:
-        """Become the stock class again."""
+        """Convert this layer back to its stock Keras class, in place."""
         del self.__dict__["recipe"]
         self.__class__ = self.stock
 
@@ -185,6 +185,6 @@ def _stock_instance(config: dict, own_keys: tuple[str, ...]) -> tuple[Any, dict]
 
 
 def _keras_class(name: str) -> type | None:
-    """Return the layer class of Keras with this `__name__`; Keras may export it under another."""
+    """Return the Keras layer class with this `__name__`, which may differ from its public name."""
     found = (x for x in vars(layers).values() if isinstance(x, type) and x.__name__ == name)
     return next(found, None)

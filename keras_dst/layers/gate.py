@@ -37,7 +37,7 @@ class Gate(_keras.BuildHook, layers.Layer):
             one trainable logit for all inputs. Defaults to False.
         units: Number of units in the first dense layer of the gating module. Defaults to 16.
         momentum: Momentum of the running mean of the gating module's gates. Defaults to 0.9.
-        cost: Cost of one structure, in the unit of the method's other costs. Defaults to 1.
+        cost: Cost of one structure, in FLOPs or parameters like `cost` of the method. Defaults to 1.
         method: Method that trains the gates. Gates and layers under equal methods share one
             budget. Defaults to None, which means `methods.Consensus()`.
 
@@ -181,7 +181,7 @@ class Gate(_keras.BuildHook, layers.Layer):
         return ops.cast(self.is_open(), "float32") if mean is None else mean
 
     def restore_stock(self) -> None:
-        """Become a stock layer that multiplies by the gates of inference, which are constants."""
+        """Convert this layer, in place, to a `Rescaling` layer with the gates of inference."""
         on = ops.convert_to_numpy(self.is_open()).astype("float32")
         scale = np.broadcast_to(on, self._shape).reshape(self._shape).tolist()
         stock = layers.Rescaling(scale, name=self.name, dtype=self.dtype_policy)

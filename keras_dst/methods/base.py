@@ -430,7 +430,7 @@ class TwoPathMethod(LayerMethod):
     """
 
     def apply(self, w: Tensor, state: State, layout: Layout) -> Tensor:
-        """Return the weight that the present path sees; `on_full_path()` tells the path.
+        """Return the weight that the current path uses; `on_full_path()` tells which path runs.
 
         By default this is `w * mask` on the pruned path. On the full path it is `w`, whose gradient
         is 0 for kept weights.

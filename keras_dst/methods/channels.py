@@ -207,7 +207,7 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
 
 
 def _steps(groups: ChannelGroups, method) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rounding step and the smallest number of channels of every group."""
+    """Return, for every group, the step and the minimum of the number of channels that it keeps."""
     step = method.round_to // np.gcd(method.round_to, groups.widths)
     step = np.where(groups.sizes >= 2 * step, step, 1)
     return step, np.minimum(np.maximum(step, method.min_kept or 1), groups.sizes)
@@ -342,7 +342,7 @@ def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
             places[here] = first[here] - start + offset
             offset += end - start
         start = end
-    places[first >= start] = offset  # no weight under the method makes the channel
+    places[first >= start] = offset  # No weight that the method prunes makes the channel.
     every = ops.concatenate([*units, ops.ones((1,), "bool")])
     return ops.take(every, np.append(places, offset))
 
@@ -403,10 +403,10 @@ def scales_of(
 def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
     """Return for every channel the largest value of the units that make it.
 
-    A channel can be removed if all its units are closed, so its gate is the largest of theirs.
+    A channel can be removed if all its units are closed. Its gate is the largest gate of its units.
 
     Args:
-        values: One value >= 0 per output unit of every weight, float tensors of any shapes.
+        values: Float tensor of any shape for each weight, with one value >= 0 per output unit.
         layouts: Axes and channels of these weights.
     """
     units = [ops.reshape(v, (-1,)) for v, layout in zip(values, layouts) if layout.channels]
@@ -465,10 +465,10 @@ def _global_counts(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor
 
 @functools.lru_cache(maxsize=16)
 def _units_of_channels(layouts: tuple[Layout, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the places of all units of every channel, and their numbers.
+    """Return the places of the units of every channel, and the number of units per channel.
 
-    A place is a position among the units of all weights with channels. Rows are filled up with the
-    place after the last unit.
+    A place is a position among the units of all weights with channels. Every row is padded to the
+    same length with the place after the last unit.
     """
     every = np.concatenate([layout.channels.ids for layout in layouts if layout.channels])
     total = len(_required(layouts).owner)

@@ -12,10 +12,10 @@ closed, and it takes the inputs of the next layers with it. If the model has no 
 There are two forms of pi. Sparse layers have `sigmoid(logit)`, with a trainable logit per
 structure. `layers.Gate` has this form or the paper's gating module, which reads the input.
 
-Deviations: The gate of a logit is the same for all inputs, so g = z. In inference, the gates of a
-module are always the consensus: open if the running mean is at least 0.5. The last unit of a layer
-stays open. The target of the budget decreases along a cubic ramp. A projection after the last step
-meets the target exactly.
+Deviations: The gate of a logit is the same for all inputs, so g = z. In inference, a gating
+module ignores its input: a gate is open if its running mean is at least 0.5 (the consensus). At
+least one unit of a layer stays open. The target of the budget decreases along a cubic ramp. A
+projection after the last step meets the target exactly.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class Consensus(UnitMethod):
     """Pruning of output units and residual branches by trained binary gates, without fine-tuning.
 
     `sparsify` gives every Dense and Conv layer a trainable gate per output unit. A closed gate
-    zeroes the weights and the bias of its unit. Layers that give the outputs of the model get no
+    zeroes the weights and the bias of its unit. Layers that compute the outputs of the model get no
     gates. `layers.Gate` puts gates anywhere. All gates under equal methods share one budget.
     Training needs the `SparseTraining` callback, which connects the gates and meets the target
     after the last step. `shrink` then removes the closed units.
 
-    The mean logit begins at 0.1, and units with larger weights begin higher. The default lambdas
-    reach the target within a few hundred steps of SGD or Adam if the model has a few hundred units
-    or more. Smaller models keep more accuracy with smaller lambdas. The paper gives none of these
-    numbers.
+    The mean logit begins at 0.1, and units with larger weights begin higher. With the default
+    penalty weights, a model of a few hundred units or more reaches the target within a few hundred
+    steps of SGD or Adam. Smaller models keep more accuracy with a smaller `lambda_polar` and
+    `lambda_act`. The paper does not state these numbers.
 
     Args:
         sparsity: Final fraction of the cost that is removed, a number in [0, 1) or a `Schedule`. A

@@ -58,7 +58,7 @@ y = (x @ np.random.default_rng(1).standard_normal((8, 4))).argmax(1)
 
 
 def build(method):
-    """Return a compiled net under a method, always with the same initial weights."""
+    """Return a compiled net that a method prunes, always with the same initial weights."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [

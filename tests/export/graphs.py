@@ -67,7 +67,7 @@ class Graph:
         return len(self.graph.tensors) - 1
 
     def dynamic(self, shape, dtype="float32"):
-        """Add a tensor with an open batch size."""
+        """Add a tensor whose batch size is unknown."""
         index = self.tensor(shape, dtype)
         self.graph.tensors[index].shapeSignature = np.array([-1, *shape[1:]], np.int32)
         return index

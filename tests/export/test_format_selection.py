@@ -273,7 +273,7 @@ def test_formats_by_number_of_inputs(inputs, expected):
 
 @pytest.mark.parametrize(("inputs", "right"), [(4080, True), (4096, False)])
 def test_formats_of_a_full_row(inputs, right):
-    """The kernel for float inputs counts 256 blocks in a row as 0."""
+    """The kernel for float inputs counts a row of 256 blocks as 0 blocks."""
     weight = sparse_values((4, inputs), 0.1, block=16)
     weight[1] = 1.0
     assert ("int8 1x16" in formats_of(fully_connected(weight))) == right

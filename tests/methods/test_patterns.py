@@ -22,12 +22,12 @@ SHAPES = [(16, 12), (3, 3, 8, 10)]
 SIZES = [math.prod(shape) for shape in SHAPES]
 NAMES = ["first", "second"]
 
-# Both decide every layer's density before there is anything to rank.
+# Methods that fix the density of every layer before any weight has a score.
 FIXED_BEFORE = (methods.SET, methods.RigL)
 
 
 def refusal(cls, pattern, allocation):
-    """A part of the error for what no paper defines, nor any reading of it; None where it does."""
+    """Return a part of the expected error, or None if the method supports the combination."""
     if cls in FIXED_BEFORE and pattern == "2:4":
         return "has no N:M form"
     if cls in FIXED_BEFORE and allocation == "global":
@@ -38,7 +38,7 @@ def refusal(cls, pattern, allocation):
 
 
 def check_pattern(pattern, mask):
-    """By reshaping alone; the last two axes are inputs and outputs, and 4 divides the inputs."""
+    """Check the pattern of a mask, whose last axes are inputs (a multiple of 4) and outputs."""
     *window, inputs, outputs = mask.shape
     if pattern == "2:4":
         groups = mask.reshape(-1, inputs // 4, 4, outputs)
