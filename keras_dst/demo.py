@@ -20,8 +20,8 @@ def run(epochs: int = 40, seed: int = 0, keep: str | None = None) -> dict:
     """Train LeNet-300-100 on scikit-learn's digits, dense and with DST, and compare the files.
 
     Args:
-        epochs: Number of epochs of both trainings. Defaults to 40.
-        seed: Seed of both trainings. Defaults to 0.
+        epochs: Number of epochs of both training runs. Defaults to 40.
+        seed: Seed of both training runs. Defaults to 0.
         keep: Path at which to keep the sparse `.tflite` file. Defaults to None, which deletes
             the file.
 

@@ -237,7 +237,7 @@ def history(history, names: Filters = None, ax=None):
         for name, values in curves.items():
             base = name.removeprefix("val_")
             if base in shown:
-                interval = length // len(values)  # That is `validation_freq` of `fit`.
+                interval = length // len(values)  # This is `validation_freq` of `fit`.
                 epochs = interval * np.arange(1, len(values) + 1)
                 style = "-" if name == base else "--"
                 side.plot(epochs, values, style, color=f"C{bases.index(base)}", label=name)

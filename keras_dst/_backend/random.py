@@ -1,7 +1,7 @@
 """Random numbers that depend only on the seed, the step, the tensor and the position.
 
-Replicas, resumed trainings and the three backends draw the same numbers. The numbers are a hash of
-(seed, step, index of the tensor, position) in int32 arithmetic, which overflows alike on all
+Replicas, resumed training runs and the three backends draw the same numbers. The numbers are a hash
+of (seed, step, index of the tensor, position) in int32 arithmetic, which overflows alike on all
 backends.
 """
 

@@ -58,7 +58,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
         return alone
     if _keras.graph_of(model) is None:
         return alone if method.learned else _uncoupled(model, method, layouts)
-    # Imported here, because most trainings need no graph of the model.
+    # Imported here, because most training runs need no graph of the model.
     from keras_dst._structure.coupling import channel_groups
 
     coupled = channel_groups(model)

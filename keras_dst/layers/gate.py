@@ -37,7 +37,7 @@ class Gate(_keras.BuildHook, layers.Layer):
             one trainable logit for all inputs. Defaults to False.
         units: Number of units in the first dense layer of the gating module. Defaults to 16.
         momentum: Momentum of the running mean of the gating module's gates. Defaults to 0.9.
-        cost: Cost of one structure, in FLOPs or parameters like `cost` of the method. Defaults to 1.
+        cost: Cost of one structure, in FLOPs or parameters, as for the method. Defaults to 1.
         method: Method that trains the gates. Gates and layers under equal methods share one
             budget. Defaults to None, which means `methods.Consensus()`.
 

@@ -45,8 +45,8 @@ class FlipOut(UpdateMethod):
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
             100 in a long training, and at least twenty updates in a short training.
         min_kept: Number of weights that every layer keeps; with `"channel"`, number of channels
-            that every group of coupled channels keeps. Defaults to None: a quarter of the weights
-            under `"erk"` if the allocation is `"global"`, and 1 otherwise.
+            that every group of coupled channels keeps. Defaults to None: 1, or under the
+            allocation `"global"` a quarter of the weights that `"erk"` would keep.
         counted_in: Quantity whose removed fraction is the sparsity with `"channel"`: `"channels"`,
             `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `"channel"`, the number of kept channels of a group is a multiple of this
