@@ -4,7 +4,8 @@
 #   make test      all tests on three backends, notebooks and pages
 #   make test-all  the same, and the slow forms: many kills, every combination
 # Also: lint, test-BACKEND, test-once, test-xla, test-notebooks, test-wheel, test-versions,
-# notebooks, docs, pictures, browser, arm64, clean, and the benchmarks (bench-NAME) at the end.
+# test-gpu, notebooks, docs, pictures, browser, arm64, clean, and the benchmarks (bench-NAME) at the
+# end.
 
 PYTHON ?= python3
 VENV := .venv
@@ -28,7 +29,7 @@ test-all: export KERAS_DST_KILLS = 10
 
 .PHONY: demo check test test-all parts lint browser arm64 docs pictures notebooks clean
 .PHONY: $(BACKENDS:%=test-%) test-once test-xla test-notebooks test-quick
-.PHONY: test-wheel test-versions
+.PHONY: test-wheel test-versions test-gpu bench-gpu
 .PHONY: bench-mnist bench-methods bench-papers bench-recalibration bench-patterns bench-step bench-overhead bench-models bench-channels
 .PHONY: bench-tflite bench-int8 bench-micro bench-scaling bench-authors bench-libraries bench-agreement bench-time-to-accuracy
 
@@ -114,6 +115,16 @@ test-wheel:
 test-versions:
 	$(PYTHON) tests/environments.py versions $(NAMES)
 
+# Run the tests of methods, masks and checkpoints on a GPU. PYTHON must have keras, hypothesis,
+# pytest, and JAX and PyTorch for the card. TensorFlow is not needed. BACKEND=jax chooses a backend.
+GPU_TESTS := tests/test_contract.py tests/test_trajectories.py tests/test_masks.py
+GPU_TESTS += tests/test_accelerator_ranking.py tests/test_checkpoints.py tests/devices/test_devices.py
+GPU_BACKENDS := jax torch
+test-gpu:
+	@failed=; for backend in $(or $(BACKEND),$(GPU_BACKENDS)); do \
+	KERAS_DST_GPU=1 KERAS_BACKEND=$$backend $(PYTHON) -m pytest $(GPU_TESTS) -m "not slow" \
+	|| failed="$$failed $$backend"; done; [ -z "$$failed" ] || { echo "Failed:$$failed"; exit 1; }
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -158,6 +169,10 @@ bench-overhead: $(TEST_READY) $(TFMOT)/ready
 	$(RUN) -m benchmarks.training_cost.step_time lstm-128
 	TF_CPP_MIN_LOG_LEVEL=3 $(TFMOT)/bin/python -m benchmarks.training_cost.tfmot_step_time
 	$(RUN) -m benchmarks.training_cost.mask_update
+
+# PYTHON must have keras, and JAX and PyTorch for the GPU. BACKEND=jax chooses a backend.
+bench-gpu:
+	$(PYTHON) -m benchmarks.training_cost.gpu $(BACKEND:%=--backend %)
 
 $(TFMOT)/ready: constraints.txt
 	$(PYTHON) -m venv $(TFMOT)

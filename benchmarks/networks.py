@@ -160,10 +160,13 @@ def mobilenet(size: int = 96, width: float = 0.5):
     return keras.Model(inputs, layers.Dense(10, "softmax")(x), name="mobilenet")
 
 
-def vision_transformer(blocks: int = 6, width: int = 192, heads: int = 6):
-    """Return a small ViT (arXiv 2010.11929) for images of 32 x 32 in patches of 4 x 4."""
-    inputs = keras.Input((32, 32, 3))
-    x = layers.Reshape((64, width))(layers.Conv2D(width, 4, strides=4)(inputs))
+def vision_transformer(
+    blocks: int = 6, width: int = 192, heads: int = 6, size: int = 32, patch: int = 4
+):
+    """Return a ViT (arXiv 2010.11929) with mean pooling, for square images in square patches."""
+    inputs = keras.Input((size, size, 3))
+    x = layers.Conv2D(width, patch, strides=patch)(inputs)
+    x = layers.Reshape(((size // patch) ** 2, width))(x)
     for _ in range(blocks):
         y = layers.LayerNormalization()(x)
         x = layers.Add()([x, layers.MultiHeadAttention(heads, width // heads)(y, y)])

@@ -11,11 +11,32 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+# `make test-gpu` runs the tests on a GPU. The tests expect equal results of equal runs, and the
+# precision of float32. Several processes share the memory of the card.
+ON_GPU = bool(os.environ.get("KERAS_DST_GPU"))
+if ON_GPU:
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+
 # Compile without optimization: the networks are small, and optimizing takes most of the test time.
-# Users run the default level, and so does `make test-xla`.
-if not os.environ.get("KERAS_DST_XLA_DEFAULT"):
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {flags}".strip()
+# Users run the default level, and so do `make test-xla` and `make test-gpu`.
+if ON_GPU or not os.environ.get("KERAS_DST_XLA_DEFAULT"):
+    flag = "--xla_gpu_deterministic_ops=true" if ON_GPU else "--xla_backend_optimization_level=0"
+    os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}".strip()
+
+
+def pytest_sessionstart(session):
+    """Print the card of `make test-gpu`, and stop if there is no card."""
+    if not ON_GPU:
+        return
+    from benchmarks.backends import card
+
+    device = card()
+    if device is None:
+        pytest.exit("Expected an accelerator, because KERAS_DST_GPU is set. Found none.", 1)
+    session.config.get_terminal_writer().line(f"The tests run on: {device}")
 
 
 def pytest_configure(config):

@@ -13,11 +13,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 def launch(command, processes, folder, **environment):
     """Run Python in one process or in connected workers, and return the output."""
     workers = [f"127.0.0.1:{port}" for port in free_ports(processes)]
+    # The CPU simulates several devices. In `make test-gpu`, the processes of torch share the card.
+    on_gpu = os.environ.get("KERAS_DST_GPU") and os.environ.get("KERAS_BACKEND") == "torch"
     common = {
         **os.environ,
         **environment,
+        **({} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}),
         "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",
         "WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": workers[0].split(":")[1],
