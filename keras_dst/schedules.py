@@ -23,21 +23,25 @@ class Schedule(Configurable):
         sparsity: Final fraction of zeros, in [0, 1).
         initial_sparsity: Sparsity before the schedule begins, in [0, sparsity]. Defaults to 0.
         begin, end: Fractions of training, in [0, 1], between which the sparsity changes. They
-            default to 0 and 0.75.
-        begin_step, end_step: Training steps between which the sparsity changes, instead of `begin`
-            and `end`. A custom loop without the `SparseTraining` callback needs them. Defaults to
-            None.
+            default to None, which means 0 and 0.75.
+        begin_step, end_step: Training steps between which the sparsity changes. They exclude
+            `begin` and `end`. A custom loop without the `SparseTraining` callback needs them.
+            They default to None.
 
     Raises:
-        ValueError: If a sparsity is outside [0, 1), or if the schedule ends before it begins.
+        ValueError: If a sparsity is outside [0, 1), if the schedule ends before it begins, or if
+            both fractions and steps are given.
     """
+
+    # The fraction of training at which the sparsity is final if `end` is None.
+    _default_end = 0.75
 
     def __init__(
         self,
         sparsity: float,
         initial_sparsity: float = 0.0,
-        begin: float = 0.0,
-        end: float = 0.75,
+        begin: float | None = None,
+        end: float | None = None,
         begin_step: int | None = None,
         end_step: int | None = None,
     ):
@@ -48,10 +52,19 @@ class Schedule(Configurable):
                 f"initial_sparsity must not exceed sparsity={sparsity}. "
                 f"Received: initial_sparsity={initial_sparsity}. Pass a smaller initial_sparsity."
             )
-        if not 0 <= begin <= end <= 1:
+        self.begin, self.end = begin, end
+        first, last = self._fractions
+        if not 0 <= first <= last <= 1:
             raise ValueError(
                 "begin and end are fractions of training, 0 <= begin <= end <= 1. Received: "
-                f"begin={begin}, end={end}. Pass begin_step and end_step for numbers of steps."
+                f"begin={first}, end={last}. Pass begin_step and end_step for numbers of steps."
+            )
+        steps = (begin_step, end_step)
+        if (begin, end) != (None, None) and steps != (None, None):
+            raise ValueError(
+                "begin and end (fractions of training) exclude begin_step and end_step (steps). "
+                f"Received: begin={begin}, end={end}, begin_step={begin_step}, "
+                f"end_step={end_step}. Pass only fractions or only steps."
             )
         if (begin_step is None) != (end_step is None):
             raise ValueError(
@@ -69,8 +82,20 @@ class Schedule(Configurable):
             )
         self.sparsity = sparsity
         self.initial_sparsity = initial_sparsity
-        self.begin, self.end = begin, end
         self.begin_step, self.end_step = begin_step, end_step
+
+    @classmethod
+    def from_config(cls, config):
+        # Files may state `begin` and `end` next to steps: both were numbers by default at first.
+        if config.get("begin_step") is not None:
+            config = {name: v for name, v in config.items() if name not in ("begin", "end")}
+        return super().from_config(config)
+
+    @property
+    def _fractions(self) -> tuple[float, float]:
+        """The fractions of training between which the sparsity changes if no steps are given."""
+        first = 0.0 if self.begin is None else self.begin
+        return first, self._default_end if self.end is None else self.end
 
     def curve(self, progress):
         """Return the fraction of the change in sparsity that is done.
@@ -87,8 +112,9 @@ class Schedule(Configurable):
 
     def __call__(self, fraction):
         """Return the sparsity after this fraction of training, a number or an array in [0, 1]."""
-        span = max(self.end - self.begin, np.finfo("float64").eps)
-        return self._at_progress((np.asarray(fraction, "float64") - self.begin) / span)
+        first, last = self._fractions
+        span = max(last - first, np.finfo("float64").eps)
+        return self._at_progress((np.asarray(fraction, "float64") - first) / span)
 
     @property
     def in_steps(self) -> bool:
@@ -112,7 +138,8 @@ class Schedule(Configurable):
                 "not known here. Fit with callbacks=[keras_dst.callbacks.SparseTraining()], or "
                 "pass begin_step and end_step."
             )
-        return math.floor(self.begin * total_steps), math.floor(self.end * total_steps)
+        first, last = self._fractions
+        return math.floor(first * total_steps), math.floor(last * total_steps)
 
     @property
     def first_sparsity(self) -> float:
@@ -137,15 +164,18 @@ class Constant(Schedule):
 
     Args:
         sparsity: Fraction of zeros, in [0, 1).
-        begin: Fraction of training after which the weights are pruned. Defaults to 0.
-        begin_step: Step after which the weights are pruned, instead of `begin`. Defaults to None.
+        begin: Fraction of training after which the weights are pruned. Defaults to None, which
+            means 0.
+        begin_step: Step after which the weights are pruned. Excludes `begin`. Defaults to None.
 
     Example:
         >>> keras_dst.schedules.Constant(0.9)(0.3)
         0.9
     """
 
-    def __init__(self, sparsity, begin=0.0, begin_step=None):
+    _default_end = 0.0
+
+    def __init__(self, sparsity, begin=None, begin_step=None):
         super().__init__(sparsity, 0.0, begin, begin, begin_step, begin_step)
 
     def curve(self, progress):
@@ -194,8 +224,8 @@ class Geometric(Schedule):
         self,
         sparsity,
         initial_sparsity=0.0,
-        begin=0.0,
-        end=0.75,
+        begin=None,
+        end=None,
         begin_step=None,
         end_step=None,
         rate=None,
@@ -236,7 +266,7 @@ class Sigmoid(Schedule):
     """Schedule along a logistic curve: slow at the beginning and at the end.
 
     The paper's curve `sigmoid(steepness * (progress - 1/2))` is stretched so that it begins at 0
-    and ends at 1 exactly.
+    and ends at 1 exactly. `end` defaults to None, which means 1.
 
     Args:
         steepness: Steepness of the curve: the paper's `beta` times its number of epochs. Defaults
@@ -249,12 +279,14 @@ class Sigmoid(Schedule):
     Source: arXiv 2201.12826, equation 9.
     """
 
+    _default_end = 1.0
+
     def __init__(
         self,
         sparsity,
         initial_sparsity=0.0,
-        begin=0.0,
-        end=1.0,
+        begin=None,
+        end=None,
         begin_step=None,
         end_step=None,
         steepness=20.0,

@@ -178,7 +178,7 @@ def test_an_argument_that_is_not_kept_is_named():
     ("thing", "text"),
     [
         (Cubic(0.9), "Cubic(sparsity=0.9)"),
-        (Cubic(0.9, end=0.75), "Cubic(sparsity=0.9)"),  # The argument equals its default.
+        (Cubic(0.9, 0.0), "Cubic(sparsity=0.9)"),  # The argument equals its default.
         (DST(), "DST()"),
         (DST(Constant(0.5), pattern="1x4"), "DST(sparsity=Constant(sparsity=0.5), "
          "pattern='1x4')"),
@@ -191,7 +191,7 @@ def test_repr_leaves_out_defaults(thing, text):
 def test_equal_means_the_same_class_and_arguments():
     everything = OBJECTS + MINIMAL
     assert len(set(everything)) == len(everything)
-    assert Cubic(0.9) == Cubic(0.9, end=0.75)
+    assert Cubic(0.9) == Cubic(0.9, 0.0)
     assert Cubic(0.9) != Cubic(0.8)
     assert Cubic(0.9, end=1.0) != Sigmoid(0.9)
     assert Cubic(0.9) != 0.9

@@ -206,12 +206,27 @@ def test_values_that_are_a_sparsity(value):
         ({"begin_step": 10, "end_step": 5}, "Received: begin_step=10, end_step=5"),
         ({"begin_step": -1, "end_step": 5}, "0 <= begin_step"),
         ({"begin_step": 1.5, "end_step": 5}, "whole numbers"),
+        ({"begin": 0.0, "begin_step": 1, "end_step": 5}, "exclude begin_step and end_step"),
+        ({"end": 0.5, "begin_step": 1, "end_step": 5}, r"Received: begin=None, end=0\.5, begin_s"),
+        ({"end": 0.5, "end_step": 5}, "Pass only fractions or only steps"),
     ],
 )
 @pytest.mark.parametrize("ramp", [ramp for ramp, _ in RAMPS])
 def test_errors(ramp, arguments, message):
     with pytest.raises(ValueError, match=message):
         ramp(0.9, **arguments)
+
+
+def test_a_constant_schedule_refuses_begin_next_to_begin_step():
+    with pytest.raises(ValueError, match="exclude begin_step and end_step"):
+        Constant(0.9, begin=0.0, begin_step=5)
+
+
+@pytest.mark.parametrize("ramp", [ramp for ramp, _ in RAMPS])
+def test_a_config_with_fractions_next_to_steps_is_loaded(ramp):
+    schedule = ramp(0.9, begin_step=10, end_step=90)
+    config = {**schedule.get_config(), "begin": 0.0, "end": 0.75}
+    assert ramp.from_config(config) == schedule
 
 
 @pytest.mark.parametrize("value", [0, 0.5, Cubic(0.5), Constant(0.5)])
