@@ -134,6 +134,12 @@ def _parser() -> argparse.ArgumentParser:
         "reason on stderr; 2 wrong usage.",
     )
     lint.add_argument("model", help="a .tflite file, or a .keras file to export for the check")
+    lint.add_argument(
+        "--target",
+        choices=("micro", *_NPUS),
+        metavar="TARGET",
+        help=f"check for micro or an NPU instead of CPUs: micro, {', '.join(_NPUS)}",
+    )
     lint.add_argument("--json", action="store_true", help="print JSON")
 
     bench = commands.add_parser("bench", help="compare the latency of .tflite files")

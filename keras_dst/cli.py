@@ -114,7 +114,8 @@ def lint(arguments):
     import keras_dst
 
     path = arguments.model
-    report = keras_dst.lint(_load(path, arguments.modules) if path.endswith(".keras") else path)
+    model = _load(path, arguments.modules) if path.endswith(".keras") else path
+    report = keras_dst.lint(model, arguments.target)
     _show(report, arguments.json)
     return 1 if report.errors else 0
 

@@ -12,16 +12,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from keras_dst._reporting.tables import as_table
 from keras_dst.export.decode import load
 from keras_dst.export.encode import scale_axis, weights
 from keras_dst.export.flatbuffer import op_name, read, text, write
 from keras_dst.export.report import ExportError
+from keras_dst.export.target_reports import CPUOp, VelaEstimate, VelaReport
 
 #: The configurations that Vela 5.2 compiles for: the NPU and its number of MACs per cycle.
 ACCELERATORS = (
@@ -31,100 +30,6 @@ ACCELERATORS = (
 )
 NEEDS_VELA = "Estimates for an Ethos-U NPU need Vela. Fix: pip install keras_dst[ethos]."
 _SEED = 0
-
-
-@dataclass(frozen=True)
-class VelaEstimate:
-    """Vela's estimates for one inference with one file.
-
-    Attributes:
-        weight_bytes: bytes of the weights in Vela's encoding.
-        npu_cycles: cycles in which the NPU computes.
-        memory_cycles: cycles in which each memory is read or written, by the name of the memory.
-            Computation and memory accesses overlap.
-        cycles: cycles of the whole inference.
-        seconds: time of the whole inference at the default clock.
-    """
-
-    weight_bytes: int
-    npu_cycles: int
-    memory_cycles: dict[str, int]
-    cycles: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class CPUOp:
-    """An op of the file that Vela leaves to the CPU.
-
-    Attributes:
-        op: builtin name of the op.
-        tensor: name of the first output of the op.
-        reason: reason that Vela gives; empty if it gives no reason.
-    """
-
-    op: str
-    tensor: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class VelaReport:
-    """Vela's estimates for a file and for a dense file of the same architecture.
-
-    The estimates come from the cycle model of Vela. They are not measurements on hardware.
-
-    The dense file has the same ops, with normally distributed random weights without zeros. Vela
-    encodes such weights in a few percent fewer bytes than trained dense weights.
-
-    Attributes:
-        accelerator: accelerator configuration, such as ``"ethos-u55-128"``.
-        system: system configuration, which sets the clock and the bandwidths. Vela's default.
-        memory_mode: placement of weights and activations in memories. Vela's default.
-        version: version of Vela.
-        file: estimates for the file.
-        dense: estimates for the dense file.
-        ops: number of ops in the file.
-        cpu_ops: ops that run on the CPU instead of the NPU.
-    """
-
-    accelerator: str
-    system: str
-    memory_mode: str
-    version: str
-    file: VelaEstimate
-    dense: VelaEstimate
-    ops: int
-    cpu_ops: list[CPUOp]
-
-    def __str__(self) -> str:
-        file, dense = self.file, self.dense
-        rows = [
-            ("encoded weights, bytes", *_compared(file.weight_bytes, dense.weight_bytes)),
-            ("cycles of the NPU", *_compared(file.npu_cycles, dense.npu_cycles)),
-            *(
-                (f"cycles of {name}", *_compared(file.memory_cycles.get(name, 0), cycles))
-                for name, cycles in dense.memory_cycles.items()
-            ),
-            ("cycles of an inference", *_compared(file.cycles, dense.cycles)),
-            ("microseconds", *_compared(1e6 * file.seconds, 1e6 * dense.seconds)),
-        ]
-        table = as_table(("estimate of Vela", "this file >", "dense >", "ratio >"), rows)
-        on_npu = self.ops - len(self.cpu_ops)
-        lines = [
-            table,
-            f"Estimates of Vela {self.version} for {self.accelerator} ({self.system}, "
-            f"{self.memory_mode}), not measurements on hardware.",
-            "Dense: the same ops with normally distributed weights without zeros.",
-            f"{on_npu} of {self.ops} ops run on the NPU.",
-            *(f"On the CPU: {o.op} {o.tensor}. {o.reason}".rstrip() for o in self.cpu_ops),
-        ]
-        return "\n".join(lines)
-
-
-def _compared(value: float, dense: float) -> tuple[str, str, str]:
-    ratio = f"{value / dense:.3f}" if dense else ""
-    return f"{value:,.0f}", f"{dense:,.0f}", ratio
 
 
 def vela_version() -> str | None:

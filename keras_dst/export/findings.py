@@ -38,6 +38,8 @@ class LintReport:
         sparse_inference: True if XNNPACK uses its sparse kernels on CPUs without AVX.
         reason: why XNNPACK does not use them, or for how many ops it does.
         findings: errors, then advice.
+        target: ``"micro"`` or the Ethos-U NPU for which the file was checked; then the report says
+            nothing about XNNPACK. None for CPUs.
 
     Example:
         >>> print(keras_dst.lint("model.tflite"))
@@ -47,6 +49,7 @@ class LintReport:
     sparse_inference: bool
     reason: str
     findings: list[Finding]
+    target: str | None = None
 
     @property
     def errors(self) -> list[Finding]:
@@ -60,6 +63,8 @@ class LintReport:
     def __str__(self) -> str:
         answer = "yes" if self.sparse_inference else "no"
         advice = len(self.findings) - len(self.errors)
-        lines = [f"{self.name}: errors: {len(self.errors)}, advice: {advice}"]
-        lines.append(f"Sparse inference by XNNPACK on ARM: {answer}, {self.reason}.")
+        where = f" for {self.target}" if self.target else ""
+        lines = [f"{self.name}{where}: errors: {len(self.errors)}, advice: {advice}"]
+        if self.target is None:
+            lines.append(f"Sparse inference by XNNPACK on ARM: {answer}, {self.reason}.")
         return "\n".join(lines + [str(finding) for finding in self.findings])

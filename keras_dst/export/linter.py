@@ -8,10 +8,12 @@ from pathlib import Path
 import keras
 
 from keras_dst.export.findings import LintReport
-from keras_dst.export.tflite import check_exportable, check_installed
+from keras_dst.export.tflite import check_exportable, check_installed, check_option
 
 
-def lint(model: keras.Model | str | os.PathLike[str] | bytes) -> LintReport:
+def lint(
+    model: keras.Model | str | os.PathLike[str] | bytes, target: str | None = None
+) -> LintReport:
     """Find what makes a ``.tflite`` file wrong, slow or large, without running the file.
 
     The file may come from any converter. On ARM, and on every other CPU without AVX, XNNPACK has
@@ -20,16 +22,20 @@ def lint(model: keras.Model | str | os.PathLike[str] | bytes) -> LintReport:
 
     Args:
         model: a ``.tflite`` file, as a path or as bytes. Or a built Keras 3 model; then the file
-            that `export_tflite` would write is checked.
+            that `export_tflite` would write is checked. For a target, this is an int8 file that
+            was calibrated on random samples.
+        target: ``"micro"`` for TensorFlow Lite for Microcontrollers, or an Ethos-U NPU such as
+            ``"ethos-u55-128"``, which Vela compiles for. Defaults to None, for CPUs.
 
     Returns:
         A `LintReport`.
 
     Raises:
         TypeError: ``model`` is neither a file nor a Keras 3 model.
-        ValueError: the model is not built, or the file is not a ``.tflite`` file.
+        ValueError: the model is not built, the file is not a ``.tflite`` file, or the target is
+            unknown.
         OSError: the path cannot be read.
-        ImportError: the packages of ``keras_dst[export]`` are missing.
+        ImportError: the packages of ``keras_dst[export]`` are missing, or Vela for an NPU.
         ExportError: the model could not be converted.
 
     Example:
@@ -42,14 +48,24 @@ def lint(model: keras.Model | str | os.PathLike[str] | bytes) -> LintReport:
         check_exportable(model)
         check_installed("tensorflow", "ai_edge_litert", "flatbuffers")
     # The modules below need optional packages, without which `import keras_dst` must work.
-    from keras_dst.export.convert import to_tflite
+    from keras_dst.export.convert import conversions, to_tflite
     from keras_dst.export.decode import load, value_error_if_damaged
+    from keras_dst.export.ethos import ACCELERATORS
     from keras_dst.export.rules import check
+    from keras_dst.export.samples import random_samples, signature_of
     from keras_dst.export.selection import select_formats
+    from keras_dst.export.target_rules import check_for_target
 
+    if target is not None:
+        check_option("target", target, ("micro", *ACCELERATORS))
     if not isinstance(model, bytes | str | os.PathLike):
+        if target is not None:
+            signature = signature_of(model)
+            samples = random_samples(signature)
+            (content,) = conversions(model, ["integer"], signature, samples)
+            return check_for_target(model.name, content, target)
         return check(model.name, select_formats(to_tflite(model)).content)
     name = "the bytes given" if isinstance(model, bytes) else Path(model).name
     content = load(model)
     with value_error_if_damaged(name):
-        return check(name, content)
+        return check_for_target(name, content, target) if target else check(name, content)

@@ -25,15 +25,14 @@ import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from keras_dst._reporting.tables import as_table
 from keras_dst.export.encode import Weight, weights
 from keras_dst.export.flatbuffer import add_tensor, indices, op_name, read, text, write
 from keras_dst.export.report import ExportError, TensorReport, gzip_bytes
+from keras_dst.export.target_reports import MicroReport
 
 DECODE = "TFLM_DECODE"
 NEEDS_TFLM = "Files for microcontrollers are run in TFLM. Fix: pip install keras_dst[micro]."
@@ -57,39 +56,6 @@ _WORKER = Path(__file__).with_name("micro_worker.py")
 _PRUNING_HEADER = np.array([2, 1, 0, 0, 1, *[0] * 11], np.uint8)
 # TFLM takes one block of memory. Activations may be larger than the weights.
 _SPARE_ARENA = 1 << 24
-
-
-@dataclass(frozen=True)
-class MicroReport:
-    """Comparison of a file for microcontrollers with the dense int8 file, both run in TFLM.
-
-    Attributes:
-        bytes: size of the file.
-        dense_bytes: size of the dense int8 file, which gives the same outputs bit for bit.
-        dense_gzip_bytes: size of the dense int8 file after compression with gzip.
-        arena: bytes that the interpreter allocates for the file.
-        dense_arena: bytes that the interpreter allocates for the dense int8 file.
-        samples: number of samples on which all outputs were equal.
-    """
-
-    bytes: int
-    dense_bytes: int
-    dense_gzip_bytes: int
-    arena: int
-    dense_arena: int
-    samples: int
-
-    def __str__(self) -> str:
-        rows = [
-            ("bytes", f"{self.bytes:,}", f"{self.dense_bytes:,}"),
-            ("bytes after gzip", "", f"{self.dense_gzip_bytes:,}"),
-            ("arena, bytes", f"{self.arena:,}", f"{self.dense_arena:,}"),
-        ]
-        table = as_table(("in TFLM", "this file >", "dense int8 >"), rows)
-        return (
-            f"{table}\nThe outputs of both files are equal on {self.samples} samples. This file is "
-            f"{self.bytes / self.dense_bytes:.2f}x of dense int8, and it is not faster."
-        )
 
 
 @dataclass(frozen=True)
@@ -277,19 +243,26 @@ def _pruned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
-    """Return a file that stores the weights in some buffers without their zeros."""
-    if not buffers:
-        return write(read(content))
+    """Return a file that stores the weights in some buffers without their zeros.
+
+    The file also loses what TFLM does not read: the scales of biases, and metadata.
+    """
     model = read(content)
     found = {weight.buffer: weight for weight in weights(model) if weight.buffer in buffers}
-    code = _decode_op_code(model)
+    code = _decode_op_code(model) if found else -1
+    model.metadata = None  # versions of converters, which TFLM does not read
     for graph in model.subgraphs:
-        encoded: dict[int, tuple[int, int, schema.TensorT]] = {}
+        encoded: dict[int, tuple[int, int]] = {}
         for index, tensor in list(enumerate(graph.tensors)):
+            tensor.name = text(tensor.name).split(";")[0]  # the converter joins many names
             if tensor.buffer in found:
-                encoded[index] = _encode_tensor(model, graph, index, found[tensor.buffer].values)
+                encoded[index] = _add_constants(model, graph, found[tensor.buffer].values)
+                tensor.buffer = 0  # an op computes this tensor
+            elif tensor.type == schema.TensorType.INT32:
+                tensor.quantization = None  # TFLM computes the scales of biases itself
+        free = set(encoded)
         graph.operators = [
-            new for op in graph.operators for new in _decoded_reads(graph, op, encoded, code)
+            new for op in graph.operators for new in _decoded_reads(graph, op, encoded, free, code)
         ]
     for buffer in buffers:
         model.buffers[buffer].data = None
@@ -304,44 +277,52 @@ def _decode_op_code(model: schema.ModelT) -> int:
     return len(model.operatorCodes) - 1
 
 
-def _encode_tensor(
-    model: schema.ModelT, graph: schema.SubGraphT, index: int, values: np.ndarray
-) -> tuple[int, int, schema.TensorT]:
-    """Replace a weight by its two constants; return their indices and the decoded tensor."""
-    tensor = graph.tensors[index]
-    decoded = copy.copy(tensor)
-    decoded.name, decoded.buffer = f"{text(tensor.name)}/decoded", 0
+def _add_constants(
+    model: schema.ModelT, graph: schema.SubGraphT, values: np.ndarray
+) -> tuple[int, int]:
+    """Add the two constants of a weight without zeros; return their indices."""
     places = []
-    for data, suffix in zip(_pruned(values), ("bitmap", "kept")):
+    for data in _pruned(values):
         buffer, constant = schema.BufferT(), schema.TensorT()
         buffer.data = data
         model.buffers.append(buffer)
-        constant.name, constant.type = f"{text(tensor.name)}/{suffix}", schema.TensorType.UINT8
-        constant.shape = np.array(data.shape, np.int32)
+        constant.type, constant.shape = schema.TensorType.UINT8, np.array(data.shape, np.int32)
         constant.buffer = len(model.buffers) - 1
         places.append(add_tensor(graph, constant))
-    tensor.buffer, tensor.shape = 0, np.zeros(1, np.int32)
-    return places[0], places[1], decoded
+    return places[0], places[1]
 
 
 def _decoded_reads(
-    graph: schema.SubGraphT, op: schema.OperatorT, encoded: dict[int, Any], code: int
+    graph: schema.SubGraphT,
+    op: schema.OperatorT,
+    encoded: dict[int, tuple[int, int]],
+    free: set[int],
+    code: int,
 ) -> list[schema.OperatorT]:
     """Return an op that reads decoded weights, after the op that decodes them for it alone.
 
-    TFLM keeps a decoded tensor only until the next op has run.
+    TFLM keeps a decoded tensor only until the next op has run. Therefore only the first reader of a
+    weight reads its tensor, and the other readers read copies.
+
+    Args:
+        graph: the graph, to which copies of tensors are added.
+        op: an op of the graph.
+        encoded: by the index of a weight, the indices of its two constants.
+        free: the weights that no op decodes yet. It is changed in place.
+        code: index of the op code of the decoding op.
     """
-    reads = [index for index in indices(op.inputs) if index in encoded]
+    reads = dict.fromkeys(index for index in indices(op.inputs) if index in encoded)
     if not reads:
         return [op]
-    decode, new = schema.OperatorT(), {}
+    outputs = {}
+    for index in reads:
+        outputs[index] = index
+        if index not in free:
+            outputs[index] = add_tensor(graph, copy.copy(graph.tensors[index]))
+    free.difference_update(reads)
+    decode = schema.OperatorT()
     decode.opcodeIndex = code
-    pairs: list[int] = []
-    for index in dict.fromkeys(reads):
-        bitmap, kept, decoded = encoded[index]
-        pairs += [bitmap, kept]
-        new[index] = add_tensor(graph, copy.copy(decoded))
-    decode.inputs = np.array(pairs, np.int32)
-    decode.outputs = np.array(list(new.values()), np.int32)
-    op.inputs = np.array([new.get(int(index), index) for index in op.inputs], np.int32)
+    decode.inputs = np.array([place for index in reads for place in encoded[index]], np.int32)
+    decode.outputs = np.array(list(outputs.values()), np.int32)
+    op.inputs = np.array([outputs.get(int(index), index) for index in op.inputs], np.int32)
     return [decode, op]

@@ -18,7 +18,6 @@ from keras_dst.export.encode import Format
 from keras_dst.export.ethos import (
     ACCELERATORS,
     NEEDS_VELA,
-    VelaReport,
     compile_for_npu,
     vela_version,
 )
@@ -27,7 +26,6 @@ from keras_dst.export.latency_model import CPUS, LatencyModel, this_cpu
 from keras_dst.export.measure import latencies, loads_and_latencies
 from keras_dst.export.memory import peak_memory
 from keras_dst.export.micro import (
-    MicroReport,
     encode_for_micro,
     quantized_inputs,
     report_for,
@@ -50,6 +48,7 @@ from keras_dst.export.samples import (
     signature_of,
 )
 from keras_dst.export.selection import Choice, Objective, Plan, select_formats
+from keras_dst.export.target_reports import MicroReport, VelaReport
 from keras_dst.export.verify import (
     Case,
     Deviation,

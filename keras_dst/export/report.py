@@ -5,13 +5,10 @@ from __future__ import annotations
 import gzip
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keras_dst._reporting.tables import as_table
-
-if TYPE_CHECKING:  # these modules import this module
-    from keras_dst.export.ethos import VelaReport
-    from keras_dst.export.micro import MicroReport
+from keras_dst.export.target_reports import MicroReport, VelaReport
 
 
 class ExportError(RuntimeError):

@@ -103,8 +103,8 @@ def export_tflite(
     check_exportable(model)
     file = Path(path)
     check_writable(file)
-    _check_option("optimize", optimize, ("latency", "size", "balanced"))
-    _check_option("quantize", quantize, (None, "weights", "full"))
+    check_option("optimize", optimize, ("latency", "size", "balanced"))
+    check_option("quantize", quantize, (None, "weights", "full"))
     check_integer(threads, "threads")
     check_integer(batch, "batch")
     if (quantize == "full") != (representative is not None):
@@ -122,7 +122,7 @@ def export_tflite(
     from keras_dst.export.micro import check_tflm
     from keras_dst.export.pipeline import TOLERANCES, Settings, export
 
-    _check_option("target", target, ("host", "arm", "any", "micro", *ACCELERATORS))
+    check_option("target", target, ("host", "arm", "any", "micro", *ACCELERATORS))
     npu, compiled = target in ACCELERATORS, None
     integer = npu or target == "micro"
     if integer and quantize != "full":
@@ -155,7 +155,8 @@ def export_tflite(
     return export(model, file, settings, progress)
 
 
-def _check_option(name: str, value: Any, known: tuple) -> None:
+def check_option(name: str, value: Any, known: tuple) -> None:
+    """Raise ValueError unless an argument has one of the known values."""
     if value not in known:
         raise ValueError(
             f"Expected {name} to be one of {', '.join(map(repr, known))}. Received: {value!r}."

@@ -37,7 +37,10 @@ def model():
     h = keras.layers.Conv2D(64, 1, activation="relu")(h)
     h = keras.layers.Flatten()(keras.layers.MaxPooling2D(2)(h))
     h = keras.layers.Dense(48, activation="relu")(h)
-    return sparse(keras.Model(inputs, keras.layers.Dense(10)(h)))
+    head = keras.layers.Dense(10)
+    model = sparse(keras.Model(inputs, head(h)))
+    head.kernel.assign(np.random.default_rng(1).normal(size=(48, 10)))
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +85,9 @@ def test_the_formats_are_chosen_per_weight(report):
     kept = round(dense.density * 48 * 2304)
     assert dense.encoding == "int8 bitmap"
     assert dense.bytes == 48 * 2304 // 8 + 16 + kept
-    small = chosen[(10, 48)]
-    assert small.encoding == "int8 dense"
-    assert small.reason == "its zeros save fewer bytes than the bitmap takes"
-    assert small.bytes == 480
+    head = chosen[(10, 48)]
+    assert (head.encoding, head.bytes) == ("int8 dense", 480)
+    assert head.reason == "its zeros save fewer bytes than the bitmap takes"
 
 
 def test_the_constants_of_a_weight():
@@ -165,3 +167,33 @@ def test_arguments_that_do_not_fit_the_target(model, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"keras_dst\[micro\]"):
         keras_dst.export_tflite(model, path, representative=x, **settings)
     assert not list(tmp_path.iterdir())
+
+
+def rules(report):
+    return {(finding.level, finding.rule) for finding in report.findings}
+
+
+def test_lint_for_microcontrollers(model, report, tmp_path):
+    assert keras_dst.lint(report.path, "micro").findings == []
+    assert keras_dst.lint(model, "micro").findings == []
+    unquantized = tmp_path / "model.tflite"
+    keras_dst.export_tflite(model, unquantized, optimize="size", measure=False)
+    found = keras_dst.lint(unquantized, "micro")
+    assert rules(found) == {
+        ("error", "sparse-constant"),
+        ("error", "missing-op"),
+        ("advice", "float-op"),
+    }
+    assert str(found).startswith("model.tflite for micro: errors: ")
+    with pytest.raises(ValueError, match="Expected target to be one of 'micro', 'ethos-u55-32'"):
+        keras_dst.lint(unquantized, "arm")
+
+
+def test_lint_for_an_npu(report):
+    (finding,) = keras_dst.lint(report.path, "ethos-u55-128").errors
+    assert finding.rule == "decode"
+    inputs = keras.Input((16,))
+    sine = keras.Model(inputs, keras.ops.sin(keras.layers.Dense(8)(inputs)))
+    found = keras_dst.lint(sine, "ethos-u55-128")
+    assert rules(found) >= {("advice", "cpu-op"), ("advice", "float-op")}
+    assert "SIN" in {finding.where.split()[0] for finding in found.findings}
