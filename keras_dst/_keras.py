@@ -545,8 +545,8 @@ def _require(target, name: str) -> None:
         )
 
 
-def missing_names() -> list[str]:
-    """Return the names in `PRIVATE_NAMES` that the installed Keras lacks, as "object.name"."""
+def _objects_to_check() -> dict[str, Any]:
+    """Return an object for each kind in `PRIVATE_NAMES` that the installed Keras has."""
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     optimizer = keras.optimizers.SGD()
     optimizer.exclude_from_weight_decay(var_names=["bias"])
@@ -580,9 +580,14 @@ def missing_names() -> list[str]:
         objects["JAX model"] = model
     if keras.backend.backend() == "torch":
         objects["torch layer"] = model.layers[0]
+    return objects
+
+
+def missing_names() -> list[str]:
+    """Return the names in `PRIVATE_NAMES` that the installed Keras lacks, as "object.name"."""
     return [
         f"{kind}.{name}"
-        for kind, found in objects.items()
+        for kind, found in _objects_to_check().items()
         for name in PRIVATE_NAMES[kind]
         if not hasattr(found, name)
     ]

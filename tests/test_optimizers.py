@@ -1,5 +1,6 @@
 """Tests of `SparseOptimizer`: the weights it prunes, and training loops without `fit`."""
 
+import contextlib
 import warnings
 
 import keras
@@ -288,6 +289,123 @@ def test_an_allocation_by_name():
     rows = {row.name: row.sparsity for row in keras_dst.report(model).layers}
     for name, sparsity in rows.items():
         assert sparsity == pytest.approx(0.0 if "dense" in name else 0.5, abs=5e-3), name
+
+
+# -- several optimizers --------------------------------------------------------------------------
+
+
+def gradients_of(loss, variables):
+    """Return the gradients of `loss()` with respect to variables."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            value = loss()
+        return tape.gradient(value, [v.value for v in variables])
+    if backend == "torch":
+        for variable in variables:
+            variable.value.grad = None
+        loss().backward()
+        return [v.value.grad for v in variables]
+    import jax
+
+    def pure(values):
+        with keras.StatelessScope(list(zip(variables, values))):
+            return loss()
+
+    return jax.grad(pure)([v.value for v in variables])
+
+
+class Adversarial(keras.Model):
+    """A generator and a discriminator, which a `train_step` trains with two optimizers in turn."""
+
+    def __init__(self):
+        super().__init__()
+        dense = keras.layers.Dense
+        self.generator = keras.Sequential([keras.Input((8,)), dense(16, "relu"), dense(4)])
+        self.discriminator = keras.Sequential([keras.Input((4,)), dense(16, "relu"), dense(1)])
+
+    def call(self, noise):
+        return self.discriminator(self.generator(noise))
+
+    def compile(self, optimizer, discriminator_optimizer):
+        super().compile(optimizer, jit_compile=False)  # On JAX, the step then runs eagerly.
+        self.discriminator_optimizer = discriminator_optimizer
+        optimizer.build(self.generator.trainable_variables)
+        discriminator_optimizer.build(self.discriminator.trainable_variables)
+
+    def train_step(self, *arguments):
+        noise, real = (keras.ops.convert_to_tensor(data) for data in arguments[-1])
+        on_jax = keras.backend.backend() == "jax"
+        places = (
+            self.trainable_variables,
+            self.non_trainable_variables,
+            self.optimizer.variables,
+            self.metrics_variables,
+        )
+        if on_jax:
+            for place, values in zip(places, arguments[0]):
+                for variable, value in zip(place, values):
+                    variable.assign(value)
+
+        def discriminator_loss():
+            losses = keras.ops.softplus(self(noise)), keras.ops.softplus(-self.discriminator(real))
+            return keras.ops.mean(losses[0]) + keras.ops.mean(losses[1])
+
+        def generator_loss():
+            return keras.ops.mean(keras.ops.softplus(-self(noise)))
+
+        for network, optimizer, loss in (
+            (self.discriminator, self.discriminator_optimizer, discriminator_loss),
+            (self.generator, self.optimizer, generator_loss),
+        ):
+            gradients = gradients_of(loss, network.trainable_variables)
+            with no_gradients():
+                optimizer.apply(gradients, network.trainable_variables)
+        with no_gradients():
+            logs = {"loss": generator_loss()}
+        return (logs, tuple([v.value for v in place] for place in places)) if on_jax else logs
+
+
+def no_gradients():
+    """Return the context in which torch changes weights in place; other backends need none."""
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
+
+
+def zeros(network):
+    """Return the fraction of zeros in the kernels of a network."""
+    kernels = [layer.kernel.numpy() for layer in network.layers]
+    return sum(np.sum(kernel == 0) for kernel in kernels) / sum(kernel.size for kernel in kernels)
+
+
+def test_a_generator_and_a_discriminator_are_pruned_by_their_own_optimizers():
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    noise, real = (rng.standard_normal((64, n)).astype("float32") for n in (8, 4))
+    model = Adversarial()
+    model(noise)
+    adam, sgd = keras.optimizers.Adam(0.01), keras.optimizers.SGD(0.1, momentum=0.9)
+    model.compile(SparseOptimizer(adam, Magnitude(0.75)), SparseOptimizer(sgd, Magnitude(0.5)))
+    before = models.arrays(model.weights)
+    model.fit(noise, real, batch_size=32, epochs=4, verbose=0, callbacks=[SparseTraining()])
+    assert all(np.any(v.numpy() != old) for v, old in zip(model.trainable_variables, before))
+    assert int(adam.iterations.numpy()) == int(sgd.iterations.numpy()) == 8
+    assert (zeros(model.generator), zeros(model.discriminator)) == (0.75, 0.5)
+    predicted = model.predict(noise, verbose=0)
+    keras_dst.strip(model)
+    assert (model.optimizer, model.discriminator_optimizer) == (adam, sgd)
+    np.testing.assert_array_equal(model.predict(noise, verbose=0), predicted)
+    assert (zeros(model.generator), zeros(model.discriminator)) == (0.75, 0.5)
+    model.fit(noise, real, batch_size=32, verbose=0)
+    assert int(sgd.iterations.numpy()) == 10
+    # Without masks, pruned weights move again, except the weights of units that are never active.
+    assert zeros(model.generator) < 0.75
+    assert zeros(model.discriminator) < 0.5
 
 
 class TestErrors:

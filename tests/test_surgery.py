@@ -182,6 +182,38 @@ def test_files_of_stripped_models_do_not_name_keras_dst(scaled, tmp_path):
     assert len(loaded.optimizer.variables) == len(model.optimizer.variables)
 
 
+@pytest.mark.skipif(
+    not hasattr(keras.optimizers, "MultiOptimizer"), reason="this Keras has no MultiOptimizer"
+)
+def test_strip_removes_all_sparse_optimizers_inside_a_multi_optimizer(tmp_path):
+    keras.utils.set_random_seed(0)
+    dense = keras.layers.Dense(16, "relu"), keras.layers.Dense(2, "softmax")
+    model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten(), *dense])
+    kernel, head = (layer.kernel for layer in dense)
+    adam, sgd = keras.optimizers.Adam(0.01), keras.optimizers.SGD(0.01, momentum=0.9)
+    by_path = keras.optimizers.OptimizerMap(keras_dst.SparseOptimizer(sgd, Magnitude(0.5)))
+    by_path[kernel.path] = keras_dst.SparseOptimizer(adam, Magnitude(0.75))
+    several = keras.optimizers.MultiOptimizer(by_path)
+    models.compiled(model, several)
+    model.fit(x, y, epochs=2, verbose=0, callbacks=[SparseTraining()])
+    predicted = model.predict(x, verbose=0)
+    keras_dst.strip(model)
+    assert model.optimizer is several
+    assert {id(inner) for inner in several.optimizers} == {id(adam), id(sgd)}
+    assert (by_path.default_optimizer, by_path[kernel.path]) == (sgd, adam)
+    np.testing.assert_array_equal(model.predict(x, verbose=0), predicted)
+    assert np.mean(kernel.numpy() == 0) == 0.75
+    assert np.mean(head.numpy() == 0) == 0.5
+    model.save(tmp_path / "model.keras")
+    with zipfile.ZipFile(tmp_path / "model.keras") as archive:
+        assert "keras_dst" not in archive.read("config.json").decode()
+    steps = int(adam.iterations.numpy())
+    model.fit(x, y, verbose=0)
+    assert int(adam.iterations.numpy()) == int(sgd.iterations.numpy()) == steps + 3
+    assert np.all(kernel.numpy() != 0)
+    assert np.all(head.numpy() != 0)
+
+
 @pytest.mark.parametrize("inner", ["adam", "sgd"])
 def test_a_trained_model_goes_on_training_with_its_optimizer(inner):
     model = models.compiled(models.residual(), inner)
