@@ -69,31 +69,43 @@ CASES_WHERE_STEPS_ARE_COMPILED = {
 # Of these tests, `make test` runs every n-th case on TensorFlow and JAX. Their parameters alternate
 # in neighboring cases, so the chosen cases combine them.
 EVERY_NTH_CASE_WHERE_STEPS_ARE_COMPILED = {
-    "test_a_loop_gives_the_same_masks_and_weights_as_fit_with_the_callback": 2,
-    "test_an_interrupted_fit_restores_the_model": 3,
-    "test_an_unstripped_model_is_exported": 3,
+    "test_an_interrupted_fit_restores_the_model": 5,
     "test_an_update_drops_the_smallest_along_a_cosine": 3,
-    "test_early_stopping_that_restores_the_best_weights": 3,
-    "test_float64_as_the_default_type": 3,
     "test_frozen_layers_are_skipped": 3,
-    "test_masks_equal_the_masks_of_float32": 4,
-    "test_masks_of_an_embedding": 2,
-    "test_restored_weights_are_pruned_again_with_a_warning": 3,
-    "test_the_best_weights_at_the_target_are_restored_as_they_were": 2,
-    "test_the_optimizer_stays_the_same_object_with_all_its_state": 2,
-    "test_unbuilt_layers_are_pruned_once_they_are_built": 3,
+    "test_masks_of_an_embedding": 3,
+    "test_the_optimizer_stays_the_same_object_with_all_its_state": 3,
+    "test_unbuilt_layers_are_pruned_once_they_are_built": 4,
+}
+
+# Of these tests, `make test` runs one case of each method on TensorFlow and JAX. The id of a case
+# starts with the method. The other parameters alternate from one method to the next.
+ONE_CASE_PER_METHOD_WHERE_STEPS_ARE_COMPILED = {
+    "test_a_loop_gives_the_same_masks_and_weights_as_fit_with_the_callback",
+    "test_an_unstripped_model_is_exported",
+    "test_early_stopping_that_restores_the_best_weights",
+    "test_float64_as_the_default_type",
+    "test_masks_equal_the_masks_of_float32",
+    "test_restored_weights_are_pruned_again_with_a_warning",
+    "test_the_best_weights_at_the_target_are_restored_as_they_were",
 }
 
 
 def pytest_collection_modifyitems(items):
     from tests.backends import COMPILES
 
-    seen = {}
+    if not COMPILES:
+        return
+    tests = {}
     for item in items:
-        name = getattr(item, "originalname", item.name)
-        key = (item.path, name)
-        seen[key] = seen.get(key, 0) + 1
-        last = CASES_WHERE_STEPS_ARE_COMPILED.get(name, seen[key])
-        nth = EVERY_NTH_CASE_WHERE_STEPS_ARE_COMPILED.get(name, 1)
-        if COMPILES and (seen[key] > last or (seen[key] - 1) % nth):
-            item.add_marker(pytest.mark.slow)
+        tests.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+    for (_, name), cases in tests.items():
+        kept = cases[: CASES_WHERE_STEPS_ARE_COMPILED.get(name)]
+        kept = kept[:: EVERY_NTH_CASE_WHERE_STEPS_ARE_COMPILED.get(name, 1)]
+        if name in ONE_CASE_PER_METHOD_WHERE_STEPS_ARE_COMPILED:
+            methods = {}
+            for item in cases:
+                methods.setdefault(item.callspec.id.split("-")[0], []).append(item)
+            kept = [found[i % len(found)] for i, found in enumerate(methods.values())]
+        for item in cases:
+            if item not in kept:
+                item.add_marker(pytest.mark.slow)
