@@ -183,6 +183,7 @@ def report_for(content: bytes, dense: bytes, inputs: list[np.ndarray]) -> MicroR
     return MicroReport(
         bytes=len(content),
         dense_bytes=len(dense),
+        unread_bytes=len(dense) - len(_with_decode(dense, [])),
         dense_gzip_bytes=gzip_bytes(dense),
         arena=own.arena,
         dense_arena=reference.arena,

@@ -76,6 +76,7 @@ def test_the_report_compares_the_file_with_dense_int8(report):
     assert [file.name for file in report.files] == ["dense float32", "dense int8", "this file"]
     assert report.files[1].bytes == found.dense_bytes
     assert report.files[2].accuracy == 0.5
+    assert 0 < found.unread_bytes < 0.1 * found.dense_bytes
     assert "it is not faster" in str(report)
 
 
