@@ -28,6 +28,7 @@ examples:
   keras-dst export model.keras small.tflite --optimize size --quantize weights
   keras-dst bench dense.tflite sparse.tflite     compare the latency of two files
   keras-dst report model.keras --import my_layers   for a model with custom layers
+  keras-dst recommend --sparsity 0.95 --epochs 100  name a method and the figure behind it
 
 Models are loaded without compiling: no optimizer, loss or metric is needed.
 KERAS_BACKEND chooses tensorflow, jax or torch, as for any program that uses Keras.
@@ -155,6 +156,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default 0)")
     bench.add_argument("--json", action="store_true", help="print JSON")
+
+    recommend = commands.add_parser("recommend", help="name a method and the figure behind it")
+    recommend.add_argument(
+        "--sparsity", type=float, required=True, help="fraction of zeros, between 0 and 1"
+    )
+    recommend.add_argument(
+        "--epochs", type=int, required=True, help="number of epochs of the training"
+    )
+    recommend.add_argument(
+        "--pattern",
+        default="unstructured",
+        help="unstructured (default), blocks such as 1x4, N:M such as 2:4, or channel",
+    )
+    recommend.add_argument(
+        "--target",
+        choices=("host", "arm", "any", "micro", *_NPUS),
+        metavar="TARGET",
+        help=f"device that runs the model: host, arm, any, micro, {', '.join(_NPUS)}",
+    )
+    recommend.add_argument("--json", action="store_true", help="print JSON")
     for command in (report, strip, shrink, export, lint):
         command.add_argument(
             "--import",

@@ -138,6 +138,14 @@ def bench(arguments):
     _show(bench(arguments.models, **settings, progress=progress), arguments.json)
 
 
+def recommend(arguments):
+    """Print the method with the best measured accuracy, the figure behind it and its limits."""
+    from keras_dst.recommendation import recommend
+
+    names = ("sparsity", "epochs", "pattern", "target")
+    _show(recommend(**{name: getattr(arguments, name) for name in names}), arguments.json)
+
+
 def _show(report, as_json: bool) -> None:
     print(json.dumps(report.to_dict(), indent=1) if as_json else report)
 

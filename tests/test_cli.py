@@ -322,6 +322,7 @@ def modules_after(code, tmp_path):
         ["no-such-command"],
         ["export", "model.keras", "model.tflite", "--target", "no-such-cpu"],
         ["report", "missing.keras"],
+        ["recommend", "--sparsity", "0.9"],
         ["shrink", "model.tflite", "small.keras"],
         ["strip", "empty.keras", "stock.h5"],
         ["bench", "missing.tflite"],

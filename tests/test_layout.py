@@ -27,7 +27,7 @@ ROWS = (
     ("optimizers",),
     ("surgery",),
     ("_reporting", "_structure", "_training", "plots"),
-    ("callbacks", "clustering", "export", "recalibration", "sparse_files"),
+    ("callbacks", "clustering", "export", "recalibration", "recommendation", "sparse_files"),
     ("tfmot", "tuner", "demo"),
     ("cli", "__main__"),
 )

@@ -1,0 +1,246 @@
+"""Recommendation of a method for a sparsity, a pattern and a number of epochs.
+
+The tables hold the measured figures that a recommendation names, because results/ is not installed
+with the package. A test compares the tables with results/. `Figure.method` is the method with the
+highest mean accuracy. If its lead over Magnitude is not larger than the sum of both standard
+deviations, `Figure.method` is Magnitude, which costs least.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from keras_dst._utils.validation import check_integer
+from keras_dst.masks import Pattern
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A measured comparison of methods.
+
+    Attributes:
+        method: Name of the recommended method.
+        pattern: Pattern of the zeros.
+        sparsity: Fraction of zeros.
+        epochs: Number of epochs of the training.
+        net: Network and data set.
+        accuracy: Test accuracy of `method` in %, the mean over the seeds.
+        magnitude: Test accuracy of Magnitude in %, the mean over the seeds.
+        dense: Test accuracy of the dense network in %, or None if it was not trained.
+        compared: Number of methods and of their variants that were compared.
+        seeds: Number of trainings of each method.
+        source: Name of the folder in results/.
+    """
+
+    method: str
+    pattern: str
+    sparsity: float
+    epochs: int
+    net: str
+    accuracy: float
+    magnitude: float
+    dense: float | None
+    compared: int
+    seeds: int
+    source: str
+
+    def __str__(self) -> str:
+        others = "" if self.method == "Magnitude" else f" Magnitude: {self.magnitude:.2f} %."
+        others += "" if self.dense is None else f" Dense network: {self.dense:.2f} %."
+        return (
+            f"{self.accuracy:.2f} % test accuracy with {self.method}, {100 * self.sparsity:g} % "
+            f"sparsity ({self.pattern}), {self.epochs} epochs, {self.net}.{others} "
+            f"Source: results/{self.source}."
+        )
+
+
+_RESNET32 = "ResNet-32 (16-32-64), CIFAR-10"
+_RESNET8 = "ResNet-8 with a first stride of 2, CIFAR-10"
+_LENET5 = "LeNet-5, MNIST"
+_LENET300 = "LeNet-300-100, MNIST"
+_WIDE_RESNET8 = "ResNet-8 of width 32 with a first stride of 2, CIFAR-10"
+
+#: One figure for each measured combination of pattern, epochs and sparsity.
+FIGURES = (
+    Figure("DCIL", "unstructured", 0.95, 100, _RESNET32, 91.61, 89.97, 93.06, 6, 1, "papers"),
+    Figure("Magnitude", "unstructured", 0.9, 5, _LENET5, 98.79, 98.79, 98.97, 10, 3, "methods"),
+    Figure("DCIL", "unstructured", 0.95, 5, _LENET300, 97.69, 97.38, None, 9, 3, "patterns"),
+    Figure("DST", "unstructured", 0.98, 5, _LENET5, 98.3, 97.69, 98.97, 10, 3, "methods"),
+    Figure("Magnitude", "unstructured", 0.9, 3, _RESNET8, 60.82, 60.82, 64.62, 11, 3, "methods"),
+    Figure("Magnitude", "unstructured", 0.98, 3, _RESNET8, 49.78, 49.78, 64.62, 11, 3, "methods"),
+    Figure("DCIL", "1x4", 0.9, 5, _LENET300, 97.84, 97.62, None, 9, 3, "patterns"),
+    Figure("DCIL", "1x4", 0.95, 5, _LENET300, 97.56, 97.16, None, 9, 3, "patterns"),
+    Figure("DCIL", "1x16", 0.9, 5, _LENET300, 97.47, 97.17, None, 9, 3, "patterns"),
+    Figure("DCIL", "1x16", 0.95, 5, _LENET300, 96.89, 96.45, None, 9, 3, "patterns"),
+    Figure("DST", "channel", 0.9, 5, _LENET300, 95.79, 77.22, None, 9, 3, "patterns"),
+    Figure("RigL", "channel", 0.95, 5, _LENET300, 92.32, 50.01, None, 9, 3, "patterns"),
+    Figure("Magnitude", "2:4", 0.5, 4, _WIDE_RESNET8, 71.19, 71.19, 72.76, 1, 1, "micro"),
+)
+
+#: Ratios to the dense int8 file, by target and by variant of the network `_WIDE_RESNET8`, from
+#: results/micro. For an NPU: bytes of the weights and cycles, as Vela estimates them. For TFLM,
+#: the target `micro`: bytes of the file without unread metadata, and of the arena.
+TARGETS: dict[str, dict[str, tuple[float, float]]] = {
+    "micro": {"80": (0.369, 4.897), "90": (0.275, 4.897), "95": (0.229, 4.897)},
+    "ethos-u55-128": {
+        **{"80": (0.294, 0.454), "90": (0.16, 0.421), "95": (0.094, 0.418)},
+        "2:4": (0.634, 0.722),
+    },
+    "ethos-u65-256": {
+        **{"80": (0.294, 0.994), "90": (0.16, 0.992), "95": (0.094, 0.992)},
+        "2:4": (0.634, 0.992),
+    },
+    "ethos-u85-256": {
+        **{"80": (0.267, 0.806), "90": (0.147, 0.801), "95": (0.087, 0.697)},
+        "2:4": (0.579, 0.611),
+    },
+}
+_CPUS = ("host", "arm", "any")
+_FAMILIES = {name[:9]: name for name in TARGETS if name != "micro"}  # ethos-u55: ethos-u55-128
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A method and the figure behind it.
+
+    Attributes:
+        method: Call that makes the method, such as `"DCIL(sparsity=0.95)"`.
+        figure: The measured comparison.
+        notes: Sentences on the limits of the figure and on the target.
+    """
+
+    method: str
+    figure: Figure
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict:
+        """Return the recommendation as a dict that JSON can store."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"Method: keras_dst.methods.{self.method}", f"Figure: {self.figure}"]
+        return "\n".join(lines + [f"Note:   {note}" for note in self.notes])
+
+
+def recommend(
+    sparsity: float, epochs: int, pattern: str = "unstructured", target: str | None = None
+) -> Recommendation:
+    """Return the method with the best measured accuracy for a training like this one.
+
+    If nothing was measured for the request, the figure is the nearest one, and a note says so. The
+    nearest figure has the most similar pattern, then the most similar number of epochs, then the
+    most similar density.
+
+    Args:
+        sparsity: Fraction of zeros, between 0 and 1.
+        epochs: Number of epochs of the training, at least 1.
+        pattern: Name of the pattern, as for a method. Defaults to `"unstructured"`.
+        target: Device that runs the model, as for `keras_dst.export_tflite`. Defaults to None: no
+            note on a device.
+
+    Returns:
+        The recommendation. `print` shows the method, the figure and its limits.
+
+    Raises:
+        ValueError: If an argument is out of range or unknown, or if an N:M pattern does not give
+            the sparsity.
+
+    Example:
+        >>> print(recommend(0.95, epochs=100).method)
+        DCIL(sparsity=0.95)
+    """
+    if not 0 < sparsity < 1:
+        raise ValueError(f"sparsity must be between 0 and 1. Received: sparsity={sparsity!r}")
+    check_integer(epochs, "epochs")
+    similar = _measured_pattern(pattern, sparsity)
+    figure = min(
+        (figure for figure in FIGURES if figure.pattern == similar),
+        key=lambda figure: (
+            abs(math.log(figure.epochs / epochs)),
+            abs(math.log((1 - figure.sparsity) / (1 - sparsity))),
+        ),
+    )
+    notes = []
+    missing = [f"the pattern {pattern}"] if figure.pattern != pattern else []
+    if figure.epochs != epochs:
+        missing.append(f"{epochs} epochs")
+    if not math.isclose(figure.sparsity, sparsity):
+        missing.append(f"{100 * sparsity:g} % sparsity")
+    if missing:
+        notes.append(f"Not measured: {', '.join(missing)}. The figure is the nearest one.")
+    if figure.compared == 1:
+        notes.append(f"No other method was measured with {figure.pattern}.")
+    elif figure.method == "Magnitude":
+        notes.append("No method is ahead of Magnitude by more than the deviation between seeds.")
+    if figure.seeds == 1:
+        notes.append("Every method was trained once, so the deviation between seeds is unknown.")
+    if target is not None:
+        notes += _target_notes(target, pattern, sparsity)
+    given = "" if pattern == "unstructured" else f", pattern={pattern!r}"
+    return Recommendation(f"{figure.method}(sparsity={sparsity:g}{given})", figure, tuple(notes))
+
+
+def _measured_pattern(name: str, sparsity: float) -> str:
+    """Return the most similar pattern that was measured."""
+    pattern = Pattern(name)
+    if pattern.n_of_m:
+        kept, of = pattern.n_of_m
+        if not math.isclose(sparsity, 1 - kept / of):
+            raise ValueError(
+                f"The pattern {name} has the sparsity {1 - kept / of:g}. Received: "
+                f"sparsity={sparsity!r}. Fix: request this sparsity, or another pattern."
+            )
+        return "2:4"
+    if name == "channel" or not pattern.grouped:
+        return name if name == "channel" else "unstructured"
+    size = math.prod(int(length) for length in name.split("x"))
+    return "1x4" if size <= 8 else "1x16"
+
+
+def _target_notes(target: str, pattern: str, sparsity: float) -> list[str]:
+    """Return notes on what zeros save on the target."""
+    if target in _CPUS:
+        return [
+            f"No figure for the target {target}: keras_dst.export_tflite compares the latency of "
+            "sparse and dense files on a CPU."
+        ]
+    measured = target if target in TARGETS else _FAMILIES.get(target[:9])
+    if measured is None:
+        raise ValueError(
+            f"target must be {', '.join((*_CPUS, *TARGETS))}, or another NPU of these families. "
+            f"Received: {target!r}"
+        )
+    notes = []
+    if measured != target:
+        notes.append(f"Not measured: {target}. The nearest target is {measured}.")
+    variants = TARGETS[measured]
+    levels = [name for name in variants if name.isdigit()]
+    if pattern in variants:
+        variant = pattern
+    elif pattern == "unstructured":
+        variant = min(
+            levels, key=lambda name: abs(math.log((1 - int(name) / 100) / (1 - sparsity)))
+        )
+    else:
+        return [*notes, f"No figure for the pattern {pattern} on {measured}."]
+    notes.append(_target_note(measured, variant))
+    if measured != "micro" and variants["2:4"][1] < variants[variant][1]:
+        notes.append(f"Fewer cycles with another pattern: {_target_note(measured, '2:4')}")
+    return notes
+
+
+def _target_note(target: str, variant: str) -> str:
+    size, other = TARGETS[target][variant]
+    zeros = f"{variant} % zeros" if variant.isdigit() else f"the pattern {variant}"
+    if target == "micro":
+        ratios = (
+            f"{size:g} of the bytes that TFLM reads of the dense int8 file, {other:g} times its "
+            "arena"
+        )
+    else:
+        ratios = (
+            f"{size:g} of the bytes of the dense int8 weights and {other:g} of the cycles, by "
+            "estimates of Vela"
+        )
+    return f"{target}, {zeros}: {ratios} ({_WIDE_RESNET8}, results/micro)."
