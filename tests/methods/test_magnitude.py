@@ -288,7 +288,7 @@ def test_n_of_m_keeps_as_many_as_it_counts(inputs):
 
 
 def test_schedule():
-    assert Magnitude(0.9).schedule == Cubic(0.9, end=0.75)
+    assert Magnitude(0.9).schedule == Cubic(0.9)
     assert Magnitude(Sigmoid(0.9)).schedule == Sigmoid(0.9)
 
 
