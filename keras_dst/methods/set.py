@@ -48,7 +48,8 @@ class SET(UpdateMethod):
             `"unstructured"`.
         drop_fraction: Fraction of the kept weights that the first update replaces, in [0, 1). It
             falls to 0 along a cosine. Defaults to 0.3.
-        stop: Fraction of training after which the masks stay as they are. Defaults to 0.75.
+        stop: Fraction of training after which the masks stay as they are. Defaults to None, which
+            means 0.75.
         stop_step: Step after which the masks stay as they are. Excludes `stop`. A loop without
             `SparseTraining` needs it. Defaults to None.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
@@ -79,7 +80,7 @@ class SET(UpdateMethod):
         allocation: str | Mapping[str, float] = "erk",
         pattern: str = "unstructured",
         drop_fraction: float = 0.3,
-        stop: float = 0.75,
+        stop: float | None = None,
         stop_step: int | None = None,
         frequency: int | str | None = None,
         min_kept: int | None = None,
@@ -102,14 +103,14 @@ class SET(UpdateMethod):
         check_sparsity(sparsity, alternative=f"; {name} keeps it constant and takes no Schedule")
         if not 0 <= drop_fraction < 1:
             raise ValueError(f"drop_fraction must be in [0, 1). Received: {drop_fraction!r}")
-        if not 0 < stop <= 1:
+        if not 0 < self._stop <= 1:
             raise ValueError(
                 "stop is a fraction of training, in (0, 1]. "
                 f"Received: stop={stop!r}. Pass stop_step for a number of steps."
             )
         if stop_step is not None:
             check_integer(stop_step, "stop_step")
-            if stop != 0.75:
+            if stop is not None:
                 raise ValueError(
                     "stop and stop_step exclude each other. "
                     f"Received: stop={stop!r}, stop_step={stop_step!r}. Pass one of them."
@@ -127,11 +128,23 @@ class SET(UpdateMethod):
             )
         self._check_common()
 
+    @classmethod
+    def from_config(cls, config):
+        # Files may state `stop` next to `stop_step`: it was a number by default at first.
+        if config.get("stop_step") is not None:
+            config = {name: value for name, value in config.items() if name != "stop"}
+        return super().from_config(config)
+
+    @property
+    def _stop(self) -> float:
+        """The fraction of training after which the masks stay, if no step is given."""
+        return 0.75 if self.stop is None else self.stop
+
     def span(self, total_steps):
         if self.stop_step is not None:
             return 0, self.stop_step
         first, _ = super().span(total_steps)
-        return first, math.floor(self.stop * (total_steps or 0))
+        return first, math.floor(self._stop * (total_steps or 0))
 
     def kept_counts(self, shapes, layouts, sparsity, names):
         counts = super().kept_counts(shapes, layouts, sparsity, names)
@@ -182,7 +195,7 @@ class SET(UpdateMethod):
         if self.stop_step is not None:
             done = ops.cast(now.step, "float32") / self.stop_step
         else:
-            done = now.progress / self.stop
+            done = now.progress / self._stop
         return self.drop_fraction / 2 * (1 + ops.cos(math.pi * ops.minimum(done, 1.0)))
 
 

@@ -174,9 +174,17 @@ def test_a_custom_loop(cls):
         ({"stop": 0}, "stop"),
         ({"stop_step": 0.5}, "stop_step"),
         ({"stop": 0.5, "stop_step": 100}, "exclude each other"),
+        ({"stop": 0.75, "stop_step": 100}, "exclude each other"),
         ({"sparsity": 1}, "sparsity"),
     ],
 )
 def test_errors(cls, arguments, message):
     with pytest.raises(ValueError, match=message):
         cls(**{"sparsity": 0.9, **arguments})
+
+
+@pytest.mark.parametrize("cls", [SET, RigL])
+def test_a_file_that_states_stop_next_to_stop_step_loads(cls):
+    config = {**cls(0.9, stop_step=100).get_config(), "stop": 0.75}
+    again = cls.from_config(config)
+    assert (again.stop, again.stop_step) == (None, 100)
