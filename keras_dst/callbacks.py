@@ -255,11 +255,12 @@ class SparseTraining(keras.callbacks.Callback):
 
     def _measure(self):
         self._sync()
-        counts = [driver.counts_kept() for driver in self._drivers]
-        self._sparsity = 1 - sum(map(sum, counts)) / sum(d.size for d in self._drivers)
-        self._reached = [d.reached(c) for d, c in zip(self._drivers, counts)]
+        measured = [driver.measure() for driver in self._drivers]
+        kept = sum(count for count, _ in measured)
+        self._sparsity = 1 - kept / sum(d.size for d in self._drivers)
+        self._reached = [reached for _, reached in measured]
         self._at_target = self.metric_at_target is None or all(
-            d.is_at_target(c) for d, c in zip(self._drivers, counts)
+            d.is_at_target(reached) for d, reached in zip(self._drivers, self._reached)
         )
 
     def _write(self, logs):

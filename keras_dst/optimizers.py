@@ -463,7 +463,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self._mask_followers()
 
     def _mask_followers(self) -> None:
-        """Set the biases and scales of the channels to zero that are pruned."""
+        """Set the biases and scales of pruned channels to zero."""
         if not self._followers:
             return
         alive = channels.alive([_mask_of(state) for state in self.states], self.layouts)

@@ -128,7 +128,7 @@ def table():
         "deviation over the seeds, with the sparsity in brackets. Both sides start from the "
         "same weights and use the same data, network, epochs, batches and learning rate. The "
         "authors' code runs on PyTorch, on a CPU. `make bench-authors` writes this page from "
-        "the runs next to it.",
+        "the runs in this folder.",
         "",
         "| method | network | epochs | target | seeds | authors' code | keras_dst | backend of "
         "keras_dst |",

@@ -123,7 +123,7 @@ def table():
         "sparsity, and the overlap of the masks of two backends: weights that both keep, divided "
         "by weights that either keeps. Figures are means over the seeds. Two random masks would "
         "share 5 %. "
-        "`make bench-agreement` writes this page from the runs next to it.",
+        "`make bench-agreement` writes this page from the runs in this folder.",
     ]
     found: dict = {}
     for run in results.runs(BENCHMARK).values():

@@ -30,7 +30,7 @@ def table():
         "deviation over the seeds. Network, data, optimizer and number of epochs are the same "
         "for every method and pattern. No method is tuned. A block contains consecutive inputs "
         "of one output unit. A channel contains all weights of one output unit. `make "
-        "bench-patterns` writes this page from the runs next to it.",
+        "bench-patterns` writes this page from the runs in this folder.",
     ]
     for net, epochs, backend in dict.fromkeys(key for key, *_ in found):
         lines += ["", f"## {net}, {epochs} epochs, {backend}", ""]

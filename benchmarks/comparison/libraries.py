@@ -96,7 +96,7 @@ def table():
         "momentum "
         f"0.9 and a cosine learning rate), number of epochs and target of {TARGET:.0%}. No tool is "
         "tuned. Each tool runs in its own environment, on one core, on TensorFlow. "
-        "`make bench-libraries` writes this page from the runs next to it.",
+        "`make bench-libraries` writes this page from the runs in this folder.",
         "",
         f"## LeNet-300-100, MNIST, {EPOCHS} epochs",
         "",

@@ -77,8 +77,8 @@ def table():
         "brackets its bytes relative to the dense float32 file. The sparse networks have 90 % "
         "zeros. The column `int8 weights` rounds the weights of every layer that becomes "
         "smaller and computes in float32. The column `int8` computes in integers, with ranges "
-        f"from {SAMPLES} training images. `make bench-int8` writes this page from the runs next "
-        "to it.",
+        f"from {SAMPLES} training images. `make bench-int8` writes this page from the runs in "
+        "this folder.",
         "",
         "| net | weights | " + " | ".join(QUANTIZE) + " |",
         "|---|---|" + "---|" * len(QUANTIZE),

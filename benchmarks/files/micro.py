@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import keras
-import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from tflite_micro.python.tflite_micro.runtime import Interpreter as Micro
 
@@ -24,6 +23,7 @@ import keras_dst
 from benchmarks import networks, results
 from benchmarks.data import cifar10, mnist, spoken_digits
 from keras_dst.export.ethos import compile_for_npu
+from keras_dst.export.quantize import to_int8
 from keras_dst.methods import Magnitude
 
 BENCHMARK = "micro"
@@ -122,7 +122,7 @@ def largest_difference(content, x):
     micro = Micro.from_bytes(content)
     scale, zero = taken["quantization"]
     largest = 0
-    for sample in np.clip(np.rint(x / scale) + zero, -128, 127).astype("int8"):
+    for sample in to_int8(x, scale, zero):
         lite.set_tensor(taken["index"], sample[None])
         lite.invoke()
         micro.set_input(sample[None], 0)
@@ -218,7 +218,7 @@ def table():
         "with gzip, bytes and arena of the file without zeros for TFLM, encoded weights, and "
         "cycles. Encoded weights and cycles are **estimates of Vela**, "
         "in its default configurations, and not measurements on hardware. `make bench-micro` "
-        "writes this page from the runs next to it.",
+        "writes this page from the runs in this folder.",
     ]
     for name, net in NETS.items():
         runs = {variant: stored[f"{name}_{variant}"] for variant in net.variants}

@@ -201,7 +201,7 @@ def table():
         "on one thread, measured with AVX and with AVX hidden (as on ARM). The accuracy in % on "
         f"{TESTED:,} test images is listed for the dense network, the sparse network and the "
         "sparse file. Bold figures meet their goal; crossed-out figures miss it. `make "
-        "bench-tflite` writes this page from the runs next to it.",
+        "bench-tflite` writes this page from the runs in this folder.",
         "",
         "| case | accuracy | bytes | gzip | latency | latency, AVX hidden |",
         "|---|---|---|---|---|---|",

@@ -155,7 +155,8 @@ def table():
         "two columns give bytes and latency of a file exported for ARM, with AVX hidden, where "
         "XNNPACK uses the kernels that it has for ARM. The pattern `channel` removes channels. "
         "`converter` is the file that TensorFlow's converter writes for the same network with "
-        "`EXPERIMENTAL_SPARSITY`. `make bench-tflite` writes this page from the runs next to it.",
+        "`EXPERIMENTAL_SPARSITY`. `make bench-tflite` writes this page "
+        "from the runs in this folder.",
     ]
     stored = results.runs(BENCHMARK)
     for net in NETS:

@@ -360,7 +360,7 @@ def table():
         "The tables show the time of a training step and the peak memory as ratios to the dense "
         "network on the same card, mask updates included. A mask update is given in milliseconds "
         "and in passes, and one pass copies as many bytes as the weights take. "
-        "`make bench-gpu` writes this page from the runs next to it.",
+        "`make bench-gpu` writes this page from the runs in this folder.",
     ]
     for name, run in results.runs(BENCHMARK).items():
         backend, _, policy = name.split(", ")

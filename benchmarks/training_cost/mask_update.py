@@ -155,7 +155,7 @@ def table():
         "together. The sparsity grows from one update to the next. Time is given in passes of "
         "`abs` and `sum` over the weights, and memory as a ratio to the memory of the weights. "
         "The goals were 60 passes and 2×. `make bench-overhead` writes this page from the runs "
-        "next to it.",
+        "in this folder.",
         "",
     ]
     columns = {

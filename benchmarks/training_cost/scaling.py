@@ -184,7 +184,8 @@ def table():
         "core. The columns of the methods give the step time relative to the dense network: the "
         f"median of {ROUNDS} rounds in turns. The other columns are seconds: `update` happens "
         "every hundred steps and the others once. `export` does not measure latency. `slope` is "
-        "the exponent of growth. `make bench-scaling` writes this page from the runs next to it.",
+        "the exponent of growth. `make bench-scaling` writes this page "
+        "from the runs in this folder.",
     ]
     stored = results.runs(BENCHMARK)
     for backend in BACKENDS:

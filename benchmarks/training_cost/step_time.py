@@ -198,7 +198,7 @@ def table():
         "The table shows the time of a training step as a ratio to the plain model. Both "
         "models take turns on one core, and mask updates are included. Numbers in brackets are "
         "ratios of compilation time. Medians within a few percent of 1 are noise. "
-        "`make bench-step` and `make bench-overhead` write this page from the runs next to it.",
+        "`make bench-step` and `make bench-overhead` write this page from the runs in this folder.",
     ]
     stored = results.runs(BENCHMARK)
     for net in SETTINGS:

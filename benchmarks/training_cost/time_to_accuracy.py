@@ -103,7 +103,7 @@ def table():
         f"{100 * LESS:g} points. Operations of the whole training are given in units of a dense "
         "epoch, as executed and with every zero skipped. Seconds are the duration of `fit`, "
         f"with compile time. All runs ended within {100 * apart:.2f} points of the target. `make "
-        "bench-time-to-accuracy` writes this page from the runs next to it.",
+        "bench-time-to-accuracy` writes this page from the runs in this folder.",
         "",
         "| | epochs | accuracy | operations | zeros skipped | seconds |",
         "|---|---|---|---|---|---|",

@@ -11,21 +11,15 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import keras
 import numpy as np
 
-from keras_dst import _keras
 from keras_dst._reporting.flops import count_uses
 from keras_dst._reporting.tables import as_table
 from keras_dst._reporting.weights import weights_of
-from keras_dst._structure.handlers import (
-    ElementwiseMerge,
-    GroupedConv,
-    Opaque,
-)
+from keras_dst._structure.graph import check_graph
+from keras_dst._structure.handlers import ElementwiseMerge, GroupedConv, Opaque
 from keras_dst._structure.plan import Plan
 from keras_dst._structure.unions import Member
-from keras_dst.surgery import check_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,12 +141,7 @@ def channel_groups(model) -> CoupledChannels:
     Example:
         >>> print(keras_dst.channel_groups(model))
     """
-    check_model(model)
-    if not isinstance(model, keras.Model) or _keras.graph_of(model) is None:
-        raise ValueError(
-            "Expected a Sequential or Functional model, whose graph tells which channels belong "
-            f"together. Received: '{model.name}' of type {type(model).__name__}."
-        )
+    check_graph(model)
     plan = Plan(model, remove=False)
     members = _members(plan)
     counts = {key: count for key, (count, _) in count_uses(model).items()}

@@ -12,6 +12,7 @@ from keras import ops, tree
 from keras_dst import _keras
 from keras_dst._structure.copies import dense_copy, original_variables
 from keras_dst.layers import Gate
+from keras_dst.surgery import check_model
 
 UNKNOWN = np.nan  # stands for the value of a channel that depends on the input
 OPEN_SIZE = 32  # replaces the unknown sizes of an input when a layer or model is run for a test
@@ -102,6 +103,18 @@ class Call:
         """Replace every input by a view whose channels are along the given axis."""
         inputs = self.inputs
         self.args, self.kwargs = self.map(lambda x: x.along(axis) if _contains(inputs, x) else x)
+
+
+def check_graph(model) -> None:
+    """Raise TypeError or ValueError unless a model is a Keras 3 model with a known graph."""
+    check_model(model)
+    if not isinstance(model, keras.Model) or _keras.graph_of(model) is None:
+        raise ValueError(
+            "Expected a Sequential or Functional model. "
+            f"Received: '{model.name}' of type {type(model).__name__}, which runs its layers in a "
+            "`call` of its own, so that its graph is not known. Fix: pass the Functional models "
+            "inside it."
+        )
 
 
 def flatten_graph(model, inputs: list[Tensor]) -> tuple[list[Call], list[Tensor], dict[int, Any]]:

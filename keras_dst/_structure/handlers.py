@@ -199,17 +199,24 @@ class PerChannel(Elementwise):
         super().couple(unions)
 
 
-class BatchNorm(PerChannel):
-    """Batch normalization."""
+class Normalization(PerChannel):
+    """Normalization with an optional scale and an optional offset for every channel."""
 
     def ignores_input(self) -> np.ndarray:
         return to_float64(self.op.gamma) == 0 if self.op.scale else super().ignores_input()
 
     def members(self) -> list[Member]:
+        offsets = [v for v in (self.op.gamma, self.op.beta) if v is not None]
+        return [Member(v, {-1: self.x.ids}, follows=True) for v in offsets]
+
+
+class BatchNorm(Normalization):
+    """Batch normalization."""
+
+    def members(self) -> list[Member]:
         axes = {-1: self.x.ids}
-        zeroed = (self.op.gamma, self.op.beta, self.op.moving_mean)
-        found = [Member(v, axes, follows=True) for v in zeroed if v is not None]
-        return [*found, Member(self.op.moving_variance, axes)]
+        mean = Member(self.op.moving_mean, axes, follows=True)
+        return [*super().members(), mean, Member(self.op.moving_variance, axes)]
 
 
 class Rescale(PerChannel):
@@ -499,7 +506,10 @@ class KernelLayer(ChannelHandler):
         return self.reads[:, ~removed[self.unit_ids]].any(1) & ~self.can_lose()
 
     def carrier(self, removed: np.ndarray) -> int | None:
-        """Return the channel that carries all constants if they cannot move into the bias."""
+        """Return the channel whose kernel entries take over the constants of removed channels.
+
+        None means that the bias takes them over, or that there are no such constants.
+        """
         kept, constant = ~removed[self.x.ids], self._removed_constants(removed)
         if not self.pads_with_zeros or not constant.any():
             return None
@@ -653,7 +663,7 @@ class Recurrent(KernelLayer):
 
     @cached_property
     def gates(self) -> int:
-        """Number of kernels next to each other: 1, or 3 for GRU, or 4 for LSTM."""
+        """Number of gate kernels that the kernel joins: 4 for LSTM, 3 for GRU, otherwise 1."""
         return self.layer.kernel.shape[-1] // self.layer.units
 
     def place_channels(self) -> None:

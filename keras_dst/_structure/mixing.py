@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from keras import ops
 
 from keras_dst import _keras
 from keras_dst._structure.graph import UNKNOWN, Tensor, to_float64
-from keras_dst._structure.handlers import ChannelHandler, PerChannel
+from keras_dst._structure.handlers import ChannelHandler, Normalization, PerChannel
 from keras_dst._structure.unions import ChannelUnions, Member
 
 
-class LayerNorm(PerChannel):
+class LayerNorm(Normalization):
     """Layer normalization over the channels.
 
     A channel that is zero is part of the mean and of the variance. The smaller model therefore pads
@@ -21,11 +22,7 @@ class LayerNorm(PerChannel):
     """
 
     def members(self) -> list[Member]:
-        offsets = [v for v in (self.op.gamma, self.op.beta) if v is not None]
-        return [Member(v, {-1: self.x.ids}, follows=True, shrinks=False) for v in offsets]
-
-    def ignores_input(self) -> np.ndarray:
-        return to_float64(self.op.gamma) == 0 if self.op.scale else super().ignores_input()
+        return [replace(member, shrinks=False) for member in super().members()]
 
     def _varies(self) -> np.ndarray:
         return np.ones(self.x.channels, bool)
@@ -71,20 +68,13 @@ class RMSNorm(LayerNorm):
         return operation(*args, **kwargs)
 
 
-class GroupNorm(PerChannel):
+class GroupNorm(Normalization):
     """Group normalization, which loses all channels of a group or none of them."""
 
     def couple(self, unions: ChannelUnions) -> None:
         super().couple(unions)
         size = self.x.channels // self.op.groups
         unions.couple(self.x.ids, np.repeat(self.x.ids[::size], size))
-
-    def members(self) -> list[Member]:
-        offsets = [v for v in (self.op.gamma, self.op.beta) if v is not None]
-        return [Member(v, {-1: self.x.ids}, follows=True) for v in offsets]
-
-    def ignores_input(self) -> np.ndarray:
-        return to_float64(self.op.gamma) == 0 if self.op.scale else super().ignores_input()
 
     def _varies(self) -> np.ndarray:
         size = self.x.channels // self.op.groups

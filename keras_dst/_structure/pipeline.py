@@ -12,9 +12,8 @@ from keras import ops, tree
 from keras_dst import _keras
 from keras_dst._backend.jit import jit
 from keras_dst._structure.build import build
-from keras_dst._structure.graph import OPEN_SIZE, to_float64
+from keras_dst._structure.graph import OPEN_SIZE, check_graph, to_float64
 from keras_dst._structure.plan import Plan
-from keras_dst.surgery import check_model
 
 
 def shrink(model) -> keras.Model:
@@ -62,13 +61,7 @@ def shrink(model) -> keras.Model:
 
 def plan_and_build(model) -> tuple[Plan, keras.Model]:
     """Return the plan for a model and the smaller model, once it is equal to the given model."""
-    check_model(model)
-    if not isinstance(model, keras.Model) or _keras.graph_of(model) is None:
-        raise ValueError(
-            "Expected a Sequential or Functional model. "
-            f"Received: '{model.name}' of type {type(model).__name__}, which runs its layers in a "
-            "`call` of its own. Fix: shrink the Functional models inside it."
-        )
+    check_graph(model)
     plan = Plan(model)
     small = build(plan)
     _compare(model, small)

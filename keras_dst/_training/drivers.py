@@ -206,20 +206,14 @@ def _functions(method, layouts, shapes):
         if not groups:
             return counts, None
         if isinstance(method, UnitMethod):  # a channel leaves if all its gates are closed
-            units = [_units(mask, layout) for mask, layout in zip(masks, layouts)]
+            units = [channels.kept_units(*pair) for pair in zip(masks, layouts)]
+            units = [ops.cast(unit, "float32") for unit in units]
             alive = channels.largest_of_units(units, layouts) > 0
             return counts, ops.concatenate([alive, ops.ones((1,), "bool")])
         return counts, channels.alive(masks, layouts)
 
     groups = channels.groups_of(layouts)
     return update, kept
-
-
-def _units(mask, layout: Layout):
-    """Return 1 for every output unit whose mask keeps a weight, and 0 for the others."""
-    rank = len(mask.shape)
-    others = {*range(rank)} - {axis % rank for axis in layout.outputs}
-    return ops.cast(ops.any(mask, tuple(sorted(others))), "float32")
 
 
 class Driver:
@@ -421,9 +415,14 @@ class Driver:
             f"target {target:.3g}: missed by {abs(reached - target):.4f}."
         )
 
-    def is_at_target(self, counts: list[float] | None = None) -> bool:
-        """Return whether the final target is reached or exceeded now; `counts` as in `reached`."""
-        return self.reached(counts) >= self._target() - self.tolerance
+    def is_at_target(self, reached: float | None = None) -> bool:
+        """Return whether the final target is reached or exceeded.
+
+        Args:
+            reached: Return value of `reached`, if it is known. Defaults to None.
+        """
+        reached = self.reached() if reached is None else reached
+        return reached >= self._target() - self.tolerance
 
     def _target(self) -> float:
         """Return the final sparsity over all weights of this driver, or over their cost."""
@@ -445,27 +444,24 @@ class Driver:
         groups = [math.prod(pattern.block(s, lay)) for s, lay in zip(self.shapes, self.layouts)]
         return max(0.001, max(groups) / self.size)
 
-    def reached(self, counts: list[float] | None = None) -> float:
-        """Return the sparsity that is reached now, over the weights or over their cost.
+    def reached(self) -> float:
+        """Return the sparsity that is reached now, over the weights or over their cost."""
+        return self.measure()[1]
 
-        Args:
-            counts: Return value of `counts_kept`, if it is known. Defaults to None.
+    def measure(self) -> tuple[float, float]:
+        """Return the number of entries that all masks keep now, and the value of `reached`.
+
+        It computes the masks once. Without groups of channels it waits for the device once.
         """
+        found, alive = self._kept(*self._values())
+        counts = ops.convert_to_numpy(found).tolist()
         if self.groups:
-            kept = np.bincount(
-                self.groups.owner[self._alive()[:-1]], minlength=len(self.groups.sizes)
-            )
-            return 1 - float(self.groups.kept_share(kept.astype("float64"), self.method.counted_in))
+            kept = self.groups.counts(ops.convert_to_numpy(alive)[:-1])
+            share = float(self.groups.kept_share(kept, self.method.counted_in))
+            return sum(counts), 1 - share
         costs = self.costs or [1.0] * len(self.shapes)
         total = sum(c * math.prod(shape) for c, shape in zip(costs, self.shapes))
-        return 1 - sum(c * k for c, k in zip(costs, counts or self.counts_kept())) / total
-
-    def counts_kept(self) -> list[float]:
-        """Return the number of entries that the mask of each weight keeps now.
-
-        It waits for the device once.
-        """
-        return ops.convert_to_numpy(self._kept(*self._values())[0]).tolist()
+        return sum(counts), 1 - sum(c * k for c, k in zip(costs, counts)) / total
 
     def _alive(self) -> np.ndarray:
         """Return for every channel whether it is kept, and True as an additional last entry."""

@@ -1,7 +1,7 @@
 """Compile int8 files for Arm Ethos-U NPUs with Vela, and read its estimates.
 
 Vela (PyPI ``ethos-u-vela``) encodes weights for the NPU and estimates cycles with a model of the
-hardware. The zeros of an ordinary dense int8 weight make its encoding shorter.
+hardware. It encodes a dense int8 weight in fewer bytes if many of its values are zero.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from keras_dst.export.encode import Weight, weights
 from keras_dst.export.flatbuffer import add_tensor, indices, op_name, read, text, write
+from keras_dst.export.quantize import to_int8
 from keras_dst.export.report import ExportError, TensorReport, gzip_bytes
 from keras_dst.export.target_reports import MicroReport
 
@@ -85,13 +86,15 @@ def encode_for_micro(content: bytes) -> tuple[bytes, list[TensorReport]]:
         >>> smaller, tensors = encode_for_micro(path.read_bytes())
     """
     chosen: list[int] = []
+    smallest = _with_decode(content, chosen)
     reports = []
     for weight in weights(read(content)):
         reason, stored = _unfit(weight), weight.values.nbytes
         if not reason:
             trial = _with_decode(content, [*chosen, weight.buffer])
-            if len(trial) < len(_with_decode(content, chosen)):
+            if len(trial) < len(smallest):
                 chosen.append(weight.buffer)
+                smallest = trial
                 stored = sum(part.nbytes for part in _pruned(weight.values))
             else:
                 reason = "its zeros save fewer bytes than the bitmap takes"
@@ -107,7 +110,7 @@ def encode_for_micro(content: bytes) -> tuple[bytes, list[TensorReport]]:
                 reason=reason,
             )
         )
-    return _with_decode(content, chosen), reports
+    return smallest, reports
 
 
 def unsupported_ops(model: schema.ModelT) -> list[tuple[str, str]]:
@@ -205,8 +208,8 @@ def quantized_inputs(content: bytes, cases: list[dict[str, np.ndarray]]) -> list
         tensor = graph.tensors[index]
         array = np.concatenate([case[names[int(index)]] for case in cases])
         if tensor.type == schema.TensorType.INT8 and array.dtype.kind == "f":
-            scale, zero = tensor.quantization.scale[0], tensor.quantization.zeroPoint[0]
-            array = np.clip(np.rint(array / scale) + zero, -128, 127).astype(np.int8)
+            quantization = tensor.quantization
+            array = to_int8(array, quantization.scale[0], quantization.zeroPoint[0])
         found.append(array.reshape(-1, *tensor.shape))
     return found
 

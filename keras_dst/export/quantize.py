@@ -23,6 +23,11 @@ def quantize(values: np.ndarray, axis: int) -> tuple[np.ndarray, schema.Quantiza
     return np.rint(values / scales).astype(np.int8), parameters
 
 
+def to_int8(array: np.ndarray, scale: float, zero_point: int) -> np.ndarray:
+    """Round floats to the int8 values of a tensor with one scale."""
+    return np.clip(np.rint(array / scale) + zero_point, -128, 127).astype(np.int8)
+
+
 def dequantize(integers: np.ndarray, parameters: schema.QuantizationParametersT) -> np.ndarray:
     """Return the float32 values of quantized integers."""
     shape = [1] * integers.ndim

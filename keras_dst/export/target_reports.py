@@ -108,8 +108,8 @@ class MicroReport:
     Attributes:
         bytes: size of the file.
         dense_bytes: size of the dense int8 file, which gives the same outputs bit for bit.
-        unread_bytes: bytes of the dense int8 file that TFLM does not read, and that the file lacks:
-            metadata, scales of biases and long names.
+        unread_bytes: bytes of the dense int8 file that TFLM does not read. The file omits these
+            bytes: metadata, scales of biases, and all but the first of several joined names.
         dense_gzip_bytes: size of the dense int8 file after compression with gzip.
         arena: bytes that the interpreter allocates for the file.
         dense_arena: bytes that the interpreter allocates for the dense int8 file.

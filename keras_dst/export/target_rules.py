@@ -24,7 +24,7 @@ def check_for_target(name: str, content: bytes, target: str) -> LintReport:
     fix = f"Export the Keras model with target={target!r}."
     found = [finding for graph in model.subgraphs for finding in _sparse(graph, fix)]
     found += [finding for graph in model.subgraphs for finding in _floats(model, graph, target)]
-    found += _missing_in_tflm(model) if target == "micro" else _on_cpu(content, target)
+    found += _missing_in_tflm(model) if target == "micro" else _on_cpu(model, content, target)
     ordered = sorted(found, key=lambda finding: finding.level != "error")
     return LintReport(name, False, "", ordered, target)
 
@@ -63,8 +63,7 @@ def _missing_in_tflm(model) -> Iterator[Finding]:
         yield Finding("error", "missing-op", f"{name} {output!r}", found, fix)
 
 
-def _on_cpu(content: bytes, target: str) -> Iterator[Finding]:
-    model = read(content)
+def _on_cpu(model, content: bytes, target: str) -> Iterator[Finding]:
     if any(text(code.customCode) == DECODE for code in model.operatorCodes):
         found = "holds weights without zeros for TFLM, which Vela cannot compile"
         fix = f"Export the Keras model with target={target!r}."

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
+from keras_dst.export.quantize import to_int8
 from keras_dst.export.samples import BATCH, Samples, Signature, read_samples
 from keras_dst.export.states import reset_states
 
@@ -126,7 +127,7 @@ def _quantized(array: np.ndarray, details: dict[str, Any]) -> np.ndarray:
     scale, zero_point = details["quantization"]
     if details["dtype"] != np.int8 or array.dtype.kind != "f" or not scale:
         return array
-    return np.clip(np.rint(array / scale) + zero_point, -128, 127).astype(np.int8)
+    return to_int8(array, scale, zero_point)
 
 
 def _dequantized(array: np.ndarray, details: dict[str, Any]) -> np.ndarray:

@@ -248,9 +248,8 @@ class Method(Configurable):
         """Return the number of groups that every weight keeps; `sizes` is None without groups."""
         if self.min_kept is None and together and self.schedule is not None:
             floors = allocations.floor_counts(shapes, self.schedule.sparsity)
-            if (
-                sizes
-            ):  # Rounded down, so that the floors need at most a quarter of the kept weights.
+            if sizes:
+                # Rounded down, so that the floors need at most a quarter of the kept weights.
                 floors = floors // [int(n.max()) for n in sizes]
         else:
             floors = np.array([self.min_kept or 1] * len(shapes))

@@ -258,12 +258,8 @@ def rank(method, scores: Sequence[Tensor], layouts: Sequence[Layout], kept: Tens
         kept: Numbers that `kept_counts` returned, as a tensor.
     """
     groups, pattern = _required(layouts), Pattern("channel")
-    saliency = channel_scores(scores, layouts)
-    ends = np.cumsum(groups.sizes)
-    parts = [saliency[end - size : end] for size, end in zip(groups.sizes.tolist(), ends.tolist())]
-    if method.allocation == "global":
-        kept = _global_counts(method, groups, saliency, kept[0])
-    alive = ops.concatenate([*masks.top_k(parts, kept), ops.ones((1,), "bool")])
+    is_best = best(method, groups, channel_scores(scores, layouts), kept)
+    alive = ops.concatenate([is_best, ops.ones((1,), "bool")])
     found = []
     for score, layout in zip(scores, layouts):
         shape = tuple(score.shape)
@@ -336,15 +332,25 @@ def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
         end = start + len(layout.channels.ids)
         here = (first >= start) & (first < end)
         if here.any():
-            rank = len(mask.shape)
-            others = {*range(rank)} - {axis % rank for axis in layout.outputs}
-            units.append(ops.reshape(ops.any(mask, tuple(sorted(others))), (-1,)))
+            units.append(ops.reshape(kept_units(mask, layout), (-1,)))
             places[here] = first[here] - start + offset
             offset += end - start
         start = end
     places[first >= start] = offset  # No weight that the method prunes makes the channel.
     every = ops.concatenate([*units, ops.ones((1,), "bool")])
     return ops.take(every, np.append(places, offset))
+
+
+def kept_units(mask: Tensor, layout: Layout) -> Tensor:
+    """Return for every output unit of a weight whether its mask keeps an entry of the unit.
+
+    Args:
+        mask: Boolean mask in the shape of the weight.
+        layout: Axes of the weight.
+    """
+    rank = len(mask.shape)
+    others = {*range(rank)} - {axis % rank for axis in layout.outputs}
+    return ops.any(mask, tuple(sorted(others)))
 
 
 class Scales(NamedTuple):
@@ -381,8 +387,8 @@ def scales_of(
     Args:
         shapes: Shapes of all weights.
         layouts: Axes and channels of all weights.
-        gammas: Index and channels of every variable of scales. The first variable of a channel
-            counts.
+        gammas: For every variable that holds scales, its index and the channels of its entries. If
+            several variables scale a channel, the first variable counts.
     """
     if not gammas:
         return Scales([], [])
