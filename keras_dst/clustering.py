@@ -179,7 +179,8 @@ def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
         clusters: Number of values, at least 2.
 
     Returns:
-        At most `clusters` values: the numbers themselves if they have no more distinct values.
+        At most `clusters` values. If there are no more than `clusters` distinct numbers, these
+        numbers are the values.
     """
     if not len(numbers):
         return numbers

@@ -29,7 +29,7 @@ class Figure:
         magnitude: Test accuracy of Magnitude in %, the mean over the seeds.
         dense: Test accuracy of the dense network in %, or None if it was not trained.
         compared: Number of methods and of their variants that were compared.
-        seeds: Number of trainings of each method.
+        seeds: Number of training runs of each method.
         source: Name of the folder in results/.
     """
 

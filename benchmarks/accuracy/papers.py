@@ -170,7 +170,7 @@ NETS = {
 
 
 class Paused(Exception):
-    """Signal that the time limit of the command is reached. The backup holds the training."""
+    """Signal that the time limit of the command is reached. The backup holds its state."""
 
 
 class Log(keras.callbacks.Callback):

@@ -54,8 +54,8 @@ class ST3(LayerMethod):
             expressions to sparsities. Defaults to `"global"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
             16 in a long training, and at least twenty updates in a short training.
-        min_kept: Number of weights that every layer keeps. Defaults to None: a quarter of the
-            weights under `"erk"` if the allocation is `"global"`, and 1 otherwise.
+        min_kept: Number of weights that every layer keeps. Defaults to None: 1, or under the
+            allocation `"global"` a quarter of the weights that `"erk"` would keep.
 
     Raises:
         ValueError: If an argument is outside its range.
