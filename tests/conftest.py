@@ -1,5 +1,6 @@
 """Environment variables that must be set before Keras is imported."""
 
+import gc
 import os
 import pathlib
 
@@ -37,6 +38,21 @@ def pytest_sessionstart(session):
     if device is None:
         pytest.exit("Expected an accelerator, because KERAS_DST_GPU is set. Found none.", 1)
     session.config.get_terminal_writer().line(f"The tests run on: {device}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_compiled_programs():
+    """Free the programs that JAX compiled for the tests of a file.
+
+    Every program takes several memory mappings. Linux allows 65,530 mappings per process, and JAX
+    ends with a segmentation fault beyond this number.
+    """
+    yield
+    if os.environ.get("KERAS_BACKEND") == "jax":
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 def pytest_configure(config):
