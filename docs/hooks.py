@@ -1,5 +1,7 @@
-"""Hooks of MkDocs: formulas, tables from results/, and pages outside docs/."""
+"""Hooks of MkDocs: formulas, tables from results/, notebooks, and pages outside docs/."""
 
+import base64
+import json
 import pathlib
 import posixpath
 import re
@@ -12,12 +14,33 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def on_files(files, config):
-    """Add the pages that are outside docs/: results, changelog, contributing."""
+    """Add the pages that are outside docs/: results, notebooks, changelog, contributing."""
     for path in [*sorted(ROOT.glob("results/*/index.md")), *sorted(ROOT.glob("C*.md"))]:
         name = path.relative_to(ROOT).as_posix()
         kind = InclusionLevel.NOT_IN_NAV  # no warning, whether the navigation lists it or not
         files.append(File.generated(config, name, abs_src_path=str(path), inclusion=kind))
+    for path in sorted(ROOT.glob("notebooks/*.ipynb")):
+        page, pictures = notebook(path)
+        contents = {f"notebooks/{path.stem}.md": page, **pictures}
+        for name, content in contents.items():
+            files.append(File.generated(config, name, content=content, inclusion=kind))
     return files
+
+
+def notebook(path: pathlib.Path) -> tuple[str, dict[str, bytes]]:
+    """Return a notebook as a Markdown page, and its pictures by their path in the site."""
+    parts, pictures = [], {}
+    for cell in json.loads(path.read_text("utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", []):
+            if "text" in output:
+                parts.append(f"```text\n{''.join(output['text']).rstrip()}\n```")
+            elif "image/png" in output["data"]:
+                name = f"{path.stem}_{len(pictures)}.png"
+                pictures[f"notebooks/{name}"] = base64.b64decode(output["data"]["image/png"])
+                parts.append(f"![Picture that the code above draws]({name})")
+    return "\n\n".join(parts) + "\n", pictures
 
 
 def on_page_markdown(markdown, page, config, files):
@@ -37,11 +60,13 @@ def _link(target: str, file: File) -> str:
     """Return a link that is right in the repository, as it is right in the site.
 
     In the repository, CONTRIBUTING.md is above docs/. In the site, CONTRIBUTING.md and the pages of
-    docs/ are in one folder.
+    docs/ are in one folder, and a notebook is a page.
     """
-    source = pathlib.Path(file.abs_src_path).relative_to(ROOT).as_posix()
+    path = file.abs_src_path  # None for a notebook
+    source = pathlib.Path(path).relative_to(ROOT).as_posix() if path else file.src_uri
     linked = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
-    in_site = linked.removeprefix("docs/")
+    in_site = linked.removeprefix("docs/").replace("README.md", "index.md")
+    in_site = re.sub(r"\.ipynb$", ".md", in_site)
     return f"]({posixpath.relpath(in_site, posixpath.dirname(file.src_uri) or '.')}"
 
 

@@ -57,6 +57,7 @@ def formatted(number):
 
 def test_the_page_shows_the_report(saved, tmp_path):
     found, path = saved
+    assert "default-src 'none'" in path.read_text("utf-8")
     page = look_at(path, tmp_path)
     assert page.console == []
     assert page.requests == []

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from html import unescape
 
 import pytest
 
@@ -19,6 +20,7 @@ from benchmarks.coverage import models
 from benchmarks.files import int8, micro, tflite_cases, tflite_grid
 from benchmarks.training_cost import mask_update, scaling, step_time, time_to_accuracy
 from tests.backends import once
+from tests.browser import look_at
 from tests.pages import PAGES, ROOT
 
 pytestmark = once
@@ -59,6 +61,46 @@ def test_the_site_loads_nothing_from_a_network(site):
         assert not loaded, path
     for path in site.rglob("*.css"):
         assert not re.search(r"url\(['\"]?http|@import", path.read_text()), path
+
+
+def test_every_notebook_is_a_page_with_its_outputs(site):
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        text = (site / "notebooks" / path.stem / "index.html").read_text()
+        stored = path.read_text()
+        assert text.count("language-python") >= stored.count('"cell_type": "code"')
+        assert text.count('src="../') + text.count("src=../") >= stored.count('"image/png"')
+        assert len(list(site.glob(f"notebooks/{path.stem}_*.png"))) == stored.count('"image/png"')
+
+
+# -- layout --------------------------------------------------------------------------------------
+
+
+def code_blocks(site):
+    """Return the HTML of every block of code on the site, without the outputs of notebooks."""
+    texts = [text for path, text in html(site).items()]
+    found = re.findall(r'<div class="?([^>]*?)highlight"?>(.*?</pre>)', "".join(texts), re.DOTALL)
+    return [block for language, block in found if "language-text" not in language]
+
+
+def test_code_fits_its_column(site):
+    """A line of code is at most 100 characters long, as in the package."""
+    for block in code_blocks(site):
+        lines = unescape(re.sub("<[^>]+>", "", block)).splitlines()
+        assert max(map(len, lines)) <= 100, max(lines, key=len)
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_the_layout_in_a_browser(site, width):
+    """Code does not scroll sideways on a desktop, and no page is wider than a phone."""
+    page = (site / "guide" / "index.html").read_text()
+    before, article, after = re.fullmatch(
+        r"(.*<article.*?>)(.*)(</article>.*)", page, re.S
+    ).groups()
+    blocks = "".join(f"<div class=highlight>{block}</div>" for block in code_blocks(site))
+    (site / "guide" / "code.html").write_text(f"{before}{article}{blocks}{after}")
+    found = look_at(site / "guide" / "code.html", site / "guide", width)
+    assert found.overflow <= 0
+    assert width < 1000 or found.clipped == []
 
 
 PUBLIC_MODULES = (
