@@ -1,4 +1,4 @@
-"""Run a benchmark on a backend. Keras must be imported after the backend is chosen."""
+"""Run a benchmark on a chosen Keras backend. Import Keras only after the choice."""
 
 import os
 import subprocess
@@ -14,9 +14,9 @@ def run_on(
     variables: dict | None = None,
     timeout: float | None = None,
 ) -> None:
-    """Run `python -m benchmarks.MODULE ARGUMENTS` with a backend; raise if it fails.
+    """Run `python -m benchmarks.MODULE ARGUMENTS` on a backend; raise an error if it fails.
 
-    `variables` are added to the environment of the process, which is stopped after `timeout`
+    `variables` are added to the environment of the process. The process is stopped after `timeout`
     seconds.
     """
     command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]

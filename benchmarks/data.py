@@ -1,4 +1,4 @@
-"""Load the data of the benchmarks, and apply a method to a model."""
+"""Load the benchmark data, and apply a method to a model."""
 
 import os
 import pathlib
@@ -15,7 +15,7 @@ def mnist() -> tuple:
 
 
 def cifar10() -> tuple:
-    """Return CIFAR-10 like `mnist`, with mean 0 and standard deviation 1 per channel."""
+    """Return CIFAR-10 in the form of `mnist`, with mean 0 and standard deviation 1 per channel."""
     (x, y), (x_test, y_test) = load("cifar10")
     mean, deviation = x.mean((0, 1, 2)), x.std((0, 1, 2))
     return tuple(
@@ -25,7 +25,7 @@ def cifar10() -> tuple:
 
 
 def spoken_digits() -> tuple:
-    """Return log-mel spectrograms of the Free Spoken Digit Dataset like `mnist`.
+    """Return spectrograms of the Free Spoken Digit Dataset in the form of `mnist`.
 
     Raises:
         FileNotFoundError: If KERAS_DST_DATA does not name a folder with fsdd_logmel.npz.
@@ -37,12 +37,13 @@ def spoken_digits() -> tuple:
 
 
 def load(name: str) -> tuple:
-    """Return NAME.npz from the folder in KERAS_DST_DATA, or else from `keras.datasets`."""
+    """Return a data set from the folder KERAS_DST_DATA, or from `keras.datasets` if unset."""
     folder = os.environ.get("KERAS_DST_DATA")
     if not folder and not hasattr(keras.datasets, name):
         raise FileNotFoundError(
-            f"Expected KERAS_DST_DATA to name a folder with {name}.npz. Received: the variable is "
-            f"not set. Fix: set it, because keras.datasets does not contain {name}."
+            f"Expected the environment variable KERAS_DST_DATA to name a folder with {name}.npz. "
+            f"Received: KERAS_DST_DATA is not set. Fix: set KERAS_DST_DATA, because keras.datasets "
+            f"does not contain {name}."
         )
     if not folder:
         return getattr(keras.datasets, name).load_data()
@@ -51,8 +52,8 @@ def load(name: str) -> tuple:
 
 
 def under(method, model, optimizer):
-    """Apply a method, or None, to a model; return the optimizer to compile it with."""
-    import keras_dst  # other tools are timed in environments that lack keras_dst
+    """Apply a method to a model, unless the method is None; return the optimizer for `compile`."""
+    import keras_dst  # environments of other tools lack keras_dst
 
     if isinstance(method, keras_dst.methods.LayerMethod):
         keras_dst.sparsify(model, method)

@@ -1,4 +1,4 @@
-"""Networks of the papers that the benchmarks train."""
+"""Networks from papers that the benchmarks train."""
 
 import keras
 from keras import layers
@@ -94,7 +94,7 @@ def resnet(depth: int, width: int = 16, stride: int = 1):
 
 
 def keyword_cnn():
-    """Return a small convolutional network for 63 x 32 log-mel spectrograms of spoken digits."""
+    """Return a small convolutional network for spectrograms (63 x 32) of spoken digits."""
     inputs = x = keras.Input((63, 32, 1))
     for filters in (32, 64, 64):
         x = layers.Conv2D(filters, 3, 2, padding="same", use_bias=False)(x)
@@ -104,7 +104,7 @@ def keyword_cnn():
 
 
 def ds_cnn(width: int = 64):
-    """Return a CNN of depthwise separable convolutions (arXiv 1711.07128) for CIFAR-10."""
+    """Return a CNN with depthwise separable convolutions (arXiv 1711.07128) for CIFAR-10."""
 
     def normalized(x):
         return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
@@ -163,7 +163,7 @@ def mobilenet(size: int = 96, width: float = 0.5):
 def vision_transformer(
     blocks: int = 6, width: int = 192, heads: int = 6, size: int = 32, patch: int = 4
 ):
-    """Return a ViT (arXiv 2010.11929) with mean pooling, for square images in square patches."""
+    """Return a ViT (arXiv 2010.11929) with mean pooling, for square images and patches."""
     inputs = keras.Input((size, size, 3))
     x = layers.Conv2D(width, patch, strides=patch)(inputs)
     x = layers.Reshape(((size // patch) ** 2, width))(x)
@@ -198,7 +198,7 @@ def u_net(width: int = 32, depth: int = 3):
 
 
 def detector(width: int = 32):
-    """Return a residual network with a feature pyramid, and three heads on each of two levels."""
+    """Return a residual network with a feature pyramid and three heads on each of two levels."""
 
     def convolved(x, filters, strides=1):
         x = layers.Conv2D(filters, 3, strides, padding="same", use_bias=False)(x)

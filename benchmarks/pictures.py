@@ -1,9 +1,9 @@
-"""The pictures in README.md and docs/benchmarks.md, of the JSON files in results/.
+"""Draw the pictures in README.md and docs/benchmarks.md from the JSON files in results/.
 
 python -m benchmarks.pictures
 
-Each is a function that gives the data, which stand in the picture's description as well, and one
-that draws them: see `PICTURES`.
+Each picture has two functions: one returns the data, the other one draws the data. `PICTURES` lists
+both. The description of each SVG file also contains the data.
 """
 
 import collections
@@ -24,7 +24,7 @@ MARKERS = {0.9: "o", 0.98: "D"}
 
 
 def draw(name: str, path: pathlib.Path) -> None:
-    """Draw one of `PICTURES`; the SVG description holds its data."""
+    """Draw a picture of `PICTURES`; the description of the SVG file contains the data."""
     data, onto, size = PICTURES[name]
     shown = data()
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 9}):
@@ -35,7 +35,7 @@ def draw(name: str, path: pathlib.Path) -> None:
         plt.close(figure)
 
 
-# -- test errors of all methods ------------------------------------------------------------------
+# -- test errors of all methods --------------------------------------------------------------------
 
 
 def errors() -> dict:
@@ -56,7 +56,7 @@ def errors() -> dict:
 
 
 def draw_errors(figure, shown) -> None:
-    """Draw one dot per run."""
+    """Draw one dot per training run."""
     axes = figure.subplots()
     for place, of_method in enumerate(shown["sparse"].values()):
         for (target, marker), color in zip(MARKERS.items(), ("tab:blue", "tab:red")):
@@ -78,11 +78,11 @@ def draw_errors(figure, shown) -> None:
     axes.legend(loc="upper right")
 
 
-# -- time of a step as networks grow ------------------------------------------------------------
+# -- step time by network size ---------------------------------------------------------------------
 
 
 def growth() -> dict:
-    """Return the step time ratio of each method to the dense network, by axis."""
+    """Return the ratio of each method's step time to the dense step time, by axis."""
     axes = results.runs("scaling")["jax"]["axes"]
     return {
         axis: {
@@ -109,7 +109,7 @@ def draw_growth(figure, shown) -> None:
     every[1].legend(ncols=2, loc="upper center", fontsize="small")
 
 
-# -- latency of files ----------------------------------------------------------------------------
+# -- latency of exported files ---------------------------------------------------------------------
 
 KINDS = {"this CPU": ("sparse", "latency"), "no AVX": ("arm", "latency_no_avx")}
 

@@ -1,8 +1,8 @@
-"""The runs of a benchmark in results/BENCHMARK/runs.jsonl, and their table in index.md.
+"""Store the runs of a benchmark in results/BENCHMARK/runs.jsonl, and write index.md with a table.
 
-Every line of `runs.jsonl` is a JSON object: the name of the run under "run", its figures, the
-command, the seeds, the versions of all packages and the machine. `config` and `method` show the
-constructor call of the version that ran.
+Every line of `runs.jsonl` is a JSON object. It contains the name of the run in the key "run", the
+measured numbers, the command, the seeds, the package versions and the machine. `config` and
+`method` contain the constructor call in the version of keras_dst that ran.
 """
 
 import datetime
@@ -20,14 +20,14 @@ NOTES = pathlib.Path(__file__).parent / "notes"
 
 
 def runs(benchmark: str) -> dict[str, dict]:
-    """Return all stored runs of a benchmark by name, in the order of their names."""
+    """Return all stored runs of a benchmark by name, sorted by name."""
     path = RESULTS / benchmark / "runs.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return {run.pop("run"): run for run in map(json.loads, lines)}
 
 
 def save(benchmark: str, name: str, run: dict) -> None:
-    """Store a run under its name, with the versions and the machine; replace an older one."""
+    """Store a run with the package versions and the machine; replace an older run of this name."""
     folder = RESULTS / benchmark
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:  # several processes may store runs
@@ -39,7 +39,8 @@ def save(benchmark: str, name: str, run: dict) -> None:
 
 
 def write_index(benchmark: str, lines: list[str]) -> None:
-    """Write index.md: the lines, and after them the text of benchmarks/notes/BENCHMARK.md."""
+    """Write index.md from the given lines, followed by the text of
+    benchmarks/notes/BENCHMARK.md."""
     notes = NOTES / f"{benchmark}.md"
     text = ["", notes.read_text().rstrip()] if notes.exists() else []
     path = RESULTS / benchmark / "index.md"
@@ -48,7 +49,7 @@ def write_index(benchmark: str, lines: list[str]) -> None:
 
 
 def columns(cells_of: dict[str, dict[str, str]]) -> list[str]:
-    """Return the lines of a Markdown table from its columns, dicts from row names to cells."""
+    """Return the lines of a Markdown table, given its columns as dicts from row name to cell."""
     lines = [f"| | {' | '.join(cells_of)} |", "|---|" + "---|" * len(cells_of)]
     for name in dict.fromkeys(name for cells in cells_of.values() for name in cells):
         cells = [cells.get(name, "") for cells in cells_of.values()]
@@ -57,7 +58,7 @@ def columns(cells_of: dict[str, dict[str, str]]) -> list[str]:
 
 
 def environment() -> dict:
-    """Return the backend, the versions of the packages and the machine, for a stored run."""
+    """Return the backend, the package versions and the machine, to store with a run."""
     import keras
 
     packages = ("keras-dst", "keras", "tensorflow", "jax", "torch", "ai-edge-litert", "numpy")
@@ -86,6 +87,6 @@ def _cpu() -> str:
 
 
 def mean_std(values) -> str:
-    """Return the mean of some values and, of two or more, their standard deviation, as text."""
+    """Return the mean of the values as text, with the standard deviation if there are several."""
     mean = f"{statistics.mean(values):.2f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"

@@ -1,4 +1,4 @@
-"""Time pieces of work in turns, so that the times can be compared on a noisy machine."""
+"""Time several functions in turns, so that their times are comparable on a noisy machine."""
 
 import statistics
 import time
@@ -6,21 +6,21 @@ from collections.abc import Callable
 
 
 def seconds(work: Callable) -> float:
-    """Return the wall-clock seconds that a piece of work takes."""
+    """Return the wall-clock seconds that a function takes."""
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
 
 
 def cpu_seconds(work: Callable) -> float:
-    """Return the CPU seconds that a piece of work takes."""
+    """Return the CPU seconds that a function takes."""
     begin = time.process_time()
     work()
     return time.process_time() - begin
 
 
 def steps_of_fit(model, x, y, batch_size: int, callbacks, now=time.perf_counter) -> float:
-    """Return the seconds of all steps but the first in a fit of one epoch, callbacks included.
+    """Return the seconds of all steps except the first in a one-epoch fit, callbacks included.
 
     The start and the end of the fit are not counted. The first step is not counted either, because
     it may allocate the memory that all steps use. `now` is the clock to read.
@@ -44,7 +44,7 @@ def steps_of_fit(model, x, y, batch_size: int, callbacks, now=time.perf_counter)
 
 
 def update_masks(driver, step: int) -> None:
-    """Let a driver update its masks, and wait until the update has run."""
+    """Update the masks of a driver, and wait until the update is finished."""
     from keras import ops
 
     driver.advance(step)
@@ -53,7 +53,7 @@ def update_masks(driver, step: int) -> None:
 
 
 def in_turns(works: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Run the pieces of work in turns; return the seconds that each returns per round."""
+    """Call the functions in turns; return the seconds that each function returns per round."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
@@ -62,7 +62,7 @@ def in_turns(works: dict[str, Callable[[], float]], rounds: int) -> dict[str, li
 
 
 def ratios(times: dict[str, list[float]], to: str) -> dict[str, float]:
-    """Return the median over the rounds of the ratio to one piece of the same round."""
+    """Return the median, over the rounds, of the ratio to the function `to` in the same round."""
     return {
         name: statistics.median(a / b for a, b in zip(found, times[to]))
         for name, found in times.items()

@@ -1,14 +1,14 @@
-"""Compare our methods with the code of their authors: results/authors.
+"""Compare the methods of keras_dst with the code of the methods' authors: results/authors.
 
 python -m benchmarks.accuracy.authors dst --code PATH --seeds 3
-    PATH is a checkout of the authors' repository, see REPOSITORIES. This repository holds none of
-    that code.
+    PATH is a checkout of the authors' repository, see REPOSITORIES.
+
 python -m benchmarks.accuracy.authors --table
     Write the table from the stored runs.
 
-The authors' layers, criteria and loops and our method train the same network from the same initial
-weights, on the same arrays, with the same epochs, batches, learning rate and momentum. Accuracy is
-the test accuracy after the last epoch. Stored runs are not repeated.
+The authors' code and keras_dst train the same network from the same initial weights, with the same
+data, epochs, batches, learning rate and momentum. Accuracy is the test accuracy after the last
+epoch. Runs that are already stored are skipped.
 """
 
 import argparse
@@ -36,19 +36,19 @@ REPOSITORIES = {
 
 @dataclasses.dataclass
 class Case:
-    """A network, a method and a sparsity that both sides train."""
+    """A network, a method and a sparsity that keras_dst and the authors' code train."""
 
     name: str
-    family: str  # key of REPOSITORIES
-    method: str  # name in `benchmarks.accuracy.methods`
+    family: str  # Key of REPOSITORIES.
+    method: str  # Name in `benchmarks.accuracy.methods`.
     sparsity: float | None
     task: Task
-    schedule: Callable | None = None  # our schedule, if it is not the default of the method
-    options: dict = dataclasses.field(default_factory=dict)  # further arguments of our method
+    schedule: Callable | None = None  # Schedule in keras_dst; None: the default of the method.
+    options: dict = dataclasses.field(default_factory=dict)  # Further arguments of the method.
 
 
 def halvings(events):
-    """Yield a case of FlipOut and of magnitude pruning with this many events, one per epoch."""
+    """Yield a case of FlipOut and a case of magnitude pruning, with one pruning event per epoch."""
     sparsity = 1 - 0.5**events
     task = dataclasses.replace(TASKS["mnist"], epochs=events + 1)
     schedule = functools.partial(Geometric, end=events / (events + 1), rate=0.5)
@@ -66,7 +66,8 @@ LENET = Task(
     rates=lambda rate, steps: rate,
 )
 LENET_5 = dataclasses.replace(TASKS["mnist"], epochs=10)
-RESNET = dataclasses.replace(TASKS["cifar10"], decay=None)  # Keras's is not PyTorch's
+# Keras and PyTorch define weight decay differently, so it is off.
+RESNET = dataclasses.replace(TASKS["cifar10"], decay=None)
 CASES = [
     Case("dst", "dst", "DST", None, LENET),
     *(case for events in (4, 6, 10) for case in halvings(events)),
@@ -77,7 +78,7 @@ CASES = [
 
 def run_ours(case, seed, data):
     from benchmarks.accuracy import (
-        authors_code,  # PyTorch is needed to train, not to make the table
+        authors_code,  # needs PyTorch; `--table` does not
     )
 
     task = dataclasses.replace(
@@ -155,7 +156,7 @@ def table():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("family", nargs="?", choices=REPOSITORIES, help="whose code")
-    parser.add_argument("--code", type=pathlib.Path, help="a checkout of their repository")
+    parser.add_argument("--code", type=pathlib.Path, help="a checkout of the authors' repository")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()

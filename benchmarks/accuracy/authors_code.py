@@ -1,12 +1,12 @@
 """Train a network with the code of a method's authors, on a CPU.
 
-`benchmarks.accuracy.authors` calls this module. It imports the authors' modules from a checkout.
-Calls that need a GPU are replaced by functions that do nothing, and our arrays replace the loaders
-of images.
+`benchmarks.accuracy.authors` calls this module. This module imports the authors' modules from a
+checkout. It replaces calls that need a GPU by functions that do nothing, and the image loaders by
+loaders of arrays.
 
 Each function `NAME_net` builds the authors' network. Each function `NAME` takes (case, net, data,
-seed), trains the network with the authors' loop, and returns a function from images to logits and
-the masked weights.
+seed) and trains the network with the authors' loop. It returns a function from images to logits,
+and the masked weights.
 """
 
 import functools
@@ -51,7 +51,7 @@ def dst(case, net, data, seed):
     return net, [w.weight * (w.weight.abs() > w.threshold[:, None]) for w in layers]
 
 
-# -- FlipOut, and magnitude by the same code -------------------------------------------------------
+# -- FlipOut, and magnitude pruning with the code of FlipOut ---------------------------------------
 
 
 def flipout_net():
@@ -61,14 +61,14 @@ def flipout_net():
 
 
 def flipout(case, net, data, seed):
-    """Train with a pruning event after every epoch but the last."""
+    """Train with a pruning event after every epoch except the last."""
     criterion = {"FlipOut": "flipout", "Magnitude": "global_magnitude"}[case.method]
     words = f"--prune_criterion {criterion} --prune_freq 1 --prune_rate 0.5 --opt sgd -mom 0.9"
     words += f" -lr {case.task.rate} -bs {case.task.batch} -e {case.task.epochs} --device cpu"
     sys.argv = ["main.py", *words.split(), *(["--noise"] if criterion == "flipout" else [])]
     import main as theirs
 
-    # Their net is for images of 32 x 32.
+    # The authors' network expects images of 32 x 32 pixels.
     data = [(np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0))), y) for x, y in data]
     train, test = (loader(case.task, *part) for part in data)
     sizes = len(train.dataset), 0, len(test.dataset)
@@ -102,9 +102,9 @@ def optg_net():
 
 
 def optg(case, net, data, seed):
-    """Train by the authors' loop, with a higher sparsity, so that their sigmoid ends at the target.
+    """Train with the authors' loop, and raise the sparsity so that the sigmoid ends at the target.
 
-    In few epochs their sigmoid stops below the requested sparsity.
+    In a few epochs the authors' sigmoid stops below the requested sparsity.
     """
     import imagenet as theirs
 
@@ -142,7 +142,7 @@ def dcil_net():
 
 
 def dcil(case, net, data, seed):
-    """Train by the authors' loop in parts of an epoch, so that the schedule sees fractions."""
+    """Train with the authors' loop in parts of an epoch; the schedule gets fractional epochs."""
     import run_dcil as theirs
 
     task, source = case.task, Augmented(*data[0], seed)
@@ -159,28 +159,29 @@ def dcil(case, net, data, seed):
         warmup_loss=task.epochs * 70 / 300,
     )
     theirs.iterations = 0
-    theirs.accuracy = lambda *_, **__: torch.zeros(2, 1)  # a figure on the way, see authors.md
+    theirs.accuracy = lambda *_, **__: torch.zeros(2, 1)  # accuracy during training is not used
     whole = nn.DataParallel(net)
     for epoch in range(task.epochs):
         for first in range(0, len(source), args.prune_freq):
             some = range(first, min(first + args.prune_freq, len(source)))
             part = [tensors(*source[i]) for i in some]
             now = epoch + first / len(source)
-            loss, schedule = nn.CrossEntropyLoss(), mock.MagicMock()  # the rate is `falling`
+            # `falling` sets the learning rate, so the schedule does nothing.
+            loss, schedule = nn.CrossEntropyLoss(), mock.MagicMock()
             theirs.train(args, part, now, whole, loss, optimizer, schedule)
         source.on_epoch_end()
     convolutions = [m for m in net.modules() if hasattr(m, "mask")]
     return lambda x: net(x, 0), [*(m.weight * m.mask for m in convolutions), net.fc_part.weight]
 
 
-# -- what they share -------------------------------------------------------------------------------
+# -- helpers for all methods -----------------------------------------------------------------------
 
 NETS = {"dst": dst_net, "flipout": flipout_net, "optg": optg_net, "dcil": dcil_net}
 LOOPS = {"dst": dst, "flipout": flipout, "optg": optg, "dcil": dcil}
 
 
 def prepare(code, family):
-    """Put the authors' modules on the path, and replace modules that this machine lacks."""
+    """Make the authors' modules importable, and replace modules that are not installed."""
     sys.path[:0] = [str(code / "mnist" if family == "dst" else code)]
     missing = ["torchvision", "torchvision.models", "torchvision.transforms", "cv2"]
     for name in [*missing, "utils.data_loaders" if family == "flipout" else "data"]:
@@ -204,7 +205,7 @@ def loader(task, x, y):
 
 
 def falling(optimizer, task, steps_per_epoch):
-    """Return the optimizer with a learning rate that falls to 0 along a cosine, step by step."""
+    """Return the optimizer with a learning rate that decays to 0 along a cosine in every step."""
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.epochs * steps_per_epoch)
     optimizer.register_step_post_hook(lambda *_: cosine.step())
     return optimizer
@@ -216,7 +217,7 @@ def make(family, seed):
 
 
 def run(case, seed, data):
-    """Train and test the authors' network; return the figures of the run."""
+    """Train and test the authors' network; return accuracy, sparsity and seconds."""
     net = make(case.family, seed)
     begin = time.perf_counter()
     logits, weights = LOOPS[case.family](case, net, data, seed)
@@ -240,7 +241,7 @@ def begun(family, seed, model):
     modules = [m for m in net.modules() if getattr(m, "weight", torch.ones(1)).ndim > 1]
     for layer in model.layers:
         if isinstance(layer, (keras.layers.Conv2D, keras.layers.Dense)):
-            # The next of its size: a projection is not in the same place of both lists.
+            # Take the next weight of this size: the two lists order the projections differently.
             size = math.prod(layer.kernel.shape)
             module = next(module for module in modules if module.weight.numel() == size)
             modules.remove(module)

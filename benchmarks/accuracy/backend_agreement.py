@@ -3,9 +3,9 @@
 python -m benchmarks.accuracy.backend_agreement mnist-mlp --seeds 3
 python -m benchmarks.accuracy.backend_agreement --table
 
-NumPy draws the initial weights and the order of the batches, so that only the arithmetic of the
-backends differs. Networks, data and budget are those of `benchmarks.accuracy.methods`. Stored runs
-are not repeated.
+NumPy draws the initial weights and the order of the batches, so only the arithmetic of the backends
+differs. Networks, data and number of epochs are defined in `benchmarks.accuracy.methods`. Runs that
+are already stored are skipped.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PAIRS = list(itertools.combinations(BACKENDS, 2))
 
 
 def begun(net, seed):
-    """Return a network whose kernels NumPy draws from the normal distribution of He et al."""
+    """Return a network with kernels from the normal distribution of He et al., drawn by NumPy."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -39,7 +39,7 @@ def begun(net, seed):
 
 
 def train(task_name, seed, folder):
-    """Train with every method on this backend; write figures and masks into the folder."""
+    """Train with every method on this backend; write results and masks into the folder."""
     import keras
     import numpy as np
 
@@ -70,7 +70,7 @@ def train(task_name, seed, folder):
 
 
 def compare(task_name, seed):
-    """Run all backends; store the figures of each and the overlap of their masks."""
+    """Train on all backends; store the results of each backend and the overlap of the masks."""
     import numpy as np
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -150,7 +150,7 @@ def main():
     parser.add_argument("task", nargs="?", help="a task of benchmarks.accuracy.methods")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--table", action="store_true")
-    worker = parser.add_argument_group("run one backend in this process")
+    worker = parser.add_argument_group("arguments of the process that runs one backend")
     worker.add_argument("--backend", choices=BACKENDS)
     worker.add_argument("--seed", type=int)
     worker.add_argument("--folder", type=pathlib.Path)

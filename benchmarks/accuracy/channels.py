@@ -1,8 +1,9 @@
-"""Compare methods that remove channels at equal FLOPs: results/channels.
+"""Compare the accuracy of methods that remove channels, at equal FLOPs: results/channels.
 
 A dense network is trained once per seed. Every method then prunes it to a fraction of its FLOPs and
-trains it further, with the same budget. The accuracy is that of the shrunk model after the last
-epoch. Stored runs are not repeated, and the dense networks are kept in build/channels.
+trains it for the same number of epochs. The reported accuracy is measured on the shrunk model after
+the last epoch. Runs that are already stored are skipped. The dense networks are kept in
+build/channels.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def batches(x, y, seed):
 
 
 def train(model, data, rate, epochs, seed, method=None):
-    """Train a network with SGD along a cosine, and return the test accuracy after it."""
+    """Train a network with SGD and a cosine learning rate, and return the final test accuracy."""
     import keras
 
     import keras_dst
@@ -167,7 +168,7 @@ def main():
     parser.add_argument("--speedups", nargs="*", type=int, default=list(SPEEDUPS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", nargs=2, type=int, default=[160, 100])
-    parser.add_argument("--images", type=int, default=50_000, help="images of the training set")
+    parser.add_argument("--images", type=int, default=50_000, help="number of training images")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     if args.table:

@@ -1,16 +1,18 @@
-"""Train all methods on the same networks, data and budget: results/methods.
+"""Train with all methods on the same networks, data and number of epochs: results/methods.
 
 python -m benchmarks.accuracy.methods mnist --seeds 3
     Train LeNet-5 on MNIST for 5 epochs.
+
 python -m benchmarks.accuracy.methods cifar10 --seeds 1
     Train ResNet-8 on CIFAR-10 for 3 epochs, with crops and flips. The first convolution halves the
     resolution.
+
 python -m benchmarks.accuracy.methods --table
     Write the table from the stored runs.
 
 Every method uses SGD with momentum 0.9, batch 128 and a cosine learning rate. No method is tuned.
-Accuracy is the test accuracy of the stripped model after the last epoch. Stored runs are not
-repeated.
+Accuracy is the test accuracy of the stripped model after the last epoch. Runs that are already
+stored are skipped.
 """
 
 import argparse
@@ -33,7 +35,7 @@ BATCH = 128
 
 
 class Shuffled(keras.utils.PyDataset):
-    """Batches that NumPy draws again in every epoch, equal on every backend."""
+    """Batches in an order that NumPy draws in every epoch, so that it is equal on every backend."""
 
     def __init__(self, x, y, seed):
         super().__init__()
@@ -52,7 +54,7 @@ class Shuffled(keras.utils.PyDataset):
 
 
 class Augmented(Shuffled):
-    """Images shifted by up to four pixels and flipped."""
+    """Batches of images that are shifted by up to four pixels and flipped."""
 
     def __getitem__(self, index):
         x, y = super().__getitem__(index)
@@ -65,7 +67,7 @@ class Augmented(Shuffled):
 
 
 def cosine(rate, steps):
-    """Return a learning rate that falls to 0 along a cosine."""
+    """Return a learning rate that decays to 0 along a cosine."""
     return keras.optimizers.schedules.CosineDecay(rate, steps)
 
 
@@ -80,8 +82,8 @@ class Task:
     rate: float
     decay: float | None = None
     batch: int = BATCH
-    batches: type[Shuffled] | None = None  # None: `fit` shuffles the arrays
-    rates: Callable = cosine  # takes the initial rate and the number of steps
+    batches: type[Shuffled] | None = None  # If None, `fit` shuffles the arrays.
+    rates: Callable = cosine  # Function from the initial rate and the number of steps to rates.
 
 
 TASKS = {
@@ -98,7 +100,7 @@ TASKS = {
     ),
 }
 
-# Each value takes the sparsity and further arguments of the method.
+# Each function takes the sparsity and further arguments of the method.
 METHODS = {
     "dense": None,
     "random": functools.partial(SET, drop_fraction=0.0),
@@ -112,20 +114,20 @@ METHODS = {
     "DCIL": DCIL,
     "ST-3": ST3,
     "OptG": OptG,
-    # Consensus removes whole units; their cost is counted in weights, as sparsity is.
+    # Consensus removes whole units. Count their cost in weights, because sparsity counts weights.
     "Consensus": lambda s: Consensus(s, cost="parameters"),
 }
 SPARSITIES = (0.9, 0.98)
-ALSO = {"Consensus": (0.5,)}  # the sparsity of its paper
+ALSO = {"Consensus": (0.5,)}  # the sparsity in the paper of Consensus
 
 
 def run(task, method_name, sparsity, seed, data, **options):
-    """Train, strip and test a network; return the figures of the run."""
+    """Train, strip and test a network; return accuracy, sparsity and seconds."""
     return trained(task, method_name, sparsity, seed, data, **options)[1]
 
 
 def trained(task, method_name, sparsity, seed, data, **options):
-    """Train, strip and test a network; return the network and the figures of the run."""
+    """Train, strip and test a network; return the network and the results of the run."""
     make = METHODS[method_name]
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
@@ -142,7 +144,7 @@ def trained(task, method_name, sparsity, seed, data, **options):
     history = model.fit(
         *batches,
         batch_size=None if task.batches else task.batch,
-        shuffle=task.batches is None,  # these batches have an order of their own
+        shuffle=task.batches is None,  # `Shuffled` draws the order itself
         epochs=task.epochs,
         verbose=0,
         callbacks=[keras_dst.callbacks.SparseTraining()] if method else [],

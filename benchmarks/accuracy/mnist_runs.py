@@ -1,6 +1,6 @@
 """Run `benchmarks.accuracy.mnist` for all networks, targets and seeds: results/mnist.
 
-Stored runs are not repeated. `--table` writes the table from the stored runs.
+Runs that are already stored are skipped. `--table` writes the table from the stored runs.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import statistics
 from benchmarks import results
 from benchmarks.backends import run_on
 
-# backend, model, target sparsity (None: the paper's alpha alone; "dense": the control)
+# Backend, model and target sparsity. None: alpha decides, as in the paper. "dense": the baseline.
 RUNS = [
     ("jax", "lenet-300-100", 0.97),
     ("tensorflow", "lenet-300-100", 0.97),

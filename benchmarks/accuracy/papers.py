@@ -1,17 +1,20 @@
-"""Train CIFAR-10 networks at the length of the papers, one recipe for all methods: results/papers.
+"""Train CIFAR-10 networks for as long as the papers, with the same recipe: results/papers.
 
 python -m benchmarks.accuracy.papers resnet-32-16 DCIL 0.95 --seed 0 --minutes 10 --backup FOLDER
-    Train for ten minutes at most, and back up after every epoch. The same command, on this or on
-    another machine, continues from the backup. The command that trains the last epoch stores the
-    run.
+    Train for ten minutes at most, and write a backup after every epoch. The same command
+    continues from the backup, on this machine or another one. The command that trains the last
+    epoch stores the run.
+
 python -m benchmarks.accuracy.papers resnet-32-16 DCIL 0.95 --steps 20
-    Train a few steps of the first epoch, and print the loss. Nothing is stored.
+    Train for a few steps of the first epoch, and print the loss. Nothing is stored.
+
 python -m benchmarks.accuracy.papers --table
     Write the table from the stored runs.
 
-Recipe: SGD with Nesterov momentum 0.9, batch 128, L2 on all trained weights, a cosine learning rate
-after five epochs of warm-up, crops and flips. Accuracy is the test accuracy of the stripped model
-after the last epoch. Several runs may share one GPU. A thread draws the next epoch of images.
+Recipe: SGD with Nesterov momentum 0.9, batch 128, L2 regularization of all trained weights, a
+cosine learning rate after five epochs of warm-up, random crops and flips. Accuracy is the test
+accuracy of the stripped model after the last epoch. Several runs may share one GPU. A thread
+prepares the images of the next epoch.
 """
 
 import argparse
@@ -44,12 +47,12 @@ METHODS = {
 
 
 class Epochs(keras.utils.PyDataset):
-    """Whole epochs of shifted and flipped images, equal on every backend and after a resumption.
+    """Epochs of shifted and flipped images, equal on every backend and after a restart.
 
     Args:
-        x, y: Images in bytes, and their classes.
-        seed: Seed of all draws.
-        epoch: Number of the first epoch that is trained.
+        x, y: Images as bytes, and their class labels.
+        seed: Seed of the order, the shifts and the flips.
+        epoch: Index of the first epoch to train.
     """
 
     def __init__(self, x, y, seed, epoch=0):
@@ -95,7 +98,7 @@ class Epochs(keras.utils.PyDataset):
 
 @keras.saving.register_keras_serializable("keras_dst.benchmarks")
 class WarmCosine(keras.optimizers.schedules.LearningRateSchedule):
-    """Learning rate that rises for `warm` steps and falls to 0 at step `total`."""
+    """Learning rate that rises for `warm` steps, and then decays to 0 at step `total`."""
 
     def __init__(self, rate, total, warm):
         self.rate, self.total, self.warm = rate, total, warm
@@ -121,7 +124,7 @@ def _convolved(x, filters, size, strides, l2):
 
 
 def _begin(x_train):
-    """Return the input and the standardized images of a network."""
+    """Return the symbolic input of a network, and its output after standardization."""
     x = x_train.astype("float32")
     mean, deviation = x.mean((0, 1, 2)), x.std((0, 1, 2))
     inputs = keras.Input((32, 32, 3), dtype="uint8")
@@ -160,7 +163,7 @@ def vgg_19(x_train):
     return _head(inputs, layers.Flatten()(x), l2)
 
 
-# Title and network. A title names the channels, because the papers give one name to several nets.
+# Title and network. Titles give the channels, because papers use one name for different networks.
 NETS = {
     "resnet-32-16": ("ResNet-32 (16-32-64)", functools.partial(resnet, 32, 16)),
     "resnet-32-32": ("ResNet-32 (32-64-128)", functools.partial(resnet, 32, 32)),
@@ -170,11 +173,11 @@ NETS = {
 
 
 class Paused(Exception):
-    """Signal that the time limit of the command is reached. The backup holds its state."""
+    """Signal that the time limit of the command is reached. Training continues from the backup."""
 
 
 class Log(keras.callbacks.Callback):
-    """Callback that logs every epoch to a file, and pauses the training after some minutes."""
+    """Callback that logs every epoch to a file, and stops the training at the time limit."""
 
     def __init__(self, path, minutes):
         super().__init__()
@@ -186,11 +189,11 @@ class Log(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self.start = time.monotonic()
         if self.first is None:
-            self.first = epoch  # Epochs after the backup are trained again.
+            self.first = epoch  # Epochs after the backup are repeated.
             rows = [row for row in self.rows() if row["epoch"] <= epoch]
             self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         elif self.minutes and self.start - self.begin > 60 * self.minutes:
-            raise Paused  # The backup of the last epoch is written.
+            raise Paused  # The last epoch is in the backup.
 
     def on_epoch_end(self, epoch, logs=None):
         row = {"epoch": epoch + 1, "seconds": time.monotonic() - self.start}
@@ -203,7 +206,7 @@ class Log(keras.callbacks.Callback):
 
 
 def compiled(net, method, seed, epochs, data, epoch=0):
-    """Return the compiled model of a run, and its training data from an epoch on."""
+    """Return the compiled model of a run, and its training data starting at `epoch`."""
     keras.utils.set_random_seed(seed)
     (x, y), _ = data
     model = NETS[net][1](x)
@@ -217,7 +220,7 @@ def compiled(net, method, seed, epochs, data, epoch=0):
 
 
 def run(net, method_name, sparsity, seed, epochs, data, backup, minutes=None):
-    """Train to the last epoch and return the figures of the run, or None at the time limit."""
+    """Train to the last epoch; return the results of the run, or None at the time limit."""
     backup.mkdir(parents=True, exist_ok=True)
     record = backup / "weights" / "training.json"
     epoch = json.loads(record.read_text())["epoch"] if record.exists() else 0
@@ -261,7 +264,7 @@ def name_of(net, method, sparsity, epochs, seed):
 
 
 def table_lines(runs):
-    """Return the lines of one table for every network and length of training."""
+    """Return the lines of one table for every network and number of epochs."""
     found = collections.defaultdict(lambda: collections.defaultdict(list))
     for each in runs:
         target = "" if each["method"] == "dense" else each["target"]

@@ -1,6 +1,7 @@
-"""Compare patterns at equal sparsity: results/patterns.
+"""Compare the accuracy of sparsity patterns at equal sparsity: results/patterns.
 
-Networks, data and budget are those of `benchmarks.accuracy.methods`. Stored runs are not repeated.
+Networks, data and number of epochs are defined in `benchmarks.accuracy.methods`. Runs that are
+already stored are skipped.
 """
 
 import argparse
@@ -10,7 +11,7 @@ from benchmarks import results
 from benchmarks.accuracy.methods import METHODS, TASKS, name_of, run
 
 BENCHMARK = "patterns"
-#: Methods that score weights, and can prune single weights, blocks of inputs or whole channels.
+#: Names of the methods that score weights. They can prune single weights, blocks and channels.
 SCORED = [name for name in METHODS if name not in ("dense", "random", "Consensus")]
 PATTERNS = ("unstructured", "1x4", "1x16", "channel")
 SPARSITIES = (0.9, 0.95)

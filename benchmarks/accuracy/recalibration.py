@@ -1,4 +1,4 @@
-"""Measure the gain of `recalibrate` after one-shot pruning.
+"""Measure how much accuracy `recalibrate` recovers after one-shot pruning.
 
 python -m benchmarks.accuracy.recalibration
     Train ResNet-8 on 20,000 images of CIFAR-10 for 3 epochs, prune it without further training, and
@@ -22,7 +22,7 @@ SPARSITIES = (0.5, 0.7)
 
 
 def pruned(model, method):
-    """Return a copy of a model that is pruned in one shot, without training."""
+    """Return a copy of a model after one-shot pruning without training."""
     copy = keras.models.clone_model(model)
     copy.set_weights(model.get_weights())
     optimizer = keras.optimizers.SGD(0.0)

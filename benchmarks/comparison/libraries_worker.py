@@ -1,9 +1,9 @@
-"""Run one tool for benchmarks.comparison.libraries, in the environment that the tool needs.
+"""Run one tool of benchmarks.comparison.libraries, in the Python environment of the tool.
 
 python -m benchmarks.comparison.libraries_worker TOOL
 
-Stores the runs of both networks in results/libraries and writes files to build/peers/. Every method
-trains in a process of its own, so that peak memory can be measured.
+The module stores the runs of both networks in results/libraries and writes files to build/peers/.
+Every method trains in a separate process, so that its peak memory can be measured.
 """
 
 import multiprocessing
@@ -25,19 +25,19 @@ from benchmarks.timing import cpu_seconds, in_turns, ratios, steps_of_fit
 
 NET, RESNET = "lenet-300-100", "resnet-8"
 TARGET, EPOCHS, BATCH, RATE, SEEDS = 0.9, 5, 128, 0.05, 3
-STEPS, ROUNDS = 110, 9  # numbers of timed steps and rounds; masks are updated every 100 steps
-FEW = 8  # steps of an epoch of the ResNet
-ALPHAS = (1e-4, 1.25e-4, 1.5e-4, 2e-4, 6e-4)  # candidates for methods without a target
+STEPS, ROUNDS = 110, 9  # Timed steps, rounds; masks change every 100 steps.
+FEW = 8  # Steps per epoch of the ResNet.
+ALPHAS = (1e-4, 1.25e-4, 1.5e-4, 2e-4, 6e-4)  # Values to try for methods without a target.
 FILES = results.ROOT / "build" / "peers"
 
 
 class Tool:
-    """A pruning tool: `begin` before compiling, `end` after training, `files` to write files."""
+    """A pruning tool. Call `begin` before compiling and `end` after training."""
 
     methods: tuple = ()
-    slow: tuple = ()  # slow methods, which run with one seed only
-    probabilities = True  # whether the net ends with a softmax
-    setting = None  # setting that `search` found
+    slow: tuple = ()  # Methods that are slow and run with one seed only.
+    probabilities = True  # True if the network ends with a softmax.
+    setting = None  # Result of `search`, for methods that need a search.
 
     def begin(self, method, model, optimizer, epochs, steps):
         """Return the model and the optimizer to compile, and the callbacks."""
@@ -47,7 +47,7 @@ class Tool:
         return model
 
     def files(self, model):
-        """Yield the converter's options and the content of each .tflite file."""
+        """Yield the converter options and the content of each .tflite file."""
         import tensorflow as tf
 
         sparse = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
@@ -93,13 +93,13 @@ class Tfmot(Tool):
 
     def __init__(self):
         from benchmarks.training_cost.tfmot_step_time import (
-            tfmot,  # puts tf_keras in the place of Keras
+            tfmot,  # replaces Keras by tf_keras
         )
 
         self.library = tfmot.sparsity.keras
 
     def begin(self, method, model, optimizer, epochs, steps):
-        """Return the ramp that Magnitude uses in keras_dst."""
+        """Return the model with the pruning schedule that Magnitude uses in keras_dst."""
         total = epochs * steps
         schedule = self.library.PolynomialDecay(
             0.0, TARGET, 0, int(0.75 * total), frequency=min(100, total // 20)
@@ -112,7 +112,7 @@ class Tfmot(Tool):
 
 
 class TfmotOnKeras3(Tfmot):
-    """tfmot applied to the Keras 3 model that the other tools get."""
+    """tfmot applied to the Keras 3 model of the other tools."""
 
     methods = ("prune_low_magnitude, Keras 3",)
 
@@ -124,11 +124,11 @@ class TfmotOnKeras3(Tfmot):
 
 
 class PQuantML(Tool):
-    """PQuantML without quantization, with its default proportions of the training phases."""
+    """PQuantML without quantization, with the default lengths of its training phases."""
 
     methods = ("DST", "PDP", "Wanda", "Wanda, no pretraining")
     slow = ("PDP",)
-    probabilities = False  # it leaves out activations other than ReLU and tanh
+    probabilities = False  # it removes activations other than ReLU and tanh
 
     def __init__(self):
         os.environ["KERAS_BACKEND"] = "tensorflow"
@@ -146,11 +146,11 @@ class PQuantML(Tool):
             pruning.alpha = self.setting or pruning.alpha
         else:
             pruning.sparsity = TARGET
-        if method == "PDP":  # reaches its target after 2/3 of its epochs, then fine-tunes
+        if method == "PDP":  # PDP reaches its target after 2/3 of the epochs, then fine-tunes
             training.fine_tuning_epochs = epochs // 5
             training.epochs = epochs - training.fine_tuning_epochs
             pruning.epsilon = 1.5 / training.epochs
-        if method == "Wanda":  # pretrains for a fifth of the epochs, prunes after three fifths
+        if method == "Wanda":  # Wanda pretrains for 1/5 of the epochs and prunes after 3/5
             training.pretraining_epochs = epochs // 5
             training.epochs = epochs - training.pretraining_epochs
             pruning.t_start_collecting_batch = 2 * epochs // 5
@@ -162,9 +162,7 @@ class PQuantML(Tool):
         return model, optimizer, [self.callback(config, log_ebops=False, log_keep_ratio=False)]
 
     def search(self):
-        """Return the alpha that brings DST closest to the target, and all values that were
-        tried.
-        """
+        """Return the alpha that brings DST closest to the target, and all tried values."""
         tried = []
         for self.setting in ALPHAS:
             model, *_ = trained(self, "DST", seed=0)
@@ -173,7 +171,7 @@ class PQuantML(Tool):
 
 
 class PQuantMLLayers(PQuantML):
-    """PQuantML with the ResNet written in its own layers, as its manual recommends."""
+    """PQuantML with a ResNet built from PQuantML layers, as its manual recommends."""
 
     methods = ("DST, net written in its layers",)
 
@@ -200,7 +198,7 @@ TOOLS = {
 
 
 def built(tool, method, net, epochs, steps):
-    """Return a compiled model and the callbacks to train it with."""
+    """Return a compiled model and the callbacks for its training."""
     import keras
 
     rate = keras.optimizers.schedules.CosineDecay(RATE, epochs * steps)
@@ -215,7 +213,7 @@ def built(tool, method, net, epochs, steps):
 
 
 def trained(tool, method, seed):
-    """Return LeNet-300-100 after training and the test accuracy of its finished form."""
+    """Return LeNet-300-100 after training, and the test accuracy of the finished model."""
     import keras
 
     from benchmarks import networks
@@ -253,7 +251,7 @@ def memory(reset=False) -> int:
 
 
 def accuracy(kind, method, setting):
-    """Return accuracies and sparsities; for the first seed also memory, layers and files."""
+    """Return accuracies and sparsities, and memory, layers and files of the first seed."""
     tool, result = kind(), {"test_accuracy": [], "sparsity": [], "files": {}}
     tool.setting = setting
     for seed in range(1 if method in tool.slow else SEEDS):
@@ -273,14 +271,15 @@ def accuracy(kind, method, setting):
 
 
 def times(kind, methods):
-    """Return step times relative to the dense network, in turns, and compile times; CPU time."""
+    """Return CPU times of steps relative to the dense network, and CPU times of compilation."""
     tool, turns = kind(), {}
     from benchmarks import networks
     from benchmarks.data import mnist
 
-    steps = STEPS + 1  # the first is not timed
+    steps = STEPS + 1  # the first step is not timed
     x, y = (part[: steps * BATCH] for part in mnist()[0])
-    for name in ("start", "dense", *methods):  # what a process does once is in none of the others
+    # The first network also pays one-time costs of the process. "start" absorbs these costs.
+    for name in ("start", "dense", *methods):
         method = "dense" if name == "start" else name
         model, callbacks = built(tool, method, networks.lenet_300_100, ROUNDS + 2, steps)
         turns[name] = partial(steps_of_fit, model, x, y, BATCH, callbacks, time.process_time)
@@ -297,7 +296,7 @@ def times(kind, methods):
 
 
 def jobs(kind):
-    """Return for each method the sparsity of the converted ResNet, or the stage that fails."""
+    """Return the sparsity of the converted ResNet by method, or the stage that fails."""
     tool, found = kind(), {}
     from benchmarks import networks
 
@@ -321,12 +320,12 @@ def jobs(kind):
 
 
 def said(error) -> str:
-    """Return the message of an error without color codes."""
+    """Return an error message without color codes."""
     return f"{type(error).__name__}: " + re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
 
 
 def alone(work, *arguments):
-    """Return the result of a function that runs in a process of its own."""
+    """Return the result of a function that runs in a separate process."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(work, *arguments).result()
@@ -337,7 +336,7 @@ def search(kind):
 
 
 def main():
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # of the processes started here, too
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # child processes inherit the affinity
     FILES.mkdir(parents=True, exist_ok=True)
     name = sys.argv[1]
     kinds = TOOLS[name]
@@ -353,7 +352,7 @@ def main():
     lenet = {"methods": found, "search": setting, "times": alone(times, kind, works)}
     done = {method: result for each in kinds for method, result in alone(jobs, each).items()}
 
-    kind()  # for the Keras that it runs on
+    kind()  # imports the Keras version of the tool
     about = {"command": "make bench-libraries", "tool": name, "target": TARGET, "batch": BATCH}
     about |= {"epochs": EPOCHS}
     results.save(

@@ -1,8 +1,9 @@
-"""Measure what is left of many networks when half of their channels are removed.
+"""Measure the size of many networks after half of their channels are removed.
 
-Every network is trained for two steps on random data, so only shapes and exactness count. Once the
-channels that leave together are ranked together, and once the channels of each layer alone. Stored
-networks are not measured again; delete a line of results/half_channels/runs.jsonl to repeat it.
+Every network is trained for two steps on random data, so the measurement covers shapes and
+exactness only. Channels are ranked in two ways: layers whose channels leave together are ranked
+together, or each layer is ranked alone. Networks that are already stored are skipped. To repeat a
+network, delete its line in results/half_channels/runs.jsonl.
 `python -m benchmarks.coverage.models --table` writes the table into docs/models.md.
 """
 
@@ -80,7 +81,7 @@ NETWORKS = {
 
 
 def measure(build, mode: str) -> dict:
-    """Return what is left of a network, or the error."""
+    """Return the remaining size of a network, or the error."""
     import keras
     import numpy as np
     from keras import tree
@@ -92,7 +93,7 @@ def measure(build, mode: str) -> dict:
     schedule = keras_dst.schedules.Constant(0.5, begin_step=1)
     method = keras_dst.methods.Magnitude(schedule, "uniform", "channel", frequency=1)
     _draw_statistics(model)
-    # Clip the gradients, which may be very large in random networks.
+    # Clip the gradients, because they may be very large in random networks.
     model.compile(keras.optimizers.SGD(1e-3, global_clipnorm=1.0), "mse")
     keras_dst.sparsify(model, method)
     shape = (BATCH * STEPS, *model.inputs[0].shape[1:])
@@ -101,7 +102,7 @@ def measure(build, mode: str) -> dict:
     y = tree.map_structure(lambda t: np.zeros(tuple(t.shape), "float32"), outputs)
     callbacks = [keras_dst.callbacks.SparseTraining()] if mode == "together" else []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # The ranking per layer warns that it loses channels.
+        warnings.simplefilter("ignore")  # The ranking per layer warns about lost channels.
         model.fit(x, y, batch_size=BATCH, verbose=0, callbacks=callbacks)
     keras_dst.strip(model)
     before = keras_dst.report(model)
@@ -125,7 +126,7 @@ def measure(build, mode: str) -> dict:
 
 
 def _draw_statistics(model) -> None:
-    """Draw random biases, scales and statistics, because their initial values are equal."""
+    """Draw random biases, scales and statistics, because their initial values are all equal."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -138,7 +139,7 @@ def _draw_statistics(model) -> None:
 
 
 def _widths(model) -> dict[str, int]:
-    """Return the number of filters or units of every layer, by its name."""
+    """Return the number of filters or units of every layer, by the name of the layer."""
     found = {}
     for layer in model._flatten_layers(include_self=False):
         width = getattr(layer, "filters", None) or getattr(layer, "units", None)
@@ -204,7 +205,7 @@ def main():
             except ImportError as error:
                 print(f"{name}: skipped, {error}", flush=True)
                 break
-            except Exception as error:  # whatever it is, it belongs into the table
+            except Exception as error:  # the table shows every error
                 modes[mode] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             print(f"{name}, {mode}: {modes[mode]}", flush=True)
             keras.backend.clear_session()

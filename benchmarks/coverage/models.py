@@ -1,7 +1,7 @@
-"""Test which models work on which backend with which methods: results/models.
+"""Test every method on many models and on every backend: results/models.
 
-Every model is made sparse, trained for a few steps, evaluated, saved, loaded and stripped. A step
-that fails is stored with its error. `python -m benchmarks.coverage.models --table` writes
+Every model is made sparse, trained for a few steps, evaluated, saved, loaded and stripped. If a
+step fails, its error is stored. `python -m benchmarks.coverage.models --table` writes
 docs/models.md.
 """
 
@@ -132,12 +132,12 @@ def methods():
 
 
 def run(build, method) -> dict[str, str]:
-    """Return "ok" or the error for each step."""
+    """Return "ok" or the error message for each step."""
     found = {}
     try:
         for step in _steps(build, method):
             found[step] = "ok"
-    except Exception as error:  # whatever it is, it belongs into the table
+    except Exception as error:  # the table shows every error
         step = STEPS[len(found)]
         found[step] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return found
@@ -163,7 +163,7 @@ def _steps(build, method):
     y = np.arange(BATCH * BATCHES) % CLASSES
     y = [y] * len(model.outputs) if len(model.outputs) > 1 else y
     optimizer = under(method, model, keras.optimizers.SGD(1e-3, momentum=0.9))
-    xla = keras.backend.backend() == "jax"  # which takes minutes over a large net elsewhere
+    xla = keras.backend.backend() == "jax"  # others take minutes to compile a large net
     model.compile(optimizer, "sparse_categorical_crossentropy", jit_compile=xla)
     driver = keras_dst.callbacks.SparseTraining()
     history = model.fit(x, y, batch_size=BATCH, epochs=2, verbose=0, callbacks=[driver]).history
@@ -250,7 +250,7 @@ def _cell(model, method, found, notes) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backend", choices=BACKENDS, help="this one, in this process")
+    parser.add_argument("--backend", choices=BACKENDS, help="run this backend in this process")
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--methods", nargs="*", default=["DST", "Magnitude"])
     parser.add_argument("--table", action="store_true", help="the table alone")

@@ -1,11 +1,11 @@
-"""Measure the accuracy that int8 costs a sparse network: results/int8.
+"""Measure how much accuracy sparse networks lose with int8 weights: results/int8.
 
 python -m benchmarks.files.int8 [--nets NET ...]
 
-The networks of `benchmarks.files.tflite_cases`, dense and with 90 % zeros, are exported with
-float32 weights, with int8 weights (`quantize="weights"`) and in integers throughout
-(`quantize="full"`, ranges from 200 training images). Accuracy is measured on test images. Every
-file is exported with `optimize="size"`. Stored networks are not repeated.
+The networks of `benchmarks.files.tflite_cases`, dense and with 90 % zeros, are exported in
+three forms: float32 weights, int8 weights (`quantize="weights"`), and int8 weights and activations
+(`quantize="full"`, with ranges from 200 training images). Accuracy is measured on test images.
+Every file is exported with `optimize="size"`. Networks that are already stored are skipped.
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
 python -m benchmarks.files.micro [--nets NET ...]
 
-Four small networks are trained dense and sparse, stripped and exported for TensorFlow Lite Micro
-and for three Ethos-U NPUs. Accuracy is measured on all test samples, of the float model and of the
-int8 file, after the last epoch. Cycles and encoded bytes are estimated by Vela. Trained networks
-are kept in build/micro. Stored runs are not repeated.
+Four small networks are trained dense and sparse, stripped, and exported for TensorFlow Lite Micro
+and for three Ethos-U NPUs. The accuracy of the float model and of the int8 file is measured on all
+test samples after the last epoch. Vela estimates the cycles and the encoded bytes. Trained networks
+are kept in build/micro. Runs that are already stored are skipped.
 """
 
 import argparse
@@ -79,7 +79,7 @@ VALUES = 16
 TUNED = {
     f"{VALUES} values": "dense",
     f"90, {VALUES} values": "90",
-}  # variant: network it begins with
+}  # variant: the network from which its training starts
 SAMPLES = 200
 NPUS = ("ethos-u55-128", "ethos-u65-256", "ethos-u85-256")
 COMPARED = 100  # test samples on which TensorFlow Lite Micro and LiteRT are compared
@@ -87,7 +87,7 @@ BARS = {"tflm": 0.25, "weights": 0.20, "cycles": 0.45, "lost": 0.5}
 
 
 def trained(name, variant):
-    """Return a trained and stripped network, from a file if there is one."""
+    """Return a trained and stripped network; load it if its file exists."""
     net = NETS[name]
     TRAINED.mkdir(parents=True, exist_ok=True)
     path = TRAINED / f"{name}_{variant}.keras"
@@ -115,7 +115,8 @@ def trained(name, variant):
 
 
 def largest_difference(content, x):
-    """Return the largest difference of int8 outputs between TensorFlow Lite Micro and LiteRT."""
+    """Return the largest difference between the int8 outputs of TensorFlow Lite Micro and
+    LiteRT."""
     lite = Interpreter(model_content=content, experimental_op_resolver_type=KERNELS)
     lite.allocate_tensors()
     taken, given = lite.get_input_details()[0], lite.get_output_details()[0]["index"]
@@ -133,7 +134,8 @@ def largest_difference(content, x):
 
 
 def in_tflm(net, model):
-    """Return the sizes and the arenas of the file for microcontrollers and of dense int8."""
+    """Return the sizes and arenas of two int8 files: the file for microcontrollers and a dense
+    file."""
     (x, _), (x_test, _) = net.data()
     with tempfile.TemporaryDirectory() as folder:
         report = keras_dst.export_tflite(
@@ -190,10 +192,11 @@ def run(name, variant):
 
 
 def ratios(run, dense):
-    """Return the figures of a run that the table shows as ratios to the dense run."""
+    """Return the numbers of a run that the table shows as ratios to the dense run."""
     found = {
         "gzip": run["gzip_bytes"] / dense["gzip_bytes"],
-        # Both files lack what TFLM does not read, so that the ratio shows the zeros alone.
+        # Both files lack the metadata that TFLM ignores, so the ratio shows only the effect of
+        # zeros.
         "TFLM file": run["tflm"]["bytes"]
         / (dense["tflm"]["dense_bytes"] - dense["tflm"]["unread_bytes"]),
         "TFLM arena": run["tflm"]["arena"] / dense["tflm"]["dense_arena"],
@@ -250,7 +253,7 @@ def table():
 
 
 def bars(stored):
-    """Return the lines that compare the runs with the goals."""
+    """Return lines that compare the results with the goals."""
     runs_of = {name: [run for run in stored.values() if run["net"] == name] for name in NETS}
     goals = {
         f"file for TFLM at 90 %, at most {BARS['tflm']}": (

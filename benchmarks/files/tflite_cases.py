@@ -3,10 +3,10 @@
 python -m benchmarks.files.tflite_cases [--cases CASE ...]
 
 Networks are trained dense and sparse, exported, and run in the interpreter. Accuracy is measured on
-test images. Bytes and latency are relative to the dense float32 file, at batch 1 on one thread, in
-turns. Latency is measured again with AVX hidden, where XNNPACK uses the kernels that it has for
-ARM. The networks see 5,000 images for a few epochs, so the benchmark compares the cost of sparsity
-and not the accuracy. Stored cases are not repeated.
+test images. Bytes and latency are relative to the dense float32 file, at batch size 1 on one
+thread; the files take turns. Latency is measured again with AVX hidden, where XNNPACK uses its
+kernels for ARM. The networks are trained on 5,000 images for a few epochs. The benchmark therefore
+compares the cost of sparsity, not the accuracy. Cases that are already stored are skipped.
 """
 
 import argparse
@@ -42,7 +42,7 @@ class Net:
 
 @dataclass
 class Case:
-    """A network, a method, export options, and the goals for the file."""
+    """A network, a method, export options, and goals for the exported file."""
 
     net: str
     method: Magnitude
@@ -52,7 +52,7 @@ class Case:
 
 
 def enlarged():
-    """Return the used images of CIFAR-10, enlarged to 96 x 96."""
+    """Return the CIFAR-10 images of this benchmark, enlarged to 96 x 96."""
     return tuple((x[:IMAGES].repeat(3, 1).repeat(3, 2), y[:IMAGES]) for x, y in cifar10())
 
 
@@ -78,7 +78,8 @@ CASES = {
     ),
     "vgg-95-1x4-arm": Case(
         "vgg",
-        Magnitude(0.95, pattern="1x4", allocation="uniform"),  # so that no early layer stays dense
+        # With the default allocation, an early layer stays dense.
+        Magnitude(0.95, pattern="1x4", allocation="uniform"),
         ARM,
         bars={"latency_no_avx": 0.25},
     ),
@@ -92,12 +93,12 @@ CASES = {
     ),
     "mobilenet-90": Case(
         "mobilenet",
-        Magnitude(0.9, allocation="uniform"),  # the first layers cost most
+        Magnitude(0.9, allocation="uniform"),  # the first layers take most of the time
         ARM,
         bars={"latency_no_avx": 0.3},
     ),
 }
-# The same measurement as keras_dst.export.measure without Keras: TensorFlow and JAX need AVX.
+# The same measurement as keras_dst.export.measure, but without Keras: TensorFlow and JAX need AVX.
 NO_AVX = """
 import json, statistics, time
 from ai_edge_litert.interpreter import Interpreter
@@ -116,7 +117,7 @@ print(json.dumps([statistics.median(found) for found in times]))
 
 
 def trained(net_name, method):
-    """Return the trained network, dense if `method` is None, from a file if there is one."""
+    """Return the trained network, dense if `method` is None; load it if its file exists."""
     net = NETS[net_name]
     TRAINED.mkdir(parents=True, exist_ok=True)
     path = TRAINED / f"{net_name}_{method!r}.keras".replace("/", "")

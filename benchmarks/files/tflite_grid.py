@@ -3,14 +3,15 @@
 python -m benchmarks.files.tflite_grid [--nets NET ...]
 python -m benchmarks.files.tflite_grid --table
 
-The networks of `benchmarks.files.tflite_cases`, trained dense there, train for half as long again
-under `Magnitude`. Every layer but the last gets the same sparsity. The dense network trains for as
-long. Channels of the pattern "channel" are removed. Each network is exported for latency and
-compared with the dense float32 and int8 files, in turns, at batch 1 on one thread: accuracy on test
-images, bytes, latency, load time and peak memory. The file of TensorFlow's converter with
-`EXPERIMENTAL_SPARSITY`, which users of tfmot get, is measured as well. Latency is measured again
-with AVX hidden, where XNNPACK uses the kernels that it has for ARM; our file is then exported for
-ARM. Stored cells are not repeated.
+The trained dense networks of `benchmarks.files.tflite_cases` are trained further under `Magnitude`,
+for half as many epochs. Every layer except the last gets the same sparsity. The dense network is
+trained for the same number of epochs. Channels of the pattern "channel" are removed.
+
+Each network is exported for latency and compared with the dense float32 and int8 files, at batch
+size 1 on one thread; the files take turns. The columns are accuracy on test images, bytes, latency,
+load time and peak memory. The file that TensorFlow's converter writes with `EXPERIMENTAL_SPARSITY`
+is measured as well. Latency is measured again with AVX hidden, where XNNPACK uses its kernels for
+ARM; keras_dst then exports for ARM. Cells that are already stored are skipped.
 """
 
 import argparse
@@ -35,13 +36,13 @@ from tests import no_avx
 BENCHMARK = "tflite_grid"
 PATTERNS = ("unstructured", "1x4", "channel")
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
-TARGETS = {"sparse": "host", "arm": "arm"}  # our files, next to the file of TensorFlow's converter
+TARGETS = {"sparse": "host", "arm": "arm"}  # files that keras_dst writes
 RUNS, LOADS = 50, 9
 FREQUENCY = 10  # steps between updates of the masks: trainings are short
 
 
 def epochs_of(net) -> int:
-    """Return for how many more epochs a network is trained."""
+    """Return the number of epochs of the further training of a network."""
     return max(2, net.epochs // 2)
 
 
@@ -56,7 +57,7 @@ def tuned(net_name, method=None):
     optimizer = keras.optimizers.SGD(rate, momentum=0.9)
     callbacks = []
     if method:
-        last = model.layers[-1].kernel  # stays dense: its outputs are the classes
+        last = model.layers[-1].kernel  # stays dense, because its outputs are the classes
         kernels = [v.path for v in model.trainable_variables if v is not last]
         kernels = [path for path in kernels if re.fullmatch(net.prunable, path)]
         optimizer = keras_dst.SparseOptimizer(optimizer, method, filters=kernels)
@@ -67,7 +68,7 @@ def tuned(net_name, method=None):
 
 
 def cell(net_name, method, dense) -> dict:
-    """Measure the files of a sparse network next to the dense files at these paths."""
+    """Measure the files of a sparse network together with the dense files at the given paths."""
     x, y = NETS[net_name].data()[1]
     test = x[:TESTED], y[:TESTED]
     model = tuned(net_name, method)
@@ -107,7 +108,7 @@ def cell(net_name, method, dense) -> dict:
 
 
 def converted(model) -> bytes:
-    """Return the file that TensorFlow's converter writes for a network with zeros."""
+    """Return the file that TensorFlow's converter writes for a network with pruned weights."""
     import tensorflow as tf
 
     converter = tf.lite.TFLiteConverter.from_keras_model(model)
@@ -165,7 +166,7 @@ def table():
     results.write_index(BENCHMARK, lines)
 
 
-#: Columns of the table: heading, file, figure of the file, number of digits.
+#: Columns of the table: heading, file, key of the value in its measurements, number of digits.
 COLUMNS = (
     ("bytes", "sparse", "bytes", 3),
     ("latency", "sparse", "latency", 2),

@@ -1,21 +1,23 @@
 """Measure steps, mask updates and memory on a GPU with JAX and PyTorch: results/gpu.
 
-    python -m benchmarks.training_cost.gpu                  both backends, within nine minutes
-    python -m benchmarks.training_cost.gpu --backend jax    one backend, with all the time
-    python -m benchmarks.training_cost.gpu --smoke          tiny networks on the CPU, not stored
+    python -m benchmarks.training_cost.gpu                  both backends, at most nine minutes
+    python -m benchmarks.training_cost.gpu --backend jax    one backend, which gets all the time
+    python -m benchmarks.training_cost.gpu --smoke          tiny networks on the CPU, nothing stored
 
 The data are random, and TensorFlow is not needed. OptG updates its masks every 200 steps here,
-because its default, once an epoch, depends on the data. The dense network and each method train for
-17 steps in turns, and the first step of a turn is not timed. The step ratio is the median over the
-turns. A step includes the copy of its batch to the card. An update of DCIL falls into every turn.
-The updates of the other methods are timed alone, and their share per step is added to the ratio.
+because its default, once per epoch, depends on the data. The dense network and each method train
+for 17 steps in turns, and the first step of a turn is not timed. The step ratio is the median over
+the turns. A step includes the copy of its batch to the GPU. Every turn contains an update of DCIL.
+The updates of the other methods are timed separately, and their time per step is added to the
+ratio.
 
-The time of a mask update is also given in passes. A pass copies as many bytes as the pruned weights
-take in float32, so it reads and writes these bytes once. Peak memory contains the network, a
-training and an update. PyTorch counts the peak, and JAX is asked every millisecond.
+The time of a mask update is also given in passes. A pass copies the pruned weights once in float32,
+so it reads and writes their bytes once. Peak memory includes a network, a training run and an
+update. PyTorch reports the peak. JAX reports only the current memory, which is read every
+millisecond.
 
-Each method gets an equal share of the remaining time. A method is left out if the time that is left
-is shorter than the first fit of the dense network. Stored rows stay stored if the time runs out.
+Each method gets an equal share of the remaining time. A method is skipped if the remaining time is
+shorter than the first fit of the dense network. Measured rows stay stored when the time is over.
 """
 
 import argparse
@@ -37,10 +39,10 @@ from benchmarks.timing import in_turns, ratios, seconds, steps_of_fit, update_ma
 
 BENCHMARK = "gpu"
 BACKENDS = ("jax", "torch")
-SECONDS = 520  # for all backends together
-RESERVE = 15  # seconds at the end that no method may plan with
-TOTAL = 4000  # length of the training in steps
-STEPS = 16  # timed steps of a turn
+SECONDS = 520  # For all backends together.
+RESERVE = 15  # Seconds at the end that are not given to any method.
+TOTAL = 4000  # Training steps for which the masks are scheduled.
+STEPS = 16  # Timed steps per turn.
 MOST_TURNS = 7
 UPDATES = 5
 COPIES = 50
@@ -49,7 +51,7 @@ POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
 
 @dataclass
 class Setting:
-    """A network to time, with its batch size and the types that it trains in."""
+    """A network to time, its batch size, and the dtype policies of its training."""
 
     title: str
     net: Callable
@@ -119,7 +121,7 @@ def main():
     parser.add_argument("--backend", choices=BACKENDS, help="only this backend (default: both)")
     parser.add_argument("--nets", nargs="*", choices=SETTINGS, help="only these networks")
     parser.add_argument("--smoke", action="store_true", help="tiny networks, nothing is stored")
-    parser.add_argument("--seconds", type=float, help="measure in this process, for this time")
+    parser.add_argument("--seconds", type=float, help="seconds to measure in this process")
     args = parser.parse_args()
     if args.seconds:
         measure(args.nets or list(SETTINGS), args.smoke, args.seconds - RESERVE)
@@ -143,14 +145,16 @@ def main():
 
 
 def measure(nets, smoke, limit):
-    """Measure the networks, and store the figures after every method."""
+    """Measure the networks; store the results after every method."""
     import keras
 
     deadline = time.perf_counter() + limit
     backend = keras.backend.backend()
     device = card()
     if device is None and not smoke:
-        sys.exit(f"Expected an accelerator. {backend} found none. For a trial on the CPU: --smoke")
+        sys.exit(
+            f"Expected an accelerator. {backend} found none. Fix: pass --smoke to use the CPU."
+        )
     print(f"{backend} runs on: {device or 'CPU'}")
     settings = SMOKE if smoke else SETTINGS
     cases = [(n, p) for n in nets if n in settings for p in settings[n].policies]
@@ -175,7 +179,7 @@ def measure(nets, smoke, limit):
             rows = (len(cases) - done) * len(chosen) - turn
             if left < (plain.first_fit if plain else 0):
                 run["methods"][method_name] = None
-                print(f"{name}, {method_name}: left out, because the time is over")
+                print(f"{name}, {method_name}: skipped, because the time is over")
             else:
                 plain = plain or Trained(None, setting, x, y)
                 budget = 0 if smoke else left / rows
@@ -187,7 +191,7 @@ def measure(nets, smoke, limit):
 
 
 def data(setting) -> tuple:
-    """Return random inputs and labels for one turn: the same batch in every step."""
+    """Return random inputs and labels for one turn; every step uses the same batch."""
     import numpy as np
 
     batch = np.random.default_rng(0).standard_normal((setting.batch, *setting.shape))
@@ -196,13 +200,13 @@ def data(setting) -> tuple:
 
 
 class Trained:
-    """A network under a method or None, after two fits of one turn.
+    """A network, trained for two turns with a method, or dense if the method is None.
 
     Attributes:
         turn: Function that trains for one turn and returns the seconds of its timed steps.
         update: Function that updates the masks, or None if the method has no mask updates.
-        first_fit: Seconds of the first fit, which compiles the step.
-        peak: Largest number of bytes on the card during a turn and an update, or None on a CPU.
+        first_fit: Seconds of the first fit, including compilation.
+        peak: Largest number of bytes on the GPU during a turn and an update, or None on a CPU.
     """
 
     def __init__(self, method, setting, x, y):
@@ -226,7 +230,7 @@ class Trained:
         if self.driver and self.driver.clock:
             steps = itertools.count(TOTAL // 4, 100)
             self.update = lambda: update_masks(self.driver, next(steps))
-            self.update()  # compiles
+            self.update()  # compiles the update
 
         def turn_and_update():
             self.turn()
@@ -238,9 +242,9 @@ class Trained:
 
 
 def compared(plain: Trained, sparse: Trained, budget: float) -> dict:
-    """Time a network under a method and the dense network in turns, for `budget` seconds.
+    """Time a sparse and a dense network in turns, for `budget` seconds.
 
-    The first fit of the method counts as a part of the budget. There is at least one turn.
+    The first fit of the sparse network is part of the budget. At least one turn is timed.
     """
     end = time.perf_counter() + budget - sparse.first_fit
     times: dict[str, list[float]] = {"plain": [], "sparse": []}
@@ -276,7 +280,7 @@ def compared(plain: Trained, sparse: Trained, budget: float) -> dict:
 
 
 def seconds_of_a_pass(size: int) -> float:
-    """Return the seconds in which the card reads and writes `size` float32 numbers."""
+    """Return the seconds that the GPU takes to read and write `size` float32 numbers."""
     from keras import ops
 
     from keras_dst._backend.jit import jit
@@ -286,14 +290,14 @@ def seconds_of_a_pass(size: int) -> float:
     def copies():
         for _ in range(COPIES):
             found = add(numbers)
-        ops.convert_to_numpy(found[:1])  # waits for the card
+        ops.convert_to_numpy(found[:1])  # waits for the GPU
 
-    copies()  # compiles
+    copies()  # compiles the copies
     return statistics.median(seconds(copies) for _ in range(3)) / COPIES
 
 
 def bytes_in_use() -> int:
-    """Return the number of bytes that the backend's tensors take on the card; 0 on a CPU."""
+    """Return the number of bytes that the backend's tensors occupy on the GPU; 0 on a CPU."""
     import keras
 
     if keras.backend.backend() == "torch":
@@ -306,7 +310,7 @@ def bytes_in_use() -> int:
 
 
 def peak_bytes(work: Callable) -> int | None:
-    """Return the largest number of bytes on the card while `work` runs; None on a CPU."""
+    """Return the largest number of bytes on the GPU while `work` runs; None on a CPU."""
     import keras
 
     if card() is None:
@@ -318,7 +322,7 @@ def peak_bytes(work: Callable) -> int | None:
         torch.cuda.reset_peak_memory_stats()
         work()
         return torch.cuda.max_memory_allocated()
-    # JAX has no function that resets its own peak.
+    # JAX cannot reset the peak that it records.
     sampled, stop = [bytes_in_use()], threading.Event()
 
     def sample():
@@ -336,7 +340,7 @@ def peak_bytes(work: Callable) -> int | None:
 
 
 def cells(row: dict | None) -> dict[str, str]:
-    """Return the cells of a method by column."""
+    """Return the table cells of a method by column."""
     if row is None:
         return {"step": "not measured"}
     dense = 1e3 * row["dense_seconds_per_step"]

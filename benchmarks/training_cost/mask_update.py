@@ -1,9 +1,10 @@
-"""Measure time and memory of a mask update over 25 million weights: results/mask_update.
+"""Measure time and memory of a mask update with 25 million weights: results/mask_update.
 
-Each method that ranks weights ranks the kernels of a ResNet-50. One pass of `abs` and `sum` over
-the same weights, measured in turns, is the unit of time. All times are CPU seconds on one core.
-Memory is measured twice: the growth of the process, including holes that its allocator leaves, and
-the memory held at once, with every block in pages of its own.
+Each method that ranks weights is applied to the kernels of a ResNet-50. The unit of time is one
+pass of `abs` and `sum` over the same weights. An update and a pass are timed in turns. All times
+are CPU seconds on one core. Memory is measured in two ways. The first is the growth of the process,
+including unused gaps that its allocator leaves. The second is the memory in use, with every block
+in separate pages.
 """
 
 import argparse
@@ -22,10 +23,10 @@ from benchmarks.timing import cpu_seconds, in_turns, ratios, update_masks
 
 BENCHMARK = "mask_update"
 ROUNDS = 9
-STEPS = 10_000  # length of the training
-STEP = 100  # steps between two updates
+STEPS = 10_000  # Training steps
+STEP = 100  # Steps between two updates.
 SELF = pathlib.Path("/proc/self")
-# glibc then gives every block of 512 KiB or more pages of its own.
+# With this setting, glibc gives every block of 512 KiB or more separate pages.
 NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 19)}
 
 
@@ -44,8 +45,10 @@ def methods() -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backend", choices=BACKENDS, help="this one, in this process")
-    parser.add_argument("--memory", type=pathlib.Path, help="memory alone, to this file")
+    parser.add_argument("--backend", choices=BACKENDS, help="run this backend in this process")
+    parser.add_argument(
+        "--memory", type=pathlib.Path, help="measure only memory, and write it to this file"
+    )
     args = parser.parse_args()
     if args.backend is None:
         for name in BACKENDS:
@@ -77,7 +80,7 @@ def measure():
 
 
 def prepared(method):
-    """Return the driver of a network that a method prunes, and the compiled mask update."""
+    """Return a network's mask update driver and the compiled mask update."""
     import keras
     import numpy as np
     from keras import ops
@@ -94,7 +97,7 @@ def prepared(method):
     driver = drivers_of(model)[0]
     driver.begin(STEPS, STEPS, STEPS // 10)
     for layer in getattr(driver, "layers", []):
-        layer.traced_both_paths = True  # as a step of DCIL leaves it
+        layer.traced_both_paths = True  # DCIL sets this attribute in a training step
     steps = itertools.count(STEPS // 4, STEP)
 
     def update():
@@ -112,7 +115,7 @@ def prepared(method):
 
 
 def times(method) -> dict:
-    """Measure an update and one pass over the weights in CPU seconds."""
+    """Measure the CPU seconds of an update and of one pass over the weights."""
     from keras import ops
 
     from keras_dst._backend.jit import jit
@@ -123,7 +126,7 @@ def times(method) -> dict:
     def one_pass():
         float(ops.convert_to_numpy(total([ops.convert_to_tensor(w) for w in driver.weights])))
 
-    one_pass()  # compiles
+    one_pass()  # compiles the pass
     works = {"pass": partial(cpu_seconds, one_pass), "update": partial(cpu_seconds, update)}
     found = in_turns(works, ROUNDS)
     return {
@@ -135,11 +138,11 @@ def times(method) -> dict:
 
 
 def memory(method) -> float:
-    """Return the peak memory of an update divided by the memory of the weights."""
+    """Return the peak memory of an update as a ratio to the memory of the weights."""
     from keras_dst.export.memory import kilobytes
 
     driver, update = prepared(method)
-    ctypes.CDLL(None).malloc_trim(0)  # else the update reuses free memory uncounted
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise reused free memory is not counted
     before = kilobytes("VmRSS")
     (SELF / "clear_refs").write_text("5")  # resets the peak
     update()

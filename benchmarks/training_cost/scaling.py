@@ -1,12 +1,12 @@
-"""Measure how the cost of sparse training grows with the network: results/scaling.
+"""Measure how the cost of sparse training grows with the size of the network: results/scaling.
 
-Networks of dense layers vary along three axes: parameters, layers and batch size. At every point
+Networks of dense layers vary along three axes: parameters, layers and batch size. For each network,
 the dense network and each method at 90 % sparsity train in turns, as in
-`benchmarks.training_cost.step_time`. Then one network is made sparse and stripped, and another
-network with 90 % zeros has its masks updated, is shrunk and is exported. `slope` is the slope of a
-line through the logarithms: 1 is proportional growth.
+`benchmarks.training_cost.step_time`. Then one network is made sparse and stripped. Another network
+with 90 % zeros gets a mask update, and is shrunk and exported. `slope` is the slope of a line
+fitted to the logarithms of cost and size. A slope of 1 means proportional growth.
 
-Freed memory is kept between steps in all runs, for the dense network too.
+Freed memory stays in the process between steps in all runs, also for the dense network.
 
 python -m benchmarks.training_cost.scaling [--backend BACKEND] [--axes AXIS ...]
 python -m benchmarks.training_cost.scaling --table
@@ -28,12 +28,12 @@ from benchmarks.timing import in_turns, ratios, seconds, steps_of_fit, update_ma
 
 BENCHMARK = "scaling"
 STEPS, ROUNDS = 4, 5
-TOTAL = 4000  # steps of the training that is begun
+TOTAL = 4000  # steps of the whole training run
 
 
 @dataclass
 class Point:
-    """A network of equal dense layers, and the batch size."""
+    """A network of equal dense layers, and its batch size."""
 
     width: int
     depth: int
@@ -50,9 +50,9 @@ AXES = {
     "layers": [Point(64, depth, 32) for depth in (10, 40, 200)],
     "batch": [Point(500, 4, batch) for batch in (1, 8, 64, 512)],
 }
-# The column of each axis.
+# Name of the column that gives the position on each axis.
 SIZES = {"parameters": "weights", "layers": "depth", "batch": "batch"}
-# Keep freed memory in the process, for all runs.
+# Environment variables that keep freed memory in the process.
 KEEP = {f"MALLOC_{what}_THRESHOLD_": str(1 << 40) for what in ("MMAP", "TRIM")}
 
 
@@ -60,7 +60,7 @@ def methods() -> dict:
     from keras_dst.methods import DCIL, DST, FlipOut, Magnitude, OptG, RigL
     from keras_dst.schedules import Constant
 
-    now = Constant(SPARSITY)  # from the first step
+    now = Constant(SPARSITY)  # the sparsity is reached at the first step
     return {
         "DST": DST(),
         "DCIL": DCIL(now),
@@ -72,7 +72,7 @@ def methods() -> dict:
 
 
 def net(point, method=None):
-    """Return a compiled network and its callback, or None for the dense network."""
+    """Return a compiled network, and its callback or None for the dense network."""
     import keras
 
     import keras_dst
@@ -92,7 +92,7 @@ def net(point, method=None):
 
 
 def prune(model):
-    """Set thresholds that prune 90 % of the weights, which are initialized uniformly."""
+    """Set thresholds that prune 90 % of the uniformly initialized weights."""
     from keras import ops
 
     for layer in model.layers:
@@ -120,7 +120,7 @@ def measure(axes):
 
 
 def steps(point, method) -> float:
-    """Return the step time ratio of a method to the dense network."""
+    """Return the ratio of a method's step time to the step time of the dense network."""
     import numpy as np
 
     shape = (point.batch * (STEPS + 1), point.width)  # the first step is not timed
@@ -132,7 +132,7 @@ def steps(point, method) -> float:
         return partial(steps_of_fit, model, x, y, point.batch, [callback] if callback else [])
 
     turns = {"plain": turn(None), "sparse": turn(method)}
-    in_turns(turns, 2)  # compiles
+    in_turns(turns, 2)  # compiles the steps
     found = ratios(in_turns(turns, ROUNDS), "plain")["sparse"]
     del turns
     gc.collect()
@@ -140,7 +140,7 @@ def steps(point, method) -> float:
 
 
 def once(point) -> dict:
-    """Measure the seconds of sparsify, strip, update, shrink and export."""
+    """Measure the seconds of one sparsify, strip, mask update, shrink and export."""
     import numpy as np
 
     import keras_dst
@@ -157,7 +157,7 @@ def once(point) -> dict:
     (driver,) = drivers_of(model)
     driver.begin(TOTAL, TOTAL, TOTAL)
     update = partial(update_masks, driver, TOTAL)
-    update()  # compiles
+    update()  # compiles the update
     times["update"] = statistics.median(seconds(update) for _ in range(3))
     keras_dst.strip(model)
     times["shrink"] = seconds(partial(keras_dst.shrink, model))
@@ -210,7 +210,7 @@ def table():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--backend", choices=BACKENDS, help="this one, in this process")
+    parser.add_argument("--backend", choices=BACKENDS, help="run this backend in this process")
     parser.add_argument("--axes", nargs="*", choices=AXES, default=list(AXES))
     parser.add_argument("--table", action="store_true", help="the table alone")
     args = parser.parse_args()
@@ -219,7 +219,7 @@ def main():
         measure(args.axes)
         return
     if not args.table:
-        # A process for every axis: under TensorFlow a fit never gives its variables' memory back.
+        # Start one process per axis: TensorFlow does not free the variables of a finished fit.
         for name, axis in itertools.product(BACKENDS, args.axes):
             run_on(name, "training_cost.scaling", "--backend", name, "--axes", axis, variables=KEEP)
     table()

@@ -1,13 +1,13 @@
 """Measure the time of a training step relative to the dense model: results/step_time.
 
 The dense model and each method train for some steps in turns, with batch 128 on one core. The
-result is the median over the rounds of the ratio to the dense model in the same round.
-`lstm-128` runs without Consensus, because an LSTM has no units that Consensus could prune.
+result is the median, over the rounds, of the ratio to the dense model in the same round. `lstm-128`
+runs without Consensus, because Consensus cannot prune units of an LSTM.
 
-The timed steps are the beginning of a training of 4,000 steps, in which most methods update their
-masks every 100 steps. Updates are therefore timed separately, and their share per step is added to
-the ratio. DCIL updates every 16 steps, so an update that falls into a timed round counts twice.
-Compile time is the CPU time of the first round minus that of the second.
+The timed steps are the start of a training run of 4,000 steps, in which most methods update their
+masks every 100 steps. Updates are therefore timed separately, and their time per step is added to
+the ratio. DCIL updates every 16 steps, so an update during a timed round is counted twice. Compile
+time is the CPU time of the first round minus the CPU time of the second round.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from benchmarks.timing import (
 
 BENCHMARK = "step_time"
 BATCH = 128
-TOTAL = 4000  # length of the training
+TOTAL = 4000  # training steps
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Setting:
 
     shape: tuple
     net: Callable
-    steps: int  # per round
+    steps: int  # steps per round
     rounds: int
     without: tuple = ()  # methods that cannot prune this network
 
@@ -99,8 +99,8 @@ def methods() -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("net", choices=SETTINGS)
-    parser.add_argument("--backend", choices=BACKENDS, help="this one, in this process")
-    parser.add_argument("--methods", nargs="*", help="only these methods, named as in the result")
+    parser.add_argument("--backend", choices=BACKENDS, help="run this backend in this process")
+    parser.add_argument("--methods", nargs="*", help="only these methods, as named in the results")
     args = parser.parse_args()
     if args.backend is None:
         only = ["--methods", *args.methods] if args.methods else []
@@ -154,7 +154,7 @@ def measure(net, only=None):
 
 
 def data(setting) -> tuple:
-    """Return random images and labels for one round; its first step is not timed."""
+    """Return random images and labels for one round, whose first step is not timed."""
     import numpy as np
 
     size = BATCH * (setting.steps + 1)
@@ -163,7 +163,7 @@ def data(setting) -> tuple:
 
 
 def compared(net, turns) -> dict:
-    """Time all candidates in turns; return their times and ratios to `plain`."""
+    """Time all candidates in turns; return their times, and their ratios to "plain"."""
     setting = SETTINGS[net]
     first, again = ({n: cpu_seconds(turn) for n, turn in turns.items()} for _ in range(2))
     times = in_turns(turns, setting.rounds)
@@ -181,12 +181,12 @@ def compared(net, turns) -> dict:
 
 
 def update_of(callback) -> dict | None:
-    """Return the seconds of a mask update and the steps between two updates."""
+    """Return the seconds of a mask update and the number of steps between two updates."""
     driver = callback._drivers[0]
     if not driver.clock:
         return None
     update = partial(update_masks, driver, 0)
-    update()  # compiles
+    update()  # compiles the update
     times = [seconds(update) for _ in range(5)]
     return {"seconds": statistics.median(times), "every_steps": driver.clock.period}
 
@@ -210,10 +210,10 @@ def table():
 
 
 def _ratios(run: dict) -> dict[str, str]:
-    """Return the cells of a run, by method."""
+    """Return the table cells of a run, by method."""
     found = {name: f"{ratio:.2f}" for name, ratio in run["ratio_to_plain"].items()}
     compiling = run["seconds_to_compile"]
-    # A backend compiled nothing if the first round took hardly longer than the others.
+    # If the first round took about as long as the others, the backend compiled nothing.
     if run["net"].startswith("resnet") and compiling["plain"] > 1:
         for name in found:
             found[name] += f" ({compiling[name] / compiling['plain']:.2f})"

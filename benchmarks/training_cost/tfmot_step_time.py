@@ -1,7 +1,6 @@
-"""Measure the time of a tfmot training step relative to its dense model: results/step_time.
+"""Measure the ratio of tfmot's step time to the step time of a dense model: results/step_time.
 
-tfmot does not accept Keras 3 models, so this module runs with tf_keras in an environment of its
-own.
+tfmot does not accept Keras 3 models, so this module runs with tf_keras in a separate environment.
 """
 
 import os
@@ -13,7 +12,7 @@ os.environ["TF_USE_LEGACY_KERAS"] = "1"
 
 import tf_keras  # noqa: E402
 
-sys.modules["keras"] = tf_keras  # for the nets, which Keras 2 can build as well
+sys.modules["keras"] = tf_keras  # makes benchmarks.networks use Keras 2
 
 import tensorflow_model_optimization as tfmot  # noqa: E402
 

@@ -3,17 +3,19 @@
 python -m benchmarks.training_cost.time_to_accuracy --seeds 3
 python -m benchmarks.training_cost.time_to_accuracy --table
 
-LeNet-300-100 trains on MNIST to 95 % sparsity, as in `benchmarks.accuracy.methods`, with budgets of
-2 to 10 epochs. Each method prunes during training. The baseline is train, prune, fine-tune: half of
-the epochs dense, then all pruning at once, then the other half with the learning rate at its top
-again. The result is the smallest budget whose mean accuracy over the seeds reaches the goal: the
-accuracy of the dense network after five epochs minus half a point. Stored runs are not repeated.
+LeNet-300-100 trains on MNIST to 95 % sparsity, as in `benchmarks.accuracy.methods`, for 2 to 10
+epochs. Each method prunes during training. The baseline prunes after half of the epochs: it trains
+dense, prunes to the target at once, and fine-tunes with the initial learning rate. The goal is the
+accuracy of the dense network after five epochs minus half a point. The result is the smallest
+number of epochs whose mean accuracy over the seeds reaches this goal. Runs that are already stored
+are skipped.
 
-Every weight of this network is multiplied once per sample, so operations follow from density: two
-per product, in three products per step (outputs, gradients of inputs, gradients of weights). This
-library executes dense products. The column for skipped zeros counts the products at the mean
-density of each epoch. Methods that may revive a weight (`ALIVE`) need the gradients of all weights.
-RigL needs them only in the step before an update, which is not counted.
+Every weight of this network is multiplied once per sample, so density determines the number of
+operations. A product takes two operations, and a step has three products: outputs, gradients of the
+inputs, and gradients of the weights. keras_dst computes dense products. The column "zeros skipped"
+counts the products at the mean density of each epoch. Methods that may regrow a weight (`ALIVE`)
+need the gradients of all weights. RigL needs all gradients only in the step before an update. These
+gradients are not counted.
 """
 
 import argparse
@@ -40,13 +42,13 @@ SPARSE_FROM_THE_START = ("SET", "RigL")
 
 
 def twice(rate, steps):
-    """Return a learning rate that falls to 0 twice, in each half of training."""
+    """Return a learning rate that decays to 0 in each half of the training."""
     schedules = keras.optimizers.schedules
     return schedules.CosineDecayRestarts(rate, steps // 2, t_mul=1.0, m_mul=1.0)
 
 
 def trained(method, epochs, seed, data):
-    """Train one network; return the figures of the run."""
+    """Train one network; return the results of the run."""
     task = dataclasses.replace(TASKS["mnist-mlp"], epochs=epochs)
     if method != PRUNED_LATER:
         return run(task, method, SPARSITY, seed, data)
@@ -55,7 +57,7 @@ def trained(method, epochs, seed, data):
 
 
 def densities(result) -> list[float]:
-    """Return the density of every epoch, the mean of its start and its end."""
+    """Return the mean density of every epoch, from the densities at its start and end."""
     way, epochs = result["way"], result["epochs"]
     if way == "dense":
         return [1.0] * epochs
@@ -67,14 +69,14 @@ def densities(result) -> list[float]:
 
 
 def operations(result) -> tuple[float, float]:
-    """Return the operations of a training in units of a dense epoch.
+    """Return the number of operations of a training run, in units of a dense epoch.
 
-    The first number counts executed operations, the second the operations with zeros skipped.
+    The first number counts executed operations, the second number the operations without zeros.
     """
     paths = PATHS.get(result["way"], 1)
     left = 0.0
     for density in densities(result):
-        over_all = density + paths - 1  # the second path is dense
+        over_all = density + paths - 1  # the second forward pass is dense
         left += (2 * over_all + (paths if result["way"] in ALIVE else over_all)) / 3
     return float(paths * result["epochs"]), left
 
