@@ -1,4 +1,4 @@
-"""Sparse training for any Keras 3 model, and an exporter that writes smaller, faster `.tflite`."""
+"""Sparse training for any Keras 3 model, and an exporter of smaller and faster `.tflite` files."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ from keras_dst.optimizers import SparseOptimizer
 from keras_dst.surgery import SparsifyReport, sparsify, strip
 from keras_dst.version import __version__
 
-if TYPE_CHECKING:  # for editors, type checkers and the reference, which do not run `__getattr__`
+if TYPE_CHECKING:  # Type checkers, editors and the reference do not run `__getattr__`.
     from keras_dst import plots
     from keras_dst._reporting.sensitivity import SensitivityReport, WeightSensitivity, sensitivity
     from keras_dst._reporting.sparsity import SparsityReport, WeightReport, report
@@ -28,7 +28,8 @@ if TYPE_CHECKING:  # for editors, type checkers and the reference, which do not 
     from keras_dst.recalibration import recalibrate
     from keras_dst.sparse_files import load_sparse, save_sparse
 
-# Reports, export and plots are imported on first use: training needs none of them.
+# The modules for reports, export and plots are imported on first use, because training does not
+# need them.
 _LAZY = {
     "load_sparse": "sparse_files",
     "save_sparse": "sparse_files",

@@ -1,4 +1,4 @@
-"""Run the command `keras-dst` with `python -m keras_dst`."""
+"""Entry point of `python -m keras_dst`, which runs the command `keras-dst`."""
 
 import sys
 

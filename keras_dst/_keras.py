@@ -2,7 +2,8 @@
 
 Keras may rename a private attribute in any release. Every access goes through a function here, so
 that a rename shows up in one place. `PRIVATE_NAMES` lists the attributes, and `missing_names`
-compares the list with the installed Keras; `tests/test_keras_names.py` runs it.
+compares the list with the installed Keras. The test `tests/test_keras_names.py` calls
+`missing_names`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras.src.backend import get_autocast_scope
 
-# Keras exports the layers that use this cell, but not the cell.
+# Keras exports the layers that use this cell, but not the cell itself.
 from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
 
 # `keras.Model(inputs, outputs)` makes an instance of this class, which Keras does not export.
@@ -100,12 +101,12 @@ def attention_projections_of(layer) -> dict[str, Any]:
 
 
 def trainable_variables_of(layer) -> list:
-    """Return the list, open to changes, of the variables a layer itself trains, frozen or not."""
+    """Return the mutable list of a layer's own trainable variables, also if the layer is frozen."""
     return layer._trainable_variables
 
 
 def non_trainable_variables_of(layer) -> list:
-    """Return the list, open to changes, of the variables that a layer itself keeps untrained."""
+    """Return the mutable list of a layer's own non-trainable variables."""
     return layer._non_trainable_variables
 
 
@@ -124,8 +125,8 @@ def remove_variable(layer, name: str, variable) -> None:
     """Remove a variable, and the attribute that holds it, from a built layer."""
     layer._untrack_variable(variable)
     if name in vars(layer):
-        # Not `delattr`: Keras runs the garbage collector every time. The base class of
-        # `keras.Layer` deletes what TensorFlow and torch track.
+        # `delattr` would run the garbage collector every time. The method of the base class removes
+        # the attribute from the tracking of TensorFlow and torch too.
         super(keras.Layer, layer).__delattr__(name)
 
 
@@ -136,13 +137,16 @@ def set_autocast(variable, autocast: bool) -> None:
 
 
 def autocast(tensor):
-    """Return a tensor in the dtype in which a layer that runs now would read a float variable."""
+    """Cast a tensor to the dtype in which the running layer reads float variables."""
     scope = get_autocast_scope()
     return tensor if scope is None else scope.maybe_cast(tensor)
 
 
 def build_shapes(layer) -> dict[str, Any] | None:
-    """Return the shapes that a layer was built with, by argument of `build`; None if unknown."""
+    """Return the shapes that a layer was built with, by argument of `build`.
+
+    Return None if the shapes are unknown.
+    """
     return layer._build_shapes_dict
 
 
@@ -161,14 +165,17 @@ def is_rematerialized(layer) -> bool:
 
 
 class BuildHook(_Layer):
-    """Mixin that calls `after_build` once Keras has built a layer, whatever its `build` takes."""
+    """Mixin that calls `after_build` once Keras has built a layer, for any signature of `build`."""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        _require(keras.Layer, "_lock_state")  # else Keras would never call the hook
+        _require(keras.Layer, "_lock_state")  # Otherwise Keras would never call the hook.
 
     def after_build(self) -> None:
-        """React to the end of `build`. The method may change the class of the layer."""
+        """Finish the layer after Keras has built it.
+
+        This method may change the class of the layer.
+        """
         raise NotImplementedError
 
     def _lock_state(self):
@@ -177,7 +184,7 @@ class BuildHook(_Layer):
 
 
 def refresh_torch_parameters(layer) -> None:
-    """List a layer's variables as torch parameters again, after some were added or removed."""
+    """Register a layer's variables with torch again, after some were added or removed."""
     layer._track_variables()
 
 
@@ -185,7 +192,7 @@ def refresh_torch_parameters(layer) -> None:
 
 
 def graph_of(model):
-    """Return the Functional graph of a model, or None if its own `call` runs it."""
+    """Return the Functional graph of a model, or None if the model has its own `call` method."""
     if type(model).call not in (keras.Sequential.call, Functional.call):
         return None
     graph = model._functional if isinstance(model, keras.Sequential) else model
@@ -215,7 +222,7 @@ def node_of(tensor):
 
 
 def nodes_of(operation) -> tuple[list, list]:
-    """Return the inbound and outbound nodes of an operation, as Keras's own lists."""
+    """Return the lists in which Keras stores the inbound and outbound nodes of an operation."""
     return operation._inbound_nodes, operation._outbound_nodes
 
 
@@ -228,10 +235,10 @@ def set_nodes_of(operation, inbound: list, outbound: list) -> None:
 
 
 def declares_input(model) -> bool:
-    """Return whether a Sequential model was created with an Input, not built from data.
+    """Return whether a Sequential model was created with an Input, and was not built from data.
 
-    Keras adds an input layer in both cases, but only states its dtype if it was built from data.
-    A model that was loaded from a file counts as built from data.
+    Keras adds an input layer in both cases. The config of this layer states a dtype only if the
+    model was built from data. A model that was loaded from a file counts as built from data.
     """
     config = operation_of(model.inputs[0])._auto_config
     return config is not None and config.config["dtype"] is None
@@ -246,7 +253,10 @@ def structures_of(graph) -> tuple[Any, Any]:
 
 
 def compile_config(model) -> dict[str, Any]:
-    """Return the arguments of `compile` that a file stores; changes to the dict are stored."""
+    """Return the arguments of `compile` that a file stores.
+
+    Changes to the returned dict are stored too.
+    """
     return model._compile_config.config
 
 
@@ -273,7 +283,7 @@ def takes_training(model) -> bool:
 
 @contextlib.contextmanager
 def without_additional_losses(model) -> Iterator[None]:
-    """Leave regularizers and `add_loss` out of the loss that is computed within this context."""
+    """Exclude regularizers and `add_loss` from the loss that is computed within this context."""
     before = model._losses_override
     vars(model)["_losses_override"] = [keras.ops.zeros(())]
     try:
@@ -288,15 +298,16 @@ def is_validation(evaluate_options: dict[str, Any]) -> bool:
 
 
 def set_initial_epoch(model, epoch: int | None) -> None:
-    """Let the fit that begins now start at this epoch."""
+    """Set the first epoch of the `fit` that begins now."""
     _require(model, "_initial_epoch")
     model._initial_epoch = epoch
 
 
 def restore_jax_state(model, *step_arguments) -> None:
-    """Give a model its values back when its compiled step will not run.
+    """Write the state of a training step back to the variables if the compiled step will not run.
 
-    On JAX, `fit` takes the values out of the variables and passes them as the first argument.
+    On JAX, `fit` removes the values from the variables and passes them as the first argument of the
+    step.
     """
     if keras.backend.backend() == "jax":
         _require(model, "_jax_state")
@@ -320,7 +331,10 @@ def discard_jax_state(model) -> None:
 
 
 def metric_direction(metric) -> str | None:
-    """Return "up" or "down", the direction in which a metric improves; None if it does not say."""
+    """Return the direction, "up" or "down", in which a metric improves.
+
+    Return None if the metric does not state it.
+    """
     return getattr(metric, "_direction", None)
 
 
@@ -338,7 +352,7 @@ def trained_variables_of(optimizer) -> list:
 
 
 def delete_counters(optimizer) -> None:
-    """Delete the step counter and the learning rate of an optimizer that wraps an optimizer."""
+    """Delete the step counter and the learning rate of an optimizer that wraps another one."""
     for name in ("_iterations", "_learning_rate"):
         delattr(optimizer, name)
     set_own_variables(optimizer, [])
@@ -362,7 +376,7 @@ def is_multi_optimizer(optimizer) -> bool:
 
 
 def replace_optimizers(optimizer, replace) -> None:
-    """Replace every optimizer inside a `MultiOptimizer` by what `replace` returns for it."""
+    """Replace every optimizer inside a `MultiOptimizer` by the result of `replace(optimizer)`."""
     optimizer._inner_optimizers[:] = [replace(inner) for inner in optimizer._inner_optimizers]
     by_path = optimizer._optimizer_map
     if isinstance(by_path, keras.optimizers.OptimizerMap):
@@ -383,9 +397,9 @@ def moving_average_of(optimizer, variable):
 
 
 def slots_of(optimizer, variable) -> list:
-    """Return the variables of an optimizer with one entry per entry of a trained variable.
+    """Return the slots of a trained variable: variables of its optimizer with the same shape.
 
-    Momentum is an example. Keras keeps such variables in lists in the order of the trained
+    Momentum is an example of a slot. Keras keeps slots in lists in the order of the trained
     variables, or in dicts by path.
     """
     index = _index_of(optimizer, variable)
@@ -405,8 +419,9 @@ def slots_of(optimizer, variable) -> list:
     if not slots and shape and any(tuple(v.shape) == shape for v in own):
         raise RuntimeError(
             f"Expected {type(optimizer).__name__} to keep its variables in lists in the order of "
-            f"the trained variables. Found none for '{variable.path}', although variables of its "
-            "shape exist. Use a method that does not grow weights, such as Magnitude."
+            f"the trained variables. Found no such variable for '{variable.path}', although "
+            "variables of its shape exist. Use a method that does not grow weights, such as "
+            "Magnitude."
         )
     return slots
 
@@ -428,8 +443,9 @@ def exempt_from_decay(optimizer, variables) -> None:
     optimizer._exclude_from_weight_decay_cache = {}
     if decayed := [v.path for v in variables if optimizer._use_weight_decay(v)]:
         raise RuntimeError(
-            "This version of Keras decays variables that keras_dst has exempted from weight decay: "
-            f"{', '.join(decayed)}. Expected: `Optimizer._exclude_from_weight_decay` to be read."
+            "This version of Keras decays variables that keras_dst has exempted from weight "
+            f"decay: {', '.join(decayed)}. Expected Keras to read the attribute "
+            "`Optimizer._exclude_from_weight_decay`."
         )
 
 
@@ -461,7 +477,7 @@ def _with_inner_optimizers(optimizer) -> list:
 
 
 def _restore_variables(optimizer, before: list, attributes: dict[str, Any]) -> None:
-    """Track the variables that `__init__` created again, and copy the values of all others."""
+    """Track the variables that `__init__` created again, and restore all values."""
     present = vars(optimizer)
     kept = [v for v in before if any(v is value for value in present.values())]
     own = [*kept, *optimizer._variables]
@@ -478,7 +494,7 @@ def _restore_variables(optimizer, before: list, attributes: dict[str, Any]) -> N
 def set_own_variables(optimizer, variables: list) -> None:
     """Replace the list of the variables that an optimizer created.
 
-    TensorFlow does not save a list that was changed in place other than by appending.
+    TensorFlow cannot save a list that was changed in place, except by appending.
     """
     with DotNotTrackScope():
         optimizer._variables = variables
@@ -488,7 +504,7 @@ def set_own_variables(optimizer, variables: list) -> None:
 
 
 def _numbered_names(variables) -> list[tuple[str, int]]:
-    """Return the name of every variable with a number: some optimizers use one name repeatedly."""
+    """Return numbered names of variables, because some optimizers use one name repeatedly."""
     seen: Counter[str] = Counter()
     names = []
     for variable in variables:
@@ -500,7 +516,8 @@ def _numbered_names(variables) -> list[tuple[str, int]]:
 def _forget_decay_exemptions(optimizer, trained_before) -> None:
     """Drop the weight-decay exemptions of variables that an optimizer does not train any more.
 
-    Exemptions go by the id of a variable, and a new variable may get the id of a deleted variable.
+    Keras stores the ids of exempt variables, and a new variable may get the id of a deleted
+    variable.
     """
     exempt = vars(optimizer).get("_exclude_from_weight_decay")
     if exempt:
@@ -514,11 +531,11 @@ def _forget_decay_exemptions(optimizer, trained_before) -> None:
 
 
 def distribution_like(variable):
-    """Return a copy of the present distribution that places new variables as a given variable is.
+    """Return a copy of the current distribution that places new variables like a given variable.
 
-    New variables of the same shape are sharded like the given variable. All others are replicated
-    on every device. The copy chooses by shape and not by path, because a user's layout map may
-    match the path of a mask with the rule for its kernel.
+    New variables with the shape of the given variable are sharded like it. New variables of other
+    shapes are replicated on every device. The copy chooses by shape, because a user's layout map
+    may apply the rule for a kernel to its mask.
     """
     present = keras.distribution.distribution()
 
@@ -527,7 +544,7 @@ def distribution_like(variable):
             return present.get_variable_layout(variable)
         return keras.distribution.TensorLayout([None] * len(new.shape), present.device_mesh)
 
-    # Keras asks the object of the distribution for the layout of every new variable.
+    # Keras asks the distribution object for the layout of every new variable.
     like = copy.copy(present)
     like.get_variable_layout = layout_of
     return like

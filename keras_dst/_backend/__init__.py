@@ -1,1 +1,1 @@
-"""Code below Keras: compilation, devices, random numbers, and top-k ranking."""
+"""Backend-specific code: compilation, devices, random numbers, and top-k ranking."""

@@ -1,4 +1,4 @@
-"""Helpers for models on several devices, for the parts that Keras leaves to each backend."""
+"""Helpers for training on several devices, which Keras leaves to each backend."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ Tensor = Any
 def placed_like(variable) -> Iterator[None]:
     """Place variables that are created within this context on the devices of `variable`.
 
-    Variables of its shape are sharded in the same way. All others are replicated.
+    Variables with the shape of `variable` are sharded in the same way. Variables of other shapes
+    are replicated on every device.
     """
     backend = keras.backend.backend()
     if backend == "tensorflow":
@@ -60,7 +61,7 @@ def check_distribution(optimizer, variable) -> None:
 def counter_dtype(variable, dtype: str) -> str:
     """Return the dtype of a counter that is placed like `variable`.
 
-    The workers of TensorFlow cannot exchange integers of 8 or 16 bits, so they use int32.
+    TensorFlow workers cannot exchange integers of 8 or 16 bits, so a counter for them is int32.
     """
     if keras.backend.backend() == "tensorflow" and dtype in ("uint8", "int16"):
         import tensorflow as tf
@@ -74,8 +75,9 @@ def counter_dtype(variable, dtype: str) -> str:
 def sum_over_replicas(gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], int]:
     """Return the gradients summed over all replicas, and the number of replicas.
 
-    An optimizer gets the gradients of one replica only under `tf.distribute`. JAX runs one program
-    for all devices, and torch's DistributedDataParallel sums the gradients before.
+    Only under `tf.distribute` does an optimizer get the gradients of a single replica. JAX runs one
+    program for all devices, and torch's DistributedDataParallel sums the gradients before the
+    optimizer step.
     """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf

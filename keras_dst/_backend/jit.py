@@ -1,4 +1,4 @@
-"""Compilation and other functions of a backend that Keras has no public function for."""
+"""Compilation and other backend functions that Keras does not expose."""
 
 import math
 
@@ -7,10 +7,10 @@ from keras import ops
 
 
 def jit(fn):
-    """Return `fn` compiled by XLA on JAX, or as a graph on TensorFlow; torch runs it eagerly.
+    """Return `fn` compiled by XLA on JAX, as a TensorFlow graph, or unchanged on torch.
 
-    Without compilation, JAX would trace every mask update again, and TensorFlow would run it op by
-    op.
+    Without compilation, JAX would trace every mask update again, and TensorFlow would run every
+    operation separately.
     """
     backend = keras.backend.backend()
     if backend == "jax":
@@ -29,7 +29,10 @@ def jit(fn):
 
 
 def is_known_false(flag) -> bool:
-    """Return whether a boolean tensor is known to be false. Its value is unknown while traced."""
+    """Return whether a boolean tensor is known to be false.
+
+    The value of a traced tensor is unknown.
+    """
     backend = keras.backend.backend()
     if backend == "jax":
         import jax
@@ -43,7 +46,7 @@ def is_known_false(flag) -> bool:
 
 
 def outside_torch_graph(fn):
-    """Return `fn`, which torch.compile does not trace but calls between two compiled graphs."""
+    """Return a form of `fn` that torch.compile does not trace but calls between two graphs."""
     if keras.backend.backend() != "torch":
         return fn
 
@@ -55,8 +58,8 @@ def outside_torch_graph(fn):
 def masked(w, mask):
     """Compute `masks.masked` on torch, faster than `torch.where` in eager mode.
 
-    `torch.where` branches at every entry on a CPU. A product of the float's bits with the mask is
-    vectorized, and exact: all zeros are positive, also for entries that are not finite.
+    `torch.where` branches at every entry on a CPU. Multiplying the bits of the floats by the mask
+    is vectorized and exact. Every pruned entry becomes +0, even if the weight is not finite.
     """
     import torch
 
@@ -81,8 +84,8 @@ def masked(w, mask):
 def count_true(mask):
     """Return the number of true entries in every row of a boolean matrix, int32.
 
-    torch converts booleans to int64 before it adds them, with eight bytes of memory per entry. It
-    adds bytes without a conversion, and a sum of 128 bits fits into a byte.
+    torch converts booleans to int64 before it adds them, with eight bytes of memory per entry.
+    torch adds bytes without a conversion, and a sum of 128 booleans fits into a byte.
     """
     if keras.backend.backend() != "torch":
         return ops.cast(ops.count_nonzero(mask, axis=1), "int32")
@@ -94,7 +97,7 @@ def count_true(mask):
 
 
 def torch_rng_state() -> str | None:
-    """Return the state of torch's random numbers, which Dropout on torch draws; else None."""
+    """Return the state of torch's random numbers, which Dropout uses, or None on other backends."""
     if keras.backend.backend() != "torch":
         return None
     import torch

@@ -1,8 +1,9 @@
 """The memory policy of the C library: whether a process keeps the memory that it frees.
 
-glibc returns free blocks of more than 32 MiB to the system at once. The next training step gets
-them again page by page, which can take as long as the computation. A method adds to the memory of a
-step, and so can bring its blocks above this limit when the blocks of the dense step stay below.
+glibc returns free blocks of more than 32 MiB to the system at once. The next training step requests
+this memory again page by page, which can take as long as the computation. A sparse training step
+uses more memory than a dense step, so its blocks can exceed this limit although the blocks of a
+dense step do not.
 
 The policy applies to the whole process, so changing it is opt-in: `SparseTraining(keep_memory=)`.
 """
@@ -34,7 +35,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Return free memory to the system, now and in future for blocks of more than 32 MiB."""
+    """Return free memory to the system now, and return freed blocks of more than 32 MiB later."""
     _set(mmap=32 * _MIB, trim=64 * _MIB)  # the largest thresholds that glibc sets by itself
     if glibc():
         glibc().malloc_trim(0)

@@ -1,8 +1,8 @@
 """Random numbers that depend only on the seed, the step, the tensor and the position.
 
 Replicas, resumed training runs and the three backends draw the same numbers. The numbers are a hash
-of (seed, step, index of the tensor, position) in int32 arithmetic, which overflows alike on all
-backends.
+of (seed, step, index of the tensor, position) in int32 arithmetic, which overflows in the same way
+on all backends.
 """
 
 import functools
@@ -24,7 +24,7 @@ _NARROW, _WIDE = 1 << 8, 1 << 13  # Smallest and largest width of the table's ro
 
 
 def bits(*numbers: Tensor) -> Tensor:
-    """Return the int32 hash of integers or int32 tensors, which are broadcast."""
+    """Return the int32 hash of integers or int32 tensors, whose shapes are broadcast."""
     state = ops.zeros((), "int32")
     for number in numbers:
         state = _mixed(state * 31 + ops.cast(number, "int32") + 0x3C6EF372)
@@ -39,7 +39,7 @@ def _mixed(x):
 
 
 def _shifted(x, by):
-    # A right shift that fills with zeros; the shift of int32 fills with the sign.
+    # This right shift fills with zeros. The built-in shift of int32 fills with the sign bit.
     return ops.bitwise_and(ops.bitwise_right_shift(x, by), (1 << (32 - by)) - 1)
 
 
@@ -60,11 +60,12 @@ def uniform(shape: Sequence[int], *numbers: Tensor) -> Tensor:
 
 
 def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Tensor]:
-    """Return float32 numbers from N(0, 1) for tensors of these shapes, new at every step.
+    """Return normal random float32 numbers in these shapes, which differ from step to step.
 
-    The numbers are random rows of a table of a million numbers, because copying is faster than
-    drawing. Rows for a large tensor are as wide as the tensor's rows. The table then has fewer
-    rows, and holds each row with both signs, so that the noise of a weight has mean 0.
+    The numbers are random rows of a table with a million entries, because copying is faster than
+    drawing. For a large tensor, the rows of the table are as wide as the rows of the tensor. This
+    table has fewer rows, and contains each row with both signs, so that the noise of a weight has
+    mean 0.
 
     Args:
         shapes: Shapes of the results.
@@ -76,16 +77,19 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
     """
     table = functools.cache(lambda mirrored: ops.convert_to_tensor(_table(seed, mirrored)))
     found = []
-    # Small tensors are joined, so that few operations are compiled. Large tensors are not copied.
+    # Small tensors are concatenated, so that few operations are compiled. Large tensors are not
+    # copied.
     for members in bundles([math.prod(shape) for shape in shapes]):
         alone = len(members) == 1
-        # XLA copies whole rows if the tensor has rows of the same width; else it copies entries.
+        # XLA copies whole rows if the tensor has rows of the same width. Otherwise XLA copies
+        # single entries.
         width = _width(shapes[members[0]]) if alone else _NARROW
         numbers = ops.reshape(table(alone), (-1, 1 << (width - 1).bit_length()))
         sizes = [math.prod(shapes[i]) for i in members]
         rows = [-(-size // width) for size in sizes]
         position = np.concatenate([np.arange(n) for n in rows])
-        # A gather, because XLA under TensorFlow would compile a slice at a random place every step.
+        # This is a gather, because XLA under TensorFlow would compile a slice at a random place in
+        # every step.
         chosen = bits(seed, step, np.repeat(members, rows), position)
         chosen = ops.bitwise_and(chosen, numbers.shape[0] - 1)
         drawn = ops.take(numbers[:, :width], chosen, axis=0)
@@ -97,14 +101,17 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
 
 
 def _width(shape: Sequence[int]) -> int:
-    """Return a width of rows that fill the tensor exactly and that is within the bounds."""
+    """Return a row width that divides the size of the tensor and is within the bounds."""
     widths = itertools.accumulate(reversed(tuple(shape)), operator.mul)
     return next((width for width in widths if _NARROW <= width <= _WIDE), _NARROW)
 
 
 @functools.lru_cache(maxsize=4)
 def _table(seed: int, mirrored: bool) -> np.ndarray:
-    """Return normal numbers. If mirrored, the second half is the negated first half."""
+    """Return normal random numbers.
+
+    If `mirrored`, the second half is the negative of the first half.
+    """
     numbers = np.random.default_rng(seed).standard_normal(_SIZE, "float32")
     half = numbers[: _SIZE // 2]
     return np.concatenate([half, -half]) if mirrored else numbers

@@ -1,12 +1,12 @@
-"""Top-k selection without a sort: `top_k` and `kth`, which `masks` exports.
+"""Top-k selection without a sort. The module `masks` exports the functions `top_k` and `kth`.
 
 The scores are not copied. A search finds the threshold: every step counts the scores above a
 candidate, row by row. This count takes nearly all the time of a mask update of a large model.
 
 On a CPU the rows are counted slab by slab, which keeps temporary values in the cache. On an
 accelerator a loop over slabs would launch thousands of small kernels, so all rows are counted at
-once. JAX fuses several counts into one pass over the scores, so a step of the search tries several
-candidates there. Both forms keep the same bounds around the threshold, and give equal masks.
+once. JAX fuses several counts into one pass over the scores, so on JAX a step of the search tries
+several candidates. Both searches keep the same bounds around the threshold, and return equal masks.
 """
 
 import math
@@ -24,14 +24,14 @@ Tensor = Any
 
 # Largest number of search steps. The search stops earlier if two thresholds are adjacent floats.
 _MAX_STEPS = 900
-_LARGEST = 1e38  # Scores above it count as tied, so that sums of two scores do not overflow.
-_SMALLEST = 2.0**-126  # Scores with a smaller difference count as tied: some backends flush to 0.
+_LARGEST = 1e38  # Scores above this count as tied, so that sums of two scores do not overflow.
+_SMALLEST = 2.0**-126  # Scores that differ by less count as tied, as some backends flush to 0.
 _ROW_WIDTH = 1 << 10  # Number of scores in a row.
 _BUNDLE_SIZE = 1 << 20  # Largest number of scores in a bundle of small tensors.
-_SLAB_ROWS = 1 << 8  # Number of rows that are counted at once.
-_SECTIONS = 8  # Number of sections of the range. XLA reads the scores once for eight counts.
-_SAMPLE_FROM = 1 << 22  # Number of scores from which a sample gives the first thresholds.
-_SAMPLE_STRIDES = (32, 25)  # Distances of the rows and of the columns in the sample.
+_SLAB_ROWS = 1 << 8  # Number of rows whose scores are counted at once.
+_SECTIONS = 8  # Number of sections per search step. XLA counts eight in one pass.
+_SAMPLE_FROM = 1 << 22  # Smallest number of scores for which a sample gives the first thresholds.
+_SAMPLE_STRIDES = (32, 25)  # Strides of the rows and of the columns in the sample.
 
 
 def top_k(
@@ -42,8 +42,8 @@ def top_k(
 ):
     """Return masks that keep the highest scores, over all tensors or within each tensor.
 
-    Of equal scores, the score in the earlier tensor is kept, then the score at the earlier position
-    (C order). All backends therefore keep the same weights.
+    Among equal scores, the score in the earlier tensor is kept, then the score at the earlier
+    position (C order). All backends therefore keep the same weights.
 
     Args:
         scores: Float tensors of any shapes. An infinite score ties with the largest or the smallest
@@ -54,7 +54,7 @@ def top_k(
             (`Pattern.sizes`). Groups are then kept in the order of their scores while their sizes
             fit into `kept`. Defaults to None: every entry is one weight.
         first: Number of the best entries of every tensor that are kept before all other entries;
-            `kept` must be large enough for them. Defaults to None: no entries.
+            `kept` must be large enough for them. Defaults to None, which means 0.
 
     Returns:
         A list of boolean tensors, one per tensor of scores.
@@ -66,7 +66,7 @@ def top_k(
     scores = list(scores)
     shapes = [tuple(s.shape) for s in scores]
     ranking = _Ranking(scores, kept.ndim == 0, sizes, first)
-    scores.clear()  # Free the scores of small tensors, which the ranking has joined.
+    scores.clear()  # Free the scores of small tensors, because the ranking holds copies.
     found = ranking.masks(kept if kept.ndim else kept[None])
     flat = [mask for rows, matrix in zip(ranking.bundles, found) for mask in rows.split(matrix)]
     return [ops.reshape(mask, shape) for mask, shape in zip(flat, shapes)]
@@ -90,7 +90,8 @@ class _Rows:
         local: Index of each row's tensor in this bundle.
         owner: Boolean matrix (tensors of this bundle, rows): whether the row belongs to the tensor.
         start: Position of each row's first entry in its tensor, or in all tensors together.
-        left: Number of entries of the tensor from the row's start on. None if all rows are full.
+        left: Number of entries from the start of each row to the end of its tensor. None if all
+            rows are full.
         begins: Index of each tensor's first row.
     """
 
@@ -115,7 +116,8 @@ class _Rows:
             if length % _ROW_WIDTH:
                 end = ops.full((-length % _ROW_WIDTH,), padding, part.dtype)
                 part = ops.concatenate([part, end])
-            # Joined as rows: XLA would hold a flat tensor in memory in both shapes.
+            # The tensors are joined as rows, because XLA would store a flat tensor in memory in
+            # both shapes.
             parts.append(ops.reshape(part, (-1, _ROW_WIDTH)))
         return ops.concatenate(parts) if len(parts) > 1 else parts[0]
 
@@ -129,9 +131,9 @@ class _Rows:
 class _Ranking:
     """Search for the thresholds of one ranking of all tensors, or of one ranking per tensor.
 
-    Small tensors are joined to bundles, so that few operations are compiled. Large tensors are not
-    copied. Scores that are not finite are replaced only in comparisons. Vectors such as thresholds
-    and counts have one entry per ranking.
+    Small tensors are joined into bundles, so that few operations are compiled. Large tensors are
+    not copied. Scores that are not finite are replaced only in comparisons. Thresholds, counts and
+    similar vectors have one entry per ranking.
     """
 
     def __init__(self, scores, together, sizes=None, first=None):
@@ -152,7 +154,7 @@ class _Ranking:
             self.weights = [b.join(ones, 0) for b in self.bundles]
             totals = [int(n.sum()) for n in sizes]
             self.total = ops.convert_to_tensor([sum(totals)] if together else totals, "int32")
-        # A ranking per tensor keeps the best entries of its tensor anyway.
+        # If each tensor is ranked separately, its best entries are kept in any case.
         self.first: Sequence[int] = []
         self.ahead = None
         if together and first is not None:
@@ -216,7 +218,8 @@ class _Ranking:
         found = []
         for b, s, peaks in zip(self.bundles, self.scores, self.peaks):
             numbers = ops.arange(len(b.tensor), dtype="int32")
-            # The first row with the largest score of each tensor, and the column in this row.
+            # Find the first row with the largest score of each tensor, and the column of this
+            # score.
             tops = ops.max(ops.where(b.owner, peaks, -np.inf), axis=1, keepdims=True)
             tops = ops.logical_and(b.owner, peaks >= tops)
             rows = ops.min(ops.where(tops, numbers, len(b.tensor)), axis=1)
@@ -248,7 +251,8 @@ class _Ranking:
             end = ops.where(some_fit, self._last_ties(low, high, firsts, room), end)
             return [self._with_ties(b, s, low, high, end, first) for b, s, first in bundles]
 
-        # The branches return whole masks. XLA would compile them once per tensor otherwise.
+        # Each branch returns all masks, because XLA would otherwise compile the branches once per
+        # tensor.
         return ops.cond(ops.any(some_fit), some, none_or_all)
 
     def _with_ties(self, b, s, low, high, end, first):
@@ -259,8 +263,8 @@ class _Ranking:
     def thresholds(self, kept):
         """Return `(low, high, below, above)`, the two thresholds around `kept` and their counts.
 
-        At most `kept` weights score above `high` (`above` weights), and more than `kept` weights
-        score above `low` (`below` weights). Both forms of the search keep this invariant.
+        `above` weights score above `high`, and `below` weights score above `low`. The counts
+        satisfy `above <= kept < below`. Both search algorithms keep this invariant.
         """
         gap = ops.maximum(ops.abs(self.least), 1e-30)
         # Many scores may tie with the smallest score, as scores of pruned weights do.
@@ -278,7 +282,7 @@ class _Ranking:
         return search(kept, low, high, below, above)
 
     def _is_open(self, kept, low, high, above):
-        """Return whether a search has to go on, per ranking."""
+        """Return, for every ranking, whether its search has to continue."""
         middle = low / 2 + high / 2
         between = (low < middle) & (middle < high) & (high - low > _SMALLEST)
         return (above < kept) & between & (high > self.least)
@@ -287,8 +291,9 @@ class _Ranking:
         """Search with one candidate per step.
 
         The search tries the point at which a straight line between both counts meets `kept` (false
-        position). If one end stays for two steps, its distance is halved, as in the Illinois
-        variant. Every third step tries the middle, which bounds the number of steps for all scores.
+        position). If one bound stays for two steps, the distance of its count from `kept` is
+        halved, as in the Illinois variant. Every third step tries the midpoint, which limits the
+        number of steps for any distribution of scores.
 
         Source: M. Dowell and P. Jarratt, BIT 11 (1971), Illinois variant of false position.
         """
@@ -327,7 +332,7 @@ class _Ranking:
         many = self.together and self.count >= _SAMPLE_FROM
         sampled = self._sample_bounds(kept) if many else ()
         one, side = ops.ones(low.shape, "float32"), ops.zeros(low.shape, "int32")
-        # `ops.where` gives two Python numbers the type `keras.config.floatx()`.
+        # `ops.where` converts two Python numbers to the type `keras.config.floatx()`.
         half, whole = (ops.convert_to_tensor(x, "float32") for x in (0.5, 1.0))
         turn = ops.convert_to_tensor(1, "int32")
         low, high, below, above, *_ = ops.while_loop(
@@ -341,9 +346,9 @@ class _Ranking:
     def _by_sections(self, kept, low, high, below, above):
         """Search with several candidates per step, which XLA counts in one pass over the scores.
 
-        The candidates divide the range between the thresholds into equal sections. One candidate is
-        the exact middle, so the search ends for all scores. 0 is tried in every step, because many
-        scores are 0.
+        The candidates divide the range between the thresholds into sections of equal width. One
+        candidate is the exact midpoint, so the search ends for any distribution of scores. 0 is
+        tried in every step, because many scores are 0.
         """
 
         def narrow(low, high, below, above):
@@ -389,7 +394,7 @@ class _Ranking:
 
         Args:
             low, high: Thresholds; scores between them are tied.
-            firsts: Best entries of every tensor, which are kept before all others.
+            firsts: Best entries of every tensor, which are kept before all other entries.
             room: Number of tied weights that are kept.
         """
         found, offset = [], 0
@@ -408,7 +413,8 @@ class _Ranking:
                 before = before - ops.take(ops.take(before, begins), b.local)
                 space = ops.take(room, b.tensor)
             begins, sizes = (ops.convert_to_tensor(n, "int32") for n in (begins, sizes))
-            # The row in which the room ends, and the room that is left for this row.
+            # Find the row with the last tied entry that is kept, and the number of entries to keep
+            # in it.
             full = ops.cast(before + counts <= space, "int32")
             full = ops.sum(full[None] if self.together else ops.where(b.owner, full, 0), axis=1)
             row = begins + ops.minimum(full, sizes - 1)
@@ -425,19 +431,19 @@ class _Ranking:
     def _above(self, b, s, thresholds):
         """Return the mask of a bundle's scores above a threshold.
 
-        A threshold below the smallest finite score keeps all scores, also NaN.
+        A threshold below the smallest finite score keeps all scores, including NaN.
         """
         everything = self._to_rows(b, thresholds < self.least)
         return (s > self._to_rows(b, self._finite_cut(thresholds))) | everything
 
     def _finite_cut(self, thresholds):
-        """Return thresholds that infinite scores do not exceed if the largest score does not."""
+        """Replace thresholds that are not below the largest finite score by infinity."""
         return ops.where(thresholds < self.most, thresholds, np.inf)
 
     def _count_above(self, thresholds):
         """Return the number of weights above a threshold or among the first, per ranking."""
         count = self._count_scores(thresholds)
-        if self.ahead is not None:  # In each tensor, one of both sets contains the other one.
+        if self.ahead is not None:  # In each tensor, the two sets are nested.
             count = ops.sum(ops.maximum(count, self.ahead))[None]
         return ops.where(thresholds < self.least, self.total, count)
 
@@ -459,8 +465,8 @@ class _Ranking:
     def _by_row(self, reduce, dtype, *matrices):
         """Apply a reduction to the rows of matrices; other arguments are passed on unchanged.
 
-        On a CPU it processes one slab of rows after the other. XLA and TensorFlow write the reduced
-        matrix to memory there, with four bytes per entry of a mask.
+        On a CPU, the slabs of rows are processed one after another. XLA and TensorFlow on a CPU
+        write the matrix to memory before they reduce it, with four bytes per entry of a mask.
         """
         rows = matrices[0].shape[0]
         slabs = rows // _SLAB_ROWS
@@ -484,7 +490,7 @@ class _Ranking:
         return values[0] if self.together else ops.take(values, rows.tensor)[:, None]
 
     def _gather(self, values, reduce, nothing):
-        """Reduce one value per row to one value per ranking; `nothing` is the neutral value."""
+        """Reduce one value per row to one value per ranking. `nothing` is the neutral value."""
         if self.together:
             return reduce(ops.stack([reduce(v) for v in values]))[None]
         return self._by_tensor(values, reduce, nothing)
@@ -527,7 +533,10 @@ def _limited(s, nothing):
 
 
 def _with_first(mask, first):
-    """Add the first entries to a mask: None, a mask, or the index of a column per row."""
+    """Add the first entries to a mask.
+
+    The entries are None, a mask, or the index of a column per row.
+    """
     if first is None:
         return mask
     return mask | (first if first.shape[1] == _ROW_WIDTH else _columns() == first)

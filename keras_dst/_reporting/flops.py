@@ -21,12 +21,14 @@ Shape = tuple[int, ...]
 
 _TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 
-# Names of weights in user-defined layers that are looked up or added, and not multiplied.
+# Endings of the names of weights in custom layers that are looked up or added, and not multiplied.
 _TABLES = re.compile(r"(embeddings?|tokens?)$")
 
-# Batch size of a trace if the Input leaves it open. A model could squeeze away an axis of size 1.
+# Batch size of a trace if the Input does not set it. The size is not 1, because a model could
+# squeeze an axis of size 1.
 _BATCH = 2
-# Two sizes that replace open axes. If the count depends on the size, the FLOPs are unknown.
+# Two sizes that replace axes of unknown size. If the use count depends on the size, the FLOPs are
+# unknown.
 _SIZES = (128, 256)
 
 
@@ -68,13 +70,13 @@ class _Trace(keras.Operation):
         self.repeats = 1
 
     def call(self, args, kwargs):
-        self.calls.clear()  # torch calls again if the model does not run on the meta device.
+        self.calls.clear()  # Keras on torch repeats a call that fails on the meta device.
         self.model(*args, training=False, **kwargs)
         return []
 
     @contextlib.contextmanager
     def recording(self, watched: list):
-        """Record the calls of layers in this context, by instance attributes that hide methods."""
+        """Record the calls of layers within this context, by attributes that override methods."""
         before = []
         try:
             for layer in watched:
@@ -200,7 +202,7 @@ def _inputs(model) -> tuple[tuple, dict]:
 
 
 def _positions(layer, variable, call: _Call) -> int:
-    """Return the number of positions, over the batch, at which a layer applies a whole weight."""
+    """Return the number of positions, over the batch, at which a layer multiplies its weight."""
     shape, x, y = tuple(variable.shape), call.inputs[0], call.output
     if any(None in tensor for tensor in (x, y)):
         raise _UnknownCount(f"the shapes in {layer.name} are unknown")
@@ -223,13 +225,13 @@ def _positions(layer, variable, call: _Call) -> int:
 
 
 def _grid_points(layer, shape: Shape) -> int:
-    """Return the number of points in time or space of a convolution's tensor, over the batch."""
+    """Return the number of positions in time or space of a convolution's tensor, over the batch."""
     first = getattr(layer, "data_format", None) == "channels_first"
     return math.prod(shape[:1] + shape[2:] if first else shape[:-1])
 
 
 def _embedding_positions(layer, variable, x: Shape, y: Shape) -> int:
-    """Return 0 for a lookup of vectors, and the number of positions for a reverse projection."""
+    """Return 0 for a lookup of vectors, or the number of positions of a reverse projection."""
     if len(y) > len(x):
         return 0
     tied = getattr(layer, "tie_weights", True)

@@ -45,7 +45,7 @@ class WeightSensitivity:
 
 @dataclass(frozen=True)
 class SensitivityReport:
-    """Result of `sensitivity`. It prints as a table.
+    """Result of `sensitivity`. A `SensitivityReport` prints as a table.
 
     Attributes:
         model: Name of the model.
@@ -71,9 +71,9 @@ class SensitivityReport:
     def allocation(self, sparsity: float) -> dict[str, float]:
         """Return a sparsity for every weight, for the argument `allocation` of a method.
 
-        Every weight gets the sparsity at which the metric drops by the same amount, by linear
-        interpolation of the weight's curve. The amount is chosen so that the total sparsity is
-        `sparsity`.
+        Every weight gets the sparsity at which the metric drops by the same amount for all weights.
+        The curve of each weight is interpolated linearly. The drop is chosen so that the total
+        sparsity equals `sparsity`.
 
         Args:
             sparsity: Fraction of zeros over all weights of this report, at most the highest
@@ -156,9 +156,9 @@ def sensitivity(
     """Measure how much a trained model loses when a single weight is pruned.
 
     Each prunable weight is pruned by magnitude to each of the sparsities while all other weights
-    stay as they are. The model is evaluated every time. It may be dense, sparse or stripped, and
-    its zeros count as pruned. Its weights are restored at the end, also after an interrupt. Frozen
-    weights are measured only if they have a mask.
+    stay as they are. The model is evaluated after each of these changes. The model may be dense,
+    sparse or stripped, and its zeros count as pruned. The weights are restored at the end, also
+    after an interrupt. Frozen weights are measured only if they have a mask.
 
     Args:
         model: A built and compiled Keras 3 model.
@@ -180,8 +180,8 @@ def sensitivity(
     Raises:
         TypeError: If `model` is not a Keras 3 model.
         ValueError: If the model is not built or not compiled, the data can be iterated only once,
-            the metric is unknown, or the pattern or the filter does not fit. Also if the mask of a
-            layer depends on its weights and would change in this pattern.
+            or the metric is unknown. If the pattern or the filter does not fit. If a layer computes
+            its mask from its weights, and the mask would change in this pattern.
 
     Example:
         >>> model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
@@ -192,7 +192,7 @@ def sensitivity(
     _check(model, data)
     grid = sorted({0.0, *sparsities})[1:]
     if not grid:
-        raise ValueError(f"Expected sparsities above 0 to measure. Received: {sparsities!r}")
+        raise ValueError(f"Expected at least one sparsity above 0. Received: {sparsities!r}")
     kernels = _kernels(model, filters)
     layouts = [kernel.layout for kernel in kernels]
     shapes, names = [k.shape for k in kernels], [k.name for k in kernels]
@@ -260,7 +260,7 @@ def _check(model, data) -> None:
 class _Kernel:
     variable: Any
     layout: Layout
-    effective: Callable | None  # Maps a value to the masked value, if a layer masks it.
+    effective: Callable | None  # Map a value to the masked value. None without a mask.
 
     @property
     def name(self) -> str:
@@ -283,8 +283,8 @@ class _Kernel:
         ):
             raise ValueError(
                 f"The masked value of '{self.name}' is computed from its weights, and changes "
-                "when they are pruned in another pattern. Call keras_dst.strip on the model, or on "
-                "a copy of it, first. Or pass the pattern of its method."
+                "when they are pruned in another pattern. Call keras_dst.strip on the model or "
+                "on a copy first, or pass the pattern of the layer's method."
             )
 
 

@@ -27,7 +27,7 @@ class WeightReport:
 
     Attributes:
         name: Path of the weight.
-        layer: Class name of its layer.
+        layer: Class name of the layer that holds the weight.
         shape: Shape of the weight.
         parameters: Number of entries.
         nonzeros: Number of entries that are neither zero nor masked.
@@ -62,12 +62,15 @@ class WeightReport:
 
     @property
     def flops(self) -> int | None:
-        """Multiplications and additions with nonzeros for one sample. None if unknown."""
+        """Number of multiplications and additions with nonzeros for one sample. None if unknown."""
         return None if self.use_count is None else 2 * self.nonzeros * self.use_count
 
     @property
     def dense_flops(self) -> int | None:
-        """Multiplications and additions for one sample if no entry were zero. None if unknown."""
+        """Number of multiplications and additions for one sample if no entry were zero.
+
+        None if unknown.
+        """
         return None if self.use_count is None else 2 * self.parameters * self.use_count
 
     def to_dict(self) -> dict[str, Any]:
@@ -80,12 +83,12 @@ class WeightReport:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """Result of `report`. It prints as a table.
+    """Result of `report`. A `SparsityReport` prints as a table.
 
     Attributes:
         model: Name of the model.
         parameters: Number of parameters, among them biases and the statistics of normalization
-            layers. A shared layer counts once. State that keras_dst adds does not count.
+            layers. A shared layer counts once. Variables that keras_dst adds do not count.
         nonzeros: Number of parameters that are neither zero nor masked.
         bytes: Size of all parameters, zeros included, in the dtypes of the variables.
         layers: A `WeightReport` for every prunable weight, in the order of the model.
@@ -218,18 +221,18 @@ def report(model) -> SparsityReport:
     """Measure the sparsity, the parameters and the FLOPs of a model.
 
     The model may be dense, made sparse by `sparsify`, trained with `SparseOptimizer`, or stripped.
-    An entry of a weight counts as zero if it is 0 or masked. Prunable weights are the masked
-    weights and all other kernels, also frozen kernels.
+    An entry of a weight counts as zero if it is 0 or masked. The prunable weights are the masked
+    weights and all other kernels, including frozen kernels.
 
     FLOPs are counted for the prunable weights and inference on one sample. A multiplication and an
     addition count as 2, and padding counts as input. The model is traced once, symbolically. A
-    shared layer therefore counts once per call, an RNN cell once per time step, and a layer that
+    shared layer therefore counts once per call, and an RNN cell once per time step. A layer that
     inference does not call counts as 0.
 
-    FLOPs are None if they depend on a size that the input shape leaves open. They are also None for
-    a layer of your own whose weight is neither a convolution kernel nor a matrix over the last axis
-    of an input. Weights whose names end in "token" or "embedding" cost nothing. `reason` explains
-    every None.
+    FLOPs are None if they depend on a size that the input shape leaves open. FLOPs are also None
+    for a custom layer whose weight is neither a convolution kernel nor a matrix over the last axis
+    of an input. Weights whose names end in "token" or "embedding" count as 0 FLOPs. `reason` states
+    why the FLOPs are None.
 
     Args:
         model: A built Keras 3 model or layer. It is not changed.
@@ -280,7 +283,7 @@ def report(model) -> SparsityReport:
 
 
 def _sum_known(counts: list[int | None]) -> int | None:
-    """Return the sum of some counts, or None if one of them is unknown."""
+    """Return the sum of the counts, or None if any count is unknown."""
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 
@@ -292,5 +295,5 @@ def _table_cells(parameters, nonzeros, *flops) -> list[str]:
 
 
 def _bytes_each(dtype: str) -> int:
-    bits = re.search(r"\d+", dtype)  # As in bfloat16 and float8_e4m3fn. "bool" has no digits.
+    bits = re.search(r"\d+", dtype)  # Names such as bfloat16 hold the bits. "bool" has no digits.
     return max(int(bits[0]) // 8, 1) if bits else 1

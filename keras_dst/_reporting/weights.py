@@ -18,7 +18,7 @@ from keras_dst.layers.classes import layouts_of
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.optimizers import optimizers_of, sparse_optimizers
 
-_MAX_CELLS = 64  # Rows and columns of a density map, at most.
+_MAX_CELLS = 64  # Largest number of rows and of columns of a density map.
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _masked(layer) -> Iterator[tuple]:
 
 
 def _innermost(owners: list) -> list:
-    """Return the holders of a weight that do not contain another holder of the same weight."""
+    """Return the layers that hold a weight, without layers that contain another of these layers."""
     ids = {id(layer) for layer in owners}
     return [
         layer
@@ -153,7 +153,7 @@ def _innermost(owners: list) -> list:
 
 
 def _is_kernel(variable, layer) -> bool:
-    """Return whether a variable is a kernel of a layer. It may be frozen or quantized."""
+    """Return whether a variable is a kernel of a layer. The kernel may be frozen or quantized."""
     trained = any(variable is own for own in _keras.trainable_variables_of(layer))
     quantized = variable.dtype == "int8" and layer.quantization_mode == "int8"
     return (trained or quantized) and is_kernel(variable)

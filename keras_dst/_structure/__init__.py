@@ -5,7 +5,7 @@
 1. Constant propagation (`plan.py`, `handlers.py`): find the channels whose value does not depend
    on the input. A unit with zero weights always returns its activated bias.
 2. Coupling (`plan.py`, `unions.py`): put channels into groups that are kept or removed together,
-   such as the channels that an addition adds. Remove a group if every kernel that reads its
+   such as channels that are added to each other. Remove a group if every kernel that reads its
    channels has zero weights for them or can absorb their constants in its bias.
 3. Building (`build.py`, `copies.py`): slice the weights of the layers and call the layers again.
 

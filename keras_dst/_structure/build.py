@@ -37,7 +37,7 @@ def build(plan: Plan) -> keras.Model:
 
 
 class _Builder:
-    """New tensors and operations of the smaller model, by the ids of the old ones."""
+    """Builder of the smaller model, which maps ids of old tensors and operations to new objects."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -50,7 +50,7 @@ class _Builder:
         return self.tensors[id(x.origin or x)]
 
     def add(self, handler: ChannelHandler) -> None:
-        """Call the new operation on the new tensors; leave out terms that are constants."""
+        """Call the new operation on the new tensors, without terms that are constants."""
         call = handler.call
         if isinstance(handler, Addition) and call.constant_terms:
             terms = [self.tensor(x) for x in call.inputs]
@@ -77,7 +77,7 @@ class _Builder:
         return layers.Rescaling(1.0, constants.tolist(), name=name, dtype=dtype)(tensor)
 
     def _operation(self, handler: ChannelHandler):
-        """Return the new operation, which is created at the first of its calls."""
+        """Return the new operation for an old operation, and create it at the first call."""
         op = handler.op
         if id(op) not in self.operations:
             name = self.plan.names[id(op)]

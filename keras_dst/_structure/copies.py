@@ -1,4 +1,4 @@
-"""Copies of layers: `shrink` leaves the layers of the model that it is given unchanged."""
+"""Copies of layers, so that `shrink` does not change the layers of the given model."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def copy_operation(op, name: str, share: bool = False):
     """Return a copy of an operation with the same state, under a new name, outside of any graph.
 
     A Keras layer with weights is created again and gets the values of its variables. Everything
-    else shares its state with the original: layers without weights, layers whose state is more
-    than their variables (lookup tables, statistics, closures), and layers of the user's classes,
-    because their configs may leave out attributes.
+    else shares its state with the original: layers without weights, layers with other state than
+    variables (lookup tables, statistics, closures), and custom layers. The config of a custom layer
+    may leave out attributes.
     """
     if share or not _has_only_variables(op):
         return _shared(op, name)
@@ -59,16 +59,16 @@ def copy_operation(op, name: str, share: bool = False):
 
 
 def live_config(layer) -> dict[str, Any]:
-    """Return the arguments that create a layer again, with functions and objects as they are.
+    """Return the arguments that create a layer again, with the original functions and objects.
 
     The config of a layer describes functions and objects by name, which fails for lambdas and for
     classes that are not registered with Keras.
     """
     try:
-        with warnings.catch_warnings():  # Keras warns about lambdas in files; no file is written
+        with warnings.catch_warnings():  # Keras warns about lambdas in files.
             warnings.simplefilter("ignore")
             config = dict(layer.get_config())
-    except NotImplementedError:  # an object in the config has no config
+    except NotImplementedError:  # An object in the config has no config.
         init = inspect.signature(getattr(layer, "stock", type(layer)).__init__)
         names = {*init.parameters, "name", "trainable", "dtype", "method", "activity_regularizer"}
         config = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
@@ -96,8 +96,8 @@ def copy_recurrent_state(layer, copy) -> None:
 
 
 def _rebuilt(layer, **changes):
-    """Return a built copy with variables of its own; None if its variables differ in shape."""
-    if isinstance(layer, SparseContainer):  # its config names the layers inside that have masks
+    """Return a built copy with its own variables, or None if the shapes of its variables differ."""
+    if isinstance(layer, SparseContainer):  # The config names the inner layers that have masks.
         copy = type(layer).from_config(layer.get_config())
     else:
         config = {**live_config(layer), **changes}
@@ -113,7 +113,7 @@ def _rebuilt(layer, **changes):
 
 
 def _has_only_variables(op) -> bool:
-    """Return whether the variables of an operation, and there are some, are its whole state."""
+    """Return whether an operation has variables and no other state."""
     return (
         isinstance(op, keras.Layer)
         and bool(op.weights)
@@ -122,7 +122,7 @@ def _has_only_variables(op) -> bool:
 
 
 def _shared(op, name: str):
-    """Return another handle on an operation: same state, but its own name and place in a graph."""
+    """Return a shallow copy of an operation, with the same state but its own name and nodes."""
     handle = object.__new__(type(op))
     vars(handle).update(vars(op))
     vars(handle)["name"] = name

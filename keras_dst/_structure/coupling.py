@@ -1,4 +1,4 @@
-"""Groups of channels that leave a model together, and the price of the model without them.
+"""Groups of channels that are removed together, and the cost of the model without them.
 
 `channel_groups` describes a model as plain data. Training ranks and masks the channels of a group
 together; `shrink` removes exactly these channels.
@@ -24,17 +24,17 @@ from keras_dst._structure.unions import Member
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    """Channels that the same variables make and read, so that each of them has the same price.
+    """Channels that the same variables make and read, so that each of them has the same cost.
 
     Attributes:
         ids: the ids of the channels, in ascending order. Each id stands for one channel, or for
-            several channels that cannot leave alone, such as a group of a grouped convolution.
+            several channels that cannot be removed alone, such as a group of a grouped convolution.
         members: the variables that have these channels along one of their axes.
         layers: the names of the layers that make the channels.
         chain: the operations that couple the layers, as `"conv3 → add_1 ← conv1"`. Empty if a
             single layer makes the channels.
-        reason: the reason why the channels have to stay. Empty if each of them can leave.
-        width: the number of channels of the model for one id. It is 1 in most groups.
+        reason: the reason why the channels have to stay. Empty if each channel can be removed.
+        width: the number of channels of the model for one id. The width is 1 in most groups.
     """
 
     ids: np.ndarray
@@ -50,31 +50,32 @@ class ChannelGroup:
 
 @dataclass(frozen=True, eq=False)
 class CoupledChannels:
-    """All channels of a model as plain data, and the groups in which they leave.
+    """All channels of a model as plain data, in groups that are removed together.
 
-    A channel has an id. Positions along the axes of variables that have the same id belong
-    together: they are kept or removed at once. Ids are consecutive numbers. The channels of the
-    first group come first, then the channels of the second group, and so on. Ids below `removable`
-    can leave; all other ids have to stay.
+    A channel has an id. Positions along the axes of variables are kept or removed together if they
+    have the same id. Ids are consecutive numbers. The channels of the first group come first, then
+    the channels of the second group, and so on. Channels with ids below `removable` can be removed.
+    All other channels have to stay.
 
     To remove the channels `dead`, a boolean array with one entry per id:
 
     * set all members with an `output` axis to zero at the positions `dead[member.axes[output]]`;
-    * set all members that follow to zero at the positions `dead[ids]` of their only axis.
+    * set all members that follow their channels to zero at the positions `dead[ids]` of their only
+      axis.
 
-    All dead channels are then exactly zero, and `shrink` removes them without a remainder.
-    The saliency of a channel is the sum over all positions with its id along the output axes.
-    A variable of the model that is no member has no channel that can be followed.
+    All dead channels are then exactly zero, and `shrink` can remove all of them. The saliency of a
+    channel is the sum over all positions with its id along the output axes. A variable of the model
+    that is not a member has no channels that the analysis can follow.
 
     Attributes:
-        members: all variables with channels. A variable appears once. The variables are the
-            variables of the given model, also if its layers are sparse.
-        groups: the groups that can leave, followed by the groups that have to stay.
-        removable: the number of ids that can leave.
+        members: all variables with channels. A variable appears once. They are variables of the
+            given model, also if its layers are sparse.
+        groups: the groups that can be removed, followed by the groups that have to stay.
+        removable: the number of ids of channels that can be removed.
         count: the number of all ids.
         uses: the use count of every variable that a layer multiplies, by the id of the variable;
             see `keras_dst.report`. None if the use count is unknown.
-        other_parameters: the number of entries of all variables that are no members.
+        other_parameters: the number of entries of all variables that are not members.
         other_flops: the FLOPs of these variables; None if they are unknown.
     """
 
@@ -91,7 +92,7 @@ class CoupledChannels:
         return as_table(headings, self._rows())
 
     def _repr_html_(self) -> str:
-        """Return a table for notebooks."""
+        """Return the groups as an HTML table for notebooks."""
         names = ("channels", "made by", "coupled by", "reason to stay")
         head = "".join(f"<th>{name}</th>" for name in names)
         rows = [
@@ -107,7 +108,7 @@ class CoupledChannels:
 
 
 class Cost(NamedTuple):
-    """Price of a model without some of its channels.
+    """Cost of a model without some of its channels.
 
     Attributes:
         parameters: the number of entries of all variables.
@@ -119,7 +120,7 @@ class Cost(NamedTuple):
 
 
 def channel_groups(model) -> CoupledChannels:
-    """Return the channels of a model, and the groups in which they leave it.
+    """Return the channels of a model in groups that are removed together.
 
     Channels are coupled by sums and products, by depthwise and grouped convolutions, by
     normalizations, and by layers that are called several times. `pattern="channel"` prunes coupled
@@ -136,7 +137,7 @@ def channel_groups(model) -> CoupledChannels:
 
     Raises:
         TypeError: if `model` is not a Keras 3 model.
-        ValueError: if the model is not built, or has a `call` of its own and thus no graph.
+        ValueError: if the model is not built, or has its own `call` method and therefore no graph.
 
     Example:
         >>> print(keras_dst.channel_groups(model))
@@ -168,7 +169,7 @@ def channel_groups(model) -> CoupledChannels:
 
 
 def cost_of(channels: CoupledChannels, dead: np.ndarray | None = None) -> Cost:
-    """Return the price of a model without the dead channels, by arithmetic.
+    """Compute the cost of a model without the dead channels, without building this model.
 
     Args:
         channels: the channels of the model.
@@ -188,7 +189,7 @@ def cost_of(channels: CoupledChannels, dead: np.ndarray | None = None) -> Cost:
 
 
 def _members(plan: Plan) -> list[Member]:
-    """Return the variables of the given model that have channels, each once."""
+    """Return the variables of the given model that have channels, without duplicates."""
     found = {}
     for handler in plan.handlers:
         for member in handler.members():
@@ -204,7 +205,7 @@ def _renumbered(member: Member, number: np.ndarray) -> Member:
 
 
 def _groups(plan: Plan, members: list[Member]) -> tuple[list[ChannelGroup], np.ndarray]:
-    """Return all groups, those that can leave first, and the new number of every channel id."""
+    """Return all groups, with removable groups first, and the new number of every channel id."""
     touched: dict[int, list[tuple[int, int]]] = {}
     for place, member in enumerate(members):
         for axis, ids in member.axes.items():

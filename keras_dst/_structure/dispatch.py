@@ -50,7 +50,7 @@ _SPATIAL = (
     *(*_every("MaxPooling{}D"), *_every("AveragePooling{}D")),
     *(*_every("GlobalMaxPooling{}D"), *_every("GlobalAveragePooling{}D")),
 )
-# Activations of one value. Softmax and similar activations mix the channels.
+# Activations that compute every value separately. Softmax and similar activations mix the channels.
 _ELEMENTWISE = (
     *("linear", "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish"),
     *("sigmoid", "hard_sigmoid", "hard_silu", "tanh", "hard_tanh", "softplus", "softsign"),
@@ -160,7 +160,7 @@ def _channel_axis(call: Call) -> int:
 
 
 def _has_channel_axis(kind: type) -> bool:
-    """Return whether layers of this class define which axis has the channels."""
+    """Return whether layers of this class have an argument for the axis of the channels."""
     handler = _HANDLERS.get(kind, ElementwiseMerge)
     return not issubclass(handler, (Rearrangement, Concatenation, ElementwiseMerge, Rescale))
 
@@ -176,7 +176,7 @@ def _unsupported_reason(op) -> str:
 
 
 def _input_reason(handler: type[ChannelHandler], call: Call) -> str:
-    """Return why a call keeps its inputs although its kind of layer can lose inputs."""
+    """Return the reason why a call keeps its inputs although layers of its kind can lose inputs."""
     op, x, y = call.op, call.inputs[0], call.outputs[0]
     if handler is TimeDistributedDense and type(op.layer) is not layers.Dense:
         return f"repeats a {type(op.layer).__name__}, which shrink does not support; {NOT_READ}"
@@ -226,7 +226,7 @@ def _input_reason(handler: type[ChannelHandler], call: Call) -> str:
 
 
 def _unit_reason(handler: type[ChannelHandler], call: Call) -> str:
-    """Return why a layer that can lose inputs has to keep its units."""
+    """Return the reason why a layer that can lose inputs has to keep its units."""
     if handler is Recurrent:
         cell = call.op.cell
         gates = getattr(cell, "recurrent_activation", cell.activation)

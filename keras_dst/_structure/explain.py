@@ -37,7 +37,7 @@ class _ReasonFinder:
         self.producers = {id(y): handler for handler in plan.handlers for y in handler.call.outputs}
 
     def reasons(self, layer: ChannelHandler) -> Counter[str]:
-        """Return why dead units of a layer are kept, with the number of units for each reason."""
+        """Return the reasons why dead units of a layer are kept, with the number of units."""
         plan, ids = self.plan, layer.y.ids
         calls = [handler for handler in plan.handlers if handler.op is layer.op]
         read, why = self._follow(calls)
@@ -51,7 +51,7 @@ class _ReasonFinder:
         )
 
     def _follow(self, calls: list[ChannelHandler]) -> tuple[set[int], dict[int, str]]:
-        """Return the ids of the channels that are read, and reasons for constant channels."""
+        """Return the ids of the channels that are read, and the reasons for constant channels."""
         read: set[int] = set()
         why: dict[int, str] = {}
         reached = {id(handler.y) for handler in calls}
@@ -94,7 +94,7 @@ class _ReasonFinder:
         return self.plan.names[id(handler.op)]
 
     def _coupled(self, handler: ChannelHandler, channel: int) -> str:
-        """Return the names of the layers whose varying channels are coupled to a constant one."""
+        """Return the names of the layers with varying channels that are coupled to this channel."""
         tensors = [
             x for x in (*handler.call.inputs, *handler.called_on) if channel in _varying_ids(x)
         ]

@@ -71,7 +71,7 @@ class Call:
         args: the positional arguments.
         kwargs: the keyword arguments, without the Keras masks that Keras passes by itself.
         outputs: the output tensors.
-        prefix: the names of the nested models around the call.
+        prefix: the names of the nested models that contain the call.
         constant_terms: the constant inputs that an addition no longer adds.
     """
 
@@ -110,18 +110,17 @@ def check_graph(model) -> None:
     check_model(model)
     if not isinstance(model, keras.Model) or _keras.graph_of(model) is None:
         raise ValueError(
-            "Expected a Sequential or Functional model. "
-            f"Received: '{model.name}' of type {type(model).__name__}, which runs its layers in a "
-            "`call` of its own, so that its graph is not known. Fix: pass the Functional models "
-            "inside it."
+            f"Expected a Sequential or Functional model. Received: '{model.name}' of type "
+            f"{type(model).__name__}, which runs its layers in its own `call` method, so that its "
+            "graph is not known. Fix: pass the Functional models inside it."
         )
 
 
 def flatten_graph(model, inputs: list[Tensor]) -> tuple[list[Call], list[Tensor], dict[int, Any]]:
     """Return the calls of a model and of the models inside it, its outputs, and its variables.
 
-    The variables of the model are given by the ids of the variables of the dense copies that stand
-    for its sparse layers.
+    The variables are the original variables of sparse layers, by the ids of the variables of their
+    dense copies.
     """
     calls: list[Call] = []
     dense: dict[int, Any] = {}
@@ -144,7 +143,7 @@ def _flatten(model, inputs, prefix: str, calls: list[Call], dense, originals) ->
         if _is_nested_graph(op) and len(given) == len(_keras.graph_of(op).inputs):
             outputs = _flatten(op, given, f"{prefix}{op.name}_", calls, dense, originals)
         else:
-            if isinstance(op, Gate):  # the dense copy of a gate reads its first input only
+            if isinstance(op, Gate):  # The dense copy of a gate reads its first input only.
                 args, kwargs = (given[0],), {}
             if id(op) not in dense:
                 dense[id(op)] = dense_copy(op)

@@ -1,7 +1,8 @@
 """Handlers of the calls in a graph: how each kind of layer treats its channels.
 
-A handler propagates constants through its call, couples channels that are kept or removed together,
-slices the weights of its layer, and gives the reason why a channel cannot be removed.
+A handler propagates constants through its call, and couples channels that are kept or removed
+together. It also slices the weights of its layer, and gives the reason why a channel cannot be
+removed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class ChannelHandler:
 
     Args:
         call: the call.
-        reason: why the outputs of the operation have to stay; empty if they can be removed.
+        reason: reason why the outputs of the operation have to stay; empty if they can be removed.
     """
 
     can_slice = False  # whether the handler creates the layer again with fewer channels
@@ -39,7 +40,7 @@ class ChannelHandler:
 
     def __init__(self, call: Call, reason: str = ""):
         self.call, self.op, self.reason = call, call.op, reason
-        self.called_on: list[Tensor] = []  # every tensor that a layer with weights is called on
+        self.called_on: list[Tensor] = []  # inputs of all calls of a layer with weights
 
     @property
     def x(self) -> Tensor:
@@ -55,10 +56,10 @@ class ChannelHandler:
         """Set the channel axis of the output."""
 
     def propagate_constants(self) -> None:
-        """Set the constants of the channels of the output."""
+        """Set the constant values of the output channels."""
 
     def couple(self, unions: ChannelUnions) -> None:
-        """Set the channel ids of the output; couple channels and pin channels."""
+        """Set the channel ids of the output, couple channels, and pin channels that must stay."""
         raise NotImplementedError
 
     def members(self) -> list[Member]:
@@ -72,7 +73,7 @@ class ChannelHandler:
 
         Args:
             config: the arguments that create the layer. It is changed in place.
-            removed: for every union of channels, whether it is removed.
+            removed: for every union of coupled channels, whether it is removed.
         """
         axes = {id(member.variable): member.axes for member in self.members()}
         weights = []
@@ -88,26 +89,26 @@ class ChannelHandler:
         Args:
             operation: the operation of the smaller model.
             args, kwargs: the arguments of the call, with the tensors of the smaller model.
-            removed: for every union of channels, whether it is removed.
+            removed: for every union of coupled channels, whether it is removed.
         """
         return operation(*args, **kwargs)
 
     def relabel(self, roots: np.ndarray) -> None:
-        """Replace the ids of the units by the ids of their unions."""
+        """Replace the ids of the units by the ids of the unions that contain them."""
 
     def needs(self, x: Tensor, removed: np.ndarray) -> np.ndarray:
-        """Return, for each channel of an input, whether the outputs need this very channel.
+        """Return, for each channel of an input, whether the outputs need the channel itself.
 
-        A handler that passes channels on, such as an activation, needs none of them itself.
+        A handler that passes channels on, such as an activation, does not need any channel itself.
 
         Args:
             x: an input of the call.
-            removed: for every union of channels, whether it is removed.
+            removed: for every union of coupled channels, whether it is removed.
         """
         return np.zeros(x.channels, bool)
 
     def needed_inside(self, removed: np.ndarray) -> np.ndarray:
-        """Return the ids of the channels within the layer that its outputs need."""
+        """Return the ids of the channels within the layer that the outputs of the layer need."""
         return np.zeros(0, int)
 
     def ignores_input(self) -> np.ndarray:
@@ -115,14 +116,14 @@ class ChannelHandler:
         return np.zeros(self.y.channels, bool)
 
     def broken_constants(self, x: Tensor) -> np.ndarray:
-        """Return the ids of the constant channels of an input that are not constant afterwards."""
+        """Return the ids of the input channels that are constant only before the call."""
         return x.ids[:0]
 
     def reason_for(self, others: str) -> str:
-        """Return why a constant is not constant after the call.
+        """Return the reason why a constant channel is not constant after the call.
 
         Args:
-            others: names of the layers whose varying channels are coupled to the constant one.
+            others: names of the layers whose varying channels are coupled to the constant channel.
         """
         if others and len(self.called_on) > 1:
             return f"is also called on {others}, whose channel is in use; {_SAME_CHANNEL}"
@@ -250,7 +251,7 @@ class ElementwiseMerge(Elementwise):
         for x in self.call.inputs:
             if x.channels == self.y.channels:
                 unions.couple(x.ids, whole[0].ids)
-            else:  # its one channel is broadcast to all channels of the others
+            else:  # The single channel of this input is broadcast to all channels.
                 reason = f"'{self.op.name}' broadcasts the channel; {NOT_READ}"
                 unions.pin(x.ids, reason)
         self.y.ids = whole[0].ids
@@ -311,7 +312,7 @@ class GroupedConv(Elementwise):
 
     @cached_property
     def sizes(self) -> tuple[int, int]:
-        """Number of inputs and number of units of a group."""
+        """Number of input channels and number of units in each group."""
         groups = self.x.channels if isinstance(self.op, DEPTHWISE) else self.op.groups
         return self.x.channels // groups, self.y.channels // groups
 
@@ -374,7 +375,7 @@ class Rearrangement(ChannelHandler):
         self.y.ids = rows[0]
 
     def _output_axis(self) -> int:
-        """Return the axis of the channels in the output; the last axis if they are on several."""
+        """Return the channel axis of the output, or the last axis if there are several."""
         places = self._rearranged(np.arange(self.x.channels))
         for axis in reversed(range(places.ndim)):
             if np.all(places == places.take([0], axis)):
@@ -384,12 +385,12 @@ class Rearrangement(ChannelHandler):
         return places.ndim
 
     def _rows(self, values: np.ndarray) -> np.ndarray:
-        """Return values per input channel as values per output channel, one row per position."""
+        """Return values per output channel for values per input channel, one row per position."""
         moved = np.moveaxis(self._rearranged(values), self.y.axis - 1, -1)
         return moved.reshape(-1, self.y.channels)
 
     def _rearranged(self, values: np.ndarray) -> np.ndarray:
-        """Return values per input channel at every position of the output of one sample.
+        """Return, for every output position of one sample, the value of its input channel.
 
         Unknown sizes count as 2: every size above 1 gives the same result.
         """
@@ -448,7 +449,7 @@ class KernelLayer(ChannelHandler):
 
     @property
     def pads_with_zeros(self) -> bool:
-        """Whether the layer reads zeros around its input, where a constant channel ends."""
+        """Whether the layer pads its input with zeros, which interrupt a constant channel."""
         window = getattr(self.layer, "kernel_size", (1,))
         return getattr(self.layer, "padding", "valid") != "valid" and math.prod(window) > 1
 
@@ -496,7 +497,7 @@ class KernelLayer(ChannelHandler):
         return np.where(np.all(constants == constants[0], 0), constants[0], UNKNOWN)
 
     def can_lose(self) -> np.ndarray:
-        """Return, for each channel, whether it is a constant that can move elsewhere."""
+        """Return, for each channel, whether its constant can move to another place."""
         return ~np.isnan(self.common_constant())
 
     def relabel(self, roots: np.ndarray) -> None:
@@ -508,7 +509,7 @@ class KernelLayer(ChannelHandler):
     def carrier(self, removed: np.ndarray) -> int | None:
         """Return the channel whose kernel entries take over the constants of removed channels.
 
-        None means that the bias takes them over, or that there are no such constants.
+        Return None if the bias takes them over, or if there are no such constants.
         """
         kept, constant = ~removed[self.x.ids], self._removed_constants(removed)
         if not self.pads_with_zeros or not constant.any():
@@ -518,7 +519,7 @@ class KernelLayer(ChannelHandler):
         return int(best.argmax())
 
     def _removed_constants(self, removed: np.ndarray) -> np.ndarray:
-        """Return, for each channel, the constant that the layer loses with it, or 0."""
+        """Return the constant of each removed channel that kept units read; otherwise 0."""
         lost = removed[self.x.ids] & self.reads[:, ~removed[self.unit_ids]].any(1)
         return np.where(lost, np.nan_to_num(self.common_constant()), 0.0)
 
@@ -545,12 +546,12 @@ class KernelLayer(ChannelHandler):
         return [self.w.compress(kept, -2).compress(units, -1)]
 
     def _oriented(self, weights: list[np.ndarray]) -> list[np.ndarray]:
-        """Return kernels with the axes of the layer."""
+        """Return kernels in the axis order of the layer, given the axis order of `w`."""
         return weights
 
 
 class TransposedConv(KernelLayer):
-    """Transposed convolution. At some positions only a part of its window meets the input."""
+    """Transposed convolution. At some positions, only a part of the window overlaps the input."""
 
     @property
     def w(self) -> np.ndarray:
@@ -597,7 +598,8 @@ class SeparableConv(KernelLayer):
         return [depthwise, pointwise, *self._bias()]
 
     def can_lose(self) -> np.ndarray:
-        # No channel can carry the constant of another: every channel has a single window.
+        # No channel can take over the constant of another channel, because each channel has its own
+        # window.
         return self.common_constant() == 0 if self.pads_with_zeros else super().can_lose()
 
     def _sliced(self, kept, units) -> list[np.ndarray]:
@@ -663,7 +665,7 @@ class Recurrent(KernelLayer):
 
     @cached_property
     def gates(self) -> int:
-        """Number of gate kernels that the kernel joins: 4 for LSTM, 3 for GRU, otherwise 1."""
+        """Number of gate kernels that the kernel contains: 4 for LSTM, 3 for GRU, otherwise 1."""
         return self.layer.kernel.shape[-1] // self.layer.units
 
     def place_channels(self) -> None:
@@ -719,7 +721,7 @@ class Recurrent(KernelLayer):
 
 
 def _broadcast_channels(x: Tensor, values: np.ndarray) -> np.ndarray:
-    """Return values per channel in a shape that broadcasts to the shape of the tensor."""
+    """Reshape values per channel so that they broadcast to the shape of the tensor."""
     shape = [1] * len(x.shape)
     shape[x.axis] = x.channels
     return values.reshape(shape)

@@ -16,7 +16,7 @@ class Slice(ChannelHandler):
     def __init__(self, call: Call, reason: str = ""):
         super().__init__(call, reason)
         entries = full_key(call)
-        assert entries is not None  # the dispatch gives only such keys
+        assert entries is not None  # `handler_for` accepts only such keys.
         self.entries = entries
 
     def place_channels(self) -> None:
@@ -86,11 +86,11 @@ class Split(ChannelHandler):
 
 
 class Padding(ChannelHandler):
-    """Zeros next to the values of a tensor, such as next to its channels."""
+    """Zero padding of a tensor, for example along its channels."""
 
     @property
     def width(self) -> list[tuple[int, int]]:
-        """The numbers of values that are added before and after every axis."""
+        """Numbers of values that are padded before and after each axis."""
         width = [tuple(pair) for pair in self.op.pad_width]
         return width * len(self.x.shape) if len(width) == 1 else width
 
@@ -101,7 +101,7 @@ class Padding(ChannelHandler):
         axis = self.x.axis
         inside = self.x.constant
         if any(pair != (0, 0) for a, pair in enumerate(self.width) if a != axis):
-            inside = np.where(inside == 0, 0.0, np.nan)  # other constants end at the border
+            inside = np.where(inside == 0, 0.0, np.nan)  # Other constants end at the border.
         self.y.constant = np.pad(inside, self.width[axis])
 
     def couple(self, unions: ChannelUnions) -> None:

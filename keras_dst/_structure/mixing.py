@@ -18,7 +18,8 @@ class LayerNorm(Normalization):
     """Layer normalization over the channels.
 
     A channel that is zero is part of the mean and of the variance. The smaller model therefore pads
-    the kept channels with zeros to the old width, normalizes, and takes the kept channels again.
+    the kept channels with zeros to the old width, normalizes all channels, and selects the kept
+    channels again.
     """
 
     def members(self) -> list[Member]:
@@ -90,7 +91,7 @@ class GroupNorm(Normalization):
 
 
 class LayerScale(PerChannel):
-    """Product with one number for each channel, as in the ConvNeXt of `keras.applications`."""
+    """Product with one number for each channel, as in ConvNeXt of `keras.applications`."""
 
     def members(self) -> list[Member]:
         return [Member(self.op.gamma, {-1: self.x.ids}, follows=True)]
