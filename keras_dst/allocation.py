@@ -22,7 +22,7 @@ def check(allocation) -> None:
             except (re.error, TypeError) as error:
                 raise ValueError(
                     "The keys of an allocation are weight names or regular expressions. "
-                    f"Received: {name!r}, which is not valid: {error}"
+                    f"Received: {name!r}, which is not a valid expression: {error}"
                 ) from error
             check_sparsity(sparsity, f"allocation[{name!r}]")
     elif allocation not in NAMES:
@@ -44,13 +44,13 @@ def densities(
 
     Args:
         allocation: `"uniform"` gives all weights the same density. `"erk"` (Erdős-Rényi-Kernel)
-            gives densities proportional to `sum(shape) / prod(shape)`, at most 1, so that small
-            layers stay denser. A dict maps names to sparsities; all other weights get `density`. A
-            name is the path of a weight, or a regular expression that is searched for in the
-            paths. If several names match a weight, the last name counts.
+            gives densities proportional to `sum(shape) / prod(shape)`, at most 1. Small layers
+            therefore stay denser. A dict maps names to sparsities. Weights that match no name get
+            `density`. A name is the path of a weight, or a regular expression that is searched for
+            in the paths. If several names match a weight, the last matching name applies.
         shapes: Shapes of the weights.
-        density: Fraction of the weights that are kept, overall.
-        names: Paths of the weights, for a dict.
+        density: Fraction of all weights that is kept.
+        names: Paths of the weights. They are needed only if the allocation is a dict.
 
     Raises:
         ValueError: If the allocation is not known, or if a name in the dict matches no weight.
@@ -73,7 +73,8 @@ def _erk(shapes, density):
     raw = np.array([sum(s) for s in shapes], "float64") / sizes
     full = np.zeros(len(sizes), bool)
     while True:
-        # Weights that would exceed density 1 stay dense; the others share the remaining density.
+        # Weights that would exceed density 1 stay dense. The other weights share the remaining
+        # density.
         budget = density * sizes.sum() - sizes[full].sum()
         result = np.where(full, 1.0, 0.0)
         if not full.all():
@@ -103,16 +104,16 @@ def kept_counts(
     names: Sequence[str] = (),
     final_sparsity: float | None = None,
 ) -> np.ndarray:
-    """Return the number of entries to keep: one total if global, else one per weight (int64).
+    """Return the numbers of entries to keep (int64): one total if global, otherwise one per weight.
 
     The sum of the numbers is exactly `round((1 - sparsity) * size)`, unless the allocation is a
-    dict, which gives every named weight its own sparsity.
+    dict. A dict gives every named weight its own sparsity.
 
     Args:
         allocation, shapes, names: See `densities`.
-        sparsity: Present fraction of zeros.
-        final_sparsity: Final fraction of zeros. The sparsities of a dict are final values, and are
-            scaled by `sparsity / final_sparsity` before. Defaults to None: they are not scaled.
+        sparsity: Current fraction of zeros.
+        final_sparsity: Final fraction of zeros. The sparsities of a dict are final values. They are
+            scaled by `sparsity / final_sparsity`. Defaults to None, which does not scale them.
 
     Example:
         >>> keras_dst.allocation.kept_counts("uniform", [(10, 10), (30, 10)], 0.9)
@@ -127,18 +128,20 @@ def kept_counts(
     counts = np.floor(exact + 1e-9).astype("int64")
     by_name = isinstance(allocation, Mapping)
     total = round(float(exact.sum()) if by_name else (1 - sparsity) * int(sizes.sum()))
-    # Largest-remainder method: the entries lost by rounding down go to the largest remainders.
+    # This is the largest-remainder method: entries lost by rounding down go to the largest
+    # remainders.
     order = np.argsort(counts - exact, kind="stable")
     counts[order[: max(0, total - int(counts.sum()))]] += 1
     return np.minimum(counts, sizes)
 
 
 def floor_counts(shapes: Sequence[Sequence[int]], sparsity: float) -> np.ndarray:
-    """Return the number of entries that a global ranking keeps in every weight at least (int64).
+    """Return the minimum number of entries that a global ranking keeps in every weight (int64).
 
-    A weight keeps a quarter of its entries under `"erk"`, and at least one entry. Global rankings
-    of trained networks rarely reach this floor. Without it, a ranking at 98 % and more may leave
-    single entries of a layer, which no longer passes a signal on.
+    A weight keeps at least one entry, and a quarter of the entries that `"erk"` would keep. A
+    global ranking of a trained network rarely reaches this minimum. Without the minimum, a global
+    ranking at 98 % sparsity may keep only single entries of a layer, which then passes no signal
+    on.
 
     Args:
         shapes: Shapes of the weights.
@@ -156,19 +159,20 @@ def floor_counts(shapes: Sequence[Sequence[int]], sparsity: float) -> np.ndarray
 def equal_drop(
     sparsities: Sequence[float], drops: np.ndarray, sizes: Sequence[int], sparsity: float
 ) -> np.ndarray:
-    """Return sparsities of all weights that make the largest drop of the metric minimal.
+    """Return the sparsities of all weights that minimize the largest drop of the metric.
 
     Every weight is pruned until it costs the same drop of the metric. That drop is chosen so that
-    the total sparsity meets the target. Curves are linear between the measured points. A curve is
-    made monotonic first: a smaller drop at a higher sparsity, or a drop below 0, is replaced by
-    the largest drop before it. If several solutions are left, the sparsities are even.
+    the total sparsity meets the target. Curves are linear between the measured points. Each curve
+    is made monotonic first. A drop that is below 0, or smaller than at a lower sparsity, is
+    replaced by the largest drop before it. If several solutions remain, the sparsities are as even
+    as possible.
 
     Args:
         sparsities: Sparsities at which the drops were measured, increasing from 0.
-        drops: Drop of the metric when a single weight is pruned, an array of shape
-            (weights, sparsities).
+        drops: Drop of the metric when a single weight is pruned, as an array of shape (weights,
+            sparsities).
         sizes: Numbers of entries of the weights.
-        sparsity: Fraction of zeros, overall.
+        sparsity: Fraction of zeros over all weights.
 
     Returns:
         A float64 array in [0, max(sparsities)], with one number per weight.
@@ -185,14 +189,14 @@ def equal_drop(
     grid, drops, counts = (np.asarray(x, "float64") for x in (sparsities, drops, sizes))
     if sparsity > grid[-1]:
         raise ValueError(
-            f"Expected a sparsity of at most {grid[-1]:g}, the highest that was measured. "
+            f"Expected a sparsity of at most {grid[-1]:g}, the highest measured sparsity. "
             f"Received: {sparsity:g}"
         )
     if not np.isfinite(drops).all():
         raise ValueError(f"Expected drops that are finite numbers. Received: {drops.tolist()}")
     drops = np.maximum.accumulate(np.maximum(drops, 0), axis=1)
-    # The small slope only breaks ties: it makes the curves invertible.
+    # The small slope breaks ties, so that the curves are invertible.
     drops = drops / (drops.max() or 1.0) + 1e-6 * grid
-    common = np.unique(drops)  # Sparsities are linear in the drop between these points.
+    common = np.unique(drops)  # Each sparsity is linear between these drops.
     shares = np.array([np.interp(common, curve, grid) for curve in drops])
     return np.array([np.interp(sparsity * counts.sum(), counts @ shares, row) for row in shares])

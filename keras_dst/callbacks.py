@@ -1,4 +1,4 @@
-"""Callbacks for `fit`: sparse training, kept clusters, backups and TensorBoard."""
+"""Callbacks for `fit`: sparse training, fine-tuning of clusters, backups and TensorBoard."""
 
 from __future__ import annotations
 
@@ -25,41 +25,41 @@ class SparseTraining(keras.callbacks.Callback):
 
     The length of the schedule follows from the epochs and steps of the first `fit`. A later `fit`
     continues the schedule. Masks and controllers are updated between steps. The progress bar and
-    the history show `sparsity`: the sparsity of all weights that the method prunes. If a method
+    the history show `sparsity`, the sparsity of all weights that the method prunes. If a method
     learns its sparsity and has a target, the last step adjusts the masks to meet the target
-    exactly. If a target was missed, a warning states by how much.
+    exactly. If a target was missed, a warning states the difference.
 
-    Masks also hold for weights that other callbacks assign, such as the averages of
-    `SwapEMAWeights`. If a callback assigns weights of a time before the target at the end of
-    training, as `EarlyStopping(restore_best_weights=True)` does, they are pruned again with a
-    warning.
+    Masks also apply to weights that other callbacks assign, such as the averages of
+    `SwapEMAWeights`. At the end of training, a callback such as
+    `EarlyStopping(restore_best_weights=True)` may assign weights from a time before the target was
+    reached. They are then pruned again, with a warning.
 
-    While `fit` runs, `model.save` and `model.save_weights` are atomic: a process that is killed
-    leaves the old file or the new file.
+    While `fit` runs, `model.save` and `model.save_weights` are atomic: a killed process leaves the
+    old file or the new file.
 
     Put this callback before Keras callbacks that save within an epoch.
 
     Args:
-        epochs: Number of epochs of the whole schedule, for a training in several calls of `fit`.
-            Defaults to None, the epochs of the first `fit`.
-        steps_per_epoch: Number of batches per epoch, for data of unknown length. Defaults to None:
-            `fit` counts the batches in the first epoch.
-        metric_at_target: Name of a metric whose best value counts only at the target, such as
-            `"val_accuracy"`. The log `"val_accuracy_at_target"` has the value of this metric once
-            the target is reached. Before, it has a value that is worse than any other and that
-            improves from epoch to epoch. Callbacks that monitor it therefore neither keep a model
-            that is not sparse enough nor stop too early. If the metric is measured in training,
-            put this callback first. Defaults to None.
-        metric_mode: Direction in which that metric improves, `"min"` or `"max"`. Defaults to None,
-            the direction of the compiled metric.
+        epochs: Number of epochs of the whole schedule, if training consists of several calls of
+            `fit`. Defaults to None, which means the epochs of the first `fit`.
+        steps_per_epoch: Number of batches per epoch, for data of unknown length. Defaults to None,
+            in which case `fit` counts the batches in the first epoch.
+        metric_at_target: Name of a metric whose best value counts only after the target is reached,
+            such as `"val_accuracy"`. The log `"val_accuracy_at_target"` has the value of this
+            metric once the target is reached. Before that, the log has a placeholder that is worse
+            than any metric and improves from epoch to epoch. Callbacks that monitor this log
+            therefore do not keep a model that is not sparse enough, and do not stop too early. If
+            the metric is measured in training, put this callback first. Defaults to None.
+        metric_mode: Direction in which `metric_at_target` improves, `"min"` or `"max"`. Defaults to
+            None, which means the direction of the compiled metric.
         keep_memory: Whether the process keeps the memory that a training step frees, until `fit`
-            ends. The next step then reuses it. This setting of the C library applies to the whole
-            process. It has an effect only on Linux with glibc, and only if no environment variable
-            such as MALLOC_TRIM_THRESHOLD_ is set. Defaults to False.
+            ends. The next step then uses this memory again. This setting of the C library applies
+            to the whole process. It has an effect only on Linux with glibc, and only if no
+            environment variable such as MALLOC_TRIM_THRESHOLD_ is set. Defaults to False.
 
     Raises:
-        ValueError: If an argument is out of range. In `fit`: if nothing in the model is sparse, or
-            if the length of training is unknown.
+        ValueError: If an argument is out of range. In `fit`: if no weight of the model is sparse,
+            or if the length of training is unknown.
 
     Example:
         >>> model.fit(x, y, epochs=20, callbacks=[keras_dst.callbacks.SparseTraining()])
@@ -120,14 +120,15 @@ class SparseTraining(keras.callbacks.Callback):
         self._epoch_length = self.steps_per_epoch or self.params.get("steps")
         if self._epoch_length is None and (self.epochs or self.params.get("epochs", 1)) < 2:
             raise ValueError(
-                "SparseTraining expects a known number of steps, or more than one epoch. Received "
-                "data of unknown length for one epoch. Pass SparseTraining(steps_per_epoch=...)."
+                "SparseTraining expects a known number of steps per epoch, or more than one "
+                "epoch. Received data of unknown length for one epoch. Pass "
+                "SparseTraining(steps_per_epoch=...)."
             )
         if self.metric_at_target and not all(driver.schedule for driver in self._drivers):
             raise ValueError(
                 f"metric_at_target={self.metric_at_target!r} needs a target for every method. "
                 f"Received: {[driver.method for driver in self._drivers]}. Pass a sparsity to "
-                "every method, or leave metric_at_target out."
+                "every method, or do not pass metric_at_target."
             )
         self._begun = self._metric_seen = False
         self._patch_fit()
@@ -140,10 +141,12 @@ class SparseTraining(keras.callbacks.Callback):
                 self.model, name, functools.partial(AtomicSave, prepare=self._reapply_masks)
             )
         if self.metric_at_target and self.metric_at_target.startswith("val_"):
-            # `on_epoch_end` alone would add the log too late for the callbacks before this one.
+            # `on_epoch_end` alone would add the log too late for callbacks that run before this
+            # callback.
             fit.replace(self.model, "evaluate", self._with_metric_at_target)
         if fit.history is not None:
-            # EarlyStopping assigns weights in its `on_train_end`. The history comes after it.
+            # EarlyStopping assigns weights in its `on_train_end`. The history is called after
+            # EarlyStopping.
             fit.replace(
                 fit.history, "on_train_end", functools.partial(self._with_last_check, fit.history)
             )
@@ -192,12 +195,12 @@ class SparseTraining(keras.callbacks.Callback):
         self._write(logs)
 
     def on_train_end(self, logs=None):
-        if not self._begun:  # BackupAndRestore restored the end of a training.
+        if not self._begun:  # BackupAndRestore restored a finished training run.
             self._begin(self.params.get("epochs", 1))
         if self.metric_at_target and not self._metric_seen:
             warnings.warn(
-                f"metric_at_target={self.metric_at_target!r} was in no log. Did fit run without "
-                "validation data?",
+                f"The logs did not contain metric_at_target={self.metric_at_target!r}. Did fit "
+                "run without validation data?",
                 stacklevel=2,
             )
         if averages_weights(self.model.optimizer):
@@ -208,19 +211,23 @@ class SparseTraining(keras.callbacks.Callback):
             driver.end(self._batches, warn_early=self.epochs is None)
         self._measure()
         if any(driver.in_steps for driver in self._drivers):
-            # This step leaves the masks to the callback. The next `fit` may run without it.
+            # The masks of this compiled step are updated by the callback. The next `fit` may run
+            # without the callback.
             self.model.train_function = None
-        if self._fit.history is None:  # A training loop of the user's own.
+        if self._fit.history is None:  # This is a custom training loop.
             self._fit.end()
 
     # --------------------------------------------------------------------------------------------
 
     def _sync(self):
-        """Assign the state of the running `fit` to the variables, on JAX."""
+        """Assign the state of the running `fit` to the variables on JAX."""
         _ = self.model
 
     def _steps(self, epochs=None):
-        """Return the steps in a number of epochs, or in this `fit`; None if they are unknown."""
+        """Return the number of steps in these epochs, or in this `fit` if `epochs` is None.
+
+        Return None if the number is unknown.
+        """
         if self._epoch_length is None:
             return None
         if epochs is None:
@@ -234,13 +241,13 @@ class SparseTraining(keras.callbacks.Callback):
             driver.reapply_masks()
 
     def _recover(self):
-        """Prune the weights again if another callback has assigned less sparse weights."""
+        """Prune the weights again if another callback assigned less sparse weights."""
         self._sync()
         for driver, reached in zip(self._drivers, self._reached):
             driver.recover(self._batches, reached)
 
     def _with_last_check(self, history, inner):
-        """Return `on_train_end` of the history with a check of the weights that `fit` returns."""
+        """Return an `on_train_end` for the history that also checks the final weights."""
 
         def on_train_end(logs=None):
             inner(logs)
@@ -272,7 +279,7 @@ class SparseTraining(keras.callbacks.Callback):
         logs["sparsity"] = self._sparsity
 
     def _with_metric_at_target(self, evaluate):
-        """Return a model's `evaluate` that adds the metric at the target, as `fit` calls it."""
+        """Return a replacement of `evaluate` that adds the metric at target during `fit`."""
 
         def evaluate_with_metric(*arguments, **options):
             logs = evaluate(*arguments, **options)
@@ -286,8 +293,8 @@ class SparseTraining(keras.callbacks.Callback):
     def _write_at_target(self, logs, name):
         if name not in logs:
             raise ValueError(
-                f"metric_at_target={self.metric_at_target!r} is none of the metrics. "
-                "Expected one of: " + ", ".join(logs)
+                f"metric_at_target={self.metric_at_target!r} is not among the metrics. Expected "
+                "one of: " + ", ".join(logs)
             )
         self._metric_seen = True
         mode = self.metric_mode or _mode(self.model, self.metric_at_target)

@@ -42,7 +42,7 @@ def strip(arguments):
 
 
 def shrink(arguments):
-    """Write the model without its dead channels, and print what was removed."""
+    """Write the model without its dead channels, and print the removed channels."""
     from keras_dst._structure.report import shrink_and_report
     from keras_dst._utils.files import check_writable
 
@@ -61,7 +61,7 @@ def _save(model, output: str) -> None:
 
 
 def export(arguments):
-    """Write a `.tflite` file, and print how each weight is stored."""
+    """Write a `.tflite` file, and print the storage format of each weight."""
     import keras_dst
 
     names = ("optimize", "target", "quantize", "threads", "batch")
@@ -94,13 +94,13 @@ def _arrays(path: str):
 
 
 def _progress(line: str) -> None:
-    """Replace the last line by this line if stderr is a terminal."""
+    """Overwrite the last line of stderr with this line, if stderr is a terminal."""
     if sys.stderr.isatty():
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
 
 def inspect(arguments):
-    """Print how a `.tflite` file stores each constant."""
+    """Print the storage format of each constant in a `.tflite` file."""
     from keras_dst.export.tflite import check_installed
 
     check_installed("ai_edge_litert", "flatbuffers")
@@ -110,7 +110,7 @@ def inspect(arguments):
 
 
 def lint(arguments):
-    """Print the findings for a file. Return 1 if one finding is an error."""
+    """Print the findings for a file. Return 1 if any finding is an error."""
     import keras_dst
 
     path = arguments.model
@@ -139,7 +139,7 @@ def bench(arguments):
 
 
 def recommend(arguments):
-    """Print the method with the best measured accuracy, the figure behind it and its limits."""
+    """Print the method with the best measured accuracy, its figure, and the limits."""
     from keras_dst.recommendation import recommend
 
     names = ("sparsity", "epochs", "pattern", "target")
@@ -151,11 +151,12 @@ def _show(report, as_json: bool) -> None:
 
 
 def _load(path: str, modules: Sequence[str] = ()):
-    """Return the model in a `.keras` file, not compiled.
+    """Return the model of a `.keras` file without compiling it.
 
     Args:
         path: the path of the file.
-        modules: names of modules to import first, from the current folder or installed.
+        modules: names of modules to import first, from the current folder or from the installed
+            packages.
 
     Raises:
         ValueError: if the file cannot be loaded, with the reason and a fix.
@@ -165,7 +166,7 @@ def _load(path: str, modules: Sequence[str] = ()):
     import keras_dst  # registers the sparse layers with Keras  # noqa: F401
 
     if modules:
-        sys.path.insert(0, "")  # find modules in the current folder, as `python -m` does
+        sys.path.insert(0, "")  # Find modules in the current folder, as `python -m` does.
     for module in modules:
         importlib.import_module(module)
     try:
@@ -173,7 +174,7 @@ def _load(path: str, modules: Sequence[str] = ()):
     except Exception as error:
         raise ValueError(
             f"{path} could not be loaded: {error} Fix: for custom layers, add --import MODULE, "
-            "where the module registers them with keras.saving.register_keras_serializable. For "
+            "where MODULE registers them with keras.saving.register_keras_serializable. For "
             "Lambda layers, load the model in Python with keras.saving.load_model(path, "
             "safe_mode=False) and call keras_dst there."
         ) from error

@@ -2,15 +2,16 @@ r"""Weight clustering: few distinct values per tensor (arXiv 1510.00149, section
 
     w_i = s_i c_{l_i}        l_i = argmin_k |w_i / s_i - c_k|        s_i = max |w| of the channel
 
-The values c come from k-means in one dimension, which starts with evenly spaced values
-outside of the gap around zero that pruning leaves. Deviations from the paper:
+The values c come from k-means in one dimension. The search starts with evenly spaced values outside
+of the gap around zero that pruning leaves. Deviations from the paper:
 
-* The values are relative to the largest magnitude s of the output channel, and -1 and 1 stay fixed.
-  Int8 quantization divides every channel by s, and batch normalization multiplies the channel. The
-  int8 tensor therefore has as few distinct values as c.
-* Zero is a value of its own. No other weight becomes zero, so the sparsity does not change.
-* Fine-tuning is a projection: after a step of any optimizer, c_k becomes the mean of w / s of its
-  weights. The paper instead sums the gradients of these weights, which is the same direction.
+* The values are relative to the largest magnitude s of the output channel, and the values -1 and 1
+  do not change. Int8 quantization divides every channel by s, and batch normalization rescales the
+  channel. The int8 tensor therefore has as few distinct values as c.
+* Zero is always one of the values. No other weight becomes zero, so the sparsity does not change.
+* Fine-tuning is a projection: after a step of any optimizer, c_k becomes the mean of w / s over the
+  weights with this value. The paper sums the gradients of these weights instead, which gives the
+  same direction.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from keras_dst._utils.validation import check_integer
 from keras_dst.masks import Layout
 
 _ITERATIONS = 300
-_EQUAL = 1e-6  # Values that differ by less than float32 rounds are one value.
+_EQUAL = 1e-6  # Values that differ by less than float32 precision are equal.
 
 
 def cluster_weights(model, clusters: int = 16, filters: Filters = None):
-    """Give every kernel at most `clusters` distinct values per tensor, in place.
+    """Replace every kernel, in place, by a kernel with at most `clusters` distinct values.
 
-    The values are relative to the largest magnitude of each output channel, so that an int8 file
-    with one scale per channel has at most `clusters` distinct integers per tensor. Vela encodes
-    such tensors in fewer bytes. Zeros stay zeros and count as one value. A kernel that has no more
-    distinct values than `clusters` keeps them, up to the rounding of float32.
+    The values are relative to the largest magnitude of each output channel. An int8 file with one
+    scale per channel therefore has at most `clusters` distinct integers per tensor. Vela encodes
+    such tensors in fewer bytes. Zeros stay zeros and count as one value. A kernel with at most
+    `clusters` distinct values keeps its values, up to float32 rounding.
 
     Fine-tune the model afterwards with `keras_dst.callbacks.KeepClusters`.
 
@@ -68,10 +69,10 @@ def cluster_weights(model, clusters: int = 16, filters: Filters = None):
 class KeepClusters(keras.callbacks.Callback):
     """Callback that fine-tunes a model with few distinct values per kernel.
 
-    When `fit` begins, the kernels are clustered as by `keras_dst.cluster_weights`. Weights of one
-    value stay equal: after every batch, each value becomes the mean of its weights. Zeros stay
+    When `fit` begins, the kernels are clustered by `keras_dst.cluster_weights`. Weights with equal
+    values stay equal: after every batch, each value becomes the mean of its weights. Zeros stay
     zeros, and the largest weight of each output channel keeps its value. With
-    `steps_per_execution`, the weights may differ between two calls of the callback.
+    `steps_per_execution`, weights of one cluster may differ between two calls of the callback.
 
     Args:
         clusters: Largest number of distinct values per kernel, at least 4. Defaults to 16.
@@ -79,7 +80,7 @@ class KeepClusters(keras.callbacks.Callback):
             clusters all kernels.
 
     Raises:
-        ValueError: In `fit`, as `keras_dst.cluster_weights`.
+        ValueError: In `fit`, for the same reasons as `keras_dst.cluster_weights`.
 
     Example:
         >>> model.fit(x, y, epochs=2, callbacks=[keras_dst.callbacks.KeepClusters(16)])
@@ -113,12 +114,12 @@ class KeepClusters(keras.callbacks.Callback):
 
 @dataclass
 class _Kernel:
-    """A kernel and its clusters.
+    """Kernel and its clusters.
 
     Attributes:
         variable: Variable of the kernel.
-        scales: Largest magnitude of each output channel, in a shape that fits the kernel.
-        values: Relative values of the clusters. The first value is 0.
+        scales: Largest magnitude of each output channel, in a shape that broadcasts to the kernel.
+        values: Values of the clusters, relative to the scales. The first value is 0.
         labels: Index of the cluster of each weight, in the shape of the kernel.
     """
 
@@ -128,7 +129,7 @@ class _Kernel:
     labels: np.ndarray
 
     def project(self) -> None:
-        """Set every weight to the mean of its cluster. The values 0, -1 and 1 stay."""
+        """Set every weight to the mean of its cluster. The values 0, -1 and 1 do not change."""
         relative, labels = _array(self.variable) / self.scales, self.labels.ravel()
         counts = np.bincount(labels, minlength=len(self.values))
         sums = np.bincount(labels, relative.ravel(), minlength=len(self.values))
@@ -139,7 +140,7 @@ class _Kernel:
 
 
 def _clustered(model, clusters, filters) -> list[_Kernel]:
-    """Return the clusters of the selected kernels. The weights do not change."""
+    """Return the clusters of the selected kernels, without changing the weights."""
     check_integer(clusters, "clusters", 4)
     weights = [weight for weight in weights_of(model) if weight.prunable]
     masked = [weight.variable.path for weight in weights if weight.mask is not None]
@@ -172,22 +173,25 @@ def _cluster(variable, layout: Layout, clusters: int) -> _Kernel:
 
 
 def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
-    """Return the sorted values of k-means in one dimension. The values -1 and 1 stay fixed.
+    """Return the values that k-means in one dimension finds, in ascending order.
+
+    The values -1 and 1 do not change.
 
     Args:
         numbers: Sorted numbers in [-1, 1].
         clusters: Number of values, at least 2.
 
     Returns:
-        At most `clusters` values. If there are no more than `clusters` distinct numbers, these
-        numbers are the values.
+        At most `clusters` values. If there are at most `clusters` distinct numbers, these numbers
+        are the values.
     """
     if not len(numbers):
         return numbers
     starts = np.flatnonzero(np.diff(numbers, prepend=-2) > _EQUAL)
     if len(starts) <= clusters:
         return _with_fixed_ends(_means(numbers, starts), numbers)
-    # Pruned weights have no small magnitudes. The values begin outside of this gap around zero.
+    # Pruned weights have no small magnitudes. The first values therefore lie outside of this gap
+    # around zero.
     split = np.searchsorted(numbers, 0)
     low, high = numbers[split - 1 : split + 1] if 0 < split < len(numbers) else (0.0, 0.0)
     values = np.linspace(numbers[0], numbers[-1] - (high - low), clusters)
@@ -207,22 +211,25 @@ def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
 
 
 def _means(numbers: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Return the mean of each part of some numbers. `starts` holds the first index of each part."""
+    """Return the mean of each section of an array of numbers.
+
+    `starts` holds the first index of each section.
+    """
     return np.add.reduceat(numbers, starts) / np.diff(starts, append=len(numbers))
 
 
 def _with_fixed_ends(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Return values of which the first is -1 and the last is 1 if a number has this value."""
+    """Set the first value to -1 and the last value to 1 if `numbers` contain these values."""
     first = -1 if numbers[0] == -1 else values[0]
     last = 1 if numbers[-1] == 1 else values[-1]
     return np.concatenate([[first], values[1:-1], [last]]) if len(values) > 1 else values
 
 
 def _nearest(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Return the index of the value that is nearest to each number."""
+    """Return the index of the nearest value for each number."""
     return np.searchsorted((values[1:] + values[:-1]) / 2, numbers, side="right")
 
 
 def _array(variable) -> np.ndarray:
-    """Return the values of a variable in float64, in which sums of weights are precise."""
+    """Return a variable in float64, so that sums of its weights are precise."""
     return ops.convert_to_numpy(ops.convert_to_tensor(variable)).astype("float64")

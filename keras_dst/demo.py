@@ -1,4 +1,4 @@
-"""Demo on real data: train a sparse model, strip it, export it, and run the file."""
+"""Demo on real data: train a sparse model, strip it, export it, and run the exported file."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def run(epochs: int = 40, seed: int = 0, keep: str | None = None) -> dict:
     Args:
         epochs: Number of epochs of both training runs. Defaults to 40.
         seed: Seed of both training runs. Defaults to 0.
-        keep: Path at which to keep the sparse `.tflite` file. Defaults to None, which deletes
-            the file.
+        keep: Path at which the sparse `.tflite` file is kept. Defaults to None, which deletes the
+            file.
 
     Returns:
         The figures of the printed table: accuracies, bytes, and the latency ratio.
@@ -46,7 +46,7 @@ def run(epochs: int = 40, seed: int = 0, keep: str | None = None) -> dict:
         report = export_tflite(strip(sparse), path, inputs=test[0], evaluate=test)
     print(report)
     unencoded, *_, encoded = report.files
-    assert unencoded.latency  # measured, by default
+    assert unencoded.latency  # The latency is measured by default.
     assert encoded.latency
     figures = {
         "accuracy_dense": _accuracy(dense, test),

@@ -73,7 +73,7 @@ def test_select(filters, chosen):
 def test_a_filter_that_selects_nothing(filters):
     wrong = filters[-1] if isinstance(filters, list) else filters
     with pytest.raises(
-        ValueError, match=f"'{wrong}' matches none of the names. Names: conv_1, conv_2"
+        ValueError, match=f"'{wrong}' does not match any name. Names: conv_1, conv_2"
     ):
         select(NAMES, filters, NAMES)
 

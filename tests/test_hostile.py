@@ -397,7 +397,7 @@ def test_a_filter_that_is_a_lambda_cannot_be_saved_before_it_chose():
 def test_a_damaged_record_of_a_backup(record, tmp_path):
     (tmp_path / "training.json").write_text(record)
     model = stop_worker.build(ALL_METHODS["magnitude"])
-    with pytest.raises(ValueError, match="Expected a record of a backup"):
+    with pytest.raises(ValueError, match="to be the record of a backup"):
         stop_worker.fit(model, SparseTraining(), BackupAndRestore(tmp_path))
 
 

@@ -176,7 +176,7 @@ def test_masks_by_name():
     for names in (["net/stem/kernel", "head"], ".*(stem|head)/kernel"):
         titles = list(pictures(plots.masks(model, names)))
         assert [title.split("\n")[0] for title in titles] == ["net/stem/kernel", "net/head/kernel"]
-    with pytest.raises(ValueError, match="names: 'conv9' matches none of the names"):
+    with pytest.raises(ValueError, match="names: 'conv9' does not match any name"):
         plots.masks(model, "conv9")
     with pytest.raises(ValueError, match="no prunable weight"):
         plots.masks(keras.Sequential([keras.Input((4,)), layers.BatchNormalization()]))
@@ -252,7 +252,7 @@ def test_history_of_selected_metrics(pyplot):
     assert plots.history(history, ["(val_)?loss"], given) is given
     assert len(given.figure.axes) == 1
     assert len(given.get_lines()) == 2
-    with pytest.raises(ValueError, match="names: 'f1' matches none of the names"):
+    with pytest.raises(ValueError, match="names: 'f1' does not match any name"):
         plots.history(history, "f1")
     with pytest.raises(ValueError, match="history must have at least one epoch"):
         plots.history({})

@@ -314,7 +314,7 @@ def test_ties_are_shared_evenly_within_the_measured_range():
     # Pruning the first weight costs metric at once, so the second weight is pruned first.
     dear = [[0, 0.5, 1], [0, 0, 0]]
     assert equal_drop([0, *GRID], dear, [10, 90], 0.675) == pytest.approx([0, 0.75], abs=1e-5)
-    with pytest.raises(ValueError, match=r"at most 0.75, the highest that was measured"):
+    with pytest.raises(ValueError, match=r"at most 0.75, the highest measured sparsity"):
         equal_drop([0, *GRID], dear, [10, 90], 0.8)
     with pytest.raises(ValueError, match="finite"):
         equal_drop([0, *GRID], [[0, np.nan, 1], [0, 0, 0]], [10, 90], 0.5)
@@ -407,13 +407,13 @@ class TestErrors:
     def test_the_rest(self, data):
         with pytest.raises(ValueError, match=r"accuracy, loss\. Received: 'f1'"):
             keras_dst.sensitivity(net(), data, metric="f1", verbose=0)
-        with pytest.raises(ValueError, match="Expected sparsities above 0"):
+        with pytest.raises(ValueError, match="Expected at least one sparsity above 0"):
             keras_dst.sensitivity(net(), data, ())
         with pytest.raises(ValueError, match=r"in \[0, 1\)"):
             keras_dst.sensitivity(net(), data, (0.5, 1.5))
         with pytest.raises(ValueError, match=r"fixes the sparsity at 0.5"):
             keras_dst.sensitivity(net(), data, pattern="2:4")
-        with pytest.raises(ValueError, match="matches none of the names"):
+        with pytest.raises(ValueError, match="does not match any name"):
             keras_dst.sensitivity(net(), data, filters="three")
         with pytest.raises(ValueError, match="filters selects no weight"):
             keras_dst.sensitivity(net(), data, filters=lambda variable: False)

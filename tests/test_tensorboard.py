@@ -197,7 +197,7 @@ class TestErrors:
             SparsityTensorBoard(tmp_path, update_freq=wrong)
 
     def test_nothing_sparse(self, tmp_path):
-        with pytest.raises(ValueError, match="SparsityTensorBoard found nothing sparse"):
+        with pytest.raises(ValueError, match="SparsityTensorBoard found no sparse weights"):
             models.compiled(net()).fit(
                 *models.data(), verbose=0, callbacks=[SparsityTensorBoard(tmp_path / "logs")]
             )

@@ -1,4 +1,4 @@
-"""`shrink`: plan the removal of channels, build the smaller model, compare both models."""
+"""`shrink`: plan the removal of channels, build the smaller model, and compare both models."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from keras_dst._structure.plan import Plan
 
 
 def shrink(model) -> keras.Model:
-    """Remove dead channels; return a smaller dense model with the same predictions.
+    """Remove dead channels, and return a smaller dense model with the same predictions.
 
     A unit is dead if its weights are all zero, as after `methods.Consensus` or after any method
-    with `pattern="channel"`. A channel is also dead if no layer reads it. Dead channels are
-    followed through batch normalization, activations, pooling, flattening, permutation,
+    with `pattern="channel"`. A channel is also dead if no layer reads it. The analysis follows dead
+    channels through batch normalization, activations, pooling, flattening, permutation,
     concatenation, addition and convolutions, with channels first or last. Grouped convolutions lose
-    whole groups; recurrent layers lose inputs. The constants that removed channels leave behind
-    move into the biases of the next layers. If a constant meets zero padding, one channel stays
-    and carries the constants of all removed channels. A branch that only adds constants is removed
-    as a whole. Layers that mix their channels and custom layers keep all channels, and every layer
-    keeps at least one. `shrink_report` lists the channels that stay, with reasons.
+    only whole groups of channels. Recurrent layers lose only inputs. The constant values of removed
+    channels move into the biases of the next layers. If a constant channel is padded with zeros,
+    one channel stays and carries the constants of all removed channels. A branch that only adds
+    constants is removed as a whole. Layers that mix their channels and custom layers keep all
+    channels. Every layer keeps at least one channel. `shrink_report` lists the channels that stay,
+    with reasons.
 
     Before the smaller model is returned, both models are run on random inputs and compared.
 
@@ -36,13 +37,13 @@ def shrink(model) -> keras.Model:
             changed. Masks of a sparse model are applied in the smaller model.
 
     Returns:
-        A new Functional model that is not compiled. Layers keep their names; layers of nested
+        A new Functional model that is not compiled. Layers keep their names, and layers of nested
         models become layers of the new model. Custom layers, preprocessing layers and layers
-        without weights share their state with the given model; all other layers are copies.
+        without weights share their state with the given model. All other layers are copies.
 
     Raises:
         TypeError: if `model` is not a Keras 3 model.
-        ValueError: if the model is not built, has a `call` of its own, or cannot be run on random
+        ValueError: if the model is not built, has its own `call` method, or cannot be run on random
             inputs.
         RuntimeError: if the outputs differ by more than 1e-5 of their size (2e-2 in half
             precision).
@@ -60,7 +61,7 @@ def shrink(model) -> keras.Model:
 
 
 def plan_and_build(model) -> tuple[Plan, keras.Model]:
-    """Return the plan for a model and the smaller model, once it is equal to the given model."""
+    """Return the plan and the smaller model, after a comparison with the given model."""
     check_graph(model)
     plan = Plan(model)
     small = build(plan)
@@ -109,17 +110,17 @@ def _vocabularies(model) -> dict[type, list]:
 
 
 def inference(model, inputs) -> Callable:
-    """Return the forward pass of a model without side effects, compiled if it can be compiled."""
+    """Return the forward pass of a model without side effects, compiled if possible."""
 
     def forward(x):
-        with keras.StatelessScope():  # states of recurrent layers and random seeds do not advance
+        with keras.StatelessScope():  # States of recurrent layers and random seeds do not advance.
             return model(x, training=False)
 
     compiled = jit(forward)
     try:
         compiled(inputs)
-    except Exception:  # for example, lookup tables run op by op only
-        forward(inputs)  # an error of the model itself is raised here
+    except Exception:  # For example, lookup tables run only eagerly.
+        forward(inputs)  # An error of the model itself is raised here.
         return forward
     return compiled
 

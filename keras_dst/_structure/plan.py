@@ -17,7 +17,7 @@ class Plan:
 
     Args:
         model: a Sequential or Functional model, dense or sparse.
-        remove: whether to remove anything. Without removal, `build` makes a dense copy of the
+        remove: whether to remove any channels. Without removal, `build` makes a dense copy of the
             model. Defaults to True.
 
     Attributes:
@@ -27,9 +27,9 @@ class Plan:
         tied: ids of the operations that share a weight with another operation.
         originals: the variables of the given model, by the ids of the variables of dense copies.
         pinned: for every union of coupled channels, by its id, whether it has to stay.
-        pin_reasons: by union, the reason why it has to stay.
-        removed: for every union, whether it is removed.
-        kept_reasons: by union, the reason why a removable union is kept.
+        pin_reasons: by union of coupled channels, the reason why it has to stay.
+        removed: for every union of coupled channels, whether it is removed.
+        kept_reasons: by union of coupled channels, the reason why a removable union is kept.
     """
 
     def __init__(self, model, remove: bool = True):
@@ -94,7 +94,7 @@ class Plan:
         return names
 
     def _couple_channels(self) -> np.ndarray:
-        """Couple all channels; return, for every union, whether it has to stay."""
+        """Couple all channels, and return for every union of channels whether it has to stay."""
         unions = ChannelUnions()
         for x in self.inputs:
             x.ids = unions.new(x.channels)
@@ -125,8 +125,9 @@ class Plan:
         return pinned
 
     def _remove_unread_channels(self) -> None:
-        """Remove all groups that no remaining unit needs; repeat, as removed units read nothing."""
-        known = {id(kernel.op) for kernel in self.kernels}  # one call of each shows all its needs
+        """Remove all groups that no remaining unit needs, until no more groups can be removed."""
+        # One call of each kernel layer shows all its needs.
+        known = {id(kernel.op) for kernel in self.kernels}
         others = [h for h in self.handlers if id(h.op) not in known]
         readers = [*self.kernels, *others]
         while True:
@@ -161,7 +162,7 @@ class Plan:
 
 
 def _weight_sharing(operations: list) -> dict[int, str]:
-    """Return a reason for every operation that shares a weight with another, by its id."""
+    """Return, by id of an operation, the reason that it shares a weight with another operation."""
     owners: dict[int, dict[int, str]] = {}
     for op in operations:
         for variable in getattr(op, "weights", ()):

@@ -1,4 +1,4 @@
-"""`shrink_report`: the channels that `shrink` removes, and why it keeps other dead channels."""
+"""`shrink_report`: the channels that `shrink` removes, and reasons why other dead channels stay."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ShrinkReport:
     layers: list[ChannelReport] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain values, which can be written as JSON."""
+        """Return the report as a dict of plain values, which can be written as JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -110,25 +110,26 @@ def _ratio(name: str, before: float | None, after: float | None) -> str:
 
 
 def shrink_report(model, latency: bool = False) -> ShrinkReport:
-    """Report the channels that `shrink(model)` removes, and why it keeps other dead channels.
+    """Report the channels that `shrink(model)` removes, and why other dead channels are kept.
 
     A channel, unit or filter is dead if its weights are all zero or if no layer reads it. The
     reason for a kept channel names the first layer on the way to the output that needs it.
 
     Args:
         model: a built Sequential or Functional model, dense or sparse. It is not changed.
-        latency: whether to measure both models. The latency is the median of 50 runs on one
-            sample, in turn, compiled by the current backend (on PyTorch: not compiled). Defaults
-            to False.
+        latency: whether to measure both models. The latency is the median of 50 runs on one sample.
+            Both models run in turn and are compiled by the current backend, except on PyTorch.
+            Defaults to False.
 
     Returns:
         A `ShrinkReport`.
 
     Raises:
         TypeError: if `model` is not a Keras 3 model.
-        ValueError: if the model is not built, has a `call` of its own, or cannot be run on random
+        ValueError: if the model is not built, has its own `call` method, or cannot be run on random
             inputs.
-        RuntimeError: if the outputs of the smaller model differ.
+        RuntimeError: if the outputs of the smaller model differ from the outputs of the given
+            model.
 
     Example:
         >>> print(keras_dst.shrink_report(model, latency=True))
@@ -137,12 +138,12 @@ def shrink_report(model, latency: bool = False) -> ShrinkReport:
 
 
 def shrink_and_report(model, latency: bool = False) -> tuple[keras.Model, ShrinkReport]:
-    """Return the smaller model and its report from one plan."""
+    """Plan once, and return the smaller model and its report."""
     plan, small = plan_and_build(model)
     before, after = report(model), report(small)
     times: list[float | None] = [None, None]
     if latency:
-        # Masks take time in every call, which is not saved by removing channels.
+        # Masks take time in every call. Removing channels does not save this time.
         dense = build(Plan(model, remove=False)) if has_sparse_layers(model) else model
         times = _latencies(dense, small)
     kept = {id(handler.op) for handler in plan.handlers}
@@ -169,7 +170,7 @@ def shrink_and_report(model, latency: bool = False) -> tuple[keras.Model, Shrink
 
 
 def _latencies(*models: keras.Model, runs: int = 50, warmup: int = 5) -> list[float | None]:
-    """Return the median seconds of one call of each model; the models are called in turn."""
+    """Return the median seconds of one call of each model. The models are called alternately."""
     inputs = random_inputs(models[0], batch=1)
     calls = [inference(model, inputs) for model in models]
     times = np.zeros((warmup + runs, len(calls)))
@@ -177,6 +178,6 @@ def _latencies(*models: keras.Model, runs: int = 50, warmup: int = 5) -> list[fl
         for place, call in enumerate(calls):
             begin = time.perf_counter()
             for output in tree.flatten(call(inputs)):
-                ops.convert_to_numpy(output)  # waits for the result
+                ops.convert_to_numpy(output)  # Wait for the result.
             times[run, place] = time.perf_counter() - begin
     return [float(median) for median in np.median(times[warmup:], axis=0)]

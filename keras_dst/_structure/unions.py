@@ -1,4 +1,4 @@
-"""Ids of channels, the unions of coupled channels, and the variables that the ids belong to."""
+"""Ids of channels, unions of coupled channels, and the variables that the ids belong to."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Member:
             convolutions, -2 for depthwise and transposed kernels. None for all other variables.
         follows: True if the variable is set to zero together with a channel, as a bias is, so that
             the channel is exactly zero. False for kernels and for variances.
-        shrinks: False if the variable keeps its size when channels leave: layer normalization
-            counts the channels that left as zeros.
+        shrinks: False if the variable keeps its size when channels are removed: layer normalization
+            counts removed channels as zeros.
         layer: the name of the layer.
     """
 
@@ -38,7 +38,8 @@ class Member:
 class ChannelUnions:
     """Unions of coupled channels, and the reasons why some channels have to stay.
 
-    Every channel has an id of its own at first. `couple` unites channels; `pin` keeps channels.
+    At first, every channel has its own id. The method `couple` unites channels, and `pin` keeps
+    channels.
     """
 
     def __init__(self):
@@ -60,7 +61,7 @@ class ChannelUnions:
         return self._units[id(layer)]
 
     def called_on(self, layer, x: Tensor) -> list[Tensor]:
-        """Return all inputs of a layer so far; couple their channels, as they meet one weight."""
+        """Return all inputs of a layer so far. Couple their channels, which meet one weight."""
         tensors = self._called_on.setdefault(id(layer), [])
         tensors.append(x)
         self.couple(x.ids, tensors[0].ids)
@@ -71,7 +72,7 @@ class ChannelUnions:
         self._edges.append((a, b))
 
     def pin(self, ids: np.ndarray, reason: str) -> None:
-        """Keep the channels with these ids, for a reason."""
+        """Keep the channels with these ids, and store the reason."""
         self._pinned.append((ids, reason))
 
     def roots(self) -> np.ndarray:
@@ -89,7 +90,7 @@ class ChannelUnions:
         return roots
 
     def reasons(self, roots: np.ndarray) -> dict[int, str]:
-        """Return the first reason of every union that has to stay, by its root."""
+        """Return, by the smallest id of each union that has to stay, the first reason."""
         found: dict[int, str] = {}
         for ids, reason in self._pinned:
             for root in np.unique(roots[ids]):

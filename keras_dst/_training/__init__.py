@@ -1,1 +1,1 @@
-"""Training: the update clock, the drivers, what a fit patches, backups, TensorBoard."""
+"""Training: drivers of mask updates, patches of a running fit, backups, and TensorBoard."""

@@ -1,4 +1,4 @@
-"""`BackupAndRestore`: resume a training that was killed."""
+"""`BackupAndRestore`: resume a training run that was killed."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ _RECORD = "training.json"
 
 
 class BackupAndRestore(keras.callbacks.Callback):
-    """Callback that backs up a training and resumes it exactly, whenever it was killed.
+    """Callback that backs up a training run and resumes it exactly after a kill at any moment.
 
-    A resumed training ends with the same weights as a training that was not killed. For this, it
-    differs from `keras.callbacks.BackupAndRestore` in four ways:
+    A resumed training run ends with the same weights as a run that was not killed. For this, the
+    callback differs from `keras.callbacks.BackupAndRestore` in four ways:
 
-    * Backups are atomic. A kill leaves the previous backup or the new backup.
+    * Backups are atomic. After a kill, the folder holds the previous backup or the new backup.
     * A backup holds the weights and the epoch and batch that belong to them.
-    * Training resumes with the batch after the backup. The earlier batches of the epoch are drawn
-      from the data, but not trained on.
+    * Training resumes with the batch that follows the backup. The earlier batches of the epoch are
+      drawn from the data, but the model is not trained on them.
     * A backup holds the states of random number generators, such as those of dropout.
 
     A backup is written after all callbacks have processed an epoch or a batch, in any order of
     callbacks.
 
-    The data must come in the same order again: pass `shuffle=False` to `fit`, or use a data set
-    whose order depends only on the epoch. The logs of a resumed epoch cover the batches since the
-    backup.
+    The order of the data must be the same again: pass `shuffle=False` to `fit`, or use a data set
+    whose order depends only on the epoch. The logs of a resumed epoch cover only the batches after
+    the backup.
 
     Args:
-        backup_dir: Folder that only this training uses.
+        backup_dir: Folder that only this training run uses.
         save_freq: `"epoch"`, or the number of batches between two backups. Defaults to `"epoch"`.
         delete_checkpoint: Whether the backup is deleted when training ends. Defaults to True.
 
@@ -70,7 +70,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         self.delete_checkpoint = delete_checkpoint
 
     def on_train_begin(self, logs=None):
-        self._epoch = None  # The epoch and batch that train next.
+        self._epoch = None  # The next epoch and batch to train.
         self._batch = 0
         self._since = 0  # Number of batches trained since the last backup.
         self._generator = None  # State of the torch generator that will be restored.
@@ -148,9 +148,9 @@ class BackupAndRestore(keras.callbacks.Callback):
         model, path = self.model, self.backup_dir / _RECORD
         if not model.built:
             raise ValueError(
-                f"Expected a built model, to restore the backup in {self.backup_dir}. Received "
-                f"'{model.name}', which has no weights yet. Give the model an Input, or call it "
-                "once on data, before fit."
+                f"Expected a built model, so that the backup in {self.backup_dir} can be "
+                f"restored. Received '{model.name}', which has no weights yet. Give the model an "
+                "Input, or call it once on data, before fit."
             )
         try:
             record = json.loads(path.read_text())
@@ -159,8 +159,8 @@ class BackupAndRestore(keras.callbacks.Callback):
             seeds, self._generator = list(record["seeds"]), record["generator"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"Expected a record of a backup in {path}. The file holds something else. Delete "
-                f"{self.backup_dir} to train from the beginning."
+                f"Expected {path} to be the record of a backup. The file has other content. "
+                f"Delete {self.backup_dir} to train from the beginning."
             ) from error
         if model.optimizer is not None and not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
@@ -172,16 +172,17 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._fit.skipped_batches = batch
 
     def _restore_generator(self):
-        """Restore the state of the torch generator, at the batch after the backup.
+        """Restore the state of the torch generator before the first batch after the backup.
 
-        The beginning of an epoch also draws random numbers.
+        Restoring earlier would be wrong, because the beginning of an epoch also draws random
+        numbers.
         """
         if self._generator is not None:
             set_torch_rng_state(self._generator)
             self._generator = None
 
     def _forget_start(self):
-        """Reset the first epoch, which Keras would use for every later `fit`."""
+        """Reset the first epoch, because Keras would use it for every later `fit`."""
         _keras.set_initial_epoch(self.model, None)
         self._fit.skipped_batches = 0
 

@@ -1,4 +1,4 @@
-"""Coupling of channels during training: tell methods which channels of a model leave together."""
+"""Coupling of channels during training: tell methods which channels are removed together."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Coupling(NamedTuple):
 
 
 def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) -> Coupling:
-    """Return the coupled channels of a model, if the method ranks channels.
+    """Return the coupled channels of a model if the method ranks channels.
 
-    A channel can be pruned if the method has all weights that make it. Channels of the outputs of
-    the model always stay.
+    A channel can be pruned if all weights that make the channel are under the method. Channels of
+    the outputs of the model always stay.
 
     Args:
         model: Model that holds the weights.
@@ -54,7 +54,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
     if method.pattern != "channel" or (method.learned and not isinstance(method, UnitMethod)):
         return alone
     gates = any(isinstance(layer, Gate) for layer in _keras.flatten_layers(model))
-    if gates and isinstance(method, UnitMethod):  # a `Gate` may multiply anything by its gates
+    if gates and isinstance(method, UnitMethod):  # A `Gate` may multiply any tensor by its gates.
         return alone
     if _keras.graph_of(model) is None:
         return alone if method.learned else _uncoupled(model, method, layouts)
@@ -79,7 +79,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
             f"{method!r}. Select more layers, or use another pattern. Reasons why channels stay: "
             f"{reasons or 'none'}"
         )
-    # Consecutive numbers for the channels of the chosen groups.
+    # Number the channels of the chosen groups consecutively.
     numbers = np.full(coupled.count, -1, "int32")
     numbers[np.concatenate([group.ids for group in chosen])] = np.arange(sum(map(len, chosen)))
     groups = channels.ChannelGroups(
@@ -99,7 +99,8 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
         if member.follows and (numbers[ids] >= 0).any()
     ]
     if method.learned or getattr(method, "grows", False):
-        # Gates may open again. A channel that grows at 0 needs other offsets to get a gradient.
+        # Gates may open again. A channel that starts to grow from 0 needs the other offsets to get
+        # a gradient.
         following = []
     trained = {id(variable) for variable in model.trainable_variables}
     return Coupling(
@@ -115,7 +116,7 @@ def _makes(member, ids: np.ndarray) -> bool:
 
 
 def mask_followers(followers: Sequence[Follower], alive) -> None:
-    """Set the entries of pruned channels to zero.
+    """Set the entries of pruned channels in the followers to zero.
 
     Args:
         followers: Variables with channels.
@@ -127,19 +128,19 @@ def mask_followers(followers: Sequence[Follower], alive) -> None:
 
 
 def _uncoupled(model, method: Method, layouts) -> Coupling:
-    """Warn that the channels of each layer are ranked separately, as the model has no graph."""
+    """Warn that each layer's channels are ranked separately, because the model has no graph."""
     if method.counted_in != "channels":
         raise ValueError(
             f"counted_in={method.counted_in!r} needs a Sequential or Functional model. Received: "
-            f"'{model.name}' of type {type(model).__name__}, which runs its layers in a `call` of "
-            "its own. Leave counted_in out."
+            f"'{model.name}' of type {type(model).__name__}, which runs its layers in its own "
+            "`call` method. Leave counted_in out."
         )
     warnings.warn(
-        f"{method!r}: '{model.name}' runs its layers in a `call` of its own, so it is not known "
-        "which channels leave together. The channels of each layer are ranked alone. Layers whose "
-        "outputs are added keep different channels, of which `shrink` can remove few, and the "
-        "layers that give the outputs of the model lose channels too. Name the layers to prune "
-        "with filters, or build a Functional model.",
+        f"{method!r}: '{model.name}' runs its layers in its own `call` method, so it is not known "
+        "which channels have to be removed together. The channels of each layer are ranked "
+        "separately. Layers whose outputs are added therefore keep different channels, of which "
+        "`shrink` can remove few. Layers that give the outputs of the model lose channels too. "
+        "Name the layers to prune with filters, or build a Functional model.",
         stacklevel=2,
     )
     return Coupling(list(layouts), [], [])
@@ -165,7 +166,7 @@ def _costs(method: Method, coupled, numbers, sizes) -> tuple[np.ndarray, np.ndar
     """Return the arguments `shares` and `costs` of `ChannelGroups` for all weights of a model."""
     owner = np.append(np.repeat(np.arange(len(sizes)), sizes), len(sizes))
     stays = np.eye(len(sizes) + 1)[-1]
-    # All variables without channels count as one weight that stays.
+    # All variables without channels count as one weight that is kept.
     shares, costs = [[stays, stays]], [[coupled.other_parameters, coupled.other_flops]]
     for member in coupled.members:
         size = int(np.prod(member.variable.shape))
@@ -176,7 +177,7 @@ def _costs(method: Method, coupled, numbers, sizes) -> tuple[np.ndarray, np.ndar
         costs.append([size, None if uses is None else 2 * uses * size])
     if method.counted_in == "flops" and any(flops is None for _, flops in costs):
         raise ValueError(
-            "The target is counted in FLOPs, and the FLOPs of some weights are not known. "
+            "The target is counted in FLOPs, but the FLOPs of some weights are unknown. "
             "print(keras_dst.report(model)) lists them. Count the target in parameters instead."
         )
     return np.array(shares), np.array([[size, flops or 0] for size, flops in costs], "float64")

@@ -43,10 +43,10 @@ from keras_dst.optimizers import (
 
 
 def drivers_of(model) -> list[Driver]:
-    """Return one driver for every method under which a model has weights."""
+    """Return one driver for every method that prunes weights of the model."""
     found: list[Driver] = []
     groups: dict[LayerMethod, list[SparseMixin | Gate]] = {}
-    frozen = frozen_layers_of(model)  # a layer that was frozen after `sparsify` keeps its mask
+    frozen = frozen_layers_of(model)  # A layer that was frozen after `sparsify` keeps its mask.
     for layer in _keras.flatten_layers(model):
         if id(layer) in frozen:
             continue
@@ -54,7 +54,7 @@ def drivers_of(model) -> list[Driver]:
             groups.setdefault(layer.method, []).append(layer)
     if sum(isinstance(method, TwoPathMethod) for method in groups) > 1:
         raise ValueError(
-            f"A model has one method with two paths at the most. Received: {list(groups)}"
+            f"Expected at most one method with two paths per model. Received: {list(groups)}"
         )
     for method, layers in groups.items():
         if method.driver != LayerMethod.driver:
@@ -69,19 +69,20 @@ def drivers_of(model) -> list[Driver]:
 
 
 def couple_channels(model, optimizer: SparseOptimizer | None = None) -> None:
-    """Tell the optimizer which channels of a model leave together, for `pattern="channel"`.
+    """Tell the optimizer which channels of a model are pruned together with `pattern="channel"`.
 
     The `SparseTraining` callback calls this function when `fit` begins. A training loop without the
-    callback calls it before the first step; otherwise the optimizer ranks the channels of each
-    layer alone. A second call after the last step sets the moving means of removed channels to 0,
-    which an optimizer step cannot do on JAX.
+    callback calls this function before the first step. Otherwise the optimizer ranks the channels
+    of each layer separately. A second call after the last step sets the moving means of removed
+    channels to 0. An optimizer step cannot set them on JAX.
 
-    Groups of channels are not saved: call the function again after a model is loaded.
+    Groups of channels are not saved, so call the function again after a model is loaded.
 
     Args:
         model: Built Keras model.
         optimizer: `SparseOptimizer` that trains the model. It is built for the trainable variables
-            of the model if it is not built yet. Defaults to None: all optimizers of the model.
+            of the model if it is not built yet. Defaults to None, which means all optimizers of the
+            model.
 
     Raises:
         ValueError: If no channel can be pruned, or if the costs of the channels are not known.
@@ -107,7 +108,7 @@ def _couple_optimizer(model, optimizer: SparseOptimizer) -> Coupling:
 
 
 def _built_sparse_optimizers(model) -> list[SparseOptimizer]:
-    """Return all SparseOptimizers of a model, which may have several optimizers."""
+    """Return all SparseOptimizers of a model. A model may have several."""
     optimizers = optimizers_of(model)
     found = [sparse for outer in optimizers for sparse in sparse_optimizers(outer)]
     compiled = model.optimizer
@@ -118,16 +119,16 @@ def _built_sparse_optimizers(model) -> list[SparseOptimizer]:
             compiled.build(model.trainable_variables)
     if unbuilt := [sparse.name for sparse in found if not sparse.built]:
         raise ValueError(
-            "Expected every SparseOptimizer of the model to know its variables before training. "
-            f"Received optimizers that are not built: {', '.join(unbuilt)}. Call "
-            "optimizer.build(variables) with the variables that each optimizer trains, for example "
-            f"in the `compile` of '{model.name}'."
+            "Expected every SparseOptimizer of the model to be built before training. Received "
+            f"optimizers that are not built: {', '.join(unbuilt)}. Call "
+            "optimizer.build(variables) with the variables that each optimizer trains, for "
+            f"example in the `compile` of '{model.name}'."
         )
     return found
 
 
 def _optimizer_of(model, variables):
-    """Return the optimizer that trains these variables of a model, which may have several."""
+    """Return the optimizer that trains these variables of a model."""
     optimizers = optimizers_of(model)
     if len(optimizers) == 1:
         return optimizers[0]
@@ -137,7 +138,7 @@ def _optimizer_of(model, variables):
         for each in optimizers
         if any(id(variable) in keys for variable in _keras.trained_variables_of(each))
     ]
-    # Keras builds `model.optimizer` for all variables, also if a train_step does not use it.
+    # Keras builds `model.optimizer` for all variables, even if a train_step does not use it.
     others = [each for each in training if each is not model.optimizer]
     if len(others or training) != 1:
         raise ValueError(
@@ -150,7 +151,7 @@ def _optimizer_of(model, variables):
 
 
 class PrunedWeight(NamedTuple):
-    """A weight that a method prunes, with the data from which its mask is computed."""
+    """Weight that a method prunes, with the data from which its mask is computed."""
 
     name: str
     method: Method
@@ -180,7 +181,10 @@ def pruned_weights_of(model) -> list[PrunedWeight]:
 
 
 def _layouts(model, optimizer: SparseOptimizer) -> list[Layout]:
-    """Return the axes of the kernels of an optimizer, as the layers that hold them know."""
+    """Return the axes of the weights of an optimizer.
+
+    The layers that hold the weights know them.
+    """
     known = layouts_of(model)
     return [
         known.get(id(kernel), layout)
@@ -201,11 +205,12 @@ def _functions(method, layouts, shapes):
         masks = [method.mask(*values) for values in zip(weights, states, layouts)]
         if isinstance(method, UpdateMethod):  # A callback may have assigned weights outside masks.
             masks = [ops.logical_or(m, ops.not_equal(w, 0)) for m, w in zip(masks, weights)]
-        # In one tensor, because reading each count would wait for the device once per weight.
+        # All counts are in one tensor, because reading each count would wait for the device once
+        # per weight.
         counts = ops.stack([ops.sum(ops.cast(mask, "float32")) for mask in masks])
         if not groups:
             return counts, None
-        if isinstance(method, UnitMethod):  # a channel leaves if all its gates are closed
+        if isinstance(method, UnitMethod):  # A channel is removed if all its gates are closed.
             units = [channels.kept_units(*pair) for pair in zip(masks, layouts)]
             units = [ops.cast(unit, "float32") for unit in units]
             alive = channels.largest_of_units(units, layouts) > 0
@@ -250,7 +255,7 @@ class Driver:
         raise NotImplementedError
 
     def reapply_masks(self) -> None:
-        """Apply the present masks to the weights again, after a callback assigned other values.
+        """Apply the current masks to the weights again, after a callback assigned other values.
 
         Only a SparseOptimizer needs this. Sparse layers apply their masks in every forward pass.
         """
@@ -260,7 +265,8 @@ class Driver:
 
         Args:
             batches: Number of batches of this fit.
-            expected: Return value of `reached` before the callback assigned the weights.
+            expected: Fraction of the target that was reached before the callback assigned the
+                weights, as returned by `reached`.
         """
         assigned = self._assigned()
         self.reapply_masks()
@@ -269,29 +275,29 @@ class Driver:
         self._prune(batches)
         warnings.warn(
             f"{self.method!r}: a callback assigned weights with {self.target_quantity} "
-            f"{assigned:.4f} at the end of training, where training had reached {expected:.4f}. "
-            f"keras_dst pruned these weights to {self.reached():.4f} without training them "
-            "further, at a cost in accuracy. To restore the best weights among those at the "
-            "target, pass metric_at_target='val_loss' (or another metric) to SparseTraining, and "
-            "let EarlyStopping monitor 'val_loss_at_target'.",
+            f"{assigned:.4f} at the end of training, although training had reached "
+            f"{expected:.4f}. keras_dst pruned these weights to {self.reached():.4f} without "
+            "further training, at a cost in accuracy. To restore the best weights at the target, "
+            "pass metric_at_target='val_loss' (or another metric) to SparseTraining, and let "
+            "EarlyStopping monitor 'val_loss_at_target'.",
             stacklevel=2,
         )
 
     def _assigned(self) -> float:
-        """Return how much of the target the weights reach that a callback may have assigned."""
+        """Return the sparsity of the weights that a callback may have assigned."""
         return self.reached()
 
     def _prune(self, batches: int) -> None:
-        """Prune the weights as the schedule asks after this number of batches."""
+        """Prune the weights to the sparsity of the schedule after this number of batches."""
 
     def measured_sparsity(self) -> float:
-        """Return the fraction of zeros among the weights that the model computes with now."""
+        """Return the current fraction of zeros among the weights that the forward pass uses."""
         flags = (ops.cast(ops.not_equal(w, 0), "float32") for w in self._effective_weights())
         nonzero = sum(float(ops.convert_to_numpy(ops.sum(f))) for f in flags)
         return 1 - nonzero / self.size
 
     def _effective_weights(self) -> Iterator[Any]:
-        """Yield every weight as the forward pass of the model sees it."""
+        """Yield every weight in the form that the forward pass of the model uses."""
         raise NotImplementedError
 
     # --------------------------------------------------------------------------------------------
@@ -299,7 +305,7 @@ class Driver:
     def begin(self, length: int | None, fit: int | None, epoch: int | None, done: int = 0) -> None:
         """Start or continue a schedule of `length` steps, in a fit of `fit` steps.
 
-        The first `done` steps were trained before the training was interrupted.
+        The first `done` steps were trained before the training run was interrupted.
         """
         self.set_active(True)
         self.projected = False
@@ -311,15 +317,15 @@ class Driver:
         self.total = total or length
         self._plan(fit, epoch)
         self.write_progress(self.last, self.total or 0)
-        # A resumed training had its update at this step before it was saved.
+        # A resumed training run made its update at this step before it was saved.
         if self.clock and self.last == 0 and not self.method.learned:
             self.advance(0)
 
     def set_length(self, length: int, fit: int, epoch: int, batches: int) -> None:
-        """Set the length of the schedule, which became known after the first epoch."""
+        """Set the length of the schedule, which becomes known after the first epoch."""
         if self.schedule is None or self.total is not None:
             return
-        late = self.clock is None  # there was no update at step 0
+        late = self.clock is None  # There was no update at step 0.
         self.total = length
         self._plan(fit, epoch)
         self.write_progress(self.start + batches, length)
@@ -334,7 +340,7 @@ class Driver:
 
     @property
     def in_steps(self) -> bool:
-        """Whether the schedule is given in steps and needs no length of training."""
+        """Whether the schedule is given in steps, so that the length of training is not needed."""
         return self.schedule is not None and self.schedule.in_steps
 
     def is_due(self, batches: int) -> bool:
@@ -350,7 +356,7 @@ class Driver:
     def advance(self, batches: int) -> None:
         """Update the masks to the sparsity of the schedule after this number of batches."""
         step = self.last = self.start + batches
-        # A learned method gets its target one update early, because it needs that time to move.
+        # A learned method gets its target one update early, because weights need this time to move.
         ahead = self.clock.period if self.method.learned else 0
         target = self.schedule.at(step + ahead, self.total)
         done = min(1.0, step / max(self.total or self.clock.last, 1))
@@ -365,17 +371,18 @@ class Driver:
             self.project()
 
     def project(self) -> None:
-        """Project a learned method onto its exact target, at the end of training."""
+        """Project a learned method onto its exact target at the end of training."""
         if not self.method.learned or self.schedule is None:
             return
         target, reached = self._target(), self.reached()
-        # The projection makes the target exact. Moving a tenth of the kept weights costs little.
+        # The projection makes the target exact. A projection that moves a tenth of the kept weights
+        # costs little accuracy.
         allowed = max(self.tolerance, 0.1 * (1 - target))
         if abs(reached - target) > allowed and not self.projected:
             warnings.warn(
-                f"{self.method!r}: training had reached {self.target_quantity} "
-                f"{reached:.4f}, target {target:.3g}. The last projection made the target exact, "
-                "at a cost in accuracy. Train longer, or change the weight of the penalty.",
+                f"{self.method!r}: training had reached {self.target_quantity} {reached:.4f}, but "
+                f"the target is {target:.3g}. The projection after the last step made the target "
+                "exact, at a cost in accuracy. Train longer, or change the weight of the penalty.",
                 stacklevel=2,
             )
         values = self._values()
@@ -396,13 +403,13 @@ class Driver:
             if warn_early and reached < target - self.tolerance:
                 warnings.warn(
                     f"{self.method!r}: training ended after {step} of the {total} steps of its "
-                    f"schedule, at {self.target_quantity} {reached:.4f}, "
-                    f"target {target:.3g}. Fit again to go on.",
+                    f"schedule, at {self.target_quantity} {reached:.4f}, but the target is "
+                    f"{target:.3g}. Call fit again to continue.",
                     stacklevel=2,
                 )
             return
         if abs(reached - target) > self.tolerance and self.method.learned:
-            self.project()  # averaged weights (EMA) were assigned after the last step
+            self.project()  # Averaged weights (EMA) were assigned after the last step.
             reached = self.reached()
         if abs(reached - target) > self.tolerance:
             warnings.warn(self.outcome(), stacklevel=2)
@@ -411,15 +418,15 @@ class Driver:
         """Return a sentence about the final target and the value that was reached."""
         target, reached = self._target(), self.reached()
         return (
-            f"{self.method!r} reached {self.target_quantity} {reached:.4f}, "
-            f"target {target:.3g}: missed by {abs(reached - target):.4f}."
+            f"{self.method!r} reached {self.target_quantity} {reached:.4f}, but the target is "
+            f"{target:.3g}: missed by {abs(reached - target):.4f}."
         )
 
     def is_at_target(self, reached: float | None = None) -> bool:
         """Return whether the final target is reached or exceeded.
 
         Args:
-            reached: Return value of `reached`, if it is known. Defaults to None.
+            reached: Return value of `reached`, if the caller has it already. Defaults to None.
         """
         reached = self.reached() if reached is None else reached
         return reached >= self._target() - self.tolerance
@@ -445,13 +452,14 @@ class Driver:
         return max(0.001, max(groups) / self.size)
 
     def reached(self) -> float:
-        """Return the sparsity that is reached now, over the weights or over their cost."""
+        """Return the current sparsity over the weights or over their cost."""
         return self.measure()[1]
 
     def measure(self) -> tuple[float, float]:
         """Return the number of entries that all masks keep now, and the value of `reached`.
 
-        It computes the masks once. Without groups of channels it waits for the device once.
+        The masks are computed once. Without groups of channels, the function waits for the device
+        only once.
         """
         found, alive = self._kept(*self._values())
         counts = ops.convert_to_numpy(found).tolist()
@@ -511,8 +519,9 @@ class LayerDriver(Driver):
             costs = [method.cost_per_entry(state) for state in self.states]
             self.costs = [c for c in costs if c is not None] or None
 
-    # The step is counted by the optimizer, whose counter is part of every checkpoint; the layer
-    # keeps the pair (step, counter) from which to count on, also after `compile` reset the counter.
+    # The optimizer counts the steps, and its counter is part of every checkpoint. The layer stores
+    # the pair (step, counter) from which counting continues, also after `compile` reset the
+    # counter.
 
     def _iterations(self) -> int:
         optimizer = self.optimizer
@@ -537,7 +546,8 @@ class LayerDriver(Driver):
 
     def assign_states(self, changes):
         for state in self.states:
-            # Free each change once it is assigned: all changes are as large as the model.
+            # Free each change once it is assigned, because all changes together are as large as the
+            # model.
             change = changes.pop(0)
             for name, value in change.items():
                 state[name].assign(value)
@@ -587,9 +597,9 @@ class LayerDriver(Driver):
         trained, two_paths = batches > self._skipped, isinstance(self.method, TwoPathMethod)
         if two_paths and trained and not self.layers[0].traced_both_paths:
             raise ValueError(
-                f"{self.method!r} trains two paths within compute_loss, which the train_step of "
-                f"'{self.model.name}' does not call. Let it call self.compute_loss(x=x, y=y, "
-                "y_pred=y_pred, sample_weight=sample_weight, training=True)."
+                f"{self.method!r} trains two paths within compute_loss, but the train_step of "
+                f"'{self.model.name}' does not call compute_loss. Call self.compute_loss(x=x, "
+                "y=y, y_pred=y_pred, sample_weight=sample_weight, training=True) in train_step."
             )
 
     def advance(self, batches):
@@ -614,7 +624,7 @@ class OptimizerDriver(Driver):
             optimizer.layouts,
             optimizer.kernel_names,
         )
-        self.followers = coupling.statistics  # the optimizer masks the trainable followers
+        self.followers = coupling.statistics  # The optimizer masks the trainable followers.
 
     def begin(self, length, fit, epoch, done=0):
         if length and not _int(self.optimizer.step):
@@ -641,7 +651,7 @@ class OptimizerDriver(Driver):
             return
         kept = sum(map(_count, masks))
         if sum(map(_count, nonzero)) <= kept + self.tolerance * self.size:
-            # The weights are as sparse as the masks, and were trained with other masks.
+            # The weights are as sparse as the masks, but were trained with other masks.
             for state, mask in zip(self.states, nonzero):
                 self.optimizer.assign(state["mask"], mask)
         self.optimizer.reapply_masks()
@@ -662,4 +672,4 @@ def _count(flags) -> int:
 
 
 def _int(counter) -> int:
-    return int(ops.cast(counter, "int32"))  # a variable with replicas has no `__int__`
+    return int(ops.cast(counter, "int32"))  # A variable with replicas has no `__int__`.

@@ -1,10 +1,11 @@
-"""Everything that a running `fit` replaces on a model, and the clean-up that undoes it.
+"""All attributes that a running `fit` replaces on a model, and the clean-up that restores them.
 
-Keras calls no hook when `fit` raises. `fit` keeps the logs of the last step in a local variable,
-however. The patched training step therefore returns logs that hold a token. Python frees the logs
-when `fit` ends, whether `fit` returns or raises, and the finalizer of the token restores the model.
-An exception that is being handled keeps the local variables of `fit` alive. Until Python frees that
-exception, the patched methods behave as the stock methods do, except that saves are atomic.
+Keras calls no hook when `fit` raises an exception. However, `fit` keeps the logs of the last step
+in a local variable. The patched training step therefore returns logs that hold a token. Python
+frees the logs when `fit` ends, whether `fit` returns or raises. The finalizer of the token then
+restores the model. While an exception is handled, it keeps the local variables of `fit` alive.
+Until Python frees this exception, the patched methods behave like the stock methods, except that
+saves are atomic.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def active_fit(model) -> ActiveFit:
 
 
 class _Patch(NamedTuple):
-    """An attribute of an object and the function that makes its replacement."""
+    """Attribute of an object and the function that makes its replacement."""
 
     owner: Any
     name: str
@@ -43,11 +44,13 @@ class _Patch(NamedTuple):
 
 
 class ActiveFit:
-    """State of a running `fit`: its patches, and the batches that it skips. False after its end.
+    """State of a running `fit`: its patches, and the batches that it skips.
 
-    Under `fit`, the patches are applied at the first training step, so that an exception before
-    that step leaves the model as it was. In a training loop of the user's own they are applied when
-    the first epoch begins, and undone when training ends or the next training begins.
+    The object is false after the end of `fit`.
+
+    Under `fit`, the patches are applied at the first training step. An exception before this step
+    leaves the model unchanged. In a custom training loop, the patches are applied when the first
+    epoch begins. They are undone when training ends or begins again.
 
     Attributes:
         skipped_batches: Number of batches that the first epoch draws without training on them.
@@ -64,12 +67,12 @@ class ActiveFit:
         self._patches: list[_Patch] = []
         self._applied: list[tuple[_Patch, Any, dict]] | None = None
         self._token: Callable[[], Any] = lambda: None
-        # `fit` compiles a step and makes an empty history before it calls the callbacks.
+        # `fit` compiles a step and creates an empty history before it calls the callbacks.
         compiled = getattr(model, "train_function", None) is not None
         self._is_fit = compiled and self.history is not None and not self.history.history
 
     def __bool__(self):
-        # Every `fit` gives the model a new history, also after a `fit` that was interrupted.
+        # Every `fit` creates a new history, also after an interrupted `fit`.
         return not self._ended and getattr(self.model, "history", None) is self.history
 
     def replace(self, owner, name: str, make: Callable[[Any], Any]) -> None:
@@ -78,7 +81,7 @@ class ActiveFit:
         Args:
             owner: Object that has the attribute, such as the model.
             name: Name of the attribute.
-            make: Function from the present value of the attribute to its replacement.
+            make: Function that maps the current value of the attribute to its replacement.
         """
         self._patches.append(_Patch(owner, name, make))
 
@@ -86,7 +89,8 @@ class ActiveFit:
         """Patch the compiled training step.
 
         The patched step stays in `model.train_function`, because later fits use the compiled step
-        again. It refuses to run while a driver in `drivers` is needed and no callback is active.
+        again. The patched step raises an error if a driver in `drivers` needs a callback and no
+        callback is active.
         """
         self._drivers = [*self._drivers, *drivers]
         if self.model.train_function is None:  # The user wrote the training loop.
@@ -102,7 +106,7 @@ class ActiveFit:
         self.model.train_function = patched_step
 
     def begin_epoch(self) -> None:
-        """Apply the patches in a training loop of the user's own."""
+        """Apply the patches in a custom training loop."""
         if not self._is_fit:
             self._apply()
 
@@ -113,7 +117,7 @@ class ActiveFit:
 
     @property
     def is_patched(self) -> bool:
-        """Whether a callback has asked for patches other than skipped batches."""
+        """Whether a callback has registered patches other than skipped batches."""
         return bool(self._patches or self._drivers)
 
     def restore(self) -> None:
@@ -128,7 +132,7 @@ class ActiveFit:
             malloc.return_freed_memory()
 
     def end(self) -> None:
-        """Undo the patches for good."""
+        """Undo the patches permanently."""
         self._ended = True
         self.restore()
         vars(self.history or self.model).pop(_ATTRIBUTE, None)
@@ -155,7 +159,7 @@ class ActiveFit:
                 "This model was compiled for training with the "
                 f"{callback.split('.')[-1]} callback. Fit with callbacks=[{callback}()]."
             )
-        if not self:  # A later fit without any callback of this package.
+        if not self:  # This is a later fit without any keras_dst callback.
             return step(*arguments)
         try:
             self._apply()
@@ -163,12 +167,15 @@ class ActiveFit:
         except BaseException:
             self.restore()
             raise
-        if isinstance(result, tuple):  # JAX: the logs and the state
+        if isinstance(result, tuple):  # JAX returns the logs and the state.
             return self._with_token(result[0]), *result[1:]
         return self._with_token(result)
 
     def _with_token(self, logs):
-        """Return the logs of a step with a token. When `fit` ends, the token is deleted."""
+        """Return the logs of a training step with a token.
+
+        When `fit` ends, the token is deleted.
+        """
         if not isinstance(logs, dict):
             return logs
         token = self._token()
@@ -182,7 +189,7 @@ class ActiveFit:
 
     def _skip_step(self, step, arguments):
         steps = self.model.steps_per_execution
-        if keras.backend.backend() != "torch":  # On torch, `fit` has drawn the batch already.
+        if keras.backend.backend() != "torch":  # On torch, `fit` has already drawn the batch.
             for _ in range(steps):
                 next(arguments[-1])
         self._to_skip -= steps
@@ -196,7 +203,7 @@ class _Token:
 
 
 class _Logs(dict):
-    """The logs of a step, which hold a token."""
+    """Logs of a training step that hold a token."""
 
     token: _Token
 
@@ -212,7 +219,7 @@ class AtomicSave:
     old file is lost and the new file is incomplete.
 
     Args:
-        inner: The method that writes the file.
+        inner: Method that writes the file.
         prepare: Function to call before the file is written.
     """
 

@@ -8,9 +8,9 @@ _WORST = 1e30  # Placeholder for SparseTraining(metric_at_target=...) in the fir
 
 
 def worst_value(epoch: int, mode: str) -> float:
-    """Return a value worse than any metric.
+    """Return a placeholder that is worse than the value of any metric.
 
-    It improves from epoch to epoch, so that EarlyStopping does not stop.
+    The placeholder improves from epoch to epoch, so that EarlyStopping does not stop training.
     """
     return _WORST / (epoch + 1) * (1 if mode == "min" else -1)
 
@@ -23,12 +23,13 @@ def is_worst_value(value: float) -> bool:
 def direction_of_metric(model, name: str) -> str | None:
     """Return `"min"` or `"max"`, the direction in which a metric in the logs improves.
 
-    Return None if the compiled metric does not tell its direction.
+    Return None if the compiled metric does not define its direction.
     """
     if name == "loss" or name.endswith("_loss"):
         return "min"
     metrics = [m for group in model.metrics for m in getattr(group, "metrics", [group])]
-    # The metric of one of several outputs has the name of the output before its own.
+    # If a model has several outputs, Keras adds the name of the output before the name of the
+    # metric.
     found = [m for m in metrics if m.name == name]
     found = found or [m for m in metrics if name.endswith(f"_{m.name}")]
     directions = {_keras.metric_direction(metric) for metric in found}

@@ -1,4 +1,4 @@
-"""`SparsityTensorBoard`: write the development of the masks for TensorBoard."""
+"""`SparsityTensorBoard`: write densities, changes of masks and learned states for TensorBoard."""
 
 from __future__ import annotations
 
@@ -21,30 +21,31 @@ _BINS = 64  # Number of bins of a histogram.
 class SparsityTensorBoard(keras.callbacks.Callback):
     """Callback that writes density, mask changes and learned states for TensorBoard.
 
-    It writes these values for every pruned weight, where `<path>` is the weight's path:
+    The callback writes these values for every pruned weight, where `<path>` is the weight's path:
 
-    * `density/<path>`: Fraction of the weight that its mask keeps. `density` is this fraction for
-      all weights together.
+    * `density/<path>`: Fraction of the weight that its mask keeps. `density` is the kept fraction
+      of all weights together.
     * `mask_changes/<path>`: Fraction of the mask that has changed since the previous record, or
-      since the first step of this `fit`. `mask_changes` is this fraction for all masks together.
+      since the first step of this `fit`. `mask_changes` is the changed fraction of all masks
+      together.
     * `threshold/<path>` (DST), `flips/<path>` of the kept weights (FlipOut), `scores/<path>`
       (OptG), and `gate/<path>` (Consensus; a gate below 0.5 is closed). Arrays are written as
       histograms of their finite values.
 
-    At the end of an epoch it also writes the logs of `fit`, as `epoch/<name>`, because Keras's own
-    TensorBoard callback needs TensorFlow. Put this callback after `SparseTraining`. If several
-    processes train one model, pass it to one process only.
+    At the end of an epoch, the callback also writes the logs of `fit` as `epoch/<name>`, because
+    Keras's own TensorBoard callback needs TensorFlow. Put this callback after `SparseTraining`. If
+    several processes train one model, pass the callback to one process only.
 
     Args:
         log_dir: Folder that `tensorboard --logdir` reads. A missing folder is created.
-        update_freq: `"epoch"` to write at the end of every epoch, with the epoch as the step, or
-            the number of batches between two records, with the optimizer's iterations as the step.
-            Defaults to `"epoch"`.
+        update_freq: Either `"epoch"`, which writes at the end of every epoch with the epoch as the
+            step, or the number of batches between two records. The step is then the number of
+            optimizer iterations. Defaults to `"epoch"`.
         histograms: Whether to write histograms. Defaults to True.
 
     Raises:
         ImportError: If tensorboardX is not installed.
-        ValueError: If `update_freq` is out of range. In `fit`: if nothing in the model is sparse.
+        ValueError: If `update_freq` is out of range. In `fit`: if no weight of the model is sparse.
 
     Example:
         >>> board = keras_dst.callbacks.SparsityTensorBoard("logs/dst")
@@ -67,8 +68,8 @@ class SparsityTensorBoard(keras.callbacks.Callback):
         self._members = _by_name(pruned_weights_of(self.model))
         if not self._members:
             raise ValueError(
-                "SparsityTensorBoard found nothing sparse. Call keras_dst.sparsify(model, method), "
-                "or compile with keras_dst.SparseOptimizer(optimizer, method)."
+                "SparsityTensorBoard found no sparse weights. Call keras_dst.sparsify(model, "
+                "method), or compile with keras_dst.SparseOptimizer(optimizer, method)."
             )
         self._masks: dict[str, np.ndarray] = {}
         self._batches = 0
@@ -134,7 +135,10 @@ class SparsityTensorBoard(keras.callbacks.Callback):
 
 
 def _by_name(members: list[PrunedWeight]) -> dict[str, PrunedWeight]:
-    """Return a dict from paths to members. If paths are equal, a number is appended to them."""
+    """Return a dict that maps the path of each member to the member.
+
+    If several paths are equal, a number is appended to them.
+    """
     seen: collections.Counter[str] = collections.Counter()
     found = {}
     for member in members:
@@ -162,7 +166,7 @@ class _Events:
 
         directory_check(log_dir)
         self.file = EventsWriter(f"{log_dir}/events", f".{time.time_ns()}")
-        self.close = weakref.finalize(self, self.file.close)  # Also runs if `fit` raises.
+        self.close = weakref.finalize(self, self.file.close)  # This also runs if `fit` raises.
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         from tensorboardX.summary import scalar

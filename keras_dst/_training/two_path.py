@@ -1,4 +1,4 @@
-"""The loss of a model that is trained on two forward paths: the pruned path and the full path."""
+"""Loss of a model that is trained on two forward paths: the pruned path and the full path."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CLASSES = (
     losses.categorical_focal_crossentropy,
 )
 _BINARY = (losses.binary_crossentropy, losses.binary_focal_crossentropy)
-_EPSILON = 1e-7  # Keras's losses clip probabilities to this value before the logarithm, too.
+_EPSILON = 1e-7  # Keras's losses clip probabilities to the same value before the logarithm.
 
 
 class TwoPathLoss:
@@ -32,14 +32,16 @@ class TwoPathLoss:
 
     Args:
         model: Model that is trained.
-        divergence: Function from the logits of the pruned and of the full path, with the classes
-            on the last axis, to the divergence of every entry. None trains without a divergence.
+        divergence: Function of the logits of the pruned path and of the full path, with the classes
+            on the last axis. It returns the divergence of every entry. If None, the loss has no
+            divergence term.
         on_trace: Function to call whenever a training step is traced.
-        inner: The `compute_loss` that this object replaces.
+        inner: Method `compute_loss` that this object replaces.
         takes_training: Whether `inner` takes the argument `training`.
 
     Raises:
-        ValueError: If layers of the model are under `RematScope` and the backend is not JAX.
+        ValueError: If layers of the model were created under `RematScope`, and the backend is not
+            JAX.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class TwoPathLoss:
 
     @contextlib.contextmanager
     def _task_alone(self):
-        """Leave penalties out of the loss, and undo what the loss assigns to variables."""
+        """Exclude penalties from the loss, and undo changes of variables by the loss."""
         variables = [*self.model.variables, *self.model.metrics_variables]
         with (
             _keras.without_additional_losses(self.model),
@@ -82,7 +84,7 @@ class TwoPathLoss:
             yield
 
     def _divergence(self, pruned, full, sample_weight) -> Tensor:
-        """Return the divergence of all outputs under a cross-entropy, weighted as their losses."""
+        """Return the divergence of all outputs with a cross-entropy, weighted like their losses."""
         structure, terms = _keras.output_structure(self.model), []
         for path, loss, weight in _keras.flat_losses(self.model):
             if _kind(loss) is None:
@@ -96,31 +98,31 @@ class TwoPathLoss:
             terms.append(term if weight is None else weight * term)
         if not terms:
             raise ValueError(
-                "Expected an output under a cross-entropy of Keras (categorical, sparse "
-                "categorical, binary, or a focal form), for the divergence between the two paths. "
-                f"Received: loss={getattr(self.model, 'loss', None)!r}. "
-                "Fix: train without the divergence, with DCIL(warmup=1.0)."
+                "Expected an output with a Keras cross-entropy (categorical, sparse categorical, "
+                "binary, or a focal form), for the divergence between the two paths. Received: "
+                f"loss={getattr(self.model, 'loss', None)!r}. Fix: train without the divergence, "
+                "with DCIL(warmup=1.0)."
             )
         return sum(terms)
 
 
 def check_rematerialization(model) -> None:
-    """Raise ValueError if a backward pass would run layers again without knowing their path."""
+    """Raise ValueError if a backward pass would run layers again on an unknown path."""
     if keras.backend.backend() != "jax" and any(
         _keras.is_rematerialized(layer) for layer in _keras.flatten_layers(model)
     ):
         raise ValueError(
             "Expected a model without RematScope. The backward pass runs its layers again, when "
-            "the path, pruned or full, is not known. Build the model without RematScope, or use "
-            "JAX."
+            "it is unknown whether the path is pruned or full. Build the model without "
+            "RematScope, or use JAX."
         )
 
 
 class _Divergence(losses.Loss):
     """The divergence between two paths, as a loss with the reduction of a cross-entropy.
 
-    Keras weights its entries by the sample weights and the mask of the outputs, as it does for the
-    cross-entropy.
+    Keras weights the entries of this loss by the sample weights and the mask of the outputs, like
+    the entries of the cross-entropy.
     """
 
     def __init__(self, divergence, crossentropy):
@@ -134,12 +136,12 @@ class _Divergence(losses.Loss):
         logits = (class_logits(self.crossentropy, outputs) for outputs in (y_pred, y_true))
         entries = self.divergence(*logits)
         if _kind(self.crossentropy) is _BINARY and len(entries.shape):
-            return ops.mean(entries, axis=-1)  # The binary cross-entropy takes this mean, too.
+            return ops.mean(entries, axis=-1)  # The binary cross-entropy takes this mean too.
         return entries
 
 
 def _output(outputs, structure, path):
-    """Return the output of a model that its compiled loss finds at `path`."""
+    """Return the output of a model at the `path` that its compiled loss uses."""
     if keras.tree.is_nested(outputs):
         outputs = keras.tree.pack_sequence_as(structure, keras.tree.flatten(outputs))
     for key in path:
@@ -154,16 +156,16 @@ def _kind(loss):
 
 
 def class_logits(loss, outputs: Tensor) -> Tensor:
-    """Return the logits of the outputs that go into a cross-entropy, with classes on the last axis.
+    """Return the logits for a cross-entropy, with the classes on the last axis.
 
     Args:
-        loss: Cross-entropy, as a Keras loss object. Its `from_logits` tells logits from
-            probabilities. Probabilities are clipped at 1e-7. A binary cross-entropy makes two
-            classes of every output.
-        outputs: Float tensor with the outputs.
+        loss: Cross-entropy, as a Keras loss object. Its argument `from_logits` states whether the
+            outputs are logits or probabilities. Probabilities are clipped at 1e-7. For a binary
+            cross-entropy, every output becomes two classes.
+        outputs: Float tensor of the outputs.
 
     Returns:
-        A float32 tensor. Its logits are exact up to a constant per entry.
+        A float32 tensor. The logits are exact up to a constant per entry.
     """
     outputs = ops.cast(outputs, "float32")
     from_logits = getattr(loss, "from_logits", False)

@@ -1,23 +1,23 @@
-"""The steps at which masks are updated, in one place for callbacks and for compiled steps."""
+"""Clock of mask updates, which callbacks and compiled steps share."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-_FEWEST_UPDATES = 20  # of the masks while sparsity grows, unless the user gives a frequency
-_LEARNED_RESPONSE = 5  # steps that a learned method needs to show the effect of an update
+_FEWEST_UPDATES = 20  # Smallest number of updates without a user's frequency.
+_LEARNED_RESPONSE = 5  # Steps until a learned method shows the effect of an update.
 
 
 class UpdateClock(NamedTuple):
-    """The steps of a training at which masks are updated.
+    """Steps of a training run at which masks are updated.
 
-    A step is the number of optimizer steps that are done; masks are updated before the next one.
-    There is an update at step 0, in every `period` counted from `first`, at the jumps of the
+    A step is the number of finished optimizer steps. Masks are updated before the next step. Masks
+    are updated at step 0, at every multiple of `period` counted from `first`, at the jumps of the
     schedule, and at `last`.
 
     Attributes:
         first: First step at which the target changes.
-        last: Step from which on the target stays as it is.
+        last: First step after which the target does not change.
         period: Number of steps between two periodic updates.
         jumps: Further steps at which the target jumps.
     """
@@ -28,7 +28,7 @@ class UpdateClock(NamedTuple):
     jumps: tuple[int, ...] = ()
 
     def is_due(self, before: int, step: int) -> bool:
-        """Return whether masks are updated after step `before`, and at `step` at the latest."""
+        """Return whether an update is due after step `before` and not after `step`."""
         periods = [(s - self.first) // self.period for s in (before, step)]
         return periods[0] != periods[1] or any(
             before < special <= step for special in (0, *self.jumps, self.last)
@@ -46,16 +46,17 @@ class UpdateClock(NamedTuple):
 
 
 def update_clock(method, schedule, total=None, epoch=None) -> UpdateClock | None:
-    """Return the clock of a method, or None if the length of the training is unknown.
+    """Return the clock of a method, or None if the length of training is unknown.
 
     If the user sets no frequency, `default_frequency` of the method applies. The masks are then
     updated at least twenty times while the target changes.
 
     Args:
         method: A `methods.Method` with a schedule.
-        schedule: `Schedule` of the target in this training.
-        total: Number of steps in the training. A schedule in steps does not need it.
-        epoch: Number of steps in an epoch, for updates once an epoch.
+        schedule: `Schedule` of the target in this training run.
+        total: Number of steps in the training run. It is not needed if the schedule is given in
+            steps.
+        epoch: Number of steps in an epoch, for a method that updates masks once per epoch.
     """
     period = method.default_frequency if method.frequency is None else method.frequency
     if period == "epoch":

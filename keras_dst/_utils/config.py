@@ -1,4 +1,4 @@
-"""Base class of methods and schedules: config, equality and repr from the constructor."""
+"""Base class of methods and schedules, which derives config, equality and repr from arguments."""
 
 import inspect
 from inspect import Parameter
@@ -8,19 +8,19 @@ import keras
 
 
 class Configurable:
-    """Base class of objects that keep every constructor argument as an attribute of that name.
+    """Base class of objects that store every constructor argument in an attribute of the same name.
 
-    Nothing else belongs to their config: two objects of one class with equal arguments are equal.
-    A class without a constructor has no arguments. A constructor with `**kwargs` passes them on to
-    the constructor of its base class.
+    Only the arguments belong to the config. Two objects of one class with equal arguments are
+    equal. A class without a constructor has no arguments. A constructor with `**kwargs` passes them
+    on to the constructor of its base class.
     """
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        arguments_of(cls)  # raises for a constructor that a config cannot describe
+        arguments_of(cls)  # Raises an error for a constructor that a config cannot describe.
 
     def get_config(self) -> dict[str, Any]:
-        """Return the constructor's arguments, serialized."""
+        """Return the arguments of the constructor in serialized form."""
         return {
             name: keras.saving.serialize_keras_object(self._argument(name))
             for name in arguments_of(type(self))
@@ -44,15 +44,15 @@ class Configurable:
             cls = type(self).__name__
             raise AttributeError(
                 f"{cls}.__init__ takes the argument {name!r}, but the object has no attribute "
-                f"{name!r}, which its config and repr need. Assign self.{name} = {name} in "
-                "__init__."
+                f"{name!r}, which config and repr need. Assign self.{name} = {name} in __init__."
             ) from None
 
     def __eq__(self, other):
         return type(self) is type(other) and self.get_config() == other.get_config()
 
     def __hash__(self):
-        # Equal objects have equal hashes only if no argument is hashed: 0 equals 0.0.
+        # The hash depends only on the class, so objects with arguments such as 0 and 0.0 are equal
+        # and have equal hashes.
         return hash(type(self))
 
     def __repr__(self):
@@ -89,7 +89,7 @@ def arguments_of(cls: type) -> dict[str, Parameter]:
             break
     if passes_on:
         raise TypeError(
-            f"The arguments of {cls.__name__}.__init__ must have names, under which a config can "
-            f"hold them. Received: {passes_on}. Name every argument."
+            f"The arguments of {cls.__name__}.__init__ must have names, because a config stores "
+            f"arguments by name. Received: {passes_on}. Name every argument."
         )
     return found

@@ -1,4 +1,4 @@
-"""Atomic writes, and checks of paths."""
+"""Atomic writes of files, and checks of paths."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield a temporary path, and rename its file to `path` once the file is on the disk.
+    """Yield a temporary path. Rename its file to `path` once the file is complete on the disk.
 
-    If the process is killed or the disk is full, `path` keeps its old file.
+    If the process is killed or the disk is full, `path` still holds the old file.
 
     Example:
         >>> with keras_dst._utils.files.atomic_write(path) as unfinished:

@@ -1,4 +1,4 @@
-"""Predicates for prunable weights, and the selection of layers and weights by a user's filter."""
+"""Checks of prunable weights, and the selection of layers and weights by a user's filter."""
 
 from __future__ import annotations
 
@@ -36,14 +36,15 @@ def select(
     """Return for every item whether the filter selects it.
 
     Args:
-        items: Layers or variables; a callable filter gets each of them.
-        filters: Name, regular expression for a whole name, list of both, or
+        items: Layers or variables. A callable filter is called with each item.
+        filters: Name, regular expression for a whole name, list of names and expressions, or
             `callable(item) -> bool`. None selects all items.
-        names: Names of every item; the first is the item's own name.
-        argument: Name of the user's argument, for errors. Defaults to "filters".
+        names: All names of every item. The first name is the item's own name.
+        argument: Name of the argument that the user passed, for error messages. Defaults to
+            "filters".
 
     Raises:
-        ValueError: If a name or expression selects nothing.
+        ValueError: If a name or an expression selects no item.
         TypeError: If the filter has another type.
     """
     if filters is None:
@@ -53,8 +54,8 @@ def select(
     patterns = [filters] if isinstance(filters, str) else filters
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
         raise TypeError(
-            f"{argument} must be a name, a regular expression, a list of these, or a callable. To "
-            f"select a layer, pass its name. Received: {filters!r}"
+            f"{argument} must be a name, a regular expression, a list of names and expressions, "
+            f"or a callable. To select a layer, pass its name. Received: {filters!r}"
         )
     chosen = [False] * len(items)
     for pattern in patterns:
@@ -62,9 +63,7 @@ def select(
         hits = [any(name == pattern or whole(name) for name in own) for own in names]
         if not any(hits):
             own_names = ", ".join(own[0] for own in names)
-            raise ValueError(
-                f"{argument}: {pattern!r} matches none of the names. Names: {own_names}"
-            )
+            raise ValueError(f"{argument}: {pattern!r} does not match any name. Names: {own_names}")
         chosen = [a or b for a, b in zip(chosen, hits)]
     return chosen
 
