@@ -217,7 +217,7 @@ def test_bench_shows_progress_on_a_terminal(edge, capsys, monkeypatch):
         (None, "No such file"),
         (b"", "Expected a .tflite file"),
         (b"PK\x03\x04 another kind of file", "Expected a .tflite file"),
-        (b"\x1c\0\0\0TFL3\xff\xff\xff", "damaged or cut short"),
+        (b"\x1c\0\0\0TFL3\xff\xff\xff", "damaged or incomplete"),
     ],
     ids=["missing", "empty", "other", "truncated"],
 )

@@ -183,7 +183,7 @@ def pruned_weights_of(model) -> list[PrunedWeight]:
 def _layouts(model, optimizer: SparseOptimizer) -> list[Layout]:
     """Return the axes of the weights of an optimizer.
 
-    The layers that hold the weights know them.
+    The layers that hold the weights define these axes.
     """
     known = layouts_of(model)
     return [

@@ -1,8 +1,8 @@
 """Convert a Keras 3 model on any backend to dense ``.tflite`` files, in float32 or int8.
 
-Only TensorFlow's converter folds batch normalization into the weights, keeps the batch size open
-and freezes every variable. A model on another backend is saved as a ``.keras`` file, and a second
-Python converts it: ``python -m keras_dst.export.convert FOLDER float32``.
+Only TensorFlow's converter folds batch normalization into the weights, supports a dynamic batch
+size and freezes every variable. A model on another backend is saved as a ``.keras`` file, and a
+second Python process converts it: ``python -m keras_dst.export.convert FOLDER float32``.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from keras_dst.export.samples import InputSpec, Samples, Signature, signature_of
 from keras_dst.export.states import reset_states
 from keras_dst.surgery import has_sparse_layers, strip
 
-# The fix for an error message that contains the key.
+# Maps part of an error message to the fix that the user is told.
 _FIXES = {
     "TensorListReserve": (
         "build the recurrent layers with unroll=True, or give the model a fixed batch size, "
         "keras.Input(batch_shape=(1, ...))"
     ),
 }
-# The fix for an unsupported op whose types contain the key.
+# Maps the type of an unsupported op to the fix that the user is told.
 _TYPE_FIXES = {
     "f16>": "rebuild the model under keras.config.set_dtype_policy('float32'), with its weights",
     "f64>": (
@@ -63,7 +63,7 @@ _CALL_FIX = (
     "write the code of your own layers and Lambda layers with keras.ops, which runs on every "
     "backend, instead of functions of JAX, PyTorch or NumPy"
 )
-# Keras operations that a user would not recognize by their TensorFlow op.
+# Keras operations whose TensorFlow op has a name that users may not recognize.
 _PART_OF = {"BitwiseAnd": "keras.ops.argmax and argmin"}
 
 # An error shows only the last lines of the converter's log, without long configs.
@@ -73,7 +73,7 @@ _NOISE = re.compile(r"\s*$|[IW]\d{4} |WARNING: All log messages before absl")
 
 
 class _Failure(Exception):
-    """A step of the conversion failed: ``"load"``, ``"call"`` or ``"convert"``."""
+    """Failure of one step of the conversion, ``"load"``, ``"call"`` or ``"convert"``."""
 
     def __init__(self, step: str, text: str):
         super().__init__(step, text)
@@ -93,15 +93,16 @@ def conversions(
 ) -> list[bytes]:
     """Return dense ``.tflite`` files of a built Keras 3 model, sparse or not.
 
-    The model is not changed. If it contains layers of keras_dst, a copy of it is stripped.
+    The model is not changed. If the model contains keras_dst layers, a copy of the model is
+    stripped.
 
     Args:
         model: a built Keras 3 model.
         kinds: the files to make. ``"float32"``; ``"dynamic"``, with int8 weights; ``"int8"``, with
-            integer ops between inputs and outputs of the model's own types; ``"integer"``, with
-            int8 inputs and outputs too.
+            integer ops, and with inputs and outputs in the types of the model; ``"integer"``, with
+            int8 inputs and int8 outputs too.
         signature: inputs of the files. Defaults to all inputs of the model.
-        samples: samples from which ``"int8"`` and ``"integer"`` take the ranges of all values.
+        samples: samples that give the ranges of all values for ``"int8"`` and ``"integer"``.
 
     Raises:
         ExportError: the model could not be converted. The message names the op or the layer.
@@ -141,14 +142,15 @@ def _convert_file(
     """Load ``model.keras`` from a folder, strip it, and write one ``.tflite`` file per kind."""
     with _names_for_lambdas():
         with _step("load"), keras.saving.custom_object_scope(custom_objects):
-            # safe_mode protects against files of others; this process or its parent wrote it.
+            # safe_mode protects against untrusted files, but this process or its parent wrote this
+            # file.
             model = keras.saving.load_model(folder / "model.keras", compile=False, safe_mode=False)
             strip(model)
         _convert(model, folder, kinds, signature, arrays)
 
 
 def _custom_objects(model: keras.Model) -> dict[str, Any]:
-    """Return the classes and functions of the user that a model contains, by name."""
+    """Return the user-defined classes and functions that a model contains, by name."""
     layers = _keras.flatten_layers(model)
     found: list[Any] = [cls for layer in layers for cls in type(layer).__mro__]
     for layer in layers:
@@ -158,7 +160,7 @@ def _custom_objects(model: keras.Model) -> dict[str, Any]:
 
 
 def _import(module: str, name: str) -> Any:
-    """Return an object of a module by its qualified name; None if it cannot be imported."""
+    """Return an object of a module by its qualified name, or None if it cannot be imported."""
     try:
         return functools.reduce(getattr, name.split("."), importlib.import_module(module))
     except Exception:  # A user's module may raise any error.
@@ -167,7 +169,7 @@ def _import(module: str, name: str) -> Any:
 
 @contextlib.contextmanager
 def _names_for_lambdas() -> Iterator[None]:
-    """Define names such as `keras` and `np` as builtins: Keras saves lambdas without globals."""
+    """Define builtins such as `keras` and `np`, because Keras saves lambdas without globals."""
     names = {"keras": keras, "ops": keras.ops, "layers": keras.layers, "np": np, "numpy": np}
     added = {name: module for name, module in names.items() if not hasattr(builtins, name)}
     vars(builtins).update(added)
@@ -188,7 +190,7 @@ def _convert(
     import tensorflow as tf
 
     specs, structure = signature.specs, symbolic_inputs(model)
-    if structure is None:  # a subclassed model, or a Sequential model with a layer that failed
+    if structure is None:  # The structure is unknown, for example in a subclassed model.
         structure = signature.structure
 
     def serve(values):
@@ -218,7 +220,7 @@ def _convert(
 
 
 def _calibration_batches(specs: list[InputSpec], arrays: list) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the samples one by one, or in batches of the model's fixed size, by input name."""
+    """Yield dicts from input names to single samples, or to batches of the model's fixed size."""
     present = [(spec, array) for spec, array in zip(specs, arrays) if spec.present]
     size = max(spec.shape[0] or 1 for spec, _ in present)
     count = min(len(array) for _, array in present)
@@ -250,8 +252,8 @@ def _convert_in_second_python(
     environment = {
         **os.environ,
         "KERAS_BACKEND": "tensorflow",
-        "CUDA_VISIBLE_DEVICES": "-1",  # the first Python may hold all memory of the GPU
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # to import the user's modules
+        "CUDA_VISIBLE_DEVICES": "-1",  # The first Python may hold all memory of the GPU.
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # Import the user's modules.
     }
     done = subprocess.run(
         [sys.executable, "-m", __name__, str(folder), *kinds],
@@ -282,7 +284,7 @@ def _quietly(convert: Callable[..., None], *arguments: Any) -> None:
 
 @contextlib.contextmanager
 def _output_to(log: IO[bytes]) -> Iterator[None]:
-    """Redirect the output of Python and C++ to ``log``: the converter prints a lot."""
+    """Redirect the output of Python and C++ to ``log``, because the converter prints a lot."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
@@ -305,7 +307,7 @@ def _output_to(log: IO[bytes]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logs_to(stream: IO[str]) -> Iterator[None]:
-    """Redirect TensorFlow's log handlers, which keep the stream they started with."""
+    """Redirect TensorFlow's log handlers, which otherwise keep their first stream."""
     import tensorflow as tf
 
     handlers = [h for h in tf.get_logger().handlers if isinstance(h, logging.StreamHandler)]
@@ -315,15 +317,15 @@ def _logs_to(stream: IO[str]) -> Iterator[None]:
     finally:
         for handler, own in zip(handlers, before):
             handler.setStream(own)
-        # The first message to a root logger without handlers adds a handler to it.
+        # The first message to a root logger without handlers adds a handler to this logger.
         for new in logging.root.handlers[:]:
             if isinstance(new, logging.StreamHandler) and new.stream is stream:
                 logging.root.removeHandler(new)
 
 
 def _conversion_error(step: str, output: str) -> ExportError:
-    """Return the error for a failed step: the reason, the fix, and the end of the log."""
-    output = re.sub(r"\x1b\[\d*m", "", output)  # colors
+    """Return the error for a failed step, with the reason, the fix, and the end of the log."""
+    output = re.sub(r"\x1b\[\d*m", "", output)  # Remove terminal colors.
     ops = _unsupported_ops(output)
     if ops:
         fixes = [fix for sign, fix in _TYPE_FIXES.items() if any(sign in op for op in ops)]
@@ -354,7 +356,7 @@ def _conversion_error(step: str, output: str) -> ExportError:
 
 
 def _unsupported_ops(output: str) -> list[str]:
-    """Return the ops that the converter's log calls unsupported, each with its place and types."""
+    """Return the ops that the converter's log reports as unsupported, with places and types."""
     found: dict[str, str] = {}
     for line in output.splitlines():
         op = re.search(r"error: .*'tfl?\.(\w+)' op (.*)", line)

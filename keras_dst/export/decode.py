@@ -1,4 +1,4 @@
-"""Read the constants of a ``.tflite`` file, dense or sparse, and find which ops unpack them."""
+"""Read the constants of a ``.tflite`` file, dense or sparse, and find the ops that unpack them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _TYPES = {code: name.lower() for name, code in vars(schema.TensorType).items() i
 
 
 def load(source: bytes | str | os.PathLike[str]) -> bytes:
-    """Return the bytes of a ``.tflite`` file; raise ValueError if it is not a ``.tflite`` file."""
+    """Return the bytes of a ``.tflite`` file. Raise ValueError if it is not a ``.tflite`` file."""
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
     name = "the bytes given" if isinstance(source, bytes) else str(source)
     if content[4:8] != b"TFL3":
         raise ValueError(
-            f"Expected a .tflite file. Received: {name}, which is not one. "
-            "Fix: load a .keras file with keras.saving.load_model and pass the model."
+            f"Expected a .tflite file. Received: {name}, which is not a .tflite file. Fix: load a "
+            ".keras file with keras.saving.load_model and pass the model."
         )
     with value_error_if_damaged(name):
         _walk(read(content))
@@ -31,18 +31,18 @@ def load(source: bytes | str | os.PathLike[str]) -> bytes:
 
 @contextlib.contextmanager
 def value_error_if_damaged(name: str) -> Iterator[None]:
-    """Raise ValueError for any exception while a file is read: such a file is damaged."""
+    """Raise ValueError for any exception while a file is read, because it is damaged."""
     try:
         yield
     except Exception as error:
         raise ValueError(
-            f"Expected a complete .tflite file. Received: {name}, which is damaged or cut short "
+            f"Expected a complete .tflite file. Received: {name}, which is damaged or incomplete "
             f"({type(error).__name__}: {error})."
         ) from error
 
 
 def _walk(model: schema.ModelT) -> None:
-    """Read everything that a file refers to; raise an exception if a part is missing."""
+    """Read every part that a file refers to, and raise an exception if a part is missing."""
     for graph in model.subgraphs:
         for tensor in graph.tensors:
             values(model, tensor)
@@ -58,12 +58,15 @@ def type_name(tensor: schema.TensorT) -> str:
 
 
 def shape(tensor: schema.TensorT) -> tuple[int, ...]:
-    """Return the shape of a tensor, with 1 for an open size."""
+    """Return the shape of a tensor, with 1 for a dynamic size."""
     return () if tensor.shape is None else tuple(map(int, tensor.shape))
 
 
 def values(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
-    """Return the dense values of a constant; None for computed tensors and other types."""
+    """Return the dense values of a constant.
+
+    Return None for computed tensors and for unsupported types.
+    """
     data, dtype = stored(model, tensor), getattr(np, type_name(tensor), None)
     if data is None or dtype is None:
         return None
@@ -75,11 +78,12 @@ def unpack(tensor: schema.TensorT, entries: np.ndarray) -> np.ndarray:
     """Return the dense values of a sparse tensor, in any encoding of the schema.
 
     The encoding has the axes of the tensor, followed by the axes within a block. The loop visits
-    them in `traversalOrder`. Each axis is stored either dense or as compressed rows of indices.
+    these axes in the order `traversalOrder`. Each axis is stored either dense or as compressed rows
+    of indices.
     """
     sparsity, rank = tensor.sparsity, len(shape(tensor))
-    positions = np.zeros(1, np.int64)  # storage positions at the current level
-    found: list[np.ndarray] = []  # indices of these positions along every visited axis
+    positions = np.zeros(1, np.int64)  # Positions in storage at the current level.
+    found: list[np.ndarray] = []  # Indices of these positions along every visited axis.
     for axis in sparsity.dimMetadata:
         if axis.format == schema.DimensionType.DENSE:
             counts = np.full(len(positions), axis.denseSize)
@@ -108,7 +112,7 @@ def block_axes(tensor: schema.TensorT) -> list[int]:
 
 
 def block_sizes(tensor: schema.TensorT) -> list[int]:
-    """Return the block size along each axis of a sparse tensor; 1 for axes without blocks."""
+    """Return the block size along each axis of a sparse tensor, which is 1 without blocks."""
     order, sizes = list(tensor.sparsity.traversalOrder), [1] * len(shape(tensor))
     for inner, outer in enumerate(block_axes(tensor), start=len(sizes)):
         sizes[outer] = int(tensor.sparsity.dimMetadata[order.index(inner)].denseSize)
@@ -118,8 +122,8 @@ def block_sizes(tensor: schema.TensorT) -> list[int]:
 def encoding(tensor: schema.TensorT) -> str:
     """Return the encoding of a constant: ``"dense"``, ``"csr"``, ``"1x4"``, ... or ``"sparse"``.
 
-    CSR compresses only the last axis, value by value; 1xN compresses it in blocks of N values.
-    ``"sparse"`` stands for every other sparse encoding.
+    CSR compresses only the last axis, value by value. 1xN compresses the last axis in blocks of N
+    values. ``"sparse"`` stands for every other sparse encoding.
     """
     if tensor.sparsity is None:
         return "dense"
@@ -151,7 +155,7 @@ def index_bytes(sparsity: schema.SparsityParametersT) -> int:
 
 
 def constant_sources(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, int]:
-    """Map every tensor that DENSIFY or DEQUANTIZE ops make from a constant to this constant."""
+    """Map every tensor that DENSIFY or DEQUANTIZE ops compute from a constant to this constant."""
     found: dict[int, int] = {}
     for op in graph.operators:
         if op_name(model, op) in ("DENSIFY", "DEQUANTIZE"):

@@ -1,6 +1,7 @@
 """Change the storage format of weights inside a ``.tflite`` file.
 
-The module edits the flatbuffer of a file from any converter. It needs no TensorFlow.
+The module edits the flatbuffer of a file, which any converter may have written. The module does not
+need TensorFlow.
 
 Source: ``SparsityParameters`` in the TensorFlow Lite schema,
 https://github.com/tensorflow/tensorflow/blob/master/tensorflow/compiler/mlir/lite/schema/schema.fbs
@@ -32,8 +33,9 @@ WEIGHT_OPS = frozenset({"FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "TRAN
 #: Position of the weight among the inputs of these ops.
 WEIGHT_SLOT = 1
 
-# XNNPACK takes over FULLY_CONNECTED in every other version, and reads a sparse weight as dense.
-# It also refuses int8 weights that come from DENSIFY. It leaves version 8 to the builtin kernel.
+# XNNPACK takes over FULLY_CONNECTED in every version except 8, and reads a sparse weight as if it
+# were dense. XNNPACK also refuses int8 weights that come from DENSIFY. The builtin kernel runs
+# version 8.
 SPARSE_FULLY_CONNECTED_VERSION = 8
 
 _NUMPY = {
@@ -45,7 +47,7 @@ _NUMPY = {
 
 @dataclass(frozen=True)
 class Format:
-    """The storage format of a weight, and how the ops that use the weight read it.
+    """Storage format of a weight, and how the ops that use the weight read it.
 
     Attributes:
         block: number of consecutive values along the last axis that are stored together. 1 means
@@ -70,10 +72,10 @@ class Format:
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A constant of a model: a buffer, its values, its tensors, and the ops that read them.
+    """Constant of a model: a buffer, its values, its tensors, and the ops that read the tensors.
 
-    ``readers`` holds ``(op name, input slot)`` for every op that reads one of the tensors. A tensor
-    that is an output of the graph adds ``("OUTPUT", 0)``.
+    ``readers`` holds ``(op name, input slot)`` for every op that reads one of the tensors. If one
+    of the tensors is an output of the graph, ``readers`` also holds ``("OUTPUT", 0)``.
     """
 
     buffer: int
@@ -113,7 +115,7 @@ def weights(model: schema.ModelT) -> list[Weight]:
 
 
 def constant(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
-    """Return the values of a dense constant; None for computed, sparse or other tensors."""
+    """Return the values of a dense constant. Return None for computed, sparse and other tensors."""
     data = stored(model, tensor)
     if data is None or tensor.sparsity is not None or tensor.type not in _NUMPY:
         return None
@@ -123,11 +125,11 @@ def constant(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
 def pack(values: np.ndarray, block: int) -> tuple[schema.SparsityParametersT, np.ndarray]:
     """Compress the last axis of ``values`` to sparse rows, in blocks of ``block`` values.
 
-    Returns the encoding and a vector of the stored values. The other axes are dense.
+    Return the encoding and a vector of the stored values. The other axes are dense.
     """
     *outer, width = values.shape
     if width % block:
-        # TensorFlow's converter silently drops the last values instead.
+        # TensorFlow's converter does not check this, and silently drops the last values.
         raise ValueError(
             f"Expected the last axis to be a multiple of the block size {block}. "
             f"Received: {width}. Fix: use a block size of 1."
@@ -135,7 +137,7 @@ def pack(values: np.ndarray, block: int) -> tuple[schema.SparsityParametersT, np
     cells = values.reshape(-1, width // block, block)
     kept = (cells != 0).any(axis=-1)
     if not kept.any():
-        kept[0, 0] = True  # a tensor with an empty buffer is not a constant any more
+        kept[0, 0] = True  # A tensor with an empty buffer is not a constant any more.
     rows = np.concatenate([[0], np.cumsum(kept.sum(axis=1))])
 
     sparsity = schema.SparsityParametersT()
@@ -150,16 +152,16 @@ def pack(values: np.ndarray, block: int) -> tuple[schema.SparsityParametersT, np
 
 
 def encode(content: bytes, formats: Mapping[int, Format]) -> bytes:
-    """Return a ``.tflite`` file with some of its weights in another storage format.
+    """Return a copy of a ``.tflite`` file with some weights in another storage format.
 
     Args:
         content: bytes of a file with dense weights.
-        formats: the new format of each weight, by buffer (`Weight.buffer`). Other weights keep
-            their format.
+        formats: the new format of each weight, by the number of its buffer (`Weight.buffer`). Other
+            weights keep their format.
 
     Raises:
-        ValueError: the runtime would misread a format: a sparse weight that an op other than
-            FULLY_CONNECTED reads directly, or blocks that do not divide the last axis.
+        ValueError: the runtime would misread a format. Examples are a sparse weight that an op
+            other than FULLY_CONNECTED reads directly, and blocks that do not divide the last axis.
 
     Example:
         >>> content = encode(content, {w.buffer: Format(1, True) for w in weights(read(content))})
@@ -170,7 +172,7 @@ def encode(content: bytes, formats: Mapping[int, Format]) -> bytes:
 
 
 def encode_dense(content: bytes, formats: Mapping[int, Format]) -> bytes:
-    """Return a file without sparse weights that must compute the same as the `encode` result.
+    """Return a file without sparse weights that must have the same outputs as the `encode` result.
 
     Quantized weights are stored as the float32 values of their integers. Weights that an op reads
     directly as integers stay integers.
@@ -198,7 +200,7 @@ def apply(model: schema.ModelT, formats: Mapping[int, Format]) -> None:
 
 
 def _store(model: schema.ModelT, weight: Weight, format: Format) -> None:
-    """Store the values of a weight in a format, and describe the format in its tensors."""
+    """Store the values of a weight in a format, and describe the format in the weight's tensors."""
     values, sparsity = weight.values, None
     if format.int8:
         values, quantization = quantize.quantize(values, scale_axis(weight))
@@ -215,19 +217,20 @@ def _store(model: schema.ModelT, weight: Weight, format: Format) -> None:
 
 
 def scale_axis(weight: Weight) -> int:
-    """Return the axis of the output channels, each of which has its own int8 scale."""
+    """Return the axis of the output channels. Each output channel has its own int8 scale."""
     return weight.values.ndim - 1 if weight.op == "DEPTHWISE_CONV_2D" else 0
 
 
 def _rewire_readers(
     model: schema.ModelT, graph: schema.SubGraphT, changed: dict[int, tuple[Weight, Format]]
 ) -> None:
-    """Make the readers of changed tensors read them directly, or through unpacking ops."""
+    """Connect the readers of changed weights to the stored tensors, or to ops that unpack them."""
     operators: list[schema.OperatorT] = []
     unpacked: dict[int, int] = {}
     version = SPARSE_FULLY_CONNECTED_VERSION
     for op in graph.operators:
-        op.inputs = np.array([] if op.inputs is None else op.inputs, np.int32)  # writable
+        # The array must be writable.
+        op.inputs = np.array([] if op.inputs is None else op.inputs, np.int32)
         for slot, index in ((s, int(i)) for s, i in enumerate(op.inputs) if i in changed):
             weight, format = changed[index]
             if format.unpack:
@@ -261,7 +264,7 @@ def _check_reader(
 def _unpack(
     model: schema.ModelT, graph: schema.SubGraphT, index: int, format: Format
 ) -> tuple[list[schema.OperatorT], int]:
-    """Return the ops that unpack a stored weight to dense floats, and their output tensor."""
+    """Return the ops that unpack a stored weight to dense floats, and the index of the result."""
     ops = []
     if format.block:
         dense = _computed_copy(graph.tensors[index], "dense")
@@ -277,10 +280,10 @@ def _unpack(
 
 
 def _computed_copy(tensor: schema.TensorT, suffix: str) -> schema.TensorT:
-    """Return a copy of a tensor that an op computes."""
+    """Return a copy of a tensor, as a tensor that an op computes."""
     computed = copy.copy(tensor)
     computed.name = f"{text(tensor.name)}/{suffix}"
-    computed.buffer = 0  # buffer 0 is empty by convention
+    computed.buffer = 0  # Buffer 0 is empty by convention.
     computed.sparsity = None
     return computed
 
@@ -311,7 +314,7 @@ def _compressed_axis(rows: np.ndarray, columns: np.ndarray) -> schema.DimensionM
 
 
 def _indices(values: np.ndarray) -> tuple[int, object]:
-    """Return the type and the narrowest index vector of the schema that holds ``values``."""
+    """Return ``values`` as the narrowest index vector of the schema, and the vector's type."""
     kinds = schema.SparseIndexVector
     largest = values.max()
     if largest <= np.iinfo(np.uint8).max:

@@ -1,7 +1,7 @@
-"""Compile int8 files for Arm Ethos-U NPUs with Vela, and read its estimates.
+"""Compile int8 files for Arm Ethos-U NPUs with Vela, and read Vela's estimates.
 
-Vela (PyPI ``ethos-u-vela``) encodes weights for the NPU and estimates cycles with a model of the
-hardware. It encodes a dense int8 weight in fewer bytes if many of its values are zero.
+Vela (PyPI ``ethos-u-vela``) encodes weights for the NPU, and estimates cycles with a model of the
+hardware. Vela encodes a dense int8 weight in fewer bytes if many of the weight's values are zero.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from keras_dst.export.flatbuffer import op_name, read, text, write
 from keras_dst.export.report import ExportError
 from keras_dst.export.target_reports import CPUOp, VelaEstimate, VelaReport
 
-#: The configurations that Vela 5.2 compiles for: the NPU and its number of MACs per cycle.
+#: Configurations that Vela 5.2 supports: the NPU and its number of MACs per cycle.
 ACCELERATORS = (
     *("ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256"),
     *("ethos-u65-512", "ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024"),
@@ -41,11 +41,13 @@ def vela_version() -> str | None:
 
 
 def compile_for_npu(content: bytes, accelerator: str) -> tuple[bytes, VelaReport]:
-    """Compile a dense-encoded int8 file with Vela; return the compiled file and a report.
+    """Compile an int8 file without sparse encodings with Vela.
+
+    Return the compiled file and a report.
 
     Args:
         content: the ``.tflite`` file.
-        accelerator: one of `ACCELERATORS`. Vela's defaults for this accelerator apply.
+        accelerator: one of `ACCELERATORS`, for which Vela uses its default settings.
 
     Raises:
         ImportError: Vela is not installed.
@@ -79,7 +81,7 @@ def compile_for_npu(content: bytes, accelerator: str) -> tuple[bytes, VelaReport
 
 
 def _run_vela(content: bytes, accelerator: str) -> tuple[bytes, dict[str, str], str]:
-    """Run Vela; return the compiled file, Vela's summary, and the text that Vela prints."""
+    """Run Vela, and return the compiled file, Vela's summary, and the text that Vela prints."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "model.tflite").write_bytes(content)
@@ -92,9 +94,9 @@ def _run_vela(content: bytes, accelerator: str) -> tuple[bytes, dict[str, str], 
             lines = (done.stdout + done.stderr).strip().splitlines()
             reasons = [line for line in lines if "rror" in line] or lines[-1:]
             raise ExportError(
-                f"Expected a file that Vela compiles for {accelerator}. Received: Vela stopped "
-                f"with exit code {done.returncode}: {' '.join(reasons)} "
-                "Fix: replace the layers that these ops come from."
+                f"Expected a file that Vela can compile for {accelerator}. Received: Vela stopped "
+                f"with exit code {done.returncode}: {' '.join(reasons)} Fix: replace the layers "
+                "that these ops come from."
             )
         with summaries[0].open(newline="") as file:
             summary = next(csv.DictReader(file))
@@ -125,13 +127,13 @@ def _cpu_ops(compiled: bytes, reasons: dict[str, str]) -> list[CPUOp]:
 
 
 def _reasons(log: str) -> dict[str, str]:
-    """Return the reasons in Vela's output by the name of the op's output tensor."""
+    """Return, by name of an op's output tensor, the reasons that Vela prints for this op."""
     warnings = re.findall(r"operator: \w+, ofm: '(.*?)'\nReason: (.*?)\n\s*\n", log, re.DOTALL)
     return {tensor: " ".join(reason.split()) for tensor, reason in warnings}
 
 
 def dense_twin(content: bytes) -> bytes:
-    """Return the same file with other int8 weights: seeded random values without zeros.
+    """Return a copy of a file with other int8 weights: seeded random values without zeros.
 
     The values are normally distributed. The largest magnitude of every channel is 127, as in a
     quantized model.

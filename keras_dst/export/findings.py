@@ -1,4 +1,4 @@
-"""The results of `lint`: findings and the report that lists them."""
+"""Results of `lint`: findings, and the report that lists the findings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Finding:
     """One problem of a model or file, with the change that fixes it.
 
     Attributes:
-        level: ``"error"`` if results are wrong, or a runtime refuses the file, on some CPU.
+        level: ``"error"`` if some CPU computes wrong results, or a runtime refuses the file.
             ``"advice"`` if the file is larger or slower than necessary.
         rule: name of the rule.
         where: name of the op or tensor.
@@ -31,15 +31,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class LintReport:
-    """The findings of `lint` in one file or model. `str()` lists them, errors first.
+    """Findings of `lint` in one file or model. `str()` lists the findings, errors first.
 
     Attributes:
         name: name of the file or of the model.
         sparse_inference: True if XNNPACK uses its sparse kernels on CPUs without AVX.
-        reason: why XNNPACK does not use them, or for how many ops it does.
-        findings: errors, then advice.
-        target: ``"micro"`` or the Ethos-U NPU for which the file was checked; then the report says
-            nothing about XNNPACK. None for CPUs.
+        reason: why XNNPACK does not use its sparse kernels, or for how many ops it uses them.
+        findings: all findings, first the errors, then the advice.
+        target: ``"micro"`` or the Ethos-U NPU for which the file was checked. The report of such a
+            target says nothing about XNNPACK. None for CPUs.
 
     Example:
         >>> print(keras_dst.lint("model.tflite"))
@@ -53,11 +53,11 @@ class LintReport:
 
     @property
     def errors(self) -> list[Finding]:
-        """The findings of level ``"error"``."""
+        """Findings of level ``"error"``."""
         return [finding for finding in self.findings if finding.level == "error"]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain values, ready for JSON."""
+        """Return the report as a dict of plain values, which can be written as JSON."""
         return asdict(self)
 
     def __str__(self) -> str:

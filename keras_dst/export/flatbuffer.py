@@ -12,12 +12,12 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-_BUFFER_ALIGNMENT = 16  # force_align in the schema; the Python object API ignores it
+_BUFFER_ALIGNMENT = 16  # The schema sets force_align, but the Python API ignores it.
 _OP_NAMES = {code: name for name, code in vars(schema.BuiltinOperator).items() if name.isupper()}
 
 
 def read(content: bytes) -> schema.ModelT:
-    """Return the object form of a ``.tflite`` file. It can be edited and written again."""
+    """Return the object form of a ``.tflite`` file, which can be edited and written again."""
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
     if any(buffer.offset > 1 for buffer in model.buffers):
         raise ValueError(
@@ -46,7 +46,7 @@ def text(name: bytes | str | None) -> str:
 
 
 def indices(tensors: Iterable[int] | None) -> list[int]:
-    """Return the tensors that an op reads or writes, without its absent optional tensors."""
+    """Return the tensors that an op reads or writes, without optional tensors that are absent."""
     return [] if tensors is None else [int(t) for t in tensors if t >= 0]
 
 
@@ -59,8 +59,8 @@ def stored(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
 def extract_readers(model: schema.ModelT, buffer: int) -> schema.ModelT:
     """Extract a model that contains only the ops that read one buffer.
 
-    The computed inputs of these ops become inputs of the extracted model, their outputs become its
-    outputs. Buffers keep their numbers.
+    The computed inputs of these ops become inputs of the extracted model. The outputs of these ops
+    become its outputs. Buffers keep their numbers.
     """
     extracted = schema.ModelT()
     extracted.version, extracted.operatorCodes = model.version, list(model.operatorCodes)
@@ -102,7 +102,7 @@ def add_tensor(graph: schema.SubGraphT, tensor: schema.TensorT) -> int:
 
 
 def add_constant(model: schema.ModelT, graph: schema.SubGraphT, values) -> int:
-    """Return the index of an int32 constant, which is added unless the graph already has it."""
+    """Return the index of an int32 constant, and add the constant if the graph does not have it."""
     array = np.asarray(values, np.int32)
     name = f"constant{array.tolist()}"
     for index, tensor in enumerate(graph.tensors):
@@ -134,7 +134,7 @@ def _builtin(code: schema.OperatorCodeT) -> int:
 
 
 def op_code(model: schema.ModelT, name: str, version: int) -> int:
-    """Return the index of an op code, which is added unless the model already has it."""
+    """Return the index of an op code, and add the op code if the model does not have it."""
     builtin = getattr(schema.BuiltinOperator, name)
     for index, code in enumerate(model.operatorCodes):
         if (_builtin(code), code.version) == (builtin, version):
@@ -148,7 +148,7 @@ def op_code(model: schema.ModelT, name: str, version: int) -> int:
 
 
 class _AlignedBuilder(flatbuffers.Builder):
-    """Flatbuffer builder that aligns every byte vector, and so every buffer, for vector loads."""
+    """Flatbuffer builder that aligns all byte vectors, and thus all buffers, for vector loads."""
 
     def CreateNumpyVector(self, x: np.ndarray) -> int:
         if x.dtype == np.uint8:

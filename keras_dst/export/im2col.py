@@ -1,8 +1,8 @@
 """Lower CONV_2D to slices of its input and one FULLY_CONNECTED op (im2col).
 
 FULLY_CONNECTED can read a sparse weight, and CONV_2D cannot. There is one slice of the padded input
-for every position of the kernel. Concatenated, the slices hold, for each output pixel, the values
-that the kernel multiplies there. A 1x1 kernel with stride 1 needs no slices.
+for every position of the kernel. The concatenated slices hold, for each output pixel, the values
+that the kernel multiplies at this pixel. A 1x1 kernel with stride 1 needs no slices.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from keras_dst.export import flatbuffer
 
-_FULL_BATCH_AND_CHANNELS = 0b1001  # bit mask of the axes that a slice keeps whole
+_FULL_BATCH_AND_CHANNELS = 0b1001  # Bit mask of the axes that a slice keeps whole.
 
 
 def is_applicable(graph: schema.SubGraphT, op: schema.OperatorT, kernel: Sequence[int]) -> bool:
@@ -36,10 +36,11 @@ def lower(
     """Return the ops that replace a CONV_2D whose weight has been reshaped to a matrix.
 
     Args:
-        model: the model that contains the op. Constants and op codes are added to it.
-        graph: the graph that contains the op. Tensors are added to it.
+        model: the model that contains the op. The function adds constants and op codes to the
+            model.
+        graph: the graph that contains the op. The function adds tensors to the graph.
         op: the CONV_2D op.
-        kernel: the shape of its weight: filters, height, width, channels.
+        kernel: the shape of the weight of the op: filters, height, width, channels.
         version: the version of the FULLY_CONNECTED op.
     """
     options, x = op.builtinOptions, int(op.inputs[0])

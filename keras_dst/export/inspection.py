@@ -23,7 +23,7 @@ from keras_dst.export.report import gzip_bytes
 
 @dataclass(frozen=True)
 class ConstantReport:
-    """One constant of a file.
+    """Description of one constant of a file.
 
     Attributes:
         name: name of the tensor.
@@ -45,14 +45,17 @@ class ConstantReport:
 
 @dataclass(frozen=True)
 class InspectionReport:
-    """The constants of a file. `str()` is a table of the constants and the size of the file."""
+    """Constants of a file.
+
+    `str()` returns a table of the constants, and the size of the file.
+    """
 
     bytes: int
     gzip_bytes: int
     constants: list[ConstantReport]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain values, ready for JSON."""
+        """Return the report as a dict of plain values, which can be written as JSON."""
         return asdict(self)
 
     def __str__(self) -> str:

@@ -1,8 +1,8 @@
-"""Estimate the latency of a ``.tflite`` file on a CPU that is not at hand.
+"""Estimate the latency of a ``.tflite`` file on a CPU that is not available.
 
-The constants are nanoseconds on one thread, rounded from runs of single ops on an x86 CPU of 2023.
-The constants for CPUs without AVX come from the same CPU with AVX hidden, as a proxy for ARM. The
-constants for overheads and copies are guesses.
+The constants of the model are nanoseconds on one thread, rounded from runs of single ops on an x86
+CPU of 2023. The constants for CPUs without AVX come from the same CPU with AVX hidden, as a proxy
+for ARM. The constants for overheads and copies are guesses.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from keras_dst.export.flatbuffer import indices, op_name, read, stored
 
 _COPIES = frozenset({"PAD", "STRIDED_SLICE", "CONCATENATION"})
 _AT_LOAD = frozenset({"DENSIFY", "DEQUANTIZE"})
-_RUN, _OP = 1000, 100  # fixed nanoseconds of each inference, and of each op
+_RUN, _OP = 1000, 100  # Fixed nanoseconds of each inference, and of each op.
 _NANO = 1e-9
 
 
 @dataclass(frozen=True)
 class Cpu:
-    """The speed of the kernels of a CPU, in nanoseconds.
+    """Speed of the kernels of a CPU, in nanoseconds.
 
     Attributes:
         vector: nanoseconds per weight of a dense FULLY_CONNECTED op on one row.
         matrix: nanoseconds per multiplication of a dense op on many rows.
-        direct: nanoseconds per stored value and row of FULLY_CONNECTED with a sparse weight. One
-            pair for each encoding: for one row, and for many rows.
-        row: nanoseconds per row of the weight and row of the input, in addition to ``direct``.
+        direct: nanoseconds per stored value and row of FULLY_CONNECTED with a sparse weight. Each
+            encoding has a pair of numbers: the first for one row, the second for many rows.
+        row: nanoseconds for each pair of a weight row and an input row, in addition to ``direct``.
         copy: nanoseconds per value that a PAD, STRIDED_SLICE or CONCATENATION op writes.
         sparse: nanoseconds per multiplication by a nonzero weight in XNNPACK's sparse convolution.
-            None if the CPU does not use that kernel.
+            None if the CPU does not use this kernel.
     """
 
     vector: float
@@ -75,11 +75,11 @@ def this_cpu() -> str:
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """A function that estimates the seconds of one inference of each file on a CPU.
+    """Function that estimates the seconds of one inference of each file on a CPU.
 
     Attributes:
         cpu: the CPU.
-        batch: batch size for files with an open batch size. Defaults to 1.
+        batch: batch size for files with a dynamic batch size. Defaults to 1.
     """
 
     cpu: Cpu

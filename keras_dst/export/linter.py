@@ -1,4 +1,4 @@
-"""``lint``: check whether a ``.tflite`` file is computed correctly, fast, and from few bytes."""
+"""``lint``: check whether the results of a ``.tflite`` file are correct, and its speed and size."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from keras_dst.export.tflite import check_exportable, check_installed, check_opt
 def lint(
     model: keras.Model | str | os.PathLike[str] | bytes, target: str | None = None
 ) -> LintReport:
-    """Find what makes a ``.tflite`` file wrong, slow or large, without running the file.
+    """Find the parts of a ``.tflite`` file that are wrong, slow or large, without running the file.
 
-    The file may come from any converter. On ARM, and on every other CPU without AVX, XNNPACK has
-    fast kernels for 1x1 convolutions with sparse weights. It uses them only if the whole network
-    supports them. The report says whether this network does, and which op prevents it.
+    Any converter may have written the file. On ARM, and on every other CPU without AVX, XNNPACK has
+    fast kernels for 1x1 convolutions with sparse weights. XNNPACK uses these kernels only if the
+    whole network supports them. The report says whether the given network supports them, and names
+    the ops that do not.
 
     Args:
-        model: a ``.tflite`` file, as a path or as bytes. Or a built Keras 3 model; then the file
-            that `export_tflite` would write is checked. For a target, this is an int8 file that
-            was calibrated on random samples.
-        target: ``"micro"`` for TensorFlow Lite for Microcontrollers, or an Ethos-U NPU such as
-            ``"ethos-u55-128"``, which Vela compiles for. Defaults to None, for CPUs.
+        model: a ``.tflite`` file, as a path or as bytes. Or a built Keras 3 model, in which case
+            the file that `export_tflite` would write is checked. For a target other than CPUs, this
+            is an int8 file that was calibrated on random samples.
+        target: ``"micro"`` for TensorFlow Lite for Microcontrollers, or an Ethos-U NPU that Vela
+            supports, such as ``"ethos-u55-128"``. Defaults to None, which means CPUs.
 
     Returns:
         A `LintReport`.
@@ -47,7 +48,8 @@ def lint(
     else:
         check_exportable(model)
         check_installed("tensorflow", "ai_edge_litert", "flatbuffers")
-    # The modules below need optional packages, without which `import keras_dst` must work.
+    # The modules below need optional packages, but `import keras_dst` must work without these
+    # packages.
     from keras_dst.export.convert import conversions, to_tflite
     from keras_dst.export.decode import load, value_error_if_damaged
     from keras_dst.export.ethos import ACCELERATORS

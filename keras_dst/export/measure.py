@@ -16,13 +16,13 @@ from keras_dst._reporting.tables import as_table
 from keras_dst._utils.validation import check_integer
 from keras_dst.export.decode import load
 
-# `latencies` runs at least the first number of rounds, and then rounds until the time is over.
+# Smallest and largest number of rounds of `latencies`, and the seconds after which it stops.
 _MIN_ROUNDS, _MAX_ROUNDS, _SECONDS = 15, 200, 0.3
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The latency of one file.
+    """Latency of one file.
 
     Attributes:
         name: name of the file.
@@ -43,14 +43,14 @@ class Timing:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """The measurements of `bench`. `str()` is a table."""
+    """Measurements of `bench`. `str()` returns a table."""
 
     threads: int
     runs: int
     files: list[Timing]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain values, ready for JSON."""
+        """Return the report as a dict of plain values, which can be written as JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -79,19 +79,19 @@ def bench(
     seed: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> BenchReport:
-    """Compare the latencies of ``.tflite`` files on random inputs, in this process.
+    """Compare the latencies of ``.tflite`` files on random inputs, in the current process.
 
-    The runs of the files are interleaved, so that a drift of the machine's speed affects all files
-    equally. Each file runs at its own batch size; an open batch size counts as 1.
+    The runs of the files are interleaved, so that changes of the machine's speed affect all files
+    equally. Each file runs at its own batch size, or at 1 if its batch size is dynamic.
 
     Args:
-        paths: paths of the files. The other files are compared with the first.
+        paths: paths of the files. The first file is the baseline for the ratios of the other files.
         threads: number of threads of the interpreter. Defaults to 1.
         warmup: number of runs of each file that are not counted. Defaults to 10.
         runs: number of runs of each file that are counted. Defaults to 100.
         seed: seed of the random inputs, uniform between 0 and 1 (integers: zeros; strings: empty).
             Defaults to 0.
-        progress: function that is called with the number of runs done so far.
+        progress: function that is called with the number of finished runs.
 
     Returns:
         A `BenchReport`.
@@ -140,7 +140,7 @@ def latencies(files: Sequence[bytes], *, threads: int = 1, batch: int = 1) -> li
     Args:
         files: bytes of the files.
         threads: number of threads of the interpreter. Defaults to 1.
-        batch: batch size for files with an open batch size. Defaults to 1.
+        batch: batch size for files with a dynamic batch size. Defaults to 1.
 
     Example:
         >>> dense, sparse = latencies([dense_bytes, sparse_bytes])
@@ -165,10 +165,10 @@ def loads_and_latencies(
 
 
 def _rounds(interpreters: Sequence[Interpreter]) -> Iterator[list[float]]:
-    """Yield rounds without end, each with the seconds of one inference of every file.
+    """Yield rounds without end. A round is a list with the seconds of one inference of every file.
 
-    Each file runs twice in a round: the first run brings its weights back into the caches and is
-    not timed. Single inferences are timed because other work on the machine would disturb a longer
+    Each file runs twice in a round. The first run loads the weights into the caches and is not
+    timed. Single inferences are timed because other work on the machine would disturb a longer
     measurement.
     """
     while True:
@@ -184,8 +184,8 @@ def _rounds(interpreters: Sequence[Interpreter]) -> Iterator[list[float]]:
 def _load_all(
     files: Sequence[bytes], threads: int, batch: int = 1, seed: int = 0
 ) -> list[tuple[float, Interpreter]]:
-    """Return the seconds to load each file, and its interpreter with its inputs set."""
-    _load(files[0], threads, batch)  # the first load of a process also sets up the runtime
+    """Return, for each file, the seconds to load it and the interpreter with its inputs set."""
+    _load(files[0], threads, batch)  # The first load of a process also sets up the runtime.
     found = [_load(content, threads, batch) for content in files]
     for _, interpreter in found:
         _feed(interpreter, seed)

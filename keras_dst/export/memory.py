@@ -14,17 +14,17 @@ _STATUS = Path("/proc/self/status")
 
 
 def peak_memory(content: bytes, *, threads: int = 1, batch: int = 1) -> int | None:
-    """Return the bytes that a process needs to load a file and run it once.
+    """Return the bytes of memory that a process needs to load a file and run it once.
 
     Args:
         content: bytes of the file.
         threads: number of threads of the interpreter. Defaults to 1.
-        batch: batch size for files with an open batch size. Defaults to 1.
+        batch: batch size for files with a dynamic batch size. Defaults to 1.
 
     Returns:
-        The bytes, or None if this is not Linux or the file cannot be run.
+        The number of bytes, or None if the system is not Linux or the file cannot be run.
     """
-    if not _STATUS.exists():  # not Linux
+    if not _STATUS.exists():  # The system is not Linux.
         return None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.tflite")
@@ -38,7 +38,7 @@ def _main(path: str, threads: str, batch: str) -> None:
     from ai_edge_litert.interpreter import Interpreter
 
     before = kilobytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # reset the recorded peak
+    Path("/proc/self/clear_refs").write_text("5")  # Reset the recorded peak.
     interpreter = Interpreter(path, num_threads=int(threads))
     for detail in interpreter.get_input_details():
         sizes = [int(batch) if size == -1 else size for size in detail["shape_signature"]]

@@ -1,15 +1,15 @@
-"""Files for microcontrollers: weights without their zeros, in TensorFlow Lite for Microcontrollers.
+"""Encode files for TensorFlow Lite for Microcontrollers, with weights stored without their zeros.
 
 TensorFlow Lite for Microcontrollers (TFLM) decodes compressed constants with the custom op
-``TFLM_DECODE``. Its pruning format stores a weight in two constants:
+``TFLM_DECODE``. The pruning format of TFLM_DECODE stores a weight in two constants:
 
 * The first constant is a bitmap with one bit per entry, 1 for a kept entry, most significant bit
   first.
 * The second constant is a header of 16 bytes and the kept entries in order. The header holds the
   decode type 2 (pruning) and the version 1, and at byte 4 the version 1 of the pruning format.
 
-An op reads the decoded weight from the arena, so that the file is smaller and the arena larger.
-Decoding takes time: the format makes nothing faster.
+An op reads the decoded weight from the arena. The file is therefore smaller, but the arena is
+larger. Decoding takes time, so the format does not make inference faster.
 
 Source: the op DECODE in the repository of TFLM, ``kernels/decode_state_prune.cc``.
 """
@@ -55,7 +55,7 @@ _OP_NAMES = """
 OPS = frozenset(_OP_NAMES.split())
 _WORKER = Path(__file__).with_name("micro_worker.py")
 _PRUNING_HEADER = np.array([2, 1, 0, 0, 1, *[0] * 11], np.uint8)
-# TFLM takes one block of memory. Activations may be larger than the weights.
+# TFLM takes one block of memory as its arena. Activations may be larger than the weights.
 _SPARE_ARENA = 1 << 24
 
 
@@ -74,7 +74,7 @@ def check_tflm() -> None:
 
 
 def encode_for_micro(content: bytes) -> tuple[bytes, list[TensorReport]]:
-    """Store the int8 weights of a dense file without their zeros where the file gets smaller.
+    """Store the int8 weights of a dense file without their zeros, if this makes the file smaller.
 
     Args:
         content: bytes of a full-integer int8 file with dense weights.
@@ -162,8 +162,8 @@ def run_in_tflm(content: bytes, inputs: list[np.ndarray]) -> Run:
             lines = [line for line in log.splitlines() if line.strip()]
             raise ExportError(
                 "Expected a file that TFLM runs. Received: TFLM stopped with exit code "
-                f"{done.returncode}: {' '.join(lines[-3:])} Fix: replace the layer named there, or "
-                "use a fixed input shape."
+                f"{done.returncode}: {' '.join(lines[-3:])} Fix: replace the layer named in this "
+                "output, or use a fixed input shape."
             )
         with np.load(folder / "outputs.npz") as loaded:
             outputs = [loaded[f"output_{place}"] for place in range(len(graph.outputs))]
@@ -174,14 +174,15 @@ def report_for(content: bytes, dense: bytes, inputs: list[np.ndarray]) -> MicroR
     """Compare a file with the dense int8 file in TFLM.
 
     Raises:
-        ExportError: an output differs by a bit.
+        ExportError: an output is not bit-identical.
     """
     own, reference = run_in_tflm(content, inputs), run_in_tflm(dense, inputs)
     for place, (y, expected) in enumerate(zip(own.outputs, reference.outputs, strict=True)):
         if not np.array_equal(y, expected):
             raise ExportError(
-                f"Expected output {place} of the file to equal the dense int8 file bit for bit in "
-                "TFLM. Received: different values. Nothing was written. Please report this model."
+                f"Expected output {place} of the file to equal the output of the dense int8 file "
+                "bit for bit in TFLM. Received: different values. Nothing was written. Please "
+                "report this model."
             )
     return MicroReport(
         bytes=len(content),
@@ -226,10 +227,10 @@ def _arena_limit(model: schema.ModelT) -> int:
 
 
 def _unfit(weight: Weight) -> str:
-    """Return why TFLM cannot decode a weight; empty if it can."""
+    """Return the reason why TFLM cannot decode a weight, or "" if it can."""
     quantization = weight.tensors[0].quantization
     if weight.values.dtype != np.int8 or quantization is None or quantization.scale is None:
-        return "it is not quantized to int8"
+        return "content: the file, whose inputs have a fixed batch size or a batch size of 1."
     if any(name == "OUTPUT" for name, _ in weight.readers):
         return "it is an output of the model"
     if np.any(quantization.zeroPoint):
@@ -240,7 +241,7 @@ def _unfit(weight: Weight) -> str:
 
 
 def _pruned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the bitmap of a weight, and the header with the kept entries."""
+    """Return the bitmap of a weight, and its second constant: the header and the kept entries."""
     flat = values.reshape(-1)
     kept = flat != 0
     return np.packbits(kept), np.concatenate([_PRUNING_HEADER, flat[kept].view(np.uint8)])
@@ -249,21 +250,21 @@ def _pruned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
     """Return a file that stores the weights in some buffers without their zeros.
 
-    The file also loses what TFLM does not read: the scales of biases, and metadata.
+    Parts that TFLM does not read are removed from the file too: the scales of biases, and metadata.
     """
     model = read(content)
     found = {weight.buffer: weight for weight in weights(model) if weight.buffer in buffers}
     code = _decode_op_code(model) if found else -1
-    model.metadata = None  # versions of converters, which TFLM does not read
+    model.metadata = None  # Versions of converters, which TFLM does not read.
     for graph in model.subgraphs:
         encoded: dict[int, tuple[int, int]] = {}
         for index, tensor in list(enumerate(graph.tensors)):
-            tensor.name = text(tensor.name).split(";")[0]  # the converter joins many names
+            tensor.name = text(tensor.name).split(";")[0]  # The converter joins many names.
             if tensor.buffer in found:
                 encoded[index] = _add_constants(model, graph, found[tensor.buffer].values)
-                tensor.buffer = 0  # an op computes this tensor
+                tensor.buffer = 0  # An op computes this tensor.
             elif tensor.type == schema.TensorType.INT32:
-                tensor.quantization = None  # TFLM computes the scales of biases itself
+                tensor.quantization = None  # TFLM computes the scales of biases itself.
         free = set(encoded)
         graph.operators = [
             new for op in graph.operators for new in _decoded_reads(graph, op, encoded, free, code)
@@ -284,7 +285,7 @@ def _decode_op_code(model: schema.ModelT) -> int:
 def _add_constants(
     model: schema.ModelT, graph: schema.SubGraphT, values: np.ndarray
 ) -> tuple[int, int]:
-    """Add the two constants of a weight without zeros; return their indices."""
+    """Add the two constants of a weight without zeros, and return their indices."""
     places = []
     for data in _pruned(values):
         buffer, constant = schema.BufferT(), schema.TensorT()
@@ -303,7 +304,7 @@ def _decoded_reads(
     free: set[int],
     code: int,
 ) -> list[schema.OperatorT]:
-    """Return an op that reads decoded weights, after the op that decodes them for it alone.
+    """Return an op that reads decoded weights, and before it the ops that decode them for it.
 
     TFLM keeps a decoded tensor only until the next op has run. Therefore only the first reader of a
     weight reads its tensor, and the other readers read copies.
@@ -311,8 +312,8 @@ def _decoded_reads(
     Args:
         graph: the graph, to which copies of tensors are added.
         op: an op of the graph.
-        encoded: by the index of a weight, the indices of its two constants.
-        free: the weights that no op decodes yet. It is changed in place.
+        encoded: the indices of a weight's two constants, by the index of the weight.
+        free: the weights that no op decodes yet. This set is changed in place.
         code: index of the op code of the decoding op.
     """
     reads = dict.fromkeys(index for index in indices(op.inputs) if index in encoded)

@@ -1,8 +1,9 @@
-"""Run a file in the interpreter of TensorFlow Lite for Microcontrollers, in a process of its own.
+"""Run a file in the interpreter of TensorFlow Lite for Microcontrollers, in a separate process.
 
-An unsupported file can end the process. The arguments are the paths of the file, of the inputs, and
-of the outputs. The inputs are an ``.npz`` file with one array per input, ``input_0`` and so on, and
-one row per run. The outputs have the same form. The interpreter prints its memory use to stderr.
+An unsupported file can make the process exit. The arguments are the paths of the file, of the
+inputs, and of the outputs. The inputs are an ``.npz`` file with one array per input, named
+``input_0`` and so on, with one row per run. The outputs are stored in the same form. The
+interpreter prints its memory use to stderr.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Export a model: read the data, convert, select formats, encode, compare, measure, write."""
+"""Export a model: read data, convert, select formats, encode, compare, measure and write."""
 
 from __future__ import annotations
 
@@ -58,17 +58,17 @@ from keras_dst.export.verify import (
     predictor,
 )
 
-#: The default tolerance of the error against Keras, by what is quantized.
+#: Default tolerance of the error against Keras, by the argument `quantize`.
 TOLERANCES = {None: 1e-4, "weights": 0.1, "full": 0.3}
-#: The tolerance against a dense file with the same quantized weights.
+#: Tolerance against a dense file with the same quantized weights.
 _EXACT = 1e-4
-#: The same tolerance if the runtime also quantizes the inputs of ops, as kernels round differently.
+#: Tolerance if the runtime also quantizes the inputs of ops, because kernels round differently.
 _INEXACT = 5e-2
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The checked arguments of `keras_dst.export_tflite`."""
+    """Checked arguments of `keras_dst.export_tflite`."""
 
     tolerance: float
     optimize: str = "balanced"
@@ -93,7 +93,7 @@ class Settings:
         return self.target == "micro"
 
     def objective(self) -> Objective:
-        """Return the criterion by which formats are selected."""
+        """Return the criterion by which storage formats are selected."""
         here = this_cpu()
         cpus = {"host": [here], "arm": ["arm"], "any": sorted({here, "arm"})}[self.target]
         measured = functools.partial(latencies, threads=self.threads, batch=self.batch)
@@ -106,12 +106,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class _Data:
-    """The data arguments of an export, as arrays.
+    """Data arguments of an export, as arrays.
 
     Attributes:
         signature: the inputs of the file.
         samples: samples on which the file is compared with the model.
-        calibration: samples from which int8 ranges are taken; None if nothing needs them.
+        calibration: samples that give the ranges of int8 values; None if no ranges are needed.
         evaluate: None, a function of predict, or samples and labels.
     """
 
@@ -124,7 +124,7 @@ class _Data:
 def export(
     model: keras.Model, path: Path, settings: Settings, progress: Callable[[str], None]
 ) -> ExportReport:
-    """Export a model after `keras_dst.export_tflite` has checked the other arguments."""
+    """Export a model, after `keras_dst.export_tflite` has checked the other arguments."""
     data = _read_data(model, settings)
     progress("converting")
     full = settings.quantize == "full"
@@ -149,10 +149,11 @@ def export(
     if settings.micro:
         content, tensors, micro = _encode_for_micro(base, cases, progress)
     progress("measuring")
-    # The file for an NPU is the dense int8 file itself.
+    # For an NPU, the written file is the dense int8 file itself.
     others = [files["float32"]] if settings.npu else list(files.values())
     compared = _compare(model, others if settings.micro else [*others, content], data, settings)
-    if settings.micro:  # LiteRT cannot run the file, whose outputs equal those of dense int8
+    # LiteRT cannot run a file for TFLM. The outputs of this file equal those of the dense int8 file.
+    if settings.micro:
         sizes = (len(content), gzip_bytes(content))
         compared.append(
             replace(compared[-1], name="this file", bytes=sizes[0], gzip_bytes=sizes[1])
@@ -184,7 +185,7 @@ def export(
 def _encode_for_micro(
     dense: bytes, cases: list[Case], progress: Callable[[str], None]
 ) -> tuple[bytes, list[TensorReport], MicroReport]:
-    """Return the file for microcontrollers, once TFLM has run it on all samples."""
+    """Return the file for microcontrollers, after TFLM has run it on all samples."""
     progress("running the file in TensorFlow Lite for Microcontrollers")
     content, tensors = encode_for_micro(dense)
     inputs = quantized_inputs(dense, [case.inputs for case in cases])
@@ -192,7 +193,7 @@ def _encode_for_micro(
 
 
 def _rounded_to_zero(floats: bytes, integers: bytes) -> int:
-    """Return how many nonzero weights of a float file are zero in the int8 file."""
+    """Return the number of nonzero weights of a float file that are zero in the int8 file."""
     found = {weight.name: weight.values for weight in encode.weights(read(floats))}
     count = 0
     for weight in encode.weights(read(integers)):
@@ -215,7 +216,7 @@ def _compile(
     """Compile a file with Vela if the target is an NPU and Vela is installed.
 
     Returns:
-        The compiled file and Vela's report. Otherwise an empty file and None.
+        The compiled file and Vela's report, or an empty file and None.
     """
     if not settings.npu or vela_version() is None:
         return b"", None
@@ -224,7 +225,7 @@ def _compile(
 
 
 def _read_data(model: keras.Model, settings: Settings) -> _Data:
-    """Read and check all data arguments, before anything is converted."""
+    """Read and check all data arguments, before the conversion begins."""
     calibration = samples = None
     if settings.representative is not None:
         calibration = read_samples(
@@ -236,8 +237,8 @@ def _read_data(model: keras.Model, settings: Settings) -> _Data:
     signature = signature_of(model, samples)
     if calibration and signature_of(model, calibration) != signature:
         raise ValueError(
-            "Expected inputs= and representative= with arrays for the same inputs. Received: None "
-            "for an optional input in only one of them."
+            "Expected inputs= and representative= with arrays for the same inputs. Received: "
+            "None for an optional input in only one of the two."
         )
     _check_convertible(model, signature, settings.quantize)
     if samples is None:
@@ -254,22 +255,22 @@ def _check_convertible(model: keras.Model, signature: Signature, quantize: str |
     strings = [spec.name for spec in signature.specs if spec.dtype == "string"]
     if strings and keras.backend.backend() != "tensorflow":
         raise ExportError(
-            f"Expected inputs of numbers on the {keras.backend.backend()} backend. Received: the "
-            f"inputs {strings} of strings, on which only TensorFlow can call a Keras model. Fix: "
-            "load and export the model with KERAS_BACKEND=tensorflow, or export the part after the "
-            "layers that read strings, keras.Model(tensor, model.outputs)."
+            f"Expected inputs of numbers on the {keras.backend.backend()} backend. Received: "
+            f"string inputs {strings}, which only the TensorFlow backend can pass to a Keras "
+            "model. Fix: load and export the model with KERAS_BACKEND=tensorflow, or export the "
+            "part after the layers that read strings, keras.Model(tensor, model.outputs)."
         )
     if strings and quantize == "full":
         raise ExportError(
-            f"Expected inputs of numbers for quantize='full'. Received: the inputs {strings} of "
-            "strings, for which the converter cannot find ranges. Fix: use quantize='weights'."
+            f"Expected inputs of numbers for quantize='full'. Received: string inputs {strings}, "
+            "for which the converter cannot find ranges. Fix: use quantize='weights'."
         )
     loops = [
         layer.name
         for layer in _keras.flatten_layers(model)
         if isinstance(layer, keras.layers.RNN) and not layer.unroll
     ]
-    if loops and quantize == "full":  # the converter would end the process
+    if loops and quantize == "full":  # The converter would end the process.
         raise ExportError(
             "Expected recurrent layers with unroll=True for quantize='full'. Received: the layers "
             f"{loops}, which run a loop that TensorFlow's converter cannot calibrate. Fix: build "
@@ -287,7 +288,7 @@ def _check_convertible(model: keras.Model, signature: Signature, quantize: str |
 def _compare(
     model: keras.Model, files: list[bytes], data: _Data, settings: Settings
 ) -> list[FileReport]:
-    """Return reports on the dense files and on the file to be written, which comes last."""
+    """Return reports on the dense files and on the file to be written, which is the last report."""
     at = {"threads": settings.threads, "batch": settings.batch}
     nothing: Sequence[None] = [None] * len(files)
     loads: Sequence[float | None] = nothing
@@ -339,7 +340,7 @@ def _check_classes(outputs: Sequence | None) -> None:
 def _fault(
     found: Deviation, base: bytes, plan: Plan, cases: list[Case], settings: Settings
 ) -> Deviation | None:
-    """Return the deviation of a file from Keras, or from its weights stored dense, if too large."""
+    """Return a file's deviation from Keras or from its dense form, or None if it is small."""
     if found.error > settings.tolerance:
         return found
     if settings.quantize:
@@ -354,7 +355,7 @@ def _fault(
 def _explain_fault(
     base: bytes, choices: list[Choice], cases: list[Case], settings: Settings
 ) -> str:
-    """Explain a fault: name the conversion, or the weights that cause a fault alone."""
+    """Name the cause of a fault: the conversion, or the weights that cause a fault individually."""
     plain = deviation(base, cases)
     if plain.error > settings.tolerance:
         return (
@@ -368,7 +369,7 @@ def _explain_fault(
         if choice.format and _is_guilty(base, choice, choice.format, cases, settings)
     ]
     if not guilty:
-        return "The dense conversion is correct, and so is every sparse weight alone."
+        return "The dense conversion is correct, and every sparse weight is correct individually."
     return f"The dense conversion is correct. Sparse weights at fault: {', '.join(guilty)}."
 
 

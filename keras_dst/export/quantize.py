@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-_LARGEST = 127  # symmetric: -128 is not used
+_LARGEST = 127  # The range is symmetric, so -128 is not used.
 
 
 def quantize(values: np.ndarray, axis: int) -> tuple[np.ndarray, schema.QuantizationParametersT]:
-    """Round values to int8 with one symmetric scale per index of ``axis``.
+    """Round values to int8 with one symmetric scale for each index along ``axis``.
 
-    Returns the integers and the quantization parameters of the schema.
+    Return the integers, and the quantization parameters in the schema of TensorFlow Lite.
     """
     others = tuple(i for i in range(values.ndim) if i != axis)
     peaks = np.abs(values).max(axis=others, keepdims=True)
@@ -24,7 +24,7 @@ def quantize(values: np.ndarray, axis: int) -> tuple[np.ndarray, schema.Quantiza
 
 
 def to_int8(array: np.ndarray, scale: float, zero_point: int) -> np.ndarray:
-    """Round floats to the int8 values of a tensor with one scale."""
+    """Round floats to the int8 values of a tensor that has one scale."""
     return np.clip(np.rint(array / scale) + zero_point, -128, 127).astype(np.int8)
 
 

@@ -1,4 +1,4 @@
-"""The report of an export, and its error."""
+"""Report of an export, and the error that an export raises."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ExportError(RuntimeError):
 
 @dataclass(frozen=True)
 class TensorReport:
-    """The storage of one weight in the file.
+    """Storage of one weight in the file.
 
     Attributes:
         name: name of the tensor.
@@ -27,7 +27,7 @@ class TensorReport:
         encoding: storage format, such as ``"csr+densify"``.
         bytes: bytes of the weight in this format.
         dense_bytes: bytes of the weight if it is stored dense.
-        reason: why the weight is stored dense; empty if it is stored in another format.
+        reason: the reason why the weight is stored dense; empty if it is stored in another format.
     """
 
     name: str
@@ -50,7 +50,7 @@ class FileReport:
         gzip_bytes: size of the file after compression with gzip.
         latency: median seconds of one inference on this CPU. None if not measured.
         load: seconds to load the file on this CPU. None if not measured.
-        memory: peak of the bytes that loading and one inference add to a process. None if not
+        memory: peak memory in bytes that loading and one inference add to a process. None if not
             measured.
         accuracy: result of ``evaluate``. None if no ``evaluate`` was given.
     """
@@ -66,25 +66,26 @@ class FileReport:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """The result of `export_tflite`. `str()` is a table of the weights and a table of the files.
+    """Result of `export_tflite`. `str()` returns a table of the weights and a table of the files.
 
     Attributes:
         path: path of the file.
         bytes: size of the file.
         gzip_bytes: size of the file after compression with gzip.
         dense_bytes: size of a dense float32 file of the same model.
-        dense_gzip_bytes: size of that dense file after compression with gzip.
+        dense_gzip_bytes: size of the dense float32 file after compression with gzip.
         tensors: the weights of the file.
         max_error: largest ``max|y - y_keras| / max|y_keras|`` of all outputs, with and without
             XNNPACK.
         files: the dense float32 file, a dense int8 file if one was made, and the written file.
-        threads: number of threads at which the files were measured.
-        batch: batch size at which the files were measured.
+        threads: number of interpreter threads in the measurements of the files.
+        batch: batch size in the measurements of the files.
         vela: Vela's estimates for an Ethos-U NPU. None for other targets, and if Vela is missing.
-        micro: comparison in TensorFlow Lite for Microcontrollers. None for other targets.
+        micro: comparison with the dense int8 file in TensorFlow Lite for Microcontrollers. None for
+            other targets.
         rounded_to_zero: number of nonzero weights that int8 rounds to zero. 0 without
             ``quantize="full"``.
-        note: a sentence about figures that are missing; empty if none is missing.
+        note: a sentence about figures that are missing; empty if no figure is missing.
 
     Example:
         >>> print(export_tflite(model, "model.tflite"))
@@ -106,7 +107,7 @@ class ExportReport:
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain values, ready for JSON."""
+        """Return the report as a dict of plain values, which can be written as JSON."""
         return {**asdict(self), "path": str(self.path)}
 
     def __str__(self) -> str:

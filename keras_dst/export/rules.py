@@ -1,7 +1,8 @@
-"""The rules of `lint`: each rule reads one graph of a file and yields its findings.
+"""Rules of `lint`: each rule reads one graph of a file and yields its findings.
 
-The rules follow measurements with LiteRT 2.3 and the sources of XNNPACK. An error here is a fault
-that was seen to give wrong results, mostly without a message, or to be refused by the runtime.
+The rules follow measurements with LiteRT 2.3 and the sources of XNNPACK. A finding of level "error"
+is a fault for which wrong results were observed, mostly without a message, or for which the runtime
+refused the file.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ from keras_dst.export.selection import (
 )
 from keras_dst.export.sparse_inference import Node, Role
 
-#: Below this density FULLY_CONNECTED is faster with 1x4 blocks than with the dense weight.
+#: If the density is lower, FULLY_CONNECTED is faster with 1x4 blocks than with the dense weight.
 _BLOCK_DENSITY = 0.5
-#: Below this density FULLY_CONNECTED is faster with CSR than with the dense weight.
+#: If the density is lower, FULLY_CONNECTED is faster with CSR than with the dense weight.
 _CSR_DENSITY = 0.12
 
 _EXPORT_AGAIN = "Export the model again with keras_dst.export_tflite."
@@ -347,7 +348,7 @@ def _direct(model, graph) -> Iterator[tuple]:
 
 
 def _outputs(model, graph, kind: str) -> dict[int, int]:
-    """Return the input of every op of one kind, by its output."""
+    """Return the first input of every op of one kind, by the op's output."""
     made = (op for op in graph.operators if op_name(model, op) == kind)
     return {int(op.outputs[0]): int(op.inputs[0]) for op in made}
 
@@ -377,14 +378,14 @@ def _faster_format(model, tensor) -> Format | None:
 
 
 def _where(model, graph, op) -> str:
-    """Describe an op by the name of its weight, or else of its output."""
+    """Describe an op by the name of its weight, or by its output if it has no weight."""
     kind = op_name(model, op)
     index = int(op.inputs[WEIGHT_SLOT] if kind in WEIGHT_OPS else op.outputs[0])
     return f"{kind} {_name(graph.tensors[constant_sources(model, graph).get(index, index)])}"
 
 
 def _name(tensor) -> str:
-    return repr(text(tensor.name).split(";")[0])  # the converter joins the names of merged ops
+    return repr(text(tensor.name).split(";")[0])  # The converter joins the names of merged ops.
 
 
 def _error(rule: str, where: str, found: str, fix: str) -> Finding:

@@ -1,4 +1,4 @@
-"""The inputs of a model, and sample data for them in every form that `model.predict` takes."""
+"""Inputs of a model, and sample data for them in every form that `model.predict` takes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from keras_dst import _keras
 MAX_SAMPLES = 32
 #: Number of samples that are read from a data set or generator to calibrate int8 ranges.
 MAX_CALIBRATION_SAMPLES = 1000
-#: Batch size of the comparison if the model leaves its batch size open.
+#: Batch size of the comparison if the batch size of the model is dynamic.
 BATCH = 4
-#: Size of other open axes in random samples.
+#: Size of other dynamic axes in random samples.
 OPEN_SIZE = 32
 
 _ACCEPTED = (
@@ -30,11 +30,11 @@ _ACCEPTED = (
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One input of a model.
+    """Description of one input of a model.
 
     Attributes:
         name: name of the input in the file.
-        shape: shape with the batch size first; None for open sizes.
+        shape: shape with the batch size first; None for dynamic sizes.
         dtype: name of the type.
         optional: whether the model accepts None for this input. Defaults to False.
         present: whether the file has this input. Defaults to True.
@@ -49,7 +49,7 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Signature:
-    """The inputs of a model, and the nested structure of their positions."""
+    """Inputs of a model, and the nested structure of their positions."""
 
     specs: list[InputSpec]
     structure: Any
@@ -62,7 +62,7 @@ class Samples:
     Attributes:
         arrays: one array for each input, with samples along the first axis. None for an optional
             input that is absent.
-        structure: the nested structure in which the model takes its inputs.
+        structure: the nested structure of inputs that the model takes.
     """
 
     arrays: list[np.ndarray | None]
@@ -75,27 +75,30 @@ class Samples:
         return replace(self, arrays=[None if a is None else a[rows] for a in self.arrays])
 
     def packed(self) -> Any:
-        """Return the arrays in the nested structure in which the model takes them."""
+        """Return the arrays in the nested structure of inputs that the model takes."""
         return keras.tree.pack_sequence_as(self.structure, self.arrays)
 
 
 def symbolic_inputs(model: keras.Model) -> Any:
-    """Return the symbolic inputs of a model in its nested structure; None for subclassed models."""
+    """Return the symbolic inputs of a model in its nested structure.
+
+    Return None for subclassed models.
+    """
     if not hasattr(model, "inputs"):
         return None
     return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
 
 
 def signature_of(model: keras.Model, samples: Samples | None = None) -> Signature:
-    """Return the inputs that the file of a model has.
+    """Return the inputs that the exported file of a model has.
 
     Args:
         model: a built Keras 3 model.
-        samples: sample data. Optional inputs that are None there are left out of the file. The
-            inputs of a subclassed model are described by the samples, if there are any.
+        samples: sample data. Optional inputs that are None in the samples are left out of the file.
+            For a subclassed model, the samples describe the inputs, if there are any samples.
 
     Raises:
-        ValueError: a subclassed model does not record its inputs, and there are no samples.
+        ValueError: a subclassed model does not record its inputs, and no samples are given.
     """
     specs, structure = _declared_specs(model), symbolic_inputs(model)
     if specs is None:
@@ -117,7 +120,7 @@ def _declared_specs(model: keras.Model) -> list[InputSpec] | None:
         (tensor,) = model.inputs
         batch = tensor.shape[0] if _keeps_batch_size(model) else None
         return [InputSpec(_safe(tensor.name), (batch, *tensor.shape[1:]), tensor.dtype)]
-    # A copy of a model keeps the names of its Input layers, but not the names of the tensors.
+    # A copy of a model keeps the names of its Input layers, but its tensors get new names.
     layers = [_keras.operation_of(tensor) for tensor in model.inputs]
     names = [_safe(layer.name) for layer in layers]
     if len(set(names)) < len(names):
@@ -130,12 +133,12 @@ def _declared_specs(model: keras.Model) -> list[InputSpec] | None:
 
 
 def _safe(name: str) -> str:
-    """Return a name as TensorFlow writes it into a signature."""
+    """Return a name in the form that TensorFlow writes into a signature."""
     return re.sub(r"\W", "_", name)
 
 
 def _keeps_batch_size(model: keras.Sequential) -> bool:
-    """Return whether the recorded batch size of a Sequential model is part of the model.
+    """Return whether the recorded batch size of a Sequential model belongs to the model.
 
     Keras also records a batch size if a model without an Input is built from data. Recurrent layers
     need a fixed batch size if they are stateful or not unrolled.
@@ -166,8 +169,8 @@ def _built_spec(model: keras.Model) -> InputSpec:
     sizes = shapes[0] if len(shapes) == 1 else None
     if not (sizes and all(size is None or isinstance(size, int) for size in sizes)):
         raise ValueError(
-            f"Expected inputs= for {model.name!r}, a subclassed model that does not record how it "
-            "is called. Received: none. Fix: pass inputs= as for model.predict."
+            f"Expected inputs= for {model.name!r}, a subclassed model that does not record its "
+            "inputs. Received: none. Fix: pass inputs= in a form that model.predict accepts."
         )
     return InputSpec("args_0", (None, *sizes[1:]), keras.config.floatx())
 
@@ -178,15 +181,16 @@ def _built_spec(model: keras.Model) -> InputSpec:
 def read_samples(
     model: keras.Model, data: Any, argument: str, limit: int | None = None, streamed: int = 0
 ) -> Samples:
-    """Return the inputs in ``data`` as arrays, after checking that they fit the model.
+    """Return the inputs in ``data`` as arrays, and check that they fit the model.
 
     Args:
         model: a built Keras 3 model.
-        data: inputs as for `model.predict`. Labels in the batches of a data set are ignored.
-        argument: name of the argument that holds the data, for messages.
-        limit: largest number of samples to return. Defaults to None: all.
-        streamed: largest number of samples to read from a data set or generator. Defaults to 0:
-            the limit.
+        data: inputs in every form that `model.predict` takes. Labels in the batches of a data set
+            are ignored.
+        argument: name of the user's argument that holds the data, for error messages.
+        limit: largest number of samples to return. Defaults to None, which means all samples.
+        streamed: largest number of samples to read from a data set or generator. Defaults to 0,
+            which means the value of ``limit``.
 
     Raises:
         ValueError: the data has another form, or does not fit the inputs of the model.
@@ -204,7 +208,7 @@ def read_samples(
 
 
 def _enough(model: keras.Model, samples: Samples, argument: str) -> Samples:
-    """Return the samples, or raise ValueError if they do not fill a batch of the model."""
+    """Return the samples. Raise ValueError if they do not fill a batch of the model."""
     least = max((spec.shape[0] or 1 for spec in _declared_specs(model) or []), default=1)
     if len(samples) < least:
         raise ValueError(
@@ -223,15 +227,14 @@ def read_labeled(model: keras.Model, data: Any) -> tuple[Samples, np.ndarray]:
     if not _is_stream(data):
         if not isinstance(data, tuple | list) or len(data) != 2:
             raise ValueError(
-                "Expected evaluate=(x, y), a data set of batches (x, y), or a function of predict. "
-                f"Received: {type(data).__name__}."
+                "Expected evaluate=(x, y), a data set of batches (x, y), or a function of "
+                f"predict. Received: {type(data).__name__}."
             )
         inputs, labels = data
         if _is_stream(inputs):
             raise ValueError(
-                "Expected arrays in evaluate=(x, y). "
-                f"Received: {type(inputs).__name__} as x. Fix: pass the data set alone, with "
-                "batches (x, y)."
+                f"Expected arrays in evaluate=(x, y). Received: {type(inputs).__name__} as x. "
+                "Fix: pass the data set alone, with batches (x, y)."
             )
         samples, targets = _match(model, inputs, "evaluate"), _label_array(labels)
     else:
@@ -251,7 +254,7 @@ def read_labeled(model: keras.Model, data: Any) -> tuple[Samples, np.ndarray]:
 
 
 def random_samples(signature: Signature) -> Samples:
-    """Return seeded random samples: standard normal floats, and zeros and ones for integers."""
+    """Return seeded random samples: normally distributed floats, or integers that are 0 or 1."""
     rng = np.random.default_rng(0)
 
     def array(spec: InputSpec) -> np.ndarray:
@@ -259,9 +262,9 @@ def random_samples(signature: Signature) -> Samples:
         shape = [batch or BATCH, *(size or OPEN_SIZE for size in sizes)]
         if spec.dtype == "string":
             raise ValueError(
-                f"Expected inputs= for a model on strings (input {spec.name!r}). Received: none, "
-                "and random strings would not be in its vocabulary. Fix: pass inputs= with an "
-                f"array of strings of shape {_shape_text(spec.shape)}."
+                f"Expected inputs= for a model with string inputs (input {spec.name!r}). "
+                "Received: none. Random strings would not be in the model's vocabulary. Fix: "
+                f"pass inputs= with an array of strings of shape {_shape_text(spec.shape)}."
             )
         if "float" in spec.dtype:
             return rng.standard_normal(shape).astype(keras.config.floatx())
@@ -286,15 +289,15 @@ def _is_array(value: Any) -> bool:
 
 
 def _batches(data: Any, argument: str, endless: bool) -> Iterator[Any]:
-    """Yield the batches of a data set; raise if it is endless and that is not allowed."""
+    """Yield the batches of a data set. Raise an error if it is endless, unless this is allowed."""
     if isinstance(data, keras.utils.PyDataset):
         infinite = data.num_batches is None
     else:
         infinite = hasattr(data, "cardinality") and int(data.cardinality()) == -1
     if infinite and not endless:
         raise ValueError(
-            f"Expected a finite data set in {argument}. Received: {type(data).__name__} without "
-            "an end. Fix: end it, for example with dataset.take(100)."
+            f"Expected a finite data set in {argument}. Received: an endless "
+            f"{type(data).__name__}. Fix: limit the data set, for example with dataset.take(100)."
         )
     if isinstance(data, keras.utils.PyDataset):
         numbers = itertools.count() if infinite else range(data.num_batches)
@@ -308,10 +311,10 @@ def _count(model: keras.Model) -> int | None:
 
 
 def _split(batch: Any, count: int | None, argument: str) -> tuple[Any, Any]:
-    """Return the inputs and labels of a batch: x, (x,), (x, y), (x, y, sample_weight).
+    """Return the inputs and the labels of a batch: x, (x,), (x, y) or (x, y, sample_weight).
 
-    A sequence with one array for each of several inputs is read as the inputs, as TensorFlow's
-    converter does it. Sample weights are ignored, as in the `metrics` of `compile`.
+    A sequence with one array for each of several inputs counts as inputs, as in TensorFlow's
+    converter. Sample weights are ignored, as in the `metrics` of `compile`.
     """
     if not isinstance(batch, tuple | list):
         return batch, None
@@ -329,7 +332,7 @@ def _joined(found: list[Samples], argument: str) -> Samples:
     if not found:
         raise ValueError(
             f"Expected at least one batch in {argument}. Received: no batch. Fix: pass a new "
-            "generator, if this one was read before."
+            "generator if this generator was read before."
         )
     arrays = [
         None if parts[0] is None else np.concatenate(parts)
@@ -339,7 +342,7 @@ def _joined(found: list[Samples], argument: str) -> Samples:
 
 
 def _match(model: keras.Model, inputs: Any, argument: str) -> Samples:
-    """Return arrays in the order of the model's inputs, after checking that they fit."""
+    """Return arrays in the order of the model's inputs, and check that they fit."""
     specs, structure = _declared_specs(model), symbolic_inputs(model)
     arrays: list[np.ndarray | None]
     if specs is None:
@@ -357,14 +360,14 @@ def _match(model: keras.Model, inputs: Any, argument: str) -> Samples:
     counts = [len(array) for array in arrays if array is not None]
     if len(set(counts)) != 1:
         raise ValueError(
-            f"Expected input arrays with one number of samples in {argument}. "
-            f"Received: arrays of {counts} samples."
+            f"Expected input arrays with equal numbers of samples in {argument}. Received: arrays "
+            f"of {counts} samples."
         )
     return samples
 
 
 def _values_in_order(inputs: Any, specs: list[InputSpec], structure: Any) -> list:
-    """Return values by position; dicts may use the model's own keys or the names of its inputs."""
+    """Return values by position. Dicts may use the model's own keys or the names of its inputs."""
     if isinstance(inputs, dict):
         keys = [spec.name for spec in specs]
         if isinstance(structure, dict) and len(structure) == len(specs):
@@ -377,7 +380,7 @@ def _values_in_order(inputs: Any, specs: list[InputSpec], structure: Any) -> lis
 
 
 def _fitted(value: Any, spec: InputSpec, argument: str) -> np.ndarray | None:
-    """Return the array for one input, with the rank that Keras would give it."""
+    """Return the array for one input, with the rank that Keras would give this array."""
     if value is None and spec.optional:
         return None
     array = _array(value, argument)
@@ -420,13 +423,13 @@ def _label_array(labels: Any) -> np.ndarray:
 
 def _array(value: Any, argument: str) -> np.ndarray:
     """Return a dense NumPy array of an array or tensor of any library."""
-    if hasattr(value, "detach"):  # torch
+    if hasattr(value, "detach"):  # The value is a torch tensor.
         value = value.detach().cpu()
         value = value.float() if str(value.dtype) == "torch.bfloat16" else value
-    for method in ("toarray", "todense", "to_dense"):  # sparse arrays of SciPy, JAX and torch
+    for method in ("toarray", "todense", "to_dense"):  # Sparse arrays of SciPy, JAX and torch.
         if hasattr(value, method):
             value = getattr(value, method)()
-    if hasattr(value, "dense_shape"):  # a sparse tensor of TensorFlow
+    if hasattr(value, "dense_shape"):  # The value is a sparse tensor of TensorFlow.
         value = _dense(value)
     array = np.asarray(value) if _is_array(value) else np.empty((), object)
     if array.dtype == object and array.size and all(isinstance(x, str) for x in array.flat):
@@ -435,8 +438,8 @@ def _array(value: Any, argument: str) -> np.ndarray:
         array = array.astype(bytes)
     if array.ndim == 0 or array.dtype == object:
         raise ValueError(
-            f"Expected {argument} as for model.predict: {_ACCEPTED}, with samples along the first "
-            f"axis. Received: {type(value).__name__}."
+            f"Expected {argument} in a form that model.predict accepts: {_ACCEPTED}, with samples "
+            f"along the first axis. Received: {type(value).__name__}."
         )
     return array
 

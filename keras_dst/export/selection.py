@@ -1,9 +1,10 @@
 """Select the storage format of every weight of a model.
 
-Rules decide which formats the runtime reads correctly; measured or estimated latencies and the
+Rules decide which formats the runtime reads correctly. Latencies, measured or estimated, and the
 number of bytes decide among these formats. The rules follow the kernels of XNNPACK and LiteRT: only
-FULLY_CONNECTED reads a sparse weight directly. Every other op needs a dense weight, which DENSIFY
-unpacks when the file is loaded. CONV_2D can be lowered to FULLY_CONNECTED.
+FULLY_CONNECTED reads a sparse weight directly. All other ops need a dense weight, which DENSIFY
+unpacks when the file is loaded. The export can replace CONV_2D by FULLY_CONNECTED and slices of the
+input.
 """
 
 from __future__ import annotations
@@ -20,30 +21,31 @@ from keras_dst.export.latency_model import CPUS, LatencyModel
 
 #: A weight has a block pattern if its stored blocks have at least this fraction of nonzeros.
 MIN_BLOCK_DENSITY = 0.75
-#: Limits of the kernel for a sparse int8 weight and float inputs. It stores the position of a block
-#: of 16 inputs, and the number of blocks of an output, in one byte each. It is wrong beyond them.
+#: Limits of the kernel for a sparse int8 weight and float inputs. This kernel stores the position
+# of a block of 16 inputs in one byte, and also the number of blocks of an output. Beyond these
+# limits, the results of the kernel are wrong.
 MAX_HYBRID_INPUTS, MAX_HYBRID_BLOCKS = 4096, 255
-#: Latencies, and sizes, that differ by less than this factor count as equal.
+#: Two latencies or two sizes that differ by less than this factor count as equal.
 SAME_LATENCY, SAME_SIZE = 1.05, 1.01
 
-#: The reason why a weight stays dense although DENSIFY would make it smaller.
+#: Reason why a weight stays dense although DENSIFY would make the file smaller.
 UNSAFE = "with DENSIFY, ARM CPUs would compute this model wrongly"
 
-#: A function that returns the seconds of one inference of every file.
+#: Function that returns the seconds of one inference of every file.
 Timer = Callable[[Sequence[bytes]], list[float]]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The storage format that was selected for one weight.
+    """Storage format that was selected for one weight.
 
     Attributes:
         weight: the weight.
-        format: its format; None if it stays as it is.
+        format: the selected format; None if the weight keeps its format.
         bytes: bytes of the weight in this format.
-        reason: why the weight stays as it is; empty if its format changes.
+        reason: the reason why the weight keeps its format; empty if the format changes.
         latency_ratio: latency of the ops that read the weight, divided by their latency with the
-            dense weight. With several CPUs, the largest of their ratios. Defaults to 1.
+            dense weight. If there are several CPUs, the largest ratio is stored. Defaults to 1.
     """
 
     weight: Weight
@@ -55,28 +57,28 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """A choice for every weight of a file, in file order, and the resulting file."""
+    """Choice for every weight of a file, in file order, and the resulting file."""
 
     choices: list[Choice]
     content: bytes
 
     @property
     def formats(self) -> dict[int, Format]:
-        """The formats of all changed weights, by buffer."""
+        """Formats of all changed weights, by the number of the buffer."""
         return _formats(self.choices)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The criterion by which formats and files are selected.
+    """Criterion by which formats and files are selected.
 
     Attributes:
         optimize: ``"latency"`` selects the fastest option and, among equally fast options, the
             smallest. ``"size"`` selects the smallest option and, among equally small options, the
-            fastest. ``"balanced"``, the default, selects the least product of bytes and latency
+            fastest. ``"balanced"``, the default, selects the smallest product of bytes and latency
             among the options that are not slower than dense.
-        timers: one function for each CPU that the file must be fast on. Defaults to a model of an
-            x86 CPU.
+        timers: one function for each CPU on which the file must be fast. Defaults to a latency
+            model of an x86 CPU.
         int8: whether weights may be quantized to 8 bits. Defaults to False.
     """
 
@@ -97,7 +99,7 @@ class Objective:
         return min(fast, key=lambda i: sizes[i] * ratios[i])
 
     def latency_ratios(self, files: Sequence[bytes]) -> list[float]:
-        """Return the latency of each file divided by that of the first, on the worst CPU."""
+        """Return each file's latency divided by the latency of the first file, on the worst CPU."""
         seconds = [timer(files) for timer in self.timers]
         return [max(times[i] / times[0] for times in seconds) for i in range(len(files))]
 
@@ -109,10 +111,10 @@ def select_formats(
 ) -> Plan:
     """Return the best plan for a dense ``.tflite`` file.
 
-    First, the best format of every weight is selected by itself. Because ops can be faster or
-    slower inside the whole graph, the resulting file is then compared with three others. In the
-    first, ops read all weights directly. In the second, all weights are unpacked, and XNNPACK may
-    run sparse kernels. The third is the dense file.
+    First, the best format of every weight is selected individually. Ops can be faster or slower
+    inside the whole graph, so the resulting file is then compared with three other files. In the
+    first of these files, ops read all weights directly. In the second of these files, all weights
+    are unpacked, and XNNPACK may run sparse kernels. The third of these files is the dense file.
 
     Args:
         content: bytes of the file, with float32 or int8 weights.
@@ -138,12 +140,12 @@ def select_formats(
     distinct = list(dict.fromkeys([content, *(plan.content for plan in plans)]))
     ratio_of = dict(zip(distinct, objective.latency_ratios(distinct)))
     ratios = [ratio_of[plan.content] for plan in plans]
-    ratios[2:] = [min(ratios[2], 1.0), 1.0]  # unpacked weights are dense during inference
+    ratios[2:] = [min(ratios[2], 1.0), 1.0]  # Unpacked weights are dense during inference.
     return plans[objective.best([len(plan.content) for plan in plans], ratios)]
 
 
 class _Encoder:
-    """A maker of plans for one file that encodes the file once per distinct set of formats."""
+    """Builder of plans for one file, which encodes each distinct set of formats only once."""
 
     def __init__(self, content: bytes):
         self.content = content
@@ -159,7 +161,7 @@ class _Encoder:
         return Plan(choices, content)
 
     def _encode(self, choices: list[Choice]) -> tuple[bytes, bool]:
-        """Return the file, and whether some CPU may compute it wrongly."""
+        """Return the file, and whether a CPU may compute wrong results for it."""
         formats = _formats(choices)
         key = frozenset(formats.items())
         if key not in self.files:
@@ -193,7 +195,7 @@ def _without_densify(options: list[Choice]) -> list[Choice]:
 
 
 def _options(model: schema.ModelT, weight: Weight, objective: Objective) -> list[Choice]:
-    """Return the choice of staying dense, and a choice for every valid format that is smaller."""
+    """Return a choice for the dense format, and a choice for every valid smaller format."""
     bytes_dense = weight.values.nbytes
     obstacle = _obstacle(weight)
     if obstacle:
@@ -218,14 +220,14 @@ def _options(model: schema.ModelT, weight: Weight, objective: Objective) -> list
 def _latency_ratios(dense: bytes, files: list[bytes], objective: Objective) -> list[float]:
     try:
         return objective.latency_ratios([dense, *files])[1:] if files else []
-    except RuntimeError:  # the ops cannot run alone, for example on inputs of unknown rank
+    except RuntimeError:  # The ops cannot run alone, for example on inputs of unknown rank.
         return [float("inf")] * len(files)
 
 
 def valid_formats(weight: Weight, piece: schema.ModelT, int8: bool) -> list[Format]:
     """Return the formats in which the ops read a weight correctly on every CPU.
 
-    `sparse_inference.is_wrong` checks whether the whole graph is correct, too.
+    `sparse_inference.is_wrong` checks whether the whole graph is correct too.
 
     Args:
         weight: a float32 or int8 weight.
@@ -235,7 +237,8 @@ def valid_formats(weight: Weight, piece: schema.ModelT, int8: bool) -> list[Form
     if weight.values.dtype == np.int8:
         return _valid_formats_of_int8(weight, piece)
     shape, kinds = weight.values.shape, {kind for kind, _ in weight.readers}
-    # XNNPACK takes over the DEQUANTIZE before a TRANSPOSE_CONV, but not that op: wrong results.
+    # XNNPACK would run the DEQUANTIZE before a TRANSPOSE_CONV but not the TRANSPOSE_CONV, and the
+    # results would be wrong.
     int8 = int8 and "TRANSPOSE_CONV" not in kinds and bool(np.isfinite(weight.values).all())
     unpacked = _unpacked_formats(weight)
     formats = unpacked + [replace(format, int8=True) for format in unpacked if int8]
@@ -259,7 +262,7 @@ def valid_formats(weight: Weight, piece: schema.ModelT, int8: bool) -> list[Form
 
 
 def _fits_hybrid_kernel(values: np.ndarray) -> bool:
-    """Return whether the kernel for a sparse int8 weight and float inputs is correct on these."""
+    """Return whether a sparse int8 weight fits the kernel that takes float inputs."""
     rows, inputs = values.shape
     if inputs % 16 or inputs > MAX_HYBRID_INPUTS:
         return False
@@ -281,7 +284,7 @@ def _unpacked_formats(weight: Weight) -> list[Format]:
 
 
 def _obstacle(weight: Weight) -> str:
-    """Return why a weight must keep its format; empty if its format can change."""
+    """Return the reason why a weight must keep its format, or "" if the format can change."""
     if weight.values.dtype == np.float16:
         return "float16: only float32 and int8 weights can be stored sparse"
     if len({tuple(tensor.shape) for tensor in weight.tensors}) > 1:

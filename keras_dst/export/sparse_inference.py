@@ -1,20 +1,23 @@
-"""Find the ops of a graph that XNNPACK runs with sparse kernels, and whether results are correct.
+"""Find the ops of a graph that XNNPACK runs with sparse kernels, and check their results.
 
 On CPUs without AVX, such as every ARM CPU, XNNPACK can run a region of a graph in NCHW instead of
-NHWC layout. In NCHW layout, 1x1 convolutions skip zero weights. XNNPACK considers this only if the
-graph contains a DENSIFY op. The region begins at an entry: a 3x3 convolution with stride 2 over 3
-channels, padded by 1 on each side. It ends at an exit: a mean over height and width, or
-DEPTH_TO_SPACE. Every op of the region must support NCHW, and no op outside may read its values.
-More than 2/3 of its 1x1 weights must be zeros.
+NHWC layout. In NCHW layout, 1x1 convolutions skip zero weights. XNNPACK runs such a region only if
+the graph contains a DENSIFY op. The region begins at an entry, which is a 3x3 convolution with
+stride 2 over 3 channels, padded by 1 on each side. The region ends at an exit, which is a mean over
+height and width, or DEPTH_TO_SPACE. Every op of the region must support NCHW, and no op outside the
+region may read its values. More than 2/3 of the weights of the region's 1x1 convolutions must be
+zeros.
 
 XNNPACK does not check that the region ends only at exits. If another op reads a value of the
-region, that op reads NCHW data as if it were NHWC. The results are then wrong, without an error.
+region, that op reads NCHW data as if it were NHWC data. The results are then wrong, without an
+error message.
 
-The analysis assumes that XNNPACK takes every op of the graph. In fact XNNPACK leaves some ops to
-the builtin kernels, and the set differs between versions and builds of LiteRT. Such an op splits
-the graph, and data is in NHWC layout at the split. Some networks are therefore called wrong here
-that some versions compute correctly. This is on purpose: a file must be correct with every version.
-For the same reason a mean that keeps its dimensions counts as wrong.
+The analysis assumes that XNNPACK runs every op of the graph. In fact XNNPACK leaves some ops to the
+builtin kernels, and the set differs between versions and builds of LiteRT. An op of the builtin
+kernels splits the graph, and the data is in NHWC layout at the split. Some networks are therefore
+reported as wrong although some versions compute them correctly. This is intended, because a file
+must be correct with every version. For the same reason, a mean that keeps its dimensions counts as
+wrong.
 
 Source: ``xnn_check_nchw_compatibility`` and ``xnn_subgraph_rewrite_for_nchw`` in XNNPACK's
 ``src/subgraph.c``: the same since October 2020, for FULLY_CONNECTED since January 2025.
@@ -41,7 +44,7 @@ _UNARY = re.compile(
 
 
 class Role(enum.Flag):
-    """The roles that an op can have in a region in NCHW layout."""
+    """Roles of an op in a region that runs in NCHW layout."""
 
     NONE = 0
     ENTRY = enum.auto()
@@ -51,7 +54,7 @@ class Role(enum.Flag):
 
 @dataclass(eq=False)
 class Node:
-    """An op as XNNPACK sees it: merged with the PAD before it, without its constants.
+    """Op in the form that XNNPACK uses: merged with the PAD before it, and without its constants.
 
     Attributes:
         op: the op of the file.
@@ -59,7 +62,7 @@ class Node:
         inputs: computed tensors that the op reads.
         outputs: tensors that the op computes.
         role: roles that the op can have in a region.
-        obstacle: description of the op if it cannot be inside a region, or not be an exit.
+        obstacle: description of the op if it cannot be inside a region, or cannot be an exit.
         zeros: number of zero weights of a 1x1 convolution or a FULLY_CONNECTED op.
         weights: number of weights of such an op; 0 for other ops.
     """
@@ -76,19 +79,19 @@ class Node:
 
 @dataclass(frozen=True)
 class Region:
-    """The ops that read NCHW data, and the ops whose results are then wrong or refused."""
+    """Ops that read NCHW data, and the ops whose results are then wrong or refused."""
 
     nodes: list[Node]
     wrong: list[Node]
 
 
 def is_hinted(model: schema.ModelT, graph: schema.SubGraphT) -> bool:
-    """Return whether the graph has a DENSIFY op, without which XNNPACK uses dense kernels."""
+    """Return whether the graph has a DENSIFY op. Otherwise XNNPACK uses dense kernels only."""
     return any(op_name(model, op) == "DENSIFY" for op in graph.operators)
 
 
 def is_wrong(model: schema.ModelT) -> bool:
-    """Return whether CPUs without AVX may compute a file wrongly, or refuse it."""
+    """Return whether CPUs without AVX may compute wrong results for a file, or refuse it."""
     return any(
         is_hinted(model, graph) and sparse_region(read_nodes(model, graph), graph).wrong
         for graph in model.subgraphs
@@ -121,13 +124,13 @@ def sparse_region(nodes: list[Node], graph: schema.SubGraphT) -> Region:
 
 
 def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role], set[int]]:
-    """Return the group of connected ops of each op, its remaining role, and the excluded ops."""
+    """Return each op's group of connected ops, each op's remaining role, and the excluded ops."""
     group, roles = list(range(len(nodes))), [node.role for node in nodes]
     bad: set[int] = set()
     producer = {t: n for n, node in enumerate(nodes) for t in node.outputs if t not in outputs}
 
     def join(n: int) -> bool:
-        """Join an op with the producers of its inputs; return whether a group changed."""
+        """Join an op with the producers of its inputs, and return whether a group changed."""
         changed = False
         for t in nodes[n].inputs:
             source = producer.get(t)
@@ -140,7 +143,7 @@ def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role]
         return changed
 
     changed = True in [join(n) for n, role in enumerate(roles) if role & Role.EXIT]
-    if not changed:  # without an exit there is no region
+    if not changed:  # A region without an exit does not exist.
         bad.update(range(len(nodes)))
     while changed:
         inside = (n for n, role in enumerate(roles) if role & (Role.INSIDE | Role.EXIT))
@@ -149,10 +152,11 @@ def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role]
 
 
 def _is_right(node: Node, nchw: set[int], graph: schema.SubGraphT) -> bool:
-    """Return whether an op computes correctly if the tensors ``nchw`` are in NCHW layout."""
+    """Return whether an op computes correct results if the tensors ``nchw`` are in NCHW layout."""
     reads = any(t in nchw for t in node.inputs)
     writes = any(t in nchw for t in node.outputs)
-    matrix = all(len(shape(graph.tensors[t])) < 3 for t in node.outputs)  # has no layout
+    # A matrix has no layout.
+    matrix = all(len(shape(graph.tensors[t])) < 3 for t in node.outputs)
     if reads and Role.EXIT in node.role:
         return not node.obstacle and (not writes or matrix)
     if reads and matrix:
@@ -161,7 +165,7 @@ def _is_right(node: Node, nchw: set[int], graph: schema.SubGraphT) -> bool:
 
 
 def read_nodes(model: schema.ModelT, graph: schema.SubGraphT) -> list[Node]:
-    """Return the ops of a graph as XNNPACK sees them, in file order."""
+    """Return the ops of a graph in the form that XNNPACK uses, in file order."""
     unpacked, pads = constant_sources(model, graph), _merged_pads(model, graph)
     found = []
     for op in graph.operators:
@@ -175,7 +179,7 @@ def read_nodes(model: schema.ModelT, graph: schema.SubGraphT) -> list[Node]:
             source, _ = pads.get(t, (t, ()))
             if source not in unpacked and stored(model, graph.tensors[source]) is None:
                 node.inputs.append(source)
-        if kind == "MUL":  # XNNPACK makes a square of x * x
+        if kind == "MUL":  # XNNPACK replaces x * x by a square.
             node.inputs = list(dict.fromkeys(node.inputs))
         if role == Role.INSIDE and kind in ("CONV_2D", "FULLY_CONNECTED"):
             weight = int(op.inputs[WEIGHT_SLOT])
@@ -187,7 +191,7 @@ def read_nodes(model: schema.ModelT, graph: schema.SubGraphT) -> list[Node]:
 def _merged_pads(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, tuple[int, tuple]]:
     """Return the padded tensors whose PAD op XNNPACK merges into the convolution that reads them.
 
-    The value of each is its source tensor and the padding above, below, left and right.
+    Each tensor is mapped to its source tensor and the padding above, below, left and right.
     """
     readers = Counter(t for op in graph.operators for t in set(indices(op.inputs)))
     readers += Counter(indices(graph.outputs))
@@ -225,7 +229,7 @@ def _role(model, graph, op, kind, unpacked, pads) -> tuple[Role, str]:
     if kind == "DEPTH_TO_SPACE":
         return Role.EXIT, ""
     if kind in ("ADD", "MUL") and all(len(shape(tensor)) == 4 for tensor in tensors):
-        # XNNPACK checks the shape of the first operand, even if the second is the constant.
+        # XNNPACK checks the shape of the first operand, even if the constant is the second operand.
         constant = any(stored(model, tensor) is not None for tensor in tensors[:2])
         wide = sum(size != 1 for size in _sizes(tensors[0])) > 1
         return (Role.NONE, f"{kind} of a constant") if constant and wide else (Role.INSIDE, "")
@@ -237,21 +241,21 @@ def _role(model, graph, op, kind, unpacked, pads) -> tuple[Role, str]:
 
 
 def _sizes(tensor: schema.TensorT) -> list[int]:
-    """Return the sizes of a tensor without its batch size, with -1 for open sizes."""
+    """Return the sizes of a tensor without its batch size, with -1 for dynamic sizes."""
     signature = tensor.shapeSignature
     return list(shape(tensor) if signature is None or not len(signature) else signature)[1:]
 
 
 def _reduction(model, graph, op, kind) -> str:
-    """Describe why a MEAN or SUM over NCHW data is wrong; return "" if it is correct."""
+    """Describe why a MEAN or SUM over NCHW data is wrong. Return "" if it is correct."""
     axes = values(model, graph.tensors[op.inputs[1]])
     left = {1, 2, 3} - {int(axis) % 4 for axis in ([] if axes is None else axes.ravel())}
-    if 3 in left and left != {3}:  # the remaining axes come in another order
+    if 3 in left and left != {3}:  # The remaining axes come in another order.
         return f"{kind} over one of height and width"
     made = int(op.outputs[0])
     readers = {op_name(model, other) for other in graph.operators if made in indices(other.inputs)}
     if op.builtinOptions.keepDims and (readers != {"RESHAPE"} or made in indices(graph.outputs)):
-        return f"{kind} with keepdims"  # its result has an NCHW shape
+        return f"{kind} with keepdims"  # The result has an NCHW shape.
     return ""
 
 
@@ -296,7 +300,10 @@ def _describe(name: str, op: schema.OperatorT, padding: tuple[int, ...] | None) 
 
 
 def _padding(op, kernel, pads) -> tuple[int, ...] | None:
-    """Return the padding above, below, left and right; None if it depends on the input size."""
+    """Return the padding above, below, left and right.
+
+    Return None if the padding depends on the input size.
+    """
     if _is_valid(op):
         own = [0, 0, 0, 0]
     elif _stride(op) == (1, 1):
@@ -309,7 +316,7 @@ def _padding(op, kernel, pads) -> tuple[int, ...] | None:
 
 
 def _zeros(model: schema.ModelT, tensor: schema.TensorT) -> tuple[int, int]:
-    """Return the number of zeros of a weight, and its size."""
+    """Return the number of zeros of a weight, and the size of the weight."""
     weight = values(model, tensor)
     if weight is None:
         return 0, 0

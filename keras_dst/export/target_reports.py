@@ -1,4 +1,4 @@
-"""Reports on files for NPUs and microcontrollers, which are parts of the report of an export."""
+"""Reports on files for NPUs and microcontrollers, which are parts of the export report."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class VelaEstimate:
 
     Attributes:
         weight_bytes: bytes of the weights in Vela's encoding.
-        npu_cycles: cycles in which the NPU computes.
-        memory_cycles: cycles in which each memory is read or written, by the name of the memory.
+        npu_cycles: number of cycles in which the NPU computes.
+        memory_cycles: number of cycles in which each memory is accessed, by the name of the memory.
             Computation and memory accesses overlap.
-        cycles: cycles of the whole inference.
+        cycles: number of cycles of the whole inference.
         seconds: time of the whole inference at the default clock.
     """
 
@@ -29,12 +29,12 @@ class VelaEstimate:
 
 @dataclass(frozen=True)
 class CPUOp:
-    """An op of the file that Vela leaves to the CPU.
+    """Op of the file that Vela leaves to the CPU.
 
     Attributes:
         op: builtin name of the op.
         tensor: name of the first output of the op.
-        reason: reason that Vela gives; empty if it gives no reason.
+        reason: the reason that Vela prints; empty if Vela prints no reason.
     """
 
     op: str
@@ -46,15 +46,17 @@ class CPUOp:
 class VelaReport:
     """Vela's estimates for a file and for a dense file of the same architecture.
 
-    The estimates come from the cycle model of Vela. They are not measurements on hardware.
+    The estimates come from Vela's cycle model. The estimates are not measurements on hardware.
 
     The dense file has the same ops, with normally distributed random weights without zeros. Vela
-    encodes such weights in a few percent fewer bytes than trained dense weights.
+    needs a few percent fewer bytes for such random weights than for trained dense weights.
 
     Attributes:
         accelerator: accelerator configuration, such as ``"ethos-u55-128"``.
-        system: system configuration, which sets the clock and the bandwidths. Vela's default.
-        memory_mode: placement of weights and activations in memories. Vela's default.
+        system: system configuration, which sets the clock and the bandwidths. Vela's default is
+            used.
+        memory_mode: configuration of the memories for weights and activations. Vela's default is
+            used.
         version: version of Vela.
         file: estimates for the file.
         dense: estimates for the dense file.
@@ -87,9 +89,9 @@ class VelaReport:
         on_npu = self.ops - len(self.cpu_ops)
         lines = [
             table,
-            f"Estimates of Vela {self.version} for {self.accelerator} ({self.system}, "
+            f"Estimates by Vela {self.version} for {self.accelerator} ({self.system}, "
             f"{self.memory_mode}), not measurements on hardware.",
-            "Dense: the same ops with normally distributed weights without zeros.",
+            "The dense file has the same ops, with normally distributed weights without zeros.",
             f"{on_npu} of {self.ops} ops run on the NPU.",
             *(f"On the CPU: {o.op} {o.tensor}. {o.reason}".rstrip() for o in self.cpu_ops),
         ]
@@ -108,11 +110,12 @@ class MicroReport:
     Attributes:
         bytes: size of the file.
         dense_bytes: size of the dense int8 file, which gives the same outputs bit for bit.
-        unread_bytes: bytes of the dense int8 file that TFLM does not read. The file omits these
-            bytes: metadata, scales of biases, and all but the first of several joined names.
+        unread_bytes: number of bytes of the dense int8 file that TFLM does not read: metadata,
+            scales of biases, and all but the first of several joined names. The written file omits
+            these bytes.
         dense_gzip_bytes: size of the dense int8 file after compression with gzip.
-        arena: bytes that the interpreter allocates for the file.
-        dense_arena: bytes that the interpreter allocates for the dense int8 file.
+        arena: number of bytes that the interpreter allocates for the file.
+        dense_arena: number of bytes that the interpreter allocates for the dense int8 file.
         samples: number of samples on which all outputs were equal.
     """
 
@@ -133,7 +136,8 @@ class MicroReport:
         table = as_table(("in TFLM", "this file >", "dense int8 >"), rows)
         saved = self.dense_bytes - self.bytes
         return (
-            f"{table}\nThe outputs of both files are equal on {self.samples} samples. The file is "
-            f"{self.bytes / self.dense_bytes:.2f}x of dense int8, and it is not faster. Metadata, "
-            f"names and scales of biases are {self.unread_bytes:,} of the {saved:,} bytes saved."
+            f"{table}\nThe outputs of both files are equal on {self.samples} samples. The size of "
+            f"the file is {self.bytes / self.dense_bytes:.2f}x of dense int8, and the file is not "
+            f"faster. Of the {saved:,} saved bytes, {self.unread_bytes:,} are metadata, names and "
+            "scales of biases."
         )

@@ -1,4 +1,4 @@
-"""The rules of `lint` for microcontrollers and NPUs, each with the change that fixes a finding."""
+"""Rules of `lint` for microcontrollers and NPUs, each with the change that fixes a finding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``export_tflite``: check the arguments of an export, then run it."""
+"""``export_tflite``: check the arguments of an export, and run the export."""
 
 from __future__ import annotations
 
@@ -33,68 +33,74 @@ def export_tflite(
     vela_path: str | os.PathLike[str] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> ExportReport:
-    """Write a model as a ``.tflite`` file with sparse weights, after running and comparing it.
+    """Write a model as a ``.tflite`` file with sparse weights, after a comparison with the model.
 
-    The file is run in the LiteRT interpreter, with XNNPACK and without it, and compared with the
-    outputs of the model. It is written only if the outputs agree. The model is not changed.
+    The new file is run in the LiteRT interpreter, with and without XNNPACK, and its outputs are
+    compared with the outputs of the model. The file is written only if the outputs agree. The model
+    is not changed.
 
     Args:
-        model: a built Keras 3 model on any backend: sparse, stripped or never sparse. A sparse
-            input becomes a dense input of the file. Optional inputs that are None in ``inputs`` or
-            ``representative`` are left out of the file. States of recurrent layers begin at zero.
+        model: a built Keras 3 model on any backend. The model may be sparse, stripped or dense. An
+            input with ``sparse=True`` becomes a dense input of the file. Optional inputs that are
+            None in ``inputs`` or ``representative`` are left out of the file. States of recurrent
+            layers are zero at the beginning.
         path: the file to write, in an existing folder. An existing file is replaced.
         inputs: samples for the comparison, in every form that `model.predict` takes: arrays, or a
             data set, data loader or generator of batches. The first 32 samples are used. Defaults
-            to seeded random samples (floats: standard normal; integers: zeros and ones). Models
-            with string inputs need this argument.
+            to seeded random samples, which are standard normal for floats and 0 or 1 for integers.
+            Models with string inputs need this argument.
         tolerance: largest accepted error, ``max|y - y_keras| / max(max|y_keras|, 1e-6)`` of each
             output. Defaults to 1e-4, to 0.1 with ``quantize="weights"``, and to 0.3 with
-            ``quantize="full"``. A quantized file must also agree with a dense file of the same
-            quantized weights: to 1e-4, or to 0.05 if the ops compute with integers.
+            ``quantize="full"``. A quantized file must also agree with a dense file that has the
+            same quantized weights, to 1e-4, or to 0.05 if the ops compute with integers.
         optimize: criterion by which the storage format of every weight is selected. ``"latency"``
             selects the fastest format and, among equally fast formats, the smallest. ``"size"``
             selects the smallest format and, among equally small formats, the fastest.
-            ``"balanced"``, the default, selects the least product of bytes and latency among the
+            ``"balanced"``, the default, selects the smallest product of bytes and latency among the
             formats that are not slower than dense.
-        target: CPU for which latency counts: ``"host"``, the default, for this CPU, ``"arm"`` for a
-            CPU without AVX, ``"any"`` for both; then the larger latency ratio counts. Or an Arm
-            Ethos-U NPU, such as ``"ethos-u55-128"``, with ``quantize="full"``: the file has int8
-            inputs and outputs and dense weights. If Vela is installed, the report has its
-            estimates. Or ``"micro"`` for TensorFlow Lite for Microcontrollers, with
-            ``quantize="full"``: weights are stored without their zeros where this saves bytes. Only
-            TFLM runs such a file. With an NPU and with ``"micro"``, nothing is measured on this CPU
-            and ``optimize`` keeps its default.
-        measure: whether to measure latencies on this CPU. If False, and for other CPUs, a model of
-            the kernels estimates them. Defaults to True.
+        target: hardware for which the file is written. ``"host"``, the default, optimizes latency
+            for this CPU, and ``"arm"`` for a CPU without AVX. ``"any"`` optimizes for both, and the
+            larger latency ratio counts. An Arm Ethos-U NPU, such as ``"ethos-u55-128"``, needs
+            ``quantize="full"``. The file then has int8 inputs and outputs and dense weights. If
+            Vela is installed, the report includes Vela's estimates. ``"micro"`` means TensorFlow
+            Lite for Microcontrollers (TFLM) and also needs ``quantize="full"``. Weights are stored
+            without their zeros if this saves bytes. Only TFLM can run a file for ``"micro"``. With
+            an NPU or ``"micro"``, no latency is measured on this CPU, and ``optimize`` must keep
+            its default.
+        measure: whether to measure latencies on this CPU. Otherwise, and for other CPUs, a model of
+            the kernels estimates the latencies. Defaults to True.
         threads: number of threads of the interpreter for measurements. Defaults to 1.
-        batch: batch size for measurements, if the model leaves it open. Defaults to 1.
-        quantize: values that may be quantized to 8 bits. None, the default, for no values.
-            ``"weights"`` for weights, each only if it serves ``optimize``. ``"full"`` for all
-            values: TensorFlow's converter takes their ranges from ``representative``. Zeros stay
-            zeros.
+        batch: batch size for measurements, if the batch size of the model is dynamic. Defaults to
+            1.
+        quantize: values that may be quantized to 8 bits. None, the default, quantizes no values.
+            ``"weights"`` quantizes a weight if this serves ``optimize``. ``"full"`` quantizes all
+            values: TensorFlow's converter takes the ranges of the values from ``representative``.
+            Zeros stay zeros.
         representative: typical samples for ``quantize="full"``, in every form that `model.predict`
-            takes. All arrays are read, and the first 1000 samples of a data set or generator. The
-            samples are also the default of ``inputs``.
+            takes. Arrays are read completely. From a data set or generator, the first 1000 samples
+            are read. The samples are also the default of ``inputs``.
         evaluate: data for the accuracy in the report: ``(x, y)``, or a data set, data loader or
-            generator of batches ``(x, y)``. Labels are integers or one-hot. Sample weights are
-            ignored. Or a function of ``predict`` that returns a number; ``predict`` takes inputs as
-            `model.predict` and returns the outputs of a file. Defaults to None: no accuracy.
+            generator of batches ``(x, y)``. Labels are integers or one-hot vectors. Sample weights
+            are ignored. Alternatively, a function of ``predict`` that returns a number. Its
+            argument ``predict`` takes inputs like `model.predict` and returns the outputs of a
+            file. Defaults to None, which measures no accuracy.
         vela_path: path of the file that Vela compiles for the NPU, in an existing folder. Defaults
-            to None: the compiled file is not written.
+            to None, which does not write the compiled file.
         progress: function that is called with a line of text before each step.
 
     Returns:
-        An `ExportReport`: the format of every weight and the error of the file. It compares bytes,
-        latency, load time, peak memory and accuracy with dense files.
+        An `ExportReport` with the format of every weight and the error of the file. It compares the
+        bytes, latency, load time, peak memory and accuracy of the file with dense files.
 
     Raises:
         TypeError: ``model`` is not a Keras 3 model.
-        ValueError: the model is not built, data does not fit it, or an option is unknown.
-        OSError: ``path`` cannot be written. This is checked before any work is done.
-        ImportError: the packages of ``keras_dst[export]`` are missing, or ``keras_dst[micro]`` with
-            ``target="micro"``, or ``keras_dst[ethos]`` with ``vela_path``.
+        ValueError: the model is not built, the data does not fit the model, or an option is
+            unknown.
+        OSError: ``path`` cannot be written. This is checked before the conversion begins.
+        ImportError: the packages of ``keras_dst[export]`` are missing, of ``keras_dst[micro]`` with
+            ``target="micro"``, or of ``keras_dst[ethos]`` with ``vela_path``.
         ExportError: the model could not be converted, or the file does not compute the outputs of
-            the model. The message names the op or the weight at fault. Nothing is written.
+            the model. The message names the op or weight that is wrong. No file is written.
 
     Example:
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
@@ -109,15 +115,15 @@ def export_tflite(
     check_integer(batch, "batch")
     if (quantize == "full") != (representative is not None):
         raise ValueError(
-            "Expected representative= with quantize='full', and only then. Received: "
-            f"quantize={quantize!r}, representative "
-            f"{'missing' if representative is None else 'given'}. "
-            "Fix: pass samples of the training data, for example representative=x[:200]."
+            "Expected representative= together with quantize='full', and neither alone. "
+            f"Received: quantize={quantize!r}, representative "
+            f"{'missing' if representative is None else 'given'}. Fix: pass samples of the "
+            "training data, for example representative=x[:200]."
         )
     if tolerance is not None and not 0 <= tolerance < float("inf"):
         raise ValueError(f"Expected a finite tolerance of 0 or more. Received: {tolerance}.")
     check_installed("tensorflow", "ai_edge_litert", "flatbuffers")
-    # The pipeline needs these optional packages, without which `import keras_dst` must work.
+    # The pipeline needs optional packages, but `import keras_dst` must work without these packages.
     from keras_dst.export.ethos import ACCELERATORS, NEEDS_VELA, vela_version
     from keras_dst.export.micro import check_tflm
     from keras_dst.export.pipeline import TOLERANCES, Settings, export
@@ -133,7 +139,7 @@ def export_tflite(
     if integer and optimize != "balanced":
         raise ValueError(
             f"Expected no optimize= with target={target!r}, which has one format per weight. "
-            f"Received: optimize={optimize!r}. Fix: leave out optimize=."
+            f"Received: optimize={optimize!r}. Fix: do not pass optimize=."
         )
     if target == "micro":
         check_tflm()

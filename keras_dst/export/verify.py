@@ -14,7 +14,8 @@ from keras_dst.export.quantize import to_int8
 from keras_dst.export.samples import BATCH, Samples, Signature, read_samples
 from keras_dst.export.states import reset_states
 
-#: A file is run with XNNPACK, as users run it, and without it, because XNNPACK has its own faults.
+#: A file is run with XNNPACK, as users run it, and without XNNPACK, because XNNPACK has its own
+# faults.
 RESOLVERS = {
     "XNNPACK": OpResolverType.AUTO,
     "builtin kernels": OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
@@ -23,7 +24,7 @@ RESOLVERS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One batch: arrays by input name of the file, and expected outputs by output name."""
+    """Batch of inputs, as arrays by input name of the file, and expected outputs by output name."""
 
     inputs: dict[str, np.ndarray]
     outputs: dict[str, np.ndarray]
@@ -31,10 +32,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Deviation:
-    """The largest error of a file over some cases, and the output in which it was found.
+    """Largest error of a file over some cases, and the output with this error.
 
-    ``error`` is ``max|y - expected| / max|expected|`` of the worst output. It is infinite if values
-    are not finite, shapes differ, or the interpreter refuses the file.
+    ``error`` is ``max|y - expected| / max|expected|`` of the worst output. The error is infinite if
+    values are not finite, shapes differ, or the interpreter refuses the file.
     """
 
     error: float
@@ -42,12 +43,12 @@ class Deviation:
 
 
 def deviation(content: bytes, cases: list[Case]) -> Deviation:
-    """Run a file on every case, with and without XNNPACK, and return its largest error."""
+    """Run a file on every case, with and without XNNPACK, and return the largest error."""
     return max(_deviations(content, cases, RESOLVERS), key=lambda found: found.error)
 
 
 def deviation_between(content: bytes, reference: bytes, cases: list[Case]) -> Deviation:
-    """Return the largest error of a file against another file, run in the same way."""
+    """Return the largest error of a file against another file that is run in the same way."""
     found: list[Deviation] = []
     for label, resolver in RESOLVERS.items():
         outputs = run(reference, cases, resolver)
@@ -67,9 +68,9 @@ def run(content: bytes, cases: list[Case], resolver: OpResolverType) -> list[dic
 
 
 def keras_cases(model: keras.Model, signature: Signature, samples: Samples) -> list[Case]:
-    """Return batches of samples with the outputs that the Keras model computes for them.
+    """Return batches of samples, and the outputs that the Keras model computes for each batch.
 
-    If the batch size of the model is open, there is a batch of 1 before the batches of 4. States of
+    If the batch size of the model is dynamic, a batch of 1 comes before the batches of 4. States of
     recurrent layers are zero before the first batch. The model is not changed.
 
     Args:
@@ -90,7 +91,7 @@ def keras_cases(model: keras.Model, signature: Signature, samples: Samples) -> l
 def predictor(model: keras.Model, content: bytes, signature: Signature) -> Callable[[Any], Any]:
     """Return a function that runs a file on inputs in every form that `model.predict` takes.
 
-    The function returns the output of the file, or a dict of outputs if there are several.
+    The function returns the output of the file, or a dict if the file has several outputs.
     """
     runner = _runner(content, OpResolverType.AUTO)
     size = _fixed_batch(signature) or 1
@@ -101,7 +102,7 @@ def predictor(model: keras.Model, content: bytes, signature: Signature) -> Calla
         count = len(samples)
         found: list[dict[str, np.ndarray]] = []
         for start in range(0, count, size):
-            rows = np.arange(start, start + size) % count  # the last batch is filled up
+            rows = np.arange(start, start + size) % count  # The last batch is padded.
             found.append(runner(**_by_input_name(samples[rows], signature)))
         outputs = {name: np.concatenate([y[name] for y in found])[:count] for name in found[0]}
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
@@ -110,7 +111,7 @@ def predictor(model: keras.Model, content: bytes, signature: Signature) -> Calla
 
 
 def _runner(content: bytes, resolver: OpResolverType) -> Callable[..., dict[str, np.ndarray]]:
-    """Return a function that runs a file on float inputs, also if the file takes int8 inputs."""
+    """Return a function that runs a file on float inputs, even if the file takes int8 inputs."""
     interpreter = Interpreter(model_content=content, experimental_op_resolver_type=resolver)
     runner = interpreter.get_signature_runner()
     inputs, outputs = runner.get_input_details(), runner.get_output_details()
@@ -123,7 +124,7 @@ def _runner(content: bytes, resolver: OpResolverType) -> Callable[..., dict[str,
 
 
 def _quantized(array: np.ndarray, details: dict[str, Any]) -> np.ndarray:
-    """Round floats to the int8 values that an input takes; return other arrays as they are."""
+    """Round floats to the int8 values that an input takes. Return other arrays unchanged."""
     scale, zero_point = details["quantization"]
     if details["dtype"] != np.int8 or array.dtype.kind != "f" or not scale:
         return array
@@ -156,7 +157,7 @@ def _deviations(
 def _error(result: np.ndarray | None, expected: np.ndarray) -> float:
     if result is None or result.shape != expected.shape:
         return float("inf")
-    if expected.dtype.kind in "SUO":  # strings
+    if expected.dtype.kind in "SUO":  # The values are strings.
         return (
             0.0 if np.array_equal(result.astype(np.bytes_), expected.astype(np.bytes_)) else np.inf
         )
@@ -167,7 +168,7 @@ def _error(result: np.ndarray | None, expected: np.ndarray) -> float:
 
 
 def _by_output_name(outputs: Any) -> dict[str, np.ndarray]:
-    """Return outputs by the names that the converter gives them: keys of a dict, or positions."""
+    """Return outputs by the names that the converter gives them: dict keys, or positions."""
     if not isinstance(outputs, dict):
         flat = keras.tree.flatten(outputs)
         outputs = {f"output_{position}": value for position, value in enumerate(flat)}
@@ -175,7 +176,7 @@ def _by_output_name(outputs: Any) -> dict[str, np.ndarray]:
 
 
 def _by_input_name(batch: Samples, signature: Signature) -> dict[str, np.ndarray]:
-    """Return the present arrays by the input names of the file, in the types of the file."""
+    """Return the arrays of present inputs by input name of the file, in the types of the file."""
     return {
         spec.name: array.astype(np.bytes_ if spec.dtype == "string" else spec.dtype)
         for spec, array in zip(signature.specs, batch.arrays, strict=True)

@@ -99,7 +99,7 @@ def test_estimates_of_a_sparse_file_are_below_those_of_the_dense_file(exported):
     assert report.vela.accelerator == "ethos-u55-128"
     assert file.seconds == pytest.approx(file.cycles / 500e6)  # at Vela's default clock
     printed = str(report)
-    assert "Estimates of Vela" in printed
+    assert "Estimates by Vela" in printed
     assert "not measurements on hardware" in printed
     assert f"{file.cycles:,}" in printed
     assert json.loads(json.dumps(report.to_dict()))["vela"]["file"]["cycles"] == file.cycles

@@ -201,7 +201,7 @@ def test_a_wrong_scale_is_detected(converted, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"quantize": "full"}, "Expected representative= with.*missing"),
+        ({"quantize": "full"}, "Expected representative= together with.*missing"),
         ({"representative": np.ones((4, 320))}, "Expected representative= with.*given"),
         ({"quantize": "int4"}, "Expected quantize to be one of .*'weights'.*Received: 'int4'"),
         ({"optimize": "speed"}, "Expected optimize to be one of 'latency'.*Received: 'speed'"),

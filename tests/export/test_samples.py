@@ -150,16 +150,16 @@ def test_an_optional_input_may_be_none():
         signature = signature_of(model, read_samples(model, inputs, "inputs"))
         assert [spec.present for spec in signature.specs] == [True, False]
     assert [spec.present for spec in signature_of(model).specs] == [True, True]
-    with pytest.raises(ValueError, match=r"Expected inputs as for model.predict"):
+    with pytest.raises(ValueError, match=r"Expected inputs that model.predict accepts"):
         read_samples(two_inputs(), [X, None], "inputs")
 
 
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        (1.0, "as for model.predict.*Received: float"),
-        (object(), "as for model.predict.*Received: object"),
-        ("text", "as for model.predict.*Received: str"),
+        (1.0, "that model.predict accepts.*Received: float"),
+        (object(), "that model.predict accepts.*Received: object"),
+        ("text", "that model.predict accepts.*Received: str"),
         ([[1.0, 2.0]], r"Expected input arrays for \['x'\].*Received: 2 arrays"),
         ([X, X], r"Expected input arrays for \['x'\].*Received: 2 arrays"),
         (X[:, :7], r"shape \(batch, 8\) for the input 'x'. Received: an array of shape \(20, 7\)"),
@@ -224,5 +224,7 @@ def test_recurrent_layers_keep_the_batch_size_after_loading(tmp_path, options):
 
 def test_random_samples_for_strings_ask_for_inputs():
     signature = Signature([InputSpec("word", (None, 1), "string")], 0)
-    with pytest.raises(ValueError, match=r"Expected inputs= for a model on strings .*'word'"):
+    with pytest.raises(
+        ValueError, match=r"Expected inputs= for a model with string inputs .*'word'"
+    ):
         random_samples(signature)
