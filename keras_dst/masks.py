@@ -1,7 +1,7 @@
 """Pure functions that compute and apply masks.
 
-A mask has the shape of its weight; 1 is kept and 0 is pruned. All functions use `keras.ops`, give
-the same results on every backend, and can run in a compiled step.
+A mask has the shape of its weight. A mask is 1 for kept entries and 0 for pruned entries. All
+functions use `keras.ops`, give the same results on every backend, and can run in a compiled step.
 """
 
 import math
@@ -41,9 +41,10 @@ class Layout(NamedTuple):
 
     Attributes:
         outputs: Axes of the output units. Defaults to the last axis.
-        inputs: Axes of the input channels. Defaults to the second last axis.
+        inputs: Axes of the input channels. Defaults to the second to last axis.
         channels: Channels of the model that the output units make, see
-            `keras_dst.methods.channels`. Defaults to None: every unit is pruned alone.
+            `keras_dst.methods.channels`. Defaults to None, which means that every unit is pruned
+            separately.
     """
 
     outputs: tuple[int, ...] = (-1,)
@@ -80,21 +81,21 @@ def ones(mask: Tensor, dtype) -> Tensor:
     Example:
         >>> keras_dst.masks.ones(keras.ops.array([True, False]), "float32")
     """
-    # torch converts bytes to floats five times as fast as booleans.
+    # torch converts bytes to floats five times as fast as it converts booleans.
     return ops.cast(ops.cast(mask, "uint8"), dtype)
 
 
 def _upstream(args: tuple, upstream: Tensor) -> Tensor:
-    # torch passes the arguments and a keyword; TensorFlow and JAX pass the upstream gradient only.
+    # torch passes the arguments and a keyword. TensorFlow and JAX pass only the upstream gradient.
     return args[-1] if upstream is None else upstream
 
 
 @ops.custom_gradient
 def step(x: Tensor) -> Tensor:
-    """Return 1 for `x > 0` and 0 otherwise, with a long-tailed derivative.
+    """Return 1 for `x > 0` and 0 otherwise. The derivative is a long-tailed estimator.
 
     The derivative in backpropagation is `2 - 4|x|` for `|x| <= 0.4`, `0.4` for `0.4 < |x| <= 1`,
-    and 0 for larger `|x|`. Pruned weights near their threshold therefore still learn.
+    and 0 for larger `|x|`. Pruned weights near their threshold can therefore still learn.
 
     Args:
         x: Float tensor of any shape.
@@ -139,14 +140,14 @@ def stop_gradient_where(mask: Tensor, w: Tensor) -> Tensor:
 
 
 def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
-    """Return `w * mask`, and pass the gradient of the mask on to the scores.
+    """Return `w * mask`, and also pass a gradient to the scores.
 
     If `g` is the gradient of the product, then `dL/dw = g * mask` and `dL/dscores = g * w`. The
     mask gets no gradient.
 
     Args:
         w: Float tensor.
-        scores: Scores that the mask was ranked by, with the shape and dtype of `w`.
+        scores: Scores by which the mask was ranked, with the shape and dtype of `w`.
         mask: Boolean tensor in the shape of `w`.
 
     Example:
@@ -155,10 +156,12 @@ def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
     Source: straight-through estimator, arXiv 1308.3432.
     """
 
-    # The reshape makes tensors of variables. TensorFlow refuses variables in a custom gradient.
+    # The reshape converts variables to tensors. TensorFlow does not accept variables in a custom
+    # gradient.
     w, scores, mask = (ops.reshape(v, ops.shape(v)) for v in (w, scores, mask))
 
-    # The mask is an argument as well: JAX exports no custom gradient that closes over a tracer.
+    # The mask is also an argument, because JAX cannot export a custom gradient that closes over a
+    # tracer.
     @ops.custom_gradient
     def product(w, scores, mask):
         def grad(*args, upstream=None):
@@ -183,14 +186,15 @@ class Pattern:
     | `"N:M"`, such as `"2:4"` | a single weight; N of M consecutive input channels are kept |
     | `"channel"` | all weights of an output unit |
 
-    If a block does not divide an axis, the last block of the axis is smaller. The order is outputs
-    x inputs; `block_size` in `keras_dst.tfmot` has the order inputs x outputs, as in tfmot.
+    If a block does not divide an axis, the last block of the axis is smaller. The order of R and C
+    is outputs x inputs. In contrast, `block_size` in `keras_dst.tfmot` has the order inputs x
+    outputs, as in tfmot.
 
     Args:
         name: Name of the pattern, see above.
 
     Raises:
-        ValueError: If there is no pattern of this name.
+        ValueError: If no pattern has this name.
 
     Example:
         >>> keras_dst.masks.Pattern("1x4").block((3, 3, 16, 8))
@@ -218,7 +222,7 @@ class Pattern:
 
     @property
     def grouped(self) -> bool:
-        """Whether a group has several weights."""
+        """Whether a group consists of several weights."""
         return self.name == "channel" or math.prod(self._block) > 1
 
     def block(self, shape: Sequence[int], layout: Layout = KERNEL) -> tuple[int, ...]:
@@ -234,8 +238,8 @@ class Pattern:
             if length > 1:
                 if not axes:
                     raise ValueError(
-                        f"Pattern {self.name!r} needs {what} axis; this weight of shape "
-                        f"{tuple(shape)} has none. Leave the layer out with `filters`, or use "
+                        f"Pattern {self.name!r} needs {what} axis, but this weight of shape "
+                        f"{tuple(shape)} has none. Exclude the layer with `filters`, or use "
                         "'unstructured' or 'channel'."
                     )
                 if not self.n_of_m:
@@ -243,7 +247,7 @@ class Pattern:
         return tuple(lengths)
 
     def scores(self, scores: Tensor, layout: Layout = KERNEL) -> Tensor:
-        """Return the score of every group, the mean score of its weights."""
+        """Return the score of every group, which is the mean score of the group's weights."""
         return pool(scores, self.block(scores.shape, layout))
 
     def sizes(self, shape: Sequence[int], layout: Layout = KERNEL) -> np.ndarray:
@@ -251,7 +255,7 @@ class Pattern:
         return _block_sizes(shape, self.block(shape, layout))
 
     def expand(self, groups: Tensor, shape: Sequence[int], layout: Layout = KERNEL) -> Tensor:
-        """Return the mask of a weight from one value per group."""
+        """Return the mask of a weight, given one value per group."""
         return spread(groups, self.block(shape, layout), shape)
 
     def __repr__(self):
@@ -269,7 +273,7 @@ def _block_sizes(shape: Sequence[int], block: Sequence[int]) -> np.ndarray:
 
 
 def pool(values: Tensor, block: Sequence[int]) -> Tensor:
-    """Return the means of all blocks: `ceil(n / b)` entries along every axis.
+    """Return the means of all blocks, which are `ceil(n / b)` entries along every axis.
 
     Args:
         values: Float tensor with a static shape.
@@ -291,7 +295,7 @@ def pool(values: Tensor, block: Sequence[int]) -> Tensor:
 
 
 def spread(groups: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Return a tensor in which every entry of a block has the block's value.
+    """Return a tensor in which every entry of a block has the value of the block.
 
     Args:
         groups: Tensor with one entry per block.
@@ -313,8 +317,8 @@ def spread(groups: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor
 def n_of_m(scores: Tensor, n: int, m: int, axis: int = -2) -> Tensor:
     """Return a mask that keeps the `n` highest scores of every `m` consecutive scores.
 
-    Of equal scores, the earlier score is kept. If `m` does not divide the axis, the last group is
-    shorter and keeps up to `n` scores.
+    Among equal scores, the earlier score is kept. If `m` does not divide the axis, the last group
+    is shorter and keeps up to `n` scores.
 
     Args:
         scores: Float tensor with a static shape.

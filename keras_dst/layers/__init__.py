@@ -1,7 +1,9 @@
-"""Sparse forms of Keras's layers: `SparseDense` is `Dense` with the additional argument `method=`.
+"""Sparse forms of Keras layers.
 
-`sparsify` turns the layers of a built model into these layers, in place. They can also be created
-directly.
+For example, `SparseDense` is `Dense` with the additional argument `method=`.
+
+`sparsify` converts the layers of a built model to these layers, in place. Sparse layers can also be
+created directly.
 """
 
 from keras_dst.layers import stock as _stock
@@ -49,6 +51,6 @@ __all__ = [
     "SparseSimpleRNNCell",
 ]
 
-if hasattr(_stock, "SparseReversibleEmbedding"):  # Keras has the stock layer since 3.12
+if hasattr(_stock, "SparseReversibleEmbedding"):  # Keras has this layer since version 3.12.
     SparseReversibleEmbedding = _stock.SparseReversibleEmbedding
     __all__ += ["SparseReversibleEmbedding"]

@@ -1,4 +1,4 @@
-"""The mixin that makes a Keras layer sparse, and attributes that read a weight with its mask."""
+"""Mixin that makes a Keras layer sparse, and attributes that read a weight with its mask."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods.base import LayerMethod, Method, State, UnitMethod, describe
 
 if TYPE_CHECKING:
-    from keras import Layer as _Layer  # the base of every class that uses a mixin
+    from keras import Layer as _Layer  # Base of every class that uses a mixin.
 else:
     _Layer = object
 
@@ -26,7 +26,7 @@ class SparseWeight:
     """Attribute of a sparse layer: reading returns the masked tensor, writing stores the variable.
 
     The variable is stored under the attribute's name with a leading underscore. Keras's Dense,
-    Conv, EinsumDense and Embedding store it there, too.
+    Conv, EinsumDense and Embedding store the variable under this name too.
     """
 
     def __init__(self, layout: Layout = KERNEL):
@@ -68,7 +68,7 @@ class SparseWeight:
 class SparseBias(SparseWeight):
     """Bias of a layer, masked together with its unit if the method prunes whole units.
 
-    A bias has no state of its own and does not count among the weights under the method.
+    A bias has no state of its own, and is not counted among the pruned weights.
     """
 
     def __get__(self, layer, owner=None):
@@ -99,8 +99,8 @@ class EinsumWeight(SparseWeight):
 def register(cls):
     """Register a sparse class under its own name, and give it the `__name__` of its stock class.
 
-    Keras names the layers of a weights file after `type(layer).__name__`. With this name, a
-    weights file of the dense model loads into the sparse model.
+    Keras names the layers of a weights file after `type(layer).__name__`. Because of this name, a
+    weights file of the dense model can be loaded into the sparse model.
     """
     cls = keras.saving.register_keras_serializable("keras_dst", cls.__name__)(cls)
     cls.__name__ = cls.stock.__name__
@@ -108,7 +108,7 @@ def register(cls):
 
 
 class SparseMixin(_keras.BuildHook):
-    """Mixin that makes a Keras layer sparse; put it before the stock class among the bases.
+    """Mixin that makes a Keras layer sparse. Put it before the stock class among the bases.
 
     Args:
         method: Method that masks the weights of the layer, such as `methods.DST()`.
@@ -119,8 +119,8 @@ class SparseMixin(_keras.BuildHook):
     sparse_state: dict[str, State]
     # Masked weights that `SparseCellMixin` computes once for a whole sequence.
     cached_weights: Mapping[str, Any] = MappingProxyType({})
-    driver_active = False  # whether a callback such as SparseTraining is running
-    traced_both_paths = False  # whether a training step was traced on both paths of DCIL
+    driver_active = False  # Whether a callback such as SparseTraining is running.
+    traced_both_paths = False  # Whether a training step was traced on both paths.
 
     def __init__(self, *args, method, **kwargs):
         super().__init__(*args, **kwargs)
@@ -132,10 +132,12 @@ class SparseMixin(_keras.BuildHook):
         # Keras sets `quantize` on every instance, so a method of the class would not be called.
         self.__dict__["_stock_quantize"] = self.__dict__.get("quantize")
         self.__dict__["quantize"] = self._refuse_to_quantize
-        # Keras must not track the nested dict: `add_weight` tracks the variables in it already.
+        # Keras must not track the nested dict, because `add_weight` already tracks the variables in
+        # it.
         self.__dict__["sparse_state"] = {}
         for weight in self._masked_attributes():
-            if weight.name in self.__dict__:  # set while the class was the stock class
+            # The variable was set before this layer became sparse.
+            if weight.name in self.__dict__:
                 self.__dict__[weight.slot] = self.__dict__.pop(weight.name)
         if self.built:
             self._add_states()
@@ -154,7 +156,7 @@ class SparseMixin(_keras.BuildHook):
 
     @classmethod
     def has_units(cls) -> bool:
-        """Return whether whole output units, with their bias, can be pruned."""
+        """Return whether a method can prune whole output units of the layer with their biases."""
         return any(isinstance(weight, SparseBias) for weight in cls._masked_attributes())
 
     def masked_weights(self) -> Iterator[tuple[Layout, Any, State]]:
@@ -167,11 +169,11 @@ class SparseMixin(_keras.BuildHook):
         """Return the mean over the batch of a weight's gates, which are equal for all inputs."""
         return cast(UnitMethod, self.method).gate(state, layout)
 
-    # The state is created after all stock weights. Optimizers save their slots in the order of
-    # the weights, and a layer that is made sparse after it was built has this order as well.
+    # The state is created after all stock weights, because optimizers save their slots in the order
+    # of the weights. A layer that is made sparse after it was built has the same order.
     def after_build(self):
-        # Keras's Embedding builds itself in `__init__` if it gets `weights=`, before the method
-        # is known. `attach_method` adds the state then.
+        # Keras's Embedding builds itself in `__init__` if it gets `weights=`. At this time, the
+        # method is not known. `attach_method` adds the state in this case.
         if "sparse_state" in self.__dict__:
             self._add_states()
 
@@ -180,12 +182,13 @@ class SparseMixin(_keras.BuildHook):
             variable = weight.raw(self)
             if variable is None or weight.name in self.sparse_state:
                 continue
-            if "float" not in variable.dtype:  # quantized
+            if "float" not in variable.dtype:  # The kernel is quantized.
                 continue
             layout = weight.layout_of(self)
             if not self.method.applies_to(layout):
                 continue
-            # The mask is computed in the variable's own precision; the masked weight is cast.
+            # The mask is computed in the precision of the variable, and the masked weight is cast
+            # afterwards.
             _keras.set_autocast(variable, False)
             with _keras.unlocked(self), placed_like(variable):
                 self.sparse_state[weight.name] = self.method.build(
@@ -196,7 +199,7 @@ class SparseMixin(_keras.BuildHook):
             require_driver(self)
 
     def restore_stock(self) -> None:
-        """Write the effective weights into the variables, and become the stock layer again."""
+        """Write the masked weights into the variables, and restore the stock Keras class."""
         for layout, variable, state in self.masked_weights():
             variable.assign(self.method.apply(ops.convert_to_tensor(variable), state, layout))
             _keras.set_autocast(variable, True)
@@ -235,8 +238,9 @@ class SparseMixin(_keras.BuildHook):
         return {**super().get_config(), "method": method}
 
     # Keras saves the weights of a layer by position. The variables of the method are saved by
-    # name, next to the weights of the stock layer. If a file lacks them, as the file of a dense
-    # model does, they stay as they are: a layer that was just made sparse keeps all its weights.
+    # name, next to the weights of the stock layer. If a file lacks these variables, as the file of
+    # a dense model does, they keep their values. A layer that was just made sparse then keeps all
+    # its weights.
     def save_own_variables(self, store):
         own = self.state_variables()
         with self._as_stock():
@@ -263,7 +267,7 @@ class SparseMixin(_keras.BuildHook):
 
     @contextlib.contextmanager
     def _as_stock(self):
-        """Show only the stock layer's variables, without masks, within this context."""
+        """Expose only the stock layer's variables, without masks, within this context."""
         own = {id(variable) for variable in self.state_variables().values()}
         state, self.__dict__["sparse_state"] = self.sparse_state, {}
         lists = (_keras.trainable_variables_of(self), _keras.non_trainable_variables_of(self))
@@ -279,10 +283,11 @@ class SparseMixin(_keras.BuildHook):
 
 
 class SparseCellMixin(SparseMixin):
-    """Mixin for recurrent cells, which masks the weights once per sequence, not at every step.
+    """Mixin for recurrent cells that masks the weights once per sequence instead of at every step.
 
     Keras requests the dropout mask of a cell before a sequence and resets it after the last step.
-    The masked weights are cached for as long. A cell that is called by itself caches nothing.
+    The masked weights are cached between these two calls. A cell that is called without a sequence
+    does not cache masked weights.
     """
 
     _called_by_itself = False
@@ -292,7 +297,7 @@ class SparseCellMixin(SparseMixin):
         try:
             return super().__call__(*args, **kwargs)
         except BaseException:
-            self._clear_cached_weights()  # an error ends the sequence
+            self._clear_cached_weights()  # An error ends the sequence.
             raise
         finally:
             self.__dict__.pop("_called_by_itself", None)
@@ -316,7 +321,7 @@ class SparseCellMixin(SparseMixin):
 
 
 def expose_variables(layer) -> None:
-    """Make the variables of a layer's method attributes of the layer.
+    """Set the variables of a layer's method as attributes of the layer.
 
     TensorFlow's checkpoints and SavedModels hold only variables that are attributes.
     """
@@ -327,7 +332,7 @@ def expose_variables(layer) -> None:
 
 
 def require_driver(layer) -> None:
-    """Make an optimizer step fail on this layer while the callback of its method is not running."""
+    """Make an optimizer step on this layer fail while the callback of its method is not running."""
     trained = [
         v for inner in _keras.flatten_layers(layer) for v in _keras.trainable_variables_of(inner)
     ]
@@ -338,9 +343,9 @@ def require_driver(layer) -> None:
 
 
 class _RequireDriver(keras.constraints.Constraint):
-    """Constraint that raises when an optimizer step is traced while no callback is running.
+    """Constraint that raises an error if an optimizer step is traced while no callback is running.
 
-    Every kind of training applies constraints, and nothing else does.
+    All kinds of training apply constraints, and no other code applies them.
     """
 
     def __init__(self, inner, layer):
@@ -358,16 +363,19 @@ class _RequireDriver(keras.constraints.Constraint):
 
 
 def check_method(method) -> LayerMethod:
-    """Return a layer method, deserialized if it is a config; raise for any other object."""
+    """Return a layer method, deserialized if it is a config.
+
+    Raise an error for any other object.
+    """
     if isinstance(method, dict):
         method = keras.saving.deserialize_keras_object(method)
     if isinstance(method, LayerMethod):
         return method
     if isinstance(method, Method):
         raise TypeError(
-            f"{type(method).__name__} masks the update, not the forward pass, so it cannot be the "
-            "method of a layer. Use the plain Keras layer, and compile the model with "
-            f"keras_dst.SparseOptimizer(optimizer, {method!r})."
+            f"{type(method).__name__} masks the optimizer step instead of the forward pass, so it "
+            "cannot be the method of a layer. Use the plain Keras layer, and compile the model "
+            f"with keras_dst.SparseOptimizer(optimizer, {method!r})."
         )
     raise TypeError(
         "Expected a method that masks the forward pass, such as keras_dst.methods.DST(). "

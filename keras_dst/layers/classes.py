@@ -1,4 +1,4 @@
-"""The sparse class that a layer becomes: a class of this package, or a class derived from it."""
+"""Sparse classes of layers: classes of this package, and classes that are derived from them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ SPARSE_LAYERS: tuple[type[SparseMixin], ...] = (*SPARSE_KERNEL_LAYERS, SparseBat
 
 @keras.saving.register_keras_serializable("keras_dst")
 class SparseSubclass(SparseMixin):
-    """Sparse form of a layer class that a user wrote; a file stores the name of the user's class.
+    """Sparse form of a custom layer class. A file stores the name of the custom class.
 
-    The user's class is a subclass of a supported layer, or it declares the weights to prune:
+    The custom class is a subclass of a supported layer, or it declares the weights to prune:
 
         class Mixer(keras.layers.Layer):
             prunable_weights = ("mix",)  # or {"mix": keras_dst.masks.Layout(outputs=(-2,), ...)}
@@ -44,8 +44,8 @@ class SparseSubclass(SparseMixin):
 class SparseContainer(_keras.BuildHook):
     """Sparse form of a layer or model that creates other layers, some of which are sparse.
 
-    The config of such a layer rebuilds plain layers. Therefore it also stores a recipe: the method
-    of every sparse layer inside, by the position of that layer.
+    The config of such a layer creates plain layers again. The layer therefore also stores a recipe,
+    which holds the method of every sparse inner layer by the position of the inner layer.
     """
 
     stock: type
@@ -60,7 +60,7 @@ class SparseContainer(_keras.BuildHook):
         layer, config = _stock_instance(config, ("recipe",))
         layer.__class__ = container_class(type(layer))
         layer.__dict__["recipe"] = config["recipe"]
-        if layer.built:  # a Functional model is built by its constructor
+        if layer.built:  # A Functional model is built by its constructor.
             layer.apply_recipe()
         return layer
 
@@ -94,7 +94,7 @@ class SparseContainer(_keras.BuildHook):
 
 
 def make_sparse(layer, method: LayerMethod) -> None:
-    """Turn a layer of a supported class, built or not, into its sparse class, in place."""
+    """Convert a layer of a supported class, built or not, to its sparse class, in place."""
     layer.__class__ = sparse_class(type(layer))
     layer.attach_method(method)
 
@@ -102,7 +102,7 @@ def make_sparse(layer, method: LayerMethod) -> None:
 def sparse_class(stock: type) -> type[SparseMixin] | None:
     """Return the sparse class of a layer class, or None if the class is not supported.
 
-    The sparse class of a user's own layer class is created here.
+    For a custom layer class, this function creates the sparse class.
     """
     for cls in SPARSE_LAYERS:
         if stock is cls.stock:
@@ -114,7 +114,7 @@ def sparse_class(stock: type) -> type[SparseMixin] | None:
 
 
 def container_class(stock: type) -> type:
-    """Return the class that a layer of this class becomes if layers inside it are sparse."""
+    """Return the class for a layer of this class that contains sparse layers."""
     return _derive((SparseContainer, stock))
 
 
@@ -136,7 +136,7 @@ def layouts_of(model) -> dict[int, Layout]:
 
 
 def frozen_layers_of(model) -> set[int]:
-    """Return the ids of the layers that have trainable weights, none of which the model trains."""
+    """Return the ids of the layers whose trainable weights are all frozen in the model."""
     trained = set(map(id, model.trainable_variables))
     frozen = set()
     for layer in _keras.flatten_layers(model):
@@ -148,16 +148,17 @@ def frozen_layers_of(model) -> set[int]:
 
 
 def _declared_weights(stock: type) -> dict[str, Layout]:
-    """Return the weights that a user's layer class declares as prunable, with their axes."""
+    """Return the weights that a custom layer class declares as prunable, with their axes."""
     weights = getattr(stock, "prunable_weights", ())
     return dict(weights) if isinstance(weights, Mapping) else dict.fromkeys(weights, KERNEL)
 
 
 @functools.cache
 def _derive(bases: tuple[type, ...]) -> type:
-    # There is one class per stock class, so two layers of a class still have the same class. All
-    # derived classes are registered under the name of the first base. The `from_config` of that
-    # base finds the user's class. They are named after the stock class, see `base.register`.
+    # There is one derived class per stock class, so two layers of one class still have the same
+    # class. All derived classes are registered under the name of the first base. The `from_config`
+    # of the first base then finds the custom class. The derived classes have the `__name__` of the
+    # stock class, see `base.register`.
     stock = bases[-1]
     weights = {name: SparseWeight(layout) for name, layout in _declared_weights(stock).items()}
     own = {"stock": stock, "__qualname__": f"Sparse{stock.__name__}", **weights}

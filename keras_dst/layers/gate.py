@@ -20,31 +20,35 @@ from keras_dst.methods.consensus import Consensus, binary
 
 @keras.saving.register_keras_serializable("keras_dst")
 class Gate(_keras.BuildHook, layers.Layer):
-    """Layer that multiplies channels, or a residual branch, by gates: 1 is open, 0 is closed.
+    """Layer that multiplies channels or a residual branch by gates.
 
-    `methods.Consensus` trains the gates, with the `SparseTraining` callback. In inference the
-    gates are constants. A trained gate is open if its logit is 0 or more. A gate of a gating module
-    is open if its running mean is 0.5 or more, which the paper calls the consensus. `strip`
-    replaces this layer by a `keras.layers.Rescaling` with these constants.
+    A gate of 1 is open, and a gate of 0 is closed.
+
+    `methods.Consensus` trains the gates together with the `SparseTraining` callback. In inference,
+    the gates are constants. A trained gate is open if its logit is 0 or more. A gate of a gating
+    module is open if its running mean is 0.5 or more, which the paper calls the consensus. `strip`
+    replaces this layer by a `keras.layers.Rescaling` with the constant gates.
 
     Args:
         axis: Axis of the channels. Defaults to -1.
         structure: Structure that one gate opens or closes: `"channel"`, or `"branch"` for the whole
-            tensor. At least one channel stays open; a branch may be closed. Defaults to
+            tensor. At least one channel stays open, but a branch may be closed. Defaults to
             `"channel"`.
         dependent: If True, a gating module computes the gates from every input (global average
             pooling, dense, batch normalization, ReLU, dense, sigmoid). If False, every gate has
             one trainable logit for all inputs. Defaults to False.
         units: Number of units in the first dense layer of the gating module. Defaults to 16.
         momentum: Momentum of the running mean of the gating module's gates. Defaults to 0.9.
-        cost: Cost of one structure, in FLOPs or parameters, as for the method. Defaults to 1.
+        cost: Cost of one structure, in FLOPs or parameters like the cost of the method. Defaults to
+            1.
         method: Method that trains the gates. Gates and layers under equal methods share one
             budget. Defaults to None, which means `methods.Consensus()`.
 
     Call arguments:
         x: Tensor to multiply by the gates.
-        context: Input of the gating module, with its channels on the same axis. In the paper it is
-            the input of the layer whose output is gated. Defaults to None, which means `x`.
+        context: Input of the gating module, with its channels on the same axis. In the paper, the
+            context is the input of the layer whose output is gated. Defaults to None, which means
+            `x`.
 
     Raises:
         ValueError: If the structure is unknown or the cost is not positive.
@@ -58,7 +62,7 @@ class Gate(_keras.BuildHook, layers.Layer):
     """
 
     method: Consensus
-    driver_active = False  # whether a callback such as SparseTraining is running
+    driver_active = False  # Whether a callback such as SparseTraining is running.
 
     def __init__(
         self,
@@ -90,7 +94,7 @@ class Gate(_keras.BuildHook, layers.Layer):
         self.method = method
         # Keras must not track the nested dict, see `SparseMixin.attach_method`.
         self.__dict__["sparse_state"] = {}
-        # A channel is like a unit with one weight. A branch has no units, so it may be closed.
+        # A channel counts as a unit with one weight. A branch has no units, so it may be closed.
         self._layout = Layout((-1,) if structure == "channel" else (), ())
 
     def build(self, x_shape, context_shape=None):
@@ -143,7 +147,7 @@ class Gate(_keras.BuildHook, layers.Layer):
         elif training and self.trainable:
             z = self._module(x if context is None else context)
             mean = ops.reshape(ops.mean(z, axis=0), state["mean"].shape)
-            # The penalties read the mean later in the same trace.
+            # The penalties read the mean later in the same trace of the training step.
             self.__dict__["_batch_mean"] = mean
             old = ops.convert_to_tensor(state["mean"])
             mean = ops.stop_gradient(mean)
@@ -165,12 +169,12 @@ class Gate(_keras.BuildHook, layers.Layer):
         return self.method.is_open(self.sparse_state["gate"], self._layout)
 
     def masked_weights(self) -> Iterator[tuple[Layout, Any, State]]:
-        """Yield layout, variable and state of the gates, as a sparse layer does for its weights."""
+        """Yield layout, variable and state of the gates, like a sparse layer for its weights."""
         for state in self.sparse_state.values():
             yield self._layout, state["mean" if self.dependent else "logit"], state
 
     def state_variables(self) -> dict[str, Any]:
-        """Return all variables, with those of the gating module, by path."""
+        """Return all variables by path, including the variables of the gating module."""
         return {variable.path: variable for variable in self.variables}
 
     def batch_mean(self, layout: Layout, state: State):
@@ -187,7 +191,7 @@ class Gate(_keras.BuildHook, layers.Layer):
         stock = layers.Rescaling(scale, name=self.name, dtype=self.dtype_policy)
         stock.build(self._shape)
         nodes = _keras.nodes_of(self)
-        for node in nodes[0]:  # `Rescaling` takes no context
+        for node in nodes[0]:  # `Rescaling` does not take a context.
             node.arguments = type(node.arguments)(
                 (*node.arguments.args, *node.arguments.kwargs.values())[0]
             )

@@ -9,7 +9,7 @@ from keras_dst.methods.base import TwoPathMethod, on_full_path
 
 
 class PathVariable:
-    """Attribute of a batch normalization that returns the variable of the path that runs."""
+    """Attribute of a batch normalization that returns the variable of the current path."""
 
     def __set_name__(self, owner, name):
         self.name = name
@@ -31,9 +31,9 @@ class PathVariable:
 class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
     """`keras.layers.BatchNormalization` with a second set of variables for the full path.
 
-    This layer prunes nothing. It has a second scale and offset and second moving statistics. The
-    second set starts as a copy of the first. Inference uses the first set only, and `strip` removes
-    the second set.
+    This layer prunes nothing. For the full path, it has a second scale, a second offset and second
+    moving statistics. The second set of variables starts as a copy of the first set. Inference uses
+    only the first set, and `strip` removes the second set.
 
     Args:
         method: Method that trains two paths, such as `methods.DCIL(0.9)`. All other arguments are
@@ -74,7 +74,7 @@ class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
             self.sparse_state["full"] = {
                 name: self._copy_of(self.__dict__[name], f"full_{name}")
                 for name in names
-                if self.__dict__.get(name) is not None  # gamma is None if scale=False
+                if self.__dict__.get(name) is not None  # gamma is None if scale=False.
             }
         expose_variables(self)
 
@@ -90,11 +90,11 @@ class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
                 regularizer=variable.regularizer,
                 constraint=variable.constraint,
             )
-        copy.trainable = variable.trainable  # False in a frozen layer
+        copy.trainable = variable.trainable  # This is False in a frozen layer.
         return copy
 
     def load_own_variables(self, store):
         super().load_own_variables(store)
         for name, copy in self.sparse_state["full"].items():
-            if f"full_{name}" not in store.keys():  # the file of a dense model
+            if f"full_{name}" not in store.keys():  # This is the file of a dense model.
                 copy.assign(self.__dict__[name].numpy())

@@ -1,4 +1,6 @@
-"""Sparse forms of Keras's layers: `SparseDense` is `Dense` with the additional argument `method=`.
+"""Sparse forms of Keras layers.
+
+For example, `SparseDense` is `Dense` with the additional argument `method=`.
 
 All other arguments are the arguments of the stock layer. A method that prunes whole units also
 prunes their biases.
@@ -161,7 +163,7 @@ class SparseSimpleRNNCell(SparseCellMixin, layers.SimpleRNNCell):
 class SparseLSTMCell(SparseCellMixin, layers.LSTMCell):
     """`keras.layers.LSTMCell` with a sparse kernel and a sparse recurrent kernel.
 
-    A unit, which has its own threshold under DST, is one unit of one of the four gates.
+    A unit is one unit of one of the four gates, and has its own threshold under DST.
     """
 
     stock = layers.LSTMCell
@@ -173,7 +175,7 @@ class SparseLSTMCell(SparseCellMixin, layers.LSTMCell):
 class SparseGRUCell(SparseCellMixin, layers.GRUCell):
     """`keras.layers.GRUCell` with a sparse kernel and a sparse recurrent kernel.
 
-    A unit, which has its own threshold under DST, is one unit of one of the three gates.
+    A unit is one unit of one of the three gates, and has its own threshold under DST.
     """
 
     stock = layers.GRUCell
@@ -210,11 +212,11 @@ SPARSE_KERNEL_LAYERS: tuple[type[SparseMixin], ...] = (
     SparseConvLSTMCell,
 )
 
-if hasattr(layers, "ReversibleEmbedding"):  # new in Keras 3.12
+if hasattr(layers, "ReversibleEmbedding"):  # This layer is new in Keras 3.12.
 
     @register
     class SparseReversibleEmbedding(SparseMixin, layers.ReversibleEmbedding):
-        """`keras.layers.ReversibleEmbedding` with one sparse table, or two if they are not tied."""
+        """`keras.layers.ReversibleEmbedding` with one sparse table, or two tables if not tied."""
 
         stock = layers.ReversibleEmbedding
         embeddings = SparseWeight()

@@ -1,4 +1,4 @@
-"""The methods, one paper one file."""
+"""Pruning methods. Each file implements one method from its paper."""
 
 from keras_dst.methods.base import (
     LayerMethod,

@@ -1,16 +1,17 @@
 """Base classes of all methods.
 
-A method is a small object: its constructor's arguments, and pure functions over weights, states and
-gradients. It never touches a model. The classes differ in where the mask is applied:
+A method is a small object with the arguments of its constructor, and with pure functions over
+weights, states and gradients. A method never changes a model. The classes differ in where the mask
+is applied:
 
     UpdateMethod     in the optimizer step; the layers stay plain (Magnitude, FlipOut, SET, RigL)
     LayerMethod      in the forward pass; the layers hold the mask's state (DST, ST-3, OptG)
     TwoPathMethod    in the forward pass, which runs with and without the mask (DCIL)
     UnitMethod       in the forward pass, on whole output units and their biases (Consensus)
 
-Callers and their calls: the sparse layers call `build` and `apply`, `SparseOptimizer` calls `init`,
-`before`, `perturb` and `after` in every step, and the drivers of the `SparseTraining` callback call
-`update` at every mask update and `project` at the end of the schedule.
+Three callers use these functions. The sparse layers call `build` and `apply`. `SparseOptimizer`
+calls `init`, `before`, `perturb` and `after` in every step. The drivers of the `SparseTraining`
+callback call `update` at every mask update, and `project` at the end of the schedule.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ State = dict[str, Any]
 
 
 class ScheduleState(NamedTuple):
-    """Position of a mask update in the training, as scalar tensors.
+    """Position of a mask update in the training run, as scalar tensors.
 
     Attributes:
-        step: Number of optimizer steps done, int32.
-        progress: Fraction of the training that is done, float32 in [0, 1].
-        sparsity: Sparsity that the schedule asks for now, float32.
+        step: Number of finished optimizer steps, int32.
+        progress: Finished fraction of the training run, float32 in [0, 1].
+        sparsity: Current target sparsity of the schedule, float32.
     """
 
     step: Tensor
@@ -51,9 +52,9 @@ class ScheduleState(NamedTuple):
 
 
 class Method(Configurable):
-    """Base class of all methods: `score x allocation x schedule x pattern`.
+    """Base class of all methods, which combine a score, an allocation, a schedule and a pattern.
 
-    A method holds numbers and names only. Subclass `LayerMethod` if the mask is part of the forward
+    A method holds only numbers and names. Subclass `LayerMethod` if the mask is part of the forward
     pass, and `UpdateMethod` if it is part of the optimizer step.
 
     In all functions, `weights` is a list of tensors in Keras layout, and `states` is a list with
@@ -63,19 +64,19 @@ class Method(Configurable):
         schedule: Schedule of the target sparsity, or None if the method has no target.
         allocation: Distribution of the sparsity over the weights.
         pattern: Shape of the groups of weights that are pruned together, see `masks.Pattern`.
-        frequency: Steps between mask updates, or `"epoch"`. None means `default_frequency`, and at
-            least twenty updates in a short training.
+        frequency: Steps between mask updates, or `"epoch"`. None means `default_frequency`, but at
+            least twenty updates in a short training run.
         default_frequency: Steps between mask updates in the paper, or `"epoch"`.
-        min_kept: Number of weights that every layer keeps, or of channels that every group of
-            coupled channels keeps.
+        min_kept: Minimum number of weights that every layer keeps, or of channels that every group
+            of coupled channels keeps.
         counted_in: Quantity whose removed fraction is the sparsity, if channels are coupled:
             `"channels"`, `"parameters"` or `"flops"`.
-        round_to: The number of kept channels of a group is a multiple of this number, if the group
-            has at least twice as many channels.
+        round_to: The number of kept channels in a group is a multiple of this number. Groups with
+            fewer than twice as many channels are not rounded.
         learned: True if the sparsity follows from training, False if it follows from a ranking.
-            A learned method gets its target one update ahead, and has a `project` function.
-        target_quantity: Name of the quantity that has the target, for warnings.
-        driver: Full name of the callback that pursues the target.
+            A learned method gets its target one update ahead of time, and has a `project` function.
+        target_quantity: Name of the quantity that has a target, for warnings.
+        driver: Full name of the callback that meets the target.
     """
 
     schedule: Schedule | None = None
@@ -91,13 +92,13 @@ class Method(Configurable):
     driver = "keras_dst.callbacks.SparseTraining"
 
     def schedule_over(self, epochs: float | None) -> Schedule | None:
-        """Return the schedule for a training of this many epochs.
+        """Return the schedule for a training run with this number of epochs.
 
-        The driver calls it when training begins. By default the schedule does not depend on the
-        number of epochs.
+        The driver calls this function when training begins. By default the schedule does not depend
+        on the number of epochs.
 
         Args:
-            epochs: Number of epochs, or None if it is not known.
+            epochs: Number of epochs, or None if it is unknown.
         """
         return self.schedule
 
@@ -105,14 +106,15 @@ class Method(Configurable):
         """Return the first and the last step between which masks change.
 
         Args:
-            total_steps: Length of the training, or None if it is not known.
+            total_steps: Number of steps in the training run, or None if it is unknown.
         """
         return self.schedule.span(total_steps) if self.schedule else (0, 0)
 
     def mask(self, w: Tensor, state: State, layout: Layout = KERNEL) -> Tensor:
-        """Return the boolean mask of one weight, in its shape.
+        """Return the boolean mask of one weight, in the shape of the weight.
 
-        Drivers, reports, plots and `strip` call it. By default the mask is a part of the state.
+        Drivers, reports, plots and `strip` call this function. By default the mask is a part of the
+        state.
         """
         return ops.convert_to_tensor(state["mask"])
 
@@ -126,24 +128,26 @@ class Method(Configurable):
     ) -> list[State]:
         """Return new values of the states, with one dict of the changed entries per weight.
 
-        The driver calls it at every mask update, and compiles it. By default it ranks the weights
-        by their `scores` and returns new masks.
+        The driver compiles this function and calls it at every mask update. By default, this
+        function ranks the weights by their `scores` and returns new masks.
 
         Args:
             weights: All weights under this method.
             states: States of these weights.
             layouts: Axes of these weights.
             kept: Number of weights to keep, int32: a vector with one number for all weights
-                together or with one number per weight.
-            now: Position of this update in the training.
+                together, or with one number per weight.
+            now: Position of this update in the training run.
         """
         new = self.rank(self.scores(weights, states), layouts, kept)
         return [{"mask": mask} for mask in new]
 
     def scores(self, weights: Sequence[Tensor], states: Sequence[State]) -> list[Tensor]:
-        """Return the saliency of all weights, in their shapes. The highest scores are kept.
+        """Return the saliency of all weights, in the shapes of the weights.
 
-        `update` calls it. Every method that ranks its weights defines it.
+        The highest scores are kept.
+
+        `update` calls this function. Every method that ranks its weights defines this function.
         """
         raise NotImplementedError
 
@@ -156,8 +160,8 @@ class Method(Configurable):
     ) -> list[State]:
         """Return new values of the states that meet the final target exactly.
 
-        The driver calls it after the last step of the schedule, if the method is `learned`. Every
-        learned method with a schedule defines it.
+        The driver calls this function after the last step of the schedule if the method is
+        `learned`. Every learned method with a schedule defines this function.
 
         Args:
             weights: All weights under this method.
@@ -180,18 +184,19 @@ class Method(Configurable):
     ) -> np.ndarray:
         """Return the number of weights to keep, in the form that `update` takes.
 
-        If channels are coupled, it is the number of channels to keep, see `methods.channels`.
+        If channels are coupled, return the number of channels to keep, see `methods.channels`.
 
         Args:
             shapes: Shapes of all weights under this method.
             layouts: Axes of these weights.
-            sparsity: Fraction of zeros, overall.
-            names: Paths of these weights, for an allocation by name.
+            sparsity: Fraction of zeros over all weights.
+            names: Paths of the weights, which an allocation by name needs.
         """
         final = self.schedule.sparsity if self.schedule else None
         pattern = Pattern(self.pattern)
         for shape, layout in zip(shapes, layouts):
-            pattern.block(shape, layout)  # raises if a weight lacks an axis for the pattern
+            # This raises an error if a weight lacks an axis for the pattern.
+            pattern.block(shape, layout)
         if channels.groups_of(layouts):
             return channels.kept_counts(self, shapes, layouts, sparsity, names)
         if pattern.n_of_m:
@@ -204,7 +209,7 @@ class Method(Configurable):
         """Return boolean masks that keep the highest scores, in this method's pattern.
 
         Args:
-            scores: Saliency of all weights, in their shapes.
+            scores: Saliency of all weights, in the shapes of the weights.
             layouts: Axes of these weights.
             kept: Number of weights to keep, as in `update`.
         """
@@ -217,24 +222,26 @@ class Method(Configurable):
                 for s, layout in zip(scores, layouts)
             ]
         shapes = [tuple(s.shape) for s in scores]
-        together = kept.shape[0] == 1  # Otherwise there is one count per weight.
+        together = kept.shape[0] == 1  # If false, there is one count per weight.
         sizes = None
         if pattern.grouped:
             sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
         floors = self._floors(shapes, sizes, together)
-        # The largest groups count, so that the first groups of every weight always fit.
+        # Reserve room for the largest groups, so that the first groups of every weight always fit.
         largest = np.array([int(n.max()) for n in sizes] if sizes else [1] * len(shapes))
         least = largest * (floors if self.min_kept else 1)
         kept = ops.maximum(kept, least.sum() if together else least)
         kept = kept[0] if together else kept
-        # In float32 before they are pooled, so that all precisions rank equal weights alike.
+        # Scores are cast to float32 before they are pooled, so that equal weights rank alike in all
+        # precisions.
         groups = [
             pattern.scores(ops.cast(s, "float32"), layout) for s, layout in zip(scores, layouts)
         ]
-        scores = ()  # Free the scores, which are as large as the weights, while they are ranked.
+        scores = ()  # Free the scores during the ranking, because they are as large as the weights.
         found = masks.top_k(groups, kept, sizes, [1] * len(groups))
         if together and floors.max() > 1:
-            # Floors need a second ranking. It runs only if the first one leaves a weight too few.
+            # Minimum numbers of weights need a second ranking. The second ranking runs only if the
+            # first ranking leaves too few entries in a weight.
             counts = ops.stack([ops.sum(ops.cast(mask, "int32")) for mask in found])
             too_few = ops.any(counts < ops.convert_to_tensor(floors, "int32"))
             found = ops.cond(
@@ -245,11 +252,15 @@ class Method(Configurable):
         return [pattern.expand(g, s, layout) for g, s, layout in zip(found, shapes, layouts)]
 
     def _floors(self, shapes, sizes, together) -> np.ndarray:
-        """Return the number of groups that every weight keeps; `sizes` is None without groups."""
+        """Return the minimum number of groups that every weight keeps.
+
+        `sizes` is None without groups.
+        """
         if self.min_kept is None and together and self.schedule is not None:
             floors = allocations.floor_counts(shapes, self.schedule.sparsity)
             if sizes:
-                # Rounded down, so that the floors need at most a quarter of the kept weights.
+                # The number is rounded down, so that the minimum needs at most a quarter of the
+                # kept weights.
                 floors = floors // [int(n.max()) for n in sizes]
         else:
             floors = np.array([self.min_kept or 1] * len(shapes))
@@ -273,9 +284,9 @@ class Method(Configurable):
             )
         if pattern.name != "channel" and (self.counted_in, self.round_to) != ("channels", 8):
             raise ValueError(
-                "counted_in and round_to belong to pattern='channel'. "
-                f"Received: pattern={self.pattern!r}, counted_in={self.counted_in!r}, "
-                f"round_to={self.round_to!r}. Leave them out, or pass pattern='channel'."
+                "counted_in and round_to can be used only with pattern='channel'. Received: "
+                f"pattern={self.pattern!r}, counted_in={self.counted_in!r}, "
+                f"round_to={self.round_to!r}. Do not pass them, or pass pattern='channel'."
             )
         seed = getattr(self, "seed", 0)
         if not is_integer(seed, minimum=0) or seed >= 2**31:
@@ -291,8 +302,8 @@ class Method(Configurable):
         if pattern.n_of_m and self.allocation not in ("global", "uniform"):
             raise ValueError(
                 f"pattern={self.pattern!r} fixes the sparsity of every weight, so it cannot be "
-                f"combined with an allocation. Received: allocation={self.allocation!r}. "
-                "Leave allocation out, or use another pattern."
+                f"combined with an allocation. Received: allocation={self.allocation!r}. Do not "
+                "pass allocation, or use another pattern."
             )
 
 
@@ -314,14 +325,14 @@ def describe(value) -> str:
 class LayerMethod(Method):
     """Base class of methods whose mask is part of the forward pass.
 
-    The state of a mask is a dict of variables of the layer. `sparsify` and the `Sparse*` layers
-    take these methods. By default the state is a mask that every `update` ranks again, and the
-    layer sees `w * mask`.
+    The state of a mask is a dict of layer variables. `sparsify` and the `Sparse*` layers take these
+    methods. By default, the state is a mask that every `update` ranks again, and the layer computes
+    with `w * mask`.
 
     Attributes:
         undecayed: Names of the states that are exempt from weight decay.
-        snapshots: Mapping from a state's name to the name of another state. After every update,
-            the first state is set to a copy of the second one.
+        snapshots: Mapping from a state's name to the name of another state. After every update, the
+            first state is set to a copy of the second state.
     """
 
     undecayed: tuple[str, ...] = ()
@@ -329,7 +340,7 @@ class LayerMethod(Method):
 
     @property
     def needs_driver(self) -> bool:
-        """Whether training fails without the callback `driver`: true if there is a schedule."""
+        """Whether training fails without the callback `driver`. True if there is a schedule."""
         return self.schedule is not None
 
     def applies_to(self, layout: Layout) -> bool:
@@ -339,19 +350,20 @@ class LayerMethod(Method):
     def check(self, shape: Sequence[int], layout: Layout) -> None:
         """Raise ValueError if a weight of this shape cannot be pruned in the method's pattern.
 
-        `sparsify` calls it for every weight, and reports the message as the reason to skip a layer.
+        `sparsify` calls this function for every weight. The message becomes the reason why a layer
+        is skipped.
         """
         Pattern(self.pattern).block(shape, layout)
 
     def build(self, layer, name: str, variable, layout: Layout) -> State:
         """Add the state of one weight to its layer, and return it as a dict of variables.
 
-        The layer calls it once, after its weights exist. A method with a schedule needs an entry
-        `"progress"`, made by `build_progress`.
+        The layer calls this function once, after its weights exist. If the method has a schedule,
+        the dict needs an entry `"progress"` from `build_progress`.
 
         Args:
-            layer: Sparse layer that holds the weight; call its `add_weight`.
-            name: Name of the weight in the layer, the prefix for names of variables.
+            layer: Sparse layer that holds the weight and has the function `add_weight`.
+            name: Name of the weight in the layer, which is the prefix for names of variables.
             variable: Keras variable of the weight.
             layout: Axes of the weight.
         """
@@ -381,13 +393,14 @@ class LayerMethod(Method):
         )
 
     def apply(self, w: Tensor, state: State, layout: Layout) -> Tensor:
-        """Return the masked weight that the forward pass sees, with the method's gradient.
+        """Return the masked weight for the forward pass, with the method's gradient.
 
-        The layer calls it in every forward pass. By default only kept weights get a gradient.
+        The layer calls this function in every forward pass. By default, only kept weights get a
+        gradient.
 
         Args:
-            w: Weight, in the precision of its variable.
-            state: State of the weight, a dict of variables.
+            w: Weight in the precision of its variable.
+            state: State of the weight, as a dict of variables.
             layout: Axes of the weight.
         """
         return masks.masked(w, self.mask(w, state, layout))
@@ -397,13 +410,13 @@ _full_path = ContextVar("full_path", default=False)
 
 
 def on_full_path() -> bool:
-    """Return whether layers are called on the full path of a `TwoPathMethod`."""
+    """Return whether layers are currently called on the full path of a `TwoPathMethod`."""
     return _full_path.get()
 
 
 @contextlib.contextmanager
 def full_path() -> Iterator[None]:
-    """Run all layers that are called in this context on the full path, without their masks.
+    """Run all layers that are called within this context on the full path, without their masks.
 
     The path is known while a step is traced, so the compiled step has no branch.
 
@@ -419,20 +432,21 @@ def full_path() -> Iterator[None]:
 
 
 class TwoPathMethod(LayerMethod):
-    """Base class of methods that train the model on a pruned and on a full path in every step.
+    """Base class of methods that train the model on a pruned path and a full path in every step.
 
-    Both paths share the weights; every batch normalization has statistics, scale and offset of its
-    own for each path. The loss is the sum of the losses of both paths. Inference uses the pruned
-    path. A model can have only one two-path method.
+    Both paths share the weights. Every batch normalization has separate statistics, scales and
+    offsets for each path. The loss is the sum of the losses of both paths. Inference uses the
+    pruned path. A model can have only one two-path method.
 
-    By default the pruned path trains the kept weights, and the full path trains the pruned weights.
+    By default, the pruned path trains the kept weights, and the full path trains the pruned
+    weights.
     """
 
     def apply(self, w: Tensor, state: State, layout: Layout) -> Tensor:
-        """Return the weight that the current path uses; `on_full_path()` tells which path runs.
+        """Return the weight that the current path uses. `on_full_path()` states which path runs.
 
-        By default this is `w * mask` on the pruned path. On the full path it is `w`, whose gradient
-        is 0 for kept weights.
+        By default, the weight is `w * mask` on the pruned path. On the full path, the weight is
+        `w`, and its gradient is 0 for kept weights.
         """
         mask = self.mask(w, state, layout)
         if on_full_path():
@@ -442,25 +456,26 @@ class TwoPathMethod(LayerMethod):
     def path_divergence(self, state: State) -> Callable[[Tensor, Tensor], Tensor] | None:
         """Return a function that computes a penalty on the difference of the two paths.
 
-        The driver calls it once when training begins. The function takes the logits of the pruned
-        path and of the full path, with the classes on the last axis, and returns the penalty of
-        every entry. It is called in every step, for every output that is trained by a
-        cross-entropy. The penalties are reduced like this cross-entropy, with the same sample
-        weights. Return None, as this base class does, to train without a penalty.
+        The driver calls this function once when training begins. The returned function takes the
+        logits of the pruned path and of the full path, with the classes on the last axis. It
+        returns the penalty of every entry. The returned function is called in every step, for every
+        output that is trained by a cross-entropy. The penalties are reduced like this
+        cross-entropy, with the same sample weights. Return None to train without a penalty, as this
+        base class does.
 
         Args:
-            state: State of the first weight under this method, a dict of variables.
+            state: State of the first weight under this method, as a dict of variables.
         """
         return None
 
 
 class UnitMethod(LayerMethod):
-    """Base class of methods that prune whole output units, each with its bias.
+    """Base class of methods that prune whole output units together with their biases.
 
     A gate of 0 or 1 multiplies all weights of an output unit. Layers that give the outputs of the
     model are not pruned. The costs of the units may differ, and the target is then a fraction of
-    the total cost. By default the state is a gate per unit, and every `update` opens the units with
-    the highest mean score.
+    the total cost. By default, the state is one gate per unit, and every `update` opens the units
+    with the highest mean score.
 
     Attributes:
         needs_use_counts: Whether `bind_layers` gets the number of multiplications per weight.
@@ -471,7 +486,7 @@ class UnitMethod(LayerMethod):
 
     @staticmethod
     def gate_shape(shape: Sequence[int], layout: Layout) -> tuple[int, ...]:
-        """Return the shape of the gates of a weight; it broadcasts against the weight.
+        """Return the shape of a weight's gates, which broadcasts to the shape of the weight.
 
         Args:
             shape: Shape of the weight.
@@ -486,7 +501,7 @@ class UnitMethod(LayerMethod):
         return tuple(kept[min(outputs) :]) if outputs else ()
 
     def build(self, layer, name: str, variable, layout: Layout) -> State:
-        """Add a gate per output unit, all open, and the schedule position to the layer."""
+        """Add an open gate for every output unit, and the schedule position, to the layer."""
         gate = layer.add_weight(
             name=f"{name}_gate",
             shape=self.gate_shape(variable.shape, layout),
@@ -497,7 +512,7 @@ class UnitMethod(LayerMethod):
         return {"gate": gate, "progress": self.build_progress(layer, name)}
 
     def update(self, weights, states, layouts, kept, now):
-        """Return new gates, which open the units with the highest scores."""
+        """Return new gates that open the units with the highest scores."""
         found = []
         ranked = self.rank(self.scores(weights, states), layouts, kept)
         for w, mask, layout in zip(weights, ranked, layouts):
@@ -508,13 +523,13 @@ class UnitMethod(LayerMethod):
         return found
 
     def gate(self, state: State, layout: Layout = KERNEL) -> Tensor:
-        """Return the gates of a weight, 0 or 1, in the shape that `gate_shape` gives.
+        """Return the gates of a weight, 0 or 1, in the shape that `gate_shape` returns.
 
-        The layer calls it in every forward pass for its kernel and for its bias. By default the
-        gates are a part of the state.
+        The layer calls this function in every forward pass for its kernel and for its bias. By
+        default the gates are a part of the state.
 
         Args:
-            state: State of the weight, a dict of variables.
+            state: State of the weight, as a dict of variables.
             layout: Axes of the weight.
         """
         return ops.convert_to_tensor(state["gate"])
@@ -524,7 +539,7 @@ class UnitMethod(LayerMethod):
         return w * self.gate(state, layout)
 
     def mask(self, w: Tensor, state: State, layout: Layout = KERNEL) -> Tensor:
-        """Return the boolean mask of one weight: true for all weights of an open unit."""
+        """Return the boolean mask of one weight, which is true for all weights of an open unit."""
         return ops.broadcast_to(self.gate(state, layout) > 0, w.shape)
 
     def bind_layers(
@@ -535,21 +550,25 @@ class UnitMethod(LayerMethod):
     ) -> None:
         """Connect all layers under this method, for penalties that depend on all gates.
 
-        The driver calls it once when training begins. By default it does nothing.
+        The driver calls this function once when training begins. By default, this function does
+        nothing.
 
         Args:
             layers: All layers and gates under this method.
             uses: Mapping from the id of a weight's variable to a pair: the number of
                 multiplications of each entry per sample, and a message. If the number is None, the
-                message says why it is not known. Empty unless `needs_use_counts` is true.
-            layouts: Axes of all weights of these layers. They hold the channels that leave together
-                if the model has a graph.
+                message states why the number is unknown. The mapping is empty unless
+                `needs_use_counts` is true.
+            layouts: Axes of all weights of these layers. If the model has a graph, they hold the
+                channels that are removed together.
         """
 
     def cost_per_entry(self, state: State) -> float | None:
-        """Return the cost of one entry of a weight, for the target; None if all cost the same.
+        """Return the cost of one entry of a weight for the target.
 
-        The driver calls it once when training begins, after `bind_layers`.
+        Return None if all entries cost the same.
+
+        The driver calls this function once when training begins, after `bind_layers`.
         """
         return None
 
@@ -560,18 +579,19 @@ class UnitMethod(LayerMethod):
 class UpdateMethod(Method):
     """Base class of methods whose mask is part of the optimizer step.
 
-    The state of a mask is a dict of variables of the `SparseOptimizer`; the layers stay plain. The
-    functions below are called in every step, in this order: `before`, `perturb`, the inner
-    optimizer, `after`. By default pruned weights get no gradient and stay 0.
+    The state of a mask is a dict of `SparseOptimizer` variables. The layers stay plain Keras
+    layers. Every step calls the functions below in this order: `before`, `perturb`, the inner
+    optimizer, `after`. By default, pruned weights get no gradient and stay 0.
 
     Attributes:
         moves_weights: Whether `before` returns weights that differ from the model's weights.
         grows: Whether `update` also returns an entry `"grown"`: a boolean mask of the weights that
             are newly kept. These weights and their optimizer slots, such as momentum, start at 0.
         reads_gradients: Whether the method computes with gradients instead of only masking them.
-            Replicas of a distributed training then sum their gradients first.
-        reads_scales: Whether `scores` reads an entry `"scale"` in the state of every weight that
-            has a normalization behind it: the scales, in a shape that broadcasts to the weight.
+            In distributed training, the replicas then sum their gradients first.
+        reads_scales: Whether `scores` reads an entry `"scale"` in the states. If a normalization
+            follows a weight, this entry holds the scales of the normalization, in a shape that
+            broadcasts to the weight.
     """
 
     moves_weights = False
@@ -580,15 +600,15 @@ class UpdateMethod(Method):
     reads_scales = False
 
     def init(self, kernels: Sequence, steps: int | None) -> list[dict[str, tuple[str, str]]]:
-        """Return the states that the method keeps in addition to the mask, one dict per weight.
+        """Return the states that the method keeps next to the mask, with one dict per weight.
 
-        The optimizer calls it when it is built, and again when the length of the training is known.
-        A dict maps the name of a state to `(initial value, dtype)`. The initial value is `"zeros"`,
-        or `"value"` for a copy of the weight. Every state has the shape of its weight.
+        The optimizer calls this function when it is built, and again when the length of training is
+        known. A dict maps the name of a state to `(initial value, dtype)`. The initial value is
+        `"zeros"`, or `"value"` for a copy of the weight. Every state has the shape of its weight.
 
         Args:
-            kernels: Keras variables that are pruned.
-            steps: Length of the training, or None if it is not known.
+            kernels: Keras variables of the pruned weights.
+            steps: Number of steps in the training run, or None if it is unknown.
         """
         return [{} for _ in kernels]
 
@@ -597,8 +617,8 @@ class UpdateMethod(Method):
     ) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:
         """Return weights and gradients for the inner optimizer, and a value for `after`.
 
-        The value, such as the old signs of the weights, is of any type. By default the gradients
-        of pruned weights become 0.
+        The value can have any type, for example the old signs of the weights. By default, the
+        gradients of pruned weights become 0.
 
         Args:
             weights: All weights under this method.
@@ -610,23 +630,24 @@ class UpdateMethod(Method):
     def perturb(
         self, grads: Sequence[Tensor | None], masks: Sequence[Tensor | None], step: Tensor
     ) -> Sequence[Tensor | None]:
-        """Return changed gradients of all trainable variables, also of those without a mask.
+        """Return changed gradients of all trainable variables, including variables without a mask.
 
-        By default the gradients stay as they are.
+        By default, the gradients do not change.
 
         Args:
             grads: Gradients of all variables; None for a variable without a gradient.
             masks: Masks of all variables; None for a variable without a mask.
-            step: Number of optimizer steps done, int32.
+            step: Number of finished optimizer steps, int32.
         """
         return grads
 
     def after(
         self, carry: Any, weights: Sequence[Tensor], states: Sequence[State]
     ) -> tuple[list[Tensor], list[State]]:
-        """Return new weights, and new values of the states as in `update`.
+        """Return new weights, and new values of the states in the form that `update` returns.
 
-        By default pruned weights, which momentum or weight decay may have moved, become 0 again.
+        By default, pruned weights become 0 again, because momentum or weight decay may have changed
+        them.
 
         Args:
             carry: Third value that `before` returned.
@@ -636,8 +657,8 @@ class UpdateMethod(Method):
         return [self.masked(w, s) for w, s in zip(weights, states)], [{} for _ in weights]
 
     def masked(self, w: Tensor, state: State) -> Tensor:
-        """Return the value of one weight under its mask.
+        """Return one weight with its mask applied.
 
-        The optimizer also calls it after a mask update.
+        The optimizer also calls this function after a mask update.
         """
         return masks.masked(w, state["mask"])

@@ -1,18 +1,19 @@
-"""Ranking of coupled channels: groups of channels that leave a model together.
+"""Ranking of coupled channels, which are removed from a model in groups.
 
-A channel of a model is made by several weights, such as all convolutions whose outputs are added.
-Removing it makes a model smaller only if all these weights lose it. The functions here therefore
+Several weights can make the same channel of a model, for example all convolutions whose outputs are
+added. Removing a channel makes the model smaller only if it is removed from all these weights. The
+functions here therefore
 rank channels instead of output units:
 
     s_c = mean over the units u that make channel c of score(u) / scale(layer of u)
     cost(n) = sum over weights of base (share of inputs kept) (share of outputs kept)
 
-with the number `n` of kept channels per group. A **group** is a set of channels that the same
-weights make; all its channels have the same cost. The number of kept channels of a group is a
-multiple of `round_to`, because widths such as 9 or 17 are slow on most hardware.
+In these equations, `n` is the number of kept channels per group. A **group** is a set of channels
+that the same weights make. All channels of a group have the same cost. The number of kept channels
+of a group is a multiple of `round_to`, because widths such as 9 or 17 are slow on most hardware.
 
-`Layout.channels` connects a weight with its channels. It is None for a weight whose output units
-are ranked alone, as in a model without a graph.
+`Layout.channels` connects a weight with its channels. `Layout.channels` is None for a weight whose
+output units are ranked separately, as in a model without a graph.
 """
 
 from __future__ import annotations
@@ -33,25 +34,25 @@ Tensor = Any
 
 COUNTED_IN = ("channels", "parameters", "flops")
 
-# A global ranking gets its target as a whole number of parts, because counts are int32.
+# The target of a global ranking is a whole number of parts, because counts are int32.
 _PARTS = 2**20
 
 
 class ChannelGroups:
-    """All groups of coupled channels of a model, and the cost of the model without some of them.
+    """All groups of coupled channels of a model, and the cost of the model after removals.
 
-    Channels have consecutive numbers: first the channels of the first group, then those of the
-    second group, and so on. Two objects with equal arguments are equal and have the same hash, so
-    compiled functions can be cached.
+    Channels have consecutive numbers: the channels of the first group come first, then the channels
+    of the second group, and so on. Two objects with equal arguments are equal and have the same
+    hash, so compiled functions can be cached.
 
     Args:
         sizes: Number of channels of every group.
-        shares: Array of shape (weights, 2, groups + 1). It holds the fraction of the entries along
-            the inputs and along the outputs of a weight that belongs to each group. The last
-            column holds the fraction that always stays.
+        shares: Array of shape (weights, 2, groups + 1). It holds the fraction of a weight's inputs,
+            and the fraction of its outputs, that belongs to each group. The last column holds the
+            fraction that is always kept.
         costs: Array of shape (weights, 2): the parameters and the FLOPs of every weight.
-        widths: Number of filters that one channel of every group stands for, as in a grouped
-            convolution, which loses whole groups of filters. Defaults to None, for 1 in all groups.
+        widths: Number of filters per channel of every group. It exceeds 1 in a grouped convolution,
+            which loses whole groups of filters. Defaults to None, which means 1 in all groups.
     """
 
     def __init__(
@@ -90,10 +91,10 @@ class ChannelGroups:
         return np.bincount(self.owner[kept], minlength=len(self.sizes)).astype("float64")
 
     def kept_share(self, kept: Tensor, counted_in: str) -> Tensor:
-        """Return the fraction of the channels, parameters or FLOPs that is left.
+        """Return the remaining fraction of the channels, parameters or FLOPs.
 
         Args:
-            kept: Number of kept channels of every group, an array or a tensor of floats.
+            kept: Number of kept channels of every group, as an array or a tensor of floats.
             counted_in: `"channels"`, `"parameters"` or `"flops"`.
         """
         total: Any = np.sum
@@ -113,7 +114,7 @@ class ChannelGroups:
         return total(array(base[used] / base.sum()) * inputs * outputs)
 
     def rounding_step(self, method) -> float:
-        """Return the largest share of the cost that one rounding step of one group changes."""
+        """Return the largest change of the cost fraction by one rounding step of one group."""
         step, _ = _steps(self, method)
         whole = self.sizes.astype("float64")
         each = [
@@ -124,10 +125,10 @@ class ChannelGroups:
 
 
 class Channels:
-    """The channels that the output units of one weight make. Equal objects have equal hashes.
+    """Channels that the output units of one weight make. Equal objects have equal hashes.
 
     Args:
-        ids: Number of the channel of every output unit, or -1 for a unit that always stays.
+        ids: Number of the channel of every output unit, or -1 for a unit that is always kept.
         groups: The groups of the model.
     """
 
@@ -155,14 +156,14 @@ def groups_of(layouts: Sequence[Layout]) -> ChannelGroups | None:
 def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) -> np.ndarray:
     """Return the number of channels to keep per group, or the target of a global ranking.
 
-    Every group is pruned to its density; all densities are scaled by one factor, so that the
-    fraction of the removed channels, parameters or FLOPs is nearest to the sparsity. Groups that a
-    dict of sparsities names get their own sparsity, and the other groups meet the target.
+    Every group is pruned to its density. One factor scales all densities, so that the removed
+    fraction of channels, parameters or FLOPs is nearest to the sparsity. Groups that are named in a
+    dict of sparsities get their own sparsity. The other groups are pruned to meet the target.
 
     Args:
         method: Method with `allocation`, `counted_in`, `round_to` and `min_kept`.
         shapes, layouts, names: Shapes, axes and paths of all weights under the method.
-        sparsity: Fraction to remove now.
+        sparsity: Fraction to remove at this time.
     """
     target = 1 - sparsity
     if method.allocation == "global":
@@ -196,7 +197,8 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
         middle = (low + high) / 2
         low, high = (middle, high) if share(rounded(middle)) <= target else (low, middle)
     counts, more = rounded(low), rounded(high)
-    # Largest-remainder method: the groups between both counts get the larger one in turn.
+    # This is the largest-remainder method: groups whose two counts differ get the larger count in
+    # turn.
     remainder = exact(high) / step - np.floor(exact(high) / step)
     for group in np.argsort(-remainder, kind="stable"):
         trial = counts.copy()
@@ -207,7 +209,7 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
 
 
 def _steps(groups: ChannelGroups, method) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for every group, the step and the minimum of the number of channels that it keeps."""
+    """Return, for every group, the step and the minimum of the number of kept channels."""
     step = method.round_to // np.gcd(method.round_to, groups.widths)
     step = np.where(groups.sizes >= 2 * step, step, 1)
     return step, np.minimum(np.maximum(step, method.min_kept or 1), groups.sizes)
@@ -216,7 +218,7 @@ def _steps(groups: ChannelGroups, method) -> tuple[np.ndarray, np.ndarray]:
 def _own_densities(method, layouts, sparsity, names, groups) -> np.ndarray:
     """Return the density of every group that the allocation names, and NaN for other groups.
 
-    A group with several named weights has the highest of their densities.
+    If several weights of a group are named, the group has the highest of their densities.
     """
     own = np.full(len(groups.sizes), np.nan)
     if not isinstance(method.allocation, Mapping):
@@ -240,7 +242,7 @@ def _mean_of_members(values, layouts, groups) -> np.ndarray:
 
 
 def _groups_by_weight(layouts, groups) -> list[np.ndarray]:
-    """Return the numbers of the groups of every weight."""
+    """Return the indices of the groups of every weight."""
     ids = [layout.channels.ids if layout.channels else np.zeros(0, int) for layout in layouts]
     return [np.unique(groups.owner[i[i >= 0]]) for i in ids]
 
@@ -253,7 +255,7 @@ def rank(method, scores: Sequence[Tensor], layouts: Sequence[Layout], kept: Tens
 
     Args:
         method: Method with `allocation`, `counted_in`, `round_to` and `min_kept`.
-        scores: Saliency of all weights, in their shapes.
+        scores: Saliency of all weights, in the shapes of the weights.
         layouts: Axes and channels of these weights.
         kept: Numbers that `kept_counts` returned, as a tensor.
     """
@@ -274,7 +276,7 @@ def rank(method, scores: Sequence[Tensor], layouts: Sequence[Layout], kept: Tens
 
 
 def best(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor) -> Tensor:
-    """Return for every channel whether it is kept, by its saliency.
+    """Return, for every channel, whether the channel is kept, given the saliencies.
 
     Args:
         method: Method with `allocation`, `counted_in`, `round_to` and `min_kept`.
@@ -288,13 +290,13 @@ def best(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor) -> Tenso
 
 
 def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-    """Return the saliency of every channel: the mean of the normalized scores of its units.
+    """Return the saliency of every channel, which is the mean normalized score of its units.
 
-    The scores of a weight are divided by the mean of its positive scores, because layers differ
-    in the scale of their weights. A score below 0 marks a weight that is pruned already.
+    The scores of a weight are divided by the mean of its positive scores, because the scale of
+    weights differs between layers. A score below 0 marks a weight that is already pruned.
 
     Args:
-        scores: Saliency of all weights, in their shapes.
+        scores: Saliency of all weights, in the shapes of the weights.
         layouts: Axes and channels of these weights.
 
     Returns:
@@ -308,16 +310,17 @@ def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tenso
         scale = ops.mean(ops.maximum(pooled, 0.0))
         scale = ops.where(scale > 0, scale, ops.mean(ops.abs(pooled)))
         units.append(pooled / ops.where(scale > 0, scale, 1.0))
-    # Every row of `places` lists the units of a channel. The last entry of `every` is 0.
+    # Every row of `places` lists the units of one channel. The last entry of `every` is 0, which is
+    # the score of a missing unit.
     places, counts = _units_of_channels(tuple(layouts))
     every = ops.concatenate([*units, ops.zeros((1,), "float32")])
     return ops.sum(ops.take(every, places), axis=1) / ops.convert_to_tensor(counts, "float32")
 
 
 def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-    """Return for every channel whether it is kept, and True as an additional last entry.
+    """Return for every channel whether it is kept, with True as an additional last entry.
 
-    The masks of all weights that make a channel agree, so the first of these weights is read.
+    The masks of all weights that make a channel agree, so only the first of these weights is read.
 
     Args:
         found: Boolean masks of all weights.
@@ -336,13 +339,13 @@ def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
             places[here] = first[here] - start + offset
             offset += end - start
         start = end
-    places[first >= start] = offset  # No weight that the method prunes makes the channel.
+    places[first >= start] = offset  # No weight under the method makes the channel.
     every = ops.concatenate([*units, ops.ones((1,), "bool")])
     return ops.take(every, np.append(places, offset))
 
 
 def kept_units(mask: Tensor, layout: Layout) -> Tensor:
-    """Return for every output unit of a weight whether its mask keeps an entry of the unit.
+    """Return, for every output unit of a weight, whether the mask keeps an entry of the unit.
 
     Args:
         mask: Boolean mask in the shape of the weight.
@@ -354,12 +357,12 @@ def kept_units(mask: Tensor, layout: Layout) -> Tensor:
 
 
 class Scales(NamedTuple):
-    """The scales of normalizations behind the output units of all weights.
+    """Scales of the normalizations that follow the output units of all weights.
 
     Attributes:
         variables: Indices of the variables that hold scales.
-        places: For every weight None, or the position of the scale of every output unit in all
-            these variables together, in a shape that broadcasts to the weight.
+        places: For every weight, None or the position of each output unit's scale in the
+            concatenated variables. The positions have a shape that broadcasts to the weight.
     """
 
     variables: list[int]
@@ -388,11 +391,11 @@ def scales_of(
         shapes: Shapes of all weights.
         layouts: Axes and channels of all weights.
         gammas: For every variable that holds scales, its index and the channels of its entries. If
-            several variables scale a channel, the first variable counts.
+            several variables scale a channel, the first variable is used.
     """
     if not gammas:
         return Scales([], [])
-    position: dict[int, int] = {-1: 0}  # A unit that always stays needs no scale.
+    position: dict[int, int] = {-1: 0}  # A unit that is always kept needs no scale.
     for place, channel in enumerate(np.concatenate([ids for _, ids in gammas]).tolist()):
         position.setdefault(channel, place)
     places: list[np.ndarray | None] = []
@@ -407,9 +410,10 @@ def scales_of(
 
 
 def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-    """Return for every channel the largest value of the units that make it.
+    """Return, for every channel, the largest value of the units that make the channel.
 
-    A channel can be removed if all its units are closed. Its gate is the largest gate of its units.
+    A channel can be removed if all its units are closed. The gate of a channel is therefore the
+    largest gate of its units.
 
     Args:
         values: Float tensor of any shape for each weight, with one value >= 0 per output unit.
@@ -421,11 +425,12 @@ def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Ten
 
 
 def along_axis(alive: Tensor, ids: np.ndarray, rank: int, axis: int) -> Tensor:
-    """Return a boolean mask along one axis of a variable, which broadcasts to the variable.
+    """Return a boolean mask along one axis of a variable, in a shape that broadcasts.
 
     Args:
         alive: Vector that the function `alive` returned.
-        ids: Number of the channel of every entry along the axis, or -1 for an entry that stays.
+        ids: Index of the channel of every entry along the axis, or -1 for an entry that is always
+            kept.
         rank: Number of axes of the variable.
         axis: Axis of the channels.
     """
@@ -444,7 +449,7 @@ def _global_counts(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor
     sizes, owner = (ops.convert_to_tensor(x, "int32") for x in (groups.sizes, groups.owner))
     target = ops.cast(kept, "float32") / _PARTS
     total = len(groups.owner)
-    # The place of every channel in the ranking: 0 for the highest score, ties in order.
+    # Compute the rank of every channel: 0 for the highest score, ties in order.
     place = ops.cast(ops.argsort(ops.argsort(-saliency)), "int32")
     numbers = ops.convert_to_tensor(np.arange(len(groups.sizes)), "int32")
     belongs = ops.equal(owner[None], numbers[:, None])
@@ -473,8 +478,8 @@ def _global_counts(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor
 def _units_of_channels(layouts: tuple[Layout, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Return the places of the units of every channel, and the number of units per channel.
 
-    A place is a position among the units of all weights with channels. Every row is padded to the
-    same length with the place after the last unit.
+    A place is a position among the units of all weights with channels. Rows are padded to the same
+    length with the place after the last unit.
     """
     every = np.concatenate([layout.channels.ids for layout in layouts if layout.channels])
     total = len(_required(layouts).owner)

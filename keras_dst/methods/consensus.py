@@ -1,20 +1,22 @@
 """Consensus sub-network: binary gates with polarization (arXiv 2302.10798).
 
-A structure is an output unit of a layer or a residual branch. A gate multiplies its output:
+A structure is an output unit of a layer, or a residual branch. A gate multiplies the output of its
+structure:
 
     z = 1[pi >= 0.5]        dz/dpi = 1 (straight-through)        g = mean of z over the batch
     loss = task + lambda_polar mean(g (1 - g)) + lambda_act (cost(g) / cost(1) - target)**2
 
-The cost is that of the smaller model: a channel leaves if all gates of the layers that make it are
-closed, and it takes the inputs of the next layers with it. If the model has no graph or has
-`layers.Gate`, the cost is `sum(c g)` with the cost c of each structure, as in the paper.
+The cost is the cost of the smaller model. A channel is removed if all gates of the layers that make
+it are closed. The corresponding inputs of the next layers are then removed too. If the model has no
+graph or contains `layers.Gate`, the cost is `sum(c g)` with the cost c of each structure, as in the
+paper.
 
-There are two forms of pi. Sparse layers have `sigmoid(logit)`, with a trainable logit per
-structure. `layers.Gate` has this form or the paper's gating module, which reads the input.
+The value pi has two forms. Sparse layers use `sigmoid(logit)`, with a trainable logit per
+structure. `layers.Gate` uses the same form, or the paper's gating module, which reads the input.
 
-Deviations: The gate of a logit is the same for all inputs, so g = z. In inference, a gating
-module ignores its input: a gate is open if its running mean is at least 0.5 (the consensus). At
-least one unit of a layer stays open. The target of the budget decreases along a cubic ramp. A
+Deviations: The gate of a trainable logit is the same for all inputs, so g = z. In inference, a
+gating module ignores its input. A gate is open if its running mean is at least 0.5 (the consensus).
+At least one unit of a layer stays open. The target of the budget decreases along a cubic ramp. A
 projection after the last step meets the target exactly.
 """
 
@@ -41,26 +43,27 @@ _EDGE = 1e-3
 class Consensus(UnitMethod):
     """Pruning of output units and residual branches by trained binary gates, without fine-tuning.
 
-    `sparsify` gives every Dense and Conv layer a trainable gate per output unit. A closed gate
-    zeroes the weights and the bias of its unit. Layers that compute the outputs of the model get no
-    gates. `layers.Gate` puts gates anywhere. All gates under equal methods share one budget.
-    Training needs the `SparseTraining` callback, which connects the gates and meets the target
-    after the last step. `shrink` then removes the closed units.
+    `sparsify` gives every Dense and Conv layer a trainable gate per output unit. A closed gate sets
+    the weights and the bias of its unit to zero. Layers that compute the outputs of the model get
+    no gates. `layers.Gate` adds gates at any place of a model. All gates under equal methods share
+    one budget. Training needs the `SparseTraining` callback. It connects the gates and meets the
+    target after the last step. `shrink` then removes the closed units.
 
-    The mean logit begins at 0.1, and units with larger weights begin higher. With the default
-    penalty weights, a model of a few hundred units or more reaches the target within a few hundred
-    steps of SGD or Adam. Smaller models keep more accuracy with a smaller `lambda_polar` and
-    `lambda_act`. The paper does not state these numbers.
+    The mean logit is 0.1 at first, and units with larger weights have a higher logit. With the
+    default penalty weights, a model of a few hundred units or more reaches the target within a few
+    hundred steps of SGD or Adam. Smaller models keep more accuracy with a smaller `lambda_polar`
+    and `lambda_act`. The paper does not state these numbers.
 
     Args:
-        sparsity: Final fraction of the cost that is removed, a number in [0, 1) or a `Schedule`. A
-            number is reached along a cubic ramp over the first half of training. Defaults to 0.5.
+        sparsity: Final fraction of the cost that is removed, a number in [0, 1) or a `Schedule`.
+            For a number, the sparsity grows along a cubic ramp over the first half of training.
+            Defaults to 0.5.
         cost: Quantity whose removed fraction is the sparsity: `"flops"` (FLOPs of one sample) or
             `"parameters"`. Defaults to `"flops"`.
         lambda_polar: Weight of the polarization penalty. Defaults to 0.5.
         lambda_act: Weight of the budget penalty. Defaults to 100.
-        frequency: Steps between budget updates, or `"epoch"`. Defaults to None:
-            20 in a long training, and at least twenty updates in a short training.
+        frequency: Steps between budget updates, or `"epoch"`. Defaults to None, which means 20 in a
+            long training run, and at least twenty updates in a short training run.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -75,8 +78,8 @@ class Consensus(UnitMethod):
     learned = True
     undecayed = ("logit",)
     target_quantity = "fraction of the cost closed"
-    round_to = 1  # the projection comes after the last step, so it moves as few gates as it can
-    start = 0.1  # Mean of the initial logits: open, and near enough to the boundary to close.
+    round_to = 1  # The projection comes after the last step and moves as few gates as possible.
+    start = 0.1  # Mean of the initial logits, at which gates are open but near the boundary.
 
     def __init__(
         self,
@@ -122,7 +125,7 @@ class Consensus(UnitMethod):
         return {"logit": logit, **self.build_budget(layer, name)}
 
     def build_budget(self, layer, name: str):
-        """Add the state of the budget: cost per entry, present target and schedule position."""
+        """Add the budget's state: the cost per entry, the current target and the progress."""
         state = {
             key: layer.add_weight(
                 name=f"{name}_{key}",
@@ -144,12 +147,15 @@ class Consensus(UnitMethod):
     # -- forward ---------------------------------------------------------------------------------
 
     def is_open(self, state, layout: Layout = KERNEL):
-        """Return which structures are open, as booleans. The best unit of a layer is open."""
+        """Return a boolean for every structure, which is true if the structure is open.
+
+        The best unit of a layer is always open.
+        """
         margin = state["logit"] if "logit" in state else state["mean"] - 0.5
         return margin >= (ops.minimum(ops.max(margin), 0.0) if layout.outputs else 0.0)
 
     def gate(self, state, layout: Layout = KERNEL):
-        """Return the gates z of trainable logits, with the straight-through gradient."""
+        """Return the gates z of trainable logits, with a straight-through gradient."""
         pi = ops.sigmoid(state["logit"])
         return binary(pi, self.is_open(state, layout))
 
@@ -165,10 +171,10 @@ class Consensus(UnitMethod):
         for layer in layers:
             for _, variable, state in layer.masked_weights():
                 state["cost"].assign(self._cost(layer, variable, uses))
-        # The penalties are the regularizer of a gate's variable, which `strip` removes.
+        # The penalties are the regularizer of a gate's variable. `strip` removes this variable.
         own = [v for x in layers for v in x.state_variables().values() if v.trainable]
         for variable in own:
-            variable.regularizer = None  # Penalties of an earlier training.
+            variable.regularizer = None  # These are penalties of an earlier training run.
         for variable in own[:1]:
             variable.regularizer = _Penalties(self, layers, layouts)
 
@@ -194,8 +200,8 @@ class Consensus(UnitMethod):
         """Open or close the gates nearest to the decision boundary, so that the target is met.
 
         Gates open in descending order of pi, until the cost of the open gates is nearest to the
-        target. The best unit of every layer is always open. If channels are coupled, the gates of a
-        channel close together, and the best channel of every group is open.
+        target. The best unit of every layer is always open. If channels are coupled, all gates of a
+        channel are closed together, and the best channel of every group is open.
         """
         key = ["logit" if "logit" in s else "mean" for s in states]
         edge = [0.0 if k == "logit" else 0.5 for k in key]
@@ -236,7 +242,8 @@ class Consensus(UnitMethod):
                 ids = layout.channels.ids.reshape(new.shape)
                 stays = is_open[ids] | (ids < 0)
                 new = np.where(stays, new, np.minimum(new, -_EDGE))
-                # The best gate of an open channel is open; its other gates stay as they are.
+                # The best gate of an open channel is opened, and the other gates of the channel do
+                # not change.
                 best = ops.convert_to_numpy(unit).reshape(new.shape) == largest[ids]
                 if not (stays & (new >= 0)).any():
                     best = stays
@@ -253,7 +260,8 @@ def binary(pi, is_open):
 class _Penalties(keras.regularizers.Regularizer):
     """Regularizer that computes both penalties over all gates of a model.
 
-    It belongs to one variable of the model, because the penalties couple the gates of all layers.
+    The regularizer belongs to one variable of the model, because the penalties couple the gates of
+    all layers.
     """
 
     def __init__(self, method, layers, layouts):

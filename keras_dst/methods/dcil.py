@@ -7,16 +7,16 @@ Every step runs two forward paths with the same weights and the same mask:
     loss = CE(p) + CE(f) + T**2 (KL(stop(f) || p) + KL(stop(p) || f))        softmax at T
 
 Each path has its own batch normalization (statistics, scale and offset). The KL terms begin after a
-warm-up. Every 16 steps all weights are ranked by `|w|` again, at the sparsity
+warm-up. Every 16 steps, all weights are ranked by `|w|` again, at the sparsity
 
     s_t = s (1 - (1 - t / T_p)**3)
 
-In each KL term the logits of the other path are a constant target, as in the authors' code.
-Variables without a mask, such as biases, are trained by both paths.
+In each KL term, the logits of the other path are a constant target, as in the authors' code. Both
+paths train variables without a mask, such as biases.
 
-Deviations: the sparsity grows by steps instead of epochs. Extensions of the paper: other
-allocations, blocks and N:M; the KL of binary outputs (as two classes) and of several outputs (the
-sum, weighted as the losses); and a floor for the weights of every layer.
+Deviation from the paper: the sparsity grows by steps instead of epochs. Extensions of the paper:
+other allocations, blocks and N:M; the KL terms of binary outputs (as two classes) and of several
+outputs (the sum, weighted like the losses); and a minimum number of weights in every layer.
 """
 
 from __future__ import annotations
@@ -32,37 +32,40 @@ from keras_dst.schedules import Cubic, Schedule, as_schedule
 
 @keras.saving.register_keras_serializable("keras_dst")
 class DCIL(TwoPathMethod):
-    """Training of a pruned and a full model that share their weights and learn from each other.
+    """Training of a pruned and a full model with shared weights, which learn from each other.
 
-    Pruned weights get the gradient of the full model, so they can come back. A step costs about two
-    steps of the plain model. The KL terms need an output under a Keras cross-entropy, whose
-    `from_logits` says whether the outputs are logits. Outputs under other losses are trained on
-    both paths without KL terms.
+    Pruned weights get the gradient of the full model, so they can be kept again later. A step takes
+    about as long as two steps of the dense model. The KL terms need an output with a Keras
+    cross-entropy. Its `from_logits` states whether the outputs are logits. Outputs with other
+    losses are trained on both paths without KL terms.
 
     Args:
-        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. A number is reached
-            along a cubic ramp over the first three quarters of training, as in the paper.
-        warmup: Fraction of training, in [0, 1], after which the KL terms begin; 1 leaves them out.
-            Defaults to 70/300, as in the paper.
+        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. For a number, the
+            sparsity grows along a cubic ramp over the first three quarters of training, as in the
+            paper.
+        warmup: Fraction of training, in [0, 1], after which the KL terms begin. With 1, there are
+            no KL terms. Defaults to 70/300, as in the paper.
         temperature: Temperature T of the softmax in the KL terms. Defaults to 2.
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
             weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
             expressions to sparsities. Defaults to `"global"`.
         pattern: Shape of the groups that are pruned together: `"unstructured"` (single weights),
             `"channel"` (the filters of the paper), blocks such as `"1x4"` (outputs x inputs), or
-            N:M such as `"2:4"`. A group has the mean score of its weights. Defaults to
+            N:M such as `"2:4"`. The score of a group is the mean score of its weights. Defaults to
             `"unstructured"`.
-        score: Saliency of a weight: `"magnitude"` for `|w|`, or `"square"` for `w**2`. They rank
-            blocks and channels differently. Defaults to `"magnitude"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
-            16 in a long training, and at least twenty updates in a short training.
-        min_kept: Number of weights that every layer keeps; with `"channel"`, number of channels
-            that every group of coupled channels keeps. Defaults to None: 1, or under the
-            allocation `"global"` a quarter of the weights that `"erk"` would keep.
-        counted_in: Quantity whose removed fraction is the sparsity with `"channel"`: `"channels"`,
-            `"parameters"` or `"flops"`. Defaults to `"channels"`.
-        round_to: With `"channel"`, the number of kept channels of a group is a multiple of this
-            number, if the group has at least twice as many channels. Defaults to 8.
+        score: Saliency of a weight: `"magnitude"` for `|w|`, or `"square"` for `w**2`. The two
+            scores rank blocks and channels differently. Defaults to `"magnitude"`.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 16 in a
+            long training run, and at least twenty updates in a short training run.
+        min_kept: Minimum number of weights that every layer keeps. With the pattern `"channel"`,
+            minimum number of channels that every group of coupled channels keeps. Defaults to None,
+            which means 1. Under the allocation `"global"`, None means a quarter of the weights that
+            `"erk"` would keep.
+        counted_in: With the pattern `"channel"`, the quantity whose removed fraction is the
+            sparsity: `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        round_to: With the pattern `"channel"`, the number of kept channels in a group is a multiple
+            of this number. Groups with fewer than twice as many channels are not rounded. Defaults
+            to 8.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -112,7 +115,7 @@ class DCIL(TwoPathMethod):
     def build(self, layer, name, variable, layout):
         return {
             **super().build(layer, name, variable, layout),
-            # 1 after the warm-up. It is a variable so that the step is not traced again.
+            # 1 after the warm-up. The value is a variable, so that the step is not traced again.
             "coupled": layer.add_weight(
                 name=f"{name}_coupled",
                 initializer="zeros",

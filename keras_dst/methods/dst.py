@@ -6,11 +6,11 @@ Every output unit has a threshold `t`, which is trained together with the weight
     dL/dw = g m + g w S'(Q) sign(w)        dL/dt = -sum(g w S'(Q))        S': `masks.step`
     loss = task + alpha * sum(exp(-t))
 
-Weights can be pruned and come back at every step.
+Weights can be pruned, and can be kept again, at every step.
 
-Extensions of the paper: Blocks and channels are scored by their mean `|w|`. With a target sparsity,
-a controller sets alpha, and thresholds do not go below 0. The penalty is continued linearly below
-t = -1. Thresholds that are not finite are reset to 0.
+Extensions of the paper: Blocks and channels are scored by the mean `|w|` of their weights. With a
+target sparsity, a controller sets alpha, and thresholds do not go below 0. Below t = -1, the
+penalty is continued linearly. Thresholds that are not finite are reset to 0.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from keras_dst.methods.base import LayerMethod
 from keras_dst.regularizers import ThresholdPenalty
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
-# Constants of the controller of alpha, see `DST.update`. They were tuned on digits and MNIST with
-# SGD and Adam, and on a model of 3,000 weights that was trained for 100 steps.
+# Constants of the controller of alpha, see `DST.update`. The constants were tuned on digits and
+# MNIST with SGD and Adam, and on a model of 3,000 weights that was trained for 100 steps.
 _GAP_SHARE = 0.3  # Fraction of the gap that the controller closes from one update to the next.
 _MEMORY = 0.9  # Decay of the exponential moving averages, per update.
-_MAX_GROWTH = 3.0  # Largest ratio of alpha to the root of its mean square.
+_MAX_GROWTH = 3.0  # Largest ratio of alpha to the root of the mean square of alpha.
 
 
 @keras.saving.register_keras_serializable("keras_dst")
@@ -40,22 +40,22 @@ class DST(LayerMethod):
 
     Args:
         sparsity: Final fraction of zeros over all weights under the method: a number in [0, 1), a
-            `Schedule`, or None. A number is reached along a cubic ramp over the first half of
-            training. A target needs the `SparseTraining` callback, which controls alpha. Defaults
-            to None: the sparsity follows from alpha, as in the paper.
-        alpha: Weight of the penalty on thresholds. The paper has 5e-4 for LeNets, 5e-6 for VGG-16
-            and WRN on CIFAR-10, and 1e-4 to 1e-3 for LSTMs. With a target, it is the initial value
-            of the controller. Defaults to 5e-4.
-        granularity: Weights that share a threshold: an output unit, `"unit"`; a layer, `"layer"`;
-            or none, `"weight"`. Defaults to `"unit"`, as in the paper.
+            `Schedule`, or None. For a number, the sparsity grows along a cubic ramp over the first
+            half of training. A target needs the `SparseTraining` callback, which controls alpha.
+            Defaults to None, which means that the sparsity follows from alpha, as in the paper.
+        alpha: Weight of the penalty on thresholds. The paper uses 5e-4 for LeNets, 5e-6 for VGG-16
+            and WRN on CIFAR-10, and 1e-4 to 1e-3 for LSTMs. With a target sparsity, `alpha` is the
+            initial value for the controller. Defaults to 5e-4.
+        granularity: Weights that share a threshold: `"unit"` for an output unit, `"layer"` for a
+            layer, or `"weight"` for a threshold per weight. Defaults to `"unit"`, as in the paper.
         pattern: Shape of the groups that are pruned together: `"unstructured"` (single weights, as
             in the paper), blocks such as `"1x4"` (outputs x inputs), or `"channel"`. Defaults to
             `"unstructured"`.
         reset_density: Density at or below which the thresholds of a layer are reset to 0, in the
-            same step. With a target sparsity, it is at most a tenth of the target density. Defaults
-            to 0.01, as in the paper.
-        frequency: Steps between updates of alpha, or `"epoch"`. Defaults to None:
-            20 in a long training, and at least twenty updates in a short training.
+            same step. With a target sparsity, this density is at most a tenth of the target
+            density. Defaults to 0.01, as in the paper.
+        frequency: Steps between updates of alpha, or `"epoch"`. Defaults to None, which means 20 in
+            a long training run, and at least twenty updates in a short training run.
 
     Raises:
         ValueError: If an argument is outside its range, or if `pattern` is N:M.
@@ -96,8 +96,8 @@ class DST(LayerMethod):
             raise ValueError(f"reset_density must be in [0, 1). Received: {reset_density!r}")
         if Pattern(pattern).n_of_m:
             raise ValueError(
-                "DST has no N:M form: thresholds do not fix how many weights of a group are kept. "
-                f"Received: pattern={pattern!r}. Use Magnitude for N:M."
+                "DST has no N:M form, because thresholds do not determine how many weights of a "
+                f"group are kept. Received: pattern={pattern!r}. Use Magnitude for N:M."
             )
         self._check_common()
 
@@ -159,7 +159,7 @@ class DST(LayerMethod):
         return w * Pattern(self.pattern).expand(on, w.shape, layout)
 
     def mask(self, w, state, layout=KERNEL):
-        # A NaN is kept, so that a diverged weight is not taken for a pruned weight.
+        # A NaN is kept, so that a diverged weight is not mistaken for a pruned weight.
         on = ops.logical_not(self._margin(ops.abs(w), state, layout) <= 0)
         return Pattern(self.pattern).expand(on, w.shape, layout)
 
@@ -178,16 +178,17 @@ class DST(LayerMethod):
     def update(self, weights, states, layouts, kept, now):
         """Return new values of alpha, which control the density.
 
-        The gap is the shift of all thresholds that would meet the target, in the unit of weights.
-        The controller models how much of it closes from one update to the next:
+        The gap is the shift of all thresholds that would meet the target, in the unit of the
+        weights.
+        The controller models how far the gap closes from one update to the next:
 
             last gap - gap = drift + response alpha
 
-        The drift, in the unit of weights per update, is the effect of the training and of the
-        schedule. The response is the effect of alpha, which has no unit; response is in the unit of
-        weights per update too. Both are estimated by exponentially weighted least squares. Alpha is
-        then set so that the fraction `_GAP_SHARE` of the gap closes until the next update. It is
-        negative if too few weights are kept.
+        The drift is the effect of training and of the schedule, in the unit of the weights per
+        update. The response is the effect of alpha, in the unit of the weights per update. Alpha
+        has no unit. Exponentially weighted least squares estimate the drift and the response. Alpha
+        is then set so that the fraction `_GAP_SHARE` of the gap closes until the next update. Alpha
+        is negative if too few weights are kept.
         """
         gap = masks.kth(self._margins(weights, states, layouts), kept[0])
         sizes = [math.prod(w.shape) for w in weights]
@@ -223,7 +224,7 @@ class DST(LayerMethod):
         return changes
 
     def _margins(self, weights, states, layouts):
-        """Return Q of every weight in float32; the weights of a group have equal values."""
+        """Return Q of every weight in float32. All weights of a group have equal values."""
         pattern = Pattern(self.pattern)
         return [
             ops.cast(
@@ -236,7 +237,7 @@ class DST(LayerMethod):
 class _Reset(keras.constraints.Constraint):
     """Constraint that resets the thresholds of a layer with few kept weights, as in the paper.
 
-    Keras applies it in every optimizer step.
+    Keras applies this constraint in every optimizer step.
     """
 
     def __init__(self, method, variable, layout):
@@ -247,5 +248,5 @@ class _Reset(keras.constraints.Constraint):
         mask = self.method.mask(ops.convert_to_tensor(self.variable), {"threshold": t}, self.layout)
         alive = ops.mean(masks.ones(mask, "float32")) > self.method.reset_at
         t = masks.masked(t, ops.logical_and(alive, ops.isfinite(t)))
-        # A threshold below 0 prunes nothing, and needs more time to rise again.
+        # A threshold below 0 prunes no weights, and takes longer to rise again.
         return t if self.method.schedule is None else ops.maximum(t, 0.0)

@@ -3,12 +3,12 @@
     score = |w|^p / (flips + 1)        flips: optimizer steps that changed sign(w)
     grad <- grad + lambda ||grad||_2 / sqrt(n) N(0, 1)        for every tensor, n its size
 
-Weights are pruned for good, in equally spaced pruning events. Each event ranks all tensors together
-and removes the fraction `rate` of the kept weights that has the lowest scores. The last event meets
-the target and may remove fewer. The `n` events come after the fractions 1/(n+1), ..., n/(n+1) of
-training, as in the paper's own runs.
+Pruned weights never come back, and pruning events are equally spaced. Each event ranks all tensors
+together, and removes the fraction `rate` of the kept weights with the lowest scores. The last event
+meets the target, and may remove fewer weights. The `n` events take place after the fractions
+1/(n+1), ..., n/(n+1) of training, as in the training runs of the paper.
 
-Deviation: the noise is read from a table of normal numbers (`random.normal`).
+Deviation from the paper: the noise is read from a table of normal random numbers (`random.normal`).
 """
 
 from __future__ import annotations
@@ -30,27 +30,31 @@ class FlipOut(UpdateMethod):
     """Pruning of small weights whose sign keeps flipping, in a few pruning events.
 
     Args:
-        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. A number is reached
-            in equally spaced pruning events.
+        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. For a number, the
+            sparsity grows in equally spaced pruning events.
         power: Exponent p of the magnitude. Defaults to 2.
-        noise: Factor lambda of the gradient noise; 0 turns the noise off. Defaults to 1.
-        rate: Fraction of the kept weights that a pruning event removes, in (0, 1). A `Schedule`
-            has its own. Defaults to None: 0.5, as in the paper.
+        noise: Factor lambda of the gradient noise. 0 turns the noise off. Defaults to 1.
+        rate: Fraction of the kept weights that a pruning event removes, in (0, 1). Do not pass
+            `rate` with a `Schedule`, which has its own pruning events. Defaults to None, which
+            means 0.5, as in the paper.
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
             weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
             expressions to sparsities. Defaults to `"global"`.
         pattern: Shape of the groups that are pruned together: `"unstructured"` (single weights, as
             in the paper), blocks such as `"1x4"` (outputs x inputs), N:M such as `"2:4"`, or
-            `"channel"`. A group has the mean score of its weights. Defaults to `"unstructured"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
-            100 in a long training, and at least twenty updates in a short training.
-        min_kept: Number of weights that every layer keeps; with `"channel"`, number of channels
-            that every group of coupled channels keeps. Defaults to None: 1, or under the
-            allocation `"global"` a quarter of the weights that `"erk"` would keep.
-        counted_in: Quantity whose removed fraction is the sparsity with `"channel"`: `"channels"`,
-            `"parameters"` or `"flops"`. Defaults to `"channels"`.
-        round_to: With `"channel"`, the number of kept channels of a group is a multiple of this
-            number, if the group has at least twice as many channels. Defaults to 8.
+            `"channel"`. The score of a group is the mean score of its weights. Defaults to
+            `"unstructured"`.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 100 in a
+            long training run, and at least twenty updates in a short training run.
+        min_kept: Minimum number of weights that every layer keeps. With the pattern `"channel"`,
+            minimum number of channels that every group of coupled channels keeps. Defaults to None,
+            which means 1. Under the allocation `"global"`, None means a quarter of the weights that
+            `"erk"` would keep.
+        counted_in: With the pattern `"channel"`, the quantity whose removed fraction is the
+            sparsity: `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        round_to: With the pattern `"channel"`, the number of kept channels in a group is a multiple
+            of this number. Groups with fewer than twice as many channels are not rounded. Defaults
+            to 8.
         seed: Seed of the noise. Defaults to 0.
 
     Raises:
@@ -93,21 +97,22 @@ class FlipOut(UpdateMethod):
             raise ValueError(f"noise must be a number >= 0. Received: {noise!r}")
         if rate is not None and isinstance(sparsity, Schedule):
             raise ValueError(
-                "rate belongs to a sparsity that is a number; a Schedule has its own pruning "
-                f"events. Received: sparsity={sparsity!r}, rate={rate!r}. Leave one of them out."
+                "rate can be used only if sparsity is a number, because a Schedule has its own "
+                f"pruning events. Received: sparsity={sparsity!r}, rate={rate!r}. Pass only one "
+                "of them."
             )
         self.schedule = as_schedule(sparsity, self._events)
         self.reads_gradients = noise > 0
         self._check_common()
 
     def _events(self, sparsity):
-        """Return a schedule of pruning events for a target that is a number."""
+        """Return a schedule of pruning events for a target sparsity that is a number."""
         rate = 0.5 if self.rate is None else self.rate
         number = Geometric(sparsity, end=1.0, rate=rate).jump_count
         return Geometric(sparsity, end=number / (number + 1), rate=rate)
 
     def init(self, kernels, steps):
-        # The smallest type in which no counter of this training can overflow.
+        # Return the smallest integer type in which no counter can overflow.
         dtype = "int32" if steps is None or steps >= 2**15 else "int16" if steps > 255 else "uint8"
         return [{"flips": ("zeros", dtype)} for _ in kernels]
 
@@ -135,7 +140,7 @@ class FlipOut(UpdateMethod):
         for i, numbers in zip(known, drawn):
             grad, mask = grads[i], masks[i]
             size = math.prod(grad.shape)
-            squares = ops.square(ops.cast(grad, "float32"))  # their sum overflows in float16
+            squares = ops.square(ops.cast(grad, "float32"))  # The sum overflows in float16.
             scale = self.noise * ops.sqrt(ops.sum(squares) / size)
             added = ops.cast(numbers * scale, grad.dtype)
             grads[i] = grad + (added if mask is None else masked(added, mask))
@@ -154,5 +159,5 @@ class FlipOut(UpdateMethod):
 
 
 def _sign(w):
-    """Return the signs in int8, because a step writes them and reads them again."""
+    """Return the signs in int8, because a step writes the signs and reads them again."""
     return ops.cast(ops.sign(w), "int8")

@@ -2,11 +2,11 @@
 
     s_t = s_f + (s_i - s_f)(1 - (t - t0) / (t1 - t0))**3        score = |w|
 
-Other importance criteria are in `saliency.py`: LAMP and the first-order Taylor expansion.
+Other saliency criteria are in `saliency.py`, for example LAMP and the first-order Taylor expansion.
 
-With `revival=True` the optimizer keeps a dense copy of the weights and trains it with the gradient
-at the masked weights, so that pruned weights may come back (Dynamic Model Pruning with Feedback,
-arXiv 2006.07253).
+With `revival=True`, the optimizer keeps a dense copy of the weights and trains this copy with the
+gradient at the masked weights. Pruned weights may therefore come back (Dynamic Model Pruning with
+Feedback, arXiv 2006.07253).
 """
 
 from __future__ import annotations
@@ -26,35 +26,37 @@ class Magnitude(UpdateMethod):
     """Gradual magnitude pruning: the smallest weights become 0 while the model is trained.
 
     Args:
-        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. A number is reached
-            along a cubic ramp over the first three quarters of training.
+        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. For a number, the
+            sparsity grows along a cubic ramp over the first three quarters of training.
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
             weights), `"uniform"`, `"erk"`, or a dict from weight names or regular
             expressions to sparsities. Defaults to `"global"`.
         pattern: Shape of the groups that are pruned together: `"unstructured"` (single weights),
-            blocks such as `"1x4"` (outputs x inputs), N:M such as `"2:4"`, or `"channel"`. A group
-            has the mean score of its weights. Defaults to `"unstructured"`.
-        revival: Whether pruned weights are still trained and may come back. Defaults to False.
+            blocks such as `"1x4"` (outputs x inputs), N:M such as `"2:4"`, or `"channel"`. The
+            score of a group is the mean score of its weights. Defaults to `"unstructured"`.
+        revival: Whether pruned weights are trained further and may come back. Defaults to False.
         score: Saliency of a weight. `"magnitude"` is `|w|`. `"lamp"` is the square of the weight,
-            divided by the sum of the squares of all weights of its layer that are not smaller;
-            a global ranking then needs no other allocation. `"taylor"` is the moving average of
-            `(w dL/dw)**2` over the batches, an estimate of the change of the loss if the weight
-            becomes 0. `"bn_scale"` is the magnitude of the scale of the normalization behind the
-            output unit, for `pattern="channel"`; weights without a normalization behind them are
-            ranked by `|w|`. Defaults to `"magnitude"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
-            100 in a long training, and at least twenty updates in a short training.
-        min_kept: Number of weights that every layer keeps; with `"channel"`, number of channels
-            that every group of coupled channels keeps. Defaults to None: 1, or under the
-            allocation `"global"` a quarter of the weights that `"erk"` would keep.
-        counted_in: Quantity whose removed fraction is the sparsity with `"channel"`: `"channels"`,
-            `"parameters"` or `"flops"`. Defaults to `"channels"`.
-        round_to: With `"channel"`, the number of kept channels of a group is a multiple of this
-            number, if the group has at least twice as many channels. Defaults to 8.
+            divided by the sum of the squares of all weights of its layer that are not smaller. A
+            global ranking then needs no other allocation. `"taylor"` is the moving average of `(w
+            dL/dw)**2` over the batches. It estimates how much the loss changes if the weight
+            becomes 0. `"bn_scale"` is the magnitude of the scale in the normalization after the
+            output unit, for `pattern="channel"`. Weights without such a normalization are ranked by
+            `|w|`. Defaults to `"magnitude"`.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 100 in a
+            long training run, and at least twenty updates in a short training run.
+        min_kept: Minimum number of weights that every layer keeps. With the pattern `"channel"`,
+            minimum number of channels that every group of coupled channels keeps. Defaults to None,
+            which means 1. Under the allocation `"global"`, None means a quarter of the weights that
+            `"erk"` would keep.
+        counted_in: With the pattern `"channel"`, the quantity whose removed fraction is the
+            sparsity: `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        round_to: With the pattern `"channel"`, the number of kept channels in a group is a multiple
+            of this number. Groups with fewer than twice as many channels are not rounded. Defaults
+            to 8.
 
     Raises:
         ValueError: If an argument is outside its range, or if `score="taylor"` is combined with a
-            schedule that prunes before the first step, when there are no gradients.
+            schedule that prunes before the first step. No gradients exist at that time.
 
     Example:
         >>> optimizer = keras_dst.SparseOptimizer("adam", keras_dst.methods.Magnitude(0.9))
@@ -95,8 +97,8 @@ class Magnitude(UpdateMethod):
             )
         if score == "bn_scale" and pattern != "channel":
             raise ValueError(
-                "score='bn_scale' ranks whole channels. Pass pattern='channel'. "
-                f"Received: pattern={pattern!r}"
+                "score='bn_scale' ranks whole channels. Pass pattern='channel'. Received: "
+                f"pattern={pattern!r}"
             )
         if self.reads_gradients and self.schedule.first_sparsity > 0:
             raise ValueError(
@@ -120,7 +122,7 @@ class Magnitude(UpdateMethod):
             return [saliency.lamp(w) for w in weights]
         if self.score == "taylor" and self.revival:
             return [s["taylor"] for s in states]
-        if self.score == "taylor":  # The averages of pruned weights decay, but are not 0.
+        if self.score == "taylor":  # The averages of pruned weights decay, but do not become 0.
             return [ops.where(s["mask"], s["taylor"], -1.0) for s in states]
         if self.score == "bn_scale":
             return [
@@ -152,5 +154,5 @@ class Magnitude(UpdateMethod):
         return super().masked(state["dense"] if self.revival else w, state)
 
     def _trained(self, weights, states):
-        """Return the weights that the optimizer trains: the dense copies with revival."""
+        """Return the weights that the optimizer trains, which are the dense copies with revival."""
         return [s["dense"] for s in states] if self.revival else list(weights)

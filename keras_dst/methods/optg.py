@@ -1,18 +1,19 @@
 """OptG: optimizing gradient-driven criteria (arXiv 2201.12826).
 
-Every weight has a trainable score `v`, which begins at 0. All scores are ranked together:
+Every weight has a trainable score `v`, which is 0 at first. All scores are ranked together:
 
     m = 1[v among the highest 1 - s_t]        forward with w * m
     dL/dw = g m        dL/dv = g w        (straight-through)
     s_e = s sigmoid(beta (e - E/2))        rate_v(e) = rate_w(e) sigmoid(beta (e - E/2))
 
-with `e` of `E` epochs done. Masks are updated once an epoch, and scores have no weight decay. Only
-mask updates read the scores, so the factor on their learning rate is applied there: it multiplies
-the change that the optimizer has made to the scores since the last update.
+In these equations, `e` of `E` epochs are done. Masks are updated once per epoch, and scores have no
+weight decay. Only mask updates read the scores. The factor on their learning rate is therefore
+applied at mask
+updates: it multiplies the change of the scores since the last update.
 
-Deviations: the sigmoid is stretched so that it begins at 0 and ends at 1 exactly, and the target is
-met. A training of fewer than 20 epochs follows the curve of 20 epochs in its first three quarters,
-because its own curve would still be steep at the end.
+Deviations from the paper: the sigmoid is stretched so that it begins at exactly 0 and ends at
+exactly 1, and the target is met. A training run of fewer than 20 epochs follows the curve of 20
+epochs in its first three quarters. Its own curve would still be steep at the end.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from keras_dst import masks
 from keras_dst.methods.base import LayerMethod
 from keras_dst.schedules import Schedule, Sigmoid, as_schedule
 
-_SHORT = 20  # Epochs. A shorter training follows another curve, which leaves time to recover.
+_SHORT = 20  # Epochs. Shorter training runs follow another curve, which leaves time to recover.
 
 
 @keras.saving.register_keras_serializable("keras_dst")
@@ -34,26 +35,29 @@ class OptG(LayerMethod):
     """Pruning by trained scores: every weight has a score, and the highest scores are kept.
 
     Args:
-        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. A number is reached
-            along a sigmoid.
-        beta: Steepness of the sigmoid per epoch. A `Schedule` has its own. Defaults to None: 1, as
-            in the paper, for 20 epochs or more. A shorter training follows the curve of 20 epochs
-            in its first three quarters.
+        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. For a number, the
+            sparsity grows along a sigmoid.
+        beta: Steepness of the sigmoid per epoch. Do not pass `beta` with a `Schedule`, which has
+            its own curve. Defaults to None, which means 1 as in the paper, for 20 epochs or more. A
+            shorter training run follows the curve of 20 epochs in its first three quarters.
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
             weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
             expressions to sparsities. Defaults to `"global"`.
         pattern: Shape of the groups that are pruned together: `"unstructured"` (single weights, as
             in the paper), blocks such as `"1x4"` (outputs x inputs), N:M such as `"2:4"`, or
-            `"channel"`. A group has the mean score of its weights. Defaults to `"unstructured"`.
+            `"channel"`. The score of a group is the mean score of its weights. Defaults to
+            `"unstructured"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
-            `"epoch"` in a long training, and at least twenty updates in a short training.
-        min_kept: Number of weights that every layer keeps; with `"channel"`, number of channels
-            that every group of coupled channels keeps. Defaults to None: 1, or under the
-            allocation `"global"` a quarter of the weights that `"erk"` would keep.
-        counted_in: Quantity whose removed fraction is the sparsity with `"channel"`: `"channels"`,
-            `"parameters"` or `"flops"`. Defaults to `"channels"`.
-        round_to: With `"channel"`, the number of kept channels of a group is a multiple of this
-            number, if the group has at least twice as many channels. Defaults to 8.
+            `"epoch"` in a long training run, and at least twenty updates in a short training run.
+        min_kept: Minimum number of weights that every layer keeps. With the pattern `"channel"`,
+            minimum number of channels that every group of coupled channels keeps. Defaults to None,
+            which means 1. Under the allocation `"global"`, None means a quarter of the weights that
+            `"erk"` would keep.
+        counted_in: With the pattern `"channel"`, the quantity whose removed fraction is the
+            sparsity: `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        round_to: With the pattern `"channel"`, the number of kept channels in a group is a multiple
+            of this number. Groups with fewer than twice as many channels are not rounded. Defaults
+            to 8.
 
     Raises:
         ValueError: If an argument is outside its range, or if `beta` is passed with a `Schedule`.
@@ -91,8 +95,8 @@ class OptG(LayerMethod):
             raise ValueError(f"beta must be a number > 0. Received: {beta!r}")
         if beta is not None and isinstance(sparsity, Schedule):
             raise ValueError(
-                "beta belongs to a sparsity that is a number; a Schedule has its own curve. "
-                f"Received: sparsity={sparsity!r}, beta={beta!r}. Leave one of them out."
+                "beta can be used only if sparsity is a number, because a Schedule has its own "
+                f"curve. Received: sparsity={sparsity!r}, beta={beta!r}. Pass only one of them."
             )
         self.schedule = as_schedule(
             sparsity, lambda final: Sigmoid(final, end=0.75, steepness=_SHORT)

@@ -1,6 +1,6 @@
-"""RigL: rigging the lottery (arXiv 1911.11134), sparse from the first step on.
+"""RigL: rigging the lottery (arXiv 1911.11134), sparse from the first step.
 
-RigL drops weights as SET does, and grows connections with the largest gradients:
+RigL drops weights like SET, and grows connections with the largest gradients:
 
     grow: the pruned weights with the largest |dL/d(w m)|
     drop(t) = drop_fraction / 2 (1 + cos(pi t / t_stop))
@@ -23,7 +23,7 @@ class RigL(SET):
     Args:
         sparsity, allocation, pattern, drop_fraction, stop, stop_step, frequency, min_kept,
             counted_in, round_to: See `SET`.
-        seed: Seed of the first, random mask. Defaults to 0.
+        seed: Seed of the first mask, which is random. Defaults to 0.
 
     Example:
         >>> optimizer = keras_dst.SparseOptimizer("sgd", keras_dst.methods.RigL(0.9))
@@ -37,7 +37,7 @@ class RigL(SET):
         return [{"gradient": ("zeros", k.dtype)} for k in kernels]
 
     def growth_scores(self, stay, began, states, now):
-        # The first mask is random; there are no gradients yet.
+        # The first mask is random, because there are no gradients yet.
         drawn = super().growth_scores
         return ops.cond(
             ops.any(ops.stack(began)),

@@ -1,4 +1,4 @@
-"""Importance criteria: pure functions that give every weight a saliency.
+"""Saliency criteria: pure functions that give every weight a saliency.
 
 The weights with the highest saliency are kept. `Magnitude(score=...)` selects a criterion:
 
@@ -18,7 +18,7 @@ Tensor = Any
 
 CRITERIA = ("magnitude", "lamp", "taylor", "bn_scale")
 
-# Weight of the past in the moving average of `taylor`, as in the paper.
+# Share of the past in the moving average of `taylor`, as in the paper.
 _MOMENTUM = 0.9
 
 
@@ -36,7 +36,8 @@ def lamp(w: Tensor) -> Tensor:
 
     The score is the square of an entry, divided by the sum of the squares of all entries of the
     same weight that are not smaller. The largest entry of every layer has the score 1, so a ranking
-    of all layers together keeps it. Of equal entries, the later one has the higher score.
+    of all layers together keeps this entry. Among equal entries, the later entry has the higher
+    score.
 
     Args:
         w: Float tensor of any shape.
@@ -62,7 +63,8 @@ def taylor(average: Tensor, w: Tensor, grad: Tensor) -> Tensor:
     """Return the first-order Taylor saliency after one more batch.
 
     The square of `w dL/dw` estimates how much the loss changes if the weight becomes 0. The
-    saliency is its exponential moving average over the batches, with a momentum of 0.9.
+    saliency is the exponential moving average of this square over the batches, with a momentum of
+    0.9.
 
     Args:
         average: Saliency before this batch, float32, in the shape of `w`; zeros at first.
@@ -81,11 +83,12 @@ def taylor(average: Tensor, w: Tensor, grad: Tensor) -> Tensor:
 def bn_scale(w: Tensor, gamma: Tensor) -> Tensor:
     """Return the magnitude of the scale of every output unit, for all weights of the unit.
 
-    Regularize the scales with L1 in training, as the paper does; otherwise they say little.
+    Regularize the scales with L1 in training, as the paper does. Otherwise the scales say little
+    about the importance of a unit.
 
     Args:
         w: Weight.
-        gamma: Scales of the normalization behind the weight, in a shape that broadcasts to `w`.
+        gamma: Scales of the normalization after the weight, in a shape that broadcasts to `w`.
 
     Example:
         >>> bn_scale(keras.ops.ones((2, 2)), keras.ops.array([-2.0, 1.0]))  # [[2, 1], [2, 1]]

@@ -1,12 +1,15 @@
-"""SET: sparse evolutionary training (arXiv 1707.04780), sparse from the first step on.
+"""SET: sparse evolutionary training (arXiv 1707.04780), sparse from the first step.
 
-Every `frequency` steps, each weight tensor drops the fraction of its kept weights that has the
-smallest magnitudes. It grows as many weights at random places, which start at 0 without momentum:
+Every `frequency` steps, each weight tensor drops the given fraction of its kept weights, which are
+the weights with the smallest magnitudes. The tensor then grows the same number of weights at random
+places. They start
+at 0 without momentum:
 
     drop(t) = drop_fraction / 2 (1 + cos(pi t / t_stop))
 
-Deviation: the drop fraction of SET is constant. The cosine, the end at three quarters of training
-and the Erdős-Rényi-Kernel densities come from the comparison in the RigL paper (arXiv 1911.11134).
+Deviation from the paper: the drop fraction of SET is constant. The cosine, the end at three
+quarters of training and the Erdős-Rényi-Kernel densities come from the comparison in the RigL paper
+(arXiv 1911.11134).
 """
 
 from __future__ import annotations
@@ -25,46 +28,48 @@ from keras_dst.methods import channels
 from keras_dst.methods.base import UpdateMethod
 from keras_dst.schedules import Constant, check_sparsity
 
-# "uniform" leaves the first weight dense if it is at most a quarter of all kept weights.
+# `"uniform"` leaves the first weight dense if it has at most a quarter of all kept weights.
 _FIRST = 4
 
 
 @keras.saving.register_keras_serializable("keras_dst")
 class SET(UpdateMethod):
-    """Dynamic sparse training that drops small weights and grows others at random.
+    """Dynamic sparse training that drops small weights and grows other weights at random.
 
-    The model is sparse from the first step on. Its kept weights have the initial values of a dense
-    model. Deep models without normalization may therefore not learn at extreme sparsities: add
+    The model is sparse from the first step. The kept weights have the initial values of a dense
+    model. Deep models without normalization may therefore not learn at extreme sparsities. Add
     batch normalization, or use a method that starts dense.
 
     Args:
-        sparsity: Fraction of zeros, a number in [0, 1). It is constant during training.
+        sparsity: Fraction of zeros, a number in [0, 1). The sparsity is constant during training.
         allocation: Distribution of the sparsity over the weights: `"erk"`, `"uniform"`, or a dict
-            from weight names or regular expressions to sparsities. Under `"uniform"` the first
-            weight stays dense if it is at most a quarter of all kept weights, and the others take
-            over its zeros. Defaults to `"erk"`.
+            from weight names or regular expressions to sparsities. Under `"uniform"`, the first
+            weight stays dense if it has at most a quarter of all kept weights. The other weights
+            are then sparser. Defaults to `"erk"`.
         pattern: Shape of the groups that are pruned together: `"unstructured"` (single weights),
             blocks such as `"1x4"` (outputs x inputs), or `"channel"`. Defaults to
             `"unstructured"`.
-        drop_fraction: Fraction of the kept weights that the first update replaces, in [0, 1). It
-            falls to 0 along a cosine. Defaults to 0.3.
-        stop: Fraction of training after which the masks stay as they are. Defaults to None, which
+        drop_fraction: Fraction of the kept weights that the first update replaces, in [0, 1). The
+            fraction falls to 0 along a cosine. Defaults to 0.3.
+        stop: Fraction of training after which the masks do not change. Defaults to None, which
             means 0.75.
-        stop_step: Step after which the masks stay as they are. Excludes `stop`. A loop without
-            `SparseTraining` needs it. Defaults to None.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
-            100 in a long training, and at least twenty updates in a short training.
-        min_kept: Number of weights that every layer keeps; with `"channel"`, number of channels
-            that every group of coupled channels keeps. Defaults to None: 1.
-        counted_in: Quantity whose removed fraction is the sparsity with `"channel"`: `"channels"`,
-            `"parameters"` or `"flops"`. Defaults to `"channels"`.
-        round_to: With `"channel"`, the number of kept channels of a group is a multiple of this
-            number, if the group has at least twice as many channels. Defaults to 8.
+        stop_step: Step after which the masks do not change. Do not pass it together with `stop`. A
+            training loop without `SparseTraining` needs this argument. Defaults to None.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 100 in a
+            long training run, and at least twenty updates in a short training run.
+        min_kept: Minimum number of weights that every layer keeps. With the pattern `"channel"`,
+            minimum number of channels that every group of coupled channels keeps. Defaults to None,
+            which means 1.
+        counted_in: With the pattern `"channel"`, the quantity whose removed fraction is the
+            sparsity: `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        round_to: With the pattern `"channel"`, the number of kept channels in a group is a multiple
+            of this number. Groups with fewer than twice as many channels are not rounded. Defaults
+            to 8.
         seed: Seed of the random connections. Defaults to 0.
 
     Raises:
-        ValueError: If an argument is outside its range, if `allocation` is `"global"` (there is
-            nothing to rank before training), or if `pattern` is N:M.
+        ValueError: If an argument is outside its range, or if `pattern` is N:M. If `allocation` is
+            `"global"`, because weights cannot be ranked before training.
 
     Example:
         >>> optimizer = keras_dst.SparseOptimizer("sgd", keras_dst.methods.SET(0.9))
@@ -112,8 +117,8 @@ class SET(UpdateMethod):
             check_integer(stop_step, "stop_step")
             if stop is not None:
                 raise ValueError(
-                    "stop and stop_step exclude each other. "
-                    f"Received: stop={stop!r}, stop_step={stop_step!r}. Pass one of them."
+                    f"Expected only one of stop and stop_step. Received: stop={stop!r}, "
+                    f"stop_step={stop_step!r}. Pass one of them."
                 )
         self.schedule = Constant(sparsity, begin_step=None if stop_step is None else 0)
         if Pattern(pattern).n_of_m:
@@ -123,21 +128,22 @@ class SET(UpdateMethod):
             )
         if allocation == "global":
             raise ValueError(
-                f"{name} fixes the density of every layer before training, when there is nothing "
-                "to rank. Received: allocation='global'. Use 'erk', 'uniform' or a dict."
+                f"{name} fixes the density of every layer before training, when weights cannot be "
+                "ranked yet. Received: allocation='global'. Use 'erk', 'uniform' or a dict."
             )
         self._check_common()
 
     @classmethod
     def from_config(cls, config):
-        # Files may state `stop` next to `stop_step`: it was a number by default at first.
+        # Old files may contain `stop` next to `stop_step`, because the default of `stop` was a
+        # number at first.
         if config.get("stop_step") is not None:
             config = {name: value for name, value in config.items() if name != "stop"}
         return super().from_config(config)
 
     @property
     def _stop(self) -> float:
-        """The fraction of training after which the masks stay, if no step is given."""
+        """Fraction of training after which the masks do not change, if no step is given."""
         return 0.75 if self.stop is None else self.stop
 
     def span(self, total_steps):
@@ -159,13 +165,14 @@ class SET(UpdateMethod):
         return np.array([first, *others])
 
     def growth_scores(self, stay, began, states, now):
-        """Return scores that rank all weights: first the weights that stay, then the others.
+        """Return scores that rank all weights: first the weights that are kept, then the others.
 
         Args:
             stay: Boolean masks of the weights that are not dropped.
-            began: Boolean scalars, one per weight: whether its first mask exists.
+            began: Boolean scalars, one per weight, which are true if the first mask of the weight
+                exists.
             states: States of the weights.
-            now: Position of this update in the training.
+            now: Position of this update in the training run.
         """
         drawn = (
             random.uniform(s["mask"].shape, self.seed, now.step, i) for i, s in enumerate(states)
@@ -177,7 +184,7 @@ class SET(UpdateMethod):
         # their initial values.
         began = [ops.logical_not(ops.all(s["mask"])) for s in states]
         drop = ops.cast(ops.round(self._drop(now) * ops.cast(kept, "float32")), "int32")
-        # A generator, because all magnitudes together are as large as the model.
+        # This is a generator, because all magnitudes together are as large as the model.
         magnitudes = (
             ops.where(s["mask"], ops.abs(ops.cast(w, "float32")), -1.0)
             for w, s in zip(weights, states)
@@ -191,7 +198,7 @@ class SET(UpdateMethod):
         ]
 
     def _drop(self, now):
-        """Return the fraction of the kept weights to replace now."""
+        """Return the fraction of the kept weights to replace in this update."""
         if self.stop_step is not None:
             done = ops.cast(now.step, "float32") / self.stop_step
         else:

@@ -1,6 +1,6 @@
 """ST-3: straight-through gradients and soft thresholding (arXiv 2212.01076, WACV 2023).
 
-The forward pass sees soft-thresholded weights, rescaled per output unit, and the gradient passes
+The forward pass uses soft-thresholded weights, rescaled per output unit. The gradient passes
 straight through to the raw weights, so that pruned weights can come back without a jump:
 
     m = 1[|w| > tau]                           tau: the sparsity quantile of all |w|
@@ -9,15 +9,17 @@ straight through to the raw weights, so that pruned weights can come back withou
     s_t = s (1 - (1 - t / T)**3)               T: half of the training
 
 ST-3 sigma (`sigma=True`) ranks `|w| / std` instead, with `std = 1 / sqrt(sum(shape))` for each
-layer, and thresholds each layer at `tau std`. Layers then lose more equal shares of their weights.
+layer. The threshold of a layer is `tau std`. The layers then lose more similar fractions of their
+weights.
 
-Masks, thresholds and factors are constant between two mask updates. The constant `e` and the
-form of `std` are those of the authors' code.
+Masks, thresholds and factors are constant between two mask updates. The constant `e` and the form
+of `std` come from the authors' code.
 
-Deviations: masks are updated every 16 steps instead of every step. The ramp begins with the first
-step instead of after five epochs of 160. `tau` is the largest magnitude that is pruned, instead of
-an interpolated quantile. Layers under a floor, or under another allocation than `"global"`, have a
-threshold of their own, so that every kept weight exceeds its threshold.
+Deviations from the paper: masks are updated every 16 steps instead of every step. The ramp begins
+at the first step instead of after five of 160 epochs. `tau` is the largest magnitude among the
+pruned weights, and is not an interpolated quantile. Layers with a minimum number of weights, or
+with another allocation than `"global"`, have their own threshold. Every kept weight then exceeds
+its threshold.
 """
 
 from __future__ import annotations
@@ -32,30 +34,31 @@ from keras_dst import masks
 from keras_dst.methods.base import LayerMethod, UnitMethod
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
-_EPSILON = 0.01  # It bounds the factor of a unit that loses all of its weights.
-_TINY = 1e-6  # Mean magnitude that is added to the weights of a unit, which may all be 0.
+_EPSILON = 0.01  # This bounds the factor of a unit that loses all its weights.
+_TINY = 1e-6  # Mean magnitude that is added to the weights of a unit, because they may all be 0.
 
 
 @keras.saving.register_keras_serializable("keras_dst")
 class ST3(LayerMethod):
     """Soft-thresholded weights in the forward pass, and straight-through gradients.
 
-    Pruned weights are trained all the time and cross their threshold without a jump. `strip`
-    writes the thresholded and rescaled weights into the model.
+    Pruned weights are always trained, and cross their threshold without a jump. `strip` writes the
+    thresholded and rescaled weights into the model.
 
     Args:
-        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. A number is reached
-            along a cubic ramp over the first half of training, as in the paper's CIFAR-10 runs.
-        sigma: Whether weights are ranked in units of their layer's standard deviation (ST-3
-            sigma). The layers are then pruned more evenly, which saves more FLOPs. Defaults to
-            False.
+        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. For a number, the
+            sparsity grows along a cubic ramp over the first half of training, as in the paper's
+            CIFAR-10 runs.
+        sigma: Whether weights are ranked in units of their layer's standard deviation (ST-3 sigma).
+            The layers are then pruned more evenly, which saves more FLOPs. Defaults to False.
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
             weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
             expressions to sparsities. Defaults to `"global"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
-            16 in a long training, and at least twenty updates in a short training.
-        min_kept: Number of weights that every layer keeps. Defaults to None: 1, or under the
-            allocation `"global"` a quarter of the weights that `"erk"` would keep.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 16 in a
+            long training run, and at least twenty updates in a short training run.
+        min_kept: Minimum number of weights that every layer keeps. Defaults to None, which means 1.
+            Under the allocation `"global"`, None means a quarter of the weights that `"erk"` would
+            keep.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -125,7 +128,8 @@ class ST3(LayerMethod):
         common = ops.max(ops.stack(below)) if self.allocation == "global" else np.float32(np.inf)
         changes = []
         for w, layout, mask, own, least in zip(weights, layouts, found, below, above):
-            # A floor keeps weights below the common threshold; their layer has its own threshold.
+            # A minimum number of weights keeps weights below the common threshold. Their layer has
+            # its own threshold.
             threshold = ops.where(common < least, common, own) * self._std(w.shape)
             factor = _factor(ops.abs(ops.cast(w, "float32")), mask, layout)
             changes.append({"mask": mask, "threshold": threshold, "factor": factor})
@@ -137,12 +141,12 @@ class ST3(LayerMethod):
 
 
 def _factor(magnitude, mask, layout):
-    """Return the factor that restores the magnitude of every output unit, in its gate's shape."""
+    """Return the factors that restore the magnitudes of output units, in the shape of gates."""
     rank = len(magnitude.shape)
     outputs = {axis % rank for axis in layout.outputs}
     inputs = tuple(axis for axis in range(rank) if axis not in outputs)
     whole = ops.mean(magnitude, inputs, keepdims=True) + _TINY
     left = ops.mean(masks.masked(magnitude, mask), inputs, keepdims=True) + _TINY
-    # The same sum twice, so that a unit without zeros has the factor 1 exactly.
+    # The same sum is computed twice, so that a unit without zeros has a factor of exactly 1.
     factor = (whole + _EPSILON * whole) / (left + _EPSILON * whole)
     return ops.reshape(factor, UnitMethod.gate_shape(magnitude.shape, layout))
