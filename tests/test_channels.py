@@ -272,7 +272,7 @@ def test_a_model_without_a_graph_is_ranked_layer_by_layer():
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("sgd", loss)
     keras_dst.sparsify(model, methods.Magnitude(Constant(0.5), "uniform", "channel"))
-    with pytest.warns(UserWarning, match="channels of each layer are ranked alone"):
+    with pytest.warns(UserWarning, match="channels of each layer are ranked separately"):
         fit(model, SparseTraining(), epochs=1)
     assert array(model.hidden.kernel).any(0).sum() == 8
     model.compile("sgd", loss)

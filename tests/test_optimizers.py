@@ -276,7 +276,7 @@ def test_filters_and_what_is_a_kernel():
     some = SparseOptimizer("sgd", Magnitude(0.5), "conv2d.*/kernel")
     some.build(model.trainable_variables)
     assert len(some.kernel_names) == 2
-    with pytest.raises(ValueError, match="matches none"):
+    with pytest.raises(ValueError, match="does not match any"):
         SparseOptimizer("sgd", Magnitude(0.5), "nothing").build(model.trainable_variables)
 
 

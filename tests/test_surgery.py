@@ -730,7 +730,7 @@ class TestErrors:
 
     def test_filter_that_fits_nothing(self):
         model = models.residual()
-        with pytest.raises(ValueError, match=r"no_such_layer.*matches none"):
+        with pytest.raises(ValueError, match=r"no_such_layer.*does not match any"):
             keras_dst.sparsify(model, DST(), "no_such_layer")
         with pytest.raises(ValueError, match="not a regular expression"):
             keras_dst.sparsify(model, DST(), "(")

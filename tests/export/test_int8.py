@@ -202,7 +202,7 @@ def test_a_wrong_scale_is_detected(converted, tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"quantize": "full"}, "Expected representative= together with.*missing"),
-        ({"representative": np.ones((4, 320))}, "Expected representative= with.*given"),
+        ({"representative": np.ones((4, 320))}, "Expected representative= together with.*given"),
         ({"quantize": "int4"}, "Expected quantize to be one of .*'weights'.*Received: 'int4'"),
         ({"optimize": "speed"}, "Expected optimize to be one of 'latency'.*Received: 'speed'"),
         ({"target": "x86"}, "Expected target to be one of 'host'.*Received: 'x86'"),

@@ -161,7 +161,7 @@ def test_alive_reads_the_masks():
 def test_unknown_quantities_and_patterns():
     with pytest.raises(ValueError, match=r"counted_in must be one of .* Received: .*'latency'"):
         Magnitude(0.5, pattern="channel", counted_in="latency")
-    with pytest.raises(ValueError, match="belong to pattern='channel'"):
+    with pytest.raises(ValueError, match="can be used only with pattern='channel'"):
         Magnitude(0.5, pattern="1x4", counted_in="flops")
     with pytest.raises(ValueError, match="round_to must be a whole number"):
         Magnitude(0.5, pattern="channel", round_to=0)

@@ -173,8 +173,8 @@ def test_a_custom_loop(cls):
         ({"drop_fraction": 1.0}, "drop_fraction"),
         ({"stop": 0}, "stop"),
         ({"stop_step": 0.5}, "stop_step"),
-        ({"stop": 0.5, "stop_step": 100}, "exclude each other"),
-        ({"stop": 0.75, "stop_step": 100}, "exclude each other"),
+        ({"stop": 0.5, "stop_step": 100}, "Expected only one of stop and stop_step"),
+        ({"stop": 0.75, "stop_step": 100}, "Expected only one of stop and stop_step"),
         ({"sparsity": 1}, "sparsity"),
     ],
 )
