@@ -1,7 +1,8 @@
 """Command `keras-dst`: check the arguments, then import keras_dst and run the command.
 
-This module imports only the standard library. It is outside the package because the package imports
-Keras and a backend, which takes seconds. Help, the version and wrong arguments need neither.
+This module imports only the standard library. It is outside the package, because the package
+imports Keras and a backend, which takes seconds. The help, the version and errors about arguments
+do not need the package.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 import zipfile
 from collections.abc import Sequence
 
-#: Copied from `keras_dst.export.ethos`, which this module must not import.
+#: This value is copied from `keras_dst.export.ethos`, which this module must not import.
 _NPUS = (
     *("ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256"),
     *("ethos-u65-512", "ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024"),
@@ -79,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="train, strip and export a small net on real data")
     demo.add_argument(
-        "--keep", metavar="FILE", help="path at which to keep the sparse .tflite file"
+        "--keep", metavar="FILE", help="path at which the sparse .tflite file is kept"
     )
 
     report = commands.add_parser("report", help="show sparsity, parameters and FLOPs by layer")
@@ -88,12 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--html", metavar="FILE", help="also write an HTML report")
 
     strip = commands.add_parser(
-        "strip", help="apply masks to the weights; write stock Keras layers"
+        "strip", help="apply masks to the weights, and write stock Keras layers"
     )
     strip.add_argument("model", help="a .keras file")
     strip.add_argument("output", help="the .keras file to write")
 
-    shrink = commands.add_parser("shrink", help="remove dead channels; write a smaller dense model")
+    shrink = commands.add_parser(
+        "shrink", help=("remove dead channels, and write a smaller dense model")
+    )
     shrink.add_argument("model", help="a .keras file")
     shrink.add_argument("output", help="the .keras file to write")
     shrink.add_argument("--latency", action="store_true", help="measure the latency of both models")
@@ -117,10 +120,17 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--evaluate", metavar="NPZ", help="file of arrays x and y on which to measure the accuracy"
     )
-    export.add_argument("--threads", type=int, default=1, help="threads for measuring (default 1)")
-    export.add_argument("--batch", type=int, default=1, help="batch size for measuring (default 1)")
     export.add_argument(
-        "--no-measure", action="store_true", help="estimate latencies instead of measuring"
+        "--threads",
+        type=int,
+        default=1,
+        help=("number of interpreter threads for measurements (default 1)"),
+    )
+    export.add_argument(
+        "--batch", type=int, default=1, help=("batch size for measurements (default 1)")
+    )
+    export.add_argument(
+        "--no-measure", action="store_true", help="estimate latencies instead of measuring them"
     )
     export.add_argument("--json", action="store_true", help="print JSON")
 
@@ -130,9 +140,11 @@ def _parser() -> argparse.ArgumentParser:
 
     lint = commands.add_parser(
         "lint",
-        help="find what makes a .tflite file wrong, slow or large",
-        epilog="Exit codes: 0 no error found, only advice; 1 an error found, or failed with the "
-        "reason on stderr; 2 wrong usage.",
+        help="find the parts of a .tflite file that are wrong, slow or large",
+        epilog=(
+            "Exit codes: 0 no error found, only advice; 1 an error found, or the check failed "
+            "with a reason on stderr; 2 wrong usage."
+        ),
     )
     lint.add_argument("model", help="a .tflite file, or a .keras file to export for the check")
     lint.add_argument(
@@ -146,23 +158,28 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="compare the latency of .tflite files")
     bench.add_argument("models", nargs="+", metavar="model", help="a .tflite file")
     bench.add_argument(
-        "--threads", type=int, default=1, help="threads of the interpreter (default 1)"
+        "--threads", type=int, default=1, help="number of interpreter threads (default 1)"
     )
     bench.add_argument(
-        "--warmup", type=int, default=10, help="runs before the measured runs (default 10)"
+        "--warmup",
+        type=int,
+        default=10,
+        help=("number of runs before the measured runs (default 10)"),
     )
     bench.add_argument(
-        "--runs", type=int, default=100, help="measured runs of each file (default 100)"
+        "--runs", type=int, default=100, help="number of measured runs of each file (default 100)"
     )
     bench.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default 0)")
     bench.add_argument("--json", action="store_true", help="print JSON")
 
-    recommend = commands.add_parser("recommend", help="name a method and the figure behind it")
+    recommend = commands.add_parser(
+        "recommend", help=("recommend a method, and name the measured figure behind it")
+    )
     recommend.add_argument(
         "--sparsity", type=float, required=True, help="fraction of zeros, between 0 and 1"
     )
     recommend.add_argument(
-        "--epochs", type=int, required=True, help="number of epochs of the training"
+        "--epochs", type=int, required=True, help="number of epochs of the training run"
     )
     recommend.add_argument(
         "--pattern",
@@ -189,7 +206,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_files(arguments: argparse.Namespace) -> None:
-    """Raise an error if a file to read is missing, or if a file name has the wrong ending."""
+    """Raise an error if an input file is missing, or if a file name has the wrong ending."""
     command = arguments.command
     if command in ("inspect", "lint", "bench"):
         for path in arguments.models if command == "bench" else [arguments.model]:
@@ -203,7 +220,7 @@ def _check_files(arguments: argparse.Namespace) -> None:
 
 
 def _check_model(path: str) -> None:
-    """Raise an error if a file is not a `.keras` file, with the fix."""
+    """Raise an error with a fix if a file is not a `.keras` file."""
     if not pathlib.Path(path).is_file():
         raise ValueError(
             f"Expected a file that model.save('x.keras') wrote. Received: {path}, which is not a "
@@ -211,8 +228,8 @@ def _check_model(path: str) -> None:
         )
     if path.endswith((".h5", ".hdf5")):
         raise ValueError(
-            f"Expected a .keras file. Received: {path}, which has weights alone or comes from an "
-            "older Keras. Fix: load the model in Python, for a tf_keras model with "
+            f"Expected a .keras file. Received: {path}, which contains only weights or was saved "
+            "by an older Keras. Fix: load the model in Python, for a tf_keras model with "
             "keras_dst.tfmot.load(path), and save it with model.save('x.keras')."
         )
     if path.endswith(".tflite"):
@@ -223,7 +240,7 @@ def _check_model(path: str) -> None:
     if not zipfile.is_zipfile(path):
         raise ValueError(
             f"Expected a .keras file, which is a zip archive. Received: {path}, which is not a "
-            "whole zip archive. Fix: save the model again with model.save('x.keras')."
+            "complete zip archive. Fix: save the model again with model.save('x.keras')."
         )
 
 

@@ -1,4 +1,4 @@
-"""`SparseOptimizer`: a Keras optimizer that keeps the weights it trains sparse."""
+"""`SparseOptimizer`: a Keras optimizer that keeps its trained weights sparse."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
     The layers stay plain Keras layers. Masks and counters are variables of this optimizer, and the
     pruned weights are exact zeros after every step. The `SparseTraining` callback updates the
-    masks. Without the callback, the optimizer step updates them itself, if the schedule of the
-    method is given in steps.
+    masks. Without the callback, the optimizer step updates the masks itself. For this, the schedule
+    of the method must be given in steps.
 
-    Everything else belongs to the inner optimizer: attributes such as `learning_rate`,
-    `weight_decay` or `clipnorm` are read from the inner optimizer and set on it.
+    All other attributes belong to the inner optimizer. For example, `learning_rate`, `weight_decay`
+    and `clipnorm` are read from the inner optimizer and set on it.
 
     Args:
-        inner_optimizer: Keras optimizer, or the name of one.
+        inner_optimizer: A Keras optimizer, or the name of a Keras optimizer.
         method: Method whose mask is part of the optimizer step, such as `methods.Magnitude(0.9)`.
         filters: Weights to prune: the path of a weight, a regular expression for whole paths, a
             list of paths and expressions, or `callable(variable) -> bool`. Defaults to None, which
             prunes all kernels.
-        name: Name of the optimizer. Defaults to None, a name that Keras makes.
+        name: Name of the optimizer. Defaults to None, which means a name that Keras generates.
 
     Raises:
-        TypeError: If the method masks the forward pass; `sparsify` takes such a method.
+        TypeError: If the method masks the forward pass. Pass such a method to `sparsify`.
 
     Example:
         >>> optimizer = keras_dst.SparseOptimizer("adam", keras_dst.methods.Magnitude(0.9))
@@ -59,17 +59,17 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         super().__init__(learning_rate=0.0, name=name)
         if isinstance(inner_optimizer, Method):
             raise TypeError(
-                "Expected SparseOptimizer(optimizer, method), with the optimizer first. "
-                f"Received: {inner_optimizer!r} as the optimizer"
+                "Expected SparseOptimizer(optimizer, method), with the optimizer as the first "
+                f"argument. Received: {inner_optimizer!r} as the optimizer"
             )
         inner_optimizer = keras.optimizers.get(inner_optimizer)
         if isinstance(inner_optimizer, (keras.optimizers.LossScaleOptimizer, SparseOptimizer)):
             raise ValueError(
-                "Expected an optimizer without loss scaling or masks. LossScaleOptimizer goes "
-                "around SparseOptimizer; compile adds it under mixed_float16. "
-                f"Received: {type(inner_optimizer).__name__}"
+                "Expected an optimizer without loss scaling or masks. LossScaleOptimizer has to "
+                "wrap SparseOptimizer, and compile does this under mixed_float16. Received: "
+                f"{type(inner_optimizer).__name__}"
             )
-        # Keras has set its defaults, a step counter and a learning rate on this optimizer. These
+        # Keras has set its defaults, a step counter and a learning rate on this optimizer. They
         # belong to the inner optimizer, where `__getattr__` finds them.
         _keras.delete_counters(self)
         for attribute in list(vars(self)):
@@ -77,13 +77,14 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 delattr(self, attribute)
         self.method = _check_method(method)
         self.filters = filters
-        self.driver_active: object = False  # true while a SparseTraining callback updates the masks
+        self.driver_active: object = False  # True while SparseTraining updates the masks.
         self.kernel_indices: list[int] = []
         self.kernel_names: list[str] = []
         self.states: list[State] = []
-        # SparseTraining replaces these default axes by the axes that the layers know.
+        # SparseTraining replaces these default axes by the axes that the layers define.
         self.layouts: list[Layout] = []
-        # Biases and scales of coupled channels: index of the variable, axis, channels along it.
+        # Biases and scales of coupled channels: index of the variable, axis, and channels along the
+        # axis.
         self._followers: list[tuple[int, int, np.ndarray]] = []
         self._scales = channels.Scales([], [])
         self.step: Any = None
@@ -95,7 +96,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
     def __getattr__(self, name):
         inner = vars(self).get("inner_optimizer")
-        # TensorFlow keeps its tracking of an object in attributes that begin with `_self_`.
+        # TensorFlow tracks an object in attributes that begin with `_self_`.
         if inner is None or name.startswith(("__", "_self_")):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(inner, name)
@@ -155,10 +156,11 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def build(self, variables):
         variables = list(variables)
         if self.built or not (variables or self._is_dense()):
-            # Keras builds the optimizer of an `.h5` file for an empty list before it knows the
-            # variables. The optimizer then stays unbuilt, and the first step builds it.
+            # Keras builds the optimizer of an `.h5` file for an empty list of variables at first.
+            # The optimizer then stays unbuilt, and the first step builds it.
             return
-        # Model variables are kept by index only: Keras would track them as the optimizer's own.
+        # Model variables are stored by index only, because Keras would track them as variables of
+        # the optimizer.
         prunable = [i for i, v in enumerate(variables) if is_prunable(v)]
         paths = [_path_of(variables[i]) for i in prunable]
         chosen = select([variables[i] for i in prunable], self.filters, [(path,) for path in paths])
@@ -177,13 +179,14 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         steps = self.method.span(None)[1] if in_steps else None
         for kernel, extra in zip(kernels, self._state_specs(kernels, steps)):
             states.append(self._add_state(kernel, {"mask": ("ones", "bool"), **extra}))
-        # Number of steps done, and length of the schedule. SparseTraining sets the length; before,
-        # it is 0.
+        # Number of finished steps, and length of the schedule. SparseTraining sets the length.
+        # Until then, the length is 0.
         self.step = self.add_variable((), "zeros", "int32", name="step")
         self.total = self.add_variable((), "zeros", "int32", name="total")
         if not self.inner_optimizer.built:
             self.inner_optimizer.build(variables)
-        # Not by `super().build`, which would add averages and accumulators of the inner optimizer.
+        # `super().build` is not used, because it would add averages and accumulators of the inner
+        # optimizer.
         _keras.set_trained_variables(self, variables)
         self.built: bool = True
         self.kernel_indices = kernel_indices
@@ -197,13 +200,14 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         followers: Sequence[tuple[Any, int, np.ndarray]] = (),
         model_known: bool = False,
     ) -> None:
-        """Set the axes and the coupled channels of the kernels, as the model knows them.
+        """Set the axes and the coupled channels of the kernels, which only the model knows.
 
         Args:
             layouts: Axes and channels of all kernels.
-            followers: Variables that are pruned together with the channels, such as biases. Each is
-                a tuple of a trainable variable, its axis of the channels, and the number of the
-                channel of every entry along this axis, or -1. Defaults to no variables.
+            followers: Variables that are pruned together with the channels, such as biases. Each
+                variable is given as a tuple of the variable, the axis of its channels, and the
+                number of the channel of every entry along this axis. The number is -1 for entries
+                without a channel. Defaults to no variables.
             model_known: Whether the layouts come from a model. Defaults to False.
         """
         self.layouts = layouts
@@ -217,13 +221,13 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self._plan_updates(initial_update=True)
 
     def _is_dense(self) -> bool:
-        """Return whether the method never prunes anything."""
+        """Return whether the method never prunes any weight."""
         method = self.method
         target = method.schedule.sparsity if method.schedule else None
         return target == 0 and not isinstance(method.allocation, Mapping)
 
     def _state_specs(self, kernels, steps=None) -> list[dict[str, tuple[Any, str]]]:
-        """Return initial value and dtype of every state, with dtypes that the devices support."""
+        """Return the initial value and the dtype of every state. All devices support the dtypes."""
         return [
             {name: (initial, counter_dtype(k, dtype)) for name, (initial, dtype) in specs.items()}
             for k, specs in zip(kernels, self.method.init(kernels, steps))
@@ -235,7 +239,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         for name, (initial, dtype) in specs.items():
             if initial == "value":
                 initial = _copy_of(kernel)
-            # Every replica computes the same values, so they need no aggregation.
+            # Every replica computes the same values, so no aggregation is needed.
             with placed_like(kernel):
                 state[name] = self.add_variable(
                     kernel.shape, initial, dtype, name=f"{prefix}_{name}"
@@ -243,9 +247,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return state
 
     def set_training_length(self, steps: int) -> None:
-        """Choose the dtypes of the states for a training of this length, before the first step.
+        """Choose the dtypes of the states for a training run of this length, before the first step.
 
-        Keras builds an optimizer before the length of the training is known.
+        Keras builds an optimizer before the length of training is known.
         """
         kernels = self.kernels
         for kernel, state, specs in zip(kernels, self.states, self._state_specs(kernels, steps)):
@@ -257,7 +261,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
     @property
     def kernels(self) -> list:
-        """The variables that are pruned."""
+        """Variables that are pruned."""
         return [_keras.trained_variables_of(self)[i] for i in self.kernel_indices]
 
     # -- the step --------------------------------------------------------------------------------
@@ -272,7 +276,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 self.build(trainable_variables)
         known = _keras.trained_variables_of(self)
         if trainable_variables is None and (not self.built or len(grads) != len(known)):
-            self.inner_optimizer.apply(grads)  # raises Keras's error
+            self.inner_optimizer.apply(grads)  # This raises Keras's error.
         variables = list(known if trainable_variables is None else trainable_variables)
         replicas = 1
         if self.method.reads_gradients:
@@ -296,14 +300,14 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             if self.method.moves_weights:
                 self.assign(kernel, value)
         grads = list(self.method.perturb(grads, masks, ops.convert_to_tensor(self.step)))
-        if replicas > 1:  # The inner optimizer sums the gradients of the replicas again.
+        if replicas > 1:  # The inner optimizer sums the gradients over the replicas again.
             grads = [g if g is None else g / replicas for g in grads]
         self.inner_optimizer.apply(grads, variables)
         weights, changes = self.method.after(
             carry, [ops.convert_to_tensor(k) for k in kernels], states
         )
         for (_, kernel, state), value, change in zip(pruned, weights, changes):
-            # Assign the states first: on torch they may be views of the kernel.
+            # Assign the states first, because on torch they may be views of the kernel.
             for name, new in change.items():
                 self.assign(state[name], new)
             self.assign(kernel, value)
@@ -316,10 +320,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     # -- mask updates ----------------------------------------------------------------------------
 
     def apply_initial_masks(self) -> None:
-        """Prune the weights as the schedule asks at step 0, before a training loop of your own.
+        """Prune the weights to the sparsity of step 0, before a custom training loop.
 
-        The `SparseTraining` callback does the same when `fit` begins. If a loop does not call this,
-        the masks of step 0 are applied after the first step.
+        The `SparseTraining` callback does the same when `fit` begins. If a loop does not call this
+        function, the masks of step 0 are applied after the first step.
 
         Raises:
             ValueError: If the optimizer is not built, or if the schedule is not given in steps.
@@ -360,7 +364,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             return
         targets = {step: schedule.at(step) for step in clock.steps()}
         if initial_update and targets[0] > 0 and 1 not in targets:
-            targets[1] = targets[0]  # the weights are not known before the first step
+            targets[1] = targets[0]  # The weights are unknown before the first step.
         shapes = [tuple(k.shape) for k in self.kernels]
         steps = sorted(targets)
         kept = [
@@ -374,9 +378,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         if self._timetable is not None:
             return self._timetable
         if self.method.schedule is not None:
-            self.method.schedule.span(None)  # raises unless the schedule is given in steps
+            # This raises an error unless the schedule is given in steps.
+            self.method.schedule.span(None)
         raise ValueError(
-            f"{self.method!r} updates its masks once an epoch, and only SparseTraining knows the "
+            f"{self.method!r} updates its masks once per epoch, but only SparseTraining knows the "
             "length of an epoch. Pass frequency as a number of steps, or fit with the callback."
         )
 
@@ -405,14 +410,15 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 return [{"mask": s["mask"]} for s in states]
             return [{"mask": s["mask"], "grown": ops.zeros_like(s["mask"])} for s in states]
 
-        # Variables are assigned outside of the branches: JAX cannot assign them within.
+        # Variables are assigned outside of the branches, because JAX cannot assign variables within
+        # a branch.
         changes = ops.cond(
             due, lambda: method.update(weights, states, self.layouts, kept, now), keep
         )
         self.update_masks(changes)
 
     def _check_channels(self) -> None:
-        """Warn or raise if channels are ranked without knowledge of the model."""
+        """Warn or raise an error if channels are ranked without knowledge of the model."""
         if self.method.pattern != "channel" or self._model_known:
             return
         fix = (
@@ -423,16 +429,16 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             raise ValueError(
                 f"{self.method!r} needs the model, which the optimizer does not know. {fix}"
             )
-        self._model_known = True  # one warning is enough
+        self._model_known = True  # One warning is enough.
         warnings.warn(
-            f"{self.method!r}: the optimizer does not know its model. It ranks the channels of "
-            "each layer alone, so that `shrink` can remove few of them, and it also prunes the "
-            f"layers that give the outputs of the model. {fix}",
+            f"{self.method!r}: the optimizer does not know its model. The channels of each layer "
+            "are therefore ranked separately, so that `shrink` can remove few channels. The "
+            f"layers that give the outputs of the model are pruned too. {fix}",
             stacklevel=2,
         )
 
     def values(self) -> tuple[list, list]:
-        """Return the present weights and states under the method, as tensors."""
+        """Return the current weights and states under the method, as tensors."""
         weights = [ops.convert_to_tensor(k) for k in self.kernels]
         states = [tensors_of(s) for s in self.states]
         variables = _keras.trained_variables_of(self)
@@ -448,7 +454,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         for kernel, state, change in zip(self.kernels, self.states, changes):
             change = dict(change)
             grown = change.pop("grown", None)
-            # A copy: on torch, the assignments below change the mask in place.
+            # Copy the mask, because on torch the assignments below change the mask in place.
             pruned = ops.logical_not(_mask_of(state)) if averages else None
             for name, new in change.items():
                 self.assign(state[name], new)
@@ -458,7 +464,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                     self.assign(slot, ops.where(grown, 0, ops.convert_to_tensor(slot)))
                 value = ops.where(grown, 0, value)
             self.assign(kernel, value)
-            if averages:  # The average of a weight that comes back starts at its present value.
+            # The average of a weight that comes back starts at the current value of the weight.
+            if averages:
                 self._mask_average(kernel, state, ops.where(pruned, value, 0))
         self._mask_followers()
 
@@ -476,10 +483,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 self.assign(average, masked(ops.convert_to_tensor(average), mask))
 
     def reapply_masks(self) -> None:
-        """Set the pruned weights to zero again, after somebody assigned other values to weights.
+        """Set the pruned weights to zero again, after other code assigned values to the weights.
 
         States that started as a copy of a weight, such as the dense weights of
-        `Magnitude(revival=True)`, take the assigned values of the weights that are kept.
+        `Magnitude(revival=True)`, get the assigned values of the kept weights.
         """
         for kernel, state, specs in zip(self.kernels, self.states, self._state_specs(self.kernels)):
             value, mask = ops.convert_to_tensor(kernel), _mask_of(state)
@@ -491,13 +498,13 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self._mask_followers()
 
     def _slots(self, kernel) -> list:
-        """Return the variables of the inner optimizer with one entry per weight of a kernel."""
+        """Return the slots of a kernel: inner optimizer variables with the shape of the kernel."""
         return [slot for leaf in leaf_optimizers(self) for slot in _keras.slots_of(leaf, kernel)]
 
     def _mask_average(self, kernel, state, added=None) -> None:
-        """Mask the exponential moving average of a kernel, which callbacks put into the model.
+        """Mask the exponential moving average of a kernel, which callbacks assign to the model.
 
-        The tensor `added` is added to the average first.
+        The tensor `added` is added to the average before.
         """
         for average in self._averages_of(kernel):
             value = ops.convert_to_tensor(average)
@@ -516,14 +523,13 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def get_config(self):
         filters = self.filters
         if filters is not None and self.built:
-            # Save the paths that the filter chose: a file cannot hold code, and the paths in a
-            # file lack the name of the model.
+            # Save the paths that the filter selected, because a file cannot hold code.
             known = [_path_of(v) for v in _keras.trained_variables_of(self) if is_prunable(v)]
             filters = [_suffix_pattern(name, known) for name in self.kernel_names]
         elif callable(filters):
             raise ValueError(
-                "A callable `filters` is saved as the paths that it chose, and the optimizer is "
-                "not built yet. Build the optimizer first, or pass the paths."
+                "A callable `filters` is saved as the paths that it selects, but the optimizer "
+                "is not built yet. Build the optimizer first, or pass the paths."
             )
         return {
             "name": self.name,
@@ -542,10 +548,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
 
 class _Timetable:
-    """The mask updates of a training whose schedule is given in steps.
+    """Mask updates of a training run whose schedule is given in steps.
 
     Attributes:
-        clock: Clock of the updates.
+        clock: Clock that computes the steps of the updates.
         steps: Steps of the updates up to the end of the schedule.
         targets: Sparsity at each of these steps.
         kept: Numbers of weights to keep at each of these steps.
@@ -555,7 +561,10 @@ class _Timetable:
         self.clock, self.steps, self.targets, self.kept = clock, steps, targets, kept
 
     def look_up(self, step):
-        """Return whether an update is due at a step, and the row of its target; both as tensors."""
+        """Return whether an update is due at a step, and the row of its target.
+
+        Both are tensors.
+        """
         steps = ops.convert_to_tensor(self.steps)
         periodic = ops.equal(ops.mod(step - self.clock.first, self.clock.period), 0)
         due = ops.any(ops.equal(steps, step)) | ((step > self.clock.last) & periodic)
@@ -563,12 +572,12 @@ class _Timetable:
 
 
 def sparse_optimizers(optimizer) -> list[SparseOptimizer]:
-    """Return all SparseOptimizers in an optimizer: the optimizer itself, and those inside it."""
+    """Return all SparseOptimizers in an optimizer, which may be a SparseOptimizer itself."""
     return [found for found in _nested(optimizer) if isinstance(found, SparseOptimizer)]
 
 
 def leaf_optimizers(optimizer) -> list:
-    """Return the optimizers inside an optimizer that have no optimizer inside themselves."""
+    """Return the optimizers inside an optimizer that do not wrap another optimizer."""
     return [found for found in _nested(optimizer) if not _inside(found)]
 
 
@@ -591,9 +600,9 @@ def _inside(optimizer) -> list:
 
 
 def optimizers_of(model) -> list:
-    """Return the outermost optimizers of a model: `model.optimizer`, and others in attributes.
+    """Return the outermost optimizers of a model, in `model.optimizer` and other attributes.
 
-    A model with a `train_step` of its own may hold optimizers in attributes, lists and dicts.
+    A model with its own `train_step` may hold optimizers in attributes, lists and dicts.
     """
     found = list(_optimizers_in(vars(model)))
     nested = {id(inner) for outer in found for inner in _nested(outer) if inner is not outer}
@@ -612,7 +621,7 @@ def _optimizers_in(value) -> Iterator:
 
 
 def without_masks(optimizer):
-    """Return an optimizer in which the inner optimizers replace all SparseOptimizers."""
+    """Return an optimizer in which all SparseOptimizers are replaced by their inner optimizers."""
     if isinstance(optimizer, SparseOptimizer):
         return optimizer.inner_optimizer
     if _keras.is_multi_optimizer(optimizer):
@@ -636,7 +645,7 @@ def remove_masks(model) -> None:
 
 
 def _path_of(variable) -> str:
-    """Return the path of a variable; a `tf.Variable` has a name only."""
+    """Return the path of a variable, or the name of a `tf.Variable`, which has no path."""
     return getattr(variable, "path", variable.name)
 
 
@@ -657,7 +666,7 @@ def exclude_from_decay(optimizer, variables) -> None:
 
 
 def tensors_of(state: State) -> dict[str, Any]:
-    """Return the present values of a state's variables."""
+    """Return the current values of a state's variables."""
     return {name: ops.convert_to_tensor(value) for name, value in state.items()}
 
 

@@ -59,8 +59,8 @@ def masks(model, names: Filters = None, columns: int = 4):
 
     Args:
         model: A built Keras 3 model: dense, sparse or stripped. It is not changed.
-        names: Weights to draw: None for all; the path of a weight, the name of a layer, a regular
-            expression for one of them, or a list of these. Defaults to None.
+        names: Weights to draw: None for all weights; the path of a weight, the name of a layer, a
+            regular expression for paths or names, or a list of them. Defaults to None.
         columns: Number of heat maps per row. Defaults to 4.
 
     Returns:
@@ -125,9 +125,9 @@ def trade_off(results, ax=None, dense: float | None = None, metric: str = "accur
 
     Args:
         results: Mapping from labels to pairs `(sparsity, value)`. Several values at one sparsity,
-            such as the values of several seeds, are drawn as their mean and their range.
+            such as the results of several seeds, are drawn as their mean and their range.
         ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
-        dense: Value of the dense baseline, drawn as a line. Defaults to None: no line.
+        dense: Value of the dense baseline, drawn as a line. Defaults to None, which draws no line.
         metric: Name of the metric, for the vertical axis. Defaults to `"accuracy"`.
 
     Returns:
@@ -182,7 +182,7 @@ def _by_sparsity(label, pairs: Sequence) -> dict[float, list[float]]:
 
 
 def _tick_at(ax, kept: Sequence[float]) -> None:
-    """Set ticks at the measured densities, without ticks that would be too close."""
+    """Set ticks at the measured densities, without ticks that would be too close to each other."""
     ticks = [kept[-1]]
     for fraction in reversed(kept):
         if fraction < 0.8 * ticks[-1]:
@@ -192,7 +192,7 @@ def _tick_at(ax, kept: Sequence[float]) -> None:
 
 
 def history(history, names: Filters = None, ax=None):
-    """Draw the sparsity and the metrics of every epoch of a training.
+    """Draw the sparsity and the metrics of every epoch of a training run.
 
     Metrics within [0, 1], such as sparsity and accuracy, use the left axis. All other metrics, such
     as most losses, use the right axis. Validation metrics are dashed, in the color of the training
@@ -200,12 +200,12 @@ def history(history, names: Filters = None, ax=None):
 
     Args:
         history: Return value of `fit`, or its dict of metrics.
-        names: Metrics to draw: None for all; a name, a regular expression for whole names, or a
-            list of these. Defaults to None.
+        names: Metrics to draw: None for all metrics; a name, a regular expression for whole names,
+            or a list of them. Defaults to None.
         ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
 
     Returns:
-        The left axes. `ax.figure.axes` holds both.
+        The left axes. `ax.figure.axes` holds the left and the right axes.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -237,7 +237,7 @@ def history(history, names: Filters = None, ax=None):
         for name, values in curves.items():
             base = name.removeprefix("val_")
             if base in shown:
-                interval = length // len(values)  # This is `validation_freq` of `fit`.
+                interval = length // len(values)  # The interval equals `validation_freq` of `fit`.
                 epochs = interval * np.arange(1, len(values) + 1)
                 style = "-" if name == base else "--"
                 side.plot(epochs, values, style, color=f"C{bases.index(base)}", label=name)
@@ -263,12 +263,12 @@ def _is_fraction(values) -> bool:
 
 
 def _end_of(path: str, length: int = 30) -> str:
-    """Shorten a long path to its end, which says more than its beginning."""
+    """Shorten a long path to its end, because the end identifies a weight better."""
     return path if len(path) <= length else f"…{path[1 - length :]}"
 
 
 def sensitivity(report, ax=None):
-    """Draw the metric over the sparsity of one pruned weight: a line for every weight.
+    """Draw a line for every weight: the metric over the sparsity of this weight.
 
     Args:
         report: Result of `keras_dst.sensitivity`.

@@ -18,20 +18,21 @@ from keras_dst.surgery import check_model
 def recalibrate(model, data, batch_size: int = 128, steps: int | None = None):
     """Estimate the moving statistics of all batch normalizations again, in one pass over data.
 
-    One-shot pruning and `shrink` change the inputs of batch normalizations, so the moving means and
-    variances no longer fit. The new statistics are the averages of the means and the variances of
-    all batches, weighted by the number of samples. `momentum` does not matter. Only batch
-    normalizations compute as in training: dropout is off. Frozen batch normalizations and all
-    other weights stay as they are. An error or an interrupt restores the old statistics.
+    One-shot pruning and `shrink` change the inputs of batch normalizations. The moving means and
+    variances are then wrong. The new statistics are the averages of the means and the variances of
+    all batches, weighted by the number of samples. The `momentum` of the layers has no effect. Only
+    batch normalizations run in training mode. Dropout, for example, is inactive. Frozen batch
+    normalizations and all other weights do not change. An error or an interrupt restores the old
+    statistics.
 
     Args:
-        model: A built Keras 3 model: dense, sparse, stripped or shrunk. The model of DCIL gets new
-            statistics for the pruned path, which inference uses.
+        model: A built Keras 3 model: dense, sparse, stripped or shrunk. If the model was trained
+            with DCIL, only the pruned path gets new statistics, which inference uses.
         data: Training data: an array of inputs, `(inputs, targets)`, a list or dict of arrays for a
             model with several inputs, or an iterable of batches such as a `tf.data.Dataset`, a
             `PyDataset` or a generator. A batch holds inputs, or `(inputs, targets)`.
         batch_size: Number of samples in a batch, if the data are arrays. Defaults to 128.
-        steps: Number of batches to read. Defaults to None: all batches.
+        steps: Number of batches to read. Defaults to None, which means all batches.
 
     Returns:
         The model.
@@ -62,8 +63,8 @@ def recalibrate(model, data, batch_size: int = 128, steps: int | None = None):
                 seen += 1
         if not seen:
             raise ValueError(
-                "Expected at least one batch of data. Received: data without batches. A generator "
-                "can be read only once; make a new one."
+                "Expected at least one batch of data. Received: data without batches. A "
+                "generator can be read only once, so make a new generator."
             )
     except BaseException:
         for variable, value in before:
@@ -84,7 +85,7 @@ def _normalizations(model) -> list:
         raise ValueError(
             f"Expected a model with batch normalization. '{model.name}' has {len(found)} "
             "BatchNormalization layers, and 0 of them are trainable. Set layer.trainable = True, "
-            "or leave recalibrate out: other layers have no statistics."
+            "or do not call recalibrate, because other layers have no statistics."
         )
     for layer in trained:
         if getattr(layer, "renorm", False):
@@ -101,10 +102,10 @@ def _statistics(layer) -> list:
 
 @contextlib.contextmanager
 def _averaging(layer) -> Iterator[None]:
-    """Let a batch normalization average the statistics of all its calls in this context.
+    """Let a batch normalization average the statistics of all its calls within this context.
 
-    Call number k sets the momentum to the share of the samples before it, so that the moving
-    statistics are the cumulative averages.
+    Call number k sets the momentum to the fraction of samples from earlier calls. The moving
+    statistics are then the cumulative averages.
     """
     momentum, call, samples = layer.momentum, layer.call, 0
 

@@ -1,9 +1,9 @@
-"""Recommendation of a method for a sparsity, a pattern and a number of epochs.
+"""Recommend a method for a sparsity, a pattern and a number of epochs.
 
-The tables hold the measured figures that a recommendation names, because results/ is not installed
-with the package. A test compares the tables with results/. `Figure.method` is the method with the
-highest mean accuracy. If its lead over Magnitude is not larger than the sum of both standard
-deviations, `Figure.method` is Magnitude, which costs least.
+The tables contain the measured figures that a recommendation cites, because results/ is not
+installed with the package. A test compares the tables with results/. `Figure.method` is the method
+with the highest mean accuracy. If its lead over Magnitude does not exceed the sum of both standard
+deviations, `Figure.method` is Magnitude, which has the lowest cost.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from keras_dst.masks import Pattern
 
 @dataclass(frozen=True)
 class Figure:
-    """A measured comparison of methods.
+    """Measured comparison of methods.
 
     Attributes:
         method: Name of the recommended method.
         pattern: Pattern of the zeros.
         sparsity: Fraction of zeros.
-        epochs: Number of epochs of the training.
+        epochs: Number of epochs of each training run.
         net: Network and data set.
         accuracy: Test accuracy of `method` in %, the mean over the seeds.
         magnitude: Test accuracy of Magnitude in %, the mean over the seeds.
         dense: Test accuracy of the dense network in %, or None if it was not trained.
-        compared: Number of methods and of their variants that were compared.
+        compared: Number of compared methods, including variants of methods.
         seeds: Number of training runs of each method.
         source: Name of the folder in results/.
     """
@@ -79,8 +79,9 @@ FIGURES = (
 )
 
 #: Ratios to the dense int8 file, by target and by variant of the network `_WIDE_RESNET8`, from
-#: results/micro. For an NPU: bytes of the weights and cycles, as Vela estimates them. For TFLM,
-#: the target `micro`: bytes of the file without unread metadata, and of the arena.
+# results/micro. For an NPU, the ratios are bytes of the weights and cycles, both estimated by Vela.
+# For the target `micro` (TFLM), the ratios are bytes of the file without unread metadata, and bytes
+# of the arena.
 TARGETS: dict[str, dict[str, tuple[float, float]]] = {
     "micro": {"80": (0.369, 4.897), "90": (0.275, 4.897), "95": (0.229, 4.897)},
     "ethos-u55-128": {
@@ -97,17 +98,18 @@ TARGETS: dict[str, dict[str, tuple[float, float]]] = {
     },
 }
 _CPUS = ("host", "arm", "any")
-_FAMILIES = {name[:9]: name for name in TARGETS if name != "micro"}  # ethos-u55: ethos-u55-128
+# The NPU that stands for each family, for example ethos-u55-128 for ethos-u55.
+_FAMILIES = {name[:9]: name for name in TARGETS if name != "micro"}
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A method and the figure behind it.
+    """Recommended method, and the measured figure that supports it.
 
     Attributes:
-        method: Call that makes the method, such as `"DCIL(sparsity=0.95)"`.
-        figure: The measured comparison.
-        notes: Sentences on the limits of the figure and on the target.
+        method: Call that creates the method, such as `"DCIL(sparsity=0.95)"`.
+        figure: Measured comparison of methods.
+        notes: Sentences about the limits of the figure, and about the target.
     """
 
     method: str
@@ -126,21 +128,21 @@ class Recommendation:
 def recommend(
     sparsity: float, epochs: int, pattern: str = "unstructured", target: str | None = None
 ) -> Recommendation:
-    """Return the method with the best measured accuracy for a training like this one.
+    """Return the method with the best measured accuracy for a similar training run.
 
-    If nothing was measured for the request, the figure is the nearest one, and a note says so. The
-    nearest figure has the most similar pattern, then the most similar number of epochs, then the
-    most similar density.
+    If the requested case was not measured, the figure is the nearest measured figure, and a note
+    says so. The nearest figure has the most similar pattern, then the most similar number of
+    epochs, then the most similar density.
 
     Args:
         sparsity: Fraction of zeros, between 0 and 1.
-        epochs: Number of epochs of the training, at least 1.
-        pattern: Name of the pattern, as for a method. Defaults to `"unstructured"`.
-        target: Device that runs the model, as for `keras_dst.export_tflite`. Defaults to None: no
-            note on a device.
+        epochs: Number of epochs of the training run, at least 1.
+        pattern: Name of the pattern, in the form that methods accept. Defaults to `"unstructured"`.
+        target: Device that runs the model, as in `keras_dst.export_tflite`. Defaults to None, which
+            adds no note about a device.
 
     Returns:
-        The recommendation. `print` shows the method, the figure and its limits.
+        The recommendation. `print` shows the method, the figure and the limits of the figure.
 
     Raises:
         ValueError: If an argument is out of range or unknown, or if an N:M pattern does not give
@@ -182,7 +184,7 @@ def recommend(
 
 
 def _measured_pattern(name: str, sparsity: float) -> str:
-    """Return the most similar pattern that was measured."""
+    """Return the measured pattern that is most similar."""
     pattern = Pattern(name)
     if pattern.n_of_m:
         kept, of = pattern.n_of_m
@@ -199,7 +201,7 @@ def _measured_pattern(name: str, sparsity: float) -> str:
 
 
 def _target_notes(target: str, pattern: str, sparsity: float) -> list[str]:
-    """Return notes on what zeros save on the target."""
+    """Return notes about the effect of zeros on the target."""
     if target in _CPUS:
         return [
             f"No figure for the target {target}: keras_dst.export_tflite compares the latency of "

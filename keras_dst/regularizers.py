@@ -1,4 +1,4 @@
-"""Penalties of the papers as Keras regularizers, which also work without a method."""
+"""Penalties of the papers as Keras regularizers, which can also be used without a method."""
 
 import math
 
@@ -71,8 +71,8 @@ class Budget(keras.regularizers.Regularizer):
     Args:
         target: Fraction of the cost that stays open, in (0, 1]: a number or a scalar tensor.
         weight: Weight of the penalty. Defaults to 1.
-        costs: Cost of every gate, in any unit and in the shape of the gates. Defaults to None: all
-            gates cost the same.
+        costs: Cost of every gate, in any unit and in the shape of the gates. Defaults to None,
+            which means that all gates cost the same.
 
     Call arguments:
         x: Means of the gates over a batch, in [0, 1], of any shape.
@@ -109,5 +109,5 @@ class Budget(keras.regularizers.Regularizer):
 
 
 def _as_loss(x):
-    """Cast to the type of a model's loss, to which Keras adds all penalties."""
+    """Cast a penalty to the type of a model's loss, to which Keras adds all penalties."""
     return ops.cast(ops.convert_to_tensor(x), keras.config.floatx())

@@ -1,4 +1,4 @@
-"""Sparsity schedules: functions from the fraction of training that is done to a sparsity."""
+"""Sparsity schedules: functions from the finished fraction of training to a sparsity."""
 
 import math
 from collections.abc import Callable
@@ -16,24 +16,24 @@ __all__ = ["Constant", "Cubic", "Geometric", "Schedule", "Sigmoid"]
 class Schedule(Configurable):
     """Base class of all schedules: pure functions from a fraction of training to a sparsity.
 
-    A subclass overrides `curve`, which maps progress in [0, 1] to a value in [0, 1]: 0 stands for
-    `initial_sparsity` and 1 for `sparsity`.
+    A subclass overrides `curve`, which maps progress in [0, 1] to a value in [0, 1]. The value 0
+    stands for `initial_sparsity`, and 1 stands for `sparsity`.
 
     Args:
         sparsity: Final fraction of zeros, in [0, 1).
         initial_sparsity: Sparsity before the schedule begins, in [0, sparsity]. Defaults to 0.
         begin, end: Fractions of training, in [0, 1], between which the sparsity changes. They
             default to None, which means 0 and 0.75.
-        begin_step, end_step: Training steps between which the sparsity changes. They exclude
-            `begin` and `end`. A custom loop without the `SparseTraining` callback needs them.
-            They default to None.
+        begin_step, end_step: Training steps between which the sparsity changes. They cannot be
+            combined with `begin` and `end`. A custom loop without the `SparseTraining` callback
+            needs them. They default to None.
 
     Raises:
-        ValueError: If a sparsity is outside [0, 1), if the schedule ends before it begins, or if
+        ValueError: If a sparsity is outside [0, 1), or if the schedule ends before it begins. If
             both fractions and steps are given.
     """
 
-    # The fraction of training at which the sparsity is final if `end` is None.
+    # Fraction of training at which the sparsity is final if `end` is None.
     _default_end = 0.75
 
     def __init__(
@@ -62,14 +62,14 @@ class Schedule(Configurable):
         steps = (begin_step, end_step)
         if (begin, end) != (None, None) and steps != (None, None):
             raise ValueError(
-                "begin and end (fractions of training) exclude begin_step and end_step (steps). "
-                f"Received: begin={begin}, end={end}, begin_step={begin_step}, "
+                "Expected either begin and end (fractions of training) or begin_step and "
+                f"end_step (steps). Received: begin={begin}, end={end}, begin_step={begin_step}, "
                 f"end_step={end_step}. Pass only fractions or only steps."
             )
         if (begin_step is None) != (end_step is None):
             raise ValueError(
-                "begin_step and end_step go together. "
-                f"Received: begin_step={begin_step}, end_step={end_step}. Pass both or neither."
+                f"Expected begin_step and end_step together. Received: begin_step={begin_step}, "
+                f"end_step={end_step}. Pass both arguments or neither."
             )
         if (
             begin_step is not None
@@ -86,19 +86,20 @@ class Schedule(Configurable):
 
     @classmethod
     def from_config(cls, config):
-        # Files may state `begin` and `end` next to steps: both were numbers by default at first.
+        # Old files may contain `begin` and `end` next to steps, because both had numbers as
+        # defaults at first.
         if config.get("begin_step") is not None:
             config = {name: v for name, v in config.items() if name not in ("begin", "end")}
         return super().from_config(config)
 
     @property
     def _fractions(self) -> tuple[float, float]:
-        """The fractions of training between which the sparsity changes if no steps are given."""
+        """Fractions of training between which the sparsity changes if no steps are given."""
         first = 0.0 if self.begin is None else self.begin
         return first, self._default_end if self.end is None else self.end
 
     def curve(self, progress):
-        """Return the fraction of the change in sparsity that is done.
+        """Return the finished fraction of the change in sparsity.
 
         Args:
             progress: Position between the beginning (0) and the end (1), a number or an array.
@@ -118,14 +119,14 @@ class Schedule(Configurable):
 
     @property
     def in_steps(self) -> bool:
-        """Whether the schedule is given in steps and works without the length of the training."""
+        """Whether the schedule is given in steps, so that the length of training is not needed."""
         return self.begin_step is not None
 
     def span(self, total_steps: int | None) -> tuple[int, int]:
         """Return the first and the last step at which the sparsity changes.
 
         Args:
-            total_steps: Length of the training, or None if it is not known.
+            total_steps: Number of steps in the training run, or None if it is unknown.
 
         Raises:
             ValueError: If a schedule in fractions of training gets no length.
@@ -134,8 +135,8 @@ class Schedule(Configurable):
             return self.begin_step, self.end_step
         if total_steps is None:
             raise ValueError(
-                f"{self!r} is given in fractions of training, and the length of the training is "
-                "not known here. Fit with callbacks=[keras_dst.callbacks.SparseTraining()], or "
+                f"{self!r} is given in fractions of training, but the length of training is "
+                "unknown here. Fit with callbacks=[keras_dst.callbacks.SparseTraining()], or "
                 "pass begin_step and end_step."
             )
         first, last = self._fractions
@@ -143,15 +144,18 @@ class Schedule(Configurable):
 
     @property
     def first_sparsity(self) -> float:
-        """The sparsity before the first step."""
+        """Sparsity before the first step."""
         return self.at(0) if self.in_steps else self(0.0)
 
     def jumps(self, total_steps: int | None) -> list[int]:
-        """Return the steps at which the sparsity jumps. The list of a smooth schedule is empty."""
+        """Return the steps at which the sparsity jumps.
+
+        For a smooth schedule, the list is empty.
+        """
         return []
 
     def at(self, step: int, total_steps: int | None = None) -> float:
-        """Return the sparsity after `step` steps of a training of `total_steps` steps."""
+        """Return the sparsity after `step` steps of a training run with `total_steps` steps."""
         first, last = self.span(total_steps)
         if step >= last:
             return self._at_progress(1.0)
@@ -166,7 +170,8 @@ class Constant(Schedule):
         sparsity: Fraction of zeros, in [0, 1).
         begin: Fraction of training after which the weights are pruned. Defaults to None, which
             means 0.
-        begin_step: Step after which the weights are pruned. Excludes `begin`. Defaults to None.
+        begin_step: Step after which the weights are pruned. This argument cannot be combined with
+            `begin`. Defaults to None.
 
     Example:
         >>> keras_dst.schedules.Constant(0.9)(0.3)
@@ -182,7 +187,7 @@ class Constant(Schedule):
         return np.ones_like(progress)
 
     def _at_progress(self, progress):
-        # Begin and end coincide: the sparsity is 0 before this point and final after it.
+        # Begin and end are equal, so the sparsity is 0 before this point and final after it.
         value = np.where(np.asarray(progress) >= 0, self.sparsity, 0.0)
         return float(value) if np.ndim(value) == 0 else value
 
@@ -206,12 +211,12 @@ class Cubic(Schedule):
 
 @keras.saving.register_keras_serializable("keras_dst")
 class Geometric(Schedule):
-    """Schedule whose density falls by the same factor in equal times.
+    """Schedule whose density falls by the same factor in equal time spans.
 
     Args:
         rate: Fraction of the kept weights that every jump removes, in (0, 1). Jumps are equally
             spaced. The last jump removes fewer weights if a full jump would exceed the target.
-            Defaults to None: the density falls smoothly, without jumps.
+            Defaults to None, which means that the density falls smoothly, without jumps.
 
     Example:
         >>> keras_dst.schedules.Geometric(0.75, end=1.0)(0.5)
@@ -265,8 +270,8 @@ class Geometric(Schedule):
 class Sigmoid(Schedule):
     """Schedule along a logistic curve: slow at the beginning and at the end.
 
-    The paper's curve `sigmoid(steepness * (progress - 1/2))` is stretched so that it begins at 0
-    and ends at 1 exactly. `end` defaults to None, which means 1.
+    The paper's curve `sigmoid(steepness * (progress - 1/2))` is stretched so that it begins at
+    exactly 0 and ends at exactly 1. `end` defaults to None, which means 1.
 
     Args:
         steepness: Steepness of the curve: the paper's `beta` times its number of epochs. Defaults
@@ -300,11 +305,11 @@ class Sigmoid(Schedule):
 
 
 def as_schedule(sparsity, ramp: Callable[[float], Schedule]) -> Schedule:
-    """Return a method's schedule from its `sparsity` argument.
+    """Return the schedule for the `sparsity` argument of a method.
 
     Args:
         sparsity: A number in [0, 1), or a `Schedule`, which is returned unchanged.
-        ramp: Function that makes the method's default schedule from a number.
+        ramp: Function that creates the method's default schedule from a number.
 
     Raises:
         ValueError: If `sparsity` is neither a number in [0, 1) nor a `Schedule`.
@@ -323,9 +328,9 @@ def check_sparsity(value, name: str = "sparsity", alternative: str = "") -> None
     """Raise ValueError unless `value` is a Python number in [0, 1).
 
     Args:
-        value: Argument to check. Booleans are refused.
-        name: Name of the argument, for the message.
-        alternative: Other allowed values, for the message. Defaults to no other values.
+        value: Argument to check. Booleans are not accepted.
+        name: Name of the argument for the error message.
+        alternative: Other allowed values for the error message. Defaults to no other values.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ValueError(

@@ -1,13 +1,15 @@
-"""Sparse model files: `save_sparse` stores only the nonzero weights, `load_sparse` reads them.
+"""Sparse model files.
+
+`save_sparse` stores only the nonzero weights of a model, and `load_sparse` loads such a file.
 
 A sparse file is a `.keras` archive whose weights are stored in the safetensors format instead of
-HDF5. Every weight that gets smaller that way is stored as a bitmap, one bit per entry (1 for a
-nonzero entry, most significant bit first), and the nonzero values in C order:
+HDF5. A weight is stored as a bitmap and its nonzero values in C order, if this takes fewer bytes.
+The bitmap has one bit per entry, 1 for a nonzero entry, most significant bit first:
 
     bytes of a float32 weight = (density + 1/32) * bytes of the dense weight
 
-The archive also holds the structure of the HDF5 file, so that `load_sparse` rebuilds the `.keras`
-archive and lets Keras load it.
+The archive also holds the structure of the HDF5 file. With this structure, `load_sparse` rebuilds
+the `.keras` archive and lets Keras load it.
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ _FORMAT = 1
 def save_sparse(model, path, include_optimizer: bool = False) -> None:
     """Save a model in one file that holds only its nonzero weights.
 
-    A float32 weight takes about (density + 1/32) of its dense bytes. The file is written in one
-    step, and an error leaves no file. Pruned weights are stored as zeros; use `model.save` to also
-    keep the values that masked weights have under their mask.
+    A float32 weight takes about (density + 1/32) of its dense bytes. The write is atomic, and an
+    error leaves no file. Pruned weights are stored as zeros. Use `model.save` to also keep the
+    values of masked weights under their masks.
 
     Args:
         model: a built Keras 3 model: sparse, stripped or dense.
@@ -185,12 +187,12 @@ def _encode(weights: h5py.File, include_optimizer: bool) -> tuple[dict, dict[str
             return
         values = np.ascontiguousarray(item[()]).reshape(-1)
         entry = {"attributes": attributes, "dtype": values.dtype.str, "shape": item.shape}
-        kept = values.view(f"u{values.dtype.itemsize}") != 0  # -0.0 is not zero here
+        kept = values.view(f"u{values.dtype.itemsize}") != 0  # -0.0 counts as nonzero.
         bitmap = np.packbits(kept)
         entry["sparse"] = bool(
             bitmap.nbytes + np.count_nonzero(kept) * values.itemsize < values.nbytes
         )
-        if values.dtype.kind == "b":  # the bitmap is the whole mask
+        if values.dtype.kind == "b":  # The bitmap holds all boolean values.
             tensors[f"{name}:bitmap"] = bitmap
             entry["sparse"] = True
         elif entry["sparse"]:
@@ -206,7 +208,7 @@ def _encode(weights: h5py.File, include_optimizer: bool) -> tuple[dict, dict[str
 
 
 def _decode(structure: dict, tensors: dict[str, np.ndarray]) -> bytes:
-    """Return the HDF5 file for the structure and the tensors that `_encode` returned."""
+    """Return the HDF5 file, given the structure and the tensors that `_encode` returned."""
     content = io.BytesIO()
     with h5py.File(content, "w") as weights:
         weights.attrs.update(structure["attributes"])

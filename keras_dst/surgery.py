@@ -1,4 +1,7 @@
-"""Functions that change a model in place: `sparsify` makes it sparse, `strip` makes it stock."""
+"""Functions that change a model in place.
+
+`sparsify` makes a model sparse, and `strip` restores stock Keras layers.
+"""
 
 from __future__ import annotations
 
@@ -48,18 +51,18 @@ _FILTERED = "not selected by filters"
 
 @dataclass
 class SparsifyReport:
-    """Summary of a call of `sparsify`: the layers that are sparse now, and the layers that are not.
+    """Summary of a call of `sparsify`: the layers that became sparse, and the layers that did not.
 
-    The fields correspond to those of the `QuantizationReport` that `quantize` of Keras 3.16
+    The fields correspond to the fields of the `QuantizationReport` that `quantize` of Keras 3.16
     returns. `print` shows plain text, and a notebook shows a table.
 
     Attributes:
         method: Method that was applied.
-        sparsified: List of `(path, weights)`, with one entry per sparse layer: its path, and the
-            names of its weights that have a mask.
+        sparsified: List of `(path, weights)`, with one entry per sparse layer: the path of the
+            layer, and the names of its masked weights.
         skipped: List of `(path, reason)`, with one entry per layer that has a kernel and is not
             sparse.
-        doubled: List of paths of the batch normalizations that have a second set of variables now.
+        doubled: List of paths of the batch normalizations that now have a second set of variables.
             A method that trains two paths, such as `methods.DCIL`, needs the second set.
     """
 
@@ -80,7 +83,7 @@ class SparsifyReport:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        """Return a table for notebooks."""
+        """Return the report as an HTML table for notebooks."""
         rows = [
             "<tr>" + "".join(f'<td style="text-align:left">{html.escape(x)}</td>' for x in row)
             for row in self._rows()
@@ -103,40 +106,40 @@ class SparsifyReport:
 
 
 def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
-    """Make a model sparse, in place, as `model.quantize()` quantizes it.
+    """Make a model sparse, in place, like `model.quantize()` quantizes a model.
 
-    `sparsify` takes every method:
+    `sparsify` accepts every method:
 
-    * DST, DCIL, ST-3, OptG and Consensus mask the weights in the forward pass. A supported layer
-      becomes its sparse class, before or after `compile`. Layers inside nested, subclassed or
-      wrapping layers are included. Supported are dense, convolutional (also transposed, depthwise
-      and separable), `EinsumDense` (and thus attention) and `Embedding` layers, the cells of
-      recurrent layers, subclasses of all these, and your own layers if their class names its
-      weights in `prunable_weights`. A shared layer has one mask. DCIL also adds a second set of
-      variables to every batch normalization, and `filters` do not apply to these.
+    * DST, DCIL, ST-3, OptG and Consensus mask the weights in the forward pass. Each supported layer
+      is converted to its sparse class, before or after `compile`. Layers inside nested, subclassed
+      or wrapping layers are included. Supported layers are dense, convolutional (also transposed,
+      depthwise and separable), `EinsumDense` (and thus attention) and `Embedding` layers, and the
+      cells of recurrent layers. Subclasses of these layers are supported too, and custom layers
+      whose class names its weights in `prunable_weights`. A shared layer has one mask. DCIL also
+      adds a second set of variables to every batch normalization, independent of `filters`.
     * Magnitude, FlipOut, SET and RigL mask the weights in the optimizer step. The optimizer of a
-      compiled model becomes a `SparseOptimizer`, and the layers do not change.
+      compiled model is wrapped in a `SparseOptimizer`, and the layers do not change.
 
-    Weights, names and graph stay as they are. A compiled model stays compiled: its optimizer keeps
-    its state and everything that you set on it. Frozen layers are skipped. A layer that you freeze
-    later keeps the mask that it has then.
+    Weights, names and the graph do not change. A compiled model stays compiled. Its optimizer keeps
+    its state and all settings. Frozen layers are skipped. If you freeze a layer later, it keeps its
+    current mask.
 
     Args:
         model: Built Keras 3 model.
         method: Method from `keras_dst.methods`, such as `methods.Magnitude(0.9)`.
-        filters: Selection of layers. A string is the name or path of a layer, of a layer around it
-            or of one of its weights, or a regular expression for the whole name. A list of strings
-            selects all that one of them matches. A callable gets a layer and returns a boolean.
-            Defaults to None, which selects all layers.
+        filters: Selection of layers. A string is a name, a path, or a regular expression for a
+            whole name or path. It can refer to a layer, to a layer that contains it, or to one of
+            its weights. A list of strings selects all layers that at least one string matches. A
+            callable gets a layer and returns a boolean. Defaults to None, which selects all layers.
 
     Returns:
-        A `SparsifyReport`, which lists the sparse layers, and the skipped layers with the reasons.
+        A `SparsifyReport` that lists the sparse layers, and the skipped layers with the reasons.
 
     Raises:
-        TypeError: If the model is not a Keras 3 model, or the method is not a method.
-        ValueError: If the model is not built, is already sparse or has nothing to make sparse, if
-            a filter matches nothing, or if the method needs a compiled model and the model is not
-            compiled.
+        TypeError: If the model is not a Keras 3 model, or the method is not a keras_dst method.
+        ValueError: If the model is not built or is already sparse, if a filter matches nothing, or
+            if no layer can be made sparse. If the method needs a compiled model, and the model is
+            not compiled.
 
     Example:
         >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
@@ -161,9 +164,9 @@ def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
 def strip(model):
     """Write the masks into the weights as exact zeros and restore stock Keras layers, in place.
 
-    `strip` works after every method, and also on a model that was never sparse. The model predicts
-    the same as before. It stays compiled, with its plain optimizer, and holds no class of
-    keras_dst.
+    `strip` works after every method, and also on a model that was never sparse. The predictions of
+    the model do not change. A compiled model stays compiled, with its plain optimizer. It no longer
+    contains a keras_dst class.
 
     Args:
         model: Built Keras 3 model.
@@ -195,17 +198,17 @@ def strip(model):
 
 
 def has_sparse_layers(model) -> bool:
-    """Return whether a model holds sparse layers, gates or containers, which `strip` replaces."""
+    """Return whether a model contains sparse layers, gates or containers for `strip` to replace."""
     return any(isinstance(x, _SPARSE_CLASSES) for x in _keras.flatten_layers(model))
 
 
 def check_model(model) -> None:
-    """Raise unless the argument is a built Keras 3 model or layer."""
+    """Raise an error unless the argument is a built Keras 3 model or layer."""
     if isinstance(model, keras.Layer):
         if not model.built:
             raise ValueError(
-                f"'{model.name}' has no weights yet. Give it an Input, call model.build(shape), or "
-                "call it once on data."
+                f"'{model.name}' has no weights yet. Give the model an Input, call "
+                "model.build(shape), or call it once on data."
             )
         return
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
@@ -256,7 +259,7 @@ def _sparsify_model_layers(model, method: LayerMethod, filters: Filters) -> Spar
 
 
 def sparsify_layers(model, layers, method: LayerMethod) -> None:
-    """Make these layers sparse; they are part of a model or layer, which is built or not."""
+    """Make these layers sparse. They are part of a built or unbuilt model or layer."""
     _check_ties(layers)
     for layer in layers:
         make_sparse(layer, method)
@@ -303,7 +306,7 @@ def _check_not_empty(model, report: SparsifyReport) -> None:
 
 
 def _names_of(model, inner) -> dict[int, list[str]]:
-    """Return the names and paths of every layer and of the layers around it, by the layer's id."""
+    """Return the names and paths of each layer and of the layers around it, by the layer's id."""
     found = {id(layer): [layer.name, layer.path] for layer in inner}
     for outer in _keras.flatten_layers(model, include_self=False):
         for layer in _keras.flatten_layers(outer, include_self=False):
@@ -322,7 +325,7 @@ def _excluded_layers(model, method: LayerMethod, filters: Filters) -> dict[int, 
         if isinstance(layer, keras.layers.SpectralNormalization):
             reason = (
                 "SpectralNormalization divides the kernel by its norm without the mask; prune it "
-                "with a method that masks the update, such as Magnitude"
+                "with a method that masks the optimizer step, such as Magnitude"
             )
             excluded[id(layer)] = excluded[id(layer.layer)] = reason
     excluded.update(_excluded_outputs(model, method, filters))
@@ -335,9 +338,9 @@ def _excluded_outputs(model, method: Method, filters: Filters) -> dict[int, str]
         return {}
     if isinstance(method, UnitMethod) and _keras.graph_of(model) is None and filters is None:
         raise ValueError(
-            f"{type(method).__name__} prunes whole units, but not the units of the outputs. Which "
-            f"layers give the outputs of '{model.name}' is unknown, because its own `call` runs "
-            "it. Name the layers to prune with filters."
+            f"{type(method).__name__} prunes whole units, but not the units of the outputs. It is "
+            f"unknown which layers give the outputs of '{model.name}', because the model runs its "
+            "own `call` method. Name the layers to prune with filters."
         )
     return dict.fromkeys(_output_layers(model), "its units are the model's outputs")
 
@@ -377,16 +380,16 @@ def _holds_kernels(operation) -> bool:
 
 
 def _check_gates(model, layers) -> None:
-    """Raise if a Gate is not part of a graph, so that no stock layer can replace it."""
+    """Raise an error if a Gate is not part of a graph, so that no stock layer can replace it."""
     graphs = [g for x in _keras.flatten_layers(model) if (g := _graph_or_none(x)) is not None]
     placed = {id(operation) for graph in graphs for operation in graph.operations}
     for layer in layers:
         if isinstance(layer, Gate) and id(layer) not in placed:
             raise ValueError(
-                f"'{layer.name}' is a Gate that your own layer or model creates and calls. A file "
-                "of the stripped model would create the Gate again. Build the model as Sequential "
-                "or Functional to strip it, or use it as it is: its gates are constants in "
-                "inference."
+                f"'{layer.name}' is a Gate that a custom layer or model creates and calls. A file "
+                "of the stripped model would create the Gate again. To strip the model, build it "
+                "as Sequential or Functional. Otherwise use it without stripping, because its "
+                "gates are constants in inference."
             )
 
 
@@ -395,22 +398,22 @@ def _graph_or_none(layer):
 
 
 def _check_ties(layers) -> None:
-    """Raise if two layers hold the same weight, because a weight can have only one mask."""
+    """Raise an error if two layers hold the same weight, which can have only one mask."""
     owners: dict[int, str] = {}
     for layer in layers:
         for _, variable in prunable_weights_of(layer):
             if id(variable) in owners:
                 raise ValueError(
                     f"'{layer.name}' and '{owners[id(variable)]}' hold the same weight "
-                    f"'{variable.path}', which can have only one mask. Call one layer twice, or "
-                    "read the weight from the other layer in `call`, or use a method that masks "
-                    "the update, such as Magnitude."
+                    f"'{variable.path}', which can have only one mask. Call one layer twice, read "
+                    "the weight from the other layer in `call`, or use a method that masks the "
+                    "optimizer step, such as Magnitude."
                 )
             owners[id(variable)] = layer.name
 
 
 def _config_holds_layers(layer) -> bool:
-    """Return whether the config of a layer holds the layers inside, which then save themselves."""
+    """Return whether the config of a layer holds its inner layers, which then save themselves."""
     if not isinstance(layer, keras.Model):
         return False
     try:
@@ -420,7 +423,7 @@ def _config_holds_layers(layer) -> bool:
 
 
 def _record_recipes(layer) -> None:
-    """Turn every outermost layer whose config rebuilds plain layers into a `SparseContainer`."""
+    """Convert outermost layers whose config creates plain layers to a `SparseContainer`."""
     if not any(
         isinstance(x, SparseMixin) for x in _keras.flatten_layers(layer, include_self=False)
     ):
@@ -441,15 +444,16 @@ def _sparsify_optimizer(model, method: UpdateMethod, filters: Filters) -> Sparsi
     """Wrap the optimizer of a compiled model in a `SparseOptimizer`."""
     if getattr(model, "optimizer", None) is None:
         raise ValueError(
-            f"{type(method).__name__} masks the weights in the optimizer step, and "
-            f"'{model.name}' is not compiled. Call model.compile(...) first, or compile with "
+            f"{type(method).__name__} masks the weights in the optimizer step, but '{model.name}' "
+            "is not compiled. Call model.compile(...) first, or compile with "
             f"keras_dst.SparseOptimizer(optimizer, {method!r})."
         )
     scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     inner = model.optimizer.inner_optimizer if scaled else model.optimizer
     report, kernels, complete = _choose_kernels(model, method, filters, inner)
     _check_not_empty(model, report)
-    # Paths, and not the callable itself, because a SparseOptimizer selects variables by path.
+    # Select paths instead of passing the callable, because a SparseOptimizer selects variables by
+    # path.
     paths = None if complete else [re.escape(kernel.path) for kernel in kernels]
     with placed_like(kernels[0]):
         wrapper = SparseOptimizer(inner, method, paths)
@@ -461,7 +465,7 @@ def _sparsify_optimizer(model, method: UpdateMethod, filters: Filters) -> Sparsi
         model.optimizer.inner_optimizer = wrapper
     else:
         model.optimizer = wrapper
-    # `compile` adds the loss scaling of its own again when a file is loaded.
+    # `compile` adds loss scaling again when a file is loaded.
     compiled["optimizer"] = given if given is model.optimizer else wrapper
     _forget_compiled_steps(model)
     return report
@@ -470,7 +474,7 @@ def _sparsify_optimizer(model, method: UpdateMethod, filters: Filters) -> Sparsi
 def _choose_kernels(
     model, method: UpdateMethod, filters: Filters, optimizer
 ) -> tuple[SparsifyReport, list[Any], bool]:
-    """Return the report, the selected kernels, and whether these are all the kernels."""
+    """Return the report, the selected kernels, and whether all kernels are selected."""
     layers = _keras.flatten_layers(model)
     owners: dict[int, tuple[Any, Any]] = {}
     for layer in layers:
@@ -530,7 +534,7 @@ def _forget_compiled_steps(model) -> None:
 
 
 def _refresh(model) -> None:
-    """Prepare a model, compiled or not, for variables that it has gained or lost."""
+    """Prepare a model, compiled or not, for variables that its layers have gained or lost."""
     refresh_torch_parameters(model)
     if not isinstance(model, keras.Model):
         return

@@ -24,23 +24,24 @@ __all__ = ["SparseHyperModel"]
 
 
 class SparseHyperModel(keras_tuner.HyperModel):
-    """A KerasTuner hypermodel that trains each trial with `SparseTraining`.
+    """KerasTuner hypermodel that trains each trial with `SparseTraining`.
 
     The results of a trial are the logs of its last epoch, under names such as
     `"final_val_accuracy"`. The sparsity target is reached in the last epoch, and KerasTuner keeps
-    its weights. An earlier epoch is often more accurate, but less sparse. A trial that misses its
-    target fails with a message that states the deviation.
+    the weights of this epoch. An earlier epoch is often more accurate, but less sparse. A trial
+    that misses its target fails with a message that states the deviation.
 
     Args:
-        build: function from hyperparameters to a compiled sparse model, as KerasTuner takes it. It
-            applies `sparsify` or `SparseOptimizer`. The hyperparameters choose the method or its
-            arguments, such as sparsity, pattern or allocation.
+        build: function from hyperparameters to a compiled sparse model, as KerasTuner requires. The
+            function applies `sparsify` or `SparseOptimizer`. Its hyperparameters can be the method
+            or arguments of the method, such as sparsity, pattern or allocation.
         export: arguments of `export_tflite`, such as `{"optimize": "size"}`. If given, every trial
-            exports a temporary file and has the results `"file_bytes"`, `"gzip_bytes"`, `"latency"`
-            (seconds, unless `measure=False`) and `"file_accuracy"` (with `evaluate`). Defaults to
-            None: no export.
-        score: function from the dict of results to a number, the result `"score"`. It can weigh
-            accuracy against size or latency. Defaults to None: no such result.
+            exports a temporary file. The trial then has the results `"file_bytes"`, `"gzip_bytes"`,
+            `"latency"` (seconds, unless `measure=False`) and `"file_accuracy"` (with `evaluate`).
+            Defaults to None, which means no export.
+        score: function from the dict of results to a number, which becomes the result `"score"`.
+            The function can weigh accuracy against size or latency. Defaults to None, which adds no
+            such result.
 
     Raises:
         TypeError: `build` is not a function, or `export` has an unknown argument.
@@ -75,7 +76,7 @@ class SparseHyperModel(keras_tuner.HyperModel):
         self.build_model, self.export, self.score = build, export, score
 
     def build(self, hp):
-        """Return the model that the `build` function makes."""
+        """Return the model that the `build` function creates."""
         return self.build_model(hp)
 
     def fit(self, hp, model, *args, callbacks=(), **kwargs):
@@ -99,7 +100,7 @@ class SparseHyperModel(keras_tuner.HyperModel):
 
 
 def _exported(model, options: Mapping[str, Any]) -> dict[str, float]:
-    """Export a model; return the size of its file, and its latency and accuracy if measured."""
+    """Export a model. Return the file size, and the latency and accuracy if they were measured."""
     with tempfile.TemporaryDirectory() as folder:
         file = export_tflite(model, pathlib.Path(folder) / "model.tflite", **options).files[-1]
     found = {

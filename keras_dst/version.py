@@ -1,3 +1,3 @@
-"""The version, readable without importing keras."""
+"""Version of the package, readable without importing Keras."""
 
 __version__ = "0.1.0"

@@ -240,7 +240,7 @@ def test_lint_documents_its_exit_codes(capsys):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "is not a file"), (b"", "whole zip"), (b"PK\x03\x04 cut", "whole zip")],
+    [(None, "is not a file"), (b"", "complete zip"), (b"PK\x03\x04 cut", "complete zip")],
     ids=["missing", "empty", "truncated"],
 )
 @pytest.mark.parametrize("command", ["report", "strip", "shrink", "export"])
@@ -259,7 +259,7 @@ def test_a_file_that_is_not_a_model(command, content, message, tmp_path, capsys)
     ("name", "message"),
     [
         ("model.h5", "keras_dst.tfmot.load"),
-        ("model.weights.h5", "weights alone"),
+        ("model.weights.h5", "contains only weights"),
         ("model.tflite", "keras-dst inspect"),
     ],
 )

@@ -317,6 +317,6 @@ def test_a_gate_that_is_part_of_no_graph():
 
     model = Gated()
     model(np.ones((2, 3), "float32"))
-    with pytest.raises(ValueError, match="your own layer or model creates and calls"):
+    with pytest.raises(ValueError, match="custom layer or model creates and calls"):
         keras_dst.strip(model)
     assert isinstance(model.gate, Gate)

@@ -420,7 +420,7 @@ class TestErrors:
             SparseOptimizer(Magnitude(0.9), "sgd")
 
     def test_loss_scaling_inside(self):
-        with pytest.raises(ValueError, match="LossScaleOptimizer goes around"):
+        with pytest.raises(ValueError, match="LossScaleOptimizer has to wrap"):
             SparseOptimizer(
                 keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), Magnitude(0.5)
             )

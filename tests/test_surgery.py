@@ -291,8 +291,8 @@ def test_the_report_says_what_was_skipped_and_why():
     assert report.sparsified == [(model.layers[-1].path, ("kernel",))]
     parts = [
         "needs an input axis",
-        "masks the update, such as Magnitude",  # the wrapper, which holds the kernel too
-        "masks the update, such as Magnitude",
+        "masks the optimizer step, such as Magnitude",  # the wrapper, which holds the kernel too
+        "masks the optimizer step, such as Magnitude",
         "LoRA",
         "quantized",
         "Undeclared is not supported",

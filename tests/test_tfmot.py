@@ -301,7 +301,7 @@ def test_the_callback_refuses_models_that_it_cannot_prune():
         fit(compiled(dense(7)))
     callback = tfmot.UpdatePruningStep()
     callback.set_model(tfmot.prune_low_magnitude(dense(7)))
-    with pytest.raises(ValueError, match="Compile it"):
+    with pytest.raises(ValueError, match="Compile the model"):
         callback.on_train_begin()
     if keras.backend.backend() != "torch":  # Keras refuses it on torch.
         model = compiled(tfmot.prune_low_magnitude(dense(7)), steps_per_execution=4)
@@ -727,9 +727,9 @@ SCHEDULE = {"class_name": "Mine", "config": {}}
     ("layer", "message"),
     [
         (LAMBDA, "runs code from the file"),
-        (changed(activation=LAMBDA_INSIDE), "neither of Keras 3 nor registered"),
-        (changed(kernel_initializer=FOREIGN), "neither of Keras 3 nor registered"),
-        ({**FOREIGN, "config": {"name": "d"}}, "neither of Keras 3 nor registered"),
+        (changed(activation=LAMBDA_INSIDE), "neither a Keras 3 class nor registered"),
+        (changed(kernel_initializer=FOREIGN), "neither a Keras 3 class nor registered"),
+        ({**FOREIGN, "config": {"name": "d"}}, "neither a Keras 3 class nor registered"),
         (changed(time_major=True), "time_major=True"),
         (changed(units=4), "shapes"),
         (

@@ -1,7 +1,7 @@
 """The pruning API of TensorFlow Model Optimization (tfmot) on Keras 3.
 
-Names, arguments and masks are those of `tfmot.sparsity.keras` 0.8, on every backend. Masks live in
-the layers, as after `sparsify`, so that `report`, `shrink` and `export_tflite` read a pruned model
+Names, arguments and masks equal `tfmot.sparsity.keras` 0.8, on every backend. The layers hold the
+masks, as after `sparsify`. Therefore `report`, `shrink` and `export_tflite` read a pruned model
 directly.
 """
 

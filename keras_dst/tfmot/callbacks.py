@@ -1,4 +1,4 @@
-"""`UpdatePruningStep`: the callback that prunes while a model is trained."""
+"""`UpdatePruningStep`: the callback that prunes a model during training."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from keras_dst.tfmot.pruning import is_pruned
 class UpdatePruningStep(keras.callbacks.Callback):
     """Callback that updates the masks of pruned layers and sets masked weights to zero.
 
-    In your own training loop, compile the model, then call `set_model` and `on_train_begin`. Call
-    `on_train_batch_begin` before every step and `on_epoch_end` after every epoch.
+    In a custom training loop, compile the model, then call `set_model` and `on_train_begin` of this
+    callback. Call `on_train_batch_begin` before every step, and `on_epoch_end` after every epoch.
 
     Raises:
-        ValueError: When training begins, if the model has no pruned layer, is not compiled, or is
-            compiled with `steps_per_execution` above 1, which hides steps from callbacks.
+        ValueError: When training begins, if the model has no pruned layer or is not compiled. Also
+            if it is compiled with `steps_per_execution` above 1, which hides steps from callbacks.
 
     Example:
         >>> model.fit(x, y, epochs=2, callbacks=[keras_dst.tfmot.UpdatePruningStep()])
@@ -42,7 +42,7 @@ class UpdatePruningStep(keras.callbacks.Callback):
             )
         if getattr(self.model, "optimizer", None) is None:
             raise ValueError(
-                f"'{self.model.name}' has no optimizer, whose counter tells the step. Compile it."
+                f"'{self.model.name}' has no optimizer to count the steps. Compile the model."
             )
         if self.model.steps_per_execution != 1:
             raise ValueError(
@@ -83,11 +83,12 @@ class _StepDriver(LayerDriver):
     def __init__(self, model, layers_):
         super().__init__(model, layers_)
         self.schedule = self.method.pruning_schedule
-        self.step: int | None = None  # Read at the first step, after a backup may be restored.
+        # The value is read at the first step, because a backup may be restored before this step.
+        self.step: int | None = None
         self.set_active(True)
 
     def before_step(self):
-        """Count a step, update the masks if the schedule says so, and zero masked weights."""
+        """Count a step, update the masks if an update is due, and set masked weights to zero."""
         if self.step is None:
             self.step, _ = self.read_progress()
             self.save_progress()
@@ -99,14 +100,14 @@ class _StepDriver(LayerDriver):
         self.apply_masks()
 
     def apply_masks(self):
-        """Set masked weights to zero again: the optimizer step has moved them."""
+        """Set masked weights to zero again, because the optimizer step has changed them."""
         weights, states = self._values()
         masked = _masked_weights()(weights, [state["mask"] for state in states])
         for weight, value in zip(self.weights, masked):
             weight.assign(value)
 
     def save_progress(self):
-        """Store the number of steps in the layers, so that a later fit continues from it."""
+        """Store the number of steps in the layers, so that a later fit continues from this step."""
         if self.step is not None:
             self.write_progress(self.step, 1)
 

@@ -1,4 +1,4 @@
-"""`load`: read a model that tfmot pruned in tf_keras from its file."""
+"""`load`: read a file of a model that was pruned with tfmot in tf_keras."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _SCHEDULES = {"ConstantSparsity": ConstantSparsity, "PolynomialDecay": Polynomia
 
 
 def load(path: str | os.PathLike) -> keras.Model:
-    """Load a model of tf_keras, pruned with tfmot or not, from its `.keras` or `.h5` file.
+    """Load a tf_keras model from its `.keras` or `.h5` file. The model may be pruned with tfmot.
 
-    The model keeps its masks, schedules and step counts. Compile it to continue training, or strip
-    it. Neither tf_keras nor tfmot is needed.
+    The model keeps its masks, schedules and step counts. Compile the model to continue training, or
+    strip it. This function needs neither tf_keras nor tfmot.
 
     Args:
         path: Path of the `.keras` or `.h5` file.
 
     Returns:
-        A Keras 3 model, not compiled.
+        A Keras 3 model that is not compiled.
 
     Raises:
-        ValueError: If the file is of another kind, or if a layer in it does not exist in Keras 3
-            in the same form. Register your own layers before you load the file.
+        ValueError: If the file is of another kind, or if Keras 3 does not have a layer of the file
+            in the same form. Register custom layers before you load the file.
 
     Example:
         >>> model = keras_dst.tfmot.load("pruned.h5")

@@ -1,7 +1,7 @@
-"""Reader for files of Keras 2 (`tf_keras`) models, pruned with tfmot or not.
+"""Reader for files of Keras 2 (`tf_keras`) models, which may be pruned with tfmot.
 
-The reader needs neither tf_keras nor tfmot, and runs no code from a file. It creates objects of
-Keras classes and of registered classes only.
+The reader needs neither tf_keras nor tfmot, and runs no code from a file. The reader creates only
+objects of Keras classes and of registered classes.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from keras_dst import _keras
 _WRAPPER = "PruneLowMagnitude"  # Class name of the wrapper that tfmot puts around a layer.
 _STATE = re.compile(r"(mask|threshold|pruning_step)(_\d+)?:0")
 _MODELS = ("Sequential", "Functional", "Model")
-# Arguments without a meaning in Keras 3. Other unknown arguments are dropped only if falsy.
+# Arguments that have no meaning in Keras 3. Other unknown arguments are dropped only if they are
+# false.
 _SHAPES = ("batch_input_shape", "input_length", "query_shape", "key_shape", "value_shape")
 _UNUSED = ("implementation", "kernel_initializer", "kernel_regularizer", "kernel_constraint")
 
 
 @dataclass
 class Wrapper:
-    """A tfmot wrapper around a layer, as read from a file.
+    """Wrapper of tfmot around a layer, as read from a file.
 
     Attributes:
         layer: Name of the wrapped layer.
@@ -48,17 +49,17 @@ class Wrapper:
 
 
 def read(path: str | os.PathLike) -> tuple[keras.Model, list[Wrapper]]:
-    """Read a model without its tfmot wrappers, and the wrappers, from a file of Keras 2.
+    """Read a Keras 2 file, and return the model without tfmot wrappers, and the wrappers.
 
     Raises:
-        ValueError: If the file is not a `.keras` or `.h5` file of a model, or if Keras 3 cannot
-            express a layer in it.
+        ValueError: If the file is not a `.keras` or `.h5` file of a model, or if Keras 3 does not
+            support a layer in the file.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(
             f"Expected a .keras or .h5 file. Received: {path}. Save the model in such a file with "
-            "the tf_keras that made it."
+            "the version of tf_keras that created it."
         )
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive, archive.open("model.weights.h5") as weights:
@@ -66,11 +67,13 @@ def read(path: str | os.PathLike) -> tuple[keras.Model, list[Wrapper]]:
             with h5py.File(weights, "r") as file:
                 return _build(config, _KerasFormat(), file)
     if not h5py.is_hdf5(path):
-        raise ValueError(f"Expected a .keras or .h5 file. Received: {path}, which is neither.")
+        raise ValueError(
+            f"Expected a .keras or .h5 file. Received: {path}, which is not a .keras or .h5 file."
+        )
     with h5py.File(path, "r") as file:
         if "model_config" not in file.attrs:
             raise ValueError(
-                f"{path} holds weights but no model. Save the whole model: model.save(path)."
+                f"{path} holds weights but no model. Save the whole model with model.save(path)."
             )
         config = json.loads(file.attrs["model_config"])
         return _build(config, _H5Format(), file["model_weights"])
@@ -80,9 +83,9 @@ def _build(config, file_format, root) -> tuple[keras.Model, list[Wrapper]]:
     """Build the model of a config and assign its stored weights."""
     if "layers" not in config["config"]:
         raise ValueError(
-            f"The file holds a {config['class_name']}, which is neither Sequential nor Functional, "
-            "so the code of its call is not in the file. Write the model for Keras 3, and load "
-            "the weights into it."
+            f"The file holds a {config['class_name']}, which is neither Sequential nor "
+            "Functional, so the code of its call is not in the file. Write this model class for "
+            "Keras 3, and load the weights into the new model."
         )
     model = keras.saving.deserialize_keras_object(_model_config(config))
     if not model.built:
@@ -97,7 +100,7 @@ def _build(config, file_format, root) -> tuple[keras.Model, list[Wrapper]]:
 
 
 def _model_config(config: dict) -> dict:
-    """Convert the config of a model to Keras 3, with layers in place of their wrappers."""
+    """Convert the config of a model to Keras 3, and replace wrappers by the wrapped layers."""
     own = dict(config["config"])
     renamed = {_name(x): _name(_unwrapped(x)) for x in own["layers"]}
     first_calls = _first_calls(own)
@@ -151,7 +154,7 @@ def _is_reference(x, names) -> bool:
 
 
 def _first_calls(model: dict) -> dict[str, int]:
-    """Return the index of the first call of each layer. In Keras 2 it can be above 0."""
+    """Return the index of the first call of each layer. In Keras 2, this index can be above 0."""
     first: dict[str, int] = {}
     names = {_name(x) for x in model["layers"]}
 
@@ -170,7 +173,7 @@ def _name(entry: dict) -> str:
 
 
 def _unwrapped(entry: dict) -> dict:
-    """Return the config of a layer without the wrapper of tfmot."""
+    """Return the config of a layer without its tfmot wrapper."""
     return entry["config"]["layer"] if entry["class_name"] == _WRAPPER else entry
 
 
@@ -183,7 +186,7 @@ def _layer_config(entry: dict) -> dict:
     custom = keras.saving.get_registered_object(registered)
     cls = custom or getattr(keras.layers, name, None)
     if cls is None or cls is keras.layers.Lambda:
-        reason = "runs code from the file" if cls else "is neither of Keras 3 nor registered"
+        reason = "runs code from the file" if cls else "is neither a Keras 3 class nor registered"
         raise ValueError(
             f"'{_name(entry)}' is a {name}, which {reason}. Write it as a layer of Keras 3 with "
             "@keras.saving.register_keras_serializable(), and load the file again."
@@ -199,7 +202,7 @@ def _layer_config(entry: dict) -> dict:
 
 
 def _arguments(cls, config: dict) -> dict:
-    """Return the arguments of a layer that its class in Keras 3 accepts."""
+    """Return the arguments of a layer that its Keras 3 class accepts."""
     known = {name for base in cls.__mro__ for name in inspect.signature(base.__init__).parameters}
     config = dict(config)
     if cls is keras.layers.InputLayer and "batch_input_shape" in config:
@@ -210,8 +213,8 @@ def _arguments(cls, config: dict) -> dict:
         value = config.pop(name)
         if value and name not in _SHAPES + _UNUSED and (name, value) != ("groups", 1):
             raise ValueError(
-                f"'{config['name']}' has {name}={value!r}, which the {cls.__name__} of Keras 3 "
-                "does not know. Build the model in Keras 3, and load the weights into it."
+                f"'{config['name']}' has {name}={value!r}, but the {cls.__name__} of Keras 3 has "
+                "no such argument. Build the model in Keras 3, and load the weights into it."
             )
     return config
 
@@ -234,8 +237,9 @@ def _config_value(x):
             return {**x, "module": f"keras.{kind}"}
     if keras.saving.get_registered_object(registered) is None:
         raise ValueError(
-            f"The file holds a {name} ({registered!r}), which is neither of Keras 3 nor "
-            "registered. Decorate yours with @keras.saving.register_keras_serializable()."
+            f"The file holds a {name} ({registered!r}), which is neither a Keras 3 class nor "
+            "registered. Decorate a custom class with "
+            "@keras.saving.register_keras_serializable()."
         )
     return {**x, "module": None, "registered_name": registered}
 
@@ -274,7 +278,7 @@ class _H5Format:
 
     def find_layers(self, group, entries):
         """Map the name of each layer to its pairs of path and array."""
-        if isinstance(group, list):  # The weights of a model inside the model are in one list.
+        if isinstance(group, list):  # All weights of a nested model are in one list.
             return {
                 _name(x): [pair for pair in group if _names_in(x) & set(pair[0].split("/"))]
                 for x in entries
@@ -304,7 +308,7 @@ class _KerasFormat:
 
     def find_layers(self, group, entries):
         """Map the name of each layer to its group."""
-        # A Sequential does not list its InputLayer among its layers.
+        # A Sequential model does not list its InputLayer among its layers.
         counted = (
             entries
             if "inbound_nodes" in entries[0]
@@ -320,7 +324,7 @@ class _KerasFormat:
         return [variable for variable, _ in pairs], [array for _, array in pairs]
 
     def _pairs(self, group, owner):
-        """Yield pairs of variable and stored array for a layer and the layers inside it."""
+        """Yield pairs of a variable and its stored array for a layer and its inner layers."""
         if isinstance(owner, (list, tuple)):
             for key, layer in zip(_keys([type(x).__name__ for x in owner]), owner):
                 yield from self._pairs(group[key], layer)
@@ -342,13 +346,13 @@ class _KerasFormat:
 
 
 def _names_in(entry) -> set[str]:
-    """Return the names of a layer, of its wrapper, and of all layers inside it."""
+    """Return the names of a layer, of its wrapper, and of all its inner layers."""
     inner = [_names_in(x) for x in entry["config"].get("layers", [])]
     return {_name(entry), _name(_unwrapped(entry))}.union(*inner)
 
 
 def _numbered(group) -> list[np.ndarray]:
-    """Return the arrays of a group whose names are 0, 1, 2, ..."""
+    """Return the arrays of a group whose names are 0, 1, 2 and so on."""
     stored = group.get("vars", {})
     return [stored[str(i)][()] for i in range(len(stored))]
 
@@ -364,7 +368,7 @@ def _strings(group, name) -> list[str]:
 
 
 def _keys(classes: list[str]) -> list[str]:
-    """Return the group names of layers of these classes in a file: dense, dense_1, ..."""
+    """Return the group names of layers of these classes in a file, such as dense and dense_1."""
     found: list[str] = []
     for name in classes:
         snake = re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", re.sub(r"\W+", "", name))

@@ -8,7 +8,7 @@ import numpy as np
 def magnitude_mask(w: np.ndarray, sparsity: float) -> np.ndarray:
     """Return a boolean mask of the `max(1, round(size * (1 - sparsity)))` largest magnitudes.
 
-    Weights that tie with the smallest kept magnitude are kept as well, as in tfmot.
+    Weights that tie with the smallest kept magnitude are kept too, as in tfmot.
     """
     magnitudes = np.abs(w)
     kept = max(1, int(np.round(np.float32(w.size) * (np.float32(1) - np.float32(sparsity)))))
@@ -22,11 +22,12 @@ def block_mask(w: np.ndarray, sparsity: float, block_size, pooling: str) -> np.n
         w: Matrix of shape (inputs, outputs).
         sparsity: Fraction of blocks that the mask prunes.
         block_size: Rows (inputs) and columns (outputs) of a block.
-        pooling: `"AVG"` ranks blocks by their mean magnitude, `"MAX"` by the largest.
+        pooling: `"AVG"` ranks blocks by their mean magnitude, and `"MAX"` ranks blocks by their
+            largest magnitude.
 
     If the block size does not divide an axis, tfmot splits the padding between both ends of the
-    axis. The windows that it pools then start before the blocks that they decide about. This
-    function does the same.
+    axis. The pooled windows then start before the blocks that get the masks. This function pads in
+    the same way.
     """
     pooled = np.abs(w)
     for axis, length in enumerate(block_size):
@@ -38,7 +39,7 @@ def block_mask(w: np.ndarray, sparsity: float, block_size, pooling: str) -> np.n
 
 
 def _pool(values, axis, length, reduce):
-    """Reduce windows of `length` entries along one axis, padded alike at both ends."""
+    """Reduce windows of `length` entries along one axis, with equal padding at both ends."""
     windows = -(-values.shape[axis] // length)
     missing = windows * length - values.shape[axis]
     padding = [(0, 0), (0, 0)]

@@ -1,4 +1,4 @@
-"""`PruneLowMagnitude`: the method of the layers that `prune_low_magnitude` prunes."""
+"""`PruneLowMagnitude`: the method of layers that `prune_low_magnitude` prunes."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ from keras_dst.tfmot.schedules import PruningSchedule
 
 @keras.saving.register_keras_serializable("keras_dst.tfmot")
 class PruneLowMagnitude(LayerMethod):
-    """Magnitude pruning by the rules of tfmot, with one mask per weight in its layer.
+    """Magnitude pruning by the rules of tfmot, with one mask per weight.
 
         t = 1, 2, ...  before step t, if the schedule updates at t:
                            m = 1[|w| >= k-th largest |w|],  k = max(1, round(size (1 - s_t))),
                            w = m w
                        in step t: forward with m w, gradient for all of w
 
-    Each weight is ranked by itself. A pruned weight gets a gradient, so that the next update can
+    Each weight is ranked separately. A pruned weight gets a gradient, so that the next update can
     keep it again.
 
     Args:
-        pruning_schedule: Schedule that decides when masks are updated, and their sparsity.
+        pruning_schedule: Schedule that decides when masks are updated, and the sparsity of each
+            update.
         block_size: Rows (inputs) and columns (outputs) of a block. Defaults to (1, 1).
-        block_pooling_type: `"AVG"` ranks blocks by their mean magnitude, `"MAX"` by the largest.
-            Defaults to `"AVG"`.
-        sparsity_m_by_n: Pair `(m, n)`: m zeros in every n consecutive inputs. Defaults to None.
+        block_pooling_type: `"AVG"` ranks blocks by their mean magnitude, and `"MAX"` ranks blocks
+            by their largest magnitude. Defaults to `"AVG"`.
+        sparsity_m_by_n: Pair `(m, n)`, which sets m of every n consecutive inputs to zero. Defaults
+            to None.
 
     Source: arXiv 1710.01878; tfmot 0.8.
     """
@@ -71,7 +73,7 @@ class PruneLowMagnitude(LayerMethod):
         return True
 
     def applies_to(self, layout):
-        return bool(layout.inputs)  # Depthwise kernels have no input axis; tfmot skips them.
+        return bool(layout.inputs)  # Depthwise kernels have no input axis, so tfmot skips them.
 
     def check(self, shape, layout):
         for name, ranks in (("block_size", (2,)), ("sparsity_m_by_n", (2, 4))):
@@ -87,7 +89,7 @@ class PruneLowMagnitude(LayerMethod):
         return super().build(layer, name, variable, layout)
 
     def apply(self, w, state, layout):
-        # The forward pass sees m w; the gradient reaches every entry of w.
+        # The forward pass uses m w, and the gradient reaches every entry of w.
         return w - ops.stop_gradient(ops.where(self.mask(w, state), 0, w))
 
     def is_update(self, step: int) -> bool:
@@ -95,7 +97,7 @@ class PruneLowMagnitude(LayerMethod):
         return step == 1 if self.sparsity_m_by_n else bool(self.pruning_schedule(step)[0])
 
     def new_mask(self, w: np.ndarray, step: int) -> np.ndarray:
-        """Return the mask that a weight gets at this step."""
+        """Return the new mask of a weight at this step."""
         if self.sparsity_m_by_n:
             zeros, group = self.sparsity_m_by_n
             magnitudes = ops.abs(ops.convert_to_tensor(w))

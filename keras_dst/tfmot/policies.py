@@ -1,4 +1,4 @@
-"""Pruning policies of tfmot: which layers of a model are pruned."""
+"""Pruning policies of tfmot, which decide which layers of a model are pruned."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class PruneForLatencyOnXNNPack(PruningPolicy):
     """Policy that prunes the 1x1 convolutions which XNNPACK computes with its sparse kernels.
 
     The model must begin with `ZeroPadding2D(1)` and `Conv2D(n, 3, strides=2, padding="valid")` on
-    three channels, and end with `GlobalAveragePooling2D`. XNNPACK must support every layer between
-    them in its sparse form. Models inside the model are followed layer by layer. For a `.tflite`
-    file, `keras_dst.lint` gives the same information.
+    three channels, and end with `GlobalAveragePooling2D`. XNNPACK must have a sparse form of every
+    layer between these layers. For nested models, the policy checks the layers of the nested model.
+    For a `.tflite` file, `keras_dst.lint` gives the same information.
 
     Example:
         >>> policy = keras_dst.tfmot.PruneForLatencyOnXNNPack()
@@ -44,8 +44,8 @@ class PruneForLatencyOnXNNPack(PruningPolicy):
         graph = _keras.graph_of(model)
         if graph is None:
             raise ValueError(
-                f"{type(self).__name__} needs the graph of a model, and '{model.name}' runs its "
-                "own call method instead. Build the model as Sequential or Functional."
+                f"{type(self).__name__} needs the graph of a model, but '{model.name}' runs its "
+                "own call method. Build the model as Sequential or Functional."
             )
         fed = _fed_tensors(graph, {})
         producers, consumers = _edges(graph, fed)
@@ -81,12 +81,12 @@ class PruneForLatencyOnXNNPack(PruningPolicy):
 
 
 def _graph_in(operation):
-    """Return the graph of a model inside a model; None for any other operation."""
+    """Return the graph of a nested model, or None for any other operation."""
     return _keras.graph_of(operation) if isinstance(operation, keras.Model) else None
 
 
 def _fed_tensors(graph, found: dict[Any, list]) -> dict[Any, list]:
-    """Map each InputLayer of a model inside a model to the tensors that are passed to it."""
+    """Map each InputLayer of a nested model to the tensors that are passed to the nested model."""
     for node in _keras.nodes_in_order(graph):
         if inner := _graph_in(node.operation):
             for tensor, fed in zip(inner.inputs, node.input_tensors):
@@ -96,7 +96,10 @@ def _fed_tensors(graph, found: dict[Any, list]) -> dict[Any, list]:
 
 
 def _producers_of(tensor, fed: dict[Any, list]) -> list:
-    """Return the operations that make a tensor. Models inside the model are looked through."""
+    """Return the operations that make a tensor.
+
+    For the output of a nested model, these are operations inside the nested model.
+    """
     operation = _keras.operation_of(tensor)
     if operation in fed:
         return [x for outer in fed[operation] for x in _producers_of(outer, fed)]
@@ -108,7 +111,7 @@ def _producers_of(tensor, fed: dict[Any, list]) -> list:
 
 
 def _edges(graph, fed: dict[Any, list]) -> tuple[dict[Any, list], dict[Any, list]]:
-    """Return the producers and the consumers of every operation, models inside included."""
+    """Return the producers and consumers of every operation, also in nested models."""
     producers: dict[Any, list] = {}
     consumers: dict[Any, list] = {}
     for node in _keras.nodes_in_order(graph):
@@ -126,7 +129,7 @@ def _edges(graph, fed: dict[Any, list]) -> tuple[dict[Any, list], dict[Any, list
 
 
 def _first_on_every_path(starts, is_wanted, neighbors) -> list:
-    """Return the first wanted operation on every path; an empty list if a path has none."""
+    """Return the first wanted operation on every path, or an empty list if a path has none."""
     found, queue = [], list(dict.fromkeys(starts))
     for operation in queue:  # The loop body appends to the queue.
         if is_wanted(operation):
@@ -153,7 +156,7 @@ def _is_end(layer) -> bool:
 
 
 def _padding_before(layer, producers) -> int | None:
-    """Return the width of the ZeroPadding2D before a layer, if it is the same on all sides."""
+    """Return the width of the ZeroPadding2D before a layer, if it is equal on all sides."""
     first, *others = producers.get(layer, [None])
     if others or not isinstance(first, layers.ZeroPadding2D):
         return None
@@ -194,4 +197,4 @@ _LAYERS = (
     *(layers.Add, layers.Subtract, layers.Multiply, layers.Identity, layers.Dropout),
     *(layers.ZeroPadding2D, layers.ReLU, layers.LeakyReLU, layers.ELU),
 )
-_OPERATIONS = ("Add", "Subtract", "Multiply")  # Classes of keras.ops, as in `a - b`.
+_OPERATIONS = ("Add", "Subtract", "Multiply")  # These are classes of keras.ops, as in `a - b`.

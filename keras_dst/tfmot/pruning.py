@@ -1,4 +1,4 @@
-"""`prune_low_magnitude` and `strip_pruning`: prune layers in place, and make them stock again."""
+"""`prune_low_magnitude` and `strip_pruning`: prune layers in place, and restore stock layers."""
 
 from __future__ import annotations
 
@@ -28,31 +28,32 @@ def prune_low_magnitude(
     sparsity_m_by_n: tuple[int, int] | None = None,
     **kwargs,
 ):
-    """Let `UpdatePruningStep` prune the kernels of a model or layer while it is trained.
+    """Prepare a model or layer so that `UpdatePruningStep` prunes its kernels during training.
 
-    The model or layer is changed in place and returned. Layers that are pruned already keep their
+    The model or layer is changed in place and returned. Layers that are already pruned keep their
     schedule. Frozen layers of a model stay dense. Fit with `callbacks=[UpdatePruningStep()]`.
 
     Args:
         to_prune: A built Keras 3 model, a layer (built or not), or a list of layers.
-        pruning_schedule: Schedule that decides when masks are updated, and their sparsity.
-            Defaults to `ConstantSparsity(0.5, 0)`.
+        pruning_schedule: Schedule that decides when masks are updated, and the sparsity of each
+            update. Defaults to `ConstantSparsity(0.5, 0)`.
         block_size: Rows (inputs) and columns (outputs) of the blocks that are pruned as a whole,
-            for weights that are matrices. This is the order of tfmot; in a `pattern` of
-            `keras_dst.methods`, outputs come first: `"1x4"` is `block_size=(4, 1)` here.
-            Defaults to (1, 1).
-        block_pooling_type: `"AVG"` ranks blocks by their mean magnitude, `"MAX"` by the largest.
-            Defaults to `"AVG"`.
-        pruning_policy: Policy that chooses the layers of a model. Defaults to None: all layers.
-        sparsity_m_by_n: Pair `(m, n)`: m zeros in every n consecutive inputs. The mask is chosen
-            at step 1, whatever the schedule says. Defaults to None.
+            for weights that are matrices. This is the order of tfmot. In a `pattern` of
+            `keras_dst.methods`, outputs come first: `"1x4"` is `block_size=(4, 1)` here. Defaults
+            to (1, 1).
+        block_pooling_type: `"AVG"` ranks blocks by their mean magnitude, and `"MAX"` ranks blocks
+            by their largest magnitude. Defaults to `"AVG"`.
+        pruning_policy: Policy that chooses the layers of a model. Defaults to None, which means all
+            layers.
+        sparsity_m_by_n: Pair `(m, n)`, which sets m of every n consecutive inputs to zero. The mask
+            is computed at step 1, independent of the schedule. Defaults to None.
 
     Returns:
         `to_prune`.
 
     Raises:
         TypeError: If `to_prune` is not a Keras 3 model, a layer or a list of layers.
-        ValueError: If a layer cannot be pruned in this way. Nothing is changed then.
+        ValueError: If a layer cannot be pruned in this way. In this case, no layer is changed.
 
     Example:
         >>> model = keras_dst.tfmot.prune_low_magnitude(model)
@@ -69,7 +70,7 @@ def prune_low_magnitude(
         )
     method = PruneLowMagnitude(pruning_schedule, block_size, block_pooling_type, sparsity_m_by_n)
     targets = to_prune if isinstance(to_prune, list) else [to_prune]
-    # Check before the first change, so that an error leaves everything as it was.
+    # Check all layers before the first change, so that an error leaves everything unchanged.
     plans = [(target, _layers_to_prune(target, method, pruning_policy)) for target in targets]
     for target, layers_ in plans:
         if layers_ == [target] and _is_unbuilt_composite(target):
@@ -97,13 +98,13 @@ def is_pruned(layer) -> bool:
 
 
 def leaf_layers(model) -> Iterator:
-    """Yield the layers of a model that are not models, also the layers of models inside it."""
+    """Yield the layers of a model that are not models, including the layers of nested models."""
     for layer in model.layers:
         yield from leaf_layers(layer) if isinstance(layer, keras.Model) else [layer]
 
 
 def prunable_layers(layers, method: PruneLowMagnitude) -> list:
-    """Return the layers among these that the method prunes, without layers that are pruned already.
+    """Return the layers among these that the method prunes, except layers that are already pruned.
 
     Raises:
         ValueError: If a layer has weights that cannot be pruned.
@@ -126,7 +127,7 @@ def prunable_layers(layers, method: PruneLowMagnitude) -> list:
 
 
 class _PrunedOnBuild(_keras.BuildHook):
-    """Mixin of an unbuilt layer, such as `LSTM`, whose inner layers are pruned once it is built."""
+    """Mixin of an unbuilt layer, such as `LSTM`, whose inner layers are pruned after the build."""
 
     stock: type
     method: PruneLowMagnitude
@@ -138,9 +139,9 @@ class _PrunedOnBuild(_keras.BuildHook):
 
     def get_config(self):
         raise ValueError(
-            f"'{self.name}' is to be pruned once it is built, and has no config before. Build the "
-            "layer first: add it to a model with keras.Input, or call it on data. To prune a layer "
-            "inside a wrapper such as Bidirectional, prune the wrapper."
+            f"'{self.name}' is pruned when it is built, and has no config before that. Build the "
+            "layer first: add it to a model with keras.Input, or call it on data. To prune a "
+            "layer inside a wrapper such as Bidirectional, prune the wrapper."
         )
 
 
@@ -150,7 +151,7 @@ def _pruned_on_build(stock) -> type:
 
 
 def _is_unbuilt_composite(layer) -> bool:
-    """Return whether this layer gets the weights that can be pruned only when it is built."""
+    """Return whether this layer gets its prunable weights only when it is built."""
     return (
         not isinstance(layer, keras.Model)
         and not layer.built
@@ -161,7 +162,7 @@ def _is_unbuilt_composite(layer) -> bool:
 
 
 def _layers_to_prune(target, method, policy) -> list:
-    """Return the layers of a model or layer that are to be pruned."""
+    """Return the layers of a model or layer that have to be pruned."""
     if not isinstance(target, keras.Model):
         if not isinstance(target, keras.Layer):
             check_model(target)
@@ -184,13 +185,13 @@ def _layers_to_prune(target, method, policy) -> list:
 
 
 def _inner_layers_to_prune(layer, method) -> list:
-    """Return the layers to prune among a layer and the layers inside it."""
+    """Return the layers to prune among a layer and its inner layers."""
     inside = _keras.flatten_layers(layer)
     found = prunable_layers([x for x in inside if not _is_frozen(x)], method)
     if not found and any(map(_is_frozen, inside)):
         raise ValueError(
-            f"'{layer.name}' is frozen, so it is neither trained nor pruned. Set "
-            "layer.trainable = True first, or leave this layer out."
+            f"'{layer.name}' is frozen, so it is neither trained nor pruned. Set layer.trainable "
+            "= True first, or exclude this layer."
         )
     return found
 
@@ -206,12 +207,12 @@ def _is_frozen(layer) -> bool:
 
 
 def _lacks_weight_names(layer) -> bool:
-    """Return whether a class names its weights as tfmot wants it, and not as Keras 3 code can."""
+    """Return whether a class names its prunable weights only in the way of tfmot."""
     return hasattr(layer, "get_prunable_weights") and not hasattr(layer, "prunable_weights")
 
 
 def _obstacle(layer, method) -> str | None:
-    """Return why a layer with weights that might be pruned cannot be pruned, or None."""
+    """Return the reason why a layer cannot be pruned although it has weights, or None."""
     if isinstance(layer, SparseMixin):
         return "it is sparse already; call keras_dst.strip(model) first"
     if _lacks_weight_names(layer):
@@ -224,7 +225,7 @@ def _obstacle(layer, method) -> str | None:
     elif sparse_class(type(layer)) or type(layer).build is keras.Layer.build:
         return None
     else:
-        return "it is not built. Call the model or layer around it once on data first"
+        return "it is not built. Call the model or layer that contains it once on data first"
     is_own = not type(layer).__module__.startswith("keras.")
     if reason and is_own and not sparse_class(type(layer)):
         reason += '; name its weights in the class, such as prunable_weights = ("kernel",)'

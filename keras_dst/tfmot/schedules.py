@@ -1,4 +1,4 @@
-"""Pruning schedules of tfmot: when masks are updated, and the sparsity of each update."""
+"""Pruning schedules of tfmot, which define the steps and the sparsities of mask updates."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from keras_dst.schedules import check_sparsity
 
 
 class PruningSchedule(Configurable):
-    """Base class of pruning schedules, also of the schedules that users write.
+    """Base class of pruning schedules, including custom schedules.
 
-    `schedule(step)` returns the pair `(update, sparsity)`: whether the masks are updated before
-    this step, and the fraction of zeros that the new masks have. Steps count from 1.
+    `schedule(step)` returns the pair `(update, sparsity)`. `update` states whether the masks are
+    updated before this step, and `sparsity` is the fraction of zeros in the new masks. Steps count
+    from 1.
 
-    To save a model with a schedule of your own, keep every constructor argument in an attribute of
-    the same name, and decorate the class with `@keras.saving.register_keras_serializable()`.
+    To save a model with a custom schedule, store every constructor argument in an attribute of the
+    same name. Decorate the class with `@keras.saving.register_keras_serializable()`.
     """
 
     def __call__(self, step: int) -> tuple[bool, float]:
@@ -45,7 +46,7 @@ class PruningSchedule(Configurable):
 
 @keras.saving.register_keras_serializable("keras_dst.tfmot")
 class ConstantSparsity(PruningSchedule):
-    """A schedule with the same sparsity at every update.
+    """Schedule with the same sparsity at every update.
 
     Args:
         target_sparsity: Fraction of zeros, in [0, 1).
@@ -71,13 +72,13 @@ class ConstantSparsity(PruningSchedule):
 
 @keras.saving.register_keras_serializable("keras_dst.tfmot")
 class PolynomialDecay(PruningSchedule):
-    """A schedule from one sparsity to another: `s_f + (s_i - s_f) (1 - progress)**power`.
+    """Schedule from one sparsity to another sparsity, `s_f + (s_i - s_f) (1 - progress)**power`.
 
     Args:
         initial_sparsity: Fraction of zeros at `begin_step`, in [0, 1).
         final_sparsity: Fraction of zeros at `end_step`, in [0, 1).
         begin_step: Step of the first update.
-        end_step: Step at which the final sparsity is reached. No update follows it.
+        end_step: Step at which the final sparsity is reached. No update follows this step.
         power: Exponent of the polynomial. Defaults to 3.
         frequency: Number of steps from one update to the next. Defaults to 100.
 
