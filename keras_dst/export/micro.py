@@ -199,7 +199,7 @@ def quantized_inputs(content: bytes, cases: list[dict[str, np.ndarray]]) -> list
     """Return samples as the inputs of a file, with one row per run.
 
     Args:
-        content: the file, whose inputs have a batch size of 1 or a fixed one.
+        content: the file, whose inputs have a fixed batch size or a batch size of 1.
         cases: batches of floats or integers, by input name.
     """
     model = read(content)
@@ -230,7 +230,7 @@ def _unfit(weight: Weight) -> str:
     """Return the reason why TFLM cannot decode a weight, or "" if it can."""
     quantization = weight.tensors[0].quantization
     if weight.values.dtype != np.int8 or quantization is None or quantization.scale is None:
-        return "content: the file, whose inputs have a fixed batch size or a batch size of 1."
+        return "it is not quantized to int8"
     if any(name == "OUTPUT" for name, _ in weight.readers):
         return "it is an output of the model"
     if np.any(quantization.zeroPoint):
