@@ -14,10 +14,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def on_files(files, config):
-    """Add the pages that are outside docs/: results, notebooks, changelog, contributing."""
+    """Add the pages outside docs/ to the site: results, notebooks, changelog, contributing."""
     for path in [*sorted(ROOT.glob("results/*/index.md")), *sorted(ROOT.glob("C*.md"))]:
         name = path.relative_to(ROOT).as_posix()
-        kind = InclusionLevel.NOT_IN_NAV  # no warning, whether the navigation lists it or not
+        kind = InclusionLevel.NOT_IN_NAV  # avoids a warning for pages outside `nav`
         files.append(File.generated(config, name, abs_src_path=str(path), inclusion=kind))
     for path in sorted(ROOT.glob("notebooks/*.ipynb")):
         page, pictures = notebook(path)
@@ -45,7 +45,8 @@ def notebook(path: pathlib.Path) -> tuple[str, dict[str, bytes]]:
 
 def on_page_markdown(markdown, page, config, files):
     """Render formulas as MathML, fill in tables, and adapt links that cross the edge of docs/."""
-    markdown = re.sub(r"^```python .+$", "```python", markdown, flags=re.MULTILINE)  # the backend
+    # The word after "python" is the backend of the code block.
+    markdown = re.sub(r"^```python .+$", "```python", markdown, flags=re.MULTILINE)
     markdown = re.sub(r"^```math\n(.*?)^```$", _display, markdown, flags=re.DOTALL | re.MULTILINE)
     markdown = _outside_code(markdown, lambda text: re.sub(r"\$([^$\n]+)\$", _inline, text))
     markdown = re.sub(r"^<!-- figures of (.+?) -->$", _figures, markdown, flags=re.MULTILINE)
@@ -57,10 +58,10 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def _link(target: str, file: File) -> str:
-    """Return a link that is right in the repository, as it is right in the site.
+    """Return a link for the site, made from a link for the repository.
 
-    In the repository, CONTRIBUTING.md is above docs/. In the site, CONTRIBUTING.md and the pages of
-    docs/ are in one folder, and a notebook is a page.
+    In the repository, CONTRIBUTING.md is above docs/. On the site, CONTRIBUTING.md and the pages of
+    docs/ are in one folder, and notebooks are Markdown pages.
     """
     path = file.abs_src_path  # None for a notebook
     source = pathlib.Path(path).relative_to(ROOT).as_posix() if path else file.src_uri
@@ -102,10 +103,10 @@ def figures(method: str, page: str) -> str:
 
 
 class Examples(griffe.Extension):
-    """An extension that reads `Example:`, in the singular as in Keras's docstrings, as code."""
+    """An extension that renders `Example:` sections, which Keras docstrings use, as code."""
 
     def on_object(self, *, obj, **kwargs):
-        """Rename the section to the plural that griffe knows."""
+        """Rename the section to `Examples:`, the name that griffe supports."""
         if obj.docstring:
             obj.docstring.value = re.sub(
                 r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE

@@ -12,7 +12,7 @@ ALL = sorted(HERE.glob("*.ipynb"))
 
 
 def execute(path: pathlib.Path) -> nbformat.NotebookNode:
-    """Return a notebook with the outputs of a fresh run.
+    """Run a notebook, and return it with its new outputs.
 
     Raises:
         RuntimeError: If the output contains a warning.
@@ -31,14 +31,14 @@ def execute(path: pathlib.Path) -> nbformat.NotebookNode:
         outputs = cell.get("outputs", [])
         errors = "".join(out.text for out in outputs if out.get("name") == "stderr")
         if re.search(r"\w+Warning: ", errors):
-            raise RuntimeError(f"A warning in {path.name}:\n{errors}")
-        # The rest of stderr is what the C++ of TensorFlow and LiteRT logs at the start.
+            raise RuntimeError(f"Expected no warning in {path.name}. Received:\n{errors}")
+        # TensorFlow and LiteRT also write log messages of C++ code to stderr at the start.
         outputs[:] = [out for out in outputs if out.get("name") != "stderr"]
     return notebook
 
 
 def store(notebook, path: pathlib.Path) -> None:
-    """Write a notebook without the metadata that depend on the machine."""
+    """Write a notebook without metadata that depends on the machine."""
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},

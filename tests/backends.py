@@ -1,21 +1,21 @@
-"""Pytest marks that select the backends and the form of a test."""
+"""Pytest marks for tests that need no backend and for slow tests."""
 
 import os
 
 import keras
 import pytest
 
-#: TensorFlow and JAX compile every step again for every model, which takes most of the test time.
+#: TensorFlow and JAX compile a training step for every model, which takes most of the test time.
 COMPILES = keras.backend.backend() != "torch"
 
-#: Marks a test of Python, NumPy, files or graphs of layers, which no backend changes. `make test`
-#: runs these tests once, in a job of their own.
+#: Mark of tests that do not depend on the backend, such as tests of NumPy code or of files. `make
+#: test` runs these tests once, in a separate job.
 once = pytest.mark.once
 
-#: Marks a long form of a test that `make test` runs in a short form. `make test-all` runs it.
+#: Mark of slow tests, which are left out by `make test` and included by `make test-all`.
 slow = pytest.mark.slow
 
-#: Whether the long forms run, as in `make test-all`.
+#: True in `make test-all`, which runs the slow tests.
 LONG = bool(os.environ.get("KERAS_DST_LONG"))
 
 

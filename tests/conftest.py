@@ -1,4 +1,4 @@
-"""Environment variables that must be set before Keras is imported."""
+"""Environment variables that must be set before Keras is imported, and the choice of slow cases."""
 
 import gc
 import os
@@ -6,14 +6,14 @@ import pathlib
 
 import pytest
 
-# The tests fit the same small models again and again: let XLA compile each program once.
+# The tests train the same small models many times: let XLA compile each program once.
 cache = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-# `make test-gpu` runs the tests on a GPU. The tests expect equal results of equal runs, and the
-# precision of float32. Several processes share the memory of the card.
+# `make test-gpu` runs the tests on a GPU. Repeated runs must give equal results, with float32
+# precision. Several processes share the memory of the GPU.
 ON_GPU = bool(os.environ.get("KERAS_DST_GPU"))
 if ON_GPU:
     os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
@@ -21,15 +21,15 @@ if ON_GPU:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
-# Compile without optimization: the networks are small, and optimizing takes most of the test time.
-# Users run the default level, and so do `make test-xla` and `make test-gpu`.
+# Compile without optimization: the networks are small, and optimization takes most of the test
+# time. `make test-xla` and `make test-gpu` use the default level, as users do.
 if ON_GPU or not os.environ.get("KERAS_DST_XLA_DEFAULT"):
     flag = "--xla_gpu_deterministic_ops=true" if ON_GPU else "--xla_backend_optimization_level=0"
     os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 
 def pytest_sessionstart(session):
-    """Print the card of `make test-gpu`, and stop if there is no card."""
+    """Print the GPU of `make test-gpu`, and stop if no GPU is found."""
     if not ON_GPU:
         return
     from benchmarks.backends import card
@@ -42,10 +42,10 @@ def pytest_sessionstart(session):
 
 @pytest.fixture(scope="module", autouse=True)
 def free_compiled_programs():
-    """Free the programs that JAX compiled for the tests of a file.
+    """Free the programs that JAX compiled for the tests of one file.
 
-    Every program takes several memory mappings. Linux allows 65,530 mappings per process, and JAX
-    ends with a segmentation fault beyond this number.
+    Every program takes several memory mappings. Linux allows 65,530 mappings per process. JAX
+    crashes with a segmentation fault if a process exceeds this number.
     """
     yield
     if os.environ.get("KERAS_BACKEND") == "jax":
@@ -56,14 +56,15 @@ def free_compiled_programs():
 
 
 def pytest_configure(config):
-    # Keras's own tests, which tests/test_keras_optimizers.py runs, have this mark.
+    # tests/test_keras_optimizers.py runs the tests of Keras itself, which use this mark.
     config.addinivalue_line(
         "markers", "requires_trainable_backend: a Keras test that trains a model"
     )
 
 
-# These tests take most of the time on TensorFlow and JAX, which compile every step again for every
-# case. There `make test` runs the first cases only. PyTorch compiles nothing and runs all cases.
+# These tests take most of the time on TensorFlow and JAX, because both compile a training step for
+# every case. On these backends `make test` runs the first N cases only; the others are marked slow.
+# PyTorch compiles nothing and runs all cases.
 CASES_WHERE_STEPS_ARE_COMPILED = {
     "test_a_backup_of_the_end_is_the_end": 1,
     "test_a_mask_of_ones_changes_nothing": 3,
@@ -79,22 +80,22 @@ CASES_WHERE_STEPS_ARE_COMPILED = {
     "test_nan_keeps_the_masks_valid": 2,
     "test_saved_and_resumed_equals_uninterrupted": 4,
     "test_the_compiled_step_is_traced_once": 4,
-    "test_well_defined_or_refused": 40,
+    "test_every_pattern_and_allocation_is_valid_or_raises": 40,
 }
 
-# Of these tests, `make test` runs every n-th case on TensorFlow and JAX. Their parameters alternate
-# in neighboring cases, so the chosen cases combine them.
+# On TensorFlow and JAX, `make test` runs only every n-th case of these tests. Neighboring cases
+# differ in their parameters, so the chosen cases contain all parameters.
 EVERY_NTH_CASE_WHERE_STEPS_ARE_COMPILED = {
     "test_an_interrupted_fit_restores_the_model": 5,
-    "test_an_update_drops_the_smallest_along_a_cosine": 3,
+    "test_the_dropped_fraction_follows_a_cosine": 3,
     "test_frozen_layers_are_skipped": 3,
     "test_masks_of_an_embedding": 3,
     "test_the_optimizer_stays_the_same_object_with_all_its_state": 3,
     "test_unbuilt_layers_are_pruned_once_they_are_built": 4,
 }
 
-# Of these tests, `make test` runs one case of each method on TensorFlow and JAX. The id of a case
-# starts with the method. The other parameters alternate from one method to the next.
+# On TensorFlow and JAX, `make test` runs only one case per method of these tests. The id of a case
+# starts with the method. From one method to the next, the other parameters change.
 ONE_CASE_PER_METHOD_WHERE_STEPS_ARE_COMPILED = {
     "test_a_loop_gives_the_same_masks_and_weights_as_fit_with_the_callback",
     "test_an_unstripped_model_is_exported",

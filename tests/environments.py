@@ -1,9 +1,9 @@
-"""Fresh environments in build/environments: each extra of the wheel, and old and new packages.
+"""Test wheels in new environments in build/environments: each extra, and old and new packages.
 
     python tests/environments.py wheel              check wheel and sdist, install every extra
-    python tests/environments.py wheel jax export   the same for these extras only
+    python tests/environments.py wheel jax export   check only these extras
     python tests/environments.py versions           run core tests with old and new packages
-    python tests/environments.py versions newest    the same for this set only
+    python tests/environments.py versions newest    check only this set
 
 Each environment is deleted after its checks have passed. The script needs only Python.
 """
@@ -23,7 +23,7 @@ PYTHONS = ("3.11", "3.12", "3.13")
 BACKENDS = ("tensorflow", "jax", "torch")
 
 # Name: (extras of keras-dst, other requirements). TensorFlow 2.21 does not accept Keras 3.10 and
-# 3.11. The lower bounds are those of pyproject.toml, as test_wheel.py checks.
+# 3.11. test_wheel.py checks that the lower bounds are equal to the lower bounds of pyproject.toml.
 SETS = {
     "oldest": (["jax", "torch"], ["keras==3.10", "jax==0.10", "torch==2.13"]),
     "oldest-tensorflow": (["export"], ["keras==3.12", "tensorflow==2.21", "ai-edge-litert==2.1"]),
@@ -65,7 +65,7 @@ model.fit(x, y, verbose=0, callbacks=[keras_dst.callbacks.SparseTraining(), boar
 
 
 def run(*command, **environment) -> bool:
-    """Run a command in build/environments, and return whether it succeeded."""
+    """Run a command in build/environments; return True if it succeeds."""
     variables = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1", **environment}
     variables.pop("PYTHONPATH", None)
     done = subprocess.run([str(part) for part in command], cwd=FOLDER, env=variables)
@@ -87,7 +87,8 @@ def create(name: str, python: str, *requirements: str) -> pathlib.Path:
 
 
 def build() -> str:
-    """Build the sdist and, from it, the wheel. Check both, and return the path of the wheel."""
+    """Build the sdist, build the wheel from the sdist, check both, and return the path of the
+    wheel."""
     python = create("build", sys.executable, "build", "twine")
     shutil.rmtree(DIST, ignore_errors=True)
     if not run(python, "-m", "build", "--outdir", DIST, ROOT):
@@ -100,7 +101,7 @@ def build() -> str:
 
 
 def check_extra(wheel: str, extra: str) -> bool:
-    """Install the wheel with one extra, and run a training and the code that needs the extra."""
+    """Install the wheel with one extra, train a model, and run code that needs the extra."""
     python = create(f"extra-{extra}", sys.executable, f"{wheel}[{extra}]")
     found = "import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)"
     backend = next((name for name in BACKENDS if run(python, "-c", found, name)), None)
@@ -114,7 +115,7 @@ def check_extra(wheel: str, extra: str) -> bool:
 
 
 def check_set(wheel: str, name: str, version: str, python: str) -> bool:
-    """Install one set of versions, and run the core of the tests on each of its backends."""
+    """Install one set of versions, and run the core tests on each backend of the set."""
     extras, pins = SETS[name]
     new = create(f"{name}-{version}", python, f"{wheel}[{','.join(extras)}]", *pins, *TEST_PACKAGES)
     run(new, "-m", "pip", "list", "--format=freeze")
@@ -129,7 +130,7 @@ def check_set(wheel: str, name: str, version: str, python: str) -> bool:
 
 
 def interpreter(version: str) -> str | None:
-    """Return a Python of this version that runs, from the PATH or from pyenv."""
+    """Return the path of a working Python of this version, from PATH or pyenv."""
     pyenv = sorted(glob.glob(os.path.expanduser(f"~/.pyenv/versions/{version}.*/bin/python")))
     for path in [shutil.which(f"python{version}"), *pyenv]:
         if (
@@ -141,7 +142,7 @@ def interpreter(version: str) -> str | None:
 
 
 def main(what: str, *names: str) -> int:
-    """Run all checks, print the failed and the skipped ones, and return the exit code."""
+    """Run all checks, print failed and skipped checks, and return the exit code."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wheel = build()
     if what == "wheel":

@@ -1,4 +1,4 @@
-"""Gradients of a function on the backend that runs the tests."""
+"""Gradients of a function, computed with the backend of the test run."""
 
 import keras
 import numpy as np
@@ -6,7 +6,7 @@ from keras import ops
 
 
 def gradients(function, arguments, upstream):
-    """Return float64 gradients of `sum(upstream * function(*arguments))` for every argument.
+    """Return float64 gradients of `sum(upstream * function(*arguments))` by each argument.
 
     `arguments` and `upstream` are tensors; `upstream` has the shape of the function's result.
     """

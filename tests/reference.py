@@ -10,8 +10,8 @@ import keras
 import numpy as np
 
 EPSILON = 1e-3
-MOMENTUM = 0.99  # momentum of the running statistics
-SIZES = (12, 16, 4)  # inputs, hidden units, classes
+MOMENTUM = 0.99  # Momentum of the running statistics.
+SIZES = (12, 16, 4)  # Inputs, hidden units, classes.
 
 NAMES = ("w1", "gamma", "beta", "w2", "b2")
 

@@ -109,8 +109,8 @@ def test_a_name_that_fits_nothing():
     ("allocation", "shapes", "sparsity", "expected"),
     [
         ("uniform", [(10, 10), (30, 10)], 0.9, [10, 30]),
-        ("uniform", [(3, 3), (3, 3), (3, 3)], 0.5, [5, 5, 4]),  # 13.5, to the even 14; 3 x 4.5
-        ("uniform", [(1, 7), (1, 8), (1, 9)], 0.5, [4, 4, 4]),  # 12: 3.5, 4, 4.5; the first half
+        ("uniform", [(3, 3), (3, 3), (3, 3)], 0.5, [5, 5, 4]),  # 13.5, to the even 14; 3 x 4.5.
+        ("uniform", [(1, 7), (1, 8), (1, 9)], 0.5, [4, 4, 4]),  # 12: 3.5, 4, 4.5; the first half.
         ("global", [(10, 10), (30, 10)], 0.9, [40]),
         ("global", [(7, 7)], 0.9, [5]),
         ("erk", [(4, 4), (8, 8)], 0.75, [7, 13]),  # 6.67 and 13.33
@@ -186,8 +186,8 @@ def test_an_invalid_layer_name_in_an_allocation_is_refused(name):
 @pytest.mark.parametrize(
     ("shapes", "sparsity", "expected"),
     [
-        ([(10, 10), (30, 10)], 0.9, [3, 6]),  # a quarter of 13.3 and of 26.7
-        ([(4, 4), (100, 100)], 0.999, [1, 2]),  # a quarter of 0.4 and of 9.6
+        ([(10, 10), (30, 10)], 0.9, [3, 6]),  # A quarter of 13.3 and of 26.7.
+        ([(4, 4), (100, 100)], 0.999, [1, 2]),  # A quarter of 0.4 and of 9.6.
         ([(1, 2), (100, 100)], 0.0, [1, 2500]),
     ],
 )

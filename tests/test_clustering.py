@@ -40,9 +40,9 @@ def distinct(model):
 @pytest.mark.parametrize(
     ("numbers", "clusters", "expected"),
     [
-        ([-1, -0.75, 0.25, 0.5, 1], 3, [-1, 0.375, 1]),  # two rounds, and fixed ends
-        ([-0.75, -0.5, 0.5, 0.75], 2, [-0.625, 0.625]),  # free ends
-        ([-1, -1, 0.5, 0.5, 1], 3, [-1, 0.5, 1]),  # already three values
+        ([-1, -0.75, 0.25, 0.5, 1], 3, [-1, 0.375, 1]),  # Two rounds, and fixed ends.
+        ([-0.75, -0.5, 0.5, 0.75], 2, [-0.625, 0.625]),  # Free ends
+        ([-1, -1, 0.5, 0.5, 1], 3, [-1, 0.5, 1]),  # Already three values.
         ([1, 1], 4, [1]),
         ([-1, -0.5, -0.375, -0.25, 1], 4, [-1, -0.75, -0.375, 1]),  # no number near -0.75
         ([], 4, []),

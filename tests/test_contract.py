@@ -303,8 +303,8 @@ def test_the_compiled_step_is_traced_once(one_of_each, monkeypatch):
     if not COMPILES:
         assert len(traces) >= 4 * len(x) // BATCH  # Eager mode: one call per step.
     else:
-        assert len(traces) - after_two <= 1  # the symbolic call by Keras
-        calls = 2 if isinstance(one_of_each[0], TwoPathMethod) else 1  # calls per trace
+        assert len(traces) - after_two <= 1  # The symbolic call by Keras.
+        calls = 2 if isinstance(one_of_each[0], TwoPathMethod) else 1  # Calls per trace.
         assert after_two <= 2 * calls + 1
 
 

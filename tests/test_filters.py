@@ -58,8 +58,8 @@ NAMES = [("conv_1", "stem/conv_1"), ("conv_2",), ("conv_2_extra",), ("head",)]
         (("head", r"conv_\d"), [1, 1, 0, 1]),
         (["head", "head"], [0, 0, 0, 1]),
         ([], [0, 0, 0, 0]),
-        ("stem/.*", [1, 0, 0, 0]),  # any of the names
-        (len, [0, 1, 1, 0]),  # a callable gets the item itself
+        ("stem/.*", [1, 0, 0, 0]),  # Any of the names.
+        (len, [0, 1, 1, 0]),  # A callable gets the item itself.
     ],
 )
 def test_select(filters, chosen):

@@ -178,8 +178,8 @@ BLOCKS = [
     ("1x4", (6, 5), KERNEL, (4, 1)),  # partial blocks
     ("4x1", (6, 5), KERNEL, (1, 4)),
     ("2x4", (7, 5), KERNEL, (4, 2)),
-    ("1x16", (6, 5), KERNEL, (6, 1)),  # a block longer than its axis
-    ("1x4", (3, 2, 6, 5), KERNEL, (1, 1, 4, 1)),  # convolutions
+    ("1x16", (6, 5), KERNEL, (6, 1)),  # A block longer than its axis.
+    ("1x4", (3, 2, 6, 5), KERNEL, (1, 1, 4, 1)),  # Convolutions
     ("4x1", (3, 2, 6, 5), KERNEL, (1, 1, 1, 4)),
     ("2x2", (3, 2, 6, 5), KERNEL, (1, 1, 2, 2)),
     ("1:3", (3, 2, 6, 5), KERNEL, (1, 1, 1, 1)),
@@ -671,7 +671,7 @@ def reference_masks(block, weights, kept):
 
 
 @pytest.mark.parametrize(("name", "block", "golden"), GOLDEN)
-def test_same_masks_on_every_backend(name, block, golden):
+def test_masks_are_equal_on_every_backend(name, block, golden):
     weights, kept = [CONV, DENSE], 61
     assert bits(reference_masks(block, weights, kept)) == golden
 

@@ -11,10 +11,10 @@ _FOLDER = pathlib.Path(__file__).parents[2] / "build" / "arm64"
 
 
 def obstacle():
-    """Return the reason why this machine cannot emulate ARM, or an empty string."""
+    """Return the reason why this machine cannot emulate ARM, or an empty string if it can."""
     if (_FOLDER / "ready").exists():
         return ""
-    return f"{_FOLDER / 'ready'} is missing: run tests/arm64/setup.sh, which needs Debian"
+    return f"{_FOLDER / 'ready'} is missing. Fix: run tests/arm64/setup.sh on Debian"
 
 
 def run(code, *arguments):

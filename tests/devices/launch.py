@@ -11,9 +11,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def launch(command, processes, folder, **environment):
-    """Run Python in one process or in connected workers, and return the output."""
+    """Run Python in the given number of connected processes, and return their outputs."""
     workers = [f"127.0.0.1:{port}" for port in free_ports(processes)]
-    # The CPU simulates several devices. In `make test-gpu`, the processes of torch share the card.
+    # The CPU simulates several devices. In `make test-gpu`, the PyTorch processes share the GPU.
     on_gpu = os.environ.get("KERAS_DST_GPU") and os.environ.get("KERAS_BACKEND") == "torch"
     common = {
         **os.environ,

@@ -1,4 +1,4 @@
-"""Every method on several devices: the copies are identical, and equal to one device's run."""
+"""Tests of every method on several devices: all copies are equal, and equal to one device."""
 
 import keras
 import numpy as np
@@ -8,7 +8,7 @@ from tests.devices import trainings
 from tests.devices.launch import launch
 
 BACKEND = keras.backend.backend()
-# Setups of each backend: (setup, processes, runs on several devices, copies of a variable).
+# Setups of each backend: (setup, processes, runs on several devices, copies of each variable).
 SETUPS = {
     "tensorflow": [("mirrored", 1, ["mirrored"], 2), ("workers", 2, ["workers"], 2)],
     "jax": [("sharded", 1, ["data", "model"], 2)],
@@ -19,7 +19,7 @@ RUNS = [(setup, run, copies) for setup, _, runs, copies in SETUPS for run in run
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder per setup, with what the trainings left: each is run once, when first asked for."""
+    """Return a function that runs a setup once and returns the folder with its files."""
     done = {}
 
     def folder(setup):
@@ -35,13 +35,13 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize("method", trainings.METHODS)
 @pytest.mark.parametrize(("setup", "run", "copies"), RUNS, ids=[run for _, run, _ in RUNS])
-def test_all_copies_are_those_of_one_device(trained, setup, run, copies, method):
+def test_all_copies_equal_a_run_on_one_device(trained, setup, run, copies, method):
     folder = trained(setup)
     first, *others = [np.load(folder / f"{method}.{run}.{i}.npz") for i in range(copies)]
     single = np.load(trained(SETUPS[0][0]) / f"{method}.single.0.npz")
     assert set(first.files) == set(single.files)
     for path in single.files:
-        for other in others:  # kernels, masks, thresholds, scores, counters, momentum
+        for other in others:  # also masks, thresholds, scores, counters and momentum
             np.testing.assert_array_equal(first[path], other[path], err_msg=path)
         if single[path].dtype.kind == "f":
             np.testing.assert_allclose(first[path], single[path], atol=1e-5, err_msg=path)
@@ -59,14 +59,14 @@ def test_the_target_is_reached(trained, setup, run, method):
     for variable in model.variables:
         variable.assign(arrays[variable.path])
     sparsity = trainings.keras_dst.report(model).sparsity
-    # Gates close 6 of the 20 units of the first layer: 48 of all 240 weights.
+    # Consensus closes the gates of 6 of the 20 units of the first layer: 48 of all 240 weights.
     target = 0.2 if method == "consensus" else 0.7
     assert sparsity == pytest.approx(target, abs=0.01)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MultiWorkerMirroredStrategy is TensorFlow's")
-def test_fit_of_keras_alone_fails_on_several_workers(trained):
-    """This limit of Keras is why docs/many_devices.md uses a custom training loop."""
+def test_fit_without_keras_dst_fails_on_several_workers(trained):
+    """Because of this limit of Keras, docs/many_devices.md uses a custom training loop."""
     for rank in range(2):
         assert "PerReplica" in (trained("workers") / f"fit.{rank}.txt").read_text()
 
@@ -75,5 +75,5 @@ def test_fit_of_keras_alone_fails_on_several_workers(trained):
 @pytest.mark.parametrize(
     ("case", "says"), [("outside", "within strategy.scope"), ("accumulation", "larger batch")]
 )
-def test_what_keras_cannot_do_under_a_strategy_is_refused(trained, case, says):
+def test_unsupported_optimizers_under_a_strategy_raise(trained, case, says):
     assert says in (trained("mirrored") / f"{case}.txt").read_text()

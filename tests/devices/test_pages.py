@@ -1,4 +1,4 @@
-"""The code of the page on several devices runs unchanged."""
+"""Tests of the code on docs/many_devices.md, which runs unchanged."""
 
 import pathlib
 import re

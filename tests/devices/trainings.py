@@ -1,7 +1,7 @@
-"""Script for test_devices.py: train a small net with every method on one or several devices.
+"""Train a small network with every method on one or several devices, for test_devices.py.
 
 `python -m tests.devices.trainings SETUP FOLDER` writes a file `METHOD.RUN.COPY.npz` for every
-run and every copy of the variables. Arrays in the file are named by the variables' paths.
+run and for every copy of the variables. The names of the arrays in a file are the variable paths.
 """
 
 # ruff: noqa: E402 - devices are set up before the backend is imported
@@ -12,7 +12,7 @@ import pathlib
 import sys
 import warnings
 
-DEVICES = {"mirrored": 2, "sharded": 8}  # of one process
+DEVICES = {"mirrored": 2, "sharded": 8}  # devices per process
 
 if __name__ == "__main__":  # Set up devices before importing the backend.
     _setup = sys.argv[1]
@@ -25,7 +25,7 @@ if __name__ == "__main__":  # Set up devices before importing the backend.
         cpu = tf.config.list_physical_devices("CPU")[0]
         logical = [tf.config.LogicalDeviceConfiguration()] * DEVICES[_setup]
         tf.config.set_logical_device_configuration(cpu, logical)
-    if _setup == "workers":  # The strategy must be created first, and only once.
+    if _setup == "workers":  # The strategy must be created first and once.
         import tensorflow as tf
 
         options = tf.distribute.experimental.CommunicationOptions(
@@ -58,7 +58,7 @@ y = (x @ np.random.default_rng(1).standard_normal((8, 4))).argmax(1)
 
 
 def build(method):
-    """Return a compiled net that a method prunes, always with the same initial weights."""
+    """Return a compiled network with a method; the initial weights are always the same."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
@@ -90,7 +90,7 @@ def variables(model):
 
 
 def save(folder, method, run, model, copies):
-    """`copies` takes a variable to its arrays, one per device."""
+    """Write one file per device; `copies` returns the arrays of a variable, one per device."""
     arrays = {path: copies(v) for path, v in variables(model).items()}
     for copy in range(len(next(iter(arrays.values())))):
         here = {path: values[copy] for path, values in arrays.items()}
@@ -101,12 +101,12 @@ def one(variable):
     return [np.array(variable.numpy())]
 
 
-# -- the setups ----------------------------------------------------------------------------------
+# -- setups ----------------------------------------------------------------------------------------
 
 
 def mirrored(folder):
-    """`tf.distribute.MirroredStrategy`: the copies are those of its replicas."""
-    # One strategy for all: a second one's collectives would meet those of the first.
+    """Train with `tf.distribute.MirroredStrategy`; every replica has a copy of the variables."""
+    # All methods share one strategy, because collectives of two strategies would conflict.
     strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(DEVICES["mirrored"])])
     for name, method in METHODS.items():
         save(folder, name, "single", fit(build(method)), one)
@@ -118,7 +118,7 @@ def mirrored(folder):
 
 
 def refused(strategy):
-    """What cannot work under a strategy, and the errors that say so."""
+    """Return the error messages for optimizers that are not supported under a strategy."""
     outside = keras.optimizers.SGD()
     with strategy.scope():
         net = build(METHODS["dst"])
@@ -136,12 +136,12 @@ def refused(strategy):
 
 
 def workers_(folder):
-    """`tf.distribute.MultiWorkerMirroredStrategy`: the copies are those of the processes."""
+    """Train with `tf.distribute.MultiWorkerMirroredStrategy`; every process has a copy."""
     rank = int(os.environ["RANK"])
     with workers.scope():
         plain = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, "softmax")])
         plain.compile("sgd", "sparse_categorical_crossentropy", jit_compile=False)
-    try:  # Keras alone
+    try:  # `fit` of Keras without keras_dst
         plain.fit(x, y, verbose=0)
     except ValueError as error:
         (folder / f"fit.{rank}.txt").write_text(str(error))
@@ -193,18 +193,18 @@ def driven(model):
 @contextlib.contextmanager
 def quiet():
     with warnings.catch_warnings():
-        # So short a training misses the target of a learned method until the last projection.
+        # In such a short run, learned methods miss the target before the last projection.
         warnings.filterwarnings("ignore", message=".*training had reached")
         yield
 
 
 def sharded(folder):
-    """`keras.distribution` on JAX: the copies are what every device has, put together."""
+    """Train with `keras.distribution` on JAX; a copy is assembled from the parts on the devices."""
     distribution = keras.distribution
     devices = distribution.list_devices("cpu")
     mesh = distribution.DeviceMesh((2, 4), ("batch", "model"), devices)
     layout = distribution.LayoutMap(mesh)
-    # The first pattern fits the paths of masks and thresholds as well.
+    # The first pattern also matches the paths of masks and thresholds.
     layout[".*first/kernel.*"] = (None, "model")
     layout[".*first/bias"] = ("model",)
     runs = {
@@ -222,7 +222,7 @@ def sharded(folder):
 
 
 def whole_on_each(variable):
-    """Copies of a sharded variable, one for every device that holds the same part of it."""
+    """Return copies of a sharded variable, each assembled from one replica of every part."""
     parts = {}
     for shard in variable.value.addressable_shards:
         parts.setdefault(str(shard.index), []).append((shard.index, np.asarray(shard.data)))
@@ -232,7 +232,7 @@ def whole_on_each(variable):
         for index, data in several:
             whole[index] = data
         copies.append(whole)
-    # The fewest copies that any variable has here are two.
+    # Every variable has at least two copies here.
     return copies[:2]
 
 
@@ -247,7 +247,7 @@ def check_layouts(model):
 
 
 def ddp(folder):
-    """torch's DistributedDataParallel: the copies are those of the processes."""
+    """Train with PyTorch's DistributedDataParallel; every process has a copy of the variables."""
     import torch
 
     torch.distributed.init_process_group("gloo")
@@ -262,7 +262,7 @@ def ddp(folder):
 
 
 def torch_loop(model, rank=None):
-    """A training loop of one's own on torch; with a rank, on its half of every batch."""
+    """Run a custom PyTorch training loop; with a rank, train on one half of every batch."""
     import torch
 
     parts = 1 if rank is None else 2

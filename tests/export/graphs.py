@@ -1,4 +1,4 @@
-"""Builders of small ``.tflite`` files, and a decoder of sparse weights in plain loops."""
+"""Builders of small ``.tflite`` files, and a simple decoder of sparse weights."""
 
 import flatbuffers
 import numpy as np
@@ -20,7 +20,7 @@ TYPES = {
 
 
 class File:
-    """A builder of a ``.tflite`` file that consists of graphs, each with its own signature."""
+    """A builder of a ``.tflite`` file with several graphs, each with its own signature."""
 
     def __init__(self):
         self.model = schema.ModelT()
@@ -77,7 +77,7 @@ class Graph:
         return self.tensor(values.shape, values.dtype.name, name, buffer)
 
     def sparse(self, values, block=1, name="weight"):
-        """Add a constant in CSR, or in blocks along its last axis; an incomplete block is lost."""
+        """Add a constant in CSR or in blocks along its last axis. Incomplete blocks are dropped."""
         width = values.shape[-1]
         sparsity, entries = pack(values[..., : width - width % block], block)
         index = self.tensor(values.shape, values.dtype.name, name, self.file._buffer(entries))
@@ -92,7 +92,8 @@ class Graph:
         return index
 
     def unary(self, builtin, x, dtype=None, options=None):
-        """Add an op whose output has the shape of its input, and its type or ``dtype``."""
+        """Add an op whose output has the shape of its input; ``dtype`` defaults to the input's
+        type."""
         y = self.op(builtin, [x], self.shape(x), options)
         self.graph.tensors[y].shapeSignature = None
         self.graph.tensors[y].type = TYPES[dtype] if dtype else self.graph.tensors[x].type
@@ -100,7 +101,7 @@ class Graph:
         return y
 
     def op(self, builtin, inputs, shape, options=None, version=1):
-        """Add an op with one output of this shape, and return the output."""
+        """Add an op with one output of the given shape, and return the output."""
         code = schema.OperatorCodeT()
         code.builtinCode = getattr(schema.BuiltinOperator, builtin)
         code.deprecatedBuiltinCode = min(code.builtinCode, 127)
@@ -122,7 +123,7 @@ class Graph:
         return [int(size) for size in self.graph.tensors[index].shape]
 
     def pad(self, x, widths, dtype=np.int32):
-        """Add a PAD op with ``[[before, after], ...]``, one pair for each axis."""
+        """Add a PAD op with paddings ``[[before, after], ...]``, one pair per axis."""
         shape = [size + sum(pair) for size, pair in zip(self.shape(x), widths)]
         widths = self.constant(np.array(widths, dtype))
         return self.op("PAD", [x, widths], shape, schema.PadOptionsT())
@@ -152,7 +153,7 @@ class Graph:
         return self.op(op, [x, kernel, bias], [1, *sizes, filters], options)
 
     def finish(self, inputs, outputs):
-        """Name the inputs and outputs in a signature, and return the file."""
+        """Name the inputs and outputs in a signature, and return the file builder."""
         signature = schema.SignatureDefT()
         signature.signatureKey = self.key
         signature.subgraphIndex = len(self.file.model.subgraphs) - 1
@@ -171,7 +172,7 @@ def _named(name, index):
 
 
 def fully_connected(weight, batch=-1, name="weight", input_name="x"):
-    """Return a file with one FULLY_CONNECTED op; the batch size is open unless it is given."""
+    """Return a file with one FULLY_CONNECTED op; by default the batch size is unknown."""
     graph = File().graph()
     make = graph.dynamic if batch == -1 else graph.tensor
     x = make([abs(batch), weight.shape[-1]])
@@ -198,7 +199,7 @@ def convolution(op, weight, stride=1, same=True, shape=(1, 8, 8, None), pad=None
 
 
 def sparse_values(shape, density, block=1, seed=0):
-    """Return random float32 values with this density, in blocks along the last axis."""
+    """Return random float32 values of a given density, in blocks along the last axis."""
     rng = np.random.default_rng(seed)
     values = rng.standard_normal(shape).astype(np.float32)
     kept = rng.random((*shape[:-1], shape[-1] // block)) < density
@@ -230,7 +231,7 @@ def decode(sparsity, stored, shape):
 
 
 def run(content, x, resolver=AUTO, key=None):
-    """Return the first output of a file with one input, run in the LiteRT interpreter."""
+    """Run a file with one input in the LiteRT interpreter, and return its first output."""
     interpreter = Interpreter(model_content=content, experimental_op_resolver_type=resolver)
     runner = interpreter.get_signature_runner(key)
     (name,) = runner.get_input_details()

@@ -1,4 +1,4 @@
-"""Decoding of constants, compared with independently written values and encodings."""
+"""Tests of decoding constants, against independently written values and encodings."""
 
 import numpy as np
 import pytest
@@ -42,12 +42,12 @@ def axis(size=None, starts=None, columns=None):
     return made
 
 
-# The example in the schema: 2x2 blocks, stored column by column.
+# The example of the TFLite schema: 2x2 blocks, stored column by column.
 #   1 0 0 0      |  blocks (row, column): (0, 0) = 1 0 / 0 4,  (1, 1) = 2 3 / 0 5
 #   0 4 0 0      |
 #   0 0 2 3      |
 #   0 0 0 5      |
-def test_2x2_blocks_in_column_order():
+def test_decode_2x2_blocks_in_column_order():
     sparsity = schema.SparsityParametersT()
     sparsity.traversalOrder, sparsity.blockMap = np.array([1, 0, 2, 3]), np.array([0, 1])
     sparsity.dimMetadata = [axis(2), axis(None, [0, 1, 2], [0, 1]), axis(2), axis(2)]
@@ -58,7 +58,7 @@ def test_2x2_blocks_in_column_order():
     np.testing.assert_array_equal(unpack(packed, stored), expected)
 
 
-def test_constants_of_a_dense_and_a_sparse_file():
+def test_list_constants_of_a_dense_and_a_sparse_file():
     values = sparse_values((16, 3, 3, 32), 0.25)
     dense = convolution("CONV_2D", values)
     (weight,) = weights(read(dense))
@@ -77,7 +77,7 @@ def test_constants_of_a_dense_and_a_sparse_file():
     assert inspect_file(dense).constants[0].bytes == values.nbytes
 
 
-def test_constants_of_other_types():
+def test_list_constants_of_other_types():
     graph = File().graph()
     x = graph.dynamic([1, 4])
     graph.constant(np.array([[0, 5]], np.int64), "int64")
@@ -90,7 +90,7 @@ def test_constants_of_other_types():
     assert str(report).splitlines()[3].split("|")[-2].strip() == "?"
 
 
-def test_the_printed_table():
+def test_print_the_table_of_constants():
     lines = str(inspect_file(fully_connected(sparse_values((8, 16), 0.5)))).splitlines()
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     assert cells[:5] == ["weight", "float32", "8x16", "dense", "512"]

@@ -1,4 +1,4 @@
-"""Encoding of weights: files decode to the same weights, run, and are otherwise unchanged."""
+"""Tests of encoding weights: files run, decode to the same weights, and do not change otherwise."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def encode_all(content, format):
 
 
 def stored(model, graph=0):
-    """Return the sparse tensors of a graph, each with its stored values."""
+    """Return the sparse tensors of a graph with their stored values."""
     tensors = [tensor for tensor in model.subgraphs[graph].tensors if tensor.sparsity is not None]
     return [(tensor, model.buffers[tensor.buffer].data.view(np.float32)) for tensor in tensors]
 
@@ -80,7 +80,7 @@ def test_index_vectors_use_the_narrowest_type(shape, density, segments, indices)
     np.testing.assert_array_equal(decode(sparsity, kept, shape), values)
 
 
-def test_nan_is_kept():
+def test_encoding_preserves_nan():
     values = np.array([[0, np.nan, 0, 1]], np.float32)
     np.testing.assert_array_equal(decode(*pack(values, 1), values.shape), values)
 
@@ -93,7 +93,7 @@ def test_a_block_size_that_does_not_divide_the_width_is_refused():
 @pytest.mark.parametrize("resolver", [AUTO, BUILTIN])
 @pytest.mark.parametrize("format", [CSR, BLOCKS, CSR_DENSIFY, BLOCKS_DENSIFY], ids=str)
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.6])
-def test_fully_connected_computes_the_same(format, density, resolver):
+def test_sparse_fully_connected_equals_dense(format, density, resolver):
     weight = sparse_values((12, 64), density, format.block)
     content = encode_all(fully_connected(weight), format)
     ((tensor, kept),) = stored(read(content))
@@ -104,7 +104,7 @@ def test_fully_connected_computes_the_same(format, density, resolver):
 
 
 def test_fully_connected_with_a_sparse_weight_has_version_8():
-    """In version 12, which the converter writes, XNNPACK reads a sparse weight as dense."""
+    """XNNPACK reads a sparse weight as dense in version 12, which the converter writes."""
     content = encode_all(fully_connected(sparse_values((8, 16), 0.2)), CSR)
     assert ops(read(content)) == [("FULLY_CONNECTED", 8)]
 
@@ -119,7 +119,7 @@ def test_fully_connected_with_a_sparse_weight_has_version_8():
         ("TRANSPOSE_CONV", (6, 3, 3, 8)),
     ],
 )
-def test_convolutions_compute_the_same(op, shape, format, resolver):
+def test_sparse_convolutions_equal_dense(op, shape, format, resolver):
     weight = sparse_values(shape, 0.2, format.block)
     dense = convolution(op, weight)
     content = encode_all(dense, format)
@@ -141,7 +141,7 @@ def test_a_convolution_cannot_read_a_sparse_weight_directly(op):
         encode_all(content, CSR)
 
 
-def test_only_the_weight_can_be_sparse():
+def test_a_sparse_input_other_than_the_weight_raises():
     graph = graphs.File().graph()
     x = graph.constant(sparse_values((4, 8), 0.2))
     weight = graph.tensor([6, 8])
@@ -169,8 +169,8 @@ def shared_weight_graph(file, key, weight, buffer=None):
 
 
 @pytest.mark.parametrize("format", [CSR, BLOCKS_DENSIFY], ids=str)
-def test_a_weight_shared_by_ops_graphs_and_tensors(format):
-    """Two graphs have tensors of one buffer. Each graph unpacks it once."""
+def test_encode_a_weight_shared_by_ops_graphs_and_tensors(format):
+    """Tensors of two graphs share one buffer. Each graph unpacks the buffer once."""
     weight = sparse_values((32, 32), 0.2, format.block)
     file = graphs.File()
     buffer = shared_weight_graph(file, "one", weight)
@@ -193,7 +193,7 @@ def test_a_weight_shared_by_ops_graphs_and_tensors(format):
             np.testing.assert_allclose(result, x @ weight.T @ weight.T, atol=1e-4)
 
 
-def test_other_parts_of_the_file_do_not_change():
+def test_encoding_changes_no_other_part_of_the_file():
     graph = graphs.File().graph()
     x = graph.dynamic([1, 8])
     first = graph.constant(sparse_values((16, 8), 0.1), "first")

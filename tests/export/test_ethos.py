@@ -1,4 +1,4 @@
-"""Files for Ethos-U NPUs: int8 inputs and outputs, dense weights, and Vela's estimates."""
+"""Tests of files for Ethos-U NPUs: int8 inputs and outputs, dense weights, Vela's estimates."""
 
 import json
 
@@ -21,7 +21,8 @@ x = np.random.default_rng(0).normal(size=(40, 16, 16, 8)).astype("float32")
 
 @pytest.fixture(scope="module")
 def model():
-    """Return a sparse network with 16 distinct values per kernel, and with an op for the CPU."""
+    """Return a sparse network with 16 distinct values per kernel and one op that runs on the
+    CPU."""
     keras.utils.set_random_seed(0)
     inputs = keras.Input((16, 16, 8))
     h = keras.layers.Conv2D(32, 3, padding="same", use_bias=False)(inputs)
@@ -78,8 +79,8 @@ def test_the_file_computes_the_outputs_of_the_model(model, exported):
     np.testing.assert_allclose(outputs, expected, atol=0.1 * np.abs(expected).max())
 
 
-def test_zeros_stay_zeros_and_16_values_stay_16_values(model, exported):
-    """Also through batch normalization, which multiplies the channels by different factors."""
+def test_export_preserves_zeros_and_number_of_distinct_values(model, exported):
+    """Batch normalization multiplies the channels by different factors; zeros must stay zero."""
     stored = [w.values for w in weights(read(exported[0].path.read_bytes()))]
     kernels = [v for v in model.trainable_variables if v.name == "kernel"]
     assert len(stored) == len(kernels)
@@ -97,7 +98,7 @@ def test_estimates_of_a_sparse_file_are_below_those_of_the_dense_file(exported):
     assert file.npu_cycles <= file.cycles
     assert set(file.memory_cycles) == {"sram", "off chip flash"}
     assert report.vela.accelerator == "ethos-u55-128"
-    assert file.seconds == pytest.approx(file.cycles / 500e6)  # at Vela's default clock
+    assert file.seconds == pytest.approx(file.cycles / 500e6)  # Vela's default clock is 500 MHz
     printed = str(report)
     assert "Estimates by Vela" in printed
     assert "not measurements on hardware" in printed
@@ -105,7 +106,7 @@ def test_estimates_of_a_sparse_file_are_below_those_of_the_dense_file(exported):
     assert json.loads(json.dumps(report.to_dict()))["vela"]["file"]["cycles"] == file.cycles
 
 
-def test_ops_on_the_cpu_are_named_with_the_reason(exported):
+def test_report_lists_ops_on_the_cpu(exported):
     report = exported[0].vela
     (sine,) = [op for op in report.cpu_ops if op.op == "SIN"]
     assert sine.reason == "Unsupported opType"
@@ -114,7 +115,7 @@ def test_ops_on_the_cpu_are_named_with_the_reason(exported):
     assert "On the CPU: SIN" in str(report)
 
 
-def test_the_compiled_file_is_written_if_it_is_asked_for(exported):
+def test_compiled_file_is_written_to_vela_path(exported):
     file = read(exported[1].read_bytes())
     names = {code.customCode for code in file.operatorCodes}
     assert b"ethos-u" in names
@@ -125,7 +126,7 @@ def test_the_compiled_file_is_written_if_it_is_asked_for(exported):
 
 
 @pytest.mark.parametrize("accelerator", ["ethos-u65-256", "ethos-u85-256"])
-def test_other_npus(exported, accelerator):
+def test_export_for_other_npus(exported, accelerator):
     content = exported[0].path.read_bytes()
     compiled, report = ethos.compile_for_npu(content, accelerator)
     assert report.file.weight_bytes <= 0.2 * report.dense.weight_bytes
@@ -142,9 +143,7 @@ def test_the_dense_file_has_no_zeros_and_the_same_ops(exported):
     assert ethos.dense_twin(content) == dense
 
 
-def test_without_vela_the_file_is_written_and_the_report_names_the_extra(
-    model, tmp_path, monkeypatch
-):
+def test_without_vela_the_report_names_the_extra_to_install(model, tmp_path, monkeypatch):
     monkeypatch.setattr("keras_dst.export.pipeline.vela_version", lambda: None)
     monkeypatch.setattr(ethos, "vela_version", lambda: None)
     path = tmp_path / "model.tflite"
@@ -183,5 +182,5 @@ def test_wrong_arguments_raise_before_any_work(model, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_line_knows_all_npus():
+def test_command_line_accepts_all_npus():
     assert keras_dst_cli._NPUS == ethos.ACCELERATORS

@@ -1,4 +1,4 @@
-"""Export of Keras models: the file is correct, or there is an error and no file."""
+"""Tests of the export of Keras models: the file is correct, or there is an error and no file."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from keras_dst.surgery import has_sparse_layers
 from .graphs import AUTO, BUILTIN, fully_connected, sparse_values
 from .graphs import ops as ops_of
 
-#: Measurements take time, and their results depend on the machine.
+#: Measurements are off, because they take time and depend on the machine.
 export_tflite = functools.partial(keras_dst.export_tflite, measure=False)
 
 on_tensorflow = pytest.mark.skipif(
@@ -35,7 +35,7 @@ on_tensorflow = pytest.mark.skipif(
 
 
 def prune(model, density, block=1):
-    """Prune every kernel of a model, in blocks along the axis that is last in the file."""
+    """Prune every kernel of a model, in blocks along the last axis of the weight in the file."""
     for layer in model.layers:
         layer.set_weights([pruned(w, layer, density, block) for w in layer.get_weights()])
     return model
@@ -64,7 +64,7 @@ def lenet_300_100():
 
 
 def residual():
-    """Return convolutions with batch normalization, a residual branch, and two named outputs."""
+    """Return a model with convolutions, batch normalization, a residual branch and two outputs."""
     x = keras.Input((16, 16, 3))
     y = layers.Conv2D(32, 3, padding="same", use_bias=False)(x)
     y = layers.BatchNormalization()(y)
@@ -86,7 +86,7 @@ def two_by_two():
 
 
 def check(report, model, path):
-    """Check what must hold for every exported file."""
+    """Check properties that every exported file has."""
     content = path.read_bytes()
     assert isinstance(report, ExportReport)
     assert (report.path, report.bytes) == (path, len(content))
@@ -143,7 +143,7 @@ def test_residual_network_with_named_outputs(tmp_path, block, expected):
 
 @on_tensorflow
 @pytest.mark.parametrize("given", [None, list, dict])
-def test_several_inputs_and_outputs(tmp_path, given):
+def test_export_with_several_inputs_and_outputs(tmp_path, given):
     model = prune(two_by_two(), 0.08)
     arrays = [np.ones((5, 40), np.float32), np.ones((5, 24), np.float32)]
     inputs = given and (arrays if given is list else {"right_name": arrays[0], "a_name": arrays[1]})
@@ -154,7 +154,7 @@ def test_several_inputs_and_outputs(tmp_path, given):
 
 
 @on_tensorflow
-def test_inputs_by_name(tmp_path):
+def test_export_with_inputs_by_name(tmp_path):
     x = {"ids": keras.Input((6,), dtype="int32", name="ids"), "b": keras.Input((6,), name="b")}
     y = layers.Flatten()(layers.Embedding(16, 8)(x["ids"]))
     model = prune(keras.Model(x, {"y": layers.Concatenate()([layers.Dense(64)(y), x["b"]])}), 0.1)
@@ -189,8 +189,8 @@ def test_302_inputs_are_not_truncated_to_300(tmp_path):
 
 @on_tensorflow
 @pytest.mark.parametrize(("optimize", "form"), [("size", "csr"), ("latency", "csr+densify")])
-def test_sequences_and_recurrence(tmp_path, optimize, form):
-    """FULLY_CONNECTED has inputs of rank 3, and a WHILE op contains weights."""
+def test_export_of_sequences_and_recurrence(tmp_path, optimize, form):
+    """FULLY_CONNECTED has inputs of rank 3, and the body of a WHILE op contains weights."""
     x = keras.Input(batch_shape=(2, 5, 32))
     y = layers.LSTM(32, return_sequences=True)(layers.Dense(32)(x))
     model = prune(keras.Model(x, y), 0.3)
@@ -203,7 +203,7 @@ def test_sequences_and_recurrence(tmp_path, optimize, form):
 
 
 @on_tensorflow
-def test_attention_multiplies_two_computed_tensors(tmp_path):
+def test_export_of_attention(tmp_path):
     x = keras.Input((7, 32))
     model = keras.Model(x, layers.MultiHeadAttention(2, 16)(x, x))
     for layer in model.layers[1]._flatten_layers(include_self=False):
@@ -215,7 +215,7 @@ def test_attention_multiplies_two_computed_tensors(tmp_path):
 
 
 @on_tensorflow
-def test_a_sequential_model_built_from_data_gets_an_open_batch(tmp_path):
+def test_a_sequential_model_built_from_data_gets_an_unknown_batch_size(tmp_path):
     model = keras.Sequential([layers.Dense(4)])
     model(np.ones((7, 3), np.float32))
     path = tmp_path / "model.tflite"
@@ -253,13 +253,13 @@ def test_a_stateful_sequential_model_keeps_its_batch_size_and_states(tmp_path, u
         np.testing.assert_array_equal(before, after.numpy())
     runner = Interpreter(str(path)).get_signature_runner()
     lstm.reset_state()
-    for batch in (x[:1], x[1:2]):  # the file begins with states of zero and keeps its states
+    for batch in (x[:1], x[1:2]):  # the file starts with zero states and keeps them
         found = next(iter(runner(**dict.fromkeys(input_shapes(path), batch)).values()))
         np.testing.assert_allclose(found, keras.ops.convert_to_numpy(model(batch)), atol=1e-5)
 
 
 class OptionalSum(layers.Layer):
-    """The sum of two inputs, of which the second may be None."""
+    """A layer that adds two inputs; the second input may be None."""
 
     def call(self, a, b=None):
         return a if b is None else a + b
@@ -278,7 +278,7 @@ def test_an_optional_input_that_is_none_is_left_out(tmp_path, given):
 
 
 @on_tensorflow
-def test_a_sparse_input_becomes_dense(tmp_path):
+def test_a_sparse_input_is_exported_as_dense(tmp_path):
     import tensorflow as tf
 
     x = keras.Input((16,), sparse=True, name="x")
@@ -288,7 +288,7 @@ def test_a_sparse_input_becomes_dense(tmp_path):
 
 
 @on_tensorflow
-def test_names_that_tensorflow_changes(tmp_path):
+def test_tensorflow_replaces_special_characters_in_input_names(tmp_path):
     x = [keras.Input((3,), name="my-input"), keras.Input((3,), name="1x.y")]
     path = tmp_path / "model.tflite"
     export_tflite(keras.Model(x, layers.Dense(3)(layers.Concatenate()(x))), path)
@@ -302,7 +302,7 @@ def words():
 
 
 @on_tensorflow
-def test_a_model_on_strings(tmp_path):
+def test_export_of_a_model_with_string_inputs(tmp_path):
     path, x = tmp_path / "model.tflite", np.array([["a"], ["c"]])
     with pytest.raises(
         ValueError, match=r"Expected inputs= for a model with string inputs.*'word'"
@@ -316,13 +316,13 @@ def test_a_model_on_strings(tmp_path):
 
 
 @pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="TensorFlow has strings")
-def test_a_model_on_strings_needs_tensorflow(tmp_path):
+def test_a_model_with_string_inputs_needs_tensorflow(tmp_path):
     with pytest.raises(ExportError, match=r"of strings(.|\n)*Fix: .*KERAS_BACKEND=tensorflow"):
         export_tflite(words(), tmp_path / "model.tflite", inputs=np.array([["a"]]))
 
 
 def backend_square(x):
-    """Return the square by a function of the backend itself."""
+    """Return the square, computed with a function of the backend instead of keras.ops."""
     if keras.backend.backend() == "jax":
         import jax.numpy as jnp
 
@@ -333,7 +333,7 @@ def backend_square(x):
 
 
 @pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="TensorFlow code converts")
-def test_a_lambda_with_code_of_the_backend(tmp_path):
+def test_a_lambda_with_backend_code_raises(tmp_path):
     model = keras.Sequential(
         [keras.Input((4,)), layers.Lambda(lambda x: backend_square(x)), layers.Dense(2)]
     )
@@ -344,7 +344,7 @@ def test_a_lambda_with_code_of_the_backend(tmp_path):
 
 
 @on_tensorflow
-def test_a_subclassed_model(tmp_path):
+def test_export_of_a_subclassed_model(tmp_path):
     class Net(keras.Model):
         def __init__(self):
             super().__init__()
@@ -362,13 +362,13 @@ def test_a_subclassed_model(tmp_path):
 
 
 @on_tensorflow
-def test_converting_prints_nothing(capfd):
+def test_conversion_prints_nothing(capfd):
     to_tflite(lenet_300_100())
     assert capfd.readouterr() == ("", "")
 
 
 @on_tensorflow
-def test_converting_prints_nothing_in_a_notebook(monkeypatch):
+def test_conversion_prints_nothing_in_a_notebook(monkeypatch):
     import tensorflow as tf
 
     cell = io.StringIO()
@@ -382,8 +382,8 @@ def test_converting_prints_nothing_in_a_notebook(monkeypatch):
 
 
 @on_tensorflow
-def test_converting_adds_no_handler_to_the_root_logger(monkeypatch):
-    # The first message to a root logger without a handler adds a handler for stderr.
+def test_conversion_adds_no_handler_to_the_root_logger(monkeypatch):
+    # If the root logger has no handler, the first message adds a handler for stderr.
     monkeypatch.setattr(logging.root, "handlers", [])
     to_tflite(lenet_300_100())
     assert logging.root.handlers == []
@@ -403,15 +403,15 @@ def test_converting_adds_no_handler_to_the_root_logger(monkeypatch):
     ],
     ids=["LSTM", "mixed_float16", "float64", "argmax", "erfinv", "complex", "strings"],
 )
-def test_models_that_cannot_be_converted(tmp_path, last, message):
+def test_models_that_cannot_be_converted_raise(tmp_path, last, message):
     x = keras.Input((4,), dtype="int32" if isinstance(last, layers.Hashing) else None)
     with pytest.raises(ExportError, match=f"could not be converted(.|\n)*{message}"):
         export_tflite(keras.Model(x, last(x)), tmp_path / "model.tflite")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sparse_model_is_exported_without_being_changed(tmp_path):
-    """This runs on every backend; on JAX and PyTorch it converts in a second Python."""
+def test_export_does_not_change_a_sparse_model(tmp_path):
+    """The test runs on every backend. JAX and PyTorch models are converted in a second Python."""
     image, extra = keras.Input((16, 16, 3)), keras.Input((8,))
     y = layers.Conv2D(32, 3, padding="same", use_bias=False)(image)
     y = layers.ReLU()(layers.BatchNormalization()(y))
@@ -430,7 +430,7 @@ def test_a_sparse_model_is_exported_without_being_changed(tmp_path):
     path = tmp_path / "model.tflite"
     report = export_tflite(model, path, inputs=x)
     check(report, model, path)
-    # Most initial weights are below 0.1 in the large kernel, and half of them in the heads.
+    # In the large kernel most initial weights are below the threshold 0.1, in the heads only half.
     forms = {tensor.shape: (tensor.encoding, tensor.density < 0.7) for tensor in report.tensors}
     assert forms[32, 3, 3, 32] == forms[32, 40] == forms[64, 40] == ("csr+densify", True)
     assert has_sparse_layers(model)
@@ -439,7 +439,7 @@ def test_a_sparse_model_is_exported_without_being_changed(tmp_path):
         np.testing.assert_array_equal(old, new)
 
 
-def test_classes_and_functions_of_a_module(tmp_path, monkeypatch):
+def test_export_with_classes_and_functions_of_a_user_module(tmp_path, monkeypatch):
     code = "from keras import layers\nclass Own(layers.Dense): pass\ndef double(x): return 2 * x\n"
     (tmp_path / "own_layers.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
@@ -449,8 +449,8 @@ def test_classes_and_functions_of_a_module(tmp_path, monkeypatch):
     assert export_tflite(model, tmp_path / "model.tflite").max_error < 1e-5
 
 
-@pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="there is no second Python")
-def test_a_class_that_another_python_cannot_import(tmp_path):
+@pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="needs no second Python")
+def test_a_class_that_cannot_be_imported_raises(tmp_path):
     class Local(layers.Dense):
         pass
 
@@ -460,7 +460,7 @@ def test_a_class_that_another_python_cannot_import(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# The tests below do not convert: the fixture `converted` replaces the conversion.
+# The tests below convert no models: the fixture `converted` replaces the conversion.
 
 WEIGHT = sparse_values((64, 32), 0.1)
 
@@ -491,7 +491,7 @@ def converted(monkeypatch):
 
 @pytest.fixture
 def path(tmp_path):
-    """Return the path of an older file, which a failure must not change."""
+    """Return the path of an existing file, which must not change if the export fails."""
     path = tmp_path / "model.tflite"
     path.write_bytes(b"older")
     return path
@@ -533,7 +533,7 @@ def test_report(model, converted, path):
     assert "\x1b" not in str(report)
 
 
-def test_measured_figures(model, converted, path, monkeypatch):
+def test_report_contains_measured_latency_and_accuracy(model, converted, path, monkeypatch):
     monkeypatch.setattr(
         pipeline, "loads_and_latencies", lambda contents, **_: ([3, 2, 1], [4, 1, 2])
     )
@@ -556,7 +556,7 @@ def test_measured_figures(model, converted, path, monkeypatch):
     assert "80.00%" in row
 
 
-def test_evaluate_needs_classes(model, converted, path):
+def test_evaluate_needs_class_labels(model, converted, path):
     with pytest.raises(ValueError, match=r"Expected evaluate=.x, y.*Received: str"):
         export_tflite(model, path, evaluate="x")
     narrow = keras.Sequential([keras.Input((32,)), layers.Dense(1, use_bias=False)])
@@ -566,7 +566,7 @@ def test_evaluate_needs_classes(model, converted, path):
     assert is_untouched(path)
 
 
-def test_the_report_of_a_dense_model_gives_reasons(converted, tmp_path):
+def test_report_of_a_dense_model_gives_reasons(converted, tmp_path):
     x = keras.Input((32,), name="x")
     layer = layers.Dense(64, use_bias=False)
     model = keras.Model(x, layer(x))
@@ -578,7 +578,7 @@ def test_the_report_of_a_dense_model_gives_reasons(converted, tmp_path):
     assert "which is not less" in str(report)
 
 
-def test_a_wrong_dense_conversion(model, converted, path):
+def test_a_wrong_dense_conversion_raises(model, converted, path):
     wrong = WEIGHT.copy()
     wrong[0, 0] += 1
     converted(wrong)
@@ -589,7 +589,7 @@ def test_a_wrong_dense_conversion(model, converted, path):
     assert not is_untouched(path)
 
 
-def test_a_wrong_sparse_weight_is_named(model, converted, path, monkeypatch):
+def test_the_error_identifies_a_wrong_sparse_weight(model, converted, path, monkeypatch):
     pack = encode.pack
 
     def wrong(values, block):
@@ -602,7 +602,9 @@ def test_a_wrong_sparse_weight_is_named(model, converted, path, monkeypatch):
     assert is_untouched(path)
 
 
-def test_a_file_in_which_no_single_weight_is_wrong(model, converted, path, monkeypatch):
+def test_the_error_if_the_file_is_wrong_but_every_single_weight_is_right(
+    model, converted, path, monkeypatch
+):
     select_formats = pipeline.select_formats
     whole = fully_connected(WEIGHT * 2)
     monkeypatch.setattr(
@@ -628,7 +630,7 @@ def test_an_interrupted_write_leaves_no_file(model, converted, path, monkeypatch
     assert is_untouched(path)
 
 
-def test_a_new_file_has_the_usual_permissions(model, converted, path):
+def test_a_new_file_has_default_permissions(model, converted, path):
     (path.parent / "other").touch()
     export_tflite(model, path)
     assert path.stat().st_mode == (path.parent / "other").stat().st_mode
@@ -646,7 +648,7 @@ DATA = {
 }
 
 
-def test_a_recurrent_loop_cannot_be_calibrated(never_converted, tmp_path):
+def test_calibrating_a_recurrent_loop_raises(never_converted, tmp_path):
     model = keras.Sequential([keras.Input(batch_shape=(1, 6, 8)), layers.LSTM(4, name="loop")])
     x = np.ones((4, 6, 8), np.float32)
     with pytest.raises(ExportError, match=r"unroll=True for quantize='full'.*\['loop'\]"):
@@ -654,7 +656,7 @@ def test_a_recurrent_loop_cannot_be_calibrated(never_converted, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "message"), DATA.values(), ids=DATA)
-def test_data_is_checked_before_converting(never_converted, model, tmp_path, options, message):
+def test_data_is_checked_before_conversion(never_converted, model, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         export_tflite(model, tmp_path / "model.tflite", **options)
 
@@ -688,24 +690,24 @@ TorchModule = type("Linear", (), {"__module__": "torch.nn.modules.linear"})
         (3, "Received: builtins.int"),
     ],
 )
-def test_arguments_that_are_not_models(never_converted, tmp_path, wrong, message):
+def test_exporting_other_objects_than_models_raises(never_converted, tmp_path, wrong, message):
     with pytest.raises(TypeError, match=message):
         export_tflite(wrong, tmp_path / "model.tflite")
 
 
 @pytest.mark.parametrize("unbuilt", [keras.Sequential([layers.Dense(3)]), Net()])
-def test_a_model_that_is_not_built(never_converted, tmp_path, unbuilt):
+def test_exporting_an_unbuilt_model_raises(never_converted, tmp_path, unbuilt):
     with pytest.raises(ValueError, match="call it once on data"):
         export_tflite(unbuilt, tmp_path / "model.tflite")
 
 
 @pytest.mark.parametrize("tolerance", [-1e-6, float("nan"), float("inf")])
-def test_an_invalid_tolerance(never_converted, model, tmp_path, tolerance):
+def test_an_invalid_tolerance_raises(never_converted, model, tmp_path, tolerance):
     with pytest.raises(ValueError, match="Expected a finite tolerance"):
         export_tflite(model, tmp_path / "model.tflite", tolerance=tolerance)
 
 
-def test_paths_that_cannot_be_written(never_converted, model, tmp_path, monkeypatch):
+def test_paths_that_cannot_be_written_raise(never_converted, model, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"Fix: create .*missing"):
         export_tflite(model, tmp_path / "missing" / "model.tflite")
     with pytest.raises(IsADirectoryError, match="Received: the folder"):
@@ -716,7 +718,7 @@ def test_paths_that_cannot_be_written(never_converted, model, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("package", ["tensorflow", "ai_edge_litert", "flatbuffers"])
-def test_missing_packages(never_converted, model, tmp_path, monkeypatch, package):
+def test_missing_packages_raise(never_converted, model, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"needs {package}. Fix: pip .* keras_dst\[export\]"):
         export_tflite(model, tmp_path / "model.tflite")

@@ -1,4 +1,4 @@
-"""Selection of the storage format of each weight, and the reason if a weight stays dense."""
+"""Tests of the storage format of each weight, and of the reason if a weight stays dense."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def only(content, *goal):
 
 
 def timer(**seconds_of):
-    """Return a timer with fixed seconds for each format, which it recognizes by a file's ops."""
+    """Return a timer with fixed seconds per format; it recognizes a format by the ops of a file."""
 
     def seconds(contents):
         return [seconds_of[format_of(content)] for content in contents]
@@ -44,7 +44,8 @@ def format_of(content):
 
 
 def partly_filled(shape, fill):
-    """Return a weight that keeps one in five 1x4 blocks, each with this fraction of nonzeros."""
+    """Return a weight that keeps one in five 1x4 blocks, with this fraction of nonzeros per
+    block."""
     values = sparse_values(shape, 0.2, block=4)
     values.reshape(-1, 4)[:, : 4 - int(4 * fill)] = 0
     return values
@@ -65,7 +66,7 @@ def partly_filled(shape, fill):
         (sparse_values((64, 302), 0.30, block=2), "csr+densify"),
     ],
 )
-def test_formats_of_fully_connected(values, format):
+def test_selected_formats_of_fully_connected(values, format):
     choice = only(fully_connected(values))
     assert (str(choice.format), choice.reason) == (format, "")
     assert choice.bytes < values.nbytes
@@ -75,7 +76,7 @@ def test_formats_of_fully_connected(values, format):
 @pytest.mark.parametrize(
     ("block", "format"), [(1, "csr+densify"), (4, "1x4+densify")], ids=["csr", "1x4"]
 )
-def test_convolutions_are_unpacked(op, block, format):
+def test_convolutions_unpack_their_weights(op, block, format):
     values = sparse_values((1 if op == "DEPTHWISE_CONV_2D" else 16, 3, 3, 64), 0.3, block)
     assert str(only(convolution(op, values)).format) == format
 
@@ -120,7 +121,7 @@ def test_a_weight_of_rank_3_stays_dense():
 
 
 def two_readers(second, output=False):
-    """Return a file in which FULLY_CONNECTED and another op, or an output, read one weight."""
+    """Return a file in which FULLY_CONNECTED and another op or an output read the same weight."""
     graph = graphs.File().graph()
     x = graph.dynamic([1, 64])
     weight = graph.constant(sparse_values((64, 64), 0.01))
@@ -165,7 +166,7 @@ def test_a_weight_that_no_op_reads_stays_dense():
     assert (choice.format, choice.reason, choice.weight.op) == (None, "no op reads it", "none")
 
 
-def test_one_buffer_in_two_shapes_stays_dense():
+def test_a_buffer_with_two_shapes_stays_dense():
     file = graphs.File()
     values = sparse_values((64, 64), 0.1)
     buffer = None
@@ -181,7 +182,7 @@ def test_one_buffer_in_two_shapes_stays_dense():
     assert (choice.format, choice.reason) == (None, "ops read it in several shapes")
 
 
-# A 3x3 convolution and a fully connected layer, for which timers give the seconds of each format.
+# Files for timers with fixed seconds: a 3x3 convolution and a fully connected layer.
 CONV = convolution("CONV_2D", sparse_values((64, 3, 3, 64), 0.05, block=4))
 FC = fully_connected(sparse_values((64, 256), 0.05, block=16))
 UNPACKED = dict.fromkeys(
@@ -200,7 +201,7 @@ UNPACKED = dict.fromkeys(
         ("size", 0.1, "1x4+densify"),
     ],
 )
-def test_the_timer_decides(optimize, direct, format):
+def test_the_fastest_format_is_selected(optimize, direct, format):
     times = timer(dense=1.0, im2col_1x4=direct, im2col_csr=2.0, **UNPACKED)
     choice = only(CONV, Objective(optimize, (times,)))
     assert str(choice.format) == format
@@ -214,7 +215,7 @@ def test_a_format_that_is_slower_on_one_cpu_is_not_selected(seconds):
 
 
 def test_a_format_that_makes_the_whole_file_slower_is_not_selected():
-    """The layer is fast alone, but slow inside the file."""
+    """The layer is fast alone, but slow as a part of the file."""
 
     def seconds(contents):
         alone = not read(contents[0]).signatureDefs
@@ -260,27 +261,27 @@ BY_4 = WIDE | {"1x4", "1x4+densify", "int8 1x4+densify"}
 @pytest.mark.parametrize(
     ("inputs", "expected"),
     [
-        (302, WIDE),  # blocks would lose the last 2 inputs
-        (300, BY_4),  # blocks of 16 would lose the last 12 inputs
+        (302, WIDE),  # Blocks would lose the last 2 inputs.
+        (300, BY_4),  # Blocks of 16 would lose the last 12 inputs.
         (304, BY_4 | {"int8 1x16"}),
         (4096, BY_4 | {"int8 1x16"}),
         (4112, BY_4),  # the kernel for float inputs overflows
     ],
 )
-def test_formats_by_number_of_inputs(inputs, expected):
+def test_selected_formats_by_number_of_inputs(inputs, expected):
     assert formats_of(fully_connected(sparse_values((4, inputs), 0.1))) == expected
 
 
 @pytest.mark.parametrize(("inputs", "right"), [(4080, True), (4096, False)])
-def test_formats_of_a_full_row(inputs, right):
-    """The kernel for float inputs counts a row of 256 blocks as 0 blocks."""
+def test_selected_formats_of_a_full_row(inputs, right):
+    """The kernel for float inputs treats a row of 256 blocks as if it had 0 blocks."""
     weight = sparse_values((4, inputs), 0.1, block=16)
     weight[1] = 1.0
     assert ("int8 1x16" in formats_of(fully_connected(weight))) == right
 
 
 def test_convolutions_never_read_a_sparse_weight():
-    """CONV_2D is lowered or its weight unpacked; other convolutions can only be unpacked."""
+    """CONV_2D is lowered or its weight is unpacked. For other convolutions only unpacking works."""
     for op in ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV"):
         content = convolution(op, sparse_values((1, 3, 3, 16), 0.2))
         direct = {f for f in formats_of(content) if "densify" not in f and f != "int8"}
@@ -288,7 +289,7 @@ def test_convolutions_never_read_a_sparse_weight():
         assert bool(direct) == (op == "CONV_2D")
 
 
-def test_convolutions_with_groups_or_open_sizes_are_not_lowered():
+def test_convolutions_with_groups_or_unknown_sizes_are_not_lowered():
     grouped = convolution("CONV_2D", sparse_values((8, 3, 3, 4), 0.2), shape=(1, 8, 8, 16))
     model = read(convolution("CONV_2D", sparse_values((8, 3, 3, 16), 0.2)))
     for tensor in model.subgraphs[0].tensors:

@@ -1,4 +1,4 @@
-"""CONV_2D lowered to FULLY_CONNECTED, compared with a convolution in plain NumPy."""
+"""Tests of CONV_2D lowered to FULLY_CONNECTED, against a convolution in plain NumPy."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def lowered(content, block):
 
 
 def convolved(x, weight, stride, same, dilation):
-    """Convolve with one product per output pixel, and add the bias that the test graphs have."""
+    """Convolve in NumPy with one product per output pixel, and add the bias of the test graphs."""
     filters, rows, columns, _ = weight.shape
     reach = [(size - 1) * dilation + 1 for size in (rows, columns)]
     if same:
@@ -67,7 +67,7 @@ def test_im2col_computes_the_convolution(sizes, kernel, steps, same, block, batc
         np.testing.assert_allclose(run(content, x, resolver), expected, atol=1e-4)
 
 
-def test_the_activation_is_kept():
+def test_im2col_keeps_the_activation():
     dense = net(sparse_values((6, 3, 3, 8), 0.5) * 3, (6, 6), 1, True, 1, RELU6)
     x = np.random.default_rng(0).standard_normal((2, 6, 6, 8)).astype(np.float32)
     found = run(lowered(dense, 4), x)
@@ -78,7 +78,7 @@ def test_the_activation_is_kept():
 @pytest.mark.parametrize(
     ("kernel", "stride", "same", "slices"), [(1, 1, True, 0), (1, 2, True, 1), (3, 1, False, 9)]
 )
-def test_the_number_of_ops(kernel, stride, same, slices):
+def test_im2col_number_of_ops(kernel, stride, same, slices):
     content = lowered(net(sparse_values((4, kernel, kernel, 8), 0.2), (8, 8), stride, same, 1), 4)
     names = [name for name, _ in ops(read(content))]
     assert names == ["STRIDED_SLICE"] * slices + ["CONCATENATION"] * (slices > 1) + [
@@ -87,8 +87,8 @@ def test_the_number_of_ops(kernel, stride, same, slices):
     assert ops(read(content))[-1] == ("FULLY_CONNECTED", 8)
 
 
-def test_equal_constants_are_shared():
-    """Two convolutions on inputs of the same size use the same slice bounds."""
+def test_im2col_shares_equal_constants():
+    """Two convolutions with inputs of the same size use the same slice bounds."""
     graph = File().graph()
     x = y = graph.dynamic([1, 8, 8, 8])
     for seed in (0, 1):

@@ -1,4 +1,4 @@
-"""The modules of the export package import each other in one direction, also inside functions."""
+"""Test that the modules of the export package do not import each other in circles."""
 
 import ast
 import graphlib
@@ -10,7 +10,7 @@ ROOT = pathlib.Path(keras_dst.__file__).parent / "export"
 
 
 def imported_modules(path):
-    """Yield the modules of the package that a module imports, anywhere in its code."""
+    """Yield the modules of the export package that a file imports, also inside functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "keras_dst.export":
             yield from (alias.name for alias in node.names)

@@ -1,4 +1,4 @@
-"""Quantization to int8: nearest integers, zeros kept, and every op reads the weights correctly."""
+"""Tests of int8 quantization: rounding to nearest, exact zeros, and correct results of all ops."""
 
 import keras
 import numpy as np
@@ -23,7 +23,7 @@ BLOCKS = Format(4, unpack=True, int8=True)
 HYBRID = Format(16, unpack=False, int8=True)
 
 
-# 127 is the largest value of each row, 2.54 and 1. A row of zeros also has a scale.
+# The largest values of the rows, 2.54 and 1, become 127. A row of zeros also gets a scale.
 def test_quantize_a_small_weight():
     made, parameters = quantize.quantize(
         np.array([[2.54, 0, -1.27], [1, 0.5, 0], [0, 0, 0]], np.float32), axis=0
@@ -35,7 +35,7 @@ def test_quantize_a_small_weight():
 
 @once
 @given(st.integers(0, 10**6), st.sampled_from([0, 1, 3]))
-def test_rounding_error_and_zeros(seed, axis):
+def test_quantization_rounds_to_nearest_and_preserves_zeros(seed, axis):
     weight = sparse_values((3, 2, 4, 5), 0.5, seed=seed)
     made, parameters = quantize.quantize(weight, axis)
     found = quantize.dequantize(made, parameters)
@@ -56,7 +56,7 @@ def test_rounding_error_and_zeros(seed, axis):
     ],
     ids=["fully connected", "convolution", "depthwise"],
 )
-def test_quantized_weights_compute_the_same(dense, format, resolver):
+def test_quantized_weights_equal_dense_within_rounding(dense, format, resolver):
     (weight,) = weights(read(dense))
     formats = {weight.buffer: format}
     reference = encode_dense(dense, formats)
@@ -84,14 +84,16 @@ def test_blocks_of_16_that_are_read_directly(inputs, resolver):
     x = np.random.default_rng(0).standard_normal((3, inputs)).astype(np.float32)
     found, expected = run(content, x, resolver), x @ weight.T
     np.testing.assert_array_equal(found, run(encode_dense(dense, formats), x, BUILTIN))
-    # Both factors of each product are off by at most half a step of 1/127 of the largest value.
+    # Both factors of a product are off by at most half a step; a step is 1/127 of the largest
+    # value.
     steps_x, steps_w = np.abs(x).max(1, keepdims=True) / 127, np.abs(weight).max(1) / 127
     bound = steps_x / 2 * np.abs(weight).sum(1) + np.abs(x) @ (weight != 0).T * steps_w / 2
     assert (np.abs(found - expected) <= 1.02 * bound).all()
 
 
 def test_a_transposed_convolution_is_not_quantized():
-    """XNNPACK can take over the DEQUANTIZE before the op without the op: results are then wrong."""
+    """XNNPACK can run the DEQUANTIZE op without the convolution after it; results are then
+    wrong."""
     content = convolution("TRANSPOSE_CONV", sparse_values((6, 3, 3, 64), 0.1))
     (choice,) = select_formats(content, Objective("size", int8=True)).choices
     assert str(choice.format) == "csr+densify"
@@ -129,8 +131,8 @@ def integers(op, weight):
         ("CONV_2D", (16, 3, 3, 32), 4, 3),
     ],
 )
-def test_integer_ops_stay_integer_ops(op, shape, block, version):
-    """XNNPACK refuses FULLY_CONNECTED after DENSIFY in every version except 8."""
+def test_sparse_weights_keep_integer_ops(op, shape, block, version):
+    """After DENSIFY, XNNPACK accepts FULLY_CONNECTED in version 8 only."""
     dense = integers(op, sparse_values(shape, 0.1, block))
     plan = select_formats(dense, Objective("size"))
     (choice,) = plan.choices
@@ -146,7 +148,7 @@ def test_integer_ops_stay_integer_ops(op, shape, block, version):
 
 @pytest.fixture
 def converted(monkeypatch):
-    """Return a model, and make its conversion return a file that was built by hand."""
+    """Return a model whose conversion is replaced by a handmade file."""
     weight = sparse_values((64, 320), 0.1, block=16)
     x = keras.Input((320,), name="x")
     layer = layers.Dense(64, use_bias=False)
@@ -158,15 +160,15 @@ def converted(monkeypatch):
 
 
 def cases(values):
-    """Return the values of the batches on which a file is compared with its model."""
+    """Return the batches of values on which a file is compared with its model."""
     return [values[:1], *(values[start : start + 4] for start in range(0, 32, 4))]
 
 
 def largest_rounding_error(kernel, x):
-    """Return the bound of the error if a kernel and the inputs are rounded to the nearest step.
+    """Return the largest possible error after a kernel and inputs are rounded to nearest steps.
 
-    Each value is off by at most half a step. The error ``dx w + x dw + dx dw`` is therefore bounded
-    by the sum of the absolute values of its terms.
+    The rounding error of each value is at most half a step. The absolute values of the terms of
+    ``dx w + x dw + dx dw`` therefore add up to a bound of the error.
     """
     steps_w = np.abs(kernel).max(axis=0) / 127
     steps_x = np.abs(x).max(axis=1, keepdims=True) / 127
@@ -190,7 +192,7 @@ def test_export_with_quantized_weights(converted, tmp_path, optimize, format):
 
 
 def test_a_wrong_scale_is_detected(converted, tmp_path, monkeypatch):
-    """The file agrees with Keras within the tolerance, but not with its own quantized weights."""
+    """The file agrees with Keras within the tolerance, but not with the quantized weights."""
     larger = fully_connected(converted.layers[1].get_weights()[0].T * np.float32(1.2))
     monkeypatch.setattr(pipeline.encode, "encode_dense", lambda content, formats: larger)
     with pytest.raises(ExportError, match="from the same weights stored dense"):
@@ -210,13 +212,13 @@ def test_a_wrong_scale_is_detected(converted, tmp_path, monkeypatch):
         ({"batch": 1.5}, "batch must be a whole number >= 1. Received: batch=1.5"),
     ],
 )
-def test_invalid_options(converted, tmp_path, options, message):
+def test_invalid_quantization_options_raise(converted, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         export_tflite(converted, tmp_path / "m.tflite", **options)
 
 
-def test_full_int8_by_the_converter(tmp_path):
-    """This runs on every backend: on JAX and PyTorch a second Python receives the samples."""
+def test_export_with_full_int8(tmp_path):
+    """The test runs on every backend. For JAX and PyTorch a second Python receives the samples."""
     model = keras.Sequential(
         [
             keras.Input((8, 8, 16)),
@@ -230,7 +232,7 @@ def test_full_int8_by_the_converter(tmp_path):
     path = tmp_path / "m.tflite"
     report = export_tflite(model, path, quantize="full", representative=x)
     assert encodings(report) == ["int8 csr+densify"] * 2
-    # Rounding errors of the layers add up to a few steps of the output, which has 255 steps.
+    # The output has 255 steps, and rounding errors of the layers add up to a few of them.
     y = model.predict(x, verbose=0)
     step = (y.max() - y.min()) / 255
     assert report.max_error < 4 * step / min(np.abs(outputs).max() for outputs in cases(y[:32]))

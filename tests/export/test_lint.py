@@ -1,4 +1,4 @@
-"""Each rule of the linter, on a file with the fault and on a file without it."""
+"""Tests of each rule of the linter, on a file with the fault and on a file without the fault."""
 
 import json
 import pathlib
@@ -28,7 +28,7 @@ KERNEL = sparse_values((16, 3, 3, 32), 0.2)
 
 
 def layer(make, version=8, dtype="float32"):
-    """Return a file with one FULLY_CONNECTED op, whose weight ``make`` adds to the graph."""
+    """Return a file with one FULLY_CONNECTED op; ``make`` adds its weight to the graph."""
     graph = File().graph()
     weight = make(graph)
     units, inputs = graph.shape(weight)
@@ -39,7 +39,7 @@ def layer(make, version=8, dtype="float32"):
 
 
 def maps(make):
-    """Return a file with one convolution, whose weight ``make`` adds to the graph."""
+    """Return a file with one convolution; ``make`` adds its weight to the graph."""
     graph = File().graph()
     x = graph.tensor([1, 8, 8, 32])
     return graph.finish({"x": x}, {"y": graph.convolve("CONV_2D", x, make(graph))}).content()
@@ -56,7 +56,7 @@ def densified(weight, block=1):
 
 
 def half(weight, densify):
-    """Store a float16 weight as TensorFlow's converter does, which forgets DENSIFY."""
+    """Store a float16 weight without DENSIFY, a mistake of TensorFlow's converter."""
 
     def make(graph):
         packed = (densified if densify else stored)(weight.astype(np.float16), 4)(graph)
@@ -66,7 +66,7 @@ def half(weight, densify):
 
 
 def int8(shape, block=16, density=0.2):
-    """Store an int8 weight, whose nonzeros form blocks of 16, in blocks of this size."""
+    """Store an int8 weight in blocks of a given size; its nonzeros form blocks of 16."""
     weight = integers(shape, density)
     return lambda graph: graph.quantized(graph.sparse(weight, block))
 
@@ -91,7 +91,7 @@ def int8_densified(dequantize):
 CUT = nets.network(*nets.BODY, nets.pool("MAX_POOL_2D"), nets.pointwise, nets.mean)
 WHOLE = nets.network(*nets.BODY, nets.pointwise, nets.mean)
 
-# For each rule: a file with the fault, words of the finding, a file without the fault.
+# For each rule: a file with the fault, words of the expected finding, a file without the fault.
 ERRORS = {
     "sparse-input": (maps(stored(KERNEL)), "the sparse tensor 'weight'", maps(densified(KERNEL))),
     "sparse-input, float16": (
@@ -158,7 +158,7 @@ def found(content, rule):
 
 @once
 @pytest.mark.parametrize(("rule", "case"), [*ERRORS.items(), *ADVICE.items()])
-def test_rule(rule, case):
+def test_lint_rule_reports_the_fault_only(rule, case):
     broken, words, sound = case
     (finding,) = found(broken, rule)
     assert finding.level == ("error" if rule in ERRORS else "advice")
@@ -169,7 +169,7 @@ def test_rule(rule, case):
 
 
 def wrong(content):
-    """Return whether XNNPACK refuses a file with one layer, or multiplies by its weight wrongly."""
+    """Return True if XNNPACK refuses a file with one layer or computes a wrong output."""
     model = read(content)
     (tensor,) = [t for t in model.subgraphs[0].tensors if t.sparsity is not None]
     weight = values(model, tensor).astype(np.float32) * (0.02 if tensor.quantization else 1)
@@ -185,7 +185,7 @@ def wrong(content):
 @pytest.mark.parametrize(
     "rule", ["sparse-format", "sparse-format, int8", "hybrid-width", "hybrid-width, blocks"]
 )
-def test_the_runtime_shows_the_fault(rule):
+def test_faults_cause_wrong_results_in_the_runtime(rule):
     broken, _, sound = ERRORS[rule]
     assert wrong(broken)
     assert not wrong(sound)
@@ -232,7 +232,7 @@ def test_the_runtime_refuses_int8_from_densify():
     ],
     ids=["first", "same", "no exit", "outside", "zeros", "depthwise"],
 )
-def test_obstacles_to_sparse_inference(steps, where, words):
+def test_lint_reports_obstacles_to_sparse_inference(steps, where, words):
     channels = 32 if steps[0] is nets.full else 3
     report = keras_dst.lint(nets.network(*steps, channels=channels))
     assert not report.sparse_inference
@@ -240,7 +240,7 @@ def test_obstacles_to_sparse_inference(steps, where, words):
     assert any(where in place and words in text for place, text in texts), texts
 
 
-def test_the_report_says_whether_sparse_inference_is_used():
+def test_report_states_use_of_sparse_inference():
     on = keras_dst.lint(nets.unpacked(WHOLE))
     assert (on.sparse_inference, on.reason, on.findings) == (True, "4 of 5 ops", [])
     off = keras_dst.lint(fully_connected(BLOCKS))
@@ -272,7 +272,7 @@ def test_the_printed_report(tmp_path):
     assert (finding["level"], finding["rule"]) == ("error", "nchw-layout")
 
 
-def test_errors_come_first():
+def test_lint_lists_errors_first():
     content = layer(stored(sparse_values((32, 66), 0.2), 4), version=7)
     levels = [finding.level for finding in keras_dst.lint(content).findings]
     assert levels == sorted(levels, key="error advice".find)
@@ -280,14 +280,14 @@ def test_errors_come_first():
 
 
 @pytest.mark.parametrize("cut", [0, 6, 8, 200, -200])
-def test_a_damaged_file(tmp_path, cut):
+def test_lint_of_a_damaged_file_raises(tmp_path, cut):
     path = tmp_path / "model.tflite"
     path.write_bytes(fully_connected(BLOCKS)[:cut])
     with pytest.raises(ValueError, match=r"Expected a .*\.tflite file.* Received: .*model\.tflite"):
         keras_dst.lint(path)
 
 
-def test_a_damaged_op():
+def test_lint_of_a_damaged_op_raises():
     model = read(WHOLE)
     for op in model.subgraphs[0].operators:
         op.builtinOptions, op.builtinOptionsType = None, 0
@@ -295,7 +295,7 @@ def test_a_damaged_op():
         keras_dst.lint(write(model))
 
 
-def test_arguments_that_are_neither_a_file_nor_a_model():
+def test_lint_of_other_objects_than_files_and_models_raises():
     with pytest.raises(TypeError):
         keras_dst.lint(3)
     with pytest.raises(FileNotFoundError):
@@ -303,7 +303,7 @@ def test_arguments_that_are_neither_a_file_nor_a_model():
 
 
 @on_tensorflow
-def test_a_model_is_checked_as_its_exported_file():
+def test_lint_of_a_model_checks_the_exported_file():
     model = keras.Sequential([keras.Input((64,)), layers.Dense(32, name="head")])
     kernel, bias = model.layers[0].get_weights()
     model.layers[0].set_weights([kernel * (LOOSE.T != 0), bias])

@@ -1,4 +1,4 @@
-"""Measurements of files: the reported figures and their meaning, but not their size."""
+"""Tests of measurements of files: the names and the meaning of the reported numbers."""
 
 import json
 import pathlib
@@ -23,7 +23,7 @@ def paths(tmp_path):
     return [tmp_path / "a.tflite", tmp_path / "b.tflite"]
 
 
-def test_bench(paths):
+def test_bench_of_two_files(paths):
     done = []
     report = bench(paths, runs=7, warmup=2, threads=2, progress=done.append)
     assert done == list(range(1, 10))
@@ -37,7 +37,7 @@ def test_bench(paths):
     assert str(report).splitlines()[-1] == "7 runs of each file, interleaved, 2 thread(s)"
 
 
-def test_latency_is_the_median_and_spread_the_interquartile_range(paths, monkeypatch):
+def test_bench_reports_median_latency_and_interquartile_range(paths, monkeypatch):
     seconds = [[9.0, 9.0], *([float(n), 2.0 * n] for n in (5, 1, 4, 2, 3))]
     monkeypatch.setattr(measure, "_rounds", lambda interpreters: iter(seconds))
     first, second = bench(paths, runs=5, warmup=1).files
@@ -45,7 +45,7 @@ def test_latency_is_the_median_and_spread_the_interquartile_range(paths, monkeyp
     assert (second.latency, second.spread, second.ratio) == (6.0, 4.0, 2.0)
 
 
-def test_bench_of_a_single_file_on_integers(tmp_path):
+def test_bench_of_a_single_file_with_integer_inputs(tmp_path):
     graph = File().graph()
     x = graph.tensor([2, 3], "int32")
     graph.finish({"x": x}, {"y": graph.unary("ABS", x)})
@@ -55,7 +55,7 @@ def test_bench_of_a_single_file_on_integers(tmp_path):
     assert (file.ratio, file.spread) == (1.0, 0.0)
 
 
-def test_an_open_batch_gets_the_requested_size(monkeypatch):
+def test_bench_resizes_an_unknown_batch_size(monkeypatch):
     contents = [
         fully_connected(sparse_values((32, 64), 1.0)),
         fully_connected(np.eye(64, dtype="f")),
@@ -74,13 +74,13 @@ def test_peak_memory_grows_with_the_file():
 
 
 @pytest.mark.parametrize("wrong", [{"threads": 0}, {"runs": 0}, {"warmup": -1}, {"runs": True}])
-def test_wrong_numbers(paths, wrong):
+def test_bench_with_invalid_numbers_raises(paths, wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=f"{name} must be a whole number"):
         bench(paths, **wrong)
 
 
-def test_bench_without_files_or_with_a_damaged_file(paths):
+def test_bench_without_files_or_with_a_damaged_file_raises(paths):
     with pytest.raises(ValueError, match="Expected at least one path"):
         bench([])
     paths[1].write_bytes(paths[1].read_bytes()[:90])
@@ -88,7 +88,7 @@ def test_bench_without_files_or_with_a_damaged_file(paths):
         bench(paths)
 
 
-def test_runs_of_files_are_interleaved(paths, monkeypatch):
+def test_bench_interleaves_the_runs_of_files(paths, monkeypatch):
     order = []
 
     class FakeInterpreter:

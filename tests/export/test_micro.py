@@ -1,4 +1,4 @@
-"""Files for microcontrollers: weights without their zeros, run in TensorFlow Lite Micro."""
+"""Tests of files for microcontrollers: weights without zeros, run in TensorFlow Lite Micro."""
 
 import importlib.util
 
@@ -52,7 +52,7 @@ def report(model, tmp_path_factory):
     )
 
 
-def test_the_file_decodes_weights_and_has_no_op_that_tflm_lacks(report):
+def test_micro_file_decodes_weights_and_has_only_tflm_ops(report):
     file = read(report.path.read_bytes())
     (graph,) = file.subgraphs
     names = [
@@ -61,17 +61,17 @@ def test_the_file_decodes_weights_and_has_no_op_that_tflm_lacks(report):
     ]
     assert names.count(micro.DECODE) == sum(not tensor.reason for tensor in report.tensors)
     assert not micro.unsupported_ops(file)
-    for place, name in enumerate(names):  # a decoded weight lives until the next op has run
+    for place, name in enumerate(names):  # TFLM keeps a decoded weight for one op
         if name == micro.DECODE:
             (decoded,) = graph.operators[place].outputs
             assert decoded in graph.operators[place + 1].inputs
 
 
-def test_the_report_compares_the_file_with_dense_int8(report):
+def test_micro_report_compares_the_file_with_dense_int8(report):
     found = report.micro
     assert found.bytes == report.bytes == report.path.stat().st_size
     assert found.bytes < 0.32 * found.dense_bytes
-    assert found.arena > found.dense_arena  # a decoded weight lies in the arena
+    assert found.arena > found.dense_arena  # decoded weights are stored in the arena
     assert found.samples == 1 + len(x)
     assert [file.name for file in report.files] == ["dense float32", "dense int8", "this file"]
     assert report.files[1].bytes == found.dense_bytes
@@ -80,7 +80,7 @@ def test_the_report_compares_the_file_with_dense_int8(report):
     assert "the file is not faster" in str(report)
 
 
-def test_the_formats_are_chosen_per_weight(report):
+def test_micro_format_is_chosen_per_weight(report):
     chosen = {tensor.shape: tensor for tensor in report.tensors}
     dense = chosen[(48, 2304)]
     kept = round(dense.density * 48 * 2304)
@@ -91,7 +91,7 @@ def test_the_formats_are_chosen_per_weight(report):
     assert head.reason == "its zeros save fewer bytes than the bitmap takes"
 
 
-def test_the_constants_of_a_weight():
+def test_bitmap_and_values_of_a_pruned_weight():
     values = np.array([[0, 5, 0, -3], [0, 0, 0, 127], [1, 0, 0, 0]], np.int8)
     bitmap, kept = micro._pruned(values)
     assert bitmap.tolist() == [0b01010001, 0b10000000]
@@ -99,7 +99,7 @@ def test_the_constants_of_a_weight():
     assert kept[16:].view(np.int8).tolist() == [5, -3, 127, 1]
 
 
-def test_a_weight_that_two_ops_read_is_decoded_for_each(tmp_path):
+def test_a_weight_of_two_ops_is_decoded_twice(tmp_path):
     inputs = keras.Input((64,))
     shared = keras.layers.Dense(64)
     model = sparse(keras.Model(inputs, shared(keras.layers.ReLU()(shared(inputs)))))
@@ -112,7 +112,7 @@ def test_a_weight_that_two_ops_read_is_decoded_for_each(tmp_path):
     assert codes.count(micro.DECODE) == 2
 
 
-def test_zeros_stay_zeros_and_lost_weights_are_counted(tmp_path):
+def test_zeros_are_preserved_and_rounded_weights_are_counted(tmp_path):
     model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(24)])
     w = np.random.default_rng(0).uniform(0.5, 1, (32, 24))
     w *= np.arange(32 * 24).reshape(32, 24) % 5 > 2
@@ -132,7 +132,7 @@ def test_zeros_stay_zeros_and_lost_weights_are_counted(tmp_path):
     assert np.array_equal(weight.values == 0, (w < 1e-4).T)
 
 
-def test_an_op_that_tflm_lacks_is_named_and_nothing_is_written(tmp_path):
+def test_an_op_missing_in_tflm_raises_and_no_file_is_written(tmp_path):
     inputs = keras.Input((16,))
     model = keras.Model(inputs, keras.ops.sort(keras.layers.Dense(16)(inputs)))
     samples = np.random.default_rng(1).normal(size=(8, 16)).astype("float32")
@@ -147,7 +147,7 @@ def test_an_op_that_tflm_lacks_is_named_and_nothing_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_difference_in_tflm_raises(report, monkeypatch):
+def test_different_outputs_in_tflm_raise(report, monkeypatch):
     content = report.path.read_bytes()
     runs = iter([micro.Run([np.zeros(3)], 1), micro.Run([np.ones(3)], 1)])
     monkeypatch.setattr(micro, "run_in_tflm", lambda *_: next(runs))
@@ -155,7 +155,7 @@ def test_a_difference_in_tflm_raises(report, monkeypatch):
         micro.report_for(content, content, [x])
 
 
-def test_arguments_that_do_not_fit_the_target(model, tmp_path, monkeypatch):
+def test_micro_arguments_that_do_not_fit_raise(model, tmp_path, monkeypatch):
     path = tmp_path / "model.tflite"
     with pytest.raises(ValueError, match="Expected quantize='full' with target='micro'"):
         keras_dst.export_tflite(model, path, target="micro")

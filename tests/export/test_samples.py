@@ -1,4 +1,4 @@
-"""Sample data in every form that `model.predict` takes, on every backend."""
+"""Tests of sample data in every form that `model.predict` accepts, on every backend."""
 
 import itertools
 
@@ -83,7 +83,7 @@ ONE_INPUT = {
 
 
 @pytest.mark.parametrize("make", ONE_INPUT.values(), ids=ONE_INPUT)
-def test_every_form_for_one_input(make):
+def test_samples_in_every_form_for_one_input(make):
     samples = read_samples(one_input(), make(), "inputs")
     np.testing.assert_allclose(samples.arrays[0], X)
     assert len(read_samples(one_input(), make(), "inputs", limit=5)) == 5
@@ -104,7 +104,7 @@ TWO_INPUTS = {
 
 
 @pytest.mark.parametrize("make", TWO_INPUTS.values(), ids=TWO_INPUTS)
-def test_every_form_for_two_inputs(make):
+def test_samples_in_every_form_for_two_inputs(make):
     samples = read_samples(two_inputs(), make(), "inputs")
     np.testing.assert_array_equal(samples.arrays[0], X)
     np.testing.assert_array_equal(samples.arrays[1], EXTRA)
@@ -120,7 +120,7 @@ LABELED = {
 
 
 @pytest.mark.parametrize("make", LABELED.values(), ids=LABELED)
-def test_every_form_of_labeled_data(make):
+def test_labeled_samples_in_every_form(make):
     samples, labels = read_labeled(one_input(), make())
     np.testing.assert_array_equal(samples.arrays[0], X)
     np.testing.assert_array_equal(labels, Y)
@@ -137,7 +137,7 @@ def test_an_endless_data_set_is_read_up_to_the_limit():
         read_labeled(model, repeated)
 
 
-def test_missing_last_axes_are_added_as_keras_does():
+def test_missing_last_axes_are_added_as_in_keras():
     x = keras.Input((1,), name="x")
     model = keras.Model(x, layers.Dense(3)(x))
     assert read_samples(model, X[:, 0], "inputs").arrays[0].shape == (20, 1)
@@ -170,12 +170,12 @@ def test_an_optional_input_may_be_none():
         (X[:0], "at least 1 samples in inputs.*Received: 0 samples"),
     ],
 )
-def test_data_that_does_not_fit(inputs, message):
+def test_samples_that_do_not_fit_raise(inputs, message):
     with pytest.raises(ValueError, match=message):
         read_samples(one_input(), inputs, "inputs")
 
 
-def test_too_few_samples_for_a_fixed_batch():
+def test_too_few_samples_for_a_fixed_batch_raise():
     x = keras.Input(batch_shape=(3, 8))
     with pytest.raises(ValueError, match=r"at least 3 samples in inputs.*Received: 2 samples"):
         read_samples(keras.Model(x, layers.Dense(3)(x)), X[:2], "inputs")
@@ -192,7 +192,7 @@ def test_too_few_samples_for_a_fixed_batch():
         ((iter([X]), Y), "Expected arrays in evaluate.*Fix: pass the data set alone"),
     ],
 )
-def test_labeled_data_that_does_not_fit(data, message):
+def test_labeled_samples_that_do_not_fit_raise(data, message):
     with pytest.raises(ValueError, match=message):
         read_labeled(one_input(), data)
 
@@ -222,7 +222,7 @@ def test_recurrent_layers_keep_the_batch_size_after_loading(tmp_path, options):
         assert signature_of(found).specs[0].shape == (1, 6, 8)
 
 
-def test_random_samples_for_strings_ask_for_inputs():
+def test_random_samples_for_strings_raise():
     signature = Signature([InputSpec("word", (None, 1), "string")], 0)
     with pytest.raises(
         ValueError, match=r"Expected inputs= for a model with string inputs .*'word'"

@@ -1,4 +1,4 @@
-"""The region that XNNPACK runs in NCHW layout, as observed on a CPU with hidden AVX."""
+"""Tests of the region that XNNPACK runs in NCHW layout, against results with AVX hidden."""
 
 import numpy as np
 import pytest
@@ -58,7 +58,7 @@ def unary(kind, options=None):
 
 
 def binary(kind, options, other):
-    """Return a step with two operands; ``other`` makes the second from the graph and the first."""
+    """Return a step with two operands; ``other(graph, x)`` makes the second operand."""
 
     def add(graph, x):
         y = other(graph, x)
@@ -104,7 +104,8 @@ def reshaped(*shape):
 
 
 def gated(*squeeze):
-    """Return a squeeze-and-excitation step: feature maps times the result of these steps."""
+    """Return a squeeze-and-excitation step, which scales feature maps by the output of
+    ``squeeze``."""
 
     def add(graph, x):
         y = x
@@ -116,7 +117,7 @@ def gated(*squeeze):
 
 
 def network(*steps, size=16, channels=3, also=()):
-    """Return a file of consecutive steps; the steps numbered in ``also`` are outputs, too."""
+    """Return a file of consecutive steps; ``also`` lists steps that are additional outputs."""
     graph = File().graph()
     x = y = graph.tensor([1, size, size, channels])
     found = []
@@ -156,7 +157,8 @@ BODY = (entry, depthwise(), pointwise)
 SQUEEZE = (pointwise, unary("LOGISTIC"))
 ADD, MUL = schema.AddOptionsT, schema.MulOptionsT
 
-# Each result was observed with LiteRT 2.3 on a CPU with hidden AVX.
+# Verdicts observed with LiteRT 2.3 and AVX hidden. "on": XNNPACK runs the region; "off": it does
+# not; "wrong": it does, and the outputs are wrong.
 MIDDLES = {
     "nothing": ([], "on"),
     "activations": ([unary("RELU"), unary("HARD_SWISH"), unary("LOGISTIC"), unary("SIN")], "on"),
@@ -205,12 +207,12 @@ ENTRIES = {
 
 
 @pytest.mark.parametrize(("steps", "expected"), MIDDLES.values(), ids=MIDDLES)
-def test_ops_in_the_middle(steps, expected):
+def test_verdict_of_ops_in_the_middle_of_a_region(steps, expected):
     assert verdict(network(*BODY, *steps, pointwise, mean)) == expected
 
 
 @pytest.mark.parametrize(("steps", "expected"), ENDS.values(), ids=ENDS)
-def test_ops_at_the_end(steps, expected):
+def test_verdict_of_ops_at_the_end_of_a_region(steps, expected):
     assert verdict(network(*BODY, pointwise, *steps)) == expected
 
 
@@ -221,12 +223,12 @@ def test_no_region_without_an_entry(changes, middle):
     assert verdict(network(*begin, *middle, pointwise, mean)) == "off"
 
 
-def test_four_channels_are_not_an_entry():
+def test_a_convolution_of_four_channels_starts_no_region():
     assert verdict(network(*BODY, mean, channels=4)) == "off"
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
-def test_paddings_of_both_integer_types(dtype):
+def test_region_after_paddings_of_both_integer_types(dtype):
     def begin(graph, x):
         weight = sparse_values((32, 3, 3, 3), 1.0)
         return graph.convolve("CONV_2D", graph.pad(x, BY_ONE, dtype), weight, 2, same=False)
@@ -235,7 +237,7 @@ def test_paddings_of_both_integer_types(dtype):
 
 
 @pytest.mark.parametrize(("density", "expected"), [(0.30, "on"), (0.37, "off")])
-def test_the_limit_of_two_thirds_zeros(density, expected):
+def test_a_region_needs_two_thirds_zeros(density, expected):
     thin = [lambda graph, x: pointwise(graph, x, density)] * 2
     assert verdict(network(entry, *thin, mean)) == expected
 
@@ -246,7 +248,7 @@ def test_zeros_of_fully_connected_count_inside_the_region():
         assert verdict(network(*BODY, *end)) == expected
 
 
-def test_feature_maps_that_are_also_an_output():
+def test_feature_maps_as_outputs_give_wrong_results():
     assert verdict(network(*BODY, pointwise, mean, also=[2])) == "wrong"
 
 
@@ -264,11 +266,11 @@ def test_no_region_without_densify():
     ],
     ids=["L2_NORMALIZATION", "LOG_SOFTMAX"],
 )
-def test_ops_that_xnnpack_leaves_out_count_as_wrong(step):
-    """LiteRT 2.3 computes these networks correctly: its XNNPACK takes over neither op.
+def test_ops_that_xnnpack_may_run_later_count_as_wrong(step):
+    """LiteRT 2.3 computes these networks correctly, because its XNNPACK runs neither of the two
+    ops.
 
-    Another version may take over the op, and then split the region at it.
-    """
+    Another version of XNNPACK may run the op and split the region there."""
     assert verdict(network(*BODY, step, pointwise, mean)) == "wrong"
 
 
@@ -299,7 +301,7 @@ def test_the_export_uses_densify_only_if_it_is_safe(middle, formats):
 
 @pytest.mark.parametrize("optimize", ["latency", "balanced"])
 def test_a_layer_read_directly_does_not_split_the_region(optimize):
-    """FULLY_CONNECTED on feature maps leaves the region if it reads a sparse weight directly."""
+    """If FULLY_CONNECTED on feature maps reads a sparse weight directly, it leaves the region."""
     content = network(*BODY, dense, pointwise, mean)
     assert verdict(content) == "on"
     plan = select_formats(content, Objective(optimize))
@@ -312,7 +314,7 @@ def test_a_layer_read_directly_does_not_split_the_region(optimize):
     }
 
 
-def test_ops_without_inputs_or_options():
+def test_ops_without_inputs_or_options_have_no_role():
     graph = File().graph()
     x = graph.tensor([1, 64])
     graph.op("VAR_HANDLE", [], [], schema.VarHandleOptionsT())
@@ -333,7 +335,7 @@ def test_ops_without_inputs_or_options():
     ],
     ids=["one", "open"],
 )
-def test_an_open_size_is_not_1(signature, role):
+def test_an_unknown_size_does_not_count_as_1(signature, role):
     graph = File().graph()
     x = graph.tensor([1, 1, 1, 32])
     graph.graph.tensors[x].shapeSignature = np.array(signature, np.int32)

@@ -1,4 +1,4 @@
-"""Files run on CPUs with XNNPACK's sparse kernels: with hidden AVX, and on an emulated ARM."""
+"""Tests of files on CPUs with XNNPACK's sparse kernels: with AVX hidden, and on emulated ARM."""
 
 import functools
 
@@ -94,7 +94,7 @@ FILES = WRITTEN | {name: content for name, (content, _) in RULES.items()}
 
 @pytest.fixture(scope="module", params=[no_avx, arm64], ids=["AVX hidden", "ARM emulated"])
 def outputs(request, tmp_path_factory):
-    """Return the outputs of every file on this CPU, and with both resolvers on the other CPU."""
+    """Return the outputs of every file: on this CPU, and with both resolvers on the other CPU."""
     cpu = request.param
     if cpu.obstacle():
         pytest.skip(cpu.obstacle())
@@ -123,7 +123,7 @@ def error(found, expected):
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_exported_files_compute_the_same(outputs, name):
+def test_exported_files_agree_on_all_cpus(outputs, name):
     expected, *found = outputs[name]
     assert {values.shape for values in found} == {expected.shape}
     integers = expected.dtype == np.int8
@@ -135,8 +135,8 @@ def test_exported_files_compute_the_same(outputs, name):
 @pytest.mark.parametrize(
     ("name", "verdict"), [(name, verdict) for name, (_, verdict) in RULES.items()]
 )
-def test_verdicts_are_true(outputs, name, verdict):
-    """A network that is called wrong does compute wrong results on this CPU."""
+def test_verdicts_agree_with_the_runtime(outputs, name, verdict):
+    """If the verdict of a network is "wrong", its results on this CPU are wrong."""
     expected, delegated, builtin = outputs[name]
     assert error(builtin, expected) < 1e-4
     assert (verdict == "wrong") == (not error(delegated, expected) < 1e-4)

@@ -1,4 +1,4 @@
-"""Comparison of files with Keras models: the error measure, and the cases that are compared."""
+"""Tests of the comparison of files with Keras models: the error measure and the compared cases."""
 
 import math
 
@@ -63,7 +63,7 @@ def test_the_worst_case_is_reported():
     assert "batch 4" in deviation(fully_connected(wrong), [zero, case(), zero]).where
 
 
-def test_the_error_of_a_tiny_output_is_not_amplified():
+def test_rounding_of_a_tiny_output_passes_the_comparison():
     tiny = (WEIGHT * 1e-9).astype(np.float32)
     expected = case()
     found = deviation(
@@ -73,7 +73,7 @@ def test_the_error_of_a_tiny_output_is_not_amplified():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_nan_and_infinity_never_pass(value):
+def test_nan_and_infinity_fail_the_comparison(value):
     broken = WEIGHT.copy()
     broken[0, 0] = value
     assert deviation(fully_connected(broken), [case()]).error == math.inf
@@ -83,14 +83,14 @@ def test_nan_and_infinity_never_pass(value):
     assert deviation(fully_connected(broken), [expected]).error == math.inf
 
 
-def test_a_missing_output_or_a_wrong_shape_never_passes():
+def test_a_missing_output_or_a_wrong_shape_fails_the_comparison():
     assert deviation(fully_connected(WEIGHT), [case(name="other")]).error == math.inf
     expected = case()
     expected.outputs["output_0"] = expected.outputs["output_0"][..., None]
     assert deviation(fully_connected(WEIGHT), [expected]).error == math.inf
 
 
-def test_a_file_that_the_interpreter_refuses_never_passes():
+def test_a_file_refused_by_the_interpreter_fails_the_comparison():
     dense = fully_connected(WEIGHT)
     (weight,) = weights(read(dense))
     found = deviation(encode(dense, {weight.buffer: Format(block=2, unpack=False)}), [case()])
@@ -100,7 +100,7 @@ def test_a_file_that_the_interpreter_refuses_never_passes():
 
 
 def dense_model(weight=WEIGHT, batch=None):
-    """Return the Keras model that `fully_connected(weight)` computes."""
+    """Return the Keras model that computes the same as the file of `fully_connected(weight)`."""
     x = keras.Input(batch_shape=(batch, weight.shape[-1]), name="x")
     layer = layers.Dense(weight.shape[0], use_bias=False)
     model = keras.Model(x, layer(x))
@@ -109,7 +109,7 @@ def dense_model(weight=WEIGHT, batch=None):
 
 
 def cases_of(model, inputs=None):
-    """Return the cases of a model on given inputs, or on random inputs."""
+    """Return the cases on which a model and its file are compared, with given or random inputs."""
     samples = None if inputs is None else read_samples(model, inputs, "inputs", limit=MAX_SAMPLES)
     signature = signature_of(model, samples)
     return keras_cases(model, signature, samples or random_samples(signature))
@@ -130,7 +130,7 @@ def test_random_inputs_have_batches_of_1_and_4():
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: [x], lambda x: {"x": x}])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_inputs_of_the_user(wrap, dtype):
+def test_compared_inputs_are_the_inputs_of_the_user(wrap, dtype):
     x = np.random.default_rng(3).standard_normal((50, 8)).astype(dtype)
     cases = cases_of(dense_model(), wrap(x))
     assert batches(cases) == [1] + [BATCH] * (MAX_SAMPLES // BATCH)
@@ -145,7 +145,7 @@ def test_a_last_batch_may_be_smaller():
     assert batches(cases) == [1, 4, 2]
 
 
-def test_a_fixed_batch_is_kept():
+def test_compared_cases_keep_a_fixed_batch_size():
     content = fully_connected(WEIGHT, batch=3)
     assert batches(cases_of(dense_model(batch=3))) == [3]
     cases = cases_of(dense_model(batch=3), np.ones((8, 8), np.float32))
@@ -166,7 +166,7 @@ def test_predictions_on_a_generator():
 
 
 def two_inputs(names):
-    """Return a file that outputs its two inputs, of which the second has integers."""
+    """Return a file that outputs its two inputs; the second input has integers."""
     graph = graphs.File().graph()
     tensors = [graph.dynamic([1, 5]), graph.dynamic([1, 5, 3], "int32")]
     inputs = dict(sorted(zip(names, tensors, strict=True)))
@@ -198,7 +198,7 @@ def test_random_integers_are_zeros_and_ones_and_open_axes_get_a_size():
 
 
 class Subclassed(keras.Model):
-    """A model that does not record how it is called."""
+    """A model that does not record the shapes of its inputs."""
 
     def call(self, inputs):
         return list(inputs) if isinstance(inputs, list | tuple) else inputs * 1.0
@@ -215,7 +215,7 @@ def test_a_subclassed_model_with_one_input_needs_no_inputs():
     assert deviation(content, cases).error == 0
 
 
-def test_a_subclassed_model_with_several_inputs_asks_for_them():
+def test_a_subclassed_model_with_several_inputs_needs_inputs():
     content = two_inputs(["args_0", "args_0_1"])
     with pytest.raises(ValueError, match="Fix: pass inputs="):
         cases_of(Subclassed())

@@ -1,4 +1,4 @@
-"""Coupled channels: the number of channels to keep, and their ranking, in the pure functions."""
+"""Tests of channel groups: the number of channels to keep, and their ranking across layers."""
 
 import numpy as np
 import pytest
@@ -9,8 +9,9 @@ from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods import Magnitude
 from keras_dst.methods.channels import ChannelGroups, Channels, alive, channel_scores
 
-# A stem (3 -> 4 channels) and a branch (4 -> 2 -> 4 channels) whose outputs are added, and a head
-# (4 -> 5) that stays. The first group holds the sum, the second group the inside of the branch.
+# A stem (3 -> 4 channels) and a branch (4 -> 2 -> 4 channels), whose outputs are added, and a head
+# (4 -> 5), which is not pruned. The first group has the channels of the sum. The second group has
+# the channels inside the branch.
 STAYS = [0.0, 0.0, 1.0]
 SUM, INSIDE = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]
 GROUPS = ChannelGroups(
@@ -39,11 +40,11 @@ def rank(method, scores, kept=None):
 
 
 def columns(score, shape):
-    """Scores of a weight whose output units have these scores."""
+    """Return the scores of a weight, given one score per output unit."""
     return np.broadcast_to(np.asarray(score, "float32"), shape)
 
 
-def test_share_of_channels_parameters_and_flops():
+def test_kept_share_of_channels_parameters_and_flops():
     kept = np.array([2.0, 1.0])
     assert GROUPS.kept_share(kept, "channels") == 3 / 6
     assert GROUPS.kept_share(kept, "parameters") == pytest.approx((6 + 2 + 2 + 10) / 48)
@@ -58,16 +59,16 @@ def test_share_of_channels_parameters_and_flops():
         ("channels", 0.0, [4, 2]),
         ("channels", 0.5, [2, 1]),
         ("channels", 0.9, [1, 1]),
-        ("parameters", 0.5, [2, 1]),  # 20 of 48; [3, 1] has 30
-        ("flops", 0.5, [3, 1]),  # 1290 of 2220; [2, 1] has 860
-        ("flops", 0.7, [2, 1]),  # [1, 1] has 430, and the target is 666
+        ("parameters", 0.5, [2, 1]),  # Keeps 20 of 48 parameters; [3, 1] would keep 30
+        ("flops", 0.5, [3, 1]),  # Keeps 1290 of 2220 FLOPs; [2, 1] would keep 860
+        ("flops", 0.7, [2, 1]),  # [1, 1] would keep 430 FLOPs; the target is 666
     ],
 )
 def test_uniform_counts_are_nearest_to_the_target(counted_in, sparsity, expected):
     assert counts(uniform(counted_in=counted_in), sparsity) == expected
 
 
-def test_counts_are_multiples_where_the_group_is_wide():
+def test_counts_of_wide_groups_are_multiples():
     groups = ChannelGroups([64, 20, 12], np.zeros((1, 2, 4)), np.ones((1, 2)))
     layout = Layout(channels=Channels(np.arange(96), groups))
     for sparsity in np.linspace(0, 0.99, 34):
@@ -77,7 +78,7 @@ def test_counts_are_multiples_where_the_group_is_wide():
         assert 1 <= found[2] <= 12
 
 
-def test_min_kept_is_the_floor_of_every_group():
+def test_every_group_keeps_at_least_min_kept():
     assert counts(uniform(min_kept=3), 0.9) == [3, 2]
 
 
@@ -102,8 +103,8 @@ def test_masks_of_a_sum_agree_and_keep_the_highest_mean_score():
 @pytest.mark.parametrize(
     ("counted_in", "expected"),
     [
-        ("channels", [[1, 1, 0, 0], [1, 0]]),  # the first of the tie is the third of three
-        ("flops", [[1, 1, 0, 0], [1, 1]]),  # 1020 of 2220; one channel more has 1530
+        ("channels", [[1, 1, 0, 0], [1, 0]]),  # Three channels are kept, with the first of a tie.
+        ("flops", [[1, 1, 0, 0], [1, 1]]),  # Keeps 1020 of 2220 FLOPs; one more channel: 1530.
     ],
 )
 def test_a_global_ranking_meets_the_target(counted_in, expected):
@@ -119,7 +120,7 @@ def test_a_global_ranking_meets_the_target(counted_in, expected):
     np.testing.assert_array_equal(masks[0][0], masks[2][0])
 
 
-def test_a_global_ranking_leaves_every_group_its_floor():
+def test_a_global_ranking_keeps_the_minimum_of_every_group():
     scores = [columns([9, 9, 9, 9], s) for s in (SHAPES[0], SHAPES[2])]
     scores.insert(1, np.full(SHAPES[1], 1e-9))
     for sparsity in (0.5, 0.9):
@@ -134,7 +135,7 @@ def test_scores_below_zero_mark_pruned_weights():
     np.testing.assert_allclose(ops.convert_to_numpy(found), expected, rtol=1e-6)
 
 
-def test_a_unit_without_a_channel_stays():
+def test_a_unit_without_a_channel_is_kept():
     layouts = [
         Layout(channels=Channels([0, -1, 1], ChannelGroups([2], np.zeros((1, 2, 2)), [[1, 1]])))
     ]
@@ -143,14 +144,14 @@ def test_a_unit_without_a_channel_stays():
     np.testing.assert_array_equal(ops.convert_to_numpy(mask), [[True, True, False]])
 
 
-def test_a_weight_without_channels_stays_in_a_coupled_model():
+def test_a_weight_without_channels_is_kept_in_a_coupled_model():
     method = uniform(0.5)
     scores = [ops.ones(s) for s in (*SHAPES, (2, 2))]
     masks = method.rank(scores, [*LAYOUTS, KERNEL], ops.array([2, 1]))
     assert ops.convert_to_numpy(masks[-1]).all()
 
 
-def test_alive_reads_the_masks():
+def test_alive_channels_follow_from_the_masks():
     masks = rank(uniform(), [np.ones(s) for s in SHAPES])
     found = alive([ops.convert_to_tensor(m) for m in masks], LAYOUTS)
     np.testing.assert_array_equal(
@@ -158,7 +159,7 @@ def test_alive_reads_the_masks():
     )
 
 
-def test_unknown_quantities_and_patterns():
+def test_invalid_counted_in_and_pattern_raise():
     with pytest.raises(ValueError, match=r"counted_in must be one of .* Received: .*'latency'"):
         Magnitude(0.5, pattern="channel", counted_in="latency")
     with pytest.raises(ValueError, match="can be used only with pattern='channel'"):

@@ -1,4 +1,4 @@
-"""Consensus: gates, penalties, budget, projection, and a trajectory from the equations."""
+"""Tests of Consensus: gates, penalties, budget, projection, and a training run in NumPy."""
 
 import keras
 import numpy as np
@@ -39,7 +39,7 @@ def sigmoid(v):
     return 1 / (1 + np.exp(-v))
 
 
-# -- gates ---------------------------------------------------------------------------------------
+# -- gates -----------------------------------------------------------------------------------------
 
 
 @LAYOUTS
@@ -51,13 +51,13 @@ def test_state(layout, shape, gates):
     logit = state["logit"]
     assert (tuple(logit.shape), logit.name, logit.trainable) == (gates, "kernel_logit", True)
     assert [s.trainable for s in state.values()] == [True, False, False, False]
-    # Larger units begin with higher logits; their mean is 0.1.
+    # Units with larger weights start with higher logits. The mean of the logits is 0.1.
     axes = tuple(i for i in range(len(shape)) if i - len(shape) not in layout.outputs)
     size = np.abs(variable.numpy()).mean(axes)
     np.testing.assert_allclose(logit.numpy(), (0.1 * size / size.mean()).reshape(gates), rtol=1e-5)
 
 
-def test_state_of_a_kernel_of_zeros():
+def test_initial_logits_of_a_kernel_of_zeros():
     layer = layers.Layer()
     variable = layer.add_weight(shape=(3, 2), initializer="zeros")
     state = Consensus().build(layer, "kernel", variable, KERNEL)
@@ -117,11 +117,11 @@ def test_a_gate_closes_weights_and_bias_before_the_activation(make):
     np.testing.assert_array_equal(array(layer(x)), found)
 
 
-# -- which layers --------------------------------------------------------------------------------
+# -- layers with gates -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["sequential", "residual", "nested", "functional_with_block"])
-def test_layers_that_give_the_outputs_have_no_gates(kind):
+def test_output_layers_have_no_gates(kind):
     model = models.MODELS[kind]()
     report = keras_dst.sparsify(model, Consensus())
     skipped = [p for p, reason in report.skipped if reason == "its units are the model's outputs"]  # fmt: skip  # noqa: E501
@@ -130,7 +130,7 @@ def test_layers_that_give_the_outputs_have_no_gates(kind):
     assert type(model.layers[-1]) is layers.Dense
 
 
-def test_outputs_through_layers_without_kernels():
+def test_layers_before_kernel_free_output_layers_have_no_gates():
     inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(4, 3, name="body")(inputs)
     a = layers.BatchNormalization()(layers.Conv2D(4, 3, name="a")(x))
@@ -152,7 +152,7 @@ def test_a_subclassed_model_needs_filters():
     models.compiled(model).fit(x, y, verbose=0, callbacks=[SparseTraining(epochs=9)])
 
 
-# -- the budget ----------------------------------------------------------------------------------
+# -- the budget ------------------------------------------------------------------------------------
 
 
 def conv_net():
@@ -170,9 +170,9 @@ def conv_net():
     )
 
 
-@pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")  # a few steps
+@pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 @pytest.mark.parametrize("cost", ["flops", "parameters"])
-def test_the_target_is_the_cost_of_the_smaller_model(cost):
+def test_the_target_is_the_cost_of_the_shrunk_model(cost):
     model = conv_net()
     keras_dst.sparsify(model, Consensus(0.39, cost))
     models.compiled(model)
@@ -184,11 +184,12 @@ def test_the_target_is_the_cost_of_the_smaller_model(cost):
         "flops": after.dense_flops / before.dense_flops,
         "parameters": after.parameters / before.parameters,
     }
-    # A channel of "two" has up to 5 % of the cost. A padded layer may keep one closed channel.
+    # A channel of "two" has up to 5 % of the cost. Padding to a multiple may keep one closed
+    # channel.
     assert left[cost] == pytest.approx(0.61, abs=0.06)
 
 
-@pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")  # a few steps
+@pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 def test_gates_of_a_sum_close_together():
     keras.utils.set_random_seed(0)
     inputs = keras.Input((8, 8, 3))
@@ -213,7 +214,7 @@ def test_gates_of_a_sum_close_together():
     assert keras_dst.report(small).dense_flops / before == pytest.approx(0.5, abs=0.06)
 
 
-def test_flops_that_are_not_known():
+def test_unknown_flops_raise():
     model = models.subclassed()
     model.block.steps[0]._build_shapes_dict = None
     keras_dst.sparsify(model, Consensus(), "conv2d.*")
@@ -229,7 +230,7 @@ def test_flops_that_are_not_known():
     lambda: keras.optimizers.Adam(),
 ])  # fmt: skip
 def test_training_reaches_the_target(inner):
-    # In 224 steps. The last projection makes up for the rest.
+    # Training takes 224 steps. The last projection closes the remaining gap to the target.
     rng = np.random.default_rng(0)
     x = rng.standard_normal((256, 24)).astype("float32")
     y = (x @ rng.standard_normal((24, 4))).argmax(1)
@@ -248,7 +249,7 @@ def test_training_reaches_the_target(inner):
     models.compiled(model, inner(), metrics=["accuracy"])
     history = model.fit(x, y, 16, 14, verbose=0, callbacks=[SparseTraining()]).history
     assert history["sparsity"][-2] == pytest.approx(history["sparsity"][-1], abs=0.1)
-    assert history["accuracy"][-1] > 0.8  # 0.25 by chance
+    assert history["accuracy"][-1] > 0.8  # chance level is 0.25
     before = keras_dst.report(model).dense_flops
     small = keras_dst.shrink(keras_dst.strip(model))
     assert keras_dst.report(small).dense_flops / before == pytest.approx(0.4, abs=0.01)
@@ -262,17 +263,18 @@ def project(method, logits, costs, weights=None, layouts=None):
     return [array(change["logit"]) for change in changes]
 
 
-def test_project_opens_those_nearest_to_the_budget():
+def test_projection_opens_gates_up_to_the_budget():
     #              cost 2 each            cost 6 each
     logits = [[0.3, -0.1, 0.2, 0.5], [-0.4, 0.1, -0.2]]
     one, two = project(Consensus(0.5), logits, [1, 3])
-    # In the order of logits 0.5, 0.3, 0.2, 0.1: 2, 4, 6, 12 of 26; 14 with the next is as near.
+    # Opening the logits 0.5, 0.3, 0.2, 0.1 in this order costs 2, 4, 6, 12 of 26. The target is 13.
+    # The next gate would raise the cost to 14, which is as near.
     np.testing.assert_array_equal(one >= 0, [1, 0, 1, 1])
     np.testing.assert_array_equal(two >= 0, [0, 1, 0])
-    for found, before in zip((one, two), logits):  # what was right stays as it was
+    for found, before in zip((one, two), logits):  # logits on the right side of 0 do not change
         np.testing.assert_array_equal(found, np.float32(before))
     one, two = project(Consensus(0.8), logits, [1, 3])
-    # The best of each layer come first: 8 of 26 is more than asked for, and least.
+    # The best gate of each layer opens first. The cost, 8 of 26, is above the target but minimal.
     np.testing.assert_array_equal(one >= 0, [0, 0, 0, 1])
     np.testing.assert_array_equal(two >= 0, [0, 1, 0])
     one, two = project(Consensus(0), logits, [1, 3])
@@ -280,13 +282,13 @@ def test_project_opens_those_nearest_to_the_budget():
     assert (two >= 0).all()
 
 
-# -- the trajectory ------------------------------------------------------------------------------
+# -- the trajectory --------------------------------------------------------------------------------
 
 
-def test_trajectory_against_the_equations():
-    """50 steps of the two-layer net with gates on its hidden units, both penalties, in NumPy."""
+def test_trajectory_of_consensus_equals_the_equations():
+    """Compare 50 steps of a two-layer network with gates and both penalties with NumPy."""
     method = Consensus(0.6, lambda_polar=0.5, lambda_act=4.0)
-    method.schedule = Constant(0.6)  # the paper's budget, without our ramp
+    method.schedule = Constant(0.6)  # the budget is constant, as in the paper
     model = reference.keras_net()
     keras_dst.sparsify(model, method)
     state = model.layers[0].sparse_state["kernel"]
@@ -314,7 +316,7 @@ def test_trajectory_against_the_equations():
         turns += np.sum((z > 0) != before)
         before = z > 0
         g = reference.gradients(xs, ys, {**p, "w1": p["w1"] * z})
-        to_z = (g["w1"] * p["w1"]).sum(0)  # straight through
+        to_z = (g["w1"] * p["w1"]).sum(0)  # straight-through gradient
         to_z += 0.5 * (1 - 2 * z) / n  # mean(g (1 - g)), g = z
         to_z += 4.0 * 2 * (z.mean() - 0.4) / n
         optimizer.step(p, {**g, "w1": g["w1"] * z, "logit": to_z * pi * (1 - pi)})
@@ -324,7 +326,7 @@ def test_trajectory_against_the_equations():
     np.testing.assert_allclose(state["logit"].numpy(), p["logit"], atol=1e-4)
 
 
-# -- configuration -------------------------------------------------------------------------------
+# -- configuration ---------------------------------------------------------------------------------
 
 
 def test_defaults():

@@ -1,4 +1,4 @@
-"""DCIL against its equations in NumPy: gradients, loss, masks, and whole trajectories."""
+"""Tests of DCIL against its equations in NumPy: gradients, loss, masks, and training runs."""
 
 import keras
 import numpy as np
@@ -25,7 +25,7 @@ def random(*shape):
     return RNG.standard_normal(shape).astype("float32")
 
 
-# -- one weight ----------------------------------------------------------------------------------
+# -- one weight ------------------------------------------------------------------------------------
 
 
 def test_forward_and_gradient_of_both_paths():
@@ -47,7 +47,7 @@ def test_forward_and_gradient_of_both_paths():
     np.testing.assert_array_equal(array(apply(w)), [[1, 0], [0, -4]])
 
 
-def test_squares_rank_channels_otherwise_than_magnitudes():
+def test_channels_rank_differently_by_squares_and_magnitudes():
     w = [ops.convert_to_tensor([[1.0, 1.9], [1.0, 0.0]])]  # mean |w|: 1, 0.95; mean w**2: 1, 1.8
     kept = ops.convert_to_tensor([2])
     found = {}
@@ -59,7 +59,7 @@ def test_squares_rank_channels_otherwise_than_magnitudes():
 
 
 def divergence(p, f, temperature):
-    """Return the paper's KL terms of every entry, and the gradients of their mean."""
+    """Return the KL terms of the paper for every sample, and the gradients of their mean."""
     a, b = reference.softmax(p / temperature), reference.softmax(f / temperature)
     each = a * np.log(a / b) + b * np.log(b / a)
     step = temperature * (a - b) / len(p)
@@ -77,7 +77,7 @@ def test_divergence_and_its_gradients():
     np.testing.assert_allclose(found[1], to_f, atol=1e-6)
 
 
-# -- batch normalization -------------------------------------------------------------------------
+# -- batch normalization ---------------------------------------------------------------------------
 
 
 @keras.saving.register_keras_serializable("tests")
@@ -86,7 +86,7 @@ class MyNorm(layers.BatchNormalization):
 
 
 @pytest.mark.parametrize("arguments", [{}, {"scale": False}, {"center": False}], ids=str)
-def test_batch_norm_is_the_stock_layer_on_either_path(arguments):
+def test_batch_norm_equals_the_stock_layer_on_either_path(arguments):
     x, other = random(8, 5), 3 * random(8, 5) + 1
     dual = SparseBatchNormalization(**arguments, momentum=0.5, method=DCIL(0.5))
     pruned, full = (layers.BatchNormalization(**arguments, momentum=0.5) for _ in range(2))
@@ -113,7 +113,7 @@ def norm_model(norm=layers.BatchNormalization):
 
 
 @pytest.mark.parametrize("norm", [layers.BatchNormalization, MyNorm])
-def test_second_set_in_files_reports_and_after_strip(norm, tmp_path):
+def test_second_batch_norm_set_is_saved_reported_and_stripped(norm, tmp_path):
     model = norm_model(norm)
     model.layers[1].set_weights([random(6), random(6), random(6), random(6) ** 2])
     plain = keras_dst.report(model)
@@ -167,7 +167,7 @@ class NormBlock(layers.Layer):
         return x
 
 
-def test_batch_norm_inside_a_layer(tmp_path):
+def test_batch_norm_inside_a_custom_layer(tmp_path):
     model = keras.Sequential([keras.Input((5,)), NormBlock(), layers.Dense(3)])
     keras_dst.sparsify(model, DCIL(0.5))
     assert isinstance(model.layers[0].steps[1], SparseBatchNormalization)
@@ -180,7 +180,7 @@ def test_batch_norm_inside_a_layer(tmp_path):
         np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
 
 
-def test_the_weights_of_a_stock_layer_go_into_both_sets():
+def test_weights_of_a_stock_layer_are_loaded_into_both_sets():
     stock = norm_model().layers[1]
     stock.set_weights([random(6), random(6), random(6), random(6) ** 2])
     store: dict = {}
@@ -203,7 +203,7 @@ def test_a_frozen_batch_norm_stays_frozen():
     assert len(model.trainable_variables) == 8
 
 
-# -- the loss ------------------------------------------------------------------------------------
+# -- the loss --------------------------------------------------------------------------------------
 
 
 def fit(model, x, y, epochs=1, batch_size=16, driver=None, callbacks=(), **arguments):
@@ -215,7 +215,7 @@ def fit(model, x, y, epochs=1, batch_size=16, driver=None, callbacks=(), **argum
 
 
 def still(model, loss, **arguments):
-    """Compiled so that a training step changes nothing."""
+    """Compile a model with learning rate 0, so that a training step does not change the weights."""
     model.compile(keras.optimizers.SGD(0.0), loss, **arguments)
     return model
 
@@ -228,7 +228,7 @@ def on_both_paths(model, x):
 
 
 class OneNumber(layers.Layer):
-    """Adds a loss that depends on the path."""
+    """A layer that adds a loss. Its value depends on the path."""
 
     def call(self, x):
         self.add_loss(ops.mean(x))
@@ -236,7 +236,7 @@ class OneNumber(layers.Layer):
 
 
 @pytest.mark.parametrize("from_logits", [True, False])
-def test_loss_counts_penalties_once_and_honours_weights(from_logits):
+def test_loss_counts_penalties_once_and_applies_sample_weights(from_logits):
     x, y, weights = random(16, 5), RNG.integers(0, 3, 16), RNG.uniform(size=16).astype("float32")
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
@@ -297,10 +297,11 @@ def test_loss_of_several_outputs():
     kl += 3 * divergence(*two, 2.0)[0].mean()
     weighted = np.dot([1, 3, 5], np.add(task(pruned), task(full)))
     np.testing.assert_allclose(logs["loss"], [weighted + kl], rtol=1e-4)
-    np.testing.assert_allclose(logs["number_loss"], [task(pruned)[2]], rtol=1e-4)  # pruned alone
+    # Losses of single outputs are losses of the pruned path.
+    np.testing.assert_allclose(logs["number_loss"], [task(pruned)[2]], rtol=1e-4)
 
 
-def test_a_loss_without_classes_needs_a_training_without_divergence():
+def test_a_regression_loss_needs_training_without_divergence():
     x, y = random(16, 5), random(16, 1)
     for warmup, raises in ((0.5, True), (1.0, False)):
         model = keras.Sequential([keras.Input((5,)), layers.Dense(4, "relu"), layers.Dense(1)])
@@ -315,11 +316,12 @@ def test_a_loss_without_classes_needs_a_training_without_divergence():
     np.testing.assert_allclose(logs["loss"], [expected], rtol=1e-5)
 
 
-# -- whole trainings -----------------------------------------------------------------------------
+# -- training runs ---------------------------------------------------------------------------------
 
 
 def trained_by_equations(x, y, p, statistics, warmup):
-    """DCIL in NumPy; masks are ranked before every second step, sparsity 0.8 after 40 of 50."""
+    """Train with DCIL in NumPy: masks change every second step, and reach 0.8 after 40 of 50
+    steps."""
     optimizer = reference.Momentum(p)
     names, losses = ("w1", "w2"), []
     for t in range(len(x)):
@@ -349,7 +351,7 @@ def trained_by_equations(x, y, p, statistics, warmup):
     return losses
 
 
-def test_trajectory_is_that_of_the_equations():
+def test_trajectory_equals_the_equations():
     x, y = reference.data(50)
     model = reference.keras_net()
     keras_dst.sparsify(model, DCIL(Cubic(0.8, end=0.8), warmup=0.5))
@@ -381,7 +383,7 @@ def test_trajectory_is_that_of_the_equations():
 
 
 class Watch(keras.callbacks.Callback):
-    """Notes, after every step, whether the divergence is on."""
+    """Callback that records after every step whether the divergence is active."""
 
     def __init__(self):
         super().__init__()
@@ -393,7 +395,7 @@ class Watch(keras.callbacks.Callback):
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.4])
-def test_the_divergence_comes_in_after_the_warm_up(warmup):
+def test_divergence_starts_after_the_warm_up(warmup):
     x, y = random(40, 5), RNG.integers(0, 3, 40)
     model = norm_model()
     keras_dst.sparsify(model, DCIL(0.5, warmup=warmup))
@@ -403,7 +405,7 @@ def test_the_divergence_comes_in_after_the_warm_up(warmup):
     assert watch.coupled == [float(step / 50 >= warmup) for step in range(1, 51)]
 
 
-# Without the recurrent one, whose two paths XLA compiles for minutes.
+# Exclude the recurrent model: XLA takes minutes to compile its two paths.
 @pytest.mark.parametrize("kind", [kind for kind in models.MODELS if kind != "recurrent"])
 def test_every_kind_of_model(kind, tmp_path):
     x, y = models.data(size=32)
@@ -429,7 +431,7 @@ def test_every_kind_of_model(kind, tmp_path):
         assert not any(type(z).__module__.startswith("keras_dst") for z in copy._flatten_layers())
 
 
-def test_dropout_and_a_training_in_two_parts():
+def test_training_with_dropout_in_two_parts_equals_one_fit():
     x, y = random(32, 5), RNG.integers(0, 3, 32)
 
     def build():
@@ -452,7 +454,7 @@ def test_dropout_and_a_training_in_two_parts():
     for a, b in zip(whole.variables, parts.variables):
         np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
     drawn = whole.layers[1].seed_generator.state.numpy()[1]
-    assert drawn == 2 * int(whole.optimizer.iterations)  # each path draws its own
+    assert drawn == 2 * int(whole.optimizer.iterations)  # each path draws its own dropout mask
 
 
 def test_patterns():
@@ -468,11 +470,11 @@ def test_patterns():
         assert set(groups.ravel()) <= ({2} if pattern == "2:4" else {0, 4})
 
 
-# -- models with a mind of their own -------------------------------------------------------------
+# -- models with custom loss or training step ------------------------------------------------------
 
 
 class OwnLoss(keras.Model):
-    """Overrides compute_loss in the old way, without `training`."""
+    """A model that overrides compute_loss with the old signature, without `training`."""
 
     def __init__(self):
         super().__init__()
@@ -485,7 +487,7 @@ class OwnLoss(keras.Model):
         return 10.0 + super().compute_loss(x, y, y_pred, sample_weight)
 
 
-def test_the_compute_loss_of_the_model_is_called():
+def test_a_custom_compute_loss_is_called():
     x, y = random(16, 5), RNG.integers(0, 3, 16)
     model = OwnLoss()
     model(x)
@@ -498,7 +500,7 @@ def test_the_compute_loss_of_the_model_is_called():
     assert model._compute_loss_has_training_arg is False
 
 
-def test_a_training_step_that_leaves_out_compute_loss():
+def test_a_training_step_without_compute_loss_raises():
     class Other(keras.Sequential):
         def train_step(self, *args):
             if keras.backend.backend() == "jax":
@@ -508,13 +510,13 @@ def test_a_training_step_that_leaves_out_compute_loss():
     model = Other([keras.Input((5,)), layers.Dense(3)])
     keras_dst.sparsify(model, DCIL(0.5))
     still(model, "mse")
-    for steps in (4, 1):  # with and without a mask update in the fit
+    for steps in (4, 1):  # with and without a mask update
         with pytest.raises(ValueError, match="does not call"):
             fit(model, random(16 * steps, 5), random(16 * steps, 3))
 
 
-@pytest.mark.filterwarnings("ignore:Gradients do not exist")  # of the second set
-def test_training_needs_the_driver():
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")  # of the second set of parameters
+def test_training_without_the_callback_raises():
     x, y = random(32, 5), RNG.integers(0, 3, 32)
     model = norm_model()
     keras_dst.sparsify(model, DCIL(0.5))
@@ -522,7 +524,7 @@ def test_training_needs_the_driver():
         models.compiled(model).fit(x, y, verbose=0)
 
 
-def test_a_fit_after_one_that_was_interrupted():
+def test_fit_after_an_interrupted_fit():
     x, y = random(32, 5), RNG.integers(0, 3, 32)
     model = norm_model()
     keras_dst.sparsify(model, DCIL(0.5))
@@ -540,7 +542,7 @@ def test_a_fit_after_one_that_was_interrupted():
         model.fit(x, y, verbose=0)
 
 
-def test_one_method_with_two_paths_in_a_model():
+def test_two_methods_with_two_paths_raise():
     model = keras.Sequential(
         [
             keras.Input((5,)),
@@ -553,7 +555,7 @@ def test_one_method_with_two_paths_in_a_model():
         fit(model, random(16, 5), RNG.integers(0, 3, 16))
 
 
-def test_recomputed_layers():
+def test_layers_in_a_remat_scope():
     x, y = random(16, 5), RNG.integers(0, 3, 16)
 
     def train():
@@ -588,7 +590,7 @@ def test_errors(arguments, message):
         DCIL(**{"sparsity": 0.5, **arguments})
 
 
-def test_a_second_set_needs_a_method_with_two_paths():
+def test_sparse_batch_normalization_needs_a_method_with_two_paths():
     with pytest.raises(ValueError, match="two paths"):
         SparseBatchNormalization(method=DST())
 

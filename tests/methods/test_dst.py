@@ -1,4 +1,4 @@
-"""DST's pure functions against the paper's formulas, written out in NumPy."""
+"""Tests of DST's pure functions against the formulas of the paper in NumPy."""
 
 import functools
 import math
@@ -32,12 +32,12 @@ def random(*shape, low=-1.0, high=1.0, seed=0):
 
 
 def slope(q):
-    """S': the long-tailed derivative of the step."""
+    """Return S'(q), the long-tailed derivative of the step function."""
     q = abs(q)
     return 2 - 4 * q if q <= 0.4 else 0.4 if q <= 1 else 0
 
 
-# granularity, layout, shape of the weight, shape of the threshold, axes that share one
+# Granularity, layout, shape of the weight, shape of the threshold, axes that share a threshold.
 SINGLE = [
     ("unit", KERNEL, (6, 4), (4,), (0,)),
     ("unit", KERNEL, (3, 2, 4, 5), (5,), (0, 1, 2)),
@@ -46,9 +46,10 @@ SINGLE = [
     ("layer", KERNEL, (3, 2, 4, 5), (), (0, 1, 2, 3)),
     ("weight", KERNEL, (6, 4), (6, 4), ()),
 ]
-# the same, with a pattern and its block
+# The same columns, followed by the pattern and its block shape.
 GROUPED = [
-    ("unit", KERNEL, (6, 4), (4,), (0,), "1x4", (4, 1)),  # with blocks of 2 at the end
+    # The last block of each column has 2 weights.
+    ("unit", KERNEL, (6, 4), (4,), (0,), "1x4", (4, 1)),
     ("unit", KERNEL, (6, 6), (2,), (0,), "4x1", (1, 4)),
     ("layer", KERNEL, (6, 4), (), (0, 1), "1x4", (4, 1)),
     ("weight", KERNEL, (6, 4), (2, 4), (), "1x4", (4, 1)),
@@ -79,17 +80,17 @@ def test_state(granularity, layout, shape, threshold, shared, pattern, block):
     np.testing.assert_array_equal(array(t), np.zeros(threshold))
 
 
-# -- mask and gradient ---------------------------------------------------------------------------
+# -- mask and gradient -----------------------------------------------------------------------------
 
 
 def blocks_of(shape, block):
-    """Index of every block, and the slices of the weights in it."""
+    """Yield the index of every block and the slices that select its weights."""
     for index in np.ndindex(*(-(-n // b) for n, b in zip(shape, block))):
         yield index, tuple(slice(i * b, (i + 1) * b) for i, b in zip(index, block))
 
 
 def margins(w, t, block):
-    """Q = mean|w| - t, for every block."""
+    """Return Q = mean|w| - t of every block."""
     means = np.zeros([-(-n // b) for n, b in zip(w.shape, block)])
     for index, own in blocks_of(w.shape, block):
         means[index] = np.abs(w[own]).mean(dtype="float64")
@@ -97,9 +98,9 @@ def margins(w, t, block):
 
 
 def reference(w, t, g, block):
-    """Mask, gradient of the weights, and of every block's threshold, over its n weights.
+    """Return the mask, the gradient of the weights, and the gradient of every block's threshold.
 
-    dL/dw = g m + sum(g w) S'(Q) sign(w)/n        dL/dt = -sum(g w) S'(Q)
+    For a block of n weights, dL/dw = g m + sum(g w) S'(Q) sign(w)/n and dL/dt = -sum(g w) S'(Q).
     """
     q = margins(w, t, block)
     mask, to_w, to_t = np.zeros(w.shape), np.zeros(w.shape), np.zeros(q.shape)
@@ -112,7 +113,7 @@ def reference(w, t, g, block):
 
 
 def draw(shape, threshold):
-    """Weights, thresholds, and the gradient of the masked weights."""
+    """Return random weights, thresholds, and gradients of the masked weights."""
     low_and_high = [(-1.5, 1.5), (0.4, 1.0), (-1, 1)]
     shapes = [shape, threshold, shape]
     return [
@@ -178,14 +179,14 @@ def test_golden_gradients():
     to_w, to_t = gradients(
         lambda w, t: DST().apply(w, {"threshold": t}, KERNEL), [tensor(w), tensor(t)], tensor(g)
     )
-    # g (m + |w| S'), and -sum(g w S') down the columns
+    # dL/dw = g (m + |w| S'), and dL/dt = -sum(g w S') over each column.
     np.testing.assert_allclose(to_w, [[1.5, 0.2], [1.0, 1.8]], rtol=1e-6)
     np.testing.assert_allclose(to_t, [-0.5 + 1.0, -0.2 + 0.8], rtol=1e-6)
 
 
-def test_a_pruned_weight_learns_to_come_back():
-    # Both are below the threshold, and the loss falls with their product's magnitude: gradients
-    # move them away from 0, and the threshold down.
+def test_gradients_can_revive_a_pruned_weight():
+    # Both weights are below the threshold, and larger magnitudes reduce the loss. The gradients
+    # therefore move the weights away from 0 and lower the threshold.
     to_w, to_t = gradients(
         lambda w, t: DST().apply(w, {"threshold": t}, KERNEL),
         [tensor([[0.3], [-0.3]]), tensor([0.5])],
@@ -195,28 +196,28 @@ def test_a_pruned_weight_learns_to_come_back():
     assert to_t > 0
 
 
-# -- the guard -----------------------------------------------------------------------------------
+# -- the reset of thresholds -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("target", "reset_density", "thresholds", "expected"),
     [
-        (None, 0.01, [0.95, 0.95], [0.95, 0.95]),  # a tenth is left
-        (None, 0.1, [0.95, 0.95], [0, 0]),  # "to this or below"
+        (None, 0.01, [0.95, 0.95], [0.95, 0.95]),  # 10 % of the weights are left.
+        (None, 0.1, [0.95, 0.95], [0, 0]),  # The reset happens at or below `reset_density`.
         (None, 0.1, [0.85, 0.95], [0.85, 0.95]),
-        (None, 0.01, [2, 3], [0, 0]),  # nothing is left
+        (None, 0.01, [2, 3], [0, 0]),  # no weight is left
         (None, 0.0, [2, 3], [0, 0]),
-        (0.5, 0.1, [0.95, 0.95], [0.95, 0.95]),  # with a target: at a twentieth of the weights
+        (0.5, 0.1, [0.95, 0.95], [0.95, 0.95]),  # with a target, the reset happens at 5 %
         (0.5, 0.1, [0.95, 1.5], [0, 0]),
         (None, 0.01, [-0.5, 0.5], [-0.5, 0.5]),
-        (0.5, 0.01, [-0.5, 0.5], [0, 0.5]),  # with a target: not below 0
+        (0.5, 0.01, [-0.5, 0.5], [0, 0.5]),  # with a target, thresholds are not negative
         (None, 0.01, [np.nan, 0.5], [0, 0.5]),
         (None, 0.01, [-np.inf, 0.5], [0, 0.5]),
         (None, 0.01, [np.nan, np.nan], [0, 0]),
     ],
 )
 def test_reset(target, reset_density, thresholds, expected):
-    # A kernel of 0.1, 0.2, .. 1.0 in both columns.
+    # Both columns of the kernel contain 0.1, 0.2, ... 1.0.
     layer = keras.layers.Layer()
     variable = layer.add_weight(shape=(10, 2), initializer="zeros")
     variable.assign(np.repeat(np.arange(1, 11)[:, None] / 10, 2, axis=1))
@@ -235,16 +236,16 @@ def test_reset(target, reset_density, thresholds, expected):
         (Constant(0.99), 0.01, 0.001),
     ],
 )
-def test_reset_density_leaves_room_for_the_target(target, reset_density, expected):
+def test_reset_density_is_below_the_target_density(target, reset_density, expected):
     assert DST(target, reset_density=reset_density).reset_at == pytest.approx(expected)
 
 
-# -- a target ------------------------------------------------------------------------------------
+# -- a target --------------------------------------------------------------------------------------
 
 
 @functools.cache
 def compiled_project(method, shapes):
-    """Masks and thresholds after a projection, for these shapes of weights and thresholds."""
+    """Return a compiled projection for these shapes of weights and thresholds."""
 
     def project(weights, thresholds, kept):
         states = [{"threshold": t} for t in thresholds]
@@ -272,28 +273,28 @@ def project(method, weights, thresholds, kept):
         ("weight", [(2, 4), (3, 5)], "1x4", (4, 1)),
     ],
 )
-def test_project_keeps_exactly_that_many(granularity, shapes, pattern, block):
+def test_projection_keeps_the_requested_number_of_weights(granularity, shapes, pattern, block):
     method = DST(0.5, granularity=granularity, pattern=pattern)
     weights = [random(8, 4), random(12, 5, seed=1)]
     thresholds = [random(*shape, low=-0.2, high=0.2, seed=2) for shape in shapes]
     q = [margins(w, t, block) for w, t in zip(weights, thresholds)]
     ranked = np.sort(np.concatenate([np.ravel(x) for x in q]))[::-1]
 
-    # In blocks of 4, the counts between are not reached: 50 becomes 48.
+    # With blocks of 4, only multiples of 4 are possible: 50 becomes 48.
     for kept in [20, 50, 52, 91, 92]:
         found, moved = project(method, weights, thresholds, kept)
         groups = kept // math.prod(block)
         assert sum(mask.sum() for mask in found) == groups * math.prod(block)
-        # The blocks with the largest margins are those that are kept.
+        # The projection keeps the blocks with the largest margins.
         lowest = ranked[groups - 1]
         for mask, x in zip(found, q):
             np.testing.assert_array_equal(mask, np.repeat(x >= lowest, block[0], axis=0))
-        # All thresholds have moved by the same amount.
+        # The projection moves all thresholds by the same amount.
         shifts = np.concatenate([np.ravel(new - t) for new, t in zip(moved, thresholds)])
         np.testing.assert_allclose(shifts, shifts[0], atol=1e-6)
 
 
-def test_project_leaves_something_of_every_layer():
+def test_projection_keeps_a_weight_of_every_layer():
     weights = [random(8, 4), random(12, 5) / 100]
     masks, _ = project(DST(0.5), weights, [np.zeros(4), np.zeros(5)], 18)
     assert [mask.any() for mask in masks] == [True, True]
@@ -319,7 +320,7 @@ def test_alpha_pushes_all_thresholds_towards_the_target(kept, sign):
     assert float(one["alpha"]) == float(other["alpha"])
 
 
-def test_schedule_of_the_target():
+def test_schedule_of_the_target_sparsity():
     assert DST().schedule is None
     assert DST(0.9).schedule == Cubic(0.9, end=0.5)
     assert DST(Geometric(0.8)).schedule == Geometric(0.8)

@@ -1,4 +1,4 @@
-"""FlipOut: events, scores, counters and noise."""
+"""Tests of FlipOut: pruning events, scores, counters of sign flips, and noise."""
 
 import keras
 import numpy as np
@@ -16,17 +16,18 @@ from tests import models
     ("sparsity", "every"),
     [(0.75, 117), (0.9375, 70), (1 - 0.5**6, 50), (1 - 0.5**8, 39), (0.999, 32)],
 )
-def test_events_come_at_the_papers_epochs(sparsity, every):
+def test_pruning_events_are_at_the_epochs_of_the_paper(sparsity, every):
     found = FlipOut(sparsity).schedule.jumps(350)
     events = round(np.log2(1 / (1 - sparsity)))
-    # The paper has whole epochs. Its last sparsity, 1 - 0.5^10 = 0.99902, is 0.999 here.
+    # The paper rounds to whole epochs. Its last sparsity is 1 - 0.5^10 = 0.99902; this test has
+    # 0.999.
     assert len(found) == events
     np.testing.assert_allclose(found, every * np.arange(1, events + 1), atol=0.03 * 350)
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("rate", [0.2, 0.5])
-def test_an_event_removes_a_share_and_the_last_one_the_rest(sparsity, rate):
+def test_events_remove_a_constant_share_and_the_last_event_reaches_the_sparsity(sparsity, rate):
     schedule = FlipOut(sparsity, rate=rate).schedule
     events = schedule.jumps(1000)
     for number, event in enumerate(events[:-1], start=1):
@@ -54,7 +55,7 @@ def test_counters_cannot_overflow(steps, dtype):
     assert FlipOut(0.9).init([None], steps) == [{"flips": ("zeros", dtype)}]
 
 
-def test_the_callback_tells_the_length_of_the_training():
+def test_the_callback_passes_the_number_of_steps_to_the_method():
     x, y = models.data()
     optimizer = keras_dst.SparseOptimizer(keras.optimizers.SGD(0.5), FlipOut(0.5))
     model = models.compiled(models.residual(), optimizer)
@@ -62,7 +63,7 @@ def test_the_callback_tells_the_length_of_the_training():
 
     class Watch(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
-            _ = self.model  # on JAX, hands the state back
+            _ = self.model  # writes the state back on JAX
             counted.append(sum(int(s["flips"].numpy().sum()) for s in optimizer.states))
 
     model.fit(x, y, batch_size=32, epochs=2, verbose=0, callbacks=[SparseTraining(), Watch()])
@@ -70,7 +71,7 @@ def test_the_callback_tells_the_length_of_the_training():
     assert max(counted) > 0
 
 
-def test_noise_has_the_size_of_the_gradient_and_spares_pruned_weights():
+def test_noise_scales_with_the_gradient_and_skips_pruned_weights():
     rng = np.random.default_rng(0)
     grad = rng.standard_normal((200, 300)).astype("float32") * 0.01
     mask = rng.random(grad.shape) < 0.25
@@ -86,7 +87,7 @@ def test_noise_has_the_size_of_the_gradient_and_spares_pruned_weights():
     assert (ops.convert_to_numpy(found[2]) != grad[0]).all()
 
 
-def test_no_noise():
+def test_zero_noise_changes_no_gradient():
     grads = [ops.ones((2, 2))]
     assert FlipOut(0.9, noise=0.0).perturb(grads, [None], 0) is grads
 
@@ -106,5 +107,5 @@ def test_errors(arguments, message):
         FlipOut(**{"sparsity": 0.9, **arguments})
 
 
-def test_a_schedule_of_the_users():
+def test_a_custom_schedule_is_used():
     assert FlipOut(Constant(0.9)).schedule == Constant(0.9)

@@ -1,4 +1,4 @@
-"""Magnitude's pure functions against a stable sort in NumPy."""
+"""Tests of Magnitude's pure functions against a stable sort in NumPy."""
 
 import functools
 import math
@@ -26,7 +26,7 @@ def random(*shape, scale=1.0, seed=0):
 
 @functools.cache
 def compiled_rank(method, layout, shapes):
-    """Masks of weights of these shapes."""
+    """Return a compiled ranking for weights of these shapes."""
 
     def rank(weights, kept):
         scores = method.scores(weights, [{} for _ in shapes])
@@ -46,7 +46,7 @@ def assert_equal(found, expected):
         np.testing.assert_array_equal(one, other)
 
 
-# -- scores --------------------------------------------------------------------------------------
+# -- scores ----------------------------------------------------------------------------------------
 
 
 def test_scores_are_magnitudes():
@@ -54,27 +54,27 @@ def test_scores_are_magnitudes():
     np.testing.assert_array_equal(ops.convert_to_numpy(score), [[2, 0.5], [0, 1]])
 
 
-def test_scores_with_revival_are_of_the_dense_weights():
+def test_scores_with_revival_use_the_dense_weights():
     masked, dense = tensor([[0, 0.5]]), tensor([[-2, 0.5]])
     (score,) = Magnitude(0.5, revival=True).scores([masked], [{"dense": dense}])
     np.testing.assert_array_equal(ops.convert_to_numpy(score), [[2, 0.5]])
 
 
-# -- rank ----------------------------------------------------------------------------------------
+# -- rank ------------------------------------------------------------------------------------------
 
-# The second has 3 weights, so small that global ranking leaves it only what `min_kept` protects.
+# The second weight has 3 entries so small that global ranking keeps only `min_kept` of them.
 LAYERS = [random(2, 2, 3, 5), random(1, 3, scale=1e-3, seed=1)]
 
 
 def best(w, kept):
-    """Mask of the `kept` weights of largest magnitude, the earlier among equals."""
+    """Return a mask of the `kept` largest magnitudes. Of equal magnitudes, the first are kept."""
     mask = np.zeros(w.size, bool)
     mask[np.argsort(-np.abs(w.ravel()), kind="stable")[:kept]] = True
     return mask.reshape(w.shape)
 
 
 def reference_global(weights, kept, min_kept):
-    """Keep the best `min_kept` of every weight, then the best of all others."""
+    """Keep the `min_kept` best entries of every weight, then the best of all other entries."""
     floors = np.broadcast_to(min_kept, len(weights))
     masks = [best(w, n) for w, n in zip(weights, floors)]
     protected = np.concatenate([np.ravel(mask) for mask in masks])
@@ -106,7 +106,7 @@ def test_global_rank_of_ties(kept):
     [
         ([17, 2], [17, 2]),
         ([60, 3], [60, 3]),
-        ([0, 1], [2, 2]),  # no layer gets less than `min_kept`
+        ([0, 1], [2, 2]),  # every layer keeps at least `min_kept`
     ],
 )
 def test_rank_by_layer(kept, expected):
@@ -128,28 +128,28 @@ def test_one_nan_does_not_change_the_ranking():
     broken = LAYERS[0].copy()
     broken.flat[0] = math.nan
     found = masks_of(Magnitude(0.5), [broken, LAYERS[1]], [30])
-    broken.flat[0] = 0  # nan ranks with the smallest
+    broken.flat[0] = 0  # NaN ranks like 0
     assert_equal(found, reference_global([broken, LAYERS[1]], 30, 1))
 
 
-def test_one_infinite_weight_does_not_unprotect_the_others():
+def test_an_infinite_weight_does_not_remove_other_layers():
     broken = LAYERS[0].copy()
     broken.flat[-1] = math.inf
     found = masks_of(Magnitude(0.5), [broken, LAYERS[1]], [2])
     assert [mask.sum() for mask in found] == [1, 1]
 
 
-# -- patterns ------------------------------------------------------------------------------------
+# -- patterns --------------------------------------------------------------------------------------
 
 
 def blocks_of(shape, block):
-    """Index of every block, and the slices of the weights in it."""
+    """Yield the index of every block and the slices that select its weights."""
     for index in np.ndindex(*(-(-n // b) for n, b in zip(shape, block))):
         yield index, tuple(slice(i * b, (i + 1) * b) for i, b in zip(index, block))
 
 
 def best_blocks(w, block, kept):
-    """Blocks of largest mean magnitude, as long as they fit into `kept` weights."""
+    """Return a mask of the blocks of largest mean magnitude that fit into `kept` weights."""
     owned = [own for _, own in blocks_of(w.shape, block)]
     mask, left = np.zeros(w.shape, bool), kept
     for i in np.argsort([-np.abs(w[own]).mean(dtype="float64") for own in owned], kind="stable"):
@@ -175,7 +175,7 @@ def test_rank_of_blocks_by_layer():
 
 
 def test_rank_of_blocks_over_all_layers():
-    # All blocks of the second are better; the best of the first is protected.
+    # All blocks of the second weight are better. The best block of the first weight is protected.
     weights = [random(8, 5), np.sign(random(8, 4, seed=1)) * 2]
     found = masks_of(Magnitude(0.5, "global", "1x4"), weights, [20])
     expected = [best_blocks(weights[0], (4, 1), 4), best_blocks(weights[1], (4, 1), 16)]
@@ -186,14 +186,14 @@ def test_rank_of_blocks_over_all_layers():
     ("allocation", "shapes", "kept"),
     [("global", [(10, 5)], [5]), ("uniform", [(10, 5), (6, 4)], [5, 2])],
 )
-def test_a_channel_of_every_layer_is_kept(allocation, shapes, kept):
-    # At 90 % in channels of 10 and 6 weights: less than one channel is to be kept.
+def test_every_layer_keeps_a_channel(allocation, shapes, kept):
+    # At 90 % sparsity, fewer weights are to be kept than one channel of 10 or 6 weights has.
     method = Magnitude(0.9, allocation, "channel")
     assert all(mask.any() for mask in masks_of(method, [random(*s) for s in shapes], kept))
 
 
 def test_min_kept_in_partial_blocks():
-    # In 1x4 the fifth input is a block by itself, here the best one: 1 weight, not 4.
+    # With pattern 1x4, the fifth input is a separate block of 1 weight, and the best block here.
     kernel = np.array([[0.1], [0.1], [0.1], [0.1], [0.5]])
     (found,) = masks_of(Magnitude(0.5, pattern="1x4", min_kept=4), [kernel], [4])
     assert found.sum() >= 4
@@ -211,16 +211,16 @@ def test_rank_in_n_of_m(shape):
             assert min(group[on]) > max(group[~on], default=-1)
 
 
-# 30 of the 63 weights of LAYERS, each bit as every backend must have it.
+# Mask of 30 of the 63 weights of LAYERS, as bits; it must be equal on every backend.
 GOLDEN = "01a7fdb322130f52"
 
 
-def test_same_masks_on_every_backend():
+def test_masks_are_equal_on_every_backend():
     for masks in (reference_global(LAYERS, 30, 1), masks_of(Magnitude(0.5), LAYERS, [30])):
         assert np.packbits(np.concatenate([m.ravel() for m in masks])).tobytes().hex() == GOLDEN
 
 
-# -- the floor of a global ranking ---------------------------------------------------------------
+# -- minimum per layer in a global ranking ---------------------------------------------------------
 
 # Kernels of ResNet-20 for CIFAR-10 (272,282 weights).
 RESNET_20 = [
@@ -231,8 +231,8 @@ RESNET_20 = [
 
 
 @pytest.mark.parametrize("sparsity", [0.98, 0.99, 0.999])
-def test_floor_of_every_layer(sparsity):
-    # The weights of every second layer are so small that a plain ranking leaves one of them.
+def test_global_ranking_keeps_the_minimum_of_every_layer(sparsity):
+    # In every second layer the weights are so small that a plain ranking keeps only one of them.
     weights = [random(*s, scale=1e-3 if i % 2 else 1.0) for i, s in enumerate(RESNET_20)]
     method = Magnitude(sparsity)
     layouts = [KERNEL] * len(weights)
@@ -248,7 +248,7 @@ def test_floor_of_every_layer(sparsity):
 
 
 @pytest.mark.parametrize("pattern", ["1x4", "4x1", "4x4"])
-def test_floor_of_blocks_meets_the_target(pattern):
+def test_global_ranking_of_blocks_meets_the_target(pattern):
     shapes = [(32, 32), (64, 64), (64, 12)]
     weights = [random(*s, scale=1e-3 if i else 1.0) for i, s in enumerate(shapes)]
     found = masks_of(Magnitude(0.9, pattern=pattern), weights, [589])
@@ -257,7 +257,7 @@ def test_floor_of_blocks_meets_the_target(pattern):
     assert all(c > f - 16 for c, f in zip(counts, floor_counts(shapes, 0.9)))
 
 
-# -- counts and constructor ----------------------------------------------------------------------
+# -- counts and constructor ------------------------------------------------------------------------
 
 SHAPES, PATHS = [(10, 10), (30, 10)], ["a/kernel", "b/kernel"]
 
@@ -270,9 +270,9 @@ SHAPES, PATHS = [(10, 10), (30, 10)], ["a/kernel", "b/kernel"]
         (Magnitude(0.9, min_kept=50), 0.9, [40]),
         (Magnitude(0.9, "uniform"), 0.9, [10, 30]),
         (Magnitude(0.9, "uniform", "1x4"), 0.5, [50, 150]),
-        (Magnitude(0.9, "erk"), 0.9, [13, 27]),  # by sum(shape): 20 and 40 of 60
+        (Magnitude(0.9, "erk"), 0.9, [13, 27]),  # shares by sum(shape) are 20 and 40 of 60
         (Magnitude(0.9, {"b/.*": 0.5}), 0.9, [10, 150]),
-        (Magnitude(0.9, {"b/.*": 0.5}), 0.45, [55, 225]),  # half of the way
+        (Magnitude(0.9, {"b/.*": 0.5}), 0.45, [55, 225]),  # half of the target sparsity
     ],
 )
 def test_kept_counts(method, sparsity, expected):
@@ -280,7 +280,7 @@ def test_kept_counts(method, sparsity, expected):
 
 
 @pytest.mark.parametrize("inputs", [8, 7])
-def test_n_of_m_keeps_as_many_as_it_counts(inputs):
+def test_n_of_m_ranking_keeps_the_counted_weights(inputs):
     method, w = Magnitude(0.5, pattern="2:4"), random(inputs, 6)
     (count,) = method.kept_counts([w.shape], [KERNEL], 0.1, ["kernel"])
     (mask,) = masks_of(method, [w], [count])

@@ -1,4 +1,4 @@
-"""OptG: gradients, the rate of the scores, the schedule, and who must drive it."""
+"""Tests of OptG: gradients, learning rate of the scores, schedule, and the required callback."""
 
 import keras
 import numpy as np
@@ -48,14 +48,14 @@ def test_gradients():
     np.testing.assert_allclose(to_v, g * w, rtol=1e-6)
 
 
-def test_a_call_outside_of_a_compiled_step():
+def test_an_eager_call_equals_predict():
     model = sparse(OptG(0.5), "sgd")
     found = ops.convert_to_numpy(model(x[:4]))
     np.testing.assert_allclose(found, model.predict(x[:4], verbose=0), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("epochs", [2, 10, 160])
-def test_the_slope_is_per_epoch(epochs):
+def test_beta_is_the_slope_per_epoch(epochs):
     schedule = OptG(0.9, beta=1.0).schedule_over(epochs)
     assert schedule == Sigmoid(0.9, steepness=epochs)
     for epoch in (0.3 * epochs, 0.5 * epochs, 0.6 * epochs):
@@ -75,11 +75,11 @@ def test_the_slope_is_per_epoch(epochs):
         (None, Sigmoid(0.9, end=0.75, steepness=20)),
     ],
 )
-def test_a_short_training_has_time_to_recover(epochs, expected):
+def test_a_short_training_ends_pruning_early(epochs, expected):
     assert OptG(0.9).schedule_over(epochs) == expected
 
 
-def test_a_schedule_of_the_users_stays():
+def test_a_custom_schedule_is_not_changed():
     schedule = Sigmoid(0.9, begin_step=0, end_step=10)
     assert OptG(schedule).schedule_over(160) == schedule
 
@@ -89,7 +89,7 @@ def test_a_schedule_of_the_users_stays():
     [lambda: keras.optimizers.SGD(0.1), lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1)],
     ids=["sgd", "adamw"],
 )
-def test_no_decay_on_scores_but_on_weights(make):
+def test_scores_have_no_weight_decay(make):
     optimizer = make()
     optimizer.weight_decay = 0.1
     model = sparse(OptG(0.5), optimizer)
@@ -100,7 +100,7 @@ def test_no_decay_on_scores_but_on_weights(make):
             assert optimizer._use_weight_decay(layer._kernel)
 
 
-def test_the_users_own_exemptions_stay():
+def test_weight_decay_exemptions_of_the_user_are_kept():
     optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.1)
     optimizer.exclude_from_weight_decay(var_names=["bias"])
     model = sparse(OptG(0.5), optimizer)
@@ -110,7 +110,7 @@ def test_the_users_own_exemptions_stay():
         assert optimizer._use_weight_decay(variable) is not exempt, variable.path
 
 
-def test_the_factor_is_that_of_the_last_update():
+def test_scores_move_by_the_rate_of_the_last_update():
     w = ops.ones((2, 2))
     state = {
         "scores": ops.convert_to_tensor([[5.0, 1.0], [3.0, 4.0]]),
@@ -130,9 +130,9 @@ def test_the_factor_is_that_of_the_last_update():
     assert found["rate"] == pytest.approx(0.6)
 
 
-def test_an_update_leaves_the_anchor_where_the_scores_are():
+def test_an_update_sets_the_anchor_to_the_scores():
     model = sparse(OptG(0.5, frequency=2), "sgd")
-    for _ in range(2):  # The second fit passes all buffers to the step again.
+    for _ in range(2):  # The second fit starts with all state again.
         model.fit(x, y, batch_size=32, epochs=2, verbose=0, callbacks=[SparseTraining(epochs=4)])
     for state in states(model):
         scores, anchor = (ops.convert_to_numpy(state[n]) for n in ("scores", "anchor"))
@@ -140,13 +140,13 @@ def test_an_update_leaves_the_anchor_where_the_scores_are():
         np.testing.assert_array_equal(anchor, scores)
 
 
-def test_it_needs_its_driver():
+def test_fit_without_the_callback_raises():
     model = sparse(OptG(0.5), "sgd")
     with pytest.raises(ValueError, match="SparseTraining"):
         model.fit(x, y, verbose=0)
 
 
-def test_a_second_fit_needs_the_driver_too():
+def test_a_second_fit_without_the_callback_raises():
     model = sparse(OptG(0.5), "sgd")
     model.fit(x, y, verbose=0, callbacks=[SparseTraining()])
     with pytest.raises(ValueError, match="SparseTraining"):
@@ -154,7 +154,7 @@ def test_a_second_fit_needs_the_driver_too():
     model.fit(x, y, verbose=0, callbacks=[SparseTraining()])
 
 
-def test_no_sparsity_is_no_sparsity():
+def test_zero_sparsity_prunes_nothing():
     model = sparse(OptG(0.0), "sgd")
     history = model.fit(x, y, epochs=2, verbose=0, callbacks=[SparseTraining()])
     assert history.history["sparsity"] == [0.0, 0.0]

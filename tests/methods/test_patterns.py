@@ -1,4 +1,4 @@
-"""Every method with every pattern and allocation: well defined, or a clear error."""
+"""Tests of every method with every pattern and allocation: a valid mask or a clear error."""
 
 import math
 
@@ -22,7 +22,7 @@ SHAPES = [(16, 12), (3, 3, 8, 10)]
 SIZES = [math.prod(shape) for shape in SHAPES]
 NAMES = ["first", "second"]
 
-# Methods that fix the density of every layer before any weight has a score.
+# Methods that fix the density of every layer before training starts.
 FIXED_BEFORE = (methods.SET, methods.RigL)
 
 
@@ -38,7 +38,7 @@ def refusal(cls, pattern, allocation):
 
 
 def check_pattern(pattern, mask):
-    """Check the pattern of a mask, whose last axes are inputs (a multiple of 4) and outputs."""
+    """Check the pattern of a mask. Its last axes are inputs (a multiple of 4) and outputs."""
     *window, inputs, outputs = mask.shape
     if pattern == "2:4":
         groups = mask.reshape(-1, inputs // 4, 4, outputs)
@@ -54,7 +54,7 @@ def check_pattern(pattern, mask):
 @pytest.mark.parametrize("allocation", ALLOCATIONS, ids=str)
 @pytest.mark.parametrize("pattern", ["unstructured", "1x4", "2:4", "channel"])
 @pytest.mark.parametrize("cls", CLASSES)
-def test_well_defined_or_refused(cls, pattern, allocation):
+def test_every_pattern_and_allocation_is_valid_or_raises(cls, pattern, allocation):
     expected = refusal(cls, pattern, allocation)
     if expected:
         with pytest.raises(ValueError, match=expected):
@@ -70,14 +70,14 @@ def test_well_defined_or_refused(cls, pattern, allocation):
     for mask in masks:
         check_pattern(pattern, mask)
     counts = np.array([mask.sum() for mask in masks])
-    # Within a group, the smallest part that may be pruned.
+    # Number of weights that are pruned together, for each of the two kernels.
     groups = {"unstructured": [1, 1], "1x4": [4, 4], "2:4": [1, 1], "channel": [16, 72]}[pattern]
     if pattern == "2:4" or allocation == "uniform":
         wanted = 0.5 * np.array(SIZES)
     elif allocation == "erk":
         raw = np.array([28, 24]) / SIZES  # sum(shape) / size
         wanted = raw * SIZES * sum(SIZES) / 2 / (raw * SIZES).sum()
-        if wanted[0] > SIZES[0]:  # A weight has at most density 1; the other weight gets the rest.
+        if wanted[0] > SIZES[0]:  # Density is at most 1; the other gets the rest.
             wanted = np.array([SIZES[0], sum(SIZES) / 2 - SIZES[0]])
     elif allocation == "global":
         assert abs(counts.sum() - sum(SIZES) / 2) <= max(groups)

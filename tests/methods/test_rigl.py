@@ -1,4 +1,4 @@
-"""SET and RigL: densities, what drops and grows, fresh slots, the end of growing."""
+"""Tests of SET and RigL: densities, dropped and grown weights, reset slots, the last update."""
 
 import functools
 from itertools import pairwise
@@ -27,7 +27,7 @@ def compiled_update(method):
 
 
 def update(method, w, mask, gradient, kept, step=50, progress=0.1):
-    """New mask of one weight, and what has grown, as NumPy."""
+    """Return the new mask of one weight and the mask of grown weights, as NumPy arrays."""
     dtypes = ("int32", "float32", "float32")
     now = ScheduleState(
         *(ops.convert_to_tensor(n, d) for n, d in zip((step, progress, 0.5), dtypes))
@@ -49,7 +49,7 @@ def problem(seed=0, kept=60):
 
 @both
 @pytest.mark.parametrize("progress", [0.1, 0.4, 0.75, 0.9])
-def test_an_update_drops_the_smallest_along_a_cosine(cls, progress):
+def test_the_dropped_fraction_follows_a_cosine(cls, progress):
     w, mask, gradient = problem()
     found = update(cls(0.7), w, mask, gradient, 60, progress=progress)
     drop = round(60 * 0.15 * (1 + np.cos(np.pi * min(progress / 0.75, 1))))
@@ -60,7 +60,7 @@ def test_an_update_drops_the_smallest_along_a_cosine(cls, progress):
     assert abs(w[stayed]).min() >= abs(w[mask & ~stayed]).max(initial=0)
 
 
-def test_rigl_grows_where_gradients_are_largest():
+def test_rigl_grows_weights_with_the_largest_gradients():
     w, mask, gradient = problem()
     found = update(RigL(0.7), w, mask, gradient, 60)
     free = ~found["mask"] | found["grown"]
@@ -68,7 +68,7 @@ def test_rigl_grows_where_gradients_are_largest():
     assert abs(gradient[found["grown"]]).min() > abs(gradient[free & ~found["grown"]]).max()
 
 
-def test_set_grows_anywhere():
+def test_set_grows_random_weights():
     w, mask, gradient = problem()
     grown = [update(SET(0.7), w, mask, gradient, 60, step)["grown"] for step in range(200)]
     assert (np.sum(grown, axis=0)[~mask] > 0).all()
@@ -76,10 +76,10 @@ def test_set_grows_anywhere():
 
 
 @both
-def test_the_first_mask_is_random_and_moves_no_weight(cls):
+def test_the_first_mask_is_random_and_grows_no_weight(cls):
     w, _, gradient = problem()
     full = np.ones_like(w, bool)
-    # Another step here, another seed in a training: both go through the same hash.
+    # The step is the input of the hash, like the seed in a training run, so steps replace seeds.
     found = [update(cls(0.7), w, full, gradient, 60, step) for step in range(40)]
     assert all(f["mask"].sum() == 60 and not f["grown"].any() for f in found)
     often = np.mean([f["mask"] for f in found], axis=0)
@@ -105,8 +105,8 @@ SHAPES = [(10, 10), (30, 50), (50, 10)]
 @pytest.mark.parametrize(
     ("allocation", "sparsity", "expected"),
     [
-        ("uniform", 0.75, [100, 319, 106]),  # the first is dense
-        ("uniform", 0.9, [10, 150, 50]),  # The first weight would be half of all kept weights.
+        ("uniform", 0.75, [100, 319, 106]),  # The first weight stays dense.
+        ("uniform", 0.9, [10, 150, 50]),  # A dense first weight would be half of all kept.
         ({"a": 0.5}, 0.75, [50, 375, 125]),
     ],
 )
@@ -117,17 +117,17 @@ def test_densities(allocation, sparsity, expected):
 
 
 @both
-def test_grown_weights_start_at_zero_with_fresh_slots(cls):
+def test_grown_weights_and_their_slots_start_at_zero(cls):
     keras.utils.set_random_seed(0)
     optimizer = keras_dst.SparseOptimizer(keras.optimizers.Adam(0.01), cls(0.7, frequency=4))
     model = models.compiled(models.residual(), optimizer)
     seen = []
 
     class Watch(keras.callbacks.Callback):
-        """Checks grown weights after `SparseTraining` has updated the masks."""
+        """Callback that checks grown weights after `SparseTraining` has updated the masks."""
 
         def on_train_batch_end(self, batch, logs=None):
-            _ = self.model  # on JAX, hands the state back
+            _ = self.model  # writes the state back on JAX
             masks = [s["mask"].numpy().copy() for s in optimizer.states]
             if seen:
                 for kernel, old, new in zip(optimizer.kernels, seen[-1], masks):
@@ -141,7 +141,7 @@ def test_grown_weights_start_at_zero_with_fresh_slots(cls):
     model.fit(x, y, batch_size=16, epochs=3, verbose=0, callbacks=[SparseTraining(), Watch()])
     changes = [sum((a != b).sum() for a, b in zip(*pair)) for pair in pairwise(seen)]
     assert max(changes) > 10
-    # Three quarters of 24 steps: nothing moves in the last quarter.
+    # Updates stop after three quarters of the 24 steps.
     assert not any(changes[18:])
     assert len({sum(m.sum() for m in masks) for masks in seen}) == 1
 
@@ -184,7 +184,7 @@ def test_errors(cls, arguments, message):
 
 
 @pytest.mark.parametrize("cls", [SET, RigL])
-def test_a_file_that_states_stop_next_to_stop_step_loads(cls):
+def test_an_old_config_with_stop_and_stop_step_loads(cls):
     config = {**cls(0.9, stop_step=100).get_config(), "stop": 0.75}
     again = cls.from_config(config)
     assert (again.stop, again.stop_step) == (None, 100)

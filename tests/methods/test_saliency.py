@@ -1,4 +1,4 @@
-"""Importance criteria against their formulas in NumPy."""
+"""Tests of the saliency criteria against their formulas in NumPy."""
 
 import keras
 import numpy as np
@@ -14,7 +14,7 @@ def array(tensor):
     return ops.convert_to_numpy(tensor)
 
 
-def test_lamp_divides_by_the_squares_that_are_not_smaller():
+def test_lamp_divides_by_the_sum_of_equal_or_larger_squares():
     found = array(saliency.lamp(ops.array([[1.0, -2.0], [3.0, 0.0]])))
     np.testing.assert_allclose(found, [[1 / 14, 4 / 13], [1.0, 0.0]], rtol=1e-6)
 
@@ -61,7 +61,7 @@ def test_taylor_in_a_step_equals_the_formula():
     optimizer = keras_dst.SparseOptimizer(
         keras.optimizers.SGD(0.0), Magnitude(schedule, score="taylor", frequency=1)
     )
-    # The largest weights have the smallest gradients.
+    # The largest weights get the smallest gradients.
     for _ in range(2):
         optimizer.apply([ops.array([[8.0, 3.0, 1.0, 0.1]])], [variable])
     state = optimizer.states[0]
@@ -76,7 +76,7 @@ def test_taylor_refuses_a_schedule_that_prunes_before_the_first_step():
     Magnitude(Constant(0.5, begin_step=1), score="taylor")
 
 
-def test_bn_scale_is_the_scale_behind_every_unit():
+def test_bn_scale_ranks_units_by_the_following_batch_norm():
     keras.utils.set_random_seed(0)
     layers = keras.layers
     inputs = keras.Input((6, 6, 3))
@@ -97,12 +97,13 @@ def test_bn_scale_is_the_scale_behind_every_unit():
     for name, axes in (("conv", (0, 1, 2)), ("depthwise", (0, 1, 3))):
         kept = array(model.get_layer(name).kernel).any(axes)
         np.testing.assert_array_equal(kept, np.abs(gamma) > 4)
-    kept = array(model.get_layer("plain").kernel).any(0)  # ranked by magnitude
+    # Units without batch normalization are ranked by magnitude.
+    kept = array(model.get_layer("plain").kernel).any(0)
     assert set(np.flatnonzero(kept)) == set(np.argsort(-np.abs(size).mean(0))[:3])
     with pytest.raises(ValueError, match="Pass pattern='channel'"):
         Magnitude(0.5, score="bn_scale")
 
 
-def test_an_unknown_score():
+def test_an_unknown_score_raises():
     with pytest.raises(ValueError, match="score must be one of 'magnitude', 'lamp', 'taylor'"):
         Magnitude(0.5, score="hessian")
