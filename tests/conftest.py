@@ -99,11 +99,11 @@ EVERY_NTH_CASE_WHERE_STEPS_ARE_COMPILED = {
 ONE_CASE_PER_METHOD_WHERE_STEPS_ARE_COMPILED = {
     "test_a_loop_gives_the_same_masks_and_weights_as_fit_with_the_callback",
     "test_an_unstripped_model_is_exported",
-    "test_early_stopping_that_restores_the_best_weights",
+    "test_early_stopping_with_restored_best_weights",
     "test_float64_as_the_default_type",
     "test_masks_equal_the_masks_of_float32",
     "test_restored_weights_are_pruned_again_with_a_warning",
-    "test_the_best_weights_at_the_target_are_restored_as_they_were",
+    "test_best_weights_at_the_target_are_restored_unchanged",
 }
 
 

@@ -1,4 +1,4 @@
-"""Small models of every kind, and data to train them on."""
+"""Small models of every kind, and training data for them."""
 
 import keras
 import numpy as np
@@ -6,7 +6,7 @@ from keras import layers
 
 
 def data(seed=0, size=96):
-    """Return images of 8 x 8 x 3; the brighter half is the class."""
+    """Return images (8 x 8 x 3) of two classes, which differ in the brighter half of the image."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((size, 8, 8, 3)).astype("float32")
     y = (x[:, :, :4].mean((1, 2, 3)) > x[:, :, 4:].mean((1, 2, 3))).astype("int32")
@@ -49,7 +49,7 @@ def nested():
 
 @keras.saving.register_keras_serializable("tests")
 class Block(layers.Layer):
-    """A layer that creates sublayers in lists and in dicts."""
+    """A layer that stores sublayers in lists and dicts."""
 
     def __init__(self, units, **kwargs):
         super().__init__(**kwargs)
@@ -77,7 +77,7 @@ class Block(layers.Layer):
 
 @keras.saving.register_keras_serializable("tests")
 class MyDense(layers.Dense):
-    """A user's subclass of a supported layer."""
+    """A subclass of Dense, as a user may write it."""
 
     def call(self, inputs):
         return super().call(inputs) * 2.0
@@ -85,7 +85,7 @@ class MyDense(layers.Dense):
 
 @keras.saving.register_keras_serializable("tests")
 class Subclassed(keras.Model):
-    """A subclassed model with plain layers, a block and a subclass of Dense inside."""
+    """A subclassed model that contains stock layers, a block and a subclass of Dense."""
 
     def __init__(self, units=16, **kwargs):
         super().__init__(**kwargs)
@@ -117,7 +117,7 @@ def functional_with_block():
 
 @keras.saving.register_keras_serializable("tests")
 class Backbone(keras.Model):
-    """A subclass that builds a Functional graph, as KerasHub models do."""
+    """A subclass of Model that builds a Functional graph, as in KerasHub."""
 
     def __init__(self, units=16, **kwargs):
         inputs = keras.Input((8, 8, 3))
@@ -136,7 +136,7 @@ def backbone():
 
 @keras.saving.register_keras_serializable("tests")
 class Mixer(layers.Layer):
-    """A custom layer that declares its prunable weights."""
+    """A custom layer that declares which of its weights are prunable."""
 
     prunable_weights = ("mix",)
 
@@ -199,7 +199,7 @@ MODELS = {f.__name__: f for f in KINDS}
 def compiled(model, optimizer=None, **kwargs):
     """Compile a model for `data`, and return the model.
 
-    On TensorFlow, models run without XLA and recurrent models run eagerly, to save time.
+    Models on TensorFlow run without XLA, and recurrent models run eagerly. Both choices save time.
     """
     if keras.backend.backend() == "tensorflow":
         recurrent = any(isinstance(layer, layers.RNN) for layer in model._flatten_layers())

@@ -8,7 +8,7 @@ PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/
 
 
 def fences(page):
-    """Return `(language, info, code)` for each fenced block of a page, in order.
+    """Return `(language, info, code)` for each fenced code block of a page, in order.
 
     The page is a path relative to the root of the repository.
     """
@@ -21,6 +21,6 @@ def fences(page):
 def blocks(page):
     """Return `(info, code)` for each Python block of a page in docs/.
 
-    The info names a backend, and is empty for a block that runs on every backend.
+    `info` is the name of a backend. It is empty if the block runs on every backend.
     """
     return [(info, code) for language, info, code in fences(f"docs/{page}") if language == "python"]

@@ -1,9 +1,9 @@
-"""A two-layer net with batch normalization in NumPy (float64), written from the equations alone.
+"""A two-layer network with batch normalization in NumPy (float64), written from its equations.
 
     a = x w1    n = gamma (a - mean) / sqrt(var + eps) + beta    h = max(n, 0)    z = h w2 + b2
 
-`keras_net` is the same net in Keras. The tests write the methods of the papers for this net, and
-compare their trajectories with those of the package.
+`keras_net` is the same network in Keras. Tests implement the methods of the papers for this network
+in NumPy, and compare the results of training with keras_dst.
 """
 
 import keras
@@ -17,7 +17,7 @@ NAMES = ("w1", "gamma", "beta", "w2", "b2")
 
 
 def keras_net(dense=keras.layers.Dense, **arguments):
-    """Return the net in Keras, which outputs logits. Its trainable weights are ordered as NAMES."""
+    """Return the Keras network. Its outputs are logits, and its weights have the order of NAMES."""
     keras.utils.set_random_seed(3)
     return keras.Sequential(
         [
@@ -31,7 +31,7 @@ def keras_net(dense=keras.layers.Dense, **arguments):
 
 
 def data(steps, batch=16, seed=0):
-    """Return batches of inputs and class numbers."""
+    """Return batches of inputs and class labels."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((steps, batch, SIZES[0])).astype("float32")
     teacher = rng.standard_normal((SIZES[0], SIZES[2]))
@@ -39,7 +39,7 @@ def data(steps, batch=16, seed=0):
 
 
 def forward(x, p):
-    """Return the logits and the values for `backward`, with batch statistics."""
+    """Return the logits, and the values that `backward` needs; normalize with batch statistics."""
     x = np.asarray(x, "float64")
     a = x @ p["w1"]
     mean, var = a.mean(0), a.var(0)
@@ -82,13 +82,14 @@ def cross_entropy(z, y):
 
 
 def gradients(x, y, p):
-    """Return the gradients of the mean cross-entropy of a batch with respect to the weights `p`."""
+    """Return the gradients of the mean cross-entropy of a batch by the weights `p`."""
     z, cache = forward(x, p)
     return backward(cross_entropy(z, y)[1], p, cache)
 
 
 class Momentum:
-    """Keras's SGD with momentum: `v = momentum v - rate g`, `w = w + v`, for a dict of weights."""
+    """SGD with momentum as in Keras, `v = momentum v - rate g`, `w = w + v`, for a dict of
+    weights."""
 
     def __init__(self, p, rate=0.1, momentum=0.9):
         self.rate, self.momentum = rate, momentum
@@ -101,13 +102,13 @@ class Momentum:
 
 
 def parameters(model):
-    """The weights of `keras_net`, by NAMES, in float64."""
+    """Return the weights of `keras_net` by the names in NAMES, in float64."""
     weights = [v.numpy().astype("float64") for v in stock_weights(model)]
     return dict(zip(NAMES, weights))
 
 
 def stock_weights(model):
-    """The trainable variables that the plain net has too, in the order of NAMES."""
+    """Return the trainable variables of a stock network, in the order of NAMES."""
     ends = ("/kernel", "/gamma", "/beta", "/bias")
     found = [v for v in model.trainable_variables if v.path.endswith(ends)]
     assert len(found) == len(NAMES)

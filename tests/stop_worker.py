@@ -1,7 +1,8 @@
-"""Worker process that `test_stop_anywhere` kills: `python -m tests.stop_worker FOLDER SAVE_FREQ`.
+"""Worker process that `test_stop_anywhere` stops: `python -m tests.stop_worker FOLDER SAVE_FREQ`.
 
-Trains a small net with every method, one after the other, each with a backup; prints a line for
-every step. A method that is done has its result in the folder, and is not trained again.
+The process trains a small network with one method after the other, each with a backup. It prints a
+line after every step. When a method is finished, the process writes its result into the folder, and
+a later process skips the method.
 """
 
 import pathlib
@@ -47,7 +48,7 @@ class Lines(keras.callbacks.Callback):
 
 
 def build(method):
-    keras.utils.clear_session()  # Names are the same in every process.
+    keras.utils.clear_session()  # Variable names are then equal in every process.
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
@@ -68,14 +69,14 @@ def build(method):
 
 
 def state(model):
-    """Return all values that training changes, by name."""
+    """Return the values of all variables that training changes, by name."""
     variables = [*model.variables, *model.optimizer.variables]
     return {f"{i} {v.path}": np.array(v.numpy()) for i, v in enumerate(variables)}
 
 
 def fit(model, *callbacks):
     with warnings.catch_warnings():
-        # Forty steps are too few for a controller; the last projection is part of the test.
+        # 40 steps are too few to reach the target, so the last projection is tested as well.
         warnings.filterwarnings("ignore", ".*training had reached .*")
         model.fit(
             x, y, batch_size=BATCH, epochs=EPOCHS, shuffle=False, verbose=0, callbacks=callbacks

@@ -1,6 +1,6 @@
-"""Tests of the ranking's form for accelerators, which runs on a CPU here: equal masks, few passes.
+"""Tests of the ranking algorithm for accelerators, which runs on the CPU in these tests.
 
-The tests of `tests/test_masks.py` run again in this form. They compare with a sort in NumPy.
+The tests of `tests/test_masks.py` run again with this algorithm. They compare with a sort in NumPy.
 """
 
 import keras
@@ -35,18 +35,18 @@ from tests.test_masks import (  # noqa: F401
 def accelerator():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranking, "on_accelerator", lambda tensor: True)
-        patch.setattr(ranking, "_SECTIONS", 4)  # half the time to compile
+        patch.setattr(ranking, "_SECTIONS", 4)  # halves the time to compile
         test_masks.compiled_top_k.cache_clear()
         yield
     test_masks.compiled_top_k.cache_clear()
 
 
 BACKEND = keras.backend.backend()
-LARGE = (1024, 1024)  # 4 slabs of rows on a CPU
+LARGE = (1024, 1024)  # the CPU algorithm splits the rows into 4 slabs
 
 
 def lowered_for_cuda(shapes, each):
-    """Return the program of `top_k` that JAX lowers for CUDA, which needs no GPU."""
+    """Return the program of `top_k` that JAX lowers for CUDA. Lowering needs no GPU."""
     import jax
     from jax import export
 
@@ -58,17 +58,17 @@ def lowered_for_cuda(shapes, each):
 
 @pytest.mark.skipif(BACKEND != "jax", reason="JAX lowers programs for other devices")
 @pytest.mark.parametrize("each", [False, True])
-def test_the_only_loop_is_the_search(each, monkeypatch):
+def test_the_lowered_program_has_one_loop(each, monkeypatch):
     assert lowered_for_cuda([LARGE] * 3, each).count("stablehlo.while") == 1
     monkeypatch.setattr(ranking, "on_accelerator", lambda tensor: False)
     assert lowered_for_cuda([LARGE] * 3, each).count("stablehlo.while") > 1
 
 
 def launched_by_torch(size):
-    """Return the number of operations of `top_k` and the bytes that they read and write.
+    """Return the number of operations in `top_k`, and the bytes that the operations read and write.
 
-    The number counts operations on at least a hundredth of the entries. Both are divided by the
-    number of search steps plus one. The bytes are divided by the number of scores.
+    Only operations on at least 1 % of the entries are counted. Both numbers are divided by the
+    number of search steps plus one. The bytes are also divided by the number of scores.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -95,15 +95,15 @@ def launched_by_torch(size):
     return len(calls) / (len(steps) + 1), sum(moved) / size / (len(steps) + 1)
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="torch launches every operation alone")
-def test_torch_launches_as_many_operations_for_every_size():
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch launches every operation separately")
+def test_number_of_torch_operations_does_not_depend_on_the_size():
     (few, _), (many, bytes_per_step) = launched_by_torch(1 << 18), launched_by_torch(1 << 21)
     assert few < 6
     assert many < 6
     assert bytes_per_step < 9
 
 
-def test_an_update_reads_the_number_of_kept_weights_once(monkeypatch):
+def test_an_update_copies_the_kept_counts_from_the_device_once(monkeypatch):
     model = keras.Sequential([keras.Input((8,)), *(keras.layers.Dense(8) for _ in range(5))])
     model.compile(keras_dst.SparseOptimizer("sgd", keras_dst.methods.Magnitude(0.5)), "mse")
     sparse = keras_dst.callbacks.SparseTraining()

@@ -1,4 +1,4 @@
-"""Tests of allocations against plain Python, and of the sum of the kept counts."""
+"""Tests of allocations against plain Python, and of the sum of kept counts."""
 
 import math
 
@@ -17,7 +17,8 @@ def sizes(shapes):
 
 
 def erk(shapes, density):
-    """min(1, e * sum(shape) / prod(shape)), with the e that gives the density, by bisection."""
+    """Return min(1, e * sum(shape) / prod(shape)), where bisection finds the `e` for the
+    density."""
     wanted = density * sum(sizes(shapes))
 
     def at(e):
@@ -32,24 +33,26 @@ def erk(shapes, density):
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
-def test_same_density_for_all(allocation):
+def test_global_and_uniform_give_equal_densities(allocation):
     np.testing.assert_array_equal(densities(allocation, NETWORK, 0.25), [0.25] * 5)
 
 
 @pytest.mark.parametrize(
     ("shapes", "density", "expected"),
     [
-        # raw 8/16 and 16/64, so densities 2:1; 20 of 80 weights: 16 * 2d + 64 d = 20, d = 5/24
+        # Raw scores are 8/16 and 16/64, so densities are 2:1. Of 80 weights, 20 are kept:
+        # 16 * 2d + 64 d = 20, so d = 5/24.
         ([(4, 4), (8, 8)], 0.25, [10 / 24, 5 / 24]),
-        # raw 0.2 and 0.002: the first would get 9.9, is kept whole, the second gets the rest
+        # Raw scores are 0.2 and 0.002. The first density would be 9.9, so the first weight stays
+        # dense. The second weight gets the remaining entries.
         ([(10, 10), (1000, 1000)], 0.1, [1, (0.1 * 1000100 - 100) / 1e6]),
-        # the window counts as well: raw (3 + 3 + 2 + 4) / 72 and (1 + 1 + 6 + 4) / 24
+        # The kernel window counts: raw scores are (3 + 3 + 2 + 4) / 72 and (1 + 1 + 6 + 4) / 24.
         ([(3, 3, 2, 4), (1, 1, 6, 4)], 0.25, [1 / 6, 1 / 2]),
         ([(7, 5)], 0.3, [0.3]),
         (NETWORK, 1.0, [1] * 5),
     ],
 )
-def test_erk_by_hand(shapes, density, expected):
+def test_erk_densities_equal_manual_results(shapes, density, expected):
     np.testing.assert_allclose(densities("erk", shapes, density), expected, rtol=1e-12)
 
 
@@ -60,7 +63,7 @@ shapes_of_weights = st.lists(
 
 @settings(deadline=None, derandomize=True)
 @given(shapes_of_weights, st.floats(0.001, 1))
-def test_erk(shapes, density):
+def test_erk_equals_bisection(shapes, density):
     found = densities("erk", shapes, density)
     assert found.dtype == np.float64
     assert ((found > 0) & (found <= 1)).all()
@@ -90,36 +93,41 @@ PATHS = ["net/conv_1/kernel", "net/conv_2/kernel", "net/head/kernel"]
         ({r"conv_\d/kernel$": 0.75, "^net/head": 0}, [0.25, 0.25, 1]),
     ],
 )
-def test_by_name(allocation, expected):
+def test_densities_by_layer_name(allocation, expected):
     found = densities(allocation, [(4, 4)] * 3, 0.2, PATHS)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-def test_a_name_that_fits_nothing():
+def test_a_name_without_a_matching_weight_raises():
     with pytest.raises(
         ValueError, match=r"\['dense'\] matches no weight. The weights are: net/conv_1"
     ):
         densities({"dense": 0.5}, [(4, 4)] * 3, 0.2, PATHS)
 
 
-# -- counts --------------------------------------------------------------------------------------
+# -- counts ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("allocation", "shapes", "sparsity", "expected"),
     [
         ("uniform", [(10, 10), (30, 10)], 0.9, [10, 30]),
-        ("uniform", [(3, 3), (3, 3), (3, 3)], 0.5, [5, 5, 4]),  # 13.5, to the even 14; 3 x 4.5.
-        ("uniform", [(1, 7), (1, 8), (1, 9)], 0.5, [4, 4, 4]),  # 12: 3.5, 4, 4.5; the first half.
+        ("uniform", [(3, 3), (3, 3), (3, 3)], 0.5, [5, 5, 4]),  # 13.5 rounds to 14; each has 4.5.
+        (
+            "uniform",
+            [(1, 7), (1, 8), (1, 9)],
+            0.5,
+            [4, 4, 4],
+        ),  # The sum is 12, from 3.5, 4 and 4.5.
         ("global", [(10, 10), (30, 10)], 0.9, [40]),
         ("global", [(7, 7)], 0.9, [5]),
-        ("erk", [(4, 4), (8, 8)], 0.75, [7, 13]),  # 6.67 and 13.33
+        ("erk", [(4, 4), (8, 8)], 0.75, [7, 13]),  # exact counts are 6.67 and 13.33
         ("erk", [(10, 10), (1000, 1000)], 0.9, [100, 99910]),
         ("uniform", [(2, 2), (3, 3)], 0.0, [4, 9]),
         ("erk", [(2, 2), (3, 3)], 0.0, [4, 9]),
     ],
 )
-def test_counts_by_hand(allocation, shapes, sparsity, expected):
+def test_kept_counts_equal_manual_results(allocation, shapes, sparsity, expected):
     found = kept_counts(allocation, shapes, sparsity)
     assert found.dtype == np.int64
     assert found.tolist() == expected
@@ -127,9 +135,9 @@ def test_counts_by_hand(allocation, shapes, sparsity, expected):
 
 @settings(deadline=None, derandomize=True)
 @given(st.sampled_from(NAMES), shapes_of_weights, st.floats(0, 0.999))
-def test_counts_add_up_exactly(allocation, shapes, sparsity):
+def test_kept_counts_add_up_exactly(allocation, shapes, sparsity):
     wanted = (1 - sparsity) * sum(sizes(shapes))
-    assume(abs(wanted % 1 - 0.5) > 1e-6)  # a half may be rounded either way, see below
+    assume(abs(wanted % 1 - 0.5) > 1e-6)  # a half may round up or down
     counts = kept_counts(allocation, shapes, sparsity)
     assert counts.sum() == round(wanted)
     if allocation != "global":
@@ -139,7 +147,7 @@ def test_counts_add_up_exactly(allocation, shapes, sparsity):
         assert (counts >= 0).all()
 
 
-def test_counts_that_add_up_to_a_half():
+def test_kept_counts_with_a_sum_of_one_half():
     assert kept_counts("erk", [(26, 1)], 0.25).sum() == round(0.75 * 26)
 
 
@@ -148,16 +156,16 @@ def test_counts_that_add_up_to_a_half():
     [
         (0.9, None, [50, 10, 10]),
         (0.9, 0.9, [50, 10, 10]),
-        (0.45, 0.9, [75, 55, 55]),  # half of the way: half of every sparsity
+        (0.45, 0.9, [75, 55, 55]),  # half of the final sparsity
         (0.0, 0.9, [100, 100, 100]),
     ],
 )
-def test_counts_by_name_grow_with_the_schedule(sparsity, final, expected):
+def test_kept_counts_by_name_follow_the_schedule(sparsity, final, expected):
     counts = kept_counts({"conv_1": 0.5}, [(10, 10)] * 3, sparsity, PATHS, final)
     assert counts.tolist() == expected
 
 
-# -- errors --------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("allocation", [*NAMES, {}, {"conv": 0.5, r"head/\w+": 0}])
@@ -166,19 +174,19 @@ def test_valid_allocations_are_accepted(allocation):
 
 
 @pytest.mark.parametrize("allocation", ["local", "ERK", "", None, 0.9, ["erk"], ("conv", 0.5)])
-def test_an_invalid_allocation_is_refused(allocation):
+def test_an_invalid_allocation_raises(allocation):
     with pytest.raises(ValueError, match=r"one of 'global', 'uniform', 'erk' or a dict.*Received"):
         check(allocation)
 
 
 @pytest.mark.parametrize("sparsity", [1.0, -0.5, "0.5", None])
-def test_an_invalid_sparsity_in_an_allocation_is_refused(sparsity):
+def test_an_invalid_sparsity_in_an_allocation_raises(sparsity):
     with pytest.raises(ValueError, match=r"allocation\['conv'\] is the fraction of zeros"):
         check({"conv": sparsity})
 
 
 @pytest.mark.parametrize("name", ["conv(", 3])
-def test_an_invalid_layer_name_in_an_allocation_is_refused(name):
+def test_an_invalid_layer_name_in_an_allocation_raises(name):
     with pytest.raises(ValueError, match="allocation"):
         check({name: 0.5})
 
@@ -186,8 +194,8 @@ def test_an_invalid_layer_name_in_an_allocation_is_refused(name):
 @pytest.mark.parametrize(
     ("shapes", "sparsity", "expected"),
     [
-        ([(10, 10), (30, 10)], 0.9, [3, 6]),  # A quarter of 13.3 and of 26.7.
-        ([(4, 4), (100, 100)], 0.999, [1, 2]),  # A quarter of 0.4 and of 9.6.
+        ([(10, 10), (30, 10)], 0.9, [3, 6]),  # A quarter of 13.3 and 26.7 weights.
+        ([(4, 4), (100, 100)], 0.999, [1, 2]),  # A quarter of 0.4 and 9.6 weights.
         ([(1, 2), (100, 100)], 0.0, [1, 2500]),
     ],
 )

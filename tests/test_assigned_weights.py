@@ -1,4 +1,4 @@
-"""Masks hold for weights that other callbacks assign: restored weights and averages."""
+"""Tests of masks after other callbacks assign weights: restored weights and moving averages."""
 
 import warnings
 
@@ -27,7 +27,7 @@ METHODS = {
 rng = np.random.default_rng(0)
 x = rng.standard_normal((256, 16)).astype("float32")
 y = (x[:, 0] > 0).astype("int32")
-noise = rng.integers(0, 2, 64)  # labels for which the first epoch is the best
+noise = rng.integers(0, 2, 64)  # with random labels, early epochs validate best
 
 
 def sparse(method, **optimizer_options):
@@ -51,7 +51,7 @@ def sparse(method, **optimizer_options):
 
 
 def fit(model, callbacks, epochs=8):
-    """Train, and return the history with the warnings about sparsity."""
+    """Train, and return the history and the user warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         history = model.fit(
@@ -71,7 +71,7 @@ def check_agreement(model, history, sparse_training, target, tolerance=0.02):
     assert sparse_training.missed() == []
     assert history["sparsity"][-1] >= target - 0.01
     keras_dst.strip(model)
-    # RigL grows weights that are 0 at first.
+    # Weights that RigL grows start at 0, so the report may count more zeros.
     found = keras_dst.report(model).sparsity
     assert found == pytest.approx(history["sparsity"][-1], abs=tolerance)
 
@@ -89,9 +89,7 @@ def test_restored_weights_are_pruned_again_with_a_warning(name, first):
     found = [m for m in messages if "a callback assigned weights" in m]
     assert len(found) == 1
     assert "metric_at_target" in found[0]
-    if isinstance(
-        method, methods.Consensus
-    ):  # Its target is a cost, and not all layers have gates.
+    if isinstance(method, methods.Consensus):  # The target is a cost in FLOPs.
         check_agreement(model, history, sparse_training, 0, tolerance=0.05)
     else:
         check_agreement(model, history, sparse_training, method.schedule.sparsity)
@@ -99,7 +97,7 @@ def test_restored_weights_are_pruned_again_with_a_warning(name, first):
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("name", ["magnitude", "rigl", "optg", "dst"])
-def test_early_stopping_that_restores_the_best_weights(name, first):
+def test_early_stopping_with_restored_best_weights(name, first):
     method = METHODS[name]
     model, sparse_training = sparse(method), SparseTraining()
     early = keras.callbacks.EarlyStopping("val_loss", restore_best_weights=True, patience=100)
@@ -110,8 +108,8 @@ def test_early_stopping_that_restores_the_best_weights(name, first):
 
 
 @pytest.mark.parametrize("name", ["magnitude", "revival", "rigl", "flipout", "optg"])
-def test_the_best_weights_at_the_target_are_restored_as_they_were(name):
-    """The restored weights have masks of an earlier epoch, and there is no warning."""
+def test_best_weights_at_the_target_are_restored_unchanged(name):
+    """The restored weights fit the masks of their epoch, so no warning is raised."""
     method = METHODS[name]
     model = sparse(method)
     sparse_training = SparseTraining(metric_at_target="val_loss")
@@ -126,7 +124,7 @@ def test_the_best_weights_at_the_target_are_restored_as_they_were(name):
     check_agreement(model, history, sparse_training, method.schedule.sparsity)
 
 
-def test_a_training_that_stops_early_keeps_the_sparsity_of_its_schedule():
+def test_early_stopping_keeps_the_sparsity_of_the_schedule():
     model, sparse_training = sparse(METHODS["magnitude"]), SparseTraining()
     early = keras.callbacks.EarlyStopping("val_loss", restore_best_weights=True, patience=1)
     history, messages = fit(model, [sparse_training, early], epochs=40)
@@ -138,8 +136,8 @@ def test_a_training_that_stops_early_keeps_the_sparsity_of_its_schedule():
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_weights_assigned_during_training(first, tmp_path):
-    """Dense weights from a callback reach neither validation nor files, in any order."""
+def test_weights_assigned_during_training_are_masked(first, tmp_path):
+    """Dense weights that a callback assigns are masked before validation and before saving."""
     model, sparse_training = sparse(METHODS["magnitude"]), SparseTraining()
     initial = model.get_weights()
     assign = keras.callbacks.LambdaCallback(
@@ -164,7 +162,7 @@ def test_weights_assigned_during_training(first, tmp_path):
 
 @pytest.mark.parametrize("swap_on_epoch", [True, False])
 @pytest.mark.parametrize("first", [True, pytest.param(False, marks=once)])
-def test_averages_are_as_sparse_as_the_weights(swap_on_epoch, first, tmp_path):
+def test_moving_averages_have_the_sparsity_of_the_weights(swap_on_epoch, first, tmp_path):
     model, sparse_training = sparse(METHODS["magnitude"], use_ema=True), SparseTraining()
     seen = []
     swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=swap_on_epoch)
@@ -183,7 +181,7 @@ def test_averages_are_as_sparse_as_the_weights(swap_on_epoch, first, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["magnitude", "dst"])
-def test_averages_that_overwrite_the_weights(name):
+def test_moving_averages_that_overwrite_the_weights_are_masked(name):
     method = METHODS[name]
     model = sparse(method, use_ema=True, ema_overwrite_frequency=5)
     sparse_training = SparseTraining()

@@ -25,7 +25,7 @@ def sparse(method):
 
 
 class Record(keras.callbacks.Callback):
-    """The sparsity that the progress bar shows after every step."""
+    """Callback that records the logged sparsity after every step."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +35,7 @@ class Record(keras.callbacks.Callback):
         self.seen.append(logs["sparsity"])
 
 
-def test_the_schedule_follows_the_paper_step_by_step():
+def test_sparsity_follows_the_cubic_schedule_of_the_paper():
     method = Magnitude(Cubic(0.8, begin=0.25, end=0.75), frequency=1)
     model, record = sparse(method), Record()
     model.fit(x, y, batch_size=16, epochs=5, verbose=0, callbacks=[SparseTraining(), record])
@@ -47,8 +47,8 @@ def test_the_schedule_follows_the_paper_step_by_step():
         assert seen == pytest.approx(round(expected * size) / size, abs=1.01 / size), step
 
 
-def test_a_short_training_is_pruned_all_the_same():
-    # tfmot's default frequency of 100 leaves a training of 96 steps dense without a warning.
+def test_a_short_training_is_pruned():
+    # With a fixed frequency of 100 steps, as in tfmot, a training of 96 steps would stay dense.
     model = sparse(Magnitude(0.9))
     history = model.fit(x, y, batch_size=8, epochs=6, verbose=0, callbacks=[SparseTraining()])
     assert history.history["sparsity"][-1] == pytest.approx(0.9, abs=1e-3)
@@ -57,9 +57,9 @@ def test_a_short_training_is_pruned_all_the_same():
 
 
 @pytest.mark.skipif(
-    keras.backend.backend() != "torch", reason="only torch wraps the step to compile it"
+    keras.backend.backend() != "torch", reason="only PyTorch wraps the step to compile it"
 )
-def test_a_fit_keeps_the_torch_compile_wrapper_of_the_step(monkeypatch):
+def test_fit_keeps_the_torch_compile_wrapper_of_the_step(monkeypatch):
     # `fit` also wraps the step in a guard. A later fit removes the earlier guard.
     import torch
 
@@ -81,14 +81,15 @@ def test_a_fit_keeps_the_torch_compile_wrapper_of_the_step(monkeypatch):
     assert len(steps) == 4
 
 
-def test_an_epoch_of_one_batch():
+def test_training_with_one_batch_per_epoch():
     model = sparse(Magnitude(0.5))
     history = model.fit(x, y, batch_size=len(x), epochs=1, verbose=0, callbacks=[SparseTraining()])
     assert history.history["sparsity"] == pytest.approx([0.5], abs=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:Your input ran out of data")  # so Keras ends a generator
-def test_a_generator_of_unknown_length():
+# Keras warns at the end of a generator.
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
+def test_a_generator_of_unknown_length_needs_steps_per_epoch():
     def batches():
         for start in range(0, len(x), 16):
             yield x[start : start + 16], y[start : start + 16]
@@ -101,12 +102,12 @@ def test_a_generator_of_unknown_length():
     assert history.history["sparsity"] == pytest.approx([0.8], abs=1e-3)
 
 
-def test_the_log_is_in_the_progress_bar(capsys):
+def test_the_progress_bar_shows_the_sparsity(capsys):
     sparse(Magnitude(0.5)).fit(x, y, epochs=1, verbose=2, callbacks=[SparseTraining()])
     assert "sparsity: 0.5" in capsys.readouterr().out
 
 
-def test_a_checkpoint_of_the_last_epoch_is_at_the_target(tmp_path):
+def test_a_checkpoint_of_the_last_epoch_has_the_target_sparsity(tmp_path):
     model = sparse(Magnitude(0.8))
     path = tmp_path / "last.keras"
     callbacks = [SparseTraining(), keras.callbacks.ModelCheckpoint(path)]
@@ -115,8 +116,8 @@ def test_a_checkpoint_of_the_last_epoch_is_at_the_target(tmp_path):
     assert keras_dst.report(loaded).sparsity == pytest.approx(0.8, abs=1e-3)
 
 
-def test_the_controller_holds_its_target():
-    """Within 1 % by the controller alone: the last projection would warn if it had to help."""
+def test_the_controller_reaches_its_target():
+    """The controller reaches the target within 1 %. Otherwise the last projection would warn."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -135,14 +136,14 @@ def test_the_controller_holds_its_target():
     assert history.history["accuracy"][-1] > 0.95
 
 
-def test_a_missed_target_is_met_by_the_last_projection_with_a_warning():
+def test_the_last_projection_reaches_a_missed_target_with_a_warning():
     model = sparse(DST(sparsity=0.9))
     with pytest.warns(UserWarning, match=r"training had reached sparsity 0\.\d+, target 0\.9"):
         history = model.fit(x, y, epochs=1, verbose=0, callbacks=[SparseTraining()])
     assert history.history["sparsity"][-1] == pytest.approx(0.9, abs=0.01)
 
 
-def test_a_training_that_ends_early_says_so():
+def test_a_training_that_ends_early_warns():
     class Stop(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
             self.model.stop_training = True
@@ -154,7 +155,7 @@ def test_a_training_that_ends_early_says_so():
     assert history.history["sparsity"][-1] == pytest.approx(0.9, abs=1e-3)
 
 
-def test_backup_and_restore_goes_on_exactly(tmp_path):
+def test_training_resumed_from_a_backup_equals_an_uninterrupted_run(tmp_path):
     class Crash(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
             if epoch == 2:
@@ -176,18 +177,18 @@ def test_backup_and_restore_goes_on_exactly(tmp_path):
 
 
 class TestErrors:
-    def test_nothing_to_drive(self):
+    def test_fit_of_a_dense_model_raises(self):
         model = models.compiled(models.residual())
         with pytest.raises(ValueError, match="with sparse layers or a SparseOptimizer"):
             model.fit(x, y, verbose=0, callbacks=[SparseTraining()])
 
-    def test_a_method_without_its_driver(self):
+    def test_sparse_models_without_the_callback_raise(self):
         with pytest.raises(ValueError, match="SparseTraining"):
             sparse(Magnitude(0.5)).fit(x, y, verbose=0)
         with pytest.raises(ValueError, match="SparseTraining"):
             sparse(DST(sparsity=0.5)).fit(x, y, verbose=0)
 
-    def test_dst_without_a_target_needs_no_driver(self):
+    def test_dst_without_a_target_needs_no_callback(self):
         sparse(DST()).fit(x, y, verbose=0)
 
     @pytest.mark.parametrize("epochs", [0, 1.5, "ten"])
@@ -196,7 +197,7 @@ class TestErrors:
             SparseTraining(epochs=epochs)
 
 
-def test_constant_schedule_begins_at_once():
+def test_constant_schedule_starts_at_the_first_step():
     model, record = sparse(Magnitude(Constant(0.6))), Record()
     model.fit(x, y, epochs=1, verbose=0, callbacks=[SparseTraining(), record])
     assert record.seen[0] == pytest.approx(0.6, abs=1e-3)

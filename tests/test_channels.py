@@ -1,4 +1,4 @@
-"""Channels that leave together, in trainings of whole models."""
+"""Tests of coupled channels, which are pruned together, in training runs of whole models."""
 
 import warnings
 
@@ -17,7 +17,7 @@ Y = np.arange(32) % 5
 
 
 def residual(width=16):
-    """A stem and a branch with a depthwise convolution, whose outputs are added."""
+    """Return a model that adds the outputs of a stem and a branch with a depthwise convolution."""
     keras.utils.set_random_seed(0)
     inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(width, 3, padding="same", name="stem")(inputs)
@@ -49,13 +49,13 @@ def array(variable):
 
 
 def units(model, name, axis=-1):
-    """Which output units of a layer are not zero."""
+    """Return a mask of the output units of a layer that have nonzero weights."""
     kernel = array(model.get_layer(name).kernel)
     return np.moveaxis(kernel, axis, -1).reshape(-1, kernel.shape[axis]).any(0)
 
 
 def widths(model):
-    """Numbers of filters and units, without those of the outputs."""
+    """Return the numbers of filters and units of all layers except the output layer."""
     made = [layer for layer in model.layers if hasattr(layer, "kernel")]
     found = [getattr(x, "filters", getattr(x, "units", None)) for x in made[:-1]]
     return [n for n in found if n is not None]
@@ -83,7 +83,7 @@ RANKING = {
 }
 
 
-def test_masks_are_those_of_the_summed_scores():
+def test_coupled_channels_are_ranked_by_summed_scores():
     model = compiled(methods.Magnitude(Constant(0.5), "uniform", "channel"), None, "sgd")
     model.optimizer.learning_rate = 0.0
     kernels = {n: array(model.get_layer(n).kernel) for n in ("stem", "expand", "project")}
@@ -107,7 +107,7 @@ def test_masks_are_those_of_the_summed_scores():
 
 
 @pytest.mark.parametrize("name", RANKING)
-def test_every_ranking_method_prunes_groups(name):
+def test_every_ranking_method_prunes_coupled_channels(name):
     model = fit(compiled(RANKING[name]), callback := SparseTraining())
     assert callback.missed() == []
     keras_dst.strip(model)
@@ -123,7 +123,7 @@ def test_every_ranking_method_prunes_groups(name):
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
-def test_a_loop_gives_the_masks_of_fit(allocation):
+def test_a_custom_loop_gives_the_channel_masks_of_fit(allocation):
     def method():
         schedule = Cubic(0.5, begin_step=1, end_step=6)
         return methods.Magnitude(
@@ -139,12 +139,12 @@ def test_a_loop_gives_the_masks_of_fit(allocation):
     for a, b in zip(one.trainable_variables, other.trainable_variables):
         np.testing.assert_array_equal(array(a), array(b), a.path)
     assert not units(one, "stem").all()
-    keras_dst.couple_channels(other)  # the moving means follow
+    keras_dst.couple_channels(other)  # also masks the moving means
     for a, b in zip(one.weights, other.weights):
         np.testing.assert_allclose(array(a), array(b), rtol=1e-6, err_msg=a.path)
 
 
-def test_groups_are_found_again_after_a_file_is_loaded(tmp_path):
+def test_channel_groups_are_found_after_loading(tmp_path):
     model = fit(
         compiled(methods.Magnitude(0.5, "uniform", "channel")), SparseTraining(epochs=2), epochs=1
     )
@@ -170,7 +170,7 @@ def transformer():
     return keras.Model(inputs, layers.Dense(5, name="classes")(x))
 
 
-def test_whole_heads_and_the_stream_of_a_transformer_are_pruned():
+def test_heads_and_residual_channels_of_a_transformer_are_pruned():
     model = compiled(methods.Magnitude(Constant(0.5), "uniform", "channel"), transformer(), "sgd")
     model.optimizer.learning_rate = 0.0
     kernels = {v.path: array(v) for v in model.trainable_variables}
@@ -197,7 +197,7 @@ def test_whole_heads_and_the_stream_of_a_transformer_are_pruned():
 
 
 @pytest.mark.parametrize("counted_in", ["channels", "parameters", "flops"])
-def test_the_target_is_met_in_its_quantity(counted_in):
+def test_the_target_is_met_in_channels_parameters_and_flops(counted_in):
     method = methods.Magnitude(
         Constant(0.6), "uniform", "channel", counted_in=counted_in, round_to=1
     )
@@ -213,7 +213,7 @@ def test_the_target_is_met_in_its_quantity(counted_in):
     assert found[counted_in] == pytest.approx(0.4, abs=0.02)
 
 
-def test_a_target_that_the_floor_does_not_allow_is_reported():
+def test_a_target_below_the_minimum_of_channels_warns():
     method = methods.Magnitude(0.9, "uniform", "channel")
     with pytest.warns(
         UserWarning, match="fraction of the channels removed 0.6.*, target 0.9: missed by"
@@ -221,7 +221,7 @@ def test_a_target_that_the_floor_does_not_allow_is_reported():
         fit(compiled(method), SparseTraining())
 
 
-def test_a_channel_stays_if_a_filter_excludes_a_weight_that_makes_it():
+def test_a_channel_is_kept_if_a_filter_excludes_one_of_its_weights():
     model = residual()
     model.compile("sgd", "mse")
     keras_dst.sparsify(
@@ -236,7 +236,7 @@ def test_a_channel_stays_if_a_filter_excludes_a_weight_that_makes_it():
     assert units(model, "expand").sum() == 16
 
 
-def test_an_optimizer_that_does_not_know_its_model_warns():
+def test_an_optimizer_without_its_model_warns():
     method = methods.Magnitude(Constant(0.5, begin_step=1), "uniform", "channel")
     with pytest.warns(UserWarning, match=r"does not know its model.*couple_channels"):
         fit(compiled(method), epochs=1)
@@ -245,7 +245,7 @@ def test_an_optimizer_that_does_not_know_its_model_warns():
         fit(compiled(flops), epochs=1)
 
 
-def test_a_sparse_optimizer_exempts_the_outputs():
+def test_a_sparse_optimizer_does_not_prune_output_channels():
     model = residual()
     optimizer = keras_dst.SparseOptimizer(
         "sgd", methods.Magnitude(Constant(0.5), "global", "channel")
@@ -265,7 +265,7 @@ class OwnCall(keras.Model):
         return self.classes(self.hidden(ops.reshape(x, (-1, 192))))
 
 
-def test_a_model_without_a_graph_is_ranked_layer_by_layer():
+def test_channels_of_a_subclassed_model_are_ranked_per_layer():
     keras.utils.set_random_seed(0)
     model = OwnCall()
     model(X)
@@ -281,7 +281,7 @@ def test_a_model_without_a_graph_is_ranked_layer_by_layer():
         fit(model, SparseTraining(), epochs=1)
 
 
-def test_a_model_whose_channels_all_stay():
+def test_a_model_without_prunable_channels_raises():
     model = keras.Sequential([keras.Input((8, 8, 3)), layers.Flatten(), layers.Dense(5)])
     method = methods.Magnitude(0.5, pattern="channel")
     model.compile("sgd", "mse")

@@ -1,8 +1,8 @@
-"""Runs Python as on a CPU without AVX, on which XNNPACK takes its sparse kernels, as on ARM.
+"""Run Python as on a CPU without AVX. XNNPACK then uses its sparse kernels, as on ARM.
 
-LiteRT asks the CPU what it has by CPUID instructions. Each of those that ``objdump`` finds in its
-libraries gets a breakpoint, in one process's memory; the handler in ``hide_avx.c`` then answers
-with the bits of AVX, FMA, F16C and everything above cleared.
+LiteRT reads the features of the CPU with CPUID instructions. ``objdump`` finds these instructions
+in the libraries of LiteRT, and each of them gets a breakpoint in the memory of one process. The
+handler in ``hide_avx.c`` returns the features without AVX, FMA, F16C and later extensions.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ _SOURCE = pathlib.Path(__file__).with_name("hide_avx.c")
 
 
 def obstacle():
-    """Why AVX cannot be hidden on this machine; empty if it can."""
+    """Return the reason why AVX cannot be hidden on this machine, or an empty string if it can."""
     machine = f"{platform.system()} {platform.machine()}"
     if machine != "Linux x86_64":
         return f"hiding AVX needs Linux x86_64, this is {machine}"
@@ -37,8 +37,8 @@ def _library():
 
 
 def hide(library):
-    """Hides AVX from LiteRT in this process, before its first interpreter."""
-    import ai_edge_litert.interpreter  # what follows looks at its libraries, now loaded
+    """Hide AVX from LiteRT in this process; call this function before the first interpreter."""
+    import ai_edge_litert.interpreter  # loads the libraries that are changed below
 
     ours = str(pathlib.Path(ai_edge_litert.__file__).resolve().parent)
     loaded = {}
@@ -57,7 +57,8 @@ def hide(library):
 
 
 def run(code, *arguments):
-    """Runs Python code in a process that sees no AVX; raises with its words where it fails."""
+    """Run Python code in a process that sees no AVX; raise RuntimeError with its errors if it
+    fails."""
     hidden = "import sys\nfrom tests import no_avx\nno_avx.hide(sys.argv.pop(1))\n"
     done = subprocess.run(
         [sys.executable, "-c", hidden + code, str(_library()), *map(str, arguments)],
