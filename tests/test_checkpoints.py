@@ -1,4 +1,4 @@
-"""Checkpoints are sparse and complete, and the best checkpoint meets the target."""
+"""Tests of checkpoints: each file is sparse and complete, and the best one meets the target."""
 
 import keras
 import numpy as np
@@ -13,7 +13,7 @@ from tests.stop_worker import ALL_METHODS, x, y
 
 
 class Logged(keras.callbacks.Callback):
-    """A callback that records the sparsity by (epoch, batch), both counted from 1."""
+    """Callback that records the sparsity by (epoch, batch), both counted from 1."""
 
     def __init__(self):
         super().__init__()
@@ -27,7 +27,7 @@ class Logged(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.seen[self.epoch, 0] = found = keras_dst.report(self.model).sparsity
-        # Weights that grow start at 0, so there are more zeros than the mask has.
+        # Weights that RigL grows start at 0, so the model can have more zeros than the mask.
         assert logs["sparsity"] - 0.01 <= found <= logs["sparsity"] + 0.1
 
 
@@ -40,7 +40,7 @@ class Logged(keras.callbacks.Callback):
         pytest.param("rigl", "keras", "epoch", marks=once),
     ],
 )
-def test_every_file_has_the_sparsity_that_was_logged(name, ending, save_freq, tmp_path):
+def test_every_checkpoint_has_the_logged_sparsity(name, ending, save_freq, tmp_path):
     method = ALL_METHODS[name]
     model = stop_worker.build(method)
     place = "{epoch}" if save_freq == "epoch" else "{epoch}-{batch}"
@@ -74,8 +74,9 @@ def test_every_file_has_the_sparsity_that_was_logged(name, ending, save_freq, tm
         pytest.param("loss", True, marks=once),
     ],
 )
-def test_the_best_one_is_at_the_target(monitor, first, tmp_path):
-    """Whatever the order, without a warning; nobody stops before there was something to judge."""
+def test_the_best_checkpoint_has_the_target_sparsity(monitor, first, tmp_path):
+    """The order of callbacks does not matter, and early stopping waits until the target is
+    reached."""
     model = build_with_accuracy(ALL_METHODS["optg"])
     sparse = SparseTraining(metric_at_target=monitor)
     gated = f"{monitor}_at_target"
@@ -123,39 +124,39 @@ class TestGateErrors:
         model.fit(x, y, validation_data=(x, y), verbose=0, callbacks=callbacks)
 
     @pytest.mark.parametrize("gate", ["f1", "val_f1"])
-    def test_an_unknown_metric_is_refused(self, gate):
+    def test_an_unknown_metric_raises(self, gate):
         with pytest.raises(ValueError, match=r"none of the metrics\. Expected one of: accuracy"):
             self.fit(metric_at_target=gate)
 
-    def test_a_method_without_a_target(self):
+    def test_a_method_without_a_target_raises(self):
         with pytest.raises(ValueError, match="needs a target"):
             self.fit("dst", metric_at_target="val_loss")
 
-    def test_an_invalid_metric_mode_is_refused(self):
+    def test_an_invalid_metric_mode_raises(self):
         with pytest.raises(ValueError, match="metric_mode must be"):
             SparseTraining(metric_at_target="loss", metric_mode="auto")
 
-    def test_a_metric_that_does_not_say_what_is_best(self):
+    def test_a_metric_without_a_direction_needs_metric_mode(self):
         model = stop_worker.build(ALL_METHODS["magnitude"])
         mean = keras.metrics.MeanMetricWrapper(lambda y, p: keras.ops.max(p, -1), name="own")
         model.compile(model.optimizer, "sparse_categorical_crossentropy", metrics=[mean])
         with pytest.raises(ValueError, match="metric_mode"):
             model.fit(x, y, verbose=0, callbacks=[SparseTraining(metric_at_target="own")])
 
-    def test_no_validation(self):
+    def test_a_fit_without_validation_data_warns(self):
         model = stop_worker.build(ALL_METHODS["magnitude"])
         with pytest.warns(UserWarning, match="without validation"):
             model.fit(x, y, verbose=0, callbacks=[SparseTraining(metric_at_target="val_loss")])
 
 
 @pytest.mark.parametrize("ending", ["keras", "weights.h5"])
-def test_a_save_that_is_cut_short_leaves_the_last_file(ending, tmp_path, monkeypatch):
+def test_an_interrupted_save_keeps_the_previous_file(ending, tmp_path, monkeypatch):
     path = tmp_path / f"model.{ending}"
     only = ending == "weights.h5"
     method = ALL_METHODS["magnitude"]
 
     class CutShort(keras.callbacks.Callback):
-        """A callback that makes Keras write half of a file in the third epoch."""
+        """Callback that interrupts Keras in the third epoch after half of the file is written."""
 
         def on_epoch_end(self, epoch, logs=None):
             if epoch != 2:
@@ -184,8 +185,8 @@ def test_a_save_that_is_cut_short_leaves_the_last_file(ending, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["dst-target", "magnitude"])
-def test_an_interrupted_fit_leaves_a_model_that_can_be_saved(name, tmp_path):
-    """No later fit takes the callback that is gone for being at work, and files can be saved."""
+def test_a_model_can_be_saved_after_an_interrupted_fit(name, tmp_path):
+    """After the interruption, the model can be saved, and a fit without the callback raises."""
 
     class Crash(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
@@ -199,19 +200,19 @@ def test_an_interrupted_fit_leaves_a_model_that_can_be_saved(name, tmp_path):
     model.save(tmp_path / "model.keras")
     with pytest.raises(ValueError, match="SparseTraining"):
         stop_worker.fit(model)
-    if isinstance(method, LayerMethod):  # The step is traced again.
+    if isinstance(method, LayerMethod):  # Compiling again repeats the check.
         model.compile("sgd", "sparse_categorical_crossentropy")
         with pytest.raises(ValueError, match="SparseTraining"):
             stop_worker.fit(model)
     with pytest.raises(ValueError, match="SparseTraining"):
         stop_worker.fit(stop_worker.build(method))
-    # A step that raises while it is traced leaves a model without its values on JAX.
+    # On JAX, variables have no values after an error during tracing, so the model is loaded again.
     model = keras.saving.load_model(tmp_path / "model.keras")
     stop_worker.fit(model, SparseTraining())
     assert keras_dst.report(model).sparsity > 0.6
 
 
-def test_dst_without_a_target_is_free_again_after_an_interrupted_fit():
+def test_dst_without_a_target_needs_no_callback_in_a_second_fit():
     model = stop_worker.build(DST())
     stop_worker.fit(model, SparseTraining())
     stop_worker.fit(model)

@@ -25,7 +25,7 @@ BACKENDS_AND_PACKAGE = {"keras", "numpy", "tensorflow", "jax", "torch", "keras_d
 
 @pytest.fixture
 def saved(tmp_path):
-    """File of a sparse model, in which half of the kernel is pruned."""
+    """Return the file of a sparse model in which half of the kernel is pruned."""
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, name="head")])
     keras_dst.sparsify(model, DST())
     layer = model.layers[0]
@@ -95,7 +95,7 @@ def test_models_are_loaded_without_compiling(tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_zeros_of_an_optimizer_are_reported_without_compiling(tmp_path, capsys):
+def test_report_of_a_compiled_model_with_a_sparse_optimizer(tmp_path, capsys):
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8)])
     model.compile(keras_dst.SparseOptimizer("sgd", keras_dst.methods.Magnitude(0.5)), "mse")
     model.fit(
@@ -109,7 +109,7 @@ def test_zeros_of_an_optimizer_are_reported_without_compiling(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["sparsity"] == pytest.approx(0.5)
 
 
-def test_custom_layers_are_imported_first(tmp_path, capsys, monkeypatch):
+def test_import_option_loads_custom_layers(tmp_path, capsys, monkeypatch):
     (tmp_path / "my_layers.py").write_text(
         "import keras\n"
         "@keras.saving.register_keras_serializable('mine')\n"
@@ -161,7 +161,7 @@ def test_export_shows_progress_on_a_terminal(saved, tmp_path, capsys, monkeypatc
 
 @pytest.fixture
 def edge(tmp_path):
-    """Folder with a valid and an invalid `.tflite` file."""
+    """Return a folder with a valid and an invalid `.tflite` file."""
     values = sparse_values((32, 64), 0.1, block=4)
     good = fully_connected(values)
     (weight,) = weights(read(good))
@@ -222,7 +222,7 @@ def test_bench_shows_progress_on_a_terminal(edge, capsys, monkeypatch):
     ids=["missing", "empty", "other", "truncated"],
 )
 @pytest.mark.parametrize("command", ["inspect", "lint", "bench"])
-def test_a_file_that_is_not_a_tflite_file(command, content, message, tmp_path, capsys):
+def test_a_file_that_is_not_a_tflite_file_raises(command, content, message, tmp_path, capsys):
     path = tmp_path / "broken.tflite"
     if content is not None:
         path.write_bytes(content)
@@ -244,7 +244,7 @@ def test_lint_documents_its_exit_codes(capsys):
     ids=["missing", "empty", "truncated"],
 )
 @pytest.mark.parametrize("command", ["report", "strip", "shrink", "export"])
-def test_a_file_that_is_not_a_model(command, content, message, tmp_path, capsys):
+def test_a_file_that_is_not_a_model_raises(command, content, message, tmp_path, capsys):
     path = tmp_path / "broken.keras"
     if content is not None:
         path.write_bytes(content)
@@ -263,7 +263,7 @@ def test_a_file_that_is_not_a_model(command, content, message, tmp_path, capsys)
         ("model.tflite", "keras-dst inspect"),
     ],
 )
-def test_a_file_for_another_command(name, message, tmp_path, capsys):
+def test_the_error_suggests_another_command(name, message, tmp_path, capsys):
     (tmp_path / name).write_bytes(b"any")
     assert cli.main(["report", str(tmp_path / name)]) == 1
     assert message in capsys.readouterr().err
@@ -278,18 +278,18 @@ def test_a_file_for_another_command(name, message, tmp_path, capsys):
         ("no/out.keras", "Fix: create "),
     ],
 )
-def test_an_output_that_cannot_be_written(command, output, message, saved, tmp_path, capsys):
+def test_an_output_that_cannot_be_written_raises(command, output, message, saved, tmp_path, capsys):
     assert cli.main([command, str(saved), str(tmp_path / output)]) == 1
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model.keras"]
 
 
-def test_without_a_command_there_is_help(capsys):
+def test_help_is_printed_without_a_command(capsys):
     assert cli.main([]) == 2
     assert "keras-dst export model.keras model.tflite" in capsys.readouterr().err
 
 
-def test_a_damaged_model(saved, tmp_path, capsys):
+def test_a_damaged_model_raises(saved, tmp_path, capsys):
     broken = tmp_path / "damaged.keras"
     with zipfile.ZipFile(saved) as source, zipfile.ZipFile(broken, "w") as target:
         target.writestr("config.json", source.read("config.json")[:-40])
@@ -299,7 +299,7 @@ def test_a_damaged_model(saved, tmp_path, capsys):
 
 
 def modules_after(code, tmp_path):
-    """Run code in a new process, and return the top-level modules that it has loaded."""
+    """Run code in a new process, and return the top-level modules that the process imports."""
     code = f"import atexit, sys; atexit.register(lambda: print(*sys.modules)); {code}"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -346,7 +346,7 @@ def test_every_command_has_a_function():
 
 
 @once
-def test_importing_needs_keras_and_numpy_alone():
+def test_importing_loads_only_keras_and_numpy():
     code = (
         "import sys, keras; before = set(sys.modules); import keras_dst; "
         "print(*sorted({m.partition('.')[0] for m in set(sys.modules) - before}))"

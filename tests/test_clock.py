@@ -1,4 +1,4 @@
-"""The clock of mask updates: at which steps it says that an update is due."""
+"""Tests of the clock of mask updates: the steps at which an update is due."""
 
 import pytest
 
@@ -19,12 +19,12 @@ pytestmark = once
         UpdateClock(1, 3, 9),
     ],
 )
-def test_the_list_of_steps_holds_every_step_that_is_due(clock):
+def test_steps_lists_every_due_step(clock):
     due = [step for step in range(clock.last + 1) if clock.is_due(step - 1, step)]
     assert clock.steps() == due
 
 
-def test_an_update_that_was_passed_is_due_later():
+def test_a_skipped_update_is_due_later():
     clock = UpdateClock(first=2, last=14, period=6, jumps=(5,))
     assert clock.steps() == [0, 2, 5, 8, 14]
     assert clock.is_due(2, 7)
@@ -32,7 +32,7 @@ def test_an_update_that_was_passed_is_due_later():
     assert not clock.is_due(5, 7)
 
 
-def test_updates_go_on_after_the_end_of_the_schedule():
+def test_updates_continue_after_the_end_of_the_schedule():
     clock = UpdateClock(first=2, last=14, period=5)
     assert [s for s in range(15, 30) if clock.is_due(s - 1, s)] == [17, 22, 27]
 
@@ -56,7 +56,7 @@ def test_steps_of_schedules_in_steps(method, expected):
     assert update_clock(method, method.schedule).steps() == expected
 
 
-def test_the_length_of_a_training_has_to_be_known():
+def test_the_clock_needs_the_number_of_training_steps():
     method = Magnitude(0.8)
     assert update_clock(method, method.schedule) is None
     assert update_clock(method, method.schedule, total=40).steps()[-1] == 30
@@ -75,7 +75,8 @@ def test_the_length_of_a_training_has_to_be_known():
     ],
 )
 def test_default_periods(cls, period):
-    """A long training has the paper's period, a short one at least twenty updates."""
+    """The period of a long training is that of the paper; a short training has at least 20
+    updates."""
     method = cls(0.8)
     assert update_clock(method, method.schedule, total=10_000, epoch=50).period == period
     short = update_clock(method, method.schedule, total=60, epoch=10)

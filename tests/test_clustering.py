@@ -1,4 +1,4 @@
-"""Weight clustering: exact values of k-means, and of fine-tuning with few distinct values."""
+"""Tests of weight clustering: results of k-means, and fine-tuning with few distinct values."""
 
 import keras
 import numpy as np
@@ -12,7 +12,7 @@ from tests.backends import once
 
 
 def dense(kernel):
-    """Return a model with one dense layer without a bias."""
+    """Return a model with one dense layer and no bias."""
     model = keras.Sequential(
         [keras.Input((len(kernel),)), keras.layers.Dense(len(kernel[0]), use_bias=False)]
     )
@@ -40,24 +40,25 @@ def distinct(model):
 @pytest.mark.parametrize(
     ("numbers", "clusters", "expected"),
     [
-        ([-1, -0.75, 0.25, 0.5, 1], 3, [-1, 0.375, 1]),  # Two rounds, and fixed ends.
-        ([-0.75, -0.5, 0.5, 0.75], 2, [-0.625, 0.625]),  # Free ends
-        ([-1, -1, 0.5, 0.5, 1], 3, [-1, 0.5, 1]),  # Already three values.
+        ([-1, -0.75, 0.25, 0.5, 1], 3, [-1, 0.375, 1]),  # Two iterations; -1 and 1 stay.
+        ([-0.75, -0.5, 0.5, 0.75], 2, [-0.625, 0.625]),  # No value is -1 or 1.
+        ([-1, -1, 0.5, 0.5, 1], 3, [-1, 0.5, 1]),  # The input has three values.
         ([1, 1], 4, [1]),
-        ([-1, -0.5, -0.375, -0.25, 1], 4, [-1, -0.75, -0.375, 1]),  # no number near -0.75
+        # No number is near the value -0.75.
+        ([-1, -0.5, -0.375, -0.25, 1], 4, [-1, -0.75, -0.375, 1]),
         ([], 4, []),
     ],
 )
-def test_k_means_has_exact_values(numbers, clusters, expected):
+def test_k_means_equals_manual_results(numbers, clusters, expected):
     np.testing.assert_allclose(k_means(np.array(numbers, float), clusters), expected, atol=1e-6)
 
 
 @once
-def test_values_are_relative_to_the_channel_and_zeros_stay():
+def test_clusters_are_scaled_per_channel_and_zeros_are_preserved():
     column = np.array([-1, -0.9375, 0, 0.0625, 0.125, 0.4375, 0.5, 1])
     model = dense(column[:, None] * [2, 8])
     assert keras_dst.cluster_weights(model, clusters=6) is model
-    # One value of six is zero. The others begin at -1, 0.25, 0.5, 0.75 and 1.
+    # One of the six values is zero. The other values start at -1, 0.25, 0.5, 0.75 and 1.
     expected = np.array([-1, -1, 0, 0.09375, 0.09375, 0.46875, 0.46875, 1])
     np.testing.assert_array_equal(kernel_of(model), expected[:, None] * [2, 8])
 
@@ -89,19 +90,19 @@ def test_filters_select_kernels():
     assert all("dense" in path for path in changed)
 
 
-def test_each_value_moves_by_the_mean_step_of_its_weights():
+def test_each_cluster_moves_by_the_mean_step_of_its_weights():
     column = np.array([1, 0.25, 0.25, 0.5, 0.5, 0.5, 0, 0], "float32")
     model = dense(column[:, None])
     model.compile(keras.optimizers.SGD(0.125), "mse")
     x = np.array([[2, 1, 3, 1, 0, 2, 5, 7]], "float32")
     y = x @ column[:, None] + 0.5
     model.fit(x, y, epochs=1, verbose=0, callbacks=[KeepClusters(4)])
-    step = 0.125 * x[0]  # the derivative of the loss with respect to the output is -1
+    step = 0.125 * x[0]  # the gradient of the loss by the output is -1
     moved = column + [0, *[step[1:3].mean()] * 2, *[step[3:6].mean()] * 3, 0, 0]
     np.testing.assert_allclose(kernel_of(model)[:, 0], moved, rtol=1e-6)
 
 
-def test_fine_tuning_keeps_the_number_of_values_and_the_zeros():
+def test_fine_tuning_preserves_the_number_of_clusters_and_zeros():
     keras.utils.set_random_seed(0)
     x, y = models.data()
     model = models.compiled(models.sequential())
@@ -126,7 +127,7 @@ def test_clusters_must_be_a_whole_number(clusters):
 
 
 @once
-def test_unsuitable_weights_raise_and_nothing_changes():
+def test_clustering_of_unsuitable_weights_raises():
     model = dense([[1.0, np.nan]])
     with pytest.raises(ValueError, match=r"Expected finite weights.*kernel"):
         keras_dst.cluster_weights(model)

@@ -1,4 +1,4 @@
-"""Objects that are their constructor's arguments: each class joins the table by one line."""
+"""Tests of configs of methods and schedules. A new class needs one line in OBJECTS."""
 
 import inspect
 import json
@@ -23,7 +23,7 @@ from keras_dst.methods import (
 )
 from keras_dst.schedules import Constant, Cubic, Geometric, Sigmoid
 
-# For every class, objects that between them set every argument to something other than its default.
+# Every argument of every class differs from its default in at least one object.
 OBJECTS = [
     Constant(0.9, begin=0.25),
     Constant(0.9, begin_step=10),
@@ -79,7 +79,7 @@ def arguments(cls):
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
-def test_the_table_sets_every_argument(cls):
+def test_every_argument_has_a_test_object(cls):
     for name, parameter in arguments(cls).items():
         assert any(
             getattr(thing, name) != parameter.default for thing in OBJECTS if type(thing) is cls
@@ -87,7 +87,7 @@ def test_the_table_sets_every_argument(cls):
 
 
 @every_object
-def test_config_holds_the_arguments_and_nothing_else(thing):
+def test_config_contains_exactly_the_arguments(thing):
     config = thing.get_config()
     assert config.keys() == arguments(type(thing)).keys()
     for name, value in config.items():
@@ -111,7 +111,7 @@ def test_round_trip(thing):
 
 
 @every_object
-def test_repr_is_the_call(thing):
+def test_repr_is_the_constructor_call(thing):
     scope = {**vars(keras_dst.methods), **vars(keras_dst.schedules)}
     assert eval(repr(thing), scope) == thing
 
@@ -144,7 +144,7 @@ OWN += [EveryKind(1), EveryKind(1, second=5, third=7)]
 
 
 @pytest.mark.parametrize("thing", OWN, ids=repr)
-def test_constructors_of_other_forms(thing):
+def test_config_of_unusual_constructors(thing):
     again = type(thing).from_config(json.loads(json.dumps(thing.get_config())))
     assert again == thing
     assert eval(repr(thing), globals()) == thing
@@ -158,13 +158,13 @@ def test_objects_without_arguments_are_equal():
 
 
 @pytest.mark.parametrize("signature", ["*values", "**values", "a, *args", "a, **values"])
-def test_arguments_without_names_are_refused(signature):
+def test_variadic_arguments_raise(signature):
     scope = {"Method": LayerMethod}
     with pytest.raises(TypeError, match="must have names"):
         exec(f"class Own(Method):\n    def __init__(self, {signature}): pass", scope)
 
 
-def test_an_argument_that_is_not_kept_is_named():
+def test_an_argument_that_is_not_stored_raises():
     class Forgetful(LayerMethod):
         def __init__(self, strength):
             pass
@@ -178,7 +178,7 @@ def test_an_argument_that_is_not_kept_is_named():
     ("thing", "text"),
     [
         (Cubic(0.9), "Cubic(sparsity=0.9)"),
-        (Cubic(0.9, 0.0), "Cubic(sparsity=0.9)"),  # The argument equals its default.
+        (Cubic(0.9, 0.0), "Cubic(sparsity=0.9)"),  # The second argument equals its default.
         (DST(), "DST()"),
         (DST(Constant(0.5), pattern="1x4"), "DST(sparsity=Constant(sparsity=0.5), "
          "pattern='1x4')"),
@@ -188,7 +188,7 @@ def test_repr_leaves_out_defaults(thing, text):
     assert repr(thing) == text
 
 
-def test_equal_means_the_same_class_and_arguments():
+def test_objects_of_equal_class_and_arguments_are_equal():
     everything = OBJECTS + MINIMAL
     assert len(set(everything)) == len(everything)
     assert Cubic(0.9) == Cubic(0.9, 0.0)
@@ -204,16 +204,17 @@ def test_equal_means_the_same_class_and_arguments():
         (Magnitude(0.9, {"a": 0.5, "b": 0.25}), Magnitude(0.9, {"b": 0.25, "a": 0.5})),
     ],
 )
-def test_equal_things_have_equal_hashes(one, other):
+def test_equal_objects_have_equal_hashes(one, other):
     assert one == other
     assert hash(one) == hash(other)
 
 
-# -- documentation -------------------------------------------------------------------------------
+# -- documentation ---------------------------------------------------------------------------------
 
 
 def documented_defaults():
-    """Every "name: ... Defaults to X" under "Args:" of a public class."""
+    """Yield class, argument and value of each "Defaults to X" in the docstrings of public
+    classes."""
     for module in (keras_dst.methods, keras_dst.schedules, keras_dst.regularizers):
         for cls in vars(module).values():
             if not inspect.isclass(cls) or not cls.__module__.startswith(module.__name__):
@@ -232,7 +233,7 @@ def test_defaults_are_documented():
 
 
 @pytest.mark.parametrize(("cls", "name", "default"), [*documented_defaults()])
-def test_documented_default_is_the_signatures(cls, name, default):
+def test_documented_default_equals_the_signature(cls, name, default):
     assert arguments(cls)[name].default == default
 
 

@@ -1,4 +1,4 @@
-"""Contract of all methods. A method joins by one line in METHODS."""
+"""Contract tests of all methods. A new method needs one line in METHODS."""
 
 import warnings
 
@@ -14,15 +14,15 @@ from tests import models
 from tests.backends import COMPILES
 from tests.pages import blocks
 
-# A hundred steps are too few for a controller. test_callbacks.py tests this warning.
+# The controller needs more than a hundred steps, so it warns. test_callbacks.py tests the warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 
-# The classes of the page on custom methods, outside the package, by name.
+# Classes of the page on custom methods by name; they are defined outside the package.
 own: dict = {}
 for _, code in blocks("own_methods.md"):
     exec(compile(code, "docs/own_methods.md", "exec"), own)
 
-# Name: (method, final sparsity or None, allowed difference).
+# Name: (method, final sparsity or None, tolerance).
 METHODS = {
     "dst": (methods.DST(), None, None),
     "dst-target": (methods.DST(sparsity=0.8), 0.8, 0.01),
@@ -30,7 +30,7 @@ METHODS = {
     "dst-target-layer": (methods.DST(sparsity=0.5, granularity="layer"), 0.5, 0.01),
     "dcil": (methods.DCIL(0.8), 0.8, 0.001),
     "dcil-channel": (methods.DCIL(0.5, pattern="channel"), 0.5, 0.02),
-    # Gates remove 30 % of the FLOPs: units, and the inputs that later layers lose with them.
+    # Gates remove 30 % of the FLOPs. Later layers lose the inputs of closed units, and their FLOPs.
     "consensus": (methods.Consensus(0.3, lambda_polar=0.1, lambda_act=20.0), 0.25, 0.06),
     "magnitude": (methods.Magnitude(0.8), 0.8, 0.001),
     "magnitude-uniform": (methods.Magnitude(0.8, allocation="uniform"), 0.8, 0.001),
@@ -38,7 +38,8 @@ METHODS = {
     "magnitude-revival": (methods.Magnitude(0.8, revival=True), 0.8, 0.001),
     "magnitude-1x4": (methods.Magnitude(0.8, pattern="1x4"), 0.8, 0.002),
     "magnitude-2:4": (methods.Magnitude(0.5, pattern="2:4"), 0.5, 0.001),
-    # Half of the channels, of 24 and of 48 weights; the 128 weights of the classes stay.
+    # The method removes half of the channels, which have 24 or 48 weights. The output layer stays
+    # dense.
     "magnitude-channel": (methods.Magnitude(0.5, pattern="channel"), 0.5, 0.06),
     "flipout": (methods.FlipOut(0.8), 0.8, 0.001),
     "optg": (methods.OptG(0.8), 0.8, 0.001),
@@ -61,7 +62,7 @@ BATCH, EPOCHS = 16, 6
 ONE_OF_A_FAMILY = [METHODS[name][0] for name in ("dst-target", "magnitude-revival")]
 KINDS = ["dst-target", "dcil", "optg", "st3", "consensus", "magnitude-revival", "flipout", "rigl"]
 OWN = ["own-update", "own-layer", "own-two-path", "own-unit"]
-# Patterns and allocations change rankings, which test_masks.py has on every backend.
+# Patterns and allocations change only rankings. test_masks.py tests rankings on every backend.
 TRIED = ["dst", "magnitude", "set", *KINDS, *OWN] if COMPILES else METHODS
 
 
@@ -72,12 +73,12 @@ def method(request):
 
 @pytest.fixture(params=KINDS)
 def one_of_each(request):
-    """One method of each kind, where pattern and allocation cannot matter."""
+    """Return one method of each kind. The tests do not depend on pattern and allocation."""
     return METHODS[request.param]
 
 
 def build(method, inner=None, **compile_arguments):
-    """Return a small compiled net that a method prunes."""
+    """Return a small compiled network with a method."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
@@ -104,7 +105,7 @@ def fit(model, epochs=EPOCHS, driver=None, callbacks=(), **kwargs):
 
 
 def sparsity(model):
-    """Return the sparsity of the weights under the method, counted in the stripped model."""
+    """Return the sparsity of the weights that the method prunes, counted in the stripped model."""
     under = {row.name for row in keras_dst.report(model).layers if row.sparse}
     kernels = [v.numpy() for v in keras_dst.strip(model).variables if v.path in under]
     return 1 - sum(np.count_nonzero(k) for k in kernels) / sum(k.size for k in kernels)
@@ -139,11 +140,11 @@ def test_target_log_second_fit_and_strip(method):
         logged = again
 
     before = model.predict(x, verbose=0)
-    # A weight that was grown at a unit which is always off has no gradient, and stays 0.
+    # If a unit is always off, a weight that was grown there has no gradient and stays 0.
     slack = 0.01 if getattr(method[0], "grows", False) else 1e-6
     assert logged[-1] - 1e-6 <= check_target(model, method) <= logged[-1] + slack
     np.testing.assert_array_equal(model.predict(x, verbose=0), before)
-    assert not model.losses  # No penalty remains.
+    assert not model.losses  # The penalties are removed.
     assert isinstance(model.optimizer, keras.optimizers.SGD)
     assert not any(type(z).__module__.startswith("keras_dst") for z in model._flatten_layers())
 
@@ -156,7 +157,7 @@ def test_saved_and_resumed_equals_uninterrupted(name, tmp_path):
 
     interrupted = build(method[0])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # This training ended before its schedule.
+        warnings.simplefilter("ignore")  # The fit stops before the end of the schedule.
         fit(interrupted, callbacks=[StopAfter(2)])
     interrupted.save(tmp_path / "model.keras")
     resumed = keras.saving.load_model(tmp_path / "model.keras")
@@ -177,7 +178,7 @@ class StopAfter(keras.callbacks.Callback):
 
 
 @pytest.mark.parametrize("name", ["dst-target", "consensus", "magnitude"])
-def test_a_schedule_over_two_fits(name):
+def test_a_schedule_that_spans_two_fits(name):
     method = METHODS[name]
     model = build(method[0])
     fit(model, 3, SparseTraining(epochs=EPOCHS))
@@ -202,7 +203,7 @@ class Memory(keras.layers.Layer):
 
 
 @pytest.mark.parametrize("name", ["dst-target", "dcil", "optg"])
-def test_masks_in_the_loop_of_a_recurrent_layer(name):
+def test_masks_of_recurrent_layers(name):
     keras.utils.set_random_seed(0)
     net = [keras.Input((24, 1)), keras.layers.LSTM(8, return_sequences=True)]
     net += [keras.layers.RNN(Memory()), keras.layers.Dense(4, "softmax")]
@@ -216,7 +217,7 @@ def test_masks_in_the_loop_of_a_recurrent_layer(name):
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision(one_of_each, policy):
     if COMPILES and policy == "mixed_bfloat16" and one_of_each[0] not in ONE_OF_A_FAMILY:
-        pytest.skip("where each is compiled: float16, with its loss scaling; both on torch")
+        pytest.skip("runs on PyTorch only; other backends test float16")
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
     try:
@@ -247,14 +248,14 @@ INNER = {
 
 
 @pytest.mark.parametrize("inner", INNER)
-def test_any_inner_optimizer(one_of_each, inner):
+def test_every_inner_optimizer(one_of_each, inner):
     if COMPILES and inner != "all":
-        pytest.skip("where each is compiled: all at once; one by one on torch")
+        pytest.skip("runs on PyTorch only; other backends combine all options")
     model = build(one_of_each[0], INNER[inner]())
     pruned = []
 
     class Watch(keras.callbacks.Callback):
-        """A callback that checks that pruned weights are 0 after every step."""
+        """Callback that checks after every step that pruned weights are 0."""
 
         def on_train_batch_end(self, batch, logs=None):
             optimizer = self.model.optimizer
@@ -277,11 +278,11 @@ def test_any_inner_optimizer(one_of_each, inner):
 )
 def test_every_way_to_compile(one_of_each, compile_arguments):
     if not COMPILES and "run_eagerly" not in compile_arguments:
-        pytest.skip("Keras on torch refuses steps_per_execution; jit_compile takes a minute each")
+        pytest.skip("Keras rejects steps_per_execution on PyTorch, and jit_compile takes a minute")
     if COMPILES and "run_eagerly" in compile_arguments and one_of_each[0] not in ONE_OF_A_FAMILY:
-        pytest.skip("nothing compiled is in it: torch has run it")
+        pytest.skip("eager code is tested on PyTorch")
     if keras.backend.backend() == "jax" and "steps_per_execution" not in compile_arguments:
-        pytest.skip("on JAX every other test is compiled; run eagerly, XLA compiles op by op")
+        pytest.skip("other JAX tests use jit_compile; eager steps are slow")
     model = build(one_of_each[0], **compile_arguments)
     fit(model, 1 if "run_eagerly" in compile_arguments else 3)
     check_target(model, one_of_each)
@@ -301,9 +302,9 @@ def test_the_compiled_step_is_traced_once(one_of_each, monkeypatch):
     after_two = len(traces)
     fit(model, 2)
     if not COMPILES:
-        assert len(traces) >= 4 * len(x) // BATCH  # Eager mode: one call per step.
+        assert len(traces) >= 4 * len(x) // BATCH  # Eager mode calls it in every step.
     else:
-        assert len(traces) - after_two <= 1  # The symbolic call by Keras.
+        assert len(traces) - after_two <= 1  # Keras makes one symbolic call.
         calls = 2 if isinstance(one_of_each[0], TwoPathMethod) else 1  # Calls per trace.
         assert after_two <= 2 * calls + 1
 
@@ -320,11 +321,11 @@ EXTREME = [
 
 
 @pytest.mark.parametrize("method", EXTREME, ids=lambda method: type(method).__name__)
-def test_an_extreme_target_kills_no_layer(method):
+def test_an_extreme_target_keeps_a_weight_of_every_layer(method):
     model = build(method)
     history = fit(model, 3)
     assert np.isfinite(history.history["loss"]).all()
-    # 2,816 weights: three are left, or four, so that each of the three layers has one.
+    # Of 2,816 weights, three or four are kept, so that each of the three layers has at least one.
     assert history.history["sparsity"][-1] == pytest.approx(0.999, abs=0.001)
     assert all(row.nonzeros for row in keras_dst.report(model).layers)
 

@@ -1,4 +1,5 @@
-"""Tests of `channel_groups`: channels that leave together, with expected groups written by hand."""
+"""Tests of `channel_groups`, which finds channels that are removed together, with manual
+results."""
 
 import keras
 import numpy as np
@@ -14,13 +15,13 @@ pytestmark = once
 
 
 def groups_of(model):
-    """Return the size and the layers of every group that can leave."""
+    """Return the size and the layers of every group that can be removed."""
     found = channel_groups(model)
     return [(len(group), group.layers) for group in found.groups if not group.reason]
 
 
 def bottleneck():
-    """Return a net with a residual sum around an expansion and a depthwise convolution."""
+    """Return a network with a residual sum around an expansion and a depthwise convolution."""
     inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(8, 3, padding="same", name="stem")(inputs)
     y = layers.Conv2D(16, 1, use_bias=False, name="expand")(x)
@@ -32,7 +33,7 @@ def bottleneck():
     return keras.Model(inputs, layers.Dense(4, name="head")(x))
 
 
-def test_groups_of_a_residual_net():
+def test_channel_groups_of_a_residual_network():
     found = channel_groups(bottleneck())
     stream, hidden, inputs, outputs = found.groups
     assert stream.layers == ["stem", "project"]
@@ -50,7 +51,7 @@ def test_groups_of_a_residual_net():
     np.testing.assert_array_equal(hidden.ids, np.arange(8, 24))
 
 
-def test_members_of_a_residual_net():
+def test_members_of_channel_groups_of_a_residual_network():
     model = bottleneck()
     members = {m.variable.path: m for m in channel_groups(model).members}
     kernel = members["depthwise/kernel"]
@@ -64,7 +65,7 @@ def test_members_of_a_residual_net():
     assert following == norm | {f"{x}/bias" for x in ("stem", "depthwise", "project", "head")}
 
 
-def test_cost_is_the_cost_of_the_smaller_model():
+def test_predicted_cost_equals_the_cost_of_the_shrunk_model():
     model = bottleneck()
     found = channel_groups(model)
     dense = keras_dst.report(model)
@@ -77,7 +78,7 @@ def test_cost_is_the_cost_of_the_smaller_model():
 
 
 def remove(found, dead):
-    """Set everything to zero that belongs to the dead channels."""
+    """Set all values of the removed channels to zero."""
     for member in found.members:
         axis = member.output if member.output is not None else next(iter(member.axes), None)
         if member.output is not None or member.follows:
@@ -173,8 +174,8 @@ MODELS = {
 
 
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
-def test_groups_leave_exactly(build):
-    """Half of every group leaves; the outputs stay, and the price is the planned price."""
+def test_removing_half_of_every_group_preserves_the_outputs(build):
+    """After half of every group is removed, the outputs are equal and the cost is as predicted."""
     keras.utils.set_random_seed(0)
     model = randomize(build())
     assert groups_of(model) == MODELS[build]
@@ -188,7 +189,7 @@ def test_groups_leave_exactly(build):
     assert_same_outputs(model, small)
     report = keras_dst.report(small)
     assert cost_of(found, dead) == (report.parameters, report.dense_flops)
-    if build is not gated_halves:  # a convolution that has one group left couples nothing
+    if build is not gated_halves:  # a convolution with one group couples no channels
         assert [2 * size for size, _ in groups_of(small)] == [size for size, _ in MODELS[build]]
 
 
@@ -202,14 +203,14 @@ def test_layer_normalization_keeps_a_channel_that_is_not_zero():
         keras_dst.shrink(model)
 
 
-def test_variables_of_sparse_layers_are_those_of_the_model():
+def test_channel_groups_contain_variables_of_the_model():
     model = bottleneck()
     keras_dst.sparsify(model, keras_dst.methods.DST())
     variables = {id(v) for v in model.variables}
     assert all(id(member.variable) in variables for member in channel_groups(model).members)
 
 
-def test_a_model_without_a_graph():
+def test_channel_groups_of_a_model_without_a_graph_raise():
     class Own(keras.Model):
         def call(self, x):
             return x
@@ -220,7 +221,7 @@ def test_a_model_without_a_graph():
         channel_groups(model)
 
 
-def test_the_table_of_groups():
+def test_channel_groups_are_printed_as_a_table():
     lines = str(keras_dst.channel_groups(bottleneck())).splitlines()
     cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
     assert cells == ["8", "stem, project", "stem → sum ← project", ""]

@@ -1,4 +1,4 @@
-"""A sparse student in `keras.distillation.Distiller`."""
+"""Test of a sparse student in `keras.distillation.Distiller`."""
 
 import keras
 import numpy as np
@@ -23,7 +23,7 @@ def network(units):
     "method", [methods.Magnitude(0.8), methods.OptG(0.8), methods.DST(0.8)], ids=repr
 )
 @pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
-def test_the_student_becomes_sparse_and_the_teacher_stays(method):
+def test_distillation_prunes_the_student_only(method):
     keras.utils.set_random_seed(0)
     teacher, student = network(32), network(24)
     before = [w.copy() for w in teacher.get_weights()]

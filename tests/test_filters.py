@@ -18,16 +18,16 @@ from keras_dst._utils.filters import is_kernel, is_prunable, select
         ("kernel", (4, 3), {"dtype": "bfloat16"}, True),
         ("kernel", (4, 3), {"dtype": "float16"}, True),
         ("kernel", (4, 3), {"trainable": False}, True),
-        ("kernel", (4, 3), {"dtype": "int8", "trainable": False}, True),  # quantized
+        ("kernel", (4, 3), {"dtype": "int8", "trainable": False}, True),  # a quantized kernel
         ("kernel", (4, 3), {"dtype": "int32", "trainable": False}, False),
         ("kernel", (4,), {}, False),
-        ("bias", (2, 8), {}, False),  # of an attention head
+        ("bias", (2, 8), {}, False),  # a bias of an attention head
         ("query_bias", (2, 8), {}, False),
         ("gamma", (2, 8), {}, False),
         ("beta", (2, 8), {}, False),
         ("scale", (2, 8), {}, False),
         ("alpha", (2, 8), {}, False),
-        ("kernel_threshold", (4, 3), {}, False),  # of a mask
+        ("kernel_threshold", (4, 3), {}, False),  # the threshold of a mask
         ("kernel_scores", (4, 3), {}, False),
         ("kernel_anchor", (4, 3), {}, False),
         ("upscale", (4, 3), {}, True),
@@ -50,7 +50,7 @@ NAMES = [("conv_1", "stem/conv_1"), ("conv_2",), ("conv_2_extra",), ("head",)]
     [
         (None, [1, 1, 1, 1]),
         ("head", [0, 0, 0, 1]),
-        ("conv_2", [0, 1, 0, 0]),  # the whole name, not a part of it
+        ("conv_2", [0, 1, 0, 0]),  # matches the whole name only
         (r"conv_\d", [1, 1, 0, 0]),
         ("conv.*", [1, 1, 1, 0]),
         (".*", [1, 1, 1, 1]),
@@ -58,11 +58,11 @@ NAMES = [("conv_1", "stem/conv_1"), ("conv_2",), ("conv_2_extra",), ("head",)]
         (("head", r"conv_\d"), [1, 1, 0, 1]),
         (["head", "head"], [0, 0, 0, 1]),
         ([], [0, 0, 0, 0]),
-        ("stem/.*", [1, 0, 0, 0]),  # Any of the names.
-        (len, [0, 1, 1, 0]),  # A callable gets the item itself.
+        ("stem/.*", [1, 0, 0, 0]),  # Any name of the item may match.
+        (len, [0, 1, 1, 0]),  # A callable gets the item.
     ],
 )
-def test_select(filters, chosen):
+def test_filters_select_matching_items(filters, chosen):
     items = ["", "a", "bb", ""]
     found = select(items, filters, NAMES)
     assert found == [bool(c) for c in chosen]
@@ -70,7 +70,7 @@ def test_select(filters, chosen):
 
 
 @pytest.mark.parametrize("filters", ["conv", "Head", ["head", "conv"], ""])
-def test_a_filter_that_selects_nothing(filters):
+def test_a_filter_without_a_match_raises(filters):
     wrong = filters[-1] if isinstance(filters, list) else filters
     with pytest.raises(
         ValueError, match=f"'{wrong}' does not match any name. Names: conv_1, conv_2"
@@ -78,7 +78,7 @@ def test_a_filter_that_selects_nothing(filters):
         select(NAMES, filters, NAMES)
 
 
-def test_a_filter_that_is_no_expression():
+def test_an_invalid_regular_expression_raises():
     with pytest.raises(
         ValueError, match=r"filters: 'conv\(' is not a regular expression: missing \)"
     ):
@@ -86,6 +86,6 @@ def test_a_filter_that_is_no_expression():
 
 
 @pytest.mark.parametrize("filters", [3, 0.5, {"head"}, {"head": 0.5}, [3], ["head", None]])
-def test_a_filter_of_another_type(filters):
+def test_a_filter_of_a_wrong_type_raises(filters):
     with pytest.raises(TypeError, match=r"filters must be a name, a regular expression.*Received"):
         select(NAMES, filters, NAMES)

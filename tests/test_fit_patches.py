@@ -1,4 +1,4 @@
-"""A model gets all its methods back, however `fit` ends."""
+"""Tests that a model gets its methods back, however `fit` ends."""
 
 import functools
 
@@ -38,14 +38,14 @@ def fit(model, *callbacks):
 
 
 def own_attributes(model):
-    """Return the attributes of a model that `fit` may replace, and all keras_dst attributes."""
+    """Return the attributes of a model that `fit` may replace, and all attributes of keras_dst."""
     own = vars(model)
     names = {name for name in own if name in PATCHED or "keras_dst" in name}
     return names, own["_compute_loss_has_training_arg"]
 
 
 class Interrupt(keras.callbacks.Callback):
-    """Raises an error in one hook, and records the patches that are active before."""
+    """Callback that raises an error in one hook, and records the patches that are active then."""
 
     def __init__(self, hook, error, epoch):
         super().__init__()
@@ -63,7 +63,7 @@ class Interrupt(keras.callbacks.Callback):
 
 @pytest.fixture(scope="module", params=[Magnitude(0.8), DCIL(0.8)], ids=["magnitude", "dcil"])
 def model(request):
-    """A model that is trained again and again, as in a notebook."""
+    """Return a model that several fits train, as in a notebook."""
     return sparse(request.param)
 
 
@@ -86,7 +86,7 @@ def test_an_interrupted_fit_restores_the_model(hook, epoch, error, model):
     with pytest.raises(error, match="interrupted"):
         fit(model, interrupt)
     assert own_attributes(model) == (set(), before)
-    if hook.endswith("_end"):  # The patches were active, so that the test can fail.
+    if hook.endswith("_end"):  # Check that the patches were active at all.
         assert {"save", "save_weights", "evaluate"} <= interrupt.seen[0]
     assert model.save.__func__ is keras.Model.save
     history = fit(model)
@@ -95,7 +95,7 @@ def test_an_interrupted_fit_restores_the_model(hook, epoch, error, model):
     assert np.isfinite(history.history["loss"]).all()
 
 
-def test_while_an_exception_is_handled_the_methods_behave_as_usual(model, tmp_path):
+def test_methods_are_restored_before_an_exception_is_handled(model, tmp_path):
     try:
         fit(model, Interrupt("on_epoch_end", KeyboardInterrupt, 1))
     except KeyboardInterrupt:
@@ -118,7 +118,7 @@ def test_an_error_in_the_training_step_restores_the_model():
     assert not own_attributes(model)[0]
 
 
-def test_methods_that_the_user_has_set_are_restored(tmp_path):
+def test_methods_replaced_by_the_user_are_restored(tmp_path):
     model = sparse(Magnitude(0.8))
     vars(model)["save"] = own = functools.partial(keras.Model.save, model)
     callbacks = [SparseTraining(), keras.callbacks.ModelCheckpoint(tmp_path / "model.keras")]
@@ -126,7 +126,7 @@ def test_methods_that_the_user_has_set_are_restored(tmp_path):
     assert vars(model)["save"] is own
 
 
-def test_a_backup_alone_leaves_nothing_on_the_model(tmp_path):
+def test_the_backup_callback_leaves_no_attributes_on_the_model(tmp_path):
     model = models.compiled(models.residual(), "sgd")
     step = model.make_train_function() or model.train_function
     model.fit(x, y, verbose=0, callbacks=[BackupAndRestore(tmp_path / "backup")])

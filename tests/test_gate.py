@@ -13,7 +13,7 @@ from tests import models
 from tests.backends import once
 from tests.gradients import gradients
 
-# These trainings are too short for the penalties. test_callbacks.py tests the warning.
+# These runs are too short to reach the target, so they warn. test_callbacks.py tests the warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 
 x = np.random.default_rng(0).standard_normal((128, 12)).astype("float32")
@@ -25,7 +25,7 @@ def array(tensor):
 
 
 def net(structure="channel", dependent=True, method=None, width=8):
-    """Four residual blocks whose branches, or the channels within, have gates."""
+    """Return a network of four residual blocks, in which branches or their channels have gates."""
     keras.utils.set_random_seed(0)
     method = method or Consensus(0.4 if structure == "channel" else 0.5)
     inputs = keras.Input((12,))
@@ -55,7 +55,7 @@ def fit(model, epochs=6, **kwargs):
     )  # fmt: skip
 
 
-# -- values and gradients ------------------------------------------------------------------------
+# -- values and gradients --------------------------------------------------------------------------
 
 
 def test_values_and_gradients_of_a_logit():
@@ -65,7 +65,7 @@ def test_values_and_gradients_of_a_logit():
     state = gate.sparse_state["gate"]
     inputs = np.random.default_rng(0).standard_normal((2, 3, 4)).astype("float32")
     state["logit"].assign(logit)
-    z = np.float32([1, 0, 1])  # pi = 0.5 is open
+    z = np.float32([1, 0, 1])  # a gate with pi = 0.5 is open
     np.testing.assert_array_equal(array(gate(inputs)), inputs * z[:, None])
 
     def gated(logit):
@@ -76,12 +76,12 @@ def test_values_and_gradients_of_a_logit():
     upstream = np.float32([1.0, 2.0, -3.0])
     (found,) = gradients(gated, [ops.convert_to_tensor(logit)], ops.convert_to_tensor(upstream))
     pi = 1 / (1 + np.exp(-logit))
-    # dz/dpi = 1, open or closed
+    # The derivative dz/dpi is 1 for open and closed gates.
     np.testing.assert_allclose(found, upstream * inputs.sum((0, 2)) * pi * (1 - pi), rtol=1e-5)
 
 
-def test_values_of_a_module():
-    # The paper's: global average pool, dense, batch norm, ReLU, dense, sigmoid.
+def test_values_of_the_gating_module():
+    # The gating module of the paper: global average pool, dense, batch norm, ReLU, dense, sigmoid.
     keras.utils.set_random_seed(1)
     gate = Gate(dependent=True, units=5, momentum=0.75)
     rng = np.random.default_rng(0)
@@ -97,12 +97,12 @@ def test_values_of_a_module():
     np.testing.assert_array_equal(array(gate(a, context, training=True)), a * z[:, None, None])
     mean = 0.75 + 0.25 * z.mean(0)
     np.testing.assert_allclose(gate.sparse_state["gate"]["mean"].numpy(), mean, rtol=1e-6)
-    # In inference, the consensus.
+    # Inference uses the running mean of the gates.
     gate.sparse_state["gate"]["mean"].assign([0.5, 0.49, 1.0])
     np.testing.assert_array_equal(array(gate(a, context)), a * np.float32([1, 0, 1]))
 
 
-def test_one_channel_stays_open_and_a_branch_may_close():
+def test_one_channel_stays_open_but_a_branch_may_close():
     a = np.ones((2, 3), "float32")
     for dependent, key, closed in [(False, "logit", -1.0), (True, "mean", 0.1)]:
         gate = Gate(dependent=dependent)
@@ -115,11 +115,11 @@ def test_one_channel_stays_open_and_a_branch_may_close():
         np.testing.assert_array_equal(array(branch(a)), 0 * a)
 
 
-# -- training ------------------------------------------------------------------------------------
+# -- training --------------------------------------------------------------------------------------
 
 
 def test_a_gating_module_trains_with_a_partial_last_batch():
-    """TensorFlow compiles the step with an unknown batch size then."""
+    """With a partial last batch, TensorFlow compiles the step with an unknown batch size."""
     inputs = keras.Input((12,))
     gated = Gate(dependent=True, method=Consensus(0.5))(layers.Dense(8)(inputs))
     outputs = layers.Dense(2, activation="softmax")(gated)
@@ -137,12 +137,14 @@ def test_a_gating_module_trains_with_a_partial_last_batch():
         pytest.param("branch", True, marks=once),
     ],
 )
-def test_target_files_strip_and_shrink(structure, dependent, tmp_path):
+def test_gates_reach_the_target_and_can_be_saved_stripped_and_shrunk(
+    structure, dependent, tmp_path
+):
     model = models.compiled(net(structure, dependent), keras.optimizers.Adam(0.01))
     history = fit(model).history
     assert np.isfinite(history["loss"]).all()
     open_ = np.concatenate([np.ravel(array(gate.is_open())) for gate in gates_of(model)])
-    # The nearest to the budget: 19 of 32 channels, 2 of 4 branches.
+    # Of 32 channels, 19 are nearest to the budget; of 4 branches, 2.
     assert open_.sum() == (19 if structure == "channel" else 2)
     assert history["sparsity"][-1] == pytest.approx(1 - open_.mean())
 
@@ -150,7 +152,7 @@ def test_target_files_strip_and_shrink(structure, dependent, tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(models.predict(loaded, x), expected)
-    small = keras_dst.shrink(model)  # of a copy
+    small = keras_dst.shrink(model)  # shrinks a copy
     assert gates_of(model)
 
     assert keras_dst.strip(model) is model
@@ -170,7 +172,7 @@ def test_target_files_strip_and_shrink(structure, dependent, tmp_path):
         assert sum(small.get_layer(f"{i}_1").units for i in "abcd") == 19
 
 
-def test_every_trainable_weight_moves_in_a_step():
+def test_every_trainable_weight_changes_in_training():
     model = models.compiled(net(), keras.optimizers.SGD(0.1))
     before = models.arrays(model.trainable_variables)
     fit(model, 1)
@@ -178,7 +180,7 @@ def test_every_trainable_weight_moves_in_a_step():
         assert np.any(variable.numpy() != old), f"{variable.path} did not move"
 
 
-def test_the_reported_loss_is_task_polarisation_and_budget():
+def test_the_loss_of_gates_has_polarization_and_budget_terms():
     a = np.random.default_rng(0).standard_normal((32, 6)).astype("float32")
     inputs = keras.Input((6,))
     method = Consensus(0.5, lambda_polar=3.0, lambda_act=7.0)
@@ -199,7 +201,7 @@ def test_the_reported_loss_is_task_polarisation_and_budget():
             on_epoch_end=lambda epoch, logs: losses.append(logs["loss"])
         )],
     )  # fmt: skip
-    means, h = [], a  # with a learning rate of 0, every step sees the same
+    means, h = [], a  # with learning rate 0, all steps are equal
     for gate in gates:
         if gate.dependent:
             z = np.asarray(array(gate._module(ops.convert_to_tensor(h))))
@@ -210,7 +212,7 @@ def test_the_reported_loss_is_task_polarisation_and_budget():
             h = h * means[-1]
     g, c = np.concatenate(means), np.repeat([2, 1, 5], [6, 6, 1])
     assert 0 < g[:6].mean() < 1
-    # At first, the target is that all gates are open.
+    # At the first step, the target is that all gates are open.
     expected = 3 * (g * (1 - g)).mean() + 7 * ((c * g).sum() / c.sum() - 1) ** 2
     assert losses[-1] == pytest.approx(expected, rel=1e-3)
 
@@ -234,7 +236,7 @@ def test_gates_and_sparse_layers_share_a_budget():
     assert not any("gate" in row.name and "hidden" not in row.name for row in report.layers)
 
 
-def test_resumed_equals_uninterrupted(tmp_path):
+def test_resumed_training_equals_an_uninterrupted_run(tmp_path):
     def stop(epoch, logs):
         partial.stop_training = epoch == 1
 
@@ -266,7 +268,7 @@ def test_mixed_precision(policy):
     np.testing.assert_array_equal(models.predict(keras_dst.strip(model), x), expected)
 
 
-def test_a_frozen_gate_stays_as_it_is():
+def test_a_frozen_gate_does_not_change():
     model = net()
     for gate in gates_of(model)[:2]:
         gate.trainable = False
@@ -278,11 +280,11 @@ def test_a_frozen_gate_stays_as_it_is():
         assert frozen == all(
             np.array_equal(a.numpy(), b)
             for a, b in zip(gate.variables, old)
-            if "gate_" not in a.name  # cost, target and progress
+            if "gate_" not in a.name  # excludes cost, target and progress
         ), means
 
 
-# -- configuration and errors --------------------------------------------------------------------
+# -- configuration and errors ----------------------------------------------------------------------
 
 
 def test_config_round_trip():
@@ -305,7 +307,7 @@ def test_errors():
         model.fit(x, y, verbose=0)
 
 
-def test_a_gate_that_is_part_of_no_graph():
+def test_stripping_a_gate_in_a_subclassed_model_raises():
     @keras.saving.register_keras_serializable("tests")
     class Gated(keras.Model):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Trial of the GPU benchmark on a CPU: a row per method, and an error if no card is found."""
+"""Tests of the GPU benchmark on a CPU: one row per method, and an error if no GPU is found."""
 
 import keras
 import pytest
@@ -8,7 +8,7 @@ from benchmarks.training_cost import gpu
 
 pytestmark = [
     pytest.mark.once,
-    pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="it needs JAX or PyTorch"),
+    pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="needs JAX or PyTorch"),
 ]
 
 
@@ -21,13 +21,13 @@ def no_files(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_an_accelerator_the_benchmark_ends_with_an_error(monkeypatch):
+def test_the_gpu_benchmark_without_a_gpu_raises(monkeypatch):
     monkeypatch.setattr(gpu, "card", lambda: None)
     with pytest.raises(SystemExit, match=r"Expected an accelerator\. \w+ found none"):
         gpu.measure(["mlp"], smoke=False, limit=1)
 
 
-def test_a_trial_prints_a_row_for_each_method_and_type(monkeypatch, capsys):
+def test_a_trial_prints_a_row_for_each_method_and_dtype(monkeypatch, capsys):
     chosen = {name: gpu.methods()[name] for name in ("DST", "DCIL")}
     monkeypatch.setattr(gpu, "methods", lambda: chosen)
     monkeypatch.setattr(gpu, "COPIES", 2)
@@ -38,17 +38,17 @@ def test_a_trial_prints_a_row_for_each_method_and_type(monkeypatch, capsys):
     ]
     for line in lines:
         assert ("every 16 steps" in line) == ("DCIL" in line)
-        assert "not" not in line  # not measured, not finite
+        assert "not" not in line  # the row contains neither "not measured" nor "not finite"
 
 
-def test_methods_without_time_are_left_out(capsys):
+def test_methods_without_remaining_time_are_skipped(capsys):
     gpu.measure(["resnet-32"], smoke=True, limit=-1)
     lines = capsys.readouterr().out.splitlines()[1:]
     assert len(lines) == len(gpu.methods())
     assert all("left out" in line for line in lines)
 
 
-def test_a_row_becomes_cells_by_column():
+def test_cells_of_a_row_by_column():
     row = {
         "step_ratio": 1.25,
         "dense_seconds_per_step": 0.004,

@@ -15,26 +15,26 @@ def array(tensor):
 
 
 @pytest.mark.parametrize("numbers", [(0,), (1, 2, 3), (-5, 2**31 - 1), (7, 123456, 0, 99)])
-def test_the_hash(numbers):
+def test_hash_equals_numpy(numbers):
     assert array(random.bits(*numbers)).view("uint32") == hashed(*numbers)
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (3, 5, 2)])
-def test_uniform_is_the_hash_of_the_position(shape):
+def test_uniform_numbers_are_hashes_of_the_position(shape):
     found = array(random.uniform(shape, 3, 41))
     expected = hashed(hashed(3, 41), np.arange(np.prod(shape))) & 0xFFFFFF
     np.testing.assert_array_equal(found, (expected / 2**24).astype("float32").reshape(shape))
 
 
-def test_uniform_numbers_are_spread_evenly_and_independent():
+def test_uniform_numbers_are_uniform_and_independent():
     one, other = (array(random.uniform((1 << 16,), 0, step)) for step in (0, 1))
     counts = np.histogram(one, 16, (0, 1))[0]
-    assert abs(counts / 4096 - 1).max() < 5 / 64  # five standard deviations
+    assert abs(counts / 4096 - 1).max() < 5 / 64  # the limit is five standard deviations
     for pair in ((one, other), (one[1:], one[:-1])):
         assert abs(np.corrcoef(*pair)[0, 1]) < 5 / 256
 
 
-def test_normal_numbers_are_normal_and_others_at_every_step_and_tensor():
+def test_normal_numbers_are_normal_and_differ_by_step_and_tensor():
     draw = jit(lambda step: random.normal([(300, 200), (), (200, 300)], 0, step))
     drawn = [[array(x) for x in draw(ops.convert_to_tensor(step, "int32"))] for step in (0, 1)]
     assert [x.shape for x in drawn[0]] == [(300, 200), (), (200, 300)]
@@ -50,7 +50,7 @@ def test_normal_numbers_are_normal_and_others_at_every_step_and_tensor():
 
 @pytest.mark.skipif(
     keras.backend.backend() != "tensorflow",
-    reason="only TensorFlow makes constants of what an operation needs at compile time",
+    reason="only TensorFlow turns arguments into constants at compile time",
 )
 def test_xla_compiles_one_program_for_all_steps():
     import tensorflow as tf
@@ -62,7 +62,7 @@ def test_xla_compiles_one_program_for_all_steps():
     assert first == second
 
 
-def test_a_tensor_larger_than_the_table():
+def test_normal_numbers_of_a_tensor_larger_than_the_table():
     (found,) = random.normal([(3, 1 << 19)], 0, 5)
     rows = array(found)
     assert abs(rows.std() - 1) < 0.01
@@ -70,7 +70,7 @@ def test_a_tensor_larger_than_the_table():
 
 
 @pytest.mark.parametrize("shape", [(2000, 700), (3, 3, 700, 200), (1 << 20,)])
-def test_rows_as_wide_as_the_tensor(shape):
+def test_normal_numbers_of_large_tensors_are_independent(shape):
     (found,) = random.normal([shape], 0, 5)
     assert found.shape == shape
     halves = array(found).ravel()[: 1 << 20].reshape(2, -1)
@@ -78,12 +78,12 @@ def test_rows_as_wide_as_the_tensor(shape):
     assert abs(np.corrcoef(halves) - np.eye(2)).max() < 0.01
 
 
-def test_no_weight_of_a_large_tensor_is_pushed_one_way():
+def test_noise_of_a_large_tensor_has_mean_zero_per_weight():
     draw = jit(lambda step: random.normal([(1 << 8, 1 << 13)], 0, step))
     steps, places = 400, np.random.default_rng(0).integers(0, 1 << 21, 2000)
     total = sum(
         array(draw(ops.convert_to_tensor(step, "int32"))[0]).ravel()[places]
         for step in range(steps)
     )
-    # A row has few values to take from, some larger than others, but as likely with each sign.
+    # A row is drawn from few values of different size. Both signs must be equally likely.
     assert abs(total / np.sqrt(steps)).mean() < 1.1 * np.sqrt(2 / np.pi)

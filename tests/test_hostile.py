@@ -1,4 +1,4 @@
-"""Hostile input: a clear error or the right behaviour, never a wrong result."""
+"""Tests of hostile input: a clear error or the right behavior, never a wrong result."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from tests import stop_worker
 from tests.backends import once
 from tests.stop_worker import ALL_METHODS, x, y
 
-# JAX compiles every operation for every shape.
+# JAX compiles every operation for every shape, so it tests fewer examples.
 EXAMPLES = 4 if keras.backend.backend() == "jax" else 25
 few = hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 
@@ -54,7 +54,7 @@ shapes = st.lists(
     values=st.sampled_from(sorted(VALUES)),
     seed=st.integers(0, 9),
 )
-def test_ranked_masks_are_whole_blocks_and_exact_counts(
+def test_ranked_masks_have_whole_blocks_and_exact_counts(
     shapes, pattern, allocation, sparsity, values, seed
 ):
     rng = np.random.default_rng(seed)
@@ -71,7 +71,7 @@ def test_ranked_masks_are_whole_blocks_and_exact_counts(
     for mask, shape in zip(found, shapes):
         assert mask.shape == shape
         assert mask.dtype == bool
-        assert mask.any()  # no layer dies
+        assert mask.any()  # every layer keeps a weight
         block = form.block(shape)
         largest = max(largest, int(form.sizes(shape).max()))
         groups = form.scores(ops.convert_to_tensor(mask, "float32"))
@@ -94,7 +94,7 @@ def test_ranked_masks_are_whole_blocks_and_exact_counts(
     values=st.sampled_from(sorted(VALUES)),
     data=st.data(),
 )
-def test_n_of_m_keeps_n_whatever_the_scores(shape, m, values, data):
+def test_n_of_m_keeps_n_for_any_scores(shape, m, values, data):
     n = data.draw(st.integers(1, m - 1))
     scores = VALUES[values](np.random.default_rng(0), shape).astype("float32")
     mask = ops.convert_to_numpy(masks.n_of_m(ops.convert_to_tensor(scores), n, m))
@@ -111,7 +111,7 @@ def test_n_of_m_keeps_n_whatever_the_scores(shape, m, values, data):
     values=st.sampled_from(["normal", "all equal", "zeros", "ties", "huge"]),
     kind=st.sampled_from(["dst", "dcil", "optg", "consensus"]),
 )
-def test_strip_predicts_the_same(units, pattern, values, kind):
+def test_strip_preserves_predictions(units, pattern, values, kind):
     method = {
         "dst": lambda: methods.DST(pattern=pattern),
         "dcil": lambda: methods.DCIL(0.5, pattern=pattern),
@@ -162,14 +162,14 @@ def kept_weights(model):
 @pytest.mark.parametrize("name", KINDS)
 class TestTraining:
     def test_nan_keeps_the_masks_valid(self, name):
-        """The loss is NaN, as it is without a method; masks keep their counts and no layer dies."""
+        """The loss becomes NaN, but masks keep their counts and every layer keeps a weight."""
         method = KINDS[name]
         model = net(method)
         bad = x.copy()
         bad[20] = np.nan
         kernel = [v for v in model.trainable_variables if v.path.endswith("kernel")][-1]
         value = kernel.numpy().copy()
-        value[0, 0] = np.nan  # TensorFlow's ReLU turns NaN into 0.
+        value[0, 0] = np.nan  # TensorFlow's ReLU would turn NaN inputs into 0.
         kernel.assign(value)
         history = fit(model, bad, y, epochs=3, callbacks=[SparseTraining()])
         assert np.isnan(history["loss"][-1])
@@ -179,7 +179,7 @@ class TestTraining:
             assert 1 - sum(kept) / 128 == pytest.approx(0.8, abs=0.01)
         assert np.isfinite(history["sparsity"]).all()
 
-    def test_constant_gradients_and_equal_weights(self, name):
+    def test_training_with_constant_gradients_and_equal_weights(self, name):
         method = KINDS[name]
         model = net(method)
         for variable in model.trainable_variables:
@@ -191,19 +191,19 @@ class TestTraining:
         if not method.learned:
             assert 1 - sum(kept) / 128 == pytest.approx(0.8, abs=0.01)
 
-    def test_layers_of_one_weight(self, name):
+    def test_training_of_layers_with_one_weight(self, name):
         model = net(KINDS[name], units=(1, 1, 1), inputs=1)
         fit(model, x[:, :1], y, epochs=2, callbacks=[SparseTraining()])
         assert min(kept_weights(model)) >= 1
 
-    def test_a_data_set_of_one_batch_and_one_of_one_row(self, name):
+    def test_training_with_one_batch_or_one_row(self, name):
         for rows in (len(x), 1):
             model = net(KINDS[name])
             history = fit(model, x[:rows], y[:rows], batch_size=rows, callbacks=[SparseTraining()])
             target = 0.7 if KINDS[name].learned else 0.8
             assert history["sparsity"][-1] == pytest.approx(target, abs=0.02)
 
-    def test_another_sparsity_in_a_second_fit(self, name):
+    def test_a_second_fit_with_another_sparsity(self, name):
         method = KINDS[name]
         other = type(method)(**{**method.get_config(), "sparsity": 0.5})
         model = net(method)
@@ -224,19 +224,19 @@ def fit(model, x, y, epochs=1, batch_size=16, **kwargs):
     import warnings
 
     with warnings.catch_warnings():
-        # So few steps are too few for a controller, and no weight moves by a loss of NaN.
+        # Few steps do not reach the target of a controller, and a loss of NaN moves no weight.
         warnings.filterwarnings("ignore", ".*(training had reached|missed by) .*")
         return model.fit(
             x, y, epochs=epochs, batch_size=batch_size, shuffle=False, verbose=0, **kwargs
         ).history
 
 
-# -- files ---------------------------------------------------------------------------------------
+# -- files -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Save a model in both file formats."""
+    """Save a model as .keras and as .weights.h5, and return the folder."""
     folder = tmp_path_factory.mktemp("saved")
     model = stop_worker.build(ALL_METHODS["optg"])
     model.optimizer.build(model.trainable_variables)
@@ -256,7 +256,7 @@ def load(path):
 @once
 @pytest.mark.parametrize("ending", ["keras", "weights.h5"])
 @pytest.mark.parametrize("part", [0, 0.3, 0.9, 0.999])
-def test_a_file_cut_short_is_refused(ending, part, saved, tmp_path):
+def test_a_truncated_file_raises(ending, part, saved, tmp_path):
     content = (saved / f"model.{ending}").read_bytes()
     path = tmp_path / f"model.{ending}"
     path.write_bytes(content[: int(len(content) * part)])
@@ -265,7 +265,7 @@ def test_a_file_cut_short_is_refused(ending, part, saved, tmp_path):
 
 
 @once
-def test_a_damaged_file_is_refused(saved, tmp_path):
+def test_a_damaged_file_raises(saved, tmp_path):
     content = bytearray((saved / "model.keras").read_bytes())
     for place in range(len(content) // 4, len(content) // 2):
         content[place] ^= 0xFF
@@ -276,7 +276,7 @@ def test_a_damaged_file_is_refused(saved, tmp_path):
 
 
 def rewritten(source, target, change_config=None, change_weights=None):
-    """Write a copy of a .keras file with another config or other weights."""
+    """Write a copy of a .keras file with a changed config or changed weights."""
     import h5py
 
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
@@ -293,7 +293,7 @@ def rewritten(source, target, change_config=None, change_weights=None):
     return target
 
 
-def test_a_mask_of_the_wrong_shape_is_refused(saved, tmp_path):
+def test_a_mask_of_the_wrong_shape_raises(saved, tmp_path):
     def smaller(store):
         found = []
         store.visit(lambda name: found.append(name) if name.endswith("kernel_mask") else None)
@@ -308,7 +308,7 @@ def test_a_mask_of_the_wrong_shape_is_refused(saved, tmp_path):
 
 
 def change_methods(config, new):
-    """Return the config with another object in place of every keras_dst method."""
+    """Return the config in which another object replaces every keras_dst method."""
     if isinstance(config, dict):
         if config.get("registered_name", "") == "keras_dst>OptG":
             return new
@@ -338,7 +338,7 @@ CODE = {
 
 @once
 @pytest.mark.parametrize("what", CODE)
-def test_code_in_the_place_of_a_method_is_refused(what, saved, tmp_path):
+def test_code_instead_of_a_method_raises_in_safe_mode(what, saved, tmp_path):
     def change(config):
         new = change_methods(config, CODE[what])
         assert new != config
@@ -351,7 +351,7 @@ def test_code_in_the_place_of_a_method_is_refused(what, saved, tmp_path):
 
 @once
 @pytest.mark.parametrize("name", ALL_METHODS)
-def test_every_file_of_ours_loads_safely(name, tmp_path):
+def test_saved_files_load_in_safe_mode(name, tmp_path):
     model = stop_worker.build(ALL_METHODS[name])
     model.optimizer.build(model.trainable_variables)
     model.save(tmp_path / "model.keras")
@@ -363,7 +363,7 @@ def test_every_file_of_ours_loads_safely(name, tmp_path):
 
 @once
 @pytest.mark.parametrize("filters", [lambda v: v.shape[0] == 12, "net/first/kernel"])
-def test_filters_are_saved_as_the_paths_they_chose(filters, tmp_path):
+def test_filters_are_saved_as_the_selected_paths(filters, tmp_path):
     def make():
         optimizer = keras_dst.SparseOptimizer("sgd", methods.Magnitude(0.5), filters)
         model = keras.Sequential(
@@ -384,7 +384,7 @@ def test_filters_are_saved_as_the_paths_they_chose(filters, tmp_path):
     fit(loaded, x, y, callbacks=[SparseTraining()])
 
 
-def test_a_filter_that_is_a_lambda_cannot_be_saved_before_it_chose():
+def test_an_unbuilt_optimizer_with_a_lambda_filter_cannot_be_saved():
     unbuilt = keras_dst.SparseOptimizer("sgd", methods.Magnitude(0.5), lambda v: True)
     with pytest.raises(ValueError, match="filters"):
         unbuilt.get_config()
@@ -394,7 +394,7 @@ def test_a_filter_that_is_a_lambda_cannot_be_saved_before_it_chose():
 @pytest.mark.parametrize(
     "record", ["", "{", "[]", "{}", '{"epoch": "one"}', '{"epoch": 1, "batch": 0}']
 )
-def test_a_damaged_record_of_a_backup(record, tmp_path):
+def test_a_damaged_backup_record_raises(record, tmp_path):
     (tmp_path / "training.json").write_text(record)
     model = stop_worker.build(ALL_METHODS["magnitude"])
     with pytest.raises(ValueError, match="to be the record of a backup"):
@@ -402,7 +402,7 @@ def test_a_damaged_record_of_a_backup(record, tmp_path):
 
 
 @once
-def test_a_backup_without_its_weights(tmp_path):
+def test_a_backup_without_its_weights_raises(tmp_path):
     record = {"epoch": 1, "batch": 0, "weights": "x.weights.h5", "seeds": [], "generator": None}
     (tmp_path / "training.json").write_text(json.dumps(record))
     with pytest.raises(OSError, match=r"x\.weights\.h5"):
@@ -410,14 +410,14 @@ def test_a_backup_without_its_weights(tmp_path):
 
 
 @pytest.mark.parametrize("save_freq", [0, -1, 1.5, "batch", True])
-def test_how_often_to_back_up(save_freq):
+def test_an_invalid_save_freq_raises(save_freq):
     with pytest.raises(ValueError, match="save_freq must be"):
         BackupAndRestore("backup", save_freq)
 
 
-def test_a_backup_of_a_model_without_weights(tmp_path):
+def test_a_backup_of_a_model_without_weights_raises(tmp_path):
     if keras.backend.backend() != "tensorflow":
-        pytest.skip("fit builds a model before it calls the callbacks")
+        pytest.skip("on this backend fit builds the model before it calls callbacks")
     (tmp_path / "training.json").write_text("{}")
     model = keras.Sequential([keras.layers.Dense(4, "softmax")])
     model.compile("sgd", "sparse_categorical_crossentropy")

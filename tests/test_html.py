@@ -23,7 +23,7 @@ EVIL = "<script>alert(1)</script>&\"'"
 
 
 def pruned(seed=0):
-    """Return a dense model whose weights are mostly zero, with a name that must be escaped."""
+    """Return a dense model with mostly zero weights, and with a name that must be escaped."""
     model = keras.Sequential(
         [
             keras.Input((8, 8, 3)),
@@ -44,7 +44,7 @@ def pruned(seed=0):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Return a report and the path of its HTML page."""
+    """Save a report as an HTML page; return the report and the path."""
     found = report(pruned())
     path = tmp_path_factory.mktemp("page") / "report.html"
     found.save_html(path)
@@ -80,7 +80,8 @@ def test_the_page_shows_the_report(saved, tmp_path):
 
 
 def test_the_page_fits_a_narrow_window_with_a_dark_theme(saved, tmp_path):
-    page = look_at(saved[1], tmp_path, width=500, dark=True)  # Chromium has no narrower windows.
+    # Windows of Chromium are at least 500 pixels wide.
+    page = look_at(saved[1], tmp_path, width=500, dark=True)
     assert page.overflow <= 0
     assert page.console == []
     red, *_ = map(int, re.findall(r"\d+", page.background))
@@ -96,7 +97,7 @@ def test_the_browser_probe_reports_requests_and_broken_images(saved, tmp_path):
     found = look_at(page, tmp_path)
     assert len(found.requests) == 2
     assert "http://example.invalid/x.png" in found.requests
-    assert "Security Policy" in found.console[0]  # The policy forbids the style sheet.
+    assert "Security Policy" in found.console[0]  # The policy blocks the style sheet.
     assert [width for width, *_ in found.pictures][-2:] == [0, 0]
 
 
@@ -116,11 +117,11 @@ def test_images_show_the_density_maps(saved):
     images = re.findall(r"base64,([^\"]*)", path.read_text("utf-8"))
     for row, image in zip(found.layers, images):
         pixels = imread(io.BytesIO(base64.b64decode(image)))
-        # The opacity is the square root of the density, in 8 bits.
+        # The opacity is the square root of the density, stored in 8 bits.
         np.testing.assert_allclose(pixels[..., 3] ** 2, row.density_map, atol=0.01)
 
 
-def test_models_without_prunable_weights_or_without_flops():
+def test_pages_of_models_without_prunable_weights_or_flops():
     nothing = report(keras.Sequential([keras.Input((4,)), layers.BatchNormalization()], name="no"))
     assert "no prunable weight" in nothing.to_html()
 
@@ -161,7 +162,7 @@ class TestErrors:
         ]
 
     @pytest.mark.parametrize("library", ["jinja2", "matplotlib"])
-    def test_a_missing_library_is_named(self, library, monkeypatch):
+    def test_a_missing_library_raises(self, library, monkeypatch):
         found = report(models.sequential())
         for name in [name for name in sys.modules if name.split(".")[0] == library]:
             monkeypatch.delitem(sys.modules, name)
