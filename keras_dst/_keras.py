@@ -321,7 +321,7 @@ def restore_jax_state(model, *step_arguments) -> None:
 def discard_jax_state(model) -> None:
     """Discard the values that an interrupted `evaluate` took out of a model's variables, on JAX.
 
-    The weights have to be assigned again.
+    Afterwards, the weights have to be assigned again.
     """
     if keras.backend.backend() == "jax":
         _require(model, "_jax_state")

@@ -112,8 +112,9 @@ def kept_counts(
     Args:
         allocation, shapes, names: See `densities`.
         sparsity: Current fraction of zeros.
-        final_sparsity: Final fraction of zeros. The sparsities of a dict are final values. They are
-            scaled by `sparsity / final_sparsity`. Defaults to None, which does not scale them.
+        final_sparsity: Final fraction of zeros. The sparsities of a dict are final values. At this
+            time, the sparsities are multiplied by `sparsity / final_sparsity`. Defaults to None,
+            which leaves the sparsities unchanged.
 
     Example:
         >>> keras_dst.allocation.kept_counts("uniform", [(10, 10), (30, 10)], 0.9)

@@ -113,9 +113,10 @@ class SparseTraining(keras.callbacks.Callback):
         self._drivers = drivers_of(self.model)
         if not self._drivers:
             raise ValueError(
-                "SparseTraining expects a model with sparse layers or a SparseOptimizer. Received "
-                f"'{self.model.name}', which has neither. Call keras_dst.sparsify(model, method), "
-                "or compile with keras_dst.SparseOptimizer(optimizer, method)."
+                "SparseTraining expects a model with sparse layers or a SparseOptimizer. "
+                f"Received '{self.model.name}', which has neither sparse layers nor a "
+                "SparseOptimizer. Call keras_dst.sparsify(model, method), or compile with "
+                "keras_dst.SparseOptimizer(optimizer, method)."
             )
         self._epoch_length = self.steps_per_epoch or self.params.get("steps")
         if self._epoch_length is None and (self.epochs or self.params.get("epochs", 1)) < 2:
@@ -145,7 +146,7 @@ class SparseTraining(keras.callbacks.Callback):
             # callback.
             fit.replace(self.model, "evaluate", self._with_metric_at_target)
         if fit.history is not None:
-            # EarlyStopping assigns weights in its `on_train_end`. The history is called after
+            # EarlyStopping assigns weights in its `on_train_end`. Keras calls the history after
             # EarlyStopping.
             fit.replace(
                 fit.history, "on_train_end", functools.partial(self._with_last_check, fit.history)

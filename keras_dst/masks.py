@@ -183,7 +183,7 @@ class Pattern:
     |---|---|
     | `"unstructured"` | a single weight |
     | `"RxC"`, such as `"1x4"` | R consecutive output units x C consecutive input channels |
-    | `"N:M"`, such as `"2:4"` | a single weight; N of M consecutive input channels are kept |
+    | `"N:M"`, such as `"2:4"` | a single weight, with N kept of M consecutive input channels |
     | `"channel"` | all weights of an output unit |
 
     If a block does not divide an axis, the last block of the axis is smaller. The order of R and C

@@ -32,8 +32,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
     The layers stay plain Keras layers. Masks and counters are variables of this optimizer, and the
     pruned weights are exact zeros after every step. The `SparseTraining` callback updates the
-    masks. Without the callback, the optimizer step updates the masks itself. For this, the schedule
-    of the method must be given in steps.
+    masks. Without the callback, the optimizer step updates the masks itself. This needs a schedule
+    that is given in steps.
 
     All other attributes belong to the inner optimizer. For example, `learning_rate`, `weight_decay`
     and `clipnorm` are read from the inner optimizer and set on it.
@@ -69,8 +69,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 "wrap SparseOptimizer, and compile does this under mixed_float16. Received: "
                 f"{type(inner_optimizer).__name__}"
             )
-        # Keras has set its defaults, a step counter and a learning rate on this optimizer. They
-        # belong to the inner optimizer, where `__getattr__` finds them.
+        # Keras has set its defaults, a step counter and a learning rate on this optimizer. These
+        # attributes belong to the inner optimizer, where `__getattr__` finds them.
         _keras.delete_counters(self)
         for attribute in list(vars(self)):
             if not attribute.startswith("_") and attribute not in ("name", "built"):
@@ -227,7 +227,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return target == 0 and not isinstance(method.allocation, Mapping)
 
     def _state_specs(self, kernels, steps=None) -> list[dict[str, tuple[Any, str]]]:
-        """Return the initial value and the dtype of every state. All devices support the dtypes."""
+        """Return the initial value and the dtype of every state.
+
+        The devices support these dtypes.
+        """
         return [
             {name: (initial, counter_dtype(k, dtype)) for name, (initial, dtype) in specs.items()}
             for k, specs in zip(kernels, self.method.init(kernels, steps))
@@ -504,7 +507,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def _mask_average(self, kernel, state, added=None) -> None:
         """Mask the exponential moving average of a kernel, which callbacks assign to the model.
 
-        The tensor `added` is added to the average before.
+        The tensor `added` is added to the average before it is masked.
         """
         for average in self._averages_of(kernel):
             value = ops.convert_to_tensor(average)

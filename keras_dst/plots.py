@@ -90,7 +90,7 @@ def masks(model, names: Filters = None, columns: int = 4):
     grid = grid[: len(weights)]
     for ax, weight in zip(grid, weights):
         image = _heat_map(ax, weight)
-    # The color scale is a square root, so that low densities stay visible.
+    # The color scale is the square root of the density, so that low densities stay visible.
     ticks = [0, 0.01, 0.1, 0.25, 0.5, 1]
     figure.colorbar(image, ax=list(grid), label="density", ticks=ticks, aspect=12 * rows)
     figure.suptitle(f"{model.name}: density of inputs (rows) x outputs (columns)")

@@ -129,7 +129,8 @@ class Schedule(Configurable):
             total_steps: Number of steps in the training run, or None if it is unknown.
 
         Raises:
-            ValueError: If a schedule in fractions of training gets no length.
+            ValueError: If the schedule is given in fractions of training, and `total_steps` is
+                None.
         """
         if self.begin_step is not None and self.end_step is not None:
             return self.begin_step, self.end_step

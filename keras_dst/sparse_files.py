@@ -95,7 +95,7 @@ def load_sparse(path, custom_objects=None, safe_mode: bool = True) -> keras.Mode
         safe_mode: whether to refuse `Lambda` layers with stored code. Defaults to True.
 
     Returns:
-        The model. It is compiled if the file was saved with `include_optimizer=True`.
+        The model. The model is compiled if the file was saved with `include_optimizer=True`.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -106,7 +106,7 @@ class SparsifyReport:
 
 
 def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
-    """Make a model sparse, in place, like `model.quantize()` quantizes a model.
+    """Make a model sparse, in place, as `model.quantize()` quantizes a model.
 
     `sparsify` accepts every method:
 
@@ -165,8 +165,8 @@ def strip(model):
     """Write the masks into the weights as exact zeros and restore stock Keras layers, in place.
 
     `strip` works after every method, and also on a model that was never sparse. The predictions of
-    the model do not change. A compiled model stays compiled, with its plain optimizer. It no longer
-    contains a keras_dst class.
+    the model do not change. A compiled model stays compiled, with its plain optimizer. The stripped
+    model contains no class of keras_dst.
 
     Args:
         model: Built Keras 3 model.
@@ -259,7 +259,7 @@ def _sparsify_model_layers(model, method: LayerMethod, filters: Filters) -> Spar
 
 
 def sparsify_layers(model, layers, method: LayerMethod) -> None:
-    """Make these layers sparse. They are part of a built or unbuilt model or layer."""
+    """Make these layers sparse. The layers are part of a built or unbuilt model or layer."""
     _check_ties(layers)
     for layer in layers:
         make_sparse(layer, method)

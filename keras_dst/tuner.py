@@ -33,8 +33,8 @@ class SparseHyperModel(keras_tuner.HyperModel):
 
     Args:
         build: function from hyperparameters to a compiled sparse model, as KerasTuner requires. The
-            function applies `sparsify` or `SparseOptimizer`. Its hyperparameters can be the method
-            or arguments of the method, such as sparsity, pattern or allocation.
+            function applies `sparsify` or `SparseOptimizer`. The hyperparameters can choose the
+            method or its arguments, such as sparsity, pattern or allocation.
         export: arguments of `export_tflite`, such as `{"optimize": "size"}`. If given, every trial
             exports a temporary file. The trial then has the results `"file_bytes"`, `"gzip_bytes"`,
             `"latency"` (seconds, unless `measure=False`) and `"file_accuracy"` (with `evaluate`).

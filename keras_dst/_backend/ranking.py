@@ -29,7 +29,7 @@ _SMALLEST = 2.0**-126  # Scores that differ by less count as tied, as some backe
 _ROW_WIDTH = 1 << 10  # Number of scores in a row.
 _BUNDLE_SIZE = 1 << 20  # Largest number of scores in a bundle of small tensors.
 _SLAB_ROWS = 1 << 8  # Number of rows whose scores are counted at once.
-_SECTIONS = 8  # Number of sections per search step. XLA counts eight in one pass.
+_SECTIONS = 8  # Number of sections per search step. XLA counts eight sections in one pass.
 _SAMPLE_FROM = 1 << 22  # Smallest number of scores for which a sample gives the first thresholds.
 _SAMPLE_STRIDES = (32, 25)  # Strides of the rows and of the columns in the sample.
 
@@ -50,11 +50,11 @@ def top_k(
             finite score, and NaN with the smallest.
         kept: Number of weights to keep: an integer scalar for all tensors together, or a vector
             with one number per tensor.
-        sizes: Number of weights in every group, if an entry stands for a group
-            (`Pattern.sizes`). Groups are then kept in the order of their scores while their sizes
-            fit into `kept`. Defaults to None: every entry is one weight.
+        sizes: Number of weights in every group, if an entry stands for a group (`Pattern.sizes`).
+            Groups are then kept in the order of their scores while their sizes fit into `kept`.
+            Defaults to None: every entry is one weight.
         first: Number of the best entries of every tensor that are kept before all other entries;
-            `kept` must be large enough for them. Defaults to None, which means 0.
+            `kept` must be large enough for these entries. Defaults to None, which means 0.
 
     Returns:
         A list of boolean tensors, one per tensor of scores.
@@ -291,9 +291,9 @@ class _Ranking:
         """Search with one candidate per step.
 
         The search tries the point at which a straight line between both counts meets `kept` (false
-        position). If one bound stays for two steps, the distance of its count from `kept` is
-        halved, as in the Illinois variant. Every third step tries the midpoint, which limits the
-        number of steps for any distribution of scores.
+        position). If one bound does not move for two steps, the distance of its count from `kept`
+        is halved (Illinois variant). Every third step tries the midpoint, which limits the number
+        of steps for any distribution of scores.
 
         Source: M. Dowell and P. Jarratt, BIT 11 (1971), Illinois variant of false position.
         """
@@ -490,7 +490,10 @@ class _Ranking:
         return values[0] if self.together else ops.take(values, rows.tensor)[:, None]
 
     def _gather(self, values, reduce, nothing):
-        """Reduce one value per row to one value per ranking. `nothing` is the neutral value."""
+        """Reduce one value per row to one value per ranking.
+
+        `nothing` is the neutral value of the reduction.
+        """
         if self.together:
             return reduce(ops.stack([reduce(v) for v in values]))[None]
         return self._by_tensor(values, reduce, nothing)

@@ -36,7 +36,7 @@ def count_uses(model) -> dict[int, tuple[int | None, str | None]]:
     """Return the use count of every prunable weight, by the id of its variable.
 
     A use count is the number of multiplications with each entry for one sample. Each value is a
-    pair of the count, or None if it is unknown, and the reason why it is unknown.
+    pair of the count and a reason. If the count is unknown, it is None, and the reason says why.
     """
     weights = [weight for weight in weights_of(model) if weight.prunable]
     return {
@@ -100,7 +100,7 @@ class _Trace(keras.Operation):
             self.calls.setdefault(id(layer), []).append(recorded)
             return output
 
-        # The calls inside an RNN differ by backend. One step of its cell is recorded instead.
+        # The calls inside an RNN differ by backend. One step of the RNN's cell is recorded instead.
         @functools.wraps(call)
         def record_step(sequences, *args, **kwargs):
             with self._repeat(sequences.shape[1]):
@@ -156,7 +156,7 @@ def _count_in(trace: _Trace, weight: Weight) -> int:
 
 
 def _traces(model, watched: list) -> list[_Trace]:
-    """Trace a model, once for each size of the axes that its input leaves open."""
+    """Trace a model once for each size that replaces an unknown axis of its input."""
     unbuilt = [layer.name for layer in _keras.flatten_layers(model) if not layer.built]
     if unbuilt:  # A trace would build the layer.
         raise _UnknownCount(f"'{unbuilt[0]}' is not built; call the model once on data")
@@ -172,7 +172,7 @@ def _traces(model, watched: list) -> list[_Trace]:
         trace = _Trace()
         trace.model, trace.batch = model, batch
         with trace.recording(watched), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Warnings of the calls in the model.
+            warnings.simplefilter("ignore")  # The calls in the model may warn.
             trace.compute_output_spec(*keras.tree.map_structure(lambda x: closed(x, size), inputs))
         return trace
 

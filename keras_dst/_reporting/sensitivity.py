@@ -260,7 +260,7 @@ def _check(model, data) -> None:
 class _Kernel:
     variable: Any
     layout: Layout
-    effective: Callable | None  # Map a value to the masked value. None without a mask.
+    effective: Callable | None  # Function from a value to the masked value. None without a mask.
 
     @property
     def name(self) -> str:
@@ -271,12 +271,12 @@ class _Kernel:
         return tuple(self.variable.shape)
 
     def masked_value(self):
-        """Return the weight as the forward pass sees it."""
+        """Return the weight in the form that the forward pass uses."""
         w = ops.convert_to_tensor(self.variable)
         return w if self.effective is None else self.effective(w)
 
     def assign(self, weight) -> None:
-        """Set the variable so that the forward pass sees this weight."""
+        """Set the variable so that the forward pass uses this weight."""
         self.variable.assign(weight)
         if self.effective is not None and ops.any(
             self.masked_value() != ops.convert_to_tensor(self.variable)

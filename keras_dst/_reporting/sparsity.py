@@ -224,15 +224,15 @@ def report(model) -> SparsityReport:
     An entry of a weight counts as zero if it is 0 or masked. The prunable weights are the masked
     weights and all other kernels, including frozen kernels.
 
-    FLOPs are counted for the prunable weights and inference on one sample. A multiplication and an
-    addition count as 2, and padding counts as input. The model is traced once, symbolically. A
-    shared layer therefore counts once per call, and an RNN cell once per time step. A layer that
+    FLOPs are counted for inference on one sample, and only for prunable weights. A multiplication
+    and an addition count as 2, and padding counts as input. The model is traced once, symbolically.
+    A shared layer therefore counts once per call, and an RNN cell once per time step. A layer that
     inference does not call counts as 0.
 
-    FLOPs are None if they depend on a size that the input shape leaves open. FLOPs are also None
-    for a custom layer whose weight is neither a convolution kernel nor a matrix over the last axis
-    of an input. Weights whose names end in "token" or "embedding" count as 0 FLOPs. `reason` states
-    why the FLOPs are None.
+    FLOPs are None if they depend on a size that the input shape does not define. FLOPs are also
+    None for a custom layer whose weight is neither a convolution kernel nor a matrix over the last
+    axis of an input. Weights whose names end in "token" or "embedding" count as 0 FLOPs. `reason`
+    states why the FLOPs are None.
 
     Args:
         model: A built Keras 3 model or layer. It is not changed.
@@ -295,5 +295,6 @@ def _table_cells(parameters, nonzeros, *flops) -> list[str]:
 
 
 def _bytes_each(dtype: str) -> int:
-    bits = re.search(r"\d+", dtype)  # Names such as bfloat16 hold the bits. "bool" has no digits.
+    # Names such as bfloat16 contain the number of bits. The name "bool" has no digits.
+    bits = re.search(r"\d+", dtype)
     return max(int(bits[0]) // 8, 1) if bits else 1

@@ -12,8 +12,8 @@
 `dispatch.py` chooses the handler for each kind of layer. The handlers are in `handlers.py`,
 `mixing.py` (normalization over channels, attention) and `indexing.py` (slices, splits, padding).
 `coupling.py` describes the coupled channels as plain data, for training and for users.
-`pipeline.py` runs the passes and compares
-both models. `explain.py` finds the reasons why dead channels are kept, and `report.py` prints them.
+`pipeline.py` runs the passes and compares both models. `explain.py` finds the reasons why dead
+channels are kept, and `report.py` prints them.
 """
 
 from keras_dst._structure.coupling import ChannelGroup, CoupledChannels, channel_groups

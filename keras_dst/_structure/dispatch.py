@@ -92,7 +92,7 @@ _HANDLERS: dict[type, type[ChannelHandler]] = {
 # Operations and layers that Keras does not export.
 _HANDLERS_BY_NAME: dict[str, type[ChannelHandler]] = {
     **dict.fromkeys(MERGE_VERBS, ElementwiseMerge),
-    "Add": Addition,  # both the layer `Add` and the operation of `x + y`
+    "Add": Addition,  # This covers the layer `Add` and the operation of `x + y`.
     "GetItem": Slice,
     "Split": Split,
     "Pad": Padding,
@@ -108,10 +108,10 @@ def handler_for(call: Call, tied: str = "") -> ChannelHandler:
     Args:
         call: the call.
         tied: the reason to leave the layer whole because it shares a weight with another layer.
-            Defaults to "", for a layer that shares none.
+            Defaults to "", for a layer that shares no weight.
 
     Returns:
-        The handler. It is `Opaque`, with the reason, if the channels cannot be removed.
+        The handler. The handler is `Opaque` and holds the reason if the channels cannot be removed.
     """
     op, kind = call.op, type(call.op)
     handler = _HANDLERS.get(kind)

@@ -14,8 +14,8 @@ from keras_dst._structure.copies import dense_copy, original_variables
 from keras_dst.layers import Gate
 from keras_dst.surgery import check_model
 
-UNKNOWN = np.nan  # stands for the value of a channel that depends on the input
-OPEN_SIZE = 32  # replaces the unknown sizes of an input when a layer or model is run for a test
+UNKNOWN = np.nan  # Stands for the value of a channel that depends on the input.
+OPEN_SIZE = 32  # Replaces the unknown sizes of an input when a layer or model is run for a test.
 
 
 @dataclass(eq=False)
@@ -119,8 +119,8 @@ def check_graph(model) -> None:
 def flatten_graph(model, inputs: list[Tensor]) -> tuple[list[Call], list[Tensor], dict[int, Any]]:
     """Return the calls of a model and of the models inside it, its outputs, and its variables.
 
-    The variables are the original variables of sparse layers, by the ids of the variables of their
-    dense copies.
+    The variables are a dict from the id of a variable in a dense copy to the variable of the sparse
+    layer.
     """
     calls: list[Call] = []
     dense: dict[int, Any] = {}

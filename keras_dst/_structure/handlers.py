@@ -35,12 +35,12 @@ class ChannelHandler:
         reason: reason why the outputs of the operation have to stay; empty if they can be removed.
     """
 
-    can_slice = False  # whether the handler creates the layer again with fewer channels
-    makes_channels = False  # whether the channels of the output are units of the layer
+    can_slice = False  # Whether the handler creates the layer again with fewer channels.
+    makes_channels = False  # Whether the channels of the output are units of the layer.
 
     def __init__(self, call: Call, reason: str = ""):
         self.call, self.op, self.reason = call, call.op, reason
-        self.called_on: list[Tensor] = []  # inputs of all calls of a layer with weights
+        self.called_on: list[Tensor] = []  # Inputs of all calls of a layer with weights.
 
     @property
     def x(self) -> Tensor:
@@ -88,7 +88,8 @@ class ChannelHandler:
 
         Args:
             operation: the operation of the smaller model.
-            args, kwargs: the arguments of the call, with the tensors of the smaller model.
+            args: the positional arguments of the call, with the tensors of the smaller model.
+            kwargs: the keyword arguments of the call, with the tensors of the smaller model.
             removed: for every union of coupled channels, whether it is removed.
         """
         return operation(*args, **kwargs)
@@ -134,7 +135,7 @@ class ChannelHandler:
 
 
 class Opaque(ChannelHandler):
-    """Operation whose inputs and outputs all have to stay, for a reason."""
+    """Operation whose inputs and outputs all have to stay, for a given reason."""
 
     def couple(self, unions: ChannelUnions) -> None:
         for y in self.call.outputs:
@@ -183,7 +184,7 @@ class Elementwise(ChannelHandler):
             return ops.convert_to_tensor(values, x.dtype)
 
         args, kwargs = self.call.map(sample)
-        with keras.StatelessScope():  # the layer belongs to the model that was given
+        with keras.StatelessScope():  # The layer belongs to the given model.
             found = to_float64(self.op(*args, **kwargs))
         found = np.moveaxis(found, y.axis, -1).reshape(-1, y.channels)
         same = np.isclose(found, found[0], rtol=1e-6, atol=0).all(0)
@@ -418,7 +419,7 @@ class Rearrangement(ChannelHandler):
 
 
 class KernelLayer(ChannelHandler):
-    """Layer whose units read all channels: Dense or a convolution."""
+    """Dense layer or convolution, whose units read all channels."""
 
     can_slice = makes_channels = True
 
@@ -444,7 +445,7 @@ class KernelLayer(ChannelHandler):
 
     @cached_property
     def reads(self) -> np.ndarray:
-        """For each channel and unit, whether a weight between them is not zero."""
+        """For each channel and unit, whether any weight between the two is nonzero."""
         return np.any(self.w != 0, axis=self.window)
 
     @property
@@ -497,7 +498,10 @@ class KernelLayer(ChannelHandler):
         return np.where(np.all(constants == constants[0], 0), constants[0], UNKNOWN)
 
     def can_lose(self) -> np.ndarray:
-        """Return, for each channel, whether its constant can move to another place."""
+        """Return, for each channel, whether it can be removed although units read it.
+
+        The constant of such a channel moves into the bias or into another channel.
+        """
         return ~np.isnan(self.common_constant())
 
     def relabel(self, roots: np.ndarray) -> None:
@@ -509,7 +513,7 @@ class KernelLayer(ChannelHandler):
     def carrier(self, removed: np.ndarray) -> int | None:
         """Return the channel whose kernel entries take over the constants of removed channels.
 
-        Return None if the bias takes them over, or if there are no such constants.
+        Return None if the bias takes over the constants, or if there are no such constants.
         """
         kept, constant = ~removed[self.x.ids], self._removed_constants(removed)
         if not self.pads_with_zeros or not constant.any():
@@ -546,7 +550,7 @@ class KernelLayer(ChannelHandler):
         return [self.w.compress(kept, -2).compress(units, -1)]
 
     def _oriented(self, weights: list[np.ndarray]) -> list[np.ndarray]:
-        """Return kernels in the axis order of the layer, given the axis order of `w`."""
+        """Transpose kernels from the axis order of `w` to the axis order of the layer."""
         return weights
 
 
@@ -710,7 +714,7 @@ class Recurrent(KernelLayer):
         config["units"] = int((~removed[self.y.ids]).sum())
         weights = ChannelHandler.slice(self, config, removed)
         moved = (self._removed_constants(removed) @ self.summed)[~removed[self.unit_ids]]
-        for bias in weights[2:]:  # GRU adds the first row of its bias to the input
+        for bias in weights[2:]:  # GRU adds the first row of its bias to the input.
             bias.reshape(-1, len(moved))[0] += moved
         return weights
 

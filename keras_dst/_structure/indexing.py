@@ -16,7 +16,7 @@ class Slice(ChannelHandler):
     def __init__(self, call: Call, reason: str = ""):
         super().__init__(call, reason)
         entries = full_key(call)
-        assert entries is not None  # `handler_for` accepts only such keys.
+        assert entries is not None  # `handler_for` accepts no other keys.
         self.entries = entries
 
     def place_channels(self) -> None:
@@ -101,7 +101,7 @@ class Padding(ChannelHandler):
         axis = self.x.axis
         inside = self.x.constant
         if any(pair != (0, 0) for a, pair in enumerate(self.width) if a != axis):
-            inside = np.where(inside == 0, 0.0, np.nan)  # Other constants end at the border.
+            inside = np.where(inside == 0, 0.0, np.nan)  # Nonzero constants end at the border.
         self.y.constant = np.pad(inside, self.width[axis])
 
     def couple(self, unions: ChannelUnions) -> None:

@@ -126,7 +126,7 @@ class Plan:
 
     def _remove_unread_channels(self) -> None:
         """Remove all groups that no remaining unit needs, until no more groups can be removed."""
-        # One call of each kernel layer shows all its needs.
+        # One call of each kernel layer shows all channels that the layer needs.
         known = {id(kernel.op) for kernel in self.kernels}
         others = [h for h in self.handlers if id(h.op) not in known]
         readers = [*self.kernels, *others]

@@ -113,7 +113,7 @@ def shrink_report(model, latency: bool = False) -> ShrinkReport:
     """Report the channels that `shrink(model)` removes, and why other dead channels are kept.
 
     A channel, unit or filter is dead if its weights are all zero or if no layer reads it. The
-    reason for a kept channel names the first layer on the way to the output that needs it.
+    reason for a kept channel names the first layer on the way to the output that needs the channel.
 
     Args:
         model: a built Sequential or Functional model, dense or sparse. It is not changed.
@@ -143,7 +143,7 @@ def shrink_and_report(model, latency: bool = False) -> tuple[keras.Model, Shrink
     before, after = report(model), report(small)
     times: list[float | None] = [None, None]
     if latency:
-        # Masks take time in every call. Removing channels does not save this time.
+        # Masks take time in every call, and removing channels does not save this time.
         dense = build(Plan(model, remove=False)) if has_sparse_layers(model) else model
         times = _latencies(dense, small)
     kept = {id(handler.op) for handler in plan.handlers}

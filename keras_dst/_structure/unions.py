@@ -61,7 +61,10 @@ class ChannelUnions:
         return self._units[id(layer)]
 
     def called_on(self, layer, x: Tensor) -> list[Tensor]:
-        """Return all inputs of a layer so far. Couple their channels, which meet one weight."""
+        """Return all inputs of a layer so far.
+
+        Couple the channels of these inputs, because they meet one weight.
+        """
         tensors = self._called_on.setdefault(id(layer), [])
         tensors.append(x)
         self.couple(x.ids, tensors[0].ids)
@@ -90,7 +93,7 @@ class ChannelUnions:
         return roots
 
     def reasons(self, roots: np.ndarray) -> dict[int, str]:
-        """Return, by the smallest id of each union that has to stay, the first reason."""
+        """Return the first reason for every union that has to stay, by the union's smallest id."""
         found: dict[int, str] = {}
         for ids, reason in self._pinned:
             for root in np.unique(roots[ids]):

@@ -38,8 +38,8 @@ class Coupling(NamedTuple):
 def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) -> Coupling:
     """Return the coupled channels of a model if the method ranks channels.
 
-    A channel can be pruned if all weights that make the channel are under the method. Channels of
-    the outputs of the model always stay.
+    A channel can be pruned if the method prunes all weights that make the channel. Channels of the
+    outputs of the model always stay.
 
     Args:
         model: Model that holds the weights.
@@ -58,7 +58,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
         return alone
     if _keras.graph_of(model) is None:
         return alone if method.learned else _uncoupled(model, method, layouts)
-    # Imported here, because most training runs need no graph of the model.
+    # The import is here, because most training runs need no graph of the model.
     from keras_dst._structure.coupling import channel_groups
 
     coupled = channel_groups(model)
@@ -116,7 +116,7 @@ def _makes(member, ids: np.ndarray) -> bool:
 
 
 def mask_followers(followers: Sequence[Follower], alive) -> None:
-    """Set the entries of pruned channels in the followers to zero.
+    """Set the entries of pruned channels to zero in variables that follow the channels.
 
     Args:
         followers: Variables with channels.

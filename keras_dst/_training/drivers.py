@@ -74,15 +74,15 @@ def couple_channels(model, optimizer: SparseOptimizer | None = None) -> None:
     The `SparseTraining` callback calls this function when `fit` begins. A training loop without the
     callback calls this function before the first step. Otherwise the optimizer ranks the channels
     of each layer separately. A second call after the last step sets the moving means of removed
-    channels to 0. An optimizer step cannot set them on JAX.
+    channels to 0. On JAX, an optimizer step cannot set moving means.
 
     Groups of channels are not saved, so call the function again after a model is loaded.
 
     Args:
         model: Built Keras model.
-        optimizer: `SparseOptimizer` that trains the model. It is built for the trainable variables
-            of the model if it is not built yet. Defaults to None, which means all optimizers of the
-            model.
+        optimizer: `SparseOptimizer` that trains the model. The optimizer is built for the trainable
+            variables of the model if it is not built yet. Defaults to None, which means all
+            optimizers of the model.
 
     Raises:
         ValueError: If no channel can be pruned, or if the costs of the channels are not known.
@@ -232,7 +232,7 @@ class Driver:
         self.size = sum(math.prod(shape) for shape in self.shapes)
         self.schedule = method.schedule
         self.total: int | None = None
-        self.clock: Any = None  # an UpdateClock, or None until the length of the training is known
+        self.clock: Any = None  # None until the length of training is known.
         self._update, self._kept = _functions(method, tuple(layouts), tuple(self.shapes))
         # Cost of one entry of each weight for the target; None if all entries count the same.
         self.costs: list[float] | None = None
@@ -257,7 +257,8 @@ class Driver:
     def reapply_masks(self) -> None:
         """Apply the current masks to the weights again, after a callback assigned other values.
 
-        Only a SparseOptimizer needs this. Sparse layers apply their masks in every forward pass.
+        Only the driver of a SparseOptimizer needs this function. Sparse layers apply their masks in
+        every forward pass.
         """
 
     def recover(self, batches: int, expected: float) -> None:
@@ -456,7 +457,7 @@ class Driver:
         return self.measure()[1]
 
     def measure(self) -> tuple[float, float]:
-        """Return the number of entries that all masks keep now, and the value of `reached`.
+        """Return the current number of entries that all masks keep, and the result of `reached()`.
 
         The masks are computed once. Without groups of channels, the function waits for the device
         only once.

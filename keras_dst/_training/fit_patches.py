@@ -50,7 +50,7 @@ class ActiveFit:
 
     Under `fit`, the patches are applied at the first training step. An exception before this step
     leaves the model unchanged. In a custom training loop, the patches are applied when the first
-    epoch begins. They are undone when training ends or begins again.
+    epoch begins. The patches are undone when training ends or begins again.
 
     Attributes:
         skipped_batches: Number of batches that the first epoch draws without training on them.
@@ -121,7 +121,7 @@ class ActiveFit:
         return bool(self._patches or self._drivers)
 
     def restore(self) -> None:
-        """Undo the patches. The next training step of this `fit` applies them again."""
+        """Undo the patches. The next training step of this `fit` applies the patches again."""
         applied, self._applied = self._applied, None
         for patch, replacement, before in reversed(applied or ()):
             own = vars(patch.owner)

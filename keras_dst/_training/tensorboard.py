@@ -39,8 +39,8 @@ class SparsityTensorBoard(keras.callbacks.Callback):
     Args:
         log_dir: Folder that `tensorboard --logdir` reads. A missing folder is created.
         update_freq: Either `"epoch"`, which writes at the end of every epoch with the epoch as the
-            step, or the number of batches between two records. The step is then the number of
-            optimizer iterations. Defaults to `"epoch"`.
+            step, or the number of batches between two records. In the second case, the step is the
+            number of optimizer iterations. Defaults to `"epoch"`.
         histograms: Whether to write histograms. Defaults to True.
 
     Raises:
@@ -135,7 +135,7 @@ class SparsityTensorBoard(keras.callbacks.Callback):
 
 
 def _by_name(members: list[PrunedWeight]) -> dict[str, PrunedWeight]:
-    """Return a dict that maps the path of each member to the member.
+    """Return a dict that maps the path of each pruned weight to the weight.
 
     If several paths are equal, a number is appended to them.
     """

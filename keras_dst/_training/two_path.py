@@ -27,14 +27,14 @@ class TwoPathLoss:
     """Replacement of a model's `compute_loss` that trains both paths.
 
     A training step runs the model a second time, on the full path. The loss is the sum of the
-    losses of both paths and of the divergence between their outputs. Metrics see the outputs of
-    the pruned path only. Regularizers and losses from `add_loss` are counted once.
+    losses of both paths and of the divergence between their outputs. Metrics use only the outputs
+    of the pruned path. Regularizers and losses from `add_loss` are counted once.
 
     Args:
         model: Model that is trained.
         divergence: Function of the logits of the pruned path and of the full path, with the classes
-            on the last axis. It returns the divergence of every entry. If None, the loss has no
-            divergence term.
+            on the last axis. The function returns the divergence of every entry. If None, the loss
+            has no divergence term.
         on_trace: Function to call whenever a training step is traced.
         inner: Method `compute_loss` that this object replaces.
         takes_training: Whether `inner` takes the argument `training`.
@@ -136,7 +136,7 @@ class _Divergence(losses.Loss):
         logits = (class_logits(self.crossentropy, outputs) for outputs in (y_pred, y_true))
         entries = self.divergence(*logits)
         if _kind(self.crossentropy) is _BINARY and len(entries.shape):
-            return ops.mean(entries, axis=-1)  # The binary cross-entropy takes this mean too.
+            return ops.mean(entries, axis=-1)  # The binary cross-entropy also takes this mean.
         return entries
 
 

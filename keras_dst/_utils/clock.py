@@ -54,8 +54,8 @@ def update_clock(method, schedule, total=None, epoch=None) -> UpdateClock | None
     Args:
         method: A `methods.Method` with a schedule.
         schedule: `Schedule` of the target in this training run.
-        total: Number of steps in the training run. It is not needed if the schedule is given in
-            steps.
+        total: Number of steps in the training run. The number is not needed if the schedule is
+            given in steps.
         epoch: Number of steps in an epoch, for a method that updates masks once per epoch.
     """
     period = method.default_frequency if method.frequency is None else method.frequency

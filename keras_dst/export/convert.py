@@ -34,14 +34,14 @@ from keras_dst.export.samples import InputSpec, Samples, Signature, signature_of
 from keras_dst.export.states import reset_states
 from keras_dst.surgery import has_sparse_layers, strip
 
-# Maps part of an error message to the fix that the user is told.
+# This dict maps part of an error message to the fix that the user is told.
 _FIXES = {
     "TensorListReserve": (
         "build the recurrent layers with unroll=True, or give the model a fixed batch size, "
         "keras.Input(batch_shape=(1, ...))"
     ),
 }
-# Maps the type of an unsupported op to the fix that the user is told.
+# This dict maps the type of an unsupported op to the fix that the user is told.
 _TYPE_FIXES = {
     "f16>": "rebuild the model under keras.config.set_dtype_policy('float32'), with its weights",
     "f64>": (

@@ -31,7 +31,7 @@ def load(source: bytes | str | os.PathLike[str]) -> bytes:
 
 @contextlib.contextmanager
 def value_error_if_damaged(name: str) -> Iterator[None]:
-    """Raise ValueError for any exception while a file is read, because it is damaged."""
+    """Convert any exception while a file is read to a ValueError, as the file is damaged."""
     try:
         yield
     except Exception as error:

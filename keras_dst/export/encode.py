@@ -280,7 +280,7 @@ def _unpack(
 
 
 def _computed_copy(tensor: schema.TensorT, suffix: str) -> schema.TensorT:
-    """Return a copy of a tensor, as a tensor that an op computes."""
+    """Return a copy of a tensor without stored values, for the output of an op."""
     computed = copy.copy(tensor)
     computed.name = f"{text(tensor.name)}/{suffix}"
     computed.buffer = 0  # Buffer 0 is empty by convention.

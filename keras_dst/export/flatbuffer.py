@@ -60,7 +60,7 @@ def extract_readers(model: schema.ModelT, buffer: int) -> schema.ModelT:
     """Extract a model that contains only the ops that read one buffer.
 
     The computed inputs of these ops become inputs of the extracted model. The outputs of these ops
-    become its outputs. Buffers keep their numbers.
+    become outputs of the extracted model. Buffers keep their numbers.
     """
     extracted = schema.ModelT()
     extracted.version, extracted.operatorCodes = model.version, list(model.operatorCodes)

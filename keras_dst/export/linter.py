@@ -1,4 +1,4 @@
-"""``lint``: check whether the results of a ``.tflite`` file are correct, and its speed and size."""
+"""``lint``: check a ``.tflite`` file for wrong results, low speed and large size."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def lint(
 
     Any converter may have written the file. On ARM, and on every other CPU without AVX, XNNPACK has
     fast kernels for 1x1 convolutions with sparse weights. XNNPACK uses these kernels only if the
-    whole network supports them. The report says whether the given network supports them, and names
-    the ops that do not.
+    whole network supports them. The report says whether the given network supports these kernels,
+    and names ops that prevent it.
 
     Args:
         model: a ``.tflite`` file, as a path or as bytes. Or a built Keras 3 model, in which case

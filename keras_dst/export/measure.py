@@ -138,7 +138,7 @@ def latencies(files: Sequence[bytes], *, threads: int = 1, batch: int = 1) -> li
     """Return the median seconds of one inference of each file, from interleaved runs.
 
     Args:
-        files: bytes of the files.
+        files: contents of the files, as bytes.
         threads: number of threads of the interpreter. Defaults to 1.
         batch: batch size for files with a dynamic batch size. Defaults to 1.
 

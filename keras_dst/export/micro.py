@@ -304,7 +304,7 @@ def _decoded_reads(
     free: set[int],
     code: int,
 ) -> list[schema.OperatorT]:
-    """Return an op that reads decoded weights, and before it the ops that decode them for it.
+    """Return the ops that decode weights for one op, followed by the op that reads them.
 
     TFLM keeps a decoded tensor only until the next op has run. Therefore only the first reader of a
     weight reads its tensor, and the other readers read copies.

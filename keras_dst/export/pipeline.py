@@ -152,7 +152,7 @@ def export(
     # For an NPU, the written file is the dense int8 file itself.
     others = [files["float32"]] if settings.npu else list(files.values())
     compared = _compare(model, others if settings.micro else [*others, content], data, settings)
-    # LiteRT cannot run a file for TFLM, whose outputs equal the outputs of the dense int8 file.
+    # LiteRT cannot run a file for TFLM, but its outputs equal the outputs of the dense int8 file.
     if settings.micro:
         sizes = (len(content), gzip_bytes(content))
         compared.append(

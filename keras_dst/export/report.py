@@ -42,7 +42,7 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class FileReport:
-    """One of the compared files: a dense file, or the file that was written.
+    """Figures of one compared file: a dense file, or the file that was written.
 
     Attributes:
         name: ``"dense float32"``, ``"dense int8"`` or ``"this file"``.

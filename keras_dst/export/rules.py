@@ -1,8 +1,8 @@
 """Rules of `lint`: each rule reads one graph of a file and yields its findings.
 
 The rules follow measurements with LiteRT 2.3 and the sources of XNNPACK. A finding of level "error"
-is a fault for which wrong results were observed, mostly without a message, or for which the runtime
-refused the file.
+is a fault for which wrong results were observed, or for which the runtime refused the file. Most
+wrong results come without a message.
 """
 
 from __future__ import annotations

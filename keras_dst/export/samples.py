@@ -289,7 +289,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _batches(data: Any, argument: str, endless: bool) -> Iterator[Any]:
-    """Yield the batches of a data set. Raise an error if it is endless, unless this is allowed."""
+    """Yield the batches of a data set. Raise an error if it may not be endless but is."""
     if isinstance(data, keras.utils.PyDataset):
         infinite = data.num_batches is None
     else:

@@ -143,7 +143,7 @@ def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role]
         return changed
 
     changed = True in [join(n) for n, role in enumerate(roles) if role & Role.EXIT]
-    if not changed:  # A region without an exit does not exist.
+    if not changed:  # A region needs an exit.
         bad.update(range(len(nodes)))
     while changed:
         inside = (n for n, role in enumerate(roles) if role & (Role.INSIDE | Role.EXIT))

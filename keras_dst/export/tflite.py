@@ -96,7 +96,7 @@ def export_tflite(
         TypeError: ``model`` is not a Keras 3 model.
         ValueError: the model is not built, the data does not fit the model, or an option is
             unknown.
-        OSError: ``path`` cannot be written. This is checked before the conversion begins.
+        OSError: ``path`` cannot be written. The path is checked before the conversion begins.
         ImportError: the packages of ``keras_dst[export]`` are missing, of ``keras_dst[micro]`` with
             ``target="micro"``, or of ``keras_dst[ethos]`` with ``vela_path``.
         ExportError: the model could not be converted, or the file does not compute the outputs of

@@ -108,7 +108,9 @@ def register(cls):
 
 
 class SparseMixin(_keras.BuildHook):
-    """Mixin that makes a Keras layer sparse. Put it before the stock class among the bases.
+    """Mixin that makes a Keras layer sparse.
+
+    Put the mixin before the stock class in the list of base classes.
 
     Args:
         method: Method that masks the weights of the layer, such as `methods.DST()`.
@@ -172,8 +174,8 @@ class SparseMixin(_keras.BuildHook):
     # The state is created after all stock weights, because optimizers save their slots in the order
     # of the weights. A layer that is made sparse after it was built has the same order.
     def after_build(self):
-        # Keras's Embedding builds itself in `__init__` if it gets `weights=`. At this time, the
-        # method is not known. `attach_method` adds the state in this case.
+        # If Keras's Embedding gets `weights=`, it builds itself in `__init__`, before the method is
+        # known. `attach_method` adds the state in this case.
         if "sparse_state" in self.__dict__:
             self._add_states()
 
@@ -286,8 +288,8 @@ class SparseCellMixin(SparseMixin):
     """Mixin for recurrent cells that masks the weights once per sequence instead of at every step.
 
     Keras requests the dropout mask of a cell before a sequence and resets it after the last step.
-    The masked weights are cached between these two calls. A cell that is called without a sequence
-    does not cache masked weights.
+    The masked weights are cached from the request to the reset. A cell that is called without a
+    sequence does not cache masked weights.
     """
 
     _called_by_itself = False

@@ -44,8 +44,9 @@ class SparseSubclass(SparseMixin):
 class SparseContainer(_keras.BuildHook):
     """Sparse form of a layer or model that creates other layers, some of which are sparse.
 
-    The config of such a layer creates plain layers again. The layer therefore also stores a recipe,
-    which holds the method of every sparse inner layer by the position of the inner layer.
+    The config of a layer that creates other layers creates them as plain layers. The layer
+    therefore also stores a recipe, which holds the method of every sparse inner layer by the
+    position of the inner layer.
     """
 
     stock: type

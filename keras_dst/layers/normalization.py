@@ -31,9 +31,9 @@ class PathVariable:
 class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
     """`keras.layers.BatchNormalization` with a second set of variables for the full path.
 
-    This layer prunes nothing. For the full path, it has a second scale, a second offset and second
-    moving statistics. The second set of variables starts as a copy of the first set. Inference uses
-    only the first set, and `strip` removes the second set.
+    This layer prunes nothing. For the full path, the layer has a second scale, a second offset and
+    second moving statistics. The second set of variables starts as a copy of the first set.
+    Inference uses only the first set, and `strip` removes the second set.
 
     Args:
         method: Method that trains two paths, such as `methods.DCIL(0.9)`. All other arguments are

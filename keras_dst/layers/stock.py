@@ -19,8 +19,10 @@ from keras_dst.layers.base import (
 )
 from keras_dst.masks import Layout
 
-_TRANSPOSED = Layout(outputs=(-2,), inputs=(-1,))  # (*window, out, in)
-_DEPTHWISE = Layout(outputs=(-2, -1), inputs=())  # (*window, in, multiplier); a unit is one channel
+# Axes: (*window, out, in).
+_TRANSPOSED = Layout(outputs=(-2,), inputs=(-1,))
+# Axes: (*window, in, multiplier). A unit is one channel.
+_DEPTHWISE = Layout(outputs=(-2, -1), inputs=())
 
 
 @register
@@ -163,7 +165,7 @@ class SparseSimpleRNNCell(SparseCellMixin, layers.SimpleRNNCell):
 class SparseLSTMCell(SparseCellMixin, layers.LSTMCell):
     """`keras.layers.LSTMCell` with a sparse kernel and a sparse recurrent kernel.
 
-    A unit is one unit of one of the four gates, and has its own threshold under DST.
+    Under DST, each unit of each of the four gates has its own threshold.
     """
 
     stock = layers.LSTMCell
@@ -175,7 +177,7 @@ class SparseLSTMCell(SparseCellMixin, layers.LSTMCell):
 class SparseGRUCell(SparseCellMixin, layers.GRUCell):
     """`keras.layers.GRUCell` with a sparse kernel and a sparse recurrent kernel.
 
-    A unit is one unit of one of the three gates, and has its own threshold under DST.
+    Under DST, each unit of each of the three gates has its own threshold.
     """
 
     stock = layers.GRUCell

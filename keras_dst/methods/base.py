@@ -132,7 +132,7 @@ class Method(Configurable):
         function ranks the weights by their `scores` and returns new masks.
 
         Args:
-            weights: All weights under this method.
+            weights: All weights that the method prunes.
             states: States of these weights.
             layouts: Axes of these weights.
             kept: Number of weights to keep, int32: a vector with one number for all weights
@@ -164,7 +164,7 @@ class Method(Configurable):
         `learned`. Every learned method with a schedule defines this function.
 
         Args:
-            weights: All weights under this method.
+            weights: All weights that the method prunes.
             states: States of these weights.
             layouts: Axes of these weights.
             kept: Final number of weights to keep, as in `update`.
@@ -222,7 +222,7 @@ class Method(Configurable):
                 for s, layout in zip(scores, layouts)
             ]
         shapes = [tuple(s.shape) for s in scores]
-        together = kept.shape[0] == 1  # If false, there is one count per weight.
+        together = kept.shape[0] == 1  # Otherwise, `kept` has one count per weight.
         sizes = None
         if pattern.grouped:
             sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
@@ -375,8 +375,8 @@ class LayerMethod(Method):
     def build_progress(self, layer, name: str):
         """Add the variable in which `SparseTraining` saves the position in the schedule.
 
-        Its three entries are the step, the optimizer's counter at this step, and the length of the
-        schedule.
+        The variable has three entries: the step, the optimizer's counter at this step, and the
+        length of the schedule.
         """
         return layer.add_weight(
             name=f"{name}_progress", shape=(3,), initializer="zeros", dtype="int32", trainable=False
@@ -457,9 +457,9 @@ class TwoPathMethod(LayerMethod):
         """Return a function that computes a penalty on the difference of the two paths.
 
         The driver calls this function once when training begins. The returned function takes the
-        logits of the pruned path and of the full path, with the classes on the last axis. It
-        returns the penalty of every entry. The returned function is called in every step, for every
-        output that is trained by a cross-entropy. The penalties are reduced like this
+        logits of the pruned path and of the full path, with the classes on the last axis. The
+        result is the penalty of every entry. The returned function is called in every step, for
+        every output that is trained by a cross-entropy. The penalties are reduced like this
         cross-entropy, with the same sample weights. Return None to train without a penalty, as this
         base class does.
 
@@ -559,8 +559,8 @@ class UnitMethod(LayerMethod):
                 multiplications of each entry per sample, and a message. If the number is None, the
                 message states why the number is unknown. The mapping is empty unless
                 `needs_use_counts` is true.
-            layouts: Axes of all weights of these layers. If the model has a graph, they hold the
-                channels that are removed together.
+            layouts: Axes of all weights of these layers. If the model has a graph, the layouts hold
+                the channels that are removed together.
         """
 
     def cost_per_entry(self, state: State) -> float | None:
@@ -621,7 +621,7 @@ class UpdateMethod(Method):
         gradients of pruned weights become 0.
 
         Args:
-            weights: All weights under this method.
+            weights: All weights that the method prunes.
             grads: Gradients of these weights.
             states: States of these weights.
         """

@@ -1,9 +1,8 @@
 """Ranking of coupled channels, which are removed from a model in groups.
 
 Several weights can make the same channel of a model, for example all convolutions whose outputs are
-added. Removing a channel makes the model smaller only if it is removed from all these weights. The
-functions here therefore
-rank channels instead of output units:
+added. Removing a channel makes the model smaller only if all these weights lose it. The functions
+here therefore rank channels instead of output units:
 
     s_c = mean over the units u that make channel c of score(u) / scale(layer of u)
     cost(n) = sum over weights of base (share of inputs kept) (share of outputs kept)
@@ -47,12 +46,13 @@ class ChannelGroups:
 
     Args:
         sizes: Number of channels of every group.
-        shares: Array of shape (weights, 2, groups + 1). It holds the fraction of a weight's inputs,
-            and the fraction of its outputs, that belongs to each group. The last column holds the
-            fraction that is always kept.
+        shares: Array of shape (weights, 2, groups + 1). The array holds the fraction of a weight's
+            inputs, and the fraction of its outputs, that belongs to each group. The last column
+            holds the fraction that is always kept.
         costs: Array of shape (weights, 2): the parameters and the FLOPs of every weight.
-        widths: Number of filters per channel of every group. It exceeds 1 in a grouped convolution,
-            which loses whole groups of filters. Defaults to None, which means 1 in all groups.
+        widths: Number of filters per channel of every group. The number exceeds 1 in a grouped
+            convolution, which loses whole groups of filters. Defaults to None, which means 1 in all
+            groups.
     """
 
     def __init__(

@@ -61,8 +61,8 @@ class DCIL(TwoPathMethod):
             minimum number of channels that every group of coupled channels keeps. Defaults to None,
             which means 1. Under the allocation `"global"`, None means a quarter of the weights that
             `"erk"` would keep.
-        counted_in: With the pattern `"channel"`, the quantity whose removed fraction is the
-            sparsity: `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        counted_in: Quantity in which the sparsity is counted with the pattern `"channel"`:
+            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With the pattern `"channel"`, the number of kept channels in a group is a multiple
             of this number. Groups with fewer than twice as many channels are not rounded. Defaults
             to 8.
@@ -143,7 +143,7 @@ class DCIL(TwoPathMethod):
         """Return the KL divergence of each path from the other, one value per entry.
 
         Args:
-            p, f: logits of the pruned and of the full path, classes last.
+            p, f: logits of the pruned path and of the full path, with the classes on the last axis.
         """
         p, f = (ops.log_softmax(z / self.temperature) for z in (p, f))
 

@@ -179,8 +179,7 @@ class DST(LayerMethod):
         """Return new values of alpha, which control the density.
 
         The gap is the shift of all thresholds that would meet the target, in the unit of the
-        weights.
-        The controller models how far the gap closes from one update to the next:
+        weights. The controller models how far the gap closes from one update to the next:
 
             last gap - gap = drift + response alpha
 

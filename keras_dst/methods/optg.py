@@ -8,12 +8,12 @@ Every weight has a trainable score `v`, which is 0 at first. All scores are rank
 
 In these equations, `e` of `E` epochs are done. Masks are updated once per epoch, and scores have no
 weight decay. Only mask updates read the scores. The factor on their learning rate is therefore
-applied at mask
-updates: it multiplies the change of the scores since the last update.
+applied when masks are updated. The factor multiplies the change of the scores since the last
+update.
 
 Deviations from the paper: the sigmoid is stretched so that it begins at exactly 0 and ends at
 exactly 1, and the target is met. A training run of fewer than 20 epochs follows the curve of 20
-epochs in its first three quarters. Its own curve would still be steep at the end.
+epochs in its first three quarters. The curve of such a short run would still be steep at the end.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class OptG(LayerMethod):
             in the paper), blocks such as `"1x4"` (outputs x inputs), N:M such as `"2:4"`, or
             `"channel"`. The score of a group is the mean score of its weights. Defaults to
             `"unstructured"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None:
-            `"epoch"` in a long training run, and at least twenty updates in a short training run.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means `"epoch"`
+            in a long training run, and at least twenty updates in a short training run.
         min_kept: Minimum number of weights that every layer keeps. With the pattern `"channel"`,
             minimum number of channels that every group of coupled channels keeps. Defaults to None,
             which means 1. Under the allocation `"global"`, None means a quarter of the weights that
             `"erk"` would keep.
-        counted_in: With the pattern `"channel"`, the quantity whose removed fraction is the
-            sparsity: `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        counted_in: Quantity in which the sparsity is counted with the pattern `"channel"`:
+            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With the pattern `"channel"`, the number of kept channels in a group is a multiple
             of this number. Groups with fewer than twice as many channels are not rounded. Defaults
             to 8.

@@ -2,8 +2,7 @@
 
 Every `frequency` steps, each weight tensor drops the given fraction of its kept weights, which are
 the weights with the smallest magnitudes. The tensor then grows the same number of weights at random
-places. They start
-at 0 without momentum:
+places. The new weights start at 0 without momentum:
 
     drop(t) = drop_fraction / 2 (1 + cos(pi t / t_stop))
 
@@ -47,21 +46,20 @@ class SET(UpdateMethod):
             weight stays dense if it has at most a quarter of all kept weights. The other weights
             are then sparser. Defaults to `"erk"`.
         pattern: Shape of the groups that are pruned together: `"unstructured"` (single weights),
-            blocks such as `"1x4"` (outputs x inputs), or `"channel"`. Defaults to
-            `"unstructured"`.
+            blocks such as `"1x4"` (outputs x inputs), or `"channel"`. Defaults to `"unstructured"`.
         drop_fraction: Fraction of the kept weights that the first update replaces, in [0, 1). The
             fraction falls to 0 along a cosine. Defaults to 0.3.
         stop: Fraction of training after which the masks do not change. Defaults to None, which
             means 0.75.
-        stop_step: Step after which the masks do not change. Do not pass it together with `stop`. A
-            training loop without `SparseTraining` needs this argument. Defaults to None.
+        stop_step: Step after which the masks do not change. Do not pass `stop_step` together with
+            `stop`. A training loop without `SparseTraining` needs this argument. Defaults to None.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 100 in a
             long training run, and at least twenty updates in a short training run.
         min_kept: Minimum number of weights that every layer keeps. With the pattern `"channel"`,
             minimum number of channels that every group of coupled channels keeps. Defaults to None,
             which means 1.
-        counted_in: With the pattern `"channel"`, the quantity whose removed fraction is the
-            sparsity: `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        counted_in: Quantity in which the sparsity is counted with the pattern `"channel"`:
+            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With the pattern `"channel"`, the number of kept channels in a group is a multiple
             of this number. Groups with fewer than twice as many channels are not rounded. Defaults
             to 8.

@@ -128,8 +128,8 @@ class ST3(LayerMethod):
         common = ops.max(ops.stack(below)) if self.allocation == "global" else np.float32(np.inf)
         changes = []
         for w, layout, mask, own, least in zip(weights, layouts, found, below, above):
-            # A minimum number of weights keeps weights below the common threshold. Their layer has
-            # its own threshold.
+            # If a layer has a minimum number of weights, it may keep weights below the common
+            # threshold. Such a layer has its own threshold.
             threshold = ops.where(common < least, common, own) * self._std(w.shape)
             factor = _factor(ops.abs(ops.cast(w, "float32")), mask, layout)
             changes.append({"mask": mask, "threshold": threshold, "factor": factor})

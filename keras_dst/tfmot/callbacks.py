@@ -24,7 +24,8 @@ class UpdatePruningStep(keras.callbacks.Callback):
 
     Raises:
         ValueError: When training begins, if the model has no pruned layer or is not compiled. Also
-            if it is compiled with `steps_per_execution` above 1, which hides steps from callbacks.
+            if the model is compiled with `steps_per_execution` above 1, which hides steps from
+            callbacks.
 
     Example:
         >>> model.fit(x, y, epochs=2, callbacks=[keras_dst.tfmot.UpdatePruningStep()])
