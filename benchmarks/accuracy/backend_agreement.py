@@ -118,12 +118,13 @@ def table():
     lines = [
         "# The same training on three backends",
         "",
-        "Network, initial weights, order of batches, method and number of epochs are the same; the "
-        f"sparsity is {SPARSITY:.0%}. The table gives test accuracy in % after the last epoch, the "
-        "sparsity, and the overlap of the masks of two backends: weights that both keep, divided "
-        "by weights that either keeps. Figures are means over the seeds. Two random masks would "
-        "share 5 %. "
-        "`make bench-agreement` writes this page from the runs in this folder.",
+        "Network, initial weights, order of batches, method and number of epochs are the same on "
+        f"every backend. The sparsity is {SPARSITY:.0%}. The table shows the test accuracy in % "
+        "after the last epoch, the sparsity, and the overlap of the masks of two backends. The "
+        "overlap is the number of weights that both backends keep, divided by the number of "
+        "weights that at least one backend keeps. Figures are means over the seeds. Two random "
+        "masks would have an overlap of 5 %. `make bench-agreement` writes this page from the "
+        "runs in this folder.",
     ]
     found: dict = {}
     for run in results.runs(BENCHMARK).values():

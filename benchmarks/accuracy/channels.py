@@ -137,10 +137,10 @@ def table():
         "# Accuracy without channels",
         "",
         "The tables show the test accuracy in % on CIFAR-10 after the last epoch, as mean and "
-        "standard deviation over the seeds, and the fraction of the FLOPs that is left. The "
-        "accuracy is that of the shrunk model. Every method starts from the same dense network "
-        "and trains for the same number of epochs. No method is tuned. `make bench-channels` "
-        "writes this page from the runs in this folder.",
+        "standard deviation over the seeds, and the fraction of the FLOPs that remains. The "
+        "accuracy is measured on the model that `shrink` returns. Every method starts from the "
+        "same dense network and trains for the same number of epochs. No method is tuned. `make "
+        "bench-channels` writes this page from the runs in this folder.",
     ]
     for key in dict.fromkeys(key for key, *_ in found):
         lines += ["", f"## {', '.join(key)}", "", "| method | seeds | dense | 2x | 4x |"]

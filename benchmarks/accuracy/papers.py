@@ -298,9 +298,9 @@ def table():
         "# All methods, the length of the papers",
         "",
         "The tables show the test accuracy in % after the last epoch as mean and standard "
-        "deviation over the seeds. Network, data, optimizer and number of epochs are the same for "
-        "every method, and no method is tuned. `make bench-papers` trains the runs, and writes "
-        "this page.",
+        "deviation over the seeds. Network, data, optimizer and number of epochs are the same "
+        "for every method, and no method is tuned. `make bench-papers` trains the networks and "
+        "writes this page.",
     ]
     results.write_index(BENCHMARK, intro + table_lines(results.runs(BENCHMARK).values()))
 

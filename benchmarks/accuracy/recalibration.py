@@ -73,9 +73,9 @@ def table():
     lines = [
         "# Recalibration after one-shot pruning",
         "",
-        "The table shows the test accuracy in % of ResNet-8 on CIFAR-10 for one seed. The network "
-        "was trained for 3 epochs on 20,000 images, and single weights were pruned by magnitude "
-        "without further training. `make bench-recalibration` writes this page.",
+        "The table shows the test accuracy in % of ResNet-8 on CIFAR-10 for one seed. The "
+        "network was trained for 3 epochs on 20,000 images. Then single weights were pruned by "
+        "magnitude, without further training. `make bench-recalibration` writes this page.",
         "",
         "| sparsity | dense network | pruned | after `recalibrate` |",
         "|---|---|---|---|",

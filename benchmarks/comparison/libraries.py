@@ -93,17 +93,17 @@ def table():
         "# Comparison with other libraries",
         "",
         "keras_dst, tfmot and PQuantML train with the same data, seeds, optimizer (SGD with "
-        "momentum "
-        f"0.9 and a cosine learning rate), number of epochs and target of {TARGET:.0%}. No tool is "
-        "tuned. Each tool runs in its own environment, on one core, on TensorFlow. "
-        "`make bench-libraries` writes this page from the runs in this folder.",
+        "momentum 0.9 and a cosine learning rate), number of epochs and target sparsity of "
+        f"{TARGET:.0%}. No tool is tuned. Each tool runs in its own environment, on one core, on "
+        "TensorFlow. `make bench-libraries` writes this page from the runs in this folder.",
         "",
         f"## LeNet-300-100, MNIST, {EPOCHS} epochs",
         "",
-        "Test accuracy in % of the finished network after the last epoch, mean and standard "
-        "deviation over the seeds, and the sparsity. Step time and memory are relative to the "
-        f"dense network of the same tool. Step time is the median of {ROUNDS} rounds of {STEPS} "
-        "steps in turns, mask updates included. All times are CPU times.",
+        "The table shows the test accuracy in % of the finished network after the last epoch, as "
+        "mean and standard deviation over the seeds, and the sparsity. Step time and memory are "
+        f"relative to the dense network of the same tool. Step time is the median of {ROUNDS} "
+        f"rounds of {STEPS} steps, mask updates included, and the networks take turns. All times "
+        "are CPU times.",
         "",
         "| tool | method | seeds | accuracy | sparsity | step | step, ms | compiling, s | memory |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -115,9 +115,10 @@ def table():
         "",
         "## Files of this network",
         "",
-        "`.tflite` files of the first seed, relative to the dense file in the first row: bytes and "
-        "median latency of one inference on one thread, with all files measured in turns in one "
-        "process. Accuracy is the test accuracy of the file.",
+        "The table shows the `.tflite` files of the first seed. Bytes and latency are relative "
+        "to the dense file in the first row. Latency is the median time of one inference on one "
+        "thread, and all files are run in turns in one process. Accuracy is the test accuracy of "
+        "the file.",
         "",
         "| tool | method | written by | bytes | latency | accuracy |",
         "|---|---|---|---|---|---|",
@@ -132,8 +133,7 @@ def table():
         "## A ResNet",
         "",
         f"Each tool prunes a ResNet-8, trains it for {EPOCHS * FEW} steps on random images, "
-        "finishes "
-        "and converts it.",
+        "strips it and converts it to a `.tflite` file.",
         "",
         "| tool | method | result |",
         "|---|---|---|",

@@ -209,11 +209,11 @@ def table():
     lines = [
         "# Tested models",
         "",
-        "Each model is made sparse, trained, evaluated, used to predict, saved, loaded and "
-        "stripped, with small inputs and random weights. A check mark means that every step works "
-        "and that the loaded and the stripped model predict exactly the same as the trained "
-        "model. An empty cell was not run. `make bench-models` writes this page from the runs in "
-        "`results/models`.",
+        "The benchmark makes each model sparse, trains, evaluates, saves, loads and strips it, "
+        "with small inputs and random weights. A check mark means that every step works, and "
+        "that the loaded model and the stripped model predict exactly the same values as the "
+        "trained model. If a cell is empty, the model was not run. `make bench-models` writes "
+        "this page from the runs in `results/models`.",
     ]
     notes: list[str] = []
     stored = results.runs(BENCHMARK)

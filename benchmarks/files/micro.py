@@ -214,14 +214,15 @@ def table():
     lines = [
         "# Microcontrollers and NPUs",
         "",
-        "The table shows the accuracy in % of the float model and of its int8 file on all test "
-        "samples, and the size of the int8 file with dense weights. The arena is the memory, in "
-        "bytes, that TensorFlow Lite Micro (TFLM) allocates for it. The other columns are ratios "
-        "to the file of the dense network after the same number of epochs: bytes after compression "
-        "with gzip, bytes and arena of the file without zeros for TFLM, encoded weights, and "
-        "cycles. Encoded weights and cycles are **estimates of Vela**, "
-        "in its default configurations, and not measurements on hardware. `make bench-micro` "
-        "writes this page from the runs in this folder.",
+        "The table shows the accuracy in % of the float32 model and of its int8 file on all test "
+        "samples. The columns `bytes` and `arena` are for the int8 file with dense weights. The "
+        "arena is the memory, in bytes, that TensorFlow Lite Micro (TFLM) allocates to run a "
+        "file. All other columns are ratios to the file of the dense network after the same "
+        "number of epochs. `gzip` is the size of the file after compression. `TFLM file` and "
+        "`TFLM arena` are for the file without zeros. The columns of an NPU give its encoded "
+        "weights and its cycles. These figures are **Vela's estimates**, with Vela's default "
+        "configurations, and not measurements on hardware. `make bench-micro` writes this page "
+        "from the runs in this folder.",
     ]
     for name, net in NETS.items():
         runs = {variant: stored[f"{name}_{variant}"] for variant in net.variants}
@@ -232,8 +233,9 @@ def table():
             "",
             f"## {net.title}",
             "",
-            f"{first['parameters']:,} parameters, {net.epochs} epochs on {first['trained_on']:,} "
-            f"samples, tested on {first['tested_on']:,} samples.",
+            f"The network has {first['parameters']:,} parameters. It is trained for {net.epochs} "
+            f"epochs on {first['trained_on']:,} samples and tested on {first['tested_on']:,} "
+            "samples.",
             "",
             "| " + " | ".join(headings) + " |",
             "|---|" + "---|" * (len(headings) - 1),
@@ -268,7 +270,7 @@ def bars(stored):
             BARS["cycles"],
             {name: _at_90(stored, name, "U55-128 cycles") for name in NETS},
         ),
-        "largest number of ops on the CPU, 0": (
+        "largest number of ops on the CPU, at most 0": (
             0,
             {name: max(map(_cpu_ops, runs)) for name, runs in runs_of.items()},
         ),
@@ -290,7 +292,7 @@ def bars(stored):
     return [
         *lines,
         "",
-        "Bold figures meet the goal; crossed-out figures miss it.",
+        "Bold figures meet the goal, and crossed-out figures miss the goal.",
         "",
         f"The int8 outputs of TensorFlow Lite Micro and of LiteRT differ by at most {largest} on "
         f"{COMPARED} test samples of each run.",

@@ -149,15 +149,16 @@ def table():
     lines = [
         "# Sparse .tflite files by network, pattern and sparsity",
         "",
-        f"Each network trains dense on {IMAGES:,} images, then half as many epochs under "
-        "`Magnitude` with the same sparsity in every layer but the last. The accuracy in % of "
-        f"each file is measured on {TESTED:,} test images. Bytes, latency of one inference on "
-        "one thread, load time and peak memory are relative to the dense float32 file. The next "
-        "two columns give bytes and latency of a file exported for ARM, with AVX hidden, where "
-        "XNNPACK uses the kernels that it has for ARM. The pattern `channel` removes channels. "
-        "`converter` is the file that TensorFlow's converter writes for the same network with "
-        "`EXPERIMENTAL_SPARSITY`. `make bench-tflite` writes this page "
-        "from the runs in this folder.",
+        f"Each network first trains dense on {IMAGES:,} images. It then trains for half as many "
+        "epochs with `Magnitude`, with the same sparsity in every layer except the last. The "
+        f"accuracy in % of each file is measured on {TESTED:,} test images. Bytes, latency, load "
+        "time and peak memory are relative to the dense float32 file. Latency is the time of one "
+        "inference on one thread. The columns after `no AVX` give the bytes and the latency of a "
+        "file that was exported for ARM. This file runs with AVX hidden, so XNNPACK uses the "
+        "kernels that it also has for ARM. The pattern `channel` removes channels. The columns "
+        "after `converter` are for the file that TensorFlow's converter writes for the same "
+        "network with `EXPERIMENTAL_SPARSITY`. `make bench-tflite` writes this page from the "
+        "runs in this folder.",
     ]
     stored = results.runs(BENCHMARK)
     for net in NETS:

@@ -362,9 +362,9 @@ def table():
         "# On a GPU",
         "",
         "The tables show the time of a training step and the peak memory as ratios to the dense "
-        "network on the same card, mask updates included. A mask update is given in milliseconds "
-        "and in passes, and one pass copies as many bytes as the weights take. "
-        "`make bench-gpu` writes this page from the runs in this folder.",
+        "network on the same GPU, mask updates included. The time of a mask update is given in "
+        "milliseconds and in passes. One pass copies as many bytes as the weights take. `make "
+        "bench-gpu` writes this page from the runs in this folder.",
     ]
     for name, run in results.runs(BENCHMARK).items():
         backend, _, policy = name.split(", ")

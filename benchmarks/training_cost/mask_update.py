@@ -153,12 +153,12 @@ def table():
     lines = [
         "# Mask update",
         "",
-        "The table shows one update of the masks of a ResNet-50, with 25 million weights, on "
-        "one core. RigL ranks each weight tensor alone; the other methods rank all tensors "
-        "together. The sparsity grows from one update to the next. Time is given in passes of "
-        "`abs` and `sum` over the weights, and memory as a ratio to the memory of the weights. "
-        "The goals were 60 passes and 2×. `make bench-overhead` writes this page from the runs "
-        "in this folder.",
+        "The table shows the cost of one mask update for a ResNet-50 with 25 million weights, on "
+        "one core. RigL ranks each weight tensor separately, and the other methods rank all "
+        "tensors together. The sparsity grows from one update to the next. The unit of time is "
+        "one pass of `abs` and `sum` over all weights. Memory is relative to the memory of the "
+        "weights. The goals were at most 60 passes and 2× the memory. `make bench-overhead` "
+        "writes this page from the runs in this folder.",
         "",
     ]
     columns = {

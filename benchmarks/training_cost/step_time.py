@@ -195,10 +195,11 @@ def table():
     lines = [
         "# Step time",
         "",
-        "The table shows the time of a training step as a ratio to the plain model. Both "
+        "The tables show the time of a training step relative to the dense model (`plain`). Both "
         "models take turns on one core, and mask updates are included. Numbers in brackets are "
-        "ratios of compilation time. Medians within a few percent of 1 are noise. "
-        "`make bench-step` and `make bench-overhead` write this page from the runs in this folder.",
+        "compilation times relative to the dense model. Differences of a few percent from 1 are "
+        "noise. `make bench-step` and `make bench-overhead` write this page from the runs in "
+        "this folder.",
     ]
     stored = results.runs(BENCHMARK)
     for net in SETTINGS:

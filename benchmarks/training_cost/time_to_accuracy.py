@@ -99,13 +99,16 @@ def table():
     lines = [
         "# Cost of training to a given accuracy",
         "",
-        f"LeNet-300-100 on MNIST, {SPARSITY:.0%} sparse. `epochs` is the smallest budget, of "
-        f"{', '.join(map(str, EPOCHS))}, whose mean test accuracy over {len(dense)} seeds "
-        f"reaches {100 * goal:.2f} %: the accuracy of the dense network after five epochs minus "
-        f"{100 * LESS:g} points. Operations of the whole training are given in units of a dense "
-        "epoch, as executed and with every zero skipped. Seconds are the duration of `fit`, "
-        f"with compile time. All runs ended within {100 * apart:.2f} points of the target. `make "
-        "bench-time-to-accuracy` writes this page from the runs in this folder.",
+        f"The table compares the cost of training LeNet-300-100 on MNIST to {SPARSITY:.0%} "
+        f"sparsity. The goal is a mean test accuracy of {100 * goal:.2f} % over {len(dense)} "
+        f"seeds, which is {100 * LESS:g} points less than the dense network reaches after five "
+        "epochs. `epochs` is the smallest number of epochs, out of "
+        f"{', '.join(map(str, EPOCHS))}, that reaches the goal. `operations` are the operations "
+        "of the whole training, relative to one epoch of dense training. `zeros skipped` is the "
+        "same number for a processor that skips every zero. `seconds` is the duration of `fit`, "
+        f"including compilation. All training runs ended within {100 * apart:.2f} points of the "
+        "target sparsity. `make bench-time-to-accuracy` writes this page from the runs in this "
+        "folder.",
         "",
         "| | epochs | accuracy | operations | zeros skipped | seconds |",
         "|---|---|---|---|---|---|",
