@@ -73,7 +73,7 @@ CASES_WHERE_STEPS_ARE_COMPILED = {
     "test_every_inner_optimizer": 12,
     "test_every_checkpoint_has_the_logged_sparsity": 2,
     "test_every_kind_of_model": 3,
-    "test_every_layer_equals_its_stock_layer_and_masks_by_its_thresholds": 8,
+    "test_every_sparse_layer_equals_its_stock_layer_with_masked_weights": 8,
     "test_every_way_to_compile": 9,
     "test_training_of_layers_with_one_weight": 2,
     "test_mixed_precision": 5,
@@ -97,11 +97,11 @@ EVERY_NTH_CASE_WHERE_STEPS_ARE_COMPILED = {
 # On TensorFlow and JAX, `make test` runs only one case per method of these tests. The id of a case
 # starts with the method. From one method to the next, the other parameters change.
 ONE_CASE_PER_METHOD_WHERE_STEPS_ARE_COMPILED = {
-    "test_a_loop_gives_the_same_masks_and_weights_as_fit_with_the_callback",
+    "test_a_custom_loop_gives_the_masks_and_weights_of_fit",
     "test_an_unstripped_model_is_exported",
     "test_early_stopping_with_restored_best_weights",
-    "test_float64_as_the_default_type",
-    "test_masks_equal_the_masks_of_float32",
+    "test_float64_as_default_dtype",
+    "test_masks_equal_those_of_float32",
     "test_restored_weights_are_pruned_again_with_a_warning",
     "test_best_weights_at_the_target_are_restored_unchanged",
 }

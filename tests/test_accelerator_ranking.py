@@ -13,20 +13,20 @@ from keras_dst import masks
 from keras_dst._backend import ranking
 from tests import test_masks
 from tests.test_masks import (  # noqa: F401
-    test_kth_is_exceeded_by_exactly_that_many,
-    test_the_search_for_a_threshold_within_zeros_is_short,
+    test_kth_is_exceeded_by_exactly_k_scores,
+    test_the_threshold_search_among_zeros_takes_few_steps,
     test_top_k,
-    test_top_k_after_a_sample,
     test_top_k_equals_a_stable_sort,
     test_top_k_in_half_precision,
-    test_top_k_next_to_the_lowest_float,
     test_top_k_of_each_tensor,
     test_top_k_of_each_tensor_equals_a_stable_sort,
     test_top_k_of_groups_equals_a_stable_sort,
-    test_top_k_of_groups_stops_at_the_first_that_does_not_fit,
-    test_top_k_of_tensors_of_several_rows_bundles_and_slabs,
+    test_top_k_of_scores_over_fifteen_orders_of_magnitude,
+    test_top_k_of_several_rows_bundles_and_slabs,
     test_top_k_of_tied_groups,
-    test_top_k_over_fifteen_decades,
+    test_top_k_stops_at_the_first_group_that_does_not_fit,
+    test_top_k_that_starts_from_a_sample,
+    test_top_k_with_a_score_near_the_lowest_float,
     test_top_k_without_a_finite_score,
 )
 

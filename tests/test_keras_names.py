@@ -1,4 +1,4 @@
-"""The installed Keras has every private attribute that the package reads."""
+"""Tests that the installed Keras has every private attribute that keras_dst reads."""
 
 import ast
 
@@ -9,12 +9,12 @@ from keras_dst import _keras
 from tests.pages import ROOT
 
 
-def test_this_keras_has_every_private_name():
+def test_installed_keras_has_all_private_names():
     assert _keras.missing_names() == []
 
 
 def hide(target, name):
-    """Make an attribute of an object missing, as if Keras had renamed the attribute."""
+    """Hide an attribute of an object, as if Keras had renamed the attribute."""
 
     class Renamed(type(target)):
         def __getattribute__(self, attribute):
@@ -22,7 +22,7 @@ def hide(target, name):
                 raise AttributeError(f"no attribute {attribute!r}")
             return super().__getattribute__(attribute)
 
-        def __getattr__(self, attribute):  # Modules of torch find their submodules here.
+        def __getattr__(self, attribute):  # PyTorch modules look up submodules here.
             if attribute == name:
                 raise AttributeError(f"no attribute {attribute!r}")
             return super().__getattr__(attribute)
@@ -30,7 +30,7 @@ def hide(target, name):
     object.__setattr__(target, "__class__", Renamed)
 
 
-def test_every_name_that_moved_is_reported(monkeypatch):
+def test_renamed_private_names_are_reported(monkeypatch):
     objects = _keras._objects_to_check()
     monkeypatch.setattr(_keras, "_objects_to_check", lambda: objects)
     for kind, target in objects.items():
@@ -58,7 +58,7 @@ def exempt(optimizer):
     _keras.exempt_from_decay(optimizer, _keras.trained_variables_of(optimizer))
 
 
-# Without an error, a renamed attribute would change the training and nobody would notice.
+# Without these errors, a renamed attribute would silently change training.
 @pytest.mark.parametrize(
     ("name", "make", "use"),
     [
@@ -67,9 +67,9 @@ def exempt(optimizer):
         ("_exclude_from_weight_decay", built_optimizer, exempt),
     ],
 )
-def test_a_use_of_a_name_that_moved_raises_an_error_with_the_name(name, make, use):
+def test_using_renamed_private_names_raises(name, make, use):
     if name == "_track_variables" and keras.backend.backend() != "torch":
-        pytest.skip("an attribute of layers on torch")
+        pytest.skip("only layers on PyTorch have this attribute")
     target = make()
     use(target)
     hide(target, name)
@@ -77,7 +77,7 @@ def test_a_use_of_a_name_that_moved_raises_an_error_with_the_name(name, make, us
         use(target)
 
 
-def test_no_other_module_reads_a_private_name_of_keras():
+def test_private_names_are_read_in_one_module_only():
     private = {name for names in _keras.PRIVATE_NAMES.values() for name in names}
     for path in (ROOT / "keras_dst").rglob("*.py"):
         if path.name == "_keras.py":

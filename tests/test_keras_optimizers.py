@@ -1,6 +1,6 @@
-"""Every Keras optimizer inside a `SparseOptimizer` that prunes nothing behaves as without it.
+"""Tests that a `SparseOptimizer` that prunes nothing behaves like its inner optimizer.
 
-Keras's own tests of its optimizers come with Keras. They run here with every optimizer wrapped.
+Keras includes tests of its optimizers. These tests run here with every optimizer wrapped.
 """
 
 import importlib
@@ -27,17 +27,17 @@ OPTIMIZERS = {
     and name not in ("Optimizer", "LossScaleOptimizer", "MultiOptimizer")
 }
 
-# -- Keras's own tests ---------------------------------------------------------------------------
+# -- tests from Keras ------------------------------------------------------------------------------
 
 MODULES = [f"{name.lower()}_test" for name in OPTIMIZERS]
 MODULES = [{"schedulefreeadamw_test": "schedule_free_adamw_test"}.get(m, m) for m in MODULES]
 MODULES += ["optimizer_test", "loss_scale_optimizer_test", "multi_optimizer_test"]
-# Tests of what differs on purpose, or of things that the wrapper does not have.
+# Tests from Keras that do not apply to the wrapper, with the reason.
 EXCLUDED = {
-    "optimizer_test-test_get_method": "asks for the class of an optimizer made from a name",
+    "optimizer_test-test_get_method": "expects the class of the inner optimizer",
     "optimizer_test-test_optimizer_auto_naming": "expects the name of the inner class",
     "multi_optimizer_test-test_serialization": "expects the names of the inner classes",
-    "multi_optimizer_test-test_tensorboard_logging_with_multi_optimizer": "the same",
+    "multi_optimizer_test-test_tensorboard_logging_with_multi_optimizer": "expects inner names",
     "sgd_test-test_single_step": "counts variables, and the wrapper adds a mask and two counters",
     "muon_test-test_adamw_weight_decay": "calls a private function of the inner class",
 }
@@ -50,12 +50,13 @@ def own_tests():
             if inspect.isclass(cls) and issubclass(cls, unittest.TestCase):
                 for method in unittest.defaultTestLoader.getTestCaseNames(cls):
                     test = f"{name}-{method}"
-                    if test not in EXCLUDED and method != "test_session":  # a helper
+                    if test not in EXCLUDED and method != "test_session":
                         yield pytest.param(module, cls, method, id=test)
 
 
 def wrapped(cls):
-    """Return a function that makes an optimizer of a class, wrapped, and nothing is pruned."""
+    """Return a function that creates an optimizer of a class inside a wrapper that prunes
+    nothing."""
 
     def make(*args, **kwargs):
         return SparseOptimizer(cls(*args, **kwargs), Magnitude(0.0))
@@ -66,7 +67,7 @@ def wrapped(cls):
 @slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(("module", "cls", "method"), list(own_tests()))
-def test_keras_own_tests_pass_with_every_optimizer_wrapped(module, cls, method, monkeypatch):
+def test_tests_from_keras_pass_with_wrapped_optimizers(module, cls, method, monkeypatch):
     for mark in getattr(getattr(cls, method), "pytestmark", ()):
         if mark.name == "skipif" and mark.args[0]:
             pytest.skip(mark.kwargs["reason"])
@@ -85,7 +86,7 @@ def test_keras_own_tests_pass_with_every_optimizer_wrapped(module, cls, method, 
         pytest.skip(result.skipped[0][1])
 
 
-# -- trajectories --------------------------------------------------------------------------------
+# -- trajectories ----------------------------------------------------------------------------------
 
 OPTIONS = {
     "plain": {},
@@ -102,7 +103,7 @@ OPTIONS = {
 
 
 def trained(optimizer, change=lambda optimizer: None, steps=5):
-    """Return all values after some steps, and the optimizer. `change` is called after a step."""
+    """Return all values after some steps. `change` is called after the first step."""
     random = np.random.default_rng(0)
     shapes = [(4, 3), (3,), (2, 2, 3, 4)]
     variables = [
@@ -139,7 +140,7 @@ SHORT = ["SGD", "AdamW"]
 @pytest.mark.parametrize(
     "name", [n if n in SHORT else pytest.param(n, marks=slow) for n in OPTIMIZERS]
 )
-def test_every_step_is_the_same(name, option):
+def test_steps_equal_those_of_the_inner_optimizer(name, option):
     cls = OPTIMIZERS[name]
     plain = cls(**OPTIONS[option])
     inner = cls(**OPTIONS[option])
@@ -176,7 +177,7 @@ def test_attributes_of_the_wrapper_reach_the_inner_optimizer(attribute):
 
 
 @pytest.mark.parametrize("excluded", ["list", "names"])
-def test_variables_that_are_excluded_from_weight_decay(excluded):
+def test_exclusions_from_weight_decay_apply_to_the_inner_optimizer(excluded):
     def values(optimizer):
         variables = [keras.Variable(np.full((2, 2), 2.0), name=n) for n in ("keep", "other")]
         chosen = {"var_list": variables[:1]} if excluded == "list" else {"var_names": ["keep"]}
@@ -194,7 +195,7 @@ def test_variables_that_are_excluded_from_weight_decay(excluded):
     assert_same(plain, values(SparseOptimizer(made(), Magnitude(0.0))))
 
 
-def test_loss_scaling_around_replaces_the_scale_of_the_inner_optimizer():
+def test_an_outer_loss_scale_replaces_the_inner_one():
     def scaled(wrap):
         inner = keras.optimizers.SGD(0.1, loss_scale_factor=100.0)
         outer = SparseOptimizer(inner, Magnitude(0.0)) if wrap else inner
@@ -205,7 +206,7 @@ def test_loss_scaling_around_replaces_the_scale_of_the_inner_optimizer():
     assert_same(scaled(False), scaled(True))
 
 
-def test_weights_and_files_of_the_state(tmp_path):
+def test_optimizer_state_can_be_set_and_saved(tmp_path):
     def made():
         return SparseOptimizer(keras.optimizers.Adam(0.1), Magnitude(Constant(0.5, begin_step=1)))
 
@@ -224,7 +225,7 @@ def test_weights_and_files_of_the_state(tmp_path):
     assert_same(values, [v.numpy() for v in third.variables])
 
 
-def test_an_empty_list_of_gradients_and_of_variables():
+def test_an_optimizer_without_variables():
     optimizer = SparseOptimizer("adam", Magnitude(0.9))
     optimizer.build([])
     optimizer.apply([], [])
@@ -235,7 +236,7 @@ def test_an_empty_list_of_gradients_and_of_variables():
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.Variable is TensorFlow's")
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
-def test_plain_tensorflow_variables(sparsity):
+def test_pruning_of_plain_tensorflow_variables(sparsity):
     import tensorflow as tf
 
     variable = tf.Variable([[1.0, 2.0], [3.0, 4.0]])
@@ -246,13 +247,13 @@ def test_plain_tensorflow_variables(sparsity):
     np.testing.assert_allclose(variable.numpy(), np.where(kept, expected, 0), rtol=1e-6)
 
 
-# -- several optimizers --------------------------------------------------------------------------
+# -- several optimizers ----------------------------------------------------------------------------
 
 METHOD = Magnitude(Constant(0.5, begin_step=1), frequency=2)
 
 
 def split(sparse, plain):
-    """Return a MultiOptimizer with one optimizer for the first layer, and one for the others."""
+    """Return a MultiOptimizer that uses `sparse` for the first layer, and `plain` for the rest."""
     by_layer = keras.optimizers.OptimizerMap(default_optimizer=plain)
     by_layer[".*first/.*"] = sparse
     return keras.optimizers.MultiOptimizer(by_layer)
@@ -276,7 +277,7 @@ x = np.random.default_rng(0).standard_normal((32, 4)).astype("float32")
 
 
 @pytest.mark.parametrize("make", [around, inside])
-def test_several_optimizers_and_their_state_after_a_reload(make, tmp_path):
+def test_state_of_several_optimizers_after_loading(make, tmp_path):
     assert multi_optimizer.MultiOptimizer is keras.optimizers.MultiOptimizer
     model = network()
     model.compile(make(), "mse", jit_compile=False)
@@ -296,7 +297,7 @@ def test_several_optimizers_and_their_state_after_a_reload(make, tmp_path):
 
 
 @pytest.mark.parametrize("method", [METHOD, FlipOut(0.5), RigL(0.5)])
-def test_the_callback_finds_a_sparse_optimizer_among_several(method):
+def test_the_callback_finds_a_sparse_optimizer_in_a_multi_optimizer(method):
     from keras_dst.callbacks import SparseTraining
 
     model = network()

@@ -1,4 +1,4 @@
-"""Tests of the sparse layers against values by hand, and of training with DST."""
+"""Tests of the sparse layers against manual values, and of training with DST."""
 
 import keras
 import numpy as np
@@ -10,7 +10,7 @@ from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import DST, Magnitude
 from tests import models
 
-# layer: (arguments, input shape, shapes of the thresholds per unit, by weight)
+# Layer: (arguments, input shape, shapes of the per-unit thresholds by weight).
 LAYERS = {
     "SparseDense": ({"units": 6}, (5,), {"kernel": (6,)}),
     "SparseEinsumDense": (
@@ -67,7 +67,7 @@ def run(layer, x):
     return keras.ops.convert_to_numpy(layer(x))
 
 
-def test_every_layer_equals_its_stock_layer_and_masks_by_its_thresholds(case):
+def test_every_sparse_layer_equals_its_stock_layer_with_masked_weights(case):
     cls, arguments, x, thresholds = case
     keras.utils.set_random_seed(0)
     sparse = cls(**arguments, method=DST())
@@ -96,7 +96,7 @@ def test_every_layer_equals_its_stock_layer_and_masks_by_its_thresholds(case):
 
 @pytest.mark.parametrize("kind", ["SimpleRNN", "LSTM", "GRU"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_a_cell_masks_its_weights_once_a_sequence(kind, dropout, monkeypatch):
+def test_a_cell_masks_its_weights_once_per_sequence(kind, dropout, monkeypatch):
     drop = {"dropout": dropout, "recurrent_dropout": dropout}
     cells = [getattr(layers, f"Sparse{kind}Cell")(6, method=DST(), **drop) for _ in range(2)]
     recurrent = keras.layers.RNN(cells, unroll=True)
@@ -106,10 +106,10 @@ def test_a_cell_masks_its_weights_once_a_sequence(kind, dropout, monkeypatch):
     apply = DST.apply
     monkeypatch.setattr(DST, "apply", lambda *args: calls.append(args) or apply(*args))
     recurrent(x, training=True)
-    assert len(calls) == 4  # two weights of each cell, not of each step
+    assert len(calls) == 4  # two weights of each of two cells, masked once
 
 
-def test_a_cell_holds_nothing_from_one_call_to_the_next():
+def test_a_cell_keeps_no_masked_weights_between_calls():
     keras.utils.set_random_seed(0)
     cell = layers.SparseSimpleRNNCell(6, use_bias=False, method=DST(granularity="layer"))
     recurrent = keras.layers.RNN(cell)
@@ -123,7 +123,7 @@ def test_a_cell_holds_nothing_from_one_call_to_the_next():
     kernel = cell._kernel.numpy()
     np.testing.assert_allclose(alone(), np.tanh(x[:, 0] @ kernel), rtol=1e-5)
     with pytest.raises(Exception, match=r"(?i)shape|dim|size"):
-        recurrent(x[:, :, :3])  # fails within the sequence
+        recurrent(x[:, :, :3])  # raises an error inside the sequence
     assert not cell.cached_weights
     cell.sparse_state["kernel"]["threshold"].assign(10.0)
     np.testing.assert_array_equal(alone(), nothing)
@@ -154,7 +154,7 @@ def test_a_layer_needs_a_method_for_the_forward_pass():
         _ = layers.SparseDense(6, method=DST()).kernel
 
 
-def test_the_guard_resets_the_thresholds_of_a_layer_that_dies_in_that_very_step():
+def test_thresholds_of_a_fully_pruned_layer_are_reset_in_the_same_step():
     model = models.residual()
     keras_dst.sparsify(model, DST(alpha=0.0))
     victim = model.layers[1].sparse_state["kernel"]["threshold"]
@@ -169,7 +169,7 @@ def test_the_guard_resets_the_thresholds_of_a_layer_that_dies_in_that_very_step(
 
 @pytest.mark.filterwarnings("ignore:.*training had reached sparsity:UserWarning")
 @pytest.mark.parametrize("method", [DST(alpha=1.0), DST(sparsity=0.999)], ids=str)
-def test_extreme_pressure_neither_kills_a_layer_nor_gives_nan(method):
+def test_extreme_sparsity_keeps_every_layer_alive_and_finite(method):
     keras.utils.set_random_seed(0)
     model = models.sequential()
     keras_dst.sparsify(model, method)
@@ -183,7 +183,7 @@ def test_extreme_pressure_neither_kills_a_layer_nor_gives_nan(method):
         assert row.nonzeros > 0, row.name
 
 
-def test_an_embedding_that_keras_builds_in_its_constructor():
+def test_an_embedding_with_initial_weights():
     table = np.random.default_rng(0).standard_normal((10, 4)).astype("float32")
     layer = layers.SparseEmbedding(10, 4, weights=table, method=DST())
     assert layer.sparse_state["embeddings"]["threshold"].shape == (4,)
@@ -196,8 +196,8 @@ def test_an_embedding_that_keras_builds_in_its_constructor():
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16", "float16"])
 @pytest.mark.parametrize("inner", [None, "float32", "mixed_bfloat16"])
-def test_dtypes_are_those_of_the_stock_layer(policy, inner):
-    """Also where a layer calls another by its `call`, as `TimeDistributed` does."""
+def test_dtypes_equal_those_of_the_stock_layer(policy, inner):
+    """`TimeDistributed` calls the `call` method of the inner layer, which changes its dtypes."""
     x = np.ones((3, 2, 4), "float32")
     for arguments in ({"use_bias": False}, {}):
         dtypes = []
@@ -206,7 +206,7 @@ def test_dtypes_are_those_of_the_stock_layer(policy, inner):
             try:
                 result = keras.layers.TimeDistributed(dense, dtype=policy)(x)
                 dtypes.append(keras.backend.standardize_dtype(result.dtype))
-            except Exception as error:  # torch does not add tensors of two dtypes
+            except Exception as error:  # PyTorch does not add tensors of two dtypes
                 dtypes.append(type(error))
             dense = cls(1, dtype=policy, **arguments, **own)
             dtypes.append(keras.backend.standardize_dtype(dense(x).dtype))
@@ -214,7 +214,7 @@ def test_dtypes_are_those_of_the_stock_layer(policy, inner):
         assert dtypes[:3] == dtypes[3:]
 
 
-def test_the_names_of_the_module_are_layers():
+def test_all_names_in_the_module_are_layers():
     assert "SparseReversibleEmbedding" in layers.__all__ or not hasattr(
         keras.layers, "ReversibleEmbedding"
     )

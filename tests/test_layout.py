@@ -1,4 +1,4 @@
-"""The layout of the package: imports go one way, and the root holds what users import."""
+"""Tests of the package layout: imports have one direction, and the root has the public names."""
 
 import ast
 import pathlib
@@ -18,7 +18,7 @@ FILES = {
     ): path
     for path in ROOT.rglob("*.py")
 }
-# Folders from the bottom to the top: a module imports only from its own or a lower row.
+# Groups of modules from the bottom to the top. Modules import only from their own or lower groups.
 ROWS = (
     ("version", "_utils", "_keras"),
     ("_backend", "masks", "schedules", "allocation", "regularizers"),
@@ -61,14 +61,14 @@ def row_of(name):
     return next(i for i, row in enumerate(ROWS) if part in row)
 
 
-def test_no_module_imports_in_a_circle():
+def test_modules_do_not_import_in_a_circle():
     try:
         TopologicalSorter(GRAPH).prepare()
     except CycleError as error:
         raise AssertionError(" -> ".join(error.args[1])) from error
 
 
-def test_no_import_runs_upwards():
+def test_modules_do_not_import_from_higher_groups():
     upwards = [
         f"{name} imports {other}"
         for name, others in GRAPH.items()
@@ -80,7 +80,7 @@ def test_no_import_runs_upwards():
 
 
 def test_no_function_shadows_a_module():
-    """`import keras_dst.report` would otherwise give the function."""
+    """Otherwise `import keras_dst.report` would return the function instead of the module."""
     packages = [name for name, path in FILES.items() if path.name == "__init__.py"]
     for package in packages:
         module = sys.modules.get(package) or __import__(package, fromlist=["_"])
@@ -89,12 +89,12 @@ def test_no_function_shadows_a_module():
                 assert isinstance(getattr(module, name), type(sys)), f"{package}.{name}"
 
 
-def test_dir_is_the_public_surface():
+def test_dir_lists_the_public_names():
     assert dir(keras_dst) == sorted(keras_dst.__all__)
     assert not [name for name in keras_dst.__all__ if name[0] == "_" and name != "__version__"]
 
 
-def test_importing_the_package_loads_no_report_and_no_plots():
+def test_importing_the_package_loads_no_reports_or_plots():
     code = "import sys, keras; before = set(sys.modules); import keras_dst; "
     code += "print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

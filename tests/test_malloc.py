@@ -1,4 +1,4 @@
-"""The process keeps the memory that it frees only while a training asks for it."""
+"""Tests that a process keeps freed memory only during training runs that request it."""
 
 import contextlib
 import os
@@ -17,9 +17,9 @@ from keras_dst.optimizers import SparseOptimizer
 from tests import models
 
 pytestmark = pytest.mark.skipif(
-    malloc.glibc() is None, reason="the C library is not glibc, or the environment sets its policy"
+    malloc.glibc() is None, reason="needs glibc with its default memory policy"
 )
-SIZE = 64 << 20  # bytes, above the limit from which glibc returns a block to the system
+SIZE = 64 << 20  # in bytes; glibc returns blocks of this size to the system
 
 
 def resident_memory():
@@ -29,14 +29,14 @@ def resident_memory():
 
 
 def is_kept():
-    """Return whether the process keeps the memory of a block that it frees."""
+    """Return True if the process keeps the memory of a block after freeing the block."""
     block = np.ones(SIZE, "uint8")
     before = resident_memory()
     del block
     return before - resident_memory() < SIZE // 2
 
 
-def test_memory_is_kept_until_it_is_returned():
+def test_freed_memory_is_kept_until_return_freed_memory():
     assert not is_kept()
     malloc.keep_freed_memory()
     try:
@@ -49,7 +49,7 @@ def test_memory_is_kept_until_it_is_returned():
 
 
 class Observe(keras.callbacks.Callback):
-    """A callback that records after every step whether memory is kept, and may raise an error."""
+    """Callback that records after every step if freed memory is kept, and may raise an error."""
 
     def __init__(self, error=None):
         super().__init__()
@@ -71,19 +71,19 @@ def fit(error=None, **arguments):
     return observe.seen
 
 
-def test_training_changes_the_policy_only_on_request():
+def test_training_changes_the_memory_policy_only_on_request():
     assert fit() == [False] * 4
     assert fit(keep_memory=True) == [True] * 4
     assert not is_kept()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_an_interrupted_training_undoes_the_policy(error):
+def test_an_interrupted_training_restores_the_memory_policy(error):
     assert fit(error, keep_memory=True) == [True]
     assert not is_kept()
 
 
-def test_variables_of_the_environment_have_priority():
+def test_environment_variables_have_priority():
     code = "from tests.test_malloc import *; malloc.keep_freed_memory(); print(is_kept())"
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -1,4 +1,4 @@
-"""Tests of masks against NumPy: steps, patterns, rankings, equal bits on all backends."""
+"""Tests of masks against NumPy: step function, patterns, rankings, equal bits on all backends."""
 
 import functools
 import math
@@ -37,11 +37,10 @@ def random(*shape, seed=0):
     return np.random.RandomState(seed).uniform(-1, 1, shape).astype("float32")
 
 
-# -- step and straight-through product -----------------------------------------------------------
+# -- step function and straight-through product ----------------------------------------------------
 
-# x: (step, derivative), arXiv 2005.06870.  2 |  /\        2 - 4|x| up to 0.4, then 0.4 up to 1
-#                                              | /  \
-#                                              |/____\_
+# Values x, step(x) and derivative of arXiv 2005.06870. The derivative is 2 - 4|x| up to 0.4, then
+# 0.4 up to 1, then 0.
 STEP = [
     (0.0, 0, 2.0),
     (0.1, 1, 1.6),
@@ -78,13 +77,13 @@ def test_step_derivative(dtype):
     slope = np.array([slope for _, _, slope in STEP])
     upstream = np.resize([1.0, -0.5, 4.0], len(STEP))
     (found,) = gradients(masks.step, [x], tensor(upstream, dtype))
-    # An x rounded by eps/2 of itself moves 2 - 4|x| by 2|x| eps.
+    # A rounding error of eps/2 in x changes 2 - 4|x| by 2|x| eps.
     allowed = np.abs(upstream) * EPSILON[dtype] * (2 * np.abs(array(x)) + 1) * (slope > 0)
     assert (np.abs(found - upstream * slope) <= allowed).all(), (found, upstream * slope)
 
 
 @pytest.mark.parametrize("dtype", EPSILON)
-def test_step_ends_just_beyond_one(dtype):
+def test_step_derivative_is_zero_beyond_one(dtype):
     beyond = 1 + EPSILON[dtype]
     x = tensor([-beyond, -1, 1, beyond], dtype)
     (found,) = gradients(masks.step, [x], tensor([1, 1, 1, 1], dtype))
@@ -97,7 +96,7 @@ def test_step_of_the_smallest_numbers(dtype):
     np.testing.assert_array_equal(array(masks.step(tensor([-small, 0, small], dtype))), [0, 0, 1])
 
 
-def test_step_of_nan_hands_back_nothing():
+def test_step_of_nan_has_zero_gradient():
     x = tensor([NAN, 0.2])
     np.testing.assert_array_equal(array(masks.step(x)), [0, 1])
     (found,) = gradients(masks.step, [x], tensor([1, 1]))
@@ -114,7 +113,7 @@ def test_masked(dtype):
 
 
 @pytest.mark.parametrize("dtype", EPSILON)
-def test_gradients_of_what_is_masked(dtype):
+def test_gradients_of_masked_weights(dtype):
     w, mask = tensor([1.5, 7.0], dtype), tensor([True, False], "bool")
     np.testing.assert_array_equal(array(masks.stop_gradient_where(mask, w)), [1.5, 7])
     for upstream, kept, others in (([2, 3], [2, 0], [0, 3]), ([NAN, 3], [NAN, 0], [0, 3])):
@@ -125,7 +124,7 @@ def test_gradients_of_what_is_masked(dtype):
         np.testing.assert_array_equal(found, others)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="others have one way to do it")
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="one implementation elsewhere")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_masked_on_torch(dtype, compiled):
@@ -163,9 +162,9 @@ def test_straight_through_product(dtype):
     np.testing.assert_allclose(to_scores, array(g) * array(w), rtol=EPSILON[dtype])
 
 
-# -- patterns ------------------------------------------------------------------------------------
+# -- patterns --------------------------------------------------------------------------------------
 
-# pattern, shape of the weight, layout, block
+# Pattern, shape of the weight, layout, shape of the block.
 BLOCKS = [
     ("unstructured", (8, 6), KERNEL, (1, 1)),
     ("1x1", (8, 6), KERNEL, (1, 1)),
@@ -175,11 +174,11 @@ BLOCKS = [
     ("2x2", (8, 6), KERNEL, (2, 2)),
     ("2x3", (8, 6), KERNEL, (3, 2)),
     ("channel", (8, 6), KERNEL, (8, 1)),
-    ("1x4", (6, 5), KERNEL, (4, 1)),  # partial blocks
+    ("1x4", (6, 5), KERNEL, (4, 1)),  # The last blocks are incomplete.
     ("4x1", (6, 5), KERNEL, (1, 4)),
     ("2x4", (7, 5), KERNEL, (4, 2)),
-    ("1x16", (6, 5), KERNEL, (6, 1)),  # A block longer than its axis.
-    ("1x4", (3, 2, 6, 5), KERNEL, (1, 1, 4, 1)),  # Convolutions
+    ("1x16", (6, 5), KERNEL, (6, 1)),  # The block is longer than the axis.
+    ("1x4", (3, 2, 6, 5), KERNEL, (1, 1, 4, 1)),  # Kernels of convolutions follow.
     ("4x1", (3, 2, 6, 5), KERNEL, (1, 1, 1, 4)),
     ("2x2", (3, 2, 6, 5), KERNEL, (1, 1, 2, 2)),
     ("1:3", (3, 2, 6, 5), KERNEL, (1, 1, 1, 1)),
@@ -194,7 +193,7 @@ BLOCKS = [
 
 
 def blocks_of(shape, block):
-    """Index of every block, and the slices of the weights in it."""
+    """Yield the index of every block and the slices that select its weights."""
     counts = [-(-n // b) for n, b in zip(shape, block)]
     for index in np.ndindex(*counts):
         yield index, tuple(slice(i * b, (i + 1) * b) for i, b in zip(index, block))
@@ -221,7 +220,9 @@ def test_pattern(name, shape, layout, block):
 
 
 def test_golden_blocks():
-    # A (5, 3) kernel in 1x4: 4 inputs of an output form a block, and the fifth one alone.
+    # A kernel with 5 inputs and 3 outputs, and pattern 1x4: each block has 4 inputs of one output.
+    # The fifth input forms blocks of one weight.
+    #
     #          out 0 1 2
     # in 0         1 0 2
     #    1         2 0 2                means   2.5  0  2
@@ -235,7 +236,8 @@ def test_golden_blocks():
     np.testing.assert_array_equal(array(scores), [[2.5, 0, 2], [6, -1, 0]])
     np.testing.assert_array_equal(pattern.sizes((5, 3)), [[4, 4, 4], [1, 1, 1]])
 
-    # 6 weights: the single 6 comes first, then the block of 2.5; the block of 2 does not fit.
+    # Of 6 weights, the block with score 6 takes one, and the block with score 2.5 takes four. The
+    # block with score 2 does not fit.
     (groups,) = top_k([array(scores)], 6, [pattern.sizes((5, 3))])
     np.testing.assert_array_equal(groups, [[1, 0, 0], [1, 0, 0]])
     mask = pattern.expand(ops.convert_to_tensor(groups), (5, 3))
@@ -262,7 +264,7 @@ def test_pool_in_half_precision(dtype):
     np.testing.assert_array_equal(means, [[3, 4], [9, 10]])
 
 
-def test_pool_warns_of_nothing():
+def test_pool_raises_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         masks.pool(tensor(np.ones((4, 2))), (2, 1))
@@ -276,13 +278,13 @@ MALFORMED = [
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_pattern(name):
+def test_a_malformed_pattern_raises(name):
     with pytest.raises(ValueError, match="pattern must be 'unstructured', blocks"):
         Pattern(name)
 
 
 @pytest.mark.parametrize("name", ["4:4", "4:2", "1:1"])
-def test_n_of_m_that_prunes_nothing(name):
+def test_n_of_m_with_n_not_below_m_raises(name):
     with pytest.raises(ValueError, match=f"N < M. Received: '{name}'"):
         Pattern(name)
 
@@ -297,16 +299,17 @@ def test_n_of_m_that_prunes_nothing(name):
         ("2x2", Layout(outputs=(), inputs=(-1,)), "an output"),
     ],
 )
-def test_pattern_without_its_axis(name, layout, missing):
+def test_a_pattern_without_its_axis_raises(name, layout, missing):
     with pytest.raises(ValueError, match=rf"'{name}' needs {missing} axis.*\(3, 3, 8, 2\)"):
         Pattern(name).block((3, 3, 8, 2), layout)
 
 
-# -- top_k ---------------------------------------------------------------------------------------
+# -- top_k -----------------------------------------------------------------------------------------
 
 
 def reference_top_k(scores, kept, sizes=None):
-    """By a stable sort: the best first, ties in order, as long as their sizes fit."""
+    """Rank with a stable sort: keep the best groups, the first of ties, until a group does not
+    fit."""
     flat = np.concatenate([np.ravel(s) for s in scores])
     order = np.argsort(-flat, kind="stable")
     taken = np.ones(len(flat)) if sizes is None else np.concatenate([np.ravel(s) for s in sizes])
@@ -322,7 +325,7 @@ def split(flat, shapes):
 
 @functools.cache
 def compiled_top_k(shapes, sizes, kept_axes, xla):
-    """`top_k` of scores of these shapes, compiled, with a count or counts in a tensor."""
+    """Return a compiled `top_k` for scores of these shapes. Its count is a tensor."""
     sizes = sizes and [np.reshape(n, shape) for n, shape in zip(sizes, shapes)]
 
     def function(scores, kept):
@@ -350,7 +353,7 @@ def assert_equal(found, expected):
         np.testing.assert_array_equal(one, other)
 
 
-# description, scores, kept, masks
+# Description, scores, number of kept scores, expected masks.
 TOP_K = [
     ("the highest", [[0.1, 0.3, 0.2, 0]], 2, [[0, 1, 1, 0]]),
     ("over all tensors", [[1, 5], [[4, 2], [3, 6]]], 3, [[0, 1], [[1, 0], [0, 1]]]),
@@ -384,18 +387,18 @@ def test_top_k(scores, kept, expected):
     assert_equal(top_k(scores, kept), [np.array(mask, bool) for mask in expected])
 
 
-@pytest.mark.skipif(COMPILES, reason="a search that is not compiled can be changed by every test")
+@pytest.mark.skipif(COMPILES, reason="the test changes the search, which must not be compiled")
 @pytest.mark.parametrize(
     ("scores", "kept", "expected"),
     [pytest.param(*case, id=what) for what, *case in TOP_K],
 )
-def test_top_k_after_a_sample(scores, kept, expected, monkeypatch):
+def test_top_k_that_starts_from_a_sample(scores, kept, expected, monkeypatch):
     monkeypatch.setattr(ranking, "_SAMPLE_FROM", 1)
     monkeypatch.setattr(ranking, "_SAMPLE_STRIDES", (1, 1))
     assert_equal(top_k(scores, kept), [np.array(mask, bool) for mask in expected])
 
 
-def test_top_k_outside_a_compiled_function():
+def test_top_k_in_eager_mode():
     found = masks.top_k([tensor([0.1, 0.3]), tensor([0.2])], 2)
     assert_equal([ops.convert_to_numpy(mask) for mask in found], [[False, True], [True]])
 
@@ -405,7 +408,7 @@ def test_top_k_without_a_finite_score(score):
     assert_equal(top_k([[score] * 4], 2), [[True, True, False, False]])
 
 
-def test_top_k_next_to_the_lowest_float():
+def test_top_k_with_a_score_near_the_lowest_float():
     assert_equal(top_k([[-3e38, 1, 2, 3]], 2), [[False, False, True, True]])
 
 
@@ -417,16 +420,16 @@ def test_top_k_in_half_precision(dtype):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_top_k_over_fifteen_decades(sign):
+def test_top_k_of_scores_over_fifteen_orders_of_magnitude(sign):
     scores = sign * np.logspace(-12, 3, 61, dtype="float32")
     scores = split(np.random.RandomState(0).permutation(scores), [(5, 8), (21,)])
     for kept in range(62):
         assert_equal(top_k(scores, kept), reference_top_k(scores, kept))
 
 
-@pytest.mark.skipif(COMPILES, reason="counts are those of a loop that is not compiled")
+@pytest.mark.skipif(COMPILES, reason="the test counts the steps of a loop that is not compiled")
 @pytest.mark.parametrize("kept", [100, 5_000, 5_010, 9_000, 16_990, 17_000, 19_000])
-def test_the_search_for_a_threshold_within_zeros_is_short(kept, monkeypatch):
+def test_the_threshold_search_among_zeros_takes_few_steps(kept, monkeypatch):
     scores = np.concatenate([random(2_000), np.zeros(6_000), -np.ones(2_000)]).astype("float32")
     scores, counts = [np.abs(scores), scores], []
     count = ranking._Ranking._count_above
@@ -434,7 +437,7 @@ def test_the_search_for_a_threshold_within_zeros_is_short(kept, monkeypatch):
         ranking._Ranking, "_count_above", lambda *args: counts.append(1) or count(*args)
     )
     assert_equal(top_k(scores, kept), reference_top_k(scores, kept))
-    assert len(counts) < 40  # 300 to the denormal numbers around 0
+    assert len(counts) < 40  # a search down to denormal numbers takes 300 steps
 
 
 def test_top_k_compiled_by_xla():
@@ -443,7 +446,7 @@ def test_top_k_compiled_by_xla():
         assert_equal(top_k(scores, kept, xla=True), reference_top_k(scores, kept))
 
 
-def test_top_k_of_groups_stops_at_the_first_that_does_not_fit():
+def test_top_k_stops_at_the_first_group_that_does_not_fit():
     # score  9 8 7 6      Sizes 2 and 1 fit into 5 kept weights. Size 3 does not fit, and the
     # size   2 1 3 1      ranking stops there, although the last size 1 would fit.
     assert_equal(top_k([[9, 8, 7, 6]], 5, [np.array([2, 1, 3, 1])]), [[1, 1, 0, 0]])
@@ -462,7 +465,7 @@ SIZES = {
 
 @st.composite
 def scores_and_count(draw, largest_size=1):
-    """Scores with many ties and a wide range, and a count from below 0 to beyond them all."""
+    """Draw scores with many ties or a wide range, and a count from -1 to more than all scores."""
     shapes = draw(st.sampled_from(SHAPES))
     size = sum(math.prod(shape) for shape in shapes)
     ties = st.integers(-3, 3).map(float)
@@ -505,8 +508,8 @@ def test_top_k_of_each_tensor_equals_a_stable_sort(case, counts):
     assert_equal(top_k(scores, counts, sizes), expected)
 
 
-# Rows of 4 entries, bundles of up to 16, slabs of 2 rows: several of each, full ones and others.
-def test_top_k_of_tensors_of_several_rows_bundles_and_slabs(monkeypatch):
+# The sizes are small, so that the scores fill several rows, bundles and slabs, some only in part.
+def test_top_k_of_several_rows_bundles_and_slabs(monkeypatch):
     sizes = {
         "_ROW_WIDTH": 4,
         "_BUNDLE_SIZE": 16,
@@ -518,7 +521,7 @@ def test_top_k_of_tensors_of_several_rows_bundles_and_slabs(monkeypatch):
         monkeypatch.setattr(ranking, name, size)
     shapes = [(19,), (3, 5), (2,), (16,)]
     scores = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
-    scores[0], scores[2] = np.round(scores[0]), np.round(scores[2])  # with ties
+    scores[0], scores[2] = np.round(scores[0]), np.round(scores[2])  # creates ties
     sizes = [np.random.RandomState(i).randint(1, 5, shape) for i, shape in enumerate(shapes)]
 
     def found(sizes=None, first=None):
@@ -542,17 +545,17 @@ def test_top_k_of_tensors_of_several_rows_bundles_and_slabs(monkeypatch):
         assert_equal(best_first(kept), reference_top_k(raised([1] * len(shapes)), kept))
     for kept in (11, 12, 30, 51, 99):
         assert_equal(several_first(kept), reference_top_k(raised(several), kept))
-        kept += 33  # as many groups weigh four times as much at the most
+        kept += 33  # sizes are up to 4, so up to 33 more weights are needed
         assert_equal(of_groups_first(kept), reference_top_k(raised(several), kept, sizes))
     counts = [11, 0, 2, 36]
     each = zip(scores, counts, sizes)
     assert_equal(found(sizes)(counts), [reference_top_k([s], k, [n])[0] for s, k, n in each])
 
 
-# -- kth -----------------------------------------------------------------------------------------
+# -- kth -------------------------------------------------------------------------------------------
 
 
-def test_kth_is_exceeded_by_exactly_that_many():
+def test_kth_is_exceeded_by_exactly_k_scores():
     scores = [random(3, 4), random(5, seed=1)]
     kth = jit(masks.kth)
     for kept in range(18):
@@ -560,12 +563,12 @@ def test_kth_is_exceeded_by_exactly_that_many():
         assert sum((s > threshold).sum() for s in scores) == kept
 
 
-def test_kth_of_ties_lets_none_of_them_through():
+def test_kth_is_not_exceeded_by_tied_scores():
     threshold = array(masks.kth([tensor([3, 1, 1]), tensor([1, 0])], 2))
     assert 1 <= threshold < 3
 
 
-# -- N of M --------------------------------------------------------------------------------------
+# -- N of M ----------------------------------------------------------------------------------------
 
 
 def reference_n_of_m(scores, n, m, axis):
@@ -584,7 +587,7 @@ def reference_n_of_m(scores, n, m, axis):
         ((8, 3), 2, 4, -2),
         ((8, 3), 1, 2, -2),
         ((8, 3), 3, 8, -2),
-        ((6, 3), 2, 4, -2),  # a shorter group at the end
+        ((6, 3), 2, 4, -2),  # the last group is shorter
         ((5, 3), 2, 4, -2),
         ((3, 2), 2, 4, -2),
         ((9, 3), 1, 4, 0),
@@ -597,14 +600,14 @@ def reference_n_of_m(scores, n, m, axis):
 )
 def test_n_of_m(shape, n, m, axis):
     function = jit(lambda s: masks.n_of_m(s, n, m, axis))
-    for scores in [random(*shape), np.round(random(*shape))]:  # distinct, tied
+    for scores in [random(*shape), np.round(random(*shape))]:  # distinct scores, tied scores
         found = function(tensor(scores))
         assert keras.backend.standardize_dtype(found.dtype) == "bool"
         expected = reference_n_of_m(scores, n, m, axis)
         np.testing.assert_array_equal(ops.convert_to_numpy(found), expected)
 
 
-# 2:4 down the inputs of a (6, 2) kernel; the last group is shorter, and all of it stays.
+# Pattern 2:4 along the inputs of a (6, 2) kernel. The last group is shorter and is kept whole.
 #   3 1      1 0
 #   1 1      0 0
 #   2 2      1 1
@@ -630,16 +633,17 @@ def test_golden_n_of_m():
         ([-INF], [1]),
     ],
 )
-def test_n_of_m_of_ties_and_of_what_is_not_finite(scores, expected):
+def test_n_of_m_of_tied_and_nonfinite_scores(scores, expected):
     found = jit(lambda s: masks.n_of_m(s, 2, 4, axis=0))(tensor(scores))
     np.testing.assert_array_equal(array(found), expected)
 
 
-# -- the same bits on every backend --------------------------------------------------------------
+# -- masks with equal bits on every backend --------------------------------------------------------
 
 CONV, DENSE = random(2, 2, 6, 5, seed=5), random(10, 6, seed=6)
 
-# pattern, its block in a convolution (a dense kernel has the last two axes alone), the packed bits
+# Pattern, shape of its block in a convolution kernel, packed bits of the masks. In a dense kernel,
+# the block has the last two axes only.
 GOLDEN = [
     ("unstructured", (1, 1, 1, 1), "5026007a293a0e83d201e9744a0d4cb801383108110020"),
     ("1x4", (1, 1, 4, 1), "000003196b5acc6084212954a529ce10410445145128a0"),
@@ -654,7 +658,7 @@ def bits(arrays):
 
 
 def reference_masks(block, weights, kept):
-    """Blocks ranked by mean magnitude over all weights; without a block, 2 of 4 inputs."""
+    """Rank blocks by mean magnitude over all weights; without a block, keep 2 of 4 inputs."""
     if block is None:
         return [reference_n_of_m(np.abs(w), 2, 4, -2) for w in weights]
     result = [np.zeros(w.shape, bool) for w in weights]

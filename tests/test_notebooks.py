@@ -1,4 +1,4 @@
-"""Every notebook runs without errors or warnings, and its stored outputs are still true."""
+"""Tests that every notebook runs without errors or warnings and prints its stored values."""
 
 import json
 import math
@@ -12,8 +12,9 @@ from notebooks.execute import ALL, execute
 each = pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 
 NUMBER = r"(\d[\d,]*(?:\.\d+)?(?:e-\d+)?)"
-# Regular expressions of values in printed text, with the absolute and the relative difference that
-# is allowed. Trainings on two CPUs differ, and the test data are 360 images.
+# Regular expressions of printed values, each with the allowed absolute and relative difference.
+# Training differs from CPU to CPU, and one of the 360 test images changes the accuracy by 0.3
+# points.
 VALUES = {
     "total sparsity": (rf"{NUMBER} ?% sparse", 0.1, 0),
     "accuracy": (rf"{NUMBER}% (?:correct|with gates|now)", 5, 0),
@@ -40,7 +41,7 @@ def code_cells(notebook):
 
 
 def kinds(cell):
-    """Return the kind of each output of a cell: the name of a stream, or the types of a value."""
+    """Return the kind of each output of a cell: the stream name or the MIME types of a value."""
     return [sorted(out.data) if "data" in out else out.name for out in cell.outputs]
 
 
@@ -51,7 +52,7 @@ def printed(notebook):
 
 
 def values(text):
-    """Return the numbers in a text, by name and in order."""
+    """Return the lists of numbers that a text contains, by the names in VALUES."""
     return {
         name: [float(number.replace(",", "")) for number in re.findall(pattern, text)]
         for name, (pattern, _, _) in VALUES.items()
@@ -59,7 +60,7 @@ def values(text):
 
 
 def differences(text, stored):
-    """Return what differs more than allowed: (name, numbers now, numbers stored)."""
+    """Return the values that differ too much, as (name, numbers now, numbers stored)."""
     now, before = values(text), values(stored)
     return [
         (name, now[name], before[name])
@@ -72,7 +73,7 @@ def differences(text, stored):
     ]
 
 
-def test_notebooks_are_numbered_without_a_gap():
+def test_notebooks_are_numbered_without_gaps():
     assert [int(path.name[:2]) for path in ALL] == list(range(1, len(ALL) + 1))
     assert len(ALL) > 10
 
@@ -93,7 +94,7 @@ def test_stored_notebook_is_complete(path):
 
 
 @each
-def test_stored_notebook_names_nothing_of_its_machine(path):
+def test_stored_notebook_contains_no_path_of_a_machine(path):
     notebook = nbformat.read(path, as_version=4)
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert not any(cell.metadata for cell in notebook.cells)
@@ -104,7 +105,7 @@ def test_stored_notebook_names_nothing_of_its_machine(path):
 
 
 @each
-def test_links_of_a_notebook_have_targets(path):
+def test_links_in_a_notebook_have_targets(path):
     notebook = nbformat.read(path, as_version=4)
     text = "".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     links = re.findall(r"\]\(([^)]+)\)", text)
@@ -114,8 +115,8 @@ def test_links_of_a_notebook_have_targets(path):
 
 
 @each
-def test_a_changed_value_is_a_difference(path):
-    """Guards the comparison: it finds at least two values in each notebook, and each change."""
+def test_changed_values_are_found(path):
+    """The comparison finds at least two values in each notebook, and finds every changed value."""
     stored = printed(nbformat.read(path, as_version=4))
     assert differences(stored, stored) == []
     found = {name: numbers for name, numbers in values(stored).items() if numbers}

@@ -1,4 +1,4 @@
-"""Tests of `SparseOptimizer`: the weights it prunes, and training loops without `fit`."""
+"""Tests of `SparseOptimizer`: the pruned weights, and training loops without `fit`."""
 
 import contextlib
 import warnings
@@ -22,7 +22,7 @@ STEPS = Cubic(0.8, begin_step=2, end_step=14)
 
 
 def train_step(model, loss_fn):
-    """A user's own training step, as the backend's guides write it."""
+    """Return a custom training step, as in the Keras guides for the backend."""
     backend = keras.backend.backend()
     optimizer = model.optimizer
     variables = model.trainable_variables
@@ -73,7 +73,7 @@ def train_step(model, loss_fn):
 
 
 @pytest.mark.parametrize("method", [Magnitude(STEPS, frequency=3), Magnitude(STEPS, "erk")])
-def test_a_custom_loop_needs_no_callback_when_steps_are_given(method):
+def test_a_custom_loop_with_a_schedule_in_steps_needs_no_callback(method):
     keras.utils.set_random_seed(0)
     model = models.compiled(models.residual(), SparseOptimizer("sgd", method))
     step = train_step(model, keras.losses.SparseCategoricalCrossentropy())
@@ -108,8 +108,8 @@ CLOCKS = {
 
 
 @pytest.mark.parametrize("name", CLOCKS)
-def test_a_loop_gives_the_same_masks_and_weights_as_fit_with_the_callback(name):
-    """All variables are equal, bit for bit, after 20 steps of a schedule that ends before."""
+def test_a_custom_loop_gives_the_masks_and_weights_of_fit(name):
+    """All variables are bit-equal after 20 steps. The schedule ends before step 20."""
     steps = 20
     x, y = reference.data(steps)
 
@@ -180,7 +180,7 @@ def test_torch_compiles_the_step_without_the_callback():
 
 
 @pytest.mark.parametrize("revival", [False, True])
-def test_masks_apply_again_to_weights_that_were_assigned(revival):
+def test_reapply_masks_prunes_assigned_weights(revival):
     keras.utils.set_random_seed(0)
     model = models.residual()
     dense = model.get_weights()
@@ -196,7 +196,7 @@ def test_masks_apply_again_to_weights_that_were_assigned(revival):
     assert driver.measured_sparsity() == pytest.approx(0.8, abs=1e-3)
     for kernel, before, zero in zip(model.optimizer.kernels, restored, pruned):
         np.testing.assert_array_equal(kernel.numpy(), np.where(zero, 0, before))
-    driver.assign_states([{} for _ in pruned])  # training continues with the assigned values
+    driver.assign_states([{} for _ in pruned])  # the next step keeps the assigned values
     for kernel, before, zero in zip(model.optimizer.kernels, restored, pruned):
         np.testing.assert_array_equal(kernel.numpy(), np.where(zero, 0, before))
 
@@ -216,7 +216,7 @@ def test_measured_sparsity_of_sparse_layers():
 
 
 @pytest.mark.parametrize("inner", ["sgd", "adam", "rmsprop", "adamw"])
-def test_nothing_pruned_equals_the_inner_optimizer(inner):
+def test_zero_sparsity_equals_the_inner_optimizer(inner):
     def weights(wrap):
         keras.utils.set_random_seed(0)
         optimizer = keras.optimizers.get(inner)
@@ -232,7 +232,7 @@ def test_nothing_pruned_equals_the_inner_optimizer(inner):
         np.testing.assert_array_equal(a, b)
 
 
-def test_it_passes_on_what_belongs_to_the_inner_optimizer():
+def test_inner_attributes_are_read_and_set_through_the_wrapper():
     optimizer = SparseOptimizer(keras.optimizers.SGD(0.1), Magnitude(0.5))
     assert float(optimizer.learning_rate) == pytest.approx(0.1)
     optimizer.learning_rate = 0.01
@@ -253,7 +253,7 @@ def test_config_round_trip():
 
 @pytest.mark.parametrize("kind", models.MODELS)
 def test_every_kind_of_model(kind):
-    """The kernels of any layer, with nothing to declare; lookups have sparse gradients, too."""
+    """Kernels of every layer are pruned without declarations; embeddings have sparse gradients."""
     keras.utils.set_random_seed(0)
     model = models.MODELS[kind]()
     before = {v.path for v in model.trainable_variables if is_prunable(v)}
@@ -267,7 +267,7 @@ def test_every_kind_of_model(kind):
     np.testing.assert_array_equal(models.predict(keras_dst.strip(model), x), expected)
 
 
-def test_filters_and_what_is_a_kernel():
+def test_filters_select_kernels_only():
     model = models.residual()
     every = SparseOptimizer("sgd", Magnitude(0.5))
     every.build(model.trainable_variables)
@@ -280,7 +280,7 @@ def test_filters_and_what_is_a_kernel():
         SparseOptimizer("sgd", Magnitude(0.5), "nothing").build(model.trainable_variables)
 
 
-def test_an_allocation_by_name():
+def test_training_with_an_allocation_by_name():
     keras.utils.set_random_seed(0)
     model = models.residual()
     method = Magnitude(0.5, allocation={"dense.*kernel": 0.0})
@@ -291,7 +291,7 @@ def test_an_allocation_by_name():
         assert sparsity == pytest.approx(0.0 if "dense" in name else 0.5, abs=5e-3), name
 
 
-# -- several optimizers --------------------------------------------------------------------------
+# -- several optimizers ----------------------------------------------------------------------------
 
 
 def gradients_of(loss, variables):
@@ -318,7 +318,7 @@ def gradients_of(loss, variables):
 
 
 class Adversarial(keras.Model):
-    """A generator and a discriminator, which a `train_step` trains with two optimizers in turn."""
+    """A model whose `train_step` trains a generator and a discriminator with two optimizers."""
 
     def __init__(self):
         super().__init__()
@@ -330,7 +330,7 @@ class Adversarial(keras.Model):
         return self.discriminator(self.generator(noise))
 
     def compile(self, optimizer, discriminator_optimizer):
-        super().compile(optimizer, jit_compile=False)  # On JAX, the step then runs eagerly.
+        super().compile(optimizer, jit_compile=False)  # On JAX, the step runs eagerly.
         self.discriminator_optimizer = discriminator_optimizer
         optimizer.build(self.generator.trainable_variables)
         discriminator_optimizer.build(self.discriminator.trainable_variables)
@@ -369,7 +369,7 @@ class Adversarial(keras.Model):
 
 
 def no_gradients():
-    """Return the context in which torch changes weights in place; other backends need none."""
+    """Return a context without gradients for in-place changes on PyTorch, or an empty context."""
     if keras.backend.backend() != "torch":
         return contextlib.nullcontext()
     import torch
@@ -383,7 +383,7 @@ def zeros(network):
     return sum(np.sum(kernel == 0) for kernel in kernels) / sum(kernel.size for kernel in kernels)
 
 
-def test_a_generator_and_a_discriminator_are_pruned_by_their_own_optimizers():
+def test_two_sparse_optimizers_prune_a_generator_and_a_discriminator():
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)
     noise, real = (rng.standard_normal((64, n)).astype("float32") for n in (8, 4))
@@ -403,13 +403,13 @@ def test_a_generator_and_a_discriminator_are_pruned_by_their_own_optimizers():
     assert (zeros(model.generator), zeros(model.discriminator)) == (0.75, 0.5)
     model.fit(noise, real, batch_size=32, verbose=0)
     assert int(sgd.iterations.numpy()) == 10
-    # Without masks, pruned weights move again, except the weights of units that are never active.
+    # Without masks, pruned weights change again, except for weights of inactive units.
     assert zeros(model.generator) < 0.75
     assert zeros(model.discriminator) < 0.5
 
 
 class TestErrors:
-    def test_a_method_of_the_other_family(self):
+    def test_a_layer_method_raises(self):
         with pytest.raises(TypeError, match="sparsify"):
             SparseOptimizer("sgd", DST())
         with pytest.raises(TypeError, match="Expected a method"):
@@ -419,13 +419,13 @@ class TestErrors:
         with pytest.raises(TypeError, match=r"SparseOptimizer\(optimizer, method\)"):
             SparseOptimizer(Magnitude(0.9), "sgd")
 
-    def test_loss_scaling_inside(self):
+    def test_an_inner_loss_scale_optimizer_raises(self):
         with pytest.raises(ValueError, match="LossScaleOptimizer has to wrap"):
             SparseOptimizer(
                 keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), Magnitude(0.5)
             )
 
-    def test_nothing_to_prune(self):
+    def test_an_optimizer_without_prunable_weights_raises(self):
         optimizer = SparseOptimizer("sgd", Magnitude(0.5))
         with pytest.raises(ValueError, match="no weight to prune"):
             optimizer.build([keras.Variable(np.zeros(3), name="bias")])

@@ -1,4 +1,4 @@
-"""The code on every page runs as it is written. A new page is tested because it exists."""
+"""Tests of the code on every page, unchanged. A new page is tested without further changes."""
 
 import pathlib
 import re
@@ -15,8 +15,8 @@ from tests.pages import PAGES, ROOT, fences
 from tests.test_tfmot import file_of
 
 BACKEND = keras.backend.backend()
-NOT_RUN = ("diff", "math", "text")  # languages of fenced blocks that hold no code
-# Pages with tests of their own, which start several processes or check the results of the page.
+NOT_RUN = ("diff", "math", "text")  # languages of fenced blocks without runnable code
+# Pages that are tested in other files, because they need several processes or other checks.
 TESTED_ELSEWHERE = {
     "docs/many_devices.md": "tests/devices/test_pages.py",
     "docs/pictures.md": "tests/test_plots.py",
@@ -25,10 +25,10 @@ TESTED_ELSEWHERE = {
 
 
 def backends(page):
-    """Return the backends that a page is tested on.
+    """Return the backends on which a page is tested.
 
-    A page whose blocks name no backend is tested once: on TensorFlow if it exports, else on torch.
-    """
+    A page whose blocks name no backend is tested once: on TensorFlow if the page exports a model,
+    and on PyTorch otherwise."""
     text = (ROOT / page).read_text()
     named = {info for language, info, _ in fences(page) if language == "python" and info}
     return named or {"tensorflow" if re.search("export_tflite|keras-dst export", text) else "torch"}
@@ -57,7 +57,7 @@ def test_page(page, tmp_path, monkeypatch, capsys):
 
 
 def run_command(words):
-    """Run a `keras-dst` command; check that the target or extra of another command exists."""
+    """Run a `keras-dst` command. For `make` and `pip`, check that the target or extra exists."""
     match words:
         case []:
             pass
@@ -71,17 +71,17 @@ def run_command(words):
             extra = re.fullmatch(r"keras_dst\[(\w+)\]", package)[1]
             assert extra in extras["optional-dependencies"]
         case _:
-            pytest.fail(f"No test knows this command: {words}")
+            pytest.fail(f"Expected a command that this test supports. Received: {words}")
 
 
-def test_every_page_runs_on_a_backend():
+def test_every_page_is_tested_on_a_backend():
     for page, test in TESTED_ELSEWHERE.items():
         assert f'blocks("{pathlib.Path(page).name}")' in (ROOT / test).read_text()
     for page in PAGES:
         assert backends(page) <= {"tensorflow", "jax", "torch"} or page in TESTED_ELSEWHERE
 
 
-# -- claims of a page about its results ----------------------------------------------------------
+# -- statements of pages about their results -------------------------------------------------------
 
 
 def readme(names, out):

@@ -1,4 +1,4 @@
-"""The long benchmark: its data after a resumption, and its learning rates."""
+"""Tests of the benchmark at the length of the papers: restarted data, and learning rates."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from benchmarks.accuracy.papers import BATCH, Epochs, WarmCosine
 pytestmark = pytest.mark.once
 
 
-def test_epochs_after_a_resumption_equal_those_of_one_run():
+def test_epochs_after_a_restart_equal_those_of_one_run():
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (BATCH + 3, 8, 8, 3), "uint8"), np.arange(BATCH + 3)
     whole = Epochs(x, y, seed=1)
@@ -19,9 +19,9 @@ def test_epochs_after_a_resumption_equal_those_of_one_run():
         whole.on_epoch_end()
 
 
-def test_images_are_shifted_into_their_mean_and_flipped():
+def test_shifted_images_are_filled_with_their_mean():
     x = np.full((BATCH, 8, 8, 3), 40, "uint8")
-    x[:, 0, 0] = 104  # The mean of an image is 41.
+    x[:, 0, 0] = 104  # The mean of each image becomes 41.
     images, _ = Epochs(x, np.arange(BATCH), seed=0)[0]
     assert images.shape == (BATCH, 8, 8, 3)
     assert set(np.unique(images)) == {40, 41, 104}

@@ -1,4 +1,4 @@
-"""Tests of `keras_dst.plots`, which read the drawn data back from matplotlib."""
+"""Tests of `keras_dst.plots`. The tests read the drawn data from the matplotlib figures."""
 
 import importlib
 import sys
@@ -32,7 +32,7 @@ def pyplot():
 
 
 def pictures(figure):
-    """Return the data of the heat maps of a figure, by title."""
+    """Return the data of the heat maps of a figure, by the title of the axes."""
     figure.canvas.draw()
     found = [ax for ax in figure.axes if ax.get_title()]
     return {ax.get_title(): np.asarray(ax.images[0].get_array()) for ax in found}
@@ -42,7 +42,7 @@ def pictures(figure):
 
 
 @once
-def test_density_has_a_bar_per_weight(pyplot):
+def test_density_draws_a_bar_per_weight(pyplot):
     found = report(masked_model())
     axes = found.plot()
     assert [bar.get_width() for bar in axes.patches] == pytest.approx([6 / 9, 1.0])
@@ -72,7 +72,7 @@ def test_density_without_prunable_weights(pyplot):
 
 
 @once
-def test_without_matplotlib(monkeypatch):
+def test_plots_without_matplotlib_raise(monkeypatch):
     found = report(lenet())
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
@@ -85,13 +85,13 @@ def test_without_matplotlib(monkeypatch):
 
 
 @once
-def test_a_small_weight_is_drawn_entry_by_entry():
+def test_density_map_of_a_small_weight_shows_every_entry():
     kept = np.random.default_rng(0).random((5, 7)) < 0.5
     np.testing.assert_array_equal(density_map(kept), kept)
 
 
 @once
-def test_cells_of_a_large_weight_are_densities():
+def test_density_map_of_a_large_weight_shows_densities():
     kept = np.random.default_rng(0).random((256, 128)) < 0.1
     expected = kept.reshape(64, 4, 64, 2).mean((1, 3))
     np.testing.assert_allclose(density_map(kept), expected, rtol=1e-6)
@@ -99,7 +99,7 @@ def test_cells_of_a_large_weight_are_densities():
 
 @once
 @pytest.mark.parametrize("shape", [(100, 1), (65, 129), (1, 300), (784, 64)])
-def test_cells_leave_no_entry_out(shape):
+def test_density_map_contains_every_entry(shape):
     for place in [(0, 0), (-1, -1), (shape[0] // 2, shape[1] // 2)]:
         kept = np.zeros(shape, bool)
         kept[place] = True
@@ -115,7 +115,7 @@ def test_density_map_of_a_convolution():
     expected = np.zeros((18, 4))
     expected[(2 * 3 + 1) * 2 + 1, 3] = 1
     np.testing.assert_array_equal(density_map(kept), expected)
-    # The kernel of a transposed convolution has the axes (*window, out, in).
+    # The kernel of a transposed convolution has the axes (*window, outputs, inputs).
     found = density_map(kept, Layout((-2,), (-1,)))
     assert found.shape == (36, 2)
     assert found[(2 * 3 + 1) * 4 + 3, 1] == 1
@@ -137,7 +137,7 @@ def half_pruned():
 
 
 @once
-def test_masks_of_a_dense_model():
+def test_plot_masks_of_a_dense_model():
     model, weights = half_pruned()
     weights[:, 2] = 0
     model.layers[0].kernel.assign(weights)
@@ -146,7 +146,7 @@ def test_masks_of_a_dense_model():
     np.testing.assert_array_equal(picture, weights != 0)
 
 
-def test_masks_are_the_same_before_and_after_strip():
+def test_plotted_masks_are_equal_before_and_after_strip():
     model, weights = half_pruned()
     keras_dst.sparsify(model, DST())
     model.layers[0].sparse_state["kernel"]["threshold"].assign(np.full(6, 12.5))
@@ -159,7 +159,7 @@ def test_masks_are_the_same_before_and_after_strip():
 
 
 @once
-def test_masks_of_an_optimizer():
+def test_plot_masks_of_a_sparse_optimizer():
     model = models.compiled(
         models.sequential(), keras_dst.SparseOptimizer("sgd", Magnitude(0.5, allocation="uniform"))
     )
@@ -170,7 +170,7 @@ def test_masks_of_an_optimizer():
 
 
 @once
-def test_masks_by_name():
+def test_plot_masks_by_name():
     inner = [layers.Dense(3, name=name) for name in ("stem", "body", "head")]
     model = keras.Sequential([keras.Input((4,)), *inner], name="net")
     for names in (["net/stem/kernel", "head"], ".*(stem|head)/kernel"):
@@ -188,16 +188,15 @@ def test_masks_by_name():
 
 
 @once
-def test_trade_off():
+def test_plot_trade_off():
     pairs = [(0.98, 0.7), (0.5, 0.9), (0.9, 0.8), (0.9, 0.9), (0.9, 0.88)]
     axes = plots.trade_off({"DST": pairs, "RigL": [(0.9, 0.5)]}, dense=0.95, metric="top-1")
     axes.figure.canvas.draw()
     curve, other = axes.containers
     assert list(curve.lines[0].get_xdata()) == pytest.approx([0.5, 0.1, 0.02])
     assert list(curve.lines[0].get_ydata()) == pytest.approx([0.9, 0.86, 0.7])
-    low, high = np.array(curve.lines[2][0].get_segments())[
-        1, :, 1
-    ]  # Range of the three seeds at 0.9.
+    # The error bar at 0.9 shows the range of the three seeds.
+    low, high = np.array(curve.lines[2][0].get_segments())[1, :, 1]
     assert (low, high) == pytest.approx((0.8, 0.9))
     assert len(other.lines[0].get_xdata()) == 1
     assert axes.get_xscale() == "log"
@@ -210,7 +209,7 @@ def test_trade_off():
 
 @once
 @pytest.mark.parametrize("pairs", [[(1.0, 0.5)], [(-0.1, 0.5)], [(0.5, float("nan"))], []])
-def test_invalid_results_are_refused(pairs):
+def test_plot_of_invalid_results_raises(pairs):
     with pytest.raises(ValueError, match=r"results\['DST'\] must"):
         plots.trade_off({"DST": pairs})
     with pytest.raises(ValueError, match="must map labels"):
@@ -220,14 +219,14 @@ def test_invalid_results_are_refused(pairs):
 METRICS = {
     "accuracy": [0.5, 0.6, 0.7, 0.8],
     "loss": [1.2, 0.9, 0.8, 0.7],
-    "val_loss": [0.9, 0.8],  # validation_freq=2
+    "val_loss": [0.9, 0.8],  # as with validation_freq=2
     "sparsity": [0.1, 0.5, 0.9, 0.9],
     "val_accuracy_at_target": [-1e30, -5e29, 0.7, 0.8],
 }
 
 
 @once
-def test_history():
+def test_plot_history():
     axes = plots.history(METRICS)
     axes.figure.canvas.draw()
     left, right = axes.figure.axes
@@ -245,7 +244,7 @@ def test_history():
 
 
 @once
-def test_history_of_selected_metrics(pyplot):
+def test_plot_history_of_selected_metrics(pyplot):
     given = pyplot.figure().add_subplot()
     history = keras.callbacks.History()
     history.history = METRICS
@@ -262,7 +261,7 @@ def test_history_of_selected_metrics(pyplot):
 
 
 @once
-def test_the_code_in_pictures_md(tmp_path, monkeypatch):
+def test_code_of_the_page_on_pictures_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     images = rng.standard_normal((64, 16, 16, 3)).astype("float32")

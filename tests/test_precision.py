@@ -1,4 +1,4 @@
-"""Methods under weights of every floating-point type."""
+"""Tests of methods with weights of every floating-point dtype."""
 
 import warnings
 
@@ -31,7 +31,7 @@ METHODS = {
 }
 # One method of each family, for the tests that compile a step for every method.
 COMPILED = [METHODS[name] for name in ("dst-target", "dcil", "consensus", "magnitude", "rigl")]
-# Types of the first and of the second half of a model's layers.
+# Dtypes of the first half and of the second half of a model's layers.
 MIXED = [("float64", "float32"), ("float32", "float64"), ("bfloat16", "float32")]
 MIXED += [("float16", "float16"), ("bfloat16", "bfloat16")]
 
@@ -46,7 +46,7 @@ def method(request):
 
 @pytest.fixture(autouse=True)
 def jax_has_float64():
-    """JAX turns float64 into float32 unless it is configured otherwise."""
+    """Enable float64 on JAX, which otherwise converts float64 to float32."""
     if keras.backend.backend() != "jax":
         yield
         return
@@ -66,7 +66,7 @@ def float64():
 
 
 def check_training(method, first=None, second=None):
-    """Fit a model with layers of two types, and check the sparsity of the stripped model."""
+    """Fit a model with layers of two dtypes, and check the sparsity of the stripped model."""
     keras.utils.set_random_seed(0)
     net = [keras.Input((16,)), keras.layers.Dense(64, "relu", dtype=first)]
     net += [keras.layers.BatchNormalization(dtype=second), keras.layers.Dense(32, dtype=second)]
@@ -78,7 +78,7 @@ def check_training(method, first=None, second=None):
         optimizer = keras_dst.SparseOptimizer(optimizer, method)
     models.compiled(model, optimizer)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # twelve steps are few for learned methods
+        warnings.simplefilter("ignore")  # learned methods need more than twelve steps
         history = model.fit(x, y, 16, 3, verbose=0, callbacks=[SparseTraining()]).history
     assert np.isfinite(history["loss"]).all()
     if method.schedule:
@@ -89,14 +89,14 @@ def check_training(method, first=None, second=None):
 
 
 @pytest.mark.usefixtures("float64")
-def test_float64_as_the_default_type(method):
+def test_float64_as_default_dtype(method):
     check_training(method)
 
 
 @pytest.mark.parametrize("types", MIXED, ids="-".join)
-def test_layers_of_two_types_in_one_model(method, types):
+def test_layers_of_two_dtypes_in_one_model(method, types):
     if COMPILES and (types != MIXED[0] or method not in COMPILED):
-        pytest.skip("torch tries the other types, without a compilation for each of them")
+        pytest.skip("PyTorch tests the other dtypes without compiling")
     check_training(method, *types)
 
 
@@ -105,10 +105,10 @@ RANKED = [name for name in METHODS if not name.startswith(("dst", "consensus"))]
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
 @pytest.mark.parametrize("name", RANKED)
-def test_masks_equal_the_masks_of_float32(name, dtype):
+def test_masks_equal_those_of_float32(name, dtype):
     method = METHODS[name]
     rng = np.random.default_rng(0)
-    # Multiples of 1/64 below 2 are exact in the 8 bits of bfloat16, and many of them tie.
+    # Multiples of 1/64 below 2 are exact in bfloat16, which has 8 bits, and many of them are tied.
     weights = [np.round(rng.uniform(-2, 2, shape) * 64) / 64 for shape in ((24, 16), (16, 8))]
     found = [masks_of(method, weights, kind) for kind in ("float32", dtype)]
     for mask, other in zip(*found):

@@ -1,4 +1,4 @@
-"""`recalibrate`: exact averages of the statistics of batches, for every kind of data."""
+"""Tests of `recalibrate`: exact averages of batch statistics, for every kind of data."""
 
 import keras
 import numpy as np
@@ -45,11 +45,11 @@ class Batches(keras.utils.PyDataset):
         Batches,
     ],
 )
-def test_statistics_are_the_weighted_averages_of_all_batches(data):
+def test_statistics_are_weighted_averages_of_all_batches(data):
     model = network()
     layer = model.layers[1]
     kernel = model.layers[2].kernel.numpy()
-    for _ in range(2):  # A second pass does not depend on the first one.
+    for _ in range(2):  # The second pass gives the same result.
         assert keras_dst.recalibrate(model, data(), batch_size=4) is model
         np.testing.assert_allclose(layer.moving_mean.numpy(), MEAN, rtol=1e-5)
         np.testing.assert_allclose(layer.moving_variance.numpy(), VARIANCE, rtol=1e-5)
@@ -72,7 +72,7 @@ def test_a_shared_layer_averages_all_its_calls():
     np.testing.assert_allclose(layer.moving_mean.numpy(), x.mean(0), rtol=1e-5)
 
 
-def test_the_pruned_path_of_dcil():
+def test_recalibration_uses_the_pruned_path_of_dcil():
     model = network()
     keras_dst.sparsify(model, methods.DCIL(0.5))
     keras_dst.recalibrate(model, x, batch_size=4)

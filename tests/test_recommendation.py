@@ -1,4 +1,4 @@
-"""The recommended methods and their figures are those of results/."""
+"""Tests that recommended methods and their measured figures agree with results/."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def runs_of(folder):
 
 
 def figure(accuracies, pattern, sparsity, epochs, net, dense, source):
-    """Return the figure of the method that is ahead of Magnitude beyond the deviations."""
+    """Return the figure of the method that beats Magnitude by more than the deviations."""
 
     def deviation(name):
         return statistics.stdev(accuracies[name]) if len(accuracies[name]) > 1 else 0
@@ -64,7 +64,7 @@ def of_micro(variant):
     return results.runs("micro")[f"resnet_{variant}"]
 
 
-def test_the_figures_are_those_of_the_results():
+def test_figures_agree_with_results():
     sparse, dense = of_micro("2:4"), of_micro("dense")
     expected = measured_figures()
     accuracies = {"Magnitude": [100 * sparse["float_accuracy"]]}
@@ -75,7 +75,7 @@ def test_the_figures_are_those_of_the_results():
     assert len({(row.pattern, row.epochs, row.sparsity) for row in FIGURES}) == len(FIGURES)
 
 
-def test_the_figures_of_targets_are_those_of_the_results():
+def test_figures_of_targets_agree_with_results():
     labels = {f"ethos-{label.lower()}": label for label in ("U55-128", "U65-256", "U85-256")}
     assert set(TARGETS) == {"micro", *labels}
     for target, variants in TARGETS.items():
@@ -87,7 +87,7 @@ def test_the_figures_of_targets_are_those_of_the_results():
 
 
 @pytest.mark.parametrize("row", FIGURES, ids=lambda row: f"{row.pattern} {row.epochs}")
-def test_a_measured_request_gets_its_own_figure_and_a_method_that_exists(row):
+def test_a_measured_request_returns_its_figure_and_an_existing_method(row):
     found = recommend(row.sparsity, row.epochs, row.pattern)
     assert found.figure == row
     assert not any("nearest" in note for note in found.notes)
@@ -105,7 +105,7 @@ def test_a_measured_request_gets_its_own_figure_and_a_method_that_exists(row):
         ((0.875, 4, "1:8"), 4, 0.5, "Not measured: the pattern 1:8, 87.5 % sparsity."),
     ],
 )
-def test_a_request_that_was_not_measured_gets_the_nearest_figure(request_, epochs, sparsity, note):
+def test_an_unmeasured_request_returns_the_nearest_figure(request_, epochs, sparsity, note):
     found = recommend(*request_)
     assert (found.figure.epochs, found.figure.sparsity) == (epochs, sparsity)
     assert found.notes[0] == f"{note} The figure is the nearest one."
@@ -144,12 +144,12 @@ def test_notes_on_targets():
         ((0.9, 3, "channel", "gpu"), "target must be host, arm, any, "),
     ],
 )
-def test_wrong_arguments(arguments, message):
+def test_invalid_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         recommend(*arguments)
 
 
-def test_the_command(capsys):
+def test_recommend_command(capsys):
     arguments = ["recommend", "--sparsity", "0.95", "--epochs", "100"]
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
@@ -164,7 +164,7 @@ def test_the_command(capsys):
     assert "sparsity must be between 0 and 1" in capsys.readouterr().err
 
 
-def test_the_page_shows_every_figure():
+def test_the_page_on_recommendations_shows_every_figure():
     page = (ROOT / "docs/which_method.md").read_text()
     for row in FIGURES:
         dense = "" if row.dense is None else f"{row.dense:.2f}"
@@ -177,7 +177,7 @@ METHOD_PAGES = [page for page in PAGES if re.match("docs/methods/(?!index)", pag
 
 
 @pytest.mark.parametrize("page", METHOD_PAGES)
-def test_the_page_of_a_method_recommends_a_length_and_quotes_measured_figures(page):
+def test_method_pages_recommend_a_length_and_quote_measured_figures(page):
     paragraph = r"^\* \*\*Length and sparsity\.\*\* (.+?)(?=^\* |^$)"
     (advice,) = re.findall(paragraph, (ROOT / page).read_text(), re.M | re.S)
     folders = ("papers", "methods")

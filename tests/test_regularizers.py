@@ -1,4 +1,4 @@
-"""Tests of the papers' penalties: value and gradient against NumPy."""
+"""Tests of the penalties of the papers: values and gradients against NumPy."""
 
 import math
 
@@ -10,7 +10,7 @@ from keras import ops
 from keras_dst.regularizers import Budget, Polarization, ThresholdPenalty
 from tests.gradients import gradients
 
-# t: (value, gradient) of exp(-t), which its tangent at -1 continues to the left
+# t: (value, gradient) of exp(-t). Below -1, the tangent at -1 replaces exp(-t).
 THRESHOLDS = [
     (0.0, 1.0, -1.0),
     (0.5, math.exp(-0.5), -math.exp(-0.5)),
@@ -28,7 +28,7 @@ def penalty_and_gradient(values, alpha, dtype="float32"):
     t = ops.convert_to_tensor(np.array(values, "float32"), dtype=dtype)
     penalty = ThresholdPenalty(alpha)
     value = penalty(t)
-    # The type of a model's loss, to which Keras adds the penalties of all layers.
+    # Keras adds the penalties of all layers to the loss of the model, which has this dtype.
     assert keras.backend.standardize_dtype(value.dtype) == keras.config.floatx()
     (gradient,) = gradients(penalty, [t], ops.ones(()))
     return float(ops.cast(value, "float32")), gradient
@@ -41,7 +41,7 @@ def test_threshold_penalty(t, value, slope):
     assert gradient == pytest.approx(0.1 * slope, rel=1e-5)
 
 
-def test_the_gradient_at_minus_one():
+def test_threshold_penalty_gradient_at_minus_one():
     value, gradient = penalty_and_gradient(-1.0, 1.0)
     assert value == pytest.approx(math.e, rel=1e-6)
     assert gradient == pytest.approx(-math.e, rel=1e-6)
@@ -55,7 +55,7 @@ def test_threshold_penalty_is_a_sum(dtype, tolerance):
     np.testing.assert_allclose(gradient, 0.5 * slopes, rtol=tolerance, atol=1e-6)
 
 
-def test_alpha_may_be_a_variable():
+def test_alpha_can_be_a_variable():
     alpha = keras.Variable(0.25, trainable=False)
     penalty = ThresholdPenalty(alpha)
     assert float(penalty(ops.zeros((2, 2)))) == 1.0
@@ -70,7 +70,7 @@ def test_threshold_penalty_as_a_regularizer_of_a_variable():
     assert ops.convert_to_numpy(layer.losses[0]) == pytest.approx(0.3)
 
 
-def test_config():
+def test_config_of_the_threshold_penalty():
     penalty = keras.saving.deserialize_keras_object(
         keras.saving.serialize_keras_object(ThresholdPenalty(0.125))
     )
@@ -79,7 +79,7 @@ def test_config():
     assert ThresholdPenalty().get_config() == {"alpha": 5e-4}
 
 
-# -- penalties on gates --------------------------------------------------------------------------
+# -- penalties on gates ----------------------------------------------------------------------------
 
 GATES = np.array([1.0, 0.0, 0.5, 0.25])
 COSTS = np.array([1.0, 2.0, 3.0, 4.0])
@@ -122,6 +122,6 @@ def test_defaults_of_the_penalties_on_gates():
 
 
 @pytest.mark.parametrize("target", [0, -0.5, 1.5, math.nan])
-def test_a_budget_out_of_range(target):
+def test_a_budget_out_of_range_raises(target):
     with pytest.raises(ValueError, match=r"target is the fraction .* \(0, 1\]. Received"):
         Budget(target)

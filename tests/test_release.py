@@ -1,4 +1,4 @@
-"""The files that a release publishes are consistent."""
+"""Tests that the files published with a release are consistent."""
 
 import importlib.util
 import re
@@ -23,7 +23,7 @@ def script():
     return module
 
 
-def test_links_become_absolute():
+def test_project_urls_makes_links_absolute():
     text = "[a](docs/a.md#b) [![c](../../actions/c.svg)](../../actions) [d](https://d/) [e](#f)"
     assert script().absolute(text, URL, "v1") == (
         f"[a]({URL}/blob/v1/docs/a.md#b) [![c]({URL}/actions/c.svg)]({URL}/actions) "
@@ -31,7 +31,7 @@ def test_links_become_absolute():
     )
 
 
-def test_the_package_index_can_follow_every_link(tmp_path):
+def test_every_link_of_the_readme_is_valid_on_the_package_index(tmp_path):
     for name in ("README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     module = script()
@@ -47,12 +47,12 @@ def test_the_package_index_can_follow_every_link(tmp_path):
     assert project["urls"]["Source"] == URL
 
 
-def test_the_workflow_of_a_badge_exists():
+def test_badges_refer_to_existing_workflows():
     badges = re.findall(r"actions/(workflows/[\w.-]+\.yml)/badge", (ROOT / "README.md").read_text())
     assert badges
     assert all((ROOT / ".github" / badge).is_file() for badge in badges)
 
 
-def test_the_citation_names_the_version():
+def test_the_citation_contains_the_version():
     citation = (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {keras_dst.__version__}\n" in citation
