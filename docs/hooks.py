@@ -48,7 +48,7 @@ def on_page_markdown(markdown, page, config, files):
     # The word after "python" is the backend of the code block.
     markdown = re.sub(r"^```python .+$", "```python", markdown, flags=re.MULTILINE)
     markdown = re.sub(r"^```math\n(.*?)^```$", _display, markdown, flags=re.DOTALL | re.MULTILINE)
-    markdown = _outside_code(markdown, lambda text: re.sub(r"\$([^$\n]+)\$", _inline, text))
+    markdown = _outside_code(markdown, _formulas)
     markdown = re.sub(r"^<!-- figures of (.+?) -->$", _figures, markdown, flags=re.MULTILINE)
 
     def adapt(text):
@@ -75,6 +75,11 @@ def _outside_code(markdown: str, change) -> str:
     """Apply a change to the text between fenced blocks and code spans."""
     parts = re.split(r"(^```.*?^```$|`[^`\n]+`)", markdown, flags=re.DOTALL | re.MULTILINE)
     return "".join(part if i % 2 else change(part) for i, part in enumerate(parts))
+
+
+def _formulas(text: str) -> str:
+    text = re.sub(r"\$\$(.+?)\$\$", _display, text, flags=re.DOTALL)  # in notebooks
+    return re.sub(r"\$([^$\n]+)\$", _inline, text)
 
 
 def _display(block) -> str:

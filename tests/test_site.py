@@ -67,6 +67,7 @@ def test_every_notebook_is_a_page_with_its_outputs(site):
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         text = (site / "notebooks" / path.stem / "index.html").read_text()
         stored = path.read_text()
+        assert "$$" not in text
         assert text.count("language-python") >= stored.count('"cell_type": "code"')
         assert text.count('src="../') + text.count("src=../") >= stored.count('"image/png"')
         assert len(list(site.glob(f"notebooks/{path.stem}_*.png"))) == stored.count('"image/png"')
