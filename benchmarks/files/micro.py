@@ -215,14 +215,14 @@ def table():
         "# Microcontrollers and NPUs",
         "",
         "The table shows the accuracy in % of the float32 model and of its int8 file on all test "
-        "samples. The columns `bytes` and `arena` are for the int8 file with dense weights. The "
+        "samples. The columns `bytes` and `arena` describe the int8 file with dense weights. The "
         "arena is the memory, in bytes, that TensorFlow Lite Micro (TFLM) allocates to run a "
         "file. All other columns are ratios to the file of the dense network after the same "
-        "number of epochs. `gzip` is the size of the file after compression. `TFLM file` and "
-        "`TFLM arena` are for the file without zeros. The columns of an NPU give its encoded "
-        "weights and its cycles. These figures are **Vela's estimates**, with Vela's default "
-        "configurations, and not measurements on hardware. `make bench-micro` writes this page "
-        "from the runs in this folder.",
+        "number of epochs. The column `gzip` gives the size of the file after compression. The "
+        "columns `TFLM file` and `TFLM arena` give the bytes and the arena of the file without "
+        "zeros. The columns of an NPU give the encoded weights and the cycles. The figures of "
+        "NPUs are **Vela's estimates**, with Vela's default configurations, and not measurements "
+        "on hardware. `make bench-micro` writes this page from the runs in this folder.",
     ]
     for name, net in NETS.items():
         runs = {variant: stored[f"{name}_{variant}"] for variant in net.variants}
@@ -233,9 +233,8 @@ def table():
             "",
             f"## {net.title}",
             "",
-            f"The network has {first['parameters']:,} parameters. It is trained for {net.epochs} "
-            f"epochs on {first['trained_on']:,} samples and tested on {first['tested_on']:,} "
-            "samples.",
+            f"The network ({first['parameters']:,} parameters) is trained for {net.epochs} epochs "
+            f"on {first['trained_on']:,} samples and tested on {first['tested_on']:,} samples.",
             "",
             "| " + " | ".join(headings) + " |",
             "|---|" + "---|" * (len(headings) - 1),

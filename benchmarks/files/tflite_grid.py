@@ -149,8 +149,8 @@ def table():
     lines = [
         "# Sparse .tflite files by network, pattern and sparsity",
         "",
-        f"Each network first trains dense on {IMAGES:,} images. It then trains for half as many "
-        "epochs with `Magnitude`, with the same sparsity in every layer except the last. The "
+        f"Each network trains dense on {IMAGES:,} images, and then with `Magnitude` for half as "
+        "many epochs. `Magnitude` prunes every layer except the last to the same sparsity. The "
         f"accuracy in % of each file is measured on {TESTED:,} test images. Bytes, latency, load "
         "time and peak memory are relative to the dense float32 file. Latency is the time of one "
         "inference on one thread. The columns after `no AVX` give the bytes and the latency of a "
