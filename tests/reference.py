@@ -88,8 +88,7 @@ def gradients(x, y, p):
 
 
 class Momentum:
-    """SGD with momentum as in Keras, `v = momentum v - rate g`, `w = w + v`, for a dict of
-    weights."""
+    """SGD with momentum as in Keras (`v = momentum v - rate g`, `w = w + v`) for a dict."""
 
     def __init__(self, p, rate=0.1, momentum=0.9):
         self.rate, self.momentum = rate, momentum

@@ -75,8 +75,7 @@ def test_every_checkpoint_has_the_logged_sparsity(name, ending, save_freq, tmp_p
     ],
 )
 def test_the_best_checkpoint_has_the_target_sparsity(monitor, first, tmp_path):
-    """The order of callbacks does not matter, and early stopping waits until the target is
-    reached."""
+    """Callbacks work in either order, and early stopping waits until the target is reached."""
     model = build_with_accuracy(ALL_METHODS["optg"])
     sparse = SparseTraining(metric_at_target=monitor)
     gated = f"{monitor}_at_target"

@@ -213,8 +213,7 @@ def test_equal_objects_have_equal_hashes(one, other):
 
 
 def documented_defaults():
-    """Yield class, argument and value of each "Defaults to X" in the docstrings of public
-    classes."""
+    """Yield class, argument and value of each "Defaults to X" in public docstrings."""
     for module in (keras_dst.methods, keras_dst.schedules, keras_dst.regularizers):
         for cls in vars(module).values():
             if not inspect.isclass(cls) or not cls.__module__.startswith(module.__name__):

@@ -55,8 +55,7 @@ def own_tests():
 
 
 def wrapped(cls):
-    """Return a function that creates an optimizer of a class inside a wrapper that prunes
-    nothing."""
+    """Return a function that wraps optimizers of a class; the wrapper prunes nothing."""
 
     def make(*args, **kwargs):
         return SparseOptimizer(cls(*args, **kwargs), Magnitude(0.0))

@@ -92,8 +92,7 @@ class Graph:
         return index
 
     def unary(self, builtin, x, dtype=None, options=None):
-        """Add an op whose output has the shape of its input; ``dtype`` defaults to the input's
-        type."""
+        """Add an op whose output has the shape of its input, and ``dtype`` if it is given."""
         y = self.op(builtin, [x], self.shape(x), options)
         self.graph.tensors[y].shapeSignature = None
         self.graph.tensors[y].type = TYPES[dtype] if dtype else self.graph.tensors[x].type

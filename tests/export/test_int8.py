@@ -92,8 +92,7 @@ def test_blocks_of_16_that_are_read_directly(inputs, resolver):
 
 
 def test_a_transposed_convolution_is_not_quantized():
-    """XNNPACK can run the DEQUANTIZE op without the convolution after it; results are then
-    wrong."""
+    """If XNNPACK runs DEQUANTIZE but not the convolution after it, results are wrong."""
     content = convolution("TRANSPOSE_CONV", sparse_values((6, 3, 3, 64), 0.1))
     (choice,) = select_formats(content, Objective("size", int8=True)).choices
     assert str(choice.format) == "csr+densify"

@@ -104,8 +104,7 @@ def reshaped(*shape):
 
 
 def gated(*squeeze):
-    """Return a squeeze-and-excitation step, which scales feature maps by the output of
-    ``squeeze``."""
+    """Return a squeeze-and-excitation step; ``squeeze`` are the steps that compute scales."""
 
     def add(graph, x):
         y = x
@@ -270,7 +269,8 @@ def test_ops_that_xnnpack_may_run_later_count_as_wrong(step):
     """LiteRT 2.3 computes these networks correctly, because its XNNPACK runs neither of the two
     ops.
 
-    Another version of XNNPACK may run the op and split the region there."""
+    Another version of XNNPACK may run the op and split the region there.
+    """
     assert verdict(network(*BODY, step, pointwise, mean)) == "wrong"
 
 
