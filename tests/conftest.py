@@ -66,9 +66,9 @@ def pytest_configure(config):
 # every case. On these backends `make test` runs the first N cases only; the others are marked slow.
 # PyTorch compiles nothing and runs all cases.
 CASES_WHERE_STEPS_ARE_COMPILED = {
-    "test_a_backup_of_the_end_is_the_end": 1,
+    "test_resuming_from_a_final_backup_trains_no_further": 1,
     "test_a_mask_of_ones_changes_nothing": 3,
-    "test_a_stripped_model_is_made_sparse_again_and_every_weight_moves_in_a_step": 3,
+    "test_a_stripped_model_can_be_made_sparse_again_and_trains_all_weights": 3,
     "test_an_extreme_target_keeps_a_weight_of_every_layer": 3,
     "test_every_inner_optimizer": 12,
     "test_every_checkpoint_has_the_logged_sparsity": 2,
@@ -89,16 +89,16 @@ EVERY_NTH_CASE_WHERE_STEPS_ARE_COMPILED = {
     "test_an_interrupted_fit_restores_the_model": 5,
     "test_the_dropped_fraction_follows_a_cosine": 3,
     "test_frozen_layers_are_skipped": 3,
-    "test_masks_of_an_embedding": 3,
-    "test_the_optimizer_stays_the_same_object_with_all_its_state": 3,
-    "test_unbuilt_layers_are_pruned_once_they_are_built": 4,
+    "test_shrink_with_masks_of_an_embedding": 3,
+    "test_sparsify_keeps_the_optimizer_object_and_its_state": 3,
+    "test_unbuilt_layers_are_pruned_when_they_are_built": 4,
 }
 
 # On TensorFlow and JAX, `make test` runs only one case per method of these tests. The id of a case
 # starts with the method. From one method to the next, the other parameters change.
 ONE_CASE_PER_METHOD_WHERE_STEPS_ARE_COMPILED = {
     "test_a_custom_loop_gives_the_masks_and_weights_of_fit",
-    "test_an_unstripped_model_is_exported",
+    "test_an_unstripped_model_can_be_exported",
     "test_early_stopping_with_restored_best_weights",
     "test_float64_as_default_dtype",
     "test_masks_equal_those_of_float32",

@@ -1,4 +1,4 @@
-"""Tests of `report` against counts by hand and by NumPy."""
+"""Tests of `report` against manual counts and against NumPy."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from tests.backends import once
 
 @pytest.fixture(autouse=True)
 def quick_weights(monkeypatch):
-    """Start all weights at 0.5, because JAX would compile a random draw for every shape."""
+    """Start all weights at 0.5, because JAX would compile a random draw per shape."""
 
     def halves(self, shape, dtype=None):
         return keras.ops.convert_to_tensor(np.full(shape, 0.5, "float32"), dtype)
@@ -35,7 +35,7 @@ def lenet():
 
 
 def zeroed(variable, keep, seed=0):
-    """Set `keep` random entries of a variable to 1 and all others to 0."""
+    """Set `keep` random entries of a variable to 1 and all other entries to 0."""
     value = np.zeros(variable.shape, "float32")
     value.flat[np.random.default_rng(seed).permutation(value.size)[:keep]] = 1
     variable.assign(value)
@@ -49,12 +49,12 @@ def figures(found):
 
 
 def test_lenet_300_100():
-    # kernels 784 * 300 + 300 * 100 + 100 * 10 = 266,200, biases 300 + 100 + 10 = 410
+    # Kernels have 784 * 300 + 300 * 100 + 100 * 10 = 266,200 weights, biases 300 + 100 + 10 = 410.
     model = lenet()
     found = report(model)
     assert found.model == "lenet"
     assert found.parameters == 266_610
-    assert found.nonzeros == 266_200  # biases start at 0
+    assert found.nonzeros == 266_200  # all biases are 0
     assert found.bytes == 4 * 266_610
     assert found.sparsity == 0
     assert found.total_sparsity == pytest.approx(410 / 266_610)
@@ -69,7 +69,7 @@ def test_lenet_300_100():
 
 
 @once
-def test_zeros_of_plain_layers():
+def test_report_counts_zeros_of_dense_models():
     model = lenet()
     for layer, keep in zip(model.layers, (23_520, 1_500, 1_000)):
         zeroed(layer.kernel, keep)
@@ -83,13 +83,13 @@ def test_zeros_of_plain_layers():
     assert (found.flops, found.dense_flops) == (52_040, 532_400)
 
 
-def test_a_small_convolutional_model():
+def test_report_of_a_small_convolutional_model():
     model = sequential(
         (9, 9, 4),
-        layers.Conv2D(8, 3, strides=2, padding="same"),  # 9 -> 5: 25 places
+        layers.Conv2D(8, 3, strides=2, padding="same"),  # 9 -> 5: 25 positions
         layers.BatchNormalization(),
-        layers.Conv2D(6, 3, groups=2),  # 5 -> 3: 9 places, of 8 / 2 channels
-        layers.DepthwiseConv2D(3, depth_multiplier=2, padding="same"),  # 9 places
+        layers.Conv2D(6, 3, groups=2),  # 5 -> 3: 9 positions, 8 / 2 channels
+        layers.DepthwiseConv2D(3, depth_multiplier=2, padding="same"),  # 9 positions
         layers.Flatten(),
         layers.Dense(5),  # 3 * 3 * 12 = 108 inputs
     )
@@ -103,7 +103,7 @@ def test_a_small_convolutional_model():
         ((3, 3, 6, 2), 27, 2 * 27 * 9, 2 * 108 * 9),
         ((108, 5), 60, 2 * 60, 2 * 540),
     ]
-    # kernels 288 + 216 + 108 + 540, biases 8 + 6 + 12 + 5, batch normalization 4 * 8
+    # Kernels have 288 + 216 + 108 + 540 weights, biases 8 + 6 + 12 + 5, batch normalization 4 * 8.
     assert found.parameters == model.count_params() == 1_152 + 31 + 32
     weights = model.get_weights()
     assert found.nonzeros == sum(np.count_nonzero(w) for w in weights) == 213 + 16
@@ -111,7 +111,7 @@ def test_a_small_convolutional_model():
     assert found.sparsity == pytest.approx(1 - 213 / 1_152)
 
 
-# Layer, input shape, number of multiplications by hand: kernel entries times their use counts.
+# Layer, input shape, and number of multiplications: kernel entries times their use counts.
 ONE_LAYER = [
     (lambda: layers.Dense(3), (6, 4), 12 * 6),
     (lambda: layers.Conv1D(6, 3, padding="causal"), (10, 4), 72 * 10),
@@ -152,10 +152,11 @@ def test_flops_of_one_layer(make, shape, products):
 
 
 @once
-def test_attention_counts_its_projections():
+def test_report_counts_projections_of_attention():
     inputs = keras.Input((6, 8))
     outputs = layers.MultiHeadAttention(num_heads=2, key_dim=4)(inputs, inputs)
-    # query, key, value 8 x 2 x 4 and the output 2 x 4 x 8, at 6 places each; biases start at 0
+    # Query, key and value have 8 x 2 x 4 weights and the output has 2 x 4 x 8, at 6 positions each.
+    # All biases are 0.
     found = report(keras.Model(inputs, outputs))
     assert [row.parameters for row in found.layers] == [64] * 4
     assert found.dense_flops == 4 * 2 * 64 * 6
@@ -166,7 +167,7 @@ def test_attention_counts_its_projections():
     not hasattr(layers, "ReversibleEmbedding"), reason="this Keras has no ReversibleEmbedding"
 )
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_reverse_call_of_an_embedding_multiplies(tied):
+def test_reverse_calls_of_an_embedding_count_as_products(tied):
     embedding = layers.ReversibleEmbedding(11, 4, tie_weights=tied)
     inputs = keras.Input((6,))
     model = keras.Model(inputs, embedding(embedding(inputs), reverse=True))
@@ -182,14 +183,14 @@ def test_a_fixed_batch_counts_as_one_sample():
 
 
 @once
-def test_bytes_are_those_of_the_variables():
+def test_bytes_follow_from_the_dtypes_of_variables():
     half = layers.Dense(3, dtype="bfloat16")
-    # 4 * 3 + 3 in two bytes, 3 * 2 + 2 in four
+    # The first layer has 4 * 3 + 3 weights of two bytes, the second layer 3 * 2 + 2 of four bytes.
     assert report(sequential((4,), half, layers.Dense(2))).bytes == 15 * 2 + 8 * 4
 
 
 @once
-def test_a_model_without_prunable_weights():
+def test_report_of_a_model_without_prunable_weights():
     found = report(sequential((4,), layers.BatchNormalization()))
     assert (found.layers, found.sparsity, found.flops) == ([], 0.0, 0)
     assert found.parameters == 16
@@ -215,7 +216,7 @@ def test_a_shared_layer_counts_once_and_costs_twice():
 
 
 class Subclassed(keras.Model):
-    """A model with two calls of one layer, one call of another, and a layer for training only."""
+    """A model that calls a layer twice, another layer once, and a third layer only in training."""
 
     def __init__(self):
         super().__init__()
@@ -239,7 +240,7 @@ def test_a_subclassed_model():
 
 
 @once
-def test_several_inputs():
+def test_report_of_a_model_with_several_inputs():
     a, b = keras.Input((4,), name="z"), keras.Input((5,), name="b")
     x = layers.Concatenate()([a, b])
     assert report(keras.Model({"z": a, "b": b}, layers.Dense(3)(x))).flops == 2 * 27
@@ -247,7 +248,7 @@ def test_several_inputs():
 
 
 class Tied(layers.Layer):
-    """A layer that multiplies with the weight of another layer."""
+    """A layer that multiplies its input by the weight of another layer."""
 
     def __init__(self, kernel):
         super().__init__()
@@ -258,7 +259,7 @@ class Tied(layers.Layer):
 
 
 @once
-def test_a_weight_of_two_layers_counts_once_and_costs_twice():
+def test_a_weight_shared_by_two_layers_counts_once_and_costs_twice():
     dense = layers.Dense(4)
     dense.build((None, 4))
     found = report(sequential((4,), dense, Tied(dense.kernel)))
@@ -297,12 +298,12 @@ def test_a_single_layer_can_be_reported():
 
 
 def masked_model():
-    """Return a model with a Dense layer under DST that has this kernel and mask:
+    """Return a model with one Dense layer under DST. Its kernel, thresholds and mask are:
 
     | w |            0.1  0.5  0.9      1[|w| > t]   0  1  1
                      0.3  0.0  0.9                   1  0  1
                      0.5  0.4  0.2                   1  1  0
-    threshold        0.2  0.0  0.5      and 0.0 is zero by itself
+    threshold        0.2  0.0  0.5      The weight 0.0 is zero without a mask.
     """
     model = sequential((3,), layers.Dense(3, name="masked"), layers.Dense(2, name="plain"))
     keras_dst.sparsify(model, DST(sparsity=0.5), filters="masked")
@@ -321,11 +322,11 @@ def test_masked_weights_count_as_zeros():
     assert (masked.flops, masked.dense_flops) == (12, 18)
     assert (plain.layer, plain.sparse, plain.nonzeros) == ("Dense", False, 6)
     assert found.sparsity == pytest.approx(3 / 15)
-    # neither thresholds nor alpha, control and progress are weights of the model
+    # Thresholds and other state of the method do not count as weights of the model.
     assert (found.parameters, found.nonzeros, found.bytes) == (20, 12, 80)
 
 
-def test_strip_keeps_every_number():
+def test_report_is_equal_before_and_after_strip():
     model = masked_model()
     sparse = report(model).to_dict()
     stripped = report(keras_dst.strip(model)).to_dict()
@@ -335,11 +336,11 @@ def test_strip_keeps_every_number():
     assert stripped == sparse
 
 
-def test_masks_of_a_sparse_optimizer():
+def test_report_of_a_sparse_optimizer():
     model = sequential((4,), layers.Dense(8), layers.Dense(2))
     optimizer = keras_dst.SparseOptimizer("sgd", Magnitude(0.75))
     model.compile(optimizer, "mse")
-    assert not any(row.sparse for row in report(model).layers)  # The optimizer is not built yet.
+    assert not any(row.sparse for row in report(model).layers)  # The optimizer is not built.
     optimizer.build(model.trainable_variables)
     assert report(model).sparsity == 0
     rng = np.random.default_rng(0)
@@ -356,7 +357,7 @@ def test_masks_of_a_sparse_optimizer():
 
 
 @once
-def test_open_sizes_make_flops_unknown_if_they_matter():
+def test_unknown_input_sizes_make_flops_unknown():
     model = sequential(
         (None, None, 3), layers.Conv2D(4, 3), layers.GlobalAveragePooling2D(), layers.Dense(2)
     )
@@ -422,7 +423,7 @@ class Own(layers.Layer):
 
 
 @once
-def test_layers_of_the_users_own():
+def test_report_of_custom_layers():
     matrix, token, unclear = report(sequential((8, 5), Own())).layers
     assert matrix.dense_flops == 2 * 15 * 8
     assert token.dense_flops == 0
@@ -485,7 +486,7 @@ def test_report_does_not_change_the_model(make):
 
 
 @once
-def test_to_dict_is_json():
+def test_to_dict_can_be_stored_as_json():
     found = report(masked_model())
     figures = json.loads(json.dumps(found.to_dict()))
     assert figures == found.to_dict()
@@ -509,7 +510,7 @@ def test_to_dict_is_json():
 
 
 @once
-def test_the_table():
+def test_report_is_printed_as_a_table():
     model = lenet()
     zeroed(model.layers[0].kernel, 23_520)
     lines = str(report(model)).splitlines()
@@ -523,13 +524,13 @@ def test_the_table():
     for figure in ("266,200", "54,520", "79.52 %", "109,040", "532,400"):
         assert figure in total
     assert "266,610" in lines[-1]
-    assert len({len(line) for line in lines[1:]}) == 1  # a table as wide as its names, unbroken
+    assert len({len(line) for line in lines[1:]}) == 1  # no line of the table is wrapped
     assert "yes" in str(report(masked_model()))
 
 
 @once
 def test_names_are_printed_literally():
-    # Rich would interpret these names as a style and an emoji.
+    # Rich would interpret these names as a style and as an emoji.
     found = report(masked_model())
     row = dataclasses.replace(found.layers[0], name="[bold]:smile:")
     assert "[bold]:smile:" in str(dataclasses.replace(found, layers=[row]))
@@ -540,18 +541,18 @@ def test_names_are_printed_literally():
 
 @once
 @pytest.mark.parametrize("wrong", [None, "model.keras", 3, keras.layers.Dense])
-def test_objects_that_are_not_models_are_refused(wrong):
+def test_report_of_other_objects_than_models_raises(wrong):
     with pytest.raises(TypeError, match="Expected a Keras 3 model"):
         report(wrong)
 
 
 @once
-def test_a_symbolic_tensor_is_refused():
+def test_report_of_a_symbolic_tensor_raises():
     with pytest.raises(TypeError, match=r"keras\.Model\(inputs, outputs\)"):
         report(layers.Dense(3)(keras.Input((4,))))
 
 
 @once
-def test_an_unbuilt_model_is_refused():
+def test_report_of_an_unbuilt_model_raises():
     with pytest.raises(ValueError, match="has no weights yet"):
         report(keras.Sequential([layers.Dense(3)]))

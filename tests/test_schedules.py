@@ -1,4 +1,4 @@
-"""Schedules against their formulas in plain Python."""
+"""Tests of schedules against their formulas in plain Python."""
 
 import itertools
 import math
@@ -30,7 +30,7 @@ def geometric(p, final, initial):
 
 
 def stretched(p, steepness):
-    """The logistic curve, stretched to go from 0 to 1."""
+    """Return the logistic curve, rescaled to go from 0 to 1."""
     low, value, high = (1 / (1 + math.exp(-steepness * (q - 0.5))) for q in (0, p, 1))
     return (value - low) / (high - low)
 
@@ -54,7 +54,7 @@ every_ramp = pytest.mark.parametrize(("ramp", "formula"), RAMPS)
         (0.0, 0.0, 0.0, 1.0),
     ],
 )
-def test_formula(ramp, formula, final, initial, begin, end):
+def test_schedules_equal_their_formulas(ramp, formula, final, initial, begin, end):
     schedule = ramp(final, initial, begin, end)
     fractions = [0, 0.05, 0.1, 0.2, 0.25, 0.5, 0.6, 0.75, 0.9, 1]
     expected = [
@@ -73,7 +73,7 @@ def test_examples_of_the_documentation():
     assert Sigmoid(0.9)(0.5) == pytest.approx(0.45)
 
 
-def test_geometric_removes_an_equal_share_of_what_is_left():
+def test_geometric_removes_an_equal_share_of_the_remaining_weights():
     schedule = Geometric(0.9375, end=1.0)
     assert [schedule(i / 4) for i in range(5)] == pytest.approx([0, 0.5, 0.75, 0.875, 0.9375])
 
@@ -92,7 +92,7 @@ def test_steepness(steepness):
     fractions=st.lists(st.floats(0, 1), min_size=2, max_size=8).map(sorted),
 )
 @settings(deadline=None, derandomize=True)
-def test_never_falls_and_stays_between_its_ends(ramp, sparsities, span, fractions):
+def test_sparsity_never_decreases_and_stays_within_bounds(ramp, sparsities, span, fractions):
     initial, final = sparsities
     values = [ramp(final, initial, *span)(f) for f in fractions]
     for earlier, later in itertools.pairwise(values):
@@ -102,7 +102,7 @@ def test_never_falls_and_stays_between_its_ends(ramp, sparsities, span, fraction
 
 @pytest.mark.parametrize("ramp", [Cubic, Geometric])
 @pytest.mark.parametrize("final", [0.5, 0.9, 0.95, 0.999])
-def test_end_is_reached_exactly(ramp, final):
+def test_final_sparsity_is_reached_exactly(ramp, final):
     schedule = ramp(final, end=0.6)
     assert schedule(0.6) == schedule(1.0) == schedule.at(60, 100) == schedule.at(100, 100) == final
     assert schedule.at(59, 100) < final
@@ -110,7 +110,7 @@ def test_end_is_reached_exactly(ramp, final):
     assert ramp(final, 0.3)(1.0) == pytest.approx(final, abs=1e-15)
 
 
-def test_sigmoid_reaches_its_sparsity():
+def test_sigmoid_reaches_its_final_sparsity():
     assert Sigmoid(0.9, steepness=4.0)(1.0) == pytest.approx(0.9)
 
 
@@ -122,12 +122,13 @@ def test_constant(final):
     assert Constant(final)(0) == Constant(final).at(0, 100) == final
 
 
-# -- steps ---------------------------------------------------------------------------------------
+# -- steps -----------------------------------------------------------------------------------------
 
 
 @every_ramp
-def test_steps_of_a_training(ramp, formula):
-    # 41 steps, from a quarter of them, rounded down, to three quarters.
+def test_schedule_with_fractions_of_the_training(ramp, formula):
+    # The training has 41 steps. The schedule starts at step 10 (41 / 4, rounded down) and ends at
+    # 30.
     schedule = ramp(0.9, 0.1, begin=0.25, end=0.75)
     assert schedule.span(41) == (10, 30)
     for step in range(30):
@@ -138,7 +139,7 @@ def test_steps_of_a_training(ramp, formula):
 
 @every_ramp
 @pytest.mark.parametrize("total", [None, 5, 1000])
-def test_steps_that_are_given_need_no_length(ramp, formula, total):
+def test_schedules_in_steps_need_no_training_length(ramp, formula, total):
     schedule = ramp(0.9, 0.1, begin_step=4, end_step=12)
     assert schedule.in_steps
     assert schedule.span(total) == (4, 12)
@@ -148,7 +149,7 @@ def test_steps_that_are_given_need_no_length(ramp, formula, total):
     assert schedule.at(12, total) == schedule.at(99, total) == schedule(1.0)
 
 
-def test_fractions_need_a_length():
+def test_schedules_in_fractions_need_a_training_length():
     schedule = Cubic(0.9)
     assert not schedule.in_steps
     with pytest.raises(
@@ -172,13 +173,13 @@ def test_jump_at_a_step(schedule, total, step, expected):
     assert schedule.at(step, total) == expected
 
 
-# -- errors --------------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "value", [-0.1, 1, 1.0, 90, math.nan, math.inf, "0.9", None, True, False, [0.9]]
 )
-def test_values_that_are_not_a_sparsity(value):
+def test_invalid_sparsities_raise(value):
     with pytest.raises(ValueError, match=r"target is the fraction of zeros.*Received: target="):
         check_sparsity(value, "target")
     with pytest.raises(
@@ -188,7 +189,7 @@ def test_values_that_are_not_a_sparsity(value):
 
 
 @pytest.mark.parametrize("value", [0, 0.0, 0.5, 0.999, np.float64(0.5)])
-def test_values_that_are_a_sparsity(value):
+def test_valid_sparsities_are_accepted(value):
     check_sparsity(value)
 
 
@@ -217,20 +218,20 @@ def test_errors(ramp, arguments, message):
         ramp(0.9, **arguments)
 
 
-def test_a_constant_schedule_refuses_begin_next_to_begin_step():
+def test_constant_with_begin_and_begin_step_raises():
     with pytest.raises(ValueError, match="Expected either begin and end"):
         Constant(0.9, begin=0.0, begin_step=5)
 
 
 @pytest.mark.parametrize("ramp", [ramp for ramp, _ in RAMPS])
-def test_a_config_with_fractions_next_to_steps_is_loaded(ramp):
+def test_an_old_config_with_fractions_and_steps_loads(ramp):
     schedule = ramp(0.9, begin_step=10, end_step=90)
     config = {**schedule.get_config(), "begin": 0.0, "end": 0.75}
     assert ramp.from_config(config) == schedule
 
 
 @pytest.mark.parametrize("value", [0, 0.5, Cubic(0.5), Constant(0.5)])
-def test_methods_take_a_number_or_a_schedule(value):
+def test_methods_accept_a_number_or_a_schedule(value):
     schedule = as_schedule(value, Cubic)
     assert schedule == (value if isinstance(value, Schedule) else Cubic(value))
 
@@ -239,17 +240,17 @@ def test_methods_take_a_number_or_a_schedule(value):
 @pytest.mark.parametrize(
     "method", [methods.Magnitude, methods.DST, methods.DCIL, methods.OptG, methods.FlipOut]
 )
-def test_methods_refuse_other_values(method, value):
+def test_methods_with_other_sparsity_values_raise(method, value):
     with pytest.raises(ValueError, match=r"a Python number in \[0, 1.*or a Schedule.*Received"):
         method(value)
 
 
-def test_methods_that_are_sparse_from_the_start_take_no_schedule():
+def test_methods_with_constant_sparsity_accept_no_schedule():
     with pytest.raises(ValueError, match=r"SET keeps it constant and takes no Schedule.*Cubic"):
         methods.SET(Cubic(0.9))
 
 
-def test_a_schedule_outside_the_package():
+def test_a_custom_schedule():
     @keras.saving.register_keras_serializable("tests")
     class Linear(Schedule):
         def curve(self, progress):

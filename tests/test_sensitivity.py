@@ -1,4 +1,4 @@
-"""Tests of `sensitivity` against NumPy, and of its allocation against brute force."""
+"""Tests of `sensitivity` against NumPy, and of its allocation against an exhaustive search."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ def data():
 
 
 class Counted(layers.Dense):
-    """A Dense layer that counts how often it is traced."""
+    """A Dense layer that counts its traces."""
 
     calls = 0
 
@@ -47,7 +47,7 @@ def arrays(model):
 
 
 def accuracy(weights, x, y):
-    """Return the accuracy of the model above with these weights, in NumPy."""
+    """Return the accuracy of this model for given weights, computed in NumPy."""
     one, first, two, second = weights
     return np.mean(np.argmax(np.maximum(x @ one + first, 0) @ two + second, 1) == y)
 
@@ -59,7 +59,7 @@ def smallest_to_zero(w, sparsity):
     return w
 
 
-def test_values_match_numpy(data):
+def test_sensitivities_equal_numpy(data):
     model = net()
     before = arrays(model)
     weights = model.get_weights()
@@ -89,14 +89,14 @@ def test_values_match_numpy(data):
         assert traced[0] == traced[-1]
 
 
-def test_arguments_choose_pattern_weights_and_metric(data):
+def test_arguments_select_pattern_weights_and_metric(data):
     model = net()
     found = keras_dst.sensitivity(
         model, data, (0.5,), pattern="2:4", filters=".*one/kernel", metric="loss", verbose=0
     )
     (row,) = found.weights
     w = model.get_weights()
-    order = np.argsort(np.abs(w[0]), axis=0)  # Two of every four inputs.
+    order = np.argsort(np.abs(w[0]), axis=0)  # The pattern prunes two of every four inputs.
     np.put_along_axis(w[0], order[:2], 0, axis=0)
     model.set_weights(w)
     assert row.values == pytest.approx([model.evaluate(*data, verbose=0)[0]], rel=1e-5)
@@ -104,7 +104,7 @@ def test_arguments_choose_pattern_weights_and_metric(data):
 
 
 @once
-def test_channels(data):
+def test_sensitivity_of_channels(data):
     model = net()
     found = keras_dst.sensitivity(
         model, data, (0.5,), pattern="channel", filters=".*one/kernel", verbose=0
@@ -115,7 +115,7 @@ def test_channels(data):
 
 
 class Batches(keras.utils.PyDataset):
-    """Batches of data, with an error after some of them."""
+    """Batches of data. After some batches, the data set may raise an error."""
 
     def __init__(self, data, error=None, after=10**9):
         super().__init__()
@@ -132,7 +132,7 @@ class Batches(keras.utils.PyDataset):
 
 
 @once
-def test_a_data_set(data):
+def test_sensitivity_with_a_data_set(data):
     whole = keras_dst.sensitivity(net(), data, (0.5,), verbose=0)
     parts = keras_dst.sensitivity(net(), Batches(data), (0.5,), verbose=0)
     weighted = keras_dst.sensitivity(net(), (*data, np.ones(40)), (0.5,), verbose=0)
@@ -143,7 +143,7 @@ def test_a_data_set(data):
 def test_weights_are_restored_after_an_error(data, error):
     model = net()
     before = model.get_weights()
-    # The third pass fails. TensorFlow wraps the error.
+    # The third pass raises the error. TensorFlow wraps the error in another one.
     with pytest.raises(BaseException, match="stop"):
         keras_dst.sensitivity(model, Batches(data, error, 10), (0.5,), verbose=0)
     for old, new in zip(before, model.get_weights(), strict=True):
@@ -169,7 +169,7 @@ def masked(method):
 
 
 @pytest.mark.parametrize("method", [DST(), DCIL(0.5)], ids=["DST", "DCIL"])
-def test_a_sparse_model_and_a_stripped_one(data, method):
+def test_sensitivity_of_sparse_and_stripped_models(data, method):
     model = masked(method)
     before = arrays(model)
     found = keras_dst.sensitivity(model, data, GRID, verbose=0)
@@ -181,7 +181,7 @@ def test_a_sparse_model_and_a_stripped_one(data, method):
 
 
 @once
-def test_a_mask_that_would_change_is_refused(data):
+def test_a_mask_that_would_change_raises(data):
     model = masked(DST(pattern="1x4"))
     before = model.get_weights()
     assert keras_dst.sensitivity(model, data, GRID, pattern="1x4", verbose=0)
@@ -191,7 +191,7 @@ def test_a_mask_that_would_change_is_refused(data):
         np.testing.assert_array_equal(old, new)
 
 
-def test_two_outputs_and_a_shared_weight(data):
+def test_sensitivity_with_two_outputs_and_a_shared_weight(data):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((4,))
     shared = layers.Dense(4, "tanh", name="shared")
@@ -205,17 +205,18 @@ def test_two_outputs_and_a_shared_weight(data):
     labels = {"a": data[1], "b": 2 - data[1]}
     found = keras_dst.sensitivity(model, (data[0], labels), (0.5,), verbose=0)
     assert [row.name for row in found.weights] == ["shared/kernel", "a/kernel", "b/kernel"]
-    assert (found.metric, found.mode) == ("loss", "min")  # There are two metrics.
+    # The loss is used, because there are two metrics.
+    assert (found.metric, found.mode) == ("loss", "min")
     found = keras_dst.sensitivity(
         model, (data[0], labels), (0.5,), metric="b_accuracy", filters="(a|b)/kernel", verbose=0
     )
     assert (found.metric, found.mode) == ("b_accuracy", "max")
     a, b = found.weights
-    assert a.values == (found.baseline,) != b.values  # The output b does not depend on a.
+    assert a.values == (found.baseline,) != b.values  # Output b does not depend on layer a.
 
 
 @once
-def test_frozen_weights(data):
+def test_sensitivity_skips_frozen_weights(data):
     model = net()
     model.layers[0].trainable = False
     model.compile("sgd", "sparse_categorical_crossentropy")
@@ -238,7 +239,7 @@ def made(*rows, baseline=1.0, sparsities=GRID, mode="max"):
 
 
 @once
-def test_the_table_and_json():
+def test_sensitivity_report_as_table_and_json():
     found = made(("one", 1000, (0.75, 0.5)), ("two", 8, (1.0, 0.25)))
     assert str(found).splitlines() == [
         "net: accuracy is 1.0000, and with a single weight pruned (unstructured):",
@@ -253,7 +254,7 @@ def test_the_table_and_json():
 
 
 @once
-def test_the_plot(monkeypatch):
+def test_sensitivity_plot(monkeypatch):
     plt = pytest.importorskip("matplotlib.pyplot")
     plt.switch_backend("agg")
     found = made(("one", 1000, (0.75, 0.5)), ("two", 8, (1.0, 0.25)))
@@ -270,7 +271,7 @@ def test_the_plot(monkeypatch):
 
 
 @once
-def test_the_progress_bar(data, capsys):
+def test_sensitivity_progress_bar(data, capsys):
     keras_dst.sensitivity(net(), data, (0.5,))
     assert "3/3" in capsys.readouterr().out
     keras_dst.sensitivity(net(), data, (0.5,), verbose=0)
@@ -283,7 +284,7 @@ def test_the_progress_bar(data, capsys):
 @once
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("sparsity", [0.3, 0.7, 0.9])
-def test_no_allocation_has_a_smaller_largest_drop(seed, sparsity):
+def test_allocation_minimizes_the_largest_drop(seed, sparsity):
     rng = np.random.default_rng(seed)
     grid, sizes = [0, 0.5, 0.8, 0.95], np.array([100, 300, 50])
     drops = np.hstack([np.zeros((3, 1)), rng.uniform(-0.1, 0.5, (3, 3))])
@@ -294,7 +295,7 @@ def test_no_allocation_has_a_smaller_largest_drop(seed, sparsity):
     def largest(shares):
         return max(np.interp(s, grid, curve) for s, curve in zip(shares, curves))
 
-    # Try two sparsities on a fine grid. The third sparsity follows from the total.
+    # Try two sparsities on a fine grid. The total determines the third sparsity.
     best = np.inf
     for first in np.linspace(0, 0.95, 96):
         for second in np.linspace(0, 0.95, 96):
@@ -302,16 +303,16 @@ def test_no_allocation_has_a_smaller_largest_drop(seed, sparsity):
             if 0 <= third <= 0.95:
                 best = min(best, largest((first, second, third)))
     assert largest(found) <= best + 1e-5
-    assert best - largest(found) < 0.05  # The grid is fine enough.
+    assert best - largest(found) < 0.05  # The tolerance covers the spacing of the grid.
 
 
 @once
-def test_ties_are_shared_evenly_within_the_measured_range():
+def test_allocation_shares_ties_evenly_within_the_measured_range():
     free = np.zeros((2, 3))
     assert equal_drop([0, *GRID], free, [10, 90], 0.4) == pytest.approx([0.4, 0.4])
     assert equal_drop([0, *GRID], free, [10, 90], 0.75) == pytest.approx([0.75, 0.75])
     assert equal_drop([0, *GRID], free, [10, 90], 0) == pytest.approx([0, 0])
-    # Pruning the first weight costs metric at once, so the second weight is pruned first.
+    # Pruning the first weight lowers the metric immediately, so the second weight is pruned first.
     dear = [[0, 0.5, 1], [0, 0, 0]]
     assert equal_drop([0, *GRID], dear, [10, 90], 0.675) == pytest.approx([0, 0.75], abs=1e-5)
     with pytest.raises(ValueError, match=r"at most 0.75, the highest measured sparsity"):
@@ -327,7 +328,7 @@ def test_allocations_match_weights_by_name():
     names = [row.name for row in found.weights]
     sizes = [row.parameters for row in found.weights]
     expected = 1 - np.array([shares[name] for name in names])
-    for order in (shares, dict(reversed(shares.items()))):  # One name contains another.
+    for order in (shares, dict(reversed(shares.items()))):  # One name is a part of another name.
         kept = densities(order, [(n, 1) for n in sizes], 0.5, names)
         np.testing.assert_array_equal(kept, expected)
     assert expected @ sizes == pytest.approx(20)
@@ -336,7 +337,7 @@ def test_allocations_match_weights_by_name():
 
 
 def sensitive(rng):
-    """Return a classifier with a narrow layer that needs all its weights and a wide layer."""
+    """Return a classifier with a wide layer and a narrow layer, all of whose weights are needed."""
     model = keras.Sequential(
         [
             keras.Input((10,)),
@@ -348,7 +349,7 @@ def sensitive(rng):
     )
     narrow = np.linalg.qr(rng.standard_normal((10, 10)))[0]
     wide = 0.01 * rng.standard_normal((10, 40))
-    wide[:, 0] = narrow.T @ np.ones(10)  # Only this column is used.
+    wide[:, 0] = narrow.T @ np.ones(10)  # Only this column has an effect.
     out = np.zeros((40, 2))
     out[0] = -1, 1
     model.set_weights([narrow, wide, out + 1e-3 * rng.standard_normal((40, 2))])
@@ -361,7 +362,7 @@ def sensitive(rng):
 
 
 @once
-def test_a_sensitive_layer_stays_denser():
+def test_a_sensitive_layer_is_allocated_a_higher_density():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((400, 10)).astype("float32")
     y = (x.sum(1) > 0).astype("int32")

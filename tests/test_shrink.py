@@ -18,23 +18,21 @@ from keras_dst.methods import DST, Consensus, Magnitude
 from tests import models
 from tests.backends import once
 
-# Random nets are slow on JAX, which compiles every op of a net, and on TensorFlow, which traces it.
+# JAX compiles every op of a random network and TensorFlow traces it, so both test fewer examples.
 EXAMPLES = 12 if keras.backend.backend() == "torch" else 3
 few = settings(
     max_examples=EXAMPLES,
     deadline=None,
     derandomize=True,
     database=None,
-    phases=[
-        Phase.explicit,
-        Phase.generate,
-    ],  # a failing net is small, so shrinking it further is not needed
+    # The phase `shrink` is left out, because failing networks are small anyway.
+    phases=[Phase.explicit, Phase.generate],
 )
 KERNELS = (layers.Dense, layers.Conv1D, layers.Conv2D)
 
 
 def randomize(model, seed=0):
-    """Set biases, offsets and statistics to values that are not 0, as after training."""
+    """Set biases, offsets and statistics to nonzero values, as after training."""
     rng = np.random.default_rng(seed)
     for variable in model.weights:
         if len(variable.shape) == 1:
@@ -44,7 +42,7 @@ def randomize(model, seed=0):
 
 
 def units_of(layer):
-    """Return the kernel that makes the units of a layer, and the axis of the units."""
+    """Return the kernel that computes the units of a layer, and the axis of the units."""
     layer = getattr(layer, "layer", layer)
     layer = getattr(layer, "cell", layer)
     kernel = layer.pointwise_kernel if hasattr(layer, "pointwise_kernel") else layer.kernel
@@ -52,7 +50,7 @@ def units_of(layer):
 
 
 def kill(model, *names, count=None, bias=False):
-    """Set the kernels of the last units to zero: half of the units, or `count` of them."""
+    """Set the kernels of the last units to zero: of half of the units, or of `count` units."""
     for name in names:
         layer = model.get_layer(name)
         variable, axis = units_of(layer)
@@ -67,13 +65,13 @@ def kill(model, *names, count=None, bias=False):
 
 
 def dead_units(model, name):
-    """Return, for each unit of a layer, whether its weights are all zero."""
+    """Return an array that is True for the units of a layer whose weights are all zero."""
     variable, axis = units_of(model.get_layer(name))
     return ~np.moveaxis(variable.numpy(), axis, -1).reshape(-1, variable.shape[axis]).any(0)
 
 
 def outputs(model, seed=9):
-    """Return the predictions of a compiled model for random inputs."""
+    """Return the predictions of a compiled model on random inputs."""
     rng = np.random.default_rng(seed)
     inputs = [rng.standard_normal((3, *x.shape[1:])).astype("float32") for x in model.inputs]
     run = jit(lambda x: model(x, training=False))
@@ -86,7 +84,7 @@ def assert_same_outputs(model, small):
 
 
 def check(model, **widths):
-    """Shrink a model; check outputs, widths of layers, and that the model is unchanged."""
+    """Shrink a model; check the outputs, the layer widths, and that the model does not change."""
     before = models.arrays(model.weights)
     small = keras_dst.shrink(model)
     for variable, old in zip(model.weights, before):
@@ -103,7 +101,7 @@ def check(model, **widths):
 
 @keras.saving.register_keras_serializable("tests")
 def reverse(z):
-    """Custom activation, which mixes the channels."""
+    """Reverse the channels: a custom activation that mixes channels."""
     return keras.ops.flip(z, -1)
 
 
@@ -130,10 +128,10 @@ def convnet(padding="same", use_bias=False):
 
 @pytest.mark.parametrize(
     ("padding", "one"),
-    # With zero padding, one dead channel is kept to carry the constants of all.
+    # With zero padding, one dead channel is kept. It carries the constants of all dead channels.
     [("same", 5), ("valid", 4)],
 )
-def test_channels_of_a_convnet(padding, one):
+def test_shrink_a_convolutional_network(padding, one):
     model = convnet(padding)
     kill(model, "one", "two", "three")
     small = check(model, one=one, two=3, three=5, head=2)
@@ -142,7 +140,7 @@ def test_channels_of_a_convnet(padding, one):
 
 
 @once
-def test_dead_channels_that_are_zero_leave_no_constants():
+def test_dead_channels_with_zero_output_leave_no_constants():
     model = keras.Sequential(
         [
             keras.Input((8, 8, 3)),
@@ -158,13 +156,13 @@ def test_dead_channels_that_are_zero_leave_no_constants():
 
 
 @once
-def test_channels_that_no_layer_reads():
+def test_channels_without_readers_are_removed():
     model = convnet()
     layer = model.get_layer("three")
     kernel = np.array(layer.kernel.numpy()).reshape(4, 4, 6, 10)
     kernel[:, :, :2] = 0
     layer.kernel.assign(kernel.reshape(-1, 10))
-    # Units that only dead units read are removed with them.
+    # If only dead units read a unit, both are removed.
     kill(model, "three")
     kernel = np.array(model.get_layer("two").kernel.numpy())
     kernel[:, :, :3, 2:] = 0
@@ -205,11 +203,11 @@ def residual(merge, gated=False):
 @pytest.mark.parametrize(
     "merge", [lambda x, y: layers.Add()([x, y]), lambda x, y: x + y], ids=["layer", "operator"]
 )
-def test_a_residual_net(merge):
+def test_shrink_a_residual_network(merge):
     model = residual(merge)
     kill(model, "a_1", "b_1", bias=True)
     check(model, a_1=4, b_1=4, a_2=8, b_2=8, stem=8)
-    # A channel is removed if it is dead in all terms.
+    # A channel of a sum is removed if it is dead in all terms.
     kill(model, "a_2", "b_2", "stem", count=3, bias=True)
     kill(model, "a_2", "b_2")
     check(model, a_1=4, b_1=4, a_2=6, b_2=6, stem=6)
@@ -225,9 +223,8 @@ def test_a_closed_branch_is_removed(merge, gated):
     if not gated:
         kill(model, "b_2", count=8)
         small = check(model, a_1=8, a_2=8, stem=8)
-        assert any(
-            "constant" in layer.name for layer in small.layers
-        )  # offset of the normalization
+        # The constant is the offset of the normalization.
+        assert any("constant" in layer.name for layer in small.layers)
     else:
         small = check(model, stem=8, head=2)
         assert "a_1" not in [layer.name for layer in small.layers]
@@ -235,7 +232,7 @@ def test_a_closed_branch_is_removed(merge, gated):
 
 
 @once
-def test_concatenation_depthwise_and_multiplication():
+def test_shrink_concatenation_depthwise_and_multiplication():
     inputs = keras.Input((8, 8, 3))
     a = layers.Conv2D(6, 3, padding="same", name="a")(inputs)
     b = layers.Conv2D(4, 3, padding="same", activation="gelu", name="b")(inputs)
@@ -262,14 +259,14 @@ def test_concatenation_depthwise_and_multiplication():
 
 
 def sequential(shape, *stack):
-    """Return a net of these layers without dead channels, with two outputs."""
+    """Return a network of these layers and an output layer of two units, without dead channels."""
     return randomize(
         keras.Sequential([keras.Input(shape), *stack, layers.Flatten(), layers.Dense(2)])
     )
 
 
 @once
-def test_separable_convolutions():
+def test_shrink_separable_convolutions():
     model = sequential(
         (6, 6, 3),
         layers.SeparableConv2D(6, 3, name="one"),
@@ -283,12 +280,12 @@ def test_separable_convolutions():
     small = check(model, one=3, two=4, three=2)
     assert small.get_layer("slopes").alpha.shape == (1, 1, 3)
     assert small.get_layer("own").alpha.shape == (4, 2)
-    kill(model, "two", bias=True)  # a channel that is zero is the same at the border
+    kill(model, "two", bias=True)  # a zero channel equals the padding
     check(model, one=3, two=2, three=2)
 
 
 @once
-def test_transposed_convolutions_after_a_dense_layer():
+def test_shrink_transposed_convolutions_after_a_dense_layer():
     model = sequential(
         (3,),
         layers.Dense(16, "relu", name="seed"),
@@ -300,17 +297,17 @@ def test_transposed_convolutions_after_a_dense_layer():
     )
     kill(model, "one", "two", "three", bias=True)
     kernel = np.array(model.get_layer("one").kernel.numpy())
-    kernel[..., 3] = 0  # no layer reads these four units
+    kernel[..., 3] = 0  # no layer reads four units of "seed"
     model.get_layer("one").kernel.assign(kernel)
     check(model, seed=12, one=3, two=2, three=2)
-    kill(model, "seed", count=13)  # channels 0, 1 and 2 at three of four positions
+    kill(model, "seed", count=13)  # channels 0, 1 and 2 are alive at one of four positions
     check(model, seed=12, one=3, two=2, three=2)
 
 
 @pytest.mark.skipif(
     keras.backend.backend() == "tensorflow", reason="TensorFlow pools only channels_last on a CPU"
 )
-def test_channels_first():
+def test_shrink_with_channels_first():
     first = {"data_format": "channels_first"}
     inputs = keras.Input((3, 6, 6))
     x = layers.Conv2D(6, 3, padding="same", name="one", **first)(inputs)
@@ -330,7 +327,7 @@ def test_channels_first():
 
 
 @once
-def test_whole_groups_of_convolutions():
+def test_grouped_convolutions_lose_whole_groups():
     model = sequential(
         (5, 5, 3),
         layers.Conv2D(8, 2, activation="relu", name="one"),
@@ -350,7 +347,7 @@ def test_whole_groups_of_convolutions():
     }
 
 
-def test_recurrent_layers_lose_inputs():
+def test_shrink_removes_inputs_of_recurrent_layers():
     model = sequential(
         (4, 3),
         layers.TimeDistributed(layers.Dense(6, "relu"), name="one"),
@@ -366,7 +363,7 @@ def test_recurrent_layers_lose_inputs():
 
 
 @once
-def test_shared_layers_and_several_outputs():
+def test_shrink_shared_layers_and_several_outputs():
     one, two = keras.Input((8,)), keras.Input((8,))
     shared, norm = layers.Dense(6, "relu", name="shared"), layers.BatchNormalization()
     a, b = norm(shared(one)), norm(shared(two))
@@ -398,7 +395,7 @@ def test_unsupported_layers_keep_their_channels():
 
 @once
 @pytest.mark.parametrize("kind", ["sequential", "residual", "nested"])
-def test_models_of_every_kind(kind):
+def test_shrink_models_of_every_kind(kind):
     keras.utils.set_random_seed(0)
     model = randomize(models.MODELS[kind]())
     for layer in model._flatten_layers():
@@ -413,7 +410,7 @@ def test_models_of_every_kind(kind):
 
 
 @pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
-def test_half_precision(dtype):
+def test_shrink_in_half_precision(dtype):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(dtype)
     try:
@@ -427,7 +424,7 @@ def test_half_precision(dtype):
     assert small.get_layer("a_1").filters == 5
 
 
-def test_a_sparse_model_is_stripped_in_a_copy(tmp_path):
+def test_shrink_strips_a_copy_of_a_sparse_model(tmp_path):
     model = models.sequential()
     keras_dst.sparsify(model, Consensus())
     layer = model.layers[0]
@@ -443,7 +440,7 @@ def test_a_sparse_model_is_stripped_in_a_copy(tmp_path):
 
 
 @once
-def test_channels_of_magnitude():
+def test_shrink_after_magnitude_pruning():
     method = Magnitude(0.5, pattern="channel", allocation="uniform")
     model = models.compiled(models.sequential(), keras_dst.SparseOptimizer("adam", method))
     model.fit(*models.data(), epochs=2, verbose=0, callbacks=[keras_dst.callbacks.SparseTraining()])
@@ -526,7 +523,7 @@ class TestReport:
             "last": {"it is an output of the model; exclude its layer from pruning": 3},
         }
 
-    def test_reasons_of_shared_layers_and_carriers_of_constants(self):
+    def test_reasons_with_shared_layers_and_constants(self):
         model = convnet()
         kill(model, "one")
         kill(model, "three", count=10)
@@ -557,11 +554,11 @@ class TestReport:
         }
 
 
-# -- layers whose state is more than their config and weights ------------------------------------
+# -- layers with state outside of config and weights -----------------------------------------------
 
 
 class Factor(layers.Layer):
-    """A custom layer whose config lacks an attribute."""
+    """A custom layer whose config does not contain one of its attributes."""
 
     factor = 1.0
 
@@ -570,7 +567,7 @@ class Factor(layers.Layer):
 
 
 class Penalty(keras.regularizers.Regularizer):
-    """A regularizer that has no config."""
+    """A regularizer without a config."""
 
     def __call__(self, w):
         return 0.0 * keras.ops.sum(w)
@@ -601,14 +598,14 @@ STATEFUL_LAYERS = {
 
 
 def with_layer(layer, dtype="float32", **options):
-    """A net that begins with a layer and has a prunable layer after it."""
+    """Return a network whose first layer is `layer`; a prunable layer follows."""
     inputs = keras.Input((8,), dtype=dtype)
     x = layers.Dense(16, "relu", name="hidden", **options)(keras.ops.cast(layer(inputs), "float32"))
     return randomize(keras.Model(inputs, layers.Dense(2, name="head")(x)))
 
 
 def assert_smaller(model, x, layer="hidden"):
-    """Shrink a model whose hidden layer is half dead; compare outputs, width and side effects."""
+    """Shrink a model with a half-dead hidden layer; compare outputs, width and side effects."""
     before = models.arrays(model.variables)
     small = keras_dst.shrink(model)
     for variable, old in zip(model.variables, before):
@@ -624,14 +621,14 @@ def assert_smaller(model, x, layer="hidden"):
 
 
 @pytest.mark.parametrize("kind", STATEFUL_LAYERS)
-def test_the_whole_state_of_other_layers_is_kept(kind):
+def test_shrink_keeps_the_whole_state_of_other_layers(kind):
     model = with_layer(STATEFUL_LAYERS[kind]())
     kill(model, "hidden")
     assert_smaller(model, SAMPLES)
 
 
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype int64")
-def test_the_vocabulary_of_a_lookup_is_kept():
+def test_shrink_keeps_the_vocabulary_of_lookup_layers():
     inputs = keras.Input((1,), dtype="int64")
     lookup = adapted(layers.IntegerLookup(output_mode="one_hot"), np.array([30, 40, 40, 50]))
     x = layers.Dense(16, "relu", name="hidden")(lookup(inputs))
@@ -640,7 +637,7 @@ def test_the_vocabulary_of_a_lookup_is_kept():
     assert_smaller(model, np.array([[30], [40], [7]]))
 
 
-def test_inputs_of_strings():
+def test_shrink_with_string_inputs():
     if keras.backend.backend() == "jax":
         pytest.skip("JAX cannot convert the strings of this test")
     inputs = keras.Input((1,), dtype="string")
@@ -655,7 +652,7 @@ def test_inputs_of_strings():
             keras_dst.shrink(model)
 
 
-def test_statistics_of_a_sparse_model():
+def test_shrink_keeps_statistics_of_a_sparse_model():
     model = with_layer(adapted(layers.Normalization(), SAMPLES))
     keras_dst.sparsify(model, Consensus(), filters="hidden")
     layer = model.get_layer("hidden")
@@ -667,7 +664,7 @@ def test_statistics_of_a_sparse_model():
 
 @once
 @pytest.mark.filterwarnings("ignore:The object being serialized includes a `lambda`")
-def test_functions_and_objects_that_keras_cannot_save():
+def test_shrink_with_objects_that_keras_cannot_save():
     inputs = keras.Input((8,))
     x = layers.Dense(8, lambda t: 2 * t, kernel_regularizer=Penalty())(inputs)
     x = layers.Dense(16, "relu", kernel_regularizer=Penalty(), name="hidden")(x)
@@ -681,7 +678,7 @@ def test_functions_and_objects_that_keras_cannot_save():
 
 
 @once
-def test_layers_of_one_name_in_two_nested_models():
+def test_shrink_two_nested_models_with_equal_layer_names():
     def block(name):
         inputs = keras.Input((8,))
         return keras.Model(inputs, factor(2.0, name="same")(inputs) + 1.0, name=name)
@@ -693,7 +690,7 @@ def test_layers_of_one_name_in_two_nested_models():
 
 
 @once
-def test_the_given_model_gets_no_new_nodes():
+def test_shrink_adds_no_nodes_to_the_given_model():
     model = with_layer(factor(2.0))
     kill(model, "hidden")
     operations = model.operations
@@ -703,7 +700,7 @@ def test_the_given_model_gets_no_new_nodes():
 
 
 @once
-def test_weights_that_two_layers_share_are_not_sliced():
+def test_shared_weights_are_not_sliced():
     class Tied(layers.Layer):
         def __init__(self, source):
             super().__init__()
@@ -724,7 +721,7 @@ def test_weights_that_two_layers_share_are_not_sliced():
 
 
 @once
-def test_a_nested_model_with_its_own_call_is_left_whole():
+def test_a_nested_model_with_a_custom_call_is_not_shrunk():
     class Doubled(keras.Model):
         def call(self, x, training=None):
             return 2.0 * super().call(x)
@@ -736,7 +733,7 @@ def test_a_nested_model_with_its_own_call_is_left_whole():
 
 
 @once
-def test_dropout_that_is_active_in_inference():
+def test_active_dropout_keeps_its_channels():
     inputs = keras.Input((8,))
     x = layers.Dense(16, "relu", name="hidden")(inputs)
     x = layers.Dropout(0.5, name="dropout")(x, training=True)
@@ -746,7 +743,7 @@ def test_dropout_that_is_active_in_inference():
     assert reason.startswith("'dropout' is called with training=True")
 
 
-# -- Keras masks ---------------------------------------------------------------------------------
+# -- Keras masks -----------------------------------------------------------------------------------
 
 IDS = np.array([[1, 2, 0, 0, 3, 0], [4, 0, 0, 0, 0, 0]])
 READERS = {
@@ -761,7 +758,7 @@ READERS = {
 
 @pytest.mark.filterwarnings("ignore:.*destroy the mask information")
 @pytest.mark.parametrize("reader", READERS)
-def test_masks_of_an_embedding(reader):
+def test_shrink_with_masks_of_an_embedding(reader):
     inputs = keras.Input((6,), dtype="int32")
     x = layers.Embedding(9, 8, mask_zero=True)(inputs)
     x = layers.Dense(16, "relu", name="hidden")(x)
@@ -771,7 +768,7 @@ def test_masks_of_an_embedding(reader):
 
 
 @once
-def test_masks_through_a_concatenation():
+def test_shrink_with_masks_through_a_concatenation():
     inputs = keras.Input((6, 8))
     x = layers.Masking(name="masking")(layers.Dense(6, use_bias=False, name="before")(inputs))
     x = layers.Concatenate()([layers.Dense(16, name="hidden")(x), layers.Dense(4)(x)])
@@ -787,7 +784,7 @@ def test_masks_through_a_concatenation():
 
 @once
 @pytest.mark.parametrize("reader", ["average", "lstm"])
-def test_masks_that_the_user_passes(reader):
+def test_shrink_with_masks_from_the_user(reader):
     inputs, mask = keras.Input((6, 8)), keras.Input((6,), dtype="bool")
     x = layers.Dense(16, "relu", name="hidden")(inputs)
     x = READERS[reader]()(x, mask=mask)
@@ -798,7 +795,7 @@ def test_masks_that_the_user_passes(reader):
 
 
 @once
-def test_a_constant_term_stays_if_it_removes_the_mask():
+def test_a_constant_term_that_removes_the_mask_is_kept():
     ids, values = keras.Input((6,), dtype="int32"), keras.Input((6, 8))
     x = layers.Embedding(9, 8, mask_zero=True)(ids)
     x = layers.Add()([x, layers.Dense(8, kernel_initializer="zeros")(values)])
@@ -808,17 +805,17 @@ def test_a_constant_term_stays_if_it_removes_the_mask():
     assert_smaller(model, [IDS, np.ones((2, 6, 8), "float32")])
 
 
-# -- inputs and states ---------------------------------------------------------------------------
+# -- inputs and states -----------------------------------------------------------------------------
 
 
 class Maybe(layers.Layer):
-    """A layer with an optional input."""
+    """A layer whose second input is optional."""
 
     def call(self, a, b=None):
         return a if b is None else a + b
 
 
-def test_optional_inputs():
+def test_shrink_with_optional_inputs():
     a, b = keras.Input((8,), name="a"), keras.Input((8,), name="b", optional=True)
     x = layers.Dense(16, "relu", name="hidden")(Maybe()(a, b))
     model = randomize(keras.Model({"a": a, "b": b}, layers.Dense(2)(x)))
@@ -830,7 +827,7 @@ def test_optional_inputs():
 @pytest.mark.skipif(
     keras.backend.backend() == "torch", reason="Keras has no sparse tensors on PyTorch"
 )
-def test_sparse_inputs():
+def test_shrink_with_sparse_inputs():
     inputs = keras.Input((8,), sparse=True, batch_size=2, name="values")
     x = layers.Dense(16, "relu", name="hidden")(inputs)
     model = randomize(keras.Model(inputs, layers.Dense(2)(x)))
@@ -841,7 +838,7 @@ def test_sparse_inputs():
     assert small.inputs[0].name == "values"
 
 
-def test_states_of_recurrent_layers():
+def test_shrink_with_states_of_recurrent_layers():
     model = keras.Sequential(
         [
             keras.Input(batch_shape=(2, 6, 8)),
@@ -858,7 +855,7 @@ def test_states_of_recurrent_layers():
 
 
 @once
-def test_float64_weights_keep_their_precision():
+def test_shrink_keeps_the_precision_of_float64_weights():
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy("float64")
     try:
@@ -871,7 +868,7 @@ def test_float64_weights_keep_their_precision():
     np.testing.assert_allclose(small.predict(x), model.predict(x), rtol=1e-10)
 
 
-# -- random nets ---------------------------------------------------------------------------------
+# -- random nets -----------------------------------------------------------------------------------
 
 STEPS = {
     "conv": lambda n: layers.Conv2D(4, 2, activation="relu", name=n),
@@ -893,7 +890,7 @@ REASONS = (
 
 
 def random_net(steps, seed):
-    """Return a net of these steps, with some shortcuts and some dead units."""
+    """Return a network of these steps, with some shortcuts and some dead units."""
     rng = np.random.default_rng(seed)
     x = inputs = keras.Input((5, 5, 4))
     for place, (step, merge) in enumerate(steps):
@@ -928,30 +925,30 @@ def random_net(steps, seed):
     st.integers(0, 999),
 )
 @pytest.mark.filterwarnings("ignore:shrink found nothing")
-def test_every_dead_channel_of_a_random_net_is_removed_or_has_a_reason(steps, seed):
+def test_dead_channels_of_random_networks_are_removed_or_have_a_reason(steps, seed):
     model = random_net(steps, seed)
     small = keras_dst.shrink(model)
     assert_same_outputs(model, small)
     for row in keras_dst.shrink_report(model).layers:
         dead = dead_units(model, row.layer)
-        living = (
-            (~dead).sum() * row.before // len(dead)
-        )  # a depthwise layer has several units per channel
+        # Depthwise layers can have several units per channel.
+        living = (~dead).sum() * row.before // len(dead)
         assert row.after - sum(row.reasons.values()) <= living, row
         assert all(any(known in why for known in REASONS) for why in row.reasons), row
     again = Plan(small)
-    # A grouped convolution with one group left is a plain convolution, which could lose more.
+    # A grouped convolution with one group becomes a plain convolution, which could lose more
+    # channels.
     alone = any(getattr(handler.op, "groups", 1) > 1 for handler in Plan(model).handlers)
     assert alone or all(again.keeps(handler.y).all() for handler in again.handlers)
 
 
-# -- trained, pruned, shrunk ----------------------------------------------------------------------
+# -- trained, pruned, shrunk -----------------------------------------------------------------------
 
 
-# Whole channels of a small net meet the target only to a few percent in a short training.
+# Whole channels of a small network reach the target only within a few percent.
 @pytest.mark.filterwarnings("ignore:DST")
 @pytest.mark.parametrize("method", [Magnitude, DST], ids=lambda method: method.__name__)
-def test_channels_of_a_trained_residual_net(method):
+def test_shrink_a_trained_residual_network(method):
     keras.utils.set_random_seed(0)
     model = residual(lambda x, y: layers.Add()([x, y]))
     if method is Magnitude:
@@ -967,9 +964,9 @@ def test_channels_of_a_trained_residual_net(method):
     small = keras_dst.shrink(model)
     assert_same_outputs(model, small)
     rows = {row.layer: row for row in keras_dst.shrink_report(model).layers}
-    for name in ("a_1", "b_1"):  # within the branches, all dead channels but one for constants
+    for name in ("a_1", "b_1"):  # inside the branches, only one dead channel is kept
         assert rows[name].after <= 9 - dead[name].sum()
-    # Around the branches a channel is removed if it is dead in all layers.
+    # Channels of the sum are removed if they are dead in all layers.
     summed = dead["stem"] & dead["a_2"] & dead["b_2"]
     for name in ("stem", "a_2", "b_2"):
         assert 8 - summed.sum() <= rows[name].after <= 9 - summed.sum()
@@ -996,7 +993,7 @@ class TestErrors:
     def test_a_difference(self, monkeypatch):
         model = convnet()
         kill(model, "one")
-        # A simulated bug: constants move into the bias although the layer pads.
+        # Simulate a bug: constants move into the bias although the layer pads with zeros.
         monkeypatch.setattr(KernelLayer, "pads_with_zeros", False)
         with pytest.raises(RuntimeError, match="would change the outputs"):
             keras_dst.shrink(model)

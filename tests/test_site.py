@@ -1,4 +1,4 @@
-"""The site builds without warnings, and its figures equal the files in results/."""
+"""Tests that the site builds without warnings and that its figures agree with results/."""
 
 import importlib
 import os
@@ -28,7 +28,7 @@ pytestmark = once
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """Build the site with every warning as an error, and return its folder."""
+    """Build the site with warnings as errors, and return its folder."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
@@ -53,7 +53,7 @@ def test_every_page_is_built_and_every_marker_is_replaced(site):
     assert "<td>DCIL</td>" in (site / "results/step_time/index.html").read_text()
 
 
-def test_the_site_loads_nothing_from_a_network(site):
+def test_the_site_loads_no_external_files(site):
     for path, text in html(site).items():
         loaded = re.findall(
             r"<(?:script|link|img|iframe)[^>]*?(?:src|href)=\"?(http[^\" >]+)", text
@@ -73,18 +73,18 @@ def test_every_notebook_is_a_page_with_its_outputs(site):
         assert len(list(site.glob(f"notebooks/{path.stem}_*.png"))) == stored.count('"image/png"')
 
 
-# -- layout --------------------------------------------------------------------------------------
+# -- layout ----------------------------------------------------------------------------------------
 
 
 def code_blocks(site):
-    """Return the HTML of every block of code on the site, without the outputs of notebooks."""
+    """Return the HTML of every code block on the site, without the outputs of notebooks."""
     texts = [text for path, text in html(site).items()]
     found = re.findall(r'<div class="?([^>]*?)highlight"?>(.*?</pre>)', "".join(texts), re.DOTALL)
     return [block for language, block in found if "language-text" not in language]
 
 
-def test_code_fits_its_column(site):
-    """A line of code is at most 100 characters long, as in the package."""
+def test_code_lines_fit_their_column(site):
+    """Lines of code have at most 100 characters, as in the package."""
     for block in code_blocks(site):
         lines = unescape(re.sub("<[^>]+>", "", block)).splitlines()
         assert max(map(len, lines)) <= 100, max(lines, key=len)
@@ -92,7 +92,7 @@ def test_code_fits_its_column(site):
 
 @pytest.mark.parametrize("width", [1440, 390])
 def test_the_layout_in_a_browser(site, width):
-    """Code does not scroll sideways on a desktop, and no page is wider than a phone."""
+    """Code needs no horizontal scrolling on a desktop, and no page is wider than a phone."""
     page = (site / "guide" / "index.html").read_text()
     before, article, after = re.fullmatch(
         r"(.*<article.*?>)(.*)(</article>.*)", page, re.S
@@ -119,7 +119,7 @@ PUBLIC_MODULES = (
 
 
 def public_names():
-    """Return the full name of every public class and function of the package."""
+    """Return the full names of all public classes and functions of the package."""
     values = {name: getattr(keras_dst, name) for name in keras_dst.__all__}
     names = {f"keras_dst.{name}" for name, value in values.items() if callable(value)}
     for name in PUBLIC_MODULES:
@@ -135,8 +135,8 @@ def test_every_public_name_is_in_the_reference(site):
     assert public_names() - documented == set()
 
 
-def test_the_reference_documents_public_names_and_their_members_only(site):
-    """A name in the reference can be imported, or belongs to an object that a function returns."""
+def test_the_reference_documents_only_public_names_and_members(site):
+    """Every documented name can be imported, or belongs to an object that a function returns."""
     pages = (ROOT / "docs" / "reference").glob("*.md")
     named = re.findall(r"^::: (\S+)", "".join(page.read_text() for page in pages), re.MULTILINE)
     for name in named:
@@ -144,7 +144,7 @@ def test_the_reference_documents_public_names_and_their_members_only(site):
         assert hasattr(importlib.import_module(module), member), name
 
 
-# -- figures -------------------------------------------------------------------------------------
+# -- figures ---------------------------------------------------------------------------------------
 
 
 TABLES = (
@@ -166,7 +166,7 @@ TABLES = (
 
 
 @pytest.mark.parametrize("benchmark", TABLES, ids=lambda module: module.BENCHMARK)
-def test_the_table_of_a_benchmark_follows_from_its_runs(benchmark, tmp_path, monkeypatch):
+def test_benchmark_tables_are_up_to_date(benchmark, tmp_path, monkeypatch):
     page = pathlib.Path(benchmark.BENCHMARK) / "index.md"
     committed = (results.RESULTS / page).read_text()
     shutil.copytree(results.RESULTS, tmp_path / "results")
@@ -175,7 +175,7 @@ def test_the_table_of_a_benchmark_follows_from_its_runs(benchmark, tmp_path, mon
     assert (tmp_path / "results" / page).read_text() == committed
 
 
-def test_the_page_of_models_follows_from_its_runs(tmp_path, monkeypatch):
+def test_the_page_on_models_is_up_to_date(tmp_path, monkeypatch):
     committed = models.PAGE.read_text()
     monkeypatch.setattr(models, "PAGE", tmp_path / "models.md")
     models.table()
@@ -183,7 +183,7 @@ def test_the_page_of_models_follows_from_its_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", pictures.PICTURES)
-def test_pictures_follow_from_the_runs(name, tmp_path):
+def test_pictures_are_up_to_date(name, tmp_path):
     def data(path):
         return re.search(r"<dc:description>(.*?)</dc:description>", path.read_text())[1]
 
@@ -201,7 +201,7 @@ def test_front_pages_show_the_table_of_100_epochs(page):
 @pytest.mark.parametrize(
     ("page", "heading"), [("README.md", "Measured results"), ("docs/index.md", "Results")]
 )
-def test_figures_on_front_pages_are_in_the_results(page, heading):
+def test_figures_on_front_pages_agree_with_results(page, heading):
     section = (ROOT / page).read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
     figures = re.findall(r"\d+\.\d+(?: ± \d+\.\d+)? %|\b0\.\d{3}\b", section)
     tables = "".join(path.read_text() for path in results.RESULTS.rglob("*.md"))

@@ -1,4 +1,4 @@
-"""`save_sparse` and `load_sparse`: small files, exact weights, and errors for damaged files."""
+"""Tests of `save_sparse` and `load_sparse`: small files, exact weights, errors for bad files."""
 
 import contextlib
 
@@ -38,7 +38,7 @@ def with_zeros(model, sparsity=0.9):
 
 
 def bits(variable):
-    """Return the bit pattern of a variable, so that -0.0 and NaN compare exactly."""
+    """Return the bit pattern of a variable, so that -0.0 and NaN are compared exactly."""
     values = np.ascontiguousarray(keras.ops.convert_to_numpy(variable))
     return values.reshape(-1).view("uint8")
 
@@ -55,11 +55,11 @@ def path(tmp_path):
     return tmp_path / "model.sparse"
 
 
-def test_weights_are_exact_and_the_file_is_small(path):
+def test_sparse_files_are_small_with_exact_weights(path):
     model = with_zeros(network(2000))
     kernel = model.layers[0].kernel
     special = kernel.numpy()
-    special[0, :4] = [-0.0, np.nan, np.inf, 1e-45]  # bit patterns that a comparison would change
+    special[0, :4] = [-0.0, np.nan, np.inf, 1e-45]  # values with unusual bit patterns
     kernel.assign(special)
     keras_dst.save_sparse(model, path)
     loaded = keras_dst.load_sparse(path)
@@ -67,12 +67,12 @@ def test_weights_are_exact_and_the_file_is_small(path):
     assert not loaded.compiled
     kernels = sum(v.numpy().nbytes for v in model.weights if len(v.shape) > 1)
     others = sum(v.numpy().nbytes for v in model.weights if len(v.shape) == 1)
-    # (density + 1/32) of the kernels; names and structure take a few thousand bytes.
+    # Kernels take density + 1/32 of their bytes. Names and structure take a few thousand bytes.
     assert path.stat().st_size < (0.1 + 1 / 32) * kernels + others + 6000
 
 
 @pytest.mark.parametrize("method", [DST(0.9), DCIL(0.9), Magnitude(0.9)], ids=repr)
-def test_a_model_in_training_predicts_the_same_and_trains_on(method, path):
+def test_a_loaded_sparse_model_predicts_equally_and_continues_training(method, path):
     model = network()
     optimizer = "adam"
     if isinstance(method, Magnitude):
@@ -86,7 +86,7 @@ def test_a_model_in_training_predicts_the_same_and_trains_on(method, path):
         model.fit(X, Y, epochs=12, verbose=0, callbacks=training)
     before = [bits(v) for v in model.variables]
     keras_dst.save_sparse(model, path, include_optimizer=True)
-    for old, variable in zip(before, model.variables):  # saving changes nothing
+    for old, variable in zip(before, model.variables):  # saving does not change the model
         np.testing.assert_array_equal(old, bits(variable))
     loaded = keras_dst.load_sparse(path)
     np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
@@ -96,9 +96,9 @@ def test_a_model_in_training_predicts_the_same_and_trains_on(method, path):
 
 
 @pytest.mark.parametrize("policy", ["float64", "bfloat16", "mixed_float16"])
-def test_other_types(policy, path):
+def test_sparse_files_with_other_dtypes(policy, path):
     if policy == "float64" and keras.backend.backend() == "jax":
-        pytest.skip("JAX has float64 only if jax_enable_x64 is set before it starts")
+        pytest.skip("JAX needs jax_enable_x64 for float64")
     keras.config.set_dtype_policy(policy)
     try:
         model = with_zeros(network()) if policy != "bfloat16" else network()
@@ -109,7 +109,7 @@ def test_other_types(policy, path):
 
 
 @once
-def test_a_stripped_model_of_every_layer_kind_keeps_its_vocabulary(path):
+def test_a_stripped_model_keeps_layers_with_a_vocabulary(path):
     pytest.importorskip("tensorflow", reason="layers with a vocabulary need TensorFlow")
     lookup = keras.layers.IntegerLookup()
     lookup.adapt(np.arange(20))
@@ -128,7 +128,7 @@ class DamagedFile(Exception):
 
 
 def load(path):
-    """Load a file; raise DamagedFile if `load_sparse` refuses it with the right message."""
+    """Load a file; raise DamagedFile if `load_sparse` rejects it with the expected message."""
     try:
         return keras_dst.load_sparse(path)
     except ValueError as error:
@@ -138,7 +138,7 @@ def load(path):
 
 
 @once
-def test_damaged_files_are_refused(path):
+def test_damaged_files_raise(path):
     keras_dst.save_sparse(with_zeros(network()), path)
     content = path.read_bytes()
     places = np.random.default_rng(0).integers(len(content), size=20)
@@ -147,7 +147,7 @@ def test_damaged_files_are_refused(path):
         changed = bytearray(content)
         changed[place] ^= 0xFF
         damaged.append(bytes(changed))
-    harmless = 0  # the byte is a date or a flag of the archive that no reader needs
+    harmless = 0  # counts bytes without effect, such as dates in the archive
     for data in damaged:
         path.write_bytes(data)
         with contextlib.suppress(DamagedFile):

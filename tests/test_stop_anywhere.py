@@ -1,4 +1,4 @@
-"""Training that is killed and resumed ends exactly like uninterrupted training."""
+"""Tests that a training process can be killed and resumed without any effect on the result."""
 
 import os
 import pathlib
@@ -23,7 +23,7 @@ LINES = len(stop_worker.METHODS) * stop_worker.EPOCHS * stop_worker.STEPS
 
 
 def run(folder, save_freq, kill_after=None, delay=0.0):
-    """Run the worker, kill it after `kill_after` lines, and return whether it ended by itself."""
+    """Run the worker and kill it after `kill_after` lines; return True if it ended by itself."""
     command = [sys.executable, "-m", "tests.stop_worker", str(folder), str(save_freq)]
     errors = folder / "errors.txt"
     with errors.open("w") as stream:
@@ -45,7 +45,7 @@ def run(folder, save_freq, kill_after=None, delay=0.0):
     return worker.returncode == 0
 
 
-def test_killed_anywhere_and_resumed_equals_uninterrupted(tmp_path):
+def test_killed_and_resumed_training_equals_an_uninterrupted_run(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
@@ -53,7 +53,7 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(tmp_path):
     rng = random.Random(SEED)
     kills = 0
     for _ in range(KILLS):
-        # The kill comes at a random time: between backups, during a backup or during a step.
+        # The kill happens at a random time: between backups, during a backup, or during a step.
         lines = rng.randint(1, max(1, 2 * LINES // (KILLS + 1)))
         kills += not run(killed, rng.choice(["epoch", 3]), lines, 0.03 * rng.random())
     assert kills or not KILLS
@@ -66,7 +66,7 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(tmp_path):
 
 
 class Crash(keras.callbacks.Callback):
-    """A callback that interrupts `fit` after a given batch."""
+    """Callback that interrupts `fit` after a given batch."""
 
     def __init__(self, epoch, batch):
         super().__init__()
@@ -94,7 +94,7 @@ def check_same(model, other):
 
 @pytest.fixture(scope="module")
 def whole():
-    """Train a model with RigL without interruption; return the method and the model."""
+    """Train a model with RigL in one run; return the method and the model."""
     method = stop_worker.ALL_METHODS["rigl"]
     model = stop_worker.build(method)
     stop_worker.fit(model, SparseTraining())
@@ -120,8 +120,8 @@ def test_the_order_of_callbacks_does_not_matter(save_freq, first, whole, tmp_pat
 
 @once
 @pytest.mark.parametrize("rename", range(2))
-def test_killed_within_a_backup(rename, whole, tmp_path, monkeypatch):
-    """Before the new weights have their name, or between these and the record of them."""
+def test_training_killed_during_a_backup_can_be_resumed(rename, whole, tmp_path, monkeypatch):
+    """The kill happens before the new weights are renamed, or before the record is renamed."""
     method, model = whole
     seen = []
 
@@ -145,7 +145,7 @@ def test_killed_within_a_backup(rename, whole, tmp_path, monkeypatch):
 
 
 @once
-def test_only_unfinished_files_of_a_kill_are_removed(tmp_path):
+def test_only_unfinished_backup_files_are_removed(tmp_path):
     (tmp_path / "mine.txt").write_text("not ours")
     (tmp_path / ".123.backup-1-0.weights.h5").write_text("cut short")
     (tmp_path / ".123.training.json").write_text("{")
@@ -155,8 +155,8 @@ def test_only_unfinished_files_of_a_kill_are_removed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dst-target", "flipout"])
-def test_a_backup_of_the_end_is_the_end(name, tmp_path):
-    """As when a training is killed after its last backup."""
+def test_resuming_from_a_final_backup_trains_no_further(name, tmp_path):
+    """The training process may be killed after its last backup."""
     model = stop_worker.build(stop_worker.ALL_METHODS[name])
     stop_worker.fit(model, SparseTraining(), BackupAndRestore(tmp_path, delete_checkpoint=False))
     again = stop_worker.build(stop_worker.ALL_METHODS[name])
@@ -166,8 +166,8 @@ def test_a_backup_of_the_end_is_the_end(name, tmp_path):
 
 @once
 @pytest.mark.parametrize("driven", [True, False])
-def test_interrupted_while_batches_are_left_out(driven, tmp_path):
-    """A later fit does not skip any batch."""
+def test_an_interruption_while_batches_are_skipped(driven, tmp_path):
+    """A later fit skips no batches."""
     method = stop_worker.ALL_METHODS["magnitude" if driven else "dst"]
     callbacks = [SparseTraining()] if driven else []
     crash(stop_worker.build(method), (1, 7), *callbacks, BackupAndRestore(tmp_path, 3))
@@ -181,7 +181,7 @@ def test_interrupted_while_batches_are_left_out(driven, tmp_path):
 
 
 @once
-def test_a_later_fit_begins_at_its_own_beginning(tmp_path):
+def test_a_later_fit_starts_at_its_first_batch(tmp_path):
     method = stop_worker.ALL_METHODS["magnitude"]
     crash(stop_worker.build(method), (2, 3), SparseTraining(), BackupAndRestore(tmp_path, 3))
     model = stop_worker.build(method)
@@ -194,8 +194,8 @@ def test_a_later_fit_begins_at_its_own_beginning(tmp_path):
 
 @once
 @pytest.mark.parametrize("name", ["dst-target", "magnitude"])
-def test_keras_own_backup_within_an_epoch_ends_at_the_target(name, tmp_path):
-    """It begins the epoch again, so that there are more steps than the schedule has."""
+def test_the_keras_backup_callback_within_an_epoch_reaches_the_target(name, tmp_path):
+    """Keras restarts the epoch, so the run has more steps than the schedule."""
     method = stop_worker.ALL_METHODS[name]
     own = keras.callbacks.BackupAndRestore
     crash(stop_worker.build(method), (2, 5), SparseTraining(), own(tmp_path / "b", 3))

@@ -1,4 +1,4 @@
-"""`sparsify` and `strip` on models of every kind."""
+"""Tests of `sparsify` and `strip` on models of every kind."""
 
 import copy
 import zipfile
@@ -36,7 +36,7 @@ def paths(report):
 
 
 def prune_somewhat(model):
-    """Set thresholds that prune a large part of every layer."""
+    """Set thresholds that prune about half of every layer."""
     for layer in layers_of(model):
         for _, variable, state in layer.masked_weights():
             middle = np.median(np.abs(variable.numpy()))
@@ -50,7 +50,7 @@ def test_a_mask_of_ones_changes_nothing(model):
     np.testing.assert_array_equal(models.predict(model, x), before)
 
 
-def test_strip_predicts_the_same_and_leaves_no_class_of_ours(model):
+def test_strip_preserves_predictions_and_stock_classes(model):
     classes = [type(layer) for layer in model._flatten_layers()]
     names = [v.path for v in model.variables]
     keras_dst.sparsify(model, DST())
@@ -67,7 +67,7 @@ def test_strip_predicts_the_same_and_leaves_no_class_of_ours(model):
             assert 0.3 < zeros < 0.7
 
 
-def test_a_stripped_model_is_made_sparse_again_and_every_weight_moves_in_a_step(model):
+def test_a_stripped_model_can_be_made_sparse_again_and_trains_all_weights(model):
     keras_dst.sparsify(model, DST())
     keras_dst.strip(model)
     keras_dst.sparsify(model, DST(alpha=0.1))
@@ -107,7 +107,7 @@ def test_weights_file_round_trip(model, tmp_path):
     np.testing.assert_array_equal(models.predict(model, x), expected)
 
 
-def test_dense_weights_load_where_the_file_names_attributes(tmp_path):
+def test_dense_weights_load_from_files_with_attribute_names(tmp_path):
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
     layer = model.layers[0]
     store = {}
@@ -121,7 +121,7 @@ def test_dense_weights_load_where_the_file_names_attributes(tmp_path):
 
 
 def test_a_weights_file_of_the_dense_model_loads_into_the_sparse_model(model, tmp_path):
-    """Also if only some layers are sparse: Keras numbers the layers of a file by their class."""
+    """Keras numbers the layers of a file per class, so partly sparse models are tested as well."""
     expected = models.predict(model, x)
     model.save_weights(tmp_path / "dense.weights.h5")
     for some in (False, True):
@@ -140,7 +140,7 @@ def every_second(model):
     return lambda layer: any(layer is other for other in chosen)
 
 
-def test_dense_weights_leave_the_masks_as_they_are(tmp_path):
+def test_loading_dense_weights_does_not_change_masks(tmp_path):
     model = models.sequential()
     model.save_weights(tmp_path / "dense.weights.h5")
     keras_dst.sparsify(model, DST())
@@ -150,7 +150,7 @@ def test_dense_weights_leave_the_masks_as_they_are(tmp_path):
     np.testing.assert_array_equal(models.predict(model, x), masked)
 
 
-def test_a_weights_file_of_the_sparse_model_is_refused_by_the_dense_model(tmp_path):
+def test_loading_sparse_weights_into_a_dense_model_raises(tmp_path):
     model = models.sequential()
     keras_dst.sparsify(model, DST())
     model.save_weights(tmp_path / "sparse.weights.h5")
@@ -160,7 +160,7 @@ def test_a_weights_file_of_the_sparse_model_is_refused_by_the_dense_model(tmp_pa
 
 
 @once
-def test_a_stripped_file_has_no_trace_of_keras_dst(model, tmp_path):
+def test_files_of_stripped_layer_methods_do_not_mention_keras_dst(model, tmp_path):
     keras_dst.sparsify(model, DST())
     models.compiled(model).optimizer.build(model.trainable_variables)
     keras_dst.strip(model).save(tmp_path / "model.keras")
@@ -169,7 +169,7 @@ def test_a_stripped_file_has_no_trace_of_keras_dst(model, tmp_path):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_files_of_stripped_models_do_not_name_keras_dst(scaled, tmp_path):
+def test_files_of_stripped_optimizers_do_not_mention_keras_dst(scaled, tmp_path):
     model = models.sequential()
     optimizer = keras_dst.SparseOptimizer("adam", Magnitude(0.5))
     if scaled:
@@ -215,7 +215,7 @@ def test_strip_removes_all_sparse_optimizers_inside_a_multi_optimizer(tmp_path):
 
 
 @pytest.mark.parametrize("inner", ["adam", "sgd"])
-def test_a_trained_model_goes_on_training_with_its_optimizer(inner):
+def test_a_trained_model_continues_with_its_optimizer_state(inner):
     model = models.compiled(models.residual(), inner)
     model.fit(x, y, epochs=2, verbose=0)
     slots = {v.path: v.numpy().copy() for v in model.optimizer.variables}
@@ -243,7 +243,7 @@ def test_a_shared_layer_keeps_one_mask():
         (lambda layer: isinstance(layer, keras.layers.Conv2D), ["conv"]),
     ],
 )
-def test_filters(filters, expected):
+def test_sparsify_with_filters(filters, expected):
     model = keras.Sequential(
         [
             keras.Input((8, 8, 3)),
@@ -259,7 +259,7 @@ def test_filters(filters, expected):
     assert {reason for _, reason in report.skipped} == {"not selected by filters"}
 
 
-def test_the_report_taken_for_the_model_says_where_the_model_is():
+def test_using_the_report_as_a_model_raises():
     model = models.MODELS["sequential"]()
     report = keras_dst.sparsify(model, DST())
     assert copy.deepcopy(report).sparsified == report.sparsified
@@ -267,7 +267,7 @@ def test_the_report_taken_for_the_model_says_where_the_model_is():
         report.fit(x, y)
 
 
-def test_the_report_says_what_was_skipped_and_why():
+def test_the_report_lists_skipped_layers_with_reasons():
     class Undeclared(models.Mixer):
         prunable_weights = ()
 
@@ -291,7 +291,7 @@ def test_the_report_says_what_was_skipped_and_why():
     assert report.sparsified == [(model.layers[-1].path, ("kernel",))]
     parts = [
         "needs an input axis",
-        "masks the optimizer step, such as Magnitude",  # the wrapper, which holds the kernel too
+        "masks the optimizer step, such as Magnitude",  # the wrapper also has the kernel
         "masks the optimizer step, such as Magnitude",
         "LoRA",
         "quantized",
@@ -304,7 +304,7 @@ def test_the_report_says_what_was_skipped_and_why():
         assert reason in str(report)
 
 
-def test_filters_name_layers_or_those_around_them():
+def test_filters_match_layers_and_their_containers():
     model = models.recurrent()
     names = [layer.name for layer in model.layers]
     bidirectional = next(name for name in names if "bidirectional" in name)
@@ -316,7 +316,7 @@ def test_filters_name_layers_or_those_around_them():
     assert again.sparsified == report.sparsified[1:]
 
 
-def test_one_weight_has_one_mask():
+def test_two_layers_with_one_weight_raise():
     class Tied(models.Mixer):
         def build(self, shape):
             self.mix = first.mix
@@ -328,7 +328,7 @@ def test_one_weight_has_one_mask():
     assert not has_sparse_layers(model)
 
 
-def test_a_table_that_is_read_both_ways_has_one_mask(tmp_path):
+def test_a_reversible_embedding_has_one_mask(tmp_path):
     if not hasattr(keras.layers, "ReversibleEmbedding"):
         pytest.skip("this Keras has no ReversibleEmbedding")
     for tied in (True, False):
@@ -349,7 +349,7 @@ def test_a_table_that_is_read_both_ways_has_one_mask(tmp_path):
         assert all(0.4 < np.mean(w.numpy() == 0) < 0.6 for w in weights)
 
 
-def test_lora_does_not_go_with_a_mask():
+def test_enabling_lora_on_a_sparse_layer_raises():
     model = models.sequential()
     keras_dst.sparsify(model, DST())
     before = models.predict(model, x)
@@ -358,7 +358,7 @@ def test_lora_does_not_go_with_a_mask():
     np.testing.assert_array_equal(models.predict(model, x), before)
 
 
-def test_zeros_survive_quantization():
+def test_quantization_preserves_zeros():
     model = models.sequential()
     keras_dst.sparsify(model, DST())
     prune_somewhat(model)
@@ -373,7 +373,7 @@ def test_zeros_survive_quantization():
     assert 0.3 < zeros.mean() < 0.7
 
 
-# -- methods that mask the update ----------------------------------------------------------------
+# -- methods that mask the optimizer step ----------------------------------------------------------
 
 
 def zeros_of(model):
@@ -382,7 +382,7 @@ def zeros_of(model):
 
 @pytest.mark.parametrize("fitted", [False, True], ids=["compiled", "fitted"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "loss scaling"])
-def test_a_method_for_the_optimizer_wraps_it_and_keeps_its_state(fitted, scaled, tmp_path):
+def test_sparsify_wraps_the_optimizer_and_keeps_its_state(fitted, scaled, tmp_path):
     model = models.residual()
     inner = keras.optimizers.Adam(0.01)
     inner.exclude_from_weight_decay(var_names=["bias"])
@@ -422,7 +422,7 @@ def test_a_method_for_the_optimizer_wraps_it_and_keeps_its_state(fitted, scaled,
         (lambda layer: isinstance(layer, keras.layers.Conv2D), ["conv"]),
     ],
 )
-def test_filters_select_layers_for_the_optimizer(filters, expected):
+def test_filters_select_layers_for_sparse_optimizers(filters, expected):
     dense = [keras.layers.Dense(4, name="dense_a"), keras.layers.Dense(2, name="dense_b")]
     conv = keras.layers.Conv2D(2, 3, name="conv")
     inner = keras.Sequential([keras.Input((72,)), *dense], name="inner")
@@ -438,11 +438,11 @@ def test_filters_select_layers_for_the_optimizer(filters, expected):
     assert chosen == [path.rpartition("/")[2] for path in expected]
 
 
-def test_the_optimizer_skips_weights_without_the_axes_of_the_pattern():
+def test_the_optimizer_skips_weights_without_the_pattern_axes():
     model = models.sequential()
     models.compiled(model)
     report = keras_dst.sparsify(model, Magnitude(0.5, pattern="1x4"))
-    assert [path for path, _ in report.skipped] == [model.layers[3].path]  # depthwise
+    assert [path for path, _ in report.skipped] == [model.layers[3].path]  # the depthwise layer
     assert "needs an input axis" in str(report)
     model.fit(x, y, verbose=0, callbacks=[SparseTraining()])
     assert zeros_of(model)[model.layers[3].kernel.path] == 0
@@ -472,11 +472,11 @@ def test_the_report_is_a_table_in_a_notebook():
         keras_dst.strip(model)
 
 
-# -- frozen layers -------------------------------------------------------------------------------
+# -- frozen layers ---------------------------------------------------------------------------------
 
 
 def frozen_model(how):
-    """A model with a frozen base of two layers."""
+    """Return a model with a frozen base of two layers."""
     layers = [keras.layers.Dense(64, "relu", trainable=how != "argument") for _ in range(2)]
     base = keras.Sequential(
         [keras.Input((16,)), *layers],
@@ -513,7 +513,7 @@ def test_frozen_layers_are_skipped(method, how):
 
 @pytest.mark.parametrize("method", [OptG(0.8), DST(0.8), DCIL(0.8, warmup=1.0), Magnitude(0.8)])
 @pytest.mark.filterwarnings("ignore:.*training had reached sparsity:UserWarning")
-def test_a_layer_that_is_frozen_later_keeps_its_mask(method):
+def test_a_layer_frozen_after_sparsify_keeps_its_mask(method):
     model = models.compiled(frozen_model("trainable"))
     keras_dst.sparsify(model, method)
     model.get_layer("base").trainable = False
@@ -529,11 +529,11 @@ def test_a_layer_that_is_frozen_later_keeps_its_mask(method):
     assert all(np.all(kernel.numpy() != 0) for kernel in kernels)
 
 
-# -- the optimizer of a compiled model -----------------------------------------------------------
+# -- the optimizer of a compiled model -------------------------------------------------------------
 
 
 def optimizers():
-    """Optimizers of every structure: slots, no slots, factored slots, singles, several inside."""
+    """Return optimizers with slots, no slots, factored slots, and inner optimizers."""
     several = keras.optimizers.Adafactor, keras.optimizers.Nadam, keras.optimizers.SGD
     found = {cls.__name__: cls(0.01) for cls in several}
     found["Adam"] = keras.optimizers.Adam(0.01, use_ema=True, gradient_accumulation_steps=2)
@@ -547,7 +547,7 @@ def optimizers():
 
 
 @pytest.mark.parametrize("name", optimizers())
-def test_the_optimizer_stays_the_same_object_with_all_its_state(name):
+def test_sparsify_keeps_the_optimizer_object_and_its_state(name):
     model = models.compiled(models.residual(), optimizers()[name])
     optimizer = model.optimizer
     optimizer.note = "set by the user"
@@ -566,14 +566,14 @@ def test_the_optimizer_stays_the_same_object_with_all_its_state(name):
     keras_dst.strip(model)
     after = models.arrays(optimizer.variables)
     changed = [n for n, a, b in zip(names, before, after) if not np.array_equal(a, b)]
-    assert len(changed) > len(names) / 2 or name == "SGD"  # This is the state after one epoch.
+    assert len(changed) > len(names) / 2 or name == "SGD"  # One epoch changes the state.
     model.fit(x, y, verbose=0)
     counters = [v for v in optimizer.variables if v.name == "iteration"]
     assert max(int(v.numpy()) for v in counters) == 12
 
 
 @pytest.mark.parametrize("name", optimizers())
-def test_sparsify_and_strip_change_no_state_of_the_optimizer(name):
+def test_sparsify_and_strip_do_not_change_optimizer_state(name):
     model = models.compiled(models.residual(), optimizers()[name])
     model.fit(x, y, epochs=2, verbose=0)
     before = models.arrays(model.optimizer.variables)
@@ -593,7 +593,7 @@ def test_exclusions_from_weight_decay_are_kept(by, fitted):
     chosen = {"var_names": ["kernel"]} if by == "name" else {"var_list": [kernel]}
     optimizer.exclude_from_weight_decay(**chosen)
     models.compiled(model, optimizer)
-    nothing = np.zeros(len(x))  # no gradient: only weight decay moves a weight
+    nothing = np.zeros(len(x))  # without gradients, only weight decay changes weights
     if fitted:
         model.fit(x, y, sample_weight=nothing, verbose=0)
     before, other = kernel.numpy().copy(), model.layers[-1].kernel.numpy().copy()
@@ -606,7 +606,7 @@ def test_exclusions_from_weight_decay_are_kept(by, fitted):
     assert np.all(model.layers[-1].kernel.numpy() == other) == (by == "name")
 
 
-# -- other formats -------------------------------------------------------------------------------
+# -- other formats ---------------------------------------------------------------------------------
 
 
 def sparse_models():
@@ -624,9 +624,9 @@ def sparse_models():
 
 
 @pytest.mark.parametrize("name", ["DST", "DCIL", "OptG", "Gate"])
-def test_checkpoints_of_tensorflow_hold_the_whole_state(name, tmp_path):
+def test_tensorflow_checkpoints_contain_the_whole_state(name, tmp_path):
     if keras.backend.backend() != "tensorflow":
-        pytest.skip("a format of TensorFlow")
+        pytest.skip("the file format needs TensorFlow")
     import tensorflow as tf
 
     model, other = sparse_models()[name], sparse_models()[name]
@@ -648,9 +648,9 @@ def test_checkpoints_of_tensorflow_hold_the_whole_state(name, tmp_path):
     assert not any("threshold" in key for key, _ in tf.train.list_variables(path))
 
 
-def test_checkpoints_of_tensorflow_hold_the_state_of_the_optimizer(tmp_path):
+def test_tensorflow_checkpoints_contain_the_optimizer_state(tmp_path):
     if keras.backend.backend() != "tensorflow":
-        pytest.skip("a format of TensorFlow")
+        pytest.skip("the file format needs TensorFlow")
     import tensorflow as tf
 
     fitted, other = (models.compiled(models.residual()) for _ in range(2))
@@ -669,7 +669,7 @@ def test_checkpoints_of_tensorflow_hold_the_state_of_the_optimizer(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 @pytest.mark.filterwarnings("ignore:The `native_serialization` parameter:DeprecationWarning")
 @pytest.mark.parametrize("name", ["DST", "DCIL", "OptG", "Gate"])
-def test_an_unstripped_model_is_exported(name, tmp_path):
+def test_an_unstripped_model_can_be_exported(name, tmp_path):
     model = sparse_models()[name]
     if keras.backend.backend() == "torch":
         import torch
@@ -688,7 +688,7 @@ def test_an_unstripped_model_is_exported(name, tmp_path):
 
 
 class TestErrors:
-    """Bad input: what was expected, what was received, the fix; and the model as it was."""
+    """Errors state the expected and the received input and a fix; the model does not change."""
 
     @pytest.mark.parametrize(
         ("wrong", "message"),
@@ -699,7 +699,7 @@ class TestErrors:
         ],
     )
     @pytest.mark.parametrize("verb", [lambda m: keras_dst.sparsify(m, DST()), keras_dst.strip])
-    def test_no_model(self, wrong, message, verb):
+    def test_other_objects_than_models_raise(self, wrong, message, verb):
         with pytest.raises(TypeError, match=message):
             verb(wrong)
 
@@ -707,28 +707,28 @@ class TestErrors:
         ("module", "message"),
         [("tf_keras.src.engine.training", "Keras 2 model"), ("torch.nn.modules.module", "torch")],
     )
-    def test_models_of_others(self, module, message):
+    def test_models_of_other_libraries_raise(self, module, message):
         foreign = type("Model", (), {"__module__": module})()
         with pytest.raises(TypeError, match=message):
             keras_dst.sparsify(foreign, DST())
 
-    def test_unbuilt(self):
+    def test_an_unbuilt_model_raises(self):
         with pytest.raises(ValueError, match="has no weights yet"):
             keras_dst.sparsify(keras.Sequential([keras.layers.Dense(2)]), DST())
 
-    def test_a_method_for_the_optimizer_needs_a_compiled_model(self):
+    def test_update_methods_need_a_compiled_model(self):
         with pytest.raises(
             ValueError, match=r"Call model.compile.*SparseOptimizer\(optimizer, Mag"
         ):
             keras_dst.sparsify(models.residual(), Magnitude(0.5))
 
-    def test_another_object_than_a_method(self):
+    def test_other_objects_than_methods_raise(self):
         with pytest.raises(TypeError, match="Expected a method"):
             keras_dst.sparsify(models.residual(), "dst")
         with pytest.raises(TypeError, match=r"the class DST\. Call it: DST\("):
             keras_dst.sparsify(models.residual(), DST)
 
-    def test_filter_that_fits_nothing(self):
+    def test_invalid_filters_raise(self):
         model = models.residual()
         with pytest.raises(ValueError, match=r"no_such_layer.*does not match any"):
             keras_dst.sparsify(model, DST(), "no_such_layer")
@@ -740,18 +740,18 @@ class TestErrors:
             keras_dst.sparsify(model, DST(), model.layers[-1])
         assert not has_sparse_layers(model)
 
-    def test_nothing_supported(self):
+    def test_a_model_without_supported_layers_raises(self):
         model = keras.Sequential([keras.Input((3,)), keras.layers.ReLU()])
         with pytest.raises(ValueError, match="nothing to make sparse"):
             keras_dst.sparsify(model, DST())
 
-    def test_twice(self):
+    def test_making_a_model_sparse_twice_raises(self):
         model = models.residual()
         keras_dst.sparsify(model, DST())
         with pytest.raises(ValueError, match="already sparse"):
             keras_dst.sparsify(model, DST())
 
-    def test_unknown_class_in_a_file(self, tmp_path):
+    def test_an_unknown_class_in_a_config_raises(self, tmp_path):
         model = keras.Sequential([keras.Input((3,)), models.MyDense(2)])
         keras_dst.sparsify(model, DST())
         config = model.get_config()
@@ -762,7 +762,7 @@ class TestErrors:
             keras.Sequential.from_config(config)
 
 
-def test_a_cloned_model_is_sparse_inside_its_composite_layers():
+def test_clones_keep_sparse_layers_inside_composite_layers():
     inputs = keras.Input((6, 8))
     attention = keras.layers.MultiHeadAttention(2, 4)(inputs, inputs)
     model = keras.Model(inputs, keras.layers.Dense(2)(attention))

@@ -1,4 +1,4 @@
-"""Tests of SparsityTensorBoard, whose files TensorBoard reads back."""
+"""Tests of SparsityTensorBoard: TensorBoard reads the written files."""
 
 import sys
 
@@ -15,7 +15,7 @@ from tests.backends import once
 
 
 class Note(keras.callbacks.Callback):
-    """A callback that records the masks after every batch."""
+    """Callback that records the masks after every batch."""
 
     def __init__(self, read):
         super().__init__()
@@ -49,7 +49,7 @@ BODY, HEAD = "net/body/kernel", "net/head/kernel"
 
 
 def fitted(model, folder, optimizer=None, epochs=2, first=(), **kwargs):
-    """Fit 4 batches per epoch, and return the logs that TensorBoard reads."""
+    """Fit with 4 batches per epoch; return the history and the events that TensorBoard reads."""
     models.compiled(model, optimizer, metrics=["accuracy"])
     board = SparsityTensorBoard(folder, **kwargs)
     callbacks = [SparseTraining(), board, *first]
@@ -69,7 +69,7 @@ def scalars(events, tag):
     return {event.step: event.value for event in events.Scalars(tag)}
 
 
-def test_an_update_side_method(tmp_path):
+def test_logs_of_an_update_method(tmp_path):
     optimizer = SparseOptimizer("sgd", FlipOut(0.8, noise=0))
     note = Note(lambda: [state["mask"] for state in optimizer.states])
     history, events = fitted(net(), tmp_path, optimizer, update_freq=2, first=[note])
@@ -92,7 +92,7 @@ def test_an_update_side_method(tmp_path):
     assert scalars(events, "epoch/loss") == pytest.approx(dict(zip([4, 8], history["loss"])))
 
 
-def test_a_layer_method_by_epochs(tmp_path):
+def test_logs_of_a_layer_method_per_epoch(tmp_path):
     model = net()
     sparsify(model, DST(alpha=0.1))
     history, events = fitted(model, tmp_path)
@@ -111,7 +111,7 @@ def test_a_layer_method_by_epochs(tmp_path):
     ("method", "title"),
     [(OptG(0.5), "scores"), (DST(granularity="layer"), "threshold"), (Consensus(0), "gate")],
 )
-def test_what_a_method_learns(method, title, tmp_path):
+def test_logs_of_learned_state(method, title, tmp_path):
     model = net()
     sparsify(model, method, filters="body")
     _, events = fitted(model, tmp_path, epochs=1)
@@ -121,7 +121,7 @@ def test_what_a_method_learns(method, title, tmp_path):
 
 
 @once
-def test_a_gate_and_no_histograms(tmp_path):
+def test_logs_of_a_gate_without_histograms(tmp_path):
     inputs = keras.Input((8, 8, 3))
     x = layers.Gate(dependent=True, method=Consensus(0), name="gate")(inputs)
     outputs = keras.layers.Dense(2, "softmax")(keras.layers.Flatten()(x))
@@ -131,14 +131,14 @@ def test_a_gate_and_no_histograms(tmp_path):
 
 
 @once
-def test_masks_that_move_at_one_density(tmp_path):
+def test_logs_of_mask_changes_at_constant_density(tmp_path):
     _, events = fitted(net(), tmp_path, SparseOptimizer("sgd", RigL(0.5, frequency=1)), epochs=3)
     assert list(scalars(events, "density").values()) == pytest.approx([0.5] * 3, abs=0.01)
     assert scalars(events, "mask_changes")[1] > 0
 
 
 @once
-def test_values_before_the_target_are_left_out(tmp_path):
+def test_metrics_before_the_target_are_not_logged(tmp_path):
     model = models.compiled(net(), SparseOptimizer("sgd", Magnitude(0.5)), metrics=["accuracy"])
     callbacks = [SparsityTensorBoard(tmp_path), SparseTraining(metric_at_target="val_accuracy")]
     data = models.data(size=64)
@@ -151,7 +151,7 @@ def test_values_before_the_target_are_left_out(tmp_path):
 
 
 @once
-def test_two_weights_of_one_path(tmp_path):
+def test_logs_of_two_weights_with_equal_paths(tmp_path):
     inputs = keras.Input((8, 8, 3))
     x = keras.layers.Flatten()(inputs)
     twins = [keras.Sequential([keras.layers.Dense(2, name="same")], name="one") for _ in range(2)]
@@ -165,7 +165,7 @@ def test_two_weights_of_one_path(tmp_path):
 
 
 @once
-def test_a_fit_that_fails_leaves_what_was_written(tmp_path):
+def test_logs_are_kept_after_a_failed_fit(tmp_path):
     class Fails(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
             if epoch == 1:
@@ -177,7 +177,7 @@ def test_a_fit_that_fails_leaves_what_was_written(tmp_path):
 
 
 @once
-def test_a_second_fit_goes_on(tmp_path):
+def test_a_second_fit_continues_the_logs(tmp_path):
     optimizer = SparseOptimizer("sgd", Magnitude(0.5))
     model = net()
     fitted(model, tmp_path, optimizer, epochs=1)
@@ -196,14 +196,14 @@ class TestErrors:
         with pytest.raises(ValueError, match="update_freq must be 'epoch' or a whole number"):
             SparsityTensorBoard(tmp_path, update_freq=wrong)
 
-    def test_nothing_sparse(self, tmp_path):
+    def test_a_dense_model_raises(self, tmp_path):
         with pytest.raises(ValueError, match="SparsityTensorBoard found no sparse weights"):
             models.compiled(net()).fit(
                 *models.data(), verbose=0, callbacks=[SparsityTensorBoard(tmp_path / "logs")]
             )
         assert not (tmp_path / "logs").exists()
 
-    def test_without_the_library(self, monkeypatch, tmp_path):
+    def test_a_missing_tensorboardx_raises(self, monkeypatch, tmp_path):
         monkeypatch.setitem(sys.modules, "tensorboardX", None)
         with pytest.raises(ImportError, match=r"pip install keras_dst\[tensorboard\]"):
             SparsityTensorBoard(tmp_path)

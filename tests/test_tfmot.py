@@ -1,4 +1,4 @@
-"""Tests of `keras_dst.tfmot` against the rules of tfmot, written in NumPy."""
+"""Tests of `keras_dst.tfmot` against the algorithm of tfmot in NumPy."""
 
 import json
 import subprocess
@@ -68,12 +68,12 @@ def update_steps(schedule, until=30):
     ],
     ids=repr,
 )
-def test_schedules_update_at_these_steps(schedule, expected):
+def test_update_steps_of_tfmot_schedules(schedule, expected):
     assert update_steps(schedule) == expected
 
 
 @once
-def test_schedules_return_these_sparsities():
+def test_sparsities_of_tfmot_schedules():
     decay = tfmot.PolynomialDecay(0.25, 0.75, 10, 20)
     found = [decay(step)[1] for step in (0, 10, 15, 20, 99)]
     # Halfway, (1 - 0.5)**3 = 1/8 of the difference remains.
@@ -100,13 +100,13 @@ def test_schedules_return_these_sparsities():
         (lambda: tfmot.PruneLowMagnitude(EVERY, sparsity_m_by_n=(4, 2)), "m < n"),
     ],
 )
-def test_arguments_outside_their_range_are_refused(make, message):
+def test_arguments_out_of_range_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
 @once
-def test_a_schedule_of_another_class_is_refused():
+def test_a_schedule_of_another_class_raises():
     with pytest.raises(TypeError, match="PruningSchedule"):
         tfmot.prune_low_magnitude(dense(7), keras_dst.schedules.Cubic(0.5))
 
@@ -127,10 +127,10 @@ def test_configs_round_trip():
     [
         ([4.0, -3.0, 2.0, -1.0], 0.5, [1, 1, 0, 0]),
         ([4.0, -3.0, 2.0, -1.0], 0.0, [1, 1, 1, 1]),
-        ([4.0, -3.0, 2.0, -1.0], 0.99, [1, 0, 0, 0]),  # At least one entry is kept.
-        ([4.0, 3.0, 2.0, 1.0, 0.5], 0.5, [1, 1, 0, 0, 0]),  # 2.5 rounds to the even 2.
-        ([7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], 0.5, [1, 1, 1, 1, 0, 0, 0]),  # 3.5 to 4.
-        ([4.0, -2.0, 2.0, 1.0], 0.5, [1, 1, 1, 0]),  # Ties are kept.
+        ([4.0, -3.0, 2.0, -1.0], 0.99, [1, 0, 0, 0]),  # One entry is always kept.
+        ([4.0, 3.0, 2.0, 1.0, 0.5], 0.5, [1, 1, 0, 0, 0]),  # 2.5 rounds to 2.
+        ([7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], 0.5, [1, 1, 1, 1, 0, 0, 0]),  # 3.5 rounds to 4.
+        ([4.0, -2.0, 2.0, 1.0], 0.5, [1, 1, 1, 0]),  # Tied entries are kept.
         ([4.0, 0.0, 0.0, 0.0], 0.5, [1, 1, 1, 1]),  # Zeros tie with each other.
     ],
 )
@@ -141,7 +141,7 @@ def test_magnitude_mask(weights, sparsity, expected):
 
 def test_block_mask_ranks_blocks_by_mean_or_maximum():
     w = np.array([[9, 0, 4, 4], [0, 0, 4, 4], [1, 1, 0, 6], [1, 1, 0, 0]], "float32")
-    # The means are 2.25 4 / 1 1.5, and the largest magnitudes 9 4 / 1 6.
+    # Means of the four blocks are 2.25, 4, 1 and 1.5. Largest magnitudes are 9, 4, 1 and 6.
     of_means = np.kron([[1, 1], [0, 0]], np.ones((2, 2), bool))
     np.testing.assert_array_equal(block_mask(w, 0.5, (2, 2), "AVG"), of_means)
     of_largest = np.kron([[1, 0], [0, 1]], np.ones((2, 2), bool))
@@ -150,7 +150,8 @@ def test_block_mask_ranks_blocks_by_mean_or_maximum():
 
 @once
 def test_block_mask_if_blocks_do_not_divide_the_weight():
-    # With six rows and blocks of four, tfmot pools rows 0-2 and 3-5 for the blocks 0-3 and 4-5.
+    # For six rows and blocks of four, tfmot pools rows 0-2 for block 0-3, and rows 3-5 for block
+    # 4-5.
     w = np.array([[0, 0, 0, 5, 5, 5]], "float32").T
     found = block_mask(w, 0.5, (4, 1), "AVG")
     np.testing.assert_array_equal(found[:, 0], [0, 0, 0, 0, 1, 1])
@@ -162,7 +163,7 @@ def test_block_mask_if_blocks_do_not_divide_the_weight():
 
 
 def reference(w, schedule, rate, momentum=0.0, n_of_m=None):
-    """Train a linear layer by the rules of tfmot.
+    """Train a linear layer with the algorithm of tfmot.
 
     Return the mask of every step and the weights after the last step.
     """
@@ -175,7 +176,7 @@ def reference(w, schedule, rate, momentum=0.0, n_of_m=None):
             kept = max(1, round(w.size * (1 - sparsity)))
             magnitudes = np.sort(np.abs(w), axis=None)
             mask = np.abs(w) >= magnitudes[-kept]
-            # Rounding on another CPU cannot change a mask with such a gap at the threshold.
+            # This gap at the threshold is too large for rounding differences between CPUs.
             assert magnitudes[-kept] - magnitudes[-kept - 1] > GAP or not magnitudes[-kept]
         elif update:
             zeros, of = n_of_m
@@ -214,7 +215,7 @@ def test_masks_and_weights_of_every_step_match_the_reference(schedule, momentum,
     fit(model, callbacks=[tfmot.UpdatePruningStep(), Record()])
     expected, weights = reference(start.astype("float64"), schedule, 0.5, momentum, n_of_m)
     np.testing.assert_array_equal(found, expected)
-    if schedule is EVERY:  # Pruned weights were kept again later.
+    if schedule is EVERY:  # Some pruned weights return later.
         assert any((b & ~a).any() for a, b in pairwise(expected))
     np.testing.assert_allclose(
         tfmot.strip_pruning(model).layers[0].kernel.numpy(), weights, atol=1e-5
@@ -227,7 +228,7 @@ def test_a_nested_model_is_pruned_and_stripped():
     model.compile("adam", "sparse_categorical_crossentropy")
     model.fit(images, labels, batch_size=16, verbose=0, callbacks=[tfmot.UpdatePruningStep()])
     report = keras_dst.report(model)
-    for row in report.layers:  # Each kernel reaches the sparsity by itself.
+    for row in report.layers:  # Each kernel has the target sparsity.
         assert row.nonzeros == max(1, round(row.parameters * 0.25))
     before = model.predict(images, verbose=0)
     assert tfmot.strip_pruning(model) is model
@@ -283,7 +284,7 @@ def test_training_continues_exactly_from_a_backup_within_an_epoch(tmp_path):
 
 
 @once
-def test_training_without_the_callback_is_refused():
+def test_tfmot_training_without_the_callback_raises():
     with pytest.raises(ValueError, match=r"tfmot\.UpdatePruningStep\(\)"):
         fit(compiled(tfmot.prune_low_magnitude(dense(7), DECAY)), callbacks=[])
     model = compiled(tfmot.prune_low_magnitude(dense(7), DECAY))
@@ -296,14 +297,14 @@ def test_training_without_the_callback_is_refused():
 
 
 @once
-def test_the_callback_refuses_models_that_it_cannot_prune():
+def test_the_callback_raises_for_models_without_pruned_layers():
     with pytest.raises(ValueError, match="found no pruned layer"):
         fit(compiled(dense(7)))
     callback = tfmot.UpdatePruningStep()
     callback.set_model(tfmot.prune_low_magnitude(dense(7)))
     with pytest.raises(ValueError, match="Compile the model"):
         callback.on_train_begin()
-    if keras.backend.backend() != "torch":  # Keras refuses it on torch.
+    if keras.backend.backend() != "torch":  # Keras rejects this model on PyTorch.
         model = compiled(tfmot.prune_low_magnitude(dense(7)), steps_per_execution=4)
         with pytest.raises(ValueError, match="steps_per_execution=1"):
             fit(model)
@@ -317,7 +318,7 @@ def pruned_names(model):
 
 
 @once
-def test_depthwise_kernels_are_left_dense():
+def test_depthwise_kernels_stay_dense():
     model = keras.Sequential(
         [keras.Input((8, 8, 3)), layers.DepthwiseConv2D(3), layers.SeparableConv2D(4, 3, name="s")]
     )
@@ -330,7 +331,7 @@ def test_single_layers_keep_their_own_schedules():
     first = tfmot.prune_low_magnitude(layers.Dense(8, name="first"), EVERY)
     rest = tfmot.prune_low_magnitude([layers.Dropout(0.5), layers.Dense(7, name="last")], DECAY)
     model = keras.Sequential([keras.Input((9,)), first, *rest])
-    # All layers are pruned already, so this call changes nothing.
+    # All layers are already pruned, so this call changes nothing.
     tfmot.prune_low_magnitude(model, tfmot.ConstantSparsity(0.9, 0))
     assert [layer.method.pruning_schedule for layer in (first, rest[1])] == [EVERY, DECAY]
     fit(compiled(model))
@@ -386,7 +387,7 @@ class Unknown(Named):
 
 
 class Outer(layers.Layer):
-    """A layer without a `build` method, around a layer that gets its weights in `build`."""
+    """A layer without a `build` method; its sublayer creates weights in `build`."""
 
     def __init__(self):
         super().__init__()
@@ -409,10 +410,10 @@ UNBUILT = {
 
 
 @pytest.mark.parametrize("name", UNBUILT)
-def test_unbuilt_layers_are_pruned_once_they_are_built(name, tmp_path):
+def test_unbuilt_layers_are_pruned_when_they_are_built(name, tmp_path):
     make, expected = UNBUILT[name]
     layer = tfmot.prune_low_magnitude(make(), EVERY)
-    tfmot.prune_low_magnitude([layer], DECAY)  # The first schedule stays.
+    tfmot.prune_low_magnitude([layer], DECAY)  # The first schedule is kept.
     inputs = keras.Input((5, 4))
     features = layer(inputs, inputs) if name == "MultiHeadAttention" else layer(inputs)
     last = tfmot.prune_low_magnitude(layers.Dense(3), EVERY)
@@ -434,14 +435,14 @@ def test_unbuilt_layers_are_pruned_once_they_are_built(name, tmp_path):
 
 
 @once
-def test_the_config_of_a_layer_that_waits_for_its_build_is_refused():
+def test_the_config_of_an_unbuilt_pruned_layer_raises():
     lstm = tfmot.prune_low_magnitude(layers.LSTM(3))
     with pytest.raises(ValueError, match="prune the wrapper"):
         layers.Bidirectional(lstm)
 
 
 @once
-def test_an_unsupported_layer_is_refused_when_it_is_built():
+def test_building_an_unsupported_layer_raises():
     layer = tfmot.prune_low_magnitude(Unknown(name="own"))
     with pytest.raises(ValueError, match=r"'own' cannot be pruned: .*prunable_weights = "):
         layer(keras.Input((9,)))
@@ -471,7 +472,7 @@ def test_frozen_layers_stay_dense():
 
 
 @once
-def test_a_pruned_model_loads_in_a_process_that_imports_keras_dst_alone(tmp_path):
+def test_a_pruned_model_loads_with_only_keras_dst_imported(tmp_path):
     model = compiled(tfmot.prune_low_magnitude(dense(7), DECAY))
     fit(model)
     model.save(tmp_path / "model.keras")
@@ -489,13 +490,13 @@ def test_a_pruned_model_loads_in_a_process_that_imports_keras_dst_alone(tmp_path
 
 
 @once
-def test_the_public_names_are_all_that_dir_shows():
+def test_dir_lists_the_public_tfmot_names():
     assert sorted(tfmot.__all__) == dir(tfmot)
     assert all(hasattr(tfmot, name) for name in tfmot.__all__)
 
 
 @once
-def test_a_users_layer_names_its_prunable_weights():
+def test_custom_layers_declare_prunable_weights():
     model = keras.Sequential([keras.Input((9,)), tfmot.prune_low_magnitude(Named(), EVERY)])
     fit(compiled(model))
     assert np.count_nonzero(tfmot.strip_pruning(model).layers[0].mix.numpy()) == round(63 / 2)
@@ -510,7 +511,7 @@ def test_a_users_layer_names_its_prunable_weights():
         (lambda: "model.keras", {}, "load_model"),
     ],
 )
-def test_objects_that_are_not_models_or_layers_are_refused(make, arguments, message):
+def test_other_objects_than_models_and_layers_raise(make, arguments, message):
     with pytest.raises(TypeError, match=message):
         tfmot.prune_low_magnitude(make(), **arguments)
 
@@ -540,7 +541,7 @@ def image_model(*inner):
         (lambda: Outer(), {}, "'attention' cannot be pruned: it is not built"),
     ],
 )
-def test_layers_that_cannot_be_pruned_are_refused(make, arguments, message):
+def test_layers_that_cannot_be_pruned_raise(make, arguments, message):
     with pytest.raises(ValueError, match=message):
         tfmot.prune_low_magnitude(model := make(), **arguments)
     if model.built:
@@ -548,7 +549,7 @@ def test_layers_that_cannot_be_pruned_are_refused(make, arguments, message):
 
 
 @once
-def test_a_model_that_is_sparse_already_is_refused():
+def test_pruning_a_sparse_model_raises():
     model = dense(8, 7)
     keras_dst.sparsify(model, keras_dst.methods.DST())
     with pytest.raises(ValueError, match="sparse already"):
@@ -578,7 +579,7 @@ POLICY = tfmot.PruneForLatencyOnXNNPack()
 
 
 @once
-def test_the_policy_prunes_1x1_convolutions():
+def test_the_xnnpack_policy_prunes_1x1_convolutions():
     model = xnnpack()
     tfmot.prune_low_magnitude(model, pruning_policy=POLICY)
     assert pruned_names(model) == ["pruned"]
@@ -593,7 +594,7 @@ def test_the_policy_prunes_1x1_convolutions():
 
 
 def xnnpack_around(inner, subtract=False):
-    """A model with another model in it, and a subtraction between layers."""
+    """Return a model that contains another model, and optionally a subtraction between layers."""
     inputs = keras.Input((16, 16, 3))
     z = inner(layers.Conv2D(4, 3, strides=2)(layers.ZeroPadding2D(1)(inputs)))
     after = layers.Conv2D(4, 1, name="after")(z)
@@ -606,9 +607,9 @@ def inner_model(*inner, size=8):
 
 
 @once
-def test_the_policy_looks_into_models_and_accepts_subtraction():
+def test_the_xnnpack_policy_handles_nested_models_and_subtraction():
     within = layers.Conv2D(4, 1, name="within")
-    depthwise = inner_model(layers.DepthwiseConv2D(5), size=12)  # Its padding is outside of it.
+    depthwise = inner_model(layers.DepthwiseConv2D(5), size=12)  # The padding precedes the model.
     inner = inner_model(within, layers.ZeroPadding2D(2), depthwise)
     model = xnnpack_around(inner, subtract=True)
     tfmot.prune_low_magnitude(model, pruning_policy=POLICY)
@@ -638,7 +639,7 @@ def test_the_policy_looks_into_models_and_accepts_subtraction():
         (models.Subclassed, "its own call method"),
     ],
 )
-def test_the_policy_refuses_models_without_a_sparse_form(make, message):
+def test_the_xnnpack_policy_raises_for_unsupported_models(make, message):
     model = make()
     if not model.built:
         model(np.zeros((1, 8, 8, 3), "float32"))
@@ -668,7 +669,7 @@ WRAPPED = {
 
 
 def file_of(path, layer=WRAPPED, kernel=KERNEL):
-    """Write an .h5 file with one layer, as tf_keras does."""
+    """Write an .h5 file with one layer in the format of tf_keras."""
     inputs = {"class_name": "InputLayer", "config": {"name": "i", "batch_input_shape": [None, 3]}}
     config = {"name": "m", "layers": [inputs, layer]}
     weights = {
@@ -705,7 +706,7 @@ def test_load_restores_masks_schedule_and_step(tmp_path):
     callback = [tfmot.UpdatePruningStep()]
     model.fit(np.ones((4, 3)), np.ones((4, 2)), batch_size=1, verbose=0, callbacks=callback)
     assert state["progress"].numpy()[0] == 11
-    # At step 10, three of six entries are kept. Zeros do not tie with the third largest.
+    # At step 10, three of six entries are kept. No zero is tied with the third largest entry.
     np.testing.assert_array_equal(state["mask"].numpy(), KERNEL != 0)
     assert type(tfmot.strip_pruning(model).layers[0]) is layers.Dense
 
@@ -738,13 +739,13 @@ SCHEDULE = {"class_name": "Mine", "config": {}}
         ),
     ],
 )
-def test_load_refuses_parts_that_keras_3_lacks(tmp_path, layer, message):
+def test_loading_parts_missing_in_keras_3_raises(tmp_path, layer, message):
     with pytest.raises(ValueError, match=message):
         tfmot.load(file_of(tmp_path / "pruned.h5", layer))
 
 
 @once
-def test_load_refuses_other_files(tmp_path):
+def test_loading_other_files_raises(tmp_path):
     with pytest.raises(ValueError, match="Save the model"):
         tfmot.load(tmp_path)
     (tmp_path / "text.h5").write_text("text")

@@ -1,8 +1,8 @@
-"""Masks and files compared with the real tfmot, step by step.
+"""Tests that masks and files agree with the original tfmot, step by step.
 
-The tests need a Python with tf_keras and tensorflow-model-optimization: `.venv-tfmot`, which
-`make test` creates and which the tests use on torch, or the Python that the environment variable
-KERAS_DST_TFMOT_PYTHON names, which they use on every backend.
+The tests need a Python with tf_keras and tensorflow-model-optimization. On PyTorch, they use
+`.venv-tfmot`, which `make test` creates. On every backend, they use the Python in the environment
+variable KERAS_DST_TFMOT_PYTHON if it is set.
 """
 
 import os
@@ -25,7 +25,7 @@ PYTHON = pathlib.Path(GIVEN or ROOT / ".venv-tfmot" / "bin" / "python")
 pytestmark = [
     pytest.mark.skipif(
         not GIVEN and keras.backend.backend() != "torch",
-        reason="runs on torch only, which is fastest; test_tfmot.py runs on every backend",
+        reason="runs on PyTorch only, the fastest backend; test_tfmot.py runs on all backends",
     ),
     pytest.mark.skipif(
         not PYTHON.exists(),
@@ -37,7 +37,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
-    """Train all cases with the real tfmot, and return the folder of their records."""
+    """Train all cases with the original tfmot, and return the folder of the recorded values."""
     folder = tmp_path_factory.mktemp("tfmot")
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ""}
     environment.pop("KERAS_BACKEND", None)
@@ -67,10 +67,10 @@ def pruned(model):
 
 
 def fit(model, case, epoch, record, first):
-    """Train an epoch, and compare masks and weights with the record after every step.
+    """Train for an epoch, and compare masks and weights with the record after every step.
 
-    Every step then begins at the recorded weights, so that rounding differences do not add up until
-    they change a mask.
+    After the comparison, the weights are set to the recorded weights. Rounding differences
+    therefore do not add up until they change a mask.
     """
     kind, *_ = CASES[case]
     x, y = tfmot_worker.data(kind)
@@ -119,7 +119,7 @@ def test_masks_of_every_step_equal_those_of_tfmot(records, case):
     masks = [
         m for epoch in range(EPOCHS) for m in fit(model, case, epoch, record, 1 + epoch * BATCHES)
     ]
-    if case == "every-step":  # Pruned weights were kept again, so the order of steps counts.
+    if case == "every-step":  # Some pruned weights return.
         assert any((b & ~a).any() for s, t in pairwise(masks) for a, b in zip(s, t))
     x, _ = tfmot_worker.data(kind)
     stripped = tfmot.strip_pruning(model)
@@ -127,7 +127,7 @@ def test_masks_of_every_step_equal_those_of_tfmot(records, case):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if CASES[case][4]])
-def test_training_continues_from_a_file_of_tfmot(records, case):
+def test_training_continues_from_a_tfmot_file(records, case):
     kind, _, _, optimizer, extension = CASES[case]
     record = read(records, case)
     model = tfmot.load(records / f"{case}.{extension}")
@@ -135,5 +135,5 @@ def test_training_continues_from_a_file_of_tfmot(records, case):
     np.testing.assert_allclose(model.predict(x, verbose=0), record["predicted"], atol=1e-5)
     for i, (_, mask) in enumerate(pruned(model)):
         np.testing.assert_array_equal(mask.numpy(), record[f"mask_{BATCHES}_{i}"])
-    if optimizer == tfmot_worker.SGD:  # Plain SGD has no state that the file lacks.
+    if optimizer == tfmot_worker.SGD:  # The file contains the whole state of plain SGD.
         fit(compiled(model, case), case, 1, record, BATCHES + 1)

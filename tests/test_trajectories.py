@@ -1,8 +1,9 @@
-"""Fifty steps of every method against its equations, written in NumPy from the papers alone.
+"""Tests of fifty steps of every method against the equations of the papers in NumPy.
 
-A reference is asked for the weights that the net sees (`effective`), takes their gradients, makes
-the step of the optimizer, and does what the method does between steps (`between`, with the number
-of steps done). Scores, counters and thresholds are its own.
+Every reference class has three methods. `effective` returns the weights that the network uses.
+`step` applies the gradients of these weights with the optimizer. `between` makes the changes of the
+method between steps, given the number of finished steps. The class also stores scores, counters and
+thresholds.
 """
 
 import keras
@@ -15,7 +16,7 @@ from keras_dst.callbacks import SparseTraining
 from tests import reference
 from tests.reference import Momentum
 
-STEPS, EPOCHS = 50, 8  # the schedule takes eight epochs, of which one is run
+STEPS, EPOCHS = 50, 8  # the schedule spans eight epochs; one is run
 TOTAL = STEPS * EPOCHS
 KERNELS = ("w1", "w2")
 SIZE = 12 * 16 + 16 * 4
@@ -23,7 +24,7 @@ RATE = 0.05
 
 
 def keep_highest(scores, kept):
-    """Return masks of the highest scores of all arrays. Earlier entries win ties."""
+    """Return masks of the highest scores of all arrays. Of tied scores, the first are kept."""
     flat = np.concatenate([s.ravel() for s in scores])
     mask = np.zeros(flat.size, bool)
     mask[np.lexsort((np.arange(flat.size), -flat))[:kept]] = True
@@ -32,7 +33,7 @@ def keep_highest(scores, kept):
 
 
 class Dense:
-    """The control: no sparsity."""
+    """The dense baseline."""
 
     def __init__(self, p):
         self.p = p
@@ -52,7 +53,7 @@ class Dense:
 
 
 class Magnitude(Dense):
-    """|w|, cubic, pruned for good: the gradient is masked, the weight too."""
+    """Magnitude pruning with a cubic schedule, which masks weights and gradients."""
 
     def step(self, g, count):
         super().step({n: d * self.mask[n] if n in KERNELS else d for n, d in g.items()}, count)
@@ -67,7 +68,7 @@ class Magnitude(Dense):
 
 
 class Revival(Magnitude):
-    """The dense weights go on under the mask, by the gradient at the masked ones."""
+    """Magnitude pruning that trains dense weights with the gradients of masked weights."""
 
     def step(self, g, count):
         self.optimizer.step(self.p, g)
@@ -79,7 +80,7 @@ class Revival(Magnitude):
 
 
 class DST(Dense):
-    """Q = |w| - t; long-tailed derivative; alpha sum exp(-t); reset at a density of 1 %."""
+    """DST: Q = |w| - t, long-tailed derivative, penalty alpha sum exp(-t), reset at 1 %."""
 
     alpha = 0.02
 
@@ -108,7 +109,7 @@ class DST(Dense):
 
 
 class FlipOut(Magnitude):
-    """|w|^2 / (flips + 1), events at 15, 30 and 45; gradient noise of the gradient's size."""
+    """FlipOut: score |w|^2 / (flips + 1), events at steps 15, 30 and 45, noise of gradient size."""
 
     def __init__(self, p):
         super().__init__(p)
@@ -138,12 +139,13 @@ class FlipOut(Magnitude):
 
 
 class OptG(Dense):
-    """dL/dv = g w; the rate of v follows the sigmoid of the target."""
+    """OptG: dL/dv = g w. The learning rate of v follows the sigmoid of the target sparsity."""
 
     def __init__(self, p):
         super().__init__(p)
         self.v = {n: np.zeros_like(p[n]) for n in KERNELS}
-        self.fast = {n: np.zeros_like(p[n]) for n in KERNELS}  # at the rate of the weights
+        # These scores have the learning rate of the weights.
+        self.fast = {n: np.zeros_like(p[n]) for n in KERNELS}
         self.of_v = Momentum(self.fast, RATE)
         self.rate = 0.0
 
@@ -163,7 +165,7 @@ class OptG(Dense):
 
 
 class ST3(Dense):
-    """Soft threshold at a quantile, rescaled units, straight-through gradient, cubic ramp."""
+    """ST-3: soft threshold at a quantile, rescaled units, straight-through gradient, cubic ramp."""
 
     def __init__(self, p):
         super().__init__(p)
@@ -191,7 +193,7 @@ class ST3(Dense):
 
 
 class SET(Magnitude):
-    """Drop the smallest, grow at random; densities by Erdős-Rényi, 30 and 21 of the weights."""
+    """SET: drop the smallest weights, grow random weights. Erdős-Rényi densities keep 30 and 21."""
 
     kept = (30, 21)
 
@@ -218,7 +220,7 @@ class SET(Magnitude):
 
 
 class RigL(SET):
-    """As SET, but grow where the gradient of the dense weight is largest."""
+    """RigL: like SET, but grow weights where the gradients of the dense weights are largest."""
 
     def step(self, g, count):
         self.dense = {n: abs(g[n]) for n in KERNELS}
@@ -229,7 +231,7 @@ class RigL(SET):
 
 
 def hashed(*numbers):
-    """Return the hash of the random numbers, computed in unsigned arithmetic."""
+    """Return the hash of random numbers in keras_dst, computed with unsigned integers."""
     with np.errstate(over="ignore"):
         state = np.uint32(0)
         for number in numbers:
@@ -257,7 +259,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_fifty_steps_are_those_of_the_equations(name):
+def test_fifty_steps_equal_the_equations(name):
     method, expected = METHODS[name]
     model = reference.keras_net()
     optimizer = keras.optimizers.SGD(RATE, momentum=0.9)

@@ -1,4 +1,4 @@
-"""Searches with KerasTuner for small sparse networks."""
+"""Tests of searches with KerasTuner for small sparse networks."""
 
 import importlib
 import json
@@ -17,8 +17,8 @@ from keras_dst.tuner import SparseHyperModel
 from tests.backends import once
 from tests.pages import blocks
 
-# KerasTuner uses deprecated functions of `threading`. It also saves the variables of the optimizer;
-# Keras skips them when it loads the weights into a model that was not trained.
+# KerasTuner uses deprecated functions of `threading`. It also saves optimizer variables. Keras
+# skips these variables when it loads the weights into an untrained model.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:currentThread|getName:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning"),
@@ -78,7 +78,7 @@ def test_trials_reach_their_targets(data, tmp_path):
         target = trial.hyperparameters["sparsity"]
         assert metrics.get_best_value("final_sparsity") == pytest.approx(target, abs=0.02)
         assert trial.score == metrics.get_best_value("final_val_accuracy")
-    # The saved weights are those of the last epoch, from which the results come.
+    # The saved weights and the results are those of the last epoch.
     (model,) = tuner.get_best_models()
     best = tuner.oracle.get_best_trials()[0]
     assert keras_dst.report(model).sparsity == pytest.approx(
@@ -95,7 +95,7 @@ def test_trials_reach_their_targets(data, tmp_path):
     assert trials(second)[0].score == trials(tuner)[0].score
 
 
-def test_a_score_of_accuracy_and_sparsity(data, tmp_path):
+def test_search_by_accuracy_and_sparsity(data, tmp_path):
     def score(results):
         return results["final_val_accuracy"] + results["final_sparsity"]
 
@@ -113,14 +113,14 @@ def test_a_score_of_accuracy_and_sparsity(data, tmp_path):
 
 
 class Stop(keras.callbacks.Callback):
-    """A callback that stops training after the first epoch."""
+    """Callback that stops the training after the first epoch."""
 
     def on_epoch_end(self, epoch, logs=None):
         self.model.stop_training = True
 
 
 @pytest.mark.filterwarnings("ignore:Magnitude.* training ended after:UserWarning")
-def test_a_missed_target(data, tmp_path):
+def test_a_trial_that_misses_its_target(data, tmp_path):
     tuner = search(tmp_path, SparseHyperModel(magnitude_model))
     tuner.search(**data, epochs=4, verbose=0, callbacks=[Stop()])
     (trial,) = trials(tuner)
@@ -131,7 +131,7 @@ def test_a_missed_target(data, tmp_path):
     assert "missed by" in json.loads(saved.read_text())["message"]
 
 
-def test_a_sparse_training_callback_of_the_user(data):
+def test_trials_use_the_callback_of_the_user(data):
     seen = []
 
     class Training(keras_dst.callbacks.SparseTraining):
@@ -149,8 +149,8 @@ def test_a_sparse_training_callback_of_the_user(data):
 
 
 @once
-def test_results_of_an_export(data, tmp_path, monkeypatch):
-    """The export is replaced by fixed figures; `test_the_page` exports real files."""
+def test_trials_store_results_of_an_export(data, tmp_path, monkeypatch):
+    """Fixed figures replace the export in this test; the test of the page exports real files."""
     calls = []
 
     def export(model, path, **options):
@@ -186,14 +186,14 @@ def test_invalid_arguments():
 
 
 @once
-def test_without_keras_tuner(monkeypatch):
+def test_a_missing_keras_tuner_raises(monkeypatch):
     monkeypatch.delitem(sys.modules, "keras_dst.tuner")
     monkeypatch.setitem(sys.modules, "keras_tuner", None)
     with pytest.raises(ImportError, match=r"pip install keras_dst\[tuner\]"):
         importlib.import_module("keras_dst.tuner")
 
 
-@pytest.mark.skipif(keras.backend.backend() == "jax", reason="each search is for one backend")
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="one backend is enough")
 def test_the_page(tmp_path, monkeypatch):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     pyplot.switch_backend("agg")

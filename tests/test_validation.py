@@ -1,4 +1,4 @@
-"""Every whole-number argument of the package refuses booleans, fractions and strings."""
+"""Tests that arguments for whole numbers reject booleans, fractions and strings."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ ARGUMENTS = {
 
 @pytest.mark.parametrize("argument", ARGUMENTS)
 @pytest.mark.parametrize("value", [True, False, 1.5, 2.0, "two"])
-def test_only_whole_numbers_are_accepted(argument, value):
+def test_other_values_than_whole_numbers_raise(argument, value):
     with pytest.raises(ValueError, match=r"whole number|number of batches"):
         ARGUMENTS[argument](value)
 

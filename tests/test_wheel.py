@@ -1,4 +1,4 @@
-"""The wheel contains the package, and works in an environment without the repository."""
+"""Tests that the wheel contains the package, and works without the repository."""
 
 import pathlib
 import shutil
@@ -54,7 +54,7 @@ def run(*command, cwd):
     return done.stdout
 
 
-def test_the_oldest_versions_are_the_lower_bounds():
+def test_oldest_tested_versions_equal_the_lower_bounds():
     """`make test-versions` installs the lower bounds of pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
@@ -66,7 +66,7 @@ def test_the_oldest_versions_are_the_lower_bounds():
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Build the wheel from a copy of the repository, without a network."""
+    """Build the wheel from a copy of the repository, without a network connection."""
     folder = tmp_path_factory.mktemp("wheel")
     for name in ("keras_dst", "tests", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -85,14 +85,14 @@ def installed(wheel, tmp_path_factory):
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder)
-    # Python searches a folder named in a .pth file last, and ignores the .pth files in it.
+    # Python searches a folder from a .pth file last, and ignores other .pth files in this folder.
     (pathlib.Path(site.strip()) / "here.pth").write_text(sysconfig.get_path("purelib"))
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
     run(*pip, "--no-deps", "--no-index", str(wheel), cwd=folder)
     return folder
 
 
-def test_the_wheel_contains_the_package_and_nothing_else(wheel):
+def test_the_wheel_contains_only_the_package(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     files = [path for path in ROOT.glob("keras_dst/**/*.*") if "__pycache__" not in path.parts]
     inside = {name for name in names if ".dist-info/" not in name}

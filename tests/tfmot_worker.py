@@ -1,8 +1,8 @@
-"""Script that trains models with the real tfmot and tf_keras, for test_tfmot_parity.py.
+"""Train models with the original tfmot and tf_keras, for test_tfmot_parity.py.
 
-`python tests/tfmot_worker.py FOLDER` runs in an environment with tfmot. For every case it writes
-`CASE.npz` with the initial weights and the masks and weights of every step, and `CASE.EXTENSION`
-with the model after the first epoch.
+`python tests/tfmot_worker.py FOLDER` runs in an environment with tfmot. Every case writes two
+files. `CASE.npz` contains the initial weights, and the masks and weights of every step.
+`CASE.EXTENSION` contains the model after the first epoch.
 """
 
 import os
@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-BATCH, BATCHES, EPOCHS = 8, 13, 2  # 13 is odd, so some updates are at the end of an epoch.
+BATCH, BATCHES, EPOCHS = 8, 13, 2  # 13 is odd, so some updates end an epoch.
 SGD = ("SGD", {"learning_rate": 0.5})
 ADAM = ("Adam", {"learning_rate": 0.02})
 MOMENTUM = ("SGD", {"learning_rate": 0.2, "momentum": 0.9})
@@ -26,7 +26,7 @@ DECAY = (
         "frequency": 3,
     },
 )
-# name: (model, schedule, other arguments of prune_low_magnitude, optimizer, file format)
+# Name: (model, schedule, other arguments of prune_low_magnitude, optimizer, file format).
 CASES = {
     "every-step": ("dense", EVERY, {}, MOMENTUM, "h5"),
     "regularized": ("regularized", DECAY, {}, ADAM, "keras"),
@@ -48,7 +48,7 @@ SHAPES = {"convolutions": (6, 6, 6), "image": (6, 6, 6), "recurrent": (5, 6)}
 
 
 def net(keras, name):
-    """Return the same model in Keras 2 or 3."""
+    """Return the model of this name in Keras 2 or 3."""
     layers = keras.layers
     inputs = keras.Input(SHAPES.get(name, (10,)))
     if name in ("dense", "regularized"):
