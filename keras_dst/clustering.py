@@ -61,7 +61,7 @@ def cluster_weights(model, clusters: int = 16, filters: Filters = None):
 
     Source: arXiv 1510.00149, section 3.
     """
-    for kernel in _clustered(model, clusters, filters):
+    for kernel in _clustered_kernels(model, clusters, filters):
         kernel.project()
     return model
 
@@ -97,7 +97,7 @@ class KeepClusters(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._kernels is None:  # BackupAndRestore may restore weights in `on_train_begin`.
-            self._kernels = _clustered(self.model, self.clusters, self.filters)
+            self._kernels = _clustered_kernels(self.model, self.clusters, self.filters)
             self._project()
 
     def on_train_batch_end(self, batch, logs=None):
@@ -139,7 +139,7 @@ class _Kernel:
         self.variable.assign(self.values[self.labels] * self.scales)
 
 
-def _clustered(model, clusters, filters) -> list[_Kernel]:
+def _clustered_kernels(model, clusters, filters) -> list[_Kernel]:
     """Return the clusters of the selected kernels, without changing the weights."""
     check_integer(clusters, "clusters", 4)
     weights = [weight for weight in weights_of(model) if weight.prunable]
@@ -152,10 +152,14 @@ def _clustered(model, clusters, filters) -> list[_Kernel]:
     weights = [weight for weight in weights if "float" in weight.variable.dtype]
     variables = [weight.variable for weight in weights]
     chosen = select(variables, filters, [(variable.path,) for variable in variables])
-    return [_cluster(w.variable, w.layout, clusters) for w, kept in zip(weights, chosen) if kept]
+    return [
+        _clustered_kernel(w.variable, w.layout, clusters)
+        for w, kept in zip(weights, chosen)
+        if kept
+    ]
 
 
-def _cluster(variable, layout: Layout, clusters: int) -> _Kernel:
+def _clustered_kernel(variable, layout: Layout, clusters: int) -> _Kernel:
     kernel = _array(variable)
     if not np.isfinite(kernel).all():
         raise ValueError(

@@ -576,12 +576,12 @@ class _Timetable:
 
 def sparse_optimizers(optimizer) -> list[SparseOptimizer]:
     """Return all SparseOptimizers in an optimizer, which may be a SparseOptimizer itself."""
-    return [found for found in _nested(optimizer) if isinstance(found, SparseOptimizer)]
+    return [found for found in _all_optimizers(optimizer) if isinstance(found, SparseOptimizer)]
 
 
 def leaf_optimizers(optimizer) -> list:
     """Return the optimizers inside an optimizer that do not wrap another optimizer."""
-    return [found for found in _nested(optimizer) if not _inside(found)]
+    return [found for found in _all_optimizers(optimizer) if not _inner_optimizers(found)]
 
 
 def averages_weights(optimizer) -> bool:
@@ -589,13 +589,13 @@ def averages_weights(optimizer) -> bool:
     return optimizer is not None and any(leaf.use_ema for leaf in leaf_optimizers(optimizer))
 
 
-def _nested(optimizer) -> Iterator:
+def _all_optimizers(optimizer) -> Iterator:
     yield optimizer
-    for inner in _inside(optimizer):
-        yield from _nested(inner)
+    for inner in _inner_optimizers(optimizer):
+        yield from _all_optimizers(inner)
 
 
-def _inside(optimizer) -> list:
+def _inner_optimizers(optimizer) -> list:
     if _keras.is_multi_optimizer(optimizer):
         return list(optimizer.optimizers)
     inner = vars(optimizer).get("inner_optimizer")
@@ -608,7 +608,9 @@ def optimizers_of(model) -> list:
     A model with its own `train_step` may hold optimizers in attributes, lists and dicts.
     """
     found = list(_optimizers_in(vars(model)))
-    nested = {id(inner) for outer in found for inner in _nested(outer) if inner is not outer}
+    nested = {
+        id(inner) for outer in found for inner in _all_optimizers(outer) if inner is not outer
+    }
     return list({id(o): o for o in found if id(o) not in nested}.values())
 
 

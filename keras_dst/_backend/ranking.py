@@ -92,7 +92,7 @@ class _Rows:
         start: Position of each row's first entry in its tensor, or in all tensors together.
         left: Number of entries from the start of each row to the end of its tensor. None if all
             rows are full.
-        begins: Index of each tensor's first row.
+        first_rows: Index of each tensor's first row.
     """
 
     def __init__(self, members: Sequence[int], lengths: Sequence[int], starts: Sequence[int]):
@@ -102,7 +102,7 @@ class _Rows:
         self.tensor = np.repeat(np.array(members, "int32"), counts)
         self.owner = self.tensor == np.array(members)[:, None]
         self.local = self.tensor - members[0]
-        self.begins = np.flatnonzero(np.diff(self.tensor, prepend=-1)).astype("int32")
+        self.first_rows = np.flatnonzero(np.diff(self.tensor, prepend=-1)).astype("int32")
         start = within + np.repeat(np.array([starts[i] for i in members], "int32"), counts)
         self.start = ops.convert_to_tensor(start[:, None])
         left = np.repeat(np.array(self.lengths, "int32"), counts) - within
@@ -123,8 +123,8 @@ class _Rows:
 
     def split(self, matrix: Tensor) -> list[Tensor]:
         """Return the entries of every tensor of the bundle as vectors."""
-        ends = [*self.begins[1:].tolist(), len(self.tensor)]
-        rows = [matrix[begin:end] for begin, end in zip(self.begins.tolist(), ends)]
+        ends = [*self.first_rows[1:].tolist(), len(self.tensor)]
+        rows = [matrix[begin:end] for begin, end in zip(self.first_rows.tolist(), ends)]
         return [ops.reshape(r, (-1,))[:n] for r, n in zip(rows, self.lengths)]
 
 
@@ -156,16 +156,16 @@ class _Ranking:
             self.total = ops.convert_to_tensor([sum(totals)] if together else totals, "int32")
         # If each tensor is ranked separately, its best entries are kept in any case.
         self.first: Sequence[int] = []
-        self.ahead = None
+        self.first_weights = None
         if together and first is not None:
             self.first = first
-            self.ahead = ops.convert_to_tensor(first, "int32")
+            self.first_weights = ops.convert_to_tensor(first, "int32")
             if self.weights[0] is not None:
-                ahead = [
-                    self._by_row(_weigh_first, "int32", *pair)
+                first_weights = [
+                    self._by_row(_count_first, "int32", *pair)
                     for pair in zip(self.first_entries(), self.weights)
                 ]
-                self.ahead = self._by_tensor(ahead, ops.sum, 0)
+                self.first_weights = self._reduce_by_tensor(first_weights, ops.sum, 0)
 
     def _extremes(self):
         """Return the smallest and the largest finite score, and the largest score of every row."""
@@ -179,17 +179,17 @@ class _Ranking:
         usual += [ops.all(ops.abs(end) <= _LARGEST) for end in floors + peaks]
 
         def bounds(floors, peaks):
-            least = self._gather(floors, ops.min, _LARGEST)
-            return least, ops.maximum(self._gather(peaks, ops.max, -_LARGEST), least)
+            least = self._reduce_by_ranking(floors, ops.min, _LARGEST)
+            return least, ops.maximum(self._reduce_by_ranking(peaks, ops.max, -_LARGEST), least)
 
         def of_finite():
             least, most = bounds(
                 [
-                    self._by_row(lambda s: _least(_limited(s, _LARGEST)), "float32", s)
+                    self._by_row(lambda s: _least(_clipped(s, _LARGEST)), "float32", s)
                     for s in self.scores
                 ],
                 [
-                    self._by_row(lambda s: _largest(_limited(s, -_LARGEST)), "float32", s)
+                    self._by_row(lambda s: _largest(_clipped(s, -_LARGEST)), "float32", s)
                     for s in self.scores
                 ],
             )
@@ -257,7 +257,7 @@ class _Ranking:
 
     def _with_ties(self, b, s, low, high, end, first):
         """Return the mask of the scores above `high` and of the tied scores before `end`."""
-        tied = self._above(b, s, low) & _within(self._to_rows(b, end) - b.start)
+        tied = self._above(b, s, low) & _first_columns(self._to_rows(b, end) - b.start)
         return _with_first(self._above(b, s, high) | tied, first)
 
     def thresholds(self, kept):
@@ -274,14 +274,14 @@ class _Ranking:
         high = ops.where(settled, self.least, self.most)
         high = ops.where(everything, self.least - ops.maximum(gap, 1.0), high)
         none = ops.zeros(kept.shape, "int32")
-        above = none if self.ahead is None else ops.sum(self.ahead)[None]
+        above = none if self.first_weights is None else ops.sum(self.first_weights)[None]
         above = ops.where(everything, self.total, ops.where(settled, rest, above))
         below = ops.where(settled, self.total, rest)
         by_sections = self.at_once and keras.backend.backend() == "jax"
         search = self._by_sections if by_sections else self._by_false_position
         return search(kept, low, high, below, above)
 
-    def _is_open(self, kept, low, high, above):
+    def _is_unfinished(self, kept, low, high, above):
         """Return, for every ranking, whether its search has to continue."""
         middle = low / 2 + high / 2
         between = (low < middle) & (middle < high) & (high - low > _SMALLEST)
@@ -299,7 +299,7 @@ class _Ranking:
         """
 
         def open_(low, high, below, above, *_):
-            return self._is_open(kept, low, high, above)
+            return self._is_unfinished(kept, low, high, above)
 
         def narrow(low, high, below, above, half_below, half_above, last, turn):
             excess = half_below * ops.cast(below - kept, "float32")
@@ -352,7 +352,7 @@ class _Ranking:
         """
 
         def narrow(low, high, below, above):
-            active = self._is_open(kept, low, high, above)
+            active = self._is_unfinished(kept, low, high, above)
             parts = [n / _SECTIONS for n in range(1, _SECTIONS) if 2 * n != _SECTIONS]
             candidates = [low + (high - low) * part for part in parts]
             candidates += [low / 2 + high / 2, ops.where(ops.equal(high, 0), -_SMALLEST, 0.0)]
@@ -371,7 +371,7 @@ class _Ranking:
             return new
 
         return ops.while_loop(
-            lambda low, high, below, above: ops.any(self._is_open(kept, low, high, above)),
+            lambda low, high, below, above: ops.any(self._is_unfinished(kept, low, high, above)),
             narrow,
             (low, high, below, above),
             maximum_iterations=_MAX_STEPS,
@@ -379,9 +379,9 @@ class _Ranking:
 
     def _sample_bounds(self, kept):
         """Return two scores of a sample that probably enclose the threshold."""
-        down, across = _SAMPLE_STRIDES
-        rows = [ops.take(s, np.arange(0, s.shape[0], down), axis=0) for s in self.scores]
-        sample = [ops.reshape(r[:, across // 2 :: across], (-1,)) for r in rows]
+        row_stride, column_stride = _SAMPLE_STRIDES
+        rows = [ops.take(s, np.arange(0, s.shape[0], row_stride), axis=0) for s in self.scores]
+        sample = [ops.reshape(r[:, column_stride // 2 :: column_stride], (-1,)) for r in rows]
         sample = ops.sort(ops.concatenate(sample))
         size = sample.shape[0]
         part = ops.clip(ops.cast(kept, "float32") / ops.cast(self.total, "float32"), 0, 1)
@@ -402,22 +402,22 @@ class _Ranking:
             above = _with_first(self._above(b, s, high), first)
             tied = self._above(b, s, low) & ~above
             if b.left is not None:
-                tied = tied & _within(b.left)
-            counts = self._by_row(_weigh, "int32", tied, weights)
+                tied = tied & _first_columns(b.left)
+            counts = self._by_row(_count_kept, "int32", tied, weights)
             before = ops.cumsum(counts) - counts
             if self.together:
-                begins, sizes, space = np.zeros(1), np.array([len(b.tensor)]), room[0]
+                first_rows, sizes, space = np.zeros(1), np.array([len(b.tensor)]), room[0]
                 before, offset = before + offset, offset + ops.sum(counts)
             else:
-                begins, sizes = b.begins, np.bincount(b.local)
-                before = before - ops.take(ops.take(before, begins), b.local)
+                first_rows, sizes = b.first_rows, np.bincount(b.local)
+                before = before - ops.take(ops.take(before, first_rows), b.local)
                 space = ops.take(room, b.tensor)
-            begins, sizes = (ops.convert_to_tensor(n, "int32") for n in (begins, sizes))
+            first_rows, sizes = (ops.convert_to_tensor(n, "int32") for n in (first_rows, sizes))
             # Find the row with the last tied entry that is kept, and the number of entries to keep
             # in it.
             full = ops.cast(before + counts <= space, "int32")
             full = ops.sum(full[None] if self.together else ops.where(b.owner, full, 0), axis=1)
-            row = begins + ops.minimum(full, sizes - 1)
+            row = first_rows + ops.minimum(full, sizes - 1)
             rest = ops.take(space - before, row)
             entries = ops.cast(ops.take(tied, row, axis=0), "int32")
             if weights is not None:
@@ -443,24 +443,24 @@ class _Ranking:
     def _count_above(self, thresholds):
         """Return the number of weights above a threshold or among the first, per ranking."""
         count = self._count_scores(thresholds)
-        if self.ahead is not None:  # In each tensor, the two sets are nested.
-            count = ops.sum(ops.maximum(count, self.ahead))[None]
+        if self.first_weights is not None:  # In each tensor, the two sets are nested.
+            count = ops.sum(ops.maximum(count, self.first_weights))[None]
         return ops.where(thresholds < self.least, self.total, count)
 
     def _count_scores(self, thresholds):
         """Return the number of weights above a threshold, per ranking or per tensor."""
 
         def of_rows(s, cut, weights):
-            return _weigh(s > cut, weights)
+            return _count_kept(s > cut, weights)
 
         cut = self._finite_cut(thresholds)
         counts = [
             self._by_row(of_rows, "int32", s, self._to_rows(b, cut), n)
             for b, s, n in zip(self.bundles, self.scores, self.weights)
         ]
-        if self.ahead is None:
-            return self._gather(counts, ops.sum, 0)
-        return self._by_tensor(counts, ops.sum, 0)
+        if self.first_weights is None:
+            return self._reduce_by_ranking(counts, ops.sum, 0)
+        return self._reduce_by_tensor(counts, ops.sum, 0)
 
     def _by_row(self, reduce, dtype, *matrices):
         """Apply a reduction to the rows of matrices; other arguments are passed on unchanged.
@@ -489,19 +489,19 @@ class _Ranking:
         """Broadcast one value per ranking to the rows of a bundle."""
         return values[0] if self.together else ops.take(values, rows.tensor)[:, None]
 
-    def _gather(self, values, reduce, nothing):
+    def _reduce_by_ranking(self, values, reduce, neutral):
         """Reduce one value per row to one value per ranking.
 
-        `nothing` is the neutral value of the reduction.
+        `neutral` is the neutral value of the reduction.
         """
         if self.together:
             return reduce(ops.stack([reduce(v) for v in values]))[None]
-        return self._by_tensor(values, reduce, nothing)
+        return self._reduce_by_tensor(values, reduce, neutral)
 
-    def _by_tensor(self, values, reduce, nothing):
+    def _reduce_by_tensor(self, values, reduce, neutral):
         """Reduce one value per row to one value per tensor."""
         return ops.concatenate(
-            [reduce(ops.where(b.owner, v, nothing), axis=1) for b, v in zip(self.bundles, values)]
+            [reduce(ops.where(b.owner, v, neutral), axis=1) for b, v in zip(self.bundles, values)]
         )
 
 
@@ -519,7 +519,7 @@ def bundles(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def _least(s, left=None):
-    return ops.min(s if left is None else ops.where(_within(left), s, _LARGEST), axis=1)
+    return ops.min(s if left is None else ops.where(_first_columns(left), s, _LARGEST), axis=1)
 
 
 def _largest(s):
@@ -527,12 +527,12 @@ def _largest(s):
 
 
 def _sum(s, left):
-    return ops.sum(s if left is None else ops.where(_within(left), s, 0.0), axis=1)
+    return ops.sum(s if left is None else ops.where(_first_columns(left), s, 0.0), axis=1)
 
 
-def _limited(s, nothing):
-    """Clip scores to +-1e38, and replace scores that are not finite by `nothing`."""
-    return ops.where(ops.isfinite(s), ops.clip(s, -_LARGEST, _LARGEST), nothing)
+def _clipped(s, neutral):
+    """Clip scores to +-1e38, and replace scores that are not finite by `neutral`."""
+    return ops.where(ops.isfinite(s), ops.clip(s, -_LARGEST, _LARGEST), neutral)
 
 
 def _with_first(mask, first):
@@ -545,20 +545,20 @@ def _with_first(mask, first):
     return mask | (first if first.shape[1] == _ROW_WIDTH else _columns() == first)
 
 
-def _weigh_first(first, weights):
-    return _weigh(_with_first(ops.zeros(weights.shape, "bool"), first), weights)
+def _count_first(first, weights):
+    return _count_kept(_with_first(ops.zeros(weights.shape, "bool"), first), weights)
 
 
 def _columns():
     return ops.arange(_ROW_WIDTH, dtype="int32")
 
 
-def _within(numbers):
+def _first_columns(numbers):
     """Return a mask of the first entries of every row, with the given number per row."""
     return _columns() < numbers
 
 
-def _weigh(mask, weights):
+def _count_kept(mask, weights):
     """Return the number of kept weights in every row."""
     if weights is None:
         return count_true(mask)

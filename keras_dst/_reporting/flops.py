@@ -75,11 +75,11 @@ class _Trace(keras.Operation):
         return []
 
     @contextlib.contextmanager
-    def recording(self, watched: list):
+    def recording(self, recorded_layers: list):
         """Record the calls of layers within this context, by attributes that override methods."""
         before = []
         try:
-            for layer in watched:
+            for layer in recorded_layers:
                 name = "quantized_call" if layer.quantization_mode else "call"
                 before.append((layer.__dict__, name, layer.__dict__.get(name)))
                 # Assign to `__dict__`, because Keras tracks ordinary assignments.
@@ -126,10 +126,10 @@ def _shapes(structure) -> list[Shape]:
 
 def count_uses_per_weight(model, weights: list[Weight]) -> list[tuple[int | None, str | None]]:
     """Return the use counts of these weights, in the form of `count_uses`."""
-    watched = {id(layer): layer for weight in weights for layer in weight.layers}
-    watched |= {id(x): x for x in _keras.flatten_layers(model) if isinstance(x, layers.RNN)}
+    recorded_layers = {id(layer): layer for weight in weights for layer in weight.layers}
+    recorded_layers |= {id(x): x for x in _keras.flatten_layers(model) if isinstance(x, layers.RNN)}
     try:
-        traces = _traces(model, list(watched.values()))
+        traces = _traces(model, list(recorded_layers.values()))
     except _UnknownCount as unknown:
         return [(None, str(unknown))] * len(weights)
     return [_same_in_all(weight, traces) for weight in weights]
@@ -155,7 +155,7 @@ def _count_in(trace: _Trace, weight: Weight) -> int:
     return count // trace.batch
 
 
-def _traces(model, watched: list) -> list[_Trace]:
+def _traces(model, recorded_layers: list) -> list[_Trace]:
     """Trace a model once for each size that replaces an unknown axis of its input."""
     unbuilt = [layer.name for layer in _keras.flatten_layers(model) if not layer.built]
     if unbuilt:  # A trace would build the layer.
@@ -171,7 +171,7 @@ def _traces(model, watched: list) -> list[_Trace]:
     def traced(size):
         trace = _Trace()
         trace.model, trace.batch = model, batch
-        with trace.recording(watched), warnings.catch_warnings():
+        with trace.recording(recorded_layers), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # The calls in the model may warn.
             trace.compute_output_spec(*keras.tree.map_structure(lambda x: closed(x, size), inputs))
         return trace

@@ -20,7 +20,7 @@ def dense_copy(op):
     if not isinstance(op, (SparseMixin, SparseContainer, Gate)):
         return op
     try:
-        copy = _rebuilt(op)
+        copy = _rebuilt_copy(op)
         for inner in _keras.flatten_layers(copy):
             if isinstance(inner, (SparseMixin, SparseContainer, Gate)):
                 inner.restore_stock()
@@ -53,9 +53,9 @@ def copy_operation(op, name: str, share: bool = False):
     may leave out attributes.
     """
     if share or not _has_only_variables(op):
-        return _shared(op, name)
-    copy = _rebuilt(op, name=name)
-    return _shared(op, name) if copy is None else copy
+        return _shallow_copy(op, name)
+    copy = _rebuilt_copy(op, name=name)
+    return _shallow_copy(op, name) if copy is None else copy
 
 
 def live_config(layer) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def copy_recurrent_state(layer, copy) -> None:
                 target.assign(source)
 
 
-def _rebuilt(layer, **changes):
+def _rebuilt_copy(layer, **changes):
     """Return a built copy with its own variables, or None if the shapes of its variables differ."""
     if isinstance(layer, SparseContainer):  # The config names the inner layers that have masks.
         copy = type(layer).from_config(layer.get_config())
@@ -121,7 +121,7 @@ def _has_only_variables(op) -> bool:
     )
 
 
-def _shared(op, name: str):
+def _shallow_copy(op, name: str):
     """Return a shallow copy of an operation, with the same state but its own name and nodes."""
     handle = object.__new__(type(op))
     vars(handle).update(vars(op))

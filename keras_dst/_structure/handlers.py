@@ -434,7 +434,7 @@ class KernelLayer(ChannelHandler):
         return np.asarray(ops.convert_to_numpy(self.layer.kernel))
 
     @cached_property
-    def summed(self) -> np.ndarray:
+    def window_sum(self) -> np.ndarray:
         """The sum of the kernel over its window, with the axes channels, units."""
         return self.w.sum(self.window, dtype="float64")
 
@@ -467,7 +467,7 @@ class KernelLayer(ChannelHandler):
         constant = self.x.constant
         usable = (constant == 0) if self.pads_with_zeros else ~np.isnan(constant)
         varies = (self.reads & ~usable[:, None]).any(0)
-        value = np.nan_to_num(constant) @ self.summed
+        value = np.nan_to_num(constant) @ self.window_sum
         if self.layer.use_bias:
             value = value + to_float64(self.layer.bias)
         dtype = "float64" if self.layer.compute_dtype == "float64" else "float32"
@@ -541,15 +541,15 @@ class KernelLayer(ChannelHandler):
             place = int(kept[:carrier].sum())
             weights[0][..., place, :] = weights[0][..., place, :] + added[..., units]
         elif carrier is None and removed_constants.any():
-            bias = bias + removed_constants @ self.summed
+            bias = bias + removed_constants @ self.window_sum
         config["use_bias"] = bool(self.layer.use_bias or bias.any())
-        return self._oriented(weights) + [bias[units]] * config["use_bias"]
+        return self._to_layer_axes(weights) + [bias[units]] * config["use_bias"]
 
     def _sliced(self, kept: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
         """Return new kernels for the kept channels and units, with the axes of `w`."""
         return [self.w.compress(kept, -2).compress(units, -1)]
 
-    def _oriented(self, weights: list[np.ndarray]) -> list[np.ndarray]:
+    def _to_layer_axes(self, weights: list[np.ndarray]) -> list[np.ndarray]:
         """Transpose kernels from the axis order of `w` to the axis order of the layer."""
         return weights
 
@@ -569,7 +569,7 @@ class TransposedConv(KernelLayer):
     def pads_with_zeros(self) -> bool:
         return math.prod((*self.op.kernel_size, *self.op.strides)) > 1
 
-    def _oriented(self, weights: list[np.ndarray]) -> list[np.ndarray]:
+    def _to_layer_axes(self, weights: list[np.ndarray]) -> list[np.ndarray]:
         return [np.swapaxes(w, -1, -2) for w in weights]
 
 
@@ -581,7 +581,7 @@ class SeparableConv(KernelLayer):
         return tuple(range(len(self.op.depthwise_kernel.shape) - 2))
 
     @cached_property
-    def summed(self) -> np.ndarray:
+    def window_sum(self) -> np.ndarray:
         depthwise = to_float64(self.op.depthwise_kernel).sum(self.window)
         return np.einsum("im,imo->io", depthwise, self._pointwise)
 
@@ -713,7 +713,7 @@ class Recurrent(KernelLayer):
     def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
         config["units"] = int((~removed[self.y.ids]).sum())
         weights = ChannelHandler.slice(self, config, removed)
-        moved = (self._removed_constants(removed) @ self.summed)[~removed[self.unit_ids]]
+        moved = (self._removed_constants(removed) @ self.window_sum)[~removed[self.unit_ids]]
         for bias in weights[2:]:  # GRU adds the first row of its bias to the input.
             bias.reshape(-1, len(moved))[0] += moved
         return weights

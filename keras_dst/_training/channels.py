@@ -67,7 +67,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
         group
         for group in coupled.groups
         if not group.reason
-        and all(id(m.variable) in under for m in group.members if _makes(m, group.ids))
+        and all(id(m.variable) in under for m in group.members if _makes_channel(m, group.ids))
     ]
     if not chosen and method.learned:
         return alone
@@ -110,7 +110,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
     )
 
 
-def _makes(member, ids: np.ndarray) -> bool:
+def _makes_channel(member, ids: np.ndarray) -> bool:
     """Return whether a variable makes one of these channels."""
     return member.output is not None and bool(np.isin(member.axes[member.output], ids).any())
 

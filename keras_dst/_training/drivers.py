@@ -193,7 +193,7 @@ def _layouts(model, optimizer: SparseOptimizer) -> list[Layout]:
 
 
 @functools.lru_cache(maxsize=16)
-def _functions(method, layouts, shapes):
+def _compiled_functions(method, layouts, shapes):
     """Return the compiled mask update and kept-weight count of a method, cached for later fits."""
 
     @jit
@@ -233,7 +233,7 @@ class Driver:
         self.schedule = method.schedule
         self.total: int | None = None
         self.clock: Any = None  # None until the length of training is known.
-        self._update, self._kept = _functions(method, tuple(layouts), tuple(self.shapes))
+        self._update, self._kept = _compiled_functions(method, tuple(layouts), tuple(self.shapes))
         # Cost of one entry of each weight for the target; None if all entries count the same.
         self.costs: list[float] | None = None
         self.groups = channels.groups_of(layouts)

@@ -62,7 +62,7 @@ class TwoPathLoss:
         self.on_trace()
         with full_path():
             full = self.model(x, training=True)
-            with self._task_alone():
+            with self._without_penalties():
                 loss = loss + self._loss(x, y, full, sample_weight, training)
         if self.divergence is not None:
             divergence = self._divergence(y_pred, full, sample_weight)
@@ -74,7 +74,7 @@ class TwoPathLoss:
         return self.inner(x, y, y_pred, sample_weight, **known)
 
     @contextlib.contextmanager
-    def _task_alone(self):
+    def _without_penalties(self):
         """Exclude penalties from the loss, and undo changes of variables by the loss."""
         variables = [*self.model.variables, *self.model.metrics_variables]
         with (

@@ -66,7 +66,7 @@ def compile_for_npu(content: bytes, accelerator: str) -> tuple[bytes, VelaReport
         raise ImportError(NEEDS_VELA)
     model = read(load(content))
     compiled, summary, log = _run_vela(content, accelerator)
-    _, dense_summary, _ = _run_vela(dense_twin(content), accelerator)
+    _, dense_summary, _ = _run_vela(with_dense_weights(content), accelerator)
     report = VelaReport(
         accelerator=accelerator,
         system=summary["system_config"],
@@ -132,7 +132,7 @@ def _reasons(log: str) -> dict[str, str]:
     return {tensor: " ".join(reason.split()) for tensor, reason in warnings}
 
 
-def dense_twin(content: bytes) -> bytes:
+def with_dense_weights(content: bytes) -> bytes:
     """Return a copy of a file with other int8 weights: seeded random values without zeros.
 
     The values are normally distributed. The largest magnitude of every channel is 127, as in a

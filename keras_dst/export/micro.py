@@ -89,7 +89,7 @@ def encode_for_micro(content: bytes) -> tuple[bytes, list[TensorReport]]:
     smallest = _with_decode(content, chosen)
     reports = []
     for weight in weights(read(content)):
-        reason, stored = _unfit(weight), weight.values.nbytes
+        reason, stored = _unfit_reason(weight), weight.values.nbytes
         if not reason:
             trial = _with_decode(content, [*chosen, weight.buffer])
             if len(trial) < len(smallest):
@@ -226,7 +226,7 @@ def _arena_limit(model: schema.ModelT) -> int:
     return _SPARE_ARENA + 2 * sum(sizes)
 
 
-def _unfit(weight: Weight) -> str:
+def _unfit_reason(weight: Weight) -> str:
     """Return the reason why TFLM cannot decode a weight, or "" if it can."""
     quantization = weight.tensors[0].quantization
     if weight.values.dtype != np.int8 or quantization is None or quantization.scale is None:

@@ -137,7 +137,7 @@ def export(
     progress("comparing with the model")
     cases = keras_cases(model, data.signature, data.samples)
     found = deviation(plan.content, cases)
-    wrong = _fault(found, base, plan, cases, settings)
+    wrong = _find_fault(found, base, plan, cases, settings)
     if wrong:
         raise ExportError(
             f"Expected {path.name} to compute the outputs of the Keras model, within "
@@ -337,7 +337,7 @@ def _check_classes(outputs: Sequence | None) -> None:
         )
 
 
-def _fault(
+def _find_fault(
     found: Deviation, base: bytes, plan: Plan, cases: list[Case], settings: Settings
 ) -> Deviation | None:
     """Return a file's deviation from Keras or from its dense form, or None if it is small."""
@@ -378,7 +378,7 @@ def _is_guilty(
 ) -> bool:
     alone = Plan([choice], encode.encode(base, {choice.weight.buffer: format}))
     found = deviation(alone.content, cases)
-    return _fault(found, base, alone, cases, settings) is not None
+    return _find_fault(found, base, alone, cases, settings) is not None
 
 
 def _tensor_report(choice: Choice) -> TensorReport:

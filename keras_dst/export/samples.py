@@ -119,10 +119,10 @@ def _declared_specs(model: keras.Model) -> list[InputSpec] | None:
     if isinstance(model, keras.Sequential):
         (tensor,) = model.inputs
         batch = tensor.shape[0] if _keeps_batch_size(model) else None
-        return [InputSpec(_safe(tensor.name), (batch, *tensor.shape[1:]), tensor.dtype)]
+        return [InputSpec(_signature_name(tensor.name), (batch, *tensor.shape[1:]), tensor.dtype)]
     # A copy of a model keeps the names of its Input layers, but its tensors get new names.
     layers = [_keras.operation_of(tensor) for tensor in model.inputs]
-    names = [_safe(layer.name) for layer in layers]
+    names = [_signature_name(layer.name) for layer in layers]
     if len(set(names)) < len(names):
         names = [f"{name}_{place}" for place, name in enumerate(names)]
     optional = [getattr(layer, "optional", False) for layer in layers]
@@ -132,7 +132,7 @@ def _declared_specs(model: keras.Model) -> list[InputSpec] | None:
     ]
 
 
-def _safe(name: str) -> str:
+def _signature_name(name: str) -> str:
     """Return a name in the form that TensorFlow writes into a signature."""
     return re.sub(r"\W", "_", name)
 
@@ -196,7 +196,7 @@ def read_samples(
         ValueError: the data has another form, or does not fit the inputs of the model.
     """
     if not _is_stream(data):
-        return _enough(model, _match(model, data, argument), argument)[:limit]
+        return _checked_size(model, _match(model, data, argument), argument)[:limit]
     limit = streamed or limit
     found: list[Samples] = []
     for batch in _batches(data, argument, endless=limit is not None):
@@ -204,10 +204,10 @@ def read_samples(
         found.append(_match(model, inputs, argument))
         if limit is not None and sum(map(len, found)) >= limit:
             break
-    return _enough(model, _joined(found, argument), argument)[:limit]
+    return _checked_size(model, _joined(found, argument), argument)[:limit]
 
 
-def _enough(model: keras.Model, samples: Samples, argument: str) -> Samples:
+def _checked_size(model: keras.Model, samples: Samples, argument: str) -> Samples:
     """Return the samples. Raise ValueError if they do not fill a batch of the model."""
     least = max((spec.shape[0] or 1 for spec in _declared_specs(model) or []), default=1)
     if len(samples) < least:

@@ -134,12 +134,12 @@ def test_export_for_other_npus(exported, accelerator):
 
 def test_the_dense_file_has_no_zeros_and_the_same_ops(exported):
     content = exported[0].path.read_bytes()
-    dense = ethos.dense_twin(content)
+    dense = ethos.with_dense_weights(content)
     assert [w.name for w in weights(read(dense))] == [w.name for w in weights(read(content))]
     for weight in weights(read(dense)):
         assert (weight.values != 0).all()
         assert np.abs(weight.values).max() == 127
-    assert ethos.dense_twin(content) == dense
+    assert ethos.with_dense_weights(content) == dense
 
 
 def test_without_vela_the_report_names_the_extra_to_install(model, tmp_path, monkeypatch):
