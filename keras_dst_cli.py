@@ -1,8 +1,8 @@
 """Command `keras-dst`: check the arguments, then import keras_dst and run the command.
 
-This module imports only the standard library. It is outside the package, because the package
-imports Keras and a backend, which takes seconds. The help, the version and errors about arguments
-do not need the package.
+This module imports only the standard library. The module is outside the package, because the
+package imports Keras and a backend, which takes seconds. The help, the version and errors about
+arguments do not need the package.
 """
 
 from __future__ import annotations

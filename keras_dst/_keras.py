@@ -169,7 +169,8 @@ class BuildHook(_Layer):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        _require(keras.Layer, "_lock_state")  # Otherwise Keras would never call the hook.
+        # Without `_lock_state`, Keras would never call the hook.
+        _require(keras.Layer, "_lock_state")
 
     def after_build(self) -> None:
         """Finish the layer after Keras has built it.

@@ -50,7 +50,7 @@ def densities(
             in the paths. If several names match a weight, the last matching name applies.
         shapes: Shapes of the weights.
         density: Fraction of all weights that is kept.
-        names: Paths of the weights. They are needed only if the allocation is a dict.
+        names: Paths of the weights. The paths are needed only if the allocation is a dict.
 
     Raises:
         ValueError: If the allocation is not known, or if a name in the dict matches no weight.
@@ -112,9 +112,9 @@ def kept_counts(
     Args:
         allocation, shapes, names: See `densities`.
         sparsity: Current fraction of zeros.
-        final_sparsity: Final fraction of zeros. The sparsities of a dict are final values. At this
-            time, the sparsities are multiplied by `sparsity / final_sparsity`. Defaults to None,
-            which leaves the sparsities unchanged.
+        final_sparsity: Final fraction of zeros. The sparsities of a dict are final values. While
+            the sparsity still grows, they are multiplied by `sparsity / final_sparsity`. Defaults
+            to None, which leaves the sparsities unchanged.
 
     Example:
         >>> keras_dst.allocation.kept_counts("uniform", [(10, 10), (30, 10)], 0.9)

@@ -32,7 +32,7 @@ class SparseTraining(keras.callbacks.Callback):
     Masks also apply to weights that other callbacks assign, such as the averages of
     `SwapEMAWeights`. At the end of training, a callback such as
     `EarlyStopping(restore_best_weights=True)` may assign weights from a time before the target was
-    reached. They are then pruned again, with a warning.
+    reached. Such weights are pruned again, with a warning.
 
     While `fit` runs, `model.save` and `model.save_weights` are atomic: a killed process leaves the
     old file or the new file.
@@ -46,15 +46,16 @@ class SparseTraining(keras.callbacks.Callback):
             in which case `fit` counts the batches in the first epoch.
         metric_at_target: Name of a metric whose best value counts only after the target is reached,
             such as `"val_accuracy"`. The log `"val_accuracy_at_target"` has the value of this
-            metric once the target is reached. Before that, the log has a placeholder that is worse
-            than any metric and improves from epoch to epoch. Callbacks that monitor this log
-            therefore do not keep a model that is not sparse enough, and do not stop too early. If
-            the metric is measured in training, put this callback first. Defaults to None.
+            metric once the target is reached. Until the target is reached, the log has a
+            placeholder that is worse than any metric and improves from epoch to epoch. Callbacks
+            that monitor this log therefore do not keep a model that is not sparse enough, and do
+            not stop too early. If the metric is measured in training, put this callback first.
+            Defaults to None.
         metric_mode: Direction in which `metric_at_target` improves, `"min"` or `"max"`. Defaults to
             None, which means the direction of the compiled metric.
         keep_memory: Whether the process keeps the memory that a training step frees, until `fit`
             ends. The next step then uses this memory again. This setting of the C library applies
-            to the whole process. It has an effect only on Linux with glibc, and only if no
+            to the whole process. The setting has an effect only on Linux with glibc, and only if no
             environment variable such as MALLOC_TRIM_THRESHOLD_ is set. Defaults to False.
 
     Raises:
@@ -215,7 +216,7 @@ class SparseTraining(keras.callbacks.Callback):
             # The masks of this compiled step are updated by the callback. The next `fit` may run
             # without the callback.
             self.model.train_function = None
-        if self._fit.history is None:  # This is a custom training loop.
+        if self._fit.history is None:  # Without a history, this is a custom training loop.
             self._fit.end()
 
     # --------------------------------------------------------------------------------------------

@@ -32,8 +32,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
     The layers stay plain Keras layers. Masks and counters are variables of this optimizer, and the
     pruned weights are exact zeros after every step. The `SparseTraining` callback updates the
-    masks. Without the callback, the optimizer step updates the masks itself. This needs a schedule
-    that is given in steps.
+    masks. Without the callback, the optimizer step updates the masks itself. Updates without the
+    callback need a schedule that is given in steps.
 
     All other attributes belong to the inner optimizer. For example, `learning_rate`, `weight_decay`
     and `clipnorm` are read from the inner optimizer and set on it.
@@ -69,8 +69,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 "wrap SparseOptimizer, and compile does this under mixed_float16. Received: "
                 f"{type(inner_optimizer).__name__}"
             )
-        # Keras has set its defaults, a step counter and a learning rate on this optimizer. These
-        # attributes belong to the inner optimizer, where `__getattr__` finds them.
+        # Keras has set its defaults, a step counter and a learning rate on this optimizer. The step
+        # counter and the learning rate belong to the inner optimizer, where `__getattr__` finds
+        # them.
         _keras.delete_counters(self)
         for attribute in list(vars(self)):
             if not attribute.startswith("_") and attribute not in ("name", "built"):
@@ -180,7 +181,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         for kernel, extra in zip(kernels, self._state_specs(kernels, steps)):
             states.append(self._add_state(kernel, {"mask": ("ones", "bool"), **extra}))
         # Number of finished steps, and length of the schedule. SparseTraining sets the length.
-        # Until then, the length is 0.
+        # Before SparseTraining sets the length, it is 0.
         self.step = self.add_variable((), "zeros", "int32", name="step")
         self.total = self.add_variable((), "zeros", "int32", name="total")
         if not self.inner_optimizer.built:
@@ -227,10 +228,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return target == 0 and not isinstance(method.allocation, Mapping)
 
     def _state_specs(self, kernels, steps=None) -> list[dict[str, tuple[Any, str]]]:
-        """Return the initial value and the dtype of every state.
-
-        The devices support these dtypes.
-        """
+        """Return the initial value and the dtype of every state. The devices support the dtypes."""
         return [
             {name: (initial, counter_dtype(k, dtype)) for name, (initial, dtype) in specs.items()}
             for k, specs in zip(kernels, self.method.init(kernels, steps))
@@ -381,7 +379,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         if self._timetable is not None:
             return self._timetable
         if self.method.schedule is not None:
-            # This raises an error unless the schedule is given in steps.
+            # `span` raises an error unless the schedule is given in steps.
             self.method.schedule.span(None)
         raise ValueError(
             f"{self.method!r} updates its masks once per epoch, but only SparseTraining knows the "
@@ -441,7 +439,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         )
 
     def values(self) -> tuple[list, list]:
-        """Return the current weights and states under the method, as tensors."""
+        """Return the current pruned weights and their states, as tensors."""
         weights = [ops.convert_to_tensor(k) for k in self.kernels]
         states = [tensors_of(s) for s in self.states]
         variables = _keras.trained_variables_of(self)

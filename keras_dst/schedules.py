@@ -24,9 +24,9 @@ class Schedule(Configurable):
         initial_sparsity: Sparsity before the schedule begins, in [0, sparsity]. Defaults to 0.
         begin, end: Fractions of training, in [0, 1], between which the sparsity changes. They
             default to None, which means 0 and 0.75.
-        begin_step, end_step: Training steps between which the sparsity changes. They cannot be
+        begin_step, end_step: Training steps between which the sparsity changes. Steps cannot be
             combined with `begin` and `end`. A custom loop without the `SparseTraining` callback
-            needs them. They default to None.
+            needs `begin_step` and `end_step`. They default to None.
 
     Raises:
         ValueError: If a sparsity is outside [0, 1), or if the schedule ends before it begins. If
@@ -171,7 +171,7 @@ class Constant(Schedule):
         sparsity: Fraction of zeros, in [0, 1).
         begin: Fraction of training after which the weights are pruned. Defaults to None, which
             means 0.
-        begin_step: Step after which the weights are pruned. This argument cannot be combined with
+        begin_step: Step after which the weights are pruned. `begin_step` cannot be combined with
             `begin`. Defaults to None.
 
     Example:

@@ -120,7 +120,7 @@ def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
     * Magnitude, FlipOut, SET and RigL mask the weights in the optimizer step. The optimizer of a
       compiled model is wrapped in a `SparseOptimizer`, and the layers do not change.
 
-    Weights, names and the graph do not change. A compiled model stays compiled. Its optimizer keeps
+    Weights, names and the graph do not change. A compiled model stays compiled. The optimizer keeps
     its state and all settings. Frozen layers are skipped. If you freeze a layer later, it keeps its
     current mask.
 
@@ -128,9 +128,10 @@ def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
         model: Built Keras 3 model.
         method: Method from `keras_dst.methods`, such as `methods.Magnitude(0.9)`.
         filters: Selection of layers. A string is a name, a path, or a regular expression for a
-            whole name or path. It can refer to a layer, to a layer that contains it, or to one of
-            its weights. A list of strings selects all layers that at least one string matches. A
-            callable gets a layer and returns a boolean. Defaults to None, which selects all layers.
+            whole name or path. The name or path can be of a layer, of a layer that contains it, or
+            of one of its weights. A list of strings selects all layers that at least one string
+            matches. A callable gets a layer and returns a boolean. Defaults to None, which selects
+            all layers.
 
     Returns:
         A `SparsifyReport` that lists the sparse layers, and the skipped layers with the reasons.

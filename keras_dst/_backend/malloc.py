@@ -36,7 +36,7 @@ def keep_freed_memory() -> None:
 
 def return_freed_memory() -> None:
     """Return free memory to the system now, and return freed blocks of more than 32 MiB later."""
-    _set(mmap=32 * _MIB, trim=64 * _MIB)  # The largest thresholds that glibc sets by itself.
+    _set(mmap=32 * _MIB, trim=64 * _MIB)  # The largest thresholds that glibc sets automatically.
     if glibc():
         glibc().malloc_trim(0)
 

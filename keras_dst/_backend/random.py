@@ -39,7 +39,8 @@ def _mixed(x):
 
 
 def _shifted(x, by):
-    # This right shift fills with zeros. The built-in shift of int32 fills with the sign bit.
+    # The function shifts right and fills with zeros. The built-in shift of int32 fills with the
+    # sign bit.
     return ops.bitwise_and(ops.bitwise_right_shift(x, by), (1 << (32 - by)) - 1)
 
 
@@ -81,8 +82,8 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
     # copied.
     for members in bundles([math.prod(shape) for shape in shapes]):
         alone = len(members) == 1
-        # XLA copies whole rows if the tensor has rows of the same width. Otherwise XLA copies
-        # single entries.
+        # XLA copies whole rows if the tensor has rows of the same width. For rows of another width,
+        # XLA copies single entries.
         width = _width(shapes[members[0]]) if alone else _NARROW
         numbers = ops.reshape(table(alone), (-1, 1 << (width - 1).bit_length()))
         sizes = [math.prod(shapes[i]) for i in members]

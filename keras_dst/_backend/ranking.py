@@ -264,7 +264,7 @@ class _Ranking:
         """Return `(low, high, below, above)`, the two thresholds around `kept` and their counts.
 
         `above` weights score above `high`, and `below` weights score above `low`. The counts
-        satisfy `above <= kept < below`. Both search algorithms keep this invariant.
+        satisfy `above <= kept < below`. Both search algorithms keep `above <= kept < below` true.
         """
         gap = ops.maximum(ops.abs(self.least), 1e-30)
         # Many scores may tie with the smallest score, as scores of pruned weights do.

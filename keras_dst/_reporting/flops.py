@@ -35,8 +35,9 @@ _SIZES = (128, 256)
 def count_uses(model) -> dict[int, tuple[int | None, str | None]]:
     """Return the use count of every prunable weight, by the id of its variable.
 
-    A use count is the number of multiplications with each entry for one sample. Each value is a
-    pair of the count and a reason. If the count is unknown, it is None, and the reason says why.
+    A use count is the number of times that each entry of a weight is multiplied for one sample.
+    Each value is a pair of the count and a reason. If the count is unknown, it is None, and the
+    reason says why.
     """
     weights = [weight for weight in weights_of(model) if weight.prunable]
     return {

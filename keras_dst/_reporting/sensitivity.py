@@ -156,9 +156,9 @@ def sensitivity(
     """Measure how much a trained model loses when a single weight is pruned.
 
     Each prunable weight is pruned by magnitude to each of the sparsities while all other weights
-    stay as they are. The model is evaluated after each of these changes. The model may be dense,
-    sparse or stripped, and its zeros count as pruned. The weights are restored at the end, also
-    after an interrupt. Frozen weights are measured only if they have a mask.
+    are unchanged. The model is evaluated after each pruning. The model may be dense, sparse or
+    stripped, and its zeros count as pruned. The weights are restored at the end, also after an
+    interrupt. Frozen weights are measured only if they have a mask.
 
     Args:
         model: A built and compiled Keras 3 model.

@@ -32,7 +32,7 @@ class WeightReport:
         parameters: Number of entries.
         nonzeros: Number of entries that are neither zero nor masked.
         sparse: Whether a layer or a `SparseOptimizer` masks the weight.
-        use_count: Number of multiplications with each entry for one sample. None if unknown.
+        use_count: Number of times that each entry is multiplied for one sample. None if unknown.
         reason: Reason why `use_count` is unknown, or None.
         density_map: Densities of equal parts of the weight, as a matrix of inputs x outputs.
 

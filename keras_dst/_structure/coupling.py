@@ -1,7 +1,7 @@
 """Groups of channels that are removed together, and the cost of the model without them.
 
 `channel_groups` describes a model as plain data. Training ranks and masks the channels of a group
-together; `shrink` removes exactly these channels.
+together; `shrink` removes exactly the channels that training has masked.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ class CoupledChannels:
       axis.
 
     All dead channels are then exactly zero, and `shrink` can remove all of them. The saliency of a
-    channel is the sum over all positions with its id along the output axes. A variable of the model
-    that is not a member has no channels that the analysis can follow.
+    channel is the sum over all positions with its id along the output axes. In all other variables
+    of the model, the analysis cannot follow channels.
 
     Attributes:
-        members: all variables with channels. A variable appears once. They are variables of the
-            given model, also if its layers are sparse.
+        members: all variables with channels. A variable appears once. The members are variables of
+            the given model, also if its layers are sparse.
         groups: the groups that can be removed, followed by the groups that have to stay.
         removable: the number of ids of channels that can be removed.
         count: the number of all ids.

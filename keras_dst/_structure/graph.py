@@ -69,7 +69,7 @@ class Call:
     Attributes:
         op: the operation: a layer without masks of this package, or an operation such as `x + y`.
         args: the positional arguments.
-        kwargs: the keyword arguments, without the Keras masks that Keras passes by itself.
+        kwargs: the keyword arguments, without masks that Keras passes automatically.
         outputs: the output tensors.
         prefix: the names of the nested models that contain the call.
         constant_terms: the constant inputs that an addition no longer adds.
@@ -167,7 +167,7 @@ def _is_mask(name: str) -> bool:
 
 
 def _is_automatic_mask(name: str, node) -> bool:
-    """Return whether an argument holds masks that Keras passes to the layer by itself."""
+    """Return whether an argument holds masks that Keras passes to the layer automatically."""
     automatic = [mask for x in node.input_tensors if (mask := _keras.mask_of(x)) is not None]
     given = [x for x in tree.flatten(node.arguments.kwargs[name]) if x is not None]
     return _is_mask(name) and all(any(x is mask for mask in automatic) for x in given)

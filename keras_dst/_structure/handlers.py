@@ -1,8 +1,8 @@
 """Handlers of the calls in a graph: how each kind of layer treats its channels.
 
 A handler propagates constants through its call, and couples channels that are kept or removed
-together. It also slices the weights of its layer, and gives the reason why a channel cannot be
-removed.
+together. The handler also slices the weights of its layer, and gives the reason why a channel
+cannot be removed.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class ChannelHandler:
         return operation(*args, **kwargs)
 
     def relabel(self, roots: np.ndarray) -> None:
-        """Replace the ids of the units by the ids of the unions that contain them."""
+        """Replace the ids of the units by the ids of the unions of coupled channels."""
 
     def needs(self, x: Tensor, removed: np.ndarray) -> np.ndarray:
         """Return, for each channel of an input, whether the outputs need the channel itself.

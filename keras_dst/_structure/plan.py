@@ -94,7 +94,7 @@ class Plan:
         return names
 
     def _couple_channels(self) -> np.ndarray:
-        """Couple all channels, and return for every union of channels whether it has to stay."""
+        """Couple all channels, and return for every union of channels whether it must stay."""
         unions = ChannelUnions()
         for x in self.inputs:
             x.ids = unions.new(x.channels)

@@ -118,8 +118,8 @@ def shrink_report(model, latency: bool = False) -> ShrinkReport:
     Args:
         model: a built Sequential or Functional model, dense or sparse. It is not changed.
         latency: whether to measure both models. The latency is the median of 50 runs on one sample.
-            Both models run in turn and are compiled by the current backend, except on PyTorch.
-            Defaults to False.
+            The two models run alternately, and the current backend compiles them, except on
+            PyTorch. Defaults to False.
 
     Returns:
         A `ShrinkReport`.

@@ -38,8 +38,8 @@ class Member:
 class ChannelUnions:
     """Unions of coupled channels, and the reasons why some channels have to stay.
 
-    At first, every channel has its own id. The method `couple` unites channels, and `pin` keeps
-    channels.
+    At first, every channel has its own id. The method `couple` puts channels into one union, and
+    `pin` prevents that channels are removed.
     """
 
     def __init__(self):
@@ -63,7 +63,7 @@ class ChannelUnions:
     def called_on(self, layer, x: Tensor) -> list[Tensor]:
         """Return all inputs of a layer so far.
 
-        Couple the channels of these inputs, because they meet one weight.
+        The channels of these inputs are coupled, because the same weight reads them.
         """
         tensors = self._called_on.setdefault(id(layer), [])
         tensors.append(x)
@@ -93,7 +93,7 @@ class ChannelUnions:
         return roots
 
     def reasons(self, roots: np.ndarray) -> dict[int, str]:
-        """Return the first reason for every union that has to stay, by the union's smallest id."""
+        """Return the reason for every union that has to stay, by the union's smallest id."""
         found: dict[int, str] = {}
         for ids, reason in self._pinned:
             for root in np.unique(roots[ids]):

@@ -30,7 +30,7 @@ class BackupAndRestore(keras.callbacks.Callback):
     * A backup holds the weights and the epoch and batch that belong to them.
     * Training resumes with the batch that follows the backup. The earlier batches of the epoch are
       drawn from the data, but the model is not trained on them.
-    * A backup holds the states of random number generators, such as those of dropout.
+    * A backup holds the states of random number generators, such as the states of dropout layers.
 
     A backup is written after all callbacks have processed an epoch or a batch, in any order of
     callbacks.

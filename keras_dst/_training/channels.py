@@ -21,7 +21,7 @@ Follower = tuple[Any, int, np.ndarray]
 
 
 class Coupling(NamedTuple):
-    """The coupled channels of a model, for the weights under one method.
+    """Coupled channels of a model, for the weights that one method prunes.
 
     Attributes:
         layouts: Axes and channels of the weights.

@@ -72,9 +72,9 @@ def couple_channels(model, optimizer: SparseOptimizer | None = None) -> None:
     """Tell the optimizer which channels of a model are pruned together with `pattern="channel"`.
 
     The `SparseTraining` callback calls this function when `fit` begins. A training loop without the
-    callback calls this function before the first step. Otherwise the optimizer ranks the channels
-    of each layer separately. A second call after the last step sets the moving means of removed
-    channels to 0. On JAX, an optimizer step cannot set moving means.
+    callback calls this function before the first step. Without this call, the optimizer ranks the
+    channels of each layer separately. A second call after the last step sets the moving means of
+    removed channels to 0. On JAX, an optimizer step cannot set moving means.
 
     Groups of channels are not saved, so call the function again after a model is loaded.
 
@@ -222,7 +222,7 @@ def _compiled_functions(method, layouts, shapes):
 
 
 class Driver:
-    """Driver that updates the states of all weights under one method, along its schedule."""
+    """Driver that updates the states of all weights of one method, along its schedule."""
 
     def __init__(self, model, method, weights, states, layouts, names):
         self.model, self.method = model, method
@@ -625,7 +625,8 @@ class OptimizerDriver(Driver):
             optimizer.layouts,
             optimizer.kernel_names,
         )
-        self.followers = coupling.statistics  # The optimizer masks the trainable followers.
+        # The optimizer masks the trainable biases, scales and offsets.
+        self.followers = coupling.statistics
 
     def begin(self, length, fit, epoch, done=0):
         if length and not _int(self.optimizer.step):

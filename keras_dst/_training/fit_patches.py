@@ -159,7 +159,7 @@ class ActiveFit:
                 "This model was compiled for training with the "
                 f"{callback.split('.')[-1]} callback. Fit with callbacks=[{callback}()]."
             )
-        if not self:  # This is a later fit without any keras_dst callback.
+        if not self:  # A later fit runs without any keras_dst callback.
             return step(*arguments)
         try:
             self._apply()

@@ -166,7 +166,8 @@ class _Events:
 
         directory_check(log_dir)
         self.file = EventsWriter(f"{log_dir}/events", f".{time.time_ns()}")
-        self.close = weakref.finalize(self, self.file.close)  # This also runs if `fit` raises.
+        # The finalizer also closes the file if `fit` raises an exception.
+        self.close = weakref.finalize(self, self.file.close)
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         from tensorboardX.summary import scalar

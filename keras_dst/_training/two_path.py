@@ -159,9 +159,9 @@ def class_logits(loss, outputs: Tensor) -> Tensor:
     """Return the logits for a cross-entropy, with the classes on the last axis.
 
     Args:
-        loss: Cross-entropy, as a Keras loss object. Its argument `from_logits` states whether the
-            outputs are logits or probabilities. Probabilities are clipped at 1e-7. For a binary
-            cross-entropy, every output becomes two classes.
+        loss: Cross-entropy, as a Keras loss object. The argument `from_logits` of the loss states
+            whether the outputs are logits or probabilities. Probabilities are clipped at 1e-7. For
+            a binary cross-entropy, every output becomes two classes.
         outputs: Float tensor of the outputs.
 
     Returns:

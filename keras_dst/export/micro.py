@@ -313,7 +313,7 @@ def _decoded_reads(
         graph: the graph, to which copies of tensors are added.
         op: an op of the graph.
         encoded: the indices of a weight's two constants, by the index of the weight.
-        free: the weights that no op decodes yet. This set is changed in place.
+        free: the weights that no op decodes yet. The function changes this set in place.
         code: index of the op code of the decoding op.
     """
     reads = dict.fromkeys(index for index in indices(op.inputs) if index in encoded)

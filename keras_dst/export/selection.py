@@ -22,8 +22,8 @@ from keras_dst.export.latency_model import CPUS, LatencyModel
 #: A weight has a block pattern if its stored blocks have at least this fraction of nonzeros.
 MIN_BLOCK_DENSITY = 0.75
 #: Limits of the kernel for a sparse int8 weight and float inputs. This kernel stores the position
-# of a block of 16 inputs in one byte, and also the number of blocks of an output. Beyond these
-# limits, the results of the kernel are wrong.
+# of a block of 16 inputs in one byte, and also the number of blocks of an output. If a weight
+# exceeds these limits, the results of the kernel are wrong.
 MAX_HYBRID_INPUTS, MAX_HYBRID_BLOCKS = 4096, 255
 #: Two latencies or two sizes that differ by less than this factor count as equal.
 SAME_LATENCY, SAME_SIZE = 1.05, 1.01

@@ -86,7 +86,10 @@ class Region:
 
 
 def is_hinted(model: schema.ModelT, graph: schema.SubGraphT) -> bool:
-    """Return whether the graph has a DENSIFY op. Otherwise XNNPACK uses dense kernels only."""
+    """Return whether the graph has a DENSIFY op.
+
+    Without a DENSIFY op, XNNPACK uses only dense kernels.
+    """
     return any(op_name(model, op) == "DENSIFY" for op in graph.operators)
 
 

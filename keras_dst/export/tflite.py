@@ -67,8 +67,8 @@ def export_tflite(
             without their zeros if this saves bytes. Only TFLM can run a file for ``"micro"``. With
             an NPU or ``"micro"``, no latency is measured on this CPU, and ``optimize`` must keep
             its default.
-        measure: whether to measure latencies on this CPU. Otherwise, and for other CPUs, a model of
-            the kernels estimates the latencies. Defaults to True.
+        measure: whether to measure latencies on this CPU. If this is False, and for other CPUs, a
+            model of the kernels estimates the latencies. Defaults to True.
         threads: number of threads of the interpreter for measurements. Defaults to 1.
         batch: batch size for measurements, if the batch size of the model is dynamic. Defaults to
             1.
@@ -81,16 +81,17 @@ def export_tflite(
             are read. The samples are also the default of ``inputs``.
         evaluate: data for the accuracy in the report: ``(x, y)``, or a data set, data loader or
             generator of batches ``(x, y)``. Labels are integers or one-hot vectors. Sample weights
-            are ignored. Alternatively, a function of ``predict`` that returns a number. Its
-            argument ``predict`` takes inputs like `model.predict` and returns the outputs of a
-            file. Defaults to None, which measures no accuracy.
+            are ignored. Alternatively, a function of ``predict`` that returns a number. ``predict``
+            takes inputs like `model.predict`, and returns the outputs of a file. Defaults to None,
+            which measures no accuracy.
         vela_path: path of the file that Vela compiles for the NPU, in an existing folder. Defaults
             to None, which does not write the compiled file.
         progress: function that is called with a line of text before each step.
 
     Returns:
-        An `ExportReport` with the format of every weight and the error of the file. It compares the
-        bytes, latency, load time, peak memory and accuracy of the file with dense files.
+        An `ExportReport` with the format of every weight and the error of the file. The report
+        compares the bytes, latency, load time, peak memory and accuracy of the file with dense
+        files.
 
     Raises:
         TypeError: ``model`` is not a Keras 3 model.

@@ -73,14 +73,14 @@ class SparseContainer(_keras.BuildHook):
         self.apply_recipe()
 
     def apply_recipe(self) -> None:
-        """Make the inner layers sparse with the methods in the recipe."""
+        """Make the inner layers sparse with the methods that `recipe` stores."""
         inner = _keras.flatten_layers(self, include_self=False)
         for index, layer in enumerate(inner):
             if str(index) in self.recipe and not isinstance(layer, SparseMixin):
                 make_sparse(layer, check_method(self.recipe[str(index)]))
 
     def record_recipe(self) -> None:
-        """Store the methods of the sparse inner layers in the recipe."""
+        """Store the methods of the sparse inner layers in `recipe`."""
         inner = _keras.flatten_layers(self, include_self=False)
         self.__dict__["recipe"] = {
             str(index): keras.saving.serialize_keras_object(layer.method)

@@ -41,7 +41,7 @@ class Gate(_keras.BuildHook, layers.Layer):
         momentum: Momentum of the running mean of the gating module's gates. Defaults to 0.9.
         cost: Cost of one structure, in FLOPs or parameters like the cost of the method. Defaults to
             1.
-        method: Method that trains the gates. Gates and layers under equal methods share one
+        method: Method that trains the gates. All gates and layers with equal methods share one
             budget. Defaults to None, which means `methods.Consensus()`.
 
     Call arguments:

@@ -37,7 +37,7 @@ class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
 
     Args:
         method: Method that trains two paths, such as `methods.DCIL(0.9)`. All other arguments are
-            those of `BatchNormalization`.
+            the arguments of `BatchNormalization`.
 
     Raises:
         ValueError: If the method trains one path.
@@ -90,11 +90,12 @@ class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
                 regularizer=variable.regularizer,
                 constraint=variable.constraint,
             )
-        copy.trainable = variable.trainable  # This is False in a frozen layer.
+        copy.trainable = variable.trainable  # The variables of a frozen layer are not trainable.
         return copy
 
     def load_own_variables(self, store):
         super().load_own_variables(store)
         for name, copy in self.sparse_state["full"].items():
-            if f"full_{name}" not in store.keys():  # This is the file of a dense model.
+            # The file of a dense model has no second set of variables.
+            if f"full_{name}" not in store.keys():
                 copy.assign(self.__dict__[name].numpy())

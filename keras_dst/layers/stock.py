@@ -30,8 +30,8 @@ class SparseDense(SparseMixin, layers.Dense):
     """`keras.layers.Dense` with a sparse kernel.
 
     Args:
-        method: Method that masks the kernel, such as `methods.DST()`. All other arguments are
-            those of `Dense`.
+        method: Method that masks the kernel, such as `methods.DST()`. All other arguments are the
+            arguments of `Dense`.
 
     Example:
         >>> keras_dst.layers.SparseDense(10, method=keras_dst.methods.DST())

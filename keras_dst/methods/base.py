@@ -9,9 +9,10 @@ is applied:
     TwoPathMethod    in the forward pass, which runs with and without the mask (DCIL)
     UnitMethod       in the forward pass, on whole output units and their biases (Consensus)
 
-Three callers use these functions. The sparse layers call `build` and `apply`. `SparseOptimizer`
-calls `init`, `before`, `perturb` and `after` in every step. The drivers of the `SparseTraining`
-callback call `update` at every mask update, and `project` at the end of the schedule.
+The functions of a method have three kinds of callers. The sparse layers call `build` and `apply`.
+`SparseOptimizer` calls `init`, `before`, `perturb` and `after` in every step. The drivers of the
+`SparseTraining` callback call `update` at every mask update, and `project` at the end of the
+schedule.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ class Method(Configurable):
         If channels are coupled, return the number of channels to keep, see `methods.channels`.
 
         Args:
-            shapes: Shapes of all weights under this method.
+            shapes: Shapes of all weights that the method prunes.
             layouts: Axes of these weights.
             sparsity: Fraction of zeros over all weights.
             names: Paths of the weights, which an allocation by name needs.
@@ -195,7 +196,7 @@ class Method(Configurable):
         final = self.schedule.sparsity if self.schedule else None
         pattern = Pattern(self.pattern)
         for shape, layout in zip(shapes, layouts):
-            # This raises an error if a weight lacks an axis for the pattern.
+            # `block` raises an error if a weight lacks an axis for the pattern.
             pattern.block(shape, layout)
         if channels.groups_of(layouts):
             return channels.kept_counts(self, shapes, layouts, sparsity, names)
@@ -222,7 +223,7 @@ class Method(Configurable):
                 for s, layout in zip(scores, layouts)
             ]
         shapes = [tuple(s.shape) for s in scores]
-        together = kept.shape[0] == 1  # Otherwise, `kept` has one count per weight.
+        together = kept.shape[0] == 1  # If not `together`, `kept` has one count per weight.
         sizes = None
         if pattern.grouped:
             sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
@@ -464,7 +465,7 @@ class TwoPathMethod(LayerMethod):
         base class does.
 
         Args:
-            state: State of the first weight under this method, as a dict of variables.
+            state: State of the first weight that the method prunes, as a dict of variables.
         """
         return None
 
@@ -548,13 +549,13 @@ class UnitMethod(LayerMethod):
         uses: Mapping[int, tuple[int | None, str | None]],
         layouts: Sequence[Layout],
     ) -> None:
-        """Connect all layers under this method, for penalties that depend on all gates.
+        """Connect all layers that use the method, for penalties that depend on all gates.
 
         The driver calls this function once when training begins. By default, this function does
         nothing.
 
         Args:
-            layers: All layers and gates under this method.
+            layers: All layers and gates that use the method.
             uses: Mapping from the id of a weight's variable to a pair: the number of
                 multiplications of each entry per sample, and a message. If the number is None, the
                 message states why the number is unknown. The mapping is empty unless
@@ -586,7 +587,8 @@ class UpdateMethod(Method):
     Attributes:
         moves_weights: Whether `before` returns weights that differ from the model's weights.
         grows: Whether `update` also returns an entry `"grown"`: a boolean mask of the weights that
-            are newly kept. These weights and their optimizer slots, such as momentum, start at 0.
+            are newly kept. Newly kept weights and their optimizer slots, such as momentum, start at
+            0.
         reads_gradients: Whether the method computes with gradients instead of only masking them.
             In distributed training, the replicas then sum their gradients first.
         reads_scales: Whether `scores` reads an entry `"scale"` in the states. If a normalization
@@ -651,7 +653,7 @@ class UpdateMethod(Method):
 
         Args:
             carry: Third value that `before` returned.
-            weights: All weights under this method, after the inner optimizer's step.
+            weights: All weights that the method prunes, after the step of the inner optimizer.
             states: States of these weights.
         """
         return [self.masked(w, s) for w, s in zip(weights, states)], [{} for _ in weights]

@@ -114,7 +114,7 @@ class ChannelGroups:
         return total(array(base[used] / base.sum()) * inputs * outputs)
 
     def rounding_step(self, method) -> float:
-        """Return the largest change of the cost fraction by one rounding step of one group."""
+        """Return the largest change of the removed fraction if one group is rounded by one step."""
         step, _ = _steps(self, method)
         whole = self.sizes.astype("float64")
         each = [
@@ -162,8 +162,8 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
 
     Args:
         method: Method with `allocation`, `counted_in`, `round_to` and `min_kept`.
-        shapes, layouts, names: Shapes, axes and paths of all weights under the method.
-        sparsity: Fraction to remove at this time.
+        shapes, layouts, names: Shapes, axes and paths of all weights that the method prunes.
+        sparsity: Fraction that is removed at the current step.
     """
     target = 1 - sparsity
     if method.allocation == "global":
@@ -339,7 +339,7 @@ def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
             places[here] = first[here] - start + offset
             offset += end - start
         start = end
-    places[first >= start] = offset  # No weight under the method makes the channel.
+    places[first >= start] = offset  # No weight that the method prunes makes the channel.
     every = ops.concatenate([*units, ops.ones((1,), "bool")])
     return ops.take(every, np.append(places, offset))
 
@@ -478,8 +478,8 @@ def _global_counts(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor
 def _units_of_channels(layouts: tuple[Layout, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Return the places of the units of every channel, and the number of units per channel.
 
-    A place is a position among the units of all weights with channels. Rows are padded to the same
-    length with the place after the last unit.
+    The place of a unit is its position among the units of all weights with channels. Rows are
+    padded to the same length with the place after the last unit.
     """
     every = np.concatenate([layout.channels.ids for layout in layouts if layout.channels])
     total = len(_required(layouts).owner)

@@ -45,9 +45,9 @@ class Consensus(UnitMethod):
 
     `sparsify` gives every Dense and Conv layer a trainable gate per output unit. A closed gate sets
     the weights and the bias of its unit to zero. Layers that compute the outputs of the model get
-    no gates. `layers.Gate` adds gates at any place of a model. All gates under equal methods share
-    one budget. Training needs the `SparseTraining` callback. The callback connects the gates, and
-    meets the target after the last step. `shrink` then removes the closed units.
+    no gates. `layers.Gate` adds gates at any place of a model. All gates that equal methods train
+    share one budget. Training needs the `SparseTraining` callback. The callback connects the gates,
+    and meets the target after the last step. `shrink` then removes the closed units.
 
     The mean logit is 0.1 at first, and units with larger weights have a higher logit. With the
     default penalty weights, a model of a few hundred units or more reaches the target within a few
@@ -174,7 +174,7 @@ class Consensus(UnitMethod):
         # The penalties are the regularizer of a gate's variable. `strip` removes this variable.
         own = [v for x in layers for v in x.state_variables().values() if v.trainable]
         for variable in own:
-            variable.regularizer = None  # These are penalties of an earlier training run.
+            variable.regularizer = None  # Remove the penalties of an earlier training run.
         for variable in own[:1]:
             variable.regularizer = _Penalties(self, layers, layouts)
 

@@ -36,8 +36,8 @@ class DCIL(TwoPathMethod):
 
     Pruned weights get the gradient of the full model, so they can be kept again later. A step takes
     about as long as two steps of the dense model. The KL terms need an output with a Keras
-    cross-entropy. Its `from_logits` states whether the outputs are logits. Outputs with other
-    losses are trained on both paths without KL terms.
+    cross-entropy. The argument `from_logits` of the loss states whether the outputs are logits.
+    Outputs with other losses are trained on both paths without KL terms.
 
     Args:
         sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. For a number, the

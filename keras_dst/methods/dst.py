@@ -39,10 +39,11 @@ class DST(LayerMethod):
     """Dynamic Sparse Training with a trainable threshold per output unit.
 
     Args:
-        sparsity: Final fraction of zeros over all weights under the method: a number in [0, 1), a
-            `Schedule`, or None. For a number, the sparsity grows along a cubic ramp over the first
-            half of training. A target needs the `SparseTraining` callback, which controls alpha.
-            Defaults to None, which means that the sparsity follows from alpha, as in the paper.
+        sparsity: Final fraction of zeros over all weights that the method prunes: a number in [0,
+            1), a `Schedule`, or None. For a number, the sparsity grows along a cubic ramp over the
+            first half of training. A target needs the `SparseTraining` callback, which controls
+            alpha. Defaults to None, which means that the sparsity follows from alpha, as in the
+            paper.
         alpha: Weight of the penalty on thresholds. The paper uses 5e-4 for LeNets, 5e-6 for VGG-16
             and WRN on CIFAR-10, and 1e-4 to 1e-3 for LSTMs. With a target sparsity, `alpha` is the
             initial value for the controller. Defaults to 5e-4.

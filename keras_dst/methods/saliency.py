@@ -83,8 +83,8 @@ def taylor(average: Tensor, w: Tensor, grad: Tensor) -> Tensor:
 def bn_scale(w: Tensor, gamma: Tensor) -> Tensor:
     """Return the magnitude of the scale of every output unit, for all weights of the unit.
 
-    Regularize the scales with L1 in training, as the paper does. Otherwise the scales say little
-    about the importance of a unit.
+    Regularize the scales with L1 in training, as the paper does. Without this regularization, the
+    scales say little about the importance of a unit.
 
     Args:
         w: Weight.

@@ -34,7 +34,7 @@ from keras_dst import masks
 from keras_dst.methods.base import LayerMethod, UnitMethod
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
-_EPSILON = 0.01  # This bounds the factor of a unit that loses all its weights.
+_EPSILON = 0.01  # This constant bounds the factor of a unit that loses all its weights.
 _TINY = 1e-6  # Mean magnitude that is added to the weights of a unit, because they may all be 0.
 
 
@@ -128,8 +128,8 @@ class ST3(LayerMethod):
         common = ops.max(ops.stack(below)) if self.allocation == "global" else np.float32(np.inf)
         changes = []
         for w, layout, mask, own, least in zip(weights, layouts, found, below, above):
-            # If a layer has a minimum number of weights, it may keep weights below the common
-            # threshold. Such a layer has its own threshold.
+            # A minimum number of weights may require that weights below the common threshold are
+            # kept. A layer with a minimum number of weights has its own threshold.
             threshold = ops.where(common < least, common, own) * self._std(w.shape)
             factor = _factor(ops.abs(ops.cast(w, "float32")), mask, layout)
             changes.append({"mask": mask, "threshold": threshold, "factor": factor})

@@ -197,4 +197,5 @@ _LAYERS = (
     *(layers.Add, layers.Subtract, layers.Multiply, layers.Identity, layers.Dropout),
     *(layers.ZeroPadding2D, layers.ReLU, layers.LeakyReLU, layers.ELU),
 )
-_OPERATIONS = ("Add", "Subtract", "Multiply")  # These are classes of keras.ops, as in `a - b`.
+# These classes of keras.ops represent operators such as `a - b`.
+_OPERATIONS = ("Add", "Subtract", "Multiply")

@@ -38,7 +38,7 @@ def prune_low_magnitude(
         pruning_schedule: Schedule that decides when masks are updated, and the sparsity of each
             update. Defaults to `ConstantSparsity(0.5, 0)`.
         block_size: Rows (inputs) and columns (outputs) of the blocks that are pruned as a whole,
-            for weights that are matrices. This is the order of tfmot. In a `pattern` of
+            for weights that are matrices. tfmot uses the same order. In a `pattern` of
             `keras_dst.methods`, outputs come first: `"1x4"` is `block_size=(4, 1)` here. Defaults
             to (1, 1).
         block_pooling_type: `"AVG"` ranks blocks by their mean magnitude, and `"MAX"` ranks blocks
@@ -53,7 +53,8 @@ def prune_low_magnitude(
 
     Raises:
         TypeError: If `to_prune` is not a Keras 3 model, a layer or a list of layers.
-        ValueError: If a layer cannot be pruned in this way. In this case, no layer is changed.
+        ValueError: If a layer cannot be pruned in this way. If this error is raised, no layer has
+            been changed.
 
     Example:
         >>> model = keras_dst.tfmot.prune_low_magnitude(model)
