@@ -173,7 +173,7 @@ class BuildHook(_Layer):
         _require(keras.Layer, "_lock_state")
 
     def after_build(self) -> None:
-        """Finish the layer after Keras has built it.
+        """Finish a layer that Keras has just built.
 
         This method may change the class of the layer.
         """

@@ -198,6 +198,6 @@ def equal_drop(
     drops = np.maximum.accumulate(np.maximum(drops, 0), axis=1)
     # The small slope breaks ties, so that the curves are invertible.
     drops = drops / (drops.max() or 1.0) + 1e-6 * grid
-    common = np.unique(drops)  # Each sparsity is linear between these drops.
+    common = np.unique(drops)  # Between two of these drops, each sparsity is linear.
     shares = np.array([np.interp(common, curve, grid) for curve in drops])
     return np.array([np.interp(sparsity * counts.sum(), counts @ shares, row) for row in shares])

@@ -32,7 +32,7 @@ class SparseTraining(keras.callbacks.Callback):
     Masks also apply to weights that other callbacks assign, such as the averages of
     `SwapEMAWeights`. At the end of training, a callback such as
     `EarlyStopping(restore_best_weights=True)` may assign weights from a time before the target was
-    reached. Such weights are pruned again, with a warning.
+    reached. Weights that are not sparse enough are pruned again, with a warning.
 
     While `fit` runs, `model.save` and `model.save_weights` are atomic: a killed process leaves the
     old file or the new file.

@@ -1,6 +1,8 @@
 r"""Weight clustering: few distinct values per tensor (arXiv 1510.00149, section 3).
 
-    w_i = s_i c_{l_i}        l_i = argmin_k |w_i / s_i - c_k|        s_i = max |w| of the channel
+```text
+w_i = s_i c_{l_i}        l_i = argmin_k |w_i / s_i - c_k|        s_i = max |w| of the channel
+```
 
 The values c come from k-means in one dimension. The search starts with evenly spaced values outside
 of the gap around zero that pruning leaves. Deviations from the paper:

@@ -439,7 +439,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         )
 
     def values(self) -> tuple[list, list]:
-        """Return the current pruned weights and their states, as tensors."""
+        """Return the current values of the pruned weights and of their states, as tensors."""
         weights = [ops.convert_to_tensor(k) for k in self.kernels]
         states = [tensors_of(s) for s in self.states]
         variables = _keras.trained_variables_of(self)

@@ -86,8 +86,8 @@ class Schedule(Configurable):
 
     @classmethod
     def from_config(cls, config):
-        # Old files may contain `begin` and `end` next to steps, because both had numbers as
-        # defaults at first.
+        # Old files may contain fractions and steps, because the fractions had numbers as defaults
+        # at first.
         if config.get("begin_step") is not None:
             config = {name: v for name, v in config.items() if name not in ("begin", "end")}
         return super().from_config(config)

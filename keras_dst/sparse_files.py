@@ -6,7 +6,9 @@ A sparse file is a `.keras` archive whose weights are stored in the safetensors 
 HDF5. A weight is stored as a bitmap and its nonzero values in C order, if this takes fewer bytes.
 The bitmap has one bit per entry, 1 for a nonzero entry, most significant bit first:
 
-    bytes of a float32 weight = (density + 1/32) * bytes of the dense weight
+```text
+bytes of a float32 weight = (density + 1/32) * bytes of the dense weight
+```
 
 The archive also holds the structure of the HDF5 file. With this structure, `load_sparse` rebuilds
 the `.keras` archive and lets Keras load it.

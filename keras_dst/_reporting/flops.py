@@ -232,7 +232,7 @@ def _grid_points(layer, shape: Shape) -> int:
 
 
 def _embedding_positions(layer, variable, x: Shape, y: Shape) -> int:
-    """Return 0 for a lookup of vectors, or the number of positions of a reverse projection."""
+    """Return the number of positions if an embedding is a reverse projection, or 0 for a lookup."""
     if len(y) > len(x):
         return 0
     tied = getattr(layer, "tie_weights", True)

@@ -49,8 +49,8 @@ def copy_operation(op, name: str, share: bool = False):
 
     A Keras layer with weights is created again and gets the values of its variables. Everything
     else shares its state with the original: layers without weights, layers with other state than
-    variables (lookup tables, statistics, closures), and custom layers. The config of a custom layer
-    may leave out attributes.
+    variables (lookup tables, statistics, closures), and custom layers. A custom layer is not
+    created again, because its config may lack attributes.
     """
     if share or not _has_only_variables(op):
         return _shallow_copy(op, name)

@@ -200,7 +200,7 @@ def _input_reason(handler: type[ChannelHandler], call: Call) -> str:
             return f"normalizes over other axes than the channels; {NOT_READ}"
         if getattr(op, "rms_scaling", False):
             return f"scales by the standard deviation; {NOT_READ}"
-        # The operations that pad and slice the channels would lose the mask.
+        # Padding and slicing the channels would lose the Keras mask.
         masked = handler is LayerNorm and x.masked
         return f"normalizes over the channels of a masked sequence; {NOT_READ}" if masked else ""
     if handler is LayerScale and x.axis != len(x.shape) - 1:

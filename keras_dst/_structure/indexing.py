@@ -16,7 +16,7 @@ class Slice(ChannelHandler):
     def __init__(self, call: Call, reason: str = ""):
         super().__init__(call, reason)
         entries = full_key(call)
-        assert entries is not None  # `handler_for` accepts no other keys.
+        assert entries is not None  # `handler_for` accepts a slice only with such keys.
         self.entries = entries
 
     def place_channels(self) -> None:

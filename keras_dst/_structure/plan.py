@@ -13,7 +13,7 @@ from keras_dst._structure.unions import ChannelUnions
 
 
 class Plan:
-    """Channels of a model that can be removed.
+    """Plan of the channels that can be removed from a model.
 
     Args:
         model: a Sequential or Functional model, dense or sparse.

@@ -12,7 +12,7 @@ from keras_dst._structure.graph import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """Variable of a layer, with the channels along its axes.
+    """Variable of a layer, with the ids of the channels along its axes.
 
     Attributes:
         variable: the Keras variable.
@@ -39,7 +39,7 @@ class ChannelUnions:
     """Unions of coupled channels, and the reasons why some channels have to stay.
 
     At first, every channel has its own id. The method `couple` puts channels into one union, and
-    `pin` prevents that channels are removed.
+    `pin` keeps channels from being removed.
     """
 
     def __init__(self):

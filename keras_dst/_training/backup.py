@@ -107,7 +107,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         elif self.backup_dir.exists():
             (self.backup_dir / _RECORD).unlink(missing_ok=True)
             self._clear()
-            with contextlib.suppress(OSError):  # The folder holds files of the user.
+            with contextlib.suppress(OSError):  # The backup folder may hold files of the user.
                 self.backup_dir.rmdir()
         if not self._fit.is_patched:
             self._fit.end()

@@ -99,8 +99,8 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
         if member.follows and (numbers[ids] >= 0).any()
     ]
     if method.learned or getattr(method, "grows", False):
-        # Gates may open again. A channel that starts to grow from 0 needs the other offsets to get
-        # a gradient.
+        # Gates that are closed may open again. A channel that starts to grow from 0 needs the other
+        # offsets to get a gradient.
         following = []
     trained = {id(variable) for variable in model.trainable_variables}
     return Coupling(

@@ -73,8 +73,8 @@ def couple_channels(model, optimizer: SparseOptimizer | None = None) -> None:
 
     The `SparseTraining` callback calls this function when `fit` begins. A training loop without the
     callback calls this function before the first step. Without this call, the optimizer ranks the
-    channels of each layer separately. A second call after the last step sets the moving means of
-    removed channels to 0. On JAX, an optimizer step cannot set moving means.
+    channels of each layer separately. A second call of this function, after the last step, sets the
+    moving means of removed channels to 0. On JAX, an optimizer step cannot set moving means.
 
     Groups of channels are not saved, so call the function again after a model is loaded.
 

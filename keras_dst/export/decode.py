@@ -16,7 +16,10 @@ _TYPES = {code: name.lower() for name, code in vars(schema.TensorType).items() i
 
 
 def load(source: bytes | str | os.PathLike[str]) -> bytes:
-    """Return the bytes of a ``.tflite`` file. Raise ValueError if it is not a ``.tflite`` file."""
+    """Return the bytes of a ``.tflite`` file.
+
+    Raise ValueError if the bytes are not a ``.tflite`` file.
+    """
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
     name = "the bytes given" if isinstance(source, bytes) else str(source)
     if content[4:8] != b"TFL3":

@@ -129,7 +129,7 @@ def make_op(
 
 
 def _builtin(code: schema.OperatorCodeT) -> int:
-    # The one-byte field cannot hold codes above 127, which only the newer field stores.
+    # The old field of one byte cannot hold op codes above 127. Only the newer field stores them.
     return max(code.builtinCode, code.deprecatedBuiltinCode)
 
 

@@ -208,7 +208,7 @@ def read_samples(
 
 
 def _checked_size(model: keras.Model, samples: Samples, argument: str) -> Samples:
-    """Return the samples. Raise ValueError if they do not fill a batch of the model."""
+    """Return the samples. Raise ValueError if the samples do not fill a batch of the model."""
     least = max((spec.shape[0] or 1 for spec in _declared_specs(model) or []), default=1)
     if len(samples) < least:
         raise ValueError(

@@ -25,8 +25,10 @@ class SparseSubclass(SparseMixin):
 
     The custom class is a subclass of a supported layer, or it declares the weights to prune:
 
-        class Mixer(keras.layers.Layer):
-            prunable_weights = ("mix",)  # or {"mix": keras_dst.masks.Layout(outputs=(-2,), ...)}
+    ```python
+    class Mixer(keras.layers.Layer):
+        prunable_weights = ("mix",)  # or {"mix": keras_dst.masks.Layout(outputs=(-2,), ...)}
+    ```
     """
 
     def get_config(self):

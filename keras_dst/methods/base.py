@@ -4,10 +4,12 @@ A method is a small object with the arguments of its constructor, and with pure 
 weights, states and gradients. A method never changes a model. The classes differ in where the mask
 is applied:
 
-    UpdateMethod     in the optimizer step; the layers stay plain (Magnitude, FlipOut, SET, RigL)
-    LayerMethod      in the forward pass; the layers hold the mask's state (DST, ST-3, OptG)
-    TwoPathMethod    in the forward pass, which runs with and without the mask (DCIL)
-    UnitMethod       in the forward pass, on whole output units and their biases (Consensus)
+```text
+UpdateMethod     in the optimizer step; the layers stay plain (Magnitude, FlipOut, SET, RigL)
+LayerMethod      in the forward pass; the layers hold the mask's state (DST, ST-3, OptG)
+TwoPathMethod    in the forward pass, which runs with and without the mask (DCIL)
+UnitMethod       in the forward pass, on whole output units and their biases (Consensus)
+```
 
 The functions of a method have three kinds of callers. The sparse layers call `build` and `apply`.
 `SparseOptimizer` calls `init`, `before`, `perturb` and `after` in every step. The drivers of the

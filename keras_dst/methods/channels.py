@@ -4,8 +4,10 @@ Several weights can make the same channel of a model, for example all convolutio
 added. Removing a channel makes the model smaller only if all these weights lose it. The functions
 here therefore rank channels instead of output units:
 
-    s_c = mean over the units u that make channel c of score(u) / scale(layer of u)
-    cost(n) = sum over weights of base (share of inputs kept) (share of outputs kept)
+```text
+s_c = mean over the units u that make channel c of score(u) / scale(layer of u)
+cost(n) = sum over weights of base (share of inputs kept) (share of outputs kept)
+```
 
 In these equations, `n` is the number of kept channels per group. A **group** is a set of channels
 that the same weights make. All channels of a group have the same cost. The number of kept channels

@@ -3,8 +3,10 @@
 A structure is an output unit of a layer, or a residual branch. A gate multiplies the output of its
 structure:
 
-    z = 1[pi >= 0.5]        dz/dpi = 1 (straight-through)        g = mean of z over the batch
-    loss = task + lambda_polar mean(g (1 - g)) + lambda_act (cost(g) / cost(1) - target)**2
+```text
+z = 1[pi >= 0.5]        dz/dpi = 1 (straight-through)        g = mean of z over the batch
+loss = task + lambda_polar mean(g (1 - g)) + lambda_act (cost(g) / cost(1) - target)**2
+```
 
 The cost is the cost of the smaller model. A channel is removed if all gates of the layers that make
 it are closed. The corresponding inputs of the next layers are then removed too. If the model has no

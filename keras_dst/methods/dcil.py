@@ -2,14 +2,18 @@
 
 Every step runs two forward paths with the same weights and the same mask:
 
-    pruned path p:  forward with w * m    dL/dw = g_p m             used for inference
-    full path f:    forward with w        dL/dw = g_f (1 - m)       the refined gradient
-    loss = CE(p) + CE(f) + T**2 (KL(stop(f) || p) + KL(stop(p) || f))        softmax at T
+```text
+pruned path p:  forward with w * m    dL/dw = g_p m             used for inference
+full path f:    forward with w        dL/dw = g_f (1 - m)       the refined gradient
+loss = CE(p) + CE(f) + T**2 (KL(stop(f) || p) + KL(stop(p) || f))        softmax at T
+```
 
 Each path has its own batch normalization (statistics, scale and offset). The KL terms begin after a
 warm-up. Every 16 steps, all weights are ranked by `|w|` again, at the sparsity
 
-    s_t = s (1 - (1 - t / T_p)**3)
+```text
+s_t = s (1 - (1 - t / T_p)**3)
+```
 
 In each KL term, the logits of the other path are a constant target, as in the authors' code. Both
 paths train variables without a mask, such as biases.

@@ -2,9 +2,11 @@
 
 Every output unit has a threshold `t`, which is trained together with the weights:
 
-    Q = |w| - t        m = 1[Q > 0]        forward with w * m
-    dL/dw = g m + g w S'(Q) sign(w)        dL/dt = -sum(g w S'(Q))        S': `masks.step`
-    loss = task + alpha * sum(exp(-t))
+```text
+Q = |w| - t        m = 1[Q > 0]        forward with w * m
+dL/dw = g m + g w S'(Q) sign(w)        dL/dt = -sum(g w S'(Q))        S': `masks.step`
+loss = task + alpha * sum(exp(-t))
+```
 
 Weights can be pruned, and can be kept again, at every step.
 
@@ -182,7 +184,9 @@ class DST(LayerMethod):
         The gap is the shift of all thresholds that would meet the target, in the unit of the
         weights. The controller models how far the gap closes from one update to the next:
 
-            last gap - gap = drift + response alpha
+        ```text
+        last gap - gap = drift + response alpha
+        ```
 
         The drift is the effect of training and of the schedule, in the unit of the weights per
         update. The response is the effect of alpha, in the unit of the weights per update. Alpha

@@ -1,7 +1,9 @@
 """FlipOut: prune the weights whose sign keeps flipping (arXiv 2009.02594).
 
-    score = |w|^p / (flips + 1)        flips: optimizer steps that changed sign(w)
-    grad <- grad + lambda ||grad||_2 / sqrt(n) N(0, 1)        for every tensor, n its size
+```text
+score = |w|^p / (flips + 1)        flips: optimizer steps that changed sign(w)
+grad <- grad + lambda ||grad||_2 / sqrt(n) N(0, 1)        for every tensor, n its size
+```
 
 Pruned weights never come back, and pruning events are equally spaced. Each event ranks all tensors
 together, and removes the fraction `rate` of the kept weights with the lowest scores. The last event

@@ -1,6 +1,8 @@
 """Magnitude pruning along a gradual schedule (arXiv 1710.01878), the usual baseline.
 
-    s_t = s_f + (s_i - s_f)(1 - (t - t0) / (t1 - t0))**3        score = |w|
+```text
+s_t = s_f + (s_i - s_f)(1 - (t - t0) / (t1 - t0))**3        score = |w|
+```
 
 Other saliency criteria are in `saliency.py`, for example LAMP and the first-order Taylor expansion.
 
@@ -56,7 +58,8 @@ class Magnitude(UpdateMethod):
 
     Raises:
         ValueError: If an argument is outside its range, or if `score="taylor"` is combined with a
-            schedule that prunes before the first step. No gradients exist at that time.
+            schedule that prunes before the first step. There are no gradients before the first
+            step.
 
     Example:
         >>> optimizer = keras_dst.SparseOptimizer("adam", keras_dst.methods.Magnitude(0.9))

@@ -2,9 +2,11 @@
 
 Every weight has a trainable score `v`, which is 0 at first. All scores are ranked together:
 
-    m = 1[v among the highest 1 - s_t]        forward with w * m
-    dL/dw = g m        dL/dv = g w        (straight-through)
-    s_e = s sigmoid(beta (e - E/2))        rate_v(e) = rate_w(e) sigmoid(beta (e - E/2))
+```text
+m = 1[v among the highest 1 - s_t]        forward with w * m
+dL/dw = g m        dL/dv = g w        (straight-through)
+s_e = s sigmoid(beta (e - E/2))        rate_v(e) = rate_w(e) sigmoid(beta (e - E/2))
+```
 
 In these equations, `e` of `E` epochs are done. Masks are updated once per epoch, and scores have no
 weight decay. Only mask updates read the scores. The factor on their learning rate is therefore

@@ -2,8 +2,10 @@
 
 RigL drops weights like SET, and grows connections with the largest gradients:
 
-    grow: the pruned weights with the largest |dL/d(w m)|
-    drop(t) = drop_fraction / 2 (1 + cos(pi t / t_stop))
+```text
+grow: the pruned weights with the largest |dL/d(w m)|
+drop(t) = drop_fraction / 2 (1 + cos(pi t / t_stop))
+```
 
 An update uses the gradients of the step before the update.
 """

@@ -2,10 +2,12 @@
 
 The weights with the highest saliency are kept. `Magnitude(score=...)` selects a criterion:
 
-    "magnitude"    |w|
-    "lamp"         w^2 / (sum of the squares of all weights of the layer that are not smaller)
-    "taylor"       moving average over the batches of (w dL/dw)^2
-    "bn_scale"     |gamma| of the batch normalization behind the output unit
+```text
+"magnitude"    |w|
+"lamp"         w^2 / (sum of the squares of all weights of the layer that are not smaller)
+"taylor"       moving average over the batches of (w dL/dw)^2
+"bn_scale"     |gamma| of the batch normalization after the output unit
+```
 """
 
 from __future__ import annotations

@@ -4,7 +4,9 @@ Every `frequency` steps, each weight tensor drops the given fraction of its kept
 the weights with the smallest magnitudes. The tensor then grows the same number of weights at random
 places. The new weights start at 0 without momentum:
 
-    drop(t) = drop_fraction / 2 (1 + cos(pi t / t_stop))
+```text
+drop(t) = drop_fraction / 2 (1 + cos(pi t / t_stop))
+```
 
 Deviation from the paper: the drop fraction of SET is constant. The cosine, the end at three
 quarters of training and the Erdős-Rényi-Kernel densities come from the comparison in the RigL paper
@@ -133,7 +135,7 @@ class SET(UpdateMethod):
 
     @classmethod
     def from_config(cls, config):
-        # Old files may contain `stop` next to `stop_step`, because the default of `stop` was a
+        # Old files may contain both `stop` and `stop_step`, because the default of `stop` was a
         # number at first.
         if config.get("stop_step") is not None:
             config = {name: value for name, value in config.items() if name != "stop"}

@@ -3,10 +3,12 @@
 The forward pass uses soft-thresholded weights, rescaled per output unit. The gradient passes
 straight through to the raw weights, so that pruned weights can come back without a jump:
 
-    m = 1[|w| > tau]                           tau: the sparsity quantile of all |w|
-    v = a sign(w) (|w| - tau) m                forward        dL/dw = dL/dv
-    a = (1 + e) / (sum|w| m / sum|w| + e)      for each output unit, e = 0.01
-    s_t = s (1 - (1 - t / T)**3)               T: half of the training
+```text
+m = 1[|w| > tau]                           tau: the sparsity quantile of all |w|
+v = a sign(w) (|w| - tau) m                forward        dL/dw = dL/dv
+a = (1 + e) / (sum|w| m / sum|w| + e)      for each output unit, e = 0.01
+s_t = s (1 - (1 - t / T)**3)               T: half of training
+```
 
 ST-3 sigma (`sigma=True`) ranks `|w| / std` instead, with `std = 1 / sqrt(sum(shape))` for each
 layer. The threshold of a layer is `tau std`. The layers then lose more similar fractions of their
@@ -18,8 +20,8 @@ of `std` come from the authors' code.
 Deviations from the paper: masks are updated every 16 steps instead of every step. The ramp begins
 at the first step instead of after five of 160 epochs. `tau` is the largest magnitude among the
 pruned weights, and is not an interpolated quantile. Layers with a minimum number of weights, or
-with another allocation than `"global"`, have their own threshold. Every kept weight then exceeds
-its threshold.
+with another allocation than `"global"`, have their own threshold. Every kept weight therefore
+exceeds its threshold.
 """
 
 from __future__ import annotations

@@ -18,10 +18,12 @@ from keras_dst.tfmot.schedules import PruningSchedule
 class PruneLowMagnitude(LayerMethod):
     """Magnitude pruning by the rules of tfmot, with one mask per weight.
 
-        t = 1, 2, ...  before step t, if the schedule updates at t:
-                           m = 1[|w| >= k-th largest |w|],  k = max(1, round(size (1 - s_t))),
-                           w = m w
-                       in step t: forward with m w, gradient for all of w
+    ```text
+    t = 1, 2, ...  before step t, if the schedule updates at t:
+                       m = 1[|w| >= k-th largest |w|],  k = max(1, round(size (1 - s_t))),
+                       w = m w
+                   in step t: forward with m w, gradient for all of w
+    ```
 
     Each weight is ranked separately. A pruned weight gets a gradient, so that the next update can
     keep it again.
