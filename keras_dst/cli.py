@@ -163,7 +163,8 @@ def _load(path: str, modules: Sequence[str] = ()):
     """
     import keras
 
-    import keras_dst  # registers the sparse layers with Keras  # noqa: F401
+    # This import registers the sparse layers with Keras.
+    import keras_dst  # noqa: F401
 
     if modules:
         sys.path.insert(0, "")  # Find modules in the current folder, as `python -m` does.

@@ -389,8 +389,8 @@ def _check_gates(model, layers) -> None:
             raise ValueError(
                 f"'{layer.name}' is a Gate that a custom layer or model creates and calls. A file "
                 "of the stripped model would create the Gate again. To strip the model, build it "
-                "as Sequential or Functional. Otherwise use it without stripping, because its "
-                "gates are constants in inference."
+                "as Sequential or Functional. A model that cannot be stripped can be used as it "
+                "is, because gates are constants in inference."
             )
 
 

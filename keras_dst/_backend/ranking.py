@@ -1,7 +1,7 @@
 """Top-k selection without a sort. The module `masks` exports the functions `top_k` and `kth`.
 
 The scores are not copied. A search finds the threshold: every step counts the scores above a
-candidate, row by row. This count takes nearly all the time of a mask update of a large model.
+candidate, row by row. Counting takes nearly all the time of a mask update of a large model.
 
 On a CPU the rows are counted slab by slab, which keeps temporary values in the cache. On an
 accelerator a loop over slabs would launch thousands of small kernels, so all rows are counted at
@@ -52,7 +52,7 @@ def top_k(
             with one number per tensor.
         sizes: Number of weights in every group, if an entry stands for a group (`Pattern.sizes`).
             Groups are then kept in the order of their scores while their sizes fit into `kept`.
-            Defaults to None: every entry is one weight.
+            Defaults to None, which means that every entry is one weight.
         first: Number of the best entries of every tensor that are kept before all other entries;
             `kept` must be large enough for these entries. Defaults to None, which means 0.
 
@@ -133,7 +133,7 @@ class _Ranking:
 
     Small tensors are joined into bundles, so that few operations are compiled. Large tensors are
     not copied. Scores that are not finite are replaced only in comparisons. Thresholds, counts and
-    similar vectors have one entry per ranking.
+    similar vectors have one entry for each ranking.
     """
 
     def __init__(self, scores, together, sizes=None, first=None):
@@ -441,7 +441,7 @@ class _Ranking:
         return ops.where(thresholds < self.most, thresholds, np.inf)
 
     def _count_above(self, thresholds):
-        """Return the number of weights above a threshold or among the first, per ranking."""
+        """Return the number of weights above a threshold or among the best entries, per ranking."""
         count = self._count_scores(thresholds)
         if self.first_weights is not None:  # In each tensor, the two sets are nested.
             count = ops.sum(ops.maximum(count, self.first_weights))[None]

@@ -108,7 +108,7 @@ def handler_for(call: Call, tied: str = "") -> ChannelHandler:
     Args:
         call: the call.
         tied: the reason to leave the layer whole because it shares a weight with another layer.
-            Defaults to "", for a layer that shares no weight.
+            Defaults to "", which means that the layer shares no weight.
 
     Returns:
         The handler. The handler is `Opaque` and holds the reason if the channels cannot be removed.

@@ -500,7 +500,7 @@ class KernelLayer(ChannelHandler):
     def can_lose(self) -> np.ndarray:
         """Return, for each channel, whether it can be removed although units read it.
 
-        The constant of such a channel moves into the bias or into another channel.
+        The constant of a removed channel moves into the bias or into another channel.
         """
         return ~np.isnan(self.common_constant())
 

@@ -22,9 +22,9 @@ def lint(
     and names ops that prevent it.
 
     Args:
-        model: a ``.tflite`` file, as a path or as bytes. Or a built Keras 3 model, in which case
-            the file that `export_tflite` would write is checked. For a target other than CPUs, this
-            is an int8 file that was calibrated on random samples.
+        model: a ``.tflite`` file, as a path or as bytes. For a built Keras 3 model, the file that
+            `export_tflite` would write is checked. For a target other than CPUs, this is an int8
+            file that was calibrated on random samples.
         target: ``"micro"`` for TensorFlow Lite for Microcontrollers, or an Ethos-U NPU that Vela
             supports, such as ``"ethos-u55-128"``. Defaults to None, which means CPUs.
 

@@ -238,7 +238,7 @@ def _read_data(model: keras.Model, settings: Settings) -> _Data:
     if calibration and signature_of(model, calibration) != signature:
         raise ValueError(
             "Expected inputs= and representative= with arrays for the same inputs. Received: "
-            "None for an optional input in only one of the two."
+            "None for an optional input in only one of these arguments."
         )
     _check_convertible(model, signature, settings.quantize)
     if samples is None:

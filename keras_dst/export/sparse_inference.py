@@ -1,12 +1,12 @@
 """Find the ops of a graph that XNNPACK runs with sparse kernels, and check their results.
 
 On CPUs without AVX, such as every ARM CPU, XNNPACK can run a region of a graph in NCHW instead of
-NHWC layout. In NCHW layout, 1x1 convolutions skip zero weights. XNNPACK runs such a region only if
-the graph contains a DENSIFY op. The region begins at an entry, which is a 3x3 convolution with
-stride 2 over 3 channels, padded by 1 on each side. The region ends at an exit, which is a mean over
-height and width, or DEPTH_TO_SPACE. Every op of the region must support NCHW, and no op outside the
-region may read its values. More than 2/3 of the weights of the region's 1x1 convolutions must be
-zeros.
+NHWC layout. In NCHW layout, 1x1 convolutions skip zero weights. XNNPACK runs a region in NCHW
+layout only if the graph contains a DENSIFY op. The region begins at an entry, which is a 3x3
+convolution with stride 2 over 3 channels, padded by 1 on each side. The region ends at an exit,
+which is a mean over height and width, or DEPTH_TO_SPACE. Every op of the region must support NCHW,
+and no op outside the region may read its values. More than 2/3 of the weights of the region's 1x1
+convolutions must be zeros.
 
 XNNPACK does not check that the region ends only at exits. If another op reads a value of the
 region, that op reads NCHW data as if it were NHWC data. The results are then wrong, without an
@@ -79,7 +79,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Region:
-    """Ops that read NCHW data, and the ops whose results are then wrong or refused."""
+    """Ops that read NCHW data, and ops whose results are wrong or refused for this reason."""
 
     nodes: list[Node]
     wrong: list[Node]

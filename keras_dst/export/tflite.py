@@ -59,10 +59,10 @@ def export_tflite(
             ``"balanced"``, the default, selects the smallest product of bytes and latency among the
             formats that are not slower than dense.
         target: hardware for which the file is written. ``"host"``, the default, optimizes latency
-            for this CPU, and ``"arm"`` for a CPU without AVX. ``"any"`` optimizes for both, and the
-            larger latency ratio counts. An Arm Ethos-U NPU, such as ``"ethos-u55-128"``, needs
-            ``quantize="full"``. The file then has int8 inputs and outputs and dense weights. If
-            Vela is installed, the report includes Vela's estimates. ``"micro"`` means TensorFlow
+            for this CPU, and ``"arm"`` for a CPU without AVX. ``"any"`` optimizes for both CPUs,
+            and the larger latency ratio counts. An Arm Ethos-U NPU, such as ``"ethos-u55-128"``,
+            needs ``quantize="full"``. The file then has int8 inputs and outputs and dense weights.
+            If Vela is installed, the report includes Vela's estimates. ``"micro"`` means TensorFlow
             Lite for Microcontrollers (TFLM) and also needs ``quantize="full"``. Weights are stored
             without their zeros if this saves bytes. Only TFLM can run a file for ``"micro"``. With
             an NPU or ``"micro"``, no latency is measured on this CPU, and ``optimize`` must keep

@@ -175,7 +175,7 @@ class SparseMixin(_keras.BuildHook):
     # of the weights. A layer that is made sparse after it was built has the same order.
     def after_build(self):
         # If Keras's Embedding gets `weights=`, it builds itself in `__init__`, before the method is
-        # known. `attach_method` adds the state in this case.
+        # known. `attach_method` then adds the state.
         if "sparse_state" in self.__dict__:
             self._add_states()
 

@@ -38,11 +38,11 @@ class Magnitude(UpdateMethod):
             score of a group is the mean score of its weights. Defaults to `"unstructured"`.
         revival: Whether pruned weights are trained further and may come back. Defaults to False.
         score: Saliency of a weight. `"magnitude"` is `|w|`. `"lamp"` is the square of the weight,
-            divided by the sum of the squares of all weights of its layer that are not smaller. A
-            global ranking then needs no other allocation. `"taylor"` is the moving average of `(w
-            dL/dw)**2` over the batches. This average estimates how much the loss changes if the
-            weight becomes 0. `"bn_scale"` is the magnitude of the scale in the normalization after
-            the output unit, for `pattern="channel"`. Weights without such a normalization are
+            divided by the sum of the squares of all weights of its layer that are not smaller. With
+            this score, a global ranking needs no other allocation. `"taylor"` is the moving average
+            of `(w dL/dw)**2` over the batches. This average estimates how much the loss changes if
+            the weight becomes 0. `"bn_scale"` is the magnitude of the scale in the normalization
+            after the output unit, for `pattern="channel"`. Weights without such a normalization are
             ranked by `|w|`. Defaults to `"magnitude"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 100 in a
             long training run, and at least twenty updates in a short training run.

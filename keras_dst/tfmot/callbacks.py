@@ -57,7 +57,7 @@ class UpdatePruningStep(keras.callbacks.Callback):
         self._fit.guard_step(self._drivers)
 
     def on_epoch_begin(self, epoch, logs=None):
-        # A resumed fit draws the batches before the backup again, and skips them.
+        # A resumed fit draws the batches before the backup again, but does not train on them.
         self._skipped_batches = self._fit.skipped_batches
 
     def on_train_batch_begin(self, batch, logs=None):
