@@ -51,7 +51,7 @@ class _ReasonFinder:
         )
 
     def _follow(self, calls: list[ChannelHandler]) -> tuple[set[int], dict[int, str]]:
-        """Return the ids of the channels that later layers read, and reasons for constant channels."""
+        """Return the ids of channels that later layers read, and reasons for constant channels."""
         read: set[int] = set()
         why: dict[int, str] = {}
         reached = {id(handler.y) for handler in calls}
