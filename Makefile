@@ -1,8 +1,8 @@
-# The four commands: each does all its own set-up in .venv.
+# The four main commands. Each one installs its requirements in .venv.
 #   make demo      train, strip, export and run a small network on real digits
 #   make check     linters, types and the tests that need no backend: under three minutes
 #   make test      all tests on three backends, notebooks and pages
-#   make test-all  the same, and the slow forms: many kills, every combination
+#   make test-all  all tests, including slow ones: many kills, every combination
 # Also: lint, test-BACKEND, test-once, test-xla, test-notebooks, test-wheel, test-versions,
 # test-gpu, notebooks, docs, pictures, browser, arm64, clean, and the benchmarks (bench-NAME) at the
 # end.
@@ -17,11 +17,11 @@ BACKENDS := tensorflow jax torch
 BROWSERS := chromium chromium-browser google-chrome
 DEMO_READY := $(VENV)/ready-demo
 TEST_READY := $(VENV)/ready-test
-# Two parts run at a time. The longest parts come first, so that both cores are busy to the end.
+# Two parts run at a time. The longest parts start first, so that both cores are busy until the end.
 PARTS := $(BACKENDS:%=test-%) test-notebooks test-xla test-once lint
 FAILED := build/failed
 
-# Slow forms carry the marker `slow`, tests that need no backend the marker `once`.
+# Slow tests have the marker `slow`. Tests that need no backend have the marker `once`.
 SLOW := and not slow
 test-all: SLOW :=
 test-all: export KERAS_DST_LONG = 1
@@ -38,7 +38,7 @@ demo: $(DEMO_READY)
 
 check: lint test-quick
 
-# Every part runs, also after another part has failed. The failed parts are listed at the end.
+# All parts run, even if one of them fails. The failed parts are listed at the end.
 test test-all: arm64
 	rm -rf $(FAILED) && mkdir -p $(FAILED) && touch $(PARTS:%=$(FAILED)/%)
 	$(MAKE) --keep-going --jobs=2 --output-sync=target SLOW="$(SLOW)" $(PARTS) || true
@@ -46,22 +46,22 @@ test test-all: arm64
 	[ -z "$$failed" ] && echo "All parts passed: $(PARTS)." \
 	|| { echo "Failed: $$failed. Run one alone with: make NAME"; exit 1; }
 
-# $(FAILED) holds a file for every part that has not passed yet.
+# $(FAILED) contains a file for every part that has not passed yet.
 passed = @rm -f $(FAILED)/$@
 
-# Tests of the HTML report look at it in a browser, if there is one. `make browser` installs
+# Tests of the HTML report open it in a browser if one is installed. `make browser` installs
 # Chromium with apt-get, as root.
 browser:
 	@for name in $(BROWSERS); do command -v $$name >/dev/null && exit; done; \
 	apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium >/dev/null
 
-# Exported files also run on an emulated ARM CPU. Debian's packages for it are unpacked into
-# build/arm64; nothing is installed.
+# Exported files also run on an emulated ARM CPU. Debian packages of the emulator are unpacked into
+# build/arm64 and are not installed.
 arm64: $(TEST_READY)
 	@[ -e build/arm64/ready ] || { command -v apt-get >/dev/null \
 	&& rm -rf build/arm64 && tests/arm64/setup.sh build/arm64 $(VENV)/bin/python; } \
-	|| echo "No emulated ARM CPU (see tests/arm64/setup.sh): its tests skip."
+	|| echo "No emulated ARM CPU (see tests/arm64/setup.sh): tests that need it are skipped."
 
 lint: $(TEST_READY)
 	$(VENV)/bin/ruff check .
@@ -69,7 +69,7 @@ lint: $(TEST_READY)
 	$(VENV)/bin/mypy
 	$(passed)
 
-# Build the pages in build/site. The tests build them too.
+# Build the site in build/site. The tests build it as well.
 docs: $(TEST_READY)
 	$(VENV)/bin/python -m mkdocs build --strict
 
@@ -77,7 +77,7 @@ docs: $(TEST_READY)
 pictures: $(TEST_READY)
 	KERAS_BACKEND=torch $(RUN) -m benchmarks.pictures
 
-# tfmot does not accept Keras 3, so the tests that compare with it use an environment of their own.
+# tfmot does not accept Keras 3, so the tests that compare with tfmot use a separate environment.
 test-torch: $(TFMOT)/ready
 
 $(BACKENDS:%=test-%): test-%: $(TEST_READY)
@@ -91,13 +91,14 @@ test-once: $(TEST_READY)
 test-quick: $(TEST_READY)
 	KERAS_BACKEND=torch $(PYTEST) --ignore=tests/test_notebooks.py -m "once and not slow"
 
-# The other parts compile with the fastest optimization level of XLA. Users run the default one.
+# Test with the default optimization level of XLA, as users do. The other parts use level 0, which
+# compiles fastest.
 test-xla: $(TEST_READY)
 	KERAS_DST_XLA_DEFAULT=1 KERAS_BACKEND=jax $(PYTEST) tests/test_trajectories.py \
 	tests/test_contract.py -m "not slow" -k "fifty or target or strip"
 	$(passed)
 
-# Each notebook chooses its own backend.
+# The notebooks choose their backends themselves.
 test-notebooks: $(TEST_READY)
 	$(PYTEST) tests/test_notebooks.py
 	$(passed)
@@ -106,17 +107,17 @@ test-notebooks: $(TEST_READY)
 notebooks: $(TEST_READY)
 	OMP_NUM_THREADS=1 $(RUN) notebooks/execute.py
 
-# Install the wheel with each extra, in environments of their own. NAMES="jax export" chooses some.
+# Install the wheel with each extra in a separate environment. NAMES="jax export" selects extras.
 test-wheel:
 	$(PYTHON) tests/environments.py wheel $(NAMES)
 
-# Run the core of the tests with the oldest and the newest versions of Keras and the backends, on
-# each Python that is installed. NAMES="oldest" chooses one set.
+# Run the core tests with the oldest and the newest versions of Keras and the backends, on each
+# installed Python. NAMES="oldest" selects one set of versions.
 test-versions:
 	$(PYTHON) tests/environments.py versions $(NAMES)
 
 # Run the tests of methods, masks and checkpoints on a GPU. PYTHON must have keras, hypothesis,
-# pytest, and JAX and PyTorch for the card. TensorFlow is not needed. BACKEND=jax chooses a backend.
+# pytest, and JAX and PyTorch for the GPU, but not TensorFlow. BACKEND=jax selects a backend.
 GPU_TESTS := tests/test_contract.py tests/test_trajectories.py tests/test_masks.py
 GPU_TESTS += tests/test_accelerator_ranking.py tests/test_checkpoints.py tests/devices/test_devices.py
 GPU_BACKENDS := jax torch
@@ -136,8 +137,8 @@ $(TEST_READY): pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(VENV)/bin/pip install -q -c constraints.txt -e '.[all]'
 	touch $@ $(DEMO_READY)
 
-# Slow proofs, written to results/. KERAS_DST_DATA names a folder with mnist.npz, where there is no
-# network for keras.datasets.
+# Benchmarks, which write to results/. Without a network connection for keras.datasets, set
+# KERAS_DST_DATA to a folder with mnist.npz.
 bench-mnist: $(TEST_READY)
 	$(RUN) -m benchmarks.accuracy.mnist_runs
 
@@ -145,7 +146,7 @@ bench-methods: $(TEST_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.accuracy.methods mnist
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.accuracy.methods cifar10
 
-# Every run can be stopped, also after MINUTES, and goes on from its backup in build/papers.
+# Every run can be stopped, or stops itself after MINUTES. It continues from a backup in build/papers.
 MINUTES ?= 0
 SEED ?= 0
 bench-papers: $(TEST_READY)
@@ -170,7 +171,7 @@ bench-overhead: $(TEST_READY) $(TFMOT)/ready
 	TF_CPP_MIN_LOG_LEVEL=3 $(TFMOT)/bin/python -m benchmarks.training_cost.tfmot_step_time
 	$(RUN) -m benchmarks.training_cost.mask_update
 
-# PYTHON must have keras, and JAX and PyTorch for the GPU. BACKEND=jax chooses a backend.
+# PYTHON must have keras, and JAX and PyTorch for the GPU. BACKEND=jax selects a backend.
 bench-gpu:
 	$(PYTHON) -m benchmarks.training_cost.gpu $(BACKEND:%=--backend %)
 
@@ -184,7 +185,7 @@ bench-models: $(TEST_READY)
 	KERAS_BACKEND=torch $(RUN) -m benchmarks.coverage.half_channels
 	$(RUN) -m benchmarks.coverage.models
 
-# A dense ResNet-56 and VGG are trained first. A GPU is needed for the full table.
+# Train a dense ResNet-56 and a dense VGG first. The full table needs a GPU.
 bench-channels: $(TEST_READY)
 	KERAS_BACKEND=jax $(RUN) -m benchmarks.accuracy.channels
 
@@ -207,7 +208,7 @@ bench-int8: $(TEST_READY)
 bench-micro: $(TEST_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.files.micro
 
-# AUTHORS names a folder with checkouts of the repositories that benchmarks/authors.py lists.
+# AUTHORS names a folder with checkouts of the repositories in benchmarks/accuracy/authors.py.
 bench-authors: $(TEST_READY)
 	KERAS_BACKEND=jax $(RUN) -m benchmarks.accuracy.authors dst --code $(AUTHORS)/DynamicSparseTraining
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.accuracy.authors flipout --code $(AUTHORS)/flipout

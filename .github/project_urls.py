@@ -1,9 +1,9 @@
-"""Write the address of the repository into README.md and pyproject.toml, for the package index.
+"""Add the URL of the repository to README.md and pyproject.toml before a release.
 
     python .github/project_urls.py https://HOST/OWNER/NAME TAG
 
-The address is known only where the release is built. In the repository, the links of README.md are
-relative, and the package index could not follow them.
+The URL is known only when the release is built. The README of the repository has relative links,
+which do not work on the package index.
 """
 
 import pathlib
@@ -16,7 +16,7 @@ RELATIVE = r"(?<=\]\()(?!\w+:|#)[^)]+"
 
 
 def absolute(text: str, url: str, tag: str) -> str:
-    """Return Markdown whose relative links lead to the files of a tag of the repository."""
+    """Return Markdown in which relative links are replaced by links to files of a tag."""
 
     def link(found):
         kind = "raw" if found[0].endswith(".svg") else "blob"
@@ -26,7 +26,7 @@ def absolute(text: str, url: str, tag: str) -> str:
 
 
 def main(url: str, tag: str, root: pathlib.Path = ROOT) -> None:
-    """Change both files of a checkout."""
+    """Change README.md and pyproject.toml of a checkout."""
     readme, project = root / "README.md", root / "pyproject.toml"
     readme.write_text(absolute(readme.read_text("utf-8"), url, tag), "utf-8")
     urls = {

@@ -1,4 +1,4 @@
-/* CPUID instructions at given places are answered without the bits of AVX and what builds on it. */
+/* Execute CPUID instructions at given addresses without the bits of AVX and later extensions. */
 #define _GNU_SOURCE
 #include <signal.h>
 #include <stdint.h>
