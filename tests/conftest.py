@@ -95,7 +95,7 @@ EVERY_NTH_CASE_WHERE_STEPS_ARE_COMPILED = {
 }
 
 # On TensorFlow and JAX, `make test` runs only one case per method of these tests. The id of a case
-# starts with the method. From one method to the next, the other parameters change.
+# starts with the method. The other parameters of the chosen cases differ between methods.
 ONE_CASE_PER_METHOD_WHERE_STEPS_ARE_COMPILED = {
     "test_a_custom_loop_gives_the_masks_and_weights_of_fit",
     "test_an_unstripped_model_can_be_exported",

@@ -6,7 +6,7 @@ from keras import ops
 
 
 def gradients(function, arguments, upstream):
-    """Return float64 gradients of `sum(upstream * function(*arguments))` by each argument.
+    """Return float64 gradients of `sum(upstream * function(*arguments))` for each argument.
 
     `arguments` and `upstream` are tensors; `upstream` has the shape of the function's result.
     """

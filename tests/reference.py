@@ -82,13 +82,13 @@ def cross_entropy(z, y):
 
 
 def gradients(x, y, p):
-    """Return the gradients of the mean cross-entropy of a batch by the weights `p`."""
+    """Return the gradients of the mean cross-entropy of a batch with respect to weights `p`."""
     z, cache = forward(x, p)
     return backward(cross_entropy(z, y)[1], p, cache)
 
 
 class Momentum:
-    """SGD with momentum as in Keras (`v = momentum v - rate g`, `w = w + v`) for a dict."""
+    """Keras's SGD with momentum for a dict of weights: `v = momentum v - rate g`, `w = w + v`."""
 
     def __init__(self, p, rate=0.1, momentum=0.9):
         self.rate, self.momentum = rate, momentum

@@ -42,7 +42,7 @@ def accelerator():
 
 
 BACKEND = keras.backend.backend()
-LARGE = (1024, 1024)  # the CPU algorithm splits the rows into 4 slabs
+LARGE = (1024, 1024)  # has 4 slabs of rows in the CPU algorithm
 
 
 def lowered_for_cuda(shapes, each):

@@ -46,7 +46,7 @@ def test_global_and_uniform_give_equal_densities(allocation):
         # Raw scores are 0.2 and 0.002. The first density would be 9.9, so the first weight stays
         # dense. The second weight gets the remaining entries.
         ([(10, 10), (1000, 1000)], 0.1, [1, (0.1 * 1000100 - 100) / 1e6]),
-        # The kernel window counts: raw scores are (3 + 3 + 2 + 4) / 72 and (1 + 1 + 6 + 4) / 24.
+        # Raw scores include the kernel window: (3 + 3 + 2 + 4) / 72 and (1 + 1 + 6 + 4) / 24.
         ([(3, 3, 2, 4), (1, 1, 6, 4)], 0.25, [1 / 6, 1 / 2]),
         ([(7, 5)], 0.3, [0.3]),
         (NETWORK, 1.0, [1] * 5),
@@ -112,7 +112,7 @@ def test_a_name_without_a_matching_weight_raises():
     ("allocation", "shapes", "sparsity", "expected"),
     [
         ("uniform", [(10, 10), (30, 10)], 0.9, [10, 30]),
-        ("uniform", [(3, 3), (3, 3), (3, 3)], 0.5, [5, 5, 4]),  # 13.5 rounds to 14; each has 4.5.
+        ("uniform", [(3, 3), (3, 3), (3, 3)], 0.5, [5, 5, 4]),  # The sum 13.5 rounds to 14.
         (
             "uniform",
             [(1, 7), (1, 8), (1, 9)],

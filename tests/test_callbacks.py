@@ -117,7 +117,7 @@ def test_a_checkpoint_of_the_last_epoch_has_the_target_sparsity(tmp_path):
 
 
 def test_the_controller_reaches_its_target():
-    """The controller reaches the target within 1 %. Otherwise the last projection would warn."""
+    """The controller reaches the target within 1 %; if not, the last projection would warn."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

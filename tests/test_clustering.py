@@ -40,7 +40,7 @@ def distinct(model):
 @pytest.mark.parametrize(
     ("numbers", "clusters", "expected"),
     [
-        ([-1, -0.75, 0.25, 0.5, 1], 3, [-1, 0.375, 1]),  # Two iterations; -1 and 1 stay.
+        ([-1, -0.75, 0.25, 0.5, 1], 3, [-1, 0.375, 1]),  # Takes two iterations; -1 and 1 are fixed.
         ([-0.75, -0.5, 0.5, 0.75], 2, [-0.625, 0.625]),  # No value is -1 or 1.
         ([-1, -1, 0.5, 0.5, 1], 3, [-1, 0.5, 1]),  # The input has three values.
         ([1, 1], 4, [1]),

@@ -30,7 +30,7 @@ METHODS = {
     "dst-target-layer": (methods.DST(sparsity=0.5, granularity="layer"), 0.5, 0.01),
     "dcil": (methods.DCIL(0.8), 0.8, 0.001),
     "dcil-channel": (methods.DCIL(0.5, pattern="channel"), 0.5, 0.02),
-    # Gates remove 30 % of the FLOPs. Later layers lose the inputs of closed units, and their FLOPs.
+    # Gates remove 30 % of the FLOPs. A closed unit is also an input less for the next layer.
     "consensus": (methods.Consensus(0.3, lambda_polar=0.1, lambda_act=20.0), 0.25, 0.06),
     "magnitude": (methods.Magnitude(0.8), 0.8, 0.001),
     "magnitude-uniform": (methods.Magnitude(0.8, allocation="uniform"), 0.8, 0.001),
@@ -302,7 +302,7 @@ def test_the_compiled_step_is_traced_once(one_of_each, monkeypatch):
     after_two = len(traces)
     fit(model, 2)
     if not COMPILES:
-        assert len(traces) >= 4 * len(x) // BATCH  # Eager mode calls it in every step.
+        assert len(traces) >= 4 * len(x) // BATCH  # Eager mode makes a call in every step.
     else:
         assert len(traces) - after_two <= 1  # Keras makes one symbolic call.
         calls = 2 if isinstance(one_of_each[0], TwoPathMethod) else 1  # Calls per trace.

@@ -144,7 +144,7 @@ def test_gates_reach_the_target_and_can_be_saved_stripped_and_shrunk(
     history = fit(model).history
     assert np.isfinite(history["loss"]).all()
     open_ = np.concatenate([np.ravel(array(gate.is_open())) for gate in gates_of(model)])
-    # Of 32 channels, 19 are nearest to the budget; of 4 branches, 2.
+    # The numbers nearest to the budget are 19 of 32 channels and 2 of 4 branches.
     assert open_.sum() == (19 if structure == "channel" else 2)
     assert history["sparsity"][-1] == pytest.approx(1 - open_.mean())
 

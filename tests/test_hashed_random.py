@@ -85,5 +85,5 @@ def test_noise_of_a_large_tensor_has_mean_zero_per_weight():
         array(draw(ops.convert_to_tensor(step, "int32"))[0]).ravel()[places]
         for step in range(steps)
     )
-    # A row is drawn from few values of different size. Both signs must be equally likely.
+    # A weight gets few different values. Positive and negative values must be equally likely.
     assert abs(total / np.sqrt(steps)).mean() < 1.1 * np.sqrt(2 / np.pi)

@@ -39,8 +39,8 @@ def random(*shape, seed=0):
 
 # -- step function and straight-through product ----------------------------------------------------
 
-# Values x, step(x) and derivative of arXiv 2005.06870. The derivative is 2 - 4|x| up to 0.4, then
-# 0.4 up to 1, then 0.
+# The values of x, step(x) and its derivative in arXiv 2005.06870. The derivative is 2 - 4|x| up to
+# 0.4, then 0.4 up to 1, then 0.
 STEP = [
     (0.0, 0, 2.0),
     (0.1, 1, 1.6),
@@ -447,8 +447,8 @@ def test_top_k_compiled_by_xla():
 
 
 def test_top_k_stops_at_the_first_group_that_does_not_fit():
-    # score  9 8 7 6      Sizes 2 and 1 fit into 5 kept weights. Size 3 does not fit, and the
-    # size   2 1 3 1      ranking stops there, although the last size 1 would fit.
+    # Sizes 2 and 1 fit into 5 kept weights. Size 3 does not fit, and the ranking stops there,
+    # although the last size 1 would fit.
     assert_equal(top_k([[9, 8, 7, 6]], 5, [np.array([2, 1, 3, 1])]), [[1, 1, 0, 0]])
 
 
@@ -545,7 +545,7 @@ def test_top_k_of_several_rows_bundles_and_slabs(monkeypatch):
         assert_equal(best_first(kept), reference_top_k(raised([1] * len(shapes)), kept))
     for kept in (11, 12, 30, 51, 99):
         assert_equal(several_first(kept), reference_top_k(raised(several), kept))
-        kept += 33  # sizes are up to 4, so up to 33 more weights are needed
+        kept += 33  # the 11 best groups can have 3 * 11 more weights
         assert_equal(of_groups_first(kept), reference_top_k(raised(several), kept, sizes))
     counts = [11, 0, 2, 36]
     each = zip(scores, counts, sizes)
@@ -608,13 +608,6 @@ def test_n_of_m(shape, n, m, axis):
 
 
 # Pattern 2:4 along the inputs of a (6, 2) kernel. The last group is shorter and is kept whole.
-#   3 1      1 0
-#   1 1      0 0
-#   2 2      1 1
-#   0 3      0 1
-#   ---      ---
-#   0 9      1 1
-#   0 0      1 1
 def test_golden_n_of_m():
     kernel = [[3, 1], [1, 1], [2, 2], [0, 3], [0, 9], [0, 0]]
     found = masks.n_of_m(tensor(kernel), 2, 4)

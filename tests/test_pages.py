@@ -1,4 +1,4 @@
-"""Tests of the code on every page, unchanged. A new page is tested without further changes."""
+"""Tests that run the unchanged code of every page. New pages are tested automatically."""
 
 import pathlib
 import re

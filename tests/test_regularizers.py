@@ -10,7 +10,7 @@ from keras import ops
 from keras_dst.regularizers import Budget, Polarization, ThresholdPenalty
 from tests.gradients import gradients
 
-# t: (value, gradient) of exp(-t). Below -1, the tangent at -1 replaces exp(-t).
+# Entries are t and (value, gradient) of exp(-t). Below -1, the tangent at -1 replaces exp(-t).
 THRESHOLDS = [
     (0.0, 1.0, -1.0),
     (0.5, math.exp(-0.5), -math.exp(-0.5)),

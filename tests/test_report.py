@@ -86,12 +86,12 @@ def test_report_counts_zeros_of_dense_models():
 def test_report_of_a_small_convolutional_model():
     model = sequential(
         (9, 9, 4),
-        layers.Conv2D(8, 3, strides=2, padding="same"),  # 9 -> 5: 25 positions
+        layers.Conv2D(8, 3, strides=2, padding="same"),  # The output has 5 x 5 = 25 positions.
         layers.BatchNormalization(),
-        layers.Conv2D(6, 3, groups=2),  # 5 -> 3: 9 positions, 8 / 2 channels
+        layers.Conv2D(6, 3, groups=2),  # 9 positions; each filter reads 8 / 2 channels.
         layers.DepthwiseConv2D(3, depth_multiplier=2, padding="same"),  # 9 positions
         layers.Flatten(),
-        layers.Dense(5),  # 3 * 3 * 12 = 108 inputs
+        layers.Dense(5),  # The layer has 3 * 3 * 12 = 108 inputs.
     )
     first, second, depthwise, dense = (model.layers[i] for i in (0, 2, 3, 5))
     for layer, keep in zip((first, second, depthwise, dense), (72, 54, 27, 60)):

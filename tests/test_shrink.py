@@ -50,7 +50,7 @@ def units_of(layer):
 
 
 def kill(model, *names, count=None, bias=False):
-    """Set the kernels of the last units to zero: of half of the units, or of `count` units."""
+    """Set the kernels of the last `count` units to zero; the default is half of the units."""
     for name in names:
         layer = model.get_layer(name)
         variable, axis = units_of(layer)
@@ -162,7 +162,7 @@ def test_channels_without_readers_are_removed():
     kernel = np.array(layer.kernel.numpy()).reshape(4, 4, 6, 10)
     kernel[:, :, :2] = 0
     layer.kernel.assign(kernel.reshape(-1, 10))
-    # If only dead units read a unit, both are removed.
+    # A unit is also removed if all units that read it are dead.
     kill(model, "three")
     kernel = np.array(model.get_layer("two").kernel.numpy())
     kernel[:, :, :3, 2:] = 0

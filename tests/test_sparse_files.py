@@ -67,7 +67,8 @@ def test_sparse_files_are_small_with_exact_weights(path):
     assert not loaded.compiled
     kernels = sum(v.numpy().nbytes for v in model.weights if len(v.shape) > 1)
     others = sum(v.numpy().nbytes for v in model.weights if len(v.shape) == 1)
-    # Kernels take density + 1/32 of their bytes. Names and structure take a few thousand bytes.
+    # A kernel takes (density + 1/32) times its dense bytes. Names and structure take a few thousand
+    # bytes.
     assert path.stat().st_size < (0.1 + 1 / 32) * kernels + others + 6000
 
 

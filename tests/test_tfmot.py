@@ -76,7 +76,7 @@ def test_update_steps_of_tfmot_schedules(schedule, expected):
 def test_sparsities_of_tfmot_schedules():
     decay = tfmot.PolynomialDecay(0.25, 0.75, 10, 20)
     found = [decay(step)[1] for step in (0, 10, 15, 20, 99)]
-    # Halfway, (1 - 0.5)**3 = 1/8 of the difference remains.
+    # Halfway through the schedule, (1 - 0.5)**3 = 1/8 of the difference remains.
     np.testing.assert_allclose(found, [0.25, 0.25, 0.75 - 0.5 / 8, 0.75, 0.75], rtol=1e-6)
     assert tfmot.PolynomialDecay(0.0, 0.5, 0, 10, power=1)(5)[1] == pytest.approx(0.25)
     falling = tfmot.PolynomialDecay(0.5, 0.0, 0, 10, power=1)
@@ -176,7 +176,7 @@ def reference(w, schedule, rate, momentum=0.0, n_of_m=None):
             kept = max(1, round(w.size * (1 - sparsity)))
             magnitudes = np.sort(np.abs(w), axis=None)
             mask = np.abs(w) >= magnitudes[-kept]
-            # This gap at the threshold is too large for rounding differences between CPUs.
+            # This gap at the threshold is larger than rounding differences between CPUs.
             assert magnitudes[-kept] - magnitudes[-kept - 1] > GAP or not magnitudes[-kept]
         elif update:
             zeros, of = n_of_m

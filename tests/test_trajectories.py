@@ -16,7 +16,7 @@ from keras_dst.callbacks import SparseTraining
 from tests import reference
 from tests.reference import Momentum
 
-STEPS, EPOCHS = 50, 8  # the schedule spans eight epochs; one is run
+STEPS, EPOCHS = 50, 8  # the schedule spans eight epochs; the test runs one
 TOTAL = STEPS * EPOCHS
 KERNELS = ("w1", "w2")
 SIZE = 12 * 16 + 16 * 4
@@ -109,7 +109,7 @@ class DST(Dense):
 
 
 class FlipOut(Magnitude):
-    """FlipOut: score |w|^2 / (flips + 1), events at steps 15, 30 and 45, noise of gradient size."""
+    """FlipOut: score |w|^2 / (flips + 1), events at steps 15, 30 and 45, gradient-sized noise."""
 
     def __init__(self, p):
         super().__init__(p)
@@ -193,7 +193,7 @@ class ST3(Dense):
 
 
 class SET(Magnitude):
-    """SET: drop the smallest weights, grow random weights. Erdős-Rényi densities keep 30 and 21."""
+    """SET: drop the smallest and grow random weights. Erdős-Rényi keeps 30 and 21 weights."""
 
     kept = (30, 21)
 

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-BATCH, BATCHES, EPOCHS = 8, 13, 2  # 13 is odd, so some updates end an epoch.
+BATCH, BATCHES, EPOCHS = 8, 13, 2  # 13 is odd, so some epochs end with an update.
 SGD = ("SGD", {"learning_rate": 0.5})
 ADAM = ("Adam", {"learning_rate": 0.02})
 MOMENTUM = ("SGD", {"learning_rate": 0.2, "momentum": 0.9})

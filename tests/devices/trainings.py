@@ -25,7 +25,7 @@ if __name__ == "__main__":  # Set up devices before importing the backend.
         cpu = tf.config.list_physical_devices("CPU")[0]
         logical = [tf.config.LogicalDeviceConfiguration()] * DEVICES[_setup]
         tf.config.set_logical_device_configuration(cpu, logical)
-    if _setup == "workers":  # The strategy must be created first and once.
+    if _setup == "workers":  # Create the strategy first, and only once.
         import tensorflow as tf
 
         options = tf.distribute.experimental.CommunicationOptions(

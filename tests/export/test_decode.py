@@ -43,10 +43,6 @@ def axis(size=None, starts=None, columns=None):
 
 
 # The example of the TFLite schema: 2x2 blocks, stored column by column.
-#   1 0 0 0      |  blocks (row, column): (0, 0) = 1 0 / 0 4,  (1, 1) = 2 3 / 0 5
-#   0 4 0 0      |
-#   0 0 2 3      |
-#   0 0 0 5      |
 def test_decode_2x2_blocks_in_column_order():
     sparsity = schema.SparsityParametersT()
     sparsity.traversalOrder, sparsity.blockMap = np.array([1, 0, 2, 3]), np.array([0, 1])

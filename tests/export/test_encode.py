@@ -28,9 +28,6 @@ def stored(model, graph=0):
 
 
 # A 3x8 weight in 1x4 blocks. The rows keep blocks [1], [] and [0, 1], so they start at 0, 1 and 1.
-#   row 0:  0 0 0 0 | 1 2 0 4
-#   row 1:  0 0 0 0 | 0 0 0 0
-#   row 2:  5 6 7 8 | 9 0 0 0
 GOLDEN = np.array(
     [[0, 0, 0, 0, 1, 2, 0, 4], [0, 0, 0, 0, 0, 0, 0, 0], [5, 6, 7, 8, 9, 0, 0, 0]], np.float32
 )

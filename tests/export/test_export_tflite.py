@@ -253,7 +253,7 @@ def test_a_stateful_sequential_model_keeps_its_batch_size_and_states(tmp_path, u
         np.testing.assert_array_equal(before, after.numpy())
     runner = Interpreter(str(path)).get_signature_runner()
     lstm.reset_state()
-    for batch in (x[:1], x[1:2]):  # the file starts with zero states and keeps them
+    for batch in (x[:1], x[1:2]):  # states are zero at first and kept between calls
         found = next(iter(runner(**dict.fromkeys(input_shapes(path), batch)).values()))
         np.testing.assert_allclose(found, keras.ops.convert_to_numpy(model(batch)), atol=1e-5)
 
@@ -666,7 +666,7 @@ def never_converted(monkeypatch):
     """Fail if a model is converted before the arguments are checked."""
 
     def fail(*_, **__):
-        raise AssertionError("converted before the arguments were checked")
+        raise AssertionError("the model was converted before the arguments were checked")
 
     monkeypatch.setattr(pipeline, "conversions", fail)
 

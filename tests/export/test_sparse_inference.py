@@ -104,7 +104,7 @@ def reshaped(*shape):
 
 
 def gated(*squeeze):
-    """Return a squeeze-and-excitation step; ``squeeze`` are the steps that compute scales."""
+    """Return a squeeze-and-excitation step; ``squeeze`` lists the steps that compute the scale."""
 
     def add(graph, x):
         y = x

@@ -94,7 +94,7 @@ FILES = WRITTEN | {name: content for name, (content, _) in RULES.items()}
 
 @pytest.fixture(scope="module", params=[no_avx, arm64], ids=["AVX hidden", "ARM emulated"])
 def outputs(request, tmp_path_factory):
-    """Return the outputs of every file: on this CPU, and with both resolvers on the other CPU."""
+    """Return the outputs of every file on this CPU and, with both resolvers, on the tested CPU."""
     cpu = request.param
     if cpu.obstacle():
         pytest.skip(cpu.obstacle())

@@ -103,8 +103,8 @@ def test_masks_of_a_sum_agree_and_keep_the_highest_mean_score():
 @pytest.mark.parametrize(
     ("counted_in", "expected"),
     [
-        ("channels", [[1, 1, 0, 0], [1, 0]]),  # Three channels are kept, with the first of a tie.
-        ("flops", [[1, 1, 0, 0], [1, 1]]),  # Keeps 1020 of 2220 FLOPs; one more channel: 1530.
+        ("channels", [[1, 1, 0, 0], [1, 0]]),  # Of the two tied channels, the first is kept.
+        ("flops", [[1, 1, 0, 0], [1, 1]]),  # Keeps 1020 of 2220 FLOPs; one more would keep 1530.
     ],
 )
 def test_a_global_ranking_meets_the_target(counted_in, expected):
@@ -112,7 +112,7 @@ def test_a_global_ranking_meets_the_target(counted_in, expected):
         columns([4, 1, 2, 1], SHAPES[0]),
         columns([1, 1], SHAPES[1]),  # normalized: 1, 1
         columns([10, 50, 10, 10], SHAPES[2]),
-    ]  # channels: 1.25, 1.5, 0.75, 0.5, 1, 1
+    ]  # The mean scores per channel are 1.25, 1.5, 0.75, 0.5, 1, 1.
     method = Magnitude(0.5, "global", "channel", counted_in=counted_in)
     masks = rank(method, scores)
     kept = [masks[0][0].astype(int).tolist(), masks[1][0].astype(int).tolist()]

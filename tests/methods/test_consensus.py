@@ -184,8 +184,8 @@ def test_the_target_is_the_cost_of_the_shrunk_model(cost):
         "flops": after.dense_flops / before.dense_flops,
         "parameters": after.parameters / before.parameters,
     }
-    # A channel of "two" has up to 5 % of the cost. Padding to a multiple may keep one closed
-    # channel.
+    # A channel of "two" has up to 5 % of the cost. A layer with zero padding may keep one
+    # closed channel.
     assert left[cost] == pytest.approx(0.61, abs=0.06)
 
 
@@ -268,10 +268,10 @@ def test_projection_opens_gates_up_to_the_budget():
     logits = [[0.3, -0.1, 0.2, 0.5], [-0.4, 0.1, -0.2]]
     one, two = project(Consensus(0.5), logits, [1, 3])
     # Opening the logits 0.5, 0.3, 0.2, 0.1 in this order costs 2, 4, 6, 12 of 26. The target is 13.
-    # The next gate would raise the cost to 14, which is as near.
+    # The next gate would raise the cost to 14, which is as near to 13.
     np.testing.assert_array_equal(one >= 0, [1, 0, 1, 1])
     np.testing.assert_array_equal(two >= 0, [0, 1, 0])
-    for found, before in zip((one, two), logits):  # logits on the right side of 0 do not change
+    for found, before in zip((one, two), logits):  # logits with the right sign do not change
         np.testing.assert_array_equal(found, np.float32(before))
     one, two = project(Consensus(0.8), logits, [1, 3])
     # The best gate of each layer opens first. The cost, 8 of 26, is above the target but minimal.

@@ -48,7 +48,8 @@ def test_forward_and_gradient_of_both_paths():
 
 
 def test_channels_rank_differently_by_squares_and_magnitudes():
-    w = [ops.convert_to_tensor([[1.0, 1.9], [1.0, 0.0]])]  # mean |w|: 1, 0.95; mean w**2: 1, 1.8
+    # The two channels have mean |w| of 1 and 0.95, and mean w**2 of 1 and 1.8.
+    w = [ops.convert_to_tensor([[1.0, 1.9], [1.0, 0.0]])]
     kept = ops.convert_to_tensor([2])
     found = {}
     for score in ("magnitude", "square"):
@@ -515,7 +516,7 @@ def test_a_training_step_without_compute_loss_raises():
             fit(model, random(16 * steps, 5), random(16 * steps, 3))
 
 
-@pytest.mark.filterwarnings("ignore:Gradients do not exist")  # of the second set of parameters
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")  # for the second set
 def test_training_without_the_callback_raises():
     x, y = random(32, 5), RNG.integers(0, 3, 32)
     model = norm_model()

@@ -46,7 +46,7 @@ SINGLE = [
     ("layer", KERNEL, (3, 2, 4, 5), (), (0, 1, 2, 3)),
     ("weight", KERNEL, (6, 4), (6, 4), ()),
 ]
-# The same columns, followed by the pattern and its block shape.
+# The same columns as in SINGLE, followed by the pattern and its block shape.
 GROUPED = [
     # The last block of each column has 2 weights.
     ("unit", KERNEL, (6, 4), (4,), (0,), "1x4", (4, 1)),

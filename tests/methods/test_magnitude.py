@@ -187,7 +187,7 @@ def test_rank_of_blocks_over_all_layers():
     [("global", [(10, 5)], [5]), ("uniform", [(10, 5), (6, 4)], [5, 2])],
 )
 def test_every_layer_keeps_a_channel(allocation, shapes, kept):
-    # At 90 % sparsity, fewer weights are to be kept than one channel of 10 or 6 weights has.
+    # At 90 % sparsity, the number of kept weights is smaller than a channel of 10 or 6 weights.
     method = Magnitude(0.9, allocation, "channel")
     assert all(mask.any() for mask in masks_of(method, [random(*s) for s in shapes], kept))
 
@@ -270,7 +270,7 @@ SHAPES, PATHS = [(10, 10), (30, 10)], ["a/kernel", "b/kernel"]
         (Magnitude(0.9, min_kept=50), 0.9, [40]),
         (Magnitude(0.9, "uniform"), 0.9, [10, 30]),
         (Magnitude(0.9, "uniform", "1x4"), 0.5, [50, 150]),
-        (Magnitude(0.9, "erk"), 0.9, [13, 27]),  # shares by sum(shape) are 20 and 40 of 60
+        (Magnitude(0.9, "erk"), 0.9, [13, 27]),  # sum(shape) is 20 and 40
         (Magnitude(0.9, {"b/.*": 0.5}), 0.9, [10, 150]),
         (Magnitude(0.9, {"b/.*": 0.5}), 0.45, [55, 225]),  # half of the target sparsity
     ],

@@ -79,7 +79,7 @@ def test_set_grows_random_weights():
 def test_the_first_mask_is_random_and_grows_no_weight(cls):
     w, _, gradient = problem()
     full = np.ones_like(w, bool)
-    # The step is the input of the hash, like the seed in a training run, so steps replace seeds.
+    # Random numbers are hashes of seed and step, so different steps stand for different seeds.
     found = [update(cls(0.7), w, full, gradient, 60, step) for step in range(40)]
     assert all(f["mask"].sum() == 60 and not f["grown"].any() for f in found)
     often = np.mean([f["mask"] for f in found], axis=0)
@@ -106,7 +106,7 @@ SHAPES = [(10, 10), (30, 50), (50, 10)]
     ("allocation", "sparsity", "expected"),
     [
         ("uniform", 0.75, [100, 319, 106]),  # The first weight stays dense.
-        ("uniform", 0.9, [10, 150, 50]),  # A dense first weight would be half of all kept.
+        ("uniform", 0.9, [10, 150, 50]),  # If it were dense, it would be half of all.
         ({"a": 0.5}, 0.75, [50, 375, 125]),
     ],
 )

@@ -53,7 +53,7 @@ def hide(library):
         places += [begin + int(offset, 16) for offset in found]
     addresses = (ctypes.c_void_p * len(places))(*places)
     if not places or ctypes.CDLL(library).hide_avx(addresses, len(places)):
-        raise RuntimeError(f"no breakpoints could be set at {len(places)} places of {[*loaded]}")
+        raise RuntimeError(f"could not set breakpoints at {len(places)} addresses in {[*loaded]}")
 
 
 def run(code, *arguments):
