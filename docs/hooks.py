@@ -44,7 +44,7 @@ def notebook(path: pathlib.Path) -> tuple[str, dict[str, bytes]]:
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Render formulas as MathML, fill in tables, and adapt links that cross the edge of docs/."""
+    """Render formulas as MathML, fill in tables, and adapt links to files outside docs/."""
     # The word after "python" is the backend of the code block.
     markdown = re.sub(r"^```python .+$", "```python", markdown, flags=re.MULTILINE)
     markdown = re.sub(r"^```math\n(.*?)^```$", _display, markdown, flags=re.DOTALL | re.MULTILINE)

@@ -199,5 +199,5 @@ def test_an_invalid_layer_name_in_an_allocation_raises(name):
         ([(1, 2), (100, 100)], 0.0, [1, 2500]),
     ],
 )
-def test_floor_is_a_quarter_of_erk(shapes, sparsity, expected):
+def test_floor_counts_are_a_quarter_of_erk(shapes, sparsity, expected):
     assert floor_counts(shapes, sparsity).tolist() == expected

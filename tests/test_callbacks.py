@@ -192,7 +192,7 @@ class TestErrors:
         sparse(DST()).fit(x, y, verbose=0)
 
     @pytest.mark.parametrize("epochs", [0, 1.5, "ten"])
-    def test_arguments(self, epochs):
+    def test_invalid_epochs_raise(self, epochs):
         with pytest.raises(ValueError, match="whole number"):
             SparseTraining(epochs=epochs)
 

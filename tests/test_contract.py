@@ -215,7 +215,7 @@ def test_masks_of_recurrent_layers(name):
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-def test_mixed_precision(one_of_each, policy):
+def test_training_in_mixed_precision(one_of_each, policy):
     if COMPILES and policy == "mixed_bfloat16" and one_of_each[0] not in ONE_OF_A_FAMILY:
         pytest.skip("runs on PyTorch only; other backends test float16")
     before = keras.config.dtype_policy()
@@ -248,7 +248,7 @@ INNER = {
 
 
 @pytest.mark.parametrize("inner", INNER)
-def test_every_inner_optimizer(one_of_each, inner):
+def test_training_with_every_inner_optimizer(one_of_each, inner):
     if COMPILES and inner != "all":
         pytest.skip("runs on PyTorch only; other backends combine all options")
     model = build(one_of_each[0], INNER[inner]())
@@ -276,7 +276,7 @@ def test_every_inner_optimizer(one_of_each, inner):
     [{"run_eagerly": True}, {"steps_per_execution": 4}, {"jit_compile": True}],
     ids=str,
 )
-def test_every_way_to_compile(one_of_each, compile_arguments):
+def test_training_with_every_compile_option(one_of_each, compile_arguments):
     if not COMPILES and "run_eagerly" not in compile_arguments:
         pytest.skip("Keras rejects steps_per_execution on PyTorch, and jit_compile takes a minute")
     if COMPILES and "run_eagerly" in compile_arguments and one_of_each[0] not in ONE_OF_A_FAMILY:

@@ -45,7 +45,7 @@ def own_attributes(model):
 
 
 class Interrupt(keras.callbacks.Callback):
-    """Callback that raises an error in one hook, and records the patches that are active then."""
+    """Callback that records the patched attributes of a model, and raises an error in one hook."""
 
     def __init__(self, hook, error, epoch):
         super().__init__()
@@ -86,7 +86,7 @@ def test_an_interrupted_fit_restores_the_model(hook, epoch, error, model):
     with pytest.raises(error, match="interrupted"):
         fit(model, interrupt)
     assert own_attributes(model) == (set(), before)
-    if hook.endswith("_end"):  # Check that the patches were active at all.
+    if hook.endswith("_end"):  # Check that the patches were active.
         assert {"save", "save_weights", "evaluate"} <= interrupt.seen[0]
     assert model.save.__func__ is keras.Model.save
     history = fit(model)

@@ -255,7 +255,7 @@ def test_resumed_training_equals_an_uninterrupted_run(tmp_path):
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
-def test_mixed_precision(policy):
+def test_training_in_mixed_precision(policy):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
     try:
@@ -295,7 +295,7 @@ def test_config_round_trip():
     assert Gate().method == Consensus()
 
 
-def test_errors():
+def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match="structure must be 'channel' or 'branch'"):
         Gate(structure="layer")
     with pytest.raises(ValueError, match="cost must be a number above 0"):

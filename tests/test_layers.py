@@ -106,7 +106,7 @@ def test_a_cell_masks_its_weights_once_per_sequence(kind, dropout, monkeypatch):
     apply = DST.apply
     monkeypatch.setattr(DST, "apply", lambda *args: calls.append(args) or apply(*args))
     recurrent(x, training=True)
-    assert len(calls) == 4  # two weights of each of two cells, masked once
+    assert len(calls) == 4  # each of the two cells masks two weights once
 
 
 def test_a_cell_keeps_no_masked_weights_between_calls():

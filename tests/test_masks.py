@@ -635,8 +635,8 @@ def test_n_of_m_of_tied_and_nonfinite_scores(scores, expected):
 
 CONV, DENSE = random(2, 2, 6, 5, seed=5), random(10, 6, seed=6)
 
-# Pattern, shape of its block in a convolution kernel, packed bits of the masks. In a dense kernel,
-# the block has the last two axes only.
+# Pattern, shape of its block in a convolution kernel, packed bits of the masks. For a dense kernel,
+# only the last two sizes of the block apply.
 GOLDEN = [
     ("unstructured", (1, 1, 1, 1), "5026007a293a0e83d201e9744a0d4cb801383108110020"),
     ("1x4", (1, 1, 4, 1), "000003196b5acc6084212954a529ce10410445145128a0"),

@@ -252,7 +252,7 @@ def test_config_round_trip():
 
 
 @pytest.mark.parametrize("kind", models.MODELS)
-def test_every_kind_of_model(kind):
+def test_training_of_every_kind_of_model(kind):
     """Kernels of every layer are pruned without declarations; embeddings have sparse gradients."""
     keras.utils.set_random_seed(0)
     model = models.MODELS[kind]()

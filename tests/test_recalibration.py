@@ -95,7 +95,7 @@ def test_an_error_restores_the_statistics():
     assert "call" not in vars(model.layers[1])
 
 
-def test_errors():
+def test_invalid_arguments_raise():
     model = network()
     with pytest.raises(ValueError, match="Expected at least one batch of data"):
         keras_dst.recalibrate(model, iter(()))

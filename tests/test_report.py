@@ -411,7 +411,7 @@ def test_an_unbuilt_layer_makes_flops_unknown():
 
 
 class Own(layers.Layer):
-    """A layer with a matrix over the last axis, an added token, and a weight of unknown use."""
+    """A layer that multiplies by a matrix, adds a token, and has a weight of unknown use."""
 
     def build(self, shape):
         self.matrix = self.add_weight(shape=(shape[-1], 3), name="matrix")

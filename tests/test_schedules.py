@@ -213,7 +213,7 @@ def test_valid_sparsities_are_accepted(value):
     ],
 )
 @pytest.mark.parametrize("ramp", [ramp for ramp, _ in RAMPS])
-def test_errors(ramp, arguments, message):
+def test_invalid_arguments_raise(ramp, arguments, message):
     with pytest.raises(ValueError, match=message):
         ramp(0.9, **arguments)
 

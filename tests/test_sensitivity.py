@@ -392,7 +392,7 @@ def test_a_sensitive_layer_is_allocated_a_higher_density():
 
 @once
 class TestErrors:
-    def test_the_model(self, data):
+    def test_an_invalid_model_raises(self, data):
         with pytest.raises(TypeError, match="Expected a Keras 3 model"):
             keras_dst.sensitivity("model.keras", data)
         with pytest.raises(TypeError, match="the layer 'one'"):
@@ -401,11 +401,11 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"'net' is not compiled.*model\.compile"):
             keras_dst.sensitivity(model, data)
 
-    def test_the_data(self, data):
+    def test_invalid_data_raises(self, data):
         with pytest.raises(ValueError, match=r"more than once.*generator"):
             keras_dst.sensitivity(net(), (data for _ in range(3)))
 
-    def test_the_rest(self, data):
+    def test_other_invalid_arguments_raise(self, data):
         with pytest.raises(ValueError, match=r"accuracy, loss\. Received: 'f1'"):
             keras_dst.sensitivity(net(), data, metric="f1", verbose=0)
         with pytest.raises(ValueError, match="Expected at least one sparsity above 0"):
@@ -419,7 +419,7 @@ class TestErrors:
         with pytest.raises(ValueError, match="filters selects no weight"):
             keras_dst.sensitivity(net(), data, filters=lambda variable: False)
 
-    def test_a_users_metric_without_a_direction(self, data):
+    def test_a_custom_metric_without_a_direction_raises(self, data):
         model = net()
 
         def mine(y, p):

@@ -450,7 +450,7 @@ def test_shrink_after_magnitude_pruning():
 
 @once
 class TestReport:
-    def test_figures(self):
+    def test_report_of_sizes_flops_and_latency(self):
         model = convnet("valid")
         kill(model, "one", "two", "three")
         found = keras_dst.shrink_report(model, latency=True)
@@ -470,18 +470,18 @@ class TestReport:
         assert "latency in µs" in str(found)
         assert "FLOPs 17,608 -> " in str(found)
 
-    def test_latency_is_measured_only_on_request(self):
+    def test_report_measures_latency_only_on_request(self):
         found = keras_dst.shrink_report(convnet())
         assert found.latency_before is found.latency_after is None
         assert "latency" not in str(found)
 
-    def test_a_removed_layer(self):
+    def test_report_of_a_removed_layer(self):
         model = residual(lambda x, y: layers.Add()([x, y]))
         kill(model, "b_2", count=8)
         after = {row.layer: row.after for row in keras_dst.shrink_report(model).layers}
         assert after == {"stem": 8, "a_1": 8, "a_2": 8, "b_1": 0, "b_2": 0, "head": 2}
 
-    def test_reasons(self):
+    def test_report_of_reasons(self):
         inputs = keras.Input((5, 5, 4))
         one = layers.Conv2D(6, 1, name="one")
         x = layers.Multiply(name="square")([one(inputs), one(layers.ReLU()(inputs))])
@@ -523,7 +523,7 @@ class TestReport:
             "last": {"it is an output of the model; exclude its layer from pruning": 3},
         }
 
-    def test_reasons_with_shared_layers_and_constants(self):
+    def test_report_of_reasons_with_shared_layers_and_constants(self):
         model = convnet()
         kill(model, "one")
         kill(model, "three", count=10)
@@ -977,20 +977,20 @@ def test_shrink_a_trained_residual_network(method):
 
 @once
 class TestErrors:
-    def test_no_graph(self):
+    def test_a_model_without_a_graph_raises(self):
         with pytest.raises(ValueError, match="Expected a Sequential or Functional model"):
             keras_dst.shrink(models.subclassed())
         with pytest.raises(TypeError, match="Expected a Keras 3 model"):
             keras_dst.shrink("model.keras")
 
-    def test_nothing_to_remove(self):
+    def test_nothing_to_remove_warns(self):
         with pytest.warns(UserWarning, match="nothing to remove in 'dense'"):
             small = keras_dst.shrink(
                 keras.Sequential([keras.Input((3,)), layers.Dense(2)], name="dense")
             )
         assert small.count_params() == 8
 
-    def test_a_difference(self, monkeypatch):
+    def test_different_outputs_raise(self, monkeypatch):
         model = convnet()
         kill(model, "one")
         # Simulate a bug: constants move into the bias although the layer pads with zeros.

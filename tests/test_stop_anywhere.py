@@ -121,7 +121,7 @@ def test_the_order_of_callbacks_does_not_matter(save_freq, first, whole, tmp_pat
 @once
 @pytest.mark.parametrize("rename", range(2))
 def test_training_killed_during_a_backup_can_be_resumed(rename, whole, tmp_path, monkeypatch):
-    """The kill happens before the new weights are renamed, or before the record is renamed."""
+    """The process is killed before the new weights or their record get their final name."""
     method, model = whole
     seen = []
 

@@ -192,7 +192,7 @@ def test_a_second_fit_continues_the_logs(tmp_path):
 @once
 class TestErrors:
     @pytest.mark.parametrize("wrong", [0, -1, 1.5, "batch", True, None])
-    def test_update_freq(self, wrong, tmp_path):
+    def test_an_invalid_update_freq_raises(self, wrong, tmp_path):
         with pytest.raises(ValueError, match="update_freq must be 'epoch' or a whole number"):
             SparsityTensorBoard(tmp_path, update_freq=wrong)
 

@@ -1,8 +1,8 @@
 """Tests of fifty steps of every method against the equations of the papers in NumPy.
 
 Every reference class has three methods. `effective` returns the weights that the network uses.
-`step` applies the gradients of these weights with the optimizer. `between` makes the changes of the
-method between steps, given the number of finished steps. The class also stores scores, counters and
+`step` applies the gradients of these weights with the optimizer. `between` changes masks and state
+between two steps, given the number of finished steps. The class also stores scores, counters and
 thresholds.
 """
 

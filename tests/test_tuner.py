@@ -150,7 +150,7 @@ def test_trials_use_the_callback_of_the_user(data):
 
 @once
 def test_trials_store_results_of_an_export(data, tmp_path, monkeypatch):
-    """Fixed figures replace the export in this test; the test of the page exports real files."""
+    """This test replaces the export by fixed results; the test of the page exports real files."""
     calls = []
 
     def export(model, path, **options):
@@ -178,7 +178,7 @@ def test_trials_store_results_of_an_export(data, tmp_path, monkeypatch):
 
 
 @once
-def test_invalid_arguments():
+def test_invalid_arguments_raise():
     with pytest.raises(TypeError, match="build to be a function"):
         SparseHyperModel(network())
     with pytest.raises(TypeError, match="unexpected keyword argument 'optimize_for'"):
@@ -194,7 +194,7 @@ def test_a_missing_keras_tuner_raises(monkeypatch):
 
 
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="one backend is enough")
-def test_the_page(tmp_path, monkeypatch):
+def test_code_of_the_page_on_sensitivity_runs(tmp_path, monkeypatch):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     pyplot.switch_backend("agg")
     monkeypatch.chdir(tmp_path)

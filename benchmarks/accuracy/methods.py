@@ -83,7 +83,7 @@ class Task:
     decay: float | None = None
     batch: int = BATCH
     batches: type[Shuffled] | None = None  # If None, `fit` shuffles the arrays.
-    rates: Callable = cosine  # Function from the initial rate and the number of steps to rates.
+    rates: Callable = cosine  # Returns the schedule for an initial rate and a number of steps.
 
 
 TASKS = {

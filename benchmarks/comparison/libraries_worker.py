@@ -128,7 +128,7 @@ class PQuantML(Tool):
 
     methods = ("DST", "PDP", "Wanda", "Wanda, no pretraining")
     slow = ("PDP",)
-    probabilities = False  # it removes activations other than ReLU and tanh
+    probabilities = False  # PQuantML removes other activations than ReLU and tanh
 
     def __init__(self):
         os.environ["KERAS_BACKEND"] = "tensorflow"
@@ -278,7 +278,8 @@ def times(kind, methods):
 
     steps = STEPS + 1  # the first step is not timed
     x, y = (part[: steps * BATCH] for part in mnist()[0])
-    # The first network also pays one-time costs of the process. "start" absorbs these costs.
+    # The first network also pays one-time costs of the process. The extra network "start" absorbs
+    # these costs.
     for name in ("start", "dense", *methods):
         method = "dense" if name == "start" else name
         model, callbacks = built(tool, method, networks.lenet_300_100, ROUNDS + 2, steps)

@@ -5,7 +5,7 @@ python -m benchmarks.files.tflite_grid --table
 
 The trained dense networks of `benchmarks.files.tflite_cases` are trained further under `Magnitude`,
 for half as many epochs. Every layer except the last gets the same sparsity. The dense network is
-trained for the same number of epochs. Channels of the pattern "channel" are removed.
+trained for the same number of epochs. With the pattern "channel", the pruned channels are removed.
 
 Each network is exported for latency and compared with the dense float32 and int8 files, at batch
 size 1 on one thread; the files take turns. The columns are accuracy on test images, bytes, latency,

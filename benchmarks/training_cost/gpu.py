@@ -17,7 +17,8 @@ update. PyTorch reports the peak. JAX reports only the current memory, which is 
 millisecond.
 
 Each method gets an equal share of the remaining time. A method is skipped if the remaining time is
-shorter than the first fit of the dense network. Measured rows stay stored when the time is over.
+shorter than the first fit of the dense network. Rows that are measured before the time is over stay
+stored.
 """
 
 import argparse

@@ -41,7 +41,7 @@ def test_all_copies_equal_a_run_on_one_device(trained, setup, run, copies, metho
     single = np.load(trained(SETUPS[0][0]) / f"{method}.single.0.npz")
     assert set(first.files) == set(single.files)
     for path in single.files:
-        for other in others:  # also masks, thresholds, scores, counters and momentum
+        for other in others:  # includes masks, scores, counters and momentum
             np.testing.assert_array_equal(first[path], other[path], err_msg=path)
         if single[path].dtype.kind == "f":
             np.testing.assert_allclose(first[path], single[path], atol=1e-5, err_msg=path)

@@ -262,7 +262,7 @@ def ddp(folder):
 
 
 def torch_loop(model, rank=None):
-    """Run a custom PyTorch training loop; with a rank, train on one half of every batch."""
+    """Run a custom PyTorch training loop; if a rank is given, train on half of every batch."""
     import torch
 
     parts = 1 if rank is None else 2

@@ -27,7 +27,7 @@ def stored(model, graph=0):
     return [(tensor, model.buffers[tensor.buffer].data.view(np.float32)) for tensor in tensors]
 
 
-# A 3x8 weight in 1x4 blocks. The rows keep blocks [1], [] and [0, 1], so they start at 0, 1 and 1.
+# A 3x8 weight in 1x4 blocks. The rows keep the blocks [1], [] and [0, 1] of their two blocks.
 GOLDEN = np.array(
     [[0, 0, 0, 0, 1, 2, 0, 4], [0, 0, 0, 0, 0, 0, 0, 0], [5, 6, 7, 8, 9, 0, 0, 0]], np.float32
 )
@@ -82,7 +82,7 @@ def test_encoding_preserves_nan():
     np.testing.assert_array_equal(decode(*pack(values, 1), values.shape), values)
 
 
-def test_a_block_size_that_does_not_divide_the_width_is_refused():
+def test_a_block_size_that_does_not_divide_the_width_raises():
     with pytest.raises(ValueError, match=r"multiple of the block size 4. Received: 302"):
         pack(np.ones((2, 302), np.float32), 4)
 
@@ -220,7 +220,7 @@ def test_encoding_changes_no_other_part_of_the_file():
 
 
 @pytest.mark.parametrize("format", [CSR, CSR_DENSIFY], ids=str)
-def test_every_buffer_is_read(format):
+def test_encoding_leaves_no_unused_buffer(format):
     model = read(encode_all(fully_connected(sparse_values((8, 16), 0.2)), format))
     read_by = {tensor.buffer for graph in model.subgraphs for tensor in graph.tensors}
     read_by |= {note.buffer for note in model.metadata}
@@ -246,7 +246,7 @@ def test_weights_lists_constants_with_their_readers():
     assert weights(read(encode_all(content, CSR))) == []
 
 
-def test_weights_after_the_flatbuffer_are_refused():
+def test_weights_after_the_flatbuffer_raise():
     file = graphs.File()
     file.model.buffers[1].offset = 4096
     with pytest.raises(ValueError, match="below 2 GB"):

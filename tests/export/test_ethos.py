@@ -165,7 +165,7 @@ def test_a_file_that_vela_refuses_raises_an_error(exported, monkeypatch):
         ethos.compile_for_npu(exported[0].path.read_bytes(), "ethos-u55-128")
 
 
-def test_wrong_arguments_raise_before_any_work(model, tmp_path):
+def test_invalid_arguments_raise_before_the_export(model, tmp_path):
     path = tmp_path / "model.tflite"
     for options, message in (
         ({"target": "ethos-u56-128"}, "Expected target to be one of"),

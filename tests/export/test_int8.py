@@ -74,7 +74,7 @@ def test_quantized_weights_equal_dense_within_rounding(dense, format, resolver):
 @once
 @pytest.mark.parametrize("resolver", [AUTO, BUILTIN])
 @pytest.mark.parametrize("inputs", [64, 4096])
-def test_blocks_of_16_that_are_read_directly(inputs, resolver):
+def test_directly_read_int8_blocks_equal_dense_within_rounding(inputs, resolver):
     weight = sparse_values((8, inputs), 0.2, block=16)
     weight *= np.logspace(-2, 1, 8, dtype=np.float32)[:, None]  # each row needs its own scale
     dense = fully_connected(weight)

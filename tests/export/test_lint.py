@@ -28,7 +28,7 @@ KERNEL = sparse_values((16, 3, 3, 32), 0.2)
 
 
 def layer(make, version=8, dtype="float32"):
-    """Return a file with one FULLY_CONNECTED op; ``make`` adds its weight to the graph."""
+    """Return a file with one FULLY_CONNECTED op; ``make`` adds the weight to the graph."""
     graph = File().graph()
     weight = make(graph)
     units, inputs = graph.shape(weight)
@@ -39,7 +39,7 @@ def layer(make, version=8, dtype="float32"):
 
 
 def maps(make):
-    """Return a file with one convolution; ``make`` adds its weight to the graph."""
+    """Return a file with one convolution; ``make`` adds the weight to the graph."""
     graph = File().graph()
     x = graph.tensor([1, 8, 8, 32])
     return graph.finish({"x": x}, {"y": graph.convolve("CONV_2D", x, make(graph))}).content()
@@ -258,7 +258,7 @@ def test_exported_files_have_no_errors(content):
     assert all("ZeroPadding2D(((1, 0), (1, 0)))" in finding.fix for finding in stays_dense)
 
 
-def test_the_printed_report(tmp_path):
+def test_lint_report_is_printed(tmp_path):
     path = tmp_path / "cut.tflite"
     path.write_bytes(nets.unpacked(CUT))
     report = keras_dst.lint(path)
@@ -312,7 +312,7 @@ def test_lint_of_a_model_checks_the_exported_file():
     assert "head" in finding.where
 
 
-def test_the_page_lists_every_rule():
+def test_the_page_on_lint_lists_every_rule():
     page = pathlib.Path(__file__).parents[2] / "docs" / "edge.md"
     rows = re.findall(r"^\| `(.*?)` \| (\w+) \|", page.read_text(), re.M)
     tested = {name.split(",")[0]: "error" for name in ERRORS}

@@ -217,7 +217,7 @@ def test_verdict_of_ops_at_the_end_of_a_region(steps, expected):
 
 @pytest.mark.parametrize("changes", ENTRIES.values(), ids=ENTRIES)
 @pytest.mark.parametrize("middle", [[], [pool("MAX_POOL_2D")]], ids=["whole", "cut"])
-def test_no_region_without_an_entry(changes, middle):
+def test_other_first_convolutions_start_no_region(changes, middle):
     begin = [lambda graph, x: entry(graph, x, **changes), pointwise]
     assert verdict(network(*begin, *middle, pointwise, mean)) == "off"
 

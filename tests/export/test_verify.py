@@ -189,7 +189,7 @@ def test_several_inputs_are_matched_by_name_not_by_order(declared, given):
     assert deviation(two_inputs(["b", "a"]), cases).error == 0
 
 
-def test_random_integers_are_zeros_and_ones_and_open_axes_get_a_size():
+def test_random_inputs_for_integers_and_unknown_axes():
     b, a = keras.Input((5,), name="b"), keras.Input((5, None), dtype="int32", name="a")
     model = keras.Model({"b": b, "a": a}, [layers.Identity()(b), layers.Identity()(a)])
     cases = cases_of(model)

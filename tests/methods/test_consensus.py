@@ -286,7 +286,7 @@ def test_projection_opens_gates_up_to_the_budget():
 
 
 def test_trajectory_of_consensus_equals_the_equations():
-    """Compare 50 steps of a two-layer network with gates and both penalties with NumPy."""
+    """Compare 50 training steps with NumPy, for a two-layer network with gates and penalties."""
     method = Consensus(0.6, lambda_polar=0.5, lambda_act=4.0)
     method.schedule = Constant(0.6)  # the budget is constant, as in the paper
     model = reference.keras_net()
@@ -351,6 +351,6 @@ def test_defaults():
         ({"frequency": 0}, "frequency must be a whole number >= 1"),
     ],
 )
-def test_errors(arguments, message):
+def test_invalid_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         Consensus(**arguments)

@@ -298,7 +298,7 @@ def test_loss_of_several_outputs():
     kl += 3 * divergence(*two, 2.0)[0].mean()
     weighted = np.dot([1, 3, 5], np.add(task(pruned), task(full)))
     np.testing.assert_allclose(logs["loss"], [weighted + kl], rtol=1e-4)
-    # Losses of single outputs are losses of the pruned path.
+    # The reported losses of single outputs use the pruned path.
     np.testing.assert_allclose(logs["number_loss"], [task(pruned)[2]], rtol=1e-4)
 
 
@@ -408,7 +408,7 @@ def test_divergence_starts_after_the_warm_up(warmup):
 
 # Exclude the recurrent model: XLA takes minutes to compile its two paths.
 @pytest.mark.parametrize("kind", [kind for kind in models.MODELS if kind != "recurrent"])
-def test_every_kind_of_model(kind, tmp_path):
+def test_training_of_every_kind_of_model(kind, tmp_path):
     x, y = models.data(size=32)
     keras.utils.set_random_seed(0)
     model = models.MODELS[kind]()
@@ -586,7 +586,7 @@ def test_layers_in_a_remat_scope():
         ({"frequency": 0}, "frequency must be a whole number"),
     ],
 )
-def test_errors(arguments, message):
+def test_invalid_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         DCIL(**{"sparsity": 0.5, **arguments})
 

@@ -343,6 +343,6 @@ def test_schedule_of_the_target_sparsity():
         ({"frequency": True}, "frequency must be a whole number"),
     ],
 )
-def test_errors(arguments, message):
+def test_invalid_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         DST(**arguments)

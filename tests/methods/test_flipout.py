@@ -102,7 +102,7 @@ def test_zero_noise_changes_no_gradient():
         ({"pattern": "1by4"}, "pattern"),
     ],
 )
-def test_errors(arguments, message):
+def test_invalid_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         FlipOut(**{"sparsity": 0.9, **arguments})
 

@@ -308,6 +308,6 @@ def test_schedule():
         ({"min_kept": True}, "min_kept must be a whole number >= 1. Received: min_kept=True"),
     ],
 )
-def test_errors(arguments, message):
+def test_invalid_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         Magnitude(**{"sparsity": 0.9, **arguments})

@@ -173,6 +173,6 @@ def test_zero_sparsity_prunes_nothing():
         ({"frequency": "day"}, "frequency"),
     ],
 )
-def test_errors(arguments, message):
+def test_invalid_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         OptG(**{"sparsity": 0.9, **arguments})

@@ -178,7 +178,7 @@ def test_a_custom_loop(cls):
         ({"sparsity": 1}, "sparsity"),
     ],
 )
-def test_errors(cls, arguments, message):
+def test_invalid_arguments_raise(cls, arguments, message):
     with pytest.raises(ValueError, match=message):
         cls(**{"sparsity": 0.9, **arguments})
 

@@ -70,7 +70,7 @@ def test_taylor_in_a_step_equals_the_formula():
     np.testing.assert_array_equal(array(ops.convert_to_tensor(variable)), [[1.0, 2.0, 0.0, 0.0]])
 
 
-def test_taylor_refuses_a_schedule_that_prunes_before_the_first_step():
+def test_taylor_with_pruning_before_the_first_step_raises():
     with pytest.raises(ValueError, match="do not exist before the first step"):
         Magnitude(Constant(0.5), score="taylor")
     Magnitude(Constant(0.5, begin_step=1), score="taylor")
