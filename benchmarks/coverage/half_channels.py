@@ -160,13 +160,13 @@ def table() -> list[str]:
         'Half of the channels of each network are removed by `Magnitude(0.5, "uniform", '
         '"channel")` and `shrink`. The table shows the fraction of the FLOPs and of the '
         "parameters that remains. Without half of its channels, a network has about a quarter of "
-        "its FLOPs. If each layer is ranked separately, less can be removed, because layers "
-        "whose outputs are added keep different channels. The column `odd widths` counts the "
-        "layers whose number of channels `shrink` has changed to a number that is not a multiple "
-        "of 8. This column ignores layers with fewer than 16 channels. The column `difference` "
-        "is the largest difference between the outputs of the stripped model and of the shrunk "
-        "model. The networks have random weights, so the table says nothing about accuracy. "
-        "`make bench-models` writes this table.",
+        "its FLOPs. If each layer is ranked separately, fewer channels can be removed, because "
+        "layers whose outputs are added keep different channels. The column `odd widths` counts "
+        "the layers whose number of channels `shrink` has changed to a number that is not a "
+        "multiple of 8. Layers with fewer than 16 channels are not counted. The column "
+        "`difference` is the largest difference between the outputs of the stripped model and of "
+        "the shrunk model. The networks have random weights, so the table says nothing about "
+        "accuracy. `make bench-models` writes this table.",
         "",
         "| network | FLOPs, ranked per layer | FLOPs, ranked together "
         "| parameters, ranked together | odd widths | difference |",
