@@ -22,10 +22,22 @@ if ON_GPU:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 # Compile without optimization: the networks are small, and optimization takes most of the test
-# time. `make test-xla` and `make test-gpu` use the default level, as users do.
-if ON_GPU or not os.environ.get("KERAS_DST_XLA_DEFAULT"):
-    flag = "--xla_gpu_deterministic_ops=true" if ON_GPU else "--xla_backend_optimization_level=0"
-    os.environ["XLA_FLAGS"] = f"{flag} {os.environ.get('XLA_FLAGS', '')}".strip()
+# time. Users train with optimization, as do `make test-xla`, `make test-gpu` and the notebooks.
+OPTIMIZED = ON_GPU or bool(os.environ.get("KERAS_DST_XLA_DEFAULT"))
+flags = "--xla_gpu_deterministic_ops=true" if ON_GPU else ""
+if not OPTIMIZED:
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
+
+
+def pytest_collection_finish():
+    """Turn off TensorFlow's graph optimizer; keep imported objects out of garbage collection."""
+    if os.environ.get("KERAS_BACKEND") == "tensorflow" and not OPTIMIZED:
+        import tensorflow as tf
+
+        tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionstart(session):

@@ -18,7 +18,7 @@ if __name__ == "__main__":  # Set up devices before importing the backend.
     _setup = sys.argv[1]
     if _setup == "sharded":
         flags = f"--xla_force_host_platform_device_count={DEVICES[_setup]}"
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"
+        os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
     if _setup == "mirrored":
         import tensorflow as tf
 
