@@ -1,4 +1,4 @@
-"""Run a benchmark on a chosen Keras backend. Import Keras only after the choice."""
+"""Run a benchmark on a backend. The backend must be chosen before Keras is imported."""
 
 import os
 import subprocess

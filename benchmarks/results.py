@@ -1,8 +1,8 @@
 """Store the runs of a benchmark in results/BENCHMARK/runs.jsonl, and write index.md with a table.
 
-Every line of `runs.jsonl` is a JSON object. It contains the name of the run in the key "run", the
-measured numbers, the command, the seeds, the package versions and the machine. `config` and
-`method` contain the constructor call in the version of keras_dst that ran.
+Every line of `runs.jsonl` is a JSON object. The object contains the name of the run in the key
+"run", the measured numbers, the command, the seeds, the package versions and the machine. `config`
+and `method` contain the constructor call in the version of keras_dst that ran.
 """
 
 import datetime
@@ -39,8 +39,7 @@ def save(benchmark: str, name: str, run: dict) -> None:
 
 
 def write_index(benchmark: str, lines: list[str]) -> None:
-    """Write index.md from the given lines, followed by the text of
-    benchmarks/notes/BENCHMARK.md."""
+    """Write index.md from the given lines and the text of benchmarks/notes/BENCHMARK.md."""
     notes = NOTES / f"{benchmark}.md"
     text = ["", notes.read_text().rstrip()] if notes.exists() else []
     path = RESULTS / benchmark / "index.md"

@@ -58,7 +58,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def _link(target: str, file: File) -> str:
-    """Return a link for the site, made from a link for the repository.
+    """Convert a link of the repository into a link of the site.
 
     In the repository, CONTRIBUTING.md is above docs/. On the site, CONTRIBUTING.md and the pages of
     docs/ are in one folder, and notebooks are Markdown pages.

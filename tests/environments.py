@@ -87,8 +87,7 @@ def create(name: str, python: str, *requirements: str) -> pathlib.Path:
 
 
 def build() -> str:
-    """Build the sdist, build the wheel from the sdist, check both, and return the path of the
-    wheel."""
+    """Build and check an sdist and a wheel of it, and return the path of the wheel."""
     python = create("build", sys.executable, "build", "twine")
     shutil.rmtree(DIST, ignore_errors=True)
     if not run(python, "-m", "build", "--outdir", DIST, ROOT):

@@ -21,6 +21,6 @@ def fences(page):
 def blocks(page):
     """Return `(info, code)` for each Python block of a page in docs/.
 
-    `info` is the name of a backend. It is empty if the block runs on every backend.
+    `info` is the name of a backend. For a block that runs on every backend, `info` is empty.
     """
     return [(info, code) for language, info, code in fences(f"docs/{page}") if language == "python"]

@@ -17,7 +17,7 @@ NAMES = ("w1", "gamma", "beta", "w2", "b2")
 
 
 def keras_net(dense=keras.layers.Dense, **arguments):
-    """Return the Keras network. Its outputs are logits, and its weights have the order of NAMES."""
+    """Return the Keras network. The outputs are logits; the weights have the order of NAMES."""
     keras.utils.set_random_seed(3)
     return keras.Sequential(
         [

@@ -1,8 +1,8 @@
 """Worker process that `test_stop_anywhere` stops: `python -m tests.stop_worker FOLDER SAVE_FREQ`.
 
-The process trains a small network with one method after the other, each with a backup. It prints a
-line after every step. When a method is finished, the process writes its result into the folder, and
-a later process skips the method.
+The process trains a small network with one method after the other, each with a backup. The process
+prints a line after every step. When a method is finished, the process writes its result into the
+folder, and a later process skips the method.
 """
 
 import pathlib

@@ -1,6 +1,7 @@
 """Tests of the ranking algorithm for accelerators, which runs on the CPU in these tests.
 
-The tests of `tests/test_masks.py` run again with this algorithm. They compare with a sort in NumPy.
+The tests of `tests/test_masks.py` run again with this algorithm. The tests compare with a sort in
+NumPy.
 """
 
 import keras

@@ -17,8 +17,7 @@ def sizes(shapes):
 
 
 def erk(shapes, density):
-    """Return min(1, e * sum(shape) / prod(shape)), where bisection finds the `e` for the
-    density."""
+    """Return min(1, e * sum(shape) / prod(shape)); bisection finds `e` for the density."""
     wanted = density * sum(sizes(shapes))
 
     def at(e):

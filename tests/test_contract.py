@@ -31,7 +31,7 @@ METHODS = {
     "dst-target-layer": (methods.DST(sparsity=0.5, granularity="layer"), 0.5, 0.01),
     "dcil": (methods.DCIL(0.8), 0.8, 0.001),
     "dcil-channel": (methods.DCIL(0.5, pattern="channel"), 0.5, 0.02),
-    # Gates remove 30 % of the FLOPs. A closed unit is also an input less for the next layer.
+    # Gates remove 30 % of the FLOPs. Closing a unit also removes an input of the next layer.
     "consensus": (methods.Consensus(0.3, lambda_polar=0.1, lambda_act=20.0), 0.25, 0.06),
     "magnitude": (methods.Magnitude(0.8), 0.8, 0.001),
     "magnitude-uniform": (methods.Magnitude(0.8, allocation="uniform"), 0.8, 0.001),

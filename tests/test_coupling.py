@@ -1,5 +1,4 @@
-"""Tests of `channel_groups`, which finds channels that are removed together, with manual
-results."""
+"""Tests of `channel_groups`, which finds channels that must be removed together."""
 
 import keras
 import numpy as np

@@ -308,8 +308,7 @@ def test_a_pattern_without_its_axis_raises(name, layout, missing):
 
 
 def reference_top_k(scores, kept, sizes=None):
-    """Rank with a stable sort: keep the best groups, the first of ties, until a group does not
-    fit."""
+    """Rank with a stable sort, and keep the best groups until the next group does not fit."""
     flat = np.concatenate([np.ravel(s) for s in scores])
     order = np.argsort(-flat, kind="stable")
     taken = np.ones(len(flat)) if sizes is None else np.concatenate([np.ravel(s) for s in sizes])

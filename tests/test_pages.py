@@ -15,7 +15,7 @@ from tests.pages import PAGES, ROOT, fences
 from tests.test_tfmot import file_of
 
 BACKEND = keras.backend.backend()
-NOT_RUN = ("diff", "math", "text")  # languages of fenced blocks without runnable code
+NOT_RUN = ("diff", "math", "text")  # Languages of fenced blocks without code to run.
 # Pages that are tested in other files, because they need several processes or other checks.
 TESTED_ELSEWHERE = {
     "docs/many_devices.md": "tests/devices/test_pages.py",
@@ -28,7 +28,8 @@ def backends(page):
     """Return the backends on which a page is tested.
 
     A page whose blocks name no backend is tested once: on TensorFlow if the page exports a model,
-    and on PyTorch otherwise."""
+    and on PyTorch otherwise.
+    """
     text = (ROOT / page).read_text()
     named = {info for language, info, _ in fences(page) if language == "python" and info}
     return named or {"tensorflow" if re.search("export_tflite|keras-dst export", text) else "torch"}

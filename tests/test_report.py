@@ -298,7 +298,7 @@ def test_a_single_layer_can_be_reported():
 
 
 def masked_model():
-    """Return a model with one Dense layer under DST. Its kernel, thresholds and mask are:
+    """Return a model with one Dense layer under DST, with this kernel, thresholds and mask:
 
     | w |            0.1  0.5  0.9      1[|w| > t]   0  1  1
                      0.3  0.0  0.9                   1  0  1

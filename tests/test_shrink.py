@@ -128,7 +128,8 @@ def convnet(padding="same", use_bias=False):
 
 @pytest.mark.parametrize(
     ("padding", "one"),
-    # With zero padding, one dead channel is kept. It carries the constants of all dead channels.
+    # With zero padding, one dead channel is kept. This channel carries the constants of all dead
+    # channels.
     [("same", 5), ("valid", 4)],
 )
 def test_shrink_a_convolutional_network(padding, one):

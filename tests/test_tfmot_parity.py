@@ -1,8 +1,8 @@
 """Tests that masks and files agree with the original tfmot, step by step.
 
-The tests need a Python with tf_keras and tensorflow-model-optimization. On PyTorch, they use
-`.venv-tfmot`, which `make test` creates. On every backend, they use the Python in the environment
-variable KERAS_DST_TFMOT_PYTHON if it is set.
+The tests need a Python with tf_keras and tensorflow-model-optimization. On PyTorch, the tests use
+`.venv-tfmot`, which `make test` creates. If the environment variable KERAS_DST_TFMOT_PYTHON is set,
+the tests use that Python on every backend.
 """
 
 import os

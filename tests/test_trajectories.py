@@ -53,7 +53,7 @@ class Dense:
 
 
 class Magnitude(Dense):
-    """Magnitude pruning with a cubic schedule, which masks weights and gradients."""
+    """Magnitude pruning with a cubic schedule; weights and gradients are masked."""
 
     def step(self, g, count):
         super().step({n: d * self.mask[n] if n in KERNELS else d for n, d in g.items()}, count)

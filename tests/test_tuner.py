@@ -17,8 +17,8 @@ from keras_dst.tuner import SparseHyperModel
 from tests.backends import once
 from tests.pages import blocks
 
-# KerasTuner uses deprecated functions of `threading`. It also saves optimizer variables. Keras
-# skips these variables when it loads the weights into an untrained model.
+# KerasTuner uses deprecated functions of `threading`. KerasTuner also saves optimizer variables.
+# Keras skips these variables when it loads the weights into an untrained model.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:currentThread|getName:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning"),
@@ -78,7 +78,7 @@ def test_trials_reach_their_targets(data, tmp_path):
         target = trial.hyperparameters["sparsity"]
         assert metrics.get_best_value("final_sparsity") == pytest.approx(target, abs=0.02)
         assert trial.score == metrics.get_best_value("final_val_accuracy")
-    # The saved weights and the results are those of the last epoch.
+    # The saved weights and the results come from the last epoch.
     (model,) = tuner.get_best_models()
     best = tuner.oracle.get_best_trials()[0]
     assert keras_dst.report(model).sparsity == pytest.approx(

@@ -1,11 +1,11 @@
 """Train a network with the code of a method's authors, on a CPU.
 
 `benchmarks.accuracy.authors` calls this module. This module imports the authors' modules from a
-checkout. It replaces calls that need a GPU by functions that do nothing, and the image loaders by
-loaders of arrays.
+checkout. Calls that need a GPU are replaced by functions that do nothing. Image loaders are
+replaced by loaders of arrays.
 
 Each function `NAME_net` builds the authors' network. Each function `NAME` takes (case, net, data,
-seed) and trains the network with the authors' loop. It returns a function from images to logits,
+seed) and trains the network with the authors' loop. The result is a function from images to logits,
 and the masked weights.
 """
 
@@ -104,7 +104,7 @@ def optg_net():
 def optg(case, net, data, seed):
     """Train with the authors' loop, and raise the sparsity so that the sigmoid ends at the target.
 
-    In a few epochs the authors' sigmoid stops below the requested sparsity.
+    In a short training, the authors' sigmoid stops below the requested sparsity.
     """
     import imagenet as theirs
 
@@ -142,7 +142,7 @@ def dcil_net():
 
 
 def dcil(case, net, data, seed):
-    """Train with the authors' loop in parts of an epoch; the schedule gets fractional epochs."""
+    """Train with the authors' loop on parts of an epoch, and pass fractional epochs as time."""
     import run_dcil as theirs
 
     task, source = case.task, Augmented(*data[0], seed)

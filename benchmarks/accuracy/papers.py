@@ -1,4 +1,4 @@
-"""Train CIFAR-10 networks for as long as the papers, with the same recipe: results/papers.
+"""Train CIFAR-10 networks as long as in the papers, with one recipe: results/papers.
 
 python -m benchmarks.accuracy.papers resnet-32-16 DCIL 0.95 --seed 0 --minutes 10 --backup FOLDER
     Train for ten minutes at most, and write a backup after every epoch. The same command

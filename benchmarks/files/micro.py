@@ -115,8 +115,7 @@ def trained(name, variant):
 
 
 def largest_difference(content, x):
-    """Return the largest difference between the int8 outputs of TensorFlow Lite Micro and
-    LiteRT."""
+    """Return the largest difference between int8 outputs of TensorFlow Lite Micro and LiteRT."""
     lite = Interpreter(model_content=content, experimental_op_resolver_type=KERNELS)
     lite.allocate_tensors()
     taken, given = lite.get_input_details()[0], lite.get_output_details()[0]["index"]
@@ -134,8 +133,7 @@ def largest_difference(content, x):
 
 
 def in_tflm(net, model):
-    """Return the sizes and arenas of two int8 files: the file for microcontrollers and a dense
-    file."""
+    """Return sizes and arenas of the int8 file for microcontrollers and of a dense int8 file."""
     (x, _), (x_test, _) = net.data()
     with tempfile.TemporaryDirectory() as folder:
         report = keras_dst.export_tflite(

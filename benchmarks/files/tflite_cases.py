@@ -98,7 +98,7 @@ CASES = {
         bars={"latency_no_avx": 0.3},
     ),
 }
-# This code measures as keras_dst.export.measure, but without Keras, because the backends need AVX.
+# This code works like keras_dst.export.measure, but without Keras, because the backends need AVX.
 NO_AVX = """
 import json, statistics, time
 from ai_edge_litert.interpreter import Interpreter

@@ -41,7 +41,7 @@ from benchmarks.timing import in_turns, ratios, seconds, steps_of_fit, update_ma
 BENCHMARK = "gpu"
 BACKENDS = ("jax", "torch")
 SECONDS = 520  # For all backends together.
-RESERVE = 15  # Seconds at the end that are not given to any method.
+RESERVE = 15  # Seconds that are reserved for the end of the run.
 TOTAL = 4000  # Training steps for which the masks are scheduled.
 STEPS = 16  # Timed steps per turn.
 MOST_TURNS = 7

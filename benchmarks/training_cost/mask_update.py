@@ -23,7 +23,7 @@ from benchmarks.timing import cpu_seconds, in_turns, ratios, update_masks
 
 BENCHMARK = "mask_update"
 ROUNDS = 9
-STEPS = 10_000  # Training steps
+STEPS = 10_000  # Number of training steps.
 STEP = 100  # Steps between two updates.
 SELF = pathlib.Path("/proc/self")
 # With this setting, glibc gives every block of 512 KiB or more separate pages.
@@ -80,7 +80,7 @@ def measure():
 
 
 def prepared(method):
-    """Return a network's mask update driver and the compiled mask update."""
+    """Return the object that updates the masks of a network, and the compiled update."""
     import keras
     import numpy as np
     from keras import ops

@@ -14,8 +14,8 @@ Every weight of this network is multiplied once per sample, so density determine
 operations. A product takes two operations, and a step has three products: outputs, gradients of the
 inputs, and gradients of the weights. keras_dst computes dense products. The column "zeros skipped"
 counts the products at the mean density of each epoch. Methods that may regrow a weight (`ALIVE`)
-need the gradients of all weights. RigL needs all gradients only in the step before an update. These
-gradients are not counted.
+need the gradients of all weights. RigL needs all gradients only in the step before an update. The
+table does not count these gradients.
 """
 
 import argparse

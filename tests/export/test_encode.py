@@ -27,7 +27,7 @@ def stored(model, graph=0):
     return [(tensor, model.buffers[tensor.buffer].data.view(np.float32)) for tensor in tensors]
 
 
-# A 3x8 weight in 1x4 blocks. The rows keep the blocks [1], [] and [0, 1] of their two blocks.
+# A 3x8 weight in 1x4 blocks. The three rows keep the blocks [1], [] and [0, 1].
 GOLDEN = np.array(
     [[0, 0, 0, 0, 1, 2, 0, 4], [0, 0, 0, 0, 0, 0, 0, 0], [5, 6, 7, 8, 9, 0, 0, 0]], np.float32
 )

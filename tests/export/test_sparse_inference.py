@@ -156,8 +156,8 @@ BODY = (entry, depthwise(), pointwise)
 SQUEEZE = (pointwise, unary("LOGISTIC"))
 ADD, MUL = schema.AddOptionsT, schema.MulOptionsT
 
-# Verdicts observed with LiteRT 2.3 and AVX hidden. "on": XNNPACK runs the region; "off": it does
-# not; "wrong": it does, and the outputs are wrong.
+# Verdicts observed with LiteRT 2.3 and AVX hidden. "on": XNNPACK runs the region. "off": XNNPACK
+# does not run the region. "wrong": XNNPACK runs the region and computes wrong outputs.
 MIDDLES = {
     "nothing": ([], "on"),
     "activations": ([unary("RELU"), unary("HARD_SWISH"), unary("LOGISTIC"), unary("SIN")], "on"),

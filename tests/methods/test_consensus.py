@@ -264,7 +264,7 @@ def project(method, logits, costs, weights=None, layouts=None):
 
 
 def test_projection_opens_gates_up_to_the_budget():
-    #              cost 2 each            cost 6 each
+    # A unit of the first kernel costs 2, a unit of the second kernel costs 6.
     logits = [[0.3, -0.1, 0.2, 0.5], [-0.4, 0.1, -0.2]]
     one, two = project(Consensus(0.5), logits, [1, 3])
     # Opening the logits 0.5, 0.3, 0.2, 0.1 in this order costs 2, 4, 6, 12 of 26. The target is 13.
@@ -316,8 +316,8 @@ def test_trajectory_of_consensus_equals_the_equations():
         turns += np.sum((z > 0) != before)
         before = z > 0
         g = reference.gradients(xs, ys, {**p, "w1": p["w1"] * z})
-        to_z = (g["w1"] * p["w1"]).sum(0)  # straight-through gradient
-        to_z += 0.5 * (1 - 2 * z) / n  # mean(g (1 - g)), g = z
+        to_z = (g["w1"] * p["w1"]).sum(0)  # Straight-through gradient.
+        to_z += 0.5 * (1 - 2 * z) / n  # Gradient of mean(g (1 - g)), g = z.
         to_z += 4.0 * 2 * (z.mean() - 0.4) / n
         optimizer.step(p, {**g, "w1": g["w1"] * z, "logit": to_z * pi * (1 - pi)})
     assert turns > 0

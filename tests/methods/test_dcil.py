@@ -229,7 +229,7 @@ def on_both_paths(model, x):
 
 
 class OneNumber(layers.Layer):
-    """A layer that adds a loss. Its value depends on the path."""
+    """A layer that adds a loss whose value depends on the path."""
 
     def call(self, x):
         self.add_loss(ops.mean(x))
@@ -321,8 +321,7 @@ def test_a_regression_loss_needs_training_without_divergence():
 
 
 def trained_by_equations(x, y, p, statistics, warmup):
-    """Train with DCIL in NumPy: masks change every second step, and reach 0.8 after 40 of 50
-    steps."""
+    """Train with DCIL in NumPy. Masks change every second step until sparsity 0.8 at step 40."""
     optimizer = reference.Momentum(p)
     names, losses = ("w1", "w2"), []
     for t in range(len(x)):
@@ -406,7 +405,7 @@ def test_divergence_starts_after_the_warm_up(warmup):
     assert watch.coupled == [float(step / 50 >= warmup) for step in range(1, 51)]
 
 
-# Exclude the recurrent model: XLA takes minutes to compile its two paths.
+# Exclude the recurrent model: XLA takes minutes to compile the two paths of this model.
 @pytest.mark.parametrize("kind", [kind for kind in models.MODELS if kind != "recurrent"])
 def test_training_of_every_kind_of_model(kind, tmp_path):
     x, y = models.data(size=32)

@@ -19,8 +19,8 @@ from tests import models
 def test_pruning_events_are_at_the_epochs_of_the_paper(sparsity, every):
     found = FlipOut(sparsity).schedule.jumps(350)
     events = round(np.log2(1 / (1 - sparsity)))
-    # The paper rounds to whole epochs. Its last sparsity is 1 - 0.5^10 = 0.99902; this test has
-    # 0.999.
+    # The paper rounds to whole epochs. The last sparsity of the paper is
+    # 1 - 0.5^10 = 0.99902; this test has 0.999.
     assert len(found) == events
     np.testing.assert_allclose(found, every * np.arange(1, events + 1), atol=0.03 * 350)
 

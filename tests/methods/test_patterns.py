@@ -38,7 +38,7 @@ def refusal(cls, pattern, allocation):
 
 
 def check_pattern(pattern, mask):
-    """Check the pattern of a mask. Its last axes are inputs (a multiple of 4) and outputs."""
+    """Check the pattern of a mask whose last axes are inputs (a multiple of 4) and outputs."""
     *window, inputs, outputs = mask.shape
     if pattern == "2:4":
         groups = mask.reshape(-1, inputs // 4, 4, outputs)

@@ -106,7 +106,8 @@ SHAPES = [(10, 10), (30, 50), (50, 10)]
     ("allocation", "sparsity", "expected"),
     [
         ("uniform", 0.75, [100, 319, 106]),  # The first weight stays dense.
-        ("uniform", 0.9, [10, 150, 50]),  # If it were dense, it would be half of all.
+        # A dense first weight would be half of all kept weights, so it is pruned as well.
+        ("uniform", 0.9, [10, 150, 50]),
         ({"a": 0.5}, 0.75, [50, 375, 125]),
     ],
 )

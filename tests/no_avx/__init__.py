@@ -57,8 +57,7 @@ def hide(library):
 
 
 def run(code, *arguments):
-    """Run Python code in a process that sees no AVX; raise RuntimeError with its errors if it
-    fails."""
+    """Run Python code in a process that sees no AVX; raise RuntimeError if the code fails."""
     hidden = "import sys\nfrom tests import no_avx\nno_avx.hide(sys.argv.pop(1))\n"
     done = subprocess.run(
         [sys.executable, "-c", hidden + code, str(_library()), *map(str, arguments)],
