@@ -222,14 +222,6 @@ def test_pattern(name, shape, layout, block):
 def test_golden_blocks():
     # A kernel with 5 inputs and 3 outputs, and pattern 1x4: each block has 4 inputs of one output.
     # The fifth input forms blocks of one weight.
-    #
-    #          out 0 1 2
-    # in 0         1 0 2
-    #    1         2 0 2                means   2.5  0  2
-    #    2         3 0 2                          6 -1  0
-    #    3         4 0 2
-    #    ---------------
-    #    4         6 -1 0
     kernel = tensor([[1, 0, 2], [2, 0, 2], [3, 0, 2], [4, 0, 2], [6, -1, 0]])
     pattern = Pattern("1x4")
     scores = pattern.scores(kernel)

@@ -2,10 +2,11 @@
 
 python -m benchmarks.files.int8 [--nets NET ...]
 
-The networks of `benchmarks.files.tflite_cases`, dense and with 90 % zeros, are exported in
-three forms: float32 weights, int8 weights (`quantize="weights"`), and int8 weights and activations
-(`quantize="full"`, with ranges from 200 training images). Accuracy is measured on test images.
-Every file is exported with `optimize="size"`. Networks that are already stored are skipped.
+The networks of `benchmarks.files.tflite_cases`, dense and with 90 % zeros, are exported in three
+forms. The first form has float32 weights, and the second form has int8 weights
+(`quantize="weights"`). The third form has int8 weights and activations (`quantize="full"`), with
+ranges from 200 training images. Accuracy is measured on test images. Every file is exported with
+`optimize="size"`. Networks that are already stored are skipped.
 """
 
 import argparse

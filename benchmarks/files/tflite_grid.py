@@ -7,8 +7,8 @@ The trained dense networks of `benchmarks.files.tflite_cases` are trained furthe
 for half as many epochs. Every layer except the last gets the same sparsity. The dense network is
 trained for the same number of epochs. With the pattern "channel", the pruned channels are removed.
 
-Each network is exported for latency and compared with the dense float32 and int8 files, at batch
-size 1 on one thread; the files take turns. The columns are accuracy on test images, bytes, latency,
+Each network is exported for latency. Its file and the dense float32 and int8 files are measured in
+turns, at batch size 1 on one thread. The columns are accuracy on test images, bytes, latency,
 load time and peak memory. The file that TensorFlow's converter writes with `EXPERIMENTAL_SPARSITY`
 is measured as well. Latency is measured again with AVX hidden, where XNNPACK uses its kernels for
 ARM; keras_dst then exports for ARM. Cells that are already stored are skipped.
@@ -38,7 +38,7 @@ PATTERNS = ("unstructured", "1x4", "channel")
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 TARGETS = {"sparse": "host", "arm": "arm"}  # files that keras_dst writes
 RUNS, LOADS = 50, 9
-FREQUENCY = 10  # steps between updates of the masks: trainings are short
+FREQUENCY = 10  # steps between mask updates; the training runs are short
 
 
 def epochs_of(net) -> int:

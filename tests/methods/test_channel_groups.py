@@ -9,9 +9,9 @@ from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods import Magnitude
 from keras_dst.methods.channels import ChannelGroups, Channels, alive, channel_scores
 
-# A stem (3 -> 4 channels) and a branch (4 -> 2 -> 4 channels), whose outputs are added, and a head
-# (4 -> 5), which is not pruned. The first group has the channels of the sum. The second group has
-# the channels inside the branch.
+# The model adds the outputs of a stem (3 -> 4 channels) and a branch (4 -> 2 -> 4 channels). The
+# head (4 -> 5) is not pruned. The first group has the channels of the sum. The second group has the
+# channels inside the branch.
 STAYS = [0.0, 0.0, 1.0]
 SUM, INSIDE = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]
 GROUPS = ChannelGroups(
