@@ -64,8 +64,8 @@ class CoupledChannels:
       axis.
 
     All dead channels are then exactly zero, and `shrink` can remove all of them. The saliency of a
-    channel is the sum over all positions with its id along the output axes. In all other variables
-    of the model, the analysis cannot follow channels.
+    channel is the sum over all positions with its id along the output axes. Variables of the model
+    that are not listed as members have no channels that can be removed.
 
     Attributes:
         members: all variables with channels. A variable appears once. The members are variables of

@@ -39,12 +39,12 @@ def _every(pattern: str, ranks=(1, 2, 3)) -> tuple:
     return tuple(getattr(layers, pattern.format(n)) for n in ranks)
 
 
-# Layers that treat every value separately, or do nothing in inference.
+# Layers that apply a function to every value separately, or do nothing in inference.
 _ELEMENTWISE_LAYERS = (
     *(layers.Dropout, layers.GaussianNoise, layers.GaussianDropout, layers.ActivityRegularization),
     *(layers.Identity, layers.ReLU, layers.LeakyReLU, layers.ELU, *_every("SpatialDropout{}D")),
 )
-# Layers that treat every channel separately and all channels alike.
+# Layers that apply the same function to every channel separately.
 _SPATIAL = (
     *(*_every("UpSampling{}D"), *_every("ZeroPadding{}D"), *_every("Cropping{}D")),
     *(*_every("MaxPooling{}D"), *_every("AveragePooling{}D")),

@@ -152,7 +152,7 @@ class Opaque(ChannelHandler):
 
 
 class Elementwise(ChannelHandler):
-    """Operation that treats every channel separately and all channels alike."""
+    """Operation that applies the same function to every channel separately."""
 
     def place_channels(self) -> None:
         axis = self.x.axis if len(self.y.shape) == len(self.x.shape) else len(self.y.shape) - 1

@@ -174,7 +174,7 @@ class BackupAndRestore(keras.callbacks.Callback):
     def _restore_generator(self):
         """Restore the state of the torch generator before the first batch after the backup.
 
-        Restoring earlier would be wrong, because the beginning of an epoch also draws random
+        The state is not restored earlier, because the beginning of an epoch also draws random
         numbers.
         """
         if self._generator is not None:

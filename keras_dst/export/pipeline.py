@@ -112,7 +112,8 @@ class _Data:
         signature: the inputs of the file.
         samples: samples on which the file is compared with the model.
         calibration: samples that give the ranges of int8 values; None if no ranges are needed.
-        evaluate: None, a function of predict, or samples and labels.
+        evaluate: the argument `evaluate` as None, as a function of predict, or as samples and
+            labels.
     """
 
     signature: Signature
