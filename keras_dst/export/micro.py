@@ -259,9 +259,8 @@ def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
     for graph in model.subgraphs:
         encoded: dict[int, tuple[int, int]] = {}
         for index, tensor in list(enumerate(graph.tensors)):
-            tensor.name = text(tensor.name).split(";")[
-                0
-            ]  # The converter joins the names of merged ops.
+            # The converter joins the names of merged ops.
+            tensor.name = text(tensor.name).split(";")[0]
             if tensor.buffer in found:
                 encoded[index] = _add_constants(model, graph, found[tensor.buffer].values)
                 tensor.buffer = 0  # An op computes this tensor.
