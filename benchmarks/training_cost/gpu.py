@@ -180,7 +180,7 @@ def measure(nets, smoke, limit):
             rows = (len(cases) - done) * len(chosen) - turn
             if left < (plain.first_fit if plain else 0):
                 run["methods"][method_name] = None
-                print(f"{name}, {method_name}: skipped, because the time is over")
+                print(f"{name}, {method_name}: left out, because the time is over")
             else:
                 plain = plain or Trained(None, setting, x, y)
                 budget = 0 if smoke else left / rows
