@@ -15,6 +15,11 @@ once = pytest.mark.once
 #: Mark of slow tests, which are left out by `make test` and included by `make test-all`.
 slow = pytest.mark.slow
 
+#: Mark of tests whose cases each compile a training step, which takes most of the test time. With
+#: `every(n)`, `make test` runs every n-th case on TensorFlow and JAX, and all cases on PyTorch. JAX
+#: starts at the first case and TensorFlow at the second, so the two backends run different cases.
+every = pytest.mark.every
+
 #: True in `make test-all`, which runs the slow tests.
 LONG = bool(os.environ.get("KERAS_DST_LONG"))
 

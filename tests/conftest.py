@@ -74,67 +74,16 @@ def pytest_configure(config):
     )
 
 
-# These tests take most of the time on TensorFlow and JAX, because both compile a training step for
-# every case. On these backends `make test` runs the first N cases only; the others are marked slow.
-# PyTorch compiles nothing and runs all cases.
-CASES_WHERE_STEPS_ARE_COMPILED = {
-    "test_resuming_from_a_final_backup_trains_no_further": 1,
-    "test_a_mask_of_ones_changes_nothing": 3,
-    "test_a_stripped_model_can_be_made_sparse_again_and_trains_all_weights": 3,
-    "test_an_extreme_target_keeps_a_weight_of_every_layer": 3,
-    "test_training_with_every_inner_optimizer": 12,
-    "test_every_checkpoint_has_the_logged_sparsity": 2,
-    "test_training_of_every_kind_of_model": 3,
-    "test_every_sparse_layer_equals_its_stock_layer_with_masked_weights": 8,
-    "test_training_with_every_compile_option": 9,
-    "test_training_of_layers_with_one_weight": 2,
-    "test_training_in_mixed_precision": 5,
-    "test_nan_keeps_the_masks_valid": 2,
-    "test_saved_and_resumed_equals_uninterrupted": 4,
-    "test_the_compiled_step_is_traced_once": 4,
-    "test_every_pattern_and_allocation_is_valid_or_raises": 40,
-}
-
-# On TensorFlow and JAX, `make test` runs only every n-th case of these tests. Neighboring cases
-# differ in their parameters, so the chosen cases contain all parameters.
-EVERY_NTH_CASE_WHERE_STEPS_ARE_COMPILED = {
-    "test_an_interrupted_fit_restores_the_model": 5,
-    "test_the_dropped_fraction_follows_a_cosine": 3,
-    "test_frozen_layers_are_skipped": 3,
-    "test_shrink_with_masks_of_an_embedding": 3,
-    "test_sparsify_keeps_the_optimizer_object_and_its_state": 3,
-    "test_unbuilt_layers_are_pruned_when_they_are_built": 4,
-}
-
-# On TensorFlow and JAX, `make test` runs only one case per method of these tests. The id of a case
-# starts with the method. The other parameters of the chosen cases differ between methods.
-ONE_CASE_PER_METHOD_WHERE_STEPS_ARE_COMPILED = {
-    "test_a_custom_loop_gives_the_masks_and_weights_of_fit",
-    "test_an_unstripped_model_can_be_exported",
-    "test_early_stopping_with_restored_best_weights",
-    "test_float64_as_default_dtype",
-    "test_masks_equal_those_of_float32",
-    "test_restored_weights_are_pruned_again_with_a_warning",
-    "test_best_weights_at_the_target_are_restored_unchanged",
-}
-
-
 def pytest_collection_modifyitems(items):
-    from tests.backends import COMPILES
-
-    if not COMPILES:
+    """Mark the cases that `every(n)` leaves to `make test-all` as slow."""
+    first = {"jax": 0, "tensorflow": 1}.get(os.environ.get("KERAS_BACKEND"))
+    if first is None:
         return
     tests = {}
     for item in items:
-        tests.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
-    for (_, name), cases in tests.items():
-        kept = cases[: CASES_WHERE_STEPS_ARE_COMPILED.get(name)]
-        kept = kept[:: EVERY_NTH_CASE_WHERE_STEPS_ARE_COMPILED.get(name, 1)]
-        if name in ONE_CASE_PER_METHOD_WHERE_STEPS_ARE_COMPILED:
-            methods = {}
-            for item in cases:
-                methods.setdefault(item.callspec.id.split("-")[0], []).append(item)
-            kept = [found[i % len(found)] for i, found in enumerate(methods.values())]
-        for item in cases:
-            if item not in kept:
+        if mark := item.get_closest_marker("every"):
+            tests.setdefault((item.path, item.originalname, *mark.args), []).append(item)
+    for (_, _, n), cases in tests.items():
+        for i, item in enumerate(cases):
+            if i % n != first:
                 item.add_marker(pytest.mark.slow)

@@ -10,7 +10,7 @@ import keras_dst
 from keras_dst import methods
 from keras_dst.callbacks import SparseTraining
 from tests import models
-from tests.backends import once
+from tests.backends import every, once
 
 METHODS = {
     "magnitude": methods.Magnitude(0.8),
@@ -76,6 +76,7 @@ def check_agreement(model, history, sparse_training, target, tolerance=0.02):
     assert found == pytest.approx(history["sparsity"][-1], abs=tolerance)
 
 
+@every(5)
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("name", METHODS)
 def test_restored_weights_are_pruned_again_with_a_warning(name, first):
@@ -95,6 +96,7 @@ def test_restored_weights_are_pruned_again_with_a_warning(name, first):
         check_agreement(model, history, sparse_training, method.schedule.sparsity)
 
 
+@every(3)
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("name", ["magnitude", "rigl", "optg", "dst"])
 def test_early_stopping_with_restored_best_weights(name, first):
@@ -107,6 +109,7 @@ def test_early_stopping_with_restored_best_weights(name, first):
     check_agreement(model, history, sparse_training, method.schedule.sparsity)
 
 
+@every(3)
 @pytest.mark.parametrize("name", ["magnitude", "revival", "rigl", "flipout", "optg"])
 def test_best_weights_at_the_target_are_restored_unchanged(name):
     """The restored weights fit the masks of their epoch, so no warning is raised."""
@@ -135,6 +138,7 @@ def test_early_stopping_keeps_the_sparsity_of_the_schedule():
     assert keras_dst.report(model).sparsity == pytest.approx(history["sparsity"][-1], abs=1e-3)
 
 
+@every(2)
 @pytest.mark.parametrize("first", [True, False])
 def test_weights_assigned_during_training_are_masked(first, tmp_path):
     """Dense weights that a callback assigns are masked before validation and before saving."""
@@ -160,6 +164,7 @@ def test_weights_assigned_during_training_are_masked(first, tmp_path):
         assert keras_dst.report(loaded).sparsity == pytest.approx(logged, abs=1e-3)
 
 
+@every(2)
 @pytest.mark.parametrize("swap_on_epoch", [True, False])
 @pytest.mark.parametrize("first", [True, pytest.param(False, marks=once)])
 def test_moving_averages_have_the_sparsity_of_the_weights(swap_on_epoch, first, tmp_path):
@@ -180,6 +185,7 @@ def test_moving_averages_have_the_sparsity_of_the_weights(swap_on_epoch, first, 
     check_agreement(model, history, sparse_training, 0.8)
 
 
+@every(2)
 @pytest.mark.parametrize("name", ["magnitude", "dst"])
 def test_moving_averages_that_overwrite_the_weights_are_masked(name):
     method = METHODS[name]

@@ -11,6 +11,7 @@ import keras_dst
 from keras_dst import methods
 from keras_dst.callbacks import SparseTraining
 from keras_dst.schedules import Constant, Cubic
+from tests.backends import every
 
 X = np.random.default_rng(0).standard_normal((32, 8, 8, 3)).astype("float32")
 Y = np.arange(32) % 5
@@ -106,6 +107,7 @@ def test_coupled_channels_are_ranked_by_summed_scores():
         assert not any(array(v)[~alive].any() for v in followers), name
 
 
+@every(2)
 @pytest.mark.parametrize("name", RANKING)
 def test_every_ranking_method_prunes_coupled_channels(name):
     model = fit(compiled(RANKING[name]), callback := SparseTraining())
@@ -122,6 +124,7 @@ def test_every_ranking_method_prunes_coupled_channels(name):
     )
 
 
+@every(2)
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
 def test_a_custom_loop_gives_the_channel_masks_of_fit(allocation):
     def method():
@@ -196,6 +199,7 @@ def test_heads_and_residual_channels_of_a_transformer_are_pruned():
     np.testing.assert_allclose(array(model(tokens)), array(small(tokens)), atol=1e-5)
 
 
+@every(2)
 @pytest.mark.parametrize("counted_in", ["channels", "parameters", "flops"])
 def test_the_target_is_met_in_channels_parameters_and_flops(counted_in):
     method = methods.Magnitude(

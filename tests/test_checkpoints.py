@@ -8,7 +8,7 @@ import keras_dst
 from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import DST, LayerMethod
 from tests import stop_worker
-from tests.backends import once
+from tests.backends import every, once
 from tests.stop_worker import ALL_METHODS, x, y
 
 
@@ -31,6 +31,7 @@ class Logged(keras.callbacks.Callback):
         assert logs["sparsity"] - 0.01 <= found <= logs["sparsity"] + 0.1
 
 
+@every(2)
 @pytest.mark.parametrize(
     ("name", "ending", "save_freq"),
     [
@@ -122,6 +123,7 @@ class TestGateErrors:
         callbacks = [SparseTraining(**arguments)]
         model.fit(x, y, validation_data=(x, y), verbose=0, callbacks=callbacks)
 
+    @every(2)
     @pytest.mark.parametrize("gate", ["f1", "val_f1"])
     def test_an_unknown_metric_raises(self, gate):
         with pytest.raises(ValueError, match=r"none of the metrics\. Expected one of: accuracy"):
@@ -148,6 +150,7 @@ class TestGateErrors:
             model.fit(x, y, verbose=0, callbacks=[SparseTraining(metric_at_target="val_loss")])
 
 
+@every(2)
 @pytest.mark.parametrize("ending", ["keras", "weights.h5"])
 def test_an_interrupted_save_keeps_the_previous_file(ending, tmp_path, monkeypatch):
     path = tmp_path / f"model.{ending}"
@@ -183,6 +186,7 @@ def test_an_interrupted_save_keeps_the_previous_file(ending, tmp_path, monkeypat
     assert int(resumed.optimizer.iterations) == 2 * stop_worker.STEPS
 
 
+@every(2)
 @pytest.mark.parametrize("name", ["dst-target", "magnitude"])
 def test_a_model_can_be_saved_after_an_interrupted_fit(name, tmp_path):
     """After the interruption, the model can be saved, and a fit without the callback raises."""

@@ -11,7 +11,7 @@ from keras_dst import methods, schedules
 from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import LayerMethod, TwoPathMethod, UpdateMethod
 from tests import models
-from tests.backends import COMPILES
+from tests.backends import COMPILES, every
 from tests.pages import blocks
 
 # The controller needs more than a hundred steps, so it warns. test_callbacks.py tests the warning.
@@ -150,6 +150,7 @@ def test_target_log_second_fit_and_strip(method):
     assert not any(type(z).__module__.startswith("keras_dst") for z in model._flatten_layers())
 
 
+@every(4)
 @pytest.mark.parametrize("name", ["set", *KINDS, *OWN])
 def test_saved_and_resumed_equals_uninterrupted(name, tmp_path):
     method = METHODS[name]
@@ -178,6 +179,7 @@ class StopAfter(keras.callbacks.Callback):
         self.model.stop_training = epoch == self.epoch
 
 
+@every(2)
 @pytest.mark.parametrize("name", ["dst-target", "consensus", "magnitude"])
 def test_a_schedule_that_spans_two_fits(name):
     method = METHODS[name]
@@ -203,6 +205,7 @@ class Memory(keras.layers.Layer):
         return h, [h]
 
 
+@every(2)
 @pytest.mark.parametrize("name", ["dst-target", "dcil", "optg"])
 def test_masks_of_recurrent_layers(name):
     keras.utils.set_random_seed(0)
@@ -215,6 +218,7 @@ def test_masks_of_recurrent_layers(name):
     check_target(model, METHODS[name])
 
 
+@every(4)
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_training_in_mixed_precision(one_of_each, policy):
     if COMPILES and policy == "mixed_bfloat16" and one_of_each[0] not in ONE_OF_A_FAMILY:
@@ -248,6 +252,7 @@ INNER = {
 }
 
 
+@every(4)
 @pytest.mark.parametrize("inner", INNER)
 def test_training_with_every_inner_optimizer(one_of_each, inner):
     if COMPILES and inner != "all":
@@ -272,6 +277,7 @@ def test_training_with_every_inner_optimizer(one_of_each, inner):
     check_target(model, one_of_each)
 
 
+@every(5)
 @pytest.mark.parametrize(
     "compile_arguments",
     [{"run_eagerly": True}, {"steps_per_execution": 4}, {"jit_compile": True}],
@@ -289,6 +295,7 @@ def test_training_with_every_compile_option(one_of_each, compile_arguments):
     check_target(model, one_of_each)
 
 
+@every(4)
 def test_the_compiled_step_is_traced_once(one_of_each, monkeypatch):
     model = build(one_of_each[0])
     traces = []
@@ -321,6 +328,7 @@ EXTREME = [
 ]
 
 
+@every(3)
 @pytest.mark.parametrize("method", EXTREME, ids=lambda method: type(method).__name__)
 def test_an_extreme_target_keeps_a_weight_of_every_layer(method):
     model = build(method)

@@ -6,6 +6,7 @@ import pytest
 
 import keras_dst
 from keras_dst import methods
+from tests.backends import every
 
 distillation = pytest.importorskip("keras.distillation")
 
@@ -19,6 +20,7 @@ def network(units):
     )
 
 
+@every(2)
 @pytest.mark.parametrize(
     "method", [methods.Magnitude(0.8), methods.OptG(0.8), methods.DST(0.8)], ids=repr
 )

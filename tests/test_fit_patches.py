@@ -10,6 +10,7 @@ import keras_dst
 from keras_dst.callbacks import BackupAndRestore, SparseTraining
 from keras_dst.methods import DCIL, Magnitude
 from tests import models
+from tests.backends import every
 
 PATCHED = ("save", "save_weights", "evaluate", "compute_loss")
 x, y = models.data(size=32)
@@ -67,6 +68,7 @@ def model(request):
     return sparse(request.param)
 
 
+@every(5)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 @pytest.mark.parametrize(
     ("hook", "epoch"),

@@ -10,7 +10,7 @@ from keras_dst.callbacks import SparseTraining
 from keras_dst.layers import Gate
 from keras_dst.methods import DST, Consensus
 from tests import models
-from tests.backends import once
+from tests.backends import every, once
 from tests.gradients import gradients
 
 # These runs are too short to reach the target, so they warn. test_callbacks.py tests the warning.
@@ -128,6 +128,7 @@ def test_a_gating_module_trains_with_a_partial_last_batch():
     assert np.isfinite(history.history["loss"]).all()
 
 
+@every(2)
 @pytest.mark.parametrize(
     ("structure", "dependent"),
     [
@@ -254,6 +255,7 @@ def test_resumed_training_equals_an_uninterrupted_run(tmp_path):
         np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
 
 
+@every(4)
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_training_in_mixed_precision(policy):
     before = keras.config.dtype_policy()

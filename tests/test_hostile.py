@@ -18,7 +18,7 @@ from keras_dst.callbacks import BackupAndRestore, SparseTraining
 from keras_dst.masks import Layout
 from keras_dst.methods import LayerMethod
 from tests import stop_worker
-from tests.backends import once
+from tests.backends import every, once
 from tests.stop_worker import ALL_METHODS, x, y
 
 # JAX compiles every operation for every shape, so it tests fewer examples.
@@ -161,6 +161,7 @@ def kept_weights(model):
 
 @pytest.mark.parametrize("name", KINDS)
 class TestTraining:
+    @every(3)
     def test_nan_keeps_the_masks_valid(self, name):
         """The loss becomes NaN, but masks keep their counts and every layer keeps a weight."""
         method = KINDS[name]
@@ -179,6 +180,7 @@ class TestTraining:
             assert 1 - sum(kept) / 128 == pytest.approx(0.8, abs=0.01)
         assert np.isfinite(history["sparsity"]).all()
 
+    @every(2)
     def test_training_with_constant_gradients_and_equal_weights(self, name):
         method = KINDS[name]
         model = net(method)
@@ -191,11 +193,13 @@ class TestTraining:
         if not method.learned:
             assert 1 - sum(kept) / 128 == pytest.approx(0.8, abs=0.01)
 
+    @every(3)
     def test_training_of_layers_with_one_weight(self, name):
         model = net(KINDS[name], units=(1, 1, 1), inputs=1)
         fit(model, x[:, :1], y, epochs=2, callbacks=[SparseTraining()])
         assert min(kept_weights(model)) >= 1
 
+    @every(2)
     def test_training_with_one_batch_or_one_row(self, name):
         for rows in (len(x), 1):
             model = net(KINDS[name])
@@ -203,6 +207,7 @@ class TestTraining:
             target = 0.7 if KINDS[name].learned else 0.8
             assert history["sparsity"][-1] == pytest.approx(target, abs=0.02)
 
+    @every(2)
     def test_a_second_fit_with_another_sparsity(self, name):
         method = KINDS[name]
         other = type(method)(**{**method.get_config(), "sparsity": 0.5})

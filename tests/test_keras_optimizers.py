@@ -16,7 +16,7 @@ from keras.src.optimizers import multi_optimizer
 from keras_dst import SparseOptimizer
 from keras_dst.methods import FlipOut, Magnitude, RigL
 from keras_dst.schedules import Constant
-from tests.backends import slow
+from tests.backends import every, slow
 
 BACKEND = keras.backend.backend()
 OPTIMIZERS = {
@@ -275,6 +275,7 @@ def network():
 x = np.random.default_rng(0).standard_normal((32, 4)).astype("float32")
 
 
+@every(2)
 @pytest.mark.parametrize("make", [around, inside])
 def test_state_of_several_optimizers_after_loading(make, tmp_path):
     assert multi_optimizer.MultiOptimizer is keras.optimizers.MultiOptimizer
@@ -295,6 +296,7 @@ def test_state_of_several_optimizers_after_loading(make, tmp_path):
     assert_same(model.get_weights(), loaded.get_weights())
 
 
+@every(2)
 @pytest.mark.parametrize("method", [METHOD, FlipOut(0.5), RigL(0.5)])
 def test_the_callback_finds_a_sparse_optimizer_in_a_multi_optimizer(method):
     from keras_dst.callbacks import SparseTraining

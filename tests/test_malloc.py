@@ -15,6 +15,7 @@ from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import Magnitude
 from keras_dst.optimizers import SparseOptimizer
 from tests import models
+from tests.backends import every
 
 pytestmark = pytest.mark.skipif(
     malloc.glibc() is None, reason="needs glibc with its default memory policy"
@@ -83,6 +84,7 @@ def test_an_interrupted_training_restores_the_memory_policy(error):
     assert not is_kept()
 
 
+@every(2)
 def test_environment_variables_have_priority():
     code = "from tests.test_malloc import *; malloc.keep_freed_memory(); print(is_kept())"
     done = subprocess.run(

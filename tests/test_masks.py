@@ -15,7 +15,7 @@ from keras_dst import masks
 from keras_dst._backend import ranking
 from keras_dst._backend.jit import jit
 from keras_dst.masks import KERNEL, Layout, Pattern
-from tests.backends import COMPILES
+from tests.backends import COMPILES, every
 from tests.gradients import gradients
 
 DEPTHWISE = Layout(outputs=(-2, -1), inputs=())
@@ -370,6 +370,7 @@ TOP_K = [
 ]
 
 
+@every(3)
 @pytest.mark.parametrize(
     ("scores", "kept", "expected"),
     [pytest.param(*case, id=what) for what, *case in TOP_K],
@@ -378,6 +379,7 @@ def test_top_k(scores, kept, expected):
     assert_equal(top_k(scores, kept), [np.array(mask, bool) for mask in expected])
 
 
+@every(3)
 @pytest.mark.skipif(COMPILES, reason="the test changes the search, which must not be compiled")
 @pytest.mark.parametrize(
     ("scores", "kept", "expected"),
@@ -500,6 +502,7 @@ def test_top_k_of_each_tensor_equals_a_stable_sort(case, counts):
 
 
 # The sizes are small, so that the scores fill several rows, bundles and slabs, some only in part.
+@every(2)
 def test_top_k_of_several_rows_bundles_and_slabs(monkeypatch):
     sizes = {
         "_ROW_WIDTH": 4,

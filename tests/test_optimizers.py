@@ -15,7 +15,7 @@ from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import DST, SET, FlipOut, Magnitude, RigL
 from keras_dst.schedules import Constant, Cubic, Geometric
 from tests import models, reference
-from tests.backends import slow
+from tests.backends import every, slow
 
 x, y = models.data(size=128)
 STEPS = Cubic(0.8, begin_step=2, end_step=14)
@@ -107,6 +107,7 @@ CLOCKS = {
 }
 
 
+@every(4)
 @pytest.mark.parametrize("name", CLOCKS)
 def test_a_custom_loop_gives_the_masks_and_weights_of_fit(name):
     """All variables are bit-equal after 20 steps. The schedule ends before step 20."""
@@ -215,6 +216,7 @@ def test_measured_sparsity_of_sparse_layers():
     assert 0.05 < expected == pytest.approx(driver.measured_sparsity(), abs=1e-6)
 
 
+@every(2)
 @pytest.mark.parametrize("inner", ["sgd", "adam", "rmsprop", "adamw"])
 def test_zero_sparsity_equals_the_inner_optimizer(inner):
     def weights(wrap):
@@ -251,6 +253,7 @@ def test_config_round_trip():
     assert copy.method == optimizer.method
 
 
+@every(4)
 @pytest.mark.parametrize("kind", models.MODELS)
 def test_training_of_every_kind_of_model(kind):
     """Kernels of every layer are pruned without declarations; embeddings have sparse gradients."""

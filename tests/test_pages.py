@@ -25,14 +25,8 @@ TESTED_ELSEWHERE = {
 
 
 def backends(page):
-    """Return the backends on which a page is tested.
-
-    A page whose blocks name no backend is tested once: on TensorFlow if the page exports a model,
-    and on PyTorch otherwise.
-    """
-    text = (ROOT / page).read_text()
-    named = {info for language, info, _ in fences(page) if language == "python" and info}
-    return named or {"tensorflow" if re.search("export_tflite|keras-dst export", text) else "torch"}
+    """Return the backends on which a page is tested: those that its blocks name, else PyTorch."""
+    return {info for lang, info, _ in fences(page) if lang == "python" and info} or {"torch"}
 
 
 def pages_of_this_backend():

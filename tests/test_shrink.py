@@ -16,7 +16,7 @@ from keras_dst._structure.handlers import KernelLayer
 from keras_dst._structure.plan import Plan
 from keras_dst.methods import DST, Consensus, Magnitude
 from tests import models
-from tests.backends import once
+from tests.backends import every, once
 
 # JAX compiles every op of a random network and TensorFlow traces it, so both test fewer examples.
 EXAMPLES = 12 if keras.backend.backend() == "torch" else 3
@@ -621,6 +621,7 @@ def assert_smaller(model, x, layer="hidden"):
     return small
 
 
+@every(3)
 @pytest.mark.parametrize("kind", STATEFUL_LAYERS)
 def test_shrink_keeps_the_whole_state_of_other_layers(kind):
     model = with_layer(STATEFUL_LAYERS[kind]())
@@ -757,6 +758,7 @@ READERS = {
 }
 
 
+@every(3)
 @pytest.mark.filterwarnings("ignore:.*destroy the mask information")
 @pytest.mark.parametrize("reader", READERS)
 def test_shrink_with_masks_of_an_embedding(reader):
@@ -947,6 +949,7 @@ def test_dead_channels_of_random_networks_are_removed_or_have_a_reason(steps, se
 
 
 # Whole channels of a small network reach the target only within a few percent.
+@every(2)
 @pytest.mark.filterwarnings("ignore:DST")
 @pytest.mark.parametrize("method", [Magnitude, DST], ids=lambda method: method.__name__)
 def test_shrink_a_trained_residual_network(method):

@@ -8,7 +8,7 @@ import pytest
 
 import keras_dst
 from keras_dst.methods import DCIL, DST, Magnitude
-from tests.backends import once
+from tests.backends import every, once
 
 rng = np.random.default_rng(0)
 X = rng.standard_normal((32, 64)).astype("float32")
@@ -72,6 +72,7 @@ def test_sparse_files_are_small_with_exact_weights(path):
     assert path.stat().st_size < (0.1 + 1 / 32) * kernels + others + 6000
 
 
+@every(2)
 @pytest.mark.parametrize("method", [DST(0.9), DCIL(0.9), Magnitude(0.9)], ids=repr)
 def test_a_loaded_sparse_model_predicts_equally_and_continues_training(method, path):
     model = network()

@@ -15,7 +15,7 @@ import pytest
 import keras_dst
 from keras_dst.callbacks import BackupAndRestore, SparseTraining
 from tests import stop_worker
-from tests.backends import COMPILES, once
+from tests.backends import COMPILES, every, once
 
 KILLS = int(os.environ.get("KERAS_DST_KILLS", "1" if COMPILES else "3"))
 SEED = int(os.environ.get("KERAS_DST_SEED", "0"))
@@ -154,6 +154,7 @@ def test_only_unfinished_backup_files_are_removed(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@every(2)
 @pytest.mark.parametrize("name", ["dst-target", "flipout"])
 def test_resuming_from_a_final_backup_trains_no_further(name, tmp_path):
     """The training process may be killed after its last backup."""

@@ -15,7 +15,7 @@ import keras_dst
 from keras_dst import tfmot
 from keras_dst.tfmot.masks import block_mask, magnitude_mask
 from tests import models
-from tests.backends import once
+from tests.backends import every, once
 
 BATCH, STEPS = 8, 12
 GAP = 1e-4
@@ -409,6 +409,7 @@ UNBUILT = {
 }
 
 
+@every(5)
 @pytest.mark.parametrize("name", UNBUILT)
 def test_unbuilt_layers_are_pruned_when_they_are_built(name, tmp_path):
     make, expected = UNBUILT[name]

@@ -11,6 +11,7 @@ from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods import Consensus
 from keras_dst.schedules import Constant, Cubic
 from tests import models, reference
+from tests.backends import every
 from tests.gradients import gradients
 
 DEPTHWISE = Layout(outputs=(-2, -1), inputs=())
@@ -170,6 +171,7 @@ def conv_net():
     )
 
 
+@every(2)
 @pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 @pytest.mark.parametrize("cost", ["flops", "parameters"])
 def test_the_target_is_the_cost_of_the_shrunk_model(cost):
@@ -224,6 +226,7 @@ def test_unknown_flops_raise():
         model.fit(*models.data(), verbose=0, callbacks=[SparseTraining()])
 
 
+@every(2)
 @pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 @pytest.mark.parametrize("inner", [
     lambda: keras.optimizers.SGD(0.05, momentum=0.9),

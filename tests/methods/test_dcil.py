@@ -12,6 +12,7 @@ from keras_dst.masks import KERNEL
 from keras_dst.methods import DCIL, DST, full_path
 from keras_dst.schedules import Constant, Cubic
 from tests import models, reference
+from tests.backends import every
 from tests.gradients import gradients
 
 RNG = np.random.default_rng(0)
@@ -394,6 +395,7 @@ class Watch(keras.callbacks.Callback):
         self.coupled.append(float(state["coupled"].numpy()))
 
 
+@every(2)
 @pytest.mark.parametrize("warmup", [0.0, 0.4])
 def test_divergence_starts_after_the_warm_up(warmup):
     x, y = random(40, 5), RNG.integers(0, 3, 40)
@@ -406,6 +408,7 @@ def test_divergence_starts_after_the_warm_up(warmup):
 
 
 # Exclude the recurrent model: XLA takes minutes to compile the two paths of this model.
+@every(4)
 @pytest.mark.parametrize("kind", [kind for kind in models.MODELS if kind != "recurrent"])
 def test_training_of_every_kind_of_model(kind, tmp_path):
     x, y = models.data(size=32)

@@ -12,6 +12,7 @@ from keras_dst.allocation import floor_counts
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods import Magnitude
 from keras_dst.schedules import Constant, Cubic, Sigmoid
+from tests.backends import every
 
 DEPTHWISE = Layout(outputs=(-2, -1), inputs=())
 
@@ -230,6 +231,7 @@ RESNET_20 = [
 ]
 
 
+@every(3)
 @pytest.mark.parametrize("sparsity", [0.98, 0.99, 0.999])
 def test_global_ranking_keeps_the_minimum_of_every_layer(sparsity):
     # In every second layer the weights are so small that a plain ranking keeps only one of them.
@@ -247,6 +249,7 @@ def test_global_ranking_keeps_the_minimum_of_every_layer(sparsity):
     assert {int(mask.sum()) for mask in plain[1::2]} == {1}
 
 
+@every(3)
 @pytest.mark.parametrize("pattern", ["1x4", "4x1", "4x4"])
 def test_global_ranking_of_blocks_meets_the_target(pattern):
     shapes = [(32, 32), (64, 64), (64, 12)]

@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_dst import methods
 from keras_dst.masks import KERNEL, Layout
+from tests.backends import every
 
 CLASSES = [
     methods.DCIL,
@@ -51,6 +52,7 @@ def check_pattern(pattern, mask):
         assert set(columns) <= {0, math.prod(window) * inputs}
 
 
+@every(7)
 @pytest.mark.parametrize("allocation", ALLOCATIONS, ids=str)
 @pytest.mark.parametrize("pattern", ["unstructured", "1x4", "2:4", "channel"])
 @pytest.mark.parametrize("cls", CLASSES)

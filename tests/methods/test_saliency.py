@@ -8,6 +8,7 @@ from keras import ops
 import keras_dst
 from keras_dst.methods import Magnitude, saliency
 from keras_dst.schedules import Constant, Cubic
+from tests.backends import every
 
 
 def array(tensor):
@@ -41,6 +42,7 @@ def test_taylor_is_a_moving_average_of_squared_products():
     np.testing.assert_allclose(array(average), [0.19 * 9, 0.19 * 4], rtol=1e-6)
 
 
+@every(2)
 @pytest.mark.parametrize("score", ["lamp", "taylor"])
 @pytest.mark.parametrize("revival", [False, True])
 def test_a_fit_meets_the_target(score, revival):
