@@ -37,7 +37,7 @@ def spoken_digits() -> tuple:
 
 
 def load(name: str) -> tuple:
-    """Return a data set from the folder KERAS_DST_DATA, or from `keras.datasets` if unset."""
+    """Return a data set from the folder in KERAS_DST_DATA, if any, or from `keras.datasets`."""
     folder = os.environ.get("KERAS_DST_DATA")
     if not folder and not hasattr(keras.datasets, name):
         raise FileNotFoundError(

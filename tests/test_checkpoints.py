@@ -203,7 +203,7 @@ def test_a_model_can_be_saved_after_an_interrupted_fit(name, tmp_path):
     model.save(tmp_path / "model.keras")
     with pytest.raises(ValueError, match="SparseTraining"):
         stop_worker.fit(model)
-    if isinstance(method, LayerMethod):  # Compiling again repeats the check.
+    if isinstance(method, LayerMethod):  # Check a new step, too.
         model.compile("sgd", "sparse_categorical_crossentropy")
         with pytest.raises(ValueError, match="SparseTraining"):
             stop_worker.fit(model)

@@ -97,7 +97,8 @@ def test_each_cluster_moves_by_the_mean_step_of_its_weights():
     x = np.array([[2, 1, 3, 1, 0, 2, 5, 7]], "float32")
     y = x @ column[:, None] + 0.5
     model.fit(x, y, epochs=1, verbose=0, callbacks=[KeepClusters(4)])
-    step = 0.125 * x[0]  # the loss has the gradient -1 at the output
+    # The gradient of the loss with respect to the output is -1.
+    step = 0.125 * x[0]
     moved = column + [0, *[step[1:3].mean()] * 2, *[step[3:6].mean()] * 3, 0, 0]
     np.testing.assert_allclose(kernel_of(model)[:, 0], moved, rtol=1e-6)
 
