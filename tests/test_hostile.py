@@ -229,7 +229,7 @@ def fit(model, x, y, epochs=1, batch_size=16, **kwargs):
     import warnings
 
     with warnings.catch_warnings():
-        # The controller needs more steps to reach its target, and NaN gradients stop the training.
+        # The controller needs more steps to reach its target, and a NaN loss makes this impossible.
         warnings.filterwarnings("ignore", ".*(training had reached|missed by) .*")
         return model.fit(
             x, y, epochs=epochs, batch_size=batch_size, shuffle=False, verbose=0, **kwargs

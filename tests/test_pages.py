@@ -25,7 +25,7 @@ TESTED_ELSEWHERE = {
 
 
 def backends(page):
-    """Return the backends on which a page is tested: those that its blocks name, else PyTorch."""
+    """Return the backends that the code blocks of a page name, or PyTorch if they name none."""
     return {info for lang, info, _ in fences(page) if lang == "python" and info} or {"torch"}
 
 
