@@ -51,7 +51,7 @@ def load(name: str) -> tuple:
         return tuple((file[f"x_{part}"], file[f"y_{part}"]) for part in ("train", "test"))
 
 
-def under(method, model, optimizer):
+def apply_method(method, model, optimizer):
     """Apply a method to a model, unless the method is None; return the optimizer for `compile`."""
     import keras_dst  # environments of other tools lack keras_dst
 

@@ -81,7 +81,7 @@ def draw_errors(figure, shown) -> None:
 # -- step time by network size ---------------------------------------------------------------------
 
 
-def growth() -> dict:
+def step_time_ratios() -> dict:
     """Return the ratio of each method's step time to the dense step time, by axis."""
     axes = results.runs("scaling")["jax"]["axes"]
     return {
@@ -96,7 +96,7 @@ def growth() -> dict:
     }
 
 
-def draw_growth(figure, shown) -> None:
+def draw_step_time_ratios(figure, shown) -> None:
     every = figure.subplots(1, len(shown), sharey=True)
     for axes, (axis, found) in zip(every, shown.items()):
         for name, ratios in found["ratios"].items():
@@ -152,7 +152,7 @@ def draw_files(figure, shown) -> None:
 
 PICTURES = {
     "methods": (errors, draw_errors, (7, 3.6)),
-    "growth": (growth, draw_growth, (12, 3.4)),
+    "growth": (step_time_ratios, draw_step_time_ratios, (12, 3.4)),
     "files": (files, draw_files, (9, 3.4)),
 }
 

@@ -82,7 +82,7 @@ def run_ours(case, seed, data):
     )
 
     task = dataclasses.replace(
-        case.task, net=lambda: authors_code.begun(case.family, seed, case.task.net())
+        case.task, net=lambda: authors_code.with_initial_weights(case.family, seed, case.task.net())
     )
     sparsity = case.schedule(case.sparsity) if case.schedule else case.sparsity
     return methods.run(task, case.method, sparsity, seed, data, **case.options)
@@ -155,7 +155,9 @@ def table():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("family", nargs="?", choices=REPOSITORIES, help="whose code")
+    parser.add_argument(
+        "family", nargs="?", choices=REPOSITORIES, help="method whose code is compared"
+    )
     parser.add_argument("--code", type=pathlib.Path, help="a checkout of the authors' repository")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--table", action="store_true")

@@ -44,7 +44,7 @@ def dst(case, net, data, seed):
         args = SimpleNamespace(
             max_epoch=case.task.epochs, alpha=5e-4, mask=True, n_eval_step=500, model_folder=folder
         )
-        Trainer(args, logging.getLogger("theirs")).train(
+        Trainer(args, logging.getLogger("authors")).train(
             net, nn.CrossEntropyLoss(), torch.device("cpu"), train, test, optimizer
         )
     layers = [layer for layer in net.modules() if hasattr(layer, "threshold")]
@@ -66,7 +66,7 @@ def flipout(case, net, data, seed):
     words = f"--prune_criterion {criterion} --prune_freq 1 --prune_rate 0.5 --opt sgd -mom 0.9"
     words += f" -lr {case.task.rate} -bs {case.task.batch} -e {case.task.epochs} --device cpu"
     sys.argv = ["main.py", *words.split(), *(["--noise"] if criterion == "flipout" else [])]
-    import main as theirs
+    import main as authors
 
     # The authors' network expects images of 32 x 32 pixels.
     data = [(np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0))), y) for x, y in data]
@@ -74,12 +74,12 @@ def flipout(case, net, data, seed):
     sizes = len(train.dataset), 0, len(test.dataset)
     stand_ins = {
         "get_model": lambda config: net,
-        "get_opt": lambda config, net: falling(sgd(config, net), case.task, len(train)),
+        "get_opt": lambda config, net: with_cosine_decay(sgd(config, net), case.task, len(train)),
         "get_dataloaders": lambda config: ((train, None, test), sizes),
     }
-    sgd = theirs.getters.get_opt
-    with mock.patch.multiple(theirs.getters, **stand_ins):
-        theirs.train(theirs.parse_args(), mock.MagicMock())
+    sgd = authors.getters.get_opt
+    with mock.patch.multiple(authors.getters, **stand_ins):
+        authors.train(authors.parse_args(), mock.MagicMock())
     return lambda x: net(nn.functional.pad(x, (2, 2, 2, 2))), net.prunable_params
 
 
@@ -106,23 +106,23 @@ def optg(case, net, data, seed):
 
     In a short training, the authors' sigmoid stops below the requested sparsity.
     """
-    import imagenet as theirs
+    import imagenet as authors
 
-    train, task, args = loader(case.task, *data[0]), case.task, theirs.args
+    train, task, args = loader(case.task, *data[0]), case.task, authors.args
     changes = {"lr": task.rate, "mask_lr": 0.0, "weight_decay": 0.0, "gpu": None}
     vars(args).update(changes, epochs=task.epochs, warmup_length=0)
-    theirs.print = lambda *words: None
-    optimizer = theirs.get_optimizer(args, net)
+    authors.print = lambda *words: None
+    optimizer = authors.get_optimizer(args, net)
     steps = iter(range(1, task.epochs * len(train) + 1))
     optimizer.register_step_post_hook(
-        lambda *_: theirs.adjust_learning_rate(optimizer, next(steps) / len(train))
+        lambda *_: authors.adjust_learning_rate(optimizer, next(steps) / len(train))
     )
-    theirs.adjust_learning_rate(optimizer, 0)
-    way = functools.partial(theirs.sigmoid, beta=args.beta)
+    authors.adjust_learning_rate(optimizer, 0)
+    way = functools.partial(authors.sigmoid, beta=args.beta)
     for epoch in range(task.epochs):
         ratio = way(epoch - task.epochs / 2) / way(task.epochs / 2 - 1)
-        theirs.set_model(net, case.sparsity * ratio)
-        theirs.train(train, net, nn.CrossEntropyLoss(), optimizer, epoch, args, mock.MagicMock())
+        authors.set_model(net, case.sparsity * ratio)
+        authors.train(train, net, nn.CrossEntropyLoss(), optimizer, epoch, args, mock.MagicMock())
     pruned = [(m.weight.flatten(), m.prune_index) for m in net if hasattr(m, "prune_index")]
     return net, [weight.index_fill(0, index, 0.0) for weight, index in pruned]
 
@@ -143,11 +143,11 @@ def dcil_net():
 
 def dcil(case, net, data, seed):
     """Train with the authors' loop on parts of an epoch, and pass fractional epochs as time."""
-    import run_dcil as theirs
+    import run_dcil as authors
 
     task, source = case.task, Augmented(*data[0], seed)
     optimizer = torch.optim.SGD(net.parameters(), task.rate, momentum=0.9)
-    optimizer = falling(optimizer, task, len(source))
+    optimizer = with_cosine_decay(optimizer, task, len(source))
     args = SimpleNamespace(
         cuda=False,
         prune=True,
@@ -158,17 +158,17 @@ def dcil(case, net, data, seed):
         target_epoch=task.epochs * 225 / 300,
         warmup_loss=task.epochs * 70 / 300,
     )
-    theirs.iterations = 0
-    theirs.accuracy = lambda *_, **__: torch.zeros(2, 1)  # accuracy during training is not used
+    authors.iterations = 0
+    authors.accuracy = lambda *_, **__: torch.zeros(2, 1)  # accuracy during training is not used
     whole = nn.DataParallel(net)
     for epoch in range(task.epochs):
         for first in range(0, len(source), args.prune_freq):
             some = range(first, min(first + args.prune_freq, len(source)))
             part = [tensors(*source[i]) for i in some]
             now = epoch + first / len(source)
-            # `falling` sets the learning rate, so the schedule does nothing.
+            # `with_cosine_decay` sets the learning rate, so the schedule does nothing.
             loss, schedule = nn.CrossEntropyLoss(), mock.MagicMock()
-            theirs.train(args, part, now, whole, loss, optimizer, schedule)
+            authors.train(args, part, now, whole, loss, optimizer, schedule)
         source.on_epoch_end()
     convolutions = [m for m in net.modules() if hasattr(m, "mask")]
     return lambda x: net(x, 0), [*(m.weight * m.mask for m in convolutions), net.fc_part.weight]
@@ -204,7 +204,7 @@ def loader(task, x, y):
     return DataLoader(TensorDataset(*tensors(x, y)), task.batch, shuffle=True, drop_last=True)
 
 
-def falling(optimizer, task, steps_per_epoch):
+def with_cosine_decay(optimizer, task, steps_per_epoch):
     """Return the optimizer with a learning rate that decays to 0 along a cosine in every step."""
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.epochs * steps_per_epoch)
     optimizer.register_step_post_hook(lambda *_: cosine.step())
@@ -235,7 +235,7 @@ def run(case, seed, data):
     }
 
 
-def begun(family, seed, model):
+def with_initial_weights(family, seed, model):
     """Return the Keras model with the initial weights of the authors' network."""
     net = make(family, seed)
     modules = [m for m in net.modules() if getattr(m, "weight", torch.ones(1)).ndim > 1]

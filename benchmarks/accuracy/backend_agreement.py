@@ -25,7 +25,7 @@ SPARSITY = 0.9
 PAIRS = list(itertools.combinations(BACKENDS, 2))
 
 
-def begun(net, seed):
+def initialized_by_numpy(net, seed):
     """Return a network with kernels from the normal distribution of He et al., drawn by NumPy."""
     import numpy as np
 
@@ -50,7 +50,7 @@ def train(task_name, seed, folder):
     data = task.data()
     task = dataclasses.replace(
         task,
-        net=functools.partial(begun, task.net, seed),
+        net=functools.partial(initialized_by_numpy, task.net, seed),
         batches=task.batches or methods.Shuffled,
     )
     for method in methods.METHODS:

@@ -27,7 +27,7 @@ import numpy as np
 
 import keras_dst
 from benchmarks import networks, results
-from benchmarks.data import cifar10, mnist, under
+from benchmarks.data import apply_method, cifar10, mnist
 from keras_dst.methods import DCIL, DST, SET, ST3, Consensus, FlipOut, Magnitude, OptG, RigL
 
 BENCHMARK = "methods"
@@ -136,7 +136,7 @@ def trained(task, method_name, sparsity, seed, data, **options):
     rates = task.rates(task.rate, task.epochs * (len(y) // task.batch))
     optimizer = keras.optimizers.SGD(rates, momentum=0.9, weight_decay=task.decay)
     method = make and make(sparsity, **options)
-    optimizer = under(method, model, optimizer)
+    optimizer = apply_method(method, model, optimizer)
     model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
     whole = len(y) // task.batch * task.batch
     batches = (task.batches(x, y, seed),) if task.batches else (x[:whole], y[:whole])

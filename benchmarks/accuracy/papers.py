@@ -32,7 +32,7 @@ from keras import layers, ops
 import keras_dst
 from benchmarks import results
 from benchmarks.accuracy.methods import METHODS as COMMON
-from benchmarks.data import load, under
+from benchmarks.data import apply_method, load
 from keras_dst.methods import DST, ST3
 
 BENCHMARK = "papers"
@@ -213,7 +213,7 @@ def compiled(net, method, seed, epochs, data, epoch=0):
     batches = Epochs(x, y, seed, epoch)
     rates = WarmCosine(RATE, epochs * len(batches), WARMUP * len(batches))
     optimizer = keras.optimizers.SGD(rates, momentum=0.9, nesterov=True)
-    optimizer = under(method, model, optimizer)
+    optimizer = apply_method(method, model, optimizer)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=["accuracy"])
     return model, batches

@@ -37,7 +37,7 @@ PYTHONS = {
 RUNS = 1000
 
 
-def worked(tool):
+def run_tool(tool):
     """Run a tool unless its runs are already stored."""
     if f"{RESNET}_{tool}" not in results.runs(BENCHMARK):
         command = [PYTHONS[tool], "-m", "benchmarks.comparison.libraries_worker", tool]
@@ -172,8 +172,8 @@ def _outcome(found) -> str:
 
 def _code(error) -> str:
     """Return the first sentences of an error message in backticks, for a table cell."""
-    said, _, _ = error.partition("\n\nArguments received")
-    return f"`{' '.join(said.split()).replace('|', '/').replace('`', chr(39))}`"
+    message, _, _ = error.partition("\n\nArguments received")
+    return f"`{' '.join(message.split()).replace('|', '/').replace('`', chr(39))}`"
 
 
 def main():
@@ -181,7 +181,7 @@ def main():
     parser.add_argument("--table", action="store_true")
     if not parser.parse_args().table:
         for tool in PYTHONS:
-            worked(tool)
+            run_tool(tool)
         files()
     table()
 

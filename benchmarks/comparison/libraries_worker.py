@@ -67,14 +67,14 @@ class KerasDST(Tool):
         self.library = keras_dst
 
     def begin(self, method, model, optimizer, epochs, steps):
-        from benchmarks.data import under
+        from benchmarks.data import apply_method
 
         made = {
             "Magnitude, uniform": partial(self.library.methods.Magnitude, TARGET, "uniform"),
             "Magnitude": partial(self.library.methods.Magnitude, TARGET),
             "DST": partial(self.library.methods.DST, sparsity=TARGET),
         }
-        optimizer = under(made[method](), model, optimizer)
+        optimizer = apply_method(made[method](), model, optimizer)
         return model, optimizer, [self.library.callbacks.SparseTraining(epochs)]
 
     def end(self, model):
@@ -316,16 +316,16 @@ def jobs(kind):
             way, content = next(tool.files(model))
             found[method] = {"sparsity": sparsity_of(model), "bytes": {way: len(content)}}
         except Exception as error:
-            found[method] = {"stage": stage, "error": said(error)}
+            found[method] = {"stage": stage, "error": message_of(error)}
     return found
 
 
-def said(error) -> str:
+def message_of(error) -> str:
     """Return an error message without color codes."""
     return f"{type(error).__name__}: " + re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
 
 
-def alone(work, *arguments):
+def in_new_process(work, *arguments):
     """Return the result of a function that runs in a separate process."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as pool:
@@ -342,16 +342,18 @@ def main():
     name = sys.argv[1]
     kinds = TOOLS[name]
     kind = kinds[0]
-    setting = alone(search, kind) if hasattr(kind, "search") else None
+    setting = in_new_process(search, kind) if hasattr(kind, "search") else None
     found = {}
     for method in ("dense", *kind.methods):
         try:
-            found[method] = alone(accuracy, kind, method, setting and setting["alpha"])
+            found[method] = in_new_process(accuracy, kind, method, setting and setting["alpha"])
         except Exception as error:
-            found[method] = {"error": said(error)}
+            found[method] = {"error": message_of(error)}
     works = [method for method in found if method != "dense" and "error" not in found[method]]
-    lenet = {"methods": found, "search": setting, "times": alone(times, kind, works)}
-    done = {method: result for each in kinds for method, result in alone(jobs, each).items()}
+    lenet = {"methods": found, "search": setting, "times": in_new_process(times, kind, works)}
+    done = {
+        method: result for each in kinds for method, result in in_new_process(jobs, each).items()
+    }
 
     kind()  # imports the Keras version of the tool
     about = {"command": "make bench-libraries", "tool": name, "target": TARGET, "batch": BATCH}

@@ -148,7 +148,7 @@ def _steps(build, method):
     import numpy as np
 
     import keras_dst
-    from benchmarks.data import under
+    from benchmarks.data import apply_method
 
     def predict(model):
         outputs = model.predict(x, batch_size=BATCH, verbose=0)
@@ -162,7 +162,7 @@ def _steps(build, method):
     model, x = build()
     y = np.arange(BATCH * BATCHES) % CLASSES
     y = [y] * len(model.outputs) if len(model.outputs) > 1 else y
-    optimizer = under(method, model, keras.optimizers.SGD(1e-3, momentum=0.9))
+    optimizer = apply_method(method, model, keras.optimizers.SGD(1e-3, momentum=0.9))
     xla = keras.backend.backend() == "jax"  # on other backends, XLA takes minutes
     model.compile(optimizer, "sparse_categorical_crossentropy", jit_compile=xla)
     driver = keras_dst.callbacks.SparseTraining()
@@ -253,7 +253,7 @@ def main():
     parser.add_argument("--backend", choices=BACKENDS, help="run this backend in this process")
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--methods", nargs="*", default=["DST", "Magnitude"])
-    parser.add_argument("--table", action="store_true", help="the table alone")
+    parser.add_argument("--table", action="store_true", help="only write the table")
     args = parser.parse_args()
     if args.backend:
         measure(args.models, args.methods)

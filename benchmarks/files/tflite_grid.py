@@ -73,15 +73,17 @@ def cell(net_name, method, dense) -> dict:
     test = x[:TESTED], y[:TESTED]
     model = tuned(net_name, method)
     small = keras_dst.shrink(model) if method.pattern == "channel" else model
-    *ours, theirs = (dense[0].with_name(f"{name}.tflite") for name in (*TARGETS, "converter"))
+    *own_files, converter_file = (
+        dense[0].with_name(f"{name}.tflite") for name in (*TARGETS, "converter")
+    )
     reports = {
         path.stem: keras_dst.export_tflite(
             small, path, inputs=test[0], evaluate=test, optimize="latency", target=target
         )
-        for path, target in zip(ours, TARGETS.values())
+        for path, target in zip(own_files, TARGETS.values())
     }
-    theirs.write_bytes(converted(model))
-    paths = [*dense, *ours, theirs]
+    converter_file.write_bytes(converted(model))
+    paths = [*dense, *own_files, converter_file]
     files = {
         file.name.removesuffix(".tflite"): asdict(file) for file in bench(paths, runs=RUNS).files
     }
@@ -222,7 +224,7 @@ def _ratio(file, dense, key, digits) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nets", nargs="*", choices=NETS, default=list(NETS))
-    parser.add_argument("--table", action="store_true", help="the table alone")
+    parser.add_argument("--table", action="store_true", help="only write the table")
     args = parser.parse_args()
     if not args.table:
         for name in args.nets:

@@ -214,13 +214,13 @@ class Trained:
         import keras
 
         import keras_dst
-        from benchmarks.data import under
+        from benchmarks.data import apply_method
 
         gc.collect()
         before = bytes_in_use()
         keras.utils.set_random_seed(0)
         self.model = setting.net()
-        optimizer = under(method, self.model, keras.optimizers.SGD(0.01, momentum=0.9))
+        optimizer = apply_method(method, self.model, keras.optimizers.SGD(0.01, momentum=0.9))
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         self.model.compile(optimizer, loss)
         callbacks = [keras_dst.callbacks.SparseTraining(TOTAL // (STEPS + 1))] if method else []

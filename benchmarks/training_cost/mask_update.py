@@ -85,14 +85,14 @@ def prepared(method):
     import numpy as np
     from keras import ops
 
-    from benchmarks.data import under
+    from benchmarks.data import apply_method
     from keras_dst._training.drivers import drivers_of
 
     keras.backend.clear_session()
     keras.utils.set_random_seed(0)
     model = keras.applications.ResNet50(weights=None)
     model.compile(
-        under(method, model, keras.optimizers.SGD(0.1)), "sparse_categorical_crossentropy"
+        apply_method(method, model, keras.optimizers.SGD(0.1)), "sparse_categorical_crossentropy"
     )
     driver = drivers_of(model)[0]
     driver.begin(STEPS, STEPS, STEPS // 10)

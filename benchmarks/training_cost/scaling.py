@@ -76,7 +76,7 @@ def net(point, method=None):
     import keras
 
     import keras_dst
-    from benchmarks.data import under
+    from benchmarks.data import apply_method
 
     keras.backend.clear_session()
     keras.utils.set_random_seed(0)
@@ -84,7 +84,7 @@ def net(point, method=None):
     for _ in range(point.depth):
         model.add(keras.layers.Dense(point.width, "relu"))
     model.add(keras.layers.Dense(10, "softmax"))
-    optimizer = under(method, model, keras.optimizers.SGD(0.01, momentum=0.9))
+    optimizer = apply_method(method, model, keras.optimizers.SGD(0.01, momentum=0.9))
     model.compile(optimizer, "sparse_categorical_crossentropy")
     if isinstance(method, keras_dst.methods.DST):
         prune(model)
@@ -213,7 +213,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backend", choices=BACKENDS, help="run this backend in this process")
     parser.add_argument("--axes", nargs="*", choices=AXES, default=list(AXES))
-    parser.add_argument("--table", action="store_true", help="the table alone")
+    parser.add_argument("--table", action="store_true", help="only write the table")
     args = parser.parse_args()
     if args.backend:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before thread pools start

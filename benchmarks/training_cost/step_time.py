@@ -116,7 +116,7 @@ def measure(net, only=None):
     import keras
 
     import keras_dst
-    from benchmarks.data import under
+    from benchmarks.data import apply_method
 
     setting = SETTINGS[net]
     x, y = data(setting)
@@ -124,7 +124,7 @@ def measure(net, only=None):
     def build(method):
         keras.utils.set_random_seed(0)
         model = setting.net()
-        optimizer = under(method, model, keras.optimizers.SGD(0.01, momentum=0.9))
+        optimizer = apply_method(method, model, keras.optimizers.SGD(0.01, momentum=0.9))
         model.compile(optimizer, "sparse_categorical_crossentropy")
         epochs = TOTAL // (setting.steps + 1)
         driver = keras_dst.callbacks.SparseTraining(epochs, keep_memory=True) if method else None
