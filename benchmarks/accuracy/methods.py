@@ -114,7 +114,7 @@ METHODS = {
     "DCIL": DCIL,
     "ST-3": ST3,
     "OptG": OptG,
-    # Consensus removes whole units. Count their cost in weights, because sparsity counts weights.
+    # Consensus removes whole units. The cost of a unit is its number of weights, as for sparsity.
     "Consensus": lambda s: Consensus(s, cost="parameters"),
 }
 SPARSITIES = (0.9, 0.98)
