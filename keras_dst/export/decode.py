@@ -85,7 +85,7 @@ def unpack(tensor: schema.TensorT, entries: np.ndarray) -> np.ndarray:
     of indices.
     """
     sparsity, rank = tensor.sparsity, len(shape(tensor))
-    positions = np.zeros(1, np.int64)  # Positions in storage at the current level.
+    positions = np.zeros(1, np.int64)  # Positions in storage, at the visited axis.
     found: list[np.ndarray] = []  # Indices of these positions along every visited axis.
     for axis in sparsity.dimMetadata:
         if axis.format == schema.DimensionType.DENSE:

@@ -46,7 +46,7 @@ class SparseSubclass(SparseMixin):
 class SparseContainer(_keras.BuildHook):
     """Sparse form of a layer or model that creates other layers, some of which are sparse.
 
-    The config of a layer that creates other layers creates them as plain layers. The layer
+    If such a layer is created from its config, its inner layers are plain layers. The layer
     therefore also stores a recipe, which holds the method of every sparse inner layer by the
     position of the inner layer.
     """

@@ -129,7 +129,10 @@ def _edges(graph, fed: dict[Any, list]) -> tuple[dict[Any, list], dict[Any, list
 
 
 def _first_on_every_path(starts, is_wanted, neighbors) -> list:
-    """Return the first wanted operation on every path, or an empty list if a path has none."""
+    """Return the first operation on every path for which `is_wanted` is true.
+
+    Return an empty list if a path has no such operation.
+    """
     found, queue = [], list(dict.fromkeys(starts))
     for operation in queue:  # The loop body appends to the queue.
         if is_wanted(operation):
