@@ -101,7 +101,7 @@ class Padding(ChannelHandler):
         axis = self.x.axis
         inside = self.x.constant
         if any(pair != (0, 0) for a, pair in enumerate(self.width) if a != axis):
-            # A constant other than 0 differs from the zeros around it, so it is not constant any more.
+            # A constant other than 0 differs from the padded zeros, so it is not constant any more.
             inside = np.where(inside == 0, 0.0, np.nan)
         self.y.constant = np.pad(inside, self.width[axis])
 
