@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import keras
-from keras.src.backend import get_autocast_scope
+from keras.src.backend.common.variables import get_autocast_scope
 
 # Keras exports the layers that use this cell, but not the cell itself.
 from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
@@ -64,7 +64,6 @@ PRIVATE_NAMES = {
     "metric": ("_direction",),
     "optimizer": (
         "_exclude_from_weight_decay",
-        "_exclude_from_weight_decay_cache",
         "_iterations",
         "_learning_rate",
         "_tracker",
@@ -441,7 +440,7 @@ def exempt_from_decay(optimizer, variables) -> None:
     exempt = set(vars(optimizer).get("_exclude_from_weight_decay", ()))
     exempt.update(optimizer._var_key(variable) for variable in variables)
     optimizer._exclude_from_weight_decay = exempt
-    optimizer._exclude_from_weight_decay_cache = {}
+    _decide_decay_again(optimizer)
     if decayed := [v.path for v in variables if optimizer._use_weight_decay(v)]:
         raise RuntimeError(
             "This version of Keras decays variables that keras_dst has exempted from weight "
@@ -524,7 +523,20 @@ def _forget_decay_exemptions(optimizer, trained_before) -> None:
     if exempt:
         trained = {optimizer._var_key(v) for v in optimizer._trainable_variables}
         exempt.difference_update({optimizer._var_key(v) for v in trained_before} - trained)
-    if "_exclude_from_weight_decay_cache" in vars(optimizer):
+    _decide_decay_again(optimizer)
+
+
+def _decide_decay_again(optimizer) -> None:
+    """Let an optimizer decide again which variables it decays.
+
+    Keras up to 3.15 caches its decisions in a training step. Keras 3.16 decides in `build`.
+    """
+    if "_weight_decay_by_var_key" in vars(optimizer):
+        optimizer._weight_decay_by_var_key = {
+            optimizer._var_key(v): not optimizer._is_excluded_from_weight_decay(v)
+            for v in optimizer._trainable_variables
+        }
+    elif "_exclude_from_weight_decay_cache" in vars(optimizer):
         optimizer._exclude_from_weight_decay_cache = {}
 
 

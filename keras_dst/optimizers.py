@@ -146,11 +146,11 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.inner_optimizer.update_step(gradient, variable, learning_rate)
 
     def finalize_variable_values(self, var_list):
+        # The inner optimizer may assign averages of the weights, or other weights to evaluate.
         self.inner_optimizer.finalize_variable_values(var_list)
-        if averages_weights(self):
-            for kernel, state in zip(self.kernels, self.states):
-                self.assign(kernel, masked(ops.convert_to_tensor(kernel), _mask_of(state)))
-            self._mask_followers()
+        for kernel, state in zip(self.kernels, self.states):
+            self.assign(kernel, masked(ops.convert_to_tensor(kernel), _mask_of(state)))
+        self._mask_followers()
 
     # -- state -----------------------------------------------------------------------------------
 
@@ -164,12 +164,15 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         # the optimizer.
         prunable = [i for i, v in enumerate(variables) if is_prunable(v)]
         paths = [_path_of(variables[i]) for i in prunable]
-        chosen = select([variables[i] for i in prunable], self.filters, [(path,) for path in paths])
+        filters = self.filters if prunable else None
+        chosen = select([variables[i] for i in prunable], filters, [(path,) for path in paths])
         kernel_indices = [i for i, is_chosen in zip(prunable, chosen) if is_chosen]
         if not kernel_indices and not self._is_dense():
             raise ValueError(
                 "SparseOptimizer found no weight to prune among: "
-                + ", ".join(map(_path_of, variables))
+                f"{', '.join(map(_path_of, variables))}. A model that was quantized or got LoRA "
+                "trains no kernels: call keras_dst.strip(model) before, or load its file with "
+                "compile=False."
             )
         kernels = [variables[i] for i in kernel_indices]
         if kernels:

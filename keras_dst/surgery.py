@@ -47,6 +47,7 @@ from keras_dst.optimizers import (
 _SPARSE_CLASSES = (SparseMixin, SparseContainer, Gate)
 _FROZEN = "frozen (trainable=False)"
 _FILTERED = "not selected by filters"
+_LORA = "LoRA is enabled; call save_weights, which merges it, and load_weights without LoRA"
 
 
 @dataclass
@@ -278,7 +279,7 @@ def why_unsupported(layer, method: LayerMethod) -> str | None:
     if getattr(layer, "quantization_mode", None):
         return "the layer is quantized; make it sparse, call strip, then quantize"
     if getattr(layer, "lora_enabled", False):
-        return "LoRA is enabled; save and load the model, which merges it, then make it sparse"
+        return _LORA
     if isinstance(method, UnitMethod) and not cls.has_units():
         return f"{type(method).__name__} prunes whole units; {type(layer).__name__} has no units"
     for layout, variable in prunable_weights_of(layer):
@@ -498,8 +499,10 @@ def _choose_kernels(
     for (layer, variable), selected in zip(pairs, selection):
         default = KERNEL if len(variable.shape) > 1 else Layout(inputs=())
         misfit = _pattern_misfit(method, variable, layouts.get(id(variable), default))
-        if id(layer) in frozen or not variable.trainable:
-            reason: str | None = _FROZEN
+        if getattr(layer, "lora_enabled", False):
+            reason: str | None = _LORA
+        elif id(layer) in frozen or not variable.trainable:
+            reason = _FROZEN
         elif not selected:
             reason = _FILTERED
         elif trained and id(variable) not in trained:

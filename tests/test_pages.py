@@ -18,6 +18,7 @@ BACKEND = keras.backend.backend()
 NOT_RUN = ("diff", "math", "text")  # Languages of fenced blocks without code to run.
 # Pages that are tested in other files, because they need several processes or other checks.
 TESTED_ELSEWHERE = {
+    "docs/keras_features.md": "tests/test_keras_features.py",
     "docs/many_devices.md": "tests/devices/test_pages.py",
     "docs/pictures.md": "tests/test_plots.py",
     "docs/sensitivity.md": "tests/test_tuner.py",

@@ -27,6 +27,8 @@ class Weight:
 
     Attributes:
         variable: Keras variable of the weight.
+        values: Tensor or variable that the layers compute with before the mask. With LoRA, it is
+            the sum of the kernel and the product of the two LoRA matrices.
         mask: Mask that the layer applies to the weight, or None.
         layers: Layers that hold the weight: several if the weight is shared.
         layout: Input and output axes of the weight.
@@ -35,6 +37,7 @@ class Weight:
     """
 
     variable: Any
+    values: Any
     mask: Any
     layers: list
     layout: Layout
@@ -49,19 +52,24 @@ class Weight:
     def kept(self) -> np.ndarray:
         """Return a boolean array of the entries that are neither zero nor masked."""
         # NumPy computes this, because JAX would compile it for every shape.
-        nonzero = ops.convert_to_numpy(ops.convert_to_tensor(self.variable)) != 0
+        nonzero = ops.convert_to_numpy(ops.convert_to_tensor(self.values)) != 0
         if self.mask is not None:
             nonzero = nonzero & ops.convert_to_numpy(self.mask).astype(bool)
         return nonzero
 
 
 def weights_of(model) -> list[Weight]:
-    """Return all weights of a model, except the variables that keras_dst added."""
+    """Return all weights of a model, except the variables that keras_dst added.
+
+    Raises:
+        ValueError: If a layer is quantized in a mode that stores several weights in one byte.
+    """
     owners: dict[int, list] = {}
     masks: dict[int, Any] = {}
     layouts = layouts_of(model)
     ours: set[int] = set()
     for layer in _keras.flatten_layers(model):
+        _check_unpacked(layer)
         for variable in [
             *_keras.trainable_variables_of(layer),
             *_keras.non_trainable_variables_of(layer),
@@ -86,6 +94,7 @@ def weights_of(model) -> list[Weight]:
         found.append(
             Weight(
                 variable=variable,
+                values=_values_of(variable, holders),
                 mask=masks.get(key),
                 layers=holders,
                 layout=layouts.get(key, KERNEL),
@@ -140,6 +149,25 @@ def _masked(layer) -> Iterator[tuple]:
         for layout, variable, state in layer.masked_weights():
             w = ops.convert_to_tensor(variable)
             yield variable, layer.method.mask(w, state, layout)
+
+
+def _check_unpacked(layer) -> None:
+    """Raise if the variables of a quantized layer do not hold one weight per entry."""
+    mode = getattr(layer, "quantization_mode", None)
+    if mode not in (None, "int8", "float8"):
+        raise ValueError(
+            f"Expected layers that are not quantized, or quantized to int8 or float8. Received: "
+            f"'{layer.name}', quantized with {mode!r}. Its variables do not show which weights are "
+            "zero. Call keras_dst.report before model.quantize."
+        )
+
+
+def _values_of(variable, holders: list):
+    """Return the values of a variable, with the changes by LoRA if it is a kernel under LoRA."""
+    adapted = [layer for layer in holders if getattr(layer, "lora_enabled", False)]
+    if adapted and is_kernel(variable):
+        return getattr(adapted[0], variable.name)
+    return variable
 
 
 def _innermost(owners: list) -> list:

@@ -128,7 +128,7 @@ def handler_for(call: Call, tied: str = "") -> ChannelHandler:
     if getattr(op, "quantization_mode", None):
         return Opaque(call, "is quantized; quantize after shrink instead")
     if getattr(op, "lora_enabled", False):
-        return Opaque(call, "has LoRA enabled; save and load the model, which merges LoRA")
+        return Opaque(call, "has LoRA; merge it with save_weights, and load_weights without LoRA")
     y = call.outputs[0]
     if len({len(x.shape) for x in call.inputs}) == 1:
         call.view_along(_channel_axis(call))

@@ -124,7 +124,21 @@ def _built_sparse_optimizers(model) -> list[SparseOptimizer]:
             "optimizer.build(variables) with the variables that each optimizer trains, for "
             f"example in the `compile` of '{model.name}'."
         )
+    for sparse in found:
+        _check_kernels(model, sparse)
     return found
+
+
+def _check_kernels(model, optimizer: SparseOptimizer) -> None:
+    """Raise if an optimizer prunes weights that the model does not hold any more."""
+    present = {id(variable) for variable in model.variables}
+    pairs = zip(optimizer.kernel_names, optimizer.kernels)
+    if gone := [name for name, kernel in pairs if id(kernel) not in present]:
+        raise ValueError(
+            "Expected the weights that the SparseOptimizer prunes to be weights of "
+            f"'{model.name}'. These weights are not: {', '.join(gone)}. `quantize` replaces "
+            "weights: call keras_dst.strip(model) before model.quantize."
+        )
 
 
 def _optimizer_of(model, variables):

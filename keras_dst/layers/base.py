@@ -131,7 +131,7 @@ class SparseMixin(_keras.BuildHook):
     def attach_method(self, method: LayerMethod) -> None:
         """Set the method of this layer, before or after the layer is built."""
         self.method = method
-        # Keras sets `quantize` on every instance, so a method of the class would not be called.
+        # Keras up to 3.15 sets `quantize` on every instance, which hides a method of the class.
         self.__dict__["_stock_quantize"] = self.__dict__.get("quantize")
         self.__dict__["quantize"] = self._refuse_to_quantize
         # Keras must not track the nested dict, because `add_weight` already tracks the variables in
@@ -218,7 +218,9 @@ class SparseMixin(_keras.BuildHook):
             is_property = isinstance(getattr(self.stock, weight.name, None), property)
             if not is_property and weight.slot in self.__dict__:
                 self.__dict__[weight.name] = self.__dict__.pop(weight.slot)
-        self.__dict__["quantize"] = self.__dict__.pop("_stock_quantize")
+        del self.__dict__["quantize"]
+        if (quantize := self.__dict__.pop("_stock_quantize")) is not None:
+            self.__dict__["quantize"] = quantize
         del self.__dict__["method"], self.__dict__["sparse_state"]
         self.__class__ = self.stock
 
@@ -228,8 +230,8 @@ class SparseMixin(_keras.BuildHook):
         )
 
     def _refuse_to_quantize(self, *args, **kwargs):
-        # `Model.quantize` turns a NotImplementedError into a warning for the layer.
-        raise NotImplementedError(
+        # `Model.quantize` would skip the layer without this message after a NotImplementedError.
+        raise ValueError(
             f"'{self.name}' is sparse. Call keras_dst.strip(model) first, then quantize."
         )
 
