@@ -150,7 +150,7 @@ def test_an_optional_input_may_be_none():
         signature = signature_of(model, read_samples(model, inputs, "inputs"))
         assert [spec.present for spec in signature.specs] == [True, False]
     assert [spec.present for spec in signature_of(model).specs] == [True, True]
-    with pytest.raises(ValueError, match=r"Expected inputs that model.predict accepts"):
+    with pytest.raises(ValueError, match=r"Expected inputs in a form that model.predict accepts"):
         read_samples(two_inputs(), [X, None], "inputs")
 
 
