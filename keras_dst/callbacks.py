@@ -85,11 +85,10 @@ class SparseTraining(keras.callbacks.Callback):
         super().__init__()
         if metric_mode not in (None, "min", "max"):
             raise ValueError(f"metric_mode must be 'min' or 'max'. Received: {metric_mode!r}")
-        for name, value in (("epochs", epochs), ("steps_per_epoch", steps_per_epoch)):
-            if value is not None:
-                check_integer(value, name)
-        self.epochs = epochs
+        self.epochs = epochs if epochs is None else check_integer(epochs, "epochs")
         self.steps_per_epoch = steps_per_epoch
+        if steps_per_epoch is not None:
+            self.steps_per_epoch = check_integer(steps_per_epoch, "steps_per_epoch")
         self.metric_at_target = metric_at_target
         self.metric_mode = metric_mode
         self.keep_memory = keep_memory

@@ -90,8 +90,7 @@ class KeepClusters(keras.callbacks.Callback):
 
     def __init__(self, clusters: int = 16, filters: Filters = None):
         super().__init__()
-        check_integer(clusters, "clusters", 4)
-        self.clusters = clusters
+        self.clusters = check_integer(clusters, "clusters", 4)
         self.filters = filters
 
     def on_train_begin(self, logs=None):

@@ -20,7 +20,7 @@ from keras_dst._backend.devices import (
 )
 from keras_dst._backend.jit import is_known_false, jit, outside_torch_graph
 from keras_dst._utils.clock import UpdateClock, update_clock
-from keras_dst._utils.filters import Filters, is_prunable, select
+from keras_dst._utils.filters import Filters, is_kernel, is_prunable, select
 from keras_dst.masks import KERNEL, Layout, masked
 from keras_dst.methods import channels
 from keras_dst.methods.base import LayerMethod, Method, ScheduleState, State, UpdateMethod, describe
@@ -91,6 +91,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.step: Any = None
         self.total: Any = None
         self._timetable: _Timetable | None = None
+        self._planned: list[str] = []  # paths of the kernels that the timetable counts
+        self._initial_update = True
         self.inner_optimizer = inner_optimizer
 
     # -- attributes of the inner optimizer -------------------------------------------------------
@@ -222,7 +224,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         shapes = [tuple(kernel.shape) for kernel in self.kernels]
         gammas = gammas if self.method.reads_scales else []
         self._scales = channels.scales_of(shapes, layouts, gammas)
-        self._plan_updates(initial_update=True)
+        self._initial_update = True
+        self._plan_updates()
 
     def _is_dense(self) -> bool:
         """Return whether the method never prunes any weight."""
@@ -268,6 +271,16 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         """Variables that are pruned."""
         return [_keras.trained_variables_of(self)[i] for i in self.kernel_indices]
 
+    def trained(self) -> tuple[list, list[State], list[Layout], list[str]]:
+        """Return kernels, states, axes and paths of the kernels whose masks are updated.
+
+        A kernel that was frozen after the optimizer was built keeps its mask.
+        """
+        every = zip(self.kernels, self.states, self.layouts, self.kernel_names)
+        found = [each for each in every if each[0].trainable]
+        kernels, states, layouts, names = zip(*found) if found else ((), (), (), ())
+        return list(kernels), list(states), list(layouts), list(names)
+
     # -- the step --------------------------------------------------------------------------------
 
     def apply(self, grads, trainable_variables=None):
@@ -295,7 +308,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         states = [tensors_of(state) for _, _, state in pruned]
         before, kept_grads, carry = self.method.before(
             [ops.convert_to_tensor(k) for k in kernels],
-            [ops.convert_to_tensor(grads[i]) for i, _, _ in pruned],
+            [ops.convert_to_tensor(grads[i], sparse=False) for i, _, _ in pruned],
             states,
         )
         masks: list = [None] * len(grads)
@@ -345,35 +358,36 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self._known_timetable()
         self._check_channels()
         method: Any = self.method
-        if (sparsity := method.schedule.at(0)) > 0:
-            shapes = [tuple(k.shape) for k in self.kernels]
-            kept = method.kept_counts(shapes, self.layouts, sparsity, self.kernel_names)
+        kernels, _, layouts, names = self.trained()
+        if kernels and (sparsity := method.schedule.at(0)) > 0:
+            shapes = [tuple(k.shape) for k in kernels]
+            kept = method.kept_counts(shapes, layouts, sparsity, names)
             kept = ops.convert_to_tensor(kept, "int32")
             now = ScheduleState(
                 ops.convert_to_tensor(0, "int32"),
                 ops.convert_to_tensor(0.0, "float32"),
                 ops.convert_to_tensor(sparsity, "float32"),
             )
-            update = jit(lambda w, s, kept, now: method.update(w, s, self.layouts, kept, now))
+            update = jit(lambda w, s, kept, now: method.update(w, s, layouts, kept, now))
             self.update_masks(update(*self.values(), kept, now))
-        self._plan_updates(initial_update=False)
+        self._initial_update = False
+        self._plan_updates()
 
-    def _plan_updates(self, initial_update: bool) -> None:
+    def _plan_updates(self) -> None:
         """Compute steps, targets and counts of all updates once, outside of compiled steps."""
         method: Any = self.method
         schedule = method.schedule
-        self._timetable = None
+        kernels, _, layouts, names = self.trained()
+        self._timetable, self._planned = None, names
         clock = update_clock(method, schedule) if schedule is not None else None
-        if clock is None or self._is_dense():
+        if clock is None or self._is_dense() or not kernels:
             return
         targets = {step: schedule.at(step) for step in clock.steps()}
-        if initial_update and targets[0] > 0 and 1 not in targets:
+        if self._initial_update and targets[0] > 0 and 1 not in targets:
             targets[1] = targets[0]  # The weights are unknown before the first step.
-        shapes = [tuple(k.shape) for k in self.kernels]
+        shapes = [tuple(k.shape) for k in kernels]
         steps = sorted(targets)
-        kept = [
-            method.kept_counts(shapes, self.layouts, targets[s], self.kernel_names) for s in steps
-        ]
+        kept = [method.kept_counts(shapes, layouts, targets[s], names) for s in steps]
         self._timetable = _Timetable(
             clock, np.array(steps, "int32"), np.array([targets[s] for s in steps]), np.stack(kept)
         )
@@ -393,8 +407,11 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def _update_in_step(self):
         """Update the masks within the optimizer step, for training loops without a callback."""
         method = self.method
-        if method.schedule is None:
+        _, _, layouts, names = self.trained()
+        if method.schedule is None or not names:
             return
+        if names != self._planned:  # Layers were frozen or thawed since the last step.
+            self._plan_updates()
         timetable = self._known_timetable()
         step = ops.convert_to_tensor(self.step)
         due, row = timetable.look_up(step)
@@ -416,9 +433,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
         # Variables are assigned outside of the branches, because JAX cannot assign variables within
         # a branch.
-        changes = ops.cond(
-            due, lambda: method.update(weights, states, self.layouts, kept, now), keep
-        )
+        changes = ops.cond(due, lambda: method.update(weights, states, layouts, kept, now), keep)
         self.update_masks(changes)
 
     def _check_channels(self) -> None:
@@ -442,20 +457,22 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         )
 
     def values(self) -> tuple[list, list]:
-        """Return the current values of the pruned weights and of their states, as tensors."""
-        weights = [ops.convert_to_tensor(k) for k in self.kernels]
-        states = [tensors_of(s) for s in self.states]
+        """Return the current weights and states of the trained kernels, as tensors."""
+        kernels, states, _, _ = self.trained()
+        found = [tensors_of(s) for s in states]
         variables = _keras.trained_variables_of(self)
         scales = self._scales.read([variables[i] for i in self._scales.variables])
-        for state, scale in zip(states, scales):
-            if scale is not None:
+        by_kernel = dict(zip(map(id, self.kernels), scales))
+        for kernel, state in zip(kernels, found):
+            if (scale := by_kernel.get(id(kernel))) is not None:
                 state["scale"] = scale
-        return weights, states
+        return [ops.convert_to_tensor(k) for k in kernels], found
 
     def update_masks(self, changes: list[State]) -> None:
         """Assign the states that `method.update` returned, and prune the weights accordingly."""
         averages = averages_weights(self)
-        for kernel, state, change in zip(self.kernels, self.states, changes):
+        kernels, states, _, _ = self.trained()
+        for kernel, state, change in zip(kernels, states, changes):
             change = dict(change)
             grown = change.pop("grown", None)
             # Copy the mask, because on torch the assignments below change the mask in place.
@@ -527,9 +544,12 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def get_config(self):
         filters = self.filters
         if filters is not None and self.built:
-            # Save the paths that the filter selected, because a file cannot hold code.
-            known = [_path_of(v) for v in _keras.trained_variables_of(self) if is_prunable(v)]
-            filters = [_suffix_pattern(name, known) for name in self.kernel_names]
+            # Save the paths that the filter selected, because a file cannot hold code. A single
+            # expression holds them all, because some of the layers may be frozen by now, and the
+            # loaded optimizer is built without frozen weights.
+            known = [_path_of(v) for v in _keras.trained_variables_of(self) if is_kernel(v)]
+            chosen = "|".join(_suffix_pattern(name, known) for name in self.kernel_names)
+            filters = [chosen] if chosen else []
         elif callable(filters):
             raise ValueError(
                 "A callable `filters` is saved as the paths that it selects, but the optimizer "

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_dst._utils.config import Configurable
-from keras_dst._utils.validation import is_integer
+from keras_dst._utils.validation import is_integer, is_number
 
 __all__ = ["Constant", "Cubic", "Geometric", "Schedule", "Sigmoid"]
 
@@ -54,7 +54,7 @@ class Schedule(Configurable):
             )
         self.begin, self.end = begin, end
         first, last = self._fractions
-        if not 0 <= first <= last <= 1:
+        if not (is_number(first) and is_number(last) and 0 <= first <= last <= 1):
             raise ValueError(
                 "begin and end are fractions of training, 0 <= begin <= end <= 1. Received: "
                 f"begin={first}, end={last}. Pass begin_step and end_step for numbers of steps."
@@ -71,15 +71,13 @@ class Schedule(Configurable):
                 f"Expected begin_step and end_step together. Received: begin_step={begin_step}, "
                 f"end_step={end_step}. Pass both arguments or neither."
             )
-        if (
-            begin_step is not None
-            and end_step is not None
-            and not (is_integer(begin_step, minimum=0) and is_integer(end_step, begin_step))
-        ):
-            raise ValueError(
-                "Expected whole numbers 0 <= begin_step <= end_step. "
-                f"Received: begin_step={begin_step}, end_step={end_step}"
-            )
+        if begin_step is not None and end_step is not None:
+            if not (is_integer(begin_step, minimum=0) and is_integer(end_step, begin_step)):
+                raise ValueError(
+                    "Expected whole numbers 0 <= begin_step <= end_step. "
+                    f"Received: begin_step={begin_step!r}, end_step={end_step!r}"
+                )
+            begin_step, end_step = int(begin_step), int(end_step)
         self.sparsity = sparsity
         self.initial_sparsity = initial_sparsity
         self.begin_step, self.end_step = begin_step, end_step
@@ -237,7 +235,7 @@ class Geometric(Schedule):
         rate=None,
     ):
         super().__init__(sparsity, initial_sparsity, begin, end, begin_step, end_step)
-        if rate is not None and not 0 < rate < 1:
+        if rate is not None and not (is_number(rate) and 0 < rate < 1):
             raise ValueError(f"rate must be a number in (0, 1). Received: rate={rate!r}")
         self.rate = rate
 
@@ -299,6 +297,8 @@ class Sigmoid(Schedule):
     ):
         super().__init__(sparsity, initial_sparsity, begin, end, begin_step, end_step)
         self.steepness = steepness
+        if not (is_number(steepness) and steepness > 0):
+            raise ValueError(f"steepness must be a number > 0. Received: {steepness!r}")
 
     def curve(self, progress):
         curve = np.tanh(self.steepness / 2 * (np.asarray(progress) - 0.5))

@@ -455,8 +455,9 @@ def _sparsify_optimizer(model, method: UpdateMethod, filters: Filters) -> Sparsi
     report, kernels, complete = _choose_kernels(model, method, filters, inner)
     _check_not_empty(model, report)
     # Select paths instead of passing the callable, because a SparseOptimizer selects variables by
-    # path.
-    paths = None if complete else [re.escape(kernel.path) for kernel in kernels]
+    # path. A single expression holds them all, because some of the layers may be frozen before the
+    # optimizer is built.
+    paths = None if complete else "|".join(re.escape(kernel.path) for kernel in kernels)
     with placed_like(kernels[0]):
         wrapper = SparseOptimizer(inner, method, paths)
         if inner.built:

@@ -246,6 +246,41 @@ def test_pruning_of_plain_tensorflow_variables(sparsity):
     np.testing.assert_allclose(variable.numpy(), np.where(kept, expected, 0), rtol=1e-6)
 
 
+def sparse_gradient():
+    """Return the gradient of two of four rows, as a sparse tensor of the backend."""
+    rows, values = keras.ops.array([0, 2]), keras.ops.full((2, 3), 0.5)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.IndexedSlices(values, rows, keras.ops.array([4, 3]))
+    from jax.experimental.sparse import BCOO
+
+    return BCOO((values, rows[:, None]), shape=(4, 3))
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras has no sparse tensors on PyTorch")
+@pytest.mark.parametrize("method", [Magnitude(0.0), Magnitude(Constant(0.5, begin_step=1))])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad"])
+def test_sparse_gradients_act_as_dense_gradients(name, method):
+    """Keras's `optimizer_sparse_test` makes its optimizers at import, so it cannot run here."""
+    gradient = sparse_gradient()
+    found = []
+    for each in (gradient, keras.ops.convert_to_tensor(gradient, sparse=False)):
+        variable = keras.Variable(np.arange(1, 13, dtype="float32").reshape(4, 3))
+        optimizer = SparseOptimizer(OPTIMIZERS[name](0.1), method)
+        for _ in range(2):
+            optimizer.apply([each], [variable])
+        found.append(variable.numpy())
+    np.testing.assert_array_equal(*found)
+    plain = keras.Variable(np.arange(1, 13, dtype="float32").reshape(4, 3))
+    for optimizer in [OPTIMIZERS[name](0.1)] * 2:
+        optimizer.apply([gradient], [plain])
+    if method == Magnitude(0.0):
+        np.testing.assert_allclose(found[0], plain.numpy(), rtol=1e-6)
+    else:
+        assert np.sum(found[0] == 0) == 6
+
+
 # -- several optimizers ----------------------------------------------------------------------------
 
 METHOD = Magnitude(Constant(0.5, begin_step=1), frequency=2)

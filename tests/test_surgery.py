@@ -11,9 +11,9 @@ import keras_dst
 from keras_dst.callbacks import SparseTraining
 from keras_dst.layers.base import SparseMixin
 from keras_dst.layers.classes import SparseContainer
-from keras_dst.methods import DCIL, DST, Magnitude, OptG
+from keras_dst.methods import DCIL, DST, Magnitude, OptG, RigL
 from keras_dst.optimizers import sparse_optimizers
-from keras_dst.schedules import Constant
+from keras_dst.schedules import Constant, Cubic
 from keras_dst.surgery import has_kernel, has_sparse_layers
 from tests import models
 from tests.backends import every, once
@@ -535,6 +535,50 @@ def test_a_layer_frozen_after_sparsify_keeps_its_mask(method):
     keras_dst.strip(model)
     kernels = [v for v in model.get_layer("base").weights if "kernel" in v.path]
     assert all(np.all(kernel.numpy() != 0) for kernel in kernels)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "jax", reason="Keras builds an optimizer for a fixed set of layers"
+)
+@every(2)
+@pytest.mark.parametrize(("name", "with_callback"), [("Magnitude", False), ("RigL", True)])
+def test_a_layer_that_is_frozen_between_two_fits_keeps_its_mask(name, with_callback):
+    schedule = Cubic(0.8, begin_step=0, end_step=12)
+    method = RigL(0.8, stop_step=12, frequency=2) if name == "RigL" else Magnitude(schedule)
+    model = models.compiled(frozen_model("trainable"))
+    keras_dst.sparsify(model, method)
+    callbacks = [SparseTraining(epochs=4)] if with_callback else []
+    data, labels = x.reshape(96, -1)[:, :16], y
+    model.fit(data, labels, verbose=0, callbacks=callbacks)
+    base = model.get_layer("base")
+    base.trainable = False
+    models.compiled(model, model.optimizer)
+    before = models.arrays(base.variables)
+    model.fit(data, labels, epochs=3, verbose=0, callbacks=callbacks)
+    for variable, old in zip(base.variables, before):
+        np.testing.assert_array_equal(variable.numpy(), old, err_msg=variable.path)
+    trained = np.concatenate([layer.kernel.numpy().ravel() for layer in model.layers[1:]])
+    assert np.mean(trained == 0) == pytest.approx(0.8, abs=0.02)
+
+
+@once
+@pytest.mark.parametrize("fitted", [False, True])
+def test_selected_layers_may_be_frozen_before_the_optimizer_is_built(fitted, tmp_path):
+    """The optimizer of a model that is loaded with frozen layers is built without them."""
+    data, labels = x.reshape(96, -1)[:, :16], y
+    model = models.compiled(frozen_model("trainable"))
+    keras_dst.sparsify(model, Magnitude(0.8), filters=["base", "mid"])
+    if fitted:
+        model.fit(data, labels, verbose=0, callbacks=[SparseTraining(epochs=3)])
+    model.get_layer("base").trainable = False
+    models.compiled(model, model.optimizer)
+    if fitted:
+        model.save(tmp_path / "model.keras")
+        with pytest.warns(UserWarning, match="Skipping variable loading for optimizer"):
+            model = keras.saving.load_model(tmp_path / "model.keras")
+    model.fit(data, labels, epochs=2, verbose=0, callbacks=[SparseTraining()])
+    assert np.mean(model.get_layer("mid").kernel.numpy() == 0) == pytest.approx(0.8, abs=0.01)
+    assert [name[-10:] for name in model.optimizer.kernel_names] == ["mid/kernel"]
 
 
 # -- the optimizer of a compiled model -------------------------------------------------------------

@@ -41,7 +41,7 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("argument", ARGUMENTS)
-@pytest.mark.parametrize("value", [True, False, 1.5, 2.0, "two"])
+@pytest.mark.parametrize("value", [True, False, np.True_, 1.5, 2.0, "two"])
 def test_other_values_than_whole_numbers_raise(argument, value):
     with pytest.raises(ValueError, match=r"whole number|number of batches"):
         ARGUMENTS[argument](value)
@@ -50,6 +50,38 @@ def test_other_values_than_whole_numbers_raise(argument, value):
 @pytest.mark.parametrize("argument", ARGUMENTS)
 def test_a_whole_number_is_accepted(argument):
     ARGUMENTS[argument](4)
+    ARGUMENTS[argument](np.int64(4))
+
+
+NUMBERS = {
+    "Cubic(begin)": lambda n: schedules.Cubic(0.8, begin=n),
+    "Cubic(end)": lambda n: schedules.Cubic(0.8, end=n),
+    "Sigmoid(steepness)": lambda n: schedules.Sigmoid(0.8, steepness=n),
+    "SET(drop_fraction)": lambda n: methods.SET(0.8, drop_fraction=n),
+    "RigL(stop)": lambda n: methods.RigL(0.8, stop=n),
+    "OptG(beta)": lambda n: methods.OptG(0.8, beta=n),
+    "DST(alpha)": lambda n: methods.DST(alpha=n),
+    "DST(reset_density)": lambda n: methods.DST(reset_density=n),
+    "DCIL(warmup)": lambda n: methods.DCIL(0.8, warmup=n),
+    "DCIL(temperature)": lambda n: methods.DCIL(0.8, temperature=n),
+    "FlipOut(power)": lambda n: methods.FlipOut(0.8, power=n),
+    "FlipOut(noise)": lambda n: methods.FlipOut(0.8, noise=n),
+    "Consensus(lambda_act)": lambda n: methods.Consensus(0.8, lambda_act=n),
+    "Gate(cost)": lambda n: layers.Gate(cost=n),
+}
+
+
+@pytest.mark.parametrize("argument", NUMBERS)
+@pytest.mark.parametrize("value", [True, np.True_, "0.5", [0.5], float("nan"), -1.0])
+def test_other_values_than_real_numbers_raise(argument, value):
+    with pytest.raises(ValueError, match=r"Received"):
+        NUMBERS[argument](value)
+
+
+@pytest.mark.parametrize("argument", NUMBERS)
+def test_a_real_number_is_accepted(argument):
+    NUMBERS[argument](0.5)
+    NUMBERS[argument](np.float32(0.5))
 
 
 def test_the_message_states_the_bound_and_the_received_value():

@@ -66,7 +66,7 @@ class BackupAndRestore(keras.callbacks.Callback):
                 f"Received: {save_freq!r}"
             )
         self.backup_dir = pathlib.Path(backup_dir)
-        self.save_freq = save_freq
+        self.save_freq = save_freq if save_freq == "epoch" else int(save_freq)
         self.delete_checkpoint = delete_checkpoint
 
     def on_train_begin(self, logs=None):

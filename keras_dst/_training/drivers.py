@@ -64,6 +64,8 @@ def drivers_of(model) -> list[Driver]:
             )
         found.append(LayerDriver(model, layers))
     for optimizer in _built_sparse_optimizers(model):
+        if not any(kernel.trainable for kernel in optimizer.kernels):
+            continue
         found.append(OptimizerDriver(model, optimizer, _couple_optimizer(model, optimizer)))
     return found
 
@@ -101,9 +103,13 @@ def couple_channels(model, optimizer: SparseOptimizer | None = None) -> None:
 
 def _couple_optimizer(model, optimizer: SparseOptimizer) -> Coupling:
     """Tell an optimizer the axes and the channels of its weights, which only the model knows."""
-    layouts = _layouts(model, optimizer)
-    found = couple(model, optimizer.method, optimizer.kernels, layouts)
-    optimizer.set_layouts(found.layouts, found.followers, model_known=True)
+    known = layouts_of(model)
+    pairs = list(zip(optimizer.kernels, optimizer.layouts))
+    layouts = {id(kernel): known.get(id(kernel), layout) for kernel, layout in pairs}
+    trained = [kernel for kernel, _ in pairs if kernel.trainable]
+    found = couple(model, optimizer.method, trained, [layouts[id(k)] for k in trained])
+    layouts.update(zip(map(id, trained), found.layouts))
+    optimizer.set_layouts(list(layouts.values()), found.followers, model_known=True)
     return found
 
 
@@ -192,18 +198,6 @@ def pruned_weights_of(model) -> list[PrunedWeight]:
         for weight, state, layout in zip(optimizer.kernels, optimizer.states, optimizer.layouts):
             found.append(PrunedWeight(weight.path, optimizer.method, weight, state, layout))
     return found
-
-
-def _layouts(model, optimizer: SparseOptimizer) -> list[Layout]:
-    """Return the axes of the weights of an optimizer.
-
-    The layers that hold the weights define these axes.
-    """
-    known = layouts_of(model)
-    return [
-        known.get(id(kernel), layout)
-        for kernel, layout in zip(optimizer.kernels, optimizer.layouts)
-    ]
 
 
 @functools.lru_cache(maxsize=16)
@@ -631,14 +625,7 @@ class OptimizerDriver(Driver):
 
     def __init__(self, model, optimizer: SparseOptimizer, coupling: Coupling):
         self.optimizer = optimizer
-        super().__init__(
-            model,
-            optimizer.method,
-            optimizer.kernels,
-            optimizer.states,
-            optimizer.layouts,
-            optimizer.kernel_names,
-        )
+        super().__init__(model, optimizer.method, *optimizer.trained())
         # The optimizer masks the trainable biases, scales and offsets.
         self.followers = coupling.statistics
 

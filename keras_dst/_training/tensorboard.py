@@ -60,7 +60,7 @@ class SparsityTensorBoard(keras.callbacks.Callback):
                 f"Received: {update_freq!r}"
             )
         self.log_dir = log_dir
-        self.update_freq = update_freq
+        self.update_freq = update_freq if update_freq == "epoch" else int(update_freq)
         self.histograms = histograms
         _check_installed()
 

@@ -1,26 +1,38 @@
 """Argument checks that several modules share."""
 
+from numbers import Integral, Real
+
 
 def is_integer(value, minimum: int | None = None) -> bool:
     """Return whether `value` is a whole number of at least `minimum`.
 
-    Booleans do not count as whole numbers.
+    NumPy integers count as whole numbers, and booleans do not.
     """
-    whole = isinstance(value, int) and not isinstance(value, bool)
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
     return whole and (minimum is None or value >= minimum)
 
 
-def check_integer(value, name: str, minimum: int | None = 1) -> None:
-    """Raise ValueError unless `value` is a whole number of at least `minimum`.
+def is_number(value) -> bool:
+    """Return whether `value` is a real number, of Python or NumPy. Booleans are not numbers."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_integer(value, name: str, minimum: int | None = 1) -> int:
+    """Return a whole number of at least `minimum` as a Python integer.
 
     Args:
-        value: Argument to check. Booleans are not accepted.
+        value: Argument to check. NumPy integers are accepted, and booleans are not.
         name: Name of the argument for the error message.
         minimum: Smallest allowed value, or None if every whole number is allowed. Defaults to 1.
 
+    Raises:
+        ValueError: If `value` is not such a number.
+
     Example:
-        >>> check_integer(3, "epochs")
+        >>> check_integer(np.int64(3), "epochs")
+        3
     """
     if not is_integer(value, minimum):
         bound = "" if minimum is None else f" >= {minimum}"
         raise ValueError(f"{name} must be a whole number{bound}. Received: {name}={value!r}")
+    return int(value)

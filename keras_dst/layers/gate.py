@@ -11,7 +11,7 @@ import numpy as np
 from keras import layers, ops
 
 from keras_dst import _keras
-from keras_dst._utils.validation import check_integer
+from keras_dst._utils.validation import check_integer, is_number
 from keras_dst.layers.base import check_method, expose_variables, require_driver
 from keras_dst.masks import Layout
 from keras_dst.methods.base import State
@@ -78,14 +78,12 @@ class Gate(_keras.BuildHook, layers.Layer):
         super().__init__(**kwargs)
         if structure not in ("channel", "branch"):
             raise ValueError(f"structure must be 'channel' or 'branch'. Received: {structure!r}")
-        if not cost > 0:
+        if not (is_number(cost) and cost > 0):
             raise ValueError(f"cost must be a number above 0. Received: {cost!r}")
-        check_integer(axis, "axis", minimum=None)
-        check_integer(units, "units")
-        self.axis = axis
+        self.axis = check_integer(axis, "axis", minimum=None)
         self.structure = structure
         self.dependent = dependent
-        self.units = units
+        self.units = check_integer(units, "units")
         self.momentum = momentum
         self.cost = cost
         method = check_method(Consensus() if method is None else method)

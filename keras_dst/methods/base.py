@@ -279,7 +279,7 @@ class Method(Configurable):
             value = getattr(self, name)
             if (name != "round_to" and value is None) or (name, value) == ("frequency", "epoch"):
                 continue
-            check_integer(value, name)
+            setattr(self, name, check_integer(value, name))
         if self.counted_in not in channels.COUNTED_IN:
             raise ValueError(
                 f"counted_in must be one of {', '.join(map(repr, channels.COUNTED_IN))}. "
@@ -294,6 +294,8 @@ class Method(Configurable):
         seed = getattr(self, "seed", 0)
         if not is_integer(seed, minimum=0) or seed >= 2**31:
             raise ValueError(f"seed must be a whole number in [0, 2**31). Received: {seed!r}")
+        if hasattr(self, "seed"):
+            self.seed = int(seed)
         if pattern.n_of_m and self.schedule:
             n, m = pattern.n_of_m
             if not math.isclose(self.schedule.sparsity, 1 - n / m):

@@ -31,6 +31,7 @@ import numpy as np
 from keras import ops
 
 from keras_dst import masks
+from keras_dst._utils.validation import is_number
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods import channels
 from keras_dst.methods.base import UnitMethod
@@ -103,7 +104,8 @@ class Consensus(UnitMethod):
         if cost not in ("flops", "parameters"):
             raise ValueError(f"cost must be 'flops' or 'parameters'. Received: {cost!r}")
         for name in ("lambda_polar", "lambda_act"):
-            if not getattr(self, name) >= 0:
+            value = getattr(self, name)
+            if not (is_number(value) and value >= 0):
                 raise ValueError(f"{name} must be a number >= 0. Received: {getattr(self, name)!r}")
         self._check_common()
 

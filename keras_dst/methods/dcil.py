@@ -30,6 +30,7 @@ from collections.abc import Mapping
 import keras
 from keras import ops
 
+from keras_dst._utils.validation import is_number
 from keras_dst.methods.base import TwoPathMethod
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
@@ -106,11 +107,11 @@ class DCIL(TwoPathMethod):
         self.counted_in = counted_in
         self.round_to = round_to
         self.schedule = as_schedule(sparsity, lambda final: Cubic(final, end=0.75))
-        if not 0 <= warmup <= 1:
+        if not (is_number(warmup) and 0 <= warmup <= 1):
             raise ValueError(
                 f"warmup is a fraction of training, in [0, 1]. Received: warmup={warmup!r}"
             )
-        if not temperature > 0:
+        if not (is_number(temperature) and temperature > 0):
             raise ValueError(f"temperature must be a number > 0. Received: {temperature!r}")
         if score not in ("magnitude", "square"):
             raise ValueError(f"score must be 'magnitude' or 'square'. Received: {score!r}")

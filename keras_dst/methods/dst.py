@@ -24,6 +24,7 @@ import keras
 from keras import ops
 
 from keras_dst import masks
+from keras_dst._utils.validation import is_number
 from keras_dst.masks import KERNEL, Pattern
 from keras_dst.methods.base import LayerMethod
 from keras_dst.regularizers import ThresholdPenalty
@@ -93,9 +94,9 @@ class DST(LayerMethod):
             raise ValueError(
                 f"granularity must be 'unit', 'layer' or 'weight'. Received: {granularity!r}"
             )
-        if not alpha >= 0:
+        if not (is_number(alpha) and alpha >= 0):
             raise ValueError(f"alpha must be a number >= 0. Received: {alpha!r}")
-        if not 0 <= reset_density < 1:
+        if not (is_number(reset_density) and 0 <= reset_density < 1):
             raise ValueError(f"reset_density must be in [0, 1). Received: {reset_density!r}")
         if Pattern(pattern).n_of_m:
             raise ValueError(

@@ -22,6 +22,7 @@ import keras
 from keras import ops
 
 from keras_dst._backend import random
+from keras_dst._utils.validation import is_number
 from keras_dst.masks import masked
 from keras_dst.methods.base import UpdateMethod
 from keras_dst.schedules import Geometric, Schedule, as_schedule
@@ -93,9 +94,9 @@ class FlipOut(UpdateMethod):
         self.counted_in = counted_in
         self.round_to = round_to
         self.seed = seed
-        if not power > 0:
+        if not (is_number(power) and power > 0):
             raise ValueError(f"power must be a number > 0. Received: {power!r}")
-        if not noise >= 0:
+        if not (is_number(noise) and noise >= 0):
             raise ValueError(f"noise must be a number >= 0. Received: {noise!r}")
         if rate is not None and isinstance(sparsity, Schedule):
             raise ValueError(

@@ -26,6 +26,7 @@ import keras
 from keras import ops
 
 from keras_dst import masks
+from keras_dst._utils.validation import is_number
 from keras_dst.methods.base import LayerMethod
 from keras_dst.schedules import Schedule, Sigmoid, as_schedule
 
@@ -93,7 +94,7 @@ class OptG(LayerMethod):
         self.min_kept = min_kept
         self.counted_in = counted_in
         self.round_to = round_to
-        if beta is not None and not beta > 0:
+        if beta is not None and not (is_number(beta) and beta > 0):
             raise ValueError(f"beta must be a number > 0. Received: {beta!r}")
         if beta is not None and isinstance(sparsity, Schedule):
             raise ValueError(

@@ -23,7 +23,7 @@ import numpy as np
 from keras import ops
 
 from keras_dst._backend import random
-from keras_dst._utils.validation import check_integer
+from keras_dst._utils.validation import check_integer, is_number
 from keras_dst.masks import Pattern
 from keras_dst.methods import channels
 from keras_dst.methods.base import UpdateMethod
@@ -106,15 +106,15 @@ class SET(UpdateMethod):
         self.seed = seed
         name = type(self).__name__
         check_sparsity(sparsity, alternative=f"; {name} keeps it constant and takes no Schedule")
-        if not 0 <= drop_fraction < 1:
+        if not (is_number(drop_fraction) and 0 <= drop_fraction < 1):
             raise ValueError(f"drop_fraction must be in [0, 1). Received: {drop_fraction!r}")
-        if not 0 < self._stop <= 1:
+        if not (is_number(self._stop) and 0 < self._stop <= 1):
             raise ValueError(
                 "stop is a fraction of training, in (0, 1]. "
                 f"Received: stop={stop!r}. Pass stop_step for a number of steps."
             )
         if stop_step is not None:
-            check_integer(stop_step, "stop_step")
+            self.stop_step = check_integer(stop_step, "stop_step")
             if stop is not None:
                 raise ValueError(
                     f"Expected only one of stop and stop_step. Received: stop={stop!r}, "

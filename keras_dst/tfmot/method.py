@@ -115,4 +115,4 @@ def _pair(value, name) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, (tuple, list)) else ()
     if len(pair) != 2 or not all(is_integer(n, minimum=1) for n in pair):
         raise ValueError(f"{name} must be a pair of whole numbers >= 1. Received: {value!r}")
-    return pair
+    return int(pair[0]), int(pair[1])

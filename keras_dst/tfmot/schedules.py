@@ -28,7 +28,8 @@ class PruningSchedule(Configurable):
         in_range = begin_step <= step and (end_step < 0 or step <= end_step)
         return in_range and (step - begin_step) % frequency == 0
 
-    def _check_steps(self, begin_step, end_step, frequency) -> None:
+    def _set_steps(self, begin_step, end_step, frequency) -> None:
+        """Keep the steps as Python integers, or raise ValueError for an invalid range."""
         steps = {"begin_step": begin_step, "end_step": end_step, "frequency": frequency}
         is_range = (
             is_integer(begin_step, minimum=0)
@@ -42,6 +43,8 @@ class PruningSchedule(Configurable):
             )
         if not is_integer(frequency, minimum=1):
             raise ValueError(f"frequency must be a whole number of steps >= 1. Received: {steps}")
+        self.begin_step, self.end_step = int(begin_step), int(end_step)
+        self.frequency = int(frequency)
 
 
 @keras.saving.register_keras_serializable("keras_dst.tfmot")
@@ -61,9 +64,8 @@ class ConstantSparsity(PruningSchedule):
 
     def __init__(self, target_sparsity, begin_step, end_step=-1, frequency=100):
         self.target_sparsity = target_sparsity
-        self.begin_step, self.end_step, self.frequency = begin_step, end_step, frequency
         check_sparsity(target_sparsity, "target_sparsity")
-        self._check_steps(begin_step, end_step, frequency)
+        self._set_steps(begin_step, end_step, frequency)
 
     def __call__(self, step):
         update = self._should_prune_in_step(step, self.begin_step, self.end_step, self.frequency)
@@ -94,10 +96,9 @@ class PolynomialDecay(PruningSchedule):
     ):
         self.initial_sparsity, self.final_sparsity = initial_sparsity, final_sparsity
         self.power = power
-        self.begin_step, self.end_step, self.frequency = begin_step, end_step, frequency
         check_sparsity(initial_sparsity, "initial_sparsity")
         check_sparsity(final_sparsity, "final_sparsity")
-        self._check_steps(begin_step, end_step, frequency)
+        self._set_steps(begin_step, end_step, frequency)
         if end_step == -1:
             raise ValueError(
                 "PolynomialDecay needs an end_step >= begin_step, at which final_sparsity is "
