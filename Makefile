@@ -11,6 +11,7 @@ PYTHON ?= python3
 VENV := .venv
 TFMOT := .venv-tfmot
 PQUANT := .venv-pquant
+TORCH_PRUNING := .venv-torch-pruning
 RUN := TF_CPP_MIN_LOG_LEVEL=3 $(VENV)/bin/python
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest
 BACKENDS := tensorflow jax torch
@@ -30,7 +31,7 @@ test-all: export KERAS_DST_KILLS = 10
 .PHONY: demo check test test-all parts lint browser arm64 docs pictures notebooks clean
 .PHONY: $(BACKENDS:%=test-%) test-once test-xla test-notebooks test-quick
 .PHONY: test-wheel test-versions test-gpu bench-gpu
-.PHONY: bench-mnist bench-methods bench-papers bench-recalibration bench-patterns bench-step bench-overhead bench-models bench-channels
+.PHONY: bench-mnist bench-methods bench-papers bench-recalibration bench-patterns bench-step bench-overhead bench-models bench-channels bench-channels-cpu bench-smaller
 .PHONY: bench-tflite bench-int8 bench-micro bench-scaling bench-authors bench-libraries bench-agreement bench-time-to-accuracy
 
 demo: $(DEMO_READY)
@@ -180,14 +181,34 @@ $(TFMOT)/ready: constraints.txt
 	$(TFMOT)/bin/pip install -q -c constraints.txt tensorflow tf_keras tensorflow-model-optimization==0.8.*
 	touch $@
 
-bench-models: $(TEST_READY)
+bench-models: $(TEST_READY) $(TORCH_PRUNING)/ready
 	$(VENV)/bin/pip install -q -c constraints.txt keras-hub
+	KERAS_BACKEND=torch $(TORCH_PRUNING)/bin/python -m benchmarks.accuracy.torch_pruning count
 	KERAS_BACKEND=torch $(RUN) -m benchmarks.coverage.half_channels
 	$(RUN) -m benchmarks.coverage.models
 
-# Train a dense ResNet-56 and a dense VGG first. The full table needs a GPU.
-bench-channels: $(TEST_READY)
+# The seconds and the memory of `shrink`, and the latency of the smaller models.
+bench-smaller: $(TEST_READY)
+	KERAS_BACKEND=tensorflow OMP_NUM_THREADS=1 $(RUN) -m benchmarks.coverage.smaller
+	for backend in jax torch; do KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 \
+	$(RUN) -m benchmarks.coverage.smaller --shrink-only --networks ResNet50 || exit 1; done
+
+# A dense ResNet-56 and VGG are trained first. A GPU is needed for this table. Every run is stored
+# when it ends, so the command can be stopped and goes on with the next run.
+bench-channels: $(TEST_READY) $(TORCH_PRUNING)/ready
 	KERAS_BACKEND=jax $(RUN) -m benchmarks.accuracy.channels
+	KERAS_BACKEND=torch $(TORCH_PRUNING)/bin/python -m benchmarks.accuracy.torch_pruning train
+
+# A small table of the same methods, which one core of a CPU makes in half an hour.
+SMALL := --nets "resnet-20, stride 2" --seeds 1 --epochs 5 2 --images 10240
+bench-channels-cpu: $(TEST_READY) $(TORCH_PRUNING)/ready
+	KERAS_BACKEND=torch $(RUN) -m benchmarks.accuracy.channels $(SMALL)
+	KERAS_BACKEND=torch $(TORCH_PRUNING)/bin/python -m benchmarks.accuracy.torch_pruning train $(SMALL)
+
+$(TORCH_PRUNING)/ready: constraints.txt
+	$(PYTHON) -m venv $(TORCH_PRUNING)
+	$(TORCH_PRUNING)/bin/pip install -q -c constraints.txt keras torch torchvision torch-pruning==1.6.*
+	touch $@
 
 bench-agreement: $(TEST_READY)
 	$(RUN) -m benchmarks.accuracy.backend_agreement mnist-mlp
@@ -224,4 +245,4 @@ $(PQUANT)/ready: constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(TFMOT) $(PQUANT) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(TFMOT) $(PQUANT) $(TORCH_PRUNING) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # Type checkers, editors and the reference do not run `__geta
         ChannelGroup,
         ChannelReport,
         CoupledChannels,
+        GroupReport,
         ShrinkReport,
         channel_groups,
         shrink,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # Type checkers, editors and the reference do not run `__geta
     from keras_dst._training.drivers import couple_channels
     from keras_dst.clustering import cluster_weights
     from keras_dst.export import ExportError, ExportReport, LintReport, export_tflite
+    from keras_dst.export.latency_target import LatencySearch, sparsity_at_latency
     from keras_dst.export.linter import lint
     from keras_dst.recalibration import recalibrate
     from keras_dst.sparse_files import load_sparse, save_sparse
@@ -36,9 +38,11 @@ _LAZY = {
     "ChannelGroup": "_structure",
     "ChannelReport": "_structure",
     "CoupledChannels": "_structure",
+    "GroupReport": "_structure",
     "channel_groups": "_structure",
     "ExportError": "export",
     "ExportReport": "export",
+    "LatencySearch": "export.latency_target",
     "LintReport": "export",
     "SensitivityReport": "_reporting.sensitivity",
     "ShrinkReport": "_structure",
@@ -54,6 +58,7 @@ _LAZY = {
     "sensitivity": "_reporting.sensitivity",
     "shrink": "_structure",
     "shrink_report": "_structure",
+    "sparsity_at_latency": "export.latency_target",
 }
 _LAZY_MODULES = ("plots", "tuner")
 
@@ -63,6 +68,8 @@ __all__ = [
     "CoupledChannels",
     "ExportError",
     "ExportReport",
+    "GroupReport",
+    "LatencySearch",
     "LintReport",
     "SensitivityReport",
     "ShrinkReport",
@@ -93,6 +100,7 @@ __all__ = [
     "shrink",
     "shrink_report",
     "sparsify",
+    "sparsity_at_latency",
     "strip",
     "tfmot",
 ]

@@ -427,9 +427,12 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         weights, states = self.values()
 
         def keep():
-            if not method.grows:
-                return [{"mask": s["mask"]} for s in states]
-            return [{"mask": s["mask"], "grown": ops.zeros_like(s["mask"])} for s in states]
+            changes = [{"mask": s["mask"]} for s in states]
+            if method.grows:
+                changes = [{**c, "grown": ops.zeros_like(c["mask"])} for c in changes]
+            if method.grows and channels.groups_of(self.layouts):
+                changes = [{**c, "start": ops.zeros_like(c["mask"], "float32")} for c in changes]
+            return changes
 
         # Variables are assigned outside of the branches, because JAX cannot assign variables within
         # a branch.
@@ -474,7 +477,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         kernels, states, _, _ = self.trained()
         for kernel, state, change in zip(kernels, states, changes):
             change = dict(change)
-            grown = change.pop("grown", None)
+            grown, start = change.pop("grown", None), change.pop("start", 0)
             # Copy the mask, because on torch the assignments below change the mask in place.
             pruned = ops.logical_not(_mask_of(state)) if averages else None
             for name, new in change.items():
@@ -483,7 +486,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             if grown is not None:
                 for slot in self._slots(kernel):
                     self.assign(slot, ops.where(grown, 0, ops.convert_to_tensor(slot)))
-                value = ops.where(grown, 0, value)
+                value = ops.where(grown, ops.cast(start, value.dtype), value)
             self.assign(kernel, value)
             # The average of a weight that comes back starts at the current value of the weight.
             if averages:
@@ -495,13 +498,15 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         if not self._followers:
             return
         alive = channels.alive([_mask_of(state) for state in self.states], self.layouts)
+        settled = self.method.followers_settled(
+            *map(ops.convert_to_tensor, (self.step, self.total))
+        )
+        alive = ops.logical_or(alive, ops.logical_not(settled))
         variables = _keras.trained_variables_of(self)
-        for index, axis, ids in self._followers:
-            variable = variables[index]
-            mask = channels.along_axis(alive, ids, len(variable.shape), axis)
-            self.assign(variable, masked(ops.convert_to_tensor(variable), mask))
-            for average in self._averages_of(variable):
-                self.assign(average, masked(ops.convert_to_tensor(average), mask))
+        followers = [(variables[index], axis, ids) for index, axis, ids in self._followers]
+        for variable, mask in channels.masks_of_followers(followers, alive):
+            for each in (variable, *self._averages_of(variable)):
+                self.assign(each, masked(ops.convert_to_tensor(each), mask))
 
     def reapply_masks(self) -> None:
         """Set the pruned weights to zero again, after other code assigned values to the weights.

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import html
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import keras
 from keras_dst import _keras
 from keras_dst._backend.devices import placed_like, refresh_torch_parameters
 from keras_dst._utils.filters import Filters, is_kernel, select
+from keras_dst._utils.html import html_table
 from keras_dst.layers import Gate, SparseBatchNormalization
 from keras_dst.layers.base import SparseMixin
 from keras_dst.layers.classes import (
@@ -85,13 +85,8 @@ class SparsifyReport:
 
     def _repr_html_(self) -> str:
         """Return the report as an HTML table for notebooks."""
-        rows = [
-            "<tr>" + "".join(f'<td style="text-align:left">{html.escape(x)}</td>' for x in row)
-            for row in self._rows()
-        ]
-        head = "".join(f"<th>{name}</th>" for name in ("layer", "status", "weights or reason"))
-        title = html.escape(f"{self.method!r}: {self._counts()}")
-        return f"<table><caption>{title}</caption><tr>{head}</tr>{''.join(rows)}</table>"
+        headings = ("layer", "status", "weights or reason")
+        return html_table(headings, self._rows(), f"{self.method!r}: {self._counts()}")
 
     def _counts(self) -> str:
         doubled = f", {len(self.doubled)} batch normalizations doubled" if self.doubled else ""

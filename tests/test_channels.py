@@ -79,6 +79,8 @@ RANKING = {
     "magnitude-taylor": methods.Magnitude(0.5, "uniform", "channel", score="taylor"),
     "magnitude-lamp": methods.Magnitude(0.5, "uniform", "channel", score="lamp"),
     "flipout": methods.FlipOut(0.5, allocation="uniform", pattern="channel"),
+    "set": methods.SET(0.5, "uniform", "channel"),
+    "rigl": methods.RigL(0.5, "uniform", "channel"),
     "dcil": methods.DCIL(0.5, allocation="uniform", pattern="channel"),
     "optg": methods.OptG(0.5, allocation="uniform", pattern="channel"),
 }
@@ -220,7 +222,7 @@ def test_the_target_is_met_in_channels_parameters_and_flops(counted_in):
 def test_a_target_below_the_minimum_of_channels_warns():
     method = methods.Magnitude(0.9, "uniform", "channel")
     with pytest.warns(
-        UserWarning, match="fraction of the channels removed 0.6.*, target 0.9: missed by"
+        UserWarning, match="fraction of the channels removed 0.6.*, target is 0.9: missed by"
     ):
         fit(compiled(method), SparseTraining())
 
@@ -247,6 +249,32 @@ def test_an_optimizer_without_its_model_warns():
     flops = methods.Magnitude(Constant(0.5, begin_step=1), pattern="channel", counted_in="flops")
     with pytest.raises(ValueError, match=r"counted_in='flops'.* needs the model"):
         fit(compiled(flops), epochs=1)
+
+
+@pytest.mark.parametrize("make", [methods.SET, methods.RigL])
+def test_biases_follow_once_no_channel_grows(make):
+    """Before the last update, a removed channel keeps its bias, and may grow again."""
+    model = compiled(make(0.5, "uniform", "channel", stop=0.5, frequency=1))
+    followers = {}
+    for variable in (model.get_layer("stem").bias, model.get_layer("stem_norm").beta):
+        variable.assign(np.full(16, 0.5, "float32"))
+
+    def record(epoch, logs):
+        dead = ~units(model, "stem")
+        norm = model.get_layer("stem_norm")
+        found = (norm.gamma, norm.beta, norm.moving_mean, model.get_layer("stem").bias)
+        followers[epoch] = [array(v)[dead].any() for v in found]
+
+    recorder = keras.callbacks.LambdaCallback(on_epoch_end=record)
+    fit(model, SparseTraining(), recorder, epochs=4)
+    assert followers[0] == [True] * 4
+    assert followers[1] == followers[3] == [False] * 4
+
+
+def test_dst_warns_that_its_layers_keep_different_channels():
+    model = compiled(methods.DST(pattern="channel"))
+    with pytest.warns(UserWarning, match=r"leave together: .*stem → add.* ← project.*Magnitude"):
+        fit(model, SparseTraining(), epochs=1)
 
 
 def test_a_sparse_optimizer_does_not_prune_output_channels():

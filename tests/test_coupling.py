@@ -6,7 +6,10 @@ import pytest
 from keras import layers
 
 import keras_dst
-from keras_dst._structure.coupling import channel_groups, cost_of
+from keras_dst._structure.coupling import channel_groups
+from keras_dst._training.channels import couple
+from keras_dst.masks import Layout
+from keras_dst.methods import channels
 from tests.backends import once
 from tests.test_shrink import assert_same_outputs, randomize
 
@@ -45,7 +48,7 @@ def test_channel_groups_of_a_residual_network():
     assert len(inputs) == 3
     assert outputs.reason == "it is an output of the model"
     assert outputs.layers == ["head"]
-    assert (found.removable, found.count) == (24, 31)
+    assert found.count == 31
     np.testing.assert_array_equal(stream.ids, np.arange(8))
     np.testing.assert_array_equal(hidden.ids, np.arange(8, 24))
 
@@ -67,13 +70,33 @@ def test_members_of_channel_groups_of_a_residual_network():
 def test_predicted_cost_equals_the_cost_of_the_shrunk_model():
     model = bottleneck()
     found = channel_groups(model)
-    dense = keras_dst.report(model)
-    assert cost_of(found) == (dense.parameters, dense.dense_flops)
     dead = np.zeros(found.count, bool)
     dead[[0, 1, 2, 8, 12]] = True
+    assert_planned_costs(model, found, dead)
+
+
+def assert_planned_costs(model, found, dead):
+    """Remove channels, and compare the costs of the smaller model with the costs in training."""
+    weights = [member.variable for member in found.members if member.output is not None]
+    layouts = [Layout(outputs=(m.output,)) for m in found.members if m.output is not None]
+    method = keras_dst.methods.Magnitude(0.5, pattern="channel")
+    groups = channels.groups_of(couple(model, method, weights, layouts).layouts)
+    planned = {
+        name: float(groups.kept_share(groups.counts(~dead[: len(groups.owner)]), name))
+        for name in ("parameters", "flops")
+    }
+    before = keras_dst.report(model)
     remove(found, dead)
-    small = keras_dst.report(keras_dst.shrink(model))
-    assert cost_of(found, dead) == (small.parameters, small.dense_flops)
+    small = keras_dst.shrink(model)
+    after = keras_dst.report(small)
+    assert planned == pytest.approx(
+        {
+            "parameters": after.parameters / before.parameters,
+            "flops": after.dense_flops / before.dense_flops,
+        },
+        rel=1e-9,
+    )
+    return small
 
 
 def remove(found, dead):
@@ -183,11 +206,8 @@ def test_removing_half_of_every_group_preserves_the_outputs(build):
     for group in found.groups:
         if not group.reason:
             dead[group.ids[len(group) // 2 :]] = True
-    remove(found, dead)
-    small = keras_dst.shrink(model)
+    small = assert_planned_costs(model, found, dead)
     assert_same_outputs(model, small)
-    report = keras_dst.report(small)
-    assert cost_of(found, dead) == (report.parameters, report.dense_flops)
     if build is not gated_halves:  # a convolution with one group couples no channels
         assert [2 * size for size, _ in groups_of(small)] == [size for size, _ in MODELS[build]]
 
@@ -224,4 +244,22 @@ def test_channel_groups_are_printed_as_a_table():
     lines = str(keras_dst.channel_groups(bottleneck())).splitlines()
     cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
     assert cells == ["8", "stem, project", "stem → sum ← project", ""]
-    assert "<td>stem → sum ← project</td>" in keras_dst.channel_groups(bottleneck())._repr_html_()
+    assert "stem → sum ← project</td>" in keras_dst.channel_groups(bottleneck())._repr_html_()
+
+
+def test_the_report_of_shrink_lists_the_groups():
+    model = bottleneck()
+    found = channel_groups(model)
+    dead = np.zeros(found.count, bool)
+    dead[[0, 1, 8]] = True
+    remove(found, dead)
+    report = keras_dst.shrink_report(model)
+    stream, hidden, inputs, outputs = report.groups
+    assert (stream.layers, stream.chain) == (["stem", "project"], "stem → sum ← project")
+    assert (stream.before, stream.after) == (8, 6)
+    assert (hidden.chain, hidden.before, hidden.after) == ("expand → depthwise", 16, 15)
+    assert (inputs.reason, inputs.after) == ("it is an input of the model", 3)
+    assert (outputs.reason, outputs.after) == ("it is an output of the model", 4)
+    rows = [[cell.strip() for cell in line.split("|")] for line in str(report).splitlines()]
+    assert ["", "stem, project", "stem → sum ← project", "8", "6", ""] in rows
+    assert report.to_dict()["groups"][1]["chain"] == "expand → depthwise"

@@ -14,9 +14,16 @@ import pytest
 
 import keras_dst
 from benchmarks import pictures, results
-from benchmarks.accuracy import authors, backend_agreement, methods, mnist_runs, patterns
+from benchmarks.accuracy import (
+    authors,
+    backend_agreement,
+    methods,
+    mnist_runs,
+    patterns,
+    recalibration,
+)
 from benchmarks.comparison import libraries
-from benchmarks.coverage import models
+from benchmarks.coverage import models, smaller
 from benchmarks.files import int8, micro, tflite_cases, tflite_grid
 from benchmarks.training_cost import mask_update, scaling, step_time, time_to_accuracy
 from tests.backends import once
@@ -157,7 +164,9 @@ TABLES = (
     micro,
     mnist_runs,
     patterns,
+    recalibration,
     scaling,
+    smaller,
     step_time,
     tflite_cases,
     tflite_grid,

@@ -13,9 +13,11 @@ import pathlib
 from benchmarks import results
 
 BENCHMARK = "channels"
-NETS = ("resnet-56", "vgg")
+NETS = ("resnet-56", "vgg", "resnet-20, stride 2")
 SPEEDUPS = (2, 4)
 BATCH = 128
+DECAY = 5e-4
+RATE_OF_DENSE, RATE_OF_PRUNING = 0.1, 0.02
 FOLDER = pathlib.Path("build/channels")
 
 
@@ -37,7 +39,10 @@ def methods(sparsity):
 def network(name):
     from benchmarks import networks
 
-    return networks.vgg() if name == "vgg" else networks.resnet(int(name.split("-")[1]))
+    if name == "vgg":
+        return networks.vgg()
+    depth, _, stride = name.removeprefix("resnet-").partition(", stride ")
+    return networks.resnet(int(depth), stride=int(stride or 1))
 
 
 def batches(x, y, seed):
@@ -81,7 +86,7 @@ def train(model, data, rate, epochs, seed, method=None):
     (x, y), test = data
     steps = epochs * (len(x) // BATCH)
     schedule = keras.optimizers.schedules.CosineDecay(rate, steps)
-    optimizer = keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True, weight_decay=DECAY)
     model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"])
     callbacks = []
     if method is not None:
@@ -92,31 +97,34 @@ def train(model, data, rate, epochs, seed, method=None):
 
 
 def dense(net, data, seed, epochs):
-    """Return the path of the trained dense network and its test accuracy."""
+    """Return the path of the trained dense network, which is trained if it is not stored."""
     import keras
 
-    path = FOLDER / f"{net}, {epochs} epochs, seed {seed}.keras"
-    name = f"{net}, dense, {epochs} epochs, seed {seed}"
+    images = len(data[0][1])
+    name = f"{net}, dense, {epochs} epochs, {images} images, seed {seed}"
+    path = FOLDER / f"{name}.keras"
     if not path.exists() or name not in results.runs(BENCHMARK):
         keras.utils.set_random_seed(seed)
         model = network(net)
         run = {"net": net, "method": "dense", "speedup": 1, "seed": seed, "epochs": [epochs, 0]}
-        run["test_accuracy"] = train(model, data, 0.1, epochs, seed)
+        run |= {"images": images, "test_accuracy": train(model, data, RATE_OF_DENSE, epochs, seed)}
         FOLDER.mkdir(parents=True, exist_ok=True)
         model.save(path)
         results.save(BENCHMARK, name, {"command": "make bench-channels", **run})
     return path
 
 
-def prune(path, data, method, epochs, seed):
+def prune(path, net, data, method, speedup, epochs, seed):
     """Return the accuracy and the size of a dense network that a method has pruned."""
     import keras
 
     import keras_dst
 
+    method = methods(1 - 1 / speedup)[method]
+
     keras.utils.set_random_seed(seed)
     model = keras.saving.load_model(path)
-    train(model, data, 0.02, epochs, seed, method)
+    train(model, data, RATE_OF_PRUNING, epochs, seed, method)
     keras_dst.strip(model)
     small = keras_dst.shrink(model)
     small.compile(loss="sparse_categorical_crossentropy", metrics=["accuracy"])
@@ -131,20 +139,36 @@ def prune(path, data, method, epochs, seed):
 def table():
     found = collections.defaultdict(list)
     for run in results.runs(BENCHMARK).values():
-        key = run["net"], f"{run['backend']}, {run['epochs'][0]} epochs dense"
+        key = run["net"], run["epochs"][0], run["images"]
         found[key, run["method"], run["speedup"]].append(run)
     lines = [
         "# Accuracy without channels",
         "",
         "The tables show the test accuracy in % on CIFAR-10 after the last epoch, as mean and "
         "standard deviation over the seeds, and the fraction of the FLOPs that remains. The "
-        "accuracy is measured on the model that `shrink` returns. Every method starts from the "
-        "same dense network and trains for the same number of epochs. No method is tuned. `make "
-        "bench-channels` writes this page from the runs in this folder.",
+        "accuracy is measured on the smaller model. Every method starts from the same dense "
+        "network and trains for the same number of epochs with the same batches and learning "
+        "rates. No method is tuned. Torch-Pruning 1.6.1 ranks groups by their L2 norm. It removes "
+        "channels before the training, or after half of it with the sparse learning of DepGraph. "
+        "`make bench-channels` writes this page from the runs in this folder.",
     ]
     for key in dict.fromkeys(key for key, *_ in found):
-        lines += ["", f"## {', '.join(key)}", "", "| method | seeds | dense | 2x | 4x |"]
-        lines += ["|---|---|---|---|---|"]
+        net, epochs, images = key
+        pruned = [
+            runs[0] for (other, *_, speedup), runs in found.items() if speedup > 1 and other == key
+        ]
+        after = max(run["epochs"][1] for run in pruned) if pruned else 0
+        short = " This is a short training on a CPU, far from convergence." if epochs < 50 else ""
+        lines += [
+            "",
+            f"## {net}",
+            "",
+            f"{epochs} epochs dense, and {after} epochs with each method, on {images:,} images."
+            + short,
+            "",
+            "| method | seeds | dense | 2x | 4x |",
+            "|---|---|---|---|---|",
+        ]
         for method in dict.fromkeys(method for other, method, _ in found if other == key):
             runs = [found.get((key, method, speedup), []) for speedup in (1, *SPEEDUPS)]
             seeds = max(map(len, runs))
@@ -161,37 +185,52 @@ def _cell(runs) -> str:
     return f"{accuracy} ({results.mean_std([run['flops'] for run in runs])})"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nets", nargs="*", choices=NETS, default=list(NETS))
-    parser.add_argument("--methods", nargs="*", choices=methods(0.5), default=list(methods(0.5)))
+def add_options(parser, names):
+    """Add the options of a command that runs the methods with these names."""
+    parser.add_argument("--nets", nargs="*", choices=NETS, default=list(NETS[:2]))
+    parser.add_argument("--methods", nargs="*", choices=names, default=list(names))
     parser.add_argument("--speedups", nargs="*", type=int, default=list(SPEEDUPS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", nargs=2, type=int, default=[160, 100])
     parser.add_argument("--images", type=int, default=50_000, help="number of training images")
-    parser.add_argument("--table", action="store_true")
-    args = parser.parse_args()
-    if args.table:
-        table()
-        return
+
+
+def run_all(args, prune):
+    """Run and store all combinations of the options that are not stored yet.
+
+    Args:
+        args: Options of `add_options`.
+        prune: Function that returns the figures of a run.
+    """
     from benchmarks.data import cifar10
 
     (x, y), test = cifar10()
     data = (x[: args.images], y[: args.images]), test
+    told = f"{args.epochs[0]} and {args.epochs[1]} epochs, {args.images} images"
     for seed in range(args.seeds):
         for net in args.nets:
             path = dense(net, data, seed, args.epochs[0])
             for speedup in args.speedups:
                 for method in args.methods:
-                    name = f"{net}, {method}, {speedup}x, {args.epochs} epochs, seed {seed}"
+                    name = f"{net}, {method}, {speedup}x, {told}, seed {seed}"
                     if name in results.runs(BENCHMARK):
                         continue
                     run = {"net": net, "method": method, "speedup": speedup, "seed": seed}
-                    chosen = methods(1 - 1 / speedup)[method]
-                    run |= prune(path, data, chosen, args.epochs[1], seed)
+                    run |= prune(path, net, data, method, speedup, args.epochs[1], seed)
                     run |= {"epochs": args.epochs, "images": args.images}
                     results.save(BENCHMARK, name, {"command": "make bench-channels", **run})
     table()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_options(parser, methods(0.5))
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    if args.table:
+        table()
+    else:
+        run_all(args, prune)
 
 
 if __name__ == "__main__":

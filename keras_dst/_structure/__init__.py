@@ -18,12 +18,13 @@ channels are kept, and `report.py` prints them.
 
 from keras_dst._structure.coupling import ChannelGroup, CoupledChannels, channel_groups
 from keras_dst._structure.pipeline import shrink
-from keras_dst._structure.report import ChannelReport, ShrinkReport, shrink_report
+from keras_dst._structure.report import ChannelReport, GroupReport, ShrinkReport, shrink_report
 
 __all__ = [
     "ChannelGroup",
     "ChannelReport",
     "CoupledChannels",
+    "GroupReport",
     "ShrinkReport",
     "channel_groups",
     "shrink",

@@ -1,4 +1,4 @@
-"""Groups of channels that are removed together, and the cost of the model without them.
+"""Groups of channels that are removed together.
 
 `channel_groups` describes a model as plain data. Training ranks and masks the channels of a group
 together; `shrink` removes exactly the channels that training has masked.
@@ -6,10 +6,7 @@ together; `shrink` removes exactly the channels that training has masked.
 
 from __future__ import annotations
 
-import html
-import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 
@@ -20,6 +17,9 @@ from keras_dst._structure.graph import check_graph
 from keras_dst._structure.handlers import ElementwiseMerge, GroupedConv, Opaque
 from keras_dst._structure.plan import Plan
 from keras_dst._structure.unions import Member
+from keras_dst._utils.html import html_table
+
+_HEADINGS = ("channels >", "made by", "coupled by", "reason to stay")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +54,7 @@ class CoupledChannels:
 
     A channel has an id. Positions along the axes of variables are kept or removed together if they
     have the same id. Ids are consecutive numbers. The channels of the first group come first, then
-    the channels of the second group, and so on. Channels with ids below `removable` can be removed.
-    All other channels have to stay.
+    the channels of the second group, and so on.
 
     To remove the channels `dead`, a boolean array with one entry per id:
 
@@ -71,8 +70,7 @@ class CoupledChannels:
         members: all variables with channels. A variable appears once. The members are variables of
             the given model, also if its layers are sparse.
         groups: the groups that can be removed, followed by the groups that have to stay.
-        removable: the number of ids of channels that can be removed.
-        count: the number of all ids.
+        count: the number of ids.
         uses: the use count of every variable that a layer multiplies, by the id of the variable;
             see `keras_dst.report`. None if the use count is unknown.
         other_parameters: the number of entries of all variables that are not members.
@@ -81,42 +79,22 @@ class CoupledChannels:
 
     members: list[Member]
     groups: list[ChannelGroup]
-    removable: int
     count: int
     uses: dict[int, int | None]
     other_parameters: int
     other_flops: int | None
 
     def __str__(self) -> str:
-        headings = ("channels >", "made by", "coupled by", "reason to stay")
-        return as_table(headings, self._rows())
+        return as_table(_HEADINGS, self._rows())
 
     def _repr_html_(self) -> str:
         """Return the groups as an HTML table for notebooks."""
-        names = ("channels", "made by", "coupled by", "reason to stay")
-        head = "".join(f"<th>{name}</th>" for name in names)
-        rows = [
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in self._rows()
-        ]
-        return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+        return html_table([heading.removesuffix(" >") for heading in _HEADINGS], self._rows())
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
         return [
             (f"{len(g) * g.width:,}", ", ".join(g.layers), g.chain, g.reason) for g in self.groups
         ]
-
-
-class Cost(NamedTuple):
-    """Cost of a model without some of its channels.
-
-    Attributes:
-        parameters: the number of entries of all variables.
-        flops: the FLOPs of one sample; None if they are unknown.
-    """
-
-    parameters: int
-    flops: int | None
 
 
 def channel_groups(model) -> CoupledChannels:
@@ -144,13 +122,15 @@ def channel_groups(model) -> CoupledChannels:
     """
     check_graph(model)
     plan = Plan(model, remove=False)
-    members = _members(plan)
+    members = members_of(plan)
     counts = {key: count for key, (count, _) in count_uses(model).items()}
     owned = {id(member.variable) for member in members}
     sizes = {id(w.variable): w.parameters for w in weights_of(model)}
     others = [key for key in sizes if key not in owned]
     unknown = any(counts.get(key, 0) is None for key in others)
-    found, number = _groups(plan, members)
+    found = groups_of(plan, members)
+    number = np.full(len(plan.pinned), -1)
+    number[np.concatenate([group.ids for group in found])] = np.arange(sum(map(len, found)))
     members = [_renumbered(member, number) for member in members]
     groups = []
     for group in found:
@@ -160,7 +140,6 @@ def channel_groups(model) -> CoupledChannels:
     return CoupledChannels(
         members=members,
         groups=groups,
-        removable=sum(len(group) for group in groups if not group.reason),
         count=sum(map(len, groups)),
         uses=counts,
         other_parameters=sum(sizes[key] for key in others),
@@ -168,27 +147,7 @@ def channel_groups(model) -> CoupledChannels:
     )
 
 
-def cost_of(channels: CoupledChannels, dead: np.ndarray | None = None) -> Cost:
-    """Compute the cost of a model without the dead channels, without building this model.
-
-    Args:
-        channels: the channels of the model.
-        dead: for every channel id, whether the channel is removed. Defaults to None, which
-            removes no channel.
-    """
-    kept = np.ones(channels.count, bool) if dead is None else ~np.asarray(dead, bool)
-    parameters, flops = channels.other_parameters, channels.other_flops
-    for member in channels.members:
-        size = math.prod(member.variable.shape)
-        for axis, ids in member.axes.items() if member.shrinks else ():
-            size = size // member.variable.shape[axis] * int(kept[ids].sum())
-        parameters += size
-        uses = channels.uses.get(id(member.variable), 0)
-        flops = None if flops is None or uses is None else flops + 2 * uses * size
-    return Cost(parameters, flops)
-
-
-def _members(plan: Plan) -> list[Member]:
+def members_of(plan: Plan) -> list[Member]:
     """Return the variables of the given model that have channels, without duplicates."""
     found = {}
     for handler in plan.handlers:
@@ -204,8 +163,13 @@ def _renumbered(member: Member, number: np.ndarray) -> Member:
     return replace(member, axes={axis: number[ids] for axis, ids in member.axes.items()})
 
 
-def _groups(plan: Plan, members: list[Member]) -> tuple[list[ChannelGroup], np.ndarray]:
-    """Return all groups, with removable groups first, and the new number of every channel id."""
+def groups_of(plan: Plan, members: list[Member]) -> list[ChannelGroup]:
+    """Return all groups of a plan without their members. Groups that can leave come first.
+
+    Args:
+        plan: the plan. The ids of the groups are the ids of its unions.
+        members: the variables that `members_of` returned.
+    """
     touched: dict[int, list[tuple[int, int]]] = {}
     for place, member in enumerate(members):
         for axis, ids in member.axes.items():
@@ -232,9 +196,7 @@ def _groups(plan: Plan, members: list[Member]) -> tuple[list[ChannelGroup], np.n
             )
         )
     groups.sort(key=lambda group: bool(group.reason))
-    number = np.full(len(plan.pinned), -1)
-    number[np.concatenate([group.ids for group in groups])] = np.arange(len(touched))
-    return groups, number
+    return groups
 
 
 class _Chains:

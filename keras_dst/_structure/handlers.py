@@ -434,11 +434,6 @@ class KernelLayer(ChannelHandler):
         return np.asarray(ops.convert_to_numpy(self.layer.kernel))
 
     @cached_property
-    def window_sum(self) -> np.ndarray:
-        """The sum of the kernel over its window, with the axes channels, units."""
-        return self.w.sum(self.window, dtype="float64")
-
-    @cached_property
     def window(self) -> tuple[int, ...]:
         """The axes of the window in the kernel."""
         return tuple(range(len(self.layer.kernel.shape) - 2))
@@ -447,6 +442,11 @@ class KernelLayer(ChannelHandler):
     def reads(self) -> np.ndarray:
         """For each channel and unit, whether any weight between the two is nonzero."""
         return np.any(self.w != 0, axis=self.window)
+
+    def response(self, constants: np.ndarray) -> np.ndarray:
+        """Return what the kernel adds to every unit if its channels have these constants."""
+        rows = constants.nonzero()[0]  # usually few, or none
+        return constants[rows] @ self.w[..., rows, :].sum(self.window, dtype="float64")
 
     @property
     def pads_with_zeros(self) -> bool:
@@ -467,7 +467,7 @@ class KernelLayer(ChannelHandler):
         constant = self.x.constant
         usable = (constant == 0) if self.pads_with_zeros else ~np.isnan(constant)
         varies = (self.reads & ~usable[:, None]).any(0)
-        value = np.nan_to_num(constant) @ self.window_sum
+        value = self.response(np.nan_to_num(constant))
         if self.layer.use_bias:
             value = value + to_float64(self.layer.bias)
         dtype = "float64" if self.layer.compute_dtype == "float64" else "float32"
@@ -541,7 +541,7 @@ class KernelLayer(ChannelHandler):
             place = int(kept[:carrier].sum())
             weights[0][..., place, :] = weights[0][..., place, :] + added[..., units]
         elif carrier is None and removed_constants.any():
-            bias = bias + removed_constants @ self.window_sum
+            bias = bias + self.response(removed_constants)
         config["use_bias"] = bool(self.layer.use_bias or bias.any())
         return self._to_layer_axes(weights) + [bias[units]] * config["use_bias"]
 
@@ -580,10 +580,10 @@ class SeparableConv(KernelLayer):
     def window(self) -> tuple[int, ...]:
         return tuple(range(len(self.op.depthwise_kernel.shape) - 2))
 
-    @cached_property
-    def window_sum(self) -> np.ndarray:
-        depthwise = to_float64(self.op.depthwise_kernel).sum(self.window)
-        return np.einsum("im,imo->io", depthwise, self._pointwise)
+    def response(self, constants: np.ndarray) -> np.ndarray:
+        rows = constants.nonzero()[0]
+        depthwise = to_float64(self.op.depthwise_kernel).sum(self.window)[rows]
+        return np.einsum("i,im,imo->o", constants[rows], depthwise, self._pointwise[rows])
 
     @cached_property
     def reads(self) -> np.ndarray:
@@ -713,7 +713,7 @@ class Recurrent(KernelLayer):
     def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
         config["units"] = int((~removed[self.y.ids]).sum())
         weights = ChannelHandler.slice(self, config, removed)
-        moved = (self._removed_constants(removed) @ self.window_sum)[~removed[self.unit_ids]]
+        moved = self.response(self._removed_constants(removed))[~removed[self.unit_ids]]
         for bias in weights[2:]:  # GRU adds the first row of its bias to the input.
             bias.reshape(-1, len(moved))[0] += moved
         return weights

@@ -1,4 +1,4 @@
-"""`shrink_report`: the channels that `shrink` removes, and reasons why other dead channels stay."""
+"""`shrink_report`: the channels that `shrink` removes, their groups, and why others are kept."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from keras import ops, tree
 from keras_dst._reporting.sparsity import report
 from keras_dst._reporting.tables import as_table
 from keras_dst._structure.build import build
+from keras_dst._structure.coupling import groups_of, members_of
 from keras_dst._structure.explain import explained_layers
 from keras_dst._structure.pipeline import inference, plan_and_build, random_inputs
 from keras_dst._structure.plan import Plan
@@ -42,6 +43,29 @@ class ChannelReport:
 
 
 @dataclass(frozen=True)
+class GroupReport:
+    """Channels that leave the model together.
+
+    Attributes:
+        layers: names of the layers that make the channels.
+        chain: operations that couple these layers, as `"conv3 → add_1 ← conv1"`. Empty if a single
+            layer makes the channels.
+        before: number of channels.
+        after: number of channels that are kept.
+        reason: reason why all channels have to stay. Empty if each of them can leave.
+
+    Example:
+        >>> keras_dst.shrink_report(model).groups[0].chain
+    """
+
+    layers: list[str]
+    chain: str
+    before: int
+    after: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class ShrinkReport:
     """Result of `shrink_report`, which prints as a table.
 
@@ -54,6 +78,8 @@ class ShrinkReport:
         latency_before: seconds for one sample on the current backend; None if not measured.
         latency_after: seconds for one sample with the smaller model; None if not measured.
         layers: the layers that make channels.
+        groups: the channels that leave together. The table shows the groups that several layers
+            make.
 
     Example:
         >>> print(keras_dst.shrink_report(model))
@@ -67,6 +93,7 @@ class ShrinkReport:
     latency_before: float | None
     latency_after: float | None
     layers: list[ChannelReport] = field(repr=False)
+    groups: list[GroupReport] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a dict of plain values, which can be written as JSON."""
@@ -92,6 +119,15 @@ class ShrinkReport:
             "dead among these >",
             "why they are kept",
         )
+        tables = [as_table(headings, rows)]
+        coupled = [
+            (", ".join(group.layers), group.chain, f"{group.before:,}", f"{group.after:,}")
+            for group in self.groups
+            if group.chain
+        ]
+        if coupled:
+            names = ("channels of", "leave together because of", "channels >", "after >")
+            tables.append(as_table(names, coupled))
         figures = [
             _ratio("parameters", self.parameters_before, self.parameters_after),
             _ratio("FLOPs", self.flops_before, self.flops_after),
@@ -99,7 +135,7 @@ class ShrinkReport:
         if self.latency_before is not None and self.latency_after is not None:
             times = [1e6 * seconds for seconds in (self.latency_before, self.latency_after)]
             figures.append(_ratio("latency in µs", *times))
-        return "\n".join((as_table(headings, rows), f"{self.model}: {', '.join(figures)}"))
+        return "\n\n".join(tables) + f"\n{self.model}: {', '.join(figures)}"
 
 
 def _ratio(name: str, before: float | None, after: float | None) -> str:
@@ -114,6 +150,8 @@ def shrink_report(model, latency: bool = False) -> ShrinkReport:
 
     A channel, unit or filter is dead if its weights are all zero or if no layer reads it. The
     reason for a kept channel names the first layer on the way to the output that needs the channel.
+    A second table lists the layers whose channels leave together, and the operations that couple
+    these layers.
 
     Args:
         model: a built Sequential or Functional model, dense or sparse. It is not changed.
@@ -166,13 +204,23 @@ def shrink_and_report(model, latency: bool = False) -> tuple[keras.Model, Shrink
         latency_before=times[0],
         latency_after=times[1],
         layers=rows,
+        groups=[
+            GroupReport(
+                layers=group.layers,
+                chain=group.chain,
+                before=len(group) * group.width,
+                after=int((~plan.removed[group.ids]).sum()) * group.width,
+                reason=group.reason,
+            )
+            for group in groups_of(plan, members_of(plan))
+        ],
     )
 
 
 def _latencies(*models: keras.Model, runs: int = 50, warmup: int = 5) -> list[float | None]:
     """Return the median seconds of one call of each model. The models are called alternately."""
     inputs = random_inputs(models[0], batch=1)
-    calls = [inference(model, inputs) for model in models]
+    calls = [inference(model) for model in models]
     times = np.zeros((warmup + runs, len(calls)))
     for run in range(warmup + runs):
         for place, call in enumerate(calls):

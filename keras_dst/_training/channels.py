@@ -51,7 +51,10 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
         ValueError: If no channel can be pruned, or if the costs of the channels are not known.
     """
     alone = Coupling(list(layouts), [], [])
-    if method.pattern != "channel" or (method.learned and not isinstance(method, UnitMethod)):
+    if method.pattern != "channel":
+        return alone
+    if method.learned and not isinstance(method, UnitMethod):
+        _warn_of_coupled_layers(model, method)
         return alone
     gates = any(isinstance(layer, Gate) for layer in _keras.flatten_layers(model))
     if gates and isinstance(method, UnitMethod):  # A `Gate` may multiply any tensor by its gates.
@@ -98,9 +101,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
         for axis, ids in member.axes.items()
         if member.follows and (numbers[ids] >= 0).any()
     ]
-    if method.learned or getattr(method, "grows", False):
-        # Gates that are closed may open again. A channel that starts to grow from 0 needs the other
-        # offsets to get a gradient.
+    if method.learned:  # Gates that are closed may open again.
         following = []
     trained = {id(variable) for variable in model.trainable_variables}
     return Coupling(
@@ -122,8 +123,7 @@ def mask_followers(followers: Sequence[Follower], alive) -> None:
         followers: Variables with channels.
         alive: Vector that `channels.alive` returned.
     """
-    for variable, axis, ids in followers:
-        mask = channels.along_axis(alive, ids, len(variable.shape), axis)
+    for variable, mask in channels.masks_of_followers(followers, alive):
         variable.assign(masked(ops.convert_to_tensor(variable), mask))
 
 
@@ -144,6 +144,26 @@ def _uncoupled(model, method: Method, layouts) -> Coupling:
         stacklevel=2,
     )
     return Coupling(list(layouts), [], [])
+
+
+def _warn_of_coupled_layers(model, method: Method) -> None:
+    """Warn if a method prunes the channels of each layer alone although they leave together."""
+    if _keras.graph_of(model) is None:
+        return
+    from keras_dst._structure.coupling import channel_groups
+
+    chains = [
+        group.chain for group in channel_groups(model).groups if group.chain and not group.reason
+    ]
+    if chains:
+        warnings.warn(
+            f"{method!r} learns which channels of each layer it keeps, and layers of "
+            f"'{model.name}' have channels that leave together: {'; '.join(chains[:3])}"
+            f"{'; ...' if len(chains) > 3 else ''}. `shrink` removes only the channels that all of "
+            "these layers lose. To remove more channels, use a method that ranks them together, "
+            "such as Magnitude.",
+            stacklevel=2,
+        )
 
 
 def _with_channels(weight, layout: Layout, member, numbers, groups) -> Layout:

@@ -634,6 +634,11 @@ class OptimizerDriver(Driver):
             self.optimizer.set_training_length(length)
         super().begin(length, fit, epoch, done)
 
+    def mask_followers(self):
+        step, total = map(ops.convert_to_tensor, (self.optimizer.step, self.optimizer.total))
+        if self.method.followers_settled(step, total):
+            super().mask_followers()
+
     def read_progress(self):
         return _int(self.optimizer.step), _int(self.optimizer.total)
 

@@ -280,6 +280,13 @@ class Method(Configurable):
             if (name != "round_to" and value is None) or (name, value) == ("frequency", "epoch"):
                 continue
             setattr(self, name, check_integer(value, name))
+        if self.counted_in == "latency":
+            raise ValueError(
+                "counted_in must be 'channels', 'parameters' or 'flops'. Received: 'latency', "
+                "which differs between machines and runs. Fix: call "
+                "keras_dst.sparsity_at_latency(model, ratio) before training, and pass its "
+                "sparsity with counted_in='flops'."
+            )
         if self.counted_in not in channels.COUNTED_IN:
             raise ValueError(
                 f"counted_in must be one of {', '.join(map(repr, channels.COUNTED_IN))}. "
@@ -592,7 +599,8 @@ class UpdateMethod(Method):
         moves_weights: Whether `before` returns weights that differ from the model's weights.
         grows: Whether `update` also returns an entry `"grown"`: a boolean mask of the weights that
             are newly kept. Newly kept weights and their optimizer slots, such as momentum, start at
-            0.
+            0. If channels are coupled, `update` also returns an entry `"start"`: the initial values
+            of the newly kept weights, in the shape of the weight.
         reads_gradients: Whether the method computes with gradients instead of only masking them.
             In distributed training, the replicas then sum their gradients first.
         reads_scales: Whether `scores` reads an entry `"scale"` in the states. If a normalization
@@ -661,6 +669,17 @@ class UpdateMethod(Method):
             states: States of these weights.
         """
         return [self.masked(w, s) for w, s in zip(weights, states)], [{} for _ in weights]
+
+    def followers_settled(self, step: Tensor, total: Tensor) -> Tensor:
+        """Return whether biases and normalizations of pruned channels are 0 at this step.
+
+        The optimizer calls it in every step if channels are coupled. By default the answer is True.
+
+        Args:
+            step: Number of optimizer steps done, int32.
+            total: Length of the training in steps, int32, or 0 if it is not known.
+        """
+        return ops.convert_to_tensor(True)
 
     def masked(self, w: Tensor, state: State) -> Tensor:
         """Return one weight with its mask applied.

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -426,19 +426,21 @@ def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Ten
     return ops.max(ops.take(every, _units_of_channels(tuple(layouts))[0]), axis=1)
 
 
-def along_axis(alive: Tensor, ids: np.ndarray, rank: int, axis: int) -> Tensor:
-    """Return a boolean mask along one axis of a variable, in a shape that broadcasts.
+def masks_of_followers(
+    followers: Iterable[tuple[Any, int, np.ndarray]], alive: Tensor
+) -> Iterator[tuple[Any, Tensor]]:
+    """Yield every variable that follows channels, with its mask, which broadcasts to the variable.
 
     Args:
+        followers: For every variable with channels the variable, the axis of the channels, and the
+            number of the channel of every entry along this axis, or -1 for an entry that stays.
         alive: Vector that the function `alive` returned.
-        ids: Index of the channel of every entry along the axis, or -1 for an entry that is always
-            kept.
-        rank: Number of axes of the variable.
-        axis: Axis of the channels.
     """
     last = alive.shape[0] - 1
-    on = ops.take(alive, np.where(ids < 0, last, ids).astype("int32"))
-    return ops.reshape(on, [-1 if a == axis % rank else 1 for a in range(rank)])
+    for variable, axis, ids in followers:
+        rank = len(variable.shape)
+        on = ops.take(alive, np.where(ids < 0, last, ids).astype("int32"))
+        yield variable, ops.reshape(on, [-1 if a == axis % rank else 1 for a in range(rank)])
 
 
 def _global_counts(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor) -> Tensor:

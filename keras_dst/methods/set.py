@@ -11,6 +11,8 @@ drop(t) = drop_fraction / 2 (1 + cos(pi t / t_stop))
 Deviation from the paper: the drop fraction of SET is constant. The cosine, the end at three
 quarters of training and the Erdős-Rényi-Kernel densities come from the comparison in the RigL paper
 (arXiv 1911.11134).
+Extension: channels that leave together grow with random weights. A channel of zeros may get no
+gradient, for example if a ReLU follows.
 """
 
 from __future__ import annotations
@@ -152,6 +154,14 @@ class SET(UpdateMethod):
         first, _ = super().span(total_steps)
         return first, math.floor(self._stop * (total_steps or 0))
 
+    def followers_settled(self, step, total):
+        # A channel may grow until the last update. With a scale of 0 it would get no gradient.
+        if self.stop_step is not None:
+            return step >= self.stop_step
+        known = ops.cast(total, "float32")
+        last = ops.floor(self._stop * known)
+        return ops.logical_and(known > 0, ops.cast(step, "float32") >= last)
+
     def kept_counts(self, shapes, layouts, sparsity, names):
         counts = super().kept_counts(shapes, layouts, sparsity, names)
         if channels.groups_of(layouts):
@@ -192,10 +202,22 @@ class SET(UpdateMethod):
         stay = self.rank(list(magnitudes), layouts, kept - drop)
         stay = [ops.logical_and(b, mask) for b, mask in zip(began, stay)]
         new = self.rank(self.growth_scores(stay, began, states, now), layouts, kept)
-        return [
+        changes = [
             {"mask": m, "grown": ops.logical_and(b, ops.logical_and(m, ops.logical_not(s)))}
             for m, s, b in zip(new, stay, began)
         ]
+        if channels.groups_of(layouts):
+            for i, (w, s, change) in enumerate(zip(weights, states, changes)):
+                change["start"] = self._start(w, s["mask"], now, len(weights) + i)
+        return changes
+
+    def _start(self, w, mask, now, stream):
+        """Return random weights with the root mean square of the kept weights."""
+        kept = ops.cast(mask, "float32")
+        square = ops.sum(kept * ops.square(ops.cast(w, "float32")))
+        size = ops.sqrt(square / ops.maximum(ops.sum(kept), 1.0))
+        drawn = random.uniform(w.shape, self.seed, now.step, stream)
+        return (drawn - 0.5) * (math.sqrt(12) * size)
 
     def _drop(self, now):
         """Return the fraction of the kept weights to replace in this update."""

@@ -1,0 +1,174 @@
+"""Measure `shrink`, and the latency of the smaller models that it returns: results/smaller.
+
+Every network has random weights. Channels are removed by magnitude without training. The seconds
+and the peak memory are those of `shrink` alone. The latency is that of the `.tflite` files of the
+dense and of the smaller network in the LiteRT interpreter: median of interleaved runs on one
+thread. Stored networks are not measured again.
+
+python -m benchmarks.coverage.smaller [--networks NETWORK ...] [--shrink-only]
+"""
+
+import argparse
+import gc
+import pathlib
+import tempfile
+import time
+
+from benchmarks import results
+from benchmarks.coverage.half_channels import _draw_statistics, applications, own
+
+BENCHMARK = "smaller"
+HALF = 0.5
+CHANNELS = (0.25, 0.5, 0.75)
+RUNS = 100
+
+# Networks in the size at which they are used; other networks of half_channels are smaller.
+NETWORKS = {
+    "ResNet50": applications("ResNet50", 224),
+    "MobileNetV2": applications("MobileNetV2", 224),
+    "EfficientNetB0": applications("EfficientNetB0", 224),
+    "ResNet-20 (CIFAR)": own("resnet", 20),
+    "ResNet-56 (CIFAR)": own("resnet", 56),
+    "VGG (CIFAR)": own("vgg"),
+    "ViT, small": own("vision_transformer"),
+    "U-Net": own("u_net"),
+}
+
+
+def masked(build, sparsity):
+    """Return a network whose channels are pruned by magnitude, without training."""
+    import keras
+
+    import keras_dst
+
+    keras.utils.set_random_seed(0)
+    model = build()
+    _draw_statistics(model)
+    schedule = keras_dst.schedules.Constant(sparsity, begin_step=0)
+    model.compile("sgd", "mse")
+    keras_dst.sparsify(model, keras_dst.methods.Magnitude(schedule, "uniform", "channel"))
+    keras_dst.couple_channels(model)
+    model.optimizer.apply_initial_masks()
+    keras_dst.couple_channels(model)  # The moving means of removed channels become 0.
+    return keras_dst.strip(model)
+
+
+def measured_shrink(model):
+    """Return the smaller model, the seconds of `shrink` and its peak memory."""
+    import keras_dst
+    from keras_dst.export.memory import kilobytes
+
+    weights = sum(4 * int(v.numpy().size) for v in model.variables)
+    gc.collect()
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # reset the recorded peak
+    before, began, used = kilobytes("VmRSS"), time.perf_counter(), time.process_time()
+    small = keras_dst.shrink(model)
+    return small, {
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - used,
+        "peak_bytes": 1024 * (kilobytes("VmHWM") - before),
+        "weight_bytes": weights,
+    }
+
+
+def measured_latency(build, small) -> dict:
+    """Return the latencies of the exported dense and smaller model, and estimates of them."""
+    import keras
+
+    from keras_dst.export.convert import conversions
+    from keras_dst.export.latency_model import CPUS, LatencyModel
+    from keras_dst.export.measure import bench
+
+    keras.utils.set_random_seed(0)
+    files = [conversions(model, ["float32"])[0] for model in (build(), small)]
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [pathlib.Path(folder, name) for name in ("dense.tflite", "small.tflite")]
+        for path, content in zip(paths, files):
+            path.write_bytes(content)
+        dense, smaller = bench(paths, threads=1, runs=RUNS).files
+    estimates = LatencyModel(CPUS["x86"])(files)
+    return {
+        "latency_dense": dense.latency,
+        "latency": smaller.latency,
+        "spread": smaller.spread,
+        "latency_ratio": smaller.ratio,
+        "estimated_ratio": estimates[1] / estimates[0],
+    }
+
+
+def measure(build, sparsity, latency: bool) -> dict:
+    import keras_dst
+
+    model = masked(build, sparsity)
+    before = keras_dst.report(model)
+    small, found = measured_shrink(model)
+    after = keras_dst.report(small)
+    found["flops_ratio"] = after.dense_flops / before.dense_flops
+    found["parameters_ratio"] = after.parameters / before.parameters
+    return found | (measured_latency(build, small) if latency else {})
+
+
+def table():
+    stored = results.runs(BENCHMARK)
+    lines = [
+        "# Smaller models",
+        "",
+        "Channels of networks with random weights are removed by magnitude. `make bench-smaller` "
+        "writes this page from the runs in this folder.",
+        "",
+        "## Latency of the `.tflite` file",
+        "",
+        f"The latency is the median of {RUNS} interleaved runs at batch 1 on one thread. All "
+        "figures are relative to the dense network. The estimate is that of the latency model "
+        "with which `export_tflite` selects formats for CPUs that are not at hand.",
+        "",
+        "| network | channels removed | FLOPs | latency | estimated latency | dense, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in stored.values():
+        if "latency_ratio" in run:
+            ratios = [run[key] for key in ("flops_ratio", "latency_ratio", "estimated_ratio")]
+            cells = [f"{run['channels']:.0%}", *(f"{ratio:.3f}" for ratio in ratios)]
+            cells.append(f"{1e3 * run['latency_dense']:.2f}")
+            lines.append(f"| {run['network']} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "## Cost of `shrink`",
+        "",
+        "Half of the channels are removed. The seconds include the comparison of both models. The "
+        "peak is the memory that the process needs in addition, relative to the weights of the "
+        "given network. On TensorFlow and JAX it includes the compiler.",
+        "",
+        "| network | backend | seconds | weights, MB | peak memory / weights |",
+        "|---|---|---|---|---|",
+    ]
+    for run in stored.values():
+        if run["channels"] == HALF:
+            size = run["weight_bytes"]
+            cells = [run["network"], run["backend"], f"{run['seconds']:.1f}", f"{size / 1e6:.1f}"]
+            lines.append(f"| {' | '.join(cells)} | {run['peak_bytes'] / size:.2f} |")
+    results.write_index(BENCHMARK, lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--shrink-only", action="store_true", help="half of the channels, no files")
+    args = parser.parse_args()
+    import keras
+
+    for network in args.networks:
+        for channels in [HALF] if args.shrink_only else CHANNELS:
+            name = f"{network}, {channels:.0%}, {keras.backend.backend()}"
+            if name in results.runs(BENCHMARK):
+                continue
+            found = measure(NETWORKS[network], channels, not args.shrink_only)
+            run = {"network": network, "channels": channels, "seed": 0, **found}
+            print(name, found, flush=True)
+            results.save(BENCHMARK, name, {"command": "make bench-smaller", **run})
+            keras.backend.clear_session()
+    table()
+
+
+if __name__ == "__main__":
+    main()

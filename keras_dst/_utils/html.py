@@ -1,0 +1,24 @@
+"""HTML tables of reports in notebooks."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+
+
+def html_table(headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
+    """Return an HTML table with all cells aligned to the left.
+
+    Args:
+        headings: Names of the columns.
+        rows: Cells of every row, as text.
+        caption: Text above the table. Defaults to no caption.
+    """
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        opening = f'<{tag} style="text-align:left">'
+        return f"<tr>{''.join(f'{opening}{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
+    lines = [line("th", headings), *(line("td", row) for row in rows)]
+    return f"<table>{title}{''.join(lines)}</table>"

@@ -1,0 +1,148 @@
+"""Find the fraction of the FLOPs to remove so that the smaller model has a given latency."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from dataclasses import dataclass
+
+import keras
+
+from keras_dst._structure import shrink
+from keras_dst._structure.graph import check_graph
+from keras_dst._training.drivers import couple_channels
+from keras_dst._utils.validation import check_integer
+from keras_dst.export.convert import conversions
+from keras_dst.export.measure import latencies
+from keras_dst.methods import Magnitude
+from keras_dst.optimizers import SparseOptimizer
+from keras_dst.schedules import Constant
+from keras_dst.surgery import has_sparse_layers
+
+_MAX_FILES = 8  # a search ends after this number of smaller models
+
+
+@dataclass(frozen=True)
+class LatencySearch:
+    """Result of `sparsity_at_latency`.
+
+    Attributes:
+        sparsity: Fraction of the FLOPs to remove.
+        latency_ratio: Measured latency at this sparsity, relative to the dense model.
+        measured: Measured latency ratio of every smaller model, by the fraction of removed FLOPs.
+        source: Sentence that names the runtime, the CPU and the number of threads.
+    """
+
+    sparsity: float
+    latency_ratio: float
+    measured: dict[float, float]
+    source: str
+
+    def __str__(self) -> str:
+        return (
+            f"Without {self.sparsity:.1%} of its FLOPs, the model has {self.latency_ratio:.2f} of "
+            f"its latency. {self.source}"
+        )
+
+
+def sparsity_at_latency(
+    model: keras.Model,
+    latency_ratio: float,
+    *,
+    allocation: str | dict[str, float] = "uniform",
+    round_to: int = 8,
+    min_kept: int | None = None,
+    threads: int = 1,
+    tolerance: float = 0.03,
+) -> LatencySearch:
+    """Return the fraction of the FLOPs to remove so that the smaller model has a given latency.
+
+    Latency depends on the number of channels of the layers, not on the values of the weights. The
+    search therefore runs before training: it prunes copies of the model by magnitude, exports the
+    smaller models, and measures their latency next to the dense model in LiteRT on this CPU. The
+    training then counts its target in FLOPs, so it gives the same masks on every machine.
+
+    Args:
+        model: Built Sequential or Functional model without masks. It is not changed.
+        latency_ratio: Latency of the smaller model divided by the latency of the dense model, a
+            number in (0, 1).
+        allocation, round_to, min_kept: See `methods.Magnitude`. Pass the arguments of the training.
+        threads: Number of threads of the interpreter. Defaults to 1.
+        tolerance: Deviation from `latency_ratio` at which the search ends. Defaults to 0.03.
+
+    Returns:
+        A `LatencySearch`. Pass its `sparsity` to a method with `counted_in="flops"`.
+
+    Raises:
+        TypeError: If `model` is not a Keras 3 model.
+        ValueError: If an argument is outside its range, or if the model has no graph or is sparse.
+
+    Warns:
+        UserWarning: If no smaller model has this latency, with the measured latency.
+
+    Example:
+        >>> found = keras_dst.sparsity_at_latency(model, 0.5)
+        >>> method = Magnitude(found.sparsity, "uniform", "channel", counted_in="flops")
+    """
+    check_graph(model)
+    check_integer(threads, "threads")
+    if not 0 < latency_ratio < 1:
+        raise ValueError(f"latency_ratio must be in (0, 1). Received: {latency_ratio!r}")
+    if not tolerance > 0:
+        raise ValueError(f"tolerance must be greater than 0. Received: {tolerance!r}")
+    if has_sparse_layers(model):
+        raise ValueError(
+            f"Expected a model without masks. Received: '{model.name}' with sparse layers. "
+            "Search before you call keras_dst.sparsify."
+        )
+    (dense,) = conversions(model, ["float32"])
+    measured: dict[float, float] = {}
+    # Two sparsities that enclose the target, with their latency ratios.
+    low, high = (0.0, 1.0), (1.0, 0.0)
+    while len(measured) < _MAX_FILES:
+        share = (low[1] - latency_ratio) / (low[1] - high[1])
+        sparsity = round(low[0] + min(max(share, 0.1), 0.9) * (high[0] - low[0]), 3)
+        if sparsity in measured:
+            break
+        method = Magnitude(
+            Constant(sparsity, begin_step=0),
+            allocation,
+            "channel",
+            min_kept=min_kept,
+            counted_in="flops",
+            round_to=round_to,
+        )
+        (small,) = conversions(_without_channels(model, method), ["float32"])
+        before, after = latencies([dense, small], threads=threads)
+        ratio = measured[sparsity] = after / before
+        if abs(ratio - latency_ratio) <= tolerance:
+            break
+        if ratio > latency_ratio:
+            low = sparsity, ratio
+        else:
+            high = sparsity, ratio
+        if high[0] - low[0] < 0.01:
+            break
+    best = min(measured, key=lambda sparsity: abs(measured[sparsity] - latency_ratio))
+    missed = abs(measured[best] - latency_ratio)
+    if missed > tolerance:
+        warnings.warn(
+            f"sparsity_at_latency: no smaller model of '{model.name}' has the latency ratio "
+            f"{latency_ratio:g}. The nearest ratio is {measured[best]:.3f}, at sparsity {best:g}: "
+            f"missed by {missed:.3f}. Lower round_to or min_kept, or change the target.",
+            stacklevel=2,
+        )
+    cpu = platform.processor() or platform.machine()
+    source = f"Measured in LiteRT on this CPU ({cpu}), float32, {threads} thread(s), batch 1."
+    return LatencySearch(best, measured[best], measured, source)
+
+
+def _without_channels(model: keras.Model, method: Magnitude) -> keras.Model:
+    """Return a smaller copy of a model that is pruned in one shot."""
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    optimizer = SparseOptimizer("sgd", method)
+    couple_channels(copy, optimizer)
+    optimizer.apply_initial_masks()
+    couple_channels(copy, optimizer)  # the moving means of removed channels become 0
+    return shrink(copy)
