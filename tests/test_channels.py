@@ -222,7 +222,8 @@ def test_the_target_is_met_in_channels_parameters_and_flops(counted_in):
 def test_a_target_below_the_minimum_of_channels_warns():
     method = methods.Magnitude(0.9, "uniform", "channel")
     with pytest.warns(
-        UserWarning, match="fraction of the channels removed 0.6.*, target is 0.9: missed by"
+        UserWarning,
+        match="fraction of the channels removed 0.6.*, but the target is 0.9: missed by",
     ):
         fit(compiled(method), SparseTraining())
 
