@@ -85,7 +85,7 @@ def sparsity_at_latency(
         >>> method = Magnitude(found.sparsity, "uniform", "channel", counted_in="flops")
     """
     check_graph(model)
-    check_integer(threads, "threads")
+    threads = check_integer(threads, "threads")
     if not 0 < latency_ratio < 1:
         raise ValueError(f"latency_ratio must be in (0, 1). Received: {latency_ratio!r}")
     if not tolerance > 0:

@@ -56,3 +56,8 @@ def test_arguments_out_of_range():
     keras_dst.sparsify(model, keras_dst.methods.DST())
     with pytest.raises(ValueError, match="Expected a model without masks"):
         keras_dst.sparsity_at_latency(model, 0.5)
+
+
+def test_latency_is_not_a_quantity_of_a_method():
+    with pytest.raises(ValueError, match=r"Received: 'latency'.*sparsity_at_latency"):
+        keras_dst.methods.Magnitude(0.5, pattern="channel", counted_in="latency")
