@@ -369,7 +369,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 ops.convert_to_tensor(sparsity, "float32"),
             )
             update = jit(lambda w, s, kept, now: method.update(w, s, layouts, kept, now))
-            self.update_masks(update(*self.values(), kept, now))
+            self.update_masks(update(*self.weights_and_states(), kept, now))
         self._initial_update = False
         self._plan_updates()
 
@@ -424,7 +424,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             ops.minimum(ops.cast(step, "float32") / max(timetable.clock.last, 1), 1.0),
             ops.take(ops.convert_to_tensor(timetable.targets, "float32"), row),
         )
-        weights, states = self.values()
+        weights, states = self.weights_and_states()
 
         def keep():
             changes = [{"mask": s["mask"]} for s in states]
@@ -459,7 +459,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             stacklevel=2,
         )
 
-    def values(self) -> tuple[list, list]:
+    def weights_and_states(self) -> tuple[list, list]:
         """Return the current weights and states of the trained kernels, as tensors."""
         kernels, states, _, _ = self.trained()
         found = [tensors_of(s) for s in states]

@@ -205,6 +205,14 @@ def test_an_outer_loss_scale_replaces_the_inner_one():
     assert_same(scaled(False), scaled(True))
 
 
+def test_no_attribute_makes_an_optimizer_look_like_a_map_of_optimizers():
+    """`MultiOptimizer` reads `values` and `default_optimizer` of its argument."""
+    plain = keras.optimizers.SGD()
+    wrapped_ = SparseOptimizer(keras.optimizers.SGD(), Magnitude(0.0))
+    for name in ("values", "keys", "items", "default_optimizer"):
+        assert hasattr(wrapped_, name) == hasattr(plain, name), name
+
+
 def test_optimizer_state_can_be_set_and_saved(tmp_path):
     def made():
         return SparseOptimizer(keras.optimizers.Adam(0.1), Magnitude(Constant(0.5, begin_step=1)))

@@ -650,7 +650,7 @@ class OptimizerDriver(Driver):
         self.optimizer.update_masks(changes)
 
     def _values(self):
-        return self.optimizer.values()
+        return self.optimizer.weights_and_states()
 
     def reapply_masks(self):
         weights, states = self._values()
