@@ -1,6 +1,7 @@
 """Pruning together with other features of Keras: checkpoints, optimizers, quantization, LoRA."""
 
 import importlib.util
+import re
 
 import keras
 import numpy as np
@@ -14,7 +15,11 @@ from tests.backends import once
 from tests.pages import blocks
 
 # Model.quantize of Keras up to 3.15 warns about layers without a kernel.
-pytestmark = pytest.mark.filterwarnings("ignore:.*a `quantize` method:UserWarning")
+# Orbax warns on JAX that it reads how arrays are placed on devices from the checkpoint.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*a `quantize` method:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning"),
+]
 
 x = np.random.default_rng(0).standard_normal((128, 16)).astype("float32")
 y = (x[:, 0] * x[:, 1] > 0).astype("int32")
@@ -91,7 +96,9 @@ def folder(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("method", [methods.RigL(0.75), methods.OptG(0.75)], ids=repr)
+@pytest.mark.parametrize(
+    "method", [methods.RigL(0.75), pytest.param(methods.OptG(0.75), marks=once)]
+)
 def test_a_model_from_an_orbax_checkpoint_continues_as_the_saved_model(method, folder):
     model = network(method)
     fit(model, keras.callbacks.OrbaxCheckpoint(folder), last=2)
@@ -159,7 +166,7 @@ class CheckMasks(keras.callbacks.Callback):
     [
         ("Mean", methods.Magnitude(0.75)),
         ("Muon", methods.RigL(0.75)),
-        ("ScheduleFreeAdamW", methods.SET(0.75)),
+        pytest.param("ScheduleFreeAdamW", methods.SET(0.75), marks=once),
         pytest.param("Muon", methods.FlipOut(0.75), marks=once),
         pytest.param("Muon", methods.Magnitude(0.75, revival=True), marks=once),
         pytest.param("ScheduleFreeAdamW", methods.Magnitude(0.75, revival=True), marks=once),
@@ -185,7 +192,7 @@ def several(make_first, **options):
 
 
 @pytest.mark.skipif(not hasattr(optimizers, "MultiOptimizer"), reason="this Keras has none")
-@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("inside", [True, pytest.param(False, marks=once)])
 def test_averages_of_several_optimizers_are_masked(inside):
     method, seen = methods.Magnitude(0.75), []
     average = {"use_ema": True, "ema_momentum": 0.5}
@@ -194,7 +201,7 @@ def test_averages_of_several_optimizers_are_masked(inside):
     else:
         model = network(method, several(lambda adam: adam, **average))
     look = keras.callbacks.LambdaCallback(
-        on_test_batch_end=lambda batch, logs: seen.append(keras_dst.report(model).layers[0])
+        on_test_batch_end=lambda batch, logs: seen.append(keras_dst.report(look.model).layers[0])
     )
     fit(model, keras.callbacks.SwapEMAWeights(swap_on_epoch=True), look)
     assert seen[-1].sparsity == pytest.approx(0.75, abs=0.1)
@@ -223,7 +230,7 @@ def config(name, **options):
     return getattr(keras.quantizers, name)(**options)
 
 
-@pytest.mark.parametrize("block_size", ["int8", None, 8])
+@pytest.mark.parametrize("block_size", ["int8", 8, pytest.param(None, marks=once)])
 def test_zeros_stay_zeros_when_a_model_is_quantized(block_size):
     model = stripped()
     dense = model.layers[1:]
@@ -324,7 +331,7 @@ def test_lora_in_a_model_that_is_not_stripped():
     fit(model)
     for layer in model.layers[1:]:
         layer.enable_lora(2)
-    with pytest.raises(ValueError, match="the variables it was"):
+    with pytest.raises(ValueError, match=r"strip\(model\) before enable_lora"):
         fit(model)
 
 
@@ -357,14 +364,22 @@ def test_a_backbone_of_keras_hub_with_its_tokenizer(tmp_path):
         metrics=["accuracy"],
         jit_compile=False,
     )
-    keras_dst.sparsify(model, methods.Magnitude(0.75))
+    keras_dst.sparsify(
+        model, methods.Magnitude(0.75), filters=lambda layer: "embedding" not in layer.name
+    )
     model.fit(texts, labels, batch_size=8, epochs=12, verbose=0, callbacks=[SparseTraining()])
     keras_dst.strip(model)
-    assert keras_dst.report(model).sparsity == pytest.approx(0.75, abs=0.01)
+    rows = keras_dst.report(model).layers
+    dense = [row for row in rows if "embedding" in row.name]
+    pruned = [row for row in rows if row not in dense]
+    assert dense
+    assert not any(row.sparsity for row in dense)
+    kept = sum(row.nonzeros for row in pruned) / sum(row.parameters for row in pruned)
+    assert kept == pytest.approx(0.25, abs=0.01)
     found = np.asarray(model.predict(texts, verbose=0))
     np.testing.assert_array_equal(found.argmax(1), labels)
     model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras", compile=False)
     np.testing.assert_allclose(loaded.predict(texts, verbose=0), found, atol=1e-6)
 
 
@@ -380,7 +395,7 @@ def test_the_page(tmp_path, monkeypatch, capsys):
     for package, code in blocks("keras_features.md"):
         if not package or importlib.util.find_spec(package):
             exec(compile(code, "keras_features.md", "exec"), names)
-    found = [float(line) for line in capsys.readouterr().out.splitlines() if line[0] != "["]
+    found = [float(n) for n in re.findall(r"^0\.\d+$", capsys.readouterr().out, re.MULTILINE)]
     assert min(found) < 0.1  # LoRA
     found.remove(min(found))
     np.testing.assert_allclose(found, 0.8, atol=0.01)

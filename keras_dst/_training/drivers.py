@@ -136,7 +136,7 @@ def _built_sparse_optimizers(model) -> list[SparseOptimizer]:
 
 
 def _check_kernels(model, optimizer: SparseOptimizer) -> None:
-    """Raise if an optimizer prunes weights that the model does not hold any more."""
+    """Raise if `quantize` or LoRA took over weights that an optimizer prunes."""
     present = {id(variable) for variable in model.variables}
     pairs = zip(optimizer.kernel_names, optimizer.kernels)
     if gone := [name for name, kernel in pairs if id(kernel) not in present]:
@@ -145,6 +145,14 @@ def _check_kernels(model, optimizer: SparseOptimizer) -> None:
             f"'{model.name}'. These weights are not: {', '.join(gone)}. `quantize` replaces "
             "weights: call keras_dst.strip(model) before model.quantize."
         )
+    pruned = {id(kernel) for kernel in optimizer.kernels}
+    for layer in _keras.flatten_layers(model):
+        if getattr(layer, "lora_enabled", False) and any(id(v) in pruned for v in layer.weights):
+            raise ValueError(
+                f"Expected layers without LoRA. Received '{layer.name}', which has LoRA and whose "
+                "kernel the SparseOptimizer prunes. Call keras_dst.strip(model) before "
+                "enable_lora, and compile the model after it."
+            )
 
 
 def _optimizer_of(model, variables):
