@@ -45,7 +45,7 @@ PRIVATE_NAMES = {
         "_tracker",
         "_untrack_variable",
     ),
-    "variable": ("_autocast",),
+    "variable": ("_autocast", "_value"),
     "model": (
         "_compile_loss",
         "_compute_loss_has_training_arg",
@@ -80,6 +80,14 @@ PRIVATE_NAMES = {
     "JAX model": ("_jax_state", "_jax_state_synced"),
     "torch layer": ("_track_variables",),
 }
+
+# -- variables ------------------------------------------------------------------------------------
+
+
+def has_value(variable) -> bool:
+    """Return whether a variable has a value. A step that fails on JAX leaves variables without."""
+    return variable._value is not None
+
 
 # -- layers --------------------------------------------------------------------------------------
 

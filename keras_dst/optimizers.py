@@ -150,6 +150,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def finalize_variable_values(self, var_list):
         # The inner optimizer may assign averages of the weights, or other weights to evaluate.
         self.inner_optimizer.finalize_variable_values(var_list)
+        # Keras calls this function also if a step has failed.
+        if not all(map(_keras.has_value, self.kernels)):
+            return
         for kernel, state in zip(self.kernels, self.states):
             self.assign(kernel, masked(ops.convert_to_tensor(kernel), _mask_of(state)))
         self._mask_followers()
