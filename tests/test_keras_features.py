@@ -339,7 +339,7 @@ def test_lora_in_a_model_that_is_not_stripped():
 
 
 @pytest.mark.filterwarnings("ignore:.shuffle=True. was passed:UserWarning")
-def test_a_backbone_of_keras_hub_with_its_tokenizer(tmp_path):
+def test_a_backbone_of_keras_hub_with_its_tokenizer():
     hub = pytest.importorskip("keras_hub")
     words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", "good", "bad", "film", "a", "very"]
     texts = ["a very good film", "good film", "a bad film", "very bad"] * 8
@@ -378,9 +378,6 @@ def test_a_backbone_of_keras_hub_with_its_tokenizer(tmp_path):
     assert kept == pytest.approx(0.25, abs=0.01)
     found = np.asarray(model.predict(texts, verbose=0))
     np.testing.assert_array_equal(found.argmax(1), labels)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras", compile=False)
-    np.testing.assert_allclose(loaded.predict(texts, verbose=0), found, atol=1e-6)
 
 
 # -- the page ------------------------------------------------------------------------------------
