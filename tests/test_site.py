@@ -17,6 +17,7 @@ from benchmarks import pictures, results
 from benchmarks.accuracy import (
     authors,
     backend_agreement,
+    channels,
     methods,
     mnist_runs,
     patterns,
@@ -157,6 +158,7 @@ def test_the_reference_documents_only_public_names_and_members(site):
 TABLES = (
     authors,
     backend_agreement,
+    channels,
     int8,
     libraries,
     mask_update,
