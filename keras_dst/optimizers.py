@@ -38,6 +38,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     All other attributes belong to the inner optimizer. For example, `learning_rate`, `weight_decay`
     and `clipnorm` are read from the inner optimizer and set on it.
 
+    Without the callback, weights that another callback assigns after the last step stay as they
+    are. Call `optimizer.reapply_masks()` to set the pruned weights to zero again.
+
     Args:
         inner_optimizer: A Keras optimizer, or the name of a Keras optimizer.
         method: Method whose mask is part of the optimizer step, such as `methods.Magnitude(0.9)`.
