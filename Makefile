@@ -32,7 +32,7 @@ test-all: export KERAS_DST_KILLS = 10
 .PHONY: $(BACKENDS:%=test-%) test-once test-xla test-notebooks test-quick
 .PHONY: test-wheel test-versions test-gpu bench-gpu
 .PHONY: bench-mnist bench-methods bench-papers bench-recalibration bench-patterns bench-step bench-overhead bench-models bench-channels bench-channels-cpu bench-smaller
-.PHONY: bench-tflite bench-int8 bench-micro bench-scaling bench-authors bench-libraries bench-agreement bench-time-to-accuracy
+.PHONY: bench-tflite bench-int8 bench-micro bench-runtimes bench-scaling bench-authors bench-libraries bench-agreement bench-time-to-accuracy
 
 demo: $(DEMO_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m keras_dst demo
@@ -228,6 +228,9 @@ bench-int8: $(TEST_READY)
 
 bench-micro: $(TEST_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.files.micro
+
+bench-runtimes: $(TEST_READY)
+	KERAS_BACKEND=torch OMP_NUM_THREADS=1 $(RUN) -m benchmarks.files.runtimes
 
 # AUTHORS names a folder with checkouts of the repositories in benchmarks/accuracy/authors.py.
 bench-authors: $(TEST_READY)

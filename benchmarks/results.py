@@ -63,6 +63,7 @@ def environment() -> dict:
     packages = ("keras-dst", "keras", "tensorflow", "jax", "torch", "ai-edge-litert", "numpy")
     packages += ("tf_keras", "tensorflow-model-optimization", "pquant-ml")
     packages += ("tflite-micro", "ethos-u-vela", "torch-pruning")
+    packages += ("onnx", "onnxruntime", "openvino", "hls4ml")
     versions = {}
     for package in packages:
         try:

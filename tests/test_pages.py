@@ -20,6 +20,7 @@ NOT_RUN = ("diff", "math", "text")  # Languages of fenced blocks without code to
 TESTED_ELSEWHERE = {
     "docs/keras_features.md": "tests/test_keras_features.py",
     "docs/many_devices.md": "tests/devices/test_pages.py",
+    "docs/other_runtimes.md": "tests/export/test_runtimes.py",
     "docs/pictures.md": "tests/test_plots.py",
     "docs/sensitivity.md": "tests/test_tuner.py",
 }

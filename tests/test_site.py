@@ -25,7 +25,7 @@ from benchmarks.accuracy import (
 )
 from benchmarks.comparison import libraries
 from benchmarks.coverage import models, smaller
-from benchmarks.files import int8, micro, tflite_cases, tflite_grid
+from benchmarks.files import int8, micro, runtimes, tflite_cases, tflite_grid
 from benchmarks.training_cost import mask_update, scaling, step_time, time_to_accuracy
 from tests.backends import once
 from tests.browser import look_at
@@ -167,6 +167,7 @@ TABLES = (
     mnist_runs,
     patterns,
     recalibration,
+    runtimes,
     scaling,
     smaller,
     step_time,
@@ -207,6 +208,13 @@ def test_front_pages_show_the_table_of_100_epochs(page):
     table = (results.RESULTS / "papers" / "index.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("|")]
     assert "\n".join(rows) in (ROOT / page).read_text()
+
+
+def test_the_page_of_runtimes_shows_the_tables_of_its_runs():
+    table = (results.RESULTS / "runtimes" / "index.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    page = (ROOT / "docs" / "other_runtimes.md").read_text()
+    assert [row for row in rows if row not in page] == []
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,8 @@ def masked(w, mask):
     """
     import torch
 
-    if torch.compiler.is_compiling():
+    # Exporters trace with torch.jit, which does not find tensors that a gradient closes over.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return torch.where(mask, w, 0)
     if not (w.is_floating_point() or w.is_complex()):
         return w * mask

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import FunctionType
@@ -29,6 +29,7 @@ import keras
 import numpy as np
 
 from keras_dst import _keras
+from keras_dst.export.origins import layer_at, layer_names
 from keras_dst.export.report import ExportError
 from keras_dst.export.samples import InputSpec, Samples, Signature, signature_of, symbolic_inputs
 from keras_dst.export.states import reset_states
@@ -109,17 +110,21 @@ def conversions(
     """
     signature = signature or signature_of(model)
     on_tensorflow = keras.backend.backend() == "tensorflow"
+    arrays = samples and samples.arrays
     with tempfile.TemporaryDirectory() as name, reset_states(model):
         folder = Path(name)
-        if on_tensorflow and not has_sparse_layers(model):
-            _quietly(_convert, model, folder, kinds, signature, samples and samples.arrays)
-        else:
-            _save(model, folder / "model.keras")
-            if on_tensorflow:
-                arrays = samples and samples.arrays
-                _quietly(_convert_file, folder, kinds, signature, arrays, _custom_objects(model))
+        try:
+            if on_tensorflow and not has_sparse_layers(model):
+                _quietly(_convert, model, folder, kinds, signature, arrays)
             else:
-                _convert_in_second_python(folder, kinds, signature, samples, _custom_objects(model))
+                _save(model, folder / "model.keras")
+                custom = _custom_objects(model)
+                if on_tensorflow:
+                    _quietly(_convert_file, folder, kinds, signature, arrays, custom)
+                else:
+                    _convert_in_second_python(folder, kinds, signature, samples, custom)
+        except _Failure as failure:
+            raise _conversion_error(failure, layer_names(model)) from failure
         return [(folder / kind).read_bytes() for kind in kinds]
 
 
@@ -268,7 +273,7 @@ def _convert_in_second_python(
         step, text = "convert", f"TensorFlow's converter crashed (exit code {done.returncode})"
         if failure.exists():
             step, text = json.loads(failure.read_text())
-        raise _conversion_error(step, f"{done.stderr}\n{text}")
+        raise _Failure(step, f"{done.stderr}\n{text}")
 
 
 def _quietly(convert: Callable[..., None], *arguments: Any) -> None:
@@ -279,7 +284,7 @@ def _quietly(convert: Callable[..., None], *arguments: Any) -> None:
         except _Failure as failure:
             log.seek(0)
             logged = log.read().decode(errors="replace")
-            raise _conversion_error(failure.step, f"{logged}\n{failure.text}") from failure
+            raise _Failure(failure.step, f"{logged}\n{failure.text}") from failure
 
 
 @contextlib.contextmanager
@@ -323,10 +328,10 @@ def _logs_to(stream: IO[str]) -> Iterator[None]:
                 logging.root.removeHandler(new)
 
 
-def _conversion_error(step: str, output: str) -> ExportError:
+def _conversion_error(failure: _Failure, layers: Collection[str]) -> ExportError:
     """Return the error for a failed step, with the reason, the fix, and the end of the log."""
-    output = re.sub(r"\x1b\[\d*m", "", output)  # Remove terminal colors.
-    ops = _unsupported_ops(output)
+    output = re.sub(r"\x1b\[\d*m", "", failure.text)  # Remove terminal colors.
+    ops = _unsupported_ops(output, layers)
     if ops:
         fixes = [fix for sign, fix in _TYPE_FIXES.items() if any(sign in op for op in ops)]
         fixes += [fix for sign, fix in _FIXES.items() if any(sign in op for op in ops)]
@@ -344,7 +349,7 @@ def _conversion_error(step: str, output: str) -> ExportError:
         )
     fixes = [fix for sign, fix in _FIXES.items() if sign in output]
     reason = ""
-    if step in ("call", "load"):
+    if failure.step in ("call", "load"):
         reason = " its layers cannot be called on TensorFlow, which every conversion needs."
         fixes = fixes or [_CALL_FIX]
     lines = [line[:_COLUMNS] for line in output.splitlines() if not _NOISE.match(line)]
@@ -355,8 +360,11 @@ def _conversion_error(step: str, output: str) -> ExportError:
     )
 
 
-def _unsupported_ops(output: str) -> list[str]:
-    """Return the ops that the converter's log reports as unsupported, with places and types."""
+def _unsupported_ops(output: str, layers: Collection[str]) -> list[str]:
+    """Return the ops that the converter's log reports as unsupported, with places and types.
+
+    A place ends with the innermost of the layers that contains the op.
+    """
     found: dict[str, str] = {}
     for line in output.splitlines():
         op = re.search(r"error: .*'tfl?\.(\w+)' op (.*)", line)
@@ -364,6 +372,8 @@ def _unsupported_ops(output: str) -> list[str]:
         if op and op[1] not in found:
             note = f", part of {_PART_OF[op[1]]}" if op[1] in _PART_OF else ""
             found[op[1]] = f"{op[1]}{note}, at {place[1] if place else 'an unknown place'}"
+            if place and (layer := layer_at(place[1], layers)):
+                found[op[1]] += f" in layer {layer!r}"
             if "neither a custom op nor a flex op" not in op[2]:
                 found[op[1]] += f": {op[2][:_COLUMNS]}"
         current = re.search(r'see current operation: .*"tfl?\.(\w+)"\(.* : (\(.*)', line)

@@ -31,6 +31,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from keras_dst.export.encode import Weight, weights
 from keras_dst.export.flatbuffer import add_tensor, indices, op_name, read, text, write
+from keras_dst.export.origins import layer_at
 from keras_dst.export.quantize import to_int8
 from keras_dst.export.report import ExportError, TensorReport, gzip_bytes
 from keras_dst.export.target_reports import MicroReport
@@ -113,15 +114,68 @@ def encode_for_micro(content: bytes) -> tuple[bytes, list[TensorReport]]:
     return smallest, reports
 
 
-def unsupported_ops(model: schema.ModelT) -> list[tuple[str, str]]:
-    """Return the ops that TFLM lacks, each with the name of its first output."""
+def unsupported_ops(
+    model: schema.ModelT, layers: Collection[str] = ()
+) -> list[tuple[str, str, str]]:
+    """Return the ops that TFLM lacks.
+
+    Args:
+        model: a ``.tflite`` file.
+        layers: names of the layers of its Keras model. Defaults to no names.
+
+    Returns:
+        For each op its name, the name of its first output, and the layer that it comes from. The
+        layer is empty if no path contains one of the names.
+    """
     found = []
     for graph in model.subgraphs:
         for op in graph.operators:
             name, code = op_name(model, op), model.operatorCodes[op.opcodeIndex]
             if name not in OPS and text(code.customCode) != DECODE:
-                found.append((name, text(graph.tensors[op.outputs[0]].name)))
+                output = text(graph.tensors[op.outputs[0]].name)
+                found.append((name, output, _origin(graph, op, layers)))
     return found
+
+
+def _origin(graph: schema.SubGraphT, op: schema.OperatorT, names: Collection[str]) -> str:
+    """Describe the origin of an op: the layer that contains it, or the last layer before it.
+
+    Outputs of the model, and ops outside layers, have no layer in their paths.
+
+    Args:
+        graph: the graph of the file.
+        op: an op of the graph.
+        names: names of layers.
+
+    Returns:
+        Text such as ``"in layer 'dense'"``. Empty if no path contains one of the names.
+    """
+    producers = {index: other for other in graph.operators for index in indices(other.outputs)}
+    word, tensors = "in", indices(op.outputs)
+    while tensors:
+        for index in tensors:
+            name = layer_at(text(graph.tensors[index].name), names)
+            if name:
+                return f"{word} layer {name!r}"
+        word, before = "after", [producers[index] for index in tensors if index in producers]
+        tensors = list(dict.fromkeys(i for other in before for i in indices(other.inputs)))
+    return ""
+
+
+def check_ops(content: bytes, layers: Collection[str]) -> None:
+    """Raise ExportError if a file contains ops that TFLM lacks.
+
+    Args:
+        content: the file.
+        layers: names of the layers of its Keras model, for the message.
+    """
+    missing = unsupported_ops(read(content), layers)
+    if missing:
+        listed = ", ".join(f"{name} ({' '.join(place).strip()})" for name, *place in missing)
+        raise ExportError(
+            f"Expected a file with ops that TFLM has. Received: {listed}. Fix: replace the layers "
+            "that these ops come from."
+        )
 
 
 def run_in_tflm(content: bytes, inputs: list[np.ndarray]) -> Run:
@@ -138,13 +192,6 @@ def run_in_tflm(content: bytes, inputs: list[np.ndarray]) -> Run:
     """
     check_tflm()
     model = read(content)
-    missing = unsupported_ops(model)
-    if missing:
-        listed = ", ".join(f"{name} ({tensor})" for name, tensor in missing)
-        raise ExportError(
-            f"Expected a file with ops that TFLM has. Received: {listed}. Fix: replace the layers "
-            "that these ops come from."
-        )
     (graph,) = model.subgraphs[:1]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -195,23 +242,25 @@ def report_for(content: bytes, dense: bytes, inputs: list[np.ndarray]) -> MicroR
     )
 
 
-def quantized_inputs(content: bytes, cases: list[dict[str, np.ndarray]]) -> list[np.ndarray]:
+def quantized_inputs(content: bytes, samples: dict[str, np.ndarray]) -> list[np.ndarray]:
     """Return samples as the inputs of a file, with one row per run.
 
     Args:
-        content: the file, whose inputs have a fixed batch size or a batch size of 1.
-        cases: batches of floats or integers, by input name.
+        content: the file, whose inputs have a fixed batch size or a batch size of 1. The last
+            samples are left out if they do not fill a batch.
+        samples: arrays of floats or integers with samples along the first axis, by input name.
     """
     model = read(content)
     graph, names = model.subgraphs[0], _input_names(model)
     found = []
     for index in graph.inputs:
         tensor = graph.tensors[index]
-        array = np.concatenate([case[names[int(index)]] for case in cases])
+        array = samples[names[int(index)]]
         if tensor.type == schema.TensorType.INT8 and array.dtype.kind == "f":
             quantization = tensor.quantization
             array = to_int8(array, quantization.scale[0], quantization.zeroPoint[0])
-        found.append(array.reshape(-1, *tensor.shape))
+        runs = len(array) // tensor.shape[0]
+        found.append(array[: runs * tensor.shape[0]].reshape(runs, *tensor.shape))
     return found
 
 

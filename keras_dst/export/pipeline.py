@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_dst import _keras
 from keras_dst._utils.files import atomic_write
@@ -26,10 +27,13 @@ from keras_dst.export.latency_model import CPUS, LatencyModel, this_cpu
 from keras_dst.export.measure import latencies, loads_and_latencies
 from keras_dst.export.memory import peak_memory
 from keras_dst.export.micro import (
+    check_ops,
     encode_for_micro,
     quantized_inputs,
     report_for,
 )
+from keras_dst.export.origins import layer_names
+from keras_dst.export.quantize import dequantize, steps
 from keras_dst.export.report import (
     ExportError,
     ExportReport,
@@ -52,6 +56,7 @@ from keras_dst.export.target_reports import MicroReport, VelaReport
 from keras_dst.export.verify import (
     Case,
     Deviation,
+    by_input_name,
     deviation,
     deviation_between,
     keras_cases,
@@ -148,7 +153,8 @@ def export(
     compiled, vela = _compile(plan.content, settings, progress)
     content, tensors, micro = plan.content, [_tensor_report(c) for c in plan.choices], None
     if settings.micro:
-        content, tensors, micro = _encode_for_micro(base, cases, progress)
+        check_ops(base, layer_names(model))
+        content, tensors, micro = _encode_for_micro(base, data, progress)
     progress("measuring")
     # For an NPU, the written file is the dense int8 file itself.
     others = [files["float32"]] if settings.npu else list(files.values())
@@ -160,6 +166,13 @@ def export(
             replace(compared[-1], name="this file", bytes=sizes[0], gzip_bytes=sizes[1])
         )
     before, after = compared[0], compared[-1]
+    rounded, unmatched = _rounded_to_zero(files["float32"], base) if full else (0, [])
+    notes = [NEEDS_VELA] if settings.npu and vela is None else []
+    if unmatched:
+        notes.append(
+            "The count of weights that int8 rounds to zero leaves out these weights, which equal "
+            f"no float32 weight: {', '.join(unmatched)}."
+        )
     with atomic_write(path) as unfinished:
         unfinished.write_bytes(content)
     if settings.vela_path is not None:
@@ -178,30 +191,46 @@ def export(
         batch=settings.batch,
         vela=vela,
         micro=micro,
-        rounded_to_zero=_rounded_to_zero(files["float32"], base) if full else 0,
-        note=NEEDS_VELA if settings.npu and vela is None else "",
+        rounded_to_zero=rounded,
+        note=" ".join(notes),
     )
 
 
 def _encode_for_micro(
-    dense: bytes, cases: list[Case], progress: Callable[[str], None]
+    dense: bytes, data: _Data, progress: Callable[[str], None]
 ) -> tuple[bytes, list[TensorReport], MicroReport]:
     """Return the file for microcontrollers, after TFLM has run it on all samples."""
     progress("running the file in TensorFlow Lite for Microcontrollers")
     content, tensors = encode_for_micro(dense)
-    inputs = quantized_inputs(dense, [case.inputs for case in cases])
+    inputs = quantized_inputs(dense, by_input_name(data.samples, data.signature))
     return content, tensors, report_for(content, dense, inputs)
 
 
-def _rounded_to_zero(floats: bytes, integers: bytes) -> int:
-    """Return the number of nonzero weights of a float file that are zero in the int8 file."""
-    found = {weight.name: weight.values for weight in encode.weights(read(floats))}
-    count = 0
+def _rounded_to_zero(floats: bytes, integers: bytes) -> tuple[int, list[str]]:
+    """Return the number of nonzero weights of a float file that are zero in the int8 file.
+
+    The values identify the float weight of an int8 weight, because the converter may rename
+    weights. The second result lists the int8 weights that round no float weight.
+    """
+    originals = [weight.values for weight in encode.weights(read(floats))]
+    count, unmatched = 0, []
     for weight in encode.weights(read(integers)):
-        original = found.get(weight.name)
-        if original is not None and original.shape == weight.values.shape:
-            count += int(((original != 0) & (weight.values == 0)).sum())
-    return count
+        parameters = weight.tensors[0].quantization
+        if weight.values.dtype != np.int8 or parameters is None or parameters.scale is None:
+            continue
+        values = dequantize(weight.values, parameters)
+        limit = 0.51 * steps(weight.values, parameters)  # half a step; scales are rounded too
+        original = next((w for w in originals if _agree(values, w, limit)), None)
+        if original is None:
+            unmatched.append(weight.name)
+        else:
+            count += int(((original != 0) & (values == 0)).sum())
+    return count, unmatched
+
+
+def _agree(values: np.ndarray, others: np.ndarray, limit: np.ndarray) -> bool:
+    """Return whether two weights have one shape and differ by the limit at most."""
+    return values.shape == others.shape and bool((np.abs(values - others) <= limit).all())
 
 
 def _dense_plan(content: bytes) -> Plan:

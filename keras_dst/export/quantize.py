@@ -30,6 +30,18 @@ def to_int8(array: np.ndarray, scale: float, zero_point: int) -> np.ndarray:
 
 def dequantize(integers: np.ndarray, parameters: schema.QuantizationParametersT) -> np.ndarray:
     """Return the float32 values of quantized integers."""
+    zero_point = _along_axis(parameters.zeroPoint, integers, parameters)
+    return (integers - zero_point).astype(np.float32) * steps(integers, parameters)
+
+
+def steps(integers: np.ndarray, parameters: schema.QuantizationParametersT) -> np.ndarray:
+    """Return the scales of quantized integers, with as many axes as the integers."""
+    return _along_axis(parameters.scale, integers, parameters).astype(np.float32)
+
+
+def _along_axis(
+    values: np.ndarray, integers: np.ndarray, parameters: schema.QuantizationParametersT
+) -> np.ndarray:
     shape = [1] * integers.ndim
     shape[parameters.quantizedDimension] = -1
-    return integers * np.reshape(parameters.scale, shape).astype(np.float32)
+    return np.reshape(values, shape)

@@ -55,7 +55,7 @@ def _floats(model, graph, target: str) -> Iterator[Finding]:
 
 
 def _missing_in_tflm(model) -> Iterator[Finding]:
-    for name, output in unsupported_ops(model):
+    for name, output, _ in unsupported_ops(model):
         fix = "Replace the layer that this op comes from."
         if name == "DENSIFY":
             fix = "Export the Keras model with target='micro'."

@@ -81,7 +81,7 @@ def keras_cases(model: keras.Model, signature: Signature, samples: Samples) -> l
     with reset_states(model):
         return [
             Case(
-                _by_input_name(batch, signature),
+                by_input_name(batch, signature),
                 _by_output_name(model(batch.packed(), training=False)),
             )
             for batch in _batches(samples, signature)
@@ -103,7 +103,7 @@ def predictor(model: keras.Model, content: bytes, signature: Signature) -> Calla
         found: list[dict[str, np.ndarray]] = []
         for start in range(0, count, size):
             rows = np.arange(start, start + size) % count  # The last batch is padded.
-            found.append(runner(**_by_input_name(samples[rows], signature)))
+            found.append(runner(**by_input_name(samples[rows], signature)))
         outputs = {name: np.concatenate([y[name] for y in found])[:count] for name in found[0]}
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs
 
@@ -175,7 +175,7 @@ def _by_output_name(outputs: Any) -> dict[str, np.ndarray]:
     return {name: np.asarray(keras.ops.convert_to_numpy(y)) for name, y in outputs.items()}
 
 
-def _by_input_name(batch: Samples, signature: Signature) -> dict[str, np.ndarray]:
+def by_input_name(batch: Samples, signature: Signature) -> dict[str, np.ndarray]:
     """Return the arrays of present inputs by input name of the file, in the types of the file."""
     return {
         spec.name: array.astype(np.bytes_ if spec.dtype == "string" else spec.dtype)

@@ -398,10 +398,11 @@ def test_conversion_adds_no_handler_to_the_root_logger(monkeypatch):
         (layers.Dense(3, dtype="float64"), "MatMul.*f64>(.|\n)*float32"),
         (lambda x: ops.argmax(x, -1), "BitwiseAnd, part of keras.ops.argmax(.|\n)*Fix: compute"),
         (lambda x: ops.erfinv(ops.tanh(x)), "Erfinv, at .*erfinv(.|\n)*Fix: compute"),
+        (layers.Lambda(ops.erfinv, name="inverse"), "Erfinv, at .* in layer 'inverse'"),
         (lambda x: ops.fft((x, x))[0], "FFT(.|\n)*Fix: .*real and imaginary"),
         (layers.Hashing(5), "AsString(.|\n)*Fix: process the strings outside"),
     ],
-    ids=["LSTM", "mixed_float16", "float64", "argmax", "erfinv", "complex", "strings"],
+    ids=["LSTM", "mixed_float16", "float64", "argmax", "erfinv", "Lambda", "complex", "strings"],
 )
 def test_models_that_cannot_be_converted_raise(tmp_path, last, message):
     x = keras.Input((4,), dtype="int32" if isinstance(last, layers.Hashing) else None)

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 import keras_dst
-from keras_dst.export import micro
+from keras_dst.export import micro, pipeline
+from keras_dst.export.convert import conversions
 from keras_dst.export.encode import weights
-from keras_dst.export.flatbuffer import op_name, read, text
+from keras_dst.export.flatbuffer import op_name, read, text, write
+from keras_dst.export.origins import layer_at
 from keras_dst.export.report import ExportError
+from keras_dst.export.samples import read_samples
 from tests.backends import once
 
 pytestmark = once
@@ -72,7 +75,7 @@ def test_micro_report_compares_the_file_with_dense_int8(report):
     assert found.bytes == report.bytes == report.path.stat().st_size
     assert found.bytes < 0.32 * found.dense_bytes
     assert found.arena > found.dense_arena  # decoded weights are stored in the arena
-    assert found.samples == 1 + len(x)
+    assert found.samples == len(x)
     assert [file.name for file in report.files] == ["dense float32", "dense int8", "this file"]
     assert report.files[1].bytes == found.dense_bytes
     assert report.files[2].accuracy == 0.5
@@ -132,11 +135,44 @@ def test_zeros_are_preserved_and_rounded_weights_are_counted(tmp_path):
     assert np.array_equal(weight.values == 0, (w < 1e-4).T)
 
 
+def test_weights_that_the_converter_renamed_are_counted():
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(6), keras.layers.Dense(6)])
+    for layer, lost in zip(model.layers, (2, 1)):
+        w = np.random.default_rng(lost).uniform(0.5, 1, layer.kernel.shape)
+        w[0, :lost] = 1e-5
+        layer.kernel.assign(w)
+    samples = read_samples(model, np.ones((4, 8), "float32"), "representative")
+    floats, integers = conversions(model, ["float32", "integer"], None, samples)
+    renamed = read(integers)
+    for tensor in renamed.subgraphs[0].tensors:
+        tensor.name = "arith.constant"
+    assert pipeline._rounded_to_zero(floats, write(renamed)) == (3, [])
+    model.layers[0].kernel.assign(np.ones((8, 6)))
+    (other,) = conversions(model, ["float32"])
+    assert pipeline._rounded_to_zero(other, write(renamed)) == (1, ["arith.constant"])
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("digits_1/dense_1/MatMul;digits_1/dense_1/Relu", "dense"),
+        ("digits_1/dense_1_2/MatMul", "dense_1"),
+        ("digits_1/block_1/dense_1/MatMul", "dense"),
+        ("digits/block/Add", "block"),
+        ("digits_1/sort/TopKV2", ""),
+        ("StatefulPartitionedCall:0", ""),
+    ],
+)
+def test_the_layer_in_the_path_of_an_op(path, name):
+    assert layer_at(path, {"block", "dense", "dense_1"}) == name
+
+
 def test_an_op_missing_in_tflm_raises_and_no_file_is_written(tmp_path):
     inputs = keras.Input((16,))
-    model = keras.Model(inputs, keras.ops.sort(keras.layers.Dense(16)(inputs)))
+    model = keras.Model(inputs, keras.ops.sort(keras.layers.Dense(16, name="first")(inputs)))
     samples = np.random.default_rng(1).normal(size=(8, 16)).astype("float32")
-    with pytest.raises(ExportError, match=r"ops that TFLM has. Received: TOPK_V2"):
+    message = r"ops that TFLM has. Received: TOPK_V2 \(.*/TopKV2.* after layer 'first'\)"
+    with pytest.raises(ExportError, match=message):
         keras_dst.export_tflite(
             model,
             tmp_path / "model.tflite",
