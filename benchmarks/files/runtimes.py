@@ -23,7 +23,7 @@ import numpy as np
 
 import keras_dst
 from benchmarks import networks, results, timing
-from benchmarks.data import mnist, under
+from benchmarks.data import apply_method, mnist
 from keras_dst.methods import Magnitude
 
 BENCHMARK = "runtimes"
@@ -93,7 +93,8 @@ def trained(build, method):
     keras.utils.clear_session()
     keras.utils.set_random_seed(SEED)
     model = build()
-    model.compile(under(method, model, keras.optimizers.Adam()), "sparse_categorical_crossentropy")
+    optimizer = apply_method(method, model, keras.optimizers.Adam())
+    model.compile(optimizer, "sparse_categorical_crossentropy")
     callbacks = [keras_dst.callbacks.SparseTraining()] if method else []
     x, y = (part[:IMAGES] for part in mnist()[0])
     model.fit(x, y, batch_size=BATCH, epochs=EPOCHS, verbose=2, callbacks=callbacks)

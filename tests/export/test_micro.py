@@ -137,19 +137,20 @@ def test_zeros_are_preserved_and_rounded_weights_are_counted(tmp_path):
 
 def test_weights_that_the_converter_renamed_are_counted():
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(6), keras.layers.Dense(6)])
-    for layer, lost in zip(model.layers, (2, 1)):
-        w = np.random.default_rng(lost).uniform(0.5, 1, layer.kernel.shape)
-        w[0, :lost] = 1e-5
+    for seed, layer in enumerate(model.layers):
+        w = np.random.default_rng(seed).uniform(0.5, 1, layer.kernel.shape)
+        w[0, :2] = 1e-5
         layer.kernel.assign(w)
     samples = read_samples(model, np.ones((4, 8), "float32"), "representative")
     floats, integers = conversions(model, ["float32", "integer"], None, samples)
     renamed = read(integers)
     for tensor in renamed.subgraphs[0].tensors:
         tensor.name = "arith.constant"
-    assert pipeline._rounded_to_zero(floats, write(renamed)) == (3, [])
-    model.layers[0].kernel.assign(np.ones((8, 6)))
-    (other,) = conversions(model, ["float32"])
-    assert pipeline._rounded_to_zero(other, write(renamed)) == (1, ["arith.constant"])
+    assert pipeline._rounded_to_zero(floats, write(renamed)) == (4, [])
+    other = read(floats)
+    buffer = other.buffers[weights(other)[0].buffer]
+    buffer.data = np.zeros_like(buffer.data)
+    assert pipeline._rounded_to_zero(write(other), write(renamed)) == (2, ["arith.constant"])
 
 
 @pytest.mark.parametrize(
