@@ -463,7 +463,7 @@ def rebuild_optimizer(optimizer, variables) -> None:
     The optimizer and the optimizers inside it stay the same objects, with everything that the
     user set on them. Variables that are trained before and after keep their slots.
     """
-    every = _with_inner_optimizers(optimizer)
+    every = all_optimizers(optimizer)
     before = [
         (list(each._variables), list(each._trainable_variables), dict(vars(each))) for each in every
     ]
@@ -477,11 +477,18 @@ def rebuild_optimizer(optimizer, variables) -> None:
         _forget_decay_exemptions(each, trained)
 
 
-def _with_inner_optimizers(optimizer) -> list:
+def inner_optimizers(optimizer) -> list:
+    """Return the optimizers that another optimizer wraps directly, if it wraps any."""
+    if is_multi_optimizer(optimizer):
+        return list(optimizer.optimizers)
+    inner = vars(optimizer).get("inner_optimizer")
+    return [] if inner is None else [inner]
+
+
+def all_optimizers(optimizer) -> list:
     """Return an optimizer and all optimizers inside it."""
-    inner = getattr(optimizer, "inner_optimizer", None)
-    inside = getattr(optimizer, "optimizers", ()) if inner is None else [inner]
-    return [optimizer, *(each for one in inside for each in _with_inner_optimizers(one))]
+    inside = (each for inner in inner_optimizers(optimizer) for each in all_optimizers(inner))
+    return [optimizer, *inside]
 
 
 def _restore_variables(optimizer, before: list, attributes: dict[str, Any]) -> None:

@@ -608,30 +608,21 @@ class _Timetable:
 
 def sparse_optimizers(optimizer) -> list[SparseOptimizer]:
     """Return all SparseOptimizers in an optimizer, which may be a SparseOptimizer itself."""
-    return [found for found in _all_optimizers(optimizer) if isinstance(found, SparseOptimizer)]
+    return [
+        found for found in _keras.all_optimizers(optimizer) if isinstance(found, SparseOptimizer)
+    ]
 
 
 def leaf_optimizers(optimizer) -> list:
     """Return the optimizers inside an optimizer that do not wrap another optimizer."""
-    return [found for found in _all_optimizers(optimizer) if not _inner_optimizers(found)]
+    return [
+        found for found in _keras.all_optimizers(optimizer) if not _keras.inner_optimizers(found)
+    ]
 
 
 def averages_weights(optimizer) -> bool:
     """Return whether an optimizer keeps averages of the weights, which `fit` assigns at its end."""
     return optimizer is not None and any(leaf.use_ema for leaf in leaf_optimizers(optimizer))
-
-
-def _all_optimizers(optimizer) -> Iterator:
-    yield optimizer
-    for inner in _inner_optimizers(optimizer):
-        yield from _all_optimizers(inner)
-
-
-def _inner_optimizers(optimizer) -> list:
-    if _keras.is_multi_optimizer(optimizer):
-        return list(optimizer.optimizers)
-    inner = vars(optimizer).get("inner_optimizer")
-    return [] if inner is None else [inner]
 
 
 def optimizers_of(model) -> list:
@@ -641,7 +632,7 @@ def optimizers_of(model) -> list:
     """
     found = list(_optimizers_in(vars(model)))
     nested = {
-        id(inner) for outer in found for inner in _all_optimizers(outer) if inner is not outer
+        id(inner) for outer in found for inner in _keras.all_optimizers(outer) if inner is not outer
     }
     return list({id(o): o for o in found if id(o) not in nested}.values())
 
@@ -669,16 +660,26 @@ def without_masks(optimizer):
 
 
 def remove_masks(model) -> None:
-    """Replace all SparseOptimizers of a model, also in lists and dicts, by the inner optimizers."""
+    """Replace all SparseOptimizers of a model by their inner optimizers.
+
+    A model with its own `train_step` may hold optimizers in attributes, lists, tuples and dicts.
+    """
     for name, value in list(vars(model).items()):
-        if isinstance(value, keras.optimizers.Optimizer):
-            if (stock := without_masks(value)) is not value:
-                setattr(model, name, stock)
-        elif isinstance(value, (dict, list)) and any(True for _ in _optimizers_in(value)):
-            places = list(value.items() if isinstance(value, dict) else enumerate(value))
-            for place, item in places:
-                if isinstance(item, keras.optimizers.Optimizer):
-                    value[place] = without_masks(item)
+        if (stock := _without_masks_in(value)) is not value:
+            setattr(model, name, stock)
+
+
+def _without_masks_in(value):
+    """Return a value with inner optimizers; lists and dicts are changed in place."""
+    if isinstance(value, keras.optimizers.Optimizer):
+        return without_masks(value)
+    if isinstance(value, (dict, list)):
+        for place, item in list(value.items() if isinstance(value, dict) else enumerate(value)):
+            if (stock := _without_masks_in(item)) is not item:
+                value[place] = stock
+    elif isinstance(value, tuple) and any(True for _ in _optimizers_in(value)):
+        return getattr(value, "_make", type(value))(map(_without_masks_in, value))
+    return value
 
 
 def _path_of(variable) -> str:

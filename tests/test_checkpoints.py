@@ -126,7 +126,7 @@ class TestGateErrors:
     @every(2)
     @pytest.mark.parametrize("gate", ["f1", "val_f1"])
     def test_an_unknown_metric_raises(self, gate):
-        with pytest.raises(ValueError, match=r"none of the metrics\. Expected one of: accuracy"):
+        with pytest.raises(ValueError, match=r"not among the metrics\. Expected one of: accuracy"):
             self.fit(metric_at_target=gate)
 
     def test_a_method_without_a_target_raises(self):

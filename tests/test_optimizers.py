@@ -19,6 +19,8 @@ from tests.backends import every, slow
 
 x, y = models.data(size=128)
 STEPS = Cubic(0.8, begin_step=2, end_step=14)
+# XLA may round differently in two programs that compute the same values.
+ROUNDING = 1e-6 if keras.backend.backend() == "jax" else 0
 
 
 def train_step(model, loss_fn):
@@ -110,7 +112,10 @@ CLOCKS = {
 @every(4)
 @pytest.mark.parametrize("name", CLOCKS)
 def test_a_custom_loop_gives_the_masks_and_weights_of_fit(name):
-    """All variables are bit-equal after 20 steps. The schedule ends before step 20."""
+    """Masks are bit-equal after 20 steps. The schedule ends before step 20.
+
+    On JAX, the two training loops are separate programs, so their weights may differ by rounding.
+    """
     steps = 20
     x, y = reference.data(steps)
 
@@ -138,8 +143,10 @@ def test_a_custom_loop_gives_the_masks_and_weights_of_fit(name):
 
     expected = [*values(fitted).values()]
     for (path, found), value in zip(values(looped).items(), expected, strict=True):
-        np.testing.assert_array_equal(found, value, err_msg=path)
+        np.testing.assert_allclose(found, value, rtol=ROUNDING, atol=ROUNDING, err_msg=path)
     masks = [s["mask"].numpy() for s in looped.optimizer.states]
+    for mask, state in zip(masks, fitted.optimizer.states, strict=True):
+        np.testing.assert_array_equal(mask, state["mask"].numpy())
     assert 0.15 < np.mean(np.concatenate([m.ravel() for m in masks])) < 0.5
 
 
@@ -231,7 +238,7 @@ def test_zero_sparsity_equals_the_inner_optimizer(inner):
         return models.arrays(model.variables)
 
     for a, b in zip(weights(True), weights(False)):
-        np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(a, b, rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_inner_attributes_are_read_and_set_through_the_wrapper():

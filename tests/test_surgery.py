@@ -1,5 +1,6 @@
 """Tests of `sparsify` and `strip` on models of every kind."""
 
+import collections
 import copy
 import zipfile
 
@@ -185,6 +186,17 @@ def test_files_of_stripped_optimizers_do_not_mention_keras_dst(scaled, tmp_path)
         assert "keras_dst" not in archive.read("config.json").decode()
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert len(loaded.optimizer.variables) == len(model.optimizer.variables)
+
+
+def test_strip_removes_sparse_optimizers_in_nested_containers():
+    Pair = collections.namedtuple("Pair", "first second")
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    sparse = [keras_dst.SparseOptimizer("sgd", Magnitude(0.5)) for _ in range(3)]
+    model.own = {"list": [sparse[0]], "pair": Pair(sparse[1], {"deep": sparse[2]})}
+    keras_dst.strip(model)
+    assert model.own["list"] == [sparse[0].inner_optimizer]
+    assert model.own["pair"].first is sparse[1].inner_optimizer
+    assert model.own["pair"].second["deep"] is sparse[2].inner_optimizer
 
 
 @pytest.mark.skipif(

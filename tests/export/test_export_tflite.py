@@ -317,7 +317,7 @@ def test_export_of_a_model_with_string_inputs(tmp_path):
 
 @pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="TensorFlow has strings")
 def test_a_model_with_string_inputs_needs_tensorflow(tmp_path):
-    with pytest.raises(ExportError, match=r"of strings(.|\n)*Fix: .*KERAS_BACKEND=tensorflow"):
+    with pytest.raises(ExportError, match=r"string inputs(.|\n)*Fix: .*KERAS_BACKEND=tensorflow"):
         export_tflite(words(), tmp_path / "model.tflite", inputs=np.array([["a"]]))
 
 

@@ -221,7 +221,9 @@ def test_a_subclassed_model_with_several_inputs_needs_inputs():
         cases_of(Subclassed())
     x = [np.ones((4, 5), np.float32), np.ones((4, 5, 3), np.int32)]
     assert deviation(content, cases_of(Subclassed(), x)).error == 0
-    with pytest.raises(ValueError, match=r"one number.*Received: arrays of .4, 3. samples"):
+    with pytest.raises(
+        ValueError, match=r"equal numbers of samples.*Received: arrays of .4, 3. samples"
+    ):
         cases_of(Subclassed(), [x[0], x[1][:3]])
 
 
