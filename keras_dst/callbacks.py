@@ -121,8 +121,8 @@ class SparseTraining(keras.callbacks.Callback):
         self._epoch_length = self.steps_per_epoch or self.params.get("steps")
         if self._epoch_length is None and (self.epochs or self.params.get("epochs", 1)) < 2:
             raise ValueError(
-                "SparseTraining expects a known number of steps per epoch, or more than one "
-                "epoch. Received data of unknown length for one epoch. Pass "
+                "SparseTraining expects to know the number of steps of the training run. "
+                "Received one epoch of data of unknown length. Pass "
                 "SparseTraining(steps_per_epoch=...)."
             )
         if self.metric_at_target and not all(driver.schedule for driver in self._drivers):

@@ -42,9 +42,8 @@ class Layout(NamedTuple):
     Attributes:
         outputs: Axes of the output units. Defaults to the last axis.
         inputs: Axes of the input channels. Defaults to the second to last axis.
-        channels: Channels of the model that the output units make, see
-            `keras_dst.methods.channels`. Defaults to None, which means that every unit is pruned
-            separately.
+        channels: Coupled channels that the output units compute, see `keras_dst.methods.channels`.
+            Defaults to None, which means that every unit is pruned separately.
     """
 
     outputs: tuple[int, ...] = (-1,)

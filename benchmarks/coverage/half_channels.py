@@ -2,8 +2,8 @@
 
 Every network is trained for two steps on random data, so the measurement covers shapes and
 exactness only. Channels are ranked in two ways: layers whose channels leave together are ranked
-together, or each layer is ranked alone. Networks that are already stored are skipped. To repeat a
-network, delete its line in results/half_channels/runs.jsonl.
+together, or each layer is ranked alone. Networks that are already stored are skipped. To measure a
+network again, delete its line in results/half_channels/runs.jsonl.
 `python -m benchmarks.coverage.models --table` writes the table into docs/models.md.
 """
 

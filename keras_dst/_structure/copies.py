@@ -16,7 +16,7 @@ from keras_dst.layers.classes import SparseContainer
 
 
 def dense_copy(op):
-    """Return a copy of a sparse layer without masks, or the operation itself if it has no masks."""
+    """Return a copy of a sparse layer without its masks; return any other operation unchanged."""
     if not isinstance(op, (SparseMixin, SparseContainer, Gate)):
         return op
     try:

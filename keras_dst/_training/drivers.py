@@ -250,7 +250,8 @@ class Driver:
         self.total: int | None = None
         self.clock: Any = None  # None until the length of training is known.
         self._update, self._kept = _compiled_functions(method, tuple(layouts), tuple(self.shapes))
-        # Cost of one entry of each weight for the target; None if all entries count the same.
+        # How much an entry of each weight counts towards the target sparsity, such as its FLOPs.
+        # None if all entries count the same.
         self.costs: list[float] | None = None
         self.groups = channels.groups_of(layouts)
         self.followers: list[Follower] = []

@@ -49,7 +49,10 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Signature:
-    """Inputs of a model, and the nested structure of their positions."""
+    """The inputs of a model as a flat list, and their nested structure.
+
+    In `structure`, the index of an input in `specs` stands for the input.
+    """
 
     specs: list[InputSpec]
     structure: Any

@@ -35,7 +35,7 @@ Tensor = Any
 
 COUNTED_IN = ("channels", "parameters", "flops")
 
-# The target of a global ranking is a whole number of parts, because counts are int32.
+# For a global ranking, the density is a whole number of parts, because counts are int32.
 _PARTS = 2**20
 
 
@@ -156,7 +156,9 @@ def groups_of(layouts: Sequence[Layout]) -> ChannelGroups | None:
 
 
 def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) -> np.ndarray:
-    """Return the number of channels to keep per group, or the target of a global ranking.
+    """Return the number of channels to keep in each group.
+
+    With `allocation="global"`, return a single number: the density in parts of 2**20.
 
     Every group is pruned to its density. One factor scales all densities, so that the removed
     fraction of channels, parameters or FLOPs is nearest to the sparsity. Groups that are named in a

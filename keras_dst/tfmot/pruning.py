@@ -128,7 +128,10 @@ def prunable_layers(layers, method: PruneLowMagnitude) -> list:
 
 
 class _PrunedOnBuild(_keras.BuildHook):
-    """Mixin of an unbuilt layer, such as `LSTM`, whose inner layers are pruned after the build."""
+    """Mixin for layers that are wrapped before they are built, such as `LSTM` layers.
+
+    The inner layers are pruned when the layer is built.
+    """
 
     stock: type
     method: PruneLowMagnitude

@@ -301,7 +301,7 @@ def test_the_export_uses_densify_only_if_it_is_safe(middle, formats):
 
 @pytest.mark.parametrize("optimize", ["latency", "balanced"])
 def test_a_layer_read_directly_does_not_split_the_region(optimize):
-    """If FULLY_CONNECTED on feature maps reads a sparse weight directly, it leaves the region."""
+    """The region of sparse inference excludes a FULLY_CONNECTED op that reads sparse weights."""
     content = network(*BODY, dense, pointwise, mean)
     assert verdict(content) == "on"
     plan = select_formats(content, Objective(optimize))
