@@ -54,17 +54,17 @@ def pytest_sessionstart(session):
 
 @pytest.fixture(scope="module", autouse=True)
 def free_compiled_programs():
-    """Free the programs that JAX compiled for the tests of one file.
+    """Free the models and compiled programs of one file of tests.
 
-    Every program takes several memory mappings. Linux allows 65,530 mappings per process. JAX
-    crashes with a segmentation fault if a process exceeds this number.
+    Every program of JAX takes several memory mappings. Linux allows 65,530 mappings per process.
+    JAX crashes with a segmentation fault if a process exceeds this number.
     """
     yield
     if os.environ.get("KERAS_BACKEND") == "jax":
         import jax
 
         jax.clear_caches()
-        gc.collect()
+    gc.collect()
 
 
 def pytest_configure(config):
