@@ -160,7 +160,7 @@ def test_alive_channels_follow_from_the_masks():
 
 
 def test_invalid_counted_in_and_pattern_raise():
-    with pytest.raises(ValueError, match="Received: 'latency'.*sparsity_at_latency"):
+    with pytest.raises(ValueError, match=r"Received: 'latency'.*sparsity_at_latency"):
         Magnitude(0.5, pattern="channel", counted_in="latency")
     with pytest.raises(ValueError, match="can be used only with pattern='channel'"):
         Magnitude(0.5, pattern="1x4", counted_in="flops")
