@@ -46,8 +46,8 @@ def densities(
         allocation: `"uniform"` gives all weights the same density. `"erk"` (Erdős-Rényi-Kernel)
             gives densities proportional to `sum(shape) / prod(shape)`, at most 1. Small layers
             therefore stay denser. A dict maps names to sparsities. Weights that match no name get
-            `density`. A name is the path of a weight, or a regular expression that is searched for
-            in the paths. If several names match a weight, the last matching name applies.
+            `density`. A name is the path of a weight, or a regular expression that matches any part
+            of a path. If several names match a weight, the last matching name applies.
         shapes: Shapes of the weights.
         density: Fraction of all weights that is kept.
         names: Paths of the weights. The paths are needed only if the allocation is a dict.

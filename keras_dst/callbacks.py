@@ -54,9 +54,10 @@ class SparseTraining(keras.callbacks.Callback):
         metric_mode: Direction in which `metric_at_target` improves, `"min"` or `"max"`. Defaults to
             None, which means the direction of the compiled metric.
         keep_memory: Whether the process keeps the memory that a training step frees, until `fit`
-            ends. The next step then uses this memory again. This setting of the C library applies
-            to the whole process. The setting has an effect only on Linux with glibc, and only if no
-            environment variable such as MALLOC_TRIM_THRESHOLD_ is set. Defaults to False.
+            ends. The next training step then reuses this memory. This setting of the C library
+            applies to the whole process. The setting has an effect only on Linux with glibc, and
+            only if no environment variable such as MALLOC_TRIM_THRESHOLD_ is set. Defaults to
+            False.
 
     Raises:
         ValueError: If an argument is out of range. In `fit`: if no weight of the model is sparse,
@@ -96,7 +97,7 @@ class SparseTraining(keras.callbacks.Callback):
         self._begun = False
 
     def missed(self) -> list[str]:
-        """Return one sentence for every target that the model misses now.
+        """Return one warning sentence for every target that the model currently misses.
 
         Example:
             >>> sparse = keras_dst.callbacks.SparseTraining()
@@ -205,7 +206,7 @@ class SparseTraining(keras.callbacks.Callback):
                 stacklevel=2,
             )
         if averages_weights(self.model.optimizer):
-            self._reapply_masks()  # `fit` itself has assigned the averages.
+            self._reapply_masks()  # `fit` itself has assigned the averages of the weights.
         else:
             self._recover()
         for driver in self._drivers:

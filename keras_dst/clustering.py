@@ -195,8 +195,8 @@ def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
     starts = np.flatnonzero(np.diff(numbers, prepend=-2) > _EQUAL)
     if len(starts) <= clusters:
         return _with_fixed_ends(_means(numbers, starts), numbers)
-    # Pruned weights have no small magnitudes. The first values therefore lie outside of this gap
-    # around zero.
+    # After pruning, no nonzero weight has a small magnitude. The first values therefore lie outside
+    # of this gap around zero.
     split = np.searchsorted(numbers, 0)
     low, high = numbers[split - 1 : split + 1] if 0 < split < len(numbers) else (0.0, 0.0)
     values = np.linspace(numbers[0], numbers[-1] - (high - low), clusters)

@@ -416,7 +416,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         _, _, layouts, names = self.trained()
         if method.schedule is None or not names:
             return
-        if names != self._planned:  # Layers were frozen or thawed since the last step.
+        if names != self._planned:  # Layers were frozen or unfrozen since the last step.
             self._plan_updates()
         timetable = self._known_timetable()
         step = ops.convert_to_tensor(self.step)
@@ -586,7 +586,7 @@ class _Timetable:
     """Mask updates of a training run whose schedule is given in steps.
 
     Attributes:
-        clock: Clock that computes the steps of the updates.
+        clock: Object that computes the steps at which masks are updated.
         steps: Steps of the updates up to the end of the schedule.
         targets: Sparsity at each of these steps.
         kept: Numbers of weights to keep at each of these steps.

@@ -60,7 +60,7 @@ def masks(model, names: Filters = None, columns: int = 4):
     Args:
         model: A built Keras 3 model: dense, sparse or stripped. It is not changed.
         names: Weights to draw: None for all weights; the path of a weight, the name of a layer, a
-            regular expression for paths or names, or a list of them. Defaults to None.
+            regular expression for paths or names, or a list of such strings. Defaults to None.
         columns: Number of heat maps per row. Defaults to 4.
 
     Returns:
@@ -201,7 +201,7 @@ def history(history, names: Filters = None, ax=None):
     Args:
         history: Return value of `fit`, or its dict of metrics.
         names: Metrics to draw: None for all metrics; a name, a regular expression for whole names,
-            or a list of them. Defaults to None.
+            or a list of names and expressions. Defaults to None.
         ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
 
     Returns:

@@ -104,8 +104,8 @@ def _statistics(layer) -> list:
 def _averaging(layer) -> Iterator[None]:
     """Let a batch normalization average the statistics of all its calls within this context.
 
-    Call number k sets the momentum to the fraction of samples from earlier calls. The moving
-    statistics are then the cumulative averages.
+    At each call, the momentum is the fraction of all samples so far that earlier calls contained.
+    The moving statistics are then the cumulative averages.
     """
     momentum, call, samples = layer.momentum, layer.call, 0
 

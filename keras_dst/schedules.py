@@ -331,7 +331,7 @@ def check_sparsity(value, name: str = "sparsity", alternative: str = "") -> None
     Args:
         value: Argument to check. Booleans are not accepted.
         name: Name of the argument for the error message.
-        alternative: Other allowed values for the error message. Defaults to no other values.
+        alternative: Other allowed values for the error message. Defaults to an empty string.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ValueError(

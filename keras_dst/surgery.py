@@ -1,4 +1,4 @@
-"""Functions that change a model in place.
+"""Functions that make a model sparse, or restore its stock Keras layers, in place.
 
 `sparsify` makes a model sparse, and `strip` restores stock Keras layers.
 """
@@ -124,8 +124,8 @@ def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
         model: Built Keras 3 model.
         method: Method from `keras_dst.methods`, such as `methods.Magnitude(0.9)`.
         filters: Selection of layers. A string is a name, a path, or a regular expression for a
-            whole name or path. The name or path can be of a layer, of a layer that contains it, or
-            of one of its weights. A list of strings selects all layers that at least one string
+            whole name or path. The string can name a layer, a layer that contains this layer, or a
+            weight of this layer. A list of strings selects all layers that at least one string
             matches. A callable gets a layer and returns a boolean. Defaults to None, which selects
             all layers.
 

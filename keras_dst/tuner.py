@@ -41,7 +41,7 @@ class SparseHyperModel(keras_tuner.HyperModel):
             Defaults to None, which means no export.
         score: function from the dict of results to a number, which becomes the result `"score"`.
             The function can weigh accuracy against size or latency. Defaults to None, which adds no
-            such result.
+            result `"score"`.
 
     Raises:
         TypeError: `build` is not a function, or `export` has an unknown argument.

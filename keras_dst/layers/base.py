@@ -290,8 +290,8 @@ class SparseCellMixin(SparseMixin):
     """Mixin for recurrent cells that masks the weights once per sequence instead of at every step.
 
     Keras requests the dropout mask of a cell before a sequence and resets it after the last step.
-    The masked weights are cached from the request to the reset. A cell that is called without a
-    sequence does not cache masked weights.
+    The masked weights are cached between this request and this reset. A cell that is called without
+    a sequence does not cache masked weights.
     """
 
     _called_by_itself = False
@@ -349,7 +349,7 @@ def require_driver(layer) -> None:
 class _RequireDriver(keras.constraints.Constraint):
     """Constraint that raises an error if an optimizer step is traced while no callback is running.
 
-    All kinds of training apply constraints, and no other code applies them.
+    Every kind of training applies constraints, and nothing outside of training does.
     """
 
     def __init__(self, inner, layer):

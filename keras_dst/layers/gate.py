@@ -92,8 +92,8 @@ class Gate(_keras.BuildHook, layers.Layer):
         self.method = method
         # Keras must not track the nested dict, see `SparseMixin.attach_method`.
         self.__dict__["sparse_state"] = {}
-        # A channel counts as a unit with one weight. A residual branch has no units, so the branch
-        # may be closed.
+        # A channel counts as a unit with one weight. A residual branch has no units, so the whole
+        # branch may be closed.
         self._layout = Layout((-1,) if structure == "channel" else (), ())
 
     def build(self, x_shape, context_shape=None):

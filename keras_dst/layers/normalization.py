@@ -40,7 +40,7 @@ class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
             the arguments of `BatchNormalization`.
 
     Raises:
-        ValueError: If the method trains one path.
+        ValueError: If the method trains only one path.
 
     Example:
         >>> keras_dst.layers.SparseBatchNormalization(method=keras_dst.methods.DCIL(0.9))

@@ -230,7 +230,8 @@ class Method(Configurable):
         if pattern.grouped:
             sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
         floors = self._floors(shapes, sizes, together)
-        # Reserve room for the largest groups, so that the first groups of every weight always fit.
+        # Reserve enough of the count for the largest groups, so that the first groups of every
+        # weight always fit.
         largest = np.array([int(n.max()) for n in sizes] if sizes else [1] * len(shapes))
         least = largest * (floors if self.min_kept else 1)
         kept = ops.maximum(kept, least.sum() if together else least)
@@ -362,8 +363,8 @@ class LayerMethod(Method):
     def check(self, shape: Sequence[int], layout: Layout) -> None:
         """Raise ValueError if a weight of this shape cannot be pruned in the method's pattern.
 
-        `sparsify` calls this function for every weight. The message becomes the reason why a layer
-        is skipped.
+        `sparsify` calls this function for every weight. The error message becomes the reason that
+        the report states for a skipped layer.
         """
         Pattern(self.pattern).block(shape, layout)
 
@@ -578,7 +579,7 @@ class UnitMethod(LayerMethod):
     def cost_per_entry(self, state: State) -> float | None:
         """Return the cost of one entry of a weight for the target.
 
-        Return None if all entries cost the same.
+        Return None if all entries have the same cost.
 
         The driver calls this function once when training begins, after `bind_layers`.
         """
@@ -664,7 +665,7 @@ class UpdateMethod(Method):
         them.
 
         Args:
-            carry: Third value that `before` returned.
+            carry: The third value that `before` returned in this step.
             weights: All weights that the method prunes, after the step of the inner optimizer.
             states: States of these weights.
         """
@@ -673,7 +674,7 @@ class UpdateMethod(Method):
     def followers_settled(self, step: Tensor, total: Tensor) -> Tensor:
         """Return whether biases and normalizations of pruned channels are 0 at this step.
 
-        The optimizer calls it in every step if channels are coupled. By default the answer is True.
+        The optimizer calls it in every step if channels are coupled. Returns True by default.
 
         Args:
             step: Number of optimizer steps done, int32.

@@ -1,8 +1,8 @@
 """Ranking of coupled channels, which are removed from a model in groups.
 
-Several weights can make the same channel of a model, for example all convolutions whose outputs are
-added. Removing a channel makes the model smaller only if all these weights lose it. The functions
-here therefore rank channels instead of output units:
+Several weights can compute the same channel of a model, for example all convolutions whose outputs
+are added. Removing a channel makes the model smaller only if all these weights lose it. The
+functions here therefore rank channels instead of output units:
 
 ```text
 s_c = mean over the units u that make channel c of score(u) / scale(layer of u)
@@ -10,8 +10,9 @@ cost(n) = sum over weights of base (share of inputs kept) (share of outputs kept
 ```
 
 In these equations, `n` is the number of kept channels per group. A **group** is a set of channels
-that the same weights make. All channels of a group have the same cost. The number of kept channels
-of a group is a multiple of `round_to`, because widths such as 9 or 17 are slow on most hardware.
+that the same weights compute. All channels of a group have the same cost. The number of kept
+channels of a group is a multiple of `round_to`, because widths such as 9 or 17 are slow on most
+hardware.
 
 `Layout.channels` connects a weight with its channels. `Layout.channels` is None for a weight whose
 output units are ranked separately, as in a model without a graph.
@@ -127,7 +128,7 @@ class ChannelGroups:
 
 
 class Channels:
-    """Channels that the output units of one weight make. Equal objects have equal hashes.
+    """Channels that the output units of one weight compute. Equal objects have equal hashes.
 
     Args:
         ids: Number of the channel of every output unit, or -1 for a unit that is always kept.
@@ -324,7 +325,8 @@ def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tenso
 def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
     """Return for every channel whether it is kept, with True as an additional last entry.
 
-    The masks of all weights that make a channel agree, so only the first of these weights is read.
+    All weights that compute a channel have the same mask for this channel, so only the first of
+    these weights is read.
 
     Args:
         found: Boolean masks of all weights.
@@ -389,7 +391,7 @@ def scales_of(
     layouts: Sequence[Layout],
     gammas: Sequence[tuple[int, np.ndarray]],
 ) -> Scales:
-    """Find the scale of every output unit.
+    """Find the normalization scale of every output unit.
 
     Args:
         shapes: Shapes of all weights.
@@ -414,7 +416,7 @@ def scales_of(
 
 
 def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-    """Return, for every channel, the largest value of the units that make the channel.
+    """Return, for every channel, the largest value among the units that compute the channel.
 
     A channel can be removed if all its units are closed. The gate of a channel is therefore the
     largest gate of its units.

@@ -8,10 +8,10 @@ z = 1[pi >= 0.5]        dz/dpi = 1 (straight-through)        g = mean of z over 
 loss = task + lambda_polar mean(g (1 - g)) + lambda_act (cost(g) / cost(1) - target)**2
 ```
 
-The cost is the cost of the smaller model. A channel is removed if all gates of the layers that make
-it are closed. The corresponding inputs of the next layers are then removed too. If the model has no
-graph or contains `layers.Gate`, the cost is `sum(c g)` with the cost c of each structure, as in the
-paper.
+The cost is counted on the smaller model, after the removal of closed channels. A channel is removed
+if its gates are closed in all layers that compute the channel. The corresponding inputs of the next
+layers are then removed too. If the model has no graph or contains `layers.Gate`, the cost is
+`sum(c g)` with the cost c of each structure, as in the paper.
 
 The value pi has two forms. Sparse layers use `sigmoid(logit)`, with a trainable logit per
 structure. `layers.Gate` uses the same form, or the paper's gating module, which reads the input.

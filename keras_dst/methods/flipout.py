@@ -5,7 +5,7 @@ score = |w|^p / (flips + 1)        flips: optimizer steps that changed sign(w)
 grad <- grad + lambda ||grad||_2 / sqrt(n) N(0, 1)        for every tensor, n its size
 ```
 
-Pruned weights never come back, and pruning events are equally spaced. Each event ranks all tensors
+Pruned weights stay pruned, and pruning events are equally spaced. Each event ranks all tensors
 together, and removes the fraction `rate` of the kept weights with the lowest scores. The last event
 meets the target, and may remove fewer weights. The `n` events take place after the fractions
 1/(n+1), ..., n/(n+1) of training, as in the training runs of the paper.

@@ -8,10 +8,10 @@ dL/dw = g m        dL/dv = g w        (straight-through)
 s_e = s sigmoid(beta (e - E/2))        rate_v(e) = rate_w(e) sigmoid(beta (e - E/2))
 ```
 
-In these equations, `e` of `E` epochs are done. Masks are updated once per epoch, and scores have no
-weight decay. Only mask updates read the scores. The factor on their learning rate is therefore
-applied when masks are updated. The factor multiplies the change of the scores since the last
-update.
+In these equations, `e` is the number of finished epochs and `E` is the total number of epochs.
+Masks are updated once per epoch, and scores have no weight decay. Only mask updates read the
+scores. The factor on their learning rate is therefore applied when masks are updated. The factor
+multiplies the change of the scores since the last update.
 
 Deviations from the paper: the sigmoid is stretched so that it begins at exactly 0 and ends at
 exactly 1, and the target is met. A training run of fewer than 20 epochs follows the curve of 20

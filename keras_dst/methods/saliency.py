@@ -20,7 +20,7 @@ Tensor = Any
 
 CRITERIA = ("magnitude", "lamp", "taylor", "bn_scale")
 
-# Share of the past in the moving average of `taylor`, as in the paper.
+# Momentum of the moving average in `taylor`, as in the paper.
 _MOMENTUM = 0.9
 
 
@@ -62,7 +62,7 @@ def lamp(w: Tensor) -> Tensor:
 
 
 def taylor(average: Tensor, w: Tensor, grad: Tensor) -> Tensor:
-    """Return the first-order Taylor saliency after one more batch.
+    """Update the first-order Taylor saliency with one more batch, and return it.
 
     The square of `w dL/dw` estimates how much the loss changes if the weight becomes 0. The
     saliency is the exponential moving average of this square over the batches, with a momentum of

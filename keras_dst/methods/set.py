@@ -155,7 +155,8 @@ class SET(UpdateMethod):
         return first, math.floor(self._stop * (total_steps or 0))
 
     def followers_settled(self, step, total):
-        # A channel may grow until the last update. With a scale of 0 it would get no gradient.
+        # A channel may grow until the last update. With a scale of 0, the channel would get no
+        # gradient.
         if self.stop_step is not None:
             return step >= self.stop_step
         known = ops.cast(total, "float32")

@@ -19,8 +19,8 @@ of `std` come from the authors' code.
 
 Deviations from the paper: masks are updated every 16 steps instead of every step. The ramp begins
 at the first step instead of after five of 160 epochs. `tau` is the largest magnitude among the
-pruned weights, and is not an interpolated quantile. Layers with a minimum number of weights, or
-with another allocation than `"global"`, have their own threshold. Every kept weight therefore
+pruned weights, and is not an interpolated quantile. A layer has its own threshold if it has a
+minimum number of weights, or if the allocation is not `"global"`. Every kept weight therefore
 exceeds its threshold.
 """
 
@@ -138,7 +138,7 @@ class ST3(LayerMethod):
         return changes
 
     def _std(self, shape) -> np.float32:
-        """Return the unit of a layer's scores."""
+        """Return the number by which the scores of a layer are divided."""
         return np.float32(1 / np.sqrt(sum(shape)) if self.sigma else 1.0)
 
 
