@@ -1,4 +1,4 @@
-"""The code blocks of README.md and of the pages in docs/."""
+"""Code blocks in README.md and in the pages of docs/."""
 
 import pathlib
 import re

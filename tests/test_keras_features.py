@@ -43,7 +43,7 @@ def network(method=None, optimizer="adam"):
 
 
 def fit(model, *callbacks, first=0, last=4):
-    """Train some of four epochs, and return the logs."""
+    """Train for some of the four epochs, and return the logs."""
     return model.fit(
         x,
         y,

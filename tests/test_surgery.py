@@ -308,7 +308,7 @@ def test_the_report_lists_skipped_layers_with_reasons():
     assert report.sparsified == [(model.layers[-1].path, ("kernel",))]
     parts = [
         "needs an input axis",
-        "masks the optimizer step, such as Magnitude",  # the wrapper has the kernel as well
+        "masks the optimizer step, such as Magnitude",  # the wrapper also holds the kernel
         "masks the optimizer step, such as Magnitude",
         "LoRA",
         "quantized",

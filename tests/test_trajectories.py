@@ -144,7 +144,7 @@ class OptG(Dense):
     def __init__(self, p):
         super().__init__(p)
         self.v = {n: np.zeros_like(p[n]) for n in KERNELS}
-        # These scores have the learning rate of the weights.
+        # These scores are trained with the learning rate of the weights.
         self.fast = {n: np.zeros_like(p[n]) for n in KERNELS}
         self.of_v = Momentum(self.fast, RATE)
         self.rate = 0.0

@@ -163,7 +163,7 @@ def vgg_19(x_train):
     return _head(inputs, layers.Flatten()(x), l2)
 
 
-# Title and network. Titles give the channels, because papers use one name for different networks.
+# Title and network. Titles state the channels, because papers use one name for different networks.
 NETS = {
     "resnet-32-16": ("ResNet-32 (16-32-64)", functools.partial(resnet, 32, 16)),
     "resnet-32-32": ("ResNet-32 (32-64-128)", functools.partial(resnet, 32, 32)),

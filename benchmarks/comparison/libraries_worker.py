@@ -25,7 +25,7 @@ from benchmarks.timing import cpu_seconds, in_turns, ratios, steps_of_fit
 
 NET, RESNET = "lenet-300-100", "resnet-8"
 TARGET, EPOCHS, BATCH, RATE, SEEDS = 0.9, 5, 128, 0.05, 3
-STEPS, ROUNDS = 110, 9  # Timed steps, rounds; masks change every 100 steps.
+STEPS, ROUNDS = 110, 9  # Numbers of timed steps and of rounds. Masks change every 100 steps.
 FEW = 8  # Steps per epoch of the ResNet.
 ALPHAS = (1e-4, 1.25e-4, 1.5e-4, 2e-4, 6e-4)  # Values to try for methods without a target.
 FILES = results.ROOT / "build" / "peers"
@@ -150,7 +150,7 @@ class PQuantML(Tool):
             training.fine_tuning_epochs = epochs // 5
             training.epochs = epochs - training.fine_tuning_epochs
             pruning.epsilon = 1.5 / training.epochs
-        if method == "Wanda":  # Wanda pretrains for 1/5 of the epochs and prunes after 3/5
+        if method == "Wanda":  # Wanda pretrains for 1/5 of the epochs and prunes after 3/5 of them
             training.pretraining_epochs = epochs // 5
             training.epochs = epochs - training.pretraining_epochs
             pruning.t_start_collecting_batch = 2 * epochs // 5

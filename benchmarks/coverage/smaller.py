@@ -22,7 +22,7 @@ HALF = 0.5
 CHANNELS = (0.25, 0.5, 0.75)
 RUNS = 100
 
-# Networks in the size at which they are used; other networks of half_channels are smaller.
+# Networks at the size used in practice; the other networks in half_channels are smaller.
 NETWORKS = {
     "ResNet50": applications("ResNet50", 224),
     "MobileNetV2": applications("MobileNetV2", 224),
