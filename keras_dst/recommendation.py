@@ -98,7 +98,7 @@ TARGETS: dict[str, dict[str, tuple[float, float]]] = {
     },
 }
 _CPUS = ("host", "arm", "any")
-# The NPU that stands for each family, for example ethos-u55-128 for ethos-u55.
+# The NPU that represents each family, for example ethos-u55-128 for ethos-u55.
 _FAMILIES = {name[:9]: name for name in TARGETS if name != "micro"}
 
 

@@ -243,8 +243,8 @@ class SparseMixin(_keras.BuildHook):
 
     # Keras saves the weights of a layer by position. The variables of the method are saved by
     # name, next to the weights of the stock layer. If a file lacks these variables, as the file of
-    # a dense model does, they keep their values. A layer that was just made sparse then keeps all
-    # its weights.
+    # a dense model does, they keep their values. In a layer that was just made sparse, all weights
+    # are therefore kept.
     def save_own_variables(self, store):
         own = self.state_variables()
         with self._as_stock():

@@ -78,7 +78,8 @@ class Method(Configurable):
             fewer than twice as many channels are not rounded.
         learned: True if the sparsity follows from training, False if it follows from a ranking.
             A learned method gets its target one update ahead of time, and has a `project` function.
-        target_quantity: Name of the quantity that has a target, for warnings.
+        target_quantity: Name of the quantity that has a target, such as the sparsity, for use in
+            warnings.
         driver: Full name of the callback that meets the target.
     """
 
@@ -412,7 +413,7 @@ class LayerMethod(Method):
         gradient.
 
         Args:
-            w: Weight in the precision of its variable.
+            w: The weight, in the precision of its variable.
             state: State of the weight, as a dict of variables.
             layout: Axes of the weight.
         """
@@ -632,8 +633,8 @@ class UpdateMethod(Method):
     ) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:
         """Return weights and gradients for the inner optimizer, and a value for `after`.
 
-        The value can have any type, for example the old signs of the weights. By default, the
-        gradients of pruned weights become 0.
+        The value for `after` can have any type; for example, it may hold the old signs of the
+        weights. By default, the gradients of pruned weights become 0.
 
         Args:
             weights: All weights that the method prunes.
@@ -674,11 +675,12 @@ class UpdateMethod(Method):
     def followers_settled(self, step: Tensor, total: Tensor) -> Tensor:
         """Return whether biases and normalizations of pruned channels are 0 at this step.
 
-        The optimizer calls it in every step if channels are coupled. Returns True by default.
+        The optimizer calls this function in every step if channels are coupled. By default, the
+        function returns True.
 
         Args:
-            step: Number of optimizer steps done, int32.
-            total: Length of the training in steps, int32, or 0 if it is not known.
+            step: Number of finished optimizer steps, int32.
+            total: Number of steps in the training run, int32, or 0 if the number is unknown.
         """
         return ops.convert_to_tensor(True)
 

@@ -49,9 +49,9 @@ class ChannelGroups:
 
     Args:
         sizes: Number of channels of every group.
-        shares: Array of shape (weights, 2, groups + 1). The array holds the fraction of a weight's
-            inputs, and the fraction of its outputs, that belongs to each group. The last column
-            holds the fraction that is always kept.
+        shares: Array of shape (weights, 2, groups + 1). For each weight, the array holds the
+            fractions of the inputs and of the outputs that belong to each group. The last column
+            holds the fraction of inputs or outputs that are always kept.
         costs: Array of shape (weights, 2): the parameters and the FLOPs of every weight.
         widths: Number of filters per channel of every group. The number exceeds 1 in a grouped
             convolution, which loses whole groups of filters. Defaults to None, which means 1 in all
@@ -345,7 +345,7 @@ def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
             places[here] = first[here] - start + offset
             offset += end - start
         start = end
-    places[first >= start] = offset  # No weight that the method prunes makes the channel.
+    places[first >= start] = offset  # No prunable weight computes these channels.
     every = ops.concatenate([*units, ops.ones((1,), "bool")])
     return ops.take(every, np.append(places, offset))
 
@@ -438,7 +438,7 @@ def masks_of_followers(
     Args:
         followers: For every variable with channels the variable, the axis of the channels, and the
             number of the channel of every entry along this axis, or -1 for an entry that stays.
-        alive: Vector that the function `alive` returned.
+        alive: The vector that the function `alive` returned.
     """
     last = alive.shape[0] - 1
     for variable, axis, ids in followers:

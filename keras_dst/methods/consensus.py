@@ -38,7 +38,7 @@ from keras_dst.methods.base import UnitMethod
 from keras_dst.regularizers import Budget, Polarization
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
-# Distance from the decision boundary to which `project` moves a gate that it closes.
+# When `project` closes a gate, it moves the gate to this distance from the decision boundary.
 _EDGE = 1e-3
 
 

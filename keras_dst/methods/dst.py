@@ -207,7 +207,8 @@ class DST(LayerMethod):
         response = product / ops.maximum(square, 1e-30)
         drift = _MEMORY * drift + (1 - _MEMORY) * (moved - response * alpha)
         wanted = _GAP_SHARE * ops.clip(gap, -scale, scale) - drift
-        # If alpha has had no effect yet, or an effect of the wrong sign, alpha grows to its limit.
+        # If alpha has had no effect yet, or its effect has the wrong sign, alpha grows to its
+        # limit.
         limit = _MAX_GROWTH * ops.maximum(ops.sqrt(square), self.alpha)
         response = ops.maximum(response, ops.abs(wanted) / limit + 1e-30)
         alpha = ops.clip(wanted / response, -limit, limit)

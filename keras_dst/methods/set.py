@@ -11,8 +11,8 @@ drop(t) = drop_fraction / 2 (1 + cos(pi t / t_stop))
 Deviation from the paper: the drop fraction of SET is constant. The cosine, the end at three
 quarters of training and the Erdős-Rényi-Kernel densities come from the comparison in the RigL paper
 (arXiv 1911.11134).
-Extension: channels that leave together grow with random weights. A channel of zeros may get no
-gradient, for example if a ReLU follows.
+Extension of the paper: coupled channels, which are removed together, grow with random weights. A
+channel of zeros may get no gradient, for example if a ReLU follows.
 """
 
 from __future__ import annotations
