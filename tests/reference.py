@@ -17,7 +17,7 @@ NAMES = ("w1", "gamma", "beta", "w2", "b2")
 
 
 def keras_net(dense=keras.layers.Dense, **arguments):
-    """Return the Keras network. The outputs are logits; the weights have the order of NAMES."""
+    """Return the Keras network. The outputs are logits; the weights are in the order of NAMES."""
     keras.utils.set_random_seed(3)
     return keras.Sequential(
         [
@@ -101,7 +101,7 @@ class Momentum:
 
 
 def parameters(model):
-    """Return the weights of `keras_net` by the names in NAMES, in float64."""
+    """Return the float64 weights of `keras_net`, keyed by the names in NAMES."""
     weights = [v.numpy().astype("float64") for v in stock_weights(model)]
     return dict(zip(NAMES, weights))
 

@@ -48,7 +48,7 @@ def test_sparsity_follows_the_cubic_schedule_of_the_paper():
 
 
 def test_a_short_training_is_pruned():
-    # With a fixed frequency of 100 steps, as in tfmot, a training of 96 steps would stay dense.
+    # With a fixed frequency of 100 steps, as in tfmot, 96 steps would leave the model dense.
     model = sparse(Magnitude(0.9))
     history = model.fit(x, y, batch_size=8, epochs=6, verbose=0, callbacks=[SparseTraining()])
     assert history.history["sparsity"][-1] == pytest.approx(0.9, abs=1e-3)

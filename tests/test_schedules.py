@@ -127,8 +127,8 @@ def test_constant(final):
 
 @every_ramp
 def test_schedule_with_fractions_of_the_training(ramp, formula):
-    # The training has 41 steps. The schedule starts at step 10 (41 / 4, rounded down) and ends at
-    # 30.
+    # The training run has 41 steps. The schedule starts at step 10 (41 / 4, rounded down) and ends
+    # at step 30.
     schedule = ramp(0.9, 0.1, begin=0.25, end=0.75)
     assert schedule.span(41) == (10, 30)
     for step in range(30):

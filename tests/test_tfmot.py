@@ -707,7 +707,7 @@ def test_load_restores_masks_schedule_and_step(tmp_path):
     callback = [tfmot.UpdatePruningStep()]
     model.fit(np.ones((4, 3)), np.ones((4, 2)), batch_size=1, verbose=0, callbacks=callback)
     assert state["progress"].numpy()[0] == 11
-    # At step 10, three of six entries are kept. No zero is tied with the third largest entry.
+    # At step 10, three of six entries are kept. The third largest entry is not tied with a zero.
     np.testing.assert_array_equal(state["mask"].numpy(), KERNEL != 0)
     assert type(tfmot.strip_pruning(model).layers[0]) is layers.Dense
 

@@ -43,7 +43,7 @@ class Case:
     method: str  # Name in `benchmarks.accuracy.methods`.
     sparsity: float | None
     task: Task
-    schedule: Callable | None = None  # Schedule in keras_dst; None: the default of the method.
+    schedule: Callable | None = None  # Schedule in keras_dst. None: the method's default.
     options: dict = dataclasses.field(default_factory=dict)  # Further arguments of the method.
 
 

@@ -4,7 +4,8 @@ python -m benchmarks.accuracy.mnist lenet-300-100 --seed 0 --target 0.975
 
 The recipe is SGD with learning rate 0.01 and momentum 0.9, batch 64, 20 epochs and pixels in [0,
 1]. The recipe uses neither weight decay nor augmentation. The paper gives no recipe for LSTMs; they
-use Adam with 0.001. Accuracy is the test accuracy of the stripped model after the last epoch.
+use Adam with learning rate 0.001. Accuracy is the test accuracy of the stripped model after the
+last epoch.
 """
 
 import argparse

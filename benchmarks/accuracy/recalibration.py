@@ -26,7 +26,7 @@ TRAINED = 0.5  # fraction of the channels that is removed during an epoch of tra
 def pruned(model, method):
     """Return a copy of a model that is pruned in one shot, without training.
 
-    If a method ranks channels, its copy is a smaller model without the pruned channels.
+    If the method ranks channels, the copy is a smaller model without the pruned channels.
     """
     copy = keras.models.clone_model(model)
     copy.set_weights(model.get_weights())

@@ -128,7 +128,7 @@ class PQuantML(Tool):
 
     methods = ("DST", "PDP", "Wanda", "Wanda, no pretraining")
     slow = ("PDP",)
-    probabilities = False  # PQuantML removes other activations than ReLU and tanh
+    probabilities = False  # PQuantML removes all activations except ReLU and tanh
 
     def __init__(self):
         os.environ["KERAS_BACKEND"] = "tensorflow"
@@ -146,7 +146,7 @@ class PQuantML(Tool):
             pruning.alpha = self.setting or pruning.alpha
         else:
             pruning.sparsity = TARGET
-        if method == "PDP":  # PDP reaches its target after 2/3 of the epochs, then fine-tunes
+        if method == "PDP":  # PDP reaches its target after 2/3 of the epochs and then fine-tunes
             training.fine_tuning_epochs = epochs // 5
             training.epochs = epochs - training.fine_tuning_epochs
             pruning.epsilon = 1.5 / training.epochs

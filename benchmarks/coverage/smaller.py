@@ -49,7 +49,7 @@ def masked(build, sparsity):
     keras_dst.sparsify(model, keras_dst.methods.Magnitude(schedule, "uniform", "channel"))
     keras_dst.couple_channels(model)
     model.optimizer.apply_initial_masks()
-    keras_dst.couple_channels(model)  # The moving means of removed channels become 0.
+    keras_dst.couple_channels(model)  # The moving means of the removed channels are set to 0.
     return keras_dst.strip(model)
 
 

@@ -59,7 +59,7 @@ def test_kept_share_of_channels_parameters_and_flops():
         ("channels", 0.0, [4, 2]),
         ("channels", 0.5, [2, 1]),
         ("channels", 0.9, [1, 1]),
-        ("parameters", 0.5, [2, 1]),  # Keeps 20 of 48 parameters; [3, 1] would keep 30.
+        ("parameters", 0.5, [2, 1]),  # [2, 1] keeps 20 of 48 parameters; [3, 1] would keep 30.
         ("flops", 0.5, [3, 1]),  # Keeps 1290 of 2220 FLOPs; [2, 1] would keep 860.
         ("flops", 0.7, [2, 1]),  # The target is 666 FLOPs; [1, 1] would keep 430.
     ],
