@@ -75,7 +75,8 @@ def test_the_file_computes_the_outputs_of_the_model(model, exported):
     scale, zero = given["quantization"]
     outputs = scale * (interpreter.get_tensor(given["index"]).astype("float32") - zero)
     expected = keras.ops.convert_to_numpy(model(x[:1]))
-    np.testing.assert_allclose(outputs, expected, atol=0.1 * np.abs(expected).max())
+    # Rounding errors of the layers add up to a few steps of the int8 output.
+    np.testing.assert_allclose(outputs, expected, atol=3 * scale, rtol=0)
 
 
 def test_export_preserves_zeros_and_number_of_distinct_values(model, exported):
