@@ -41,6 +41,7 @@ check: lint test-quick
 
 # All parts run, even if one of them fails. The failed parts are listed at the end.
 test test-all: arm64
+	-@$(MAKE) $(TFMOT)/ready  # before the parts, so that test-torch does not start last
 	rm -rf $(FAILED) && mkdir -p $(FAILED) && touch $(PARTS:%=$(FAILED)/%)
 	$(MAKE) --keep-going --jobs=2 --output-sync=target SLOW="$(SLOW)" $(PARTS) || true
 	@failed=$$(ls $(FAILED) 2>/dev/null | xargs); \
