@@ -478,7 +478,7 @@ def rebuild_optimizer(optimizer, variables) -> None:
 
 
 def inner_optimizers(optimizer) -> list:
-    """Return the optimizers that another optimizer wraps directly, if it wraps any."""
+    """Return the optimizers that `optimizer` wraps directly, or an empty list."""
     if is_multi_optimizer(optimizer):
         return list(optimizer.optimizers)
     inner = vars(optimizer).get("inner_optimizer")

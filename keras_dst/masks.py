@@ -146,7 +146,7 @@ def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         w: Float tensor.
-        scores: Scores by which the mask was ranked, with the shape and dtype of `w`.
+        scores: Scores by which the weights are ranked, with the shape and dtype of `w`.
         mask: Boolean tensor in the shape of `w`.
 
     Example:
@@ -294,7 +294,7 @@ def pool(values: Tensor, block: Sequence[int]) -> Tensor:
 
 
 def spread(groups: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Return a tensor in which every entry of a block has the value of the block.
+    """Expand one value per block to a tensor in which every entry has the value of its block.
 
     Args:
         groups: Tensor with one entry per block.

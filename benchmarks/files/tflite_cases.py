@@ -98,7 +98,8 @@ CASES = {
         bars={"latency_no_avx": 0.3},
     ),
 }
-# This code works like keras_dst.export.measure, but without Keras, because the backends need AVX.
+# This code works like keras_dst.export.measure, but does not import Keras: the backends of Keras
+# need AVX instructions, which are hidden here.
 NO_AVX = """
 import json, statistics, time
 from ai_edge_litert.interpreter import Interpreter

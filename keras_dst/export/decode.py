@@ -78,7 +78,7 @@ def values(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
 
 
 def unpack(tensor: schema.TensorT, entries: np.ndarray) -> np.ndarray:
-    """Return the dense values of a sparse tensor, in any encoding of the schema.
+    """Return all values of a sparse tensor, which may have any encoding of TensorFlow Lite.
 
     The encoding has the axes of the tensor, followed by the axes within a block. The loop visits
     these axes in the order `traversalOrder`. Each axis is stored either dense or as compressed rows

@@ -425,7 +425,7 @@ def _label_array(labels: Any) -> np.ndarray:
 
 
 def _array(value: Any, argument: str) -> np.ndarray:
-    """Return a dense NumPy array of an array or tensor of any library."""
+    """Convert an array or tensor of any library to a dense NumPy array."""
     if hasattr(value, "detach"):  # The value is a torch tensor.
         value = value.detach().cpu()
         value = value.float() if str(value.dtype) == "torch.bfloat16" else value

@@ -65,8 +65,8 @@ class Consensus(UnitMethod):
             `"parameters"`. Defaults to `"flops"`.
         lambda_polar: Weight of the polarization penalty. Defaults to 0.5.
         lambda_act: Weight of the budget penalty. Defaults to 100.
-        frequency: Steps between budget updates, or `"epoch"`. Defaults to None, which means 20 in a
-            long training run, and at least twenty updates in a short training run.
+        frequency: Steps between budget updates, or `"epoch"`. Defaults to None: every 20 steps in a
+            long training run, and more often in a short training run, for at least 20 updates.
 
     Raises:
         ValueError: If an argument is outside its range.

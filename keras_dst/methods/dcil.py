@@ -60,8 +60,8 @@ class DCIL(TwoPathMethod):
             `"unstructured"`.
         score: Saliency of a weight: `"magnitude"` for `|w|`, or `"square"` for `w**2`. The two
             scores rank blocks and channels differently. Defaults to `"magnitude"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 16 in a
-            long training run, and at least twenty updates in a short training run.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 16 steps in a
+            long training run, and more often in a short training run, for at least 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With the pattern `"channel"`,
             minimum number of channels that every group of coupled channels keeps. Defaults to None,
             which means 1. Under the allocation `"global"`, None means a quarter of the weights that

@@ -58,8 +58,8 @@ class DST(LayerMethod):
         reset_density: Density at or below which the thresholds of a layer are reset to 0, in the
             same step. With a target sparsity, this density is at most a tenth of the target
             density. Defaults to 0.01, as in the paper.
-        frequency: Steps between updates of alpha, or `"epoch"`. Defaults to None, which means 20 in
-            a long training run, and at least twenty updates in a short training run.
+        frequency: Steps between updates of alpha, or `"epoch"`. Defaults to None: every 20 steps in
+            a long training run, and more often in a short training run, for at least 20 updates.
 
     Raises:
         ValueError: If an argument is outside its range, or if `pattern` is N:M.

@@ -47,8 +47,8 @@ class FlipOut(UpdateMethod):
             in the paper), blocks such as `"1x4"` (outputs x inputs), N:M such as `"2:4"`, or
             `"channel"`. The score of a group is the mean score of its weights. Defaults to
             `"unstructured"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 100 in a
-            long training run, and at least twenty updates in a short training run.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 100 steps in a
+            long training run, and more often in a short training run, for at least 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With the pattern `"channel"`,
             minimum number of channels that every group of coupled channels keeps. Defaults to None,
             which means 1. Under the allocation `"global"`, None means a quarter of the weights that

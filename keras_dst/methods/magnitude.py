@@ -44,8 +44,8 @@ class Magnitude(UpdateMethod):
             the weight becomes 0. `"bn_scale"` is the magnitude of the scale in the normalization
             after the output unit, for `pattern="channel"`. Weights without such a normalization are
             ranked by `|w|`. Defaults to `"magnitude"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 100 in a
-            long training run, and at least twenty updates in a short training run.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 100 steps in a
+            long training run, and more often in a short training run, for at least 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With the pattern `"channel"`,
             minimum number of channels that every group of coupled channels keeps. Defaults to None,
             which means 1. Under the allocation `"global"`, None means a quarter of the weights that

@@ -57,8 +57,8 @@ class SET(UpdateMethod):
             means 0.75.
         stop_step: Step after which the masks do not change. Do not pass `stop_step` together with
             `stop`. A training loop without `SparseTraining` needs this argument. Defaults to None.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 100 in a
-            long training run, and at least twenty updates in a short training run.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 100 steps in a
+            long training run, and more often in a short training run, for at least 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With the pattern `"channel"`,
             minimum number of channels that every group of coupled channels keeps. Defaults to None,
             which means 1.

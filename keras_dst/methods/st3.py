@@ -56,8 +56,8 @@ class ST3(LayerMethod):
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
             weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
             expressions to sparsities. Defaults to `"global"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 16 in a
-            long training run, and at least twenty updates in a short training run.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 16 steps in a
+            long training run, and more often in a short training run, for at least 20 updates.
         min_kept: Minimum number of weights that every layer keeps. Defaults to None, which means 1.
             Under the allocation `"global"`, None means a quarter of the weights that `"erk"` would
             keep.
@@ -143,7 +143,7 @@ class ST3(LayerMethod):
 
 
 def _factor(magnitude, mask, layout):
-    """Return the factors that restore the magnitudes of output units, in the shape of gates."""
+    """Return one factor per output unit, which restores the magnitude of the pruned unit."""
     rank = len(magnitude.shape)
     outputs = {axis % rank for axis in layout.outputs}
     inputs = tuple(axis for axis in range(rank) if axis not in outputs)
