@@ -5,6 +5,7 @@ Every line of `runs.jsonl` is a JSON object. The object contains the name of the
 and `method` contain the constructor call in the version of keras_dst that ran.
 """
 
+import argparse
 import datetime
 import fcntl
 import importlib.metadata
@@ -36,6 +37,26 @@ def save(benchmark: str, name: str, run: dict) -> None:
         lines = [json.dumps({"run": key, **stored[key]}) + "\n" for key in sorted(stored)]
         (folder / "runs.jsonl").write_text("".join(lines))
     print(f"stored {name} in results/{benchmark}/runs.jsonl")
+
+
+def run_missing(benchmark: str, description: str, option: str, names, run, default=None) -> None:
+    """Call `run(name)` for the names in a command-line option that have no stored run.
+
+    Args:
+        benchmark: Name of the benchmark.
+        description: Docstring of the benchmark module. The help shows the first line.
+        option: Option that lists the names, such as `"--nets"`.
+        names: Allowed names.
+        run: Function that measures one name and saves the result.
+        default: Names without the option. Defaults to all names.
+    """
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument(
+        option, dest="names", nargs="*", choices=names, default=default or list(names)
+    )
+    for name in parser.parse_args().names:
+        if name not in runs(benchmark):
+            run(name)
 
 
 def write_index(benchmark: str, lines: list[str]) -> None:

@@ -9,7 +9,6 @@ ranges from 200 training images. Accuracy is measured on test images. Every file
 `optimize="size"`. Networks that are already stored are skipped.
 """
 
-import argparse
 import pathlib
 import tempfile
 
@@ -100,11 +99,7 @@ def table():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nets", nargs="*", choices=NETS, default=["lenet", "vgg"])
-    for net in parser.parse_args().nets:
-        if net not in results.runs(BENCHMARK):
-            run(net)
+    results.run_missing(BENCHMARK, __doc__, "--nets", NETS, run, ["lenet", "vgg"])
     table()
 
 

@@ -8,7 +8,6 @@ The files of a runtime run in turns on one thread, with one image per inference.
 figures are stored is not measured again. The export for PyTorch needs KERAS_BACKEND=torch.
 """
 
-import argparse
 import functools
 import gzip
 import os
@@ -251,11 +250,7 @@ def _cells(found, dense):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nets", nargs="*", choices=NETS, default=list(NETS))
-    for net in parser.parse_args().nets:
-        if net not in results.runs(BENCHMARK):
-            run(net)
+    results.run_missing(BENCHMARK, __doc__, "--nets", NETS, run)
     table()
 
 

@@ -9,7 +9,6 @@ kernels for ARM. The networks are trained on 5,000 images for a few epochs. The 
 compares the cost of sparsity, not the accuracy. Cases that are already stored are skipped.
 """
 
-import argparse
 import json
 import pathlib
 import tempfile
@@ -231,11 +230,7 @@ def _figure(result, column, bar) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
-    for name in parser.parse_args().cases:
-        if name not in results.runs(BENCHMARK):
-            run(name)
+    results.run_missing(BENCHMARK, __doc__, "--cases", CASES, run)
     table()
 
 
