@@ -119,16 +119,16 @@ def inference(model) -> Callable:
         with keras.StatelessScope(state_mapping=list(zip(variables, values))):
             return model(x, training=False)
 
-    functions = [jit(forward), forward]
+    function = jit(forward)
 
     def run(x):
+        nonlocal function
+        values = [v.value for v in variables]
         try:
-            return functions[0]([v.value for v in variables], x)
+            return function(values, x)
         except Exception:  # for example, lookup tables run op by op only
-            if len(functions) == 1:
-                raise
-            del functions[0]
-            return run(x)
+            function = forward
+            return forward(values, x)
 
     return run
 
