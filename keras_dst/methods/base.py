@@ -264,8 +264,8 @@ class Method(Configurable):
         if self.min_kept is None and together and self.schedule is not None:
             floors = allocations.floor_counts(shapes, self.schedule.sparsity)
             if sizes:
-                # The number is rounded down, so that the minimum needs at most a quarter of the
-                # kept weights.
+                # The minimum is rounded down to whole groups. The minimums of all layers together
+                # then take at most a quarter of the kept weights.
                 floors = floors // [int(n.max()) for n in sizes]
         else:
             floors = np.array([self.min_kept or 1] * len(shapes))
@@ -672,7 +672,7 @@ class UpdateMethod(Method):
         """
         return [self.masked(w, s) for w, s in zip(weights, states)], [{} for _ in weights]
 
-    def followers_settled(self, step: Tensor, total: Tensor) -> Tensor:
+    def followers_settled(self, step: Tensor, total: Tensor) -> bool | Tensor:
         """Return whether biases and normalizations of pruned channels are 0 at this step.
 
         The optimizer calls this function in every step if channels are coupled. By default, the
@@ -682,7 +682,7 @@ class UpdateMethod(Method):
             step: Number of finished optimizer steps, int32.
             total: Number of steps in the training run, int32, or 0 if the number is unknown.
         """
-        return ops.convert_to_tensor(True)
+        return True
 
     def masked(self, w: Tensor, state: State) -> Tensor:
         """Return one weight with its mask applied.
