@@ -31,7 +31,7 @@ def jit(fn):
 def is_known_false(flag) -> bool:
     """Return whether a boolean tensor is known to be false.
 
-    The value of a traced tensor is unknown.
+    While a function is traced, the values of its tensors are unknown, and the result is False.
     """
     backend = keras.backend.backend()
     if backend == "jax":

@@ -186,7 +186,7 @@ def _costs(method: Method, coupled, numbers, sizes) -> tuple[np.ndarray, np.ndar
     """Return the arguments `shares` and `costs` of `ChannelGroups` for all weights of a model."""
     owner = np.append(np.repeat(np.arange(len(sizes)), sizes), len(sizes))
     stays = np.eye(len(sizes) + 1)[-1]
-    # All variables without channels count as one weight that is kept.
+    # Variables that lose no channels are counted together, as one weight that is always kept.
     shares, costs = [[stays, stays]], [[coupled.other_parameters, coupled.other_flops]]
     for member in coupled.members:
         size = int(np.prod(member.variable.shape))

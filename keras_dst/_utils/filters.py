@@ -39,7 +39,7 @@ def select(
         items: Layers or variables. A callable filter is called with each item.
         filters: Name, regular expression for a whole name, list of names and expressions, or
             `callable(item) -> bool`. None selects all items.
-        names: All names of every item. The first name of each item is its own name.
+        names: For each item, the names that select the item. The first name is its own name.
         argument: Name of the argument that the user passed, for error messages. Defaults to
             "filters".
 

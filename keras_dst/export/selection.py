@@ -111,10 +111,11 @@ def select_formats(
 ) -> Plan:
     """Return the best plan for a dense ``.tflite`` file.
 
-    First, the best format of every weight is selected individually. Ops can be faster or slower
-    inside the whole graph, so the resulting file is then compared with three other files. In the
-    first of these files, ops read all weights directly. In the second of these files, all weights
-    are unpacked, and XNNPACK may run sparse kernels. The third of these files is the dense file.
+    First, the best format of every weight is selected individually. An op can be faster or slower
+    in the whole graph than alone, so the resulting file is then compared with three other files. In
+    the first of these files, ops read all weights directly. In the second of these files, all
+    weights are unpacked, and XNNPACK may run sparse kernels. The third of these files is the dense
+    file.
 
     Args:
         content: bytes of the file, with float32 or int8 weights.

@@ -130,8 +130,8 @@ class ST3(LayerMethod):
         common = ops.max(ops.stack(below)) if self.allocation == "global" else np.float32(np.inf)
         changes = []
         for w, layout, mask, own, least in zip(weights, layouts, found, below, above):
-            # A minimum number of weights may require that weights below the common threshold are
-            # kept. A layer with a minimum number of weights has its own threshold.
+            # To keep its minimum number of weights, a layer may need a lower threshold than the
+            # threshold that all layers share.
             threshold = ops.where(common < least, common, own) * self._std(w.shape)
             factor = _factor(ops.abs(ops.cast(w, "float32")), mask, layout)
             changes.append({"mask": mask, "threshold": threshold, "factor": factor})

@@ -42,7 +42,7 @@ def axis(size=None, starts=None, columns=None):
     return made
 
 
-# The example of the TFLite schema: 2x2 blocks, stored column by column.
+# An example from the TFLite schema: 2x2 blocks, which are stored column by column.
 def test_decode_2x2_blocks_in_column_order():
     sparsity = schema.SparsityParametersT()
     sparsity.traversalOrder, sparsity.blockMap = np.array([1, 0, 2, 3]), np.array([0, 1])

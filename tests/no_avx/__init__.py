@@ -37,7 +37,7 @@ def _library():
 
 
 def hide(library):
-    """Hide AVX from LiteRT in this process; call this function before the first interpreter."""
+    """Hide AVX from LiteRT in this process. Call it before creating an interpreter."""
     import ai_edge_litert.interpreter  # loads the libraries that are changed below
 
     ours = str(pathlib.Path(ai_edge_litert.__file__).resolve().parent)
