@@ -114,7 +114,7 @@ test-wheel:
 	$(PYTHON) tests/environments.py wheel $(NAMES)
 
 # Run the core tests with the oldest and the newest versions of Keras and the backends, on each
-# installed Python. NAMES="oldest" selects one set of versions.
+# installed Python. NAMES="oldest" selects one set of versions, and NAMES="3.12" one Python.
 test-versions:
 	$(PYTHON) tests/environments.py versions $(NAMES)
 

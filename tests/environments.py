@@ -3,9 +3,12 @@
     python tests/environments.py wheel              check wheel and sdist, install every extra
     python tests/environments.py wheel jax export   check only these extras
     python tests/environments.py versions           run core tests with old and new packages
-    python tests/environments.py versions newest    check only this set
+    python tests/environments.py versions newest    check only this set, on every Python
+    python tests/environments.py versions 3.12      check all sets, only on this Python
+    python tests/environments.py versions newest-3.12
 
-Each environment is deleted after its checks have passed. The script needs only Python.
+The output ends with a list of passed, failed and skipped checks and the reasons. Each environment
+is deleted after its checks have passed. The script needs only Python.
 """
 
 import glob
@@ -99,7 +102,7 @@ def build() -> str:
     return str(wheel)
 
 
-def check_extra(wheel: str, extra: str) -> bool:
+def check_extra(wheel: str, extra: str) -> None:
     """Install the wheel with one extra, train a model, and run code that needs the extra."""
     python = create(f"extra-{extra}", sys.executable, f"{wheel}[{extra}]")
     found = "import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)"
@@ -108,24 +111,25 @@ def check_extra(wheel: str, extra: str) -> bool:
         backend = "jax"
         run(python, "-m", "pip", "install", "--quiet", f"{wheel}[jax]")
     code = SMOKE + USES.get(extra, "")
-    return run(python.with_name("keras-dst"), "--version") and run(
-        python, "-c", code, KERAS_BACKEND=backend
-    )
+    if not run(python.with_name("keras-dst"), "--version"):
+        raise OSError("keras-dst --version failed.")
+    if not run(python, "-c", code, KERAS_BACKEND=backend):
+        raise OSError(f"The code for this extra failed on {backend}.")
 
 
-def check_set(wheel: str, name: str, version: str, python: str) -> bool:
+def check_set(wheel: str, name: str, version: str) -> None:
     """Install one set of versions, and run the core tests on each backend of the set."""
     extras, pins = SETS[name]
-    new = create(f"{name}-{version}", python, f"{wheel}[{','.join(extras)}]", *pins, *TEST_PACKAGES)
+    requirements = [f"{wheel}[{','.join(extras)}]", *pins, *TEST_PACKAGES]
+    new = create(f"{name}-{version}", interpreter(version), *requirements)
     run(new, "-m", "pip", "list", "--format=freeze")
     files = [ROOT / "tests" / file for file in CORE + EXPORT * ("export" in extras)]
     options = ["-p", "no:cacheprovider", "--rootdir", ROOT, "-m", "not slow", "-k", CORE_NAMES]
     backends = [b for b in BACKENDS if b in extras or (b == "tensorflow" and "export" in extras)]
-    results = [
-        run(new, "-m", "pytest", "-c", ROOT / "setup.cfg", *options, *files, KERAS_BACKEND=backend)
-        for backend in backends
-    ]
-    return all(results)
+    pytest = [new, "-m", "pytest", "-c", ROOT / "setup.cfg", *options, *files]
+    failed = [backend for backend in backends if not run(*pytest, KERAS_BACKEND=backend)]
+    if failed:
+        raise OSError(f"The tests failed on {', '.join(failed)}.")
 
 
 def interpreter(version: str) -> str | None:
@@ -141,35 +145,32 @@ def interpreter(version: str) -> str | None:
 
 
 def main(what: str, *names: str) -> int:
-    """Run all checks, print failed and skipped checks, and return the exit code."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wheel = build()
+    """Run all checks, list their outcomes, and return the exit code."""
     if what == "wheel":
-        extras = names or tuple(project["optional-dependencies"])
-        checks = {f"extra-{name}": (check_extra, name) for name in extras}
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        checks = [("extra", extra) for extra in project["optional-dependencies"]]
     else:
-        found = {version: interpreter(version) for version in PYTHONS}
-        checks = {
-            f"{name}-{version}": (check_set, name, version, python)
-            for version, python in found.items()
-            if python
-            for name in names or SETS
-        }
-        for version, python in found.items():
-            if not python:
-                print(f"Skipped: Python {version} is not installed.")
-    outcomes = {}
-    for name, (check, *arguments) in checks.items():
-        try:
-            outcomes[name] = check(wheel, *arguments)
-        except OSError as error:
-            print(error)
-            outcomes[name] = False
-        if outcomes[name]:
-            shutil.rmtree(FOLDER / name)
-    print("\nPassed:", *(name for name, passed in outcomes.items() if passed))
-    print("Failed:", *(name for name, passed in outcomes.items() if not passed))
-    return 0 if all(outcomes.values()) else 1
+        checks = [(name, version) for version in PYTHONS for name in SETS]
+    unknown = set(names) - {name for check in checks for name in (*check, "-".join(check))}
+    if unknown:
+        raise ValueError(f"Expected names from {checks}. Received: {sorted(unknown)}.")
+    wheel = build()
+    outcomes = []
+    for check in checks:
+        name = "-".join(check)
+        if names and not {name, *check} & set(names):
+            outcomes.append(f"skipped  {name}: not selected")
+        elif what == "versions" and not interpreter(check[1]):
+            outcomes.append(f"skipped  {name}: Python {check[1]} is not installed")
+        else:
+            try:
+                check_extra(wheel, check[1]) if what == "wheel" else check_set(wheel, *check)
+                shutil.rmtree(FOLDER / name)
+                outcomes.append(f"passed   {name}")
+            except OSError as error:
+                outcomes.append(f"failed   {name}: {error}")
+    print("\n" + "\n".join(outcomes))
+    return int(any(outcome.startswith("failed") for outcome in outcomes))
 
 
 if __name__ == "__main__":
