@@ -157,18 +157,19 @@ def table() -> list[str]:
         "",
         "## Half of the channels",
         "",
-        'Half of the channels of each network are removed by `Magnitude(0.5, "uniform", '
-        '"channel")` and `shrink`. The table shows the fraction of the FLOPs and of the '
-        "parameters that remains. Without half of its channels, a network has about a quarter of "
-        "its FLOPs. If each layer is ranked separately, fewer channels can be removed, because "
+        '`Magnitude(0.5, "uniform", "channel")` and `shrink` remove half of the channels of each '
+        "network. The table shows the fractions of the FLOPs and of the parameters that remain. "
+        "After half of the channels are removed, about a quarter of the FLOPs remains. If the "
+        "channels of each layer are ranked separately, fewer channels can be removed, because "
         "layers whose outputs are added keep different channels. The column `odd widths` counts "
-        "the layers whose number of channels `shrink` has changed to a number that is not a "
-        "multiple of 8. Layers with fewer than 16 channels are not counted. The column "
-        "`difference` is the largest difference between the outputs of the stripped model and of "
-        "the shrunk model. Torch-Pruning 1.6.1 removes half of the channels of the same networks "
-        "in PyTorch. It ranks groups by their L2 norm and keeps multiples of 8. Cells of networks "
-        "that were not built in PyTorch are empty. The networks have random weights, so the table "
-        "says nothing about accuracy. `make bench-models` writes this table.",
+        "the layers whose number of channels is no longer a multiple of 8 after `shrink`. Layers "
+        "with fewer than 16 channels are not counted. The column `difference` is the largest "
+        "difference between the outputs of the stripped model and the outputs of the smaller "
+        "model. For comparison, Torch-Pruning 1.6.1 removes half of the channels of the same "
+        "networks in PyTorch. Torch-Pruning ranks groups of channels by their L2 norm and keeps "
+        "multiples of 8 channels. If a network was not built in PyTorch, the cell is empty. The "
+        "networks have random weights, so the table says nothing about accuracy. "
+        "`make bench-models` writes this table.",
         "",
         "| network | FLOPs, ranked per layer | FLOPs, ranked together | FLOPs, Torch-Pruning "
         "| parameters, ranked together | parameters, Torch-Pruning | odd widths | difference |",

@@ -209,11 +209,12 @@ def table():
     lines = [
         "# Tested models",
         "",
-        "The benchmark makes each model sparse, trains, evaluates, saves, loads and strips it, "
-        "with small inputs and random weights. A check mark means that every step works, and "
-        "that the loaded model and the stripped model predict exactly the same values as the "
-        "trained model. If a cell is empty, the model was not run. `make bench-models` writes "
-        "this page from the runs in `results/models`.",
+        "For each model and method, the benchmark makes the model sparse, trains, evaluates, "
+        "saves and loads it, and strips it. The inputs are small, and the weights are random. A "
+        "check mark means that every step succeeded, and that the loaded model and the stripped "
+        "model predict exactly the same values as the trained model. An empty cell means that the "
+        "combination was not run. `make bench-models` writes this page from the runs in "
+        "`results/models`.",
     ]
     notes: list[str] = []
     stored = results.runs(BENCHMARK)
