@@ -1,25 +1,25 @@
-"""Clock of mask updates, which callbacks and compiled steps share."""
+"""Clock that decides at which training steps masks are updated."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-_FEWEST_UPDATES = 20  # Smallest number of updates without a user's frequency.
+_FEWEST_UPDATES = 20  # Minimum number of updates if the user gives no frequency.
 _LEARNED_RESPONSE = 5  # Steps until a learned method shows the effect of an update.
 
 
 class UpdateClock(NamedTuple):
     """Steps of a training run at which masks are updated.
 
-    A step is the number of finished optimizer steps. Masks are updated before the next step. Masks
-    are updated at step 0, at every multiple of `period` counted from `first`, at the jumps of the
-    schedule, and at `last`.
+    Step n means that n optimizer steps are finished and the next one has not begun. Masks are
+    updated at step 0, at `last`, at each step in `jumps`, and at all steps before `last` that
+    differ from `first` by a multiple of `period`.
 
     Attributes:
-        first: First step at which the target changes.
-        last: First step after which the target does not change.
-        period: Number of steps between two periodic updates.
-        jumps: Further steps at which the target jumps.
+        first: First step at which the target sparsity changes.
+        last: Step after which the target sparsity does not change any more.
+        period: Number of steps from one periodic update to the next.
+        jumps: Additional steps at which the target sparsity jumps. Defaults to no steps.
     """
 
     first: int
@@ -28,7 +28,7 @@ class UpdateClock(NamedTuple):
     jumps: tuple[int, ...] = ()
 
     def is_due(self, before: int, step: int) -> bool:
-        """Return whether an update is due after step `before` and not after `step`."""
+        """Return whether an update is due in the interval `before` < step <= `step`."""
         periods = [(s - self.first) // self.period for s in (before, step)]
         return periods[0] != periods[1] or any(
             before < special <= step for special in (0, *self.jumps, self.last)
@@ -46,17 +46,18 @@ class UpdateClock(NamedTuple):
 
 
 def update_clock(method, schedule, total=None, epoch=None) -> UpdateClock | None:
-    """Return the clock of a method, or None if the length of training is unknown.
+    """Return the clock of a method, or None if the clock needs the unknown length of training.
 
-    If the user sets no frequency, `default_frequency` of the method applies. The masks are then
-    updated at least twenty times while the target changes.
+    If the user gives no frequency, the method's `default_frequency` is used. If that is too rare,
+    masks are updated more often: at least twenty times while the target sparsity changes.
 
     Args:
-        method: A `methods.Method` with a schedule.
-        schedule: `Schedule` of the target in this training run.
-        total: Number of steps in the training run. The number is not needed if the schedule is
-            given in steps.
-        epoch: Number of steps in an epoch, for a method that updates masks once per epoch.
+        method: The pruning method, a `methods.Method`.
+        schedule: `Schedule` of the target sparsity in this training run.
+        total: Number of steps in the training run. May be None if the schedule is defined in steps.
+            Defaults to None.
+        epoch: Number of steps in an epoch. Used by methods that update masks once per epoch.
+            Defaults to None.
     """
     period = method.default_frequency if method.frequency is None else method.frequency
     if period == "epoch":

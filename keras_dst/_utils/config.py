@@ -1,4 +1,4 @@
-"""Base class of methods and schedules, which derives config, equality and repr from arguments."""
+"""Base class of objects whose config, equality and repr follow from constructor arguments."""
 
 import inspect
 from inspect import Parameter
@@ -10,17 +10,17 @@ import keras
 class Configurable:
     """Base class of objects that store every constructor argument in an attribute of the same name.
 
-    Only the arguments belong to the config. Two objects of one class with equal arguments are
-    equal. A class without a constructor has no arguments. A constructor with `**kwargs` passes them
-    on to the constructor of its base class.
+    The config consists of the constructor arguments. Two objects of the same class are equal if
+    their arguments are equal. A class without a constructor has no arguments. If a constructor has
+    `**kwargs`, it must pass them to the constructor of its base class.
     """
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        arguments_of(cls)  # Raises an error for a constructor that a config cannot describe.
+        arguments_of(cls)  # Fail early if a config cannot describe the constructor.
 
     def get_config(self) -> dict[str, Any]:
-        """Return the arguments of the constructor in serialized form."""
+        """Return the constructor arguments, serialized by Keras."""
         return {
             name: keras.saving.serialize_keras_object(self._argument(name))
             for name in arguments_of(type(self))
@@ -28,7 +28,7 @@ class Configurable:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]):
-        """Return a new object from the config that `get_config` returned."""
+        """Create an object from a config that `get_config` returned."""
         values = {name: keras.saving.deserialize_keras_object(v) for name, v in config.items()}
         positional = [
             values.pop(name)
@@ -43,16 +43,17 @@ class Configurable:
         except AttributeError:
             cls = type(self).__name__
             raise AttributeError(
-                f"{cls}.__init__ takes the argument {name!r}, but the object has no attribute "
-                f"{name!r}, which config and repr need. Assign self.{name} = {name} in __init__."
+                f"{cls}.__init__ has the argument {name!r}, but the object has no attribute "
+                f"{name!r}, which get_config and repr need. Assign self.{name} = {name} in "
+                "__init__."
             ) from None
 
     def __eq__(self, other):
         return type(self) is type(other) and self.get_config() == other.get_config()
 
     def __hash__(self):
-        # The hash depends only on the class, so objects with arguments such as 0 and 0.0 are equal
-        # and have equal hashes.
+        # Equal objects must have equal hashes, also if their arguments are 0 and 0.0. The hash
+        # therefore depends only on the class.
         return hash(type(self))
 
     def __repr__(self):
@@ -66,12 +67,12 @@ class Configurable:
 
 
 def arguments_of(cls: type) -> dict[str, Parameter]:
-    """Return the arguments of a class's constructor by name, without `self`.
+    """Return the constructor arguments of a class as a dict by name, without `self`.
 
-    Arguments that the constructor passes on by `**kwargs` are included.
+    The dict includes the arguments that reach the constructor of a base class through `**kwargs`.
 
     Raises:
-        TypeError: If the constructor takes arguments that have no names.
+        TypeError: If the constructor accepts arguments without names, such as `*args`.
     """
     found: dict[str, Parameter] = {}
     passes_on = ""
@@ -89,7 +90,7 @@ def arguments_of(cls: type) -> dict[str, Parameter]:
             break
     if passes_on:
         raise TypeError(
-            f"The arguments of {cls.__name__}.__init__ must have names, because a config stores "
-            f"arguments by name. Received: {passes_on}. Name every argument."
+            f"All arguments of {cls.__name__}.__init__ must have names, because a config stores "
+            f"arguments by name. Received: {passes_on}. Replace it by named arguments."
         )
     return found

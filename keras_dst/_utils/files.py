@@ -1,4 +1,4 @@
-"""Atomic writes of files, and checks of paths."""
+"""Atomic writes of files, and checks whether a path can be written."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield a temporary path. Rename its file to `path` once the file is complete on the disk.
+    """Yield a temporary path. After the block, rename the file at this path to `path`.
 
-    If the process is killed or the disk is full, `path` still holds the old file.
+    If the process is killed or the disk is full, the file at `path` does not change.
 
     Example:
         >>> with keras_dst._utils.files.atomic_write(path) as unfinished:
@@ -35,10 +35,11 @@ def check_writable(path: pathlib.Path) -> None:
         raise IsADirectoryError(f"Expected the path of a file. Received: the folder {path}.")
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"Expected a path in an existing folder. Received: {path}. Fix: create {folder}."
+            f"Expected a path in an existing folder. Received: {path}. Fix: create the folder "
+            f"{folder}."
         )
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(
             f"Expected a path in a writable folder. Received: {path}. "
-            f"Fix: allow writing in {folder}, or choose another folder."
+            f"Fix: make {folder} writable, or choose another folder."
         )

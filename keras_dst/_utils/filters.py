@@ -1,4 +1,4 @@
-"""Checks of prunable weights, and the selection of layers and weights by a user's filter."""
+"""Checks whether a weight can be pruned, and selection of layers and weights by a filter."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import keras
 
 Filters = str | Sequence[str] | Callable[[Any], bool] | None
 
-# Names of matrices that are not kernels: biases of attention heads, and the state of a method.
+# Names of variables with two or more axes that are not kernels, such as biases of attention heads,
+# states of pruning methods, and LoRA factors.
 _NOT_PRUNED = re.compile(
     r"(^|_)(bias|beta|gamma|scale|threshold|scores?|anchor|alpha|control|lora_\w+_[ab])$"
 )
 
 
 def is_kernel(variable) -> bool:
-    """Return whether a weight can be pruned: float or int8, at least two axes, and not a bias."""
+    """Return whether a variable is a kernel: at least two axes, float or int8, and not a bias."""
     return (
         len(variable.shape) >= 2
         and bool(re.search("float|^int8$", keras.backend.standardize_dtype(variable.dtype)))
@@ -26,26 +27,28 @@ def is_kernel(variable) -> bool:
 
 
 def is_prunable(variable) -> bool:
-    """Return whether an optimizer can prune a weight, which must be a trainable kernel."""
+    """Return whether an optimizer can prune a variable: it must be a trainable kernel."""
     return bool(variable.trainable) and is_kernel(variable)
 
 
 def select(
     items: Sequence, filters: Filters, names: Sequence[tuple[str, ...]], argument: str = "filters"
 ) -> list[bool]:
-    """Return for every item whether the filter selects it.
+    """Return a list that says, for each item, whether the filter selects this item.
 
     Args:
-        items: Layers or variables. A callable filter is called with each item.
-        filters: Name, regular expression for a whole name, list of names and expressions, or
-            `callable(item) -> bool`. None selects all items.
-        names: For each item, the names that select the item. The first name is its own name.
-        argument: Name of the argument that the user passed, for error messages. Defaults to
-            "filters".
+        items: Layers or variables.
+        filters: A name, a regular expression that matches a whole name, a list of names and
+            expressions, or a function that receives an item and returns a bool. None selects all
+            items.
+        names: For each item, all names by which it can be selected. Error messages list the first
+            name.
+        argument: Name of the argument in which the user passed the filter, for error messages.
+            Defaults to "filters".
 
     Raises:
-        ValueError: If a name or an expression selects no item.
-        TypeError: If the filter has another type.
+        ValueError: If a name or a regular expression matches no item.
+        TypeError: If `filters` is not of one of these types.
     """
     if filters is None:
         return [True] * len(items)

@@ -1,4 +1,4 @@
-"""HTML tables of reports in notebooks."""
+"""HTML tables that display reports in notebooks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 
 
 def html_table(headings: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
-    """Return an HTML table with all cells aligned to the left.
+    """Return an HTML table. All cells are aligned to the left.
 
     Args:
         headings: Names of the columns.
-        rows: Cells of every row, as text.
+        rows: Texts of the cells, row by row.
         caption: Text above the table. Defaults to no caption.
     """
 

@@ -1,8 +1,9 @@
 """Convert a Keras 3 model on any backend to dense ``.tflite`` files, in float32 or int8.
 
-Only TensorFlow's converter folds batch normalization into the weights, supports a dynamic batch
-size and freezes every variable. A model on another backend is saved as a ``.keras`` file, and a
-second Python process converts it: ``python -m keras_dst.export.convert FOLDER float32``.
+The conversion always uses TensorFlow's converter. This converter folds batch normalization into the
+weights, supports a dynamic batch size, and stores all variables as constants. A model on another
+backend is saved as a ``.keras`` file. A second Python process converts this file:
+``python -m keras_dst.export.convert FOLDER float32``.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from keras_dst.export.samples import InputSpec, Samples, Signature, signature_of
 from keras_dst.export.states import reset_states
 from keras_dst.surgery import has_sparse_layers, strip
 
-# This dict maps part of an error message to the fix that the user is told.
+# Maps a part of the converter's error message to the fix that our error message suggests.
 _FIXES = {
     "TensorListReserve": (
         "build the recurrent layers with unroll=True, or give the model a fixed batch size, "
         "keras.Input(batch_shape=(1, ...))"
     ),
 }
-# This dict maps the type of an unsupported op to the fix that the user is told.
+# Maps the data type of an unsupported op to the fix that our error message suggests.
 _TYPE_FIXES = {
     "f16>": "rebuild the model under keras.config.set_dtype_policy('float32'), with its weights",
     "f64>": (
@@ -64,17 +65,17 @@ _CALL_FIX = (
     "write the code of your own layers and Lambda layers with keras.ops, which runs on every "
     "backend, instead of functions of JAX, PyTorch or NumPy"
 )
-# Keras operations whose TensorFlow op has a name that users may not recognize.
+# Keras operations that are converted to TensorFlow ops with unfamiliar names.
 _PART_OF = {"BitwiseAnd": "keras.ops.argmax and argmin"}
 
-# An error shows only the last lines of the converter's log, without long configs.
+# Maximum numbers of lines and columns of the converter's log that an error message shows.
 _LINES, _COLUMNS = 8, 400
-# Lines that TensorFlow always logs, and empty lines.
+# Log lines that an error message leaves out: empty lines, and lines that TensorFlow always logs.
 _NOISE = re.compile(r"\s*$|[IW]\d{4} |WARNING: All log messages before absl")
 
 
 class _Failure(Exception):
-    """Failure of one step of the conversion, ``"load"``, ``"call"`` or ``"convert"``."""
+    """Failure of the conversion in the step ``"load"``, ``"call"`` or ``"convert"``."""
 
     def __init__(self, step: str, text: str):
         super().__init__(step, text)
@@ -92,21 +93,22 @@ def conversions(
     signature: Signature | None = None,
     samples: Samples | None = None,
 ) -> list[bytes]:
-    """Return dense ``.tflite`` files of a built Keras 3 model, sparse or not.
+    """Convert a built Keras 3 model to dense ``.tflite`` files, one for each kind.
 
-    The model is not changed. If the model contains keras_dst layers, a copy of the model is
-    stripped.
+    The model is not changed. If it contains sparse layers, a stripped copy is converted.
 
     Args:
         model: a built Keras 3 model.
-        kinds: the files to make. ``"float32"``; ``"dynamic"``, with int8 weights; ``"int8"``, with
-            integer ops, and with inputs and outputs in the types of the model; ``"integer"``, with
-            int8 inputs and int8 outputs too.
-        signature: inputs of the files. Defaults to all inputs of the model.
-        samples: samples that give the ranges of all values for ``"int8"`` and ``"integer"``.
+        kinds: kinds of the files. ``"float32"`` means float32 weights and ops, ``"dynamic"`` means
+            int8 weights, and ``"int8"`` means int8 weights and integer ops. ``"integer"`` means
+            int8 inputs and outputs in addition.
+        signature: inputs that the files have. Defaults to all inputs of the model.
+        samples: samples on which the ranges of activations are measured, for ``"int8"`` and
+            ``"integer"``.
 
     Raises:
-        ExportError: the model could not be converted. The message names the op or the layer.
+        ExportError: the model could not be converted. The message names the op or the layer that
+            failed.
     """
     signature = signature or signature_of(model)
     on_tensorflow = keras.backend.backend() == "tensorflow"
@@ -133,7 +135,8 @@ def _save(model: keras.Model, path: Path) -> None:
         model.save(path)
     except Exception as error:
         raise ExportError(
-            f"The model could not be saved for the conversion: {type(error).__name__}: {error}"
+            "The model cannot be converted because saving it as a .keras file failed: "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 
@@ -144,18 +147,18 @@ def _convert_file(
     arrays: list | None,
     custom_objects: dict[str, Any],
 ) -> None:
-    """Load ``model.keras`` from a folder, strip it, and write one ``.tflite`` file per kind."""
+    """Load and strip the ``model.keras`` of a folder, and write one ``.tflite`` file per kind."""
     with _names_for_lambdas():
         with _step("load"), keras.saving.custom_object_scope(custom_objects):
-            # safe_mode protects against untrusted files, but this process or its parent wrote this
-            # file.
+            # safe_mode protects against untrusted files. This file was written by this process or
+            # its parent process.
             model = keras.saving.load_model(folder / "model.keras", compile=False, safe_mode=False)
             strip(model)
         _convert(model, folder, kinds, signature, arrays)
 
 
 def _custom_objects(model: keras.Model) -> dict[str, Any]:
-    """Return the user-defined classes and functions that a model contains, by name."""
+    """Return the user-defined classes and functions of a model, as a dict by name."""
     layers = _keras.flatten_layers(model)
     found: list[Any] = [cls for layer in layers for cls in type(layer).__mro__]
     for layer in layers:
@@ -165,10 +168,10 @@ def _custom_objects(model: keras.Model) -> dict[str, Any]:
 
 
 def _import(module: str, name: str) -> Any:
-    """Return an object of a module by its qualified name, or None if it cannot be imported."""
+    """Import an object from a module by its qualified name. Return None if the import fails."""
     try:
         return functools.reduce(getattr, name.split("."), importlib.import_module(module))
-    except Exception:  # A user's module may raise any error.
+    except Exception:  # The user's module may raise any error.
         return None
 
 
@@ -195,7 +198,7 @@ def _convert(
     import tensorflow as tf
 
     specs, structure = signature.specs, symbolic_inputs(model)
-    if structure is None:  # The structure is unknown, for example in a subclassed model.
+    if structure is None:  # A subclassed model does not record its structure.
         structure = signature.structure
 
     def serve(values):
@@ -225,7 +228,7 @@ def _convert(
 
 
 def _calibration_batches(specs: list[InputSpec], arrays: list) -> Iterator[dict[str, np.ndarray]]:
-    """Yield dicts from input names to single samples, or to batches of the model's fixed size."""
+    """Yield batches of one sample, or of the model's fixed batch size, as dicts by input name."""
     present = [(spec, array) for spec, array in zip(specs, arrays) if spec.present]
     size = max(spec.shape[0] or 1 for spec, _ in present)
     count = min(len(array) for _, array in present)
@@ -257,7 +260,7 @@ def _convert_in_second_python(
     environment = {
         **os.environ,
         "KERAS_BACKEND": "tensorflow",
-        "CUDA_VISIBLE_DEVICES": "-1",  # The first Python may hold all memory of the GPU.
+        "CUDA_VISIBLE_DEVICES": "-1",  # The first process may hold all GPU memory.
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # Import the user's modules.
     }
     done = subprocess.run(
@@ -289,7 +292,7 @@ def _quietly(convert: Callable[..., None], *arguments: Any) -> None:
 
 @contextlib.contextmanager
 def _output_to(log: IO[bytes]) -> Iterator[None]:
-    """Redirect the output of Python and C++ to ``log``, because the converter prints a lot."""
+    """Redirect all output of Python and C++ to ``log``, because the converter prints many lines."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
@@ -312,7 +315,7 @@ def _output_to(log: IO[bytes]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logs_to(stream: IO[str]) -> Iterator[None]:
-    """Redirect TensorFlow's log handlers, which otherwise keep their first stream."""
+    """Redirect TensorFlow's log handlers, which do not follow a redirection of stdout or stderr."""
     import tensorflow as tf
 
     handlers = [h for h in tf.get_logger().handlers if isinstance(h, logging.StreamHandler)]
@@ -322,14 +325,14 @@ def _logs_to(stream: IO[str]) -> Iterator[None]:
     finally:
         for handler, own in zip(handlers, before):
             handler.setStream(own)
-        # The first message to a root logger without handlers adds a handler to this logger.
+        # A message may have added a handler with this stream to the root logger.
         for new in logging.root.handlers[:]:
             if isinstance(new, logging.StreamHandler) and new.stream is stream:
                 logging.root.removeHandler(new)
 
 
 def _conversion_error(failure: _Failure, layers: Collection[str]) -> ExportError:
-    """Return the error for a failed step, with the reason, the fix, and the end of the log."""
+    """Return an error with the reason, the fix, and the end of the converter's log."""
     output = re.sub(r"\x1b\[\d*m", "", failure.text)  # Remove terminal colors.
     ops = _unsupported_ops(output, layers)
     if ops:
@@ -363,7 +366,7 @@ def _conversion_error(failure: _Failure, layers: Collection[str]) -> ExportError
 def _unsupported_ops(output: str, layers: Collection[str]) -> list[str]:
     """Return the ops that the converter's log reports as unsupported, with places and types.
 
-    A place ends with the innermost of the layers that contains the op.
+    The place is the path of the op and the innermost layer on this path.
     """
     found: dict[str, str] = {}
     for line in output.splitlines():

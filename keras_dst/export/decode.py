@@ -1,4 +1,4 @@
-"""Read the constants of a ``.tflite`` file, dense or sparse, and find the ops that unpack them."""
+"""Read dense and sparse constants of a ``.tflite`` file, and find the ops that unpack them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ _TYPES = {code: name.lower() for name, code in vars(schema.TensorType).items() i
 
 
 def load(source: bytes | str | os.PathLike[str]) -> bytes:
-    """Return the bytes of a ``.tflite`` file.
+    """Return the content of a ``.tflite`` file that is given as a path or as bytes.
 
-    Raise ValueError if the bytes are not a ``.tflite`` file.
+    Raises:
+        ValueError: the content is not a ``.tflite`` file, or it is damaged.
     """
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
     name = "the bytes given" if isinstance(source, bytes) else str(source)
@@ -34,7 +35,7 @@ def load(source: bytes | str | os.PathLike[str]) -> bytes:
 
 @contextlib.contextmanager
 def value_error_if_damaged(name: str) -> Iterator[None]:
-    """Convert any exception while a file is read to a ValueError, as the file is damaged."""
+    """Convert any exception inside the block to a ValueError that says that the file is damaged."""
     try:
         yield
     except Exception as error:
@@ -45,7 +46,7 @@ def value_error_if_damaged(name: str) -> Iterator[None]:
 
 
 def _walk(model: schema.ModelT) -> None:
-    """Read every part that a file refers to, and raise an exception if a part is missing."""
+    """Read all constants, op names and tensors of a model. Raise an exception if one is missing."""
     for graph in model.subgraphs:
         for tensor in graph.tensors:
             values(model, tensor)
@@ -56,12 +57,12 @@ def _walk(model: schema.ModelT) -> None:
 
 
 def type_name(tensor: schema.TensorT) -> str:
-    """Return the type of a tensor's values, such as ``"float32"``."""
+    """Return the name of a tensor's data type, such as ``"float32"``."""
     return _TYPES.get(tensor.type, str(tensor.type))
 
 
 def shape(tensor: schema.TensorT) -> tuple[int, ...]:
-    """Return the shape of a tensor, with 1 for a dynamic size."""
+    """Return the shape of a tensor. Dynamic sizes are given as 1."""
     return () if tensor.shape is None else tuple(map(int, tensor.shape))
 
 
@@ -78,15 +79,15 @@ def values(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
 
 
 def unpack(tensor: schema.TensorT, entries: np.ndarray) -> np.ndarray:
-    """Return all values of a sparse tensor, which may have any encoding of TensorFlow Lite.
+    """Return the dense array of a sparse tensor in any encoding of TensorFlow Lite.
 
-    The encoding has the axes of the tensor, followed by the axes within a block. The loop visits
-    these axes in the order `traversalOrder`. Each axis is stored either dense or as compressed rows
-    of indices.
+    The encoding lists the axes of the tensor, followed by the axes inside a block. `traversalOrder`
+    gives the order in which the axes are nested. Each axis is stored either dense or as compressed
+    rows of indices.
     """
     sparsity, rank = tensor.sparsity, len(shape(tensor))
-    positions = np.zeros(1, np.int64)  # Positions in storage, at the visited axis.
-    found: list[np.ndarray] = []  # Indices of these positions along every visited axis.
+    positions = np.zeros(1, np.int64)  # Positions of the entries in storage.
+    found: list[np.ndarray] = []  # Index of each entry along each visited axis.
     for axis in sparsity.dimMetadata:
         if axis.format == schema.DimensionType.DENSE:
             counts = np.full(len(positions), axis.denseSize)
@@ -109,13 +110,16 @@ def unpack(tensor: schema.TensorT, entries: np.ndarray) -> np.ndarray:
 
 
 def block_axes(tensor: schema.TensorT) -> list[int]:
-    """Return the axes of a sparse tensor that are divided into blocks."""
+    """Return the axes along which a sparse tensor is divided into blocks."""
     block_map = tensor.sparsity.blockMap
     return [] if block_map is None else [int(axis) for axis in block_map]
 
 
 def block_sizes(tensor: schema.TensorT) -> list[int]:
-    """Return the block size along each axis of a sparse tensor, which is 1 without blocks."""
+    """Return the block size of a sparse tensor along each axis.
+
+    An axis without blocks has block size 1.
+    """
     order, sizes = list(tensor.sparsity.traversalOrder), [1] * len(shape(tensor))
     for inner, outer in enumerate(block_axes(tensor), start=len(sizes)):
         sizes[outer] = int(tensor.sparsity.dimMetadata[order.index(inner)].denseSize)
@@ -123,10 +127,9 @@ def block_sizes(tensor: schema.TensorT) -> list[int]:
 
 
 def encoding(tensor: schema.TensorT) -> str:
-    """Return the encoding of a constant: ``"dense"``, ``"csr"``, ``"1x4"``, ... or ``"sparse"``.
-
-    CSR compresses only the last axis, value by value. 1xN compresses the last axis in blocks of N
-    values. ``"sparse"`` stands for every other sparse encoding.
+    """Return the encoding of a constant as ``"dense"``, ``"csr"``, ``"1x4"``, ... or
+    ``"sparse"``.\n\n CSR stores single nonzero values along the last axis. 1xN stores blocks of N
+    consecutive values along the last axis. ``"sparse"`` stands for all other sparse encodings.
     """
     if tensor.sparsity is None:
         return "dense"
@@ -140,14 +143,14 @@ def encoding(tensor: schema.TensorT) -> str:
 
 
 def stored_bytes(model: schema.ModelT, tensor: schema.TensorT) -> int:
-    """Return the bytes of a constant's values and, if it is sparse, of its indices."""
+    """Return the number of bytes of a constant, including the indices of a sparse constant."""
     data = stored(model, tensor)
     size = 0 if data is None else data.nbytes
     return size if tensor.sparsity is None else size + index_bytes(tensor.sparsity)
 
 
 def index_bytes(sparsity: schema.SparsityParametersT) -> int:
-    """Return the bytes of the indices of a sparse encoding."""
+    """Return the number of bytes of the indices in a sparse encoding."""
     vectors = [
         vector.values
         for axis in sparsity.dimMetadata
@@ -158,7 +161,7 @@ def index_bytes(sparsity: schema.SparsityParametersT) -> int:
 
 
 def constant_sources(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, int]:
-    """Map every tensor that DENSIFY or DEQUANTIZE ops compute from a constant to this constant."""
+    """Map the index of each unpacked tensor to the index of the constant that is unpacked."""
     found: dict[int, int] = {}
     for op in graph.operators:
         if op_name(model, op) in ("DENSIFY", "DEQUANTIZE"):

@@ -1,7 +1,7 @@
-"""Change the storage format of weights inside a ``.tflite`` file.
+"""Change the storage formats of the weight tensors inside a ``.tflite`` file.
 
-The module edits the flatbuffer of a file, which any converter may have written. The module does not
-need TensorFlow.
+The module edits the flatbuffer of the file directly. It works for files of every converter and does
+not need TensorFlow.
 
 Source: ``SparsityParameters`` in the TensorFlow Lite schema,
 https://github.com/tensorflow/tensorflow/blob/master/tensorflow/compiler/mlir/lite/schema/schema.fbs
@@ -28,14 +28,14 @@ from keras_dst.export.flatbuffer import (
     write,
 )
 
-#: Ops whose kernels accept a weight that a DENSIFY op unpacks, or a sparse weight.
+#: Ops that accept sparse weights: FULLY_CONNECTED directly, and all four after a DENSIFY op.
 WEIGHT_OPS = frozenset({"FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV"})
-#: Position of the weight among the inputs of these ops.
+#: Index of the weight among the inputs of the ops in `WEIGHT_OPS`.
 WEIGHT_SLOT = 1
 
-# XNNPACK takes over FULLY_CONNECTED in every version except 8, and reads a sparse weight as if it
-# were dense. XNNPACK also refuses int8 weights that come from DENSIFY. The builtin kernel runs
-# version 8.
+# Op version that XNNPACK leaves to the builtin kernel, which supports sparse weights. XNNPACK runs
+# all other versions of FULLY_CONNECTED and reads a sparse weight as if it were dense. XNNPACK also
+# refuses int8 weights that a DENSIFY op unpacks.
 SPARSE_FULLY_CONNECTED_VERSION = 8
 
 _NUMPY = {
@@ -47,15 +47,15 @@ _NUMPY = {
 
 @dataclass(frozen=True)
 class Format:
-    """Storage format of a weight, and how the ops that use the weight read it.
+    """Storage format of a weight tensor, and how ops read the weight.
 
     Attributes:
-        block: number of consecutive values along the last axis that are stored together. 1 means
-            CSR, 0 means that every value is stored.
-        unpack: True if DENSIFY and DEQUANTIZE ops make a dense float weight once, when the file is
-            loaded. False if the op reads the stored weight directly.
-        int8: True if the values are quantized to 8 bits. Defaults to False.
-        im2col: True if CONV_2D is lowered to FULLY_CONNECTED, the only op that reads a sparse
+        block: number of consecutive values along the last axis that form a block. Only blocks with
+            nonzero values are stored. 1 means CSR, and 0 means dense.
+        unpack: whether DENSIFY and DEQUANTIZE ops compute a dense float weight once, when the file
+            is loaded. Otherwise the op reads the stored weight directly.
+        int8: whether the values are quantized to int8. Defaults to False.
+        im2col: whether CONV_2D is replaced by FULLY_CONNECTED, the only op that reads a sparse
             weight directly. Defaults to False.
     """
 
@@ -72,10 +72,10 @@ class Format:
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """Constant of a model: a buffer, its values, its tensors, and the ops that read the tensors.
+    """Constant of a model: a buffer, the tensors that refer to the buffer, and their readers.
 
-    ``readers`` holds ``(op name, input slot)`` for every op that reads one of the tensors. If one
-    of the tensors is an output of the graph, ``readers`` also holds ``("OUTPUT", 0)``.
+    ``readers`` lists a pair ``(op name, index of the input)`` for each op that reads one of the
+    tensors. A tensor that is an output of the graph adds the pair ``("OUTPUT", 0)``.
     """
 
     buffer: int
@@ -95,7 +95,7 @@ class Weight:
 
     @property
     def density(self) -> float:
-        """Fraction of values that are not zero."""
+        """Fraction of nonzero values."""
         return np.count_nonzero(self.values) / self.values.size
 
 
@@ -115,7 +115,10 @@ def weights(model: schema.ModelT) -> list[Weight]:
 
 
 def constant(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
-    """Return the values of a dense constant. Return None for computed, sparse and other tensors."""
+    """Return the values of a dense constant.
+
+    Return None for computed tensors, sparse tensors and other types.
+    """
     data = stored(model, tensor)
     if data is None or tensor.sparsity is not None or tensor.type not in _NUMPY:
         return None
@@ -123,13 +126,14 @@ def constant(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
 
 
 def pack(values: np.ndarray, block: int) -> tuple[schema.SparsityParametersT, np.ndarray]:
-    """Compress the last axis of ``values`` to sparse rows, in blocks of ``block`` values.
+    """Compress ``values`` along the last axis, in blocks of ``block`` values.
 
-    Return the encoding and a vector of the stored values. The other axes are dense.
+    Blocks of zeros are left out. The other axes stay dense. Return the encoding and a vector of the
+    stored values.
     """
     *outer, width = values.shape
     if width % block:
-        # TensorFlow's converter does not check this, and silently drops the last values.
+        # TensorFlow's converter lacks this check and silently drops the last values.
         raise ValueError(
             f"Expected the last axis to be a multiple of the block size {block}. "
             f"Received: {width}. Fix: use a block size of 1."
@@ -137,7 +141,7 @@ def pack(values: np.ndarray, block: int) -> tuple[schema.SparsityParametersT, np
     cells = values.reshape(-1, width // block, block)
     kept = (cells != 0).any(axis=-1)
     if not kept.any():
-        kept[0, 0] = True  # A tensor with an empty buffer is not a constant any more.
+        kept[0, 0] = True  # A constant must have a nonempty buffer.
     rows = np.concatenate([[0], np.cumsum(kept.sum(axis=1))])
 
     sparsity = schema.SparsityParametersT()
@@ -152,16 +156,17 @@ def pack(values: np.ndarray, block: int) -> tuple[schema.SparsityParametersT, np
 
 
 def encode(content: bytes, formats: Mapping[int, Format]) -> bytes:
-    """Return a copy of a ``.tflite`` file with some weights in another storage format.
+    """Return a copy of a ``.tflite`` file in which some weights have another storage format.
 
     Args:
-        content: bytes of a file with dense weights.
-        formats: the new format of each weight, by the number of its buffer (`Weight.buffer`). Other
-            weights keep their format.
+        content: bytes of a ``.tflite`` file. All its weights are dense.
+        formats: dict from the buffer index of a weight (`Weight.buffer`) to its new format. All
+            other weights keep their format.
 
     Raises:
-        ValueError: the runtime would misread a format. Examples are a sparse weight that an op
-            other than FULLY_CONNECTED reads directly, and blocks that do not divide the last axis.
+        ValueError: the runtime would misread a weight. For example, an op other than
+            FULLY_CONNECTED would read a sparse weight directly, or the block size does not divide
+            the last axis.
 
     Example:
         >>> content = encode(content, {w.buffer: Format(1, True) for w in weights(read(content))})
@@ -172,10 +177,10 @@ def encode(content: bytes, formats: Mapping[int, Format]) -> bytes:
 
 
 def encode_dense(content: bytes, formats: Mapping[int, Format]) -> bytes:
-    """Return a file without sparse weights that must have the same outputs as the `encode` result.
+    """Return a dense file whose outputs must equal the outputs of the file from `encode`.
 
-    Quantized weights are stored as the float32 values of their integers. Weights that an op reads
-    directly as integers stay integers.
+    A quantized weight is stored as the float32 values that its integers stand for. If an op reads
+    the integers directly, the weight is stored as dense integers.
     """
     model = read(content)
     rounded = {buffer: format for buffer, format in formats.items() if format.int8}
@@ -190,7 +195,7 @@ def encode_dense(content: bytes, formats: Mapping[int, Format]) -> bytes:
 
 
 def apply(model: schema.ModelT, formats: Mapping[int, Format]) -> None:
-    """Change the storage format of weights of a model in place, as `encode` does."""
+    """Change the storage formats of weights in place, in a model that `read` returned."""
     changed = {w.buffer: (w, formats[w.buffer]) for w in weights(model) if w.buffer in formats}
     for weight, format in changed.values():
         _store(model, weight, format)
@@ -200,7 +205,7 @@ def apply(model: schema.ModelT, formats: Mapping[int, Format]) -> None:
 
 
 def _store(model: schema.ModelT, weight: Weight, format: Format) -> None:
-    """Store the values of a weight in a format, and describe the format in the weight's tensors."""
+    """Store the values of a weight in a format, and record the format in the weight's tensors."""
     values, sparsity = weight.values, None
     if format.int8:
         values, quantization = quantize.quantize(values, scale_axis(weight))
@@ -217,19 +222,19 @@ def _store(model: schema.ModelT, weight: Weight, format: Format) -> None:
 
 
 def scale_axis(weight: Weight) -> int:
-    """Return the axis of the output channels. Each output channel has its own int8 scale."""
+    """Return the axis of the output channels, along which each channel has its own int8 scale."""
     return weight.values.ndim - 1 if weight.op == "DEPTHWISE_CONV_2D" else 0
 
 
 def _rewire_readers(
     model: schema.ModelT, graph: schema.SubGraphT, changed: dict[int, tuple[Weight, Format]]
 ) -> None:
-    """Connect the readers of changed weights to the stored tensors, or to ops that unpack them."""
+    """Let the ops that read a changed weight read its stored tensor or an unpacked copy."""
     operators: list[schema.OperatorT] = []
     unpacked: dict[int, int] = {}
     version = SPARSE_FULLY_CONNECTED_VERSION
     for op in graph.operators:
-        # The array must be writable.
+        # Copy the inputs, because the array of a file that was read is not writable.
         op.inputs = np.array([] if op.inputs is None else op.inputs, np.int32)
         for slot, index in ((s, int(i)) for s, i in enumerate(op.inputs) if i in changed):
             weight, format = changed[index]
@@ -264,7 +269,7 @@ def _check_reader(
 def _unpack(
     model: schema.ModelT, graph: schema.SubGraphT, index: int, format: Format
 ) -> tuple[list[schema.OperatorT], int]:
-    """Return the ops that unpack a stored weight to dense floats, and the index of the result."""
+    """Return the ops that unpack a stored weight, and the index of the dense float tensor."""
     ops = []
     if format.block:
         dense = _computed_copy(graph.tensors[index], "dense")
@@ -280,7 +285,7 @@ def _unpack(
 
 
 def _computed_copy(tensor: schema.TensorT, suffix: str) -> schema.TensorT:
-    """Return a copy of a tensor without stored values, for the output of an op."""
+    """Return a copy of a tensor that an op computes, and which therefore has no stored values."""
     computed = copy.copy(tensor)
     computed.name = f"{text(tensor.name)}/{suffix}"
     computed.buffer = 0  # Buffer 0 is empty by convention.
@@ -314,7 +319,7 @@ def _compressed_axis(rows: np.ndarray, columns: np.ndarray) -> schema.DimensionM
 
 
 def _indices(values: np.ndarray) -> tuple[int, object]:
-    """Return ``values`` as the narrowest index vector of the schema, and the vector's type."""
+    """Return the type code and the vector for the smallest integer type that holds ``values``."""
     kinds = schema.SparseIndexVector
     largest = values.max()
     if largest <= np.iinfo(np.uint8).max:

@@ -1,7 +1,8 @@
 """Compile int8 files for Arm Ethos-U NPUs with Vela, and read Vela's estimates.
 
-Vela (PyPI ``ethos-u-vela``) encodes weights for the NPU, and estimates cycles with a model of the
-hardware. Vela encodes a dense int8 weight in fewer bytes if many of the weight's values are zero.
+Vela (PyPI ``ethos-u-vela``) is Arm's compiler. It compresses the weights of a dense int8 file, and
+weights with many zeros take fewer bytes. Vela also estimates the number of cycles with a model of
+the hardware.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from keras_dst.export.flatbuffer import op_name, read, text, write
 from keras_dst.export.report import ExportError
 from keras_dst.export.target_reports import CPUOp, VelaEstimate, VelaReport
 
-#: Configurations that Vela 5.2 supports: the NPU and its number of MACs per cycle.
+#: Configurations that Vela 5.2 supports. The last number is the number of MACs per cycle.
 ACCELERATORS = (
     *("ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256"),
     *("ethos-u65-512", "ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024"),
@@ -33,7 +34,7 @@ _SEED = 0
 
 
 def vela_version() -> str | None:
-    """Return the version of Vela, or None if it is not installed."""
+    """Return the version of Vela, or None if Vela is not installed."""
     try:
         return importlib.metadata.version("ethos-u-vela")
     except importlib.metadata.PackageNotFoundError:
@@ -41,13 +42,11 @@ def vela_version() -> str | None:
 
 
 def compile_for_npu(content: bytes, accelerator: str) -> tuple[bytes, VelaReport]:
-    """Compile an int8 file without sparse encodings with Vela.
-
-    Return the compiled file and a report.
+    """Compile a dense int8 file with Vela. Return the compiled file and a report.
 
     Args:
-        content: the ``.tflite`` file.
-        accelerator: one of `ACCELERATORS`, for which Vela uses its default settings.
+        content: bytes of the ``.tflite`` file.
+        accelerator: NPU, one of `ACCELERATORS`. Vela uses the default settings of this NPU.
 
     Raises:
         ImportError: Vela is not installed.
@@ -59,7 +58,7 @@ def compile_for_npu(content: bytes, accelerator: str) -> tuple[bytes, VelaReport
     """
     if accelerator not in ACCELERATORS:
         raise ValueError(
-            f"Expected one of the accelerators {', '.join(ACCELERATORS)}. Received: {accelerator!r}"
+            f"Expected an accelerator out of {', '.join(ACCELERATORS)}. Received: {accelerator!r}"
         )
     version = vela_version()
     if version is None:
@@ -81,13 +80,13 @@ def compile_for_npu(content: bytes, accelerator: str) -> tuple[bytes, VelaReport
 
 
 def _run_vela(content: bytes, accelerator: str) -> tuple[bytes, dict[str, str], str]:
-    """Run Vela, and return the compiled file, Vela's summary, and the text that Vela prints."""
+    """Run Vela. Return the compiled file, Vela's summary, and the text that Vela printed."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "model.tflite").write_bytes(content)
         command = [sys.executable, "-m", "ethosu.vela", "model.tflite"]
         command += ["--accelerator-config", accelerator, "--output-dir", "."]
-        # Run Vela in a separate process, because an error in its C++ code ends the process.
+        # Use a separate process, because an error in the C++ code of Vela ends the process.
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         summaries = list(folder.glob("model_summary_*.csv"))
         if done.returncode or not summaries:
@@ -116,7 +115,7 @@ def _estimate(summary: dict[str, str]) -> VelaEstimate:
 
 
 def _cpu_ops(compiled: bytes, reasons: dict[str, str]) -> list[CPUOp]:
-    """Return the ops of a compiled file that are not part of an NPU command stream."""
+    """Return the ops of a compiled file that run on the CPU."""
     model, found = read(compiled), []
     for graph in model.subgraphs:
         for op in graph.operators:
@@ -127,15 +126,15 @@ def _cpu_ops(compiled: bytes, reasons: dict[str, str]) -> list[CPUOp]:
 
 
 def _reasons(log: str) -> dict[str, str]:
-    """Return, by name of an op's output tensor, the reasons that Vela prints for this op."""
+    """Return Vela's reasons for leaving ops to the CPU, as a dict by name of the op's output."""
     warnings = re.findall(r"operator: \w+, ofm: '(.*?)'\nReason: (.*?)\n\s*\n", log, re.DOTALL)
     return {tensor: " ".join(reason.split()) for tensor, reason in warnings}
 
 
 def with_dense_weights(content: bytes) -> bytes:
-    """Return a copy of a file with other int8 weights: seeded random values without zeros.
+    """Replace the int8 weights of a file by seeded random values without zeros.
 
-    The values are normally distributed. The largest magnitude of every channel is 127, as in a
+    The values are normally distributed. In each channel, the largest magnitude is 127, as in a
     quantized model.
     """
     model, rng = read(content), np.random.default_rng(_SEED)

@@ -1,4 +1,4 @@
-"""Results of `lint`: findings, and the report that lists the findings."""
+"""Findings of `lint`, and the report that lists them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem of a model or file, with the change that fixes it.
+    """One problem that `lint` found in a model or file, and how to fix it.
 
     Attributes:
         level: ``"error"`` if some CPU computes wrong results, or a runtime refuses the file.
             ``"advice"`` if the file is larger or slower than necessary.
         rule: name of the rule.
         where: name of the op or tensor.
-        found: description of the problem and of its effect.
-        fix: the change to make.
+        found: text that describes the problem and its effect.
+        fix: text that says how to fix the problem.
     """
 
     level: Literal["error", "advice"]
@@ -35,11 +35,11 @@ class LintReport:
 
     Attributes:
         name: name of the file or of the model.
-        sparse_inference: True if XNNPACK uses its sparse kernels on CPUs without AVX.
-        reason: why XNNPACK does not use its sparse kernels, or for how many ops it uses them.
-        findings: all findings, first the errors, then the advice.
-        target: ``"micro"`` or the Ethos-U NPU for which the file was checked. The report of such a
-            target says nothing about XNNPACK. None for CPUs.
+        sparse_inference: whether XNNPACK runs this model with sparse kernels on CPUs without AVX.
+        reason: number of ops that run with sparse kernels, or the reason why no op does.
+        findings: all findings. Errors come before advice.
+        target: ``"micro"``, or the Ethos-U NPU for which the file was checked. The report then says
+            nothing about XNNPACK. None if the file was checked for CPUs.
 
     Example:
         >>> print(keras_dst.lint("model.tflite"))
@@ -57,7 +57,7 @@ class LintReport:
         return [finding for finding in self.findings if finding.level == "error"]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as a dict of plain values, which can be written as JSON."""
+        """Return the report as a dict that can be written as JSON."""
         return asdict(self)
 
     def __str__(self) -> str:

@@ -1,6 +1,6 @@
-"""Read, write and edit the flatbuffer of a ``.tflite`` file in object form.
+"""Read and write the flatbuffer of a ``.tflite`` file as Python objects that can be edited.
 
-This module needs flatbuffers, NumPy and the schema of LiteRT, but not TensorFlow.
+This module imports flatbuffers, NumPy and LiteRT, but not TensorFlow.
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-_BUFFER_ALIGNMENT = 16  # The schema sets force_align, but the Python API ignores it.
+_BUFFER_ALIGNMENT = 16  # The Python API ignores the force_align of the schema.
 _OP_NAMES = {code: name for name, code in vars(schema.BuiltinOperator).items() if name.isupper()}
 
 
 def read(content: bytes) -> schema.ModelT:
-    """Return the object form of a ``.tflite`` file, which can be edited and written again."""
+    """Return a ``.tflite`` file as Python objects, which can be edited and written with `write`."""
     model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(content, 0))
     if any(buffer.offset > 1 for buffer in model.buffers):
         raise ValueError(
-            "Expected a .tflite file below 2 GB, with its weights inside the flatbuffer. "
-            "Received: a file with its weights after the flatbuffer."
+            "Expected a .tflite file below 2 GB, which stores its weights inside the flatbuffer. "
+            "Received: a file that stores its weights after the flatbuffer."
         )
     return model
 
 
 def write(model: schema.ModelT) -> bytes:
-    """Return the ``.tflite`` file of a model in object form."""
+    """Return the bytes of a ``.tflite`` file, from the objects that `read` returned."""
     builder = _AlignedBuilder(1024)
     builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
     return bytes(builder.Output())
@@ -41,17 +41,17 @@ def op_name(model: schema.ModelT, op: schema.OperatorT) -> str:
 
 
 def text(name: bytes | str | None) -> str:
-    """Return a name of the flatbuffer as a string."""
+    """Convert a name in the flatbuffer, which may be bytes or None, to a string."""
     return name.decode() if isinstance(name, bytes) else name or ""
 
 
 def indices(tensors: Iterable[int] | None) -> list[int]:
-    """Return the tensors that an op reads or writes, without optional tensors that are absent."""
+    """Return tensor indices as a list of integers, without the -1 of absent optional tensors."""
     return [] if tensors is None else [int(t) for t in tensors if t >= 0]
 
 
 def stored(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
-    """Return the stored bytes of a constant, or None for a computed tensor."""
+    """Return the stored bytes of a constant tensor, or None for a computed tensor."""
     data = model.buffers[tensor.buffer].data
     return None if data is None or not len(data) else data
 
@@ -59,8 +59,8 @@ def stored(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
 def extract_readers(model: schema.ModelT, buffer: int) -> schema.ModelT:
     """Extract a model that contains only the ops that read one buffer.
 
-    The computed inputs of these ops become inputs of the extracted model. The outputs of these ops
-    become outputs of the extracted model. Buffers keep their numbers.
+    The computed inputs and the outputs of these ops become the inputs and outputs of the extracted
+    model. Buffers keep their indices.
     """
     extracted = schema.ModelT()
     extracted.version, extracted.operatorCodes = model.version, list(model.operatorCodes)
@@ -102,7 +102,10 @@ def add_tensor(graph: schema.SubGraphT, tensor: schema.TensorT) -> int:
 
 
 def add_constant(model: schema.ModelT, graph: schema.SubGraphT, values) -> int:
-    """Return the index of an int32 constant, and add the constant if the graph does not have it."""
+    """Return the index of an int32 constant.
+
+    Add the constant if the graph does not contain it yet.
+    """
     array = np.asarray(values, np.int32)
     name = f"constant{array.tolist()}"
     for index, tensor in enumerate(graph.tensors):
@@ -119,7 +122,7 @@ def add_constant(model: schema.ModelT, graph: schema.SubGraphT, values) -> int:
 def make_op(
     model: schema.ModelT, name: str, inputs, outputs, options, version: int = 1
 ) -> schema.OperatorT:
-    """Create an op by its builtin name, with the options of its kind (``DensifyOptionsT``, ...)."""
+    """Create an op from its builtin name and an options object, such as ``DensifyOptionsT()``."""
     op = schema.OperatorT()
     op.opcodeIndex = op_code(model, name, version)
     op.inputs, op.outputs = np.array(inputs, np.int32), np.array(outputs, np.int32)
@@ -129,12 +132,12 @@ def make_op(
 
 
 def _builtin(code: schema.OperatorCodeT) -> int:
-    # The old field of one byte cannot hold op codes above 127. Only the newer field stores them.
+    # The deprecated field has one byte, so op codes above 127 are stored only in the new field.
     return max(code.builtinCode, code.deprecatedBuiltinCode)
 
 
 def op_code(model: schema.ModelT, name: str, version: int) -> int:
-    """Return the index of an op code, and add the op code if the model does not have it."""
+    """Return the index of an op code. Add the op code if the model does not contain it yet."""
     builtin = getattr(schema.BuiltinOperator, name)
     for index, code in enumerate(model.operatorCodes):
         if (_builtin(code), code.version) == (builtin, version):
@@ -148,7 +151,7 @@ def op_code(model: schema.ModelT, name: str, version: int) -> int:
 
 
 class _AlignedBuilder(flatbuffers.Builder):
-    """Flatbuffer builder that aligns all byte vectors, and thus all buffers, for vector loads."""
+    """Flatbuffer builder that aligns all byte vectors, and thus the data of all buffers."""
 
     def CreateNumpyVector(self, x: np.ndarray) -> int:
         if x.dtype == np.uint8:

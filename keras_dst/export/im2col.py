@@ -1,8 +1,9 @@
-"""Lower CONV_2D to slices of its input and one FULLY_CONNECTED op (im2col).
+"""Replace CONV_2D by slices of its input and one FULLY_CONNECTED op (im2col).
 
-FULLY_CONNECTED can read a sparse weight, and CONV_2D cannot. There is one slice of the padded input
-for every position of the kernel. The concatenated slices hold, for each output pixel, the values
-that the kernel multiplies at this pixel. A 1x1 kernel with stride 1 needs no slices.
+FULLY_CONNECTED can read a sparse weight directly, and CONV_2D cannot. The padded input is sliced
+once for each position in the kernel, and the slices are concatenated along the channels. At each
+output pixel, the concatenation holds the values that the kernel is multiplied by. A 1x1 kernel with
+stride 1 needs no slices.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from ai_edge_litert import schema_py_generated as schema
 
 from keras_dst.export import flatbuffer
 
-_FULL_BATCH_AND_CHANNELS = 0b1001  # Bit mask of the axes that a slice keeps whole.
+_FULL_BATCH_AND_CHANNELS = 0b1001  # Bit mask: slices keep all of axes 0 and 3.
 
 
 def is_applicable(graph: schema.SubGraphT, op: schema.OperatorT, kernel: Sequence[int]) -> bool:
-    """Return whether a CONV_2D has no groups and an input of known height and width."""
+    """Return whether a CONV_2D has only one group and an input of known height and width."""
     tensor = graph.tensors[op.inputs[0]]
     signature = tensor.shapeSignature
     sizes = tensor.shape if signature is None or not len(signature) else signature
@@ -36,12 +37,11 @@ def lower(
     """Return the ops that replace a CONV_2D whose weight has been reshaped to a matrix.
 
     Args:
-        model: the model that contains the op. The function adds constants and op codes to the
-            model.
-        graph: the graph that contains the op. The function adds tensors to the graph.
+        model: the model that contains the op. Constants and op codes are added to it.
+        graph: the graph that contains the op. Tensors are added to it.
         op: the CONV_2D op.
-        kernel: the shape of the weight of the op: filters, height, width, channels.
-        version: the version of the FULLY_CONNECTED op.
+        kernel: shape of the op's weight as (filters, height, width, channels).
+        version: version of the new FULLY_CONNECTED op.
     """
     options, x = op.builtinOptions, int(op.inputs[0])
     strides = (options.strideH, options.strideW)

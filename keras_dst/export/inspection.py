@@ -23,16 +23,16 @@ from keras_dst.export.report import gzip_bytes
 
 @dataclass(frozen=True)
 class ConstantReport:
-    """Description of one constant of a file.
+    """Storage of one constant of a ``.tflite`` file.
 
     Attributes:
         name: name of the tensor.
-        type: type of its values, such as ``"float32"``.
+        type: data type of the values, such as ``"float32"``.
         shape: shape of the tensor.
         encoding: ``"dense"``, ``"csr"``, ``"1x4"`` and so on, followed by ``"+densify"`` if the
             runtime unpacks the constant when it loads the file.
-        bytes: bytes of the values and indices.
-        sparsity: fraction of zeros. None if the values are not numbers.
+        bytes: number of bytes of the values and indices together.
+        sparsity: fraction of values that are zero. None if the values are not numbers.
     """
 
     name: str
@@ -45,17 +45,14 @@ class ConstantReport:
 
 @dataclass(frozen=True)
 class InspectionReport:
-    """Constants of a file.
-
-    `str()` returns a table of the constants, and the size of the file.
-    """
+    """Constants and size of a ``.tflite`` file. `str()` returns a table."""
 
     bytes: int
     gzip_bytes: int
     constants: list[ConstantReport]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as a dict of plain values, which can be written as JSON."""
+        """Return the report as a dict that can be written as JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -76,13 +73,13 @@ class InspectionReport:
 
 
 def inspect_file(source: str | os.PathLike[str] | bytes) -> InspectionReport:
-    """Return the constants of a ``.tflite`` file, in file order.
+    """Return a report on the constants of a ``.tflite`` file.
 
     Args:
         source: the file, as a path or as bytes.
 
     Returns:
-        An `InspectionReport`.
+        An `InspectionReport`, which lists the constants in file order.
 
     Raises:
         ValueError: the file is not a ``.tflite`` file, or it is damaged.

@@ -1,8 +1,9 @@
-"""Estimate the latency of a ``.tflite`` file on a CPU that is not available.
+"""Estimate the latency of a ``.tflite`` file, for example on a CPU that is not available.
 
-The constants of the model are nanoseconds on one thread, rounded from runs of single ops on an x86
-CPU of 2023. The constants for CPUs without AVX come from the same CPU with AVX hidden, as a proxy
-for ARM. The constants for overheads and copies are guesses.
+The latency model sums estimates of single ops on one thread. Its constants are nanoseconds. They
+were measured for single ops on an x86 CPU of 2023 and rounded. The constants for CPUs without AVX
+were measured on the same CPU with AVX hidden, as a proxy for ARM. The constants for overheads and
+copies were not measured but guessed.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ from keras_dst.export.flatbuffer import indices, op_name, read, stored
 
 _COPIES = frozenset({"PAD", "STRIDED_SLICE", "CONCATENATION"})
 _AT_LOAD = frozenset({"DENSIFY", "DEQUANTIZE"})
-_RUN, _OP = 1000, 100  # Fixed nanoseconds of each inference, and of each op.
+_RUN, _OP = 1000, 100  # Fixed nanoseconds per inference, and per op.
 _NANO = 1e-9
 
 
 @dataclass(frozen=True)
 class Cpu:
-    """Speed of the kernels of a CPU, in nanoseconds.
+    """Nanoseconds that the kernels of a CPU take for their elementary steps.
 
     Attributes:
-        vector: nanoseconds per weight of a dense FULLY_CONNECTED op on one row.
-        matrix: nanoseconds per multiplication of a dense op on many rows.
-        direct: nanoseconds per stored value and row of FULLY_CONNECTED with a sparse weight. Each
-            encoding has a pair of numbers: the first for one row, the second for many rows.
-        row: nanoseconds for each pair of a weight row and an input row, in addition to ``direct``.
-        copy: nanoseconds per value that a PAD, STRIDED_SLICE or CONCATENATION op writes.
-        sparse: nanoseconds per multiplication by a nonzero weight in XNNPACK's sparse convolution.
-            None if the CPU does not use this kernel.
+        vector: nanoseconds per weight, in a dense FULLY_CONNECTED op with one input row.
+        matrix: nanoseconds per multiplication, in a dense op with many input rows.
+        direct: nanoseconds per stored value and input row, in FULLY_CONNECTED with a sparse weight.
+            A dict from encoding to a pair: the number for one input row, and the number for many.
+        row: nanoseconds per pair of a weight row and an input row, in addition to ``direct``.
+        copy: nanoseconds per value that PAD, STRIDED_SLICE or CONCATENATION writes.
+        sparse: nanoseconds per multiplication by a nonzero weight, in XNNPACK's sparse convolution.
+            None if this kernel is not used on the CPU.
     """
 
     vector: float
@@ -69,16 +70,16 @@ CPUS = {
 
 
 def this_cpu() -> str:
-    """Return the key of `CPUS` that describes this machine."""
+    """Return the key in `CPUS` that stands for the CPU of this machine."""
     return "x86" if platform.machine().lower() in ("x86_64", "amd64") else "arm"
 
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """Function that estimates the seconds of one inference of each file on a CPU.
+    """Function that estimates, for each file, the seconds that one inference takes on a CPU.
 
     Attributes:
-        cpu: the CPU.
+        cpu: constants of the CPU.
         batch: batch size for files with a dynamic batch size. Defaults to 1.
     """
 

@@ -1,4 +1,4 @@
-"""Find the fraction of the FLOPs to remove so that the smaller model has a given latency."""
+"""Find the fraction of FLOPs to prune for a given latency."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from keras_dst.optimizers import SparseOptimizer
 from keras_dst.schedules import Constant
 from keras_dst.surgery import has_sparse_layers
 
-_MAX_FILES = 8  # a search ends after this number of smaller models
+_MAX_FILES = 8  # Maximum number of smaller models that are measured.
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class LatencySearch:
     """Result of `sparsity_at_latency`.
 
     Attributes:
-        sparsity: Fraction of the FLOPs to remove.
-        latency_ratio: Measured latency at this sparsity, relative to the dense model.
-        measured: Measured latency ratio of every smaller model, by the fraction of removed FLOPs.
-        source: Sentence that names the runtime, the CPU and the number of threads.
+        sparsity: Fraction of the FLOPs to prune.
+        latency_ratio: Measured latency ratio at this sparsity, relative to the dense model.
+        measured: Dict from the sparsity of each measured model, in FLOPs, to its latency ratio.
+        source: Sentence that says how the latencies were measured: runtime, CPU, threads.
     """
 
     sparsity: float
@@ -55,30 +55,34 @@ def sparsity_at_latency(
     threads: int = 1,
     tolerance: float = 0.03,
 ) -> LatencySearch:
-    """Return the fraction of the FLOPs to remove so that the smaller model has a given latency.
+    """Return the fraction of FLOPs to prune so that the model reaches a given latency ratio.
 
     Latency depends on the number of channels of the layers, not on the values of the weights. The
-    search therefore runs before training: it prunes copies of the model by magnitude, exports the
-    smaller models, and measures their latency next to the dense model in LiteRT on this CPU. The
-    training then counts its target in FLOPs, so it gives the same masks on every machine.
+    search can therefore run before training. It prunes channels of copies of the model by magnitude
+    and exports the smaller models. It then measures their latencies, and the latency of the dense
+    model, in LiteRT on this CPU. The result is a target sparsity in FLOPs, with which training
+    gives the same masks on every machine.
 
     Args:
-        model: Built Sequential or Functional model without masks. It is not changed.
+        model: Built Sequential or Functional model without sparse layers. The model is not changed.
         latency_ratio: Latency of the smaller model divided by the latency of the dense model, a
             number in (0, 1).
-        allocation, round_to, min_kept: See `methods.Magnitude`. Pass the arguments of the training.
-        threads: Number of threads of the interpreter. Defaults to 1.
-        tolerance: Deviation from `latency_ratio` at which the search ends. Defaults to 0.03.
+        allocation, round_to, min_kept: Arguments of `methods.Magnitude`. Pass the values that you
+            use for training.
+        threads: Number of interpreter threads. Defaults to 1.
+        tolerance: Accepted deviation from `latency_ratio`. Defaults to 0.03.
 
     Returns:
-        A `LatencySearch`. Pass its `sparsity` to a method with `counted_in="flops"`.
+        A `LatencySearch`. Pass its `sparsity` to a pruning method with `counted_in="flops"`.
 
     Raises:
         TypeError: If `model` is not a Keras 3 model.
-        ValueError: If an argument is outside its range, or if the model has no graph or is sparse.
+        ValueError: If an argument is out of range, if the model is a subclassed model without a
+            graph, or if it has sparse layers.
 
     Warns:
-        UserWarning: If no smaller model has this latency, with the measured latency.
+        UserWarning: If no measured model is within `tolerance`. The message names the nearest
+            latency ratio.
 
     Example:
         >>> found = keras_dst.sparsity_at_latency(model, 0.5)
@@ -92,12 +96,12 @@ def sparsity_at_latency(
         raise ValueError(f"tolerance must be greater than 0. Received: {tolerance!r}")
     if has_sparse_layers(model):
         raise ValueError(
-            f"Expected a model without masks. Received: '{model.name}' with sparse layers. "
-            "Search before you call keras_dst.sparsify."
+            f"Expected a model without sparse layers. Received: '{model.name}' with sparse layers. "
+            "Call sparsity_at_latency before keras_dst.sparsify."
         )
     (dense,) = conversions(model, ["float32"])
     measured: dict[float, float] = {}
-    # Two sparsities that enclose the target, with their latency ratios.
+    # Two pairs of sparsity and latency ratio that enclose the target.
     low, high = (0.0, 1.0), (1.0, 0.0)
     while len(measured) < _MAX_FILES:
         share = (low[1] - latency_ratio) / (low[1] - high[1])
@@ -138,11 +142,11 @@ def sparsity_at_latency(
 
 
 def _without_channels(model: keras.Model, method: Magnitude) -> keras.Model:
-    """Return a smaller copy of a model that is pruned in one shot."""
+    """Prune the channels of a copy of a model in one shot, and return the smaller copy."""
     copy = keras.models.clone_model(model)
     copy.set_weights(model.get_weights())
     optimizer = SparseOptimizer("sgd", method)
     couple_channels(copy, optimizer)
     optimizer.apply_initial_masks()
-    couple_channels(copy, optimizer)  # the moving means of removed channels become 0
+    couple_channels(copy, optimizer)  # Set the moving means of pruned channels to 0.
     return shrink(copy)

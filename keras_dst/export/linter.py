@@ -17,16 +17,16 @@ def lint(
     """Find the parts of a ``.tflite`` file that are wrong, slow or large, without running the file.
 
     Any converter may have written the file. On ARM, and on every other CPU without AVX, XNNPACK has
-    fast kernels for 1x1 convolutions with sparse weights. XNNPACK uses these kernels only if the
-    whole network supports them. The report says whether the given network supports these kernels,
-    and names ops that prevent it.
+    fast kernels for 1x1 convolutions with sparse weights. XNNPACK uses these kernels only if all
+    ops around these convolutions support them. The report says whether this is the case, and names
+    the ops that prevent it.
 
     Args:
-        model: a ``.tflite`` file, as a path or as bytes. For a built Keras 3 model, the file that
-            `export_tflite` would write is checked. For a target other than CPUs, this is an int8
-            file that was calibrated on random samples.
+        model: a ``.tflite`` file, as a path or as bytes. A built Keras 3 model is first converted
+            to the file that `export_tflite` would write. For a target other than CPUs, this file is
+            quantized to int8 and calibrated on random samples.
         target: ``"micro"`` for TensorFlow Lite for Microcontrollers, or an Ethos-U NPU that Vela
-            supports, such as ``"ethos-u55-128"``. Defaults to None, which means CPUs.
+            supports, such as ``"ethos-u55-128"``. Defaults to None, which checks the file for CPUs.
 
     Returns:
         A `LintReport`.
@@ -36,7 +36,8 @@ def lint(
         ValueError: the model is not built, the file is not a ``.tflite`` file, or the target is
             unknown.
         OSError: the path cannot be read.
-        ImportError: the packages of ``keras_dst[export]`` are missing, or Vela for an NPU.
+        ImportError: a package of ``keras_dst[export]`` is missing, or the target is an NPU and Vela
+            is not installed.
         ExportError: the model could not be converted.
 
     Example:
@@ -48,8 +49,7 @@ def lint(
     else:
         check_exportable(model)
         check_installed("tensorflow", "ai_edge_litert", "flatbuffers")
-    # The modules below need optional packages, but `import keras_dst` must work without these
-    # packages.
+    # These modules import optional packages, but `import keras_dst` must also work without them.
     from keras_dst.export.convert import conversions, to_tflite
     from keras_dst.export.decode import load, value_error_if_damaged
     from keras_dst.export.ethos import ACCELERATORS

@@ -16,7 +16,7 @@ from keras_dst._reporting.tables import as_table
 from keras_dst._utils.validation import check_integer
 from keras_dst.export.decode import load
 
-# Smallest and largest number of rounds of `latencies`, and the seconds after which it stops.
+# Minimum and maximum number of timing rounds in `latencies`, and its time limit in seconds.
 _MIN_ROUNDS, _MAX_ROUNDS, _SECONDS = 15, 200, 0.3
 
 
@@ -28,9 +28,9 @@ class Timing:
         name: name of the file.
         bytes: size of the file.
         load: seconds to create the interpreter and allocate its tensors.
-        latency: median seconds of one inference.
-        spread: interquartile range of the seconds of one inference.
-        ratio: latency divided by the latency of the first file.
+        latency: median seconds per inference.
+        spread: interquartile range of the seconds per inference.
+        ratio: latency of this file divided by the latency of the first file.
     """
 
     name: str
@@ -50,7 +50,7 @@ class BenchReport:
     files: list[Timing]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as a dict of plain values, which can be written as JSON."""
+        """Return the report as a dict that can be written as JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -81,23 +81,23 @@ def bench(
 ) -> BenchReport:
     """Compare the latencies of ``.tflite`` files on random inputs, in the current process.
 
-    The runs of the files are interleaved, so that changes of the machine's speed affect all files
-    equally. Each file runs at its own batch size, or at 1 if its batch size is dynamic.
+    The files take turns, so that changes of the machine's speed affect all files equally. The batch
+    size is 1 for a file with a dynamic batch size. All other files run at their own batch size.
 
     Args:
-        paths: paths of the files. The first file is the baseline for the ratios of the other files.
-        threads: number of threads of the interpreter. Defaults to 1.
-        warmup: number of runs of each file that are not counted. Defaults to 10.
-        runs: number of runs of each file that are counted. Defaults to 100.
-        seed: seed of the random inputs, uniform between 0 and 1 (integers: zeros; strings: empty).
-            Defaults to 0.
-        progress: function that is called with the number of finished runs.
+        paths: paths of the files. Latency ratios are relative to the first file.
+        threads: number of interpreter threads. Defaults to 1.
+        warmup: number of runs of each file before the timed runs. Defaults to 10.
+        runs: number of timed runs of each file. Defaults to 100.
+        seed: seed of the random inputs. Defaults to 0. Float inputs are uniform between 0 and 1,
+            integer inputs are 0, and string inputs are empty.
+        progress: function that is called after each run with the number of finished runs.
 
     Returns:
         A `BenchReport`.
 
     Raises:
-        ValueError: there is no path, a number is too small, or a file is not a ``.tflite`` file.
+        ValueError: ``paths`` is empty, a number is too small, or a file is not a ``.tflite`` file.
         RuntimeError: the interpreter refuses a file.
         OSError: a path cannot be read.
 
@@ -135,10 +135,10 @@ def bench(
 
 
 def latencies(files: Sequence[bytes], *, threads: int = 1, batch: int = 1) -> list[float]:
-    """Return the median seconds of one inference of each file, from interleaved runs.
+    """Return the median seconds per inference of each file. The files take turns.
 
     Args:
-        files: contents of the files, as bytes.
+        files: contents of the files, each as bytes.
         threads: number of threads of the interpreter. Defaults to 1.
         batch: batch size for files with a dynamic batch size. Defaults to 1.
 
@@ -151,7 +151,7 @@ def latencies(files: Sequence[bytes], *, threads: int = 1, batch: int = 1) -> li
 def loads_and_latencies(
     files: Sequence[bytes], *, threads: int = 1, batch: int = 1
 ) -> tuple[list[float], list[float]]:
-    """Return the seconds to load each file, and the result of `latencies`."""
+    """Return the seconds to load each file, and the median seconds per inference of each file."""
     loads, interpreters = zip(*_load_all(files, threads, batch))
     times: list[list[float]] = []
     begin = time.perf_counter()
@@ -165,11 +165,11 @@ def loads_and_latencies(
 
 
 def _rounds(interpreters: Sequence[Interpreter]) -> Iterator[list[float]]:
-    """Yield rounds without end. A round is a list with the seconds of one inference of every file.
+    """Yield timing rounds without end. Each is a list with the seconds of one inference per file.
 
-    Each file runs twice in a round. The first run loads the weights into the caches and is not
-    timed. Single inferences are timed because other work on the machine would disturb a longer
-    measurement.
+    In each round, every file runs twice. The first run loads the weights into the CPU caches and is
+    not timed. The timed part is short, a single inference, so that other work on the machine rarely
+    disturbs it.
     """
     while True:
         times = []
@@ -184,8 +184,8 @@ def _rounds(interpreters: Sequence[Interpreter]) -> Iterator[list[float]]:
 def _load_all(
     files: Sequence[bytes], threads: int, batch: int = 1, seed: int = 0
 ) -> list[tuple[float, Interpreter]]:
-    """Return, for each file, the seconds to load it and the interpreter with its inputs set."""
-    _load(files[0], threads, batch)  # The first load of a process also sets up the runtime.
+    """Return, for each file, the seconds to load it and an interpreter whose inputs are set."""
+    _load(files[0], threads, batch)  # The first load in a process also sets up the runtime.
     found = [_load(content, threads, batch) for content in files]
     for _, interpreter in found:
         _feed(interpreter, seed)

@@ -1,6 +1,6 @@
 """Measure the peak memory of one inference in a separate Python process.
 
-The process runs ``python memory.py FILE THREADS BATCH``.
+The command of this process is ``python memory.py FILE THREADS BATCH``.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ _STATUS = Path("/proc/self/status")
 
 
 def peak_memory(content: bytes, *, threads: int = 1, batch: int = 1) -> int | None:
-    """Return the bytes of memory that a process needs to load a file and run it once.
+    """Return how many bytes the peak memory of a process grows when it loads and runs a file once.
 
     Args:
-        content: bytes of the file.
-        threads: number of threads of the interpreter. Defaults to 1.
+        content: bytes of the ``.tflite`` file.
+        threads: number of interpreter threads. Defaults to 1.
         batch: batch size for files with a dynamic batch size. Defaults to 1.
 
     Returns:
-        The number of bytes, or None if the system is not Linux or the file cannot be run.
+        The number of bytes. None if the operating system is not Linux or the file cannot be run.
     """
     if not _STATUS.exists():  # The system is not Linux.
         return None
@@ -38,7 +38,7 @@ def _main(path: str, threads: str, batch: str) -> None:
     from ai_edge_litert.interpreter import Interpreter
 
     before = kilobytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # Reset the recorded peak.
+    Path("/proc/self/clear_refs").write_text("5")  # Reset the peak memory.
     interpreter = Interpreter(path, num_threads=int(threads))
     for detail in interpreter.get_input_details():
         sizes = [int(batch) if size == -1 else size for size in detail["shape_signature"]]
@@ -49,7 +49,7 @@ def _main(path: str, threads: str, batch: str) -> None:
 
 
 def kilobytes(name: str) -> int:
-    """Return one entry of this process's memory status on Linux, such as ``"VmRSS"``."""
+    """Return a field of this process's memory status, such as ``"VmRSS"``, in kilobytes."""
     (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith(name))
     return int(line.split()[1])
 

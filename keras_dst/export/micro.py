@@ -1,17 +1,19 @@
-"""Encode files for TensorFlow Lite for Microcontrollers, with weights stored without their zeros.
+"""Encode files for TensorFlow Lite for Microcontrollers. Zero weights are not stored.
 
 TensorFlow Lite for Microcontrollers (TFLM) decodes compressed constants with the custom op
-``TFLM_DECODE``. The pruning format of TFLM_DECODE stores a weight in two constants:
+``TFLM_DECODE``. In the pruning format of this op, a weight tensor is stored as two constants:
 
-* The first constant is a bitmap with one bit per entry, 1 for a kept entry, most significant bit
-  first.
-* The second constant is a header of 16 bytes and the kept entries in order. The header holds the
-  decode type 2 (pruning) and the version 1, and at byte 4 the version 1 of the pruning format.
+* The first constant is a bitmap with one bit per entry of the weight. A bit is 1 if the entry is
+  kept. The most significant bit of a byte comes first.
+* The second constant is a header of 16 bytes, followed by the kept entries in order. Byte 0 of the
+  header is the decode type, 2 for pruning. Bytes 1 and 4 are the versions of the header and of the
+  pruning format, both 1.
 
-An op reads the decoded weight from the arena. The file is therefore smaller, but the arena is
-larger. Decoding takes time, so the format does not make inference faster.
+TFLM writes the decoded weight into the arena, from which other ops read it. The file is therefore
+smaller, but the arena is larger. Because weights are decoded during inference, the format does not
+make inference faster.
 
-Source: the op DECODE in the repository of TFLM, ``kernels/decode_state_prune.cc``.
+Source: ``kernels/decode_state_prune.cc`` in the repository of TFLM.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from keras_dst.export.report import ExportError, TensorReport, gzip_bytes
 from keras_dst.export.target_reports import MicroReport
 
 DECODE = "TFLM_DECODE"
-NEEDS_TFLM = "Files for microcontrollers are run in TFLM. Fix: pip install keras_dst[micro]."
+NEEDS_TFLM = "Running a file for microcontrollers needs TFLM. Fix: pip install keras_dst[micro]."
 _OP_NAMES = """
     ABS ADD ADD_N ARG_MAX ARG_MIN ASSIGN_VARIABLE AVERAGE_POOL_2D BATCH_MATMUL
     BATCH_TO_SPACE_ND BROADCAST_ARGS BROADCAST_TO CALL_ONCE CAST CEIL CONCATENATION CONV_2D COS
@@ -56,13 +58,13 @@ _OP_NAMES = """
 OPS = frozenset(_OP_NAMES.split())
 _WORKER = Path(__file__).with_name("micro_worker.py")
 _PRUNING_HEADER = np.array([2, 1, 0, 0, 1, *[0] * 11], np.uint8)
-# TFLM takes one block of memory as its arena. Activations may be larger than the weights.
+# Bytes of the arena in addition to the estimated size of all tensors.
 _SPARE_ARENA = 1 << 24
 
 
 @dataclass(frozen=True)
 class Run:
-    """Outputs of a file in TFLM, one array per output, and the bytes of its arena."""
+    """Result of a run in TFLM: one array per output, and the size of the arena in bytes."""
 
     outputs: list[np.ndarray]
     arena: int
@@ -75,13 +77,13 @@ def check_tflm() -> None:
 
 
 def encode_for_micro(content: bytes) -> tuple[bytes, list[TensorReport]]:
-    """Store the int8 weights of a dense file without their zeros, if this makes the file smaller.
+    """Remove the zeros of each int8 weight from a dense file if this makes the file smaller.
 
     Args:
-        content: bytes of a full-integer int8 file with dense weights.
+        content: bytes of a file with dense int8 weights, integer ops, and int8 inputs and outputs.
 
     Returns:
-        The file, and a report on every weight.
+        The encoded file, and one report per weight tensor.
 
     Example:
         >>> smaller, tensors = encode_for_micro(path.read_bytes())
@@ -98,7 +100,7 @@ def encode_for_micro(content: bytes) -> tuple[bytes, list[TensorReport]]:
                 smallest = trial
                 stored = sum(part.nbytes for part in _pruned(weight.values))
             else:
-                reason = "its zeros save fewer bytes than the bitmap takes"
+                reason = "the bitmap would take more bytes than the zeros that it replaces"
         reports.append(
             TensorReport(
                 name=weight.name,
@@ -117,15 +119,15 @@ def encode_for_micro(content: bytes) -> tuple[bytes, list[TensorReport]]:
 def unsupported_ops(
     model: schema.ModelT, layers: Collection[str] = ()
 ) -> list[tuple[str, str, str]]:
-    """Return the ops that TFLM lacks.
+    """Return the ops of a file that TFLM does not support.
 
     Args:
         model: a ``.tflite`` file.
-        layers: names of the layers of its Keras model. Defaults to no names.
+        layers: names of the layers of the Keras model. Defaults to no names.
 
     Returns:
-        For each op its name, the name of its first output, and the layer that it comes from. The
-        layer is empty if no path contains one of the names.
+        For each op: its name, the name of its first output, and a text such as ``"in layer
+        'dense'"``, or "" if the layer is unknown.
     """
     found = []
     for graph in model.subgraphs:
@@ -138,9 +140,9 @@ def unsupported_ops(
 
 
 def _origin(graph: schema.SubGraphT, op: schema.OperatorT, names: Collection[str]) -> str:
-    """Describe the origin of an op: the layer that contains it, or the last layer before it.
+    """Describe the layer that contains an op, or else the last layer before the op.
 
-    Outputs of the model, and ops outside layers, have no layer in their paths.
+    The paths of ops outside layers, and the names of the model's outputs, contain no layer.
 
     Args:
         graph: the graph of the file.
@@ -148,7 +150,7 @@ def _origin(graph: schema.SubGraphT, op: schema.OperatorT, names: Collection[str
         names: names of layers.
 
     Returns:
-        Text such as ``"in layer 'dense'"``. Empty if no path contains one of the names.
+        Text such as ``"in layer 'dense'"``. "" if no path contains a name in ``names``.
     """
     producers = {index: other for other in graph.operators for index in indices(other.outputs)}
     word, tensors = "in", indices(op.outputs)
@@ -163,28 +165,28 @@ def _origin(graph: schema.SubGraphT, op: schema.OperatorT, names: Collection[str
 
 
 def check_ops(content: bytes, layers: Collection[str]) -> None:
-    """Raise ExportError if a file contains ops that TFLM lacks.
+    """Raise ExportError if a file contains ops that TFLM does not support.
 
     Args:
-        content: the file.
-        layers: names of the layers of its Keras model, for the message.
+        content: bytes of the file.
+        layers: names of the layers of the Keras model, for the error message.
     """
     missing = unsupported_ops(read(content), layers)
     if missing:
         listed = ", ".join(f"{name} ({' '.join(place).strip()})" for name, *place in missing)
         raise ExportError(
-            f"Expected a file with ops that TFLM has. Received: {listed}. Fix: replace the layers "
+            f"Expected a file whose ops TFLM supports. Received: {listed}. Fix: replace the layers "
             "that these ops come from."
         )
 
 
 def run_in_tflm(content: bytes, inputs: list[np.ndarray]) -> Run:
-    """Run a file in TFLM on every row of its inputs.
+    """Run a file in TFLM on each row of the inputs.
 
     Args:
         content: the file.
-        inputs: an array of shape `(runs, *shape)` for every input of the file, in the type of the
-            input.
+        inputs: one array of shape `(runs, *shape)` per input of the file. `shape` and the data type
+            are the shape and type of the input.
 
     Raises:
         ImportError: the extra `micro` is not installed.
@@ -208,7 +210,7 @@ def run_in_tflm(content: bytes, inputs: list[np.ndarray]) -> Run:
         if done.returncode or used is None:
             lines = [line for line in log.splitlines() if line.strip()]
             raise ExportError(
-                "Expected a file that TFLM runs. Received: TFLM stopped with exit code "
+                "Expected a file that TFLM can run. Received: TFLM stopped with exit code "
                 f"{done.returncode}: {' '.join(lines[-3:])} Fix: replace the layer named in this "
                 "output, or use a fixed input shape."
             )
@@ -218,10 +220,10 @@ def run_in_tflm(content: bytes, inputs: list[np.ndarray]) -> Run:
 
 
 def report_for(content: bytes, dense: bytes, inputs: list[np.ndarray]) -> MicroReport:
-    """Compare a file with the dense int8 file in TFLM.
+    """Run a file and the dense int8 file in TFLM, and compare their outputs and sizes.
 
     Raises:
-        ExportError: an output is not bit-identical.
+        ExportError: the outputs of the two files are not bit-identical.
     """
     own, reference = run_in_tflm(content, inputs), run_in_tflm(dense, inputs)
     for place, (y, expected) in enumerate(zip(own.outputs, reference.outputs, strict=True)):
@@ -243,12 +245,13 @@ def report_for(content: bytes, dense: bytes, inputs: list[np.ndarray]) -> MicroR
 
 
 def quantized_inputs(content: bytes, samples: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """Return samples as the inputs of a file, with one row per run.
+    """Convert samples to arrays with the shapes and types of a file's inputs, one row per run.
 
     Args:
-        content: the file, whose inputs have a fixed batch size or a batch size of 1. The last
-            samples are left out if they do not fill a batch.
-        samples: arrays of floats or integers with samples along the first axis, by input name.
+        content: bytes of the file. If the last samples do not fill a batch of the file, they are
+            left out.
+        samples: dict from input names to arrays of floats or integers. Samples are along the first
+            axis.
     """
     model = read(content)
     graph, names = model.subgraphs[0], _input_names(model)
@@ -276,7 +279,7 @@ def _arena_limit(model: schema.ModelT) -> int:
 
 
 def _unfit_reason(weight: Weight) -> str:
-    """Return the reason why TFLM cannot decode a weight, or "" if it can."""
+    """Return why TFLM cannot decode a weight, or "" if TFLM can decode it."""
     quantization = weight.tensors[0].quantization
     if weight.values.dtype != np.int8 or quantization is None or quantization.scale is None:
         return "it is not quantized to int8"
@@ -290,21 +293,21 @@ def _unfit_reason(weight: Weight) -> str:
 
 
 def _pruned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the bitmap of a weight, and its second constant: the header and the kept entries."""
+    """Return the two constants that store a weight: its bitmap, and its header and kept entries."""
     flat = values.reshape(-1)
     kept = flat != 0
     return np.packbits(kept), np.concatenate([_PRUNING_HEADER, flat[kept].view(np.uint8)])
 
 
 def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
-    """Return a file that stores the weights in some buffers without their zeros.
+    """Return a file in which the weights in some buffers are stored without their zeros.
 
-    Parts that TFLM does not read are removed from the file too: the scales of biases, and metadata.
+    Parts of the file that TFLM does not read are removed: metadata, and the scales of biases.
     """
     model = read(content)
     found = {weight.buffer: weight for weight in weights(model) if weight.buffer in buffers}
     code = _decode_op_code(model) if found else -1
-    model.metadata = None  # Versions of converters, which TFLM does not read.
+    model.metadata = None  # TFLM does not read the metadata, such as versions of converters.
     for graph in model.subgraphs:
         encoded: dict[int, tuple[int, int]] = {}
         for index, tensor in list(enumerate(graph.tensors)):
@@ -312,9 +315,9 @@ def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
             tensor.name = text(tensor.name).split(";")[0]
             if tensor.buffer in found:
                 encoded[index] = _add_constants(model, graph, found[tensor.buffer].values)
-                tensor.buffer = 0  # An op computes this tensor.
+                tensor.buffer = 0  # The DECODE op computes this tensor.
             elif tensor.type == schema.TensorType.INT32:
-                tensor.quantization = None  # TFLM computes the scales of biases itself.
+                tensor.quantization = None  # TFLM computes the scales of biases.
         free = set(encoded)
         graph.operators = [
             new for op in graph.operators for new in _decoded_reads(graph, op, encoded, free, code)
@@ -335,7 +338,7 @@ def _decode_op_code(model: schema.ModelT) -> int:
 def _add_constants(
     model: schema.ModelT, graph: schema.SubGraphT, values: np.ndarray
 ) -> tuple[int, int]:
-    """Add the two constants of a weight without zeros, and return their indices."""
+    """Add the two constants that store a weight without zeros, and return their tensor indices."""
     places = []
     for data in _pruned(values):
         buffer, constant = schema.BufferT(), schema.TensorT()
@@ -354,17 +357,18 @@ def _decoded_reads(
     free: set[int],
     code: int,
 ) -> list[schema.OperatorT]:
-    """Return the ops that decode weights for one op, followed by the op that reads them.
+    """Return the ops that decode the weights of one op, followed by the op itself.
 
-    TFLM keeps a decoded tensor only until the next op has run. Therefore only the first reader of a
-    weight reads its tensor, and the other readers read copies.
+    TFLM keeps a decoded tensor only until the next op has run. If several ops read a weight, it is
+    therefore decoded once per op, each time into a tensor of its own.
 
     Args:
-        graph: the graph, to which copies of tensors are added.
+        graph: the graph. The function adds tensors to it.
         op: an op of the graph.
-        encoded: the indices of a weight's two constants, by the index of the weight.
-        free: the weights that no op decodes yet. The function changes this set in place.
-        code: index of the op code of the decoding op.
+        encoded: dict from the tensor index of a weight to the tensor indices of its two constants.
+        free: tensor indices of the weights that are not decoded yet. The function removes the
+            weights that it decodes.
+        code: op code index of TFLM_DECODE.
     """
     reads = dict.fromkeys(index for index in indices(op.inputs) if index in encoded)
     if not reads:

@@ -1,8 +1,9 @@
-"""Run a file in the interpreter of TensorFlow Lite for Microcontrollers, in a separate process.
+"""Run a ``.tflite`` file in TensorFlow Lite for Microcontrollers, in a separate process.
 
-An unsupported file can make the process exit. The arguments are the paths of the file, of the
-inputs, and of the outputs. The inputs are an ``.npz`` file with one array per input, named
-``input_0`` and so on, with one row per run. The outputs are stored in the same form. The
+The separate process is needed because an unsupported file can end the process. The arguments of the
+script are the paths of the model, of the inputs and of the outputs, and the size of the arena in
+bytes. The inputs are an ``.npz`` file with one array per input, named ``input_0``, ``input_1`` and
+so on. Each row of an array is the input of one run. The outputs are stored in the same way. The
 interpreter prints its memory use to stderr.
 """
 
@@ -13,7 +14,7 @@ from tflite_micro.python.tflite_micro.runtime import Interpreter
 
 
 def main(path: str, inputs: str, outputs: str, arena: str) -> None:
-    """Run the file on every row of the inputs, and write the outputs."""
+    """Run the model on each row of the inputs, and save the outputs."""
     interpreter = Interpreter.from_file(path, arena_size=int(arena))
     with np.load(inputs) as loaded:
         arrays = [loaded[f"input_{place}"] for place in range(len(loaded.files) - 1)]

@@ -1,4 +1,4 @@
-"""Find the Keras layer from which the converter made an op of a ``.tflite`` file."""
+"""Find the Keras layer that an op of a ``.tflite`` file comes from."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ def layer_names(model: keras.Model) -> set[str]:
 
 
 def layer_at(path: str, names: Collection[str]) -> str:
-    """Return the innermost layer in the path of an op, such as ``"model_1/dense_1/MatMul"``.
+    """Return the innermost layer in the path of an op.
 
-    TensorFlow appends a number to the names of most layers.
+    In the path ``"model_1/dense_1/MatMul"``, the innermost layer is ``"dense"`` or ``"dense_1"``,
+    because TensorFlow appends numbers to most layer names.
 
     Args:
-        path: path of the op. The converter joins the paths of several ops by semicolons.
-        names: names of layers.
+        path: path of the op. The paths of merged ops are joined by semicolons. Only the first path
+            is used.
+        names: names of all layers.
 
     Returns:
-        The name of the layer. Empty if the path contains none of the names.
+        The name of the layer, or "" if no part of the path is in ``names``.
     """
     for part in reversed(path.split(";")[0].split("/")[:-1]):
         for name in (re.sub(r"_\d+$", "", part), part):

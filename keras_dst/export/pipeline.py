@@ -63,11 +63,12 @@ from keras_dst.export.verify import (
     predictor,
 )
 
-#: Default tolerance of the error against Keras, by the argument `quantize`.
+#: Default tolerance of the difference from the Keras model, for each value of `quantize`.
 TOLERANCES = {None: 1e-4, "weights": 0.1, "full": 0.3}
-#: Tolerance against a dense file with the same quantized weights.
+#: Tolerance of the difference from a dense file with the same quantized weights.
 _EXACT = 1e-4
-#: Tolerance if the runtime also quantizes the inputs of ops, because kernels round differently.
+#: The same tolerance if the runtime also quantizes the inputs of ops. Kernels round these inputs
+# differently.
 _INEXACT = 5e-2
 
 
@@ -111,13 +112,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class _Data:
-    """Data arguments of an export, as arrays.
+    """Samples and labels that the user passed to an export, as arrays.
 
     Attributes:
         signature: the inputs of the file.
         samples: samples on which the file is compared with the model.
-        calibration: samples that give the ranges of int8 values; None if no ranges are needed.
-        evaluate: the argument `evaluate` as None, as a function of predict, or as samples and
+        calibration: samples on which the converter measures the ranges of activations. None without
+            full quantization.
+        evaluate: None, the function that the user passed as `evaluate`, or a pair of samples and
             labels.
     """
 
@@ -130,7 +132,7 @@ class _Data:
 def export(
     model: keras.Model, path: Path, settings: Settings, progress: Callable[[str], None]
 ) -> ExportReport:
-    """Export a model, after `keras_dst.export_tflite` has checked the other arguments."""
+    """Export a model. All arguments except samples and labels have already been checked."""
     data = _read_data(model, settings)
     progress("converting")
     full = settings.quantize == "full"
@@ -156,10 +158,11 @@ def export(
         check_ops(base, layer_names(model))
         content, tensors, micro = _encode_for_micro(base, data, progress)
     progress("measuring")
-    # For an NPU, the written file is the dense int8 file itself.
+    # For an NPU, the exported file is itself the dense int8 file.
     others = [files["float32"]] if settings.npu else list(files.values())
     compared = _compare(model, others if settings.micro else [*others, content], data, settings)
-    # LiteRT cannot run a file for TFLM, but its outputs equal the outputs of the dense int8 file.
+    # LiteRT cannot run a file for TFLM. The accuracy of the dense int8 file is reported instead,
+    # because both files have the same outputs.
     if settings.micro:
         sizes = (len(content), gzip_bytes(content))
         compared.append(
@@ -199,7 +202,7 @@ def export(
 def _encode_for_micro(
     dense: bytes, data: _Data, progress: Callable[[str], None]
 ) -> tuple[bytes, list[TensorReport], MicroReport]:
-    """Return the file for microcontrollers, after TFLM has run it on all samples."""
+    """Encode a dense int8 file for microcontrollers, and run the result in TFLM on all samples."""
     progress("running the file in TensorFlow Lite for Microcontrollers")
     content, tensors = encode_for_micro(dense)
     inputs = quantized_inputs(dense, by_input_name(data.samples, data.signature))
@@ -209,8 +212,8 @@ def _encode_for_micro(
 def _rounded_to_zero(floats: bytes, integers: bytes) -> tuple[int, list[str]]:
     """Return the number of nonzero weights of a float file that are zero in the int8 file.
 
-    The values identify the float weight of an int8 weight, because the converter may rename
-    weights. The second result lists the int8 weights that round no float weight.
+    The converter may rename weight tensors. The float tensor of an int8 tensor is therefore found
+    by its values. Also return the names of the int8 tensors for which no float tensor is found.
     """
     originals = [weight.values for weight in encode.weights(read(floats))]
     count, unmatched = 0, []
@@ -229,13 +232,13 @@ def _rounded_to_zero(floats: bytes, integers: bytes) -> tuple[int, list[str]]:
 
 
 def _agree(values: np.ndarray, others: np.ndarray, limit: np.ndarray) -> bool:
-    """Return whether two weights have one shape and differ by the limit at most."""
+    """Return whether two weight tensors have the same shape and differ by at most `limit`."""
     return values.shape == others.shape and bool((np.abs(values - others) <= limit).all())
 
 
 def _dense_plan(content: bytes) -> Plan:
-    """Return a plan that stores every weight of an int8 file without sparse encoding."""
-    reason = "an NPU reads dense weights, which Vela encodes"
+    """Return a plan that stores every weight tensor of an int8 file in dense format."""
+    reason = "an NPU needs dense weights, which Vela compresses"
     found = encode.weights(read(content))
     return Plan([Choice(weight, None, weight.values.nbytes, reason) for weight in found], content)
 
@@ -246,7 +249,7 @@ def _compile(
     """Compile a file with Vela if the target is an NPU and Vela is installed.
 
     Returns:
-        The compiled file and Vela's report, or an empty file and None.
+        The compiled file and Vela's report. Empty bytes and None if Vela did not run.
     """
     if not settings.npu or vela_version() is None:
         return b"", None
@@ -255,7 +258,7 @@ def _compile(
 
 
 def _read_data(model: keras.Model, settings: Settings) -> _Data:
-    """Read and check all data arguments, before the conversion begins."""
+    """Read and check all samples and labels that the user passed, before the conversion begins."""
     calibration = samples = None
     if settings.representative is not None:
         calibration = read_samples(
@@ -267,8 +270,8 @@ def _read_data(model: keras.Model, settings: Settings) -> _Data:
     signature = signature_of(model, samples)
     if calibration and signature_of(model, calibration) != signature:
         raise ValueError(
-            "Expected inputs= and representative= with arrays for the same inputs. Received: "
-            "None for an optional input in only one of these arguments."
+            "Expected inputs= and representative= with arrays for the same inputs of the model. "
+            "Received: an optional input that is None in only one of the two arguments."
         )
     _check_convertible(model, signature, settings.quantize)
     if samples is None:
@@ -281,26 +284,26 @@ def _read_data(model: keras.Model, settings: Settings) -> _Data:
 
 
 def _check_convertible(model: keras.Model, signature: Signature, quantize: str | None) -> None:
-    """Raise ExportError for inputs and layers that the converter cannot convert."""
+    """Raise ExportError if the model has inputs or layers that the converter cannot convert."""
     strings = [spec.name for spec in signature.specs if spec.dtype == "string"]
     if strings and keras.backend.backend() != "tensorflow":
         raise ExportError(
-            f"Expected inputs of numbers on the {keras.backend.backend()} backend. Received: "
-            f"string inputs {strings}, which only the TensorFlow backend can pass to a Keras "
-            "model. Fix: load and export the model with KERAS_BACKEND=tensorflow, or export the "
-            "part after the layers that read strings, keras.Model(tensor, model.outputs)."
+            f"Expected numeric inputs on the {keras.backend.backend()} backend. Received: "
+            f"string inputs {strings}, which Keras supports only on the TensorFlow backend. Fix: "
+            "load and export the model with KERAS_BACKEND=tensorflow, or export the part after "
+            "the layers that read strings, keras.Model(tensor, model.outputs)."
         )
     if strings and quantize == "full":
         raise ExportError(
-            f"Expected inputs of numbers for quantize='full'. Received: string inputs {strings}, "
-            "for which the converter cannot find ranges. Fix: use quantize='weights'."
+            f"Expected numeric inputs for quantize='full'. Received: string inputs {strings}, "
+            "which have no range of values. Fix: use quantize='weights'."
         )
     loops = [
         layer.name
         for layer in _keras.flatten_layers(model)
         if isinstance(layer, keras.layers.RNN) and not layer.unroll
     ]
-    if loops and quantize == "full":  # The converter would end the process.
+    if loops and quantize == "full":  # The converter would crash.
         raise ExportError(
             "Expected recurrent layers with unroll=True for quantize='full'. Received: the layers "
             f"{loops}, which run a loop that TensorFlow's converter cannot calibrate. Fix: build "
@@ -318,7 +321,7 @@ def _check_convertible(model: keras.Model, signature: Signature, quantize: str |
 def _compare(
     model: keras.Model, files: list[bytes], data: _Data, settings: Settings
 ) -> list[FileReport]:
-    """Return reports on the dense files and on the file to be written, which is the last report."""
+    """Return one report per file. `files` holds the dense files, followed by the exported file."""
     at = {"threads": settings.threads, "batch": settings.batch}
     nothing: Sequence[None] = [None] * len(files)
     loads: Sequence[float | None] = nothing
@@ -348,7 +351,7 @@ def _accuracy(model: keras.Model, content: bytes, data: _Data) -> float | None:
     one_hot = labels.ndim == outputs.ndim and labels.shape[-1] == outputs.shape[-1]
     if not one_hot and labels.size != outputs[..., 0].size:
         raise ValueError(
-            "Expected labels in evaluate as integers, one for each prediction, or one-hot. "
+            "Expected one integer label per prediction, or one-hot labels, in evaluate. "
             f"Received: labels of shape {labels.shape} for outputs of shape {outputs.shape}."
         )
     classes = labels.argmax(-1) if one_hot else labels.reshape(outputs.shape[:-1])
@@ -356,7 +359,7 @@ def _accuracy(model: keras.Model, content: bytes, data: _Data) -> float | None:
 
 
 def _check_classes(outputs: Sequence | None) -> None:
-    """Raise ValueError unless there is one output, with a value for each class."""
+    """Raise ValueError unless the model has exactly one output, with one value per class."""
     if outputs is None:
         return
     if len(outputs) != 1 or len(outputs[0].shape) < 2 or (outputs[0].shape[-1] or 2) < 2:
@@ -370,7 +373,7 @@ def _check_classes(outputs: Sequence | None) -> None:
 def _find_fault(
     found: Deviation, base: bytes, plan: Plan, cases: list[Case], settings: Settings
 ) -> Deviation | None:
-    """Return a file's deviation from Keras or from its dense form, or None if it is small."""
+    """Return a deviation that exceeds its tolerance, or None if there is no such deviation."""
     if found.error > settings.tolerance:
         return found
     if settings.quantize:
@@ -385,7 +388,7 @@ def _find_fault(
 def _explain_fault(
     base: bytes, choices: list[Choice], cases: list[Case], settings: Settings
 ) -> str:
-    """Name the cause of a fault: the conversion, or the weights that cause a fault individually."""
+    """Say whether the conversion caused a wrong result, or which sparse weight tensors did."""
     plain = deviation(base, cases)
     if plain.error > settings.tolerance:
         return (

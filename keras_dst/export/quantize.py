@@ -1,17 +1,17 @@
-"""Quantize weights to 8-bit integers. Zeros stay zeros."""
+"""Quantize weights to 8-bit integers. A zero weight stays zero."""
 
 from __future__ import annotations
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-_LARGEST = 127  # The range is symmetric, so -128 is not used.
+_LARGEST = 127  # The integers are symmetric, so -128 is unused.
 
 
 def quantize(values: np.ndarray, axis: int) -> tuple[np.ndarray, schema.QuantizationParametersT]:
-    """Round values to int8 with one symmetric scale for each index along ``axis``.
+    """Round values to int8 with one symmetric scale per index along ``axis``.
 
-    Return the integers, and the quantization parameters in the schema of TensorFlow Lite.
+    Return the integers, and their quantization parameters as an object of TensorFlow Lite's schema.
     """
     others = tuple(i for i in range(values.ndim) if i != axis)
     peaks = np.abs(values).max(axis=others, keepdims=True)
@@ -24,18 +24,18 @@ def quantize(values: np.ndarray, axis: int) -> tuple[np.ndarray, schema.Quantiza
 
 
 def to_int8(array: np.ndarray, scale: float, zero_point: int) -> np.ndarray:
-    """Round floats to the int8 values of a tensor that has one scale."""
+    """Quantize floats to int8 with one scale and one zero point."""
     return np.clip(np.rint(array / scale) + zero_point, -128, 127).astype(np.int8)
 
 
 def dequantize(integers: np.ndarray, parameters: schema.QuantizationParametersT) -> np.ndarray:
-    """Return the float32 values of quantized integers."""
+    """Return the float32 values that quantized integers stand for."""
     zero_point = _along_axis(parameters.zeroPoint, integers, parameters)
     return (integers - zero_point).astype(np.float32) * steps(integers, parameters)
 
 
 def steps(integers: np.ndarray, parameters: schema.QuantizationParametersT) -> np.ndarray:
-    """Return the scales of quantized integers, with as many axes as the integers."""
+    """Return the scales of quantized integers, in a shape that broadcasts to the integers."""
     return _along_axis(parameters.scale, integers, parameters).astype(np.float32)
 
 

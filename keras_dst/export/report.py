@@ -12,22 +12,22 @@ from keras_dst.export.target_reports import MicroReport, VelaReport
 
 
 class ExportError(RuntimeError):
-    """The model could not be converted, or the file does not compute the model's outputs."""
+    """Failed export: the model cannot be converted, or the outputs of the file are wrong."""
 
 
 @dataclass(frozen=True)
 class TensorReport:
-    """Storage of one weight in the file.
+    """Storage of one weight tensor in the exported file.
 
     Attributes:
         name: name of the tensor.
         op: builtin name of the first op that reads the weight.
         shape: shape of the weight in the file.
-        density: fraction of values that are not zero.
+        density: fraction of nonzero values.
         encoding: storage format, such as ``"csr+densify"``.
-        bytes: bytes of the weight in this format.
-        dense_bytes: bytes of the weight if it is stored dense.
-        reason: the reason why the weight is stored dense; empty if it is stored in another format.
+        bytes: bytes that the weight takes in this storage format.
+        dense_bytes: bytes that the weight takes in dense format.
+        reason: why the weight is stored in dense format. Empty for all other formats.
     """
 
     name: str
@@ -42,17 +42,18 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class FileReport:
-    """Figures of one compared file: a dense file, or the file that was written.
+    """Size, speed, memory and accuracy of one file: a dense file, or the exported file.
 
     Attributes:
         name: ``"dense float32"``, ``"dense int8"`` or ``"this file"``.
         bytes: size of the file.
         gzip_bytes: size of the file after compression with gzip.
-        latency: median seconds of one inference on this CPU. None if not measured.
+        latency: median seconds per inference on this CPU. None if not measured.
         load: seconds to load the file on this CPU. None if not measured.
-        memory: peak memory in bytes that loading and one inference add to a process. None if not
-            measured.
-        accuracy: result of ``evaluate``. None if no ``evaluate`` was given.
+        memory: bytes by which the peak memory of a process grows when it loads the file and runs it
+            once. None if not measured.
+        accuracy: accuracy on the data in ``evaluate``, or the number that the function ``evaluate``
+            returned. None without ``evaluate``.
     """
 
     name: str
@@ -74,18 +75,21 @@ class ExportReport:
         gzip_bytes: size of the file after compression with gzip.
         dense_bytes: size of a dense float32 file of the same model.
         dense_gzip_bytes: size of the dense float32 file after compression with gzip.
-        tensors: the weights of the file.
-        max_error: largest ``max|y - y_keras| / max|y_keras|`` of all outputs, with and without
-            XNNPACK.
-        files: the dense float32 file, a dense int8 file if one was made, and the written file.
+        tensors: one report per weight tensor of the file.
+        max_error: largest ``max|y - y_keras| / max|y_keras|`` of all outputs, over runs with and
+            without XNNPACK.
+        files: one report on each file: the dense float32 file, the dense int8 file if there is one,
+            and the exported file.
         threads: number of interpreter threads in the measurements of the files.
         batch: batch size in the measurements of the files.
-        vela: Vela's estimates for an Ethos-U NPU. None for other targets, and if Vela is missing.
-        micro: comparison with the dense int8 file in TensorFlow Lite for Microcontrollers. None for
-            other targets.
-        rounded_to_zero: number of nonzero weights that int8 rounds to zero. 0 without
-            ``quantize="full"``.
-        note: a sentence about figures that are missing; empty if no figure is missing.
+        vela: Vela's estimates for an Ethos-U NPU. None for other targets, or if Vela is not
+            installed.
+        micro: comparison with the dense int8 file in TensorFlow Lite for Microcontrollers (TFLM).
+            None for targets other than ``"micro"``.
+        rounded_to_zero: number of nonzero weights that quantization to int8 rounds to zero. Always
+            0 unless ``quantize="full"``.
+        note: sentence that explains which figures are missing from the report. Empty if none is
+            missing.
 
     Example:
         >>> print(export_tflite(model, "model.tflite"))
@@ -107,7 +111,7 @@ class ExportReport:
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as a dict of plain values, which can be written as JSON."""
+        """Return the report as a dict that can be written as JSON."""
         return {**asdict(self), "path": str(self.path)}
 
     def __str__(self) -> str:

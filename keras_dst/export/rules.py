@@ -1,8 +1,8 @@
-"""Rules of `lint`: each rule reads one graph of a file and yields its findings.
+"""Rules of `lint`. Each rule checks one graph of a file and yields its findings.
 
-The rules follow measurements with LiteRT 2.3 and the sources of XNNPACK. A finding of level "error"
-is a fault for which wrong results were observed, or for which the runtime refused the file. Most
-wrong results come without a message.
+The rules are based on measurements with LiteRT 2.3 and on the source code of XNNPACK. Level "error"
+means that the runtime computed wrong results or refused the file in these measurements. In most
+cases, the runtime gives no message if its results are wrong.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from keras_dst.export.selection import (
 )
 from keras_dst.export.sparse_inference import Node, Role
 
-#: If the density is lower, FULLY_CONNECTED is faster with 1x4 blocks than with the dense weight.
+#: Density below which FULLY_CONNECTED is faster with 1x4 blocks than with a dense weight.
 _BLOCK_DENSITY = 0.5
-#: If the density is lower, FULLY_CONNECTED is faster with CSR than with the dense weight.
+#: Density below which FULLY_CONNECTED is faster with CSR than with a dense weight.
 _CSR_DENSITY = 0.12
 
 _EXPORT_AGAIN = "Export the model again with keras_dst.export_tflite."
@@ -244,7 +244,7 @@ def _zeros_dense(content: bytes) -> Iterator[Finding]:
 
 
 def _sparse_inference(model, graph) -> tuple[bool, str, list[Finding]]:
-    """Return whether XNNPACK uses sparse kernels on CPUs without AVX, the reason, and findings."""
+    """Return whether XNNPACK uses sparse kernels on CPUs without AVX, why, and all findings."""
     rule, hinted = "sparse-inference", sparse_inference.is_hinted(model, graph)
     nodes = sparse_inference.read_nodes(model, graph)
     region = sparse_inference.sparse_region(nodes, graph)
@@ -291,7 +291,7 @@ def _misread(model, graph, nodes: list[Node], node: Node) -> Finding:
 
 
 def _obstacles(nodes: list[Node]) -> Iterator[tuple[Node, str, str]]:
-    """Yield the ops that prevent sparse inference of a graph, each with the problem and the fix."""
+    """Yield each op that prevents sparse inference, a text about the problem, and a fix."""
     entries = [node for node in nodes if node.role == Role.ENTRY]
     if not entries:
         first = next((node for node in nodes if node.kind == "CONV_2D"), nodes[0])
@@ -333,7 +333,7 @@ RULES: tuple[Callable[..., Iterator[Finding]], ...] = (
 
 
 def _sparse_reads(model, graph) -> Iterator[tuple]:
-    """Yield the op, op name, input slot and tensor of every read of a sparse tensor."""
+    """Yield each op that reads a sparse tensor, its kind, the index of the input and the tensor."""
     for op in graph.operators:
         for slot, index in enumerate(op.inputs if op.inputs is not None else []):
             if index >= 0 and graph.tensors[index].sparsity is not None:
@@ -341,20 +341,20 @@ def _sparse_reads(model, graph) -> Iterator[tuple]:
 
 
 def _direct(model, graph) -> Iterator[tuple]:
-    """Yield the op, input and weight of every FULLY_CONNECTED op that reads a sparse weight."""
+    """Yield each FULLY_CONNECTED op that reads a sparse weight, its input tensor and its weight."""
     for op, kind, slot, tensor in _sparse_reads(model, graph):
         if kind == "FULLY_CONNECTED" and slot == WEIGHT_SLOT:
             yield op, graph.tensors[op.inputs[0]], tensor
 
 
 def _outputs(model, graph, kind: str) -> dict[int, int]:
-    """Return the first input of every op of one kind, by the op's output."""
+    """Map the output of each op of one kind to the first input of the op."""
     made = (op for op in graph.operators if op_name(model, op) == kind)
     return {int(op.outputs[0]): int(op.inputs[0]) for op in made}
 
 
 def _max_blocks_per_row(tensor) -> int:
-    """Return the largest number of blocks in one row of a matrix stored in blocks."""
+    """Return the largest number of stored blocks in one row of a block-sparse matrix."""
     return int(np.diff(tensor.sparsity.dimMetadata[1].arraySegments.values.astype(int)).max())
 
 
@@ -368,7 +368,7 @@ def _density(weight: np.ndarray) -> float:
 
 
 def _faster_format(model, tensor) -> Format | None:
-    """Return the format that FULLY_CONNECTED reads faster than the dense weight, or None."""
+    """Return a format with which FULLY_CONNECTED is faster than with the dense weight, or None."""
     weight = _matrix(model, tensor)
     if weight is None:
         return None
@@ -378,7 +378,7 @@ def _faster_format(model, tensor) -> Format | None:
 
 
 def _where(model, graph, op) -> str:
-    """Describe an op by the name of its weight, or by its output if it has no weight."""
+    """Describe an op by its kind and its weight, or by its kind and its output without a weight."""
     kind = op_name(model, op)
     index = int(op.inputs[WEIGHT_SLOT] if kind in WEIGHT_OPS else op.outputs[0])
     return f"{kind} {_name(graph.tensors[constant_sources(model, graph).get(index, index)])}"

@@ -1,4 +1,4 @@
-"""Inputs of a model, and sample data for them in every form that `model.predict` takes."""
+"""Inputs of a model, and samples for these inputs in any form that `model.predict` accepts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 
 from keras_dst import _keras
 
-#: Number of samples on which a file is compared with the model.
+#: Maximum number of samples on which a file is compared with the model.
 MAX_SAMPLES = 32
-#: Number of samples that are read from a data set or generator to calibrate int8 ranges.
+#: Maximum number of samples of a data set or generator that are used for calibration to int8.
 MAX_CALIBRATION_SAMPLES = 1000
-#: Batch size of the comparison if the batch size of the model is dynamic.
+#: Batch size of the comparison for a model with a dynamic batch size.
 BATCH = 4
-#: Size of other dynamic axes in random samples.
+#: Size of random samples along dynamic axes other than the batch axis.
 OPEN_SIZE = 32
 
 _ACCEPTED = (
@@ -34,10 +34,10 @@ class InputSpec:
 
     Attributes:
         name: name of the input in the file.
-        shape: shape with the batch size first; None for dynamic sizes.
-        dtype: name of the type.
+        shape: shape of the input, including the batch size. Dynamic sizes are None.
+        dtype: name of the data type.
         optional: whether the model accepts None for this input. Defaults to False.
-        present: whether the file has this input. Defaults to True.
+        present: whether the exported file has this input. Defaults to True.
     """
 
     name: str
@@ -51,7 +51,7 @@ class InputSpec:
 class Signature:
     """The inputs of a model as a flat list, and their nested structure.
 
-    In `structure`, the index of an input in `specs` stands for the input.
+    `structure` holds integers in place of the inputs: the index of each input in `specs`.
     """
 
     specs: list[InputSpec]
@@ -60,12 +60,12 @@ class Signature:
 
 @dataclass(frozen=True)
 class Samples:
-    """Arrays for all inputs of a model.
+    """Sample data for all inputs of a model.
 
     Attributes:
         arrays: one array for each input, with samples along the first axis. None for an optional
             input that is absent.
-        structure: the nested structure of inputs that the model takes.
+        structure: nested structure in which the model expects its inputs.
     """
 
     arrays: list[np.ndarray | None]
@@ -78,14 +78,14 @@ class Samples:
         return replace(self, arrays=[None if a is None else a[rows] for a in self.arrays])
 
     def packed(self) -> Any:
-        """Return the arrays in the nested structure of inputs that the model takes."""
+        """Return the arrays in the nested structure in which the model expects its inputs."""
         return keras.tree.pack_sequence_as(self.structure, self.arrays)
 
 
 def symbolic_inputs(model: keras.Model) -> Any:
-    """Return the symbolic inputs of a model in its nested structure.
+    """Return the symbolic inputs of a model in their nested structure.
 
-    Return None for subclassed models.
+    Return None for a subclassed model, which has no symbolic inputs.
     """
     if not hasattr(model, "inputs"):
         return None
@@ -93,15 +93,16 @@ def symbolic_inputs(model: keras.Model) -> Any:
 
 
 def signature_of(model: keras.Model, samples: Samples | None = None) -> Signature:
-    """Return the inputs that the exported file of a model has.
+    """Return the inputs of the file to which a model is exported.
 
     Args:
         model: a built Keras 3 model.
-        samples: sample data. Optional inputs that are None in the samples are left out of the file.
-            For a subclassed model, the samples describe the inputs, if there are any samples.
+        samples: sample data. If an optional input is None in the samples, the file does not have
+            this input. For a subclassed model, the types and shapes of the inputs are read from the
+            samples.
 
     Raises:
-        ValueError: a subclassed model does not record its inputs, and no samples are given.
+        ValueError: the model does not record its inputs, and no samples are given.
     """
     specs, structure = _declared_specs(model), symbolic_inputs(model)
     if specs is None:
@@ -123,7 +124,7 @@ def _declared_specs(model: keras.Model) -> list[InputSpec] | None:
         (tensor,) = model.inputs
         batch = tensor.shape[0] if _keeps_batch_size(model) else None
         return [InputSpec(_signature_name(tensor.name), (batch, *tensor.shape[1:]), tensor.dtype)]
-    # A copy of a model keeps the names of its Input layers, but its tensors get new names.
+    # If a model is copied, its Input layers keep their names, but its input tensors do not.
     layers = [_keras.operation_of(tensor) for tensor in model.inputs]
     names = [_signature_name(layer.name) for layer in layers]
     if len(set(names)) < len(names):
@@ -136,15 +137,16 @@ def _declared_specs(model: keras.Model) -> list[InputSpec] | None:
 
 
 def _signature_name(name: str) -> str:
-    """Return a name in the form that TensorFlow writes into a signature."""
+    """Convert the name of an input to the form that TensorFlow stores in a signature."""
     return re.sub(r"\W", "_", name)
 
 
 def _keeps_batch_size(model: keras.Sequential) -> bool:
-    """Return whether the recorded batch size of a Sequential model belongs to the model.
+    """Return whether the recorded batch size of a Sequential model must be kept.
 
-    Keras also records a batch size if a model without an Input is built from data. Recurrent layers
-    need a fixed batch size if they are stateful or not unrolled.
+    If a model without an Input layer is built from data, Keras records the batch size of this data,
+    which need not be kept. Recurrent layers that are stateful or not unrolled require a fixed batch
+    size.
     """
     layers = _keras.flatten_layers(model)
     recurrent = [layer for layer in layers if isinstance(layer, keras.layers.RNN)]
@@ -173,7 +175,8 @@ def _built_spec(model: keras.Model) -> InputSpec:
     if not (sizes and all(size is None or isinstance(size, int) for size in sizes)):
         raise ValueError(
             f"Expected inputs= for {model.name!r}, a subclassed model that does not record its "
-            "inputs. Received: none. Fix: pass inputs= in a form that model.predict accepts."
+            "inputs. Received: inputs=None. Fix: pass inputs= in a form that model.predict "
+            "accepts."
         )
     return InputSpec("args_0", (None, *sizes[1:]), keras.config.floatx())
 
@@ -188,12 +191,11 @@ def read_samples(
 
     Args:
         model: a built Keras 3 model.
-        data: inputs in every form that `model.predict` takes. Labels in the batches of a data set
-            are ignored.
-        argument: name of the user's argument that holds the data, for error messages.
-        limit: largest number of samples to return. Defaults to None, which means all samples.
-        streamed: largest number of samples to read from a data set or generator. Defaults to 0,
-            which means the value of ``limit``.
+        data: inputs in any form that `model.predict` accepts. Labels in a data set are ignored.
+        argument: name of the argument with which the user passed the data, for error messages.
+        limit: maximum number of samples to return. Defaults to None, which returns all samples.
+        streamed: maximum number of samples to read from a data set or generator. Defaults to 0,
+            which stands for the value of ``limit``.
 
     Raises:
         ValueError: the data has another form, or does not fit the inputs of the model.
@@ -211,18 +213,18 @@ def read_samples(
 
 
 def _checked_size(model: keras.Model, samples: Samples, argument: str) -> Samples:
-    """Return the samples. Raise ValueError if the samples do not fill a batch of the model."""
+    """Return the samples. Raise ValueError if they do not fill one batch of the model."""
     least = max((spec.shape[0] or 1 for spec in _declared_specs(model) or []), default=1)
     if len(samples) < least:
         raise ValueError(
-            f"Expected at least {least} samples in {argument}, to fill a batch of the model. "
+            f"Expected at least {least} samples in {argument}, the batch size of the model. "
             f"Received: {len(samples)} samples."
         )
     return samples
 
 
 def read_labeled(model: keras.Model, data: Any) -> tuple[Samples, np.ndarray]:
-    """Return the inputs and the labels in ``evaluate=``, a pair or a data set of pairs.
+    """Return the inputs and the labels of a pair ``(x, y)`` or of a data set of such pairs.
 
     Raises:
         ValueError: the data has another form, or does not fit the inputs of the model.
@@ -257,7 +259,7 @@ def read_labeled(model: keras.Model, data: Any) -> tuple[Samples, np.ndarray]:
 
 
 def random_samples(signature: Signature) -> Samples:
-    """Return seeded random samples: normally distributed floats, or integers that are 0 or 1."""
+    """Return seeded random samples: standard normal floats, or integers that are 0 or 1."""
     rng = np.random.default_rng(0)
 
     def array(spec: InputSpec) -> np.ndarray:
@@ -279,7 +281,7 @@ def random_samples(signature: Signature) -> Samples:
 
 
 def _is_stream(data: Any) -> bool:
-    """Return whether ``data`` yields batches, instead of being an array or nested arrays."""
+    """Return whether ``data`` yields batches. Arrays and nested arrays do not."""
     if isinstance(data, keras.utils.PyDataset):
         return True
     if isinstance(data, str | bytes | list | tuple | dict) or _is_array(data):
@@ -292,7 +294,10 @@ def _is_array(value: Any) -> bool:
 
 
 def _batches(data: Any, argument: str, endless: bool) -> Iterator[Any]:
-    """Yield the batches of a data set. Raise an error if it may not be endless but is."""
+    """Return an iterator over the batches of a data set.
+
+    Raise ValueError if the data set is endless although ``endless`` is False.
+    """
     if isinstance(data, keras.utils.PyDataset):
         infinite = data.num_batches is None
     else:
@@ -314,10 +319,11 @@ def _count(model: keras.Model) -> int | None:
 
 
 def _split(batch: Any, count: int | None, argument: str) -> tuple[Any, Any]:
-    """Return the inputs and the labels of a batch: x, (x,), (x, y) or (x, y, sample_weight).
+    """Return the inputs and the labels of a batch x, (x,), (x, y) or (x, y, sample_weight).
 
-    A sequence with one array for each of several inputs counts as inputs, as in TensorFlow's
-    converter. Sample weights are ignored, as in the `metrics` of `compile`.
+    If the model has several inputs, a sequence with one array per input is a batch of inputs
+    without labels, as in TensorFlow's converter. Sample weights are ignored, as in the `metrics` of
+    `compile`.
     """
     if not isinstance(batch, tuple | list):
         return batch, None
@@ -334,8 +340,8 @@ def _split(batch: Any, count: int | None, argument: str) -> tuple[Any, Any]:
 def _joined(found: list[Samples], argument: str) -> Samples:
     if not found:
         raise ValueError(
-            f"Expected at least one batch in {argument}. Received: no batch. Fix: pass a new "
-            "generator if this generator was read before."
+            f"Expected at least one batch in {argument}. Received: no batch. Fix: if the data is a "
+            "generator that was already read, pass a new generator."
         )
     arrays = [
         None if parts[0] is None else np.concatenate(parts)
@@ -345,7 +351,10 @@ def _joined(found: list[Samples], argument: str) -> Samples:
 
 
 def _match(model: keras.Model, inputs: Any, argument: str) -> Samples:
-    """Return arrays in the order of the model's inputs, and check that they fit."""
+    """Return the inputs as arrays in the order of the model's inputs.
+
+    Check their shapes and types.
+    """
     specs, structure = _declared_specs(model), symbolic_inputs(model)
     arrays: list[np.ndarray | None]
     if specs is None:
@@ -370,7 +379,10 @@ def _match(model: keras.Model, inputs: Any, argument: str) -> Samples:
 
 
 def _values_in_order(inputs: Any, specs: list[InputSpec], structure: Any) -> list:
-    """Return values by position. Dicts may use the model's own keys or the names of its inputs."""
+    """Return the values of ``inputs`` in the order of the model's inputs.
+
+    The keys of a dict are the keys of the model's input structure or the names of its inputs.
+    """
     if isinstance(inputs, dict):
         keys = [spec.name for spec in specs]
         if isinstance(structure, dict) and len(structure) == len(specs):
@@ -383,7 +395,10 @@ def _values_in_order(inputs: Any, specs: list[InputSpec], structure: Any) -> lis
 
 
 def _fitted(value: Any, spec: InputSpec, argument: str) -> np.ndarray | None:
-    """Return the array for one input, with the rank that Keras would give this array."""
+    """Convert a value to an array for one input.
+
+    Add or drop a last axis of size 1 as Keras does.
+    """
     if value is None and spec.optional:
         return None
     array = _array(value, argument)
@@ -425,7 +440,7 @@ def _label_array(labels: Any) -> np.ndarray:
 
 
 def _array(value: Any, argument: str) -> np.ndarray:
-    """Convert an array or tensor of any library to a dense NumPy array."""
+    """Convert an array or tensor of any supported library to a dense NumPy array."""
     if hasattr(value, "detach"):  # The value is a torch tensor.
         value = value.detach().cpu()
         value = value.float() if str(value.dtype) == "torch.bfloat16" else value

@@ -1,10 +1,10 @@
-"""Select the storage format of every weight of a model.
+"""Select the storage format of each weight tensor of a model.
 
-Rules decide which formats the runtime reads correctly. Latencies, measured or estimated, and the
-number of bytes decide among these formats. The rules follow the kernels of XNNPACK and LiteRT: only
-FULLY_CONNECTED reads a sparse weight directly. All other ops need a dense weight, which DENSIFY
-unpacks when the file is loaded. The export can replace CONV_2D by FULLY_CONNECTED and slices of the
-input.
+First, fixed rules exclude all formats that the runtime would read incorrectly. One of the remaining
+formats is then selected by its size and its measured or estimated latency. The rules follow the
+kernels of XNNPACK and LiteRT: only FULLY_CONNECTED reads a sparse weight directly. All other ops
+need a dense weight. The op DENSIFY unpacks this dense weight when the file is loaded. The export
+can also replace CONV_2D by FULLY_CONNECTED on slices of the input.
 """
 
 from __future__ import annotations
@@ -19,33 +19,34 @@ from keras_dst.export import encode, flatbuffer, im2col, sparse_inference
 from keras_dst.export.encode import Format, Weight
 from keras_dst.export.latency_model import CPUS, LatencyModel
 
-#: A weight has a block pattern if its stored blocks have at least this fraction of nonzeros.
+#: A weight tensor counts as block-sparse if at least this fraction of the values in its stored
+# blocks is nonzero.
 MIN_BLOCK_DENSITY = 0.75
-#: Limits of the kernel for a sparse int8 weight and float inputs. This kernel stores the position
-# of a block of 16 inputs in one byte, and also the number of blocks of an output. If a weight
-# exceeds these limits, the results of the kernel are wrong.
+#: Limits of the kernel that multiplies float inputs by a sparse int8 weight. The kernel stores the
+# position of a block of 16 inputs in one byte. It also stores the number of blocks of an output in
+# one byte. If a weight exceeds one of these limits, the results of the kernel are wrong.
 MAX_HYBRID_INPUTS, MAX_HYBRID_BLOCKS = 4096, 255
-#: Two latencies or two sizes that differ by less than this factor count as equal.
+#: Two latencies, or two sizes, count as equal if their ratio is at most this factor.
 SAME_LATENCY, SAME_SIZE = 1.05, 1.01
 
-#: Reason why a weight stays dense although DENSIFY would make the file smaller.
+#: Reported reason if a weight stays dense although DENSIFY would make the file smaller.
 UNSAFE = "with DENSIFY, ARM CPUs would compute this model wrongly"
 
-#: Function that returns the seconds of one inference of every file.
+#: Function that returns, for each file, the seconds that one inference takes.
 Timer = Callable[[Sequence[bytes]], list[float]]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Storage format that was selected for one weight.
+    """Storage format that was selected for one weight tensor.
 
     Attributes:
         weight: the weight.
-        format: the selected format; None if the weight keeps its format.
-        bytes: bytes of the weight in this format.
-        reason: the reason why the weight keeps its format; empty if the format changes.
-        latency_ratio: latency of the ops that read the weight, divided by their latency with the
-            dense weight. If there are several CPUs, the largest ratio is stored. Defaults to 1.
+        format: the selected format. None if the weight keeps its present format.
+        bytes: bytes that the weight takes in this format.
+        reason: why the weight keeps its present format. Empty if the format changes.
+        latency_ratio: latency of the ops that read the weight, relative to their latency with the
+            dense weight. For several CPUs, this is the largest ratio. Defaults to 1.
     """
 
     weight: Weight
@@ -57,29 +58,29 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Choice for every weight of a file, in file order, and the resulting file."""
+    """Choices for all weight tensors of a file, in file order, and the encoded file."""
 
     choices: list[Choice]
     content: bytes
 
     @property
     def formats(self) -> dict[int, Format]:
-        """Formats of all changed weights, by the number of the buffer."""
+        """Formats of the changed weights, as a dict from buffer index to format."""
         return _formats(self.choices)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Criterion by which formats and files are selected.
+    """Criterion by which storage formats and whole files are selected.
 
     Attributes:
         optimize: ``"latency"`` selects the fastest option and, among equally fast options, the
             smallest. ``"size"`` selects the smallest option and, among equally small options, the
             fastest. ``"balanced"``, the default, selects the smallest product of bytes and latency
             among the options that are not slower than dense.
-        timers: one function for each CPU on which the file must be fast. Defaults to a latency
-            model of an x86 CPU.
-        int8: whether weights may be quantized to 8 bits. Defaults to False.
+        timers: functions that measure or estimate latencies, one per CPU. Defaults to an estimate
+            for an x86 CPU.
+        int8: whether weights may be quantized to int8. Defaults to False.
     """
 
     optimize: str = "balanced"
@@ -87,7 +88,7 @@ class Objective:
     int8: bool = False
 
     def best(self, sizes: Sequence[float], ratios: Sequence[float]) -> int:
-        """Return the index of the best option, given the bytes and latency ratio of each."""
+        """Return the index of the best option, given the size and latency ratio of each option."""
         options = range(len(sizes))
         if self.optimize == "size":
             small = [i for i in options if sizes[i] <= SAME_SIZE * min(sizes)]
@@ -99,7 +100,10 @@ class Objective:
         return min(fast, key=lambda i: sizes[i] * ratios[i])
 
     def latency_ratios(self, files: Sequence[bytes]) -> list[float]:
-        """Return each file's latency divided by the latency of the first file, on the worst CPU."""
+        """Return, per file, its latency relative to the first file.
+
+        Of several CPUs, take the slowest.
+        """
         seconds = [timer(files) for timer in self.timers]
         return [max(times[i] / times[0] for times in seconds) for i in range(len(files))]
 
@@ -111,16 +115,16 @@ def select_formats(
 ) -> Plan:
     """Return the best plan for a dense ``.tflite`` file.
 
-    First, the best format of every weight is selected individually. An op can be faster or slower
-    in the whole graph than alone, so the resulting file is then compared with three other files. In
-    the first of these files, ops read all weights directly. In the second of these files, all
-    weights are unpacked, and XNNPACK may run sparse kernels. The third of these files is the dense
-    file.
+    First, the best format of each weight tensor is selected individually. In the whole graph, an op
+    can be faster or slower than alone. The resulting file is therefore compared with three other
+    files: one in which ops read as many weights as possible directly, one in which all sparse
+    weights are unpacked, and the dense file. If weights are unpacked, XNNPACK may run sparse
+    kernels.
 
     Args:
-        content: bytes of the file, with float32 or int8 weights.
-        objective: the criterion of the selection. Defaults to `Objective()`.
-        progress: function that is called with a line of text for every weight.
+        content: bytes of the file. Its weights are float32 or int8.
+        objective: criterion of the selection. Defaults to `Objective()`.
+        progress: function that is called with a line of text for each weight tensor.
     """
     model = flatbuffer.read(content)
     weights = encode.weights(model)
@@ -146,14 +150,14 @@ def select_formats(
 
 
 class _Encoder:
-    """Builder of plans for one file, which encodes each distinct set of formats only once."""
+    """Builder of plans for one file. A cache avoids encoding the same set of formats twice."""
 
     def __init__(self, content: bytes):
         self.content = content
         self.files: dict[frozenset, tuple[bytes, bool]] = {frozenset(): (content, False)}
 
     def plan(self, options: list[list[Choice]], objective: Objective) -> Plan:
-        """Return the plan of the best options that every CPU computes correctly."""
+        """Return the plan with the best options among those that are correct on every CPU."""
         choices = [_best(row, objective) for row in options]
         content, wrong = self._encode(choices)
         if wrong:
@@ -162,7 +166,7 @@ class _Encoder:
         return Plan(choices, content)
 
     def _encode(self, choices: list[Choice]) -> tuple[bytes, bool]:
-        """Return the file, and whether a CPU may compute wrong results for it."""
+        """Return the encoded file, and whether its results may be wrong on some CPU."""
         formats = _formats(choices)
         key = frozenset(formats.items())
         if key not in self.files:
@@ -183,7 +187,7 @@ def _formats(choices: list[Choice]) -> dict[int, Format]:
 
 
 def _uses_dense_kernel(weight: Weight, format: Format | None) -> bool:
-    """Return whether the ops run the same kernel as with the dense weight."""
+    """Return whether a weight in this format is read by the same kernel as a dense weight."""
     other_kernel = weight.values.dtype == np.int8 and weight.op == "FULLY_CONNECTED"
     return format is None or (format.unpack and not other_kernel)
 
@@ -196,7 +200,7 @@ def _without_densify(options: list[Choice]) -> list[Choice]:
 
 
 def _options(model: schema.ModelT, weight: Weight, objective: Objective) -> list[Choice]:
-    """Return a choice for the dense format, and a choice for every valid smaller format."""
+    """Return choices for a weight tensor: the dense format, and all valid smaller formats."""
     bytes_dense = weight.values.nbytes
     obstacle = _obstacle(weight)
     if obstacle:
@@ -226,20 +230,20 @@ def _latency_ratios(dense: bytes, files: list[bytes], objective: Objective) -> l
 
 
 def valid_formats(weight: Weight, piece: schema.ModelT, int8: bool) -> list[Format]:
-    """Return the formats in which the ops read a weight correctly on every CPU.
+    """Return the storage formats of a weight tensor that its ops read correctly on every CPU.
 
-    `sparse_inference.is_wrong` checks whether the whole graph is correct too.
+    The ops are checked alone. `sparse_inference.is_wrong` checks the whole graph.
 
     Args:
         weight: a float32 or int8 weight.
         piece: a model that contains only the ops that read the weight.
-        int8: whether the values may be quantized.
+        int8: whether the values may be quantized to int8.
     """
     if weight.values.dtype == np.int8:
         return _valid_formats_of_int8(weight, piece)
     shape, kinds = weight.values.shape, {kind for kind, _ in weight.readers}
-    # XNNPACK would run the DEQUANTIZE before a TRANSPOSE_CONV but not the TRANSPOSE_CONV, and the
-    # results would be wrong.
+    # XNNPACK would run a DEQUANTIZE op but leave the TRANSPOSE_CONV op that follows to the builtin
+    # kernels. The results would be wrong.
     int8 = int8 and "TRANSPOSE_CONV" not in kinds and bool(np.isfinite(weight.values).all())
     unpacked = _unpacked_formats(weight)
     formats = unpacked + [replace(format, int8=True) for format in unpacked if int8]
@@ -263,7 +267,7 @@ def valid_formats(weight: Weight, piece: schema.ModelT, int8: bool) -> list[Form
 
 
 def _fits_hybrid_kernel(values: np.ndarray) -> bool:
-    """Return whether a sparse int8 weight fits the kernel that takes float inputs."""
+    """Return whether a sparse int8 weight is within the limits of the kernel with float inputs."""
     rows, inputs = values.shape
     if inputs % 16 or inputs > MAX_HYBRID_INPUTS:
         return False
@@ -285,7 +289,7 @@ def _unpacked_formats(weight: Weight) -> list[Format]:
 
 
 def _obstacle(weight: Weight) -> str:
-    """Return the reason why a weight must keep its format, or "" if the format can change."""
+    """Return why a weight must keep its storage format, or "" if the format can change."""
     if weight.values.dtype == np.float16:
         return "float16: only float32 and int8 weights can be stored sparse"
     if len({tuple(tensor.shape) for tensor in weight.tensors}) > 1:
@@ -299,7 +303,7 @@ def _obstacle(weight: Weight) -> str:
 
 
 def has_blocks(values: np.ndarray, block: int) -> bool:
-    """Return whether the nonzeros form blocks of this size along the last axis."""
+    """Return whether the nonzero values form blocks of `block` values along the last axis."""
     if values.shape[-1] % block:
         return False
     cells = values.reshape(-1, block) != 0

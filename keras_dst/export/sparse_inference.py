@@ -2,25 +2,25 @@
 
 On CPUs without AVX, such as every ARM CPU, XNNPACK can run a region of a graph in NCHW instead of
 NHWC layout. In NCHW layout, 1x1 convolutions skip zero weights. XNNPACK runs a region in NCHW
-layout only if the graph contains a DENSIFY op. The region begins at an entry, which is a 3x3
-convolution with stride 2 over 3 channels, padded by 1 on each side. The region ends at an exit,
-which is a mean over height and width, or DEPTH_TO_SPACE. Every op of the region must support NCHW,
-and no op outside the region may read its values. More than 2/3 of the weights of the region's 1x1
-convolutions must be zeros.
+layout only if the graph contains a DENSIFY op. The region begins at an entry: a 3x3 convolution
+with stride 2 over 3 channels, padded by 1 on each side. The region ends at an exit: a mean over
+height and width, or DEPTH_TO_SPACE. All ops of the region must support NCHW. No op outside the
+region may read a tensor of the region. In the 1x1 convolutions of the region, more than 2/3 of all
+weights must be zero.
 
-XNNPACK does not check that the region ends only at exits. If another op reads a value of the
-region, that op reads NCHW data as if it were NHWC data. The results are then wrong, without an
-error message.
+XNNPACK does not check that the region ends only at exits. If an op outside the region reads a
+tensor of the region, this op reads NCHW data as if it were NHWC data. The results are then wrong,
+and no error message appears.
 
-The analysis assumes that XNNPACK runs every op of the graph. In fact XNNPACK leaves some ops to the
-builtin kernels, and the set differs between versions and builds of LiteRT. An op of the builtin
-kernels splits the graph, and the data is in NHWC layout at the split. Some networks are therefore
+The analysis assumes that XNNPACK runs every op of the graph. In practice, XNNPACK leaves some ops
+to the builtin kernels. The set of these ops differs between versions and builds of LiteRT. Each
+such op splits the graph, and the data has NHWC layout at the split. Some networks are therefore
 reported as wrong although some versions compute them correctly. This is intended, because a file
-must be correct with every version. For the same reason, a mean that keeps its dimensions counts as
-wrong.
+must be correct in all versions. For the same reason, a mean with keepdims is reported as wrong.
 
-Source: ``xnn_check_nchw_compatibility`` and ``xnn_subgraph_rewrite_for_nchw`` in XNNPACK's
-``src/subgraph.c``: the same since October 2020, for FULLY_CONNECTED since January 2025.
+Source: ``xnn_check_nchw_compatibility`` and ``xnn_subgraph_rewrite_for_nchw`` in ``src/subgraph.c``
+of XNNPACK. These functions have not changed since October 2020, and their rules for FULLY_CONNECTED
+not since January 2025.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _UNARY = re.compile(
 
 
 class Role(enum.Flag):
-    """Roles of an op in a region that runs in NCHW layout."""
+    """Possible roles of an op in a region that runs in NCHW layout."""
 
     NONE = 0
     ENTRY = enum.auto()
@@ -54,17 +54,18 @@ class Role(enum.Flag):
 
 @dataclass(eq=False)
 class Node:
-    """Op in the form that XNNPACK uses: merged with the PAD before it, and without its constants.
+    """Op as XNNPACK sees it: without constants, and merged with the PAD op before a convolution.
 
     Attributes:
-        op: the op of the file.
+        op: the op in the file.
         kind: builtin name of the op.
-        inputs: computed tensors that the op reads.
+        inputs: computed tensors that the op reads, without constants.
         outputs: tensors that the op computes.
-        role: roles that the op can have in a region.
-        obstacle: description of the op if it cannot be inside a region, or cannot be an exit.
-        zeros: number of zero weights of a 1x1 convolution or a FULLY_CONNECTED op.
-        weights: number of weights of such an op; 0 for other ops.
+        role: all roles that the op can have in a region.
+        obstacle: description of the op if it cannot be inside a region or its results would be
+            wrong. Empty for other ops.
+        zeros: number of zero weights, for a 1x1 convolution or a FULLY_CONNECTED op.
+        weights: number of all weights of the same ops. Both numbers are 0 for other ops.
     """
 
     op: schema.OperatorT
@@ -79,14 +80,14 @@ class Node:
 
 @dataclass(frozen=True)
 class Region:
-    """Ops that read NCHW data, and ops whose results are wrong or refused for this reason."""
+    """Ops that read NCHW data, and ops that are wrong or refused because of NCHW data."""
 
     nodes: list[Node]
     wrong: list[Node]
 
 
 def is_hinted(model: schema.ModelT, graph: schema.SubGraphT) -> bool:
-    """Return whether the graph has a DENSIFY op.
+    """Return whether the graph contains a DENSIFY op.
 
     Without a DENSIFY op, XNNPACK uses only dense kernels.
     """
@@ -94,7 +95,7 @@ def is_hinted(model: schema.ModelT, graph: schema.SubGraphT) -> bool:
 
 
 def is_wrong(model: schema.ModelT) -> bool:
-    """Return whether CPUs without AVX may compute wrong results for a file, or refuse it."""
+    """Return whether CPUs without AVX may refuse a file or compute wrong results with it."""
     return any(
         is_hinted(model, graph) and sparse_region(read_nodes(model, graph), graph).wrong
         for graph in model.subgraphs
@@ -102,10 +103,10 @@ def is_wrong(model: schema.ModelT) -> bool:
 
 
 def sparse_region(nodes: list[Node], graph: schema.SubGraphT) -> Region:
-    """Return the region of a graph that XNNPACK runs in NCHW layout if the graph has DENSIFY.
+    """Return the region that XNNPACK would run in NCHW layout if the graph contained DENSIFY.
 
     Args:
-        nodes: result of `read_nodes` for the graph.
+        nodes: ops of the graph that `read_nodes` returned.
         graph: the graph.
     """
     outputs = set(indices(graph.outputs))
@@ -127,13 +128,16 @@ def sparse_region(nodes: list[Node], graph: schema.SubGraphT) -> Region:
 
 
 def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role], set[int]]:
-    """Return each op's group of connected ops, each op's remaining role, and the excluded ops."""
+    """Return the group and the final roles of each op, and the ops that are in no region.
+
+    A group is a set of connected ops. Ops of one group have the same number.
+    """
     group, roles = list(range(len(nodes))), [node.role for node in nodes]
     bad: set[int] = set()
     producer = {t: n for n, node in enumerate(nodes) for t in node.outputs if t not in outputs}
 
     def join(n: int) -> bool:
-        """Join an op with the producers of its inputs, and return whether a group changed."""
+        """Join an op with the ops that compute its inputs. Return whether a group changed."""
         changed = False
         for t in nodes[n].inputs:
             source = producer.get(t)
@@ -155,7 +159,7 @@ def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role]
 
 
 def _is_right(node: Node, nchw: set[int], graph: schema.SubGraphT) -> bool:
-    """Return whether an op computes correct results if the tensors ``nchw`` are in NCHW layout."""
+    """Return whether an op is correct if the tensors in ``nchw`` have NCHW layout."""
     reads = any(t in nchw for t in node.inputs)
     writes = any(t in nchw for t in node.outputs)
     # A matrix has no layout.
@@ -168,7 +172,7 @@ def _is_right(node: Node, nchw: set[int], graph: schema.SubGraphT) -> bool:
 
 
 def read_nodes(model: schema.ModelT, graph: schema.SubGraphT) -> list[Node]:
-    """Return the ops of a graph in the form that XNNPACK uses, in file order."""
+    """Return the ops of a graph as XNNPACK sees them, in file order."""
     unpacked, pads = constant_sources(model, graph), _merged_pads(model, graph)
     found = []
     for op in graph.operators:
@@ -182,7 +186,7 @@ def read_nodes(model: schema.ModelT, graph: schema.SubGraphT) -> list[Node]:
             source, _ = pads.get(t, (t, ()))
             if source not in unpacked and stored(model, graph.tensors[source]) is None:
                 node.inputs.append(source)
-        if kind == "MUL":  # XNNPACK replaces x * x by a square.
+        if kind == "MUL":  # XNNPACK treats x * x as a square.
             node.inputs = list(dict.fromkeys(node.inputs))
         if role == Role.INSIDE and kind in ("CONV_2D", "FULLY_CONNECTED"):
             weight = int(op.inputs[WEIGHT_SLOT])
@@ -192,9 +196,10 @@ def read_nodes(model: schema.ModelT, graph: schema.SubGraphT) -> list[Node]:
 
 
 def _merged_pads(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, tuple[int, tuple]]:
-    """Return the padded tensors whose PAD op XNNPACK merges into the convolution that reads them.
+    """Return the outputs of the PAD ops that XNNPACK merges into the convolutions that follow.
 
-    Each tensor is mapped to its source tensor and the padding above, below, left and right.
+    The result maps each output to the input of the PAD op and to the padding above, below, left and
+    right.
     """
     readers = Counter(t for op in graph.operators for t in set(indices(op.inputs)))
     readers += Counter(indices(graph.outputs))
@@ -213,7 +218,7 @@ def _merged_pads(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, tup
 
 
 def _role(model, graph, op, kind, unpacked, pads) -> tuple[Role, str]:
-    """Return the roles of an op, and its description if it cannot be inside a region."""
+    """Return the roles of an op, and a description if the op cannot be inside a region."""
     tensors = [graph.tensors[t] for t in indices(op.inputs) + indices(op.outputs)]
     ranks = {len(shape(tensor)) for tensor in tensors if stored(model, tensor) is None}
     if not all(type_name(x).startswith(("float", "int32", "int64")) for x in tensors):
@@ -223,7 +228,7 @@ def _role(model, graph, op, kind, unpacked, pads) -> tuple[Role, str]:
     if kind == "DEPTHWISE_CONV_2D":
         return _depthwise(graph, op, pads)
     if kind == "FULLY_CONNECTED":
-        # Without keepNumDims, XNNPACK first reshapes the input to two dimensions.
+        # Without keepNumDims, XNNPACK flattens the input to a matrix.
         kept = getattr(op.builtinOptions, "keepNumDims", False)
         sparse = graph.tensors[op.inputs[WEIGHT_SLOT]].sparsity is not None
         return (Role.INSIDE, "") if kept and not sparse else (Role.NONE, kind)
@@ -232,7 +237,7 @@ def _role(model, graph, op, kind, unpacked, pads) -> tuple[Role, str]:
     if kind == "DEPTH_TO_SPACE":
         return Role.EXIT, ""
     if kind in ("ADD", "MUL") and all(len(shape(tensor)) == 4 for tensor in tensors):
-        # XNNPACK checks the shape of the first operand, even if the constant is the second operand.
+        # XNNPACK checks the shape of the first operand, even if only the second is a constant.
         constant = any(stored(model, tensor) is not None for tensor in tensors[:2])
         wide = sum(size != 1 for size in _sizes(tensors[0])) > 1
         return (Role.NONE, f"{kind} of a constant") if constant and wide else (Role.INSIDE, "")
@@ -244,21 +249,21 @@ def _role(model, graph, op, kind, unpacked, pads) -> tuple[Role, str]:
 
 
 def _sizes(tensor: schema.TensorT) -> list[int]:
-    """Return the sizes of a tensor without its batch size, with -1 for dynamic sizes."""
+    """Return the shape of a tensor without the batch size. Dynamic sizes are -1."""
     signature = tensor.shapeSignature
     return list(shape(tensor) if signature is None or not len(signature) else signature)[1:]
 
 
 def _reduction(model, graph, op, kind) -> str:
-    """Describe why a MEAN or SUM over NCHW data is wrong. Return "" if it is correct."""
+    """Describe a MEAN or SUM whose result for NCHW data is wrong. Return "" if it is correct."""
     axes = values(model, graph.tensors[op.inputs[1]])
     left = {1, 2, 3} - {int(axis) % 4 for axis in ([] if axes is None else axes.ravel())}
-    if 3 in left and left != {3}:  # The remaining axes come in another order.
+    if 3 in left and left != {3}:  # The order of the remaining axes differs.
         return f"{kind} over one of height and width"
     made = int(op.outputs[0])
     readers = {op_name(model, other) for other in graph.operators if made in indices(other.inputs)}
     if op.builtinOptions.keepDims and (readers != {"RESHAPE"} or made in indices(graph.outputs)):
-        return f"{kind} with keepdims"  # The result has an NCHW shape.
+        return f"{kind} with keepdims"  # The shape of the result would be NCHW.
     return ""
 
 
@@ -305,7 +310,7 @@ def _describe(name: str, op: schema.OperatorT, padding: tuple[int, ...] | None) 
 def _padding(op, kernel, pads) -> tuple[int, ...] | None:
     """Return the padding above, below, left and right.
 
-    Return None if the padding depends on the input size.
+    Return None if the padding depends on the size of the input.
     """
     if _is_valid(op):
         own = [0, 0, 0, 0]
@@ -319,7 +324,7 @@ def _padding(op, kernel, pads) -> tuple[int, ...] | None:
 
 
 def _zeros(model: schema.ModelT, tensor: schema.TensorT) -> tuple[int, int]:
-    """Return the number of zeros of a weight, and the size of the weight."""
+    """Return the number of zeros in a weight, and the number of its entries."""
     weight = values(model, tensor)
     if weight is None:
         return 0, 0

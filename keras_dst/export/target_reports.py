@@ -1,4 +1,4 @@
-"""Reports on files for NPUs and microcontrollers, which are parts of the export report."""
+"""Parts of the export report that are specific to NPUs and microcontrollers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from keras_dst._reporting.tables import as_table
 
 @dataclass(frozen=True)
 class VelaEstimate:
-    """Vela's estimates for one inference with one file.
+    """Vela's estimates for one inference of one file.
 
     Attributes:
-        weight_bytes: bytes of the weights in Vela's encoding.
-        npu_cycles: number of cycles in which the NPU computes.
-        memory_cycles: number of cycles in which each memory is accessed, by the name of the memory.
-            Computation and memory accesses overlap.
+        weight_bytes: number of bytes of all weights after Vela has compressed them.
+        npu_cycles: number of cycles during which the NPU computes.
+        memory_cycles: dict from the name of each memory to the number of cycles during which it is
+            accessed. Computation and memory accesses overlap in time.
         cycles: number of cycles of the whole inference.
-        seconds: time of the whole inference at the default clock.
+        seconds: time of the whole inference at the default clock rate of the NPU.
     """
 
     weight_bytes: int
@@ -29,12 +29,12 @@ class VelaEstimate:
 
 @dataclass(frozen=True)
 class CPUOp:
-    """Op of the file that Vela leaves to the CPU.
+    """Op that Vela leaves to the CPU.
 
     Attributes:
         op: builtin name of the op.
         tensor: name of the first output of the op.
-        reason: the reason that Vela prints; empty if Vela prints no reason.
+        reason: the reason that Vela prints. Empty if Vela prints no reason.
     """
 
     op: str
@@ -44,23 +44,24 @@ class CPUOp:
 
 @dataclass(frozen=True)
 class VelaReport:
-    """Vela's estimates for a file and for a dense file of the same architecture.
+    """Vela's estimates for a file and for a dense file of the same network.
 
-    The estimates come from Vela's cycle model. The estimates are not measurements on hardware.
+    The estimates come from Vela's model of the hardware. They are not measured on hardware.
 
-    The dense file has the same ops, with normally distributed random weights without zeros. Vela
-    needs a few percent fewer bytes for such random weights than for trained dense weights.
+    The dense file has the same ops as the file, but its weights are normally distributed random
+    values without zeros. Vela compresses these random weights a few percent better than trained
+    dense weights.
 
     Attributes:
-        accelerator: accelerator configuration, such as ``"ethos-u55-128"``.
-        system: system configuration, which sets the clock and the bandwidths. Vela's default is
-            used.
-        memory_mode: configuration of the memories for weights and activations. Vela's default is
-            used.
+        accelerator: configuration of the NPU, such as ``"ethos-u55-128"``.
+        system: name of the system configuration, which sets clock rate and memory bandwidths. This
+            is Vela's default.
+        memory_mode: name of the configuration that says which memories store weights and
+            activations. This is Vela's default.
         version: version of Vela.
         file: estimates for the file.
         dense: estimates for the dense file.
-        ops: number of ops in the file.
+        ops: number of all ops in the file.
         cpu_ops: ops that run on the CPU instead of the NPU.
     """
 
@@ -105,18 +106,18 @@ def _compared(value: float, dense: float) -> tuple[str, str, str]:
 
 @dataclass(frozen=True)
 class MicroReport:
-    """Comparison of a file for microcontrollers with the dense int8 file, both run in TFLM.
+    """Comparison of a file for microcontrollers with the dense int8 file. Both files ran in TFLM.
 
     Attributes:
         bytes: size of the file.
-        dense_bytes: size of the dense int8 file, which gives the same outputs bit for bit.
-        unread_bytes: number of bytes of the dense int8 file that TFLM does not read: metadata,
-            scales of biases, and all but the first of several joined names. The written file omits
-            these bytes.
+        dense_bytes: size of the dense int8 file, whose outputs are bit-identical.
+        unread_bytes: number of bytes of the dense int8 file that TFLM does not read. The exported
+            file omits these bytes: metadata, scales of biases, and all names of merged ops except
+            the first.
         dense_gzip_bytes: size of the dense int8 file after compression with gzip.
-        arena: number of bytes that the interpreter allocates for the file.
-        dense_arena: number of bytes that the interpreter allocates for the dense int8 file.
-        samples: number of samples on which all outputs were equal.
+        arena: number of bytes of the memory arena that the exported file needs.
+        dense_arena: number of bytes of the memory arena that the dense int8 file needs.
+        samples: number of samples on which the outputs were compared.
     """
 
     bytes: int

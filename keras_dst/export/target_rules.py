@@ -1,4 +1,4 @@
-"""Rules of `lint` for microcontrollers and NPUs, each with the change that fixes a finding."""
+"""Rules of `lint` for files that run on microcontrollers or NPUs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FLOATS = ("float16", "float32", "float64")
 
 
 def check_for_target(name: str, content: bytes, target: str) -> LintReport:
-    """Return the report on a ``.tflite`` file for TFLM or for an Ethos-U NPU.
+    """Return the report on a ``.tflite`` file that is meant for TFLM or for an Ethos-U NPU.
 
     Raises:
         ImportError: the target is an NPU, and Vela is not installed.
@@ -33,8 +33,8 @@ def _sparse(graph, fix: str) -> Iterator[Finding]:
     for tensor in graph.tensors:
         if tensor.sparsity is not None:
             found = (
-                "is a sparse constant. The runtime reads its values as a dense constant, and the "
-                "results are wrong, or it refuses the file"
+                "is a sparse constant. The runtime refuses the file, or it reads the values as a "
+                "dense constant and computes wrong results"
             )
             yield Finding("error", "sparse-constant", repr(text(tensor.name)), found, fix)
 

@@ -41,67 +41,72 @@ def export_tflite(
 
     Args:
         model: a built Keras 3 model on any backend. The model may be sparse, stripped or dense. An
-            input with ``sparse=True`` becomes a dense input of the file. Optional inputs that are
-            None in ``inputs`` or ``representative`` are left out of the file. States of recurrent
-            layers are zero at the beginning.
+            input with ``sparse=True`` becomes a dense input of the file. If an optional input is
+            None in ``inputs`` or ``representative``, the file does not have this input. In the
+            file, the states of recurrent layers start at zero.
         path: the file to write, in an existing folder. An existing file is replaced.
-        inputs: samples for the comparison, in every form that `model.predict` takes: arrays, or a
-            data set, data loader or generator of batches. The first 32 samples are used. Defaults
-            to seeded random samples, which are standard normal for floats and 0 or 1 for integers.
-            Models with string inputs need this argument.
+        inputs: samples on which the file is compared with the model, in any form that
+            `model.predict` accepts: arrays, or a data set, data loader or generator of batches. The
+            first 32 samples are used. Defaults to the samples in ``representative`` if there are
+            any, and else to seeded random samples: standard normal floats, or integers that are 0
+            or 1. A model with string inputs requires this argument.
         tolerance: largest accepted error, ``max|y - y_keras| / max(max|y_keras|, 1e-6)`` of each
-            output. Defaults to 1e-4, to 0.1 with ``quantize="weights"``, and to 0.3 with
-            ``quantize="full"``. A quantized file must also agree with a dense file that has the
-            same quantized weights, to 1e-4, or to 0.05 if the ops compute with integers.
-        optimize: criterion by which the storage format of every weight is selected. ``"latency"``
-            selects the fastest format and, among equally fast formats, the smallest. ``"size"``
-            selects the smallest format and, among equally small formats, the fastest.
+            output. The default depends on ``quantize``: 1e-4 for None, 0.1 for ``"weights"``, 0.3
+            for ``"full"``. A quantized file is also compared with a dense file that has the same
+            quantized weights. The error between these two files must be at most 1e-4, or at most
+            0.05 if the ops compute with integers.
+        optimize: criterion by which the storage format of each weight tensor is selected.
+            ``"latency"`` selects the fastest format and, among equally fast formats, the smallest.
+            ``"size"`` selects the smallest format and, among equally small formats, the fastest.
             ``"balanced"``, the default, selects the smallest product of bytes and latency among the
             formats that are not slower than dense.
-        target: hardware for which the file is written. ``"host"``, the default, optimizes latency
-            for this CPU, and ``"arm"`` for a CPU without AVX. ``"any"`` optimizes for both CPUs,
-            and the larger latency ratio counts. An Arm Ethos-U NPU, such as ``"ethos-u55-128"``,
-            needs ``quantize="full"``. The file then has int8 inputs and outputs and dense weights.
-            If Vela is installed, the report includes Vela's estimates. ``"micro"`` means TensorFlow
-            Lite for Microcontrollers (TFLM) and also needs ``quantize="full"``. Weights are stored
-            without their zeros if this saves bytes. Only TFLM can run a file for ``"micro"``. With
-            an NPU or ``"micro"``, no latency is measured on this CPU, and ``optimize`` must keep
-            its default.
-        measure: whether to measure latencies on this CPU. If this is False, and for other CPUs, a
-            model of the kernels estimates the latencies. Defaults to True.
-        threads: number of threads of the interpreter for measurements. Defaults to 1.
-        batch: batch size for measurements, if the batch size of the model is dynamic. Defaults to
-            1.
-        quantize: values that may be quantized to 8 bits. None, the default, quantizes no values.
-            ``"weights"`` quantizes a weight if this serves ``optimize``. ``"full"`` quantizes all
-            values: TensorFlow's converter takes the ranges of the values from ``representative``.
-            Zeros stay zeros.
-        representative: typical samples for ``quantize="full"``, in every form that `model.predict`
-            takes. Arrays are read completely. From a data set or generator, the first 1000 samples
-            are read. The samples are also the default of ``inputs``.
-        evaluate: data for the accuracy in the report: ``(x, y)``, or a data set, data loader or
-            generator of batches ``(x, y)``. Labels are integers or one-hot vectors. Sample weights
-            are ignored. Alternatively, a function of ``predict`` that returns a number. ``predict``
-            takes inputs like `model.predict`, and returns the outputs of a file. Defaults to None,
-            which measures no accuracy.
-        vela_path: path of the file that Vela compiles for the NPU, in an existing folder. Defaults
-            to None, which does not write the compiled file.
+        target: hardware for which the file is written. ``"host"``, the default, optimizes the file
+            for the CPU of this machine, and ``"arm"`` for a CPU without AVX. ``"any"`` optimizes
+            the larger of the two latency ratios on these CPUs. The name of an Arm Ethos-U NPU, such
+            as ``"ethos-u55-128"``, requires ``quantize="full"``. The file then has int8 inputs and
+            outputs and dense weights. If Vela is installed, the report includes Vela's estimates.
+            ``"micro"`` means TensorFlow Lite for Microcontrollers (TFLM) and also requires
+            ``quantize="full"``. The zeros of a weight tensor are then left out if this makes the
+            file smaller, and only TFLM can run the file. For an NPU or ``"micro"``, no latency is
+            measured, and ``optimize`` must keep its default.
+        measure: whether to measure latencies on the CPU of this machine. If ``measure`` is False,
+            and for all other CPUs, latencies are estimated from the speed of the kernels. Defaults
+            to True.
+        threads: number of interpreter threads during measurements. Defaults to 1.
+        batch: batch size during measurements, for a model with a dynamic batch size. Defaults to 1.
+        quantize: tensors that are quantized to 8 bits. Defaults to None, which means no tensors.
+            ``"weights"`` quantizes a weight tensor if this reduces the quantity that ``optimize``
+            names, bytes or latency. ``"full"`` quantizes weights and activations: TensorFlow's
+            converter measures the ranges of the activations on ``representative``. Zero weights
+            stay zero.
+        representative: typical input samples for ``quantize="full"``, in any form that
+            `model.predict` accepts. All samples of an array are used, but only the first 1000
+            samples of a data set or generator. evaluate: data on which the accuracy of each file is
+            measured: ``(x, y)``, or a data set, data loader or generator of batches ``(x, y)``.
+            Labels are integers or one-hot vectors. Sample weights are ignored. Alternatively,
+            ``evaluate`` is a function that receives ``predict`` and returns a number. ``predict``
+            accepts inputs like `model.predict`, and returns the outputs of the file. Defaults to
+            None, which measures no accuracy.
+        vela_path: path where the file that Vela compiled for the NPU is saved, in an existing
+            folder. Defaults to None, which does not save the compiled file.
         progress: function that is called with a line of text before each step.
 
     Returns:
-        An `ExportReport` with the format of every weight and the error of the file. The report
-        compares the bytes, latency, load time, peak memory and accuracy of the file with dense
-        files.
+        An `ExportReport` with the storage format of each weight tensor and the error of the file.
+        The report compares size, latency, load time, peak memory and accuracy between this file and
+        dense files.
 
     Raises:
         TypeError: ``model`` is not a Keras 3 model.
-        ValueError: the model is not built, the data does not fit the model, or an option is
-            unknown.
-        OSError: ``path`` cannot be written. The path is checked before the conversion begins.
-        ImportError: the packages of ``keras_dst[export]`` are missing, of ``keras_dst[micro]`` with
-            ``target="micro"``, or of ``keras_dst[ethos]`` with ``vela_path``.
-        ExportError: the model could not be converted, or the file does not compute the outputs of
-            the model. The message names the op or weight that is wrong. No file is written.
+        ValueError: the model is not built, the data does not fit the model, or an argument has an
+            unknown value.
+        OSError: no file can be written at ``path`` or ``vela_path``. Both are checked before the
+            conversion begins.
+        ImportError: a package of the extra ``export`` is missing. The same holds for the extra
+            ``micro`` with ``target="micro"``, and for the extra ``ethos`` with ``vela_path``.
+        ExportError: the model could not be converted, or the outputs of the file differ from the
+            outputs of the model. The message names the op or weight tensor that causes the
+            difference. No file is written.
 
     Example:
         >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
@@ -123,7 +128,7 @@ def export_tflite(
     if tolerance is not None and not (is_number(tolerance) and 0 <= tolerance < float("inf")):
         raise ValueError(f"Expected a finite tolerance of 0 or more. Received: {tolerance}.")
     check_installed("tensorflow", "ai_edge_litert", "flatbuffers")
-    # The pipeline needs optional packages, but `import keras_dst` must work without these packages.
+    # These modules import optional packages, but `import keras_dst` must also work without them.
     from keras_dst.export.ethos import ACCELERATORS, NEEDS_VELA, vela_version
     from keras_dst.export.micro import check_tflm
     from keras_dst.export.pipeline import TOLERANCES, Settings, export
@@ -138,8 +143,8 @@ def export_tflite(
         )
     if integer and optimize != "balanced":
         raise ValueError(
-            f"Expected no optimize= with target={target!r}, which has one format per weight. "
-            f"Received: optimize={optimize!r}. Fix: do not pass optimize=."
+            f"Expected no optimize= with target={target!r}, which offers no choice of storage "
+            f"formats. Received: optimize={optimize!r}. Fix: do not pass optimize=."
         )
     if target == "micro":
         check_tflm()
@@ -162,7 +167,7 @@ def export_tflite(
 
 
 def check_option(name: str, value: Any, known: tuple) -> None:
-    """Raise ValueError unless an argument has one of the known values."""
+    """Raise ValueError if the value of an argument is not in ``known``."""
     if value not in known:
         raise ValueError(
             f"Expected {name} to be one of {', '.join(map(repr, known))}. Received: {value!r}."

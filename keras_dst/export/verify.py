@@ -14,8 +14,8 @@ from keras_dst.export.quantize import to_int8
 from keras_dst.export.samples import BATCH, Samples, Signature, read_samples
 from keras_dst.export.states import reset_states
 
-#: A file is run with XNNPACK, as users run it, and without XNNPACK, because XNNPACK has its own
-# faults.
+#: Each file is run with XNNPACK, which is the default of LiteRT, and without XNNPACK, because
+# faults may occur in only one of the two.
 RESOLVERS = {
     "XNNPACK": OpResolverType.AUTO,
     "builtin kernels": OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
@@ -24,7 +24,7 @@ RESOLVERS = {
 
 @dataclass(frozen=True)
 class Case:
-    """Batch of inputs, as arrays by input name of the file, and expected outputs by output name."""
+    """Batch of inputs and the expected outputs, as dicts from names in the file to arrays."""
 
     inputs: dict[str, np.ndarray]
     outputs: dict[str, np.ndarray]
@@ -32,10 +32,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Deviation:
-    """Largest error of a file over some cases, and the output with this error.
+    """Error of a file in one output, and a text that names this output.
 
-    ``error`` is ``max|y - expected| / max|expected|`` of the worst output. The error is infinite if
-    values are not finite, shapes differ, or the interpreter refuses the file.
+    ``error`` is ``max|y - expected| / max|expected|``. The error is infinite if values are not
+    finite, shapes differ, or the interpreter refuses the file.
     """
 
     error: float
@@ -43,12 +43,12 @@ class Deviation:
 
 
 def deviation(content: bytes, cases: list[Case]) -> Deviation:
-    """Run a file on every case, with and without XNNPACK, and return the largest error."""
+    """Return the largest error of a file over all cases, with and without XNNPACK."""
     return max(_deviations(content, cases, RESOLVERS), key=lambda found: found.error)
 
 
 def deviation_between(content: bytes, reference: bytes, cases: list[Case]) -> Deviation:
-    """Return the largest error of a file against another file that is run in the same way."""
+    """Return the largest difference between the outputs of a file and of a reference file."""
     found: list[Deviation] = []
     for label, resolver in RESOLVERS.items():
         outputs = run(reference, cases, resolver)
@@ -58,7 +58,7 @@ def deviation_between(content: bytes, reference: bytes, cases: list[Case]) -> De
 
 
 def run(content: bytes, cases: list[Case], resolver: OpResolverType) -> list[dict[str, np.ndarray]]:
-    """Return the outputs of a file for every case, by output name.
+    """Run a file on each case, and return its outputs as one dict by output name per case.
 
     Raises:
         RuntimeError, ValueError: the interpreter refuses the file or an input.
@@ -68,15 +68,15 @@ def run(content: bytes, cases: list[Case], resolver: OpResolverType) -> list[dic
 
 
 def keras_cases(model: keras.Model, signature: Signature, samples: Samples) -> list[Case]:
-    """Return batches of samples, and the outputs that the Keras model computes for each batch.
+    """Split samples into batches, and compute the outputs of the Keras model for each batch.
 
-    If the batch size of the model is dynamic, a batch of 1 comes before the batches of 4. States of
-    recurrent layers are zero before the first batch. The model is not changed.
+    If the batch size of the model is dynamic, the first batch has one sample and the others have
+    four. The states of recurrent layers are zero before the first batch. The model is not changed.
 
     Args:
-        model: the Keras 3 model from which a file was converted.
+        model: the Keras 3 model from which the file was converted.
         signature: the inputs of the file.
-        samples: sample data for these inputs.
+        samples: samples for all inputs of the model.
     """
     with reset_states(model):
         return [
@@ -89,7 +89,7 @@ def keras_cases(model: keras.Model, signature: Signature, samples: Samples) -> l
 
 
 def predictor(model: keras.Model, content: bytes, signature: Signature) -> Callable[[Any], Any]:
-    """Return a function that runs a file on inputs in every form that `model.predict` takes.
+    """Return a function that runs a file on inputs in any form that `model.predict` accepts.
 
     The function returns the output of the file, or a dict if the file has several outputs.
     """
@@ -111,7 +111,7 @@ def predictor(model: keras.Model, content: bytes, signature: Signature) -> Calla
 
 
 def _runner(content: bytes, resolver: OpResolverType) -> Callable[..., dict[str, np.ndarray]]:
-    """Return a function that runs a file on float inputs, even if the file takes int8 inputs."""
+    """Return a function that runs a file on float inputs, and quantizes them for int8 inputs."""
     interpreter = Interpreter(model_content=content, experimental_op_resolver_type=resolver)
     runner = interpreter.get_signature_runner()
     inputs, outputs = runner.get_input_details(), runner.get_output_details()
@@ -124,7 +124,7 @@ def _runner(content: bytes, resolver: OpResolverType) -> Callable[..., dict[str,
 
 
 def _quantized(array: np.ndarray, details: dict[str, Any]) -> np.ndarray:
-    """Round floats to the int8 values that an input takes. Return other arrays unchanged."""
+    """Quantize floats for an int8 input of a file. Return arrays for other inputs unchanged."""
     scale, zero_point = details["quantization"]
     if details["dtype"] != np.int8 or array.dtype.kind != "f" or not scale:
         return array
@@ -168,7 +168,7 @@ def _error(result: np.ndarray | None, expected: np.ndarray) -> float:
 
 
 def _by_output_name(outputs: Any) -> dict[str, np.ndarray]:
-    """Return outputs by the names that the converter gives them: dict keys, or positions."""
+    """Return outputs as a dict by their names in the file, which are dict keys or positions."""
     if not isinstance(outputs, dict):
         flat = keras.tree.flatten(outputs)
         outputs = {f"output_{position}": value for position, value in enumerate(flat)}
@@ -176,7 +176,7 @@ def _by_output_name(outputs: Any) -> dict[str, np.ndarray]:
 
 
 def by_input_name(batch: Samples, signature: Signature) -> dict[str, np.ndarray]:
-    """Return the arrays of present inputs by input name of the file, in the types of the file."""
+    """Return a dict from the names of all present inputs to arrays in the types of the file."""
     return {
         spec.name: array.astype(np.bytes_ if spec.dtype == "string" else spec.dtype)
         for spec, array in zip(signature.specs, batch.arrays, strict=True)

@@ -91,7 +91,7 @@ def test_micro_format_is_chosen_per_weight(report):
     assert dense.bytes == 48 * 2304 // 8 + 16 + kept
     head = chosen[(10, 48)]
     assert (head.encoding, head.bytes) == ("int8 dense", 480)
-    assert head.reason == "its zeros save fewer bytes than the bitmap takes"
+    assert head.reason == "the bitmap would take more bytes than the zeros that it replaces"
 
 
 def test_bitmap_and_values_of_a_pruned_weight():
@@ -172,7 +172,7 @@ def test_an_op_missing_in_tflm_raises_and_no_file_is_written(tmp_path):
     inputs = keras.Input((16,))
     model = keras.Model(inputs, keras.ops.sort(keras.layers.Dense(16, name="first")(inputs)))
     samples = np.random.default_rng(1).normal(size=(8, 16)).astype("float32")
-    message = r"ops that TFLM has. Received: TOPK_V2 \(.*/TopKV2.* after layer 'first'\)"
+    message = r"whose ops TFLM supports. Received: TOPK_V2 \(.*/TopKV2.* after layer 'first'\)"
     with pytest.raises(ExportError, match=message):
         keras_dst.export_tflite(
             model,
