@@ -1,8 +1,8 @@
-"""Command `keras-dst`: check the arguments, then import keras_dst and run the command.
+"""Command-line program `keras-dst`: check the arguments, then import keras_dst and run a command.
 
-This module imports only the standard library. The module is outside the package, because the
-package imports Keras and a backend, which takes seconds. The help, the version and errors about
-arguments do not need the package.
+This module imports only the standard library, so that the help, the version and errors about
+arguments appear at once. It is not part of the package keras_dst, because importing the package
+also imports Keras and a backend, which takes seconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import zipfile
 from collections.abc import Sequence
 
-#: This value is copied from `keras_dst.export.ethos`, which this module must not import.
+#: Copy of `keras_dst.export.ethos.ACCELERATORS`, which this module must not import.
 _NPUS = (
     *("ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256"),
     *("ethos-u65-512", "ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024"),
@@ -40,9 +40,9 @@ Exit codes: 0 done; 1 failed, with the reason on stderr; 2 wrong usage.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0 done, 1 failed with a message, 2 wrong usage.
+    """Run a command and return its exit code: 0 success, 1 failure, 2 wrong usage.
 
-    The exit code of `lint` is also 1 if it finds an error.
+    `lint` also returns 1 if at least one finding is an error.
     """
     parser = _parser()
     arguments = parser.parse_args(argv)
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Version(argparse.Action):
-    """Print the version of the installed distribution, and exit."""
+    """Action that prints the version of the installed package and exits."""
 
     def __call__(self, parser, *_):
         from importlib.metadata import version
@@ -79,9 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command")
 
     demo = commands.add_parser("demo", help="train, strip and export a small net on real data")
-    demo.add_argument(
-        "--keep", metavar="FILE", help="path at which the sparse .tflite file is kept"
-    )
+    demo.add_argument("--keep", metavar="FILE", help="path where the sparse .tflite file is saved")
 
     report = commands.add_parser("report", help="show sparsity, parameters and FLOPs by layer")
     report.add_argument("model", help="a .keras file")
@@ -206,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_files(arguments: argparse.Namespace) -> None:
-    """Raise an error if an input file is missing, or if a file name has the wrong ending."""
+    """Raise an error if an input file is missing, or if a file name has the wrong extension."""
     command = arguments.command
     if command in ("inspect", "lint", "bench"):
         for path in arguments.models if command == "bench" else [arguments.model]:
@@ -216,11 +214,13 @@ def _check_files(arguments: argparse.Namespace) -> None:
     ):
         _check_model(arguments.model)
     if command in ("strip", "shrink") and not arguments.output.endswith(".keras"):
-        raise ValueError(f"Expected a .keras file to write. Received: {arguments.output}.")
+        raise ValueError(
+            f"Expected an output path that ends with .keras. Received: {arguments.output}."
+        )
 
 
 def _check_model(path: str) -> None:
-    """Raise an error with a fix if a file is not a `.keras` file."""
+    """Raise ValueError if a file is not a `.keras` file. The message contains a fix."""
     if not pathlib.Path(path).is_file():
         raise ValueError(
             f"Expected a file that model.save('x.keras') wrote. Received: {path}, which is not a "
@@ -228,9 +228,9 @@ def _check_model(path: str) -> None:
         )
     if path.endswith((".h5", ".hdf5")):
         raise ValueError(
-            f"Expected a .keras file. Received: {path}, which contains only weights or was saved "
-            "by an older Keras. Fix: load the model in Python, for a tf_keras model with "
-            "keras_dst.tfmot.load(path), and save it with model.save('x.keras')."
+            f"Expected a .keras file. Received: {path}, which contains only weights or a model of "
+            "an older Keras version. Fix: load the model in Python, and save it with "
+            "model.save('x.keras'). Load a tf_keras model with keras_dst.tfmot.load(path)."
         )
     if path.endswith(".tflite"):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Commands of `keras-dst`: one function for each command, called with the parsed arguments.
+"""Commands of `keras-dst`, one function per command. Each function receives the parsed arguments.
 
 `keras_dst_cli` parses the arguments before it imports this module.
 """
@@ -13,14 +13,14 @@ from collections.abc import Sequence
 
 
 def demo(arguments):
-    """Train, strip and export a small network."""
+    """Train, strip and export a small network, and compare it with a dense network."""
     from keras_dst.demo import run
 
     run(keep=arguments.keep)
 
 
 def report(arguments):
-    """Print the sparsity, parameters and FLOPs of each layer."""
+    """Print the sparsity, number of parameters and FLOPs of each layer."""
     import keras_dst
     from keras_dst._utils.files import check_writable
 
@@ -33,7 +33,7 @@ def report(arguments):
 
 
 def strip(arguments):
-    """Write the model with stock Keras layers and masked weights."""
+    """Apply the masks to the weights, and write the model with stock Keras layers."""
     import keras_dst
     from keras_dst._utils.files import check_writable
 
@@ -42,7 +42,7 @@ def strip(arguments):
 
 
 def shrink(arguments):
-    """Write the model without its dead channels, and print the removed channels."""
+    """Write a smaller model without dead channels, and print which channels were removed."""
     from keras_dst._structure.report import shrink_and_report
     from keras_dst._utils.files import check_writable
 
@@ -61,7 +61,7 @@ def _save(model, output: str) -> None:
 
 
 def export(arguments):
-    """Write a `.tflite` file, and print the storage format of each weight."""
+    """Write a `.tflite` file, and print the storage format of each weight tensor."""
     import keras_dst
 
     names = ("optimize", "target", "quantize", "threads", "batch")
@@ -94,7 +94,7 @@ def _arrays(path: str):
 
 
 def _progress(line: str) -> None:
-    """Overwrite the last line of stderr with this line, if stderr is a terminal."""
+    """Replace the last line of stderr by `line` if stderr is a terminal."""
     if sys.stderr.isatty():
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
@@ -110,7 +110,7 @@ def inspect(arguments):
 
 
 def lint(arguments):
-    """Print the findings for a file. Return 1 if any finding is an error."""
+    """Print the findings of `lint`. Return 1 if at least one finding is an error."""
     import keras_dst
 
     path = arguments.model
@@ -139,7 +139,7 @@ def bench(arguments):
 
 
 def recommend(arguments):
-    """Print the method with the best measured accuracy, its figure, and the limits."""
+    """Print the recommended method, its measured accuracy, and notes."""
     from keras_dst.recommendation import recommend
 
     names = ("sparsity", "epochs", "pattern", "target")
@@ -151,15 +151,15 @@ def _show(report, as_json: bool) -> None:
 
 
 def _load(path: str, modules: Sequence[str] = ()):
-    """Return the model of a `.keras` file without compiling it.
+    """Load a model from a `.keras` file without compiling it.
 
     Args:
         path: the path of the file.
-        modules: names of modules to import first, from the current folder or from the installed
-            packages.
+        modules: names of modules that are imported first, for example to register custom layers.
+            The modules are in the current folder or installed. Defaults to no modules.
 
     Raises:
-        ValueError: if the file cannot be loaded, with the reason and a fix.
+        ValueError: if the file cannot be loaded. The message contains the reason and a fix.
     """
     import keras
 

@@ -1,19 +1,20 @@
-r"""Weight clustering: few distinct values per tensor (arXiv 1510.00149, section 3).
+r"""Weight clustering: replace the weights of a kernel by few distinct values (arXiv 1510.00149).
 
 ```text
 w_i = s_i c_{l_i}        l_i = argmin_k |w_i / s_i - c_k|        s_i = max |w| of the channel
 ```
 
-The values c come from k-means in one dimension. The search starts with evenly spaced values outside
-of the gap around zero that pruning leaves. Deviations from the paper:
+The values c_k are found by one-dimensional k-means. After pruning, no nonzero weight is close to
+zero. k-means starts with values that are evenly spaced outside this gap. Deviations from the paper:
 
-* The values are relative to the largest magnitude s of the output channel, and the values -1 and 1
-  do not change. Int8 quantization divides every channel by s, and batch normalization rescales the
-  channel. The int8 tensor therefore has as few distinct values as c.
-* Zero is always one of the values. No other weight becomes zero, so the sparsity does not change.
-* Fine-tuning is a projection: after a step of any optimizer, c_k becomes the mean of w / s over the
-  weights with this value. The paper sums the gradients of these weights instead, which gives the
-  same direction.
+* The values are relative to the largest magnitude s of each output channel. The values -1 and 1 do
+  not change. Quantization to int8 also divides each channel by s. An int8 tensor therefore has at
+  most one integer per value c_k.
+* Zero is always one of the values, and only zeros are assigned to it. The sparsity therefore does
+  not change.
+* During fine-tuning, the optimizer updates each weight individually. After each step, c_k is set to
+  the mean of w / s over all weights of cluster k. The paper instead sums the gradients of these
+  weights, which moves c_k in the same direction.
 """
 
 from __future__ import annotations
@@ -31,32 +32,33 @@ from keras_dst._utils.validation import check_integer
 from keras_dst.masks import Layout
 
 _ITERATIONS = 300
-_EQUAL = 1e-6  # Values that differ by less than float32 precision are equal.
+_EQUAL = 1e-6  # Numbers with a smaller difference count as equal, because the kernels are float32.
 
 
 def cluster_weights(model, clusters: int = 16, filters: Filters = None):
-    """Replace every kernel, in place, by a kernel with at most `clusters` distinct values.
+    """Change the kernels of a model in place so that each has at most `clusters` distinct values.
 
-    The values are relative to the largest magnitude of each output channel. An int8 file with one
-    scale per channel therefore has at most `clusters` distinct integers per tensor. Vela encodes
-    such tensors in fewer bytes. Zeros stay zeros and count as one value. A kernel with at most
-    `clusters` distinct values keeps its values, up to float32 rounding.
+    The distinct values are relative to the largest magnitude of each output channel. An int8 file
+    with one scale per channel therefore has at most `clusters` distinct integers per tensor, which
+    Vela compresses to fewer bytes. Zero weights stay zero, and zero counts as one of the values. A
+    kernel that already has at most `clusters` distinct values does not change, except for float32
+    rounding.
 
-    Fine-tune the model afterwards with `keras_dst.callbacks.KeepClusters`.
+    To fine-tune the model afterwards, use the callback `keras_dst.callbacks.KeepClusters`.
 
     Args:
-        model: Built Keras model without masks in the forward pass.
-        clusters: Largest number of distinct values per kernel, at least 4. Defaults to 16.
-        filters: Kernels to cluster: the path of a weight, a regular expression for whole paths, a
-            list of paths and expressions, or `callable(variable) -> bool`. Defaults to None, which
-            clusters all kernels.
+        model: Built Keras model without sparse layers.
+        clusters: Maximum number of distinct values per kernel, at least 4. Defaults to 16.
+        filters: Kernels to cluster: the path of a kernel, a regular expression that matches
+            whole paths, a list of paths and expressions, or a function that receives a variable and
+            returns a bool. Defaults to None, which clusters all kernels.
 
     Returns:
         The model.
 
     Raises:
         ValueError: If `clusters` is not a whole number of at least 4, if the model has sparse
-            layers, or if a kernel is not finite.
+            layers, or if a kernel contains NaN or infinite values.
 
     Example:
         >>> keras_dst.cluster_weights(model, clusters=16)
@@ -69,20 +71,21 @@ def cluster_weights(model, clusters: int = 16, filters: Filters = None):
 
 
 class KeepClusters(keras.callbacks.Callback):
-    """Callback that fine-tunes a model with few distinct values per kernel.
+    """Callback that keeps the number of distinct values per kernel small during fine-tuning.
 
-    When `fit` begins, the kernels are clustered by `keras_dst.cluster_weights`. Weights with equal
-    values stay equal: after every batch, each value becomes the mean of its weights. Zeros stay
-    zeros, and the largest weight of each output channel keeps its value. With
-    `steps_per_execution`, weights of one cluster may differ between two calls of the callback.
+    When `fit` begins, the callback clusters the kernels as `keras_dst.cluster_weights` does. After
+    each batch, it sets all weights of a cluster to their mean. Zero weights stay zero, and the
+    largest weight of each output channel does not change. With `steps_per_execution`, the callback
+    runs after several steps, and between these steps the weights of a cluster may differ.
 
     Args:
-        clusters: Largest number of distinct values per kernel, at least 4. Defaults to 16.
+        clusters: Maximum number of distinct values per kernel, at least 4. Defaults to 16.
         filters: Kernels to cluster, as for `keras_dst.cluster_weights`. Defaults to None, which
             clusters all kernels.
 
     Raises:
-        ValueError: In `fit`, for the same reasons as `keras_dst.cluster_weights`.
+        ValueError: If `clusters` is not a whole number of at least 4. `fit` raises a ValueError for
+            the same models as `keras_dst.cluster_weights`.
 
     Example:
         >>> model.fit(x, y, epochs=2, callbacks=[keras_dst.callbacks.KeepClusters(16)])
@@ -97,7 +100,8 @@ class KeepClusters(keras.callbacks.Callback):
         self._kernels = None
 
     def on_epoch_begin(self, epoch, logs=None):
-        if self._kernels is None:  # BackupAndRestore may restore weights in `on_train_begin`.
+        # `on_train_begin` is too early, because BackupAndRestore may restore weights there.
+        if self._kernels is None:
             self._kernels = _clustered_kernels(self.model, self.clusters, self.filters)
             self._project()
 
@@ -105,23 +109,23 @@ class KeepClusters(keras.callbacks.Callback):
         self._project()
 
     def on_train_end(self, logs=None):
-        self._project()  # The optimizer may have assigned averages of the weights.
+        self._project()  # The optimizer may have assigned its moving averages.
 
     def _project(self):
-        _ = self.model  # On JAX, this assigns the state of the running `fit` to the variables.
+        _ = self.model  # On JAX, this access copies the weights in `fit` to the variables.
         for kernel in self._kernels or ():
             kernel.project()
 
 
 @dataclass
 class _Kernel:
-    """Kernel and its clusters.
+    """Kernel whose weights are assigned to clusters.
 
     Attributes:
         variable: Variable of the kernel.
         scales: Largest magnitude of each output channel, in a shape that broadcasts to the kernel.
-        values: Values of the clusters, relative to the scales. The first value is 0.
-        labels: Index of the cluster of each weight, in the shape of the kernel.
+        values: Value of each cluster, relative to the scales. Cluster 0 has the value 0.
+        labels: Cluster index of each weight, in the shape of the kernel.
     """
 
     variable: Any
@@ -130,7 +134,10 @@ class _Kernel:
     labels: np.ndarray
 
     def project(self) -> None:
-        """Set every weight to the mean of its cluster. The values 0, -1 and 1 do not change."""
+        """Set each weight to the mean of its cluster.
+
+        Clusters with the values 0, -1 and 1 do not change.
+        """
         relative, labels = _array(self.variable) / self.scales, self.labels.ravel()
         counts = np.bincount(labels, minlength=len(self.values))
         sums = np.bincount(labels, relative.ravel(), minlength=len(self.values))
@@ -141,7 +148,7 @@ class _Kernel:
 
 
 def _clustered_kernels(model, clusters, filters) -> list[_Kernel]:
-    """Return the clusters of the selected kernels, without changing the weights."""
+    """Assign the weights of the selected kernels to clusters, without changing the weights."""
     check_integer(clusters, "clusters", 4)
     weights = [weight for weight in weights_of(model) if weight.prunable]
     masked = [weight.variable.path for weight in weights if weight.mask is not None]
@@ -178,25 +185,24 @@ def _clustered_kernel(variable, layout: Layout, clusters: int) -> _Kernel:
 
 
 def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
-    """Return the values that k-means in one dimension finds, in ascending order.
+    """Return the cluster centers of one-dimensional k-means, in ascending order.
 
-    The values -1 and 1 do not change.
+    If -1 or 1 is one of the numbers, it stays a center.
 
     Args:
         numbers: Sorted numbers in [-1, 1].
-        clusters: Number of values, at least 2.
+        clusters: Number of centers, at least 2.
 
     Returns:
-        At most `clusters` values. If there are at most `clusters` distinct numbers, these numbers
-        are the values.
+        At most `clusters` centers. If there are at most `clusters` distinct numbers, the centers
+        are these numbers.
     """
     if not len(numbers):
         return numbers
     starts = np.flatnonzero(np.diff(numbers, prepend=-2) > _EQUAL)
     if len(starts) <= clusters:
         return _with_fixed_ends(_means(numbers, starts), numbers)
-    # After pruning, no nonzero weight has a small magnitude. The first values therefore lie outside
-    # of this gap around zero.
+    # After pruning, no nonzero weight is close to zero. The initial centers lie outside this gap.
     split = np.searchsorted(numbers, 0)
     low, high = numbers[split - 1 : split + 1] if 0 < split < len(numbers) else (0.0, 0.0)
     values = np.linspace(numbers[0], numbers[-1] - (high - low), clusters)
@@ -216,7 +222,7 @@ def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
 
 
 def _means(numbers: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Return the mean of each section of an array of numbers.
+    """Return the mean of each section of an array.
 
     `starts` holds the first index of each section.
     """
@@ -236,5 +242,5 @@ def _nearest(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
 
 
 def _array(variable) -> np.ndarray:
-    """Return a variable in float64, so that sums of its weights are precise."""
+    """Return a variable as a float64 array, so that sums of its weights are precise."""
     return ops.convert_to_numpy(ops.convert_to_tensor(variable)).astype("float64")

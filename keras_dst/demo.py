@@ -1,4 +1,4 @@
-"""Demo on real data: train a sparse model, strip it, export it, and run the exported file."""
+"""Demo on real data: train a sparse model, strip it, export it and measure the exported file."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ SPARSITY = 0.9
 
 
 def run(epochs: int = 40, seed: int = 0, keep: str | None = None) -> dict:
-    """Train LeNet-300-100 on scikit-learn's digits, dense and with DST, and compare the files.
+    """Train LeNet-300-100 on scikit-learn's digits, once dense and once with DST.
+
+    Compare the files.
 
     Args:
-        epochs: Number of epochs of both training runs. Defaults to 40.
-        seed: Seed of both training runs. Defaults to 0.
-        keep: Path at which the sparse `.tflite` file is kept. Defaults to None, which deletes the
+        epochs: Number of epochs of each training run. Defaults to 40.
+        seed: Seed of each training run. Defaults to 0.
+        keep: Path where the sparse `.tflite` file is saved. Defaults to None, which deletes the
             file.
 
     Returns:
-        The figures of the printed table: accuracies, bytes, and the latency ratio.
+        A dict of the figures in the printed table: accuracies, bytes and the latency ratio.
     """
     from keras_dst.export import export_tflite
 
@@ -46,7 +48,7 @@ def run(epochs: int = 40, seed: int = 0, keep: str | None = None) -> dict:
         report = export_tflite(strip(sparse), path, inputs=test[0], evaluate=test)
     print(report)
     unencoded, *_, encoded = report.files
-    assert unencoded.latency  # The latency is measured by default.
+    assert unencoded.latency  # `export_tflite` measures latency by default.
     assert encoded.latency
     figures = {
         "accuracy_dense": _accuracy(dense, test),

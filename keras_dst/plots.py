@@ -1,4 +1,4 @@
-"""Plots of sparse models and of their training, with matplotlib."""
+"""Plots of sparse models and of training runs, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _MARKERS = "osD^vPX*"
 
 
 def density(report, ax=None):
-    """Draw a bar chart of the density of every prunable weight.
+    """Draw a bar chart with the density of each prunable weight.
 
     Args:
-        report: Result of `keras_dst.report`.
+        report: Report on a model, which `keras_dst.report` returned.
         ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
 
     Returns:
@@ -42,7 +42,7 @@ def density(report, ax=None):
     ax.bar_label(bars, [format_percent(row.density) for row in report.layers], padding=3)
     ax.axvline(1 - report.sparsity, color="gray", linestyle="--", zorder=0)
     ax.set_yticks(positions, [row.name for row in report.layers])
-    ax.set_ylim(max(len(report.layers), 1) - 0.5, -0.5)  # The first weight is at the top.
+    ax.set_ylim(max(len(report.layers), 1) - 0.5, -0.5)  # Draw the first weight at the top.
     ax.set_xlim(0, 1.2)  # Leave space for the labels.
     ax.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     ax.set_xlabel("density, the fraction of nonzeros (dashed: all these weights together)")
@@ -51,24 +51,26 @@ def density(report, ax=None):
 
 
 def masks(model, names: Filters = None, columns: int = 4):
-    """Draw a heat map of the kept entries of every prunable weight.
+    """Draw a heat map of each prunable weight that shows which entries are kept.
 
-    The rows of a heat map are inputs and its columns are output units. The window of a convolution
-    counts as inputs. If a weight has more than 64 inputs or outputs, a cell shows the density of
-    several entries. An entry counts as zero if it is 0 or masked, as in `report`.
+    The rows of a heat map are inputs and its columns are outputs. For a convolution, each pair of
+    window position and input channel is one row. If a weight has more than 64 inputs or outputs,
+    each cell shows the density of several entries. An entry counts as zero if it is 0 or pruned by
+    a mask, as in `report`.
 
     Args:
-        model: A built Keras 3 model: dense, sparse or stripped. It is not changed.
-        names: Weights to draw: None for all weights; the path of a weight, the name of a layer, a
-            regular expression for paths or names, or a list of such strings. Defaults to None.
-        columns: Number of heat maps per row. Defaults to 4.
+        model: A built Keras 3 model: dense, sparse or stripped. The model is not changed.
+        names: Weights to draw: the path of a weight, the name of a layer, a regular expression that
+            matches whole paths or names, or a list of such strings. Defaults to None, which draws
+            all weights.
+        columns: Maximum number of heat maps in a row of the figure. Defaults to 4.
 
     Returns:
         The figure.
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If the model has no prunable weight, or a name matches no weight.
+        ValueError: If the model has no prunable weight, or an entry of `names` matches no weight.
 
     Example:
         >>> keras_dst.plots.masks(model, ".*kernel").savefig("masks.png")
@@ -90,7 +92,7 @@ def masks(model, names: Filters = None, columns: int = 4):
     grid = grid[: len(weights)]
     for ax, weight in zip(grid, weights):
         image = _heat_map(ax, weight)
-    # The color scale is the square root of the density, so that low densities stay visible.
+    # Colors are proportional to the square root of the density, so that low densities are visible.
     ticks = [0, 0.01, 0.1, 0.25, 0.5, 1]
     figure.colorbar(image, ax=list(grid), label="density", ticks=ticks, aspect=12 * rows)
     figure.suptitle(f"{model.name}: density of inputs (rows) x outputs (columns)")
@@ -121,21 +123,25 @@ def _heat_map(ax, weight):
 
 
 def trade_off(results, ax=None, dense: float | None = None, metric: str = "accuracy"):
-    """Draw curves of a metric over the density, from dense to sparse.
+    """Plot a metric against the density, which decreases from left to right.
+
+    Each label is one curve.
 
     Args:
-        results: Mapping from labels to pairs `(sparsity, value)`. Several values at one sparsity,
-            such as the results of several seeds, are drawn as their mean and their range.
+        results: Dict from each label to a list of pairs `(sparsity, value)`. If a list has several
+            values for the same sparsity, for example from several seeds, their mean and their range
+            are drawn.
         ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
-        dense: Value of the dense baseline, drawn as a line. Defaults to None, which draws no line.
-        metric: Name of the metric, for the vertical axis. Defaults to `"accuracy"`.
+        dense: Value of the dense baseline, drawn as a horizontal line. Defaults to None, which
+            draws no line.
+        metric: Name of the metric, which labels the vertical axis. Defaults to `"accuracy"`.
 
     Returns:
         The axes.
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If there are no results, a sparsity is outside [0, 1), or a value is not finite.
+        ValueError: If `results` is empty, a sparsity is outside [0, 1), or a value is not finite.
 
     Example:
         >>> keras_dst.plots.trade_off({"DST": [(0.9, 0.981), (0.9, 0.979), (0.95, 0.973)]})
@@ -165,7 +171,7 @@ def trade_off(results, ax=None, dense: float | None = None, metric: str = "accur
 
 
 def _by_sparsity(label, pairs: Sequence) -> dict[float, list[float]]:
-    """Return the values at every sparsity, in order of increasing sparsity."""
+    """Return a dict from each sparsity to its values, in order of increasing sparsity."""
     found: dict[float, list[float]] = {}
     for sparsity, value in pairs:
         if not 0 <= sparsity < 1 or not math.isfinite(value):
@@ -176,13 +182,13 @@ def _by_sparsity(label, pairs: Sequence) -> dict[float, list[float]]:
         found.setdefault(round(float(sparsity), 6), []).append(float(value))
     if not found:
         raise ValueError(
-            f"results[{label!r}] must have a pair (sparsity, value). Received: no pairs"
+            f"results[{label!r}] must have at least one pair (sparsity, value). Received: no pairs"
         )
     return dict(sorted(found.items()))
 
 
 def _tick_at(ax, kept: Sequence[float]) -> None:
-    """Set ticks at the measured densities, without ticks that would be too close to each other."""
+    """Set ticks at the densities in `kept`, except for ticks that would be too close together."""
     ticks = [kept[-1]]
     for fraction in reversed(kept):
         if fraction < 0.8 * ticks[-1]:
@@ -192,24 +198,26 @@ def _tick_at(ax, kept: Sequence[float]) -> None:
 
 
 def history(history, names: Filters = None, ax=None):
-    """Draw the sparsity and the metrics of every epoch of a training run.
+    """Plot the sparsity and the metrics of a training run against the epoch.
 
-    Metrics within [0, 1], such as sparsity and accuracy, use the left axis. All other metrics, such
-    as most losses, use the right axis. Validation metrics are dashed, in the color of the training
-    metric. The curves of `SparseTraining(metric_at_target=...)` begin when the target is reached.
+    Metrics whose values are all in [0, 1], such as sparsity and accuracy, use the left axis. All
+    other metrics, such as most losses, use the right axis. The curve of a validation metric is
+    dashed and has the color of the training metric. The curves of
+    `SparseTraining(metric_at_target=...)` begin at the epoch in which the target sparsity is
+    reached.
 
     Args:
-        history: Return value of `fit`, or its dict of metrics.
-        names: Metrics to draw: None for all metrics; a name, a regular expression for whole names,
-            or a list of names and expressions. Defaults to None.
+        history: The `History` object that `fit` returned, or its dict `history.history`.
+        names: Metrics to plot: a name, a regular expression that matches whole names, or a list of
+            names and expressions. Defaults to None, which plots all metrics.
         ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
 
     Returns:
-        The left axes. `ax.figure.axes` holds the left and the right axes.
+        The axes with the left scale. `ax.figure.axes` also contains the axes with the right scale.
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If the history is empty, or a name matches no metric.
+        ValueError: If the history has no epoch, or an entry of `names` matches no metric.
 
     Example:
         >>> history = model.fit(x, y, epochs=20, callbacks=[keras_dst.callbacks.SparseTraining()])
@@ -237,7 +245,7 @@ def history(history, names: Filters = None, ax=None):
         for name, values in curves.items():
             base = name.removeprefix("val_")
             if base in shown:
-                interval = length // len(values)  # The interval equals `validation_freq` of `fit`.
+                interval = length // len(values)  # The `validation_freq` of `fit`.
                 epochs = interval * np.arange(1, len(values) + 1)
                 style = "-" if name == base else "--"
                 side.plot(epochs, values, style, color=f"C{bases.index(base)}", label=name)
@@ -252,26 +260,26 @@ def history(history, names: Filters = None, ax=None):
 
 
 def _curves_of(base: str, curves: Mapping) -> list:
-    """Return the training curve and the validation curve of a metric."""
+    """Return the training curve and the validation curve of a metric, as far as they exist."""
     return [values for name, values in curves.items() if name.removeprefix("val_") == base]
 
 
 def _is_fraction(values) -> bool:
-    """Return whether all known values are within [0, 1]."""
+    """Return whether all values except NaN are in [0, 1]."""
     known = values[~np.isnan(values)]
     return bool(np.all((known >= 0) & (known <= 1)))
 
 
 def _end_of(path: str, length: int = 30) -> str:
-    """Shorten a long path to its end, because the end identifies a weight better."""
+    """Shorten a long path. Keep its end, which identifies a weight better than its beginning."""
     return path if len(path) <= length else f"…{path[1 - length :]}"
 
 
 def sensitivity(report, ax=None):
-    """Draw a line for every weight: the metric over the sparsity of this weight.
+    """Plot the metric against the sparsity of a single weight, one curve per weight.
 
     Args:
-        report: Result of `keras_dst.sensitivity`.
+        report: Report that `keras_dst.sensitivity` returned.
         ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
 
     Returns:
@@ -295,7 +303,7 @@ def sensitivity(report, ax=None):
 
 
 def new_figure(width: float, height: float):
-    """Return a new pyplot figure of this size in inches, with a layout that fits its labels."""
+    """Return a new pyplot figure. `width` and `height` are in inches."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:

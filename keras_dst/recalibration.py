@@ -1,4 +1,4 @@
-"""Estimate the statistics of batch normalization again, after the weights have changed."""
+"""Estimate the moving statistics of batch normalization again after the weights have changed."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ from keras_dst.surgery import check_model
 
 
 def recalibrate(model, data, batch_size: int = 128, steps: int | None = None):
-    """Estimate the moving statistics of all batch normalizations again, in one pass over data.
+    """Estimate the moving statistics of all BatchNormalization layers again, in one pass over data.
 
-    One-shot pruning and `shrink` change the inputs of batch normalizations. The moving means and
-    variances are then wrong. The new statistics are the averages of the means and the variances of
-    all batches, weighted by the number of samples. The `momentum` of the layers has no effect. Only
-    batch normalizations run in training mode. Dropout, for example, is inactive. Frozen batch
-    normalizations and all other weights do not change. An error or an interrupt restores the old
-    statistics.
+    One-shot pruning and `shrink` change the inputs of BatchNormalization layers, so their moving
+    means and variances are no longer correct. The new statistics are averages over the means and
+    variances of all batches, weighted by the number of samples. The `momentum` of the layers has no
+    effect. All other layers run in inference mode, so that dropout, for example, is inactive.
+    Frozen BatchNormalization layers and all other weights do not change. After an error or an
+    interrupt, the old statistics are restored.
 
     Args:
         model: A built Keras 3 model: dense, sparse, stripped or shrunk. If the model was trained
-            with DCIL, only the pruned path gets new statistics, which inference uses.
-        data: Training data: an array of inputs, `(inputs, targets)`, a list or dict of arrays for a
-            model with several inputs, or an iterable of batches such as a `tf.data.Dataset`, a
-            `PyDataset` or a generator. A batch holds inputs, or `(inputs, targets)`.
-        batch_size: Number of samples in a batch, if the data are arrays. Defaults to 128.
-        steps: Number of batches to read. Defaults to None, which means all batches.
+            with DCIL, only the statistics of the pruned path are estimated, which inference uses.
+        data: Training data: an array of inputs, a tuple `(inputs, targets)`, a list or dict of
+            arrays for a model with several inputs, or an iterable of batches, such as a
+            `tf.data.Dataset`, a `PyDataset` or a generator. Each batch consists of inputs or is a
+            tuple `(inputs, targets)`.
+        batch_size: Number of samples per batch. Used only if the data are arrays. Defaults to 128.
+        steps: Number of batches to read. Defaults to None, which reads all batches.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: If `model` is not a Keras 3 model, or if `data` is of another type.
-        ValueError: If the model has no batch normalization to estimate, if a batch normalization
-            has `renorm=True`, or if the data have no batches.
+        TypeError: If `model` is not a Keras 3 model, or if `data` has an unsupported type.
+        ValueError: If the model has no trainable BatchNormalization layer, if such a layer has
+            `renorm=True`, or if the data contain no batch.
 
     Example:
         >>> keras_dst.recalibrate(keras_dst.shrink(model), x_train)
@@ -63,8 +64,8 @@ def recalibrate(model, data, batch_size: int = 128, steps: int | None = None):
                 seen += 1
         if not seen:
             raise ValueError(
-                "Expected at least one batch of data. Received: data without batches. A "
-                "generator can be read only once, so make a new generator."
+                "Expected at least one batch of data. Received: data without batches. Fix: create "
+                "a new generator, because a generator can be read only once."
             )
     except BaseException:
         for variable, value in before:
@@ -74,7 +75,7 @@ def recalibrate(model, data, batch_size: int = 128, steps: int | None = None):
 
 
 def _normalizations(model) -> list:
-    """Return the batch normalizations whose statistics training would update."""
+    """Return the BatchNormalization layers whose moving statistics are updated during training."""
     found = [
         layer
         for layer in _keras.flatten_layers(model)
@@ -83,15 +84,16 @@ def _normalizations(model) -> list:
     trained = [layer for layer in found if layer.trainable]
     if not trained:
         raise ValueError(
-            f"Expected a model with batch normalization. '{model.name}' has {len(found)} "
-            "BatchNormalization layers, and 0 of them are trainable. Set layer.trainable = True, "
-            "or do not call recalibrate, because other layers have no statistics."
+            f"Expected a model with trainable BatchNormalization layers. Received: '{model.name}' "
+            f"with {len(found)} BatchNormalization layers, none of which is trainable. Fix: set "
+            "layer.trainable = True, or do not call recalibrate, because other layers have no "
+            "moving statistics."
         )
     for layer in trained:
         if getattr(layer, "renorm", False):
             raise ValueError(
-                f"Expected batch normalizations without renorm. Received: '{layer.name}' with "
-                "renorm=True. Train for some steps instead."
+                f"Expected BatchNormalization layers without renorm. Received: '{layer.name}' with "
+                "renorm=True. Fix: train the model for some steps instead."
             )
     return trained
 
@@ -102,16 +104,16 @@ def _statistics(layer) -> list:
 
 @contextlib.contextmanager
 def _averaging(layer) -> Iterator[None]:
-    """Let a batch normalization average the statistics of all its calls within this context.
+    """Let a BatchNormalization layer average the statistics of all its calls inside the context.
 
-    At each call, the momentum is the fraction of all samples so far that earlier calls contained.
-    The moving statistics are then the cumulative averages.
+    The momentum of each call is the number of samples of all earlier calls, divided by the number
+    of samples including this call. The moving statistics are then cumulative averages.
     """
     momentum, call, samples = layer.momentum, layer.call, 0
 
     def averaged(inputs, *args, **kwargs):
         nonlocal samples
-        if not samples:  # The first momentum is 0, and 0 times infinity is NaN.
+        if not samples:  # Old infinite statistics would become NaN: 0 * inf.
             for variable in _statistics(layer):
                 variable.assign(np.zeros(variable.shape))
         before, samples = samples, samples + int(inputs.shape[0])
@@ -135,7 +137,7 @@ def _without_gradients():
 
 
 def _batches(data, batch_size: int) -> Iterator[Any]:
-    """Yield the inputs of every batch."""
+    """Yield the inputs of each batch."""
     if isinstance(data, tuple):
         data = data[0]
     if isinstance(data, keras.utils.PyDataset):

@@ -1,9 +1,10 @@
-"""Recommend a method for a sparsity, a pattern and a number of epochs.
+"""Recommend a pruning method for a sparsity, a pattern and a number of epochs.
 
-The tables contain the measured figures that a recommendation cites, because results/ is not
-installed with the package. A test compares the tables with results/. `Figure.method` is the method
-with the highest mean accuracy. If its lead over Magnitude does not exceed the sum of both standard
-deviations, `Figure.method` is Magnitude, which has the lowest cost.
+The folder results/ is not installed with the package. The figures on which recommendations are
+based are therefore copied to the tables of this module, and a test compares the tables with
+results/. `Figure.method` is the pruning method with the highest mean accuracy. If its accuracy
+exceeds that of Magnitude by no more than the sum of their standard deviations, `Figure.method` is
+Magnitude, the method with the lowest training cost.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from keras_dst.masks import Pattern
 
 @dataclass(frozen=True)
 class Figure:
-    """Measured comparison of methods.
+    """Measured comparison of pruning methods, for one pattern, sparsity and number of epochs.
 
     Attributes:
         method: Name of the recommended method.
-        pattern: Pattern of the zeros.
+        pattern: Sparsity pattern, such as `"1x4"`.
         sparsity: Fraction of zeros.
         epochs: Number of epochs of each training run.
-        net: Network and data set.
-        accuracy: Test accuracy of `method` in %, the mean over the seeds.
-        magnitude: Test accuracy of Magnitude in %, the mean over the seeds.
-        dense: Test accuracy of the dense network in %, or None if it was not trained.
-        compared: Number of compared methods, including variants of methods.
-        seeds: Number of training runs of each method.
-        source: Name of the folder in results/.
+        net: Names of the network and the data set.
+        accuracy: Test accuracy of `method` in percent, averaged over the seeds.
+        magnitude: Test accuracy of Magnitude in percent, averaged over the seeds.
+        dense: Test accuracy of the dense baseline in percent. None if it was not trained.
+        compared: Number of compared pruning methods. Variants count as methods.
+        seeds: Number of training runs per method, each with its own seed.
+        source: Name of the folder in results/ that contains the runs.
     """
 
     method: str
@@ -61,7 +62,7 @@ _LENET5 = "LeNet-5, MNIST"
 _LENET300 = "LeNet-300-100, MNIST"
 _WIDE_RESNET8 = "ResNet-8 of width 32 with a first stride of 2, CIFAR-10"
 
-#: One figure for each measured combination of pattern, epochs and sparsity.
+#: One figure per measured combination of pattern, number of epochs and sparsity.
 FIGURES = (
     Figure("DCIL", "unstructured", 0.95, 100, _RESNET32, 91.61, 89.97, 93.06, 6, 1, "papers"),
     Figure("Magnitude", "unstructured", 0.9, 5, _LENET5, 98.79, 98.79, 98.97, 10, 3, "methods"),
@@ -78,10 +79,10 @@ FIGURES = (
     Figure("Magnitude", "2:4", 0.5, 4, _WIDE_RESNET8, 71.19, 71.19, 72.76, 1, 1, "micro"),
 )
 
-#: Ratios to the dense int8 file, by target and by variant of the network `_WIDE_RESNET8`, from
-# results/micro. For an NPU, the ratios are bytes of the weights and cycles, both estimated by Vela.
-# For the target `micro` (TFLM), the ratios are bytes of the file without unread metadata, and bytes
-# of the arena.
+#: Costs of the network `_WIDE_RESNET8` on edge devices, relative to the dense int8 file, from
+# results/micro. The keys are the target, and the sparsity in percent or the pattern. For an NPU,
+# the two ratios are bytes of the weights and cycles, both estimated by Vela. For `micro` (TFLM),
+# they are bytes of the file without unread metadata, and bytes of the arena.
 TARGETS: dict[str, dict[str, tuple[float, float]]] = {
     "micro": {"80": (0.369, 4.897), "90": (0.275, 4.897), "95": (0.229, 4.897)},
     "ethos-u55-128": {
@@ -98,18 +99,19 @@ TARGETS: dict[str, dict[str, tuple[float, float]]] = {
     },
 }
 _CPUS = ("host", "arm", "any")
-# The NPU that represents each family, for example ethos-u55-128 for ethos-u55.
+# Measured NPU of each family, for example ethos-u55-128 of the family ethos-u55.
 _FAMILIES = {name[:9]: name for name in TARGETS if name != "micro"}
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Recommended method, and the measured figure that supports it.
+    """Recommended pruning method, and the measured comparison behind it.
 
     Attributes:
-        method: Call that creates the method, such as `"DCIL(sparsity=0.95)"`.
-        figure: Measured comparison of methods.
-        notes: Sentences about the limits of the figure, and about the target.
+        method: Python expression that creates the method, such as `"DCIL(sparsity=0.95)"`.
+        figure: Measured comparison of pruning methods.
+        notes: Sentences that say how the measured case differs from the request, and sentences
+            about the target.
     """
 
     method: str
@@ -117,7 +119,7 @@ class Recommendation:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict:
-        """Return the recommendation as a dict that JSON can store."""
+        """Return the recommendation as a dict that can be written as JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -128,25 +130,25 @@ class Recommendation:
 def recommend(
     sparsity: float, epochs: int, pattern: str = "unstructured", target: str | None = None
 ) -> Recommendation:
-    """Return the method with the best measured accuracy for a similar training run.
+    """Return the pruning method with the highest measured accuracy in a similar training run.
 
-    If the requested case was not measured, the figure is the nearest measured figure, and a note
-    says so. The nearest figure has the most similar pattern, then the most similar number of
-    epochs, then the most similar density.
+    If the requested case was not measured, the most similar measured case is used, and a note says
+    so. The pattern is compared first, then the number of epochs, then the density.
 
     Args:
-        sparsity: Fraction of zeros, between 0 and 1.
-        epochs: Number of epochs of the training run, at least 1.
-        pattern: Name of the pattern, in the form that methods accept. Defaults to `"unstructured"`.
-        target: Device that runs the model, as in `keras_dst.export_tflite`. Defaults to None, which
-            adds no note about a device.
+        sparsity: Fraction of weights to prune, between 0 and 1.
+        epochs: Number of epochs of your training run, at least 1.
+        pattern: Sparsity pattern, as in the argument `pattern` of pruning methods. Defaults to
+            `"unstructured"`.
+        target: Device that will run the model, as in the argument `target` of
+            `keras_dst.export_tflite`. Defaults to None, which adds no notes about a device.
 
     Returns:
-        The recommendation. `print` shows the method, the figure and the limits of the figure.
+        A `Recommendation`. `print` shows the method, the measured comparison and the notes.
 
     Raises:
-        ValueError: If an argument is out of range or unknown, or if an N:M pattern does not give
-            the sparsity.
+        ValueError: If an argument is out of range or unknown, or if `sparsity` differs from the
+            sparsity of an N:M pattern.
 
     Example:
         >>> print(recommend(0.95, epochs=100).method)
@@ -184,7 +186,7 @@ def recommend(
 
 
 def _measured_pattern(name: str, sparsity: float) -> str:
-    """Return the measured pattern that is most similar."""
+    """Return the most similar pattern for which figures exist."""
     pattern = Pattern(name)
     if pattern.n_of_m:
         kept, of = pattern.n_of_m
@@ -201,7 +203,7 @@ def _measured_pattern(name: str, sparsity: float) -> str:
 
 
 def _target_notes(target: str, pattern: str, sparsity: float) -> list[str]:
-    """Return notes about the effect of zeros on the target."""
+    """Return notes about the measured size and speed of sparse models on the target."""
     if target in _CPUS:
         return [
             f"No figure for the target {target}: keras_dst.export_tflite compares the latency of "

@@ -1,17 +1,18 @@
 """Sparse model files.
 
-`save_sparse` stores only the nonzero weights of a model, and `load_sparse` loads such a file.
+`save_sparse` saves a model without its zero weights, and `load_sparse` loads such a file.
 
 A sparse file is a `.keras` archive whose weights are stored in the safetensors format instead of
-HDF5. A weight is stored as a bitmap and its nonzero values in C order, if this takes fewer bytes.
-The bitmap has one bit per entry, 1 for a nonzero entry, most significant bit first:
+HDF5. A weight tensor is stored as a bitmap and its nonzero values in C order if this takes fewer
+bytes than the dense tensor. The bitmap has one bit per entry, which is 1 if the entry is nonzero.
+The most significant bit of a byte comes first.
 
 ```text
-bytes of a float32 weight = (density + 1/32) * bytes of the dense weight
+bytes of a float32 tensor = (density + 1/32) * bytes of the dense tensor
 ```
 
-The archive also holds the structure of the HDF5 file. With this structure, `load_sparse` rebuilds
-the `.keras` archive and lets Keras load it.
+The archive also stores the names, types and attributes of the HDF5 file. From these, `load_sparse`
+rebuilds the original `.keras` archive, which Keras then loads.
 """
 
 from __future__ import annotations
@@ -41,17 +42,17 @@ _FORMAT = 1
 
 
 def save_sparse(model, path, include_optimizer: bool = False) -> None:
-    """Save a model in one file that holds only its nonzero weights.
+    """Save a model in one file that stores only its nonzero weights.
 
-    A float32 weight takes about (density + 1/32) of its dense bytes. The write is atomic, and an
-    error leaves no file. Pruned weights are stored as zeros. Use `model.save` to also keep the
-    values of masked weights under their masks.
+    A float32 tensor takes about (density + 1/32) times the bytes of the dense tensor. The file is
+    written atomically, so an error leaves no incomplete file. All pruned weights are zero in the
+    file. If the values under the masks are needed later, use `model.save` instead.
 
     Args:
         model: a built Keras 3 model: sparse, stripped or dense.
         path: path of the file. An existing file is replaced.
-        include_optimizer: whether to store the optimizer and the arguments of `compile`, for
-            further training. Defaults to False.
+        include_optimizer: whether to store the optimizer and the arguments of `compile`, so that
+            training can be continued. Defaults to False.
 
     Raises:
         TypeError: if `model` is not a Keras 3 model.
@@ -89,19 +90,21 @@ def save_sparse(model, path, include_optimizer: bool = False) -> None:
 
 
 def load_sparse(path, custom_objects=None, safe_mode: bool = True) -> keras.Model:
-    """Load a model that `save_sparse` wrote, with exactly the same weights.
+    """Load a model from a file that `save_sparse` wrote. Nonzero weights are restored exactly.
 
     Args:
         path: path of the file.
-        custom_objects: dict from names to classes or functions, as for `keras.saving.load_model`.
-        safe_mode: whether to refuse `Lambda` layers with stored code. Defaults to True.
+        custom_objects: dict from names to custom classes or functions, as for
+            `keras.saving.load_model`. Defaults to None.
+        safe_mode: whether to refuse files with `Lambda` layers, because these layers execute code
+            from the file. Defaults to True.
 
     Returns:
-        The model. The model is compiled if the file was saved with `include_optimizer=True`.
+        The model. It is compiled if the file was saved with `include_optimizer=True`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file was not written by `save_sparse`, or is damaged.
+        FileNotFoundError: if there is no file at `path`.
+        ValueError: if the file was not written by `save_sparse` or is damaged.
         ImportError: if safetensors is not installed.
 
     Example:
@@ -142,7 +145,7 @@ def _damaged(path, error) -> ValueError:
 
 
 def _safetensors():
-    """Return a namespace with `save`, `load` and `SafetensorError` of safetensors."""
+    """Import safetensors, and return a namespace with its `save`, `load` and `SafetensorError`."""
     try:
         import safetensors
         import safetensors.numpy
@@ -156,7 +159,7 @@ def _safetensors():
 
 @contextlib.contextmanager
 def _zeros_under_masks(model) -> Iterator[None]:
-    """Set the masked weights of sparse layers to zero, and restore their values at the end."""
+    """Set the pruned weights of sparse layers to zero, and restore them after the context."""
     restored = []
     for layer in _keras.flatten_layers(model):
         if isinstance(layer, SparseMixin):
@@ -172,7 +175,7 @@ def _zeros_under_masks(model) -> Iterator[None]:
 
 
 def _encode(weights: h5py.File, include_optimizer: bool) -> tuple[dict, dict[str, np.ndarray]]:
-    """Return the structure of an HDF5 file without data, and its tensors.
+    """Split an HDF5 file into its structure, which can be stored as JSON, and its encoded tensors.
 
     A tensor is encoded as a bitmap and its nonzero values if this takes fewer bytes. A boolean
     tensor is always encoded as a bitmap.
@@ -194,7 +197,7 @@ def _encode(weights: h5py.File, include_optimizer: bool) -> tuple[dict, dict[str
         entry["sparse"] = bool(
             bitmap.nbytes + np.count_nonzero(kept) * values.itemsize < values.nbytes
         )
-        if values.dtype.kind == "b":  # The bitmap holds all boolean values.
+        if values.dtype.kind == "b":  # The bitmap already stores the boolean values.
             tensors[f"{name}:bitmap"] = bitmap
             entry["sparse"] = True
         elif entry["sparse"]:
@@ -210,7 +213,7 @@ def _encode(weights: h5py.File, include_optimizer: bool) -> tuple[dict, dict[str
 
 
 def _decode(structure: dict, tensors: dict[str, np.ndarray]) -> bytes:
-    """Return the HDF5 file, given the structure and the tensors that `_encode` returned."""
+    """Return the bytes of the HDF5 file that `_encode` split into `structure` and `tensors`."""
     content = io.BytesIO()
     with h5py.File(content, "w") as weights:
         weights.attrs.update(structure["attributes"])

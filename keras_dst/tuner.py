@@ -1,4 +1,4 @@
-"""Search with KerasTuner for a sparse model that is accurate, small or fast."""
+"""Hyperparameter search with KerasTuner for accurate, small or fast sparse models."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ __all__ = ["SparseHyperModel"]
 
 
 class SparseHyperModel(keras_tuner.HyperModel):
-    """KerasTuner hypermodel that trains each trial with `SparseTraining`.
+    """KerasTuner hypermodel that trains every trial with the callback `SparseTraining`.
 
-    The results of a trial are the logs of its last epoch, under names such as
-    `"final_val_accuracy"`. The sparsity target is reached in the last epoch, and KerasTuner keeps
-    the weights of this epoch. An earlier epoch is often more accurate, but less sparse. A trial
-    that misses its target fails with a message that states the deviation.
+    The results of a trial are the metrics of its last epoch, under names such as
+    `"final_val_accuracy"`. KerasTuner also keeps the weights of the last epoch, in which the target
+    sparsity is reached. An earlier epoch often has a higher accuracy, but also a lower sparsity. If
+    a trial misses its target sparsity, the trial fails, and the message states the deviation.
 
     Args:
-        build: function from hyperparameters to a compiled sparse model, as KerasTuner requires. The
-            function applies `sparsify` or `SparseOptimizer`. The hyperparameters can choose the
-            method or its arguments, such as sparsity, pattern or allocation.
-        export: arguments of `export_tflite`, such as `{"optimize": "size"}`. If given, every trial
-            exports a temporary file. The trial then has the results `"file_bytes"`, `"gzip_bytes"`,
-            `"latency"` (seconds, unless `measure=False`) and `"file_accuracy"` (with `evaluate`).
-            Defaults to None, which means no export.
-        score: function from the dict of results to a number, which becomes the result `"score"`.
-            The function can weigh accuracy against size or latency. Defaults to None, which adds no
-            result `"score"`.
+        build: function that receives KerasTuner's hyperparameters and returns a compiled sparse
+            model. The function must call `sparsify` or use `SparseOptimizer`. Hyperparameters can
+            select the pruning method or its arguments, such as sparsity, pattern or allocation.
+        export: arguments of `export_tflite`, such as `{"optimize": "size"}`. If `export` is given,
+            each trial exports a temporary file and adds the results `"file_bytes"`, `"gzip_bytes"`,
+            `"latency"` (in seconds, unless `measure=False`) and `"file_accuracy"` (if `evaluate` is
+            given). Defaults to None, which exports no file.
+        score: function that receives the dict of results and returns a number, for example a
+            weighted sum of accuracy and size. The number is added as the result `"score"`. Defaults
+            to None, which adds no score.
 
     Raises:
         TypeError: `build` is not a function, or `export` has an unknown argument.
@@ -76,14 +76,14 @@ class SparseHyperModel(keras_tuner.HyperModel):
         self.build_model, self.export, self.score = build, export, score
 
     def build(self, hp):
-        """Return the model that the `build` function creates."""
+        """Return a model that the function `build` creates."""
         return self.build_model(hp)
 
     def fit(self, hp, model, *args, callbacks=(), **kwargs):
-        """Train a model and return the results of the trial by name.
+        """Train a model, and return the results of the trial as a dict by name.
 
         Raises:
-            keras_tuner.errors.FailedTrialError: the trial missed its sparsity target.
+            keras_tuner.errors.FailedTrialError: the model missed its target sparsity.
         """
         given = [callback for callback in callbacks if isinstance(callback, SparseTraining)]
         sparse = given[0] if given else SparseTraining()
@@ -100,7 +100,7 @@ class SparseHyperModel(keras_tuner.HyperModel):
 
 
 def _exported(model, options: Mapping[str, Any]) -> dict[str, float]:
-    """Export a model. Return the file size, and the latency and accuracy if they were measured."""
+    """Export a model. Return the size of the file, and its latency and accuracy if measured."""
     with tempfile.TemporaryDirectory() as folder:
         file = export_tflite(model, pathlib.Path(folder) / "model.tflite", **options).files[-1]
     found = {

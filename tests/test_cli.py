@@ -273,8 +273,8 @@ def test_the_error_suggests_another_command(name, message, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("out.h5", "Expected a .keras file to write. Received: "),
-        ("out", "Expected a .keras file to write. Received: "),
+        ("out.h5", "Expected an output path that ends with .keras. Received: "),
+        ("out", "Expected an output path that ends with .keras. Received: "),
         ("no/out.keras", "Fix: create "),
     ],
 )
