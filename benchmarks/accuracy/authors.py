@@ -1,14 +1,14 @@
-"""Compare the methods of keras_dst with the code of the methods' authors: results/authors.
+"""Compare pruning methods of keras_dst with the code of their authors: results/authors.
 
 python -m benchmarks.accuracy.authors dst --code PATH --seeds 3
-    PATH is a checkout of the authors' repository, see REPOSITORIES.
+    Train with both. PATH is a checkout of the authors' repository, which is listed in REPOSITORIES.
 
 python -m benchmarks.accuracy.authors --table
     Write the table from the stored runs.
 
-The authors' code and keras_dst train the same network from the same initial weights, with the same
-data, epochs, batches, learning rate and momentum. Accuracy is the test accuracy after the last
-epoch. Runs that are already stored are skipped.
+Both implementations train the same network from the same initial weights, with the same data,
+number of epochs, batch size, learning rate and momentum. Accuracy is the test accuracy after the
+last epoch. Runs that are already stored are skipped.
 """
 
 import argparse
@@ -36,19 +36,19 @@ REPOSITORIES = {
 
 @dataclasses.dataclass
 class Case:
-    """A network, a method and a sparsity that keras_dst and the authors' code train."""
+    """Network, method and sparsity with which keras_dst and the authors' code are compared."""
 
     name: str
     family: str  # Key of REPOSITORIES.
     method: str  # Name in `benchmarks.accuracy.methods`.
     sparsity: float | None
     task: Task
-    schedule: Callable | None = None  # Schedule in keras_dst. None: the method's default.
-    options: dict = dataclasses.field(default_factory=dict)  # Further arguments of the method.
+    schedule: Callable | None = None  # Schedule in keras_dst. None: default.
+    options: dict = dataclasses.field(default_factory=dict)  # Other arguments of the method.
 
 
 def halvings(events):
-    """Yield a case of FlipOut and a case of magnitude pruning, with one pruning event per epoch."""
+    """Yield one case with FlipOut and one with magnitude pruning. Both prune once per epoch."""
     sparsity = 1 - 0.5**events
     task = dataclasses.replace(TASKS["mnist"], epochs=events + 1)
     schedule = functools.partial(Geometric, end=events / (events + 1), rate=0.5)
@@ -66,7 +66,7 @@ LENET = Task(
     rates=lambda rate, steps: rate,
 )
 LENET_5 = dataclasses.replace(TASKS["mnist"], epochs=10)
-# Keras and PyTorch define weight decay differently, so it is off.
+# No weight decay, because Keras and PyTorch define it differently.
 RESNET = dataclasses.replace(TASKS["cifar10"], decay=None)
 CASES = [
     Case("dst", "dst", "DST", None, LENET),

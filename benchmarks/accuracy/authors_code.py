@@ -1,12 +1,12 @@
 """Train a network with the code of a method's authors, on a CPU.
 
-`benchmarks.accuracy.authors` calls this module. This module imports the authors' modules from a
-checkout. Calls that need a GPU are replaced by functions that do nothing. Image loaders are
-replaced by loaders of arrays.
+`benchmarks.accuracy.authors` calls this module, which imports the authors' modules from a checkout
+of their repository. Function calls that need a GPU are replaced by functions that do nothing.
+Loaders of image files are replaced by loaders of arrays.
 
-Each function `NAME_net` builds the authors' network. Each function `NAME` takes (case, net, data,
-seed) and trains the network with the authors' loop. The result is a function from images to logits,
-and the masked weights.
+For each method, a function `METHOD_net` builds the authors' network, and a function `METHOD` trains
+this network with the authors' training loop. `METHOD` returns the masked weights and a function
+that maps images to logits.
 """
 
 import functools
@@ -61,7 +61,7 @@ def flipout_net():
 
 
 def flipout(case, net, data, seed):
-    """Train with a pruning event after every epoch except the last."""
+    """Train with FlipOut, and prune after every epoch except the last."""
     criterion = {"FlipOut": "flipout", "Magnitude": "global_magnitude"}[case.method]
     words = f"--prune_criterion {criterion} --prune_freq 1 --prune_rate 0.5 --opt sgd -mom 0.9"
     words += f" -lr {case.task.rate} -bs {case.task.batch} -e {case.task.epochs} --device cpu"
@@ -87,9 +87,9 @@ def flipout(case, net, data, seed):
 
 
 def optg_net():
-    """Return LeNet-5 built from the authors' convolutions.
+    """Return a LeNet-5 that consists of the authors' convolutions.
 
-    A dense layer becomes a convolution whose kernel is as large as its input.
+    Each dense layer is replaced by a convolution with a kernel as large as its input.
     """
     sys.argv = ["imagenet.py", "--config", f"{sys.path[0]}/configs/resnet50_cifar10.yaml"]
     from utils.conv_type import MySparseConv as Conv
@@ -102,9 +102,10 @@ def optg_net():
 
 
 def optg(case, net, data, seed):
-    """Train with the authors' loop, and raise the sparsity so that the sigmoid ends at the target.
+    """Train with the authors' loop so that the sparsity is at the target after the last epoch.
 
-    In a short training, the authors' sigmoid stops below the requested sparsity.
+    In a short training, the authors' sigmoid schedule ends below the requested sparsity. A higher
+    sparsity is therefore requested.
     """
     import imagenet as authors
 
@@ -131,7 +132,7 @@ def optg(case, net, data, seed):
 
 
 def dcil_net():
-    """Return the authors' ResNet with depth 8 and a stride of 2 in the first convolution."""
+    """Return the authors' ResNet with depth 8 and with stride 2 in the first convolution."""
     from pruning.dcil import mnn
     from pruning.models import resnet_mask
 
@@ -142,7 +143,7 @@ def dcil_net():
 
 
 def dcil(case, net, data, seed):
-    """Train with the authors' loop on parts of an epoch, and pass fractional epochs as time."""
+    """Train with the authors' loop, and pass fractional epochs to the authors' schedule."""
     import run_dcil as authors
 
     task, source = case.task, Augmented(*data[0], seed)
@@ -159,14 +160,14 @@ def dcil(case, net, data, seed):
         warmup_loss=task.epochs * 70 / 300,
     )
     authors.iterations = 0
-    authors.accuracy = lambda *_, **__: torch.zeros(2, 1)  # accuracy during training is not used
+    authors.accuracy = lambda *_, **__: torch.zeros(2, 1)  # Accuracies in training are unused.
     whole = nn.DataParallel(net)
     for epoch in range(task.epochs):
         for first in range(0, len(source), args.prune_freq):
             some = range(first, min(first + args.prune_freq, len(source)))
             part = [tensors(*source[i]) for i in some]
             now = epoch + first / len(source)
-            # `with_cosine_decay` sets the learning rate, so the schedule does nothing.
+            # `with_cosine_decay` sets the learning rate, so the authors' schedule must do nothing.
             loss, schedule = nn.CrossEntropyLoss(), mock.MagicMock()
             authors.train(args, part, now, whole, loss, optimizer, schedule)
         source.on_epoch_end()
@@ -181,7 +182,10 @@ LOOPS = {"dst": dst, "flipout": flipout, "optg": optg, "dcil": dcil}
 
 
 def prepare(code, family):
-    """Make the authors' modules importable, and replace modules that are not installed."""
+    """Make the authors' modules importable.
+
+    Replace the modules that they need but that are missing.
+    """
     sys.path[:0] = [str(code / "mnist" if family == "dst" else code)]
     missing = ["torchvision", "torchvision.models", "torchvision.transforms", "cv2"]
     for name in [*missing, "utils.data_loaders" if family == "flipout" else "data"]:
@@ -195,17 +199,17 @@ def prepare(code, family):
 
 
 def tensors(x, y):
-    """Return images (channels last) and labels as PyTorch tensors (channels first)."""
+    """Convert images (channels last) and labels to PyTorch tensors (channels first)."""
     return torch.from_numpy(np.moveaxis(x, -1, 1).copy()), torch.from_numpy(y).long()
 
 
 def loader(task, x, y):
-    """Return a loader of shuffled batches of equal size."""
+    """Return a data loader that shuffles the samples and yields batches of equal size."""
     return DataLoader(TensorDataset(*tensors(x, y)), task.batch, shuffle=True, drop_last=True)
 
 
 def with_cosine_decay(optimizer, task, steps_per_epoch):
-    """Return the optimizer with a learning rate that decays to 0 along a cosine in every step."""
+    """Change an optimizer so that its learning rate decays to 0 along a cosine, step by step."""
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.epochs * steps_per_epoch)
     optimizer.register_step_post_hook(lambda *_: cosine.step())
     return optimizer
@@ -217,7 +221,7 @@ def make(family, seed):
 
 
 def run(case, seed, data):
-    """Train and test the authors' network; return accuracy, sparsity and seconds."""
+    """Train and test the authors' network. Return its accuracy, its sparsity and the seconds."""
     net = make(case.family, seed)
     begin = time.perf_counter()
     logits, weights = LOOPS[case.family](case, net, data, seed)
@@ -236,12 +240,13 @@ def run(case, seed, data):
 
 
 def with_initial_weights(family, seed, model):
-    """Return the Keras model with the initial weights of the authors' network."""
+    """Copy the initial weights of the authors' network to the Keras model."""
     net = make(family, seed)
     modules = [m for m in net.modules() if getattr(m, "weight", torch.ones(1)).ndim > 1]
     for layer in model.layers:
         if isinstance(layer, (keras.layers.Conv2D, keras.layers.Dense)):
-            # Take the next weight of this size: the two lists order the projections differently.
+            # Take the next weight of this shape, because the lists order the projections
+            # differently.
             size = math.prod(layer.kernel.shape)
             module = next(module for module in modules if module.weight.numel() == size)
             modules.remove(module)

@@ -1,11 +1,11 @@
-"""Run the same training on three backends: results/backend_agreement.
+"""Compare the results of the same training on three backends: results/backend_agreement.
 
 python -m benchmarks.accuracy.backend_agreement mnist-mlp --seeds 3
 python -m benchmarks.accuracy.backend_agreement --table
 
-NumPy draws the initial weights and the order of the batches, so only the arithmetic of the backends
-differs. Networks, data and number of epochs are defined in `benchmarks.accuracy.methods`. Runs that
-are already stored are skipped.
+Initial weights and batch orders are drawn by NumPy, so that the backends differ only in their
+arithmetic. Networks, data and number of epochs are defined in `benchmarks.accuracy.methods`. Runs
+that are already stored are skipped.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PAIRS = list(itertools.combinations(BACKENDS, 2))
 
 
 def initialized_by_numpy(net, seed):
-    """Return a network with kernels from the normal distribution of He et al., drawn by NumPy."""
+    """Initialize the kernels of a network with NumPy, by the normal distribution of He et al."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -39,7 +39,7 @@ def initialized_by_numpy(net, seed):
 
 
 def train(task_name, seed, folder):
-    """Train with every method on this backend; write results and masks into the folder."""
+    """Train with each method on this backend, and save the results and masks in a folder."""
     import keras
     import numpy as np
 
@@ -70,7 +70,7 @@ def train(task_name, seed, folder):
 
 
 def compare(task_name, seed):
-    """Train on all backends; store the results of each backend and the overlap of the masks."""
+    """Train on all backends. Store the results of each backend and the overlap of the masks."""
     import numpy as np
 
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,9 +1,9 @@
-"""Compare the accuracy of methods that remove channels, at equal FLOPs: results/channels.
+"""Compare the accuracies of methods that prune channels, at equal FLOPs: results/channels.
 
-A dense network is trained once per seed. Every method then prunes it to a fraction of its FLOPs and
-trains it for the same number of epochs. The reported accuracy is measured on the shrunk model after
-the last epoch. Runs that are already stored are skipped. The dense networks are kept in
-build/channels.
+A dense network is trained once per seed. Each method then starts from this network, prunes it to a
+fraction of its FLOPs, and trains it for the same number of epochs. Accuracy is the test accuracy of
+the shrunk model after the last epoch. Runs that are already stored are skipped. The dense networks
+are saved in build/channels.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def network(name):
 
 
 def batches(x, y, seed):
-    """Return batches of randomly shifted and flipped images."""
+    """Return a data set whose batches contain randomly shifted and flipped images."""
     import keras
     import numpy as np
 
@@ -97,7 +97,10 @@ def train(model, data, rate, epochs, seed, method=None):
 
 
 def dense(net, data, seed, epochs):
-    """Return the path of the trained dense network, which is trained if it is not stored."""
+    """Return the path of the trained dense network.
+
+    Train the network if this file does not exist.
+    """
     import keras
 
     images = len(data[0][1])
@@ -115,7 +118,7 @@ def dense(net, data, seed, epochs):
 
 
 def prune(path, net, data, method, speedup, epochs, seed):
-    """Return the accuracy and the size of a dense network that a method has pruned."""
+    """Prune and train the dense network with a method. Return its accuracy and its size."""
     import keras
 
     import keras_dst
@@ -186,7 +189,7 @@ def _cell(runs) -> str:
 
 
 def add_options(parser, names):
-    """Add the options of a command that runs the methods with these names."""
+    """Add the command-line options that all commands of this benchmark share."""
     parser.add_argument("--nets", nargs="*", choices=NETS, default=list(NETS[:2]))
     parser.add_argument("--methods", nargs="*", choices=names, default=list(names))
     parser.add_argument("--speedups", nargs="*", type=int, default=list(SPEEDUPS))
@@ -196,11 +199,11 @@ def add_options(parser, names):
 
 
 def run_all(args, prune):
-    """Run and store all combinations of the options that are not stored yet.
+    """Run all combinations of the options that are not stored yet, and store their results.
 
     Args:
-        args: Options of `add_options`.
-        prune: Function that returns the figures of a run.
+        args: Parsed options, see `add_options`.
+        prune: Function that makes a run and returns its figures.
     """
     from benchmarks.data import cifar10
 

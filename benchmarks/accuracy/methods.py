@@ -1,18 +1,18 @@
-"""Train with all methods on the same networks, data and number of epochs: results/methods.
+"""Compare all methods on the same networks, data and number of epochs: results/methods.
 
 python -m benchmarks.accuracy.methods mnist --seeds 3
     Train LeNet-5 on MNIST for 5 epochs.
 
 python -m benchmarks.accuracy.methods cifar10 --seeds 1
-    Train ResNet-8 on CIFAR-10 for 3 epochs, with crops and flips. The first convolution halves the
-    resolution.
+    Train ResNet-8 on CIFAR-10 for 3 epochs, with crops and flips. The first convolution has stride
+    2.
 
 python -m benchmarks.accuracy.methods --table
     Write the table from the stored runs.
 
-Every method uses SGD with momentum 0.9, batch 128 and a cosine learning rate. No method is tuned.
-Accuracy is the test accuracy of the stripped model after the last epoch. Runs that are already
-stored are skipped.
+All methods are trained by SGD with momentum 0.9, batch size 128 and a cosine learning rate. The
+hyperparameters of the methods are not tuned. Accuracy is the test accuracy of the stripped model
+after the last epoch. Runs that are already stored are skipped.
 """
 
 import argparse
@@ -35,7 +35,7 @@ BATCH = 128
 
 
 class Shuffled(keras.utils.PyDataset):
-    """Batches in an order that NumPy draws in every epoch, so that it is equal on every backend."""
+    """Shuffled batches. NumPy draws their order, so that it is the same on every backend."""
 
     def __init__(self, x, y, seed):
         super().__init__()
@@ -54,7 +54,7 @@ class Shuffled(keras.utils.PyDataset):
 
 
 class Augmented(Shuffled):
-    """Batches of images that are shifted by up to four pixels and flipped."""
+    """Shuffled batches whose images are randomly shifted by up to four pixels and flipped."""
 
     def __getitem__(self, index):
         x, y = super().__getitem__(index)
@@ -67,13 +67,13 @@ class Augmented(Shuffled):
 
 
 def cosine(rate, steps):
-    """Return a learning rate that decays to 0 along a cosine."""
+    """Return a learning rate schedule that decays to 0 along a cosine."""
     return keras.optimizers.schedules.CosineDecay(rate, steps)
 
 
 @dataclass
 class Task:
-    """A network, its data and its training budget."""
+    """Network, its data, and the number of epochs of its training."""
 
     title: str
     net: Callable
@@ -83,7 +83,7 @@ class Task:
     decay: float | None = None
     batch: int = BATCH
     batches: type[Shuffled] | None = None  # If None, `fit` shuffles the arrays.
-    rates: Callable = cosine  # Returns the schedule for an initial rate and a number of steps.
+    rates: Callable = cosine  # Function from initial rate and number of steps to schedule.
 
 
 TASKS = {
@@ -100,7 +100,7 @@ TASKS = {
     ),
 }
 
-# Each function takes the sparsity and further arguments of the method.
+# Functions that create a method from its sparsity and other arguments.
 METHODS = {
     "dense": None,
     "random": functools.partial(SET, drop_fraction=0.0),
@@ -114,20 +114,20 @@ METHODS = {
     "DCIL": DCIL,
     "ST-3": ST3,
     "OptG": OptG,
-    # Consensus removes whole units. The cost of a unit is its number of weights, as for sparsity.
+    # Consensus removes whole units. The cost of a unit is its number of weights.
     "Consensus": lambda s: Consensus(s, cost="parameters"),
 }
 SPARSITIES = (0.9, 0.98)
-ALSO = {"Consensus": (0.5,)}  # the sparsity in the paper of Consensus
+ALSO = {"Consensus": (0.5,)}  # The sparsity in the paper of Consensus.
 
 
 def run(task, method_name, sparsity, seed, data, **options):
-    """Train, strip and test a network; return accuracy, sparsity and seconds."""
+    """Train, strip and test a network. Return its accuracy, its sparsity and the seconds."""
     return trained(task, method_name, sparsity, seed, data, **options)[1]
 
 
 def trained(task, method_name, sparsity, seed, data, **options):
-    """Train, strip and test a network; return the network and the results of the run."""
+    """Train, strip and test a network. Return the network and the results of the run."""
     make = METHODS[method_name]
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
@@ -144,7 +144,7 @@ def trained(task, method_name, sparsity, seed, data, **options):
     history = model.fit(
         *batches,
         batch_size=None if task.batches else task.batch,
-        shuffle=task.batches is None,  # `Shuffled` draws the order itself
+        shuffle=task.batches is None,  # `Shuffled` shuffles the batches.
         epochs=task.epochs,
         verbose=0,
         callbacks=[keras_dst.callbacks.SparseTraining()] if method else [],

@@ -1,11 +1,11 @@
-"""Train DST on MNIST with the recipe of the paper (arXiv 2005.06870): results/mnist.
+"""Train networks with DST on MNIST with the recipe of the paper (arXiv 2005.06870): results/mnist.
 
 python -m benchmarks.accuracy.mnist lenet-300-100 --seed 0 --target 0.975
 
-The recipe is SGD with learning rate 0.01 and momentum 0.9, batch 64, 20 epochs and pixels in [0,
-1]. The recipe uses neither weight decay nor augmentation. The paper gives no recipe for LSTMs; they
-use Adam with learning rate 0.001. Accuracy is the test accuracy of the stripped model after the
-last epoch.
+The recipe is SGD with learning rate 0.01 and momentum 0.9, batch size 64 and 20 epochs. Pixels are
+in [0, 1], and there is neither weight decay nor augmentation. The paper gives no recipe for LSTMs.
+They are trained by Adam with learning rate 0.001. Accuracy is the test accuracy of the stripped
+model after the last epoch.
 """
 
 import argparse

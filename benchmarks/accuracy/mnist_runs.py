@@ -10,7 +10,8 @@ import statistics
 from benchmarks import results
 from benchmarks.backends import run_on
 
-# Backend, model and target sparsity. None: alpha decides, as in the paper. "dense": the baseline.
+# Backend, network and target sparsity. With None, alpha determines the sparsity, as in the paper.
+# "dense" is the dense baseline.
 RUNS = [
     ("jax", "lenet-300-100", 0.97),
     ("tensorflow", "lenet-300-100", 0.97),

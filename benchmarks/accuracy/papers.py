@@ -1,9 +1,9 @@
-"""Train CIFAR-10 networks as long as in the papers, with one recipe: results/papers.
+"""Train networks on CIFAR-10 for as many epochs as in the papers: results/papers.
 
 python -m benchmarks.accuracy.papers resnet-32-16 DCIL 0.95 --seed 0 --minutes 10 --backup FOLDER
-    Train for ten minutes at most, and write a backup after every epoch. The same command
-    continues from the backup, on this machine or another one. The command that trains the last
-    epoch stores the run.
+    Train for at most ten minutes, and write a backup after each epoch. To continue from the backup,
+    repeat the command, on the same or on another machine. The command that trains the last epoch
+    stores the run.
 
 python -m benchmarks.accuracy.papers resnet-32-16 DCIL 0.95 --steps 20
     Train for a few steps of the first epoch, and print the loss. Nothing is stored.
@@ -11,10 +11,10 @@ python -m benchmarks.accuracy.papers resnet-32-16 DCIL 0.95 --steps 20
 python -m benchmarks.accuracy.papers --table
     Write the table from the stored runs.
 
-Recipe: SGD with Nesterov momentum 0.9, batch 128, L2 regularization of all trained weights, a
-cosine learning rate after five epochs of warm-up, random crops and flips. Accuracy is the test
-accuracy of the stripped model after the last epoch. Several runs may share one GPU. A thread
-prepares the images of the next epoch.
+All methods use the same recipe: SGD with Nesterov momentum 0.9, batch size 128, L2 regularization
+of all trained weights, a cosine learning rate after five epochs of warm-up, random crops and flips.
+Accuracy is the test accuracy of the stripped model after the last epoch. Several runs may share one
+GPU. A separate thread prepares the images of the next epoch.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from keras_dst.methods import DST, ST3
 
 BENCHMARK = "papers"
 BATCH = 128
-RATE, DECAY, WARMUP = 0.1, 5e-4, 5  # learning rate, weight decay, epochs of warm-up
+RATE, DECAY, WARMUP = 0.1, 5e-4, 5  # Learning rate, weight decay, epochs of warm-up.
 SPARSITIES = (0.9, 0.95, 0.98)
 METHODS = {
     **COMMON,
@@ -47,11 +47,13 @@ METHODS = {
 
 
 class Epochs(keras.utils.PyDataset):
-    """Epochs of shifted and flipped images, equal on every backend and after a restart.
+    """Epochs of randomly shifted and flipped images.
+
+    The images are the same on every backend, and also after a restart.
 
     Args:
-        x, y: Images as bytes, and their class labels.
-        seed: Seed of the order, the shifts and the flips.
+        x, y: Images with 8-bit pixels, and their class labels.
+        seed: Seed of the batch order, the shifts and the flips.
         epoch: Index of the first epoch to train.
     """
 
@@ -68,7 +70,7 @@ class Epochs(keras.utils.PyDataset):
         self.now, self.coming = self._images(), self.pool.submit(self._images)
 
     def _draw(self):
-        """Return the order of an epoch, and the shift and flip of every image."""
+        """Return the order of the images in an epoch, and the shift and flip of each image."""
         n = len(self.y)
         order = self.rng.permutation(n)
         shifts = self.rng.integers(0, 9, n), self.rng.integers(0, 9, n)
@@ -98,7 +100,7 @@ class Epochs(keras.utils.PyDataset):
 
 @keras.saving.register_keras_serializable("keras_dst.benchmarks")
 class WarmCosine(keras.optimizers.schedules.LearningRateSchedule):
-    """Learning rate that rises for `warm` steps, and then decays to 0 at step `total`."""
+    """Learning rate that rises for `warm` steps, and then decays to 0 until step `total`."""
 
     def __init__(self, rate, total, warm):
         self.rate, self.total, self.warm = rate, total, warm
@@ -124,7 +126,7 @@ def _convolved(x, filters, size, strides, l2):
 
 
 def _begin(x_train):
-    """Return the symbolic input of a network, and its output after standardization."""
+    """Return a symbolic input of images, and the standardized images."""
     x = x_train.astype("float32")
     mean, deviation = x.mean((0, 1, 2)), x.std((0, 1, 2))
     inputs = keras.Input((32, 32, 3), dtype="uint8")
@@ -163,7 +165,8 @@ def vgg_19(x_train):
     return _head(inputs, layers.Flatten()(x), l2)
 
 
-# Title and network. Titles state the channels, because papers use one name for different networks.
+# Title and network. Titles contain the numbers of channels, because papers use the same name for
+# different networks.
 NETS = {
     "resnet-32-16": ("ResNet-32 (16-32-64)", functools.partial(resnet, 32, 16)),
     "resnet-32-32": ("ResNet-32 (32-64-128)", functools.partial(resnet, 32, 32)),
@@ -173,11 +176,11 @@ NETS = {
 
 
 class Paused(Exception):
-    """Signal that the time limit of the command is reached. Training continues from the backup."""
+    """Signal that the time limit is reached. The next command continues from the backup."""
 
 
 class Log(keras.callbacks.Callback):
-    """Callback that logs every epoch to a file, and stops the training at the time limit."""
+    """Callback that logs each epoch to a file and stops the training at the time limit."""
 
     def __init__(self, path, minutes):
         super().__init__()
@@ -189,11 +192,11 @@ class Log(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self.start = time.monotonic()
         if self.first is None:
-            self.first = epoch  # Epochs after the backup are repeated.
+            self.first = epoch  # Repeat epochs that began after the backup.
             rows = [row for row in self.rows() if row["epoch"] <= epoch]
             self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         elif self.minutes and self.start - self.begin > 60 * self.minutes:
-            raise Paused  # The last epoch is in the backup.
+            raise Paused  # The backup contains the last epoch.
 
     def on_epoch_end(self, epoch, logs=None):
         row = {"epoch": epoch + 1, "seconds": time.monotonic() - self.start}
@@ -206,7 +209,7 @@ class Log(keras.callbacks.Callback):
 
 
 def compiled(net, method, seed, epochs, data, epoch=0):
-    """Return the compiled model of a run, and its training data starting at `epoch`."""
+    """Return the compiled model of a run, and its training data from the epoch `epoch` on."""
     keras.utils.set_random_seed(seed)
     (x, y), _ = data
     model = NETS[net][1](x)
@@ -220,7 +223,10 @@ def compiled(net, method, seed, epochs, data, epoch=0):
 
 
 def run(net, method_name, sparsity, seed, epochs, data, backup, minutes=None):
-    """Train to the last epoch; return the results of the run, or None at the time limit."""
+    """Train to the last epoch and return the results.
+
+    Return None if the time limit is reached before.
+    """
     backup.mkdir(parents=True, exist_ok=True)
     record = backup / "weights" / "training.json"
     epoch = json.loads(record.read_text())["epoch"] if record.exists() else 0
@@ -264,7 +270,7 @@ def name_of(net, method, sparsity, epochs, seed):
 
 
 def table_lines(runs):
-    """Return the lines of one table for every network and number of epochs."""
+    """Return the lines of the tables, one table per network and number of epochs."""
     found = collections.defaultdict(lambda: collections.defaultdict(list))
     for each in runs:
         target = "" if each["method"] == "dense" else each["target"]

@@ -11,8 +11,7 @@ from benchmarks import results
 from benchmarks.accuracy.methods import METHODS, TASKS, name_of, run
 
 BENCHMARK = "patterns"
-#: Names of the methods that score weights. These methods can prune single weights, blocks and
-#: channels.
+#: Methods that rank weights by scores, and can therefore prune single weights, blocks and channels.
 SCORED = [name for name in METHODS if name not in ("dense", "random", "Consensus")]
 PATTERNS = ("unstructured", "1x4", "1x16", "channel")
 SPARSITIES = (0.9, 0.95)

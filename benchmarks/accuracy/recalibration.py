@@ -1,9 +1,8 @@
-"""Measure the gain of `recalibrate` after one-shot pruning, and after `shrink`.
+"""Measure how much accuracy `recalibrate` gains after one-shot pruning and after `shrink`.
 
 python -m benchmarks.accuracy.recalibration
-    Train ResNet-8 on 20,000 images of CIFAR-10 for 3 epochs, prune single weights or channels
-    without further training, and write results/recalibration. Channels are removed by `shrink`.
-    Stored runs are not repeated.
+    Train ResNet-8 on 20,000 images of CIFAR-10 for 3 epochs, and prune single weights or channels.
+    The results are written to results/recalibration. Runs that are already stored are skipped.
 """
 
 import collections
@@ -20,13 +19,13 @@ from keras_dst.schedules import Constant
 BENCHMARK = "recalibration"
 IMAGES, EPOCHS, SEEDS = 20_000, 3, 3
 ONE_SHOT = {"unstructured": (0.5, 0.7), "channel": (0.25, 0.5)}
-TRAINED = 0.5  # fraction of the channels that is removed during an epoch of training
+TRAINED = 0.5  # Fraction of the channels that is pruned during an epoch of training.
 
 
 def pruned(model, method):
-    """Return a copy of a model that is pruned in one shot, without training.
+    """Prune a copy of a model in one shot, without further training, and return the copy.
 
-    If the method ranks channels, the copy is a smaller model without the pruned channels.
+    If the method ranks channels, the pruned channels are removed from the copy by `shrink`.
     """
     copy = keras.models.clone_model(model)
     copy.set_weights(model.get_weights())
@@ -39,12 +38,12 @@ def pruned(model, method):
         return keras_dst.strip(copy)
     keras_dst.couple_channels(copy)
     copy.optimizer.apply_initial_masks()
-    keras_dst.couple_channels(copy)  # The moving means of removed channels become 0.
+    keras_dst.couple_channels(copy)  # Set the moving means of pruned channels to 0.
     return keras_dst.shrink(keras_dst.strip(copy))
 
 
 def trained(model, x, y, method):
-    """Return a smaller copy of a model that is trained for an epoch while channels are removed."""
+    """Train a copy of a model for an epoch while pruning channels, and return the shrunk copy."""
     copy = keras.models.clone_model(model)
     copy.set_weights(model.get_weights())
     optimizer = keras.optimizers.SGD(cosine(0.02, len(y) // BATCH), momentum=0.9)

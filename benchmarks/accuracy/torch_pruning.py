@@ -1,8 +1,9 @@
 """Prune channels with Torch-Pruning, for the tables of results/channels and docs/models.md.
 
-This module runs in .venv-torch-pruning, which lacks keras_dst. `train` starts from the dense
-networks that `benchmarks.accuracy.channels` has stored, with its data, batches and budget. `count`
-prunes half of the channels of networks with random weights, and counts what is left.
+This module runs in the environment .venv-torch-pruning, in which keras_dst is not installed. The
+command `train` prunes the dense networks that `benchmarks.accuracy.channels` has saved, with the
+same data, batches and number of epochs. The command `count` prunes half of the channels of networks
+with random weights, and counts the remaining FLOPs and parameters.
 
 python -m benchmarks.accuracy.torch_pruning train [the options of benchmarks.accuracy.channels]
 python -m benchmarks.accuracy.torch_pruning count
@@ -22,7 +23,7 @@ from benchmarks.accuracy import channels
 from benchmarks.coverage import half_channels
 
 ROUND_TO, STEPS = 8, 200
-# Fraction of the epochs with the penalty of DepGraph, before the channels are removed.
+# Fraction of the epochs that are trained with the penalty of DepGraph, before channels are removed.
 SPARSE_LEARNING = {
     "Torch-Pruning, group L2": 0.0,
     "Torch-Pruning, group L2 and sparse learning": 0.5,
@@ -34,16 +35,16 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def convolution(inputs, filters, size, stride=1, epsilon=1e-5):
-    """Return the layers of a convolution without a bias and of its batch normalization."""
+    """Return a convolution without bias and a batch normalization, as a list of layers."""
     padding = size // 2
     found = [nn.Conv2d(inputs, filters, size, stride, padding, bias=False)]
-    if size > 1 and stride > 1:  # Keras pads an even size at the end only.
+    if size > 1 and stride > 1:  # Keras pads even sizes only at the end.
         found = [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(inputs, filters, size, stride, bias=False)]
     return [*found, nn.BatchNorm2d(filters, epsilon, momentum=0.1)]
 
 
 class Block(nn.Module):
-    """Two convolutions with a shortcut."""
+    """Residual block: two convolutions with a shortcut."""
 
     def __init__(self, inputs, filters, stride):
         super().__init__()
@@ -87,7 +88,7 @@ NETS = {
 def copy_weights(model, net) -> None:
     """Copy the weights of a Keras model to the same network in PyTorch.
 
-    The layers of each class have been created in the same order in both networks.
+    In both networks, the layers of each class were created in the same order.
     """
     kinds = {"Conv2D": nn.Conv2d, "BatchNormalization": nn.BatchNorm2d, "Dense": nn.Linear}
     axes = {"Conv2D": (3, 2, 0, 1), "BatchNormalization": (0,), "Dense": (1, 0)}
@@ -109,15 +110,16 @@ def copy_weights(model, net) -> None:
 
 
 def train(net, data, epochs, steps, seed, penalty=None) -> None:
-    """Train a network like `channels.train`, for the epochs in a range of the whole budget.
+    """Train a network as `channels.train` does, but only for the given epochs.
 
     Args:
         net: Network.
-        data: Images and classes.
-        epochs: Range of the epochs.
-        steps: Number of steps of the whole budget.
+        data: Images and class labels.
+        epochs: Range of the epochs to train.
+        steps: Number of steps of the whole training.
         seed: Seed of the batches.
-        penalty: Function that adds the gradients of a penalty. Defaults to no penalty.
+        penalty: Function that adds the gradients of a penalty to the gradients of the loss.
+            Defaults to no penalty.
     """
     batches = channels.batches(*data, seed)
     batches.epoch = epochs.start
@@ -136,7 +138,7 @@ def train(net, data, epochs, steps, seed, penalty=None) -> None:
             loss.backward()
             if penalty:
                 penalty(net)
-            with torch.no_grad():  # Keras subtracts the decay outside of the momentum.
+            with torch.no_grad():  # As in Keras, weight decay bypasses the momentum.
                 for w in net.parameters():
                     w.mul_(1 - now * channels.DECAY)
             optimizer.step()
@@ -155,7 +157,7 @@ def accuracy(net, data) -> float:
 
 @torch.no_grad()
 def cost(net, x) -> dict:
-    """Return the FLOPs and the parameters of a network, counted as `keras_dst.report` counts."""
+    """Return the FLOPs and the parameters of a network, counted as in `keras_dst.report`."""
     flops = 0
 
     def count(module, _, output):
@@ -173,7 +175,7 @@ def cost(net, x) -> dict:
 
 
 def prune(net, x, speedup) -> None:
-    """Remove channels in small steps until the FLOPs are divided by `speedup`."""
+    """Remove channels in small steps until the FLOPs have decreased by the factor `speedup`."""
     before = cost(net, x)["flops"]
     pruner = pruner_of(net, x, pruning_ratio=0.95, iterative_steps=STEPS, global_pruning=True)
     for _ in range(STEPS):
@@ -183,7 +185,7 @@ def prune(net, x, speedup) -> None:
 
 
 def pruner_of(net, x, **options):
-    """Return the pruner of DepGraph, which ranks groups of channels by their L2 norm."""
+    """Return a pruner of DepGraph. It ranks groups of coupled channels by their L2 norm."""
     last = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
     importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
     return torch_pruning.pruner.GroupNormPruner(
@@ -192,7 +194,7 @@ def pruner_of(net, x, **options):
 
 
 def run(path, net_name, data, method, speedup, epochs, seed) -> dict:
-    """Return the accuracy and the size of a dense network that Torch-Pruning has pruned."""
+    """Prune and train the dense network with Torch-Pruning. Return its accuracy and its size."""
     import keras
 
     torch.manual_seed(seed)
@@ -224,7 +226,7 @@ def run(path, net_name, data, method, speedup, epochs, seed) -> dict:
 
 @functools.cache
 def torchvision_models():
-    """Return `torchvision.models`. The operators of the PyPI package need CUDA; no model here."""
+    """Import `torchvision.models` without the operators of the package, which need CUDA."""
     for op in ("nms", "qnms"):
         arguments = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
         torch.library.define(f"torchvision::{op}", arguments)

@@ -54,7 +54,7 @@ def test_arguments_out_of_range():
     with pytest.raises(ValueError, match=r"latency_ratio must be in \(0, 1\). Received: 1.5"):
         keras_dst.sparsity_at_latency(model, 1.5)
     keras_dst.sparsify(model, keras_dst.methods.DST())
-    with pytest.raises(ValueError, match="Expected a model without masks"):
+    with pytest.raises(ValueError, match="Expected a model without sparse layers"):
         keras_dst.sparsity_at_latency(model, 0.5)
 
 
