@@ -8,7 +8,8 @@ from keras_dst.optimizers import SparseOptimizer
 from keras_dst.surgery import SparsifyReport, sparsify, strip
 from keras_dst.version import __version__
 
-if TYPE_CHECKING:  # Type checkers, editors and the reference do not run `__getattr__`.
+# Type checkers, editors and the API reference do not run `__getattr__`.
+if TYPE_CHECKING:
     from keras_dst import plots
     from keras_dst._reporting.sensitivity import SensitivityReport, WeightSensitivity, sensitivity
     from keras_dst._reporting.sparsity import SparsityReport, WeightReport, report
@@ -30,8 +31,7 @@ if TYPE_CHECKING:  # Type checkers, editors and the reference do not run `__geta
     from keras_dst.recalibration import recalibrate
     from keras_dst.sparse_files import load_sparse, save_sparse
 
-# The modules for reports, export and plots are imported on first use, because training does not
-# need them.
+# Training does not need the modules for reports, export and plots. They are imported on first use.
 _LAZY = {
     "load_sparse": "sparse_files",
     "save_sparse": "sparse_files",

@@ -14,7 +14,7 @@ NAMES = ("global", "uniform", "erk")
 
 
 def check(allocation) -> None:
-    """Raise ValueError unless `allocation` is a known name or a dict of sparsities by name."""
+    """Raise ValueError unless `allocation` is a known name or a dict from names to sparsities."""
     if isinstance(allocation, Mapping):
         for name, sparsity in allocation.items():
             try:
@@ -73,8 +73,8 @@ def _erk(shapes, density):
     raw = np.array([sum(s) for s in shapes], "float64") / sizes
     full = np.zeros(len(sizes), bool)
     while True:
-        # Weights that would exceed density 1 stay dense. The other weights share the remaining
-        # density.
+        # Weights that would exceed density 1 stay dense. The remaining number of kept entries is
+        # distributed over the other weights.
         budget = density * sizes.sum() - sizes[full].sum()
         result = np.where(full, 1.0, 0.0)
         if not full.all():
@@ -104,17 +104,18 @@ def kept_counts(
     names: Sequence[str] = (),
     final_sparsity: float | None = None,
 ) -> np.ndarray:
-    """Return the numbers of entries to keep (int64): one total if global, otherwise one per weight.
+    """Return how many entries to keep (int64): one total if global, otherwise one count per weight.
 
-    The sum of the numbers is exactly `round((1 - sparsity) * size)`, unless the allocation is a
-    dict. A dict gives every named weight its own sparsity.
+    The sum of the counts is exactly `round((1 - sparsity) * size)`, where `size` is the number of
+    entries of all weights, unless the allocation is a dict. A dict gives every named weight its own
+    sparsity.
 
     Args:
         allocation, shapes, names: See `densities`.
         sparsity: Current fraction of zeros.
-        final_sparsity: Final fraction of zeros. The sparsities of a dict are final values. While
-            the sparsity still grows, they are multiplied by `sparsity / final_sparsity`. Defaults
-            to None, which leaves the sparsities unchanged.
+        final_sparsity: Final fraction of zeros. The sparsities in a dict are final values. As long
+            as `sparsity` is below its final value, each sparsity in the dict is multiplied by
+            `sparsity / final_sparsity`. Defaults to None, which leaves the sparsities unchanged.
 
     Example:
         >>> keras_dst.allocation.kept_counts("uniform", [(10, 10), (30, 10)], 0.9)
@@ -129,8 +130,8 @@ def kept_counts(
     counts = np.floor(exact + 1e-9).astype("int64")
     by_name = isinstance(allocation, Mapping)
     total = round(float(exact.sum()) if by_name else (1 - sparsity) * int(sizes.sum()))
-    # This is the largest-remainder method: entries lost by rounding down go to the largest
-    # remainders.
+    # Largest-remainder method: the entries that are left after rounding down go to the weights with
+    # the largest remainders.
     order = np.argsort(counts - exact, kind="stable")
     counts[order[: max(0, total - int(counts.sum()))]] += 1
     return np.minimum(counts, sizes)
@@ -139,10 +140,10 @@ def kept_counts(
 def floor_counts(shapes: Sequence[Sequence[int]], sparsity: float) -> np.ndarray:
     """Return the minimum number of entries that a global ranking keeps in every weight (int64).
 
-    A weight keeps at least one entry, and a quarter of the entries that `"erk"` would keep. A
-    global ranking of a trained network rarely reaches this minimum. Without the minimum, a global
-    ranking at 98 % sparsity may keep only single entries of a layer, which then passes no signal
-    on.
+    A weight keeps at least one entry, and at least a quarter of the entries that `"erk"` would
+    keep. A global ranking of a trained network rarely reaches this minimum. Without the minimum, a
+    global ranking at 98 % sparsity may keep only single entries of a layer, which then passes no
+    signal on.
 
     Args:
         shapes: Shapes of the weights.
@@ -160,26 +161,26 @@ def floor_counts(shapes: Sequence[Sequence[int]], sparsity: float) -> np.ndarray
 def equal_drop(
     sparsities: Sequence[float], drops: np.ndarray, sizes: Sequence[int], sparsity: float
 ) -> np.ndarray:
-    """Return the sparsities of all weights that minimize the largest drop of the metric.
+    """Return one sparsity per weight tensor, so that the largest drop of the metric is minimal.
 
-    Every weight is pruned until it costs the same drop of the metric. That drop is chosen so that
-    the total sparsity meets the target. Curves are linear between the measured points. Each curve
-    is made monotonic first. A drop that is below 0, or smaller than at a lower sparsity, is
-    replaced by the largest drop before it. If several solutions remain, the sparsities are as even
-    as possible.
+    Every weight tensor is pruned until its pruning causes the same drop of the metric. The drop is
+    chosen so that the total sparsity meets the target. Between the measured points, drops are
+    interpolated linearly. Each curve is made monotonic first: a drop becomes the largest drop at
+    the same or a lower sparsity, and at least 0. If several solutions remain, the sparsities are as
+    even as possible.
 
     Args:
         sparsities: Sparsities at which the drops were measured, increasing from 0.
-        drops: Drop of the metric when a single weight is pruned, as an array of shape (weights,
-            sparsities).
-        sizes: Numbers of entries of the weights.
+        drops: Drop of the metric when only one weight tensor is pruned, as an array of shape
+            (weight tensors, sparsities).
+        sizes: Number of entries in each weight tensor.
         sparsity: Fraction of zeros over all weights.
 
     Returns:
         A float64 array in [0, max(sparsities)], with one number per weight.
 
     Raises:
-        ValueError: If `sparsity` exceeds the measured sparsities, or if a drop is not finite.
+        ValueError: If `sparsity` exceeds the highest measured sparsity, or if a drop is not finite.
 
     Example:
         >>> drops = [[0.0, 0.1, 0.5], [0.0, 0.0, 0.1]]
@@ -196,8 +197,8 @@ def equal_drop(
     if not np.isfinite(drops).all():
         raise ValueError(f"Expected drops that are finite numbers. Received: {drops.tolist()}")
     drops = np.maximum.accumulate(np.maximum(drops, 0), axis=1)
-    # The small slope breaks ties, so that the curves are invertible.
+    # The small added slope makes every curve strictly increasing, so that the curve is invertible.
     drops = drops / (drops.max() or 1.0) + 1e-6 * grid
-    common = np.unique(drops)  # Between two of these drops, each sparsity is linear.
+    common = np.unique(drops)  # Between two entries of `common`, each sparsity is linear.
     shares = np.array([np.interp(common, curve, grid) for curve in drops])
     return np.array([np.interp(sparsity * counts.sum(), counts @ shares, row) for row in shares])

@@ -85,7 +85,8 @@ def ones(mask: Tensor, dtype) -> Tensor:
 
 
 def _upstream(args: tuple, upstream: Tensor) -> Tensor:
-    # torch passes the arguments and a keyword. TensorFlow and JAX pass only the upstream gradient.
+    # torch passes the arguments of the function, and the upstream gradient as a keyword argument.
+    # TensorFlow and JAX pass only the upstream gradient.
     return args[-1] if upstream is None else upstream
 
 
@@ -254,7 +255,7 @@ class Pattern:
         return _block_sizes(shape, self.block(shape, layout))
 
     def expand(self, groups: Tensor, shape: Sequence[int], layout: Layout = KERNEL) -> Tensor:
-        """Return the mask of a weight, given one value per group."""
+        """Expand one value per group to the mask of a weight, which has the given shape."""
         return spread(groups, self.block(shape, layout), shape)
 
     def __repr__(self):
@@ -272,7 +273,7 @@ def _block_sizes(shape: Sequence[int], block: Sequence[int]) -> np.ndarray:
 
 
 def pool(values: Tensor, block: Sequence[int]) -> Tensor:
-    """Return the means of all blocks, which are `ceil(n / b)` entries along every axis.
+    """Return the mean of every block. An axis of length `n` has `ceil(n / b)` blocks of length `b`.
 
     Args:
         values: Float tensor with a static shape.
@@ -316,8 +317,8 @@ def spread(groups: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor
 def n_of_m(scores: Tensor, n: int, m: int, axis: int = -2) -> Tensor:
     """Return a mask that keeps the `n` highest scores of every `m` consecutive scores.
 
-    Among equal scores, the earlier score is kept. If `m` does not divide the axis, the last group
-    is shorter and keeps up to `n` scores.
+    If several scores are equal, the earlier score is kept. If `m` does not divide the axis, the
+    last group is shorter and keeps up to `n` scores.
 
     Args:
         scores: Float tensor with a static shape.

@@ -1,4 +1,4 @@
-"""Penalties of the papers as Keras regularizers, which can also be used without a method."""
+"""Keras regularizers for the penalties in the pruning papers, usable without a pruning method."""
 
 import math
 
@@ -69,10 +69,12 @@ class Budget(keras.regularizers.Regularizer):
     """Penalty `weight * (sum(c g) / sum(c) - target)**2` on the cost of all open gates.
 
     Args:
-        target: Fraction of the cost that stays open, in (0, 1]: a number or a scalar tensor.
+        target: Target for the cost of the open gates, as a fraction of the cost of all gates, in
+            (0, 1]: a number or a scalar tensor.
         weight: Weight of the penalty. Defaults to 1.
-        costs: Cost of every gate, in any unit and in the shape of the gates. Defaults to None,
-            which means that all gates cost the same.
+        costs: Cost of every gate, as an array in the shape of the gates. Any unit can be used,
+            because only the ratios of the costs count. Defaults to None, which means that all gates
+            cost the same.
 
     Call arguments:
         x: Means of the gates over a batch, in [0, 1], of any shape.
@@ -90,7 +92,7 @@ class Budget(keras.regularizers.Regularizer):
     def __init__(self, target: float, weight: float = 1.0, costs=None):
         if isinstance(target, (int, float)) and not 0 < target <= 1:
             raise ValueError(
-                "target is the fraction of the cost that stays open, in (0, 1]. "
+                "target is the cost of the open gates as a fraction of the total cost, in (0, 1]. "
                 f"Received: target={target!r}"
             )
         self.target = target
@@ -109,5 +111,7 @@ class Budget(keras.regularizers.Regularizer):
 
 
 def _as_loss(x):
-    """Cast a penalty to the type of a model's loss, to which Keras adds all penalties."""
+    """Cast the input of a penalty to `floatx`, the type of the loss to which Keras adds the
+    penalty.
+    """
     return ops.cast(ops.convert_to_tensor(x), keras.config.floatx())

@@ -17,23 +17,23 @@ class Schedule(Configurable):
     """Base class of all schedules: pure functions from a fraction of training to a sparsity.
 
     A subclass overrides `curve`, which maps progress in [0, 1] to a value in [0, 1]. The value 0
-    stands for `initial_sparsity`, and 1 stands for `sparsity`.
+    means that the sparsity is `initial_sparsity`, and 1 means that the sparsity is `sparsity`.
 
     Args:
         sparsity: Final fraction of zeros, in [0, 1).
         initial_sparsity: Sparsity before the schedule begins, in [0, sparsity]. Defaults to 0.
-        begin, end: Fractions of training, in [0, 1], between which the sparsity changes. They
-            default to None, which means 0 and 0.75.
+        begin, end: Fractions of training, in [0, 1], between which the sparsity changes. The
+            defaults are None, which means 0 and 0.75.
         begin_step, end_step: Training steps between which the sparsity changes. Steps cannot be
             combined with `begin` and `end`. A custom loop without the `SparseTraining` callback
-            needs `begin_step` and `end_step`. They default to None.
+            needs `begin_step` and `end_step`. The defaults are None.
 
     Raises:
         ValueError: If a sparsity is outside [0, 1), or if the schedule ends before it begins. If
             both fractions and steps are given.
     """
 
-    # Fraction of training at which the sparsity is final if `end` is None.
+    # Fraction of training after which the sparsity is final, if `end` is None.
     _default_end = 0.75
 
     def __init__(
@@ -84,8 +84,8 @@ class Schedule(Configurable):
 
     @classmethod
     def from_config(cls, config):
-        # Old files may contain fractions and steps, because the fractions had numbers as defaults
-        # at first.
+        # Files of earlier versions may contain both fractions and steps, because the defaults of
+        # the fractions were numbers.
         if config.get("begin_step") is not None:
             config = {name: v for name, v in config.items() if name not in ("begin", "end")}
         return super().from_config(config)
@@ -100,7 +100,8 @@ class Schedule(Configurable):
         """Return the finished fraction of the change in sparsity.
 
         Args:
-            progress: Position between the beginning (0) and the end (1), a number or an array.
+            progress: Position between the beginning (0) and the end (1) of the schedule, a number
+                or an array.
         """
         raise NotImplementedError
 
@@ -110,21 +111,23 @@ class Schedule(Configurable):
         return float(value) if np.ndim(value) == 0 else value
 
     def __call__(self, fraction):
-        """Return the sparsity after this fraction of training, a number or an array in [0, 1]."""
+        """Return the sparsity after `fraction` of training, which is a number or an array in [0,
+        1].
+        """
         first, last = self._fractions
         span = max(last - first, np.finfo("float64").eps)
         return self._at_progress((np.asarray(fraction, "float64") - first) / span)
 
     @property
     def in_steps(self) -> bool:
-        """Whether the schedule is given in steps, so that the length of training is not needed."""
+        """Whether begin and end are given in steps, so that the length of training is not needed."""
         return self.begin_step is not None
 
     def span(self, total_steps: int | None) -> tuple[int, int]:
         """Return the first and the last step at which the sparsity changes.
 
         Args:
-            total_steps: Number of steps in the training run, or None if it is unknown.
+            total_steps: Number of steps in the training run, or None if the number is unknown.
 
         Raises:
             ValueError: If the schedule is given in fractions of training, and `total_steps` is
@@ -186,7 +189,8 @@ class Constant(Schedule):
         return np.ones_like(progress)
 
     def _at_progress(self, progress):
-        # Begin and end are equal, so the sparsity is 0 before this point and final after it.
+        # `begin` and `end` are equal. The sparsity is 0 before this point, and final from this
+        # point on.
         value = np.where(np.asarray(progress) >= 0, self.sparsity, 0.0)
         return float(value) if np.ndim(value) == 0 else value
 
@@ -253,7 +257,7 @@ class Geometric(Schedule):
 
     @property
     def jump_count(self) -> int:
-        """Number of jumps of a schedule with a rate."""
+        """Number of jumps, which is defined only if `rate` is given."""
         left = (1.0 - self.sparsity) / (1.0 - self.initial_sparsity)
         return max(1, math.ceil(math.log(left) / math.log(1.0 - self.rate) - 1e-9))
 
@@ -310,7 +314,7 @@ def as_schedule(sparsity, ramp: Callable[[float], Schedule]) -> Schedule:
 
     Args:
         sparsity: A number in [0, 1), or a `Schedule`, which is returned unchanged.
-        ramp: Function that creates the method's default schedule from a number.
+        ramp: Function that creates the method's default schedule, given the final sparsity.
 
     Raises:
         ValueError: If `sparsity` is neither a number in [0, 1) nor a `Schedule`.
@@ -331,7 +335,8 @@ def check_sparsity(value, name: str = "sparsity", alternative: str = "") -> None
     Args:
         value: Argument to check. Booleans are not accepted.
         name: Name of the argument for the error message.
-        alternative: Other allowed values for the error message. Defaults to an empty string.
+        alternative: Text about other allowed values, which is added to the error message. Defaults
+            to an empty string.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Base classes of all methods.
+"""Base classes of all pruning methods.
 
-A method is a small object with the arguments of its constructor, and with pure functions over
-weights, states and gradients. A method never changes a model. The classes differ in where the mask
-is applied:
+A pruning method is a small object. It stores the arguments of its constructor, and its functions
+are pure functions of weights, states and gradients. A pruning method never changes a model. The
+base classes differ in where the mask is applied:
 
 ```text
 UpdateMethod     in the optimizer step; the layers stay plain (Magnitude, FlipOut, SET, RigL)
@@ -11,9 +11,9 @@ TwoPathMethod    in the forward pass, which runs with and without the mask (DCIL
 UnitMethod       in the forward pass, on whole output units and their biases (Consensus)
 ```
 
-The functions of a method have three kinds of callers. The sparse layers call `build` and `apply`.
-`SparseOptimizer` calls `init`, `before`, `perturb` and `after` in every step. The drivers of the
-`SparseTraining` callback call `update` at every mask update, and `project` at the end of the
+The functions of a pruning method have three kinds of callers. The sparse layers call `build` and
+`apply`. `SparseOptimizer` calls `init`, `before`, `perturb` and `after` in every step. The drivers
+of the `SparseTraining` callback call `update` at every mask update, and `project` at the end of the
 schedule.
 """
 
@@ -55,10 +55,11 @@ class ScheduleState(NamedTuple):
 
 
 class Method(Configurable):
-    """Base class of all methods, which combine a score, an allocation, a schedule and a pattern.
+    """Base class of all pruning methods.
 
-    A method holds only numbers and names. Subclass `LayerMethod` if the mask is part of the forward
-    pass, and `UpdateMethod` if it is part of the optimizer step.
+    A pruning method combines a score, an allocation, a schedule and a pattern. It stores only
+    numbers and strings, no arrays. Subclass `LayerMethod` if the mask is part of the forward pass,
+    and `UpdateMethod` if it is part of the optimizer step.
 
     In all functions, `weights` is a list of tensors in Keras layout, and `states` is a list with
     one dict of tensors per weight. `layouts` lists the input and output axes of each weight.
@@ -75,12 +76,13 @@ class Method(Configurable):
         counted_in: Quantity whose removed fraction is the sparsity, if channels are coupled:
             `"channels"`, `"parameters"` or `"flops"`.
         round_to: The number of kept channels in a group is a multiple of this number. Groups with
-            fewer than twice as many channels are not rounded.
-        learned: True if the sparsity follows from training, False if it follows from a ranking.
-            A learned method gets its target one update ahead of time, and has a `project` function.
-        target_quantity: Name of the quantity that has a target, such as the sparsity, for use in
-            warnings.
-        driver: Full name of the callback that meets the target.
+            fewer than `2 * round_to` channels are not rounded.
+        learned: True if training determines the sparsity, and False if a ranking determines the
+            sparsity. If True, `update` already receives the target sparsity of the next update, and
+            the method needs a `project` function.
+        target_quantity: Name of the quantity that has a target, such as `"sparsity"`. Warnings use
+            this name.
+        driver: Import path of the callback that updates the masks and meets the target.
     """
 
     schedule: Schedule | None = None
@@ -98,27 +100,27 @@ class Method(Configurable):
     def schedule_over(self, epochs: float | None) -> Schedule | None:
         """Return the schedule for a training run with this number of epochs.
 
-        The driver calls this function when training begins. By default the schedule does not depend
-        on the number of epochs.
+        The driver calls this function when training begins. By default, the schedule does not
+        depend on the number of epochs.
 
         Args:
-            epochs: Number of epochs, or None if it is unknown.
+            epochs: Number of epochs, or None if the number is unknown.
         """
         return self.schedule
 
     def span(self, total_steps: int | None) -> tuple[int, int]:
-        """Return the first and the last step between which masks change.
+        """Return the first and the last step at which masks may change.
 
         Args:
-            total_steps: Number of steps in the training run, or None if it is unknown.
+            total_steps: Number of steps in the training run, or None if the number is unknown.
         """
         return self.schedule.span(total_steps) if self.schedule else (0, 0)
 
     def mask(self, w: Tensor, state: State, layout: Layout = KERNEL) -> Tensor:
         """Return the boolean mask of one weight, in the shape of the weight.
 
-        Drivers, reports, plots and `strip` call this function. By default the mask is a part of the
-        state.
+        Drivers, reports, plots and `strip` call this function. By default, the mask is
+        `state["mask"]`.
         """
         return ops.convert_to_tensor(state["mask"])
 
@@ -130,7 +132,7 @@ class Method(Configurable):
         kept: Tensor,
         now: ScheduleState,
     ) -> list[State]:
-        """Return new values of the states, with one dict of the changed entries per weight.
+        """Return the changed states, as one dict of new values per weight.
 
         The driver compiles this function and calls it at every mask update. By default, this
         function ranks the weights by their `scores` and returns new masks.
@@ -138,9 +140,9 @@ class Method(Configurable):
         Args:
             weights: All weights that the method prunes.
             states: States of these weights.
-            layouts: Axes of these weights.
-            kept: Number of weights to keep, int32: a vector with one number for all weights
-                together, or with one number per weight.
+            layouts: Input and output axes of each weight.
+            kept: Number of weights to keep, as an int32 vector: one entry for all weight tensors
+                together, or one entry per weight tensor.
             now: Position of this update in the training run.
         """
         new = self.rank(self.scores(weights, states), layouts, kept)
@@ -151,7 +153,7 @@ class Method(Configurable):
 
         The highest scores are kept.
 
-        `update` calls this function. Every method that ranks its weights defines this function.
+        `update` calls this function. Every method that ranks its weights must define this function.
         """
         raise NotImplementedError
 
@@ -164,19 +166,19 @@ class Method(Configurable):
     ) -> list[State]:
         """Return new values of the states that meet the final target exactly.
 
-        The driver calls this function after the last step of the schedule if the method is
-        `learned`. Every learned method with a schedule defines this function.
+        If the method is `learned`, the driver calls this function after the last step of the
+        schedule. If a method has `learned = True` and a schedule, it must define this function.
 
         Args:
             weights: All weights that the method prunes.
             states: States of these weights.
-            layouts: Axes of these weights.
+            layouts: Input and output axes of each weight.
             kept: Final number of weights to keep, as in `update`.
         """
         raise NotImplementedError
 
     def monitored(self, state: State) -> dict[str, Tensor]:
-        """Return the arrays or numbers of a state that are logged to TensorBoard, by name."""
+        """Return the values of a state to log to TensorBoard, as a dict from names to values."""
         return {}
 
     def kept_counts(
@@ -186,20 +188,20 @@ class Method(Configurable):
         sparsity: float,
         names: Sequence[str],
     ) -> np.ndarray:
-        """Return the number of weights to keep, in the form that `update` takes.
+        """Return the numbers of weights to keep, for the argument `kept` of `update`.
 
-        If channels are coupled, return the number of channels to keep, see `methods.channels`.
+        If channels are coupled, return the numbers of channels to keep, see `methods.channels`.
 
         Args:
             shapes: Shapes of all weights that the method prunes.
-            layouts: Axes of these weights.
+            layouts: Input and output axes of each weight.
             sparsity: Fraction of zeros over all weights.
-            names: Paths of the weights, which an allocation by name needs.
+            names: Paths of the weights, which are needed if the allocation is a dict.
         """
         final = self.schedule.sparsity if self.schedule else None
         pattern = Pattern(self.pattern)
         for shape, layout in zip(shapes, layouts):
-            # `block` raises an error if a weight lacks an axis for the pattern.
+            # This call raises an error if the weight lacks an axis that the pattern needs.
             pattern.block(shape, layout)
         if channels.groups_of(layouts):
             return channels.kept_counts(self, shapes, layouts, sparsity, names)
@@ -214,7 +216,7 @@ class Method(Configurable):
 
         Args:
             scores: Saliency of all weights, in the shapes of the weights.
-            layouts: Axes of these weights.
+            layouts: Input and output axes of each weight.
             kept: Number of weights to keep, as in `update`.
         """
         pattern = Pattern(self.pattern)
@@ -226,13 +228,13 @@ class Method(Configurable):
                 for s, layout in zip(scores, layouts)
             ]
         shapes = [tuple(s.shape) for s in scores]
-        together = kept.shape[0] == 1  # If not `together`, `kept` has one count per weight.
+        together = kept.shape[0] == 1  # Otherwise, `kept` has one count per weight.
         sizes = None
         if pattern.grouped:
             sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
         floors = self._floors(shapes, sizes, together)
-        # Reserve enough of the count for the largest groups, so that the first groups of every
-        # weight always fit.
+        # Increase `kept` if necessary, so that the minimum number of groups fits in every weight,
+        # even if its largest groups are kept.
         largest = np.array([int(n.max()) for n in sizes] if sizes else [1] * len(shapes))
         least = largest * (floors if self.min_kept else 1)
         kept = ops.maximum(kept, least.sum() if together else least)
@@ -245,8 +247,8 @@ class Method(Configurable):
         scores = ()  # Free the scores during the ranking, because they are as large as the weights.
         found = masks.top_k(groups, kept, sizes, [1] * len(groups))
         if together and floors.max() > 1:
-            # Minimum numbers of weights need a second ranking. The second ranking runs only if the
-            # first ranking leaves too few entries in a weight.
+            # The first ranking keeps at least one entry per weight. If a weight then has fewer
+            # entries than its minimum, a second ranking reserves the minimums.
             counts = ops.stack([ops.sum(ops.cast(mask, "int32")) for mask in found])
             too_few = ops.any(counts < ops.convert_to_tensor(floors, "int32"))
             found = ops.cond(
@@ -259,13 +261,13 @@ class Method(Configurable):
     def _floors(self, shapes, sizes, together) -> np.ndarray:
         """Return the minimum number of groups that every weight keeps.
 
-        `sizes` is None without groups.
+        `sizes` is None if the pattern has no groups.
         """
         if self.min_kept is None and together and self.schedule is not None:
             floors = allocations.floor_counts(shapes, self.schedule.sparsity)
             if sizes:
-                # The minimum is rounded down to whole groups. The minimums of all layers together
-                # then take at most a quarter of the kept weights.
+                # Minimums are rounded down to whole groups. The minimums of all layers then add up
+                # to at most a quarter of the kept weights.
                 floors = floors // [int(n.max()) for n in sizes]
         else:
             floors = np.array([self.min_kept or 1] * len(shapes))
@@ -327,7 +329,7 @@ def _kept_of_m(shape: Sequence[int], layout: Layout, n: int, m: int) -> int:
 
 
 def describe(value) -> str:
-    """Describe a value that was passed instead of a method, for an error message."""
+    """Return a description of a value that is not a valid method, for an error message."""
     if isinstance(value, type) and issubclass(value, Method):
         return f"the class {value.__name__}. Call it: {value.__name__}(...)"
     return repr(value) if isinstance(value, Method) else f"{value!r} of type {type(value).__name__}"
@@ -339,14 +341,14 @@ def describe(value) -> str:
 class LayerMethod(Method):
     """Base class of methods whose mask is part of the forward pass.
 
-    The state of a mask is a dict of layer variables. `sparsify` and the `Sparse*` layers take these
-    methods. By default, the state is a mask that every `update` ranks again, and the layer computes
-    with `w * mask`.
+    The state of a mask is a dict of layer variables. Pass these methods to `sparsify` or to a
+    `Sparse*` layer. By default, the state is a mask that every `update` computes again, and the
+    layer uses `w * mask`.
 
     Attributes:
         undecayed: Names of the states that are exempt from weight decay.
         snapshots: Mapping from a state's name to the name of another state. After every update, the
-            first state is set to a copy of the second state.
+            state with the first name becomes a copy of the state with the second name.
     """
 
     undecayed: tuple[str, ...] = ()
@@ -354,7 +356,7 @@ class LayerMethod(Method):
 
     @property
     def needs_driver(self) -> bool:
-        """Whether training fails without the callback `driver`. True if there is a schedule."""
+        """Whether the method needs the callback `driver`. By default, True if it has a schedule."""
         return self.schedule is not None
 
     def applies_to(self, layout: Layout) -> bool:
@@ -364,22 +366,22 @@ class LayerMethod(Method):
     def check(self, shape: Sequence[int], layout: Layout) -> None:
         """Raise ValueError if a weight of this shape cannot be pruned in the method's pattern.
 
-        `sparsify` calls this function for every weight. The error message becomes the reason that
-        the report states for a skipped layer.
+        `sparsify` calls this function for every weight. If `sparsify` skips the layer, its report
+        shows the error message as the reason.
         """
         Pattern(self.pattern).block(shape, layout)
 
     def build(self, layer, name: str, variable, layout: Layout) -> State:
         """Add the state of one weight to its layer, and return it as a dict of variables.
 
-        The layer calls this function once, after its weights exist. If the method has a schedule,
-        the dict needs an entry `"progress"` from `build_progress`.
+        The layer calls this function once, after its weights are created. If the method has a
+        schedule, the dict needs an entry `"progress"` from `build_progress`.
 
         Args:
-            layer: Sparse layer that holds the weight and has the function `add_weight`.
-            name: Name of the weight in the layer, which is the prefix for names of variables.
+            layer: Sparse layer that owns the weight. `layer.add_weight` creates the variables.
+            name: Name of the weight in the layer, used as the prefix of the names of new variables.
             variable: Keras variable of the weight.
-            layout: Axes of the weight.
+            layout: Input and output axes of the weight.
         """
         return {
             "mask": self.build_mask(layer, name, variable),
@@ -389,8 +391,8 @@ class LayerMethod(Method):
     def build_progress(self, layer, name: str):
         """Add the variable in which `SparseTraining` saves the position in the schedule.
 
-        The variable has three entries: the step, the optimizer's counter at this step, and the
-        length of the schedule.
+        The variable has three entries: the step, the value of the optimizer's counter at this step,
+        and the number of steps of the schedule.
         """
         return layer.add_weight(
             name=f"{name}_progress", shape=(3,), initializer="zeros", dtype="int32", trainable=False
@@ -407,7 +409,7 @@ class LayerMethod(Method):
         )
 
     def apply(self, w: Tensor, state: State, layout: Layout) -> Tensor:
-        """Return the masked weight for the forward pass, with the method's gradient.
+        """Return the masked weight for the forward pass, with the gradient that the method defines.
 
         The layer calls this function in every forward pass. By default, only kept weights get a
         gradient.
@@ -415,7 +417,7 @@ class LayerMethod(Method):
         Args:
             w: The weight, in the precision of its variable.
             state: State of the weight, as a dict of variables.
-            layout: Axes of the weight.
+            layout: Input and output axes of the weight.
         """
         return masks.masked(w, self.mask(w, state, layout))
 
@@ -432,7 +434,7 @@ def on_full_path() -> bool:
 def full_path() -> Iterator[None]:
     """Run all layers that are called within this context on the full path, without their masks.
 
-    The path is known while a step is traced, so the compiled step has no branch.
+    The path is fixed when a step is traced, so that the compiled step contains no branch.
 
     Example:
         >>> with keras_dst.methods.full_path():
@@ -448,7 +450,7 @@ def full_path() -> Iterator[None]:
 class TwoPathMethod(LayerMethod):
     """Base class of methods that train the model on a pruned path and a full path in every step.
 
-    Both paths share the weights. Every batch normalization has separate statistics, scales and
+    Both paths use the same weights. Every batch normalization has separate statistics, scales and
     offsets for each path. The loss is the sum of the losses of both paths. Inference uses the
     pruned path. A model can have only one two-path method.
 
@@ -468,14 +470,14 @@ class TwoPathMethod(LayerMethod):
         return masks.masked(w, mask)
 
     def path_divergence(self, state: State) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """Return a function that computes a penalty on the difference of the two paths.
+        """Return a function that computes a penalty on the difference between the two paths.
 
         The driver calls this function once when training begins. The returned function takes the
         logits of the pruned path and of the full path, with the classes on the last axis. The
-        result is the penalty of every entry. The returned function is called in every step, for
-        every output that is trained by a cross-entropy. The penalties are reduced like this
-        cross-entropy, with the same sample weights. Return None to train without a penalty, as this
-        base class does.
+        result contains one penalty per entry, so it has the shape of the logits without the last
+        axis. The returned function is called in every step, for every output that is trained by a
+        cross-entropy. The reduction and the sample weights of this cross-entropy also apply to the
+        penalties. Return None to train without a penalty, as this base class does.
 
         Args:
             state: State of the first weight that the method prunes, as a dict of variables.
@@ -486,10 +488,10 @@ class TwoPathMethod(LayerMethod):
 class UnitMethod(LayerMethod):
     """Base class of methods that prune whole output units together with their biases.
 
-    A gate of 0 or 1 multiplies all weights of an output unit. Layers that give the outputs of the
-    model are not pruned. The costs of the units may differ, and the target is then a fraction of
-    the total cost. By default, the state is one gate per unit, and every `update` opens the units
-    with the highest mean score.
+    A gate of 0 or 1 multiplies all weights of an output unit. Layers that compute the outputs of
+    the model are not pruned. If the units differ in cost, the target is a fraction of the total
+    cost. By default, the state is one gate per unit, and every `update` opens the units with the
+    highest mean score.
 
     Attributes:
         needs_use_counts: Whether `bind_layers` gets the number of multiplications per weight.
@@ -504,7 +506,7 @@ class UnitMethod(LayerMethod):
 
         Args:
             shape: Shape of the weight.
-            layout: Axes of the weight.
+            layout: Input and output axes of the weight.
 
         Example:
             >>> keras_dst.methods.UnitMethod.gate_shape((3, 3, 16, 8), keras_dst.masks.KERNEL)
@@ -540,11 +542,11 @@ class UnitMethod(LayerMethod):
         """Return the gates of a weight, 0 or 1, in the shape that `gate_shape` returns.
 
         The layer calls this function in every forward pass for its kernel and for its bias. By
-        default the gates are a part of the state.
+        default, the gates are `state["gate"]`.
 
         Args:
             state: State of the weight, as a dict of variables.
-            layout: Axes of the weight.
+            layout: Input and output axes of the weight.
         """
         return ops.convert_to_tensor(state["gate"])
 
@@ -562,23 +564,23 @@ class UnitMethod(LayerMethod):
         uses: Mapping[int, tuple[int | None, str | None]],
         layouts: Sequence[Layout],
     ) -> None:
-        """Connect all layers that use the method, for penalties that depend on all gates.
+        """Connect all layers that use the method, so that penalties can depend on all gates.
 
         The driver calls this function once when training begins. By default, this function does
         nothing.
 
         Args:
-            layers: All layers and gates that use the method.
-            uses: Mapping from the id of a weight's variable to a pair: the number of
-                multiplications of each entry per sample, and a message. If the number is None, the
-                message states why the number is unknown. The mapping is empty unless
-                `needs_use_counts` is true.
-            layouts: Axes of all weights of these layers. If the model has a graph, the layouts hold
-                the channels that are removed together.
+            layers: All sparse layers and `Gate` layers that use the method.
+            uses: Dict that maps `id(variable)` of each weight to a pair. The first item is the
+                number of multiplications per sample with one entry of the weight. If this number is
+                unknown, the first item is None, and the second item states the reason. The dict is
+                empty unless `needs_use_counts` is true.
+            layouts: Input and output axes of every weight in these layers. In a functional model,
+                the layouts also state which channels are removed together.
         """
 
     def cost_per_entry(self, state: State) -> float | None:
-        """Return the cost of one entry of a weight for the target.
+        """Return how much one entry of a weight counts towards the target, such as its FLOPs.
 
         Return None if all entries have the same cost.
 
@@ -593,7 +595,7 @@ class UnitMethod(LayerMethod):
 class UpdateMethod(Method):
     """Base class of methods whose mask is part of the optimizer step.
 
-    The state of a mask is a dict of `SparseOptimizer` variables. The layers stay plain Keras
+    The state of a mask is a dict of `SparseOptimizer` variables. The layers remain plain Keras
     layers. Every step calls the functions below in this order: `before`, `perturb`, the inner
     optimizer, `after`. By default, pruned weights get no gradient and stay 0.
 
@@ -603,8 +605,9 @@ class UpdateMethod(Method):
             are newly kept. Newly kept weights and their optimizer slots, such as momentum, start at
             0. If channels are coupled, `update` also returns an entry `"start"`: the initial values
             of the newly kept weights, in the shape of the weight.
-        reads_gradients: Whether the method computes with gradients instead of only masking them.
-            In distributed training, the replicas then sum their gradients first.
+        reads_gradients: Whether the method computes with the gradients, instead of only masking
+            them. If True, distributed training sums the gradients of all replicas before the method
+            reads them.
         reads_scales: Whether `scores` reads an entry `"scale"` in the states. If a normalization
             follows a weight, this entry holds the scales of the normalization, in a shape that
             broadcasts to the weight.
@@ -618,13 +621,14 @@ class UpdateMethod(Method):
     def init(self, kernels: Sequence, steps: int | None) -> list[dict[str, tuple[str, str]]]:
         """Return the states that the method keeps next to the mask, with one dict per weight.
 
-        The optimizer calls this function when it is built, and again when the length of training is
-        known. A dict maps the name of a state to `(initial value, dtype)`. The initial value is
-        `"zeros"`, or `"value"` for a copy of the weight. Every state has the shape of its weight.
+        The optimizer calls this function when the optimizer is built, and again when the number of
+        training steps is known. A dict maps the name of a state to `(initial value, dtype)`. The
+        initial value is `"zeros"`, or `"value"` for a copy of the weight. Every state has the shape
+        of its weight.
 
         Args:
             kernels: Keras variables of the pruned weights.
-            steps: Number of steps in the training run, or None if it is unknown.
+            steps: Number of steps in the training run, or None if the number is unknown.
         """
         return [{} for _ in kernels]
 
@@ -633,8 +637,8 @@ class UpdateMethod(Method):
     ) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:
         """Return weights and gradients for the inner optimizer, and a value for `after`.
 
-        The value for `after` can have any type; for example, it may hold the old signs of the
-        weights. By default, the gradients of pruned weights become 0.
+        The value for `after` can have any type. Example: a list with the signs of the weights
+        before this step. By default, the gradients of pruned weights become 0.
 
         Args:
             weights: All weights that the method prunes.
@@ -660,7 +664,7 @@ class UpdateMethod(Method):
     def after(
         self, carry: Any, weights: Sequence[Tensor], states: Sequence[State]
     ) -> tuple[list[Tensor], list[State]]:
-        """Return new weights, and new values of the states in the form that `update` returns.
+        """Return the new weights, and the changed states as one dict of new values per weight.
 
         By default, pruned weights become 0 again, because momentum or weight decay may have changed
         them.
@@ -673,7 +677,7 @@ class UpdateMethod(Method):
         return [self.masked(w, s) for w, s in zip(weights, states)], [{} for _ in weights]
 
     def followers_settled(self, step: Tensor, total: Tensor) -> bool | Tensor:
-        """Return whether biases and normalizations of pruned channels are 0 at this step.
+        """Return whether the biases and normalizations of pruned channels must be 0 at this step.
 
         The optimizer calls this function in every step if channels are coupled. By default, the
         function returns True.

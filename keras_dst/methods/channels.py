@@ -1,7 +1,7 @@
 """Ranking of coupled channels, which are removed from a model in groups.
 
 Several weights can compute the same channel of a model, for example all convolutions whose outputs
-are added. Removing a channel makes the model smaller only if all these weights lose it. The
+are added. A smaller model results only if the channel is removed from all these weights. The
 functions here therefore rank channels instead of output units:
 
 ```text
@@ -11,11 +11,11 @@ cost(n) = sum over weights of base (share of inputs kept) (share of outputs kept
 
 In these equations, `n` is the number of kept channels per group. A **group** is a set of channels
 that the same weights compute. All channels of a group have the same cost. The number of kept
-channels of a group is a multiple of `round_to`, because widths such as 9 or 17 are slow on most
-hardware.
+channels of a group is a multiple of `round_to`, because layers with, for example, 9 or 17 channels
+are slow on most hardware.
 
-`Layout.channels` connects a weight with its channels. `Layout.channels` is None for a weight whose
-output units are ranked separately, as in a model without a graph.
+`Layout.channels` states which channel each output unit of a weight computes. `Layout.channels` is
+None if the output units of a weight are ranked separately, for example in a subclassed model.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ Tensor = Any
 
 COUNTED_IN = ("channels", "parameters", "flops")
 
-# For a global ranking, the density is a whole number of parts, because counts are int32.
+# In a global ranking, the int32 argument `kept` holds the density in units of `1 / _PARTS`.
 _PARTS = 2**20
 
 
 class ChannelGroups:
-    """All groups of coupled channels of a model, and the cost of the model after removals.
+    """The groups of coupled channels in a model, and the cost of each weight.
 
     Channels have consecutive numbers: the channels of the first group come first, then the channels
     of the second group, and so on. Two objects with equal arguments are equal and have the same
@@ -53,9 +53,9 @@ class ChannelGroups:
             fractions of the inputs and of the outputs that belong to each group. The last column
             holds the fraction of inputs or outputs that are always kept.
         costs: Array of shape (weights, 2): the parameters and the FLOPs of every weight.
-        widths: Number of filters per channel of every group. The number exceeds 1 in a grouped
-            convolution, which loses whole groups of filters. Defaults to None, which means 1 in all
-            groups.
+        widths: For every group of channels, the number of filters per channel. The number exceeds 1
+            for a grouped convolution, from which whole groups of filters are removed. Defaults to
+            None, which means 1 in all groups.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class ChannelGroups:
         return total(array(base[used] / base.sum()) * inputs * outputs)
 
     def rounding_step(self, method) -> float:
-        """Return the largest change of the removed fraction if one group is rounded by one step."""
+        """Return the largest change in sparsity when one group loses one rounding step."""
         step, _ = _steps(self, method)
         whole = self.sizes.astype("float64")
         each = [
@@ -131,7 +131,7 @@ class Channels:
     """Channels that the output units of one weight compute. Equal objects have equal hashes.
 
     Args:
-        ids: Number of the channel of every output unit, or -1 for a unit that is always kept.
+        ids: For every output unit, the index of its channel, or -1 if the unit is always kept.
         groups: The groups of the model.
     """
 
@@ -161,14 +161,14 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
 
     With `allocation="global"`, return a single number: the density in parts of 2**20.
 
-    Every group is pruned to its density. One factor scales all densities, so that the removed
-    fraction of channels, parameters or FLOPs is nearest to the sparsity. Groups that are named in a
-    dict of sparsities get their own sparsity. The other groups are pruned to meet the target.
+    Every group is pruned to its density. All densities are scaled by the same factor, so that the
+    removed fraction of channels, parameters or FLOPs is as close as possible to `sparsity`. A group
+    that the allocation names gets its own sparsity. The other groups are pruned to meet the target.
 
     Args:
-        method: Method with `allocation`, `counted_in`, `round_to` and `min_kept`.
+        method: Pruning method that defines `allocation`, `counted_in`, `round_to` and `min_kept`.
         shapes, layouts, names: Shapes, axes and paths of all weights that the method prunes.
-        sparsity: Fraction that is removed at the current step.
+        sparsity: Sparsity at the current step.
     """
     target = 1 - sparsity
     if method.allocation == "global":
@@ -192,7 +192,7 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
     def share(counts):
         return float(groups.kept_share(counts, method.counted_in))
 
-    # Bisection ends with two densities whose counts enclose the target.
+    # Bisect for the density. The kept fraction exceeds the target at `high`, but not at `low`.
     low, high = 0.0, 1.0
     if share(rounded(target)) <= target:
         low = target
@@ -202,8 +202,8 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
         middle = (low + high) / 2
         low, high = (middle, high) if share(rounded(middle)) <= target else (low, middle)
     counts, more = rounded(low), rounded(high)
-    # This is the largest-remainder method: groups whose two counts differ get the larger count in
-    # turn.
+    # Largest-remainder method: starting with the largest remainder, a group gets its count at
+    # `high` if this moves the kept fraction closer to the target.
     remainder = exact(high) / step - np.floor(exact(high) / step)
     for group in np.argsort(-remainder, kind="stable"):
         trial = counts.copy()
@@ -214,7 +214,7 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
 
 
 def _steps(groups: ChannelGroups, method) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for every group, the step and the minimum of the number of kept channels."""
+    """Return, for every group, the rounding step and the minimum number of kept channels."""
     step = method.round_to // np.gcd(method.round_to, groups.widths)
     step = np.where(groups.sizes >= 2 * step, step, 1)
     return step, np.minimum(np.maximum(step, method.min_kept or 1), groups.sizes)
@@ -223,7 +223,8 @@ def _steps(groups: ChannelGroups, method) -> tuple[np.ndarray, np.ndarray]:
 def _own_densities(method, layouts, sparsity, names, groups) -> np.ndarray:
     """Return the density of every group that the allocation names, and NaN for other groups.
 
-    If several weights of a group are named, the group has the highest of their densities.
+    If the allocation names several weights of a group, the group gets the highest of their
+    densities.
     """
     own = np.full(len(groups.sizes), np.nan)
     if not isinstance(method.allocation, Mapping):
@@ -238,7 +239,7 @@ def _own_densities(method, layouts, sparsity, names, groups) -> np.ndarray:
 
 
 def _mean_of_members(values, layouts, groups) -> np.ndarray:
-    """Return the mean of one value per weight over the weights of every group."""
+    """Return, for every group, the mean value of its weights, given one value per weight."""
     total, count = np.zeros(len(groups.sizes)), np.zeros(len(groups.sizes))
     for value, members in zip(values, _groups_by_weight(layouts, groups)):
         total[members] += value
@@ -247,7 +248,7 @@ def _mean_of_members(values, layouts, groups) -> np.ndarray:
 
 
 def _groups_by_weight(layouts, groups) -> list[np.ndarray]:
-    """Return the indices of the groups of every weight."""
+    """Return, for every weight, the indices of its groups."""
     ids = [layout.channels.ids if layout.channels else np.zeros(0, int) for layout in layouts]
     return [np.unique(groups.owner[i[i >= 0]]) for i in ids]
 
@@ -259,10 +260,10 @@ def rank(method, scores: Sequence[Tensor], layouts: Sequence[Layout], kept: Tens
     """Return boolean masks that keep the channels with the highest scores.
 
     Args:
-        method: Method with `allocation`, `counted_in`, `round_to` and `min_kept`.
+        method: Pruning method that defines `allocation`, `counted_in`, `round_to` and `min_kept`.
         scores: Saliency of all weights, in the shapes of the weights.
-        layouts: Axes and channels of these weights.
-        kept: Numbers that `kept_counts` returned, as a tensor.
+        layouts: Axes and coupled channels of each weight.
+        kept: Result of `kept_counts`, as a tensor.
     """
     groups, pattern = _required(layouts), Pattern("channel")
     is_best = best(method, groups, channel_scores(scores, layouts), kept)
@@ -284,10 +285,10 @@ def best(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor) -> Tenso
     """Return, for every channel, whether the channel is kept, given the saliencies.
 
     Args:
-        method: Method with `allocation`, `counted_in`, `round_to` and `min_kept`.
+        method: Pruning method that defines `allocation`, `counted_in`, `round_to` and `min_kept`.
         groups: Groups of the channels.
         saliency: Vector with one float per channel.
-        kept: Numbers that `kept_counts` returned, as a tensor.
+        kept: Result of `kept_counts`, as a tensor.
     """
     if method.allocation == "global":
         kept = _global_counts(method, groups, saliency, kept[0])
@@ -302,7 +303,7 @@ def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tenso
 
     Args:
         scores: Saliency of all weights, in the shapes of the weights.
-        layouts: Axes and channels of these weights.
+        layouts: Axes and coupled channels of each weight.
 
     Returns:
         A float32 vector with one entry per channel.
@@ -315,22 +316,22 @@ def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tenso
         scale = ops.mean(ops.maximum(pooled, 0.0))
         scale = ops.where(scale > 0, scale, ops.mean(ops.abs(pooled)))
         units.append(pooled / ops.where(scale > 0, scale, 1.0))
-    # Every row of `places` lists the units of one channel. The last entry of `every` is 0, which is
-    # the score of a missing unit.
+    # Every row of `places` lists the units of one channel. The rows are padded with the index of
+    # the last entry of `every`, which is 0.
     places, counts = _units_of_channels(tuple(layouts))
     every = ops.concatenate([*units, ops.zeros((1,), "float32")])
     return ops.sum(ops.take(every, places), axis=1) / ops.convert_to_tensor(counts, "float32")
 
 
 def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-    """Return for every channel whether it is kept, with True as an additional last entry.
+    """Return, for every channel, whether the channel is kept, followed by one more entry, True.
 
     All weights that compute a channel have the same mask for this channel, so only the first of
     these weights is read.
 
     Args:
         found: Boolean masks of all weights.
-        layouts: Axes and channels of these weights.
+        layouts: Axes and coupled channels of each weight.
     """
     first = _units_of_channels(tuple(layouts))[0][:, 0]
     units, start, places = [], 0, np.zeros(len(first), "int32")
@@ -345,13 +346,13 @@ def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
             places[here] = first[here] - start + offset
             offset += end - start
         start = end
-    places[first >= start] = offset  # No prunable weight computes these channels.
+    places[first >= start] = offset  # Channels that no masked weight computes are kept.
     every = ops.concatenate([*units, ops.ones((1,), "bool")])
     return ops.take(every, np.append(places, offset))
 
 
 def kept_units(mask: Tensor, layout: Layout) -> Tensor:
-    """Return, for every output unit of a weight, whether the mask keeps an entry of the unit.
+    """Return, for every output unit of a weight, whether its mask keeps at least one entry.
 
     Args:
         mask: Boolean mask in the shape of the weight.
@@ -367,15 +368,16 @@ class Scales(NamedTuple):
 
     Attributes:
         variables: Indices of the variables that hold scales.
-        places: For every weight, None or the position of each output unit's scale in the
-            concatenated variables. The positions have a shape that broadcasts to the weight.
+        places: For every weight, the position of each output unit's scale in the concatenated
+            variables, or None if the weight has no scales. The positions have a shape that
+            broadcasts to the weight.
     """
 
     variables: list[int]
     places: list[np.ndarray | None]
 
     def read(self, variables: Sequence) -> list[Tensor | None]:
-        """Return the scales of every weight, or None for a weight without scales.
+        """Return, for every weight, its scales, or None if the weight has no scales.
 
         Args:
             variables: The variables that hold scales.
@@ -395,9 +397,10 @@ def scales_of(
 
     Args:
         shapes: Shapes of all weights.
-        layouts: Axes and channels of all weights.
-        gammas: For every variable that holds scales, its index and the channels of its entries. If
-            several variables scale a channel, the first variable is used.
+        layouts: Axes and coupled channels of each weight.
+        gammas: One pair per variable that holds scales: the index of the variable, and the channel
+            index of each of its entries. If several variables scale a channel, the first variable
+            is used.
     """
     if not gammas:
         return Scales([], [])
@@ -423,7 +426,7 @@ def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Ten
 
     Args:
         values: Float tensor of any shape for each weight, with one value >= 0 per output unit.
-        layouts: Axes and channels of these weights.
+        layouts: Axes and coupled channels of each weight.
     """
     units = [ops.reshape(v, (-1,)) for v, layout in zip(values, layouts) if layout.channels]
     every = ops.concatenate([*units, ops.zeros((1,), units[0].dtype)])
@@ -433,12 +436,13 @@ def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Ten
 def masks_of_followers(
     followers: Iterable[tuple[Any, int, np.ndarray]], alive: Tensor
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Yield every variable that follows channels, with its mask, which broadcasts to the variable.
+    """Yield every variable that belongs to channels, such as a bias, with its broadcastable mask.
 
     Args:
-        followers: For every variable with channels the variable, the axis of the channels, and the
-            number of the channel of every entry along this axis, or -1 for an entry that stays.
-        alive: The vector that the function `alive` returned.
+        followers: For every variable that belongs to channels: the variable, its channel axis, and,
+            for each entry along this axis, the index of its channel, or -1 if the entry is always
+            kept.
+        alive: Result of the function `alive`.
     """
     last = alive.shape[0] - 1
     for variable, axis, ids in followers:
@@ -448,7 +452,7 @@ def masks_of_followers(
 
 
 def _global_counts(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor) -> Tensor:
-    """Return the number of channels per group that one ranking of all groups keeps.
+    """Rank the channels of all groups together, and return the number of kept channels per group.
 
     The number of channels above a threshold is rounded in every group. Bisection finds the
     threshold at which the model meets the target.
@@ -457,7 +461,7 @@ def _global_counts(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor
     sizes, owner = (ops.convert_to_tensor(x, "int32") for x in (groups.sizes, groups.owner))
     target = ops.cast(kept, "float32") / _PARTS
     total = len(groups.owner)
-    # Compute the rank of every channel: 0 for the highest score, ties in order.
+    # Compute the rank of every channel: 0 for the highest score. Equal scores keep their order.
     place = ops.cast(ops.argsort(ops.argsort(-saliency)), "int32")
     numbers = ops.convert_to_tensor(np.arange(len(groups.sizes)), "int32")
     belongs = ops.equal(owner[None], numbers[:, None])
@@ -484,10 +488,10 @@ def _global_counts(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor
 
 @functools.lru_cache(maxsize=16)
 def _units_of_channels(layouts: tuple[Layout, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the places of the units of every channel, and the number of units per channel.
+    """Return, for every channel, the places of its units and the number of its units.
 
-    The place of a unit is its position among the units of all weights with channels. Rows are
-    padded to the same length with the place after the last unit.
+    The place of a unit is its index in the concatenated list of the units of all weights with
+    channels. Short rows of places are padded with the index after the last unit.
     """
     every = np.concatenate([layout.channels.ids for layout in layouts if layout.channels])
     total = len(_required(layouts).owner)

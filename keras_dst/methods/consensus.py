@@ -10,16 +10,17 @@ loss = task + lambda_polar mean(g (1 - g)) + lambda_act (cost(g) / cost(1) - tar
 
 The cost is counted on the smaller model, after the removal of closed channels. A channel is removed
 if its gates are closed in all layers that compute the channel. The corresponding inputs of the next
-layers are then removed too. If the model has no graph or contains `layers.Gate`, the cost is
-`sum(c g)` with the cost c of each structure, as in the paper.
+layers are then removed too. In a subclassed model, or in a model that contains `layers.Gate`, the
+cost is `sum(c g)` as in the paper, where c is the cost of one structure.
 
-The value pi has two forms. Sparse layers use `sigmoid(logit)`, with a trainable logit per
-structure. `layers.Gate` uses the same form, or the paper's gating module, which reads the input.
+The value pi is computed in one of two ways. Sparse layers compute `sigmoid(logit)`, with a
+trainable logit per structure. `layers.Gate` does the same, or uses the paper's gating module, which
+computes pi from the input.
 
 Deviations: The gate of a trainable logit is the same for all inputs, so g = z. In inference, a
 gating module ignores its input. A gate is open if its running mean is at least 0.5 (the consensus).
-At least one unit of a layer stays open. The target of the budget decreases along a cubic ramp. A
-projection after the last step meets the target exactly.
+At least one unit of a layer stays open. The target of the budget decreases along a cubic ramp.
+After the last step, a projection opens or closes gates until the target is met.
 """
 
 from __future__ import annotations
@@ -48,11 +49,12 @@ class Consensus(UnitMethod):
 
     `sparsify` gives every Dense and Conv layer a trainable gate per output unit. A closed gate sets
     the weights and the bias of its unit to zero. Layers that compute the outputs of the model get
-    no gates. `layers.Gate` adds gates at any place of a model. All gates that equal methods train
-    share one budget. Training needs the `SparseTraining` callback. The callback connects the gates,
-    and meets the target after the last step. `shrink` then removes the closed units.
+    no gates. `layers.Gate` adds gates at any position in a model. One budget applies to all gates
+    that were created with equal `Consensus` objects. Training needs the `SparseTraining` callback.
+    After the last step, the callback opens or closes gates until the target is met. `shrink` then
+    removes the closed units.
 
-    The mean logit is 0.1 at first, and units with larger weights have a higher logit. With the
+    Initially, the mean logit is 0.1, and units with larger weights have higher logits. With the
     default penalty weights, a model of a few hundred units or more reaches the target within a few
     hundred steps of SGD or Adam. Smaller models keep more accuracy with a smaller `lambda_polar`
     and `lambda_act`. The paper does not state these numbers.
@@ -81,8 +83,9 @@ class Consensus(UnitMethod):
     learned = True
     undecayed = ("logit",)
     target_quantity = "fraction of the cost closed"
-    round_to = 1  # The projection comes after the last step and moves as few gates as possible.
-    start = 0.1  # Mean of the initial logits, at which gates are open but near the boundary.
+    # Without rounding, the projection after the last step changes as few gates as possible.
+    round_to = 1
+    start = 0.1  # Mean of the initial logits: gates are open, but close to the decision boundary.
 
     def __init__(
         self,
@@ -159,7 +162,7 @@ class Consensus(UnitMethod):
         return margin >= (ops.minimum(ops.max(margin), 0.0) if layout.outputs else 0.0)
 
     def gate(self, state, layout: Layout = KERNEL):
-        """Return the gates z of trainable logits, with a straight-through gradient."""
+        """Return the gates z, computed from trainable logits, with a straight-through gradient."""
         pi = ops.sigmoid(state["logit"])
         return binary(pi, self.is_open(state, layout))
 
@@ -175,7 +178,8 @@ class Consensus(UnitMethod):
         for layer in layers:
             for _, variable, state in layer.masked_weights():
                 state["cost"].assign(self._cost(layer, variable, uses))
-        # The penalties are the regularizer of a gate's variable. `strip` removes this variable.
+        # One gate variable gets both penalties as its regularizer. `strip` removes this variable,
+        # and therefore also the penalties.
         own = [v for x in layers for v in x.state_variables().values() if v.trainable]
         for variable in own:
             variable.regularizer = None  # Remove the penalties of an earlier training run.
@@ -183,7 +187,7 @@ class Consensus(UnitMethod):
             variable.regularizer = _Penalties(self, layers, layouts)
 
     def _cost(self, layer, variable, uses) -> float:
-        """Return the cost of one entry of a weight, or of one gate of a `Gate`."""
+        """Return the cost of one entry of a weight, or of one structure of a `Gate` layer."""
         if id(variable) not in uses:
             return getattr(layer, "cost", 1.0)
         times, reason = uses[id(variable)]
@@ -203,9 +207,10 @@ class Consensus(UnitMethod):
     def project(self, weights, states, layouts, kept):
         """Open or close the gates nearest to the decision boundary, so that the target is met.
 
-        Gates open in descending order of pi, until the cost of the open gates is nearest to the
-        target. The best unit of every layer is always open. If channels are coupled, all gates of a
-        channel are closed together, and the best channel of every group is open.
+        Gates are opened in descending order of pi, up to the gate at which the total cost of all
+        open gates is closest to the target. The best unit of every layer is always open. If
+        channels are coupled, all gates of a channel are closed together, and the best channel of
+        every group is always open.
         """
         key = ["logit" if "logit" in s else "mean" for s in states]
         edge = [0.0 if k == "logit" else 0.5 for k in key]
@@ -257,15 +262,15 @@ class Consensus(UnitMethod):
 
 
 def binary(pi, is_open):
-    """Return 1 for open gates and 0 for closed gates, with the straight-through gradient to pi."""
+    """Return 1 for open gates and 0 for closed gates; pass the gradient straight through to pi."""
     return masks.straight_through_product(ops.ones_like(pi), pi, is_open)
 
 
 class _Penalties(keras.regularizers.Regularizer):
     """Regularizer that computes both penalties over all gates of a model.
 
-    The regularizer belongs to one variable of the model, because the penalties couple the gates of
-    all layers.
+    Only one variable of the model has this regularizer, because the penalties depend on the gates
+    of all layers.
     """
 
     def __init__(self, method, layers, layouts):

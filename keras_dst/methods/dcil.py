@@ -18,9 +18,10 @@ s_t = s (1 - (1 - t / T_p)**3)
 In each KL term, the logits of the other path are a constant target, as in the authors' code. Both
 paths train variables without a mask, such as biases.
 
-Deviation from the paper: the sparsity grows by steps instead of epochs. Extensions of the paper:
-other allocations, blocks and N:M; the KL terms of binary outputs (as two classes) and of several
-outputs (the sum, weighted like the losses); and a minimum number of weights in every layer.
+Deviation from the paper: the sparsity increases every few steps instead of every epoch. Extensions
+of the paper: other allocations, blocks and N:M patterns, and a minimum number of weights in every
+layer. For a binary output, the KL terms treat the output as two classes. For several outputs, the
+KL terms are added with the weights of the losses.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ from keras_dst.schedules import Cubic, Schedule, as_schedule
 
 @keras.saving.register_keras_serializable("keras_dst")
 class DCIL(TwoPathMethod):
-    """Training of a pruned and a full model with shared weights, which learn from each other.
+    """Training of a pruned and a full model, which have the same weights and learn from each other.
 
     Pruned weights get the gradient of the full model, so they can be kept again later. A step takes
-    about as long as two steps of the dense model. The KL terms need an output with a Keras
-    cross-entropy. The argument `from_logits` of the loss states whether the outputs are logits.
-    Outputs with other losses are trained on both paths without KL terms.
+    about as long as two steps of the dense model. The KL terms need at least one output whose loss
+    is a Keras cross-entropy. The argument `from_logits` of the loss states whether the outputs are
+    logits. Outputs with other losses are trained on both paths without KL terms.
 
     Args:
         sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. For a number, the
@@ -54,23 +55,23 @@ class DCIL(TwoPathMethod):
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
             weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
             expressions to sparsities. Defaults to `"global"`.
-        pattern: Shape of the groups that are pruned together: `"unstructured"` (single weights),
-            `"channel"` (the filters of the paper), blocks such as `"1x4"` (outputs x inputs), or
-            N:M such as `"2:4"`. The score of a group is the mean score of its weights. Defaults to
-            `"unstructured"`.
+        pattern: Shape of the groups of weights that are pruned together: `"unstructured"` (single
+            weights), `"channel"` (the filters of the paper), blocks such as `"1x4"` (outputs x
+            inputs), or N:M such as `"2:4"`. The score of a group is the mean score of its weights.
+            Defaults to `"unstructured"`.
         score: Saliency of a weight: `"magnitude"` for `|w|`, or `"square"` for `w**2`. The two
             scores rank blocks and channels differently. Defaults to `"magnitude"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 16 steps in a
             long training run, and more often in a short training run, for at least 20 updates.
-        min_kept: Minimum number of weights that every layer keeps. With the pattern `"channel"`,
-            minimum number of channels that every group of coupled channels keeps. Defaults to None,
-            which means 1. Under the allocation `"global"`, None means a quarter of the weights that
-            `"erk"` would keep.
-        counted_in: Quantity in which the sparsity is counted with the pattern `"channel"`:
+        min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`, this
+            is the minimum number of channels that every group of coupled channels keeps. Defaults
+            to None: a quarter of the weights that `"erk"` would keep if `allocation="global"`,
+            otherwise 1.
+        counted_in: With `pattern="channel"`, the quantity whose removed fraction is the sparsity:
             `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
-        round_to: With the pattern `"channel"`, the number of kept channels in a group is a multiple
-            of this number. Groups with fewer than twice as many channels are not rounded. Defaults
-            to 8.
+        round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
+            this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
+            8.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -120,7 +121,7 @@ class DCIL(TwoPathMethod):
     def build(self, layer, name, variable, layout):
         return {
             **super().build(layer, name, variable, layout),
-            # 1 after the warm-up. The value is a variable, so that the step is not traced again.
+            # 0 during the warm-up, then 1. A variable can change without a new trace of the step.
             "coupled": layer.add_weight(
                 name=f"{name}_coupled",
                 initializer="zeros",
@@ -145,10 +146,10 @@ class DCIL(TwoPathMethod):
         return lambda p, f: ops.convert_to_tensor(state["coupled"]) * self.divergence(p, f)
 
     def divergence(self, p, f):
-        """Return the KL divergence of each path from the other, one value per entry.
+        """Return the sum of the KL divergences between the paths in both directions.
 
         Args:
-            p, f: logits of the pruned path and of the full path, with the classes on the last axis.
+            p, f: Logits of the pruned path and of the full path, with the classes on the last axis.
         """
         p, f = (ops.log_softmax(z / self.temperature) for z in (p, f))
 

@@ -11,8 +11,8 @@ loss = task + alpha * sum(exp(-t))
 Weights can be pruned, and can be kept again, at every step.
 
 Extensions of the paper: Blocks and channels are scored by the mean `|w|` of their weights. With a
-target sparsity, a controller sets alpha, and thresholds do not go below 0. Below t = -1, the
-penalty is continued linearly. Thresholds that are not finite are reset to 0.
+target sparsity, a controller sets alpha, and thresholds do not go below 0. For thresholds t < -1,
+the penalty is linear in t. Thresholds that are not finite are reset to 0.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from keras_dst.methods.base import LayerMethod
 from keras_dst.regularizers import ThresholdPenalty
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
-# Constants of the controller of alpha, see `DST.update`. The constants were tuned on digits and
-# MNIST with SGD and Adam, and on a model of 3,000 weights that was trained for 100 steps.
-_GAP_SHARE = 0.3  # Fraction of the gap that the controller closes from one update to the next.
+# Constants of the controller that sets alpha, see `DST.update`. The constants were tuned on digits
+# and MNIST with SGD and Adam, and on a model of 3,000 weights that was trained for 100 steps.
+_GAP_SHARE = 0.3  # Fraction of the gap that the controller tries to close with each update.
 _MEMORY = 0.9  # Decay of the exponential moving averages, per update.
-_MAX_GROWTH = 3.0  # Largest ratio of alpha to the root of the mean square of alpha.
+_MAX_GROWTH = 3.0  # Maximum ratio of alpha to the root mean square of its earlier values.
 
 
 @keras.saving.register_keras_serializable("keras_dst")
@@ -44,20 +44,21 @@ class DST(LayerMethod):
     Args:
         sparsity: Final fraction of zeros over all weights that the method prunes: a number in [0,
             1), a `Schedule`, or None. For a number, the sparsity grows along a cubic ramp over the
-            first half of training. A target needs the `SparseTraining` callback, which controls
-            alpha. Defaults to None, which means that the sparsity follows from alpha, as in the
-            paper.
+            first half of training. If `sparsity` is not None, training needs the `SparseTraining`
+            callback, which controls alpha. Defaults to None, which means that a constant alpha
+            determines the sparsity, as in the paper.
         alpha: Weight of the penalty on thresholds. The paper uses 5e-4 for LeNets, 5e-6 for VGG-16
-            and WRN on CIFAR-10, and 1e-4 to 1e-3 for LSTMs. With a target sparsity, `alpha` is the
-            initial value for the controller. Defaults to 5e-4.
-        granularity: Weights that share a threshold: `"unit"` for an output unit, `"layer"` for a
-            layer, or `"weight"` for a threshold per weight. Defaults to `"unit"`, as in the paper.
-        pattern: Shape of the groups that are pruned together: `"unstructured"` (single weights, as
-            in the paper), blocks such as `"1x4"` (outputs x inputs), or `"channel"`. Defaults to
-            `"unstructured"`.
-        reset_density: Density at or below which the thresholds of a layer are reset to 0, in the
-            same step. With a target sparsity, this density is at most a tenth of the target
-            density. Defaults to 0.01, as in the paper.
+            and WRN on CIFAR-10, and 1e-4 to 1e-3 for LSTMs. With a target sparsity, the controller
+            starts with this value. Defaults to 5e-4.
+        granularity: Number of thresholds: `"unit"` for one threshold per output unit, `"layer"` for
+            one threshold per layer, or `"weight"` for one threshold per weight. Defaults to
+            `"unit"`, as in the paper.
+        pattern: Shape of the groups of weights that are pruned together: `"unstructured"` (single
+            weights, as in the paper), blocks such as `"1x4"` (outputs x inputs), or `"channel"`.
+            Defaults to `"unstructured"`.
+        reset_density: If the density of a layer falls to this value or below, the thresholds of the
+            layer are reset to 0 in the same step. With a target sparsity, the value is limited to a
+            tenth of the target density. Defaults to 0.01, as in the paper.
         frequency: Steps between updates of alpha, or `"epoch"`. Defaults to None: every 20 steps in
             a long training run, and more often in a short training run, for at least 20 updates.
 
@@ -100,8 +101,9 @@ class DST(LayerMethod):
             raise ValueError(f"reset_density must be in [0, 1). Received: {reset_density!r}")
         if Pattern(pattern).n_of_m:
             raise ValueError(
-                "DST has no N:M form, because thresholds do not determine how many weights of a "
-                f"group are kept. Received: pattern={pattern!r}. Use Magnitude for N:M."
+                "DST does not support N:M patterns, because a threshold does not fix how many "
+                f"weights of a group are kept. Received: pattern={pattern!r}. Use Magnitude for "
+                "N:M."
             )
         self._check_common()
 
@@ -119,7 +121,7 @@ class DST(LayerMethod):
                 trainable=False,
                 autocast=False,
             )
-            # The last gap, and three exponential moving averages of the controller.
+            # Memory of the controller: the last gap, and three exponential moving averages.
             control = layer.add_weight(
                 name=f"{name}_control",
                 shape=(4,),
@@ -157,7 +159,7 @@ class DST(LayerMethod):
         return Pattern(self.pattern).scores(magnitude, layout) - state["threshold"]
 
     def apply(self, w, state, layout):
-        # The gradient of |w| at 0 is 0 in the paper, and 1 for ops.abs on JAX.
+        # The paper defines the gradient of |w| at 0 as 0, but `ops.abs` on JAX returns 1.
         magnitude = w * ops.stop_gradient(ops.sign(w))
         on = masks.step(self._margin(magnitude, state, layout))
         return w * Pattern(self.pattern).expand(on, w.shape, layout)
@@ -174,26 +176,26 @@ class DST(LayerMethod):
 
     @property
     def reset_at(self) -> float:
-        """Density at or below which the thresholds of a layer are reset."""
+        """Density of a layer at or below which its thresholds are reset to 0."""
         if self.schedule is None:
             return self.reset_density
         return min(self.reset_density, 0.1 * (1 - self.schedule.sparsity))
 
     def update(self, weights, states, layouts, kept, now):
-        """Return new values of alpha, which control the density.
+        """Return a new value of alpha, which controls the density.
 
-        The gap is the shift of all thresholds that would meet the target, in the unit of the
-        weights. The controller models how far the gap closes from one update to the next:
+        The gap is the amount by which all thresholds would have to increase to meet the target. The
+        controller assumes that the gap changes as follows from one update to the next:
 
         ```text
         last gap - gap = drift + response alpha
         ```
 
-        The drift is the effect of training and of the schedule, in the unit of the weights per
-        update. The response is the effect of alpha, in the unit of the weights per update. Alpha
-        has no unit. Exponentially weighted least squares estimate the drift and the response. Alpha
-        is then set so that the fraction `_GAP_SHARE` of the gap closes until the next update. Alpha
-        is negative if too few weights are kept.
+        The drift is the effect of training and of the schedule per update. The response is the
+        effect per update that alpha = 1 would have. The gap, the drift and the response have the
+        unit of the weights, and alpha has no unit. The drift and the response are estimated by
+        exponentially weighted least squares. Alpha is then set so that the next update finds the
+        gap reduced by the fraction `_GAP_SHARE`. Alpha is negative if too few weights are kept.
         """
         gap = masks.kth(self._margins(weights, states, layouts), kept[0])
         sizes = [math.prod(w.shape) for w in weights]
@@ -207,8 +209,8 @@ class DST(LayerMethod):
         response = product / ops.maximum(square, 1e-30)
         drift = _MEMORY * drift + (1 - _MEMORY) * (moved - response * alpha)
         wanted = _GAP_SHARE * ops.clip(gap, -scale, scale) - drift
-        # If alpha has had no effect yet, or its effect has the wrong sign, alpha grows to its
-        # limit.
+        # If alpha has had no measured effect yet, or an effect with the wrong sign, alpha is set to
+        # its limit.
         limit = _MAX_GROWTH * ops.maximum(ops.sqrt(square), self.alpha)
         response = ops.maximum(response, ops.abs(wanted) / limit + 1e-30)
         alpha = ops.clip(wanted / response, -limit, limit)
@@ -230,7 +232,7 @@ class DST(LayerMethod):
         return changes
 
     def _margins(self, weights, states, layouts):
-        """Return Q of every weight in float32. All weights of a group have equal values."""
+        """Return Q of every weight in float32. All weights of a group have the same Q."""
         pattern = Pattern(self.pattern)
         return [
             ops.cast(
@@ -254,5 +256,5 @@ class _Reset(keras.constraints.Constraint):
         mask = self.method.mask(ops.convert_to_tensor(self.variable), {"threshold": t}, self.layout)
         alive = ops.mean(masks.ones(mask, "float32")) > self.method.reset_at
         t = masks.masked(t, ops.logical_and(alive, ops.isfinite(t)))
-        # A threshold below 0 prunes no weights, and takes longer to rise again.
+        # A threshold below 0 prunes no weights, and would take longer to rise again.
         return t if self.method.schedule is None else ops.maximum(t, 0.0)

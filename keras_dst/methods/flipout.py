@@ -7,7 +7,7 @@ grad <- grad + lambda ||grad||_2 / sqrt(n) N(0, 1)        for every tensor, n it
 
 Pruned weights stay pruned, and pruning events are equally spaced. Each event ranks all tensors
 together, and removes the fraction `rate` of the kept weights with the lowest scores. The last event
-meets the target, and may remove fewer weights. The `n` events take place after the fractions
+removes only as many weights as the target requires. The `n` events take place after the fractions
 1/(n+1), ..., n/(n+1) of training, as in the training runs of the paper.
 
 Deviation from the paper: the noise is read from a table of normal random numbers (`random.normal`).
@@ -36,28 +36,28 @@ class FlipOut(UpdateMethod):
         sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. For a number, the
             sparsity grows in equally spaced pruning events.
         power: Exponent p of the magnitude. Defaults to 2.
-        noise: Factor lambda of the gradient noise. 0 turns the noise off. Defaults to 1.
+        noise: Factor lambda of the gradient noise. With 0, no noise is added. Defaults to 1.
         rate: Fraction of the kept weights that a pruning event removes, in (0, 1). Do not pass
             `rate` with a `Schedule`, which has its own pruning events. Defaults to None, which
             means 0.5, as in the paper.
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
             weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
             expressions to sparsities. Defaults to `"global"`.
-        pattern: Shape of the groups that are pruned together: `"unstructured"` (single weights, as
-            in the paper), blocks such as `"1x4"` (outputs x inputs), N:M such as `"2:4"`, or
-            `"channel"`. The score of a group is the mean score of its weights. Defaults to
-            `"unstructured"`.
+        pattern: Shape of the groups of weights that are pruned together: `"unstructured"` (single
+            weights, as in the paper), blocks such as `"1x4"` (outputs x inputs), N:M such as
+            `"2:4"`, or `"channel"`. The score of a group is the mean score of its weights. Defaults
+            to `"unstructured"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 100 steps in a
             long training run, and more often in a short training run, for at least 20 updates.
-        min_kept: Minimum number of weights that every layer keeps. With the pattern `"channel"`,
-            minimum number of channels that every group of coupled channels keeps. Defaults to None,
-            which means 1. Under the allocation `"global"`, None means a quarter of the weights that
-            `"erk"` would keep.
-        counted_in: Quantity in which the sparsity is counted with the pattern `"channel"`:
+        min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`, this
+            is the minimum number of channels that every group of coupled channels keeps. Defaults
+            to None: a quarter of the weights that `"erk"` would keep if `allocation="global"`,
+            otherwise 1.
+        counted_in: With `pattern="channel"`, the quantity whose removed fraction is the sparsity:
             `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
-        round_to: With the pattern `"channel"`, the number of kept channels in a group is a multiple
-            of this number. Groups with fewer than twice as many channels are not rounded. Defaults
-            to 8.
+        round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
+            this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
+            8.
         seed: Seed of the noise. Defaults to 0.
 
     Raises:
@@ -109,13 +109,13 @@ class FlipOut(UpdateMethod):
         self._check_common()
 
     def _events(self, sparsity):
-        """Return a schedule of pruning events for a target sparsity that is a number."""
+        """Return the default schedule of pruning events for a final sparsity."""
         rate = 0.5 if self.rate is None else self.rate
         number = Geometric(sparsity, end=1.0, rate=rate).jump_count
         return Geometric(sparsity, end=number / (number + 1), rate=rate)
 
     def init(self, kernels, steps):
-        # Return the smallest integer type in which no counter can overflow.
+        # Use the smallest integer type in which the flip counters cannot overflow.
         dtype = "int32" if steps is None or steps >= 2**15 else "int16" if steps > 255 else "uint8"
         return [{"flips": ("zeros", dtype)} for _ in kernels]
 
@@ -132,7 +132,7 @@ class FlipOut(UpdateMethod):
 
     def monitored(self, state):
         flips, kept = ops.convert_to_numpy(state["flips"]), ops.convert_to_numpy(state["mask"])
-        return {"flips": flips[kept]}  # The counters of pruned weights are 0.
+        return {"flips": flips[kept]}  # The counters of pruned weights are always 0.
 
     def perturb(self, grads, masks, step):
         if not self.noise:
@@ -143,7 +143,7 @@ class FlipOut(UpdateMethod):
         for i, numbers in zip(known, drawn):
             grad, mask = grads[i], masks[i]
             size = math.prod(grad.shape)
-            squares = ops.square(ops.cast(grad, "float32"))  # The sum overflows in float16.
+            squares = ops.square(ops.cast(grad, "float32"))  # The sum would overflow in float16.
             scale = self.noise * ops.sqrt(ops.sum(squares) / size)
             added = ops.cast(numbers * scale, grad.dtype)
             grads[i] = grad + (added if mask is None else masked(added, mask))
@@ -162,5 +162,5 @@ class FlipOut(UpdateMethod):
 
 
 def _sign(w):
-    """Return the signs in int8, because a step writes the signs and reads them again."""
+    """Return the signs as int8, which saves memory traffic: every step stores and reads them."""
     return ops.cast(ops.sign(w), "int8")

@@ -6,8 +6,8 @@ s_t = s_f + (s_i - s_f)(1 - (t - t0) / (t1 - t0))**3        score = |w|
 
 Other saliency criteria are in `saliency.py`, for example LAMP and the first-order Taylor expansion.
 
-With `revival=True`, the optimizer keeps a dense copy of the weights and trains this copy with the
-gradient at the masked weights. Pruned weights may therefore come back (Dynamic Model Pruning with
+With `revival=True`, the optimizer stores a dense copy of the weights and trains this copy with the
+gradients of the masked weights. Pruned weights may therefore return (Dynamic Model Pruning with
 Feedback, arXiv 2006.07253).
 """
 
@@ -33,28 +33,31 @@ class Magnitude(UpdateMethod):
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
             weights), `"uniform"`, `"erk"`, or a dict from weight names or regular
             expressions to sparsities. Defaults to `"global"`.
-        pattern: Shape of the groups that are pruned together: `"unstructured"` (single weights),
-            blocks such as `"1x4"` (outputs x inputs), N:M such as `"2:4"`, or `"channel"`. The
-            score of a group is the mean score of its weights. Defaults to `"unstructured"`.
-        revival: Whether pruned weights are trained further and may come back. Defaults to False.
+        pattern: Shape of the groups of weights that are pruned together: `"unstructured"` (single
+            weights), blocks such as `"1x4"` (outputs x inputs), N:M such as `"2:4"`, or
+            `"channel"`. The score of a group is the mean score of its weights. Defaults to
+            `"unstructured"`.
+        revival: Whether pruned weights are still trained and may be kept again later. Defaults to
+            False.
         score: Saliency of a weight. `"magnitude"` is `|w|`. `"lamp"` is the square of the weight,
-            divided by the sum of the squares of all weights of its layer that are not smaller. With
-            this score, a global ranking needs no other allocation. `"taylor"` is the moving average
-            of `(w dL/dw)**2` over the batches. This average estimates how much the loss changes if
-            the weight becomes 0. `"bn_scale"` is the magnitude of the scale in the normalization
-            after the output unit, for `pattern="channel"`. Weights without such a normalization are
-            ranked by `|w|`. Defaults to `"magnitude"`.
+            divided by the sum of the squares of all weights in the layer that are at least as
+            large. LAMP scores of different layers are comparable, so the score fits
+            `allocation="global"`. `"taylor"` is the moving average of `(w dL/dw)**2` over the
+            batches. This average estimates how much the loss changes if the weight becomes 0.
+            `"bn_scale"` needs `pattern="channel"` and is the magnitude of the scale in the
+            normalization after the output unit. Weights without such a normalization are ranked by
+            `|w|`. Defaults to `"magnitude"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 100 steps in a
             long training run, and more often in a short training run, for at least 20 updates.
-        min_kept: Minimum number of weights that every layer keeps. With the pattern `"channel"`,
-            minimum number of channels that every group of coupled channels keeps. Defaults to None,
-            which means 1. Under the allocation `"global"`, None means a quarter of the weights that
-            `"erk"` would keep.
-        counted_in: Quantity in which the sparsity is counted with the pattern `"channel"`:
+        min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`, this
+            is the minimum number of channels that every group of coupled channels keeps. Defaults
+            to None: a quarter of the weights that `"erk"` would keep if `allocation="global"`,
+            otherwise 1.
+        counted_in: With `pattern="channel"`, the quantity whose removed fraction is the sparsity:
             `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
-        round_to: With the pattern `"channel"`, the number of kept channels in a group is a multiple
-            of this number. Groups with fewer than twice as many channels are not rounded. Defaults
-            to 8.
+        round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
+            this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
+            8.
 
     Raises:
         ValueError: If an argument is outside its range, or if `score="taylor"` is combined with a
@@ -125,7 +128,7 @@ class Magnitude(UpdateMethod):
             return [saliency.lamp(w) for w in weights]
         if self.score == "taylor" and self.revival:
             return [s["taylor"] for s in states]
-        if self.score == "taylor":  # The averages of pruned weights decay, but do not become 0.
+        if self.score == "taylor":  # The averages of pruned weights decay without reaching 0.
             return [ops.where(s["mask"], s["taylor"], -1.0) for s in states]
         if self.score == "bn_scale":
             return [
@@ -157,5 +160,5 @@ class Magnitude(UpdateMethod):
         return super().masked(state["dense"] if self.revival else w, state)
 
     def _trained(self, weights, states):
-        """Return the weights that the optimizer trains, which are the dense copies with revival."""
+        """Return the weights that the optimizer trains: with `revival=True`, the dense copies."""
         return [s["dense"] for s in states] if self.revival else list(weights)

@@ -1,6 +1,7 @@
 """OptG: optimizing gradient-driven criteria (arXiv 2201.12826).
 
-Every weight has a trainable score `v`, which is 0 at first. All scores are ranked together:
+Every weight has a trainable score `v`, which is 0 at first. The scores of all layers are ranked
+together:
 
 ```text
 m = 1[v among the highest 1 - s_t]        forward with w * m
@@ -9,13 +10,14 @@ s_e = s sigmoid(beta (e - E/2))        rate_v(e) = rate_w(e) sigmoid(beta (e - E
 ```
 
 In these equations, `e` is the number of finished epochs and `E` is the total number of epochs.
-Masks are updated once per epoch, and scores have no weight decay. Only mask updates read the
-scores. The factor on their learning rate is therefore applied when masks are updated. The factor
-multiplies the change of the scores since the last update.
+Masks are updated once per epoch, and weight decay is not applied to scores. Scores are read only
+when masks are updated. The factor on their learning rate is therefore applied at mask updates, to
+the change of the scores since the last update.
 
 Deviations from the paper: the sigmoid is stretched so that it begins at exactly 0 and ends at
-exactly 1, and the target is met. A training run of fewer than 20 epochs follows the curve of 20
-epochs in its first three quarters. The curve of such a short run would still be steep at the end.
+exactly 1, and the final sparsity equals the target. If training has fewer than 20 epochs, the curve
+for 20 epochs is compressed into the first three quarters of training. The paper's curve for so few
+epochs would still be steep at the end.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from keras_dst._utils.validation import is_number
 from keras_dst.methods.base import LayerMethod
 from keras_dst.schedules import Schedule, Sigmoid, as_schedule
 
-_SHORT = 20  # Epochs. Shorter training runs follow another curve, which leaves time to recover.
+# Training runs with fewer epochs use a compressed curve, so that the model can recover.
+_SHORT = 20
 
 
 @keras.saving.register_keras_serializable("keras_dst")
@@ -41,26 +44,27 @@ class OptG(LayerMethod):
         sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. For a number, the
             sparsity grows along a sigmoid.
         beta: Steepness of the sigmoid per epoch. Do not pass `beta` with a `Schedule`, which has
-            its own curve. Defaults to None, which means 1 as in the paper, for 20 epochs or more. A
-            shorter training run follows the curve of 20 epochs in its first three quarters.
+            its own curve. Defaults to None, which means 1, as in the paper, if training has at
+            least 20 epochs. For fewer epochs, the curve for 20 epochs is compressed into the first
+            three quarters of training.
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
             weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
             expressions to sparsities. Defaults to `"global"`.
-        pattern: Shape of the groups that are pruned together: `"unstructured"` (single weights, as
-            in the paper), blocks such as `"1x4"` (outputs x inputs), N:M such as `"2:4"`, or
-            `"channel"`. The score of a group is the mean score of its weights. Defaults to
-            `"unstructured"`.
+        pattern: Shape of the groups of weights that are pruned together: `"unstructured"` (single
+            weights, as in the paper), blocks such as `"1x4"` (outputs x inputs), N:M such as
+            `"2:4"`, or `"channel"`. The score of a group is the mean score of its weights. Defaults
+            to `"unstructured"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means `"epoch"`
             in a long training run, and at least twenty updates in a short training run.
-        min_kept: Minimum number of weights that every layer keeps. With the pattern `"channel"`,
-            minimum number of channels that every group of coupled channels keeps. Defaults to None,
-            which means 1. Under the allocation `"global"`, None means a quarter of the weights that
-            `"erk"` would keep.
-        counted_in: Quantity in which the sparsity is counted with the pattern `"channel"`:
+        min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`, this
+            is the minimum number of channels that every group of coupled channels keeps. Defaults
+            to None: a quarter of the weights that `"erk"` would keep if `allocation="global"`,
+            otherwise 1.
+        counted_in: With `pattern="channel"`, the quantity whose removed fraction is the sparsity:
             `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
-        round_to: With the pattern `"channel"`, the number of kept channels in a group is a multiple
-            of this number. Groups with fewer than twice as many channels are not rounded. Defaults
-            to 8.
+        round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
+            this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
+            8.
 
     Raises:
         ValueError: If an argument is outside its range, or if `beta` is passed with a `Schedule`.

@@ -1,13 +1,13 @@
 """RigL: rigging the lottery (arXiv 1911.11134), sparse from the first step.
 
-RigL drops weights like SET, and grows connections with the largest gradients:
+RigL drops weights like SET, but grows the pruned weights that have the largest gradients:
 
 ```text
 grow: the pruned weights with the largest |dL/d(w m)|
 drop(t) = drop_fraction / 2 (1 + cos(pi t / t_stop))
 ```
 
-An update uses the gradients of the step before the update.
+A mask update uses the gradients of the previous training step.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ _MOMENTUM = 0.9
 
 
 def magnitude(w: Tensor) -> Tensor:
-    """Return the absolute values of a weight.
+    """Return the absolute value of every entry of a weight.
 
     Example:
         >>> magnitude(keras.ops.array([-2.0, 0.5]))  # [2.0, 0.5]
@@ -36,10 +36,10 @@ def magnitude(w: Tensor) -> Tensor:
 def lamp(w: Tensor) -> Tensor:
     """Return the layer-adaptive score of every entry of a weight, in [0, 1].
 
-    The score is the square of an entry, divided by the sum of the squares of all entries of the
-    same weight that are not smaller. The largest entry of every layer has the score 1, so a ranking
-    of all layers together keeps this entry. Among equal entries, the later entry has the higher
-    score.
+    The score of an entry is its square, divided by the sum of the squares of all entries in the
+    same weight tensor that are at least as large. The largest entry of every layer has the score 1,
+    so a ranking of all layers together keeps this entry. Among equal entries, the later entry has
+    the higher score.
 
     Args:
         w: Float tensor of any shape.
@@ -83,10 +83,10 @@ def taylor(average: Tensor, w: Tensor, grad: Tensor) -> Tensor:
 
 
 def bn_scale(w: Tensor, gamma: Tensor) -> Tensor:
-    """Return the magnitude of the scale of every output unit, for all weights of the unit.
+    """Return, for every weight, the magnitude of the scale of its output unit.
 
-    Regularize the scales with L1 in training, as the paper does. Without this regularization, the
-    scales say little about the importance of a unit.
+    Train with an L1 penalty on the scales, as in the paper. Without this penalty, the scales say
+    little about the importance of a unit.
 
     Args:
         w: Weight.

@@ -1,18 +1,18 @@
 """SET: sparse evolutionary training (arXiv 1707.04780), sparse from the first step.
 
-Every `frequency` steps, each weight tensor drops the given fraction of its kept weights, which are
-the weights with the smallest magnitudes. The tensor then grows the same number of weights at random
-places. The new weights start at 0 without momentum:
+Every `frequency` steps, SET drops a fraction of the kept weights in each weight tensor, namely the
+weights with the smallest magnitudes. SET then grows the same number of weights at random positions.
+Grown weights start at 0, and their momentum is reset to 0. The fraction decreases during training:
 
 ```text
 drop(t) = drop_fraction / 2 (1 + cos(pi t / t_stop))
 ```
 
-Deviation from the paper: the drop fraction of SET is constant. The cosine, the end at three
-quarters of training and the Erdős-Rényi-Kernel densities come from the comparison in the RigL paper
-(arXiv 1911.11134).
-Extension of the paper: coupled channels, which are removed together, grow with random weights. A
-channel of zeros may get no gradient, for example if a ReLU follows.
+Deviation from the paper, in which the drop fraction is constant: the cosine schedule, its end after
+three quarters of training, and the Erdős-Rényi-Kernel densities come from the RigL paper (arXiv
+1911.11134), which compares RigL with SET. Extension of the paper: if channels are coupled, the
+weights of a grown channel start at random values. A channel whose weights are all 0 may get no
+gradient, for example if a ReLU follows.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _FIRST = 4
 class SET(UpdateMethod):
     """Dynamic sparse training that drops small weights and grows other weights at random.
 
-    The model is sparse from the first step. The kept weights have the initial values of a dense
-    model. Deep models without normalization may therefore not learn at extreme sparsities. Add
-    batch normalization, or use a method that starts dense.
+    The model is sparse from the first step. The kept weights start with the initial values of a
+    dense model, which are small for a sparse model. Deep models without normalization may therefore
+    not learn at extreme sparsities. Add batch normalization, or use a method that starts dense.
 
     Args:
         sparsity: Fraction of zeros, a number in [0, 1). The sparsity is constant during training.
@@ -49,24 +49,25 @@ class SET(UpdateMethod):
             from weight names or regular expressions to sparsities. Under `"uniform"`, the first
             weight stays dense if it has at most a quarter of all kept weights. The other weights
             are then sparser. Defaults to `"erk"`.
-        pattern: Shape of the groups that are pruned together: `"unstructured"` (single weights),
-            blocks such as `"1x4"` (outputs x inputs), or `"channel"`. Defaults to `"unstructured"`.
+        pattern: Shape of the groups of weights that are pruned together: `"unstructured"` (single
+            weights), blocks such as `"1x4"` (outputs x inputs), or `"channel"`. Defaults to
+            `"unstructured"`.
         drop_fraction: Fraction of the kept weights that the first update replaces, in [0, 1). The
-            fraction falls to 0 along a cosine. Defaults to 0.3.
+            fraction decreases to 0 along a cosine curve. Defaults to 0.3.
         stop: Fraction of training after which the masks do not change. Defaults to None, which
             means 0.75.
         stop_step: Step after which the masks do not change. Do not pass `stop_step` together with
             `stop`. A training loop without `SparseTraining` needs this argument. Defaults to None.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 100 steps in a
             long training run, and more often in a short training run, for at least 20 updates.
-        min_kept: Minimum number of weights that every layer keeps. With the pattern `"channel"`,
-            minimum number of channels that every group of coupled channels keeps. Defaults to None,
-            which means 1.
-        counted_in: Quantity in which the sparsity is counted with the pattern `"channel"`:
+        min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`, this
+            is the minimum number of channels that every group of coupled channels keeps. Defaults
+            to None, which means 1.
+        counted_in: With `pattern="channel"`, the quantity whose removed fraction is the sparsity:
             `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
-        round_to: With the pattern `"channel"`, the number of kept channels in a group is a multiple
-            of this number. Groups with fewer than twice as many channels are not rounded. Defaults
-            to 8.
+        round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
+            this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
+            8.
         seed: Seed of the random connections. Defaults to 0.
 
     Raises:
@@ -125,8 +126,9 @@ class SET(UpdateMethod):
         self.schedule = Constant(sparsity, begin_step=None if stop_step is None else 0)
         if Pattern(pattern).n_of_m:
             raise ValueError(
-                f"{name} has no N:M form: its updates would change the N of a group. "
-                f"Received: pattern={pattern!r}. Use Magnitude for N:M."
+                f"{name} does not support N:M patterns, because a mask update would change how "
+                f"many weights of a group are kept. Received: pattern={pattern!r}. Use Magnitude "
+                "for N:M."
             )
         if allocation == "global":
             raise ValueError(
@@ -137,15 +139,15 @@ class SET(UpdateMethod):
 
     @classmethod
     def from_config(cls, config):
-        # Old files may contain both `stop` and `stop_step`, because the default of `stop` was a
-        # number at first.
+        # Files of earlier versions may contain both `stop` and `stop_step`, because the default of
+        # `stop` was a number.
         if config.get("stop_step") is not None:
             config = {name: value for name, value in config.items() if name != "stop"}
         return super().from_config(config)
 
     @property
     def _stop(self) -> float:
-        """Fraction of training after which the masks do not change, if no step is given."""
+        """Fraction of training after which the masks do not change, if `stop_step` is None."""
         return 0.75 if self.stop is None else self.stop
 
     def span(self, total_steps):
@@ -155,8 +157,8 @@ class SET(UpdateMethod):
         return first, math.floor(self._stop * (total_steps or 0))
 
     def followers_settled(self, step, total):
-        # A channel may grow until the last update. With a scale of 0, the channel would get no
-        # gradient.
+        # Until the last mask update, a pruned channel may be grown again. With a scale of 0, the
+        # grown channel would get no gradient.
         if self.stop_step is not None:
             return step >= self.stop_step
         known = ops.cast(total, "float32")
@@ -176,12 +178,12 @@ class SET(UpdateMethod):
         return np.array([first, *others])
 
     def growth_scores(self, stay, began, states, now):
-        """Return scores that rank all weights: first the weights that are kept, then the others.
+        """Return scores that rank the kept weights first, and all other weights after them.
 
         Args:
             stay: Boolean masks of the weights that are not dropped.
-            began: Boolean scalars, one per weight, which are true if the first mask of the weight
-                exists.
+            began: One boolean scalar per weight, which is true if the weight already has its first
+                mask.
             states: States of the weights.
             now: Position of this update in the training run.
         """
@@ -191,11 +193,12 @@ class SET(UpdateMethod):
         return rank_first(stay, drawn)
 
     def update(self, weights, states, layouts, kept, now):
-        # Masks are all ones before the first update. The first mask is random, and its weights keep
-        # their initial values.
+        # Masks are all ones before the first update. The first mask is random, and the kept weights
+        # retain their initial values.
         began = [ops.logical_not(ops.all(s["mask"])) for s in states]
         drop = ops.cast(ops.round(self._drop(now) * ops.cast(kept, "float32")), "int32")
-        # This is a generator, because all magnitudes together are as large as the model.
+        # A generator keeps no reference to the magnitudes, so that `rank` can free them. All
+        # magnitudes together are as large as the model.
         magnitudes = (
             ops.where(s["mask"], ops.abs(ops.cast(w, "float32")), -1.0)
             for w, s in zip(weights, states)
@@ -213,7 +216,7 @@ class SET(UpdateMethod):
         return changes
 
     def _start(self, w, mask, now, stream):
-        """Return random weights with the root mean square of the kept weights."""
+        """Return random weights that have the same root mean square as the kept weights."""
         kept = ops.cast(mask, "float32")
         square = ops.sum(kept * ops.square(ops.cast(w, "float32")))
         size = ops.sqrt(square / ops.maximum(ops.sum(kept), 1.0))
@@ -230,6 +233,6 @@ class SET(UpdateMethod):
 
 
 def rank_first(masks, scores):
-    """Return float32 scores that rank the weights in the masks before all other weights."""
+    """Return float32 scores that rank the weights that the masks keep before all other weights."""
     scores = (ops.cast(s, "float32") for s in scores)
     return [ops.where(mask, ops.max(s) + 1.0, s) for mask, s in zip(masks, scores)]

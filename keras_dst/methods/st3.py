@@ -1,7 +1,8 @@
 """ST-3: straight-through gradients and soft thresholding (arXiv 2212.01076, WACV 2023).
 
 The forward pass uses soft-thresholded weights, rescaled per output unit. The gradient passes
-straight through to the raw weights, so that pruned weights can come back without a jump:
+straight through to the raw weights. A pruned weight that exceeds the threshold again therefore
+starts at 0, without a jump:
 
 ```text
 m = 1[|w| > tau]                           tau: the sparsity quantile of all |w|
@@ -11,17 +12,16 @@ s_t = s (1 - (1 - t / T)**3)               T: half of training
 ```
 
 ST-3 sigma (`sigma=True`) ranks `|w| / std` instead, with `std = 1 / sqrt(sum(shape))` for each
-layer. The threshold of a layer is `tau std`. The layers then lose more similar fractions of their
-weights.
+layer. The threshold of a layer is `tau std`. The sparsities of the layers then become more similar.
 
-Masks, thresholds and factors are constant between two mask updates. The constant `e` and the form
-of `std` come from the authors' code.
+Masks, thresholds and factors are constant between two mask updates. The constant `e` and the
+formula for `std` come from the authors' code.
 
-Deviations from the paper: masks are updated every 16 steps instead of every step. The ramp begins
-at the first step instead of after five of 160 epochs. `tau` is the largest magnitude among the
-pruned weights, and is not an interpolated quantile. A layer has its own threshold if it has a
-minimum number of weights, or if the allocation is not `"global"`. Every kept weight therefore
-exceeds its threshold.
+Deviations from the paper: masks are updated every 16 steps instead of every step. The sparsity ramp
+begins at the first step, not after five of 160 epochs. `tau` is the largest magnitude among the
+pruned weights instead of an interpolated quantile, so that every kept weight exceeds `tau`. A layer
+has its own `tau` if it needs a lower threshold to keep its minimum number of weights, or if the
+allocation is not `"global"`.
 """
 
 from __future__ import annotations
@@ -36,31 +36,31 @@ from keras_dst import masks
 from keras_dst.methods.base import LayerMethod, UnitMethod
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
-_EPSILON = 0.01  # This constant bounds the factor of a unit that loses all its weights.
-_TINY = 1e-6  # Mean magnitude that is added to the weights of a unit, because they may all be 0.
+_EPSILON = 0.01  # The constant `e`, which limits the factor of a unit whose weights are all pruned.
+_TINY = 1e-6  # Added to mean magnitudes, so that a unit of zeros does not cause a division by 0.
 
 
 @keras.saving.register_keras_serializable("keras_dst")
 class ST3(LayerMethod):
-    """Soft-thresholded weights in the forward pass, and straight-through gradients.
+    """Pruning with soft-thresholded weights in the forward pass and straight-through gradients.
 
-    Pruned weights are always trained, and cross their threshold without a jump. `strip` writes the
-    thresholded and rescaled weights into the model.
+    Pruned weights are still trained. A weight that exceeds its threshold again starts at 0, without
+    a jump. `strip` writes the thresholded and rescaled weights into the model.
 
     Args:
         sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. For a number, the
             sparsity grows along a cubic ramp over the first half of training, as in the paper's
             CIFAR-10 runs.
-        sigma: Whether weights are ranked in units of their layer's standard deviation (ST-3 sigma).
-            The layers are then pruned more evenly, which saves more FLOPs. Defaults to False.
+        sigma: Whether to divide magnitudes by the standard deviation of the layer before ranking
+            (ST-3 sigma). The layers are then pruned more evenly, which saves more FLOPs. Defaults
+            to False.
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
             weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
             expressions to sparsities. Defaults to `"global"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 16 steps in a
             long training run, and more often in a short training run, for at least 20 updates.
-        min_kept: Minimum number of weights that every layer keeps. Defaults to None, which means 1.
-            Under the allocation `"global"`, None means a quarter of the weights that `"erk"` would
-            keep.
+        min_kept: Minimum number of weights that every layer keeps. Defaults to None: a quarter of
+            the weights that `"erk"` would keep if `allocation="global"`, otherwise 1.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -112,7 +112,8 @@ class ST3(LayerMethod):
             raw - ops.sign(raw) * ops.convert_to_tensor(state["threshold"])
         )
         value = ops.cast(masks.masked(soft, self.mask(w, state, layout)), w.dtype)
-        # The difference is 0 in the forward pass, and passes the gradient of the value on to `w`.
+        # The term in parentheses is 0, but its gradient is 1, so `w` gets the gradient of the
+        # value.
         return ops.stop_gradient(value) + (w - ops.stop_gradient(w))
 
     def monitored(self, state):
@@ -131,24 +132,25 @@ class ST3(LayerMethod):
         changes = []
         for w, layout, mask, own, least in zip(weights, layouts, found, below, above):
             # To keep its minimum number of weights, a layer may need a lower threshold than the
-            # threshold that all layers share.
+            # other layers.
             threshold = ops.where(common < least, common, own) * self._std(w.shape)
             factor = _factor(ops.abs(ops.cast(w, "float32")), mask, layout)
             changes.append({"mask": mask, "threshold": threshold, "factor": factor})
         return changes
 
     def _std(self, shape) -> np.float32:
-        """Return the number by which the scores of a layer are divided."""
+        """Return the divisor of a layer's scores, which is 1 unless `sigma` is true."""
         return np.float32(1 / np.sqrt(sum(shape)) if self.sigma else 1.0)
 
 
 def _factor(magnitude, mask, layout):
-    """Return one factor per output unit, which restores the magnitude of the pruned unit."""
+    """Return the factor per output unit that restores the mean magnitude of the unit's weights."""
     rank = len(magnitude.shape)
     outputs = {axis % rank for axis in layout.outputs}
     inputs = tuple(axis for axis in range(rank) if axis not in outputs)
     whole = ops.mean(magnitude, inputs, keepdims=True) + _TINY
     left = ops.mean(masks.masked(magnitude, mask), inputs, keepdims=True) + _TINY
-    # The same sum is computed twice, so that a unit without zeros has a factor of exactly 1.
+    # Both means are computed in the same way, so that a unit without pruned weights has a factor of
+    # exactly 1.
     factor = (whole + _EPSILON * whole) / (left + _EPSILON * whole)
     return ops.reshape(factor, UnitMethod.gate_shape(magnitude.shape, layout))

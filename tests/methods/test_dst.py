@@ -336,7 +336,7 @@ def test_schedule_of_the_target_sparsity():
         ({"alpha": math.nan}, "alpha must be a number >= 0"),
         ({"reset_density": 1.0}, r"reset_density must be in \[0, 1\). Received: 1.0"),
         ({"reset_density": -0.1}, "reset_density must be in"),
-        ({"pattern": "2:4"}, "no N:M form.*Use Magnitude"),
+        ({"pattern": "2:4"}, "does not support N:M.*Use Magnitude"),
         ({"pattern": "blocks"}, "pattern must be 'unstructured'"),
         ({"frequency": 0}, "frequency must be a whole number >= 1. Received: frequency=0"),
         ({"frequency": 2.5}, "frequency must be a whole number >= 1. Received: frequency=2.5"),

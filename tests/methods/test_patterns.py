@@ -30,7 +30,7 @@ FIXED_BEFORE = (methods.SET, methods.RigL)
 def refusal(cls, pattern, allocation):
     """Return a part of the expected error, or None if the method supports the combination."""
     if cls in FIXED_BEFORE and pattern == "2:4":
-        return "has no N:M form"
+        return "does not support N:M patterns"
     if cls in FIXED_BEFORE and allocation == "global":
         return "fixes the density of every layer before training"
     if pattern == "2:4" and allocation not in ("global", "uniform"):
