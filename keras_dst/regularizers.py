@@ -92,7 +92,7 @@ class Budget(keras.regularizers.Regularizer):
     def __init__(self, target: float, weight: float = 1.0, costs=None):
         if isinstance(target, (int, float)) and not 0 < target <= 1:
             raise ValueError(
-                "target is the cost of the open gates as a fraction of the total cost, in (0, 1]. "
+                "target is the fraction of the total cost that open gates may have, in (0, 1]. "
                 f"Received: target={target!r}"
             )
         self.target = target
@@ -111,7 +111,5 @@ class Budget(keras.regularizers.Regularizer):
 
 
 def _as_loss(x):
-    """Cast the input of a penalty to `floatx`, the type of the loss to which Keras adds the
-    penalty.
-    """
+    """Cast the input of a penalty to `floatx`, the type of the loss that Keras adds it to."""
     return ops.cast(ops.convert_to_tensor(x), keras.config.floatx())

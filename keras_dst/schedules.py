@@ -111,16 +111,14 @@ class Schedule(Configurable):
         return float(value) if np.ndim(value) == 0 else value
 
     def __call__(self, fraction):
-        """Return the sparsity after `fraction` of training, which is a number or an array in [0,
-        1].
-        """
+        """Return the sparsity after a fraction of training, a number or an array in [0, 1]."""
         first, last = self._fractions
         span = max(last - first, np.finfo("float64").eps)
         return self._at_progress((np.asarray(fraction, "float64") - first) / span)
 
     @property
     def in_steps(self) -> bool:
-        """Whether begin and end are given in steps, so that the length of training is not needed."""
+        """Whether the schedule begins and ends at given steps instead of fractions of training."""
         return self.begin_step is not None
 
     def span(self, total_steps: int | None) -> tuple[int, int]:

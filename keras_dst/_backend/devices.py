@@ -38,7 +38,7 @@ def placed_like(variable) -> Iterator[None]:
 
 
 def check_distribution(optimizer, variable) -> None:
-    """Raise if an optimizer cannot train a variable that has replicas on several devices."""
+    """Raise ValueError if an optimizer cannot train a variable with replicas on several devices."""
     if keras.backend.backend() != "tensorflow":
         return
     strategy = getattr(variable.value, "distribute_strategy", None)
@@ -61,7 +61,8 @@ def check_distribution(optimizer, variable) -> None:
 def counter_dtype(variable, dtype: str) -> str:
     """Return the dtype of a counter that is placed like `variable`.
 
-    TensorFlow workers cannot exchange integers of 8 or 16 bits, so a counter for them is int32.
+    TensorFlow workers cannot exchange integers of 8 or 16 bits, so counters are int32 in training
+    on several workers.
     """
     if keras.backend.backend() == "tensorflow" and dtype in ("uint8", "int16"):
         import tensorflow as tf
@@ -75,7 +76,7 @@ def counter_dtype(variable, dtype: str) -> str:
 def sum_over_replicas(gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], int]:
     """Return the gradients summed over all replicas, and the number of replicas.
 
-    Only under `tf.distribute` does an optimizer get the gradients of a single replica. JAX runs one
+    An optimizer receives the gradients of a single replica only under `tf.distribute`. JAX runs one
     program for all devices, and torch's DistributedDataParallel sums the gradients before the
     optimizer step.
     """
@@ -92,10 +93,10 @@ def sum_over_replicas(gradients: Sequence[Tensor | None]) -> tuple[list[Tensor |
 
 
 def refresh_torch_parameters(model) -> None:
-    """Register with torch the variables that layers of a built model have gained or lost.
+    """Update the torch parameters of a built model whose layers have gained or lost variables.
 
-    Keras registers parameters when it builds a model. DistributedDataParallel synchronizes only
-    registered parameters between processes.
+    Keras registers torch parameters when a model is built. DistributedDataParallel synchronizes
+    only registered parameters between processes.
     """
     if keras.backend.backend() == "torch":
         for layer in _keras.flatten_layers(model):

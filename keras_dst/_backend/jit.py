@@ -46,7 +46,7 @@ def is_known_false(flag) -> bool:
 
 
 def outside_torch_graph(fn):
-    """Return a form of `fn` that torch.compile does not trace but calls between two graphs."""
+    """Wrap `fn` so that torch.compile does not trace `fn`, but calls `fn` between two graphs."""
     if keras.backend.backend() != "torch":
         return fn
 
@@ -56,14 +56,16 @@ def outside_torch_graph(fn):
 
 
 def masked(w, mask):
-    """Compute `masks.masked` on torch, faster than `torch.where` in eager mode.
+    """Compute `masks.masked` on torch. In eager mode, this is faster than `torch.where`.
 
-    `torch.where` branches at every entry on a CPU. Multiplying the bits of the floats by the mask
-    is vectorized and exact. Every pruned entry becomes +0, even if the weight is not finite.
+    On a CPU, `torch.where` executes a branch for every entry. A product of the bits of the floats
+    with the mask is vectorized and exact. Every pruned entry becomes +0, even if the weight is not
+    finite.
     """
     import torch
 
-    # Exporters trace with torch.jit, which does not find tensors that a gradient closes over.
+    # Exporters trace with torch.jit, which fails for the gradient below, because the gradient
+    # closes over a tensor.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return torch.where(mask, w, 0)
     if not (w.is_floating_point() or w.is_complex()):
@@ -98,7 +100,7 @@ def count_true(mask):
 
 
 def torch_rng_state() -> str | None:
-    """Return the state of torch's random numbers, which Dropout uses, or None on other backends."""
+    """Return the state of torch's random number generator, or None on other backends."""
     if keras.backend.backend() != "torch":
         return None
     import torch

@@ -2,10 +2,11 @@
 
 glibc returns free blocks of more than 32 MiB to the system at once. The next training step requests
 this memory again page by page, which can take as long as the computation. A sparse training step
-uses more memory than a dense step, so its blocks can exceed this limit although the blocks of a
-dense step do not.
+uses more memory than a dense step, so the memory blocks of a sparse step can exceed this limit even
+if the blocks of a dense step do not.
 
-The policy applies to the whole process, so changing it is opt-in: `SparseTraining(keep_memory=)`.
+The policy applies to the whole process. It therefore changes only on request, by
+`SparseTraining(keep_memory=)`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import functools
 import os
 import sys
 
-# Parameters of `mallopt`, and the largest value that it takes.
+# Parameters of `mallopt`, and the largest value that `mallopt` accepts.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST = 2**31 - 1
 _MIB = 1 << 20
@@ -23,19 +24,19 @@ _MIB = 1 << 20
 
 @functools.cache
 def glibc():
-    """Return glibc, or None if there is another C library or a policy in the environment."""
+    """Return glibc, or None for another C library or if the environment sets a memory policy."""
     is_set = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     library = ctypes.CDLL(None) if sys.platform == "linux" and not is_set else None
     return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
 
 
 def keep_freed_memory() -> None:
-    """Let the process keep the memory that it frees, if `glibc` allows this."""
+    """Let the process keep the memory that it frees, unless `glibc()` is None."""
     _set(mmap=_LARGEST, trim=_LARGEST)
 
 
 def return_freed_memory() -> None:
-    """Return free memory to the system now, and return freed blocks of more than 32 MiB later."""
+    """Return free memory to the system now, and let glibc return large blocks later."""
     _set(mmap=32 * _MIB, trim=64 * _MIB)  # The largest thresholds that glibc sets automatically.
     if glibc():
         glibc().malloc_trim(0)

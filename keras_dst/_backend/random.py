@@ -24,7 +24,7 @@ _NARROW, _WIDE = 1 << 8, 1 << 13  # Smallest and largest width of the table's ro
 
 
 def bits(*numbers: Tensor) -> Tensor:
-    """Return the int32 hash of integers or int32 tensors, whose shapes are broadcast."""
+    """Return an int32 hash of integers or int32 tensors. The tensors are broadcast."""
     state = ops.zeros((), "int32")
     for number in numbers:
         state = _mixed(state * 31 + ops.cast(number, "int32") + 0x3C6EF372)
@@ -39,8 +39,7 @@ def _mixed(x):
 
 
 def _shifted(x, by):
-    # The function shifts right and fills with zeros. The built-in shift of int32 fills with the
-    # sign bit.
+    # Shift right and fill with zeros. The built-in shift of int32 would fill with the sign bit.
     return ops.bitwise_and(ops.bitwise_right_shift(x, by), (1 << (32 - by)) - 1)
 
 
@@ -61,12 +60,12 @@ def uniform(shape: Sequence[int], *numbers: Tensor) -> Tensor:
 
 
 def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Tensor]:
-    """Return normal random float32 numbers in these shapes, which differ from step to step.
+    """Return normally distributed random float32 numbers, which differ from step to step.
 
-    The numbers are random rows of a table with a million entries, because copying is faster than
-    drawing. For a large tensor, the rows of the table are as wide as the rows of the tensor. This
-    table has fewer rows, and contains each row with both signs, so that the noise of a weight has
-    mean 0.
+    The numbers are random rows of a table with a million entries, because copying rows is faster
+    than generating numbers. For a large tensor, the rows of the table are as wide as the rows of
+    the tensor. Such a table has few rows. It therefore contains each row with both signs, so that
+    the mean noise of every weight is 0.
 
     Args:
         shapes: Shapes of the results.
@@ -89,8 +88,8 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
         sizes = [math.prod(shapes[i]) for i in members]
         rows = [-(-size // width) for size in sizes]
         position = np.concatenate([np.arange(n) for n in rows])
-        # This is a gather, because XLA under TensorFlow would compile a slice at a random place in
-        # every step.
+        # Gather the rows, because XLA under TensorFlow would compile a slice at a random position
+        # again in every step.
         chosen = bits(seed, step, np.repeat(members, rows), position)
         chosen = ops.bitwise_and(chosen, numbers.shape[0] - 1)
         drawn = ops.take(numbers[:, :width], chosen, axis=0)

@@ -1,12 +1,14 @@
 """Top-k selection without a sort. The module `masks` exports the functions `top_k` and `kth`.
 
-The scores are not copied. A search finds the threshold: every step counts the scores above a
-candidate, row by row. Counting takes nearly all the time of a mask update of a large model.
+The scores are not copied. The threshold is found by a search: every step counts, row by row, the
+scores above a candidate threshold. Counting takes nearly all the time of a mask update of a large
+model.
 
 On a CPU the rows are counted slab by slab, which keeps temporary values in the cache. On an
 accelerator a loop over slabs would launch thousands of small kernels, so all rows are counted at
-once. JAX fuses several counts into one pass over the scores, so on JAX a step of the search tries
-several candidates. Both searches keep the same bounds around the threshold, and return equal masks.
+once. JAX fuses several counts into one pass over the scores, so each search step on JAX tries
+several candidates. Both search algorithms maintain the same bounds around the threshold, and return
+equal masks.
 """
 
 import math
@@ -24,8 +26,10 @@ Tensor = Any
 
 # Largest number of search steps. The search stops earlier if two thresholds are adjacent floats.
 _MAX_STEPS = 900
-_LARGEST = 1e38  # Scores above this count as tied, so that sums of two scores do not overflow.
-_SMALLEST = 2.0**-126  # Scores that differ by less count as tied, as some backends flush to 0.
+# Scores above this limit count as tied, so that sums of two scores do not overflow.
+_LARGEST = 1e38
+# Scores that differ by less count as tied, because some backends flush such differences to 0.
+_SMALLEST = 2.0**-126
 _ROW_WIDTH = 1 << 10  # Number of scores in a row.
 _BUNDLE_SIZE = 1 << 20  # Largest number of scores in a bundle of small tensors.
 _SLAB_ROWS = 1 << 8  # Number of rows whose scores are counted at once.
@@ -42,19 +46,20 @@ def top_k(
 ):
     """Return masks that keep the highest scores, over all tensors or within each tensor.
 
-    Among equal scores, the score in the earlier tensor is kept, then the score at the earlier
-    position (C order). All backends therefore keep the same weights.
+    Equal scores are kept in the order of their tensors, and within a tensor in the order of their
+    positions (C order). All backends therefore keep the same weights.
 
     Args:
-        scores: Float tensors of any shapes. An infinite score ties with the largest or the smallest
-            finite score, and NaN with the smallest.
+        scores: Float tensors of any shapes. Infinity counts as the largest finite score. Minus
+            infinity and NaN count as the smallest finite score.
         kept: Number of weights to keep: an integer scalar for all tensors together, or a vector
             with one number per tensor.
-        sizes: Number of weights in every group, if an entry stands for a group (`Pattern.sizes`).
-            Groups are then kept in the order of their scores while their sizes fit into `kept`.
-            Defaults to None, which means that every entry is one weight.
-        first: Number of the best entries of every tensor that are kept before all other entries;
-            `kept` must be large enough for these entries. Defaults to None, which means 0.
+        sizes: If each score belongs to a group of weights, the number of weights in every group
+            (see `Pattern.sizes`). Groups are then kept in descending order of their scores, as long
+            as the sum of their sizes is at most `kept`. Defaults to None, which means that every
+            entry is one weight.
+        first: For every tensor, the number of its best entries that are always kept. `kept` must be
+            large enough for these entries. Defaults to None, which means 0.
 
     Returns:
         A list of boolean tensors, one per tensor of scores.
@@ -66,14 +71,15 @@ def top_k(
     scores = list(scores)
     shapes = [tuple(s.shape) for s in scores]
     ranking = _Ranking(scores, kept.ndim == 0, sizes, first)
-    scores.clear()  # Free the scores of small tensors, because the ranking holds copies.
+    # Free the scores of small tensors, because `ranking` holds copies of these scores.
+    scores.clear()
     found = ranking.masks(kept if kept.ndim else kept[None])
     flat = [mask for rows, matrix in zip(ranking.bundles, found) for mask in rows.split(matrix)]
     return [ops.reshape(mask, shape) for mask, shape in zip(flat, shapes)]
 
 
 def kth(scores: Sequence[Tensor], kept: Tensor) -> Tensor:
-    """Return the threshold of `top_k`, which exactly `kept` scores exceed if no scores tie.
+    """Return the threshold that exactly `kept` scores exceed, if no scores are equal.
 
     Args:
         scores: Float tensors of any shapes.
@@ -83,15 +89,16 @@ def kth(scores: Sequence[Tensor], kept: Tensor) -> Tensor:
 
 
 class _Rows:
-    """Layout of a bundle of tensors as rows of a matrix; every tensor begins a new row.
+    """Arrangement of a bundle of tensors as rows of one matrix. Every tensor begins a new row.
 
     Attributes:
         tensor: Index of each row's tensor among all tensors.
         local: Index of each row's tensor in this bundle.
         owner: Boolean matrix (tensors of this bundle, rows): whether the row belongs to the tensor.
-        start: Position of each row's first entry in its tensor, or in all tensors together.
-        left: Number of entries from the start of each row to the end of its tensor. None if all
-            rows are full.
+        start: For each row, the position of its first entry in the tensor. If all tensors are
+            ranked together, this is the position in their concatenation.
+        left: For each row, the number of entries from its start to the end of the tensor. None if
+            all rows are full.
         first_rows: Index of each tensor's first row.
     """
 
@@ -109,31 +116,32 @@ class _Rows:
         self.left = ops.convert_to_tensor(left[:, None]) if np.any(left < _ROW_WIDTH) else None
 
     def join(self, tensors: Sequence[Tensor], padding: float) -> Tensor:
-        """Return the matrix of the bundle's rows, padded with `padding` after each tensor."""
+        """Return the tensors of the bundle as rows of one matrix, padded with `padding`."""
         parts = []
         for i, length in zip(self.members, self.lengths):
             part = ops.reshape(tensors[i], (-1,))
             if length % _ROW_WIDTH:
                 end = ops.full((-length % _ROW_WIDTH,), padding, part.dtype)
                 part = ops.concatenate([part, end])
-            # The tensors are joined as rows, because XLA would store a flat tensor in memory in
-            # both shapes.
+            # Reshape before the concatenation, because XLA would otherwise store both the flat
+            # tensor and the matrix in memory.
             parts.append(ops.reshape(part, (-1, _ROW_WIDTH)))
         return ops.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def split(self, matrix: Tensor) -> list[Tensor]:
-        """Return the entries of every tensor of the bundle as vectors."""
+        """Return the entries of each tensor in the bundle as a vector."""
         ends = [*self.first_rows[1:].tolist(), len(self.tensor)]
         rows = [matrix[begin:end] for begin, end in zip(self.first_rows.tolist(), ends)]
         return [ops.reshape(r, (-1,))[:n] for r, n in zip(rows, self.lengths)]
 
 
 class _Ranking:
-    """Search for the thresholds of one ranking of all tensors, or of one ranking per tensor.
+    """Ranking of all tensors together, or of each tensor separately, by a search for thresholds.
 
     Small tensors are joined into bundles, so that few operations are compiled. Large tensors are
-    not copied. Scores that are not finite are replaced only in comparisons. Thresholds, counts and
-    similar vectors have one entry for each ranking.
+    not copied. Scores that are not finite are replaced only in comparisons. Vectors such as
+    thresholds and counts have one entry if all tensors are ranked together, and otherwise one entry
+    per tensor.
     """
 
     def __init__(self, scores, together, sizes=None, first=None):
@@ -147,7 +155,7 @@ class _Ranking:
         self.scores = [b.join(scores, -np.inf) for b in self.bundles]
         self.at_once = on_accelerator(self.scores[0])
         self.least, self.most, self.peaks = self._extremes()
-        # Number of weights of each entry. None if every entry is one weight.
+        # Number of weights in the group of each entry. None if every entry is one weight.
         self.weights, self.total = [None] * len(self.bundles), self.lengths
         if sizes is not None and any(np.any(n != 1) for n in sizes):
             ones = [ops.convert_to_tensor(n, "int32") for n in sizes]
@@ -210,7 +218,7 @@ class _Ranking:
         )
 
     def first_entries(self):
-        """Return the best entries of every tensor, in a form that `_with_first` takes."""
+        """Return the best entries of every tensor, as an argument for `_with_first`."""
         if max(self.first) > 1:
             flat = [part for b, s in zip(self.bundles, self.scores) for part in b.split(s)]
             each = _Ranking(flat, together=False)
@@ -256,15 +264,15 @@ class _Ranking:
         return ops.cond(ops.any(some_fit), some, none_or_all)
 
     def _with_ties(self, b, s, low, high, end, first):
-        """Return the mask of the scores above `high` and of the tied scores before `end`."""
+        """Return a mask of the scores above `high` and of the tied scores before position `end`."""
         tied = self._above(b, s, low) & _first_columns(self._to_rows(b, end) - b.start)
         return _with_first(self._above(b, s, high) | tied, first)
 
     def thresholds(self, kept):
-        """Return `(low, high, below, above)`, the two thresholds around `kept` and their counts.
+        """Return `(low, high, below, above)`: two thresholds, and the number of weights above each.
 
-        `above` weights score above `high`, and `below` weights score above `low`. The counts
-        satisfy `above <= kept < below`. Both search algorithms keep `above <= kept < below` true.
+        The number of weights whose score exceeds `high` is `above`, and the number of weights whose
+        score exceeds `low` is `below`. Both search algorithms maintain `above <= kept < below`.
         """
         gap = ops.maximum(ops.abs(self.least), 1e-30)
         # Many scores may tie with the smallest score, as scores of pruned weights do.
@@ -290,10 +298,10 @@ class _Ranking:
     def _by_false_position(self, kept, low, high, below, above):
         """Search with one candidate per step.
 
-        The search tries the point at which a straight line between both counts meets `kept` (false
-        position). If one bound does not move for two steps, the distance of its count from `kept`
-        is halved (Illinois variant). Every third step tries the midpoint, which limits the number
-        of steps for any distribution of scores.
+        The candidate is the threshold at which linear interpolation between both counts yields
+        `kept` (false position). If one bound does not move for two steps, the difference between
+        its count and `kept` is halved (Illinois variant). Every third step tries the midpoint,
+        which limits the number of steps for any distribution of scores.
 
         Source: M. Dowell and P. Jarratt, BIT 11 (1971), Illinois variant of false position.
         """
@@ -308,7 +316,7 @@ class _Ranking:
             for i, threshold in enumerate(sampled):
                 guess = ops.where(ops.equal(turn, i + 1), threshold, guess)
             inside = (low < guess) & (guess < high)
-            # Many scores are 0, and bisection needs many steps to reach 0, so 0 is tried first.
+            # Many scores are 0, but bisection needs many steps to reach 0, so 0 is tried early.
             at_zero = (low < 0) & (high > 0) & (turn > 2)
             under = (low < -_SMALLEST) & ops.equal(high, 0)
             threshold = ops.where(inside & ops.not_equal(turn % 3, 0), guess, low / 2 + high / 2)
@@ -332,7 +340,8 @@ class _Ranking:
         many = self.together and self.count >= _SAMPLE_FROM
         sampled = self._sample_bounds(kept) if many else ()
         one, side = ops.ones(low.shape, "float32"), ops.zeros(low.shape, "int32")
-        # `ops.where` converts two Python numbers to the type `keras.config.floatx()`.
+        # Convert to float32, because `ops.where` would convert two Python numbers to
+        # `keras.config.floatx()`.
         half, whole = (ops.convert_to_tensor(x, "float32") for x in (0.5, 1.0))
         turn = ops.convert_to_tensor(1, "int32")
         low, high, below, above, *_ = ops.while_loop(
@@ -346,9 +355,9 @@ class _Ranking:
     def _by_sections(self, kept, low, high, below, above):
         """Search with several candidates per step, which XLA counts in one pass over the scores.
 
-        The candidates divide the range between the thresholds into sections of equal width. One
-        candidate is the exact midpoint, so the search ends for any distribution of scores. 0 is
-        tried in every step, because many scores are 0.
+        The candidates divide the range between the thresholds into sections of equal width. The
+        candidates include the exact midpoint of the interval, so the search ends for any
+        distribution of scores. The candidates also include 0, because many scores are 0.
         """
 
         def narrow(low, high, below, above):
@@ -390,11 +399,11 @@ class _Ranking:
         return [ops.take(sample, ops.cast(end, "int32")) for end in ends]
 
     def _last_ties(self, low, high, firsts, room):
-        """Return the position after the last tied entry that still fits, per ranking.
+        """Return, for every ranking, the position after the last tied entry that is kept.
 
         Args:
-            low, high: Thresholds; scores between them are tied.
-            firsts: Best entries of every tensor, which are kept before all other entries.
+            low, high: Lower and upper threshold. Scores between these thresholds are tied.
+            firsts: Best entries of every tensor, which are always kept.
             room: Number of tied weights that are kept.
         """
         found, offset = [], 0
@@ -414,7 +423,7 @@ class _Ranking:
                 space = ops.take(room, b.tensor)
             first_rows, sizes = (ops.convert_to_tensor(n, "int32") for n in (first_rows, sizes))
             # Find the row with the last tied entry that is kept, and the number of entries to keep
-            # in it.
+            # in this row.
             full = ops.cast(before + counts <= space, "int32")
             full = ops.sum(full[None] if self.together else ops.where(b.owner, full, 0), axis=1)
             row = first_rows + ops.minimum(full, sizes - 1)
@@ -429,7 +438,7 @@ class _Ranking:
         return ops.min(places, keepdims=True) if self.together else places
 
     def _above(self, b, s, thresholds):
-        """Return the mask of a bundle's scores above a threshold.
+        """Return a mask of the scores in a bundle that exceed a threshold.
 
         A threshold below the smallest finite score keeps all scores, including NaN.
         """
@@ -437,18 +446,19 @@ class _Ranking:
         return (s > self._to_rows(b, self._finite_cut(thresholds))) | everything
 
     def _finite_cut(self, thresholds):
-        """Replace thresholds that are not below the largest finite score by infinity."""
+        """Return infinity in place of thresholds that are not below the largest finite score."""
         return ops.where(thresholds < self.most, thresholds, np.inf)
 
     def _count_above(self, thresholds):
-        """Return the number of weights above a threshold or among the best entries, per ranking."""
+        """Return, for every ranking, how many weights exceed a threshold or are always kept."""
         count = self._count_scores(thresholds)
-        if self.first_weights is not None:  # In each tensor, the two sets are nested.
+        # In each tensor, one of the two sets contains the other set.
+        if self.first_weights is not None:
             count = ops.sum(ops.maximum(count, self.first_weights))[None]
         return ops.where(thresholds < self.least, self.total, count)
 
     def _count_scores(self, thresholds):
-        """Return the number of weights above a threshold, per ranking or per tensor."""
+        """Return how many weights exceed a threshold, as one number per ranking or per tensor."""
 
         def of_rows(s, cut, weights):
             return _count_kept(s > cut, weights)
@@ -463,10 +473,11 @@ class _Ranking:
         return self._reduce_by_tensor(counts, ops.sum, 0)
 
     def _by_row(self, reduce, dtype, *matrices):
-        """Apply a reduction to the rows of matrices; other arguments are passed on unchanged.
+        """Apply a reduction to the rows of matrices. Pass other arguments on unchanged.
 
-        On a CPU, the slabs of rows are processed one after another. XLA and TensorFlow on a CPU
-        write the matrix to memory before they reduce it, with four bytes per entry of a mask.
+        On a CPU, slabs of rows are processed one after another. XLA and TensorFlow write a mask to
+        memory, with four bytes per entry, before they reduce the mask. Slabs keep this memory
+        small.
         """
         rows = matrices[0].shape[0]
         slabs = rows // _SLAB_ROWS
@@ -492,7 +503,7 @@ class _Ranking:
     def _reduce_by_ranking(self, values, reduce, neutral):
         """Reduce one value per row to one value per ranking.
 
-        `neutral` is the neutral value of the reduction.
+        `neutral` replaces the entries of other tensors, and does not change the result of `reduce`.
         """
         if self.together:
             return reduce(ops.stack([reduce(v) for v in values]))[None]
@@ -536,9 +547,8 @@ def _clipped(s, neutral):
 
 
 def _with_first(mask, first):
-    """Add the first entries to a mask.
-
-    The entries are None, a mask, or the index of a column per row.
+    """Add the best entries to a mask. `first` is None, a mask, or the column of the best entry per
+    row.
     """
     if first is None:
         return mask
@@ -554,7 +564,7 @@ def _columns():
 
 
 def _first_columns(numbers):
-    """Return a mask of the first entries of every row, with the given number per row."""
+    """Return a mask of the first entries in every row, with `numbers` entries per row."""
     return _columns() < numbers
 
 

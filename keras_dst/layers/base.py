@@ -40,11 +40,11 @@ class SparseWeight:
         return layer.__dict__.get(self.slot, layer.__dict__.get(self.name))
 
     def layout_of(self, layer) -> Layout:
-        """Return the axes of this weight in a layer."""
+        """Return the input and output axes of this weight in a given layer."""
         return self.layout
 
     def masked(self, layer):
-        """Return the weight with its mask, in the dtype of the variable."""
+        """Return the masked weight, in the dtype of the variable."""
         value = getattr(super(self.owner, layer), self.name, self.raw(layer))
         if value is None:
             raise AttributeError(f"Build the layer before accessing `{self.name}`.")
@@ -131,14 +131,15 @@ class SparseMixin(_keras.BuildHook):
     def attach_method(self, method: LayerMethod) -> None:
         """Set the method of this layer, before or after the layer is built."""
         self.method = method
-        # Keras up to 3.15 sets `quantize` on every instance, which hides a method of the class.
+        # Up to version 3.15, Keras sets the attribute `quantize` on every layer instance. A method
+        # of the class would be hidden, so the attribute is replaced.
         self.__dict__["_stock_quantize"] = self.__dict__.get("quantize")
         self.__dict__["quantize"] = self._refuse_to_quantize
         # Keras must not track the nested dict, because `add_weight` already tracks the variables in
         # it.
         self.__dict__["sparse_state"] = {}
         for weight in self._masked_attributes():
-            # The variable was set before this layer became sparse.
+            # Move a variable that was set before this layer became sparse.
             if weight.name in self.__dict__:
                 self.__dict__[weight.slot] = self.__dict__.pop(weight.name)
         if self.built:
@@ -168,14 +169,14 @@ class SparseMixin(_keras.BuildHook):
                 yield weight.layout_of(self), weight.raw(self), self.sparse_state[weight.name]
 
     def batch_mean(self, layout: Layout, state: State):
-        """Return the mean over the batch of a weight's gates, which are equal for all inputs."""
+        """Return the mean gates of a weight over the batch. The gates are equal for all inputs."""
         return cast(UnitMethod, self.method).gate(state, layout)
 
     # The state is created after all stock weights, because optimizers save their slots in the order
-    # of the weights. A layer that is made sparse after it was built has the same order.
+    # of the weights. A layer that becomes sparse after it was built has the same order.
     def after_build(self):
-        # If Keras's Embedding gets `weights=`, it builds itself in `__init__`, before the method is
-        # known. `attach_method` then adds the state.
+        # With the argument `weights=`, Keras's Embedding builds itself in `__init__`, before the
+        # method is attached. `attach_method` then adds the state.
         if "sparse_state" in self.__dict__:
             self._add_states()
 
@@ -230,7 +231,7 @@ class SparseMixin(_keras.BuildHook):
         )
 
     def _refuse_to_quantize(self, *args, **kwargs):
-        # `Model.quantize` would skip the layer without this message after a NotImplementedError.
+        # This is not a NotImplementedError, because `Model.quantize` would skip the layer silently.
         raise ValueError(
             f"'{self.name}' is sparse. Call keras_dst.strip(model) first, then quantize."
         )
@@ -241,10 +242,10 @@ class SparseMixin(_keras.BuildHook):
         method = keras.saving.serialize_keras_object(self.method)
         return {**super().get_config(), "method": method}
 
-    # Keras saves the weights of a layer by position. The variables of the method are saved by
-    # name, next to the weights of the stock layer. If a file lacks these variables, as the file of
-    # a dense model does, they keep their values. In a layer that was just made sparse, all weights
-    # are therefore kept.
+    # Keras saves the weights of a layer by position. The variables of the method are saved by name,
+    # next to the weights of the stock layer. If a file, such as the file of a dense model, lacks
+    # these variables, the variables keep their values. If the layer is new, all its weights are
+    # then kept.
     def save_own_variables(self, store):
         own = self.state_variables()
         with self._as_stock():
@@ -349,7 +350,7 @@ def require_driver(layer) -> None:
 class _RequireDriver(keras.constraints.Constraint):
     """Constraint that raises an error if an optimizer step is traced while no callback is running.
 
-    Every kind of training applies constraints, and nothing outside of training does.
+    Constraints are applied in every kind of training, and never outside of training.
     """
 
     def __init__(self, inner, layer):
@@ -359,7 +360,7 @@ class _RequireDriver(keras.constraints.Constraint):
         if not self.layer.driver_active:
             method = self.layer.method
             raise ValueError(
-                f"'{self.layer.name}' is under {method!r}, which needs the "
+                f"'{self.layer.name}' has the method {method!r}, which needs the "
                 f"{method.driver.split('.')[-1]} callback to reach its target. "
                 f"Fit with callbacks=[{method.driver}()]."
             )
@@ -367,9 +368,9 @@ class _RequireDriver(keras.constraints.Constraint):
 
 
 def check_method(method) -> LayerMethod:
-    """Return a layer method, deserialized if it is a config.
+    """Return `method` if it is a `LayerMethod`, and deserialize the method if it is a config.
 
-    Raise an error for any other object.
+    Raise TypeError for any other object.
     """
     if isinstance(method, dict):
         method = keras.saving.deserialize_keras_object(method)

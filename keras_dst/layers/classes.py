@@ -44,11 +44,11 @@ class SparseSubclass(SparseMixin):
 
 @keras.saving.register_keras_serializable("keras_dst")
 class SparseContainer(_keras.BuildHook):
-    """Sparse form of a layer or model that creates other layers, some of which are sparse.
+    """Sparse form of a layer or model that creates inner layers. Some inner layers are sparse.
 
     If such a layer is created from its config, its inner layers are plain layers. The layer
-    therefore also stores a recipe, which holds the method of every sparse inner layer by the
-    position of the inner layer.
+    therefore also stores a recipe: a dict that maps the position of each sparse inner layer to its
+    method.
     """
 
     stock: type
@@ -117,12 +117,12 @@ def sparse_class(stock: type) -> type[SparseMixin] | None:
 
 
 def container_class(stock: type) -> type:
-    """Return the class for a layer of this class that contains sparse layers."""
+    """Return the class that replaces `stock` if a layer of this class contains sparse layers."""
     return _derive((SparseContainer, stock))
 
 
 def prunable_weights_of(layer) -> Iterator[tuple[Layout, Any]]:
-    """Yield the axes and the variable of every weight of a layer that can have a mask."""
+    """Yield axes and variable of each weight in a layer, if the weight can have a mask."""
     cls = type(layer) if isinstance(layer, SparseMixin) else sparse_class(type(layer))
     for weight in cls.sparse_weights() if cls else ():
         if (variable := weight.raw(layer)) is not None:
@@ -130,7 +130,7 @@ def prunable_weights_of(layer) -> Iterator[tuple[Layout, Any]]:
 
 
 def layouts_of(model) -> dict[int, Layout]:
-    """Return the axes of every weight of a model that can have a mask, by the variable's id."""
+    """Return the axes of all weights in a model that can have a mask, by `id(variable)`."""
     return {
         id(variable): layout
         for layer in _keras.flatten_layers(model)
@@ -158,10 +158,10 @@ def _declared_weights(stock: type) -> dict[str, Layout]:
 
 @functools.cache
 def _derive(bases: tuple[type, ...]) -> type:
-    # There is one derived class per stock class, so two layers of one class still have the same
-    # class. All derived classes are registered under the name of the first base. The `from_config`
-    # of the first base then finds the custom class. The derived classes have the `__name__` of the
-    # stock class, see `base.register`.
+    # Every stock class has only one derived class, so that two layers of the same stock class still
+    # have the same class. All derived classes are registered under the name of their first base
+    # class, whose `from_config` finds the custom class. The derived classes have the `__name__` of
+    # the stock class, see `base.register`.
     stock = bases[-1]
     weights = {name: SparseWeight(layout) for name, layout in _declared_weights(stock).items()}
     own = {"stock": stock, "__qualname__": f"Sparse{stock.__name__}", **weights}
@@ -174,7 +174,7 @@ def _registered_name(stock: type) -> str:
 
 
 def _stock_instance(config: dict, own_keys: tuple[str, ...]) -> tuple[Any, dict]:
-    """Return a layer of the class that a config names, and the entries under `own_keys`."""
+    """Return a layer of the class that `config` names, and the config entries under `own_keys`."""
     config = dict(config)
     own = {name: config.pop(name) for name in own_keys}
     name = config.pop("stock_class")

@@ -24,10 +24,10 @@ class Gate(_keras.BuildHook, layers.Layer):
 
     A gate of 1 is open, and a gate of 0 is closed.
 
-    `methods.Consensus` trains the gates together with the `SparseTraining` callback. In inference,
-    the gates are constants. A trained gate is open if its logit is 0 or more. A gate of a gating
-    module is open if its running mean is 0.5 or more, which the paper calls the consensus. `strip`
-    replaces this layer by a `keras.layers.Rescaling` with the constant gates.
+    The method `methods.Consensus`, which needs the `SparseTraining` callback, trains the gates. In
+    inference, the gates are constants. A trained gate is open if its logit is 0 or more. A gate of
+    a gating module is open if its running mean is 0.5 or more, which the paper calls the consensus.
+    `strip` replaces this layer by a `keras.layers.Rescaling` with the constant gates.
 
     Args:
         axis: Axis of the channels. Defaults to -1.
@@ -38,15 +38,16 @@ class Gate(_keras.BuildHook, layers.Layer):
             pooling, dense, batch normalization, ReLU, dense, sigmoid). If False, every gate has
             one trainable logit for all inputs. Defaults to False.
         units: Number of units in the first dense layer of the gating module. Defaults to 16.
-        momentum: Momentum of the running mean of the gating module's gates. Defaults to 0.9.
-        cost: Cost of one structure, in FLOPs or parameters like the cost of the method. Defaults to
-            1.
-        method: Method that trains the gates. All gates and layers with equal methods share one
-            budget. Defaults to None, which means `methods.Consensus()`.
+        momentum: Momentum with which the gating module updates the running mean of its gates.
+            Defaults to 0.9.
+        cost: Cost of one structure, in FLOPs or in parameters, as selected by `Consensus(cost=)`.
+            Defaults to 1.
+        method: Method that trains the gates. One budget applies to all gates and layers whose
+            methods are equal. Defaults to None, which means `methods.Consensus()`.
 
     Call arguments:
         x: Tensor to multiply by the gates.
-        context: Input of the gating module, with its channels on the same axis. In the paper, the
+        context: Input of the gating module, with its channels on the axis `axis`. In the paper, the
             context is the input of the layer whose output is gated. Defaults to None, which means
             `x`.
 
@@ -92,8 +93,8 @@ class Gate(_keras.BuildHook, layers.Layer):
         self.method = method
         # Keras must not track the nested dict, see `SparseMixin.attach_method`.
         self.__dict__["sparse_state"] = {}
-        # A channel counts as a unit with one weight. A residual branch has no units, so the whole
-        # branch may be closed.
+        # In this layout, a channel is an output unit with one weight. A residual branch has no
+        # output units, so that `Consensus` may close its only gate.
         self._layout = Layout((-1,) if structure == "channel" else (), ())
 
     def build(self, x_shape, context_shape=None):
@@ -168,23 +169,23 @@ class Gate(_keras.BuildHook, layers.Layer):
         return self.method.is_open(self.sparse_state["gate"], self._layout)
 
     def masked_weights(self) -> Iterator[tuple[Layout, Any, State]]:
-        """Yield layout, variable and state of the gates, like a sparse layer for its weights."""
+        """Yield the layout, the variable and the state of the gates, as sparse layers do."""
         for state in self.sparse_state.values():
             yield self._layout, state["mean" if self.dependent else "logit"], state
 
     def state_variables(self) -> dict[str, Any]:
-        """Return all variables by path, including the variables of the gating module."""
+        """Return a dict from paths to variables, including the variables of the gating module."""
         return {variable.path: variable for variable in self.variables}
 
     def batch_mean(self, layout: Layout, state: State):
-        """Return the mean over the batch of the gates in the last forward pass."""
+        """Return the mean gates over the batch of the last forward pass."""
         if not self.dependent:
             return self.method.gate(state, layout)
         mean = self.__dict__.pop("_batch_mean", None)
         return ops.cast(self.is_open(), "float32") if mean is None else mean
 
     def restore_stock(self) -> None:
-        """Convert this layer, in place, to a `Rescaling` layer with the gates of inference."""
+        """Convert this layer, in place, to a `Rescaling` layer with the constant gates."""
         on = ops.convert_to_numpy(self.is_open()).astype("float32")
         scale = np.broadcast_to(on, self._shape).reshape(self._shape).tolist()
         stock = layers.Rescaling(scale, name=self.name, dtype=self.dtype_policy)

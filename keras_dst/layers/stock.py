@@ -165,7 +165,7 @@ class SparseSimpleRNNCell(SparseCellMixin, layers.SimpleRNNCell):
 class SparseLSTMCell(SparseCellMixin, layers.LSTMCell):
     """`keras.layers.LSTMCell` with a sparse kernel and a sparse recurrent kernel.
 
-    Under DST, each unit of each of the four gates has its own threshold.
+    Under DST, each kernel has four thresholds per unit, one for each gate of the cell.
     """
 
     stock = layers.LSTMCell
@@ -177,7 +177,7 @@ class SparseLSTMCell(SparseCellMixin, layers.LSTMCell):
 class SparseGRUCell(SparseCellMixin, layers.GRUCell):
     """`keras.layers.GRUCell` with a sparse kernel and a sparse recurrent kernel.
 
-    Under DST, each unit of each of the three gates has its own threshold.
+    Under DST, each kernel has three thresholds per unit, one for each gate of the cell.
     """
 
     stock = layers.GRUCell
@@ -218,7 +218,7 @@ if hasattr(layers, "ReversibleEmbedding"):  # This layer is new in Keras 3.12.
 
     @register
     class SparseReversibleEmbedding(SparseMixin, layers.ReversibleEmbedding):
-        """`keras.layers.ReversibleEmbedding` with one sparse table, or two tables if not tied."""
+        """`keras.layers.ReversibleEmbedding` with one sparse table, or with two if untied."""
 
         stock = layers.ReversibleEmbedding
         embeddings = SparseWeight()
