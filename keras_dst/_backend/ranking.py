@@ -547,9 +547,7 @@ def _clipped(s, neutral):
 
 
 def _with_first(mask, first):
-    """Add the best entries to a mask. `first` is None, a mask, or the column of the best entry per
-    row.
-    """
+    """Add the best entries, given as a mask or as one column per row, to a mask."""
     if first is None:
         return mask
     return mask | (first if first.shape[1] == _ROW_WIDTH else _columns() == first)
