@@ -1,4 +1,7 @@
-"""Run a benchmark on a backend. The backend must be chosen before Keras is imported."""
+"""Run benchmarks on a given backend, in new processes.
+
+The backend must be set before Keras is imported.
+"""
 
 import os
 import subprocess
@@ -14,10 +17,12 @@ def run_on(
     variables: dict | None = None,
     timeout: float | None = None,
 ) -> None:
-    """Run `python -m benchmarks.MODULE ARGUMENTS` on a backend; raise an error if it fails.
+    """Run `python -m benchmarks.MODULE ARGUMENTS` on a backend.
 
-    `variables` are added to the environment of the process. The process is stopped after `timeout`
-    seconds.
+    Raise an error if the command fails.
+
+    The environment variables in `variables` are set in the new process. After `timeout` seconds,
+    the process is stopped.
     """
     command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
     print(f"KERAS_BACKEND={backend}", *command[1:], flush=True)
@@ -26,7 +31,7 @@ def run_on(
 
 
 def card() -> str | None:
-    """Return the name of the GPU or TPU that JAX or PyTorch uses, or None if it uses the CPU."""
+    """Return the name of the GPU or TPU that JAX or PyTorch uses, or None on a CPU."""
     import keras
 
     if keras.backend.backend() == "torch":

@@ -1,4 +1,4 @@
-"""Load the benchmark data, and apply a method to a model."""
+"""Load the data sets of the benchmarks, and apply a pruning method to a model."""
 
 import os
 import pathlib
@@ -15,7 +15,7 @@ def mnist() -> tuple:
 
 
 def cifar10() -> tuple:
-    """Return CIFAR-10 in the form of `mnist`, with mean 0 and standard deviation 1 per channel."""
+    """Return CIFAR-10 like `mnist`. Each color channel has mean 0 and standard deviation 1."""
     (x, y), (x_test, y_test) = load("cifar10")
     mean, deviation = x.mean((0, 1, 2)), x.std((0, 1, 2))
     return tuple(
@@ -25,10 +25,10 @@ def cifar10() -> tuple:
 
 
 def spoken_digits() -> tuple:
-    """Return spectrograms of the Free Spoken Digit Dataset in the form of `mnist`.
+    """Return spectrograms of the Free Spoken Digit Dataset, like `mnist`.
 
     Raises:
-        FileNotFoundError: If KERAS_DST_DATA does not name a folder with fsdd_logmel.npz.
+        FileNotFoundError: If fsdd_logmel.npz is not in the folder that KERAS_DST_DATA names.
     """
     return tuple(
         ((x / 255.0).astype("float32")[..., None], y.astype("int32"))
@@ -37,7 +37,7 @@ def spoken_digits() -> tuple:
 
 
 def load(name: str) -> tuple:
-    """Return a data set from the folder in KERAS_DST_DATA, if any, or from `keras.datasets`."""
+    """Load a data set from the folder that KERAS_DST_DATA names, or else from `keras.datasets`."""
     folder = os.environ.get("KERAS_DST_DATA")
     if not folder and not hasattr(keras.datasets, name):
         raise FileNotFoundError(
@@ -52,8 +52,8 @@ def load(name: str) -> tuple:
 
 
 def apply_method(method, model, optimizer):
-    """Apply a method to a model, unless the method is None; return the optimizer for `compile`."""
-    import keras_dst  # environments of other tools lack keras_dst
+    """Apply a method to a model if a method is given. Return the optimizer for `compile`."""
+    import keras_dst  # Environments of other tools lack keras_dst.
 
     if isinstance(method, keras_dst.methods.LayerMethod):
         keras_dst.sparsify(model, method)

@@ -1,4 +1,4 @@
-"""Networks from papers that the benchmarks train."""
+"""Networks of the benchmarks, most of them from papers."""
 
 import keras
 from keras import layers
@@ -18,7 +18,7 @@ def lenet_300_100():
 
 
 def lenet_5_caffe():
-    """Return the LeNet-5 of the DST paper, with 431,080 weights."""
+    """Return the LeNet-5 of the DST paper, which has 431,080 weights."""
     return keras.Sequential(
         [
             keras.Input((28, 28, 1)),
@@ -35,7 +35,7 @@ def lenet_5_caffe():
 
 
 def lenet_5():
-    """Return the LeNet-5 of 1998 with ReLU and max pooling, with 61,706 weights."""
+    """Return the LeNet-5 of 1998, but with ReLU and max pooling. The network has 61,706 weights."""
     return keras.Sequential(
         [
             keras.Input((28, 28, 1)),
@@ -53,7 +53,7 @@ def lenet_5():
 
 
 def lstm(units: int):
-    """Return an LSTM that reads an image row by row."""
+    """Return an LSTM network that reads an image row by row."""
     return keras.Sequential(
         [
             keras.Input((28, 28, 1)),
@@ -68,8 +68,8 @@ def lstm(units: int):
 def resnet(depth: int, width: int = 16, stride: int = 1):
     """Return the CIFAR-10 ResNet of arXiv 1512.03385 with 6 n + 2 layers and projections.
 
-    `width` is the number of channels of the first stage and `stride` the stride of the first
-    convolution. The paper uses 16 and 1.
+    `width` is the number of channels of the first stage, 16 in the paper. `stride` is the stride of
+    the first convolution, 1 in the paper.
     """
     blocks, rest = divmod(depth - 2, 6)
     if rest:
@@ -94,7 +94,7 @@ def resnet(depth: int, width: int = 16, stride: int = 1):
 
 
 def keyword_cnn():
-    """Return a small convolutional network for spectrograms (63 x 32) of spoken digits."""
+    """Return a small convolutional network for spectrograms of spoken digits, of size 63 x 32."""
     inputs = x = keras.Input((63, 32, 1))
     for filters in (32, 64, 64):
         x = layers.Conv2D(filters, 3, 2, padding="same", use_bias=False)(x)
@@ -135,7 +135,7 @@ def vgg():
 
 
 def mobilenet(size: int = 96, width: float = 0.5):
-    """Return MobileNetV1 (arXiv 1704.04861) with the padding that XNNPACK's sparse kernels need."""
+    """Return MobileNetV1 (arXiv 1704.04861) with padding that XNNPACK's sparse kernels support."""
 
     def channels(n):
         return int(n * width)
@@ -163,7 +163,7 @@ def mobilenet(size: int = 96, width: float = 0.5):
 def vision_transformer(
     blocks: int = 6, width: int = 192, heads: int = 6, size: int = 32, patch: int = 4
 ):
-    """Return a ViT (arXiv 2010.11929) with mean pooling, for square images and patches."""
+    """Return a vision transformer (arXiv 2010.11929) with mean pooling and square patches."""
     inputs = keras.Input((size, size, 3))
     x = layers.Conv2D(width, patch, strides=patch)(inputs)
     x = layers.Reshape(((size // patch) ** 2, width))(x)
@@ -198,7 +198,7 @@ def u_net(width: int = 32, depth: int = 3):
 
 
 def detector(width: int = 32):
-    """Return a residual network with a feature pyramid and three heads on each of two levels."""
+    """Return a residual network with a feature pyramid of two levels, and three heads per level."""
 
     def convolved(x, filters, strides=1):
         x = layers.Conv2D(filters, 3, strides, padding="same", use_bias=False)(x)

@@ -1,9 +1,9 @@
-"""Draw the pictures in README.md and docs/benchmarks.md from the JSON files in results/.
+"""Draw the pictures in README.md and docs/benchmarks.md from the runs in results/.
 
 python -m benchmarks.pictures
 
-Each picture has two functions: one returns the data, the other one draws the data. `PICTURES` lists
-both. The description of each SVG file also contains the data.
+For each picture, `PICTURES` lists a function that returns the data and a function that draws the
+data. The description inside the SVG file also contains the data.
 """
 
 import collections
@@ -24,7 +24,7 @@ MARKERS = {0.9: "o", 0.98: "D"}
 
 
 def draw(name: str, path: pathlib.Path) -> None:
-    """Draw a picture of `PICTURES`; the description of the SVG file contains the data."""
+    """Draw a picture of `PICTURES`, and add the data to the description of the SVG file."""
     data, onto, size = PICTURES[name]
     shown = data()
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 9}):
@@ -39,7 +39,7 @@ def draw(name: str, path: pathlib.Path) -> None:
 
 
 def errors() -> dict:
-    """Return the test error in % of every run by method and target, ordered by mean error."""
+    """Return the test errors of all runs in percent by method and target, ordered by mean."""
     stored = results.runs("methods")
     runs = [run for name, run in stored.items() if name.startswith(f"{TASK}_")]
     found = collections.defaultdict(lambda: collections.defaultdict(list))
@@ -115,7 +115,7 @@ KINDS = {"this CPU": ("sparse", "latency"), "no AVX": ("arm", "latency_no_avx")}
 
 
 def files() -> dict:
-    """Return the latency ratio to the dense float32 file by network, pattern and CPU."""
+    """Return the latency ratio of each file to the dense float32 file, by network and pattern."""
     found = {}
     for net in NETS:
         cells = results.runs("tflite_grid")[net]["cells"]

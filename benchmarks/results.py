@@ -1,8 +1,8 @@
-"""Store the runs of a benchmark in results/BENCHMARK/runs.jsonl, and write index.md with a table.
+"""Store the runs of a benchmark in results/BENCHMARK/runs.jsonl, and write the page index.md.
 
-Every line of `runs.jsonl` is a JSON object. The object contains the name of the run in the key
-"run", the measured numbers, the command, the seeds, the package versions and the machine. `config`
-and `method` contain the constructor call in the version of keras_dst that ran.
+Each line of `runs.jsonl` is a JSON object: the name of the run under the key "run", the measured
+figures, the command, the seeds, the package versions and the machine. The keys "config" and
+"method" hold the constructor call of the method, in the syntax of the keras_dst version that ran.
 """
 
 import argparse
@@ -21,17 +21,20 @@ NOTES = pathlib.Path(__file__).parent / "notes"
 
 
 def runs(benchmark: str) -> dict[str, dict]:
-    """Return all stored runs of a benchmark by name, sorted by name."""
+    """Return all stored runs of a benchmark as a dict, sorted by name."""
     path = RESULTS / benchmark / "runs.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return {run.pop("run"): run for run in map(json.loads, lines)}
 
 
 def save(benchmark: str, name: str, run: dict) -> None:
-    """Store a run with the package versions and the machine; replace an older run of this name."""
+    """Store a run with the package versions and the machine.
+
+    Replace an older run of the same name.
+    """
     folder = RESULTS / benchmark
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:  # several processes may store runs
+    with (folder / ".lock").open("w") as lock:  # Several processes may store runs.
         fcntl.flock(lock, fcntl.LOCK_EX)
         stored = runs(benchmark) | {name: {**environment(), **run}}
         lines = [json.dumps({"run": key, **stored[key]}) + "\n" for key in sorted(stored)]
@@ -40,15 +43,15 @@ def save(benchmark: str, name: str, run: dict) -> None:
 
 
 def run_missing(benchmark: str, description: str, option: str, names, run, default=None) -> None:
-    """Call `run(name)` for the names in a command-line option that have no stored run.
+    """Call `run(name)` for each name in a command-line option that has no stored run yet.
 
     Args:
         benchmark: Name of the benchmark.
-        description: Docstring of the benchmark module. The help shows the first line.
-        option: Option that lists the names, such as `"--nets"`.
+        description: Docstring of the benchmark module. Its first line is shown in the help.
+        option: Command-line option that lists names, such as `"--nets"`.
         names: Allowed names.
         run: Function that measures one name and saves the result.
-        default: Names without the option. Defaults to all names.
+        default: Names to run if the option is not given. Defaults to all names.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument(
@@ -60,7 +63,10 @@ def run_missing(benchmark: str, description: str, option: str, names, run, defau
 
 
 def write_index(benchmark: str, lines: list[str]) -> None:
-    """Write index.md from the given lines and the text of benchmarks/notes/BENCHMARK.md."""
+    """Write index.md.
+
+    It consists of the given lines and the text of benchmarks/notes/BENCHMARK.md.
+    """
     notes = NOTES / f"{benchmark}.md"
     text = ["", notes.read_text().rstrip()] if notes.exists() else []
     path = RESULTS / benchmark / "index.md"
@@ -69,7 +75,7 @@ def write_index(benchmark: str, lines: list[str]) -> None:
 
 
 def columns(cells_of: dict[str, dict[str, str]]) -> list[str]:
-    """Return the lines of a Markdown table, given its columns as dicts from row name to cell."""
+    """Return the lines of a Markdown table. Each column is a dict from row name to cell."""
     lines = [f"| | {' | '.join(cells_of)} |", "|---|" + "---|" * len(cells_of)]
     for name in dict.fromkeys(name for cells in cells_of.values() for name in cells):
         cells = [cells.get(name, "") for cells in cells_of.values()]
@@ -78,7 +84,7 @@ def columns(cells_of: dict[str, dict[str, str]]) -> list[str]:
 
 
 def environment() -> dict:
-    """Return the backend, the package versions and the machine, to store with a run."""
+    """Return the backend, the package versions and the machine, which are stored with each run."""
     import keras
 
     packages = ("keras-dst", "keras", "tensorflow", "jax", "torch", "ai-edge-litert", "numpy")
@@ -108,6 +114,6 @@ def _cpu() -> str:
 
 
 def mean_std(values) -> str:
-    """Return the mean of the values as text, with the standard deviation if there are several."""
+    """Return the mean of the values as text. For two or more values, add the standard deviation."""
     mean = f"{statistics.mean(values):.2f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.2f}"

@@ -1,4 +1,4 @@
-"""Time several functions in turns, so that their times are comparable on a noisy machine."""
+"""Time several functions in turns, so that other work on the machine affects all equally."""
 
 import statistics
 import time
@@ -6,24 +6,25 @@ from collections.abc import Callable
 
 
 def seconds(work: Callable) -> float:
-    """Return the wall-clock seconds that a function takes."""
+    """Call a function and return the wall-clock seconds that the call takes."""
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
 
 
 def cpu_seconds(work: Callable) -> float:
-    """Return the CPU seconds that a function takes."""
+    """Call a function and return the CPU seconds that the call takes."""
     begin = time.process_time()
     work()
     return time.process_time() - begin
 
 
 def steps_of_fit(model, x, y, batch_size: int, callbacks, now=time.perf_counter) -> float:
-    """Return the seconds of all steps except the first in a one-epoch fit, callbacks included.
+    """Return the seconds of all steps except the first of a one-epoch `fit`, including callbacks.
 
-    The start and the end of the fit are not counted. The first step is not counted either, because
-    it may allocate the memory that all steps use. `now` is the clock to read.
+    The time before the first step and after the last step is not counted. The first step is left
+    out because it may allocate memory for all steps. `now` is the clock, such as
+    `time.perf_counter`.
     """
     import keras
 
@@ -32,7 +33,7 @@ def steps_of_fit(model, x, y, batch_size: int, callbacks, now=time.perf_counter)
 
         def on_train_batch_end(self, batch, logs=None):
             if batch in (0, self.last):
-                float(logs["loss"])  # waits until the step has run
+                float(logs["loss"])  # Wait until the step has finished.
             if batch == 0:
                 self.begin = now()
             elif batch == self.last:
@@ -44,7 +45,7 @@ def steps_of_fit(model, x, y, batch_size: int, callbacks, now=time.perf_counter)
 
 
 def update_masks(driver, step: int) -> None:
-    """Update the masks of a driver, and wait until the update is finished."""
+    """Update the masks of a driver, and wait until the backend has finished the update."""
     from keras import ops
 
     driver.advance(step)
@@ -53,7 +54,7 @@ def update_masks(driver, step: int) -> None:
 
 
 def in_turns(works: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Call the functions in turns; return the seconds that each function returns per round."""
+    """Call functions in turns, and return the seconds that each function returned in each round."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
@@ -62,7 +63,7 @@ def in_turns(works: dict[str, Callable[[], float]], rounds: int) -> dict[str, li
 
 
 def ratios(times: dict[str, list[float]], to: str) -> dict[str, float]:
-    """Return the median, over the rounds, of the ratio to the function `to` in the same round."""
+    """Return, per function, the median over all rounds of the time ratio to the function `to`."""
     return {
         name: statistics.median(a / b for a, b in zip(found, times[to]))
         for name, found in times.items()

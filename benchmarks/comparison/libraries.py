@@ -1,11 +1,11 @@
-"""Compare keras_dst, tfmot and PQuantML in one run: results/libraries.
+"""Compare keras_dst with tfmot and PQuantML: results/libraries.
 
 python -m benchmarks.comparison.libraries [--table]
 
-All tools train the same network with the same data, seeds, epochs, batch size, optimizer and target
-sparsity. Then each tool prunes a ResNet, trains it for a few steps and converts it. Each tool runs
-in its own environment, through `benchmarks.comparison.libraries_worker`. Runs that are already
-stored are skipped. `--table` writes the table from the stored runs.
+All tools train the same network with the same data, seeds, number of epochs, batch size, optimizer
+and target sparsity. After that, each tool prunes a ResNet, trains it for a few steps and converts
+it. Each tool has its own Python environment, in which `benchmarks.comparison.libraries_worker`
+runs. Runs that are already stored are skipped. `--table` writes the table from the stored runs.
 """
 
 import argparse
@@ -38,7 +38,7 @@ RUNS = 1000
 
 
 def run_tool(tool):
-    """Run a tool unless its runs are already stored."""
+    """Run a tool in its environment, unless its runs are already stored."""
     if f"{RESNET}_{tool}" not in results.runs(BENCHMARK):
         command = [PYTHONS[tool], "-m", "benchmarks.comparison.libraries_worker", tool]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -47,13 +47,13 @@ def run_tool(tool):
 
 
 def read(net):
-    """Return the stored runs of one network, by the name of the tool."""
+    """Return the stored runs of one network as a dict by tool."""
     stored = results.runs(BENCHMARK)
     return {tool: stored[f"{net}_{tool}"] for tool in PYTHONS if f"{net}_{tool}" in stored}
 
 
 def files():
-    """Measure bytes, latency and accuracy of all files, alternating between the files."""
+    """Measure size, latency and accuracy of all files. The files take turns."""
     from keras_dst.export.measure import bench
 
     rows = [
@@ -74,7 +74,7 @@ def files():
 
 
 def accuracy(path, x, y) -> float:
-    """Return the test accuracy of a file, with one image per inference."""
+    """Return the test accuracy of a `.tflite` file. Each inference has one image."""
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(str(path), num_threads=1)
@@ -171,7 +171,7 @@ def _outcome(found) -> str:
 
 
 def _code(error) -> str:
-    """Return the first sentences of an error message in backticks, for a table cell."""
+    """Return the first sentences of an error message, in backticks for a table cell."""
     message, _, _ = error.partition("\n\nArguments received")
     return f"`{' '.join(message.split()).replace('|', '/').replace('`', chr(39))}`"
 

@@ -1,9 +1,9 @@
-"""Run one tool of benchmarks.comparison.libraries, in the Python environment of the tool.
+"""Run one tool of benchmarks.comparison.libraries. This module runs in the environment of the tool.
 
 python -m benchmarks.comparison.libraries_worker TOOL
 
-The module stores the runs of both networks in results/libraries and writes files to build/peers/.
-Every method trains in a separate process, so that its peak memory can be measured.
+The runs of both networks are stored in results/libraries, and the `.tflite` files in build/peers/.
+Each method trains in a process of its own, so that its peak memory can be measured.
 """
 
 import multiprocessing
@@ -25,29 +25,29 @@ from benchmarks.timing import cpu_seconds, in_turns, ratios, steps_of_fit
 
 NET, RESNET = "lenet-300-100", "resnet-8"
 TARGET, EPOCHS, BATCH, RATE, SEEDS = 0.9, 5, 128, 0.05, 3
-STEPS, ROUNDS = 110, 9  # Numbers of timed steps and of rounds. Masks change every 100 steps.
+STEPS, ROUNDS = 110, 9  # Timed steps per round, and rounds. Masks change every 100 steps.
 FEW = 8  # Steps per epoch of the ResNet.
-ALPHAS = (1e-4, 1.25e-4, 1.5e-4, 2e-4, 6e-4)  # Values to try for methods without a target.
+ALPHAS = (1e-4, 1.25e-4, 1.5e-4, 2e-4, 6e-4)  # Values of alpha to test.
 FILES = results.ROOT / "build" / "peers"
 
 
 class Tool:
-    """A pruning tool. Call `begin` before compiling and `end` after training."""
+    """Pruning tool. `begin` is called before the model is compiled, and `end` after training."""
 
     methods: tuple = ()
-    slow: tuple = ()  # Methods that are slow and run with one seed only.
-    probabilities = True  # True if the network ends with a softmax.
-    setting = None  # Result of `search`, for methods that need a search.
+    slow: tuple = ()  # Slow methods, which run with only one seed.
+    probabilities = True  # Whether the network ends with a softmax.
+    setting = None  # Result of `search`, or None without a search.
 
     def begin(self, method, model, optimizer, epochs, steps):
-        """Return the model and the optimizer to compile, and the callbacks."""
+        """Return the pruned model, the optimizer for `compile`, and the callbacks for `fit`."""
         raise NotImplementedError
 
     def end(self, model):
         return model
 
     def files(self, model):
-        """Yield the converter options and the content of each .tflite file."""
+        """Yield pairs of the converter's options and the content of a `.tflite` file."""
         import tensorflow as tf
 
         sparse = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
@@ -99,7 +99,7 @@ class Tfmot(Tool):
         self.library = tfmot.sparsity.keras
 
     def begin(self, method, model, optimizer, epochs, steps):
-        """Return the model with the pruning schedule that Magnitude uses in keras_dst."""
+        """Wrap the model with tfmot, with the schedule that Magnitude uses in keras_dst."""
         total = epochs * steps
         schedule = self.library.PolynomialDecay(
             0.0, TARGET, 0, int(0.75 * total), frequency=min(100, total // 20)
@@ -112,7 +112,7 @@ class Tfmot(Tool):
 
 
 class TfmotOnKeras3(Tfmot):
-    """tfmot applied to the Keras 3 model of the other tools."""
+    """tfmot, applied to the Keras 3 model that the other tools prune."""
 
     methods = ("prune_low_magnitude, Keras 3",)
 
@@ -124,11 +124,11 @@ class TfmotOnKeras3(Tfmot):
 
 
 class PQuantML(Tool):
-    """PQuantML without quantization, with the default lengths of its training phases."""
+    """PQuantML without quantization. Its training phases have their default lengths."""
 
     methods = ("DST", "PDP", "Wanda", "Wanda, no pretraining")
     slow = ("PDP",)
-    probabilities = False  # PQuantML removes all activations except ReLU and tanh
+    probabilities = False  # PQuantML removes all activations except ReLU and tanh.
 
     def __init__(self):
         os.environ["KERAS_BACKEND"] = "tensorflow"
@@ -162,7 +162,7 @@ class PQuantML(Tool):
         return model, optimizer, [self.callback(config, log_ebops=False, log_keep_ratio=False)]
 
     def search(self):
-        """Return the alpha that brings DST closest to the target, and all tried values."""
+        """Return the alpha with which DST is closest to the target, and all tested values."""
         tried = []
         for self.setting in ALPHAS:
             model, *_ = trained(self, "DST", seed=0)
@@ -171,7 +171,7 @@ class PQuantML(Tool):
 
 
 class PQuantMLLayers(PQuantML):
-    """PQuantML with a ResNet built from PQuantML layers, as its manual recommends."""
+    """PQuantML with a ResNet that consists of PQuantML's layers, as its manual recommends."""
 
     methods = ("DST, net written in its layers",)
 
@@ -198,7 +198,7 @@ TOOLS = {
 
 
 def built(tool, method, net, epochs, steps):
-    """Return a compiled model and the callbacks for its training."""
+    """Return a compiled model, and the callbacks for its training."""
     import keras
 
     rate = keras.optimizers.schedules.CosineDecay(RATE, epochs * steps)
@@ -213,7 +213,10 @@ def built(tool, method, net, epochs, steps):
 
 
 def trained(tool, method, seed):
-    """Return LeNet-300-100 after training, and the test accuracy of the finished model."""
+    """Train LeNet-300-100.
+
+    Return the trained model, and the test accuracy of the finished model.
+    """
     import keras
 
     from benchmarks import networks
@@ -243,7 +246,7 @@ def sparsity_of(model) -> float:
 
 
 def memory(reset=False) -> int:
-    """Return the peak memory in bytes of this process since the last reset."""
+    """Return the peak memory of this process since the last reset, in bytes."""
     process = pathlib.Path("/proc/self")
     if reset:
         (process / "clear_refs").write_text("5")
@@ -251,7 +254,10 @@ def memory(reset=False) -> int:
 
 
 def accuracy(kind, method, setting):
-    """Return accuracies and sparsities, and memory, layers and files of the first seed."""
+    """Train with all seeds.
+
+    Return accuracies and sparsities, and for the first seed also memory, layers and files.
+    """
     tool, result = kind(), {"test_accuracy": [], "sparsity": [], "files": {}}
     tool.setting = setting
     for seed in range(1 if method in tool.slow else SEEDS):
@@ -271,15 +277,15 @@ def accuracy(kind, method, setting):
 
 
 def times(kind, methods):
-    """Return CPU times of steps relative to the dense network, and CPU times of compilation."""
+    """Return step times relative to the dense network, and compile times. All are CPU times."""
     tool, turns = kind(), {}
     from benchmarks import networks
     from benchmarks.data import mnist
 
     steps = STEPS + 1  # the first step is not timed
     x, y = (part[: steps * BATCH] for part in mnist()[0])
-    # The first network also pays one-time costs of the process. The extra network "start" absorbs
-    # these costs.
+    # The first network that is trained in a process takes longer, because of one-time costs. The
+    # extra network "start" is therefore trained first.
     for name in ("start", "dense", *methods):
         method = "dense" if name == "start" else name
         model, callbacks = built(tool, method, networks.lenet_300_100, ROUNDS + 2, steps)
@@ -297,7 +303,7 @@ def times(kind, methods):
 
 
 def jobs(kind):
-    """Return the sparsity of the converted ResNet by method, or the stage that fails."""
+    """Return, per method, the sparsity of the converted ResNet, or the stage that failed."""
     tool, found = kind(), {}
     from benchmarks import networks
 
@@ -321,12 +327,12 @@ def jobs(kind):
 
 
 def message_of(error) -> str:
-    """Return an error message without color codes."""
+    """Return the message of an error without color codes."""
     return f"{type(error).__name__}: " + re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
 
 
 def in_new_process(work, *arguments):
-    """Return the result of a function that runs in a separate process."""
+    """Run a function in a new process and return its result."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(work, *arguments).result()

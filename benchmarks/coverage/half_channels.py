@@ -1,10 +1,10 @@
-"""Measure the size of many networks after half of their channels are removed.
+"""Count the FLOPs and parameters of many networks after half of their channels are removed.
 
-Every network is trained for two steps on random data, so the measurement covers shapes and
-exactness only. Channels are ranked in two ways: layers whose channels leave together are ranked
-together, or each layer is ranked alone. Networks that are already stored are skipped. To measure a
-network again, delete its line in results/half_channels/runs.jsonl.
-`python -m benchmarks.coverage.models --table` writes the table into docs/models.md.
+Each network is trained for only two steps on random data, so the results say nothing about
+accuracy. Channels are ranked in two ways: coupled layers are ranked together, or each layer is
+ranked alone. Networks that are already stored are skipped. To measure a network again, delete its
+line in results/half_channels/runs.jsonl. The command `python -m benchmarks.coverage.models --table`
+writes the table in docs/models.md.
 """
 
 import argparse
@@ -81,7 +81,7 @@ NETWORKS = {
 
 
 def measure(build, mode: str) -> dict:
-    """Return the remaining size of a network, or the error."""
+    """Remove half of the channels of a network. Return the remaining size, or the error."""
     import keras
     import numpy as np
     from keras import tree
@@ -93,7 +93,7 @@ def measure(build, mode: str) -> dict:
     schedule = keras_dst.schedules.Constant(0.5, begin_step=1)
     method = keras_dst.methods.Magnitude(schedule, "uniform", "channel", frequency=1)
     _draw_statistics(model)
-    # Clip the gradients, because they may be very large in random networks.
+    # Clip the gradients, which may be very large in networks with random weights.
     model.compile(keras.optimizers.SGD(1e-3, global_clipnorm=1.0), "mse")
     keras_dst.sparsify(model, method)
     shape = (BATCH * STEPS, *model.inputs[0].shape[1:])
@@ -102,7 +102,7 @@ def measure(build, mode: str) -> dict:
     y = tree.map_structure(lambda t: np.zeros(tuple(t.shape), "float32"), outputs)
     callbacks = [keras_dst.callbacks.SparseTraining()] if mode == "together" else []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # The ranking per layer warns about lost channels.
+        warnings.simplefilter("ignore")  # Ranking per layer warns of lost channels.
         model.fit(x, y, batch_size=BATCH, verbose=0, callbacks=callbacks)
     keras_dst.strip(model)
     before = keras_dst.report(model)
@@ -126,7 +126,10 @@ def measure(build, mode: str) -> dict:
 
 
 def _draw_statistics(model) -> None:
-    """Draw random biases, scales and statistics, because their initial values are all equal."""
+    """Set biases, scales and moving statistics to random values.
+
+    Their initial values are all equal.
+    """
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -139,7 +142,7 @@ def _draw_statistics(model) -> None:
 
 
 def _widths(model) -> dict[str, int]:
-    """Return the number of filters or units of every layer, by the name of the layer."""
+    """Return a dict from the name of each layer to its number of filters or units."""
     found = {}
     for layer in model._flatten_layers(include_self=False):
         width = getattr(layer, "filters", None) or getattr(layer, "units", None)
@@ -149,7 +152,7 @@ def _widths(model) -> dict[str, int]:
 
 
 def table() -> list[str]:
-    """Return the lines of the section in docs/models.md."""
+    """Return the lines of the section about half of the channels in docs/models.md."""
     stored = results.runs(BENCHMARK)
     if not stored:
         return []
@@ -213,7 +216,7 @@ def main():
             except ImportError as error:
                 print(f"{name}: skipped, {error}", flush=True)
                 break
-            except Exception as error:  # the table shows every error
+            except Exception as error:  # The table shows all errors.
                 modes[mode] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             print(f"{name}, {mode}: {modes[mode]}", flush=True)
             keras.backend.clear_session()

@@ -1,8 +1,8 @@
 """Test every method on many models and on every backend: results/models.
 
-Every model is made sparse, trained for a few steps, evaluated, saved, loaded and stripped. If a
-step fails, its error is stored. `python -m benchmarks.coverage.models --table` writes
-docs/models.md.
+Each model is made sparse, trained for a few steps, evaluated, saved, loaded and stripped. If one of
+these stages fails, its error message is stored. The command `python -m benchmarks.coverage.models
+--table` writes docs/models.md.
 """
 
 import argparse
@@ -132,12 +132,12 @@ def methods():
 
 
 def run(build, method) -> dict[str, str]:
-    """Return "ok" or the error message for each step."""
+    """Return "ok" or an error message for each stage."""
     found = {}
     try:
         for step in _steps(build, method):
             found[step] = "ok"
-    except Exception as error:  # the table shows every error
+    except Exception as error:  # The table shows all errors.
         step = STEPS[len(found)]
         found[step] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return found
@@ -163,7 +163,7 @@ def _steps(build, method):
     y = np.arange(BATCH * BATCHES) % CLASSES
     y = [y] * len(model.outputs) if len(model.outputs) > 1 else y
     optimizer = apply_method(method, model, keras.optimizers.SGD(1e-3, momentum=0.9))
-    xla = keras.backend.backend() == "jax"  # on other backends, XLA takes minutes
+    xla = keras.backend.backend() == "jax"  # XLA takes minutes on other backends.
     model.compile(optimizer, "sparse_categorical_crossentropy", jit_compile=xla)
     driver = keras_dst.callbacks.SparseTraining()
     history = model.fit(x, y, batch_size=BATCH, epochs=2, verbose=0, callbacks=[driver]).history

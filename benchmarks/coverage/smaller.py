@@ -1,9 +1,9 @@
-"""Measure `shrink`, and the latency of the smaller models that it returns: results/smaller.
+"""Measure the cost of `shrink` and the latency of the smaller models: results/smaller.
 
-Every network has random weights. Channels are removed by magnitude without training. The seconds
-and the peak memory are those of `shrink` alone. The latency is that of the `.tflite` files of the
-dense and of the smaller network in the LiteRT interpreter: median of interleaved runs on one
-thread. Stored networks are not measured again.
+All networks have random weights, and their channels are pruned by magnitude without training. Time
+and peak memory are measured during the call of `shrink`. Latency is measured in the LiteRT
+interpreter on one thread, for the `.tflite` files of the dense and of the smaller network. The
+files take turns, and the latency is the median. Networks that are already stored are skipped.
 
 python -m benchmarks.coverage.smaller [--networks NETWORK ...] [--shrink-only]
 """
@@ -22,7 +22,7 @@ HALF = 0.5
 CHANNELS = (0.25, 0.5, 0.75)
 RUNS = 100
 
-# Networks at the size used in practice; the other networks in half_channels are smaller.
+# Networks of the size that is used in practice. Other networks in half_channels are smaller.
 NETWORKS = {
     "ResNet50": applications("ResNet50", 224),
     "MobileNetV2": applications("MobileNetV2", 224),
@@ -36,7 +36,7 @@ NETWORKS = {
 
 
 def masked(build, sparsity):
-    """Return a network whose channels are pruned by magnitude, without training."""
+    """Prune the channels of a network by magnitude, without training, and return the network."""
     import keras
 
     import keras_dst
@@ -49,18 +49,18 @@ def masked(build, sparsity):
     keras_dst.sparsify(model, keras_dst.methods.Magnitude(schedule, "uniform", "channel"))
     keras_dst.couple_channels(model)
     model.optimizer.apply_initial_masks()
-    keras_dst.couple_channels(model)  # The moving means of the removed channels are set to 0.
+    keras_dst.couple_channels(model)  # Set the moving means of pruned channels to 0.
     return keras_dst.strip(model)
 
 
 def measured_shrink(model):
-    """Return the smaller model, the seconds of `shrink` and its peak memory."""
+    """Call `shrink`. Return the smaller model, the seconds and the peak memory of this call."""
     import keras_dst
     from keras_dst.export.memory import kilobytes
 
     weights = sum(4 * int(v.numpy().size) for v in model.variables)
     gc.collect()
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # reset the recorded peak
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # Reset the peak memory.
     before, began, used = kilobytes("VmRSS"), time.perf_counter(), time.process_time()
     small = keras_dst.shrink(model)
     return small, {
@@ -72,7 +72,10 @@ def measured_shrink(model):
 
 
 def measured_latency(build, small) -> dict:
-    """Return the latencies of the exported dense and smaller model, and estimates of them."""
+    """Export the dense and the smaller model.
+
+    Return their measured and their estimated latencies.
+    """
     import keras
 
     from keras_dst.export.convert import conversions

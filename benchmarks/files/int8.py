@@ -1,12 +1,12 @@
-"""Measure how much accuracy sparse networks lose with int8 weights: results/int8.
+"""Measure accuracy and size of sparse networks with int8 weights: results/int8.
 
 python -m benchmarks.files.int8 [--nets NET ...]
 
 The networks of `benchmarks.files.tflite_cases`, dense and with 90 % zeros, are exported in three
-forms. The first form has float32 weights, and the second form has int8 weights
-(`quantize="weights"`). The third form has int8 weights and activations (`quantize="full"`), with
-ranges from 200 training images. Accuracy is measured on test images. Every file is exported with
-`optimize="size"`. Networks that are already stored are skipped.
+ways: with float32 weights, with int8 weights (`quantize="weights"`), and with int8 weights and
+activations (`quantize="full"`). The ranges of the activations are measured on 200 training images.
+All files are exported with `optimize="size"`. Accuracy is measured on test images. Networks that
+are already stored are skipped.
 """
 
 import pathlib

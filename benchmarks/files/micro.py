@@ -3,9 +3,9 @@
 python -m benchmarks.files.micro [--nets NET ...]
 
 Four small networks are trained dense and sparse, stripped, and exported for TensorFlow Lite Micro
-and for three Ethos-U NPUs. The accuracy of the float model and of the int8 file is measured on all
-test samples after the last epoch. Vela estimates the cycles and the encoded bytes. Trained networks
-are kept in build/micro. Runs that are already stored are skipped.
+and for three Ethos-U NPUs. The accuracies of the float model and of the int8 file are measured on
+all test samples after the last epoch. Vela estimates the cycles and the bytes of the encoded
+weights. Trained networks are saved in build/micro. Runs that are already stored are skipped.
 """
 
 import argparse
@@ -34,14 +34,14 @@ KERNELS = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
 
 @dataclass
 class Net:
-    """A network, its data and its training budget."""
+    """Network, its data, and the number of epochs of its training."""
 
     title: str
     build: Callable
     data: Callable
     epochs: int
     rate: float
-    prunable: str  # regular expression for the kernels to prune
+    prunable: str  # Regular expression that matches the kernels to prune.
     variants: tuple[str, ...] = ("dense", "80", "90", "95")
 
 
@@ -79,15 +79,15 @@ VALUES = 16
 TUNED = {
     f"{VALUES} values": "dense",
     f"90, {VALUES} values": "90",
-}  # variant: the network from which its training starts
+}  # Dict from each variant to the network from which its training starts.
 SAMPLES = 200
 NPUS = ("ethos-u55-128", "ethos-u65-256", "ethos-u85-256")
-COMPARED = 100  # test samples on which TensorFlow Lite Micro and LiteRT are compared
+COMPARED = 100  # Number of test samples for the comparison with LiteRT.
 BARS = {"tflm": 0.25, "weights": 0.20, "cycles": 0.45, "lost": 0.5}
 
 
 def trained(name, variant):
-    """Return a trained and stripped network; load it if its file exists."""
+    """Train and strip a network, or load the trained network if its file exists."""
     net = NETS[name]
     TRAINED.mkdir(parents=True, exist_ok=True)
     path = TRAINED / f"{name}_{variant}.keras"
@@ -115,7 +115,7 @@ def trained(name, variant):
 
 
 def largest_difference(content, x):
-    """Return the largest difference between int8 outputs of TensorFlow Lite Micro and LiteRT."""
+    """Return the largest difference between int8 outputs in TensorFlow Lite Micro and in LiteRT."""
     lite = Interpreter(model_content=content, experimental_op_resolver_type=KERNELS)
     lite.allocate_tensors()
     taken, given = lite.get_input_details()[0], lite.get_output_details()[0]["index"]
@@ -133,7 +133,7 @@ def largest_difference(content, x):
 
 
 def in_tflm(net, model):
-    """Return sizes and arenas of the int8 file for microcontrollers and of a dense int8 file."""
+    """Return sizes and arenas of the file without zeros and of the dense int8 file, in TFLM."""
     (x, _), (x_test, _) = net.data()
     with tempfile.TemporaryDirectory() as folder:
         report = keras_dst.export_tflite(
@@ -190,11 +190,11 @@ def run(name, variant):
 
 
 def ratios(run, dense):
-    """Return the numbers of a run that the table shows as ratios to the dense run."""
+    """Return those figures of a run that the table shows relative to the dense run."""
     found = {
         "gzip": run["gzip_bytes"] / dense["gzip_bytes"],
-        # Both files lack the metadata that TFLM ignores, so the ratio shows only the effect of
-        # zeros.
+        # In both files, metadata that TFLM ignores is missing. The ratio therefore shows only the
+        # effect of zeros.
         "TFLM file": run["tflm"]["bytes"]
         / (dense["tflm"]["dense_bytes"] - dense["tflm"]["unread_bytes"]),
         "TFLM arena": run["tflm"]["arena"] / dense["tflm"]["dense_arena"],
@@ -252,7 +252,7 @@ def table():
 
 
 def bars(stored):
-    """Return lines that compare the results with the goals."""
+    """Return the lines of the section that compares the results with the goals."""
     runs_of = {name: [run for run in stored.values() if run["net"] == name] for name in NETS}
     goals = {
         f"file for TFLM at 90 %, at most {BARS['tflm']}": (

@@ -1,11 +1,12 @@
-"""Measure the gain from zeros and from fewer channels in other runtimes: results/runtimes.
+"""Measure what zeros and removed channels save in other runtimes: results/runtimes.
 
 python -m benchmarks.files.runtimes [--nets NET ...]
 
-Two networks are trained on MNIST: dense, with 90 % zeros, and with half of their channels. Keras
-exports each network for ONNX Runtime, OpenVINO and PyTorch. hls4ml writes the C++ code of an FPGA.
-The files of a runtime run in turns on one thread, with one image per inference. A network whose
-figures are stored is not measured again. The export for PyTorch needs KERAS_BACKEND=torch.
+Two networks are trained on MNIST in three variants: dense, with 90 % zeros, and with half of the
+channels. Keras exports each variant for ONNX Runtime, OpenVINO and PyTorch. hls4ml converts one
+network to C++ code for an FPGA. In each runtime, the variants take turns on one thread, with one
+image per inference. Networks that are already stored are skipped. The export for PyTorch requires
+KERAS_BACKEND=torch.
 """
 
 import functools
@@ -33,10 +34,10 @@ VARIANTS = {
     "half of the channels": Magnitude(0.5, "uniform", "channel"),
 }
 IMAGES, EPOCHS, BATCH, SEED = 20_000, 1, 64, 0
-ROUNDS, CALLS = 300, 20  # CALLS inferences are timed together
-COMPARED = 100  # test images on which a runtime is compared with Keras
-IN_HLS4ML = ("lenet-300-100",)  # networks that hls4ml converts
-PRECISION = "ap_fixed<24,8>"  # fixed-point numbers of hls4ml: 24 bits, 8 of them before the point
+ROUNDS, CALLS = 300, 20  # CALLS inferences are timed together.
+COMPARED = 100  # Number of test images for the comparison with Keras.
+IN_HLS4ML = ("lenet-300-100",)  # Networks that hls4ml converts.
+PRECISION = "ap_fixed<24,8>"  # Fixed-point numbers with 24 bits, 8 of them before the point.
 
 
 def onnx_runtime(path):
@@ -73,7 +74,7 @@ def pytorch(path):
 
 @dataclass
 class Runtime:
-    """A runtime: the format of Keras's export, the files, and a function that loads them."""
+    """Runtime: the format of Keras's export, its files, and a function that loads these files."""
 
     format: str
     files: tuple[str, ...]
@@ -88,7 +89,7 @@ RUNTIMES = {
 
 
 def trained(build, method):
-    """Return a trained and stripped network. Pruned channels are removed."""
+    """Train and strip a network, remove its pruned channels, and return the network."""
     keras.utils.clear_session()
     keras.utils.set_random_seed(SEED)
     model = build()
@@ -102,7 +103,7 @@ def trained(build, method):
 
 
 def exported(runtime, model, folder, x, y):
-    """Export a model, and return its file in the runtime and the figures that need no clock."""
+    """Export a model. Return a function that runs it, and all figures except latencies."""
     path = str(folder / runtime.files[0])
     model.export(path, format=runtime.format, verbose=False)
     content = b"".join((folder / name).read_bytes() for name in runtime.files)
@@ -117,7 +118,7 @@ def exported(runtime, model, folder, x, y):
 
 
 def latencies(predicts, x):
-    """Return the median seconds of an inference and the ratio to dense of every variant."""
+    """Return, per variant, the median seconds per inference and the ratio to the dense variant."""
 
     def run(predict):
         for _ in range(CALLS):
@@ -136,7 +137,7 @@ def latencies(predicts, x):
 
 
 def in_hls4ml(model, folder, x):
-    """Convert a model with hls4ml, run its C++ code, and count the weights that are not zero."""
+    """Convert a model with hls4ml, run the C++ code, and count the nonzero weights."""
     import hls4ml
 
     model.layers[-1].activation = keras.activations.linear  # hls4ml approximates softmax coarsely
@@ -239,7 +240,7 @@ def table():
 
 
 def _cells(found, dense):
-    """Return the cells of a file: figures of the dense network, or ratios to them."""
+    """Return the table cells of a file. For sparse networks, the cells contain ratios to dense."""
     if dense is None:
         sizes = [f"{found[key]:,}" for key in ("bytes", "gzip_bytes")]
         latency = f"{1e6 * found['seconds']:.1f} µs"

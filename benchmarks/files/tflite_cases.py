@@ -2,11 +2,12 @@
 
 python -m benchmarks.files.tflite_cases [--cases CASE ...]
 
-Networks are trained dense and sparse, exported, and run in the interpreter. Accuracy is measured on
-test images. Bytes and latency are relative to the dense float32 file, at batch size 1 on one
-thread; the files take turns. Latency is measured again with AVX hidden, where XNNPACK uses its
-kernels for ARM. The networks are trained on 5,000 images for a few epochs. The benchmark therefore
-compares the cost of sparsity, not the accuracy. Cases that are already stored are skipped.
+Networks are trained dense and sparse, exported, and run in the LiteRT interpreter. Accuracy is
+measured on test images. Size and latency are relative to the dense float32 file. Latency is
+measured at batch size 1 on one thread, and the files take turns. It is measured a second time with
+AVX hidden, because XNNPACK then uses the kernels that it uses on ARM. The networks are trained on
+only 5,000 images for a few epochs, so that absolute accuracies are low. Cases that are already
+stored are skipped.
 """
 
 import json
@@ -30,18 +31,18 @@ TRAINED = results.ROOT / "build" / "edge"
 
 @dataclass
 class Net:
-    """A network, its data and its training budget."""
+    """Network, its data, and the number of epochs of its training."""
 
     build: Callable
     data: Callable
     epochs: int
     rate: float
-    prunable: str  # regular expression for the kernels to prune
+    prunable: str  # Regular expression that matches the kernels to prune.
 
 
 @dataclass
 class Case:
-    """A network, a method, export options, and goals for the exported file."""
+    """Network, pruning method, export options, and goals for the exported file."""
 
     net: str
     method: Magnitude
@@ -51,7 +52,7 @@ class Case:
 
 
 def enlarged():
-    """Return the CIFAR-10 images of this benchmark, enlarged to 96 x 96."""
+    """Return the CIFAR-10 images of this benchmark, enlarged to 96 x 96 pixels."""
     return tuple((x[:IMAGES].repeat(3, 1).repeat(3, 2), y[:IMAGES]) for x, y in cifar10())
 
 
@@ -77,7 +78,7 @@ CASES = {
     ),
     "vgg-95-1x4-arm": Case(
         "vgg",
-        # With the default allocation, an early layer stays dense.
+        # With the default allocation, one of the first layers would stay dense.
         Magnitude(0.95, pattern="1x4", allocation="uniform"),
         ARM,
         bars={"latency_no_avx": 0.25},
@@ -92,13 +93,13 @@ CASES = {
     ),
     "mobilenet-90": Case(
         "mobilenet",
-        Magnitude(0.9, allocation="uniform"),  # the first layers take most of the time
+        Magnitude(0.9, allocation="uniform"),  # The first layers take most of the time.
         ARM,
         bars={"latency_no_avx": 0.3},
     ),
 }
-# This code works like keras_dst.export.measure, but does not import Keras: the backends of Keras
-# need AVX instructions, which are hidden here.
+# This code measures latency as keras_dst.export.measure does, but without importing Keras. The
+# backends of Keras need AVX, which is hidden here.
 NO_AVX = """
 import json, statistics, time
 from ai_edge_litert.interpreter import Interpreter
@@ -117,7 +118,7 @@ print(json.dumps([statistics.median(found) for found in times]))
 
 
 def trained(net_name, method):
-    """Return the trained network, dense if `method` is None; load it if its file exists."""
+    """Train a network, or load it if its file exists. Without a method, the network is dense."""
     net = NETS[net_name]
     TRAINED.mkdir(parents=True, exist_ok=True)
     path = TRAINED / f"{net_name}_{method!r}.keras".replace("/", "")

@@ -1,17 +1,18 @@
-"""Measure .tflite files by network, pattern and sparsity: results/tflite_grid.
+"""Measure `.tflite` files of networks with different patterns and sparsities: results/tflite_grid.
 
 python -m benchmarks.files.tflite_grid [--nets NET ...]
 python -m benchmarks.files.tflite_grid --table
 
-The trained dense networks of `benchmarks.files.tflite_cases` are trained further under `Magnitude`,
-for half as many epochs. Every layer except the last gets the same sparsity. The dense network is
+The training of the dense networks of `benchmarks.files.tflite_cases` is continued with `Magnitude`,
+for half as many epochs. All layers except the last have the same sparsity. The dense baseline is
 trained for the same number of epochs. With the pattern "channel", the pruned channels are removed.
 
-Each network is exported for latency. Its file and the dense float32 and int8 files are measured in
-turns, at batch size 1 on one thread. The columns are accuracy on test images, bytes, latency,
-load time and peak memory. The file that TensorFlow's converter writes with `EXPERIMENTAL_SPARSITY`
-is measured as well. Latency is measured again with AVX hidden, where XNNPACK uses its kernels for
-ARM; keras_dst then exports for ARM. Cells that are already stored are skipped.
+Each network is exported with `optimize="latency"`. Its file takes turns with the dense float32 file
+and the dense int8 file, at batch size 1 on one thread. Measured are accuracy on test images, size,
+latency, load time and peak memory. The file that TensorFlow's converter writes with
+`EXPERIMENTAL_SPARSITY` is also measured. Latency is measured a second time with AVX hidden, for a
+file that is exported for ARM, because XNNPACK then uses the kernels that it uses on ARM. Table rows
+that are already stored are skipped.
 """
 
 import argparse
@@ -36,18 +37,18 @@ from tests import no_avx
 BENCHMARK = "tflite_grid"
 PATTERNS = ("unstructured", "1x4", "channel")
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
-TARGETS = {"sparse": "host", "arm": "arm"}  # files that keras_dst writes
+TARGETS = {"sparse": "host", "arm": "arm"}  # Files that keras_dst writes.
 RUNS, LOADS = 50, 9
-FREQUENCY = 10  # steps between mask updates; the training runs are short
+FREQUENCY = 10  # Steps between mask updates, because the training runs are short.
 
 
 def epochs_of(net) -> int:
-    """Return the number of epochs of the further training of a network."""
+    """Return for how many epochs the training of a network is continued."""
     return max(2, net.epochs // 2)
 
 
 def tuned(net_name, method=None):
-    """Return the network after further training, with a method or dense."""
+    """Continue the training of a network, with a method or dense, and return the network."""
     net = NETS[net_name]
     x, y = net.data()[0]
     x, y = x[:IMAGES], y[:IMAGES]
@@ -57,7 +58,7 @@ def tuned(net_name, method=None):
     optimizer = keras.optimizers.SGD(rate, momentum=0.9)
     callbacks = []
     if method:
-        last = model.layers[-1].kernel  # stays dense, because its outputs are the classes
+        last = model.layers[-1].kernel  # The last layer stays dense.
         kernels = [v.path for v in model.trainable_variables if v is not last]
         kernels = [path for path in kernels if re.fullmatch(net.prunable, path)]
         optimizer = keras_dst.SparseOptimizer(optimizer, method, filters=kernels)
@@ -68,7 +69,7 @@ def tuned(net_name, method=None):
 
 
 def cell(net_name, method, dense) -> dict:
-    """Measure the files of a sparse network together with the dense files at the given paths."""
+    """Measure the files of a sparse network, in turns with the dense files at the given paths."""
     x, y = NETS[net_name].data()[1]
     test = x[:TESTED], y[:TESTED]
     model = tuned(net_name, method)
@@ -110,7 +111,7 @@ def cell(net_name, method, dense) -> dict:
 
 
 def converted(model) -> bytes:
-    """Return the file that TensorFlow's converter writes for a network with pruned weights."""
+    """Return the file that TensorFlow's converter writes with `EXPERIMENTAL_SPARSITY`."""
     import tensorflow as tf
 
     converter = tf.lite.TFLiteConverter.from_keras_model(model)
@@ -169,7 +170,7 @@ def table():
     results.write_index(BENCHMARK, lines)
 
 
-#: Columns of the table: heading, file, key of the value in its measurements, number of digits.
+#: Columns of the table: heading, file, name of the measured figure, number of digits.
 COLUMNS = (
     ("bytes", "sparse", "bytes", 3),
     ("latency", "sparse", "latency", 2),
@@ -211,7 +212,7 @@ def _absolute(file, key) -> str:
 
 
 def _beside(files) -> list[str]:
-    """Return the columns of a row as ratios to the dense file."""
+    """Return the cells of a table row as ratios to the dense file."""
     return [_ratio(files.get(of), files["float32"], key, digits) for _, of, key, digits in COLUMNS]
 
 

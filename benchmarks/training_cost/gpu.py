@@ -4,21 +4,19 @@
     python -m benchmarks.training_cost.gpu --backend jax    one backend, which gets all the time
     python -m benchmarks.training_cost.gpu --smoke          tiny networks on the CPU, nothing stored
 
-The data are random, and TensorFlow is not needed. OptG updates its masks every 200 steps here,
-because its default, once per epoch, depends on the data. The dense network and each method train
-for 17 steps in turns, and the first step of a turn is not timed. The step ratio is the median over
-the turns. A step includes the copy of its batch to the GPU. Every turn contains an update of DCIL.
-The updates of the other methods are timed separately, and their time per step is added to the
-ratio.
+The data are random. The dense network and each method take turns of 17 training steps, and the
+first step of a turn is not timed. The step time includes the copy of the batch to the GPU. The step
+ratio is the median over all turns. DCIL updates its masks in every turn. The mask updates of all
+other methods are timed separately, and their time per step is added to the step ratio. OptG updates
+its masks every 200 steps here, because its default, once per epoch, depends on the data.
 
-The time of a mask update is also given in passes. A pass copies the pruned weights once in float32,
-so it reads and writes their bytes once. Peak memory includes a network, a training run and an
-update. PyTorch reports the peak. JAX reports only the current memory, which is read every
-millisecond.
+The time of a mask update is also given in passes. One pass copies all pruned weights in float32, so
+that each byte is read and written once. The peak memory is measured during training steps and a
+mask update. PyTorch reports this peak. JAX reports only the current memory, which a thread reads
+every millisecond.
 
-Each method gets an equal share of the remaining time. A method is skipped if the remaining time is
-shorter than the first fit of the dense network. Rows that are measured before the time is over stay
-stored.
+The remaining time is divided equally among the remaining methods. If it is shorter than the first
+fit of the dense network, a method is skipped. Each table row is stored as soon as it is measured.
 """
 
 import argparse
@@ -40,10 +38,10 @@ from benchmarks.timing import in_turns, ratios, seconds, steps_of_fit, update_ma
 
 BENCHMARK = "gpu"
 BACKENDS = ("jax", "torch")
-SECONDS = 520  # For all backends together.
+SECONDS = 520  # Time limit for all backends together.
 RESERVE = 15  # Seconds that are reserved for the end of the run.
-TOTAL = 4000  # Training steps for which the masks are scheduled.
-STEPS = 16  # Timed steps per turn.
+TOTAL = 4000  # Number of training steps of the schedule.
+STEPS = 16  # Number of timed steps per turn.
 MOST_TURNS = 7
 UPDATES = 5
 COPIES = 50
@@ -52,7 +50,7 @@ POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
 
 @dataclass
 class Setting:
-    """A network to time, its batch size, and the dtype policies of its training."""
+    """Network to time, its batch size, and the dtype policies with which it is trained."""
 
     title: str
     net: Callable
@@ -146,7 +144,7 @@ def main():
 
 
 def measure(nets, smoke, limit):
-    """Measure the networks; store the results after every method."""
+    """Measure the networks, and store the results after each method."""
     import keras
 
     deadline = time.perf_counter() + limit
@@ -192,7 +190,7 @@ def measure(nets, smoke, limit):
 
 
 def data(setting) -> tuple:
-    """Return random inputs and labels for one turn; every step uses the same batch."""
+    """Return random inputs and labels for one turn. All steps use the same batch."""
     import numpy as np
 
     batch = np.random.default_rng(0).standard_normal((setting.batch, *setting.shape))
@@ -201,13 +199,13 @@ def data(setting) -> tuple:
 
 
 class Trained:
-    """A network, trained for two turns with a method, or dense if the method is None.
+    """Network after two turns of training with a method. If the method is None, it is dense.
 
     Attributes:
-        turn: Function that trains for one turn and returns the seconds of its timed steps.
-        update: Function that updates the masks, or None if the method has no mask updates.
-        first_fit: Seconds of the first fit, including compilation.
-        peak: Largest number of bytes on the GPU during a turn and an update, or None on a CPU.
+        turn: Function that trains for one turn and returns the seconds of the timed steps.
+        update: Function that updates the masks. None if the method has no mask updates.
+        first_fit: Seconds of the first call of `fit`, including compilation.
+        peak: Largest number of bytes on the GPU during a turn and an update. None on a CPU.
     """
 
     def __init__(self, method, setting, x, y):
@@ -243,9 +241,9 @@ class Trained:
 
 
 def compared(plain: Trained, sparse: Trained, budget: float) -> dict:
-    """Time a sparse and a dense network in turns, for `budget` seconds.
+    """Time a sparse and a dense network in turns, for at most `budget` seconds.
 
-    The first fit of the sparse network is part of the budget. At least one turn is timed.
+    The first call of `fit` counts towards these seconds. At least one turn is timed.
     """
     end = time.perf_counter() + budget - sparse.first_fit
     times: dict[str, list[float]] = {"plain": [], "sparse": []}
@@ -270,7 +268,7 @@ def compared(plain: Trained, sparse: Trained, budget: float) -> dict:
     if sparse.update:
         update = statistics.median(seconds(sparse.update) for _ in range(UPDATES))
         every = sparse.driver.clock.period
-        if every > STEPS:  # otherwise every turn contains an update
+        if every > STEPS:  # Otherwise each turn contains an update.
             row["step_ratio"] += update / every / step
         row["update"] = {
             "seconds": update,
@@ -281,7 +279,7 @@ def compared(plain: Trained, sparse: Trained, budget: float) -> dict:
 
 
 def seconds_of_a_pass(size: int) -> float:
-    """Return the seconds that the GPU takes to read and write `size` float32 numbers."""
+    """Return the seconds that the GPU takes to copy `size` float32 numbers."""
     from keras import ops
 
     from keras_dst._backend.jit import jit
@@ -298,7 +296,7 @@ def seconds_of_a_pass(size: int) -> float:
 
 
 def bytes_in_use() -> int:
-    """Return the number of bytes that the backend's tensors occupy on the GPU; 0 on a CPU."""
+    """Return the number of bytes that the tensors of the backend occupy on the GPU. 0 on a CPU."""
     import keras
 
     if keras.backend.backend() == "torch":
@@ -311,7 +309,7 @@ def bytes_in_use() -> int:
 
 
 def peak_bytes(work: Callable) -> int | None:
-    """Return the largest number of bytes on the GPU while `work` runs; None on a CPU."""
+    """Run `work`, and return the largest number of bytes on the GPU meanwhile. None on a CPU."""
     import keras
 
     if card() is None:
@@ -341,7 +339,7 @@ def peak_bytes(work: Callable) -> int | None:
 
 
 def cells(row: dict | None) -> dict[str, str]:
-    """Return the table cells of a method by column."""
+    """Return the table cells of a method as a dict by column."""
     if row is None:
         return {"step": "not measured"}
     dense = 1e3 * row["dense_seconds_per_step"]

@@ -1,10 +1,10 @@
-"""Measure time and memory of a mask update with 25 million weights: results/mask_update.
+"""Measure time and memory of a mask update of 25 million weights: results/mask_update.
 
-Each method that ranks weights is applied to the kernels of a ResNet-50. The unit of time is one
-pass of `abs` and `sum` over the same weights. An update and a pass are timed in turns. All times
-are CPU seconds on one core. Memory is measured in two ways. The first is the growth of the process,
-including unused gaps that its allocator leaves. The second is the memory in use, with every block
-in separate pages.
+Each method that ranks weights is applied to the kernels of a ResNet-50. Updates take turns with a
+pass of `abs` and `sum` over the same weights, which is the unit of time. All times are CPU seconds
+on one core. Peak memory is measured twice: as the growth of the process, which includes unused gaps
+of its allocator, and as the memory in use, for which the allocator puts each block in separate
+pages.
 """
 
 import argparse
@@ -26,7 +26,7 @@ ROUNDS = 9
 STEPS = 10_000  # Number of training steps.
 STEP = 100  # Steps between two updates.
 SELF = pathlib.Path("/proc/self")
-# With this setting, glibc gives every block of 512 KiB or more separate pages.
+# With this setting, glibc puts each block of 512 KiB or more in separate pages.
 NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 19)}
 
 
@@ -80,7 +80,7 @@ def measure():
 
 
 def prepared(method):
-    """Return the object that updates the masks of a network, and the compiled update."""
+    """Return the driver of the mask updates of a network, and its compiled update."""
     import keras
     import numpy as np
     from keras import ops
@@ -97,7 +97,7 @@ def prepared(method):
     driver = drivers_of(model)[0]
     driver.begin(STEPS, STEPS, STEPS // 10)
     for layer in getattr(driver, "layers", []):
-        layer.traced_both_paths = True  # DCIL sets this attribute in a training step
+        layer.traced_both_paths = True  # DCIL sets this attribute in training.
     steps = itertools.count(STEPS // 4, STEP)
 
     def update():
@@ -115,7 +115,7 @@ def prepared(method):
 
 
 def times(method) -> dict:
-    """Measure the CPU seconds of an update and of one pass over the weights."""
+    """Return the CPU seconds of a mask update, and of one pass over the weights."""
     from keras import ops
 
     from keras_dst._backend.jit import jit
@@ -138,11 +138,11 @@ def times(method) -> dict:
 
 
 def memory(method) -> float:
-    """Return the peak memory of an update as a ratio to the memory of the weights."""
+    """Return the peak memory of a mask update, relative to the memory of the weights."""
     from keras_dst.export.memory import kilobytes
 
     driver, update = prepared(method)
-    ctypes.CDLL(None).malloc_trim(0)  # otherwise reused free memory is not counted
+    ctypes.CDLL(None).malloc_trim(0)  # Otherwise reused memory is not counted.
     before = kilobytes("VmRSS")
     (SELF / "clear_refs").write_text("5")  # resets the peak
     update()

@@ -1,12 +1,13 @@
-"""Measure how the cost of sparse training grows with the size of the network: results/scaling.
+"""Measure how the cost of sparse training grows with network and batch size: results/scaling.
 
-Networks of dense layers vary along three axes: parameters, layers and batch size. For each network,
-the dense network and each method at 90 % sparsity train in turns, as in
-`benchmarks.training_cost.step_time`. Then one network is made sparse and stripped. Another network
-with 90 % zeros gets a mask update, and is shrunk and exported. `slope` is the slope of a line
-fitted to the logarithms of cost and size. A slope of 1 means proportional growth.
+The networks consist of dense layers. One of three quantities is varied at a time: the number of
+parameters, the number of layers, or the batch size. For each network, the dense baseline and each
+method at 90 % sparsity are trained in turns, as in `benchmarks.training_cost.step_time`. After
+that, `sparsify`, `strip`, a mask update, `shrink` and `export_tflite` are timed. `slope` is the
+slope of a line that is fitted to the logarithms of cost and size. With a slope of 1, cost is
+proportional to size.
 
-Freed memory stays in the process between steps in all runs, also for the dense network.
+In all runs, also of the dense baseline, freed memory stays in the process between steps.
 
 python -m benchmarks.training_cost.scaling [--backend BACKEND] [--axes AXIS ...]
 python -m benchmarks.training_cost.scaling --table
@@ -28,12 +29,12 @@ from benchmarks.timing import in_turns, ratios, seconds, steps_of_fit, update_ma
 
 BENCHMARK = "scaling"
 STEPS, ROUNDS = 4, 5
-TOTAL = 4000  # steps of the whole training run
+TOTAL = 4000  # Number of steps of the whole training run.
 
 
 @dataclass
 class Point:
-    """A network of equal dense layers, and its batch size."""
+    """Network that consists of dense layers of equal width, and its batch size."""
 
     width: int
     depth: int
@@ -50,9 +51,9 @@ AXES = {
     "layers": [Point(64, depth, 32) for depth in (10, 40, 200)],
     "batch": [Point(500, 4, batch) for batch in (1, 8, 64, 512)],
 }
-# Name of the column that gives the position on each axis.
+# Heading of the column that contains the varied quantity.
 SIZES = {"parameters": "weights", "layers": "depth", "batch": "batch"}
-# Environment variables that keep freed memory in the process.
+# Environment variables with which glibc keeps freed memory in the process.
 KEEP = {f"MALLOC_{what}_THRESHOLD_": str(1 << 40) for what in ("MMAP", "TRIM")}
 
 
@@ -60,7 +61,7 @@ def methods() -> dict:
     from keras_dst.methods import DCIL, DST, FlipOut, Magnitude, OptG, RigL
     from keras_dst.schedules import Constant
 
-    now = Constant(SPARSITY)  # the sparsity is reached at the first step
+    now = Constant(SPARSITY)  # The target is reached in the first step.
     return {
         "DST": DST(),
         "DCIL": DCIL(now),
@@ -72,7 +73,10 @@ def methods() -> dict:
 
 
 def net(point, method=None):
-    """Return a compiled network, and its callback or None for the dense network."""
+    """Return a compiled network and its callback.
+
+    The dense baseline has None instead of a callback.
+    """
     import keras
 
     import keras_dst
@@ -92,7 +96,7 @@ def net(point, method=None):
 
 
 def prune(model):
-    """Set thresholds that prune 90 % of the uniformly initialized weights."""
+    """Set the thresholds so that 90 % of the uniformly initialized weights are pruned."""
     from keras import ops
 
     for layer in model.layers:
@@ -120,10 +124,10 @@ def measure(axes):
 
 
 def steps(point, method) -> float:
-    """Return the ratio of a method's step time to the step time of the dense network."""
+    """Return the step time of each method, relative to the dense baseline."""
     import numpy as np
 
-    shape = (point.batch * (STEPS + 1), point.width)  # the first step is not timed
+    shape = (point.batch * (STEPS + 1), point.width)  # The first step is not timed.
     x = np.random.default_rng(0).standard_normal(shape, "float32")
     y = np.arange(len(x)) % 10
 
@@ -140,7 +144,7 @@ def steps(point, method) -> float:
 
 
 def once(point) -> dict:
-    """Measure the seconds of one sparsify, strip, mask update, shrink and export."""
+    """Return the seconds of one call each of sparsify, strip, mask update, shrink and export."""
     import numpy as np
 
     import keras_dst
@@ -170,7 +174,7 @@ def once(point) -> dict:
 
 
 def slope(sizes, values) -> float:
-    """Return the slope of the least-squares line through the logarithms."""
+    """Return the slope of the least-squares line through the logarithms of size and cost."""
     import numpy as np
 
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
@@ -220,7 +224,8 @@ def main():
         measure(args.axes)
         return
     if not args.table:
-        # Start one process per axis: TensorFlow does not free the variables of a finished fit.
+        # Start one process per varied quantity, because TensorFlow does not free the variables of a
+        # finished `fit`.
         for name, axis in itertools.product(BACKENDS, args.axes):
             run_on(name, "training_cost.scaling", "--backend", name, "--axes", axis, variables=KEEP)
     table()

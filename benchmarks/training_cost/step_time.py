@@ -1,13 +1,14 @@
-"""Measure the time of a training step relative to the dense model: results/step_time.
+"""Measure the time of a training step relative to the dense baseline: results/step_time.
 
-The dense model and each method train for some steps in turns, with batch 128 on one core. The
-result is the median, over the rounds, of the ratio to the dense model in the same round. `lstm-128`
-runs without Consensus, because Consensus cannot prune units of an LSTM.
+The dense baseline and each method take turns of some training steps, with batch size 128 on one
+core. In each round, the ratio to the dense baseline is computed. The result is the median of these
+ratios. `lstm-128` is not trained with Consensus, which cannot prune units of an LSTM.
 
-The timed steps are the start of a training run of 4,000 steps, in which most methods update their
-masks every 100 steps. Updates are therefore timed separately, and their time per step is added to
-the ratio. DCIL updates every 16 steps, so an update during a timed round is counted twice. Compile
-time is the CPU time of the first round minus the CPU time of the second round.
+The timed steps are the first steps of a training run of 4,000 steps. In such a run, most methods
+update their masks only every 100 steps. Mask updates are therefore timed separately, and their time
+per step is added to the ratio. For DCIL, which updates its masks every 16 steps, an update inside a
+timed round is counted twice. The compile time is the CPU time of the first round minus the CPU time
+of the second round.
 """
 
 import argparse
@@ -35,13 +36,13 @@ TOTAL = 4000  # training steps
 
 @dataclass
 class Setting:
-    """A network to time, and the number of steps and rounds."""
+    """Network to time, number of steps per round, and number of rounds."""
 
     shape: tuple
     net: Callable
     steps: int  # steps per round
     rounds: int
-    without: tuple = ()  # methods that cannot prune this network
+    without: tuple = ()  # Methods that cannot prune this network.
 
 
 def small_cnn():
@@ -154,7 +155,7 @@ def measure(net, only=None):
 
 
 def data(setting) -> tuple:
-    """Return random images and labels for one round, whose first step is not timed."""
+    """Return random images and labels for the timed steps of a round and one step before them."""
     import numpy as np
 
     size = BATCH * (setting.steps + 1)
@@ -163,7 +164,10 @@ def data(setting) -> tuple:
 
 
 def compared(net, turns) -> dict:
-    """Time all candidates in turns; return their times, and their ratios to "plain"."""
+    """Time all methods in turns.
+
+    Return their times, and their ratios to the dense baseline "plain".
+    """
     setting = SETTINGS[net]
     first, again = ({n: cpu_seconds(turn) for n, turn in turns.items()} for _ in range(2))
     times = in_turns(turns, setting.rounds)
@@ -181,7 +185,7 @@ def compared(net, turns) -> dict:
 
 
 def update_of(callback) -> dict | None:
-    """Return the seconds of a mask update and the number of steps between two updates."""
+    """Return the seconds of a mask update, and the number of steps from one update to the next."""
     driver = callback._drivers[0]
     if not driver.clock:
         return None
@@ -211,10 +215,10 @@ def table():
 
 
 def _ratios(run: dict) -> dict[str, str]:
-    """Return the table cells of a run, by method."""
+    """Return the table cells of a run as a dict by method."""
     found = {name: f"{ratio:.2f}" for name, ratio in run["ratio_to_plain"].items()}
     compiling = run["seconds_to_compile"]
-    # If the first round took about as long as the others, the backend compiled nothing.
+    # If the first round took about as long as the other rounds, the backend has compiled nothing.
     if run["net"].startswith("resnet") and compiling["plain"] > 1:
         for name in found:
             found[name] += f" ({compiling[name] / compiling['plain']:.2f})"

@@ -1,6 +1,6 @@
-"""Measure the ratio of tfmot's step time to the step time of a dense model: results/step_time.
+"""Measure the step time of tfmot relative to the dense baseline: results/step_time.
 
-tfmot does not accept Keras 3 models, so this module runs with tf_keras in a separate environment.
+tfmot does not support Keras 3. This module therefore runs in a separate environment with tf_keras.
 """
 
 import os
@@ -12,7 +12,7 @@ os.environ["TF_USE_LEGACY_KERAS"] = "1"
 
 import tf_keras  # noqa: E402
 
-sys.modules["keras"] = tf_keras  # makes benchmarks.networks use Keras 2
+sys.modules["keras"] = tf_keras  # Make benchmarks.networks use Keras 2.
 
 import tensorflow_model_optimization as tfmot  # noqa: E402
 

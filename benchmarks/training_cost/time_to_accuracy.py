@@ -3,19 +3,20 @@
 python -m benchmarks.training_cost.time_to_accuracy --seeds 3
 python -m benchmarks.training_cost.time_to_accuracy --table
 
-LeNet-300-100 trains on MNIST to 95 % sparsity, as in `benchmarks.accuracy.methods`, for 2 to 10
-epochs. Each method prunes during training. The baseline prunes after half of the epochs: it trains
-dense, prunes to the target at once, and fine-tunes with the initial learning rate. The goal is the
-accuracy of the dense network after five epochs minus half a point. The result is the smallest
-number of epochs whose mean accuracy over the seeds reaches this goal. Runs that are already stored
-are skipped.
+LeNet-300-100 is trained on MNIST to 95 % sparsity for 2 to 10 epochs, as in
+`benchmarks.accuracy.methods`. Each method prunes during training. The baseline trains dense for
+half of the epochs, then prunes to the target in one shot, and then fine-tunes with the initial
+learning rate. The goal is half a percentage point below the accuracy of the dense network after
+five epochs. The result is the smallest number of epochs with which the mean accuracy over the seeds
+reaches this goal. Runs that are already stored are skipped.
 
-Every weight of this network is multiplied once per sample, so density determines the number of
-operations. A product takes two operations, and a step has three products: outputs, gradients of the
-inputs, and gradients of the weights. keras_dst computes dense products. The column "zeros skipped"
-counts the products at the mean density of each epoch. Methods that may regrow a weight (`ALIVE`)
-need the gradients of all weights. RigL needs all gradients only in the step before an update. The
-table does not count these gradients.
+The number of operations is proportional to the density, because each weight of this network is
+multiplied once per sample. A training step computes three matrix products: outputs, gradients of
+the inputs, and gradients of the weights. Each multiplication with a weight counts as two
+operations. keras_dst computes dense products. The column "zeros skipped" counts only products with
+nonzero weights, at the mean density of each epoch. Methods that may bring back a pruned weight
+(`ALIVE`) need the gradients of all weights. RigL needs them only in the step before a mask update,
+and the table does not count them.
 """
 
 import argparse
@@ -33,22 +34,22 @@ from keras_dst.schedules import Constant
 BENCHMARK = "time_to_accuracy"
 SPARSITY = 0.95
 EPOCHS = (2, 4, 6, 8, 10)
-LESS = 0.005  # accepted loss of accuracy
+LESS = 0.005  # Accepted drop of accuracy.
 PRUNED_LATER = "train, prune, fine-tune"
 METHODS = (PRUNED_LATER, "Magnitude", "DST", "DCIL", "OptG", "FlipOut", "SET", "RigL")
-PATHS = {"DCIL": 2}  # forward passes per step
+PATHS = {"DCIL": 2}  # Number of forward passes per step.
 ALIVE = ("DST", "DCIL", "OptG")
 SPARSE_FROM_THE_START = ("SET", "RigL")
 
 
 def twice(rate, steps):
-    """Return a learning rate that decays to 0 in each half of the training."""
+    """Return a learning rate schedule that decays to 0 twice, once in each half of the training."""
     schedules = keras.optimizers.schedules
     return schedules.CosineDecayRestarts(rate, steps // 2, t_mul=1.0, m_mul=1.0)
 
 
 def trained(method, epochs, seed, data):
-    """Train one network; return the results of the run."""
+    """Train a network, and return the results of the run."""
     task = dataclasses.replace(TASKS["mnist-mlp"], epochs=epochs)
     if method != PRUNED_LATER:
         return run(task, method, SPARSITY, seed, data)
@@ -57,7 +58,7 @@ def trained(method, epochs, seed, data):
 
 
 def densities(result) -> list[float]:
-    """Return the mean density of every epoch, from the densities at its start and end."""
+    """Return the mean density of each epoch, from the densities at its start and at its end."""
     way, epochs = result["way"], result["epochs"]
     if way == "dense":
         return [1.0] * epochs
@@ -69,14 +70,15 @@ def densities(result) -> list[float]:
 
 
 def operations(result) -> tuple[float, float]:
-    """Return the number of operations of a training run, in units of a dense epoch.
+    """Return the number of operations of a training run, relative to one epoch of dense training.
 
-    The first number counts executed operations, the second number the operations without zeros.
+    The first number counts all executed operations. The second number leaves out operations with
+    zeros.
     """
     paths = PATHS.get(result["way"], 1)
     left = 0.0
     for density in densities(result):
-        over_all = density + paths - 1  # the second forward pass is dense
+        over_all = density + paths - 1  # The second forward pass is dense.
         left += (2 * over_all + (paths if result["way"] in ALIVE else over_all)) / 3
     return float(paths * result["epochs"]), left
 

@@ -1,4 +1,4 @@
-"""Builders of small ``.tflite`` files, and a simple decoder of sparse weights."""
+"""Builders of small ``.tflite`` files, and a simple decoder of sparse weights for comparison."""
 
 import flatbuffers
 import numpy as np
@@ -20,7 +20,7 @@ TYPES = {
 
 
 class File:
-    """A builder of a ``.tflite`` file with several graphs, each with its own signature."""
+    """Builder of a ``.tflite`` file, which may have several graphs, each with its own signature."""
 
     def __init__(self):
         self.model = schema.ModelT()
@@ -53,7 +53,7 @@ class File:
 
 
 class Graph:
-    """A subgraph of a `File`. Tensors are identified by their index."""
+    """Graph of a `File`. Its methods refer to tensors by their indices."""
 
     def __init__(self, file, graph, key):
         self.file, self.graph, self.key = file, graph, key
@@ -67,7 +67,7 @@ class Graph:
         return len(self.graph.tensors) - 1
 
     def dynamic(self, shape, dtype="float32"):
-        """Add a tensor whose batch size is unknown."""
+        """Add a tensor with a dynamic batch size."""
         index = self.tensor(shape, dtype)
         self.graph.tensors[index].shapeSignature = np.array([-1, *shape[1:]], np.int32)
         return index
@@ -77,7 +77,10 @@ class Graph:
         return self.tensor(values.shape, values.dtype.name, name, buffer)
 
     def sparse(self, values, block=1, name="weight"):
-        """Add a constant in CSR or in blocks along its last axis. Incomplete blocks are dropped."""
+        """Add a constant in CSR or in blocks along its last axis.
+
+        An incomplete last block is left out.
+        """
         width = values.shape[-1]
         sparsity, entries = pack(values[..., : width - width % block], block)
         index = self.tensor(values.shape, values.dtype.name, name, self.file._buffer(entries))
@@ -92,7 +95,10 @@ class Graph:
         return index
 
     def unary(self, builtin, x, dtype=None, options=None):
-        """Add an op whose output has the shape of its input, and ``dtype`` if it is given."""
+        """Add an op with one input.
+
+        The output has the shape of the input, and ``dtype`` if given.
+        """
         y = self.op(builtin, [x], self.shape(x), options)
         self.graph.tensors[y].shapeSignature = None
         self.graph.tensors[y].type = TYPES[dtype] if dtype else self.graph.tensors[x].type
@@ -100,7 +106,7 @@ class Graph:
         return y
 
     def op(self, builtin, inputs, shape, options=None, version=1):
-        """Add an op with one output of the given shape, and return the output."""
+        """Add an op with one output of the given shape, and return the index of this output."""
         code = schema.OperatorCodeT()
         code.builtinCode = getattr(schema.BuiltinOperator, builtin)
         code.deprecatedBuiltinCode = min(code.builtinCode, 127)
@@ -128,7 +134,7 @@ class Graph:
         return self.op("PAD", [x, widths], shape, schema.PadOptionsT())
 
     def convolve(self, op, x, weight, stride=1, same=True, dilation=1, multiplier=1):
-        """Add a convolution op with a bias; ``weight`` is an array or the index of a tensor."""
+        """Add a convolution op with a bias. ``weight`` is an array or the index of a tensor."""
         options = {
             "CONV_2D": schema.Conv2DOptionsT,
             "DEPTHWISE_CONV_2D": schema.DepthwiseConv2DOptionsT,
@@ -152,7 +158,7 @@ class Graph:
         return self.op(op, [x, kernel, bias], [1, *sizes, filters], options)
 
     def finish(self, inputs, outputs):
-        """Name the inputs and outputs in a signature, and return the file builder."""
+        """Add a signature that names the inputs and outputs, and return the file builder."""
         signature = schema.SignatureDefT()
         signature.signatureKey = self.key
         signature.subgraphIndex = len(self.file.model.subgraphs) - 1
@@ -171,7 +177,7 @@ def _named(name, index):
 
 
 def fully_connected(weight, batch=-1, name="weight", input_name="x"):
-    """Return a file with one FULLY_CONNECTED op; by default the batch size is unknown."""
+    """Return a file with one FULLY_CONNECTED op. The batch size is dynamic by default."""
     graph = File().graph()
     make = graph.dynamic if batch == -1 else graph.tensor
     x = make([abs(batch), weight.shape[-1]])
@@ -188,7 +194,10 @@ def fully_connected(weight, batch=-1, name="weight", input_name="x"):
 
 
 def convolution(op, weight, stride=1, same=True, shape=(1, 8, 8, None), pad=None, dtype=np.int32):
-    """Return a file with one convolution, after a PAD op if ``pad`` is given."""
+    """Return a file with one convolution.
+
+    If ``pad`` is given, a PAD op precedes the convolution.
+    """
     graph = File().graph()
     x = y = graph.dynamic((*shape[:3], shape[3] or weight.shape[-1]))
     if pad is not None:
@@ -198,7 +207,7 @@ def convolution(op, weight, stride=1, same=True, shape=(1, 8, 8, None), pad=None
 
 
 def sparse_values(shape, density, block=1, seed=0):
-    """Return random float32 values of a given density, in blocks along the last axis."""
+    """Return random float32 values with a given density, pruned in blocks along the last axis."""
     rng = np.random.default_rng(seed)
     values = rng.standard_normal(shape).astype(np.float32)
     kept = rng.random((*shape[:-1], shape[-1] // block)) < density
@@ -206,7 +215,7 @@ def sparse_values(shape, density, block=1, seed=0):
 
 
 def decode(sparsity, stored, shape):
-    """Decode a sparse tensor whose last axis is compressed, value by value."""
+    """Decode a sparse tensor one value at a time. Only its last axis may be compressed."""
     *outer, width = shape
     axes = sparsity.dimMetadata
     assert [axis.format for axis in axes[: len(shape)]] == [0] * len(outer) + [1]
@@ -230,7 +239,10 @@ def decode(sparsity, stored, shape):
 
 
 def run(content, x, resolver=AUTO, key=None):
-    """Run a file with one input in the LiteRT interpreter, and return its first output."""
+    """Run a ``.tflite`` model that has one input in the LiteRT interpreter.
+
+    Return its first output.
+    """
     interpreter = Interpreter(model_content=content, experimental_op_resolver_type=resolver)
     runner = interpreter.get_signature_runner(key)
     (name,) = runner.get_input_details()
@@ -238,7 +250,7 @@ def run(content, x, resolver=AUTO, key=None):
 
 
 def ops(model, graph=0):
-    """Return ``(name, version)`` of every op of a graph, in order."""
+    """Return the pairs ``(name, version)`` of all ops of a graph, in order."""
     names = {code: name for name, code in vars(schema.BuiltinOperator).items() if name.isupper()}
     codes = [model.operatorCodes[op.opcodeIndex] for op in model.subgraphs[graph].operators]
     return [(names[code.builtinCode], code.version) for code in codes]

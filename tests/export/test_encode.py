@@ -1,4 +1,4 @@
-"""Tests of encoding weights: files run, decode to the same weights, and do not change otherwise."""
+"""Tests of `encode`: files run, decode to the same weights, and have no other changes."""
 
 import numpy as np
 import pytest
@@ -22,12 +22,12 @@ def encode_all(content, format):
 
 
 def stored(model, graph=0):
-    """Return the sparse tensors of a graph with their stored values."""
+    """Return the sparse tensors of a graph, and their stored values."""
     tensors = [tensor for tensor in model.subgraphs[graph].tensors if tensor.sparsity is not None]
     return [(tensor, model.buffers[tensor.buffer].data.view(np.float32)) for tensor in tensors]
 
 
-# A 3x8 weight in 1x4 blocks. The three rows keep the blocks [1], [] and [0, 1].
+# A 3x8 weight in 1x4 blocks. Its rows keep block 1, no block, and blocks 0 and 1.
 GOLDEN = np.array(
     [[0, 0, 0, 0, 1, 2, 0, 4], [0, 0, 0, 0, 0, 0, 0, 0], [5, 6, 7, 8, 9, 0, 0, 0]], np.float32
 )
@@ -101,7 +101,7 @@ def test_sparse_fully_connected_equals_dense(format, density, resolver):
 
 
 def test_fully_connected_with_a_sparse_weight_has_version_8():
-    """XNNPACK reads a sparse weight as dense in version 12, which the converter writes."""
+    """In version 12, which the converter writes, XNNPACK reads a sparse weight as dense."""
     content = encode_all(fully_connected(sparse_values((8, 16), 0.2)), CSR)
     assert ops(read(content)) == [("FULLY_CONNECTED", 8)]
 
@@ -149,7 +149,7 @@ def test_a_sparse_input_other_than_the_weight_raises():
 
 
 def shared_weight_graph(file, key, weight, buffer=None):
-    """Add a graph in which two consecutive FULLY_CONNECTED ops share a square weight."""
+    """Add a graph in which two consecutive FULLY_CONNECTED ops read the same square weight."""
     graph = file.graph(key)
     x = graph.dynamic([1, weight.shape[0]])
     shared = graph.constant(weight, buffer=buffer)

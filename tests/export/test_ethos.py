@@ -1,4 +1,4 @@
-"""Tests of files for Ethos-U NPUs: int8 inputs and outputs, dense weights, Vela's estimates."""
+"""Tests of files for Ethos-U NPUs: int8 inputs and outputs, dense weights, Vela's report."""
 
 import json
 
@@ -21,7 +21,7 @@ x = np.random.default_rng(0).normal(size=(40, 16, 16, 8)).astype("float32")
 
 @pytest.fixture(scope="module")
 def model():
-    """Return a sparse network with 16 values per kernel and one op that runs on the CPU."""
+    """Return a sparse network with 16 values per kernel, and with one op that the NPU lacks."""
     keras.utils.set_random_seed(0)
     inputs = keras.Input((16, 16, 8))
     h = keras.layers.Conv2D(32, 3, padding="same", use_bias=False)(inputs)
@@ -41,7 +41,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def exported(model, tmp_path_factory):
-    """Export the model for an Ethos-U55; return the report and the path of the compiled file."""
+    """Export the model for an Ethos-U55. Return the report and the path of the compiled file."""
     folder = tmp_path_factory.mktemp("npu")
     compiled = folder / "compiled.tflite"
     report = keras_dst.export_tflite(
@@ -75,12 +75,12 @@ def test_the_file_computes_the_outputs_of_the_model(model, exported):
     scale, zero = given["quantization"]
     outputs = scale * (interpreter.get_tensor(given["index"]).astype("float32") - zero)
     expected = keras.ops.convert_to_numpy(model(x[:1]))
-    # Rounding errors of the layers add up to a few steps of the int8 output.
+    # The rounding errors of all layers add up to a few quantization steps of the int8 output.
     np.testing.assert_allclose(outputs, expected, atol=3 * scale, rtol=0)
 
 
 def test_export_preserves_zeros_and_number_of_distinct_values(model, exported):
-    """Batch normalization multiplies the channels by different factors; zeros must stay zero."""
+    """Batch normalization multiplies each channel by another factor. Zeros must stay zero."""
     stored = [w.values for w in weights(read(exported[0].path.read_bytes()))]
     kernels = [v for v in model.trainable_variables if v.name == "kernel"]
     assert len(stored) == len(kernels)

@@ -1,4 +1,4 @@
-"""Tests of the export of Keras models: the file is correct, or there is an error and no file."""
+"""Tests of `export_tflite`: the file is correct, or an error is raised and no file is written."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from keras_dst.surgery import has_sparse_layers
 from .graphs import AUTO, BUILTIN, fully_connected, sparse_values
 from .graphs import ops as ops_of
 
-#: Measurements are off, because they take time and depend on the machine.
+#: Latencies are not measured, because they take time and depend on the machine.
 export_tflite = functools.partial(keras_dst.export_tflite, measure=False)
 
 on_tensorflow = pytest.mark.skipif(
@@ -35,7 +35,7 @@ on_tensorflow = pytest.mark.skipif(
 
 
 def prune(model, density, block=1):
-    """Prune every kernel of a model, in blocks along the last axis of the weight in the file."""
+    """Prune each kernel of a model, in blocks along the axis that is the last axis in the file."""
     for layer in model.layers:
         layer.set_weights([pruned(w, layer, density, block) for w in layer.get_weights()])
     return model
@@ -64,7 +64,7 @@ def lenet_300_100():
 
 
 def residual():
-    """Return a model with convolutions, batch normalization, a residual branch and two outputs."""
+    """Return a convolutional model with batch normalization, a shortcut and two outputs."""
     x = keras.Input((16, 16, 3))
     y = layers.Conv2D(32, 3, padding="same", use_bias=False)(x)
     y = layers.BatchNormalization()(y)
@@ -86,7 +86,7 @@ def two_by_two():
 
 
 def check(report, model, path):
-    """Check properties that every exported file has."""
+    """Check properties that all exported files must have."""
     content = path.read_bytes()
     assert isinstance(report, ExportReport)
     assert (report.path, report.bytes) == (path, len(content))
@@ -124,7 +124,7 @@ def test_multilayer_perceptron(tmp_path, density, block, expected):
     report = export_tflite(model, path)
     check(report, model, path)
     assert encodings(report) == expected
-    # 4 bytes per value, 1 or 2 per index (one index per 1x4 block), and some metadata.
+    # 4 bytes per value, 1 or 2 bytes per index (one index per 1x4 block), and some metadata.
     per_weight = {"csr": 6, "1x4": 4.5, "csr+densify": 6, "dense": 4}[expected[0]]
     assert report.bytes < report.dense_bytes * density * per_weight / 4 + 8000
 
@@ -190,7 +190,7 @@ def test_302_inputs_are_not_truncated_to_300(tmp_path):
 @on_tensorflow
 @pytest.mark.parametrize(("optimize", "form"), [("size", "csr"), ("latency", "csr+densify")])
 def test_export_of_sequences_and_recurrence(tmp_path, optimize, form):
-    """FULLY_CONNECTED has inputs of rank 3, and the body of a WHILE op contains weights."""
+    """FULLY_CONNECTED reads inputs of rank 3, and the body of a WHILE op contains weights."""
     x = keras.Input(batch_shape=(2, 5, 32))
     y = layers.LSTM(32, return_sequences=True)(layers.Dense(32)(x))
     model = prune(keras.Model(x, y), 0.3)
@@ -253,13 +253,13 @@ def test_a_stateful_sequential_model_keeps_its_batch_size_and_states(tmp_path, u
         np.testing.assert_array_equal(before, after.numpy())
     runner = Interpreter(str(path)).get_signature_runner()
     lstm.reset_state()
-    for batch in (x[:1], x[1:2]):  # states are zero at first and kept between calls
+    for batch in (x[:1], x[1:2]):  # States are zero at first, and kept between calls.
         found = next(iter(runner(**dict.fromkeys(input_shapes(path), batch)).values()))
         np.testing.assert_allclose(found, keras.ops.convert_to_numpy(model(batch)), atol=1e-5)
 
 
 class OptionalSum(layers.Layer):
-    """A layer that adds two inputs; the second input may be None."""
+    """Layer that adds two inputs. The second input may be None."""
 
     def call(self, a, b=None):
         return a if b is None else a + b
@@ -322,7 +322,7 @@ def test_a_model_with_string_inputs_needs_tensorflow(tmp_path):
 
 
 def backend_square(x):
-    """Return the square, computed with a function of the backend instead of keras.ops."""
+    """Return the square of a tensor, computed by a function of the backend, not of keras.ops."""
     if keras.backend.backend() == "jax":
         import jax.numpy as jnp
 
@@ -383,7 +383,7 @@ def test_conversion_prints_nothing_in_a_notebook(monkeypatch):
 
 @on_tensorflow
 def test_conversion_adds_no_handler_to_the_root_logger(monkeypatch):
-    # If the root logger has no handler, the first message adds a handler for stderr.
+    # The first message to a root logger without handlers adds a handler for stderr.
     monkeypatch.setattr(logging.root, "handlers", [])
     to_tflite(lenet_300_100())
     assert logging.root.handlers == []
@@ -412,7 +412,10 @@ def test_models_that_cannot_be_converted_raise(tmp_path, last, message):
 
 
 def test_export_does_not_change_a_sparse_model(tmp_path):
-    """The test runs on every backend. JAX and PyTorch models are converted in a second Python."""
+    """The test runs on every backend.
+
+    Models of JAX and PyTorch are converted in a second process.
+    """
     image, extra = keras.Input((16, 16, 3)), keras.Input((8,))
     y = layers.Conv2D(32, 3, padding="same", use_bias=False)(image)
     y = layers.ReLU()(layers.BatchNormalization()(y))
@@ -431,7 +434,8 @@ def test_export_does_not_change_a_sparse_model(tmp_path):
     path = tmp_path / "model.tflite"
     report = export_tflite(model, path, inputs=x)
     check(report, model, path)
-    # In the large kernel most initial weights are below the threshold 0.1, in the heads only half.
+    # Most initial weights of the large kernel are below the threshold 0.1, but only half of the
+    # weights in the heads.
     forms = {tensor.shape: (tensor.encoding, tensor.density < 0.7) for tensor in report.tensors}
     assert forms[32, 3, 3, 32] == forms[32, 40] == forms[64, 40] == ("csr+densify", True)
     assert has_sparse_layers(model)
@@ -461,7 +465,8 @@ def test_a_class_that_cannot_be_imported_raises(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# The tests below convert no models: the fixture `converted` replaces the conversion.
+# The following tests do not convert models, because the fixture `converted` replaces the
+# conversion.
 
 WEIGHT = sparse_values((64, 32), 0.1)
 
@@ -477,7 +482,7 @@ def model():
 
 @pytest.fixture
 def converted(monkeypatch):
-    """Return a function that makes every conversion return a file with the given weight."""
+    """Return a function that lets all conversions return a file with the given weight."""
 
     def convert_to(weight):
         content = fully_connected(weight, name="dense/MatMul")
@@ -492,7 +497,7 @@ def converted(monkeypatch):
 
 @pytest.fixture
 def path(tmp_path):
-    """Return the path of an existing file, which must not change if the export fails."""
+    """Return the path of an existing file. A failed export must not change this file."""
     path = tmp_path / "model.tflite"
     path.write_bytes(b"older")
     return path
@@ -622,7 +627,7 @@ def test_the_error_if_the_file_is_wrong_but_every_single_weight_is_right(
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_an_interrupted_write_leaves_no_file(model, converted, path, monkeypatch, failing, error):
     def fail(*_):
-        assert len(list(path.parent.iterdir())) == 2  # the older file and the temporary file
+        assert len(list(path.parent.iterdir())) == 2  # The existing file and the temporary file.
         raise error
 
     monkeypatch.setattr(failing, fail)
@@ -664,7 +669,7 @@ def test_data_is_checked_before_conversion(never_converted, model, tmp_path, opt
 
 @pytest.fixture
 def never_converted(monkeypatch):
-    """Fail if a model is converted before the arguments are checked."""
+    """Let the test fail if a model is converted before the arguments are checked."""
 
     def fail(*_, **__):
         raise AssertionError("the model was converted before the arguments were checked")

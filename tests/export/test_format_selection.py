@@ -1,4 +1,4 @@
-"""Tests of the storage format of each weight, and of the reason if a weight stays dense."""
+"""Tests of the storage formats that are selected, and of the reasons why weights stay dense."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def only(content, *goal):
 
 
 def timer(**seconds_of):
-    """Return a timer with fixed seconds per format; it recognizes a format by the ops of a file."""
+    """Return a timer with fixed seconds per format. The ops of a file tell its format."""
 
     def seconds(contents):
         return [seconds_of[format_of(content)] for content in contents]
@@ -33,7 +33,7 @@ def timer(**seconds_of):
 
 
 def format_of(content):
-    """Return the format of the first sparse weight of a file, as an identifier."""
+    """Return the format of the first sparse weight of a file, as a text for test names."""
     model = read(content)
     kinds = [flatbuffer.op_name(model, op) for op in model.subgraphs[0].operators]
     for tensor in model.subgraphs[0].tensors:
@@ -44,7 +44,7 @@ def format_of(content):
 
 
 def partly_filled(shape, fill):
-    """Return a weight that keeps one in five 1x4 blocks, each with this fraction of nonzeros."""
+    """Return a weight with one in five 1x4 blocks kept. `fill` is the nonzero fraction of these blocks."""
     values = sparse_values(shape, 0.2, block=4)
     values.reshape(-1, 4)[:, : 4 - int(4 * fill)] = 0
     return values
@@ -120,7 +120,7 @@ def test_a_weight_of_rank_3_stays_dense():
 
 
 def two_readers(second, output=False):
-    """Return a file in which FULLY_CONNECTED and another op or an output read the same weight."""
+    """Return a file in which a FULLY_CONNECTED op and a second reader read the same weight."""
     graph = graphs.File().graph()
     x = graph.dynamic([1, 64])
     weight = graph.constant(sparse_values((64, 64), 0.01))
@@ -181,7 +181,7 @@ def test_a_buffer_with_two_shapes_stays_dense():
     assert (choice.format, choice.reason) == (None, "ops read it in several shapes")
 
 
-# Files for timers with fixed seconds: a 3x3 convolution and a fully connected layer.
+# Files for the timers with fixed seconds: a 3x3 convolution and a fully connected layer.
 CONV = convolution("CONV_2D", sparse_values((64, 3, 3, 64), 0.05, block=4))
 FC = fully_connected(sparse_values((64, 256), 0.05, block=16))
 UNPACKED = dict.fromkeys(
@@ -214,7 +214,7 @@ def test_a_format_that_is_slower_on_one_cpu_is_not_selected(seconds):
 
 
 def test_a_format_that_makes_the_whole_file_slower_is_not_selected():
-    """The layer is fast alone, but slow as a part of the file."""
+    """In this format, the layer is faster alone, but the whole file is slower."""
 
     def seconds(contents):
         alone = not read(contents[0]).signatureDefs
@@ -264,7 +264,7 @@ BY_4 = WIDE | {"1x4", "1x4+densify", "int8 1x4+densify"}
         (300, BY_4),  # Blocks of 16 would lose the last 12 inputs.
         (304, BY_4 | {"int8 1x16"}),
         (4096, BY_4 | {"int8 1x16"}),
-        (4112, BY_4),  # the kernel for float inputs overflows
+        (4112, BY_4),  # The kernel for float inputs would overflow.
     ],
 )
 def test_selected_formats_by_number_of_inputs(inputs, expected):
@@ -273,14 +273,17 @@ def test_selected_formats_by_number_of_inputs(inputs, expected):
 
 @pytest.mark.parametrize(("inputs", "right"), [(4080, True), (4096, False)])
 def test_selected_formats_of_a_full_row(inputs, right):
-    """The kernel for float inputs treats a row of 256 blocks as if it had 0 blocks."""
+    """The kernel for float inputs reads a row of 256 blocks as if it had 0 blocks."""
     weight = sparse_values((4, inputs), 0.1, block=16)
     weight[1] = 1.0
     assert ("int8 1x16" in formats_of(fully_connected(weight))) == right
 
 
 def test_convolutions_never_read_a_sparse_weight():
-    """CONV_2D is lowered or its weight is unpacked. For other convolutions only unpacking works."""
+    """CONV_2D is replaced by FULLY_CONNECTED, or its weight is unpacked.
+
+    The weights of other convolutions can only be unpacked.
+    """
     for op in ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV"):
         content = convolution(op, sparse_values((1, 3, 3, 16), 0.2))
         direct = {f for f in formats_of(content) if "densify" not in f and f != "int8"}

@@ -1,4 +1,4 @@
-"""Test that the modules of the export package do not import each other in circles."""
+"""Test that imports between the modules of the export package form no circle."""
 
 import ast
 import graphlib
@@ -10,7 +10,7 @@ ROOT = pathlib.Path(keras_dst.__file__).parent / "export"
 
 
 def imported_modules(path):
-    """Yield the modules of the export package that a file imports, also inside functions."""
+    """Yield the modules of the export package that a file imports, also inside of functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "keras_dst.export":
             yield from (alias.name for alias in node.names)
@@ -27,4 +27,4 @@ def test_no_import_circles():
         if path.stem != "__init__"
     }
     assert imports["linter"] >= {"rules", "findings"}
-    graphlib.TopologicalSorter(imports).prepare()  # raises CycleError for a circle
+    graphlib.TopologicalSorter(imports).prepare()  # A circle raises CycleError.

@@ -1,4 +1,4 @@
-"""Tests of int8 quantization: rounding to nearest, exact zeros, and correct results of all ops."""
+"""Tests of quantization to int8: rounding to nearest, exact zeros, correct results of all ops."""
 
 import keras
 import numpy as np
@@ -23,7 +23,7 @@ BLOCKS = Format(4, unpack=True, int8=True)
 HYBRID = Format(16, unpack=False, int8=True)
 
 
-# The largest values of the rows, 2.54 and 1, become 127. A row of zeros also gets a scale.
+# The largest values of the rows, 2.54 and 1, become 127. The row of zeros has the scale 1.
 def test_quantize_a_small_weight():
     made, parameters = quantize.quantize(
         np.array([[2.54, 0, -1.27], [1, 0.5, 0], [0, 0, 0]], np.float32), axis=0
@@ -76,7 +76,7 @@ def test_quantized_weights_equal_dense_within_rounding(dense, format, resolver):
 @pytest.mark.parametrize("inputs", [64, 4096])
 def test_directly_read_int8_blocks_equal_dense_within_rounding(inputs, resolver):
     weight = sparse_values((8, inputs), 0.2, block=16)
-    weight *= np.logspace(-2, 1, 8, dtype=np.float32)[:, None]  # each row needs its own scale
+    weight *= np.logspace(-2, 1, 8, dtype=np.float32)[:, None]  # Each row needs its own scale.
     dense = fully_connected(weight)
     formats = {w.buffer: HYBRID for w in weights(read(dense))}
     content = encode(dense, formats)
@@ -84,7 +84,7 @@ def test_directly_read_int8_blocks_equal_dense_within_rounding(inputs, resolver)
     x = np.random.default_rng(0).standard_normal((3, inputs)).astype(np.float32)
     found, expected = run(content, x, resolver), x @ weight.T
     np.testing.assert_array_equal(found, run(encode_dense(dense, formats), x, BUILTIN))
-    # Both factors of a product are off by at most half a step; a step is 1/127 of the largest
+    # The rounding error of each factor is at most half a step, and a step is 1/127 of the largest
     # value.
     steps_x, steps_w = np.abs(x).max(1, keepdims=True) / 127, np.abs(weight).max(1) / 127
     bound = steps_x / 2 * np.abs(weight).sum(1) + np.abs(x) @ (weight != 0).T * steps_w / 2
@@ -92,14 +92,14 @@ def test_directly_read_int8_blocks_equal_dense_within_rounding(inputs, resolver)
 
 
 def test_a_transposed_convolution_is_not_quantized():
-    """If XNNPACK runs DEQUANTIZE but not the convolution after it, results are wrong."""
+    """XNNPACK would run DEQUANTIZE but not the convolution, and the results would be wrong."""
     content = convolution("TRANSPOSE_CONV", sparse_values((6, 3, 3, 64), 0.1))
     (choice,) = select_formats(content, Objective("size", int8=True)).choices
     assert str(choice.format) == "csr+densify"
 
 
 def integers(op, weight):
-    """Return a file with int8 input, weight and output."""
+    """Return a file whose input, weight and output are int8."""
     graph = File().graph()
     width = weight.shape[-1]
     x = graph.quantized(graph.tensor([2, width] if op == "FULLY_CONNECTED" else [2, 8, 8, width]))
@@ -131,7 +131,7 @@ def integers(op, weight):
     ],
 )
 def test_sparse_weights_keep_integer_ops(op, shape, block, version):
-    """After DENSIFY, XNNPACK accepts FULLY_CONNECTED in version 8 only."""
+    """After a DENSIFY op, XNNPACK accepts only version 8 of FULLY_CONNECTED."""
     dense = integers(op, sparse_values(shape, 0.1, block))
     plan = select_formats(dense, Objective("size"))
     (choice,) = plan.choices
@@ -147,7 +147,7 @@ def test_sparse_weights_keep_integer_ops(op, shape, block, version):
 
 @pytest.fixture
 def converted(monkeypatch):
-    """Return a model whose conversion is replaced by a handmade file."""
+    """Return a model whose conversion is replaced by a file that is built by hand."""
     weight = sparse_values((64, 320), 0.1, block=16)
     x = keras.Input((320,), name="x")
     layer = layers.Dense(64, use_bias=False)
@@ -159,15 +159,15 @@ def converted(monkeypatch):
 
 
 def cases(values):
-    """Return the batches of values on which a file is compared with its model."""
+    """Return the batches on which a file is compared with its model."""
     return [values[:1], *(values[start : start + 4] for start in range(0, 32, 4))]
 
 
 def largest_rounding_error(kernel, x):
-    """Return the largest possible error after a kernel and inputs are rounded to nearest steps.
+    """Return the largest possible error of a product whose kernel and inputs are rounded to int8.
 
-    The rounding error of each value is at most half a step. The absolute values of the terms of
-    ``dx w + x dw + dx dw`` therefore add up to a bound of the error.
+    The rounding errors ``dx`` and ``dw`` are at most half a quantization step. The error of a
+    product is ``dx w + x dw + dx dw``, and the sum of the absolute values is a bound of this error.
     """
     steps_w = np.abs(kernel).max(axis=0) / 127
     steps_x = np.abs(x).max(axis=1, keepdims=True) / 127
@@ -191,7 +191,7 @@ def test_export_with_quantized_weights(converted, tmp_path, optimize, format):
 
 
 def test_a_wrong_scale_is_detected(converted, tmp_path, monkeypatch):
-    """The file agrees with Keras within the tolerance, but not with the quantized weights."""
+    """The file agrees with Keras within the tolerance, but its scale does not fit its weights."""
     larger = fully_connected(converted.layers[1].get_weights()[0].T * np.float32(1.2))
     monkeypatch.setattr(pipeline.encode, "encode_dense", lambda content, formats: larger)
     with pytest.raises(ExportError, match="from the same weights stored dense"):
@@ -217,7 +217,10 @@ def test_invalid_quantization_options_raise(converted, tmp_path, options, messag
 
 
 def test_export_with_full_int8(tmp_path):
-    """The test runs on every backend. For JAX and PyTorch a second Python receives the samples."""
+    """The test runs on every backend.
+
+    For JAX and PyTorch, the samples are sent to a second process.
+    """
     model = keras.Sequential(
         [
             keras.Input((8, 8, 16)),
@@ -231,7 +234,8 @@ def test_export_with_full_int8(tmp_path):
     path = tmp_path / "m.tflite"
     report = export_tflite(model, path, quantize="full", representative=x)
     assert encodings(report) == ["int8 csr+densify"] * 2
-    # The output has 255 steps, and rounding errors of the layers add up to a few of them.
+    # The output has 255 quantization steps, and the rounding errors of all layers add up to a few
+    # steps.
     y = model.predict(x, verbose=0)
     step = (y.max() - y.min()) / 255
     assert report.max_error < 4 * step / min(np.abs(outputs).max() for outputs in cases(y[:32]))

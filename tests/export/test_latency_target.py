@@ -1,4 +1,4 @@
-"""Tests of `sparsity_at_latency`, with files that hold the FLOPs in place of weights."""
+"""Tests of `sparsity_at_latency`. The conversion is replaced by the number of FLOPs."""
 
 import keras
 import pytest
@@ -22,7 +22,7 @@ def network():
 
 @pytest.fixture
 def files(monkeypatch):
-    """Replace files by the FLOPs of the model, and latencies by a function of the FLOPs."""
+    """Replace each file by the FLOPs of the model, and each latency by a function of the FLOPs."""
 
     def convert(model, kinds):
         return [keras_dst.report(model).dense_flops]

@@ -1,4 +1,4 @@
-"""Tests of each rule of the linter, on a file with the fault and on a file without the fault."""
+"""Tests of each rule of `lint`, on a file with the problem and on a file without the problem."""
 
 import json
 import pathlib
@@ -28,7 +28,10 @@ KERNEL = sparse_values((16, 3, 3, 32), 0.2)
 
 
 def layer(make, version=8, dtype="float32"):
-    """Return a file with one FULLY_CONNECTED op; ``make`` adds the weight to the graph."""
+    """Return a file with one FULLY_CONNECTED op.
+
+    The function ``make`` adds the weight to the graph.
+    """
     graph = File().graph()
     weight = make(graph)
     units, inputs = graph.shape(weight)
@@ -39,7 +42,7 @@ def layer(make, version=8, dtype="float32"):
 
 
 def maps(make):
-    """Return a file with one convolution; ``make`` adds the weight to the graph."""
+    """Return a file with one convolution. The function ``make`` adds the weight to the graph."""
     graph = File().graph()
     x = graph.tensor([1, 8, 8, 32])
     return graph.finish({"x": x}, {"y": graph.convolve("CONV_2D", x, make(graph))}).content()
@@ -56,7 +59,7 @@ def densified(weight, block=1):
 
 
 def half(weight, densify):
-    """Store a float16 weight without DENSIFY, a mistake of TensorFlow's converter."""
+    """Store a sparse float16 weight without DENSIFY, as TensorFlow's converter wrongly does."""
 
     def make(graph):
         packed = (densified if densify else stored)(weight.astype(np.float16), 4)(graph)
@@ -66,7 +69,7 @@ def half(weight, densify):
 
 
 def int8(shape, block=16, density=0.2):
-    """Store an int8 weight in blocks of a given size; its nonzeros form blocks of 16."""
+    """Store an int8 weight in blocks of a given size. Its nonzero values form blocks of 16."""
     weight = integers(shape, density)
     return lambda graph: graph.quantized(graph.sparse(weight, block))
 
@@ -91,7 +94,7 @@ def int8_densified(dequantize):
 CUT = nets.network(*nets.BODY, nets.pool("MAX_POOL_2D"), nets.pointwise, nets.mean)
 WHOLE = nets.network(*nets.BODY, nets.pointwise, nets.mean)
 
-# For each rule: a file with the fault, words of the expected finding, a file without the fault.
+# For each rule: a file with the problem, words of the expected finding, a file without the problem.
 ERRORS = {
     "sparse-input": (maps(stored(KERNEL)), "the sparse tensor 'weight'", maps(densified(KERNEL))),
     "sparse-input, float16": (
@@ -169,7 +172,7 @@ def test_lint_rule_reports_the_fault_only(rule, case):
 
 
 def wrong(content):
-    """Return True if XNNPACK refuses a file with one layer or computes a wrong output."""
+    """Return whether XNNPACK refuses a file with one layer or computes a wrong output."""
     model = read(content)
     (tensor,) = [t for t in model.subgraphs[0].tensors if t.sparsity is not None]
     weight = values(model, tensor).astype(np.float32) * (0.02 if tensor.quantization else 1)

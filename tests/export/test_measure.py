@@ -1,4 +1,4 @@
-"""Tests of measurements of files: the names and the meaning of the reported numbers."""
+"""Tests of the measurement of files: names and meaning of the reported figures."""
 
 import json
 import pathlib
@@ -104,4 +104,4 @@ def test_bench_interleaves_the_runs_of_files(paths, monkeypatch):
     bench(paths, runs=3, warmup=1)
     assert len(set(order)) == 2
     first, second = order[0], order[2]
-    assert order == [first, first, second, second] * 4  # the first of two runs is not timed
+    assert order == [first, first, second, second] * 4  # Only the second run is timed.

@@ -1,4 +1,4 @@
-"""Tests of files for microcontrollers: weights without zeros, run in TensorFlow Lite Micro."""
+"""Tests of files for microcontrollers, which store no zeros and run in TensorFlow Lite Micro."""
 
 import importlib.util
 
@@ -21,7 +21,7 @@ x = np.random.default_rng(0).normal(size=(24, 12, 12, 4)).astype("float32")
 
 
 def sparse(model, sparsity=0.9):
-    """Set the smallest weights of every kernel to zero."""
+    """Set the smallest weights of each kernel to zero."""
     rng = np.random.default_rng(0)
     for variable in model.trainable_variables:
         if variable.name == "kernel":
@@ -32,7 +32,7 @@ def sparse(model, sparsity=0.9):
 
 @pytest.fixture(scope="module")
 def model():
-    """Return a small sparse network with all kinds of kernels."""
+    """Return a small sparse network that contains all kinds of kernels."""
     keras.utils.set_random_seed(0)
     inputs = keras.Input((12, 12, 4))
     h = keras.layers.Conv2D(32, 3, padding="same", activation="relu")(inputs)
@@ -48,7 +48,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def report(model, tmp_path_factory):
-    """Export the network for a microcontroller."""
+    """Export the network for a microcontroller, and return the report."""
     path = tmp_path_factory.mktemp("micro") / "model.tflite"
     return keras_dst.export_tflite(
         model, path, target="micro", quantize="full", representative=x, evaluate=lambda _: 0.5
@@ -64,7 +64,7 @@ def test_micro_file_decodes_weights_and_has_only_tflm_ops(report):
     ]
     assert names.count(micro.DECODE) == sum(not tensor.reason for tensor in report.tensors)
     assert not micro.unsupported_ops(file)
-    for place, name in enumerate(names):  # TFLM keeps a decoded weight for one op
+    for place, name in enumerate(names):  # TFLM keeps a decoded weight for one op.
         if name == micro.DECODE:
             (decoded,) = graph.operators[place].outputs
             assert decoded in graph.operators[place + 1].inputs
@@ -74,7 +74,7 @@ def test_micro_report_compares_the_file_with_dense_int8(report):
     found = report.micro
     assert found.bytes == report.bytes == report.path.stat().st_size
     assert found.bytes < 0.32 * found.dense_bytes
-    assert found.arena > found.dense_arena  # decoded weights are stored in the arena
+    assert found.arena > found.dense_arena  # The arena stores decoded weights.
     assert found.samples == len(x)
     assert [file.name for file in report.files] == ["dense float32", "dense int8", "this file"]
     assert report.files[1].bytes == found.dense_bytes
@@ -119,7 +119,7 @@ def test_zeros_are_preserved_and_rounded_weights_are_counted(tmp_path):
     model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(24)])
     w = np.random.default_rng(0).uniform(0.5, 1, (32, 24))
     w *= np.arange(32 * 24).reshape(32, 24) % 5 > 2
-    w[1, 1:7:2] = 1e-5  # int8 rounds these three weights to zero
+    w[1, 1:7:2] = 1e-5  # int8 rounds these weights to zero.
     model.layers[0].kernel.assign(w)
     samples = np.random.default_rng(1).normal(size=(8, 32)).astype("float32")
     path = tmp_path / "model.tflite"

@@ -1,4 +1,4 @@
-"""Models in other runtimes: Keras exports them, and the runtime computes the outputs of Keras."""
+"""Tests of Keras's export to other runtimes. The outputs equal the outputs of Keras."""
 
 import importlib.util
 import shutil
@@ -12,12 +12,12 @@ import keras_dst
 from keras_dst.methods import DCIL, DST, Magnitude
 from tests.pages import blocks
 
-# The exporters, torch.jit and hls4ml warn about their own code.
+# The exporters, torch.jit and hls4ml raise warnings about their own code.
 pytestmark = pytest.mark.filterwarnings("ignore")
 BACKEND = keras.backend.backend()
 x = np.random.default_rng(0).normal(size=(1, 12, 12, 3)).astype("float32")
 HLS4ML = ("hls4ml", "g++")  # hls4ml compiles its C++ code with g++.
-# Keras's exporter needs a converter on TensorFlow and on JAX. jax2onnx installs 34 packages.
+# On TensorFlow and JAX, Keras's exporter needs a converter. The one for JAX installs 34 packages.
 CONVERTERS = {("onnx", "tensorflow"): "tf2onnx", ("onnx", "jax"): "jax2onnx"}
 
 
@@ -31,7 +31,7 @@ def needs(*names):
 
 @pytest.fixture(autouse=True)
 def no_usage_statistics(monkeypatch):
-    """Keep OpenVINO from sending usage statistics, which it does outside CI jobs."""
+    """Prevent OpenVINO from sending usage statistics. It sends none in CI jobs."""
     monkeypatch.setenv("CI", "true")
 
 
@@ -45,7 +45,7 @@ def in_onnx_runtime(path):
 def in_openvino(path):
     import openvino
 
-    # Some CPUs compute in bfloat16 by default.
+    # OpenVINO computes in bfloat16 on some CPUs by default.
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return compiled(x)[0]
 
@@ -57,7 +57,7 @@ def in_pytorch(path):
         return torch.export.load(path).module()(torch.from_numpy(x)).numpy()
 
 
-# Format of Keras's export: name of the file, packages, function that runs the file.
+# For each export format of Keras: name of the file, required packages, function that runs the file.
 FORMATS = {
     "onnx": ("model.onnx", ("onnx", "onnxruntime"), in_onnx_runtime),
     "openvino": ("model.xml", ("openvino",), in_openvino),
@@ -85,7 +85,7 @@ def run(request, tmp_path):
 
 
 def network():
-    """Return a small network with a convolution, a normalization and two dense layers."""
+    """Return a small network with a convolution, a normalization layer and two dense layers."""
     keras.utils.set_random_seed(0)
     return keras.Sequential(
         [
@@ -102,7 +102,7 @@ def network():
 
 
 def sparse(method):
-    """Return a network that was trained for a few steps with a method."""
+    """Return a network that was trained with a pruning method for a few steps."""
     model = network()
     model.compile("adam", "mse")
     keras_dst.sparsify(model, method)

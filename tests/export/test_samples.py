@@ -1,4 +1,4 @@
-"""Tests of sample data in every form that `model.predict` accepts, on every backend."""
+"""Tests of sample data in all forms that `model.predict` accepts, on every backend."""
 
 import itertools
 
@@ -33,7 +33,7 @@ def two_inputs(optional=False):
 
 
 class Batches(keras.utils.PyDataset):
-    """Batches of 8 samples, with labels."""
+    """PyDataset with batches of 8 samples and labels."""
 
     def __init__(self, length=3):
         super().__init__()

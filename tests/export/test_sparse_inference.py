@@ -1,4 +1,4 @@
-"""Tests of the region that XNNPACK runs in NCHW layout, against results with AVX hidden."""
+"""Tests of the region that XNNPACK runs in NCHW layout, against runs with AVX hidden."""
 
 import numpy as np
 import pytest
@@ -58,7 +58,10 @@ def unary(kind, options=None):
 
 
 def binary(kind, options, other):
-    """Return a step with two operands; ``other(graph, x)`` makes the second operand."""
+    """Return a build step for an op with two operands.
+
+    ``other(graph, x)`` adds the second operand.
+    """
 
     def add(graph, x):
         y = other(graph, x)
@@ -104,7 +107,10 @@ def reshaped(*shape):
 
 
 def gated(*squeeze):
-    """Return a squeeze-and-excitation step; ``squeeze`` lists the steps that compute the scale."""
+    """Return a build step for squeeze-and-excitation.
+
+    The steps in ``squeeze`` compute the scale.
+    """
 
     def add(graph, x):
         y = x
@@ -116,7 +122,10 @@ def gated(*squeeze):
 
 
 def network(*steps, size=16, channels=3, also=()):
-    """Return a file of consecutive steps; ``also`` lists steps that are additional outputs."""
+    """Return a file that consecutive build steps create.
+
+    The steps in ``also`` become extra outputs.
+    """
     graph = File().graph()
     x = y = graph.tensor([1, size, size, channels])
     found = []
@@ -130,7 +139,7 @@ def network(*steps, size=16, channels=3, also=()):
 
 
 def unpacked(content):
-    """Return the file with a DENSIFY op for each sparse weight."""
+    """Return a copy of the file in which a DENSIFY op unpacks each sparse weight."""
     sparse = [weight for weight in weights(read(content)) if weight.density < 0.5]
     return encode(content, {weight.buffer: Format(1, unpack=True) for weight in sparse})
 
@@ -156,8 +165,9 @@ BODY = (entry, depthwise(), pointwise)
 SQUEEZE = (pointwise, unary("LOGISTIC"))
 ADD, MUL = schema.AddOptionsT, schema.MulOptionsT
 
-# Verdicts observed with LiteRT 2.3 and AVX hidden. "on": XNNPACK runs the region. "off": XNNPACK
-# does not run the region. "wrong": XNNPACK runs the region and computes wrong outputs.
+# Verdicts that were observed with LiteRT 2.3 and AVX hidden. "on" means that XNNPACK runs the
+# region with sparse kernels, and "off" that it does not. "wrong" means that it runs the region and
+# computes wrong outputs.
 MIDDLES = {
     "nothing": ([], "on"),
     "activations": ([unary("RELU"), unary("HARD_SWISH"), unary("LOGISTIC"), unary("SIN")], "on"),
@@ -266,10 +276,9 @@ def test_no_region_without_densify():
     ids=["L2_NORMALIZATION", "LOG_SOFTMAX"],
 )
 def test_ops_that_xnnpack_may_run_later_count_as_wrong(step):
-    """LiteRT 2.3 computes these networks correctly, because its XNNPACK runs neither of the two
-    ops.
+    """XNNPACK in LiteRT 2.3 runs neither of these ops, and the results are correct.
 
-    Another version of XNNPACK may run the op and split the region there.
+    Other versions of XNNPACK may run the op, so that the results are wrong.
     """
     assert verdict(network(*BODY, step, pointwise, mean)) == "wrong"
 
@@ -301,7 +310,7 @@ def test_the_export_uses_densify_only_if_it_is_safe(middle, formats):
 
 @pytest.mark.parametrize("optimize", ["latency", "balanced"])
 def test_a_layer_read_directly_does_not_split_the_region(optimize):
-    """The region of sparse inference excludes a FULLY_CONNECTED op that reads sparse weights."""
+    """A FULLY_CONNECTED op that reads a sparse weight directly is outside the region."""
     content = network(*BODY, dense, pointwise, mean)
     assert verdict(content) == "on"
     plan = select_formats(content, Objective(optimize))

@@ -40,7 +40,7 @@ for path in pathlib.Path(sys.argv[1]).glob("*.tflite"):
             runner = Interpreter(str(path), experimental_op_resolver_type=resolver)
             runner = runner.get_signature_runner()
             (output,) = runner(x=np.load(path.with_suffix(".npy"))).values()
-        except RuntimeError:  # the runtime refused the file
+        except RuntimeError:  # The runtime refused the file.
             output = np.array(np.nan)
         np.save(path.with_suffix(f".{resolver.name}.npy"), output)
 """
@@ -76,7 +76,7 @@ WRITTEN = {
         integers("CONV_2D", CONV_INTEGERS), Objective("size")
     ).content,
 }
-#: Files with a DENSIFY op for every sparse weight, and the expected verdict.
+#: Files in which DENSIFY ops unpack all sparse weights, and the expected verdicts.
 RULES = {
     f"{kind}: {name}": (unpacked(network(*BODY, *before, *steps, *after)), verdict)
     for kind, cases, before, after in (
@@ -94,7 +94,7 @@ FILES = WRITTEN | {name: content for name, (content, _) in RULES.items()}
 
 @pytest.fixture(scope="module", params=[no_avx, arm64], ids=["AVX hidden", "ARM emulated"])
 def outputs(request, tmp_path_factory):
-    """Return the outputs of every file on this CPU and, with both resolvers, on the tested CPU."""
+    """Return the outputs of all files on this CPU, and on the tested CPU with both resolvers."""
     cpu = request.param
     if cpu.obstacle():
         pytest.skip(cpu.obstacle())
@@ -136,7 +136,7 @@ def test_exported_files_agree_on_all_cpus(outputs, name):
     ("name", "verdict"), [(name, verdict) for name, (_, verdict) in RULES.items()]
 )
 def test_verdicts_agree_with_the_runtime(outputs, name, verdict):
-    """If the verdict of a network is "wrong", its results on this CPU are wrong."""
+    """The results of a network are wrong on this CPU if its verdict is "wrong"."""
     expected, delegated, builtin = outputs[name]
     assert error(builtin, expected) < 1e-4
     assert (verdict == "wrong") == (not error(delegated, expected) < 1e-4)

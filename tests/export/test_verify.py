@@ -1,4 +1,4 @@
-"""Tests of the comparison of files with Keras models: the error measure and the compared cases."""
+"""Tests of the comparison between files and Keras models: errors and compared batches."""
 
 import math
 
@@ -100,7 +100,7 @@ def test_a_file_refused_by_the_interpreter_fails_the_comparison():
 
 
 def dense_model(weight=WEIGHT, batch=None):
-    """Return the Keras model that computes the same as the file of `fully_connected(weight)`."""
+    """Return a Keras model that computes the same outputs as the file `fully_connected(weight)`."""
     x = keras.Input(batch_shape=(batch, weight.shape[-1]), name="x")
     layer = layers.Dense(weight.shape[0], use_bias=False)
     model = keras.Model(x, layer(x))
@@ -109,7 +109,7 @@ def dense_model(weight=WEIGHT, batch=None):
 
 
 def cases_of(model, inputs=None):
-    """Return the cases on which a model and its file are compared, with given or random inputs."""
+    """Return the cases on which a model and its file are compared. Inputs are random by default."""
     samples = None if inputs is None else read_samples(model, inputs, "inputs", limit=MAX_SAMPLES)
     signature = signature_of(model, samples)
     return keras_cases(model, signature, samples or random_samples(signature))
@@ -166,7 +166,7 @@ def test_predictions_on_a_generator():
 
 
 def two_inputs(names):
-    """Return a file that outputs its two inputs; the second input has integers."""
+    """Return a file whose two outputs are its two inputs. The second input has integers."""
     graph = graphs.File().graph()
     tensors = [graph.dynamic([1, 5]), graph.dynamic([1, 5, 3], "int32")]
     inputs = dict(sorted(zip(names, tensors, strict=True)))
@@ -181,7 +181,7 @@ def test_several_inputs_are_matched_by_name_not_by_order(declared, given):
     outputs = [layers.Identity()(b), layers.Identity()(a)]
     model = keras.Model([b, a] if declared is list else {"b": b, "a": a}, outputs)
     x = {"b": np.ones((4, 5), np.float32), "a": np.full((4, 5, 3), 2)}
-    in_order = ["b", "a"] if declared is list else ["a", "b"]  # Keras flattens dicts by key
+    in_order = ["b", "a"] if declared is list else ["a", "b"]  # Keras sorts dicts by key.
     cases = cases_of(model, x if given is dict else [x[name] for name in in_order])
     assert cases[1].inputs["b"].shape == (4, 5)
     np.testing.assert_array_equal(cases[1].inputs["a"], x["a"])
@@ -198,7 +198,7 @@ def test_random_inputs_for_integers_and_unknown_axes():
 
 
 class Subclassed(keras.Model):
-    """A model that does not record the shapes of its inputs."""
+    """Subclassed model, which does not record the shapes of its inputs."""
 
     def call(self, inputs):
         return list(inputs) if isinstance(inputs, list | tuple) else inputs * 1.0
