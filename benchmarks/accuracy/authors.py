@@ -126,10 +126,10 @@ def table():
         "# Comparison with the authors' code",
         "",
         "The table shows the test accuracy in % after the last epoch as mean and standard "
-        "deviation over the seeds, with the sparsity in brackets. Both implementations start "
-        "from the same weights and use the same data, network, epochs, batch size and learning "
-        "rate. The authors' code runs on PyTorch, on a CPU. `make bench-authors` writes this "
-        "page from the runs in this folder.",
+        "deviation over the seeds. The sparsity is in brackets. Both implementations start from "
+        "the same weights and use the same data, network, epochs, batch size and learning rate. "
+        "The authors' code runs on PyTorch, on a CPU. `make bench-authors` writes this page from "
+        "the runs in this folder.",
         "",
         "| method | network | epochs | target | seeds | authors' code | keras_dst | backend of "
         "keras_dst |",

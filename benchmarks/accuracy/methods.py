@@ -185,7 +185,7 @@ def table():
         "# All methods, one budget",
         "",
         "The tables show the test accuracy in % after the last epoch as mean and standard "
-        "deviation over the seeds, with the sparsity in brackets. Network, data, optimizer and "
+        "deviation over the seeds. The sparsity is in brackets. Network, data, optimizer and "
         "number of epochs are the same for every method, and no method is tuned. `make "
         "bench-methods` writes this page from the runs in this folder.",
     ]

@@ -99,9 +99,9 @@ def table():
         "",
         f"The table shows the test accuracy in % of ResNet-8 on CIFAR-10, as mean and standard "
         f"deviation over the seeds. The network was trained for {EPOCHS} epochs on {IMAGES:,} "
-        "images and pruned by magnitude: in one shot without further training, or during another "
-        "epoch of training. Channels were removed with `shrink`. `make bench-recalibration` "
-        "writes this page.",
+        "images and pruned by magnitude, either in one shot without further training or during "
+        "another epoch of training. Pruned channels were removed by `shrink`. `make "
+        "bench-recalibration` writes this page.",
         "",
         "| pruned | fraction | seeds | dense network | pruned network | after `recalibrate` |",
         "|---|---|---|---|---|---|",

@@ -94,16 +94,17 @@ def table():
         "",
         "keras_dst, tfmot and PQuantML train with the same data, seeds, optimizer (SGD with "
         "momentum 0.9 and a cosine learning rate), number of epochs and target sparsity of "
-        f"{TARGET:.0%}. No tool is tuned. Each tool runs in its own environment, on one core, on "
-        "TensorFlow. `make bench-libraries` writes this page from the runs in this folder.",
+        f"{TARGET:.0%}. The hyperparameters of the tools are not tuned. Each tool runs on "
+        "TensorFlow in its own environment, on one core. `make bench-libraries` writes this page "
+        "from the runs in this folder.",
         "",
         f"## LeNet-300-100, MNIST, {EPOCHS} epochs",
         "",
         "The table shows the test accuracy in % of the finished network after the last epoch, as "
         "mean and standard deviation over the seeds, and the sparsity. Step time and memory are "
         f"relative to the dense network of the same tool. Step time is the median of {ROUNDS} "
-        f"rounds of {STEPS} steps, mask updates included, and the networks take turns. All times "
-        "are CPU times.",
+        f"rounds of {STEPS} steps, including mask updates. The networks take turns. All times are "
+        "CPU times.",
         "",
         "| tool | method | seeds | accuracy | sparsity | step | step, ms | compiling, s | memory |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -117,8 +118,7 @@ def table():
         "",
         "The table shows the `.tflite` files of the first seed. Bytes and latency are relative "
         "to the dense file in the first row. Latency is the median time of one inference on one "
-        "thread, and all files are run in turns in one process. Accuracy is the test accuracy of "
-        "the file.",
+        "thread. All files take turns in one process. Accuracy is the test accuracy of the file.",
         "",
         "| tool | method | written by | bytes | latency | accuracy |",
         "|---|---|---|---|---|---|",

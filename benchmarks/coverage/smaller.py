@@ -116,14 +116,14 @@ def table():
     lines = [
         "# Smaller models",
         "",
-        "Channels of networks with random weights are removed by magnitude. `make bench-smaller` "
-        "writes this page from the runs in this folder.",
+        "The networks have random weights. Their channels are pruned by magnitude and removed by "
+        "`shrink`. `make bench-smaller` writes this page from the runs in this folder.",
         "",
         "## Latency of the `.tflite` file",
         "",
         f"The latency is the median of {RUNS} interleaved runs at batch 1 on one thread. All "
-        "figures are relative to the dense network. The estimate is that of the latency model "
-        "with which `export_tflite` selects formats for CPUs that are not at hand.",
+        "figures are relative to the dense network. The column `estimated latency` shows the "
+        "estimate that `export_tflite` uses for CPUs that are not available.",
         "",
         "| network | channels removed | FLOPs | latency | estimated latency | dense, ms |",
         "|---|---|---|---|---|---|",
@@ -138,9 +138,10 @@ def table():
         "",
         "## Cost of `shrink`",
         "",
-        "Half of the channels are removed. The seconds include the comparison of both models. The "
-        "peak is the memory that the process needs in addition, relative to the weights of the "
-        "given network. On TensorFlow and JAX it includes the compiler.",
+        "Half of the channels are removed. The column `seconds` includes the time in which "
+        "`shrink` compares both models. The peak memory is the memory by which the process grows "
+        "during `shrink`, relative to the weights of the dense network. On TensorFlow and JAX, "
+        "it includes the memory of the compiler.",
         "",
         "| network | backend | seconds | weights, MB | peak memory / weights |",
         "|---|---|---|---|---|",

@@ -218,9 +218,10 @@ def table():
         "file. All other columns are ratios to the file of the dense network after the same "
         "number of epochs. The column `gzip` gives the size of the file after compression. The "
         "columns `TFLM file` and `TFLM arena` give the bytes and the arena of the file without "
-        "zeros. The columns of an NPU give the encoded weights and the cycles. The figures of "
-        "NPUs are **Vela's estimates**, with Vela's default configurations, and not measurements "
-        "on hardware. `make bench-micro` writes this page from the runs in this folder.",
+        "zeros. The columns of each NPU give the bytes of the encoded weights and the cycles. "
+        "These figures are **Vela's estimates**, with Vela's default configurations, and not "
+        "measurements on hardware. `make bench-micro` writes this page from the runs in this "
+        "folder.",
     ]
     for name, net in NETS.items():
         runs = {variant: stored[f"{name}_{variant}"] for variant in net.variants}

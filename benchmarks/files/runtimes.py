@@ -203,10 +203,10 @@ def table():
         "",
         "The table shows the size of the exported files, their size after compression with gzip, "
         "the median latency of an inference with one image on one thread, and the largest "
-        "difference to the outputs of Keras. Figures with × are ratios to the dense network. The "
-        "latency ratio is the median of interleaved runs. The networks were trained for "
-        f"{EPOCHS} epoch on {IMAGES:,} images of MNIST. `make bench-runtimes` writes this page "
-        "from the runs in this folder.",
+        "difference from the outputs of Keras. Figures with × are ratios to the dense network. "
+        "The latency ratio is the median over runs in which the files take turns. The networks "
+        f"were trained for {EPOCHS} epoch on {IMAGES:,} images of MNIST. `make bench-runtimes` "
+        "writes this page from the runs in this folder.",
         "",
         "| net | runtime | weights | bytes | gzip bytes | latency | difference |",
         "|---|---|---|---|---|---|---|",
@@ -219,8 +219,8 @@ def table():
                 lines.append(f"| {net} | {title} | {variant} | {' | '.join(cells)} |")
     lines += [
         "",
-        "hls4ml gives every weight that is not zero a multiplier, if the reuse factor is 1. The "
-        "table below shows the number of these multipliers, and the largest difference to the "
+        "With a reuse factor of 1, hls4ml uses one multiplier per nonzero weight. The table "
+        "below shows the number of these multipliers, and the largest difference from the "
         "outputs of Keras before the softmax.",
         "",
         "| net | weights | accuracy | parameters | multipliers | difference |",

@@ -361,8 +361,8 @@ def table():
         "# On a GPU",
         "",
         "The tables show the time of a training step and the peak memory as ratios to the dense "
-        "network on the same GPU, mask updates included. The time of a mask update is given in "
-        "milliseconds and in passes. One pass copies as many bytes as the weights take. `make "
+        "network on the same GPU. Mask updates are included. The time of a mask update is given "
+        "in milliseconds and in passes. One pass copies as many bytes as the weights take. `make "
         "bench-gpu` writes this page from the runs in this folder.",
     ]
     for name, run in results.runs(BENCHMARK).items():

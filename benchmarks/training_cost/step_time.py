@@ -199,10 +199,10 @@ def table():
     lines = [
         "# Step time",
         "",
-        "The tables show the time of a training step relative to the dense model (`plain`). Both "
-        "models take turns on one core, and mask updates are included. Numbers in brackets are "
-        "compilation times relative to the dense model. Differences of a few percent from 1 are "
-        "noise. `make bench-step` and `make bench-overhead` write this page from the runs in "
+        "The tables show the time of a training step relative to the dense model (`plain`). The "
+        "step time includes mask updates. The models take turns on one core. Numbers in brackets "
+        "are compilation times relative to the dense model. Differences of a few percent from 1 "
+        "are noise. `make bench-step` and `make bench-overhead` write this page from the runs in "
         "this folder.",
     ]
     stored = results.runs(BENCHMARK)

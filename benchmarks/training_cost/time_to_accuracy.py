@@ -107,10 +107,10 @@ def table():
         "epochs. `epochs` is the smallest number of epochs, out of "
         f"{', '.join(map(str, EPOCHS))}, that reaches the goal. `operations` are the operations "
         "of the whole training, relative to one epoch of dense training. `zeros skipped` is the "
-        "same number for a processor that skips every zero. `seconds` is the duration of `fit`, "
-        f"including compilation. All training runs ended within {100 * apart:.2f} points of the "
-        "target sparsity. `make bench-time-to-accuracy` writes this page from the runs in this "
-        "folder.",
+        "number of operations for a processor that skips all zeros. `seconds` is the duration of "
+        f"`fit`, including compilation. All training runs ended within {100 * apart:.2f} points "
+        "of the target sparsity. `make bench-time-to-accuracy` writes this page from the runs in "
+        "this folder.",
         "",
         "| | epochs | accuracy | operations | zeros skipped | seconds |",
         "|---|---|---|---|---|---|",

@@ -44,7 +44,7 @@ def format_of(content):
 
 
 def partly_filled(shape, fill):
-    """Return a weight with one in five 1x4 blocks kept. `fill` is the nonzero fraction of these blocks."""
+    """Return a weight that keeps one in five 1x4 blocks. In these blocks, `fill` is the density."""
     values = sparse_values(shape, 0.2, block=4)
     values.reshape(-1, 4)[:, : 4 - int(4 * fill)] = 0
     return values
