@@ -187,7 +187,7 @@ def _clustered_kernel(variable, layout: Layout, clusters: int) -> _Kernel:
 def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
     """Return the cluster centers of one-dimensional k-means, in ascending order.
 
-    If -1 or 1 is one of the numbers, it stays a center.
+    If the numbers contain -1 or 1, this value remains a center.
 
     Args:
         numbers: Sorted numbers in [-1, 1].

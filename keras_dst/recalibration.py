@@ -113,7 +113,7 @@ def _averaging(layer) -> Iterator[None]:
 
     def averaged(inputs, *args, **kwargs):
         nonlocal samples
-        if not samples:  # Old infinite statistics would become NaN: 0 * inf.
+        if not samples:  # Infinite statistics would become NaN.
             for variable in _statistics(layer):
                 variable.assign(np.zeros(variable.shape))
         before, samples = samples, samples + int(inputs.shape[0])

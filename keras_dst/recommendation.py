@@ -80,9 +80,10 @@ FIGURES = (
 )
 
 #: Costs of the network `_WIDE_RESNET8` on edge devices, relative to the dense int8 file, from
-# results/micro. The keys are the target, and the sparsity in percent or the pattern. For an NPU,
-# the two ratios are bytes of the weights and cycles, both estimated by Vela. For `micro` (TFLM),
-# they are bytes of the file without unread metadata, and bytes of the arena.
+# results/micro. The outer keys are targets. The inner keys are sparsities in percent, or patterns.
+# For an NPU, the two ratios are bytes of the weights and cycles, both estimated by Vela. For
+# `micro` (TFLM), the two ratios are bytes of the file without unread metadata, and bytes of the
+# arena.
 TARGETS: dict[str, dict[str, tuple[float, float]]] = {
     "micro": {"80": (0.369, 4.897), "90": (0.275, 4.897), "95": (0.229, 4.897)},
     "ethos-u55-128": {

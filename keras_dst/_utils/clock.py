@@ -11,9 +11,9 @@ _LEARNED_RESPONSE = 5  # Steps until a learned method shows the effect of an upd
 class UpdateClock(NamedTuple):
     """Steps of a training run at which masks are updated.
 
-    Step n means that n optimizer steps are finished and the next one has not begun. Masks are
-    updated at step 0, at `last`, at each step in `jumps`, and at all steps before `last` that
-    differ from `first` by a multiple of `period`.
+    Step n means that n optimizer steps are finished and step n + 1 has not begun. Masks are updated
+    at step 0, at `last`, at each step in `jumps`, and at all steps before `last` that differ from
+    `first` by a multiple of `period`.
 
     Attributes:
         first: First step at which the target sparsity changes.
@@ -46,9 +46,9 @@ class UpdateClock(NamedTuple):
 
 
 def update_clock(method, schedule, total=None, epoch=None) -> UpdateClock | None:
-    """Return the clock of a method, or None if the clock needs the unknown length of training.
+    """Return the clock of a method, or None if this requires the length of training.
 
-    If the user gives no frequency, the method's `default_frequency` is used. If that is too rare,
+    If the user gives no frequency, the method's `default_frequency` is used. In a short training,
     masks are updated more often: at least twenty times while the target sparsity changes.
 
     Args:

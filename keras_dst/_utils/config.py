@@ -52,7 +52,7 @@ class Configurable:
         return type(self) is type(other) and self.get_config() == other.get_config()
 
     def __hash__(self):
-        # Equal objects must have equal hashes, also if their arguments are 0 and 0.0. The hash
+        # Equal objects must have equal hashes, even if their arguments are 0 and 0.0. The hash
         # therefore depends only on the class.
         return hash(type(self))
 

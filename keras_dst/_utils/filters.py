@@ -1,4 +1,4 @@
-"""Checks whether a weight can be pruned, and selection of layers and weights by a filter."""
+"""Check whether a variable can be pruned, and select layers and variables by a filter."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def select(
 
     Raises:
         ValueError: If a name or a regular expression matches no item.
-        TypeError: If `filters` is not of one of these types.
+        TypeError: If `filters` has an unsupported type.
     """
     if filters is None:
         return [True] * len(items)

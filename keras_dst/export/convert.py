@@ -228,7 +228,10 @@ def _convert(
 
 
 def _calibration_batches(specs: list[InputSpec], arrays: list) -> Iterator[dict[str, np.ndarray]]:
-    """Yield batches of one sample, or of the model's fixed batch size, as dicts by input name."""
+    """Yield the batches for the calibration, as dicts by input name.
+
+    A batch has one sample, or as many samples as the fixed batch size of the model.
+    """
     present = [(spec, array) for spec, array in zip(specs, arrays) if spec.present]
     size = max(spec.shape[0] or 1 for spec, _ in present)
     count = min(len(array) for _, array in present)
@@ -325,7 +328,7 @@ def _logs_to(stream: IO[str]) -> Iterator[None]:
     finally:
         for handler, own in zip(handlers, before):
             handler.setStream(own)
-        # A message may have added a handler with this stream to the root logger.
+        # Messages inside the context may have added a handler with this stream to the root logger.
         for new in logging.root.handlers[:]:
             if isinstance(new, logging.StreamHandler) and new.stream is stream:
                 logging.root.removeHandler(new)

@@ -1,7 +1,7 @@
 """Change the storage formats of the weight tensors inside a ``.tflite`` file.
 
-The module edits the flatbuffer of the file directly. It works for files of every converter and does
-not need TensorFlow.
+The module edits the flatbuffer of the file directly. The module can edit files of every converter,
+and does not need TensorFlow.
 
 Source: ``SparsityParameters`` in the TensorFlow Lite schema,
 https://github.com/tensorflow/tensorflow/blob/master/tensorflow/compiler/mlir/lite/schema/schema.fbs
@@ -75,7 +75,8 @@ class Weight:
     """Constant of a model: a buffer, the tensors that refer to the buffer, and their readers.
 
     ``readers`` lists a pair ``(op name, index of the input)`` for each op that reads one of the
-    tensors. A tensor that is an output of the graph adds the pair ``("OUTPUT", 0)``.
+    tensors. If a tensor is an output of the graph, ``readers`` also contains the pair ``("OUTPUT",
+    0)``.
     """
 
     buffer: int
@@ -229,7 +230,7 @@ def scale_axis(weight: Weight) -> int:
 def _rewire_readers(
     model: schema.ModelT, graph: schema.SubGraphT, changed: dict[int, tuple[Weight, Format]]
 ) -> None:
-    """Let the ops that read a changed weight read its stored tensor or an unpacked copy."""
+    """Connect all ops that read a changed weight to its stored tensor, or to an unpacked copy."""
     operators: list[schema.OperatorT] = []
     unpacked: dict[int, int] = {}
     version = SPARSE_FULLY_CONNECTED_VERSION

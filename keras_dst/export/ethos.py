@@ -1,8 +1,8 @@
 """Compile int8 files for Arm Ethos-U NPUs with Vela, and read Vela's estimates.
 
-Vela (PyPI ``ethos-u-vela``) is Arm's compiler. It compresses the weights of a dense int8 file, and
-weights with many zeros take fewer bytes. Vela also estimates the number of cycles with a model of
-the hardware.
+Vela (PyPI ``ethos-u-vela``) is Arm's compiler. Vela compresses the weights of a dense int8 file.
+Weights with many zeros then take fewer bytes. Vela also estimates the number of cycles with a model
+of the hardware.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from keras_dst.export.flatbuffer import op_name, read, text, write
 from keras_dst.export.report import ExportError
 from keras_dst.export.target_reports import CPUOp, VelaEstimate, VelaReport
 
-#: Configurations that Vela 5.2 supports. The last number is the number of MACs per cycle.
+#: Configurations that Vela 5.2 supports. The number at the end of each name is the number of
+# multiply-accumulates per cycle.
 ACCELERATORS = (
     *("ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256"),
     *("ethos-u65-512", "ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024"),
@@ -58,7 +59,8 @@ def compile_for_npu(content: bytes, accelerator: str) -> tuple[bytes, VelaReport
     """
     if accelerator not in ACCELERATORS:
         raise ValueError(
-            f"Expected an accelerator out of {', '.join(ACCELERATORS)}. Received: {accelerator!r}"
+            f"Expected accelerator to be one of {', '.join(ACCELERATORS)}. Received: "
+            f"{accelerator!r}"
         )
     version = vela_version()
     if version is None:

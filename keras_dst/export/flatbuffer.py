@@ -28,7 +28,7 @@ def read(content: bytes) -> schema.ModelT:
 
 
 def write(model: schema.ModelT) -> bytes:
-    """Return the bytes of a ``.tflite`` file, from the objects that `read` returned."""
+    """Convert the Python objects that `read` returned to the bytes of a ``.tflite`` file."""
     builder = _AlignedBuilder(1024)
     builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
     return bytes(builder.Output())

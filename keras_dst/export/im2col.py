@@ -2,8 +2,8 @@
 
 FULLY_CONNECTED can read a sparse weight directly, and CONV_2D cannot. The padded input is sliced
 once for each position in the kernel, and the slices are concatenated along the channels. At each
-output pixel, the concatenation holds the values that the kernel is multiplied by. A 1x1 kernel with
-stride 1 needs no slices.
+output pixel, the concatenated slices hold the input values by which the kernel is multiplied. A 1x1
+kernel with stride 1 needs no slices.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def lower(
     """Return the ops that replace a CONV_2D whose weight has been reshaped to a matrix.
 
     Args:
-        model: the model that contains the op. Constants and op codes are added to it.
-        graph: the graph that contains the op. Tensors are added to it.
+        model: the model that contains the op. Constants and op codes are added to this model.
+        graph: the graph that contains the op. Tensors are added to this graph.
         op: the CONV_2D op.
         kernel: shape of the op's weight as (filters, height, width, channels).
         version: version of the new FULLY_CONNECTED op.

@@ -34,7 +34,8 @@ class Cpu:
         vector: nanoseconds per weight, in a dense FULLY_CONNECTED op with one input row.
         matrix: nanoseconds per multiplication, in a dense op with many input rows.
         direct: nanoseconds per stored value and input row, in FULLY_CONNECTED with a sparse weight.
-            A dict from encoding to a pair: the number for one input row, and the number for many.
+            For each encoding, the dict holds two numbers: the first for one input row, the second
+            for many input rows.
         row: nanoseconds per pair of a weight row and an input row, in addition to ``direct``.
         copy: nanoseconds per value that PAD, STRIDED_SLICE or CONCATENATION writes.
         sparse: nanoseconds per multiplication by a nonzero weight, in XNNPACK's sparse convolution.

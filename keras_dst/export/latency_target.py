@@ -29,7 +29,7 @@ class LatencySearch:
     Attributes:
         sparsity: Fraction of the FLOPs to prune.
         latency_ratio: Measured latency ratio at this sparsity, relative to the dense model.
-        measured: Dict from the sparsity of each measured model, in FLOPs, to its latency ratio.
+        measured: Measured latency ratios, as a dict by sparsity in FLOPs.
         source: Sentence that says how the latencies were measured: runtime, CPU, threads.
     """
 
@@ -60,8 +60,8 @@ def sparsity_at_latency(
     Latency depends on the number of channels of the layers, not on the values of the weights. The
     search can therefore run before training. It prunes channels of copies of the model by magnitude
     and exports the smaller models. It then measures their latencies, and the latency of the dense
-    model, in LiteRT on this CPU. The result is a target sparsity in FLOPs, with which training
-    gives the same masks on every machine.
+    model, in LiteRT on this CPU. The returned sparsity is a fraction of FLOPs. Training with this
+    target gives the same masks on every machine.
 
     Args:
         model: Built Sequential or Functional model without sparse layers. The model is not changed.

@@ -185,8 +185,8 @@ def run_in_tflm(content: bytes, inputs: list[np.ndarray]) -> Run:
 
     Args:
         content: the file.
-        inputs: one array of shape `(runs, *shape)` per input of the file. `shape` and the data type
-            are the shape and type of the input.
+        inputs: one array of shape `(runs, *shape)` per input of the file. `shape` is the shape of
+            this input, and the array has its data type.
 
     Raises:
         ImportError: the extra `micro` is not installed.
@@ -359,15 +359,15 @@ def _decoded_reads(
 ) -> list[schema.OperatorT]:
     """Return the ops that decode the weights of one op, followed by the op itself.
 
-    TFLM keeps a decoded tensor only until the next op has run. If several ops read a weight, it is
-    therefore decoded once per op, each time into a tensor of its own.
+    TFLM keeps a decoded tensor only until the next op has run. If several ops read a weight, the
+    weight is therefore decoded once per op, each time into a separate tensor.
 
     Args:
-        graph: the graph. The function adds tensors to it.
+        graph: the graph. The function adds tensors to the graph.
         op: an op of the graph.
         encoded: dict from the tensor index of a weight to the tensor indices of its two constants.
-        free: tensor indices of the weights that are not decoded yet. The function removes the
-            weights that it decodes.
+        free: tensor indices of the weights that are not decoded yet. The function removes weights
+            from this set when it decodes them.
         code: op code index of TFLM_DECODE.
     """
     reads = dict.fromkeys(index for index in indices(op.inputs) if index in encoded)

@@ -67,8 +67,8 @@ from keras_dst.export.verify import (
 TOLERANCES = {None: 1e-4, "weights": 0.1, "full": 0.3}
 #: Tolerance of the difference from a dense file with the same quantized weights.
 _EXACT = 1e-4
-#: The same tolerance if the runtime also quantizes the inputs of ops. Kernels round these inputs
-# differently.
+#: Tolerance of this difference if the runtime also quantizes the inputs of ops. Kernels round these
+# inputs differently.
 _INEXACT = 5e-2
 
 

@@ -244,7 +244,7 @@ def _zeros_dense(content: bytes) -> Iterator[Finding]:
 
 
 def _sparse_inference(model, graph) -> tuple[bool, str, list[Finding]]:
-    """Return whether XNNPACK uses sparse kernels on CPUs without AVX, why, and all findings."""
+    """Return whether XNNPACK uses sparse kernels on CPUs without AVX, the reason, and findings."""
     rule, hinted = "sparse-inference", sparse_inference.is_hinted(model, graph)
     nodes = sparse_inference.read_nodes(model, graph)
     region = sparse_inference.sparse_region(nodes, graph)
@@ -378,7 +378,7 @@ def _faster_format(model, tensor) -> Format | None:
 
 
 def _where(model, graph, op) -> str:
-    """Describe an op by its kind and its weight, or by its kind and its output without a weight."""
+    """Describe an op by its kind and the name of its weight. Use its output if it has no weight."""
     kind = op_name(model, op)
     index = int(op.inputs[WEIGHT_SLOT] if kind in WEIGHT_OPS else op.outputs[0])
     return f"{kind} {_name(graph.tensors[constant_sources(model, graph).get(index, index)])}"

@@ -217,8 +217,8 @@ def _checked_size(model: keras.Model, samples: Samples, argument: str) -> Sample
     least = max((spec.shape[0] or 1 for spec in _declared_specs(model) or []), default=1)
     if len(samples) < least:
         raise ValueError(
-            f"Expected at least {least} samples in {argument}, the batch size of the model. "
-            f"Received: {len(samples)} samples."
+            f"Expected at least {least} samples in {argument}, because the model has this batch "
+            f"size. Received: {len(samples)} samples."
         )
     return samples
 
@@ -281,7 +281,7 @@ def random_samples(signature: Signature) -> Samples:
 
 
 def _is_stream(data: Any) -> bool:
-    """Return whether ``data`` yields batches. Arrays and nested arrays do not."""
+    """Return whether ``data`` yields batches, unlike an array or nested arrays."""
     if isinstance(data, keras.utils.PyDataset):
         return True
     if isinstance(data, str | bytes | list | tuple | dict) or _is_array(data):

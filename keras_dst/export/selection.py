@@ -102,7 +102,7 @@ class Objective:
     def latency_ratios(self, files: Sequence[bytes]) -> list[float]:
         """Return, per file, its latency relative to the first file.
 
-        Of several CPUs, take the slowest.
+        If there are several CPUs, return the largest of their ratios.
         """
         seconds = [timer(files) for timer in self.timers]
         return [max(times[i] / times[0] for times in seconds) for i in range(len(files))]
@@ -116,10 +116,10 @@ def select_formats(
     """Return the best plan for a dense ``.tflite`` file.
 
     First, the best format of each weight tensor is selected individually. In the whole graph, an op
-    can be faster or slower than alone. The resulting file is therefore compared with three other
-    files: one in which ops read as many weights as possible directly, one in which all sparse
-    weights are unpacked, and the dense file. If weights are unpacked, XNNPACK may run sparse
-    kernels.
+    can be faster or slower than alone. The resulting file is therefore compared with three more
+    files. In the first of these files, ops read as many weights as possible directly. In the second
+    file, all sparse weights are unpacked, and XNNPACK may run sparse kernels. The third file is
+    dense.
 
     Args:
         content: bytes of the file. Its weights are float32 or int8.
@@ -232,7 +232,7 @@ def _latency_ratios(dense: bytes, files: list[bytes], objective: Objective) -> l
 def valid_formats(weight: Weight, piece: schema.ModelT, int8: bool) -> list[Format]:
     """Return the storage formats of a weight tensor that its ops read correctly on every CPU.
 
-    The ops are checked alone. `sparse_inference.is_wrong` checks the whole graph.
+    Only these ops are checked here. `sparse_inference.is_wrong` checks the whole graph.
 
     Args:
         weight: a float32 or int8 weight.

@@ -19,8 +19,8 @@ reported as wrong although some versions compute them correctly. This is intende
 must be correct in all versions. For the same reason, a mean with keepdims is reported as wrong.
 
 Source: ``xnn_check_nchw_compatibility`` and ``xnn_subgraph_rewrite_for_nchw`` in ``src/subgraph.c``
-of XNNPACK. These functions have not changed since October 2020, and their rules for FULLY_CONNECTED
-not since January 2025.
+of XNNPACK. Both functions are unchanged since October 2020. Only their rules for FULLY_CONNECTED
+changed later, most recently in January 2025.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Node:
         obstacle: description of the op if it cannot be inside a region or its results would be
             wrong. Empty for other ops.
         zeros: number of zero weights, for a 1x1 convolution or a FULLY_CONNECTED op.
-        weights: number of all weights of the same ops. Both numbers are 0 for other ops.
+        weights: number of all weights, for the same kinds of ops. Both numbers are 0 for other ops.
     """
 
     op: schema.OperatorT
@@ -106,7 +106,7 @@ def sparse_region(nodes: list[Node], graph: schema.SubGraphT) -> Region:
     """Return the region that XNNPACK would run in NCHW layout if the graph contained DENSIFY.
 
     Args:
-        nodes: ops of the graph that `read_nodes` returned.
+        nodes: list that `read_nodes` returned for the graph.
         graph: the graph.
     """
     outputs = set(indices(graph.outputs))

@@ -74,19 +74,19 @@ def export_tflite(
             to True.
         threads: number of interpreter threads during measurements. Defaults to 1.
         batch: batch size during measurements, for a model with a dynamic batch size. Defaults to 1.
-        quantize: tensors that are quantized to 8 bits. Defaults to None, which means no tensors.
+        quantize: tensors that are quantized to 8 bits. Defaults to None, which quantizes no tensor.
             ``"weights"`` quantizes a weight tensor if this reduces the quantity that ``optimize``
             names, bytes or latency. ``"full"`` quantizes weights and activations: TensorFlow's
             converter measures the ranges of the activations on ``representative``. Zero weights
             stay zero.
         representative: typical input samples for ``quantize="full"``, in any form that
             `model.predict` accepts. All samples of an array are used, but only the first 1000
-            samples of a data set or generator. evaluate: data on which the accuracy of each file is
-            measured: ``(x, y)``, or a data set, data loader or generator of batches ``(x, y)``.
-            Labels are integers or one-hot vectors. Sample weights are ignored. Alternatively,
-            ``evaluate`` is a function that receives ``predict`` and returns a number. ``predict``
-            accepts inputs like `model.predict`, and returns the outputs of the file. Defaults to
-            None, which measures no accuracy.
+            samples of a data set or generator.
+        evaluate: data on which the accuracy of each file is measured: ``(x, y)``, or a data set,
+            data loader or generator of batches ``(x, y)``. Labels are integers or one-hot vectors.
+            Sample weights are ignored. Alternatively, ``evaluate`` is a function that receives
+            ``predict`` and returns a number. ``predict`` accepts inputs like `model.predict`, and
+            returns the outputs of the file. Defaults to None, which measures no accuracy.
         vela_path: path where the file that Vela compiled for the NPU is saved, in an existing
             folder. Defaults to None, which does not save the compiled file.
         progress: function that is called with a line of text before each step.
@@ -102,8 +102,8 @@ def export_tflite(
             unknown value.
         OSError: no file can be written at ``path`` or ``vela_path``. Both are checked before the
             conversion begins.
-        ImportError: a package of the extra ``export`` is missing. The same holds for the extra
-            ``micro`` with ``target="micro"``, and for the extra ``ethos`` with ``vela_path``.
+        ImportError: a required extra of keras_dst is not installed: ``export``, also ``micro`` with
+            ``target="micro"``, and also ``ethos`` with ``vela_path``.
         ExportError: the model could not be converted, or the outputs of the file differ from the
             outputs of the model. The message names the op or weight tensor that causes the
             difference. No file is written.

@@ -58,7 +58,7 @@ def deviation_between(content: bytes, reference: bytes, cases: list[Case]) -> De
 
 
 def run(content: bytes, cases: list[Case], resolver: OpResolverType) -> list[dict[str, np.ndarray]]:
-    """Run a file on each case, and return its outputs as one dict by output name per case.
+    """Run a file on all cases. For each case, return a dict from output names to outputs.
 
     Raises:
         RuntimeError, ValueError: the interpreter refuses the file or an input.
@@ -168,7 +168,10 @@ def _error(result: np.ndarray | None, expected: np.ndarray) -> float:
 
 
 def _by_output_name(outputs: Any) -> dict[str, np.ndarray]:
-    """Return outputs as a dict by their names in the file, which are dict keys or positions."""
+    """Return the outputs of a Keras model as a dict by their names in the file.
+
+    The name of an output is its key in a dict of outputs, or ``output_0``, ``output_1`` and so on.
+    """
     if not isinstance(outputs, dict):
         flat = keras.tree.flatten(outputs)
         outputs = {f"output_{position}": value for position, value in enumerate(flat)}

@@ -175,7 +175,7 @@ def test_invalid_arguments_raise_before_the_export(model, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             keras_dst.export_tflite(model, path, **options)
-    with pytest.raises(ValueError, match="Expected an accelerator out of"):
+    with pytest.raises(ValueError, match="Expected accelerator to be one of"):
         ethos.compile_for_npu(b"", "ethos-u56-128")
     with pytest.raises(ValueError, match=r"Expected a \.tflite file"):
         ethos.compile_for_npu(b"garbage", "ethos-u55-128")
