@@ -12,12 +12,12 @@ COMPILES = keras.backend.backend() != "torch"
 #: test` runs these tests once, in a separate job.
 once = pytest.mark.once
 
-#: Mark of slow tests, which are left out by `make test` and included by `make test-all`.
+#: Mark of slow tests, which run in `make test-all` but not in `make test`.
 slow = pytest.mark.slow
 
-#: Mark of tests whose cases each compile a training step, which takes most of the test time. With
-#: `every(n)`, `make test` runs every n-th case on TensorFlow and JAX, and all cases on PyTorch. JAX
-#: starts at the first case and TensorFlow at the second, so the two backends run different cases.
+#: Mark of tests in which every case compiles a training step, which takes most of the test time.
+#: With `every(n)`, `make test` runs all cases on PyTorch, but every n-th case on TensorFlow and
+#: JAX. JAX starts with the first case and TensorFlow with the second, so that their cases differ.
 every = pytest.mark.every
 
 #: True in `make test-all`, which runs the slow tests.
@@ -25,5 +25,5 @@ LONG = bool(os.environ.get("KERAS_DST_LONG"))
 
 
 def short(cases: dict, *names: str) -> dict:
-    """Return the named cases in `make test`, and all cases in `make test-all`."""
+    """Return only the named cases in `make test`, but all cases in `make test-all`."""
     return cases if LONG else {name: cases[name] for name in names}

@@ -11,7 +11,7 @@ import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
-# This script writes its findings into the page once the images are loaded.
+# After the images are loaded, this script writes the measured properties into the page.
 _PROBE = """<script>addEventListener("load", () => {
   const size = x => [x.naturalWidth, x.naturalHeight, x.getBoundingClientRect().width, x.alt];
   const found = {
@@ -35,21 +35,21 @@ class Page:
     """Properties of an HTML page that a browser displays."""
 
     dom: str
-    pictures: list  # Natural width and height, width on the page, alt text of each image.
-    overflow: int  # Pixels by which the page is wider than the window.
+    pictures: list  # For each image: natural width, natural height, displayed width, alt text.
+    overflow: int  # Width of the page minus width of the window, in pixels.
     background: str
     text: str  # Visible text.
-    clipped: list[str]  # Blocks of code with lines that are longer than the block is wide.
+    clipped: list[str]  # Code blocks that contain a line which is wider than the block.
     console: list[str]
-    requests: list[str]  # Addresses of files outside the page.
+    requests: list[str]  # URLs of external files that the page refers to.
     screenshot: pathlib.Path
 
 
 def look_at(page: pathlib.Path, folder: pathlib.Path, width=1200, dark=False) -> Page:
     """Open a page in a browser, or skip the test if no browser is installed.
 
-    A copy of the page runs the probe script. The copy allows this script if the security policy of
-    the page forbids scripts.
+    The probe script runs in a copy of the page. If the security policy of the page forbids scripts,
+    the policy of the copy allows the probe script.
     """
     browser = next(filter(None, map(shutil.which, NAMES)), None)
     if browser is None:

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-# The tests train the same small models many times: let XLA compile each program once.
+# The tests train the same small models many times. With a cache, XLA compiles each program once.
 cache = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -21,8 +21,8 @@ if ON_GPU:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
-# Compile without optimization: the networks are small, and optimization takes most of the test
-# time. Users train with optimization, as do `make test-xla`, `make test-gpu` and the notebooks.
+# Compile without XLA's optimizations, which would take most of the test time for small networks.
+# `make test-xla`, `make test-gpu` and the notebooks use the optimizations, as users do.
 OPTIMIZED = ON_GPU or bool(os.environ.get("KERAS_DST_XLA_DEFAULT"))
 flags = "--xla_gpu_deterministic_ops=true" if ON_GPU else ""
 if not OPTIMIZED:
@@ -31,7 +31,7 @@ os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 
 def pytest_collection_finish():
-    """Turn off TensorFlow's graph optimizer; keep imported objects out of garbage collection."""
+    """Turn off TensorFlow's graph optimizer. Exclude imported objects from garbage collection."""
     if os.environ.get("KERAS_BACKEND") == "tensorflow" and not OPTIMIZED:
         import tensorflow as tf
 
@@ -54,10 +54,10 @@ def pytest_sessionstart(session):
 
 @pytest.fixture(scope="module", autouse=True)
 def free_compiled_programs():
-    """Free the models and compiled programs of one file of tests.
+    """After every test file, free its models and compiled programs.
 
-    Every program of JAX takes several memory mappings. Linux allows 65,530 mappings per process.
-    JAX crashes with a segmentation fault if a process exceeds this number.
+    Every compiled JAX program uses several memory mappings. Linux allows 65,530 mappings per
+    process. JAX crashes with a segmentation fault if a process exceeds this number.
     """
     yield
     if os.environ.get("KERAS_BACKEND") == "jax":

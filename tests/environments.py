@@ -25,8 +25,8 @@ DIST = ROOT / "build" / "dist"
 PYTHONS = ("3.11", "3.12", "3.13")
 BACKENDS = ("tensorflow", "jax", "torch")
 
-# Name: (extras of keras-dst, other requirements). TensorFlow 2.21 does not accept Keras 3.10 and
-# 3.11. test_wheel.py checks that the lower bounds are equal to the lower bounds of pyproject.toml.
+# name: (extras of keras-dst, other requirements). TensorFlow 2.21 does not work with Keras 3.10 and
+# 3.11. test_wheel.py checks that the oldest versions equal the lower bounds in pyproject.toml.
 SETS = {
     "oldest": (["jax", "torch"], ["keras==3.10", "jax==0.10", "torch==2.13"]),
     "oldest-tensorflow": (["export"], ["keras==3.12", "tensorflow==2.21", "ai-edge-litert==2.1"]),
@@ -50,7 +50,7 @@ model.fit(x, y, verbose=0, callbacks=[keras_dst.callbacks.SparseTraining()])
 report = keras_dst.report(keras_dst.strip(model))
 assert abs(report.sparsity - 0.5) < 0.01, report
 """
-# Code that needs the packages of an extra.
+# For each extra, code that needs the packages of the extra.
 USES = {
     "demo": "from keras_dst.demo import run; run()",
     "ethos": "import ethosu.vela",
@@ -90,7 +90,7 @@ def create(name: str, python: str, *requirements: str) -> pathlib.Path:
 
 
 def build() -> str:
-    """Build and check an sdist and a wheel of it, and return the path of the wheel."""
+    """Build an sdist and a wheel from the sdist, check both, and return the path of the wheel."""
     python = create("build", sys.executable, "build", "twine")
     shutil.rmtree(DIST, ignore_errors=True)
     if not run(python, "-m", "build", "--outdir", DIST, ROOT):

@@ -2,8 +2,8 @@
 
     a = x w1    n = gamma (a - mean) / sqrt(var + eps) + beta    h = max(n, 0)    z = h w2 + b2
 
-`keras_net` is the same network in Keras. Tests implement the methods of the papers for this network
-in NumPy, and compare the results of training with keras_dst.
+`keras_net` is the same network in Keras. For this network, tests implement the methods of the
+papers in NumPy, and compare each training step with keras_dst.
 """
 
 import keras
@@ -39,7 +39,7 @@ def data(steps, batch=16, seed=0):
 
 
 def forward(x, p):
-    """Return the logits, and the values that `backward` needs; normalize with batch statistics."""
+    """Return the logits, and the values that `backward` needs. Normalize with batch statistics."""
     x = np.asarray(x, "float64")
     a = x @ p["w1"]
     mean, var = a.mean(0), a.var(0)
@@ -88,7 +88,9 @@ def gradients(x, y, p):
 
 
 class Momentum:
-    """Keras's SGD with momentum for a dict of weights: `v = momentum v - rate g`, `w = w + v`."""
+    """SGD with momentum, as in Keras, for a dict of weights: `v = momentum v - rate g`, `w = w +
+    v`.
+    """
 
     def __init__(self, p, rate=0.1, momentum=0.9):
         self.rate, self.momentum = rate, momentum
@@ -101,7 +103,7 @@ class Momentum:
 
 
 def parameters(model):
-    """Return the float64 weights of `keras_net`, keyed by the names in NAMES."""
+    """Return the weights of `keras_net` in float64, as a dict whose keys are NAMES."""
     weights = [v.numpy().astype("float64") for v in stock_weights(model)]
     return dict(zip(NAMES, weights))
 

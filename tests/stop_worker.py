@@ -1,8 +1,8 @@
 """Worker process that `test_stop_anywhere` stops: `python -m tests.stop_worker FOLDER SAVE_FREQ`.
 
-The process trains a small network with one method after the other, each with a backup. The process
-prints a line after every step. When a method is finished, the process writes its result into the
-folder, and a later process skips the method.
+The process trains a small network with every method, one after the other. Every training run saves
+backups. The process prints a line after every step. After the training with a method, the process
+writes the result into the folder. A later process skips this method.
 """
 
 import pathlib
@@ -49,7 +49,7 @@ class Lines(keras.callbacks.Callback):
 
 
 def build(method):
-    keras.utils.clear_session()  # Variable names are then equal in every process.
+    keras.utils.clear_session()  # This makes variable names equal in every process.
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
@@ -77,7 +77,7 @@ def state(model):
 
 def fit(model, *callbacks):
     with warnings.catch_warnings():
-        # 40 steps are too few to reach the target, so the last projection is tested as well.
+        # 40 steps are too few to reach the target, so the final projection is also tested.
         warnings.filterwarnings("ignore", ".*training had reached .*")
         model.fit(
             x, y, batch_size=BATCH, epochs=EPOCHS, shuffle=False, verbose=0, callbacks=callbacks

@@ -1,7 +1,7 @@
 """Tests of the ranking algorithm for accelerators, which runs on the CPU in these tests.
 
-The tests of `tests/test_masks.py` run again with this algorithm. The tests compare with a sort in
-NumPy.
+This file runs the tests in `tests/test_masks.py` again with this algorithm. These tests compare the
+result with a sort in NumPy.
 """
 
 import keras
@@ -36,14 +36,14 @@ from tests.test_masks import (  # noqa: F401
 def accelerator():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ranking, "on_accelerator", lambda tensor: True)
-        patch.setattr(ranking, "_SECTIONS", 4)  # halves the time to compile
+        patch.setattr(ranking, "_SECTIONS", 4)  # this halves the compile time
         test_masks.compiled_top_k.cache_clear()
         yield
     test_masks.compiled_top_k.cache_clear()
 
 
 BACKEND = keras.backend.backend()
-LARGE = (1024, 1024)  # has 4 slabs of rows in the CPU algorithm
+LARGE = (1024, 1024)  # on a CPU, the rows would be counted in 4 slabs
 
 
 def lowered_for_cuda(shapes, each):
@@ -68,8 +68,8 @@ def test_the_lowered_program_has_one_loop(each, monkeypatch):
 def launched_by_torch(size):
     """Return the number of operations in `top_k`, and the bytes that the operations read and write.
 
-    Only operations on at least 1 % of the entries are counted. Both numbers are divided by the
-    number of search steps plus one. The bytes are also divided by the number of scores.
+    Operations on fewer than 1 % of the entries are not counted. Both results are divided by the
+    number of search steps plus one, and the bytes also by the number of scores.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode

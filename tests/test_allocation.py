@@ -39,13 +39,14 @@ def test_global_and_uniform_give_equal_densities(allocation):
 @pytest.mark.parametrize(
     ("shapes", "density", "expected"),
     [
-        # Raw scores are 8/16 and 16/64, so densities are 2:1. Of 80 weights, 20 are kept:
-        # 16 * 2d + 64 d = 20, so d = 5/24.
+        # Densities are proportional to 8/16 and 16/64, so their ratio is 2:1. Of 80 weights, 20 are
+        # kept: 16 * 2d + 64 d = 20, so d = 5/24.
         ([(4, 4), (8, 8)], 0.25, [10 / 24, 5 / 24]),
-        # Raw scores are 0.2 and 0.002. The first density would be 9.9, so the first weight stays
-        # dense. The second weight gets the remaining entries.
+        # Densities are proportional to 0.2 and 0.002. The first density would be 9.9, so the first
+        # weight stays dense. The second weight gets the remaining entries.
         ([(10, 10), (1000, 1000)], 0.1, [1, (0.1 * 1000100 - 100) / 1e6]),
-        # Raw scores include the kernel window: (3 + 3 + 2 + 4) / 72 and (1 + 1 + 6 + 4) / 24.
+        # The sum and the product of the shape include the kernel window: (3 + 3 + 2 + 4) / 72 and
+        # (1 + 1 + 6 + 4) / 24.
         ([(3, 3, 2, 4), (1, 1, 6, 4)], 0.25, [1 / 6, 1 / 2]),
         ([(7, 5)], 0.3, [0.3]),
         (NETWORK, 1.0, [1] * 5),
@@ -193,8 +194,8 @@ def test_an_invalid_layer_name_in_an_allocation_raises(name):
 @pytest.mark.parametrize(
     ("shapes", "sparsity", "expected"),
     [
-        ([(10, 10), (30, 10)], 0.9, [3, 6]),  # A quarter of 13.3 and 26.7 weights.
-        ([(4, 4), (100, 100)], 0.999, [1, 2]),  # A quarter of 0.4 and 9.6 weights.
+        ([(10, 10), (30, 10)], 0.9, [3, 6]),  # a quarter of 13.3 and of 26.7 weights, rounded down
+        ([(4, 4), (100, 100)], 0.999, [1, 2]),  # a quarter of 0.4 and of 9.6 weights, at least 1
         ([(1, 2), (100, 100)], 0.0, [1, 2500]),
     ],
 )

@@ -67,11 +67,11 @@ def fit(model, callbacks, epochs=8):
 
 
 def check_agreement(model, history, sparse_training, target, tolerance=0.02):
-    """Check that the logs, `missed` and the stripped model have the same sparsity."""
+    """Check that no target is missed, and that logs and stripped model have the same sparsity."""
     assert sparse_training.missed() == []
     assert history["sparsity"][-1] >= target - 0.01
     keras_dst.strip(model)
-    # Weights that RigL grows start at 0, so the report may count more zeros.
+    # Weights that RigL grows start at 0, so the report may count more zeros than the masks have.
     found = keras_dst.report(model).sparsity
     assert found == pytest.approx(history["sparsity"][-1], abs=tolerance)
 
@@ -90,7 +90,7 @@ def test_restored_weights_are_pruned_again_with_a_warning(name, first):
     found = [m for m in messages if "a callback assigned weights" in m]
     assert len(found) == 1
     assert "metric_at_target" in found[0]
-    if isinstance(method, methods.Consensus):  # The target is a cost in FLOPs.
+    if isinstance(method, methods.Consensus):  # the target refers to FLOPs, not to weights
         check_agreement(model, history, sparse_training, 0, tolerance=0.05)
     else:
         check_agreement(model, history, sparse_training, method.schedule.sparsity)
@@ -112,7 +112,7 @@ def test_early_stopping_with_restored_best_weights(name, first):
 @every(3)
 @pytest.mark.parametrize("name", ["magnitude", "revival", "rigl", "flipout", "optg"])
 def test_best_weights_at_the_target_are_restored_unchanged(name):
-    """The restored weights fit the masks of their epoch, so no warning is raised."""
+    """The restored weights agree with the masks of the restored epoch, so no warning is raised."""
     method = METHODS[name]
     model = sparse(method)
     sparse_training = SparseTraining(metric_at_target="val_loss")

@@ -48,7 +48,7 @@ def test_sparsity_follows_the_cubic_schedule_of_the_paper():
 
 
 def test_a_short_training_is_pruned():
-    # With a fixed frequency of 100 steps, as in tfmot, 96 steps would leave the model dense.
+    # With a fixed frequency of 100 steps, as in tfmot, no mask would be updated in 96 steps.
     model = sparse(Magnitude(0.9))
     history = model.fit(x, y, batch_size=8, epochs=6, verbose=0, callbacks=[SparseTraining()])
     assert history.history["sparsity"][-1] == pytest.approx(0.9, abs=1e-3)
@@ -65,7 +65,7 @@ def test_fit_keeps_the_torch_compile_wrapper_of_the_step(monkeypatch):
 
     steps = []
 
-    def stand_in(step):  # The real compiler would take a minute.
+    def stand_in(step):  # the real compiler would take a minute
         @functools.wraps(step)
         def compiled(data):
             steps.append(1)
@@ -87,7 +87,7 @@ def test_training_with_one_batch_per_epoch():
     assert history.history["sparsity"] == pytest.approx([0.5], abs=1e-3)
 
 
-# Keras warns at the end of a generator.
+# Keras warns when a generator ends.
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 def test_a_generator_of_unknown_length_needs_steps_per_epoch():
     def batches():
@@ -117,7 +117,7 @@ def test_a_checkpoint_of_the_last_epoch_has_the_target_sparsity(tmp_path):
 
 
 def test_the_controller_reaches_its_target():
-    """The controller reaches the target within 1 %; if not, the last projection would warn."""
+    """The controller reaches the target within 1 %. Otherwise, the final projection would warn."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

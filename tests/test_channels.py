@@ -50,13 +50,13 @@ def array(variable):
 
 
 def units(model, name, axis=-1):
-    """Return a mask of the output units of a layer that have nonzero weights."""
+    """Return a mask of a layer's output units, which is True for units with nonzero weights."""
     kernel = array(model.get_layer(name).kernel)
     return np.moveaxis(kernel, axis, -1).reshape(-1, kernel.shape[axis]).any(0)
 
 
 def widths(model):
-    """Return the numbers of filters and units of all layers except the output layer."""
+    """Return the number of filters or units in each layer except the output layer."""
     made = [layer for layer in model.layers if hasattr(layer, "kernel")]
     found = [getattr(x, "filters", getattr(x, "units", None)) for x in made[:-1]]
     return [n for n in found if n is not None]
@@ -144,10 +144,10 @@ def test_a_custom_loop_gives_the_channel_masks_of_fit(allocation):
     for a, b in zip(one.trainable_variables, other.trainable_variables):
         if len(a.shape) > 1:
             np.testing.assert_array_equal(array(a) == 0, array(b) == 0, a.path)
-        # The compiled steps of both trainings differ, and so may the last bit of a sum.
+        # Both training runs compile different steps, so the last bits of a sum may differ.
         np.testing.assert_allclose(array(a), array(b), rtol=1e-4, atol=1e-6, err_msg=a.path)
     assert not units(one, "stem").all()
-    keras_dst.couple_channels(other)  # also masks the moving means
+    keras_dst.couple_channels(other)  # this also masks the moving means
     for a, b in zip(one.weights, other.weights):
         np.testing.assert_allclose(array(a), array(b), rtol=1e-4, atol=1e-6, err_msg=a.path)
 
@@ -257,7 +257,7 @@ def test_an_optimizer_without_its_model_warns():
 
 @pytest.mark.parametrize("make", [methods.SET, methods.RigL])
 def test_biases_follow_once_no_channel_grows(make):
-    """Before the last update, a removed channel keeps its bias, and may grow again."""
+    """Until the last mask update, pruned channels keep their biases, and may be grown again."""
     model = compiled(make(0.5, "uniform", "channel", stop=0.5, frequency=1))
     followers = {}
     for variable in (model.get_layer("stem").bias, model.get_layer("stem_norm").beta):

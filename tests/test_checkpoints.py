@@ -27,7 +27,7 @@ class Logged(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.seen[self.epoch, 0] = found = keras_dst.report(self.model).sparsity
-        # Weights that RigL grows start at 0, so the model can have more zeros than the mask.
+        # Weights that RigL grows start at 0, so the model can have more zeros than the masks.
         assert logs["sparsity"] - 0.01 <= found <= logs["sparsity"] + 0.1
 
 
@@ -189,7 +189,7 @@ def test_an_interrupted_save_keeps_the_previous_file(ending, tmp_path, monkeypat
 @every(2)
 @pytest.mark.parametrize("name", ["dst-target", "magnitude"])
 def test_a_model_can_be_saved_after_an_interrupted_fit(name, tmp_path):
-    """After the interruption, the model can be saved, and a fit without the callback raises."""
+    """An interrupted model can be saved, and `fit` without the callback raises an error."""
 
     class Crash(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):

@@ -25,7 +25,7 @@ def kernel_of(model):
 
 
 def distinct(model):
-    """Return the largest number of distinct int8 values in a kernel, with one scale per channel."""
+    """Quantize the kernels per channel, and return the largest number of distinct int8 values."""
     counts = []
     for variable in model.trainable_variables:
         if variable.name == "kernel":
@@ -40,11 +40,12 @@ def distinct(model):
 @pytest.mark.parametrize(
     ("numbers", "clusters", "expected"),
     [
-        ([-1, -0.75, 0.25, 0.5, 1], 3, [-1, 0.375, 1]),  # Takes two iterations; -1 and 1 are fixed.
+        # k-means takes two iterations; -1 and 1 do not move.
+        ([-1, -0.75, 0.25, 0.5, 1], 3, [-1, 0.375, 1]),
         ([-0.75, -0.5, 0.5, 0.75], 2, [-0.625, 0.625]),  # No value is -1 or 1.
-        ([-1, -1, 0.5, 0.5, 1], 3, [-1, 0.5, 1]),  # The input has three values.
+        ([-1, -1, 0.5, 0.5, 1], 3, [-1, 0.5, 1]),  # The input has only three distinct values.
         ([1, 1], 4, [1]),
-        # No number is near the value -0.75.
+        # No number is assigned to the cluster value -0.75.
         ([-1, -0.5, -0.375, -0.25, 1], 4, [-1, -0.75, -0.375, 1]),
         ([], 4, []),
     ],
@@ -58,7 +59,8 @@ def test_clusters_are_scaled_per_channel_and_zeros_are_preserved():
     column = np.array([-1, -0.9375, 0, 0.0625, 0.125, 0.4375, 0.5, 1])
     model = dense(column[:, None] * [2, 8])
     assert keras_dst.cluster_weights(model, clusters=6) is model
-    # One of the six values is zero. The other values start at -1, 0.25, 0.5, 0.75 and 1.
+    # One of the six cluster values is 0. The other cluster values start at -1, 0.25, 0.5, 0.75 and
+    # 1.
     expected = np.array([-1, -1, 0, 0.09375, 0.09375, 0.46875, 0.46875, 1])
     np.testing.assert_array_equal(kernel_of(model), expected[:, None] * [2, 8])
 
@@ -97,7 +99,7 @@ def test_each_cluster_moves_by_the_mean_step_of_its_weights():
     x = np.array([[2, 1, 3, 1, 0, 2, 5, 7]], "float32")
     y = x @ column[:, None] + 0.5
     model.fit(x, y, epochs=1, verbose=0, callbacks=[KeepClusters(4)])
-    # The gradient of the loss with respect to the output is -1.
+    # The gradient of the loss with respect to the output is -1 for every sample.
     step = 0.125 * x[0]
     moved = column + [0, *[step[1:3].mean()] * 2, *[step[3:6].mean()] * 3, 0, 0]
     np.testing.assert_allclose(kernel_of(model)[:, 0], moved, rtol=1e-6)

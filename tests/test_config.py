@@ -1,4 +1,4 @@
-"""Tests of configs of methods and schedules. A new class needs one line in OBJECTS."""
+"""Tests of the configs of methods and schedules. A new class needs one line in OBJECTS."""
 
 import inspect
 import json
@@ -23,7 +23,7 @@ from keras_dst.methods import (
 )
 from keras_dst.schedules import Constant, Cubic, Geometric, Sigmoid
 
-# Every argument of every class differs from its default in at least one object.
+# For every argument of every class, at least one object has a value other than the default.
 OBJECTS = [
     Constant(0.9, begin=0.25),
     Constant(0.9, begin_step=10),
@@ -213,7 +213,7 @@ def test_equal_objects_have_equal_hashes(one, other):
 
 
 def documented_defaults():
-    """Yield class, argument and value of each "Defaults to X" in public docstrings."""
+    """For each "Defaults to X" in public docstrings, yield class, argument and value."""
     for module in (keras_dst.methods, keras_dst.schedules, keras_dst.regularizers):
         for cls in vars(module).values():
             if not inspect.isclass(cls) or not cls.__module__.startswith(module.__name__):

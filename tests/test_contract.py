@@ -14,11 +14,12 @@ from tests import models
 from tests.backends import COMPILES, every
 from tests.pages import blocks
 
-# The controller needs more than a hundred steps, so it warns. test_callbacks.py tests the warning.
+# These runs are too short for the controller to reach its target, so it warns. test_callbacks.py
+# tests the warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 
-# Classes of the page on custom methods by name; they are defined outside the package.
-# test_pages.py runs the last block, which trains them.
+# Classes by name that docs/own_methods.md defines outside the package. The last code block of the
+# page trains these classes, and test_pages.py runs this block.
 own: dict = {}
 for _, code in blocks("own_methods.md")[:-1]:
     exec(compile(code, "docs/own_methods.md", "exec"), own)
@@ -31,7 +32,8 @@ METHODS = {
     "dst-target-layer": (methods.DST(sparsity=0.5, granularity="layer"), 0.5, 0.01),
     "dcil": (methods.DCIL(0.8), 0.8, 0.001),
     "dcil-channel": (methods.DCIL(0.5, pattern="channel"), 0.5, 0.02),
-    # Gates remove 30 % of the FLOPs. Closing a unit also removes an input of the next layer.
+    # Gates remove 30 % of the FLOPs. The sparsity is lower, because a closed unit also saves FLOPs
+    # in the next layer.
     "consensus": (methods.Consensus(0.3, lambda_polar=0.1, lambda_act=20.0), 0.25, 0.06),
     "magnitude": (methods.Magnitude(0.8), 0.8, 0.001),
     "magnitude-uniform": (methods.Magnitude(0.8, allocation="uniform"), 0.8, 0.001),
@@ -39,8 +41,8 @@ METHODS = {
     "magnitude-revival": (methods.Magnitude(0.8, revival=True), 0.8, 0.001),
     "magnitude-1x4": (methods.Magnitude(0.8, pattern="1x4"), 0.8, 0.002),
     "magnitude-2:4": (methods.Magnitude(0.5, pattern="2:4"), 0.5, 0.001),
-    # The method removes half of the channels, which have 24 or 48 weights. The output layer stays
-    # dense.
+    # The method removes half of the channels. A channel has 24 or 48 weights, so the sparsity is
+    # not exactly 0.5.
     "magnitude-channel": (methods.Magnitude(0.5, pattern="channel"), 0.5, 0.06),
     "flipout": (methods.FlipOut(0.8), 0.8, 0.001),
     "optg": (methods.OptG(0.8), 0.8, 0.001),
@@ -63,7 +65,7 @@ BATCH, EPOCHS = 16, 6
 ONE_OF_A_FAMILY = [METHODS[name][0] for name in ("dst-target", "magnitude-revival")]
 KINDS = ["dst-target", "dcil", "optg", "st3", "consensus", "magnitude-revival", "flipout", "rigl"]
 OWN = ["own-update", "own-layer", "own-two-path", "own-unit"]
-# Patterns and allocations change only rankings. test_masks.py tests rankings on every backend.
+# Patterns and allocations affect only rankings, which test_masks.py tests on every backend.
 TRIED = ["dst", "magnitude", "set", *KINDS, *OWN] if COMPILES else METHODS
 
 
@@ -74,7 +76,7 @@ def method(request):
 
 @pytest.fixture(params=KINDS)
 def one_of_each(request):
-    """Return one method of each kind. The tests do not depend on pattern and allocation."""
+    """Return one method of each kind, for tests that do not depend on pattern and allocation."""
     return METHODS[request.param]
 
 
@@ -106,7 +108,7 @@ def fit(model, epochs=EPOCHS, driver=None, callbacks=(), **kwargs):
 
 
 def sparsity(model):
-    """Return the sparsity of the weights that the method prunes, counted in the stripped model."""
+    """Strip the model, and return the sparsity of the weights that the method pruned."""
     under = {row.name for row in keras_dst.report(model).layers if row.sparse}
     kernels = [v.numpy() for v in keras_dst.strip(model).variables if v.path in under]
     return 1 - sum(np.count_nonzero(k) for k in kernels) / sum(k.size for k in kernels)
@@ -141,7 +143,7 @@ def test_target_log_second_fit_and_strip(method):
         logged = again
 
     before = model.predict(x, verbose=0)
-    # If a unit is always off, a weight that was grown there has no gradient and stays 0.
+    # If the activation of a unit is always 0, its grown weights get no gradient and stay 0.
     slack = 0.01 if getattr(method[0], "grows", False) else 1e-6
     assert logged[-1] - 1e-6 <= check_target(model, method) <= logged[-1] + slack
     np.testing.assert_array_equal(model.predict(x, verbose=0), before)
@@ -261,7 +263,7 @@ def test_training_with_every_inner_optimizer(one_of_each, inner):
     pruned = []
 
     class Watch(keras.callbacks.Callback):
-        """Callback that checks after every step that pruned weights are 0."""
+        """Callback that checks, after every step, that the pruned weights are 0."""
 
         def on_train_batch_end(self, batch, logs=None):
             optimizer = self.model.optimizer
@@ -312,7 +314,7 @@ def test_the_compiled_step_is_traced_once(one_of_each, monkeypatch):
     if not COMPILES:
         assert len(traces) >= 4 * len(x) // BATCH  # Eager mode makes a call in every step.
     else:
-        assert len(traces) - after_two <= 1  # Keras makes one symbolic call.
+        assert len(traces) - after_two <= 1  # Keras may add one symbolic call.
         calls = 2 if isinstance(one_of_each[0], TwoPathMethod) else 1  # Calls per trace.
         assert after_two <= 2 * calls + 1
 
@@ -334,7 +336,7 @@ def test_an_extreme_target_keeps_a_weight_of_every_layer(method):
     model = build(method)
     history = fit(model, 3)
     assert np.isfinite(history.history["loss"]).all()
-    # Of 2,816 weights, three or four are kept, so that each of the three layers has at least one.
+    # Of 2,816 weights, three or four are kept, and each of the three layers keeps at least one.
     assert history.history["sparsity"][-1] == pytest.approx(0.999, abs=0.001)
     assert all(row.nonzeros for row in keras_dst.report(model).layers)
 

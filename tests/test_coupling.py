@@ -197,7 +197,7 @@ MODELS = {
 
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 def test_removing_half_of_every_group_preserves_the_outputs(build):
-    """After half of every group is removed, the outputs are equal and the cost is as predicted."""
+    """Without half of every group, the outputs do not change, and the cost is as predicted."""
     keras.utils.set_random_seed(0)
     model = randomize(build())
     assert groups_of(model) == MODELS[build]
@@ -208,7 +208,7 @@ def test_removing_half_of_every_group_preserves_the_outputs(build):
             dead[group.ids[len(group) // 2 :]] = True
     small = assert_planned_costs(model, found, dead)
     assert_same_outputs(model, small)
-    if build is not gated_halves:  # a convolution with one group couples no channels
+    if build is not gated_halves:  # a convolution with only one group couples no channels
         assert [2 * size for size, _ in groups_of(small)] == [size for size, _ in MODELS[build]]
 
 

@@ -21,7 +21,7 @@ from keras_dst._utils.filters import is_kernel, is_prunable, select
         ("kernel", (4, 3), {"dtype": "int8", "trainable": False}, True),  # a quantized kernel
         ("kernel", (4, 3), {"dtype": "int32", "trainable": False}, False),
         ("kernel", (4,), {}, False),
-        ("bias", (2, 8), {}, False),  # a bias of an attention head
+        ("bias", (2, 8), {}, False),  # the bias of an attention layer
         ("query_bias", (2, 8), {}, False),
         ("gamma", (2, 8), {}, False),
         ("beta", (2, 8), {}, False),
@@ -50,7 +50,7 @@ NAMES = [("conv_1", "stem/conv_1"), ("conv_2",), ("conv_2_extra",), ("head",)]
     [
         (None, [1, 1, 1, 1]),
         ("head", [0, 0, 0, 1]),
-        ("conv_2", [0, 1, 0, 0]),  # matches the whole name only
+        ("conv_2", [0, 1, 0, 0]),  # the expression must match the whole name
         (r"conv_\d", [1, 1, 0, 0]),
         ("conv.*", [1, 1, 1, 0]),
         (".*", [1, 1, 1, 1]),
@@ -58,7 +58,7 @@ NAMES = [("conv_1", "stem/conv_1"), ("conv_2",), ("conv_2_extra",), ("head",)]
         (("head", r"conv_\d"), [1, 1, 0, 1]),
         (["head", "head"], [0, 0, 0, 1]),
         ([], [0, 0, 0, 0]),
-        ("stem/.*", [1, 0, 0, 0]),  # Any name of the item may match.
+        ("stem/.*", [1, 0, 0, 0]),  # the expression may match any name of the item
         (len, [0, 1, 1, 0]),  # A callable gets the item.
     ],
 )

@@ -64,7 +64,7 @@ class Interrupt(keras.callbacks.Callback):
 
 @pytest.fixture(scope="module", params=[Magnitude(0.8), DCIL(0.8)], ids=["magnitude", "dcil"])
 def model(request):
-    """Return a model that several fits train, as in a notebook."""
+    """Return a model on which `fit` is called several times, as in a notebook."""
     return sparse(request.param)
 
 
@@ -88,7 +88,7 @@ def test_an_interrupted_fit_restores_the_model(hook, epoch, error, model):
     with pytest.raises(error, match="interrupted"):
         fit(model, interrupt)
     assert own_attributes(model) == (set(), before)
-    if hook.endswith("_end"):  # Check that the patches were active.
+    if hook.endswith("_end"):  # the patches were active before the interruption
         assert {"save", "save_weights", "evaluate"} <= interrupt.seen[0]
     assert model.save.__func__ is keras.Model.save
     history = fit(model)

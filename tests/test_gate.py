@@ -13,7 +13,8 @@ from tests import models
 from tests.backends import every, once
 from tests.gradients import gradients
 
-# These runs are too short to reach the target, so they warn. test_callbacks.py tests the warning.
+# These training runs are too short to reach the target, so `fit` warns. test_callbacks.py tests the
+# warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 
 x = np.random.default_rng(0).standard_normal((128, 12)).astype("float32")
@@ -25,7 +26,7 @@ def array(tensor):
 
 
 def net(structure="channel", dependent=True, method=None, width=8):
-    """Return a network of four residual blocks, in which branches or their channels have gates."""
+    """Return a network of four residual blocks, with gates on the branches or on their channels."""
     keras.utils.set_random_seed(0)
     method = method or Consensus(0.4 if structure == "channel" else 0.5)
     inputs = keras.Input((12,))
@@ -97,7 +98,7 @@ def test_values_of_the_gating_module():
     np.testing.assert_array_equal(array(gate(a, context, training=True)), a * z[:, None, None])
     mean = 0.75 + 0.25 * z.mean(0)
     np.testing.assert_allclose(gate.sparse_state["gate"]["mean"].numpy(), mean, rtol=1e-6)
-    # Inference uses the running mean of the gates.
+    # In inference, a gate is open if its running mean is at least 0.5.
     gate.sparse_state["gate"]["mean"].assign([0.5, 0.49, 1.0])
     np.testing.assert_array_equal(array(gate(a, context)), a * np.float32([1, 0, 1]))
 
@@ -145,7 +146,7 @@ def test_gates_reach_the_target_and_can_be_saved_stripped_and_shrunk(
     history = fit(model).history
     assert np.isfinite(history["loss"]).all()
     open_ = np.concatenate([np.ravel(array(gate.is_open())) for gate in gates_of(model)])
-    # The numbers nearest to the budget are 19 of 32 channels and 2 of 4 branches.
+    # The budget is met most closely by 19 of 32 channels, or by 2 of 4 branches.
     assert open_.sum() == (19 if structure == "channel" else 2)
     assert history["sparsity"][-1] == pytest.approx(1 - open_.mean())
 
@@ -213,7 +214,7 @@ def test_the_loss_of_gates_has_polarization_and_budget_terms():
             h = h * means[-1]
     g, c = np.concatenate(means), np.repeat([2, 1, 5], [6, 6, 1])
     assert 0 < g[:6].mean() < 1
-    # At the first step, the target is that all gates are open.
+    # At the first step, the target cost is the cost of all gates.
     expected = 3 * (g * (1 - g)).mean() + 7 * ((c * g).sum() / c.sum() - 1) ** 2
     assert losses[-1] == pytest.approx(expected, rel=1e-3)
 
@@ -282,7 +283,7 @@ def test_a_frozen_gate_does_not_change():
         assert frozen == all(
             np.array_equal(a.numpy(), b)
             for a, b in zip(gate.variables, old)
-            if "gate_" not in a.name  # excludes cost, target and progress
+            if "gate_" not in a.name  # cost, target and progress are excluded
         ), means
 
 

@@ -29,7 +29,7 @@ def test_uniform_numbers_are_hashes_of_the_position(shape):
 def test_uniform_numbers_are_uniform_and_independent():
     one, other = (array(random.uniform((1 << 16,), 0, step)) for step in (0, 1))
     counts = np.histogram(one, 16, (0, 1))[0]
-    assert abs(counts / 4096 - 1).max() < 5 / 64  # the limit is five standard deviations
+    assert abs(counts / 4096 - 1).max() < 5 / 64  # five standard deviations
     for pair in ((one, other), (one[1:], one[:-1])):
         assert abs(np.corrcoef(*pair)[0, 1]) < 5 / 256
 
@@ -85,5 +85,6 @@ def test_noise_of_a_large_tensor_has_mean_zero_per_weight():
         array(draw(ops.convert_to_tensor(step, "int32"))[0]).ravel()[places]
         for step in range(steps)
     )
-    # A weight gets few different values. Positive and negative values must be equally likely.
+    # Every weight gets only a few different values, of which positive and negative must be equally
+    # likely.
     assert abs(total / np.sqrt(steps)).mean() < 1.1 * np.sqrt(2 / np.pi)

@@ -21,7 +21,7 @@ from tests import stop_worker
 from tests.backends import every, once
 from tests.stop_worker import ALL_METHODS, x, y
 
-# JAX compiles every operation for every shape, so it tests fewer examples.
+# JAX tests fewer examples, because it compiles every operation for every shape.
 EXAMPLES = 4 if keras.backend.backend() == "jax" else 25
 few = hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 
@@ -163,7 +163,7 @@ def kept_weights(model):
 class TestTraining:
     @every(3)
     def test_nan_keeps_the_masks_valid(self, name):
-        """The loss becomes NaN, but masks keep their counts and every layer keeps a weight."""
+        """The loss becomes NaN, but masks keep the right number of weights, and one per layer."""
         method = KINDS[name]
         model = net(method)
         bad = x.copy()
@@ -229,7 +229,8 @@ def fit(model, x, y, epochs=1, batch_size=16, **kwargs):
     import warnings
 
     with warnings.catch_warnings():
-        # The controller needs more steps to reach its target, and a NaN loss makes this impossible.
+        # The controller would need more steps to reach its target. With a NaN loss, it never
+        # reaches the target.
         warnings.filterwarnings("ignore", ".*(training had reached|missed by) .*")
         return model.fit(
             x, y, epochs=epochs, batch_size=batch_size, shuffle=False, verbose=0, **kwargs
@@ -313,7 +314,7 @@ def test_a_mask_of_the_wrong_shape_raises(saved, tmp_path):
 
 
 def change_methods(config, new):
-    """Return the config in which another object replaces every keras_dst method."""
+    """Return a copy of a config in which `new` replaces every keras_dst method."""
     if isinstance(config, dict):
         if config.get("registered_name", "") == "keras_dst>OptG":
             return new

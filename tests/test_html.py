@@ -97,7 +97,7 @@ def test_the_browser_probe_reports_requests_and_broken_images(saved, tmp_path):
     found = look_at(page, tmp_path)
     assert len(found.requests) == 2
     assert "http://example.invalid/x.png" in found.requests
-    assert "Security Policy" in found.console[0]  # The policy blocks the style sheet.
+    assert "Security Policy" in found.console[0]  # the security policy blocks the style sheet
     assert [width for width, *_ in found.pictures][-2:] == [0, 0]
 
 
@@ -153,7 +153,7 @@ class TestErrors:
     def test_saving_is_atomic(self, monkeypatch, tmp_path):
         found = report(models.sequential())
         (tmp_path / "page.html").write_text("old")
-        invalid = "\udc80"  # This text cannot be encoded.
+        invalid = "\udc80"  # this text cannot be encoded
         monkeypatch.setattr(type(found), "to_html", lambda self: invalid)
         with pytest.raises(UnicodeEncodeError):
             found.save_html(tmp_path / "page.html")

@@ -1,4 +1,4 @@
-"""Pruning together with other features of Keras: checkpoints, optimizers, quantization, LoRA."""
+"""Tests of pruning with other Keras features: checkpoints, optimizers, quantization, LoRA."""
 
 import importlib.util
 import re
@@ -14,8 +14,8 @@ from keras_dst.callbacks import SparseTraining
 from tests.backends import once
 from tests.pages import blocks
 
-# Model.quantize of Keras up to 3.15 warns about layers without a kernel.
-# Orbax warns on JAX that it reads how arrays are placed on devices from the checkpoint.
+# Model.quantize of Keras up to 3.15 warns about layers without a kernel. On JAX, Orbax warns that
+# it reads the device placement of arrays from the checkpoint.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*a `quantize` method:UserWarning"),
     pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning"),
@@ -43,7 +43,7 @@ def network(method=None, optimizer="adam"):
 
 
 def fit(model, *callbacks, first=0, last=4):
-    """Train for some of the four epochs, and return the logs."""
+    """Train from epoch `first` to epoch `last` of four epochs, and return the logs."""
     return model.fit(
         x,
         y,
@@ -69,9 +69,10 @@ def predict(model):
 
 
 def arrays(model):
-    """Return the values of all variables by path. The end of `fit` writes the variable `progress`.
+    """Return a dict from paths to values, for all variables except `progress`.
 
-    Its meaning does not change: the counter of the optimizer completes an older value.
+    `fit` writes `progress` at its end. An older value stays valid, because the optimizer's counter
+    gives the steps since then.
     """
     variables = [*model.variables, *model.optimizer.variables]
     variables = [v for v in variables if not v.path.endswith("_progress")]
@@ -130,7 +131,7 @@ def test_the_best_orbax_checkpoint_is_at_the_target(folder):
 
 
 class Mean(optimizers.SGD):
-    """An optimizer whose weights at the end of `fit` are the means of all steps."""
+    """An optimizer that sets the weights, at the end of `fit`, to their means over all steps."""
 
     def build(self, variables):
         super().build(variables)
@@ -147,7 +148,7 @@ class Mean(optimizers.SGD):
 
 
 OPTIMIZERS = {"Mean": Mean}
-for name in ("Muon", "ScheduleFreeAdamW"):  # Older versions of Keras lack these optimizers.
+for name in ("Muon", "ScheduleFreeAdamW"):  # older versions of Keras lack these optimizers
     if hasattr(optimizers, name):
         OPTIMIZERS[name] = getattr(optimizers, name)
 
@@ -185,7 +186,7 @@ def test_the_weights_that_are_evaluated_are_masked(name, method):
 
 
 def several(make_first, **options):
-    """Return a MultiOptimizer with an optimizer of its own for the first layer."""
+    """Return a MultiOptimizer that has a separate optimizer for the first layer."""
     by_layer = optimizers.OptimizerMap(default_optimizer=optimizers.SGD(0.1, **options))
     by_layer[".*first/.*"] = make_first(optimizers.Adam(0.01, **options))
     return optimizers.MultiOptimizer(by_layer)
@@ -216,7 +217,7 @@ def test_averages_of_several_optimizers_are_masked(inside):
 
 
 def computed_kernel(layer):
-    """Return the kernel that a dense layer computes with, by its outputs for the unit vectors."""
+    """Compute the kernel that a dense layer uses from its outputs for the unit vectors."""
     activation, layer.activation = layer.activation, keras.activations.linear
     inputs = np.eye(layer.input_spec.axes[-1], dtype="float32")
     outputs = [keras.ops.convert_to_numpy(layer(values)) for values in (inputs, 0 * inputs)]

@@ -22,7 +22,8 @@ def hide(target, name):
                 raise AttributeError(f"no attribute {attribute!r}")
             return super().__getattribute__(attribute)
 
-        def __getattr__(self, attribute):  # PyTorch modules look up submodules here.
+        # PyTorch modules look up their submodules in `__getattr__`
+        def __getattr__(self, attribute):
             if attribute == name:
                 raise AttributeError(f"no attribute {attribute!r}")
             return super().__getattr__(attribute)

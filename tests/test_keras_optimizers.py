@@ -1,6 +1,6 @@
 """Tests that a `SparseOptimizer` that prunes nothing behaves like its inner optimizer.
 
-Keras includes tests of its optimizers. These tests run here with every optimizer wrapped.
+The tests of optimizers that Keras includes run here with every optimizer wrapped.
 """
 
 import importlib
@@ -102,7 +102,7 @@ OPTIONS = {
 
 
 def trained(optimizer, change=lambda optimizer: None, steps=5):
-    """Return all values after some steps. `change` is called after the first step."""
+    """Train for some steps, and return all values. Call `change` after the first step."""
     random = np.random.default_rng(0)
     shapes = [(4, 3), (3,), (2, 2, 3, 4)]
     variables = [
@@ -206,7 +206,7 @@ def test_an_outer_loss_scale_replaces_the_inner_one():
 
 
 def test_no_attribute_makes_an_optimizer_look_like_a_map_of_optimizers():
-    """`MultiOptimizer` reads `values` and `default_optimizer` of its argument."""
+    """`MultiOptimizer` reads the attributes `values` and `default_optimizer` of its argument."""
     plain = keras.optimizers.SGD()
     wrapped_ = SparseOptimizer(keras.optimizers.SGD(), Magnitude(0.0))
     for name in ("values", "keys", "items", "default_optimizer"):
@@ -270,7 +270,7 @@ def sparse_gradient():
 @pytest.mark.parametrize("method", [Magnitude(0.0), Magnitude(Constant(0.5, begin_step=1))])
 @pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad"])
 def test_sparse_gradients_act_as_dense_gradients(name, method):
-    """Keras's `optimizer_sparse_test` makes its optimizers at import, so it cannot run here."""
+    """Keras's `optimizer_sparse_test` cannot run here, because it creates optimizers at import."""
     gradient = sparse_gradient()
     found = []
     for each in (gradient, keras.ops.convert_to_tensor(gradient, sparse=False)):

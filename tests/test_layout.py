@@ -80,7 +80,7 @@ def test_modules_do_not_import_from_higher_groups():
 
 
 def test_no_function_shadows_a_module():
-    """If `report` were also a module, `import keras_dst.report` would return the function."""
+    """If `report` were also a module, `import keras_dst.report` would bind the function instead."""
     packages = [name for name, path in FILES.items() if path.name == "__init__.py"]
     for package in packages:
         module = sys.modules.get(package) or __import__(package, fromlist=["_"])

@@ -20,7 +20,7 @@ from tests.backends import every
 pytestmark = pytest.mark.skipif(
     malloc.glibc() is None, reason="needs glibc with its default memory policy"
 )
-SIZE = 64 << 20  # in bytes; glibc returns blocks of this size to the system
+SIZE = 64 << 20  # In bytes. By default, glibc returns blocks of this size to the system.
 
 
 def resident_memory():
@@ -30,7 +30,7 @@ def resident_memory():
 
 
 def is_kept():
-    """Return True if the process keeps the memory of a block after freeing the block."""
+    """Allocate and free a block. Return True if the process keeps the memory of the block."""
     block = np.ones(SIZE, "uint8")
     before = resident_memory()
     del block

@@ -77,7 +77,7 @@ def test_step_derivative(dtype):
     slope = np.array([slope for _, _, slope in STEP])
     upstream = np.resize([1.0, -0.5, 4.0], len(STEP))
     (found,) = gradients(masks.step, [x], tensor(upstream, dtype))
-    # A rounding error of eps/2 in x changes 2 - 4|x| by 2|x| eps.
+    # A rounding error of x by |x| eps/2 changes 2 - 4|x| by 2|x| eps.
     allowed = np.abs(upstream) * EPSILON[dtype] * (2 * np.abs(array(x)) + 1) * (slope > 0)
     assert (np.abs(found - upstream * slope) <= allowed).all(), (found, upstream * slope)
 
@@ -164,7 +164,7 @@ def test_straight_through_product(dtype):
 
 # -- patterns --------------------------------------------------------------------------------------
 
-# Pattern, shape of the weight, layout, shape of the block.
+# Columns: pattern, shape of the weight, layout, shape of the block.
 BLOCKS = [
     ("unstructured", (8, 6), KERNEL, (1, 1)),
     ("1x1", (8, 6), KERNEL, (1, 1)),
@@ -177,7 +177,7 @@ BLOCKS = [
     ("1x4", (6, 5), KERNEL, (4, 1)),  # The last blocks are incomplete.
     ("4x1", (6, 5), KERNEL, (1, 4)),
     ("2x4", (7, 5), KERNEL, (4, 2)),
-    ("1x16", (6, 5), KERNEL, (6, 1)),  # The block is longer than the axis.
+    ("1x16", (6, 5), KERNEL, (6, 1)),  # the block is longer than the axis
     ("1x4", (3, 2, 6, 5), KERNEL, (1, 1, 4, 1)),  # Kernels of convolutions follow.
     ("4x1", (3, 2, 6, 5), KERNEL, (1, 1, 1, 4)),
     ("2x2", (3, 2, 6, 5), KERNEL, (1, 1, 2, 2)),
@@ -228,8 +228,8 @@ def test_golden_blocks():
     np.testing.assert_array_equal(array(scores), [[2.5, 0, 2], [6, -1, 0]])
     np.testing.assert_array_equal(pattern.sizes((5, 3)), [[4, 4, 4], [1, 1, 1]])
 
-    # Of 6 weights, the block with score 6 takes one, and the block with score 2.5 takes four. The
-    # block with score 2 does not fit.
+    # Six weights can be kept: the block with score 6 has one weight, and the block with score 2.5
+    # has four. The block with score 2 would exceed this number.
     (groups,) = top_k([array(scores)], 6, [pattern.sizes((5, 3))])
     np.testing.assert_array_equal(groups, [[1, 0, 0], [1, 0, 0]])
     mask = pattern.expand(ops.convert_to_tensor(groups), (5, 3))
@@ -300,7 +300,7 @@ def test_a_pattern_without_its_axis_raises(name, layout, missing):
 
 
 def reference_top_k(scores, kept, sizes=None):
-    """Rank with a stable sort, and keep the best groups until the next group does not fit."""
+    """Rank with a stable sort, and keep groups until the next group would exceed `kept`."""
     flat = np.concatenate([np.ravel(s) for s in scores])
     order = np.argsort(-flat, kind="stable")
     taken = np.ones(len(flat)) if sizes is None else np.concatenate([np.ravel(s) for s in sizes])
@@ -344,7 +344,7 @@ def assert_equal(found, expected):
         np.testing.assert_array_equal(one, other)
 
 
-# Description, scores, number of kept scores, expected masks.
+# Columns: description, scores, number of kept scores, expected masks.
 TOP_K = [
     ("the highest", [[0.1, 0.3, 0.2, 0]], 2, [[0, 1, 1, 0]]),
     ("over all tensors", [[1, 5], [[4, 2], [3, 6]]], 3, [[0, 1], [[1, 0], [0, 1]]]),
@@ -430,7 +430,7 @@ def test_the_threshold_search_among_zeros_takes_few_steps(kept, monkeypatch):
         ranking._Ranking, "_count_above", lambda *args: counts.append(1) or count(*args)
     )
     assert_equal(top_k(scores, kept), reference_top_k(scores, kept))
-    assert len(counts) < 40  # a search down to denormal numbers takes 300 steps
+    assert len(counts) < 40  # a search among denormal numbers would take 300 steps
 
 
 def test_top_k_compiled_by_xla():
@@ -440,8 +440,8 @@ def test_top_k_compiled_by_xla():
 
 
 def test_top_k_stops_at_the_first_group_that_does_not_fit():
-    # Sizes 2 and 1 fit into 5 kept weights. Size 3 does not fit, and the ranking stops there,
-    # although the last size 1 would fit.
+    # Of 5 weights to keep, the first two groups use 2 and 1. The third group has 3 weights, which
+    # is too many. The ranking stops at this group, although the last group has only 1 weight.
     assert_equal(top_k([[9, 8, 7, 6]], 5, [np.array([2, 1, 3, 1])]), [[1, 1, 0, 0]])
 
 
@@ -501,7 +501,8 @@ def test_top_k_of_each_tensor_equals_a_stable_sort(case, counts):
     assert_equal(top_k(scores, counts, sizes), expected)
 
 
-# The sizes are small, so that the scores fill several rows, bundles and slabs, some only in part.
+# With these small sizes, the scores fill several rows, bundles and slabs, and some of them only
+# partly.
 @every(2)
 def test_top_k_of_several_rows_bundles_and_slabs(monkeypatch):
     sizes = {
@@ -539,7 +540,7 @@ def test_top_k_of_several_rows_bundles_and_slabs(monkeypatch):
         assert_equal(best_first(kept), reference_top_k(raised([1] * len(shapes)), kept))
     for kept in (11, 12, 30, 51, 99):
         assert_equal(several_first(kept), reference_top_k(raised(several), kept))
-        kept += 33  # the 11 best groups can have 3 * 11 more weights
+        kept += 33  # the 11 best groups, which are always kept, may have up to 3 weights more each
         assert_equal(of_groups_first(kept), reference_top_k(raised(several), kept, sizes))
     counts = [11, 0, 2, 36]
     each = zip(scores, counts, sizes)
@@ -629,8 +630,8 @@ def test_n_of_m_of_tied_and_nonfinite_scores(scores, expected):
 
 CONV, DENSE = random(2, 2, 6, 5, seed=5), random(10, 6, seed=6)
 
-# Pattern, shape of its block in a convolution kernel, packed bits of the masks. For a dense kernel,
-# only the last two sizes of the block apply.
+# Columns: pattern, shape of a block in a convolution kernel, packed bits of the masks. In a dense
+# kernel, a block has only the last two of these sizes.
 GOLDEN = [
     ("unstructured", (1, 1, 1, 1), "5026007a293a0e83d201e9744a0d4cb801383108110020"),
     ("1x4", (1, 1, 4, 1), "000003196b5acc6084212954a529ce10410445145128a0"),
@@ -645,7 +646,7 @@ def bits(arrays):
 
 
 def reference_masks(block, weights, kept):
-    """Rank blocks by mean magnitude over all weights; without a block, keep 2 of 4 inputs."""
+    """Rank the blocks of all weights by mean magnitude. If `block` is None, keep 2 of 4 inputs."""
     if block is None:
         return [reference_n_of_m(np.abs(w), 2, 4, -2) for w in weights]
     result = [np.zeros(w.shape, bool) for w in weights]

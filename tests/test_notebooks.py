@@ -12,9 +12,9 @@ from notebooks.execute import ALL, execute
 each = pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 
 NUMBER = r"(\d[\d,]*(?:\.\d+)?(?:e-\d+)?)"
-# Regular expressions of printed values, each with the allowed absolute and relative difference.
-# Training differs from CPU to CPU, and one of the 360 test images changes the accuracy by 0.3
-# points.
+# Regular expressions of printed values, each with the allowed absolute and relative difference. The
+# trained weights differ between CPUs. If one of the 360 test images is classified differently, the
+# accuracy changes by 0.3 percentage points.
 VALUES = {
     "total sparsity": (rf"{NUMBER} ?% sparse", 0.1, 0),
     "accuracy": (rf"{NUMBER}% (?:correct|with gates|now)", 5, 0),
@@ -41,7 +41,7 @@ def code_cells(notebook):
 
 
 def kinds(cell):
-    """Return the kind of each output of a cell: the stream name or the MIME types of a value."""
+    """Return the kind of each output of a cell: the name of the stream, or the MIME types."""
     return [sorted(out.data) if "data" in out else out.name for out in cell.outputs]
 
 
@@ -52,7 +52,7 @@ def printed(notebook):
 
 
 def values(text):
-    """Return the lists of numbers that a text contains, by the names in VALUES."""
+    """Return a dict from the names in VALUES to the lists of numbers that a text contains."""
     return {
         name: [float(number.replace(",", "")) for number in re.findall(pattern, text)]
         for name, (pattern, _, _) in VALUES.items()
@@ -60,7 +60,7 @@ def values(text):
 
 
 def differences(text, stored):
-    """Return the values that differ too much, as (name, numbers now, numbers stored)."""
+    """Return all values that differ too much, as (name, new numbers, stored numbers)."""
     now, before = values(text), values(stored)
     return [
         (name, now[name], before[name])
@@ -116,7 +116,7 @@ def test_links_in_a_notebook_have_targets(path):
 
 @each
 def test_changed_values_are_found(path):
-    """The comparison finds at least two values in each notebook, and finds every changed value."""
+    """The comparison reads two or more values of each notebook, and detects every change."""
     stored = printed(nbformat.read(path, as_version=4))
     assert differences(stored, stored) == []
     found = {name: numbers for name, numbers in values(stored).items() if numbers}

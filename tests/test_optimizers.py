@@ -19,7 +19,7 @@ from tests.backends import every, slow
 
 x, y = models.data(size=128)
 STEPS = Cubic(0.8, begin_step=2, end_step=14)
-# XLA may round differently in two programs that compute the same values.
+# XLA may round differently in two programs for the same computation.
 ROUNDING = 1e-6 if keras.backend.backend() == "jax" else 0
 
 
@@ -112,9 +112,10 @@ CLOCKS = {
 @every(4)
 @pytest.mark.parametrize("name", CLOCKS)
 def test_a_custom_loop_gives_the_masks_and_weights_of_fit(name):
-    """Masks are bit-equal after 20 steps. The schedule ends before step 20.
+    """After 20 steps, the masks of both training loops are bit-equal.
 
-    On JAX, the two training loops are separate programs, so their weights may differ by rounding.
+    The schedule ends before step 20. On JAX, the two training loops are separate programs, so their
+    weights may differ by rounding.
     """
     steps = 20
     x, y = reference.data(steps)
@@ -263,7 +264,7 @@ def test_config_round_trip():
 @every(4)
 @pytest.mark.parametrize("kind", models.MODELS)
 def test_training_of_every_kind_of_model(kind):
-    """Kernels of every layer are pruned without declarations; embeddings have sparse gradients."""
+    """Kernels of all layers are pruned, also if their gradients are sparse, as in embeddings."""
     keras.utils.set_random_seed(0)
     model = models.MODELS[kind]()
     before = {v.path for v in model.trainable_variables if is_prunable(v)}
@@ -379,7 +380,7 @@ class Adversarial(keras.Model):
 
 
 def no_gradients():
-    """Return a context without gradients for in-place changes on PyTorch, or an empty context."""
+    """Return a context in which PyTorch allows in-place changes of variables."""
     if keras.backend.backend() != "torch":
         return contextlib.nullcontext()
     import torch
@@ -413,7 +414,7 @@ def test_two_sparse_optimizers_prune_a_generator_and_a_discriminator():
     assert (zeros(model.generator), zeros(model.discriminator)) == (0.75, 0.5)
     model.fit(noise, real, batch_size=32, verbose=0)
     assert int(sgd.iterations.numpy()) == 10
-    # Without masks, pruned weights change again, except for weights of inactive units.
+    # Without masks, all pruned weights change again, except the weights of inactive units.
     assert zeros(model.generator) < 0.75
     assert zeros(model.discriminator) < 0.5
 

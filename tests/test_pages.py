@@ -15,8 +15,8 @@ from tests.pages import PAGES, ROOT, fences
 from tests.test_tfmot import file_of
 
 BACKEND = keras.backend.backend()
-NOT_RUN = ("diff", "math", "text")  # Languages of fenced blocks without code to run.
-# Pages that are tested in other files, because they need several processes or other checks.
+NOT_RUN = ("diff", "math", "text")  # languages of fenced blocks that contain no code to run
+# Pages that other files test, because the pages need several processes or other checks.
 TESTED_ELSEWHERE = {
     "docs/keras_features.md": "tests/test_keras_features.py",
     "docs/many_devices.md": "tests/devices/test_pages.py",
@@ -27,7 +27,7 @@ TESTED_ELSEWHERE = {
 
 
 def backends(page):
-    """Return the backends that the code blocks of a page name, or PyTorch if they name none."""
+    """Return the backends that the code blocks of a page name. The default is PyTorch."""
     return {info for lang, info, _ in fences(page) if lang == "python" and info} or {"torch"}
 
 

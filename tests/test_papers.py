@@ -1,4 +1,4 @@
-"""Tests of the benchmark at the length of the papers: restarted data, and learning rates."""
+"""Tests of the benchmark of long training runs, as in the papers: data and learning rates."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def test_epochs_after_a_restart_equal_those_of_one_run():
 
 def test_shifted_images_are_filled_with_their_mean():
     x = np.full((BATCH, 8, 8, 3), 40, "uint8")
-    x[:, 0, 0] = 104  # The mean of each image becomes 41.
+    x[:, 0, 0] = 104  # the mean of each image is now 41
     images, _ = Epochs(x, np.arange(BATCH), seed=0)[0]
     assert images.shape == (BATCH, 8, 8, 3)
     assert set(np.unique(images)) == {40, 41, 104}

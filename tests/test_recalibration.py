@@ -1,4 +1,4 @@
-"""Tests of `recalibrate`: exact averages of batch statistics, for every kind of data."""
+"""Tests of `recalibrate`: statistics are exact means over the batches, for every kind of data."""
 
 import keras
 import numpy as np
@@ -49,7 +49,7 @@ def test_statistics_are_weighted_averages_of_all_batches(data):
     model = network()
     layer = model.layers[1]
     kernel = model.layers[2].kernel.numpy()
-    for _ in range(2):  # The second pass gives the same result.
+    for _ in range(2):  # a second call has the same result
         assert keras_dst.recalibrate(model, data(), batch_size=4) is model
         np.testing.assert_allclose(layer.moving_mean.numpy(), MEAN, rtol=1e-5)
         np.testing.assert_allclose(layer.moving_variance.numpy(), VARIANCE, rtol=1e-5)

@@ -24,7 +24,7 @@ def runs_of(folder):
 
 
 def figure(accuracies, pattern, sparsity, epochs, net, dense, source):
-    """Return the figure of the method that beats Magnitude by more than the standard deviations."""
+    """Return the figures of a method whose lead over Magnitude exceeds the standard deviations."""
 
     def deviation(name):
         return statistics.stdev(accuracies[name]) if len(accuracies[name]) > 1 else 0

@@ -1,4 +1,4 @@
-"""Tests of the penalties of the papers: values and gradients against NumPy."""
+"""Tests of the penalties in the papers: values and gradients against NumPy."""
 
 import math
 
@@ -10,7 +10,7 @@ from keras import ops
 from keras_dst.regularizers import Budget, Polarization, ThresholdPenalty
 from tests.gradients import gradients
 
-# Entries are t and (value, gradient) of exp(-t). Below -1, the tangent at -1 replaces exp(-t).
+# Columns: t, and value and gradient of exp(-t). For t < -1, the tangent at -1 replaces exp(-t).
 THRESHOLDS = [
     (0.0, 1.0, -1.0),
     (0.5, math.exp(-0.5), -math.exp(-0.5)),

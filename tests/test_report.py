@@ -16,7 +16,7 @@ from tests.backends import once
 
 @pytest.fixture(autouse=True)
 def quick_weights(monkeypatch):
-    """Start all weights at 0.5, because JAX would compile a random draw per shape."""
+    """Start all weights at 0.5, because JAX would compile random initializers for every shape."""
 
     def halves(self, shape, dtype=None):
         return keras.ops.convert_to_tensor(np.full(shape, 0.5, "float32"), dtype)
@@ -111,7 +111,8 @@ def test_report_of_a_small_convolutional_model():
     assert found.sparsity == pytest.approx(1 - 213 / 1_152)
 
 
-# Layer, input shape, and number of multiplications: kernel entries times their use counts.
+# Columns: layer, input shape, and number of multiplications (kernel entries times their use
+# counts).
 ONE_LAYER = [
     (lambda: layers.Dense(3), (6, 4), 12 * 6),
     (lambda: layers.Conv1D(6, 3, padding="causal"), (10, 4), 72 * 10),
@@ -216,7 +217,7 @@ def test_a_shared_layer_counts_once_and_costs_twice():
 
 
 class Subclassed(keras.Model):
-    """A model that calls a layer twice, another layer once, and a third layer only in training."""
+    """A model that calls a layer twice, a second layer once, and a third layer only in training."""
 
     def __init__(self):
         super().__init__()
@@ -248,7 +249,7 @@ def test_report_of_a_model_with_several_inputs():
 
 
 class Tied(layers.Layer):
-    """A layer that multiplies its input by the weight of another layer."""
+    """A layer that multiplies its input by a weight that belongs to another layer."""
 
     def __init__(self, kernel):
         super().__init__()
@@ -298,7 +299,7 @@ def test_a_single_layer_can_be_reported():
 
 
 def masked_model():
-    """Return a model with one Dense layer under DST, with this kernel, thresholds and mask:
+    """Return a model that has one Dense layer with the method DST. Kernel, thresholds and mask are:
 
     | w |            0.1  0.5  0.9      1[|w| > t]   0  1  1
                      0.3  0.0  0.9                   1  0  1
@@ -322,7 +323,7 @@ def test_masked_weights_count_as_zeros():
     assert (masked.flops, masked.dense_flops) == (12, 18)
     assert (plain.layer, plain.sparse, plain.nonzeros) == ("Dense", False, 6)
     assert found.sparsity == pytest.approx(3 / 15)
-    # Thresholds and other state of the method do not count as weights of the model.
+    # Thresholds and other states of the method are not counted as weights of the model.
     assert (found.parameters, found.nonzeros, found.bytes) == (20, 12, 80)
 
 
@@ -340,7 +341,7 @@ def test_report_of_a_sparse_optimizer():
     model = sequential((4,), layers.Dense(8), layers.Dense(2))
     optimizer = keras_dst.SparseOptimizer("sgd", Magnitude(0.75))
     model.compile(optimizer, "mse")
-    assert not any(row.sparse for row in report(model).layers)  # The optimizer is not built.
+    assert not any(row.sparse for row in report(model).layers)  # the optimizer is not built yet
     optimizer.build(model.trainable_variables)
     assert report(model).sparsity == 0
     rng = np.random.default_rng(0)
@@ -411,7 +412,7 @@ def test_an_unbuilt_layer_makes_flops_unknown():
 
 
 class Own(layers.Layer):
-    """A layer that multiplies by a matrix, adds a token, and has a weight of unknown use."""
+    """A layer with a matrix, a token, and a weight whose use in the layer is unknown."""
 
     def build(self, shape):
         self.matrix = self.add_weight(shape=(shape[-1], 3), name="matrix")
@@ -524,13 +525,14 @@ def test_report_is_printed_as_a_table():
     for figure in ("266,200", "54,520", "79.52 %", "109,040", "532,400"):
         assert figure in total
     assert "266,610" in lines[-1]
-    assert len({len(line) for line in lines[1:]}) == 1  # no line of the table is wrapped
+    # all lines of the table have the same length, so none is wrapped
+    assert len({len(line) for line in lines[1:]}) == 1
     assert "yes" in str(report(masked_model()))
 
 
 @once
 def test_names_are_printed_literally():
-    # Rich would interpret these names as a style and as an emoji.
+    # Rich would interpret the two parts of this name as a style and an emoji.
     found = report(masked_model())
     row = dataclasses.replace(found.layers[0], name="[bold]:smile:")
     assert "[bold]:smile:" in str(dataclasses.replace(found, layers=[row]))

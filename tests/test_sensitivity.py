@@ -47,7 +47,7 @@ def arrays(model):
 
 
 def accuracy(weights, x, y):
-    """Return the accuracy of this model for given weights, computed in NumPy."""
+    """Return the accuracy of the model in this test with the given weights, computed in NumPy."""
     one, first, two, second = weights
     return np.mean(np.argmax(np.maximum(x @ one + first, 0) @ two + second, 1) == y)
 
@@ -115,7 +115,7 @@ def test_sensitivity_of_channels(data):
 
 
 class Batches(keras.utils.PyDataset):
-    """Batches of data. After some batches, the data set may raise an error."""
+    """Batches of data. If `error` is given, the data set raises it after some batches."""
 
     def __init__(self, data, error=None, after=10**9):
         super().__init__()
@@ -205,7 +205,7 @@ def test_sensitivity_with_two_outputs_and_a_shared_weight(data):
     labels = {"a": data[1], "b": 2 - data[1]}
     found = keras_dst.sensitivity(model, (data[0], labels), (0.5,), verbose=0)
     assert [row.name for row in found.weights] == ["shared/kernel", "a/kernel", "b/kernel"]
-    # The loss is used, because there are two metrics.
+    # With two metrics, `sensitivity` uses the loss.
     assert (found.metric, found.mode) == ("loss", "min")
     found = keras_dst.sensitivity(
         model, (data[0], labels), (0.5,), metric="b_accuracy", filters="(a|b)/kernel", verbose=0
@@ -295,7 +295,8 @@ def test_allocation_minimizes_the_largest_drop(seed, sparsity):
     def largest(shares):
         return max(np.interp(s, grid, curve) for s, curve in zip(shares, curves))
 
-    # Try two sparsities on a fine grid. The total determines the third sparsity.
+    # Try all pairs of the first two sparsities on a fine grid. The third sparsity follows from the
+    # total.
     best = np.inf
     for first in np.linspace(0, 0.95, 96):
         for second in np.linspace(0, 0.95, 96):
@@ -312,7 +313,7 @@ def test_allocation_shares_ties_evenly_within_the_measured_range():
     assert equal_drop([0, *GRID], free, [10, 90], 0.4) == pytest.approx([0.4, 0.4])
     assert equal_drop([0, *GRID], free, [10, 90], 0.75) == pytest.approx([0.75, 0.75])
     assert equal_drop([0, *GRID], free, [10, 90], 0) == pytest.approx([0, 0])
-    # Pruning the first weight lowers the metric immediately, so the second weight is pruned first.
+    # Pruning the first weight lowers the metric immediately, so only the second weight is pruned.
     dear = [[0, 0.5, 1], [0, 0, 0]]
     assert equal_drop([0, *GRID], dear, [10, 90], 0.675) == pytest.approx([0, 0.75], abs=1e-5)
     with pytest.raises(ValueError, match=r"at most 0.75, the highest measured sparsity"):
@@ -328,7 +329,8 @@ def test_allocations_match_weights_by_name():
     names = [row.name for row in found.weights]
     sizes = [row.parameters for row in found.weights]
     expected = 1 - np.array([shares[name] for name in names])
-    for order in (shares, dict(reversed(shares.items()))):  # One name is a part of another name.
+    # one of the names is contained in another
+    for order in (shares, dict(reversed(shares.items()))):
         kept = densities(order, [(n, 1) for n in sizes], 0.5, names)
         np.testing.assert_array_equal(kept, expected)
     assert expected @ sizes == pytest.approx(20)
@@ -337,7 +339,7 @@ def test_allocations_match_weights_by_name():
 
 
 def sensitive(rng):
-    """Return a classifier with a wide layer and a narrow layer, all of whose weights are needed."""
+    """Return a classifier with a wide layer and a narrow layer. Every narrow weight is needed."""
     model = keras.Sequential(
         [
             keras.Input((10,)),
@@ -349,7 +351,7 @@ def sensitive(rng):
     )
     narrow = np.linalg.qr(rng.standard_normal((10, 10)))[0]
     wide = 0.01 * rng.standard_normal((10, 40))
-    wide[:, 0] = narrow.T @ np.ones(10)  # Only this column has an effect.
+    wide[:, 0] = narrow.T @ np.ones(10)  # Only this column affects the outputs.
     out = np.zeros((40, 2))
     out[0] = -1, 1
     model.set_weights([narrow, wide, out + 1e-3 * rng.standard_normal((40, 2))])

@@ -18,14 +18,16 @@ from keras_dst.methods import DST, Consensus, Magnitude
 from tests import models
 from tests.backends import every, once
 
-# JAX compiles every op of a random network and TensorFlow traces it, so both test fewer examples.
+# JAX and TensorFlow test fewer examples: JAX compiles and TensorFlow traces every op of a random
+# network.
 EXAMPLES = 12 if keras.backend.backend() == "torch" else 3
 few = settings(
     max_examples=EXAMPLES,
     deadline=None,
     derandomize=True,
     database=None,
-    # The phase `shrink` is left out, because failing networks are small anyway.
+    # The Hypothesis phase `shrink`, which simplifies failing examples, is omitted, because the
+    # networks are small.
     phases=[Phase.explicit, Phase.generate],
 )
 KERNELS = (layers.Dense, layers.Conv1D, layers.Conv2D)
@@ -50,7 +52,7 @@ def units_of(layer):
 
 
 def kill(model, *names, count=None, bias=False):
-    """Set the kernels of the last `count` units to zero; the default is half of the units."""
+    """Set the kernels of the last `count` units to zero, by default of half of the units."""
     for name in names:
         layer = model.get_layer(name)
         variable, axis = units_of(layer)
@@ -128,8 +130,8 @@ def convnet(padding="same", use_bias=False):
 
 @pytest.mark.parametrize(
     ("padding", "one"),
-    # With zero padding, one dead channel is kept. This channel carries the constants of all dead
-    # channels.
+    # With zero padding, one dead channel is kept, to which the constant outputs of all dead
+    # channels are added.
     [("same", 5), ("valid", 4)],
 )
 def test_shrink_a_convolutional_network(padding, one):
@@ -163,7 +165,7 @@ def test_channels_without_readers_are_removed():
     kernel = np.array(layer.kernel.numpy()).reshape(4, 4, 6, 10)
     kernel[:, :, :2] = 0
     layer.kernel.assign(kernel.reshape(-1, 10))
-    # A unit is also removed if all units that read it are dead.
+    # A unit is also removed if all units in the next layer that read its output are dead.
     kill(model, "three")
     kernel = np.array(model.get_layer("two").kernel.numpy())
     kernel[:, :, :3, 2:] = 0
@@ -208,7 +210,7 @@ def test_shrink_a_residual_network(merge):
     model = residual(merge)
     kill(model, "a_1", "b_1", bias=True)
     check(model, a_1=4, b_1=4, a_2=8, b_2=8, stem=8)
-    # A channel of a sum is removed if it is dead in all terms.
+    # A channel of a sum is removed if it is dead in all summands.
     kill(model, "a_2", "b_2", "stem", count=3, bias=True)
     kill(model, "a_2", "b_2")
     check(model, a_1=4, b_1=4, a_2=6, b_2=6, stem=6)
@@ -281,7 +283,7 @@ def test_shrink_separable_convolutions():
     small = check(model, one=3, two=4, three=2)
     assert small.get_layer("slopes").alpha.shape == (1, 1, 3)
     assert small.get_layer("own").alpha.shape == (4, 2)
-    kill(model, "two", bias=True)  # a zero channel equals the padding
+    kill(model, "two", bias=True)  # a channel of zeros is equal to the padding
     check(model, one=3, two=2, three=2)
 
 
@@ -298,10 +300,11 @@ def test_shrink_transposed_convolutions_after_a_dense_layer():
     )
     kill(model, "one", "two", "three", bias=True)
     kernel = np.array(model.get_layer("one").kernel.numpy())
-    kernel[..., 3] = 0  # no layer reads four units of "seed"
+    kernel[..., 3] = 0  # no layer reads four of the units of "seed"
     model.get_layer("one").kernel.assign(kernel)
     check(model, seed=12, one=3, two=2, three=2)
-    kill(model, "seed", count=13)  # channels 0, 1 and 2 are alive at one of four positions
+    # channels 0, 1 and 2 are alive, but only at one of four positions
+    kill(model, "seed", count=13)
     check(model, seed=12, one=3, two=2, three=2)
 
 
@@ -599,14 +602,14 @@ STATEFUL_LAYERS = {
 
 
 def with_layer(layer, dtype="float32", **options):
-    """Return a network whose first layer is `layer`; a prunable layer follows."""
+    """Return a network in which a prunable layer follows `layer`."""
     inputs = keras.Input((8,), dtype=dtype)
     x = layers.Dense(16, "relu", name="hidden", **options)(keras.ops.cast(layer(inputs), "float32"))
     return randomize(keras.Model(inputs, layers.Dense(2, name="head")(x)))
 
 
 def assert_smaller(model, x, layer="hidden"):
-    """Shrink a model with a half-dead hidden layer; compare outputs, width and side effects."""
+    """Shrink a model with a half-dead hidden layer, and check outputs, width and side effects."""
     before = models.arrays(model.variables)
     small = keras_dst.shrink(model)
     for variable, old in zip(model.variables, before):
@@ -934,13 +937,13 @@ def test_dead_channels_of_random_networks_are_removed_or_have_a_reason(steps, se
     assert_same_outputs(model, small)
     for row in keras_dst.shrink_report(model).layers:
         dead = dead_units(model, row.layer)
-        # Depthwise layers can have several units per channel.
+        # A depthwise layer can have several units per channel.
         living = (~dead).sum() * row.before // len(dead)
         assert row.after - sum(row.reasons.values()) <= living, row
         assert all(any(known in why for known in REASONS) for why in row.reasons), row
     again = Plan(small)
-    # A grouped convolution with one group becomes a plain convolution, which could lose more
-    # channels.
+    # A grouped convolution that has only one group left becomes a plain convolution. A second
+    # `shrink` could then remove more channels.
     alone = any(getattr(handler.op, "groups", 1) > 1 for handler in Plan(model).handlers)
     assert alone or all(again.keeps(handler.y).all() for handler in again.handlers)
 
@@ -948,7 +951,7 @@ def test_dead_channels_of_random_networks_are_removed_or_have_a_reason(steps, se
 # -- trained, pruned, shrunk -----------------------------------------------------------------------
 
 
-# Whole channels of a small network reach the target only within a few percent.
+# A small network has so few channels that it reaches the target only within a few percent.
 @every(2)
 @pytest.mark.filterwarnings("ignore:DST")
 @pytest.mark.parametrize("method", [Magnitude, DST], ids=lambda method: method.__name__)
@@ -968,9 +971,9 @@ def test_shrink_a_trained_residual_network(method):
     small = keras_dst.shrink(model)
     assert_same_outputs(model, small)
     rows = {row.layer: row for row in keras_dst.shrink_report(model).layers}
-    for name in ("a_1", "b_1"):  # inside the branches, only one dead channel is kept
+    for name in ("a_1", "b_1"):  # at most one dead channel is kept inside a branch
         assert rows[name].after <= 9 - dead[name].sum()
-    # Channels of the sum are removed if they are dead in all layers.
+    # A channel of the sum is removed if it is dead in all layers that the sum adds.
     summed = dead["stem"] & dead["a_2"] & dead["b_2"]
     for name in ("stem", "a_2", "b_2"):
         assert 8 - summed.sum() <= rows[name].after <= 9 - summed.sum()
@@ -997,7 +1000,8 @@ class TestErrors:
     def test_different_outputs_raise(self, monkeypatch):
         model = convnet()
         kill(model, "one")
-        # Simulate a bug: constants move into the bias although the layer pads with zeros.
+        # Simulate a bug: constants are moved into the bias, which is wrong if the layer pads with
+        # zeros.
         monkeypatch.setattr(KernelLayer, "pads_with_zeros", False)
         with pytest.raises(RuntimeError, match="would change the outputs"):
             keras_dst.shrink(model)

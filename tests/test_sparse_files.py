@@ -67,8 +67,8 @@ def test_sparse_files_are_small_with_exact_weights(path):
     assert not loaded.compiled
     kernels = sum(v.numpy().nbytes for v in model.weights if len(v.shape) > 1)
     others = sum(v.numpy().nbytes for v in model.weights if len(v.shape) == 1)
-    # A kernel takes (density + 1/32) times its dense bytes. Names and structure take a few thousand
-    # bytes.
+    # The size of a kernel in the file is (density + 1/32) times its dense size. Names and structure
+    # need a few thousand bytes.
     assert path.stat().st_size < (0.1 + 1 / 32) * kernels + others + 6000
 
 
@@ -88,7 +88,7 @@ def test_a_loaded_sparse_model_predicts_equally_and_continues_training(method, p
         model.fit(X, Y, epochs=12, verbose=0, callbacks=training)
     before = [bits(v) for v in model.variables]
     keras_dst.save_sparse(model, path, include_optimizer=True)
-    for old, variable in zip(before, model.variables):  # saving does not change the model
+    for old, variable in zip(before, model.variables):  # saving must not change the model
         np.testing.assert_array_equal(old, bits(variable))
     loaded = keras_dst.load_sparse(path)
     np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))
@@ -149,7 +149,7 @@ def test_damaged_files_raise(path):
         changed = bytearray(content)
         changed[place] ^= 0xFF
         damaged.append(bytes(changed))
-    harmless = 0  # counts bytes without effect, such as dates in the archive
+    harmless = 0  # number of damaged bytes without effect, such as dates in the archive
     for data in damaged:
         path.write_bytes(data)
         with contextlib.suppress(DamagedFile):

@@ -53,7 +53,8 @@ def test_killed_and_resumed_training_equals_an_uninterrupted_run(tmp_path):
     rng = random.Random(SEED)
     kills = 0
     for _ in range(KILLS):
-        # The kill happens at a random time: between backups, during a backup, or during a step.
+        # The process is killed at a random time: between backups, during a backup, or during a
+        # step.
         lines = rng.randint(1, max(1, 2 * LINES // (KILLS + 1)))
         kills += not run(killed, rng.choice(["epoch", 3]), lines, 0.03 * rng.random())
     assert kills or not KILLS
@@ -121,7 +122,7 @@ def test_the_order_of_callbacks_does_not_matter(save_freq, first, whole, tmp_pat
 @once
 @pytest.mark.parametrize("rename", range(2))
 def test_training_killed_during_a_backup_can_be_resumed(rename, whole, tmp_path, monkeypatch):
-    """The process is killed before the new weights or their record get their final name."""
+    """The process is killed before the new files are renamed to their final names."""
     method, model = whole
     seen = []
 
@@ -157,7 +158,7 @@ def test_only_unfinished_backup_files_are_removed(tmp_path):
 @every(2)
 @pytest.mark.parametrize("name", ["dst-target", "flipout"])
 def test_resuming_from_a_final_backup_trains_no_further(name, tmp_path):
-    """The training process may be killed after its last backup."""
+    """If a process was killed after its last backup, resuming does not train the model again."""
     model = stop_worker.build(stop_worker.ALL_METHODS[name])
     stop_worker.fit(model, SparseTraining(), BackupAndRestore(tmp_path, delete_checkpoint=False))
     again = stop_worker.build(stop_worker.ALL_METHODS[name])
@@ -196,7 +197,7 @@ def test_a_later_fit_starts_at_its_first_batch(tmp_path):
 @once
 @pytest.mark.parametrize("name", ["dst-target", "magnitude"])
 def test_the_keras_backup_callback_within_an_epoch_reaches_the_target(name, tmp_path):
-    """Keras restarts the epoch, so the run has more steps than the schedule."""
+    """Keras restarts the interrupted epoch, so training has more steps than the schedule."""
     method = stop_worker.ALL_METHODS[name]
     own = keras.callbacks.BackupAndRestore
     crash(stop_worker.build(method), (2, 5), SparseTraining(), own(tmp_path / "b", 3))

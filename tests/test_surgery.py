@@ -37,7 +37,7 @@ def paths(report):
 
 
 def prune_somewhat(model):
-    """Set thresholds that prune about half of every layer."""
+    """Set the thresholds so that about half of every layer is pruned."""
     for layer in layers_of(model):
         for _, variable, state in layer.masked_weights():
             middle = np.median(np.abs(variable.numpy()))
@@ -90,7 +90,7 @@ def test_keras_file_round_trip(model, tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(models.predict(loaded, x), expected)
-    for a, b in zip(model.weights, loaded.weights):  # Pruned weights are restored as well.
+    for a, b in zip(model.weights, loaded.weights):  # weights that masks hide are restored too
         np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
     assert len(layers_of(loaded)) == len(layers_of(model))
     assert {repr(layer.method) for layer in layers_of(loaded)} == {repr(DST(0.5))}
@@ -127,7 +127,7 @@ def test_dense_weights_load_from_files_with_attribute_names(tmp_path):
 
 @every(3)
 def test_a_weights_file_of_the_dense_model_loads_into_the_sparse_model(model, tmp_path):
-    """Keras numbers the layers of a file per class, so partly sparse models are tested as well."""
+    """Keras numbers layers per class in a file, so partly sparse models are tested too."""
     expected = models.predict(model, x)
     model.save_weights(tmp_path / "dense.weights.h5")
     for some in (False, True):
@@ -308,7 +308,7 @@ def test_the_report_lists_skipped_layers_with_reasons():
     assert report.sparsified == [(model.layers[-1].path, ("kernel",))]
     parts = [
         "needs an input axis",
-        "masks the optimizer step, such as Magnitude",  # the wrapper also holds the kernel
+        "masks the optimizer step, such as Magnitude",  # the wrapper layer owns the same kernel
         "masks the optimizer step, such as Magnitude",
         "LoRA",
         "quantized",
@@ -494,7 +494,7 @@ def test_the_report_is_a_table_in_a_notebook():
 
 
 def frozen_model(how):
-    """Return a model with a frozen base of two layers."""
+    """Return a model that contains a frozen base model of two layers."""
     layers = [keras.layers.Dense(64, "relu", trainable=how != "argument") for _ in range(2)]
     base = keras.Sequential(
         [keras.Input((16,)), *layers],
@@ -576,7 +576,7 @@ def test_a_layer_that_is_frozen_between_two_fits_keeps_its_mask(name, with_callb
 @once
 @pytest.mark.parametrize("fitted", [False, True])
 def test_selected_layers_may_be_frozen_before_the_optimizer_is_built(fitted, tmp_path):
-    """The optimizer of a model that is loaded with frozen layers is built without them."""
+    """If a model is loaded with frozen layers, its optimizer is built without these layers."""
     data, labels = x.reshape(96, -1)[:, :16], y
     model = models.compiled(frozen_model("trainable"))
     keras_dst.sparsify(model, Magnitude(0.8), filters=["base", "mid"])
@@ -597,7 +597,7 @@ def test_selected_layers_may_be_frozen_before_the_optimizer_is_built(fitted, tmp
 
 
 def optimizers():
-    """Return optimizers with slots, no slots, factored slots, and inner optimizers."""
+    """Return optimizers with usual slots, no slots, factored slots, and inner optimizers."""
     several = keras.optimizers.Adafactor, keras.optimizers.Nadam, keras.optimizers.SGD
     found = {cls.__name__: cls(0.01) for cls in several}
     found["Adam"] = keras.optimizers.Adam(0.01, use_ema=True, gradient_accumulation_steps=2)
@@ -631,7 +631,7 @@ def test_sparsify_keeps_the_optimizer_object_and_its_state(name):
     keras_dst.strip(model)
     after = models.arrays(optimizer.variables)
     changed = [n for n, a, b in zip(names, before, after) if not np.array_equal(a, b)]
-    assert len(changed) > len(names) / 2 or name == "SGD"  # One epoch changes the state.
+    assert len(changed) > len(names) / 2 or name == "SGD"  # one epoch of training changes the state
     model.fit(x, y, verbose=0)
     counters = [v for v in optimizer.variables if v.name == "iteration"]
     assert max(int(v.numpy()) for v in counters) == 12
@@ -677,7 +677,7 @@ def test_exclusions_from_weight_decay_are_kept(by, fitted):
 
 
 def sparse_models():
-    """Return one model of each kind of sparse layer."""
+    """Return a model for each class of sparse layers."""
     dcil = models.sequential()
     keras_dst.sparsify(dcil, DCIL(0.5))
     dst, optg = models.residual(), models.convolutions()
@@ -756,7 +756,7 @@ def test_an_unstripped_model_can_be_exported(name, tmp_path):
 
 
 class TestErrors:
-    """Errors state the expected and the received input and a fix; the model does not change."""
+    """Errors state the expected input, the received input and a fix. The model does not change."""
 
     @pytest.mark.parametrize(
         ("wrong", "message"),

@@ -76,7 +76,7 @@ def test_update_steps_of_tfmot_schedules(schedule, expected):
 def test_sparsities_of_tfmot_schedules():
     decay = tfmot.PolynomialDecay(0.25, 0.75, 10, 20)
     found = [decay(step)[1] for step in (0, 10, 15, 20, 99)]
-    # Halfway through the schedule, (1 - 0.5)**3 = 1/8 of the difference remains.
+    # Halfway through the schedule, (1 - 0.5)**3 = 1/8 of the difference in sparsity is left.
     np.testing.assert_allclose(found, [0.25, 0.25, 0.75 - 0.5 / 8, 0.75, 0.75], rtol=1e-6)
     assert tfmot.PolynomialDecay(0.0, 0.5, 0, 10, power=1)(5)[1] == pytest.approx(0.25)
     falling = tfmot.PolynomialDecay(0.5, 0.0, 0, 10, power=1)
@@ -131,7 +131,7 @@ def test_configs_round_trip():
         ([4.0, 3.0, 2.0, 1.0, 0.5], 0.5, [1, 1, 0, 0, 0]),  # 2.5 rounds to 2.
         ([7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], 0.5, [1, 1, 1, 1, 0, 0, 0]),  # 3.5 rounds to 4.
         ([4.0, -2.0, 2.0, 1.0], 0.5, [1, 1, 1, 0]),  # Tied entries are kept.
-        ([4.0, 0.0, 0.0, 0.0], 0.5, [1, 1, 1, 1]),  # Zeros tie with each other.
+        ([4.0, 0.0, 0.0, 0.0], 0.5, [1, 1, 1, 1]),  # The zeros are tied with the threshold.
     ],
 )
 def test_magnitude_mask(weights, sparsity, expected):
@@ -141,7 +141,8 @@ def test_magnitude_mask(weights, sparsity, expected):
 
 def test_block_mask_ranks_blocks_by_mean_or_maximum():
     w = np.array([[9, 0, 4, 4], [0, 0, 4, 4], [1, 1, 0, 6], [1, 1, 0, 0]], "float32")
-    # Means of the four blocks are 2.25, 4, 1 and 1.5. Largest magnitudes are 9, 4, 1 and 6.
+    # The means of the four blocks are 2.25, 4, 1 and 1.5. The largest magnitudes in the blocks are
+    # 9, 4, 1 and 6.
     of_means = np.kron([[1, 1], [0, 0]], np.ones((2, 2), bool))
     np.testing.assert_array_equal(block_mask(w, 0.5, (2, 2), "AVG"), of_means)
     of_largest = np.kron([[1, 0], [0, 1]], np.ones((2, 2), bool))
@@ -150,12 +151,12 @@ def test_block_mask_ranks_blocks_by_mean_or_maximum():
 
 @once
 def test_block_mask_if_blocks_do_not_divide_the_weight():
-    # For six rows and blocks of four, tfmot pools rows 0-2 for block 0-3, and rows 3-5 for block
-    # 4-5.
+    # With six rows and blocks of four rows, tfmot pools rows 0-2 for the block of rows 0-3, and
+    # rows 3-5 for the block of rows 4-5.
     w = np.array([[0, 0, 0, 5, 5, 5]], "float32").T
     found = block_mask(w, 0.5, (4, 1), "AVG")
     np.testing.assert_array_equal(found[:, 0], [0, 0, 0, 0, 1, 1])
-    # A block may be wider than the weight.
+    # A block may have more columns than the weight.
     assert block_mask(w, 0.5, (1, 3), "MAX").sum() == 3
 
 
@@ -163,7 +164,7 @@ def test_block_mask_if_blocks_do_not_divide_the_weight():
 
 
 def reference(w, schedule, rate, momentum=0.0, n_of_m=None):
-    """Train a linear layer with the algorithm of tfmot.
+    """Train a linear layer in NumPy with the algorithm of tfmot.
 
     Return the mask of every step and the weights after the last step.
     """
@@ -176,7 +177,8 @@ def reference(w, schedule, rate, momentum=0.0, n_of_m=None):
             kept = max(1, round(w.size * (1 - sparsity)))
             magnitudes = np.sort(np.abs(w), axis=None)
             mask = np.abs(w) >= magnitudes[-kept]
-            # This gap at the threshold is larger than rounding differences between CPUs.
+            # The gap between the scores around the threshold exceeds rounding differences between
+            # CPUs.
             assert magnitudes[-kept] - magnitudes[-kept - 1] > GAP or not magnitudes[-kept]
         elif update:
             zeros, of = n_of_m
@@ -215,7 +217,7 @@ def test_masks_and_weights_of_every_step_match_the_reference(schedule, momentum,
     fit(model, callbacks=[tfmot.UpdatePruningStep(), Record()])
     expected, weights = reference(start.astype("float64"), schedule, 0.5, momentum, n_of_m)
     np.testing.assert_array_equal(found, expected)
-    if schedule is EVERY:  # Some pruned weights return later.
+    if schedule is EVERY:  # some pruned weights are kept again later
         assert any((b & ~a).any() for a, b in pairwise(expected))
     np.testing.assert_allclose(
         tfmot.strip_pruning(model).layers[0].kernel.numpy(), weights, atol=1e-5
@@ -304,7 +306,7 @@ def test_the_callback_raises_for_models_without_pruned_layers():
     callback.set_model(tfmot.prune_low_magnitude(dense(7)))
     with pytest.raises(ValueError, match="Compile the model"):
         callback.on_train_begin()
-    if keras.backend.backend() != "torch":  # Keras rejects this model on PyTorch.
+    if keras.backend.backend() != "torch":  # Keras raises an error for this model on PyTorch
         model = compiled(tfmot.prune_low_magnitude(dense(7)), steps_per_execution=4)
         with pytest.raises(ValueError, match="steps_per_execution=1"):
             fit(model)
@@ -331,7 +333,7 @@ def test_single_layers_keep_their_own_schedules():
     first = tfmot.prune_low_magnitude(layers.Dense(8, name="first"), EVERY)
     rest = tfmot.prune_low_magnitude([layers.Dropout(0.5), layers.Dense(7, name="last")], DECAY)
     model = keras.Sequential([keras.Input((9,)), first, *rest])
-    # All layers are already pruned, so this call changes nothing.
+    # All layers already have a schedule, so this call changes nothing.
     tfmot.prune_low_magnitude(model, tfmot.ConstantSparsity(0.9, 0))
     assert [layer.method.pruning_schedule for layer in (first, rest[1])] == [EVERY, DECAY]
     fit(compiled(model))
@@ -387,7 +389,7 @@ class Unknown(Named):
 
 
 class Outer(layers.Layer):
-    """A layer without a `build` method; its sublayer creates weights in `build`."""
+    """A layer without a `build` method. Its inner layer creates weights in `build`."""
 
     def __init__(self):
         super().__init__()
@@ -414,7 +416,8 @@ UNBUILT = {
 def test_unbuilt_layers_are_pruned_when_they_are_built(name, tmp_path):
     make, expected = UNBUILT[name]
     layer = tfmot.prune_low_magnitude(make(), EVERY)
-    tfmot.prune_low_magnitude([layer], DECAY)  # The first schedule is kept.
+    # The second call does not change the schedule of the first call.
+    tfmot.prune_low_magnitude([layer], DECAY)
     inputs = keras.Input((5, 4))
     features = layer(inputs, inputs) if name == "MultiHeadAttention" else layer(inputs)
     last = tfmot.prune_low_magnitude(layers.Dense(3), EVERY)
@@ -595,7 +598,7 @@ def test_the_xnnpack_policy_prunes_1x1_convolutions():
 
 
 def xnnpack_around(inner, subtract=False):
-    """Return a model that contains another model, and optionally a subtraction between layers."""
+    """Return a model that contains an inner model, and optionally a subtraction."""
     inputs = keras.Input((16, 16, 3))
     z = inner(layers.Conv2D(4, 3, strides=2)(layers.ZeroPadding2D(1)(inputs)))
     after = layers.Conv2D(4, 1, name="after")(z)
@@ -610,7 +613,8 @@ def inner_model(*inner, size=8):
 @once
 def test_the_xnnpack_policy_handles_nested_models_and_subtraction():
     within = layers.Conv2D(4, 1, name="within")
-    depthwise = inner_model(layers.DepthwiseConv2D(5), size=12)  # The padding precedes the model.
+    # the padding layer comes before this inner model
+    depthwise = inner_model(layers.DepthwiseConv2D(5), size=12)
     inner = inner_model(within, layers.ZeroPadding2D(2), depthwise)
     model = xnnpack_around(inner, subtract=True)
     tfmot.prune_low_magnitude(model, pruning_policy=POLICY)
@@ -670,7 +674,7 @@ WRAPPED = {
 
 
 def file_of(path, layer=WRAPPED, kernel=KERNEL):
-    """Write an .h5 file with one layer in the format of tf_keras."""
+    """Write an .h5 file in the format of tf_keras. The model in the file has one layer."""
     inputs = {"class_name": "InputLayer", "config": {"name": "i", "batch_input_shape": [None, 3]}}
     config = {"name": "m", "layers": [inputs, layer]}
     weights = {
@@ -707,7 +711,8 @@ def test_load_restores_masks_schedule_and_step(tmp_path):
     callback = [tfmot.UpdatePruningStep()]
     model.fit(np.ones((4, 3)), np.ones((4, 2)), batch_size=1, verbose=0, callbacks=callback)
     assert state["progress"].numpy()[0] == 11
-    # At step 10, three of six entries are kept. The third largest entry is not tied with a zero.
+    # At step 10, the schedule keeps three of six entries. The third largest entry is not tied with
+    # a zero.
     np.testing.assert_array_equal(state["mask"].numpy(), KERNEL != 0)
     assert type(tfmot.strip_pruning(model).layers[0]) is layers.Dense
 

@@ -1,4 +1,4 @@
-"""Tests that masks and files agree with the original tfmot, step by step.
+"""Tests that masks and files equal the masks and files of the original tfmot, step by step.
 
 The tests need a Python with tf_keras and tensorflow-model-optimization. On PyTorch, the tests use
 `.venv-tfmot`, which `make test` creates. If the environment variable KERAS_DST_TFMOT_PYTHON is set,
@@ -69,8 +69,8 @@ def pruned(model):
 def fit(model, case, epoch, record, first):
     """Train for an epoch, and compare masks and weights with the record after every step.
 
-    After the comparison, the weights are set to the recorded weights. Rounding differences
-    therefore do not add up until they change a mask.
+    After the comparison, the weights are set to the recorded weights. Otherwise, rounding
+    differences could add up and finally change a mask.
     """
     kind, *_ = CASES[case]
     x, y = tfmot_worker.data(kind)
@@ -135,5 +135,5 @@ def test_training_continues_from_a_tfmot_file(records, case):
     np.testing.assert_allclose(model.predict(x, verbose=0), record["predicted"], atol=1e-5)
     for i, (_, mask) in enumerate(pruned(model)):
         np.testing.assert_array_equal(mask.numpy(), record[f"mask_{BATCHES}_{i}"])
-    if optimizer == tfmot_worker.SGD:  # The file contains the whole state of plain SGD.
+    if optimizer == tfmot_worker.SGD:  # the file contains the whole state of plain SGD
         fit(compiled(model, case), case, 1, record, BATCHES + 1)

@@ -1,9 +1,9 @@
 """Tests of fifty steps of every method against the equations of the papers in NumPy.
 
 Every reference class has three methods. `effective` returns the weights that the network uses.
-`step` applies the gradients of these weights with the optimizer. `between` changes masks and state
-between two steps, given the number of finished steps. The class also stores scores, counters and
-thresholds.
+`step` applies the gradients of these weights with the optimizer. `between` updates masks and other
+state between two steps, given the number of finished steps. The class also stores the method's
+scores, counters or thresholds.
 """
 
 import keras
@@ -24,7 +24,7 @@ RATE = 0.05
 
 
 def keep_highest(scores, kept):
-    """Return masks of the highest scores of all arrays. Of tied scores, the first are kept."""
+    """Return masks of the highest scores over all arrays. Equal scores are kept in order."""
     flat = np.concatenate([s.ravel() for s in scores])
     mask = np.zeros(flat.size, bool)
     mask[np.lexsort((np.arange(flat.size), -flat))[:kept]] = True
@@ -80,7 +80,7 @@ class Revival(Magnitude):
 
 
 class DST(Dense):
-    """DST: Q = |w| - t, long-tailed derivative, penalty alpha sum exp(-t), reset at 1 %."""
+    """DST: Q = |w| - t, long-tailed derivative, penalty alpha sum exp(-t), reset at 1 % density."""
 
     alpha = 0.02
 
@@ -109,7 +109,7 @@ class DST(Dense):
 
 
 class FlipOut(Magnitude):
-    """FlipOut: score |w|^2 / (flips + 1), events at steps 15, 30 and 45, gradient-sized noise."""
+    """FlipOut: score |w|^2 / (flips + 1), events at steps 15, 30 and 45, gradient noise."""
 
     def __init__(self, p):
         super().__init__(p)
@@ -144,7 +144,7 @@ class OptG(Dense):
     def __init__(self, p):
         super().__init__(p)
         self.v = {n: np.zeros_like(p[n]) for n in KERNELS}
-        # These scores are trained with the learning rate of the weights.
+        # The learning rate of these scores is the learning rate of the weights.
         self.fast = {n: np.zeros_like(p[n]) for n in KERNELS}
         self.of_v = Momentum(self.fast, RATE)
         self.rate = 0.0
@@ -193,7 +193,7 @@ class ST3(Dense):
 
 
 class SET(Magnitude):
-    """SET: drop the smallest and grow random weights. Erdős-Rényi keeps 30 and 21 weights."""
+    """SET: drop the smallest weights, grow random weights. ERK keeps 30 and 21 weights."""
 
     kept = (30, 21)
 
@@ -220,7 +220,7 @@ class SET(Magnitude):
 
 
 class RigL(SET):
-    """RigL: like SET, but grow weights where the gradients of the dense weights are largest."""
+    """RigL: like SET, but grow the weights with the largest gradients."""
 
     def step(self, g, count):
         self.dense = {n: abs(g[n]) for n in KERNELS}
@@ -231,7 +231,7 @@ class RigL(SET):
 
 
 def hashed(*numbers):
-    """Return the hash of random numbers in keras_dst, computed with unsigned integers."""
+    """Return the hash that keras_dst uses for random numbers, computed with unsigned integers."""
     with np.errstate(over="ignore"):
         state = np.uint32(0)
         for number in numbers:

@@ -18,7 +18,7 @@ from tests.backends import COMPILES, every, once
 from tests.pages import blocks
 
 # KerasTuner uses deprecated functions of `threading`. KerasTuner also saves optimizer variables.
-# Keras skips these variables when it loads the weights into an untrained model.
+# When the weights are loaded into an untrained model, Keras skips these variables and warns.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:currentThread|getName:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning"),
@@ -79,7 +79,7 @@ def test_trials_reach_their_targets(data, tmp_path):
         target = trial.hyperparameters["sparsity"]
         assert metrics.get_best_value("final_sparsity") == pytest.approx(target, abs=0.02)
         assert trial.score == metrics.get_best_value("final_val_accuracy")
-    # The saved weights and the results come from the last epoch.
+    # Saved weights and results belong to the last epoch.
     (model,) = tuner.get_best_models()
     best = tuner.oracle.get_best_trials()[0]
     assert keras_dst.report(model).sparsity == pytest.approx(
@@ -88,7 +88,7 @@ def test_trials_reach_their_targets(data, tmp_path):
     logs = model.evaluate(data["x"][60:], data["y"][60:], verbose=0, return_dict=True)
     assert logs["accuracy"] == pytest.approx(best.score)
 
-    # A second search continues in the same folder.
+    # A second search in the same folder continues the first search.
     second = search(tmp_path, SparseHyperModel(magnitude_model), trials=2)
     assert second.remaining_trials == 1
     second.search(**data, epochs=2, verbose=0)
@@ -152,7 +152,7 @@ def test_trials_use_the_callback_of_the_user(data):
 
 @once
 def test_trials_store_results_of_an_export(data, tmp_path, monkeypatch):
-    """This test replaces the export with fixed results; the test of the page exports real files."""
+    """The export is replaced by fixed results. The test of the page exports real files."""
     calls = []
 
     def export(model, path, **options):

@@ -55,7 +55,7 @@ def run(*command, cwd):
 
 
 def test_oldest_tested_versions_equal_the_lower_bounds():
-    """`make test-versions` installs the lower bounds of pyproject.toml."""
+    """The oldest versions in `make test-versions` are the lower bounds in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     needed = [*project["dependencies"], *extras["jax"], *extras["torch"], *extras["export"]]

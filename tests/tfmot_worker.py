@@ -1,7 +1,7 @@
 """Train models with the original tfmot and tf_keras, for test_tfmot_parity.py.
 
-`python tests/tfmot_worker.py FOLDER` runs in an environment with tfmot. Every case writes two
-files. `CASE.npz` contains the initial weights, and the masks and weights of every step.
+`python tests/tfmot_worker.py FOLDER` runs in an environment with tfmot. The worker writes two files
+for every case. `CASE.npz` contains the initial weights, and the masks and weights of every step.
 `CASE.EXTENSION` contains the model after the first epoch.
 """
 
@@ -10,7 +10,8 @@ import sys
 
 import numpy as np
 
-BATCH, BATCHES, EPOCHS = 8, 13, 2  # 13 is odd, so some epochs end with an update.
+# With 13 batches per epoch, which is odd, some epochs end with a mask update.
+BATCH, BATCHES, EPOCHS = 8, 13, 2
 SGD = ("SGD", {"learning_rate": 0.5})
 ADAM = ("Adam", {"learning_rate": 0.02})
 MOMENTUM = ("SGD", {"learning_rate": 0.2, "momentum": 0.9})
@@ -26,7 +27,7 @@ DECAY = (
         "frequency": 3,
     },
 )
-# Name: (model, schedule, other arguments of prune_low_magnitude, optimizer, file format).
+# name: (model, schedule, other arguments of prune_low_magnitude, optimizer, file format)
 CASES = {
     "every-step": ("dense", EVERY, {}, MOMENTUM, "h5"),
     "regularized": ("regularized", DECAY, {}, ADAM, "keras"),

@@ -1,4 +1,4 @@
-"""Tests of every method on several devices: all copies are equal, and equal to one device."""
+"""Tests of every method on several devices: all copies equal the result of a single device."""
 
 import keras
 import numpy as np
@@ -8,7 +8,8 @@ from tests.devices import trainings
 from tests.devices.launch import launch
 
 BACKEND = keras.backend.backend()
-# Setups of each backend: (setup, processes, runs on several devices, copies of each variable).
+# Setups of each backend: (setup, number of processes, runs on several devices, number of copies of
+# each variable).
 SETUPS = {
     "tensorflow": [("mirrored", 1, ["mirrored"], 2), ("workers", 2, ["workers"], 2)],
     "jax": [("sharded", 1, ["data", "model"], 2)],
@@ -19,7 +20,7 @@ RUNS = [(setup, run, copies) for setup, _, runs, copies in SETUPS for run in run
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Return a function that runs a setup once and returns the folder with its files."""
+    """Return a function that runs a setup only once, and returns the folder with the results."""
     done = {}
 
     def folder(setup):
@@ -41,7 +42,7 @@ def test_all_copies_equal_a_run_on_one_device(trained, setup, run, copies, metho
     single = np.load(trained(SETUPS[0][0]) / f"{method}.single.0.npz")
     assert set(first.files) == set(single.files)
     for path in single.files:
-        for other in others:  # includes masks, scores, counters and momentum
+        for other in others:  # also for masks, scores, counters and momentum
             np.testing.assert_array_equal(first[path], other[path], err_msg=path)
         if single[path].dtype.kind == "f":
             np.testing.assert_allclose(first[path], single[path], atol=1e-5, err_msg=path)
@@ -59,14 +60,14 @@ def test_the_target_is_reached(trained, setup, run, method):
     for variable in model.variables:
         variable.assign(arrays[variable.path])
     sparsity = trainings.keras_dst.report(model).sparsity
-    # Consensus closes the gates of 6 of the 20 units of the first layer: 48 of all 240 weights.
+    # Consensus closes 6 of the 20 units in the first layer, which have 48 of all 240 weights.
     target = 0.2 if method == "consensus" else 0.7
     assert sparsity == pytest.approx(target, abs=0.01)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MultiWorkerMirroredStrategy is TensorFlow's")
 def test_fit_without_keras_dst_fails_on_several_workers(trained):
-    """Because of this limit of Keras, docs/many_devices.md uses a custom training loop."""
+    """Because Keras fails here, docs/many_devices.md uses a custom training loop."""
     for rank in range(2):
         assert "PerReplica" in (trained("workers") / f"fit.{rank}.txt").read_text()
 

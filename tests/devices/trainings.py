@@ -1,10 +1,10 @@
 """Train a small network with every method on one or several devices, for test_devices.py.
 
-`python -m tests.devices.trainings SETUP FOLDER` writes a file `METHOD.RUN.COPY.npz` for every
-run and for every copy of the variables. The names of the arrays in a file are the variable paths.
+`python -m tests.devices.trainings SETUP FOLDER` writes one file `METHOD.RUN.COPY.npz` per method,
+run and copy of the variables. The names of the arrays in a file are the variable paths.
 """
 
-# ruff: noqa: E402 - devices are set up before the backend is imported
+# ruff: noqa: E402 - devices must be set up before the backend is imported
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ import warnings
 
 DEVICES = {"mirrored": 2, "sharded": 8}  # devices per process
 
-if __name__ == "__main__":  # Set up devices before importing the backend.
+if __name__ == "__main__":  # devices must be set up before the backend is imported
     _setup = sys.argv[1]
     if _setup == "sharded":
         flags = f"--xla_force_host_platform_device_count={DEVICES[_setup]}"
@@ -58,7 +58,7 @@ y = (x @ np.random.default_rng(1).standard_normal((8, 4))).argmax(1)
 
 
 def build(method):
-    """Return a compiled network with a method; the initial weights are always the same."""
+    """Return a compiled network with a method. The initial weights are always the same."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
@@ -90,7 +90,7 @@ def variables(model):
 
 
 def save(folder, method, run, model, copies):
-    """Write one file per device; `copies` returns the arrays of a variable, one per device."""
+    """Write one file per device. `copies(variable)` returns one array per device."""
     arrays = {path: copies(v) for path, v in variables(model).items()}
     for copy in range(len(next(iter(arrays.values())))):
         here = {path: values[copy] for path, values in arrays.items()}
@@ -105,8 +105,9 @@ def one(variable):
 
 
 def mirrored(folder):
-    """Train with `tf.distribute.MirroredStrategy`; every replica has a copy of the variables."""
-    # All methods share one strategy, because collectives of two strategies would conflict.
+    """Train with `tf.distribute.MirroredStrategy`. Every replica has a copy of the variables."""
+    # All methods use the same strategy, because collective operations of two strategies would
+    # conflict.
     strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(DEVICES["mirrored"])])
     for name, method in METHODS.items():
         save(folder, name, "single", fit(build(method)), one)
@@ -136,7 +137,7 @@ def refused(strategy):
 
 
 def workers_(folder):
-    """Train with `tf.distribute.MultiWorkerMirroredStrategy`; every process has a copy."""
+    """Train with `tf.distribute.MultiWorkerMirroredStrategy`. Every process has a copy."""
     rank = int(os.environ["RANK"])
     with workers.scope():
         plain = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, "softmax")])
@@ -193,18 +194,18 @@ def driven(model):
 @contextlib.contextmanager
 def quiet():
     with warnings.catch_warnings():
-        # In such a short run, learned methods miss the target before the last projection.
+        # In such a short run, learned methods reach the target only by the final projection.
         warnings.filterwarnings("ignore", message=".*training had reached")
         yield
 
 
 def sharded(folder):
-    """Train with `keras.distribution` on JAX; a copy is assembled from the parts on the devices."""
+    """Train with `keras.distribution` on JAX. Copies are assembled from the shards."""
     distribution = keras.distribution
     devices = distribution.list_devices("cpu")
     mesh = distribution.DeviceMesh((2, 4), ("batch", "model"), devices)
     layout = distribution.LayoutMap(mesh)
-    # The first pattern also matches the paths of masks and thresholds.
+    # This pattern also matches the paths of masks and thresholds.
     layout[".*first/kernel.*"] = (None, "model")
     layout[".*first/bias"] = ("model",)
     runs = {
@@ -222,7 +223,7 @@ def sharded(folder):
 
 
 def whole_on_each(variable):
-    """Return copies of a sharded variable, each assembled from one replica of every part."""
+    """Return copies of a sharded variable. A copy is assembled from one replica of each shard."""
     parts = {}
     for shard in variable.value.addressable_shards:
         parts.setdefault(str(shard.index), []).append((shard.index, np.asarray(shard.data)))
@@ -247,7 +248,7 @@ def check_layouts(model):
 
 
 def ddp(folder):
-    """Train with PyTorch's DistributedDataParallel; every process has a copy of the variables."""
+    """Train with PyTorch's DistributedDataParallel. Every process has a copy of the variables."""
     import torch
 
     torch.distributed.init_process_group("gloo")
@@ -262,7 +263,7 @@ def ddp(folder):
 
 
 def torch_loop(model, rank=None):
-    """Run a custom PyTorch training loop; if a rank is given, train on half of every batch."""
+    """Run a custom training loop on PyTorch. If `rank` is given, train on half of every batch."""
     import torch
 
     parts = 1 if rank is None else 2

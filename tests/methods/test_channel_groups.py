@@ -60,8 +60,9 @@ def test_kept_share_of_channels_parameters_and_flops():
         ("channels", 0.5, [2, 1]),
         ("channels", 0.9, [1, 1]),
         ("parameters", 0.5, [2, 1]),  # [2, 1] keeps 20 of 48 parameters; [3, 1] would keep 30.
-        ("flops", 0.5, [3, 1]),  # Keeps 1290 of 2220 FLOPs; [2, 1] would keep 860.
-        ("flops", 0.7, [2, 1]),  # The target is 666 FLOPs; [1, 1] would keep 430.
+        ("flops", 0.5, [3, 1]),  # [3, 1] keeps 1290 of 2220 FLOPs; [2, 1] would keep 860.
+        # The target is 666 FLOPs: [2, 1] keeps 860, and [1, 1] would keep 430.
+        ("flops", 0.7, [2, 1]),
     ],
 )
 def test_uniform_counts_are_nearest_to_the_target(counted_in, sparsity, expected):
@@ -90,9 +91,9 @@ def test_a_named_group_has_its_own_sparsity_and_the_others_meet_the_target():
 
 def test_masks_of_a_sum_agree_and_keep_the_highest_mean_score():
     scores = [
-        columns([4, 1, 2, 1], SHAPES[0]),  # normalized: 2, 0.5, 1, 0.5
+        columns([4, 1, 2, 1], SHAPES[0]),  # Normalized scores: 2, 0.5, 1, 0.5
         columns([1, 3], SHAPES[1]),
-        columns([10, 50, 10, 10], SHAPES[2]),  # normalized: 0.5, 2.5, 0.5, 0.5
+        columns([10, 50, 10, 10], SHAPES[2]),  # Normalized scores: 0.5, 2.5, 0.5, 0.5
     ]
     stem, inside, outer = rank(uniform(), scores)
     np.testing.assert_array_equal(stem, columns([1, 1, 0, 0], SHAPES[0]))
@@ -103,14 +104,16 @@ def test_masks_of_a_sum_agree_and_keep_the_highest_mean_score():
 @pytest.mark.parametrize(
     ("counted_in", "expected"),
     [
-        ("channels", [[1, 1, 0, 0], [1, 0]]),  # Of the two tied channels, the first is kept.
-        ("flops", [[1, 1, 0, 0], [1, 1]]),  # Keeps 1020 of 2220 FLOPs; one more would keep 1530.
+        # Two channels are tied, and the first of them is kept.
+        ("channels", [[1, 1, 0, 0], [1, 0]]),
+        # This keeps 1020 of 2220 FLOPs. With one more channel, 1530 FLOPs would be kept.
+        ("flops", [[1, 1, 0, 0], [1, 1]]),
     ],
 )
 def test_a_global_ranking_meets_the_target(counted_in, expected):
     scores = [
         columns([4, 1, 2, 1], SHAPES[0]),
-        columns([1, 1], SHAPES[1]),  # normalized: 1, 1
+        columns([1, 1], SHAPES[1]),  # Normalized scores: 1, 1
         columns([10, 50, 10, 10], SHAPES[2]),
     ]  # The mean scores per channel are 1.25, 1.5, 0.75, 0.5, 1, 1.
     method = Magnitude(0.5, "global", "channel", counted_in=counted_in)

@@ -186,8 +186,8 @@ def test_the_target_is_the_cost_of_the_shrunk_model(cost):
         "flops": after.dense_flops / before.dense_flops,
         "parameters": after.parameters / before.parameters,
     }
-    # A channel of "two" has up to 5 % of the cost. A layer with zero padding may keep one
-    # closed channel.
+    # One channel of "two" accounts for up to 5 % of the cost, and a layer with zero padding may
+    # keep one closed channel.
     assert left[cost] == pytest.approx(0.61, abs=0.06)
 
 
@@ -233,7 +233,7 @@ def test_unknown_flops_raise():
     lambda: keras.optimizers.Adam(),
 ])  # fmt: skip
 def test_training_reaches_the_target(inner):
-    # Training takes 224 steps. The last projection closes the remaining gap to the target.
+    # Training has 224 steps. The final projection closes the remaining gap to the target.
     rng = np.random.default_rng(0)
     x = rng.standard_normal((256, 24)).astype("float32")
     y = (x @ rng.standard_normal((24, 4))).argmax(1)
@@ -267,17 +267,20 @@ def project(method, logits, costs, weights=None, layouts=None):
 
 
 def test_projection_opens_gates_up_to_the_budget():
-    # A unit of the first kernel costs 2, a unit of the second kernel costs 6.
+    # A unit of the first kernel has cost 2, and a unit of the second kernel has cost 6.
     logits = [[0.3, -0.1, 0.2, 0.5], [-0.4, 0.1, -0.2]]
     one, two = project(Consensus(0.5), logits, [1, 3])
-    # Opening the logits 0.5, 0.3, 0.2, 0.1 in this order costs 2, 4, 6, 12 of 26. The target is 13.
-    # The next gate would raise the cost to 14, which is as near to 13.
+    # Gates are opened in the order of their logits 0.5, 0.3, 0.2, 0.1. The cost of the open gates
+    # is then 2, 4, 6 and 12, of 26 in total. The target is 13. With the next gate, the cost would
+    # be 14, which is equally close to 13.
     np.testing.assert_array_equal(one >= 0, [1, 0, 1, 1])
     np.testing.assert_array_equal(two >= 0, [0, 1, 0])
-    for found, before in zip((one, two), logits):  # logits with the right sign do not change
+    # a logit that already has the right sign does not change
+    for found, before in zip((one, two), logits):
         np.testing.assert_array_equal(found, np.float32(before))
     one, two = project(Consensus(0.8), logits, [1, 3])
-    # The best gate of each layer opens first. The cost, 8 of 26, is above the target but minimal.
+    # The best gate of each layer is always open. The cost, 8 of 26, exceeds the target, but is the
+    # minimum.
     np.testing.assert_array_equal(one >= 0, [0, 0, 0, 1])
     np.testing.assert_array_equal(two >= 0, [0, 1, 0])
     one, two = project(Consensus(0), logits, [1, 3])
@@ -289,9 +292,9 @@ def test_projection_opens_gates_up_to_the_budget():
 
 
 def test_trajectory_of_consensus_equals_the_equations():
-    """Compare 50 training steps with NumPy, for a two-layer network with gates and penalties."""
+    """Compare 50 training steps of a two-layer network with gates and penalties with NumPy."""
     method = Consensus(0.6, lambda_polar=0.5, lambda_act=4.0)
-    method.schedule = Constant(0.6)  # the budget is constant, as in the paper
+    method.schedule = Constant(0.6)  # the target of the budget is constant, as in the paper
     model = reference.keras_net()
     keras_dst.sparsify(model, method)
     state = model.layers[0].sparse_state["kernel"]
@@ -320,7 +323,7 @@ def test_trajectory_of_consensus_equals_the_equations():
         before = z > 0
         g = reference.gradients(xs, ys, {**p, "w1": p["w1"] * z})
         to_z = (g["w1"] * p["w1"]).sum(0)  # Straight-through gradient.
-        to_z += 0.5 * (1 - 2 * z) / n  # Gradient of mean(g (1 - g)), g = z.
+        to_z += 0.5 * (1 - 2 * z) / n  # Gradient of the penalty mean(g (1 - g)) with g = z.
         to_z += 4.0 * 2 * (z.mean() - 0.4) / n
         optimizer.step(p, {**g, "w1": g["w1"] * z, "logit": to_z * pi * (1 - pi)})
     assert turns > 0

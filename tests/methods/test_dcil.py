@@ -230,7 +230,7 @@ def on_both_paths(model, x):
 
 
 class OneNumber(layers.Layer):
-    """A layer that adds a loss whose value depends on the path."""
+    """A layer that adds a loss, which differs between the pruned path and the full path."""
 
     def call(self, x):
         self.add_loss(ops.mean(x))
@@ -299,7 +299,7 @@ def test_loss_of_several_outputs():
     kl += 3 * divergence(*two, 2.0)[0].mean()
     weighted = np.dot([1, 3, 5], np.add(task(pruned), task(full)))
     np.testing.assert_allclose(logs["loss"], [weighted + kl], rtol=1e-4)
-    # The reported losses of single outputs use the pruned path.
+    # The loss that the logs report for each output is computed on the pruned path.
     np.testing.assert_allclose(logs["number_loss"], [task(pruned)[2]], rtol=1e-4)
 
 
@@ -477,7 +477,7 @@ def test_patterns():
 
 
 class OwnLoss(keras.Model):
-    """A model that overrides compute_loss with the old signature, without `training`."""
+    """A model that overrides `compute_loss` with its old signature, without `training`."""
 
     def __init__(self):
         super().__init__()
@@ -513,7 +513,7 @@ def test_a_training_step_without_compute_loss_raises():
     model = Other([keras.Input((5,)), layers.Dense(3)])
     keras_dst.sparsify(model, DCIL(0.5))
     still(model, "mse")
-    for steps in (4, 1):  # with and without a mask update
+    for steps in (4, 1):  # 4 steps include a mask update, 1 step does not
         with pytest.raises(ValueError, match="does not call"):
             fit(model, random(16 * steps, 5), random(16 * steps, 3))
 

@@ -37,7 +37,8 @@ def slope(q):
     return 2 - 4 * q if q <= 0.4 else 0.4 if q <= 1 else 0
 
 
-# Granularity, layout, shape of the weight, shape of the threshold, axes that share a threshold.
+# Columns: granularity, layout, shape of the weight, shape of the thresholds, and the axes along
+# which weights have the same threshold.
 SINGLE = [
     ("unit", KERNEL, (6, 4), (4,), (0,)),
     ("unit", KERNEL, (3, 2, 4, 5), (5,), (0, 1, 2)),
@@ -46,7 +47,7 @@ SINGLE = [
     ("layer", KERNEL, (3, 2, 4, 5), (), (0, 1, 2, 3)),
     ("weight", KERNEL, (6, 4), (6, 4), ()),
 ]
-# The same columns as in SINGLE, followed by the pattern and its block shape.
+# Columns: the same as in SINGLE, followed by the pattern and its block shape.
 GROUPED = [
     # The last block of each column has 2 weights.
     ("unit", KERNEL, (6, 4), (4,), (0,), "1x4", (4, 1)),
@@ -179,14 +180,14 @@ def test_golden_gradients():
     to_w, to_t = gradients(
         lambda w, t: DST().apply(w, {"threshold": t}, KERNEL), [tensor(w), tensor(t)], tensor(g)
     )
-    # dL/dw = g (m + |w| S'), and dL/dt = -sum(g w S') over each column.
+    # dL/dw = g (m + |w| S'), and dL/dt = -sum(g w S'), where the sum is over one column.
     np.testing.assert_allclose(to_w, [[1.5, 0.2], [1.0, 1.8]], rtol=1e-6)
     np.testing.assert_allclose(to_t, [-0.5 + 1.0, -0.2 + 0.8], rtol=1e-6)
 
 
 def test_gradients_can_revive_a_pruned_weight():
-    # Both weights are below the threshold, and larger magnitudes reduce the loss. The gradients
-    # therefore move the weights away from 0 and lower the threshold.
+    # Both weights are below the threshold, and larger magnitudes would reduce the loss. The
+    # gradients therefore increase the magnitudes and lower the threshold.
     to_w, to_t = gradients(
         lambda w, t: DST().apply(w, {"threshold": t}, KERNEL),
         [tensor([[0.3], [-0.3]]), tensor([0.5])],
@@ -202,12 +203,13 @@ def test_gradients_can_revive_a_pruned_weight():
 @pytest.mark.parametrize(
     ("target", "reset_density", "thresholds", "expected"),
     [
-        (None, 0.01, [0.95, 0.95], [0.95, 0.95]),  # 10 % of the weights are left.
+        (None, 0.01, [0.95, 0.95], [0.95, 0.95]),  # 10 % of the weights are still kept.
         (None, 0.1, [0.95, 0.95], [0, 0]),  # The reset happens at or below `reset_density`.
         (None, 0.1, [0.85, 0.95], [0.85, 0.95]),
         (None, 0.01, [2, 3], [0, 0]),  # no weight is left
         (None, 0.0, [2, 3], [0, 0]),
-        (0.5, 0.1, [0.95, 0.95], [0.95, 0.95]),  # with a target, the reset happens at 5 %
+        # with a target, thresholds are reset at 5 % density
+        (0.5, 0.1, [0.95, 0.95], [0.95, 0.95]),
         (0.5, 0.1, [0.95, 1.5], [0, 0]),
         (None, 0.01, [-0.5, 0.5], [-0.5, 0.5]),
         (0.5, 0.01, [-0.5, 0.5], [0, 0.5]),  # with a target, thresholds are not negative
@@ -217,7 +219,7 @@ def test_gradients_can_revive_a_pruned_weight():
     ],
 )
 def test_reset(target, reset_density, thresholds, expected):
-    # Both columns of the kernel contain 0.1, 0.2, ... 1.0.
+    # Both columns of the kernel contain the values 0.1, 0.2, ..., 1.0.
     layer = keras.layers.Layer()
     variable = layer.add_weight(shape=(10, 2), initializer="zeros")
     variable.assign(np.repeat(np.arange(1, 11)[:, None] / 10, 2, axis=1))
@@ -245,7 +247,7 @@ def test_reset_density_is_below_the_target_density(target, reset_density, expect
 
 @functools.cache
 def compiled_project(method, shapes):
-    """Return a compiled projection for these shapes of weights and thresholds."""
+    """Return a compiled `project` for weights and thresholds of these shapes."""
 
     def project(weights, thresholds, kept):
         states = [{"threshold": t} for t in thresholds]
@@ -280,12 +282,12 @@ def test_projection_keeps_the_requested_number_of_weights(granularity, shapes, p
     q = [margins(w, t, block) for w, t in zip(weights, thresholds)]
     ranked = np.sort(np.concatenate([np.ravel(x) for x in q]))[::-1]
 
-    # With blocks of 4, only multiples of 4 are possible: 50 becomes 48.
+    # With blocks of 4 weights, the number of kept weights is a multiple of 4: 50 becomes 48.
     for kept in [20, 50, 52, 91, 92]:
         found, moved = project(method, weights, thresholds, kept)
         groups = kept // math.prod(block)
         assert sum(mask.sum() for mask in found) == groups * math.prod(block)
-        # The projection keeps the blocks with the largest margins.
+        # The projection keeps the blocks with the largest margins Q.
         lowest = ranked[groups - 1]
         for mask, x in zip(found, q):
             np.testing.assert_array_equal(mask, np.repeat(x >= lowest, block[0], axis=0))
@@ -302,7 +304,7 @@ def test_projection_keeps_a_weight_of_every_layer():
 
 @pytest.mark.parametrize(("kept", "sign"), [(5, 1), (15, -1)])
 def test_alpha_pushes_all_thresholds_towards_the_target(kept, sign):
-    # 10 of 20 weights are above their thresholds.
+    # The magnitudes of 10 of the 20 weights exceed their thresholds.
     layer = keras.layers.Layer()
     method = DST(0.5)
     weights = [tensor([[0.1], [0.2], [0.8], [0.9]]), tensor(np.linspace(0.05, 0.95, 16)[:, None])]

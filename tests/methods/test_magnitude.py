@@ -1,4 +1,4 @@
-"""Tests of Magnitude's pure functions against a stable sort in NumPy."""
+"""Tests of the pure functions of Magnitude against a stable sort in NumPy."""
 
 import functools
 import math
@@ -27,7 +27,7 @@ def random(*shape, scale=1.0, seed=0):
 
 @functools.cache
 def compiled_rank(method, layout, shapes):
-    """Return a compiled ranking for weights of these shapes."""
+    """Return a compiled function that ranks weights of these shapes."""
 
     def rank(weights, kept):
         scores = method.scores(weights, [{} for _ in shapes])
@@ -63,19 +63,20 @@ def test_scores_with_revival_use_the_dense_weights():
 
 # -- rank ------------------------------------------------------------------------------------------
 
-# The second weight has 3 entries so small that global ranking keeps only `min_kept` of them.
+# The second weight has 3 entries. They are so small that a global ranking keeps only `min_kept`
+# entries.
 LAYERS = [random(2, 2, 3, 5), random(1, 3, scale=1e-3, seed=1)]
 
 
 def best(w, kept):
-    """Return a mask of the `kept` largest magnitudes. Of equal magnitudes, the first are kept."""
+    """Return a mask of the `kept` largest magnitudes. Equal magnitudes are kept in order."""
     mask = np.zeros(w.size, bool)
     mask[np.argsort(-np.abs(w.ravel()), kind="stable")[:kept]] = True
     return mask.reshape(w.shape)
 
 
 def reference_global(weights, kept, min_kept):
-    """Keep the `min_kept` best entries of every weight, then the best of all other entries."""
+    """Keep the `min_kept` best entries of every weight, and then the best remaining entries."""
     floors = np.broadcast_to(min_kept, len(weights))
     masks = [best(w, n) for w, n in zip(weights, floors)]
     protected = np.concatenate([np.ravel(mask) for mask in masks])
@@ -150,7 +151,7 @@ def blocks_of(shape, block):
 
 
 def best_blocks(w, block, kept):
-    """Return a mask of the blocks of largest mean magnitude that fit into `kept` weights."""
+    """Return a mask of the blocks with the largest mean magnitudes, with at most `kept` weights."""
     owned = [own for _, own in blocks_of(w.shape, block)]
     mask, left = np.zeros(w.shape, bool), kept
     for i in np.argsort([-np.abs(w[own]).mean(dtype="float64") for own in owned], kind="stable"):
@@ -176,7 +177,8 @@ def test_rank_of_blocks_by_layer():
 
 
 def test_rank_of_blocks_over_all_layers():
-    # All blocks of the second weight are better. The best block of the first weight is protected.
+    # All blocks of the second weight have higher scores. Only the minimum protects the best block
+    # of the first weight.
     weights = [random(8, 5), np.sign(random(8, 4, seed=1)) * 2]
     found = masks_of(Magnitude(0.5, "global", "1x4"), weights, [20])
     expected = [best_blocks(weights[0], (4, 1), 4), best_blocks(weights[1], (4, 1), 16)]
@@ -188,13 +190,14 @@ def test_rank_of_blocks_over_all_layers():
     [("global", [(10, 5)], [5]), ("uniform", [(10, 5), (6, 4)], [5, 2])],
 )
 def test_every_layer_keeps_a_channel(allocation, shapes, kept):
-    # At 90 % sparsity, the number of kept weights is smaller than a channel of 10 or 6 weights.
+    # At 90 % sparsity, fewer weights are kept than one channel has (10 or 6 weights).
     method = Magnitude(0.9, allocation, "channel")
     assert all(mask.any() for mask in masks_of(method, [random(*s) for s in shapes], kept))
 
 
 def test_min_kept_in_partial_blocks():
-    # With pattern 1x4, the fifth input is a separate block of 1 weight, and the best block here.
+    # With pattern 1x4, the fifth input is a block of its own, which has 1 weight and the highest
+    # score.
     kernel = np.array([[0.1], [0.1], [0.1], [0.1], [0.5]])
     (found,) = masks_of(Magnitude(0.5, pattern="1x4", min_kept=4), [kernel], [4])
     assert found.sum() >= 4
@@ -212,7 +215,8 @@ def test_rank_in_n_of_m(shape):
             assert min(group[on]) > max(group[~on], default=-1)
 
 
-# Mask of 30 of the 63 weights of LAYERS, as bits; it must be equal on every backend.
+# Bits of the mask that keeps 30 of the 63 weights in LAYERS. The bits must be equal on every
+# backend.
 GOLDEN = "01a7fdb322130f52"
 
 
@@ -234,7 +238,8 @@ RESNET_20 = [
 @every(3)
 @pytest.mark.parametrize("sparsity", [0.98, 0.99, 0.999])
 def test_global_ranking_keeps_the_minimum_of_every_layer(sparsity):
-    # In every second layer the weights are so small that a plain ranking keeps only one of them.
+    # In every second layer, the weights are so small that a ranking without minimums would keep
+    # only one.
     weights = [random(*s, scale=1e-3 if i % 2 else 1.0) for i, s in enumerate(RESNET_20)]
     method = Magnitude(sparsity)
     layouts = [KERNEL] * len(weights)
@@ -275,7 +280,8 @@ SHAPES, PATHS = [(10, 10), (30, 10)], ["a/kernel", "b/kernel"]
         (Magnitude(0.9, "uniform", "1x4"), 0.5, [50, 150]),
         (Magnitude(0.9, "erk"), 0.9, [13, 27]),  # sum(shape) is 20 and 40
         (Magnitude(0.9, {"b/.*": 0.5}), 0.9, [10, 150]),
-        (Magnitude(0.9, {"b/.*": 0.5}), 0.45, [55, 225]),  # half of the target sparsity
+        # the current sparsity is half of the target
+        (Magnitude(0.9, {"b/.*": 0.5}), 0.45, [55, 225]),
     ],
 )
 def test_kept_counts(method, sparsity, expected):

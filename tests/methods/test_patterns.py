@@ -39,7 +39,7 @@ def refusal(cls, pattern, allocation):
 
 
 def check_pattern(pattern, mask):
-    """Check the pattern of a mask whose last axes are inputs (a multiple of 4) and outputs."""
+    """Check the pattern of a mask with the axes (..., inputs, outputs); 4 divides the inputs."""
     *window, inputs, outputs = mask.shape
     if pattern == "2:4":
         groups = mask.reshape(-1, inputs // 4, 4, outputs)
@@ -72,7 +72,7 @@ def test_every_pattern_and_allocation_is_valid_or_raises(cls, pattern, allocatio
     for mask in masks:
         check_pattern(pattern, mask)
     counts = np.array([mask.sum() for mask in masks])
-    # Number of weights that are pruned together, for each of the two kernels.
+    # For each of the two kernels, the number of weights in a group that is pruned together.
     groups = {"unstructured": [1, 1], "1x4": [4, 4], "2:4": [1, 1], "channel": [16, 72]}[pattern]
     if pattern == "2:4" or allocation == "uniform":
         wanted = 0.5 * np.array(SIZES)

@@ -28,7 +28,7 @@ def compiled_update(method):
 
 
 def update(method, w, mask, gradient, kept, step=50, progress=0.1):
-    """Return the new mask of one weight and the mask of grown weights, as NumPy arrays."""
+    """Return the new mask of one weight and the mask of its grown entries, as NumPy arrays."""
     dtypes = ("int32", "float32", "float32")
     now = ScheduleState(
         *(ops.convert_to_tensor(n, d) for n, d in zip((step, progress, 0.5), dtypes))
@@ -81,7 +81,8 @@ def test_set_grows_random_weights():
 def test_the_first_mask_is_random_and_grows_no_weight(cls):
     w, _, gradient = problem()
     full = np.ones_like(w, bool)
-    # Random numbers are hashes of seed and step, so different steps stand for different seeds.
+    # Random numbers are hashes of seed and step, so a different step has the effect of a different
+    # seed.
     found = [update(cls(0.7), w, full, gradient, 60, step) for step in range(40)]
     assert all(f["mask"].sum() == 60 and not f["grown"].any() for f in found)
     often = np.mean([f["mask"] for f in found], axis=0)
@@ -109,7 +110,8 @@ SHAPES = [(10, 10), (30, 50), (50, 10)]
     ("allocation", "sparsity", "expected"),
     [
         ("uniform", 0.75, [100, 319, 106]),  # The first weight stays dense.
-        # A dense first weight would be half of all kept weights, so it is pruned as well.
+        # If the first weight stayed dense, it would have half of all kept weights. It is therefore
+        # pruned.
         ("uniform", 0.9, [10, 150, 50]),
         ({"a": 0.5}, 0.75, [50, 375, 125]),
     ],
