@@ -106,9 +106,8 @@ def kept_counts(
 ) -> np.ndarray:
     """Return how many entries to keep (int64): one total if global, otherwise one count per weight.
 
-    The sum of the counts is exactly `round((1 - sparsity) * size)`, where `size` is the number of
-    entries of all weights, unless the allocation is a dict. A dict gives every named weight its own
-    sparsity.
+    A dict gives every named weight its own sparsity. Otherwise, the sum of the counts is exactly
+    `round((1 - sparsity) * size)`, where `size` is the number of entries in all weights.
 
     Args:
         allocation, shapes, names: See `densities`.
@@ -163,11 +162,11 @@ def equal_drop(
 ) -> np.ndarray:
     """Return one sparsity per weight tensor, so that the largest drop of the metric is minimal.
 
-    Every weight tensor is pruned until its pruning causes the same drop of the metric. The drop is
-    chosen so that the total sparsity meets the target. Between the measured points, drops are
-    interpolated linearly. Each curve is made monotonic first: a drop becomes the largest drop at
-    the same or a lower sparsity, and at least 0. If several solutions remain, the sparsities are as
-    even as possible.
+    Every weight tensor is pruned until the metric drops by the same amount. The amount is chosen so
+    that the total sparsity meets the target. Between the measured points, drops are interpolated
+    linearly. Each curve is made monotonic first: negative drops become 0, and then every drop is
+    replaced by the largest drop up to the same sparsity. If several solutions remain, the
+    sparsities are as even as possible.
 
     Args:
         sparsities: Sparsities at which the drops were measured, increasing from 0.

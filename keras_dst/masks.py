@@ -255,7 +255,7 @@ class Pattern:
         return _block_sizes(shape, self.block(shape, layout))
 
     def expand(self, groups: Tensor, shape: Sequence[int], layout: Layout = KERNEL) -> Tensor:
-        """Expand one value per group to the mask of a weight, which has the given shape."""
+        """Expand a mask with one entry per group to the mask of a weight with this shape."""
         return spread(groups, self.block(shape, layout), shape)
 
     def __repr__(self):

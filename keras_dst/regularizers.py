@@ -111,5 +111,5 @@ class Budget(keras.regularizers.Regularizer):
 
 
 def _as_loss(x):
-    """Cast the input of a penalty to `floatx`, the type of the loss that Keras adds it to."""
+    """Cast the input of a penalty to the type of the model's loss, which is `floatx`."""
     return ops.cast(ops.convert_to_tensor(x), keras.config.floatx())

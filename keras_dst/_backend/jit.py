@@ -87,8 +87,8 @@ def masked(w, mask):
 def count_true(mask):
     """Return the number of true entries in every row of a boolean matrix, int32.
 
-    torch converts booleans to int64 before it adds them, with eight bytes of memory per entry.
-    torch adds bytes without a conversion, and a sum of 128 booleans fits into a byte.
+    Before a sum of booleans, torch converts them to int64, which needs eight bytes per entry. Bytes
+    are added without a conversion, and a sum of 128 booleans fits into a byte.
     """
     if keras.backend.backend() != "torch":
         return ops.cast(ops.count_nonzero(mask, axis=1), "int32")

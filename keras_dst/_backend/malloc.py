@@ -2,11 +2,11 @@
 
 glibc returns free blocks of more than 32 MiB to the system at once. The next training step requests
 this memory again page by page, which can take as long as the computation. A sparse training step
-uses more memory than a dense step, so the memory blocks of a sparse step can exceed this limit even
-if the blocks of a dense step do not.
+uses more memory than a dense step. Its memory blocks can therefore exceed this limit even if the
+blocks of a dense step do not.
 
-The policy applies to the whole process. It therefore changes only on request, by
-`SparseTraining(keep_memory=)`.
+The policy applies to the whole process. `SparseTraining` therefore changes the policy only if the
+argument `keep_memory` is True.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from keras_dst._backend.ranking import bundles
 
 Tensor = Any
 
-_SIZE = 1 << 20  # Number of entries of the table of normal numbers.
+_SIZE = 1 << 20  # Number of entries in the table of normally distributed numbers.
 _NARROW, _WIDE = 1 << 8, 1 << 13  # Smallest and largest width of the table's rows.
 
 
@@ -88,7 +88,7 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
         sizes = [math.prod(shapes[i]) for i in members]
         rows = [-(-size // width) for size in sizes]
         position = np.concatenate([np.arange(n) for n in rows])
-        # Gather the rows, because XLA under TensorFlow would compile a slice at a random position
+        # Gather the rows. XLA under TensorFlow would have to compile a slice at a random position
         # again in every step.
         chosen = bits(seed, step, np.repeat(members, rows), position)
         chosen = ops.bitwise_and(chosen, numbers.shape[0] - 1)

@@ -34,7 +34,8 @@ _ROW_WIDTH = 1 << 10  # Number of scores in a row.
 _BUNDLE_SIZE = 1 << 20  # Largest number of scores in a bundle of small tensors.
 _SLAB_ROWS = 1 << 8  # Number of rows whose scores are counted at once.
 _SECTIONS = 8  # Number of sections per search step. XLA counts eight sections in one pass.
-_SAMPLE_FROM = 1 << 22  # Smallest number of scores for which a sample gives the first thresholds.
+# If there are at least this many scores, a sample gives the first candidate thresholds.
+_SAMPLE_FROM = 1 << 22
 _SAMPLE_STRIDES = (32, 25)  # Strides of the rows and of the columns in the sample.
 
 
@@ -275,7 +276,7 @@ class _Ranking:
         score exceeds `low` is `below`. Both search algorithms maintain `above <= kept < below`.
         """
         gap = ops.maximum(ops.abs(self.least), 1e-30)
-        # Many scores may tie with the smallest score, as scores of pruned weights do.
+        # Many scores, such as the scores of pruned weights, may be equal to the smallest score.
         rest = self._count_above(self.least)
         everything, settled = self.total <= kept, rest <= kept
         low = ops.where(settled, self.least - 2.0**-22 * gap, self.least)
@@ -497,7 +498,7 @@ class _Ranking:
         return ops.concatenate([found, apply(lambda m: m[end:])]) if end < rows else found
 
     def _to_rows(self, rows, values):
-        """Broadcast one value per ranking to the rows of a bundle."""
+        """Repeat the value of each ranking for all rows of a bundle that belong to the ranking."""
         return values[0] if self.together else ops.take(values, rows.tensor)[:, None]
 
     def _reduce_by_ranking(self, values, reduce, neutral):
@@ -547,7 +548,7 @@ def _clipped(s, neutral):
 
 
 def _with_first(mask, first):
-    """Add the best entries, given as a mask or as one column per row, to a mask."""
+    """Set the best entries in a mask to True. `first` is a mask, or one column index per row."""
     if first is None:
         return mask
     return mask | (first if first.shape[1] == _ROW_WIDTH else _columns() == first)

@@ -173,7 +173,7 @@ class SparseMixin(_keras.BuildHook):
         return cast(UnitMethod, self.method).gate(state, layout)
 
     # The state is created after all stock weights, because optimizers save their slots in the order
-    # of the weights. A layer that becomes sparse after it was built has the same order.
+    # of the weights. The order is the same in a layer that becomes sparse after it was built.
     def after_build(self):
         # With the argument `weights=`, Keras's Embedding builds itself in `__init__`, before the
         # method is attached. `attach_method` then adds the state.
@@ -231,7 +231,7 @@ class SparseMixin(_keras.BuildHook):
         )
 
     def _refuse_to_quantize(self, *args, **kwargs):
-        # This is not a NotImplementedError, because `Model.quantize` would skip the layer silently.
+        # After a NotImplementedError, `Model.quantize` would skip the layer without this message.
         raise ValueError(
             f"'{self.name}' is sparse. Call keras_dst.strip(model) first, then quantize."
         )
@@ -244,8 +244,7 @@ class SparseMixin(_keras.BuildHook):
 
     # Keras saves the weights of a layer by position. The variables of the method are saved by name,
     # next to the weights of the stock layer. If a file, such as the file of a dense model, lacks
-    # these variables, the variables keep their values. If the layer is new, all its weights are
-    # then kept.
+    # these variables, the variables keep their values. All weights of a new layer are then kept.
     def save_own_variables(self, store):
         own = self.state_variables()
         with self._as_stock():
@@ -368,7 +367,7 @@ class _RequireDriver(keras.constraints.Constraint):
 
 
 def check_method(method) -> LayerMethod:
-    """Return `method` if it is a `LayerMethod`, and deserialize the method if it is a config.
+    """Return a `LayerMethod`, which is deserialized if `method` is a config.
 
     Raise TypeError for any other object.
     """

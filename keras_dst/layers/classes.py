@@ -122,7 +122,7 @@ def container_class(stock: type) -> type:
 
 
 def prunable_weights_of(layer) -> Iterator[tuple[Layout, Any]]:
-    """Yield axes and variable of each weight in a layer, if the weight can have a mask."""
+    """Yield the axes and the variable of every prunable weight in a layer."""
     cls = type(layer) if isinstance(layer, SparseMixin) else sparse_class(type(layer))
     for weight in cls.sparse_weights() if cls else ():
         if (variable := weight.raw(layer)) is not None:
@@ -130,7 +130,7 @@ def prunable_weights_of(layer) -> Iterator[tuple[Layout, Any]]:
 
 
 def layouts_of(model) -> dict[int, Layout]:
-    """Return the axes of all weights in a model that can have a mask, by `id(variable)`."""
+    """Return a dict that maps the id of every prunable variable in a model to its axes."""
     return {
         id(variable): layout
         for layer in _keras.flatten_layers(model)
@@ -158,10 +158,10 @@ def _declared_weights(stock: type) -> dict[str, Layout]:
 
 @functools.cache
 def _derive(bases: tuple[type, ...]) -> type:
-    # Every stock class has only one derived class, so that two layers of the same stock class still
-    # have the same class. All derived classes are registered under the name of their first base
-    # class, whose `from_config` finds the custom class. The derived classes have the `__name__` of
-    # the stock class, see `base.register`.
+    # Every stock class has only one derived class, so that two layers of the same stock class also
+    # have the same sparse class. All derived classes are registered under the name of their first
+    # base class, whose `from_config` finds the custom class. The derived classes have the
+    # `__name__` of the stock class, see `base.register`.
     stock = bases[-1]
     weights = {name: SparseWeight(layout) for name, layout in _declared_weights(stock).items()}
     own = {"stock": stock, "__qualname__": f"Sparse{stock.__name__}", **weights}

@@ -68,13 +68,13 @@ class Method(Configurable):
         schedule: Schedule of the target sparsity, or None if the method has no target.
         allocation: Distribution of the sparsity over the weights.
         pattern: Shape of the groups of weights that are pruned together, see `masks.Pattern`.
-        frequency: Steps between mask updates, or `"epoch"`. None means `default_frequency`, but at
-            least twenty updates in a short training run.
+        frequency: Steps between mask updates, or `"epoch"`. None means `default_frequency`, or more
+            often if the schedule would otherwise have fewer than 20 updates.
         default_frequency: Steps between mask updates in the paper, or `"epoch"`.
         min_kept: Minimum number of weights that every layer keeps, or of channels that every group
             of coupled channels keeps.
-        counted_in: Quantity whose removed fraction is the sparsity, if channels are coupled:
-            `"channels"`, `"parameters"` or `"flops"`.
+        counted_in: Quantity to which the sparsity refers if channels are coupled: `"channels"`,
+            `"parameters"` or `"flops"`.
         round_to: The number of kept channels in a group is a multiple of this number. Groups with
             fewer than `2 * round_to` channels are not rounded.
         learned: True if training determines the sparsity, and False if a ranking determines the
@@ -233,14 +233,14 @@ class Method(Configurable):
         if pattern.grouped:
             sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
         floors = self._floors(shapes, sizes, together)
-        # Increase `kept` if necessary, so that the minimum number of groups fits in every weight,
-        # even if its largest groups are kept.
+        # If the largest groups are kept, `kept` may be too small for the minimum number of groups
+        # per weight. Increase `kept` in this case.
         largest = np.array([int(n.max()) for n in sizes] if sizes else [1] * len(shapes))
         least = largest * (floors if self.min_kept else 1)
         kept = ops.maximum(kept, least.sum() if together else least)
         kept = kept[0] if together else kept
-        # Scores are cast to float32 before they are pooled, so that equal weights rank alike in all
-        # precisions.
+        # Scores are cast to float32 before they are pooled, so that equal weights have equal scores
+        # in every precision.
         groups = [
             pattern.scores(ops.cast(s, "float32"), layout) for s, layout in zip(scores, layouts)
         ]
@@ -356,7 +356,10 @@ class LayerMethod(Method):
 
     @property
     def needs_driver(self) -> bool:
-        """Whether the method needs the callback `driver`. By default, True if it has a schedule."""
+        """Whether the method needs the callback `driver`.
+
+        By default, True if the method has a schedule.
+        """
         return self.schedule is not None
 
     def applies_to(self, layout: Layout) -> bool:
@@ -372,14 +375,14 @@ class LayerMethod(Method):
         Pattern(self.pattern).block(shape, layout)
 
     def build(self, layer, name: str, variable, layout: Layout) -> State:
-        """Add the state of one weight to its layer, and return it as a dict of variables.
+        """Add the state of one weight to its layer, and return the state as a dict of variables.
 
         The layer calls this function once, after its weights are created. If the method has a
         schedule, the dict needs an entry `"progress"` from `build_progress`.
 
         Args:
             layer: Sparse layer that owns the weight. `layer.add_weight` creates the variables.
-            name: Name of the weight in the layer, used as the prefix of the names of new variables.
+            name: Name of the weight in the layer. The names of new variables begin with this name.
             variable: Keras variable of the weight.
             layout: Input and output axes of the weight.
         """
@@ -494,7 +497,8 @@ class UnitMethod(LayerMethod):
     highest mean score.
 
     Attributes:
-        needs_use_counts: Whether `bind_layers` gets the number of multiplications per weight.
+        needs_use_counts: Whether the driver passes the number of multiplications per weight to
+            `bind_layers`.
     """
 
     pattern = "channel"
@@ -571,10 +575,10 @@ class UnitMethod(LayerMethod):
 
         Args:
             layers: All sparse layers and `Gate` layers that use the method.
-            uses: Dict that maps `id(variable)` of each weight to a pair. The first item is the
-                number of multiplications per sample with one entry of the weight. If this number is
-                unknown, the first item is None, and the second item states the reason. The dict is
-                empty unless `needs_use_counts` is true.
+            uses: Dict that maps `id(variable)` of each weight to a pair. The first item states in
+                how many multiplications per sample one entry of the weight is used. If this number
+                is unknown, the first item is None, and the second item states the reason. The dict
+                is empty unless `needs_use_counts` is true.
             layouts: Input and output axes of every weight in these layers. In a functional model,
                 the layouts also state which channels are removed together.
         """
@@ -619,7 +623,7 @@ class UpdateMethod(Method):
     reads_scales = False
 
     def init(self, kernels: Sequence, steps: int | None) -> list[dict[str, tuple[str, str]]]:
-        """Return the states that the method keeps next to the mask, with one dict per weight.
+        """Return the states that the method stores in addition to the mask, as one dict per weight.
 
         The optimizer calls this function when the optimizer is built, and again when the number of
         training steps is known. A dict maps the name of a state to `(initial value, dtype)`. The

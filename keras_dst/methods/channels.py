@@ -97,7 +97,7 @@ class ChannelGroups:
         """Return the remaining fraction of the channels, parameters or FLOPs.
 
         Args:
-            kept: Number of kept channels of every group, as an array or a tensor of floats.
+            kept: Number of kept channels in every group, as an array or a tensor of floats.
             counted_in: `"channels"`, `"parameters"` or `"flops"`.
         """
         total: Any = np.sum
@@ -161,7 +161,7 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
 
     With `allocation="global"`, return a single number: the density in parts of 2**20.
 
-    Every group is pruned to its density. All densities are scaled by the same factor, so that the
+    Every group of channels gets a density. All densities are scaled by the same factor, so that the
     removed fraction of channels, parameters or FLOPs is as close as possible to `sparsity`. A group
     that the allocation names gets its own sparsity. The other groups are pruned to meet the target.
 
@@ -316,15 +316,15 @@ def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tenso
         scale = ops.mean(ops.maximum(pooled, 0.0))
         scale = ops.where(scale > 0, scale, ops.mean(ops.abs(pooled)))
         units.append(pooled / ops.where(scale > 0, scale, 1.0))
-    # Every row of `places` lists the units of one channel. The rows are padded with the index of
-    # the last entry of `every`, which is 0.
+    # Every row of `places` lists the units of one channel. Short rows are padded with the index of
+    # the last entry of `every`. This entry is 0.
     places, counts = _units_of_channels(tuple(layouts))
     every = ops.concatenate([*units, ops.zeros((1,), "float32")])
     return ops.sum(ops.take(every, places), axis=1) / ops.convert_to_tensor(counts, "float32")
 
 
 def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-    """Return, for every channel, whether the channel is kept, followed by one more entry, True.
+    """Return whether each channel is kept, as a boolean vector that ends with an additional True.
 
     All weights that compute a channel have the same mask for this channel, so only the first of
     these weights is read.
@@ -425,7 +425,7 @@ def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Ten
     largest gate of its units.
 
     Args:
-        values: Float tensor of any shape for each weight, with one value >= 0 per output unit.
+        values: One float tensor per weight, of any shape, with one value >= 0 per output unit.
         layouts: Axes and coupled channels of each weight.
     """
     units = [ops.reshape(v, (-1,)) for v, layout in zip(values, layouts) if layout.channels]
@@ -436,7 +436,7 @@ def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Ten
 def masks_of_followers(
     followers: Iterable[tuple[Any, int, np.ndarray]], alive: Tensor
 ) -> Iterator[tuple[Any, Tensor]]:
-    """Yield every variable that belongs to channels, such as a bias, with its broadcastable mask.
+    """Yield every variable that belongs to channels, such as a bias, together with its mask.
 
     Args:
         followers: For every variable that belongs to channels: the variable, its channel axis, and,
@@ -490,8 +490,8 @@ def _global_counts(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor
 def _units_of_channels(layouts: tuple[Layout, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Return, for every channel, the places of its units and the number of its units.
 
-    The place of a unit is its index in the concatenated list of the units of all weights with
-    channels. Short rows of places are padded with the index after the last unit.
+    The output units of all weights with channels are numbered consecutively. The place of a unit is
+    its number. Short rows of places are padded with the number after the last place.
     """
     every = np.concatenate([layout.channels.ids for layout in layouts if layout.channels])
     total = len(_required(layouts).owner)

@@ -60,15 +60,15 @@ class Consensus(UnitMethod):
     and `lambda_act`. The paper does not state these numbers.
 
     Args:
-        sparsity: Final fraction of the cost that is removed, a number in [0, 1) or a `Schedule`.
-            For a number, the sparsity grows along a cubic ramp over the first half of training.
-            Defaults to 0.5.
-        cost: Quantity whose removed fraction is the sparsity: `"flops"` (FLOPs of one sample) or
+        sparsity: Final fraction of the cost that is removed, a number in [0, 1) or a `Schedule`. If
+            a number is given, the sparsity grows along a cubic ramp over the first half of
+            training. Defaults to 0.5.
+        cost: Quantity to which the sparsity refers: `"flops"` (FLOPs of one sample) or
             `"parameters"`. Defaults to `"flops"`.
         lambda_polar: Weight of the polarization penalty. Defaults to 0.5.
         lambda_act: Weight of the budget penalty. Defaults to 100.
-        frequency: Steps between budget updates, or `"epoch"`. Defaults to None: every 20 steps in a
-            long training run, and more often in a short training run, for at least 20 updates.
+        frequency: Steps between budget updates, or `"epoch"`. Defaults to None: every 20 steps, or
+            more often if the schedule would otherwise have fewer than 20 updates.
 
     Raises:
         ValueError: If an argument is outside its range.

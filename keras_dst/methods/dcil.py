@@ -20,8 +20,8 @@ paths train variables without a mask, such as biases.
 
 Deviation from the paper: the sparsity increases every few steps instead of every epoch. Extensions
 of the paper: other allocations, blocks and N:M patterns, and a minimum number of weights in every
-layer. For a binary output, the KL terms treat the output as two classes. For several outputs, the
-KL terms are added with the weights of the losses.
+layer. For a binary output, the KL terms treat the output as two classes. If the model has several
+outputs, the KL terms are weighted like the losses and added.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class DCIL(TwoPathMethod):
     logits. Outputs with other losses are trained on both paths without KL terms.
 
     Args:
-        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. For a number, the
-            sparsity grows along a cubic ramp over the first three quarters of training, as in the
-            paper.
+        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. If a number is given,
+            the sparsity grows along a cubic ramp over the first three quarters of training, as in
+            the paper.
         warmup: Fraction of training, in [0, 1], after which the KL terms begin. With 1, there are
             no KL terms. Defaults to 70/300, as in the paper.
         temperature: Temperature T of the softmax in the KL terms. Defaults to 2.
@@ -61,14 +61,14 @@ class DCIL(TwoPathMethod):
             Defaults to `"unstructured"`.
         score: Saliency of a weight: `"magnitude"` for `|w|`, or `"square"` for `w**2`. The two
             scores rank blocks and channels differently. Defaults to `"magnitude"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 16 steps in a
-            long training run, and more often in a short training run, for at least 20 updates.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 16 steps, or
+            more often if the schedule would otherwise have fewer than 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`, this
             is the minimum number of channels that every group of coupled channels keeps. Defaults
-            to None: a quarter of the weights that `"erk"` would keep if `allocation="global"`,
-            otherwise 1.
-        counted_in: With `pattern="channel"`, the quantity whose removed fraction is the sparsity:
-            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
+            to None: with `allocation="global"`, a quarter of the weights that `"erk"` would keep,
+            and otherwise 1.
+        counted_in: Quantity to which the sparsity refers if `pattern="channel"`: `"channels"`,
+            `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
             this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
             8.

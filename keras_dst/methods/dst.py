@@ -43,10 +43,10 @@ class DST(LayerMethod):
 
     Args:
         sparsity: Final fraction of zeros over all weights that the method prunes: a number in [0,
-            1), a `Schedule`, or None. For a number, the sparsity grows along a cubic ramp over the
-            first half of training. If `sparsity` is not None, training needs the `SparseTraining`
-            callback, which controls alpha. Defaults to None, which means that a constant alpha
-            determines the sparsity, as in the paper.
+            1), a `Schedule`, or None. If a number is given, the sparsity grows along a cubic ramp
+            over the first half of training. If `sparsity` is not None, training needs the
+            `SparseTraining` callback, which controls alpha. Defaults to None, which means that a
+            constant alpha determines the sparsity, as in the paper.
         alpha: Weight of the penalty on thresholds. The paper uses 5e-4 for LeNets, 5e-6 for VGG-16
             and WRN on CIFAR-10, and 1e-4 to 1e-3 for LSTMs. With a target sparsity, the controller
             starts with this value. Defaults to 5e-4.
@@ -59,8 +59,8 @@ class DST(LayerMethod):
         reset_density: If the density of a layer falls to this value or below, the thresholds of the
             layer are reset to 0 in the same step. With a target sparsity, the value is limited to a
             tenth of the target density. Defaults to 0.01, as in the paper.
-        frequency: Steps between updates of alpha, or `"epoch"`. Defaults to None: every 20 steps in
-            a long training run, and more often in a short training run, for at least 20 updates.
+        frequency: Steps between updates of alpha, or `"epoch"`. Defaults to None: every 20 steps,
+            or more often if the schedule would otherwise have fewer than 20 updates.
 
     Raises:
         ValueError: If an argument is outside its range, or if `pattern` is N:M.

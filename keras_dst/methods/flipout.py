@@ -33,8 +33,8 @@ class FlipOut(UpdateMethod):
     """Pruning of small weights whose sign keeps flipping, in a few pruning events.
 
     Args:
-        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. For a number, the
-            sparsity grows in equally spaced pruning events.
+        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. If a number is given,
+            the sparsity grows in equally spaced pruning events.
         power: Exponent p of the magnitude. Defaults to 2.
         noise: Factor lambda of the gradient noise. With 0, no noise is added. Defaults to 1.
         rate: Fraction of the kept weights that a pruning event removes, in (0, 1). Do not pass
@@ -47,14 +47,14 @@ class FlipOut(UpdateMethod):
             weights, as in the paper), blocks such as `"1x4"` (outputs x inputs), N:M such as
             `"2:4"`, or `"channel"`. The score of a group is the mean score of its weights. Defaults
             to `"unstructured"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 100 steps in a
-            long training run, and more often in a short training run, for at least 20 updates.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 100 steps, or
+            more often if the schedule would otherwise have fewer than 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`, this
             is the minimum number of channels that every group of coupled channels keeps. Defaults
-            to None: a quarter of the weights that `"erk"` would keep if `allocation="global"`,
-            otherwise 1.
-        counted_in: With `pattern="channel"`, the quantity whose removed fraction is the sparsity:
-            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
+            to None: with `allocation="global"`, a quarter of the weights that `"erk"` would keep,
+            and otherwise 1.
+        counted_in: Quantity to which the sparsity refers if `pattern="channel"`: `"channels"`,
+            `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
             this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
             8.

@@ -7,8 +7,8 @@ s_t = s_f + (s_i - s_f)(1 - (t - t0) / (t1 - t0))**3        score = |w|
 Other saliency criteria are in `saliency.py`, for example LAMP and the first-order Taylor expansion.
 
 With `revival=True`, the optimizer stores a dense copy of the weights and trains this copy with the
-gradients of the masked weights. Pruned weights may therefore return (Dynamic Model Pruning with
-Feedback, arXiv 2006.07253).
+gradients of the masked weights. Pruned weights may therefore be kept again later (Dynamic Model
+Pruning with Feedback, arXiv 2006.07253).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Magnitude(UpdateMethod):
     """Gradual magnitude pruning: the smallest weights become 0 while the model is trained.
 
     Args:
-        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. For a number, the
-            sparsity grows along a cubic ramp over the first three quarters of training.
+        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. If a number is given,
+            the sparsity grows along a cubic ramp over the first three quarters of training.
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
             weights), `"uniform"`, `"erk"`, or a dict from weight names or regular
             expressions to sparsities. Defaults to `"global"`.
@@ -47,14 +47,14 @@ class Magnitude(UpdateMethod):
             `"bn_scale"` needs `pattern="channel"` and is the magnitude of the scale in the
             normalization after the output unit. Weights without such a normalization are ranked by
             `|w|`. Defaults to `"magnitude"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 100 steps in a
-            long training run, and more often in a short training run, for at least 20 updates.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 100 steps, or
+            more often if the schedule would otherwise have fewer than 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`, this
             is the minimum number of channels that every group of coupled channels keeps. Defaults
-            to None: a quarter of the weights that `"erk"` would keep if `allocation="global"`,
-            otherwise 1.
-        counted_in: With `pattern="channel"`, the quantity whose removed fraction is the sparsity:
-            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
+            to None: with `allocation="global"`, a quarter of the weights that `"erk"` would keep,
+            and otherwise 1.
+        counted_in: Quantity to which the sparsity refers if `pattern="channel"`: `"channels"`,
+            `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
             this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
             8.

@@ -41,8 +41,8 @@ class OptG(LayerMethod):
     """Pruning by trained scores: every weight has a score, and the highest scores are kept.
 
     Args:
-        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. For a number, the
-            sparsity grows along a sigmoid.
+        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. If a number is given,
+            the sparsity grows along a sigmoid.
         beta: Steepness of the sigmoid per epoch. Do not pass `beta` with a `Schedule`, which has
             its own curve. Defaults to None, which means 1, as in the paper, if training has at
             least 20 epochs. For fewer epochs, the curve for 20 epochs is compressed into the first
@@ -54,14 +54,14 @@ class OptG(LayerMethod):
             weights, as in the paper), blocks such as `"1x4"` (outputs x inputs), N:M such as
             `"2:4"`, or `"channel"`. The score of a group is the mean score of its weights. Defaults
             to `"unstructured"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means `"epoch"`
-            in a long training run, and at least twenty updates in a short training run.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: once per epoch, or
+            more often if the schedule would otherwise have fewer than 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`, this
             is the minimum number of channels that every group of coupled channels keeps. Defaults
-            to None: a quarter of the weights that `"erk"` would keep if `allocation="global"`,
-            otherwise 1.
-        counted_in: With `pattern="channel"`, the quantity whose removed fraction is the sparsity:
-            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
+            to None: with `allocation="global"`, a quarter of the weights that `"erk"` would keep,
+            and otherwise 1.
+        counted_in: Quantity to which the sparsity refers if `pattern="channel"`: `"channels"`,
+            `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
             this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
             8.

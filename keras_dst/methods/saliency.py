@@ -62,7 +62,7 @@ def lamp(w: Tensor) -> Tensor:
 
 
 def taylor(average: Tensor, w: Tensor, grad: Tensor) -> Tensor:
-    """Update the first-order Taylor saliency with one more batch, and return it.
+    """Return the first-order Taylor saliency, updated with one more batch.
 
     The square of `w dL/dw` estimates how much the loss changes if the weight becomes 0. The
     saliency is the exponential moving average of this square over the batches, with a momentum of

@@ -8,11 +8,11 @@ Grown weights start at 0, and their momentum is reset to 0. The fraction decreas
 drop(t) = drop_fraction / 2 (1 + cos(pi t / t_stop))
 ```
 
-Deviation from the paper, in which the drop fraction is constant: the cosine schedule, its end after
+Deviation from the paper: the drop fraction is not constant. Its cosine schedule, which ends after
 three quarters of training, and the Erdős-Rényi-Kernel densities come from the RigL paper (arXiv
-1911.11134), which compares RigL with SET. Extension of the paper: if channels are coupled, the
-weights of a grown channel start at random values. A channel whose weights are all 0 may get no
-gradient, for example if a ReLU follows.
+1911.11134). Extension of the paper: if channels are coupled, the weights of a grown channel start
+at random values. A channel whose weights are all 0 may get no gradient, for example if a ReLU
+follows.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ class SET(UpdateMethod):
             means 0.75.
         stop_step: Step after which the masks do not change. Do not pass `stop_step` together with
             `stop`. A training loop without `SparseTraining` needs this argument. Defaults to None.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 100 steps in a
-            long training run, and more often in a short training run, for at least 20 updates.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 100 steps, or
+            more often if the schedule would otherwise have fewer than 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`, this
             is the minimum number of channels that every group of coupled channels keeps. Defaults
             to None, which means 1.
-        counted_in: With `pattern="channel"`, the quantity whose removed fraction is the sparsity:
-            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        counted_in: Quantity to which the sparsity refers if `pattern="channel"`: `"channels"`,
+            `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
             this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
             8.
@@ -233,6 +233,6 @@ class SET(UpdateMethod):
 
 
 def rank_first(masks, scores):
-    """Return float32 scores that rank the weights that the masks keep before all other weights."""
+    """Return float32 scores that rank all weights in the masks before all other weights."""
     scores = (ops.cast(s, "float32") for s in scores)
     return [ops.where(mask, ops.max(s) + 1.0, s) for mask, s in zip(masks, scores)]

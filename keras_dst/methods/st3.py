@@ -1,8 +1,8 @@
 """ST-3: straight-through gradients and soft thresholding (arXiv 2212.01076, WACV 2023).
 
 The forward pass uses soft-thresholded weights, rescaled per output unit. The gradient passes
-straight through to the raw weights. A pruned weight that exceeds the threshold again therefore
-starts at 0, without a jump:
+straight through to the raw weights. If a pruned weight exceeds the threshold again, its value in
+the forward pass starts at 0, without a jump:
 
 ```text
 m = 1[|w| > tau]                           tau: the sparsity quantile of all |w|
@@ -37,19 +37,20 @@ from keras_dst.methods.base import LayerMethod, UnitMethod
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
 _EPSILON = 0.01  # The constant `e`, which limits the factor of a unit whose weights are all pruned.
-_TINY = 1e-6  # Added to mean magnitudes, so that a unit of zeros does not cause a division by 0.
+# Mean magnitudes are increased by this value, so that a unit of zeros causes no division by 0.
+_TINY = 1e-6
 
 
 @keras.saving.register_keras_serializable("keras_dst")
 class ST3(LayerMethod):
     """Pruning with soft-thresholded weights in the forward pass and straight-through gradients.
 
-    Pruned weights are still trained. A weight that exceeds its threshold again starts at 0, without
-    a jump. `strip` writes the thresholded and rescaled weights into the model.
+    Pruned weights are still trained. If a pruned weight exceeds its threshold again, its value
+    starts at 0, without a jump. `strip` writes the thresholded and rescaled weights into the model.
 
     Args:
-        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. For a number, the
-            sparsity grows along a cubic ramp over the first half of training, as in the paper's
+        sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. If a number is given,
+            the sparsity grows along a cubic ramp over the first half of training, as in the paper's
             CIFAR-10 runs.
         sigma: Whether to divide magnitudes by the standard deviation of the layer before ranking
             (ST-3 sigma). The layers are then pruned more evenly, which saves more FLOPs. Defaults
@@ -57,10 +58,11 @@ class ST3(LayerMethod):
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
             weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
             expressions to sparsities. Defaults to `"global"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 16 steps in a
-            long training run, and more often in a short training run, for at least 20 updates.
-        min_kept: Minimum number of weights that every layer keeps. Defaults to None: a quarter of
-            the weights that `"erk"` would keep if `allocation="global"`, otherwise 1.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 16 steps, or
+            more often if the schedule would otherwise have fewer than 20 updates.
+        min_kept: Minimum number of weights that every layer keeps. Defaults to None: with
+            `allocation="global"`, a quarter of the weights that `"erk"` would keep, and otherwise
+            1.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -112,8 +114,8 @@ class ST3(LayerMethod):
             raw - ops.sign(raw) * ops.convert_to_tensor(state["threshold"])
         )
         value = ops.cast(masks.masked(soft, self.mask(w, state, layout)), w.dtype)
-        # The term in parentheses is 0, but its gradient is 1, so `w` gets the gradient of the
-        # value.
+        # The term in parentheses is 0, but its gradient with respect to `w` is 1. The gradient
+        # therefore passes straight through to `w`.
         return ops.stop_gradient(value) + (w - ops.stop_gradient(w))
 
     def monitored(self, state):
