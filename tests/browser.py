@@ -1,4 +1,4 @@
-"""A headless browser that opens an HTML page and reports what it shows."""
+"""A headless browser that opens an HTML page and reports the displayed content."""
 
 import dataclasses
 import json

@@ -75,7 +75,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Mark cases that `every(n)` does not select as slow, so that `make test-all` runs them."""
+    """Mark all cases that `every(n)` does not select as slow, for `make test-all` only."""
     first = {"jax": 0, "tensorflow": 1}.get(os.environ.get("KERAS_BACKEND"))
     if first is None:
         return

@@ -47,7 +47,7 @@ LARGE = (1024, 1024)  # on a CPU, the rows would be counted in 4 slabs
 
 
 def lowered_for_cuda(shapes, each):
-    """Return the program of `top_k` that JAX lowers for CUDA. Lowering needs no GPU."""
+    """Lower `top_k` for CUDA with JAX, and return the program. Lowering needs no GPU."""
     import jax
     from jax import export
 

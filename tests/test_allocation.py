@@ -194,8 +194,8 @@ def test_an_invalid_layer_name_in_an_allocation_raises(name):
 @pytest.mark.parametrize(
     ("shapes", "sparsity", "expected"),
     [
-        ([(10, 10), (30, 10)], 0.9, [3, 6]),  # a quarter of 13.3 and of 26.7 weights, rounded down
-        ([(4, 4), (100, 100)], 0.999, [1, 2]),  # a quarter of 0.4 and of 9.6 weights, at least 1
+        ([(10, 10), (30, 10)], 0.9, [3, 6]),  # A quarter of 13.3 and of 26.7, rounded down.
+        ([(4, 4), (100, 100)], 0.999, [1, 2]),  # A quarter of 0.4 and of 9.6, but at least 1.
         ([(1, 2), (100, 100)], 0.0, [1, 2500]),
     ],
 )

@@ -1,4 +1,4 @@
-"""Tests of checkpoints: each file is sparse and complete, and the best one meets the target."""
+"""Tests of checkpoints: each file is sparse and complete, and the best file meets the target."""
 
 import keras
 import numpy as np
@@ -76,7 +76,7 @@ def test_every_checkpoint_has_the_logged_sparsity(name, ending, save_freq, tmp_p
     ],
 )
 def test_the_best_checkpoint_has_the_target_sparsity(monitor, first, tmp_path):
-    """Callbacks work in either order, and early stopping waits until the target is reached."""
+    """Callbacks can be passed in either order, and early stopping waits for the target."""
     model = build_with_accuracy(ALL_METHODS["optg"])
     sparse = SparseTraining(metric_at_target=monitor)
     gated = f"{monitor}_at_target"

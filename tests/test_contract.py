@@ -14,8 +14,8 @@ from tests import models
 from tests.backends import COMPILES, every
 from tests.pages import blocks
 
-# These runs are too short for the controller to reach its target, so it warns. test_callbacks.py
-# tests the warning.
+# These training runs are too short for the controller to reach its target, so `fit` warns.
+# test_callbacks.py tests the warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 
 # Classes by name that docs/own_methods.md defines outside the package. The last code block of the

@@ -23,7 +23,7 @@ def groups_of(model):
 
 
 def bottleneck():
-    """Return a network with a residual sum around an expansion and a depthwise convolution."""
+    """Return a network in which a residual sum skips an expansion and a depthwise convolution."""
     inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(8, 3, padding="same", name="stem")(inputs)
     y = layers.Conv2D(16, 1, use_bias=False, name="expand")(x)

@@ -58,7 +58,7 @@ NAMES = [("conv_1", "stem/conv_1"), ("conv_2",), ("conv_2_extra",), ("head",)]
         (("head", r"conv_\d"), [1, 1, 0, 1]),
         (["head", "head"], [0, 0, 0, 1]),
         ([], [0, 0, 0, 0]),
-        ("stem/.*", [1, 0, 0, 0]),  # the expression may match any name of the item
+        ("stem/.*", [1, 0, 0, 0]),  # Any name of the item may match the expression.
         (len, [0, 1, 1, 0]),  # A callable gets the item.
     ],
 )

@@ -39,7 +39,7 @@ def fit(model, *callbacks):
 
 
 def own_attributes(model):
-    """Return the attributes of a model that `fit` may replace, and all attributes of keras_dst."""
+    """Return the patched or added attributes of a model, and Keras's flag for `compute_loss`."""
     own = vars(model)
     names = {name for name in own if name in PATCHED or "keras_dst" in name}
     return names, own["_compute_loss_has_training_arg"]

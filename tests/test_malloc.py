@@ -50,7 +50,7 @@ def test_freed_memory_is_kept_until_return_freed_memory():
 
 
 class Observe(keras.callbacks.Callback):
-    """Callback that records after every step if freed memory is kept, and may raise an error."""
+    """Callback that records whether freed memory is kept, and that may raise an error."""
 
     def __init__(self, error=None):
         super().__init__()

@@ -177,7 +177,7 @@ BLOCKS = [
     ("1x4", (6, 5), KERNEL, (4, 1)),  # The last blocks are incomplete.
     ("4x1", (6, 5), KERNEL, (1, 4)),
     ("2x4", (7, 5), KERNEL, (4, 2)),
-    ("1x16", (6, 5), KERNEL, (6, 1)),  # the block is longer than the axis
+    ("1x16", (6, 5), KERNEL, (6, 1)),  # The block is longer than the axis.
     ("1x4", (3, 2, 6, 5), KERNEL, (1, 1, 4, 1)),  # Kernels of convolutions follow.
     ("4x1", (3, 2, 6, 5), KERNEL, (1, 1, 1, 4)),
     ("2x2", (3, 2, 6, 5), KERNEL, (1, 1, 2, 2)),

@@ -15,7 +15,7 @@ from tests.pages import PAGES, ROOT, fences
 from tests.test_tfmot import file_of
 
 BACKEND = keras.backend.backend()
-NOT_RUN = ("diff", "math", "text")  # languages of fenced blocks that contain no code to run
+NOT_RUN = ("diff", "math", "text")  # Languages of fenced blocks that contain no code to run.
 # Pages that other files test, because the pages need several processes or other checks.
 TESTED_ELSEWHERE = {
     "docs/keras_features.md": "tests/test_keras_features.py",

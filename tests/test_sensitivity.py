@@ -143,7 +143,7 @@ def test_sensitivity_with_a_data_set(data):
 def test_weights_are_restored_after_an_error(data, error):
     model = net()
     before = model.get_weights()
-    # The third pass raises the error. TensorFlow wraps the error in another one.
+    # The third pass raises the error. TensorFlow wraps the error in another error.
     with pytest.raises(BaseException, match="stop"):
         keras_dst.sensitivity(model, Batches(data, error, 10), (0.5,), verbose=0)
     for old, new in zip(before, model.get_weights(), strict=True):
@@ -329,7 +329,7 @@ def test_allocations_match_weights_by_name():
     names = [row.name for row in found.weights]
     sizes = [row.parameters for row in found.weights]
     expected = 1 - np.array([shares[name] for name in names])
-    # one of the names is contained in another
+    # One of the names is contained in another name.
     for order in (shares, dict(reversed(shares.items()))):
         kept = densities(order, [(n, 1) for n in sizes], 0.5, names)
         np.testing.assert_array_equal(kept, expected)

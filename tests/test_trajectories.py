@@ -139,7 +139,7 @@ class FlipOut(Magnitude):
 
 
 class OptG(Dense):
-    """OptG: dL/dv = g w. The learning rate of v follows the sigmoid of the target sparsity."""
+    """OptG: dL/dv = g w, and the learning rate of v is proportional to the target sparsity."""
 
     def __init__(self, p):
         super().__init__(p)

@@ -292,7 +292,7 @@ def test_projection_opens_gates_up_to_the_budget():
 
 
 def test_trajectory_of_consensus_equals_the_equations():
-    """Compare 50 training steps of a two-layer network with gates and penalties with NumPy."""
+    """Compare 50 training steps of a two-layer network, with its gates and penalties, to NumPy."""
     method = Consensus(0.6, lambda_polar=0.5, lambda_act=4.0)
     method.schedule = Constant(0.6)  # the target of the budget is constant, as in the paper
     model = reference.keras_net()

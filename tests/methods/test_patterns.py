@@ -28,7 +28,7 @@ FIXED_BEFORE = (methods.SET, methods.RigL)
 
 
 def refusal(cls, pattern, allocation):
-    """Return a part of the expected error, or None if the method supports the combination."""
+    """Return a part of the expected message, or None if the method supports the combination."""
     if cls in FIXED_BEFORE and pattern == "2:4":
         return "does not support N:M patterns"
     if cls in FIXED_BEFORE and allocation == "global":
@@ -39,7 +39,7 @@ def refusal(cls, pattern, allocation):
 
 
 def check_pattern(pattern, mask):
-    """Check the pattern of a mask with the axes (..., inputs, outputs); 4 divides the inputs."""
+    """Check the pattern of a mask. Its last axes are inputs (a multiple of 4) and outputs."""
     *window, inputs, outputs = mask.shape
     if pattern == "2:4":
         groups = mask.reshape(-1, inputs // 4, 4, outputs)

@@ -1,8 +1,9 @@
 """Run Python as on a CPU without AVX. XNNPACK then uses its sparse kernels, as on ARM.
 
 LiteRT reads the features of the CPU with CPUID instructions. ``objdump`` finds these instructions
-in the libraries of LiteRT, and each of them gets a breakpoint in the memory of one process. The
-handler in ``hide_avx.c`` returns the features without AVX, FMA, F16C and later extensions.
+in the libraries of LiteRT. A breakpoint is set at each of these instructions, in the memory of one
+process only. The handler in ``hide_avx.c`` returns the features without AVX, FMA, F16C and later
+extensions.
 """
 
 import ctypes
@@ -37,8 +38,9 @@ def _library():
 
 
 def hide(library):
-    """Hide AVX from LiteRT in this process. Call it before creating an interpreter."""
-    import ai_edge_litert.interpreter  # loads the libraries that are changed below
+    """Hide AVX from LiteRT in this process. Call this function before creating an interpreter."""
+    # load the libraries, because breakpoints are set in them below
+    import ai_edge_litert.interpreter
 
     ours = str(pathlib.Path(ai_edge_litert.__file__).resolve().parent)
     loaded = {}
@@ -57,7 +59,7 @@ def hide(library):
 
 
 def run(code, *arguments):
-    """Run Python code in a process that sees no AVX; raise RuntimeError if the code fails."""
+    """Run Python code in a process that detects no AVX. Raise RuntimeError if the code fails."""
     hidden = "import sys\nfrom tests import no_avx\nno_avx.hide(sys.argv.pop(1))\n"
     done = subprocess.run(
         [sys.executable, "-c", hidden + code, str(_library()), *map(str, arguments)],
