@@ -97,7 +97,7 @@ class Schedule(Configurable):
         return first, self._default_end if self.end is None else self.end
 
     def curve(self, progress):
-        """Return the finished fraction of the change in sparsity.
+        """Return the fraction of the change in sparsity that is finished at `progress`.
 
         Args:
             progress: Position between the beginning (0) and the end (1) of the schedule, a number

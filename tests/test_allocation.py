@@ -118,7 +118,7 @@ def test_a_name_without_a_matching_weight_raises():
             [(1, 7), (1, 8), (1, 9)],
             0.5,
             [4, 4, 4],
-        ),  # The sum is 12, from 3.5, 4 and 4.5.
+        ),  # The exact counts 3.5, 4 and 4.5 add up to 12.
         ("global", [(10, 10), (30, 10)], 0.9, [40]),
         ("global", [(7, 7)], 0.9, [5]),
         ("erk", [(4, 4), (8, 8)], 0.75, [7, 13]),  # exact counts are 6.67 and 13.33

@@ -1,6 +1,6 @@
 """Tests that a `SparseOptimizer` that prunes nothing behaves like its inner optimizer.
 
-The tests of optimizers that Keras includes run here with every optimizer wrapped.
+This file runs Keras's own tests of its optimizers, with every optimizer wrapped.
 """
 
 import importlib

@@ -58,8 +58,8 @@ def outside_torch_graph(fn):
 def masked(w, mask):
     """Compute `masks.masked` on torch. In eager mode, this is faster than `torch.where`.
 
-    On a CPU, `torch.where` executes a branch for every entry. A product of the bits of the floats
-    with the mask is vectorized and exact. Every pruned entry becomes +0, even if the weight is not
+    On a CPU, `torch.where` executes a branch for every entry. Multiplying the bits of the floats by
+    the mask is vectorized and exact. Every pruned entry becomes +0, even if the weight is not
     finite.
     """
     import torch

@@ -1,8 +1,8 @@
 """Top-k selection without a sort. The module `masks` exports the functions `top_k` and `kth`.
 
 The scores are not copied. The threshold is found by a search: every step counts, row by row, the
-scores above a candidate threshold. Counting takes nearly all the time of a mask update of a large
-model.
+scores above a candidate threshold. In a large model, counting takes nearly all the time of a mask
+update.
 
 On a CPU the rows are counted slab by slab, which keeps temporary values in the cache. On an
 accelerator a loop over slabs would launch thousands of small kernels, so all rows are counted at

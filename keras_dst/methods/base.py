@@ -654,7 +654,7 @@ class UpdateMethod(Method):
     def perturb(
         self, grads: Sequence[Tensor | None], masks: Sequence[Tensor | None], step: Tensor
     ) -> Sequence[Tensor | None]:
-        """Return changed gradients of all trainable variables, including variables without a mask.
+        """Change the gradients of all trainable variables, with or without a mask, and return them.
 
         By default, the gradients do not change.
 

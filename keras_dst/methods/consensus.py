@@ -14,8 +14,8 @@ layers are then removed too. In a subclassed model, or in a model that contains 
 cost is `sum(c g)` as in the paper, where c is the cost of one structure.
 
 The value pi is computed in one of two ways. Sparse layers compute `sigmoid(logit)`, with a
-trainable logit per structure. `layers.Gate` does the same, or uses the paper's gating module, which
-computes pi from the input.
+trainable logit per structure. `layers.Gate` also has trainable logits, or uses the paper's gating
+module, which computes pi from the input.
 
 Deviations: The gate of a trainable logit is the same for all inputs, so g = z. In inference, a
 gating module ignores its input. A gate is open if its running mean is at least 0.5 (the consensus).

@@ -39,9 +39,9 @@ _FIRST = 4
 class SET(UpdateMethod):
     """Dynamic sparse training that drops small weights and grows other weights at random.
 
-    The model is sparse from the first step. The kept weights start with the initial values of a
-    dense model, which are small for a sparse model. Deep models without normalization may therefore
-    not learn at extreme sparsities. Add batch normalization, or use a method that starts dense.
+    The model is sparse from the first step. The kept weights are initialized as in a dense model,
+    so they are small for a sparse model. Deep models without normalization may therefore not learn
+    at extreme sparsities. Add batch normalization, or use a method that starts dense.
 
     Args:
         sparsity: Fraction of zeros, a number in [0, 1). The sparsity is constant during training.
