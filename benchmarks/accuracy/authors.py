@@ -1,7 +1,8 @@
 """Compare pruning methods of keras_dst with the code of their authors: results/authors.
 
 python -m benchmarks.accuracy.authors dst --code PATH --seeds 3
-    Train with both. PATH is a checkout of the authors' repository, which is listed in REPOSITORIES.
+    Train with DST, with keras_dst and with the authors' code. PATH is a checkout of the authors'
+    repository, which is listed in REPOSITORIES.
 
 python -m benchmarks.accuracy.authors --table
     Write the table from the stored runs.

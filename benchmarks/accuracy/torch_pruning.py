@@ -185,7 +185,7 @@ def prune(net, x, speedup) -> None:
 
 
 def pruner_of(net, x, **options):
-    """Return a pruner of DepGraph. It ranks groups of coupled channels by their L2 norm."""
+    """Return a pruner of DepGraph that ranks groups of coupled channels by their L2 norm."""
     last = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
     importance = torch_pruning.importance.GroupMagnitudeImportance(p=2)
     return torch_pruning.pruner.GroupNormPruner(

@@ -25,7 +25,7 @@ from benchmarks.timing import cpu_seconds, in_turns, ratios, steps_of_fit
 
 NET, RESNET = "lenet-300-100", "resnet-8"
 TARGET, EPOCHS, BATCH, RATE, SEEDS = 0.9, 5, 128, 0.05, 3
-STEPS, ROUNDS = 110, 9  # Timed steps per round, and rounds. Masks change every 100 steps.
+STEPS, ROUNDS = 110, 9  # Timed steps per round, number of rounds. Masks change every 100 steps.
 FEW = 8  # Steps per epoch of the ResNet.
 ALPHAS = (1e-4, 1.25e-4, 1.5e-4, 2e-4, 6e-4)  # Values of alpha to test.
 FILES = results.ROOT / "build" / "peers"

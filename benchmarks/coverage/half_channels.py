@@ -102,7 +102,7 @@ def measure(build, mode: str) -> dict:
     y = tree.map_structure(lambda t: np.zeros(tuple(t.shape), "float32"), outputs)
     callbacks = [keras_dst.callbacks.SparseTraining()] if mode == "together" else []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Ranking per layer warns of lost channels.
+        warnings.simplefilter("ignore")  # Ranking layers alone raises a warning.
         model.fit(x, y, batch_size=BATCH, verbose=0, callbacks=callbacks)
     keras_dst.strip(model)
     before = keras_dst.report(model)

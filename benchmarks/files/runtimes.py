@@ -240,7 +240,10 @@ def table():
 
 
 def _cells(found, dense):
-    """Return the table cells of a file. For sparse networks, the cells contain ratios to dense."""
+    """Return the table cells of a file.
+
+    For sparse networks, the cells contain ratios to the dense network.
+    """
     if dense is None:
         sizes = [f"{found[key]:,}" for key in ("bytes", "gzip_bytes")]
         latency = f"{1e6 * found['seconds']:.1f} µs"

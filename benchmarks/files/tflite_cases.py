@@ -4,9 +4,9 @@ python -m benchmarks.files.tflite_cases [--cases CASE ...]
 
 Networks are trained dense and sparse, exported, and run in the LiteRT interpreter. Accuracy is
 measured on test images. Size and latency are relative to the dense float32 file. Latency is
-measured at batch size 1 on one thread, and the files take turns. It is measured a second time with
-AVX hidden, because XNNPACK then uses the kernels that it uses on ARM. The networks are trained on
-only 5,000 images for a few epochs, so that absolute accuracies are low. Cases that are already
+measured at batch size 1 on one thread, and the files take turns. Latency is measured a second time
+with AVX hidden, because XNNPACK then uses the kernels that it uses on ARM. The networks are trained
+on only 5,000 images for a few epochs, so that absolute accuracies are low. Cases that are already
 stored are skipped.
 """
 

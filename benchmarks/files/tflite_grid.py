@@ -8,8 +8,8 @@ for half as many epochs. All layers except the last have the same sparsity. The 
 trained for the same number of epochs. With the pattern "channel", the pruned channels are removed.
 
 Each network is exported with `optimize="latency"`. Its file takes turns with the dense float32 file
-and the dense int8 file, at batch size 1 on one thread. Measured are accuracy on test images, size,
-latency, load time and peak memory. The file that TensorFlow's converter writes with
+and the dense int8 file, at batch size 1 on one thread. The measured figures are accuracy on test
+images, size, latency, load time and peak memory. The file that TensorFlow's converter writes with
 `EXPERIMENTAL_SPARSITY` is also measured. Latency is measured a second time with AVX hidden, for a
 file that is exported for ARM, because XNNPACK then uses the kernels that it uses on ARM. Table rows
 that are already stored are skipped.

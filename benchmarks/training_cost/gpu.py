@@ -15,8 +15,9 @@ that each byte is read and written once. The peak memory is measured during trai
 mask update. PyTorch reports this peak. JAX reports only the current memory, which a thread reads
 every millisecond.
 
-The remaining time is divided equally among the remaining methods. If it is shorter than the first
-fit of the dense network, a method is skipped. Each table row is stored as soon as it is measured.
+The remaining time is divided equally among the remaining methods. A method is skipped if the
+remaining time is shorter than the first fit of the dense network. Each table row is stored as soon
+as it is measured.
 """
 
 import argparse
@@ -199,7 +200,7 @@ def data(setting) -> tuple:
 
 
 class Trained:
-    """Network after two turns of training with a method. If the method is None, it is dense.
+    """Network after two turns of training with a method, or of dense training with the method None.
 
     Attributes:
         turn: Function that trains for one turn and returns the seconds of the timed steps.

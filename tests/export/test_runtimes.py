@@ -17,7 +17,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 BACKEND = keras.backend.backend()
 x = np.random.default_rng(0).normal(size=(1, 12, 12, 3)).astype("float32")
 HLS4ML = ("hls4ml", "g++")  # hls4ml compiles its C++ code with g++.
-# On TensorFlow and JAX, Keras's exporter needs a converter. The one for JAX installs 34 packages.
+# On TensorFlow and JAX, Keras's exporter needs a converter. The converter for JAX installs 34
+# packages.
 CONVERTERS = {("onnx", "tensorflow"): "tf2onnx", ("onnx", "jax"): "jax2onnx"}
 
 

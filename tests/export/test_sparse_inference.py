@@ -166,8 +166,8 @@ SQUEEZE = (pointwise, unary("LOGISTIC"))
 ADD, MUL = schema.AddOptionsT, schema.MulOptionsT
 
 # Verdicts that were observed with LiteRT 2.3 and AVX hidden. "on" means that XNNPACK runs the
-# region with sparse kernels, and "off" that it does not. "wrong" means that it runs the region and
-# computes wrong outputs.
+# region with sparse kernels, and "off" that it does not. "wrong" means that XNNPACK runs the region
+# and computes wrong outputs.
 MIDDLES = {
     "nothing": ([], "on"),
     "activations": ([unary("RELU"), unary("HARD_SWISH"), unary("LOGISTIC"), unary("SIN")], "on"),
