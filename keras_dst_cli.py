@@ -23,13 +23,13 @@ _NPUS = (
 )
 _EXAMPLES = """\
 examples:
-  keras-dst demo                                 train, strip and export a net on real digits
-  keras-dst report model.keras                   show the sparsity of every layer
+  keras-dst demo                                 train, strip and export a network on real digits
+  keras-dst report model.keras                   show the sparsity of each layer
   keras-dst export model.keras model.tflite      write a sparse file, measured against dense files
   keras-dst export model.keras small.tflite --optimize size --quantize weights
   keras-dst bench dense.tflite sparse.tflite     compare the latency of two files
   keras-dst report model.keras --import my_layers   for a model with custom layers
-  keras-dst recommend --sparsity 0.95 --epochs 100  name a method and the figure behind it
+  keras-dst recommend --sparsity 0.95 --epochs 100  recommend a pruning method
 
 Models are loaded without compiling: no optimizer, loss or metric is needed.
 KERAS_BACKEND chooses tensorflow, jax or torch, as for any program that uses Keras.
@@ -116,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
         "--representative", metavar="NPY", help="file of samples for --quantize full"
     )
     export.add_argument(
-        "--evaluate", metavar="NPZ", help="file of arrays x and y on which to measure the accuracy"
+        "--evaluate",
+        metavar="NPZ",
+        help="file with arrays x and y for measuring the accuracy",
     )
     export.add_argument(
         "--threads",
@@ -171,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="print JSON")
 
     recommend = commands.add_parser(
-        "recommend", help=("recommend a method, and name the measured figure behind it")
+        "recommend", help="recommend a pruning method from measured accuracies"
     )
     recommend.add_argument(
         "--sparsity", type=float, required=True, help="fraction of zeros, between 0 and 1"
@@ -198,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
             action="append",
             default=[],
             metavar="MODULE",
-            help="import this module first, which registers custom layers; may be repeated",
+            help="module with custom layers that is imported first; may be repeated",
         )
     return parser
 

@@ -63,8 +63,7 @@ def run_missing(benchmark: str, description: str, option: str, names, run, defau
 
 
 def write_index(benchmark: str, lines: list[str]) -> None:
-    """Write index.md from the given lines and the text of benchmarks/notes/BENCHMARK.md.
-    """
+    """Write index.md from the given lines and the text of benchmarks/notes/BENCHMARK.md."""
     notes = NOTES / f"{benchmark}.md"
     text = ["", notes.read_text().rstrip()] if notes.exists() else []
     path = RESULTS / benchmark / "index.md"

@@ -182,8 +182,7 @@ LOOPS = {"dst": dst, "flipout": flipout, "optg": optg, "dcil": dcil}
 
 
 def prepare(code, family):
-    """Make the authors' modules importable. Replace required modules that are not installed.
-    """
+    """Make the authors' modules importable. Replace required modules that are not installed."""
     sys.path[:0] = [str(code / "mnist" if family == "dst" else code)]
     missing = ["torchvision", "torchvision.models", "torchvision.transforms", "cv2"]
     for name in [*missing, "utils.data_loaders" if family == "flipout" else "data"]:
