@@ -378,7 +378,7 @@ def _faster_format(model, tensor) -> Format | None:
 
 
 def _where(model, graph, op) -> str:
-    """Describe an op by its kind and the name of its weight. Use its output if it has no weight."""
+    """Describe an op by its kind and the name of its weight, or of its output without a weight."""
     kind = op_name(model, op)
     index = int(op.inputs[WEIGHT_SLOT] if kind in WEIGHT_OPS else op.outputs[0])
     return f"{kind} {_name(graph.tensors[constant_sources(model, graph).get(index, index)])}"

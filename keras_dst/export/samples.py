@@ -198,7 +198,7 @@ def read_samples(
             which stands for the value of ``limit``.
 
     Raises:
-        ValueError: the data has another form, or does not fit the inputs of the model.
+        ValueError: the data is of an unsupported type, or does not fit the inputs of the model.
     """
     if not _is_stream(data):
         return _checked_size(model, _match(model, data, argument), argument)[:limit]
@@ -227,7 +227,7 @@ def read_labeled(model: keras.Model, data: Any) -> tuple[Samples, np.ndarray]:
     """Return the inputs and the labels of a pair ``(x, y)`` or of a data set of such pairs.
 
     Raises:
-        ValueError: the data has another form, or does not fit the inputs of the model.
+        ValueError: the data is of an unsupported type, or does not fit the inputs of the model.
     """
     if not _is_stream(data):
         if not isinstance(data, tuple | list) or len(data) != 2:

@@ -46,7 +46,7 @@ class CPUOp:
 class VelaReport:
     """Vela's estimates for a file and for a dense file of the same network.
 
-    The estimates come from Vela's model of the hardware. They are not measured on hardware.
+    The estimates come from Vela's model of the hardware, not from measurements on hardware.
 
     The dense file has the same ops as the file, but its weights are normally distributed random
     values without zeros. Vela compresses these random weights a few percent better than trained
