@@ -21,12 +21,14 @@ __all__ = [
     "Layout",
     "Pattern",
     "kth",
+    "limit_gradient",
     "masked",
     "n_of_m",
     "step",
     "stop_gradient_where",
     "straight_through_product",
     "top_k",
+    "with_limited_gradient",
 ]
 
 Tensor = Any
@@ -137,6 +139,57 @@ def stop_gradient_where(mask: Tensor, w: Tensor) -> Tensor:
         return w, grad
 
     return identity(w, mask)
+
+
+def limit_gradient(gradient: Tensor, mask: Tensor, limit: Tensor | float) -> Tensor:
+    """Return a gradient whose pruned entries are limited, and whose kept entries are unchanged.
+
+    The largest allowed magnitude is `limit` times the root mean square of the kept entries. Entries
+    that are 0 do not count, because unused rows of an embedding have no gradient. Without kept
+    entries, the gradient is unchanged.
+
+    Batch normalization multiplies the gradients of a unit by 1 / sqrt(variance + epsilon). If a
+    unit has lost its inputs, this factor is a hundred or more. Without a limit, the pruned weights
+    of such a unit grow until they displace all other weights in the ranking.
+
+    Args:
+        gradient: Gradient of the masked weight, a float tensor.
+        mask: Boolean tensor in the shape of `gradient`, true for kept entries.
+        limit: Largest ratio of a pruned entry to the root mean square of the kept entries.
+
+    Example:
+        >>> g, mask = keras.ops.array([1.0, -1.0, 300.0]), keras.ops.array([True, True, False])
+        >>> keras_dst.masks.limit_gradient(g, mask, 2.0)  # [1, -1, 2]
+    """
+    squares = masked(ops.square(ops.cast(gradient, "float32")), mask)
+    count = ops.sum(ones(squares > 0, "float32"))
+    largest = limit * ops.sqrt(ops.sum(squares) / ops.maximum(count, 1.0))
+    largest = ops.cast(ops.where(count > 0, largest, np.float32(np.inf)), gradient.dtype)
+    return ops.where(mask, gradient, ops.clip(gradient, -largest, largest))
+
+
+def with_limited_gradient(w: Tensor, mask: Tensor, limit: Tensor | float) -> Tensor:
+    """Return `w` unchanged, and limit the gradient of its pruned entries as in `limit_gradient`.
+
+    Args:
+        w: Masked weight, a float tensor.
+        mask: Boolean tensor in the shape of `w`, true for kept entries.
+        limit: Largest ratio of a pruned entry to the root mean square of the kept entries.
+
+    Example:
+        >>> keras_dst.masks.with_limited_gradient(w * mask, mask, 10.0)
+    """
+    limit = ops.convert_to_tensor(limit, "float32")
+    w, mask = (ops.reshape(v, ops.shape(v)) for v in (w, mask))  # See `straight_through_product`.
+
+    @ops.custom_gradient
+    def identity(w, mask, limit):
+        def grad(*args, upstream=None):
+            return limit_gradient(_upstream(args, upstream), mask, limit), None, None
+
+        return w, grad
+
+    return identity(w, mask, limit)
 
 
 def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:

@@ -322,7 +322,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             grads[i], masks[i] = grad, state["mask"]
             if self.method.moves_weights:
                 self.assign(kernel, value)
-        grads = list(self.method.perturb(grads, masks, ops.convert_to_tensor(self.step)))
+        step, total = map(ops.convert_to_tensor, (self.step, self.total))
+        grads = list(self.method.perturb(grads, masks, step, total))
         if replicas > 1:  # The inner optimizer sums the gradients over the replicas again.
             grads = [g if g is None else g / replicas for g in grads]
         self.inner_optimizer.apply(grads, variables)

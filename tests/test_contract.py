@@ -5,9 +5,10 @@ import warnings
 import keras
 import numpy as np
 import pytest
+from keras import layers
 
 import keras_dst
-from keras_dst import methods, schedules
+from keras_dst import allocation, methods, schedules
 from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import LayerMethod, TwoPathMethod, UpdateMethod
 from tests import models
@@ -339,6 +340,47 @@ def test_an_extreme_target_keeps_a_weight_of_every_layer(method):
     # Of 2,816 weights, three or four are kept, and each of the three layers keeps at least one.
     assert history.history["sparsity"][-1] == pytest.approx(0.999, abs=0.001)
     assert all(row.nonzeros for row in keras_dst.report(model).layers)
+
+
+GLOBAL = [
+    methods.Magnitude(0.98),
+    methods.Magnitude(0.98, revival=True),
+    methods.FlipOut(0.98),
+    methods.OptG(0.98),
+    methods.DCIL(0.98),
+    methods.ST3(0.98),
+    methods.DST(sparsity=0.98),
+]
+
+
+@every(3)
+@pytest.mark.parametrize("method", GLOBAL, ids=str)
+def test_no_layer_collapses_in_a_short_training_at_a_high_rate(method):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((8, 8, 3))
+    a = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(16, 3, use_bias=False)(inputs)))
+    b = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(32, 3, use_bias=False)(a)))
+    b = layers.BatchNormalization()(layers.Conv2D(32, 3, padding="same", use_bias=False)(b))
+    a = layers.BatchNormalization()(layers.Conv2D(32, 1, use_bias=False)(a[:, 1:-1, 1:-1]))
+    outputs = layers.Dense(2)(layers.GlobalAveragePooling2D()(layers.ReLU()(a + b)))
+    model = keras.Model(inputs, outputs)
+    optimizer = keras.optimizers.SGD(0.5, momentum=0.9)
+    if isinstance(method, UpdateMethod):
+        optimizer = keras_dst.SparseOptimizer(optimizer, method)
+    else:
+        keras_dst.sparsify(model, method)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss)
+    x, y = models.data()
+    model.fit(x, y, batch_size=16, epochs=4, verbose=0, callbacks=[SparseTraining()])
+    report = keras_dst.report(keras_dst.strip(model))
+    kernels = [w.shape for w in model.trainable_weights if len(w.shape) > 1]
+    floors = allocation.floor_counts(kernels, 0.98)
+    assert report.sparsity == pytest.approx(0.98, abs=1e-3)
+    for row, floor in zip(report.layers, floors):
+        assert row.nonzeros >= floor, row
+    # Weights of units without a signal do not explode.
+    assert all(np.abs(w.numpy()).max() < 20 for w in model.trainable_weights)
 
 
 def test_a_schedule_object_instead_of_a_number():

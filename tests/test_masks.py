@@ -124,6 +124,26 @@ def test_gradients_of_masked_weights(dtype):
         np.testing.assert_array_equal(found, others)
 
 
+@pytest.mark.parametrize(
+    ("g", "mask", "expected"),
+    [
+        # The root mean square of the kept entries 3 and 4, without the 0, is sqrt(12.5).
+        ([3, 0, -4, 50, -50], [1, 1, 1, 0, 0], [3, 0, -4, 2 * 12.5**0.5, -2 * 12.5**0.5]),
+        ([3, 0, -4, 7, -7], [1, 1, 1, 0, 0], [3, 0, -4, 7, -7]),  # The limit is 7.07.
+        ([3, 50, -4], [1, 1, 0], [3, 50, -4]),
+        ([3, 4], [0, 0], [3, 4]),  # Without kept entries, there is no limit.
+        ([0, 4], [1, 0], [0, 4]),
+    ],
+)
+def test_limit_of_the_gradients_of_pruned_entries(g, mask, expected):
+    g, mask = tensor(g, "float32"), tensor(np.array(mask, bool), "bool")
+    np.testing.assert_allclose(array(masks.limit_gradient(g, mask, 2.0)), expected, rtol=1e-6)
+    w = tensor(np.arange(len(expected)), "float32")
+    np.testing.assert_array_equal(array(masks.with_limited_gradient(w, mask, 2.0)), array(w))
+    (found,) = gradients(lambda w: masks.with_limited_gradient(w, mask, 2.0), [w], g)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="one implementation elsewhere")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("compiled", [False, True])

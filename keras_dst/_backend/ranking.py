@@ -84,9 +84,13 @@ def kth(scores: Sequence[Tensor], kept: Tensor) -> Tensor:
 
     Args:
         scores: Float tensors of any shapes.
-        kept: Number of scores above the threshold, an integer scalar.
+        kept: Number of scores above the threshold, an integer scalar. A vector with one number per
+            tensor gives a vector with one threshold per tensor.
     """
-    return _Ranking(scores, together=True).thresholds(ops.cast(kept, "int32")[None])[1][0]
+    kept = ops.cast(kept, "int32")
+    if len(kept.shape):
+        return _Ranking(scores, together=False).thresholds(kept)[1]
+    return _Ranking(scores, together=True).thresholds(kept[None])[1][0]
 
 
 class _Rows:

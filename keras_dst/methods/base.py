@@ -39,6 +39,14 @@ from keras_dst.schedules import Schedule
 Tensor = Any
 State = dict[str, Any]
 
+# Epochs. A shorter training run needs another schedule than a paper that prunes in a few epochs.
+SHORT = 20
+# Steps of a training run that is long enough for every setting of the papers.
+_LONG = 20_000
+# Largest ratio of a straight-through gradient to the root mean square gradient of kept weights, in
+# a long training run. Larger ratios come from units without a signal, see `masks.limit_gradient`.
+_LARGEST_RATIO = 10.0
+
 
 class ScheduleState(NamedTuple):
     """Position of a mask update in the training run, as scalar tensors.
@@ -107,6 +115,19 @@ class Method(Configurable):
             epochs: Number of epochs, or None if the number is unknown.
         """
         return self.schedule
+
+    def length(self, total: Tensor) -> Tensor | int:
+        """Return the number of training steps that settings of the method depend on.
+
+        A schedule that is given in steps counts up to its last step, because a custom training loop
+        does not know the length of training.
+
+        Args:
+            total: Number of steps in the training run, or 0 if the number is unknown.
+        """
+        if self.schedule is not None and self.schedule.in_steps:
+            return self.schedule.span(None)[1]
+        return total
 
     def span(self, total_steps: int | None) -> tuple[int, int]:
         """Return the first and the last step at which masks may change.
@@ -323,6 +344,24 @@ class Method(Configurable):
             )
 
 
+def length_factor(total: Tensor) -> Tensor:
+    """Return a factor from 0.1 for a short training run to 1 for 20,000 steps or more.
+
+    Methods use this factor for settings of a paper that need a long training run.
+
+    Args:
+        total: Number of steps in the training run, or 0 if the number is unknown. For an unknown
+            number, the factor is 1.
+    """
+    steps = ops.cast(total, "float32")
+    return ops.where(steps > 0, ops.clip(steps / _LONG, 0.1, 1.0), 1.0)
+
+
+def gradient_limit(total: Tensor) -> Tensor:
+    """Return the `limit` of `masks.limit_gradient` for a training run with `total` steps."""
+    return _LARGEST_RATIO * length_factor(total)
+
+
 def _kept_of_m(shape: Sequence[int], layout: Layout, n: int, m: int) -> int:
     inputs = shape[layout.inputs[-1]]
     return math.prod(shape) // inputs * (inputs // m * n + min(n, inputs % m))
@@ -423,6 +462,21 @@ class LayerMethod(Method):
             layout: Input and output axes of the weight.
         """
         return masks.masked(w, self.mask(w, state, layout))
+
+    def limited(self, effective: Tensor, mask: Tensor, state: State) -> Tensor:
+        """Return the effective weight unchanged, and limit the gradients of its pruned entries.
+
+        A method calls this function if its pruned weights, scores or thresholds are trained by the
+        gradient of the effective weight. The limit is 10 times the root mean square of the
+        gradients of kept weights, and less in a training run of fewer than 20,000 steps.
+
+        Args:
+            effective: Weight that the forward pass uses.
+            mask: Boolean mask in the shape of the weight.
+            state: State of the weight, as a dict of variables.
+        """
+        total = ops.convert_to_tensor(state["progress"])[2] if "progress" in state else 0
+        return masks.with_limited_gradient(effective, mask, gradient_limit(self.length(total)))
 
 
 _full_path = ContextVar("full_path", default=False)
@@ -652,7 +706,11 @@ class UpdateMethod(Method):
         return weights, [masks.masked(g, s["mask"]) for g, s in zip(grads, states)], None
 
     def perturb(
-        self, grads: Sequence[Tensor | None], masks: Sequence[Tensor | None], step: Tensor
+        self,
+        grads: Sequence[Tensor | None],
+        masks: Sequence[Tensor | None],
+        step: Tensor,
+        total: Tensor,
     ) -> Sequence[Tensor | None]:
         """Change the gradients of all trainable variables, with or without a mask, and return them.
 
@@ -662,6 +720,7 @@ class UpdateMethod(Method):
             grads: Gradients of all variables; None for a variable without a gradient.
             masks: Masks of all variables; None for a variable without a mask.
             step: Number of finished optimizer steps, int32.
+            total: Number of steps in the training run, int32, or 0 if the number is unknown.
         """
         return grads
 

@@ -19,8 +19,9 @@ module, which computes pi from the input.
 
 Deviations: The gate of a trainable logit is the same for all inputs, so g = z. In inference, a
 gating module ignores its input. A gate is open if its running mean is at least 0.5 (the consensus).
-At least one unit of a layer stays open. The target of the budget decreases along a cubic ramp.
-After the last step, a projection opens or closes gates until the target is met.
+At least one unit of a layer stays open. The gradients of closed gates are limited, see
+`LayerMethod.limited`. The target of the budget decreases along a cubic ramp. After the last step, a
+projection opens or closes gates until the target is met.
 """
 
 from __future__ import annotations
@@ -165,6 +166,9 @@ class Consensus(UnitMethod):
         """Return the gates z, computed from trainable logits, with a straight-through gradient."""
         pi = ops.sigmoid(state["logit"])
         return binary(pi, self.is_open(state, layout))
+
+    def apply(self, w, state, layout):
+        return self.limited(super().apply(w, state, layout), self.mask(w, state, layout), state)
 
     def mask(self, w, state, layout=KERNEL):
         return ops.broadcast_to(self.is_open(state, layout), w.shape)

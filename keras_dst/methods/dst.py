@@ -11,8 +11,11 @@ loss = task + alpha * sum(exp(-t))
 Weights can be pruned, and can be kept again, at every step.
 
 Extensions of the paper: Blocks and channels are scored by the mean `|w|` of their weights. With a
-target sparsity, a controller sets alpha, and thresholds do not go below 0. For thresholds t < -1,
-the penalty is linear in t. Thresholds that are not finite are reset to 0.
+target sparsity, a controller sets alpha, and thresholds do not go below 0. Every layer then keeps a
+minimum number of weights, so that no layer reaches the density of the reset. In the last quarter of
+training, every update shifts the thresholds to the target. For thresholds t < -1, the penalty is
+linear in t. Thresholds that are not finite are reset to 0. The gradients of pruned weights are
+limited, see `LayerMethod.limited`.
 """
 
 from __future__ import annotations
@@ -21,10 +24,12 @@ import math
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_dst import masks
 from keras_dst._utils.validation import is_number
+from keras_dst.allocation import floor_counts
 from keras_dst.masks import KERNEL, Pattern
 from keras_dst.methods.base import LayerMethod
 from keras_dst.regularizers import ThresholdPenalty
@@ -35,6 +40,12 @@ from keras_dst.schedules import Cubic, Schedule, as_schedule
 _GAP_SHARE = 0.3  # Fraction of the gap that the controller tries to close with each update.
 _MEMORY = 0.9  # Decay of the exponential moving averages, per update.
 _MAX_GROWTH = 3.0  # Maximum ratio of alpha to the root mean square of its earlier values.
+
+# Finished fraction of training after which every update meets the target exactly. At the end of
+# training the learning rate is small, so that alpha cannot move the thresholds, and the network
+# cannot adapt to a late change of its masks.
+_EXACT = 0.75
+_ALWAYS = np.float32(1e30)  # Rank of a weight that is always kept.
 
 
 @keras.saving.register_keras_serializable("keras_dst")
@@ -58,7 +69,8 @@ class DST(LayerMethod):
             Defaults to `"unstructured"`.
         reset_density: If the density of a layer falls to this value or below, the thresholds of the
             layer are reset to 0 in the same step. With a target sparsity, the value is limited to a
-            tenth of the target density. Defaults to 0.01, as in the paper.
+            tenth of the target density, and every layer keeps a quarter of the weights that `"erk"`
+            would keep. Defaults to 0.01, as in the paper.
         frequency: Steps between updates of alpha, or `"epoch"`. Defaults to None: every 20 steps,
             or more often if the schedule would otherwise have fewer than 20 updates.
 
@@ -162,7 +174,8 @@ class DST(LayerMethod):
         # The paper defines the gradient of |w| at 0 as 0, but `ops.abs` on JAX returns 1.
         magnitude = w * ops.stop_gradient(ops.sign(w))
         on = masks.step(self._margin(magnitude, state, layout))
-        return w * Pattern(self.pattern).expand(on, w.shape, layout)
+        on = Pattern(self.pattern).expand(on, w.shape, layout)
+        return self.limited(w * on, on > 0, state)
 
     def mask(self, w, state, layout=KERNEL):
         # A NaN is kept, so that a diverged weight is not mistaken for a pruned weight.
@@ -197,7 +210,8 @@ class DST(LayerMethod):
         exponentially weighted least squares. Alpha is then set so that the next update finds the
         gap reduced by the fraction `_GAP_SHARE`. Alpha is negative if too few weights are kept.
         """
-        gap = masks.kth(self._margins(weights, states, layouts), kept[0])
+        gap, shifts, floors = self._shifts(weights, states, layouts, kept[0])
+        late = now.progress >= _EXACT
         sizes = [math.prod(w.shape) for w in weights]
         scale = sum(ops.sum(ops.abs(ops.cast(w, "float32"))) for w in weights) / sum(sizes)
         alpha = states[0]["alpha"]
@@ -214,22 +228,49 @@ class DST(LayerMethod):
         limit = _MAX_GROWTH * ops.maximum(ops.sqrt(square), self.alpha)
         response = ops.maximum(response, ops.abs(wanted) / limit + 1e-30)
         alpha = ops.clip(wanted / response, -limit, limit)
-        control = ops.stack([gap, drift, square, product])
-        return [{"alpha": alpha, "control": control} for _ in weights]
+        control = ops.stack([ops.where(late, 0.0, gap), drift, square, product])
+        changes = []
+        for state, shift, floor in zip(states, shifts, floors):
+            threshold = ops.convert_to_tensor(state["threshold"])
+            moved = ops.where(late, shift, ops.minimum(floor, 0.0))
+            threshold = threshold + ops.cast(moved, threshold.dtype)
+            changes.append({"threshold": threshold, "alpha": alpha, "control": control})
+        return changes
 
     def project(self, weights, states, layouts, kept):
         """Shift all thresholds by the same amount, so that exactly `kept` weights are kept.
 
-        A layer that would lose all its weights gets a smaller shift and keeps its largest weights.
+        A layer that would keep less than its minimum gets a smaller shift.
         """
+        _, shifts, _ = self._shifts(weights, states, layouts, kept[0])
+        return [
+            {"threshold": state["threshold"] + ops.cast(shift, w.dtype)}
+            for w, state, shift in zip(weights, states, shifts)
+        ]
+
+    def _shifts(self, weights, states, layouts, kept):
+        """Return the shifts of the thresholds of all layers that keep exactly `kept` weights.
+
+        Every layer keeps its minimum number of weights, as in a global ranking.
+
+        Returns:
+            The common shift, the shift of every layer, and the largest shift that leaves a layer
+            its minimum number of weights.
+        """
+        shapes = [tuple(w.shape) for w in weights]
         margins = self._margins(weights, states, layouts)
-        gap = masks.kth(margins, kept[0])
-        changes = []
-        for w, state, margin in zip(weights, states, margins):
-            most = ops.max(margin) - 1e-6 * ops.cast(ops.max(ops.abs(w)), "float32")
-            shift = ops.cast(ops.minimum(gap, most), w.dtype)
-            changes.append({"threshold": state["threshold"] + shift})
-        return changes
+        groups = [math.prod(Pattern(self.pattern).block(*x)) for x in zip(shapes, layouts)]
+        least = floor_counts(shapes, self.schedule.sparsity if self.schedule else 0.0)
+        least = np.maximum(least // groups, 1) * groups  # Minimums are whole groups.
+        lowest = ops.unstack(masks.kth(margins, ops.convert_to_tensor(least, "int32")), len(shapes))
+        limits = []
+        for w, margin, low in zip(weights, margins, lowest):
+            # If all margins of a layer are equal, the layer keeps all its weights.
+            edge = ops.minimum(ops.min(ops.where(margin > low, margin, _ALWAYS)), ops.max(margin))
+            limits.append(edge - 1e-6 * ops.cast(ops.max(ops.abs(w)), "float32"))
+        ranked = [ops.where(m > x, _ALWAYS, m) for m, x in zip(margins, limits)]
+        gap = masks.kth(ranked, ops.maximum(kept, int(least.sum())))
+        return gap, [ops.minimum(gap, x) for x in limits], limits
 
     def _margins(self, weights, states, layouts):
         """Return Q of every weight in float32. All weights of a group have the same Q."""

@@ -10,7 +10,10 @@ together, and removes the fraction `rate` of the kept weights with the lowest sc
 removes only as many weights as the target requires. The `n` events take place after the fractions
 1/(n+1), ..., n/(n+1) of training, as in the training runs of the paper.
 
-Deviation from the paper: the noise is read from a table of normal random numbers (`random.normal`).
+Deviations from the paper: the noise is read from a table of normal random numbers
+(`random.normal`). A training run of fewer than 20 epochs prunes in small steps along a cubic ramp,
+because the network cannot recover from the loss of half of its weights in a few epochs. In a
+training run of fewer than 20,000 steps, the noise has a smaller factor.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ from keras import ops
 from keras_dst._backend import random
 from keras_dst._utils.validation import is_number
 from keras_dst.masks import masked
-from keras_dst.methods.base import UpdateMethod
-from keras_dst.schedules import Geometric, Schedule, as_schedule
+from keras_dst.methods.base import SHORT, UpdateMethod, length_factor
+from keras_dst.schedules import Cubic, Geometric, Schedule, as_schedule
 
 
 @keras.saving.register_keras_serializable("keras_dst")
@@ -34,9 +37,13 @@ class FlipOut(UpdateMethod):
 
     Args:
         sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. If a number is given,
-            the sparsity grows in equally spaced pruning events.
+            the sparsity grows in equally spaced pruning events. In a training run of fewer than 20
+            epochs, the sparsity grows along a cubic ramp over the first three quarters, unless
+            `rate` is passed.
         power: Exponent p of the magnitude. Defaults to 2.
-        noise: Factor lambda of the gradient noise. With 0, no noise is added. Defaults to 1.
+        noise: Factor lambda of the gradient noise. With 0, no noise is added. Defaults to None,
+            which means 1 as in the paper, for 20,000 steps or more. The factor is smaller in a
+            shorter training run, in proportion to the number of steps, and at least 0.1.
         rate: Fraction of the kept weights that a pruning event removes, in (0, 1). Do not pass
             `rate` with a `Schedule`, which has its own pruning events. Defaults to None, which
             means 0.5, as in the paper.
@@ -73,7 +80,7 @@ class FlipOut(UpdateMethod):
         self,
         sparsity: float | Schedule,
         power: float = 2.0,
-        noise: float = 1.0,
+        noise: float | None = None,
         rate: float | None = None,
         allocation: str | Mapping[str, float] = "global",
         pattern: str = "unstructured",
@@ -96,7 +103,7 @@ class FlipOut(UpdateMethod):
         self.seed = seed
         if not (is_number(power) and power > 0):
             raise ValueError(f"power must be a number > 0. Received: {power!r}")
-        if not (is_number(noise) and noise >= 0):
+        if noise is not None and not (is_number(noise) and noise >= 0):
             raise ValueError(f"noise must be a number >= 0. Received: {noise!r}")
         if rate is not None and isinstance(sparsity, Schedule):
             raise ValueError(
@@ -105,8 +112,13 @@ class FlipOut(UpdateMethod):
                 "of them."
             )
         self.schedule = as_schedule(sparsity, self._events)
-        self.reads_gradients = noise > 0
+        self.reads_gradients = noise != 0
         self._check_common()
+
+    def schedule_over(self, epochs):
+        if isinstance(self.sparsity, Schedule) or self.rate is not None:
+            return self.schedule
+        return Cubic(self.sparsity) if epochs and epochs < SHORT else self.schedule
 
     def _events(self, sparsity):
         """Return the default schedule of pruning events for a final sparsity."""
@@ -134,9 +146,10 @@ class FlipOut(UpdateMethod):
         flips, kept = ops.convert_to_numpy(state["flips"]), ops.convert_to_numpy(state["mask"])
         return {"flips": flips[kept]}  # The counters of pruned weights are always 0.
 
-    def perturb(self, grads, masks, step):
-        if not self.noise:
+    def perturb(self, grads, masks, step, total):
+        if self.noise == 0:
             return grads
+        noise = length_factor(self.length(total)) if self.noise is None else self.noise
         known = [i for i, grad in enumerate(grads) if grad is not None]
         grads = list(grads)
         drawn = random.normal([grads[i].shape for i in known], self.seed, step)
@@ -144,7 +157,7 @@ class FlipOut(UpdateMethod):
             grad, mask = grads[i], masks[i]
             size = math.prod(grad.shape)
             squares = ops.square(ops.cast(grad, "float32"))  # The sum would overflow in float16.
-            scale = self.noise * ops.sqrt(ops.sum(squares) / size)
+            scale = noise * ops.sqrt(ops.sum(squares) / size)
             added = ops.cast(numbers * scale, grad.dtype)
             grads[i] = grad + (added if mask is None else masked(added, mask))
         return grads

@@ -8,7 +8,8 @@ Other saliency criteria are in `saliency.py`, for example LAMP and the first-ord
 
 With `revival=True`, the optimizer stores a dense copy of the weights and trains this copy with the
 gradients of the masked weights. Pruned weights may therefore be kept again later (Dynamic Model
-Pruning with Feedback, arXiv 2006.07253).
+Pruning with Feedback, arXiv 2006.07253). The gradients of pruned weights are limited, see
+`masks.limit_gradient`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from collections.abc import Mapping
 import keras
 from keras import ops
 
+from keras_dst.masks import limit_gradient
 from keras_dst.methods import saliency
-from keras_dst.methods.base import State, UpdateMethod
+from keras_dst.methods.base import State, UpdateMethod, gradient_limit
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
 
@@ -94,7 +96,7 @@ class Magnitude(UpdateMethod):
         self.round_to = round_to
         self.schedule = as_schedule(sparsity, Cubic)
         self.moves_weights = revival
-        self.reads_gradients = score == "taylor"
+        self.reads_gradients = score == "taylor" or revival
         self.reads_scales = score == "bn_scale"
         if score not in saliency.CRITERIA:
             raise ValueError(
@@ -106,7 +108,7 @@ class Magnitude(UpdateMethod):
                 "score='bn_scale' ranks whole channels. Pass pattern='channel'. Received: "
                 f"pattern={pattern!r}"
             )
-        if self.reads_gradients and self.schedule.first_sparsity > 0:
+        if score == "taylor" and self.schedule.first_sparsity > 0:
             raise ValueError(
                 "score='taylor' ranks weights by their gradients, which do not exist before the "
                 "first step. Pass a schedule that begins at sparsity 0, such as Cubic(0.9). "
@@ -147,6 +149,14 @@ class Magnitude(UpdateMethod):
         if not self.revival:
             weights, grads, _ = super().before(weights, grads, states)
         return weights, list(grads), averages
+
+    def perturb(self, grads, masks, step, total):
+        if not self.revival:
+            return grads
+        limit = gradient_limit(self.length(total))
+        return [
+            g if mask is None else limit_gradient(g, mask, limit) for g, mask in zip(grads, masks)
+        ]
 
     def after(self, carry, weights, states):
         changes: list[State] = [{} for _ in weights]

@@ -15,9 +15,9 @@ when masks are updated. The factor on their learning rate is therefore applied a
 the change of the scores since the last update.
 
 Deviations from the paper: the sigmoid is stretched so that it begins at exactly 0 and ends at
-exactly 1, and the final sparsity equals the target. If training has fewer than 20 epochs, the curve
-for 20 epochs is compressed into the first three quarters of training. The paper's curve for so few
-epochs would still be steep at the end.
+exactly 1, and the final sparsity equals the target. A training run of fewer than 20 epochs prunes
+along a cubic ramp in its first half. The weights then have time to adapt to the masks. The
+gradients of the scores of pruned weights are limited, see `LayerMethod.limited`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from keras import ops
 
 from keras_dst import masks
 from keras_dst._utils.validation import is_number
-from keras_dst.methods.base import LayerMethod
-from keras_dst.schedules import Schedule, Sigmoid, as_schedule
+from keras_dst.methods.base import SHORT, LayerMethod
+from keras_dst.schedules import Cubic, Schedule, Sigmoid, as_schedule
 
-# Training runs with fewer epochs use a compressed curve, so that the model can recover.
-_SHORT = 20
+# Smallest factor on the learning rate of the scores. This factor changes only the first ranking, in
+# which all scores would otherwise be equal.
+_SLOWEST = 1e-9
 
 
 @keras.saving.register_keras_serializable("keras_dst")
@@ -42,11 +43,12 @@ class OptG(LayerMethod):
 
     Args:
         sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. If a number is given,
-            the sparsity grows along a sigmoid.
+            the sparsity grows along a sigmoid, or along a cubic ramp if training has fewer than 20
+            epochs.
         beta: Steepness of the sigmoid per epoch. Do not pass `beta` with a `Schedule`, which has
             its own curve. Defaults to None, which means 1, as in the paper, if training has at
-            least 20 epochs. For fewer epochs, the curve for 20 epochs is compressed into the first
-            three quarters of training.
+            least 20 epochs. For fewer epochs, the sparsity grows along a cubic ramp in the first
+            half of training.
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
             weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
             expressions to sparsities. Defaults to `"global"`.
@@ -105,16 +107,14 @@ class OptG(LayerMethod):
                 "beta can be used only if sparsity is a number, because a Schedule has its own "
                 f"curve. Received: sparsity={sparsity!r}, beta={beta!r}. Pass only one of them."
             )
-        self.schedule = as_schedule(
-            sparsity, lambda final: Sigmoid(final, end=0.75, steepness=_SHORT)
-        )
+        self.schedule = as_schedule(sparsity, lambda final: Cubic(final, end=0.5))
         self._final = self.schedule.sparsity
         self._check_common()
 
     def schedule_over(self, epochs):
         if isinstance(self.sparsity, Schedule) or not epochs:
             return self.schedule
-        if self.beta is None and epochs < _SHORT:
+        if self.beta is None and epochs < SHORT:
             return self.schedule
         return Sigmoid(self.sparsity, steepness=(self.beta or 1.0) * epochs)
 
@@ -144,7 +144,7 @@ class OptG(LayerMethod):
 
     def apply(self, w, state, layout):
         scores, mask = (ops.convert_to_tensor(state[name]) for name in ("scores", "mask"))
-        return masks.straight_through_product(w, scores, mask)
+        return self.limited(masks.straight_through_product(w, scores, mask), mask, state)
 
     def monitored(self, state):
         return {"scores": state["scores"]}
@@ -154,7 +154,7 @@ class OptG(LayerMethod):
             s["anchor"] + ops.cast(s["rate"], s["anchor"].dtype) * (s["scores"] - s["anchor"])
             for s in states
         ]
-        rate = now.sparsity / max(self._final, 1e-9)
+        rate = ops.maximum(now.sparsity / max(self._final, 1e-9), _SLOWEST)
         return [
             {"scores": v, "rate": rate, "mask": mask}
             for v, mask in zip(scores, self.rank(scores, layouts, kept))

@@ -21,7 +21,8 @@ Deviations from the paper: masks are updated every 16 steps instead of every ste
 begins at the first step, not after five of 160 epochs. `tau` is the largest magnitude among the
 pruned weights instead of an interpolated quantile, so that every kept weight exceeds `tau`. A layer
 has its own `tau` if it needs a lower threshold to keep its minimum number of weights, or if the
-allocation is not `"global"`.
+allocation is not `"global"`. The gradients of pruned weights are limited, see
+`LayerMethod.limited`.
 """
 
 from __future__ import annotations
@@ -113,10 +114,12 @@ class ST3(LayerMethod):
         soft = ops.convert_to_tensor(state["factor"]) * (
             raw - ops.sign(raw) * ops.convert_to_tensor(state["threshold"])
         )
-        value = ops.cast(masks.masked(soft, self.mask(w, state, layout)), w.dtype)
+        mask = self.mask(w, state, layout)
+        value = ops.cast(masks.masked(soft, mask), w.dtype)
         # The term in parentheses is 0, but its gradient with respect to `w` is 1. The gradient
         # therefore passes straight through to `w`.
-        return ops.stop_gradient(value) + (w - ops.stop_gradient(w))
+        straight = ops.stop_gradient(value) + (w - ops.stop_gradient(w))
+        return self.limited(straight, mask, state)
 
     def monitored(self, state):
         return {"threshold": state["threshold"], "factor": state["factor"]}

@@ -9,8 +9,10 @@ import pytest
 from keras import ops
 
 from keras_dst._backend.jit import jit
+from keras_dst.allocation import floor_counts
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods import DST
+from keras_dst.methods.base import ScheduleState
 from keras_dst.regularizers import ThresholdPenalty
 from keras_dst.schedules import Constant, Cubic, Geometric
 from tests.gradients import gradients
@@ -25,6 +27,11 @@ def tensor(values):
 
 def array(x):
     return ops.convert_to_numpy(ops.cast(x, "float32")).astype("float64")
+
+
+def at(progress):
+    """Return the position of an update after this fraction of training."""
+    return ScheduleState(ops.convert_to_tensor(0, "int32"), ops.convert_to_tensor(progress), None)
 
 
 def random(*shape, low=-1.0, high=1.0, seed=0):
@@ -296,10 +303,46 @@ def test_projection_keeps_the_requested_number_of_weights(granularity, shapes, p
         np.testing.assert_allclose(shifts, shifts[0], atol=1e-6)
 
 
-def test_projection_keeps_a_weight_of_every_layer():
+def test_projection_keeps_the_minimum_of_every_layer():
     weights = [random(8, 4), random(12, 5) / 100]
-    masks, _ = project(DST(0.5), weights, [np.zeros(4), np.zeros(5)], 18)
-    assert [mask.any() for mask in masks] == [True, True]
+    masks, _ = project(DST(0.8), weights, [np.zeros(4), np.zeros(5)], 18)
+    floor = floor_counts([(8, 4), (12, 5)], 0.8)[1]
+    assert floor > 1
+    assert [mask.sum() for mask in masks] == [18 - floor, floor]
+
+
+@functools.cache
+def compiled_update(method, shapes):
+    """Return a compiled update, which returns the new masks, for weights of these shapes."""
+
+    def update(weights, values, kept, progress):
+        changes = method.update(weights, values, [KERNEL] * 2, kept, at(progress))
+        return [method.mask(w, {**s, **c}) for w, s, c in zip(weights, values, changes)]
+
+    return jit(update)
+
+
+@pytest.mark.parametrize(("progress", "counts"), [(0.5, [32, 2]), (0.75, [16, 2])])
+def test_an_update_keeps_the_minimum_of_a_layer_and_late_updates_meet_the_target(progress, counts):
+    # The thresholds prune no weight of the first layer and all weights of the second layer.
+    weights, method = [random(8, 4), random(12, 5)], DST(0.8)
+    assert floor_counts([(8, 4), (12, 5)], 0.8)[1] == 2
+    layer = keras.layers.Layer()
+    states = [
+        method.build(layer, f"kernel_{i}", layer.add_weight(shape=w.shape, name="w"), KERNEL)
+        for i, w in enumerate(weights)
+    ]
+    values = [
+        {**{k: ops.convert_to_tensor(v) for k, v in s.items()}, "threshold": tensor(t)}
+        for s, t in zip(states, (np.zeros(4), np.full(5, 9.0)))
+    ]
+    found = compiled_update(method, None)(
+        [tensor(w) for w in weights],
+        values,
+        ops.convert_to_tensor([18], dtype="int32"),
+        tensor(progress),
+    )
+    assert [int(array(mask).sum()) for mask in found] == counts
 
 
 @pytest.mark.parametrize(("kept", "sign"), [(5, 1), (15, -1)])
@@ -315,7 +358,7 @@ def test_alpha_pushes_all_thresholds_towards_the_target(kept, sign):
     states = [{**s, "threshold": tensor([0.5])} for s in states]
     values = [{k: ops.convert_to_tensor(v) for k, v in s.items()} for s in states]
     update = jit(
-        lambda weights, values, kept: method.update(weights, values, [KERNEL] * 2, kept, None)
+        lambda weights, values, kept: method.update(weights, values, [KERNEL] * 2, kept, at(0.5))
     )
     one, other = update(weights, values, ops.convert_to_tensor([kept], dtype="int32"))
     assert np.sign(float(one["alpha"])) == sign

@@ -8,8 +8,13 @@ from keras import ops
 import keras_dst
 from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import FlipOut
-from keras_dst.schedules import Constant
+from keras_dst.schedules import Constant, Cubic, Geometric
 from tests import models
+
+
+def numbers(*values):
+    """Return the number of finished steps and the length of training as int32 tensors."""
+    return [ops.convert_to_tensor(value, "int32") for value in values]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +82,7 @@ def test_noise_scales_with_the_gradient_and_skips_pruned_weights():
     mask = rng.random(grad.shape) < 0.25
     grads = [ops.convert_to_tensor(grad * mask), None, ops.convert_to_tensor(grad[0])]
     found = FlipOut(0.9, noise=2.0).perturb(
-        grads, [ops.convert_to_tensor(mask), None, None], ops.convert_to_tensor(3, "int32")
+        grads, [ops.convert_to_tensor(mask), None, None], *numbers(3, 100)
     )
     assert found[1] is None
     added = ops.convert_to_numpy(found[0]) - grad * mask
@@ -89,7 +94,32 @@ def test_noise_scales_with_the_gradient_and_skips_pruned_weights():
 
 def test_zero_noise_changes_no_gradient():
     grads = [ops.ones((2, 2))]
-    assert FlipOut(0.9, noise=0.0).perturb(grads, [None], 0) is grads
+    assert FlipOut(0.9, noise=0.0).perturb(grads, [None], *numbers(0, 100)) is grads
+
+
+@pytest.mark.parametrize(
+    ("total", "factor"), [(0, 1), (1, 0.1), (2000, 0.1), (5000, 0.25), (20_000, 1), (100_000, 1)]
+)
+def test_noise_grows_with_the_length_of_training(total, factor):
+    grads = [ops.ones((2, 2))]
+    (one,) = FlipOut(0.9, noise=1.0).perturb(grads, [None], *numbers(3, total))
+    (found,) = FlipOut(0.9).perturb(grads, [None], *numbers(3, total))
+    one, found = (ops.convert_to_numpy(g) - 1 for g in (one, found))
+    np.testing.assert_allclose(found, factor * one, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs", "expected"),
+    [
+        (FlipOut(0.75), 20, Geometric(0.75, end=2 / 3, rate=0.5)),
+        (FlipOut(0.75), 19, Cubic(0.75)),
+        (FlipOut(0.75), None, Geometric(0.75, end=2 / 3, rate=0.5)),
+        (FlipOut(0.75, rate=0.5), 3, Geometric(0.75, end=2 / 3, rate=0.5)),
+        (FlipOut(Constant(0.75)), 3, Constant(0.75)),
+    ],
+)
+def test_a_short_training_prunes_in_small_steps(method, epochs, expected):
+    assert method.schedule_over(epochs) == expected
 
 
 @pytest.mark.parametrize(

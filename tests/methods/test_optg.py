@@ -9,7 +9,7 @@ import keras_dst
 from keras_dst.callbacks import SparseTraining
 from keras_dst.masks import KERNEL
 from keras_dst.methods import OptG
-from keras_dst.schedules import Constant, Sigmoid
+from keras_dst.schedules import Constant, Cubic, Sigmoid
 from tests import models
 from tests.gradients import gradients
 
@@ -70,9 +70,9 @@ def test_beta_is_the_slope_per_epoch(epochs):
     [
         (160, Sigmoid(0.9, steepness=160)),
         (20, Sigmoid(0.9, steepness=20)),
-        (19, Sigmoid(0.9, end=0.75, steepness=20)),
-        (0.5, Sigmoid(0.9, end=0.75, steepness=20)),
-        (None, Sigmoid(0.9, end=0.75, steepness=20)),
+        (19, Cubic(0.9, end=0.5)),
+        (0.5, Cubic(0.9, end=0.5)),
+        (None, Cubic(0.9, end=0.5)),
     ],
 )
 def test_a_short_training_ends_pruning_early(epochs, expected):
@@ -110,7 +110,8 @@ def test_weight_decay_exemptions_of_the_user_are_kept():
         assert optimizer._use_weight_decay(variable) is not exempt, variable.path
 
 
-def test_scores_move_by_the_rate_of_the_last_update():
+@pytest.mark.parametrize(("sparsity", "rate"), [(0.3, 0.6), (0.0, 1e-9)])
+def test_scores_move_by_the_rate_of_the_last_update(sparsity, rate):
     w = ops.ones((2, 2))
     state = {
         "scores": ops.convert_to_tensor([[5.0, 1.0], [3.0, 4.0]]),
@@ -121,13 +122,13 @@ def test_scores_move_by_the_rate_of_the_last_update():
     from keras_dst.methods.base import ScheduleState
 
     now = ScheduleState(
-        ops.convert_to_tensor(7), ops.convert_to_tensor(0.5), ops.convert_to_tensor(0.3)
+        ops.convert_to_tensor(7), ops.convert_to_tensor(0.5), ops.convert_to_tensor(sparsity)
     )
     (change,) = OptG(0.5).update([w], [state], [KERNEL], ops.convert_to_tensor([2]), now)
     found = {k: ops.convert_to_numpy(v) for k, v in change.items()}
     np.testing.assert_allclose(found["scores"], [[3, 1], [2, 2.5]])
     np.testing.assert_array_equal(found["mask"], [[True, False], [False, True]])
-    assert found["rate"] == pytest.approx(0.6)
+    assert found["rate"] == pytest.approx(rate)
 
 
 def test_an_update_sets_the_anchor_to_the_scores():
