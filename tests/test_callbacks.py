@@ -137,7 +137,7 @@ def test_the_controller_reaches_its_target():
 
 
 def test_the_last_projection_reaches_a_missed_target_with_a_warning():
-    model = sparse(DST(sparsity=0.9, frequency=1000))  # No update meets the target earlier.
+    model = sparse(DST(sparsity=0.9))
     with pytest.warns(UserWarning, match=r"reached sparsity 0\.\d+, but the target is 0\.9"):
         history = model.fit(x, y, epochs=1, verbose=0, callbacks=[SparseTraining()])
     assert history.history["sparsity"][-1] == pytest.approx(0.9, abs=0.01)

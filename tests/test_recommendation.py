@@ -34,7 +34,7 @@ def figure(accuracies, pattern, sparsity, epochs, net, dense, source):
     if means[best] - means["Magnitude"] <= deviation(best) + deviation("Magnitude"):
         best = "Magnitude"
     return Figure(
-        *(best, pattern, sparsity, epochs, net, round(means[best], 2)),
+        *(best.replace("-", ""), pattern, sparsity, epochs, net, round(means[best], 2)),
         *(round(means["Magnitude"], 2), round(statistics.mean(dense), 2) if dense else None),
         *(len(means), len(accuracies[best]), source),
     )

@@ -211,7 +211,8 @@ class DST(LayerMethod):
         gap reduced by the fraction `_GAP_SHARE`. Alpha is negative if too few weights are kept.
         """
         gap, shifts, floors = self._shifts(weights, states, layouts, kept[0])
-        late = now.progress >= _EXACT
+        # The driver projects after the last step, and warns if training has missed the target.
+        late = ops.logical_and(now.progress >= _EXACT, now.progress < 1.0)
         sizes = [math.prod(w.shape) for w in weights]
         scale = sum(ops.sum(ops.abs(ops.cast(w, "float32"))) for w in weights) / sum(sizes)
         alpha = states[0]["alpha"]
