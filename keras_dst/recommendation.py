@@ -68,7 +68,7 @@ FIGURES = (
     Figure("Magnitude", "unstructured", 0.9, 5, _LENET5, 98.79, 98.79, 98.97, 10, 3, "methods"),
     Figure("DCIL", "unstructured", 0.95, 5, _LENET300, 97.69, 97.38, None, 9, 3, "patterns"),
     Figure("DST", "unstructured", 0.98, 5, _LENET5, 98.3, 97.69, 98.97, 10, 3, "methods"),
-    Figure("ST3", "unstructured", 0.9, 3, _RESNET8, 63.0, 60.82, 64.62, 10, 3, "methods"),
+    Figure("ST3", "unstructured", 0.9, 3, _RESNET8, 63.0, 60.82, 64.62, 11, 3, "methods"),
     Figure("ST3", "unstructured", 0.98, 3, _RESNET8, 55.9, 49.78, 64.62, 11, 3, "methods"),
     Figure("DCIL", "1x4", 0.9, 5, _LENET300, 97.84, 97.62, None, 9, 3, "patterns"),
     Figure("DCIL", "1x4", 0.95, 5, _LENET300, 97.56, 97.16, None, 9, 3, "patterns"),
