@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from keras_dst._utils.validation import check_number, is_integer
 from keras_dst.schedules import check_sparsity
 
 __all__ = ["densities", "floor_counts", "kept_counts"]
@@ -29,6 +30,19 @@ def check(allocation) -> None:
         raise ValueError(
             f"allocation must be one of {', '.join(map(repr, NAMES))} or a dict from weight names "
             f"or regular expressions to sparsities. Received: {allocation!r}"
+        )
+
+
+def _check_shapes(shapes) -> None:
+    """Raise ValueError unless `shapes` is a sequence of sequences of whole numbers."""
+    listed = isinstance(shapes, (list, tuple))
+    if not listed or not all(
+        isinstance(shape, (list, tuple)) and all(is_integer(n, minimum=1) for n in shape)
+        for shape in shapes
+    ):
+        raise ValueError(
+            "shapes must be a list of shapes, such as [(10, 10), (30, 10)]. "
+            f"Received: shapes={shapes!r}"
         )
 
 
@@ -61,7 +75,14 @@ def densities(
     Source: arXiv 1911.11134, section 3 (ERK).
     """
     check(allocation)
+    _check_shapes(shapes)
+    check_number(density, "density", maximum=1)
     if isinstance(allocation, Mapping):
+        if isinstance(names, str) or len(names) != len(shapes):
+            raise ValueError(
+                "An allocation by names needs the name of every weight. Expected "
+                f"{len(shapes)} names. Received: names={names!r}"
+            )
         return _by_name(allocation, density, names)
     if allocation == "erk":
         return _erk(shapes, density)
@@ -120,11 +141,16 @@ def kept_counts(
         >>> keras_dst.allocation.kept_counts("uniform", [(10, 10), (30, 10)], 0.9)
         array([10, 30])
     """
+    check(allocation)
+    _check_shapes(shapes)
+    check_number(sparsity, "sparsity", maximum=1)
+    if final_sparsity is not None:
+        check_number(final_sparsity, "final_sparsity", maximum=1)
     sizes = np.array([math.prod(s) for s in shapes], "int64")
     if allocation == "global":
         return np.array([round((1 - sparsity) * int(sizes.sum()))])
     if isinstance(allocation, Mapping) and final_sparsity:
-        allocation = {k: v * sparsity / final_sparsity for k, v in allocation.items()}
+        allocation = {k: float(v * sparsity / final_sparsity) for k, v in allocation.items()}
     exact = densities(allocation, shapes, 1 - sparsity, names) * sizes
     counts = np.floor(exact + 1e-9).astype("int64")
     by_name = isinstance(allocation, Mapping)
@@ -152,6 +178,8 @@ def floor_counts(shapes: Sequence[Sequence[int]], sparsity: float) -> np.ndarray
         >>> keras_dst.allocation.floor_counts([(10, 10), (30, 10)], 0.9)
         array([3, 6])
     """
+    _check_shapes(shapes)
+    check_number(sparsity, "sparsity", maximum=1)
     sizes = np.array([math.prod(s) for s in shapes], "int64")
     counts = np.floor(_erk(shapes, 1 - sparsity) * sizes / 4 + 1e-9).astype("int64")
     return np.minimum(np.maximum(counts, 1), sizes)

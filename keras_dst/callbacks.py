@@ -13,7 +13,7 @@ from keras_dst._training.drivers import Driver, drivers_of
 from keras_dst._training.fit_patches import AtomicSave, active_fit
 from keras_dst._training.metrics import direction_of_metric, worst_value
 from keras_dst._training.tensorboard import SparsityTensorBoard
-from keras_dst._utils.validation import check_integer
+from keras_dst._utils.validation import check_boolean, check_integer
 from keras_dst.clustering import KeepClusters
 from keras_dst.optimizers import averages_weights
 
@@ -90,9 +90,16 @@ class SparseTraining(keras.callbacks.Callback):
         self.steps_per_epoch = steps_per_epoch
         if steps_per_epoch is not None:
             self.steps_per_epoch = check_integer(steps_per_epoch, "steps_per_epoch")
+        if metric_at_target is not None and not (
+            isinstance(metric_at_target, str) and metric_at_target
+        ):
+            raise ValueError(
+                "metric_at_target must be the name of a metric, such as 'val_accuracy'. "
+                f"Received: {metric_at_target!r}"
+            )
         self.metric_at_target = metric_at_target
         self.metric_mode = metric_mode
-        self.keep_memory = keep_memory
+        self.keep_memory = check_boolean(keep_memory, "keep_memory")
         self._drivers: list[Driver] = []
         self._begun = False
 

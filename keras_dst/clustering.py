@@ -27,9 +27,10 @@ import numpy as np
 from keras import ops
 
 from keras_dst._reporting.weights import weights_of
-from keras_dst._utils.filters import Filters, select
+from keras_dst._utils.filters import Filters, check_filters, select
 from keras_dst._utils.validation import check_integer
 from keras_dst.masks import Layout
+from keras_dst.surgery import check_model
 
 _ITERATIONS = 300
 _EQUAL = 1e-6  # Numbers with a smaller difference count as equal, because the kernels are float32.
@@ -94,6 +95,7 @@ class KeepClusters(keras.callbacks.Callback):
     def __init__(self, clusters: int = 16, filters: Filters = None):
         super().__init__()
         self.clusters = check_integer(clusters, "clusters", 4)
+        check_filters(filters)
         self.filters = filters
 
     def on_train_begin(self, logs=None):
@@ -149,6 +151,7 @@ class _Kernel:
 
 def _clustered_kernels(model, clusters, filters) -> list[_Kernel]:
     """Assign the weights of the selected kernels to clusters, without changing the weights."""
+    check_model(model)
     check_integer(clusters, "clusters", 4)
     weights = [weight for weight in weights_of(model) if weight.prunable]
     masked = [weight.variable.path for weight in weights if weight.mask is not None]

@@ -68,7 +68,7 @@ def masked(w: Tensor, mask: Tensor) -> Tensor:
         >>> keras_dst.masks.masked(keras.ops.array([1.0, 2.0]), keras.ops.array([True, False]))
     """
     if keras.backend.backend() == "torch":
-        return jit.masked(w, mask)
+        return jit.masked(ops.convert_to_tensor(w), ops.convert_to_tensor(mask))
     return ops.where(mask, w, 0)
 
 
@@ -383,7 +383,7 @@ def n_of_m(scores: Tensor, n: int, m: int, axis: int = -2) -> Tensor:
         A boolean tensor in the shape of `scores`.
 
     Raises:
-        ValueError: If `n` or `m` is not a whole number of at least 1.
+        ValueError: If `n` or `m` is not a whole number of at least 1, or if there is no such axis.
 
     Example:
         >>> keras_dst.masks.n_of_m(keras.ops.array([[3.0], [1.0], [2.0], [4.0]]), 2, 4)
@@ -392,7 +392,11 @@ def n_of_m(scores: Tensor, n: int, m: int, axis: int = -2) -> Tensor:
     """
     check_integer(n, "n")
     check_integer(m, "m")
+    check_integer(axis, "axis", minimum=None)
+    scores = ops.convert_to_tensor(scores)
     shape = tuple(scores.shape)
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(f"axis must be an axis of shape {shape}. Received: axis={axis}")
     axis %= len(shape)
     length = shape[axis]
     lowest = float(np.finfo("float32").min)

@@ -20,7 +20,7 @@ from keras_dst._backend.devices import (
 )
 from keras_dst._backend.jit import is_known_false, jit, outside_torch_graph
 from keras_dst._utils.clock import UpdateClock, update_clock
-from keras_dst._utils.filters import Filters, is_kernel, is_prunable, select
+from keras_dst._utils.filters import Filters, check_filters, is_kernel, is_prunable, select
 from keras_dst.masks import KERNEL, Layout, masked
 from keras_dst.methods import channels
 from keras_dst.methods.base import LayerMethod, Method, ScheduleState, State, UpdateMethod, describe
@@ -65,6 +65,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 "Expected SparseOptimizer(optimizer, method), with the optimizer as the first "
                 f"argument. Received: {inner_optimizer!r} as the optimizer"
             )
+        if inner_optimizer is None:
+            raise ValueError("Expected an optimizer, such as 'adam'. Received: None")
         inner_optimizer = keras.optimizers.get(inner_optimizer)
         if isinstance(inner_optimizer, (keras.optimizers.LossScaleOptimizer, SparseOptimizer)):
             raise ValueError(
@@ -80,6 +82,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             if not attribute.startswith("_") and attribute not in ("name", "built"):
                 delattr(self, attribute)
         self.method = _check_method(method)
+        check_filters(filters)
         self.filters = filters
         self.driver_active: object = False  # True while SparseTraining updates the masks.
         self.kernel_indices: list[int] = []

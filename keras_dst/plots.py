@@ -12,7 +12,7 @@ from keras_dst._reporting.tables import format_percent
 from keras_dst._reporting.weights import density_map, matrix_shape, weights_of
 from keras_dst._training.metrics import is_worst_value
 from keras_dst._utils.filters import Filters, select
-from keras_dst._utils.validation import check_integer
+from keras_dst._utils.validation import check_integer, is_number
 from keras_dst.surgery import check_model
 
 __all__ = ["density", "history", "masks", "sensitivity", "trade_off"]
@@ -36,7 +36,8 @@ def density(report, ax=None):
     Example:
         >>> plots.density(keras_dst.report(model)).figure.savefig("density.png")
     """
-    ax = ax or new_figure(8, 1.5 + 0.3 * len(report.layers)).subplots()
+    _check_report(report, "layers", "keras_dst.report")
+    ax = _axes(ax, 8, 1.5 + 0.3 * len(report.layers))
     positions = range(len(report.layers))
     bars = ax.barh(positions, [row.density for row in report.layers])
     ax.bar_label(bars, [format_percent(row.density) for row in report.layers], padding=3)
@@ -146,10 +147,14 @@ def trade_off(results, ax=None, dense: float | None = None, metric: str = "accur
     Example:
         >>> keras_dst.plots.trade_off({"DST": [(0.9, 0.981), (0.9, 0.979), (0.95, 0.973)]})
     """
+    if not isinstance(results, Mapping) or not results:
+        raise ValueError(
+            f"results must map labels to pairs (sparsity, value). Received: {results!r}"
+        )
     curves = {label: _by_sparsity(label, pairs) for label, pairs in results.items()}
-    if not curves:
-        raise ValueError("results must map labels to pairs (sparsity, value). Received: no labels")
-    ax = ax or new_figure(7, 4.5).subplots()
+    if dense is not None and not is_number(dense):
+        raise ValueError(f"dense must be a finite number. Received: dense={dense!r}")
+    ax = _axes(ax, 7, 4.5)
     for (label, curve), marker in zip(curves.items(), itertools.cycle(_MARKERS)):
         kept = [1 - sparsity for sparsity in curve]
         means = np.array([np.mean(values) for values in curve.values()])
@@ -173,11 +178,12 @@ def trade_off(results, ax=None, dense: float | None = None, metric: str = "accur
 def _by_sparsity(label, pairs: Sequence) -> dict[float, list[float]]:
     """Return a dict from each sparsity to its values, in order of increasing sparsity."""
     found: dict[float, list[float]] = {}
-    for sparsity, value in pairs:
-        if not 0 <= sparsity < 1 or not math.isfinite(value):
+    for pair in pairs:
+        sparsity, value = pair if np.shape(pair) == (2,) else (math.nan, math.nan)
+        if not (is_number(sparsity) and 0 <= sparsity < 1 and is_number(value)):
             raise ValueError(
                 f"results[{label!r}] must be pairs of a sparsity in [0, 1) and a finite value. "
-                f"Received: {(sparsity, value)!r}"
+                f"Received: {pair!r}"
             )
         found.setdefault(round(float(sparsity), 6), []).append(float(value))
     if not found:
@@ -224,7 +230,7 @@ def history(history, names: Filters = None, ax=None):
         >>> keras_dst.plots.history(history, ["sparsity", "(val_)?accuracy"])
     """
     metrics: Mapping[str, Sequence[float]] = getattr(history, "history", history)
-    if not metrics or not all(map(len, metrics.values())):
+    if not isinstance(metrics, Mapping) or not metrics or not all(map(len, metrics.values())):
         raise ValueError(f"history must have at least one epoch. Received: {history!r}")
     known = list(metrics)
     chosen = select(known, names, [(name,) for name in known], "names")
@@ -233,7 +239,7 @@ def history(history, names: Filters = None, ax=None):
         for name, is_chosen in zip(known, chosen)
         if is_chosen
     }
-    ax = ax or new_figure(7, 4.5).subplots()
+    ax = _axes(ax, 7, 4.5)
     bases = list(dict.fromkeys(name.removeprefix("val_") for name in curves))
     left = [base for base in bases if all(map(_is_fraction, _curves_of(base, curves)))]
     right = [base for base in bases if base not in left]
@@ -291,7 +297,8 @@ def sensitivity(report, ax=None):
     Example:
         >>> plots.sensitivity(keras_dst.sensitivity(model, (x, y))).figure.savefig("curves.png")
     """
-    ax = ax or new_figure(8, 4.5).subplots()
+    _check_report(report, "weights", "keras_dst.sensitivity")
+    ax = _axes(ax, 8, 4.5)
     for row in report.weights:
         ax.plot((0.0, *report.sparsities), (report.baseline, *row.values), "o-", label=row.name)
     ax.axhline(report.baseline, color="gray", linestyle="--", zorder=0)
@@ -299,6 +306,24 @@ def sensitivity(report, ax=None):
     ax.set_ylabel(report.metric)
     ax.set_title(f"{report.model}: sensitivity to {report.pattern} pruning")
     ax.legend(fontsize="small")
+    return ax
+
+
+def _check_report(report, attribute: str, source: str) -> None:
+    """Raise TypeError unless a report has the attribute that holds its rows."""
+    if not hasattr(report, attribute):
+        raise TypeError(
+            f"Expected the result of {source}(...). "
+            f"Received: {report!r} of type {type(report).__name__}"
+        )
+
+
+def _axes(ax, width: float, height: float):
+    """Return the given axes, or the axes of a new figure if `ax` is None."""
+    if ax is None:
+        return new_figure(width, height).subplots()
+    if not hasattr(ax, "figure"):
+        raise TypeError(f"Expected ax to be matplotlib axes or None. Received: {ax!r}")
     return ax
 
 

@@ -142,18 +142,24 @@ def _batches(data, batch_size: int) -> Iterator[Any]:
         data = data[0]
     if isinstance(data, keras.utils.PyDataset):
         yield from (_inputs(data[i]) for i in range(data.num_batches or 0))
-    elif hasattr(data, "shape") or isinstance(data, (list, Mapping)):
+    elif _is_array(data) or (
+        isinstance(data, (list, Mapping)) and data and all(map(_is_array, keras.tree.flatten(data)))
+    ):
         length = len(keras.tree.flatten(data)[0])
         for begin in range(0, length, batch_size):
             part = slice(begin, begin + batch_size)
             yield keras.tree.map_structure(lambda array, part=part: array[part], data)
-    elif isinstance(data, Iterable) and not isinstance(data, str):
+    elif isinstance(data, Iterable) and not isinstance(data, (str, list, Mapping)):
         yield from map(_inputs, data)
     else:
         raise TypeError(
             "Expected data as an array, (inputs, targets), a list or dict of arrays, or an "
             f"iterable of batches. Received: {data!r} of type {type(data).__name__}"
         )
+
+
+def _is_array(data) -> bool:
+    return len(getattr(data, "shape", ())) > 0
 
 
 def _inputs(batch):

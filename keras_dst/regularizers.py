@@ -3,7 +3,10 @@
 import math
 
 import keras
+import numpy as np
 from keras import ops
+
+from keras_dst._utils.validation import check_number, is_number
 
 __all__ = ["Budget", "Polarization", "ThresholdPenalty"]
 
@@ -16,7 +19,10 @@ class ThresholdPenalty(keras.regularizers.Regularizer):
     gradient is therefore at most `alpha * e`, and very small thresholds do not overflow.
 
     Args:
-        alpha: Weight of the penalty, a number or a scalar variable. Defaults to 5e-4.
+        alpha: Weight of the penalty, a number >= 0 or a scalar variable. Defaults to 5e-4.
+
+    Raises:
+        ValueError: If `alpha` is not such a number or variable.
 
     Example:
         >>> keras_dst.regularizers.ThresholdPenalty(0.1)(keras.ops.zeros((3,)))  # 0.3
@@ -25,6 +31,8 @@ class ThresholdPenalty(keras.regularizers.Regularizer):
     """
 
     def __init__(self, alpha=5e-4):
+        if not _is_scalar_variable(alpha):
+            check_number(alpha, "alpha", alternative=" or a scalar variable")
         self.alpha = alpha
 
     def __call__(self, x):
@@ -42,10 +50,13 @@ class Polarization(keras.regularizers.Regularizer):
     """Consensus penalty `weight * mean(g (1 - g))`, which is 0 if all gates are open or closed.
 
     Args:
-        weight: Weight of the penalty. Defaults to 1.
+        weight: Weight of the penalty, a number >= 0. Defaults to 1.
 
     Call arguments:
         x: Means of the gates over a batch, in [0, 1], of any shape.
+
+    Raises:
+        ValueError: If `weight` is not such a number.
 
     Example:
         >>> keras_dst.regularizers.Polarization()(keras.ops.array([1.0, 0.5]))  # 0.125
@@ -54,6 +65,7 @@ class Polarization(keras.regularizers.Regularizer):
     """
 
     def __init__(self, weight: float = 1.0):
+        check_number(weight, "weight")
         self.weight = weight
 
     def __call__(self, x):
@@ -71,7 +83,7 @@ class Budget(keras.regularizers.Regularizer):
     Args:
         target: Target for the cost of the open gates, as a fraction of the cost of all gates, in
             (0, 1]: a number or a scalar tensor.
-        weight: Weight of the penalty. Defaults to 1.
+        weight: Weight of the penalty, a number >= 0. Defaults to 1.
         costs: Cost of every gate, as an array in the shape of the gates. Any unit can be used,
             because only the ratios of the costs count. Defaults to None, which means that all gates
             cost the same.
@@ -80,7 +92,7 @@ class Budget(keras.regularizers.Regularizer):
         x: Means of the gates over a batch, in [0, 1], of any shape.
 
     Raises:
-        ValueError: If the target is outside (0, 1].
+        ValueError: If the target is outside (0, 1], or if another argument is not a number >= 0.
 
     Example:
         >>> budget = keras_dst.regularizers.Budget(0.5, costs=[3.0, 1.0])
@@ -90,11 +102,14 @@ class Budget(keras.regularizers.Regularizer):
     """
 
     def __init__(self, target: float, weight: float = 1.0, costs=None):
-        if isinstance(target, (int, float)) and not 0 < target <= 1:
+        if not _is_scalar_variable(target) and not (is_number(target) and 0 < target <= 1):
             raise ValueError(
                 "target is the fraction of the total cost that open gates may have, in (0, 1]. "
                 f"Received: target={target!r}"
             )
+        check_number(weight, "weight")
+        for cost in () if costs is None else np.ravel(ops.convert_to_numpy(costs)).tolist():
+            check_number(cost, "costs")
         self.target = target
         self.weight = weight
         self.costs = costs
@@ -108,6 +123,12 @@ class Budget(keras.regularizers.Regularizer):
     def get_config(self):
         costs = None if self.costs is None else ops.convert_to_numpy(self.costs).tolist()
         return {"target": float(self.target), "weight": self.weight, "costs": costs}
+
+
+def _is_scalar_variable(value) -> bool:
+    """Return whether a value is a variable or a tensor of a single number."""
+    is_tensor = isinstance(value, keras.Variable) or ops.is_tensor(value)
+    return is_tensor and math.prod(value.shape) == 1
 
 
 def _as_loss(x):

@@ -33,6 +33,7 @@ import numpy as np
 
 from keras_dst import _keras
 from keras_dst._utils.files import atomic_write, check_writable
+from keras_dst._utils.validation import check_boolean
 from keras_dst.layers.base import SparseMixin
 from keras_dst.masks import masked
 from keras_dst.surgery import check_model
@@ -64,6 +65,7 @@ def save_sparse(model, path, include_optimizer: bool = False) -> None:
         >>> keras_dst.save_sparse(model, "model.sparse")
         >>> model = keras_dst.load_sparse("model.sparse")
     """
+    check_boolean(include_optimizer, "include_optimizer")
     safetensors = _safetensors()
     check_model(model)
     if not isinstance(model, keras.Model):

@@ -44,7 +44,7 @@ class SparseHyperModel(keras_tuner.HyperModel):
             to None, which adds no score.
 
     Raises:
-        TypeError: `build` is not a function, or `export` has an unknown argument.
+        TypeError: `build` or `score` is not a function, or `export` has an unknown argument.
         ImportError: KerasTuner is not installed.
 
     Example:
@@ -71,6 +71,16 @@ class SparseHyperModel(keras_tuner.HyperModel):
                 "Expected build to be a function from hyperparameters to a compiled model. "
                 f"Received: {build!r} of type {type(build).__name__}. "
                 "Fix: pass a function, for example build=lambda hp: make_model(hp)."
+            )
+        if export is not None and not isinstance(export, Mapping):
+            raise TypeError(
+                "Expected export to be a dict of arguments of export_tflite, or None. "
+                f"Received: {export!r}"
+            )
+        if score is not None and not callable(score):
+            raise TypeError(
+                "Expected score to be a function from the dict of results to a number, or None. "
+                f"Received: {score!r}"
             )
         inspect.signature(export_tflite).bind("model", "path", **(export or {}))
         self.build_model, self.export, self.score = build, export, score

@@ -21,6 +21,7 @@ from keras import ops
 
 from keras_dst._backend.devices import on_accelerator
 from keras_dst._backend.jit import count_true
+from keras_dst._utils.validation import check_integer
 
 Tensor = Any
 
@@ -68,8 +69,7 @@ def top_k(
     Example:
         >>> keras_dst.masks.top_k([keras.ops.array([0.1, 0.3, 0.2])], 2)  # [[False, True, True]]
     """
-    kept = ops.cast(kept, "int32")
-    scores = list(scores)
+    scores, kept = _checked(scores, kept)
     shapes = [tuple(s.shape) for s in scores]
     ranking = _Ranking(scores, kept.ndim == 0, sizes, first)
     # Free the scores of small tensors, because `ranking` holds copies of these scores.
@@ -87,10 +87,21 @@ def kth(scores: Sequence[Tensor], kept: Tensor) -> Tensor:
         kept: Number of scores above the threshold, an integer scalar. A vector with one number per
             tensor gives a vector with one threshold per tensor.
     """
-    kept = ops.cast(kept, "int32")
+    scores, kept = _checked(scores, kept)
     if len(kept.shape):
         return _Ranking(scores, together=False).thresholds(kept)[1]
     return _Ranking(scores, together=True).thresholds(kept[None])[1][0]
+
+
+def _checked(scores, kept) -> tuple[list[Tensor], Tensor]:
+    """Return the scores as a list of tensors, and the number of kept scores as an int32 tensor."""
+    if hasattr(scores, "shape") or isinstance(scores, (str, dict)) or not scores:
+        raise ValueError(f"scores must be a list of float tensors. Received: {scores!r}")
+    if not hasattr(kept, "dtype") or isinstance(kept, np.generic):
+        for count in kept if isinstance(kept, (list, tuple)) else [kept]:
+            if not hasattr(count, "dtype") or isinstance(count, np.generic):
+                check_integer(count, "kept", minimum=0)
+    return [ops.convert_to_tensor(s) for s in scores], ops.cast(kept, "int32")
 
 
 class _Rows:

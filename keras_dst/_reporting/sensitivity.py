@@ -23,6 +23,7 @@ from keras_dst.layers.base import SparseMixin
 from keras_dst.layers.classes import layouts_of
 from keras_dst.masks import KERNEL, Layout, masked
 from keras_dst.methods import Magnitude
+from keras_dst.schedules import check_sparsity
 from keras_dst.surgery import check_model
 
 
@@ -190,9 +191,15 @@ def sensitivity(
     Source: arXiv 1608.08710, section 3.2, which prunes the filters of one layer at a time.
     """
     _check(model, data)
+    if not isinstance(sparsities, (list, tuple, np.ndarray)):
+        raise ValueError(f"Expected a list of sparsities. Received: sparsities={sparsities!r}")
+    for sparsity in sparsities:
+        check_sparsity(sparsity, "sparsities")
     grid = sorted({0.0, *sparsities})[1:]
     if not grid:
         raise ValueError(f"Expected at least one sparsity above 0. Received: {sparsities!r}")
+    if verbose not in ("auto", 0, 1, 2):
+        raise ValueError(f"verbose must be 'auto', 0, 1 or 2. Received: verbose={verbose!r}")
     kernels = _kernels(model, filters)
     layouts = [kernel.layout for kernel in kernels]
     shapes, names = [k.shape for k in kernels], [k.name for k in kernels]
@@ -248,6 +255,11 @@ def _check(model, data) -> None:
         raise ValueError(
             f"'{model.name}' is not compiled, so it has no metric to measure. "
             "Call model.compile(loss=..., metrics=['accuracy']) first."
+        )
+    if data is None or (isinstance(data, (dict, list, tuple)) and not data):
+        raise ValueError(
+            "Expected evaluation data: (x, y), (x, y, sample_weight), or a data set. "
+            f"Received: {data!r}"
         )
     if hasattr(data, "__next__"):
         raise ValueError(
@@ -316,7 +328,7 @@ def _metric(model, results: Mapping[str, float], metric: str | None) -> tuple[st
     if metric is None:
         metrics = [name for name in results if name != "loss" and not name.endswith("_loss")]
         metric = metrics[0] if len(metrics) == 1 else "loss"
-    if metric not in results:
+    if not isinstance(metric, str) or metric not in results:
         raise ValueError(
             f"metric must be a value that model.evaluate returns: {', '.join(results)}. "
             f"Received: {metric!r}"

@@ -17,6 +17,7 @@ from keras_dst._structure.coupling import groups_of, members_of
 from keras_dst._structure.explain import explained_layers
 from keras_dst._structure.pipeline import inference, plan_and_build, random_inputs
 from keras_dst._structure.plan import Plan
+from keras_dst._utils.validation import check_boolean
 from keras_dst.surgery import has_sparse_layers
 
 
@@ -172,7 +173,7 @@ def shrink_report(model, latency: bool = False) -> ShrinkReport:
     Example:
         >>> print(keras_dst.shrink_report(model, latency=True))
     """
-    return shrink_and_report(model, latency)[1]
+    return shrink_and_report(model, check_boolean(latency, "latency"))[1]
 
 
 def shrink_and_report(model, latency: bool = False) -> tuple[keras.Model, ShrinkReport]:

@@ -15,7 +15,7 @@ from keras_dst import _keras
 from keras_dst._backend.jit import set_torch_rng_state, torch_rng_state
 from keras_dst._training.fit_patches import active_fit
 from keras_dst._utils.files import atomic_write
-from keras_dst._utils.validation import is_integer
+from keras_dst._utils.validation import check_boolean, is_integer
 
 _RECORD = "training.json"
 
@@ -65,9 +65,11 @@ class BackupAndRestore(keras.callbacks.Callback):
                 "save_freq must be 'epoch' or a whole number of batches >= 1. "
                 f"Received: {save_freq!r}"
             )
+        if backup_dir == "":
+            raise ValueError("Expected backup_dir to be the path of a folder. Received: ''")
         self.backup_dir = pathlib.Path(backup_dir)
         self.save_freq = save_freq if save_freq == "epoch" else int(save_freq)
-        self.delete_checkpoint = delete_checkpoint
+        self.delete_checkpoint = check_boolean(delete_checkpoint, "delete_checkpoint")
 
     def on_train_begin(self, logs=None):
         self._epoch = None  # The next epoch and batch to train.

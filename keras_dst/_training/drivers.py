@@ -40,6 +40,7 @@ from keras_dst.optimizers import (
     sparse_optimizers,
     tensors_of,
 )
+from keras_dst.surgery import check_model
 
 
 def drivers_of(model) -> list[Driver]:
@@ -93,6 +94,9 @@ def couple_channels(model, optimizer: SparseOptimizer | None = None) -> None:
         >>> optimizer = keras_dst.SparseOptimizer("sgd", method)
         >>> keras_dst.couple_channels(model, optimizer)
     """
+    check_model(model)
+    if optimizer is not None and not isinstance(optimizer, SparseOptimizer):
+        raise TypeError(f"Expected a keras_dst.SparseOptimizer. Received: {optimizer!r}")
     if optimizer is not None and not optimizer.built:
         with placed_like(model.trainable_variables[0]):
             optimizer.build(model.trainable_variables)
@@ -118,6 +122,9 @@ def _built_sparse_optimizers(model) -> list[SparseOptimizer]:
     optimizers = optimizers_of(model)
     found = [sparse for outer in optimizers for sparse in sparse_optimizers(outer)]
     compiled = model.optimizer
+    if compiled is not None and compiled.built and not _keras.trained_variables_of(compiled):
+        # Keras builds the optimizer of an `.h5` file for an empty list of variables.
+        _keras.rebuild_optimizer(compiled, model.trainable_variables)
     # A custom train_step may use other optimizers than the optimizer passed to `compile`.
     is_used = len(optimizers) == 1 or (compiled is not None and sparse_optimizers(compiled))
     if is_used and not compiled.built:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 import time
 import weakref
 
@@ -12,7 +13,7 @@ from keras import ops
 
 from keras_dst._training.drivers import PrunedWeight, pruned_weights_of
 from keras_dst._training.metrics import is_worst_value
-from keras_dst._utils.validation import is_integer
+from keras_dst._utils.validation import check_boolean, is_integer
 from keras_dst.optimizers import tensors_of
 
 _BINS = 64  # Number of bins of a histogram.
@@ -59,9 +60,9 @@ class SparsityTensorBoard(keras.callbacks.Callback):
                 "update_freq must be 'epoch' or a whole number of batches >= 1. "
                 f"Received: {update_freq!r}"
             )
-        self.log_dir = log_dir
+        self.log_dir = os.fspath(log_dir)
         self.update_freq = update_freq if update_freq == "epoch" else int(update_freq)
-        self.histograms = histograms
+        self.histograms = check_boolean(histograms, "histograms")
         _check_installed()
 
     def on_train_begin(self, logs=None):

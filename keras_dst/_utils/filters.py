@@ -31,6 +31,18 @@ def is_prunable(variable) -> bool:
     return bool(variable.trainable) and is_kernel(variable)
 
 
+def check_filters(filters: Filters, argument: str = "filters") -> None:
+    """Raise TypeError unless a filter is a name, a list of names, a callable or None."""
+    if filters is None or (callable(filters) and not isinstance(filters, keras.Layer)):
+        return
+    patterns = [filters] if isinstance(filters, str) else filters
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(
+            f"{argument} must be a name, a regular expression, a list of names and expressions, "
+            f"or a callable. To select a layer, pass its name. Received: {filters!r}"
+        )
+
+
 def select(
     items: Sequence, filters: Filters, names: Sequence[tuple[str, ...]], argument: str = "filters"
 ) -> list[bool]:
@@ -54,12 +66,8 @@ def select(
         return [True] * len(items)
     if callable(filters) and not isinstance(filters, keras.Layer):
         return [bool(filters(item)) for item in items]
+    check_filters(filters, argument)
     patterns = [filters] if isinstance(filters, str) else filters
-    if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
-        raise TypeError(
-            f"{argument} must be a name, a regular expression, a list of names and expressions, "
-            f"or a callable. To select a layer, pass its name. Received: {filters!r}"
-        )
     chosen = [False] * len(items)
     for pattern in patterns:
         whole = _compile(pattern, argument).fullmatch

@@ -11,7 +11,7 @@ import keras
 from keras_dst._structure import shrink
 from keras_dst._structure.graph import check_graph
 from keras_dst._training.drivers import couple_channels
-from keras_dst._utils.validation import check_integer
+from keras_dst._utils.validation import check_integer, is_number
 from keras_dst.export.convert import conversions
 from keras_dst.export.measure import latencies
 from keras_dst.methods import Magnitude
@@ -90,9 +90,9 @@ def sparsity_at_latency(
     """
     check_graph(model)
     threads = check_integer(threads, "threads")
-    if not 0 < latency_ratio < 1:
+    if not (is_number(latency_ratio) and 0 < latency_ratio < 1):
         raise ValueError(f"latency_ratio must be in (0, 1). Received: {latency_ratio!r}")
-    if not tolerance > 0:
+    if not (is_number(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance must be greater than 0. Received: {tolerance!r}")
     if has_sparse_layers(model):
         raise ValueError(

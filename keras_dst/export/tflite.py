@@ -11,7 +11,7 @@ from typing import Any
 import keras
 
 from keras_dst._utils.files import check_writable
-from keras_dst._utils.validation import check_integer, is_number
+from keras_dst._utils.validation import check_boolean, check_integer, is_number
 from keras_dst.export.report import ExportReport
 from keras_dst.surgery import check_model
 
@@ -117,6 +117,7 @@ def export_tflite(
     check_writable(file)
     check_option("optimize", optimize, ("latency", "size", "balanced"))
     check_option("quantize", quantize, (None, "weights", "full"))
+    check_boolean(measure, "measure")
     threads, batch = check_integer(threads, "threads"), check_integer(batch, "batch")
     if (quantize == "full") != (representative is not None):
         raise ValueError(
@@ -125,7 +126,7 @@ def export_tflite(
             f"{'missing' if representative is None else 'given'}. Fix: pass samples of the "
             "training data, for example representative=x[:200]."
         )
-    if tolerance is not None and not (is_number(tolerance) and 0 <= tolerance < float("inf")):
+    if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
         raise ValueError(f"Expected a finite tolerance of 0 or more. Received: {tolerance}.")
     check_installed("tensorflow", "ai_edge_litert", "flatbuffers")
     # These modules import optional packages, but `import keras_dst` must also work without them.

@@ -11,7 +11,7 @@ import numpy as np
 from keras import layers, ops
 
 from keras_dst import _keras
-from keras_dst._utils.validation import check_integer, is_number
+from keras_dst._utils.validation import check_boolean, check_integer, check_number, is_number
 from keras_dst.layers.base import check_method, expose_variables, require_driver
 from keras_dst.masks import Layout
 from keras_dst.methods.base import State
@@ -83,8 +83,9 @@ class Gate(_keras.BuildHook, layers.Layer):
             raise ValueError(f"cost must be a number above 0. Received: {cost!r}")
         self.axis = check_integer(axis, "axis", minimum=None)
         self.structure = structure
-        self.dependent = dependent
+        self.dependent = check_boolean(dependent, "dependent")
         self.units = check_integer(units, "units")
+        check_number(momentum, "momentum", maximum=1)
         self.momentum = momentum
         self.cost = cost
         method = check_method(Consensus() if method is None else method)
@@ -99,6 +100,11 @@ class Gate(_keras.BuildHook, layers.Layer):
 
     def build(self, x_shape, context_shape=None):
         channels = self.structure == "channel"
+        if not -len(x_shape) <= self.axis < len(x_shape):
+            raise ValueError(
+                f"axis must be an axis of the input, whose shape is {tuple(x_shape)}. "
+                f"Received: axis={self.axis}"
+            )
         self._shape = tuple(
             n if i == self.axis % len(x_shape) else 1 for i, n in enumerate(x_shape)
         )

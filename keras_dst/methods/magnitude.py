@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import keras
 from keras import ops
 
+from keras_dst._utils.validation import check_boolean
 from keras_dst.masks import limit_gradient
 from keras_dst.methods import saliency
 from keras_dst.methods.base import State, UpdateMethod, gradient_limit
@@ -88,7 +89,7 @@ class Magnitude(UpdateMethod):
         self.sparsity = sparsity
         self.allocation = allocation
         self.pattern = pattern
-        self.revival = revival
+        self.revival = check_boolean(revival, "revival")
         self.score = score
         self.frequency = frequency
         self.min_kept = min_kept

@@ -34,6 +34,7 @@ import numpy as np
 from keras import ops
 
 from keras_dst import masks
+from keras_dst._utils.validation import check_boolean
 from keras_dst.methods.base import LayerMethod, UnitMethod
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
@@ -85,7 +86,7 @@ class ST3(LayerMethod):
         min_kept: int | None = None,
     ):
         self.sparsity = sparsity
-        self.sigma = sigma
+        self.sigma = check_boolean(sigma, "sigma")
         self.allocation = allocation
         self.frequency = frequency
         self.min_kept = min_kept

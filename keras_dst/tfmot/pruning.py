@@ -52,7 +52,8 @@ def prune_low_magnitude(
         `to_prune`.
 
     Raises:
-        TypeError: If `to_prune` is not a Keras 3 model, a layer or a list of layers.
+        TypeError: If `to_prune` is not a Keras 3 model, a layer or a list of layers, or if
+            `pruning_policy` is not a `PruningPolicy`.
         ValueError: If a layer cannot be pruned in this way. If this error is raised, no layer has
             been changed.
 
@@ -68,6 +69,11 @@ def prune_low_magnitude(
         raise TypeError(
             f"Unexpected arguments {sorted(kwargs)}. Set the input shape with keras.Input(shape) "
             "before the layer, and pass other arguments to the layer itself."
+        )
+    if pruning_policy is not None and not isinstance(pruning_policy, PruningPolicy):
+        raise TypeError(
+            "Expected a keras_dst.tfmot.PruningPolicy, such as PruneForLatencyOnXNNPack(). "
+            f"Received: {pruning_policy!r}"
         )
     method = PruneLowMagnitude(pruning_schedule, block_size, block_pooling_type, sparsity_m_by_n)
     targets = to_prune if isinstance(to_prune, list) else [to_prune]
@@ -94,7 +100,13 @@ def strip_pruning(model):
 
 
 def is_pruned(layer) -> bool:
-    """Return whether `prune_low_magnitude` has pruned this layer."""
+    """Return whether `prune_low_magnitude` has pruned this layer.
+
+    Raises:
+        TypeError: If `layer` is not a Keras 3 layer.
+    """
+    if not isinstance(layer, keras.Layer):
+        raise TypeError(f"Expected a Keras 3 layer. Received: {layer!r}")
     return isinstance(layer, SparseMixin) and isinstance(layer.method, PruneLowMagnitude)
 
 

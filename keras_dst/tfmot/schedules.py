@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from keras_dst._utils.config import Configurable
-from keras_dst._utils.validation import is_integer
+from keras_dst._utils.validation import check_number, is_integer
 from keras_dst.schedules import check_sparsity
 
 
@@ -95,6 +95,7 @@ class PolynomialDecay(PruningSchedule):
         self, initial_sparsity, final_sparsity, begin_step, end_step, power=3, frequency=100
     ):
         self.initial_sparsity, self.final_sparsity = initial_sparsity, final_sparsity
+        check_number(power, "power")
         self.power = power
         check_sparsity(initial_sparsity, "initial_sparsity")
         check_sparsity(final_sparsity, "final_sparsity")
