@@ -39,12 +39,12 @@ from keras_dst.schedules import Schedule
 Tensor = Any
 State = dict[str, Any]
 
-# Epochs. A shorter training run needs another schedule than a paper that prunes in a few epochs.
+# A training run of fewer epochs uses the schedules for short training runs.
 SHORT = 20
-# Steps of a training run that is long enough for every setting of the papers.
+# A training run with at least this number of steps uses the settings of the papers.
 _LONG = 20_000
-# Largest ratio of a straight-through gradient to the root mean square gradient of kept weights, in
-# a long training run. Larger ratios come from units without a signal, see `masks.limit_gradient`.
+# The limit of the gradient of a pruned weight in a long training run is this number times the root
+# mean square of the gradients of the kept weights. See `masks.limit_gradient` for the reason.
 _LARGEST_RATIO = 10.0
 
 
