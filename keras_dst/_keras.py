@@ -85,7 +85,7 @@ PRIVATE_NAMES = {
 
 
 def has_value(variable) -> bool:
-    """Return whether a variable has a value. A step that fails on JAX leaves variables without."""
+    """Return whether a variable has a value. After a step that failed on JAX, it may have none."""
     return variable._value is not None
 
 

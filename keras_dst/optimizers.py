@@ -243,7 +243,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return target == 0 and not isinstance(method.allocation, Mapping)
 
     def _state_specs(self, kernels, steps=None) -> list[dict[str, tuple[Any, str]]]:
-        """Return the initial value and the dtype of every state. The devices support the dtypes."""
+        """Return the initial value of every state, and a dtype that all devices support."""
         return [
             {name: (initial, counter_dtype(k, dtype)) for name, (initial, dtype) in specs.items()}
             for k, specs in zip(kernels, self.method.init(kernels, steps))

@@ -30,9 +30,9 @@ class ChannelGroup:
         ids: the ids of the channels, in ascending order. Each id stands for one channel, or for
             several channels that cannot be removed alone, such as a group of a grouped convolution.
         members: the variables that have these channels along one of their axes.
-        layers: the names of the layers that make the channels.
+        layers: the names of the layers that compute these channels.
         chain: the operations that couple the layers, as `"conv3 → add_1 ← conv1"`. Empty if a
-            single layer makes the channels.
+            single layer computes the channels.
         reason: the reason why the channels have to stay. Empty if each channel can be removed.
         width: the number of channels of the model for one id. The width is 1 in most groups.
     """

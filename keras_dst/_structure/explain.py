@@ -94,7 +94,7 @@ class _ReasonFinder:
         return self.plan.names[id(handler.op)]
 
     def _coupled(self, handler: ChannelHandler, channel: int) -> str:
-        """Return the names of the layers with varying channels that are coupled to this channel."""
+        """Return the names of layers that couple a non-constant channel to this channel."""
         tensors = [
             x for x in (*handler.call.inputs, *handler.called_on) if channel in _varying_ids(x)
         ]

@@ -56,10 +56,10 @@ class ChannelHandler:
         """Set the channel axis of the output."""
 
     def propagate_constants(self) -> None:
-        """Set the constant values of the output channels."""
+        """Determine which output channels are constant, and their values."""
 
     def couple(self, unions: ChannelUnions) -> None:
-        """Set the channel ids of the output, couple channels, and pin channels that must stay."""
+        """Give ids to the output channels, couple channels, and pin the channels that must stay."""
         raise NotImplementedError
 
     def members(self) -> list[Member]:
@@ -73,7 +73,7 @@ class ChannelHandler:
 
         Args:
             config: the arguments that create the layer. It is changed in place.
-            removed: for every union of coupled channels, whether it is removed.
+            removed: a boolean array, True for each union of coupled channels that is removed.
         """
         axes = {id(member.variable): member.axes for member in self.members()}
         weights = []
@@ -90,7 +90,7 @@ class ChannelHandler:
             operation: the operation of the smaller model.
             args: the positional arguments of the call, with the tensors of the smaller model.
             kwargs: the keyword arguments of the call, with the tensors of the smaller model.
-            removed: for every union of coupled channels, whether it is removed.
+            removed: a boolean array, True for each union of coupled channels that is removed.
         """
         return operation(*args, **kwargs)
 
@@ -104,7 +104,7 @@ class ChannelHandler:
 
         Args:
             x: an input of the call.
-            removed: for every union of coupled channels, whether it is removed.
+            removed: a boolean array, True for each union of coupled channels that is removed.
         """
         return np.zeros(x.channels, bool)
 
@@ -124,7 +124,7 @@ class ChannelHandler:
         """Return the reason why a constant channel is not constant after the call.
 
         Args:
-            others: names of the layers whose varying channels are coupled to the constant channel.
+            others: names of the layers that couple a non-constant channel to the constant channel.
         """
         if others and len(self.called_on) > 1:
             return f"is also called on {others}, whose channel is in use; {_SAME_CHANNEL}"
@@ -273,7 +273,7 @@ class Addition(ElementwiseMerge):
     """Addition, which can drop the terms that are constant."""
 
     def drop_constant_terms(self) -> None:
-        """Drop the inputs that are constant, unless the Keras mask of the sum may change."""
+        """Leave constant inputs out of the sum, unless its Keras mask may change."""
         if any(x.masked for x in self.call.inputs):
             return
         for x in self.call.inputs:
@@ -386,14 +386,14 @@ class Rearrangement(ChannelHandler):
         return places.ndim
 
     def _rows(self, values: np.ndarray) -> np.ndarray:
-        """Return values per output channel for values per input channel, one row per position."""
+        """Map values of the input channels to the output channels; return one row per position."""
         moved = np.moveaxis(self._rearranged(values), self.y.axis - 1, -1)
         return moved.reshape(-1, self.y.channels)
 
     def _rearranged(self, values: np.ndarray) -> np.ndarray:
         """Return, for every output position of one sample, the value of its input channel.
 
-        Unknown sizes count as 2: every size above 1 gives the same result.
+        Unknown sizes are replaced by 2, because every size above 1 gives the same result.
         """
         shape = [2 if n is None else n for n in self.x.shape[1:]]
         grid = np.broadcast_to(_broadcast_channels(self.x, values)[0], shape)
@@ -546,7 +546,7 @@ class KernelLayer(ChannelHandler):
         return self._to_layer_axes(weights) + [bias[units]] * config["use_bias"]
 
     def _sliced(self, kept: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
-        """Return new kernels for the kept channels and units, with the axes of `w`."""
+        """Return kernels of the kept channels and units only, in the axis order of `w`."""
         return [self.w.compress(kept, -2).compress(units, -1)]
 
     def _to_layer_axes(self, weights: list[np.ndarray]) -> list[np.ndarray]:

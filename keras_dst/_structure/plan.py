@@ -26,9 +26,9 @@ class Plan:
         names: the name in the smaller model of every operation, by its id.
         tied: ids of the operations that share a weight with another operation.
         originals: the variables of the given model, by the ids of the variables of dense copies.
-        pinned: for every union of coupled channels, by its id, whether it has to stay.
+        pinned: a boolean array, True for each union of coupled channels that has to stay.
         pin_reasons: by union of coupled channels, the reason why it has to stay.
-        removed: for every union of coupled channels, whether it is removed.
+        removed: a boolean array, True for each union of coupled channels that is removed.
         kept_reasons: by union of coupled channels, the reason why a removable union is kept.
     """
 
@@ -94,7 +94,7 @@ class Plan:
         return names
 
     def _couple_channels(self) -> np.ndarray:
-        """Couple all channels, and return for every union of channels whether it must stay."""
+        """Couple all channels. Return a boolean array that is True for unions that must stay."""
         unions = ChannelUnions()
         for x in self.inputs:
             x.ids = unions.new(x.channels)

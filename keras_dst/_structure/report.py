@@ -48,9 +48,9 @@ class GroupReport:
     """Channels that leave the model together.
 
     Attributes:
-        layers: names of the layers that make the channels.
+        layers: names of the layers that compute these channels.
         chain: operations that couple these layers, as `"conv3 → add_1 ← conv1"`. Empty if a single
-            layer makes the channels.
+            layer computes the channels.
         before: number of channels.
         after: number of channels that are kept.
         reason: reason why all channels have to stay. Empty if each of them can leave.
@@ -74,7 +74,8 @@ class ShrinkReport:
         model: name of the model.
         parameters_before: number of parameters of the given model.
         parameters_after: number of parameters of the smaller model.
-        flops_before: FLOPs of the given model for one sample, zeros included; None if unknown.
+        flops_before: FLOPs of the given model for one sample. Multiplications by zeros are counted.
+            None if unknown.
         flops_after: FLOPs of the smaller model for one sample; None if unknown.
         latency_before: seconds for one sample on the current backend; None if not measured.
         latency_after: seconds for one sample with the smaller model; None if not measured.

@@ -16,9 +16,9 @@ class Member:
 
     Attributes:
         variable: the Keras variable.
-        axes: the id of the channel at every position along an axis, by negative axis. Axes without
-            channels, such as the window of a convolution, are not listed.
-        output: the axis whose channels the variable makes: -1 for the kernel of `Dense` and of
+        axes: a dict from a negative axis number to the ids of the channels along this axis. Axes
+            without channels, such as the window of a convolution, are not listed.
+        output: the axis of the output channels: -1 for the kernel of `Dense` and of
             convolutions, -2 for depthwise and transposed kernels. None for all other variables.
         follows: True if the variable is set to zero together with a channel, as a bias is, so that
             the channel is exactly zero. False for kernels and for variances.

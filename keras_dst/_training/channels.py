@@ -15,8 +15,8 @@ from keras_dst.masks import Layout, masked
 from keras_dst.methods import channels
 from keras_dst.methods.base import Method, UnitMethod
 
-# A variable with channels along one axis: the variable, the axis, and the number of the channel of
-# every entry along this axis, or -1 for an entry that stays.
+# A variable that has channels along one axis: the variable, the axis, and the index of the channel
+# for each entry along this axis. The index is -1 for entries that stay.
 Follower = tuple[Any, int, np.ndarray]
 
 
@@ -167,7 +167,7 @@ def _warn_of_coupled_layers(model, method: Method) -> None:
 
 
 def _with_channels(weight, layout: Layout, member, numbers, groups) -> Layout:
-    """Return the layout of a weight with the channels of its output units."""
+    """Return a copy of the layout to which the channel index of each output unit is added."""
     if member is None or member.output is None:
         return layout
     rank = len(weight.shape)

@@ -156,8 +156,8 @@ def _check_kernels(model, optimizer: SparseOptimizer) -> None:
     for layer in _keras.flatten_layers(model):
         if getattr(layer, "lora_enabled", False) and any(id(v) in pruned for v in layer.weights):
             raise ValueError(
-                f"Expected layers without LoRA. Received '{layer.name}', which has LoRA and whose "
-                "kernel the SparseOptimizer prunes. Call keras_dst.strip(model) before "
+                "Expected no LoRA in a layer that the SparseOptimizer prunes. Received the "
+                f"layer '{layer.name}', which has LoRA. Call keras_dst.strip(model) before "
                 "enable_lora, and compile the model after it."
             )
 

@@ -46,7 +46,7 @@ class _Patch(NamedTuple):
 class ActiveFit:
     """State of a running `fit`: its patches, and the batches that it skips.
 
-    The object is false after the end of `fit`.
+    `bool()` of the object is False after `fit` has ended.
 
     Under `fit`, the patches are applied at the first training step. An exception before this step
     leaves the model unchanged. In a custom training loop, the patches are applied when the first
@@ -172,7 +172,7 @@ class ActiveFit:
         return self._with_token(result)
 
     def _with_token(self, logs):
-        """Return the logs of a training step with a token.
+        """Return the logs of a training step, with a token added.
 
         When `fit` ends, the token is deleted.
         """

@@ -16,7 +16,7 @@ def worst_value(epoch: int, mode: str) -> float:
 
 
 def is_worst_value(value: float) -> bool:
-    """Return whether a logged value is the placeholder of a metric before the target."""
+    """Return whether a logged value is the placeholder for a metric until the target is met."""
     return 1e-10 * _WORST < abs(value) <= _WORST
 
 

@@ -136,7 +136,7 @@ class _Divergence(losses.Loss):
         logits = (class_logits(self.crossentropy, outputs) for outputs in (y_pred, y_true))
         entries = self.divergence(*logits)
         if _kind(self.crossentropy) is _BINARY and len(entries.shape):
-            return ops.mean(entries, axis=-1)  # The binary cross-entropy also takes this mean.
+            return ops.mean(entries, axis=-1)  # as the binary cross-entropy does
         return entries
 
 
@@ -165,7 +165,9 @@ def class_logits(loss, outputs: Tensor) -> Tensor:
         outputs: Float tensor of the outputs.
 
     Returns:
-        A float32 tensor. The logits are exact up to a constant per entry.
+        A float32 tensor. Adding the same number to all logits of an entry does not change a
+        cross-entropy, so the returned logits may differ from the true logits by one number per
+        entry.
     """
     outputs = ops.cast(outputs, "float32")
     from_logits = getattr(loss, "from_logits", False)

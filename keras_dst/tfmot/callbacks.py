@@ -23,9 +23,8 @@ class UpdatePruningStep(keras.callbacks.Callback):
     callback. Call `on_train_batch_begin` before every step, and `on_epoch_end` after every epoch.
 
     Raises:
-        ValueError: When training begins, if the model has no pruned layer, or is not compiled. When
-            training begins, if `steps_per_execution` of the model is above 1, which hides steps
-            from callbacks.
+        ValueError: At the beginning of training, if the model has no pruned layer, if it is not
+            compiled, or if its `steps_per_execution` is above 1, which hides steps from callbacks.
 
     Example:
         >>> model.fit(x, y, epochs=2, callbacks=[keras_dst.tfmot.UpdatePruningStep()])

@@ -223,7 +223,7 @@ def _is_frozen(layer) -> bool:
 
 
 def _lacks_weight_names(layer) -> bool:
-    """Return whether a class names its prunable weights only in the way of tfmot."""
+    """Return whether a layer has tfmot's `get_prunable_weights` but no `prunable_weights`."""
     return hasattr(layer, "get_prunable_weights") and not hasattr(layer, "prunable_weights")
 
 
