@@ -256,7 +256,7 @@ class SparseTraining(keras.callbacks.Callback):
             driver.recover(self._batches, reached)
 
     def _with_last_check(self, history, inner):
-        """Return an `on_train_end` for the history that also checks the final weights."""
+        """Return an `on_train_end` for the `History` that also checks the final weights."""
 
         def on_train_end(logs=None):
             inner(logs)

@@ -181,9 +181,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         if not kernel_indices and not self._is_dense():
             raise ValueError(
                 "SparseOptimizer found no weight to prune among: "
-                f"{', '.join(map(_path_of, variables))}. A model that was quantized or got LoRA "
-                "trains no kernels: call keras_dst.strip(model) before, or load its file with "
-                "compile=False."
+                f"{', '.join(map(_path_of, variables))}. Kernels of a quantized model, and of a "
+                "model with LoRA, are not trained. Call keras_dst.strip(model) before you "
+                "quantize it or enable LoRA, or load its file with compile=False."
             )
         kernels = [variables[i] for i in kernel_indices]
         if kernels:
@@ -538,7 +538,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return [slot for leaf in leaf_optimizers(self) for slot in _keras.slots_of(leaf, kernel)]
 
     def _mask_average(self, kernel, state, added=None) -> None:
-        """Mask the exponential moving average of a kernel, which callbacks assign to the model.
+        """Mask the moving average of a kernel, because callbacks assign it to the model.
 
         The tensor `added` is added to the average before it is masked.
         """
@@ -567,8 +567,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             filters = [chosen] if chosen else []
         elif callable(filters):
             raise ValueError(
-                "A callable `filters` is saved as the paths that it selects, but the optimizer "
-                "is not built yet. Build the optimizer first, or pass the paths."
+                "If `filters` is a callable, the paths that it selects are saved, but this "
+                "optimizer is not built yet. Build the optimizer first, or pass the paths."
             )
         return {
             "name": self.name,

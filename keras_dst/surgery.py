@@ -449,9 +449,9 @@ def _sparsify_optimizer(model, method: UpdateMethod, filters: Filters) -> Sparsi
     inner = model.optimizer.inner_optimizer if scaled else model.optimizer
     report, kernels, complete = _choose_kernels(model, method, filters, inner)
     _check_not_empty(model, report)
-    # Select paths instead of passing the callable, because a SparseOptimizer selects variables by
-    # path. A single expression holds them all, because some of the layers may be frozen before the
-    # optimizer is built.
+    # Pass paths instead of the callable, because a SparseOptimizer selects variables by path. All
+    # paths are in one regular expression, because an expression may also match variables that are
+    # frozen before the optimizer is built.
     paths = None if complete else "|".join(re.escape(kernel.path) for kernel in kernels)
     with placed_like(kernels[0]):
         wrapper = SparseOptimizer(inner, method, paths)

@@ -173,7 +173,7 @@ def _traces(model, recorded_layers: list) -> list[_Trace]:
         trace = _Trace()
         trace.model, trace.batch = model, batch
         with trace.recording(recorded_layers), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # The calls in the model may warn.
+            warnings.simplefilter("ignore")  # A layer of the model may warn when it is called.
             trace.compute_output_spec(*keras.tree.map_structure(lambda x: closed(x, size), inputs))
         return trace
 

@@ -27,8 +27,8 @@ class Weight:
 
     Attributes:
         variable: Keras variable of the weight.
-        values: Tensor or variable that the layers compute with before the mask. With LoRA, it is
-            the sum of the kernel and the product of the two LoRA matrices.
+        values: Tensor or variable with the values of the weight before the mask is applied. With
+            LoRA, it is the sum of the kernel and the product of the two LoRA matrices.
         mask: Mask that the layer applies to the weight, or None.
         layers: Layers that hold the weight: several if the weight is shared.
         layout: Input and output axes of the weight.

@@ -68,7 +68,7 @@ def live_config(layer) -> dict[str, Any]:
         with warnings.catch_warnings():  # Keras warns about lambdas in files.
             warnings.simplefilter("ignore")
             config = dict(layer.get_config())
-    except NotImplementedError:  # An object in the config has no config.
+    except NotImplementedError:  # an argument without `get_config`
         init = inspect.signature(getattr(layer, "stock", type(layer)).__init__)
         names = {*init.parameters, "name", "trainable", "dtype", "method", "activity_regularizer"}
         config = {name: getattr(layer, name) for name in names if hasattr(layer, name)}

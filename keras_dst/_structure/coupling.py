@@ -67,8 +67,8 @@ class CoupledChannels:
     that are not listed as members have no channels that can be removed.
 
     Attributes:
-        members: all variables with channels. A variable appears once. The members are variables of
-            the given model, also if its layers are sparse.
+        members: all variables that have channels. Each variable appears once. The members are
+            variables of the given model, also if its layers are sparse.
         groups: the groups that can be removed, followed by the groups that have to stay.
         count: the number of ids.
         uses: the use count of every variable that a layer multiplies, by the id of the variable;
@@ -164,10 +164,10 @@ def _renumbered(member: Member, number: np.ndarray) -> Member:
 
 
 def groups_of(plan: Plan, members: list[Member]) -> list[ChannelGroup]:
-    """Return all groups of a plan without their members. Groups that can leave come first.
+    """Return all groups of a plan without their members. Groups that can be removed come first.
 
     Args:
-        plan: the plan. The ids of the groups are the ids of its unions.
+        plan: the plan. The id of a group is the id of its union of channels in the plan.
         members: the variables that `members_of` returned.
     """
     touched: dict[int, list[tuple[int, int]]] = {}

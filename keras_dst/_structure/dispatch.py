@@ -50,7 +50,7 @@ _SPATIAL = (
     *(*_every("MaxPooling{}D"), *_every("AveragePooling{}D")),
     *(*_every("GlobalMaxPooling{}D"), *_every("GlobalAveragePooling{}D")),
 )
-# Activations that compute every value separately. Softmax and similar activations mix the channels.
+# Elementwise activations. Softmax and similar activations mix the channels.
 _ELEMENTWISE = (
     *("linear", "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish"),
     *("sigmoid", "hard_sigmoid", "hard_silu", "tanh", "hard_tanh", "softplus", "softsign"),

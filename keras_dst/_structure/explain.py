@@ -30,7 +30,7 @@ def _makes_channels(handler: ChannelHandler) -> bool:
 
 
 class _ReasonFinder:
-    """Search along the graph for the layers that need the units of a layer."""
+    """Search that follows the graph to the layers which need the units of a given layer."""
 
     def __init__(self, plan: Plan):
         self.plan = plan

@@ -184,7 +184,7 @@ class Elementwise(ChannelHandler):
             return ops.convert_to_tensor(values, x.dtype)
 
         args, kwargs = self.call.map(sample)
-        with keras.StatelessScope():  # The layer belongs to the given model.
+        with keras.StatelessScope():  # must not change the layer, which is part of the given model
             found = to_float64(self.op(*args, **kwargs))
         found = np.moveaxis(found, y.axis, -1).reshape(-1, y.channels)
         same = np.isclose(found, found[0], rtol=1e-6, atol=0).all(0)
@@ -444,7 +444,7 @@ class KernelLayer(ChannelHandler):
         return np.any(self.w != 0, axis=self.window)
 
     def response(self, constants: np.ndarray) -> np.ndarray:
-        """Return what the kernel adds to every unit if its channels have these constants."""
+        """Return the contribution of constant input channels to the output of every unit."""
         rows = constants.nonzero()[0]  # usually few, or none
         return constants[rows] @ self.w[..., rows, :].sum(self.window, dtype="float64")
 
@@ -498,7 +498,7 @@ class KernelLayer(ChannelHandler):
         return np.where(np.all(constants == constants[0], 0), constants[0], UNKNOWN)
 
     def can_lose(self) -> np.ndarray:
-        """Return, for each channel, whether it can be removed although units read it.
+        """Return, for each channel, True if it can be removed although kept units read it.
 
         The constant of a removed channel moves into the bias or into another channel.
         """
@@ -523,7 +523,7 @@ class KernelLayer(ChannelHandler):
         return int(best.argmax())
 
     def _removed_constants(self, removed: np.ndarray) -> np.ndarray:
-        """Return the constant of each removed channel that kept units read; otherwise 0."""
+        """Return the constants of removed channels that kept units read; 0 for other channels."""
         lost = removed[self.x.ids] & self.reads[:, ~removed[self.unit_ids]].any(1)
         return np.where(lost, np.nan_to_num(self.common_constant()), 0.0)
 

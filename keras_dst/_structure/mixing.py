@@ -133,7 +133,7 @@ class Attention(ChannelHandler):
 
     @property
     def fixed_width(self) -> bool:
-        """Whether the layer has as many units as its query has channels."""
+        """True if the units of the layer are the channels of its query."""
         return not hasattr(self.op, "num_heads")
 
     def relabel(self, roots: np.ndarray) -> None:

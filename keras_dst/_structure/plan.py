@@ -126,7 +126,7 @@ class Plan:
 
     def _remove_unread_channels(self) -> None:
         """Remove all groups that no remaining unit needs, until no more groups can be removed."""
-        # One call of each kernel layer shows all channels that the layer needs.
+        # A layer that is called several times needs the same channels in each call.
         known = {id(kernel.op) for kernel in self.kernels}
         others = [h for h in self.handlers if id(h.op) not in known]
         readers = [*self.kernels, *others]
@@ -162,7 +162,7 @@ class Plan:
 
 
 def _weight_sharing(operations: list) -> dict[int, str]:
-    """Return, by id of an operation, the reason that it shares a weight with another operation."""
+    """Return a sentence for each operation that shares a weight, by the id of the operation."""
     owners: dict[int, dict[int, str]] = {}
     for op in operations:
         for variable in getattr(op, "weights", ()):

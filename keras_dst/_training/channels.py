@@ -139,7 +139,7 @@ def _uncoupled(model, method: Method, layouts) -> Coupling:
         f"{method!r}: '{model.name}' runs its layers in its own `call` method, so it is not known "
         "which channels have to be removed together. The channels of each layer are ranked "
         "separately. Layers whose outputs are added therefore keep different channels, of which "
-        "`shrink` can remove few. Layers that give the outputs of the model lose channels too. "
+        "`shrink` can remove few. Output layers lose channels too. "
         "Name the layers to prune with filters, or build a Functional model.",
         stacklevel=2,
     )

@@ -26,7 +26,7 @@ def block_mask(w: np.ndarray, sparsity: float, block_size, pooling: str) -> np.n
             largest magnitude.
 
     If the block size does not divide an axis, tfmot splits the padding between both ends of the
-    axis. The pooled windows then start before the blocks that get the masks. This function pads in
+    axis. Its pooling windows then start before the blocks that are masked. This function pads in
     the same way.
     """
     pooled = np.abs(w)
