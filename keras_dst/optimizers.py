@@ -220,10 +220,11 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         Args:
             layouts: Axes and channels of all kernels.
             followers: Variables that are pruned together with the channels, such as biases. Each
-                variable is given as a tuple of the variable, the axis of its channels, and the
-                number of the channel of every entry along this axis. The number is -1 for entries
-                without a channel. Defaults to no variables.
-            model_known: Whether the layouts come from a model. Defaults to False.
+                variable is given as a tuple: the variable, the axis of its channels, and the index
+                of the channel for each entry along this axis. The index is -1 for entries without a
+                channel. Defaults to no variables.
+            model_known: True if the layouts were computed from the layers of a model. Defaults to
+            False.
         """
         self.layouts = layouts
         self._model_known = model_known
@@ -674,7 +675,7 @@ def remove_masks(model) -> None:
 
 
 def _without_masks_in(value):
-    """Return a value with inner optimizers; lists and dicts are changed in place."""
+    """Replace the SparseOptimizers in a value by their inner optimizers, and return the value."""
     if isinstance(value, keras.optimizers.Optimizer):
         return without_masks(value)
     if isinstance(value, (dict, list)):

@@ -34,7 +34,8 @@ class WeightReport:
         sparse: Whether a layer or a `SparseOptimizer` masks the weight.
         use_count: Number of times that each entry is multiplied for one sample. None if unknown.
         reason: Reason why `use_count` is unknown, or None.
-        density_map: Densities of equal parts of the weight, as a matrix of inputs x outputs.
+        density_map: Matrix of inputs x outputs. Each entry is the density of one block of the
+        weight.
 
     Example:
         >>> keras_dst.report(model).layers[0].density

@@ -16,7 +16,7 @@ def as_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     Args:
         headings: Names of the columns.
-        rows: Cells of every row, as text.
+        rows: Texts of the cells, row by row.
     """
     table = Table(box=MARKDOWN)
     for heading in headings:

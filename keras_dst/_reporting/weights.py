@@ -171,7 +171,7 @@ def _values_of(variable, holders: list):
 
 
 def _innermost(owners: list) -> list:
-    """Return the layers that hold a weight, without layers that contain another of these layers."""
+    """Return the innermost layers among the layers that hold a weight."""
     ids = {id(layer) for layer in owners}
     return [
         layer

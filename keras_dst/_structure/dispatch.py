@@ -107,11 +107,12 @@ def handler_for(call: Call, tied: str = "") -> ChannelHandler:
 
     Args:
         call: the call.
-        tied: the reason to leave the layer whole because it shares a weight with another layer.
-            Defaults to "", which means that the layer shares no weight.
+        tied: a sentence which states that the layer shares a weight with another layer, so that no
+            channel is removed from it. Defaults to "", which means that the layer shares no weight.
 
     Returns:
-        The handler. The handler is `Opaque` and holds the reason if the channels cannot be removed.
+        The handler. If the channels cannot be removed, the handler is `Opaque` and holds the
+        reason.
     """
     op, kind = call.op, type(call.op)
     handler = _HANDLERS.get(kind)

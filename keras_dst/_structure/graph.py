@@ -26,7 +26,7 @@ class Tensor:
         shape: the shape, with None for unknown sizes.
         dtype: the name of the data type.
         masked: True if the tensor may carry a Keras mask.
-        origin: for a view, the tensor whose channels are along another axis.
+        origin: if this tensor is a view with another channel axis, the tensor that it views.
         axis: the axis of the channels.
         constant: for each channel, its constant value, or NaN if the value depends on the input.
         ids: for each channel, its group. Channels of one group are kept or removed together.

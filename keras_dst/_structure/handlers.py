@@ -513,7 +513,7 @@ class KernelLayer(ChannelHandler):
     def carrier(self, removed: np.ndarray) -> int | None:
         """Return the channel whose kernel entries take over the constants of removed channels.
 
-        Return None if the bias takes over the constants, or if there are no such constants.
+        Return None if the bias takes over the constants, or if no removed channel has a constant.
         """
         kept, constant = ~removed[self.x.ids], self._removed_constants(removed)
         if not self.pads_with_zeros or not constant.any():
@@ -618,7 +618,7 @@ class SeparableConv(KernelLayer):
 
 
 class EmbeddingTable(ChannelHandler):
-    """Embedding of integers, whose table makes channels."""
+    """Embedding layer, whose table computes the output channels."""
 
     can_slice = makes_channels = True
 

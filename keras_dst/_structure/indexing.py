@@ -64,7 +64,7 @@ class Split(ChannelHandler):
             y.set_channels(self.x.axis)
 
     def _parts(self, values: np.ndarray) -> list[np.ndarray]:
-        """Return the values of the channels of every output."""
+        """Return, for each output, the values of its channels."""
         if self.axis != self.x.axis:
             return [values] * len(self.call.outputs)
         ends = np.cumsum([y.channels for y in self.call.outputs])
@@ -90,7 +90,7 @@ class Padding(ChannelHandler):
 
     @property
     def width(self) -> list[tuple[int, int]]:
-        """Numbers of values that are padded before and after each axis."""
+        """For each axis, how many values are padded before and after the input."""
         width = [tuple(pair) for pair in self.op.pad_width]
         return width * len(self.x.shape) if len(width) == 1 else width
 

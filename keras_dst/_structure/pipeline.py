@@ -126,7 +126,7 @@ def inference(model) -> Callable:
         values = [v.value for v in variables]
         try:
             return function(values, x)
-        except Exception:  # for example, lookup tables run op by op only
+        except Exception:  # for example, lookup tables cannot be compiled
             function = forward
             return forward(values, x)
 

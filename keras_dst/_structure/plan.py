@@ -141,7 +141,7 @@ class Plan:
             self.removed = ~needed
 
     def _keep_necessary_channels(self) -> None:
-        """Keep the channels that carry constants, and at least one channel of every tensor."""
+        """Keep one channel of every tensor, and the channels that carry removed constants."""
 
         def keep(group: int, reason: str) -> None:
             self.removed[group] = False

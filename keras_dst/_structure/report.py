@@ -79,9 +79,9 @@ class ShrinkReport:
         flops_after: FLOPs of the smaller model for one sample; None if unknown.
         latency_before: seconds for one sample on the current backend; None if not measured.
         latency_after: seconds for one sample with the smaller model; None if not measured.
-        layers: the layers that make channels.
-        groups: the channels that leave together. The table shows the groups that several layers
-            make.
+        layers: the layers that compute new channels, such as `Dense` and `Conv2D`.
+        groups: the groups of channels that are removed together. The table shows only groups with
+        several layers.
 
     Example:
         >>> print(keras_dst.shrink_report(model))

@@ -38,8 +38,8 @@ class Coupling(NamedTuple):
 def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) -> Coupling:
     """Return the coupled channels of a model if the method ranks channels.
 
-    A channel can be pruned if the method prunes all weights that make the channel. Channels of the
-    outputs of the model always stay.
+    A channel can be pruned if the method prunes all weights that compute the channel. Channels of
+    the outputs of the model always stay.
 
     Args:
         model: Model that holds the weights.
@@ -82,7 +82,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
             f"{method!r}. Select more layers, or use another pattern. Reasons why channels stay: "
             f"{reasons or 'none'}"
         )
-    # Number the channels of the chosen groups consecutively.
+    # Give consecutive indices to the channels of the chosen groups.
     numbers = np.full(coupled.count, -1, "int32")
     numbers[np.concatenate([group.ids for group in chosen])] = np.arange(sum(map(len, chosen)))
     groups = channels.ChannelGroups(

@@ -328,7 +328,7 @@ class Driver:
     # --------------------------------------------------------------------------------------------
 
     def begin(self, length: int | None, fit: int | None, epoch: int | None, done: int = 0) -> None:
-        """Start or continue a schedule of `length` steps, in a fit of `fit` steps.
+        """Start or continue a schedule that is `length` steps long. This `fit` trains `fit` steps.
 
         The first `done` steps were trained before the training run was interrupted.
         """
@@ -497,7 +497,7 @@ class Driver:
         return sum(counts), 1 - sum(c * k for c, k in zip(costs, counts)) / total
 
     def _alive(self) -> np.ndarray:
-        """Return for every channel whether it is kept, and True as an additional last entry."""
+        """Return an array that is True for each kept channel. Its additional last entry is True."""
         return ops.convert_to_numpy(self._kept(*self._values())[1])
 
     def mask_followers(self) -> None:
@@ -571,8 +571,8 @@ class LayerDriver(Driver):
 
     def assign_states(self, changes):
         for state in self.states:
-            # Free each change once it is assigned, because all changes together are as large as the
-            # model.
+            # Free each new value after it is assigned, because the new values together are as large
+            # as the model.
             change = changes.pop(0)
             for name, value in change.items():
                 state[name].assign(value)

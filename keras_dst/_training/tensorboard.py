@@ -138,7 +138,7 @@ class SparsityTensorBoard(keras.callbacks.Callback):
 def _by_name(members: list[PrunedWeight]) -> dict[str, PrunedWeight]:
     """Return a dict that maps the path of each pruned weight to the weight.
 
-    If several paths are equal, a number is appended to them.
+    If several weights have the same path, a number is appended to each path.
     """
     seen: collections.Counter[str] = collections.Counter()
     found = {}

@@ -75,7 +75,7 @@ class TwoPathLoss:
 
     @contextlib.contextmanager
     def _without_penalties(self):
-        """Exclude penalties from the loss, and undo changes of variables by the loss."""
+        """Compute the loss without penalties, and restore variables that the loss changes."""
         variables = [*self.model.variables, *self.model.metrics_variables]
         with (
             _keras.without_additional_losses(self.model),

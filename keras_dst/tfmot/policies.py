@@ -129,9 +129,9 @@ def _edges(graph, fed: dict[Any, list]) -> tuple[dict[Any, list], dict[Any, list
 
 
 def _first_on_every_path(starts, is_wanted, neighbors) -> list:
-    """Return the first operation on every path for which `is_wanted` is true.
+    """Follow every path of the graph to the first operation for which `is_wanted` returns True.
 
-    Return an empty list if a path has no such operation.
+    Return these operations, or an empty list if a path has no such operation.
     """
     found, queue = [], list(dict.fromkeys(starts))
     for operation in queue:  # The loop body appends to the queue.

@@ -213,7 +213,7 @@ def _inner_layers_to_prune(layer, method) -> list:
 
 
 def _is_frozen(layer) -> bool:
-    """Return whether a dense layer has kernels and trains none of them."""
+    """Return whether all kernels of a dense layer are frozen."""
     if is_pruned(layer):
         return False
     if not layer.built:
