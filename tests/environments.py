@@ -41,6 +41,8 @@ CORE_NAMES = (
 )
 
 SMOKE = """
+import os, sys
+os.chdir(sys.prefix)  # Files are written into the environment, which is deleted.
 import keras, numpy, keras_dst
 x, y = numpy.ones((32, 8), "f"), numpy.ones((32, 1), "f")
 model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(16), keras.layers.Dense(1)])
