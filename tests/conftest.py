@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+from importlib.metadata import distributions
 
 import pytest
 
@@ -26,7 +27,10 @@ if ON_GPU:
 OPTIMIZED = ON_GPU or bool(os.environ.get("KERAS_DST_XLA_DEFAULT"))
 flags = "--xla_gpu_deterministic_ops=true" if ON_GPU else ""
 if not OPTIMIZED:
-    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+    flags = "--xla_backend_optimization_level=0"
+    # XLA ends the process at an unknown flag, and newer versions do not have this flag.
+    if all(jaxlib.version.startswith("0.10.") for jaxlib in distributions(name="jaxlib")):
+        flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 
