@@ -89,7 +89,13 @@ def _arrays(path: str):
     """Return the array of an `.npy` file, or the arrays of an `.npz` file by name."""
     import numpy as np
 
-    loaded = np.load(path)
+    try:
+        loaded = np.load(path)
+    except (ValueError, EOFError) as error:
+        raise ValueError(
+            f"Expected an .npy or .npz file of numbers. Received: {path}. NumPy reports: {error} "
+            "Fix: write the file with np.save or np.savez."
+        ) from error
     return dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
 
 

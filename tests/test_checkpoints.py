@@ -6,7 +6,7 @@ import pytest
 
 import keras_dst
 from keras_dst.callbacks import SparseTraining
-from keras_dst.methods import DST, LayerMethod
+from keras_dst.methods import DCIL, DST, LayerMethod
 from tests import stop_worker
 from tests.backends import every, once
 from tests.stop_worker import ALL_METHODS, x, y
@@ -219,3 +219,18 @@ def test_dst_without_a_target_needs_no_callback_in_a_second_fit():
     model = stop_worker.build(DST())
     stop_worker.fit(model, SparseTraining())
     stop_worker.fit(model)
+
+
+def test_training_continues_after_an_h5_file_is_loaded(tmp_path):
+    """Keras builds the optimizer of an .h5 file for no variables. `fit` builds it again."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2, "softmax")]
+    )
+    keras_dst.sparsify(model, DCIL(0.8))
+    model.compile("adam", "sparse_categorical_crossentropy")
+    model.save(tmp_path / "model.h5")
+    loaded = keras.saving.load_model(tmp_path / "model.h5")
+    data = np.random.default_rng(0).standard_normal((64, 16))
+    logs = loaded.fit(data, data[:, 0] > 0, epochs=2, verbose=0, callbacks=[SparseTraining()])
+    assert logs.history["sparsity"][-1] == pytest.approx(0.8, abs=0.01)
