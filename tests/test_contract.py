@@ -131,6 +131,7 @@ def test_config_round_trip(method):
     assert repr(copy) == repr(method)
 
 
+@every(2)
 def test_target_log_second_fit_and_strip(method):
     model = build(method[0])
     history = fit(model)

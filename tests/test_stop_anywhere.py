@@ -17,7 +17,7 @@ from keras_dst.callbacks import BackupAndRestore, SparseTraining
 from tests import stop_worker
 from tests.backends import COMPILES, every, once
 
-KILLS = int(os.environ.get("KERAS_DST_KILLS", "1" if COMPILES else "3"))
+KILLS = int(os.environ.get("KERAS_DST_KILLS", "1" if COMPILES else "2"))
 SEED = int(os.environ.get("KERAS_DST_SEED", "0"))
 LINES = len(stop_worker.METHODS) * stop_worker.EPOCHS * stop_worker.STEPS
 
