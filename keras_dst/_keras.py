@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import keras
+import numpy as np
 from keras.src.backend.common.variables import get_autocast_scope
 
 # Keras exports the layers that use this cell, but not the cell itself.
@@ -45,7 +47,7 @@ PRIVATE_NAMES = {
         "_tracker",
         "_untrack_variable",
     ),
-    "variable": ("_autocast", "_value"),
+    "variable": ("_autocast", "_initializer", "_value"),
     "model": (
         "_compile_loss",
         "_compute_loss_has_training_arg",
@@ -87,6 +89,41 @@ PRIVATE_NAMES = {
 def has_value(variable) -> bool:
     """Return whether a variable has a value. After a step that failed on JAX, it may have none."""
     return variable._value is not None
+
+
+def call_with_weights(layer, weights: list, call: Callable[[], Any]) -> Any:
+    """Call a new layer symbolically, and initialize its variables with the given weights.
+
+    Keras delays the initializers of variables that are created in a stateless scope. The random
+    values of the initializers are therefore never computed.
+
+    Args:
+        layer: Layer without variables, which the call builds.
+        weights: Values of all variables of the built layer, as arrays.
+        call: Function that calls the layer on symbolic tensors.
+
+    Returns:
+        The result of the call.
+    """
+    if getattr(layer, "stateful", False):  # A recurrent layer creates its states without delay.
+        result = call()
+        layer.set_weights(weights)
+        return result
+    with keras.StatelessScope():
+        result = call()
+        for variable, value in zip(layer.weights, weights, strict=True):
+            if variable.shape != value.shape:
+                raise ValueError(
+                    f"Expected a value of shape {variable.shape} for '{variable.path}'. "
+                    f"Received: a value of shape {value.shape}."
+                )
+            variable._initializer = functools.partial(_copied, value)
+    return result
+
+
+def _copied(value, shape, dtype=None):
+    """Return a copy of an array as a tensor. PyTorch would use the memory of the array itself."""
+    return keras.ops.convert_to_tensor(np.array(value), dtype)
 
 
 # -- layers --------------------------------------------------------------------------------------

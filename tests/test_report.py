@@ -337,6 +337,26 @@ def test_report_is_equal_before_and_after_strip():
     assert stripped == sparse
 
 
+def test_report_lists_the_channels_that_leave_together(tmp_path):
+    inputs = keras.Input((4,))
+    x = layers.Dense(8, name="one")(inputs)
+    x = layers.Add(name="sum")([x, layers.Dense(8, name="two")(x)])
+    model = keras.Model(inputs, layers.Dense(2, name="head")(x))
+    assert report(model).groups is None
+    assert report(model).to_dict()["groups"] is None
+    found = report(model, groups=True)
+    assert found == report(model)
+    assert found.to_dict()["groups"][0] == {
+        "channels": 8,
+        "layers": ["one", "two"],
+        "chain": "one → sum ← two",
+        "reason": "",
+    }
+    assert "one → sum ← two" in str(found)
+    found.save_html(tmp_path / "report.html")
+    assert "one → sum ← two" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_report_of_a_sparse_optimizer():
     model = sequential((4,), layers.Dense(8), layers.Dense(2))
     optimizer = keras_dst.SparseOptimizer("sgd", Magnitude(0.75))
@@ -493,6 +513,7 @@ def test_to_dict_can_be_stored_as_json():
     assert figures == found.to_dict()
     assert set(figures) == {
         "model",
+        "groups",
         "sparsity",
         "total_sparsity",
         "parameters",

@@ -45,6 +45,20 @@ def count_uses(model) -> dict[int, tuple[int | None, str | None]]:
     }
 
 
+def dense_size(model) -> tuple[int, int | None]:
+    """Return the parameters of a model, and its FLOPs for one sample if no entry were zero.
+
+    The FLOPs are None if they are unknown.
+    """
+    weights = weights_of(model)
+    prunable = [weight for weight in weights if weight.prunable]
+    pairs = zip(prunable, count_uses_per_weight(model, prunable))
+    flops = [None if count is None else 2 * w.parameters * count for w, (count, _) in pairs]
+    known = [count for count in flops if count is not None]
+    parameters = sum(weight.parameters for weight in weights)
+    return parameters, sum(known) if len(known) == len(flops) else None
+
+
 class _UnknownCount(Exception):
     """Error that states why a use count is unknown."""
 

@@ -17,6 +17,7 @@ from keras_dst._reporting import html
 from keras_dst._reporting.flops import Shape, count_uses_per_weight
 from keras_dst._reporting.tables import as_text, format_count, format_percent
 from keras_dst._reporting.weights import density_map, weights_of
+from keras_dst._structure.coupling import CoupledChannels, channel_groups
 from keras_dst._utils.files import atomic_write, check_writable
 from keras_dst.surgery import check_model
 
@@ -93,6 +94,8 @@ class SparsityReport:
         nonzeros: Number of parameters that are neither zero nor masked.
         bytes: Size of all parameters, zeros included, in the dtypes of the variables.
         layers: A `WeightReport` for every prunable weight, in the order of the model.
+        groups: The channels that leave the model together, as `channel_groups` returns them. None
+            if `report` was called without `groups=True`.
 
     Example:
         >>> print(keras_dst.report(model))
@@ -103,6 +106,7 @@ class SparsityReport:
     nonzeros: int
     bytes: int
     layers: list[WeightReport] = field(repr=False)
+    groups: CoupledChannels | None = field(default=None, repr=False, compare=False)
 
     @property
     def sparsity(self) -> float:
@@ -139,7 +143,8 @@ class SparsityReport:
         names = ["model", "sparsity", "total_sparsity", "parameters", "nonzeros", "bytes"]
         names += ["flops", "dense_flops", "reason"]
         rows = [row.to_dict() for row in self.layers]
-        return {**{name: getattr(self, name) for name in names}, "layers": rows}
+        groups = self.groups.to_dict() if self.groups else None
+        return {**{name: getattr(self, name) for name in names}, "layers": rows, "groups": groups}
 
     def __str__(self):
         table = Table(box=MARKDOWN)
@@ -166,6 +171,8 @@ class SparsityReport:
         ]
         if self.reason:
             lines.append(f"The FLOPs are unknown: {self.reason}.")
+        if self.groups:
+            lines += ["", "Channels that leave the model together:", str(self.groups)]
         return "\n".join(lines)
 
     def plot(self, ax=None):
@@ -218,7 +225,7 @@ class SparsityReport:
             unfinished.write_text(text, encoding="utf-8")
 
 
-def report(model) -> SparsityReport:
+def report(model, groups: bool = False) -> SparsityReport:
     """Measure the sparsity, the parameters and the FLOPs of a model.
 
     The model may be dense, made sparse by `sparsify`, trained with `SparseOptimizer`, or stripped.
@@ -237,13 +244,16 @@ def report(model) -> SparsityReport:
 
     Args:
         model: A built Keras 3 model or layer. It is not changed.
+        groups: Whether the report also lists the channels that leave the model together, and the
+            operations that couple them, as `channel_groups` does. Defaults to False.
 
     Returns:
         A `SparsityReport`.
 
     Raises:
         TypeError: If `model` is not a Keras 3 model or layer.
-        ValueError: If the model is not built.
+        ValueError: If the model is not built, or if `groups` is True and the model has its own
+            `call` method.
 
     Example:
         >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
@@ -280,6 +290,7 @@ def report(model) -> SparsityReport:
         nonzeros=nonzeros,
         bytes=sum(weight.parameters * _bytes_each(weight.variable.dtype) for weight in weights),
         layers=rows,
+        groups=channel_groups(model) if groups else None,
     )
 
 

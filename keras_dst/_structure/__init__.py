@@ -10,7 +10,8 @@
 3. Building (`build.py`, `copies.py`): slice the weights of the layers and call the layers again.
 
 `dispatch.py` chooses the handler for each kind of layer. The handlers are in `handlers.py`,
-`mixing.py` (normalization over channels, attention) and `indexing.py` (slices, splits, padding).
+`mixing.py` (normalization over channels, attention) and `indexing.py` (reductions, slices, splits,
+padding).
 `coupling.py` describes the coupled channels as plain data, for training and for users.
 `pipeline.py` runs the passes and compares both models. `explain.py` finds the reasons why dead
 channels are kept, and `report.py` prints them.

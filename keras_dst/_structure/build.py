@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-import numpy as np
 from keras import layers, tree
 
 from keras_dst import _keras
@@ -32,7 +31,6 @@ def build(plan: Plan) -> keras.Model:
         tree.pack_sequence_as(output_structure, outputs),
         name=plan.model.name,
     )
-    builder.set_weights()
     return small
 
 
@@ -43,7 +41,6 @@ class _Builder:
         self.plan = plan
         self.tensors: dict[int, Any] = {}
         self.operations: dict[int, Any] = {}
-        self.sliced: list[tuple[Any, Any, list[np.ndarray]]] = []
 
     def tensor(self, x: Tensor):
         """Return the new tensor for an old tensor or for a view of it."""
@@ -58,16 +55,8 @@ class _Builder:
             result = self._add_constants(handler, result)
         else:
             args, kwargs = call.map(self.tensor)
-            operation = self._operation(handler)
-            result = handler.apply(operation, args, kwargs, self.plan.removed)
+            result = self._apply(handler, args, kwargs)
         self.tensors.update((id(x), y) for x, y in zip(call.outputs, tree.flatten(result)))
-
-    def set_weights(self) -> None:
-        """Set the weights of the layers that lost channels, once the model has built them."""
-        for layer, new, weights in self.sliced:
-            if weights:
-                new.set_weights(weights)
-            copy_recurrent_state(layer, new)
 
     def _add_constants(self, handler: Addition, tensor):
         constants = handler.sum_of_constants(self.plan.removed)
@@ -76,17 +65,25 @@ class _Builder:
         name, dtype = f"{self.plan.names[id(handler.op)]}_constant", handler.y.dtype
         return layers.Rescaling(1.0, constants.tolist(), name=name, dtype=dtype)(tensor)
 
+    def _apply(self, handler: ChannelHandler, args: tuple, kwargs: dict):
+        """Call the new operation of a handler, which is created at the first call."""
+        op, removed = handler.op, self.plan.removed
+        if id(op) in self.operations or not handler.can_slice:
+            return handler.apply(self._operation(handler), args, kwargs, removed)
+        config = {**live_config(op), "name": self.plan.names[id(op)]}
+        weights = handler.slice(config, removed)
+        new = self.operations[id(op)] = type(op)(**config)
+        result = _keras.call_with_weights(
+            new, weights, lambda: handler.apply(new, args, kwargs, removed)
+        )
+        copy_recurrent_state(op, new)
+        return result
+
     def _operation(self, handler: ChannelHandler):
-        """Return the new operation for an old operation, and create it at the first call."""
+        """Return the new operation for an old operation, and copy it at the first call."""
         op = handler.op
         if id(op) not in self.operations:
-            name = self.plan.names[id(op)]
-            if handler.can_slice:
-                config = {**live_config(op), "name": name}
-                weights = handler.slice(config, self.plan.removed)
-                new = type(op)(**config)
-                self.sliced.append((op, new, weights))
-            else:
-                new = copy_operation(op, name, share=id(op) in self.plan.tied)
+            shared = id(op) in self.plan.tied
+            new = copy_operation(op, self.plan.names[id(op)], share=shared)
             self.operations[id(op)] = new
         return self.operations[id(op)]

@@ -7,6 +7,7 @@ together; `shrink` removes exactly the channels that training has masked.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -90,6 +91,13 @@ class CoupledChannels:
     def _repr_html_(self) -> str:
         """Return the groups as an HTML table for notebooks."""
         return html_table([heading.removesuffix(" >") for heading in _HEADINGS], self._rows())
+
+    def to_dict(self) -> list[dict[str, Any]]:
+        """Return the rows of the table in types that JSON supports."""
+        return [
+            {"channels": len(g) * g.width, "layers": g.layers, "chain": g.chain, "reason": g.reason}
+            for g in self.groups
+        ]
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
         return [

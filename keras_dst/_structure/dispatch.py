@@ -31,7 +31,7 @@ from keras_dst._structure.handlers import (
     TimeDistributedDense,
     TransposedConv,
 )
-from keras_dst._structure.indexing import Padding, Slice, Split, full_key
+from keras_dst._structure.indexing import Padding, Reduction, Slice, Split, full_key
 from keras_dst._structure.mixing import Attention, GroupNorm, LayerNorm, LayerScale, RMSNorm
 
 
@@ -93,6 +93,8 @@ _HANDLERS: dict[type, type[ChannelHandler]] = {
 _HANDLERS_BY_NAME: dict[str, type[ChannelHandler]] = {
     **dict.fromkeys(MERGE_VERBS, ElementwiseMerge),
     "Add": Addition,  # This covers the layer `Add` and the operation of `x + y`.
+    "Concatenate": Concatenation,
+    **dict.fromkeys(("Mean", "Max", "Min"), Reduction),
     "GetItem": Slice,
     "Split": Split,
     "Pad": Padding,
@@ -206,6 +208,10 @@ def _input_reason(handler: type[ChannelHandler], call: Call) -> str:
         return f"normalizes over the channels of a masked sequence; {NOT_READ}" if masked else ""
     if handler is LayerScale and x.axis != len(x.shape) - 1:
         return f"scales positions differently; {NOT_READ}"
+    if handler is Reduction and (
+        op.axis is None or {axis % len(x.shape) for axis in op.axis} & {0, x.axis}
+    ):
+        return f"reduces over channels; {NOT_READ}"
     if handler is Slice and full_key(call) is None:
         return f"takes single channels; {NOT_READ}"
     if handler is Padding:

@@ -215,6 +215,14 @@ class Normalization(PerChannel):
 class BatchNorm(Normalization):
     """Batch normalization."""
 
+    def propagate_constants(self) -> None:
+        op = self.op
+        scale = (to_float64(op.moving_variance) + op.epsilon) ** -0.5
+        scale = scale * to_float64(op.gamma) if op.scale else scale
+        offset = to_float64(op.beta) if op.center else 0.0
+        centered = self.x.constant - to_float64(op.moving_mean)
+        self.y.constant = np.where(scale == 0, 0.0, centered * scale) + offset
+
     def members(self) -> list[Member]:
         axes = {-1: self.x.ids}
         mean = Member(self.op.moving_mean, axes, follows=True)

@@ -1,4 +1,4 @@
-"""Handlers of operations that take some channels or add zeros: slices, splits and padding."""
+"""Handlers of operations with axes as arguments: reductions, slices, splits and padding."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ import numpy as np
 from keras import ops
 
 from keras_dst._structure.graph import Call
-from keras_dst._structure.handlers import ChannelHandler
+from keras_dst._structure.handlers import ChannelHandler, Elementwise
 from keras_dst._structure.unions import ChannelUnions
+
+
+class Reduction(Elementwise):
+    """Mean, maximum or minimum over other axes than the channels."""
+
+    def place_channels(self) -> None:
+        axes = [] if self.op.keepdims else [axis % len(self.x.shape) for axis in self.op.axis]
+        self.y.set_channels(self.x.axis - sum(axis < self.x.axis for axis in axes))
 
 
 class Slice(ChannelHandler):

@@ -23,11 +23,10 @@ def shrink(model) -> keras.Model:
     with `pattern="channel"`. A channel is also dead if no layer reads it. The analysis follows dead
     channels through batch normalization, activations, pooling, flattening, permutation,
     concatenation, addition and convolutions, with channels first or last. From grouped
-    convolutions, only whole groups of channels are removed. From recurrent layers, only input
-    channels are removed. The constant values of removed channels move into the biases of the next
-    layers. If a constant channel is padded with zeros, one channel stays and carries the constants
-    of all removed channels. A branch that only adds constants is removed as a whole. Layers that
-    mix their channels and custom layers keep all channels. Every layer keeps at least one channel.
+    convolutions, only whole groups of channels are removed. The constant values of removed channels
+    move into the biases of the next layers. If a constant channel is padded with zeros, one channel
+    stays and carries the constants of all removed channels. A branch that only adds constants is
+    removed as a whole. Custom layers keep all channels. Every layer keeps at least one channel.
     `shrink_report` lists the channels that stay, with reasons.
 
     Before the smaller model is returned, both models are run on random inputs and compared.
@@ -63,9 +62,12 @@ def shrink(model) -> keras.Model:
 def plan_and_build(model) -> tuple[Plan, keras.Model]:
     """Return the plan and the smaller model, after a comparison with the given model."""
     check_graph(model)
+    # The given model runs before the smaller model needs memory.
+    samples = [random_inputs(model, batch=1, seed=seed) for seed in range(2)]
+    expected = _outputs(model, samples)
     plan = Plan(model)
     small = build(plan)
-    _compare(model, small)
+    _compare(model, expected, _outputs(small, samples))
     return plan, small
 
 
@@ -133,14 +135,20 @@ def inference(model) -> Callable:
     return run
 
 
-def _compare(model, small) -> None:
-    """Raise an error unless both models give the same outputs for two random samples."""
+def _outputs(model, samples: list) -> list[np.ndarray]:
+    """Return the outputs of a model for several inputs.
+
+    The model runs on one input at a time, because Keras holds the outputs of all layers until the
+    last layer has run.
+    """
+    run = inference(model)
+    return [to_float64(y) for sample in samples for y in tree.flatten(run(sample))]
+
+
+def _compare(model, expected: list[np.ndarray], received: list[np.ndarray]) -> None:
+    """Raise an error unless the smaller model gives the outputs of the given model."""
     half = any("16" in str(layer.compute_dtype) for layer in _keras.flatten_layers(model))
-    # One sample at a time, because Keras holds the outputs of all layers until the last one.
-    samples = [random_inputs(model, batch=1, seed=seed) for seed in range(2)]
-    outputs = [[*map(run, samples)] for run in map(inference, (model, small))]
-    for a, b in zip(*map(tree.flatten, outputs)):
-        a, b = to_float64(a), to_float64(b)
+    for a, b in zip(expected, received, strict=True):
         differ = ~((a == b) | (np.isnan(a) & np.isnan(b)))
         difference = np.abs(a - b)[differ].max(initial=0)
         size = np.abs(a[np.isfinite(a)]).max(initial=1)

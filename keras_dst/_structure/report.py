@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_dst._reporting.sparsity import report
+from keras_dst._reporting.flops import dense_size
 from keras_dst._reporting.tables import as_table
 from keras_dst._structure.build import build
 from keras_dst._structure.coupling import groups_of, members_of
@@ -180,7 +180,7 @@ def shrink_report(model, latency: bool = False) -> ShrinkReport:
 def shrink_and_report(model, latency: bool = False) -> tuple[keras.Model, ShrinkReport]:
     """Plan once, and return the smaller model and its report."""
     plan, small = plan_and_build(model)
-    before, after = report(model), report(small)
+    before, after = dense_size(model), dense_size(small)
     times: list[float | None] = [None, None]
     if latency:
         # Sparse layers also spend time on their masks. Compare dense models, so that the ratio
@@ -200,10 +200,10 @@ def shrink_and_report(model, latency: bool = False) -> tuple[keras.Model, Shrink
     ]
     return small, ShrinkReport(
         model=model.name,
-        parameters_before=before.parameters,
-        parameters_after=after.parameters,
-        flops_before=before.dense_flops,
-        flops_after=after.dense_flops,
+        parameters_before=before[0],
+        parameters_after=after[0],
+        flops_before=before[1],
+        flops_after=after[1],
         latency_before=times[0],
         latency_after=times[1],
         layers=rows,

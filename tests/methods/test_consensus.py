@@ -216,6 +216,26 @@ def test_gates_of_a_sum_close_together():
     assert keras_dst.report(small).dense_flops / before == pytest.approx(0.5, abs=0.06)
 
 
+@pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
+def test_kept_channels_are_a_multiple_of_round_to():
+    model = conv_net()
+    keras_dst.sparsify(model, Consensus(0.5, round_to=8))
+    models.compiled(model)
+    model.fit(*models.data(), verbose=0, callbacks=[SparseTraining()])
+    small = keras_dst.shrink(keras_dst.strip(model))
+    assert small.get_layer("two").filters in (8, 16)
+    assert small.get_layer("three").units in (8, 16, 24, 30)
+    assert keras_dst.report(small).parameters < keras_dst.report(model).parameters
+
+
+def test_rounding_without_groups_raises():
+    model = models.subclassed()
+    keras_dst.sparsify(model, Consensus(cost="parameters", round_to=8), "conv2d.*")
+    models.compiled(model)
+    with pytest.raises(ValueError, match=r"round_to > 1 needs .* Received: round_to=8"):
+        model.fit(*models.data(), verbose=0, callbacks=[SparseTraining()])
+
+
 def test_unknown_flops_raise():
     model = models.subclassed()
     model.block.steps[0]._build_shapes_dict = None
@@ -346,6 +366,7 @@ def test_defaults():
         "lambda_polar": 0.5,
         "lambda_act": 100.0,
         "frequency": None,
+        "round_to": 1,
     }
     assert Consensus(0.25).schedule == Cubic(0.25, end=0.5)
 
@@ -359,6 +380,7 @@ def test_defaults():
         ({"lambda_polar": -1.0}, "lambda_polar must be a number >= 0. Received: -1.0"),
         ({"lambda_act": float("nan")}, "lambda_act must be a number >= 0"),
         ({"frequency": 0}, "frequency must be a whole number >= 1"),
+        ({"round_to": 0}, "round_to must be a whole number >= 1"),
     ],
 )
 def test_invalid_arguments_raise(arguments, message):
