@@ -200,7 +200,8 @@ def data(setting) -> tuple:
 
 
 class Trained:
-    """Network after two turns of training with a method, or of dense training with the method None.
+    """Network after two short training runs with a method. If the method is None, the runs are
+    dense.
 
     Attributes:
         turn: Function that trains for one turn and returns the seconds of the timed steps.

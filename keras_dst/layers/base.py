@@ -131,8 +131,9 @@ class SparseMixin(_keras.BuildHook):
     def attach_method(self, method: LayerMethod) -> None:
         """Set the method of this layer, before or after the layer is built."""
         self.method = method
-        # Up to version 3.15, Keras sets the attribute `quantize` on every layer instance. A method
-        # of the class would be hidden, so the attribute is replaced.
+        # Up to version 3.15, Keras sets the attribute `quantize` on every layer instance. This
+        # attribute would hide a method `quantize` of the class, so the method is stored in the same
+        # attribute.
         self.__dict__["_stock_quantize"] = self.__dict__.get("quantize")
         self.__dict__["quantize"] = self._refuse_to_quantize
         # Keras must not track the nested dict, because `add_weight` already tracks the variables in

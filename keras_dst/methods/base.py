@@ -386,8 +386,8 @@ class LayerMethod(Method):
 
     Attributes:
         undecayed: Names of the states that are exempt from weight decay.
-        snapshots: Mapping from a state's name to the name of another state. After every update, the
-            state with the first name becomes a copy of the state with the second name.
+        snapshots: Mapping from a state's name to the name of another state. For an entry `{"a":
+            "b"}`, the state `a` is overwritten with a copy of the state `b` after every update.
     """
 
     undecayed: tuple[str, ...] = ()

@@ -488,10 +488,10 @@ def _global_counts(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor
 
 @functools.lru_cache(maxsize=16)
 def _units_of_channels(layouts: tuple[Layout, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for every channel, the places of its units and the number of its units.
+    """Return, for every channel, the indices of its units and how many units it has.
 
-    The output units of all weights with channels are numbered consecutively. The place of a unit is
-    its number. Short rows of places are padded with the number after the last place.
+    The output units of all weights that have channels are numbered consecutively. Short rows of
+    indices are padded with the total number of units, which is not an index.
     """
     every = np.concatenate([layout.channels.ids for layout in layouts if layout.channels])
     total = len(_required(layouts).owner)

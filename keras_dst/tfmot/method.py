@@ -25,8 +25,8 @@ class PruneLowMagnitude(LayerMethod):
                    in step t: forward with m w, gradient for all of w
     ```
 
-    Each weight is ranked separately. A pruned weight gets a gradient, so that the next update can
-    keep it again.
+    Each weight is ranked separately. Pruned weights are trained as well, so that the next update
+    can restore them.
 
     Args:
         pruning_schedule: Schedule that decides when masks are updated, and the sparsity of each
