@@ -7,8 +7,9 @@ update.
 On a CPU the rows are counted slab by slab, which keeps temporary values in the cache. On an
 accelerator a loop over slabs would launch thousands of small kernels, so all rows are counted at
 once. JAX fuses several counts into one pass over the scores, so each search step on JAX tries
-several candidates. Both search algorithms maintain the same bounds around the threshold, and return
-equal masks.
+several candidates. PyTorch launches tens of kernels for each search step, and then waits for the
+GPU. On PyTorch, the search therefore stops early, and the few remaining scores are sorted. All
+search algorithms maintain the same bounds around the threshold, and return equal masks.
 """
 
 import math
@@ -34,6 +35,7 @@ _SMALLEST = 2.0**-126
 _ROW_WIDTH = 1 << 10  # Number of scores in a row.
 _BUNDLE_SIZE = 1 << 20  # Largest number of scores in a bundle of small tensors.
 _SLAB_ROWS = 1 << 8  # Number of rows whose scores are counted at once.
+_SORTED = 1 << 20  # Largest number of scores that are sorted on an accelerator.
 _SECTIONS = 8  # Number of sections per search step. XLA counts eight sections in one pass.
 # If there are at least this many scores, a sample gives the first candidate thresholds.
 _SAMPLE_FROM = 1 << 22
@@ -90,7 +92,7 @@ def kth(scores: Sequence[Tensor], kept: Tensor) -> Tensor:
     scores, kept = _checked(scores, kept)
     if len(kept.shape):
         return _Ranking(scores, together=False).thresholds(kept)[1]
-    return _Ranking(scores, together=True).thresholds(kept[None])[1][0]
+    return _Ranking(scores, together=True).threshold(kept[None])
 
 
 def _checked(scores, kept) -> tuple[list[Tensor], Tensor]:
@@ -170,12 +172,15 @@ class _Ranking:
         scores = [ops.cast(s, "float32") for s in scores]
         self.scores = [b.join(scores, -np.inf) for b in self.bundles]
         self.at_once = on_accelerator(self.scores[0])
+        # Groups of weights are not sorted, because groups of several sizes fit in their order.
+        self.sorts = self.at_once and keras.backend.backend() == "torch"
         self.least, self.most, self.peaks = self._extremes()
         # Number of weights in the group of each entry. None if every entry is one weight.
         self.weights, self.total = [None] * len(self.bundles), self.lengths
         if sizes is not None and any(np.any(n != 1) for n in sizes):
             ones = [ops.convert_to_tensor(n, "int32") for n in sizes]
             self.weights = [b.join(ones, 0) for b in self.bundles]
+            self.sorts = False
             totals = [int(n.sum()) for n in sizes]
             self.total = ops.convert_to_tensor([sum(totals)] if together else totals, "int32")
         # If each tensor is ranked separately, its best entries are kept in any case.
@@ -197,10 +202,13 @@ class _Ranking:
             self._by_row(_least, "float32", s, b.left) for b, s in zip(self.bundles, self.scores)
         ]
         peaks = [self._by_row(_largest, "float32", s) for s in self.scores]
-        sums = [self._by_row(_sum, "float32", s, b.left) for b, s in zip(self.bundles, self.scores)]
-        # A sum with a NaN is NaN on every backend; a minimum or maximum is not.
-        usual = [ops.all(ops.isfinite(total)) for total in sums]
-        usual += [ops.all(ops.abs(end) <= _LARGEST) for end in floors + peaks]
+        usual = [ops.all(ops.abs(end) <= _LARGEST) for end in floors + peaks]
+        if keras.backend.backend() != "torch":
+            # A sum with a NaN is NaN on every backend. A minimum or maximum with a NaN is NaN only
+            # on torch.
+            pairs = zip(self.bundles, self.scores)
+            sums = [self._by_row(_sum, "float32", s, b.left) for b, s in pairs]
+            usual += [ops.all(ops.isfinite(total)) for total in sums]
 
         def bounds(floors, peaks):
             least = self._reduce_by_ranking(floors, ops.min, _LARGEST)
@@ -259,7 +267,7 @@ class _Ranking:
         return ops.where(s > least, ops.minimum(s, most), least)
 
     def masks(self, kept):
-        low, high, below, above = self.thresholds(kept)
+        low, high, below, above = self.thresholds(kept, _SORTED if self.sorts else 0)
         room, ties = kept - above, below - above
         all_fit = ties <= room
         some_fit = (room > 0) & ~all_fit
@@ -275,6 +283,11 @@ class _Ranking:
             end = ops.where(some_fit, self._last_ties(low, high, firsts, room), end)
             return [self._with_ties(b, s, low, high, end, first) for b, s, first in bundles]
 
+        if self.sorts and 0 < int(self._pending(kept, below, above)) <= _SORTED:
+            # Every ranking without a choice between scores gets two equal thresholds.
+            low, high = ops.where(room > 0, low, high), ops.where(all_fit, low, high)
+            return self._with_best(low, high, firsts, room)
+
         # Each branch returns all masks, because XLA would otherwise compile the branches once per
         # tensor.
         return ops.cond(ops.any(some_fit), some, none_or_all)
@@ -284,11 +297,81 @@ class _Ranking:
         tied = self._above(b, s, low) & _first_columns(self._to_rows(b, end) - b.start)
         return _with_first(self._above(b, s, high) | tied, first)
 
-    def thresholds(self, kept):
+    def _with_best(self, low, high, firsts, room):
+        """Return masks of the scores above `high` and of the best `room` scores above `low`.
+
+        Among equal scores, the earlier score is kept.
+        """
+        bundles = list(zip(self.bundles, self.scores, firsts))
+        found = [_with_first(self._above(b, s, high), first) for b, s, first in bundles]
+        places, tensor, order, _ = self._sorted_between(low, found)
+        ranks = ops.arange(order.shape[0], dtype="int32")
+        if not self.together:  # Subtract the rank of the first score of the same tensor.
+            numbers = ops.arange(self.lengths.shape[0], dtype="int32")
+            ranks = ranks - ops.take(ops.searchsorted(tensor, numbers), tensor)
+            room = ops.take(room, tensor)
+        kept = ops.scatter_update(ops.zeros_like(order, "bool"), order[:, None], ranks < room)
+        ends = np.cumsum([len(part) for part in places]).tolist()
+        flat = [
+            ops.scatter_update(ops.reshape(mask, (-1,)), part[:, None], kept[end - len(part) : end])
+            for mask, part, end in zip(found, places, ends)
+        ]
+        return [ops.reshape(mask, s.shape) for mask, s in zip(flat, self.scores)]
+
+    def _sorted_between(self, low, above):
+        """Sort the scores above `low` that are not in the masks `above`, in every ranking.
+
+        Only a function that is not compiled can call this function, because the number of these
+        scores is not known before.
+
+        Returns:
+            The places of the scores in every bundle, the tensor of every score, the order of the
+            scores from the best score to the last score of every ranking, and the scores. Equal
+            scores keep their order.
+        """
+        between = []
+        for b, s, mask in zip(self.bundles, self.scores, above):
+            others = self._above(b, s, low) & ~mask
+            if b.left is not None:
+                others = others & _first_columns(b.left)
+            between.append(ops.reshape(others, (-1,)))
+        # All bundles are searched at once, because every search waits for the device.
+        starts = np.cumsum([0, *(len(flags) for flags in between)])
+        places = ops.nonzero(ops.concatenate(between))[0]
+        ends = ops.searchsorted(places, ops.convert_to_tensor(starts, "int32"))
+        ends = ops.convert_to_numpy(ends).tolist()
+        parts = [places[i:j] - start for i, j, start in zip(ends, ends[1:], starts.tolist())]
+        pairs = list(zip(self.bundles, self.scores, parts))
+        values = ops.concatenate([ops.take(ops.reshape(s, (-1,)), part) for _, s, part in pairs])
+        tensor = ops.concatenate([ops.take(b.tensor, part // _ROW_WIDTH) for b, _, part in pairs])
+        ranking = ops.zeros_like(tensor) if self.together else tensor
+        values = self._finite(values, ops.take(self.least, ranking), ops.take(self.most, ranking))
+        # The other searches cannot tell these scores apart.
+        tiny = ops.maximum(ops.sign(values), 0) * (_SMALLEST / 2)
+        order = ops.argsort(-ops.where(ops.abs(values) < _SMALLEST, tiny, values))
+        if not self.together:
+            order = ops.take(order, ops.argsort(ops.take(tensor, order)))
+        return parts, tensor, order, values
+
+    def threshold(self, kept):
+        """Return the threshold of the only ranking."""
+        low, high, below, above = self.thresholds(kept, _SORTED if self.sorts else 0)
+        if not self.sorts or not 0 < int(self._pending(kept, below, above)) <= _SORTED:
+            return high[0]
+        above_high = [self._above(b, s, high) for b, s in zip(self.bundles, self.scores)]
+        *_, order, values = self._sorted_between(low, above_high)
+        return ops.take(values, order[kept[0] - above[0]])
+
+    def thresholds(self, kept, most=0):
         """Return `(low, high, below, above)`: two thresholds, and the number of weights above each.
 
         The number of weights whose score exceeds `high` is `above`, and the number of weights whose
-        score exceeds `low` is `below`. Both search algorithms maintain `above <= kept < below`.
+        score exceeds `low` is `below`. All search algorithms maintain `above <= kept < below`.
+
+        Args:
+            kept: Number of weights to keep, per ranking.
+            most: Number of scores that may remain between the thresholds, in all rankings together.
+                Defaults to 0, which means that only tied scores remain.
         """
         gap = ops.maximum(ops.abs(self.least), 1e-30)
         # Many scores, such as the scores of pruned weights, may be equal to the smallest score.
@@ -302,8 +385,14 @@ class _Ranking:
         above = ops.where(everything, self.total, ops.where(settled, rest, above))
         below = ops.where(settled, self.total, rest)
         by_sections = self.at_once and keras.backend.backend() == "jax"
-        search = self._by_sections if by_sections else self._by_false_position
-        return search(kept, low, high, below, above)
+        if by_sections:
+            return self._by_sections(kept, low, high, below, above)
+        return self._by_false_position(kept, low, high, below, above, most)
+
+    @staticmethod
+    def _pending(kept, below, above):
+        """Return the number of scores of which a part is kept, in all rankings together."""
+        return ops.sum(ops.where(above < kept, below - above, 0))
 
     def _is_unfinished(self, kept, low, high, above):
         """Return, for every ranking, whether its search has to continue."""
@@ -311,7 +400,7 @@ class _Ranking:
         between = (low < middle) & (middle < high) & (high - low > _SMALLEST)
         return (above < kept) & between & (high > self.least)
 
-    def _by_false_position(self, kept, low, high, below, above):
+    def _by_false_position(self, kept, low, high, below, above, most):
         """Search with one candidate per step.
 
         The candidate is the threshold at which linear interpolation between both counts yields
@@ -353,7 +442,11 @@ class _Ranking:
                 turn + 1,
             )
 
-        many = self.together and self.count >= _SAMPLE_FROM
+        def continues(low, high, below, above, *_):
+            unfinished = ops.any(open_(low, high, below, above))
+            return unfinished & (self._pending(kept, below, above) > most) if most else unfinished
+
+        many = self.count > most if most else self.together and self.count >= _SAMPLE_FROM
         sampled = self._sample_bounds(kept) if many else ()
         one, side = ops.ones(low.shape, "float32"), ops.zeros(low.shape, "int32")
         # Convert to float32, because `ops.where` would convert two Python numbers to
@@ -361,7 +454,7 @@ class _Ranking:
         half, whole = (ops.convert_to_tensor(x, "float32") for x in (0.5, 1.0))
         turn = ops.convert_to_tensor(1, "int32")
         low, high, below, above, *_ = ops.while_loop(
-            lambda *state: ops.any(open_(*state)),
+            continues,
             narrow,
             (low, high, below, above, one, one, side, turn),
             maximum_iterations=_MAX_STEPS,
@@ -403,16 +496,25 @@ class _Ranking:
         )
 
     def _sample_bounds(self, kept):
-        """Return two scores of a sample that probably enclose the threshold."""
+        """Return two scores of a sample per ranking, which probably enclose the threshold."""
         row_stride, column_stride = _SAMPLE_STRIDES
-        rows = [ops.take(s, np.arange(0, s.shape[0], row_stride), axis=0) for s in self.scores]
-        sample = [ops.reshape(r[:, column_stride // 2 :: column_stride], (-1,)) for r in rows]
-        sample = ops.sort(ops.concatenate(sample))
-        size = sample.shape[0]
+        rows = [s[::row_stride, column_stride // 2 :: column_stride] for s in self.scores]
+        sample = ops.concatenate([ops.reshape(r, (-1,)) for r in rows])
+        if self.together:
+            sample, first, size = ops.sort(sample), 0, sample.shape[0]
+        else:
+            tensors = [b.tensor[::row_stride] for b in self.bundles]
+            tensor = np.concatenate([np.repeat(t, r.shape[1]) for t, r in zip(tensors, rows)])
+            order = ops.argsort(sample)
+            order = ops.take(order, ops.argsort(ops.take(tensor, order)))
+            sizes = np.bincount(tensor, minlength=self.lengths.shape[0])
+            sample = ops.take(sample, order)
+            first = ops.convert_to_tensor(np.cumsum(sizes) - sizes, "int32")
+            size = ops.convert_to_tensor(sizes, "float32")
         part = ops.clip(ops.cast(kept, "float32") / ops.cast(self.total, "float32"), 0, 1)
         place, spread = size * (1 - part), 3 * ops.sqrt(size * part * (1 - part)) + 1
         ends = [ops.clip(end, 0, size - 1) for end in (place + spread, place - spread)]
-        return [ops.take(sample, ops.cast(end, "int32")) for end in ends]
+        return [ops.take(sample, first + ops.cast(end, "int32")) for end in ends]
 
     def _last_ties(self, low, high, firsts, room):
         """Return, for every ranking, the position after the last tied entry that is kept.

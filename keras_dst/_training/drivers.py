@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_dst import _keras
 from keras_dst._backend.devices import placed_like
-from keras_dst._backend.jit import jit
+from keras_dst._backend.jit import count_all_true, jit
 from keras_dst._reporting.flops import count_uses
 from keras_dst._training.channels import Coupling, Follower, couple, mask_followers
 from keras_dst._training.fit_patches import active_fit
@@ -230,7 +230,7 @@ def _compiled_functions(method, layouts, shapes):
             masks = [ops.logical_or(m, ops.not_equal(w, 0)) for m, w in zip(masks, weights)]
         # All counts are in one tensor, because reading each count would wait for the device once
         # per weight.
-        counts = ops.stack([ops.sum(ops.cast(mask, "float32")) for mask in masks])
+        counts = ops.stack([count_all_true(mask) for mask in masks])
         if not groups:
             return counts, None
         if isinstance(method, UnitMethod):  # A channel is removed if all its gates are closed.

@@ -30,6 +30,7 @@ from keras import ops
 
 from keras_dst import allocation as allocations
 from keras_dst import masks
+from keras_dst._backend.jit import count_all_true
 from keras_dst._utils.config import Configurable
 from keras_dst._utils.validation import check_integer, is_integer
 from keras_dst.masks import KERNEL, Layout, Pattern
@@ -270,7 +271,7 @@ class Method(Configurable):
         if together and floors.max() > 1:
             # The first ranking keeps at least one entry per weight. If a weight then has fewer
             # entries than its minimum, a second ranking reserves the minimums.
-            counts = ops.stack([ops.sum(ops.cast(mask, "int32")) for mask in found])
+            counts = ops.stack([count_all_true(mask) for mask in found])
             too_few = ops.any(counts < ops.convert_to_tensor(floors, "int32"))
             found = ops.cond(
                 too_few & (kept >= int(np.dot(largest, floors))),
