@@ -4,14 +4,18 @@ This file runs the tests in `tests/test_masks.py` again with this algorithm. The
 result with a sort in NumPy.
 """
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
 import keras_dst
+from benchmarks.data import apply_method
 from keras_dst import masks
 from keras_dst._backend import ranking
+from keras_dst._training.drivers import drivers_of
 from tests import test_masks
 from tests.test_masks import (  # noqa: F401
     test_kth_is_exceeded_by_exactly_k_scores,
@@ -43,6 +47,32 @@ def accelerator():
 
 
 BACKEND = keras.backend.backend()
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="only PyTorch sorts the last scores")
+@pytest.mark.parametrize("each", [False, True])
+def test_masks_do_not_depend_on_how_many_scores_are_sorted(each, monkeypatch):
+    rng = np.random.default_rng(0)
+    scores = [rng.standard_normal(shape).astype("float32") for shape in [(300, 70), (9,), (5000,)]]
+    scores[2] = np.round(scores[2], 1)  # creates ties
+    scores[0][:100] = 0
+    kept = [5000, 3, 400] if each else 5403
+
+    def found():
+        tensors = [ops.convert_to_tensor(s) for s in scores]
+        first = None if each else [1] * len(scores)
+        masks_found = masks.top_k(tensors, ops.convert_to_tensor(kept, "int32"), first=first)
+        return [ops.convert_to_numpy(mask) for mask in masks_found]
+
+    by_device = []
+    for most in (1 << 20, 4000, 300, 5, 0):
+        monkeypatch.setattr(ranking, "_SORTED", most)
+        by_device.append(found())
+    monkeypatch.setattr(ranking, "on_accelerator", lambda tensor: False)
+    for each_found in by_device:
+        test_masks.assert_equal(each_found, found())
+
+
 LARGE = (1024, 1024)  # on a CPU, the rows would be counted in 4 slabs
 
 
@@ -65,43 +95,79 @@ def test_the_lowered_program_has_one_loop(each, monkeypatch):
     assert lowered_for_cuda([LARGE] * 3, each).count("stablehlo.while") > 1
 
 
-def launched_by_torch(size):
-    """Return the number of operations in `top_k`, and the bytes that the operations read and write.
+class Operations:
+    """Operations that torch runs within a context, which a GPU would launch as kernels.
 
-    Operations on fewer than 1 % of the entries are not counted. Both results are divided by the
-    number of search steps plus one, and the bytes also by the number of scores.
+    Attributes:
+        launched: Number of operations, without views.
+        moved: Number of bytes that the operations read and write.
+        waits: Number of times that the host reads a value from the device.
     """
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
 
-    calls, moved, steps = [], [], []
+    def __init__(self):
+        self.launched = self.moved = self.waits = 0
 
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            found = func(*args, **(kwargs or {}))
-            tensors = [t for t in tree_leaves((args, kwargs, found)) if torch.is_tensor(t)]
-            if not func.is_view and max((t.numel() for t in tensors), default=0) >= size // 100:
-                calls.append(func)
-                moved.extend(t.numel() * t.element_size() for t in tensors)
-            return found
+    @contextlib.contextmanager
+    def counted(self):
+        import torch
+        from torch.utils._python_dispatch import TorchDispatchMode
+        from torch.utils._pytree import tree_leaves
 
-    count = ranking._Ranking._count_above
-    scores = ops.convert_to_tensor(np.random.default_rng(0).standard_normal(size), "float32")
-    with pytest.MonkeyPatch.context() as patch, Count():
-        patch.setattr(
-            ranking._Ranking, "_count_above", lambda *args: steps.append(1) or count(*args)
-        )
-        masks.top_k([scores], size // 10, first=[1])
-    return len(calls) / (len(steps) + 1), sum(moved) / size / (len(steps) + 1)
+        reads_rows = {"index_select", "embedding", "index_put_"}
+        outer = self
+
+        class Count(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                found = func(*args, **(kwargs or {}))
+                name = func.overloadpacket.__name__
+                outer.waits += name in ("_local_scalar_dense", "nonzero")
+                if not func.is_view:
+                    # Functions that select rows do not read the whole tensor.
+                    used = (args[1:], found) if name in reads_rows else (args, kwargs, found)
+                    tensors = {id(t): t for t in tree_leaves(used) if torch.is_tensor(t)}
+                    outer.launched += 1
+                    outer.moved += sum(t.numel() * t.element_size() for t in tensors.values())
+                return found
+
+        with Count():
+            yield self
+
+
+METHODS = {
+    "Magnitude": (keras_dst.methods.Magnitude(0.9), 20),
+    "FlipOut": (keras_dst.methods.FlipOut(0.9), 20),
+    "DCIL": (keras_dst.methods.DCIL(0.9), 20),
+    "OptG": (keras_dst.methods.OptG(0.9), 40),
+    "RigL": (keras_dst.methods.RigL(0.9), 40),
+}
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch launches every operation separately")
-def test_number_of_torch_operations_does_not_depend_on_the_size():
-    (few, _), (many, bytes_per_step) = launched_by_torch(1 << 18), launched_by_torch(1 << 21)
-    assert few < 6
-    assert many < 6
-    assert bytes_per_step < 9
+@pytest.mark.parametrize("name", METHODS)
+def test_operations_and_bytes_of_a_torch_update(name, monkeypatch):
+    # The model is small, so the search sorts a smaller number of scores than for a large model.
+    monkeypatch.setattr(ranking, "_SORTED", 1 << 15)
+    method, passes = METHODS[name]
+    model = keras.Sequential([keras.Input((1024,)), keras.layers.Dense(2048, use_bias=False)])
+    model.compile(apply_method(method, model, keras.optimizers.SGD(0.1)), "mse")
+    (driver,) = drivers_of(model)
+    driver.begin(1000, 1000, 100)
+    for layer in getattr(driver, "layers", []):
+        layer.traced_both_paths = True  # DCIL sets this attribute in a training step.
+    driver.advance(250)
+    rng = np.random.default_rng(0)
+    for state in driver.states:
+        for key in {"scores", "gradient"} & state.keys():
+            state[key].assign(rng.standard_normal(state[key].shape).astype("float32"))
+    driver.advance(260)
+    operations = Operations()
+    with operations.counted():
+        driver.advance(270)
+        driver.measure()
+    # A pass copies the weights, so it moves eight bytes per weight.
+    assert operations.moved / driver.size / 8 < passes
+    assert operations.launched < 50 * passes
+    assert operations.waits <= passes
 
 
 def test_an_update_copies_the_kept_counts_from_the_device_once(monkeypatch):
