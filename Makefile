@@ -37,7 +37,8 @@ test-all: export KERAS_DST_KILLS = 10
 demo: $(DEMO_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m keras_dst demo
 
-check: lint test-quick
+check:
+	$(MAKE) --jobs=2 --output-sync=target lint test-quick
 
 # All parts run, even if one of them fails. The failed parts are listed at the end.
 test test-all: arm64
