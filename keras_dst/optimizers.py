@@ -30,8 +30,8 @@ from keras_dst.methods.base import LayerMethod, Method, ScheduleState, State, Up
 class SparseOptimizer(keras.optimizers.Optimizer):
     """Optimizer wrapper that prunes the weights of any model.
 
-    The layers stay plain Keras layers. Masks and counters are variables of this optimizer, and the
-    pruned weights are exact zeros after every step. The `SparseTraining` callback updates the
+    The layers of the model do not change. Masks and counters are variables of this optimizer, and
+    the pruned weights are exact zeros after every step. The `SparseTraining` callback updates the
     masks. Without the callback, the optimizer step updates the masks itself. Updates without the
     callback need a schedule that is given in steps.
 

@@ -277,7 +277,7 @@ def test_biases_follow_once_no_channel_grows(make):
 
 def test_dst_warns_that_its_layers_keep_different_channels():
     model = compiled(methods.DST(pattern="channel"))
-    with pytest.warns(UserWarning, match=r"leave together: .*stem → add.* ← project.*Magnitude"):
+    with pytest.warns(UserWarning, match=r"coupled channels: .*stem → add.* ← project.*Magnitude"):
         fit(model, SparseTraining(), epochs=1)
 
 

@@ -199,7 +199,7 @@ def groups_of(plan: Plan, members: list[Member]) -> list[ChannelGroup]:
                 members=[],
                 layers=list(dict.fromkeys(layers)),
                 chain=chains.text(channels[0]),
-                reason=reason or ("" if layers else "no weight makes the channels"),
+                reason=reason or ("" if layers else "no weight computes the channels"),
                 width=min(int(np.isin(a, ids).sum()) // len(ids) for a in axes),
             )
         )

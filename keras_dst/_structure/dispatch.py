@@ -179,7 +179,8 @@ def _unsupported_reason(op) -> str:
 
 
 def _input_reason(handler: type[ChannelHandler], call: Call) -> str:
-    """Return the reason why a call keeps its inputs although layers of its kind can lose inputs."""
+    """Return the reason why no input channel can be removed from a call, although the layer
+    supports this."""
     op, x, y = call.op, call.inputs[0], call.outputs[0]
     if handler is TimeDistributedDense and type(op.layer) is not layers.Dense:
         return f"repeats a {type(op.layer).__name__}, which shrink does not support; {NOT_READ}"
@@ -233,7 +234,7 @@ def _input_reason(handler: type[ChannelHandler], call: Call) -> str:
 
 
 def _unit_reason(handler: type[ChannelHandler], call: Call) -> str:
-    """Return the reason why a layer that can lose inputs has to keep its units."""
+    """Return the reason why input channels can be removed from a layer, but no units."""
     if handler is Recurrent:
         cell = call.op.cell
         gates = getattr(cell, "recurrent_activation", cell.activation)

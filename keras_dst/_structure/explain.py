@@ -13,7 +13,8 @@ from keras_dst._structure.plan import Plan
 
 
 def explained_layers(plan: Plan) -> Iterator[tuple[ChannelHandler, Counter[str]]]:
-    """Yield the handler of every layer that makes channels, with its reasons and their counts."""
+    """Yield the handler of every layer that computes channels, with its reasons and their
+    counts."""
     finder = _ReasonFinder(plan)
     seen = set()
     kept = {id(handler.op) for handler in plan.handlers}
@@ -101,7 +102,7 @@ class _ReasonFinder:
         return " and ".join(dict.fromkeys(self._source(x, channel) for x in tensors))
 
     def _source(self, x: Tensor, channel: int) -> str:
-        """Return the name of the layer that makes a channel."""
+        """Return the name of the layer that computes a channel."""
         while handler := self.producers.get(id(x.origin or x)):
             varying = [z for z in handler.call.inputs if channel in _varying_ids(z)]
             if _makes_channels(handler) or isinstance(handler, Opaque) or not varying:

@@ -67,7 +67,8 @@ class ChannelHandler:
         return []
 
     def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
-        """Change the layer's config for the kept channels and return the weights for them.
+        """Adapt the layer's config to the kept channels, and return the weights without removed
+        channels.
 
         The constants of removed channels move into the bias or into one kept channel.
 

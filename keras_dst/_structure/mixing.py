@@ -105,7 +105,7 @@ class LayerScale(PerChannel):
 
 
 class Attention(ChannelHandler):
-    """`MultiHeadAttention` and `GroupQueryAttention`, which lose inputs, units and whole heads."""
+    """Attention layer, from which inputs, units and whole heads can be removed."""
 
     can_slice = makes_channels = True
 

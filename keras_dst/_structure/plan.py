@@ -27,9 +27,9 @@ class Plan:
         tied: ids of the operations that share a weight with another operation.
         originals: the variables of the given model, by the ids of the variables of dense copies.
         pinned: a boolean array, True for each union of coupled channels that has to stay.
-        pin_reasons: by union of coupled channels, the reason why it has to stay.
+        pin_reasons: a dict from the id of a union to the reason why its channels have to stay.
         removed: a boolean array, True for each union of coupled channels that is removed.
-        kept_reasons: by union of coupled channels, the reason why a removable union is kept.
+        kept_reasons: a dict from the id of a removable union to the reason why it is kept.
     """
 
     def __init__(self, model, remove: bool = True):

@@ -53,7 +53,7 @@ class GroupReport:
             layer computes the channels.
         before: number of channels.
         after: number of channels that are kept.
-        reason: reason why all channels have to stay. Empty if each of them can leave.
+        reason: reason why no channel can be removed. Empty if each channel can be removed.
 
     Example:
         >>> keras_dst.shrink_report(model).groups[0].chain
@@ -128,7 +128,7 @@ class ShrinkReport:
             if group.chain
         ]
         if coupled:
-            names = ("channels of", "leave together because of", "channels >", "after >")
+            names = ("channels of", "removed together because of", "channels >", "after >")
             tables.append(as_table(names, coupled))
         figures = [
             _ratio("parameters", self.parameters_before, self.parameters_after),
@@ -152,8 +152,8 @@ def shrink_report(model, latency: bool = False) -> ShrinkReport:
 
     A channel, unit or filter is dead if its weights are all zero or if no layer reads it. The
     reason for a kept channel names the first layer on the way to the output that needs the channel.
-    A second table lists the layers whose channels leave together, and the operations that couple
-    these layers.
+    A second table lists the layers whose channels are removed together, and the operations that
+    couple these layers.
 
     Args:
         model: a built Sequential or Functional model, dense or sparse. It is not changed.

@@ -61,7 +61,7 @@ class ChannelUnions:
         return self._units[id(layer)]
 
     def called_on(self, layer, x: Tensor) -> list[Tensor]:
-        """Return all inputs of a layer so far.
+        """Return the inputs of all calls of a layer that were followed so far.
 
         The channels of these inputs are coupled, because the same weight reads them.
         """

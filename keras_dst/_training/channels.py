@@ -147,7 +147,7 @@ def _uncoupled(model, method: Method, layouts) -> Coupling:
 
 
 def _warn_of_coupled_layers(model, method: Method) -> None:
-    """Warn if a method prunes the channels of each layer alone although they leave together."""
+    """Warn if a method chooses the channels of each layer alone although some are coupled."""
     if _keras.graph_of(model) is None:
         return
     from keras_dst._structure.coupling import channel_groups
@@ -158,9 +158,9 @@ def _warn_of_coupled_layers(model, method: Method) -> None:
     if chains:
         warnings.warn(
             f"{method!r} learns which channels of each layer it keeps, and layers of "
-            f"'{model.name}' have channels that leave together: {'; '.join(chains[:3])}"
-            f"{'; ...' if len(chains) > 3 else ''}. `shrink` removes only the channels that all of "
-            "these layers lose. To remove more channels, use a method that ranks them together, "
+            f"'{model.name}' have coupled channels: {'; '.join(chains[:3])}"
+            f"{'; ...' if len(chains) > 3 else ''}. `shrink` removes only the channels that are "
+            "pruned in all of these layers. To remove more channels, use a method that ranks them together, "
             "such as Magnitude.",
             stacklevel=2,
         )
@@ -186,7 +186,7 @@ def _costs(method: Method, coupled, numbers, sizes) -> tuple[np.ndarray, np.ndar
     """Return the arguments `shares` and `costs` of `ChannelGroups` for all weights of a model."""
     owner = np.append(np.repeat(np.arange(len(sizes)), sizes), len(sizes))
     stays = np.eye(len(sizes) + 1)[-1]
-    # Variables that lose no channels are counted together, as one weight that is always kept.
+    # Variables from which no channel is removed are counted together, as one weight that is kept.
     shares, costs = [[stays, stays]], [[coupled.other_parameters, coupled.other_flops]]
     for member in coupled.members:
         size = int(np.prod(member.variable.shape))

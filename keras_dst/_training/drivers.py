@@ -322,7 +322,7 @@ class Driver:
         return 1 - nonzero / self.size
 
     def _effective_weights(self) -> Iterator[Any]:
-        """Yield every weight in the form that the forward pass of the model uses."""
+        """Yield the values of all weights as the forward pass uses them, with masks applied."""
         raise NotImplementedError
 
     # --------------------------------------------------------------------------------------------
@@ -374,7 +374,8 @@ class Driver:
         step = self.start + batches
         if step <= self.last:
             return False
-        # The final projection of a learned method comes at the end of the schedule or of a fit.
+        # The final projection of a learned method takes place at the end of the schedule or of a
+        # fit.
         ends = [end for end in (self.total, self.fit_end) if end and self.method.learned]
         return self.clock.is_due(self.last, step) or any(self.last < end <= step for end in ends)
 

@@ -199,7 +199,8 @@ class ActiveFit:
 
 
 class _Token:
-    """Object that is deleted together with the logs of a step, which hold the only reference."""
+    """Object to which only the logs of a step refer, so that it is deleted together with these
+    logs."""
 
 
 class _Logs(dict):

@@ -5,7 +5,7 @@ are added. A smaller model results only if the channel is removed from all these
 functions here therefore rank channels instead of output units:
 
 ```text
-s_c = mean over the units u that make channel c of score(u) / scale(layer of u)
+s_c = mean over the units u that compute channel c of score(u) / scale(layer of u)
 cost(n) = sum over weights of base (share of inputs kept) (share of outputs kept)
 ```
 
