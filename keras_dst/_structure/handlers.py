@@ -449,7 +449,7 @@ class KernelLayer(ChannelHandler):
 
     @cached_property
     def reads(self) -> np.ndarray:
-        """For each channel and unit, whether any weight between the two is nonzero."""
+        """Boolean matrix: True if at least one weight from a channel to a unit is nonzero."""
         return np.any(self.w != 0, axis=self.window)
 
     def response(self, constants: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from keras_dst._structure.unions import ChannelUnions
 
 
 class Reduction(Elementwise):
-    """Mean, maximum or minimum over other axes than the channels."""
+    """Mean, maximum or minimum over axes other than the channel axis."""
 
     def place_channels(self) -> None:
         axes = [] if self.op.keepdims else [axis % len(self.x.shape) for axis in self.op.axis]

@@ -93,7 +93,7 @@ class ChannelUnions:
         return roots
 
     def reasons(self, roots: np.ndarray) -> dict[int, str]:
-        """Return the reason for every union that has to stay, by the union's smallest id."""
+        """Return a dict from the smallest id of each union that has to stay to the reason."""
         found: dict[int, str] = {}
         for ids, reason in self._pinned:
             for root in np.unique(roots[ids]):

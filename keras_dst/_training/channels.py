@@ -112,7 +112,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
 
 
 def _makes_channel(member, ids: np.ndarray) -> bool:
-    """Return whether a variable makes one of these channels."""
+    """Return whether a variable computes at least one of these channels."""
     return member.output is not None and bool(np.isin(member.axes[member.output], ids).any())
 
 
@@ -160,8 +160,8 @@ def _warn_of_coupled_layers(model, method: Method) -> None:
             f"{method!r} learns which channels of each layer it keeps, and layers of "
             f"'{model.name}' have coupled channels: {'; '.join(chains[:3])}"
             f"{'; ...' if len(chains) > 3 else ''}. `shrink` removes only the channels that are "
-            "pruned in all of these layers. To remove more channels, use a method that ranks them together, "
-            "such as Magnitude.",
+            "pruned in all of these layers. To remove more channels, use a method that ranks them "
+            "together, such as Magnitude.",
             stacklevel=2,
         )
 
