@@ -1,9 +1,9 @@
-"""The private attributes of Keras that this package reads, all in one module.
+"""Functions through which keras_dst accesses private attributes of Keras.
 
-Keras may rename a private attribute in any release. Every access goes through a function here, so
-that a rename shows up in one place. `PRIVATE_NAMES` lists the attributes, and `missing_names`
-compares the list with the installed Keras. The test `tests/test_keras_names.py` calls
-`missing_names`.
+Keras may rename a private attribute in any release. All accesses are in this module, so that a
+renamed attribute affects only this module. `PRIVATE_NAMES` lists the attributes, and
+`missing_names` compares the list with the installed Keras. The test `tests/test_keras_names.py`
+calls `missing_names`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from keras.src.backend.common.variables import get_autocast_scope
 # Keras exports the layers that use this cell, but not the cell itself.
 from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
 
-# `keras.Model(inputs, outputs)` makes an instance of this class, which Keras does not export.
+# `keras.Model(inputs, outputs)` creates an instance of this class, which Keras does not export.
 from keras.src.models.functional import Functional
 from keras.src.utils.tracking import DotNotTrackScope
 
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 else:
     _Layer = object
 
-# Private attributes by kind of object. `missing_names` builds and checks one object of each kind.
+# Names of private attributes, by the kind of object that has them. `missing_names` builds and
+# checks one object of each kind.
 PRIVATE_NAMES = {
     "layer": (
         "_auto_config",
@@ -87,7 +88,7 @@ PRIVATE_NAMES = {
 
 
 def has_value(variable) -> bool:
-    """Return whether a variable has a value. After a step that failed on JAX, it may have none."""
+    """Return whether a variable has a value, which it may lack after a failed step on JAX."""
     return variable._value is not None
 
 
@@ -98,14 +99,14 @@ def call_with_weights(layer, weights: list, call: Callable[[], Any]) -> Any:
     values of the initializers are therefore never computed.
 
     Args:
-        layer: Layer without variables, which the call builds.
+        layer: Unbuilt layer. The call creates its variables.
         weights: Values of all variables of the built layer, as arrays.
         call: Function that calls the layer on symbolic tensors.
 
     Returns:
         The result of the call.
     """
-    if getattr(layer, "stateful", False):  # A recurrent layer creates its states without delay.
+    if getattr(layer, "stateful", False):  # The states of recurrent layers are initialized at once.
         result = call()
         layer.set_weights(weights)
         return result
@@ -122,7 +123,7 @@ def call_with_weights(layer, weights: list, call: Callable[[], Any]) -> Any:
 
 
 def _copied(value, shape, dtype=None):
-    """Return a copy of an array as a tensor. PyTorch would use the memory of the array itself."""
+    """Return a copy of an array as a tensor. Without the copy, PyTorch would share its memory."""
     return keras.ops.convert_to_tensor(np.array(value), dtype)
 
 
@@ -156,7 +157,7 @@ def non_trainable_variables_of(layer) -> list:
 
 @contextlib.contextmanager
 def unlocked(layer) -> Iterator[None]:
-    """Allow a built layer to gain variables within this context, under its own name scope."""
+    """Allow code in this context to add variables to a built layer, under its name scope."""
     layer._tracker.unlock()
     try:
         with layer._open_name_scope():
@@ -169,8 +170,8 @@ def remove_variable(layer, name: str, variable) -> None:
     """Remove a variable, and the attribute that holds it, from a built layer."""
     layer._untrack_variable(variable)
     if name in vars(layer):
-        # `delattr` would run the garbage collector every time. The method of the base class removes
-        # the attribute from the tracking of TensorFlow and torch too.
+        # `delattr(layer, name)` would run the garbage collector. The `__delattr__` of the base
+        # class also stops TensorFlow and torch from tracking the attribute.
         super(keras.Layer, layer).__delattr__(name)
 
 
@@ -181,13 +182,13 @@ def set_autocast(variable, autocast: bool) -> None:
 
 
 def autocast(tensor):
-    """Cast a tensor to the dtype in which the running layer reads float variables."""
+    """Cast a tensor to the dtype in which the layer that is being called reads float variables."""
     scope = get_autocast_scope()
     return tensor if scope is None else scope.maybe_cast(tensor)
 
 
 def build_shapes(layer) -> dict[str, Any] | None:
-    """Return the shapes that a layer was built with, by argument of `build`.
+    """Return a dict that maps each argument of `build` to the shape that a layer was built for.
 
     Return None if the shapes are unknown.
     """
@@ -195,7 +196,7 @@ def build_shapes(layer) -> dict[str, Any] | None:
 
 
 def is_plain_stock(layer) -> bool:
-    """Return whether a layer has a Keras class and no state besides its config and variables.
+    """Return whether a layer is of a Keras class and has no state but its config and variables.
 
     Preprocessing layers have other state, such as vocabularies, boundaries and statistics.
     """
@@ -213,11 +214,11 @@ class BuildHook(_Layer):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        # Without `_lock_state`, Keras would never call the hook.
+        # If Keras renames `_lock_state`, the hook below is never called.
         _require(keras.Layer, "_lock_state")
 
     def after_build(self) -> None:
-        """Finish a layer that Keras has just built.
+        """Run code on a layer that Keras has just built.
 
         This method may change the class of the layer.
         """
@@ -229,7 +230,7 @@ class BuildHook(_Layer):
 
 
 def refresh_torch_parameters(layer) -> None:
-    """Register a layer's variables with torch again, after some were added or removed."""
+    """Register a layer's variables with torch again, after variables were added or removed."""
     layer._track_variables()
 
 
@@ -251,7 +252,7 @@ def nodes_in_order(graph) -> list:
 
 
 def operation_of(tensor):
-    """Return the operation that made a symbolic tensor."""
+    """Return the operation that created a symbolic tensor."""
     return tensor._keras_history.operation
 
 
@@ -261,7 +262,7 @@ def mask_of(tensor):
 
 
 def node_of(tensor):
-    """Return the node (one call of an operation) that made a symbolic tensor."""
+    """Return the node (one call of an operation) that created a symbolic tensor."""
     operation, index = tensor._keras_history[:2]
     return operation._inbound_nodes[index]
 
@@ -298,9 +299,9 @@ def structures_of(graph) -> tuple[Any, Any]:
 
 
 def compile_config(model) -> dict[str, Any]:
-    """Return the arguments of `compile` that a file stores.
+    """Return the arguments of `compile` that `model.save` stores in a file.
 
-    Changes to the returned dict are stored too.
+    `model.save` also stores changes to the returned dict.
     """
     return model._compile_config.config
 
@@ -313,7 +314,7 @@ def flat_losses(model) -> list[tuple]:
 
 
 def output_structure(model):
-    """Return the structure of outputs that the compiled loss was built for."""
+    """Return the nested structure of model outputs for which the compiled loss was built."""
     return model._compile_loss._y_pred_build_structure
 
 
@@ -338,7 +339,7 @@ def without_additional_losses(model) -> Iterator[None]:
 
 
 def is_validation(evaluate_options: dict[str, Any]) -> bool:
-    """Return whether `fit` itself calls `evaluate` with these keyword arguments."""
+    """Return whether the keyword arguments of `evaluate` show that `fit` called it."""
     return bool(evaluate_options.get("_use_cached_eval_dataset"))
 
 
@@ -349,7 +350,7 @@ def set_initial_epoch(model, epoch: int | None) -> None:
 
 
 def restore_jax_state(model, *step_arguments) -> None:
-    """Write the state of a training step back to the variables if the compiled step will not run.
+    """Write the state of a training step back to the variables, for a step that will not run.
 
     On JAX, `fit` removes the values from the variables and passes them as the first argument of the
     step.
@@ -364,9 +365,9 @@ def restore_jax_state(model, *step_arguments) -> None:
 
 
 def discard_jax_state(model) -> None:
-    """Discard the values that an interrupted `evaluate` took out of a model's variables, on JAX.
+    """On JAX, discard the variable values that an interrupted `evaluate` moved out of a model.
 
-    Afterwards, the weights have to be assigned again.
+    The caller must then assign the weights again.
     """
     if keras.backend.backend() == "jax":
         _require(model, "_jax_state")
@@ -378,7 +379,7 @@ def discard_jax_state(model) -> None:
 def metric_direction(metric) -> str | None:
     """Return the direction, "up" or "down", in which a metric improves.
 
-    Return None if the metric does not state it.
+    Return None if the metric does not define a direction.
     """
     return getattr(metric, "_direction", None)
 
@@ -397,7 +398,7 @@ def trained_variables_of(optimizer) -> list:
 
 
 def delete_counters(optimizer) -> None:
-    """Delete the step counter and the learning rate of an optimizer that wraps another one."""
+    """Delete the step counter and the learning rate of an optimizer that wraps an optimizer."""
     for name in ("_iterations", "_learning_rate"):
         delattr(optimizer, name)
     set_own_variables(optimizer, [])
@@ -411,7 +412,7 @@ def set_trained_variables(optimizer, variables) -> None:
 
 
 def step_counter_of(optimizer):
-    """Return the variable that counts the calls of `apply`."""
+    """Return the variable in which an optimizer counts the calls of its `apply` method."""
     return optimizer._iterations
 
 
@@ -444,8 +445,8 @@ def moving_average_of(optimizer, variable):
 def slots_of(optimizer, variable) -> list:
     """Return the slots of a trained variable: variables of its optimizer with the same shape.
 
-    Momentum is an example of a slot. Keras keeps slots in lists in the order of the trained
-    variables, or in dicts by path.
+    Momentum is an example of a slot. Keras keeps slots in lists, in the order of the trained
+    variables, or in dicts whose keys are variable paths.
     """
     index = _index_of(optimizer, variable)
     if index is None:
@@ -479,8 +480,8 @@ def distribution_strategy_of(optimizer):
 def exempt_from_decay(optimizer, variables) -> None:
     """Exempt variables from weight decay, in addition to the variables that the user exempted.
 
-    Keras's `exclude_from_weight_decay` replaces the user's choice, and raises once an optimizer is
-    built.
+    The Keras method `exclude_from_weight_decay` would overwrite the exemptions of the user, and it
+    raises an error after an optimizer is built.
     """
     exempt = set(vars(optimizer).get("_exclude_from_weight_decay", ()))
     exempt.update(optimizer._var_key(variable) for variable in variables)
@@ -495,10 +496,10 @@ def exempt_from_decay(optimizer, variables) -> None:
 
 
 def rebuild_optimizer(optimizer, variables) -> None:
-    """Build an optimizer again for other variables, in place, and keep its state.
+    """Rebuild an optimizer in place for a different list of variables, and keep its state.
 
-    The optimizer and the optimizers inside it stay the same objects, with everything that the
-    user set on them. Variables that are trained before and after keep their slots.
+    The optimizer and the optimizers inside it remain the same objects and keep all attributes that
+    the user set. Variables that are trained both before and after the call keep their slots.
     """
     every = all_optimizers(optimizer)
     before = [
@@ -529,7 +530,7 @@ def all_optimizers(optimizer) -> list:
 
 
 def _restore_variables(optimizer, before: list, attributes: dict[str, Any]) -> None:
-    """Track the variables that `__init__` created again, and restore all values."""
+    """Track the variables from `__init__` again, and restore the values of all variables."""
     present = vars(optimizer)
     kept = [v for v in before if any(v is value for value in present.values())]
     own = [*kept, *optimizer._variables]
@@ -546,7 +547,8 @@ def _restore_variables(optimizer, before: list, attributes: dict[str, Any]) -> N
 def set_own_variables(optimizer, variables: list) -> None:
     """Replace the list of the variables that an optimizer created.
 
-    TensorFlow cannot save a list that was changed in place, except by appending.
+    The list is replaced because TensorFlow cannot save a tracked list after changes in place,
+    except after appending.
     """
     with DotNotTrackScope():
         optimizer._variables = variables
@@ -556,7 +558,7 @@ def set_own_variables(optimizer, variables: list) -> None:
 
 
 def _numbered_names(variables) -> list[tuple[str, int]]:
-    """Return numbered names of variables, because some optimizers use one name repeatedly."""
+    """Return (name, number) pairs, because variables of an optimizer may have the same name."""
     seen: Counter[str] = Counter()
     names = []
     for variable in variables:
@@ -579,7 +581,7 @@ def _forget_decay_exemptions(optimizer, trained_before) -> None:
 
 
 def _decide_decay_again(optimizer) -> None:
-    """Let an optimizer decide again which variables it decays.
+    """Make an optimizer decide again to which variables it applies weight decay.
 
     Keras up to 3.15 caches its decisions in a training step. Keras 3.16 decides in `build`.
     """
@@ -599,8 +601,8 @@ def distribution_like(variable):
     """Return a copy of the current distribution that places new variables like a given variable.
 
     New variables with the shape of the given variable are sharded like it. New variables of other
-    shapes are replicated on every device. The copy chooses by shape, because a user's layout map
-    may apply the rule for a kernel to its mask.
+    shapes are replicated on every device. The copy compares shapes, because in a user's layout map,
+    the path pattern for a kernel may also match the path of its mask.
     """
     present = keras.distribution.distribution()
 
@@ -619,7 +621,7 @@ def distribution_like(variable):
 
 
 def _require(target, name: str) -> None:
-    """Raise if Keras renamed a private attribute that this package writes."""
+    """Raise AttributeError if Keras has renamed a private attribute that keras_dst writes."""
     if not hasattr(target, name):
         raise AttributeError(
             f"Keras {keras.__version__} has no private attribute `{name}` where keras_dst "
@@ -628,7 +630,7 @@ def _require(target, name: str) -> None:
 
 
 def _objects_to_check() -> dict[str, Any]:
-    """Return an object for each kind in `PRIVATE_NAMES` that the installed Keras has."""
+    """Return an example object for each kind in `PRIVATE_NAMES` that the installed Keras has."""
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     optimizer = keras.optimizers.SGD()
     optimizer.exclude_from_weight_decay(var_names=["bias"])
@@ -666,7 +668,7 @@ def _objects_to_check() -> dict[str, Any]:
 
 
 def missing_names() -> list[str]:
-    """Return the names in `PRIVATE_NAMES` that the installed Keras lacks, as "object.name"."""
+    """Return the names in `PRIVATE_NAMES` that the installed Keras lacks, as "kind.name"."""
     return [
         f"{kind}.{name}"
         for kind, found in _objects_to_check().items()

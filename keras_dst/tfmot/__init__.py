@@ -1,8 +1,8 @@
 """The pruning API of TensorFlow Model Optimization (tfmot) on Keras 3.
 
-Names, arguments and masks equal `tfmot.sparsity.keras` 0.8, on every backend. The layers hold the
-masks, as after `sparsify`. For this reason, `report`, `shrink` and `export_tflite` can read a
-pruned model directly.
+The names, arguments and masks are the same as in `tfmot.sparsity.keras` 0.8, on every backend. The
+layers store the masks, as they do after `keras_dst.sparsify`. Therefore, `report`, `shrink` and
+`export_tflite` can read a pruned model directly.
 """
 
 from keras_dst.tfmot.callbacks import UpdatePruningStep

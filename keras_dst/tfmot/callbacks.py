@@ -23,8 +23,9 @@ class UpdatePruningStep(keras.callbacks.Callback):
     callback. Call `on_train_batch_begin` before every step, and `on_epoch_end` after every epoch.
 
     Raises:
-        ValueError: At the beginning of training, if the model has no pruned layer, if it is not
-            compiled, or if its `steps_per_execution` is above 1, which hides steps from callbacks.
+        ValueError: When training begins, if the model has no pruned layer, if the model is not
+            compiled, or if its `steps_per_execution` is above 1. Keras then does not call callbacks
+            before every step.
 
     Example:
         >>> model.fit(x, y, epochs=2, callbacks=[keras_dst.tfmot.UpdatePruningStep()])
@@ -56,13 +57,14 @@ class UpdatePruningStep(keras.callbacks.Callback):
         self._fit.guard_step(self._drivers)
 
     def on_epoch_begin(self, epoch, logs=None):
-        # A resumed fit draws the batches before the backup again, but does not train on them.
+        # A resumed `fit` reads the batches that precede the backup again, but does not train on
+        # them.
         self._skipped_batches = self._fit.skipped_batches
 
     def on_train_batch_begin(self, batch, logs=None):
         if batch < self._skipped_batches:
             return
-        _ = self.model  # On JAX, this property writes the state of the running fit to variables.
+        _ = self.model  # On JAX, reading `model` writes the state of this `fit` to variables.
         for driver in self._drivers:
             driver.before_step()
 
@@ -78,12 +80,13 @@ class UpdatePruningStep(keras.callbacks.Callback):
 
 
 class _StepDriver(LayerDriver):
-    """Driver of the layers that share one `PruneLowMagnitude`."""
+    """Object that updates the masks of all layers that share one `PruneLowMagnitude`."""
 
     def __init__(self, model, layers_):
         super().__init__(model, layers_)
         self.schedule = self.method.pruning_schedule
-        # The value is read at the first step, because a backup may be restored before this step.
+        # The step count is read at the first step, because a backup may be restored before this
+        # step.
         self.step: int | None = None
         self.set_active(True)
 

@@ -1,4 +1,4 @@
-"""`load`: read a file of a model that was pruned with tfmot in tf_keras."""
+"""`load`: read the file of a tf_keras model, which may be pruned with tfmot."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _SCHEDULES = {"ConstantSparsity": ConstantSparsity, "PolynomialDecay": Polynomia
 
 
 def load(path: str | os.PathLike) -> keras.Model:
-    """Load a tf_keras model from its `.keras` or `.h5` file. The model may be pruned with tfmot.
+    """Load a tf_keras model, pruned with tfmot or not, from its `.keras` or `.h5` file.
 
-    The model keeps its masks, schedules and step counts. Compile the model to continue training, or
-    strip it. This function needs neither tf_keras nor tfmot.
+    The model keeps its masks, schedules and step counts. To continue training, compile the model.
+    To restore stock Keras layers, strip the model. This function needs neither tf_keras nor tfmot.
 
     Args:
         path: Path of the `.keras` or `.h5` file.
@@ -30,8 +30,8 @@ def load(path: str | os.PathLike) -> keras.Model:
         A Keras 3 model that is not compiled.
 
     Raises:
-        ValueError: If the file is of another kind, or if Keras 3 does not have a layer of the file
-            in the same form. Register custom layers before you load the file.
+        ValueError: If the file is not a `.keras` or `.h5` file of a model, or if Keras 3 has no
+            equivalent of a layer in the file. Register custom layers before you load the file.
 
     Example:
         >>> model = keras_dst.tfmot.load("pruned.h5")

@@ -25,15 +25,15 @@ from keras_dst import _keras
 _WRAPPER = "PruneLowMagnitude"  # Class name of the wrapper that tfmot puts around a layer.
 _STATE = re.compile(r"(mask|threshold|pruning_step)(_\d+)?:0")
 _MODELS = ("Sequential", "Functional", "Model")
-# Arguments that have no meaning in Keras 3. Other unknown arguments are dropped only if they are
-# false.
+# Layer arguments that are ignored, because they have no meaning in Keras 3. Other unknown arguments
+# are ignored only if their value is false, such as None or 0.
 _SHAPES = ("batch_input_shape", "input_length", "query_shape", "key_shape", "value_shape")
 _UNUSED = ("implementation", "kernel_initializer", "kernel_regularizer", "kernel_constraint")
 
 
 @dataclass
 class Wrapper:
-    """Wrapper of tfmot around a layer, as read from a file.
+    """Pruning wrapper that tfmot put around a layer, as read from a file.
 
     Attributes:
         layer: Name of the wrapped layer.
@@ -49,7 +49,7 @@ class Wrapper:
 
 
 def read(path: str | os.PathLike) -> tuple[keras.Model, list[Wrapper]]:
-    """Read a Keras 2 file, and return the model without tfmot wrappers, and the wrappers.
+    """Read a Keras 2 file, and return the unwrapped model and the list of its tfmot wrappers.
 
     Raises:
         ValueError: If the file is not a `.keras` or `.h5` file of a model, or if Keras 3 does not
@@ -86,7 +86,7 @@ def read(path: str | os.PathLike) -> tuple[keras.Model, list[Wrapper]]:
 
 
 def _build(config, file_format, root) -> tuple[keras.Model, list[Wrapper]]:
-    """Build the model of a config and assign its stored weights."""
+    """Build a model from its config, and assign the weights that the file stores."""
     if "layers" not in config["config"]:
         raise ValueError(
             f"The file holds a {config['class_name']}, which is neither Sequential nor "
@@ -106,7 +106,7 @@ def _build(config, file_format, root) -> tuple[keras.Model, list[Wrapper]]:
 
 
 def _model_config(config: dict) -> dict:
-    """Convert the config of a model to Keras 3, and replace wrappers by the wrapped layers."""
+    """Convert a model config to the Keras 3 format, and replace wrappers by the wrapped layers."""
     own = dict(config["config"])
     renamed = {_name(x): _name(_unwrapped(x)) for x in own["layers"]}
     first_calls = _first_calls(own)
@@ -184,7 +184,7 @@ def _unwrapped(entry: dict) -> dict:
 
 
 def _layer_config(entry: dict) -> dict:
-    """Convert the config of a layer to Keras 3."""
+    """Convert a layer config to the Keras 3 format."""
     name = entry["class_name"]
     if name in _MODELS and "layers" in entry["config"]:
         return _model_config(entry)
@@ -208,7 +208,7 @@ def _layer_config(entry: dict) -> dict:
 
 
 def _arguments(cls, config: dict) -> dict:
-    """Return the arguments of a layer that its Keras 3 class accepts."""
+    """Return the arguments of a Keras 2 layer config that the Keras 3 class accepts."""
     known = {name for base in cls.__mro__ for name in inspect.signature(base.__init__).parameters}
     config = dict(config)
     if cls is keras.layers.InputLayer and "batch_input_shape" in config:
@@ -226,7 +226,7 @@ def _arguments(cls, config: dict) -> dict:
 
 
 def _config_value(x):
-    """Convert a value in a config, and all layers and objects inside it, to Keras 3."""
+    """Convert a value of a config, with all nested layers and objects, to the Keras 3 format."""
     if isinstance(x, list):
         return [_config_value(inner) for inner in x]
     if not isinstance(x, dict):
@@ -280,11 +280,11 @@ def _assign_weights(model, entries: list[dict], file_format, root) -> Iterator[W
 
 
 class _H5Format:
-    """Weights of an `.h5` file: one group per layer, with a path for every weight."""
+    """Reader for the weights of an `.h5` file, which stores a path for every weight of a layer."""
 
     def find_layers(self, group, entries):
-        """Map the name of each layer to its pairs of path and array."""
-        if isinstance(group, list):  # All weights of a nested model are in one list.
+        """Map the name of each layer to its list of (path, array) pairs."""
+        if isinstance(group, list):  # The file stores all weights of a nested model in one list.
             return {
                 _name(x): [pair for pair in group if _names_in(x) & set(pair[0].split("/"))]
                 for x in entries
@@ -310,10 +310,10 @@ class _H5Format:
 
 
 class _KerasFormat:
-    """Weights of a `.keras` file: one group per layer, named by its class."""
+    """Reader for the weights of a `.keras` file, with HDF5 groups named after layer classes."""
 
     def find_layers(self, group, entries):
-        """Map the name of each layer to its group."""
+        """Map the name of each layer to its HDF5 group."""
         # A Sequential model does not list its InputLayer among its layers.
         counted = (
             entries
@@ -330,7 +330,7 @@ class _KerasFormat:
         return [variable for variable, _ in pairs], [array for _, array in pairs]
 
     def _pairs(self, group, owner):
-        """Yield pairs of a variable and its stored array for a layer and its inner layers."""
+        """Yield every variable of a layer and its inner layers, paired with the stored array."""
         if isinstance(owner, (list, tuple)):
             for key, layer in zip(_keys([type(x).__name__ for x in owner]), owner):
                 yield from self._pairs(group[key], layer)
@@ -346,7 +346,7 @@ class _KerasFormat:
 
     def state(self, group, entry):
         arrays = _numbered(group)
-        # The file has n pruned weights, then n pairs of mask and threshold, then the step.
+        # The group stores n pruned weights, n pairs of mask and threshold, and the step count.
         n = (len(arrays) - 1) // 3
         return arrays[n:-1:2], int(arrays[-1])
 
@@ -358,7 +358,7 @@ def _names_in(entry) -> set[str]:
 
 
 def _numbered(group) -> list[np.ndarray]:
-    """Return the arrays of a group whose names are 0, 1, 2 and so on."""
+    """Return the arrays that an HDF5 group stores under the names 0, 1, 2 and so on."""
     stored = group.get("vars", {})
     return [stored[str(i)][()] for i in range(len(stored))]
 
@@ -374,7 +374,7 @@ def _strings(group, name) -> list[str]:
 
 
 def _keys(classes: list[str]) -> list[str]:
-    """Return the group names of layers of these classes in a file, such as dense and dense_1."""
+    """Return the HDF5 group name for each layer class in the list, such as dense and dense_1."""
     found: list[str] = []
     for name in classes:
         snake = re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", re.sub(r"\W+", "", name))

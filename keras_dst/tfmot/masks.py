@@ -1,4 +1,4 @@
-"""Magnitude masks of tfmot, for single weights and for blocks, in NumPy."""
+"""Magnitude masks as tfmot computes them, for single entries and for blocks, in NumPy."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 
 
 def magnitude_mask(w: np.ndarray, sparsity: float) -> np.ndarray:
-    """Return a boolean mask of the `max(1, round(size * (1 - sparsity)))` largest magnitudes.
+    """Return a mask that keeps the `max(1, round(size * (1 - sparsity)))` largest magnitudes.
 
-    Weights that tie with the smallest kept magnitude are kept too, as in tfmot.
+    Entries whose magnitude equals the smallest kept magnitude are also kept, as in tfmot.
     """
     magnitudes = np.abs(w)
     kept = max(1, int(np.round(np.float32(w.size) * (np.float32(1) - np.float32(sparsity)))))
@@ -16,18 +16,18 @@ def magnitude_mask(w: np.ndarray, sparsity: float) -> np.ndarray:
 
 
 def block_mask(w: np.ndarray, sparsity: float, block_size, pooling: str) -> np.ndarray:
-    """Return a boolean mask of the blocks with the largest pooled magnitudes.
+    """Return a boolean mask that keeps the blocks with the largest pooled magnitudes.
 
     Args:
         w: Matrix of shape (inputs, outputs).
         sparsity: Fraction of blocks that the mask prunes.
-        block_size: Rows (inputs) and columns (outputs) of a block.
+        block_size: Number of rows (inputs) and columns (outputs) of a block.
         pooling: `"AVG"` ranks blocks by their mean magnitude, and `"MAX"` ranks blocks by their
             largest magnitude.
 
     If the block size does not divide an axis, tfmot splits the padding between both ends of the
-    axis. Its pooling windows then start before the blocks that are masked. This function pads in
-    the same way.
+    axis. The pooling windows of tfmot then start before the blocks that tfmot masks. This function
+    pads in the same way.
     """
     pooled = np.abs(w)
     for axis, length in enumerate(block_size):

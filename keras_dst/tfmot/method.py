@@ -1,4 +1,4 @@
-"""`PruneLowMagnitude`: the method of layers that `prune_low_magnitude` prunes."""
+"""`PruneLowMagnitude`: the pruning method that `prune_low_magnitude` applies to layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from keras_dst.tfmot.schedules import PruningSchedule
 
 @keras.saving.register_keras_serializable("keras_dst.tfmot")
 class PruneLowMagnitude(LayerMethod):
-    """Magnitude pruning by the rules of tfmot, with one mask per weight.
+    """Magnitude pruning as in tfmot, with one mask per weight tensor.
 
     ```text
     t = 1, 2, ...  before step t, if the schedule updates at t:
@@ -25,17 +25,17 @@ class PruneLowMagnitude(LayerMethod):
                    in step t: forward with m w, gradient for all of w
     ```
 
-    Each weight is ranked separately. Pruned weights are trained as well, so that the next update
-    can restore them.
+    The entries of each weight tensor are ranked separately. Pruned entries are trained as well, so
+    that the next mask update can restore them.
 
     Args:
         pruning_schedule: Schedule that decides when masks are updated, and the sparsity of each
             update.
-        block_size: Rows (inputs) and columns (outputs) of a block. Defaults to (1, 1).
+        block_size: Number of rows (inputs) and columns (outputs) of a block. Defaults to (1, 1).
         block_pooling_type: `"AVG"` ranks blocks by their mean magnitude, and `"MAX"` ranks blocks
             by their largest magnitude. Defaults to `"AVG"`.
-        sparsity_m_by_n: Pair `(m, n)`, which sets m of every n consecutive inputs to zero. Defaults
-            to None.
+        sparsity_m_by_n: Pair `(m, n)`: m weights are set to zero for every n consecutive inputs.
+            Defaults to None.
 
     Source: arXiv 1710.01878; tfmot 0.8.
     """

@@ -14,11 +14,11 @@ class PruningPolicy:
     """Base class of policies that choose the layers of a model to prune."""
 
     def allow_pruning(self, layer) -> bool:
-        """Return whether this layer is pruned."""
+        """Return whether the policy allows this layer to be pruned."""
         raise NotImplementedError
 
     def ensure_model_supports_pruning(self, model) -> None:
-        """Raise ValueError if the policy does not suit this model."""
+        """Raise ValueError if the policy cannot be applied to this model."""
         raise NotImplementedError
 
 
@@ -26,9 +26,9 @@ class PruneForLatencyOnXNNPack(PruningPolicy):
     """Policy that prunes the 1x1 convolutions which XNNPACK computes with its sparse kernels.
 
     The model must begin with `ZeroPadding2D(1)` and `Conv2D(n, 3, strides=2, padding="valid")` on
-    three channels, and end with `GlobalAveragePooling2D`. XNNPACK must have a sparse form of every
-    layer between these layers. For nested models, the policy checks the layers of the nested model.
-    For a `.tflite` file, `keras_dst.lint` gives the same information.
+    three channels, and end with `GlobalAveragePooling2D`. XNNPACK must support every layer between
+    these layers in sparse inference. The policy also checks the layers of nested models.
+    `keras_dst.lint` gives the same information about a `.tflite` file.
 
     Example:
         >>> policy = keras_dst.tfmot.PruneForLatencyOnXNNPack()
@@ -96,7 +96,7 @@ def _fed_tensors(graph, found: dict[Any, list]) -> dict[Any, list]:
 
 
 def _producers_of(tensor, fed: dict[Any, list]) -> list:
-    """Return the operations that make a tensor.
+    """Return the operations that compute a tensor.
 
     For the output of a nested model, these are operations inside the nested model.
     """
@@ -145,7 +145,7 @@ def _first_on_every_path(starts, is_wanted, neighbors) -> list:
 
 
 def _is_start(layer, producers) -> bool:
-    """Return whether a layer is the strided convolution with which the sparse form begins."""
+    """Return whether a layer is the strided convolution with which sparse inference begins."""
     return (
         isinstance(layer, layers.Conv2D)
         and tuple(layer.kernel.shape[:3]) == (3, 3, 3)
@@ -159,7 +159,7 @@ def _is_end(layer) -> bool:
 
 
 def _padding_before(layer, producers) -> int | None:
-    """Return the width of the ZeroPadding2D before a layer, if it is equal on all sides."""
+    """Return the padding before a layer if its width is equal on all sides, or None."""
     first, *others = producers.get(layer, [None])
     if others or not isinstance(first, layers.ZeroPadding2D):
         return None
@@ -168,7 +168,7 @@ def _padding_before(layer, producers) -> int | None:
 
 
 def _has_sparse_form(operation, producers) -> bool:
-    """Return whether XNNPACK computes a layer, or a function of `keras.ops`, in its sparse form."""
+    """Return whether XNNPACK supports a layer or `keras.ops` function in sparse inference."""
     if isinstance(operation, layers.DepthwiseConv2D):
         (size, width), strides = operation.kernel_size, operation.strides
         padded = _padding_before(operation, producers) == size // 2

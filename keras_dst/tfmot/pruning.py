@@ -37,16 +37,16 @@ def prune_low_magnitude(
         to_prune: A built Keras 3 model, a layer (built or not), or a list of layers.
         pruning_schedule: Schedule that decides when masks are updated, and the sparsity of each
             update. Defaults to `ConstantSparsity(0.5, 0)`.
-        block_size: Rows (inputs) and columns (outputs) of the blocks that are pruned as a whole,
-            for weights that are matrices. tfmot uses the same order. In a `pattern` of
-            `keras_dst.methods`, outputs come first: `"1x4"` is `block_size=(4, 1)` here. Defaults
-            to (1, 1).
+        block_size: Number of rows (inputs) and columns (outputs) of the blocks that are pruned as a
+            whole. Only matrices can be pruned in blocks larger than (1, 1). tfmot uses the same
+            order. In a `pattern` of `keras_dst.methods`, outputs come first: `"1x4"` is
+            `block_size=(4, 1)` here. Defaults to (1, 1).
         block_pooling_type: `"AVG"` ranks blocks by their mean magnitude, and `"MAX"` ranks blocks
             by their largest magnitude. Defaults to `"AVG"`.
-        pruning_policy: Policy that chooses the layers of a model. Defaults to None, which means all
-            layers.
-        sparsity_m_by_n: Pair `(m, n)`, which sets m of every n consecutive inputs to zero. The mask
-            is computed at step 1, independent of the schedule. Defaults to None.
+        pruning_policy: Policy that chooses which layers of a model are pruned. Defaults to None,
+            which allows all layers.
+        sparsity_m_by_n: Pair `(m, n)`: m weights are set to zero for every n consecutive inputs.
+            The mask is computed once, at step 1, independent of the schedule. Defaults to None.
 
     Returns:
         `to_prune`.
@@ -54,8 +54,8 @@ def prune_low_magnitude(
     Raises:
         TypeError: If `to_prune` is not a Keras 3 model, a layer or a list of layers, or if
             `pruning_policy` is not a `PruningPolicy`.
-        ValueError: If a layer cannot be pruned in this way. If this error is raised, no layer has
-            been changed.
+        ValueError: If a layer cannot be pruned with these arguments. If this error is raised, no
+            layer has been changed.
 
     Example:
         >>> model = keras_dst.tfmot.prune_low_magnitude(model)
@@ -117,7 +117,7 @@ def leaf_layers(model) -> Iterator:
 
 
 def prunable_layers(layers, method: PruneLowMagnitude) -> list:
-    """Return the layers among these that the method prunes, except layers that are already pruned.
+    """Return the given layers that the method prunes, except layers that are already pruned.
 
     Raises:
         ValueError: If a layer has weights that cannot be pruned.
@@ -140,7 +140,7 @@ def prunable_layers(layers, method: PruneLowMagnitude) -> list:
 
 
 class _PrunedOnBuild(_keras.BuildHook):
-    """Mixin for layers that are wrapped before they are built, such as `LSTM` layers.
+    """Mixin for layers that are not built yet when they are prepared for pruning, such as `LSTM`.
 
     The inner layers are pruned when the layer is built.
     """
@@ -167,7 +167,7 @@ def _pruned_on_build(stock) -> type:
 
 
 def _is_unbuilt_composite(layer) -> bool:
-    """Return whether this layer gets its prunable weights only when it is built."""
+    """Return whether the prunable weights of this layer are created only when it is built."""
     return (
         not isinstance(layer, keras.Model)
         and not layer.built
@@ -178,7 +178,7 @@ def _is_unbuilt_composite(layer) -> bool:
 
 
 def _layers_to_prune(target, method, policy) -> list:
-    """Return the layers of a model or layer that have to be pruned."""
+    """Return the layers to prune in a model or layer."""
     if not isinstance(target, keras.Model):
         if not isinstance(target, keras.Layer):
             check_model(target)
@@ -213,7 +213,7 @@ def _inner_layers_to_prune(layer, method) -> list:
 
 
 def _is_frozen(layer) -> bool:
-    """Return whether all kernels of a dense layer are frozen."""
+    """Return whether a layer is not pruned and all its kernels are frozen."""
     if is_pruned(layer):
         return False
     if not layer.built:

@@ -29,7 +29,7 @@ class PruningSchedule(Configurable):
         return in_range and (step - begin_step) % frequency == 0
 
     def _set_steps(self, begin_step, end_step, frequency) -> None:
-        """Keep the steps as Python integers, or raise ValueError for an invalid range."""
+        """Store the steps as Python integers, or raise ValueError for an invalid range."""
         steps = {"begin_step": begin_step, "end_step": end_step, "frequency": frequency}
         is_range = (
             is_integer(begin_step, minimum=0)
@@ -53,8 +53,9 @@ class ConstantSparsity(PruningSchedule):
 
     Args:
         target_sparsity: Fraction of zeros, in [0, 1).
-        begin_step: Step of the first update. Steps count from 1, so 0 is not a step.
-        end_step: Last step at which masks may be updated. Defaults to -1, which means no end.
+        begin_step: Step of the first update. If `begin_step` is 0, the first update is at step
+            `frequency`, because steps count from 1.
+        end_step: Last step at which masks may be updated. Defaults to -1, which sets no last step.
         frequency: Number of steps from one update to the next. Defaults to 100.
 
     Example:
@@ -74,7 +75,7 @@ class ConstantSparsity(PruningSchedule):
 
 @keras.saving.register_keras_serializable("keras_dst.tfmot")
 class PolynomialDecay(PruningSchedule):
-    """Schedule from one sparsity to another sparsity, `s_f + (s_i - s_f) (1 - progress)**power`.
+    """Schedule from an initial to a final sparsity: `s_f + (s_i - s_f) (1 - progress)**power`.
 
     Args:
         initial_sparsity: Fraction of zeros at `begin_step`, in [0, 1).
@@ -109,7 +110,7 @@ class PolynomialDecay(PruningSchedule):
     def __call__(self, step):
         update = self._should_prune_in_step(step, self.begin_step, self.end_step, self.frequency)
         length = max(self.end_step - self.begin_step, 1)
-        # tfmot computes in float32, and rounding decides how many weights are kept.
+        # Compute in float32, as tfmot does, because rounding affects how many weights are kept.
         progress = np.clip(np.float32(step - self.begin_step) / np.float32(length), 0, 1)
         difference = np.float32(self.initial_sparsity - self.final_sparsity)
         decay = (np.float32(1) - progress) ** np.float32(self.power)
