@@ -130,15 +130,15 @@ def stop_gradient_where(mask: Tensor, w: Tensor) -> Tensor:
         >>> keras_dst.masks.stop_gradient_where(mask, w)
     """
     w, mask = (ops.reshape(v, ops.shape(v)) for v in (w, mask))  # See `straight_through_product`.
+    return _without_gradient_where(mask, w)
 
-    @ops.custom_gradient
-    def identity(w, mask):
-        def grad(*args, upstream=None):
-            return masked(_upstream(args, upstream), ops.logical_not(mask)), None
 
-        return w, grad
+@ops.custom_gradient
+def _without_gradient_where(mask, w):
+    def grad(*args, upstream=None):
+        return None, masked(_upstream(args, upstream), ops.logical_not(mask))
 
-    return identity(w, mask)
+    return w, grad
 
 
 def limit_gradient(gradient: Tensor, mask: Tensor, limit: Tensor | float) -> Tensor:
@@ -181,15 +181,15 @@ def with_limited_gradient(w: Tensor, mask: Tensor, limit: Tensor | float) -> Ten
     """
     limit = ops.convert_to_tensor(limit, "float32")
     w, mask = (ops.reshape(v, ops.shape(v)) for v in (w, mask))  # See `straight_through_product`.
+    return _with_limited_gradient(w, mask, limit)
 
-    @ops.custom_gradient
-    def identity(w, mask, limit):
-        def grad(*args, upstream=None):
-            return limit_gradient(_upstream(args, upstream), mask, limit), None, None
 
-        return w, grad
+@ops.custom_gradient
+def _with_limited_gradient(w, mask, limit):
+    def grad(*args, upstream=None):
+        return limit_gradient(_upstream(args, upstream), mask, limit), None, None
 
-    return identity(w, mask, limit)
+    return w, grad
 
 
 def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
@@ -212,18 +212,19 @@ def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
     # The reshape converts variables to tensors. TensorFlow does not accept variables in a custom
     # gradient.
     w, scores, mask = (ops.reshape(v, ops.shape(v)) for v in (w, scores, mask))
+    return _straight_through_product(w, scores, mask)
 
-    # The mask is also an argument, because JAX cannot export a custom gradient that closes over a
-    # tracer.
-    @ops.custom_gradient
-    def product(w, scores, mask):
-        def grad(*args, upstream=None):
-            g = _upstream(args, upstream)
-            return masked(g, mask), g * w, None
 
-        return masked(w, mask), grad
+# The functions with custom gradients are defined once, because `torch.jit.trace` compares them by
+# identity. All tensors are arguments, because JAX cannot export a custom gradient that closes over
+# a tracer.
+@ops.custom_gradient
+def _straight_through_product(w, scores, mask):
+    def grad(*args, upstream=None):
+        g = _upstream(args, upstream)
+        return masked(g, mask), g * w, None
 
-    return product(w, scores, mask)
+    return masked(w, mask), grad
 
 
 # -- patterns ------------------------------------------------------------------------------------
