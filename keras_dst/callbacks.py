@@ -21,39 +21,39 @@ __all__ = ["BackupAndRestore", "KeepClusters", "SparseTraining", "SparsityTensor
 
 
 class SparseTraining(keras.callbacks.Callback):
-    """Callback that updates the masks during `fit`, for every method.
+    """Callback that updates the masks during `fit`, for every pruning method.
 
-    The length of the schedule follows from the epochs and steps of the first `fit`. A later `fit`
-    continues the schedule. Masks and controllers are updated between steps. The progress bar and
-    the history show `sparsity`, the sparsity of all weights that the method prunes. If a method
+    The pruning schedule extends over all steps of the first `fit`, unless `epochs` is given. A
+    later `fit` continues the schedule. All updates happen between training steps. The progress bar
+    and the history show `sparsity`, the sparsity of all weights that the method prunes. If a method
     learns its sparsity and has a target, the last step adjusts the masks to meet the target
     exactly. If a target was missed, a warning states the difference.
 
     Masks also apply to weights that other callbacks assign, such as the averages of
     `SwapEMAWeights`. At the end of training, a callback such as
-    `EarlyStopping(restore_best_weights=True)` may assign weights from a time before the target was
-    reached. Weights that are not sparse enough are pruned again, with a warning.
+    `EarlyStopping(restore_best_weights=True)` may assign weights from an epoch before the target
+    sparsity was reached. Such weights are pruned again, with a warning.
 
-    While `fit` runs, `model.save` and `model.save_weights` are atomic: a killed process leaves the
-    old file or the new file.
+    While `fit` runs, `model.save` and `model.save_weights` are atomic: a killed process leaves
+    either the complete old file or the complete new file.
 
     Put this callback before Keras callbacks that save within an epoch.
 
     Args:
-        epochs: Number of epochs of the whole schedule, if training consists of several calls of
-            `fit`. Defaults to None, which means the epochs of the first `fit`.
+        epochs: Length of the schedule in epochs, for training that consists of several calls of
+            `fit`. Defaults to None, which uses the number of epochs of the first `fit`.
         steps_per_epoch: Number of batches per epoch, for data of unknown length. Defaults to None,
             in which case `fit` counts the batches in the first epoch.
-        metric_at_target: Name of a metric whose best value counts only after the target is reached,
-            such as `"val_accuracy"`. The log `"val_accuracy_at_target"` has the value of this
-            metric once the target is reached. Until the target is reached, the log has a
-            placeholder that is worse than any metric and improves from epoch to epoch. Callbacks
-            that monitor this log therefore do not keep a model that is not sparse enough, and do
-            not stop too early. If the metric is measured in training, put this callback first.
+        metric_at_target: Name of a metric, such as `"val_accuracy"`, whose values count only after
+            the target sparsity is reached. From then on, the log `"val_accuracy_at_target"`
+            contains the value of this metric. Before, the log contains a placeholder that is worse
+            than any metric and improves from epoch to epoch. Callbacks that monitor this log
+            therefore do not keep a model that is not sparse enough, and do not stop too early. If
+            the metric is measured on the training data, put this callback before all others.
             Defaults to None.
         metric_mode: Direction in which `metric_at_target` improves, `"min"` or `"max"`. Defaults to
             None, which means the direction of the compiled metric.
-        keep_memory: Whether the process keeps the memory that a training step frees, until `fit`
+        keep_memory: If True, the process keeps the memory that a training step frees, until `fit`
             ends. The next training step then reuses this memory. This setting of the C library
             applies to the whole process. The setting has an effect only on Linux with glibc, and
             only if no environment variable such as MALLOC_TRIM_THRESHOLD_ is set. Defaults to
@@ -154,8 +154,8 @@ class SparseTraining(keras.callbacks.Callback):
             # callback.
             fit.replace(self.model, "evaluate", self._with_metric_at_target)
         if fit.history is not None:
-            # EarlyStopping assigns weights in its `on_train_end`. Keras calls the history after
-            # EarlyStopping.
+            # EarlyStopping assigns weights in its `on_train_end`. Keras calls the `on_train_end` of
+            # the history later.
             fit.replace(
                 fit.history, "on_train_end", functools.partial(self._with_last_check, fit.history)
             )
@@ -163,7 +163,7 @@ class SparseTraining(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         if not self._begun:
-            # BackupAndRestore may restore the state as late as in its `on_train_begin`.
+            # Do not begin earlier: BackupAndRestore may restore the state in its `on_train_begin`.
             self._begin(epoch)
         self._reapply_masks()
         self._epoch = epoch
@@ -220,16 +220,16 @@ class SparseTraining(keras.callbacks.Callback):
             driver.end(self._batches, warn_early=self.epochs is None)
         self._measure()
         if any(driver.in_steps for driver in self._drivers):
-            # The masks of this compiled step are updated by the callback. The next `fit` may run
-            # without the callback.
+            # The callback, not this compiled step, updates the masks. Compile a new step, because
+            # the next `fit` may run without the callback.
             self.model.train_function = None
-        if self._fit.history is None:  # Without a history, this is a custom training loop.
+        if self._fit.history is None:  # A custom training loop has no history.
             self._fit.end()
 
     # --------------------------------------------------------------------------------------------
 
     def _sync(self):
-        """Assign the state of the running `fit` to the variables on JAX."""
+        """On JAX, assign the state of the running `fit` to the variables."""
         _ = self.model
 
     def _steps(self, epochs=None):
@@ -250,13 +250,13 @@ class SparseTraining(keras.callbacks.Callback):
             driver.reapply_masks()
 
     def _recover(self):
-        """Prune the weights again if another callback assigned less sparse weights."""
+        """Prune the weights again if another callback assigned weights that are less sparse."""
         self._sync()
         for driver, reached in zip(self._drivers, self._reached):
             driver.recover(self._batches, reached)
 
     def _with_last_check(self, history, inner):
-        """Return an `on_train_end` for the `History` that also checks the final weights."""
+        """Return a replacement of `History.on_train_end` that also checks the final weights."""
 
         def on_train_end(logs=None):
             inner(logs)
@@ -288,7 +288,7 @@ class SparseTraining(keras.callbacks.Callback):
         logs["sparsity"] = self._sparsity
 
     def _with_metric_at_target(self, evaluate):
-        """Return a replacement of `evaluate` that adds the metric at target during `fit`."""
+        """Return a replacement of `evaluate` that adds the `_at_target` metric during `fit`."""
 
         def evaluate_with_metric(*arguments, **options):
             logs = evaluate(*arguments, **options)

@@ -52,7 +52,7 @@ _LORA = "LoRA is enabled; call save_weights, which merges it, and load_weights w
 
 @dataclass
 class SparsifyReport:
-    """Summary of a call of `sparsify`: the layers that became sparse, and the layers that did not.
+    """Result of `sparsify`, which lists the layers that became sparse and the skipped layers.
 
     The fields correspond to the fields of the `QuantizationReport` that `quantize` of Keras 3.16
     returns. `print` shows plain text, and a notebook shows a table.
@@ -64,7 +64,8 @@ class SparsifyReport:
         skipped: List of `(path, reason)`, with one entry per layer that has a kernel and is not
             sparse.
         doubled: List of paths of the batch normalizations that now have a second set of variables.
-            A method that trains two paths, such as `methods.DCIL`, needs the second set.
+            A method with a full and a sparse forward path, such as `methods.DCIL`, needs the second
+            set.
     """
 
     method: Method
@@ -110,24 +111,25 @@ def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
       is converted to its sparse class, before or after `compile`. Layers inside nested, subclassed
       or wrapping layers are included. Supported layers are dense, convolutional (also transposed,
       depthwise and separable), `EinsumDense` (and thus attention) and `Embedding` layers, and the
-      cells of recurrent layers. Subclasses of these layers are supported too, and custom layers
-      whose class names its weights in `prunable_weights`. A shared layer has one mask. DCIL also
-      adds a second set of variables to every batch normalization, independent of `filters`.
+      cells of recurrent layers. Subclasses of these layers are supported too. Custom layers are
+      supported if their class lists the names of the weights in `prunable_weights`. A shared layer
+      has one mask for all its calls. DCIL also adds a second set of variables to every batch
+      normalization, independent of `filters`.
     * Magnitude, FlipOut, SET and RigL mask the weights in the optimizer step. The optimizer of a
       compiled model is wrapped in a `SparseOptimizer`, and the layers do not change.
 
-    Weights, names and the graph do not change. A compiled model stays compiled. The optimizer keeps
-    its state and all settings. Frozen layers are skipped. If you freeze a layer later, it keeps its
-    current mask.
+    The weights, their names and the graph of the model do not change. A compiled model stays
+    compiled. The optimizer keeps its state and all settings. Frozen layers are skipped. If you
+    freeze a layer later, it keeps its current mask.
 
     Args:
         model: Built Keras 3 model.
         method: Method from `keras_dst.methods`, such as `methods.Magnitude(0.9)`.
-        filters: Selection of layers. A string is a name, a path, or a regular expression for a
-            whole name or path. The string can name a layer, a layer that contains this layer, or a
-            weight of this layer. A list of strings selects all layers that at least one string
-            matches. A callable gets a layer and returns a boolean. Defaults to None, which selects
-            all layers.
+        filters: Selection of the layers to make sparse. A string is a name, a path, or a regular
+            expression for a whole name or path. The string can name a layer, a layer that contains
+            this layer, or a weight of this layer. A list of strings selects all layers that at
+            least one string matches. A callable receives a layer and returns whether the layer is
+            selected. Defaults to None, which selects all layers.
 
     Returns:
         A `SparsifyReport` that lists the sparse layers, and the skipped layers with the reasons.
@@ -162,8 +164,8 @@ def strip(model):
     """Write the masks into the weights as exact zeros and restore stock Keras layers, in place.
 
     `strip` works after every method, and also on a model that was never sparse. The predictions of
-    the model do not change. A compiled model stays compiled, with its plain optimizer. The stripped
-    model contains no class of keras_dst.
+    the model do not change. A compiled model stays compiled, and its optimizer no longer applies
+    masks. The stripped model contains no class of keras_dst.
 
     Args:
         model: Built Keras 3 model.
@@ -173,7 +175,8 @@ def strip(model):
 
     Raises:
         TypeError: If the model is not a Keras 3 model.
-        ValueError: If the model is not built, or if a `Gate` is not part of a graph.
+        ValueError: If the model is not built, or if a `Gate` is not part of a Sequential or
+            Functional model.
 
     Example:
         >>> keras_dst.strip(model).save("model.keras")  # loads without keras_dst
@@ -195,7 +198,7 @@ def strip(model):
 
 
 def has_sparse_layers(model) -> bool:
-    """Return whether a model contains sparse layers, gates or containers for `strip` to replace."""
+    """Return whether a model contains sparse layers, gates or containers that `strip` replaces."""
     return any(isinstance(x, _SPARSE_CLASSES) for x in _keras.flatten_layers(model))
 
 
@@ -256,7 +259,7 @@ def _sparsify_model_layers(model, method: LayerMethod, filters: Filters) -> Spar
 
 
 def sparsify_layers(model, layers, method: LayerMethod) -> None:
-    """Make these layers sparse. The layers are part of a built or unbuilt model or layer."""
+    """Make these layers of a model sparse. The model itself may be unbuilt."""
     _check_ties(layers)
     for layer in layers:
         make_sparse(layer, method)
@@ -303,7 +306,7 @@ def _check_not_empty(model, report: SparsifyReport) -> None:
 
 
 def _names_of(model, inner) -> dict[int, list[str]]:
-    """Return the names and paths of each layer and of the layers around it, by the layer's id."""
+    """Map the id of each layer to the names and paths of the layer and of its outer layers."""
     found = {id(layer): [layer.name, layer.path] for layer in inner}
     for outer in _keras.flatten_layers(model, include_self=False):
         for layer in _keras.flatten_layers(outer, include_self=False):
@@ -315,7 +318,7 @@ def _names_of(model, inner) -> dict[int, list[str]]:
 
 
 def _excluded_layers(model, method: LayerMethod, filters: Filters) -> dict[int, str]:
-    """Return the ids of the layers that the method must not change, with the reasons."""
+    """Map the id of each layer that the method must not change to the reason."""
     excluded = dict.fromkeys(frozen_layers_of(model), _FROZEN)
     excluded.update(_gating_modules(model))
     for layer in _keras.flatten_layers(model):
@@ -330,7 +333,7 @@ def _excluded_layers(model, method: LayerMethod, filters: Filters) -> dict[int, 
 
 
 def _excluded_outputs(model, method: Method, filters: Filters) -> dict[int, str]:
-    """Return the ids of the layers that give the model's outputs, if whole units are pruned."""
+    """Map the id of each layer whose channels must stay, as they are outputs, to this reason."""
     if method.pattern != "channel":
         return {}
     if isinstance(method, UnitMethod) and _keras.graph_of(model) is None and filters is None:
@@ -349,7 +352,7 @@ def _gating_modules(model) -> dict[int, str]:
 
 
 def _output_layers(model) -> set[int]:
-    """Return the ids of the layers with kernels that are nearest to the model's outputs."""
+    """Return the ids of the last layers with kernels before the outputs of the model."""
     graph = _keras.graph_of(model)
     if graph is None:
         return set()
@@ -377,7 +380,7 @@ def _holds_kernels(operation) -> bool:
 
 
 def _check_gates(model, layers) -> None:
-    """Raise an error if a Gate is not part of a graph, so that no stock layer can replace it."""
+    """Raise ValueError if a Gate is outside every graph, where no stock layer can replace it."""
     graphs = [g for x in _keras.flatten_layers(model) if (g := _graph_or_none(x)) is not None]
     placed = {id(operation) for graph in graphs for operation in graph.operations}
     for layer in layers:
@@ -410,7 +413,7 @@ def _check_ties(layers) -> None:
 
 
 def _config_holds_layers(layer) -> bool:
-    """Return whether the config of a layer holds its inner layers, which then save themselves."""
+    """Return whether the config of a layer contains the configs of its inner layers."""
     if not isinstance(layer, keras.Model):
         return False
     try:
@@ -420,7 +423,7 @@ def _config_holds_layers(layer) -> bool:
 
 
 def _record_recipes(layer) -> None:
-    """Convert outermost layers whose config creates plain layers to a `SparseContainer`."""
+    """Convert outermost layers whose config would create dense layers to a `SparseContainer`."""
     if not any(
         isinstance(x, SparseMixin) for x in _keras.flatten_layers(layer, include_self=False)
     ):
@@ -449,8 +452,8 @@ def _sparsify_optimizer(model, method: UpdateMethod, filters: Filters) -> Sparsi
     inner = model.optimizer.inner_optimizer if scaled else model.optimizer
     report, kernels, complete = _choose_kernels(model, method, filters, inner)
     _check_not_empty(model, report)
-    # Pass paths instead of the callable, because a SparseOptimizer selects variables by path. All
-    # paths are in one regular expression, because an expression may also match variables that are
+    # Pass paths instead of the callable, because a SparseOptimizer selects variables by path. The
+    # paths are joined to one regular expression, which stays valid if some of the variables are
     # frozen before the optimizer is built.
     paths = None if complete else "|".join(re.escape(kernel.path) for kernel in kernels)
     with placed_like(kernels[0]):
@@ -463,7 +466,7 @@ def _sparsify_optimizer(model, method: UpdateMethod, filters: Filters) -> Sparsi
         model.optimizer.inner_optimizer = wrapper
     else:
         model.optimizer = wrapper
-    # `compile` adds loss scaling again when a file is loaded.
+    # Loss scaling that `compile` added is not stored, because loading a file adds it again.
     compiled["optimizer"] = given if given is model.optimizer else wrapper
     _forget_compiled_steps(model)
     return report
@@ -518,7 +521,7 @@ def _choose_kernels(
 
 
 def _pattern_misfit(method: UpdateMethod, variable, layout: Layout) -> str | None:
-    """Return the reason why a weight cannot have the method's pattern, or None if it can."""
+    """Return the reason why the method's pattern does not fit a weight, or None if it fits."""
     try:
         Pattern(method.pattern).block(variable.shape, layout)
     except ValueError as error:
@@ -534,7 +537,7 @@ def _forget_compiled_steps(model) -> None:
 
 
 def _refresh(model) -> None:
-    """Prepare a model, compiled or not, for variables that its layers have gained or lost."""
+    """Update a model, compiled or not, after variables of its layers were added or removed."""
     refresh_torch_parameters(model)
     if not isinstance(model, keras.Model):
         return

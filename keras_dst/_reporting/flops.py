@@ -21,23 +21,23 @@ Shape = tuple[int, ...]
 
 _TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 
-# Endings of the names of weights in custom layers that are looked up or added, and not multiplied.
+# Name endings of weights in custom layers that are looked up or added, but not multiplied.
 _TABLES = re.compile(r"(embeddings?|tokens?)$")
 
-# Batch size of a trace if the Input does not set it. The size is not 1, because a model could
-# squeeze an axis of size 1.
+# Batch size of the symbolic call if the Input does not define the batch size. The size is not 1,
+# because a model could squeeze an axis of size 1.
 _BATCH = 2
-# Two sizes that replace axes of unknown size. If the use count depends on the size, the FLOPs are
-# unknown.
+# Two sizes that are inserted for axes of unknown size. If the two sizes give different use counts,
+# the FLOPs are unknown.
 _SIZES = (128, 256)
 
 
 def count_uses(model) -> dict[int, tuple[int | None, str | None]]:
-    """Return the use count of every prunable weight, by the id of its variable.
+    """Return a dict that maps the id of each prunable variable to its use count.
 
     A use count is the number of times that each entry of a weight is multiplied for one sample.
-    Each value is a pair of the count and a reason. If the count is unknown, it is None, and the
-    reason says why.
+    Each value is a pair `(count, reason)`. If the count is unknown, `count` is None and `reason`
+    explains why. Otherwise `reason` is None.
     """
     weights = [weight for weight in weights_of(model) if weight.prunable]
     return {
@@ -46,7 +46,7 @@ def count_uses(model) -> dict[int, tuple[int | None, str | None]]:
 
 
 def dense_size(model) -> tuple[int, int | None]:
-    """Return the parameters of a model, and its FLOPs for one sample if no entry were zero.
+    """Return the number of parameters of a model, and its FLOPs per sample if no entry were zero.
 
     The FLOPs are None if they are unknown.
     """
@@ -65,7 +65,7 @@ class _UnknownCount(Exception):
 
 @dataclass
 class _Call:
-    """A call of a layer: how often it is repeated, and the shapes of its inputs and output."""
+    """Record of a layer call: its number of repeats, and the shapes of the inputs and output."""
 
     repeats: int
     inputs: list[Shape]
@@ -73,9 +73,9 @@ class _Call:
 
 
 class _Trace(keras.Operation):
-    """A symbolic inference call of a model that records the calls of its layers."""
+    """Operation that calls a model symbolically and records the inference calls of its layers."""
 
-    # The model is not an argument, because Keras serializes the arguments of an operation.
+    # The model is not an argument of `__init__`, because Keras serializes these arguments.
     model: Any
     batch: int
 
@@ -85,13 +85,13 @@ class _Trace(keras.Operation):
         self.repeats = 1
 
     def call(self, args, kwargs):
-        self.calls.clear()  # Keras on torch repeats a call that fails on the meta device.
+        self.calls.clear()  # On torch, Keras repeats a call that fails on the meta device.
         self.model(*args, training=False, **kwargs)
         return []
 
     @contextlib.contextmanager
     def recording(self, recorded_layers: list):
-        """Record the calls of layers within this context, by attributes that override methods."""
+        """Record layer calls within this context, by instance attributes that override `call`."""
         before = []
         try:
             for layer in recorded_layers:
@@ -115,7 +115,8 @@ class _Trace(keras.Operation):
             self.calls.setdefault(id(layer), []).append(recorded)
             return output
 
-        # The calls inside an RNN differ by backend. One step of the RNN's cell is recorded instead.
+        # The number of cell calls inside an RNN differs between backends. Therefore, one step of
+        # the cell is recorded and then multiplied by the number of time steps.
         @functools.wraps(call)
         def record_step(sequences, *args, **kwargs):
             with self._repeat(sequences.shape[1]):
@@ -140,7 +141,7 @@ def _shapes(structure) -> list[Shape]:
 
 
 def count_uses_per_weight(model, weights: list[Weight]) -> list[tuple[int | None, str | None]]:
-    """Return the use counts of these weights, in the form of `count_uses`."""
+    """Return a `(count, reason)` pair for each of these weights; see `count_uses`."""
     recorded_layers = {id(layer): layer for weight in weights for layer in weight.layers}
     recorded_layers |= {id(x): x for x in _keras.flatten_layers(model) if isinstance(x, layers.RNN)}
     try:
@@ -171,9 +172,9 @@ def _count_in(trace: _Trace, weight: Weight) -> int:
 
 
 def _traces(model, recorded_layers: list) -> list[_Trace]:
-    """Trace a model once for each size that replaces an unknown axis of its input."""
+    """Call a model symbolically, once for each size that is inserted for unknown input axes."""
     unbuilt = [layer.name for layer in _keras.flatten_layers(model) if not layer.built]
-    if unbuilt:  # A trace would build the layer.
+    if unbuilt:  # The symbolic call would build the layer.
         raise _UnknownCount(f"'{unbuilt[0]}' is not built; call the model once on data")
     inputs = _inputs(model)
     tensors = keras.tree.flatten(inputs)
@@ -217,7 +218,7 @@ def _inputs(model) -> tuple[tuple, dict]:
 
 
 def _positions(layer, variable, call: _Call) -> int:
-    """Return the number of positions, over the batch, at which a layer multiplies its weight."""
+    """Return the number of positions in the whole batch at which a layer multiplies its weight."""
     shape, x, y = tuple(variable.shape), call.inputs[0], call.output
     if any(None in tensor for tensor in (x, y)):
         raise _UnknownCount(f"the shapes in {layer.name} are unknown")
@@ -240,13 +241,13 @@ def _positions(layer, variable, call: _Call) -> int:
 
 
 def _grid_points(layer, shape: Shape) -> int:
-    """Return the number of positions in time or space of a convolution's tensor, over the batch."""
+    """Return the number of positions (batch x space or time) in a tensor of a convolution."""
     first = getattr(layer, "data_format", None) == "channels_first"
     return math.prod(shape[:1] + shape[2:] if first else shape[:-1])
 
 
 def _embedding_positions(layer, variable, x: Shape, y: Shape) -> int:
-    """Return the number of positions if an embedding is a reverse projection, or 0 for a lookup."""
+    """Return the number of positions that an embedding projects in reverse, or 0 for a lookup."""
     if len(y) > len(x):
         return 0
     tied = getattr(layer, "tie_weights", True)

@@ -1,4 +1,4 @@
-"""The sparsity report as one self-contained HTML page."""
+"""Rendering of the sparsity report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 from keras_dst._reporting.tables import format_count, format_percent
 from keras_dst.version import __version__
 
-# The opacity of this color shows the density, so that a map fits light and dark backgrounds.
+# The opacity of this color shows the density, so that a density map is readable on light and dark
+# backgrounds.
 _COLOR = "#4a86f0"
 _GAMMA = 0.5  # opacity = density ** gamma, so that low densities stay visible.
 _LEGEND = (0, 0.01, 0.1, 0.25, 0.5, 1)
@@ -41,7 +42,7 @@ def render_page(report) -> str:
 
 
 def _summary(report) -> list[tuple[str, str, str]]:
-    """Return the name, the number and the note of every figure at the top of the page."""
+    """Return (name, number, note) for every key figure at the top of the page."""
     parameters = f"of {format_count(report.parameters)} parameters"
     figures = [
         ("sparsity", format_percent(report.sparsity), "of the prunable weights"),

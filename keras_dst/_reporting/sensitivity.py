@@ -35,7 +35,7 @@ class WeightSensitivity:
         name: Path of the weight.
         shape: Shape of the weight.
         parameters: Number of entries.
-        values: Metric of the model with this weight pruned to each sparsity of the report.
+        values: Metric of the model for each sparsity of the report, if only this weight is pruned.
     """
 
     name: str
@@ -52,9 +52,9 @@ class SensitivityReport:
         model: Name of the model.
         metric: Name of the measured metric.
         mode: `"min"` if a smaller metric is better, `"max"` if a larger metric is better.
-        pattern: Pattern in which weights were pruned.
+        pattern: Sparsity pattern in which the weights were pruned.
         baseline: Metric of the model before pruning.
-        sparsities: Measured fractions of zeros, in increasing order.
+        sparsities: Sparsities at which the metric was measured, in increasing order.
         weights: A `WeightSensitivity` for every weight, in the order of the model.
 
     Example:
@@ -70,15 +70,15 @@ class SensitivityReport:
     weights: list[WeightSensitivity] = field(repr=False)
 
     def allocation(self, sparsity: float) -> dict[str, float]:
-        """Return a sparsity for every weight, for the argument `allocation` of a method.
+        """Return a sparsity for every weight, to be passed as `allocation` to a pruning method.
 
-        Every weight gets the sparsity at which the metric drops by the same amount for all weights.
-        The curve of each weight is interpolated linearly. The drop is chosen so that the total
-        sparsity equals `sparsity`.
+        The sparsities are chosen so that pruning any single weight worsens the metric by the same
+        amount. Between the measured sparsities, the metric is interpolated linearly. The amount is
+        chosen so that the total sparsity equals `sparsity`.
 
         Args:
-            sparsity: Fraction of zeros over all weights of this report, at most the highest
-                measured sparsity.
+            sparsity: Fraction of zeros over all weights of this report. The highest measured
+                sparsity is the maximum.
 
         Returns:
             A dict that maps the path of each weight to its sparsity.
@@ -127,7 +127,7 @@ class SensitivityReport:
         )
 
     def plot(self, ax=None):
-        """Draw the metric over the sparsity of one pruned weight: a line for every weight.
+        """Plot the metric against the sparsity of one pruned weight, with a line for every weight.
 
         Args:
             ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
@@ -154,26 +154,27 @@ def sensitivity(
     metric: str | None = None,
     verbose: str | int = "auto",
 ) -> SensitivityReport:
-    """Measure how much a trained model loses when a single weight is pruned.
+    """Measure how the metric of a trained model changes when a single weight tensor is pruned.
 
     Each prunable weight is pruned by magnitude to each of the sparsities while all other weights
-    are unchanged. The model is evaluated after each pruning. The model may be dense, sparse or
-    stripped, and its zeros count as pruned. The weights are restored at the end, also after an
-    interrupt. Frozen weights are measured only if they have a mask.
+    are unchanged. The model is evaluated each time. The model may be dense, sparse or stripped.
+    Weights that are already zero count as pruned. The weights are restored at the end, also after
+    an interrupt. Frozen weights are measured only if they have a mask.
 
     Args:
         model: A built and compiled Keras 3 model.
         data: Evaluation data: `(x, y)`, `(x, y, sample_weight)`, or a data set that
             `model.evaluate` accepts and that can be iterated more than once.
         sparsities: Fractions of zeros, in [0, 1). Defaults to (0.5, 0.7, 0.8, 0.9, 0.95).
-        pattern: `"unstructured"`, blocks such as `"1x4"` (outputs x inputs), `"channel"`, or N:M
-            such as `"2:4"`, which has a single possible sparsity. Defaults to `"unstructured"`.
-        filters: Weights to measure: None for all; a path or a regular expression for whole paths,
-            a list of them, or `callable(variable) -> bool`. Defaults to None.
+        pattern: `"unstructured"`, blocks such as `"1x4"` (outputs x inputs), `"channel"`, or an N:M
+            pattern such as `"2:4"`, which allows only one sparsity. Defaults to `"unstructured"`.
+        filters: Selection of the weights to measure: a path, a regular expression for whole paths,
+            a list of paths and expressions, or `callable(variable) -> bool`. Defaults to None,
+            which selects all weights.
         metric: Name of a value that `model.evaluate` returns. Defaults to the compiled metric if
             there is exactly one, and to `"loss"` otherwise.
-        verbose: 0 shows no progress bar, 2 shows its last line, `"auto"` and 1 show the bar.
-            Defaults to `"auto"`.
+        verbose: 0 shows no progress bar, 1 and `"auto"` show the bar, and 2 shows only its last
+            line. Defaults to `"auto"`.
 
     Returns:
         A `SensitivityReport`.
@@ -181,8 +182,9 @@ def sensitivity(
     Raises:
         TypeError: If `model` is not a Keras 3 model.
         ValueError: If the model is not built or not compiled, the data can be iterated only once,
-            or the metric is unknown. If the pattern or the filter does not fit. If a layer computes
-            its mask from its weights, and the mask would change in this pattern.
+            or the metric is unknown. If the pattern does not fit a weight, or the filter matches no
+            weight. If a layer computes its mask from its weights, and pruning in this pattern would
+            change the mask.
 
     Example:
         >>> model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
@@ -272,7 +274,7 @@ def _check(model, data) -> None:
 class _Kernel:
     variable: Any
     layout: Layout
-    effective: Callable | None  # Function from a value to the masked value. None without a mask.
+    effective: Callable | None  # Function that applies the mask, or None.
 
     @property
     def name(self) -> str:
@@ -283,12 +285,12 @@ class _Kernel:
         return tuple(self.variable.shape)
 
     def masked_value(self):
-        """Return the weight in the form that the forward pass uses."""
+        """Return the weight as the forward pass uses it, with its mask applied."""
         w = ops.convert_to_tensor(self.variable)
         return w if self.effective is None else self.effective(w)
 
     def assign(self, weight) -> None:
-        """Set the variable so that the forward pass uses this weight."""
+        """Assign this weight, or raise ValueError if the forward pass would use other values."""
         self.variable.assign(weight)
         if self.effective is not None and ops.any(
             self.masked_value() != ops.convert_to_tensor(self.variable)
@@ -301,7 +303,7 @@ class _Kernel:
 
 
 def _kernels(model, filters) -> list[_Kernel]:
-    """Return the weights that a method can prune. A shared weight is listed once."""
+    """Return the weights that a pruning method can prune. A shared weight is listed once."""
     layouts, effective = layouts_of(model), {}
     for layer in _keras.flatten_layers(model):
         if isinstance(layer, SparseMixin):

@@ -35,8 +35,7 @@ class WeightReport:
         sparse: Whether a layer or a `SparseOptimizer` masks the weight.
         use_count: Number of times that each entry is multiplied for one sample. None if unknown.
         reason: Reason why `use_count` is unknown, or None.
-        density_map: Matrix of inputs x outputs. Each entry is the density of one block of the
-        weight.
+        density_map: Matrix (inputs x outputs) of the densities of equal blocks of the weight.
 
     Example:
         >>> keras_dst.report(model).layers[0].density
@@ -64,7 +63,7 @@ class WeightReport:
 
     @property
     def flops(self) -> int | None:
-        """Number of multiplications and additions with nonzeros for one sample. None if unknown."""
+        """FLOPs of the nonzero entries for one sample, or None if unknown."""
         return None if self.use_count is None else 2 * self.nonzeros * self.use_count
 
     @property
@@ -89,13 +88,14 @@ class SparsityReport:
 
     Attributes:
         model: Name of the model.
-        parameters: Number of parameters, among them biases and the statistics of normalization
-            layers. A shared layer counts once. Variables that keras_dst adds do not count.
+        parameters: Number of parameters, including biases and the statistics of normalization
+            layers. A shared layer counts once. Variables that keras_dst adds, such as masks, do not
+            count.
         nonzeros: Number of parameters that are neither zero nor masked.
-        bytes: Size of all parameters, zeros included, in the dtypes of the variables.
+        bytes: Size of all parameters in bytes, including zeros, in the dtypes of the variables.
         layers: A `WeightReport` for every prunable weight, in the order of the model.
-        groups: The channels that leave the model together, as `channel_groups` returns them. None
-            if `report` was called without `groups=True`.
+        groups: Groups of coupled channels, which can only be removed together, as `channel_groups`
+            returns them. None if `report` was called without `groups=True`.
 
     Example:
         >>> print(keras_dst.report(model))
@@ -121,12 +121,12 @@ class SparsityReport:
 
     @property
     def flops(self) -> int | None:
-        """FLOPs for one sample, without multiplications by zero. None if unknown: see `reason`."""
+        """FLOPs for one sample without multiplications by zero, or None (see `reason`)."""
         return _sum_known([row.flops for row in self.layers])
 
     @property
     def dense_flops(self) -> int | None:
-        """FLOPs for one sample if no weight were zero. None if unknown: see `reason`."""
+        """FLOPs for one sample if no weight were zero, or None (see `reason`)."""
         return _sum_known([row.dense_flops for row in self.layers])
 
     @property
@@ -206,7 +206,7 @@ class SparsityReport:
         return html.render_page(self)
 
     def save_html(self, path) -> None:
-        """Write the page of `to_html` to a file, in one atomic write.
+        """Write the HTML page of `to_html` to a file, atomically.
 
         Args:
             path: Path of the file. An existing file is replaced.
@@ -233,9 +233,9 @@ def report(model, groups: bool = False) -> SparsityReport:
     weights and all other kernels, including frozen kernels.
 
     FLOPs are counted for inference on one sample, and only for prunable weights. A multiplication
-    and an addition count as 2, and padding counts as input. The model is traced once, symbolically.
-    A shared layer therefore counts once per call, and an RNN cell once per time step. A layer that
-    inference does not call counts as 0.
+    and an addition count as 2 FLOPs. Multiplications with padding are counted too. The counts come
+    from a symbolic call of the model. A shared layer therefore counts once per call, and an RNN
+    cell once per time step. A layer that is not called in inference counts as 0 FLOPs.
 
     FLOPs are None if they depend on a size that the input shape does not define. FLOPs are also
     None for a custom layer whose weight is neither a convolution kernel nor a matrix over the last
@@ -244,8 +244,9 @@ def report(model, groups: bool = False) -> SparsityReport:
 
     Args:
         model: A built Keras 3 model or layer. It is not changed.
-        groups: Whether the report also lists the channels that leave the model together, and the
-            operations that couple them, as `channel_groups` does. Defaults to False.
+        groups: If True, the report also lists the groups of channels that can only be removed
+            together, and the operations that couple these channels, as `channel_groups` does.
+            Defaults to False.
 
     Returns:
         A `SparsityReport`.

@@ -29,7 +29,7 @@ def as_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def as_text(table: Table, width: int) -> str:
-    """Render a table as plain text that does not depend on the terminal or a notebook."""
+    """Render a table as plain text that is the same in every terminal and notebook."""
     text = io.StringIO()
     console = Console(
         file=text,
@@ -46,10 +46,10 @@ def as_text(table: Table, width: int) -> str:
 
 
 def format_count(number: int | None) -> str:
-    """Format a whole number: 1234567 as ``1,234,567``, and None as ``?``."""
+    """Format a whole number, for example 1234567 as ``1,234,567``. Format None as ``?``."""
     return "?" if number is None else f"{number:,}"
 
 
 def format_percent(fraction: float) -> str:
-    """Format a fraction: 0.125 as ``12.50 %``."""
+    """Format a fraction as a percentage, for example 0.125 as ``12.50 %``."""
     return f"{100 * fraction:.2f} %"

@@ -1,4 +1,4 @@
-"""The weights of a model and the entries that are neither zero nor masked."""
+"""Functions that collect the weights of a model and their entries that are not pruned."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from keras_dst.layers.classes import layouts_of
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.optimizers import optimizers_of, sparse_optimizers
 
-_MAX_CELLS = 64  # Largest number of rows and of columns of a density map.
+_MAX_CELLS = 64  # Maximum number of rows, and of columns, in a density map.
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Weight:
 
     Attributes:
         variable: Keras variable of the weight.
-        values: Tensor or variable with the values of the weight before the mask is applied. With
-            LoRA, it is the sum of the kernel and the product of the two LoRA matrices.
+        values: Tensor or variable that holds the weight before the mask is applied. If LoRA is
+            enabled, the values are the sum of the kernel and the product of the two LoRA matrices.
         mask: Mask that the layer applies to the weight, or None.
-        layers: Layers that hold the weight: several if the weight is shared.
+        layers: List of all layers that hold the weight. Several layers can share a weight.
         layout: Input and output axes of the weight.
         prunable: Whether the weight has a mask, or is a kernel that could have a mask.
         sparse: Whether a layer or a `SparseOptimizer` masks the weight.
@@ -51,7 +51,7 @@ class Weight:
 
     def kept(self) -> np.ndarray:
         """Return a boolean array of the entries that are neither zero nor masked."""
-        # NumPy computes this, because JAX would compile it for every shape.
+        # Compare in NumPy, because JAX would compile the comparison again for every shape.
         nonzero = ops.convert_to_numpy(ops.convert_to_tensor(self.values)) != 0
         if self.mask is not None:
             nonzero = nonzero & ops.convert_to_numpy(self.mask).astype(bool)
@@ -106,15 +106,16 @@ def weights_of(model) -> list[Weight]:
 
 
 def density_map(kept: np.ndarray, layout: Layout = KERNEL) -> np.ndarray:
-    """Return the densities of equal parts of a weight, as a matrix of inputs x outputs.
+    """Divide a weight into equal blocks, and return a matrix (inputs x outputs) of their densities.
 
     Args:
-        kept: Boolean array of the kept entries, in the shape of the weight. The window of a
-            convolution counts as inputs.
+        kept: Boolean array in the shape of the weight, which is True for kept entries. The window
+            axes of a convolution count as input axes.
         layout: Input and output axes of the weight.
 
     Returns:
-        A float32 matrix with one row per input and one column per output, but at most 64 of each.
+        A float32 matrix with one row per input and one column per output. Neighboring inputs and
+        outputs are averaged, so that at most 64 rows and 64 columns remain.
 
     Example:
         >>> density_map(np.ones((3, 3, 16, 128), bool)).shape
@@ -126,7 +127,7 @@ def density_map(kept: np.ndarray, layout: Layout = KERNEL) -> np.ndarray:
 
 
 def matrix_shape(shape: Sequence[int], layout: Layout = KERNEL) -> tuple[int, int]:
-    """Return the numbers of inputs and outputs of a weight; a window counts as inputs."""
+    """Return the numbers of inputs (times positions in the window) and outputs of a weight."""
     inputs, outputs = _axes(shape, layout)
     return math.prod(shape[axis] for axis in inputs), math.prod(shape[axis] for axis in outputs)
 
@@ -137,14 +138,14 @@ def _axes(shape: Sequence[int], layout: Layout) -> tuple[list[int], list[int]]:
 
 
 def _means(matrix: np.ndarray) -> np.ndarray:
-    """Return the means of neighboring rows, so that at most 64 rows remain."""
+    """Average neighboring rows, so that at most 64 rows remain."""
     ends = np.linspace(0, len(matrix), min(len(matrix), _MAX_CELLS) + 1).round().astype(int)
     sums = np.add.reduceat(matrix, ends[:-1], axis=0)
     return sums / np.diff(ends)[:, None].astype("float32")
 
 
 def _masked(layer) -> Iterator[tuple]:
-    """Yield the raw variable and the mask of every masked weight of a layer."""
+    """Yield the unmasked variable and the mask of every masked weight of a layer."""
     if isinstance(layer, SparseMixin):
         for layout, variable, state in layer.masked_weights():
             w = ops.convert_to_tensor(variable)
@@ -152,7 +153,7 @@ def _masked(layer) -> Iterator[tuple]:
 
 
 def _check_unpacked(layer) -> None:
-    """Raise if the variables of a quantized layer do not hold one weight per entry."""
+    """Raise ValueError if a quantized layer stores several weights in one entry of a variable."""
     mode = getattr(layer, "quantization_mode", None)
     if mode not in (None, "int8", "float8"):
         raise ValueError(
@@ -163,7 +164,7 @@ def _check_unpacked(layer) -> None:
 
 
 def _values_of(variable, holders: list):
-    """Return the values of a variable, with the changes by LoRA if it is a kernel under LoRA."""
+    """Return the values of a variable, plus the LoRA update if it is a kernel with LoRA enabled."""
     adapted = [layer for layer in holders if getattr(layer, "lora_enabled", False)]
     if adapted and is_kernel(variable):
         return getattr(adapted[0], variable.name)
