@@ -129,7 +129,7 @@ class SparseTraining(keras.callbacks.Callback):
         self._epoch_length = self.steps_per_epoch or self.params.get("steps")
         if self._epoch_length is None and (self.epochs or self.params.get("epochs", 1)) < 2:
             raise ValueError(
-                "SparseTraining expects to know the number of steps of the training run. "
+                "SparseTraining needs the number of steps of the training run. "
                 "Received one epoch of data of unknown length. Pass "
                 "SparseTraining(steps_per_epoch=...)."
             )

@@ -43,7 +43,7 @@ class UpdatePruningStep(keras.callbacks.Callback):
             )
         if getattr(self.model, "optimizer", None) is None:
             raise ValueError(
-                f"'{self.model.name}' has no optimizer to count the steps. Compile the model."
+                f"'{self.model.name}' has no optimizer that counts the steps. Compile the model."
             )
         if self.model.steps_per_execution != 1:
             raise ValueError(

@@ -90,7 +90,7 @@ def _build(config, file_format, root) -> tuple[keras.Model, list[Wrapper]]:
     if "layers" not in config["config"]:
         raise ValueError(
             f"The file holds a {config['class_name']}, which is neither Sequential nor "
-            "Functional, so the code of its call is not in the file. Write this model class for "
+            "Functional, so the file lacks the code of its `call`. Write this model class for "
             "Keras 3, and load the weights into the new model."
         )
     model = keras.saving.deserialize_keras_object(_model_config(config))
@@ -124,7 +124,7 @@ def _model_config(config: dict) -> dict:
         node = [node] if _is_reference(node, renamed) else node
         if not all(_is_reference(x, renamed) for x in node):
             raise ValueError(
-                f"Expected that layers of '{own['name']}' are called on tensors. Received: {node!r}"
+                f"Expected layers of '{own['name']}' to be called on tensors. Received: {node!r}"
             )
         kwargs = node[0][3] if len(node[0]) > 3 else {}
         args = [tensor(x) for x in node]

@@ -82,7 +82,7 @@ class PruneLowMagnitude(LayerMethod):
             value = getattr(self, name)
             if value not in (None, (1, 1)) and len(shape) not in ranks:
                 raise ValueError(
-                    f"{name}={value} is for weights with {' or '.join(map(str, ranks))} axes. "
+                    f"{name}={value} needs weights with {' or '.join(map(str, ranks))} axes. "
                     f"Received: a weight of shape {tuple(shape)}"
                 )
 
