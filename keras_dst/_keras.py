@@ -188,7 +188,7 @@ def autocast(tensor):
 
 
 def build_shapes(layer) -> dict[str, Any] | None:
-    """Return a dict that maps each argument of `build` to the shape that a layer was built for.
+    """Return a dict that maps each argument of a layer's `build` to the shape that was passed.
 
     Return None if the shapes are unknown.
     """
@@ -283,8 +283,9 @@ def set_nodes_of(operation, inbound: list, outbound: list) -> None:
 def declares_input(model) -> bool:
     """Return whether a Sequential model was created with an Input, and was not built from data.
 
-    Keras adds an input layer in both cases. The config of this layer states a dtype only if the
-    model was built from data. A model that was loaded from a file counts as built from data.
+    Keras adds an input layer to a Sequential model in both cases. The config of this layer states a
+    dtype only if the model was built from data. A model that was loaded from a file counts as built
+    from data.
     """
     config = operation_of(model.inputs[0])._auto_config
     return config is not None and config.config["dtype"] is None

@@ -52,7 +52,7 @@ class SparseTraining(keras.callbacks.Callback):
             the metric is measured on the training data, put this callback before all others.
             Defaults to None.
         metric_mode: Direction in which `metric_at_target` improves, `"min"` or `"max"`. Defaults to
-            None, which means the direction of the compiled metric.
+            None, which uses the direction that the compiled metric defines.
         keep_memory: If True, the process keeps the memory that a training step frees, until `fit`
             ends. The next training step then reuses this memory. This setting of the C library
             applies to the whole process. The setting has an effect only on Linux with glibc, and

@@ -119,8 +119,8 @@ def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
       compiled model is wrapped in a `SparseOptimizer`, and the layers do not change.
 
     The weights, their names and the graph of the model do not change. A compiled model stays
-    compiled. The optimizer keeps its state and all settings. Frozen layers are skipped. If you
-    freeze a layer later, it keeps its current mask.
+    compiled. The optimizer keeps its state and all settings. Frozen layers are skipped. A sparse
+    layer that is frozen later keeps its current mask.
 
     Args:
         model: Built Keras 3 model.

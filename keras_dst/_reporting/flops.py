@@ -25,7 +25,7 @@ _TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTran
 _TABLES = re.compile(r"(embeddings?|tokens?)$")
 
 # Batch size of the symbolic call if the Input does not define the batch size. The size is not 1,
-# because a model could squeeze an axis of size 1.
+# because a model may remove axes of size 1.
 _BATCH = 2
 # Two sizes that are inserted for axes of unknown size. If the two sizes give different use counts,
 # the FLOPs are unknown.
@@ -188,7 +188,7 @@ def _traces(model, recorded_layers: list) -> list[_Trace]:
         trace = _Trace()
         trace.model, trace.batch = model, batch
         with trace.recording(recorded_layers), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # A layer of the model may warn when it is called.
+            warnings.simplefilter("ignore")  # Layers may emit warnings when they are called.
             trace.compute_output_spec(*keras.tree.map_structure(lambda x: closed(x, size), inputs))
         return trace
 

@@ -77,8 +77,8 @@ class SensitivityReport:
         chosen so that the total sparsity equals `sparsity`.
 
         Args:
-            sparsity: Fraction of zeros over all weights of this report. The highest measured
-                sparsity is the maximum.
+            sparsity: Fraction of zeros over all weights of this report. It must not exceed the
+                highest measured sparsity.
 
         Returns:
             A dict that maps the path of each weight to its sparsity.

@@ -89,8 +89,8 @@ class SparsityReport:
     Attributes:
         model: Name of the model.
         parameters: Number of parameters, including biases and the statistics of normalization
-            layers. A shared layer counts once. Variables that keras_dst adds, such as masks, do not
-            count.
+            layers. The parameters of a shared layer count once. Variables that keras_dst adds, such
+            as masks, do not count.
         nonzeros: Number of parameters that are neither zero nor masked.
         bytes: Size of all parameters in bytes, including zeros, in the dtypes of the variables.
         layers: A `WeightReport` for every prunable weight, in the order of the model.

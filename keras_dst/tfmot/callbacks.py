@@ -57,8 +57,8 @@ class UpdatePruningStep(keras.callbacks.Callback):
         self._fit.guard_step(self._drivers)
 
     def on_epoch_begin(self, epoch, logs=None):
-        # A resumed `fit` reads the batches that precede the backup again, but does not train on
-        # them.
+        # After a resume, `fit` reads all batches of the epoch again, but does not train
+        # on the batches that precede the backup.
         self._skipped_batches = self._fit.skipped_batches
 
     def on_train_batch_begin(self, batch, logs=None):

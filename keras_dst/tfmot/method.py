@@ -91,7 +91,7 @@ class PruneLowMagnitude(LayerMethod):
         return super().build(layer, name, variable, layout)
 
     def apply(self, w, state, layout):
-        # The forward pass uses m w, and the gradient reaches every entry of w.
+        # The forward pass uses the product m w, but the gradient is passed to every entry of w.
         return w - ops.stop_gradient(ops.where(self.mask(w, state), 0, w))
 
     def is_update(self, step: int) -> bool:

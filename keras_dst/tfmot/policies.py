@@ -131,7 +131,7 @@ def _edges(graph, fed: dict[Any, list]) -> tuple[dict[Any, list], dict[Any, list
 def _first_on_every_path(starts, is_wanted, neighbors) -> list:
     """Follow every path of the graph to the first operation for which `is_wanted` returns True.
 
-    Return these operations, or an empty list if a path has no such operation.
+    Return the operations found, or an empty list if at least one path has no such operation.
     """
     found, queue = [], list(dict.fromkeys(starts))
     for operation in queue:  # The loop body appends to the queue.
