@@ -168,8 +168,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def build(self, variables):
         variables = list(variables)
         if self.built or not (variables or self._is_dense()):
-            # Keras builds the optimizer of an `.h5` file for an empty list of variables at first.
-            # The optimizer then stays unbuilt, and the first step builds it.
+            # When Keras loads an `.h5` file, it first builds the optimizer for an empty list of
+            # variables. The optimizer then stays unbuilt, and the first step builds it.
             return
         # Model variables are stored by index only, because Keras would track them as variables of
         # the optimizer.
@@ -539,7 +539,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return [slot for leaf in leaf_optimizers(self) for slot in _keras.slots_of(leaf, kernel)]
 
     def _mask_average(self, kernel, state, added=None) -> None:
-        """Mask the moving average of a kernel, because callbacks assign it to the model.
+        """Mask the moving average of a kernel, because callbacks assign this average to the model.
 
         The tensor `added` is added to the average before it is masked.
         """
@@ -592,7 +592,7 @@ class _Timetable:
 
     Attributes:
         clock: Object that computes the steps at which masks are updated.
-        steps: Steps of the updates up to the end of the schedule.
+        steps: Steps at which masks are updated, up to the end of the schedule.
         targets: Sparsity at each of these steps.
         kept: Numbers of weights to keep at each of these steps.
     """

@@ -284,6 +284,13 @@ def test_an_output_that_cannot_be_written_raises(command, output, message, saved
     assert [path.name for path in tmp_path.iterdir()] == ["model.keras"]
 
 
+def test_an_export_to_a_keras_file_raises(saved, capsys):
+    before = saved.read_bytes()
+    assert cli.main(["export", str(saved), str(saved)]) == 1
+    assert "Expected an output path that ends with .tflite. Received: " in capsys.readouterr().err
+    assert saved.read_bytes() == before
+
+
 def test_help_is_printed_without_a_command(capsys):
     assert cli.main([]) == 2
     assert "keras-dst export model.keras model.tflite" in capsys.readouterr().err

@@ -53,8 +53,8 @@ class ChannelGroup:
 class CoupledChannels:
     """All channels of a model as plain data, in groups that are removed together.
 
-    A channel has an id. Positions along the axes of variables are kept or removed together if they
-    have the same id. Ids are consecutive numbers. The channels of the first group come first, then
+    A channel has an id. If positions along the axes of variables have the same id, they are kept or
+    removed together. Ids are consecutive numbers. The channels of the first group come first, then
     the channels of the second group, and so on.
 
     To remove the channels `dead`, a boolean array with one entry per id:

@@ -59,7 +59,8 @@ class RMSNorm(LayerNorm):
         return to_float64(self.op.scale) == 0
 
     def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
-        # mean(x^2) over n channels is k / n times the mean over the k channels that are not zero.
+        # If only k of n channels are not zero, mean(x^2) over all channels is k / n times their
+        # mean.
         kept = ~removed[self.x.ids]
         ratio = len(kept) / int(kept.sum())
         config["epsilon"] = self.op.epsilon * ratio

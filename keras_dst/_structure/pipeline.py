@@ -22,12 +22,12 @@ def shrink(model) -> keras.Model:
     A unit is dead if its weights are all zero, as after `methods.Consensus` or after any method
     with `pattern="channel"`. A channel is also dead if no layer reads it. The analysis follows dead
     channels through batch normalization, activations, pooling, flattening, permutation,
-    concatenation, addition and convolutions, with channels first or last. From grouped
-    convolutions, only whole groups of channels are removed. The constant values of removed channels
-    move into the biases of the next layers. If a constant channel is padded with zeros, one channel
-    stays and carries the constants of all removed channels. A branch that only adds constants is
-    removed as a whole. Custom layers keep all channels. Every layer keeps at least one channel.
-    `shrink_report` lists the channels that stay, with reasons.
+    concatenation, addition and convolutions, with channels first or last. In grouped convolutions,
+    channels are removed only as whole groups. The constant values of removed channels move into the
+    biases of the next layers. If a constant channel is padded with zeros, one channel stays and
+    carries the constants of all removed channels. A branch that only adds constants is removed as a
+    whole. Custom layers keep all channels. Every layer keeps at least one channel. `shrink_report`
+    lists the channels that stay, with reasons.
 
     Before the smaller model is returned, both models are run on random inputs and compared.
 

@@ -184,7 +184,8 @@ class BackupAndRestore(keras.callbacks.Callback):
             self._generator = None
 
     def _forget_start(self):
-        """Reset the first epoch, because Keras would use it for every later `fit`."""
+        """Reset the first epoch, because Keras would otherwise begin every later `fit` with that
+        epoch."""
         _keras.set_initial_epoch(self.model, None)
         self._fit.skipped_batches = 0
 

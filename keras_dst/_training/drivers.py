@@ -435,7 +435,7 @@ class Driver:
                 )
             return
         if abs(reached - target) > self.tolerance and self.method.learned:
-            self.project()  # Averaged weights (EMA) were assigned after the last step.
+            self.project()  # Keras assigned averaged weights (EMA) after the last step.
             reached = self.reached()
         if abs(reached - target) > self.tolerance:
             warnings.warn(self.outcome(), stacklevel=2)
@@ -572,8 +572,8 @@ class LayerDriver(Driver):
 
     def assign_states(self, changes):
         for state in self.states:
-            # Free each new value after it is assigned, because the new values together are as large
-            # as the model.
+            # Free each new value right after its assignment, because all new values together would
+            # need as much memory as the model.
             change = changes.pop(0)
             for name, value in change.items():
                 state[name].assign(value)

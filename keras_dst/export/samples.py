@@ -420,6 +420,11 @@ def _fitted(value: Any, spec: InputSpec, argument: str) -> np.ndarray | None:
             f"Expected {argument} of type {spec.dtype} for the input {spec.name!r}. "
             f"Received: an array of type {array.dtype}."
         )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(
+            f"Expected finite numbers in {argument} for the input {spec.name!r}. Received: an "
+            "array that contains NaN or infinity. Fix: remove these samples, or replace the values."
+        )
     return array
 
 

@@ -114,6 +114,11 @@ def export_tflite(
     """
     check_exportable(model)
     file = Path(path)
+    if file.suffix in (".keras", ".h5"):
+        raise ValueError(
+            f"Expected an output path that ends with .tflite. Received: {file}. Fix: choose a name "
+            "that ends with .tflite, so that no Keras model is replaced."
+        )
     check_writable(file)
     check_option("optimize", optimize, ("latency", "size", "balanced"))
     check_option("quantize", quantize, (None, "weights", "full"))

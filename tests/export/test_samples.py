@@ -167,6 +167,11 @@ def test_an_optional_input_may_be_none():
         (X.astype(str), "of type float32 for the input 'x'. Received: an array of type"),
         (iter([]), "at least one batch in inputs. Received: no batch"),
         (iter([(X, Y, Y, Y)]), "Received: a tuple of 4 entries"),
+        (np.where(X > 0, X, np.nan), "finite numbers in inputs.*Received: .* NaN or infinity"),
+        (
+            iter([X, np.full_like(X, np.inf)]),
+            "finite numbers in inputs.*Received: .* NaN or infinity",
+        ),
         (X[:0], "at least 1 samples in inputs.*Received: 0 samples"),
     ],
 )
