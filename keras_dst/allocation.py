@@ -35,11 +35,11 @@ def check(allocation) -> None:
 
 def _check_shapes(shapes) -> None:
     """Raise ValueError unless `shapes` is a sequence of sequences of whole numbers."""
-    listed = isinstance(shapes, (list, tuple))
-    if not listed or not all(
-        isinstance(shape, (list, tuple)) and all(is_integer(n, minimum=1) for n in shape)
-        for shape in shapes
-    ):
+    try:
+        valid = all(is_integer(n, minimum=1) for i in range(len(shapes)) for n in shapes[i])
+    except (TypeError, KeyError):  # `shapes` or one of its entries is not a sequence.
+        valid = False
+    if not valid:
         raise ValueError(
             "shapes must be a list of shapes, such as [(10, 10), (30, 10)]. "
             f"Received: shapes={shapes!r}"

@@ -108,8 +108,9 @@ class Budget(keras.regularizers.Regularizer):
                 f"Received: target={target!r}"
             )
         check_number(weight, "weight")
-        for cost in () if costs is None else np.ravel(ops.convert_to_numpy(costs)).tolist():
-            check_number(cost, "costs")
+        if costs is not None and not ops.is_tensor(costs):  # A tensor may have no values yet.
+            for cost in np.ravel(ops.convert_to_numpy(costs)).tolist():
+                check_number(cost, "costs")
         self.target = target
         self.weight = weight
         self.costs = costs

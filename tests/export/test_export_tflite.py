@@ -308,7 +308,7 @@ def test_export_of_a_model_with_string_inputs(tmp_path):
         ValueError, match=r"Expected inputs= for a model with string inputs.*'word'"
     ):
         export_tflite(words(), path)
-    with pytest.raises(ExportError, match="numbers for quantize='full'"):
+    with pytest.raises(ExportError, match="numeric inputs for quantize='full'"):
         export_tflite(words(), path, quantize="full", representative=x)
     assert list(tmp_path.iterdir()) == []
     report = keras_dst.export_tflite(words(), path, inputs=x)
