@@ -220,9 +220,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         Args:
             layouts: Axes and channels of all kernels.
             followers: Variables that are pruned together with the channels, such as biases. Each
-                variable is given as a tuple: the variable, the axis of its channels, and the index
-                of the channel for each entry along this axis. The index is -1 for entries without a
-                channel. Defaults to no variables.
+                variable is given as a tuple `(variable, axis, index)`. `axis` is the axis of its
+                channels, and `index[i]` is the channel of position i along this axis. The index is
+                -1 for entries without a channel. Defaults to no variables.
             model_known: True if the layouts were computed from the layers of a model. Defaults to
             False.
         """

@@ -25,7 +25,7 @@ def kernel_of(model):
 
 
 def distinct(model):
-    """Quantize the kernels per channel, and return the largest number of distinct int8 values."""
+    """Quantize the kernels per channel, and return the most distinct int8 values of a kernel."""
     counts = []
     for variable in model.trainable_variables:
         if variable.name == "kernel":

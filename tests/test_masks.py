@@ -77,7 +77,7 @@ def test_step_derivative(dtype):
     slope = np.array([slope for _, _, slope in STEP])
     upstream = np.resize([1.0, -0.5, 4.0], len(STEP))
     (found,) = gradients(masks.step, [x], tensor(upstream, dtype))
-    # A rounding error of x by |x| eps/2 changes 2 - 4|x| by 2|x| eps.
+    # Rounding changes x by up to |x| eps/2, and therefore 2 - 4|x| by up to 2|x| eps.
     allowed = np.abs(upstream) * EPSILON[dtype] * (2 * np.abs(array(x)) + 1) * (slope > 0)
     assert (np.abs(found - upstream * slope) <= allowed).all(), (found, upstream * slope)
 

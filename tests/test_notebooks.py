@@ -116,7 +116,7 @@ def test_links_in_a_notebook_have_targets(path):
 
 @each
 def test_changed_values_are_found(path):
-    """The comparison reads two or more values of each notebook, and detects every change."""
+    """The comparison reads at least two values from each notebook, and reports changed values."""
     stored = printed(nbformat.read(path, as_version=4))
     assert differences(stored, stored) == []
     found = {name: numbers for name, numbers in values(stored).items() if numbers}

@@ -6,9 +6,10 @@
 
 The data are random. The dense network and each method take turns of 17 training steps, and the
 first step of a turn is not timed. The step time includes the copy of the batch to the GPU. The step
-ratio is the median over all turns. DCIL updates its masks in every turn. The mask updates of all
-other methods are timed separately, and their time per step is added to the step ratio. OptG updates
-its masks every 200 steps here, because its default, once per epoch, depends on the data.
+ratio is the median over all turns. DCIL updates its masks in every turn. For all other methods,
+mask updates are timed separately. Their time per step, relative to a dense step, is added to the
+step ratio. OptG updates its masks every 200 steps here, because its default, once per epoch,
+depends on the data.
 
 The time of a mask update is also given in passes. One pass copies all pruned weights in float32, so
 that each byte is read and written once. The peak memory is measured during training steps and a

@@ -521,7 +521,7 @@ class _Ranking:
 
         Args:
             low, high: Lower and upper threshold. Scores between these thresholds are tied.
-            firsts: Best entries of every tensor, which are always kept.
+            firsts: For each bundle, the entries that are always kept (see `_with_first`), or None.
             room: Number of tied weights that are kept.
         """
         found, offset = [], 0

@@ -1,4 +1,4 @@
-"""Functions that collect the weights of a model and their entries that are not pruned."""
+"""Functions that collect the weights of a model and find the kept entries of each weight."""
 
 from __future__ import annotations
 

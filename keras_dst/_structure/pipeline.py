@@ -138,8 +138,8 @@ def inference(model) -> Callable:
 def _outputs(model, samples: list) -> list[np.ndarray]:
     """Return the outputs of a model for several inputs.
 
-    The model runs on one input at a time, because Keras holds the outputs of all layers until the
-    last layer has run.
+    To limit memory, the model runs on one input at a time. Keras holds the outputs of all layers
+    until the last layer has run.
     """
     run = inference(model)
     return [to_float64(y) for sample in samples for y in tree.flatten(run(sample))]

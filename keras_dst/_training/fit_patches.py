@@ -88,9 +88,9 @@ class ActiveFit:
     def guard_step(self, drivers: Sequence[Any] = ()) -> None:
         """Patch the compiled training step.
 
-        The patched step stays in `model.train_function`, because later fits use the compiled step
-        again. The patched step raises an error if a driver in `drivers` needs a callback and no
-        callback is active.
+        The patched step stays in `model.train_function`, so that later calls of `fit` do not
+        compile it again. The patched step raises an error if a driver in `drivers` needs a callback
+        and no callback is active.
         """
         self._drivers = [*self._drivers, *drivers]
         if self.model.train_function is None:  # The user wrote the training loop.

@@ -232,7 +232,8 @@ def _latency_ratios(dense: bytes, files: list[bytes], objective: Objective) -> l
 def valid_formats(weight: Weight, piece: schema.ModelT, int8: bool) -> list[Format]:
     """Return the storage formats of a weight tensor that its ops read correctly on every CPU.
 
-    Only these ops are checked here. `sparse_inference.is_wrong` checks the whole graph.
+    Only these ops are checked here. `sparse_inference.is_wrong` checks the whole graph for wrong
+    results.
 
     Args:
         weight: a float32 or int8 weight.
