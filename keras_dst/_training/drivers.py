@@ -328,7 +328,7 @@ class Driver:
     # --------------------------------------------------------------------------------------------
 
     def begin(self, length: int | None, fit: int | None, epoch: int | None, done: int = 0) -> None:
-        """Start or continue a schedule that is `length` steps long. This `fit` trains `fit` steps.
+        """Start or continue a schedule of `length` steps. `fit` is the number of steps of this fit.
 
         The first `done` steps were trained before the training run was interrupted.
         """
