@@ -215,9 +215,22 @@ def _check_files(arguments: argparse.Namespace) -> None:
         command == "lint" and arguments.model.endswith(".keras")
     ):
         _check_model(arguments.model)
-    if command in ("strip", "shrink") and not arguments.output.endswith(".keras"):
+    if command in ("strip", "shrink"):
+        _check_output(arguments.output, ".keras")
+    elif command == "export":
+        _check_output(arguments.output, ".tflite")
+    elif command == "report" and arguments.html:
+        _check_output(arguments.html, ".html")
+    elif command == "demo" and arguments.keep:
+        _check_output(arguments.keep, ".tflite")
+
+
+def _check_output(path: str, extension: str) -> None:
+    """Raise ValueError unless an output path has the extension, so that no model is replaced."""
+    if not path.endswith(extension):
         raise ValueError(
-            f"Expected an output path that ends with .keras. Received: {arguments.output}."
+            f"Expected an output path that ends with {extension}. Received: {path}. Fix: choose a "
+            f"name that ends with {extension}."
         )
 
 
@@ -243,6 +256,19 @@ def _check_model(path: str) -> None:
         raise ValueError(
             f"Expected a .keras file, which is a zip archive. Received: {path}, which is not a "
             "complete zip archive. Fix: save the model again with model.save('x.keras')."
+        )
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if "model.safetensors" in names and "structure.json" in names:
+        raise ValueError(
+            f"Expected a .keras file. Received: {path}, which keras_dst.save_sparse wrote. Fix: "
+            "load the model in Python with keras_dst.load_sparse(path), and save it with "
+            "model.save('x.keras')."
+        )
+    if "config.json" not in names:
+        raise ValueError(
+            f"Expected a .keras file. Received: {path}, which is a zip archive without "
+            "config.json. Fix: save the model with model.save('x.keras')."
         )
 
 

@@ -25,7 +25,7 @@ def report(arguments):
     from keras_dst._utils.files import check_writable
 
     if arguments.html:
-        check_writable(pathlib.Path(arguments.html))
+        check_writable(pathlib.Path(arguments.html), ".html")
     report = keras_dst.report(_load(arguments.model, arguments.modules))
     if arguments.html:
         report.save_html(arguments.html)

@@ -284,6 +284,55 @@ def test_an_output_that_cannot_be_written_raises(command, output, message, saved
     assert [path.name for path in tmp_path.iterdir()] == ["model.keras"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "output", "extension"),
+    [
+        (["export", "model.keras"], "out.KERAS", ".tflite"),
+        (["export", "model.keras"], "out.hdf5", ".tflite"),
+        (["export", "model.keras"], "out", ".tflite"),
+        (["report", "model.keras", "--html"], "model.keras", ".html"),
+        (["demo", "--keep"], "model.keras", ".tflite"),
+    ],
+)
+def test_an_output_with_a_wrong_extension_raises(
+    arguments, output, extension, saved, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    before = saved.read_bytes()
+    assert cli.main([*arguments, output]) == 1
+    assert f"path that ends with {extension}. Received: {output}. Fix" in capsys.readouterr().err
+    assert saved.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model.keras"]
+
+
+@pytest.mark.parametrize("command", ["report", "strip", "export", "lint"])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["any.txt"], "a zip archive without config.json. Fix: save the model with "),
+        (["config.json", "structure.json", "model.safetensors"], "keras_dst.load_sparse(path)"),
+    ],
+)
+def test_a_zip_archive_of_another_kind_raises(command, names, message, tmp_path, capsys):
+    path = tmp_path / "other.keras"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, "{}")
+    output = {"strip": ["out.keras"], "export": ["out.tflite"]}.get(command, [])
+    assert cli.main([command, str(path), *(str(tmp_path / name) for name in output)]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "custom layers" not in error
+
+
+def test_a_sparse_file_is_recognized(tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    keras_dst.save_sparse(model, tmp_path / "sparse.keras")
+    assert cli.main(["report", str(tmp_path / "sparse.keras")]) == 1
+    assert "keras_dst.save_sparse wrote. Fix: load" in capsys.readouterr().err
+
+
 def test_an_export_to_a_keras_file_raises(saved, capsys):
     before = saved.read_bytes()
     assert cli.main(["export", str(saved), str(saved)]) == 1

@@ -357,6 +357,16 @@ def test_report_lists_the_channels_that_leave_together(tmp_path):
     assert "one → sum ← two" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", ["model.keras", "model.h5", "model.hdf5", "model.tflite"])
+def test_an_html_report_replaces_no_model(name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(b"a model")
+    found = report(sequential((4,), layers.Dense(2)))
+    with pytest.raises(ValueError, match=r"path that ends with \.html. Received: .*Fix: choose"):
+        found.save_html(path)
+    assert path.read_bytes() == b"a model"
+
+
 def test_report_of_a_sparse_optimizer():
     model = sequential((4,), layers.Dense(8), layers.Dense(2))
     optimizer = keras_dst.SparseOptimizer("sgd", Magnitude(0.75))

@@ -1059,3 +1059,14 @@ class TestErrors:
         monkeypatch.setattr(KernelLayer, "pads_with_zeros", False)
         with pytest.raises(RuntimeError, match="would change the outputs"):
             keras_dst.shrink(model)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow warns of retracing")
+def test_shrinking_several_models_warns_of_no_retracing(caplog):
+    for _ in range(6):
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4), keras.layers.Dense(2)])
+        kernel = model.layers[0].kernel.numpy()
+        kernel[:, 0] = 0
+        model.layers[0].kernel.assign(kernel)
+        keras_dst.shrink(model)
+    assert "retracing" not in caplog.text

@@ -1,5 +1,6 @@
 """Compilation and other backend functions that Keras does not expose."""
 
+import functools
 import math
 
 import keras
@@ -20,7 +21,9 @@ def jit(fn):
     if backend == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(fn, autograph=False, reduce_retracing=True)
+        # TensorFlow warns of retracing by the code of a function. A partial object has no code, so
+        # functions that share their code, as for several models, are counted separately.
+        return tf.function(functools.partial(fn), autograph=False, reduce_retracing=True)
     if backend == "torch":
         import torch
 

@@ -213,13 +213,14 @@ class SparsityReport:
 
         Raises:
             OSError: If the file cannot be written.
+            ValueError: If the path has the extension of a model, such as `.keras`.
             ImportError: If matplotlib or jinja2 is not installed.
 
         Example:
             >>> keras_dst.report(model).save_html("report.html")
         """
         path = pathlib.Path(path)
-        check_writable(path)
+        check_writable(path, ".html")
         text = self.to_html()
         with atomic_write(path) as unfinished:
             unfinished.write_text(text, encoding="utf-8")

@@ -7,6 +7,8 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+_MODELS = {".keras", ".h5", ".hdf5", ".tflite"}  # Extensions of files that hold a model.
+
 
 @contextlib.contextmanager
 def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -28,8 +30,23 @@ def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
         unfinished.unlink(missing_ok=True)
 
 
-def check_writable(path: pathlib.Path) -> None:
-    """Raise OSError if no file can be written at this path."""
+def check_writable(path: pathlib.Path, extension: str = "") -> None:
+    """Raise an error if a file cannot be written at this path, or could replace a model.
+
+    Args:
+        path: Path of the new file.
+        extension: Usual extension of the file, such as `".tflite"`. Defaults to "", which means
+            that any extension is allowed.
+
+    Raises:
+        OSError: If no file can be written at this path.
+        ValueError: If the path has the extension of a model file of another kind.
+    """
+    if extension and path.suffix.lower() in _MODELS - {extension}:
+        raise ValueError(
+            f"Expected an output path that ends with {extension}. Received: {path}. Fix: choose a "
+            f"name that ends with {extension}, so that no model is replaced."
+        )
     folder = path.parent
     if path.is_dir():
         raise IsADirectoryError(f"Expected the path of a file. Received: the folder {path}.")

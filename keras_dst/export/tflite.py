@@ -114,12 +114,7 @@ def export_tflite(
     """
     check_exportable(model)
     file = Path(path)
-    if file.suffix in (".keras", ".h5"):
-        raise ValueError(
-            f"Expected an output path that ends with .tflite. Received: {file}. Fix: choose a name "
-            "that ends with .tflite, so that no Keras model is replaced."
-        )
-    check_writable(file)
+    check_writable(file, ".tflite")
     check_option("optimize", optimize, ("latency", "size", "balanced"))
     check_option("quantize", quantize, (None, "weights", "full"))
     check_boolean(measure, "measure")
@@ -163,7 +158,7 @@ def export_tflite(
         if vela_version() is None:
             raise ImportError(NEEDS_VELA)
         compiled = Path(vela_path)
-        check_writable(compiled)
+        check_writable(compiled, ".tflite")
     limit = TOLERANCES[quantize] if tolerance is None else tolerance
     settings = Settings(
         *(limit, optimize, target, measure and not integer, threads, batch, quantize),
