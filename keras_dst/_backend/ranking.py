@@ -99,10 +99,9 @@ def _checked(scores, kept) -> tuple[list[Tensor], Tensor]:
     """Return the scores as a list of tensors, and the number of kept scores as an int32 tensor."""
     if hasattr(scores, "shape") or isinstance(scores, (str, dict)) or not scores:
         raise ValueError(f"scores must be a list of float tensors. Received: {scores!r}")
-    if not hasattr(kept, "dtype") or isinstance(kept, np.generic):
-        for count in kept if isinstance(kept, (list, tuple)) else [kept]:
-            if not hasattr(count, "dtype") or isinstance(count, np.generic):
-                check_integer(count, "kept", minimum=0)
+    for count in kept if isinstance(kept, (list, tuple)) else [kept]:
+        if not hasattr(count, "dtype") or isinstance(count, np.generic):  # not a tensor
+            check_integer(count, "kept", minimum=0)
     return [ops.convert_to_tensor(s) for s in scores], ops.cast(kept, "int32")
 
 
@@ -110,8 +109,8 @@ class _Rows:
     """Arrangement of a bundle of tensors as rows of one matrix. Every tensor begins a new row.
 
     Attributes:
-        tensor: Index of each row's tensor among all tensors.
-        local: Index of each row's tensor in this bundle.
+        tensor: For each row, the index of its tensor among all tensors.
+        local: For each row, the index of its tensor among the tensors of this bundle.
         owner: Boolean matrix (tensors of this bundle, rows): whether the row belongs to the tensor.
         start: For each row, the position of its first entry in the tensor. If all tensors are
             ranked together, this is the position in their concatenation.
@@ -172,15 +171,16 @@ class _Ranking:
         scores = [ops.cast(s, "float32") for s in scores]
         self.scores = [b.join(scores, -np.inf) for b in self.bundles]
         self.at_once = on_accelerator(self.scores[0])
-        # Groups of weights are not sorted, because groups of several sizes fit in their order.
-        self.sorts = self.at_once and keras.backend.backend() == "torch"
+        # Each step of a search launches many operations on PyTorch. Its last steps are replaced by
+        # a sort, but not for groups of weights, because groups of several sizes fit in their order.
+        self.sort_limit = _SORTED if self.at_once and keras.backend.backend() == "torch" else 0
         self.least, self.most, self.peaks = self._extremes()
         # Number of weights in the group of each entry. None if every entry is one weight.
         self.weights, self.total = [None] * len(self.bundles), self.lengths
         if sizes is not None and any(np.any(n != 1) for n in sizes):
             ones = [ops.convert_to_tensor(n, "int32") for n in sizes]
             self.weights = [b.join(ones, 0) for b in self.bundles]
-            self.sorts = False
+            self.sort_limit = 0
             totals = [int(n.sum()) for n in sizes]
             self.total = ops.convert_to_tensor([sum(totals)] if together else totals, "int32")
         # If each tensor is ranked separately, its best entries are kept in any case.
@@ -267,7 +267,7 @@ class _Ranking:
         return ops.where(s > least, ops.minimum(s, most), least)
 
     def masks(self, kept):
-        low, high, below, above = self.thresholds(kept, _SORTED if self.sorts else 0)
+        low, high, below, above = self.thresholds(kept, self.sort_limit)
         room, ties = kept - above, below - above
         all_fit = ties <= room
         some_fit = (room > 0) & ~all_fit
@@ -283,7 +283,7 @@ class _Ranking:
             end = ops.where(some_fit, self._last_ties(low, high, firsts, room), end)
             return [self._with_ties(b, s, low, high, end, first) for b, s, first in bundles]
 
-        if self.sorts and 0 < int(self._pending(kept, below, above)) <= _SORTED:
+        if self._can_sort(kept, below, above):
             # Every ranking without a choice between scores gets two equal thresholds.
             low, high = ops.where(room > 0, low, high), ops.where(all_fit, low, high)
             return self._with_best(low, high, firsts, room)
@@ -319,10 +319,9 @@ class _Ranking:
         return [ops.reshape(mask, s.shape) for mask, s in zip(flat, self.scores)]
 
     def _sorted_between(self, low, above):
-        """Sort the scores above `low` that are not in the masks `above`, in every ranking.
+        """Find the scores above `low` that are not in the masks `above`, and sort each ranking.
 
-        Only a function that is not compiled can call this function, because the number of these
-        scores is not known before.
+        The number of these scores depends on the values, so this function cannot be compiled.
 
         Returns:
             The places of the scores in every bundle, the tensor of every score, the order of the
@@ -331,10 +330,7 @@ class _Ranking:
         """
         between = []
         for b, s, mask in zip(self.bundles, self.scores, above):
-            others = self._above(b, s, low) & ~mask
-            if b.left is not None:
-                others = others & _first_columns(b.left)
-            between.append(ops.reshape(others, (-1,)))
+            between.append(ops.reshape(self._between(b, s, low, mask), (-1,)))
         # All bundles are searched at once, because every search waits for the device.
         starts = np.cumsum([0, *(len(flags) for flags in between)])
         places = ops.nonzero(ops.concatenate(between))[0]
@@ -349,14 +345,13 @@ class _Ranking:
         # The other searches cannot tell these scores apart.
         tiny = ops.maximum(ops.sign(values), 0) * (_SMALLEST / 2)
         order = ops.argsort(-ops.where(ops.abs(values) < _SMALLEST, tiny, values))
-        if not self.together:
-            order = ops.take(order, ops.argsort(ops.take(tensor, order)))
+        order = order if self.together else _by_tensor(order, tensor)
         return parts, tensor, order, values
 
     def threshold(self, kept):
         """Return the threshold of the only ranking."""
-        low, high, below, above = self.thresholds(kept, _SORTED if self.sorts else 0)
-        if not self.sorts or not 0 < int(self._pending(kept, below, above)) <= _SORTED:
+        low, high, below, above = self.thresholds(kept, self.sort_limit)
+        if not self._can_sort(kept, below, above):
             return high[0]
         above_high = [self._above(b, s, high) for b, s in zip(self.bundles, self.scores)]
         *_, order, values = self._sorted_between(low, above_high)
@@ -388,6 +383,12 @@ class _Ranking:
         if by_sections:
             return self._by_sections(kept, low, high, below, above)
         return self._by_false_position(kept, low, high, below, above, most)
+
+    def _can_sort(self, kept, below, above) -> bool:
+        """Return whether the scores of which a part is kept are few enough to be sorted."""
+        return (
+            bool(self.sort_limit) and 0 < int(self._pending(kept, below, above)) <= self.sort_limit
+        )
 
     @staticmethod
     def _pending(kept, below, above):
@@ -505,8 +506,7 @@ class _Ranking:
         else:
             tensors = [b.tensor[::row_stride] for b in self.bundles]
             tensor = np.concatenate([np.repeat(t, r.shape[1]) for t, r in zip(tensors, rows)])
-            order = ops.argsort(sample)
-            order = ops.take(order, ops.argsort(ops.take(tensor, order)))
+            order = _by_tensor(ops.argsort(sample), tensor)
             sizes = np.bincount(tensor, minlength=self.lengths.shape[0])
             sample = ops.take(sample, order)
             first = ops.convert_to_tensor(np.cumsum(sizes) - sizes, "int32")
@@ -527,9 +527,7 @@ class _Ranking:
         found, offset = [], 0
         for b, s, weights, first in zip(self.bundles, self.scores, self.weights, firsts):
             above = _with_first(self._above(b, s, high), first)
-            tied = self._above(b, s, low) & ~above
-            if b.left is not None:
-                tied = tied & _first_columns(b.left)
+            tied = self._between(b, s, low, above)
             counts = self._by_row(_count_kept, "int32", tied, weights)
             before = ops.cumsum(counts) - counts
             if self.together:
@@ -554,6 +552,11 @@ class _Ranking:
             found.append(ops.where(full < sizes, place, np.iinfo("int32").max))
         places = ops.concatenate(found)
         return ops.min(places, keepdims=True) if self.together else places
+
+    def _between(self, b, s, low, above):
+        """Return a mask of the scores in a bundle above `low` that are not in the mask `above`."""
+        between = self._above(b, s, low) & ~above
+        return between if b.left is None else between & _first_columns(b.left)
 
     def _above(self, b, s, thresholds):
         """Return a mask of the scores in a bundle that exceed a threshold.
@@ -662,6 +665,11 @@ def _sum(s, left):
 def _clipped(s, neutral):
     """Clip scores to +-1e38, and replace scores that are not finite by `neutral`."""
     return ops.where(ops.isfinite(s), ops.clip(s, -_LARGEST, _LARGEST), neutral)
+
+
+def _by_tensor(order, tensor):
+    """Group the positions in `order` by their tensor, without other changes of the order."""
+    return ops.take(order, ops.argsort(ops.take(tensor, order)))
 
 
 def _with_first(mask, first):
