@@ -83,7 +83,7 @@ def densities(
                 "An allocation by names needs the name of every weight. Expected "
                 f"{len(shapes)} names. Received: names={names!r}"
             )
-        return _by_name(allocation, density, names)
+        return by_name(allocation, density, names)
     if allocation == "erk":
         return _erk(shapes, density)
     return np.full(len(shapes), float(density))
@@ -105,7 +105,8 @@ def _erk(shapes, density):
         full |= result > 1
 
 
-def _by_name(allocation, density, names):
+def by_name(allocation: Mapping[str, float], density: float, names: Sequence[str]) -> np.ndarray:
+    """Return the density of every weight. Weights that match no name get `density`."""
     result = np.full(len(names), float(density))
     for key, sparsity in allocation.items():
         fitting = [i for i, name in enumerate(names) if key == name]

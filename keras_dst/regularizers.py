@@ -31,7 +31,7 @@ class ThresholdPenalty(keras.regularizers.Regularizer):
     """
 
     def __init__(self, alpha=5e-4):
-        if not _is_scalar_variable(alpha):
+        if not _is_scalar_tensor(alpha):
             check_number(alpha, "alpha", alternative=" or a scalar variable")
         self.alpha = alpha
 
@@ -102,7 +102,7 @@ class Budget(keras.regularizers.Regularizer):
     """
 
     def __init__(self, target: float, weight: float = 1.0, costs=None):
-        if not _is_scalar_variable(target) and not (is_number(target) and 0 < target <= 1):
+        if not _is_scalar_tensor(target) and not (is_number(target) and 0 < target <= 1):
             raise ValueError(
                 "target is the fraction of the total cost that open gates may have, in (0, 1]. "
                 f"Received: target={target!r}"
@@ -126,7 +126,7 @@ class Budget(keras.regularizers.Regularizer):
         return {"target": float(self.target), "weight": self.weight, "costs": costs}
 
 
-def _is_scalar_variable(value) -> bool:
+def _is_scalar_tensor(value) -> bool:
     """Return whether a value is a variable or a tensor of a single number."""
     is_tensor = isinstance(value, keras.Variable) or ops.is_tensor(value)
     return is_tensor and math.prod(value.shape) == 1

@@ -54,9 +54,13 @@ def dense_size(model) -> tuple[int, int | None]:
     prunable = [weight for weight in weights if weight.prunable]
     pairs = zip(prunable, count_uses_per_weight(model, prunable))
     flops = [None if count is None else 2 * w.parameters * count for w, (count, _) in pairs]
-    known = [count for count in flops if count is not None]
-    parameters = sum(weight.parameters for weight in weights)
-    return parameters, sum(known) if len(known) == len(flops) else None
+    return sum(weight.parameters for weight in weights), sum_known(flops)
+
+
+def sum_known(counts: list[int | None]) -> int | None:
+    """Return the sum of the counts, or None if any count is unknown."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 class _UnknownCount(Exception):

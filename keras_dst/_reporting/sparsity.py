@@ -14,7 +14,7 @@ from rich.table import Table
 
 from keras_dst import plots
 from keras_dst._reporting import html
-from keras_dst._reporting.flops import Shape, count_uses_per_weight
+from keras_dst._reporting.flops import Shape, count_uses_per_weight, sum_known
 from keras_dst._reporting.tables import as_text, format_count, format_percent
 from keras_dst._reporting.weights import density_map, weights_of
 from keras_dst._structure.coupling import CoupledChannels, channel_groups
@@ -122,12 +122,12 @@ class SparsityReport:
     @property
     def flops(self) -> int | None:
         """FLOPs for one sample without multiplications by zero, or None (see `reason`)."""
-        return _sum_known([row.flops for row in self.layers])
+        return sum_known([row.flops for row in self.layers])
 
     @property
     def dense_flops(self) -> int | None:
         """FLOPs for one sample if no weight were zero, or None (see `reason`)."""
-        return _sum_known([row.dense_flops for row in self.layers])
+        return sum_known([row.dense_flops for row in self.layers])
 
     @property
     def reason(self) -> str | None:
@@ -172,7 +172,7 @@ class SparsityReport:
         if self.reason:
             lines.append(f"The FLOPs are unknown: {self.reason}.")
         if self.groups:
-            lines += ["", "Channels that leave the model together:", str(self.groups)]
+            lines += ["", "Channels that are removed together:", str(self.groups)]
         return "\n".join(lines)
 
     def plot(self, ax=None):
@@ -294,12 +294,6 @@ def report(model, groups: bool = False) -> SparsityReport:
         layers=rows,
         groups=channel_groups(model) if groups else None,
     )
-
-
-def _sum_known(counts: list[int | None]) -> int | None:
-    """Return the sum of the counts, or None if any count is unknown."""
-    known = [count for count in counts if count is not None]
-    return sum(known) if len(known) == len(counts) else None
 
 
 def _table_cells(parameters, nonzeros, *flops) -> list[str]:

@@ -45,7 +45,7 @@ class ChannelReport:
 
 @dataclass(frozen=True)
 class GroupReport:
-    """Channels that leave the model together.
+    """Channels that `shrink` removes together.
 
     Attributes:
         layers: names of the layers that compute these channels.

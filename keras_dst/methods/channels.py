@@ -232,8 +232,7 @@ def _own_densities(method, layouts, sparsity, names, groups) -> np.ndarray:
     final = method.schedule.sparsity if method.schedule else 0.0
     scale = sparsity / final if final else 1.0
     scaled = {name: value * scale for name, value in method.allocation.items()}
-    low, high = (allocations.densities(scaled, [()] * len(names), d, names) for d in (0.0, 1.0))
-    named = np.where(low == high, low, np.nan)  # Weights without a name get the default density.
+    named = allocations.by_name(scaled, np.nan, names)
     for density, members in zip(named, _groups_by_weight(layouts, groups)):
         own[members] = np.fmax(own[members], density)
     return own

@@ -260,9 +260,9 @@ class DST(LayerMethod):
         """
         shapes = [tuple(w.shape) for w in weights]
         margins = self._margins(weights, states, layouts)
-        groups = [math.prod(Pattern(self.pattern).block(*x)) for x in zip(shapes, layouts)]
+        sizes = [math.prod(Pattern(self.pattern).block(*x)) for x in zip(shapes, layouts)]
         least = floor_counts(shapes, self.schedule.sparsity if self.schedule else 0.0)
-        least = np.maximum(least // groups, 1) * groups  # Minimums are whole groups.
+        least = np.maximum(least // sizes, 1) * sizes  # Keep whole groups of weights.
         lowest = ops.unstack(masks.kth(margins, ops.convert_to_tensor(least, "int32")), len(shapes))
         limits = []
         for w, margin, low in zip(weights, margins, lowest):

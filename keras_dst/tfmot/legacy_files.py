@@ -62,15 +62,15 @@ def read(path: str | os.PathLike) -> tuple[keras.Model, list[Wrapper]]:
             "the version of tf_keras that created it."
         )
     if zipfile.is_zipfile(path):
-        names = set(zipfile.ZipFile(path).namelist())
-        if not {"model.weights.h5", "config.json"} <= names:
-            raise ValueError(
-                f"Expected a .keras or .h5 file of a model. Received: {path}, a zip file with "
-                f"the members {sorted(names)[:5]}."
-            )
-        with zipfile.ZipFile(path) as archive, archive.open("model.weights.h5") as weights:
+        with zipfile.ZipFile(path) as archive:
+            names = set(archive.namelist())
+            if not {"model.weights.h5", "config.json"} <= names:
+                raise ValueError(
+                    f"Expected a .keras or .h5 file of a model. Received: {path}, a zip file with "
+                    f"the members {sorted(names)[:5]}."
+                )
             config = json.loads(archive.read("config.json"))
-            with h5py.File(weights, "r") as file:
+            with archive.open("model.weights.h5") as weights, h5py.File(weights, "r") as file:
                 return _build(config, _KerasFormat(), file)
     if not h5py.is_hdf5(path):
         raise ValueError(
