@@ -53,7 +53,8 @@ def halvings(events):
     sparsity = 1 - 0.5**events
     task = dataclasses.replace(TASKS["mnist"], epochs=events + 1)
     schedule = functools.partial(Geometric, end=events / (events + 1), rate=0.5)
-    yield Case(f"flipout-{sparsity:.4g}", "flipout", "FlipOut", sparsity, task)
+    paper = {"noise": 1.0, "rate": 0.5}  # By default, FlipOut adapts both to short training runs.
+    yield Case(f"flipout-{sparsity:.4g}", "flipout", "FlipOut", sparsity, task, options=paper)
     yield Case(f"magnitude-{sparsity:.4g}", "flipout", "Magnitude", sparsity, task, schedule)
 
 
