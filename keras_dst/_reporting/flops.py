@@ -27,8 +27,8 @@ _TABLES = re.compile(r"(embeddings?|tokens?)$")
 # Batch size of the symbolic call if the Input does not define the batch size. The size is not 1,
 # because a model may remove axes of size 1.
 _BATCH = 2
-# Two sizes that are inserted for axes of unknown size. If the two sizes give different use counts,
-# the FLOPs are unknown.
+# FLOPs are counted twice, with each of these sizes in place of unknown sizes. If the use counts
+# differ, the FLOPs are unknown.
 _SIZES = (128, 256)
 
 

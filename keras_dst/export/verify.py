@@ -124,7 +124,7 @@ def _runner(content: bytes, resolver: OpResolverType) -> Callable[..., dict[str,
 
 
 def _quantized(array: np.ndarray, details: dict[str, Any]) -> np.ndarray:
-    """Quantize floats for an int8 input of a file. Return arrays for other inputs unchanged."""
+    """Quantize values for an int8 input of an exported model; return other arrays unchanged."""
     scale, zero_point = details["quantization"]
     if details["dtype"] != np.int8 or array.dtype.kind != "f" or not scale:
         return array

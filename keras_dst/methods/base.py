@@ -163,8 +163,8 @@ class Method(Configurable):
             weights: All weights that the method prunes.
             states: States of these weights.
             layouts: Input and output axes of each weight.
-            kept: Number of weights to keep, as an int32 vector: one entry for all weight tensors
-                together, or one entry per weight tensor.
+            kept: Int32 vector of the numbers of weights to keep. It has one entry for all weight
+                tensors together, or one entry per weight tensor.
             now: Position of this update in the training run.
         """
         new = self.rank(self.scores(weights, states), layouts, kept)
@@ -509,8 +509,8 @@ class TwoPathMethod(LayerMethod):
     """Base class of methods that train the model on a pruned path and a full path in every step.
 
     Both paths use the same weights. Every batch normalization has separate statistics, scales and
-    offsets for each path. The loss is the sum of the losses of both paths. Inference uses the
-    pruned path. A model can have only one two-path method.
+    offsets for each path. The loss is the sum of the losses of both paths. In inference, the masked
+    weights are used. A model can have only one two-path method.
 
     By default, the pruned path trains the kept weights, and the full path trains the pruned
     weights.
