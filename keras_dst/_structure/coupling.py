@@ -25,7 +25,7 @@ _HEADINGS = ("channels >", "made by", "coupled by", "reason to stay")
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    """Channels that the same variables make and read, so that each of them has the same cost.
+    """Channels that the same variables compute and read, so that all have the same cost.
 
     Attributes:
         ids: the ids of the channels, in ascending order. Each id stands for one channel, or for
@@ -118,8 +118,8 @@ def channel_groups(model) -> CoupledChannels:
 
     Returns:
         `CoupledChannels`, which displays as a table with one row per group: the number of channels,
-        the layers that make them, the operations that couple the layers, and the reason if the
-        channels have to stay.
+        the layers that compute these channels, the operations that couple the layers, and the
+        reason if the channels have to stay.
 
     Raises:
         TypeError: if `model` is not a Keras 3 model.

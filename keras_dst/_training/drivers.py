@@ -267,7 +267,7 @@ class Driver:
             self.target_quantity = f"fraction of the {method.counted_in} removed"
 
     def read_progress(self) -> tuple[int, int]:
-        """Return the stored step and the length of the schedule, which is 0 before training."""
+        """Return the stored step, and the length of the schedule, which is 0 before training."""
         raise NotImplementedError
 
     def write_progress(self, step: int, total: int) -> None:
@@ -328,9 +328,14 @@ class Driver:
     # --------------------------------------------------------------------------------------------
 
     def begin(self, length: int | None, fit: int | None, epoch: int | None, done: int = 0) -> None:
-        """Start or continue a schedule of `length` steps. `fit` is the number of steps of this fit.
+        """Start or continue the schedule.
 
-        The first `done` steps were trained before the training run was interrupted.
+        Args:
+            length: Number of steps of the schedule, or None if unknown.
+            fit: Number of steps in this call of `fit`, or None if unknown.
+            epoch: Number of steps in an epoch, or None if unknown.
+            done: Number of steps in this call that were trained before an interruption. Defaults
+                to 0.
         """
         self.set_active(True)
         self.projected = False
