@@ -1,6 +1,6 @@
 """Base classes of all pruning methods.
 
-A pruning method is a small object. It stores the arguments of its constructor, and its functions
+A pruning method is a small object that stores the arguments of its constructor. All its functions
 are pure functions of weights, states and gradients. A pruning method never changes a model. The
 base classes differ in where the mask is applied:
 
@@ -12,9 +12,9 @@ UnitMethod       in the forward pass, on whole output units and their biases (Co
 ```
 
 The functions of a pruning method have three kinds of callers. The sparse layers call `build` and
-`apply`. `SparseOptimizer` calls `init`, `before`, `perturb` and `after` in every step. The drivers
-of the `SparseTraining` callback call `update` at every mask update, and `project` at the end of the
-schedule.
+`apply`. `SparseOptimizer` calls `init`, `before`, `perturb` and `after` in every step. The training
+callback, such as `SparseTraining`, calls `update` at every mask update. If the method learns its
+sparsity, the callback also calls `project` at the end of the schedule.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ State = dict[str, Any]
 SHORT = 20
 # A training run with at least this number of steps uses the settings of the papers.
 _LONG = 20_000
-# The limit of the gradient of a pruned weight in a long training run is this number times the root
-# mean square of the gradients of the kept weights. See `masks.limit_gradient` for the reason.
+# Maximum gradient of a pruned weight in a long training run, as a multiple of the root mean square
+# of the gradients of the kept weights. `masks.limit_gradient` explains why a limit is needed.
 _LARGEST_RATIO = 10.0
 
 
@@ -66,9 +66,9 @@ class ScheduleState(NamedTuple):
 class Method(Configurable):
     """Base class of all pruning methods.
 
-    A pruning method combines a score, an allocation, a schedule and a pattern. It stores only
-    numbers and strings, no arrays. Subclass `LayerMethod` if the mask is part of the forward pass,
-    and `UpdateMethod` if it is part of the optimizer step.
+    A pruning method combines a score, an allocation, a schedule and a pattern. A method stores only
+    numbers and strings, no arrays. Subclass `LayerMethod` if the mask is part of the forward pass.
+    Subclass `UpdateMethod` if the mask is part of the optimizer step.
 
     In all functions, `weights` is a list of tensors in Keras layout, and `states` is a list with
     one dict of tensors per weight. `layouts` lists the input and output axes of each weight.
@@ -109,8 +109,8 @@ class Method(Configurable):
     def schedule_over(self, epochs: float | None) -> Schedule | None:
         """Return the schedule for a training run with this number of epochs.
 
-        The driver calls this function when training begins. By default, the schedule does not
-        depend on the number of epochs.
+        The training callback calls this function when training begins. By default, the schedule
+        does not depend on the number of epochs.
 
         Args:
             epochs: Number of epochs, or None if the number is unknown.
@@ -118,10 +118,10 @@ class Method(Configurable):
         return self.schedule
 
     def length(self, total: Tensor) -> Tensor | int:
-        """Return the number of training steps that settings of the method depend on.
+        """Return the number of training steps on which settings such as the gradient limit depend.
 
-        A schedule that is given in steps counts up to its last step, because a custom training loop
-        does not know the length of training.
+        If the schedule is given in steps, return its last step, because a custom training loop does
+        not know the length of training.
 
         Args:
             total: Number of steps in the training run, or 0 if the number is unknown.
@@ -141,7 +141,7 @@ class Method(Configurable):
     def mask(self, w: Tensor, state: State, layout: Layout = KERNEL) -> Tensor:
         """Return the boolean mask of one weight, in the shape of the weight.
 
-        Drivers, reports, plots and `strip` call this function. By default, the mask is
+        Callbacks, reports, plots and `strip` call this function. By default, the mask is
         `state["mask"]`.
         """
         return ops.convert_to_tensor(state["mask"])
@@ -156,14 +156,14 @@ class Method(Configurable):
     ) -> list[State]:
         """Return the changed states, as one dict of new values per weight.
 
-        The driver compiles this function and calls it at every mask update. By default, this
-        function ranks the weights by their `scores` and returns new masks.
+        The training callback compiles this function and calls it at every mask update. By default,
+        this function ranks the weights by their `scores` and returns new masks.
 
         Args:
             weights: All weights that the method prunes.
             states: States of these weights.
             layouts: Input and output axes of each weight.
-            kept: Int32 vector of the numbers of weights to keep. It has one entry for all weight
+            kept: Int32 vector that states how many weights to keep, with one entry for all weight
                 tensors together, or one entry per weight tensor.
             now: Position of this update in the training run.
         """
@@ -188,8 +188,8 @@ class Method(Configurable):
     ) -> list[State]:
         """Return new values of the states that meet the final target exactly.
 
-        If the method is `learned`, the driver calls this function after the last step of the
-        schedule. If a method has `learned = True` and a schedule, it must define this function.
+        If `learned` is True, the training callback calls this function after the last step of the
+        schedule. Every method with `learned = True` and a schedule must define this function.
 
         Args:
             weights: All weights that the method prunes.
@@ -210,9 +210,9 @@ class Method(Configurable):
         sparsity: float,
         names: Sequence[str],
     ) -> np.ndarray:
-        """Return the numbers of weights to keep, for the argument `kept` of `update`.
+        """Return how many weights to keep, as the argument `kept` of `update`.
 
-        If channels are coupled, return the numbers of channels to keep, see `methods.channels`.
+        If channels are coupled, return how many channels to keep instead (see `methods.channels`).
 
         Args:
             shapes: Shapes of all weights that the method prunes.
@@ -255,8 +255,8 @@ class Method(Configurable):
         if pattern.grouped:
             sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
         floors = self._floors(shapes, sizes, together)
-        # If the largest groups are kept, `kept` may be too small for the minimum number of groups
-        # per weight. Increase `kept` in this case.
+        # `kept` counts entries, and the minimums count groups, which can differ in size. Increase
+        # `kept` if it is too small for the minimum number of groups of the largest size.
         largest = np.array([int(n.max()) for n in sizes] if sizes else [1] * len(shapes))
         least = largest * (floors if self.min_kept else 1)
         kept = ops.maximum(kept, least.sum() if together else least)
@@ -269,8 +269,9 @@ class Method(Configurable):
         scores = ()  # Free the scores during the ranking, because they are as large as the weights.
         found = masks.top_k(groups, kept, sizes, [1] * len(groups))
         if together and floors.max() > 1:
-            # The first ranking keeps at least one entry per weight. If a weight then has fewer
-            # entries than its minimum, a second ranking reserves the minimums.
+            # The first ranking keeps at least one group per weight tensor. If a weight tensor then
+            # keeps fewer groups than its minimum, a second ranking keeps the minimum number of
+            # groups in every weight tensor.
             counts = ops.stack([count_all_true(mask) for mask in found])
             too_few = ops.any(counts < ops.convert_to_tensor(floors, "int32"))
             found = ops.cond(
@@ -281,15 +282,15 @@ class Method(Configurable):
         return [pattern.expand(g, s, layout) for g, s, layout in zip(found, shapes, layouts)]
 
     def _floors(self, shapes, sizes, together) -> np.ndarray:
-        """Return the minimum number of groups that every weight keeps.
+        """Return, for every weight tensor, the minimum number of groups to keep.
 
         `sizes` is None if the pattern has no groups.
         """
         if self.min_kept is None and together and self.schedule is not None:
             floors = allocations.floor_counts(shapes, self.schedule.sparsity)
             if sizes:
-                # Minimums are rounded down to whole groups. The minimums of all layers then add up
-                # to at most a quarter of the kept weights.
+                # Minimums are rounded down to whole groups, so that the sum of all minimums is at
+                # most a quarter of the kept weights.
                 floors = floors // [int(n.max()) for n in sizes]
         else:
             floors = np.array([self.min_kept or 1] * len(shapes))
@@ -322,7 +323,7 @@ class Method(Configurable):
             raise ValueError(
                 "counted_in and round_to can be used only with pattern='channel'. Received: "
                 f"pattern={self.pattern!r}, counted_in={self.counted_in!r}, "
-                f"round_to={self.round_to!r}. Do not pass them, or pass pattern='channel'."
+                f"round_to={self.round_to!r}. Pass pattern='channel', or omit both arguments."
             )
         seed = getattr(self, "seed", 0)
         if not is_integer(seed, minimum=0) or seed >= 2**31:
@@ -348,11 +349,12 @@ class Method(Configurable):
 def length_factor(total: Tensor) -> Tensor:
     """Return a factor from 0.1 for a short training run to 1 for 20,000 steps or more.
 
-    Methods use this factor for settings of a paper that need a long training run.
+    Some settings in the papers assume a long training run. Methods multiply these settings by the
+    factor.
 
     Args:
-        total: Number of steps in the training run, or 0 if the number is unknown. For an unknown
-            number, the factor is 1.
+        total: Number of steps in the training run, or 0 if the number is unknown. In this case, the
+            function returns 1.
     """
     steps = ops.cast(total, "float32")
     return ops.where(steps > 0, ops.clip(steps / _LONG, 0.1, 1.0), 1.0)
@@ -382,8 +384,8 @@ class LayerMethod(Method):
     """Base class of methods whose mask is part of the forward pass.
 
     The state of a mask is a dict of layer variables. Pass these methods to `sparsify` or to a
-    `Sparse*` layer. By default, the state is a mask that every `update` computes again, and the
-    layer uses `w * mask`.
+    `Sparse*` layer. By default, the state contains a mask, every `update` computes a new mask, and
+    the layer uses `w * mask`.
 
     Attributes:
         undecayed: Names of the states that are exempt from weight decay.
@@ -396,9 +398,9 @@ class LayerMethod(Method):
 
     @property
     def needs_driver(self) -> bool:
-        """Whether the method needs the callback `driver`.
+        """Whether training needs the callback that `driver` names.
 
-        By default, True if the method has a schedule.
+        By default, a method needs the callback if the method has a schedule.
         """
         return self.schedule is not None
 
@@ -492,7 +494,8 @@ def on_full_path() -> bool:
 def full_path() -> Iterator[None]:
     """Run all layers that are called within this context on the full path, without their masks.
 
-    The path is fixed when a step is traced, so that the compiled step contains no branch.
+    Layers choose the path while a step is traced. The compiled step therefore contains no
+    conditional.
 
     Example:
         >>> with keras_dst.methods.full_path():
@@ -530,12 +533,12 @@ class TwoPathMethod(LayerMethod):
     def path_divergence(self, state: State) -> Callable[[Tensor, Tensor], Tensor] | None:
         """Return a function that computes a penalty on the difference between the two paths.
 
-        The driver calls this function once when training begins. The returned function takes the
-        logits of the pruned path and of the full path, with the classes on the last axis. The
-        result contains one penalty per entry, so it has the shape of the logits without the last
-        axis. The returned function is called in every step, for every output that is trained by a
-        cross-entropy. The reduction and the sample weights of this cross-entropy also apply to the
-        penalties. Return None to train without a penalty, as this base class does.
+        The training callback calls this function once when training begins. The returned function
+        takes the logits of the pruned path and of the full path, with the classes on the last axis.
+        The result contains one penalty per sample or position, so its shape is the shape of the
+        logits without the class axis. The returned function is called in every step, for every
+        output whose loss is a cross-entropy. The penalties are weighted and reduced in the same way
+        as the values of this loss. Return None to train without a penalty, as this base class does.
 
         Args:
             state: State of the first weight that the method prunes, as a dict of variables.
@@ -548,12 +551,12 @@ class UnitMethod(LayerMethod):
 
     A gate of 0 or 1 multiplies all weights of an output unit. Layers that compute the outputs of
     the model are not pruned. If the units differ in cost, the target is a fraction of the total
-    cost. By default, the state is one gate per unit, and every `update` opens the units with the
-    highest mean score.
+    cost. By default, the state contains one gate per output unit. Every `update` opens the gates of
+    the units with the highest mean scores.
 
     Attributes:
-        needs_use_counts: Whether the driver passes the number of multiplications per weight to
-            `bind_layers`.
+        needs_use_counts: True if `bind_layers` needs to know in how many multiplications each
+            weight is used.
     """
 
     pattern = "channel"
@@ -587,7 +590,7 @@ class UnitMethod(LayerMethod):
         return {"gate": gate, "progress": self.build_progress(layer, name)}
 
     def update(self, weights, states, layouts, kept, now):
-        """Return new gates that open the units with the highest scores."""
+        """Return new gates: 1 for the output units with the highest scores, and 0 for the rest."""
         found = []
         ranked = self.rank(self.scores(weights, states), layouts, kept)
         for w, mask, layout in zip(weights, ranked, layouts):
@@ -623,17 +626,17 @@ class UnitMethod(LayerMethod):
         uses: Mapping[int, tuple[int | None, str | None]],
         layouts: Sequence[Layout],
     ) -> None:
-        """Connect all layers that use the method, so that penalties can depend on all gates.
+        """Give the method access to all its layers, so that penalties can depend on all gates.
 
-        The driver calls this function once when training begins. By default, this function does
-        nothing.
+        The training callback calls this function once when training begins. By default, this
+        function does nothing.
 
         Args:
             layers: All sparse layers and `Gate` layers that use the method.
-            uses: Dict that maps `id(variable)` of each weight to a pair. The first item states in
-                how many multiplications per sample one entry of the weight is used. If this number
-                is unknown, the first item is None, and the second item states the reason. The dict
-                is empty unless `needs_use_counts` is true.
+            uses: Dict from `id(variable)` of each weight to a pair `(count, reason)`. `count` is
+                the number of multiplications per sample in which one entry of the weight is used.
+                If this number is unknown, `count` is None, and `reason` states why. The dict is
+                empty unless `needs_use_counts` is true.
             layouts: Input and output axes of every weight in these layers. In a functional model,
                 the layouts also state which channels are removed together.
         """
@@ -643,7 +646,7 @@ class UnitMethod(LayerMethod):
 
         Return None if all entries have the same cost.
 
-        The driver calls this function once when training begins, after `bind_layers`.
+        The training callback calls this function once when training begins, after `bind_layers`.
         """
         return None
 
@@ -664,12 +667,12 @@ class UpdateMethod(Method):
             are newly kept. Newly kept weights and their optimizer slots, such as momentum, start at
             0. If channels are coupled, `update` also returns an entry `"start"`: the initial values
             of the newly kept weights, in the shape of the weight.
-        reads_gradients: Whether the method computes with the gradients, instead of only masking
-            them. If True, distributed training sums the gradients of all replicas before the method
-            reads them.
-        reads_scales: Whether `scores` reads an entry `"scale"` in the states. If a normalization
-            follows a weight, this entry holds the scales of the normalization, in a shape that
-            broadcasts to the weight.
+        reads_gradients: True if the method uses the values of the gradients, for example for a
+            saliency, and does not only mask the gradients. If True, distributed training sums the
+            gradients of all replicas before the method reads them.
+        reads_scales: True if `scores` needs the scales of normalization layers. If a normalization
+            layer follows a weight, the entry `"scale"` in the state of the weight holds these
+            scales, in a shape that broadcasts to the weight.
     """
 
     moves_weights = False
@@ -694,10 +697,10 @@ class UpdateMethod(Method):
     def before(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:
-        """Return weights and gradients for the inner optimizer, and a value for `after`.
+        """Return the weights and gradients for the inner optimizer, and a value to pass to `after`.
 
-        The value for `after` can have any type. Example: a list with the signs of the weights
-        before this step. By default, the gradients of pruned weights become 0.
+        The value that is passed to `after` can have any type. Example: a list with the signs of the
+        weights before this step. By default, the gradients of pruned weights become 0.
 
         Args:
             weights: All weights that the method prunes.

@@ -1,8 +1,8 @@
 """Ranking of coupled channels, which are removed from a model in groups.
 
 Several weights can compute the same channel of a model, for example all convolutions whose outputs
-are added. A smaller model results only if the channel is removed from all these weights. The
-functions here therefore rank channels instead of output units:
+are added. The model becomes smaller only if a channel is removed from all weights that compute it.
+The functions in this module therefore rank whole channels instead of single output units:
 
 ```text
 s_c = mean over the units u that compute channel c of score(u) / scale(layer of u)
@@ -49,13 +49,14 @@ class ChannelGroups:
 
     Args:
         sizes: Number of channels of every group.
-        shares: Array of shape (weights, 2, groups + 1). For each weight, the array holds the
-            fractions of the inputs and of the outputs that belong to each group. The last column
-            holds the fraction of inputs or outputs that are always kept.
-        costs: Array of shape (weights, 2): the parameters and the FLOPs of every weight.
-        widths: For every group of channels, the number of filters per channel. The number exceeds 1
-            for a grouped convolution, from which whole groups of filters are removed. Defaults to
-            None, which means 1 in all groups.
+        shares: Array of shape (number of weights, 2, number of groups + 1). `shares[w, 0, g]` is
+            the fraction of the inputs of weight w that belong to group g, and `shares[w, 1, g]` is
+            the same fraction of its outputs. The last column holds the fraction of inputs or
+            outputs that are always kept.
+        costs: Array of shape (number of weights, 2): the parameters and the FLOPs of every weight.
+        widths: For every group, how many filters are removed together with one channel. More than 1
+            only for grouped convolutions, from which whole groups of filters are removed. Defaults
+            to None, which means 1 in all groups.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class ChannelGroups:
         return total(array(base[used] / base.sum()) * inputs * outputs)
 
     def rounding_step(self, method) -> float:
-        """Return the largest change in sparsity when one group loses one rounding step."""
+        """Return the largest change in sparsity that one rounding step in a single group causes."""
         step, _ = _steps(self, method)
         whole = self.sizes.astype("float64")
         each = [
@@ -128,7 +129,7 @@ class ChannelGroups:
 
 
 class Channels:
-    """Channels that the output units of one weight compute. Equal objects have equal hashes.
+    """For one weight, the channel that each output unit computes. Equal objects have equal hashes.
 
     Args:
         ids: For every output unit, the index of its channel, or -1 if the unit is always kept.
@@ -149,7 +150,7 @@ class Channels:
 
 
 def groups_of(layouts: Sequence[Layout]) -> ChannelGroups | None:
-    """Return the groups that these layouts belong to, or None if channels are not coupled."""
+    """Return the groups of coupled channels in these layouts, or None if there are no groups."""
     return next((layout.channels.groups for layout in layouts if layout.channels), None)
 
 
@@ -159,11 +160,11 @@ def groups_of(layouts: Sequence[Layout]) -> ChannelGroups | None:
 def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) -> np.ndarray:
     """Return the number of channels to keep in each group.
 
-    With `allocation="global"`, return a single number: the density in parts of 2**20.
+    With `allocation="global"`, return an array with the single number `round(density * 2**20)`.
 
-    Every group of channels gets a density. All densities are scaled by the same factor, so that the
-    removed fraction of channels, parameters or FLOPs is as close as possible to `sparsity`. A group
-    that the allocation names gets its own sparsity. The other groups are pruned to meet the target.
+    If the allocation names a group, the sparsity of this group is the value in the allocation. The
+    densities of all other groups are chosen so that the removed fraction of channels, parameters or
+    FLOPs is as close as possible to `sparsity`.
 
     Args:
         method: Pruning method that defines `allocation`, `counted_in`, `round_to` and `min_kept`.
@@ -192,7 +193,8 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
     def share(counts):
         return float(groups.kept_share(counts, method.counted_in))
 
-    # Bisect for the density. The kept fraction exceeds the target at `high`, but not at `low`.
+    # Find the density by bisection. With the density `low`, the kept fraction is at most the
+    # target. With the density `high`, the kept fraction exceeds the target.
     low, high = 0.0, 1.0
     if share(rounded(target)) <= target:
         low = target
@@ -202,8 +204,8 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
         middle = (low + high) / 2
         low, high = (middle, high) if share(rounded(middle)) <= target else (low, middle)
     counts, more = rounded(low), rounded(high)
-    # Largest-remainder method: starting with the largest remainder, a group gets its count at
-    # `high` if this moves the kept fraction closer to the target.
+    # Largest-remainder method: visit the groups in descending order of their remainders, and use
+    # the count for `high` if this moves the kept fraction closer to the target.
     remainder = exact(high) / step - np.floor(exact(high) / step)
     for group in np.argsort(-remainder, kind="stable"):
         trial = counts.copy()
@@ -223,8 +225,8 @@ def _steps(groups: ChannelGroups, method) -> tuple[np.ndarray, np.ndarray]:
 def _own_densities(method, layouts, sparsity, names, groups) -> np.ndarray:
     """Return the density of every group that the allocation names, and NaN for other groups.
 
-    If the allocation names several weights of a group, the group gets the highest of their
-    densities.
+    If the allocation names several weights of a group, the highest of their densities applies to
+    the group.
     """
     own = np.full(len(groups.sizes), np.nan)
     if not isinstance(method.allocation, Mapping):
@@ -296,10 +298,11 @@ def best(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor) -> Tenso
 
 
 def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-    """Return the saliency of every channel, which is the mean normalized score of its units.
+    """Return the saliency of every channel: the mean normalized score of all units that compute it.
 
-    The scores of a weight are divided by the mean of its positive scores, because the scale of
-    weights differs between layers. A score below 0 marks a weight that is already pruned.
+    Scores are normalized, because the scale of weights differs between layers. The scores of a
+    weight are divided by their mean, where negative scores count as 0. A score below 0 marks a
+    weight that is already pruned.
 
     Args:
         scores: Saliency of all weights, in the shapes of the weights.
@@ -316,8 +319,8 @@ def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tenso
         scale = ops.mean(ops.maximum(pooled, 0.0))
         scale = ops.where(scale > 0, scale, ops.mean(ops.abs(pooled)))
         units.append(pooled / ops.where(scale > 0, scale, 1.0))
-    # Every row of `places` lists the units of one channel. Short rows are padded with the index of
-    # the last entry of `every`. This entry is 0.
+    # Each row of `places` belongs to one channel and lists the positions of its units in `every`.
+    # Short rows are padded with the position of the last entry of `every`, which is 0.
     places, counts = _units_of_channels(tuple(layouts))
     every = ops.concatenate([*units, ops.zeros((1,), "float32")])
     return ops.sum(ops.take(every, places), axis=1) / ops.convert_to_tensor(counts, "float32")
@@ -364,13 +367,13 @@ def kept_units(mask: Tensor, layout: Layout) -> Tensor:
 
 
 class Scales(NamedTuple):
-    """Scales of the normalizations that follow the output units of all weights.
+    """Scales of the normalization layers that follow the weights, one scale per output unit.
 
     Attributes:
         variables: Indices of the variables that hold scales.
-        places: For every weight, the position of each output unit's scale in the concatenated
-            variables, or None if the weight has no scales. The positions have a shape that
-            broadcasts to the weight.
+        places: For every weight, an index array that selects the scale of each output unit from the
+            concatenated variables, in a shape that broadcasts to the weight. None if the weight has
+            no scales.
     """
 
     variables: list[int]
@@ -419,10 +422,10 @@ def scales_of(
 
 
 def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-    """Return, for every channel, the largest value among the units that compute the channel.
+    """Return, for every channel, the maximum value of the output units that compute the channel.
 
-    A channel can be removed if all its units are closed. The gate of a channel is therefore the
-    largest gate of its units.
+    A channel can be removed only if the gates of all its units are closed. The gate of a channel is
+    therefore the maximum of these gates.
 
     Args:
         values: One float tensor per weight, of any shape, with one value >= 0 per output unit.
@@ -454,8 +457,8 @@ def masks_of_followers(
 def _global_counts(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor) -> Tensor:
     """Rank the channels of all groups together, and return the number of kept channels per group.
 
-    The number of channels above a threshold is rounded in every group. Bisection finds the
-    threshold at which the model meets the target.
+    For a given threshold, the number of kept channels in every group is rounded. Bisection finds
+    the threshold at which the model meets the target.
     """
     step, least = (ops.convert_to_tensor(x, "int32") for x in _steps(groups, method))
     sizes, owner = (ops.convert_to_tensor(x, "int32") for x in (groups.sizes, groups.owner))

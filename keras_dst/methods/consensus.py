@@ -19,9 +19,9 @@ module, which computes pi from the input.
 
 Deviations: The gate of a trainable logit is the same for all inputs, so g = z. In inference, a
 gating module ignores its input. A gate is open if its running mean is at least 0.5 (the consensus).
-At least one unit of a layer stays open. The gradients of closed gates are limited, see
-`LayerMethod.limited`. The target of the budget decreases along a cubic ramp. After the last step, a
-projection opens or closes gates until the target is met.
+At least one unit of a layer stays open. `LayerMethod.limited` limits the gradients of closed gates.
+The target cost decreases along a cubic ramp. After the last step, a projection opens or closes
+gates until the target is met.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Consensus(UnitMethod):
 
     `sparsify` gives every Dense and Conv layer a trainable gate per output unit. A closed gate sets
     the weights and the bias of its unit to zero. Layers that compute the outputs of the model get
-    no gates. `layers.Gate` adds gates at any position in a model. One budget applies to all gates
-    that were created with equal `Consensus` objects. Training needs the `SparseTraining` callback.
+    no gates. `layers.Gate` adds gates at any position in a model. All gates that were created with
+    equal `Consensus` objects share one target cost. Training needs the `SparseTraining` callback.
     After the last step, the callback opens or closes gates until the target is met. `shrink` then
     removes the closed units.
 
@@ -67,9 +67,9 @@ class Consensus(UnitMethod):
         cost: Quantity to which the sparsity refers: `"flops"` (FLOPs of one sample) or
             `"parameters"`. Defaults to `"flops"`.
         lambda_polar: Weight of the polarization penalty. Defaults to 0.5.
-        lambda_act: Weight of the budget penalty. Defaults to 100.
-        frequency: Steps between budget updates, or `"epoch"`. Defaults to None: every 20 steps, or
-            more often if the schedule would otherwise have fewer than 20 updates.
+        lambda_act: Weight of the penalty on the cost of all open gates. Defaults to 100.
+        frequency: Steps between updates of the target cost, or `"epoch"`. Defaults to None: every
+            20 steps, or more often if the schedule would otherwise have fewer than 20 updates.
         round_to: The number of kept channels in a group is a multiple of this number after the last
             step. Groups with fewer than twice as many channels are not rounded. Rounding opens and
             closes trained gates, and no training follows. Defaults to 1, which means that numbers
@@ -138,7 +138,7 @@ class Consensus(UnitMethod):
         return {"logit": logit, **self.build_budget(layer, name)}
 
     def build_budget(self, layer, name: str):
-        """Add the budget's state: the cost per entry, the current target and the progress."""
+        """Add variables to the layer: the cost per entry, the target cost and the progress."""
         state = {
             key: layer.add_weight(
                 name=f"{name}_{key}",
@@ -162,7 +162,7 @@ class Consensus(UnitMethod):
     def is_open(self, state, layout: Layout = KERNEL):
         """Return a boolean for every structure, which is true if the structure is open.
 
-        The best unit of a layer is always open.
+        The output unit with the highest logit or mean gate in a layer is always open.
         """
         margin = state["logit"] if "logit" in state else state["mean"] - 0.5
         return margin >= (ops.minimum(ops.max(margin), 0.0) if layout.outputs else 0.0)
@@ -193,8 +193,8 @@ class Consensus(UnitMethod):
         for layer in layers:
             for _, variable, state in layer.masked_weights():
                 state["cost"].assign(self._cost(layer, variable, uses))
-        # One gate variable gets both penalties as its regularizer. `strip` removes this variable,
-        # and therefore also the penalties.
+        # The regularizer of a single gate variable computes both penalties. `strip` removes this
+        # variable, and therefore also the penalties.
         own = [v for x in layers for v in x.state_variables().values() if v.trainable]
         for variable in own:
             variable.regularizer = None  # Remove the penalties of an earlier training run.
@@ -223,9 +223,9 @@ class Consensus(UnitMethod):
         """Open or close the gates nearest to the decision boundary, so that the target is met.
 
         Gates are opened in descending order of pi, up to the gate at which the total cost of all
-        open gates is closest to the target. The best unit of every layer is always open. If
-        channels are coupled, all gates of a channel are closed together, and the best channel of
-        every group is always open.
+        open gates is closest to the target. The gate with the highest pi in every layer is always
+        open. If channels are coupled, all gates of a channel are closed together, and the channel
+        with the highest pi in every group is always open.
         """
         key = ["logit" if "logit" in s else "mean" for s in states]
         edge = [0.0 if k == "logit" else 0.5 for k in key]
@@ -266,8 +266,8 @@ class Consensus(UnitMethod):
                 ids = layout.channels.ids.reshape(new.shape)
                 stays = is_open[ids] | (ids < 0)
                 new = np.where(stays, new, np.minimum(new, -_EDGE))
-                # The best gate of an open channel is opened, and the other gates of the channel do
-                # not change.
+                # In a channel that stays open, the gate with the highest pi is opened. The other
+                # gates of the channel do not change.
                 best = ops.convert_to_numpy(unit).reshape(new.shape) == largest[ids]
                 if not (stays & (new >= 0)).any():
                     best = stays

@@ -8,15 +8,15 @@ full path f:    forward with w        dL/dw = g_f (1 - m)       the refined grad
 loss = CE(p) + CE(f) + T**2 (KL(stop(f) || p) + KL(stop(p) || f))        softmax at T
 ```
 
-Each path has its own batch normalization (statistics, scale and offset). The KL terms begin after a
-warm-up. Every 16 steps, all weights are ranked by `|w|` again, at the sparsity
+The two paths have separate statistics, scales and offsets of batch normalization. The KL terms
+begin after a warm-up. Every 16 steps, all weights are ranked by `|w|` again, at the sparsity
 
 ```text
 s_t = s (1 - (1 - t / T_p)**3)
 ```
 
-In each KL term, the logits of the other path are a constant target, as in the authors' code. Both
-paths train variables without a mask, such as biases.
+In each KL term, the logits of the other path are a constant target, as in the authors' code.
+Variables without a mask, such as biases, receive gradients from both paths.
 
 Deviation from the paper: the sparsity increases every few steps instead of every epoch. Extensions
 of the paper: other allocations, blocks and N:M patterns, and a minimum number of weights in every
@@ -49,8 +49,8 @@ class DCIL(TwoPathMethod):
         sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. If a number is given,
             the sparsity grows along a cubic ramp over the first three quarters of training, as in
             the paper.
-        warmup: Fraction of training, in [0, 1], after which the KL terms begin. With 1, there are
-            no KL terms. Defaults to 70/300, as in the paper.
+        warmup: Fraction of training, in [0, 1], after which the KL terms begin. If `warmup` is 1,
+            the loss has no KL terms. Defaults to 70/300, as in the paper.
         temperature: Temperature T of the softmax in the KL terms. Defaults to 2.
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
             weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular

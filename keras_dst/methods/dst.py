@@ -12,10 +12,10 @@ Weights can be pruned, and can be kept again, at every step.
 
 Extensions of the paper: Blocks and channels are scored by the mean `|w|` of their weights. With a
 target sparsity, a controller sets alpha, and thresholds do not go below 0. Every layer then keeps a
-minimum number of weights, so that no layer reaches the density of the reset. In the last quarter of
-training, every update shifts the thresholds to the target. For thresholds t < -1, the penalty is
-linear in t. Thresholds that are not finite are reset to 0. The gradients of pruned weights are
-limited, see `LayerMethod.limited`.
+minimum number of weights, so that its density stays above the value at which its thresholds are
+reset. In the last quarter of training, every update shifts the thresholds so that the model meets
+the target exactly. For thresholds t < -1, the penalty is linear in t. Thresholds that are not
+finite are reset to 0. `LayerMethod.limited` limits the gradients of pruned weights.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class DST(LayerMethod):
             `SparseTraining` callback, which controls alpha. Defaults to None, which means that a
             constant alpha determines the sparsity, as in the paper.
         alpha: Weight of the penalty on thresholds. The paper uses 5e-4 for LeNets, 5e-6 for VGG-16
-            and WRN on CIFAR-10, and 1e-4 to 1e-3 for LSTMs. With a target sparsity, the controller
-            starts with this value. Defaults to 5e-4.
+            and WRN on CIFAR-10, and 1e-4 to 1e-3 for LSTMs. With a target sparsity, training starts
+            with this value, and a controller changes it. Defaults to 5e-4.
         granularity: Number of thresholds: `"unit"` for one threshold per output unit, `"layer"` for
             one threshold per layer, or `"weight"` for one threshold per weight. Defaults to
             `"unit"`, as in the paper.
@@ -68,9 +68,9 @@ class DST(LayerMethod):
             weights, as in the paper), blocks such as `"1x4"` (outputs x inputs), or `"channel"`.
             Defaults to `"unstructured"`.
         reset_density: If the density of a layer falls to this value or below, the thresholds of the
-            layer are reset to 0 in the same step. With a target sparsity, the value is limited to a
-            tenth of the target density, and every layer keeps a quarter of the weights that `"erk"`
-            would keep. Defaults to 0.01, as in the paper.
+            layer are reset to 0 in the same step. With a target sparsity, `reset_density` is at
+            most a tenth of the target density, and every layer keeps at least a quarter of the
+            weights that `"erk"` would keep. Defaults to 0.01, as in the paper.
         frequency: Steps between updates of alpha, or `"epoch"`. Defaults to None: every 20 steps,
             or more often if the schedule would otherwise have fewer than 20 updates.
 
@@ -133,7 +133,8 @@ class DST(LayerMethod):
                 trainable=False,
                 autocast=False,
             )
-            # Memory of the controller: the last gap, and three exponential moving averages.
+            # State of the controller: the gap at the last update, and three exponential moving
+            # averages.
             control = layer.add_weight(
                 name=f"{name}_control",
                 shape=(4,),
@@ -198,20 +199,21 @@ class DST(LayerMethod):
         """Return a new value of alpha, which controls the density.
 
         The gap is the amount by which all thresholds would have to increase to meet the target. The
-        controller assumes that the gap changes as follows from one update to the next:
+        controller uses a linear model of the change in the gap from one update to the next:
 
         ```text
         last gap - gap = drift + response alpha
         ```
 
-        The drift is the effect of training and of the schedule per update. The response is the
-        effect per update that alpha = 1 would have. The gap, the drift and the response have the
-        unit of the weights, and alpha has no unit. The drift and the response are estimated by
-        exponentially weighted least squares. Alpha is then set so that the next update finds the
-        gap reduced by the fraction `_GAP_SHARE`. Alpha is negative if too few weights are kept.
+        The drift is the decrease of the gap per update that training and the schedule cause. The
+        response is the additional decrease per update if alpha is 1. Both are estimated by
+        exponentially weighted least squares. They have the same unit as the weights, and alpha is
+        dimensionless. Alpha is then set so that the gap decreases by the fraction `_GAP_SHARE`
+        until the next update. Alpha is negative if too few weights are kept.
         """
         gap, shifts, floors = self._shifts(weights, states, layouts, kept[0])
-        # The driver projects after the last step, and warns if training has missed the target.
+        # At progress 1, the thresholds are not shifted: the training callback first warns if
+        # training has missed the target, and then calls `project`.
         late = ops.logical_and(now.progress >= _EXACT, now.progress < 1.0)
         sizes = [math.prod(w.shape) for w in weights]
         scale = sum(ops.sum(ops.abs(ops.cast(w, "float32"))) for w in weights) / sum(sizes)
@@ -241,7 +243,8 @@ class DST(LayerMethod):
     def project(self, weights, states, layouts, kept):
         """Shift all thresholds by the same amount, so that exactly `kept` weights are kept.
 
-        A layer that would keep less than its minimum gets a smaller shift.
+        The shift of a layer is smaller if the layer would otherwise keep fewer weights than its
+        minimum.
         """
         _, shifts, _ = self._shifts(weights, states, layouts, kept[0])
         return [
@@ -250,23 +253,24 @@ class DST(LayerMethod):
         ]
 
     def _shifts(self, weights, states, layouts, kept):
-        """Return the shifts of the thresholds of all layers that keep exactly `kept` weights.
+        """Return threshold shifts for all layers, so that the model keeps exactly `kept` weights.
 
-        Every layer keeps its minimum number of weights, as in a global ranking.
+        As in a global ranking, every layer keeps at least a minimum number of weights.
 
         Returns:
-            The common shift, the shift of every layer, and the largest shift that leaves a layer
-            its minimum number of weights.
+            The common shift, the shift of every layer, and, for every layer, the largest shift at
+            which the layer keeps its minimum number of weights.
         """
         shapes = [tuple(w.shape) for w in weights]
         margins = self._margins(weights, states, layouts)
         sizes = [math.prod(Pattern(self.pattern).block(*x)) for x in zip(shapes, layouts)]
         least = floor_counts(shapes, self.schedule.sparsity if self.schedule else 0.0)
-        least = np.maximum(least // sizes, 1) * sizes  # Keep whole groups of weights.
+        least = np.maximum(least // sizes, 1) * sizes  # Round to whole groups.
         lowest = ops.unstack(masks.kth(margins, ops.convert_to_tensor(least, "int32")), len(shapes))
         limits = []
         for w, margin, low in zip(weights, margins, lowest):
-            # If all margins of a layer are equal, the layer keeps all its weights.
+            # If all margins of a layer are equal, no margin exceeds `low`. The layer then keeps all
+            # its weights.
             edge = ops.minimum(ops.min(ops.where(margin > low, margin, _ALWAYS)), ops.max(margin))
             limits.append(edge - 1e-6 * ops.cast(ops.max(ops.abs(w)), "float32"))
         ranked = [ops.where(m > x, _ALWAYS, m) for m, x in zip(margins, limits)]

@@ -10,10 +10,10 @@ together, and removes the fraction `rate` of the kept weights with the lowest sc
 removes only as many weights as the target requires. The `n` events take place after the fractions
 1/(n+1), ..., n/(n+1) of training, as in the training runs of the paper.
 
-Deviations from the paper: the noise is read from a table of normal random numbers
+Deviations from the paper: the normal random numbers of the noise are read from a precomputed table
 (`random.normal`). A training run of fewer than 20 epochs prunes in small steps along a cubic ramp,
 because the network cannot recover from the loss of half of its weights in a few epochs. In a
-training run of fewer than 20,000 steps, the noise has a smaller factor.
+training run of fewer than 20,000 steps, the noise is multiplied by a factor below 1.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class FlipOut(UpdateMethod):
 
     def monitored(self, state):
         flips, kept = ops.convert_to_numpy(state["flips"]), ops.convert_to_numpy(state["mask"])
-        return {"flips": flips[kept]}  # The counters of pruned weights are always 0.
+        return {"flips": flips[kept]}  # Omit pruned weights, whose counters are 0.
 
     def perturb(self, grads, masks, step, total):
         if self.noise == 0:

@@ -8,8 +8,8 @@ Other saliency criteria are in `saliency.py`, for example LAMP and the first-ord
 
 With `revival=True`, the optimizer stores a dense copy of the weights and trains this copy with the
 gradients of the masked weights. Pruned weights may therefore be kept again later (Dynamic Model
-Pruning with Feedback, arXiv 2006.07253). The gradients of pruned weights are limited, see
-`masks.limit_gradient`.
+Pruning with Feedback, arXiv 2006.07253). `masks.limit_gradient` limits the gradients of pruned
+weights.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ class Magnitude(UpdateMethod):
             weights), blocks such as `"1x4"` (outputs x inputs), N:M such as `"2:4"`, or
             `"channel"`. The score of a group is the mean score of its weights. Defaults to
             `"unstructured"`.
-        revival: Whether pruned weights are still trained and may be kept again later. Defaults to
-            False.
+        revival: If True, pruned weights are still trained, and can be kept again at a later mask
+            update. Defaults to False.
         score: Saliency of a weight. `"magnitude"` is `|w|`. `"lamp"` is the square of the weight,
             divided by the sum of the squares of all weights in the layer that are at least as
             large. LAMP scores of different layers are comparable, so the score fits
             `allocation="global"`. `"taylor"` is the moving average of `(w dL/dw)**2` over the
             batches. This average estimates how much the loss changes if the weight becomes 0.
-            `"bn_scale"` needs `pattern="channel"` and is the magnitude of the scale in the
-            normalization after the output unit. Weights without such a normalization are ranked by
-            `|w|`. Defaults to `"magnitude"`.
+            `"bn_scale"` is the magnitude of the scale in the normalization layer that follows the
+            weight. This score needs `pattern="channel"`. Weights that no normalization layer
+            follows are ranked by `|w|`. Defaults to `"magnitude"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 100 steps, or
             more often if the schedule would otherwise have fewer than 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`, this
@@ -70,8 +70,8 @@ class Magnitude(UpdateMethod):
     Example:
         >>> optimizer = keras_dst.SparseOptimizer("adam", keras_dst.methods.Magnitude(0.9))
 
-    Source: arXiv 1710.01878; arXiv 2006.07253 for revival; arXiv 2010.07611 for LAMP; arXiv
-        1906.10771 for Taylor; arXiv 1708.06519 for the scales of batch normalization.
+    Source: arXiv 1710.01878 (schedule), arXiv 2006.07253 (`revival`), arXiv 2010.07611 (`"lamp"`),
+        arXiv 1906.10771 (`"taylor"`) and arXiv 1708.06519 (`"bn_scale"`).
     """
 
     def __init__(

@@ -10,14 +10,14 @@ s_e = s sigmoid(beta (e - E/2))        rate_v(e) = rate_w(e) sigmoid(beta (e - E
 ```
 
 In these equations, `e` is the number of finished epochs and `E` is the total number of epochs.
-Masks are updated once per epoch, and weight decay is not applied to scores. Scores are read only
-when masks are updated. The factor on their learning rate is therefore applied at mask updates, to
-the change of the scores since the last update.
+Masks are updated once per epoch, and weight decay is not applied to scores. The factor on the
+learning rate of the scores is applied only when masks are updated, because the scores are not read
+between updates: the change of the scores since the last update is multiplied by the factor.
 
 Deviations from the paper: the sigmoid is stretched so that it begins at exactly 0 and ends at
 exactly 1, and the final sparsity equals the target. A training run of fewer than 20 epochs prunes
-along a cubic ramp in its first half. The weights then have time to adapt to the masks. The
-gradients of the scores of pruned weights are limited, see `LayerMethod.limited`.
+along a cubic ramp in its first half. The weights then have time to adapt to the masks.
+`LayerMethod.limited` limits the gradients of the scores of pruned weights.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from keras_dst._utils.validation import is_number
 from keras_dst.methods.base import SHORT, LayerMethod
 from keras_dst.schedules import Cubic, Schedule, Sigmoid, as_schedule
 
-# Smallest factor on the learning rate of the scores. This factor changes only the first ranking, in
-# which all scores would otherwise be equal.
+# Minimum of the factor by which the learning rate of the scores is multiplied. The minimum matters
+# only in the first ranking: with a factor of 0, all scores would be equal.
 _SLOWEST = 1e-9
 
 
@@ -119,8 +119,8 @@ class OptG(LayerMethod):
         return Sigmoid(self.sparsity, steepness=(self.beta or 1.0) * epochs)
 
     def build(self, layer, name, variable, layout):
-        # The rate is the factor on the learning rate of the scores. The anchor holds the scores of
-        # the last mask update.
+        # `rate` is the factor by which the learning rate of the scores is multiplied. `anchor`
+        # holds the scores at the last mask update.
         return {
             "scores": layer.add_weight(
                 name=f"{name}_scores", shape=variable.shape, initializer="zeros", autocast=False

@@ -83,14 +83,15 @@ def taylor(average: Tensor, w: Tensor, grad: Tensor) -> Tensor:
 
 
 def bn_scale(w: Tensor, gamma: Tensor) -> Tensor:
-    """Return, for every weight, the magnitude of the scale of its output unit.
+    """Return, for every weight, the magnitude of the normalization scale of its output unit.
 
     Train with an L1 penalty on the scales, as in the paper. Without this penalty, the scales say
     little about the importance of a unit.
 
     Args:
         w: Weight.
-        gamma: Scales of the normalization after the weight, in a shape that broadcasts to `w`.
+        gamma: Scales of the normalization layer after the weight, in a shape that broadcasts to
+            `w`.
 
     Example:
         >>> bn_scale(keras.ops.ones((2, 2)), keras.ops.array([-2.0, 1.0]))  # [[2, 1], [2, 1]]

@@ -31,7 +31,8 @@ from keras_dst.methods import channels
 from keras_dst.methods.base import UpdateMethod
 from keras_dst.schedules import Constant, check_sparsity
 
-# `"uniform"` leaves the first weight dense if it has at most a quarter of all kept weights.
+# With `"uniform"`, the first weight tensor stays dense if the model keeps at least four times as
+# many weights as this tensor has.
 _FIRST = 4
 
 
@@ -39,16 +40,17 @@ _FIRST = 4
 class SET(UpdateMethod):
     """Dynamic sparse training that drops small weights and grows other weights at random.
 
-    The model is sparse from the first step. The kept weights are initialized as in a dense model,
-    so they are small for a sparse model. Deep models without normalization may therefore not learn
-    at extreme sparsities. Add batch normalization, or use a method that starts dense.
+    The model is sparse from the first step. The initial values of the kept weights are chosen for a
+    dense model, and are too small for a sparse model. Deep models without normalization may
+    therefore not learn at extreme sparsities. Add batch normalization, or use a method that starts
+    dense.
 
     Args:
         sparsity: Fraction of zeros, a number in [0, 1). The sparsity is constant during training.
         allocation: Distribution of the sparsity over the weights: `"erk"`, `"uniform"`, or a dict
-            from weight names or regular expressions to sparsities. Under `"uniform"`, the first
-            weight stays dense if it has at most a quarter of all kept weights. The other weights
-            are then sparser. Defaults to `"erk"`.
+            from weight names or regular expressions to sparsities. With `"uniform"`, the first
+            weight tensor stays dense if the model keeps at least four times as many weights as this
+            tensor has. The sparsity of the other tensors then increases. Defaults to `"erk"`.
         pattern: Shape of the groups of weights that are pruned together: `"unstructured"` (single
             weights), blocks such as `"1x4"` (outputs x inputs), or `"channel"`. Defaults to
             `"unstructured"`.
@@ -71,8 +73,8 @@ class SET(UpdateMethod):
         seed: Seed of the random connections. Defaults to 0.
 
     Raises:
-        ValueError: If an argument is outside its range, or if `pattern` is N:M. If `allocation` is
-            `"global"`, because weights cannot be ranked before training.
+        ValueError: If an argument is outside its range, or if `pattern` is N:M. Also if
+            `allocation` is `"global"`: a global ranking is not possible before training.
 
     Example:
         >>> optimizer = keras_dst.SparseOptimizer("sgd", keras_dst.methods.SET(0.9))
@@ -139,8 +141,8 @@ class SET(UpdateMethod):
 
     @classmethod
     def from_config(cls, config):
-        # Files of earlier versions may contain both `stop` and `stop_step`, because the default of
-        # `stop` was a number.
+        # In earlier versions, the default of `stop` was a number. Their configs may therefore
+        # contain both `stop` and `stop_step`.
         if config.get("stop_step") is not None:
             config = {name: value for name, value in config.items() if name != "stop"}
         return super().from_config(config)
@@ -182,8 +184,7 @@ class SET(UpdateMethod):
 
         Args:
             stay: Boolean masks of the weights that are not dropped.
-            began: One boolean scalar per weight, which is true if the weight already has its first
-                mask.
+            began: One boolean scalar per weight tensor, which is false until the first mask update.
             states: States of the weights.
             now: Position of this update in the training run.
         """
@@ -197,8 +198,8 @@ class SET(UpdateMethod):
         # retain their initial values.
         began = [ops.logical_not(ops.all(s["mask"])) for s in states]
         drop = ops.cast(ops.round(self._drop(now) * ops.cast(kept, "float32")), "int32")
-        # A generator keeps no reference to the magnitudes, so that `rank` can free them. All
-        # magnitudes together are as large as the model.
+        # Pass the magnitudes from a generator, so that this function keeps no reference to them and
+        # `rank` can free their memory. The magnitudes need as much memory as the whole model.
         magnitudes = (
             ops.where(s["mask"], ops.abs(ops.cast(w, "float32")), -1.0)
             for w, s in zip(weights, states)

@@ -12,17 +12,18 @@ s_t = s (1 - (1 - t / T)**3)               T: half of training
 ```
 
 ST-3 sigma (`sigma=True`) ranks `|w| / std` instead, with `std = 1 / sqrt(sum(shape))` for each
-layer. The threshold of a layer is `tau std`. The sparsities of the layers then become more similar.
+layer. The threshold of a layer is `tau std`. This ranking makes the sparsities of the layers more
+similar.
 
 Masks, thresholds and factors are constant between two mask updates. The constant `e` and the
 formula for `std` come from the authors' code.
 
 Deviations from the paper: masks are updated every 16 steps instead of every step. The sparsity ramp
-begins at the first step, not after five of 160 epochs. `tau` is the largest magnitude among the
-pruned weights instead of an interpolated quantile, so that every kept weight exceeds `tau`. A layer
-has its own `tau` if it needs a lower threshold to keep its minimum number of weights, or if the
-allocation is not `"global"`. The gradients of pruned weights are limited, see
-`LayerMethod.limited`.
+begins at the first step, and not after 5 of 160 epochs as in the paper. `tau` is the largest
+magnitude among the pruned weights instead of an interpolated quantile, so that every kept weight
+exceeds `tau`. A layer has its own `tau` if it needs a lower threshold to keep its minimum number of
+weights, or if the allocation is not `"global"`. `LayerMethod.limited` limits the gradients of
+pruned weights.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from keras_dst._utils.validation import check_boolean
 from keras_dst.methods.base import LayerMethod, UnitMethod
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
-_EPSILON = 0.01  # The constant `e`, which limits the factor of a unit whose weights are all pruned.
+_EPSILON = 0.01  # The constant `e` limits the factor of a unit whose weights are all pruned.
 # Mean magnitudes are increased by this value, so that a unit of zeros causes no division by 0.
 _TINY = 1e-6
 
@@ -54,9 +55,9 @@ class ST3(LayerMethod):
         sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. If a number is given,
             the sparsity grows along a cubic ramp over the first half of training, as in the paper's
             CIFAR-10 runs.
-        sigma: Whether to divide magnitudes by the standard deviation of the layer before ranking
-            (ST-3 sigma). The layers are then pruned more evenly, which saves more FLOPs. Defaults
-            to False.
+        sigma: If True, the magnitudes in each layer are divided by the standard deviation of the
+            layer before they are ranked (ST-3 sigma). The layers are then pruned more evenly, which
+            saves more FLOPs. Defaults to False.
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
             weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
             expressions to sparsities. Defaults to `"global"`.
@@ -156,7 +157,7 @@ def _factor(magnitude, mask, layout):
     inputs = tuple(axis for axis in range(rank) if axis not in outputs)
     whole = ops.mean(magnitude, inputs, keepdims=True) + _TINY
     left = ops.mean(masks.masked(magnitude, mask), inputs, keepdims=True) + _TINY
-    # Both means are computed in the same way, so that a unit without pruned weights has a factor of
-    # exactly 1.
+    # Both means use the same formula, so that the factor is exactly 1 for a unit without pruned
+    # weights.
     factor = (whole + _EPSILON * whole) / (left + _EPSILON * whole)
     return ops.reshape(factor, UnitMethod.gate_shape(magnitude.shape, layout))
