@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from keras_dst.recalibration import recalibrate
     from keras_dst.sparse_files import load_sparse, save_sparse
 
-# Training does not need the modules for reports, export and plots. They are imported on first use.
+# The modules for reports, export and plots are imported on first use, because training does not
+# need them.
 _LAZY = {
     "load_sparse": "sparse_files",
     "save_sparse": "sparse_files",

@@ -58,10 +58,11 @@ def densities(
 
     Args:
         allocation: `"uniform"` gives all weights the same density. `"erk"` (Erdős-Rényi-Kernel)
-            gives densities proportional to `sum(shape) / prod(shape)`, at most 1. Small layers
-            therefore stay denser. A dict maps names to sparsities. Weights that match no name get
-            `density`. A name is the path of a weight, or a regular expression that matches any part
-            of a path. If several names match a weight, the last matching name applies.
+            gives densities proportional to `sum(shape) / prod(shape)`, at most 1. Small weight
+            tensors therefore have a higher density. A dict maps names to sparsities. The density of
+            weights that match no name is `density`. A name is the path of a weight, or a regular
+            expression that matches any part of a path. If several names match a weight, the last
+            matching name applies.
         shapes: Shapes of the weights.
         density: Fraction of all weights that is kept.
         names: Paths of the weights. The paths are needed only if the allocation is a dict.
@@ -94,7 +95,7 @@ def _erk(shapes, density):
     raw = np.array([sum(s) for s in shapes], "float64") / sizes
     full = np.zeros(len(sizes), bool)
     while True:
-        # Weights that would exceed density 1 stay dense. The remaining number of kept entries is
+        # Weights whose density would exceed 1 stay dense. The rest of the kept entries is
         # distributed over the other weights.
         budget = density * sizes.sum() - sizes[full].sum()
         result = np.where(full, 1.0, 0.0)
@@ -106,7 +107,7 @@ def _erk(shapes, density):
 
 
 def by_name(allocation: Mapping[str, float], density: float, names: Sequence[str]) -> np.ndarray:
-    """Return the density of every weight. Weights that match no name get `density`."""
+    """Return the density of every weight: `density` if no name matches the weight."""
     result = np.full(len(names), float(density))
     for key, sparsity in allocation.items():
         fitting = [i for i, name in enumerate(names) if key == name]
@@ -225,8 +226,9 @@ def equal_drop(
     if not np.isfinite(drops).all():
         raise ValueError(f"Expected drops that are finite numbers. Received: {drops.tolist()}")
     drops = np.maximum.accumulate(np.maximum(drops, 0), axis=1)
-    # The small added slope makes every curve strictly increasing, so that the curve is invertible.
+    # Add a small slope, so that every curve is strictly increasing and therefore invertible.
     drops = drops / (drops.max() or 1.0) + 1e-6 * grid
-    common = np.unique(drops)  # Between two entries of `common`, each sparsity is linear.
+    # Between two neighboring values in `common`, every sparsity is a linear function of the drop.
+    common = np.unique(drops)
     shares = np.array([np.interp(common, curve, grid) for curve in drops])
     return np.array([np.interp(sparsity * counts.sum(), counts @ shares, row) for row in shares])

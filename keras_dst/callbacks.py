@@ -32,7 +32,7 @@ class SparseTraining(keras.callbacks.Callback):
     Masks also apply to weights that other callbacks assign, such as the averages of
     `SwapEMAWeights`. At the end of training, a callback such as
     `EarlyStopping(restore_best_weights=True)` may assign weights from an epoch before the target
-    sparsity was reached. Such weights are pruned again, with a warning.
+    sparsity was reached. In this case, the callback prunes the weights again and issues a warning.
 
     While `fit` runs, `model.save` and `model.save_weights` are atomic: a killed process leaves
     either the complete old file or the complete new file.
@@ -46,18 +46,17 @@ class SparseTraining(keras.callbacks.Callback):
             in which case `fit` counts the batches in the first epoch.
         metric_at_target: Name of a metric, such as `"val_accuracy"`, whose values count only after
             the target sparsity is reached. From then on, the log `"val_accuracy_at_target"`
-            contains the value of this metric. Before, the log contains a placeholder that is worse
-            than any metric and improves from epoch to epoch. Callbacks that monitor this log
-            therefore do not keep a model that is not sparse enough, and do not stop too early. If
-            the metric is measured on the training data, put this callback before all others.
-            Defaults to None.
+            contains the value of this metric. Before the target sparsity is reached, the log
+            contains a placeholder that is worse than any value of the metric and improves from
+            epoch to epoch. Callbacks that monitor this log therefore do not keep a model that is
+            not sparse enough, and do not stop training too early. If the metric is measured on the
+            training data, put this callback first in the list of callbacks. Defaults to None.
         metric_mode: Direction in which `metric_at_target` improves, `"min"` or `"max"`. Defaults to
             None, which uses the direction that the compiled metric defines.
-        keep_memory: If True, the process keeps the memory that a training step frees, until `fit`
-            ends. The next training step then reuses this memory. This setting of the C library
-            applies to the whole process. The setting has an effect only on Linux with glibc, and
-            only if no environment variable such as MALLOC_TRIM_THRESHOLD_ is set. Defaults to
-            False.
+        keep_memory: If True, the process does not return freed memory to the system before `fit`
+            ends, and training steps reuse this memory. This setting of the C library applies to the
+            whole process. The setting has an effect only on Linux with glibc, and only if no
+            environment variable such as MALLOC_TRIM_THRESHOLD_ is set. Defaults to False.
 
     Raises:
         ValueError: If an argument is out of range. In `fit`: if no weight of the model is sparse,
@@ -208,22 +207,22 @@ class SparseTraining(keras.callbacks.Callback):
             self._begin(self.params.get("epochs", 1))
         if self.metric_at_target and not self._metric_seen:
             warnings.warn(
-                f"The logs did not contain metric_at_target={self.metric_at_target!r}. Did fit "
-                "run without validation data?",
+                f"metric_at_target={self.metric_at_target!r} was missing in the logs of every "
+                "epoch. Did fit run without validation data?",
                 stacklevel=2,
             )
         if averages_weights(self.model.optimizer):
-            self._reapply_masks()  # `fit` itself has assigned the averages of the weights.
+            self._reapply_masks()  # `fit` has assigned the moving averages of the weights.
         else:
             self._recover()
         for driver in self._drivers:
             driver.end(self._batches, warn_early=self.epochs is None)
         self._measure()
         if any(driver.in_steps for driver in self._drivers):
-            # The callback, not this compiled step, updates the masks. Compile a new step, because
-            # the next `fit` may run without the callback.
+            # The callback updates the masks, and this compiled step does not. Compile a new step,
+            # because the next `fit` may run without the callback.
             self.model.train_function = None
-        if self._fit.history is None:  # A custom training loop has no history.
+        if self._fit.history is None:  # A custom training loop has no `History` callback.
             self._fit.end()
 
     # --------------------------------------------------------------------------------------------

@@ -4,17 +4,18 @@ r"""Weight clustering: replace the weights of a kernel by few distinct values (a
 w_i = s_i c_{l_i}        l_i = argmin_k |w_i / s_i - c_k|        s_i = max |w| of the channel
 ```
 
-The values c_k are found by one-dimensional k-means. After pruning, no nonzero weight is close to
-zero. k-means starts with values that are evenly spaced outside this gap. Deviations from the paper:
+The values c_k are found by one-dimensional k-means. After pruning, the nonzero weights leave a gap
+around zero. k-means starts with values that are evenly spaced outside this gap. Deviations from the
+paper:
 
 * The values are relative to the largest magnitude s of each output channel. The values -1 and 1 do
   not change. Quantization to int8 also divides each channel by s. An int8 tensor therefore has at
   most one integer per value c_k.
-* Zero is always one of the values, and only zeros are assigned to it. The sparsity therefore does
-  not change.
+* Zero is always one of the values, and only zero weights are assigned to it. Clustering therefore
+  does not change the sparsity.
 * During fine-tuning, the optimizer updates each weight individually. After each step, c_k is set to
-  the mean of w / s over all weights of cluster k. The paper instead sums the gradients of these
-  weights, which moves c_k in the same direction.
+  the mean of w / s over all weights of cluster k. The paper instead updates c_k with the sum of the
+  gradients of these weights. Both updates move c_k in the same direction.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _EQUAL = 1e-6  # Numbers with a smaller difference count as equal, because the k
 
 
 def cluster_weights(model, clusters: int = 16, filters: Filters = None):
-    """Change the kernels of a model in place so that each has at most `clusters` distinct values.
+    """Reduce every kernel of a model to at most `clusters` distinct values, in place.
 
     The distinct values are relative to the largest magnitude of each output channel. An int8 file
     with one scale per channel therefore has at most `clusters` distinct integers per tensor, which
@@ -75,9 +76,10 @@ class KeepClusters(keras.callbacks.Callback):
     """Callback that keeps the number of distinct values per kernel small during fine-tuning.
 
     When `fit` begins, the callback clusters the kernels as `keras_dst.cluster_weights` does. After
-    each batch, it sets all weights of a cluster to their mean. Zero weights stay zero, and the
-    largest weight of each output channel does not change. With `steps_per_execution`, the callback
-    runs after several steps, and between these steps the weights of a cluster may differ.
+    each batch, the callback sets all weights of a cluster to their mean. Zero weights stay zero,
+    and the largest weight of each output channel does not change. If `steps_per_execution` is above
+    1, the callback runs only after several steps, and the weights of a cluster may differ in the
+    meantime.
 
     Args:
         clusters: Maximum number of distinct values per kernel, at least 4. Defaults to 16.
@@ -102,7 +104,8 @@ class KeepClusters(keras.callbacks.Callback):
         self._kernels = None
 
     def on_epoch_begin(self, epoch, logs=None):
-        # `on_train_begin` is too early, because BackupAndRestore may restore weights there.
+        # `on_train_begin` is too early, because BackupAndRestore may restore the weights in its own
+        # `on_train_begin`, after this callback.
         if self._kernels is None:
             self._kernels = _clustered_kernels(self.model, self.clusters, self.filters)
             self._project()
@@ -114,7 +117,7 @@ class KeepClusters(keras.callbacks.Callback):
         self._project()  # The optimizer may have assigned its moving averages.
 
     def _project(self):
-        _ = self.model  # On JAX, this access copies the weights in `fit` to the variables.
+        _ = self.model  # On JAX, reading `self.model` copies the state of `fit` to the variables.
         for kernel in self._kernels or ():
             kernel.project()
 
@@ -190,7 +193,7 @@ def _clustered_kernel(variable, layout: Layout, clusters: int) -> _Kernel:
 def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
     """Return the cluster centers of one-dimensional k-means, in ascending order.
 
-    If the numbers contain -1 or 1, this value remains a center.
+    If -1 or 1 is among the numbers, the same value is also a center.
 
     Args:
         numbers: Sorted numbers in [-1, 1].
@@ -205,7 +208,8 @@ def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
     starts = np.flatnonzero(np.diff(numbers, prepend=-2) > _EQUAL)
     if len(starts) <= clusters:
         return _with_fixed_ends(_means(numbers, starts), numbers)
-    # After pruning, no nonzero weight is close to zero. The initial centers lie outside this gap.
+    # After pruning, the nonzero weights leave a gap around zero. The initial centers lie outside
+    # this gap.
     split = np.searchsorted(numbers, 0)
     low, high = numbers[split - 1 : split + 1] if 0 < split < len(numbers) else (0.0, 0.0)
     values = np.linspace(numbers[0], numbers[-1] - (high - low), clusters)
@@ -233,7 +237,7 @@ def _means(numbers: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 def _with_fixed_ends(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Set the first value to -1 and the last value to 1 if `numbers` contain these values."""
+    """Make -1 the first value and 1 the last value if these numbers occur in `numbers`."""
     first = -1 if numbers[0] == -1 else values[0]
     last = 1 if numbers[-1] == 1 else values[-1]
     return np.concatenate([[first], values[1:-1], [last]]) if len(values) > 1 else values

@@ -44,8 +44,9 @@ class Layout(NamedTuple):
     Attributes:
         outputs: Axes of the output units. Defaults to the last axis.
         inputs: Axes of the input channels. Defaults to the second to last axis.
-        channels: Coupled channels that the output units compute, see `keras_dst.methods.channels`.
-            Defaults to None, which means that every unit is pruned separately.
+        channels: For coupled channels, the channel that each output unit computes (see
+            `keras_dst.methods.channels`). Defaults to None, which means that every unit is pruned
+            separately.
     """
 
     outputs: tuple[int, ...] = (-1,)
@@ -87,17 +88,18 @@ def ones(mask: Tensor, dtype) -> Tensor:
 
 
 def _upstream(args: tuple, upstream: Tensor) -> Tensor:
-    # torch passes the arguments of the function, and the upstream gradient as a keyword argument.
+    # torch passes the arguments of the function by position, and the upstream gradient by keyword.
     # TensorFlow and JAX pass only the upstream gradient.
     return args[-1] if upstream is None else upstream
 
 
 @ops.custom_gradient
 def step(x: Tensor) -> Tensor:
-    """Return 1 for `x > 0` and 0 otherwise. The derivative is a long-tailed estimator.
+    """Return 1 for `x > 0` and 0 otherwise, with a surrogate derivative.
 
-    The derivative in backpropagation is `2 - 4|x|` for `|x| <= 0.4`, `0.4` for `0.4 < |x| <= 1`,
-    and 0 for larger `|x|`. Pruned weights near their threshold can therefore still learn.
+    The derivative in backpropagation is a long-tailed estimator: `2 - 4|x|` for `|x| <= 0.4`, `0.4`
+    for `0.4 < |x| <= 1`, and 0 for larger `|x|`. Pruned weights near their threshold can therefore
+    still learn.
 
     Args:
         x: Float tensor of any shape.
@@ -144,13 +146,14 @@ def _without_gradient_where(mask, w):
 def limit_gradient(gradient: Tensor, mask: Tensor, limit: Tensor | float) -> Tensor:
     """Return a gradient whose pruned entries are limited, and whose kept entries are unchanged.
 
-    The largest allowed magnitude is `limit` times the root mean square of the kept entries. Entries
-    that are 0 do not count, because unused rows of an embedding have no gradient. Without kept
-    entries, the gradient is unchanged.
+    The largest allowed magnitude is `limit` times the root mean square of the kept entries. Kept
+    entries that are 0 do not count, because unused rows of an embedding have no gradient. If all
+    kept entries are 0, the gradient is unchanged.
 
-    Batch normalization multiplies the gradients of a unit by 1 / sqrt(variance + epsilon). If a
-    unit has lost its inputs, this factor is a hundred or more. Without a limit, the pruned weights
-    of such a unit grow until they displace all other weights in the ranking.
+    Batch normalization multiplies the gradients of a unit by 1 / sqrt(variance + epsilon). If all
+    inputs of a unit are pruned, the variance is close to 0, and this factor is very large. Without
+    a limit, the pruned weights of the unit would grow until they displace all other weights in the
+    ranking.
 
     Args:
         gradient: Gradient of the masked weight, a float tensor.
@@ -209,8 +212,8 @@ def straight_through_product(w: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
     Source: straight-through estimator, arXiv 1308.3432.
     """
 
-    # The reshape converts variables to tensors. TensorFlow does not accept variables in a custom
-    # gradient.
+    # `reshape` converts variables to tensors, because TensorFlow does not accept variables in a
+    # custom gradient.
     w, scores, mask = (ops.reshape(v, ops.shape(v)) for v in (w, scores, mask))
     return _straight_through_product(w, scores, mask)
 
@@ -245,7 +248,7 @@ class Pattern:
     outputs, as in tfmot.
 
     Args:
-        name: Name of the pattern, see above.
+        name: Name of the pattern, as in the table.
 
     Raises:
         ValueError: If no pattern has this name.
@@ -276,7 +279,7 @@ class Pattern:
 
     @property
     def grouped(self) -> bool:
-        """Whether a group consists of several weights."""
+        """Whether the groups of this pattern contain several weights."""
         return self.name == "channel" or math.prod(self._block) > 1
 
     def block(self, shape: Sequence[int], layout: Layout = KERNEL) -> tuple[int, ...]:
@@ -376,8 +379,8 @@ def n_of_m(scores: Tensor, n: int, m: int, axis: int = -2) -> Tensor:
 
     Args:
         scores: Float tensor with a static shape.
-        n: Number of scores that a group keeps.
-        m: Number of scores in a group.
+        n: Number of scores to keep in each group.
+        m: Number of scores in each group.
         axis: Axis of the groups. Defaults to -2, the input axis of a Keras kernel.
 
     Returns:

@@ -54,10 +54,10 @@ def density(report, ax=None):
 def masks(model, names: Filters = None, columns: int = 4):
     """Draw a heat map of each prunable weight that shows which entries are kept.
 
-    The rows of a heat map are inputs and its columns are outputs. For a convolution, each pair of
-    window position and input channel is one row. If a weight has more than 64 inputs or outputs,
-    each cell shows the density of several entries. An entry counts as zero if it is 0 or pruned by
-    a mask, as in `report`.
+    The rows of a heat map are inputs, and the columns are outputs. For a convolution, there is one
+    row for each combination of a window position and an input channel. If a weight has more than 64
+    inputs or outputs, each cell shows the density of several entries. An entry counts as zero if it
+    is 0 or pruned by a mask, as in `report`.
 
     Args:
         model: A built Keras 3 model: dense, sparse or stripped. The model is not changed.
@@ -129,9 +129,9 @@ def trade_off(results, ax=None, dense: float | None = None, metric: str = "accur
     Each label is one curve.
 
     Args:
-        results: Dict from each label to a list of pairs `(sparsity, value)`. If a list has several
-            values for the same sparsity, for example from several seeds, their mean and their range
-            are drawn.
+        results: Dict from each label to a list of pairs `(sparsity, value)`. If several pairs in a
+            list have the same sparsity, for example for several seeds, the mean and the range of
+            their values are drawn.
         ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
         dense: Value of the dense baseline, drawn as a horizontal line. Defaults to None, which
             draws no line.
@@ -219,7 +219,7 @@ def history(history, names: Filters = None, ax=None):
         ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
 
     Returns:
-        The axes with the left scale. `ax.figure.axes` also contains the axes with the right scale.
+        The axes on the left side. `ax.figure.axes` also contains the axes on the right side.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -277,7 +277,7 @@ def _is_fraction(values) -> bool:
 
 
 def _end_of(path: str, length: int = 30) -> str:
-    """Shorten a long path. Keep its end, which identifies a weight better than its beginning."""
+    """Shorten a long path to its end, because the end identifies the weight better."""
     return path if len(path) <= length else f"…{path[1 - length :]}"
 
 
@@ -310,7 +310,7 @@ def sensitivity(report, ax=None):
 
 
 def _check_report(report, attribute: str, source: str) -> None:
-    """Raise TypeError unless a report has the attribute that holds its rows."""
+    """Raise TypeError if `report` is not a result of the function `source`."""
     if not hasattr(report, attribute):
         raise TypeError(
             f"Expected the result of {source}(...). "

@@ -27,7 +27,8 @@ def recalibrate(model, data, batch_size: int = 128, steps: int | None = None):
 
     Args:
         model: A built Keras 3 model: dense, sparse, stripped or shrunk. If the model was trained
-            with DCIL, only the statistics of the pruned path are estimated, which inference uses.
+            with DCIL, only the statistics of the pruned path are estimated, because inference uses
+            this path.
         data: Training data: an array of inputs, a tuple `(inputs, targets)`, a list or dict of
             arrays for a model with several inputs, or an iterable of batches, such as a
             `tf.data.Dataset`, a `PyDataset` or a generator. Each batch consists of inputs or is a
@@ -106,14 +107,15 @@ def _statistics(layer) -> list:
 def _averaging(layer) -> Iterator[None]:
     """Let a BatchNormalization layer average the statistics of all its calls inside the context.
 
-    The momentum of each call is the number of samples of all earlier calls, divided by the number
-    of samples including this call. The moving statistics are then cumulative averages.
+    In each call, the momentum is the number of samples before this call, divided by the number of
+    samples including this call. The moving statistics are therefore averages over all calls,
+    weighted by the number of samples.
     """
     momentum, call, samples = layer.momentum, layer.call, 0
 
     def averaged(inputs, *args, **kwargs):
         nonlocal samples
-        if not samples:  # Infinite statistics would become NaN.
+        if not samples:  # With infinite statistics, 0 times infinity would be NaN.
             for variable in _statistics(layer):
                 variable.assign(np.zeros(variable.shape))
         before, samples = samples, samples + int(inputs.shape[0])

@@ -28,7 +28,8 @@ class Figure:
         net: Names of the network and the data set.
         accuracy: Test accuracy of `method` in percent, averaged over the seeds.
         magnitude: Test accuracy of Magnitude in percent, averaged over the seeds.
-        dense: Test accuracy of the dense baseline in percent. None if it was not trained.
+        dense: Test accuracy of the dense baseline in percent, or None if this baseline was not
+            trained.
         compared: Number of compared pruning methods. Variants count as methods.
         seeds: Number of training runs per method, each with its own seed.
         source: Name of the folder in results/ that contains the runs.
@@ -80,10 +81,10 @@ FIGURES = (
 )
 
 #: Costs of the network `_WIDE_RESNET8` on edge devices, relative to the dense int8 file, from
-# results/micro. The outer keys are targets. The inner keys are sparsities in percent, or patterns.
-# For an NPU, the two ratios are bytes of the weights and cycles, both estimated by Vela. For
-# `micro` (TFLM), the two ratios are bytes of the file without unread metadata, and bytes of the
-# arena.
+# results/micro. The keys of the outer dict are export targets. The keys of the inner dicts are
+# sparsities in percent, or patterns. For an NPU, the two ratios compare the bytes of the weights
+# and the cycles, both estimated by Vela. For `micro` (TFLM), the two ratios compare the bytes of
+# the file, without metadata that TFLM does not read, and the bytes of the arena.
 TARGETS: dict[str, dict[str, tuple[float, float]]] = {
     "micro": {"80": (0.369, 4.897), "90": (0.275, 4.897), "95": (0.229, 4.897)},
     "ethos-u55-128": {
@@ -100,7 +101,7 @@ TARGETS: dict[str, dict[str, tuple[float, float]]] = {
     },
 }
 _CPUS = ("host", "arm", "any")
-# Measured NPU of each family, for example ethos-u55-128 of the family ethos-u55.
+# For each NPU family, the NPU that was measured, for example ethos-u55-128 for ethos-u55.
 _FAMILIES = {name[:9]: name for name in TARGETS if name != "micro"}
 
 
@@ -213,8 +214,8 @@ def _target_notes(target: str, pattern: str, sparsity: float) -> list[str]:
     measured = target if target in TARGETS else _FAMILIES.get(target[:9])
     if measured is None:
         raise ValueError(
-            f"target must be {', '.join((*_CPUS, *TARGETS))}, or another NPU of these families. "
-            f"Received: {target!r}"
+            f"target must be {', '.join((*_CPUS, *TARGETS))}, or another NPU of the families "
+            f"{', '.join(_FAMILIES)}. Received: {target!r}"
         )
     notes = []
     if measured != target:

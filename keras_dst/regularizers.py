@@ -22,7 +22,7 @@ class ThresholdPenalty(keras.regularizers.Regularizer):
         alpha: Weight of the penalty, a number >= 0 or a scalar variable. Defaults to 5e-4.
 
     Raises:
-        ValueError: If `alpha` is not such a number or variable.
+        ValueError: If `alpha` is neither a number >= 0 nor a scalar variable.
 
     Example:
         >>> keras_dst.regularizers.ThresholdPenalty(0.1)(keras.ops.zeros((3,)))  # 0.3
@@ -56,7 +56,7 @@ class Polarization(keras.regularizers.Regularizer):
         x: Means of the gates over a batch, in [0, 1], of any shape.
 
     Raises:
-        ValueError: If `weight` is not such a number.
+        ValueError: If `weight` is not a number >= 0.
 
     Example:
         >>> keras_dst.regularizers.Polarization()(keras.ops.array([1.0, 0.5]))  # 0.125
@@ -84,8 +84,8 @@ class Budget(keras.regularizers.Regularizer):
         target: Target for the cost of the open gates, as a fraction of the cost of all gates, in
             (0, 1]: a number or a scalar tensor.
         weight: Weight of the penalty, a number >= 0. Defaults to 1.
-        costs: Cost of every gate, as an array in the shape of the gates. Any unit can be used,
-            because only the ratios of the costs count. Defaults to None, which means that all gates
+        costs: Cost of every gate, as an array in the shape of the gates. The costs can be in any
+            unit, because only their ratios matter. Defaults to None, which means that all gates
             cost the same.
 
     Call arguments:

@@ -22,11 +22,11 @@ class Schedule(Configurable):
     Args:
         sparsity: Final fraction of zeros, in [0, 1).
         initial_sparsity: Sparsity before the schedule begins, in [0, sparsity]. Defaults to 0.
-        begin, end: Fractions of training, in [0, 1], between which the sparsity changes. The
-            defaults are None, which means 0 and 0.75.
-        begin_step, end_step: Training steps between which the sparsity changes. Steps cannot be
-            combined with `begin` and `end`. A custom loop without the `SparseTraining` callback
-            needs `begin_step` and `end_step`. The defaults are None.
+        begin, end: Fractions of training, in [0, 1], at which the change of the sparsity begins and
+            ends. The defaults are None, which means 0 for `begin` and 0.75 for `end`.
+        begin_step, end_step: Training steps at which the change of the sparsity begins and ends.
+            Steps cannot be combined with `begin` and `end`. A custom loop without the
+            `SparseTraining` callback needs `begin_step` and `end_step`. The defaults are None.
 
     Raises:
         ValueError: If a sparsity is outside [0, 1), or if the schedule ends before it begins. If
@@ -84,15 +84,15 @@ class Schedule(Configurable):
 
     @classmethod
     def from_config(cls, config):
-        # Files of earlier versions may contain both fractions and steps, because the defaults of
-        # the fractions were numbers.
+        # In earlier versions, the defaults of the fractions were numbers. Configs from these
+        # versions may therefore contain both fractions and steps.
         if config.get("begin_step") is not None:
             config = {name: v for name, v in config.items() if name not in ("begin", "end")}
         return super().from_config(config)
 
     @property
     def _fractions(self) -> tuple[float, float]:
-        """Fractions of training between which the sparsity changes if no steps are given."""
+        """Begin and end of the schedule as fractions of training, unless steps are given."""
         first = 0.0 if self.begin is None else self.begin
         return first, self._default_end if self.end is None else self.end
 
@@ -187,8 +187,7 @@ class Constant(Schedule):
         return np.ones_like(progress)
 
     def _at_progress(self, progress):
-        # `begin` and `end` are equal. The sparsity is 0 before this point, and final from this
-        # point on.
+        # `begin` and `end` are equal. At this point, the sparsity jumps from 0 to its final value.
         value = np.where(np.asarray(progress) >= 0, self.sparsity, 0.0)
         return float(value) if np.ndim(value) == 0 else value
 

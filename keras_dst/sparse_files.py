@@ -11,8 +11,8 @@ The most significant bit of a byte comes first.
 bytes of a float32 tensor = (density + 1/32) * bytes of the dense tensor
 ```
 
-The archive also stores the names, types and attributes of the HDF5 file. From these, `load_sparse`
-rebuilds the original `.keras` archive, which Keras then loads.
+The archive also stores the names, types and attributes of the HDF5 file. With this information,
+`load_sparse` rebuilds the original `.keras` archive. Keras then loads this archive.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def load_sparse(path, custom_objects=None, safe_mode: bool = True) -> keras.Mode
             from the file. Defaults to True.
 
     Returns:
-        The model. It is compiled if the file was saved with `include_optimizer=True`.
+        The model, which is compiled if the file was saved with `include_optimizer=True`.
 
     Raises:
         FileNotFoundError: if there is no file at `path`.

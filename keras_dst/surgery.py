@@ -64,8 +64,8 @@ class SparsifyReport:
         skipped: List of `(path, reason)`, with one entry per layer that has a kernel and is not
             sparse.
         doubled: List of paths of the batch normalizations that now have a second set of variables.
-            A method with a full and a sparse forward path, such as `methods.DCIL`, needs the second
-            set.
+            Methods that train a pruned and a full path, such as `methods.DCIL`, use the second set
+            on the full path.
     """
 
     method: Method
@@ -76,7 +76,7 @@ class SparsifyReport:
     def __getattr__(self, name):
         raise AttributeError(
             f"A SparsifyReport has no attribute {name!r}. sparsify() changes the model in place "
-            "and returns this report. Continue with the model that you passed to it."
+            "and returns this report. Continue with the model that you passed to sparsify()."
         )
 
     def __str__(self):
@@ -259,7 +259,7 @@ def _sparsify_model_layers(model, method: LayerMethod, filters: Filters) -> Spar
 
 
 def sparsify_layers(model, layers, method: LayerMethod) -> None:
-    """Make these layers of a model sparse. The model itself may be unbuilt."""
+    """Make the given layers of a model sparse. The model itself may be unbuilt."""
     _check_ties(layers)
     for layer in layers:
         make_sparse(layer, method)
@@ -306,7 +306,7 @@ def _check_not_empty(model, report: SparsifyReport) -> None:
 
 
 def _names_of(model, inner) -> dict[int, list[str]]:
-    """Map the id of each layer to the names and paths of the layer and of its outer layers."""
+    """Return a dict from the id of each layer to all names and paths that select this layer."""
     found = {id(layer): [layer.name, layer.path] for layer in inner}
     for outer in _keras.flatten_layers(model, include_self=False):
         for layer in _keras.flatten_layers(outer, include_self=False):
@@ -318,7 +318,7 @@ def _names_of(model, inner) -> dict[int, list[str]]:
 
 
 def _excluded_layers(model, method: LayerMethod, filters: Filters) -> dict[int, str]:
-    """Map the id of each layer that the method must not change to the reason."""
+    """Return a dict from the id of each layer that must not be pruned to the reason."""
     excluded = dict.fromkeys(frozen_layers_of(model), _FROZEN)
     excluded.update(_gating_modules(model))
     for layer in _keras.flatten_layers(model):
@@ -333,14 +333,14 @@ def _excluded_layers(model, method: LayerMethod, filters: Filters) -> dict[int, 
 
 
 def _excluded_outputs(model, method: Method, filters: Filters) -> dict[int, str]:
-    """Map the id of each layer whose channels must stay, as they are outputs, to this reason."""
+    """Return a dict from the id of each output layer to the reason why it is not pruned."""
     if method.pattern != "channel":
         return {}
     if isinstance(method, UnitMethod) and _keras.graph_of(model) is None and filters is None:
         raise ValueError(
-            f"{type(method).__name__} prunes whole units, but not the units of the outputs. It is "
-            f"unknown which layers give the outputs of '{model.name}', because the model runs its "
-            "own `call` method. Name the layers to prune with filters."
+            f"{type(method).__name__} prunes whole output units, except in layers that compute the "
+            f"outputs of the model. These layers are unknown for '{model.name}', because the model "
+            "runs its own `call` method. Pass filters that select the layers to prune."
         )
     return dict.fromkeys(_output_layers(model), "its units are the model's outputs")
 
@@ -352,7 +352,7 @@ def _gating_modules(model) -> dict[int, str]:
 
 
 def _output_layers(model) -> set[int]:
-    """Return the ids of the last layers with kernels before the outputs of the model."""
+    """Return the ids of the layers with kernels that come last on a path to the model's outputs."""
     graph = _keras.graph_of(model)
     if graph is None:
         return set()
@@ -380,16 +380,17 @@ def _holds_kernels(operation) -> bool:
 
 
 def _check_gates(model, layers) -> None:
-    """Raise ValueError if a Gate is outside every graph, where no stock layer can replace it."""
+    """Raise ValueError if a Gate cannot be replaced because it is not part of a graph."""
     graphs = [g for x in _keras.flatten_layers(model) if (g := _graph_or_none(x)) is not None]
     placed = {id(operation) for graph in graphs for operation in graph.operations}
     for layer in layers:
         if isinstance(layer, Gate) and id(layer) not in placed:
             raise ValueError(
-                f"'{layer.name}' is a Gate that a custom layer or model creates and calls. A file "
-                "of the stripped model would create the Gate again. To strip the model, build it "
-                "as Sequential or Functional. A model that cannot be stripped can be used as it "
-                "is, because gates are constants in inference."
+                f"'{layer.name}' is a Gate that a custom layer or model creates and calls. strip() "
+                "cannot replace this Gate, because the custom code would create it again when a "
+                "file of the model is loaded. To strip the model, build it as Sequential or "
+                "Functional. You can also use the model without strip(), because its gates are "
+                "constants in inference."
             )
 
 
@@ -423,7 +424,7 @@ def _config_holds_layers(layer) -> bool:
 
 
 def _record_recipes(layer) -> None:
-    """Convert outermost layers whose config would create dense layers to a `SparseContainer`."""
+    """Convert each outermost layer whose config omits its inner layers to a `SparseContainer`."""
     if not any(
         isinstance(x, SparseMixin) for x in _keras.flatten_layers(layer, include_self=False)
     ):

@@ -40,8 +40,8 @@ class SparseHyperModel(keras_tuner.HyperModel):
             `"latency"` (in seconds, unless `measure=False`) and `"file_accuracy"` (if `evaluate` is
             given). Defaults to None, which exports no file.
         score: function that receives the dict of results and returns a number, for example a
-            weighted sum of accuracy and size. The number is added as the result `"score"`. Defaults
-            to None, which adds no score.
+            weighted sum of accuracy and size. This number becomes the result `"score"` of the
+            trial. Defaults to None, which adds no score.
 
     Raises:
         TypeError: `build` or `score` is not a function, or `export` has an unknown argument.

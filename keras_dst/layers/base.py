@@ -99,8 +99,8 @@ class EinsumWeight(SparseWeight):
 def register(cls):
     """Register a sparse class under its own name, and give it the `__name__` of its stock class.
 
-    Keras names the layers of a weights file after `type(layer).__name__`. Because of this name, a
-    weights file of the dense model can be loaded into the sparse model.
+    Keras names the layers of a weights file after `type(layer).__name__`. With the name of the
+    stock class, a sparse model can load a weights file of the dense model.
     """
     cls = keras.saving.register_keras_serializable("keras_dst", cls.__name__)(cls)
     cls.__name__ = cls.stock.__name__
@@ -122,7 +122,7 @@ class SparseMixin(_keras.BuildHook):
     # Masked weights that `SparseCellMixin` computes once for a whole sequence.
     cached_weights: Mapping[str, Any] = MappingProxyType({})
     driver_active = False  # Whether a callback such as SparseTraining is running.
-    traced_both_paths = False  # Whether a training step was traced on both paths.
+    traced_both_paths = False  # True after a step was traced on both paths.
 
     def __init__(self, *args, method, **kwargs):
         super().__init__(*args, **kwargs)
@@ -173,8 +173,9 @@ class SparseMixin(_keras.BuildHook):
         """Return the mean gates of a weight over the batch. The gates are equal for all inputs."""
         return cast(UnitMethod, self.method).gate(state, layout)
 
-    # The state is created after all stock weights, because optimizers save their slots in the order
-    # of the weights. The order is the same in a layer that becomes sparse after it was built.
+    # The state is created after all stock weights, as in a layer that becomes sparse after it was
+    # built. The order must be the same in both cases, because optimizers save their slots in the
+    # order of the weights.
     def after_build(self):
         # With the argument `weights=`, Keras's Embedding builds itself in `__init__`, before the
         # method is attached. `attach_method` then adds the state.
@@ -244,8 +245,9 @@ class SparseMixin(_keras.BuildHook):
         return {**super().get_config(), "method": method}
 
     # Keras saves the weights of a layer by position. The variables of the method are saved by name,
-    # next to the weights of the stock layer. If a file, such as the file of a dense model, lacks
-    # these variables, the variables keep their values. All weights of a new layer are then kept.
+    # next to the weights of the stock layer. If a file lacks these variables, for example because
+    # it stores a dense model, the variables keep their values. The mask of a new layer then keeps
+    # all weights.
     def save_own_variables(self, store):
         own = self.state_variables()
         with self._as_stock():
@@ -290,9 +292,9 @@ class SparseMixin(_keras.BuildHook):
 class SparseCellMixin(SparseMixin):
     """Mixin for recurrent cells that masks the weights once per sequence instead of at every step.
 
-    Keras requests the dropout mask of a cell before a sequence and resets it after the last step.
-    The masked weights are cached between this request and this reset. A cell that is called without
-    a sequence does not cache masked weights.
+    Keras requests the dropout mask of a cell before a sequence, and resets the dropout mask after
+    the last step. In the meantime, the cell caches its masked weights. If a cell is called
+    directly, without a sequence, it does not cache masked weights.
     """
 
     _called_by_itself = False
@@ -302,7 +304,7 @@ class SparseCellMixin(SparseMixin):
         try:
             return super().__call__(*args, **kwargs)
         except BaseException:
-            self._clear_cached_weights()  # An error ends the sequence.
+            self._clear_cached_weights()  # After an error, Keras does not reset the dropout mask.
             raise
         finally:
             self.__dict__.pop("_called_by_itself", None)
@@ -350,7 +352,8 @@ def require_driver(layer) -> None:
 class _RequireDriver(keras.constraints.Constraint):
     """Constraint that raises an error if an optimizer step is traced while no callback is running.
 
-    Constraints are applied in every kind of training, and never outside of training.
+    Keras applies constraints in every optimizer step, in `fit` and in custom training loops, but
+    not in inference.
     """
 
     def __init__(self, inner, layer):

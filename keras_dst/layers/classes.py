@@ -44,11 +44,11 @@ class SparseSubclass(SparseMixin):
 
 @keras.saving.register_keras_serializable("keras_dst")
 class SparseContainer(_keras.BuildHook):
-    """Sparse form of a layer or model that creates inner layers. Some inner layers are sparse.
+    """Sparse form of a layer or model that creates its inner layers itself.
 
-    If such a layer is created from its config, its inner layers are plain layers. The layer
-    therefore also stores a recipe: a dict that maps the position of each sparse inner layer to its
-    method.
+    The config of the stock class does not describe the inner layers. If the layer is created from
+    this config, all its inner layers are plain layers. The sparse form therefore also stores a
+    recipe: a dict that maps the position of each sparse inner layer to its method.
     """
 
     stock: type
@@ -160,8 +160,8 @@ def _declared_weights(stock: type) -> dict[str, Layout]:
 def _derive(bases: tuple[type, ...]) -> type:
     # Every stock class has only one derived class, so that two layers of the same stock class also
     # have the same sparse class. All derived classes are registered under the name of their first
-    # base class, whose `from_config` finds the custom class. The derived classes have the
-    # `__name__` of the stock class, see `base.register`.
+    # base class. The `from_config` of this base class finds the custom class. The derived classes
+    # have the `__name__` of the stock class, see `base.register`.
     stock = bases[-1]
     weights = {name: SparseWeight(layout) for name, layout in _declared_weights(stock).items()}
     own = {"stock": stock, "__qualname__": f"Sparse{stock.__name__}", **weights}

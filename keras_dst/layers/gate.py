@@ -25,15 +25,15 @@ class Gate(_keras.BuildHook, layers.Layer):
     A gate of 1 is open, and a gate of 0 is closed.
 
     The method `methods.Consensus`, which needs the `SparseTraining` callback, trains the gates. In
-    inference, the gates are constants. A trained gate is open if its logit is 0 or more. A gate of
-    a gating module is open if its running mean is 0.5 or more, which the paper calls the consensus.
-    `strip` replaces this layer by a `keras.layers.Rescaling` with the constant gates.
+    inference, the gates are constants. A gate with a trainable logit is open if the logit is 0 or
+    more. A gate of a gating module is open if its running mean is 0.5 or more (the consensus of the
+    paper). `strip` replaces this layer by a `keras.layers.Rescaling` with the constant gates.
 
     Args:
         axis: Axis of the channels. Defaults to -1.
-        structure: Structure that one gate opens or closes: `"channel"`, or `"branch"` for the whole
-            tensor. At least one channel stays open, but a branch may be closed. Defaults to
-            `"channel"`.
+        structure: `"channel"` for one gate per channel, or `"branch"` for a single gate that
+            multiplies the whole tensor. At least one channel always stays open, but a branch may be
+            closed completely. Defaults to `"channel"`.
         dependent: If True, a gating module computes the gates from every input (global average
             pooling, dense, batch normalization, ReLU, dense, sigmoid). If False, every gate has
             one trainable logit for all inputs. Defaults to False.
@@ -42,14 +42,13 @@ class Gate(_keras.BuildHook, layers.Layer):
             Defaults to 0.9.
         cost: Cost of one structure, in FLOPs or in parameters, as selected by `Consensus(cost=)`.
             Defaults to 1.
-        method: Method that trains the gates. One budget applies to all gates and layers whose
-            methods are equal. Defaults to None, which means `methods.Consensus()`.
+        method: Method that trains the gates. All gates and layers with equal methods share one
+            target cost. Defaults to None, which means `methods.Consensus()`.
 
     Call arguments:
         x: Tensor to multiply by the gates.
-        context: Input of the gating module. Its channels must be on the axis `axis`. In the paper,
-            the context is the input of the layer whose output is gated. Defaults to None, which
-            means `x`.
+        context: Input of the gating module, with its channels on the axis `axis`. The paper uses
+            the input of the layer whose output is gated. Defaults to None, which means `x`.
 
     Raises:
         ValueError: If the structure is unknown or the cost is not positive.
@@ -94,8 +93,8 @@ class Gate(_keras.BuildHook, layers.Layer):
         self.method = method
         # Keras must not track the nested dict, see `SparseMixin.attach_method`.
         self.__dict__["sparse_state"] = {}
-        # In this layout, a channel is an output unit with one weight. A residual branch has no
-        # output units, so that `Consensus` may close its only gate.
+        # The gates of channels have one output axis. The gate of a residual branch has no output
+        # axis, and `Consensus` may therefore close this gate.
         self._layout = Layout((-1,) if structure == "channel" else (), ())
 
     def build(self, x_shape, context_shape=None):
@@ -153,7 +152,7 @@ class Gate(_keras.BuildHook, layers.Layer):
         elif training and self.trainable:
             z = self._module(x if context is None else context)
             mean = ops.reshape(ops.mean(z, axis=0), state["mean"].shape)
-            # The penalties read the mean later in the same trace of the training step.
+            # The penalties read this mean later in the same training step.
             self.__dict__["_batch_mean"] = mean
             old = ops.convert_to_tensor(state["mean"])
             mean = ops.stop_gradient(mean)
@@ -197,7 +196,7 @@ class Gate(_keras.BuildHook, layers.Layer):
         stock = layers.Rescaling(scale, name=self.name, dtype=self.dtype_policy)
         stock.build(self._shape)
         nodes = _keras.nodes_of(self)
-        for node in nodes[0]:  # `Rescaling` does not take a context.
+        for node in nodes[0]:  # `Rescaling` has no argument `context`.
             node.arguments = type(node.arguments)(
                 (*node.arguments.args, *node.arguments.kwargs.values())[0]
             )

@@ -141,8 +141,8 @@ class SET(UpdateMethod):
 
     @classmethod
     def from_config(cls, config):
-        # In earlier versions, the default of `stop` was a number. Their configs may therefore
-        # contain both `stop` and `stop_step`.
+        # In earlier versions, the default of `stop` was a number. Configs from these versions may
+        # therefore contain both `stop` and `stop_step`.
         if config.get("stop_step") is not None:
             config = {name: value for name, value in config.items() if name != "stop"}
         return super().from_config(config)

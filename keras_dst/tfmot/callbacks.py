@@ -23,9 +23,9 @@ class UpdatePruningStep(keras.callbacks.Callback):
     callback. Call `on_train_batch_begin` before every step, and `on_epoch_end` after every epoch.
 
     Raises:
-        ValueError: When training begins, if the model has no pruned layer, if the model is not
-            compiled, or if its `steps_per_execution` is above 1. Keras then does not call callbacks
-            before every step.
+        ValueError: When training begins: if the model has no pruned layer, if the model is not
+            compiled, or if its `steps_per_execution` is above 1. With more than one step per
+            execution, Keras does not call callbacks before every step.
 
     Example:
         >>> model.fit(x, y, epochs=2, callbacks=[keras_dst.tfmot.UpdatePruningStep()])
@@ -64,7 +64,7 @@ class UpdatePruningStep(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         if batch < self._skipped_batches:
             return
-        _ = self.model  # On JAX, reading `model` writes the state of this `fit` to variables.
+        _ = self.model  # On JAX, reading `self.model` copies the state of `fit` to variables.
         for driver in self._drivers:
             driver.before_step()
 
@@ -85,8 +85,7 @@ class _StepDriver(LayerDriver):
     def __init__(self, model, layers_):
         super().__init__(model, layers_)
         self.schedule = self.method.pruning_schedule
-        # The step count is read at the first step, because a backup may be restored before this
-        # step.
+        # The step count is not read before the first step, because a backup may still be restored.
         self.step: int | None = None
         self.set_active(True)
 

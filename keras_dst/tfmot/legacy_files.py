@@ -58,8 +58,8 @@ def read(path: str | os.PathLike) -> tuple[keras.Model, list[Wrapper]]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(
-            f"Expected a .keras or .h5 file. Received: {path}. Save the model in such a file with "
-            "the version of tf_keras that created it."
+            f"Expected a .keras or .h5 file. Received: {path}. Save the model as a .keras or .h5 "
+            "file, with the version of tf_keras that created the model."
         )
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -160,7 +160,7 @@ def _is_reference(x, names) -> bool:
 
 
 def _first_calls(model: dict) -> dict[str, int]:
-    """Return the index of the first call of each layer. In Keras 2, this index can be above 0."""
+    """Return the index of each layer's first call. In Keras 2, the first index can be above 0."""
     first: dict[str, int] = {}
     names = {_name(x) for x in model["layers"]}
 
@@ -310,7 +310,7 @@ class _H5Format:
 
 
 class _KerasFormat:
-    """Reader for the weights of a `.keras` file, with HDF5 groups named after layer classes."""
+    """Reader for the weights of a `.keras` file. Its HDF5 groups are named after layer classes."""
 
     def find_layers(self, group, entries):
         """Map the name of each layer to its HDF5 group."""
@@ -346,7 +346,7 @@ class _KerasFormat:
 
     def state(self, group, entry):
         arrays = _numbered(group)
-        # The group stores n pruned weights, n pairs of mask and threshold, and the step count.
+        # The arrays are n pruned weights, then n pairs of mask and threshold, then the step count.
         n = (len(arrays) - 1) // 3
         return arrays[n:-1:2], int(arrays[-1])
 

@@ -56,14 +56,15 @@ class PruneForLatencyOnXNNPack(PruningPolicy):
         if not starts:
             raise ValueError(
                 f"Expected every path from the inputs of '{model.name}' to begin with "
-                "ZeroPadding2D(1) and Conv2D(n, 3, strides=2, padding='valid') on 3 channels, as "
-                "the sparse form of XNNPACK needs. Change the model, or prune without the policy."
+                "ZeroPadding2D(1) and Conv2D(n, 3, strides=2, padding='valid') on 3 channels, "
+                "because sparse inference in XNNPACK needs both layers. Change the model, or prune "
+                "without the policy."
             )
         if not ends:
             raise ValueError(
                 f"Expected every path to the outputs of '{model.name}' to go through "
-                "GlobalAveragePooling2D, as the sparse form of XNNPACK needs. Change the model, or "
-                "prune without the policy."
+                "GlobalAveragePooling2D, because sparse inference in XNNPACK needs this layer. "
+                "Change the model, or prune without the policy."
             )
 
         def check(operation):
@@ -98,7 +99,7 @@ def _fed_tensors(graph, found: dict[Any, list]) -> dict[Any, list]:
 def _producers_of(tensor, fed: dict[Any, list]) -> list:
     """Return the operations that compute a tensor.
 
-    For the output of a nested model, these are operations inside the nested model.
+    For the output of a nested model, return operations inside the nested model.
     """
     operation = _keras.operation_of(tensor)
     if operation in fed:
@@ -145,7 +146,7 @@ def _first_on_every_path(starts, is_wanted, neighbors) -> list:
 
 
 def _is_start(layer, producers) -> bool:
-    """Return whether a layer is the strided convolution with which sparse inference begins."""
+    """Return whether a layer is the strided convolution at which sparse inference begins."""
     return (
         isinstance(layer, layers.Conv2D)
         and tuple(layer.kernel.shape[:3]) == (3, 3, 3)
@@ -159,7 +160,7 @@ def _is_end(layer) -> bool:
 
 
 def _padding_before(layer, producers) -> int | None:
-    """Return the padding before a layer if its width is equal on all sides, or None."""
+    """Return the width of the padding before a layer, or None if the four sides differ."""
     first, *others = producers.get(layer, [None])
     if others or not isinstance(first, layers.ZeroPadding2D):
         return None
@@ -200,5 +201,5 @@ _LAYERS = (
     *(layers.Add, layers.Subtract, layers.Multiply, layers.Identity, layers.Dropout),
     *(layers.ZeroPadding2D, layers.ReLU, layers.LeakyReLU, layers.ELU),
 )
-# These classes of keras.ops represent operators such as `a - b`.
+# Names of the operation classes of keras.ops for operators such as `a - b`.
 _OPERATIONS = ("Add", "Subtract", "Multiply")

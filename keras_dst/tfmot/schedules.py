@@ -29,7 +29,7 @@ class PruningSchedule(Configurable):
         return in_range and (step - begin_step) % frequency == 0
 
     def _set_steps(self, begin_step, end_step, frequency) -> None:
-        """Store the steps as Python integers, or raise ValueError for an invalid range."""
+        """Store the arguments as Python integers, or raise ValueError if they are invalid."""
         steps = {"begin_step": begin_step, "end_step": end_step, "frequency": frequency}
         is_range = (
             is_integer(begin_step, minimum=0)
