@@ -127,7 +127,7 @@ def kept_counts(
     names: Sequence[str] = (),
     final_sparsity: float | None = None,
 ) -> np.ndarray:
-    """Return how many entries to keep (int64): one total if global, otherwise one count per weight.
+    """Return the number of entries to keep per weight, or a single total for `"global"` (int64).
 
     A dict gives every named weight its own sparsity. Otherwise, the sum of the counts is exactly
     `round((1 - sparsity) * size)`, where `size` is the number of entries in all weights.

@@ -59,8 +59,8 @@ class SparseTraining(keras.callbacks.Callback):
             environment variable such as MALLOC_TRIM_THRESHOLD_ is set. Defaults to False.
 
     Raises:
-        ValueError: If an argument is out of range. In `fit`: if no weight of the model is sparse,
-            or if the length of training is unknown.
+        ValueError: If an argument is out of range. `fit` raises a ValueError if no weight of the
+            model is sparse, or if the length of training is unknown.
 
     Example:
         >>> model.fit(x, y, epochs=20, callbacks=[keras_dst.callbacks.SparseTraining()])
@@ -149,12 +149,12 @@ class SparseTraining(keras.callbacks.Callback):
                 self.model, name, functools.partial(AtomicSave, prepare=self._reapply_masks)
             )
         if self.metric_at_target and self.metric_at_target.startswith("val_"):
-            # `on_epoch_end` alone would add the log too late for callbacks that run before this
-            # callback.
+            # Add the metric to the logs of `evaluate`. If only `on_epoch_end` added the metric,
+            # callbacks that run before this callback would not see it.
             fit.replace(self.model, "evaluate", self._with_metric_at_target)
         if fit.history is not None:
-            # EarlyStopping assigns weights in its `on_train_end`. Keras calls the `on_train_end` of
-            # the history later.
+            # EarlyStopping may restore other weights in its `on_train_end`. Check the final weights
+            # afterwards, in the `on_train_end` of the history, which Keras calls later.
             fit.replace(
                 fit.history, "on_train_end", functools.partial(self._with_last_check, fit.history)
             )
@@ -189,7 +189,8 @@ class SparseTraining(keras.callbacks.Callback):
         self._write(logs)
 
     def on_test_batch_begin(self, batch, logs=None):
-        if batch == 0 and self._begun:  # SwapEMAWeights has assigned averages in `on_test_begin`.
+        if batch == 0 and self._begun:
+            # SwapEMAWeights may have replaced the weights by averages in its `on_test_begin`.
             self._reapply_masks()
 
     def on_epoch_end(self, epoch, logs=None):
@@ -203,7 +204,7 @@ class SparseTraining(keras.callbacks.Callback):
         self._write(logs)
 
     def on_train_end(self, logs=None):
-        if not self._begun:  # BackupAndRestore restored a finished training run.
+        if not self._begun:  # No epoch ran: BackupAndRestore restored a finished training run.
             self._begin(self.params.get("epochs", 1))
         if self.metric_at_target and not self._metric_seen:
             warnings.warn(
@@ -222,7 +223,7 @@ class SparseTraining(keras.callbacks.Callback):
             # The callback updates the masks, and this compiled step does not. Compile a new step,
             # because the next `fit` may run without the callback.
             self.model.train_function = None
-        if self._fit.history is None:  # A custom training loop has no `History` callback.
+        if self._fit.history is None:  # In a custom training loop, no `History` ends the patches.
             self._fit.end()
 
     # --------------------------------------------------------------------------------------------

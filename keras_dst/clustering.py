@@ -114,7 +114,7 @@ class KeepClusters(keras.callbacks.Callback):
         self._project()
 
     def on_train_end(self, logs=None):
-        self._project()  # The optimizer may have assigned its moving averages.
+        self._project()  # The optimizer may have set the kernels to moving averages.
 
     def _project(self):
         _ = self.model  # On JAX, reading `self.model` copies the state of `fit` to the variables.
@@ -193,7 +193,7 @@ def _clustered_kernel(variable, layout: Layout, clusters: int) -> _Kernel:
 def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
     """Return the cluster centers of one-dimensional k-means, in ascending order.
 
-    If -1 or 1 is among the numbers, the same value is also a center.
+    If -1 or 1 is among the numbers, it is also among the centers.
 
     Args:
         numbers: Sorted numbers in [-1, 1].

@@ -266,7 +266,7 @@ def history(history, names: Filters = None, ax=None):
 
 
 def _curves_of(base: str, curves: Mapping) -> list:
-    """Return the training curve and the validation curve of a metric, as far as they exist."""
+    """Return the curves of a metric: the training curve and, if it exists, the validation curve."""
     return [values for name, values in curves.items() if name.removeprefix("val_") == base]
 
 

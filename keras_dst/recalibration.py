@@ -115,7 +115,7 @@ def _averaging(layer) -> Iterator[None]:
 
     def averaged(inputs, *args, **kwargs):
         nonlocal samples
-        if not samples:  # With infinite statistics, 0 times infinity would be NaN.
+        if not samples:  # Reset infinite statistics, because 0 times infinity is NaN.
             for variable in _statistics(layer):
                 variable.assign(np.zeros(variable.shape))
         before, samples = samples, samples + int(inputs.shape[0])

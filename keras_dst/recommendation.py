@@ -2,9 +2,9 @@
 
 The folder results/ is not installed with the package. The figures on which recommendations are
 based are therefore copied to the tables of this module, and a test compares the tables with
-results/. `Figure.method` is the pruning method with the highest mean accuracy. If its accuracy
-exceeds that of Magnitude by no more than the sum of their standard deviations, `Figure.method` is
-Magnitude, the method with the lowest training cost.
+results/. `Figure.method` is the pruning method with the highest mean accuracy. The exception is
+Magnitude, the method with the lowest training cost: `Figure.method` is Magnitude unless another
+method exceeds its accuracy by more than the sum of the two standard deviations.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Recommendation:
     Attributes:
         method: Python expression that creates the method, such as `"DCIL(sparsity=0.95)"`.
         figure: Measured comparison of pruning methods.
-        notes: Sentences that say how the measured case differs from the request, and sentences
+        notes: Sentences that describe how the measured case differs from the request, and notes
             about the target.
     """
 

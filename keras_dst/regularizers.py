@@ -108,7 +108,8 @@ class Budget(keras.regularizers.Regularizer):
                 f"Received: target={target!r}"
             )
         check_number(weight, "weight")
-        if costs is not None and not ops.is_tensor(costs):  # A tensor may have no values yet.
+        # A tensor is not checked, because it has no values while a step is traced.
+        if costs is not None and not ops.is_tensor(costs):
             for cost in np.ravel(ops.convert_to_numpy(costs)).tolist():
                 check_number(cost, "costs")
         self.target = target

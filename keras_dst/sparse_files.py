@@ -1,6 +1,6 @@
 """Sparse model files.
 
-`save_sparse` saves a model without its zero weights, and `load_sparse` loads such a file.
+`save_sparse` saves a model without its zero weights, and `load_sparse` loads the saved model.
 
 A sparse file is a `.keras` archive whose weights are stored in the safetensors format instead of
 HDF5. A weight tensor is stored as a bitmap and its nonzero values in C order if this takes fewer
@@ -47,7 +47,7 @@ def save_sparse(model, path, include_optimizer: bool = False) -> None:
 
     A float32 tensor takes about (density + 1/32) times the bytes of the dense tensor. The file is
     written atomically, so an error leaves no incomplete file. All pruned weights are zero in the
-    file. If the values under the masks are needed later, use `model.save` instead.
+    file. If the values of pruned weights are needed later, use `model.save` instead.
 
     Args:
         model: a built Keras 3 model: sparse, stripped or dense.

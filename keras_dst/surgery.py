@@ -108,13 +108,13 @@ def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
     `sparsify` accepts every method:
 
     * DST, DCIL, ST-3, OptG and Consensus mask the weights in the forward pass. Each supported layer
-      is converted to its sparse class, before or after `compile`. Layers inside nested, subclassed
-      or wrapping layers are included. Supported layers are dense, convolutional (also transposed,
-      depthwise and separable), `EinsumDense` (and thus attention) and `Embedding` layers, and the
-      cells of recurrent layers. Subclasses of these layers are supported too. Custom layers are
-      supported if their class lists the names of the weights in `prunable_weights`. A shared layer
-      has one mask for all its calls. DCIL also adds a second set of variables to every batch
-      normalization, independent of `filters`.
+      is converted to its sparse class. The model may be compiled or not. Layers inside nested,
+      subclassed or wrapping layers are included. Supported layers are dense, convolutional (also
+      transposed, depthwise and separable), `EinsumDense` (and thus attention) and `Embedding`
+      layers, and the cells of recurrent layers. Subclasses of these layers are supported too.
+      Custom layers are supported if their class lists the names of the weights in
+      `prunable_weights`. A shared layer has one mask for all its calls. DCIL also adds a second set
+      of variables to every batch normalization, independent of `filters`.
     * Magnitude, FlipOut, SET and RigL mask the weights in the optimizer step. The optimizer of a
       compiled model is wrapped in a `SparseOptimizer`, and the layers do not change.
 
@@ -306,7 +306,7 @@ def _check_not_empty(model, report: SparsifyReport) -> None:
 
 
 def _names_of(model, inner) -> dict[int, list[str]]:
-    """Return a dict from the id of each layer to all names and paths that select this layer."""
+    """Return a dict from the id of each layer to the names and paths by which filters select it."""
     found = {id(layer): [layer.name, layer.path] for layer in inner}
     for outer in _keras.flatten_layers(model, include_self=False):
         for layer in _keras.flatten_layers(outer, include_self=False):

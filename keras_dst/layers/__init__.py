@@ -2,8 +2,8 @@
 
 For example, `SparseDense` is `Dense` with the additional argument `method=`.
 
-`sparsify` converts the layers of a built model to these layers, in place. Sparse layers can also be
-created directly.
+`sparsify` converts the layers of a built model to sparse layers, in place. Sparse layers can also
+be created directly.
 """
 
 from keras_dst.layers import stock as _stock

@@ -26,7 +26,7 @@ class SparseWeight:
     """Attribute of a sparse layer: reading returns the masked tensor, writing stores the variable.
 
     The variable is stored under the attribute's name with a leading underscore. Keras's Dense,
-    Conv, EinsumDense and Embedding store the variable under this name too.
+    Conv, EinsumDense and Embedding layers use the same name.
     """
 
     def __init__(self, layout: Layout = KERNEL):
@@ -131,9 +131,9 @@ class SparseMixin(_keras.BuildHook):
     def attach_method(self, method: LayerMethod) -> None:
         """Set the method of this layer, before or after the layer is built."""
         self.method = method
-        # Up to version 3.15, Keras sets the attribute `quantize` on every layer instance. This
-        # attribute would hide a method `quantize` of the class, so the method is stored in the same
-        # attribute.
+        # Up to version 3.15, Keras sets the attribute `quantize` on every layer instance, which
+        # hides the method `quantize` of the class. The replacement is therefore also set on the
+        # instance.
         self.__dict__["_stock_quantize"] = self.__dict__.get("quantize")
         self.__dict__["quantize"] = self._refuse_to_quantize
         # Keras must not track the nested dict, because `add_weight` already tracks the variables in
@@ -173,9 +173,9 @@ class SparseMixin(_keras.BuildHook):
         """Return the mean gates of a weight over the batch. The gates are equal for all inputs."""
         return cast(UnitMethod, self.method).gate(state, layout)
 
-    # The state is created after all stock weights, as in a layer that becomes sparse after it was
-    # built. The order must be the same in both cases, because optimizers save their slots in the
-    # order of the weights.
+    # The state is created after all stock weights. A layer that becomes sparse after it was built
+    # has the same order of weights. The order matters, because optimizers save their slots in this
+    # order.
     def after_build(self):
         # With the argument `weights=`, Keras's Embedding builds itself in `__init__`, before the
         # method is attached. `attach_method` then adds the state.
@@ -371,7 +371,7 @@ class _RequireDriver(keras.constraints.Constraint):
 
 
 def check_method(method) -> LayerMethod:
-    """Return a `LayerMethod`, which is deserialized if `method` is a config.
+    """Return `method`, or deserialize it if it is a config.
 
     Raise TypeError for any other object.
     """

@@ -93,8 +93,8 @@ class Gate(_keras.BuildHook, layers.Layer):
         self.method = method
         # Keras must not track the nested dict, see `SparseMixin.attach_method`.
         self.__dict__["sparse_state"] = {}
-        # The gates of channels have one output axis. The gate of a residual branch has no output
-        # axis, and `Consensus` may therefore close this gate.
+        # In the layout of channel gates, each channel is an output unit. The layout of a branch
+        # gate has no output units, so that `Consensus` may close the gate.
         self._layout = Layout((-1,) if structure == "channel" else (), ())
 
     def build(self, x_shape, context_shape=None):

@@ -1,8 +1,8 @@
 """Base classes of all pruning methods.
 
-A pruning method is a small object that stores the arguments of its constructor. All its functions
-are pure functions of weights, states and gradients. A pruning method never changes a model. The
-base classes differ in where the mask is applied:
+A pruning method is a small object that stores the arguments of its constructor. The functions of a
+method are pure functions of weights, states and gradients. A pruning method never changes a model.
+The base classes differ in where the mask is applied:
 
 ```text
 UpdateMethod     in the optimizer step; the layers stay plain (Magnitude, FlipOut, SET, RigL)
@@ -40,7 +40,7 @@ from keras_dst.schedules import Schedule
 Tensor = Any
 State = dict[str, Any]
 
-# A training run of fewer epochs uses the schedules for short training runs.
+# Some methods use a different schedule for a training run of fewer epochs.
 SHORT = 20
 # A training run with at least this number of steps uses the settings of the papers.
 _LONG = 20_000
@@ -77,8 +77,8 @@ class Method(Configurable):
         schedule: Schedule of the target sparsity, or None if the method has no target.
         allocation: Distribution of the sparsity over the weights.
         pattern: Shape of the groups of weights that are pruned together, see `masks.Pattern`.
-        frequency: Steps between mask updates, or `"epoch"`. None means `default_frequency`, or more
-            often if the schedule would otherwise have fewer than 20 updates.
+        frequency: Steps between mask updates, or `"epoch"`. None means every `default_frequency`
+            steps, or more often if the schedule would otherwise have fewer than 20 updates.
         default_frequency: Steps between mask updates in the paper, or `"epoch"`.
         min_kept: Minimum number of weights that every layer keeps, or of channels that every group
             of coupled channels keeps.
@@ -87,8 +87,8 @@ class Method(Configurable):
         round_to: The number of kept channels in a group is a multiple of this number. Groups with
             fewer than `2 * round_to` channels are not rounded.
         learned: True if training determines the sparsity, and False if a ranking determines the
-            sparsity. If True, `update` already receives the target sparsity of the next update, and
-            the method needs a `project` function.
+            sparsity. If True, `update` receives the target sparsity of the next update instead of
+            the current target, and the method must define `project`.
         target_quantity: Name of the quantity that has a target, such as `"sparsity"`. Warnings use
             this name.
         driver: Import path of the callback that updates the masks and meets the target.
@@ -256,7 +256,8 @@ class Method(Configurable):
             sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
         floors = self._floors(shapes, sizes, together)
         # `kept` counts entries, and the minimums count groups, which can differ in size. Increase
-        # `kept` if it is too small for the minimum number of groups of the largest size.
+        # `kept` if the minimum number of groups would not fit, even if all groups have the largest
+        # size.
         largest = np.array([int(n.max()) for n in sizes] if sizes else [1] * len(shapes))
         least = largest * (floors if self.min_kept else 1)
         kept = ops.maximum(kept, least.sum() if together else least)
@@ -420,7 +421,7 @@ class LayerMethod(Method):
         """Add the state of one weight to its layer, and return the state as a dict of variables.
 
         The layer calls this function once, after its weights are created. If the method has a
-        schedule, the dict needs an entry `"progress"` from `build_progress`.
+        schedule, the dict must contain an entry `"progress"`, which `build_progress` creates.
 
         Args:
             layer: Sparse layer that owns the weight. `layer.add_weight` creates the variables.
@@ -626,7 +627,7 @@ class UnitMethod(LayerMethod):
         uses: Mapping[int, tuple[int | None, str | None]],
         layouts: Sequence[Layout],
     ) -> None:
-        """Give the method access to all its layers, so that penalties can depend on all gates.
+        """Give the method access to all layers that use it, for penalties that depend on all gates.
 
         The training callback calls this function once when training begins. By default, this
         function does nothing.
@@ -671,8 +672,8 @@ class UpdateMethod(Method):
             saliency, and does not only mask the gradients. If True, distributed training sums the
             gradients of all replicas before the method reads them.
         reads_scales: True if `scores` needs the scales of normalization layers. If a normalization
-            layer follows a weight, the entry `"scale"` in the state of the weight holds these
-            scales, in a shape that broadcasts to the weight.
+            layer follows a weight, the state of the weight contains these scales as `"scale"`, in a
+            shape that broadcasts to the weight.
     """
 
     moves_weights = False

@@ -54,9 +54,9 @@ class ChannelGroups:
             the same fraction of its outputs. The last column holds the fraction of inputs or
             outputs that are always kept.
         costs: Array of shape (number of weights, 2): the parameters and the FLOPs of every weight.
-        widths: For every group, how many filters are removed together with one channel. More than 1
-            only for grouped convolutions, from which whole groups of filters are removed. Defaults
-            to None, which means 1 in all groups.
+        widths: For every group, how many filters are removed together with one channel. This number
+            exceeds 1 only for grouped convolutions, from which whole groups of filters are removed.
+            Defaults to None, which means 1 in all groups.
     """
 
     def __init__(
@@ -320,7 +320,7 @@ def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tenso
         scale = ops.where(scale > 0, scale, ops.mean(ops.abs(pooled)))
         units.append(pooled / ops.where(scale > 0, scale, 1.0))
     # Each row of `places` belongs to one channel and lists the positions of its units in `every`.
-    # Short rows are padded with the position of the last entry of `every`, which is 0.
+    # The last entry of `every` is 0, and its position fills short rows.
     places, counts = _units_of_channels(tuple(layouts))
     every = ops.concatenate([*units, ops.zeros((1,), "float32")])
     return ops.sum(ops.take(every, places), axis=1) / ops.convert_to_tensor(counts, "float32")
@@ -370,7 +370,7 @@ class Scales(NamedTuple):
     """Scales of the normalization layers that follow the weights, one scale per output unit.
 
     Attributes:
-        variables: Indices of the variables that hold scales.
+        variables: Indices of the variables that hold normalization scales.
         places: For every weight, an index array that selects the scale of each output unit from the
             concatenated variables, in a shape that broadcasts to the weight. None if the weight has
             no scales.
@@ -383,7 +383,7 @@ class Scales(NamedTuple):
         """Return, for every weight, its scales, or None if the weight has no scales.
 
         Args:
-            variables: The variables that hold scales.
+            variables: Variables that hold normalization scales, such as `gamma`.
         """
         if not variables:
             return [None] * len(self.places)
@@ -442,9 +442,9 @@ def masks_of_followers(
     """Yield every variable that belongs to channels, such as a bias, together with its mask.
 
     Args:
-        followers: For every variable that belongs to channels: the variable, its channel axis, and,
-            for each entry along this axis, the index of its channel, or -1 if the entry is always
-            kept.
+        followers: One tuple `(variable, axis, ids)` for every variable that belongs to channels.
+            `axis` is its channel axis. For each entry along this axis, `ids` holds the index of the
+            channel, or -1 if the entry is always kept.
         alive: Result of the function `alive`.
     """
     last = alive.shape[0] - 1

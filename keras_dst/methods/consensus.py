@@ -9,9 +9,10 @@ loss = task + lambda_polar mean(g (1 - g)) + lambda_act (cost(g) / cost(1) - tar
 ```
 
 The cost is counted on the smaller model, after the removal of closed channels. A channel is removed
-if its gates are closed in all layers that compute the channel. The corresponding inputs of the next
-layers are then removed too. In a subclassed model, or in a model that contains `layers.Gate`, the
-cost is `sum(c g)` as in the paper, where c is the cost of one structure.
+if its gates are closed in all layers that compute the channel. Together with a channel, the
+corresponding inputs of the next layers are removed. In a subclassed model, or in a model that
+contains `layers.Gate`, the cost is `sum(c g)` as in the paper, where c is the cost of one
+structure.
 
 The value pi is computed in one of two ways. Sparse layers compute `sigmoid(logit)`, with a
 trainable logit per structure. `layers.Gate` also has trainable logits, or uses the paper's gating
@@ -72,8 +73,9 @@ class Consensus(UnitMethod):
             20 steps, or more often if the schedule would otherwise have fewer than 20 updates.
         round_to: The number of kept channels in a group is a multiple of this number after the last
             step. Groups with fewer than twice as many channels are not rounded. Rounding opens and
-            closes trained gates, and no training follows. Defaults to 1, which means that numbers
-            of channels are not rounded. Convolutions are fastest with a multiple of 8 channels.
+            closes gates after the last training step, which can reduce the accuracy. Defaults to 1,
+            which means that numbers of channels are not rounded. Convolutions are fastest with a
+            multiple of 8 channels.
 
     Raises:
         ValueError: If an argument is outside its range, or if `round_to` is larger than 1 and the

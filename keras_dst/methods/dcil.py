@@ -121,7 +121,8 @@ class DCIL(TwoPathMethod):
     def build(self, layer, name, variable, layout):
         return {
             **super().build(layer, name, variable, layout),
-            # 0 during the warm-up, then 1. A variable can change without a new trace of the step.
+            # 0 during the warm-up, then 1. This number is a variable, so that it can change without
+            # a new trace of the step.
             "coupled": layer.add_weight(
                 name=f"{name}_coupled",
                 initializer="zeros",

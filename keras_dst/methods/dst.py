@@ -168,7 +168,7 @@ class DST(LayerMethod):
     # -- forward ---------------------------------------------------------------------------------
 
     def _margin(self, magnitude, state, layout):
-        """Return Q, the distance of each group's score from its threshold."""
+        """Return Q, the score of each group minus its threshold."""
         return Pattern(self.pattern).scores(magnitude, layout) - state["threshold"]
 
     def apply(self, w, state, layout):
@@ -206,10 +206,10 @@ class DST(LayerMethod):
         ```
 
         The drift is the decrease of the gap per update that training and the schedule cause. The
-        response is the additional decrease per update if alpha is 1. Both are estimated by
-        exponentially weighted least squares. They have the same unit as the weights, and alpha is
-        dimensionless. Alpha is then set so that the gap decreases by the fraction `_GAP_SHARE`
-        until the next update. Alpha is negative if too few weights are kept.
+        response is the additional decrease per update if alpha is 1. The drift and the response are
+        estimated by exponentially weighted least squares. Like the gap, they have the unit of the
+        weights. Alpha is dimensionless. Alpha is then set so that the gap decreases by the fraction
+        `_GAP_SHARE` until the next update. Alpha is negative if too few weights are kept.
         """
         gap, shifts, floors = self._shifts(weights, states, layouts, kept[0])
         # At progress 1, the thresholds are not shifted: the training callback first warns if
@@ -269,7 +269,7 @@ class DST(LayerMethod):
         lowest = ops.unstack(masks.kth(margins, ops.convert_to_tensor(least, "int32")), len(shapes))
         limits = []
         for w, margin, low in zip(weights, margins, lowest):
-            # If all margins of a layer are equal, no margin exceeds `low`. The layer then keeps all
+            # If all margins of a layer are equal, no margin exceeds `low`, and the layer keeps all
             # its weights.
             edge = ops.minimum(ops.min(ops.where(margin > low, margin, _ALWAYS)), ops.max(margin))
             limits.append(edge - 1e-6 * ops.cast(ops.max(ops.abs(w)), "float32"))

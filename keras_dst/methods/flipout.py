@@ -41,9 +41,9 @@ class FlipOut(UpdateMethod):
             epochs, the sparsity grows along a cubic ramp over the first three quarters, unless
             `rate` is passed.
         power: Exponent p of the magnitude. Defaults to 2.
-        noise: Factor lambda of the gradient noise. With 0, no noise is added. Defaults to None,
-            which means 1 as in the paper, for 20,000 steps or more. The factor is smaller in a
-            shorter training run, in proportion to the number of steps, and at least 0.1.
+        noise: Factor lambda of the gradient noise. A factor of 0 adds no noise. Defaults to None:
+            1, as in the paper, if training has at least 20,000 steps. In a shorter training run,
+            the factor decreases in proportion to the number of steps, down to 0.1.
         rate: Fraction of the kept weights that a pruning event removes, in (0, 1). Do not pass
             `rate` with a `Schedule`, which has its own pruning events. Defaults to None, which
             means 0.5, as in the paper.
@@ -175,5 +175,5 @@ class FlipOut(UpdateMethod):
 
 
 def _sign(w):
-    """Return the signs as int8, which saves memory traffic: every step stores and reads them."""
+    """Return the signs as int8 to save memory bandwidth, because every step stores the signs."""
     return ops.cast(ops.sign(w), "int8")

@@ -10,13 +10,13 @@ s_e = s sigmoid(beta (e - E/2))        rate_v(e) = rate_w(e) sigmoid(beta (e - E
 ```
 
 In these equations, `e` is the number of finished epochs and `E` is the total number of epochs.
-Masks are updated once per epoch, and weight decay is not applied to scores. The factor on the
-learning rate of the scores is applied only when masks are updated, because the scores are not read
-between updates: the change of the scores since the last update is multiplied by the factor.
+Masks are updated once per epoch, and weight decay is not applied to scores. Scores are read only
+when masks are updated. The factor on the learning rate of the scores is therefore applied at mask
+updates: it multiplies the change of the scores since the last update.
 
 Deviations from the paper: the sigmoid is stretched so that it begins at exactly 0 and ends at
 exactly 1, and the final sparsity equals the target. A training run of fewer than 20 epochs prunes
-along a cubic ramp in its first half. The weights then have time to adapt to the masks.
+along a cubic ramp in its first half. This leaves the weights time to adapt to the masks.
 `LayerMethod.limited` limits the gradients of the scores of pruned weights.
 """
 
@@ -46,9 +46,9 @@ class OptG(LayerMethod):
             the sparsity grows along a sigmoid, or along a cubic ramp if training has fewer than 20
             epochs.
         beta: Steepness of the sigmoid per epoch. Do not pass `beta` with a `Schedule`, which has
-            its own curve. Defaults to None, which means 1, as in the paper, if training has at
-            least 20 epochs. For fewer epochs, the sparsity grows along a cubic ramp in the first
-            half of training.
+            its own curve. Defaults to None: 1, as in the paper, if training has at least 20 epochs.
+            With None and fewer epochs, the sparsity grows along a cubic ramp in the first half of
+            training.
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
             weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
             expressions to sparsities. Defaults to `"global"`.

@@ -8,11 +8,11 @@ Grown weights start at 0, and their momentum is reset to 0. The fraction decreas
 drop(t) = drop_fraction / 2 (1 + cos(pi t / t_stop))
 ```
 
-Deviation from the paper: the drop fraction is not constant. Its cosine schedule, which ends after
-three quarters of training, and the Erdős-Rényi-Kernel densities come from the RigL paper (arXiv
-1911.11134). Extension of the paper: if channels are coupled, the weights of a grown channel start
-at random values. A channel whose weights are all 0 may get no gradient, for example if a ReLU
-follows.
+Deviation from the paper: the drop fraction is not constant. The cosine schedule of the drop
+fraction ends after three quarters of training. This schedule and the Erdős-Rényi-Kernel densities
+come from the RigL paper (arXiv 1911.11134). Extension of the paper: if channels are coupled, the
+weights of a grown channel start at random values. A channel whose weights are all 0 may get no
+gradient, for example if a ReLU follows.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class SET(UpdateMethod):
         stop: Fraction of training after which the masks do not change. Defaults to None, which
             means 0.75.
         stop_step: Step after which the masks do not change. Do not pass `stop_step` together with
-            `stop`. A training loop without `SparseTraining` needs this argument. Defaults to None.
+            `stop`. `stop_step` is required for training without the `SparseTraining` callback.
+            Defaults to None.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 100 steps, or
             more often if the schedule would otherwise have fewer than 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`, this
@@ -73,8 +74,8 @@ class SET(UpdateMethod):
         seed: Seed of the random connections. Defaults to 0.
 
     Raises:
-        ValueError: If an argument is outside its range, or if `pattern` is N:M. Also if
-            `allocation` is `"global"`: a global ranking is not possible before training.
+        ValueError: If an argument is outside its range, if `pattern` is N:M, or if `allocation` is
+            `"global"`, because a global ranking is not possible before training.
 
     Example:
         >>> optimizer = keras_dst.SparseOptimizer("sgd", keras_dst.methods.SET(0.9))

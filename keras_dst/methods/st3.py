@@ -12,7 +12,7 @@ s_t = s (1 - (1 - t / T)**3)               T: half of training
 ```
 
 ST-3 sigma (`sigma=True`) ranks `|w| / std` instead, with `std = 1 / sqrt(sum(shape))` for each
-layer. The threshold of a layer is `tau std`. This ranking makes the sparsities of the layers more
+layer. The threshold of a layer is `tau * std`. This ranking makes the sparsities of the layers more
 similar.
 
 Masks, thresholds and factors are constant between two mask updates. The constant `e` and the
@@ -56,8 +56,8 @@ class ST3(LayerMethod):
             the sparsity grows along a cubic ramp over the first half of training, as in the paper's
             CIFAR-10 runs.
         sigma: If True, the magnitudes in each layer are divided by the standard deviation of the
-            layer before they are ranked (ST-3 sigma). The layers are then pruned more evenly, which
-            saves more FLOPs. Defaults to False.
+            layer before they are ranked (ST-3 sigma). This makes the sparsities of the layers more
+            similar and saves more FLOPs. Defaults to False.
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
             weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
             expressions to sparsities. Defaults to `"global"`.

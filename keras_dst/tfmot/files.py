@@ -1,4 +1,4 @@
-"""`load`: read the file of a tf_keras model, which may be pruned with tfmot."""
+"""`load`: read the file of a tf_keras model that may have been pruned with tfmot."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def _is_reference(x, names) -> bool:
 
 
 def _first_calls(model: dict) -> dict[str, int]:
-    """Return the index of each layer's first call. In Keras 2, the first index can be above 0."""
+    """Return the index of each layer's first call. In Keras 2, this index is not always 0."""
     first: dict[str, int] = {}
     names = {_name(x) for x in model["layers"]}
 
@@ -194,8 +194,8 @@ def _layer_config(entry: dict) -> dict:
     if cls is None or cls is keras.layers.Lambda:
         reason = "runs code from the file" if cls else "is neither a Keras 3 class nor registered"
         raise ValueError(
-            f"'{_name(entry)}' is a {name}, which {reason}. Write it as a layer of Keras 3 with "
-            "@keras.saving.register_keras_serializable(), and load the file again."
+            f"'{_name(entry)}' is a {name}, which {reason}. Write a Keras 3 layer for this class "
+            "with @keras.saving.register_keras_serializable(), and load the file again."
         )
     config = entry["config"] if custom else _arguments(cls, entry["config"])
     return {
@@ -254,7 +254,7 @@ def _config_value(x):
 
 
 def _assign_weights(model, entries: list[dict], file_format, root) -> Iterator[Wrapper]:
-    """Assign the stored weights to all layers of a model, and yield the wrappers."""
+    """Assign the stored weights to all layers of a model, and yield the tfmot wrappers."""
     found = file_format.find_layers(root, entries)
     by_name = {_name(_unwrapped(entry)): entry for entry in entries}
     for layer in model.layers:

@@ -26,8 +26,8 @@ def block_mask(w: np.ndarray, sparsity: float, block_size, pooling: str) -> np.n
             largest magnitude.
 
     If the block size does not divide an axis, tfmot splits the padding between both ends of the
-    axis. This shifts the windows that tfmot pools relative to the blocks that tfmot masks. This
-    function reproduces the shift.
+    axis. The padding shifts the windows that tfmot pools relative to the blocks that tfmot masks.
+    This function reproduces the shift.
     """
     pooled = np.abs(w)
     for axis, length in enumerate(block_size):

@@ -66,8 +66,8 @@ class PruneLowMagnitude(LayerMethod):
             )
         if self.sparsity_m_by_n and self.sparsity_m_by_n[0] >= self.sparsity_m_by_n[1]:
             raise ValueError(
-                "sparsity_m_by_n=(m, n) sets m of every n consecutive inputs to zero, so m < n. "
-                f"Received: {sparsity_m_by_n!r}"
+                "sparsity_m_by_n=(m, n) sets m of every n consecutive inputs to zero. Expected "
+                f"m < n. Received: {sparsity_m_by_n!r}"
             )
 
     @property

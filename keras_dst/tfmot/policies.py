@@ -28,7 +28,7 @@ class PruneForLatencyOnXNNPack(PruningPolicy):
     The model must begin with `ZeroPadding2D(1)` and `Conv2D(n, 3, strides=2, padding="valid")` on
     three channels, and end with `GlobalAveragePooling2D`. XNNPACK must support every layer between
     these layers in sparse inference. The policy also checks the layers of nested models.
-    `keras_dst.lint` gives the same information about a `.tflite` file.
+    For a `.tflite` file, call `keras_dst.lint`.
 
     Example:
         >>> policy = keras_dst.tfmot.PruneForLatencyOnXNNPack()
@@ -135,7 +135,7 @@ def _first_on_every_path(starts, is_wanted, neighbors) -> list:
     Return the operations found, or an empty list if at least one path has no such operation.
     """
     found, queue = [], list(dict.fromkeys(starts))
-    for operation in queue:  # The loop body appends to the queue.
+    for operation in queue:  # The loop also visits operations that its body appends.
         if is_wanted(operation):
             found.append(operation)
         elif operation not in neighbors:
@@ -201,5 +201,5 @@ _LAYERS = (
     *(layers.Add, layers.Subtract, layers.Multiply, layers.Identity, layers.Dropout),
     *(layers.ZeroPadding2D, layers.ReLU, layers.LeakyReLU, layers.ELU),
 )
-# Names of the operation classes of keras.ops for operators such as `a - b`.
+# Class names of the Keras operations that operators such as `a - b` create.
 _OPERATIONS = ("Add", "Subtract", "Multiply")

@@ -39,8 +39,8 @@ def prune_low_magnitude(
             update. Defaults to `ConstantSparsity(0.5, 0)`.
         block_size: Number of rows (inputs) and columns (outputs) of the blocks that are pruned as a
             whole. Only matrices can be pruned in blocks larger than (1, 1). tfmot uses the same
-            order. In a `pattern` of `keras_dst.methods`, outputs come first: `"1x4"` is
-            `block_size=(4, 1)` here. Defaults to (1, 1).
+            order. A `pattern` of `keras_dst.methods` has the opposite order: the pattern `"1x4"`
+            corresponds to `block_size=(4, 1)`. Defaults to (1, 1).
         block_pooling_type: `"AVG"` ranks blocks by their mean magnitude, and `"MAX"` ranks blocks
             by their largest magnitude. Defaults to `"AVG"`.
         pruning_policy: Policy that chooses which layers of a model are pruned. Defaults to None,
@@ -213,7 +213,7 @@ def _inner_layers_to_prune(layer, method) -> list:
 
 
 def _is_frozen(layer) -> bool:
-    """Return whether a layer is not pruned and all its kernels are frozen."""
+    """Return whether all kernels of a layer are frozen. A pruned layer counts as not frozen."""
     if is_pruned(layer):
         return False
     if not layer.built:
@@ -228,7 +228,7 @@ def _lacks_weight_names(layer) -> bool:
 
 
 def _obstacle(layer, method) -> str | None:
-    """Return the reason why a layer cannot be pruned although it has weights, or None."""
+    """Return the reason why the weights of a layer cannot be pruned, or None."""
     if isinstance(layer, SparseMixin):
         return "it is sparse already; call keras_dst.strip(model) first"
     if _lacks_weight_names(layer):
