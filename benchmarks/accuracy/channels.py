@@ -151,9 +151,10 @@ def table():
         "standard deviation over the seeds, and the fraction of the FLOPs that remains. The "
         "accuracy is measured on the smaller model. Every method starts from the same dense "
         "network and trains for the same number of epochs with the same batches and learning "
-        "rates. No method is tuned. Torch-Pruning 1.6.1 ranks groups by their L2 norm. It removes "
-        "channels before the training, or after half of it with the sparse learning of DepGraph. "
-        "`make bench-channels` writes this page from the runs in this folder.",
+        "rates. No method is tuned. Torch-Pruning 1.6.1 ranks groups by their L2 norm. Without "
+        "sparse learning, Torch-Pruning removes channels before the training. With the sparse "
+        "learning of DepGraph, it removes channels after half of the training. `make "
+        "bench-channels` writes this page from the runs in this folder.",
     ]
     for key in dict.fromkeys(key for key, *_ in found):
         net, epochs, images = key

@@ -100,11 +100,11 @@ def table():
         "",
         f"## LeNet-300-100, MNIST, {EPOCHS} epochs",
         "",
-        "The table shows the test accuracy in % of the finished network after the last epoch, as "
-        "mean and standard deviation over the seeds, and the sparsity. Step time and memory are "
-        f"relative to the dense network of the same tool. Step time is the median of {ROUNDS} "
-        f"rounds of {STEPS} steps, including mask updates. The networks take turns. All times are "
-        "CPU times.",
+        "The table shows the test accuracy in % after the last epoch, as mean and standard "
+        "deviation over the seeds, and the sparsity. Step time and memory are relative to the "
+        f"dense network of the same tool. Step time is the median of {ROUNDS} rounds of {STEPS} "
+        "steps, including mask updates. Each round measures every network once. All times are CPU "
+        "times.",
         "",
         "| tool | method | seeds | accuracy | sparsity | step | step, ms | compiling, s | memory |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -116,9 +116,10 @@ def table():
         "",
         "## Files of this network",
         "",
-        "The table shows the `.tflite` files of the first seed. Bytes and latency are relative "
-        "to the dense file in the first row. Latency is the median time of one inference on one "
-        "thread. All files take turns in one process. Accuracy is the test accuracy of the file.",
+        "The table shows the `.tflite` files of the first seed. Bytes and latency are relative to "
+        "the dense file in the first row. Latency is the median time of one inference on one "
+        "thread. The files are measured alternately in one process. Accuracy is the test accuracy "
+        "of the file.",
         "",
         "| tool | method | written by | bytes | latency | accuracy |",
         "|---|---|---|---|---|---|",

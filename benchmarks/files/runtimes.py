@@ -203,10 +203,10 @@ def table():
         "",
         "The table shows the size of the exported files, their size after compression with gzip, "
         "the median latency of an inference with one image on one thread, and the largest "
-        "difference from the outputs of Keras. Figures with × are ratios to the dense network. "
-        "The latency ratio is the median over runs in which the files take turns. The networks "
-        f"were trained for {EPOCHS} epoch on {IMAGES:,} images of MNIST. `make bench-runtimes` "
-        "writes this page from the runs in this folder.",
+        "difference from the outputs of Keras. Figures with × are ratios to the dense network. The "
+        "latency ratio is the median over several measurements, and each measurement runs every "
+        f"file. The networks were trained for {EPOCHS} epoch on {IMAGES:,} images of MNIST. `make "
+        "bench-runtimes` writes this page from the runs in this folder.",
         "",
         "| net | runtime | weights | bytes | gzip bytes | latency | difference |",
         "|---|---|---|---|---|---|---|",

@@ -152,13 +152,13 @@ def table():
     lines = [
         "# Sparse .tflite files by network, pattern and sparsity",
         "",
-        f"Each network is trained dense on {IMAGES:,} images, and the training is continued with "
+        f"Each network is first trained without pruning on {IMAGES:,} images, and then with "
         "`Magnitude` for half as many epochs. `Magnitude` prunes every layer except the last to "
-        f"the same sparsity. The accuracy in % of each file is measured on {TESTED:,} test "
-        "images. Bytes, latency, load time and peak memory are relative to the dense float32 "
-        "file. Latency is the time of one inference on one thread. The columns after `no AVX` "
-        "give the bytes and the latency of a file that was exported for ARM. This file runs with "
-        "AVX hidden, so that XNNPACK uses the kernels that it uses on ARM. With the pattern "
+        f"the same sparsity. The accuracy in % of each file is measured on {TESTED:,} test images. "
+        "Bytes, latency, load time and peak memory are relative to the dense float32 file. Latency "
+        "is the time of one inference on one thread. The columns after `no AVX` give the bytes and "
+        "the latency of a file that was exported for ARM. The latency of that file is measured "
+        "with AVX disabled, because XNNPACK then uses the same kernels as on ARM. With the pattern "
         "`channel`, channels are removed. The columns after `converter` describe the file that "
         "TensorFlow's converter writes for the same network with `EXPERIMENTAL_SPARSITY`. `make "
         "bench-tflite` writes this page from the runs in this folder.",

@@ -155,10 +155,11 @@ def table():
         "",
         "The table shows the cost of one mask update for a ResNet-50 with 25 million weights, on "
         "one core. RigL ranks each weight tensor separately, and the other methods rank all "
-        "tensors together. The sparsity grows from one update to the next. The unit of time is "
-        "one pass of `abs` and `sum` over all weights. Memory is relative to the memory of the "
-        "weights. The goals were at most 60 passes and 2× the memory. `make bench-overhead` "
-        "writes this page from the runs in this folder.",
+        "tensors together. The sparsity grows from one update to the next. Times are given in "
+        "passes. One pass computes `abs` and `sum` of all weights once. Memory is relative to the "
+        "memory of the weights. The goals were at most 60 passes per update, and at most twice the "
+        "memory of the weights. `make bench-overhead` writes this page from the runs in this "
+        "folder.",
         "",
     ]
     columns = {

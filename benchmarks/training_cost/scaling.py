@@ -186,11 +186,11 @@ def table():
         "",
         "The networks consist of dense layers, 90 % of whose weights are pruned. All times are "
         "measured on one core. The column of a method gives its step time relative to the dense "
-        f"network, as the median of {ROUNDS} rounds in which the networks take turns. The other "
-        "columns give times in seconds. The mask update (`update`) runs once every hundred "
-        "steps, and the other functions run once. `export` does not measure latency. `slope` is "
-        "the exponent of growth in the number of weights, layers or samples. `make "
-        "bench-scaling` writes this page from the runs in this folder.",
+        f"network, as the median of {ROUNDS} rounds. Each round measures every network once. The "
+        "other columns give times in seconds. The mask update (`update`) runs once every hundred "
+        "steps, and the other functions run once. `export` does not measure latency. Figures grow "
+        "approximately as a power of the number of weights, layers or samples, and `slope` is the "
+        "exponent. `make bench-scaling` writes this page from the runs in this folder.",
     ]
     stored = results.runs(BENCHMARK)
     for backend in BACKENDS:

@@ -200,10 +200,10 @@ def table():
         "# Step time",
         "",
         "The tables show the time of a training step relative to the dense model (`plain`). The "
-        "step time includes mask updates. The models take turns on one core. Numbers in brackets "
-        "are compilation times relative to the dense model. Differences of a few percent from 1 "
-        "are noise. `make bench-step` and `make bench-overhead` write this page from the runs in "
-        "this folder.",
+        "step time includes mask updates. The models are measured alternately on one core. Numbers "
+        "in brackets are compilation times relative to the dense model. Differences of a few "
+        "percent from 1 are noise. `make bench-step` and `make bench-overhead` write this page "
+        "from the runs in this folder.",
     ]
     stored = results.runs(BENCHMARK)
     for net in SETTINGS:

@@ -104,13 +104,13 @@ def table():
         f"The table compares the cost of training LeNet-300-100 on MNIST to {SPARSITY:.0%} "
         f"sparsity. The goal is a mean test accuracy of {100 * goal:.2f} % over {len(dense)} "
         f"seeds, which is {100 * LESS:g} points less than the dense network reaches after five "
-        "epochs. `epochs` is the smallest number of epochs, out of "
-        f"{', '.join(map(str, EPOCHS))}, that reaches the goal. `operations` are the operations "
-        "of the whole training, relative to one epoch of dense training. `zeros skipped` is the "
-        "number of operations for a processor that skips all zeros. `seconds` is the duration of "
-        f"`fit`, including compilation. All training runs ended within {100 * apart:.2f} points "
-        "of the target sparsity. `make bench-time-to-accuracy` writes this page from the runs in "
-        "this folder.",
+        f"epochs. `epochs` is the smallest number of epochs, out of {', '.join(map(str, EPOCHS))}, "
+        "with which the method reaches the goal. `operations` is the number of operations of the "
+        "whole training, relative to one epoch of dense training. `zeros skipped` is the number of "
+        "operations for a processor that skips all zeros. `seconds` is the duration of `fit`, "
+        f"including compilation. All training runs ended within {100 * apart:.2f} points of the "
+        "target sparsity. `make bench-time-to-accuracy` writes this page from the runs in this "
+        "folder.",
         "",
         "| | epochs | accuracy | operations | zeros skipped | seconds |",
         "|---|---|---|---|---|---|",
