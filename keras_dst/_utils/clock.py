@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 _FEWEST_UPDATES = 20  # Minimum number of updates if the user gives no frequency.
-_LEARNED_RESPONSE = 5  # Steps until a learned method shows the effect of an update.
+# Minimum number of steps between two updates of a method that learns its sparsity, because the
+# effect of an update on the sparsity is delayed.
+_LEARNED_RESPONSE = 5
 
 
 class UpdateClock(NamedTuple):
@@ -46,10 +48,10 @@ class UpdateClock(NamedTuple):
 
 
 def update_clock(method, schedule, total=None, epoch=None) -> UpdateClock | None:
-    """Return the clock of a method, or None if this requires the length of training.
+    """Return the clock of a method, or None if the required length of training is unknown.
 
-    If the user gives no frequency, the method's `default_frequency` is used. In a short training,
-    masks are updated more often: at least twenty times while the target sparsity changes.
+    If the user gives no frequency, the method's `default_frequency` is used. In a short training
+    run, masks are updated more often: at least twenty times while the target sparsity changes.
 
     Args:
         method: The pruning method, a `methods.Method`.

@@ -17,7 +17,7 @@ class Configurable:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        arguments_of(cls)  # Fail early if a config cannot describe the constructor.
+        arguments_of(cls)  # Raise an error now if a config cannot store the arguments.
 
     def get_config(self) -> dict[str, Any]:
         """Return the constructor arguments, serialized by Keras."""
@@ -52,8 +52,8 @@ class Configurable:
         return type(self) is type(other) and self.get_config() == other.get_config()
 
     def __hash__(self):
-        # Equal objects must have equal hashes, even if their arguments are 0 and 0.0. The hash
-        # therefore depends only on the class.
+        # Equal objects must have equal hashes, and an object with the argument 0 equals an object
+        # with the argument 0.0. The hash therefore depends only on the class.
         return hash(type(self))
 
     def __repr__(self):
@@ -91,6 +91,6 @@ def arguments_of(cls: type) -> dict[str, Parameter]:
     if passes_on:
         raise TypeError(
             f"All arguments of {cls.__name__}.__init__ must have names, because a config stores "
-            f"arguments by name. Received: {passes_on}. Replace it by named arguments."
+            f"arguments by name. Received: {passes_on}. Replace {passes_on} by named arguments."
         )
     return found

@@ -12,7 +12,7 @@ _MODELS = {".keras", ".h5", ".hdf5", ".tflite"}  # Extensions of files that hold
 
 @contextlib.contextmanager
 def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield a temporary path. After the block, rename the file at this path to `path`.
+    """Yield a temporary path to write to. After the block, move the written file to `path`.
 
     If the process is killed or the disk is full, the file at `path` does not change.
 
@@ -31,7 +31,7 @@ def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def check_writable(path: pathlib.Path, extension: str = "") -> None:
-    """Raise an error if a file cannot be written at this path, or could replace a model.
+    """Raise an error if a file cannot be written to this path, or if it could replace a model file.
 
     Args:
         path: Path of the new file.
@@ -39,8 +39,8 @@ def check_writable(path: pathlib.Path, extension: str = "") -> None:
             that any extension is allowed.
 
     Raises:
-        OSError: If no file can be written at this path.
-        ValueError: If the path has the extension of a model file of another kind.
+        OSError: If no file can be written to this path.
+        ValueError: If the extension of the path belongs to another type of model file.
     """
     if extension and path.suffix.lower() in _MODELS - {extension}:
         raise ValueError(

@@ -10,8 +10,8 @@ import keras
 
 Filters = str | Sequence[str] | Callable[[Any], bool] | None
 
-# Names of variables with two or more axes that are not kernels, such as biases of attention heads,
-# states of pruning methods, and LoRA factors.
+# Names of variables that can have two or more axes but are not kernels, such as biases of attention
+# heads, states of pruning methods, and LoRA factors.
 _NOT_PRUNED = re.compile(
     r"(^|_)(bias|beta|gamma|scale|threshold|scores?|anchor|alpha|control|lora_\w+_[ab])$"
 )
@@ -53,8 +53,8 @@ def select(
         filters: A name, a regular expression that matches a whole name, a list of names and
             expressions, or a function that receives an item and returns a bool. None selects all
             items.
-        names: For each item, all names by which it can be selected. Error messages list the first
-            name.
+        names: For each item, all names by which the item can be selected. Error messages show only
+            the first of these names.
         argument: Name of the argument in which the user passed the filter, for error messages.
             Defaults to "filters".
 
