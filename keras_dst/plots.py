@@ -24,7 +24,7 @@ def density(report, ax=None):
     """Draw a bar chart with the density of each prunable weight.
 
     Args:
-        report: Report on a model, which `keras_dst.report` returned.
+        report: Report that `keras_dst.report` returned for a model.
         ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
 
     Returns:

@@ -3,8 +3,8 @@
 The folder results/ is not installed with the package. The figures on which recommendations are
 based are therefore copied to the tables of this module, and a test compares the tables with
 results/. `Figure.method` is the pruning method with the highest mean accuracy. The exception is
-Magnitude, the method with the lowest training cost: `Figure.method` is Magnitude unless another
-method exceeds its accuracy by more than the sum of the two standard deviations.
+Magnitude, the method with the lowest training cost: `Figure.method` is Magnitude unless the
+accuracy of another method is higher by more than the sum of the two standard deviations.
 """
 
 from __future__ import annotations

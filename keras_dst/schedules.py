@@ -332,8 +332,8 @@ def check_sparsity(value, name: str = "sparsity", alternative: str = "") -> None
     Args:
         value: Argument to check. Booleans are not accepted.
         name: Name of the argument for the error message.
-        alternative: Text about other allowed values, which is added to the error message. Defaults
-            to an empty string.
+        alternative: Text that names other allowed values and is added to the error message.
+            Defaults to an empty string.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ValueError(

@@ -161,7 +161,7 @@ def _safetensors():
 
 @contextlib.contextmanager
 def _zeros_under_masks(model) -> Iterator[None]:
-    """Set the pruned weights of sparse layers to zero, and restore them after the context."""
+    """Set the pruned weights of sparse layers to zero within this context."""
     restored = []
     for layer in _keras.flatten_layers(model):
         if isinstance(layer, SparseMixin):
@@ -179,8 +179,8 @@ def _zeros_under_masks(model) -> Iterator[None]:
 def _encode(weights: h5py.File, include_optimizer: bool) -> tuple[dict, dict[str, np.ndarray]]:
     """Split an HDF5 file into its structure, which can be stored as JSON, and its encoded tensors.
 
-    A tensor is encoded as a bitmap and its nonzero values if this takes fewer bytes. A boolean
-    tensor is always encoded as a bitmap.
+    A tensor is encoded as a bitmap and its nonzero values if this takes fewer bytes than the dense
+    tensor. A boolean tensor is always encoded as a bitmap.
     """
     structure: dict[str, Any] = {"format": _FORMAT, "groups": {}, "datasets": {}}
     tensors = {}

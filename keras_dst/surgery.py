@@ -111,7 +111,7 @@ def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
       is converted to its sparse class. The model may be compiled or not. Layers inside nested,
       subclassed or wrapping layers are included. Supported layers are dense, convolutional (also
       transposed, depthwise and separable), `EinsumDense` (and thus attention) and `Embedding`
-      layers, and the cells of recurrent layers. Subclasses of these layers are supported too.
+      layers, and the cells of recurrent layers. Subclasses of supported layers are also supported.
       Custom layers are supported if their class lists the names of the weights in
       `prunable_weights`. A shared layer has one mask for all its calls. DCIL also adds a second set
       of variables to every batch normalization, independent of `filters`.

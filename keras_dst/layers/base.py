@@ -132,7 +132,7 @@ class SparseMixin(_keras.BuildHook):
         """Set the method of this layer, before or after the layer is built."""
         self.method = method
         # Up to version 3.15, Keras sets the attribute `quantize` on every layer instance, which
-        # hides the method `quantize` of the class. The replacement is therefore also set on the
+        # hides the method `quantize` of the class. `_refuse_to_quantize` is therefore set on the
         # instance.
         self.__dict__["_stock_quantize"] = self.__dict__.get("quantize")
         self.__dict__["quantize"] = self._refuse_to_quantize
@@ -246,8 +246,8 @@ class SparseMixin(_keras.BuildHook):
 
     # Keras saves the weights of a layer by position. The variables of the method are saved by name,
     # next to the weights of the stock layer. If a file lacks these variables, for example because
-    # it stores a dense model, the variables keep their values. The mask of a new layer then keeps
-    # all weights.
+    # it stores a dense model, the variables keep their values. The mask of a newly created layer
+    # keeps all weights.
     def save_own_variables(self, store):
         own = self.state_variables()
         with self._as_stock():

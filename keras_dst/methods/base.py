@@ -412,8 +412,8 @@ class LayerMethod(Method):
     def check(self, shape: Sequence[int], layout: Layout) -> None:
         """Raise ValueError if a weight of this shape cannot be pruned in the method's pattern.
 
-        `sparsify` calls this function for every weight. If `sparsify` skips the layer, its report
-        shows the error message as the reason.
+        `sparsify` calls this function for every weight. If the function raises an error, `sparsify`
+        skips the layer and reports the error message as the reason.
         """
         Pattern(self.pattern).block(shape, layout)
 
@@ -618,7 +618,7 @@ class UnitMethod(LayerMethod):
         return w * self.gate(state, layout)
 
     def mask(self, w: Tensor, state: State, layout: Layout = KERNEL) -> Tensor:
-        """Return the boolean mask of one weight, which is true for all weights of an open unit."""
+        """Return the boolean mask of one weight, which is true in all entries of open units."""
         return ops.broadcast_to(self.gate(state, layout) > 0, w.shape)
 
     def bind_layers(

@@ -320,7 +320,8 @@ def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tenso
         scale = ops.where(scale > 0, scale, ops.mean(ops.abs(pooled)))
         units.append(pooled / ops.where(scale > 0, scale, 1.0))
     # Each row of `places` belongs to one channel and lists the positions of its units in `every`.
-    # The last entry of `every` is 0, and its position fills short rows.
+    # Short rows are padded with the position of the last entry of `every`. The value of this entry
+    # is 0.
     places, counts = _units_of_channels(tuple(layouts))
     every = ops.concatenate([*units, ops.zeros((1,), "float32")])
     return ops.sum(ops.take(every, places), axis=1) / ops.convert_to_tensor(counts, "float32")
@@ -443,8 +444,8 @@ def masks_of_followers(
 
     Args:
         followers: One tuple `(variable, axis, ids)` for every variable that belongs to channels.
-            `axis` is its channel axis. For each entry along this axis, `ids` holds the index of the
-            channel, or -1 if the entry is always kept.
+            `axis` is the channel axis of the variable. For each entry along this axis, `ids` holds
+            the index of the channel, or -1 if the entry is always kept.
         alive: Result of the function `alive`.
     """
     last = alive.shape[0] - 1

@@ -53,8 +53,8 @@ class Consensus(UnitMethod):
     the weights and the bias of its unit to zero. Layers that compute the outputs of the model get
     no gates. `layers.Gate` adds gates at any position in a model. All gates that were created with
     equal `Consensus` objects share one target cost. Training needs the `SparseTraining` callback.
-    After the last step, the callback opens or closes gates until the target is met. `shrink` then
-    removes the closed units.
+    After the last step, the callback opens or closes gates until the target is met. After training,
+    `shrink` removes the closed units.
 
     Initially, the mean logit is 0.1, and units with larger weights have higher logits. With the
     default penalty weights, a model of a few hundred units or more reaches the target within a few

@@ -8,7 +8,7 @@ dL/dw = g m + g w S'(Q) sign(w)        dL/dt = -sum(g w S'(Q))        S': `masks
 loss = task + alpha * sum(exp(-t))
 ```
 
-Weights can be pruned, and can be kept again, at every step.
+At every step, kept weights can be pruned, and pruned weights can be restored.
 
 Extensions of the paper: Blocks and channels are scored by the mean `|w|` of their weights. With a
 target sparsity, a controller sets alpha, and thresholds do not go below 0. Every layer then keeps a
@@ -190,7 +190,7 @@ class DST(LayerMethod):
 
     @property
     def reset_at(self) -> float:
-        """Density of a layer at or below which its thresholds are reset to 0."""
+        """Maximum density of a layer at which the thresholds of the layer are reset to 0."""
         if self.schedule is None:
             return self.reset_density
         return min(self.reset_density, 0.1 * (1 - self.schedule.sparsity))
@@ -207,9 +207,10 @@ class DST(LayerMethod):
 
         The drift is the decrease of the gap per update that training and the schedule cause. The
         response is the additional decrease per update if alpha is 1. The drift and the response are
-        estimated by exponentially weighted least squares. Like the gap, they have the unit of the
-        weights. Alpha is dimensionless. Alpha is then set so that the gap decreases by the fraction
-        `_GAP_SHARE` until the next update. Alpha is negative if too few weights are kept.
+        estimated by exponentially weighted least squares. The gap, the drift and the response have
+        the same unit as the weights. Alpha is dimensionless. Alpha is then set so that the gap
+        decreases by the fraction `_GAP_SHARE` until the next update. Alpha is negative if too few
+        weights are kept.
         """
         gap, shifts, floors = self._shifts(weights, states, layouts, kept[0])
         # At progress 1, the thresholds are not shifted: the training callback first warns if

@@ -7,9 +7,9 @@ s_t = s_f + (s_i - s_f)(1 - (t - t0) / (t1 - t0))**3        score = |w|
 Other saliency criteria are in `saliency.py`, for example LAMP and the first-order Taylor expansion.
 
 With `revival=True`, the optimizer stores a dense copy of the weights and trains this copy with the
-gradients of the masked weights. Pruned weights may therefore be kept again later (Dynamic Model
-Pruning with Feedback, arXiv 2006.07253). `masks.limit_gradient` limits the gradients of pruned
-weights.
+gradients of the masked weights. A later mask update may therefore restore pruned weights (Dynamic
+Model Pruning with Feedback, arXiv 2006.07253). `masks.limit_gradient` limits the gradients of
+pruned weights.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Magnitude(UpdateMethod):
             weights), blocks such as `"1x4"` (outputs x inputs), N:M such as `"2:4"`, or
             `"channel"`. The score of a group is the mean score of its weights. Defaults to
             `"unstructured"`.
-        revival: If True, pruned weights are still trained, and can be kept again at a later mask
-            update. Defaults to False.
+        revival: If True, pruned weights are still trained, and a later mask update can restore
+            them. Defaults to False.
         score: Saliency of a weight. `"magnitude"` is `|w|`. `"lamp"` is the square of the weight,
             divided by the sum of the squares of all weights in the layer that are at least as
             large. LAMP scores of different layers are comparable, so the score fits

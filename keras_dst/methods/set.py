@@ -50,7 +50,8 @@ class SET(UpdateMethod):
         allocation: Distribution of the sparsity over the weights: `"erk"`, `"uniform"`, or a dict
             from weight names or regular expressions to sparsities. With `"uniform"`, the first
             weight tensor stays dense if the model keeps at least four times as many weights as this
-            tensor has. The sparsity of the other tensors then increases. Defaults to `"erk"`.
+            tensor has. The other tensors are pruned more, so that the total sparsity does not
+            change. Defaults to `"erk"`.
         pattern: Shape of the groups of weights that are pruned together: `"unstructured"` (single
             weights), blocks such as `"1x4"` (outputs x inputs), or `"channel"`. Defaults to
             `"unstructured"`.
@@ -160,7 +161,7 @@ class SET(UpdateMethod):
         return first, math.floor(self._stop * (total_steps or 0))
 
     def followers_settled(self, step, total):
-        # Until the last mask update, a pruned channel may be grown again. With a scale of 0, the
+        # Until the last mask update, SET may restore a pruned channel. With a scale of 0, the
         # grown channel would get no gradient.
         if self.stop_step is not None:
             return step >= self.stop_step

@@ -80,7 +80,7 @@ class UpdatePruningStep(keras.callbacks.Callback):
 
 
 class _StepDriver(LayerDriver):
-    """Object that updates the masks of all layers that share one `PruneLowMagnitude`."""
+    """Driver that updates the masks of all layers that share one `PruneLowMagnitude` method."""
 
     def __init__(self, model, layers_):
         super().__init__(model, layers_)
