@@ -95,7 +95,7 @@ def _erk(shapes, density):
     raw = np.array([sum(s) for s in shapes], "float64") / sizes
     full = np.zeros(len(sizes), bool)
     while True:
-        # Weights whose density would exceed 1 stay dense. The rest of the kept entries is
+        # Weights whose density would exceed 1 stay dense. The remaining entries to keep are
         # distributed over the other weights.
         budget = density * sizes.sum() - sizes[full].sum()
         result = np.where(full, 1.0, 0.0)

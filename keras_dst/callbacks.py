@@ -223,7 +223,8 @@ class SparseTraining(keras.callbacks.Callback):
             # The callback updates the masks, and this compiled step does not. Compile a new step,
             # because the next `fit` may run without the callback.
             self.model.train_function = None
-        if self._fit.history is None:  # In a custom training loop, no `History` ends the patches.
+        if self._fit.history is None:
+            # A custom training loop has no `History` callback whose `on_train_end` does this.
             self._fit.end()
 
     # --------------------------------------------------------------------------------------------

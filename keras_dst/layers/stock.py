@@ -165,7 +165,7 @@ class SparseSimpleRNNCell(SparseCellMixin, layers.SimpleRNNCell):
 class SparseLSTMCell(SparseCellMixin, layers.LSTMCell):
     """`keras.layers.LSTMCell` with a sparse kernel and a sparse recurrent kernel.
 
-    Under DST, each kernel has four thresholds per unit, one for each gate of the cell.
+    With DST, each kernel has four thresholds per unit, one for each gate of the cell.
     """
 
     stock = layers.LSTMCell
@@ -177,7 +177,7 @@ class SparseLSTMCell(SparseCellMixin, layers.LSTMCell):
 class SparseGRUCell(SparseCellMixin, layers.GRUCell):
     """`keras.layers.GRUCell` with a sparse kernel and a sparse recurrent kernel.
 
-    Under DST, each kernel has three thresholds per unit, one for each gate of the cell.
+    With DST, each kernel has three thresholds per unit, one for each gate of the cell.
     """
 
     stock = layers.GRUCell

@@ -40,7 +40,7 @@ from keras_dst.schedules import Schedule
 Tensor = Any
 State = dict[str, Any]
 
-# Some methods use a different schedule for a training run of fewer epochs.
+# Some methods use a different schedule for training runs of fewer epochs than this number.
 SHORT = 20
 # A training run with at least this number of steps uses the settings of the papers.
 _LONG = 20_000
@@ -256,8 +256,8 @@ class Method(Configurable):
             sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
         floors = self._floors(shapes, sizes, together)
         # `kept` counts entries, and the minimums count groups, which can differ in size. Increase
-        # `kept` if the minimum number of groups would not fit, even if all groups have the largest
-        # size.
+        # `kept` if necessary, so that the minimum number of groups fits even if all these groups
+        # have the largest size.
         largest = np.array([int(n.max()) for n in sizes] if sizes else [1] * len(shapes))
         least = largest * (floors if self.min_kept else 1)
         kept = ops.maximum(kept, least.sum() if together else least)
@@ -472,7 +472,7 @@ class LayerMethod(Method):
 
         A method calls this function if its pruned weights, scores or thresholds are trained by the
         gradient of the effective weight. The limit is 10 times the root mean square of the
-        gradients of kept weights, and less in a training run of fewer than 20,000 steps.
+        gradients of kept weights, and lower in a training run of fewer than 20,000 steps.
 
         Args:
             effective: Weight that the forward pass uses.
@@ -665,9 +665,9 @@ class UpdateMethod(Method):
     Attributes:
         moves_weights: Whether `before` returns weights that differ from the model's weights.
         grows: Whether `update` also returns an entry `"grown"`: a boolean mask of the weights that
-            are newly kept. Newly kept weights and their optimizer slots, such as momentum, start at
-            0. If channels are coupled, `update` also returns an entry `"start"`: the initial values
-            of the newly kept weights, in the shape of the weight.
+            are newly kept. These weights and their optimizer slots, such as momentum, are set to 0.
+            If channels are coupled, `update` also returns an entry `"start"`: the initial values of
+            the newly kept weights, in the shape of the weight.
         reads_gradients: True if the method uses the values of the gradients, for example for a
             saliency, and does not only mask the gradients. If True, distributed training sums the
             gradients of all replicas before the method reads them.

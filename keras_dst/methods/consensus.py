@@ -8,8 +8,8 @@ z = 1[pi >= 0.5]        dz/dpi = 1 (straight-through)        g = mean of z over 
 loss = task + lambda_polar mean(g (1 - g)) + lambda_act (cost(g) / cost(1) - target)**2
 ```
 
-The cost is counted on the smaller model, after the removal of closed channels. A channel is removed
-if its gates are closed in all layers that compute the channel. Together with a channel, the
+The cost is the cost of the smaller model, from which all closed channels are removed. A channel is
+removed if its gates are closed in all layers that compute the channel. Together with a channel, the
 corresponding inputs of the next layers are removed. In a subclassed model, or in a model that
 contains `layers.Gate`, the cost is `sum(c g)` as in the paper, where c is the cost of one
 structure.
@@ -91,7 +91,8 @@ class Consensus(UnitMethod):
     learned = True
     undecayed = ("logit",)
     target_quantity = "fraction of the cost closed"
-    start = 0.1  # Mean of the initial logits: gates are open, but close to the decision boundary.
+    # With this mean of the initial logits, gates are open but close to the decision boundary.
+    start = 0.1
 
     def __init__(
         self,

@@ -9,7 +9,8 @@ loss = CE(p) + CE(f) + T**2 (KL(stop(f) || p) + KL(stop(p) || f))        softmax
 ```
 
 The two paths have separate statistics, scales and offsets of batch normalization. The KL terms
-begin after a warm-up. Every 16 steps, all weights are ranked by `|w|` again, at the sparsity
+begin after a warm-up. Every 16 steps, a new mask keeps the weights with the largest `|w|`, at the
+sparsity
 
 ```text
 s_t = s (1 - (1 - t / T_p)**3)

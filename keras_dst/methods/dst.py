@@ -206,11 +206,11 @@ class DST(LayerMethod):
         ```
 
         The drift is the decrease of the gap per update that training and the schedule cause. The
-        response is the additional decrease per update if alpha is 1. The drift and the response are
-        estimated by exponentially weighted least squares. The gap, the drift and the response have
-        the same unit as the weights. Alpha is dimensionless. Alpha is then set so that the gap
-        decreases by the fraction `_GAP_SHARE` until the next update. Alpha is negative if too few
-        weights are kept.
+        response is the additional decrease of the gap per update if alpha is 1. The drift and the
+        response are estimated by exponentially weighted least squares. The gap, the drift and the
+        response have the same unit as the weights. Alpha is dimensionless. Alpha is then set so
+        that the gap decreases by the fraction `_GAP_SHARE` until the next update. Alpha is negative
+        if too few weights are kept.
         """
         gap, shifts, floors = self._shifts(weights, states, layouts, kept[0])
         # At progress 1, the thresholds are not shifted: the training callback first warns if
@@ -303,5 +303,5 @@ class _Reset(keras.constraints.Constraint):
         mask = self.method.mask(ops.convert_to_tensor(self.variable), {"threshold": t}, self.layout)
         alive = ops.mean(masks.ones(mask, "float32")) > self.method.reset_at
         t = masks.masked(t, ops.logical_and(alive, ops.isfinite(t)))
-        # A threshold below 0 prunes no weights, and would take longer to rise again.
+        # A threshold below 0 prunes no weights, and would need more steps to prune weights again.
         return t if self.method.schedule is None else ops.maximum(t, 0.0)

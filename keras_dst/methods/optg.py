@@ -47,8 +47,8 @@ class OptG(LayerMethod):
             epochs.
         beta: Steepness of the sigmoid per epoch. Do not pass `beta` with a `Schedule`, which has
             its own curve. Defaults to None: 1, as in the paper, if training has at least 20 epochs.
-            With None and fewer epochs, the sparsity grows along a cubic ramp in the first half of
-            training.
+            If `beta` is None and training has fewer epochs, the sparsity grows along a cubic ramp
+            in the first half of training.
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
             weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
             expressions to sparsities. Defaults to `"global"`.

@@ -310,7 +310,7 @@ class _H5Format:
 
 
 class _KerasFormat:
-    """Reader for the weights of a `.keras` file. Its HDF5 groups are named after layer classes."""
+    """Reader for the weights of a `.keras` file, which names HDF5 groups after layer classes."""
 
     def find_layers(self, group, entries):
         """Map the name of each layer to its HDF5 group."""

@@ -28,7 +28,7 @@ class PruneForLatencyOnXNNPack(PruningPolicy):
     The model must begin with `ZeroPadding2D(1)` and `Conv2D(n, 3, strides=2, padding="valid")` on
     three channels, and end with `GlobalAveragePooling2D`. XNNPACK must support every layer between
     these layers in sparse inference. The policy also checks the layers of nested models.
-    For a `.tflite` file, call `keras_dst.lint`.
+    To check a `.tflite` file for sparse inference in XNNPACK, call `keras_dst.lint`.
 
     Example:
         >>> policy = keras_dst.tfmot.PruneForLatencyOnXNNPack()
