@@ -6,6 +6,7 @@ This module imports flatbuffers, NumPy and LiteRT, but not TensorFlow.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterable
 
 import flatbuffers
@@ -29,7 +30,7 @@ def read(content: bytes) -> schema.ModelT:
 
 def write(model: schema.ModelT) -> bytes:
     """Convert the Python objects that `read` returned to the bytes of a ``.tflite`` file."""
-    builder = _AlignedBuilder(1024)
+    builder = _CompactBuilder(1024)
     builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
     return bytes(builder.Output())
 
@@ -150,10 +151,31 @@ def op_code(model: schema.ModelT, name: str, version: int) -> int:
     return len(model.operatorCodes) - 1
 
 
-class _AlignedBuilder(flatbuffers.Builder):
-    """Flatbuffer builder that aligns all byte vectors, and thus the data of all buffers."""
+class _CompactBuilder(flatbuffers.Builder):
+    """Flatbuffer builder that stores equal strings and equal vectors only once.
+
+    Several objects of a flatbuffer may refer to the same vector. For example, all kernels of a
+    quantized file with the same number of channels share one vector of zero points.
+
+    The builder also aligns all byte vectors, and thus the data of all buffers.
+    """
+
+    def __init__(self, size: int):
+        super().__init__(size)
+        self._places: dict[tuple[str, bytes], int] = {}
+
+    def CreateString(self, s: bytes | str, encoding: str = "utf-8", errors: str = "strict") -> int:
+        content = s.encode(encoding, errors) if isinstance(s, str) else s
+        key = ("string", content)
+        if key not in self._places:
+            self._places[key] = super().CreateString(content)
+        return self._places[key]
 
     def CreateNumpyVector(self, x: np.ndarray) -> int:
-        if x.dtype == np.uint8:
-            self.Prep(_BUFFER_ALIGNMENT, x.nbytes)
-        return super().CreateNumpyVector(x)
+        # A digest, because the vectors themselves would take the memory of a second file.
+        key = (x.dtype.str, hashlib.sha256(x.tobytes()).digest())
+        if key not in self._places:
+            if x.dtype == np.uint8:
+                self.Prep(_BUFFER_ALIGNMENT, x.nbytes)
+            self._places[key] = super().CreateNumpyVector(x)
+        return self._places[key]

@@ -302,7 +302,8 @@ def _pruned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
     """Return a file in which the weights in some buffers are stored without their zeros.
 
-    Parts of the file that TFLM does not read are removed: metadata, and the scales of biases.
+    Parts of the file that TFLM does not need are removed: metadata, the scales of biases, and all
+    zero points of a weight except the first.
     """
     model = read(content)
     found = {weight.buffer: weight for weight in weights(model) if weight.buffer in buffers}
@@ -318,6 +319,7 @@ def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
                 tensor.buffer = 0  # The DECODE op computes this tensor.
             elif tensor.type == schema.TensorType.INT32:
                 tensor.quantization = None  # TFLM computes the scales of biases.
+            _shorten_zero_points(tensor.quantization)
         free = set(encoded)
         graph.operators = [
             new for op in graph.operators for new in _decoded_reads(graph, op, encoded, free, code)
@@ -325,6 +327,13 @@ def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
     for buffer in buffers:
         model.buffers[buffer].data = None
     return write(model)
+
+
+def _shorten_zero_points(quantization: schema.QuantizationParametersT | None) -> None:
+    """Keep one zero point if the zero points of all channels are equal. TFLM repeats it."""
+    points = None if quantization is None else quantization.zeroPoint
+    if quantization is not None and points is not None and len(np.unique(points)) == 1:
+        quantization.zeroPoint = points[:1]
 
 
 def _decode_op_code(model: schema.ModelT) -> int:

@@ -111,9 +111,9 @@ class MicroReport:
     Attributes:
         bytes: size of the file.
         dense_bytes: size of the dense int8 file, whose outputs are bit-identical.
-        unread_bytes: number of bytes of the dense int8 file that TFLM does not read. The exported
-            file omits these bytes: metadata, scales of biases, and all names of merged ops except
-            the first.
+        unread_bytes: number of bytes of the dense int8 file that TFLM does not need. The exported
+            file omits these bytes: metadata, scales of biases, repeated zero points, all names of
+            merged ops except the first, and second copies of equal values.
         dense_gzip_bytes: size of the dense int8 file after compression with gzip.
         arena: number of bytes of the memory arena that the exported file needs.
         dense_arena: number of bytes of the memory arena that the dense int8 file needs.
@@ -139,6 +139,6 @@ class MicroReport:
         return (
             f"{table}\nThe outputs of both files are equal on {self.samples} samples. The size of "
             f"the file is {self.bytes / self.dense_bytes:.2f}x of dense int8, and the file is not "
-            f"faster. Of the {saved:,} saved bytes, {self.unread_bytes:,} are metadata, names and "
-            "scales of biases."
+            f"faster. Of the {saved:,} saved bytes, {self.unread_bytes:,} are parts that TFLM "
+            "does not need, such as metadata and repeated zero points."
         )

@@ -5,7 +5,7 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 
 from keras_dst.export.encode import Format, encode, pack, weights
-from keras_dst.export.flatbuffer import read
+from keras_dst.export.flatbuffer import read, write
 from tests.backends import once
 
 from . import graphs
@@ -235,6 +235,25 @@ def test_buffers_are_aligned_to_16_bytes():
     offsets = [vector.ctypes.data - file.ctypes.data for vector in data]
     assert all(file[offset] == vector[0] for offset, vector in zip(offsets, data, strict=True))
     assert [offset % 16 for offset in offsets] == [0] * len(offsets)
+
+
+@pytest.mark.parametrize("resolver", [AUTO, BUILTIN])
+def test_equal_constants_and_names_are_stored_once(resolver):
+    graph, weight = graphs.File().graph(), sparse_values((64, 64), 0.5)
+    x = y = graph.dynamic([1, 64])
+    for _ in range(2):
+        inputs, options = [y, graph.constant(weight, "twin"), -1], schema.FullyConnectedOptionsT()
+        y = graph.op("FULLY_CONNECTED", inputs, [1, 64], options)
+    given = graph.finish({"x": x}, {"output_0": y}).content()
+    content = write(read(given))
+    assert given.count(weight.tobytes()) == given.count(b"twin") == 2
+    assert content.count(weight.tobytes()) == content.count(b"twin") == 1
+    first, second = weights(read(content))
+    assert first.buffer != second.buffer
+    np.testing.assert_array_equal(first.values, weight)
+    np.testing.assert_array_equal(second.values, weight)
+    values = np.random.default_rng(1).standard_normal((3, 64)).astype(np.float32)
+    np.testing.assert_array_equal(run(content, values, resolver), run(given, values, resolver))
 
 
 def test_weights_lists_constants_with_their_readers():

@@ -5,6 +5,7 @@ import importlib.util
 import keras
 import numpy as np
 import pytest
+from ai_edge_litert import schema_py_generated as schema
 
 import keras_dst
 from keras_dst.export import micro, pipeline
@@ -70,10 +71,26 @@ def test_micro_file_decodes_weights_and_has_only_tflm_ops(report):
             assert decoded in graph.operators[place + 1].inputs
 
 
+def test_micro_file_stores_one_zero_point_and_all_scales_of_a_weight(report):
+    (graph,) = read(report.path.read_bytes()).subgraphs
+    channels = {
+        tuple(tensor.shape): (len(scale), tensor.quantization.zeroPoint.tolist())
+        for tensor in graph.tensors
+        if tensor.type == schema.TensorType.INT8 and len(scale := tensor.quantization.scale) > 1
+    }
+    assert channels == {
+        (32, 3, 3, 4): (32, [0]),
+        (1, 3, 3, 32): (32, [0]),
+        (64, 1, 1, 32): (64, [0]),
+        (48, 2304): (48, [0]),
+        (10, 48): (10, [0]),
+    }
+
+
 def test_micro_report_compares_the_file_with_dense_int8(report):
     found = report.micro
     assert found.bytes == report.bytes == report.path.stat().st_size
-    assert found.bytes < 0.32 * found.dense_bytes
+    assert found.bytes < 0.3 * found.dense_bytes
     assert found.arena > found.dense_arena  # The arena stores decoded weights.
     assert found.samples == len(x)
     assert [file.name for file in report.files] == ["dense float32", "dense int8", "this file"]
