@@ -39,7 +39,10 @@ def draw(name: str, path: pathlib.Path) -> None:
 
 
 def errors() -> dict:
-    """Return the test errors of all runs in percent by method and target, ordered by mean."""
+    """Return the test errors of all runs in percent as a dict by method and target.
+
+    The methods are sorted by their mean error.
+    """
     stored = results.runs("methods")
     runs = [run for name, run in stored.items() if name.startswith(f"{TASK}_")]
     found = collections.defaultdict(lambda: collections.defaultdict(list))
@@ -82,7 +85,7 @@ def draw_errors(figure, shown) -> None:
 
 
 def step_time_ratios() -> dict:
-    """Return the ratio of each method's step time to the dense step time, by axis."""
+    """Return the relative step time of each method by network size, for each axis of `scaling`."""
     axes = results.runs("scaling")["jax"]["axes"]
     return {
         axis: {

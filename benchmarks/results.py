@@ -50,7 +50,7 @@ def run_missing(benchmark: str, description: str, option: str, names, run, defau
         description: Docstring of the benchmark module. Its first line is shown in the help.
         option: Command-line option that lists names, such as `"--nets"`.
         names: Allowed names.
-        run: Function that measures one name and saves the result.
+        run: Function that takes a name, runs its measurement, and saves the result.
         default: Names to run if the option is not given. Defaults to all names.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])

@@ -1,4 +1,4 @@
-"""Time several functions in turns, so that other work on the machine affects all equally."""
+"""Time functions alternately, so that other work on the machine affects all functions equally."""
 
 import statistics
 import time
@@ -56,7 +56,7 @@ def update_masks(driver, step: int) -> None:
 
 
 def in_turns(works: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Call functions in turns, and return the seconds that each function returned in each round."""
+    """Call each function once per round, and return the returned seconds by name and round."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():

@@ -49,11 +49,14 @@ class Case:
 
 
 def halvings(events):
-    """Yield one case with FlipOut and one with magnitude pruning. Both prune once per epoch."""
+    """Yield a case with FlipOut and a case with magnitude pruning.
+
+    In both cases, weights are pruned once per epoch.
+    """
     sparsity = 1 - 0.5**events
     task = dataclasses.replace(TASKS["mnist"], epochs=events + 1)
     schedule = functools.partial(Geometric, end=events / (events + 1), rate=0.5)
-    paper = {"noise": 1.0, "rate": 0.5}  # By default, FlipOut adapts both to short training runs.
+    paper = {"noise": 1.0, "rate": 0.5}  # In short training runs, the defaults of FlipOut differ.
     yield Case(f"flipout-{sparsity:.4g}", "flipout", "FlipOut", sparsity, task, options=paper)
     yield Case(f"magnitude-{sparsity:.4g}", "flipout", "Magnitude", sparsity, task, schedule)
 

@@ -104,8 +104,8 @@ def optg_net():
 def optg(case, net, data, seed):
     """Train with the authors' loop so that the sparsity is at the target after the last epoch.
 
-    In a short training, the authors' sigmoid schedule ends below the requested sparsity. A higher
-    sparsity is therefore requested.
+    In a short training run, the authors' sigmoid schedule ends below the requested sparsity. The
+    function therefore requests a higher sparsity.
     """
     import imagenet as authors
 
@@ -143,7 +143,7 @@ def dcil_net():
 
 
 def dcil(case, net, data, seed):
-    """Train with the authors' loop, and pass fractional epochs to the authors' schedule."""
+    """Train with the authors' loop. Their schedule receives fractions of epochs, such as 0.5."""
     import run_dcil as authors
 
     task, source = case.task, Augmented(*data[0], seed)
@@ -160,7 +160,7 @@ def dcil(case, net, data, seed):
         warmup_loss=task.epochs * 70 / 300,
     )
     authors.iterations = 0
-    authors.accuracy = lambda *_, **__: torch.zeros(2, 1)  # Accuracies in training are unused.
+    authors.accuracy = lambda *_, **__: torch.zeros(2, 1)  # The training accuracy is not used.
     whole = nn.DataParallel(net)
     for epoch in range(task.epochs):
         for first in range(0, len(source), args.prune_freq):
@@ -218,7 +218,10 @@ def make(family, seed):
 
 
 def run(case, seed, data):
-    """Train and test the authors' network. Return its accuracy, its sparsity and the seconds."""
+    """Train and test the authors' network.
+
+    Return its test accuracy, its sparsity and the training time in seconds.
+    """
     net = make(case.family, seed)
     begin = time.perf_counter()
     logits, weights = LOOPS[case.family](case, net, data, seed)
@@ -242,8 +245,8 @@ def with_initial_weights(family, seed, model):
     modules = [m for m in net.modules() if getattr(m, "weight", torch.ones(1)).ndim > 1]
     for layer in model.layers:
         if isinstance(layer, (keras.layers.Conv2D, keras.layers.Dense)):
-            # Take the next weight of this shape, because the lists order the projections
-            # differently.
+            # Keras and PyTorch list the projections of shortcuts at different positions, so the
+            # weights are matched by their size.
             size = math.prod(layer.kernel.shape)
             module = next(module for module in modules if module.weight.numel() == size)
             modules.remove(module)

@@ -204,7 +204,7 @@ def run_all(args, prune):
 
     Args:
         args: Parsed options, see `add_options`.
-        prune: Function that makes a run and returns its figures.
+        prune: Function that prunes and trains a network, and returns the results as a dict.
     """
     from benchmarks.data import cifar10
 

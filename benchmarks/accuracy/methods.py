@@ -83,7 +83,7 @@ class Task:
     decay: float | None = None
     batch: int = BATCH
     batches: type[Shuffled] | None = None  # If None, `fit` shuffles the arrays.
-    rates: Callable = cosine  # Function from initial rate and number of steps to schedule.
+    rates: Callable = cosine  # Function that takes the learning rate and the number of steps.
 
 
 TASKS = {
@@ -122,7 +122,10 @@ ALSO = {"Consensus": (0.5,)}  # The sparsity in the paper of Consensus.
 
 
 def run(task, method_name, sparsity, seed, data, **options):
-    """Train, strip and test a network. Return its accuracy, its sparsity and the seconds."""
+    """Train, strip and test a network.
+
+    Return its test accuracy, its sparsity and the training time in seconds.
+    """
     return trained(task, method_name, sparsity, seed, data, **options)[1]
 
 

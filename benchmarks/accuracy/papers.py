@@ -11,10 +11,11 @@ python -m benchmarks.accuracy.papers resnet-32-16 DCIL 0.95 --steps 20
 python -m benchmarks.accuracy.papers --table
     Write the table from the stored runs.
 
-All methods use the same recipe: SGD with Nesterov momentum 0.9, batch size 128, L2 regularization
-of all trained weights, a cosine learning rate after five epochs of warm-up, random crops and flips.
-Accuracy is the test accuracy of the stripped model after the last epoch. Several runs may share one
-GPU. A separate thread prepares the images of the next epoch.
+All methods are trained by SGD with Nesterov momentum 0.9 and batch size 128. All trainable weights
+are L2-regularized. The learning rate rises for five epochs, and then decays along a cosine. The
+images are randomly cropped and flipped. Accuracy is the test accuracy of the stripped model after
+the last epoch. Several runs may share one GPU. A separate thread prepares the images of the next
+epoch.
 """
 
 import argparse
@@ -192,11 +193,12 @@ class Log(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self.start = time.monotonic()
         if self.first is None:
-            self.first = epoch  # Repeat epochs that began after the backup.
+            self.first = epoch
+            # Drop the rows of epochs after the backup, because these epochs are trained again.
             rows = [row for row in self.rows() if row["epoch"] <= epoch]
             self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         elif self.minutes and self.start - self.begin > 60 * self.minutes:
-            raise Paused  # The backup contains the last epoch.
+            raise Paused  # The backup already contains the last finished epoch.
 
     def on_epoch_end(self, epoch, logs=None):
         row = {"epoch": epoch + 1, "seconds": time.monotonic() - self.start}
@@ -225,7 +227,7 @@ def compiled(net, method, seed, epochs, data, epoch=0):
 def run(net, method_name, sparsity, seed, epochs, data, backup, minutes=None):
     """Train to the last epoch and return the results.
 
-    Return None if the time limit is reached before.
+    Return None if the time limit stops the training before the last epoch.
     """
     backup.mkdir(parents=True, exist_ok=True)
     record = backup / "weights" / "training.json"

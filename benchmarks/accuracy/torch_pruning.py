@@ -38,7 +38,7 @@ def convolution(inputs, filters, size, stride=1, epsilon=1e-5):
     """Return a convolution without bias and a batch normalization, as a list of layers."""
     padding = size // 2
     found = [nn.Conv2d(inputs, filters, size, stride, padding, bias=False)]
-    if size > 1 and stride > 1:  # Keras pads even sizes only at the end.
+    if size > 1 and stride > 1:  # Keras pads images of even size only at the right and bottom.
         found = [nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(inputs, filters, size, stride, bias=False)]
     return [*found, nn.BatchNorm2d(filters, epsilon, momentum=0.1)]
 
@@ -138,7 +138,7 @@ def train(net, data, epochs, steps, seed, penalty=None) -> None:
             loss.backward()
             if penalty:
                 penalty(net)
-            with torch.no_grad():  # As in Keras, weight decay bypasses the momentum.
+            with torch.no_grad():  # As in Keras, the weight decay is not part of the momentum.
                 for w in net.parameters():
                     w.mul_(1 - now * channels.DECAY)
             optimizer.step()
@@ -194,7 +194,10 @@ def pruner_of(net, x, **options):
 
 
 def run(path, net_name, data, method, speedup, epochs, seed) -> dict:
-    """Prune and train the dense network with Torch-Pruning. Return its accuracy and its size."""
+    """Prune the dense network with Torch-Pruning, and train the pruned network.
+
+    Return the accuracy, the FLOPs and the parameters of the pruned network.
+    """
     import keras
 
     torch.manual_seed(seed)

@@ -36,7 +36,7 @@ class Tool:
 
     methods: tuple = ()
     slow: tuple = ()  # Slow methods, which run with only one seed.
-    probabilities = True  # Whether the network ends with a softmax.
+    probabilities = True  # True if the network ends with a softmax.
     setting = None  # Result of `search`, or None without a search.
 
     def begin(self, method, model, optimizer, epochs, steps):
@@ -124,7 +124,7 @@ class TfmotOnKeras3(Tfmot):
 
 
 class PQuantML(Tool):
-    """PQuantML without quantization. Its training phases have their default lengths."""
+    """PQuantML without quantization. The lengths of its training phases are the defaults."""
 
     methods = ("DST", "PDP", "Wanda", "Wanda, no pretraining")
     slow = ("PDP",)
@@ -256,7 +256,8 @@ def memory(reset=False) -> int:
 def accuracy(kind, method, setting):
     """Train with all seeds.
 
-    Return accuracies and sparsities, and for the first seed also memory, layers and files.
+    Return the accuracy and the sparsity for each seed. For the first seed, also return the used
+    memory, the sparsity of each layer, and the names of the `.tflite` files.
     """
     tool, result = kind(), {"test_accuracy": [], "sparsity": [], "files": {}}
     tool.setting = setting
@@ -284,8 +285,8 @@ def times(kind, methods):
 
     steps = STEPS + 1  # the first step is not timed
     x, y = (part[: steps * BATCH] for part in mnist()[0])
-    # The first network that is trained in a process takes longer, because of one-time costs. The
-    # extra network "start" is therefore trained first.
+    # The first training in a process takes longer, because of one-time costs. An extra network,
+    # "start", is therefore trained before the measured networks.
     for name in ("start", "dense", *methods):
         method = "dense" if name == "start" else name
         model, callbacks = built(tool, method, networks.lenet_300_100, ROUNDS + 2, steps)

@@ -81,7 +81,10 @@ NETWORKS = {
 
 
 def measure(build, mode: str) -> dict:
-    """Remove half of the channels of a network. Return the remaining size, or the error."""
+    """Remove half of the channels of a network.
+
+    Return the remaining parameters and FLOPs, or an error message.
+    """
     import keras
     import numpy as np
     from keras import tree
@@ -102,7 +105,7 @@ def measure(build, mode: str) -> dict:
     y = tree.map_structure(lambda t: np.zeros(tuple(t.shape), "float32"), outputs)
     callbacks = [keras_dst.callbacks.SparseTraining()] if mode == "together" else []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Ranking layers alone raises a warning.
+        warnings.simplefilter("ignore")  # keras_dst warns if each layer is ranked alone.
         model.fit(x, y, batch_size=BATCH, verbose=0, callbacks=callbacks)
     keras_dst.strip(model)
     before = keras_dst.report(model)
@@ -126,10 +129,7 @@ def measure(build, mode: str) -> dict:
 
 
 def _draw_statistics(model) -> None:
-    """Set biases, scales and moving statistics to random values.
-
-    Their initial values are all equal.
-    """
+    """Set biases, scales and moving statistics to random values instead of equal values."""
     import numpy as np
 
     rng = np.random.default_rng(0)

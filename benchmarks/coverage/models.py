@@ -1,8 +1,8 @@
 """Test every method on many models and on every backend: results/models.
 
-Each model is made sparse, trained for a few steps, evaluated, saved, loaded and stripped. If one of
-these stages fails, its error message is stored. The command `python -m benchmarks.coverage.models
---table` writes docs/models.md.
+Each model is made sparse, trained for a few steps, evaluated, saved, loaded and stripped. If a
+stage fails, such as saving the model, its error message is stored. The command `python -m
+benchmarks.coverage.models --table` writes docs/models.md.
 """
 
 import argparse
@@ -163,7 +163,7 @@ def _steps(build, method):
     y = np.arange(BATCH * BATCHES) % CLASSES
     y = [y] * len(model.outputs) if len(model.outputs) > 1 else y
     optimizer = apply_method(method, model, keras.optimizers.SGD(1e-3, momentum=0.9))
-    xla = keras.backend.backend() == "jax"  # XLA takes minutes on other backends.
+    xla = keras.backend.backend() == "jax"  # On other backends, compilation with XLA takes minutes.
     model.compile(optimizer, "sparse_categorical_crossentropy", jit_compile=xla)
     driver = keras_dst.callbacks.SparseTraining()
     history = model.fit(x, y, batch_size=BATCH, epochs=2, verbose=0, callbacks=[driver]).history

@@ -2,8 +2,9 @@
 
 All networks have random weights, and their channels are pruned by magnitude without training. Time
 and peak memory are measured during the call of `shrink`. Latency is measured in the LiteRT
-interpreter on one thread, for the `.tflite` files of the dense and of the smaller network. The
-files take turns, and the latency is the median. Networks that are already stored are skipped.
+interpreter on one thread, for the `.tflite` files of the dense and of the smaller network. The two
+files are measured alternately, and the latency is the median. Networks that are already stored are
+skipped.
 
 python -m benchmarks.coverage.smaller [--networks NETWORK ...] [--shrink-only]
 """
@@ -22,7 +23,7 @@ HALF = 0.5
 CHANNELS = (0.25, 0.5, 0.75)
 RUNS = 100
 
-# Networks of the size that is used in practice. Other networks in half_channels are smaller.
+# Networks that are as large as in practice. The other networks of half_channels are smaller.
 NETWORKS = {
     "ResNet50": applications("ResNet50", 224),
     "MobileNetV2": applications("MobileNetV2", 224),
@@ -54,7 +55,7 @@ def masked(build, sparsity):
 
 
 def measured_shrink(model):
-    """Call `shrink`. Return the smaller model, the seconds and the peak memory of this call."""
+    """Call `shrink`. Return the smaller model, and the time and peak memory of the call."""
     import keras_dst
     from keras_dst.export.memory import kilobytes
 
@@ -74,7 +75,8 @@ def measured_shrink(model):
 def measured_latency(build, small) -> dict:
     """Export the dense and the smaller model.
 
-    Return their measured and their estimated latencies.
+    Return the measured latencies of both files, and the ratios of the measured and estimated
+    latencies.
     """
     import keras
 

@@ -4,9 +4,9 @@ python -m benchmarks.files.runtimes [--nets NET ...]
 
 Two networks are trained on MNIST in three variants: dense, with 90 % zeros, and with half of the
 channels. Keras exports each variant for ONNX Runtime, OpenVINO and PyTorch. hls4ml converts one
-network to C++ code for an FPGA. In each runtime, the variants take turns on one thread, with one
-image per inference. Networks that are already stored are skipped. The export for PyTorch requires
-KERAS_BACKEND=torch.
+network to C++ code for an FPGA. In each runtime, the variants are measured alternately on one
+thread, with one image per inference. Networks that are already stored are skipped. The export for
+PyTorch requires KERAS_BACKEND=torch.
 """
 
 import functools
@@ -74,7 +74,7 @@ def pytorch(path):
 
 @dataclass
 class Runtime:
-    """Runtime: the format of Keras's export, its files, and a function that loads these files."""
+    """Runtime with the export format of Keras, the exported files, and a function to load them."""
 
     format: str
     files: tuple[str, ...]
@@ -103,7 +103,11 @@ def trained(build, method):
 
 
 def exported(runtime, model, folder, x, y):
-    """Export a model. Return a function that runs it, and all figures except latencies."""
+    """Export a model.
+
+    Return a function that runs the exported model, and a dict with the size of the files and the
+    largest difference from the outputs of Keras.
+    """
     path = str(folder / runtime.files[0])
     model.export(path, format=runtime.format, verbose=False)
     content = b"".join((folder / name).read_bytes() for name in runtime.files)

@@ -2,12 +2,12 @@
 
 python -m benchmarks.files.tflite_cases [--cases CASE ...]
 
-Networks are trained dense and sparse, exported, and run in the LiteRT interpreter. Accuracy is
-measured on test images. Size and latency are relative to the dense float32 file. Latency is
-measured at batch size 1 on one thread, and the files take turns. Latency is measured a second time
-with AVX hidden, because XNNPACK then uses the kernels that it uses on ARM. The networks are trained
-on only 5,000 images for a few epochs, so that absolute accuracies are low. Cases that are already
-stored are skipped.
+Each network is trained with and without pruning. The exported files run in the LiteRT interpreter.
+Accuracy is measured on test images. Size and latency are relative to the dense float32 file.
+The latencies of the files are measured alternately at batch size 1 on one thread. They are measured
+a second time with AVX disabled, because XNNPACK then uses the same kernels as on ARM. The
+accuracies are low, because the networks are trained on only 5,000 images for a few epochs. Cases
+that are already stored are skipped.
 """
 
 import json
@@ -93,13 +93,13 @@ CASES = {
     ),
     "mobilenet-90": Case(
         "mobilenet",
-        Magnitude(0.9, allocation="uniform"),  # The first layers take most of the time.
+        Magnitude(0.9, allocation="uniform"),  # Most of the latency is in the first layers.
         ARM,
         bars={"latency_no_avx": 0.3},
     ),
 }
 # This code measures latency as keras_dst.export.measure does, but without importing Keras. The
-# backends of Keras need AVX, which is hidden here.
+# backends of Keras cannot run while AVX is disabled.
 NO_AVX = """
 import json, statistics, time
 from ai_edge_litert.interpreter import Interpreter

@@ -3,16 +3,17 @@
 python -m benchmarks.files.tflite_grid [--nets NET ...]
 python -m benchmarks.files.tflite_grid --table
 
-The training of the dense networks of `benchmarks.files.tflite_cases` is continued with `Magnitude`,
-for half as many epochs. All layers except the last have the same sparsity. The dense baseline is
-trained for the same number of epochs. With the pattern "channel", the pruned channels are removed.
+The dense networks of `benchmarks.files.tflite_cases` are trained further with `Magnitude`, for half
+as many epochs. All layers except the last have the same sparsity. The dense baseline is also
+trained further, for the same number of epochs. With the pattern "channel", the pruned channels are
+removed.
 
-Each network is exported with `optimize="latency"`. Its file takes turns with the dense float32 file
-and the dense int8 file, at batch size 1 on one thread. The measured figures are accuracy on test
-images, size, latency, load time and peak memory. The file that TensorFlow's converter writes with
-`EXPERIMENTAL_SPARSITY` is also measured. Latency is measured a second time with AVX hidden, for a
-file that is exported for ARM, because XNNPACK then uses the kernels that it uses on ARM. Table rows
-that are already stored are skipped.
+Each network is exported with `optimize="latency"`. The sparse file, the dense float32 file and the
+dense int8 file are measured alternately, at batch size 1 on one thread. The measured figures are
+accuracy on test images, size, latency, load time and peak memory. The file that TensorFlow's
+converter writes with `EXPERIMENTAL_SPARSITY` is also measured. The latency of a file for ARM is
+measured with AVX disabled, because XNNPACK then uses the same kernels as on ARM. Table rows that
+are already stored are skipped.
 """
 
 import argparse
@@ -39,7 +40,7 @@ PATTERNS = ("unstructured", "1x4", "channel")
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 TARGETS = {"sparse": "host", "arm": "arm"}  # Files that keras_dst writes.
 RUNS, LOADS = 50, 9
-FREQUENCY = 10  # Steps between mask updates, because the training runs are short.
+FREQUENCY = 10  # Number of steps between mask updates. The training runs are short.
 
 
 def epochs_of(net) -> int:
@@ -48,7 +49,10 @@ def epochs_of(net) -> int:
 
 
 def tuned(net_name, method=None):
-    """Continue the training of a network, with a method or dense, and return the network."""
+    """Continue the training of a dense network, and return the network.
+
+    If the method is None, the network stays dense.
+    """
     net = NETS[net_name]
     x, y = net.data()[0]
     x, y = x[:IMAGES], y[:IMAGES]
@@ -69,7 +73,7 @@ def tuned(net_name, method=None):
 
 
 def cell(net_name, method, dense) -> dict:
-    """Measure the files of a sparse network, in turns with the dense files at the given paths."""
+    """Measure the files of a sparse network alternately with the dense files at the given paths."""
     x, y = NETS[net_name].data()[1]
     test = x[:TESTED], y[:TESTED]
     model = tuned(net_name, method)

@@ -4,15 +4,15 @@
     python -m benchmarks.training_cost.gpu --backend jax    one backend, which gets all the time
     python -m benchmarks.training_cost.gpu --smoke          tiny networks on the CPU, nothing stored
 
-The data are random. The dense network and each method take turns of 17 training steps, and the
-first step of a turn is not timed. The step time includes the copy of the batch to the GPU. The step
-ratio is the median over all turns. DCIL updates its masks in every turn. For all other methods,
-mask updates are timed separately. Their time per step, relative to a dense step, is added to the
-step ratio. OptG updates its masks every 200 steps here, because its default, once per epoch,
-depends on the data.
+The data are random. Each round trains the dense network and the sparse network for 17 steps, and
+the first step of each network is not timed. The step time includes the copy of the batch to the
+GPU. The step ratio is the median over all rounds. DCIL updates its masks in every round. For all
+other methods, mask updates are timed separately. The time of a mask update per training step,
+relative to a dense step, is added to the step ratio. OptG updates its masks every 200 steps here,
+because its default, once per epoch, depends on the data.
 
-The time of a mask update is also given in passes. One pass copies all pruned weights in float32, so
-that each byte is read and written once. The peak memory is measured during training steps and a
+The time of a mask update is also given in passes. One pass copies all prunable weights in float32,
+so that each byte is read and written once. The peak memory is measured during training steps and a
 mask update. PyTorch reports this peak. JAX reports only the current memory, which a thread reads
 every millisecond.
 
@@ -41,9 +41,9 @@ from benchmarks.timing import in_turns, ratios, seconds, steps_of_fit, update_ma
 BENCHMARK = "gpu"
 BACKENDS = ("jax", "torch")
 SECONDS = 520  # Time limit for all backends together.
-RESERVE = 15  # Seconds that are reserved for the end of the run.
+RESERVE = 15  # Seconds that remain unused, so that the process ends before the time limit.
 TOTAL = 4000  # Number of training steps of the schedule.
-STEPS = 16  # Number of timed steps per turn.
+STEPS = 16  # Number of timed steps of each network per round.
 MOST_TURNS = 7
 UPDATES = 5
 COPIES = 50
@@ -192,7 +192,7 @@ def measure(nets, smoke, limit):
 
 
 def data(setting) -> tuple:
-    """Return random inputs and labels for one turn. All steps use the same batch."""
+    """Return random inputs and labels for the steps of a round. All steps use the same batch."""
     import numpy as np
 
     batch = np.random.default_rng(0).standard_normal((setting.batch, *setting.shape))
@@ -201,14 +201,17 @@ def data(setting) -> tuple:
 
 
 class Trained:
-    """Network after two short training runs with a method. If the method is None, the runs are
-    dense.
+    """Network that a method has pruned in two short training runs.
+
+    If the method is None, the network is dense.
 
     Attributes:
-        turn: Function that trains for one turn and returns the seconds of the timed steps.
+        turn: Function that trains for the steps of a round and returns the seconds of the timed
+            steps.
         update: Function that updates the masks. None if the method has no mask updates.
         first_fit: Seconds of the first call of `fit`, including compilation.
-        peak: Largest number of bytes on the GPU during a turn and an update. None on a CPU.
+        peak: Peak memory on the GPU in bytes, during the steps of a round and a mask update. None
+            on a CPU.
     """
 
     def __init__(self, method, setting, x, y):
@@ -244,9 +247,9 @@ class Trained:
 
 
 def compared(plain: Trained, sparse: Trained, budget: float) -> dict:
-    """Time a sparse and a dense network in turns, for at most `budget` seconds.
+    """Time a sparse and a dense network alternately, for at most `budget` seconds.
 
-    The first call of `fit` counts towards these seconds. At least one turn is timed.
+    The `budget` includes the first call of `fit`. At least one round is timed.
     """
     end = time.perf_counter() + budget - sparse.first_fit
     times: dict[str, list[float]] = {"plain": [], "sparse": []}
@@ -271,7 +274,7 @@ def compared(plain: Trained, sparse: Trained, budget: float) -> dict:
     if sparse.update:
         update = statistics.median(seconds(sparse.update) for _ in range(UPDATES))
         every = sparse.driver.clock.period
-        if every > STEPS:  # Otherwise each turn contains an update.
+        if every > STEPS:  # If not, each round already contains an update.
             row["step_ratio"] += update / every / step
         row["update"] = {
             "seconds": update,
@@ -299,7 +302,7 @@ def seconds_of_a_pass(size: int) -> float:
 
 
 def bytes_in_use() -> int:
-    """Return the number of bytes that the tensors of the backend occupy on the GPU. 0 on a CPU."""
+    """Return the memory in bytes that the tensors of the backend occupy on the GPU, or 0 on a CPU."""
     import keras
 
     if keras.backend.backend() == "torch":
@@ -312,7 +315,7 @@ def bytes_in_use() -> int:
 
 
 def peak_bytes(work: Callable) -> int | None:
-    """Run `work`, and return the largest number of bytes on the GPU meanwhile. None on a CPU."""
+    """Run `work`, and return the peak memory on the GPU in bytes, or None on a CPU."""
     import keras
 
     if card() is None:

@@ -1,10 +1,10 @@
 """Measure time and memory of a mask update of 25 million weights: results/mask_update.
 
-Each method that ranks weights is applied to the kernels of a ResNet-50. Updates take turns with a
-pass of `abs` and `sum` over the same weights, which is the unit of time. All times are CPU seconds
-on one core. Peak memory is measured twice: as the growth of the process, which includes unused gaps
-of its allocator, and as the memory in use, for which the allocator puts each block in separate
-pages.
+Each method that ranks weights is applied to the kernels of a ResNet-50. Times are given in passes.
+One pass computes `abs` and `sum` of all these weights once. Updates and passes are measured
+alternately. All times are CPU seconds on one core. Peak memory is measured twice. The first
+measurement is the growth of the process, which includes unused gaps of the C allocator. In the
+second measurement, the allocator puts each block in separate pages, which avoids such gaps.
 """
 
 import argparse
@@ -142,7 +142,8 @@ def memory(method) -> float:
     from keras_dst.export.memory import kilobytes
 
     driver, update = prepared(method)
-    ctypes.CDLL(None).malloc_trim(0)  # Otherwise reused memory is not counted.
+    # Without this call, the update would reuse freed memory, which is not counted.
+    ctypes.CDLL(None).malloc_trim(0)
     before = kilobytes("VmRSS")
     (SELF / "clear_refs").write_text("5")  # resets the peak
     update()

@@ -1,11 +1,11 @@
 """Measure how the cost of sparse training grows with network and batch size: results/scaling.
 
 The networks consist of dense layers. One of three quantities is varied at a time: the number of
-parameters, the number of layers, or the batch size. For each network, the dense baseline and each
-method at 90 % sparsity are trained in turns, as in `benchmarks.training_cost.step_time`. After
-that, `sparsify`, `strip`, a mask update, `shrink` and `export_tflite` are timed. `slope` is the
-slope of a line that is fitted to the logarithms of cost and size. With a slope of 1, cost is
-proportional to size.
+parameters, the number of layers, or the batch size. For each network, steps of the dense baseline
+and of each method at 90 % sparsity are timed alternately, as in
+`benchmarks.training_cost.step_time`. `sparsify`, `strip`, a mask update, `shrink` and
+`export_tflite` are timed once. `slope` is the slope of a line that is fitted to the logarithms of
+cost and size. With a slope of 1, cost is proportional to size.
 
 In all runs, also of the dense baseline, freed memory stays in the process between steps.
 
@@ -144,7 +144,7 @@ def steps(point, method) -> float:
 
 
 def once(point) -> dict:
-    """Return the seconds of one call each of sparsify, strip, mask update, shrink and export."""
+    """Return the seconds that a call of sparsify, strip, mask update, shrink and export takes."""
     import numpy as np
 
     import keras_dst

@@ -1,10 +1,11 @@
 """Measure the time of a training step relative to the dense baseline: results/step_time.
 
-The dense baseline and each method take turns of some training steps, with batch size 128 on one
-core. In each round, the ratio to the dense baseline is computed. The result is the median of these
-ratios. `lstm-128` is not trained with Consensus, which cannot prune units of an LSTM.
+Each round times a few training steps of the dense baseline and of each method, with batch size 128
+on one core. The step time of a method in a round is divided by the step time of the dense baseline.
+The result is the median of these ratios over all rounds. `lstm-128` is not trained with Consensus,
+which cannot prune units of an LSTM.
 
-The timed steps are the first steps of a training run of 4,000 steps. In such a run, most methods
+The timed steps are the first steps of a training run of 4,000 steps. At this length, most methods
 update their masks only every 100 steps. Mask updates are therefore timed separately, and their time
 per step is added to the ratio. For DCIL, which updates its masks every 16 steps, an update inside a
 timed round is counted twice. The compile time is the CPU time of the first round minus the CPU time
@@ -155,7 +156,7 @@ def measure(net, only=None):
 
 
 def data(setting) -> tuple:
-    """Return random images and labels for the timed steps of a round and one step before them."""
+    """Return random images and labels for the steps of a round, of which the first is not timed."""
     import numpy as np
 
     size = BATCH * (setting.steps + 1)
@@ -164,9 +165,9 @@ def data(setting) -> tuple:
 
 
 def compared(net, turns) -> dict:
-    """Time all methods in turns.
+    """Time all methods alternately.
 
-    Return their times, and their ratios to the dense baseline "plain".
+    Return the step times, and the ratios to the step time of the dense baseline, "plain".
     """
     setting = SETTINGS[net]
     first, again = ({n: cpu_seconds(turn) for n, turn in turns.items()} for _ in range(2))

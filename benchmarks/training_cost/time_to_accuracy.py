@@ -16,7 +16,7 @@ the inputs, and gradients of the weights. Each multiplication with a weight coun
 operations. keras_dst computes dense products. The column "zeros skipped" counts only products with
 nonzero weights, at the mean density of each epoch. Methods that may bring back a pruned weight
 (`ALIVE`) need the gradients of all weights. RigL needs these gradients only in the step before a
-mask update. The table does not count them for RigL.
+mask update, and the table does not count these few operations.
 """
 
 import argparse
