@@ -5,17 +5,17 @@ import time
 from collections.abc import Callable
 
 
-def seconds(work: Callable) -> float:
+def seconds(function: Callable) -> float:
     """Call a function and return the wall-clock seconds that the call takes."""
     begin = time.perf_counter()
-    work()
+    function()
     return time.perf_counter() - begin
 
 
-def cpu_seconds(work: Callable) -> float:
+def cpu_seconds(function: Callable) -> float:
     """Call a function and return the CPU seconds that the call takes."""
     begin = time.process_time()
-    work()
+    function()
     return time.process_time() - begin
 
 
@@ -55,12 +55,12 @@ def update_masks(driver, step: int) -> None:
         ops.convert_to_numpy(ops.reshape(value, (-1,))[:1])
 
 
-def in_turns(works: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Call each function once per round, and return the returned seconds by name and round."""
-    times: dict[str, list[float]] = {name: [] for name in works}
+def in_turns(functions: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Call each function once per round, and return the results of all rounds by name."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
-        for name, work in works.items():
-            times[name].append(work())
+        for name, function in functions.items():
+            times[name].append(function())
     return times
 
 

@@ -81,7 +81,7 @@ CASES = [
 ]
 
 
-def run_ours(case, seed, data):
+def run_keras_dst(case, seed, data):
     from benchmarks.accuracy import (
         authors_code,  # needs PyTorch; `--table` does not
     )
@@ -102,8 +102,11 @@ def run(family, code, seeds):
     for case in (case for case in CASES if case.family == family):
         data = case.task.data()
         for seed in range(seeds):
-            for whose, trained in (("theirs", authors_code.run), ("ours", run_ours)):
-                name = f"{case.name}_{whose}_seed{seed}"
+            for implementation, train in (
+                ("authors", authors_code.run),
+                ("keras_dst", run_keras_dst),
+            ):
+                name = f"{case.name}_{implementation}_seed{seed}"
                 if name in results.runs(BENCHMARK):
                     continue
                 told = {
@@ -111,13 +114,13 @@ def run(family, code, seeds):
                     "repository": REPOSITORIES[family],
                     "commit": commit,
                     "case": case.name,
-                    "whose": whose,
+                    "implementation": implementation,
                     "net": case.task.title,
                     "epochs": case.task.epochs,
                     "seed": seed,
                 }
                 results.save(
-                    BENCHMARK, name, told | trained(case, seed, data) | {"target": case.sparsity}
+                    BENCHMARK, name, told | train(case, seed, data) | {"target": case.sparsity}
                 )
 
 
@@ -125,7 +128,7 @@ def table():
     found = collections.defaultdict(lambda: collections.defaultdict(list))
     commits = {}
     for run in results.runs(BENCHMARK).values():
-        found[run["case"]][run["whose"]].append(run)
+        found[run["case"]][run["implementation"]].append(run)
         commits[run["repository"]] = run["commit"]
     lines = [
         "# Comparison with the authors' code",
@@ -141,17 +144,17 @@ def table():
         "|---|---|---|---|---|---|---|---|",
     ]
     for case in CASES:
-        theirs, ours = (found[case.name][whose] for whose in ("theirs", "ours"))
-        if theirs and ours:
+        authors, keras_dst = (found[case.name][key] for key in ("authors", "keras_dst"))
+        if authors and keras_dst:
             asked = "none" if case.sparsity is None else f"{case.sparsity:.2%}"
-            seeds = min(len(theirs), len(ours))
+            seeds = min(len(authors), len(keras_dst))
             cells = [case.method, case.task.title, case.task.epochs, asked, seeds]
-            for runs in (theirs, ours):
+            for runs in (authors, keras_dst):
                 reached = sum(run["sparsity"] for run in runs) / len(runs)
                 cells.append(
                     f"{results.mean_std([100 * r['test_accuracy'] for r in runs])} ({reached:.2%})"
                 )
-            cells.append(ours[0]["backend"])
+            cells.append(keras_dst[0]["backend"])
             lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += ["", "| authors' code | commit |", "|---|---|"]
     lines += [f"| {name} | {commit[:10]} |" for name, commit in sorted(commits.items())]

@@ -54,7 +54,7 @@ def train(task_name, seed, folder):
         batches=task.batches or methods.Shuffled,
     )
     for method in methods.METHODS:
-        model, found = methods.trained(task, method, SPARSITY, seed, data)
+        model, found = methods.train_network(task, method, SPARSITY, seed, data)
         masks = [
             keras.ops.convert_to_numpy(v).ravel() != 0
             for v in model.trainable_variables

@@ -118,7 +118,7 @@ def dense(net, data, seed, epochs):
 
 
 def prune(path, net, data, method, speedup, epochs, seed):
-    """Prune and train the dense network with a method. Return its accuracy and its size."""
+    """Prune and train the dense network with a method. Return a dict of its results."""
     import keras
 
     import keras_dst
@@ -153,7 +153,7 @@ def table():
         "network and trains for the same number of epochs with the same batches and learning "
         "rates. No method is tuned. Torch-Pruning 1.6.1 ranks groups by their L2 norm. Without "
         "sparse learning, Torch-Pruning removes channels before the training. With the sparse "
-        "learning of DepGraph, it removes channels after half of the training. `make "
+        "learning of DepGraph, Torch-Pruning removes channels after half of the training. `make "
         "bench-channels` writes this page from the runs in this folder.",
     ]
     for key in dict.fromkeys(key for key, *_ in found):
@@ -167,8 +167,8 @@ def table():
             "",
             f"## {net}",
             "",
-            f"{epochs} epochs dense, and {after} epochs with each method, on {images:,} images."
-            + short,
+            f"Each network is trained on {images:,} images, for {epochs} epochs without pruning "
+            f"and for {after} epochs with each method." + short,
             "",
             "| method | seeds | dense | 2x | 4x |",
             "|---|---|---|---|---|",

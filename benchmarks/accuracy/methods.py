@@ -83,7 +83,7 @@ class Task:
     decay: float | None = None
     batch: int = BATCH
     batches: type[Shuffled] | None = None  # If None, `fit` shuffles the arrays.
-    rates: Callable = cosine  # Function that takes the learning rate and the number of steps.
+    rates: Callable = cosine  # Returns a schedule for a learning rate and a number of steps.
 
 
 TASKS = {
@@ -126,10 +126,10 @@ def run(task, method_name, sparsity, seed, data, **options):
 
     Return its test accuracy, its sparsity and the training time in seconds.
     """
-    return trained(task, method_name, sparsity, seed, data, **options)[1]
+    return train_network(task, method_name, sparsity, seed, data, **options)[1]
 
 
-def trained(task, method_name, sparsity, seed, data, **options):
+def train_network(task, method_name, sparsity, seed, data, **options):
     """Train, strip and test a network. Return the network and the results of the run."""
     make = METHODS[method_name]
     keras.utils.clear_session()

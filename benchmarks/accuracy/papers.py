@@ -211,7 +211,7 @@ class Log(keras.callbacks.Callback):
 
 
 def compiled(net, method, seed, epochs, data, epoch=0):
-    """Return the compiled model of a run, and its training data from the epoch `epoch` on."""
+    """Return the compiled model of a run, and its training data from index `epoch` on."""
     keras.utils.set_random_seed(seed)
     (x, y), _ = data
     model = NETS[net][1](x)

@@ -42,7 +42,7 @@ def pruned(model, method):
     return keras_dst.shrink(keras_dst.strip(copy))
 
 
-def trained(model, x, y, method):
+def train_and_shrink(model, x, y, method):
     """Train a copy of a model for an epoch while pruning channels, and return the shrunk copy."""
     copy = keras.models.clone_model(model)
     copy.set_weights(model.get_weights())
@@ -78,7 +78,7 @@ def main():
         ]
         for training, pattern, target in [*one_shot, ("trained", "channel", TRAINED)]:
             if training == "trained":
-                small = trained(model, x, y, Magnitude(target, "uniform", pattern))
+                small = train_and_shrink(model, x, y, Magnitude(target, "uniform", pattern))
             else:
                 method = Magnitude(Constant(target, begin_step=0), "uniform", pattern)
                 small = pruned(model, method)

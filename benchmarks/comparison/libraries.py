@@ -168,7 +168,7 @@ def _row(result, method, found) -> str:
 def _outcome(found) -> str:
     if "error" in found:
         return f"{found['stage']} fails: {_code(found['error'])}"
-    return f"works: {found['sparsity']:.1%} sparse"
+    return f"pruned and converted, sparsity {found['sparsity']:.1%}"
 
 
 def _code(error) -> str:

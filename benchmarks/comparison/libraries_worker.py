@@ -99,7 +99,7 @@ class Tfmot(Tool):
         self.library = tfmot.sparsity.keras
 
     def begin(self, method, model, optimizer, epochs, steps):
-        """Wrap the model with tfmot, with the schedule that Magnitude uses in keras_dst."""
+        """Wrap the model with tfmot. The schedule is the default of Magnitude in keras_dst."""
         total = epochs * steps
         schedule = self.library.PolynomialDecay(
             0.0, TARGET, 0, int(0.75 * total), frequency=min(100, total // 20)
@@ -165,7 +165,7 @@ class PQuantML(Tool):
         """Return the alpha with which DST is closest to the target, and all tested values."""
         tried = []
         for self.setting in ALPHAS:
-            model, *_ = trained(self, "DST", seed=0)
+            model, *_ = train(self, "DST", seed=0)
             tried.append({"alpha": self.setting, "sparsity": sparsity_of(model)})
         return min(tried, key=lambda each: abs(each["sparsity"] - TARGET)) | {"tried": tried}
 
@@ -212,7 +212,7 @@ def built(tool, method, net, epochs, steps):
     return model, callbacks
 
 
-def trained(tool, method, seed):
+def train(tool, method, seed):
     """Train LeNet-300-100.
 
     Return the trained model, and the test accuracy of the finished model.
@@ -262,7 +262,7 @@ def accuracy(kind, method, setting):
     tool, result = kind(), {"test_accuracy": [], "sparsity": [], "files": {}}
     tool.setting = setting
     for seed in range(1 if method in tool.slow else SEEDS):
-        model, correct, added = trained(tool, method, seed)
+        model, correct, added = train(tool, method, seed)
         result["test_accuracy"].append(correct)
         result["sparsity"].append(sparsity_of(model))
         print(kind.__name__, method, seed, correct, result["sparsity"][-1], flush=True)
@@ -332,11 +332,11 @@ def message_of(error) -> str:
     return f"{type(error).__name__}: " + re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
 
 
-def in_new_process(work, *arguments):
+def in_new_process(function, *arguments):
     """Run a function in a new process and return its result."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(work, *arguments).result()
+        return pool.submit(function, *arguments).result()
 
 
 def search(kind):
@@ -356,8 +356,8 @@ def main():
             found[method] = in_new_process(accuracy, kind, method, setting and setting["alpha"])
         except Exception as error:
             found[method] = {"error": message_of(error)}
-    works = [method for method in found if method != "dense" and "error" not in found[method]]
-    lenet = {"methods": found, "search": setting, "times": in_new_process(times, kind, works)}
+    measured = [method for method in found if method != "dense" and "error" not in found[method]]
+    lenet = {"methods": found, "search": setting, "times": in_new_process(times, kind, measured)}
     done = {
         method: result for each in kinds for method, result in in_new_process(jobs, each).items()
     }

@@ -129,7 +129,7 @@ def measure(build, mode: str) -> dict:
 
 
 def _draw_statistics(model) -> None:
-    """Set biases, scales and moving statistics to random values instead of equal values."""
+    """Replace the equal initial biases, scales and moving statistics by random values."""
     import numpy as np
 
     rng = np.random.default_rng(0)

@@ -23,7 +23,7 @@ HALF = 0.5
 CHANNELS = (0.25, 0.5, 0.75)
 RUNS = 100
 
-# Networks that are as large as in practice. The other networks of half_channels are smaller.
+# Networks with sizes that are common in practice. The other networks of half_channels are smaller.
 NETWORKS = {
     "ResNet50": applications("ResNet50", 224),
     "MobileNetV2": applications("MobileNetV2", 224),
@@ -125,7 +125,7 @@ def table():
         "",
         f"The latency is the median of {RUNS} interleaved runs at batch 1 on one thread. All "
         "figures are relative to the dense network. The column `estimated latency` shows the "
-        "estimate that `export_tflite` uses for CPUs that are not available.",
+        "latency that `export_tflite` would estimate for a CPU that is not available.",
         "",
         "| network | channels removed | FLOPs | latency | estimated latency | dense, ms |",
         "|---|---|---|---|---|---|",
@@ -142,8 +142,8 @@ def table():
         "",
         "Half of the channels are removed. The column `seconds` includes the time in which "
         "`shrink` compares both models. The peak memory is the memory by which the process grows "
-        "during `shrink`, relative to the weights of the dense network. On TensorFlow and JAX, "
-        "it includes the memory of the compiler.",
+        "during `shrink`, relative to the weights of the dense network. On TensorFlow and JAX, the "
+        "peak memory includes the memory of the compiler.",
         "",
         "| network | backend | seconds | weights, MB | peak memory / weights |",
         "|---|---|---|---|---|",

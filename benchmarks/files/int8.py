@@ -14,7 +14,7 @@ import tempfile
 
 import keras_dst
 from benchmarks import results
-from benchmarks.files.tflite_cases import IMAGES, NETS, SEED, TESTED, trained
+from benchmarks.files.tflite_cases import IMAGES, NETS, SEED, TESTED, train_or_load
 from keras_dst.methods import Magnitude
 
 BENCHMARK = "int8"
@@ -34,7 +34,7 @@ def run(net):
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, method in METHODS.items():
-            model = trained(net, method)
+            model = train_or_load(net, method)
             for kind, quantize in QUANTIZE.items():
                 report = keras_dst.export_tflite(
                     model,

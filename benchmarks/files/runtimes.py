@@ -88,7 +88,7 @@ RUNTIMES = {
 }
 
 
-def trained(build, method):
+def train_variant(build, method):
     """Train and strip a network, remove its pruned channels, and return the network."""
     keras.utils.clear_session()
     keras.utils.set_random_seed(SEED)
@@ -124,15 +124,17 @@ def exported(runtime, model, folder, x, y):
 def latencies(predicts, x):
     """Return, per variant, the median seconds per inference and the ratio to the dense variant."""
 
-    def run(predict):
+    def predict_often(predict):
         for _ in range(CALLS):
             predict(x)
 
-    works = {name: functools.partial(run, predict) for name, predict in predicts.items()}
-    for work in works.values():
-        work()
-    pieces = {name: functools.partial(timing.seconds, work) for name, work in works.items()}
-    times = timing.in_turns(pieces, ROUNDS)
+    functions = {}
+    for name, predict in predicts.items():
+        predict_often(predict)  # warms up
+        functions[name] = functools.partial(
+            timing.seconds, functools.partial(predict_often, predict)
+        )
+    times = timing.in_turns(functions, ROUNDS)
     ratios = timing.ratios(times, "dense")
     return {
         name: {"seconds": statistics.median(found) / CALLS, "latency_ratio": ratios[name]}
@@ -164,7 +166,7 @@ def run(net):
     found, predicts, accuracy, parameters = {}, {}, {}, {}
     with tempfile.TemporaryDirectory() as name:
         for variant, method in VARIANTS.items():
-            model = trained(NETS[net], method)
+            model = train_variant(NETS[net], method)
             y = model.predict(x, verbose=0)
             accuracy[variant] = float((y.argmax(-1) == labels).mean())
             parameters[variant] = model.count_params()
@@ -208,8 +210,8 @@ def table():
         "The table shows the size of the exported files, their size after compression with gzip, "
         "the median latency of an inference with one image on one thread, and the largest "
         "difference from the outputs of Keras. Figures with × are ratios to the dense network. The "
-        "latency ratio is the median over several measurements, and each measurement runs every "
-        f"file. The networks were trained for {EPOCHS} epoch on {IMAGES:,} images of MNIST. `make "
+        "files are measured alternately, and the latency ratio is the median over all rounds. The "
+        f"networks were trained for {EPOCHS} epoch on {IMAGES:,} images of MNIST. `make "
         "bench-runtimes` writes this page from the runs in this folder.",
         "",
         "| net | runtime | weights | bytes | gzip bytes | latency | difference |",

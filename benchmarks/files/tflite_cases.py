@@ -4,8 +4,8 @@ python -m benchmarks.files.tflite_cases [--cases CASE ...]
 
 Each network is trained with and without pruning. The exported files run in the LiteRT interpreter.
 Accuracy is measured on test images. Size and latency are relative to the dense float32 file.
-The latencies of the files are measured alternately at batch size 1 on one thread. They are measured
-a second time with AVX disabled, because XNNPACK then uses the same kernels as on ARM. The
+The latencies of the files are measured alternately at batch size 1 on one thread. The latencies are
+measured a second time with AVX disabled, because XNNPACK then uses the same kernels as on ARM. The
 accuracies are low, because the networks are trained on only 5,000 images for a few epochs. Cases
 that are already stored are skipped.
 """
@@ -117,7 +117,7 @@ print(json.dumps([statistics.median(found) for found in times]))
 """
 
 
-def trained(net_name, method):
+def train_or_load(net_name, method):
     """Train a network, or load it if its file exists. Without a method, the network is dense."""
     net = NETS[net_name]
     TRAINED.mkdir(parents=True, exist_ok=True)
@@ -143,8 +143,8 @@ def trained(net_name, method):
 
 def run(name):
     case = CASES[name]
-    model = trained(case.net, case.method)
-    dense = trained(case.net, None)
+    model = train_or_load(case.net, case.method)
+    dense = train_or_load(case.net, None)
     x, y = NETS[case.net].data()[1]
     test = x[:TESTED], y[:TESTED]
     small = keras_dst.shrink(model) if case.shrink else model

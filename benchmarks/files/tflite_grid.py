@@ -28,7 +28,7 @@ import keras
 
 import keras_dst
 from benchmarks import results
-from benchmarks.files.tflite_cases import BATCH, IMAGES, NETS, NO_AVX, SEED, TESTED, trained
+from benchmarks.files.tflite_cases import BATCH, IMAGES, NETS, NO_AVX, SEED, TESTED, train_or_load
 from keras_dst.export.convert import conversions
 from keras_dst.export.measure import bench
 from keras_dst.export.memory import peak_memory
@@ -56,7 +56,7 @@ def tuned(net_name, method=None):
     net = NETS[net_name]
     x, y = net.data()[0]
     x, y = x[:IMAGES], y[:IMAGES]
-    model = trained(net_name, None)
+    model = train_or_load(net_name, None)
     keras.utils.set_random_seed(SEED)
     rate = keras.optimizers.schedules.CosineDecay(net.rate, epochs_of(net) * -(-len(y) // BATCH))
     optimizer = keras.optimizers.SGD(rate, momentum=0.9)

@@ -9,7 +9,7 @@ the first step of each network is not timed. The step time includes the copy of 
 GPU. The step ratio is the median over all rounds. DCIL updates its masks in every round. For all
 other methods, mask updates are timed separately. The time of a mask update per training step,
 relative to a dense step, is added to the step ratio. OptG updates its masks every 200 steps here,
-because its default, once per epoch, depends on the data.
+because its default, once per epoch, depends on the number of samples.
 
 The time of a mask update is also given in passes. One pass copies all prunable weights in float32,
 so that each byte is read and written once. The peak memory is measured during training steps and a
@@ -182,9 +182,9 @@ def measure(nets, smoke, limit):
                 run["methods"][method_name] = None
                 print(f"{name}, {method_name}: left out, because the time is over")
             else:
-                plain = plain or Trained(None, setting, x, y)
+                plain = plain or TimedNetwork(None, setting, x, y)
                 budget = 0 if smoke else left / rows
-                row = compared(plain, Trained(method, setting, x, y), budget)
+                row = compared(plain, TimedNetwork(method, setting, x, y), budget)
                 run["methods"][method_name] = row
                 print(f"{name}, {method_name}:", *cells(row).values(), sep="  ", flush=True)
             if not smoke:
@@ -200,7 +200,7 @@ def data(setting) -> tuple:
     return x, np.arange(len(x)) % 10
 
 
-class Trained:
+class TimedNetwork:
     """Network that a method has pruned in two short training runs.
 
     If the method is None, the network is dense.
@@ -246,7 +246,7 @@ class Trained:
         self.peak = None if peak is None else peak - before
 
 
-def compared(plain: Trained, sparse: Trained, budget: float) -> dict:
+def compared(plain: TimedNetwork, sparse: TimedNetwork, budget: float) -> dict:
     """Time a sparse and a dense network alternately, for at most `budget` seconds.
 
     The `budget` includes the first call of `fit`. At least one round is timed.
@@ -274,7 +274,7 @@ def compared(plain: Trained, sparse: Trained, budget: float) -> dict:
     if sparse.update:
         update = statistics.median(seconds(sparse.update) for _ in range(UPDATES))
         every = sparse.driver.clock.period
-        if every > STEPS:  # If not, each round already contains an update.
+        if every > STEPS:  # Otherwise, each round already contains a mask update.
             row["step_ratio"] += update / every / step
         row["update"] = {
             "seconds": update,
@@ -302,7 +302,7 @@ def seconds_of_a_pass(size: int) -> float:
 
 
 def bytes_in_use() -> int:
-    """Return the memory in bytes that the tensors of the backend occupy on the GPU, or 0 on a CPU."""
+    """Return the bytes that the tensors of the backend occupy on the GPU, or 0 on a CPU."""
     import keras
 
     if keras.backend.backend() == "torch":

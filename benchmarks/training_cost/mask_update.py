@@ -127,8 +127,8 @@ def times(method) -> dict:
         float(ops.convert_to_numpy(total([ops.convert_to_tensor(w) for w in driver.weights])))
 
     one_pass()  # compiles the pass
-    works = {"pass": partial(cpu_seconds, one_pass), "update": partial(cpu_seconds, update)}
-    found = in_turns(works, ROUNDS)
+    functions = {"pass": partial(cpu_seconds, one_pass), "update": partial(cpu_seconds, update)}
+    found = in_turns(functions, ROUNDS)
     return {
         "passes": ratios(found, "pass")["update"],
         "seconds": statistics.median(found["update"]),

@@ -4,10 +4,10 @@ The networks consist of dense layers. One of three quantities is varied at a tim
 parameters, the number of layers, or the batch size. For each network, steps of the dense baseline
 and of each method at 90 % sparsity are timed alternately, as in
 `benchmarks.training_cost.step_time`. `sparsify`, `strip`, a mask update, `shrink` and
-`export_tflite` are timed once. `slope` is the slope of a line that is fitted to the logarithms of
-cost and size. With a slope of 1, cost is proportional to size.
+`export_tflite` are timed separately. `slope` is the slope of a line that is fitted to the
+logarithms of cost and size. With a slope of 1, cost is proportional to size.
 
-In all runs, also of the dense baseline, freed memory stays in the process between steps.
+In all runs, including the dense baseline, freed memory stays in the process between steps.
 
 python -m benchmarks.training_cost.scaling [--backend BACKEND] [--axes AXIS ...]
 python -m benchmarks.training_cost.scaling --table
@@ -184,13 +184,14 @@ def table():
     lines = [
         "# Scaling",
         "",
-        "The networks consist of dense layers, 90 % of whose weights are pruned. All times are "
-        "measured on one core. The column of a method gives its step time relative to the dense "
-        f"network, as the median of {ROUNDS} rounds. Each round measures every network once. The "
-        "other columns give times in seconds. The mask update (`update`) runs once every hundred "
-        "steps, and the other functions run once. `export` does not measure latency. Figures grow "
-        "approximately as a power of the number of weights, layers or samples, and `slope` is the "
-        "exponent. `make bench-scaling` writes this page from the runs in this folder.",
+        "The networks consist only of fully connected layers. The methods prune 90 % of the "
+        "weights. All times are measured on one core. The column of a method gives its step time "
+        f"relative to the dense network, as the median of {ROUNDS} rounds. Each round measures "
+        "every network once. The other columns give times in seconds. The mask update (`update`) "
+        "runs once every hundred steps, and the other functions run once. `export` does not "
+        "measure latency. Each cost grows approximately as a power of the number of weights, "
+        "layers or samples, and `slope` is the exponent of this power. `make bench-scaling` writes "
+        "this page from the runs in this folder.",
     ]
     stored = results.runs(BENCHMARK)
     for backend in BACKENDS:

@@ -4,11 +4,11 @@ python -m benchmarks.training_cost.time_to_accuracy --seeds 3
 python -m benchmarks.training_cost.time_to_accuracy --table
 
 LeNet-300-100 is trained on MNIST to 95 % sparsity for 2 to 10 epochs, as in
-`benchmarks.accuracy.methods`. Each method prunes during training. The baseline trains dense for
-half of the epochs, then prunes to the target in one shot, and then fine-tunes with the initial
-learning rate. The goal is half a percentage point below the accuracy of the dense network after
-five epochs. The result is the smallest number of epochs with which the mean accuracy over the seeds
-reaches this goal. Runs that are already stored are skipped.
+`benchmarks.accuracy.methods`. Each method prunes during training. The baseline is trained without
+pruning for half of the epochs, then pruned to the target in one shot, and then fine-tuned with the
+initial learning rate. The goal is half a percentage point below the accuracy of the dense network
+after five epochs. The result is the smallest number of epochs with which the mean accuracy over the
+seeds reaches this goal. Runs that are already stored are skipped.
 
 The number of operations is proportional to the density, because each weight of this network is
 multiplied once per sample. A training step computes three matrix products: outputs, gradients of
@@ -48,7 +48,7 @@ def twice(rate, steps):
     return schedules.CosineDecayRestarts(rate, steps // 2, t_mul=1.0, m_mul=1.0)
 
 
-def trained(method, epochs, seed, data):
+def train_network(method, epochs, seed, data):
     """Train a network, and return the results of the run."""
     task = dataclasses.replace(TASKS["mnist-mlp"], epochs=epochs)
     if method != PRUNED_LATER:
@@ -72,8 +72,8 @@ def densities(result) -> list[float]:
 def operations(result) -> tuple[float, float]:
     """Return the number of operations of a training run, relative to one epoch of dense training.
 
-    The first number counts all executed operations. The second number leaves out operations with
-    zeros.
+    The first returned number counts all executed operations. The second returned number counts only
+    operations with nonzero weights.
     """
     paths = PATHS.get(result["way"], 1)
     left = 0.0
@@ -108,9 +108,9 @@ def table():
         "with which the method reaches the goal. `operations` is the number of operations of the "
         "whole training, relative to one epoch of dense training. `zeros skipped` is the number of "
         "operations for a processor that skips all zeros. `seconds` is the duration of `fit`, "
-        f"including compilation. All training runs ended within {100 * apart:.2f} points of the "
-        "target sparsity. `make bench-time-to-accuracy` writes this page from the runs in this "
-        "folder.",
+        "including compilation. The sparsity of every training run differs from the target by at "
+        f"most {100 * apart:.2f} percentage points. `make bench-time-to-accuracy` writes this page "
+        "from the runs in this folder.",
         "",
         "| | epochs | accuracy | operations | zeros skipped | seconds |",
         "|---|---|---|---|---|---|",
@@ -147,7 +147,7 @@ def main():
                     results.save(
                         BENCHMARK,
                         name,
-                        told | trained(way, epochs, seed, data) | {"target": SPARSITY},
+                        told | train_network(way, epochs, seed, data) | {"target": SPARSITY},
                     )
     table()
 
