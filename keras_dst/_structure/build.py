@@ -47,7 +47,7 @@ class _Builder:
         return self.tensors[id(x.origin or x)]
 
     def add(self, handler: ChannelHandler) -> None:
-        """Call the new operation on the new tensors, without terms that are constants."""
+        """Call the new operation on the new tensors, and leave out constant terms of sums."""
         call = handler.call
         if isinstance(handler, Addition) and call.constant_terms:
             terms = [self.tensor(x) for x in call.inputs]

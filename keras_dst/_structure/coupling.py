@@ -25,7 +25,8 @@ _HEADINGS = ("channels >", "made by", "coupled by", "reason to stay")
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    """Channels that the same variables compute and read, so that all have the same cost.
+    """Channels that are computed and read by the same variables. All channels of a group therefore
+    have the same cost.
 
     Attributes:
         ids: the ids of the channels, in ascending order. Each id stands for one channel, or for
@@ -35,7 +36,7 @@ class ChannelGroup:
         chain: the operations that couple the layers, as `"conv3 → add_1 ← conv1"`. Empty if a
             single layer computes the channels.
         reason: the reason why the channels have to stay. Empty if each channel can be removed.
-        width: the number of channels of the model for one id. The width is 1 in most groups.
+        width: the number of channels that share one id. In most groups, this number is 1.
     """
 
     ids: np.ndarray
@@ -60,20 +61,20 @@ class CoupledChannels:
     To remove the channels `dead`, a boolean array with one entry per id:
 
     * set all members with an `output` axis to zero at the positions `dead[member.axes[output]]`;
-    * set all members that follow their channels to zero at the positions `dead[ids]` of their only
-      axis.
+    * set all members with `follows=True`, which have a single axis, to zero at the positions
+      `dead[ids]`.
 
     All dead channels are then exactly zero, and `shrink` can remove all of them. The saliency of a
-    channel is the sum over all positions with its id along the output axes. Variables of the model
-    that are not listed as members have no channels that can be removed.
+    channel is the sum of the saliencies of all weights whose output axis has the id of the channel.
+    Variables of the model that are not listed as members have no channels that can be removed.
 
     Attributes:
         members: all variables that have channels. Each variable appears once. The members are
             variables of the given model, also if its layers are sparse.
         groups: the groups that can be removed, followed by the groups that have to stay.
         count: the number of ids.
-        uses: the use count of every variable that a layer multiplies, by the id of the variable;
-            see `keras_dst.report`. None if the use count is unknown.
+        uses: a dict from the id of each variable that a layer multiplies with to its use count, as
+            in `keras_dst.report`. None if the use count is unknown.
         other_parameters: the number of entries of all variables that are not members.
         other_flops: the FLOPs of these variables; None if they are unknown.
     """
@@ -109,8 +110,8 @@ def channel_groups(model) -> CoupledChannels:
     """Return the channels of a model in groups that are removed together.
 
     Channels are coupled by sums and products, by depthwise and grouped convolutions, by
-    normalizations, and by layers that are called several times. `pattern="channel"` prunes coupled
-    channels together, and `shrink` removes them.
+    normalizations, and by layers that are called several times. Training with `pattern="channel"`
+    prunes coupled channels together, and `shrink` removes them.
 
     Args:
         model: a built Sequential or Functional model, which may contain such models, dense or
@@ -172,7 +173,8 @@ def _renumbered(member: Member, number: np.ndarray) -> Member:
 
 
 def groups_of(plan: Plan, members: list[Member]) -> list[ChannelGroup]:
-    """Return all groups of a plan without their members. Groups that can be removed come first.
+    """Return all groups of coupled channels in a plan, without the variables that are their
+    members. Groups that can be removed come first.
 
     Args:
         plan: the plan. The id of a group is the id of its union of channels in the plan.
@@ -236,5 +238,5 @@ class _Chains:
                 before.append(inputs[0])
 
     def text(self, channel: int) -> str:
-        """Return the links of a channel as text."""
+        """Return the operations that couple a channel, as text."""
         return ", ".join(dict.fromkeys(text for ids, text in self.links if channel in ids))

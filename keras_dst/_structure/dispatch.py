@@ -109,8 +109,9 @@ def handler_for(call: Call, tied: str = "") -> ChannelHandler:
 
     Args:
         call: the call.
-        tied: a sentence which states that the layer shares a weight with another layer, so that no
-            channel is removed from it. Defaults to "", which means that the layer shares no weight.
+        tied: the reason why no channel is removed from the layer, if the layer shares a weight with
+            another layer. Defaults to "", which means that the layer shares no weight with another
+            layer.
 
     Returns:
         The handler. If the channels cannot be removed, the handler is `Opaque` and holds the
@@ -151,7 +152,7 @@ def handler_for(call: Call, tied: str = "") -> ChannelHandler:
 
 
 def _channel_axis(call: Call) -> int:
-    """Return the axis on which an operation takes the channels of its inputs."""
+    """Return the axis along which an operation expects the channels of its inputs."""
     op, last = call.op, len(call.inputs[0].shape) - 1
     if isinstance(op, (layers.BatchNormalization, layers.GroupNormalization)):
         return op.axis % (last + 1)
@@ -234,7 +235,8 @@ def _input_reason(handler: type[ChannelHandler], call: Call) -> str:
 
 
 def _unit_reason(handler: type[ChannelHandler], call: Call) -> str:
-    """Return the reason why input channels can be removed from a layer, but no units."""
+    """If only input channels can be removed from a layer, return the reason why its output channels
+    have to stay."""
     if handler is Recurrent:
         cell = call.op.cell
         gates = getattr(cell, "recurrent_activation", cell.activation)

@@ -1,4 +1,5 @@
-"""Reasons why dead channels are kept: the first layer on the way to the output that needs them."""
+"""Reasons why dead channels are kept. Each reason names the first layer on the way to the output
+that needs the channel."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from keras_dst._structure.plan import Plan
 
 
 def explained_layers(plan: Plan) -> Iterator[tuple[ChannelHandler, Counter[str]]]:
-    """Yield the handler of every layer that computes channels, with its reasons and their
-    counts."""
+    """For each layer that computes channels, yield its handler and the reasons why dead channels
+    are kept, with the number of channels per reason."""
     finder = _ReasonFinder(plan)
     seen = set()
     kept = {id(handler.op) for handler in plan.handlers}
@@ -31,7 +32,8 @@ def _makes_channels(handler: ChannelHandler) -> bool:
 
 
 class _ReasonFinder:
-    """Search that follows the graph to the layers which need the units of a given layer."""
+    """Search for the layers that need the output channels of a given layer. The search follows the
+    graph towards the outputs."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -52,7 +54,8 @@ class _ReasonFinder:
         )
 
     def _follow(self, calls: list[ChannelHandler]) -> tuple[set[int], dict[int, str]]:
-        """Return the ids of channels that later layers read, and reasons for constant channels."""
+        """Return the ids of the channels that later layers read, and the reasons why constant
+        channels cannot be removed."""
         read: set[int] = set()
         why: dict[int, str] = {}
         reached = {id(handler.y) for handler in calls}
@@ -95,7 +98,7 @@ class _ReasonFinder:
         return self.plan.names[id(handler.op)]
 
     def _coupled(self, handler: ChannelHandler, channel: int) -> str:
-        """Return the names of layers that couple a non-constant channel to this channel."""
+        """Return the names of layers whose non-constant channels are coupled to this channel."""
         tensors = [
             x for x in (*handler.call.inputs, *handler.called_on) if channel in _varying_ids(x)
         ]

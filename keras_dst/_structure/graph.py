@@ -14,8 +14,8 @@ from keras_dst._structure.copies import dense_copy, original_variables
 from keras_dst.layers import Gate
 from keras_dst.surgery import check_model
 
-UNKNOWN = np.nan  # Stands for the value of a channel that depends on the input.
-OPEN_SIZE = 32  # Replaces the unknown sizes of an input when a layer or model is run for a test.
+UNKNOWN = np.nan  # Placeholder for the constant of a channel whose value depends on the input.
+OPEN_SIZE = 32  # Size that replaces each unknown size when a layer or model is run for a test.
 
 
 @dataclass(eq=False)
@@ -29,7 +29,8 @@ class Tensor:
         origin: if this tensor is a view with another channel axis, the tensor that it views.
         axis: the axis of the channels.
         constant: for each channel, its constant value, or NaN if the value depends on the input.
-        ids: for each channel, its group. Channels of one group are kept or removed together.
+        ids: for each channel, the id of its group. Channels of one group are kept or removed
+            together.
     """
 
     shape: tuple
@@ -49,7 +50,7 @@ class Tensor:
         return (self.shape[self.axis] or 0) if len(self.shape) > 1 else 0
 
     def set_channels(self, axis: int, constant: np.ndarray | None = None) -> None:
-        """Set the axis of the channels, and their constants if they are known."""
+        """Set the axis of the channels, and the constants of the channels that are known."""
         self.axis = axis
         self.constant = np.full(self.channels, UNKNOWN) if constant is None else constant
 
@@ -84,7 +85,7 @@ class Call:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """The tensors whose channels the operation reads; masks have no channels."""
+        """The tensors whose channels the operation reads, without masks."""
         data = {name: x for name, x in self.kwargs.items() if not _is_mask(name)}
         return [x for x in _tensors((self.args, data)) if not _contains(self.constant_terms, x)]
 
@@ -119,8 +120,8 @@ def check_graph(model) -> None:
 def flatten_graph(model, inputs: list[Tensor]) -> tuple[list[Call], list[Tensor], dict[int, Any]]:
     """Return the calls of a model and of the models inside it, its outputs, and its variables.
 
-    The variables are a dict from the id of a variable in a dense copy to the variable of the sparse
-    layer.
+    The variables are returned as a dict from the id of a variable in a dense copy to the variable
+    of the sparse layer.
     """
     calls: list[Call] = []
     dense: dict[int, Any] = {}

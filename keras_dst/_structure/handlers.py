@@ -36,11 +36,11 @@ class ChannelHandler:
     """
 
     can_slice = False  # Whether the handler creates the layer again with fewer channels.
-    makes_channels = False  # Whether the channels of the output are units of the layer.
+    makes_channels = False  # Whether the layer computes new channels, as `Dense` does.
 
     def __init__(self, call: Call, reason: str = ""):
         self.call, self.op, self.reason = call, call.op, reason
-        self.called_on: list[Tensor] = []  # Inputs of all calls of a layer with weights.
+        self.called_on: list[Tensor] = []  # If the layer has weights, the inputs of all its calls.
 
     @property
     def x(self) -> Tensor:
@@ -63,7 +63,8 @@ class ChannelHandler:
         raise NotImplementedError
 
     def members(self) -> list[Member]:
-        """Return the variables of the layer that have channels, once all channels have ids."""
+        """Return the variables of the layer that have channels. All channels must already have
+        ids."""
         return []
 
     def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
@@ -96,12 +97,12 @@ class ChannelHandler:
         return operation(*args, **kwargs)
 
     def relabel(self, roots: np.ndarray) -> None:
-        """Replace the ids of the units by the ids of the unions of coupled channels."""
+        """Replace the id of each output channel by the id of its union of coupled channels."""
 
     def needs(self, x: Tensor, removed: np.ndarray) -> np.ndarray:
-        """Return, for each channel of an input, whether the outputs need the channel itself.
+        """Return, for each channel of an input, whether the operation itself needs the channel.
 
-        A handler that passes channels on, such as an activation, does not need any channel itself.
+        An operation that only passes channels on, such as an activation, needs no channel itself.
 
         Args:
             x: an input of the call.
@@ -110,7 +111,8 @@ class ChannelHandler:
         return np.zeros(x.channels, bool)
 
     def needed_inside(self, removed: np.ndarray) -> np.ndarray:
-        """Return the ids of the channels within the layer that the outputs of the layer need."""
+        """Return the ids of the channels inside the layer, such as attention heads, that its
+        outputs need."""
         return np.zeros(0, int)
 
     def ignores_input(self) -> np.ndarray:
@@ -118,14 +120,16 @@ class ChannelHandler:
         return np.zeros(self.y.channels, bool)
 
     def broken_constants(self, x: Tensor) -> np.ndarray:
-        """Return the ids of the input channels that are constant only before the call."""
+        """Return the ids of the channels that are constant in the input and not constant in the
+        output."""
         return x.ids[:0]
 
     def reason_for(self, others: str) -> str:
         """Return the reason why a constant channel is not constant after the call.
 
         Args:
-            others: names of the layers that couple a non-constant channel to the constant channel.
+            others: names of the layers whose non-constant channels are coupled to the constant
+                channel.
         """
         if others and len(self.called_on) > 1:
             return f"is also called on {others}, whose channel is in use; {_SAME_CHANNEL}"
@@ -136,7 +140,7 @@ class ChannelHandler:
 
 
 class Opaque(ChannelHandler):
-    """Operation whose inputs and outputs all have to stay, for a given reason."""
+    """Operation whose input and output channels all have to stay, for a given reason."""
 
     def couple(self, unions: ChannelUnions) -> None:
         for y in self.call.outputs:
@@ -282,7 +286,8 @@ class Addition(ElementwiseMerge):
     """Addition, which can drop the terms that are constant."""
 
     def drop_constant_terms(self) -> None:
-        """Leave constant inputs out of the sum, unless its Keras mask may change."""
+        """Leave constant inputs out of the sum, unless this may change the Keras mask of the
+        output."""
         if any(x.masked for x in self.call.inputs):
             return
         for x in self.call.inputs:
@@ -400,7 +405,8 @@ class Rearrangement(ChannelHandler):
         return moved.reshape(-1, self.y.channels)
 
     def _rearranged(self, values: np.ndarray) -> np.ndarray:
-        """Return, for every output position of one sample, the value of its input channel.
+        """Return, for every output position of one sample, the value of the input channel that is
+        read there.
 
         Unknown sizes are replaced by 2, because every size above 1 gives the same result.
         """
@@ -459,7 +465,8 @@ class KernelLayer(ChannelHandler):
 
     @property
     def pads_with_zeros(self) -> bool:
-        """Whether the layer pads its input with zeros, which interrupt a constant channel."""
+        """Whether the layer pads its input with zeros, so that a constant input channel is not
+        constant at the border."""
         window = getattr(self.layer, "kernel_size", (1,))
         return getattr(self.layer, "padding", "valid") != "valid" and math.prod(window) > 1
 
@@ -472,7 +479,8 @@ class KernelLayer(ChannelHandler):
             self.y.constant = self._constant_units()
 
     def _constant_units(self) -> np.ndarray:
-        """Return the constant value of every unit, or NaN if the unit varies."""
+        """Return the constant output of every unit, or NaN if the output of the unit depends on the
+        input."""
         constant = self.x.constant
         usable = (constant == 0) if self.pads_with_zeros else ~np.isnan(constant)
         varies = (self.reads & ~usable[:, None]).any(0)
@@ -502,7 +510,8 @@ class KernelLayer(ChannelHandler):
         return np.all(~self.reads, axis=0)
 
     def common_constant(self) -> np.ndarray:
-        """Return, for each channel, its constant if it is the same in every call, or NaN."""
+        """Return, for each channel, its constant if the constant is the same in every call, and NaN
+        otherwise."""
         constants = np.stack([x.constant for x in self.called_on])
         return np.where(np.all(constants == constants[0], 0), constants[0], UNKNOWN)
 
@@ -520,7 +529,8 @@ class KernelLayer(ChannelHandler):
         return self.reads[:, ~removed[self.unit_ids]].any(1) & ~self.can_lose()
 
     def carrier(self, removed: np.ndarray) -> int | None:
-        """Return the channel whose kernel entries take over the constants of removed channels.
+        """Return the kept channel whose kernel entries are changed to account for the constants of
+        removed channels.
 
         Return None if the bias takes over the constants, or if no removed channel has a constant.
         """
@@ -532,7 +542,8 @@ class KernelLayer(ChannelHandler):
         return int(best.argmax())
 
     def _removed_constants(self, removed: np.ndarray) -> np.ndarray:
-        """Return the constants of removed channels that kept units read; 0 for other channels."""
+        """Return, for each input channel, its constant if the channel is removed but a kept unit
+        reads it, and 0 otherwise."""
         lost = removed[self.x.ids] & self.reads[:, ~removed[self.unit_ids]].any(1)
         return np.where(lost, np.nan_to_num(self.common_constant()), 0.0)
 
@@ -670,7 +681,8 @@ class TimeDistributedDense(KernelLayer):
 
 
 class Recurrent(KernelLayer):
-    """SimpleRNN, LSTM or GRU. A unit whose weights are all zero stays at its initial state, 0."""
+    """SimpleRNN, LSTM or GRU. The state of a unit whose weights are all zero stays at its initial
+    value, 0."""
 
     @property
     def layer(self):

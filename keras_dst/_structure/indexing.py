@@ -24,7 +24,7 @@ class Slice(ChannelHandler):
     def __init__(self, call: Call, reason: str = ""):
         super().__init__(call, reason)
         entries = full_key(call)
-        assert entries is not None  # `handler_for` accepts a slice only with such keys.
+        assert entries is not None  # `handler_for` accepts only slices with such keys.
         self.entries = entries
 
     def place_channels(self) -> None:
@@ -72,7 +72,7 @@ class Split(ChannelHandler):
             y.set_channels(self.x.axis)
 
     def _parts(self, values: np.ndarray) -> list[np.ndarray]:
-        """Return, for each output, the values of its channels."""
+        """Return, for each output, the part of `values` that belongs to its channels."""
         if self.axis != self.x.axis:
             return [values] * len(self.call.outputs)
         ends = np.cumsum([y.channels for y in self.call.outputs])

@@ -50,7 +50,8 @@ class LayerNorm(Normalization):
 
 
 class RMSNorm(LayerNorm):
-    """Division by the root mean square of the channels, which can be rescaled exactly."""
+    """RMS normalization over the channels. After channels are removed, rescaled parameters give
+    exactly the same outputs."""
 
     def members(self) -> list[Member]:
         return [Member(self.op.scale, {-1: self.x.ids}, follows=True)]
@@ -59,8 +60,8 @@ class RMSNorm(LayerNorm):
         return to_float64(self.op.scale) == 0
 
     def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
-        # If only k of n channels are not zero, mean(x^2) over all channels is k / n times their
-        # mean.
+        # Suppose that n - k of n channels are zero. Then mean(x^2) over all n channels is k / n
+        # times mean(x^2) over the other k channels.
         kept = ~removed[self.x.ids]
         ratio = len(kept) / int(kept.sum())
         config["epsilon"] = self.op.epsilon * ratio
@@ -134,7 +135,7 @@ class Attention(ChannelHandler):
 
     @property
     def fixed_width(self) -> bool:
-        """True if the units of the layer are the channels of its query."""
+        """Whether the output channels of the layer are the same channels as those of its query."""
         return not hasattr(self.op, "num_heads")
 
     def relabel(self, roots: np.ndarray) -> None:
@@ -174,7 +175,8 @@ class Attention(ChannelHandler):
         return needed & (x.constant != 0)
 
     def needed_inside(self, removed: np.ndarray) -> np.ndarray:
-        """Return the ids of the heads whose values are not zero and are read by a kept unit."""
+        """Return the ids of the attention heads that have nonzero values and that a kept unit
+        reads."""
         value, output = self.projections["value"], self.projections["output"]
         filled = np.any(to_float64(value.kernel) != 0, axis=(0, 2))
         if value.bias is not None:

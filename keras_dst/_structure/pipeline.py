@@ -24,10 +24,10 @@ def shrink(model) -> keras.Model:
     channels through batch normalization, activations, pooling, flattening, permutation,
     concatenation, addition and convolutions, with channels first or last. In grouped convolutions,
     channels are removed only as whole groups. The constant values of removed channels move into the
-    biases of the next layers. If a constant channel is padded with zeros, one channel stays and
-    carries the constants of all removed channels. A branch that only adds constants is removed as a
-    whole. Custom layers keep all channels. Every layer keeps at least one channel. `shrink_report`
-    lists the channels that stay, with reasons.
+    biases of the next layers. If a constant channel is padded with zeros, one constant channel is
+    kept. Its kernel entries account for the constants of all removed channels. A branch that only
+    adds constants to a sum is removed completely. Custom layers keep all channels. Every layer
+    keeps at least one channel. `shrink_report` lists the channels that stay, with reasons.
 
     Before the smaller model is returned, both models are run on random inputs and compared.
 
@@ -62,7 +62,7 @@ def shrink(model) -> keras.Model:
 def plan_and_build(model) -> tuple[Plan, keras.Model]:
     """Return the plan and the smaller model, after a comparison with the given model."""
     check_graph(model)
-    # The given model runs before the smaller model needs memory.
+    # To limit memory, the given model runs before the smaller model is built.
     samples = [random_inputs(model, batch=1, seed=seed) for seed in range(2)]
     expected = _outputs(model, samples)
     plan = Plan(model)
@@ -74,7 +74,8 @@ def plan_and_build(model) -> tuple[Plan, keras.Model]:
 def random_inputs(model, batch: int, seed: int = 0):
     """Return random inputs in the structure that a model expects.
 
-    Strings and integers are taken from the vocabularies in the model, if there are any.
+    Random strings and integers are drawn from the vocabularies of lookup layers in the model, if
+    there are any.
     """
     rng = np.random.default_rng(seed)
     vocabularies = _vocabularies(model)
@@ -116,8 +117,9 @@ def inference(model) -> Callable:
     variables = model.variables
 
     def forward(values, x):
-        # The values are arguments, because JAX would copy constants into the compiled program. The
-        # states of recurrent layers and random seeds do not advance in the scope.
+        # The values are passed as arguments, because JAX would copy captured values into the
+        # compiled program as constants. The states of recurrent layers and random seeds do not
+        # advance in the scope.
         with keras.StatelessScope(state_mapping=list(zip(variables, values))):
             return model(x, training=False)
 

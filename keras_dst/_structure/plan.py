@@ -23,13 +23,15 @@ class Plan:
     Attributes:
         all_handlers: one handler for every call of an operation, in the order of the calls.
         handlers: the handlers of the calls that the outputs of the smaller model depend on.
-        names: the name in the smaller model of every operation, by its id.
+        names: a dict from the id of each operation to its name in the smaller model.
         tied: ids of the operations that share a weight with another operation.
-        originals: the variables of the given model, by the ids of the variables of dense copies.
+        originals: a dict from the id of each variable of a dense copy to the same variable of the
+            given model.
         pinned: a boolean array, True for each union of coupled channels that has to stay.
         pin_reasons: a dict from the id of a union to the reason why its channels have to stay.
         removed: a boolean array, True for each union of coupled channels that is removed.
-        kept_reasons: a dict from the id of a removable union to the reason why it is kept.
+        kept_reasons: a dict from the id of each union that could be removed, but is kept, to the
+            reason.
     """
 
     def __init__(self, model, remove: bool = True):
@@ -125,7 +127,8 @@ class Plan:
         return pinned
 
     def _remove_unread_channels(self) -> None:
-        """Remove all groups that no remaining unit needs, until no more groups can be removed."""
+        """Remove groups of channels that no kept channel needs. Repeat this step until no more
+        groups can be removed."""
         # A layer that is called several times needs the same channels in each call.
         known = {id(kernel.op) for kernel in self.kernels}
         others = [h for h in self.handlers if id(h.op) not in known]
@@ -141,7 +144,8 @@ class Plan:
             self.removed = ~needed
 
     def _keep_necessary_channels(self) -> None:
-        """Keep one channel of every tensor, and the channels that carry removed constants."""
+        """Keep at least one channel of every tensor, and the channels that account for constants of
+        removed channels."""
 
         def keep(group: int, reason: str) -> None:
             self.removed[group] = False
@@ -162,7 +166,8 @@ class Plan:
 
 
 def _weight_sharing(operations: list) -> dict[int, str]:
-    """Return a sentence for each operation that shares a weight, by the id of the operation."""
+    """Return a dict from the id of each operation that shares a weight to a sentence that says
+    so."""
     owners: dict[int, dict[int, str]] = {}
     for op in operations:
         for variable in getattr(op, "weights", ()):

@@ -30,7 +30,7 @@ class ChannelReport:
         type: class of the layer.
         before: number of channels.
         after: number of channels that are kept; 0 if the whole layer is removed.
-        reasons: reasons why dead channels are kept, with the number of channels for each reason.
+        reasons: a dict from each reason why dead channels are kept to the number of these channels.
 
     Example:
         >>> keras_dst.shrink_report(model).layers[0].reasons

@@ -12,18 +12,20 @@ from keras_dst._structure.graph import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """Variable of a layer, with the ids of the channels along its axes.
+    """Variable of a layer, and the ids of the channels along each of its axes.
 
     Attributes:
         variable: the Keras variable.
         axes: a dict from a negative axis number to the ids of the channels along this axis. Axes
             without channels, such as the window of a convolution, are not listed.
         output: the axis of the output channels: -1 for the kernel of `Dense` and of
-            convolutions, -2 for depthwise and transposed kernels. None for all other variables.
-        follows: True if the variable is set to zero together with a channel, as a bias is, so that
-            the channel is exactly zero. False for kernels and for variances.
-        shrinks: False if the variable keeps its size when channels are removed: layer normalization
-            counts removed channels as zeros.
+            convolutions, -2 for depthwise and transposed kernels. None for variables without output
+            channels.
+        follows: True if the entries of a pruned channel in this variable are set to zero, as in a
+            bias, so that the channel outputs exactly zero. False for kernels and for moving
+            variances.
+        shrinks: False if the variable keeps its size when channels are removed, as in layer
+            normalization, which treats removed channels as zeros.
         layer: the name of the layer.
     """
 
@@ -38,8 +40,8 @@ class Member:
 class ChannelUnions:
     """Unions of coupled channels, and the reasons why some channels have to stay.
 
-    At first, every channel has its own id. The method `couple` puts channels into one union, and
-    `pin` keeps channels from being removed.
+    At first, every channel is a union of its own. The method `couple` joins unions, and the method
+    `pin` prevents the removal of channels.
     """
 
     def __init__(self):
@@ -61,7 +63,8 @@ class ChannelUnions:
         return self._units[id(layer)]
 
     def called_on(self, layer, x: Tensor) -> list[Tensor]:
-        """Return the inputs of all calls of a layer that were followed so far.
+        """Store `x` as an input of the layer, and return the inputs of all its calls that were
+        analyzed so far.
 
         The channels of these inputs are coupled, because the same weight reads them.
         """
@@ -93,7 +96,8 @@ class ChannelUnions:
         return roots
 
     def reasons(self, roots: np.ndarray) -> dict[int, str]:
-        """Return a dict from the smallest id of each union that has to stay to the reason."""
+        """Return a dict that gives the reason for each union that has to stay. The key is the
+        smallest id in the union."""
         found: dict[int, str] = {}
         for ids, reason in self._pinned:
             for root in np.unique(roots[ids]):
