@@ -105,7 +105,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
     def __getattr__(self, name):
         inner = vars(self).get("inner_optimizer")
-        # TensorFlow tracks an object in attributes that begin with `_self_`.
+        # TensorFlow stores tracking data in attributes that begin with `_self_`. The data of the
+        # inner optimizer must not be returned here.
         if inner is None or name.startswith(("__", "_self_")):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(inner, name)
@@ -215,7 +216,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         followers: Sequence[tuple[Any, int, np.ndarray]] = (),
         model_known: bool = False,
     ) -> None:
-        """Set the axes and the coupled channels of the kernels, which only the model knows.
+        """Set the axes and the coupled channels of the kernels. The optimizer cannot determine them
+        without the model.
 
         Args:
             layouts: Axes and channels of all kernels.
@@ -223,8 +225,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 variable is given as a tuple `(variable, axis, index)`. `axis` is the axis of its
                 channels, and `index[i]` is the channel of position i along this axis. The index is
                 -1 for entries without a channel. Defaults to no variables.
-            model_known: True if the layouts were computed from the layers of a model. Defaults to
-            False.
+            model_known: Whether the layouts of the kernels come from the layers of a model, and not
+                from default axes. Defaults to False.
         """
         self.layouts = layouts
         self._model_known = model_known
@@ -284,7 +286,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def trained(self) -> tuple[list, list[State], list[Layout], list[str]]:
         """Return kernels, states, axes and paths of the kernels whose masks are updated.
 
-        A kernel that was frozen after the optimizer was built keeps its mask.
+        If a kernel was frozen after the optimizer was built, its mask does not change.
         """
         every = zip(self.kernels, self.states, self.layouts, self.kernel_names)
         found = [each for each in every if each[0].trainable]
@@ -328,7 +330,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 self.assign(kernel, value)
         step, total = map(ops.convert_to_tensor, (self.step, self.total))
         grads = list(self.method.perturb(grads, masks, step, total))
-        if replicas > 1:  # The inner optimizer sums the gradients over the replicas again.
+        if replicas > 1:  # The inner optimizer will sum the gradients over the replicas again.
             grads = [g if g is None else g / replicas for g in grads]
         self.inner_optimizer.apply(grads, variables)
         weights, changes = self.method.after(
@@ -483,7 +485,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return [ops.convert_to_tensor(k) for k in kernels], found
 
     def update_masks(self, changes: list[State]) -> None:
-        """Assign the states that `method.update` returned, and prune the weights accordingly."""
+        """Assign the states that `method.update` returned, and set the pruned weights to zero."""
         averages = averages_weights(self)
         kernels, states, _, _ = self.trained()
         for kernel, state, change in zip(kernels, states, changes):
@@ -541,7 +543,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def _mask_average(self, kernel, state, added=None) -> None:
         """Mask the moving average of a kernel, because callbacks assign this average to the model.
 
-        The tensor `added` is added to the average before it is masked.
+        `added` is a tensor that is added to the average. The sum is then masked.
         """
         for average in self._averages_of(kernel):
             value = ops.convert_to_tensor(average)
@@ -560,9 +562,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def get_config(self):
         filters = self.filters
         if filters is not None and self.built:
-            # Save the paths that the filter selected, because a file cannot hold code. A single
-            # expression holds them all, because some of the layers may be frozen by now, and the
-            # loaded optimizer is built without frozen weights.
+            # Save the paths that the filter selected, because a file cannot hold code. One regular
+            # expression matches all paths. With a list, each expression would need a match, but
+            # frozen layers are not among the weights of the loaded optimizer.
             known = [_path_of(v) for v in _keras.trained_variables_of(self) if is_kernel(v)]
             chosen = "|".join(_suffix_pattern(name, known) for name in self.kernel_names)
             filters = [chosen] if chosen else []
@@ -588,7 +590,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
 
 class _Timetable:
-    """Mask updates of a training run whose schedule is given in steps.
+    """Table of the mask updates of a training run whose schedule is given in steps.
 
     Attributes:
         clock: Object that computes the steps at which masks are updated.
@@ -601,7 +603,8 @@ class _Timetable:
         self.clock, self.steps, self.targets, self.kept = clock, steps, targets, kept
 
     def look_up(self, step):
-        """Return whether an update is due at a step, and the row of its target.
+        """Return whether a mask update is due at a step, and the index of this update in the table
+        of targets.
 
         Both are tensors.
         """
@@ -626,7 +629,8 @@ def leaf_optimizers(optimizer) -> list:
 
 
 def averages_weights(optimizer) -> bool:
-    """Return whether an optimizer keeps averages of the weights, which `fit` assigns at its end."""
+    """Return whether an optimizer keeps averages of the weights, and `fit` assigns these averages
+    to the weights at the end."""
     return optimizer is not None and any(leaf.use_ema for leaf in leaf_optimizers(optimizer))
 
 
@@ -709,7 +713,7 @@ def exclude_from_decay(optimizer, variables) -> None:
 
 
 def tensors_of(state: State) -> dict[str, Any]:
-    """Return the current values of a state's variables."""
+    """Return the current values of the variables of one state."""
     return {name: ops.convert_to_tensor(value) for name, value in state.items()}
 
 

@@ -26,7 +26,8 @@ class BackupAndRestore(keras.callbacks.Callback):
     A resumed training run ends with the same weights as a run that was not killed. For this, the
     callback differs from `keras.callbacks.BackupAndRestore` in four ways:
 
-    * Backups are atomic. After a kill, the folder holds the previous backup or the new backup.
+    * Backups are atomic. If the process is killed, the folder contains either the previous backup
+      or the new one, and both are complete.
     * A backup holds the weights and the epoch and batch that belong to them.
     * Training resumes with the batch that follows the backup. The earlier batches of the epoch are
       drawn from the data, but the model is not trained on them.

@@ -147,7 +147,8 @@ def _uncoupled(model, method: Method, layouts) -> Coupling:
 
 
 def _warn_of_coupled_layers(model, method: Method) -> None:
-    """Warn if a method chooses the channels of each layer alone although some are coupled."""
+    """Warn if a method selects channels separately in each layer, although some layers have coupled
+    channels."""
     if _keras.graph_of(model) is None:
         return
     from keras_dst._structure.coupling import channel_groups
@@ -167,7 +168,7 @@ def _warn_of_coupled_layers(model, method: Method) -> None:
 
 
 def _with_channels(weight, layout: Layout, member, numbers, groups) -> Layout:
-    """Return a copy of the layout to which the channel index of each output unit is added."""
+    """Return a copy of the layout that also contains the channel index of each output unit."""
     if member is None or member.output is None:
         return layout
     rank = len(weight.shape)

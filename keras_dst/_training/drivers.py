@@ -47,7 +47,8 @@ def drivers_of(model) -> list[Driver]:
     """Return one driver for every method that prunes weights of the model."""
     found: list[Driver] = []
     groups: dict[LayerMethod, list[SparseMixin | Gate]] = {}
-    frozen = frozen_layers_of(model)  # A layer that was frozen after `sparsify` keeps its mask.
+    # If a layer was frozen after the call of `sparsify`, its mask does not change.
+    frozen = frozen_layers_of(model)
     for layer in _keras.flatten_layers(model):
         if id(layer) in frozen:
             continue
@@ -106,7 +107,8 @@ def couple_channels(model, optimizer: SparseOptimizer | None = None) -> None:
 
 
 def _couple_optimizer(model, optimizer: SparseOptimizer) -> Coupling:
-    """Tell an optimizer the axes and the channels of its weights, which only the model knows."""
+    """Tell an optimizer the axes and the channels of its weights. The optimizer cannot determine
+    them without the model."""
     known = layouts_of(model)
     pairs = list(zip(optimizer.kernels, optimizer.layouts))
     layouts = {id(kernel): known.get(id(kernel), layout) for kernel, layout in pairs}
@@ -143,7 +145,7 @@ def _built_sparse_optimizers(model) -> list[SparseOptimizer]:
 
 
 def _check_kernels(model, optimizer: SparseOptimizer) -> None:
-    """Raise if `quantize` or LoRA took over weights that an optimizer prunes."""
+    """Raise an error if `quantize` or LoRA replaced weights that an optimizer prunes."""
     present = {id(variable) for variable in model.variables}
     pairs = zip(optimizer.kernel_names, optimizer.kernels)
     if gone := [name for name, kernel in pairs if id(kernel) not in present]:
@@ -257,8 +259,8 @@ class Driver:
         self.total: int | None = None
         self.clock: Any = None  # None until the length of training is known.
         self._update, self._kept = _compiled_functions(method, tuple(layouts), tuple(self.shapes))
-        # How much an entry of each weight counts towards the target sparsity, such as its FLOPs.
-        # None if all entries count the same.
+        # For each weight, the cost of one entry, such as its FLOPs. The target sparsity is a
+        # fraction of the total cost. None if all entries count the same.
         self.costs: list[float] | None = None
         self.groups = channels.groups_of(layouts)
         self.followers: list[Follower] = []
@@ -290,8 +292,8 @@ class Driver:
 
         Args:
             batches: Number of batches of this fit.
-            expected: Fraction of the target that was reached before the callback assigned the
-                weights, as returned by `reached`.
+            expected: Return value of `reached` before the callback assigned the weights: the
+                fraction of the target that training had reached.
         """
         assigned = self._assigned()
         self.reapply_masks()
@@ -334,8 +336,8 @@ class Driver:
             length: Number of steps of the schedule, or None if unknown.
             fit: Number of steps in this call of `fit`, or None if unknown.
             epoch: Number of steps in an epoch, or None if unknown.
-            done: Number of steps in this call that were trained before an interruption. Defaults
-                to 0.
+            done: Number of steps of this `fit` that were already trained before an interruption.
+                Defaults to 0.
         """
         self.set_active(True)
         self.projected = False
@@ -347,7 +349,8 @@ class Driver:
         self.total = total or length
         self._plan(fit, epoch)
         self.write_progress(self.last, self.total or 0)
-        # A resumed training run made its update at this step before it was saved.
+        # In a resumed training run, the mask update of this step took place before the
+        # interruption.
         if self.clock and self.last == 0 and not self.method.learned:
             self.advance(0)
 
@@ -387,7 +390,8 @@ class Driver:
     def advance(self, batches: int) -> None:
         """Update the masks to the sparsity of the schedule after this number of batches."""
         step = self.last = self.start + batches
-        # A learned method gets its target one update early, because weights need this time to move.
+        # A method with learned thresholds or scores gets its final target one update early, because
+        # the weights need time to reach it.
         ahead = self.clock.period if self.method.learned else 0
         target = self.schedule.at(step + ahead, self.total)
         done = min(1.0, step / max(self.total or self.clock.last, 1))
@@ -406,8 +410,8 @@ class Driver:
         if not self.method.learned or self.schedule is None:
             return
         target, reached = self._target(), self.reached()
-        # The projection makes the target exact. A projection that moves a tenth of the kept weights
-        # costs little accuracy.
+        # The projection at the end of training makes the target exact. A projection that moves a
+        # tenth of the kept weights costs little accuracy.
         allowed = max(self.tolerance, 0.1 * (1 - target))
         if abs(reached - target) > allowed and not self.projected:
             warnings.warn(
@@ -457,7 +461,8 @@ class Driver:
         """Return whether the final target is reached or exceeded.
 
         Args:
-            reached: Return value of `reached`, if the caller has it already. Defaults to None.
+            reached: Return value of `reached`, to avoid a second computation if the caller already
+                has the value. Defaults to None.
         """
         reached = self.reached() if reached is None else reached
         return reached >= self._target() - self.tolerance
@@ -472,7 +477,7 @@ class Driver:
 
     @property
     def tolerance(self) -> float:
-        """Deviation from the target that is allowed without a warning."""
+        """Largest deviation from the target sparsity that causes no warning."""
         if self.groups:
             step = self.groups.rounding_step(self.method)
             return max(0.01, step) if self.method.learned else step
@@ -489,8 +494,8 @@ class Driver:
     def measure(self) -> tuple[float, float]:
         """Return the current number of entries that all masks keep, and the result of `reached()`.
 
-        The masks are computed once. Without groups of channels, the function waits for the device
-        only once.
+        The masks are computed once. If no channels are coupled, this function synchronizes with the
+        device only once.
         """
         found, alive = self._kept(*self._values())
         counts = ops.convert_to_numpy(found).tolist()
@@ -551,8 +556,8 @@ class LayerDriver(Driver):
             self.costs = [c for c in costs if c is not None] or None
 
     # The optimizer counts the steps, and its counter is part of every checkpoint. The layer stores
-    # the pair (step, counter) from which counting continues, also after `compile` reset the
-    # counter.
+    # a pair (step, optimizer counter). Counting continues from this pair, even if `compile` has
+    # reset the counter.
 
     def _iterations(self) -> int:
         optimizer = self.optimizer
@@ -702,4 +707,5 @@ def _count(flags) -> int:
 
 
 def _int(counter) -> int:
-    return int(ops.cast(counter, "int32"))  # A variable with replicas has no `__int__`.
+    # A variable with replicas has no `__int__`, but its cast to a tensor has.
+    return int(ops.cast(counter, "int32"))

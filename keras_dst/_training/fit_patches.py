@@ -3,9 +3,9 @@
 Keras calls no hook when `fit` raises an exception. However, `fit` keeps the logs of the last step
 in a local variable. The patched training step therefore returns logs that hold a token. Python
 frees the logs when `fit` ends, whether `fit` returns or raises. The finalizer of the token then
-restores the model. While an exception is handled, it keeps the local variables of `fit` alive.
-Until Python frees this exception, the patched methods behave like the stock methods, except that
-saves are atomic.
+restores the model. While an exception is handled, its traceback keeps the local variables of `fit`
+alive. Until Python frees this exception, the patched methods stay on the model. They behave like
+the original methods, except that files are written atomically.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class ActiveFit:
         except BaseException:
             self.restore()
             raise
-        if isinstance(result, tuple):  # JAX returns the logs and the state.
+        if isinstance(result, tuple):  # On JAX, a training step returns the logs and the state.
             return self._with_token(result[0]), *result[1:]
         return self._with_token(result)
 
@@ -199,8 +199,8 @@ class ActiveFit:
 
 
 class _Token:
-    """Object to which only the logs of a step refer, so that it is deleted together with these
-    logs."""
+    """Object that only the logs of a training step refer to. Python deletes the object together
+    with these logs."""
 
 
 class _Logs(dict):

@@ -77,9 +77,9 @@ class SparsityTensorBoard(keras.callbacks.Callback):
         self._events = _Events(str(self.log_dir))
 
     def on_epoch_begin(self, epoch, logs=None):
-        if (
-            not self._masks
-        ):  # BackupAndRestore may restore the masks as late as in `on_train_begin`.
+        # The masks are read only here, because BackupAndRestore may restore them in
+        # `on_train_begin`.
+        if not self._masks:
             self._masks = self._read_masks()
         self._epoch_start = self._batches
 

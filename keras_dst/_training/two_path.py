@@ -35,8 +35,8 @@ class TwoPathLoss:
         divergence: Function of the logits of the pruned path and of the full path, with the classes
             on the last axis. The function returns the divergence of every entry. If None, the loss
             has no divergence term.
-        on_trace: Function to call whenever a training step is traced.
-        inner: Method `compute_loss` that this object replaces.
+        on_trace: Function that is called each time Keras traces a training step.
+        inner: Original `compute_loss` method, which this object replaces.
         takes_training: Whether `inner` takes the argument `training`.
 
     Raises:
@@ -107,7 +107,8 @@ class TwoPathLoss:
 
 
 def check_rematerialization(model) -> None:
-    """Raise ValueError if a backward pass would run layers again on an unknown path."""
+    """Raise ValueError if a backward pass would run layers again without knowing which of the two
+    paths to use."""
     if keras.backend.backend() != "jax" and any(
         _keras.is_rematerialized(layer) for layer in _keras.flatten_layers(model)
     ):
