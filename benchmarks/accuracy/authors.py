@@ -51,7 +51,7 @@ class Case:
 def halvings(events):
     """Yield a case with FlipOut and a case with magnitude pruning.
 
-    In both cases, weights are pruned once per epoch.
+    FlipOut and magnitude pruning both prune once per epoch.
     """
     sparsity = 1 - 0.5**events
     task = dataclasses.replace(TASKS["mnist"], epochs=events + 1)

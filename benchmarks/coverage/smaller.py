@@ -118,7 +118,7 @@ def table():
     lines = [
         "# Smaller models",
         "",
-        "The networks have random weights. Their channels are pruned by magnitude and removed by "
+        "The networks have random weights. Channels are pruned by magnitude and removed by "
         "`shrink`. `make bench-smaller` writes this page from the runs in this folder.",
         "",
         "## Latency of the `.tflite` file",
