@@ -25,6 +25,9 @@ FAILED := build/failed
 # Slow tests have the marker `slow`. Tests that need no backend have the marker `once`.
 SLOW := and not slow
 test-all: SLOW :=
+# The tests of test-xla: the equations of every method, and whole training runs with two methods.
+OPTIMIZED := fifty or (test_target and (dst-target or flipout))
+test-all: OPTIMIZED := fifty or target or strip
 test-all: export KERAS_DST_LONG = 1
 test-all: export KERAS_DST_KILLS = 10
 
@@ -41,10 +44,10 @@ check:
 	$(MAKE) --jobs=2 --output-sync=target lint test-quick
 
 # All parts run, even if one of them fails. The failed parts are listed at the end.
-test test-all: arm64
-	-@$(MAKE) $(TFMOT)/ready  # before the parts, so that test-torch does not start last
+test test-all:
+	-@$(MAKE) --keep-going --jobs=2 arm64 $(TFMOT)/ready  # so that test-torch does not start last
 	rm -rf $(FAILED) && mkdir -p $(FAILED) && touch $(PARTS:%=$(FAILED)/%)
-	$(MAKE) --keep-going --jobs=2 --output-sync=target SLOW="$(SLOW)" $(PARTS) || true
+	$(MAKE) --keep-going --jobs=2 --output-sync=target SLOW="$(SLOW)" OPTIMIZED="$(OPTIMIZED)" $(PARTS) || true
 	@failed=$$(ls $(FAILED) 2>/dev/null | xargs); \
 	[ -z "$$failed" ] && echo "All parts passed: $(PARTS)." \
 	|| { echo "Failed: $$failed. Run one alone with: make NAME"; exit 1; }
@@ -98,7 +101,7 @@ test-quick: $(TEST_READY)
 # compiles fastest.
 test-xla: $(TEST_READY)
 	KERAS_DST_XLA_DEFAULT=1 KERAS_BACKEND=jax $(PYTEST) tests/test_trajectories.py \
-	tests/test_contract.py -m "not slow" -k "fifty or target or strip"
+	tests/test_contract.py -m "not slow" -k "$(OPTIMIZED)"
 	$(passed)
 
 # The notebooks choose their backends themselves.
@@ -129,15 +132,18 @@ test-gpu:
 	KERAS_DST_GPU=1 KERAS_BACKEND=$$backend $(PYTHON) -m pytest $(GPU_TESTS) -m "not slow" \
 	|| failed="$$failed $$backend"; done; [ -z "$$failed" ] || { echo "Failed:$$failed"; exit 1; }
 
+# Most modules of the packages are never imported, so they are not compiled here.
+INSTALL := bin/pip install -q --no-compile -c constraints.txt
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(DEMO_READY): pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(VENV)/bin/pip install -q -c constraints.txt -e '.[export,demo]'
+	$(VENV)/$(INSTALL) -e '.[export,demo]'
 	touch $@
 
 $(TEST_READY): pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(VENV)/bin/pip install -q -c constraints.txt -e '.[all]'
+	$(VENV)/$(INSTALL) -e '.[all]'
 	touch $@ $(DEMO_READY)
 
 # Benchmarks, which write to results/. Without a network connection for keras.datasets, set
@@ -180,11 +186,11 @@ bench-gpu:
 
 $(TFMOT)/ready: constraints.txt
 	$(PYTHON) -m venv $(TFMOT)
-	$(TFMOT)/bin/pip install -q -c constraints.txt tensorflow tf_keras tensorflow-model-optimization==0.8.*
+	$(TFMOT)/$(INSTALL) tensorflow tf_keras tensorflow-model-optimization==0.8.*
 	touch $@
 
 bench-models: $(TEST_READY) $(TORCH_PRUNING)/ready
-	$(VENV)/bin/pip install -q -c constraints.txt keras-hub
+	$(VENV)/$(INSTALL) keras-hub
 	KERAS_BACKEND=torch $(TORCH_PRUNING)/bin/python -m benchmarks.accuracy.torch_pruning count
 	KERAS_BACKEND=torch $(RUN) -m benchmarks.coverage.half_channels
 	$(RUN) -m benchmarks.coverage.models
@@ -209,7 +215,7 @@ bench-channels-cpu: $(TEST_READY) $(TORCH_PRUNING)/ready
 
 $(TORCH_PRUNING)/ready: constraints.txt
 	$(PYTHON) -m venv $(TORCH_PRUNING)
-	$(TORCH_PRUNING)/bin/pip install -q -c constraints.txt keras torch torchvision torch-pruning==1.6.*
+	$(TORCH_PRUNING)/$(INSTALL) keras torch torchvision torch-pruning==1.6.*
 	touch $@
 
 bench-agreement: $(TEST_READY)
@@ -246,7 +252,7 @@ bench-libraries: $(TEST_READY) $(TFMOT)/ready $(PQUANT)/ready
 
 $(PQUANT)/ready: constraints.txt
 	$(PYTHON) -m venv $(PQUANT)
-	$(PQUANT)/bin/pip install -q -c constraints.txt 'pquant-ml[tensorflow]==0.1.*'
+	$(PQUANT)/$(INSTALL) 'pquant-ml[tensorflow]==0.1.*'
 	touch $@
 
 clean:

@@ -31,7 +31,7 @@ ALL_METHODS = {
     "set": methods.SET(0.8),
     "rigl": methods.RigL(0.8),
 }
-SHORT = ["dst-target", "dcil", "rigl"] + ([] if COMPILES else ["flipout", "optg"])
+SHORT = ["dst-target", "rigl"] if COMPILES else ["dst-target", "dcil", "rigl", "flipout", "optg"]
 METHODS = short(ALL_METHODS, *SHORT)
 EPOCHS, STEPS, BATCH = 5, 8, 8
 

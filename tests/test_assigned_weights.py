@@ -10,7 +10,9 @@ import keras_dst
 from keras_dst import methods
 from keras_dst.callbacks import SparseTraining
 from tests import models
-from tests.backends import every, once
+from tests.backends import every, once, slow
+
+pytestmark = every(2)
 
 METHODS = {
     "magnitude": methods.Magnitude(0.8),
@@ -76,9 +78,18 @@ def check_agreement(model, history, sparse_training, target, tolerance=0.02):
     assert found == pytest.approx(history["sparsity"][-1], abs=tolerance)
 
 
-@every(5)
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("name", METHODS)
+# `first` states whether SparseTraining is the first callback or the last.
+BOTH_ORDERS = [
+    (name, first)
+    if first or name in ("magnitude", "optg", "dst")
+    else pytest.param(name, first, marks=slow)
+    for name in METHODS
+    for first in (True, False)
+]
+
+
+@every(6)
+@pytest.mark.parametrize(("name", "first"), BOTH_ORDERS)
 def test_restored_weights_are_pruned_again_with_a_warning(name, first):
     method = METHODS[name]
     model, sparse_training = sparse(method), SparseTraining()

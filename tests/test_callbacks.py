@@ -11,6 +11,9 @@ from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import DST, Magnitude
 from keras_dst.schedules import Constant, Cubic
 from tests import models
+from tests.backends import every
+
+pytestmark = every(2)
 
 x, y = models.data(size=128)
 

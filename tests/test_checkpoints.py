@@ -11,6 +11,8 @@ from tests import stop_worker
 from tests.backends import every, once
 from tests.stop_worker import ALL_METHODS, x, y
 
+pytestmark = every(2)
+
 
 class Logged(keras.callbacks.Callback):
     """Callback that records the sparsity by (epoch, batch), both counted from 1."""

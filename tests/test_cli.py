@@ -15,10 +15,11 @@ import keras_dst_cli as cli
 from keras_dst.export.encode import Format, encode, weights
 from keras_dst.export.flatbuffer import read, write
 from keras_dst.methods import DST
-from tests.backends import once
+from tests.backends import every, on_tensorflow, once
 from tests.export.graphs import fully_connected, sparse_values
-from tests.export.test_export_tflite import on_tensorflow
 from tests.pages import ROOT
+
+pytestmark = every(2)
 
 BACKENDS_AND_PACKAGE = {"keras", "numpy", "tensorflow", "jax", "torch", "keras_dst"}
 
@@ -130,6 +131,7 @@ def test_import_option_loads_custom_layers(tmp_path, capsys, monkeypatch):
     assert cli.main(["report", "model.keras", "--import", "my_layers"]) == 0
 
 
+@on_tensorflow
 def test_export(saved, tmp_path, capsys):
     np.savez(tmp_path / "data.npz", x=np.ones((6, 8), "f"), y=np.zeros(6, int))
     options = ["--optimize", "size", "--target", "any", "--quantize", "weights", "--threads", "2"]

@@ -8,7 +8,9 @@ import keras_dst
 from keras_dst.callbacks import KeepClusters
 from keras_dst.clustering import k_means
 from tests import models
-from tests.backends import once
+from tests.backends import every, once
+
+pytestmark = every(2)
 
 
 def dense(kernel):

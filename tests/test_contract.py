@@ -12,7 +12,7 @@ from keras_dst import allocation, methods, schedules
 from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import LayerMethod, TwoPathMethod, UpdateMethod
 from tests import models
-from tests.backends import COMPILES, every
+from tests.backends import COMPILES, LONG, every
 from tests.pages import blocks
 
 # These training runs are too short for the controller to reach its target, so `fit` warns.
@@ -67,6 +67,7 @@ ONE_OF_A_FAMILY = [METHODS[name][0] for name in ("dst-target", "magnitude-reviva
 KINDS = ["dst-target", "dcil", "optg", "st3", "consensus", "magnitude-revival", "flipout", "rigl"]
 OWN = ["own-update", "own-layer", "own-two-path", "own-unit"]
 # Patterns and allocations affect only rankings, which test_masks.py tests on every backend.
+QUICK = COMPILES or not LONG
 TRIED = ["dst", "magnitude", "set", *KINDS, *OWN] if COMPILES else METHODS
 
 
@@ -131,7 +132,7 @@ def test_config_round_trip(method):
     assert repr(copy) == repr(method)
 
 
-@every(2)
+@every(3)
 def test_target_log_second_fit_and_strip(method):
     model = build(method[0])
     history = fit(model)
@@ -188,10 +189,10 @@ class StopAfter(keras.callbacks.Callback):
 def test_a_schedule_that_spans_two_fits(name):
     method = METHODS[name]
     model = build(method[0])
-    fit(model, 3, SparseTraining(epochs=EPOCHS))
+    fit(model, EPOCHS // 2, SparseTraining(epochs=EPOCHS))
     middle = model.optimizer.iterations
-    assert int(middle) == 3 * len(x) // BATCH
-    fit(model, 3, SparseTraining(epochs=EPOCHS))
+    assert int(middle) == EPOCHS // 2 * len(x) // BATCH
+    fit(model, EPOCHS // 2, SparseTraining(epochs=EPOCHS))
     check_target(model, method)
 
 
@@ -225,8 +226,8 @@ def test_masks_of_recurrent_layers(name):
 @every(4)
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_training_in_mixed_precision(one_of_each, policy):
-    if COMPILES and policy == "mixed_bfloat16" and one_of_each[0] not in ONE_OF_A_FAMILY:
-        pytest.skip("runs on PyTorch only; other backends test float16")
+    if QUICK and policy == "mixed_bfloat16" and one_of_each[0] not in ONE_OF_A_FAMILY:
+        pytest.skip("all methods are tested with float16")
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
     try:
@@ -259,8 +260,8 @@ INNER = {
 @every(4)
 @pytest.mark.parametrize("inner", INNER)
 def test_training_with_every_inner_optimizer(one_of_each, inner):
-    if COMPILES and inner != "all":
-        pytest.skip("runs on PyTorch only; other backends combine all options")
+    if inner != "all" and (COMPILES or (QUICK and one_of_each[0] not in ONE_OF_A_FAMILY)):
+        pytest.skip("all methods are tested with all options at once")
     model = build(one_of_each[0], INNER[inner]())
     pruned = []
 
@@ -301,6 +302,8 @@ def test_training_with_every_compile_option(one_of_each, compile_arguments):
 
 @every(4)
 def test_the_compiled_step_is_traced_once(one_of_each, monkeypatch):
+    if QUICK and not COMPILES and one_of_each[0] not in ONE_OF_A_FAMILY:
+        pytest.skip("PyTorch compiles no step")
     model = build(one_of_each[0])
     traces = []
     original = model.compute_loss

@@ -8,6 +8,8 @@ import keras_dst
 from keras_dst import methods
 from tests.backends import every
 
+pytestmark = every(2)
+
 distillation = pytest.importorskip("keras.distillation")
 
 x = np.random.default_rng(0).standard_normal((128, 16)).astype("float32")

@@ -15,7 +15,10 @@ from tests.gradients import gradients
 
 # These training runs are too short to reach the target, so `fit` warns. test_callbacks.py tests the
 # warning.
-pytestmark = pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
+pytestmark = [
+    every(2),
+    pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning"),
+]
 
 x = np.random.default_rng(0).standard_normal((128, 12)).astype("float32")
 y = (x @ np.random.default_rng(1).standard_normal((12, 2))).argmax(1)
@@ -59,6 +62,7 @@ def fit(model, epochs=6, **kwargs):
 # -- values and gradients --------------------------------------------------------------------------
 
 
+@every(1)
 def test_values_and_gradients_of_a_logit():
     gate = Gate(axis=1)
     gate.build((None, 3, 4))

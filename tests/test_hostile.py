@@ -21,6 +21,8 @@ from tests import stop_worker
 from tests.backends import every, once
 from tests.stop_worker import ALL_METHODS, x, y
 
+pytestmark = every(2)
+
 # JAX tests fewer examples, because it compiles every operation for every shape.
 EXAMPLES = 4 if keras.backend.backend() == "jax" else 25
 few = hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
@@ -421,9 +423,11 @@ def test_an_invalid_save_freq_raises(save_freq):
         BackupAndRestore("backup", save_freq)
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="on other backends fit builds the model before it calls callbacks",
+)
 def test_a_backup_of_a_model_without_weights_raises(tmp_path):
-    if keras.backend.backend() != "tensorflow":
-        pytest.skip("on this backend fit builds the model before it calls callbacks")
     (tmp_path / "training.json").write_text("{}")
     model = keras.Sequential([keras.layers.Dense(4, "softmax")])
     model.compile("sgd", "sparse_categorical_crossentropy")

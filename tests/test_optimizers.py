@@ -17,6 +17,8 @@ from keras_dst.schedules import Constant, Cubic, Geometric
 from tests import models, reference
 from tests.backends import every, slow
 
+pytestmark = every(2)
+
 x, y = models.data(size=128)
 STEPS = Cubic(0.8, begin_step=2, end_step=14)
 # XLA may round differently in two programs for the same computation.
@@ -394,6 +396,7 @@ def zeros(network):
     return sum(np.sum(kernel == 0) for kernel in kernels) / sum(kernel.size for kernel in kernels)
 
 
+@every(1)  # each backend has its own training step
 def test_two_sparse_optimizers_prune_a_generator_and_a_discriminator():
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)

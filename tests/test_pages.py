@@ -27,8 +27,15 @@ TESTED_ELSEWHERE = {
 
 
 def backends(page):
-    """Return the backends that the code blocks of a page name. The default is PyTorch."""
-    return {info for lang, info, _ in fences(page) if lang == "python" and info} or {"torch"}
+    """Return the backends that the code blocks of a page name.
+
+    Other pages run on PyTorch, which compiles no training step. If they export files, they run on
+    TensorFlow, because PyTorch starts a second Python for every export.
+    """
+    python = [(info, code) for language, info, code in fences(page) if language == "python"]
+    exports = any("export_tflite" in code for _, code in python)
+    named = {info for info, _ in python if info}
+    return named or {"tensorflow" if exports else "torch"}
 
 
 def pages_of_this_backend():

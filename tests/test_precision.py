@@ -13,7 +13,9 @@ from keras_dst.callbacks import SparseTraining
 from keras_dst.masks import KERNEL
 from keras_dst.methods import LayerMethod
 from tests import models
-from tests.backends import COMPILES, every
+from tests.backends import COMPILES, LONG, every
+
+pytestmark = every(2)
 
 METHODS = {
     "dst": methods.DST(),
@@ -94,10 +96,13 @@ def test_float64_as_default_dtype(method):
     check_training(method)
 
 
+@every(1)
 @pytest.mark.parametrize("types", MIXED, ids="-".join)
 def test_layers_of_two_dtypes_in_one_model(method, types):
     if COMPILES and (types != MIXED[0] or method not in COMPILED):
         pytest.skip("PyTorch tests the other dtypes without compiling")
+    if not LONG and types != MIXED[0] and method not in COMPILED:
+        pytest.skip("one method of each family is tested with all dtypes")
     check_training(method, *types)
 
 

@@ -12,7 +12,9 @@ import keras_dst
 from keras_dst._reporting.sensitivity import SensitivityReport, WeightSensitivity
 from keras_dst.allocation import densities, equal_drop
 from keras_dst.methods import DCIL, DST, Magnitude
-from tests.backends import COMPILES, once
+from tests.backends import COMPILES, every, once
+
+pytestmark = every(2)
 
 GRID = (0.5, 0.75)
 

@@ -10,6 +10,8 @@ import keras_dst
 from keras_dst.methods import DCIL, DST, Magnitude
 from tests.backends import every, once
 
+pytestmark = every(2)
+
 rng = np.random.default_rng(0)
 X = rng.standard_normal((32, 64)).astype("float32")
 Y = np.arange(32) % 10
@@ -97,6 +99,7 @@ def test_a_loaded_sparse_model_predicts_equally_and_continues_training(method, p
     loaded.fit(X, Y, verbose=0, callbacks=training)
 
 
+@every(1)  # JAX skips float64
 @pytest.mark.parametrize("policy", ["float64", "bfloat16", "mixed_float16"])
 def test_sparse_files_with_other_dtypes(policy, path):
     if policy == "float64" and keras.backend.backend() == "jax":

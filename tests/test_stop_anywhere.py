@@ -15,9 +15,9 @@ import pytest
 import keras_dst
 from keras_dst.callbacks import BackupAndRestore, SparseTraining
 from tests import stop_worker
-from tests.backends import COMPILES, every, once
+from tests.backends import every, once
 
-KILLS = int(os.environ.get("KERAS_DST_KILLS", "1" if COMPILES else "2"))
+KILLS = int(os.environ.get("KERAS_DST_KILLS", "1"))
 SEED = int(os.environ.get("KERAS_DST_SEED", "0"))
 LINES = len(stop_worker.METHODS) * stop_worker.EPOCHS * stop_worker.STEPS
 

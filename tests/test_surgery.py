@@ -19,6 +19,8 @@ from keras_dst.surgery import has_kernel, has_sparse_layers
 from tests import models
 from tests.backends import every, once
 
+pytestmark = every(2)
+
 x, y = models.data()
 
 
@@ -675,6 +677,10 @@ def test_exclusions_from_weight_decay_are_kept(by, fitted):
 
 # -- other formats ---------------------------------------------------------------------------------
 
+needs_tensorflow = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="the file format needs TensorFlow"
+)
+
 
 def sparse_models():
     """Return a model for each class of sparse layers."""
@@ -690,10 +696,9 @@ def sparse_models():
     return {"DST": dst, "DCIL": dcil, "OptG": optg, "Gate": keras.Model(inputs, gated)}
 
 
+@needs_tensorflow
 @pytest.mark.parametrize("name", ["DST", "DCIL", "OptG", "Gate"])
 def test_tensorflow_checkpoints_contain_the_whole_state(name, tmp_path):
-    if keras.backend.backend() != "tensorflow":
-        pytest.skip("the file format needs TensorFlow")
     import tensorflow as tf
 
     model, other = sparse_models()[name], sparse_models()[name]
@@ -715,9 +720,8 @@ def test_tensorflow_checkpoints_contain_the_whole_state(name, tmp_path):
     assert not any("threshold" in key for key, _ in tf.train.list_variables(path))
 
 
+@needs_tensorflow
 def test_tensorflow_checkpoints_contain_the_optimizer_state(tmp_path):
-    if keras.backend.backend() != "tensorflow":
-        pytest.skip("the file format needs TensorFlow")
     import tensorflow as tf
 
     fitted, other = (models.compiled(models.residual()) for _ in range(2))

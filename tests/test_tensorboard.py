@@ -11,7 +11,9 @@ from keras_dst import SparseOptimizer, layers, sparsify
 from keras_dst.callbacks import SparseTraining, SparsityTensorBoard
 from keras_dst.methods import DST, Consensus, FlipOut, Magnitude, OptG, RigL
 from tests import models
-from tests.backends import once
+from tests.backends import every, once
+
+pytestmark = every(2)
 
 
 class Note(keras.callbacks.Callback):

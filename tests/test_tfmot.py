@@ -17,6 +17,8 @@ from keras_dst.tfmot.masks import block_mask, magnitude_mask
 from tests import models
 from tests.backends import every, once
 
+pytestmark = every(2)
+
 BATCH, STEPS = 8, 12
 GAP = 1e-4
 rng = np.random.default_rng(0)

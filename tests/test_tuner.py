@@ -20,6 +20,7 @@ from tests.pages import blocks
 # KerasTuner uses deprecated functions of `threading`. KerasTuner also saves optimizer variables.
 # When the weights are loaded into an untrained model, Keras skips these variables and warns.
 pytestmark = [
+    every(2),
     pytest.mark.filterwarnings("ignore:currentThread|getName:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning"),
 ]

@@ -39,7 +39,7 @@ import numpy as np
 import keras_dst
 from keras_dst import methods
 from keras_dst.callbacks import SparseTraining
-from tests.backends import short
+from tests.backends import COMPILES, short
 
 ALL_METHODS = {
     "dst": methods.DST(sparsity=0.7, frequency=5),
@@ -51,9 +51,8 @@ ALL_METHODS = {
     "set": methods.SET(0.7),
     "rigl": methods.RigL(0.7),
 }
-# TensorFlow compiles a step of every method for two strategies, so it runs fewer methods.
-ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
-METHODS = short(ALL_METHODS, "dcil", "rigl", *([] if ON_TENSORFLOW else ["dst", "consensus"]))
+# TensorFlow and JAX compile every method for several layouts of devices, so they run fewer methods.
+METHODS = short(ALL_METHODS, "dcil", "rigl", *([] if COMPILES else ["dst", "consensus"]))
 BATCH, EPOCHS = 16, 2
 x = np.random.default_rng(0).standard_normal((128, 8)).astype("float32")
 y = (x @ np.random.default_rng(1).standard_normal((8, 4))).argmax(1)

@@ -13,9 +13,9 @@ from keras_dst.export import ethos
 from keras_dst.export.decode import encoding, type_name
 from keras_dst.export.encode import weights
 from keras_dst.export.flatbuffer import op_name, read
-from tests.backends import once
+from tests.backends import on_tensorflow
 
-pytestmark = once
+pytestmark = on_tensorflow
 x = np.random.default_rng(0).normal(size=(40, 16, 16, 8)).astype("float32")
 
 

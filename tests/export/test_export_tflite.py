@@ -21,17 +21,15 @@ import keras_dst
 from keras_dst.export import ExportError, ExportReport, encode, flatbuffer, pipeline
 from keras_dst.export.convert import to_tflite
 from keras_dst.surgery import has_sparse_layers
+from tests.backends import every, on_tensorflow
 
 from .graphs import AUTO, BUILTIN, fully_connected, sparse_values
 from .graphs import ops as ops_of
 
+pytestmark = every(2)
+
 #: Latencies are not measured, because they take time and depend on the machine.
 export_tflite = functools.partial(keras_dst.export_tflite, measure=False)
-
-on_tensorflow = pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow",
-    reason="conversion in a second Python takes 10 s; other tests cover it on this backend",
-)
 
 
 def prune(model, density, block=1):
@@ -332,6 +330,7 @@ def backend_square(x):
     return torch.square(x)
 
 
+@every(0)
 @pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="TensorFlow code converts")
 def test_a_lambda_with_backend_code_raises(tmp_path):
     model = keras.Sequential(
@@ -411,6 +410,7 @@ def test_models_that_cannot_be_converted_raise(tmp_path, last, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@every(1)
 def test_export_does_not_change_a_sparse_model(tmp_path):
     """The test runs on every backend.
 
@@ -444,6 +444,7 @@ def test_export_does_not_change_a_sparse_model(tmp_path):
         np.testing.assert_array_equal(old, new)
 
 
+@every(0)
 def test_export_with_classes_and_functions_of_a_user_module(tmp_path, monkeypatch):
     code = "from keras import layers\nclass Own(layers.Dense): pass\ndef double(x): return 2 * x\n"
     (tmp_path / "own_layers.py").write_text(code)
@@ -454,6 +455,7 @@ def test_export_with_classes_and_functions_of_a_user_module(tmp_path, monkeypatc
     assert export_tflite(model, tmp_path / "model.tflite").max_error < 1e-5
 
 
+@every(0)
 @pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="needs no second Python")
 def test_a_class_that_cannot_be_imported_raises(tmp_path):
     class Local(layers.Dense):
@@ -730,6 +732,7 @@ def test_missing_packages_raise(never_converted, model, tmp_path, monkeypatch, p
         export_tflite(model, tmp_path / "model.tflite")
 
 
+@every(0)
 def test_importing_keras_dst_needs_no_optional_package():
     packages = ["ai_edge_litert"]
     if keras.backend.backend() != "tensorflow":  # TensorFlow itself needs flatbuffers

@@ -13,10 +13,12 @@ from keras_dst.export.decode import values
 from keras_dst.export.encode import Format, encode, encode_dense, weights
 from keras_dst.export.flatbuffer import read
 from keras_dst.export.selection import Objective, select_formats
-from tests.backends import once
+from tests.backends import every, on_tensorflow, once
 
 from .graphs import AUTO, BUILTIN, File, convolution, fully_connected, ops, run, sparse_values
 from .test_export_tflite import encodings, export_tflite, prune
+
+pytestmark = every(2)
 
 SPARSE, DENSE = Format(1, unpack=True, int8=True), Format(0, unpack=True, int8=True)
 BLOCKS = Format(4, unpack=True, int8=True)
@@ -216,6 +218,7 @@ def test_invalid_quantization_options_raise(converted, tmp_path, options, messag
         export_tflite(converted, tmp_path / "m.tflite", **options)
 
 
+@on_tensorflow
 def test_export_with_full_int8(tmp_path):
     """The test runs on every backend.
 

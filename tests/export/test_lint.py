@@ -15,11 +15,10 @@ from keras_dst.export import LintReport
 from keras_dst.export.decode import values
 from keras_dst.export.flatbuffer import read, write
 from keras_dst.export.selection import select_formats
-from tests.backends import once
+from tests.backends import on_tensorflow, once
 
 from . import test_sparse_inference as nets
 from .graphs import AUTO, File, convolution, fully_connected, run, sparse_values
-from .test_export_tflite import on_tensorflow
 
 LOOSE = sparse_values((32, 64), 0.2)
 SPARSE = sparse_values((32, 64), 0.1)

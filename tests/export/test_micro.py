@@ -15,9 +15,9 @@ from keras_dst.export.flatbuffer import op_name, read, text, write
 from keras_dst.export.origins import layer_at
 from keras_dst.export.report import ExportError
 from keras_dst.export.samples import read_samples
-from tests.backends import once
+from tests.backends import on_tensorflow
 
-pytestmark = once
+pytestmark = on_tensorflow
 x = np.random.default_rng(0).normal(size=(24, 12, 12, 4)).astype("float32")
 
 

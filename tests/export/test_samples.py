@@ -16,6 +16,9 @@ from keras_dst.export.samples import (
     read_samples,
     signature_of,
 )
+from tests.backends import every
+
+pytestmark = every(2)
 
 X = np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32)
 Y = np.arange(20) % 3

@@ -14,6 +14,8 @@ from tests import models, reference
 from tests.backends import every
 from tests.gradients import gradients
 
+pytestmark = every(2)
+
 DEPTHWISE = Layout(outputs=(-2, -1), inputs=())
 TRANSPOSED = Layout(outputs=(-2,), inputs=(-1,))
 

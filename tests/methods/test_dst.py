@@ -15,7 +15,10 @@ from keras_dst.methods import DST
 from keras_dst.methods.base import ScheduleState
 from keras_dst.regularizers import ThresholdPenalty
 from keras_dst.schedules import Constant, Cubic, Geometric
+from tests.backends import every
 from tests.gradients import gradients
+
+pytestmark = every(2)
 
 DEPTHWISE = Layout(outputs=(-2, -1), inputs=())
 TRANSPOSED = Layout(outputs=(-2,), inputs=(-1,))

@@ -10,6 +10,9 @@ from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import FlipOut
 from keras_dst.schedules import Constant, Cubic, Geometric
 from tests import models
+from tests.backends import every
+
+pytestmark = every(2)
 
 
 def numbers(*values):

@@ -14,6 +14,8 @@ from keras_dst.methods import Magnitude
 from keras_dst.schedules import Constant, Cubic, Sigmoid
 from tests.backends import every
 
+pytestmark = every(2)
+
 DEPTHWISE = Layout(outputs=(-2, -1), inputs=())
 
 
@@ -220,6 +222,7 @@ def test_rank_in_n_of_m(shape):
 GOLDEN = "01a7fdb322130f52"
 
 
+@every(1)
 def test_masks_are_equal_on_every_backend():
     for masks in (reference_global(LAYERS, 30, 1), masks_of(Magnitude(0.5), LAYERS, [30])):
         assert np.packbits(np.concatenate([m.ravel() for m in masks])).tobytes().hex() == GOLDEN

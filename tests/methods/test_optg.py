@@ -11,7 +11,10 @@ from keras_dst.masks import KERNEL
 from keras_dst.methods import OptG
 from keras_dst.schedules import Constant, Cubic, Sigmoid
 from tests import models
+from tests.backends import every
 from tests.gradients import gradients
+
+pytestmark = every(2)
 
 x, y = models.data(size=128)
 

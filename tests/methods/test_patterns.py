@@ -10,6 +10,8 @@ from keras_dst import methods
 from keras_dst.masks import KERNEL, Layout
 from tests.backends import every
 
+pytestmark = every(2)
+
 CLASSES = [
     methods.DCIL,
     methods.OptG,

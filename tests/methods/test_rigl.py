@@ -18,6 +18,8 @@ from tests import models
 from tests.backends import every
 from tests.test_optimizers import train_step
 
+pytestmark = every(2)
+
 both = pytest.mark.parametrize("cls", [SET, RigL])
 x, y = models.data(size=128)
 

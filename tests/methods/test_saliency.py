@@ -10,6 +10,8 @@ from keras_dst.methods import Magnitude, saliency
 from keras_dst.schedules import Constant, Cubic
 from tests.backends import every
 
+pytestmark = every(2)
+
 
 def array(tensor):
     return ops.convert_to_numpy(tensor)
