@@ -119,6 +119,7 @@ test-wheel:
 
 # Run the core tests with the oldest and the newest versions of Keras and the backends, on each
 # installed Python. NAMES="oldest" selects one set of versions, and NAMES="3.12" one Python.
+# PyTorch is skipped if pip finds only a CUDA build. KERAS_DST_CUDA=1 installs this build.
 test-versions:
 	$(PYTHON) tests/environments.py versions $(NAMES)
 

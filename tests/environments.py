@@ -9,9 +9,13 @@
 
 The output ends with a list of passed, failed and skipped checks and the reasons. Each environment
 is deleted after its checks have passed. The script needs only Python.
+
+If pip would install a CUDA build of PyTorch, the core tests skip PyTorch, because the download has
+several GB. Set KERAS_DST_CUDA=1 to install this build.
 """
 
 import glob
+import json
 import os
 import pathlib
 import shutil
@@ -119,9 +123,33 @@ def check_extra(wheel: str, extra: str) -> None:
         raise OSError(f"The code for this extra failed on {backend}.")
 
 
-def check_set(wheel: str, name: str, version: str) -> None:
-    """Install one set of versions, and run the core tests on each backend of the set."""
+def has_cuda_build(python: str, requirement: str) -> bool:
+    """Return whether pip would install a CUDA build of PyTorch for a requirement."""
+    options = ["--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
+    command = [python, "-m", "pip", "install", *options, requirement]
+    found = subprocess.run(command, capture_output=True, text=True)
+    if found.returncode:
+        raise OSError(f"pip could not find {requirement}: {found.stderr.strip()[-300:]}")
+    names = [package["metadata"]["name"] for package in json.loads(found.stdout)["install"]]
+    return any(name.startswith("nvidia-") for name in names)
+
+
+def check_set(wheel: str, name: str, version: str) -> list[str]:
+    """Install one set of versions, and run the core tests on each backend of the set.
+
+    Return a reason for each backend that is skipped.
+    """
     extras, pins = SETS[name]
+    skipped = []
+    torch = next((pin for pin in pins if pin.startswith("torch")), "torch")
+    if (
+        "torch" in extras
+        and os.environ.get("KERAS_DST_CUDA") != "1"
+        and has_cuda_build(interpreter(version), torch)
+    ):
+        extras = [extra for extra in extras if extra != "torch"]
+        pins = [pin for pin in pins if pin != torch]
+        skipped.append(f"torch: pip finds only a CUDA build of {torch}; set KERAS_DST_CUDA=1")
     requirements = [f"{wheel}[{','.join(extras)}]", *pins, *TEST_PACKAGES]
     new = create(f"{name}-{version}", interpreter(version), *requirements)
     run(new, "-m", "pip", "list", "--format=freeze")
@@ -132,6 +160,7 @@ def check_set(wheel: str, name: str, version: str) -> None:
     failed = [backend for backend in backends if not run(*pytest, KERAS_BACKEND=backend)]
     if failed:
         raise OSError(f"The tests failed on {', '.join(failed)}.")
+    return skipped
 
 
 def interpreter(version: str) -> str | None:
@@ -166,9 +195,14 @@ def main(what: str, *names: str) -> int:
             outcomes.append(f"skipped  {name}: Python {check[1]} is not installed")
         else:
             try:
-                check_extra(wheel, check[1]) if what == "wheel" else check_set(wheel, *check)
+                skipped = []
+                if what == "wheel":
+                    check_extra(wheel, check[1])
+                else:
+                    skipped = check_set(wheel, *check)
                 shutil.rmtree(FOLDER / name)
                 outcomes.append(f"passed   {name}")
+                outcomes += [f"skipped  {name}, {reason}" for reason in skipped]
             except OSError as error:
                 outcomes.append(f"failed   {name}: {error}")
     print("\n" + "\n".join(outcomes))
