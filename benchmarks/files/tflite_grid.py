@@ -160,29 +160,32 @@ def table():
         "`Magnitude` for half as many epochs. `Magnitude` prunes every layer except the last to "
         f"the same sparsity. The accuracy in % of each file is measured on {TESTED:,} test images. "
         "Bytes, latency, load time and peak memory are relative to the dense float32 file. Latency "
-        "is the time of one inference on one thread. The columns after `no AVX` give the bytes and "
+        "is the time of one inference on one thread. The columns with `no AVX` give the bytes and "
         "the latency of a file that was exported for ARM. The latency of that file is measured "
         "with AVX disabled, because XNNPACK then uses the same kernels as on ARM. With the pattern "
-        "`channel`, channels are removed. The columns after `converter` describe the file that "
-        "TensorFlow's converter writes for the same network with `EXPERIMENTAL_SPARSITY`. `make "
-        "bench-tflite` writes this page from the runs in this folder.",
+        "`channel`, channels are removed. The second table of each network describes the files "
+        "that TensorFlow's converter writes with `EXPERIMENTAL_SPARSITY`. `make bench-tflite` "
+        "writes this page from the runs in this folder.",
     ]
     stored = results.runs(BENCHMARK)
     for net in NETS:
         if net in stored:
-            lines += ["", f"## {net}", "", *_rows(stored[net])]
+            lines += ["", f"## {net}", "", *_exported(stored[net])]
+            lines += ["", *_converted(stored[net])]
     results.write_index(BENCHMARK, lines)
 
 
-#: Columns of the table: heading, file, name of the measured figure, number of digits.
-COLUMNS = (
+#: Columns of the two tables: heading, file, name of the measured figure, number of digits.
+EXPORTED = (
     ("bytes", "sparse", "bytes", 3),
     ("latency", "sparse", "latency", 2),
     ("load", "sparse", "load", 2),
     ("memory", "sparse", "memory", 2),
-    ("no AVX: bytes", "arm", "bytes", 3),
-    ("latency", "arm", "latency_no_avx", 2),
-    ("converter: bytes", "converter", "bytes", 3),
+    ("bytes, no AVX", "arm", "bytes", 3),
+    ("latency, no AVX", "arm", "latency_no_avx", 2),
+)
+CONVERTED = (
+    ("bytes", "converter", "bytes", 3),
     ("latency", "converter", "latency", 2),
     ("load", "converter", "load", 2),
     ("memory", "converter", "memory", 2),
@@ -190,21 +193,34 @@ COLUMNS = (
 )
 
 
-def _rows(result) -> list[str]:
+def _exported(result) -> list[str]:
+    """Return the table of dense files and of the files that `export_tflite` writes."""
     first, *_ = result["cells"].values()
     dense, int8 = first["files"]["float32"], first["files"]["int8"]
-    accuracy, of_int8 = result["accuracy_of_dense"].values()
-    plain = [_absolute(dense, key) if kind in TARGETS else "" for _, kind, key, _ in COLUMNS]
-    rows = [("dense float32", 0, accuracy, plain)]
-    rows += [("dense int8", 0, of_int8, _beside({"float32": dense} | dict.fromkeys(TARGETS, int8)))]
+    accuracy, accuracy_of_int8 = result["accuracy_of_dense"].values()
+    of_int8 = {"float32": dense} | dict.fromkeys(TARGETS, int8)
+    rows = [
+        ("dense float32", 0, accuracy, [_absolute(dense, key) for _, _, key, _ in EXPORTED]),
+        ("dense int8", 0, accuracy_of_int8, _relative(of_int8, EXPORTED)),
+    ]
     for name, cell in result["cells"].items():
-        rows.append((name, cell["sparsity"], cell["accuracy"], _beside(cell["files"])))
-    heads = ["zeros", "accuracy", *(head for head, *_ in COLUMNS)]
-    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
-    for name, sparsity, accuracy, cells in rows:
-        cells = [f"{sparsity:.1%}", f"{100 * accuracy:.1f}", *cells]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+        rows.append((name, cell["sparsity"], cell["accuracy"], _relative(cell["files"], EXPORTED)))
+    rows = [
+        [name, f"{sparsity:.1%}", f"{100 * accuracy:.1f}", *cells]
+        for name, sparsity, accuracy, cells in rows
+    ]
+    return _lines(["", "zeros", "accuracy", *(head for head, *_ in EXPORTED)], rows)
+
+
+def _converted(result) -> list[str]:
+    """Return the table of the files that TensorFlow's converter writes."""
+    rows = [[name, *_relative(cell["files"], CONVERTED)] for name, cell in result["cells"].items()]
+    return _lines(["TensorFlow's converter", *(head for head, *_ in CONVERTED)], rows)
+
+
+def _lines(heads, rows) -> list[str]:
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
 def _absolute(file, key) -> str:
@@ -215,9 +231,9 @@ def _absolute(file, key) -> str:
     return f"{1e-6 * file[key]:.3g} MB" if key == "memory" else f"{1e3 * file[key]:.3g} ms"
 
 
-def _beside(files) -> list[str]:
+def _relative(files, columns) -> list[str]:
     """Return the cells of a table row as ratios to the dense file."""
-    return [_ratio(files.get(of), files["float32"], key, digits) for _, of, key, digits in COLUMNS]
+    return [_ratio(files.get(of), files["float32"], key, digits) for _, of, key, digits in columns]
 
 
 def _ratio(file, dense, key, digits) -> str:
