@@ -191,7 +191,6 @@ $(TFMOT)/ready: constraints.txt
 	touch $@
 
 bench-models: $(TEST_READY) $(TORCH_PRUNING)/ready
-	$(VENV)/$(INSTALL) keras-hub
 	KERAS_BACKEND=torch $(TORCH_PRUNING)/bin/python -m benchmarks.accuracy.torch_pruning count
 	KERAS_BACKEND=torch $(RUN) -m benchmarks.coverage.half_channels
 	$(RUN) -m benchmarks.coverage.models

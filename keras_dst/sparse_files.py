@@ -22,6 +22,7 @@ import io
 import json
 import pathlib
 import tempfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -136,7 +137,13 @@ def load_sparse(path, custom_objects=None, safe_mode: bool = True) -> keras.Mode
             raise _damaged(path, error) from error
         except safetensors.SafetensorError as error:
             raise _damaged(path, error) from error
-        return keras.saving.load_model(dense, custom_objects=custom_objects, safe_mode=safe_mode)
+        with warnings.catch_warnings():
+            if "optimizer" not in structure["groups"]:
+                # A KerasHub model compiles itself, so Keras expects the state of an optimizer.
+                warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
+            return keras.saving.load_model(
+                dense, custom_objects=custom_objects, safe_mode=safe_mode
+            )
 
 
 def _damaged(path, error) -> ValueError:
