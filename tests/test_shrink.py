@@ -1073,3 +1073,21 @@ def test_shrinking_several_models_warns_of_no_retracing(caplog):
         model.layers[0].kernel.assign(kernel)
         keras_dst.shrink(model)
     assert "retracing" not in caplog.text
+
+
+def test_the_outputs_are_compared_at_a_length_that_the_model_accepts():
+    x = keras.Input((None, 4))
+    y = layers.Dense(6, "relu", name="hidden")(x + np.ones((8, 4), "float32"))
+    model = keras.Model(x, layers.Dense(2)(y))
+    model.get_layer("hidden").kernel.assign(np.repeat([[1, 1, 1, 0, 0, 0]], 4, 0))
+    small = keras_dst.shrink(model)
+    assert small.get_layer("hidden").units == 3
+    values = np.arange(64, dtype="float32").reshape(2, 8, 4)
+    np.testing.assert_allclose(small.predict(values), model.predict(values), rtol=1e-6)
+
+
+def test_a_model_that_accepts_no_tested_length_raises():
+    x = keras.Input((None, 4))
+    model = keras.Model(x, layers.Dense(2)(keras.ops.matmul(np.ones((7, 7), "float32"), x)))
+    with pytest.raises(ValueError, match="Fix: create the model with fixed sizes"):
+        keras_dst.shrink(model)

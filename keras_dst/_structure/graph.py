@@ -15,7 +15,6 @@ from keras_dst.layers import Gate
 from keras_dst.surgery import check_model
 
 UNKNOWN = np.nan  # Placeholder for the constant of a channel whose value depends on the input.
-OPEN_SIZE = 32  # Size that replaces each unknown size when a layer or model is run for a test.
 
 
 @dataclass(eq=False)

@@ -15,8 +15,9 @@ import numpy as np
 from keras import layers, ops
 
 from keras_dst._structure.copies import live_config
-from keras_dst._structure.graph import OPEN_SIZE, UNKNOWN, Call, Tensor, to_float64
+from keras_dst._structure.graph import UNKNOWN, Call, Tensor, to_float64
 from keras_dst._structure.unions import ChannelUnions, Member
+from keras_dst._utils.open_sizes import OPEN_SIZE
 
 DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
 MERGE_VERBS = {

@@ -12,8 +12,9 @@ from keras import ops, tree
 from keras_dst import _keras
 from keras_dst._backend.jit import jit
 from keras_dst._structure.build import build
-from keras_dst._structure.graph import OPEN_SIZE, check_graph, to_float64
+from keras_dst._structure.graph import check_graph, to_float64
 from keras_dst._structure.plan import Plan
+from keras_dst._utils.open_sizes import OPEN_SIZE, draw_accepted
 
 
 def shrink(model) -> keras.Model:
@@ -74,14 +75,14 @@ def plan_and_build(model) -> tuple[Plan, keras.Model]:
 def random_inputs(model, batch: int, seed: int = 0):
     """Return random inputs in the structure that a model expects.
 
-    Random strings and integers are drawn from the vocabularies of lookup layers in the model, if
-    there are any.
+    Unknown sizes are 32, or another size that the model accepts. Random strings and integers are
+    drawn from the vocabularies of lookup layers in the model, if there are any.
     """
     rng = np.random.default_rng(seed)
     vocabularies = _vocabularies(model)
 
-    def draw(x):
-        shape = [OPEN_SIZE if n is None else n for n in x.shape[1:]]
+    def draw(x, size):
+        shape = [size if n is None else n for n in x.shape[1:]]
         shape = [batch if x.shape[0] is None else x.shape[0], *shape]
         if x.dtype == "string":
             if keras.backend.backend() != "tensorflow":
@@ -98,7 +99,18 @@ def random_inputs(model, batch: int, seed: int = 0):
             return ops.one_hot(hot, shape[-1], dtype=x.dtype, sparse=True)
         return ops.convert_to_tensor(rng.standard_normal(shape), x.dtype)
 
-    return tree.map_structure(draw, _keras.structures_of(_keras.graph_of(model))[0])
+    def draw_all(size):
+        return tree.map_structure(lambda x: draw(x, size), inputs)
+
+    inputs = _keras.structures_of(_keras.graph_of(model))[0]
+    if all(None not in x.shape[1:] for x in tree.flatten(inputs)):
+        return draw_all(OPEN_SIZE)
+
+    def run(values):
+        with keras.StatelessScope():
+            model(values, training=False)
+
+    return draw_accepted(draw_all, run, "create the model with fixed sizes in keras.Input.")
 
 
 def _vocabularies(model) -> dict[type, list]:

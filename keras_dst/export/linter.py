@@ -63,7 +63,7 @@ def lint(
     if not isinstance(model, bytes | str | os.PathLike):
         if target is not None:
             signature = signature_of(model)
-            samples = random_samples(signature)
+            samples = random_samples(model, signature)
             (content,) = conversions(model, ["integer"], signature, samples)
             return check_for_target(model.name, content, target)
         return check(model.name, select_formats(to_tflite(model)).content)

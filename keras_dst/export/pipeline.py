@@ -275,7 +275,7 @@ def _read_data(model: keras.Model, settings: Settings) -> _Data:
         )
     _check_convertible(model, signature, settings.quantize)
     if samples is None:
-        samples = random_samples(signature)
+        samples = random_samples(model, signature)
     evaluate = settings.evaluate
     if not (evaluate is None or callable(evaluate)):
         _check_classes(getattr(model, "outputs", None))

@@ -12,6 +12,8 @@ import keras
 import numpy as np
 
 from keras_dst import _keras
+from keras_dst._utils.open_sizes import OPEN_SIZE, draw_accepted
+from keras_dst.export.states import reset_states
 
 #: Maximum number of samples on which a file is compared with the model.
 MAX_SAMPLES = 32
@@ -19,8 +21,6 @@ MAX_SAMPLES = 32
 MAX_CALIBRATION_SAMPLES = 1000
 #: Batch size of the comparison for a model with a dynamic batch size.
 BATCH = 4
-#: Size of random samples along dynamic axes other than the batch axis.
-OPEN_SIZE = 32
 
 _ACCEPTED = (
     "an array, a list or dict of arrays, a tf.data.Dataset, a torch DataLoader, a "
@@ -258,13 +258,29 @@ def read_labeled(model: keras.Model, data: Any) -> tuple[Samples, np.ndarray]:
     return samples, targets
 
 
-def random_samples(signature: Signature) -> Samples:
-    """Return seeded random samples: standard normal floats, or integers that are 0 or 1."""
+def random_samples(model: keras.Model, signature: Signature) -> Samples:
+    """Return seeded random samples: standard normal floats, or integers that are 0 or 1.
+
+    Dynamic sizes are 32, or another size that the model accepts.
+    """
+    if all(None not in spec.shape[1:] for spec in signature.specs):
+        return _random_samples(signature, OPEN_SIZE)
+
+    def run(samples: Samples) -> None:
+        with reset_states(model):
+            model(samples.packed(), training=False)
+
+    fix = "pass inputs=, or create the model with fixed sizes in keras.Input."
+    return draw_accepted(lambda size: _random_samples(signature, size), run, fix)
+
+
+def _random_samples(signature: Signature, open_size: int) -> Samples:
+    """Return seeded random samples in which all dynamic sizes are `open_size`."""
     rng = np.random.default_rng(0)
 
     def array(spec: InputSpec) -> np.ndarray:
         batch, *sizes = spec.shape
-        shape = [batch or BATCH, *(size or OPEN_SIZE for size in sizes)]
+        shape = [batch or BATCH, *(size or open_size for size in sizes)]
         if spec.dtype == "string":
             raise ValueError(
                 f"Expected inputs= for a model with string inputs (input {spec.name!r}). "

@@ -235,4 +235,18 @@ def test_random_samples_for_strings_raise():
     with pytest.raises(
         ValueError, match=r"Expected inputs= for a model with string inputs .*'word'"
     ):
-        random_samples(signature)
+        random_samples(keras.Sequential(), signature)
+
+
+def test_random_samples_have_a_length_that_the_model_accepts():
+    x = keras.Input((None, 4))
+    model = keras.Model(x, x + np.ones((8, 4), "float32"))
+    (array,) = random_samples(model, signature_of(model)).arrays
+    assert array.shape[1:] == (8, 4)
+
+
+def test_a_model_that_accepts_no_tested_length_raises():
+    x = keras.Input((None, 4))
+    model = keras.Model(x, keras.ops.matmul(np.ones((7, 7), "float32"), x))
+    with pytest.raises(ValueError, match=r"Fix: pass inputs=.* Received for size 32: "):
+        random_samples(model, signature_of(model))

@@ -112,7 +112,7 @@ def cases_of(model, inputs=None):
     """Return the cases on which a model and its file are compared. Inputs are random by default."""
     samples = None if inputs is None else read_samples(model, inputs, "inputs", limit=MAX_SAMPLES)
     signature = signature_of(model, samples)
-    return keras_cases(model, signature, samples or random_samples(signature))
+    return keras_cases(model, signature, samples or random_samples(model, signature))
 
 
 def batches(cases):

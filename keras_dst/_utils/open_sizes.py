@@ -1,0 +1,38 @@
+"""Sizes that replace the unknown sizes of a model's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+OPEN_SIZE = 32
+_OTHER_SIZES = (64, 128, 256, 16, 8, 4, 2, 1)
+
+
+def draw_accepted(draw: Callable[[int], Any], run: Callable[[Any], Any], fix: str) -> Any:
+    """Return random inputs at the first size that a model accepts.
+
+    Some models do not accept every size. A position embedding limits the length of a sequence, and
+    strides require a minimum size of images.
+
+    Args:
+        draw: function that returns random inputs in which all unknown sizes have the given value.
+        run: function that runs the model on inputs.
+        fix: part of the error message that says how to avoid the error.
+
+    Raises:
+        ValueError: if the model accepts none of the sizes.
+    """
+    first: Exception | None = None
+    for size in (OPEN_SIZE, *_OTHER_SIZES):
+        inputs = draw(size)
+        try:
+            run(inputs)
+        except Exception as error:
+            first = first or error
+            continue
+        return inputs
+    raise ValueError(
+        f"Expected a model that accepts inputs whose unknown sizes are all {OPEN_SIZE}, or another "
+        f"power of 2 up to 256. Fix: {fix} Received for size {OPEN_SIZE}: {first}"
+    ) from first
