@@ -2,10 +2,11 @@
 
 python -m benchmarks.files.micro [--nets NET ...]
 
-Four small networks are trained dense and sparse, stripped, and exported for TensorFlow Lite Micro
-and for three Ethos-U NPUs. The accuracies of the float model and of the int8 file are measured on
-all test samples after the last epoch. Vela estimates the cycles and the bytes of the encoded
-weights. Trained networks are saved in build/micro. Runs that are already stored are skipped.
+Four small networks are trained with and without pruning, stripped, and exported for TensorFlow Lite
+Micro and for three Ethos-U NPUs. The accuracies of the float model and of the int8 file are
+measured on all test samples after the last epoch. Vela estimates the cycles and the bytes of the
+encoded weights. Trained networks are saved in build/micro. Runs that are already stored are
+skipped.
 """
 
 import argparse
@@ -86,7 +87,7 @@ COMPARED = 100  # Number of test samples for the comparison with LiteRT.
 BARS = {"tflm": 0.25, "weights": 0.20, "cycles": 0.45, "lost": 0.5}
 
 
-def trained(name, variant):
+def train_or_load(name, variant):
     """Train and strip a network, or load the trained network if its file exists."""
     net = NETS[name]
     TRAINED.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ def trained(name, variant):
     x, y = net.data()[0]
     keras.utils.clear_session()
     if variant in TUNED:
-        model, epochs, rate = trained(name, TUNED[variant]), 1, net.rate / 10
+        model, epochs, rate = train_or_load(name, TUNED[variant]), 1, net.rate / 10
     else:
         keras.utils.set_random_seed(SEED)
         model, epochs, rate = net.build(), net.epochs, net.rate
@@ -148,7 +149,7 @@ def in_tflm(net, model):
 
 
 def run(name, variant):
-    net, model = NETS[name], trained(name, variant)
+    net, model = NETS[name], train_or_load(name, variant)
     (x, y), (x_test, y_test) = net.data()
     with tempfile.TemporaryDirectory() as folder:
         report = keras_dst.export_tflite(
