@@ -21,7 +21,7 @@ from tests import stop_worker
 from tests.backends import every, once
 from tests.stop_worker import ALL_METHODS, x, y
 
-pytestmark = every(2)
+pytestmark = every(3)
 
 # JAX tests fewer examples, because it compiles every operation for every shape.
 EXAMPLES = 4 if keras.backend.backend() == "jax" else 25

@@ -102,7 +102,7 @@ def test_layers_of_two_dtypes_in_one_model(method, types):
     if COMPILES and (types != MIXED[0] or method not in COMPILED):
         pytest.skip("PyTorch tests the other dtypes without compiling")
     if not LONG and types != MIXED[0] and method not in COMPILED:
-        pytest.skip("one method of each family is tested with all dtypes")
+        pytest.skip("only one method of each family is tested with all dtypes")
     check_training(method, *types)
 
 

@@ -17,7 +17,7 @@ from keras_dst.tfmot.masks import block_mask, magnitude_mask
 from tests import models
 from tests.backends import every, once
 
-pytestmark = every(2)
+pytestmark = every(3)
 
 BATCH, STEPS = 8, 12
 GAP = 1e-4

@@ -14,7 +14,7 @@ from tests import models, reference
 from tests.backends import every
 from tests.gradients import gradients
 
-pytestmark = every(2)
+pytestmark = every(3)
 
 DEPTHWISE = Layout(outputs=(-2, -1), inputs=())
 TRANSPOSED = Layout(outputs=(-2,), inputs=(-1,))

@@ -10,7 +10,7 @@ from keras_dst import methods
 from keras_dst.masks import KERNEL, Layout
 from tests.backends import every
 
-pytestmark = every(2)
+pytestmark = every(3)
 
 CLASSES = [
     methods.DCIL,
