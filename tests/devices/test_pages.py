@@ -27,7 +27,7 @@ def test_many_devices(place, tmp_path):
     script = tmp_path / "train.py"
     last = "print('It ended at', keras_dst.report(model).sparsity)\n"
     script.write_text(common + code + last)
-    flags = f"--xla_force_host_platform_device_count=8 {os.environ['XLA_FLAGS']}"
+    flags = f"--xla_force_host_platform_device_count=4 {os.environ['XLA_FLAGS']}"
     outputs = launch([str(script)], processes, pathlib.Path(tmp_path), XLA_FLAGS=flags)
     for output in outputs:
         reached = re.search(r"It ended at ([\d.]+)", output)[1]

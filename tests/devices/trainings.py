@@ -12,7 +12,7 @@ import pathlib
 import sys
 import warnings
 
-DEVICES = {"mirrored": 2, "sharded": 8}  # devices per process
+DEVICES = {"mirrored": 2, "sharded": 4}  # devices per process
 
 if __name__ == "__main__":  # devices must be set up before the backend is imported
     _setup = sys.argv[1]
@@ -204,7 +204,7 @@ def sharded(folder):
     """Train with `keras.distribution` on JAX. Copies are assembled from the shards."""
     distribution = keras.distribution
     devices = distribution.list_devices("cpu")
-    mesh = distribution.DeviceMesh((2, 4), ("batch", "model"), devices)
+    mesh = distribution.DeviceMesh((2, 2), ("batch", "model"), devices)
     layout = distribution.LayoutMap(mesh)
     # This pattern also matches the paths of masks and thresholds.
     layout[".*first/kernel.*"] = (None, "model")
