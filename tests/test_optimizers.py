@@ -12,7 +12,7 @@ from keras_dst import SparseOptimizer
 from keras_dst._training.drivers import drivers_of
 from keras_dst._utils.filters import is_prunable
 from keras_dst.callbacks import SparseTraining
-from keras_dst.methods import DST, SET, FlipOut, Magnitude, RigL
+from keras_dst.methods import DST, SET, FlipOut, Magnitude, OptG, RigL
 from keras_dst.schedules import Constant, Cubic, Geometric
 from tests import models, reference
 from tests.backends import every, slow
@@ -344,6 +344,7 @@ class Adversarial(keras.Model):
 
     def compile(self, optimizer, discriminator_optimizer):
         super().compile(optimizer, jit_compile=False)  # On JAX, the step runs eagerly.
+        self.generator_optimizer = optimizer
         self.discriminator_optimizer = discriminator_optimizer
         optimizer.build(self.generator.trainable_variables)
         discriminator_optimizer.build(self.discriminator.trainable_variables)
@@ -371,7 +372,7 @@ class Adversarial(keras.Model):
 
         for network, optimizer, loss in (
             (self.discriminator, self.discriminator_optimizer, discriminator_loss),
-            (self.generator, self.optimizer, generator_loss),
+            (self.generator, self.generator_optimizer, generator_loss),
         ):
             gradients = gradients_of(loss, network.trainable_variables)
             with no_gradients():
@@ -422,6 +423,59 @@ def test_two_sparse_optimizers_prune_a_generator_and_a_discriminator():
     assert zeros(model.discriminator) < 0.5
 
 
+class OwnOptimizers(Adversarial):
+    """A model whose `train_step` does not use the optimizer that Keras compiles by default."""
+
+    def compile(self, generator_optimizer, discriminator_optimizer):
+        keras.Model.compile(self, jit_compile=False)
+        self.generator_optimizer = generator_optimizer
+        self.discriminator_optimizer = discriminator_optimizer
+
+
+class ReadSteps(keras.callbacks.Callback):
+    """Callback that reads the position in the schedule, as a resumed training run reads it."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        _ = self.model  # On JAX, this assigns the state of the running `fit` to the variables.
+        self.read = [driver.read_progress() for driver in drivers_of(self.model)]
+
+
+@pytest.mark.parametrize("build", [True, False])
+@pytest.mark.parametrize("method", [DST(0.75), OptG(0.75)])
+def test_two_optimizers_of_a_train_step_train_sparse_layers(method, build):
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    noise, real = (rng.standard_normal((64, n)).astype("float32") for n in (8, 4))
+    model = OwnOptimizers()
+    model(noise)
+    keras_dst.sparsify(model, method)
+    optimizers = keras.optimizers.Adam(0.01), keras.optimizers.SGD(0.1, momentum=0.9)
+    model.compile(*optimizers)
+    if build:
+        optimizers[0].build(model.generator.trainable_variables)
+        optimizers[1].build(model.discriminator.trainable_variables)
+    steps, history = ReadSteps(), []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*before the projection|.*The projection after")
+        for epochs in (2, 4):
+            training = SparseTraining(epochs=4)
+            fitted = model.fit(
+                noise,
+                real,
+                batch_size=32,
+                initial_epoch=len(history),
+                epochs=epochs,
+                verbose=0,
+                callbacks=[training, steps],
+            )
+            history += fitted.history["sparsity"]
+            assert steps.read == [(2 * epochs, 8)]
+    assert training.missed() == []
+    assert history[-1] == pytest.approx(0.75, abs=0.01)
+    keras_dst.strip(model)
+    assert keras_dst.report(model).sparsity == pytest.approx(0.75, abs=0.01)
+
+
 class TestErrors:
     def test_a_layer_method_raises(self):
         with pytest.raises(TypeError, match="sparsify"):
@@ -432,6 +486,13 @@ class TestErrors:
             SparseOptimizer("sgd", Magnitude)
         with pytest.raises(TypeError, match=r"SparseOptimizer\(optimizer, method\)"):
             SparseOptimizer(Magnitude(0.9), "sgd")
+
+    def test_sparse_layers_without_an_optimizer_raise(self):
+        model = models.sequential()
+        keras_dst.sparsify(model, DST(0.5))
+        (driver,) = drivers_of(model)
+        with pytest.raises(ValueError, match="to have an optimizer, which counts"):
+            driver.begin(4, 4, 4)
 
     def test_an_inner_loss_scale_optimizer_raises(self):
         with pytest.raises(ValueError, match="LossScaleOptimizer has to wrap"):

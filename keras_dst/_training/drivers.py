@@ -123,13 +123,16 @@ def _built_sparse_optimizers(model) -> list[SparseOptimizer]:
     """Return all SparseOptimizers of a model. A model may have several."""
     optimizers = optimizers_of(model)
     found = [sparse for outer in optimizers for sparse in sparse_optimizers(outer)]
-    compiled = model.optimizer
+    compiled = getattr(model, "optimizer", None)
     if compiled is not None and compiled.built and not _keras.trained_variables_of(compiled):
         # Keras builds the optimizer of an `.h5` file for an empty list of variables.
         _keras.rebuild_optimizer(compiled, model.trainable_variables)
     # A custom train_step may use other optimizers than the optimizer passed to `compile`.
-    is_used = len(optimizers) == 1 or (compiled is not None and sparse_optimizers(compiled))
-    if is_used and not compiled.built:
+    if (
+        compiled is not None
+        and not compiled.built
+        and (len(optimizers) == 1 or sparse_optimizers(compiled))
+    ):
         with placed_like(model.trainable_variables[0]):
             compiled.build(model.trainable_variables)
     if unbuilt := [sparse.name for sparse in found if not sparse.built]:
@@ -165,10 +168,19 @@ def _check_kernels(model, optimizer: SparseOptimizer) -> None:
 
 
 def _optimizer_of(model, variables):
-    """Return the optimizer that trains these variables of a model."""
+    """Return an optimizer that trains at least one of these variables of a model.
+
+    The model may have several such optimizers if it has its own `train_step`. Every optimizer
+    counts its steps. Before the first step, the optimizers may not be built yet. All counters are
+    then 0, and the function returns any optimizer of the model.
+    """
     optimizers = optimizers_of(model)
-    if len(optimizers) == 1:
-        return optimizers[0]
+    if not optimizers:
+        raise ValueError(
+            f"Expected '{model.name}' to have an optimizer, which counts the training steps. "
+            "Received: no optimizer. Call model.compile(optimizer), or assign the optimizer to an "
+            "attribute of the model, such as model.own_optimizer."
+        )
     keys = {id(variable) for variable in variables}
     training = [
         each
@@ -176,15 +188,8 @@ def _optimizer_of(model, variables):
         if any(id(variable) in keys for variable in _keras.trained_variables_of(each))
     ]
     # Keras builds `model.optimizer` for all variables, even if a train_step does not use it.
-    others = [each for each in training if each is not model.optimizer]
-    if len(others or training) != 1:
-        raise ValueError(
-            f"'{model.name}' has {len(optimizers)} optimizers, and exactly one of them has to "
-            f"train the sparse weights. Received: {len(others or training)} that are built for "
-            f"{variables[0].path}. Call optimizer.build(variables) with the variables that each "
-            "optimizer trains, before fit."
-        )
-    return (others or training)[0]
+    others = [each for each in training if each is not getattr(model, "optimizer", None)]
+    return (others or training or optimizers)[0]
 
 
 class PrunedWeight(NamedTuple):
@@ -535,7 +540,6 @@ class LayerDriver(Driver):
     def __init__(self, model, layers: list[Any]):
         self.layers = layers
         weights = [weight for layer in layers for weight in layer.masked_weights()]
-        self.optimizer = _optimizer_of(model, [variable for _, variable, _ in weights])
         method: LayerMethod = layers[0].method
         variables = [variable for _, variable, _ in weights]
         coupling = couple(model, method, variables, [layout for layout, _, _ in weights])
@@ -560,7 +564,7 @@ class LayerDriver(Driver):
     # reset the counter.
 
     def _iterations(self) -> int:
-        optimizer = self.optimizer
+        optimizer = _optimizer_of(self.model, self.weights)
         while hasattr(optimizer, "inner_optimizer"):
             optimizer = optimizer.inner_optimizer
         return _int(_keras.step_counter_of(optimizer))
@@ -635,7 +639,8 @@ class LayerDriver(Driver):
             raise ValueError(
                 f"{self.method!r} trains two paths within compute_loss, but the train_step of "
                 f"'{self.model.name}' does not call compute_loss. Call self.compute_loss(x=x, "
-                "y=y, y_pred=y_pred, sample_weight=sample_weight, training=True) in train_step."
+                "y=y, y_pred=y_pred, sample_weight=sample_weight, training=True) in train_step. If "
+                "train_step needs other losses, use a method with one path, such as DST."
             )
 
     def advance(self, batches):
