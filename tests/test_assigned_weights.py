@@ -120,6 +120,29 @@ def test_early_stopping_with_restored_best_weights(name, first):
     check_agreement(model, history, sparse_training, method.schedule.sparsity)
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("method", [methods.RigL(0.8), methods.SET(0.8)])
+def test_restored_weights_that_are_sparser_than_the_target_raise_no_warning(method, first):
+    """Grown weights start at 0, so an epoch may end with more zeros than the target."""
+    model, sparse_training = sparse(method), SparseTraining()
+    kept = []
+
+    def remember(epoch, logs):
+        if epoch == 2:
+            weights = model.get_weights()
+            weights[0][:, ::8] = 0
+            kept.extend(weights)
+
+    restore = keras.callbacks.LambdaCallback(
+        on_epoch_end=remember, on_train_end=lambda logs: model.set_weights(kept)
+    )
+    callbacks = [sparse_training, restore] if first else [restore, sparse_training]
+    history, messages = fit(model, callbacks)
+    assert messages == []
+    assert history["sparsity"][-1] > 0.802
+    check_agreement(model, history, sparse_training, 0.8, tolerance=1e-6)
+
+
 @every(3)
 @pytest.mark.parametrize("name", ["magnitude", "revival", "rigl", "flipout", "optg"])
 def test_best_weights_at_the_target_are_restored_unchanged(name):

@@ -269,6 +269,8 @@ class Driver:
         self.costs: list[float] | None = None
         self.groups = channels.groups_of(layouts)
         self.followers: list[Follower] = []
+        # True if the masks were replaced by the nonzero entries that a callback assigned.
+        self.masks_assigned = False
         self.target_quantity = method.target_quantity
         if self.groups and not method.learned:
             self.target_quantity = f"fraction of the {method.counted_in} removed"
@@ -451,6 +453,8 @@ class Driver:
         if abs(reached - target) > self.tolerance and self.method.learned:
             self.project()  # Keras assigned averaged weights (EMA) after the last step.
             reached = self.reached()
+        if self.masks_assigned and reached > target:
+            return  # A callback assigned weights that are sparser than the target.
         if abs(reached - target) > self.tolerance:
             warnings.warn(self.outcome(), stacklevel=2)
 
@@ -679,6 +683,7 @@ class OptimizerDriver(Driver):
         self.optimizer.total.assign(total)
 
     def assign_states(self, changes):
+        self.masks_assigned = False
         self.optimizer.update_masks(changes)
 
     def _values(self):
@@ -691,7 +696,9 @@ class OptimizerDriver(Driver):
             return
         kept = sum(map(_count, masks))
         if sum(map(_count, nonzero)) <= kept + self.tolerance * self.size:
-            # The weights are as sparse as the masks, but were trained with other masks.
+            # The weights are as sparse as the masks, but were trained with other masks. The weights
+            # may even be sparser, because RigL and SET grow weights that start at 0.
+            self.masks_assigned = True
             for state, mask in zip(self.states, nonzero):
                 self.optimizer.assign(state["mask"], mask)
         self.optimizer.reapply_masks()
