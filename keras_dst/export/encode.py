@@ -177,6 +177,22 @@ def encode(content: bytes, formats: Mapping[int, Format]) -> bytes:
     return write(model)
 
 
+def with_positive_zeros(content: bytes) -> bytes:
+    """Return a dense ``.tflite`` file in which every -0 of a float weight is +0.
+
+    The converter multiplies kernels by the scales of batch normalizations. The product of a pruned
+    weight and a negative scale is -0, and two kinds of zeros compress badly.
+    """
+    model, changed = read(content), False
+    for weight in weights(model):
+        values = weight.values
+        if values.dtype.kind == "f" and np.signbit(values[values == 0]).any():
+            zeros = np.zeros((), values.dtype)
+            model.buffers[weight.buffer].data = (values + zeros).reshape(-1).view(np.uint8)
+            changed = True
+    return write(model) if changed else content
+
+
 def encode_dense(content: bytes, formats: Mapping[int, Format]) -> bytes:
     """Return a dense file whose outputs must equal the outputs of the file from `encode`.
 

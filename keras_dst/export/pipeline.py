@@ -140,6 +140,7 @@ def export(
     second = "integer" if integer else "int8" if full else "dynamic"
     kinds = ["float32"] + [second] * (full or settings.measure)
     files = dict(zip(kinds, conversions(model, kinds, data.signature, data.calibration)))
+    files["float32"] = encode.with_positive_zeros(files["float32"])
     base = files[second if full else "float32"]
     plan = _dense_plan(base) if integer else select_formats(base, settings.objective(), progress)
     progress("comparing with the model")

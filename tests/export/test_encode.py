@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 
-from keras_dst.export.encode import Format, encode, pack, weights
+from keras_dst.export.encode import Format, encode, pack, weights, with_positive_zeros
 from keras_dst.export.flatbuffer import read, write
 from tests.backends import once
 
@@ -31,6 +31,19 @@ def stored(model, graph=0):
 GOLDEN = np.array(
     [[0, 0, 0, 0, 1, 2, 0, 4], [0, 0, 0, 0, 0, 0, 0, 0], [5, 6, 7, 8, 9, 0, 0, 0]], np.float32
 )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_negative_zeros_become_positive_zeros(dtype):
+    weight = np.array([[-0.0, 1, -2, 0.0], [3, -0.0, 4, 5]], dtype)
+    (found,) = weights(read(with_positive_zeros(fully_connected(weight))))
+    np.testing.assert_array_equal(found.values, weight)
+    np.testing.assert_array_equal(np.signbit(found.values), weight < 0)
+
+
+def test_a_file_without_negative_zeros_is_unchanged():
+    content = fully_connected(np.array([[0.0, 1, -2, 0]], np.float32))
+    assert with_positive_zeros(content) is content
 
 
 def test_blocks_of_a_small_weight():
