@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import warnings
 import zipfile
 
 import keras
@@ -12,7 +13,7 @@ import keras_dst
 from keras_dst.callbacks import SparseTraining
 from keras_dst.layers.base import SparseMixin
 from keras_dst.layers.classes import SparseContainer
-from keras_dst.methods import DCIL, DST, Magnitude, OptG, RigL
+from keras_dst.methods import DCIL, DST, ST3, Consensus, FlipOut, Magnitude, OptG, RigL
 from keras_dst.optimizers import sparse_optimizers
 from keras_dst.schedules import Constant, Cubic
 from keras_dst.surgery import has_kernel, has_sparse_layers
@@ -44,6 +45,20 @@ def prune_somewhat(model):
         for _, variable, state in layer.masked_weights():
             middle = np.median(np.abs(variable.numpy()))
             state["threshold"].assign(np.full(state["threshold"].shape, middle))
+
+
+@pytest.mark.parametrize("method", [DST, ST3, OptG, DCIL, Consensus, Magnitude, FlipOut, RigL])
+def test_pruned_weights_become_positive_zeros(method):
+    """Files with two kinds of zeros compress badly. A mask times a negative weight is -0."""
+    model = models.compiled(models.sequential())
+    keras_dst.sparsify(model, method(0.5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # A single epoch may miss the target.
+        model.fit(x, y, verbose=0, callbacks=[SparseTraining()])
+    keras_dst.strip(model)
+    values = np.concatenate([weight.ravel() for weight in model.get_weights()])
+    assert np.sum(values == 0) > 100
+    assert not np.signbit(values[values == 0]).any()
 
 
 @every(3)

@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_dst import _keras
 from keras_dst._backend.devices import placed_like
-from keras_dst.masks import KERNEL, Layout
+from keras_dst.masks import KERNEL, Layout, masked
 from keras_dst.methods.base import LayerMethod, Method, State, UnitMethod, describe
 
 if TYPE_CHECKING:
@@ -206,12 +206,13 @@ class SparseMixin(_keras.BuildHook):
     def restore_stock(self) -> None:
         """Write the masked weights into the variables, and restore the stock Keras class."""
         for layout, variable, state in self.masked_weights():
-            variable.assign(self.method.apply(ops.convert_to_tensor(variable), state, layout))
+            value = self.method.apply(ops.convert_to_tensor(variable), state, layout)
+            variable.assign(_with_positive_zeros(value))
             _keras.set_autocast(variable, True)
         for weight in self._masked_attributes():
             bias = weight.raw(self)
             if isinstance(weight, SparseBias) and bias is not None:
-                bias.assign(ops.convert_to_tensor(getattr(self, weight.name)))
+                bias.assign(_with_positive_zeros(getattr(self, weight.name)))
         for name, variable in self.state_variables().items():
             _keras.remove_variable(self, name, variable)
         for variable in _keras.trainable_variables_of(self):
@@ -325,6 +326,15 @@ class SparseCellMixin(SparseMixin):
 
     def _clear_cached_weights(self) -> None:
         self.__dict__.pop("cached_weights", None)
+
+
+def _with_positive_zeros(value):
+    """Return a tensor in which every -0 is +0, because two kinds of zeros compress badly.
+
+    The product of a negative weight and a mask of 0 is -0.
+    """
+    value = ops.convert_to_tensor(value)
+    return masked(value, ops.not_equal(value, 0))
 
 
 def expose_variables(layer) -> None:
