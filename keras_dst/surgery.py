@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import h5py
 import keras
 
 from keras_dst import _keras
@@ -186,6 +189,8 @@ def strip(model):
     _check_gates(model, found)
     for layer in found:
         layer.restore_stock()
+    for inner in _keras.flatten_layers(model):
+        vars(inner).pop("load_weights", None)
     remove_masks(model)
     if getattr(model, "compiled", False):
         compiled = _keras.compile_config(model)
@@ -265,6 +270,8 @@ def sparsify_layers(model, layers, method: LayerMethod) -> None:
         make_sparse(layer, method)
     _record_recipes(model)
     _refresh(model)
+    if isinstance(model, keras.Model):
+        vars(model)["load_weights"] = types.MethodType(_load_weights, model)
 
 
 def why_unsupported(layer, method: LayerMethod) -> str | None:
@@ -436,6 +443,33 @@ def _record_recipes(layer) -> None:
         if not isinstance(layer, SparseContainer):
             layer.__class__ = container_class(type(layer))
         layer.record_recipe()
+
+
+def _load_weights(model, filepath, skip_mismatch=False, **kwargs):
+    """Load weights as `keras.Model.load_weights`, also from a legacy `.h5` file of the dense model.
+
+    Keras counts the weights of each layer in a legacy file. A file of the dense model has no states
+    of the pruning method, so the sparse layers expose only their stock weights during the loading.
+    """
+    layers = [x for x in _keras.flatten_layers(model) if isinstance(x, SparseMixin)]
+    dense = _is_dense_legacy_file(str(filepath), layers)
+    with contextlib.ExitStack() as loading:
+        for layer in layers if dense else ():
+            loading.enter_context(layer.as_stock())
+        type(model).load_weights(model, filepath, skip_mismatch=skip_mismatch, **kwargs)
+    for layer in layers if dense else ():
+        layer.copy_stock_weights()
+
+
+def _is_dense_legacy_file(path: str, layers) -> bool:
+    """Return whether a path is a legacy `.h5` file without any state of the sparse layers."""
+    if not path.endswith((".h5", ".hdf5")) or path.endswith(".weights.h5"):
+        return False
+    states = {name for layer in layers for name in layer.state_variables()}
+    found: list[str] = []
+    with h5py.File(path, "r") as file:
+        file.get("model_weights", file).visit(found.append)
+    return states.isdisjoint(name.split("/")[-1].removesuffix(":0") for name in found)
 
 
 # -- masks in the optimizer ----------------------------------------------------------------------

@@ -47,6 +47,7 @@ def prune_somewhat(model):
             state["threshold"].assign(np.full(state["threshold"].shape, middle))
 
 
+@every(4)
 @pytest.mark.parametrize("method", [DST, ST3, OptG, DCIL, Consensus, Magnitude, FlipOut, RigL])
 def test_pruned_weights_become_positive_zeros(method):
     """Files with two kinds of zeros compress badly. A mask times a negative weight is -0."""
@@ -161,6 +162,55 @@ def every_second(model):
     """Return a filter that selects every second layer with a kernel."""
     chosen = [layer for layer in model._flatten_layers() if has_kernel(layer)][::2]
     return lambda layer: any(layer is other for other in chosen)
+
+
+LEARNED = {
+    "dst": DST(0.5),
+    "optg": OptG(0.5),
+    "dcil": DCIL(0.5),
+    "consensus": Consensus(0.5),
+}
+
+
+@every(2)
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_legacy_file_of_the_dense_model_loads_into_the_sparse_model(name, tmp_path):
+    """A legacy `.h5` file holds the weights of each layer by position, without names of states."""
+    dense = models.residual() if name == "dcil" else models.nested()
+    for variable in dense.variables:
+        variable.assign(np.random.default_rng(0).uniform(0.1, 0.2, variable.shape))
+    expected = models.predict(dense, x)
+    dense.save(tmp_path / "whole.h5")
+    dense.save_weights(tmp_path / "dense.weights.h5")
+    for file, options in (
+        ("whole.h5", {}),
+        ("whole.h5", {"by_name": True}),
+        ("whole.h5", {"skip_mismatch": True}),
+        ("whole.h5", {"by_name": True, "skip_mismatch": True}),
+        ("dense.weights.h5", {}),
+        ("dense.weights.h5", {"skip_mismatch": True}),
+    ):
+        model = keras.models.clone_model(dense)
+        keras_dst.sparsify(model, LEARNED[name])
+        model.load_weights(tmp_path / file, **options)
+        np.testing.assert_array_equal(models.predict(model, x), expected)
+        keras_dst.strip(model)
+        assert "load_weights" not in vars(model)
+        np.testing.assert_array_equal(models.predict(model, x), expected)
+
+
+def test_a_legacy_file_of_the_sparse_model_restores_its_masks(tmp_path):
+    model = models.sequential()
+    keras_dst.sparsify(model, DST(0.5))
+    prune_somewhat(model)
+    expected = models.predict(model, x)
+    model.save(tmp_path / "sparse.h5")
+    for layer in layers_of(model):
+        for _, _, state in layer.masked_weights():
+            state["threshold"].assign(np.zeros(state["threshold"].shape))
+    assert np.any(models.predict(model, x) != expected)
+    model.load_weights(tmp_path / "sparse.h5")
+    np.testing.assert_array_equal(models.predict(model, x), expected)
 
 
 def test_loading_dense_weights_does_not_change_masks(tmp_path):

@@ -251,18 +251,21 @@ class SparseMixin(_keras.BuildHook):
     # keeps all weights.
     def save_own_variables(self, store):
         own = self.state_variables()
-        with self._as_stock():
+        with self.as_stock():
             super().save_own_variables(store)
         for name, variable in own.items():
             store[name] = variable
 
     def load_own_variables(self, store):
         own = self.state_variables()
-        with self._as_stock():
+        with self.as_stock():
             super().load_own_variables({k: store[k] for k in store.keys() if k not in own})
         for name, variable in own.items():
             if name in store.keys():
                 variable.assign(store[name])
+
+    def copy_stock_weights(self) -> None:
+        """Copy the stock weights to states that start as a copy, after a dense file was loaded."""
 
     def state_variables(self) -> dict[str, Any]:
         """Return the variables of the method in this layer, by name."""
@@ -274,7 +277,7 @@ class SparseMixin(_keras.BuildHook):
         }
 
     @contextlib.contextmanager
-    def _as_stock(self):
+    def as_stock(self):
         """Expose only the stock layer's variables, without masks, within this context."""
         own = {id(variable) for variable in self.state_variables().values()}
         state, self.__dict__["sparse_state"] = self.sparse_state, {}

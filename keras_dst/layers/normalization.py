@@ -95,7 +95,10 @@ class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
 
     def load_own_variables(self, store):
         super().load_own_variables(store)
+        # The file of a dense model has no second set of variables.
+        if not any(name in store.keys() for name in self.state_variables()):
+            self.copy_stock_weights()
+
+    def copy_stock_weights(self):
         for name, copy in self.sparse_state["full"].items():
-            # The file of a dense model has no second set of variables.
-            if f"full_{name}" not in store.keys():
-                copy.assign(self.__dict__[name].numpy())
+            copy.assign(self.__dict__[name].numpy())
