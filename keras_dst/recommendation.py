@@ -10,6 +10,7 @@ accuracy of another method is higher by more than the sum of the two standard de
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import asdict, dataclass
 
 from keras_dst._utils.validation import check_integer
@@ -125,8 +126,9 @@ class Recommendation:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [f"Method: keras_dst.methods.{self.method}", f"Figure: {self.figure}"]
-        return "\n".join(lines + [f"Note:   {note}" for note in self.notes])
+        lines = [f"Figure: {self.figure}", *(f"Note:   {note}" for note in self.notes)]
+        lines = [textwrap.fill(line, 96, subsequent_indent=" " * 8) for line in lines]
+        return "\n".join([f"Method: keras_dst.methods.{self.method}", *lines])
 
 
 def recommend(
