@@ -15,7 +15,7 @@ import sys
 import zipfile
 from collections.abc import Sequence
 
-#: Copy of `keras_dst.export.ethos.ACCELERATORS`, which this module must not import.
+#: Copy of `keras_dst.export.ethos.ACCELERATORS`, because importing keras_dst here would be slow.
 _NPUS = (
     *("ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256"),
     *("ethos-u65-512", "ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024"),
@@ -235,7 +235,7 @@ def _check_output(path: str, extension: str) -> None:
 
 
 def _check_model(path: str) -> None:
-    """Raise ValueError if a file is not a `.keras` file. The message contains a fix."""
+    """Raise ValueError if a file is not a `.keras` file. The error message says what to do."""
     if not pathlib.Path(path).is_file():
         raise ValueError(
             f"Expected a file that model.save('x.keras') wrote. Received: {path}, which is not a "

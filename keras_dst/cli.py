@@ -162,7 +162,7 @@ def _load(path: str, modules: Sequence[str] = ()):
     Args:
         path: the path of the file.
         modules: names of modules that are imported first, for example to register custom layers.
-            The modules are in the current folder or installed. Defaults to no modules.
+            Each module must be in the current folder or installed. Defaults to no modules.
 
     Raises:
         ValueError: if the file cannot be loaded. The message contains the reason and a fix.

@@ -24,11 +24,11 @@ _TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTran
 # Name endings of weights in custom layers that are looked up or added, but not multiplied.
 _TABLES = re.compile(r"(embeddings?|tokens?)$")
 
-# Batch size of the symbolic call if the Input does not define the batch size. The size is not 1,
-# because a model may remove axes of size 1.
+# Batch size of the symbolic call if the Input does not define the batch size. A batch of 1 would
+# not do, because a model may remove axes of size 1.
 _BATCH = 2
-# FLOPs are counted twice, with each of these sizes in place of unknown sizes. If the use counts
-# differ, the FLOPs are unknown.
+# FLOPs are counted twice: unknown sizes of the inputs are first set to 128, then to 256. If the two
+# counts differ, the FLOPs are unknown.
 _SIZES = (128, 256)
 
 
@@ -89,7 +89,7 @@ class _Trace(keras.Operation):
         self.repeats = 1
 
     def call(self, args, kwargs):
-        self.calls.clear()  # On torch, Keras repeats a call that fails on the meta device.
+        self.calls.clear()  # If a call fails on torch's meta device, Keras calls the model again.
         self.model(*args, training=False, **kwargs)
         return []
 
@@ -119,8 +119,8 @@ class _Trace(keras.Operation):
             self.calls.setdefault(id(layer), []).append(recorded)
             return output
 
-        # The number of cell calls inside an RNN differs between backends. Therefore, one step of
-        # the cell is recorded and then multiplied by the number of time steps.
+        # How often an RNN calls its cell differs between backends. Therefore, one call of the cell
+        # is recorded, and its FLOPs are multiplied by the number of time steps.
         @functools.wraps(call)
         def record_step(sequences, *args, **kwargs):
             with self._repeat(sequences.shape[1]):
@@ -145,7 +145,7 @@ def _shapes(structure) -> list[Shape]:
 
 
 def count_uses_per_weight(model, weights: list[Weight]) -> list[tuple[int | None, str | None]]:
-    """Return a `(count, reason)` pair for each of these weights; see `count_uses`."""
+    """Return a `(count, reason)` pair for each weight in `weights`; see `count_uses`."""
     recorded_layers = {id(layer): layer for weight in weights for layer in weight.layers}
     recorded_layers |= {id(x): x for x in _keras.flatten_layers(model) if isinstance(x, layers.RNN)}
     try:
@@ -178,7 +178,7 @@ def _count_in(trace: _Trace, weight: Weight) -> int:
 def _traces(model, recorded_layers: list) -> list[_Trace]:
     """Call a model symbolically, once for each size that is inserted for unknown input axes."""
     unbuilt = [layer.name for layer in _keras.flatten_layers(model) if not layer.built]
-    if unbuilt:  # The symbolic call would build the layer.
+    if unbuilt:  # A symbolic call of the model would build its unbuilt layers.
         raise _UnknownCount(f"'{unbuilt[0]}' is not built; call the model once on data")
     inputs = _inputs(model)
     tensors = keras.tree.flatten(inputs)
@@ -192,7 +192,7 @@ def _traces(model, recorded_layers: list) -> list[_Trace]:
         trace = _Trace()
         trace.model, trace.batch = model, batch
         with trace.recording(recorded_layers), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Layers may emit warnings when they are called.
+            warnings.simplefilter("ignore")  # Hide warnings from layers during the symbolic call.
             trace.compute_output_spec(*keras.tree.map_structure(lambda x: closed(x, size), inputs))
         return trace
 

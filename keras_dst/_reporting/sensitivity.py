@@ -73,12 +73,12 @@ class SensitivityReport:
         """Return a sparsity for every weight, to be passed as `allocation` to a pruning method.
 
         The sparsities are chosen so that pruning any single weight worsens the metric by the same
-        amount. Between the measured sparsities, the metric is interpolated linearly. The amount is
-        chosen so that the total sparsity equals `sparsity`.
+        amount. Between the measured sparsities, the metric is interpolated linearly. This loss
+        of the metric is chosen so that the total sparsity equals `sparsity`.
 
         Args:
-            sparsity: Fraction of zeros over all weights of this report. It must not exceed the
-                highest measured sparsity.
+            sparsity: Fraction of zeros over all weights of this report, at most the highest
+                measured sparsity.
 
         Returns:
             A dict that maps the path of each weight to its sparsity.
@@ -157,9 +157,9 @@ def sensitivity(
     """Measure how the metric of a trained model changes when a single weight tensor is pruned.
 
     Each prunable weight is pruned by magnitude to each of the sparsities while all other weights
-    are unchanged. The model is evaluated each time. The model may be dense, sparse or stripped.
-    Weights that are already zero count as pruned. The weights are restored at the end, also after
-    an interrupt. Frozen weights are measured only if they have a mask.
+    are unchanged. After each pruning, the model is evaluated. The model may be dense, sparse or
+    stripped. Weights that are already zero count as pruned. The weights are restored at the end,
+    also after an interrupt. Frozen weights are measured only if they have a mask.
 
     Args:
         model: A built and compiled Keras 3 model.
@@ -290,7 +290,7 @@ class _Kernel:
         return w if self.effective is None else self.effective(w)
 
     def assign(self, weight) -> None:
-        """Assign this weight, or raise ValueError if the forward pass would use other values."""
+        """Assign a value to the variable. Raise ValueError if the mask would change the value."""
         self.variable.assign(weight)
         if self.effective is not None and ops.any(
             self.masked_value() != ops.convert_to_tensor(self.variable)

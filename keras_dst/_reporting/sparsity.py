@@ -35,7 +35,8 @@ class WeightReport:
         sparse: Whether a layer or a `SparseOptimizer` masks the weight.
         use_count: Number of times that each entry is multiplied for one sample. None if unknown.
         reason: Reason why `use_count` is unknown, or None.
-        density_map: Matrix (inputs x outputs) of the densities of equal blocks of the weight.
+        density_map: Matrix (inputs x outputs) that shows where the weight is dense. Each cell is
+            the density of one block of the weight. All blocks have the same size.
 
     Example:
         >>> keras_dst.report(model).layers[0].density
@@ -75,7 +76,7 @@ class WeightReport:
         return None if self.use_count is None else 2 * self.parameters * self.use_count
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all numbers and names in types that JSON supports, without the density map."""
+        """Return the report on this weight as a dict for JSON, without the density map."""
         own = {**dataclasses.asdict(self), "shape": list(self.shape)}
         del own["density_map"]
         derived = ("density", "sparsity", "flops", "dense_flops")
@@ -303,6 +304,7 @@ def _table_cells(parameters, nonzeros, *flops) -> list[str]:
 
 
 def _bytes_each(dtype: str) -> int:
-    # Names such as bfloat16 contain the number of bits. The name "bool" has no digits.
+    # Most dtype names, such as bfloat16, contain the number of bits. "bool" does not, and takes one
+    # byte.
     bits = re.search(r"\d+", dtype)
     return max(int(bits[0]) // 8, 1) if bits else 1

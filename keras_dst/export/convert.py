@@ -1,8 +1,9 @@
 """Convert a Keras 3 model on any backend to dense ``.tflite`` files, in float32 or int8.
 
 The conversion always uses TensorFlow's converter. This converter folds batch normalization into the
-weights, supports a dynamic batch size, and stores all variables as constants. A model on another
-backend is saved as a ``.keras`` file. A second Python process converts this file:
+weights, supports a dynamic batch size, and stores all variables as constants. If Keras runs on
+another backend, the model is saved as a ``.keras`` file. A second Python process with the
+TensorFlow backend converts this file with the command
 ``python -m keras_dst.export.convert FOLDER float32``.
 """
 
@@ -150,8 +151,8 @@ def _convert_file(
     """Load and strip the ``model.keras`` of a folder, and write one ``.tflite`` file per kind."""
     with _names_for_lambdas():
         with _step("load"), keras.saving.custom_object_scope(custom_objects):
-            # safe_mode protects against untrusted files. This file was written by this process or
-            # its parent process.
+            # safe_mode protects against untrusted files. It can be off, because this process or its
+            # parent process wrote the file.
             model = keras.saving.load_model(folder / "model.keras", compile=False, safe_mode=False)
             strip(model)
         _convert(model, folder, kinds, signature, arrays)
@@ -171,7 +172,7 @@ def _import(module: str, name: str) -> Any:
     """Import an object from a module by its qualified name. Return None if the import fails."""
     try:
         return functools.reduce(getattr, name.split("."), importlib.import_module(module))
-    except Exception:  # The user's module may raise any error.
+    except Exception:  # An import runs the user's code, which may raise any error.
         return None
 
 
@@ -263,7 +264,7 @@ def _convert_in_second_python(
     environment = {
         **os.environ,
         "KERAS_BACKEND": "tensorflow",
-        "CUDA_VISIBLE_DEVICES": "-1",  # The first process may hold all GPU memory.
+        "CUDA_VISIBLE_DEVICES": "-1",  # The parent process may hold all GPU memory.
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # Import the user's modules.
     }
     done = subprocess.run(
@@ -328,7 +329,8 @@ def _logs_to(stream: IO[str]) -> Iterator[None]:
     finally:
         for handler, own in zip(handlers, before):
             handler.setStream(own)
-        # Messages inside the context may have added a handler with this stream to the root logger.
+        # A message that was logged inside the context may have added a handler to the root logger.
+        # Remove this handler, because it writes to `stream`.
         for new in logging.root.handlers[:]:
             if isinstance(new, logging.StreamHandler) and new.stream is stream:
                 logging.root.removeHandler(new)
@@ -367,9 +369,9 @@ def _conversion_error(failure: _Failure, layers: Collection[str]) -> ExportError
 
 
 def _unsupported_ops(output: str, layers: Collection[str]) -> list[str]:
-    """Return the ops that the converter's log reports as unsupported, with places and types.
+    """Return the unsupported ops in the converter's log, with the layer and type of each op.
 
-    The place is the path of the op and the innermost layer on this path.
+    Each text also contains the op's path and the innermost layer on this path.
     """
     found: dict[str, str] = {}
     for line in output.splitlines():

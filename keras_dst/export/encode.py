@@ -1,7 +1,7 @@
 """Change the storage formats of the weight tensors inside a ``.tflite`` file.
 
-The module edits the flatbuffer of the file directly. The module can edit files of every converter,
-and does not need TensorFlow.
+The module edits the flatbuffer of the file directly. Therefore it can edit the files of any
+converter and does not need TensorFlow.
 
 Source: ``SparsityParameters`` in the TensorFlow Lite schema,
 https://github.com/tensorflow/tensorflow/blob/master/tensorflow/compiler/mlir/lite/schema/schema.fbs
@@ -28,7 +28,8 @@ from keras_dst.export.flatbuffer import (
     write,
 )
 
-#: Ops that accept sparse weights: FULLY_CONNECTED directly, and all four after a DENSIFY op.
+#: Ops whose weights can be stored sparse. FULLY_CONNECTED can read a sparse weight directly. For
+#: the other ops, a DENSIFY op must unpack the weight first.
 WEIGHT_OPS = frozenset({"FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV"})
 #: Index of the weight among the inputs of the ops in `WEIGHT_OPS`.
 WEIGHT_SLOT = 1
@@ -51,7 +52,8 @@ class Format:
 
     Attributes:
         block: number of consecutive values along the last axis that form a block. Only blocks with
-            nonzero values are stored. 1 means CSR, and 0 means dense.
+            nonzero values are stored. A block size of 1 means CSR; 0 means that the weight is
+            stored dense.
         unpack: whether DENSIFY and DEQUANTIZE ops compute a dense float weight once, when the file
             is loaded. Otherwise the op reads the stored weight directly.
         int8: whether the values are quantized to int8. Defaults to False.
@@ -129,12 +131,12 @@ def constant(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
 def pack(values: np.ndarray, block: int) -> tuple[schema.SparsityParametersT, np.ndarray]:
     """Compress ``values`` along the last axis, in blocks of ``block`` values.
 
-    Blocks of zeros are left out. The other axes stay dense. Return the encoding and a vector of the
-    stored values.
+    Blocks of zeros are not stored. All axes except the last are encoded as dense axes. Return the
+    encoding and a vector of the stored values.
     """
     *outer, width = values.shape
     if width % block:
-        # TensorFlow's converter lacks this check and silently drops the last values.
+        # TensorFlow's converter does not check the block size: it silently drops the last values.
         raise ValueError(
             f"Expected the last axis to be a multiple of the block size {block}. "
             f"Received: {width}. Fix: use a block size of 1."
@@ -160,14 +162,14 @@ def encode(content: bytes, formats: Mapping[int, Format]) -> bytes:
     """Return a copy of a ``.tflite`` file in which some weights have another storage format.
 
     Args:
-        content: bytes of a ``.tflite`` file. All its weights are dense.
+        content: bytes of a ``.tflite`` file whose weights are all dense.
         formats: dict from the buffer index of a weight (`Weight.buffer`) to its new format. All
             other weights keep their format.
 
     Raises:
-        ValueError: the runtime would misread a weight. For example, an op other than
-            FULLY_CONNECTED would read a sparse weight directly, or the block size does not divide
-            the last axis.
+        ValueError: the runtime would misread a weight. This happens, for example, if an op other
+            than FULLY_CONNECTED reads a sparse weight directly, or if the block size does not
+            divide the last axis of the weight.
 
     Example:
         >>> content = encode(content, {w.buffer: Format(1, True) for w in weights(read(content))})
@@ -194,7 +196,7 @@ def with_positive_zeros(content: bytes) -> bytes:
 
 
 def encode_dense(content: bytes, formats: Mapping[int, Format]) -> bytes:
-    """Return a dense file whose outputs must equal the outputs of the file from `encode`.
+    """Return a dense file that must compute the same outputs as the sparse file from `encode`.
 
     A quantized weight is stored as the float32 values that its integers stand for. If an op reads
     the integers directly, the weight is stored as dense integers.
@@ -246,7 +248,7 @@ def scale_axis(weight: Weight) -> int:
 def _rewire_readers(
     model: schema.ModelT, graph: schema.SubGraphT, changed: dict[int, tuple[Weight, Format]]
 ) -> None:
-    """Connect all ops that read a changed weight to its stored tensor, or to an unpacked copy."""
+    """Make all ops that read a changed weight read its new tensor, or an unpacked copy of it."""
     operators: list[schema.OperatorT] = []
     unpacked: dict[int, int] = {}
     version = SPARSE_FULLY_CONNECTED_VERSION

@@ -1,8 +1,8 @@
 """Compile int8 files for Arm Ethos-U NPUs with Vela, and read Vela's estimates.
 
-Vela (PyPI ``ethos-u-vela``) is Arm's compiler. Vela compresses the weights of a dense int8 file.
-Weights with many zeros then take fewer bytes. Vela also estimates the number of cycles with a model
-of the hardware.
+Vela (PyPI ``ethos-u-vela``) is Arm's compiler for these NPUs. Vela compresses the weights of a
+dense int8 file. After this compression, weights with many zeros take fewer bytes. Vela also
+estimates the number of cycles with a model of the hardware.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def vela_version() -> str | None:
 
 
 def compile_for_npu(content: bytes, accelerator: str) -> tuple[bytes, VelaReport]:
-    """Compile a dense int8 file with Vela. Return the compiled file and a report.
+    """Compile a dense int8 file with Vela. Return the compiled file and Vela's estimates.
 
     Args:
         content: bytes of the ``.tflite`` file.
@@ -136,8 +136,8 @@ def _reasons(log: str) -> dict[str, str]:
 def with_dense_weights(content: bytes) -> bytes:
     """Replace the int8 weights of a file by seeded random values without zeros.
 
-    The values are normally distributed. In each channel, the largest magnitude is 127, as in a
-    quantized model.
+    The random values are drawn from a normal distribution. In each channel, the largest magnitude
+    is 127, as in a quantized model.
     """
     model, rng = read(content), np.random.default_rng(_SEED)
     for weight in weights(model):

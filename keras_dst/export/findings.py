@@ -36,10 +36,10 @@ class LintReport:
     Attributes:
         name: name of the file or of the model.
         sparse_inference: whether XNNPACK runs this model with sparse kernels on CPUs without AVX.
-        reason: number of ops that run with sparse kernels, or the reason why no op does.
+        reason: text that says how many ops run with sparse kernels, or why no op does.
         findings: all findings. Errors come before advice.
-        target: ``"micro"``, or the Ethos-U NPU for which the file was checked. The report then says
-            nothing about XNNPACK. None if the file was checked for CPUs.
+        target: ``"micro"``, or the Ethos-U NPU for which the file was checked. For these targets,
+            the report says nothing about XNNPACK. None if the file was checked for CPUs.
 
     Example:
         >>> print(keras_dst.lint("model.tflite"))

@@ -13,7 +13,7 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-_BUFFER_ALIGNMENT = 16  # The Python API ignores the force_align of the schema.
+_BUFFER_ALIGNMENT = 16  # The Python API ignores `force_align` in the schema.
 _OP_NAMES = {code: name for name, code in vars(schema.BuiltinOperator).items() if name.isupper()}
 
 
@@ -60,8 +60,8 @@ def stored(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
 def extract_readers(model: schema.ModelT, buffer: int) -> schema.ModelT:
     """Extract a model that contains only the ops that read one buffer.
 
-    The computed inputs and the outputs of these ops become the inputs and outputs of the extracted
-    model. Buffers keep their indices.
+    All computed tensors that these ops read, and all their outputs, become inputs and outputs of
+    the extracted model. Buffers keep their indices.
     """
     extracted = schema.ModelT()
     extracted.version, extracted.operatorCodes = model.version, list(model.operatorCodes)
@@ -154,8 +154,8 @@ def op_code(model: schema.ModelT, name: str, version: int) -> int:
 class _CompactBuilder(flatbuffers.Builder):
     """Flatbuffer builder that stores equal strings and equal vectors only once.
 
-    Several objects of a flatbuffer may refer to the same vector. For example, all kernels of a
-    quantized file with the same number of channels share one vector of zero points.
+    Several objects of a flatbuffer may refer to the same vector. In a quantized file, for example,
+    all kernels with the same number of channels share one vector of zero points.
 
     The builder also aligns all byte vectors, and thus the data of all buffers.
     """
@@ -172,7 +172,7 @@ class _CompactBuilder(flatbuffers.Builder):
         return self._places[key]
 
     def CreateNumpyVector(self, x: np.ndarray) -> int:
-        # A digest, because the vectors themselves would take the memory of a second file.
+        # Keys are digests, because the vectors would take as much memory as a second file.
         key = (x.dtype.str, hashlib.sha256(x.tobytes()).digest())
         if key not in self._places:
             if x.dtype == np.uint8:

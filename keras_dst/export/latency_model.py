@@ -1,9 +1,9 @@
 """Estimate the latency of a ``.tflite`` file, for example on a CPU that is not available.
 
-The latency model sums estimates of single ops on one thread. Its constants are nanoseconds,
-measured for single ops on an x86 CPU of 2023 and rounded. The constants for CPUs without AVX were
-measured on the same CPU with AVX hidden, as a proxy for ARM. The constants for overheads and copies
-were not measured but guessed.
+The latency model sums estimates of single ops on one thread. The constants of the latency model are
+nanoseconds. They were measured for single ops on an x86 CPU of 2023, and rounded. The constants for
+CPUs without AVX were measured on the same CPU with AVX hidden, as a proxy for ARM. The constants
+for overheads and copies were not measured but guessed.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ class Cpu:
         vector: nanoseconds per weight, in a dense FULLY_CONNECTED op with one input row.
         matrix: nanoseconds per multiplication, in a dense op with many input rows.
         direct: nanoseconds per stored value and input row, in FULLY_CONNECTED with a sparse weight.
-            For each encoding, the dict holds two numbers: the first for one input row, the second
-            for many input rows.
-        row: nanoseconds per pair of a weight row and an input row, in addition to ``direct``.
+            The dict maps each encoding to two numbers: the first applies to one input row, the
+            second to many input rows.
+        row: nanoseconds for each pair of a row of a sparse weight and an input row, which are added
+            to the time from ``direct``.
         copy: nanoseconds per value that PAD, STRIDED_SLICE or CONCATENATION writes.
         sparse: nanoseconds per multiplication by a nonzero weight, in XNNPACK's sparse convolution.
-            None if this kernel is not used on the CPU.
+            None if XNNPACK does not use its sparse convolution on this CPU.
     """
 
     vector: float

@@ -57,11 +57,11 @@ def sparsity_at_latency(
 ) -> LatencySearch:
     """Return the fraction of FLOPs to prune so that the model reaches a given latency ratio.
 
-    Latency depends on the number of channels of the layers, not on the values of the weights. The
-    search can therefore run before training. It prunes channels of copies of the model by magnitude
-    and exports the smaller models. It then measures their latencies, and the latency of the dense
-    model, in LiteRT on this CPU. The returned sparsity is a fraction of FLOPs. Training with this
-    target gives the same masks on every machine.
+    Latency depends on the number of channels of the layers, not on the values of the weights.
+    Therefore, the search can run before training. The search prunes channels of copies of the model
+    by magnitude and exports the smaller models. The latencies of the smaller models and of the
+    dense model are measured in LiteRT on this CPU. The returned sparsity is a fraction of FLOPs.
+    Training with this target gives the same masks on every machine.
 
     Args:
         model: Built Sequential or Functional model without sparse layers. The model is not changed.
@@ -131,9 +131,9 @@ def sparsity_at_latency(
     missed = abs(measured[best] - latency_ratio)
     if missed > tolerance:
         warnings.warn(
-            f"sparsity_at_latency: no smaller model of '{model.name}' has the latency ratio "
-            f"{latency_ratio:g}. The nearest ratio is {measured[best]:.3f}, at sparsity {best:g}: "
-            f"missed by {missed:.3f}. Lower round_to or min_kept, or change the target.",
+            f"sparsity_at_latency: no pruned copy of '{model.name}' has the latency "
+            f"ratio {latency_ratio:g}. The nearest ratio is {measured[best]:.3f}, at sparsity "
+            f"{best:g}: missed by {missed:.3f}. Lower round_to or min_kept, or change the target.",
             stacklevel=2,
         )
     cpu = platform.processor() or platform.machine()

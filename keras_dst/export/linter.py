@@ -16,10 +16,10 @@ def lint(
 ) -> LintReport:
     """Find the parts of a ``.tflite`` file that are wrong, slow or large, without running the file.
 
-    Any converter may have written the file. On ARM, and on every other CPU without AVX, XNNPACK has
-    fast kernels for 1x1 convolutions with sparse weights. XNNPACK uses these kernels only if all
-    ops around these convolutions support them. The report says whether this is the case, and names
-    the ops that prevent it.
+    The file can come from any converter. On ARM, and on every other CPU without AVX, XNNPACK has
+    fast sparse kernels for 1x1 convolutions. XNNPACK uses these sparse kernels only if all ops
+    around the convolutions support NCHW layout. The report says whether XNNPACK uses the sparse
+    kernels, and names the ops that prevent this.
 
     Args:
         model: a ``.tflite`` file, as a path or as bytes. A built Keras 3 model is first converted
@@ -49,7 +49,8 @@ def lint(
     else:
         check_exportable(model)
         check_installed("tensorflow", "ai_edge_litert", "flatbuffers")
-    # These modules import optional packages, but `import keras_dst` must also work without them.
+    # The modules below need optional packages, and `import keras_dst` must work without these
+    # packages.
     from keras_dst.export.convert import conversions, to_tflite
     from keras_dst.export.decode import load, value_error_if_damaged
     from keras_dst.export.ethos import ACCELERATORS

@@ -81,8 +81,9 @@ def bench(
 ) -> BenchReport:
     """Compare the latencies of ``.tflite`` files on random inputs, in the current process.
 
-    The files take turns, so that changes of the machine's speed affect all files equally. The batch
-    size is 1 for a file with a dynamic batch size. All other files run at their own batch size.
+    The files take turns, so that changes of the machine's speed affect all files equally. A file
+    with a dynamic batch size runs with batch size 1, and a file with a fixed batch size runs with
+    this size.
 
     Args:
         paths: paths of the files. Latency ratios are relative to the first file.
@@ -165,11 +166,11 @@ def loads_and_latencies(
 
 
 def _rounds(interpreters: Sequence[Interpreter]) -> Iterator[list[float]]:
-    """Yield timing rounds without end. Each is a list with the seconds of one inference per file.
+    """Yield one list per timing round, without end: for each file, the seconds of one inference.
 
-    In each round, every file runs twice. The first run loads the weights into the CPU caches and is
-    not timed. The timed part is short, a single inference, so that other work on the machine rarely
-    disturbs it.
+    In each timing round, every file runs twice. The first of the two runs loads the weights into
+    the CPU caches and is not timed. The timed part is short, a single inference, so that other work
+    on the machine rarely disturbs it.
     """
     while True:
         times = []
@@ -185,7 +186,7 @@ def _load_all(
     files: Sequence[bytes], threads: int, batch: int = 1, seed: int = 0
 ) -> list[tuple[float, Interpreter]]:
     """Return, for each file, the seconds to load it and an interpreter whose inputs are set."""
-    _load(files[0], threads, batch)  # The first load in a process also sets up the runtime.
+    _load(files[0], threads, batch)  # Not timed: the first load also initializes the runtime.
     found = [_load(content, threads, batch) for content in files]
     for _, interpreter in found:
         _feed(interpreter, seed)

@@ -22,7 +22,7 @@ def peak_memory(content: bytes, *, threads: int = 1, batch: int = 1) -> int | No
         batch: batch size for files with a dynamic batch size. Defaults to 1.
 
     Returns:
-        The number of bytes. None if the operating system is not Linux or the file cannot be run.
+        The number of bytes, or None if the operating system is not Linux or the file cannot be run.
     """
     if not _STATUS.exists():  # The system is not Linux.
         return None

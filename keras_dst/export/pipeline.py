@@ -65,10 +65,11 @@ from keras_dst.export.verify import (
 
 #: Default tolerance of the difference from the Keras model, for each value of `quantize`.
 TOLERANCES = {None: 1e-4, "weights": 0.1, "full": 0.3}
-#: Tolerance of the difference from a dense file with the same quantized weights.
+#: Largest accepted difference between the exported file and a dense file with the same quantized
+#: weights.
 _EXACT = 1e-4
-#: Tolerance of this difference if the runtime also quantizes the inputs of ops. Kernels round these
-# inputs differently.
+#: Same difference if the runtime also quantizes the inputs of ops, because the kernels for sparse
+#: and dense weights round the quantized inputs differently.
 _INEXACT = 5e-2
 
 
@@ -119,8 +120,8 @@ class _Data:
         samples: samples on which the file is compared with the model.
         calibration: samples on which the converter measures the ranges of activations. None without
             full quantization.
-        evaluate: None, the function that the user passed as `evaluate`, or a pair of samples and
-            labels.
+        evaluate: the function that the user passed as `evaluate`, a pair of samples and labels, or
+            None if accuracy is not measured.
     """
 
     signature: Signature
@@ -213,8 +214,9 @@ def _encode_for_micro(
 def _rounded_to_zero(floats: bytes, integers: bytes) -> tuple[int, list[str]]:
     """Return the number of nonzero weights of a float file that are zero in the int8 file.
 
-    The converter may rename weight tensors. The float tensor of an int8 tensor is therefore found
-    by its values. Also return the names of the int8 tensors for which no float tensor is found.
+    The converter may rename weight tensors. Therefore, each int8 weight is matched by its values to
+    a weight of the float file. The second return value is a list with the names of all int8 weights
+    without a match.
     """
     originals = [weight.values for weight in encode.weights(read(floats))]
     count, unmatched = 0, []
@@ -223,7 +225,8 @@ def _rounded_to_zero(floats: bytes, integers: bytes) -> tuple[int, list[str]]:
         if weight.values.dtype != np.int8 or parameters is None or parameters.scale is None:
             continue
         values = dequantize(weight.values, parameters)
-        limit = 0.51 * steps(weight.values, parameters)  # half a step; scales are rounded too
+        # Rounding to int8 moves a value by up to half a step. The scales are rounded too.
+        limit = 0.51 * steps(weight.values, parameters)
         original = next((w for w in originals if _agree(values, w, limit)), None)
         if original is None:
             unmatched.append(weight.name)
@@ -250,7 +253,7 @@ def _compile(
     """Compile a file with Vela if the target is an NPU and Vela is installed.
 
     Returns:
-        The compiled file and Vela's report. Empty bytes and None if Vela did not run.
+        The compiled file and Vela's report, or ``(b"", None)`` if Vela did not run.
     """
     if not settings.npu or vela_version() is None:
         return b"", None

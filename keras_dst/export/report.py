@@ -27,7 +27,8 @@ class TensorReport:
         encoding: storage format, such as ``"csr+densify"``.
         bytes: bytes that the weight takes in this storage format.
         dense_bytes: bytes that the weight takes in dense format.
-        reason: why the weight is stored in dense format. Empty for all other formats.
+        reason: why the weight is stored in dense format. "" if the weight is stored
+            in a sparse format.
     """
 
     name: str
@@ -45,7 +46,7 @@ class FileReport:
     """Size, speed, memory and accuracy of one file: a dense file, or the exported file.
 
     Attributes:
-        name: ``"dense float32"``, ``"dense int8"`` or ``"this file"``.
+        name: ``"dense float32"``, ``"dense int8"`` or, for the exported file, ``"this file"``.
         bytes: size of the file.
         gzip_bytes: size of the file after compression with gzip.
         latency: median seconds per inference on this CPU. None if not measured.

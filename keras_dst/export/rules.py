@@ -333,7 +333,7 @@ RULES: tuple[Callable[..., Iterator[Finding]], ...] = (
 
 
 def _sparse_reads(model, graph) -> Iterator[tuple]:
-    """Yield each op that reads a sparse tensor, its kind, the index of the input and the tensor."""
+    """Yield ``(op, name, index of the input, tensor)`` for each op that reads a sparse tensor."""
     for op in graph.operators:
         for slot, index in enumerate(op.inputs if op.inputs is not None else []):
             if index >= 0 and graph.tensors[index].sparsity is not None:

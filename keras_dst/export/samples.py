@@ -51,7 +51,8 @@ class InputSpec:
 class Signature:
     """The inputs of a model as a flat list, and their nested structure.
 
-    `structure` holds integers in place of the inputs: the index of each input in `specs`.
+    `structure` is the nested structure. In place of each input, it holds the index of the input in
+    the list `specs`.
     """
 
     specs: list[InputSpec]
@@ -195,7 +196,7 @@ def read_samples(
         argument: name of the argument with which the user passed the data, for error messages.
         limit: maximum number of samples to return. Defaults to None, which returns all samples.
         streamed: maximum number of samples to read from a data set or generator. Defaults to 0,
-            which stands for the value of ``limit``.
+            which means at most ``limit`` samples.
 
     Raises:
         ValueError: the data is of an unsupported type, or does not fit the inputs of the model.
@@ -213,7 +214,7 @@ def read_samples(
 
 
 def _checked_size(model: keras.Model, samples: Samples, argument: str) -> Samples:
-    """Return the samples. Raise ValueError if they do not fill one batch of the model."""
+    """Return the samples. Raise ValueError if there are too few samples for one batch."""
     least = max((spec.shape[0] or 1 for spec in _declared_specs(model) or []), default=1)
     if len(samples) < least:
         raise ValueError(
@@ -348,7 +349,7 @@ def _split(batch: Any, count: int | None, argument: str) -> tuple[Any, Any]:
     if len(batch) not in (1, 2, 3):
         raise ValueError(
             f"Expected batches x, (x, y) or (x, y, sample_weight) in {argument}. "
-            f"Received: a {type(batch).__name__} of {len(batch)} entries."
+            f"Received: a {type(batch).__name__} of {len(batch)} entries as a batch."
         )
     return batch[0], batch[1] if len(batch) > 1 else None
 
@@ -369,7 +370,7 @@ def _joined(found: list[Samples], argument: str) -> Samples:
 def _match(model: keras.Model, inputs: Any, argument: str) -> Samples:
     """Return the inputs as arrays in the order of the model's inputs.
 
-    Check their shapes and types.
+    Raise ValueError if the shape or type of an input does not fit the model.
     """
     specs, structure = _declared_specs(model), symbolic_inputs(model)
     arrays: list[np.ndarray | None]
@@ -413,7 +414,7 @@ def _values_in_order(inputs: Any, specs: list[InputSpec], structure: Any) -> lis
 def _fitted(value: Any, spec: InputSpec, argument: str) -> np.ndarray | None:
     """Convert a value to an array for one input.
 
-    Add or drop a last axis of size 1 as Keras does.
+    Like Keras, add or remove a last axis of size 1 if the rank of the array differs by 1.
     """
     if value is None and spec.optional:
         return None
@@ -462,13 +463,13 @@ def _label_array(labels: Any) -> np.ndarray:
 
 def _array(value: Any, argument: str) -> np.ndarray:
     """Convert an array or tensor of any supported library to a dense NumPy array."""
-    if hasattr(value, "detach"):  # The value is a torch tensor.
+    if hasattr(value, "detach"):  # Only torch tensors have `detach`.
         value = value.detach().cpu()
         value = value.float() if str(value.dtype) == "torch.bfloat16" else value
-    for method in ("toarray", "todense", "to_dense"):  # Sparse arrays of SciPy, JAX and torch.
+    for method in ("toarray", "todense", "to_dense"):  # SciPy, JAX and torch
         if hasattr(value, method):
             value = getattr(value, method)()
-    if hasattr(value, "dense_shape"):  # The value is a sparse tensor of TensorFlow.
+    if hasattr(value, "dense_shape"):  # Only TensorFlow's sparse tensors have `dense_shape`.
         value = _dense(value)
     array = np.asarray(value) if _is_array(value) else np.empty((), object)
     if array.dtype == object and array.size and all(isinstance(x, str) for x in array.flat):

@@ -3,8 +3,9 @@
 First, fixed rules exclude all formats that the runtime would read incorrectly. One of the remaining
 formats is then selected by its size and its measured or estimated latency. The rules follow the
 kernels of XNNPACK and LiteRT: only FULLY_CONNECTED reads a sparse weight directly. All other ops
-need a dense weight. The op DENSIFY unpacks this dense weight when the file is loaded. The export
-can also replace CONV_2D by FULLY_CONNECTED on slices of the input.
+need a dense weight. The op DENSIFY unpacks this dense weight when the file is loaded. To store the
+weight of a CONV_2D sparse, the export can replace the CONV_2D by slices of the input and a
+FULLY_CONNECTED op.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from keras_dst.export.latency_model import CPUS, LatencyModel
 #: A weight tensor counts as block-sparse if at least this fraction of the values in its stored
 # blocks is nonzero.
 MIN_BLOCK_DENSITY = 0.75
-#: Limits of the kernel that multiplies float inputs by a sparse int8 weight. The kernel stores the
-# position of a block of 16 inputs in one byte. It also stores the number of blocks of an output in
-# one byte. If a weight exceeds one of these limits, the results of the kernel are wrong.
+#: Limits of the kernel that multiplies float inputs by a sparse int8 weight. The kernel stores two
+#: numbers in one byte each: the position of a block of 16 inputs, and the number of blocks per
+#: output. If a weight exceeds one of these limits, the results of the kernel are wrong.
 MAX_HYBRID_INPUTS, MAX_HYBRID_BLOCKS = 4096, 255
 #: Two latencies, or two sizes, count as equal if their ratio is at most this factor.
 SAME_LATENCY, SAME_SIZE = 1.05, 1.01
@@ -42,11 +43,12 @@ class Choice:
 
     Attributes:
         weight: the weight.
-        format: the selected format. None if the weight keeps its present format.
+        format: the selected format, or None if the weight keeps its present format.
         bytes: bytes that the weight takes in this format.
-        reason: why the weight keeps its present format. Empty if the format changes.
+        reason: why the weight keeps its present format, or "" if the format changes.
         latency_ratio: latency of the ops that read the weight, relative to their latency with the
-            dense weight. For several CPUs, this is the largest ratio. Defaults to 1.
+            dense weight. If the ratio was determined for several CPUs, the largest of these ratios.
+            Defaults to 1.
     """
 
     weight: Weight
@@ -58,7 +60,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Choices for all weight tensors of a file, in file order, and the encoded file."""
+    """Selected format of each weight tensor of a file, in file order, and the file that results."""
 
     choices: list[Choice]
     content: bytes
@@ -102,7 +104,7 @@ class Objective:
     def latency_ratios(self, files: Sequence[bytes]) -> list[float]:
         """Return, per file, its latency relative to the first file.
 
-        If there are several CPUs, return the largest of their ratios.
+        If there are timers for several CPUs, return the largest ratio of each file.
         """
         seconds = [timer(files) for timer in self.timers]
         return [max(times[i] / times[0] for times in seconds) for i in range(len(files))]
@@ -115,14 +117,14 @@ def select_formats(
 ) -> Plan:
     """Return the best plan for a dense ``.tflite`` file.
 
-    First, the best format of each weight tensor is selected individually. In the whole graph, an op
-    can be faster or slower than alone. The resulting file is therefore compared with three more
-    files. In the first of these files, ops read as many weights as possible directly. In the second
-    file, all sparse weights are unpacked, and XNNPACK may run sparse kernels. The third file is
-    dense.
+    First, the best format of each weight tensor is selected individually, but an op can be faster
+    or slower in the whole graph than alone. Therefore, the best of four complete files is returned:
+    the file with these formats; a file whose ops read as many sparse weights as possible directly;
+    a file that unpacks all sparse weights, for which XNNPACK may use sparse kernels; and the dense
+    file.
 
     Args:
-        content: bytes of the file. Its weights are float32 or int8.
+        content: bytes of a file whose weights are float32 or int8.
         objective: criterion of the selection. Defaults to `Objective()`.
         progress: function that is called with a line of text for each weight tensor.
     """
@@ -150,7 +152,7 @@ def select_formats(
 
 
 class _Encoder:
-    """Builder of plans for one file. A cache avoids encoding the same set of formats twice."""
+    """Encoder of one file that caches its results, so that no set of formats is encoded twice."""
 
     def __init__(self, content: bytes):
         self.content = content
@@ -225,15 +227,15 @@ def _options(model: schema.ModelT, weight: Weight, objective: Objective) -> list
 def _latency_ratios(dense: bytes, files: list[bytes], objective: Objective) -> list[float]:
     try:
         return objective.latency_ratios([dense, *files])[1:] if files else []
-    except RuntimeError:  # The ops cannot run alone, for example on inputs of unknown rank.
+    except RuntimeError:  # Ops that read inputs of unknown rank, for example, cannot run alone.
         return [float("inf")] * len(files)
 
 
 def valid_formats(weight: Weight, piece: schema.ModelT, int8: bool) -> list[Format]:
     """Return the storage formats of a weight tensor that its ops read correctly on every CPU.
 
-    Only these ops are checked here. `sparse_inference.is_wrong` checks the whole graph for wrong
-    results.
+    This function checks only the ops that read the weight. `sparse_inference.is_wrong` checks the
+    whole graph for wrong results.
 
     Args:
         weight: a float32 or int8 weight.
@@ -243,8 +245,8 @@ def valid_formats(weight: Weight, piece: schema.ModelT, int8: bool) -> list[Form
     if weight.values.dtype == np.int8:
         return _valid_formats_of_int8(weight, piece)
     shape, kinds = weight.values.shape, {kind for kind, _ in weight.readers}
-    # XNNPACK would run a DEQUANTIZE op but leave the TRANSPOSE_CONV op that follows to the builtin
-    # kernels. The results would be wrong.
+    # The results are wrong if XNNPACK runs a DEQUANTIZE op but leaves the TRANSPOSE_CONV op that
+    # follows to the builtin kernels.
     int8 = int8 and "TRANSPOSE_CONV" not in kinds and bool(np.isfinite(weight.values).all())
     unpacked = _unpacked_formats(weight)
     formats = unpacked + [replace(format, int8=True) for format in unpacked if int8]

@@ -2,25 +2,26 @@
 
 On CPUs without AVX, such as every ARM CPU, XNNPACK can run a region of a graph in NCHW instead of
 NHWC layout. In NCHW layout, 1x1 convolutions skip zero weights. XNNPACK runs a region in NCHW
-layout only if the graph contains a DENSIFY op. The region begins at an entry: a 3x3 convolution
-with stride 2 over 3 channels, padded by 1 on each side. The region ends at an exit: a mean over
-height and width, or DEPTH_TO_SPACE. All ops of the region must support NCHW. No op outside the
-region may read a tensor of the region. In the 1x1 convolutions of the region, more than 2/3 of all
-weights must be zero.
+layout only if the graph contains a DENSIFY op. A region begins at an entry op: a 3x3 convolution
+with stride 2 over 3 channels, padded by 1 on each side. A region ends at an exit op: a mean over
+height and width, or DEPTH_TO_SPACE. All ops between them must support NCHW. No op outside the
+region may read a tensor of the region. More than 2/3 of all weights in the 1x1
+convolutions of a region must be zero.
 
-XNNPACK does not check that the region ends only at exits. If an op outside the region reads a
-tensor of the region, this op reads NCHW data as if it were NHWC data. The results are then wrong,
-and no error message appears.
+XNNPACK does not check all of these conditions. If an op outside the region reads a tensor of the
+region, this op reads NCHW data as if it were NHWC data. The results are then wrong, and no error
+message appears.
 
 The analysis assumes that XNNPACK runs every op of the graph. In practice, XNNPACK leaves some ops
 to the builtin kernels. The set of these ops differs between versions and builds of LiteRT. Each
-such op splits the graph, and the data has NHWC layout at the split. Some networks are therefore
-reported as wrong although some versions compute them correctly. This is intended, because a file
-must be correct in all versions. For the same reason, a mean with keepdims is reported as wrong.
+op that XNNPACK leaves to the builtin kernels splits the graph, and the data has NHWC layout at the
+split. Therefore, this module reports some networks as wrong although some versions of LiteRT
+compute them correctly. This is intended, because a file must be correct in all versions. For the
+same reason, this module reports a mean with keepdims as wrong.
 
-Source: ``xnn_check_nchw_compatibility`` and ``xnn_subgraph_rewrite_for_nchw`` in ``src/subgraph.c``
-of XNNPACK. Both functions are unchanged since October 2020. Only their rules for FULLY_CONNECTED
-changed later, most recently in January 2025.
+Source: the functions ``xnn_check_nchw_compatibility`` and ``xnn_subgraph_rewrite_for_nchw`` in
+``src/subgraph.c`` of XNNPACK. Since October 2020, only their rules for FULLY_CONNECTED have
+changed, most recently in January 2025.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ class Role(enum.Flag):
 
 @dataclass(eq=False)
 class Node:
-    """Op as XNNPACK sees it: without constants, and merged with the PAD op before a convolution.
+    """Op in the graph that XNNPACK builds from the file.
+
+    This graph has no constants, and XNNPACK merges PAD ops into the convolutions that follow.
 
     Attributes:
         op: the op in the file.
@@ -64,8 +67,9 @@ class Node:
         role: all roles that the op can have in a region.
         obstacle: description of the op if it cannot be inside a region or its results would be
             wrong. Empty for other ops.
-        zeros: number of zero weights, for a 1x1 convolution or a FULLY_CONNECTED op.
-        weights: number of all weights, for the same kinds of ops. Both numbers are 0 for other ops.
+        zeros: number of zero weights of a 1x1 convolution or a FULLY_CONNECTED op. 0 for other ops.
+        weights: number of all weights of a 1x1 convolution or a FULLY_CONNECTED op. 0 for other
+            ops.
     """
 
     op: schema.OperatorT
@@ -130,14 +134,14 @@ def sparse_region(nodes: list[Node], graph: schema.SubGraphT) -> Region:
 def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role], set[int]]:
     """Return the group and the final roles of each op, and the ops that are in no region.
 
-    A group is a set of connected ops. Ops of one group have the same number.
+    A group is a set of connected ops. All ops of a group have the same group number.
     """
     group, roles = list(range(len(nodes))), [node.role for node in nodes]
     bad: set[int] = set()
     producer = {t: n for n, node in enumerate(nodes) for t in node.outputs if t not in outputs}
 
     def join(n: int) -> bool:
-        """Join an op with the ops that compute its inputs. Return whether a group changed."""
+        """Merge the groups of an op and of its producers. Return whether this changed a group."""
         changed = False
         for t in nodes[n].inputs:
             source = producer.get(t)
@@ -159,7 +163,7 @@ def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role]
 
 
 def _is_right(node: Node, nchw: set[int], graph: schema.SubGraphT) -> bool:
-    """Return whether an op is correct if the tensors in ``nchw`` have NCHW layout."""
+    """Return whether an op computes the right result if the tensors in ``nchw`` are NCHW."""
     reads = any(t in nchw for t in node.inputs)
     writes = any(t in nchw for t in node.outputs)
     # A matrix has no layout.
@@ -186,7 +190,7 @@ def read_nodes(model: schema.ModelT, graph: schema.SubGraphT) -> list[Node]:
             source, _ = pads.get(t, (t, ()))
             if source not in unpacked and stored(model, graph.tensors[source]) is None:
                 node.inputs.append(source)
-        if kind == "MUL":  # XNNPACK treats x * x as a square.
+        if kind == "MUL":  # XNNPACK treats x * x as a SQUARE op, which has one input.
             node.inputs = list(dict.fromkeys(node.inputs))
         if role == Role.INSIDE and kind in ("CONV_2D", "FULLY_CONNECTED"):
             weight = int(op.inputs[WEIGHT_SLOT])
@@ -198,8 +202,8 @@ def read_nodes(model: schema.ModelT, graph: schema.SubGraphT) -> list[Node]:
 def _merged_pads(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, tuple[int, tuple]]:
     """Return the outputs of the PAD ops that XNNPACK merges into the convolutions that follow.
 
-    The result maps each output to the input of the PAD op and to the padding above, below, left and
-    right.
+    Return a dict that maps each output to the input of its PAD op and to the padding above, below,
+    left and right.
     """
     readers = Counter(t for op in graph.operators for t in set(indices(op.inputs)))
     readers += Counter(indices(graph.outputs))
@@ -237,7 +241,7 @@ def _role(model, graph, op, kind, unpacked, pads) -> tuple[Role, str]:
     if kind == "DEPTH_TO_SPACE":
         return Role.EXIT, ""
     if kind in ("ADD", "MUL") and all(len(shape(tensor)) == 4 for tensor in tensors):
-        # XNNPACK checks the shape of the first operand, even if only the second is a constant.
+        # Even if only the second operand is a constant, XNNPACK checks the shape of the first.
         constant = any(stored(model, tensor) is not None for tensor in tensors[:2])
         wide = sum(size != 1 for size in _sizes(tensors[0])) > 1
         return (Role.NONE, f"{kind} of a constant") if constant and wide else (Role.INSIDE, "")
@@ -255,15 +259,15 @@ def _sizes(tensor: schema.TensorT) -> list[int]:
 
 
 def _reduction(model, graph, op, kind) -> str:
-    """Describe a MEAN or SUM whose result for NCHW data is wrong. Return "" if it is correct."""
+    """Describe a MEAN or SUM that is wrong for NCHW data. Return "" if the op is correct."""
     axes = values(model, graph.tensors[op.inputs[1]])
     left = {1, 2, 3} - {int(axis) % 4 for axis in ([] if axes is None else axes.ravel())}
-    if 3 in left and left != {3}:  # The order of the remaining axes differs.
+    if 3 in left and left != {3}:  # NCHW and NHWC order these axes differently.
         return f"{kind} over one of height and width"
     made = int(op.outputs[0])
     readers = {op_name(model, other) for other in graph.operators if made in indices(other.inputs)}
     if op.builtinOptions.keepDims and (readers != {"RESHAPE"} or made in indices(graph.outputs)):
-        return f"{kind} with keepdims"  # The shape of the result would be NCHW.
+        return f"{kind} with keepdims"  # The result would have an NCHW shape.
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Reset of recurrent layers during an export."""
+"""Reset the states of recurrent layers during an export."""
 
 from __future__ import annotations
 

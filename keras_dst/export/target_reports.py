@@ -15,7 +15,7 @@ class VelaEstimate:
         weight_bytes: number of bytes of all weights after Vela has compressed them.
         npu_cycles: number of cycles during which the NPU computes.
         memory_cycles: dict from the name of each memory to the number of cycles during which it is
-            accessed. Computation and memory accesses overlap in time.
+            accessed. The memory cycles overlap with the cycles in which the NPU computes.
         cycles: number of cycles of the whole inference.
         seconds: time of the whole inference at the default clock rate of the NPU.
     """

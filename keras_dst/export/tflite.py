@@ -53,8 +53,8 @@ def export_tflite(
         tolerance: largest accepted error, ``max|y - y_keras| / max(max|y_keras|, 1e-6)`` of each
             output. The default depends on ``quantize``: 1e-4 for None, 0.1 for ``"weights"``, 0.3
             for ``"full"``. A quantized file is also compared with a dense file that has the same
-            quantized weights. The error between these two files must be at most 1e-4, or at most
-            0.05 if the ops compute with integers.
+            quantized weights. The outputs of the quantized file and of this dense file may differ
+            by at most 1e-4, or 0.05 if the ops compute with integers.
         optimize: criterion by which the storage format of each weight tensor is selected.
             ``"latency"`` selects the fastest format and, among equally fast formats, the smallest.
             ``"size"`` selects the smallest format and, among equally small formats, the fastest.
@@ -100,10 +100,11 @@ def export_tflite(
         TypeError: ``model`` is not a Keras 3 model.
         ValueError: the model is not built, the data does not fit the model, or an argument has an
             unknown value.
-        OSError: no file can be written at ``path`` or ``vela_path``. Both are checked before the
-            conversion begins.
-        ImportError: a required extra of keras_dst is not installed: ``export``, also ``micro`` with
-            ``target="micro"``, and also ``ethos`` with ``vela_path``.
+        OSError: no file can be written at ``path`` or ``vela_path``. Both paths are checked before
+            the conversion begins.
+        ImportError: a required extra of keras_dst is not installed. Every export requires
+            ``export``, ``target="micro"`` also requires ``micro``, and ``vela_path`` also requires
+            ``ethos``.
         ExportError: the model could not be converted, or the outputs of the file differ from the
             outputs of the model. The message names the op or weight tensor that causes the
             difference. No file is written.
@@ -121,7 +122,7 @@ def export_tflite(
     threads, batch = check_integer(threads, "threads"), check_integer(batch, "batch")
     if (quantize == "full") != (representative is not None):
         raise ValueError(
-            "Expected representative= together with quantize='full', and neither alone. "
+            "Expected representative= if quantize='full', and only then. "
             f"Received: quantize={quantize!r}, representative "
             f"{'missing' if representative is None else 'given'}. Fix: pass samples of the "
             "training data, for example representative=x[:200]."

@@ -58,7 +58,7 @@ def deviation_between(content: bytes, reference: bytes, cases: list[Case]) -> De
 
 
 def run(content: bytes, cases: list[Case], resolver: OpResolverType) -> list[dict[str, np.ndarray]]:
-    """Run a file on all cases. For each case, return a dict from output names to outputs.
+    """Run a file on all cases. Return one dict per case, from output names to output arrays.
 
     Raises:
         RuntimeError, ValueError: the interpreter refuses the file or an input.
