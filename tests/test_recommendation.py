@@ -124,10 +124,7 @@ def test_notes_on_targets():
     _, faster = notes("ethos-u85-256")
     assert "cycles with another pattern: ethos-u85-256, the pattern 2:4: 0.579" in faster
     assert len(notes("ethos-u85-256", 0.5, "2:4")) == 1
-    assert (
-        "0.275 of the bytes that TFLM reads of the dense int8 file, 4.897 times"
-        in notes("micro")[0]
-    )
+    assert "0.247 of the bytes of the dense int8 file, 4.897 times" in notes("micro")[0]
     assert notes("ethos-u65-256", pattern="1x4") == (
         "No figure for the pattern 1x4 on ethos-u65-256.",
     )
