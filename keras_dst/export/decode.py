@@ -82,8 +82,8 @@ def unpack(tensor: schema.TensorT, entries: np.ndarray) -> np.ndarray:
     """Return the dense array of a sparse tensor in any encoding of TensorFlow Lite.
 
     The encoding lists the axes of the tensor, followed by the axes inside a block. `traversalOrder`
-    gives the order in which the axes are nested. Each axis is stored either dense or as compressed
-    rows of indices.
+    gives the order in which the axes are nested. An axis is stored either dense or sparse. For a
+    sparse axis, the indices of the nonempty entries are stored, as in CSR.
     """
     sparsity, rank = tensor.sparsity, len(shape(tensor))
     positions = np.zeros(1, np.int64)  # Positions of the entries in storage.

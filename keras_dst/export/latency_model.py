@@ -28,7 +28,7 @@ _NANO = 1e-9
 
 @dataclass(frozen=True)
 class Cpu:
-    """Nanoseconds that the kernels of a CPU take for their elementary steps.
+    """Latency constants of one CPU, in nanoseconds.
 
     Attributes:
         vector: nanoseconds per weight, in a dense FULLY_CONNECTED op with one input row.

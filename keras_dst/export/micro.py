@@ -126,8 +126,8 @@ def unsupported_ops(
         layers: names of the layers of the Keras model. Defaults to no names.
 
     Returns:
-        For each op: its name, the name of its first output, and a text such as ``"in layer
-        'dense'"``, or "" if the layer is unknown.
+        A list with one triple per op: the name of the op, the name of its first output, and a text
+        such as ``"in layer 'dense'"``. The text is "" if the layer is unknown.
     """
     found = []
     for graph in model.subgraphs:
@@ -142,7 +142,8 @@ def unsupported_ops(
 def _origin(graph: schema.SubGraphT, op: schema.OperatorT, names: Collection[str]) -> str:
     """Describe the layer that contains an op, or else the last layer before the op.
 
-    The paths of ops outside layers, and the names of the model's outputs, contain no layer.
+    The path of an op outside all layers contains no layer name. The name of a model output contains
+    no layer name either.
 
     Args:
         graph: the graph of the file.
@@ -223,7 +224,8 @@ def report_for(content: bytes, dense: bytes, inputs: list[np.ndarray]) -> MicroR
     """Run a file and the dense int8 file in TFLM, and compare their outputs and sizes.
 
     Raises:
-        ExportError: the outputs of the two files are not bit-identical.
+        ExportError: the outputs of the file differ from the outputs of the dense int8 file in at
+        least one bit.
     """
     own, reference = run_in_tflm(content, inputs), run_in_tflm(dense, inputs)
     for place, (y, expected) in enumerate(zip(own.outputs, reference.outputs, strict=True)):
@@ -368,15 +370,15 @@ def _decoded_reads(
 ) -> list[schema.OperatorT]:
     """Return the ops that decode the weights of one op, followed by the op itself.
 
-    TFLM keeps a decoded tensor only until the next op has run. If several ops read a weight, the
-    weight is therefore decoded once per op, each time into a separate tensor.
+    TFLM keeps a decoded tensor only until the next op has run. Therefore, a weight that several ops
+    read is decoded once for each of these ops, each time into a separate tensor.
 
     Args:
         graph: the graph. The function adds tensors to the graph.
         op: an op of the graph.
         encoded: dict from the tensor index of a weight to the tensor indices of its two constants.
-        free: tensor indices of the weights that are not decoded yet. The function removes weights
-            from this set when it decodes them.
+        free: tensor indices of the weights that are not decoded yet. When a weight is decoded for
+            the first time, the function removes its index from this set.
         code: op code index of TFLM_DECODE.
     """
     reads = dict.fromkeys(index for index in indices(op.inputs) if index in encoded)

@@ -122,7 +122,7 @@ def export_tflite(
     threads, batch = check_integer(threads, "threads"), check_integer(batch, "batch")
     if (quantize == "full") != (representative is not None):
         raise ValueError(
-            "Expected representative= if quantize='full', and only then. "
+            "Expected representative= together with quantize='full', or neither of the two. "
             f"Received: quantize={quantize!r}, representative "
             f"{'missing' if representative is None else 'given'}. Fix: pass samples of the "
             "training data, for example representative=x[:200]."
