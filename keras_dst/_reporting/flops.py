@@ -24,8 +24,8 @@ _TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTran
 # Name endings of weights in custom layers that are looked up or added, but not multiplied.
 _TABLES = re.compile(r"(embeddings?|tokens?)$")
 
-# Batch size of the symbolic call if the Input does not define the batch size. A batch of 1 would
-# not do, because a model may remove axes of size 1.
+# Batch size of the symbolic call if the Input does not define the batch size. The size is greater
+# than 1, because a model may remove axes of size 1.
 _BATCH = 2
 # FLOPs are counted twice: unknown sizes of the inputs are first set to 128, then to 256. If the two
 # counts differ, the FLOPs are unknown.
@@ -251,7 +251,7 @@ def _grid_points(layer, shape: Shape) -> int:
 
 
 def _embedding_positions(layer, variable, x: Shape, y: Shape) -> int:
-    """Return the number of positions that an embedding projects in reverse, or 0 for a lookup."""
+    """Return how many vectors a reversible embedding maps to tokens, or 0 if it looks tokens up."""
     if len(y) > len(x):
         return 0
     tied = getattr(layer, "tie_weights", True)

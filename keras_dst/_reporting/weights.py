@@ -127,7 +127,7 @@ def density_map(kept: np.ndarray, layout: Layout = KERNEL) -> np.ndarray:
 
 
 def matrix_shape(shape: Sequence[int], layout: Layout = KERNEL) -> tuple[int, int]:
-    """Return the numbers of inputs (times positions in the window) and outputs of a weight."""
+    """Return the number of inputs and of outputs of a weight, as two integers."""
     inputs, outputs = _axes(shape, layout)
     return math.prod(shape[axis] for axis in inputs), math.prod(shape[axis] for axis in outputs)
 

@@ -151,8 +151,8 @@ def _convert_file(
     """Load and strip the ``model.keras`` of a folder, and write one ``.tflite`` file per kind."""
     with _names_for_lambdas():
         with _step("load"), keras.saving.custom_object_scope(custom_objects):
-            # safe_mode protects against untrusted files. It can be off, because this process or its
-            # parent process wrote the file.
+            # safe_mode protects against untrusted files. It is off here, because this process or
+            # its parent process wrote the file.
             model = keras.saving.load_model(folder / "model.keras", compile=False, safe_mode=False)
             strip(model)
         _convert(model, folder, kinds, signature, arrays)
@@ -371,7 +371,7 @@ def _conversion_error(failure: _Failure, layers: Collection[str]) -> ExportError
 def _unsupported_ops(output: str, layers: Collection[str]) -> list[str]:
     """Return the unsupported ops in the converter's log, with the layer and type of each op.
 
-    Each text also contains the op's path and the innermost layer on this path.
+    For each op, the text contains the path of the op and the innermost layer on this path.
     """
     found: dict[str, str] = {}
     for line in output.splitlines():

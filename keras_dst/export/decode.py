@@ -46,7 +46,7 @@ def value_error_if_damaged(name: str) -> Iterator[None]:
 
 
 def _walk(model: schema.ModelT) -> None:
-    """Read all constants, op names and tensors of a model. Raise an exception if one is missing."""
+    """Read all constants, op names and tensors. Raise an exception if any of them is missing."""
     for graph in model.subgraphs:
         for tensor in graph.tensors:
             values(model, tensor)
@@ -62,7 +62,7 @@ def type_name(tensor: schema.TensorT) -> str:
 
 
 def shape(tensor: schema.TensorT) -> tuple[int, ...]:
-    """Return the shape of a tensor. Dynamic sizes are given as 1."""
+    """Return the shape of a tensor. Sizes of dynamic axes are returned as 1."""
     return () if tensor.shape is None else tuple(map(int, tensor.shape))
 
 

@@ -1,7 +1,7 @@
 """Change the storage formats of the weight tensors inside a ``.tflite`` file.
 
-The module edits the flatbuffer of the file directly. Therefore it can edit the files of any
-converter and does not need TensorFlow.
+The module edits the flatbuffer of the file directly. Therefore, this module can edit the files of
+any converter and does not need TensorFlow.
 
 Source: ``SparsityParameters`` in the TensorFlow Lite schema,
 https://github.com/tensorflow/tensorflow/blob/master/tensorflow/compiler/mlir/lite/schema/schema.fbs
@@ -52,8 +52,7 @@ class Format:
 
     Attributes:
         block: number of consecutive values along the last axis that form a block. Only blocks with
-            nonzero values are stored. A block size of 1 means CSR; 0 means that the weight is
-            stored dense.
+            nonzero values are stored. A block size of 1 means CSR, and 0 means dense storage.
         unpack: whether DENSIFY and DEQUANTIZE ops compute a dense float weight once, when the file
             is loaded. Otherwise the op reads the stored weight directly.
         int8: whether the values are quantized to int8. Defaults to False.

@@ -1,7 +1,7 @@
 """Compile int8 files for Arm Ethos-U NPUs with Vela, and read Vela's estimates.
 
 Vela (PyPI ``ethos-u-vela``) is Arm's compiler for these NPUs. Vela compresses the weights of a
-dense int8 file. After this compression, weights with many zeros take fewer bytes. Vela also
+dense int8 file. Weights with many zeros are compressed to fewer bytes. Vela also
 estimates the number of cycles with a model of the hardware.
 """
 

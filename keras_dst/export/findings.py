@@ -38,8 +38,8 @@ class LintReport:
         sparse_inference: whether XNNPACK runs this model with sparse kernels on CPUs without AVX.
         reason: text that says how many ops run with sparse kernels, or why no op does.
         findings: all findings. Errors come before advice.
-        target: ``"micro"``, or the Ethos-U NPU for which the file was checked. For these targets,
-            the report says nothing about XNNPACK. None if the file was checked for CPUs.
+        target: ``"micro"``, or the Ethos-U NPU for which the file was checked. For microcontrollers
+            and NPUs, the report says nothing about XNNPACK. None if the file was checked for CPUs.
 
     Example:
         >>> print(keras_dst.lint("model.tflite"))

@@ -1,9 +1,9 @@
 """Estimate the latency of a ``.tflite`` file, for example on a CPU that is not available.
 
-The latency model sums estimates of single ops on one thread. The constants of the latency model are
-nanoseconds. They were measured for single ops on an x86 CPU of 2023, and rounded. The constants for
-CPUs without AVX were measured on the same CPU with AVX hidden, as a proxy for ARM. The constants
-for overheads and copies were not measured but guessed.
+The latency model sums estimates of single ops on one thread. The constants of the latency model, in
+nanoseconds, were measured for single ops on an x86 CPU of 2023 and rounded. The constants for CPUs
+without AVX were measured on the same CPU with AVX hidden, as a proxy for ARM. The constants for
+overheads and copies were not measured but guessed.
 """
 
 from __future__ import annotations

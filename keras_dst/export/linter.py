@@ -17,9 +17,9 @@ def lint(
     """Find the parts of a ``.tflite`` file that are wrong, slow or large, without running the file.
 
     The file can come from any converter. On ARM, and on every other CPU without AVX, XNNPACK has
-    fast sparse kernels for 1x1 convolutions. XNNPACK uses these sparse kernels only if all ops
-    around the convolutions support NCHW layout. The report says whether XNNPACK uses the sparse
-    kernels, and names the ops that prevent this.
+    fast sparse kernels for 1x1 convolutions. XNNPACK uses its sparse kernels only if all ops around
+    the convolutions support NCHW layout. The report says whether XNNPACK uses the sparse kernels,
+    and names the ops that prevent this.
 
     Args:
         model: a ``.tflite`` file, as a path or as bytes. A built Keras 3 model is first converted

@@ -51,8 +51,7 @@ class InputSpec:
 class Signature:
     """The inputs of a model as a flat list, and their nested structure.
 
-    `structure` is the nested structure. In place of each input, it holds the index of the input in
-    the list `specs`.
+    `structure` is the nested structure, in which each input is replaced by its index in `specs`.
     """
 
     specs: list[InputSpec]
@@ -262,7 +261,7 @@ def read_labeled(model: keras.Model, data: Any) -> tuple[Samples, np.ndarray]:
 def random_samples(model: keras.Model, signature: Signature) -> Samples:
     """Return seeded random samples: standard normal floats, or integers that are 0 or 1.
 
-    Dynamic sizes are 32, or another size that the model accepts.
+    Every dynamic size is set to 32, or to another size that the model accepts.
     """
     if all(None not in spec.shape[1:] for spec in signature.specs):
         return _random_samples(signature, OPEN_SIZE)

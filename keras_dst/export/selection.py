@@ -47,8 +47,8 @@ class Choice:
         bytes: bytes that the weight takes in this format.
         reason: why the weight keeps its present format, or "" if the format changes.
         latency_ratio: latency of the ops that read the weight, relative to their latency with the
-            dense weight. If the ratio was determined for several CPUs, the largest of these ratios.
-            Defaults to 1.
+            dense weight. If latencies are estimated for several CPUs, this is the largest ratio of
+            all CPUs. Defaults to 1.
     """
 
     weight: Weight
@@ -118,10 +118,10 @@ def select_formats(
     """Return the best plan for a dense ``.tflite`` file.
 
     First, the best format of each weight tensor is selected individually, but an op can be faster
-    or slower in the whole graph than alone. Therefore, the best of four complete files is returned:
-    the file with these formats; a file whose ops read as many sparse weights as possible directly;
-    a file that unpacks all sparse weights, for which XNNPACK may use sparse kernels; and the dense
-    file.
+    or slower in the whole graph than alone. Therefore, the best of four complete files is returned.
+    The first file has these individually selected formats. In the second file, the ops read as many
+    sparse weights as possible directly. The third file unpacks all sparse weights, and XNNPACK may
+    use sparse kernels. The fourth file is dense.
 
     Args:
         content: bytes of a file whose weights are float32 or int8.
@@ -202,7 +202,7 @@ def _without_densify(options: list[Choice]) -> list[Choice]:
 
 
 def _options(model: schema.ModelT, weight: Weight, objective: Objective) -> list[Choice]:
-    """Return choices for a weight tensor: the dense format, and all valid smaller formats."""
+    """Return the candidates for a weight tensor: dense, and all valid smaller formats."""
     bytes_dense = weight.values.nbytes
     obstacle = _obstacle(weight)
     if obstacle:

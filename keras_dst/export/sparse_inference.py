@@ -4,13 +4,13 @@ On CPUs without AVX, such as every ARM CPU, XNNPACK can run a region of a graph 
 NHWC layout. In NCHW layout, 1x1 convolutions skip zero weights. XNNPACK runs a region in NCHW
 layout only if the graph contains a DENSIFY op. A region begins at an entry op: a 3x3 convolution
 with stride 2 over 3 channels, padded by 1 on each side. A region ends at an exit op: a mean over
-height and width, or DEPTH_TO_SPACE. All ops between them must support NCHW. No op outside the
+height and width, or DEPTH_TO_SPACE. All ops of a region must support NCHW. No op outside the
 region may read a tensor of the region. More than 2/3 of all weights in the 1x1
 convolutions of a region must be zero.
 
-XNNPACK does not check all of these conditions. If an op outside the region reads a tensor of the
-region, this op reads NCHW data as if it were NHWC data. The results are then wrong, and no error
-message appears.
+XNNPACK does not check that a region ends only at exit ops. If an op outside the region reads a
+tensor of the region, this op reads NCHW data as if it were NHWC data. The results are then wrong,
+and no error message appears.
 
 The analysis assumes that XNNPACK runs every op of the graph. In practice, XNNPACK leaves some ops
 to the builtin kernels. The set of these ops differs between versions and builds of LiteRT. Each
@@ -84,7 +84,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Region:
-    """Ops that read NCHW data, and ops that are wrong or refused because of NCHW data."""
+    """Ops that XNNPACK runs on NCHW data, and ops that this makes fail or give wrong results."""
 
     nodes: list[Node]
     wrong: list[Node]
@@ -253,7 +253,7 @@ def _role(model, graph, op, kind, unpacked, pads) -> tuple[Role, str]:
 
 
 def _sizes(tensor: schema.TensorT) -> list[int]:
-    """Return the shape of a tensor without the batch size. Dynamic sizes are -1."""
+    """Return the shape of a tensor without the batch size, with -1 for dynamic axes."""
     signature = tensor.shapeSignature
     return list(shape(tensor) if signature is None or not len(signature) else signature)[1:]
 
