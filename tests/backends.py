@@ -15,16 +15,18 @@ once = pytest.mark.once
 #: Mark of slow tests, which run in `make test-all` but not in `make test`.
 slow = pytest.mark.slow
 
-#: Mark of tests in which every case compiles a training step, which takes most of the test time.
-#: With `every(n)`, `make test` runs all cases on PyTorch, but every n-th case on TensorFlow and
-#: JAX. JAX starts with the first case and TensorFlow with the second, so that their cases differ.
-#: The mark of a file or class counts the cases of all its functions that have no mark of their own.
-#: With `pytestmark = every(2)`, a case therefore runs on PyTorch and either on JAX or TensorFlow.
-#: With `every(0)`, a test runs on PyTorch only, and with `every(1)` on each backend.
+#: Mark of tests in which every case compiles a training step. Compilation takes most of the test
+#: time. With `every(n)`, `make test` runs all cases on PyTorch, but every n-th case on TensorFlow
+#: and JAX. JAX starts with the first case and TensorFlow with the second, so that their cases
+#: differ. If a file or class has the mark, the cases of all its test functions without an own mark
+#: are counted together. With `pytestmark = every(2)`, a case therefore runs on PyTorch and either
+#: on JAX or TensorFlow. With `every(0)`, a test runs on PyTorch only, and with `every(1)` on each
+#: backend.
 every = pytest.mark.every
 
-#: Mark of tests that export many models. Other backends convert a model in a second Python, which
-#: takes 5 seconds or more. `test_export_does_not_change_a_sparse_model` tests this process.
+#: Mark of tests that export many models. JAX and PyTorch start a second Python process for each
+#: conversion, which takes 5 seconds or more. `test_export_does_not_change_a_sparse_model` tests
+#: this process.
 on_tensorflow = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="conversion in a second Python takes too long"
 )

@@ -39,7 +39,7 @@ class Page:
     overflow: int  # Width of the page minus width of the window, in pixels.
     background: str
     text: str  # Visible text.
-    clipped: list[str]  # Code blocks that contain a line which is wider than the block.
+    clipped: list[str]  # Code blocks with at least one line that is wider than the block.
     console: list[str]
     requests: list[str]  # URLs of external files that the page refers to.
     screenshot: pathlib.Path

@@ -8,7 +8,8 @@ from importlib.metadata import distributions
 import pytest
 
 # The tests train the same small models many times. With a cache, XLA compiles each program once.
-# Programs that compile in less than 0.2 s are not worth the time to write and read a file.
+# Programs that compile in less than 0.2 s are not cached, because reading a cache file would take
+# longer.
 cache = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
@@ -23,13 +24,15 @@ if ON_GPU:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
-# Compile without XLA's optimizations, which would take most of the test time for small networks.
-# `make test-xla`, `make test-gpu` and the notebooks use the optimizations, as users do.
+# Compile without XLA's optimizations: for small networks, the optimizations would take most of the
+# test time. `make test-xla`, `make test-gpu` and the notebooks use XLA's default optimizations, as
+# users do.
 OPTIMIZED = ON_GPU or bool(os.environ.get("KERAS_DST_XLA_DEFAULT"))
 flags = "--xla_gpu_deterministic_ops=true" if ON_GPU else ""
 if not OPTIMIZED:
     flags = "--xla_backend_optimization_level=0"
-    # XLA ends the process at an unknown flag, and newer versions do not have this flag.
+    # XLA ends the process if it gets an unknown flag, and newer versions of jaxlib do not know this
+    # flag.
     if all(jaxlib.version.startswith("0.10.") for jaxlib in distributions(name="jaxlib")):
         flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
@@ -62,11 +65,12 @@ def free_compiled_programs():
     """After every test file, free its models and compiled programs.
 
     Every compiled JAX program uses several memory mappings. Linux allows 65,530 mappings per
-    process. JAX crashes with a segmentation fault if a process exceeds this number. Until then,
-    files share the compiled programs of single operations.
+    process. JAX crashes with a segmentation fault if a process exceeds this number. As long as a
+    process has few mappings, test files share the compiled programs of single operations.
 
-    TensorFlow keeps the gradient function of every custom gradient, and with it the graph of the
-    training step. All graphs of the tests together would take about 8 GB of memory.
+    TensorFlow never frees the gradient function of a custom gradient, and this function keeps the
+    graph of its training step in memory. Without this cleanup, the graphs of all tests together
+    would need about 8 GB of memory.
     """
     yield
     if os.environ.get("KERAS_BACKEND") == "jax" and mappings() > 15_000:
@@ -83,7 +87,7 @@ def free_compiled_programs():
 
 
 def mappings():
-    """Return the number of memory mappings of this process. It is infinite if it is unknown."""
+    """Return the number of memory mappings of this process, or infinity if it is unknown."""
     maps = pathlib.Path("/proc/self/maps")
     return maps.read_bytes().count(b"\n") if maps.exists() else float("inf")
 

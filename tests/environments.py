@@ -56,7 +56,7 @@ model.fit(x, y, verbose=0, callbacks=[keras_dst.callbacks.SparseTraining()])
 report = keras_dst.report(keras_dst.strip(model))
 assert abs(report.sparsity - 0.5) < 0.01, report
 """
-# For each extra, code that needs the packages of the extra.
+# Code that uses the packages of an extra, by the name of the extra.
 USES = {
     "demo": "from keras_dst.demo import run; run()",
     "ethos": "import ethosu.vela",

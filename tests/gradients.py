@@ -1,4 +1,4 @@
-"""Gradients of a function, computed with the backend of the test run."""
+"""A function that computes gradients with the backend of the test run."""
 
 import keras
 import numpy as np
@@ -8,7 +8,8 @@ from keras import ops
 def gradients(function, arguments, upstream):
     """Return float64 gradients of `sum(upstream * function(*arguments))` for each argument.
 
-    `arguments` and `upstream` are tensors; `upstream` has the shape of the function's result.
+    `arguments` is a list of tensors. `upstream` is a tensor with the shape of the function's
+    result.
     """
     backend = keras.backend.backend()
     if backend == "tensorflow":

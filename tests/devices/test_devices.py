@@ -8,22 +8,23 @@ from tests.devices import trainings
 from tests.devices.launch import launch
 
 BACKEND = keras.backend.backend()
-# Setups of each backend: (setup, number of processes, runs on several devices, number of copies of
-# each variable).
+# For each backend, a list of setups: (name, number of processes, names of the runs on several
+# devices, number of copies of each variable).
 SETUPS = {
     "tensorflow": [("mirrored", 1, ["mirrored"], 2), ("workers", 2, ["workers"], 2)],
     "jax": [("sharded", 1, ["data", "model"], 2)],
     "torch": [("ddp", 2, ["ddp"], 2)],
 }[BACKEND]
 # Each device limits the gradients of pruned weights by its own part of the batch, so the weights
-# differ from a training run on one device. On JAX, the devices compute all gradients together.
+# differ from a training run on one device. On JAX, the gradients of the whole batch are limited
+# together.
 LIMITED = {"dst", "optg", "consensus"} if BACKEND != "jax" else set()
 RUNS = [(setup, run, copies) for setup, _, runs, copies in SETUPS for run in runs]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Return a function that runs a setup only once, and returns the folder with the results."""
+    """Return a function that runs a setup at its first call and returns the folder of results."""
     done = {}
 
     def folder(setup):
@@ -45,7 +46,7 @@ def test_all_copies_equal_a_run_on_one_device(trained, setup, run, copies, metho
     single = np.load(trained(SETUPS[0][0]) / f"{method}.single.0.npz")
     assert set(first.files) == set(single.files)
     for path in single.files:
-        for other in others:  # also for masks, scores, counters and momentum
+        for other in others:  # `path` also names masks, scores, counters and momentum
             np.testing.assert_array_equal(first[path], other[path], err_msg=path)
         if method in LIMITED:
             assert first[path].shape == single[path].shape
@@ -72,7 +73,7 @@ def test_the_target_is_reached(trained, setup, run, method):
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MultiWorkerMirroredStrategy is TensorFlow's")
 def test_fit_without_keras_dst_fails_on_several_workers(trained):
-    """Because Keras fails here, docs/many_devices.md uses a custom training loop."""
+    """`fit` fails on several workers, so docs/many_devices.md uses a custom training loop."""
     for rank in range(2):
         assert "PerReplica" in (trained("workers") / f"fit.{rank}.txt").read_text()
 

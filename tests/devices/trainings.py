@@ -25,7 +25,7 @@ if __name__ == "__main__":  # devices must be set up before the backend is impor
         cpu = tf.config.list_physical_devices("CPU")[0]
         logical = [tf.config.LogicalDeviceConfiguration()] * DEVICES[_setup]
         tf.config.set_logical_device_configuration(cpu, logical)
-    if _setup == "workers":  # Create the strategy first, and only once.
+    if _setup == "workers":  # Create the strategy at the start of the process, and only once.
         import tensorflow as tf
 
         options = tf.distribute.experimental.CommunicationOptions(
@@ -51,7 +51,8 @@ ALL_METHODS = {
     "set": methods.SET(0.7),
     "rigl": methods.RigL(0.7),
 }
-# TensorFlow and JAX compile every method for several layouts of devices, so they run fewer methods.
+# TensorFlow and JAX compile every method for several layouts of devices. To save time, the tests
+# run fewer methods on these backends.
 METHODS = short(ALL_METHODS, "dcil", "rigl", *([] if COMPILES else ["dst", "consensus"]))
 BATCH, EPOCHS = 16, 2
 x = np.random.default_rng(0).standard_normal((128, 8)).astype("float32")
@@ -91,7 +92,10 @@ def variables(model):
 
 
 def save(folder, method, run, model, copies):
-    """Write one file per device. `copies(variable)` returns one array per device."""
+    """Write one file per device.
+
+    `copies` is a function that returns the value of a variable on each device.
+    """
     arrays = {path: copies(v) for path, v in variables(model).items()}
     for copy in range(len(next(iter(arrays.values())))):
         here = {path: values[copy] for path, values in arrays.items()}
@@ -195,7 +199,8 @@ def driven(model):
 @contextlib.contextmanager
 def quiet():
     with warnings.catch_warnings():
-        # In such a short run, learned methods reach the target only by the final projection.
+        # In such a short run, learned methods reach the target sparsity only by the final
+        # projection, so `fit` warns.
         warnings.filterwarnings("ignore", message=".*training had reached")
         yield
 
@@ -206,7 +211,7 @@ def sharded(folder):
     devices = distribution.list_devices("cpu")
     mesh = distribution.DeviceMesh((2, 2), ("batch", "model"), devices)
     layout = distribution.LayoutMap(mesh)
-    # This pattern also matches the paths of masks and thresholds.
+    # The pattern ".*first/kernel.*" also matches the paths of masks and thresholds.
     layout[".*first/kernel.*"] = (None, "model")
     layout[".*first/bias"] = ("model",)
     runs = {
@@ -224,7 +229,10 @@ def sharded(folder):
 
 
 def whole_on_each(variable):
-    """Return copies of a sharded variable. A copy is assembled from one replica of each shard."""
+    """Return two complete copies of a sharded variable.
+
+    Each copy is assembled from one replica of each shard.
+    """
     parts = {}
     for shard in variable.value.addressable_shards:
         parts.setdefault(str(shard.index), []).append((shard.index, np.asarray(shard.data)))
@@ -234,7 +242,7 @@ def whole_on_each(variable):
         for index, data in several:
             whole[index] = data
         copies.append(whole)
-    # Every variable has at least two copies here.
+    # On the mesh of 2 x 2 devices, every variable has at least two copies.
     return copies[:2]
 
 
@@ -264,7 +272,10 @@ def ddp(folder):
 
 
 def torch_loop(model, rank=None):
-    """Run a custom training loop on PyTorch. If `rank` is given, train on half of every batch."""
+    """Run a custom training loop on PyTorch.
+
+    If `rank` is given, the loop trains on the half of every batch that belongs to this process.
+    """
     import torch
 
     parts = 1 if rank is None else 2

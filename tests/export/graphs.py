@@ -53,7 +53,7 @@ class File:
 
 
 class Graph:
-    """Graph of a `File`. Its methods refer to tensors by their indices."""
+    """Graph of a `File`. The methods of this class refer to tensors by their indices."""
 
     def __init__(self, file, graph, key):
         self.file, self.graph, self.key = file, graph, key
@@ -79,7 +79,7 @@ class Graph:
     def sparse(self, values, block=1, name="weight"):
         """Add a constant in CSR or in blocks along its last axis.
 
-        An incomplete last block is left out.
+        If the last block of an axis is incomplete, the values in this block are dropped.
         """
         width = values.shape[-1]
         sparsity, entries = pack(values[..., : width - width % block], block)
@@ -97,7 +97,8 @@ class Graph:
     def unary(self, builtin, x, dtype=None, options=None):
         """Add an op with one input.
 
-        The output has the shape of the input, and ``dtype`` if given.
+        The output has the shape of the input. Its dtype is ``dtype``, by default the dtype of the
+        input.
         """
         y = self.op(builtin, [x], self.shape(x), options)
         self.graph.tensors[y].shapeSignature = None
@@ -196,7 +197,7 @@ def fully_connected(weight, batch=-1, name="weight", input_name="x"):
 def convolution(op, weight, stride=1, same=True, shape=(1, 8, 8, None), pad=None, dtype=np.int32):
     """Return a file with one convolution.
 
-    If ``pad`` is given, a PAD op precedes the convolution.
+    If ``pad`` is given, a PAD op with these paddings runs before the convolution.
     """
     graph = File().graph()
     x = y = graph.dynamic((*shape[:3], shape[3] or weight.shape[-1]))
@@ -215,7 +216,10 @@ def sparse_values(shape, density, block=1, seed=0):
 
 
 def decode(sparsity, stored, shape):
-    """Decode a sparse tensor one value at a time. Only its last axis may be compressed."""
+    """Decode a sparse tensor one value at a time.
+
+    All axes of the tensor except the last must be dense.
+    """
     *outer, width = shape
     axes = sparsity.dimMetadata
     assert [axis.format for axis in axes[: len(shape)]] == [0] * len(outer) + [1]

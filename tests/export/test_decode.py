@@ -42,7 +42,8 @@ def axis(size=None, starts=None, columns=None):
     return made
 
 
-# Example from the TFLite schema: 2x2 blocks, whose values are stored column by column.
+# Example from the TFLite schema: a weight in 2x2 blocks, in which the blocks are stored column by
+# column.
 def test_decode_2x2_blocks_in_column_order():
     sparsity = schema.SparsityParametersT()
     sparsity.traversalOrder, sparsity.blockMap = np.array([1, 0, 2, 3]), np.array([0, 1])
@@ -67,7 +68,8 @@ def test_list_constants_of_a_dense_and_a_sparse_file():
         assert kernel.sparsity == pytest.approx(1 - weight.density)
         assert (bias.bytes, bias.shape, bias.sparsity) == (64, (16,), 0)
         assert (report.bytes, report.gzip_bytes < report.bytes) == (len(content), True)
-    # 4 bytes per value, 1 byte per column index, and 2 bytes for the start of each of 144 rows.
+    # CSR stores 4 bytes per value, 1 byte per column index, and 2 bytes for the start of each of
+    # the 144 rows.
     stored = np.count_nonzero(values)
     assert inspect_file(sparse).constants[0].bytes == 5 * stored + 2 * (16 * 9 + 1)
     assert inspect_file(dense).constants[0].bytes == values.nbytes

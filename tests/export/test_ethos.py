@@ -80,7 +80,10 @@ def test_the_file_computes_the_outputs_of_the_model(model, exported):
 
 
 def test_export_preserves_zeros_and_number_of_distinct_values(model, exported):
-    """Batch normalization multiplies each channel by another factor. Zeros must stay zero."""
+    """Batch normalization multiplies the weights of each channel by a different factor.
+
+    Zeros must stay zero.
+    """
     stored = [w.values for w in weights(read(exported[0].path.read_bytes()))]
     kernels = [v for v in model.trainable_variables if v.name == "kernel"]
     assert len(stored) == len(kernels)

@@ -434,8 +434,8 @@ def test_export_does_not_change_a_sparse_model(tmp_path):
     path = tmp_path / "model.tflite"
     report = export_tflite(model, path, inputs=x)
     check(report, model, path)
-    # Most initial weights of the large kernel are below the threshold 0.1, but only half of the
-    # weights in the heads.
+    # In the large kernel, most initial weights are below the threshold 0.1. In the kernels of the
+    # heads, only half of the initial weights are below it.
     forms = {tensor.shape: (tensor.encoding, tensor.density < 0.7) for tensor in report.tensors}
     assert forms[32, 3, 3, 32] == forms[32, 40] == forms[64, 40] == ("csr+densify", True)
     assert has_sparse_layers(model)
@@ -467,8 +467,8 @@ def test_a_class_that_cannot_be_imported_raises(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# The following tests do not convert models, because the fixture `converted` replaces the
-# conversion.
+# The tests below do not convert models: the fixture `converted` replaces each conversion by a given
+# file.
 
 WEIGHT = sparse_values((64, 32), 0.1)
 
@@ -484,7 +484,7 @@ def model():
 
 @pytest.fixture
 def converted(monkeypatch):
-    """Return a function that lets all conversions return a file with the given weight."""
+    """Return a function that replaces every conversion by a file with the given weight."""
 
     def convert_to(weight):
         content = fully_connected(weight, name="dense/MatMul")
@@ -499,7 +499,7 @@ def converted(monkeypatch):
 
 @pytest.fixture
 def path(tmp_path):
-    """Return the path of an existing file. A failed export must not change this file."""
+    """Return the path of an existing file that a failed export must not change."""
     path = tmp_path / "model.tflite"
     path.write_bytes(b"older")
     return path
@@ -671,7 +671,7 @@ def test_data_is_checked_before_conversion(never_converted, model, tmp_path, opt
 
 @pytest.fixture
 def never_converted(monkeypatch):
-    """Let the test fail if a model is converted before the arguments are checked."""
+    """Fail the test if `export_tflite` converts a model before it checks its arguments."""
 
     def fail(*_, **__):
         raise AssertionError("the model was converted before the arguments were checked")

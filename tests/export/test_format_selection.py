@@ -1,4 +1,4 @@
-"""Tests of the storage formats that are selected, and of the reasons why weights stay dense."""
+"""Tests of the storage formats that the exporter selects, and of its reasons for dense weights."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,10 @@ def only(content, *goal):
 
 
 def timer(**seconds_of):
-    """Return a timer with fixed seconds per format. The ops of a file tell its format."""
+    """Return a timer that returns fixed seconds for each format.
+
+    The timer recognizes the format of a file by its ops.
+    """
 
     def seconds(contents):
         return [seconds_of[format_of(content)] for content in contents]
@@ -44,7 +47,10 @@ def format_of(content):
 
 
 def partly_filled(shape, fill):
-    """Return a weight that keeps one in five 1x4 blocks. In these blocks, `fill` is the density."""
+    """Return a weight that keeps one in five 1x4 blocks.
+
+    `fill` is the density within the kept blocks.
+    """
     values = sparse_values(shape, 0.2, block=4)
     values.reshape(-1, 4)[:, : 4 - int(4 * fill)] = 0
     return values
@@ -181,7 +187,8 @@ def test_a_buffer_with_two_shapes_stays_dense():
     assert (choice.format, choice.reason) == (None, "ops read it in several shapes")
 
 
-# Files for the timers with fixed seconds: a 3x3 convolution and a fully connected layer.
+# A file with a 3x3 convolution and a file with a fully connected layer, for timers that return
+# fixed seconds.
 CONV = convolution("CONV_2D", sparse_values((64, 3, 3, 64), 0.05, block=4))
 FC = fully_connected(sparse_values((64, 256), 0.05, block=16))
 UNPACKED = dict.fromkeys(
@@ -214,7 +221,7 @@ def test_a_format_that_is_slower_on_one_cpu_is_not_selected(seconds):
 
 
 def test_a_format_that_makes_the_whole_file_slower_is_not_selected():
-    """In this format, the layer is faster alone, but the whole file is slower."""
+    """The timer reports that 1x4 blocks make the layer alone faster, but the whole file slower."""
 
     def seconds(contents):
         alone = not read(contents[0]).signatureDefs
@@ -260,11 +267,11 @@ BY_4 = WIDE | {"1x4", "1x4+densify", "int8 1x4+densify"}
 @pytest.mark.parametrize(
     ("inputs", "expected"),
     [
-        (302, WIDE),  # Blocks would lose the last 2 inputs.
-        (300, BY_4),  # Blocks of 16 would lose the last 12 inputs.
+        (302, WIDE),  # Blocks of 4 or 16 would lose the last 2 inputs.
+        (300, BY_4),  # Blocks of 16 would lose the last 12 of the 300 inputs.
         (304, BY_4 | {"int8 1x16"}),
         (4096, BY_4 | {"int8 1x16"}),
-        (4112, BY_4),  # The kernel for float inputs would overflow.
+        (4112, BY_4),  # With 257 blocks per row, the kernel for float inputs would overflow.
     ],
 )
 def test_selected_formats_by_number_of_inputs(inputs, expected):
@@ -273,16 +280,16 @@ def test_selected_formats_by_number_of_inputs(inputs, expected):
 
 @pytest.mark.parametrize(("inputs", "right"), [(4080, True), (4096, False)])
 def test_selected_formats_of_a_full_row(inputs, right):
-    """The kernel for float inputs reads a row of 256 blocks as if it had 0 blocks."""
+    """LiteRT's kernel for float inputs wrongly reads a row of 256 blocks as a row of 0 blocks."""
     weight = sparse_values((4, inputs), 0.1, block=16)
     weight[1] = 1.0
     assert ("int8 1x16" in formats_of(fully_connected(weight))) == right
 
 
 def test_convolutions_never_read_a_sparse_weight():
-    """CONV_2D is replaced by FULLY_CONNECTED, or its weight is unpacked.
+    """A sparse CONV_2D op is replaced by FULLY_CONNECTED, or a DENSIFY op unpacks its weight.
 
-    The weights of other convolutions can only be unpacked.
+    For depthwise and transposed convolutions, only unpacking is possible.
     """
     for op in ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV"):
         content = convolution(op, sparse_values((1, 3, 3, 16), 0.2))

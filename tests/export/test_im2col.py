@@ -31,7 +31,7 @@ def lowered(content, block):
 
 
 def convolved(x, weight, stride, same, dilation):
-    """Convolve in NumPy with one product per output pixel, and add the bias that the graphs use."""
+    """Compute in NumPy the convolution of the test graphs: one matrix product per output pixel."""
     filters, rows, columns, _ = weight.shape
     reach = [(size - 1) * dilation + 1 for size in (rows, columns)]
     if same:
@@ -88,7 +88,7 @@ def test_im2col_number_of_ops(kernel, stride, same, slices):
 
 
 def test_im2col_shares_equal_constants():
-    """Two convolutions with inputs of the same size share the constants of their slice bounds."""
+    """Convolutions with inputs of the same size share the constants that bound their slices."""
     graph = File().graph()
     x = y = graph.dynamic([1, 8, 8, 8])
     for seed in (0, 1):

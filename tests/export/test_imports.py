@@ -1,4 +1,4 @@
-"""Test that imports between the modules of the export package form no circle."""
+"""Test that the modules of the export package do not import each other in a circle."""
 
 import ast
 import graphlib

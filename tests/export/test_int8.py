@@ -78,7 +78,8 @@ def test_quantized_weights_equal_dense_within_rounding(dense, format, resolver):
 @pytest.mark.parametrize("inputs", [64, 4096])
 def test_directly_read_int8_blocks_equal_dense_within_rounding(inputs, resolver):
     weight = sparse_values((8, inputs), 0.2, block=16)
-    weight *= np.logspace(-2, 1, 8, dtype=np.float32)[:, None]  # Each row needs its own scale.
+    # The rows differ so much in magnitude that each row needs its own int8 scale.
+    weight *= np.logspace(-2, 1, 8, dtype=np.float32)[:, None]
     dense = fully_connected(weight)
     formats = {w.buffer: HYBRID for w in weights(read(dense))}
     content = encode(dense, formats)
@@ -169,7 +170,8 @@ def largest_rounding_error(kernel, x):
     """Return the largest possible error of a product whose kernel and inputs are rounded to int8.
 
     The rounding errors ``dx`` and ``dw`` are at most half a quantization step. The error of a
-    product is ``dx w + x dw + dx dw``, and the sum of the absolute values is a bound of this error.
+    product is ``dx w + x dw + dx dw``. The sum of the absolute values of these terms is an upper
+    bound of the error.
     """
     steps_w = np.abs(kernel).max(axis=0) / 127
     steps_x = np.abs(x).max(axis=1, keepdims=True) / 127

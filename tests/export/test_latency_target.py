@@ -1,4 +1,7 @@
-"""Tests of `sparsity_at_latency`. The conversion is replaced by the number of FLOPs."""
+"""Tests of `sparsity_at_latency`.
+
+To save time, models are not converted and timed: latencies are computed from FLOPs.
+"""
 
 import keras
 import pytest

@@ -68,7 +68,10 @@ def half(weight, densify):
 
 
 def int8(shape, block=16, density=0.2):
-    """Store an int8 weight in blocks of a given size. Its nonzero values form blocks of 16."""
+    """Return a function that stores an int8 weight in blocks of size `block`.
+
+    The nonzero values of the weight form blocks of 16.
+    """
     weight = integers(shape, density)
     return lambda graph: graph.quantized(graph.sparse(weight, block))
 
@@ -171,7 +174,7 @@ def test_lint_rule_reports_the_fault_only(rule, case):
 
 
 def wrong(content):
-    """Return whether XNNPACK refuses a file with one layer or computes a wrong output."""
+    """Return True if XNNPACK refuses a file with one layer or computes a wrong output for it."""
     model = read(content)
     (tensor,) = [t for t in model.subgraphs[0].tensors if t.sparsity is not None]
     weight = values(model, tensor).astype(np.float32) * (0.02 if tensor.quantization else 1)

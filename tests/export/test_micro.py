@@ -65,7 +65,8 @@ def test_micro_file_decodes_weights_and_has_only_tflm_ops(report):
     ]
     assert names.count(micro.DECODE) == sum(not tensor.reason for tensor in report.tensors)
     assert not micro.unsupported_ops(file)
-    for place, name in enumerate(names):  # TFLM keeps a decoded weight for one op.
+    # TensorFlow Lite Micro keeps a decoded weight only until the next op has run.
+    for place, name in enumerate(names):
         if name == micro.DECODE:
             (decoded,) = graph.operators[place].outputs
             assert decoded in graph.operators[place + 1].inputs

@@ -60,7 +60,7 @@ def unary(kind, options=None):
 def binary(kind, options, other):
     """Return a build step for an op with two operands.
 
-    ``other(graph, x)`` adds the second operand.
+    ``other(graph, x)`` adds the second operand to the graph.
     """
 
     def add(graph, x):
@@ -109,7 +109,7 @@ def reshaped(*shape):
 def gated(*squeeze):
     """Return a build step for squeeze-and-excitation.
 
-    The steps in ``squeeze`` compute the scale.
+    The steps in ``squeeze`` compute the factor by which the input is multiplied.
     """
 
     def add(graph, x):
@@ -122,9 +122,9 @@ def gated(*squeeze):
 
 
 def network(*steps, size=16, channels=3, also=()):
-    """Return a file that consecutive build steps create.
+    """Return a file whose graph is created by the given build steps, one after the other.
 
-    The steps in ``also`` become extra outputs.
+    The results of the steps in ``also`` become extra outputs of the file.
     """
     graph = File().graph()
     x = y = graph.tensor([1, size, size, channels])
@@ -139,7 +139,7 @@ def network(*steps, size=16, channels=3, also=()):
 
 
 def unpacked(content):
-    """Return a copy of the file in which a DENSIFY op unpacks each sparse weight."""
+    """Return a copy of the file in which each sparse weight has a DENSIFY op that unpacks it."""
     sparse = [weight for weight in weights(read(content)) if weight.density < 0.5]
     return encode(content, {weight.buffer: Format(1, unpack=True) for weight in sparse})
 
@@ -165,9 +165,10 @@ BODY = (entry, depthwise(), pointwise)
 SQUEEZE = (pointwise, unary("LOGISTIC"))
 ADD, MUL = schema.AddOptionsT, schema.MulOptionsT
 
-# Verdicts that were observed with LiteRT 2.3 and AVX hidden. "on" means that XNNPACK runs the
-# region with sparse kernels, and "off" that it does not. "wrong" means that XNNPACK runs the region
-# and computes wrong outputs.
+# Verdicts that were observed with LiteRT 2.3 and AVX hidden. A region is a part of the graph that
+# XNNPACK can run in NCHW layout. "on" means that XNNPACK runs the region with sparse kernels. "off"
+# means that XNNPACK does not use sparse kernels. "wrong" means that XNNPACK runs the region and
+# computes wrong outputs.
 MIDDLES = {
     "nothing": ([], "on"),
     "activations": ([unary("RELU"), unary("HARD_SWISH"), unary("LOGISTIC"), unary("SIN")], "on"),
@@ -276,9 +277,9 @@ def test_no_region_without_densify():
     ids=["L2_NORMALIZATION", "LOG_SOFTMAX"],
 )
 def test_ops_that_xnnpack_may_run_later_count_as_wrong(step):
-    """XNNPACK in LiteRT 2.3 runs neither of these ops, and the results are correct.
+    """XNNPACK in LiteRT 2.3 leaves these ops to other kernels, so the results are correct.
 
-    Other versions of XNNPACK may run the op, so that the results are wrong.
+    Other versions of XNNPACK may run these ops and compute wrong results.
     """
     assert verdict(network(*BODY, step, pointwise, mean)) == "wrong"
 
@@ -310,7 +311,7 @@ def test_the_export_uses_densify_only_if_it_is_safe(middle, formats):
 
 @pytest.mark.parametrize("optimize", ["latency", "balanced"])
 def test_a_layer_read_directly_does_not_split_the_region(optimize):
-    """A FULLY_CONNECTED op that reads a sparse weight directly is outside the region."""
+    """A FULLY_CONNECTED op that reads a sparse weight does not end the NCHW region of XNNPACK."""
     content = network(*BODY, dense, pointwise, mean)
     assert verdict(content) == "on"
     plan = select_formats(content, Objective(optimize))

@@ -166,7 +166,7 @@ def test_predictions_on_a_generator():
 
 
 def two_inputs(names):
-    """Return a file whose two outputs are its two inputs. The second input has integers."""
+    """Return a file whose two outputs are its two inputs. The second input has the dtype int32."""
     graph = graphs.File().graph()
     tensors = [graph.dynamic([1, 5]), graph.dynamic([1, 5, 3], "int32")]
     inputs = dict(sorted(zip(names, tensors, strict=True)))
