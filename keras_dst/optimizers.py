@@ -18,6 +18,7 @@ from keras_dst._backend.devices import (
     placed_like,
     sum_over_replicas,
 )
+from keras_dst._backend.guesses import with_guesses
 from keras_dst._backend.jit import is_known_false, jit, outside_torch_graph
 from keras_dst._utils.clock import UpdateClock, update_clock
 from keras_dst._utils.filters import Filters, check_filters, is_kernel, is_prunable, select
@@ -449,7 +450,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
         # Variables are assigned outside of the branches, because JAX cannot assign variables within
         # a branch.
-        changes = ops.cond(due, lambda: method.update(weights, states, layouts, kept, now), keep)
+        update = with_guesses(lambda: method.update(weights, states, layouts, kept, now))
+        changes = ops.cond(due, update, keep)
         self.update_masks(changes)
 
     def _check_channels(self) -> None:

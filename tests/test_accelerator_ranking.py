@@ -14,7 +14,9 @@ from keras import ops
 import keras_dst
 from benchmarks.data import apply_method
 from keras_dst import masks
-from keras_dst._backend import ranking
+from keras_dst._backend import devices, guesses, ranking, selection
+from keras_dst._backend.guesses import with_guesses
+from keras_dst._backend.jit import jit
 from keras_dst._training.drivers import drivers_of
 from tests import test_masks
 from tests.test_masks import (  # noqa: F401
@@ -39,7 +41,7 @@ from tests.test_masks import (  # noqa: F401
 @pytest.fixture(autouse=True, scope="module")
 def accelerator():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranking, "on_accelerator", lambda tensor: True)
+        patch.setattr(devices, "on_accelerator", lambda tensor: True)
         patch.setattr(ranking, "_SECTIONS", 4)  # this halves the compile time
         test_masks.compiled_top_k.cache_clear()
         yield
@@ -49,28 +51,101 @@ def accelerator():
 BACKEND = keras.backend.backend()
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="only PyTorch sorts the last scores")
-@pytest.mark.parametrize("each", [False, True])
-def test_masks_do_not_depend_on_how_many_scores_are_sorted(each, monkeypatch):
+only_torch = pytest.mark.skipif(BACKEND != "torch", reason="only PyTorch guesses")
+ZEROS = np.zeros(100_000, "float32")
+
+
+def tied_scores():
     rng = np.random.default_rng(0)
-    scores = [rng.standard_normal(shape).astype("float32") for shape in [(300, 70), (9,), (5000,)]]
+    scores = [rng.standard_normal(shape).astype("float32") for shape in [(300, 700), (9,), (9000,)]]
     scores[2] = np.round(scores[2], 1)  # creates ties
     scores[0][:100] = 0
-    kept = [5000, 3, 400] if each else 5403
+    return scores
 
-    def found():
-        tensors = [ops.convert_to_tensor(s) for s in scores]
-        first = None if each else [1] * len(scores)
-        masks_found = masks.top_k(tensors, ops.convert_to_tensor(kept, "int32"), first=first)
-        return [ops.convert_to_numpy(mask) for mask in masks_found]
 
-    by_device = []
-    for most in (1 << 20, 4000, 300, 5, 0):
-        monkeypatch.setattr(ranking, "_SORTED", most)
-        by_device.append(found())
-    monkeypatch.setattr(ranking, "on_accelerator", lambda tensor: False)
-    for each_found in by_device:
-        test_masks.assert_equal(each_found, found())
+@pytest.fixture
+def wrong_guesses(monkeypatch):
+    """Return a list that receives an entry for every search, which follows a wrong guess."""
+    searched, search = [], ranking._Ranking.thresholds
+    monkeypatch.setattr(
+        ranking._Ranking, "thresholds", lambda *args: searched.append(1) or search(*args)
+    )
+    return searched
+
+
+# With a limit of 1, the bounds are taken from a sample of the scores.
+@only_torch
+@pytest.mark.parametrize("limit", [1, 1 << 20])
+@pytest.mark.parametrize(
+    "kept", [70_000, 219_009, 400, 3, [70_000, 3, 700], [210_000, 0, 9000], [20, 9, 100]]
+)
+def test_guessed_masks_equal_the_masks_of_a_search(kept, limit, monkeypatch, wrong_guesses):
+    monkeypatch.setattr(selection, "_SORTED", limit)
+    scores = [ops.convert_to_tensor(s) for s in tied_scores()]
+    first = None if isinstance(kept, list) else [1] * len(scores)
+    kept = ops.convert_to_tensor(kept, "int32")
+    found = jit(lambda scores, kept: masks.top_k(scores, kept, first=first))(scores, kept)
+    assert wrong_guesses == []
+    expected = masks.top_k(scores, kept, first=first)
+    assert len(wrong_guesses) == 1
+    test_masks.assert_equal(*([ops.convert_to_numpy(m) for m in f] for f in (found, expected)))
+
+
+@only_torch
+def test_the_next_update_guesses_the_branch_that_was_right():
+    taken = []
+
+    @with_guesses
+    def update(x):
+        return guesses.cond(x > 0, lambda: taken.append("usual"), lambda: taken.append("rare"))
+
+    for value in (1, -1, -1, 1):
+        taken.append(value)
+        update(ops.convert_to_tensor(value))
+    assert taken == [1, "usual", -1, "usual", "rare", -1, "rare", 1, "rare", "usual"]
+
+
+@only_torch
+def test_guessed_masks_with_minimums_equal_the_masks_of_a_search(wrong_guesses):
+    scores, first = [ops.convert_to_tensor(s) for s in tied_scores()], [70, 9, 8000]
+    found = jit(lambda *args: masks.top_k(*args, first=first))(scores, ops.convert_to_tensor(9000))
+    assert wrong_guesses == []
+    expected = masks.top_k(scores, 9000, first=first)
+    test_masks.assert_equal(*([ops.convert_to_numpy(m) for m in f] for f in (found, expected)))
+
+
+@only_torch
+@pytest.mark.parametrize("limit", [1, 1 << 20])
+@pytest.mark.parametrize("kept", [70_000, 400, 0, [70_000, 3, 700], [20, 9, 0]])
+def test_kept_scores_exceed_the_guessed_threshold(kept, limit, monkeypatch, wrong_guesses):
+    monkeypatch.setattr(selection, "_SORTED", limit)
+    scores = tied_scores()
+    scores[2] = np.random.default_rng(1).standard_normal(9000).astype("float32")
+    scores[0][:100] += np.linspace(1e-6, 1e-5, 70_000, dtype="float32").reshape(100, 700)
+    tensors = [ops.convert_to_tensor(s) for s in scores]
+    found = ops.convert_to_numpy(jit(masks.kth)(tensors, ops.convert_to_tensor(kept, "int32")))
+    above = [int((s > t).sum()) for s, t in zip(scores, np.broadcast_to(found, 3))]
+    assert wrong_guesses == []
+    assert (above if isinstance(kept, list) else sum(above)) == kept
+
+
+@only_torch
+@pytest.mark.parametrize(
+    ("scores", "kept"),
+    [
+        pytest.param([ZEROS, np.arange(500)], 20_000, id="many equal scores at the threshold"),
+        pytest.param([[1, np.nan, 3]], 1, id="a score that is not finite"),
+        pytest.param([[2e38, 1, 3e38]], 1, id="a score beyond the limit"),
+        pytest.param([[1, -np.inf, -np.inf]], 2, id="a threshold at minus infinity"),
+    ],
+)
+def test_a_wrong_guess_is_corrected(scores, kept, monkeypatch, wrong_guesses):
+    monkeypatch.setattr(selection, "_SORTED", 100)
+    scores = [ops.convert_to_tensor(np.array(s, "float32")) for s in scores]
+    found = jit(masks.top_k)(scores, ops.convert_to_tensor(kept, "int32"))
+    assert wrong_guesses == [1]
+    expected = masks.top_k(scores, kept)
+    test_masks.assert_equal(*([ops.convert_to_numpy(m) for m in f] for f in (found, expected)))
 
 
 LARGE = (1024, 1024)  # on a CPU, the rows would be counted in 4 slabs
@@ -91,7 +166,7 @@ def lowered_for_cuda(shapes, each):
 @pytest.mark.parametrize("each", [False, True])
 def test_the_lowered_program_has_one_loop(each, monkeypatch):
     assert lowered_for_cuda([LARGE] * 3, each).count("stablehlo.while") == 1
-    monkeypatch.setattr(ranking, "on_accelerator", lambda tensor: False)
+    monkeypatch.setattr(devices, "on_accelerator", lambda tensor: False)
     assert lowered_for_cuda([LARGE] * 3, each).count("stablehlo.while") > 1
 
 
@@ -113,8 +188,17 @@ class Operations:
         from torch.utils._python_dispatch import TorchDispatchMode
         from torch.utils._pytree import tree_leaves
 
-        reads_rows = {"index_select", "embedding", "index_put_"}
+        # Operations on selected entries do not read or write the whole tensor.
+        selects = {"index", "index_select", "embedding", "take", "gather"}
+        changes_selected = {"index_put_", "index_add_", "index_fill_"}
         outer = self
+
+        def wait(read):
+            def waiting(*args, **kwargs):
+                outer.waits += 1
+                return read(*args, **kwargs)
+
+            return waiting
 
         class Count(TorchDispatchMode):
             def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -122,20 +206,25 @@ class Operations:
                 name = func.overloadpacket.__name__
                 outer.waits += name in ("_local_scalar_dense", "nonzero")
                 if not func.is_view:
-                    # Functions that select rows do not read the whole tensor.
-                    used = (args[1:], found) if name in reads_rows else (args, kwargs, found)
+                    used = (args, kwargs, found)
+                    if name in selects | changes_selected:
+                        used = (args[1:], found if name in selects else ())
                     tensors = {id(t): t for t in tree_leaves(used) if torch.is_tensor(t)}
                     outer.launched += 1
                     outer.moved += sum(t.numel() * t.element_size() for t in tensors.values())
                 return found
 
-        with Count():
+        with Count(), pytest.MonkeyPatch.context() as patch:
+            for name in ("numpy", "tolist"):
+                patch.setattr(torch.Tensor, name, wait(getattr(torch.Tensor, name)))
             yield self
 
 
+# Largest number of passes in an update. A pass reads or writes all weights in float32, so it moves
+# four bytes per weight.
 METHODS = {
     "Magnitude": (keras_dst.methods.Magnitude(0.9), 20),
-    "FlipOut": (keras_dst.methods.FlipOut(0.9), 22),
+    "FlipOut": (keras_dst.methods.FlipOut(0.9), 30),
     "DCIL": (keras_dst.methods.DCIL(0.9), 20),
     "OptG": (keras_dst.methods.OptG(0.9), 40),
     "RigL": (keras_dst.methods.RigL(0.9), 40),
@@ -145,8 +234,8 @@ METHODS = {
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch launches every operation separately")
 @pytest.mark.parametrize("name", METHODS)
 def test_operations_and_bytes_of_a_torch_update(name, monkeypatch):
-    # The model is small, so the search sorts a smaller number of scores than for a large model.
-    monkeypatch.setattr(ranking, "_SORTED", 1 << 15)
+    # The model is small, so all scores would otherwise be sorted.
+    monkeypatch.setattr(selection, "_SORTED", 1 << 15)
     method, passes = METHODS[name]
     model = keras.Sequential([keras.Input((1024,)), keras.layers.Dense(2048, use_bias=False)])
     model.compile(apply_method(method, model, keras.optimizers.SGD(0.1)), "mse")
@@ -160,14 +249,46 @@ def test_operations_and_bytes_of_a_torch_update(name, monkeypatch):
         for key in {"scores", "gradient"} & state.keys():
             state[key].assign(rng.standard_normal(state[key].shape).astype("float32"))
     driver.advance(260)
-    operations = Operations()
-    with operations.counted():
+    for weight, state in zip(driver.weights, driver.states):  # Train the weights that have grown.
+        if "gradient" in state:
+            trained = ops.convert_to_numpy(state["mask"]) * rng.standard_normal(weight.shape)
+            weight.assign(trained.astype("float32"))
+    update, measurement = Operations(), Operations()
+    with update.counted():
         driver.advance(270)
+    with measurement.counted():
         driver.measure()
-    # A pass copies the weights, so it moves eight bytes per weight.
-    assert operations.moved / driver.size / 8 < passes
-    assert operations.launched < 50 * passes
-    assert operations.waits <= passes
+    assert update.moved / driver.size / 4 <= passes
+    assert update.launched < 10 * passes
+    assert (update.waits, measurement.waits) == (1, 1)
+
+
+def waits_of_steps(method):
+    """Return the number of times that the host waits in each of three training steps."""
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8), keras.layers.Dense(2)])
+    optimizer = keras.optimizers.SGD(0.1)
+    optimizer = apply_method(method, model, optimizer) if method else optimizer
+    model.compile(optimizer, keras.losses.CategoricalCrossentropy(from_logits=True))
+    waits, contexts = [], contextlib.ExitStack()
+
+    def begin(batch, logs=None):
+        waits.append(contexts.enter_context(Operations().counted()))
+
+    first = keras.callbacks.LambdaCallback(on_train_batch_begin=begin)
+    last = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: contexts.close())
+    sparse = [keras_dst.callbacks.SparseTraining()] if method else []
+    x, y = np.ones((3, 8), "float32"), np.ones((3, 2), "float32")
+    model.fit(x, y, batch_size=1, verbose=0, callbacks=[first, *sparse, last])
+    return [operations.waits for operations in waits]
+
+
+@only_torch
+@pytest.mark.parametrize("name", [*METHODS, "DST"])
+def test_a_torch_step_waits_no_more_than_a_dense_step(name):
+    method = METHODS[name][0] if name in METHODS else keras_dst.methods.DST()
+    method = type(method).from_config({**method.get_config(), "frequency": 1000})
+    # The last step comes after the last mask update.
+    assert waits_of_steps(method)[-1] == waits_of_steps(None)[-1]
 
 
 def test_an_update_copies_the_kept_counts_from_the_device_once(monkeypatch):

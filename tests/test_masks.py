@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_dst import masks
-from keras_dst._backend import ranking
+from keras_dst._backend import ranking, rows, selection
 from keras_dst._backend.jit import jit
 from keras_dst.masks import KERNEL, Layout, Pattern
 from tests.backends import COMPILES, every
@@ -526,14 +526,16 @@ def test_top_k_of_each_tensor_equals_a_stable_sort(case, counts):
 @every(2)
 def test_top_k_of_several_rows_bundles_and_slabs(monkeypatch):
     sizes = {
-        "_ROW_WIDTH": 4,
+        "ROW_WIDTH": 4,
         "_BUNDLE_SIZE": 16,
         "_SLAB_ROWS": 2,
         "_SAMPLE_FROM": 1,
         "_SAMPLE_STRIDES": (2, 3),
     }
     for name, size in sizes.items():
-        monkeypatch.setattr(ranking, name, size)
+        for module in (ranking, rows, selection):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, size)
     shapes = [(19,), (3, 5), (2,), (16,)]
     scores = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
     scores[0], scores[2] = np.round(scores[0]), np.round(scores[2])  # creates ties

@@ -6,9 +6,11 @@ import math
 import keras
 from keras import ops
 
+from keras_dst._backend.guesses import with_guesses
+
 
 def jit(fn):
-    """Return `fn` compiled by XLA on JAX, as a TensorFlow graph, or unchanged on torch.
+    """Return `fn` compiled by XLA on JAX, as a TensorFlow graph, or with guesses on torch.
 
     Without compilation, JAX would trace every mask update again, and TensorFlow would run every
     operation separately.
@@ -27,7 +29,7 @@ def jit(fn):
     if backend == "torch":
         import torch
 
-        return torch.no_grad()(fn)
+        return with_guesses(torch.no_grad()(fn))
     return fn
 
 
@@ -107,6 +109,31 @@ def count_true(mask):
     rows, width = mask.shape
     parts = mask.view(torch.uint8).view(rows, -1, math.gcd(width, 128))
     return parts.sum(2, dtype=torch.uint8).sum(1, dtype=torch.int32)
+
+
+def true_positions(mask, limit: int):
+    """Return the first `limit` positions of true entries on torch, followed by -1.
+
+    The host need not know the number of true entries, so the host does not wait for a GPU.
+    """
+    import torch
+
+    return torch.nonzero_static(mask.view(-1), size=limit, fill_value=-1).view(-1)
+
+
+def set_true(mask, positions) -> None:
+    """Set entries of a boolean tensor on torch to true, in place."""
+    mask.view(-1).index_fill_(0, positions.long(), True)
+
+
+def add_true(mask, positions, flags) -> None:
+    """Set the entries of a boolean tensor on torch for which `flags` is true, in place.
+
+    Positions may repeat, and these entries must be false before.
+    """
+    import torch
+
+    mask.view(torch.uint8).view(-1).index_add_(0, positions, flags.to(torch.uint8))
 
 
 def torch_rng_state() -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_dst._backend.ranking import bundles
+from keras_dst._backend.rows import bundles
 
 Tensor = Any
 

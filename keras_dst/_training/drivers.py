@@ -671,6 +671,8 @@ class OptimizerDriver(Driver):
         super().begin(length, fit, epoch, done)
 
     def mask_followers(self):
+        if not self.followers:
+            return
         step, total = map(ops.convert_to_tensor, (self.optimizer.step, self.optimizer.total))
         if self.method.followers_settled(step, total):
             super().mask_followers()

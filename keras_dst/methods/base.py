@@ -30,6 +30,7 @@ from keras import ops
 
 from keras_dst import allocation as allocations
 from keras_dst import masks
+from keras_dst._backend import guesses
 from keras_dst._backend.jit import count_all_true
 from keras_dst._utils.config import Configurable
 from keras_dst._utils.validation import check_integer, is_integer
@@ -275,10 +276,10 @@ class Method(Configurable):
             # groups in every weight tensor.
             counts = ops.stack([count_all_true(mask) for mask in found])
             too_few = ops.any(counts < ops.convert_to_tensor(floors, "int32"))
-            found = ops.cond(
-                too_few & (kept >= int(np.dot(largest, floors))),
-                lambda: masks.top_k(groups, kept, sizes, floors.tolist()),
+            found = guesses.cond(
+                ops.logical_not(too_few & (kept >= int(np.dot(largest, floors)))),
                 lambda: found,
+                lambda: masks.top_k(groups, kept, sizes, floors.tolist()),
             )
         return [pattern.expand(g, s, layout) for g, s, layout in zip(found, shapes, layouts)]
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import keras
 from keras import ops
 
+from keras_dst._backend import guesses
 from keras_dst.methods.set import SET, rank_first
 
 
@@ -41,7 +42,7 @@ class RigL(SET):
     def growth_scores(self, stay, began, states, now):
         # The first mask is random, because there are no gradients yet.
         drawn = super().growth_scores
-        return ops.cond(
+        return guesses.cond(
             ops.any(ops.stack(began)),
             lambda: rank_first(stay, (ops.abs(s["gradient"]) for s in states)),
             lambda: drawn(stay, began, states, now),

@@ -1,0 +1,96 @@
+"""Guesses: a mask update on PyTorch waits for its GPU only once.
+
+A branch that depends on values on a GPU makes the host wait for all earlier operations. A mask
+update on PyTorch therefore takes the usual branches without waiting, and records the conditions of
+these guesses. The host reads all conditions at once after the update. If a guess was wrong, the
+update is repeated without guesses. JAX and TensorFlow choose branches on the GPU and need no
+guesses.
+"""
+
+import functools
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_dst._backend import devices
+
+Tensor = Any
+
+
+class _Guesses:
+    """Guesses of one call of a function.
+
+    Attributes:
+        conditions: Boolean scalars, which are all true if all guesses were right.
+        branches: Positions of the conditions on which a branch depends.
+        rare: Numbers of the branches in which the rare case is guessed.
+    """
+
+    def __init__(self, rare: set[int]):
+        self.conditions: list[Tensor] = []
+        self.branches: list[int] = []
+        self.rare = rare
+
+
+_current: ContextVar[_Guesses | None] = ContextVar("guesses", default=None)
+
+
+def with_guesses(update: Callable) -> Callable:
+    """Wrap a function of tensors so that it guesses, and is repeated after a wrong guess.
+
+    A call guesses the branches that were right in the last call.
+    """
+    rare: set[int] = set()
+
+    @functools.wraps(update)
+    def guessing(*args):
+        for _ in range(2):
+            token = _current.set(guesses := _Guesses(rare))
+            try:
+                found = update(*args)
+            finally:
+                _current.reset(token)
+            if not guesses.conditions:
+                return found
+            right = ops.convert_to_numpy(ops.stack(guesses.conditions))  # The only wait.
+            if right.all():
+                return found
+            found = None  # Free the results of the wrong guess.
+            wrong = {n for n, i in enumerate(guesses.branches) if not right[i]}
+            if len(wrong) < len(right) - right.sum():
+                break  # A guess without a second branch was wrong.
+            rare.symmetric_difference_update(wrong)
+        return update(*args)
+
+    return guessing
+
+
+def are_allowed(tensor: Tensor) -> bool:
+    """Return whether the current function guesses instead of reading this tensor."""
+    return (
+        keras.backend.backend() == "torch"
+        and _current.get() is not None
+        and devices.on_accelerator(tensor)
+    )
+
+
+def add(condition: Tensor) -> None:
+    """Guess that a boolean scalar is true."""
+    guesses = _current.get()
+    if guesses is None:
+        raise RuntimeError("Expected a guess within a function that `with_guesses` has wrapped.")
+    guesses.conditions.append(condition)
+
+
+def cond(condition: Tensor, usual: Callable, rare: Callable) -> Any:
+    """Return `ops.cond(condition, usual, rare)`, or guess the branch without waiting."""
+    guesses = _current.get()
+    if guesses is None or not are_allowed(condition):
+        return ops.cond(condition, usual, rare)
+    is_rare = len(guesses.branches) in guesses.rare
+    guesses.branches.append(len(guesses.conditions))
+    add(ops.logical_not(condition) if is_rare else condition)
+    return rare() if is_rare else usual()

@@ -1,0 +1,161 @@
+"""Arrangement of tensors of scores as rows of matrices.
+
+Small tensors are joined into bundles, so that few operations are compiled. Large tensors are not
+copied.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+Tensor = Any
+
+# Scores above this limit count as tied, so that sums of two scores do not overflow.
+LARGEST = 1e38
+# Scores that differ by less count as tied, because some backends flush such differences to 0.
+SMALLEST = 2.0**-126
+ROW_WIDTH = 1 << 10  # Number of scores in a row.
+_BUNDLE_SIZE = 1 << 20  # Largest number of scores in a bundle of small tensors.
+
+
+class Rows:
+    """Arrangement of a bundle of tensors as rows of one matrix. Every tensor begins a new row.
+
+    Attributes:
+        tensor: For each row, the index of its tensor among all tensors.
+        local: For each row, the index of its tensor among the tensors of this bundle.
+        owner: Boolean matrix (tensors of this bundle, rows): whether the row belongs to the tensor.
+        start: For each row, the position of its first entry in the tensor. If all tensors are
+            ranked together, this is the position in their concatenation.
+        left: For each row, the number of entries from its start to the end of the tensor. None if
+            all rows are full.
+        first_rows: Index of each tensor's first row.
+    """
+
+    def __init__(self, members: Sequence[int], lengths: Sequence[int], starts: Sequence[int]):
+        self.members, self.lengths = members, [lengths[i] for i in members]
+        counts = [-(-n // ROW_WIDTH) for n in self.lengths]
+        within = np.concatenate([ROW_WIDTH * np.arange(n, dtype="int32") for n in counts])
+        self.tensor = np.repeat(np.array(members, "int32"), counts)
+        self.owner = self.tensor == np.array(members)[:, None]
+        self.local = self.tensor - members[0]
+        self.first_rows = np.flatnonzero(np.diff(self.tensor, prepend=-1)).astype("int32")
+        start = within + np.repeat(np.array([starts[i] for i in members], "int32"), counts)
+        self.start = ops.convert_to_tensor(start[:, None])
+        left = np.repeat(np.array(self.lengths, "int32"), counts) - within
+        self.left = ops.convert_to_tensor(left[:, None]) if np.any(left < ROW_WIDTH) else None
+
+    def join(self, tensors: Sequence[Tensor], padding: float) -> Tensor:
+        """Return the tensors of the bundle as rows of one matrix, padded with `padding`."""
+        parts = []
+        for i, length in zip(self.members, self.lengths):
+            part = ops.reshape(tensors[i], (-1,))
+            if length % ROW_WIDTH:
+                end = ops.full((-length % ROW_WIDTH,), padding, part.dtype)
+                part = ops.concatenate([part, end])
+            # Reshape before the concatenation, because XLA would otherwise store both the flat
+            # tensor and the matrix in memory.
+            parts.append(ops.reshape(part, (-1, ROW_WIDTH)))
+        return ops.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def split(self, matrix: Tensor) -> list[Tensor]:
+        """Return the entries of each tensor in the bundle as a vector."""
+        ends = [*self.first_rows[1:].tolist(), len(self.tensor)]
+        rows = [matrix[begin:end] for begin, end in zip(self.first_rows.tolist(), ends)]
+        return [ops.reshape(r, (-1,))[:n] for r, n in zip(rows, self.lengths)]
+
+
+class Scores:
+    """Scores of several tensors, which are ranked together or within each tensor.
+
+    Vectors such as thresholds and counts have one entry if all tensors are ranked together, and
+    otherwise one entry per tensor.
+
+    Attributes:
+        together: Whether all tensors are ranked together.
+        count: Number of scores in all tensors.
+        lengths: Number of scores per ranking, an int32 vector.
+        bundles: Arrangement of each bundle of tensors.
+        scores: Scores of each bundle, a float32 matrix. Rows are padded with minus infinity.
+    """
+
+    def __init__(self, scores: Sequence[Tensor], together: bool):
+        self.together = together
+        lengths = [math.prod(s.shape) for s in scores]
+        starts = [0, *np.cumsum(lengths)[:-1].tolist()] if together else [0] * len(lengths)
+        self.count = sum(lengths)
+        self.lengths = ops.convert_to_tensor([self.count] if together else lengths, "int32")
+        self.bundles = [Rows(members, lengths, starts) for members in bundles(lengths)]
+        scores = [ops.cast(s, "float32") for s in scores]
+        self.scores = [b.join(scores, -np.inf) for b in self.bundles]
+
+    def split(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        """Return the entries of each tensor as a vector. `matrices` has one matrix per bundle."""
+        return [part for b, matrix in zip(self.bundles, matrices) for part in b.split(matrix)]
+
+    def best_entries(self, peaks: Sequence[Tensor], finite=lambda s: s):
+        """Yield, for every bundle, the row and the column of the best entry of every tensor.
+
+        Among equal scores, the first entry is the best entry.
+
+        Args:
+            peaks: For each bundle, the largest score of every row.
+            finite: Function that replaces infinities and NaN in scores.
+        """
+        for b, s, highest in zip(self.bundles, self.scores, peaks):
+            numbers = ops.arange(len(b.tensor), dtype="int32")
+            tops = ops.max(ops.where(b.owner, highest, -np.inf), axis=1, keepdims=True)
+            tops = ops.logical_and(b.owner, highest >= tops)
+            rows = ops.min(ops.where(tops, numbers, len(b.tensor)), axis=1)
+            best = finite(ops.take(s, rows, axis=0))
+            yield rows, ops.cast(ops.argmax(best, axis=1), "int32")
+
+    def to_rows(self, rows, values):
+        """Repeat the value of each ranking for all rows of a bundle that belong to the ranking."""
+        return values[0] if self.together else ops.take(values, rows.tensor)[:, None]
+
+    def reduce_by_ranking(self, values, reduce, neutral):
+        """Reduce one value per row to one value per ranking.
+
+        `neutral` replaces the entries of other tensors, and does not change the result of `reduce`.
+        """
+        if self.together:
+            return reduce(ops.stack([reduce(v) for v in values]))[None]
+        return self.reduce_by_tensor(values, reduce, neutral)
+
+    def reduce_by_tensor(self, values, reduce, neutral):
+        """Reduce one value per row to one value per tensor."""
+        return ops.concatenate(
+            [reduce(ops.where(b.owner, v, neutral), axis=1) for b, v in zip(self.bundles, values)]
+        )
+
+
+def bundles(lengths: Sequence[int]) -> list[list[int]]:
+    """Group neighboring small tensors into bundles, and return the indices of each bundle."""
+    found: list[list[int]] = []
+    room = 0
+    for i, length in enumerate(lengths):
+        if length > room:
+            found.append([])
+            room = _BUNDLE_SIZE
+        found[-1].append(i)
+        room -= length
+    return found
+
+
+def by_tensor(order, tensor):
+    """Group the positions in `order` by their tensor, without other changes of the order."""
+    return ops.take(order, ops.argsort(ops.take(tensor, order)))
+
+
+def columns():
+    """Return the number of every column, int32."""
+    return ops.arange(ROW_WIDTH, dtype="int32")
+
+
+def first_columns(numbers):
+    """Return a mask of the first entries in every row, with `numbers` entries per row."""
+    return columns() < numbers

@@ -1,0 +1,222 @@
+"""Selection of the highest scores on PyTorch, without waiting for the accelerator.
+
+A sample of the scores gives two bounds per ranking, which almost certainly enclose the threshold.
+One pass over the scores copies the few scores between the bounds, and these scores are sorted. The
+number of copied scores has a fixed limit, so the host need not know it. The selection guesses that
+the bounds are right, see `guesses.py`. After a wrong guess, for example because a million
+scores are equal, `ranking.py` searches for the threshold instead.
+"""
+
+import math
+
+import numpy as np
+from keras import ops
+
+from keras_dst._backend import guesses
+from keras_dst._backend.jit import add_true, count_true, set_true, true_positions
+from keras_dst._backend.rows import LARGEST, ROW_WIDTH, SMALLEST, Scores, by_tensor
+
+_SORTED = 1 << 20  # If there are at most this many scores, all of them are sorted.
+_STRIDE = 61  # Every 61st score is in the sample. 61 is a prime, so all columns are sampled alike.
+_DEVIATIONS = 5  # Distance of the bounds from the expected threshold, in standard deviations.
+# In a ranking of all tensors, one tensor may have so many times its share of the copied scores.
+_CONCENTRATION = 16
+
+
+def is_possible(scores, sizes=None) -> bool:
+    """Return whether the highest scores can be selected without a search.
+
+    Args:
+        scores: Float tensors.
+        sizes: Number of weights in every group, or None, as in `ranking.top_k`.
+    """
+    single = sizes is None or all(np.all(n == 1) for n in sizes)
+    return single and guesses.are_allowed(scores[0])
+
+
+def top_k(scores: Scores, kept, first=None):
+    """Return masks of the highest scores as one matrix per bundle.
+
+    Args:
+        scores: Scores of all tensors.
+        kept: Number of scores to keep per ranking, int32.
+        first: For every tensor, the number of its best entries that are always kept. Defaults to
+            None, which means 0.
+    """
+    if first is not None and max(first) > 1:
+        # Raise the best entries above all other scores.
+        each = Scores(scores.split(scores.scores), together=False)
+        best = top_k(each, ops.convert_to_tensor(first, "int32"))
+        scores.scores = [
+            ops.where(ops.logical_and(is_best, s > -np.inf), LARGEST, s)  # without the padding
+            for is_best, s in zip(best, scores.scores)
+        ]
+        first = None
+    peaks = _peaks(scores)
+    everything = kept >= scores.lengths
+    low, high = _bounds(scores, kept)
+    high = ops.where(everything, -np.inf, high)
+    found = [s >= scores.to_rows(b, high) for b, s in zip(scores.bundles, scores.scores)]
+    if first is not None:
+        for mask, (rows, columns) in zip(found, scores.best_entries(peaks)):
+            set_true(mask, rows * ROW_WIDTH + columns)
+    above = scores.reduce_by_ranking([count_true(mask) for mask in found], ops.sum, 0)
+    room = ops.where(everything, 0, kept - above)
+    between = _Between(scores, low, found)
+    right = (room >= 0) & (room <= between.counts)
+    guesses.add(ops.all(everything | (right & _is_finite(scores, low, above, between))))
+    between.add_to(found, between.ranks < between.of_ranking(room))
+    return found
+
+
+def kth(scores: Scores, kept):
+    """Return, for every ranking, the highest score that is not among the `kept` highest scores.
+
+    If all scores are kept, return a number below all scores.
+    """
+    _peaks(scores)
+    low, high = _bounds(scores, kept)
+    found = [s >= scores.to_rows(b, high) for b, s in zip(scores.bundles, scores.scores)]
+    above = scores.reduce_by_ranking([count_true(mask) for mask in found], ops.sum, 0)
+    room, everything = kept - above, kept >= scores.lengths
+    between = _Between(scores, low, found)
+    right = (room >= 0) & (room < between.counts)
+    guesses.add(ops.all(everything | (right & _is_finite(scores, low, above, between))))
+    place = ops.clip(between.first + room, 0, between.values.shape[0] - 1)
+    found = ops.take(between.values, place)
+    smallest = [ops.min(ops.where(s > -np.inf, s, np.inf), axis=1) for s in scores.scores]
+    smallest = scores.reduce_by_ranking(smallest, ops.min, np.inf)
+    below = smallest - ops.maximum(ops.abs(smallest), 1.0)
+    return ops.where(everything, below, found)
+
+
+def _peaks(scores: Scores):
+    """Return the largest score of every row, and guess that no score is too large or NaN."""
+    peaks = [ops.max(s, axis=1) for s in scores.scores]
+    guesses.add(ops.all(ops.stack([ops.all(peak <= LARGEST) for peak in peaks])))
+    return peaks
+
+
+def _is_finite(scores: Scores, low, above, between):
+    """Return, for every ranking, whether all scores near the threshold are finite.
+
+    A score of minus infinity would be tied with the smallest finite score.
+    """
+    return (low >= -LARGEST) | ops.equal(above + between.counts, scores.lengths)
+
+
+def _bounds(scores: Scores, kept):
+    """Return two bounds per ranking. The threshold is probably above `low` and below `high`."""
+    if scores.count <= _SORTED:
+        return [ops.full(kept.shape, end, "float32") for end in (-np.inf, np.inf)]
+    sample = ops.concatenate([ops.reshape(s, (-1,))[::_STRIDE] for s in scores.scores])
+    sample = -ops.sort(-sample) if scores.together else sample
+    if scores.together:
+        first, sizes = 0, np.array([sample.shape[0]])
+    else:
+        tensor = ops.concatenate(
+            [
+                ops.take(b.tensor, ops.arange(0, s.shape[0] * ROW_WIDTH, _STRIDE) // ROW_WIDTH)
+                for b, s in zip(scores.bundles, scores.scores)
+            ]
+        )
+        sample = ops.take(sample, by_tensor(ops.argsort(-sample), tensor))
+        starts = [np.append(b.first_rows, len(b.tensor)) * ROW_WIDTH for b in scores.bundles]
+        sizes = np.concatenate([np.diff(-(-start // _STRIDE)) for start in starts])
+        first = ops.convert_to_tensor(np.cumsum(sizes) - sizes, "int32")
+    sizes = ops.convert_to_tensor(sizes, "int32")
+    size = ops.cast(scores.lengths, "float32") / _STRIDE
+    part = ops.clip(ops.cast(kept, "float32") / ops.cast(scores.lengths, "float32"), 0, 1)
+    spread = _DEVIATIONS * (ops.sqrt(size * part * (1 - part)) + 1)
+    upper, lower = ops.floor(size * part - spread), ops.ceil(size * part + spread)
+
+    def at(place):
+        place = ops.minimum(ops.cast(ops.maximum(place, 0), "int32"), ops.maximum(sizes - 1, 0))
+        return ops.take(sample, ops.minimum(first + place, sample.shape[0] - 1))
+
+    # Scores in an open interval around 0 are tied, so no bound may lie within such a tie.
+    low = ops.where(lower < ops.cast(sizes, "float32"), at(lower), -np.inf)
+    low = ops.where(ops.abs(low) < SMALLEST, 0.0, low)
+    high = ops.where((upper >= 0) & (sizes > 0), at(upper), np.inf)
+    least = ops.where(high > 0, np.float32(2.0**-149), np.nextafter(np.float32(-SMALLEST), 0))
+    return low, ops.where(ops.abs(high) < SMALLEST, least, high)
+
+
+def _limits(scores: Scores) -> list[int]:
+    """Return the largest number of scores between the bounds, for every bundle."""
+    if scores.count <= _SORTED:
+        return [len(b.tensor) * ROW_WIDTH for b in scores.bundles]
+
+    def limit(length, total):
+        # The bounds are twice `_DEVIATIONS` apart, and a standard deviation is at most half of the
+        # root of the size of the sample.
+        share = _DEVIATIONS / math.sqrt(total / _STRIDE)
+        most = share * min(1.5 * total, _CONCENTRATION * length)
+        return min(length, math.ceil(most) + 32 * _DEVIATIONS * _STRIDE)
+
+    if scores.together:
+        return [limit(sum(b.lengths), scores.count) for b in scores.bundles]
+    return [sum(limit(n, n) for n in b.lengths) for b in scores.bundles]
+
+
+class _Between:
+    """Sorted scores between the bounds of each ranking.
+
+    Attributes:
+        values: Scores in descending order, grouped by ranking. Unused places follow at the end.
+        ranks: Rank of each of these scores within its ranking, from 0.
+        first: Place of the first score of each ranking.
+        counts: Number of scores of each ranking.
+    """
+
+    def __init__(self, scores: Scores, low, above):
+        """Sort the scores above `low` that are not in the masks `above`."""
+        self.scores = scores
+        self.places, used, values, tensor = [], [], [], []
+        number = scores.lengths.shape[0]
+        for b, s, mask, limit in zip(scores.bundles, scores.scores, above, _limits(scores)):
+            # A comparison of booleans is true for true > false.
+            between = ops.greater(s > scores.to_rows(b, low), mask)
+            found = true_positions(between, limit)
+            is_used = found >= 0
+            if limit < sum(b.lengths):
+                guesses.add(ops.logical_not(is_used[-1]))
+            place = ops.where(is_used, found, ops.arange(limit))
+            values.append(ops.where(is_used, ops.take(ops.reshape(s, (-1,)), place), -np.inf))
+            if not scores.together:
+                of_place = ops.take(b.tensor, place // ROW_WIDTH)
+                tensor.append(ops.where(is_used, of_place, number))
+            self.places.append(place)
+            used.append(is_used)
+        values, used = ops.concatenate(values), ops.concatenate(used)
+        # A search cannot tell these scores apart.
+        tiny = ops.maximum(ops.sign(values), 0) * (SMALLEST / 2)
+        order = ops.argsort(-ops.where(ops.abs(values) < SMALLEST, tiny, values))
+        self.ranks = ops.arange(order.shape[0], dtype="int32")
+        if scores.together:
+            self.counts = ops.sum(ops.cast(used, "int32"))[None]
+            self.first, self._ranking = ops.zeros_like(self.counts), None
+        else:
+            tensor = ops.concatenate(tensor)
+            order = by_tensor(order, tensor)
+            self._ranking = ops.take(tensor, order)
+            numbers = ops.arange(number + 1, dtype="int32")
+            ends = ops.cast(ops.searchsorted(self._ranking, numbers), "int32")
+            self.first, self.counts = ends[:-1], ends[1:] - ends[:-1]
+            self.ranks = self.ranks - ops.take(ends, self._ranking)
+        self._order, self.values = order, ops.take(values, order)
+
+    def of_ranking(self, values):
+        """Repeat the value of each ranking for its scores, with 0 for unused places."""
+        if self._ranking is None:
+            return values
+        return ops.take(ops.append(values, ops.zeros_like(values[:1])), self._ranking)
+
+    def add_to(self, masks, taken):
+        """Set the entries of the scores `taken` to true in the masks."""
+        order = self._order
+        taken = ops.scatter_update(ops.zeros_like(taken), order[:, None], taken)
+        end = 0
+        for mask, place in zip(masks, self.places):
+            begin, end = end, end + place.shape[0]
+            add_true(mask, place, taken[begin:end])
