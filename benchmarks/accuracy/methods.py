@@ -156,6 +156,9 @@ def train_network(task, method_name, sparsity, seed, data, **options):
     keras_dst.strip(model)
     accuracy = model.evaluate(*test, batch_size=500, verbose=0, return_dict=True)["accuracy"]
     report = keras_dst.report(model)
+    removed = report.sparsity
+    if method_name == "Consensus":  # Its sparsity counts all parameters of the removed units.
+        removed = 1 - keras_dst.shrink(model).count_params() / model.count_params()
     print(f"{task.title} {method!r} seed {seed}: {accuracy:.4f}", flush=True)
     return model, {
         "net": task.title,
@@ -165,7 +168,7 @@ def train_network(task, method_name, sparsity, seed, data, **options):
         "seed": seed,
         "epochs": task.epochs,
         "test_accuracy": accuracy,
-        "sparsity": report.sparsity,
+        "sparsity": removed,
         "layers": {row.name: row.density for row in report.layers},
         "seconds": seconds,
         "history": {k: [float(v) for v in values] for k, values in history.history.items()},
@@ -188,7 +191,9 @@ def table():
         "# All methods, one budget",
         "",
         "The tables show the test accuracy in % after the last epoch as mean and standard "
-        "deviation over the seeds. The sparsity is in brackets. Network, data, optimizer and "
+        "deviation over the seeds. The sparsity is in brackets: the fraction of the weights that "
+        "are zero, and for Consensus, the fraction of the parameters that `shrink` removes. "
+        "Network, data, optimizer and "
         "number of epochs are the same for every method, and no method is tuned. `make "
         "bench-methods` writes this page from the runs in this folder.",
     ]
