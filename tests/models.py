@@ -136,7 +136,7 @@ def backbone():
 
 @keras.saving.register_keras_serializable("tests")
 class Mixer(layers.Layer):
-    """A custom layer that declares which of its weights are prunable."""
+    """A custom layer that lists the names of its prunable weights."""
 
     prunable_weights = ("mix",)
 

@@ -2,15 +2,15 @@
 
     a = x w1    n = gamma (a - mean) / sqrt(var + eps) + beta    h = max(n, 0)    z = h w2 + b2
 
-`keras_net` is the same network in Keras. For this network, tests implement the methods of the
-papers in NumPy, and compare each training step with keras_dst.
+`keras_net` is the same network in Keras. The tests train this network in NumPy with the methods of
+the papers, and compare each training step with keras_dst.
 """
 
 import keras
 import numpy as np
 
 EPSILON = 1e-3
-MOMENTUM = 0.99  # Momentum of the running statistics.
+MOMENTUM = 0.99  # Momentum of the moving mean and variance in batch normalization.
 SIZES = (12, 16, 4)  # Inputs, hidden units, classes.
 
 NAMES = ("w1", "gamma", "beta", "w2", "b2")

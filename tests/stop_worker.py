@@ -1,8 +1,8 @@
 """Worker process that `test_stop_anywhere` stops: `python -m tests.stop_worker FOLDER SAVE_FREQ`.
 
 The process trains a small network with every method, one after the other. Every training run saves
-backups. The process prints a line after every step. After the training with a method, the process
-writes the result into the folder. A later process skips this method.
+backups. The process prints a line after every step. After each training run, the process writes the
+result into the folder. If the process is started again, it skips all methods with a result.
 """
 
 import pathlib
@@ -49,7 +49,9 @@ class Lines(keras.callbacks.Callback):
 
 
 def build(method):
-    keras.utils.clear_session()  # This makes variable names equal in every process.
+    # Keras numbers the names of layers per session. In a new session, every process gets the same
+    # names.
+    keras.utils.clear_session()
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [

@@ -17,7 +17,7 @@ def sizes(shapes):
 
 
 def erk(shapes, density):
-    """Return min(1, e * sum(shape) / prod(shape)); bisection finds `e` for the density."""
+    """Return the ERK densities min(1, e * sum(shape) / prod(shape)), with `e` found by bisection."""
     wanted = density * sum(sizes(shapes))
 
     def at(e):
@@ -39,14 +39,15 @@ def test_global_and_uniform_give_equal_densities(allocation):
 @pytest.mark.parametrize(
     ("shapes", "density", "expected"),
     [
-        # Densities are proportional to 8/16 and 16/64, so their ratio is 2:1. Of 80 weights, 20 are
-        # kept: 16 * 2d + 64 d = 20, so d = 5/24.
+        # ERK densities are proportional to sum(shape) / prod(shape): 8/16 and 16/64, a ratio of
+        # 2:1. Of 80 weights, 20 are kept: 16 * 2d + 64 d = 20, so d = 5/24.
         ([(4, 4), (8, 8)], 0.25, [10 / 24, 5 / 24]),
-        # Densities are proportional to 0.2 and 0.002. The first density would be 9.9, so the first
-        # weight stays dense. The second weight gets the remaining entries.
+        # ERK densities are proportional to 20/100 and 2000/1e6. The first density would be 9.9,
+        # which is more than 1, so the first weight tensor stays dense. The rest of the kept entries
+        # belongs to the second tensor.
         ([(10, 10), (1000, 1000)], 0.1, [1, (0.1 * 1000100 - 100) / 1e6]),
-        # The sum and the product of the shape include the kernel window: (3 + 3 + 2 + 4) / 72 and
-        # (1 + 1 + 6 + 4) / 24.
+        # For convolutions, sum(shape) / prod(shape) includes the window of the kernel: (3 + 3 + 2 +
+        # 4) / 72 and (1 + 1 + 6 + 4) / 24.
         ([(3, 3, 2, 4), (1, 1, 6, 4)], 0.25, [1 / 6, 1 / 2]),
         ([(7, 5)], 0.3, [0.3]),
         (NETWORK, 1.0, [1] * 5),
@@ -112,16 +113,17 @@ def test_a_name_without_a_matching_weight_raises():
     ("allocation", "shapes", "sparsity", "expected"),
     [
         ("uniform", [(10, 10), (30, 10)], 0.9, [10, 30]),
-        ("uniform", [(3, 3), (3, 3), (3, 3)], 0.5, [5, 5, 4]),  # The sum 13.5 rounds to 14.
+        # Half of 27 weights is 13.5, which is rounded to 14 kept weights.
+        ("uniform", [(3, 3), (3, 3), (3, 3)], 0.5, [5, 5, 4]),
         (
             "uniform",
             [(1, 7), (1, 8), (1, 9)],
             0.5,
             [4, 4, 4],
-        ),  # The exact counts 3.5, 4 and 4.5 add up to 12.
+        ),  # The unrounded counts 3.5, 4 and 4.5 have the sum 12.
         ("global", [(10, 10), (30, 10)], 0.9, [40]),
         ("global", [(7, 7)], 0.9, [5]),
-        ("erk", [(4, 4), (8, 8)], 0.75, [7, 13]),  # exact counts are 6.67 and 13.33
+        ("erk", [(4, 4), (8, 8)], 0.75, [7, 13]),  # Before rounding, the counts are 6.67 and 13.33.
         ("erk", [(10, 10), (1000, 1000)], 0.9, [100, 99910]),
         ("uniform", [(2, 2), (3, 3)], 0.0, [4, 9]),
         ("erk", [(2, 2), (3, 3)], 0.0, [4, 9]),
@@ -137,7 +139,8 @@ def test_kept_counts_equal_manual_results(allocation, shapes, sparsity, expected
 @given(st.sampled_from(NAMES), shapes_of_weights, st.floats(0, 0.999))
 def test_kept_counts_add_up_exactly(allocation, shapes, sparsity):
     wanted = (1 - sparsity) * sum(sizes(shapes))
-    assume(abs(wanted % 1 - 0.5) > 1e-6)  # a half may round up or down
+    # The function may round a half up or down, so halves are excluded.
+    assume(abs(wanted % 1 - 0.5) > 1e-6)
     counts = kept_counts(allocation, shapes, sparsity)
     assert counts.sum() == round(wanted)
     if allocation != "global":
@@ -194,8 +197,11 @@ def test_an_invalid_layer_name_in_an_allocation_raises(name):
 @pytest.mark.parametrize(
     ("shapes", "sparsity", "expected"),
     [
-        ([(10, 10), (30, 10)], 0.9, [3, 6]),  # A quarter of 13.3 and of 26.7, rounded down.
-        ([(4, 4), (100, 100)], 0.999, [1, 2]),  # A quarter of 0.4 and of 9.6, but at least 1.
+        # ERK keeps 13.3 and 26.7 weights. A quarter of these counts is rounded down.
+        ([(10, 10), (30, 10)], 0.9, [3, 6]),
+        # ERK keeps 0.4 and 9.6 weights. A quarter of these counts is rounded down, but is at least
+        # 1.
+        ([(4, 4), (100, 100)], 0.999, [1, 2]),
         ([(1, 2), (100, 100)], 0.0, [1, 2500]),
     ],
 )

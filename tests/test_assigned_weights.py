@@ -29,7 +29,8 @@ METHODS = {
 rng = np.random.default_rng(0)
 x = rng.standard_normal((256, 16)).astype("float32")
 y = (x[:, 0] > 0).astype("int32")
-noise = rng.integers(0, 2, 64)  # random labels: an early epoch has the best loss
+# Random labels, which a model cannot learn: the validation loss is lowest in an early epoch.
+noise = rng.integers(0, 2, 64)
 
 
 def sparse(method, **optimizer_options):
@@ -78,7 +79,7 @@ def check_agreement(model, history, sparse_training, target, tolerance=0.02):
     assert found == pytest.approx(history["sparsity"][-1], abs=tolerance)
 
 
-# `first` states whether SparseTraining is the first callback or the last.
+# If `first` is True, SparseTraining is the first callback, otherwise the last.
 BOTH_ORDERS = [
     (name, first)
     if first or name in ("magnitude", "optg", "dst")
@@ -101,7 +102,8 @@ def test_restored_weights_are_pruned_again_with_a_warning(name, first):
     found = [m for m in messages if "a callback assigned weights" in m]
     assert len(found) == 1
     assert "metric_at_target" in found[0]
-    if isinstance(method, methods.Consensus):  # the target refers to FLOPs, not to weights
+    # The target of Consensus is a fraction of FLOPs, not of weights.
+    if isinstance(method, methods.Consensus):
         check_agreement(model, history, sparse_training, 0, tolerance=0.05)
     else:
         check_agreement(model, history, sparse_training, method.schedule.sparsity)
@@ -123,7 +125,7 @@ def test_early_stopping_with_restored_best_weights(name, first):
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("method", [methods.RigL(0.8), methods.SET(0.8)])
 def test_restored_weights_that_are_sparser_than_the_target_raise_no_warning(method, first):
-    """Grown weights start at 0, so an epoch may end with more zeros than the target."""
+    """Newly grown weights start at 0, so an epoch may end with more zeros than pruned weights."""
     model, sparse_training = sparse(method), SparseTraining()
     kept = []
 

@@ -13,8 +13,8 @@ from tests.backends import every
 pytestmark = every(3)
 
 # The model adds the outputs of a stem (3 -> 4 channels) and a branch (4 -> 2 -> 4 channels). The
-# head (4 -> 5) is not pruned. The first group has the channels of the sum. The second group has the
-# channels inside the branch.
+# head (4 -> 5) is not pruned. The first group of coupled channels contains the channels of the sum.
+# The second group contains the inner channels of the branch.
 STAYS = [0.0, 0.0, 1.0]
 SUM, INSIDE = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]
 GROUPS = ChannelGroups(
@@ -43,7 +43,7 @@ def rank(method, scores, kept=None):
 
 
 def columns(score, shape):
-    """Return the scores of a weight, given one score per output unit."""
+    """Return scores in the shape of a weight: all weights of an output unit get the unit's score."""
     return np.broadcast_to(np.asarray(score, "float32"), shape)
 
 
@@ -62,9 +62,12 @@ def test_kept_share_of_channels_parameters_and_flops():
         ("channels", 0.0, [4, 2]),
         ("channels", 0.5, [2, 1]),
         ("channels", 0.9, [1, 1]),
-        ("parameters", 0.5, [2, 1]),  # [2, 1] keeps 20 of 48 parameters; [3, 1] would keep 30.
-        ("flops", 0.5, [3, 1]),  # [3, 1] keeps 1290 of 2220 FLOPs; [2, 1] would keep 860.
-        # The target is 666 FLOPs: [2, 1] keeps 860, and [1, 1] would keep 430.
+        # [2, 1] keeps 20 of 48 parameters, which is closer to 24 than 30 parameters of [3, 1].
+        ("parameters", 0.5, [2, 1]),
+        # [3, 1] keeps 1290 of 2220 FLOPs, which is closer to 1110 than 860 FLOPs of [2, 1].
+        ("flops", 0.5, [3, 1]),
+        # The target is 666 FLOPs. [2, 1] keeps 860 FLOPs, which is closer to the target than 430
+        # FLOPs of [1, 1].
         ("flops", 0.7, [2, 1]),
     ],
 )
@@ -107,9 +110,9 @@ def test_masks_of_a_sum_agree_and_keep_the_highest_mean_score():
 @pytest.mark.parametrize(
     ("counted_in", "expected"),
     [
-        # Two channels are tied, and the first of them is kept.
+        # If two channels have the same score, the channel with the smaller index is kept.
         ("channels", [[1, 1, 0, 0], [1, 0]]),
-        # This keeps 1020 of 2220 FLOPs. With one more channel, 1530 FLOPs would be kept.
+        # These masks keep 1020 of 2220 FLOPs. Masks with one more channel would keep 1530 FLOPs.
         ("flops", [[1, 1, 0, 0], [1, 1]]),
     ],
 )

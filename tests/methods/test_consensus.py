@@ -54,7 +54,7 @@ def test_state(layout, shape, gates):
     logit = state["logit"]
     assert (tuple(logit.shape), logit.name, logit.trainable) == (gates, "kernel_logit", True)
     assert [s.trainable for s in state.values()] == [True, False, False, False]
-    # Units with larger weights start with higher logits. The mean of the logits is 0.1.
+    # Units with larger weights start with higher logits. The mean of the initial logits is 0.1.
     axes = tuple(i for i in range(len(shape)) if i - len(shape) not in layout.outputs)
     size = np.abs(variable.numpy()).mean(axes)
     np.testing.assert_allclose(logit.numpy(), (0.1 * size / size.mean()).reshape(gates), rtol=1e-5)
@@ -188,8 +188,8 @@ def test_the_target_is_the_cost_of_the_shrunk_model(cost):
         "flops": after.dense_flops / before.dense_flops,
         "parameters": after.parameters / before.parameters,
     }
-    # One channel of "two" accounts for up to 5 % of the cost, and a layer with zero padding may
-    # keep one closed channel.
+    # One channel of layer "two" accounts for up to 5 % of the total cost. A layer with zero padding
+    # may keep one channel whose gate is closed.
     assert left[cost] == pytest.approx(0.61, abs=0.06)
 
 
@@ -292,17 +292,18 @@ def test_projection_opens_gates_up_to_the_budget():
     # A unit of the first kernel has cost 2, and a unit of the second kernel has cost 6.
     logits = [[0.3, -0.1, 0.2, 0.5], [-0.4, 0.1, -0.2]]
     one, two = project(Consensus(0.5), logits, [1, 3])
-    # Gates are opened in the order of their logits 0.5, 0.3, 0.2, 0.1. The cost of the open gates
-    # is then 2, 4, 6 and 12, of 26 in total. The target is 13. With the next gate, the cost would
-    # be 14, which is equally close to 13.
+    # Gates are opened from the highest logit (0.5) to lower logits (0.3, 0.2, 0.1), until the cost
+    # of the open gates reaches the target of 13. After each opened gate, the cost is 2, 4, 6 and
+    # 12. The next gate would raise the cost to 14. 12 and 14 are equally close to 13, so the
+    # smaller cost is used.
     np.testing.assert_array_equal(one >= 0, [1, 0, 1, 1])
     np.testing.assert_array_equal(two >= 0, [0, 1, 0])
-    # a logit that already has the right sign does not change
+    # The projection changes no logit that already has the right sign.
     for found, before in zip((one, two), logits):
         np.testing.assert_array_equal(found, np.float32(before))
     one, two = project(Consensus(0.8), logits, [1, 3])
-    # The best gate of each layer is always open. The cost, 8 of 26, exceeds the target, but is the
-    # minimum.
+    # The gate with the highest logit is always open in each layer. The cost of these gates exceeds
+    # the target, but no smaller cost is possible.
     np.testing.assert_array_equal(one >= 0, [0, 0, 0, 1])
     np.testing.assert_array_equal(two >= 0, [0, 1, 0])
     one, two = project(Consensus(0), logits, [1, 3])
@@ -317,7 +318,7 @@ def test_trajectory_of_consensus_equals_the_equations(monkeypatch):
     """Compare 50 training steps of a two-layer network, with its gates and penalties, to NumPy."""
     monkeypatch.setattr(base, "_LONG", 1)  # Train as in a long training run.
     method = Consensus(0.6, lambda_polar=0.5, lambda_act=4.0)
-    method.schedule = Constant(0.6)  # the target of the budget is constant, as in the paper
+    method.schedule = Constant(0.6)  # As in the paper, the target cost is constant during training.
     model = reference.keras_net()
     keras_dst.sparsify(model, method)
     state = model.layers[0].sparse_state["kernel"]
@@ -345,11 +346,12 @@ def test_trajectory_of_consensus_equals_the_equations(monkeypatch):
         turns += np.sum((z > 0) != before)
         before = z > 0
         g = reference.gradients(xs, ys, {**p, "w1": p["w1"] * z})
-        # The straight-through gradient, with limited gradients of closed units.
+        # Gradient of the gates with the straight-through estimator. The gradients of units with
+        # closed gates are limited.
         largest = 10 * np.sqrt((g["w1"][:, z > 0] ** 2).mean())
         limited = np.where(z > 0, g["w1"], g["w1"].clip(-largest, largest))
         to_z = (limited * p["w1"]).sum(0)
-        to_z += 0.5 * (1 - 2 * z) / n  # Gradient of the penalty mean(g (1 - g)) with g = z.
+        to_z += 0.5 * (1 - 2 * z) / n  # Gradient of the polarization penalty mean(z (1 - z)).
         to_z += 4.0 * 2 * (z.mean() - 0.4) / n
         optimizer.step(p, {**g, "w1": g["w1"] * z, "logit": to_z * pi * (1 - pi)})
     assert turns > 0

@@ -86,7 +86,7 @@ def test_divergence_and_its_gradients():
 
 @keras.saving.register_keras_serializable("tests")
 class MyNorm(layers.BatchNormalization):
-    """A user's subclass of batch normalization."""
+    """A custom layer that inherits from `BatchNormalization`, as a user may write it."""
 
 
 @pytest.mark.parametrize("arguments", [{}, {"scale": False}, {"center": False}], ids=str)
@@ -459,7 +459,8 @@ def test_training_with_dropout_in_two_parts_equals_one_fit():
     for a, b in zip(whole.variables, parts.variables):
         np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
     drawn = whole.layers[1].seed_generator.state.numpy()[1]
-    assert drawn == 2 * int(whole.optimizer.iterations)  # each path draws its own dropout mask
+    # In each step, the pruned path and the full path draw separate dropout masks.
+    assert drawn == 2 * int(whole.optimizer.iterations)
 
 
 def test_patterns():
@@ -515,7 +516,8 @@ def test_a_training_step_without_compute_loss_raises():
     model = Other([keras.Input((5,)), layers.Dense(3)])
     keras_dst.sparsify(model, DCIL(0.5))
     still(model, "mse")
-    for steps in (4, 1):  # 4 steps include a mask update, 1 step does not
+    # A training run of 4 steps includes a mask update, and a run of 1 step does not.
+    for steps in (4, 1):
         with pytest.raises(ValueError, match="does not call"):
             fit(model, random(16 * steps, 5), random(16 * steps, 3))
 
@@ -560,7 +562,7 @@ def test_two_methods_with_two_paths_raise():
         fit(model, random(16, 5), RNG.integers(0, 3, 16))
 
 
-@every(1)  # JAX trains such layers, and other backends raise
+@every(1)  # In a remat scope, DCIL trains layers only on JAX. Other backends raise an error.
 def test_layers_in_a_remat_scope():
     x, y = random(16, 5), RNG.integers(0, 3, 16)
 

@@ -33,7 +33,7 @@ def array(x):
 
 
 def at(progress):
-    """Return the position of an update after this fraction of training."""
+    """Return the schedule state of an update after the fraction `progress` of training."""
     return ScheduleState(ops.convert_to_tensor(0, "int32"), ops.convert_to_tensor(progress), None)
 
 
@@ -57,9 +57,9 @@ SINGLE = [
     ("layer", KERNEL, (3, 2, 4, 5), (), (0, 1, 2, 3)),
     ("weight", KERNEL, (6, 4), (6, 4), ()),
 ]
-# Columns: the same as in SINGLE, followed by the pattern and its block shape.
+# Columns: the same columns as in SINGLE, and then the pattern and the block shape of this pattern.
 GROUPED = [
-    # The last block of each column has 2 weights.
+    # The pattern 1x4 splits 6 inputs into a block of 4 weights and a block of 2 weights.
     ("unit", KERNEL, (6, 4), (4,), (0,), "1x4", (4, 1)),
     ("unit", KERNEL, (6, 6), (2,), (0,), "4x1", (1, 4)),
     ("layer", KERNEL, (6, 4), (), (0, 1), "1x4", (4, 1)),
@@ -95,7 +95,7 @@ def test_state(granularity, layout, shape, threshold, shared, pattern, block):
 
 
 def blocks_of(shape, block):
-    """Yield the index of every block and the slices that select its weights."""
+    """For every block of a weight tensor, yield its index and the slices that select its entries."""
     for index in np.ndindex(*(-(-n // b) for n, b in zip(shape, block))):
         yield index, tuple(slice(i * b, (i + 1) * b) for i, b in zip(index, block))
 
@@ -196,8 +196,8 @@ def test_golden_gradients():
 
 
 def test_gradients_can_revive_a_pruned_weight():
-    # Both weights are below the threshold, and larger magnitudes would reduce the loss. The
-    # gradients therefore increase the magnitudes and lower the threshold.
+    # The magnitudes of both weights are below the threshold, and larger magnitudes would reduce the
+    # loss. A step along the gradients therefore increases the magnitudes and lowers the threshold.
     to_w, to_t = gradients(
         lambda w, t: DST().apply(w, {"threshold": t}, KERNEL),
         [tensor([[0.3], [-0.3]]), tensor([0.5])],
@@ -214,15 +214,16 @@ def test_gradients_can_revive_a_pruned_weight():
     ("target", "reset_density", "thresholds", "expected"),
     [
         (None, 0.01, [0.95, 0.95], [0.95, 0.95]),  # 10 % of the weights are still kept.
-        (None, 0.1, [0.95, 0.95], [0, 0]),  # The reset happens at or below `reset_density`.
+        # Thresholds are reset if the density is at most `reset_density`.
+        (None, 0.1, [0.95, 0.95], [0, 0]),
         (None, 0.1, [0.85, 0.95], [0.85, 0.95]),
         (None, 0.01, [2, 3], [0, 0]),  # no weight is left
         (None, 0.0, [2, 3], [0, 0]),
-        # with a target, thresholds are reset at 5 % density
+        # With a target sparsity, thresholds are reset only if the density is at most 5 %.
         (0.5, 0.1, [0.95, 0.95], [0.95, 0.95]),
         (0.5, 0.1, [0.95, 1.5], [0, 0]),
         (None, 0.01, [-0.5, 0.5], [-0.5, 0.5]),
-        (0.5, 0.01, [-0.5, 0.5], [0, 0.5]),  # with a target, thresholds are not negative
+        (0.5, 0.01, [-0.5, 0.5], [0, 0.5]),  # With a target sparsity, negative thresholds become 0.
         (None, 0.01, [np.nan, 0.5], [0, 0.5]),
         (None, 0.01, [-np.inf, 0.5], [0, 0.5]),
         (None, 0.01, [np.nan, np.nan], [0, 0]),
@@ -257,7 +258,7 @@ def test_reset_density_is_below_the_target_density(target, reset_density, expect
 
 @functools.cache
 def compiled_project(method, shapes):
-    """Return a compiled `project` for weights and thresholds of these shapes."""
+    """Return a compiled version of `project` for weights and thresholds of the given shapes."""
 
     def project(weights, thresholds, kept):
         states = [{"threshold": t} for t in thresholds]
@@ -316,7 +317,7 @@ def test_projection_keeps_the_minimum_of_every_layer():
 
 @functools.cache
 def compiled_update(method, shapes):
-    """Return a compiled update, which returns the new masks, for weights of these shapes."""
+    """Return a compiled function that updates weights of the given shapes and returns new masks."""
 
     def update(weights, values, kept, progress):
         changes = method.update(weights, values, [KERNEL] * 2, kept, at(progress))

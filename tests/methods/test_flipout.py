@@ -27,8 +27,8 @@ def numbers(*values):
 def test_pruning_events_are_at_the_epochs_of_the_paper(sparsity, every):
     found = FlipOut(sparsity).schedule.jumps(350)
     events = round(np.log2(1 / (1 - sparsity)))
-    # The paper rounds events to whole epochs. Its highest sparsity is 1 - 0.5^10 = 0.99902, for
-    # which this test uses 0.999.
+    # The paper rounds events to whole epochs. The highest sparsity in the paper is 1 - 0.5^10 =
+    # 0.99902. This test uses 0.999 instead.
     assert len(found) == events
     np.testing.assert_allclose(found, every * np.arange(1, events + 1), atol=0.03 * 350)
 
@@ -71,7 +71,9 @@ def test_the_callback_passes_the_number_of_steps_to_the_method():
 
     class Watch(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
-            _ = self.model  # on JAX, reading `self.model` writes the state back to the variables
+            # On JAX, a callback that reads `self.model` writes the state of `fit` into the
+            # variables.
+            _ = self.model
             counted.append(sum(int(s["flips"].numpy().sum()) for s in optimizer.states))
 
     model.fit(x, y, batch_size=32, epochs=2, verbose=0, callbacks=[SparseTraining(), Watch()])

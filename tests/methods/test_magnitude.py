@@ -1,4 +1,4 @@
-"""Tests of the pure functions of Magnitude against a stable sort in NumPy."""
+"""Tests that compare the masks of Magnitude with a stable sort in NumPy."""
 
 import functools
 import math
@@ -65,8 +65,8 @@ def test_scores_with_revival_use_the_dense_weights():
 
 # -- rank ------------------------------------------------------------------------------------------
 
-# The second weight has 3 entries. They are so small that a global ranking keeps only `min_kept`
-# entries.
+# The second weight tensor has 3 entries. These entries are so small that a global ranking keeps
+# only `min_kept` of them.
 LAYERS = [random(2, 2, 3, 5), random(1, 3, scale=1e-3, seed=1)]
 
 
@@ -78,7 +78,7 @@ def best(w, kept):
 
 
 def reference_global(weights, kept, min_kept):
-    """Keep the `min_kept` best entries of every weight, and then the best remaining entries."""
+    """Keep the `min_kept` largest entries of every tensor, and then the largest of all the others."""
     floors = np.broadcast_to(min_kept, len(weights))
     masks = [best(w, n) for w, n in zip(weights, floors)]
     protected = np.concatenate([np.ravel(mask) for mask in masks])
@@ -179,8 +179,8 @@ def test_rank_of_blocks_by_layer():
 
 
 def test_rank_of_blocks_over_all_layers():
-    # All blocks of the second weight have higher scores. Only the minimum protects the best block
-    # of the first weight.
+    # All blocks of the second weight tensor have higher scores than the blocks of the first tensor.
+    # The first tensor keeps its highest-scored block only because of the minimum.
     weights = [random(8, 5), np.sign(random(8, 4, seed=1)) * 2]
     found = masks_of(Magnitude(0.5, "global", "1x4"), weights, [20])
     expected = [best_blocks(weights[0], (4, 1), 4), best_blocks(weights[1], (4, 1), 16)]
@@ -192,14 +192,15 @@ def test_rank_of_blocks_over_all_layers():
     [("global", [(10, 5)], [5]), ("uniform", [(10, 5), (6, 4)], [5, 2])],
 )
 def test_every_layer_keeps_a_channel(allocation, shapes, kept):
-    # At 90 % sparsity, fewer weights are kept than one channel has (10 or 6 weights).
+    # At 90 % sparsity, the number of weights to keep is smaller than the 10 or 6 weights of a
+    # single channel.
     method = Magnitude(0.9, allocation, "channel")
     assert all(mask.any() for mask in masks_of(method, [random(*s) for s in shapes], kept))
 
 
 def test_min_kept_in_partial_blocks():
-    # With pattern 1x4, the fifth input is a block of its own, which has 1 weight and the highest
-    # score.
+    # The pattern 1x4 splits the 5 inputs into a block of 4 weights and a block of 1 weight. The
+    # block of 1 weight has the highest score.
     kernel = np.array([[0.1], [0.1], [0.1], [0.1], [0.5]])
     (found,) = masks_of(Magnitude(0.5, pattern="1x4", min_kept=4), [kernel], [4])
     assert found.sum() >= 4
@@ -217,8 +218,8 @@ def test_rank_in_n_of_m(shape):
             assert min(group[on]) > max(group[~on], default=-1)
 
 
-# Bits of the mask that keeps 30 of the 63 weights in LAYERS. The bits must be equal on every
-# backend.
+# Packed bits of the masks that keep 30 of the 63 weights in LAYERS. Every backend must compute
+# these bits.
 GOLDEN = "01a7fdb322130f52"
 
 
@@ -241,8 +242,8 @@ RESNET_20 = [
 @every(3)
 @pytest.mark.parametrize("sparsity", [0.98, 0.99, 0.999])
 def test_global_ranking_keeps_the_minimum_of_every_layer(sparsity):
-    # In every second layer, the weights are so small that a ranking without minimums would keep
-    # only one.
+    # In every second layer, the weights are so small that a global ranking without minimums would
+    # keep only one weight of the layer.
     weights = [random(*s, scale=1e-3 if i % 2 else 1.0) for i, s in enumerate(RESNET_20)]
     method = Magnitude(sparsity)
     layouts = [KERNEL] * len(weights)
@@ -283,7 +284,7 @@ SHAPES, PATHS = [(10, 10), (30, 10)], ["a/kernel", "b/kernel"]
         (Magnitude(0.9, "uniform", "1x4"), 0.5, [50, 150]),
         (Magnitude(0.9, "erk"), 0.9, [13, 27]),  # sum(shape) is 20 and 40
         (Magnitude(0.9, {"b/.*": 0.5}), 0.9, [10, 150]),
-        # the current sparsity is half of the target
+        # The schedule is halfway: the current sparsity 0.45 is half of the target 0.9.
         (Magnitude(0.9, {"b/.*": 0.5}), 0.45, [55, 225]),
     ],
 )

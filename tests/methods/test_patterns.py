@@ -25,7 +25,7 @@ SHAPES = [(16, 12), (3, 3, 8, 10)]
 SIZES = [math.prod(shape) for shape in SHAPES]
 NAMES = ["first", "second"]
 
-# Methods that fix the density of every layer before training starts.
+# Pruning methods that must know the density of every layer before training starts.
 FIXED_BEFORE = (methods.SET, methods.RigL)
 
 
@@ -41,7 +41,10 @@ def refusal(cls, pattern, allocation):
 
 
 def check_pattern(pattern, mask):
-    """Check the pattern of a mask. Its last axes are inputs (a multiple of 4) and outputs."""
+    """Check that a mask has the given pattern.
+
+    The last two axes of the mask are inputs (a multiple of 4) and outputs.
+    """
     *window, inputs, outputs = mask.shape
     if pattern == "2:4":
         groups = mask.reshape(-1, inputs // 4, 4, outputs)
@@ -74,7 +77,8 @@ def test_every_pattern_and_allocation_is_valid_or_raises(cls, pattern, allocatio
     for mask in masks:
         check_pattern(pattern, mask)
     counts = np.array([mask.sum() for mask in masks])
-    # For each of the two kernels, the number of weights in a group that is pruned together.
+    # Number of weights that are always pruned together, such as a block of 4 weights, for each of
+    # the two kernels.
     groups = {"unstructured": [1, 1], "1x4": [4, 4], "2:4": [1, 1], "channel": [16, 72]}[pattern]
     if pattern == "2:4" or allocation == "uniform":
         wanted = 0.5 * np.array(SIZES)

@@ -83,8 +83,8 @@ def test_set_grows_random_weights():
 def test_the_first_mask_is_random_and_grows_no_weight(cls):
     w, _, gradient = problem()
     full = np.ones_like(w, bool)
-    # Random numbers are hashes of seed and step, so a different step has the effect of a different
-    # seed.
+    # The random numbers of an update are hashes of the seed and the step. Updates at 40 different
+    # steps are therefore as random as updates with 40 seeds.
     found = [update(cls(0.7), w, full, gradient, 60, step) for step in range(40)]
     assert all(f["mask"].sum() == 60 and not f["grown"].any() for f in found)
     often = np.mean([f["mask"] for f in found], axis=0)
@@ -111,9 +111,10 @@ SHAPES = [(10, 10), (30, 50), (50, 10)]
 @pytest.mark.parametrize(
     ("allocation", "sparsity", "expected"),
     [
-        ("uniform", 0.75, [100, 319, 106]),  # The first weight stays dense.
-        # If the first weight stayed dense, it would have half of all kept weights. It is therefore
-        # pruned.
+        # With the allocation "uniform", SET and RigL leave the first weight tensor dense.
+        ("uniform", 0.75, [100, 319, 106]),
+        # If the first weight tensor stayed dense, it would hold half of all kept weights. It is
+        # therefore pruned, too.
         ("uniform", 0.9, [10, 150, 50]),
         ({"a": 0.5}, 0.75, [50, 375, 125]),
     ],

@@ -65,7 +65,7 @@ def test_taylor_in_a_step_equals_the_formula():
     optimizer = keras_dst.SparseOptimizer(
         keras.optimizers.SGD(0.0), Magnitude(schedule, score="taylor", frequency=1)
     )
-    # The gradients are larger for smaller weights.
+    # Smaller weights get larger gradients in this test.
     for _ in range(2):
         optimizer.apply([ops.array([[8.0, 3.0, 1.0, 0.1]])], [variable])
     state = optimizer.states[0]

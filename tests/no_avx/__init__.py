@@ -1,9 +1,9 @@
 """Run Python as on a CPU without AVX. XNNPACK then uses its sparse kernels, as on ARM.
 
 LiteRT reads the features of the CPU with CPUID instructions. ``objdump`` finds these instructions
-in the libraries of LiteRT. A breakpoint is set at each of these instructions, in the memory of one
-process only. The handler in ``hide_avx.c`` returns the features without AVX, FMA, F16C and later
-extensions.
+in the libraries of LiteRT. This module sets a breakpoint at each CPUID instruction, only in the
+memory of the current process. At a breakpoint, a signal handler in ``hide_avx.c`` reports the
+features of the CPU without AVX, FMA, F16C and later extensions.
 """
 
 import ctypes
@@ -38,8 +38,8 @@ def _library():
 
 
 def hide(library):
-    """Hide AVX from LiteRT in this process. Call this function before creating an interpreter."""
-    # load the libraries, because breakpoints are set in them below
+    """Hide AVX from LiteRT in this process. Call this function before you create an interpreter."""
+    # The import loads the libraries of LiteRT, so that breakpoints can be set in them below.
     import ai_edge_litert.interpreter
 
     ours = str(pathlib.Path(ai_edge_litert.__file__).resolve().parent)
