@@ -17,7 +17,7 @@ def sizes(shapes):
 
 
 def erk(shapes, density):
-    """Return the ERK densities min(1, e * sum(shape) / prod(shape)), with `e` found by bisection."""
+    """Return ERK densities min(1, e * sum(shape) / prod(shape)), with `e` found by bisection."""
     wanted = density * sum(sizes(shapes))
 
     def at(e):

@@ -43,7 +43,7 @@ def rank(method, scores, kept=None):
 
 
 def columns(score, shape):
-    """Return scores in the shape of a weight: all weights of an output unit get the unit's score."""
+    """Return scores in the shape of a weight: all weights of a unit get the score of the unit."""
     return np.broadcast_to(np.asarray(score, "float32"), shape)
 
 

@@ -386,7 +386,7 @@ def test_trajectory_equals_the_equations():
 
 
 class Watch(keras.callbacks.Callback):
-    """Callback that records after every step whether the divergence is active."""
+    """Callback that records, after every step, if the loss includes the divergence of the paths."""
 
     def __init__(self):
         super().__init__()

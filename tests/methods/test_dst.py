@@ -95,7 +95,7 @@ def test_state(granularity, layout, shape, threshold, shared, pattern, block):
 
 
 def blocks_of(shape, block):
-    """For every block of a weight tensor, yield its index and the slices that select its entries."""
+    """For every block of a weight, yield the index of the block and slices for its entries."""
     for index in np.ndindex(*(-(-n // b) for n, b in zip(shape, block))):
         yield index, tuple(slice(i * b, (i + 1) * b) for i, b in zip(index, block))
 
@@ -109,7 +109,7 @@ def margins(w, t, block):
 
 
 def reference(w, t, g, block):
-    """Return the mask, the gradient of the weights, and the gradient of every block's threshold.
+    """Return the mask and the gradients with respect to the weights and to the thresholds.
 
     For a block of n weights, dL/dw = g m + sum(g w) S'(Q) sign(w)/n and dL/dt = -sum(g w) S'(Q).
     """

@@ -78,7 +78,7 @@ def best(w, kept):
 
 
 def reference_global(weights, kept, min_kept):
-    """Keep the `min_kept` largest entries of every tensor, and then the largest of all the others."""
+    """Keep the `min_kept` largest entries of every tensor, and then the largest other entries."""
     floors = np.broadcast_to(min_kept, len(weights))
     masks = [best(w, n) for w, n in zip(weights, floors)]
     protected = np.concatenate([np.ravel(mask) for mask in masks])
