@@ -15,7 +15,7 @@ from keras import ops
 
 from keras_dst._backend import jit
 from keras_dst._backend.ranking import kth, top_k
-from keras_dst._utils.validation import check_integer
+from keras_dst._utils.validation import check_integer, is_integer
 
 __all__ = [
     "Layout",
@@ -34,7 +34,15 @@ __all__ = [
 Tensor = Any
 
 
-class Layout(NamedTuple):
+class _Axes(NamedTuple):
+    """Fields of a `Layout`."""
+
+    outputs: tuple[int, ...] = (-1,)
+    inputs: tuple[int, ...] = (-2,)
+    channels: Any = None
+
+
+class Layout(_Axes):
     """Output axes and input axes of a weight, as negative indices.
 
     The default fits the kernels of Keras's Dense and Conv layers, `(*window, in, out)`. All other
@@ -47,11 +55,37 @@ class Layout(NamedTuple):
         channels: For coupled channels, the channel that each output unit computes (see
             `keras_dst.methods.channels`). Defaults to None, which means that every unit is pruned
             separately.
+
+    Raises:
+        ValueError: If the axes are not lists of negative whole numbers, or if an axis occurs twice.
+
+    Example:
+        >>> keras_dst.masks.Layout(outputs=(-2,), inputs=(-1,))  # kernel of a Conv2DTranspose
+        Layout(outputs=(-2,), inputs=(-1,), channels=None)
     """
 
-    outputs: tuple[int, ...] = (-1,)
-    inputs: tuple[int, ...] = (-2,)
-    channels: Any = None
+    __slots__ = ()
+
+    def __new__(cls, outputs=(-1,), inputs=(-2,), channels=None):
+        for name, axes in (("outputs", outputs), ("inputs", inputs)):
+            is_list = isinstance(axes, (tuple, list))
+            if not is_list or not all(is_integer(axis) and axis < 0 for axis in axes):
+                raise ValueError(
+                    f"{name} must be a tuple of negative whole numbers, such as (-1,). "
+                    f"Received: {name}={axes!r}"
+                )
+        axes = [*outputs, *inputs]
+        if len(set(axes)) < len(axes):
+            raise ValueError(
+                "Every axis of a Layout must occur only once. "
+                f"Received: outputs={outputs!r}, inputs={inputs!r}"
+            )
+        if channels is not None and not hasattr(channels, "groups"):
+            raise ValueError(
+                "channels must be None or an object that keras_dst.couple_channels computed. "
+                f"Received: channels={channels!r}"
+            )
+        return super().__new__(cls, tuple(map(int, outputs)), tuple(map(int, inputs)), channels)
 
 
 # Axes of Keras's Dense and Conv kernels.

@@ -13,7 +13,7 @@ import math
 import textwrap
 from dataclasses import asdict, dataclass
 
-from keras_dst._utils.validation import check_integer
+from keras_dst._utils.validation import check_integer, is_number
 from keras_dst.masks import Pattern
 
 
@@ -158,7 +158,7 @@ def recommend(
         >>> print(recommend(0.95, epochs=100).method)
         DCIL(sparsity=0.95)
     """
-    if not 0 < sparsity < 1:
+    if not (is_number(sparsity) and 0 < sparsity < 1):
         raise ValueError(f"sparsity must be between 0 and 1. Received: sparsity={sparsity!r}")
     check_integer(epochs, "epochs")
     similar = _measured_pattern(pattern, sparsity)
@@ -208,6 +208,8 @@ def _measured_pattern(name: str, sparsity: float) -> str:
 
 def _target_notes(target: str, pattern: str, sparsity: float) -> list[str]:
     """Return notes about the measured size and speed of sparse models on the target."""
+    if not isinstance(target, str):
+        raise ValueError(f"target must be a string or None. Received: target={target!r}")
     if target in _CPUS:
         return [
             f"No figure for the target {target}: keras_dst.export_tflite compares the latency of "

@@ -25,7 +25,7 @@ import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import h5py
@@ -33,7 +33,7 @@ import keras
 import numpy as np
 
 from keras_dst import _keras
-from keras_dst._utils.files import atomic_write, check_writable
+from keras_dst._utils.files import as_path, atomic_write, check_writable
 from keras_dst._utils.validation import check_boolean
 from keras_dst.layers.base import SparseMixin
 from keras_dst.masks import masked
@@ -71,7 +71,7 @@ def save_sparse(model, path, include_optimizer: bool = False) -> None:
     check_model(model)
     if not isinstance(model, keras.Model):
         raise TypeError(f"Expected a keras.Model. Received: the layer '{model.name}'.")
-    path = pathlib.Path(path)
+    path = as_path(path, "path")
     check_writable(path)
     with tempfile.TemporaryDirectory() as folder:
         dense = pathlib.Path(folder) / "model.keras"
@@ -114,7 +114,13 @@ def load_sparse(path, custom_objects=None, safe_mode: bool = True) -> keras.Mode
         >>> model = keras_dst.load_sparse("model.sparse")
     """
     safetensors = _safetensors()
-    path = pathlib.Path(path)
+    path = as_path(path, "path")
+    check_boolean(safe_mode, "safe_mode")
+    if not (custom_objects is None or isinstance(custom_objects, Mapping)):
+        raise TypeError(
+            "custom_objects must be a dict from names to classes or functions. "
+            f"Received: custom_objects={custom_objects!r}"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"Expected a file that save_sparse wrote. Received: {path}.")
     with tempfile.TemporaryDirectory() as folder:

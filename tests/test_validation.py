@@ -17,6 +17,7 @@ from keras_dst import (
     tfmot,
 )
 from keras_dst._utils.validation import check_integer, is_integer
+from keras_dst.recommendation import recommend
 from tests.backends import once
 
 pytestmark = once
@@ -176,6 +177,17 @@ WRONG = {
     "SparseOptimizer(None)": lambda: keras_dst.SparseOptimizer(None, methods.Magnitude(0.5)),
     "Gate(axis)": lambda: layers.Gate(axis=7).build((None, 4)),
     "n_of_m(axis)": lambda: masks.n_of_m(np.ones((4, 4), "float32"), 2, 4, axis=2),
+    "top_k(sizes: shape)": lambda: masks.top_k([np.ones(9, "float32")], 2, [np.ones(8, "int32")]),
+    "top_k(sizes: type)": lambda: masks.top_k([np.ones(9, "float32")], 2, [np.ones(9)]),
+    "top_k(sizes: count)": lambda: masks.top_k([np.ones(9, "float32")], 2, []),
+    "top_k(first: type)": lambda: masks.top_k([np.ones(9, "float32")], 2, first=1),
+    "top_k(first: value)": lambda: masks.top_k([np.ones(9, "float32")], 2, first=[10]),
+    "top_k(first: count)": lambda: masks.top_k([np.ones(9, "float32")], 2, first=[1, 1]),
+    "Layout(outputs)": lambda: masks.Layout(outputs=-1),
+    "Layout(outputs: sign)": lambda: masks.Layout(outputs=(0,)),
+    "Layout(inputs)": lambda: masks.Layout(inputs=(True,)),
+    "Layout: one axis twice": lambda: masks.Layout(outputs=(-1,), inputs=(-1,)),
+    "Layout(channels)": lambda: masks.Layout(channels=[0, 1]),
     "top_k(one tensor)": lambda: masks.top_k(np.ones(9, "float32"), 2),
     "kth(no tensors)": lambda: masks.kth([], 2),
     "cluster_weights(model)": lambda: keras_dst.cluster_weights("model.keras"),
@@ -186,6 +198,27 @@ WRONG = {
     ),
     "recalibrate(data)": lambda: keras_dst.recalibrate(
         keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()]), {}
+    ),
+    "save_sparse(path)": lambda: keras_dst.save_sparse(small_model(), None),
+    "load_sparse(path)": lambda: keras_dst.load_sparse(2.5),
+    "load_sparse(safe_mode)": lambda: keras_dst.load_sparse("unused.sparse", safe_mode=None),
+    "load_sparse(custom_objects)": lambda: keras_dst.load_sparse("unused.sparse", []),
+    "recommend(sparsity)": lambda: recommend(None, 5),
+    "recommend(sparsity: type)": lambda: recommend("0.9", 5),
+    "recommend(target)": lambda: recommend(0.9, 5, target=["micro"]),
+    "export_tflite(path)": lambda: keras_dst.export_tflite(small_model(), None),
+    "export_tflite(progress)": lambda: keras_dst.export_tflite(
+        small_model(), "unused.tflite", progress=None
+    ),
+    "export_tflite(optimize)": lambda: keras_dst.export_tflite(
+        small_model(), "unused.tflite", optimize=np.zeros(2)
+    ),
+    "lint(target)": lambda: keras_dst.lint(small_model(), np.zeros(2)),
+    "sparsity_at_latency(round_to)": lambda: keras_dst.sparsity_at_latency(
+        small_model(), 0.5, round_to=0
+    ),
+    "sparsity_at_latency(allocation)": lambda: keras_dst.sparsity_at_latency(
+        small_model(), 0.5, allocation="best"
     ),
     "sensitivity(data)": lambda: keras_dst.sensitivity(compiled_model(), None),
     "sensitivity(sparsities)": lambda: keras_dst.sensitivity(

@@ -12,6 +12,7 @@ GPU, so it usually selects the scores without a search, see `selection.py`. All 
 equal masks.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from keras import ops
 from keras_dst._backend import devices, selection
 from keras_dst._backend.jit import count_true
 from keras_dst._backend.rows import LARGEST, ROW_WIDTH, SMALLEST, Scores, columns, first_columns
-from keras_dst._utils.validation import check_integer
+from keras_dst._utils.validation import check_integer, is_integer
 
 Tensor = Any
 
@@ -61,11 +62,16 @@ def top_k(
     Returns:
         A list of boolean tensors, one per tensor of scores.
 
+    Raises:
+        ValueError: If an argument has the wrong type, or if `sizes` or `first` do not fit the
+            scores.
+
     Example:
         >>> keras_dst.masks.top_k([keras.ops.array([0.1, 0.3, 0.2])], 2)  # [[False, True, True]]
     """
     scores, kept = _checked(scores, kept)
     shapes = [tuple(s.shape) for s in scores]
+    _check_groups(shapes, sizes, first)
     together, counts = kept.ndim == 0, kept if kept.ndim else kept[None]
     if selection.is_possible(scores, sizes):
         arranged = Scores(scores, together)
@@ -103,6 +109,26 @@ def _checked(scores, kept) -> tuple[list[Tensor], Tensor]:
         if not hasattr(count, "dtype") or isinstance(count, np.generic):  # not a tensor
             check_integer(count, "kept", minimum=0)
     return [ops.convert_to_tensor(s) for s in scores], ops.cast(kept, "int32")
+
+
+def _check_groups(shapes, sizes, first) -> None:
+    """Raise ValueError unless `sizes` and `first` have one correct entry per tensor of scores."""
+    if sizes is not None:
+        found = [np.asarray(size) for size in sizes] if isinstance(sizes, (list, tuple)) else []
+        if [size.shape for size in found] != shapes or any(s.dtype.kind not in "iu" for s in found):
+            raise ValueError(
+                f"sizes must be a list of integer arrays with the shapes of the scores, {shapes}. "
+                f"Received: sizes={sizes!r}"
+            )
+    if first is not None:
+        counts = first if isinstance(first, (list, tuple)) else []
+        limits = [max(math.prod(shape), 1) for shape in shapes]
+        fits = len(counts) == len(limits) and all(map(is_integer, counts))
+        if not fits or any(not 0 <= n <= limit for n, limit in zip(counts, limits)):
+            raise ValueError(
+                "first must be a list with one whole number per tensor of scores, from 0 to the "
+                f"number of its entries. Received: first={first!r}"
+            )
 
 
 class _Ranking(Scores):

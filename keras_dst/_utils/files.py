@@ -30,6 +30,21 @@ def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def as_path(path, name: str) -> pathlib.Path:
+    """Return a `pathlib.Path` of an argument that is a string or a path.
+
+    Args:
+        path: Argument to convert.
+        name: Name of the argument, for the error message.
+
+    Raises:
+        TypeError: If the argument is neither a string nor a path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{name} must be a string or a path. Received: {name}={path!r}")
+    return pathlib.Path(path)
+
+
 def check_writable(path: pathlib.Path, extension: str = "") -> None:
     """Raise an error if a file cannot be written to this path, or if it could replace a model file.
 

@@ -99,6 +99,18 @@ def sparsity_at_latency(
             f"Expected a model without sparse layers. Received: '{model.name}' with sparse layers. "
             "Call sparsity_at_latency before keras_dst.sparsify."
         )
+
+    def method(sparsity: float) -> Magnitude:
+        return Magnitude(
+            Constant(sparsity, begin_step=0),
+            allocation,
+            "channel",
+            min_kept=min_kept,
+            counted_in="flops",
+            round_to=round_to,
+        )
+
+    method(0.5)  # Check the arguments before the conversion, which takes seconds.
     (dense,) = conversions(model, ["float32"])
     measured: dict[float, float] = {}
     # Two pairs of sparsity and latency ratio that enclose the target.
@@ -108,15 +120,7 @@ def sparsity_at_latency(
         sparsity = round(low[0] + min(max(share, 0.1), 0.9) * (high[0] - low[0]), 3)
         if sparsity in measured:
             break
-        method = Magnitude(
-            Constant(sparsity, begin_step=0),
-            allocation,
-            "channel",
-            min_kept=min_kept,
-            counted_in="flops",
-            round_to=round_to,
-        )
-        (small,) = conversions(_without_channels(model, method), ["float32"])
+        (small,) = conversions(_without_channels(model, method(sparsity)), ["float32"])
         before, after = latencies([dense, small], threads=threads)
         ratio = measured[sparsity] = after / before
         if abs(ratio - latency_ratio) <= tolerance:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import keras
 
-from keras_dst._utils.files import check_writable
+from keras_dst._utils.files import as_path, check_writable
 from keras_dst._utils.validation import check_boolean, check_integer, is_number
 from keras_dst.export.report import ExportReport
 from keras_dst.surgery import check_model
@@ -114,11 +113,13 @@ def export_tflite(
         >>> report = export_tflite(model, "model.tflite", optimize="latency")
     """
     check_exportable(model)
-    file = Path(path)
+    file = as_path(path, "path")
     check_writable(file, ".tflite")
     check_option("optimize", optimize, ("latency", "size", "balanced"))
     check_option("quantize", quantize, (None, "weights", "full"))
     check_boolean(measure, "measure")
+    if not callable(progress):
+        raise TypeError(f"progress must be a function of a line of text. Received: {progress!r}")
     threads, batch = check_integer(threads, "threads"), check_integer(batch, "batch")
     if (quantize == "full") != (representative is not None):
         raise ValueError(
@@ -128,7 +129,7 @@ def export_tflite(
             "training data, for example representative=x[:200]."
         )
     if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
-        raise ValueError(f"Expected a finite tolerance of 0 or more. Received: {tolerance}.")
+        raise ValueError(f"Expected a finite tolerance of 0 or more. Received: {tolerance!r}.")
     check_installed("tensorflow", "ai_edge_litert", "flatbuffers")
     # These modules import optional packages, but `import keras_dst` must also work without them.
     from keras_dst.export.ethos import ACCELERATORS, NEEDS_VELA, vela_version
@@ -158,7 +159,7 @@ def export_tflite(
             )
         if vela_version() is None:
             raise ImportError(NEEDS_VELA)
-        compiled = Path(vela_path)
+        compiled = as_path(vela_path, "vela_path")
         check_writable(compiled, ".tflite")
     limit = TOLERANCES[quantize] if tolerance is None else tolerance
     settings = Settings(
@@ -170,7 +171,7 @@ def export_tflite(
 
 def check_option(name: str, value: Any, known: tuple) -> None:
     """Raise ValueError if the value of an argument is not in ``known``."""
-    if value not in known:
+    if not (value is None or isinstance(value, str)) or value not in known:
         raise ValueError(
             f"Expected {name} to be one of {', '.join(map(repr, known))}. Received: {value!r}."
         )
