@@ -63,12 +63,12 @@ def test_a_short_training_is_pruned():
     keras.backend.backend() != "torch", reason="only PyTorch wraps the step to compile it"
 )
 def test_fit_keeps_the_torch_compile_wrapper_of_the_step(monkeypatch):
-    # `fit` also wraps the step in a guard. A later fit removes the earlier guard.
+    # `fit` wraps the training step in a guard, and the next call of `fit` removes this guard.
     import torch
 
     steps = []
 
-    def stand_in(step):  # the real compiler would take a minute
+    def stand_in(step):  # Stand-in for `torch.compile`, which would take a minute.
         @functools.wraps(step)
         def compiled(data):
             steps.append(1)
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_the_last_epoch_has_the_target_sparsity(tmp_path):
 
 
 def test_the_controller_reaches_its_target():
-    """The controller reaches the target within 1 %. Otherwise, the final projection would warn."""
+    """If the controller missed the target by over 1 %, the final projection would warn."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

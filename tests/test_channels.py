@@ -146,10 +146,12 @@ def test_a_custom_loop_gives_the_channel_masks_of_fit(allocation):
     for a, b in zip(one.trainable_variables, other.trainable_variables):
         if len(a.shape) > 1:
             np.testing.assert_array_equal(array(a) == 0, array(b) == 0, a.path)
-        # Both training runs compile different steps, so the last bits of a sum may differ.
+        # The two training runs compile different training steps, so sums may differ in their last
+        # bits.
         np.testing.assert_allclose(array(a), array(b), rtol=1e-4, atol=1e-6, err_msg=a.path)
     assert not units(one, "stem").all()
-    keras_dst.couple_channels(other)  # this also masks the moving means
+    # `couple_channels` also masks the moving means of the pruned channels.
+    keras_dst.couple_channels(other)
     for a, b in zip(one.weights, other.weights):
         np.testing.assert_allclose(array(a), array(b), rtol=1e-4, atol=1e-6, err_msg=a.path)
 
@@ -259,7 +261,7 @@ def test_an_optimizer_without_its_model_warns():
 
 @pytest.mark.parametrize("make", [methods.SET, methods.RigL])
 def test_biases_follow_once_no_channel_grows(make):
-    """Until the last mask update, pruned channels keep their biases, and may be grown again."""
+    """Pruned channels keep their biases until the last mask update, because they may grow again."""
     model = compiled(make(0.5, "uniform", "channel", stop=0.5, frequency=1))
     followers = {}
     for variable in (model.get_layer("stem").bias, model.get_layer("stem_norm").beta):

@@ -224,7 +224,7 @@ def test_dst_without_a_target_needs_no_callback_in_a_second_fit():
 
 
 def test_training_continues_after_an_h5_file_is_loaded(tmp_path):
-    """Keras builds the optimizer of an .h5 file for no variables. `fit` builds it again."""
+    """Keras loads the optimizer of an .h5 file without variables, so `fit` builds it again."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [keras.Input((16,)), keras.layers.Dense(32), keras.layers.Dense(2, "softmax")]

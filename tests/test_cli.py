@@ -164,7 +164,7 @@ def test_export_shows_progress_on_a_terminal(saved, tmp_path, capsys, monkeypatc
 
 @pytest.fixture
 def edge(tmp_path):
-    """Return a folder with a valid and an invalid `.tflite` file."""
+    """Return a folder with two `.tflite` files, one valid and one invalid."""
     values = sparse_values((32, 64), 0.1, block=4)
     good = fully_connected(values)
     (weight,) = weights(read(good))

@@ -75,7 +75,7 @@ def test_the_clock_needs_the_number_of_training_steps():
     ],
 )
 def test_default_periods(cls, period):
-    """A long training run uses the period of the paper. A short run has at least 20 updates."""
+    """Long training runs update masks as often as in the paper, short runs at least 20 times."""
     method = cls(0.8)
     assert update_clock(method, method.schedule, total=10_000, epoch=50).period == period
     short = update_clock(method, method.schedule, total=60, epoch=10)

@@ -42,12 +42,13 @@ def distinct(model):
 @pytest.mark.parametrize(
     ("numbers", "clusters", "expected"),
     [
-        # k-means takes two iterations; -1 and 1 do not move.
+        # Here, k-means needs two iterations, and the cluster values -1 and 1 do not move.
         ([-1, -0.75, 0.25, 0.5, 1], 3, [-1, 0.375, 1]),
         ([-0.75, -0.5, 0.5, 0.75], 2, [-0.625, 0.625]),  # No value is -1 or 1.
-        ([-1, -1, 0.5, 0.5, 1], 3, [-1, 0.5, 1]),  # The input has only three distinct values.
+        # These weights already have only three distinct values.
+        ([-1, -1, 0.5, 0.5, 1], 3, [-1, 0.5, 1]),
         ([1, 1], 4, [1]),
-        # No number is assigned to the cluster value -0.75.
+        # No weight is assigned to the cluster value -0.75, so this value does not move.
         ([-1, -0.5, -0.375, -0.25, 1], 4, [-1, -0.75, -0.375, 1]),
         ([], 4, []),
     ],
@@ -101,7 +102,7 @@ def test_each_cluster_moves_by_the_mean_step_of_its_weights():
     x = np.array([[2, 1, 3, 1, 0, 2, 5, 7]], "float32")
     y = x @ column[:, None] + 0.5
     model.fit(x, y, epochs=1, verbose=0, callbacks=[KeepClusters(4)])
-    # The gradient of the loss with respect to the output is -1 for every sample.
+    # For every sample, the gradient of the loss with respect to the output is -1.
     step = 0.125 * x[0]
     moved = column + [0, *[step[1:3].mean()] * 2, *[step[3:6].mean()] * 3, 0, 0]
     np.testing.assert_allclose(kernel_of(model)[:, 0], moved, rtol=1e-6)

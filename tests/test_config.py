@@ -1,4 +1,4 @@
-"""Tests of the configs of methods and schedules. A new class needs one line in OBJECTS."""
+"""Tests of the configs of methods and schedules. To test a new class, add a line to OBJECTS."""
 
 import inspect
 import json
@@ -23,7 +23,8 @@ from keras_dst.methods import (
 )
 from keras_dst.schedules import Constant, Cubic, Geometric, Sigmoid
 
-# For every argument of every class, at least one object has a value other than the default.
+# For every argument of every class, at least one object in this list has a value that is not the
+# default.
 OBJECTS = [
     Constant(0.9, begin=0.25),
     Constant(0.9, begin_step=10),
@@ -178,7 +179,8 @@ def test_an_argument_that_is_not_stored_raises():
     ("thing", "text"),
     [
         (Cubic(0.9), "Cubic(sparsity=0.9)"),
-        (Cubic(0.9, 0.0), "Cubic(sparsity=0.9)"),  # The second argument equals its default.
+        # The argument 0.0 equals its default, so `repr` omits it.
+        (Cubic(0.9, 0.0), "Cubic(sparsity=0.9)"),
         (DST(), "DST()"),
         (DST(Constant(0.5), pattern="1x4"), "DST(sparsity=Constant(sparsity=0.5), "
          "pattern='1x4')"),

@@ -15,8 +15,8 @@ from tests import models
 from tests.backends import COMPILES, LONG, every
 from tests.pages import blocks
 
-# These training runs are too short for the controller to reach its target, so `fit` warns.
-# test_callbacks.py tests the warning.
+# The training runs in this file are too short for the controller to reach its target sparsity, so
+# `fit` warns. test_callbacks.py tests this warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 
 # Classes by name that docs/own_methods.md defines outside the package. The last code block of the
@@ -25,7 +25,7 @@ own: dict = {}
 for _, code in blocks("own_methods.md")[:-1]:
     exec(compile(code, "docs/own_methods.md", "exec"), own)
 
-# Name: (method, final sparsity or None, tolerance).
+# Each entry is (method, final sparsity or None, tolerance of the final sparsity).
 METHODS = {
     "dst": (methods.DST(), None, None),
     "dst-target": (methods.DST(sparsity=0.8), 0.8, 0.01),
@@ -33,8 +33,8 @@ METHODS = {
     "dst-target-layer": (methods.DST(sparsity=0.5, granularity="layer"), 0.5, 0.01),
     "dcil": (methods.DCIL(0.8), 0.8, 0.001),
     "dcil-channel": (methods.DCIL(0.5, pattern="channel"), 0.5, 0.02),
-    # Gates remove 30 % of the FLOPs. The sparsity is lower, because a closed unit also saves FLOPs
-    # in the next layer.
+    # Gates remove 30 % of the FLOPs. The sparsity of the weights is lower than 30 %, because a unit
+    # with a closed gate also saves FLOPs in the next layer.
     "consensus": (methods.Consensus(0.3, lambda_polar=0.1, lambda_act=20.0), 0.25, 0.06),
     "magnitude": (methods.Magnitude(0.8), 0.8, 0.001),
     "magnitude-uniform": (methods.Magnitude(0.8, allocation="uniform"), 0.8, 0.001),
@@ -42,8 +42,8 @@ METHODS = {
     "magnitude-revival": (methods.Magnitude(0.8, revival=True), 0.8, 0.001),
     "magnitude-1x4": (methods.Magnitude(0.8, pattern="1x4"), 0.8, 0.002),
     "magnitude-2:4": (methods.Magnitude(0.5, pattern="2:4"), 0.5, 0.001),
-    # The method removes half of the channels. A channel has 24 or 48 weights, so the sparsity is
-    # not exactly 0.5.
+    # Half of the channels are pruned. Because channels have 24 or 48 weights, the sparsity of the
+    # weights is not exactly 0.5.
     "magnitude-channel": (methods.Magnitude(0.5, pattern="channel"), 0.5, 0.06),
     "flipout": (methods.FlipOut(0.8), 0.8, 0.001),
     "optg": (methods.OptG(0.8), 0.8, 0.001),
@@ -66,8 +66,8 @@ BATCH, EPOCHS = 16, 6 if COMPILES else 4  # PyTorch runs every operation in Pyth
 ONE_OF_A_FAMILY = [METHODS[name][0] for name in ("dst-target", "magnitude-revival")]
 KINDS = ["dst-target", "dcil", "optg", "st3", "consensus", "magnitude-revival", "flipout", "rigl"]
 OWN = ["own-update", "own-layer", "own-two-path", "own-unit"]
-# Patterns and allocations affect only rankings, which test_masks.py tests on every backend.
-# Only `make test-all` on PyTorch combines every method with every option.
+# Patterns and allocations only change how weights are ranked. test_masks.py tests this ranking on
+# every backend. Only `make test-all` on PyTorch combines every method with every option.
 QUICK = COMPILES or not LONG
 TRIED = ["dst", "magnitude", "set", *KINDS, *OWN] if COMPILES else METHODS
 
@@ -84,7 +84,7 @@ def one_of_each(request):
 
 
 def build(method, inner=None, **compile_arguments):
-    """Return a small compiled network with a method."""
+    """Return a small compiled network that is prepared for training with the given method."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
@@ -318,9 +318,11 @@ def test_the_compiled_step_is_traced_once(one_of_each, monkeypatch):
     after_two = len(traces)
     fit(model, 2)
     if not COMPILES:
-        assert len(traces) >= 4 * len(x) // BATCH  # Eager mode makes a call in every step.
+        # In eager mode, the layer is called in every step.
+        assert len(traces) >= 4 * len(x) // BATCH
     else:
-        assert len(traces) - after_two <= 1  # Keras may add one symbolic call.
+        # Keras may call the layer once more with symbolic inputs.
+        assert len(traces) - after_two <= 1
         calls = 2 if isinstance(one_of_each[0], TwoPathMethod) else 1  # Calls per trace.
         assert after_two <= 2 * calls + 1
 
@@ -384,7 +386,7 @@ def test_no_layer_collapses_in_a_short_training_at_a_high_rate(method):
     assert report.sparsity == pytest.approx(0.98, abs=1e-3)
     for row, floor in zip(report.layers, floors):
         assert row.nonzeros >= floor, row
-    # Weights of units without a signal do not explode.
+    # Even if a unit gets no signal, its weights do not explode.
     assert all(np.abs(w.numpy()).max() < 20 for w in model.trainable_weights)
 
 

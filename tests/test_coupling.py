@@ -17,7 +17,7 @@ pytestmark = once
 
 
 def groups_of(model):
-    """Return the size and the layers of every group that can be removed."""
+    """Return the size and the layers of every group whose channels can be removed."""
     found = channel_groups(model)
     return [(len(group), group.layers) for group in found.groups if not group.reason]
 
@@ -100,7 +100,7 @@ def assert_planned_costs(model, found, dead):
 
 
 def remove(found, dead):
-    """Set all values of the removed channels to zero."""
+    """Set all weights of the channels that `dead` selects to zero."""
     for member in found.members:
         axis = member.output if member.output is not None else next(iter(member.axes), None)
         if member.output is not None or member.follows:
@@ -197,7 +197,7 @@ MODELS = {
 
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 def test_removing_half_of_every_group_preserves_the_outputs(build):
-    """Without half of every group, the outputs do not change, and the cost is as predicted."""
+    """If half of every group is removed, the cost is as predicted and the outputs do not change."""
     keras.utils.set_random_seed(0)
     model = randomize(build())
     assert groups_of(model) == MODELS[build]
@@ -208,7 +208,8 @@ def test_removing_half_of_every_group_preserves_the_outputs(build):
             dead[group.ids[len(group) // 2 :]] = True
     small = assert_planned_costs(model, found, dead)
     assert_same_outputs(model, small)
-    if build is not gated_halves:  # a convolution with only one group couples no channels
+    # If a grouped convolution has only one group left, it no longer couples channels.
+    if build is not gated_halves:
         assert [2 * size for size, _ in groups_of(small)] == [size for size, _ in MODELS[build]]
 
 

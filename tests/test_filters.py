@@ -21,7 +21,7 @@ from keras_dst._utils.filters import is_kernel, is_prunable, select
         ("kernel", (4, 3), {"dtype": "int8", "trainable": False}, True),  # a quantized kernel
         ("kernel", (4, 3), {"dtype": "int32", "trainable": False}, False),
         ("kernel", (4,), {}, False),
-        ("bias", (2, 8), {}, False),  # the bias of an attention layer
+        ("bias", (2, 8), {}, False),  # Biases of attention layers have two axes.
         ("query_bias", (2, 8), {}, False),
         ("gamma", (2, 8), {}, False),
         ("beta", (2, 8), {}, False),
@@ -58,7 +58,8 @@ NAMES = [("conv_1", "stem/conv_1"), ("conv_2",), ("conv_2_extra",), ("head",)]
         (("head", r"conv_\d"), [1, 1, 0, 1]),
         (["head", "head"], [0, 0, 0, 1]),
         ([], [0, 0, 0, 0]),
-        ("stem/.*", [1, 0, 0, 0]),  # Any name of the item may match the expression.
+        # An item is selected if at least one of its names matches the expression.
+        ("stem/.*", [1, 0, 0, 0]),
         (len, [0, 1, 1, 0]),  # A callable gets the item.
     ],
 )

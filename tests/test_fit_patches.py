@@ -90,7 +90,7 @@ def test_an_interrupted_fit_restores_the_model(hook, epoch, error, model):
     with pytest.raises(error, match="interrupted"):
         fit(model, interrupt)
     assert own_attributes(model) == (set(), before)
-    if hook.endswith("_end"):  # the patches were active before the interruption
+    if hook.endswith("_end"):  # Before the interruption, the methods of the model were patched.
         assert {"save", "save_weights", "evaluate"} <= interrupt.seen[0]
     assert model.save.__func__ is keras.Model.save
     history = fit(model)

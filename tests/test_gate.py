@@ -70,7 +70,7 @@ def test_values_and_gradients_of_a_logit():
     state = gate.sparse_state["gate"]
     inputs = np.random.default_rng(0).standard_normal((2, 3, 4)).astype("float32")
     state["logit"].assign(logit)
-    z = np.float32([1, 0, 1])  # a gate with pi = 0.5 is open
+    z = np.float32([1, 0, 1])  # A gate whose opening probability pi is exactly 0.5 is open.
     np.testing.assert_array_equal(array(gate(inputs)), inputs * z[:, None])
 
     def gated(logit):
@@ -81,7 +81,7 @@ def test_values_and_gradients_of_a_logit():
     upstream = np.float32([1.0, 2.0, -3.0])
     (found,) = gradients(gated, [ops.convert_to_tensor(logit)], ops.convert_to_tensor(upstream))
     pi = 1 / (1 + np.exp(-logit))
-    # The derivative dz/dpi is 1 for open and closed gates.
+    # The straight-through estimator sets the derivative dz/dpi to 1, also for closed gates.
     np.testing.assert_allclose(found, upstream * inputs.sum((0, 2)) * pi * (1 - pi), rtol=1e-5)
 
 
@@ -124,7 +124,7 @@ def test_one_channel_stays_open_but_a_branch_may_close():
 
 
 def test_a_gating_module_trains_with_a_partial_last_batch():
-    """With a partial last batch, TensorFlow compiles the step with an unknown batch size."""
+    """If the last batch is smaller, TensorFlow compiles the step with an unknown batch size."""
     inputs = keras.Input((12,))
     gated = Gate(dependent=True, method=Consensus(0.5))(layers.Dense(8)(inputs))
     outputs = layers.Dense(2, activation="softmax")(gated)
@@ -150,7 +150,8 @@ def test_gates_reach_the_target_and_can_be_saved_stripped_and_shrunk(
     history = fit(model).history
     assert np.isfinite(history["loss"]).all()
     open_ = np.concatenate([np.ravel(array(gate.is_open())) for gate in gates_of(model)])
-    # The budget is met most closely by 19 of 32 channels, or by 2 of 4 branches.
+    # The number of open gates that meets the budget most closely is 19 of 32 channels, or 2 of 4
+    # branches.
     assert open_.sum() == (19 if structure == "channel" else 2)
     assert history["sparsity"][-1] == pytest.approx(1 - open_.mean())
 
@@ -218,7 +219,7 @@ def test_the_loss_of_gates_has_polarization_and_budget_terms():
             h = h * means[-1]
     g, c = np.concatenate(means), np.repeat([2, 1, 5], [6, 6, 1])
     assert 0 < g[:6].mean() < 1
-    # At the first step, the target cost is the cost of all gates.
+    # At the first step, the target cost is still the cost of the network with all gates open.
     expected = 3 * (g * (1 - g)).mean() + 7 * ((c * g).sum() / c.sum() - 1) ** 2
     assert losses[-1] == pytest.approx(expected, rel=1e-3)
 
@@ -287,7 +288,9 @@ def test_a_frozen_gate_does_not_change():
         assert frozen == all(
             np.array_equal(a.numpy(), b)
             for a, b in zip(gate.variables, old)
-            if "gate_" not in a.name  # cost, target and progress are excluded
+            # The names of cost, target and progress begin with "gate_". Training may change these
+            # states.
+            if "gate_" not in a.name
         ), means
 
 

@@ -23,7 +23,7 @@ from tests.stop_worker import ALL_METHODS, x, y
 
 pytestmark = every(3)
 
-# JAX tests fewer examples, because it compiles every operation for every shape.
+# On JAX, which compiles every operation for every shape, fewer examples are tested.
 EXAMPLES = 4 if keras.backend.backend() == "jax" else 25
 few = hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 
@@ -73,7 +73,7 @@ def test_ranked_masks_have_whole_blocks_and_exact_counts(
     for mask, shape in zip(found, shapes):
         assert mask.shape == shape
         assert mask.dtype == bool
-        assert mask.any()  # every layer keeps a weight
+        assert mask.any()  # Every layer keeps at least one weight.
         block = form.block(shape)
         largest = max(largest, int(form.sizes(shape).max()))
         groups = form.scores(ops.convert_to_tensor(mask, "float32"))
@@ -165,7 +165,7 @@ def kept_weights(model):
 class TestTraining:
     @every(3)
     def test_nan_keeps_the_masks_valid(self, name):
-        """The loss becomes NaN, but masks keep the right number of weights, and one per layer."""
+        """After a NaN loss, masks keep the right number of weights and at least one per layer."""
         method = KINDS[name]
         model = net(method)
         bad = x.copy()
@@ -231,8 +231,8 @@ def fit(model, x, y, epochs=1, batch_size=16, **kwargs):
     import warnings
 
     with warnings.catch_warnings():
-        # The controller would need more steps to reach its target. With a NaN loss, it never
-        # reaches the target.
+        # These training runs are too short for the controller of the sparsity to reach its target.
+        # If the loss is NaN, the controller never reaches the target.
         warnings.filterwarnings("ignore", ".*(training had reached|missed by) .*")
         return model.fit(
             x, y, epochs=epochs, batch_size=batch_size, shuffle=False, verbose=0, **kwargs

@@ -80,7 +80,7 @@ def test_the_page_shows_the_report(saved, tmp_path):
 
 
 def test_the_page_fits_a_narrow_window_with_a_dark_theme(saved, tmp_path):
-    # Windows of Chromium are at least 500 pixels wide.
+    # The window is 500 pixels wide, because Chromium allows no narrower windows.
     page = look_at(saved[1], tmp_path, width=500, dark=True)
     assert page.overflow <= 0
     assert page.console == []
@@ -97,7 +97,8 @@ def test_the_browser_probe_reports_requests_and_broken_images(saved, tmp_path):
     found = look_at(page, tmp_path)
     assert len(found.requests) == 2
     assert "http://example.invalid/x.png" in found.requests
-    assert "Security Policy" in found.console[0]  # the security policy blocks the style sheet
+    # The security policy of the page blocks the external style sheet.
+    assert "Security Policy" in found.console[0]
     assert [width for width, *_ in found.pictures][-2:] == [0, 0]
 
 
@@ -117,7 +118,8 @@ def test_images_show_the_density_maps(saved):
     images = re.findall(r"base64,([^\"]*)", path.read_text("utf-8"))
     for row, image in zip(found.layers, images):
         pixels = imread(io.BytesIO(base64.b64decode(image)))
-        # The opacity is the square root of the density, stored in 8 bits.
+        # The opacity of a pixel is the square root of the density of the weights that it shows,
+        # rounded to 8 bits.
         np.testing.assert_allclose(pixels[..., 3] ** 2, row.density_map, atol=0.01)
 
 
@@ -153,7 +155,8 @@ class TestErrors:
     def test_saving_is_atomic(self, monkeypatch, tmp_path):
         found = report(models.sequential())
         (tmp_path / "page.html").write_text("old")
-        invalid = "\udc80"  # this text cannot be encoded
+        # A lone surrogate cannot be encoded in UTF-8, so writing the page fails.
+        invalid = "\udc80"
         monkeypatch.setattr(type(found), "to_html", lambda self: invalid)
         with pytest.raises(UnicodeEncodeError):
             found.save_html(tmp_path / "page.html")

@@ -43,7 +43,7 @@ def network(method=None, optimizer="adam"):
 
 
 def fit(model, *callbacks, first=0, last=4):
-    """Train from epoch `first` to epoch `last` of four epochs, and return the logs."""
+    """Run the epochs from `first` to `last` of a training run of four epochs; return the logs."""
     return model.fit(
         x,
         y,
@@ -71,8 +71,8 @@ def predict(model):
 def arrays(model):
     """Return a dict from paths to values, for all variables except `progress`.
 
-    `fit` writes `progress` at its end. An older value stays valid, because the optimizer's counter
-    gives the steps since then.
+    `fit` writes the variable `progress` only at its end. If the value is older, the steps since
+    then are read from the optimizer's counter.
     """
     variables = [*model.variables, *model.optimizer.variables]
     variables = [v for v in variables if not v.path.endswith("_progress")]
@@ -217,7 +217,7 @@ def test_averages_of_several_optimizers_are_masked(inside):
 
 
 def computed_kernel(layer):
-    """Compute the kernel that a dense layer uses from its outputs for the unit vectors."""
+    """Return the kernel that a dense layer applies, computed from its outputs for unit vectors."""
     activation, layer.activation = layer.activation, keras.activations.linear
     inputs = np.eye(layer.input_spec.axes[-1], dtype="float32")
     outputs = [keras.ops.convert_to_numpy(layer(values)) for values in (inputs, 0 * inputs)]
@@ -235,7 +235,7 @@ def config(name, **options):
     "mode", ["int8", pytest.param("float8", marks=once), 8, pytest.param(None, marks=once)]
 )
 def test_zeros_stay_zeros_when_a_model_is_quantized(mode):
-    """A mode that is not a string is the block size of int4."""
+    """In the parameters, a number is the block size of int4, and None is int4 without blocks."""
     model = stripped()
     dense = model.layers[1:]
     zeros = [layer.kernel.numpy() == 0 for layer in dense]
@@ -265,13 +265,15 @@ def test_zeros_among_weights_of_one_sign_stay_zeros_under_int4(sign):
 @once
 @pytest.mark.filterwarnings("ignore:Invalid quantization mode:UserWarning")  # the embedding
 def test_zeros_stay_zeros_under_gptq():
-    """Keras 3.15 rounds each weight alone, because its calibration never runs (keras#23512).
+    """Keras 3.15 never runs the calibration of GPTQ, so it rounds each weight alone (keras#23512).
 
-    If this test fails with a newer Keras, zeros of correlated inputs change: update the page.
+    This test fails if a newer version of Keras runs the calibration, because zeros of correlated
+    inputs then change. In this case, update the documentation page.
     """
     rng = np.random.default_rng(0)
     table = rng.standard_normal((16, 16)).astype("float32")
-    table[:, 1::2] = 0.3 * table[:, ::2]  # Every odd input is a multiple of an even input.
+    # To correlate the inputs, every odd input is a multiple of an even input.
+    table[:, 1::2] = 0.3 * table[:, ::2]
     kernel = rng.standard_normal((16, 32)).astype("float32")
     kernel[1::2] = 0
     embedding, body = layers.Embedding(16, 16), layers.Dense(32)

@@ -102,7 +102,7 @@ OPTIONS = {
 
 
 def trained(optimizer, change=lambda optimizer: None, steps=5):
-    """Train for some steps, and return all values. Call `change` after the first step."""
+    """Train for some steps, and return the values of all variables. Call `change` after step 1."""
     random = np.random.default_rng(0)
     shapes = [(4, 3), (3,), (2, 2, 3, 4)]
     variables = [
@@ -206,7 +206,7 @@ def test_an_outer_loss_scale_replaces_the_inner_one():
 
 
 def test_no_attribute_makes_an_optimizer_look_like_a_map_of_optimizers():
-    """`MultiOptimizer` reads the attributes `values` and `default_optimizer` of its argument."""
+    """Attributes such as `values` would make `MultiOptimizer` treat an optimizer as a map."""
     plain = keras.optimizers.SGD()
     wrapped_ = SparseOptimizer(keras.optimizers.SGD(), Magnitude(0.0))
     for name in ("values", "keys", "items", "default_optimizer"):

@@ -11,7 +11,8 @@ from keras_dst.methods import DST, Magnitude
 from tests import models
 from tests.backends import every
 
-# layer: (arguments, input shape, shapes of the thresholds per unit, by the name of the weight)
+# For each layer: its arguments, its input shape, and a dict from the names of its weights to the
+# shapes of their thresholds per unit.
 LAYERS = {
     "SparseDense": ({"units": 6}, (5,), {"kernel": (6,)}),
     "SparseEinsumDense": (
@@ -109,7 +110,9 @@ def test_a_cell_masks_its_weights_once_per_sequence(kind, dropout, monkeypatch):
     apply = DST.apply
     monkeypatch.setattr(DST, "apply", lambda *args: calls.append(args) or apply(*args))
     recurrent(x, training=True)
-    assert len(calls) == 4  # each of the two cells masks each of its two weights once
+    # The RNN has two cells with two weights each. Each weight is masked once, not at every time
+    # step.
+    assert len(calls) == 4
 
 
 def test_a_cell_keeps_no_masked_weights_between_calls():
@@ -126,7 +129,8 @@ def test_a_cell_keeps_no_masked_weights_between_calls():
     kernel = cell._kernel.numpy()
     np.testing.assert_allclose(alone(), np.tanh(x[:, 0] @ kernel), rtol=1e-5)
     with pytest.raises(Exception, match=r"(?i)shape|dim|size"):
-        recurrent(x[:, :, :3])  # the wrong shape raises an error within the sequence
+        # The wrong input shape raises an error while the cell processes the sequence.
+        recurrent(x[:, :, :3])
     assert not cell.cached_weights
     cell.sparse_state["kernel"]["threshold"].assign(10.0)
     np.testing.assert_array_equal(alone(), nothing)
@@ -201,7 +205,7 @@ def test_an_embedding_with_initial_weights():
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16", "float16"])
 @pytest.mark.parametrize("inner", [None, "float32", "mixed_bfloat16"])
 def test_dtypes_equal_those_of_the_stock_layer(policy, inner):
-    """`TimeDistributed` calls `call` of the inner layer directly, which affects the dtypes."""
+    """`TimeDistributed` skips the inner layer's `__call__`, so this layer does not cast inputs."""
     x = np.ones((3, 2, 4), "float32")
     for arguments in ({"use_bias": False}, {}):
         dtypes = []
@@ -210,7 +214,7 @@ def test_dtypes_equal_those_of_the_stock_layer(policy, inner):
             try:
                 result = keras.layers.TimeDistributed(dense, dtype=policy)(x)
                 dtypes.append(keras.backend.standardize_dtype(result.dtype))
-            except Exception as error:  # PyTorch cannot add these tensors, which have two dtypes
+            except Exception as error:  # PyTorch cannot add two tensors whose dtypes differ.
                 dtypes.append(type(error))
             dense = cls(1, dtype=policy, **arguments, **own)
             dtypes.append(keras.backend.standardize_dtype(dense(x).dtype))

@@ -18,7 +18,8 @@ FILES = {
     ): path
     for path in ROOT.rglob("*.py")
 }
-# Groups of modules from the bottom to the top. Modules import only from their own or lower groups.
+# Groups of modules, from the lowest layer of the package to the highest. A module may import only
+# from its own group and from lower groups.
 ROWS = (
     ("version", "_utils", "_keras"),
     ("_backend", "masks", "schedules", "allocation", "regularizers"),
@@ -80,7 +81,7 @@ def test_modules_do_not_import_from_higher_groups():
 
 
 def test_no_function_shadows_a_module():
-    """If `report` were also a module, `import keras_dst.report` would bind the function instead."""
+    """If there were a module `report`, the function of the same name would hide this module."""
     packages = [name for name, path in FILES.items() if path.name == "__init__.py"]
     for package in packages:
         module = sys.modules.get(package) or __import__(package, fromlist=["_"])

@@ -39,8 +39,8 @@ def random(*shape, seed=0):
 
 # -- step function and straight-through product ----------------------------------------------------
 
-# The values of x, step(x) and its derivative in arXiv 2005.06870. The derivative is 2 - 4|x| up to
-# 0.4, then 0.4 up to 1, then 0.
+# Columns: x, step(x), and the derivative of the step function in arXiv 2005.06870. The derivative
+# is 2 - 4|x| for |x| up to 0.4, 0.4 for |x| up to 1, and 0 otherwise.
 STEP = [
     (0.0, 0, 2.0),
     (0.1, 1, 1.6),
@@ -77,7 +77,8 @@ def test_step_derivative(dtype):
     slope = np.array([slope for _, _, slope in STEP])
     upstream = np.resize([1.0, -0.5, 4.0], len(STEP))
     (found,) = gradients(masks.step, [x], tensor(upstream, dtype))
-    # Rounding changes x by up to |x| eps/2, and therefore 2 - 4|x| by up to 2|x| eps.
+    # Rounding changes x by up to |x| eps/2, and the derivative 2 - 4|x| by up to four times as
+    # much.
     allowed = np.abs(upstream) * EPSILON[dtype] * (2 * np.abs(array(x)) + 1) * (slope > 0)
     assert (np.abs(found - upstream * slope) <= allowed).all(), (found, upstream * slope)
 
@@ -127,11 +128,12 @@ def test_gradients_of_masked_weights(dtype):
 @pytest.mark.parametrize(
     ("g", "mask", "expected"),
     [
-        # The root mean square of the kept entries 3 and 4, without the 0, is sqrt(12.5).
+        # The limit is twice the root mean square of the nonzero kept gradients 3 and -4, which is
+        # sqrt(12.5).
         ([3, 0, -4, 50, -50], [1, 1, 1, 0, 0], [3, 0, -4, 2 * 12.5**0.5, -2 * 12.5**0.5]),
         ([3, 0, -4, 7, -7], [1, 1, 1, 0, 0], [3, 0, -4, 7, -7]),  # The limit is 7.07.
         ([3, 50, -4], [1, 1, 0], [3, 50, -4]),
-        ([3, 4], [0, 0], [3, 4]),  # Without kept entries, there is no limit.
+        ([3, 4], [0, 0], [3, 4]),  # If the mask keeps no entries, gradients are not limited.
         ([0, 4], [1, 0], [0, 4]),
     ],
 )
@@ -194,10 +196,11 @@ BLOCKS = [
     ("2x2", (8, 6), KERNEL, (2, 2)),
     ("2x3", (8, 6), KERNEL, (3, 2)),
     ("channel", (8, 6), KERNEL, (8, 1)),
-    ("1x4", (6, 5), KERNEL, (4, 1)),  # The last blocks are incomplete.
+    # Six inputs do not fill blocks of 4, so the last block is incomplete.
+    ("1x4", (6, 5), KERNEL, (4, 1)),
     ("4x1", (6, 5), KERNEL, (1, 4)),
     ("2x4", (7, 5), KERNEL, (4, 2)),
-    ("1x16", (6, 5), KERNEL, (6, 1)),  # The block is longer than the axis.
+    ("1x16", (6, 5), KERNEL, (6, 1)),  # The axis has 6 entries, so a block of 16 is cut to 6.
     ("1x4", (3, 2, 6, 5), KERNEL, (1, 1, 4, 1)),  # Kernels of convolutions follow.
     ("4x1", (3, 2, 6, 5), KERNEL, (1, 1, 1, 4)),
     ("2x2", (3, 2, 6, 5), KERNEL, (1, 1, 2, 2)),
@@ -240,16 +243,17 @@ def test_pattern(name, shape, layout, block):
 
 
 def test_golden_blocks():
-    # A kernel with 5 inputs and 3 outputs, and pattern 1x4: each block has 4 inputs of one output.
-    # The fifth input forms blocks of one weight.
+    # A kernel with 5 inputs and 3 outputs. With the pattern 1x4, each block contains the weights of
+    # 4 inputs for one output. For the fifth input, each block contains only one weight.
     kernel = tensor([[1, 0, 2], [2, 0, 2], [3, 0, 2], [4, 0, 2], [6, -1, 0]])
     pattern = Pattern("1x4")
     scores = pattern.scores(kernel)
     np.testing.assert_array_equal(array(scores), [[2.5, 0, 2], [6, -1, 0]])
     np.testing.assert_array_equal(pattern.sizes((5, 3)), [[4, 4, 4], [1, 1, 1]])
 
-    # Six weights can be kept: the block with score 6 has one weight, and the block with score 2.5
-    # has four. The block with score 2 would exceed this number.
+    # At most six weights may be kept. The block with score 6 has one weight, and the block with
+    # score 2.5 has four weights. The block with score 2 also has four weights, which would be too
+    # many.
     (groups,) = top_k([array(scores)], 6, [pattern.sizes((5, 3))])
     np.testing.assert_array_equal(groups, [[1, 0, 0], [1, 0, 0]])
     mask = pattern.expand(ops.convert_to_tensor(groups), (5, 3))
@@ -364,7 +368,8 @@ def assert_equal(found, expected):
         np.testing.assert_array_equal(one, other)
 
 
-# Columns: description, scores, number of kept scores, expected masks.
+# Columns: description of the case, scores of each tensor, number of scores to keep, and expected
+# mask of each tensor.
 TOP_K = [
     ("the highest", [[0.1, 0.3, 0.2, 0]], 2, [[0, 1, 1, 0]]),
     ("over all tensors", [[1, 5], [[4, 2], [3, 6]]], 3, [[0, 1], [[1, 0], [0, 1]]]),
@@ -450,7 +455,7 @@ def test_the_threshold_search_among_zeros_takes_few_steps(kept, monkeypatch):
         ranking._Ranking, "_count_above", lambda *args: counts.append(1) or count(*args)
     )
     assert_equal(top_k(scores, kept), reference_top_k(scores, kept))
-    assert len(counts) < 40  # a search among denormal numbers would take 300 steps
+    assert len(counts) < 40  # A search that reaches denormal numbers would need 300 steps.
 
 
 def test_top_k_compiled_by_xla():
@@ -460,8 +465,9 @@ def test_top_k_compiled_by_xla():
 
 
 def test_top_k_stops_at_the_first_group_that_does_not_fit():
-    # Of 5 weights to keep, the first two groups use 2 and 1. The third group has 3 weights, which
-    # is too many. The ranking stops at this group, although the last group has only 1 weight.
+    # At most 5 weights may be kept. The two groups with the highest scores have 3 weights together.
+    # With the next group of 3 weights, 6 weights would be kept, so the ranking stops before this
+    # group. The last group, which would fit, is not kept either.
     assert_equal(top_k([[9, 8, 7, 6]], 5, [np.array([2, 1, 3, 1])]), [[1, 1, 0, 0]])
 
 
@@ -521,8 +527,9 @@ def test_top_k_of_each_tensor_equals_a_stable_sort(case, counts):
     assert_equal(top_k(scores, counts, sizes), expected)
 
 
-# With these small sizes, the scores fill several rows, bundles and slabs, and some of them only
-# partly.
+# `top_k` packs scores into rows, combines small tensors into bundles of rows, and counts a large
+# tensor in slabs of rows. With the small sizes in this test, the scores fill several rows, bundles
+# and slabs, some of them only partly.
 @every(2)
 def test_top_k_of_several_rows_bundles_and_slabs(monkeypatch):
     sizes = {
@@ -562,7 +569,9 @@ def test_top_k_of_several_rows_bundles_and_slabs(monkeypatch):
         assert_equal(best_first(kept), reference_top_k(raised([1] * len(shapes)), kept))
     for kept in (11, 12, 30, 51, 99):
         assert_equal(several_first(kept), reference_top_k(raised(several), kept))
-        kept += 33  # the 11 best groups, which are always kept, may have up to 3 weights more each
+        # The 11 groups with the highest scores are always kept. Each of these groups may have up to
+        # 3 weights more.
+        kept += 33
         assert_equal(of_groups_first(kept), reference_top_k(raised(several), kept, sizes))
     counts = [11, 0, 2, 36]
     each = zip(scores, counts, sizes)
@@ -624,7 +633,8 @@ def test_n_of_m(shape, n, m, axis):
         np.testing.assert_array_equal(ops.convert_to_numpy(found), expected)
 
 
-# Pattern 2:4 along the inputs of a (6, 2) kernel. The last group is shorter and is kept whole.
+# A kernel with 6 inputs and 2 outputs, pruned with the pattern 2:4 along the inputs. The last group
+# of inputs has only 2 entries, and both are kept.
 def test_golden_n_of_m():
     kernel = [[3, 1], [1, 1], [2, 2], [0, 3], [0, 9], [0, 0]]
     found = masks.n_of_m(tensor(kernel), 2, 4)
@@ -653,7 +663,7 @@ def test_n_of_m_of_tied_and_nonfinite_scores(scores, expected):
 CONV, DENSE = random(2, 2, 6, 5, seed=5), random(10, 6, seed=6)
 
 # Columns: pattern, shape of a block in a convolution kernel, packed bits of the masks. In a dense
-# kernel, a block has only the last two of these sizes.
+# kernel, the shape of a block is the last two sizes of this shape.
 GOLDEN = [
     ("unstructured", (1, 1, 1, 1), "5026007a293a0e83d201e9744a0d4cb801383108110020"),
     ("1x4", (1, 1, 4, 1), "000003196b5acc6084212954a529ce10410445145128a0"),
@@ -668,7 +678,7 @@ def bits(arrays):
 
 
 def reference_masks(block, weights, kept):
-    """Rank the blocks of all weights by mean magnitude. If `block` is None, keep 2 of 4 inputs."""
+    """Return masks of the blocks with the highest mean magnitudes, or 2:4 masks without `block`."""
     if block is None:
         return [reference_n_of_m(np.abs(w), 2, 4, -2) for w in weights]
     result = [np.zeros(w.shape, bool) for w in weights]

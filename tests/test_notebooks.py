@@ -12,9 +12,9 @@ from notebooks.execute import ALL, execute
 each = pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 
 NUMBER = r"(\d[\d,]*(?:\.\d+)?(?:e-\d+)?)"
-# Regular expressions of printed values, each with the allowed absolute and relative difference. The
-# trained weights differ between CPUs. If one of the 360 test images is classified differently, the
-# accuracy changes by 0.3 percentage points.
+# Regular expressions that find printed values, each with the absolute and the relative difference
+# that is allowed. The trained weights differ between CPUs. If one of the 360 test images is
+# classified differently, the accuracy changes by 0.3 percentage points.
 VALUES = {
     "total sparsity": (rf"{NUMBER} ?% sparse", 0.1, 0),
     "accuracy": (rf"{NUMBER}% (?:correct|with gates|now)", 5, 0),

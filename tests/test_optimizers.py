@@ -116,8 +116,8 @@ CLOCKS = {
 def test_a_custom_loop_gives_the_masks_and_weights_of_fit(name):
     """After 20 steps, the masks of both training loops are bit-equal.
 
-    The schedule ends before step 20. On JAX, the two training loops are separate programs, so their
-    weights may differ by rounding.
+    The pruning schedule ends before step 20, so the last steps update no masks. On JAX, the two
+    training loops are separate programs, so their weights may differ by rounding.
     """
     steps = 20
     x, y = reference.data(steps)
@@ -207,7 +207,8 @@ def test_reapply_masks_prunes_assigned_weights(revival):
     assert driver.measured_sparsity() == pytest.approx(0.8, abs=1e-3)
     for kernel, before, zero in zip(model.optimizer.kernels, restored, pruned):
         np.testing.assert_array_equal(kernel.numpy(), np.where(zero, 0, before))
-    driver.assign_states([{} for _ in pruned])  # the next step keeps the assigned values
+    # The next training step starts from the assigned values.
+    driver.assign_states([{} for _ in pruned])
     for kernel, before, zero in zip(model.optimizer.kernels, restored, pruned):
         np.testing.assert_array_equal(kernel.numpy(), np.where(zero, 0, before))
 
@@ -418,7 +419,8 @@ def test_two_sparse_optimizers_prune_a_generator_and_a_discriminator():
     assert (zeros(model.generator), zeros(model.discriminator)) == (0.75, 0.5)
     model.fit(noise, real, batch_size=32, verbose=0)
     assert int(sgd.iterations.numpy()) == 10
-    # Without masks, all pruned weights change again, except the weights of inactive units.
+    # After `strip`, training changes all weights that were pruned, except the weights of inactive
+    # units.
     assert zeros(model.generator) < 0.75
     assert zeros(model.discriminator) < 0.5
 
@@ -433,10 +435,11 @@ class OwnOptimizers(Adversarial):
 
 
 class ReadSteps(keras.callbacks.Callback):
-    """Callback that reads the position in the schedule, as a resumed training run reads it."""
+    """Callback that reads the number of finished steps, as a resumed training run reads it."""
 
     def on_epoch_end(self, epoch, logs=None):
-        _ = self.model  # On JAX, this assigns the state of the running `fit` to the variables.
+        # On JAX, a callback that reads `self.model` writes the state of `fit` into the variables.
+        _ = self.model
         self.read = [driver.read_progress() for driver in drivers_of(self.model)]
 
 

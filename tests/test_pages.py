@@ -27,10 +27,11 @@ TESTED_ELSEWHERE = {
 
 
 def backends(page):
-    """Return the backends that the code blocks of a page name.
+    """Return the names of the backends on which the code blocks of a page run.
 
-    Other pages run on PyTorch, which compiles no training step. If they export files, they run on
-    TensorFlow, because PyTorch starts a second Python for every export.
+    A page that names no backend runs on PyTorch, which compiles no training step. If the page
+    exports files, it runs on TensorFlow, because PyTorch starts a second Python process for every
+    export.
     """
     python = [(info, code) for language, info, code in fences(page) if language == "python"]
     exports = any("export_tflite" in code for _, code in python)

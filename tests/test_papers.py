@@ -21,7 +21,8 @@ def test_epochs_after_a_restart_equal_those_of_one_run():
 
 def test_shifted_images_are_filled_with_their_mean():
     x = np.full((BATCH, 8, 8, 3), 40, "uint8")
-    x[:, 0, 0] = 104  # the mean of each image is now 41
+    # One of the 64 pixels is 104, all others are 40, so the mean of each image is 41.
+    x[:, 0, 0] = 104
     images, _ = Epochs(x, np.arange(BATCH), seed=0)[0]
     assert images.shape == (BATCH, 8, 8, 3)
     assert set(np.unique(images)) == {40, 41, 104}

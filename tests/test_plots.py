@@ -195,7 +195,7 @@ def test_plot_trade_off():
     curve, other = axes.containers
     assert list(curve.lines[0].get_xdata()) == pytest.approx([0.5, 0.1, 0.02])
     assert list(curve.lines[0].get_ydata()) == pytest.approx([0.9, 0.86, 0.7])
-    # The error bar at sparsity 0.9 shows the range over three seeds.
+    # The error bar at density 0.1 shows the smallest and the largest value of three seeds.
     low, high = np.array(curve.lines[2][0].get_segments())[1, :, 1]
     assert (low, high) == pytest.approx((0.8, 0.9))
     assert len(other.lines[0].get_xdata()) == 1

@@ -115,7 +115,8 @@ RANKED = [name for name in METHODS if not name.startswith(("dst", "consensus"))]
 def test_masks_equal_those_of_float32(name, dtype):
     method = METHODS[name]
     rng = np.random.default_rng(0)
-    # Multiples of 1/64 below 2 are exact in bfloat16, which has 8 bits, and many of them are tied.
+    # The weights are multiples of 1/64 below 2, which bfloat16 stores exactly. Many of these
+    # weights are equal.
     weights = [np.round(rng.uniform(-2, 2, shape) * 64) / 64 for shape in ((24, 16), (16, 8))]
     found = [masks_of(method, weights, kind) for kind in ("float32", dtype)]
     for mask, other in zip(*found):

@@ -49,7 +49,7 @@ def test_statistics_are_weighted_averages_of_all_batches(data):
     model = network()
     layer = model.layers[1]
     kernel = model.layers[2].kernel.numpy()
-    for _ in range(2):  # a second call has the same result
+    for _ in range(2):  # A second call of `recalibrate` gives the same result.
         assert keras_dst.recalibrate(model, data(), batch_size=4) is model
         np.testing.assert_allclose(layer.moving_mean.numpy(), MEAN, rtol=1e-5)
         np.testing.assert_allclose(layer.moving_variance.numpy(), VARIANCE, rtol=1e-5)

@@ -10,7 +10,8 @@ from keras import ops
 from keras_dst.regularizers import Budget, Polarization, ThresholdPenalty
 from tests.gradients import gradients
 
-# Columns: t, and value and gradient of exp(-t). For t < -1, the tangent at -1 replaces exp(-t).
+# Columns: threshold t, penalty exp(-t), and gradient of the penalty. For t < -1, the penalty is the
+# tangent of exp(-t) at -1.
 THRESHOLDS = [
     (0.0, 1.0, -1.0),
     (0.5, math.exp(-0.5), -math.exp(-0.5)),
@@ -28,7 +29,8 @@ def penalty_and_gradient(values, alpha, dtype="float32"):
     t = ops.convert_to_tensor(np.array(values, "float32"), dtype=dtype)
     penalty = ThresholdPenalty(alpha)
     value = penalty(t)
-    # Keras adds the penalties of all layers to the loss of the model, which has this dtype.
+    # Keras adds penalties to the loss of the model, so a penalty must have the dtype `floatx` of
+    # this loss.
     assert keras.backend.standardize_dtype(value.dtype) == keras.config.floatx()
     (gradient,) = gradients(penalty, [t], ops.ones(()))
     return float(ops.cast(value, "float32")), gradient
