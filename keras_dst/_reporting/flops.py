@@ -251,7 +251,7 @@ def _grid_points(layer, shape: Shape) -> int:
 
 
 def _embedding_positions(layer, variable, x: Shape, y: Shape) -> int:
-    """Return how many vectors a reversible embedding maps to tokens, or 0 if it looks tokens up."""
+    """Return how many vectors a reversible embedding projects to logits, or 0 for a lookup."""
     if len(y) > len(x):
         return 0
     tied = getattr(layer, "tie_weights", True)
