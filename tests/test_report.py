@@ -16,7 +16,7 @@ from tests.backends import once
 
 @pytest.fixture(autouse=True)
 def quick_weights(monkeypatch):
-    """Start all weights at 0.5, because JAX would compile random initializers for every shape."""
+    """Set all initial weights to 0.5: JAX would compile a random initializer for each shape."""
 
     def halves(self, shape, dtype=None):
         return keras.ops.convert_to_tensor(np.full(shape, 0.5, "float32"), dtype)
@@ -86,9 +86,11 @@ def test_report_counts_zeros_of_dense_models():
 def test_report_of_a_small_convolutional_model():
     model = sequential(
         (9, 9, 4),
-        layers.Conv2D(8, 3, strides=2, padding="same"),  # The output has 5 x 5 = 25 positions.
+        # This convolution has 5 x 5 = 25 output positions.
+        layers.Conv2D(8, 3, strides=2, padding="same"),
         layers.BatchNormalization(),
-        layers.Conv2D(6, 3, groups=2),  # 9 positions; each filter reads 8 / 2 channels.
+        # 3 x 3 = 9 output positions; with 2 groups, each filter reads 8 / 2 channels.
+        layers.Conv2D(6, 3, groups=2),
         layers.DepthwiseConv2D(3, depth_multiplier=2, padding="same"),  # 9 positions
         layers.Flatten(),
         layers.Dense(5),  # The layer has 3 * 3 * 12 = 108 inputs.
@@ -156,8 +158,8 @@ def test_flops_of_one_layer(make, shape, products):
 def test_report_counts_projections_of_attention():
     inputs = keras.Input((6, 8))
     outputs = layers.MultiHeadAttention(num_heads=2, key_dim=4)(inputs, inputs)
-    # Query, key and value have 8 x 2 x 4 weights and the output has 2 x 4 x 8, at 6 positions each.
-    # All biases are 0.
+    # The projections of query, key and value have 8 x 2 x 4 weights each, and the output projection
+    # has 2 x 4 x 8 weights. Each projection is applied at 6 positions. All biases are 0.
     found = report(keras.Model(inputs, outputs))
     assert [row.parameters for row in found.layers] == [64] * 4
     assert found.dense_flops == 4 * 2 * 64 * 6
@@ -217,7 +219,7 @@ def test_a_shared_layer_counts_once_and_costs_twice():
 
 
 class Subclassed(keras.Model):
-    """A model that calls a layer twice, a second layer once, and a third layer only in training."""
+    """A model that calls one layer twice, one layer once, and one layer only in training."""
 
     def __init__(self):
         super().__init__()
@@ -299,7 +301,7 @@ def test_a_single_layer_can_be_reported():
 
 
 def masked_model():
-    """Return a model that has one Dense layer with the method DST. Kernel, thresholds and mask are:
+    """Return a model in which one Dense layer uses DST. The kernel, thresholds and mask are:
 
     | w |            0.1  0.5  0.9      1[|w| > t]   0  1  1
                      0.3  0.0  0.9                   1  0  1
@@ -442,7 +444,7 @@ def test_an_unbuilt_layer_makes_flops_unknown():
 
 
 class Own(layers.Layer):
-    """A layer with a matrix, a token, and a weight whose use in the layer is unknown."""
+    """A custom layer with a matrix, a class token, and a weight whose role `report` cannot know."""
 
     def build(self, shape):
         self.matrix = self.add_weight(shape=(shape[-1], 3), name="matrix")
@@ -556,7 +558,7 @@ def test_report_is_printed_as_a_table():
     for figure in ("266,200", "54,520", "79.52 %", "109,040", "532,400"):
         assert figure in total
     assert "266,610" in lines[-1]
-    # all lines of the table have the same length, so none is wrapped
+    # All lines of the printed table have the same length, so no line is wrapped.
     assert len({len(line) for line in lines[1:]}) == 1
     assert "yes" in str(report(masked_model()))
 

@@ -87,7 +87,8 @@ def test_sensitivities_equal_numpy(data):
     for old, new in zip(before[: len(weights)], arrays(model)):
         np.testing.assert_array_equal(old, new)
     assert len(traced) == 1 + 2 * len(GRID)
-    if COMPILES:  # Only the first pass traces the model.
+    # Only the first evaluation traces the model, so the number of traces does not grow.
+    if COMPILES:
         assert traced[0] == traced[-1]
 
 
@@ -98,7 +99,8 @@ def test_arguments_select_pattern_weights_and_metric(data):
     )
     (row,) = found.weights
     w = model.get_weights()
-    order = np.argsort(np.abs(w[0]), axis=0)  # The pattern prunes two of every four inputs.
+    # The pattern 2:4 prunes the two smallest of four inputs.
+    order = np.argsort(np.abs(w[0]), axis=0)
     np.put_along_axis(w[0], order[:2], 0, axis=0)
     model.set_weights(w)
     assert row.values == pytest.approx([model.evaluate(*data, verbose=0)[0]], rel=1e-5)
@@ -145,7 +147,7 @@ def test_sensitivity_with_a_data_set(data):
 def test_weights_are_restored_after_an_error(data, error):
     model = net()
     before = model.get_weights()
-    # The third pass raises the error. TensorFlow wraps the error in another error.
+    # The third pass over the data raises the error. TensorFlow wraps this error in its own error.
     with pytest.raises(BaseException, match="stop"):
         keras_dst.sensitivity(model, Batches(data, error, 10), (0.5,), verbose=0)
     for old, new in zip(before, model.get_weights(), strict=True):
@@ -214,7 +216,8 @@ def test_sensitivity_with_two_outputs_and_a_shared_weight(data):
     )
     assert (found.metric, found.mode) == ("b_accuracy", "max")
     a, b = found.weights
-    assert a.values == (found.baseline,) != b.values  # Output b does not depend on layer a.
+    # Pruning layer a does not change the accuracy of output b.
+    assert a.values == (found.baseline,) != b.values
 
 
 @once
@@ -297,8 +300,8 @@ def test_allocation_minimizes_the_largest_drop(seed, sparsity):
     def largest(shares):
         return max(np.interp(s, grid, curve) for s, curve in zip(shares, curves))
 
-    # Try all pairs of the first two sparsities on a fine grid. The third sparsity follows from the
-    # total.
+    # Try all pairs of sparsities of the first two weight tensors on a fine grid. The sparsity of
+    # the third tensor follows from the total sparsity.
     best = np.inf
     for first in np.linspace(0, 0.95, 96):
         for second in np.linspace(0, 0.95, 96):
@@ -306,7 +309,8 @@ def test_allocation_minimizes_the_largest_drop(seed, sparsity):
             if 0 <= third <= 0.95:
                 best = min(best, largest((first, second, third)))
     assert largest(found) <= best + 1e-5
-    assert best - largest(found) < 0.05  # The tolerance covers the spacing of the grid.
+    # The tolerance is larger than an error due to the spacing of the grid.
+    assert best - largest(found) < 0.05
 
 
 @once
@@ -315,7 +319,8 @@ def test_allocation_shares_ties_evenly_within_the_measured_range():
     assert equal_drop([0, *GRID], free, [10, 90], 0.4) == pytest.approx([0.4, 0.4])
     assert equal_drop([0, *GRID], free, [10, 90], 0.75) == pytest.approx([0.75, 0.75])
     assert equal_drop([0, *GRID], free, [10, 90], 0) == pytest.approx([0, 0])
-    # Pruning the first weight lowers the metric immediately, so only the second weight is pruned.
+    # Pruning the first weight tensor lowers the metric at once, so only the second tensor is
+    # pruned.
     dear = [[0, 0.5, 1], [0, 0, 0]]
     assert equal_drop([0, *GRID], dear, [10, 90], 0.675) == pytest.approx([0, 0.75], abs=1e-5)
     with pytest.raises(ValueError, match=r"at most 0.75, the highest measured sparsity"):
@@ -341,7 +346,10 @@ def test_allocations_match_weights_by_name():
 
 
 def sensitive(rng):
-    """Return a classifier with a wide layer and a narrow layer. Every narrow weight is needed."""
+    """Return a classifier with a wide layer and a narrow layer.
+
+    The classifier needs every weight of the narrow layer.
+    """
     model = keras.Sequential(
         [
             keras.Input((10,)),
@@ -353,7 +361,8 @@ def sensitive(rng):
     )
     narrow = np.linalg.qr(rng.standard_normal((10, 10)))[0]
     wide = 0.01 * rng.standard_normal((10, 40))
-    wide[:, 0] = narrow.T @ np.ones(10)  # Only this column affects the outputs.
+    # Only the first column of the wide kernel affects the outputs.
+    wide[:, 0] = narrow.T @ np.ones(10)
     out = np.zeros((40, 2))
     out[0] = -1, 1
     model.set_weights([narrow, wide, out + 1e-3 * rng.standard_normal((40, 2))])

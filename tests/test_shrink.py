@@ -20,8 +20,8 @@ from tests.backends import every, once
 
 pytestmark = every(2)
 
-# JAX and TensorFlow test fewer examples: JAX compiles and TensorFlow traces every op of a random
-# network.
+# Fewer examples are tested on JAX and TensorFlow, because JAX compiles and TensorFlow traces every
+# op of a random network.
 EXAMPLES = 12 if keras.backend.backend() == "torch" else 3
 few = settings(
     max_examples=EXAMPLES,
@@ -46,7 +46,7 @@ def randomize(model, seed=0):
 
 
 def units_of(layer):
-    """Return the kernel that computes the units of a layer, and the axis of the units."""
+    """Return the kernel of a layer, and the axis of this kernel that holds the output units."""
     layer = getattr(layer, "layer", layer)
     layer = getattr(layer, "cell", layer)
     kernel = layer.pointwise_kernel if hasattr(layer, "pointwise_kernel") else layer.kernel
@@ -105,7 +105,7 @@ def check(model, **widths):
 
 @keras.saving.register_keras_serializable("tests")
 def reverse(z):
-    """Reverse the channels: a custom activation that mixes channels."""
+    """Reverse the order of the channels, as an example of an activation that mixes channels."""
     return keras.ops.flip(z, -1)
 
 
@@ -212,7 +212,7 @@ def test_shrink_a_residual_network(merge):
     model = residual(merge)
     kill(model, "a_1", "b_1", bias=True)
     check(model, a_1=4, b_1=4, a_2=8, b_2=8, stem=8)
-    # A channel of a sum is removed if it is dead in all summands.
+    # A channel of a sum is removed only if it is dead in all layers whose outputs are added.
     kill(model, "a_2", "b_2", "stem", count=3, bias=True)
     kill(model, "a_2", "b_2")
     check(model, a_1=4, b_1=4, a_2=6, b_2=6, stem=6)
@@ -228,7 +228,7 @@ def test_a_closed_branch_is_removed(merge, gated):
     if not gated:
         kill(model, "b_2", count=8)
         small = check(model, a_1=8, a_2=8, stem=8)
-        # The constant is the offset of the normalization.
+        # The small model adds a constant: the offset of the removed normalization layer.
         assert any("constant" in layer.name for layer in small.layers)
     else:
         small = check(model, stem=8, head=2)
@@ -285,7 +285,8 @@ def test_shrink_separable_convolutions():
     small = check(model, one=3, two=4, three=2)
     assert small.get_layer("slopes").alpha.shape == (1, 1, 3)
     assert small.get_layer("own").alpha.shape == (4, 2)
-    kill(model, "two", bias=True)  # a channel of zeros is equal to the padding
+    # A channel can be removed if it is 0 everywhere, because its padding is also 0.
+    kill(model, "two", bias=True)
     check(model, one=3, two=2, three=2)
 
 
@@ -302,10 +303,10 @@ def test_shrink_transposed_convolutions_after_a_dense_layer():
     )
     kill(model, "one", "two", "three", bias=True)
     kernel = np.array(model.get_layer("one").kernel.numpy())
-    kernel[..., 3] = 0  # no layer reads four of the units of "seed"
+    kernel[..., 3] = 0  # Four units of "seed" are then read by no layer.
     model.get_layer("one").kernel.assign(kernel)
     check(model, seed=12, one=3, two=2, three=2)
-    # channels 0, 1 and 2 are alive, but only at one of four positions
+    # Channels 0, 1 and 2 then have nonzero values, but only at one of four positions.
     kill(model, "seed", count=13)
     check(model, seed=12, one=3, two=2, three=2)
 
@@ -953,7 +954,7 @@ REASONS = (
 
 
 def random_net(steps, seed):
-    """Return a network of these steps, with some shortcuts and some dead units."""
+    """Return a network that applies the given steps, with some shortcuts and some dead units."""
     rng = np.random.default_rng(seed)
     x = inputs = keras.Input((5, 5, 4))
     for place, (step, merge) in enumerate(steps):
@@ -994,13 +995,13 @@ def test_dead_channels_of_random_networks_are_removed_or_have_a_reason(steps, se
     assert_same_outputs(model, small)
     for row in keras_dst.shrink_report(model).layers:
         dead = dead_units(model, row.layer)
-        # A depthwise layer can have several units per channel.
+        # A depthwise convolution can have several units per input channel.
         living = (~dead).sum() * row.before // len(dead)
         assert row.after - sum(row.reasons.values()) <= living, row
         assert all(any(known in why for known in REASONS) for why in row.reasons), row
     again = Plan(small)
-    # A grouped convolution that has only one group left becomes a plain convolution. A second
-    # `shrink` could then remove more channels.
+    # If a grouped convolution has only one group left, it becomes a plain convolution, and a second
+    # call of `shrink` could remove more channels.
     alone = any(getattr(handler.op, "groups", 1) > 1 for handler in Plan(model).handlers)
     assert alone or all(again.keeps(handler.y).all() for handler in again.handlers)
 
@@ -1028,7 +1029,7 @@ def test_shrink_a_trained_residual_network(method):
     small = keras_dst.shrink(model)
     assert_same_outputs(model, small)
     rows = {row.layer: row for row in keras_dst.shrink_report(model).layers}
-    for name in ("a_1", "b_1"):  # at most one dead channel is kept inside a branch
+    for name in ("a_1", "b_1"):  # Inside a branch, `shrink` keeps at most one dead channel.
         assert rows[name].after <= 9 - dead[name].sum()
     # A channel of the sum is removed if it is dead in all layers that the sum adds.
     summed = dead["stem"] & dead["a_2"] & dead["b_2"]

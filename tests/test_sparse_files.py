@@ -152,7 +152,7 @@ def test_damaged_files_raise(path):
         changed = bytearray(content)
         changed[place] ^= 0xFF
         damaged.append(bytes(changed))
-    harmless = 0  # number of damaged bytes without effect, such as dates in the archive
+    harmless = 0  # Number of damaged bytes that do not matter, such as dates in the archive.
     for data in damaged:
         path.write_bytes(data)
         with contextlib.suppress(DamagedFile):

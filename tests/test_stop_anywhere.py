@@ -169,7 +169,7 @@ def test_resuming_from_a_final_backup_trains_no_further(name, tmp_path):
 @once
 @pytest.mark.parametrize("driven", [True, False])
 def test_an_interruption_while_batches_are_skipped(driven, tmp_path):
-    """A later fit skips no batches."""
+    """After the interruption, a fit without backups skips no batches."""
     method = stop_worker.ALL_METHODS["magnitude" if driven else "dst"]
     callbacks = [SparseTraining()] if driven else []
     crash(stop_worker.build(method), (1, 7), *callbacks, BackupAndRestore(tmp_path, 3))
@@ -197,7 +197,7 @@ def test_a_later_fit_starts_at_its_first_batch(tmp_path):
 @once
 @pytest.mark.parametrize("name", ["dst-target", "magnitude"])
 def test_the_keras_backup_callback_within_an_epoch_reaches_the_target(name, tmp_path):
-    """Keras restarts the interrupted epoch, so training has more steps than the schedule."""
+    """Keras repeats the interrupted epoch, so training has more steps than the schedule expects."""
     method = stop_worker.ALL_METHODS[name]
     own = keras.callbacks.BackupAndRestore
     crash(stop_worker.build(method), (2, 5), SparseTraining(), own(tmp_path / "b", 3))

@@ -50,7 +50,7 @@ def prune_somewhat(model):
 @every(4)
 @pytest.mark.parametrize("method", [DST, ST3, OptG, DCIL, Consensus, Magnitude, FlipOut, RigL])
 def test_pruned_weights_become_positive_zeros(method):
-    """Files with two kinds of zeros compress badly. A mask times a negative weight is -0."""
+    """A pruned negative weight would be -0.0. Files with zeros of both signs compress badly."""
     model = models.compiled(models.sequential())
     keras_dst.sparsify(model, method(0.5))
     with warnings.catch_warnings():
@@ -108,7 +108,8 @@ def test_keras_file_round_trip(model, tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(models.predict(loaded, x), expected)
-    for a, b in zip(model.weights, loaded.weights):  # weights that masks hide are restored too
+    # The file also contains the values of weights that are masked.
+    for a, b in zip(model.weights, loaded.weights):
         np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
     assert len(layers_of(loaded)) == len(layers_of(model))
     assert {repr(layer.method) for layer in layers_of(loaded)} == {repr(DST(0.5))}
@@ -159,7 +160,7 @@ def test_a_weights_file_of_the_dense_model_loads_into_the_sparse_model(model, tm
 
 
 def every_second(model):
-    """Return a filter that selects every second layer with a kernel."""
+    """Return a filter that selects every second one of the layers that have a kernel."""
     chosen = [layer for layer in model._flatten_layers() if has_kernel(layer)][::2]
     return lambda layer: any(layer is other for other in chosen)
 
@@ -375,7 +376,8 @@ def test_the_report_lists_skipped_layers_with_reasons():
     assert report.sparsified == [(model.layers[-1].path, ("kernel",))]
     parts = [
         "needs an input axis",
-        "masks the optimizer step, such as Magnitude",  # the wrapper layer owns the same kernel
+        # Two layers own this kernel: the wrapped layer and its wrapper.
+        "masks the optimizer step, such as Magnitude",
         "masks the optimizer step, such as Magnitude",
         "LoRA",
         "quantized",
@@ -698,7 +700,8 @@ def test_sparsify_keeps_the_optimizer_object_and_its_state(name):
     keras_dst.strip(model)
     after = models.arrays(optimizer.variables)
     changed = [n for n, a, b in zip(names, before, after) if not np.array_equal(a, b)]
-    assert len(changed) > len(names) / 2 or name == "SGD"  # one epoch of training changes the state
+    # One epoch of training has changed the state of the optimizer.
+    assert len(changed) > len(names) / 2 or name == "SGD"
     model.fit(x, y, verbose=0)
     counters = [v for v in optimizer.variables if v.name == "iteration"]
     assert max(int(v.numpy()) for v in counters) == 12
@@ -727,7 +730,8 @@ def test_exclusions_from_weight_decay_are_kept(by, fitted):
     chosen = {"var_names": ["kernel"]} if by == "name" else {"var_list": [kernel]}
     optimizer.exclude_from_weight_decay(**chosen)
     models.compiled(model, optimizer)
-    nothing = np.zeros(len(x))  # without gradients, only weight decay changes weights
+    # All sample weights are 0, so only weight decay changes the weights.
+    nothing = np.zeros(len(x))
     if fitted:
         model.fit(x, y, sample_weight=nothing, verbose=0)
     before, other = kernel.numpy().copy(), model.layers[-1].kernel.numpy().copy()
@@ -825,7 +829,7 @@ def test_an_unstripped_model_can_be_exported(name, tmp_path):
 
 
 class TestErrors:
-    """Errors state the expected input, the received input and a fix. The model does not change."""
+    """Errors state the expected input, the received input and a fix. The model is not changed."""
 
     @pytest.mark.parametrize(
         ("wrong", "message"),

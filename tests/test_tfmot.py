@@ -78,7 +78,8 @@ def test_update_steps_of_tfmot_schedules(schedule, expected):
 def test_sparsities_of_tfmot_schedules():
     decay = tfmot.PolynomialDecay(0.25, 0.75, 10, 20)
     found = [decay(step)[1] for step in (0, 10, 15, 20, 99)]
-    # Halfway through the schedule, (1 - 0.5)**3 = 1/8 of the difference in sparsity is left.
+    # In the middle of the cubic schedule, (1 - 0.5)**3 = 1/8 of the way to the final sparsity is
+    # left.
     np.testing.assert_allclose(found, [0.25, 0.25, 0.75 - 0.5 / 8, 0.75, 0.75], rtol=1e-6)
     assert tfmot.PolynomialDecay(0.0, 0.5, 0, 10, power=1)(5)[1] == pytest.approx(0.25)
     falling = tfmot.PolynomialDecay(0.5, 0.0, 0, 10, power=1)
@@ -133,7 +134,8 @@ def test_configs_round_trip():
         ([4.0, 3.0, 2.0, 1.0, 0.5], 0.5, [1, 1, 0, 0, 0]),  # 2.5 rounds to 2.
         ([7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], 0.5, [1, 1, 1, 1, 0, 0, 0]),  # 3.5 rounds to 4.
         ([4.0, -2.0, 2.0, 1.0], 0.5, [1, 1, 1, 0]),  # Tied entries are kept.
-        ([4.0, 0.0, 0.0, 0.0], 0.5, [1, 1, 1, 1]),  # The zeros are tied with the threshold.
+        # The threshold is 0, and entries that are equal to the threshold are kept.
+        ([4.0, 0.0, 0.0, 0.0], 0.5, [1, 1, 1, 1]),
     ],
 )
 def test_magnitude_mask(weights, sparsity, expected):
@@ -153,12 +155,13 @@ def test_block_mask_ranks_blocks_by_mean_or_maximum():
 
 @once
 def test_block_mask_if_blocks_do_not_divide_the_weight():
-    # With six rows and blocks of four rows, tfmot pools rows 0-2 for the block of rows 0-3, and
-    # rows 3-5 for the block of rows 4-5.
+    # If six rows are split into blocks of four rows, the blocks contain rows 0-3 and 4-5. tfmot
+    # computes the score of the first block from rows 0-2, and the score of the second block from
+    # rows 3-5.
     w = np.array([[0, 0, 0, 5, 5, 5]], "float32").T
     found = block_mask(w, 0.5, (4, 1), "AVG")
     np.testing.assert_array_equal(found[:, 0], [0, 0, 0, 0, 1, 1])
-    # A block may have more columns than the weight.
+    # Blocks may have more columns than the weight tensor has.
     assert block_mask(w, 0.5, (1, 3), "MAX").sum() == 3
 
 
@@ -219,7 +222,7 @@ def test_masks_and_weights_of_every_step_match_the_reference(schedule, momentum,
     fit(model, callbacks=[tfmot.UpdatePruningStep(), Record()])
     expected, weights = reference(start.astype("float64"), schedule, 0.5, momentum, n_of_m)
     np.testing.assert_array_equal(found, expected)
-    if schedule is EVERY:  # some pruned weights are kept again later
+    if schedule is EVERY:  # Later masks restore some pruned weights.
         assert any((b & ~a).any() for a, b in pairwise(expected))
     np.testing.assert_allclose(
         tfmot.strip_pruning(model).layers[0].kernel.numpy(), weights, atol=1e-5
@@ -335,7 +338,7 @@ def test_single_layers_keep_their_own_schedules():
     first = tfmot.prune_low_magnitude(layers.Dense(8, name="first"), EVERY)
     rest = tfmot.prune_low_magnitude([layers.Dropout(0.5), layers.Dense(7, name="last")], DECAY)
     model = keras.Sequential([keras.Input((9,)), first, *rest])
-    # All layers already have a schedule, so this call changes nothing.
+    # All layers already have a pruning schedule, so `prune_low_magnitude` changes nothing.
     tfmot.prune_low_magnitude(model, tfmot.ConstantSparsity(0.9, 0))
     assert [layer.method.pruning_schedule for layer in (first, rest[1])] == [EVERY, DECAY]
     fit(compiled(model))
@@ -391,7 +394,7 @@ class Unknown(Named):
 
 
 class Outer(layers.Layer):
-    """A layer without a `build` method. Its inner layer creates weights in `build`."""
+    """A layer without a `build` method, whose inner layer creates its weights in `build`."""
 
     def __init__(self):
         super().__init__()
@@ -418,7 +421,7 @@ UNBUILT = {
 def test_unbuilt_layers_are_pruned_when_they_are_built(name, tmp_path):
     make, expected = UNBUILT[name]
     layer = tfmot.prune_low_magnitude(make(), EVERY)
-    # The second call does not change the schedule of the first call.
+    # A layer that already has a schedule keeps this schedule.
     tfmot.prune_low_magnitude([layer], DECAY)
     inputs = keras.Input((5, 4))
     features = layer(inputs, inputs) if name == "MultiHeadAttention" else layer(inputs)
@@ -615,7 +618,7 @@ def inner_model(*inner, size=8):
 @once
 def test_the_xnnpack_policy_handles_nested_models_and_subtraction():
     within = layers.Conv2D(4, 1, name="within")
-    # the padding layer comes before this inner model
+    # In the outer model, a padding layer runs before this inner model.
     depthwise = inner_model(layers.DepthwiseConv2D(5), size=12)
     inner = inner_model(within, layers.ZeroPadding2D(2), depthwise)
     model = xnnpack_around(inner, subtract=True)
@@ -676,7 +679,7 @@ WRAPPED = {
 
 
 def file_of(path, layer=WRAPPED, kernel=KERNEL):
-    """Write an .h5 file in the format of tf_keras. The model in the file has one layer."""
+    """Write an .h5 file of a model with one layer, in the format of tf_keras."""
     inputs = {"class_name": "InputLayer", "config": {"name": "i", "batch_input_shape": [None, 3]}}
     config = {"name": "m", "layers": [inputs, layer]}
     weights = {
@@ -713,8 +716,8 @@ def test_load_restores_masks_schedule_and_step(tmp_path):
     callback = [tfmot.UpdatePruningStep()]
     model.fit(np.ones((4, 3)), np.ones((4, 2)), batch_size=1, verbose=0, callbacks=callback)
     assert state["progress"].numpy()[0] == 11
-    # At step 10, the schedule keeps three of six entries. The third largest entry is not tied with
-    # a zero.
+    # At step 10, the schedule keeps three of the six entries of KERNEL. These are the three entries
+    # that are not 0.
     np.testing.assert_array_equal(state["mask"].numpy(), KERNEL != 0)
     assert type(tfmot.strip_pruning(model).layers[0]) is layers.Dense
 

@@ -1,9 +1,10 @@
 """Tests of fifty steps of every method against the equations of the papers in NumPy.
 
-Every reference class has three methods. `effective` returns the weights that the network uses.
-`step` applies the gradients of these weights with the optimizer. `between` updates masks and other
-state between two steps, given the number of finished steps. The class also stores the method's
-scores, counters or thresholds.
+A reference class computes one pruning method in NumPy and stores its scores, counters or
+thresholds. Each reference class has three functions. `effective` returns the masked weights, with
+which the network computes its outputs. `step` applies the gradients of these weights with the
+optimizer. `between` updates masks and other state between two training steps, given the number of
+finished steps.
 """
 
 import keras
@@ -25,7 +26,10 @@ RATE = 0.05
 
 
 def keep_highest(scores, kept):
-    """Return masks of the highest scores over all arrays. Equal scores are kept in order."""
+    """Return masks of the `kept` highest scores over all arrays.
+
+    Of equal scores, the first are kept.
+    """
     flat = np.concatenate([s.ravel() for s in scores])
     mask = np.zeros(flat.size, bool)
     mask[np.lexsort((np.arange(flat.size), -flat))[:kept]] = True
@@ -145,7 +149,7 @@ class OptG(Dense):
     def __init__(self, p):
         super().__init__(p)
         self.v = {n: np.zeros_like(p[n]) for n in KERNELS}
-        # The learning rate of these scores is the learning rate of the weights.
+        # The scores in `fast` are trained with the learning rate of the weights.
         self.fast = {n: np.zeros_like(p[n]) for n in KERNELS}
         self.of_v = Momentum(self.fast, RATE)
         self.rate = 0.0

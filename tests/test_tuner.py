@@ -18,7 +18,8 @@ from tests.backends import COMPILES, every, once
 from tests.pages import blocks
 
 # KerasTuner uses deprecated functions of `threading`. KerasTuner also saves optimizer variables.
-# When the weights are loaded into an untrained model, Keras skips these variables and warns.
+# When the weights are loaded into an untrained model, Keras skips the optimizer variables and
+# warns.
 pytestmark = [
     every(2),
     pytest.mark.filterwarnings("ignore:currentThread|getName:DeprecationWarning"),
@@ -80,7 +81,7 @@ def test_trials_reach_their_targets(data, tmp_path):
         target = trial.hyperparameters["sparsity"]
         assert metrics.get_best_value("final_sparsity") == pytest.approx(target, abs=0.02)
         assert trial.score == metrics.get_best_value("final_val_accuracy")
-    # Saved weights and results belong to the last epoch.
+    # The saved weights and the results of a trial are from the last epoch.
     (model,) = tuner.get_best_models()
     best = tuner.oracle.get_best_trials()[0]
     assert keras_dst.report(model).sparsity == pytest.approx(
@@ -153,7 +154,7 @@ def test_trials_use_the_callback_of_the_user(data):
 
 @once
 def test_trials_store_results_of_an_export(data, tmp_path, monkeypatch):
-    """The export is replaced by fixed results. The test of the page exports real files."""
+    """This test replaces the export by fixed results. test_pages.py exports real files."""
     calls = []
 
     def export(model, path, **options):

@@ -1,7 +1,7 @@
 """Train models with the original tfmot and tf_keras, for test_tfmot_parity.py.
 
-`python tests/tfmot_worker.py FOLDER` runs in an environment with tfmot. The worker writes two files
-for every case. `CASE.npz` contains the initial weights, and the masks and weights of every step.
+`python tests/tfmot_worker.py FOLDER` runs in an environment with tfmot, and writes two files for
+every test case. `CASE.npz` contains the initial weights, and the masks and weights of every step.
 `CASE.EXTENSION` contains the model after the first epoch.
 """
 
@@ -49,7 +49,7 @@ SHAPES = {"convolutions": (6, 6, 6), "image": (6, 6, 6), "recurrent": (5, 6)}
 
 
 def net(keras, name):
-    """Return the model of this name in Keras 2 or 3."""
+    """Return the model `name`, built with the given version of Keras."""
     layers = keras.layers
     inputs = keras.Input(SHAPES.get(name, (10,)))
     if name in ("dense", "regularized"):
