@@ -209,11 +209,12 @@ def run_in_tflm(content: bytes, inputs: list[np.ndarray]) -> Run:
         log = done.stdout + done.stderr
         used = re.search(r"Arena allocation total (\d+) bytes", log)
         if done.returncode or used is None:
-            lines = [line for line in log.splitlines() if line.strip()]
+            # TFLM prints the reason before Python prints the traceback.
+            lines = [line for line in log.partition("Traceback")[0].splitlines() if line.strip()]
             raise ExportError(
                 "Expected a file that TFLM can run. Received: TFLM stopped with exit code "
-                f"{done.returncode}: {' '.join(lines[-3:])} Fix: replace the layer named in this "
-                "output, or use a fixed input shape."
+                f"{done.returncode}: {' '.join(lines[-3:])} Fix: replace the layers that these ops "
+                "come from."
             )
         with np.load(folder / "outputs.npz") as loaded:
             outputs = [loaded[f"output_{place}"] for place in range(len(graph.outputs))]
@@ -254,6 +255,9 @@ def quantized_inputs(content: bytes, samples: dict[str, np.ndarray]) -> list[np.
             left out.
         samples: dict from input names to arrays of floats or integers. Samples are along the first
             axis.
+
+    Raises:
+        ExportError: the file has an input whose shape is not fixed.
     """
     model = read(content)
     graph, names = model.subgraphs[0], _input_names(model)
@@ -261,6 +265,12 @@ def quantized_inputs(content: bytes, samples: dict[str, np.ndarray]) -> list[np.
     for index in graph.inputs:
         tensor = graph.tensors[index]
         array = samples[names[int(index)]]
+        if array.shape[1:] != tuple(tensor.shape[1:]):  # The file stores unknown sizes as 1.
+            raise ExportError(
+                "Expected fixed input shapes, which TFLM needs. Received: an input "
+                f"{names[int(index)]!r} whose shape is not fixed. Fix: build the model with the "
+                f"shape of the samples, keras.Input({array.shape[1:]})."
+            )
         if tensor.type == schema.TensorType.INT8 and array.dtype.kind == "f":
             quantization = tensor.quantization
             array = to_int8(array, quantization.scale[0], quantization.zeroPoint[0])

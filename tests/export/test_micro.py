@@ -10,12 +10,14 @@ from ai_edge_litert import schema_py_generated as schema
 import keras_dst
 from keras_dst.export import micro, pipeline
 from keras_dst.export.convert import conversions
-from keras_dst.export.encode import weights
+from keras_dst.export.encode import Format, encode, weights
 from keras_dst.export.flatbuffer import op_name, read, text, write
 from keras_dst.export.origins import layer_at
 from keras_dst.export.report import ExportError
 from keras_dst.export.samples import read_samples
 from tests.backends import on_tensorflow
+
+from .graphs import fully_connected
 
 pytestmark = on_tensorflow
 x = np.random.default_rng(0).normal(size=(24, 12, 12, 4)).astype("float32")
@@ -200,6 +202,25 @@ def test_an_op_missing_in_tflm_raises_and_no_file_is_written(tmp_path):
             representative=samples,
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_an_input_without_a_fixed_shape_raises(tmp_path):
+    layers = [keras.layers.Conv2D(8, 3), keras.layers.GlobalAveragePooling2D()]
+    model = keras.Sequential([keras.Input((None, None, 4)), *layers])
+    settings = {"target": "micro", "quantize": "full", "representative": x}
+    with pytest.raises(
+        ExportError, match=r"shape is not fixed. Fix: .* keras.Input\(\(12, 12, 4\)\)"
+    ):
+        keras_dst.export_tflite(model, tmp_path / "model.tflite", **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_tflm_refuses_raises_the_reason():
+    dense = fully_connected(np.eye(8, dtype=np.float32), batch=1)
+    (weight,) = weights(read(dense))
+    content = encode(dense, {weight.buffer: Format(1, True)})
+    with pytest.raises(ExportError, match=r"exit code 1: Didn't find op for .* 'DENSIFY'"):
+        micro.run_in_tflm(content, [np.zeros((1, 1, 8), np.float32)])
 
 
 def test_different_outputs_in_tflm_raise(report, monkeypatch):
