@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 else:
     _Layer = object
 
-# Names of private attributes, by the kind of object that has them. `missing_names` builds and
-# checks one object of each kind.
+# Names of private attributes, grouped by the kind of object that has these attributes.
+# `missing_names` builds and checks one object of each kind.
 PRIVATE_NAMES = {
     "layer": (
         "_auto_config",
@@ -88,15 +88,15 @@ PRIVATE_NAMES = {
 
 
 def has_value(variable) -> bool:
-    """Return whether a variable has a value, which it may lack after a failed step on JAX."""
+    """Return True if a variable has a value. After a failed step on JAX, it may have no value."""
     return variable._value is not None
 
 
 def call_with_weights(layer, weights: list, call: Callable[[], Any]) -> Any:
     """Call a new layer symbolically, and initialize its variables with the given weights.
 
-    Keras delays the initializers of variables that are created in a stateless scope. The random
-    values of the initializers are therefore never computed.
+    In a stateless scope, Keras does not run the initializers of new variables at once. This
+    function replaces the initializers, so their random values are never computed.
 
     Args:
         layer: Unbuilt layer. The call creates its variables.
@@ -106,7 +106,8 @@ def call_with_weights(layer, weights: list, call: Callable[[], Any]) -> Any:
     Returns:
         The result of the call.
     """
-    if getattr(layer, "stateful", False):  # The states of recurrent layers are initialized at once.
+    # Stateful recurrent layers initialize their states at once, also in a stateless scope.
+    if getattr(layer, "stateful", False):
         result = call()
         layer.set_weights(weights)
         return result
@@ -146,18 +147,18 @@ def attention_projections_of(layer) -> dict[str, Any]:
 
 
 def trainable_variables_of(layer) -> list:
-    """Return the mutable list of a layer's own trainable variables, also if the layer is frozen."""
+    """Return the list in which a layer stores its own trainable variables, even if it is frozen."""
     return layer._trainable_variables
 
 
 def non_trainable_variables_of(layer) -> list:
-    """Return the mutable list of a layer's own non-trainable variables."""
+    """Return the list in which a layer stores its own non-trainable variables."""
     return layer._non_trainable_variables
 
 
 @contextlib.contextmanager
 def unlocked(layer) -> Iterator[None]:
-    """Allow code in this context to add variables to a built layer, under its name scope."""
+    """Allow code in this context to add variables to a built layer, in the layer's name scope."""
     layer._tracker.unlock()
     try:
         with layer._open_name_scope():
@@ -176,7 +177,7 @@ def remove_variable(layer, name: str, variable) -> None:
 
 
 def set_autocast(variable, autocast: bool) -> None:
-    """Choose whether Keras casts a variable to the compute dtype when a layer reads it."""
+    """Set whether Keras casts a variable to the compute dtype when a layer reads the variable."""
     _require(variable, "_autocast")
     variable._autocast = autocast
 
@@ -196,7 +197,7 @@ def build_shapes(layer) -> dict[str, Any] | None:
 
 
 def is_plain_stock(layer) -> bool:
-    """Return whether a layer is of a Keras class and has no state but its config and variables.
+    """Return True if a layer is of a Keras class and has no state except its config and variables.
 
     Preprocessing layers have other state, such as vocabularies, boundaries and statistics.
     """
@@ -281,7 +282,7 @@ def set_nodes_of(operation, inbound: list, outbound: list) -> None:
 
 
 def declares_input(model) -> bool:
-    """Return whether a Sequential model was created with an Input, and was not built from data.
+    """Return True if a Sequential model was created with an Input, not built from data.
 
     Keras adds an input layer to a Sequential model in both cases. The config of this layer states a
     dtype only if the model was built from data. A model that was loaded from a file counts as built
@@ -319,7 +320,7 @@ def output_structure(model):
     return model._compile_loss._y_pred_build_structure
 
 
-# The attribute that tells Keras whether a model's `compute_loss` takes the argument `training`.
+# Name of the attribute that tells Keras whether `compute_loss` takes the argument `training`.
 TAKES_TRAINING = "_compute_loss_has_training_arg"
 
 
@@ -340,7 +341,7 @@ def without_additional_losses(model) -> Iterator[None]:
 
 
 def is_validation(evaluate_options: dict[str, Any]) -> bool:
-    """Return whether the keyword arguments of `evaluate` show that `fit` called it."""
+    """Return True if the keyword arguments of `evaluate` show that `fit` called `evaluate`."""
     return bool(evaluate_options.get("_use_cached_eval_dataset"))
 
 
@@ -351,10 +352,10 @@ def set_initial_epoch(model, epoch: int | None) -> None:
 
 
 def restore_jax_state(model, *step_arguments) -> None:
-    """Write the state of a training step back to the variables, for a step that will not run.
+    """Write the state that a training step received back to the variables.
 
-    On JAX, `fit` removes the values from the variables and passes them as the first argument of the
-    step.
+    On JAX, `fit` removes the values from the variables and passes these values as the first
+    argument of the training step.
     """
     if keras.backend.backend() == "jax":
         _require(model, "_jax_state")
@@ -389,17 +390,17 @@ def metric_direction(metric) -> str | None:
 
 
 def own_variables_of(optimizer) -> list:
-    """Return the list of the variables that an optimizer itself created."""
+    """Return the list of variables that an optimizer created, such as its momentum."""
     return optimizer._variables
 
 
 def trained_variables_of(optimizer) -> list:
-    """Return the variables that an optimizer was built for."""
+    """Return the model variables that an optimizer was built to train."""
     return optimizer._trainable_variables
 
 
 def delete_counters(optimizer) -> None:
-    """Delete the step counter and the learning rate of an optimizer that wraps an optimizer."""
+    """Delete the step counter and learning rate of an optimizer that wraps another optimizer."""
     for name in ("_iterations", "_learning_rate"):
         delattr(optimizer, name)
     set_own_variables(optimizer, [])
@@ -438,7 +439,7 @@ def _index_of(optimizer, variable) -> int | None:
 
 
 def moving_average_of(optimizer, variable):
-    """Return the exponential moving average of a trained variable, or None if there is none."""
+    """Return the exponential moving average of a trained variable, or None if it has no average."""
     index = _index_of(optimizer, variable)
     return None if index is None else optimizer._model_variables_moving_average[index]
 
@@ -548,8 +549,8 @@ def _restore_variables(optimizer, before: list, attributes: dict[str, Any]) -> N
 def set_own_variables(optimizer, variables: list) -> None:
     """Replace the list of the variables that an optimizer created.
 
-    The list is replaced because TensorFlow cannot save a tracked list after changes in place,
-    except after appending.
+    The list is not changed in place: TensorFlow cannot save a tracked list after such a change,
+    unless the change only appended items.
     """
     with DotNotTrackScope():
         optimizer._variables = variables
@@ -569,7 +570,7 @@ def _numbered_names(variables) -> list[tuple[str, int]]:
 
 
 def _forget_decay_exemptions(optimizer, trained_before) -> None:
-    """Drop the weight-decay exemptions of variables that an optimizer does not train any more.
+    """Remove the weight-decay exemptions of variables that an optimizer no longer trains.
 
     Keras stores the ids of exempt variables, and a new variable may get the id of a deleted
     variable.
@@ -601,9 +602,9 @@ def _decide_decay_again(optimizer) -> None:
 def distribution_like(variable):
     """Return a copy of the current distribution that places new variables like a given variable.
 
-    New variables with the shape of the given variable are sharded like it. New variables of other
-    shapes are replicated on every device. The copy compares shapes, because in a user's layout map,
-    the path pattern for a kernel may also match the path of its mask.
+    A new variable with the shape of the given variable is sharded in the same way. A new variable
+    with another shape is replicated on every device. The copy compares shapes, because in a user's
+    layout map, the path pattern for a kernel may also match the path of its mask.
     """
     present = keras.distribution.distribution()
 

@@ -1,12 +1,13 @@
 """Top-k selection without a sort. The module `masks` exports the functions `top_k` and `kth`.
 
-The scores are not copied. The threshold is found by a search: every step counts, row by row, the
-scores above a candidate threshold. In a large model, counting takes nearly all the time of a mask
-update.
+The scores of large tensors are not copied. Each tensor is viewed as a matrix whose rows have 1024
+scores, and the rows of several small tensors are joined into a bundle (see `rows.py`). The
+threshold is found by a search: every step counts, in each row, the scores above a candidate
+threshold. In a large model, counting takes nearly all the time of a mask update.
 
-On a CPU the rows are counted slab by slab, which keeps temporary values in the cache. On an
-accelerator a loop over slabs would launch thousands of small kernels, so all rows are counted at
-once. JAX fuses several counts into one pass over the scores, so each search step on JAX tries
+On a CPU, 256 rows (a slab) are counted at a time, so that temporary values fit into the cache. On
+an accelerator, a loop over slabs would launch thousands of small kernels, so all rows are counted
+at once. JAX fuses several counts into one pass over the scores, so each search step on JAX tries
 several candidates. PyTorch would launch tens of kernels for each search step and then wait for the
 GPU, so it usually selects the scores without a search, see `selection.py`. All algorithms return
 equal masks.
@@ -31,7 +32,8 @@ Tensor = Any
 _MAX_STEPS = 900
 _SLAB_ROWS = 1 << 8  # Number of rows whose scores are counted at once.
 _SECTIONS = 8  # Number of sections per search step. XLA counts eight sections in one pass.
-# If there are at least this many scores, a sample gives the first candidate thresholds.
+# If there are at least this many scores, the first candidate thresholds are computed from a sample
+# of the scores.
 _SAMPLE_FROM = 1 << 22
 _SAMPLE_STRIDES = (32, 25)  # Strides of the rows and of the columns in the sample.
 
@@ -56,8 +58,8 @@ def top_k(
             (see `Pattern.sizes`). Groups are then kept in descending order of their scores, as long
             as the sum of their sizes is at most `kept`. Defaults to None, which means that every
             entry is one weight.
-        first: For every tensor, the number of its best entries that are always kept. `kept` must be
-            large enough for these entries. Defaults to None, which means 0.
+        first: For every tensor, the number of its highest-scored entries that are always kept.
+            `kept` must be large enough for these entries. Defaults to None, which means 0.
 
     Returns:
         A list of boolean tensors, one per tensor of scores.
@@ -148,7 +150,7 @@ class _Ranking(Scores):
             self.weights = [b.join(ones, 0) for b in self.bundles]
             totals = [int(n.sum()) for n in sizes]
             self.total = ops.convert_to_tensor([sum(totals)] if together else totals, "int32")
-        # If each tensor is ranked separately, its best entries are kept in any case.
+        # If each tensor is ranked separately, its highest-scored entries are kept in any case.
         self.first: Sequence[int] = []
         self.first_weights = None
         if together and first is not None:
@@ -251,7 +253,7 @@ class _Ranking(Scores):
         return _with_first(self._above(b, s, high) | tied, first)
 
     def thresholds(self, kept):
-        """Return `(low, high, below, above)`: two thresholds, and the number of weights above each.
+        """Return `(low, high, below, above)`: two thresholds and the numbers of weights above them.
 
         The number of weights whose score exceeds `high` is `above`, and the number of weights whose
         score exceeds `low` is `below`. All search algorithms maintain `above <= kept < below`.
@@ -276,7 +278,7 @@ class _Ranking(Scores):
         return self._by_false_position(kept, low, high, below, above)
 
     def _is_unfinished(self, kept, low, high, above):
-        """Return, for every ranking, whether its search has to continue."""
+        """Return a vector that is True for every ranking whose search has to continue."""
         middle = low / 2 + high / 2
         between = (low < middle) & (middle < high) & (high - low > SMALLEST)
         return (above < kept) & between & (high > self.least)
@@ -284,10 +286,11 @@ class _Ranking(Scores):
     def _by_false_position(self, kept, low, high, below, above):
         """Search with one candidate per step.
 
-        The candidate is the threshold at which linear interpolation between both counts yields
-        `kept` (false position). If one bound does not move for two steps, the difference between
-        its count and `kept` is halved (Illinois variant). Every third step tries the midpoint,
-        which limits the number of steps for any distribution of scores.
+        The number of weights above a threshold is interpolated linearly between the two known
+        counts. The candidate is the threshold at which this interpolation yields `kept` (false
+        position). If the same bound has not moved for two steps, the interpolation halves the
+        difference between the count at this bound and `kept` (Illinois variant). Every third step
+        tries the midpoint, which limits the number of steps for any distribution of scores.
 
         Source: M. Dowell and P. Jarratt, BIT 11 (1971), Illinois variant of false position.
         """
@@ -302,7 +305,8 @@ class _Ranking(Scores):
             for i, threshold in enumerate(sampled):
                 guess = ops.where(ops.equal(turn, i + 1), threshold, guess)
             inside = (low < guess) & (guess < high)
-            # Many scores are 0, but bisection needs many steps to reach 0, so 0 is tried early.
+            # In many models, many scores are 0. Bisection would need many steps to reach 0, so 0 is
+            # an early candidate.
             at_zero = (low < 0) & (high > 0) & (turn > 2)
             under = (low < -SMALLEST) & ops.equal(high, 0)
             threshold = ops.where(inside & ops.not_equal(turn % 3, 0), guess, low / 2 + high / 2)
@@ -339,7 +343,9 @@ class _Ranking(Scores):
         return low, high, below, above
 
     def _by_sections(self, kept, low, high, below, above):
-        """Search with several candidates per step, which XLA counts in one pass over the scores.
+        """Search with several candidates per step.
+
+        XLA counts all of them in one pass over the scores.
 
         The candidates divide the range between the thresholds into sections of equal width. The
         candidates include the exact midpoint of the interval, so the search ends for any
@@ -373,7 +379,7 @@ class _Ranking(Scores):
         )
 
     def _sample_bounds(self, kept):
-        """Return two scores of a sample, which probably enclose the threshold of all tensors."""
+        """Return two scores of a sample that probably enclose the threshold of all tensors."""
         row_stride, column_stride = _SAMPLE_STRIDES
         rows = [s[::row_stride, column_stride // 2 :: column_stride] for s in self.scores]
         sample = ops.sort(ops.concatenate([ops.reshape(r, (-1,)) for r in rows]))
@@ -440,13 +446,15 @@ class _Ranking(Scores):
     def _count_above(self, thresholds):
         """Return, for every ranking, how many weights exceed a threshold or are always kept."""
         count = self._count_scores(thresholds)
-        # In each tensor, one of the two sets contains the other set.
+        # In each tensor, either all entries above the threshold are always kept, or all entries
+        # that are always kept exceed the threshold. The union of both sets therefore has the larger
+        # of the two counts.
         if self.first_weights is not None:
             count = ops.sum(ops.maximum(count, self.first_weights))[None]
         return ops.where(thresholds < self.least, self.total, count)
 
     def _count_scores(self, thresholds):
-        """Return how many weights exceed a threshold, as one number per ranking or per tensor."""
+        """Return the number of weights above a threshold, one number per ranking or per tensor."""
 
         def of_rows(s, cut, weights):
             return _count_kept(s > cut, weights)
@@ -461,7 +469,7 @@ class _Ranking(Scores):
         return self.reduce_by_tensor(counts, ops.sum, 0)
 
     def _by_row(self, reduce, dtype, *matrices):
-        """Apply a reduction to the rows of matrices. Pass other arguments on unchanged.
+        """Apply a reduction to each row of the matrices. Other arguments are passed on unchanged.
 
         On a CPU, slabs of rows are processed one after another. XLA and TensorFlow write a mask to
         memory, with four bytes per entry, before they reduce the mask. Slabs keep this memory
@@ -503,7 +511,10 @@ def _clipped(s, neutral):
 
 
 def _with_first(mask, first):
-    """Set the best entries in a mask to True. `first` is a mask, or one column index per row."""
+    """Set the entries that are always kept to True in a mask.
+
+    `first` is a mask of these entries, or one column index per row.
+    """
     if first is None:
         return mask
     return mask | (first if first.shape[1] == ROW_WIDTH else columns() == first)

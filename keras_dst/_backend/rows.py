@@ -22,7 +22,7 @@ _BUNDLE_SIZE = 1 << 20  # Largest number of scores in a bundle of small tensors.
 
 
 class Rows:
-    """Arrangement of a bundle of tensors as rows of one matrix. Every tensor begins a new row.
+    """Arrangement of a bundle of tensors as rows of one matrix. Each tensor starts in a new row.
 
     Attributes:
         tensor: For each row, the index of its tensor among all tensors.
