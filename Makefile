@@ -18,7 +18,8 @@ BACKENDS := tensorflow jax torch
 BROWSERS := chromium chromium-browser google-chrome
 DEMO_READY := $(VENV)/ready-demo
 TEST_READY := $(VENV)/ready-test
-# Two parts run at a time. The longest parts start first, so that both cores are busy until the end.
+# Parts of the test suite. Two parts run at a time. The longest parts start first, so that both
+# cores are busy until the end.
 PARTS := $(BACKENDS:%=test-%) test-notebooks test-xla test-once lint
 FAILED := build/failed
 
@@ -43,7 +44,7 @@ demo: $(DEMO_READY)
 check:
 	$(MAKE) --jobs=2 --output-sync=target lint test-quick
 
-# All parts run, even if one of them fails. The failed parts are listed at the end.
+# All parts of the test suite run, even if one part fails. The failed parts are listed at the end.
 test test-all:
 	-@$(MAKE) --keep-going --jobs=2 arm64 $(TFMOT)/ready  # so that test-torch does not start last
 	rm -rf $(FAILED) && mkdir -p $(FAILED) && touch $(PARTS:%=$(FAILED)/%)
@@ -52,7 +53,7 @@ test test-all:
 	[ -z "$$failed" ] && echo "All parts passed: $(PARTS)." \
 	|| { echo "Failed: $$failed. Run one alone with: make NAME"; exit 1; }
 
-# $(FAILED) contains a file for every part that has not passed yet.
+# The folder $(FAILED) contains one file for each part of the test suite that has not passed yet.
 passed = @rm -f $(FAILED)/$@
 
 # Tests of the HTML report open it in a browser if one is installed. `make browser` installs
@@ -97,14 +98,14 @@ test-once: $(TEST_READY)
 test-quick: $(TEST_READY)
 	KERAS_BACKEND=torch $(PYTEST) --ignore=tests/test_notebooks.py -m "once and not slow"
 
-# Test with the default optimization level of XLA, as users do. The other parts use level 0, which
-# compiles fastest.
+# Test with the default optimization level of XLA, which users have. Most tests use level 0 instead,
+# which compiles fastest.
 test-xla: $(TEST_READY)
 	KERAS_DST_XLA_DEFAULT=1 KERAS_BACKEND=jax $(PYTEST) tests/test_trajectories.py \
 	tests/test_contract.py -m "not slow" -k "$(OPTIMIZED)"
 	$(passed)
 
-# The notebooks choose their backends themselves.
+# Each notebook sets its own backend.
 test-notebooks: $(TEST_READY)
 	$(PYTEST) tests/test_notebooks.py
 	$(passed)
@@ -133,7 +134,7 @@ test-gpu:
 	KERAS_DST_GPU=1 KERAS_BACKEND=$$backend $(PYTHON) -m pytest $(GPU_TESTS) -m "not slow" \
 	|| failed="$$failed $$backend"; done; [ -z "$$failed" ] || { echo "Failed:$$failed"; exit 1; }
 
-# Most modules of the packages are never imported, so they are not compiled here.
+# pip does not compile the installed modules to bytecode, because most of them are never imported.
 INSTALL := bin/pip install -q --no-compile -c constraints.txt
 
 $(VENV)/bin/python:
@@ -156,7 +157,8 @@ bench-methods: $(TEST_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.accuracy.methods mnist
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.accuracy.methods cifar10
 
-# Every run can be stopped, or stops itself after MINUTES. It continues from a backup in build/papers.
+# You can stop a run at any time, or it stops after MINUTES. The next run continues from a backup in
+# build/papers.
 MINUTES ?= 0
 SEED ?= 0
 bench-papers: $(TEST_READY)
@@ -195,19 +197,19 @@ bench-models: $(TEST_READY) $(TORCH_PRUNING)/ready
 	KERAS_BACKEND=torch $(RUN) -m benchmarks.coverage.half_channels
 	$(RUN) -m benchmarks.coverage.models
 
-# The seconds and the memory of `shrink`, and the latency of the smaller models.
+# Measure the time and the memory that `shrink` needs, and the latency of the smaller models.
 bench-smaller: $(TEST_READY)
 	KERAS_BACKEND=tensorflow OMP_NUM_THREADS=1 $(RUN) -m benchmarks.coverage.smaller
 	for backend in jax torch; do KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 \
 	$(RUN) -m benchmarks.coverage.smaller --shrink-only --networks ResNet50 || exit 1; done
 
-# A dense ResNet-56 and VGG are trained first. A GPU is needed for this table. Every run is stored
-# when it ends, so the command can be stopped and goes on with the next run.
+# The command needs a GPU and first trains a dense ResNet-56 and VGG. Each training run is stored
+# when it ends. If you stop the command and start it again, it continues with the next run.
 bench-channels: $(TEST_READY) $(TORCH_PRUNING)/ready
 	KERAS_BACKEND=jax $(RUN) -m benchmarks.accuracy.channels
 	KERAS_BACKEND=torch $(TORCH_PRUNING)/bin/python -m benchmarks.accuracy.torch_pruning train
 
-# A small table of the same methods for one core of a CPU. It shows that the commands work.
+# Measure the same methods with short runs on one CPU core, to show that the commands work.
 SMALL := --nets "resnet-20, stride 2" --seeds 1 --epochs 4 2 --images 5120
 bench-channels-cpu: $(TEST_READY) $(TORCH_PRUNING)/ready
 	KERAS_BACKEND=torch $(RUN) -m benchmarks.accuracy.channels $(SMALL)

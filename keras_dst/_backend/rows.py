@@ -97,9 +97,9 @@ class Scores:
         return [part for b, matrix in zip(self.bundles, matrices) for part in b.split(matrix)]
 
     def best_entries(self, peaks: Sequence[Tensor], finite=lambda s: s):
-        """Yield, for every bundle, the row and the column of the best entry of every tensor.
+        """Yield, for every bundle, the rows and columns of the highest-scored entry of each tensor.
 
-        Among equal scores, the first entry is the best entry.
+        If several entries have the highest score, the first of these entries is chosen.
 
         Args:
             peaks: For each bundle, the largest score of every row.
