@@ -147,7 +147,7 @@ def test_layers_before_kernel_free_output_layers_have_no_gates():
 
 def test_a_subclassed_model_needs_filters():
     model = models.subclassed()
-    with pytest.raises(ValueError, match="Name the layers to prune with filters"):
+    with pytest.raises(ValueError, match="Pass filters that select the layers to prune"):
         keras_dst.sparsify(model, Consensus())
     report = keras_dst.sparsify(model, Consensus(), ["conv2d.*", "my_dense.*"])
     assert len(report.sparsified) == 2
