@@ -531,7 +531,8 @@ def test_report(model, converted, path):
 
     *tables, last = str(report).splitlines()
     assert last.startswith(f"model.tflite: {report.bytes:,} bytes (")
-    assert f"({report.bytes / report.dense_bytes:.2f}x of dense, gzip 0." in last
+    ratios = report.bytes / report.dense_bytes, report.gzip_bytes / report.dense_gzip_bytes
+    assert "({:.2f}x of dense, gzip {:.2f}x)".format(*ratios) in last
     assert last.endswith(f"max error {report.max_error:.0e}")
     cells = [cell.strip() for cell in tables[2].strip("|").split("|")]
     assert cells[:4] == ["dense/MatMul", "FULLY_CONNECTED", "64x32", f"{tensor.density:.1%}"]
