@@ -155,7 +155,8 @@ def _check_kernels(model, optimizer: SparseOptimizer) -> None:
         raise ValueError(
             "Expected the weights that the SparseOptimizer prunes to be weights of "
             f"'{model.name}'. These weights are not: {', '.join(gone)}. `quantize` replaces "
-            "weights: call keras_dst.strip(model) before model.quantize."
+            "weights: call keras_dst.strip(model) before model.quantize. If you have removed or "
+            "replaced layers, compile the model and call keras_dst.sparsify again."
         )
     pruned = {id(kernel) for kernel in optimizer.kernels}
     for layer in _keras.flatten_layers(model):
