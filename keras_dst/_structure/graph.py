@@ -72,7 +72,7 @@ class Call:
         kwargs: the keyword arguments, without masks that Keras passes automatically.
         outputs: the output tensors.
         prefix: the names of the nested models that contain the call.
-        constant_terms: the constant inputs that an addition no longer adds.
+        constant_terms: the constant inputs that the addition leaves out.
     """
 
     op: Any

@@ -117,7 +117,8 @@ def sparse_class(stock: type) -> type[SparseMixin] | None:
 
 
 def container_class(stock: type) -> type:
-    """Return the class that replaces `stock` if a layer of this class contains sparse layers."""
+    """Return the class that replaces the class `stock` if a layer of class `stock` contains sparse
+    layers."""
     return _derive((SparseContainer, stock))
 
 

@@ -1,7 +1,7 @@
 """Consensus sub-network: binary gates with polarization (arXiv 2302.10798).
 
-A structure is an output unit of a layer, or a residual branch. A gate multiplies the output of its
-structure:
+A structure is an output unit of a layer, or a residual branch. A gate multiplies the output of the
+structure that it controls, such as a channel:
 
 ```text
 z = 1[pi >= 0.5]        dz/dpi = 1 (straight-through)        g = mean of z over the batch
