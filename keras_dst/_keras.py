@@ -88,7 +88,8 @@ PRIVATE_NAMES = {
 
 
 def has_value(variable) -> bool:
-    """Return True if a variable has a value. After a failed step on JAX, it may have no value."""
+    """Return True if a variable has a value. After a failed training step on JAX, variables may
+    have no value."""
     return variable._value is not None
 
 
@@ -99,7 +100,7 @@ def call_with_weights(layer, weights: list, call: Callable[[], Any]) -> Any:
     function replaces the initializers, so their random values are never computed.
 
     Args:
-        layer: Unbuilt layer. The call creates its variables.
+        layer: Unbuilt layer, whose variables are created by this call.
         weights: Values of all variables of the built layer, as arrays.
         call: Function that calls the layer on symbolic tensors.
 
@@ -284,9 +285,9 @@ def set_nodes_of(operation, inbound: list, outbound: list) -> None:
 def declares_input(model) -> bool:
     """Return True if a Sequential model was created with an Input, not built from data.
 
-    Keras adds an input layer to a Sequential model in both cases. The config of this layer states a
-    dtype only if the model was built from data. A model that was loaded from a file counts as built
-    from data.
+    Keras adds an input layer to every built Sequential model. The config of this input layer
+    contains a dtype only if the model was built by calling it on data. The function also returns
+    False for a model that was loaded from a file.
     """
     config = operation_of(model.inputs[0])._auto_config
     return config is not None and config.config["dtype"] is None
@@ -369,7 +370,7 @@ def restore_jax_state(model, *step_arguments) -> None:
 def discard_jax_state(model) -> None:
     """On JAX, discard the variable values that an interrupted `evaluate` moved out of a model.
 
-    The caller must then assign the weights again.
+    Afterwards, the caller must assign values to all weights of the model.
     """
     if keras.backend.backend() == "jax":
         _require(model, "_jax_state")
@@ -549,8 +550,8 @@ def _restore_variables(optimizer, before: list, attributes: dict[str, Any]) -> N
 def set_own_variables(optimizer, variables: list) -> None:
     """Replace the list of the variables that an optimizer created.
 
-    The list is not changed in place: TensorFlow cannot save a tracked list after such a change,
-    unless the change only appended items.
+    The function creates a new list. If it changed the old list in place, TensorFlow could no longer
+    save this tracked list, unless the change only appended items.
     """
     with DotNotTrackScope():
         optimizer._variables = variables
@@ -585,7 +586,8 @@ def _forget_decay_exemptions(optimizer, trained_before) -> None:
 def _decide_decay_again(optimizer) -> None:
     """Make an optimizer decide again to which variables it applies weight decay.
 
-    Keras up to 3.15 caches its decisions in a training step. Keras 3.16 decides in `build`.
+    Keras up to 3.15 decides in a training step and caches the result. Keras 3.16 decides in
+    `Optimizer.build`.
     """
     if "_weight_decay_by_var_key" in vars(optimizer):
         optimizer._weight_decay_by_var_key = {

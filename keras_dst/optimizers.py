@@ -156,9 +156,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.inner_optimizer.update_step(gradient, variable, learning_rate)
 
     def finalize_variable_values(self, var_list):
-        # The inner optimizer may assign averages of the weights, or other weights to evaluate.
+        # The inner optimizer may assign averages of the weights, or other weights that are to be
+        # evaluated.
         self.inner_optimizer.finalize_variable_values(var_list)
-        # Keras calls this function also if a step has failed.
+        # Keras calls this function even after a failed training step.
         if not all(map(_keras.has_value, self.kernels)):
             return
         for kernel, state in zip(self.kernels, self.states):
@@ -526,8 +527,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def reapply_masks(self) -> None:
         """Set the pruned weights to zero again, after other code assigned values to the weights.
 
-        States that started as a copy of a weight, such as the dense weights of
-        `Magnitude(revival=True)`, get the assigned values of the kept weights.
+        The assigned values of kept weights are also copied to states that began as a copy of the
+        weight, such as the dense weights of `Magnitude(revival=True)`.
         """
         for kernel, state, specs in zip(self.kernels, self.states, self._state_specs(self.kernels)):
             value, mask = ops.convert_to_tensor(kernel), _mask_of(state)
@@ -564,9 +565,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def get_config(self):
         filters = self.filters
         if filters is not None and self.built:
-            # Save the paths that the filter selected, because a file cannot hold code. One regular
-            # expression matches all paths. With a list, each expression would need a match, but
-            # frozen layers are not among the weights of the loaded optimizer.
+            # Save the paths that the filter selected, because a file cannot hold code. A single
+            # regular expression matches all paths. In a list, each expression would have to match a
+            # weight, and loading would fail for the paths of frozen layers, which the loaded
+            # optimizer does not train.
             known = [_path_of(v) for v in _keras.trained_variables_of(self) if is_kernel(v)]
             chosen = "|".join(_suffix_pattern(name, known) for name in self.kernel_names)
             filters = [chosen] if chosen else []
@@ -597,8 +599,8 @@ class _Timetable:
     Attributes:
         clock: Object that computes the steps at which masks are updated.
         steps: Steps at which masks are updated, up to the end of the schedule.
-        targets: Sparsity at each of these steps.
-        kept: Numbers of weights to keep at each of these steps.
+        targets: For each of these steps, the target sparsity.
+        kept: For each of these steps, the numbers of weights to keep.
     """
 
     def __init__(self, clock: UpdateClock, steps, targets, kept):

@@ -2,9 +2,9 @@
 
 A branch that depends on values on a GPU makes the host wait for all earlier operations. A mask
 update on PyTorch therefore takes the usual branches without waiting, and records the conditions of
-these guesses. The host reads all conditions at once after the update. If a guess was wrong, the
-update is repeated without guesses. JAX and TensorFlow choose branches on the GPU and need no
-guesses.
+these guesses. After the update, the host reads all recorded conditions at once. If a guess was
+wrong, the update is repeated without guesses. JAX and TensorFlow choose branches on the GPU and
+need no guesses.
 """
 
 import functools
@@ -21,12 +21,12 @@ Tensor = Any
 
 
 class _Guesses:
-    """Guesses of one call of a function.
+    """Guesses that one call of a function has made.
 
     Attributes:
         conditions: Boolean scalars, which are all true if all guesses were right.
-        branches: Positions of the conditions on which a branch depends.
-        rare: Numbers of the branches in which the rare case is guessed.
+        branches: For each guessed branch, the index of its condition in `conditions`.
+        rare: Indices in `branches` of the branches for which the rare case is guessed.
     """
 
     def __init__(self, rare: set[int]):
@@ -41,7 +41,7 @@ _current: ContextVar[_Guesses | None] = ContextVar("guesses", default=None)
 def with_guesses(update: Callable) -> Callable:
     """Wrap a function of tensors so that it guesses, and is repeated after a wrong guess.
 
-    A call guesses the branches that were right in the last call.
+    Each call guesses that the branches that were right in the previous call are right again.
     """
     rare: set[int] = set()
 
@@ -61,7 +61,7 @@ def with_guesses(update: Callable) -> Callable:
             found = None  # Free the results of the wrong guess.
             wrong = {n for n, i in enumerate(guesses.branches) if not right[i]}
             if len(wrong) < len(right) - right.sum():
-                break  # A guess without a second branch was wrong.
+                break  # A wrong guess made by `add` has no other branch to try.
             rare.symmetric_difference_update(wrong)
         return update(*args)
 
@@ -69,7 +69,7 @@ def with_guesses(update: Callable) -> Callable:
 
 
 def are_allowed(tensor: Tensor) -> bool:
-    """Return whether the current function guesses instead of reading this tensor."""
+    """Return whether conditions on this tensor may be guessed, without reading its values."""
     return (
         keras.backend.backend() == "torch"
         and _current.get() is not None

@@ -99,8 +99,9 @@ def count_all_true(mask):
 def count_true(mask):
     """Return the number of true entries in every row of a boolean matrix, int32.
 
-    Before a sum of booleans, torch converts them to int64, which needs eight bytes per entry. Bytes
-    are added without a conversion, and a sum of 128 booleans fits into a byte.
+    Before a sum of booleans, torch converts them to int64, which needs eight bytes per entry. If
+    the booleans are viewed as bytes, torch adds them without a conversion, and the sum of 128 of
+    them fits into a byte.
     """
     if keras.backend.backend() != "torch":
         return ops.cast(ops.count_nonzero(mask, axis=1), "int32")
@@ -127,9 +128,10 @@ def set_true(mask, positions) -> None:
 
 
 def add_true(mask, positions, flags) -> None:
-    """Set the entries of a boolean tensor on torch for which `flags` is true, in place.
+    """Set a boolean tensor on torch to true, in place, at the positions whose flag is true.
 
-    Positions may repeat, and these entries must be false before.
+    The entries at all positions must be false before the call. A position may occur several times
+    if at most one of its flags is true.
     """
     import torch
 

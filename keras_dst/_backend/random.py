@@ -64,8 +64,8 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
 
     The numbers are random rows of a table with a million entries, because copying rows is faster
     than generating numbers. For a large tensor, the rows of the table are as wide as the rows of
-    the tensor. Such a table has few rows. It therefore contains each row with both signs, so that
-    the mean noise of every weight is 0.
+    the tensor. With such wide rows, the table has few rows. The table therefore contains each row
+    with both signs, so that the mean noise of every weight is 0.
 
     Args:
         shapes: Shapes of the results.
@@ -82,14 +82,14 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
     for members in bundles([math.prod(shape) for shape in shapes]):
         alone = len(members) == 1
         # XLA copies whole rows if the tensor has rows of the same width. For rows of another width,
-        # XLA copies single entries.
+        # XLA copies each entry separately.
         width = _width(shapes[members[0]]) if alone else _NARROW
         numbers = ops.reshape(table(alone), (-1, 1 << (width - 1).bit_length()))
         sizes = [math.prod(shapes[i]) for i in members]
         rows = [-(-size // width) for size in sizes]
         position = np.concatenate([np.arange(n) for n in rows])
-        # Gather the rows. XLA under TensorFlow would have to compile a slice at a random position
-        # again in every step.
+        # Gather the rows. Slices at random positions would be recompiled in every step by XLA under
+        # TensorFlow.
         chosen = bits(seed, step, np.repeat(members, rows), position)
         chosen = ops.bitwise_and(chosen, numbers.shape[0] - 1)
         drawn = ops.take(numbers[:, :width], chosen, axis=0)

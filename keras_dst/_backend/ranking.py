@@ -6,11 +6,11 @@ threshold is found by a search: every step counts, in each row, the scores above
 threshold. In a large model, counting takes nearly all the time of a mask update.
 
 On a CPU, 256 rows (a slab) are counted at a time, so that temporary values fit into the cache. On
-an accelerator, a loop over slabs would launch thousands of small kernels, so all rows are counted
-at once. JAX fuses several counts into one pass over the scores, so each search step on JAX tries
-several candidates. PyTorch would launch tens of kernels for each search step and then wait for the
-GPU, so it usually selects the scores without a search, see `selection.py`. All algorithms return
-equal masks.
+an accelerator, the scores in all rows are counted at once, because a loop over slabs would launch
+thousands of small kernels. JAX fuses several counts into one pass over the scores, so each search
+step on JAX tries several candidate thresholds. PyTorch would launch tens of kernels for each search
+step and then wait for the GPU, so it usually selects the scores without a search, see
+`selection.py`. All algorithms return equal masks.
 """
 
 import math
@@ -31,11 +31,13 @@ Tensor = Any
 # Largest number of search steps. The search stops earlier if two thresholds are adjacent floats.
 _MAX_STEPS = 900
 _SLAB_ROWS = 1 << 8  # Number of rows whose scores are counted at once.
-_SECTIONS = 8  # Number of sections per search step. XLA counts eight sections in one pass.
+# Number of sections into which a search step divides the range of the threshold. XLA counts the
+# scores above all boundaries between the sections in one pass.
+_SECTIONS = 8
 # If there are at least this many scores, the first candidate thresholds are computed from a sample
 # of the scores.
 _SAMPLE_FROM = 1 << 22
-_SAMPLE_STRIDES = (32, 25)  # Strides of the rows and of the columns in the sample.
+_SAMPLE_STRIDES = (32, 25)  # The sample has every 32nd row and every 25th column.
 
 
 def top_k(
@@ -91,8 +93,8 @@ def kth(scores: Sequence[Tensor], kept: Tensor) -> Tensor:
 
     Args:
         scores: Float tensors of any shapes.
-        kept: Number of scores above the threshold, an integer scalar. A vector with one number per
-            tensor gives a vector with one threshold per tensor.
+        kept: Number of scores above the threshold, an integer scalar. If this is a vector with one
+            number per tensor, the result is a vector with one threshold per tensor.
     """
     scores, kept = _checked(scores, kept)
     together, counts = kept.ndim == 0, kept if kept.ndim else kept[None]
@@ -136,7 +138,7 @@ def _check_groups(shapes, sizes, first) -> None:
 class _Ranking(Scores):
     """Ranking of all tensors together, or of each tensor separately, by a search for thresholds.
 
-    Scores that are not finite are replaced only in comparisons.
+    Infinite and NaN scores are replaced only when scores are compared, not in the stored scores.
     """
 
     def __init__(self, scores, together, sizes=None, first=None):
@@ -150,7 +152,8 @@ class _Ranking(Scores):
             self.weights = [b.join(ones, 0) for b in self.bundles]
             totals = [int(n.sum()) for n in sizes]
             self.total = ops.convert_to_tensor([sum(totals)] if together else totals, "int32")
-        # If each tensor is ranked separately, its highest-scored entries are kept in any case.
+        # Needed only if all tensors are ranked together: a separate ranking always keeps the
+        # highest-scored entries of its tensor.
         self.first: Sequence[int] = []
         self.first_weights = None
         if together and first is not None:
@@ -164,7 +167,8 @@ class _Ranking(Scores):
                 self.first_weights = self.reduce_by_tensor(first_weights, ops.sum, 0)
 
     def _extremes(self):
-        """Return the smallest and the largest finite score, and the largest score of every row."""
+        """Return the smallest and the largest finite score of every ranking, and the largest score
+        of every row."""
         floors = [
             self._by_row(_least, "float32", s, b.left) for b, s in zip(self.bundles, self.scores)
         ]
@@ -209,7 +213,8 @@ class _Ranking(Scores):
         )
 
     def first_entries(self):
-        """Return the best entries of every tensor, as an argument for `_with_first`."""
+        """Return the entries of every tensor that are always kept, in the format that `_with_first`
+        expects."""
         if max(self.first) > 1:
             flat = self.split(self.scores)
             each = _Ranking(flat, together=False)
@@ -284,7 +289,7 @@ class _Ranking(Scores):
         return (above < kept) & between & (high > self.least)
 
     def _by_false_position(self, kept, low, high, below, above):
-        """Search with one candidate per step.
+        """Search for the thresholds with one candidate threshold per step.
 
         The number of weights above a threshold is interpolated linearly between the two known
         counts. The candidate is the threshold at which this interpolation yields `kept` (false
@@ -343,9 +348,9 @@ class _Ranking(Scores):
         return low, high, below, above
 
     def _by_sections(self, kept, low, high, below, above):
-        """Search with several candidates per step.
+        """Search for the thresholds with several candidate thresholds per step.
 
-        XLA counts all of them in one pass over the scores.
+        XLA counts the scores above all candidates in one pass over the scores.
 
         The candidates divide the range between the thresholds into sections of equal width. The
         candidates include the exact midpoint of the interval, so the search ends for any
@@ -379,7 +384,8 @@ class _Ranking(Scores):
         )
 
     def _sample_bounds(self, kept):
-        """Return two scores of a sample that probably enclose the threshold of all tensors."""
+        """Draw a sample of the scores, and return two of its scores between which the common
+        threshold of all tensors probably lies."""
         row_stride, column_stride = _SAMPLE_STRIDES
         rows = [s[::row_stride, column_stride // 2 :: column_stride] for s in self.scores]
         sample = ops.sort(ops.concatenate([ops.reshape(r, (-1,)) for r in rows]))
@@ -440,21 +446,23 @@ class _Ranking(Scores):
         return (s > self.to_rows(b, self._finite_cut(thresholds))) | everything
 
     def _finite_cut(self, thresholds):
-        """Return infinity in place of thresholds that are not below the largest finite score."""
+        """Return the thresholds, with infinity in place of those that are not below the largest
+        finite score."""
         return ops.where(thresholds < self.most, thresholds, np.inf)
 
     def _count_above(self, thresholds):
         """Return, for every ranking, how many weights exceed a threshold or are always kept."""
         count = self._count_scores(thresholds)
         # In each tensor, either all entries above the threshold are always kept, or all entries
-        # that are always kept exceed the threshold. The union of both sets therefore has the larger
-        # of the two counts.
+        # that are always kept exceed the threshold. One of these two sets therefore contains the
+        # other, and their union has as many entries as the larger set.
         if self.first_weights is not None:
             count = ops.sum(ops.maximum(count, self.first_weights))[None]
         return ops.where(thresholds < self.least, self.total, count)
 
     def _count_scores(self, thresholds):
-        """Return the number of weights above a threshold, one number per ranking or per tensor."""
+        """Return, for every ranking or every tensor, the number of weights whose scores exceed the
+        threshold."""
 
         def of_rows(s, cut, weights):
             return _count_kept(s > cut, weights)
@@ -472,8 +480,8 @@ class _Ranking(Scores):
         """Apply a reduction to each row of the matrices. Other arguments are passed on unchanged.
 
         On a CPU, slabs of rows are processed one after another. XLA and TensorFlow write a mask to
-        memory, with four bytes per entry, before they reduce the mask. Slabs keep this memory
-        small.
+        memory, with four bytes per entry, before they reduce the mask. With slabs, such a mask
+        needs little memory.
         """
         rows = matrices[0].shape[0]
         slabs = rows // _SLAB_ROWS

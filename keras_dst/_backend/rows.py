@@ -1,4 +1,4 @@
-"""Arrangement of tensors of scores as rows of matrices.
+"""Arrange tensors of scores as rows of matrices.
 
 Small tensors are joined into bundles, so that few operations are compiled. Large tensors are not
 copied.
@@ -31,7 +31,7 @@ class Rows:
         start: For each row, the position of its first entry in the tensor. If all tensors are
             ranked together, this is the position in their concatenation.
         left: For each row, the number of entries from its start to the end of the tensor. None if
-            all rows are full.
+            no row needs padding.
         first_rows: Index of each tensor's first row.
     """
 
@@ -78,8 +78,9 @@ class Scores:
         together: Whether all tensors are ranked together.
         count: Number of scores in all tensors.
         lengths: Number of scores per ranking, an int32 vector.
-        bundles: Arrangement of each bundle of tensors.
-        scores: Scores of each bundle, a float32 matrix. Rows are padded with minus infinity.
+        bundles: For each bundle of tensors, its arrangement as rows of a matrix.
+        scores: For each bundle, a float32 matrix of its scores. Rows are padded with minus
+            infinity.
     """
 
     def __init__(self, scores: Sequence[Tensor], together: bool):
@@ -120,7 +121,8 @@ class Scores:
     def reduce_by_ranking(self, values, reduce, neutral):
         """Reduce one value per row to one value per ranking.
 
-        `neutral` replaces the entries of other tensors, and does not change the result of `reduce`.
+        For each tensor, the values of rows of other tensors are replaced by `neutral`, which must
+        not change the result of `reduce`.
         """
         if self.together:
             return reduce(ops.stack([reduce(v) for v in values]))[None]
@@ -147,15 +149,15 @@ def bundles(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def by_tensor(order, tensor):
-    """Group the positions in `order` by their tensor, without other changes of the order."""
+    """Sort the positions in `order` by tensor. Positions of the same tensor keep their order."""
     return ops.take(order, ops.argsort(ops.take(tensor, order)))
 
 
 def columns():
-    """Return the number of every column, int32."""
+    """Return the indices of all columns, as an int32 vector."""
     return ops.arange(ROW_WIDTH, dtype="int32")
 
 
 def first_columns(numbers):
-    """Return a mask of the first entries in every row, with `numbers` entries per row."""
+    """Return a mask that is True for the first `numbers` entries of each row."""
     return columns() < numbers

@@ -2,9 +2,10 @@
 
 A sample of the scores gives two bounds per ranking, which almost certainly enclose the threshold.
 One pass over the scores copies the few scores between the bounds, and these scores are sorted. The
-number of copied scores has a fixed limit, so the host need not know it. The selection guesses that
-the bounds are right, see `guesses.py`. After a wrong guess, for example because a million
-scores are equal, `ranking.py` searches for the threshold instead.
+copied scores are stored in a vector of fixed length, so the host need not wait for their exact
+number. The selection assumes that the bounds are right, and the host checks this later (see
+`guesses.py`). After a wrong guess, for example because a million scores are equal, `ranking.py`
+searches for the threshold instead.
 """
 
 import math
@@ -19,7 +20,8 @@ from keras_dst._backend.rows import LARGEST, ROW_WIDTH, SMALLEST, Scores, by_ten
 _SORTED = 1 << 20  # If there are at most this many scores, all of them are sorted.
 _STRIDE = 61  # Every 61st score is in the sample. 61 is a prime, so all columns are sampled alike.
 _DEVIATIONS = 5  # Distance of the bounds from the expected threshold, in standard deviations.
-# In a ranking of all tensors, one tensor may have so many times its share of the copied scores.
+# If all tensors are ranked together, the scores between the bounds may be concentrated in a few
+# tensors. One bundle may then hold up to this many times its proportional share of them.
 _CONCENTRATION = 16
 
 
@@ -44,7 +46,7 @@ def top_k(scores: Scores, kept, first=None):
             None, which means 0.
     """
     if first is not None and max(first) > 1:
-        # Raise the best entries above all other scores.
+        # Give the best entries of each tensor a score above all other scores.
         each = Scores(scores.split(scores.scores), together=False)
         best = top_k(each, ops.convert_to_tensor(first, "int32"))
         scores.scores = [
@@ -106,7 +108,7 @@ def _is_finite(scores: Scores, low, above, between):
 
 
 def _bounds(scores: Scores, kept):
-    """Return two bounds per ranking. The threshold is probably above `low` and below `high`."""
+    """Return two bounds per ranking, `low` and `high`. The threshold is probably between them."""
     if scores.count <= _SORTED:
         return [ops.full(kept.shape, end, "float32") for end in (-np.inf, np.inf)]
     sample = ops.concatenate([ops.reshape(s, (-1,))[::_STRIDE] for s in scores.scores])
@@ -143,13 +145,13 @@ def _bounds(scores: Scores, kept):
 
 
 def _limits(scores: Scores) -> list[int]:
-    """Return the largest number of scores between the bounds, for every bundle."""
+    """Return, for every bundle, the maximum number of scores between the bounds that are copied."""
     if scores.count <= _SORTED:
         return [len(b.tensor) * ROW_WIDTH for b in scores.bundles]
 
     def limit(length, total):
-        # The bounds are twice `_DEVIATIONS` apart, and a standard deviation is at most half of the
-        # root of the size of the sample.
+        # The distance between the bounds is 2 * `_DEVIATIONS` standard deviations, and a standard
+        # deviation is at most sqrt(size of the sample) / 2.
         share = _DEVIATIONS / math.sqrt(total / _STRIDE)
         most = share * min(1.5 * total, _CONCENTRATION * length)
         return min(length, math.ceil(most) + 32 * _DEVIATIONS * _STRIDE)
@@ -163,10 +165,10 @@ class _Between:
     """Sorted scores between the bounds of each ranking.
 
     Attributes:
-        values: Scores in descending order, grouped by ranking. Unused places follow at the end.
+        values: Scores in descending order, grouped by ranking, followed by unused entries.
         ranks: Rank of each of these scores within its ranking, from 0.
-        first: Place of the first score of each ranking.
-        counts: Number of scores of each ranking.
+        first: For each ranking, the index of its first score in `values`.
+        counts: For each ranking, the number of its scores in `values`.
     """
 
     def __init__(self, scores: Scores, low, above):
@@ -175,7 +177,7 @@ class _Between:
         self.places, used, values, tensor = [], [], [], []
         number = scores.lengths.shape[0]
         for b, s, mask, limit in zip(scores.bundles, scores.scores, above, _limits(scores)):
-            # A comparison of booleans is true for true > false.
+            # Comparing booleans with `>` computes `a and not b`.
             between = ops.greater(s > scores.to_rows(b, low), mask)
             found = true_positions(between, limit)
             is_used = found >= 0
@@ -189,7 +191,8 @@ class _Between:
             self.places.append(place)
             used.append(is_used)
         values, used = ops.concatenate(values), ops.concatenate(used)
-        # A search cannot tell these scores apart.
+        # As in a search, positive scores below `SMALLEST` are tied, and so are the other scores
+        # this close to 0.
         tiny = ops.maximum(ops.sign(values), 0) * (SMALLEST / 2)
         order = ops.argsort(-ops.where(ops.abs(values) < SMALLEST, tiny, values))
         self.ranks = ops.arange(order.shape[0], dtype="int32")
@@ -207,13 +210,14 @@ class _Between:
         self._order, self.values = order, ops.take(values, order)
 
     def of_ranking(self, values):
-        """Repeat the value of each ranking for its scores, with 0 for unused places."""
+        """Return, for each entry of the sorted scores, the value of its ranking, and 0 for unused
+        entries."""
         if self._ranking is None:
             return values
         return ops.take(ops.append(values, ops.zeros_like(values[:1])), self._ranking)
 
     def add_to(self, masks, taken):
-        """Set the entries of the scores `taken` to true in the masks."""
+        """Set the masks to True at the positions of the scores for which `taken` is True."""
         order = self._order
         taken = ops.scatter_update(ops.zeros_like(taken), order[:, None], taken)
         end = 0

@@ -43,11 +43,11 @@ class _Builder:
         self.operations: dict[int, Any] = {}
 
     def tensor(self, x: Tensor):
-        """Return the new tensor for an old tensor or for a view of it."""
+        """Return the tensor in the smaller model for a tensor, or a view, of the given model."""
         return self.tensors[id(x.origin or x)]
 
     def add(self, handler: ChannelHandler) -> None:
-        """Call the new operation on the new tensors, and leave out constant terms of sums."""
+        """Call an operation in the smaller model, and leave out constant terms of sums."""
         call = handler.call
         if isinstance(handler, Addition) and call.constant_terms:
             terms = [self.tensor(x) for x in call.inputs]

@@ -48,10 +48,10 @@ def original_variables(op, copy) -> dict[int, Any]:
 def copy_operation(op, name: str, share: bool = False):
     """Return a copy of an operation with the same state, under a new name, outside of any graph.
 
-    A Keras layer with weights is created again and gets the values of its variables. All other
-    layers share their state with the original: layers without weights, custom layers, and layers
-    whose state is not only in variables, such as lookup tables. A custom layer is not created
-    again, because its config may lack attributes.
+    A Keras layer with weights is created again, and the values of its variables are copied. All
+    other layers share their state with the original: layers without weights, custom layers, and
+    layers whose state is not only in variables, such as lookup tables. A custom layer is not
+    created again, because its config may lack attributes.
     """
     if share or not _has_only_variables(op):
         return _shallow_copy(op, name)

@@ -36,7 +36,7 @@ class ChannelGroup:
         chain: the operations that couple the layers, as `"conv3 → add_1 ← conv1"`. Empty if a
             single layer computes the channels.
         reason: the reason why the channels have to stay. Empty if each channel can be removed.
-        width: the number of channels that share one id. In most groups, this number is 1.
+        width: the number of channels that share one id, in most groups 1.
     """
 
     ids: np.ndarray

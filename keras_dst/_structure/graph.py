@@ -25,7 +25,7 @@ class Tensor:
         shape: the shape, with None for unknown sizes.
         dtype: the name of the data type.
         masked: True if the tensor may carry a Keras mask.
-        origin: if this tensor is a view with another channel axis, the tensor that it views.
+        origin: the original tensor, if this tensor is a view of it with a different channel axis.
         axis: the axis of the channels.
         constant: for each channel, its constant value, or NaN if the value depends on the input.
         ids: for each channel, the id of its group. Channels of one group are kept or removed
@@ -143,7 +143,7 @@ def _flatten(model, inputs, prefix: str, calls: list[Call], dense, originals) ->
         if _is_nested_graph(op) and len(given) == len(_keras.graph_of(op).inputs):
             outputs = _flatten(op, given, f"{prefix}{op.name}_", calls, dense, originals)
         else:
-            if isinstance(op, Gate):  # The dense copy of a gate reads its first input only.
+            if isinstance(op, Gate):  # The dense copy of a gate takes only its first input.
                 args, kwargs = (given[0],), {}
             if id(op) not in dense:
                 dense[id(op)] = dense_copy(op)

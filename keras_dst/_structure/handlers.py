@@ -190,7 +190,8 @@ class Elementwise(ChannelHandler):
             return ops.convert_to_tensor(values, x.dtype)
 
         args, kwargs = self.call.map(sample)
-        with keras.StatelessScope():  # must not change the layer, which is part of the given model
+        # The layer is part of the given model, so the call must not change its variables.
+        with keras.StatelessScope():
             found = to_float64(self.op(*args, **kwargs))
         found = np.moveaxis(found, y.axis, -1).reshape(-1, y.channels)
         same = np.isclose(found, found[0], rtol=1e-6, atol=0).all(0)

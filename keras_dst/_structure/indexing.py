@@ -72,7 +72,8 @@ class Split(ChannelHandler):
             y.set_channels(self.x.axis)
 
     def _parts(self, values: np.ndarray) -> list[np.ndarray]:
-        """Return, for each output, the part of `values` that belongs to its channels."""
+        """Return, for each output, the values of its channels, given one value for each input
+        channel."""
         if self.axis != self.x.axis:
             return [values] * len(self.call.outputs)
         ends = np.cumsum([y.channels for y in self.call.outputs])
@@ -109,7 +110,7 @@ class Padding(ChannelHandler):
         axis = self.x.axis
         inside = self.x.constant
         if any(pair != (0, 0) for a, pair in enumerate(self.width) if a != axis):
-            # A constant other than 0 differs from the padded zeros, so it is not constant any more.
+            # A channel with a constant other than 0 is not constant after it is padded with zeros.
             inside = np.where(inside == 0, 0.0, np.nan)
         self.y.constant = np.pad(inside, self.width[axis])
 

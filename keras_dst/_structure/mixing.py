@@ -17,9 +17,9 @@ from keras_dst._structure.unions import ChannelUnions, Member
 class LayerNorm(Normalization):
     """Layer normalization over the channels.
 
-    A channel that is zero is part of the mean and of the variance. The smaller model therefore pads
-    the kept channels with zeros to the old width, normalizes all channels, and selects the kept
-    channels again.
+    Channels that are zero also count in the mean and in the variance. The smaller model therefore
+    pads the kept channels with zeros to the old width, normalizes all channels, and selects the
+    kept channels again.
     """
 
     def members(self) -> list[Member]:
@@ -50,8 +50,8 @@ class LayerNorm(Normalization):
 
 
 class RMSNorm(LayerNorm):
-    """RMS normalization over the channels. After channels are removed, rescaled parameters give
-    exactly the same outputs."""
+    """RMS normalization over the channels. When channels are removed, the parameters are rescaled
+    so that the outputs stay exactly the same."""
 
     def members(self) -> list[Member]:
         return [Member(self.op.scale, {-1: self.x.ids}, follows=True)]

@@ -75,8 +75,8 @@ def plan_and_build(model) -> tuple[Plan, keras.Model]:
 def random_inputs(model, batch: int, seed: int = 0):
     """Return random inputs in the structure that a model expects.
 
-    Unknown sizes are 32, or another size that the model accepts. Random strings and integers are
-    drawn from the vocabularies of lookup layers in the model, if there are any.
+    Unknown sizes are set to 32, or to another size that the model accepts. Random strings and
+    integers are drawn from the vocabularies of lookup layers in the model, if there are any.
     """
     rng = np.random.default_rng(seed)
     vocabularies = _vocabularies(model)
@@ -152,7 +152,7 @@ def inference(model) -> Callable:
 def _outputs(model, samples: list) -> list[np.ndarray]:
     """Return the outputs of a model for several inputs.
 
-    To limit memory, the model runs on one input at a time. Keras holds the outputs of all layers
+    To limit memory, the model runs on one input at a time: Keras holds the outputs of all layers
     until the last layer has run.
     """
     run = inference(model)

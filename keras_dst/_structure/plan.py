@@ -17,8 +17,8 @@ class Plan:
 
     Args:
         model: a Sequential or Functional model, dense or sparse.
-        remove: whether to remove any channels. Without removal, `build` makes a dense copy of the
-            model. Defaults to True.
+        remove: whether to remove any channels. If False, `build` makes a dense copy of the model.
+            Defaults to True.
 
     Attributes:
         all_handlers: one handler for every call of an operation, in the order of the calls.
@@ -30,8 +30,8 @@ class Plan:
         pinned: a boolean array, True for each union of coupled channels that has to stay.
         pin_reasons: a dict from the id of a union to the reason why its channels have to stay.
         removed: a boolean array, True for each union of coupled channels that is removed.
-        kept_reasons: a dict from the id of each union that could be removed, but is kept, to the
-            reason.
+        kept_reasons: for unions that could be removed but are kept, a dict from the id of the union
+            to the reason.
     """
 
     def __init__(self, model, remove: bool = True):

@@ -1,4 +1,4 @@
-"""Ids of channels, unions of coupled channels, and the variables that the ids belong to."""
+"""Ids of channels, unions of coupled channels, and the variables that have these channels."""
 
 from __future__ import annotations
 

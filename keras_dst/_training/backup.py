@@ -82,7 +82,7 @@ class BackupAndRestore(keras.callbacks.Callback):
             self._restore()
 
     def on_epoch_begin(self, epoch, logs=None):
-        if self._epoch not in (None, epoch):  # All callbacks have processed the last epoch.
+        if self._epoch not in (None, epoch):  # All callbacks have processed the previous epoch.
             self._batch = 0
             if self._is_due("epoch"):
                 self._back_up(epoch, 0)

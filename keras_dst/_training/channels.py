@@ -101,7 +101,8 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
         for axis, ids in member.axes.items()
         if member.follows and (numbers[ids] >= 0).any()
     ]
-    if method.learned:  # Gates that are closed may open again.
+    # A closed gate may open again, so the biases and scales of its channel are not set to zero.
+    if method.learned:
         following = []
     trained = {id(variable) for variable in model.trainable_variables}
     return Coupling(
@@ -187,7 +188,8 @@ def _costs(method: Method, coupled, numbers, sizes) -> tuple[np.ndarray, np.ndar
     """Return the arguments `shares` and `costs` of `ChannelGroups` for all weights of a model."""
     owner = np.append(np.repeat(np.arange(len(sizes)), sizes), len(sizes))
     stays = np.eye(len(sizes) + 1)[-1]
-    # Variables from which no channel is removed are counted together, as one weight that is kept.
+    # The variables that never lose channels are added up and treated as a single weight that is
+    # always kept.
     shares, costs = [[stays, stays]], [[coupled.other_parameters, coupled.other_flops]]
     for member in coupled.members:
         size = int(np.prod(member.variable.shape))

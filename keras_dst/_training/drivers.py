@@ -253,7 +253,8 @@ def _compiled_functions(method, layouts, shapes):
 
 
 class Driver:
-    """Driver that updates the states of all weights of one method, along its schedule."""
+    """Driver that updates the masks and other states of all weights of one method, at the steps of
+    its schedule."""
 
     def __init__(self, model, method, weights, states, layouts, names):
         self.model, self.method = model, method
@@ -518,7 +519,8 @@ class Driver:
         return sum(counts), 1 - sum(c * k for c, k in zip(costs, counts)) / total
 
     def _alive(self) -> np.ndarray:
-        """Return an array that is True for each kept channel. Its additional last entry is True."""
+        """Return an array that is True for each kept channel. An additional last entry is always
+        True."""
         return ops.convert_to_numpy(self._kept(*self._values())[1])
 
     def mask_followers(self) -> None:

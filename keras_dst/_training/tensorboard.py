@@ -39,9 +39,9 @@ class SparsityTensorBoard(keras.callbacks.Callback):
 
     Args:
         log_dir: Folder that `tensorboard --logdir` reads. A missing folder is created.
-        update_freq: Either `"epoch"`, which writes at the end of every epoch with the epoch as the
-            step, or the number of batches between two records. In the second case, the step is the
-            number of optimizer iterations. Defaults to `"epoch"`.
+        update_freq: `"epoch"` writes at the end of every epoch, and TensorBoard shows the epoch as
+            the step. An integer is the number of batches between two records, and TensorBoard then
+            shows the number of optimizer iterations as the step. Defaults to `"epoch"`.
         histograms: Whether to write histograms. Defaults to True.
 
     Raises:

@@ -137,7 +137,7 @@ class _Divergence(losses.Loss):
         logits = (class_logits(self.crossentropy, outputs) for outputs in (y_pred, y_true))
         entries = self.divergence(*logits)
         if _kind(self.crossentropy) is _BINARY and len(entries.shape):
-            return ops.mean(entries, axis=-1)  # as the binary cross-entropy does
+            return ops.mean(entries, axis=-1)  # Keras averages the binary cross-entropy too.
         return entries
 
 
@@ -162,13 +162,13 @@ def class_logits(loss, outputs: Tensor) -> Tensor:
     Args:
         loss: Cross-entropy, as a Keras loss object. The argument `from_logits` of the loss states
             whether the outputs are logits or probabilities. Probabilities are clipped at 1e-7. For
-            a binary cross-entropy, every output becomes two classes.
+            a binary cross-entropy, each output is converted to the logits of two classes.
         outputs: Float tensor of the outputs.
 
     Returns:
         A float32 tensor. Adding the same number to all logits of an entry does not change a
-        cross-entropy, so the returned logits may differ from the true logits by one number per
-        entry.
+        cross-entropy, so a number that depends only on the entry may have been added to the
+        returned logits.
     """
     outputs = ops.cast(outputs, "float32")
     from_logits = getattr(loss, "from_logits", False)
