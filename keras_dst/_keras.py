@@ -561,7 +561,7 @@ def set_own_variables(optimizer, variables: list) -> None:
 
 
 def _numbered_names(variables) -> list[tuple[str, int]]:
-    """Return (name, number) pairs, because variables of an optimizer may have the same name."""
+    """Return (name, number) pairs, where the number distinguishes variables of the same name."""
     seen: Counter[str] = Counter()
     names = []
     for variable in variables:
@@ -605,7 +605,7 @@ def distribution_like(variable):
     """Return a copy of the current distribution that places new variables like a given variable.
 
     A new variable with the shape of the given variable is sharded in the same way. A new variable
-    with another shape is replicated on every device. The copy compares shapes, because in a user's
+    with a different shape is replicated on every device. Paths cannot decide this: in a user's
     layout map, the path pattern for a kernel may also match the path of its mask.
     """
     present = keras.distribution.distribution()

@@ -197,8 +197,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         steps = self.method.span(None)[1] if in_steps else None
         for kernel, extra in zip(kernels, self._state_specs(kernels, steps)):
             states.append(self._add_state(kernel, {"mask": ("ones", "bool"), **extra}))
-        # Number of finished steps, and length of the schedule. SparseTraining sets the length.
-        # Before SparseTraining sets the length, it is 0.
+        # Number of finished steps, and length of the schedule, which is 0 until SparseTraining sets
+        # it.
         self.step = self.add_variable((), "zeros", "int32", name="step")
         self.total = self.add_variable((), "zeros", "int32", name="total")
         if not self.inner_optimizer.built:
@@ -504,7 +504,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                     self.assign(slot, ops.where(grown, 0, ops.convert_to_tensor(slot)))
                 value = ops.where(grown, ops.cast(start, value.dtype), value)
             self.assign(kernel, value)
-            # The average of a weight that comes back starts at the current value of the weight.
+            # If a pruned weight is restored, its average starts at the current value of the weight.
             if averages:
                 self._mask_average(kernel, state, ops.where(pruned, value, 0))
         self._mask_followers()
@@ -717,7 +717,7 @@ def exclude_from_decay(optimizer, variables) -> None:
 
 
 def tensors_of(state: State) -> dict[str, Any]:
-    """Return the current values of the variables of one state."""
+    """Return the current values of the variables of a state, as a dict by name."""
     return {name: ops.convert_to_tensor(value) for name, value in state.items()}
 
 

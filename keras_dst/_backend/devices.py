@@ -18,8 +18,8 @@ Tensor = Any
 def placed_like(variable) -> Iterator[None]:
     """Place variables that are created within this context on the devices of `variable`.
 
-    Variables with the shape of `variable` are sharded in the same way. Variables of other shapes
-    are replicated on every device.
+    Variables with the shape of `variable` are sharded in the same way. Variables with other shapes
+    are copied to every device.
     """
     backend = keras.backend.backend()
     if backend == "tensorflow":
@@ -59,10 +59,9 @@ def check_distribution(optimizer, variable) -> None:
 
 
 def counter_dtype(variable, dtype: str) -> str:
-    """Return the dtype of a counter that is placed like `variable`.
+    """Return the dtype of a counter: `dtype`, or int32 in training on several TensorFlow workers.
 
-    TensorFlow workers cannot exchange integers of 8 or 16 bits, so counters are int32 in training
-    on several workers.
+    TensorFlow workers cannot exchange integers of 8 or 16 bits.
     """
     if keras.backend.backend() == "tensorflow" and dtype in ("uint8", "int16"):
         import tensorflow as tf
@@ -106,8 +105,8 @@ def refresh_torch_parameters(model) -> None:
 def on_accelerator(tensor) -> bool:
     """Return whether the operations on a tensor run on a GPU or TPU instead of a CPU.
 
-    A tensor that is traced has no device yet. JAX then uses its default device, and TensorFlow uses
-    a GPU if there is one.
+    On JAX and TensorFlow, a tensor that is being traced has no device yet. The result therefore
+    depends on the default device of JAX, and on whether TensorFlow has a GPU.
     """
     backend = keras.backend.backend()
     if backend == "torch":

@@ -23,8 +23,9 @@ def jit(fn):
     if backend == "tensorflow":
         import tensorflow as tf
 
-        # TensorFlow warns of retracing by the code of a function. A partial object has no code, so
-        # functions that share their code, as for several models, are counted separately.
+        # TensorFlow counts the tracings of all functions with the same code together, and warns if
+        # they are frequent. A partial object has no code, so the functions of several models are
+        # counted separately.
         return tf.function(functools.partial(fn), autograph=False, reduce_retracing=True)
     if backend == "torch":
         import torch
@@ -63,9 +64,9 @@ def outside_torch_graph(fn):
 def masked(w, mask):
     """Compute `masks.masked` on torch. In eager mode, this is faster than `torch.where`.
 
-    On a CPU, `torch.where` executes a branch for every entry. Multiplying the bits of the floats by
-    the mask is vectorized and exact. Every pruned entry becomes +0, even if the weight is not
-    finite.
+    On a CPU, `torch.where` executes a branch for every entry. This function instead multiplies the
+    bits of the floats, read as integers, by the mask, which is vectorized and exact. Every pruned
+    entry becomes +0, even if the weight is not finite.
     """
     import torch
 

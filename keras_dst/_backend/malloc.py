@@ -2,8 +2,8 @@
 
 glibc returns free blocks of more than 32 MiB to the system at once. The next training step requests
 this memory again page by page, which can take as long as the computation. A sparse training step
-uses more memory than a dense step. Its memory blocks can therefore exceed this limit even if the
-blocks of a dense step do not.
+needs more memory than a dense step, so some of its blocks can exceed 32 MiB even if all blocks of a
+dense step are smaller.
 
 The policy applies to the whole process. `SparseTraining` therefore changes the policy only if the
 argument `keep_memory` is True.
@@ -36,7 +36,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Return free memory to the system now, and let glibc return large blocks later."""
+    """Return free memory to the system now, and allow glibc to return large blocks from now on."""
     _set(mmap=32 * _MIB, trim=64 * _MIB)  # The largest thresholds that glibc sets automatically.
     if glibc():
         glibc().malloc_trim(0)

@@ -175,8 +175,8 @@ class _Ranking(Scores):
         peaks = [self._by_row(_largest, "float32", s) for s in self.scores]
         usual = [ops.all(ops.abs(end) <= LARGEST) for end in floors + peaks]
         if keras.backend.backend() != "torch":
-            # A sum with a NaN is NaN on every backend. A minimum or maximum with a NaN is NaN only
-            # on torch.
+            # If an array contains NaN, its sum is NaN on every backend, but its minimum and maximum
+            # are NaN only on torch.
             pairs = zip(self.bundles, self.scores)
             sums = [self._by_row(_sum, "float32", s, b.left) for b, s in pairs]
             usual += [ops.all(ops.isfinite(total)) for total in sums]
@@ -228,7 +228,7 @@ class _Ranking(Scores):
 
     @staticmethod
     def _finite(s, least, most):
-        """Return scores with finite values in place of infinities and NaN."""
+        """Return the scores, with infinities and NaN replaced by finite values."""
         return ops.where(s > least, ops.minimum(s, most), least)
 
     def masks(self, kept):

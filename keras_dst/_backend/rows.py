@@ -136,7 +136,8 @@ class Scores:
 
 
 def bundles(lengths: Sequence[int]) -> list[list[int]]:
-    """Group neighboring small tensors into bundles, and return the indices of each bundle."""
+    """Group neighboring small tensors into bundles, and return the tensor indices of each
+    bundle."""
     found: list[list[int]] = []
     room = 0
     for i, length in enumerate(lengths):

@@ -70,7 +70,7 @@ class CoupledChannels:
 
     Attributes:
         members: all variables that have channels. Each variable appears once. The members are
-            variables of the given model, also if its layers are sparse.
+            variables of the given model, even if its layers are sparse.
         groups: the groups that can be removed, followed by the groups that have to stay.
         count: the number of ids.
         uses: a dict from the id of each variable that a layer multiplies with to its use count, as

@@ -103,7 +103,8 @@ class ChannelHandler:
     def needs(self, x: Tensor, removed: np.ndarray) -> np.ndarray:
         """Return, for each channel of an input, whether the operation itself needs the channel.
 
-        An operation that only passes channels on, such as an activation, needs no channel itself.
+        An operation that only passes channels on to the next operation, such as an activation,
+        needs no channel itself.
 
         Args:
             x: an input of the call.

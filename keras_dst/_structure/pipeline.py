@@ -26,9 +26,10 @@ def shrink(model) -> keras.Model:
     concatenation, addition and convolutions, with channels first or last. In grouped convolutions,
     channels are removed only as whole groups. The constant values of removed channels move into the
     biases of the next layers. If a constant channel is padded with zeros, one constant channel is
-    kept. Its kernel entries account for the constants of all removed channels. A branch that only
-    adds constants to a sum is removed completely. Custom layers keep all channels. Every layer
-    keeps at least one channel. `shrink_report` lists the channels that stay, with reasons.
+    kept. The kernel entries that read the kept channel are changed to account for the constants of
+    all removed channels. A branch that only adds constants to a sum is removed completely. Custom
+    layers keep all channels. Every layer keeps at least one channel. `shrink_report` lists the
+    channels that stay, with reasons.
 
     Before the smaller model is returned, both models are run on random inputs and compared.
 
@@ -61,7 +62,7 @@ def shrink(model) -> keras.Model:
 
 
 def plan_and_build(model) -> tuple[Plan, keras.Model]:
-    """Return the plan and the smaller model, after a comparison with the given model."""
+    """Return the plan and the smaller model, after comparing its outputs with the given model's."""
     check_graph(model)
     # To limit memory, the given model runs before the smaller model is built.
     samples = [random_inputs(model, batch=1, seed=seed) for seed in range(2)]

@@ -127,7 +127,7 @@ class Plan:
         return pinned
 
     def _remove_unread_channels(self) -> None:
-        """Remove groups of channels that no kept channel needs. Repeat this step until no more
+        """Remove groups of channels that no kept channel needs, again and again until no more
         groups can be removed."""
         # A layer that is called several times needs the same channels in each call.
         known = {id(kernel.op) for kernel in self.kernels}

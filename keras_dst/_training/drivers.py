@@ -267,7 +267,7 @@ class Driver:
         self.clock: Any = None  # None until the length of training is known.
         self._update, self._kept = _compiled_functions(method, tuple(layouts), tuple(self.shapes))
         # For each weight, the cost of one entry, such as its FLOPs. The target sparsity is a
-        # fraction of the total cost. None if all entries count the same.
+        # fraction of the total cost. None if all entries have the same cost.
         self.costs: list[float] | None = None
         self.groups = channels.groups_of(layouts)
         self.followers: list[Follower] = []
@@ -399,8 +399,8 @@ class Driver:
     def advance(self, batches: int) -> None:
         """Update the masks to the sparsity of the schedule after this number of batches."""
         step = self.last = self.start + batches
-        # A method with learned thresholds or scores gets its final target one update early, because
-        # the weights need time to reach it.
+        # A method with learned thresholds or scores receives its final target one update early,
+        # because its weights need time to reach this target.
         ahead = self.clock.period if self.method.learned else 0
         target = self.schedule.at(step + ahead, self.total)
         done = min(1.0, step / max(self.total or self.clock.last, 1))

@@ -106,7 +106,7 @@ class ActiveFit:
         self.model.train_function = patched_step
 
     def begin_epoch(self) -> None:
-        """Apply the patches in a custom training loop."""
+        """Apply the patches now if the model is trained by a custom training loop."""
         if not self._is_fit:
             self._apply()
 

@@ -120,7 +120,7 @@ def check_rematerialization(model) -> None:
 
 
 class _Divergence(losses.Loss):
-    """The divergence between two paths, as a loss with the reduction of a cross-entropy.
+    """The divergence between two paths, as a Keras loss that is reduced like a cross-entropy.
 
     Keras weights the entries of this loss by the sample weights and the mask of the outputs, like
     the entries of the cross-entropy.
