@@ -21,14 +21,14 @@ Shape = tuple[int, ...]
 
 _TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 
-# Name endings of weights in custom layers that are looked up or added, but not multiplied.
+# A weight of a custom layer whose name ends like this is looked up or added, but not multiplied.
 _TABLES = re.compile(r"(embeddings?|tokens?)$")
 
-# Batch size of the symbolic call if the Input does not define the batch size. The size is greater
-# than 1, because a model may remove axes of size 1.
+# Batch size of the symbolic call if the Input does not define the batch size. This batch size is
+# greater than 1, because a model may squeeze axes of size 1.
 _BATCH = 2
 # FLOPs are counted twice: unknown sizes of the inputs are first set to 128, then to 256. If the two
-# counts differ, the FLOPs are unknown.
+# FLOP counts differ, the FLOPs of the model are unknown.
 _SIZES = (128, 256)
 
 
@@ -95,7 +95,7 @@ class _Trace(keras.Operation):
 
     @contextlib.contextmanager
     def recording(self, recorded_layers: list):
-        """Record layer calls within this context, by instance attributes that override `call`."""
+        """Record the layer calls within this context: an instance attribute replaces `call`."""
         before = []
         try:
             for layer in recorded_layers:
@@ -176,7 +176,7 @@ def _count_in(trace: _Trace, weight: Weight) -> int:
 
 
 def _traces(model, recorded_layers: list) -> list[_Trace]:
-    """Call a model symbolically, once for each size that is inserted for unknown input axes."""
+    """Call a model symbolically, once for each value of the unknown input sizes."""
     unbuilt = [layer.name for layer in _keras.flatten_layers(model) if not layer.built]
     if unbuilt:  # A symbolic call of the model would build its unbuilt layers.
         raise _UnknownCount(f"'{unbuilt[0]}' is not built; call the model once on data")

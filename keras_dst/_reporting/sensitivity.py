@@ -73,8 +73,8 @@ class SensitivityReport:
         """Return a sparsity for every weight, to be passed as `allocation` to a pruning method.
 
         The sparsities are chosen so that pruning any single weight worsens the metric by the same
-        amount. Between the measured sparsities, the metric is interpolated linearly. This loss
-        of the metric is chosen so that the total sparsity equals `sparsity`.
+        amount, and so that the total sparsity equals `sparsity`. Between the measured sparsities,
+        the metric is interpolated linearly.
 
         Args:
             sparsity: Fraction of zeros over all weights of this report, at most the highest
@@ -290,7 +290,7 @@ class _Kernel:
         return w if self.effective is None else self.effective(w)
 
     def assign(self, weight) -> None:
-        """Assign a value to the variable. Raise ValueError if the mask would change the value."""
+        """Assign a value to the variable. Raise ValueError if masking changes this value."""
         self.variable.assign(weight)
         if self.effective is not None and ops.any(
             self.masked_value() != ops.convert_to_tensor(self.variable)

@@ -304,7 +304,7 @@ def _table_cells(parameters, nonzeros, *flops) -> list[str]:
 
 
 def _bytes_each(dtype: str) -> int:
-    # Most dtype names, such as bfloat16, contain the number of bits. "bool" does not, and takes one
-    # byte.
+    # Most dtype names, such as bfloat16, contain the number of bits. The name "bool" contains no
+    # number: a bool takes one byte.
     bits = re.search(r"\d+", dtype)
     return max(int(bits[0]) // 8, 1) if bits else 1

@@ -16,7 +16,7 @@ def as_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     Args:
         headings: Names of the columns.
-        rows: Texts of the cells, row by row.
+        rows: For each row, the texts of its cells.
     """
     table = Table(box=MARKDOWN)
     for heading in headings:

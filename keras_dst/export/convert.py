@@ -94,16 +94,17 @@ def conversions(
     signature: Signature | None = None,
     samples: Samples | None = None,
 ) -> list[bytes]:
-    """Convert a built Keras 3 model to dense ``.tflite`` files, one for each kind.
+    """Convert a built Keras 3 model to dense ``.tflite`` files, one for each entry of ``kinds``.
 
     The model is not changed. If it contains sparse layers, a stripped copy is converted.
 
     Args:
         model: a built Keras 3 model.
-        kinds: kinds of the files. ``"float32"`` means float32 weights and ops, ``"dynamic"`` means
-            int8 weights, and ``"int8"`` means int8 weights and integer ops. ``"integer"`` means
-            int8 inputs and outputs in addition.
-        signature: inputs that the files have. Defaults to all inputs of the model.
+        kinds: one string per file. ``"float32"`` means float32 weights and ops, ``"dynamic"``
+            means int8 weights, and ``"int8"`` means int8 weights and integer ops.
+
+            ``"integer"`` is like ``"int8"``, with int8 inputs and outputs.
+        signature: inputs of the files. Defaults to all inputs of the model.
         samples: samples on which the ranges of activations are measured, for ``"int8"`` and
             ``"integer"``.
 
@@ -151,8 +152,8 @@ def _convert_file(
     """Load and strip the ``model.keras`` of a folder, and write one ``.tflite`` file per kind."""
     with _names_for_lambdas():
         with _step("load"), keras.saving.custom_object_scope(custom_objects):
-            # safe_mode protects against untrusted files. It is off here, because this process or
-            # its parent process wrote the file.
+            # safe_mode protects against untrusted files. Here, safe_mode is off, because the file
+            # was written by this process or its parent process.
             model = keras.saving.load_model(folder / "model.keras", compile=False, safe_mode=False)
             strip(model)
         _convert(model, folder, kinds, signature, arrays)
@@ -178,7 +179,7 @@ def _import(module: str, name: str) -> Any:
 
 @contextlib.contextmanager
 def _names_for_lambdas() -> Iterator[None]:
-    """Define builtins such as `keras` and `np`, because Keras saves lambdas without globals."""
+    """Add `keras`, `np` and others to the builtins: Keras saves lambdas without globals."""
     names = {"keras": keras, "ops": keras.ops, "layers": keras.layers, "np": np, "numpy": np}
     added = {name: module for name, module in names.items() if not hasattr(builtins, name)}
     vars(builtins).update(added)

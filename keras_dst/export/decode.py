@@ -86,8 +86,8 @@ def unpack(tensor: schema.TensorT, entries: np.ndarray) -> np.ndarray:
     sparse axis, the indices of the nonempty entries are stored, as in CSR.
     """
     sparsity, rank = tensor.sparsity, len(shape(tensor))
-    positions = np.zeros(1, np.int64)  # Positions of the entries in storage.
-    found: list[np.ndarray] = []  # Index of each entry along each visited axis.
+    positions = np.zeros(1, np.int64)  # Index of each entry in the stored values.
+    found: list[np.ndarray] = []  # For each visited axis, the index of every entry along it.
     for axis in sparsity.dimMetadata:
         if axis.format == schema.DimensionType.DENSE:
             counts = np.full(len(positions), axis.denseSize)

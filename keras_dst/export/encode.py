@@ -166,9 +166,9 @@ def encode(content: bytes, formats: Mapping[int, Format]) -> bytes:
             other weights keep their format.
 
     Raises:
-        ValueError: the runtime would misread a weight. This happens, for example, if an op other
-            than FULLY_CONNECTED reads a sparse weight directly, or if the block size does not
-            divide the last axis of the weight.
+        ValueError: the runtime would misread a weight. Examples are a sparse weight that an op
+            other than FULLY_CONNECTED reads directly, and a block size that does not divide the
+            last axis of the weight.
 
     Example:
         >>> content = encode(content, {w.buffer: Format(1, True) for w in weights(read(content))})
@@ -303,7 +303,7 @@ def _unpack(
 
 
 def _computed_copy(tensor: schema.TensorT, suffix: str) -> schema.TensorT:
-    """Return a copy of a tensor that an op computes, and which therefore has no stored values."""
+    """Return a copy of a tensor without its stored values, because an op computes the copy."""
     computed = copy.copy(tensor)
     computed.name = f"{text(tensor.name)}/{suffix}"
     computed.buffer = 0  # Buffer 0 is empty by convention.
@@ -337,7 +337,7 @@ def _compressed_axis(rows: np.ndarray, columns: np.ndarray) -> schema.DimensionM
 
 
 def _indices(values: np.ndarray) -> tuple[int, object]:
-    """Return the type code and the vector for the smallest integer type that holds ``values``."""
+    """Store integers in the smallest possible type. Return the type code and the vector."""
     kinds = schema.SparseIndexVector
     largest = values.max()
     if largest <= np.iinfo(np.uint8).max:

@@ -133,7 +133,8 @@ def make_op(
 
 
 def _builtin(code: schema.OperatorCodeT) -> int:
-    # The deprecated field has one byte, so op codes above 127 are stored only in the new field.
+    # The deprecated field of an op code has one byte, so codes above 127 are stored only in the new
+    # field.
     return max(code.builtinCode, code.deprecatedBuiltinCode)
 
 
@@ -172,7 +173,7 @@ class _CompactBuilder(flatbuffers.Builder):
         return self._places[key]
 
     def CreateNumpyVector(self, x: np.ndarray) -> int:
-        # Keys are digests, because the vectors would take as much memory as a second file.
+        # The keys are digests, because vectors as keys would take as much memory as the whole file.
         key = (x.dtype.str, hashlib.sha256(x.tobytes()).digest())
         if key not in self._places:
             if x.dtype == np.uint8:

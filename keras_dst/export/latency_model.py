@@ -22,7 +22,7 @@ from keras_dst.export.flatbuffer import indices, op_name, read, stored
 
 _COPIES = frozenset({"PAD", "STRIDED_SLICE", "CONCATENATION"})
 _AT_LOAD = frozenset({"DENSIFY", "DEQUANTIZE"})
-_RUN, _OP = 1000, 100  # Fixed nanoseconds per inference, and per op.
+_RUN, _OP = 1000, 100  # Fixed overheads per inference and per op, in nanoseconds.
 _NANO = 1e-9
 
 
@@ -33,11 +33,11 @@ class Cpu:
     Attributes:
         vector: nanoseconds per weight, in a dense FULLY_CONNECTED op with one input row.
         matrix: nanoseconds per multiplication, in a dense op with many input rows.
-        direct: nanoseconds per stored value and input row, in FULLY_CONNECTED with a sparse weight.
-            The dict maps each encoding to two numbers: the first applies to one input row, the
-            second to many input rows.
-        row: nanoseconds for each pair of a row of a sparse weight and an input row, which are added
-            to the time from ``direct``.
+        direct: nanoseconds per stored value for each input row, in FULLY_CONNECTED with a sparse
+            weight. The dict maps each encoding to two numbers: the first applies to one input row,
+            the second to many input rows.
+        row: nanoseconds that are added to the time from ``direct``, for each row of the sparse
+            weight and each input row.
         copy: nanoseconds per value that PAD, STRIDED_SLICE or CONCATENATION writes.
         sparse: nanoseconds per multiplication by a nonzero weight, in XNNPACK's sparse convolution.
             None if XNNPACK does not use its sparse convolution on this CPU.
@@ -72,7 +72,7 @@ CPUS = {
 
 
 def this_cpu() -> str:
-    """Return the key in `CPUS` that stands for the CPU of this machine."""
+    """Return the key in `CPUS` for the CPU of this machine."""
     return "x86" if platform.machine().lower() in ("x86_64", "amd64") else "arm"
 
 

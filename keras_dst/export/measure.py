@@ -81,9 +81,9 @@ def bench(
 ) -> BenchReport:
     """Compare the latencies of ``.tflite`` files on random inputs, in the current process.
 
-    The files take turns, so that changes of the machine's speed affect all files equally. A file
-    with a dynamic batch size runs with batch size 1, and a file with a fixed batch size runs with
-    this size.
+    The files run in turns, so that a change in the speed of the machine affects all files equally.
+    A file with a dynamic batch size runs with batch size 1, and a file with a fixed batch size runs
+    with this size.
 
     Args:
         paths: paths of the files. Latency ratios are relative to the first file.
@@ -186,7 +186,8 @@ def _load_all(
     files: Sequence[bytes], threads: int, batch: int = 1, seed: int = 0
 ) -> list[tuple[float, Interpreter]]:
     """Return, for each file, the seconds to load it and an interpreter whose inputs are set."""
-    _load(files[0], threads, batch)  # Not timed: the first load also initializes the runtime.
+    # The first load is not timed, because it also initializes the runtime.
+    _load(files[0], threads, batch)
     found = [_load(content, threads, batch) for content in files]
     for _, interpreter in found:
         _feed(interpreter, seed)

@@ -58,7 +58,7 @@ _OP_NAMES = """
 OPS = frozenset(_OP_NAMES.split())
 _WORKER = Path(__file__).with_name("micro_worker.py")
 _PRUNING_HEADER = np.array([2, 1, 0, 0, 1, *[0] * 11], np.uint8)
-# Bytes of the arena in addition to the estimated size of all tensors.
+# Extra bytes in the arena, beyond the estimated size of all tensors.
 _SPARE_ARENA = 1 << 24
 
 
@@ -142,8 +142,8 @@ def unsupported_ops(
 def _origin(graph: schema.SubGraphT, op: schema.OperatorT, names: Collection[str]) -> str:
     """Describe the layer that contains an op, or else the last layer before the op.
 
-    The path of an op outside all layers contains no layer name. The name of a model output contains
-    no layer name either.
+    The path of an op contains no layer name if the op is outside all layers or
+    computes a model output.
 
     Args:
         graph: the graph of the file.
@@ -151,7 +151,7 @@ def _origin(graph: schema.SubGraphT, op: schema.OperatorT, names: Collection[str
         names: names of layers.
 
     Returns:
-        Text such as ``"in layer 'dense'"``. "" if no path contains a name in ``names``.
+        Text such as ``"in layer 'dense'"``, or "" if no path contains a name in ``names``.
     """
     producers = {index: other for other in graph.operators for index in indices(other.outputs)}
     word, tensors = "in", indices(op.outputs)
@@ -187,7 +187,7 @@ def run_in_tflm(content: bytes, inputs: list[np.ndarray]) -> Run:
     Args:
         content: the file.
         inputs: one array of shape `(runs, *shape)` per input of the file. `shape` is the shape of
-            this input, and the array has its data type.
+            the input. Each array has the data type of its input.
 
     Raises:
         ImportError: the extra `micro` is not installed.

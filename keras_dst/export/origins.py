@@ -22,8 +22,8 @@ def layer_at(path: str, names: Collection[str]) -> str:
     because TensorFlow appends numbers to most layer names.
 
     Args:
-        path: path of the op. The paths of merged ops are joined by semicolons. Only the first path
-            is used.
+        path: path of the op. The paths of merged ops are joined by semicolons, and only the first
+            of them is used.
         names: names of all layers.
 
     Returns:

@@ -225,7 +225,8 @@ def _rounded_to_zero(floats: bytes, integers: bytes) -> tuple[int, list[str]]:
         if weight.values.dtype != np.int8 or parameters is None or parameters.scale is None:
             continue
         values = dequantize(weight.values, parameters)
-        # Rounding to int8 moves a value by up to half a step. The scales are rounded too.
+        # Rounding to int8 changes a value by up to half a step, or slightly more, because the
+        # scales are rounded too.
         limit = 0.51 * steps(weight.values, parameters)
         original = next((w for w in originals if _agree(values, w, limit)), None)
         if original is None:
@@ -392,7 +393,7 @@ def _find_fault(
 def _explain_fault(
     base: bytes, choices: list[Choice], cases: list[Case], settings: Settings
 ) -> str:
-    """Say whether the conversion caused a wrong result, or which sparse weight tensors did."""
+    """Describe what caused a wrong result: the dense conversion, or which sparse weights."""
     plain = deviation(base, cases)
     if plain.error > settings.tolerance:
         return (

@@ -1,8 +1,8 @@
 """Rules of `lint`. Each rule checks one graph of a file and yields its findings.
 
-The rules are based on measurements with LiteRT 2.3 and on the source code of XNNPACK. Level "error"
-means that the runtime computed wrong results or refused the file in these measurements. In most
-cases, the runtime gives no message if its results are wrong.
+The rules are based on measurements with LiteRT 2.3 and on the source code of XNNPACK. Findings have
+the level "error" if, in these measurements, the runtime computed wrong results or refused the file.
+In most cases, the runtime gives no message if its results are wrong.
 """
 
 from __future__ import annotations

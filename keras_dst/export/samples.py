@@ -195,7 +195,7 @@ def read_samples(
         argument: name of the argument with which the user passed the data, for error messages.
         limit: maximum number of samples to return. Defaults to None, which returns all samples.
         streamed: maximum number of samples to read from a data set or generator. Defaults to 0,
-            which means at most ``limit`` samples.
+            which means that ``limit`` applies.
 
     Raises:
         ValueError: the data is of an unsupported type, or does not fit the inputs of the model.
@@ -275,7 +275,7 @@ def random_samples(model: keras.Model, signature: Signature) -> Samples:
 
 
 def _random_samples(signature: Signature, open_size: int) -> Samples:
-    """Return seeded random samples in which all dynamic sizes are `open_size`."""
+    """Return seeded random samples. All dynamic axes but the batch have size `open_size`."""
     rng = np.random.default_rng(0)
 
     def array(spec: InputSpec) -> np.ndarray:

@@ -30,7 +30,7 @@ MAX_HYBRID_INPUTS, MAX_HYBRID_BLOCKS = 4096, 255
 #: Two latencies, or two sizes, count as equal if their ratio is at most this factor.
 SAME_LATENCY, SAME_SIZE = 1.05, 1.01
 
-#: Reported reason if a weight stays dense although DENSIFY would make the file smaller.
+#: Reason in the report if a weight stays dense although DENSIFY would make the file smaller.
 UNSAFE = "with DENSIFY, ARM CPUs would compute this model wrongly"
 
 #: Function that returns, for each file, the seconds that one inference takes.
@@ -60,7 +60,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """Selected format of each weight tensor of a file, in file order, and the file that results."""
+    """Selected formats of all weight tensors in a file, in file order, and the resulting file."""
 
     choices: list[Choice]
     content: bytes
@@ -104,7 +104,7 @@ class Objective:
     def latency_ratios(self, files: Sequence[bytes]) -> list[float]:
         """Return, per file, its latency relative to the first file.
 
-        If there are timers for several CPUs, return the largest ratio of each file.
+        If there are timers for several CPUs, the largest of a file's ratios is returned.
         """
         seconds = [timer(files) for timer in self.timers]
         return [max(times[i] / times[0] for times in seconds) for i in range(len(files))]
@@ -119,9 +119,9 @@ def select_formats(
 
     First, the best format of each weight tensor is selected individually, but an op can be faster
     or slower in the whole graph than alone. Therefore, the best of four complete files is returned.
-    The first file has these individually selected formats. In the second file, the ops read as many
-    sparse weights as possible directly. The third file unpacks all sparse weights, and XNNPACK may
-    use sparse kernels. The fourth file is dense.
+    In the first file, each weight has its individually selected format. In the second file, the ops
+    read as many sparse weights as possible directly. The third file unpacks all sparse weights, and
+    XNNPACK may use sparse kernels. The fourth file is dense.
 
     Args:
         content: bytes of a file whose weights are float32 or int8.
@@ -159,7 +159,7 @@ class _Encoder:
         self.files: dict[frozenset, tuple[bytes, bool]] = {frozenset(): (content, False)}
 
     def plan(self, options: list[list[Choice]], objective: Objective) -> Plan:
-        """Return the plan with the best options among those that are correct on every CPU."""
+        """Select the best options with which the file is correct on every CPU."""
         choices = [_best(row, objective) for row in options]
         content, wrong = self._encode(choices)
         if wrong:

@@ -16,12 +16,12 @@ The analysis assumes that XNNPACK runs every op of the graph. In practice, XNNPA
 to the builtin kernels. The set of these ops differs between versions and builds of LiteRT. Each
 op that XNNPACK leaves to the builtin kernels splits the graph, and the data has NHWC layout at the
 split. Therefore, this module reports some networks as wrong although some versions of LiteRT
-compute them correctly. This is intended, because a file must be correct in all versions. For the
-same reason, this module reports a mean with keepdims as wrong.
+compute them correctly. This is intended, because a file must be correct in all versions of LiteRT.
+To be safe, a mean with keepdims is also reported as wrong.
 
 Source: the functions ``xnn_check_nchw_compatibility`` and ``xnn_subgraph_rewrite_for_nchw`` in
-``src/subgraph.c`` of XNNPACK. Since October 2020, only their rules for FULLY_CONNECTED have
-changed, most recently in January 2025.
+``src/subgraph.c`` of XNNPACK. Since October 2020, only the rules for FULLY_CONNECTED in these
+functions have changed, most recently in January 2025.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Region:
-    """Ops that XNNPACK runs on NCHW data, and ops that this makes fail or give wrong results."""
+    """Ops that XNNPACK runs on NCHW data, and ops that therefore fail or compute wrong results."""
 
     nodes: list[Node]
     wrong: list[Node]
@@ -141,7 +141,7 @@ def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role]
     producer = {t: n for n, node in enumerate(nodes) for t in node.outputs if t not in outputs}
 
     def join(n: int) -> bool:
-        """Merge the groups of an op and of its producers. Return whether this changed a group."""
+        """Merge an op's group with those of its producers. Return whether a group changed."""
         changed = False
         for t in nodes[n].inputs:
             source = producer.get(t)
@@ -222,7 +222,7 @@ def _merged_pads(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, tup
 
 
 def _role(model, graph, op, kind, unpacked, pads) -> tuple[Role, str]:
-    """Return the roles of an op, and a description if the op cannot be inside a region."""
+    """Return the possible roles of an op, and a description if no region can contain it."""
     tensors = [graph.tensors[t] for t in indices(op.inputs) + indices(op.outputs)]
     ranks = {len(shape(tensor)) for tensor in tensors if stored(model, tensor) is None}
     if not all(type_name(x).startswith(("float", "int32", "int64")) for x in tensors):
@@ -241,7 +241,7 @@ def _role(model, graph, op, kind, unpacked, pads) -> tuple[Role, str]:
     if kind == "DEPTH_TO_SPACE":
         return Role.EXIT, ""
     if kind in ("ADD", "MUL") and all(len(shape(tensor)) == 4 for tensor in tensors):
-        # Even if only the second operand is a constant, XNNPACK checks the shape of the first.
+        # XNNPACK checks the shape of the first operand, even if only the second is constant.
         constant = any(stored(model, tensor) is not None for tensor in tensors[:2])
         wide = sum(size != 1 for size in _sizes(tensors[0])) > 1
         return (Role.NONE, f"{kind} of a constant") if constant and wide else (Role.INSIDE, "")
@@ -259,7 +259,7 @@ def _sizes(tensor: schema.TensorT) -> list[int]:
 
 
 def _reduction(model, graph, op, kind) -> str:
-    """Describe a MEAN or SUM that is wrong for NCHW data. Return "" if the op is correct."""
+    """Describe an op MEAN or SUM that is wrong on NCHW data. Return "" if it is correct."""
     axes = values(model, graph.tensors[op.inputs[1]])
     left = {1, 2, 3} - {int(axis) % 4 for axis in ([] if axes is None else axes.ravel())}
     if 3 in left and left != {3}:  # NCHW and NHWC order these axes differently.
@@ -267,7 +267,7 @@ def _reduction(model, graph, op, kind) -> str:
     made = int(op.outputs[0])
     readers = {op_name(model, other) for other in graph.operators if made in indices(other.inputs)}
     if op.builtinOptions.keepDims and (readers != {"RESHAPE"} or made in indices(graph.outputs)):
-        return f"{kind} with keepdims"  # The result would have an NCHW shape.
+        return f"{kind} with keepdims"  # In NCHW layout, the shape of the result differs.
     return ""
 
 

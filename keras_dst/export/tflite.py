@@ -60,20 +60,20 @@ def export_tflite(
             ``"balanced"``, the default, selects the smallest product of bytes and latency among the
             formats that are not slower than dense.
         target: hardware for which the file is written. ``"host"``, the default, optimizes the file
-            for the CPU of this machine, and ``"arm"`` for a CPU without AVX. ``"any"`` optimizes
-            the larger of the two latency ratios on these CPUs. The name of an Arm Ethos-U NPU, such
-            as ``"ethos-u55-128"``, requires ``quantize="full"``. The file then has int8 inputs and
-            outputs and dense weights. If Vela is installed, the report includes Vela's estimates.
-            ``"micro"`` means TensorFlow Lite for Microcontrollers (TFLM) and also requires
-            ``quantize="full"``. The zeros of a weight tensor are then left out if this makes the
-            file smaller, and only TFLM can run the file. For an NPU or ``"micro"``, no latency is
-            measured, and ``optimize`` must keep its default.
+            for the CPU of this machine, and ``"arm"`` for a CPU without AVX. ``"any"`` considers
+            both CPUs, and optimizes the larger of their two latency ratios. The name of an Arm
+            Ethos-U NPU, such as ``"ethos-u55-128"``, requires ``quantize="full"``. The file then
+            has int8 inputs and outputs and dense weights. If Vela is installed, the report includes
+            Vela's estimates. ``"micro"`` means TensorFlow Lite for Microcontrollers (TFLM) and also
+            requires ``quantize="full"``. The zeros of a weight tensor are then left out if this
+            makes the file smaller, and only TFLM can run the file. For an NPU or ``"micro"``, no
+            latency is measured, and ``optimize`` must keep its default.
         measure: whether to measure latencies on the CPU of this machine. If ``measure`` is False,
             and for all other CPUs, latencies are estimated from the speed of the kernels. Defaults
             to True.
         threads: number of interpreter threads during measurements. Defaults to 1.
         batch: batch size during measurements, for a model with a dynamic batch size. Defaults to 1.
-        quantize: tensors that are quantized to 8 bits. Defaults to None, which quantizes no tensor.
+        quantize: tensors that are quantized to 8 bits. Defaults to None: no tensor is quantized.
             ``"weights"`` quantizes a weight tensor if this reduces the quantity that ``optimize``
             names, bytes or latency. ``"full"`` quantizes weights and activations: TensorFlow's
             converter measures the ranges of the activations on ``representative``. Zero weights
@@ -85,7 +85,7 @@ def export_tflite(
             data loader or generator of batches ``(x, y)``. Labels are integers or one-hot vectors.
             Sample weights are ignored. Alternatively, ``evaluate`` is a function that receives
             ``predict`` and returns a number. ``predict`` accepts inputs like `model.predict`, and
-            returns the outputs of the file. Defaults to None, which measures no accuracy.
+            returns the outputs of the file. Defaults to None: accuracy is not measured.
         vela_path: path where the file that Vela compiled for the NPU is saved, in an existing
             folder. Defaults to None, which does not save the compiled file.
         progress: function that is called with a line of text before each step.

@@ -32,7 +32,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Deviation:
-    """Error of a file in one output, and a text that names this output.
+    """Error of one output of a file, and a text that names this output.
 
     ``error`` is ``max|y - expected| / max|expected|``. The error is infinite if values are not
     finite, shapes differ, or the interpreter refuses the file.
@@ -43,7 +43,7 @@ class Deviation:
 
 
 def deviation(content: bytes, cases: list[Case]) -> Deviation:
-    """Return the largest error of a file over all cases, with and without XNNPACK."""
+    """Run a file on all cases, with and without XNNPACK, and return the largest error."""
     return max(_deviations(content, cases, RESOLVERS), key=lambda found: found.error)
 
 
@@ -58,7 +58,7 @@ def deviation_between(content: bytes, reference: bytes, cases: list[Case]) -> De
 
 
 def run(content: bytes, cases: list[Case], resolver: OpResolverType) -> list[dict[str, np.ndarray]]:
-    """Run a file on all cases. Return one dict per case, from output names to output arrays.
+    """Run a file on all cases. For each case, return a dict from output names to output arrays.
 
     Raises:
         RuntimeError, ValueError: the interpreter refuses the file or an input.
