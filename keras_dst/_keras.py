@@ -283,7 +283,7 @@ def set_nodes_of(operation, inbound: list, outbound: list) -> None:
 
 
 def declares_input(model) -> bool:
-    """Return True if a Sequential model was created with an Input, not built from data.
+    """Return True if a Sequential model was created with an Input, not built by calling it on data.
 
     Keras adds an input layer to every built Sequential model. The config of this input layer
     contains a dtype only if the model was built by calling it on data. The function also returns

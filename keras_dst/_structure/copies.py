@@ -97,7 +97,7 @@ def copy_recurrent_state(layer, copy) -> None:
 
 
 def _rebuilt_copy(layer, **changes):
-    """Return a built copy with its own variables, or None if the shapes of its variables differ."""
+    """Return a built copy of a layer, or None if the copy's variables differ in shape."""
     if isinstance(layer, SparseContainer):  # The config names the inner layers that have masks.
         copy = type(layer).from_config(layer.get_config())
     else:

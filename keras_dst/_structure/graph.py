@@ -67,12 +67,12 @@ class Call:
     """Call of one operation in the graph.
 
     Attributes:
-        op: the operation: a layer without masks of this package, or an operation such as `x + y`.
+        op: the operation: a layer that is not sparse, or an operation such as `x + y`.
         args: the positional arguments.
         kwargs: the keyword arguments, without masks that Keras passes automatically.
         outputs: the output tensors.
         prefix: the names of the nested models that contain the call.
-        constant_terms: the constant inputs that the addition leaves out.
+        constant_terms: for an addition, the constant inputs that are left out of the sum.
     """
 
     op: Any
@@ -84,13 +84,13 @@ class Call:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """The tensors whose channels the operation reads, without masks."""
+        """The input tensors whose channels the operation reads. Keras masks are not included."""
         data = {name: x for name, x in self.kwargs.items() if not _is_mask(name)}
         return [x for x in _tensors((self.args, data)) if not _contains(self.constant_terms, x)]
 
     @property
     def masks(self) -> list[Tensor]:
-        """The masks that the user passes to the operation."""
+        """The Keras masks that the user passes to the operation as arguments."""
         return _tensors({name: x for name, x in self.kwargs.items() if _is_mask(name)})
 
     def map(self, fn) -> tuple[tuple, dict]:

@@ -569,7 +569,7 @@ class KernelLayer(ChannelHandler):
         return self._to_layer_axes(weights) + [bias[units]] * config["use_bias"]
 
     def _sliced(self, kept: np.ndarray, units: np.ndarray) -> list[np.ndarray]:
-        """Return kernels of the kept channels and units only, in the axis order of `w`."""
+        """Return the kernels without removed channels and units, in the axis order of `w`."""
         return [self.w.compress(kept, -2).compress(units, -1)]
 
     def _to_layer_axes(self, weights: list[np.ndarray]) -> list[np.ndarray]:
@@ -738,7 +738,7 @@ class Recurrent(KernelLayer):
         config["units"] = int((~removed[self.y.ids]).sum())
         weights = ChannelHandler.slice(self, config, removed)
         moved = self.response(self._removed_constants(removed))[~removed[self.unit_ids]]
-        for bias in weights[2:]:  # GRU adds the first row of its bias to the input.
+        for bias in weights[2:]:  # A GRU adds the first row of its bias to the projected input.
             bias.reshape(-1, len(moved))[0] += moved
         return weights
 

@@ -24,7 +24,7 @@ class Slice(ChannelHandler):
     def __init__(self, call: Call, reason: str = ""):
         super().__init__(call, reason)
         entries = full_key(call)
-        assert entries is not None  # `handler_for` accepts only slices with such keys.
+        assert entries is not None  # `handler_for` rejects all other slices.
         self.entries = entries
 
     def place_channels(self) -> None:

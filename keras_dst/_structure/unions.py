@@ -12,7 +12,7 @@ from keras_dst._structure.graph import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """Variable of a layer, and the ids of the channels along each of its axes.
+    """Variable of a layer, with the ids of the channels along each axis of the variable.
 
     Attributes:
         variable: the Keras variable.

@@ -113,7 +113,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
 
 
 def _makes_channel(member, ids: np.ndarray) -> bool:
-    """Return whether a variable computes at least one of these channels."""
+    """Return whether a variable has at least one of these channels along its output axis."""
     return member.output is not None and bool(np.isin(member.axes[member.output], ids).any())
 
 

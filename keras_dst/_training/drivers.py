@@ -503,7 +503,7 @@ class Driver:
         return self.measure()[1]
 
     def measure(self) -> tuple[float, float]:
-        """Return the current number of entries that all masks keep, and the result of `reached()`.
+        """Return how many entries all masks together currently keep, and the result of `reached()`.
 
         The masks are computed once. If no channels are coupled, this function synchronizes with the
         device only once.
@@ -566,9 +566,9 @@ class LayerDriver(Driver):
             costs = [method.cost_per_entry(state) for state in self.states]
             self.costs = [c for c in costs if c is not None] or None
 
-    # The optimizer counts the steps, and its counter is part of every checkpoint. The layer stores
-    # a pair (step, optimizer counter). Counting continues from this pair, even if `compile` has
-    # reset the counter.
+    # The optimizer counts the steps, and its counter is part of every checkpoint. A sparse layer
+    # stores the current step together with the counter of the optimizer at this step. Counting
+    # continues from these two numbers, even if `compile` has reset the counter.
 
     def _iterations(self) -> int:
         optimizer = _optimizer_of(self.model, self.weights)

@@ -117,7 +117,7 @@ class ActiveFit:
 
     @property
     def is_patched(self) -> bool:
-        """Whether a callback has registered patches other than skipped batches."""
+        """Whether a callback has registered patches, apart from batches to skip."""
         return bool(self._patches or self._drivers)
 
     def restore(self) -> None:
@@ -220,7 +220,7 @@ class AtomicSave:
     old file is lost and the new file is incomplete.
 
     Args:
-        inner: Method that writes the file.
+        inner: Original method, which writes the file.
         prepare: Function to call before the file is written.
     """
 

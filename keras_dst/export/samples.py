@@ -144,9 +144,9 @@ def _signature_name(name: str) -> str:
 def _keeps_batch_size(model: keras.Sequential) -> bool:
     """Return whether the recorded batch size of a Sequential model must be kept.
 
-    If a model without an Input layer is built from data, Keras records the batch size of this data,
-    which need not be kept. Recurrent layers that are stateful or not unrolled require a fixed batch
-    size.
+    If a model without an Input layer is built by calling it on data, Keras records the batch size
+    of this data, which need not be kept. Recurrent layers that are stateful or not unrolled require
+    a fixed batch size.
     """
     layers = _keras.flatten_layers(model)
     recurrent = [layer for layer in layers if isinstance(layer, keras.layers.RNN)]
