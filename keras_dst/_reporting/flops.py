@@ -69,7 +69,7 @@ class _UnknownCount(Exception):
 
 @dataclass
 class _Call:
-    """Record of a layer call: its number of repeats, and the shapes of the inputs and output."""
+    """Record of a layer call: how often it is repeated, and the shapes of its inputs and output."""
 
     repeats: int
     inputs: list[Shape]

@@ -127,7 +127,7 @@ def density_map(kept: np.ndarray, layout: Layout = KERNEL) -> np.ndarray:
 
 
 def matrix_shape(shape: Sequence[int], layout: Layout = KERNEL) -> tuple[int, int]:
-    """Return the number of inputs and of outputs of a weight, as two integers."""
+    """Return two integers: how many inputs and how many outputs a weight has."""
     inputs, outputs = _axes(shape, layout)
     return math.prod(shape[axis] for axis in inputs), math.prod(shape[axis] for axis in outputs)
 

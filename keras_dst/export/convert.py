@@ -66,7 +66,7 @@ _CALL_FIX = (
     "write the code of your own layers and Lambda layers with keras.ops, which runs on every "
     "backend, instead of functions of JAX, PyTorch or NumPy"
 )
-# Keras operations that are converted to TensorFlow ops with unfamiliar names.
+# Maps the name of a TensorFlow op to the Keras operations that are converted to this op.
 _PART_OF = {"BitwiseAnd": "keras.ops.argmax and argmin"}
 
 # Maximum numbers of lines and columns of the converter's log that an error message shows.
@@ -76,7 +76,7 @@ _NOISE = re.compile(r"\s*$|[IW]\d{4} |WARNING: All log messages before absl")
 
 
 class _Failure(Exception):
-    """Failure of the conversion in the step ``"load"``, ``"call"`` or ``"convert"``."""
+    """Failure of the conversion in one of the steps ``"load"``, ``"call"`` and ``"convert"``."""
 
     def __init__(self, step: str, text: str):
         super().__init__(step, text)

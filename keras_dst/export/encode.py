@@ -182,7 +182,7 @@ def with_positive_zeros(content: bytes) -> bytes:
     """Return a dense ``.tflite`` file in which every -0 of a float weight is +0.
 
     The converter multiplies kernels by the scales of batch normalizations. The product of a pruned
-    weight and a negative scale is -0, and two kinds of zeros compress badly.
+    weight and a negative scale is -0. A file with both 0 and -0 compresses badly.
     """
     model, changed = read(content), False
     for weight in weights(model):
@@ -252,7 +252,7 @@ def _rewire_readers(
     unpacked: dict[int, int] = {}
     version = SPARSE_FULLY_CONNECTED_VERSION
     for op in graph.operators:
-        # Copy the inputs, because the array of a file that was read is not writable.
+        # Copy the array of inputs, because the arrays of a file that was read are not writable.
         op.inputs = np.array([] if op.inputs is None else op.inputs, np.int32)
         for slot, index in ((s, int(i)) for s, i in enumerate(op.inputs) if i in changed):
             weight, format = changed[index]

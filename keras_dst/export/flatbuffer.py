@@ -60,8 +60,8 @@ def stored(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
 def extract_readers(model: schema.ModelT, buffer: int) -> schema.ModelT:
     """Extract a model that contains only the ops that read one buffer.
 
-    The extracted model has the computed tensors that the ops read as inputs, and the results of the
-    ops as outputs. Buffers keep their indices.
+    The inputs of the extracted model are the computed tensors that the ops read, and its outputs
+    are the results of the ops. Buffers keep their indices.
     """
     extracted = schema.ModelT()
     extracted.version, extracted.operatorCodes = model.version, list(model.operatorCodes)

@@ -61,7 +61,8 @@ def sparsity_at_latency(
     Therefore, the search can run before training. The search prunes channels of copies of the model
     by magnitude and exports the smaller models. The latencies of the smaller models and of the
     dense model are measured in LiteRT on this CPU. The returned sparsity is a fraction of FLOPs.
-    Training with this target gives the same masks on every machine.
+    A training run with this target measures no latency, so its masks do not depend on the speed of
+    the machine.
 
     Args:
         model: Built Sequential or Functional model without sparse layers. The model is not changed.

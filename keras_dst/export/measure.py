@@ -166,11 +166,12 @@ def loads_and_latencies(
 
 
 def _rounds(interpreters: Sequence[Interpreter]) -> Iterator[list[float]]:
-    """Yield one list per timing round, without end: for each file, the seconds of one inference.
+    """Run timing rounds without end. In each round, yield the seconds of one inference for each
+    file.
 
     In each timing round, every file runs twice. The first of the two runs loads the weights into
-    the CPU caches and is not timed. The timed part is short, a single inference, so that other work
-    on the machine rarely disturbs it.
+    the CPU caches and is not timed. Only a single inference is timed, because other work on the
+    machine rarely disturbs such a short measurement.
     """
     while True:
         times = []

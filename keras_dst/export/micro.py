@@ -142,8 +142,8 @@ def unsupported_ops(
 def _origin(graph: schema.SubGraphT, op: schema.OperatorT, names: Collection[str]) -> str:
     """Describe the layer that contains an op, or else the last layer before the op.
 
-    The path of an op contains no layer name if the op is outside all layers or
-    computes a model output.
+    The path of an op contains no layer name if the op is outside all layers, or if it computes a
+    model output.
 
     Args:
         graph: the graph of the file.
@@ -203,7 +203,7 @@ def run_in_tflm(content: bytes, inputs: list[np.ndarray]) -> Run:
         arrays["outputs"] = np.array(len(graph.outputs))
         np.savez(folder / "inputs.npz", allow_pickle=False, **arrays)
         paths = [str(folder / name) for name in ("model.tflite", "inputs.npz", "outputs.npz")]
-        # Without -P, modules next to the worker would hide modules of the standard library.
+        # Without Python's option -P, modules next to the worker would hide standard modules.
         command = [sys.executable, "-P", str(_WORKER), *paths, str(_arena_limit(model))]
         done = subprocess.run(command, capture_output=True, text=True)
         log = done.stdout + done.stderr
@@ -387,8 +387,8 @@ def _decoded_reads(
         graph: the graph. The function adds tensors to the graph.
         op: an op of the graph.
         encoded: dict from the tensor index of a weight to the tensor indices of its two constants.
-        free: tensor indices of the weights that are not decoded yet. When a weight is decoded for
-            the first time, the function removes its index from this set.
+        free: tensor indices of the weights that are not decoded yet. This function removes the
+            index of a weight from the set when it decodes the weight for the first time.
         code: op code index of TFLM_DECODE.
     """
     reads = dict.fromkeys(index for index in indices(op.inputs) if index in encoded)

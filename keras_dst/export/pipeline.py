@@ -215,8 +215,8 @@ def _rounded_to_zero(floats: bytes, integers: bytes) -> tuple[int, list[str]]:
     """Return the number of nonzero weights of a float file that are zero in the int8 file.
 
     The converter may rename weight tensors. Therefore, each int8 weight is matched by its values to
-    a weight of the float file. The second return value is a list with the names of all int8 weights
-    without a match.
+    a weight of the float file. The second return value lists the names of the int8 weights that
+    match no float weight.
     """
     originals = [weight.values for weight in encode.weights(read(floats))]
     count, unmatched = 0, []

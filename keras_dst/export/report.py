@@ -25,8 +25,8 @@ class TensorReport:
         shape: shape of the weight in the file.
         density: fraction of nonzero values.
         encoding: storage format, such as ``"csr+densify"``.
-        bytes: bytes that the weight takes in this storage format.
-        dense_bytes: bytes that the weight takes in dense format.
+        bytes: size of the weight in this storage format, in bytes.
+        dense_bytes: size of the weight in dense format, in bytes.
         reason: why the weight is stored in dense format. "" if the weight is stored
             in a sparse format.
     """

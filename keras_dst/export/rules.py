@@ -2,7 +2,7 @@
 
 The rules are based on measurements with LiteRT 2.3 and on the source code of XNNPACK. Findings have
 the level "error" if, in these measurements, the runtime computed wrong results or refused the file.
-In most cases, the runtime gives no message if its results are wrong.
+If the runtime computes wrong results, it gives no message in most cases.
 """
 
 from __future__ import annotations
@@ -348,7 +348,7 @@ def _direct(model, graph) -> Iterator[tuple]:
 
 
 def _outputs(model, graph, kind: str) -> dict[int, int]:
-    """Return a dict from the output of each op of kind ``kind`` to the op's first input."""
+    """For each op of this kind, map the index of its output to the index of its first input."""
     made = (op for op in graph.operators if op_name(model, op) == kind)
     return {int(op.outputs[0]): int(op.inputs[0]) for op in made}
 

@@ -1,7 +1,7 @@
 """Select the storage format of each weight tensor of a model.
 
-First, fixed rules exclude all formats that the runtime would read incorrectly. One of the remaining
-formats is then selected by its size and its measured or estimated latency. The rules follow the
+First, fixed rules exclude all formats that the runtime would read incorrectly. Then one of the
+remaining formats is selected, by size and by measured or estimated latency. The rules follow the
 kernels of XNNPACK and LiteRT: only FULLY_CONNECTED reads a sparse weight directly. All other ops
 need a dense weight. The op DENSIFY unpacks this dense weight when the file is loaded. To store the
 weight of a CONV_2D sparse, the export can replace the CONV_2D by slices of the input and a
@@ -44,7 +44,7 @@ class Choice:
     Attributes:
         weight: the weight.
         format: the selected format, or None if the weight keeps its present format.
-        bytes: bytes that the weight takes in this format.
+        bytes: size of the weight in this format, in bytes.
         reason: why the weight keeps its present format, or "" if the format changes.
         latency_ratio: latency of the ops that read the weight, relative to their latency with the
             dense weight. If latencies are estimated for several CPUs, this is the largest ratio of
@@ -117,11 +117,11 @@ def select_formats(
 ) -> Plan:
     """Return the best plan for a dense ``.tflite`` file.
 
-    First, the best format of each weight tensor is selected individually, but an op can be faster
-    or slower in the whole graph than alone. Therefore, the best of four complete files is returned.
-    In the first file, each weight has its individually selected format. In the second file, the ops
-    read as many sparse weights as possible directly. The third file unpacks all sparse weights, and
-    XNNPACK may use sparse kernels. The fourth file is dense.
+    First, the best format of each weight tensor is selected individually. However, an op can run
+    faster or slower in the whole graph than alone. Therefore, the best of four complete files is
+    returned. In the first file, each weight has its individually selected format. In the second
+    file, the ops read as many sparse weights as possible directly. The third file unpacks all
+    sparse weights, and XNNPACK may use sparse kernels. The fourth file is dense.
 
     Args:
         content: bytes of a file whose weights are float32 or int8.

@@ -13,9 +13,9 @@ tensor of the region, this op reads NCHW data as if it were NHWC data. The resul
 and no error message appears.
 
 The analysis assumes that XNNPACK runs every op of the graph. In practice, XNNPACK leaves some ops
-to the builtin kernels. The set of these ops differs between versions and builds of LiteRT. Each
-op that XNNPACK leaves to the builtin kernels splits the graph, and the data has NHWC layout at the
-split. Therefore, this module reports some networks as wrong although some versions of LiteRT
+to the builtin kernels. The set of these ops differs between versions and builds of LiteRT. Each op
+that XNNPACK leaves to the builtin kernels splits the graph, and reads and writes data in NHWC
+layout. Therefore, this module reports some networks as wrong although some versions of LiteRT
 compute them correctly. This is intended, because a file must be correct in all versions of LiteRT.
 To be safe, a mean with keepdims is also reported as wrong.
 
@@ -57,7 +57,7 @@ class Role(enum.Flag):
 class Node:
     """Op in the graph that XNNPACK builds from the file.
 
-    This graph has no constants, and XNNPACK merges PAD ops into the convolutions that follow.
+    XNNPACK's graph contains no constants. PAD ops are merged into the convolutions that follow.
 
     Attributes:
         op: the op in the file.

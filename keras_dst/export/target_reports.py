@@ -48,9 +48,9 @@ class VelaReport:
 
     The estimates come from Vela's model of the hardware, not from measurements on hardware.
 
-    The dense file has the same ops as the file, but its weights are normally distributed random
-    values without zeros. Vela compresses these random weights a few percent better than trained
-    dense weights.
+    The dense file has the same ops as the exported file, but its weights are normally distributed
+    random values without zeros. Vela compresses these random weights a few percent better than
+    trained dense weights.
 
     Attributes:
         accelerator: configuration of the NPU, such as ``"ethos-u55-128"``.

@@ -46,9 +46,9 @@ def export_tflite(
         path: the file to write, in an existing folder. An existing file is replaced.
         inputs: samples on which the file is compared with the model, in any form that
             `model.predict` accepts: arrays, or a data set, data loader or generator of batches. The
-            first 32 samples are used. Defaults to the samples in ``representative`` if there are
-            any, and else to seeded random samples: standard normal floats, or integers that are 0
-            or 1. A model with string inputs requires this argument.
+            first 32 samples are used. Defaults to the samples in ``representative``. Without
+            ``representative``, the samples are random with a fixed seed: standard normal floats, or
+            integers that are 0 or 1. A model with string inputs requires this argument.
         tolerance: largest accepted error, ``max|y - y_keras| / max(max|y_keras|, 1e-6)`` of each
             output. The default depends on ``quantize``: 1e-4 for None, 0.1 for ``"weights"``, 0.3
             for ``"full"``. A quantized file is also compared with a dense file that has the same
@@ -87,7 +87,7 @@ def export_tflite(
             ``predict`` and returns a number. ``predict`` accepts inputs like `model.predict`, and
             returns the outputs of the file. Defaults to None: accuracy is not measured.
         vela_path: path where the file that Vela compiled for the NPU is saved, in an existing
-            folder. Defaults to None, which does not save the compiled file.
+            folder. Defaults to None: the compiled file is not saved.
         progress: function that is called with a line of text before each step.
 
     Returns:

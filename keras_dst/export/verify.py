@@ -179,7 +179,7 @@ def _by_output_name(outputs: Any) -> dict[str, np.ndarray]:
 
 
 def by_input_name(batch: Samples, signature: Signature) -> dict[str, np.ndarray]:
-    """Return a dict from the names of all present inputs to arrays in the types of the file."""
+    """Return a dict from input names to arrays in the file's types, without absent inputs."""
     return {
         spec.name: array.astype(np.bytes_ if spec.dtype == "string" else spec.dtype)
         for spec, array in zip(signature.specs, batch.arrays, strict=True)
