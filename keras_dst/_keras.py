@@ -353,7 +353,7 @@ def set_initial_epoch(model, epoch: int | None) -> None:
 
 
 def restore_jax_state(model, *step_arguments) -> None:
-    """Write the state that a training step received back to the variables.
+    """Put the state that a training step received back into the variables of the model.
 
     On JAX, `fit` removes the values from the variables and passes these values as the first
     argument of the training step.
@@ -550,8 +550,8 @@ def _restore_variables(optimizer, before: list, attributes: dict[str, Any]) -> N
 def set_own_variables(optimizer, variables: list) -> None:
     """Replace the list of the variables that an optimizer created.
 
-    The function creates a new list. If it changed the old list in place, TensorFlow could no longer
-    save this tracked list, unless the change only appended items.
+    The old list is not changed in place, because TensorFlow can save a changed tracked list only if
+    items were appended to it.
     """
     with DotNotTrackScope():
         optimizer._variables = variables
@@ -586,8 +586,8 @@ def _forget_decay_exemptions(optimizer, trained_before) -> None:
 def _decide_decay_again(optimizer) -> None:
     """Make an optimizer decide again to which variables it applies weight decay.
 
-    Keras up to 3.15 decides in a training step and caches the result. Keras 3.16 decides in
-    `Optimizer.build`.
+    Keras up to 3.15 makes these decisions in a training step and caches them. Keras 3.16 makes
+    these decisions in `Optimizer.build`.
     """
     if "_weight_decay_by_var_key" in vars(optimizer):
         optimizer._weight_decay_by_var_key = {
@@ -605,8 +605,9 @@ def distribution_like(variable):
     """Return a copy of the current distribution that places new variables like a given variable.
 
     A new variable with the shape of the given variable is sharded in the same way. A new variable
-    with a different shape is replicated on every device. Paths cannot decide this: in a user's
-    layout map, the path pattern for a kernel may also match the path of its mask.
+    with a different shape is replicated on every device. Shapes are compared instead of paths,
+    because in a user's layout map, the path pattern for a kernel may also match the path of its
+    mask.
     """
     present = keras.distribution.distribution()
 

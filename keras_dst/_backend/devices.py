@@ -59,7 +59,7 @@ def check_distribution(optimizer, variable) -> None:
 
 
 def counter_dtype(variable, dtype: str) -> str:
-    """Return the dtype of a counter: `dtype`, or int32 in training on several TensorFlow workers.
+    """Return `dtype` for a counter, or int32 if training runs on several TensorFlow workers.
 
     TensorFlow workers cannot exchange integers of 8 or 16 bits.
     """

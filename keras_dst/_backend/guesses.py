@@ -26,7 +26,7 @@ class _Guesses:
     Attributes:
         conditions: Boolean scalars, which are all true if all guesses were right.
         branches: For each guessed branch, the index of its condition in `conditions`.
-        rare: Indices in `branches` of the branches for which the rare case is guessed.
+        rare: Indices in `branches` of the branches that are guessed to take the rare case.
     """
 
     def __init__(self, rare: set[int]):
@@ -41,7 +41,7 @@ _current: ContextVar[_Guesses | None] = ContextVar("guesses", default=None)
 def with_guesses(update: Callable) -> Callable:
     """Wrap a function of tensors so that it guesses, and is repeated after a wrong guess.
 
-    Each call guesses that the branches that were right in the previous call are right again.
+    At each branch, a call guesses the case that was right in the previous call.
     """
     rare: set[int] = set()
 

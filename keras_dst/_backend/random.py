@@ -64,8 +64,8 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
 
     The numbers are random rows of a table with a million entries, because copying rows is faster
     than generating numbers. For a large tensor, the rows of the table are as wide as the rows of
-    the tensor. With such wide rows, the table has few rows. The table therefore contains each row
-    with both signs, so that the mean noise of every weight is 0.
+    the tensor. If its rows are that wide, the table has only a few rows. The table therefore
+    contains each row with both signs, so that the mean noise of every weight is 0.
 
     Args:
         shapes: Shapes of the results.

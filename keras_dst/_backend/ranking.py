@@ -79,7 +79,7 @@ def top_k(
     together, counts = kept.ndim == 0, kept if kept.ndim else kept[None]
     if selection.is_possible(scores, sizes):
         arranged = Scores(scores, together)
-        scores.clear()  # Free the scores of small tensors, because `arranged` holds copies.
+        scores.clear()  # Free the scores of small tensors: `arranged` holds copies of them.
         found = selection.top_k(arranged, counts, first if together else None)
     else:
         arranged = _Ranking(scores, together, sizes, first)
@@ -152,8 +152,8 @@ class _Ranking(Scores):
             self.weights = [b.join(ones, 0) for b in self.bundles]
             totals = [int(n.sum()) for n in sizes]
             self.total = ops.convert_to_tensor([sum(totals)] if together else totals, "int32")
-        # Needed only if all tensors are ranked together: a separate ranking always keeps the
-        # highest-scored entries of its tensor.
+        # The argument `first` matters only if all tensors are ranked together: a separate ranking
+        # keeps the highest-scored entries of its tensor anyway.
         self.first: Sequence[int] = []
         self.first_weights = None
         if together and first is not None:
@@ -260,8 +260,8 @@ class _Ranking(Scores):
     def thresholds(self, kept):
         """Return `(low, high, below, above)`: two thresholds and the numbers of weights above them.
 
-        The number of weights whose score exceeds `high` is `above`, and the number of weights whose
-        score exceeds `low` is `below`. All search algorithms maintain `above <= kept < below`.
+        `above` is the number of weights whose score exceeds `high`, and `below` is the number of
+        weights whose score exceeds `low`. All search algorithms maintain `above <= kept < below`.
 
         Args:
             kept: Number of weights to keep, per ranking.
@@ -454,8 +454,8 @@ class _Ranking(Scores):
         """Return, for every ranking, how many weights exceed a threshold or are always kept."""
         count = self._count_scores(thresholds)
         # In each tensor, either all entries above the threshold are always kept, or all entries
-        # that are always kept exceed the threshold. One of these two sets therefore contains the
-        # other, and their union has as many entries as the larger set.
+        # that are always kept exceed the threshold. One of these sets therefore contains the other,
+        # and the number of entries in their union is the larger of the two counts.
         if self.first_weights is not None:
             count = ops.sum(ops.maximum(count, self.first_weights))[None]
         return ops.where(thresholds < self.least, self.total, count)

@@ -27,7 +27,7 @@ class Rows:
     Attributes:
         tensor: For each row, the index of its tensor among all tensors.
         local: For each row, the index of its tensor among the tensors of this bundle.
-        owner: Boolean matrix (tensors of this bundle, rows): whether the row belongs to the tensor.
+        owner: Boolean matrix. `owner[i, j]` is True if row j belongs to tensor i of this bundle.
         start: For each row, the position of its first entry in the tensor. If all tensors are
             ranked together, this is the position in their concatenation.
         left: For each row, the number of entries from its start to the end of the tensor. None if
@@ -121,8 +121,8 @@ class Scores:
     def reduce_by_ranking(self, values, reduce, neutral):
         """Reduce one value per row to one value per ranking.
 
-        For each tensor, the values of rows of other tensors are replaced by `neutral`, which must
-        not change the result of `reduce`.
+        While the values of one tensor are reduced, the values of all other tensors are replaced by
+        `neutral`, which must not change the result of `reduce`.
         """
         if self.together:
             return reduce(ops.stack([reduce(v) for v in values]))[None]

@@ -21,7 +21,8 @@ _SORTED = 1 << 20  # If there are at most this many scores, all of them are sort
 _STRIDE = 61  # Every 61st score is in the sample. 61 is a prime, so all columns are sampled alike.
 _DEVIATIONS = 5  # Distance of the bounds from the expected threshold, in standard deviations.
 # If all tensors are ranked together, the scores between the bounds may be concentrated in a few
-# tensors. One bundle may then hold up to this many times its proportional share of them.
+# tensors. A single bundle may then hold up to `_CONCENTRATION` times its proportional share of
+# these scores.
 _CONCENTRATION = 16
 
 
@@ -108,7 +109,7 @@ def _is_finite(scores: Scores, low, above, between):
 
 
 def _bounds(scores: Scores, kept):
-    """Return two bounds per ranking, `low` and `high`. The threshold is probably between them."""
+    """Return two bounds per ranking, `low` and `high`, which probably enclose the threshold."""
     if scores.count <= _SORTED:
         return [ops.full(kept.shape, end, "float32") for end in (-np.inf, np.inf)]
     sample = ops.concatenate([ops.reshape(s, (-1,))[::_STRIDE] for s in scores.scores])
