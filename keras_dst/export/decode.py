@@ -127,9 +127,10 @@ def block_sizes(tensor: schema.TensorT) -> list[int]:
 
 
 def encoding(tensor: schema.TensorT) -> str:
-    """Return the encoding of a constant as ``"dense"``, ``"csr"``, ``"1x4"``, ... or
-    ``"sparse"``.\n\n CSR stores single nonzero values along the last axis. 1xN stores blocks of N
-    consecutive values along the last axis. ``"sparse"`` stands for all other sparse encodings.
+    """Return the encoding of a constant, such as ``"dense"``, ``"csr"``, ``"1x4"`` or ``"sparse"``.
+
+    CSR stores single nonzero values along the last axis. 1xN stores blocks of N consecutive values
+    along the last axis. ``"sparse"`` stands for all other sparse encodings.
     """
     if tensor.sparsity is None:
         return "dense"

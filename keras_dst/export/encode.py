@@ -131,7 +131,7 @@ def pack(values: np.ndarray, block: int) -> tuple[schema.SparsityParametersT, np
     """Compress ``values`` along the last axis, in blocks of ``block`` values.
 
     Blocks of zeros are not stored. All axes except the last are encoded as dense axes. Return the
-    encoding and a vector of the stored values.
+    encoding, and the stored values as a vector.
     """
     *outer, width = values.shape
     if width % block:

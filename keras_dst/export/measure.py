@@ -166,8 +166,7 @@ def loads_and_latencies(
 
 
 def _rounds(interpreters: Sequence[Interpreter]) -> Iterator[list[float]]:
-    """Run timing rounds without end. In each round, yield the seconds of one inference for each
-    file.
+    """Yield the seconds of one inference for each file, in endless timing rounds.
 
     In each timing round, every file runs twice. The first of the two runs loads the weights into
     the CPU caches and is not timed. Only a single inference is timed, because other work on the

@@ -324,7 +324,7 @@ def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
     for graph in model.subgraphs:
         encoded: dict[int, tuple[int, int]] = {}
         for index, tensor in list(enumerate(graph.tensors)):
-            # The converter joins the names of merged ops.
+            # If the converter merges ops, it joins their names with semicolons.
             tensor.name = text(tensor.name).split(";")[0]
             if tensor.buffer in found:
                 encoded[index] = _add_constants(model, graph, found[tensor.buffer].values)
@@ -342,7 +342,7 @@ def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
 
 
 def _shorten_zero_points(quantization: schema.QuantizationParametersT | None) -> None:
-    """Keep one zero point if the zero points of all channels are equal. TFLM repeats it."""
+    """If the zero points of all channels are equal, keep only one, which TFLM repeats."""
     points = None if quantization is None else quantization.zeroPoint
     if quantization is not None and points is not None and len(np.unique(points)) == 1:
         quantization.zeroPoint = points[:1]

@@ -68,9 +68,9 @@ def export_tflite(
             requires ``quantize="full"``. The zeros of a weight tensor are then left out if this
             makes the file smaller, and only TFLM can run the file. For an NPU or ``"micro"``, no
             latency is measured, and ``optimize`` must keep its default.
-        measure: whether to measure latencies on the CPU of this machine. If ``measure`` is False,
-            and for all other CPUs, latencies are estimated from the speed of the kernels. Defaults
-            to True.
+        measure: whether to measure latencies on the CPU of this machine. Latencies on other CPUs,
+            and all latencies if ``measure`` is False, are estimated from the speed of the kernels.
+            Defaults to True.
         threads: number of interpreter threads during measurements. Defaults to 1.
         batch: batch size during measurements, for a model with a dynamic batch size. Defaults to 1.
         quantize: tensors that are quantized to 8 bits. Defaults to None: no tensor is quantized.
