@@ -51,7 +51,7 @@ def run_missing(benchmark: str, description: str, option: str, names, run, defau
         option: Command-line option that lists names, such as `"--nets"`.
         names: Allowed names.
         run: Function that takes a name, runs its measurement, and saves the result.
-        default: Names to run if the option is not given. Defaults to all names.
+        default: Names that are run if the command line lacks the option. Defaults to all names.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument(
@@ -72,7 +72,7 @@ def write_index(benchmark: str, lines: list[str]) -> None:
 
 
 def columns(cells_of: dict[str, dict[str, str]]) -> list[str]:
-    """Return the lines of a Markdown table. Each column is a dict from row name to cell."""
+    """Return the lines of a Markdown table. `cells_of[column][row]` is the text of a cell."""
     lines = [f"| | {' | '.join(cells_of)} |", "|---|" + "---|" * len(cells_of)]
     for name in dict.fromkeys(name for cells in cells_of.values() for name in cells):
         cells = [cells.get(name, "") for cells in cells_of.values()]

@@ -7,9 +7,9 @@ from importlib.metadata import distributions
 
 import pytest
 
-# The tests train the same small models many times. With a cache, XLA compiles each program once.
-# Programs that compile in less than 0.2 s are not cached, because reading a cache file would take
-# longer.
+# The tests train the same small models many times, so a cache ensures that XLA compiles each
+# program only once. Programs that compile in less than 0.2 s are not cached, because reading a
+# cache file would take longer.
 cache = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

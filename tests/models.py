@@ -215,5 +215,5 @@ def predict(model, x):
 
 
 def arrays(variables):
-    """Return copies of the values of variables."""
+    """Return the values of variables as copies in NumPy arrays."""
     return [np.array(v.numpy()) for v in variables]

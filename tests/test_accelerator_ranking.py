@@ -65,7 +65,7 @@ def tied_scores():
 
 @pytest.fixture
 def wrong_guesses(monkeypatch):
-    """Return a list that receives an entry for every search, which follows a wrong guess."""
+    """Return a list that gets one entry per search. A search runs only after a wrong guess."""
     searched, search = [], ranking._Ranking.thresholds
     monkeypatch.setattr(
         ranking._Ranking, "thresholds", lambda *args: searched.append(1) or search(*args)

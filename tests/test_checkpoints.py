@@ -1,4 +1,5 @@
-"""Tests of checkpoints: each file is sparse and complete, and the best file meets the target."""
+"""Tests of checkpoints: each file is sparse and complete, and the best one meets the target
+sparsity."""
 
 import keras
 import numpy as np

@@ -118,7 +118,7 @@ def test_repr_is_the_constructor_call(thing):
 
 
 class NoArguments(UpdateMethod):
-    """A method without a constructor."""
+    """A pruning method that defines no constructor."""
 
 
 class Forwarding(Magnitude):
@@ -137,7 +137,7 @@ class EveryKind(LayerMethod):
 
 
 class NoSteps(tfmot.PruningSchedule):
-    """A schedule without a constructor."""
+    """A schedule that defines no constructor."""
 
 
 OWN = [NoArguments(), NoSteps(), Forwarding(0.5), Forwarding(0.5, extra=2, allocation="erk")]

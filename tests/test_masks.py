@@ -324,7 +324,7 @@ def test_a_pattern_without_its_axis_raises(name, layout, missing):
 
 
 def reference_top_k(scores, kept, sizes=None):
-    """Rank with a stable sort, and keep groups until the next group would exceed `kept`."""
+    """Rank groups with a stable sort, and keep groups while they have at most `kept` entries."""
     flat = np.concatenate([np.ravel(s) for s in scores])
     order = np.argsort(-flat, kind="stable")
     taken = np.ones(len(flat)) if sizes is None else np.concatenate([np.ravel(s) for s in sizes])
@@ -662,8 +662,8 @@ def test_n_of_m_of_tied_and_nonfinite_scores(scores, expected):
 
 CONV, DENSE = random(2, 2, 6, 5, seed=5), random(10, 6, seed=6)
 
-# Columns: pattern, shape of a block in a convolution kernel, packed bits of the masks. In a dense
-# kernel, the shape of a block is the last two sizes of this shape.
+# Columns: pattern, shape of a block in a convolution kernel, packed bits of the masks. For a dense
+# kernel, only the last two dimensions of this shape are used.
 GOLDEN = [
     ("unstructured", (1, 1, 1, 1), "5026007a293a0e83d201e9744a0d4cb801383108110020"),
     ("1x4", (1, 1, 4, 1), "000003196b5acc6084212954a529ce10410445145128a0"),

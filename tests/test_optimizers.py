@@ -435,7 +435,8 @@ class OwnOptimizers(Adversarial):
 
 
 class ReadSteps(keras.callbacks.Callback):
-    """Callback that reads the number of finished steps, as a resumed training run reads it."""
+    """Callback that reads the number of finished steps in the same way as a resumed training
+    run."""
 
     def on_epoch_end(self, epoch, logs=None):
         # On JAX, a callback that reads `self.model` writes the state of `fit` into the variables.

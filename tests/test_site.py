@@ -100,7 +100,8 @@ def test_code_lines_fit_their_column(site):
 
 @pytest.mark.parametrize("width", [1440, 390])
 def test_the_layout_in_a_browser(site, width):
-    """Code needs no horizontal scrolling on a desktop, and no page is wider than a phone."""
+    """On a desktop, code needs no horizontal scrolling. On a phone, no page is wider than the
+    screen."""
     page = (site / "guide" / "index.html").read_text()
     before, article, after = re.fullmatch(
         r"(.*<article.*?>)(.*)(</article>.*)", page, re.S

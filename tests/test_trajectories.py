@@ -28,7 +28,7 @@ RATE = 0.05
 def keep_highest(scores, kept):
     """Return masks of the `kept` highest scores over all arrays.
 
-    Of equal scores, the first are kept.
+    Among equal scores, the first ones are kept.
     """
     flat = np.concatenate([s.ravel() for s in scores])
     mask = np.zeros(flat.size, bool)

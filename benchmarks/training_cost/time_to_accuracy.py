@@ -58,7 +58,8 @@ def train_network(method, epochs, seed, data):
 
 
 def densities(result) -> list[float]:
-    """Return the mean density of each epoch, from the densities at its start and at its end."""
+    """Return, for each epoch, the mean of the densities at the start and at the end of the
+    epoch."""
     way, epochs = result["way"], result["epochs"]
     if way == "dense":
         return [1.0] * epochs

@@ -165,7 +165,7 @@ BODY = (entry, depthwise(), pointwise)
 SQUEEZE = (pointwise, unary("LOGISTIC"))
 ADD, MUL = schema.AddOptionsT, schema.MulOptionsT
 
-# Verdicts that were observed with LiteRT 2.3 and AVX hidden. A region is a part of the graph that
+# How LiteRT 2.3 runs each region on a CPU whose AVX is hidden. A region is a part of the graph that
 # XNNPACK can run in NCHW layout. "on" means that XNNPACK runs the region with sparse kernels. "off"
 # means that XNNPACK does not use sparse kernels. "wrong" means that XNNPACK runs the region and
 # computes wrong outputs.
