@@ -107,7 +107,7 @@ def call_with_weights(layer, weights: list, call: Callable[[], Any]) -> Any:
     Returns:
         The result of the call.
     """
-    # Stateful recurrent layers initialize their states at once, also in a stateless scope.
+    # Stateful recurrent layers initialize their states at once, even in a stateless scope.
     if getattr(layer, "stateful", False):
         result = call()
         layer.set_weights(weights)
@@ -125,7 +125,8 @@ def call_with_weights(layer, weights: list, call: Callable[[], Any]) -> Any:
 
 
 def _copied(value, shape, dtype=None):
-    """Return a copy of an array as a tensor. Without the copy, PyTorch would share its memory."""
+    """Return a copy of an array as a tensor. Without the copy, PyTorch would share memory with the
+    array."""
     return keras.ops.convert_to_tensor(np.array(value), dtype)
 
 

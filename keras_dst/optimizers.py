@@ -98,7 +98,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.step: Any = None
         self.total: Any = None
         self._timetable: _Timetable | None = None
-        self._planned: list[str] = []  # paths of the kernels that the timetable counts
+        self._planned: list[str] = []  # Paths of the kernels for which `_timetable` was made.
         self._initial_update = True
         self.inner_optimizer = inner_optimizer
 

@@ -62,11 +62,11 @@ def copy_operation(op, name: str, share: bool = False):
 def live_config(layer) -> dict[str, Any]:
     """Return the arguments that create a layer again, with the original functions and objects.
 
-    The config of a layer describes functions and objects by name, which fails for lambdas and for
+    The config of a layer refers to functions and objects by name. This fails for lambdas, and for
     classes that are not registered with Keras.
     """
     try:
-        with warnings.catch_warnings():  # Keras warns about lambdas in files.
+        with warnings.catch_warnings():  # Keras warns that lambdas cannot be saved.
             warnings.simplefilter("ignore")
             config = dict(layer.get_config())
     except NotImplementedError:  # an argument without `get_config`

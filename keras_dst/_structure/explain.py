@@ -40,7 +40,7 @@ class _ReasonFinder:
         self.producers = {id(y): handler for handler in plan.handlers for y in handler.call.outputs}
 
     def reasons(self, layer: ChannelHandler) -> Counter[str]:
-        """Return a Counter from each reason why dead units of a layer are kept to their number."""
+        """Return a Counter of the reasons why dead units of a layer are kept."""
         plan, ids = self.plan, layer.y.ids
         calls = [handler for handler in plan.handlers if handler.op is layer.op]
         read, why = self._follow(calls)

@@ -166,8 +166,8 @@ class Plan:
 
 
 def _weight_sharing(operations: list) -> dict[int, str]:
-    """Return a dict from the id of each operation that shares a weight to a sentence that says
-    so."""
+    """Return, for each operation that shares a weight, its id and a sentence on the shared weight,
+    as a dict."""
     owners: dict[int, dict[int, str]] = {}
     for op in operations:
         for variable in getattr(op, "weights", ()):

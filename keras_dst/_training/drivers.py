@@ -234,7 +234,8 @@ def _compiled_functions(method, layouts, shapes):
     @jit
     def kept(weights, states):
         masks = [method.mask(*values) for values in zip(weights, states, layouts)]
-        if isinstance(method, UpdateMethod):  # A callback may have assigned weights outside masks.
+        # A callback may have assigned nonzero values to pruned weights.
+        if isinstance(method, UpdateMethod):
             masks = [ops.logical_or(m, ops.not_equal(w, 0)) for m, w in zip(masks, weights)]
         # All counts are in one tensor, because reading each count would wait for the device once
         # per weight.
@@ -271,7 +272,8 @@ class Driver:
         self.costs: list[float] | None = None
         self.groups = channels.groups_of(layouts)
         self.followers: list[Follower] = []
-        # True if the masks were replaced by the nonzero entries that a callback assigned.
+        # True if the masks were replaced, because a callback assigned weights that are nonzero
+        # elsewhere.
         self.masks_assigned = False
         self.target_quantity = method.target_quantity
         if self.groups and not method.learned:
@@ -397,7 +399,7 @@ class Driver:
         return self.clock.is_due(self.last, step) or any(self.last < end <= step for end in ends)
 
     def advance(self, batches: int) -> None:
-        """Update the masks to the sparsity of the schedule after this number of batches."""
+        """Update the masks to the sparsity that the schedule defines for this batch count."""
         step = self.last = self.start + batches
         # A method with learned thresholds or scores receives its final target one update early,
         # because its weights need time to reach this target.

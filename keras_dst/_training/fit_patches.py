@@ -93,7 +93,7 @@ class ActiveFit:
         and no callback is active.
         """
         self._drivers = [*self._drivers, *drivers]
-        if self.model.train_function is None:  # The user wrote the training loop.
+        if self.model.train_function is None:  # The training loop is not `fit`.
             return
         # Remove the patches of earlier fits, but keep the wrapper of torch.compile.
         step = inspect.unwrap(self.model.train_function, stop=lambda f: not _is_patched(f))

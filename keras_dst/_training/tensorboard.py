@@ -107,7 +107,7 @@ class SparsityTensorBoard(keras.callbacks.Callback):
     # --------------------------------------------------------------------------------------------
 
     def _iterations(self) -> int:
-        _ = self.model  # On JAX, this property assigns the state of the running fit.
+        _ = self.model  # On JAX, reading this property updates the variables during `fit`.
         return int(ops.convert_to_numpy(self.model.optimizer.iterations))
 
     def _read_masks(self) -> dict[str, np.ndarray]:

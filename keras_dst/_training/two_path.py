@@ -84,7 +84,8 @@ class TwoPathLoss:
             yield
 
     def _divergence(self, pruned, full, sample_weight) -> Tensor:
-        """Return the divergence of all outputs with a cross-entropy, weighted like their losses."""
+        """Return the sum of the divergences of all outputs with a cross-entropy, weighted like the
+        losses."""
         structure, terms = _keras.output_structure(self.model), []
         for path, loss, weight in _keras.flat_losses(self.model):
             if _kind(loss) is None:
@@ -167,8 +168,7 @@ def class_logits(loss, outputs: Tensor) -> Tensor:
 
     Returns:
         A float32 tensor. Adding the same number to all logits of an entry does not change a
-        cross-entropy, so a number that depends only on the entry may have been added to the
-        returned logits.
+        cross-entropy, so the returned logits may contain such a number.
     """
     outputs = ops.cast(outputs, "float32")
     from_logits = getattr(loss, "from_logits", False)
