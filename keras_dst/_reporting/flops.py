@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 
 _TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 
-# A weight of a custom layer whose name ends like this is looked up or added, but not multiplied.
+# Weights with these name endings in custom layers are looked up or added, but not multiplied.
 _TABLES = re.compile(r"(embeddings?|tokens?)$")
 
 # Batch size of the symbolic call if the Input does not define the batch size. This batch size is

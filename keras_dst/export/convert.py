@@ -103,7 +103,7 @@ def conversions(
         kinds: one string per file. ``"float32"`` means float32 weights and ops, ``"dynamic"``
             means int8 weights, and ``"int8"`` means int8 weights and integer ops.
 
-            ``"integer"`` is like ``"int8"``, with int8 inputs and outputs.
+            ``"integer"`` is like ``"int8"``, but the inputs and outputs are also int8.
         signature: inputs of the files. Defaults to all inputs of the model.
         samples: samples on which the ranges of activations are measured, for ``"int8"`` and
             ``"integer"``.

@@ -128,7 +128,7 @@ def _cpu_ops(compiled: bytes, reasons: dict[str, str]) -> list[CPUOp]:
 
 
 def _reasons(log: str) -> dict[str, str]:
-    """Return why Vela leaves ops to the CPU: a dict from an op's output name to the reason."""
+    """Return a dict from an op's output name to Vela's reason for leaving the op to the CPU."""
     warnings = re.findall(r"operator: \w+, ofm: '(.*?)'\nReason: (.*?)\n\s*\n", log, re.DOTALL)
     return {tensor: " ".join(reason.split()) for tensor, reason in warnings}
 

@@ -393,7 +393,7 @@ def _find_fault(
 def _explain_fault(
     base: bytes, choices: list[Choice], cases: list[Case], settings: Settings
 ) -> str:
-    """Describe what caused a wrong result: the dense conversion, or which sparse weights."""
+    """Say whether a wrong result was caused by the dense conversion or by sparse weights."""
     plain = deviation(base, cases)
     if plain.error > settings.tolerance:
         return (

@@ -275,7 +275,7 @@ def random_samples(model: keras.Model, signature: Signature) -> Samples:
 
 
 def _random_samples(signature: Signature, open_size: int) -> Samples:
-    """Return seeded random samples. All dynamic axes but the batch have size `open_size`."""
+    """Return seeded random samples. Dynamic axes except the batch have size `open_size`."""
     rng = np.random.default_rng(0)
 
     def array(spec: InputSpec) -> np.ndarray:

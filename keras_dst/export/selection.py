@@ -159,7 +159,7 @@ class _Encoder:
         self.files: dict[frozenset, tuple[bytes, bool]] = {frozenset(): (content, False)}
 
     def plan(self, options: list[list[Choice]], objective: Objective) -> Plan:
-        """Select the best options with which the file is correct on every CPU."""
+        """Return the plan with the best options for which the file is correct on every CPU."""
         choices = [_best(row, objective) for row in options]
         content, wrong = self._encode(choices)
         if wrong:

@@ -259,7 +259,7 @@ def _sizes(tensor: schema.TensorT) -> list[int]:
 
 
 def _reduction(model, graph, op, kind) -> str:
-    """Describe an op MEAN or SUM that is wrong on NCHW data. Return "" if it is correct."""
+    """Describe a MEAN or SUM op with wrong results on NCHW data. Return "" if it is correct."""
     axes = values(model, graph.tensors[op.inputs[1]])
     left = {1, 2, 3} - {int(axis) % 4 for axis in ([] if axes is None else axes.ravel())}
     if 3 in left and left != {3}:  # NCHW and NHWC order these axes differently.
