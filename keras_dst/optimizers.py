@@ -89,7 +89,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.kernel_indices: list[int] = []
         self.kernel_names: list[str] = []
         self.states: list[State] = []
-        # SparseTraining replaces these default axes by the axes that the layers define.
+        # SparseTraining later replaces these default axes by the axes that the layers define.
         self.layouts: list[Layout] = []
         # Biases and scales of coupled channels: index of the variable, axis, and channels along the
         # axis.
@@ -389,7 +389,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self._plan_updates()
 
     def _plan_updates(self) -> None:
-        """Compute steps, targets and counts of all updates once, outside of compiled steps."""
+        """Compute the steps, targets and weight counts of all mask updates once, outside of
+        compiled training steps."""
         method: Any = self.method
         schedule = method.schedule
         kernels, _, layouts, names = self.trained()

@@ -166,8 +166,7 @@ class Plan:
 
 
 def _weight_sharing(operations: list) -> dict[int, str]:
-    """Return, for each operation that shares a weight, its id and a sentence on the shared weight,
-    as a dict."""
+    """Return a dict from an operation's id to a sentence about the weight that it shares."""
     owners: dict[int, dict[int, str]] = {}
     for op in operations:
         for variable in getattr(op, "weights", ()):

@@ -272,8 +272,8 @@ class Driver:
         self.costs: list[float] | None = None
         self.groups = channels.groups_of(layouts)
         self.followers: list[Follower] = []
-        # True if the masks were replaced, because a callback assigned weights that are nonzero
-        # elsewhere.
+        # True if a callback assigned nonzero values to pruned weights, and the masks were adapted
+        # to the assigned weights.
         self.masks_assigned = False
         self.target_quantity = method.target_quantity
         if self.groups and not method.learned:
@@ -341,7 +341,7 @@ class Driver:
     # --------------------------------------------------------------------------------------------
 
     def begin(self, length: int | None, fit: int | None, epoch: int | None, done: int = 0) -> None:
-        """Start or continue the schedule.
+        """Start the schedule, or continue it in a later `fit`.
 
         Args:
             length: Number of steps of the schedule, or None if unknown.
@@ -399,7 +399,8 @@ class Driver:
         return self.clock.is_due(self.last, step) or any(self.last < end <= step for end in ends)
 
     def advance(self, batches: int) -> None:
-        """Update the masks to the sparsity that the schedule defines for this batch count."""
+        """Update the masks to the sparsity that is scheduled after this many batches of the current
+        `fit`."""
         step = self.last = self.start + batches
         # A method with learned thresholds or scores receives its final target one update early,
         # because its weights need time to reach this target.
