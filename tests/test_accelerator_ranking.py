@@ -249,7 +249,7 @@ def test_operations_and_bytes_of_a_torch_update(name, monkeypatch):
         for key in {"scores", "gradient"} & state.keys():
             state[key].assign(rng.standard_normal(state[key].shape).astype("float32"))
     driver.advance(260)
-    for weight, state in zip(driver.weights, driver.states):  # Train the weights that have grown.
+    for weight, state in zip(driver.weights, driver.states):  # As after training.
         if "gradient" in state:
             trained = ops.convert_to_numpy(state["mask"]) * rng.standard_normal(weight.shape)
             weight.assign(trained.astype("float32"))

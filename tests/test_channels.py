@@ -261,7 +261,7 @@ def test_an_optimizer_without_its_model_warns():
 
 @pytest.mark.parametrize("make", [methods.SET, methods.RigL])
 def test_biases_follow_once_no_channel_grows(make):
-    """Pruned channels keep their biases until the last mask update, because they may grow again."""
+    """Pruned channels may be restored, so they keep their biases until the last mask update."""
     model = compiled(make(0.5, "uniform", "channel", stop=0.5, frequency=1))
     followers = {}
     for variable in (model.get_layer("stem").bias, model.get_layer("stem_norm").beta):

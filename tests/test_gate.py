@@ -150,8 +150,8 @@ def test_gates_reach_the_target_and_can_be_saved_stripped_and_shrunk(
     history = fit(model).history
     assert np.isfinite(history["loss"]).all()
     open_ = np.concatenate([np.ravel(array(gate.is_open())) for gate in gates_of(model)])
-    # The number of open gates that meets the budget most closely is 19 of 32 channels, or 2 of 4
-    # branches.
+    # The cost is closest to the target if the gates of 19 of 32 channels, or of 2 of 4 branches,
+    # are open.
     assert open_.sum() == (19 if structure == "channel" else 2)
     assert history["sparsity"][-1] == pytest.approx(1 - open_.mean())
 

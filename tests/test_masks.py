@@ -467,7 +467,7 @@ def test_top_k_compiled_by_xla():
 def test_top_k_stops_at_the_first_group_that_does_not_fit():
     # At most 5 weights may be kept. The two groups with the highest scores have 3 weights together.
     # With the next group of 3 weights, 6 weights would be kept, so the ranking stops before this
-    # group. The last group, which would fit, is not kept either.
+    # group. The last group would still fit, but is not kept either.
     assert_equal(top_k([[9, 8, 7, 6]], 5, [np.array([2, 1, 3, 1])]), [[1, 1, 0, 0]])
 
 
@@ -569,8 +569,8 @@ def test_top_k_of_several_rows_bundles_and_slabs(monkeypatch):
         assert_equal(best_first(kept), reference_top_k(raised([1] * len(shapes)), kept))
     for kept in (11, 12, 30, 51, 99):
         assert_equal(several_first(kept), reference_top_k(raised(several), kept))
-        # The 11 groups with the highest scores are always kept. Each of these groups may have up to
-        # 3 weights more.
+        # The 11 groups with the highest scores are always kept. Each group has up to 4 weights
+        # instead of 1.
         kept += 33
         assert_equal(of_groups_first(kept), reference_top_k(raised(several), kept, sizes))
     counts = [11, 0, 2, 36]

@@ -574,7 +574,7 @@ class Factor(layers.Layer):
 
 
 class Penalty(keras.regularizers.Regularizer):
-    """A regularizer without a config."""
+    """A regularizer that does not define `get_config`."""
 
     def __call__(self, w):
         return 0.0 * keras.ops.sum(w)

@@ -143,7 +143,7 @@ def dcil_net():
 
 
 def dcil(case, net, data, seed):
-    """Train with the authors' loop, whose schedule receives fractions of epochs, such as 0.5."""
+    """Train with the authors' loop, and pass it the epoch as a fraction, such as 0.5."""
     import run_dcil as authors
 
     task, source = case.task, Augmented(*data[0], seed)

@@ -41,7 +41,7 @@ from benchmarks.timing import in_turns, ratios, seconds, steps_of_fit, update_ma
 BENCHMARK = "gpu"
 BACKENDS = ("jax", "torch")
 SECONDS = 520  # Time limit for all backends together.
-RESERVE = 15  # Seconds that remain unused, so that the process ends before the time limit.
+RESERVE = 15  # Seconds kept in reserve, so that the process ends before the time limit.
 TOTAL = 4000  # Number of training steps of the schedule.
 STEPS = 16  # Number of timed steps of each network per round.
 MOST_TURNS = 7

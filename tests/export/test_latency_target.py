@@ -25,7 +25,7 @@ def network():
 
 @pytest.fixture
 def files(monkeypatch):
-    """Replace each file by the FLOPs of the model, and each latency by a function of the FLOPs."""
+    """Replace files by the FLOPs of the model, and latencies by a function of these FLOPs."""
 
     def convert(model, kinds):
         return [keras_dst.report(model).dense_flops]

@@ -113,8 +113,8 @@ SHAPES = [(10, 10), (30, 50), (50, 10)]
     [
         # With the allocation "uniform", SET and RigL leave the first weight tensor dense.
         ("uniform", 0.75, [100, 319, 106]),
-        # If the first weight tensor stayed dense, it would hold half of all kept weights. It is
-        # therefore pruned, too.
+        # A dense first weight tensor would hold half of all kept weights, so this tensor is pruned,
+        # too.
         ("uniform", 0.9, [10, 150, 50]),
         ({"a": 0.5}, 0.75, [50, 375, 125]),
     ],
