@@ -26,7 +26,7 @@ def check(allocation) -> None:
                     f"Received: {name!r}, which is not a valid expression: {error}"
                 ) from error
             check_sparsity(sparsity, f"allocation[{name!r}]")
-    elif allocation not in NAMES:
+    elif not isinstance(allocation, str) or allocation not in NAMES:
         raise ValueError(
             f"allocation must be one of {', '.join(map(repr, NAMES))} or a dict from weight names "
             f"or regular expressions to sparsities. Received: {allocation!r}"

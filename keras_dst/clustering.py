@@ -60,7 +60,7 @@ def cluster_weights(model, clusters: int = 16, filters: Filters = None):
 
     Raises:
         ValueError: If `clusters` is not a whole number of at least 4, if the model has sparse
-            layers, or if a kernel contains NaN or infinite values.
+            layers, if `filters` select no kernel, or if a kernel contains NaN or infinite values.
 
     Example:
         >>> keras_dst.cluster_weights(model, clusters=16)
@@ -166,6 +166,12 @@ def _clustered_kernels(model, clusters, filters) -> list[_Kernel]:
     weights = [weight for weight in weights if "float" in weight.variable.dtype]
     variables = [weight.variable for weight in weights]
     chosen = select(variables, filters, [(variable.path,) for variable in variables])
+    if not any(chosen):
+        names = ", ".join(variable.path for variable in variables) or "none"
+        raise ValueError(
+            f"Expected filters that select at least one kernel of '{model.name}'. Received: "
+            f"filters={filters!r}, which select no kernel. Kernels: {names}"
+        )
     return [
         _clustered_kernel(w.variable, w.layout, clusters)
         for w, kept in zip(weights, chosen)

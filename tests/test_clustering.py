@@ -143,3 +143,5 @@ def test_clustering_of_unsuitable_weights_raises():
         keras_dst.cluster_weights(model)
     with pytest.raises(ValueError, match="does not match any name"):
         keras_dst.cluster_weights(dense([[1.0]]), filters="conv")
+    with pytest.raises(ValueError, match=r"filters=\[\], which select no kernel"):
+        keras_dst.cluster_weights(dense([[1.0]]), filters=[])

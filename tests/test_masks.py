@@ -512,6 +512,15 @@ def test_top_k_of_groups_equals_a_stable_sort(case):
     assert_equal(top_k(scores, kept, sizes), reference_top_k(scores, kept, sizes))
 
 
+def test_top_k_of_arguments_with_a_wrong_type_raises():
+    for scores in (3, None, [], {"kernel": np.ones(2)}, np.ones(2)):
+        with pytest.raises(ValueError, match="scores must be a list of float tensors"):
+            masks.top_k(scores, 1)
+    for kept in (1.0, np.float32(1), np.array([1.0]), keras.ops.array([1.0])):
+        with pytest.raises(ValueError, match="kept must be a whole number.*Received.*(float|1.0)"):
+            masks.top_k([keras.ops.array([0.1, 0.3])], kept)
+
+
 def test_top_k_of_each_tensor():
     scores = [[1, 5], [[4, 2], [3, 6]], [7, 8]]
     expected = [[0, 1], [[1, 0], [1, 1]], [0, 0]]

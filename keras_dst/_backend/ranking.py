@@ -107,11 +107,17 @@ def kth(scores: Sequence[Tensor], kept: Tensor) -> Tensor:
 
 def _checked(scores, kept) -> tuple[list[Tensor], Tensor]:
     """Return the scores as a list of tensors, and the number of kept scores as an int32 tensor."""
-    if hasattr(scores, "shape") or isinstance(scores, (str, dict)) or not scores:
+    listed = isinstance(scores, Iterable) and not isinstance(scores, (str, dict))
+    if not listed or hasattr(scores, "shape") or not scores:
         raise ValueError(f"scores must be a list of float tensors. Received: {scores!r}")
     for count in kept if isinstance(kept, (list, tuple)) else [kept]:
         if not hasattr(count, "dtype") or isinstance(count, np.generic):  # not a tensor
             check_integer(count, "kept", minimum=0)
+        elif not keras.backend.is_int_dtype(count.dtype):
+            raise ValueError(
+                "kept must be a whole number, or an integer tensor with one number per tensor of "
+                f"scores. Received: kept of type {keras.backend.standardize_dtype(count.dtype)}."
+            )
     return [ops.convert_to_tensor(s) for s in scores], ops.cast(kept, "int32")
 
 

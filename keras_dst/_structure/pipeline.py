@@ -14,7 +14,7 @@ from keras_dst._backend.jit import jit
 from keras_dst._structure.build import build
 from keras_dst._structure.graph import check_graph, to_float64
 from keras_dst._structure.plan import Plan
-from keras_dst._utils.open_sizes import OPEN_SIZE, draw_accepted
+from keras_dst._utils.open_sizes import OPEN_SIZE, accepted_size
 
 
 def shrink(model) -> keras.Model:
@@ -65,7 +65,7 @@ def plan_and_build(model) -> tuple[Plan, keras.Model]:
     """Return the plan and the smaller model, after comparing its outputs with the given model's."""
     check_graph(model)
     # To limit memory, the given model runs before the smaller model is built.
-    samples = [random_inputs(model, batch=1, seed=seed) for seed in range(2)]
+    samples = random_inputs(model, batch=1, count=2)
     expected = _outputs(model, samples)
     plan = Plan(model)
     small = build(plan)
@@ -73,16 +73,15 @@ def plan_and_build(model) -> tuple[Plan, keras.Model]:
     return plan, small
 
 
-def random_inputs(model, batch: int, seed: int = 0):
-    """Return random inputs in the structure that a model expects.
+def random_inputs(model, batch: int, count: int = 1) -> list:
+    """Return `count` batches of random inputs, each in the structure that a model expects.
 
     Unknown sizes are set to 32, or to another size that the model accepts. Random strings and
     integers are drawn from the vocabularies of lookup layers in the model, if there are any.
     """
-    rng = np.random.default_rng(seed)
     vocabularies = _vocabularies(model)
 
-    def draw(x, size):
+    def draw(x, size, rng):
         shape = [size if n is None else n for n in x.shape[1:]]
         shape = [batch if x.shape[0] is None else x.shape[0], *shape]
         if x.dtype == "string":
@@ -100,18 +99,19 @@ def random_inputs(model, batch: int, seed: int = 0):
             return ops.one_hot(hot, shape[-1], dtype=x.dtype, sparse=True)
         return ops.convert_to_tensor(rng.standard_normal(shape), x.dtype)
 
-    def draw_all(size):
-        return tree.map_structure(lambda x: draw(x, size), inputs)
-
-    inputs = _keras.structures_of(_keras.graph_of(model))[0]
-    if all(None not in x.shape[1:] for x in tree.flatten(inputs)):
-        return draw_all(OPEN_SIZE)
+    def draw_all(size, seed=0):
+        rng = np.random.default_rng(seed)
+        return tree.map_structure(lambda x: draw(x, size, rng), inputs)
 
     def run(values):
         with keras.StatelessScope():
             model(values, training=False)
 
-    return draw_accepted(draw_all, run, "create the model with fixed sizes in keras.Input.")
+    inputs = _keras.structures_of(_keras.graph_of(model))[0]
+    size = OPEN_SIZE
+    if any(None in x.shape[1:] for x in tree.flatten(inputs)):
+        size = accepted_size(draw_all, run, "create the model with fixed sizes in keras.Input.")
+    return [draw_all(size, seed) for seed in range(count)]
 
 
 def _vocabularies(model) -> dict[type, list]:

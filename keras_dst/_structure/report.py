@@ -222,7 +222,7 @@ def shrink_and_report(model, latency: bool = False) -> tuple[keras.Model, Shrink
 
 def _latencies(*models: keras.Model, runs: int = 50, warmup: int = 5) -> list[float | None]:
     """Return the median seconds of one call of each model. The models are called alternately."""
-    inputs = random_inputs(models[0], batch=1)
+    (inputs,) = random_inputs(models[0], batch=1)
     calls = [inference(model) for model in models]
     times = np.zeros((warmup + runs, len(calls)))
     for run in range(warmup + runs):

@@ -9,8 +9,8 @@ OPEN_SIZE = 32
 _OTHER_SIZES = (64, 128, 256, 16, 8, 4, 2, 1)
 
 
-def draw_accepted(draw: Callable[[int], Any], run: Callable[[Any], Any], fix: str) -> Any:
-    """Return random inputs at the first size that a model accepts.
+def accepted_size(draw: Callable[[int], Any], run: Callable[[Any], Any], fix: str) -> int:
+    """Return the first size of the unknown axes that a model accepts.
 
     Some models do not accept every size. A position embedding limits the length of a sequence, and
     strides require a minimum size of images.
@@ -31,7 +31,7 @@ def draw_accepted(draw: Callable[[int], Any], run: Callable[[Any], Any], fix: st
         except Exception as error:
             first = first or error
             continue
-        return inputs
+        return size
     raise ValueError(
         f"Expected a model that accepts inputs whose unknown sizes are all {OPEN_SIZE}, or another "
         f"power of 2 up to 256. Fix: {fix} Received for size {OPEN_SIZE}: {first}"

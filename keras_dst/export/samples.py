@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from keras_dst import _keras
-from keras_dst._utils.open_sizes import OPEN_SIZE, draw_accepted
+from keras_dst._utils.open_sizes import OPEN_SIZE, accepted_size
 from keras_dst.export.states import reset_states
 
 #: Maximum number of samples on which a file is compared with the model.
@@ -271,7 +271,8 @@ def random_samples(model: keras.Model, signature: Signature) -> Samples:
             model(samples.packed(), training=False)
 
     fix = "pass inputs=, or create the model with fixed sizes in keras.Input."
-    return draw_accepted(lambda size: _random_samples(signature, size), run, fix)
+    size = accepted_size(lambda size: _random_samples(signature, size), run, fix)
+    return _random_samples(signature, size)
 
 
 def _random_samples(signature: Signature, open_size: int) -> Samples:

@@ -311,6 +311,7 @@ def test_schedule():
         ({"sparsity": 1.0}, "sparsity is the fraction of zeros"),
         ({"sparsity": None}, "sparsity is the fraction of zeros"),
         ({"allocation": "local"}, "allocation must be one of"),
+        ({"allocation": np.array([0.5, 0.5])}, "allocation must be one of"),
         ({"allocation": {"conv": 1.5}}, r"allocation\['conv'\] is the fraction of zeros"),
         ({"pattern": "4"}, "pattern must be 'unstructured'"),
         ({"pattern": "2:4"}, "'2:4' fixes the sparsity at 0.5. Received: sparsity=0.9"),
