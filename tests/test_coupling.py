@@ -165,6 +165,23 @@ def recurrent():
     return keras.Model(inputs, layers.Dense(2, name="head")(x))
 
 
+def bidirectional():
+    inputs = keras.Input((5, 3))
+    lstm, gru = layers.LSTM(8, return_sequences=True), layers.GRU(6, return_sequences=True)
+    x = layers.Bidirectional(lstm, name="concatenated")(inputs)
+    x = layers.Bidirectional(gru, merge_mode="sum", name="summed")(x)
+    backward = layers.SimpleRNN(4, go_backwards=True)
+    own = layers.Bidirectional(layers.LSTM(4), "mul", backward_layer=backward, name="multiplied")
+    return keras.Model(inputs, layers.Dense(2, name="head")(own(x)))
+
+
+def stack():
+    inputs = keras.Input((5, 3))
+    a, b = (layers.Dense(8, name=name)(inputs) for name in "ab")
+    x = keras.ops.stack([a, b], axis=2)
+    return keras.Model(inputs, layers.Dense(2, name="head")(x))
+
+
 def called_twice_and_nested():
     inner = keras.Sequential([keras.Input((8,)), layers.Dense(8, name="inner")], name="nested")
     inputs = keras.Input((4,))
@@ -191,6 +208,8 @@ MODELS = {
     ],
     gated_halves: [(2, ["both", "grouped"])],
     recurrent: [(8, ["lstm"]), (6, ["gru"]), (4, ["rnn"])],
+    bidirectional: [(8, ["concatenated"]), (6, ["summed"]), (4, ["multiplied"])],
+    stack: [(8, ["a", "b"])],
     called_twice_and_nested: [(8, ["first", "inner"]), (6, ["shared"])],
 }
 

@@ -517,7 +517,7 @@ def test_top_k_of_arguments_with_a_wrong_type_raises():
         with pytest.raises(ValueError, match="scores must be a list of float tensors"):
             masks.top_k(scores, 1)
     for kept in (1.0, np.float32(1), np.array([1.0]), keras.ops.array([1.0])):
-        with pytest.raises(ValueError, match="kept must be a whole number.*Received.*(float|1.0)"):
+        with pytest.raises(ValueError, match=r"kept must be a whole number.*Received.*(float|1.0)"):
             masks.top_k([keras.ops.array([0.1, 0.3])], kept)
 
 

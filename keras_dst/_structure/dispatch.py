@@ -25,14 +25,14 @@ from keras_dst._structure.handlers import (
     Opaque,
     PReLUSlopes,
     Rearrangement,
-    Recurrent,
     Rescale,
     SeparableConv,
     TimeDistributedDense,
     TransposedConv,
 )
-from keras_dst._structure.indexing import Padding, Reduction, Slice, Split, full_key
+from keras_dst._structure.indexing import Padding, Reduction, Slice, Split, Stack, full_key
 from keras_dst._structure.mixing import Attention, GroupNorm, LayerNorm, LayerScale, RMSNorm
+from keras_dst._structure.recurrent import BothDirections, Recurrent
 
 
 def _every(pattern: str, ranks=(1, 2, 3)) -> tuple:
@@ -50,6 +50,7 @@ _SPATIAL = (
     *(*_every("MaxPooling{}D"), *_every("AveragePooling{}D")),
     *(*_every("GlobalMaxPooling{}D"), *_every("GlobalAveragePooling{}D")),
 )
+_RECURRENT = (layers.SimpleRNN, layers.LSTM, layers.GRU)
 # Elementwise activations. Softmax and similar activations mix the channels.
 _ELEMENTWISE = (
     *("linear", "relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish"),
@@ -66,7 +67,9 @@ _MIXING_LAYERS = {
         f"attends with all channels at once; {NOT_READ}",
     ),
     "Softmax": f"is a softmax over channels; {NOT_READ}",
-    "Dot": f"multiplies channels with each other; {NOT_READ}",
+    **dict.fromkeys(
+        ("Dot", "Matmul", "Einsum"), f"multiplies channels with each other; {NOT_READ}"
+    ),
     "Masking": f"computes its mask from all channels; {NOT_READ}",
 }
 
@@ -74,7 +77,8 @@ _HANDLERS: dict[type, type[ChannelHandler]] = {
     **dict.fromkeys((layers.Dense, *_every("Conv{}D")), KernelLayer),
     **dict.fromkeys(_every("Conv{}DTranspose"), TransposedConv),
     **dict.fromkeys(_every("SeparableConv{}D", (1, 2)), SeparableConv),
-    **dict.fromkeys((layers.SimpleRNN, layers.LSTM, layers.GRU), Recurrent),
+    **dict.fromkeys(_RECURRENT, Recurrent),
+    layers.Bidirectional: BothDirections,
     **dict.fromkeys(DEPTHWISE, GroupedConv),
     **dict.fromkeys((layers.Flatten, layers.Reshape, layers.Permute), Rearrangement),
     **dict.fromkeys((*_ELEMENTWISE_LAYERS, layers.Activation, *_SPATIAL), Elementwise),
@@ -94,6 +98,7 @@ _HANDLERS_BY_NAME: dict[str, type[ChannelHandler]] = {
     **dict.fromkeys(MERGE_VERBS, ElementwiseMerge),
     "Add": Addition,  # This covers the layer `Add` and the operation of `x + y`.
     "Concatenate": Concatenation,
+    "Stack": Stack,
     **dict.fromkeys(("Mean", "Max", "Min"), Reduction),
     "GetItem": Slice,
     "Split": Split,
@@ -187,8 +192,10 @@ def _input_reason(handler: type[ChannelHandler], call: Call) -> str:
         return f"repeats a {type(op.layer).__name__}, which shrink does not support; {NOT_READ}"
     if (handler is GroupedConv or isinstance(op, layers.Activation)) and not _is_elementwise(op):
         return _activation_reason(op)
-    if handler is Recurrent and len(call.inputs) > 1:
+    if handler in (Recurrent, BothDirections) and len(call.inputs) > 1:
         return f"is called with an initial state; {NOT_READ}"
+    if handler is BothDirections:
+        return _direction_reason(op.forward_layer, op.backward_layer)
     if handler is Rescale:
         sizes = [math.prod(np.shape(value)) for value in (op.scale, op.offset)]
         own = {np.shape(value)[-1:] for value in (op.scale, op.offset)} - {(), (1,)}
@@ -234,13 +241,29 @@ def _input_reason(handler: type[ChannelHandler], call: Call) -> str:
     return ""
 
 
+def _direction_reason(*directions) -> str:
+    """Return the reason why no channel can be removed from the layers of a `Bidirectional`."""
+    for layer in directions:
+        if type(layer) not in _RECURRENT:
+            return f"repeats a {type(layer).__name__}, which shrink does not support; {NOT_READ}"
+        if reason := _gate_reason(layer.cell):
+            return reason
+    if len({layer.cell.units for layer in directions}) > 1:
+        return f"has directions with different numbers of units; {NOT_READ}"
+    return ""
+
+
+def _gate_reason(cell) -> str:
+    """Return the reason why the units of a recurrent cell have to stay."""
+    gates = getattr(cell, "recurrent_activation", cell.activation)
+    return "" if _is_elementwise(cell) and _is_known(gates) else _activation_reason(cell)
+
+
 def _unit_reason(handler: type[ChannelHandler], call: Call) -> str:
     """If only input channels can be removed from a layer, return the reason why its output channels
     have to stay."""
     if handler is Recurrent:
-        cell = call.op.cell
-        gates = getattr(cell, "recurrent_activation", cell.activation)
-        return "" if _is_elementwise(cell) and _is_known(gates) else _activation_reason(cell)
+        return _gate_reason(call.op.cell)
     if not issubclass(handler, KernelLayer):
         return ""
     layer = call.op.layer if handler is TimeDistributedDense else call.op

@@ -1,4 +1,4 @@
-"""Handlers of operations with axes as arguments: reductions, slices, splits and padding."""
+"""Handlers of operations with axes as arguments: stacks, reductions, slices, splits, padding."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from keras import ops
 
 from keras_dst._structure.graph import Call
-from keras_dst._structure.handlers import ChannelHandler, Elementwise
+from keras_dst._structure.handlers import ChannelHandler, Elementwise, ElementwiseMerge
 from keras_dst._structure.unions import ChannelUnions
 
 
@@ -16,6 +16,14 @@ class Reduction(Elementwise):
     def place_channels(self) -> None:
         axes = [] if self.op.keepdims else [axis % len(self.x.shape) for axis in self.op.axis]
         self.y.set_channels(self.x.axis - sum(axis < self.x.axis for axis in axes))
+
+
+class Stack(ElementwiseMerge):
+    """Stack of several tensors along a new axis."""
+
+    def place_channels(self) -> None:
+        new = self.op.axis % len(self.y.shape)
+        self.y.set_channels(self.x.axis + (new <= self.x.axis))
 
 
 class Slice(ChannelHandler):
