@@ -3,13 +3,15 @@
 All networks have random weights, and their channels are pruned by magnitude without training. Time
 and peak memory are measured during the call of `shrink`. Latency is measured in the LiteRT
 interpreter on one thread, for the `.tflite` files of the dense and of the smaller network. The two
-files are measured alternately, and the latency is the median. Networks that are already stored are
-skipped.
+files are measured alternately, and the latency is the median. For half of the channels, each op of
+both files is also measured alone. Networks that are already stored are skipped.
 
 python -m benchmarks.coverage.smaller [--networks NETWORK ...] [--shrink-only]
 """
 
 import argparse
+import copy
+import dataclasses
 import gc
 import pathlib
 import tempfile
@@ -20,6 +22,7 @@ from benchmarks.coverage.half_channels import _draw_statistics, applications, ow
 
 BENCHMARK = "smaller"
 HALF = 0.5
+LANES = 16  # Number of float32 values in a vector of the CPU with AVX-512.
 CHANNELS = (0.25, 0.5, 0.75)
 RUNS = 100
 
@@ -72,33 +75,96 @@ def measured_shrink(model):
     }
 
 
-def measured_latency(build, small) -> dict:
+def drawn(build):
+    """Return a network with random weights, biases and statistics."""
+    import keras
+
+    keras.utils.set_random_seed(0)
+    model = build()
+    _draw_statistics(model)  # The converter would leave out the addition of zero biases.
+    return model
+
+
+def measured_latency(dense, small) -> dict:
     """Export the dense and the smaller model.
 
     Return the measured latencies of both files, and the ratios of the measured and estimated
     latencies.
     """
-    import keras
-
     from keras_dst.export.convert import conversions
     from keras_dst.export.latency_model import CPUS, LatencyModel
     from keras_dst.export.measure import bench
 
-    keras.utils.set_random_seed(0)
-    files = [conversions(model, ["float32"])[0] for model in (build(), small)]
+    files = [conversions(model, ["float32"])[0] for model in (dense, small)]
     with tempfile.TemporaryDirectory() as folder:
         paths = [pathlib.Path(folder, name) for name in ("dense.tflite", "small.tflite")]
         for path, content in zip(paths, files):
             path.write_bytes(content)
-        dense, smaller = bench(paths, threads=1, runs=RUNS).files
+        before, after = bench(paths, threads=1, runs=RUNS).files
     estimates = LatencyModel(CPUS["x86"])(files)
     return {
-        "latency_dense": dense.latency,
-        "latency": smaller.latency,
-        "spread": smaller.spread,
-        "latency_ratio": smaller.ratio,
+        "latency_dense": before.latency,
+        "latency": after.latency,
+        "spread": after.spread,
+        "latency_ratio": after.ratio,
         "estimated_ratio": estimates[1] / estimates[0],
     }
+
+
+def measured_ops(dense, small) -> dict[str, list[float]]:
+    """Return a dict from each kind of op to its seconds in the dense and in the smaller file.
+
+    Each op runs alone, in files with batch size 1. Convolutions are divided by whether the smaller
+    network has fewer filters than a vector of the CPU has float32 values.
+    """
+    from keras_dst.export.convert import conversions
+    from keras_dst.export.measure import latencies
+    from keras_dst.export.samples import signature_of
+
+    pieces = []
+    for model in (dense, small):
+        signature = signature_of(model)
+        specs = [dataclasses.replace(s, shape=(1, *s.shape[1:])) for s in signature.specs]
+        signature = dataclasses.replace(signature, specs=specs)
+        pieces.append(list(single_ops(conversions(model, ["float32"], signature)[0])))
+    narrow = [filters < LANES for name, filters, _ in pieces[1] if name == "CONV_2D"]
+    seconds: dict[str, list[float]] = {}
+    for place, ops in enumerate(pieces):
+        is_narrow = iter(narrow)
+        for name, _, content in ops:
+            if name == "CONV_2D" and next(is_narrow):
+                name = f"CONV_2D, fewer than {LANES} filters"
+            seconds.setdefault(name, [0.0, 0.0])[place] += latencies([content])[0]
+    return seconds
+
+
+def single_ops(content: bytes):
+    """Yield the name, the output channels, and a file for each op of a file that is not constant.
+
+    The file contains only this op.
+    """
+    from keras_dst.export import flatbuffer
+
+    model = flatbuffer.read(content)
+    (graph,) = model.subgraphs
+    for op in graph.operators:
+        tensors = sorted({*flatbuffer.indices(op.inputs), *flatbuffer.indices(op.outputs)})
+        places = {-1: -1, **{tensor: place for place, tensor in enumerate(tensors)}}
+        piece, single, alone = copy.copy(model), copy.copy(graph), copy.copy(op)
+        alone.inputs = [places[tensor] for tensor in op.inputs]
+        alone.outputs = [places[tensor] for tensor in op.outputs]
+        single.tensors = [graph.tensors[tensor] for tensor in tensors]
+        computed = (
+            place
+            for place in flatbuffer.indices(alone.inputs)
+            if flatbuffer.stored(model, single.tensors[place]) is None
+        )
+        single.inputs, single.outputs = list(dict.fromkeys(computed)), alone.outputs
+        single.operators, piece.subgraphs = [alone], [single]
+        piece.signatureDefs = piece.metadata = None
+        if single.inputs:
+            channels = int(graph.tensors[op.outputs[0]].shape[-1])
+            yield flatbuffer.op_name(model, op), channels, flatbuffer.write(piece)
 
 
 def measure(build, sparsity, latency: bool) -> dict:
@@ -110,7 +176,12 @@ def measure(build, sparsity, latency: bool) -> dict:
     after = keras_dst.report(small)
     found["flops_ratio"] = after.dense_flops / before.dense_flops
     found["parameters_ratio"] = after.parameters / before.parameters
-    return found | (measured_latency(build, small) if latency else {})
+    if latency:
+        dense = drawn(build)
+        found |= measured_latency(dense, small)
+        if sparsity == HALF:
+            found["ops"] = measured_ops(dense, small)
+    return found
 
 
 def table():
@@ -138,6 +209,19 @@ def table():
             lines.append(f"| {run['network']} | {' | '.join(cells)} |")
     lines += [
         "",
+        "## Time of each kind of op, half of the channels",
+        "",
+        "Each op of the dense file and of the smaller file runs alone, at batch 1 on one thread. "
+        "The column `share` is the share of the op's time in the smaller file. Kinds of ops that "
+        "need less than 2% of the time in both files are summed up.",
+        "",
+        "| network | op | dense, ms | smaller, ms | ratio | share |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in stored.values():
+        lines += _op_rows(run["network"], run.get("ops", {}))
+    lines += [
+        "",
         "## Cost of `shrink`",
         "",
         "Half of the channels are removed. The column `seconds` includes the time in which "
@@ -154,6 +238,23 @@ def table():
             cells = [run["network"], run["backend"], f"{run['seconds']:.1f}", f"{size / 1e6:.1f}"]
             lines.append(f"| {' | '.join(cells)} | {run['peak_bytes'] / size:.2f} |")
     results.write_index(BENCHMARK, lines)
+
+
+def _op_rows(network: str, ops: dict[str, list[float]]) -> list[str]:
+    """Return the rows of the table that compares the times of the ops in two files."""
+    totals = [sum(column) for column in zip(*ops.values())]
+    kinds: dict[str, list[float]] = {}
+    for name, times in sorted(ops.items(), key=lambda item: -item[1][1]):
+        small = all(time < 0.02 * total for time, total in zip(times, totals))
+        sums = kinds.setdefault("other ops" if small else f"`{name}`", [0.0, 0.0])
+        sums[:] = [a + b for a, b in zip(sums, times)]
+    if ops:
+        kinds["sum"] = totals
+    return [
+        f"| {network} | {name} | {1e3 * before:.3f} | {1e3 * after:.3f} | "
+        f"{f'{after / before:.2f}' if before else ''} | {after / totals[1]:.0%} |"
+        for name, (before, after) in kinds.items()
+    ]
 
 
 def main():
