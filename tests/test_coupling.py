@@ -182,6 +182,18 @@ def stack():
     return keras.Model(inputs, layers.Dense(2, name="head")(x))
 
 
+def scaled_sums():
+    """Return a network with the scaling layers of ConvNeXt and of InceptionResNetV2."""
+    from keras.src.applications.convnext import LayerScale
+    from keras.src.applications.inception_resnet_v2 import CustomScaleLayer
+
+    inputs = keras.Input((5, 3))
+    x = layers.Dense(8, name="a")(inputs)
+    x = layers.Add(name="sum")([x, LayerScale(0.5, 8)(layers.Dense(8, name="b")(x))])
+    x = CustomScaleLayer(0.2)([x, layers.Dense(8, name="c")(x)])
+    return keras.Model(inputs, layers.Dense(2, name="head")(x))
+
+
 def called_twice_and_nested():
     inner = keras.Sequential([keras.Input((8,)), layers.Dense(8, name="inner")], name="nested")
     inputs = keras.Input((4,))
@@ -210,6 +222,7 @@ MODELS = {
     recurrent: [(8, ["lstm"]), (6, ["gru"]), (4, ["rnn"])],
     bidirectional: [(8, ["concatenated"]), (6, ["summed"]), (4, ["multiplied"])],
     stack: [(8, ["a", "b"])],
+    scaled_sums: [(8, ["a", "b", "c"])],
     called_twice_and_nested: [(8, ["first", "inner"]), (6, ["shared"])],
 }
 

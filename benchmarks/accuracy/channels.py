@@ -23,9 +23,13 @@ FOLDER = pathlib.Path("build/channels")
 
 def methods(sparsity):
     from keras_dst.methods import DCIL, FlipOut, Magnitude, OptG
+    from keras_dst.schedules import Constant
 
     options = {"pattern": "channel", "counted_in": "flops"}
+    at_once = Constant(sparsity, begin_step=0)
     return {
+        "Magnitude, uniform, before the training": Magnitude(at_once, "uniform", **options),
+        "Magnitude, global, before the training": Magnitude(at_once, "global", **options),
         "Magnitude, uniform": Magnitude(sparsity, "uniform", **options),
         "Magnitude, global": Magnitude(sparsity, "global", **options),
         "Magnitude, LAMP": Magnitude(sparsity, "global", score="lamp", **options),
@@ -151,10 +155,12 @@ def table():
         "standard deviation over the seeds, and the fraction of the FLOPs that remains. The "
         "accuracy is measured on the smaller model. Every method starts from the same dense "
         "network and trains for the same number of epochs with the same batches and learning "
-        "rates. No method is tuned. Torch-Pruning 1.6.1 ranks groups by their L2 norm. Without "
-        "sparse learning, Torch-Pruning removes channels before the training. With the sparse "
-        "learning of DepGraph, Torch-Pruning removes channels after half of the training. `make "
-        "bench-channels` writes this page from the runs in this folder.",
+        "rates. No method is tuned. By default, the sparsity rises during the first three quarters "
+        "of the training. In the rows with `before the training`, all channels are pruned at step "
+        "0. Torch-Pruning 1.6.1 ranks groups by their L2 norm. Without sparse learning, "
+        "Torch-Pruning removes channels before the training. With the sparse learning of DepGraph, "
+        "Torch-Pruning removes channels after half of the training. `make bench-channels` writes "
+        "this page from the runs in this folder.",
     ]
     for key in dict.fromkeys(key for key, *_ in found):
         net, epochs, images = key

@@ -75,6 +75,7 @@ NETWORKS = {
     "Xception": applications("Xception", 71),
     "InceptionV3": applications("InceptionV3", 75),
     "InceptionResNetV2": applications("InceptionResNetV2", 75),
+    "EfficientNetV2S": applications("EfficientNetV2S"),
     "VGG16": applications("VGG16"),
     "KerasHub ResNetBackbone": keras_hub_resnet,
 }

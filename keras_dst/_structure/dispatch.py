@@ -96,6 +96,7 @@ _HANDLERS: dict[type, type[ChannelHandler]] = {
 # Operations and layers that Keras does not export.
 _HANDLERS_BY_NAME: dict[str, type[ChannelHandler]] = {
     **dict.fromkeys(MERGE_VERBS, ElementwiseMerge),
+    "CustomScaleLayer": ElementwiseMerge,  # the sum x + scale * y in InceptionResNetV2
     "Add": Addition,  # This covers the layer `Add` and the operation of `x + y`.
     "Concatenate": Concatenation,
     "Stack": Stack,
