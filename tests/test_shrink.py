@@ -369,6 +369,51 @@ def test_shrink_removes_inputs_of_recurrent_layers():
     assert [small.get_layer(n).cell.kernel.shape[0] for n in ("lstm", "gru", "rnn")] == [3, 3, 3]
 
 
+def kill_directions(layer, *names):
+    """Set all weights of the last unit to zero in the named directions of a `Bidirectional`."""
+    for name in names:
+        cell = getattr(layer, f"{name}_layer").cell
+        for variable in cell.weights:
+            values = np.array(variable.numpy())
+            values[..., cell.units - 1 :: cell.units] = 0
+            variable.assign(values)
+
+
+@once
+@pytest.mark.parametrize("mode", ["concat", "sum", "ave", "mul"])
+def test_bidirectional_layers_lose_the_same_units_in_both_directions(mode):
+    layer = layers.Bidirectional(layers.LSTM(4), mode, name="both")
+    model = sequential((5, 3), layer)
+    kill_directions(layer, "backward")
+    row = keras_dst.shrink_report(model).layers[0]
+    assert row.after == row.before
+    kill_directions(layer, "forward")
+    small = keras_dst.shrink(model)
+    assert_same_outputs(model, small)
+    both = small.get_layer("both")
+    for direction in (both.forward_layer, both.backward_layer):
+        assert direction.cell.kernel.shape == (3, 12)
+    assert small.layers[-1].kernel.shape == (6 if mode == "concat" else 3, 2)
+
+
+@once
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ([layers.LSTM(4), "concat", None, layers.LSTM(6, go_backwards=True)], "different numbers"),
+        ([layers.RNN([layers.LSTMCell(4), layers.LSTMCell(4)])], "repeats a RNN"),
+        ([layers.LSTM(4, activation="softmax")], "has the activation 'softmax'"),
+    ],
+    ids=["widths", "cells", "activation"],
+)
+def test_bidirectional_layers_that_keep_their_channels(arguments, reason):
+    both = layers.Bidirectional(*arguments)
+    model = randomize(keras.Sequential([keras.Input((5, 3)), layers.Dense(6, name="one"), both]))
+    kill(model, "one")
+    (found,) = keras_dst.shrink_report(model).layers[0].reasons
+    assert reason in found
+
+
 @once
 def test_shrink_shared_layers_and_several_outputs():
     one, two = keras.Input((8,)), keras.Input((8,))
