@@ -552,14 +552,15 @@ def test_report_is_printed_as_a_table():
     row = next(line for line in lines if line.startswith("| lenet/dense"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1:] == [
-        "Dense", "784 x 300", "235,200", "23,520", "90.00 %", "47,040", "470,400", ""
+        "784x300", "235,200", "23,520", "90.00 %", "47,040", "470,400", ""
     ]  # fmt: skip
     total = next(line for line in lines if line.startswith("| all prunable"))
     for figure in ("266,200", "54,520", "79.52 %", "109,040", "532,400"):
         assert figure in total
     assert "266,610" in lines[-1]
-    # All lines of the printed table have the same length, so no line is wrapped.
-    assert len({len(line) for line in lines[1:]}) == 1
+    # All lines of the printed table have the same length, and the pages can show this length.
+    (width,) = {len(line) for line in lines[1:]}
+    assert width <= 96
     assert "yes" in str(report(masked_model()))
 
 

@@ -28,8 +28,9 @@ _TABLES = re.compile(r"(embeddings?|tokens?)$")
 # greater than 1, because a model may squeeze axes of size 1.
 _BATCH = 2
 # FLOPs are counted twice: unknown sizes of the inputs are first set to 128, then to 256. If the two
-# FLOP counts differ, the FLOPs of the model are unknown.
-_SIZES = (128, 256)
+# FLOP counts differ, the FLOPs of the model are unknown. A model with a short position embedding
+# does not accept these sizes, so smaller pairs follow.
+_SIZES = ((128, 256), (32, 64), (8, 16), (2, 4))
 
 
 def count_uses(model) -> dict[int, tuple[int | None, str | None]]:
@@ -197,13 +198,16 @@ def _traces(model, recorded_layers: list) -> list[_Trace]:
         return trace
 
     is_open = any(None in x.shape[1:] for x in tensors)
-    try:
-        return [traced(size) for size in (_SIZES if is_open else _SIZES[:1])]
-    except Exception as error:
-        text = re.sub(r"\x1b\[\d*m", "", str(error).split("Error encountered:\n")[-1])
-        raise _UnknownCount(
-            f"a symbolic call of the model fails ({textwrap.shorten(text, 200)})"
-        ) from error
+    first: Exception | None = None
+    for sizes in _SIZES if is_open else [_SIZES[0][:1]]:
+        try:
+            return [traced(size) for size in sizes]
+        except Exception as error:
+            first = first or error
+    text = re.sub(r"\x1b\[\d*m", "", str(first).split("Error encountered:\n")[-1])
+    raise _UnknownCount(
+        f"a symbolic call of the model fails ({textwrap.shorten(text, 200)})"
+    ) from first
 
 
 def _inputs(model) -> tuple[tuple, dict]:

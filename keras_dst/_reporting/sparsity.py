@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from rich.box import MARKDOWN
-from rich.table import Table
 
 from keras_dst import plots
 from keras_dst._reporting import html
 from keras_dst._reporting.flops import Shape, count_uses_per_weight, sum_known
-from keras_dst._reporting.tables import as_text, format_count, format_percent
+from keras_dst._reporting.tables import as_paragraph, as_table, format_count, format_percent
 from keras_dst._reporting.weights import density_map, weights_of
 from keras_dst._structure.coupling import CoupledChannels, channel_groups
 from keras_dst._utils.files import atomic_write, check_writable
@@ -148,30 +146,24 @@ class SparsityReport:
         return {**{name: getattr(self, name) for name in names}, "layers": rows, "groups": groups}
 
     def __str__(self):
-        table = Table(box=MARKDOWN)
-        for name in ("weight", "layer", "shape"):
-            table.add_column(name, no_wrap=True)
-        for name in ("weights", "nonzero", "sparsity", "FLOPs", "dense FLOPs"):
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("masked")
+        headings = ("weight", "shape", "weights >", "nonzero >", "sparsity >", "FLOPs >")
+        rows = []
         for row in self.layers:
-            shape = " x ".join(str(n) for n in row.shape)
+            shape = "x".join(str(n) for n in row.shape)
             cells = _table_cells(row.parameters, row.nonzeros, row.flops, row.dense_flops)
-            table.add_row(row.name, row.layer, shape, *cells, "yes" if row.sparse else "")
-        table.add_row()
+            rows.append((row.name, shape, *cells, "yes" if row.sparse else ""))
         prunable = sum(row.parameters for row in self.layers)
         kept = sum(row.nonzeros for row in self.layers)
         cells = _table_cells(prunable, kept, self.flops, self.dense_flops)
-        table.add_row("all prunable", "", "", *cells)
-        table.add_row("all weights", "", "", *_table_cells(self.parameters, self.nonzeros)[:3])
+        rows.append(("all prunable", "", *cells, ""))
+        total = _table_cells(self.parameters, self.nonzeros)[:3]
+        rows.append(("all weights", "", *total, "", "", ""))
         lines = [
-            f"{self.model}: {format_percent(self.sparsity)} sparse, {self.bytes:,} bytes if dense"
-        ]
-        lines += [
-            line.rstrip() for line in as_text(table, width=10_000).splitlines() if line.strip()
+            f"{self.model}: {format_percent(self.sparsity)} sparse, {self.bytes:,} bytes if dense",
+            as_table((*headings, "dense FLOPs >", "masked"), rows),
         ]
         if self.reason:
-            lines.append(f"The FLOPs are unknown: {self.reason}.")
+            lines.append(as_paragraph(f"The FLOPs are unknown: {self.reason}."))
         if self.groups:
             lines += ["", "Channels that are removed together:", str(self.groups)]
         return "\n".join(lines)

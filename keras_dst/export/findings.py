@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from keras_dst._reporting.tables import as_paragraph
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -26,7 +28,8 @@ class Finding:
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.level}: {self.where}: {self.found} [{self.rule}]\n  Fix: {self.fix}"
+        found = as_paragraph(f"{self.level}: {self.where}: {self.found} [{self.rule}]", indent=2)
+        return f"{found}\n{as_paragraph(f'  Fix: {self.fix}', indent=4)}"
 
 
 @dataclass(frozen=True)
@@ -66,5 +69,6 @@ class LintReport:
         where = f" for {self.target}" if self.target else ""
         lines = [f"{self.name}{where}: errors: {len(self.errors)}, advice: {advice}"]
         if self.target is None:
-            lines.append(f"Sparse inference by XNNPACK on ARM: {answer}, {self.reason}.")
+            text = f"Sparse inference by XNNPACK on ARM: {answer}, {self.reason}."
+            lines.append(as_paragraph(text, indent=2))
         return "\n".join(lines + [str(finding) for finding in self.findings])

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from keras_dst._reporting.tables import as_table
+from keras_dst._reporting.tables import as_paragraph, as_table
 from keras_dst.export.target_reports import MicroReport, VelaReport
 
 
@@ -125,20 +125,31 @@ class ExportReport:
                 tensor.encoding,
                 f"{tensor.bytes:,}",
                 f"{tensor.dense_bytes:,}",
-                tensor.reason,
             )
             for tensor in self.tensors
         ]
         headings = (
             *("tensor", "op", "shape", "density >", "encoding", "bytes >"),
-            *("dense bytes >", "reason if dense"),
+            "dense bytes >",
         )
+        reasons: dict[str, list[str]] = {}
+        for tensor in self.tensors:
+            if tensor.reason:
+                reasons.setdefault(tensor.reason, []).append(tensor.name)
+        lines = [
+            as_table(headings, rows),
+            *(
+                as_paragraph(f"Stored dense: {', '.join(names)}. Reason: {reason}.", indent=2)
+                for reason, names in reasons.items()
+            ),
+        ]
+        tensors = "\n".join(lines)
         parts = [str(part) for part in (self.vela, self.micro, self.note or None) if part]
         if self.rounded_to_zero:
             parts.append(f"int8 rounds {self.rounded_to_zero:,} nonzero weights to zero.")
         extra = "".join(f"{part}\n\n" for part in parts)
         return (
-            f"{as_table(headings, rows)}\n\n{extra}{self._comparison()}\n"
+            f"{tensors}\n\n{extra}{self._comparison()}\n"
             f"{self.path.name}: {self.bytes:,} bytes ({self.bytes / self.dense_bytes:.2f}x of "
             f"dense, gzip {self.gzip_bytes / self.dense_gzip_bytes:.2f}x), "
             f"max error {self.max_error:.0e}"
@@ -156,23 +167,25 @@ class ExportReport:
                 _ratio(file.latency, dense.latency),
                 _scaled(file.load, 1e3),
                 _scaled(file.memory, 1e-6),
-                "not measured" if file.accuracy is None else f"{file.accuracy:.2%}",
+                "?" if file.accuracy is None else f"{file.accuracy:.2%}",
             )
             for file in self.files
         ]
         measures = ("bytes >", "ratio >", "gzip >", "latency, ms >", "ratio >", "load, ms >")
         table = as_table(("file", *measures, "memory, MB >", "accuracy >"), rows)
+        if any("?" in row for row in rows):
+            table += "\nA question mark means that the value was not measured."
         if dense.latency is None:
             return table
         return f"{table}\nLatency on this CPU at batch size {self.batch}, {self.threads} thread(s)."
 
 
 def _scaled(value: float | None, unit: float) -> str:
-    return "not measured" if value is None else f"{unit * value:.3g}"
+    return "?" if value is None else f"{unit * value:.3g}"
 
 
 def _ratio(value: float | None, dense: float | None) -> str:
-    return "not measured" if value is None or dense is None else f"{value / dense:.3f}"
+    return "?" if value is None or dense is None else f"{value / dense:.3f}"
 
 
 def gzip_bytes(content: bytes) -> int:

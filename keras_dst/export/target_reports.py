@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from keras_dst._reporting.tables import as_table
+from keras_dst._reporting.tables import as_paragraph, as_table
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,13 @@ class VelaReport:
         on_npu = self.ops - len(self.cpu_ops)
         lines = [
             table,
-            f"Estimates by Vela {self.version} for {self.accelerator} ({self.system}, "
-            f"{self.memory_mode}), not measurements on hardware.",
+            as_paragraph(
+                f"Estimates by Vela {self.version} for {self.accelerator} ({self.system}, "
+                f"{self.memory_mode}), not measurements on hardware."
+            ),
             "The dense file has the same ops, with normally distributed weights without zeros.",
             f"{on_npu} of {self.ops} ops run on the NPU.",
-            *(f"On the CPU: {o.op} {o.tensor}. {o.reason}".rstrip() for o in self.cpu_ops),
+            *(as_paragraph(f"On the CPU: {o.op} {o.tensor}. {o.reason}", 2) for o in self.cpu_ops),
         ]
         return "\n".join(lines)
 
@@ -136,8 +138,8 @@ class MicroReport:
         ]
         table = as_table(("in TFLM", "this file >", "dense int8 >"), rows)
         saved = self.dense_bytes - self.bytes
-        return (
-            f"{table}\nThe outputs of both files are equal on {self.samples} samples. The size of "
+        return f"{table}\n" + as_paragraph(
+            f"The outputs of both files are equal on {self.samples} samples. The size of "
             f"the file is {self.bytes / self.dense_bytes:.2f}x of dense int8, and the file is not "
             f"faster. Of the {saved:,} saved bytes, {self.unread_bytes:,} are parts that TFLM "
             "does not need, such as metadata and repeated zero points."
