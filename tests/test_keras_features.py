@@ -405,14 +405,25 @@ def test_a_classifier_of_keras_hub_with_its_tokenizer(tmp_path):
         metrics=["accuracy"],
         jit_compile=False,
     )
-    keras_dst.sparsify(
-        model, methods.Magnitude(0.75), filters=lambda layer: "embedding" not in layer.name
-    )
+
+    def make_sparse(model):
+        def is_pruned(layer):
+            return "embedding" not in layer.name
+
+        keras_dst.sparsify(model, methods.Magnitude(0.75), filters=is_pruned)
+
+    make_sparse(model)
     model.fit(texts, labels, batch_size=8, epochs=12, verbose=0, callbacks=[SparseTraining()])
     model.save(tmp_path / "sparse.keras")
     loaded = keras.saving.load_model(tmp_path / "sparse.keras")
     expected = np.asarray(model.predict(texts, verbose=0))
     np.testing.assert_array_equal(loaded.predict(texts, verbose=0), expected)
+    loaded.compile(optimizers.Adam(0.01), model.loss, jit_compile=False)
+    make_sparse(loaded)
+    loaded.optimizer.build(loaded.trainable_variables)
+    loaded.load_weights(tmp_path / "sparse.keras")
+    for a, b in zip(loaded.optimizer.variables, model.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(a, b)
     keras_dst.strip(loaded)
     keras_dst.strip(model)
     keras_dst.save_sparse(model, tmp_path / "model.sparse")

@@ -405,6 +405,23 @@ def test_unknown_input_sizes_make_flops_unknown():
     assert conv.reason in str(found)
 
 
+@once
+def test_flops_of_a_model_that_accepts_only_short_inputs():
+    class Short(layers.Layer):
+        def call(self, x):
+            if x.shape[1] > 20:
+                raise ValueError("Expected at most 20 positions.")
+            return x
+
+        def compute_output_spec(self, x):
+            return self.call(x) if x.shape[1] else keras.KerasTensor(x.shape)
+
+    layer_list = Short(), layers.GlobalAveragePooling1D(), layers.Dense(2)
+    assert report(sequential((None, 3), *layer_list)).flops == 2 * 3 * 2
+    found = report(sequential((None, 3), Short(), layers.Dense(2)))
+    assert found.reason == "they depend on a size that the Input leaves open"
+
+
 def test_an_unknown_input_shape_makes_flops_unknown():
     class Shapeless(keras.Model):
         def __init__(self):
