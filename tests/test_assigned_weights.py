@@ -12,7 +12,7 @@ from keras_dst.callbacks import SparseTraining
 from tests import models
 from tests.backends import every, once, slow
 
-pytestmark = every(2)
+pytestmark = every(4)
 
 METHODS = {
     "magnitude": methods.Magnitude(0.8),

@@ -12,7 +12,7 @@ from tests import stop_worker
 from tests.backends import every, once
 from tests.stop_worker import ALL_METHODS, x, y
 
-pytestmark = every(2)
+pytestmark = every(4)
 
 
 class Logged(keras.callbacks.Callback):

@@ -12,7 +12,7 @@ from keras_dst.methods import DCIL, Magnitude
 from tests import models
 from tests.backends import every
 
-pytestmark = every(2)
+pytestmark = every(4)
 
 PATCHED = ("save", "save_weights", "evaluate", "compute_loss")
 x, y = models.data(size=32)

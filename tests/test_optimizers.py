@@ -17,7 +17,7 @@ from keras_dst.schedules import Constant, Cubic, Geometric
 from tests import models, reference
 from tests.backends import every, slow
 
-pytestmark = every(2)
+pytestmark = every(4)
 
 x, y = models.data(size=128)
 STEPS = Cubic(0.8, begin_step=2, end_step=14)

@@ -20,7 +20,7 @@ from keras_dst.surgery import has_kernel, has_sparse_layers
 from tests import models
 from tests.backends import every, once
 
-pytestmark = every(2)
+pytestmark = every(4)
 
 x, y = models.data()
 
