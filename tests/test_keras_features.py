@@ -448,6 +448,8 @@ def test_a_classifier_of_keras_hub_with_its_tokenizer(tmp_path):
 @once
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.shuffle=True. was passed:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*was not called as part of model loading:UserWarning")
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning")
 def test_the_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}
