@@ -191,14 +191,14 @@ def run(name, variant):
     )
 
 
-def ratios(run, dense):
-    """Return the figures of a run that the table shows as ratios.
+def file_ratios(run, dense):
+    """Return the sizes and arenas of a run as ratios.
 
     The figures for TFLM are relative to the dense int8 file of the same network, which has the size
-    and the arena of the dense network. All other figures are relative to the dense network.
+    and the arena of the dense network. The column `gzip` is relative to the dense network.
     """
     micro = run["tflm"]
-    found = {
+    return {
         "gzip": run["gzip_bytes"] / dense["gzip_bytes"],
         "TFLM file": micro["bytes"] / micro["dense_bytes"],
         # Both files lack the parts that TFLM does not need. This ratio therefore shows only the
@@ -206,7 +206,13 @@ def ratios(run, dense):
         "zeros only": micro["bytes"] / (micro["dense_bytes"] - micro["unread_bytes"]),
         "TFLM arena": micro["arena"] / micro["dense_arena"],
     }
-    for npu, label in zip(NPUS, ("U55-128", "U65-256", "U85-256")):
+
+
+def npu_ratios(run, dense):
+    """Return Vela's estimates for each NPU, relative to the dense network."""
+    found = {}
+    for npu in NPUS:
+        label = npu.removeprefix("ethos-").upper()
         own, other = run["vela"][npu]["file"], dense["vela"][npu]["file"]
         found[f"{label} weights"] = own["weight_bytes"] / other["weight_bytes"]
         found[f"{label} cycles"] = own["cycles"] / other["cycles"]
@@ -219,34 +225,27 @@ def table():
     lines = [
         "# Microcontrollers and NPUs",
         "",
-        "The table shows the accuracy in % of the float32 model and of its int8 file on all test "
-        "samples. The columns `bytes` and `arena` describe the int8 file with dense weights that "
-        "TensorFlow's converter writes. The arena is the memory, in bytes, that TensorFlow Lite "
-        "Micro (TFLM) allocates to run a file. All other columns are ratios to the file of the "
-        "dense network after the same number of epochs. The column `gzip` gives the size of the "
-        "file after compression. The columns `TFLM file` and `TFLM arena` give the bytes and the "
-        "arena of the file for TFLM. This file omits the zeros of pruned kernels, and parts that "
-        "TFLM does not need, such as metadata and repeated zero points. In the column `zeros "
-        "only`, the dense file also lacks these parts, so that the ratio shows only the effect of "
-        "zeros. The column `zeros` gives the share of zeros in % among all kernels, including the "
-        "kernels that stay dense. The columns of each NPU give the bytes of the encoded weights "
-        "and the cycles. These figures are **Vela's estimates**, with Vela's default "
-        "configurations, and not measurements on hardware. `make bench-micro` writes this page "
-        "from the runs in this folder.",
+        "Each network has two tables. The first table shows the share of zeros in % among all "
+        "kernels, including the kernels that stay dense, and the accuracy in % of the float32 "
+        "model and of its int8 file on all test samples. The columns `bytes` and `arena` describe "
+        "the int8 file with dense weights that TensorFlow's converter writes. The arena is the "
+        "memory, in bytes, that TensorFlow Lite Micro (TFLM) allocates to run a file. All other "
+        "columns are ratios to the file of the dense network after the same number of epochs. The "
+        "column `gzip` gives the size of the file after compression. The columns `TFLM file` and "
+        "`TFLM arena` give the bytes and the arena of the file for TFLM. This file omits the zeros "
+        "of pruned kernels, and parts that TFLM does not need, such as metadata and repeated zero "
+        "points. In the column `zeros only`, the dense file also lacks these parts, so that the "
+        "ratio shows only the effect of zeros.",
+        "",
+        "The second table shows the bytes of the encoded weights and the cycles of three Ethos-U "
+        "NPUs, relative to the dense network. The NPU cycles are the cycles in which the NPU "
+        "computes. These figures are **Vela's estimates**, with Vela's default configurations, and "
+        "not measurements on hardware.",
+        "",
+        "`make bench-micro` writes this page from the runs in this folder.",
     ]
     for name, net in NETS.items():
         runs = {variant: stored[f"{name}_{variant}"] for variant in net.variants}
-        cells_of = list(ratios(runs["dense"], runs["dense"]))
-        headings = [
-            "weights",
-            "zeros",
-            "float",
-            "int8",
-            "bytes",
-            "arena",
-            *cells_of,
-            "ops on the CPU",
-        ]
         first = next(iter(runs.values()))
         lines += [
             "",
@@ -254,23 +253,36 @@ def table():
             "",
             f"The network ({first['parameters']:,} parameters) is trained for {net.epochs} epochs "
             f"on {first['trained_on']:,} samples and tested on {first['tested_on']:,} samples.",
-            "",
-            "| " + " | ".join(headings) + " |",
-            "|---|" + "---|" * (len(headings) - 1),
         ]
+        files, npus = {}, {}
         for variant, run in runs.items():
-            cells = [
-                f"{variant} %" if variant.isdigit() else variant.replace("90,", "90 %,"),
-                f"{100 * run['sparsity']:.1f}",
-                f"{100 * run['float_accuracy']:.2f}",
-                f"{100 * run['int8_accuracy']:.2f}",
-                f"{run['bytes']:,}",
-                f"{run['tflm']['dense_arena']:,}",
-                *(f"{value:.3f}" for value in ratios(run, runs["dense"]).values()),
-                str(_cpu_ops(run)),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
+            title = f"{variant} %" if variant.isdigit() else variant.replace("90,", "90 %,")
+            files[title] = {
+                "zeros": f"{100 * run['sparsity']:.1f}",
+                "float": f"{100 * run['float_accuracy']:.2f}",
+                "int8": f"{100 * run['int8_accuracy']:.2f}",
+                "bytes": f"{run['bytes']:,}",
+                "arena": f"{run['tflm']['dense_arena']:,}",
+                **_three_digits(file_ratios(run, runs["dense"])),
+            }
+            npus[title] = {
+                **_three_digits(npu_ratios(run, runs["dense"])),
+                "ops on the CPU": str(_cpu_ops(run)),
+            }
+        lines += [*_markdown(files), *_markdown(npus)]
     results.write_index(BENCHMARK, [*lines, *bars(stored)])
+
+
+def _three_digits(ratios):
+    return {name: f"{ratio:.3f}" for name, ratio in ratios.items()}
+
+
+def _markdown(rows):
+    """Return the lines of a table with one row per variant of the weights."""
+    headings = ["weights", *next(iter(rows.values()))]
+    cells = [[title, *row.values()] for title, row in rows.items()]
+    rule = "|---|" + "---|" * (len(headings) - 1)
+    return ["", f"| {' | '.join(headings)} |", rule, *(f"| {' | '.join(row)} |" for row in cells)]
 
 
 def bars(stored):
@@ -279,19 +291,19 @@ def bars(stored):
     goals = {
         f"file for TFLM at 90 %, relative to the converter's file, at most {BARS['tflm']}": (
             BARS["tflm"],
-            {name: _at_90(stored, name, "TFLM file") for name in NETS},
+            {name: _at_90(stored, name, file_ratios, "TFLM file") for name in NETS},
         ),
         f"the same file, effect of zeros only, at most {BARS['tflm']}": (
             BARS["tflm"],
-            {name: _at_90(stored, name, "zeros only") for name in NETS},
+            {name: _at_90(stored, name, file_ratios, "zeros only") for name in NETS},
         ),
         f"encoded weights at 90 % on the U55-128, at most {BARS['weights']}": (
             BARS["weights"],
-            {name: _at_90(stored, name, "U55-128 weights") for name in NETS},
+            {name: _at_90(stored, name, npu_ratios, "U55-128 weights") for name in NETS},
         ),
         f"cycles at 90 % on the U55-128, at most {BARS['cycles']}": (
             BARS["cycles"],
-            {name: _at_90(stored, name, "U55-128 cycles") for name in NETS},
+            {name: _at_90(stored, name, npu_ratios, "U55-128 cycles") for name in NETS},
         ),
         "largest number of ops on the CPU, at most 0": (
             0,
@@ -342,7 +354,7 @@ def fixed_costs(stored):
     }
 
 
-def _at_90(stored, name, figure):
+def _at_90(stored, name, ratios, figure):
     return ratios(stored[f"{name}_90"], stored[f"{name}_dense"])[figure]
 
 
