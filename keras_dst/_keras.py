@@ -587,8 +587,8 @@ def _forget_decay_exemptions(optimizer, trained_before) -> None:
 def _decide_decay_again(optimizer) -> None:
     """Make an optimizer decide again to which variables it applies weight decay.
 
-    Keras up to 3.15 makes these decisions in a training step and caches them. Keras 3.16 makes
-    these decisions in `Optimizer.build`.
+    Keras up to 3.15 makes these decisions in a training step and caches them. In Keras 3.16,
+    `Optimizer.build` makes these decisions.
     """
     if "_weight_decay_by_var_key" in vars(optimizer):
         optimizer._weight_decay_by_var_key = {

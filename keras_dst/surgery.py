@@ -190,7 +190,9 @@ def strip(model):
     for layer in found:
         layer.restore_stock()
     for inner in _keras.flatten_layers(model):
-        vars(inner).pop("load_weights", None)
+        replaced = vars(inner).get("load_weights")
+        if getattr(replaced, "__func__", None) is _load_weights:
+            del vars(inner)["load_weights"]
     remove_masks(model)
     if getattr(model, "compiled", False):
         compiled = _keras.compile_config(model)

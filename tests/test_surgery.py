@@ -200,6 +200,13 @@ def test_a_legacy_file_of_the_dense_model_loads_into_the_sparse_model(name, tmp_
         np.testing.assert_array_equal(models.predict(model, x), expected)
 
 
+def test_strip_keeps_an_own_load_weights_of_the_model():
+    model = models.sequential()
+    model.load_weights = own = lambda path: path
+    keras_dst.strip(model)
+    assert vars(model)["load_weights"] is own
+
+
 def test_a_legacy_file_of_the_sparse_model_restores_its_masks(tmp_path):
     model = models.sequential()
     keras_dst.sparsify(model, DST(0.5))

@@ -193,9 +193,8 @@ def table():
         "The tables show the test accuracy in % after the last epoch as mean and standard "
         "deviation over the seeds. The sparsity is in brackets: the fraction of the weights that "
         "are zero, and for Consensus, the fraction of the parameters that `shrink` removes. "
-        "Network, data, optimizer and "
-        "number of epochs are the same for every method, and no method is tuned. `make "
-        "bench-methods` writes this page from the runs in this folder.",
+        "Network, data, optimizer and number of epochs are the same for every method, and no "
+        "method is tuned. `make bench-methods` writes this page from the runs in this folder.",
     ]
     for (net, epochs, backend), runs in found.items():
         lines += ["", f"## {net}, {epochs} epochs, {backend}", ""]

@@ -167,8 +167,8 @@ def class_logits(loss, outputs: Tensor) -> Tensor:
         outputs: Float tensor of the outputs.
 
     Returns:
-        A float32 tensor. Adding the same number to all logits of an entry does not change a
-        cross-entropy, so the returned logits may contain such a number.
+        A float32 tensor. The logits of each entry may differ from the true logits by a constant,
+        because a cross-entropy does not depend on this constant.
     """
     outputs = ops.cast(outputs, "float32")
     from_logits = getattr(loss, "from_logits", False)

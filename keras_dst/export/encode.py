@@ -252,7 +252,7 @@ def _rewire_readers(
     unpacked: dict[int, int] = {}
     version = SPARSE_FULLY_CONNECTED_VERSION
     for op in graph.operators:
-        # Copy the array of inputs, because the arrays of a file that was read are not writable.
+        # Copy the array of inputs, because arrays that come from a file are read-only.
         op.inputs = np.array([] if op.inputs is None else op.inputs, np.int32)
         for slot, index in ((s, int(i)) for s, i in enumerate(op.inputs) if i in changed):
             weight, format = changed[index]

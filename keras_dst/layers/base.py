@@ -265,7 +265,7 @@ class SparseMixin(_keras.BuildHook):
                 variable.assign(store[name])
 
     def copy_stock_weights(self) -> None:
-        """Copy the stock weights to states that start as a copy, after a dense file was loaded."""
+        """Update the states that copy stock weights, after a dense file was loaded."""
 
     def state_variables(self) -> dict[str, Any]:
         """Return the variables of the method in this layer, by name."""

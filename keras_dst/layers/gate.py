@@ -47,8 +47,9 @@ class Gate(_keras.BuildHook, layers.Layer):
 
     Call arguments:
         x: Tensor to multiply by the gates.
-        context: Input of the gating module, with its channels on the axis `axis`. The paper uses
-            the input of the layer whose output is gated. Defaults to None, which means `x`.
+        context: Input of the gating module, with its channels on the axis `axis`. In the paper, the
+            gating module reads the input of the layer whose output is gated. Defaults to None,
+            which means `x`.
 
     Raises:
         ValueError: If the structure is unknown or the cost is not positive.

@@ -218,7 +218,7 @@ if hasattr(layers, "ReversibleEmbedding"):  # This layer is new in Keras 3.12.
 
     @register
     class SparseReversibleEmbedding(SparseMixin, layers.ReversibleEmbedding):
-        """`keras.layers.ReversibleEmbedding` with one sparse table, or with two if untied."""
+        """`keras.layers.ReversibleEmbedding` with one sparse table, or two if untied."""
 
         stock = layers.ReversibleEmbedding
         embeddings = SparseWeight()

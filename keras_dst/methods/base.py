@@ -257,8 +257,8 @@ class Method(Configurable):
             sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
         floors = self._floors(shapes, sizes, together)
         # `kept` counts entries, and the minimums count groups, which can differ in size. Increase
-        # `kept` if necessary, so that the minimum number of groups fits even if all these groups
-        # have the largest size.
+        # `kept` if it is smaller than the minimum number of groups times the size of the largest
+        # group.
         largest = np.array([int(n.max()) for n in sizes] if sizes else [1] * len(shapes))
         least = largest * (floors if self.min_kept else 1)
         kept = ops.maximum(kept, least.sum() if together else least)
@@ -637,8 +637,8 @@ class UnitMethod(LayerMethod):
             layers: All sparse layers and `Gate` layers that use the method.
             uses: Dict from `id(variable)` of each weight to a pair `(count, reason)`. `count` is
                 the number of multiplications per sample in which one entry of the weight is used.
-                If this number is unknown, `count` is None, and `reason` states why. The dict is
-                empty unless `needs_use_counts` is true.
+                If this number is unknown, `count` is None, and `reason` states why. If
+                `needs_use_counts` is false, the dict is empty.
             layouts: Input and output axes of every weight in these layers. In a functional model,
                 the layouts also state which channels are removed together.
         """
@@ -669,9 +669,9 @@ class UpdateMethod(Method):
             are newly kept. These weights and their optimizer slots, such as momentum, are set to 0.
             If channels are coupled, `update` also returns an entry `"start"`: the initial values of
             the newly kept weights, in the shape of the weight.
-        reads_gradients: True if the method uses the values of the gradients, for example for a
-            saliency, and does not only mask the gradients. If True, distributed training sums the
-            gradients of all replicas before the method reads them.
+        reads_gradients: True if the method reads the values of the gradients, for example to
+            compute a saliency. False if the method only masks the gradients. If True, distributed
+            training sums the gradients of all replicas before the method reads them.
         reads_scales: True if `scores` needs the scales of normalization layers. If a normalization
             layer follows a weight, the state of the weight contains these scales as `"scale"`, in a
             shape that broadcasts to the weight.

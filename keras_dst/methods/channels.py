@@ -193,8 +193,8 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
     def share(counts):
         return float(groups.kept_share(counts, method.counted_in))
 
-    # Find the density by bisection. With the density `low`, the kept fraction is at most the
-    # target. With the density `high`, the kept fraction exceeds the target.
+    # Find the density by bisection. At the density `low`, the model keeps at most the target
+    # fraction. At the density `high`, the model keeps more than the target fraction.
     low, high = 0.0, 1.0
     if share(rounded(target)) <= target:
         low = target

@@ -83,7 +83,7 @@ def taylor(average: Tensor, w: Tensor, grad: Tensor) -> Tensor:
 
 
 def bn_scale(w: Tensor, gamma: Tensor) -> Tensor:
-    """Return, for every weight, the magnitude of the normalization scale of its output unit.
+    """Return the absolute normalization scale of the output unit of each weight.
 
     Train with an L1 penalty on the scales, as in the paper. Without this penalty, the scales say
     little about the importance of a unit.

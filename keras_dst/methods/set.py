@@ -236,6 +236,6 @@ class SET(UpdateMethod):
 
 
 def rank_first(masks, scores):
-    """Return float32 scores that rank all weights in the masks before all other weights."""
+    """Return float32 scores in which all weights that the masks keep rank above all others."""
     scores = (ops.cast(s, "float32") for s in scores)
     return [ops.where(mask, ops.max(s) + 1.0, s) for mask, s in zip(masks, scores)]
