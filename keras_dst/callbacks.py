@@ -153,8 +153,8 @@ class SparseTraining(keras.callbacks.Callback):
             # callbacks that run before this callback would not see it.
             fit.replace(self.model, "evaluate", self._with_metric_at_target)
         if fit.history is not None:
-            # EarlyStopping may restore other weights in its `on_train_end`. Check the final weights
-            # afterwards, in the `on_train_end` of the history, which Keras calls later.
+            # EarlyStopping may restore other weights in its `on_train_end`. The final weights are
+            # therefore checked later, in the `on_train_end` of the history.
             fit.replace(
                 fit.history, "on_train_end", functools.partial(self._with_last_check, fit.history)
             )
@@ -213,7 +213,8 @@ class SparseTraining(keras.callbacks.Callback):
                 stacklevel=2,
             )
         if averages_weights(self.model.optimizer):
-            self._reapply_masks()  # `fit` has assigned the moving averages of the weights.
+            # `fit` has overwritten the weights with their moving averages.
+            self._reapply_masks()
         else:
             self._recover()
         for driver in self._drivers:
@@ -224,7 +225,8 @@ class SparseTraining(keras.callbacks.Callback):
             # because the next `fit` may run without the callback.
             self.model.train_function = None
         if self._fit.history is None:
-            # A custom training loop has no `History` callback whose `on_train_end` does this.
+            # In a custom training loop, no `History` callback makes this call in its
+            # `on_train_end`.
             self._fit.end()
 
     # --------------------------------------------------------------------------------------------

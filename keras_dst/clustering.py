@@ -114,7 +114,8 @@ class KeepClusters(keras.callbacks.Callback):
         self._project()
 
     def on_train_end(self, logs=None):
-        self._project()  # The optimizer may have set the kernels to moving averages.
+        # The optimizer may have overwritten the kernels with their moving averages.
+        self._project()
 
     def _project(self):
         _ = self.model  # On JAX, reading `self.model` copies the state of `fit` to the variables.

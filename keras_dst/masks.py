@@ -123,7 +123,7 @@ def ones(mask: Tensor, dtype) -> Tensor:
 
 def _upstream(args: tuple, upstream: Tensor) -> Tensor:
     # torch passes the arguments of the function by position, and the upstream gradient by keyword.
-    # TensorFlow and JAX pass only the upstream gradient.
+    # TensorFlow and JAX pass only the upstream gradient, by position.
     return args[-1] if upstream is None else upstream
 
 
@@ -355,7 +355,8 @@ class Pattern:
 
 def _block_sizes(shape: Sequence[int], block: Sequence[int]) -> np.ndarray:
     if max(block, default=1) == 1:
-        return np.broadcast_to(np.int32(1), shape)  # A broadcast array takes no memory.
+        # A broadcast array stores only one number.
+        return np.broadcast_to(np.int32(1), shape)
     sizes = np.ones([1] * len(shape), "int32")
     for axis, (n, b) in enumerate(zip(shape, block)):
         along = np.minimum(b, n - b * np.arange(-(-n // b)))

@@ -75,9 +75,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 "wrap SparseOptimizer, and compile does this under mixed_float16. Received: "
                 f"{type(inner_optimizer).__name__}"
             )
-        # Keras has set its defaults, a step counter and a learning rate on this optimizer. The step
-        # counter and the learning rate belong to the inner optimizer, where `__getattr__` finds
-        # them.
+        # Keras has given this optimizer default settings, a step counter, and a learning rate. The
+        # step counter and the learning rate belong to the inner optimizer, where `__getattr__`
+        # finds them.
         _keras.delete_counters(self)
         for attribute in list(vars(self)):
             if not attribute.startswith("_") and attribute not in ("name", "built"):
@@ -354,8 +354,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def apply_initial_masks(self) -> None:
         """Prune the weights to the sparsity of step 0, before a custom training loop.
 
-        The `SparseTraining` callback does the same when `fit` begins. If a loop does not call this
-        function, the masks of step 0 are applied after the first step.
+        The `SparseTraining` callback does the same when `fit` begins. If a custom training loop
+        does not call this function, the masks of step 0 are applied only after the first training
+        step.
 
         Raises:
             ValueError: If the optimizer is not built, or if the schedule is not given in steps.
@@ -400,7 +401,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             return
         targets = {step: schedule.at(step) for step in clock.steps()}
         if self._initial_update and targets[0] > 0 and 1 not in targets:
-            targets[1] = targets[0]  # The weights are unknown before the first step.
+            # Before the first step, the values of the weights are unknown.
+            targets[1] = targets[0]
         shapes = [tuple(k.shape) for k in kernels]
         steps = sorted(targets)
         kept = [method.kept_counts(shapes, layouts, targets[s], names) for s in steps]
@@ -566,10 +568,10 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def get_config(self):
         filters = self.filters
         if filters is not None and self.built:
-            # Save the paths that the filter selected, because a file cannot hold code. A single
-            # regular expression matches all paths. In a list, each expression would have to match a
-            # weight, and loading would fail for the paths of frozen layers, which the loaded
-            # optimizer does not train.
+            # Save the paths that the filter selected, because a file cannot hold code. The paths
+            # are joined to a single regular expression, because each expression in a list has to
+            # match a weight. The loaded optimizer does not train frozen layers, so a list with the
+            # paths of their weights could not be loaded.
             known = [_path_of(v) for v in _keras.trained_variables_of(self) if is_kernel(v)]
             chosen = "|".join(_suffix_pattern(name, known) for name in self.kernel_names)
             filters = [chosen] if chosen else []
@@ -634,8 +636,8 @@ def leaf_optimizers(optimizer) -> list:
 
 
 def averages_weights(optimizer) -> bool:
-    """Return whether an optimizer keeps averages of the weights, and `fit` assigns these averages
-    to the weights at the end."""
+    """Return whether an optimizer keeps moving averages that `fit` assigns to the weights at the
+    end."""
     return optimizer is not None and any(leaf.use_ema for leaf in leaf_optimizers(optimizer))
 
 

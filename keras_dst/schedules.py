@@ -247,7 +247,8 @@ class Geometric(Schedule):
             return progress
         if self.rate is None:
             return (1.0 - left**progress) / (1.0 - left)
-        # The first jump comes one interval after the beginning, and the last jump at the end.
+        # The first jump is one interval after the beginning of the schedule, and the last jump is
+        # at its end.
         done = np.floor(progress * self.jump_count + 1e-9)
         density = np.where(done < self.jump_count, (1.0 - self.rate) ** done, left)
         return (1.0 - density) / (1.0 - left)

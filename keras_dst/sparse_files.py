@@ -145,7 +145,8 @@ def load_sparse(path, custom_objects=None, safe_mode: bool = True) -> keras.Mode
             raise _damaged(path, error) from error
         with warnings.catch_warnings():
             if "optimizer" not in structure["groups"]:
-                # A KerasHub model compiles itself, so Keras expects the state of an optimizer.
+                # A KerasHub model compiles itself, so Keras expects the state of an optimizer in
+                # the file, and warns that there is none.
                 warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
             return keras.saving.load_model(
                 dense, custom_objects=custom_objects, safe_mode=safe_mode

@@ -408,7 +408,8 @@ def _graph_or_none(layer):
 
 
 def _check_ties(layers) -> None:
-    """Raise an error if two layers hold the same weight, which can have only one mask."""
+    """Raise an error if two layers hold the same weight, because a weight can have only one
+    mask."""
     owners: dict[int, str] = {}
     for layer in layers:
         for _, variable in prunable_weights_of(layer):
@@ -450,8 +451,9 @@ def _record_recipes(layer) -> None:
 def _load_weights(model, filepath, skip_mismatch=False, **kwargs):
     """Load weights as `keras.Model.load_weights`, also from a legacy `.h5` file of the dense model.
 
-    Keras counts the weights of each layer in a legacy file. A file of the dense model has no states
-    of the pruning method, so the sparse layers expose only their stock weights during the loading.
+    When Keras loads a legacy file, it checks the number of weights of each layer. A file of the
+    dense model has no states of the pruning method, so the sparse layers expose only their stock
+    weights during the loading.
     """
     layers = [x for x in _keras.flatten_layers(model) if isinstance(x, SparseMixin)]
     dense = _is_dense_legacy_file(str(filepath), layers)

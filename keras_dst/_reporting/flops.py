@@ -29,7 +29,7 @@ _TABLES = re.compile(r"(embeddings?|tokens?)$")
 _BATCH = 2
 # FLOPs are counted twice: unknown sizes of the inputs are first set to 128, then to 256. If the two
 # FLOP counts differ, the FLOPs of the model are unknown. A model with a short position embedding
-# does not accept these sizes, so smaller pairs follow.
+# does not accept these sizes, so smaller pairs are tried next.
 _SIZES = ((128, 256), (32, 64), (8, 16), (2, 4))
 
 
@@ -96,7 +96,8 @@ class _Trace(keras.Operation):
 
     @contextlib.contextmanager
     def recording(self, recorded_layers: list):
-        """Record the layer calls within this context: an instance attribute replaces `call`."""
+        """Record the layer calls within this context. For this, an instance attribute replaces the
+        `call` method of each layer."""
         before = []
         try:
             for layer in recorded_layers:

@@ -11,7 +11,7 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
-# Width of printed tables and lines. The pages of the documentation show 96 characters.
+# Width of printed tables and lines. The pages of the documentation show 96 characters per line.
 WIDTH = 96
 # Columns of text are not made narrower than this number of characters.
 _SHORTEST = 16

@@ -66,7 +66,7 @@ class _Builder:
         return layers.Rescaling(1.0, constants.tolist(), name=name, dtype=dtype)(tensor)
 
     def _apply(self, handler: ChannelHandler, args: tuple, kwargs: dict):
-        """Call the new operation of a handler, which is created at the first call."""
+        """Call the new operation of a handler. The operation is created when it is first needed."""
         op, removed = handler.op, self.plan.removed
         if id(op) in self.operations or not handler.can_slice:
             return handler.apply(self._operation(handler), args, kwargs, removed)
@@ -80,7 +80,8 @@ class _Builder:
         return result
 
     def _operation(self, handler: ChannelHandler):
-        """Return the new operation for an old operation, and copy it at the first call."""
+        """Return the new operation of a handler, a copy of the old operation that is made when it
+        is first needed."""
         op = handler.op
         if id(op) not in self.operations:
             shared = id(op) in self.plan.tied

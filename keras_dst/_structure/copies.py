@@ -33,8 +33,8 @@ def dense_copy(op):
 
 
 def original_variables(op, copy) -> dict[int, Any]:
-    """Return a dict from the id of each variable of the dense copy to the same variable of the
-    sparse layer."""
+    """Return a dict from the id of each variable of the dense copy to the corresponding variable of
+    the sparse layer."""
     if copy is op:
         return {}
     pairs: list[tuple[Any, Any]] = []

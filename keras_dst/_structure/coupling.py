@@ -58,15 +58,18 @@ class CoupledChannels:
     removed together. Ids are consecutive numbers. The channels of the first group come first, then
     the channels of the second group, and so on.
 
-    To remove the channels `dead`, a boolean array with one entry per id:
+    Let `dead` be a boolean array with one entry per id. To remove the channels for which it is
+    True:
 
-    * set all members with an `output` axis to zero at the positions `dead[member.axes[output]]`;
-    * set all members with `follows=True`, which have a single axis, to zero at the positions
-      `dead[ids]`.
+    * in each member with an `output` axis, set the positions `dead[member.axes[output]]` along this
+      axis to zero;
+    * in each member with `follows=True`, set the positions `dead[ids]` to zero, where `ids` are the
+      ids along the only axis of the member.
 
     All dead channels are then exactly zero, and `shrink` can remove all of them. The saliency of a
-    channel is the sum of the saliencies of all weights whose output axis has the id of the channel.
-    Variables of the model that are not listed as members have no channels that can be removed.
+    channel is the sum of the saliencies of all weight entries whose id along the output axis is the
+    id of the channel. Variables of the model that are not listed as members have no channels that
+    can be removed.
 
     Attributes:
         members: all variables that have channels. Each variable appears once. The members are
@@ -173,11 +176,12 @@ def _renumbered(member: Member, number: np.ndarray) -> Member:
 
 
 def groups_of(plan: Plan, members: list[Member]) -> list[ChannelGroup]:
-    """Return all groups of coupled channels in a plan, without the variables that are their
-    members. Groups that can be removed come first.
+    """Return all groups of coupled channels in a plan. The list `members` of each group is left
+    empty. Groups that can be removed come first.
 
     Args:
-        plan: the plan. The id of a group is the id of its union of channels in the plan.
+        plan: the plan. The `ids` of each returned group are ids of unions of coupled channels in
+            this plan.
         members: the variables that `members_of` returned.
     """
     touched: dict[int, list[tuple[int, int]]] = {}

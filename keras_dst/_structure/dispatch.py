@@ -186,8 +186,8 @@ def _unsupported_reason(op) -> str:
 
 
 def _input_reason(handler: type[ChannelHandler], call: Call) -> str:
-    """Return the reason why no input channel can be removed from a call, although the layer
-    supports this."""
+    """Return the reason why no input channel can be removed from this call, although other calls of
+    such layers allow it."""
     op, x, y = call.op, call.inputs[0], call.outputs[0]
     if handler is TimeDistributedDense and type(op.layer) is not layers.Dense:
         return f"repeats a {type(op.layer).__name__}, which shrink does not support; {NOT_READ}"
@@ -213,7 +213,7 @@ def _input_reason(handler: type[ChannelHandler], call: Call) -> str:
             return f"normalizes over other axes than the channels; {NOT_READ}"
         if getattr(op, "rms_scaling", False):
             return f"scales by the standard deviation; {NOT_READ}"
-        # Padding and slicing the channels would lose the Keras mask.
+        # If the channels were padded and sliced, the Keras mask of the tensor would be discarded.
         masked = handler is LayerNorm and x.masked
         return f"normalizes over the channels of a masked sequence; {NOT_READ}" if masked else ""
     if handler is LayerScale and x.axis != len(x.shape) - 1:

@@ -1,5 +1,5 @@
-"""Reasons why dead channels are kept. Each reason names the first layer on the way to the output
-that needs the channel."""
+"""Reasons why dead channels are kept. Each reason names the first layer that needs the channel, in
+the order from the channel to the output."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from keras_dst._structure.plan import Plan
 
 
 def explained_layers(plan: Plan) -> Iterator[tuple[ChannelHandler, Counter[str]]]:
-    """For each layer that computes channels, yield its handler and the reasons why dead channels
-    are kept, with the number of channels per reason."""
+    """For each layer that computes channels, yield its handler and a Counter that maps each reason
+    to the number of dead channels that are kept for this reason."""
     finder = _ReasonFinder(plan)
     seen = set()
     kept = {id(handler.op) for handler in plan.handlers}

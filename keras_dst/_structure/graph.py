@@ -117,7 +117,8 @@ def check_graph(model) -> None:
 
 
 def flatten_graph(model, inputs: list[Tensor]) -> tuple[list[Call], list[Tensor], dict[int, Any]]:
-    """Return the calls of a model and of the models inside it, its outputs, and its variables.
+    """Return the calls of a model, including the calls inside nested models, the outputs of the
+    model, and its variables.
 
     The variables are returned as a dict from the id of a variable in a dense copy to the variable
     of the sparse layer.
@@ -143,7 +144,8 @@ def _flatten(model, inputs, prefix: str, calls: list[Call], dense, originals) ->
         if _is_nested_graph(op) and len(given) == len(_keras.graph_of(op).inputs):
             outputs = _flatten(op, given, f"{prefix}{op.name}_", calls, dense, originals)
         else:
-            if isinstance(op, Gate):  # The dense copy of a gate takes only its first input.
+            # The dense copy of a `Gate` is called only with the first input of the gate.
+            if isinstance(op, Gate):
                 args, kwargs = (given[0],), {}
             if id(op) not in dense:
                 dense[id(op)] = dense_copy(op)

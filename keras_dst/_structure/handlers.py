@@ -72,7 +72,8 @@ class ChannelHandler:
         """Adapt the layer's config to the kept channels, and return the weights without removed
         channels.
 
-        The constants of removed channels move into the bias or into one kept channel.
+        The constants of removed channels are added to the bias, or the kernel entries of one kept
+        channel are changed to account for them.
 
         Args:
             config: the arguments that create the layer. It is changed in place.
@@ -113,8 +114,8 @@ class ChannelHandler:
         return np.zeros(x.channels, bool)
 
     def needed_inside(self, removed: np.ndarray) -> np.ndarray:
-        """Return the ids of the channels inside the layer, such as attention heads, that its
-        outputs need."""
+        """Return the ids of the inner channels of the layer, such as attention heads, that are
+        needed to compute its outputs."""
         return np.zeros(0, int)
 
     def ignores_input(self) -> np.ndarray:
@@ -286,7 +287,7 @@ class ElementwiseMerge(Elementwise):
 
 
 class Addition(ElementwiseMerge):
-    """Addition, which can drop the terms that are constant."""
+    """Addition, whose constant terms can be left out."""
 
     def drop_constant_terms(self) -> None:
         """Leave constant inputs out of the sum, unless this may change the Keras mask of the
@@ -320,7 +321,8 @@ class Concatenation(ChannelHandler):
 
 
 class GroupedConv(Elementwise):
-    """Depthwise or grouped convolution, which loses all channels of a group or none of them."""
+    """Depthwise or grouped convolution: pruning removes either all channels of a group or none of
+    them."""
 
     can_slice = makes_channels = True
     whole_groups = (
@@ -521,7 +523,7 @@ class KernelLayer(ChannelHandler):
     def can_lose(self) -> np.ndarray:
         """Return, for each channel, True if it can be removed although kept units read it.
 
-        The constant of a removed channel moves into the bias or into another channel.
+        The bias or another channel then accounts for the constant of the removed channel.
         """
         return ~np.isnan(self.common_constant())
 
@@ -535,7 +537,7 @@ class KernelLayer(ChannelHandler):
         """Return the kept channel whose kernel entries are changed to account for the constants of
         removed channels.
 
-        Return None if the bias takes over the constants, or if no removed channel has a constant.
+        Return None if the constants are added to the bias, or if no removed channel has a constant.
         """
         kept, constant = ~removed[self.x.ids], self._removed_constants(removed)
         if not self.pads_with_zeros or not constant.any():
@@ -625,8 +627,8 @@ class SeparableConv(KernelLayer):
         return [depthwise, pointwise, *self._bias()]
 
     def can_lose(self) -> np.ndarray:
-        # No channel can take over the constant of another channel, because each channel has its own
-        # window.
+        # No channel can account for the constant of another channel, because each channel has its
+        # own window.
         return self.common_constant() == 0 if self.pads_with_zeros else super().can_lose()
 
     def _sliced(self, kept, units) -> list[np.ndarray]:

@@ -72,7 +72,7 @@ class RMSNorm(LayerNorm):
 
 
 class GroupNorm(Normalization):
-    """Group normalization, which loses all channels of a group or none of them."""
+    """Group normalization: pruning removes either all channels of a group or none of them."""
 
     def couple(self, unions: ChannelUnions) -> None:
         super().couple(unions)
@@ -119,7 +119,7 @@ class Attention(ChannelHandler):
         key = args[2] if len(args) > 2 else call.kwargs.get("key")
         self.given = {"query": query, "key": value if key is None else key, "value": value}
         self.heads = self.projections["value"].kernel.shape[1]
-        # Several query heads of grouped-query attention share a head of keys and values.
+        # In grouped-query attention, several query heads share one head of keys and values.
         self.sharing = self.projections["query"].kernel.shape[1] // self.heads
 
     def place_channels(self) -> None:

@@ -79,7 +79,7 @@ class Recurrent(KernelLayer):
 
 
 class BothDirections(ChannelHandler):
-    """`Bidirectional` layer, which loses the same units in both directions.
+    """`Bidirectional` layer: pruning removes the same units from both directions.
 
     Unit i of the forward layer and unit i of the backward layer are coupled, because Keras requires
     that both directions have the same number of units.
@@ -95,7 +95,7 @@ class BothDirections(ChannelHandler):
         ]
 
     def _call_of(self, layer) -> Call:
-        """Return the call of the layer of one direction."""
+        """Return a call of `layer`, which processes one of the two directions."""
         y = Tensor((*self.y.shape[:-1], layer.cell.units), self.y.dtype)
         return Call(layer, self.call.args, self.call.kwargs, [y], self.call.prefix)
 

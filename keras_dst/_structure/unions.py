@@ -21,9 +21,9 @@ class Member:
         output: the axis of the output channels: -1 for the kernel of `Dense` and of
             convolutions, -2 for depthwise and transposed kernels. None for variables without output
             channels.
-        follows: True if the entries of a pruned channel in this variable are set to zero, as in a
-            bias, so that the channel outputs exactly zero. False for kernels and for moving
-            variances.
+        follows: True if the entries of pruned channels are set to zero in this variable, for
+            example in a bias, so that these channels output exactly zero. False for kernels and for
+            moving variances.
         shrinks: False if the variable keeps its size when channels are removed, as in layer
             normalization, which treats removed channels as zeros.
         layer: the name of the layer.
@@ -40,8 +40,8 @@ class Member:
 class ChannelUnions:
     """Unions of coupled channels, and the reasons why some channels have to stay.
 
-    At first, every channel is a union of its own. The method `couple` joins unions, and the method
-    `pin` prevents the removal of channels.
+    At first, every union contains a single channel. The method `couple` joins unions, and the
+    method `pin` prevents the removal of channels.
     """
 
     def __init__(self):
@@ -57,7 +57,7 @@ class ChannelUnions:
         return np.arange(self._count - count, self._count)
 
     def units(self, layer, count: int) -> np.ndarray:
-        """Return the ids of the units of a layer, which are the same in all of its calls."""
+        """Return the ids of the units of a layer. They are the same in all calls of the layer."""
         if id(layer) not in self._units:
             self._units[id(layer)] = self.new(count)
         return self._units[id(layer)]

@@ -21,20 +21,20 @@ _RECORD = "training.json"
 
 
 class BackupAndRestore(keras.callbacks.Callback):
-    """Callback that backs up a training run and resumes it exactly after a kill at any moment.
+    """Callback with which a training run can be resumed exactly, no matter when it was killed.
 
     A resumed training run ends with the same weights as a run that was not killed. For this, the
     callback differs from `keras.callbacks.BackupAndRestore` in four ways:
 
     * Backups are atomic. If the process is killed, the folder contains either the previous backup
       or the new one, and both are complete.
-    * A backup holds the weights and the epoch and batch that belong to them.
+    * A backup stores the weights together with the epoch and the batch at which they were saved.
     * Training resumes with the batch that follows the backup. The earlier batches of the epoch are
-      drawn from the data, but the model is not trained on them.
+      read from the data and skipped.
     * A backup holds the states of random number generators, such as the states of dropout layers.
 
-    A backup is written after all callbacks have processed an epoch or a batch, in any order of
-    callbacks.
+    Regardless of the order of the callbacks, a backup is written only after all of them have
+    processed the epoch or the batch.
 
     The order of the data must be the same again: pass `shuffle=False` to `fit`, or use a data set
     whose order depends only on the epoch. The logs of a resumed epoch cover only the batches after
@@ -192,6 +192,6 @@ class BackupAndRestore(keras.callbacks.Callback):
 
 
 def _seeds(model) -> list:
-    """Return the seed states of layers such as Dropout, which Keras does not save."""
+    """Return the seed states of layers such as Dropout. Keras does not save these states."""
     known = {id(v) for v in [*model.weights, *model.metrics_variables]}
     return [v for v in model.variables if id(v) not in known]

@@ -27,7 +27,7 @@ class Coupling(NamedTuple):
         layouts: Axes and channels of the weights.
         followers: Trainable variables that are pruned with the channels: biases, and scales and
             offsets of normalizations.
-        statistics: Moving means of batch normalizations, which are pruned with the channels too.
+        statistics: Moving means of batch normalizations. They are pruned with the channels, too.
     """
 
     layouts: list[Layout]
@@ -118,7 +118,8 @@ def _makes_channel(member, ids: np.ndarray) -> bool:
 
 
 def mask_followers(followers: Sequence[Follower], alive) -> None:
-    """Set the entries of pruned channels to zero in variables that follow the channels.
+    """Set the entries of pruned channels to zero in variables that are pruned with the channels,
+    such as biases.
 
     Args:
         followers: Variables with channels.

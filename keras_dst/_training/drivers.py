@@ -77,8 +77,9 @@ def couple_channels(model, optimizer: SparseOptimizer | None = None) -> None:
 
     The `SparseTraining` callback calls this function when `fit` begins. A training loop without the
     callback calls this function before the first step. Without this call, the optimizer ranks the
-    channels of each layer separately. A second call of this function, after the last step, sets the
-    moving means of removed channels to 0. On JAX, an optimizer step cannot set moving means.
+    channels of each layer separately. Call this function again after the last step, so that the
+    moving means of removed channels are set to 0: on JAX, an optimizer step cannot set moving
+    means.
 
     Groups of channels are not saved, so call the function again after a model is loaded.
 
@@ -172,8 +173,9 @@ def _optimizer_of(model, variables):
     """Return an optimizer that trains at least one of these variables of a model.
 
     The model may have several such optimizers if it has its own `train_step`. Every optimizer
-    counts its steps. Before the first step, the optimizers may not be built yet. All counters are
-    then 0, and the function returns any optimizer of the model.
+    counts its steps. Before the first step, the optimizers may not be built yet. In this case, the
+    step counters of all optimizers are 0, and the function returns an arbitrary optimizer of the
+    model.
     """
     optimizers = optimizers_of(model)
     if not optimizers:
@@ -303,8 +305,8 @@ class Driver:
 
         Args:
             batches: Number of batches of this fit.
-            expected: Return value of `reached` before the callback assigned the weights: the
-                fraction of the target that training had reached.
+            expected: Sparsity that training had reached before the callback assigned the weights,
+                as returned by `reached()`.
         """
         assigned = self._assigned()
         self.reapply_masks()
@@ -475,8 +477,8 @@ class Driver:
         """Return whether the final target is reached or exceeded.
 
         Args:
-            reached: Return value of `reached`, to avoid a second computation if the caller already
-                has the value. Defaults to None.
+            reached: Value that `reached()` returned, if the caller already has it, to avoid a
+                second computation. Defaults to None.
         """
         reached = self.reached() if reached is None else reached
         return reached >= self._target() - self.tolerance
@@ -705,7 +707,8 @@ class OptimizerDriver(Driver):
         kept = sum(map(_count, masks))
         if sum(map(_count, nonzero)) <= kept + self.tolerance * self.size:
             # The weights are as sparse as the masks, but were trained with other masks. The weights
-            # may even be sparser, because RigL and SET grow weights that start at 0.
+            # may even be sparser than the masks, because the weights that RigL and SET grow start
+            # at 0.
             self.masks_assigned = True
             for state, mask in zip(self.states, nonzero):
                 self.optimizer.assign(state["mask"], mask)

@@ -117,7 +117,7 @@ class ActiveFit:
 
     @property
     def is_patched(self) -> bool:
-        """Whether a callback has registered patches, apart from batches to skip."""
+        """Whether a callback has registered patches. Batches to skip do not count."""
         return bool(self._patches or self._drivers)
 
     def restore(self) -> None:
@@ -199,12 +199,12 @@ class ActiveFit:
 
 
 class _Token:
-    """Object that only the logs of a training step refer to. Python deletes the object together
-    with these logs."""
+    """Object that only the logs of a training step refer to. When the logs are freed, Python also
+    deletes this object."""
 
 
 class _Logs(dict):
-    """Logs of a training step that hold a token."""
+    """Logs of a training step, with a token as an attribute."""
 
     token: _Token
 
@@ -220,7 +220,7 @@ class AtomicSave:
     old file is lost and the new file is incomplete.
 
     Args:
-        inner: Original method, which writes the file.
+        inner: Original `save` or `save_weights` method.
         prepare: Function to call before the file is written.
     """
 

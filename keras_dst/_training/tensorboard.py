@@ -159,7 +159,8 @@ def _check_installed() -> None:
 
 
 class _Events:
-    """Event file that is written without delay, so that a kill loses no finished record."""
+    """Event file that is written without delay, so that finished records survive a kill of the
+    process."""
 
     def __init__(self, log_dir: str):
         from tensorboardX.event_file_writer import EventsWriter

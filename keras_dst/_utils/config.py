@@ -52,8 +52,9 @@ class Configurable:
         return type(self) is type(other) and self.get_config() == other.get_config()
 
     def __hash__(self):
-        # Equal objects must have equal hashes, and an object with the argument 0 equals an object
-        # with the argument 0.0. The hash therefore depends only on the class.
+        # Equal objects must have equal hashes. For example, an object whose argument is 0 equals an
+        # object whose argument is 0.0. The hash therefore depends only on the class, not on the
+        # arguments.
         return hash(type(self))
 
     def __repr__(self):

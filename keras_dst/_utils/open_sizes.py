@@ -10,7 +10,7 @@ _OTHER_SIZES = (64, 128, 256, 16, 8, 4, 2, 1)
 
 
 def accepted_size(draw: Callable[[int], Any], run: Callable[[Any], Any], fix: str) -> int:
-    """Return the first size of the unknown axes that a model accepts.
+    """Return the first size that a model accepts for its unknown axes.
 
     Some models do not accept every size. A position embedding limits the length of a sequence, and
     strides require a minimum size of images.
