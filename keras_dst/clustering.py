@@ -34,7 +34,8 @@ from keras_dst.masks import Layout
 from keras_dst.surgery import check_model
 
 _ITERATIONS = 300
-_EQUAL = 1e-6  # Numbers with a smaller difference count as equal, because the kernels are float32.
+# Numbers that differ by less than this count as equal, because the kernels are float32.
+_EQUAL = 1e-6
 
 
 def cluster_weights(model, clusters: int = 16, filters: Filters = None):

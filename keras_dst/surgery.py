@@ -117,7 +117,7 @@ def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
       layers, and the cells of recurrent layers. Subclasses of supported layers are also supported.
       Custom layers are supported if their class lists the names of the weights in
       `prunable_weights`. A shared layer has one mask for all its calls. DCIL also adds a second set
-      of variables to every batch normalization, independent of `filters`.
+      of variables to every batch normalization, whether or not `filters` select it.
     * Magnitude, FlipOut, SET and RigL mask the weights in the optimizer step. The optimizer of a
       compiled model is wrapped in a `SparseOptimizer`, and the layers do not change.
 
@@ -453,7 +453,7 @@ def _load_weights(model, filepath, skip_mismatch=False, **kwargs):
 
     When Keras loads a legacy file, it checks the number of weights of each layer. A file of the
     dense model has no states of the pruning method, so the sparse layers expose only their stock
-    weights during the loading.
+    weights while the file is loaded.
     """
     layers = [x for x in _keras.flatten_layers(model) if isinstance(x, SparseMixin)]
     dense = _is_dense_legacy_file(str(filepath), layers)

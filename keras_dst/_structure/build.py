@@ -80,8 +80,7 @@ class _Builder:
         return result
 
     def _operation(self, handler: ChannelHandler):
-        """Return the new operation of a handler, a copy of the old operation that is made when it
-        is first needed."""
+        """Return a copy of the operation of a handler. The copy is made when it is first needed."""
         op = handler.op
         if id(op) not in self.operations:
             shared = id(op) in self.plan.tied

@@ -41,7 +41,8 @@ class ChannelHandler:
 
     def __init__(self, call: Call, reason: str = ""):
         self.call, self.op, self.reason = call, call.op, reason
-        self.called_on: list[Tensor] = []  # If the layer has weights, the inputs of all its calls.
+        # For layers with weights: the inputs of all calls of the layer.
+        self.called_on: list[Tensor] = []
 
     @property
     def x(self) -> Tensor:

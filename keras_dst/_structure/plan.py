@@ -127,8 +127,8 @@ class Plan:
         return pinned
 
     def _remove_unread_channels(self) -> None:
-        """Remove groups of channels that no kept channel needs, again and again until no more
-        groups can be removed."""
+        """Repeatedly remove groups of channels that no kept channel needs, until no more groups can
+        be removed."""
         # A layer that is called several times needs the same channels in each call.
         known = {id(kernel.op) for kernel in self.kernels}
         others = [h for h in self.handlers if id(h.op) not in known]

@@ -30,7 +30,8 @@ class ChannelReport:
         type: class of the layer.
         before: number of channels.
         after: number of channels that are kept; 0 if the whole layer is removed.
-        reasons: a dict from each reason why dead channels are kept to the number of these channels.
+        reasons: a dict that maps each reason why dead channels are kept to the number of channels
+            that are kept for this reason.
 
     Example:
         >>> keras_dst.shrink_report(model).layers[0].reasons

@@ -177,8 +177,8 @@ class BackupAndRestore(keras.callbacks.Callback):
     def _restore_generator(self):
         """Restore the state of the torch generator before the first batch after the backup.
 
-        The state is not restored earlier, because the beginning of an epoch also draws random
-        numbers.
+        The state is not restored earlier, because random numbers are also drawn at the beginning of
+        an epoch.
         """
         if self._generator is not None:
             set_torch_rng_state(self._generator)

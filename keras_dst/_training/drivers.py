@@ -239,8 +239,8 @@ def _compiled_functions(method, layouts, shapes):
         # A callback may have assigned nonzero values to pruned weights.
         if isinstance(method, UpdateMethod):
             masks = [ops.logical_or(m, ops.not_equal(w, 0)) for m, w in zip(masks, weights)]
-        # All counts are in one tensor, because reading each count would wait for the device once
-        # per weight.
+        # All counts are in one tensor: if each count were read separately, the host would wait for
+        # the device once per weight.
         counts = ops.stack([count_all_true(mask) for mask in masks])
         if not groups:
             return counts, None
@@ -572,8 +572,8 @@ class LayerDriver(Driver):
             self.costs = [c for c in costs if c is not None] or None
 
     # The optimizer counts the steps, and its counter is part of every checkpoint. A sparse layer
-    # stores the current step together with the counter of the optimizer at this step. Counting
-    # continues from these two numbers, even if `compile` has reset the counter.
+    # stores the current step together with the counter of the optimizer at this step. With these
+    # two numbers, counting continues correctly even if `compile` has reset the counter.
 
     def _iterations(self) -> int:
         optimizer = _optimizer_of(self.model, self.weights)
@@ -730,5 +730,5 @@ def _count(flags) -> int:
 
 
 def _int(counter) -> int:
-    # A variable with replicas has no `__int__`, but its cast to a tensor has.
+    # `int` does not accept a variable with replicas, but accepts the tensor that the cast returns.
     return int(ops.cast(counter, "int32"))
