@@ -286,7 +286,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return [_keras.trained_variables_of(self)[i] for i in self.kernel_indices]
 
     def trained(self) -> tuple[list, list[State], list[Layout], list[str]]:
-        """Return kernels, states, axes and paths of the kernels whose masks are updated.
+        """Return four lists for the kernels whose masks are updated: the kernels, and their states,
+        axes and paths.
 
         If a kernel was frozen after the optimizer was built, its mask does not change.
         """

@@ -361,7 +361,8 @@ def _gating_modules(model) -> dict[int, str]:
 
 
 def _output_layers(model) -> set[int]:
-    """Return the ids of the layers with kernels that come last on a path to the model's outputs."""
+    """Return the ids of the output layers: on each path to an output of the model, the last layer
+    that has a kernel."""
     graph = _keras.graph_of(model)
     if graph is None:
         return set()

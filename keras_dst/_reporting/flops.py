@@ -90,7 +90,9 @@ class _Trace(keras.Operation):
         self.repeats = 1
 
     def call(self, args, kwargs):
-        self.calls.clear()  # If a call fails on torch's meta device, Keras calls the model again.
+        # If a call fails on torch's meta device, Keras calls the model on another device. The calls
+        # that were recorded before are then discarded.
+        self.calls.clear()
         self.model(*args, training=False, **kwargs)
         return []
 

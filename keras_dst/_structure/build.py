@@ -35,7 +35,8 @@ def build(plan: Plan) -> keras.Model:
 
 
 class _Builder:
-    """Builder of the smaller model, which maps ids of old tensors and operations to new objects."""
+    """Builder of the smaller model. It maps the ids of old tensors and operations to the new
+    objects."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -43,7 +44,8 @@ class _Builder:
         self.operations: dict[int, Any] = {}
 
     def tensor(self, x: Tensor):
-        """Return the tensor in the smaller model for a tensor, or a view, of the given model."""
+        """Return the tensor of the smaller model that replaces a tensor (or a view of it) in the
+        given model."""
         return self.tensors[id(x.origin or x)]
 
     def add(self, handler: ChannelHandler) -> None:

@@ -76,10 +76,10 @@ class CoupledChannels:
             variables of the given model, even if its layers are sparse.
         groups: the groups that can be removed, followed by the groups that have to stay.
         count: the number of ids.
-        uses: a dict from the id of each variable that a layer multiplies with to its use count, as
-            in `keras_dst.report`. None if the use count is unknown.
+        uses: a dict that maps the id of a variable to its use count, as in `keras_dst.report`, for
+            all variables by which a layer multiplies its input. None if the use count is unknown.
         other_parameters: the number of entries of all variables that are not members.
-        other_flops: the FLOPs of these variables; None if they are unknown.
+        other_flops: the FLOPs of all variables that are not members; None if they are unknown.
     """
 
     members: list[Member]

@@ -120,8 +120,8 @@ def flatten_graph(model, inputs: list[Tensor]) -> tuple[list[Call], list[Tensor]
     """Return the calls of a model, including the calls inside nested models, the outputs of the
     model, and its variables.
 
-    The variables are returned as a dict from the id of a variable in a dense copy to the variable
-    of the sparse layer.
+    The variables are returned as a dict from the id of each variable of a dense copy to the
+    corresponding variable of the sparse layer.
     """
     calls: list[Call] = []
     dense: dict[int, Any] = {}

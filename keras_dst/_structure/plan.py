@@ -25,8 +25,8 @@ class Plan:
         handlers: the handlers of the calls that the outputs of the smaller model depend on.
         names: a dict from the id of each operation to its name in the smaller model.
         tied: ids of the operations that share a weight with another operation.
-        originals: a dict from the id of each variable of a dense copy to the same variable of the
-            given model.
+        originals: a dict from the id of each variable of a dense copy to the corresponding variable
+            of the given model.
         pinned: a boolean array, True for each union of coupled channels that has to stay.
         pin_reasons: a dict from the id of a union to the reason why its channels have to stay.
         removed: a boolean array, True for each union of coupled channels that is removed.

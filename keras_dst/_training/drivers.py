@@ -227,7 +227,8 @@ def pruned_weights_of(model) -> list[PrunedWeight]:
 
 @functools.lru_cache(maxsize=16)
 def _compiled_functions(method, layouts, shapes):
-    """Return the compiled mask update and kept-weight count of a method, cached for later fits."""
+    """Return two compiled functions of a method: one updates the masks, the other counts the kept
+    weights. They are cached for later fits."""
 
     @jit
     def update(weights, states, kept, now):

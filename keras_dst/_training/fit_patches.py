@@ -36,7 +36,8 @@ def active_fit(model) -> ActiveFit:
 
 
 class _Patch(NamedTuple):
-    """Attribute of an object and the function that makes its replacement."""
+    """Attribute of an object, and the function that returns a replacement for the value of the
+    attribute."""
 
     owner: Any
     name: str

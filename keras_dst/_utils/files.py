@@ -12,7 +12,8 @@ _MODELS = {".keras", ".h5", ".hdf5", ".tflite"}  # Extensions of files that hold
 
 @contextlib.contextmanager
 def atomic_write(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield a temporary path to write to. After the block, move the written file to `path`.
+    """Yield a temporary path to write to. When the `with` block ends, move the written file to
+    `path`.
 
     If the process is killed or the disk is full, the file at `path` does not change.
 
