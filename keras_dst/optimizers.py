@@ -268,7 +268,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return state
 
     def set_training_length(self, steps: int) -> None:
-        """Choose the dtypes of the states for a training run of this length, before the first step.
+        """Before the first step, choose dtypes for the states that suit the length of the training
+        run.
 
         Keras builds an optimizer before the length of training is known.
         """

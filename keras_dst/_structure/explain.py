@@ -1,5 +1,5 @@
-"""Reasons why dead channels are kept. Each reason names the first layer that needs the channel, in
-the order from the channel to the output."""
+"""Reasons why dead channels are kept. Each reason names a layer that needs the channel: the first
+such layer between the channel and the output."""
 
 from __future__ import annotations
 

@@ -151,9 +151,9 @@ def _ratio(name: str, before: float | None, after: float | None) -> str:
 def shrink_report(model, latency: bool = False) -> ShrinkReport:
     """Report the channels that `shrink(model)` removes, and why other dead channels are kept.
 
-    A channel, unit or filter is dead if its weights are all zero or if no layer reads it. For each
-    kept dead channel, the reason names the first layer that needs the channel, in the order from
-    the channel to the output. A second table lists the layers whose channels are removed together,
+    A channel, unit or filter is dead if its weights are all zero or if no layer reads it. If a dead
+    channel is kept, the reason names a layer that needs the channel: the first such layer between
+    the channel and the output. A second table lists the layers whose channels are removed together,
     and the operations that couple these layers.
 
     Args:

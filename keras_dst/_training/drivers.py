@@ -257,8 +257,8 @@ def _compiled_functions(method, layouts, shapes):
 
 
 class Driver:
-    """Driver that updates the masks and other states of all weights of one method, at the steps of
-    its schedule."""
+    """Driver of one pruning method. At the steps of the method's schedule, the driver updates the
+    masks and other states of all weights that the method prunes."""
 
     def __init__(self, model, method, weights, states, layouts, names):
         self.model, self.method = model, method

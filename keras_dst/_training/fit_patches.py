@@ -118,7 +118,7 @@ class ActiveFit:
 
     @property
     def is_patched(self) -> bool:
-        """Whether a callback has registered patches. Batches to skip do not count."""
+        """Whether a callback has registered patches. Batches to skip do not count as patches."""
         return bool(self._patches or self._drivers)
 
     def restore(self) -> None:
