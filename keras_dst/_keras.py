@@ -96,7 +96,7 @@ def has_value(variable) -> bool:
 def call_with_weights(layer, weights: list, call: Callable[[], Any]) -> Any:
     """Call a new layer symbolically, and initialize its variables with the given weights.
 
-    In a stateless scope, Keras does not run the initializers of new variables at once. This
+    In a stateless scope, Keras defers the initializers of new variables. This
     function replaces the initializers, so their random values are never computed.
 
     Args:

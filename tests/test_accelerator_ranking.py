@@ -171,7 +171,7 @@ def test_the_lowered_program_has_one_loop(each, monkeypatch):
 
 
 class Operations:
-    """Operations that torch runs within a context, which a GPU would launch as kernels.
+    """Operations that torch runs within a context, and that a GPU would launch as kernels.
 
     Attributes:
         launched: Number of operations, without views.

@@ -341,7 +341,7 @@ def _sparse_reads(model, graph) -> Iterator[tuple]:
 
 
 def _direct(model, graph) -> Iterator[tuple]:
-    """Yield each FULLY_CONNECTED op that reads a sparse weight, its input tensor and its weight."""
+    """Yield (op, input, weight) for each FULLY_CONNECTED op that reads a sparse weight."""
     for op, kind, slot, tensor in _sparse_reads(model, graph):
         if kind == "FULLY_CONNECTED" and slot == WEIGHT_SLOT:
             yield op, graph.tensors[op.inputs[0]], tensor

@@ -170,7 +170,8 @@ class SparseMixin(_keras.BuildHook):
                 yield weight.layout_of(self), weight.raw(self), self.sparse_state[weight.name]
 
     def batch_mean(self, layout: Layout, state: State):
-        """Return the mean gates of a weight over the batch. The gates are equal for all inputs."""
+        """Return the gates of a weight, averaged over the batch. The gates are equal for all
+        inputs."""
         return cast(UnitMethod, self.method).gate(state, layout)
 
     # The state is created after all stock weights. A layer that becomes sparse after it was built

@@ -699,7 +699,7 @@ class UpdateMethod(Method):
     def before(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:
-        """Return the weights and gradients for the inner optimizer, and a value to pass to `after`.
+        """Return weights and gradients for the inner optimizer, and a value that `after` gets.
 
         The value that is passed to `after` can have any type. Example: a list with the signs of the
         weights before this step. By default, the gradients of pruned weights become 0.

@@ -1,4 +1,4 @@
-"""Ranking of coupled channels, which are removed from a model in groups.
+"""Ranking of coupled channels: the channels of a group are removed together.
 
 Several weights can compute the same channel of a model, for example all convolutions whose outputs
 are added. The model becomes smaller only if a channel is removed from all weights that compute it.
