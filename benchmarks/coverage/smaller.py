@@ -10,7 +10,6 @@ python -m benchmarks.coverage.smaller [--networks NETWORK ...] [--shrink-only]
 """
 
 import argparse
-import copy
 import dataclasses
 import gc
 import pathlib
@@ -39,15 +38,22 @@ NETWORKS = {
 }
 
 
-def masked(build, sparsity):
-    """Prune the channels of a network by magnitude, without training, and return the network."""
+def drawn(build):
+    """Return a network with random weights, biases and statistics."""
     import keras
-
-    import keras_dst
 
     keras.utils.set_random_seed(0)
     model = build()
-    _draw_statistics(model)
+    _draw_statistics(model)  # The converter would leave out the addition of zero biases.
+    return model
+
+
+def masked(build, sparsity):
+    """Prune the channels of a network by magnitude, without training, and return the network."""
+
+    import keras_dst
+
+    model = drawn(build)
     schedule = keras_dst.schedules.Constant(sparsity, begin_step=0)
     model.compile("sgd", "mse")
     keras_dst.sparsify(model, keras_dst.methods.Magnitude(schedule, "uniform", "channel"))
@@ -73,16 +79,6 @@ def measured_shrink(model):
         "peak_bytes": 1024 * (kilobytes("VmHWM") - before),
         "weight_bytes": weights,
     }
-
-
-def drawn(build):
-    """Return a network with random weights, biases and statistics."""
-    import keras
-
-    keras.utils.set_random_seed(0)
-    model = build()
-    _draw_statistics(model)  # The converter would leave out the addition of zero biases.
-    return model
 
 
 def measured_latency(dense, small) -> dict:
@@ -139,34 +135,15 @@ def measured_ops(dense, small) -> dict[str, list[float]]:
 
 
 def single_ops(content: bytes):
-    """Yield the name, the output channels, and a file for each op of a file that is not constant.
-
-    The file contains only this op.
-    """
-    from ai_edge_litert.schema_py_generated import BufferT
-
+    """Yield the name and the number of output channels of each op that reads a computed tensor, and
+    a file that contains only this op."""
     from keras_dst.export import flatbuffer
 
-    model, empty = flatbuffer.read(content), BufferT()
+    model = flatbuffer.read(content)
     (graph,) = model.subgraphs
     for op in graph.operators:
-        tensors = sorted({*flatbuffer.indices(op.inputs), *flatbuffer.indices(op.outputs)})
-        places = {-1: -1, **{tensor: place for place, tensor in enumerate(tensors)}}
-        piece, single, alone = copy.copy(model), copy.copy(graph), copy.copy(op)
-        alone.inputs = [places[tensor] for tensor in op.inputs]
-        alone.outputs = [places[tensor] for tensor in op.outputs]
-        single.tensors = [graph.tensors[tensor] for tensor in tensors]
-        read = {tensor.buffer for tensor in single.tensors}
-        piece.buffers = [b if i in read else empty for i, b in enumerate(model.buffers)]
-        computed = (
-            place
-            for place in flatbuffer.indices(alone.inputs)
-            if flatbuffer.stored(model, single.tensors[place]) is None
-        )
-        single.inputs, single.outputs = list(dict.fromkeys(computed)), alone.outputs
-        single.operators, piece.subgraphs = [alone], [single]
-        piece.signatureDefs = piece.metadata = None
-        if single.inputs:
+        piece = flatbuffer.extract_ops(model, lambda _, other, op=op: other is op)
+        if piece.subgraphs[0].inputs:
             channels = int(graph.tensors[op.outputs[0]].shape[-1])
             yield flatbuffer.op_name(model, op), channels, flatbuffer.write(piece)
 
@@ -256,7 +233,7 @@ def table():
 
 
 def _op_rows(network: str, ops: dict[str, list[float]]) -> list[str]:
-    """Return the rows of the table that compares the times of the ops in two files."""
+    """Return table rows with the time of each kind of op in the dense and in the smaller file."""
     totals = [sum(column) for column in zip(*ops.values())]
     kinds: dict[str, list[float]] = {}
     for name, times in sorted(ops.items(), key=lambda item: -item[1][1]):

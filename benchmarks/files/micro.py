@@ -194,8 +194,8 @@ def run(name, variant):
 def file_ratios(run, dense):
     """Return the sizes and arenas of a run as ratios.
 
-    The figures for TFLM are relative to the dense int8 file of the same network, which has the size
-    and the arena of the dense network. The column `gzip` is relative to the dense network.
+    The figures for TFLM are relative to the dense int8 file of the same run, whose size and arena
+    equal those of the dense network. The figure `gzip` is relative to the dense network's file.
     """
     micro = run["tflm"]
     return {

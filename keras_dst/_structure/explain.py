@@ -14,8 +14,8 @@ from keras_dst._structure.plan import Plan
 
 
 def explained_layers(plan: Plan) -> Iterator[tuple[ChannelHandler, Counter[str]]]:
-    """For each layer that computes channels, yield its handler and a Counter that maps each reason
-    to the number of dead channels that are kept for this reason."""
+    """Yield the handler of each layer that computes channels, and the reasons why its dead channels
+    are kept. A Counter maps each reason to its number of channels."""
     finder = _ReasonFinder(plan)
     seen = set()
     kept = {id(handler.op) for handler in plan.handlers}

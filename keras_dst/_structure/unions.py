@@ -57,7 +57,7 @@ class ChannelUnions:
         return np.arange(self._count - count, self._count)
 
     def units(self, layer, count: int) -> np.ndarray:
-        """Return the ids of the units of a layer. They are the same in all calls of the layer."""
+        """Return the ids of a layer's units. All calls of the layer share these ids."""
         if id(layer) not in self._units:
             self._units[id(layer)] = self.new(count)
         return self._units[id(layer)]

@@ -173,9 +173,8 @@ def _optimizer_of(model, variables):
     """Return an optimizer that trains at least one of these variables of a model.
 
     The model may have several such optimizers if it has its own `train_step`. Every optimizer
-    counts its steps. Before the first step, the optimizers may not be built yet. In this case, the
-    step counters of all optimizers are 0, and the function returns an arbitrary optimizer of the
-    model.
+    counts its steps. If no optimizer is built yet, all step counters are 0, and the function
+    returns an arbitrary optimizer of the model.
     """
     optimizers = optimizers_of(model)
     if not optimizers:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import flatbuffers
 import numpy as np
@@ -58,7 +58,16 @@ def stored(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
 
 
 def extract_readers(model: schema.ModelT, buffer: int) -> schema.ModelT:
-    """Extract a model that contains only the ops that read one buffer.
+    """Extract a model that contains only the ops that read one buffer."""
+
+    def reads_buffer(graph, op):
+        return any(graph.tensors[i].buffer == buffer for i in indices(op.inputs))
+
+    return extract_ops(model, reads_buffer)
+
+
+def extract_ops(model: schema.ModelT, is_extracted: Callable[..., bool]) -> schema.ModelT:
+    """Extract a model that contains only the ops for which `is_extracted(graph, op)` is true.
 
     The inputs of the extracted model are the computed tensors that the ops read, and its outputs
     are the results of the ops. Buffers keep their indices.
@@ -69,16 +78,16 @@ def extract_readers(model: schema.ModelT, buffer: int) -> schema.ModelT:
     extracted.subgraphs = [
         piece
         for graph in model.subgraphs
-        if (piece := _extract_from_graph(model, graph, buffer, extracted))
+        if (piece := _extract_from_graph(model, graph, is_extracted, extracted))
     ]
     return extracted
 
 
-def _extract_from_graph(model, graph, buffer: int, extracted) -> schema.SubGraphT | None:
+def _extract_from_graph(model, graph, is_extracted, extracted) -> schema.SubGraphT | None:
     piece, places = schema.SubGraphT(), {-1: -1}
     piece.tensors, piece.operators = [], []
     for op in graph.operators:
-        if not any(graph.tensors[i].buffer == buffer for i in indices(op.inputs)):
+        if not is_extracted(graph, op):
             continue
         op = copy.copy(op)
         for index in [*op.inputs, *op.outputs]:

@@ -270,8 +270,8 @@ class DST(LayerMethod):
         lowest = ops.unstack(masks.kth(margins, ops.convert_to_tensor(least, "int32")), len(shapes))
         limits = []
         for w, margin, low in zip(weights, margins, lowest):
-            # If all margins of a layer are equal, none of them exceeds `low`. The limit is then
-            # slightly below this margin, and the layer keeps all its weights.
+            # If all margins of a layer are equal, no margin exceeds `low`. The limit is then set
+            # slightly below the margins, so the layer keeps all its weights.
             edge = ops.minimum(ops.min(ops.where(margin > low, margin, _ALWAYS)), ops.max(margin))
             limits.append(edge - 1e-6 * ops.cast(ops.max(ops.abs(w)), "float32"))
         ranked = [ops.where(m > x, _ALWAYS, m) for m, x in zip(margins, limits)]
