@@ -46,6 +46,8 @@ def pytest_collection_finish():
         tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     gc.collect()
     gc.freeze()
+    # Full collections are slow, so they run less often. A fixture collects after each file.
+    gc.set_threshold(*gc.get_threshold()[:2], 50)
 
 
 def pytest_sessionstart(session):
