@@ -88,8 +88,8 @@ PRIVATE_NAMES = {
 
 
 def has_value(variable) -> bool:
-    """Return True if a variable has a value. After a failed training step on JAX, variables may
-    have no value."""
+    """Return True if a variable holds a tensor. After a failed training step on JAX, variables may
+    hold no tensor."""
     return variable._value is not None
 
 
@@ -149,7 +149,7 @@ def attention_projections_of(layer) -> dict[str, Any]:
 
 
 def trainable_variables_of(layer) -> list:
-    """Return the list in which a layer stores its own trainable variables, even if it is frozen."""
+    """Return the list of a layer's own trainable variables, even if the layer is frozen."""
     return layer._trainable_variables
 
 
@@ -185,13 +185,13 @@ def set_autocast(variable, autocast: bool) -> None:
 
 
 def autocast(tensor):
-    """Cast a tensor to the dtype in which the layer that is being called reads float variables."""
+    """Cast a tensor to the compute dtype of the layer that Keras is currently calling."""
     scope = get_autocast_scope()
     return tensor if scope is None else scope.maybe_cast(tensor)
 
 
 def build_shapes(layer) -> dict[str, Any] | None:
-    """Return a dict that maps each argument of a layer's `build` to the shape that was passed.
+    """Return the shapes that were passed to a layer's `build`, by argument name.
 
     Return None if the shapes are unknown.
     """
@@ -208,12 +208,12 @@ def is_plain_stock(layer) -> bool:
 
 
 def is_rematerialized(layer) -> bool:
-    """Return whether a layer was created under `keras.RematScope`."""
+    """Return whether a layer was created within a `keras.RematScope`."""
     return bool(layer._remat_mode)
 
 
 class BuildHook(_Layer):
-    """Mixin that calls `after_build` once Keras has built a layer, for any signature of `build`."""
+    """Mixin that calls `after_build` when Keras has built a layer, for any signature of `build`."""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -260,7 +260,7 @@ def operation_of(tensor):
 
 
 def mask_of(tensor):
-    """Return the mask that Keras attached to a tensor, or None."""
+    """Return the Keras mask (of padded time steps) that is attached to a tensor, or None."""
     return getattr(tensor, "_keras_mask", None)
 
 
@@ -284,11 +284,11 @@ def set_nodes_of(operation, inbound: list, outbound: list) -> None:
 
 
 def declares_input(model) -> bool:
-    """Return True if a Sequential model was created with an Input, not built by calling it on data.
+    """Return True if a Sequential model starts with an Input that the user added.
 
     Keras adds an input layer to every built Sequential model. The config of this input layer
-    contains a dtype only if the model was built by calling it on data. The function also returns
-    False for a model that was loaded from a file.
+    contains a dtype only if a call on data built the model. The function also returns False for a
+    model that was loaded from a file.
     """
     config = operation_of(model.inputs[0])._auto_config
     return config is not None and config.config["dtype"] is None
@@ -318,11 +318,11 @@ def flat_losses(model) -> list[tuple]:
 
 
 def output_structure(model):
-    """Return the nested structure of model outputs for which the compiled loss was built."""
+    """Return the model outputs, a nested structure, for which the compiled loss was built."""
     return model._compile_loss._y_pred_build_structure
 
 
-# Name of the attribute that tells Keras whether `compute_loss` takes the argument `training`.
+# Keras sets this attribute if `compute_loss` takes the argument `training`.
 TAKES_TRAINING = "_compute_loss_has_training_arg"
 
 
@@ -333,7 +333,7 @@ def takes_training(model) -> bool:
 
 @contextlib.contextmanager
 def without_additional_losses(model) -> Iterator[None]:
-    """Exclude regularizers and `add_loss` from the loss that is computed within this context."""
+    """Exclude regularizers and `add_loss` from any loss that is computed within this context."""
     before = model._losses_override
     vars(model)["_losses_override"] = [keras.ops.zeros(())]
     try:
@@ -354,7 +354,7 @@ def set_initial_epoch(model, epoch: int | None) -> None:
 
 
 def restore_jax_state(model, *step_arguments) -> None:
-    """Put the state that a training step received back into the variables of the model.
+    """Assign the state that a JAX training step received to the variables of the model again.
 
     On JAX, `fit` removes the values from the variables and passes these values as the first
     argument of the training step.
@@ -500,7 +500,7 @@ def exempt_from_decay(optimizer, variables) -> None:
 
 
 def rebuild_optimizer(optimizer, variables) -> None:
-    """Rebuild an optimizer in place for a different list of variables, and keep its state.
+    """Rebuild an optimizer in place for another list of variables, and keep the optimizer's state.
 
     The optimizer and the optimizers inside it remain the same objects and keep all attributes that
     the user set. Variables that are trained both before and after the call keep their slots.
@@ -534,7 +534,7 @@ def all_optimizers(optimizer) -> list:
 
 
 def _restore_variables(optimizer, before: list, attributes: dict[str, Any]) -> None:
-    """Track the variables from `__init__` again, and restore the values of all variables."""
+    """Make an optimizer track its initial variables again, and restore all variable values."""
     present = vars(optimizer)
     kept = [v for v in before if any(v is value for value in present.values())]
     own = [*kept, *optimizer._variables]
@@ -562,7 +562,7 @@ def set_own_variables(optimizer, variables: list) -> None:
 
 
 def _numbered_names(variables) -> list[tuple[str, int]]:
-    """Return (name, number) pairs, where the number distinguishes variables of the same name."""
+    """Return (name, number) pairs. The number distinguishes variables of the same name."""
     seen: Counter[str] = Counter()
     names = []
     for variable in variables:
@@ -603,7 +603,7 @@ def _decide_decay_again(optimizer) -> None:
 
 
 def distribution_like(variable):
-    """Return a copy of the current distribution that places new variables like a given variable.
+    """Return a copy of the current distribution that shards new variables like a given variable.
 
     A new variable with the shape of the given variable is sharded in the same way. A new variable
     with a different shape is replicated on every device. Shapes are compared instead of paths,

@@ -57,7 +57,8 @@ class Layout(_Axes):
             separately.
 
     Raises:
-        ValueError: If the axes are not lists of negative whole numbers, or if an axis occurs twice.
+        ValueError: If the axes are not tuples of negative whole numbers, or if an axis occurs
+            twice.
 
     Example:
         >>> keras_dst.masks.Layout(outputs=(-2,), inputs=(-1,))  # kernel of a Conv2DTranspose
@@ -122,8 +123,8 @@ def ones(mask: Tensor, dtype) -> Tensor:
 
 
 def _upstream(args: tuple, upstream: Tensor) -> Tensor:
-    # torch passes the arguments of the function by position, and the upstream gradient by keyword.
-    # TensorFlow and JAX pass only the upstream gradient, by position.
+    # torch calls a gradient function with the forward arguments by position, and the upstream
+    # gradient by keyword. TensorFlow and JAX pass only the upstream gradient, by position.
     return args[-1] if upstream is None else upstream
 
 
@@ -156,7 +157,7 @@ def step(x: Tensor) -> Tensor:
 
 
 def stop_gradient_where(mask: Tensor, w: Tensor) -> Tensor:
-    """Return `w` unchanged, and set its gradient to 0 in all entries for which the mask is true.
+    """Return `w` unchanged, but with a gradient of 0 in all entries for which the mask is true.
 
     Args:
         mask: Boolean tensor in the shape of `w`.
@@ -277,9 +278,9 @@ class Pattern:
     | `"N:M"`, such as `"2:4"` | a single weight, with N kept of M consecutive input channels |
     | `"channel"` | all weights of an output unit |
 
-    If a block does not divide an axis, the last block of the axis is smaller. The order of R and C
-    is outputs x inputs. In contrast, `block_size` in `keras_dst.tfmot` has the order inputs x
-    outputs, as in tfmot.
+    If the block length does not divide the length of an axis, the last block of the axis is
+    smaller. The order of R and C is outputs x inputs. In contrast, `block_size` in
+    `keras_dst.tfmot` has the order inputs x outputs, as in tfmot.
 
     Args:
         name: Name of the pattern, as in the table.
@@ -355,7 +356,7 @@ class Pattern:
 
 def _block_sizes(shape: Sequence[int], block: Sequence[int]) -> np.ndarray:
     if max(block, default=1) == 1:
-        # A broadcast array stores only one number.
+        # A broadcast array needs the memory of a single number.
         return np.broadcast_to(np.int32(1), shape)
     sizes = np.ones([1] * len(shape), "int32")
     for axis, (n, b) in enumerate(zip(shape, block)):
@@ -409,8 +410,8 @@ def spread(groups: Tensor, block: Sequence[int], shape: Sequence[int]) -> Tensor
 def n_of_m(scores: Tensor, n: int, m: int, axis: int = -2) -> Tensor:
     """Return a mask that keeps the `n` highest scores of every `m` consecutive scores.
 
-    If several scores are equal, the earlier score is kept. If `m` does not divide the axis, the
-    last group is shorter and keeps up to `n` scores.
+    If several scores are equal, the earlier score is kept. If `m` does not divide the length of the
+    axis, the last group is shorter and keeps up to `n` scores.
 
     Args:
         scores: Float tensor with a static shape.

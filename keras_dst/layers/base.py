@@ -1,4 +1,4 @@
-"""Mixin that makes a Keras layer sparse, and attributes that read a weight with its mask."""
+"""Mixin that makes a Keras layer sparse, and descriptors that return masked weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from keras_dst.masks import KERNEL, Layout, masked
 from keras_dst.methods.base import LayerMethod, Method, State, UnitMethod, describe
 
 if TYPE_CHECKING:
-    from keras import Layer as _Layer  # Base of every class that uses a mixin.
+    from keras import Layer as _Layer  # Type checkers treat mixins as layers.
 else:
     _Layer = object
 
@@ -66,9 +66,10 @@ class SparseWeight:
 
 
 class SparseBias(SparseWeight):
-    """Bias of a layer, masked together with its unit if the method prunes whole units.
+    """Bias of a sparse layer. If the method prunes whole units, it also masks their biases.
 
-    A bias has no state of its own, and is not counted among the pruned weights.
+    The mask of the bias is computed from the mask of the kernel. Sparsity figures do not include
+    biases.
     """
 
     def __get__(self, layer, owner=None):
@@ -122,7 +123,7 @@ class SparseMixin(_keras.BuildHook):
     # Masked weights that `SparseCellMixin` computes once for a whole sequence.
     cached_weights: Mapping[str, Any] = MappingProxyType({})
     driver_active = False  # Whether a callback such as SparseTraining is running.
-    traced_both_paths = False  # True after a step was traced on both paths.
+    traced_both_paths = False  # Whether a step of a two-path method was traced.
 
     def __init__(self, *args, method, **kwargs):
         super().__init__(*args, **kwargs)
@@ -140,7 +141,7 @@ class SparseMixin(_keras.BuildHook):
         # it.
         self.__dict__["sparse_state"] = {}
         for weight in self._masked_attributes():
-            # Move a variable that was set before this layer became sparse.
+            # In a built layer, the variable is stored under the name that the descriptor now uses.
             if weight.name in self.__dict__:
                 self.__dict__[weight.slot] = self.__dict__.pop(weight.name)
         if self.built:
@@ -174,12 +175,12 @@ class SparseMixin(_keras.BuildHook):
         inputs."""
         return cast(UnitMethod, self.method).gate(state, layout)
 
-    # The state is created after all stock weights. A layer that becomes sparse after it was built
-    # has the same order of weights. The order matters, because optimizers save their slots in this
-    # order.
+    # The mask variables are created after the stock weights. The order of variables is therefore
+    # the same whether a layer becomes sparse before or after it is built. Optimizers save their
+    # slots in this order.
     def after_build(self):
         # With the argument `weights=`, Keras's Embedding builds itself in `__init__`, before the
-        # method is attached. `attach_method` then adds the state.
+        # method is attached. `attach_method` then adds the mask variables.
         if "sparse_state" in self.__dict__:
             self._add_states()
 
@@ -248,8 +249,8 @@ class SparseMixin(_keras.BuildHook):
 
     # Keras saves the weights of a layer by position. The variables of the method are saved by name,
     # next to the weights of the stock layer. If a file lacks these variables, for example because
-    # it stores a dense model, the variables keep their values. The mask of a newly created layer
-    # keeps all weights.
+    # it stores a dense model, the variables keep their values. A newly created mask keeps all
+    # weights.
     def save_own_variables(self, store):
         own = self.state_variables()
         with self.as_stock():
@@ -266,10 +267,10 @@ class SparseMixin(_keras.BuildHook):
                 variable.assign(store[name])
 
     def copy_stock_weights(self) -> None:
-        """Update the states that copy stock weights, after a dense file was loaded."""
+        """After a dense file was loaded, copy the stock weights to the method's variables again."""
 
     def state_variables(self) -> dict[str, Any]:
-        """Return the variables of the method in this layer, by name."""
+        """Return a dict that maps names to the variables that the method created in this layer."""
         return {
             f"{name}_{key}": variable
             for name, state in self.sparse_state.items()
@@ -279,7 +280,7 @@ class SparseMixin(_keras.BuildHook):
 
     @contextlib.contextmanager
     def as_stock(self):
-        """Expose only the stock layer's variables, without masks, within this context."""
+        """Hide the masks within this context, so that the layer has only its stock variables."""
         own = {id(variable) for variable in self.state_variables().values()}
         state, self.__dict__["sparse_state"] = self.sparse_state, {}
         lists = (_keras.trainable_variables_of(self), _keras.non_trainable_variables_of(self))

@@ -63,13 +63,13 @@ class SparseContainer(_keras.BuildHook):
         layer, config = _stock_instance(config, ("recipe",))
         layer.__class__ = container_class(type(layer))
         layer.__dict__["recipe"] = config["recipe"]
-        if layer.built:  # A Functional model is built by its constructor.
+        if layer.built:  # The constructor already built a Functional model.
             layer.apply_recipe()
         return layer
 
     def build_from_config(self, config):
         super().build_from_config(config)
-        self.apply_recipe()  # Keras may load a model without calling its `build`.
+        self.apply_recipe()  # Keras may skip `build` when it loads a model.
 
     def after_build(self):
         self.apply_recipe()
@@ -117,8 +117,7 @@ def sparse_class(stock: type) -> type[SparseMixin] | None:
 
 
 def container_class(stock: type) -> type:
-    """Return the class that replaces the class `stock` if a layer of class `stock` contains sparse
-    layers."""
+    """Return the class of a `stock` layer after the layers inside it have become sparse."""
     return _derive((SparseContainer, stock))
 
 
@@ -159,10 +158,10 @@ def _declared_weights(stock: type) -> dict[str, Layout]:
 
 @functools.cache
 def _derive(bases: tuple[type, ...]) -> type:
-    # Every stock class has only one derived class, so that two layers of the same stock class also
-    # have the same sparse class. All derived classes are registered under the name of their first
-    # base class. The `from_config` of this base class finds the custom class. The derived classes
-    # have the `__name__` of the stock class, see `base.register`.
+    # The cache ensures that two layers of the same stock class also have the same sparse class. All
+    # derived classes are registered with Keras under the name of their first base class, whose
+    # `from_config` looks up the custom class. The derived classes have the `__name__` of the stock
+    # class, see `base.register`.
     stock = bases[-1]
     weights = {name: SparseWeight(layout) for name, layout in _declared_weights(stock).items()}
     own = {"stock": stock, "__qualname__": f"Sparse{stock.__name__}", **weights}
@@ -175,7 +174,7 @@ def _registered_name(stock: type) -> str:
 
 
 def _stock_instance(config: dict, own_keys: tuple[str, ...]) -> tuple[Any, dict]:
-    """Return a layer of the class that `config` names, and the config entries under `own_keys`."""
+    """Return the stock layer that `config` describes, and the config entries under `own_keys`."""
     config = dict(config)
     own = {name: config.pop(name) for name in own_keys}
     name = config.pop("stock_class")

@@ -40,8 +40,8 @@ class Gate(_keras.BuildHook, layers.Layer):
         units: Number of units in the first dense layer of the gating module. Defaults to 16.
         momentum: Momentum with which the gating module updates the running mean of its gates.
             Defaults to 0.9.
-        cost: Cost of one structure, in FLOPs or in parameters, as selected by `Consensus(cost=)`.
-            Defaults to 1.
+        cost: Cost of one channel or branch, in FLOPs or in parameters, as selected by
+            `Consensus(cost=)`. Defaults to 1.
         method: Method that trains the gates. All gates and layers with equal methods share one
             target cost. Defaults to None, which means `methods.Consensus()`.
 
@@ -94,8 +94,9 @@ class Gate(_keras.BuildHook, layers.Layer):
         self.method = method
         # Keras must not track the nested dict, see `SparseMixin.attach_method`.
         self.__dict__["sparse_state"] = {}
-        # In the layout of channel gates, each channel is an output unit. The layout of a branch
-        # gate has no output units, so that `Consensus` may close the gate.
+        # With one gate per channel, each channel is an output unit in the layout, and `Consensus`
+        # keeps at least one unit open. The layout of a branch gate has no output units, so
+        # `Consensus` may close the gate.
         self._layout = Layout((-1,) if structure == "channel" else (), ())
 
     def build(self, x_shape, context_shape=None):
@@ -153,7 +154,7 @@ class Gate(_keras.BuildHook, layers.Layer):
         elif training and self.trainable:
             z = self._module(x if context is None else context)
             mean = ops.reshape(ops.mean(z, axis=0), state["mean"].shape)
-            # The penalties read this mean later in the same training step.
+            # The penalties on the gates read this mean later in the same training step.
             self.__dict__["_batch_mean"] = mean
             old = ops.convert_to_tensor(state["mean"])
             mean = ops.stop_gradient(mean)
@@ -175,16 +176,17 @@ class Gate(_keras.BuildHook, layers.Layer):
         return self.method.is_open(self.sparse_state["gate"], self._layout)
 
     def masked_weights(self) -> Iterator[tuple[Layout, Any, State]]:
-        """Yield the layout, the variable and the state of the gates, as sparse layers do."""
+        """Yield the layout, the variable and the state of the gates, in the sparse layers'
+        format."""
         for state in self.sparse_state.values():
             yield self._layout, state["mean" if self.dependent else "logit"], state
 
     def state_variables(self) -> dict[str, Any]:
-        """Return a dict from paths to variables, including the variables of the gating module."""
+        """Return a dict that maps paths to all variables, including those of the gating module."""
         return {variable.path: variable for variable in self.variables}
 
     def batch_mean(self, layout: Layout, state: State):
-        """Return the mean gates over the batch of the last forward pass."""
+        """Return the gates of the last forward pass, averaged over the batch."""
         if not self.dependent:
             return self.method.gate(state, layout)
         mean = self.__dict__.pop("_batch_mean", None)

@@ -9,7 +9,7 @@ from keras_dst.methods.base import TwoPathMethod, on_full_path
 
 
 class PathVariable:
-    """Attribute of a batch normalization that returns the variable of the current path."""
+    """Attribute of a batch normalization layer that returns the variable of the current path."""
 
     def __set_name__(self, owner, name):
         self.name = name
@@ -90,12 +90,12 @@ class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
                 regularizer=variable.regularizer,
                 constraint=variable.constraint,
             )
-        copy.trainable = variable.trainable  # The variables of a frozen layer are not trainable.
+        copy.trainable = variable.trainable  # A frozen layer has no trainable variables.
         return copy
 
     def load_own_variables(self, store):
         super().load_own_variables(store)
-        # The file of a dense model has no second set of variables.
+        # The file of a dense model stores only one set of variables.
         if not any(name in store.keys() for name in self.state_variables()):
             self.copy_stock_weights()
 

@@ -114,7 +114,7 @@ class SparseConv3DTranspose(SparseMixin, layers.Conv3DTranspose):
 
 @register
 class SparseDepthwiseConv1D(SparseMixin, layers.DepthwiseConv1D):
-    """`keras.layers.DepthwiseConv1D` with a sparse kernel; a unit is the filter of one channel."""
+    """`keras.layers.DepthwiseConv1D` with a sparse kernel. Every filter is an output unit."""
 
     stock = layers.DepthwiseConv1D
     kernel = SparseWeight(_DEPTHWISE)
@@ -123,7 +123,7 @@ class SparseDepthwiseConv1D(SparseMixin, layers.DepthwiseConv1D):
 
 @register
 class SparseDepthwiseConv2D(SparseMixin, layers.DepthwiseConv2D):
-    """`keras.layers.DepthwiseConv2D` with a sparse kernel; a unit is the filter of one channel."""
+    """`keras.layers.DepthwiseConv2D` with a sparse kernel. Every filter is an output unit."""
 
     stock = layers.DepthwiseConv2D
     kernel = SparseWeight(_DEPTHWISE)
@@ -218,7 +218,7 @@ if hasattr(layers, "ReversibleEmbedding"):  # This layer is new in Keras 3.12.
 
     @register
     class SparseReversibleEmbedding(SparseMixin, layers.ReversibleEmbedding):
-        """`keras.layers.ReversibleEmbedding` with one sparse table, or two if untied."""
+        """`keras.layers.ReversibleEmbedding` with one sparse table, or two if they are untied."""
 
         stock = layers.ReversibleEmbedding
         embeddings = SparseWeight()

@@ -83,7 +83,7 @@ class Method(Configurable):
         default_frequency: Steps between mask updates in the paper, or `"epoch"`.
         min_kept: Minimum number of weights that every layer keeps, or of channels that every group
             of coupled channels keeps.
-        counted_in: Quantity to which the sparsity refers if channels are coupled: `"channels"`,
+        counted_in: Quantity in which the sparsity of coupled channels is measured: `"channels"`,
             `"parameters"` or `"flops"`.
         round_to: The number of kept channels in a group is a multiple of this number. Groups with
             fewer than `2 * round_to` channels are not rounded.
@@ -211,7 +211,7 @@ class Method(Configurable):
         sparsity: float,
         names: Sequence[str],
     ) -> np.ndarray:
-        """Return how many weights to keep, as the argument `kept` of `update`.
+        """Return how many weights to keep, in the format of the argument `kept` of `update`.
 
         If channels are coupled, return how many channels to keep instead (see `methods.channels`).
 
@@ -251,7 +251,7 @@ class Method(Configurable):
                 for s, layout in zip(scores, layouts)
             ]
         shapes = [tuple(s.shape) for s in scores]
-        together = kept.shape[0] == 1  # Otherwise, `kept` has one count per weight.
+        together = kept.shape[0] == 1  # Otherwise, `kept` has one count per tensor.
         sizes = None
         if pattern.grouped:
             sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
@@ -286,7 +286,7 @@ class Method(Configurable):
     def _floors(self, shapes, sizes, together) -> np.ndarray:
         """Return, for every weight tensor, the minimum number of groups to keep.
 
-        `sizes` is None if the pattern has no groups.
+        `sizes` is None if every group is a single weight.
         """
         if self.min_kept is None and together and self.schedule is not None:
             floors = allocations.floor_counts(shapes, self.schedule.sparsity)
@@ -349,14 +349,14 @@ class Method(Configurable):
 
 
 def length_factor(total: Tensor) -> Tensor:
-    """Return a factor from 0.1 for a short training run to 1 for 20,000 steps or more.
+    """Return a factor that grows with the number of steps, from 0.1 to 1 at 20,000 steps or more.
 
     Some settings in the papers assume a long training run. Methods multiply these settings by the
     factor.
 
     Args:
-        total: Number of steps in the training run, or 0 if the number is unknown. In this case, the
-            function returns 1.
+        total: Number of steps in the training run, or 0 if the number is unknown. For 0 steps, the
+            factor is 1.
     """
     steps = ops.cast(total, "float32")
     return ops.where(steps > 0, ops.clip(steps / _LONG, 0.1, 1.0), 1.0)
@@ -373,7 +373,7 @@ def _kept_of_m(shape: Sequence[int], layout: Layout, n: int, m: int) -> int:
 
 
 def describe(value) -> str:
-    """Return a description of a value that is not a valid method, for an error message."""
+    """Describe a value that is not a valid method, for an error message."""
     if isinstance(value, type) and issubclass(value, Method):
         return f"the class {value.__name__}. Call it: {value.__name__}(...)"
     return repr(value) if isinstance(value, Method) else f"{value!r} of type {type(value).__name__}"
@@ -438,8 +438,8 @@ class LayerMethod(Method):
     def build_progress(self, layer, name: str):
         """Add the variable in which `SparseTraining` saves the position in the schedule.
 
-        The variable has three entries: the step, the value of the optimizer's counter at this step,
-        and the number of steps of the schedule.
+        The variable has three entries: the step, the value of the optimizer's step counter at this
+        step, and the number of steps of the schedule.
         """
         return layer.add_weight(
             name=f"{name}_progress", shape=(3,), initializer="zeros", dtype="int32", trainable=False
@@ -497,7 +497,7 @@ def full_path() -> Iterator[None]:
     """Run all layers that are called within this context on the full path, without their masks.
 
     Layers choose the path while a step is traced. The compiled step therefore contains no
-    conditional.
+    conditional operation.
 
     Example:
         >>> with keras_dst.methods.full_path():
@@ -522,7 +522,7 @@ class TwoPathMethod(LayerMethod):
     """
 
     def apply(self, w: Tensor, state: State, layout: Layout) -> Tensor:
-        """Return the weight that the current path uses. `on_full_path()` states which path runs.
+        """Return the weight that the current path uses. `on_full_path()` is True on the full path.
 
         By default, the weight is `w * mask` on the pruned path. On the full path, the weight is
         `w`, and its gradient is 0 for kept weights.
@@ -581,7 +581,8 @@ class UnitMethod(LayerMethod):
         return tuple(kept[min(outputs) :]) if outputs else ()
 
     def build(self, layer, name: str, variable, layout: Layout) -> State:
-        """Add an open gate for every output unit, and the schedule position, to the layer."""
+        """Add open gates for all output units and the variable of the schedule position to the
+        layer."""
         gate = layer.add_weight(
             name=f"{name}_gate",
             shape=self.gate_shape(variable.shape, layout),
@@ -664,7 +665,7 @@ class UpdateMethod(Method):
     optimizer, `after`. By default, pruned weights get no gradient and stay 0.
 
     Attributes:
-        moves_weights: Whether `before` returns weights that differ from the model's weights.
+        moves_weights: Whether `before` may return weights that differ from the model's weights.
         grows: Whether `update` also returns an entry `"grown"`: a boolean mask of the weights that
             are newly kept. These weights and their optimizer slots, such as momentum, are set to 0.
             If channels are coupled, `update` also returns an entry `"start"`: the initial values of
@@ -746,7 +747,7 @@ class UpdateMethod(Method):
         return [self.masked(w, s) for w, s in zip(weights, states)], [{} for _ in weights]
 
     def followers_settled(self, step: Tensor, total: Tensor) -> bool | Tensor:
-        """Return whether the biases and normalizations of pruned channels must be 0 at this step.
+        """Return whether biases and normalization scales of pruned channels must be 0 at this step.
 
         The optimizer calls this function in every step if channels are coupled. By default, the
         function returns True.

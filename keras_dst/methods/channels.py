@@ -1,4 +1,4 @@
-"""Ranking of coupled channels: the channels of a group are removed together.
+"""Ranking of coupled channels, which must be removed from several weights at the same time.
 
 Several weights can compute the same channel of a model, for example all convolutions whose outputs
 are added. The model becomes smaller only if a channel is removed from all weights that compute it.
@@ -48,15 +48,16 @@ class ChannelGroups:
     hash, so compiled functions can be cached.
 
     Args:
-        sizes: Number of channels of every group.
-        shares: Array of shape (number of weights, 2, number of groups + 1). `shares[w, 0, g]` is
-            the fraction of the inputs of weight w that belong to group g, and `shares[w, 1, g]` is
-            the same fraction of its outputs. The last column holds the fraction of inputs or
-            outputs that are always kept.
-        costs: Array of shape (number of weights, 2): the parameters and the FLOPs of every weight.
-        widths: For every group, how many filters are removed together with one channel. This number
-            exceeds 1 only for grouped convolutions, from which whole groups of filters are removed.
-            Defaults to None, which means 1 in all groups.
+        sizes: Number of channels in every group.
+        shares: Fractions of inputs and outputs that belong to each group, as an array of shape
+            (number of weights, 2, number of groups + 1). `shares[w, 0, g]` is the fraction of the
+            inputs of weight w that belong to group g, and `shares[w, 1, g]` is the same fraction of
+            its outputs. The last column holds the fraction of inputs or outputs that are always
+            kept.
+        costs: Parameters and FLOPs of every weight, as an array of shape (number of weights, 2).
+        widths: Number of filters that are removed together with one channel, for every group. This
+            number exceeds 1 only for grouped convolutions, from which whole groups of filters are
+            removed. Defaults to None, which means 1 in all groups.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class ChannelGroups:
         return total(array(base[used] / base.sum()) * inputs * outputs)
 
     def rounding_step(self, method) -> float:
-        """Return the largest change in sparsity that one rounding step in a single group causes."""
+        """Return the largest change in sparsity that one rounding step of any group causes."""
         step, _ = _steps(self, method)
         whole = self.sizes.astype("float64")
         each = [
@@ -129,11 +130,11 @@ class ChannelGroups:
 
 
 class Channels:
-    """For one weight, the channel that each output unit computes. Equal objects have equal hashes.
+    """Channels that the output units of one weight compute. Equal objects have equal hashes.
 
     Args:
-        ids: For every output unit, the index of its channel, or -1 if the unit is always kept.
-        groups: The groups of the model.
+        ids: Index of the channel that each output unit computes, or -1 if the unit is always kept.
+        groups: All groups of coupled channels in the model.
     """
 
     def __init__(self, ids: Sequence[int] | np.ndarray, groups: ChannelGroups):
@@ -241,7 +242,7 @@ def _own_densities(method, layouts, sparsity, names, groups) -> np.ndarray:
 
 
 def _mean_of_members(values, layouts, groups) -> np.ndarray:
-    """Return, for every group, the mean value of its weights, given one value per weight."""
+    """Average one value per weight over the weights of every group."""
     total, count = np.zeros(len(groups.sizes)), np.zeros(len(groups.sizes))
     for value, members in zip(values, _groups_by_weight(layouts, groups)):
         total[members] += value
@@ -284,7 +285,7 @@ def rank(method, scores: Sequence[Tensor], layouts: Sequence[Layout], kept: Tens
 
 
 def best(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor) -> Tensor:
-    """Return, for every channel, whether the channel is kept, given the saliencies.
+    """Return a boolean vector that states for every channel whether the channel is kept.
 
     Args:
         method: Pruning method that defines `allocation`, `counted_in`, `round_to` and `min_kept`.
@@ -328,10 +329,10 @@ def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tenso
 
 
 def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-    """Return whether each channel is kept, as a boolean vector that ends with an additional True.
+    """Return whether each channel is kept, as a boolean vector with an additional True at the end.
 
-    All weights that compute a channel have the same mask for this channel, so only the first of
-    these weights is read.
+    The index -1 of units that are always kept selects the additional True. All weights that compute
+    a channel have the same mask for this channel, so only the first of these weights is read.
 
     Args:
         found: Boolean masks of all weights.

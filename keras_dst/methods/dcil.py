@@ -69,8 +69,8 @@ class DCIL(TwoPathMethod):
             is the minimum number of channels that every group of coupled channels keeps. Defaults
             to None: with `allocation="global"`, a quarter of the weights that `"erk"` would keep,
             and otherwise 1.
-        counted_in: Quantity to which the sparsity refers if `pattern="channel"`: `"channels"`,
-            `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        counted_in: With `pattern="channel"`, the quantity in which the sparsity is measured:
+            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
             this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
             8.
@@ -123,8 +123,8 @@ class DCIL(TwoPathMethod):
     def build(self, layer, name, variable, layout):
         return {
             **super().build(layer, name, variable, layout),
-            # 0 during the warm-up, then 1. This number is a variable, so that it can change without
-            # a new trace of the step.
+            # Factor of the KL terms: 0 during the warm-up, and 1 afterwards. The factor is a
+            # variable, so that it can change without a new trace of the training step.
             "coupled": layer.add_weight(
                 name=f"{name}_coupled",
                 initializer="zeros",

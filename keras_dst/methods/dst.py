@@ -38,14 +38,14 @@ from keras_dst.schedules import Cubic, Schedule, as_schedule
 # Constants of the controller that sets alpha, see `DST.update`. The constants were tuned on digits
 # and MNIST with SGD and Adam, and on a model of 3,000 weights that was trained for 100 steps.
 _GAP_SHARE = 0.3  # Fraction of the gap that the controller tries to close with each update.
-_MEMORY = 0.9  # Decay of the exponential moving averages, per update.
+_MEMORY = 0.9  # Momentum of the exponential moving averages.
 _MAX_GROWTH = 3.0  # Maximum ratio of alpha to the root mean square of its earlier values.
 
 # Finished fraction of training after which every update meets the target exactly. At the end of
 # training the learning rate is small, so that alpha cannot move the thresholds, and the network
 # cannot adapt to a late change of its masks.
 _EXACT = 0.75
-_ALWAYS = np.float32(1e30)  # Rank of a weight that is always kept.
+_ALWAYS = np.float32(1e30)  # Score of weights that a layer must keep.
 
 
 @keras.saving.register_keras_serializable("keras_dst")
@@ -259,8 +259,8 @@ class DST(LayerMethod):
         As in a global ranking, every layer keeps at least a minimum number of weights.
 
         Returns:
-            The common shift, the shift of every layer, and, for every layer, the largest shift at
-            which the layer keeps its minimum number of weights.
+            A tuple of the common shift, a list with the shift of every layer, and a list with every
+            layer's largest allowed shift, at which the layer keeps its minimum number of weights.
         """
         shapes = [tuple(w.shape) for w in weights]
         margins = self._margins(weights, states, layouts)
@@ -270,8 +270,8 @@ class DST(LayerMethod):
         lowest = ops.unstack(masks.kth(margins, ops.convert_to_tensor(least, "int32")), len(shapes))
         limits = []
         for w, margin, low in zip(weights, margins, lowest):
-            # If all margins of a layer are equal, no margin exceeds `low`. The limit is then set
-            # slightly below the margins, so the layer keeps all its weights.
+            # If all margins (Q) of a layer are equal, no margin exceeds `low`. The limit is then
+            # set slightly below the margins, so the layer keeps all its weights.
             edge = ops.minimum(ops.min(ops.where(margin > low, margin, _ALWAYS)), ops.max(margin))
             limits.append(edge - 1e-6 * ops.cast(ops.max(ops.abs(w)), "float32"))
         ranked = [ops.where(m > x, _ALWAYS, m) for m, x in zip(margins, limits)]

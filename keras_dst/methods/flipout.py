@@ -60,8 +60,8 @@ class FlipOut(UpdateMethod):
             is the minimum number of channels that every group of coupled channels keeps. Defaults
             to None: with `allocation="global"`, a quarter of the weights that `"erk"` would keep,
             and otherwise 1.
-        counted_in: Quantity to which the sparsity refers if `pattern="channel"`: `"channels"`,
-            `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        counted_in: With `pattern="channel"`, the quantity in which the sparsity is measured:
+            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
             this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
             8.
@@ -144,7 +144,7 @@ class FlipOut(UpdateMethod):
 
     def monitored(self, state):
         flips, kept = ops.convert_to_numpy(state["flips"]), ops.convert_to_numpy(state["mask"])
-        return {"flips": flips[kept]}  # Omit pruned weights, whose counters are 0.
+        return {"flips": flips[kept]}  # Pruned weights are not counted.
 
     def perturb(self, grads, masks, step, total):
         if self.noise == 0:
@@ -156,7 +156,7 @@ class FlipOut(UpdateMethod):
         for i, numbers in zip(known, drawn):
             grad, mask = grads[i], masks[i]
             size = math.prod(grad.shape)
-            squares = ops.square(ops.cast(grad, "float32"))  # The sum would overflow in float16.
+            squares = ops.square(ops.cast(grad, "float32"))  # Sums overflow in float16.
             scale = noise * ops.sqrt(ops.sum(squares) / size)
             added = ops.cast(numbers * scale, grad.dtype)
             grads[i] = grad + (added if mask is None else masked(added, mask))
@@ -175,5 +175,5 @@ class FlipOut(UpdateMethod):
 
 
 def _sign(w):
-    """Return the signs as int8 to save memory bandwidth, because every step stores the signs."""
+    """Return the signs of a weight tensor as int8, because every step reads and writes them."""
     return ops.cast(ops.sign(w), "int8")

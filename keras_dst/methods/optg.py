@@ -62,8 +62,8 @@ class OptG(LayerMethod):
             is the minimum number of channels that every group of coupled channels keeps. Defaults
             to None: with `allocation="global"`, a quarter of the weights that `"erk"` would keep,
             and otherwise 1.
-        counted_in: Quantity to which the sparsity refers if `pattern="channel"`: `"channels"`,
-            `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        counted_in: With `pattern="channel"`, the quantity in which the sparsity is measured:
+            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
             this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
             8.

@@ -132,7 +132,7 @@ class ST3(LayerMethod):
     def update(self, weights, states, layouts, kept, now):
         scores = self.scores(weights, states)
         found = self.rank(scores, layouts, kept)
-        # Largest pruned score and smallest kept score of every weight.
+        # For every weight tensor, find its largest pruned score and its smallest kept score.
         below = [ops.max(ops.where(m, 0.0, s)) for m, s in zip(found, scores)]
         above = [ops.min(ops.where(m, s, np.inf)) for m, s in zip(found, scores)]
         common = ops.max(ops.stack(below)) if self.allocation == "global" else np.float32(np.inf)
@@ -146,7 +146,8 @@ class ST3(LayerMethod):
         return changes
 
     def _std(self, shape) -> np.float32:
-        """Return the divisor of a layer's scores, which is 1 unless `sigma` is true."""
+        """Return the number by which the scores of a layer are divided: 1 unless `sigma` is
+        true."""
         return np.float32(1 / np.sqrt(sum(shape)) if self.sigma else 1.0)
 
 
