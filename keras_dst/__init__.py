@@ -8,7 +8,7 @@ from keras_dst.optimizers import SparseOptimizer
 from keras_dst.surgery import SparsifyReport, sparsify, strip
 from keras_dst.version import __version__
 
-# Type checkers, editors and the API reference do not run `__getattr__`.
+# Type checkers, editors and the API reference find these names only in import statements.
 if TYPE_CHECKING:
     from keras_dst import plots
     from keras_dst._reporting.sensitivity import SensitivityReport, WeightSensitivity, sensitivity

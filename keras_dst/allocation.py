@@ -59,10 +59,10 @@ def densities(
     Args:
         allocation: `"uniform"` gives all weights the same density. `"erk"` (Erdős-Rényi-Kernel)
             gives densities proportional to `sum(shape) / prod(shape)`, at most 1. Small weight
-            tensors therefore have a higher density. A dict maps names to sparsities. The density of
-            weights that match no name is `density`. A name is the path of a weight, or a regular
-            expression that matches any part of a path. If several names match a weight, the last
-            matching name applies.
+            tensors therefore have a higher density. A dict maps weight names to sparsities. The
+            density of weights that match no name is `density`. A name is the path of a weight, or a
+            regular expression that matches any part of a path. If several names match a weight, the
+            last matching name applies.
         shapes: Shapes of the weights.
         density: Fraction of all weights that is kept.
         names: Paths of the weights. The paths are needed only if the allocation is a dict.
@@ -107,7 +107,7 @@ def _erk(shapes, density):
 
 
 def by_name(allocation: Mapping[str, float], density: float, names: Sequence[str]) -> np.ndarray:
-    """Return the density of every weight: `density` if no name matches the weight."""
+    """Return the density of every weight, which is `density` if no name in the dict matches it."""
     result = np.full(len(names), float(density))
     for key, sparsity in allocation.items():
         fitting = [i for i, name in enumerate(names) if key == name]
@@ -137,7 +137,8 @@ def kept_counts(
         sparsity: Current fraction of zeros.
         final_sparsity: Final fraction of zeros. The sparsities in a dict are final values. As long
             as `sparsity` is below its final value, each sparsity in the dict is multiplied by
-            `sparsity / final_sparsity`. Defaults to None, which leaves the sparsities unchanged.
+            `sparsity / final_sparsity`. Defaults to None, which means that the sparsities in the
+            dict apply unchanged.
 
     Example:
         >>> keras_dst.allocation.kept_counts("uniform", [(10, 10), (30, 10)], 0.9)
@@ -228,7 +229,7 @@ def equal_drop(
     drops = np.maximum.accumulate(np.maximum(drops, 0), axis=1)
     # Add a small slope, so that every curve is strictly increasing and therefore invertible.
     drops = drops / (drops.max() or 1.0) + 1e-6 * grid
-    # Between two neighboring values in `common`, every sparsity is a linear function of the drop.
+    # Between two neighboring drops in `common`, the sparsity of each weight is linear in the drop.
     common = np.unique(drops)
     shares = np.array([np.interp(common, curve, grid) for curve in drops])
     return np.array([np.interp(sparsity * counts.sum(), counts @ shares, row) for row in shares])

@@ -47,10 +47,10 @@ class SparseTraining(keras.callbacks.Callback):
         metric_at_target: Name of a metric, such as `"val_accuracy"`, whose values count only after
             the target sparsity is reached. From then on, the log `"val_accuracy_at_target"`
             contains the value of this metric. Before the target sparsity is reached, the log
-            contains a placeholder that is worse than any value of the metric and improves from
-            epoch to epoch. Callbacks that monitor this log therefore do not keep a model that is
-            not sparse enough, and do not stop training too early. If the metric is measured on the
-            training data, put this callback first in the list of callbacks. Defaults to None.
+            contains placeholder values, which are worse than any value of the metric and improve
+            from epoch to epoch. Callbacks that monitor this log therefore do not keep a model that
+            is not sparse enough, and do not stop training too early. If the metric is measured on
+            the training data, put this callback first in the list of callbacks. Defaults to None.
         metric_mode: Direction in which `metric_at_target` improves, `"min"` or `"max"`. Defaults to
             None, which uses the direction that the compiled metric defines.
         keep_memory: If True, the process does not return freed memory to the system before `fit`
@@ -162,7 +162,7 @@ class SparseTraining(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         if not self._begun:
-            # Do not begin earlier: BackupAndRestore may restore the state in its `on_train_begin`.
+            # `on_train_begin` is too early, because BackupAndRestore may restore the state there.
             self._begin(epoch)
         self._reapply_masks()
         self._epoch = epoch
@@ -221,22 +221,22 @@ class SparseTraining(keras.callbacks.Callback):
             driver.end(self._batches, warn_early=self.epochs is None)
         self._measure()
         if any(driver.in_steps for driver in self._drivers):
-            # The callback updates the masks, and this compiled step does not. Compile a new step,
-            # because the next `fit` may run without the callback.
+            # The compiled training step does not update the masks, because the callback updates
+            # them. Compile a new step, because the next `fit` may run without the callback.
             self.model.train_function = None
         if self._fit.history is None:
-            # In a custom training loop, no `History` callback makes this call in its
-            # `on_train_end`.
+            # In `fit`, the `History` callback makes this call, but custom training loops have no
+            # `History`.
             self._fit.end()
 
     # --------------------------------------------------------------------------------------------
 
     def _sync(self):
-        """On JAX, assign the state of the running `fit` to the variables."""
+        """On JAX, assign the state of the running `fit` to the variables of the model."""
         _ = self.model
 
     def _steps(self, epochs=None):
-        """Return the number of steps in these epochs, or in this `fit` if `epochs` is None.
+        """Return the number of steps in `epochs` epochs, or in this `fit` if `epochs` is None.
 
         Return None if the number is unknown.
         """

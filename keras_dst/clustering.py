@@ -34,7 +34,7 @@ from keras_dst.masks import Layout
 from keras_dst.surgery import check_model
 
 _ITERATIONS = 300
-# Numbers that differ by less than this count as equal, because the kernels are float32.
+# Weights that differ by less than this limit count as equal, because kernels are float32.
 _EQUAL = 1e-6
 
 
@@ -204,7 +204,7 @@ def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
     If -1 or 1 is among the numbers, it is also among the centers.
 
     Args:
-        numbers: Sorted numbers in [-1, 1].
+        numbers: Sorted weights, each divided by the largest magnitude of its channel.
         clusters: Number of centers, at least 2.
 
     Returns:

@@ -48,7 +48,7 @@ def run(epochs: int = 40, seed: int = 0, keep: str | None = None) -> dict:
         report = export_tflite(strip(sparse), path, inputs=test[0], evaluate=test)
     print(report)
     unencoded, *_, encoded = report.files
-    assert unencoded.latency  # `export_tflite` measures latency by default.
+    assert unencoded.latency  # By default, `export_tflite` measures the latency.
     assert encoded.latency
     figures = {
         "accuracy_dense": _accuracy(dense, test),

@@ -75,9 +75,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 "wrap SparseOptimizer, and compile does this under mixed_float16. Received: "
                 f"{type(inner_optimizer).__name__}"
             )
-        # Keras has given this optimizer default settings, a step counter, and a learning rate. The
-        # step counter and the learning rate belong to the inner optimizer, where `__getattr__`
-        # finds them.
+        # Delete the default settings, the step counter and the learning rate that Keras gave to
+        # this optimizer. `__getattr__` then reads these attributes from the inner optimizer.
         _keras.delete_counters(self)
         for attribute in list(vars(self)):
             if not attribute.startswith("_") and attribute not in ("name", "built"):
@@ -98,7 +97,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.step: Any = None
         self.total: Any = None
         self._timetable: _Timetable | None = None
-        self._planned: list[str] = []  # Paths of the kernels for which `_timetable` was made.
+        self._planned: list[str] = []  # Paths of the kernels in `_timetable`.
         self._initial_update = True
         self.inner_optimizer = inner_optimizer
 
@@ -159,7 +158,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         # The inner optimizer may assign averages of the weights, or other weights that are to be
         # evaluated.
         self.inner_optimizer.finalize_variable_values(var_list)
-        # Keras calls this function even after a failed training step.
+        # Keras calls this function even after a failed training step, which leaves variables
+        # without values.
         if not all(map(_keras.has_value, self.kernels)):
             return
         for kernel, state in zip(self.kernels, self.states):
@@ -218,8 +218,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         followers: Sequence[tuple[Any, int, np.ndarray]] = (),
         model_known: bool = False,
     ) -> None:
-        """Set the axes and the coupled channels of the kernels. The optimizer cannot determine them
-        without the model.
+        """Set the axes and the coupled channels of the kernels, which only the model knows.
 
         Args:
             layouts: Axes and channels of all kernels.
@@ -260,7 +259,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         for name, (initial, dtype) in specs.items():
             if initial == "value":
                 initial = _copy_of(kernel)
-            # Every replica computes the same values, so no aggregation is needed.
+            # Every replica computes the same state values, so the replicas need not exchange them.
             with placed_like(kernel):
                 state[name] = self.add_variable(
                     kernel.shape, initial, dtype, name=f"{prefix}_{name}"
@@ -334,7 +333,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 self.assign(kernel, value)
         step, total = map(ops.convert_to_tensor, (self.step, self.total))
         grads = list(self.method.perturb(grads, masks, step, total))
-        if replicas > 1:  # The inner optimizer will sum the gradients over the replicas again.
+        if replicas > 1:  # The inner optimizer sums over the replicas again.
             grads = [g if g is None else g / replicas for g in grads]
         self.inner_optimizer.apply(grads, variables)
         weights, changes = self.method.after(
@@ -403,7 +402,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             return
         targets = {step: schedule.at(step) for step in clock.steps()}
         if self._initial_update and targets[0] > 0 and 1 not in targets:
-            # Before the first step, the values of the weights are unknown.
+            # Without `apply_initial_masks`, the masks of step 0 are applied after the first
+            # training step.
             targets[1] = targets[0]
         shapes = [tuple(k.shape) for k in kernels]
         steps = sorted(targets)

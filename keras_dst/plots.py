@@ -44,7 +44,7 @@ def density(report, ax=None):
     ax.axvline(1 - report.sparsity, color="gray", linestyle="--", zorder=0)
     ax.set_yticks(positions, [row.name for row in report.layers])
     ax.set_ylim(max(len(report.layers), 1) - 0.5, -0.5)  # Draw the first weight at the top.
-    ax.set_xlim(0, 1.2)  # Leave space for the labels.
+    ax.set_xlim(0, 1.2)  # Leave space for the bar labels.
     ax.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     ax.set_xlabel("density, the fraction of nonzeros (dashed: all these weights together)")
     ax.set_title(f"{report.model}: {format_percent(report.sparsity)} sparse")
@@ -126,7 +126,7 @@ def _heat_map(ax, weight):
 def trade_off(results, ax=None, dense: float | None = None, metric: str = "accuracy"):
     """Plot a metric against the density, which decreases from left to right.
 
-    Each label is one curve.
+    Every key of `results` labels one curve.
 
     Args:
         results: Dict from each label to a list of pairs `(sparsity, value)`. If several pairs in a
@@ -194,7 +194,7 @@ def _by_sparsity(label, pairs: Sequence) -> dict[float, list[float]]:
 
 
 def _tick_at(ax, kept: Sequence[float]) -> None:
-    """Set ticks at the densities in `kept`, except for ticks that would be too close together."""
+    """Set ticks at the densities in `kept`, but omit ticks that would be too close together."""
     ticks = [kept[-1]]
     for fraction in reversed(kept):
         if fraction < 0.8 * ticks[-1]:

@@ -1,7 +1,7 @@
 """Recommend a pruning method for a sparsity, a pattern and a number of epochs.
 
-The folder results/ is not installed with the package. The figures on which recommendations are
-based are therefore copied to the tables of this module, and a test compares the tables with
+Recommendations are based on measured figures in the folder results/, which is not installed with
+the package. The tables of this module therefore copy these figures. A test compares the tables with
 results/. `Figure.method` is the pruning method with the highest mean accuracy. The exception is
 Magnitude, the method with the lowest training cost: `Figure.method` is Magnitude unless the
 accuracy of another method is higher by more than the sum of the two standard deviations.
@@ -190,7 +190,7 @@ def recommend(
 
 
 def _measured_pattern(name: str, sparsity: float) -> str:
-    """Return the most similar pattern for which figures exist."""
+    """Return the most similar pattern for which measured figures exist."""
     pattern = Pattern(name)
     if pattern.n_of_m:
         kept, of = pattern.n_of_m

@@ -29,7 +29,7 @@ class Schedule(Configurable):
             `SparseTraining` callback needs `begin_step` and `end_step`. The defaults are None.
 
     Raises:
-        ValueError: If a sparsity is outside [0, 1), or if the schedule ends before it begins. If
+        ValueError: If a sparsity is outside [0, 1), if the schedule ends before it begins, or if
             both fractions and steps are given.
     """
 
@@ -144,7 +144,7 @@ class Schedule(Configurable):
 
     @property
     def first_sparsity(self) -> float:
-        """Sparsity before the first step."""
+        """Sparsity before the first training step."""
         return self.at(0) if self.in_steps else self(0.0)
 
     def jumps(self, total_steps: int | None) -> list[int]:

@@ -121,7 +121,7 @@ def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
     * Magnitude, FlipOut, SET and RigL mask the weights in the optimizer step. The optimizer of a
       compiled model is wrapped in a `SparseOptimizer`, and the layers do not change.
 
-    The weights, their names and the graph of the model do not change. A compiled model stays
+    Weight values, weight names and the graph of the model do not change. A compiled model stays
     compiled. The optimizer keeps its state and all settings. Frozen layers are skipped. A sparse
     layer that is frozen later keeps its current mask.
 
@@ -277,7 +277,8 @@ def sparsify_layers(model, layers, method: LayerMethod) -> None:
 
 
 def why_unsupported(layer, method: LayerMethod) -> str | None:
-    """Return the reason why a layer cannot be made sparse, or None if it can."""
+    """Return the reason why a layer cannot become sparse, or None if the layer can become
+    sparse."""
     cls = sparse_class(type(layer))
     if cls is None:
         return f"{type(layer).__name__} is not supported"
@@ -315,7 +316,7 @@ def _check_not_empty(model, report: SparsifyReport) -> None:
 
 
 def _names_of(model, inner) -> dict[int, list[str]]:
-    """Return a dict from the id of each layer to the names and paths by which filters select it."""
+    """Return a dict that maps layer ids to the names and paths that filters compare."""
     found = {id(layer): [layer.name, layer.path] for layer in inner}
     for outer in _keras.flatten_layers(model, include_self=False):
         for layer in _keras.flatten_layers(outer, include_self=False):
@@ -327,7 +328,7 @@ def _names_of(model, inner) -> dict[int, list[str]]:
 
 
 def _excluded_layers(model, method: LayerMethod, filters: Filters) -> dict[int, str]:
-    """Return a dict from the id of each layer that must not be pruned to the reason."""
+    """Return a dict that maps the ids of layers that must not be pruned to the reasons."""
     excluded = dict.fromkeys(frozen_layers_of(model), _FROZEN)
     excluded.update(_gating_modules(model))
     for layer in _keras.flatten_layers(model):
@@ -342,7 +343,7 @@ def _excluded_layers(model, method: LayerMethod, filters: Filters) -> dict[int, 
 
 
 def _excluded_outputs(model, method: Method, filters: Filters) -> dict[int, str]:
-    """Return a dict from the id of each output layer to the reason why it is not pruned."""
+    """Return a dict that maps the ids of output layers to the reasons why they are not pruned."""
     if method.pattern != "channel":
         return {}
     if isinstance(method, UnitMethod) and _keras.graph_of(model) is None and filters is None:
@@ -361,8 +362,8 @@ def _gating_modules(model) -> dict[int, str]:
 
 
 def _output_layers(model) -> set[int]:
-    """Return the ids of the output layers: on each path to an output of the model, the last layer
-    that has a kernel."""
+    """Return the ids of the output layers, which are the last layers with a kernel on each path to
+    an output of the model."""
     graph = _keras.graph_of(model)
     if graph is None:
         return set()

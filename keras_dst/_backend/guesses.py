@@ -1,4 +1,4 @@
-"""Guesses: a mask update on PyTorch waits for its GPU only once.
+"""Guessed branches, with which a mask update on PyTorch waits for its GPU only once.
 
 A branch that depends on values on a GPU makes the host wait for all earlier operations. A mask
 update on PyTorch therefore takes the usual branches without waiting, and records the conditions of
@@ -39,7 +39,7 @@ _current: ContextVar[_Guesses | None] = ContextVar("guesses", default=None)
 
 
 def with_guesses(update: Callable) -> Callable:
-    """Wrap a function of tensors so that it guesses, and is repeated after a wrong guess.
+    """Wrap a function of tensors, so that it guesses branches and runs again after a wrong guess.
 
     At each branch, a call guesses the case that was right in the previous call.
     """
@@ -55,13 +55,13 @@ def with_guesses(update: Callable) -> Callable:
                 _current.reset(token)
             if not guesses.conditions:
                 return found
-            right = ops.convert_to_numpy(ops.stack(guesses.conditions))  # The only wait.
+            right = ops.convert_to_numpy(ops.stack(guesses.conditions))  # The host waits only here.
             if right.all():
                 return found
             found = None  # Free the results of the wrong guess.
             wrong = {n for n, i in enumerate(guesses.branches) if not right[i]}
             if len(wrong) < len(right) - right.sum():
-                break  # A wrong guess made by `add` has no other branch to try.
+                break  # `add` made a wrong guess, which has no other branch.
             rare.symmetric_difference_update(wrong)
         return update(*args)
 
@@ -81,7 +81,7 @@ def add(condition: Tensor) -> None:
     """Guess that a boolean scalar is true."""
     guesses = _current.get()
     if guesses is None:
-        raise RuntimeError("Expected a guess within a function that `with_guesses` has wrapped.")
+        raise RuntimeError("Call this function within a function that `with_guesses` wraps.")
     guesses.conditions.append(condition)
 
 

@@ -62,7 +62,7 @@ def outside_torch_graph(fn):
 
 
 def masked(w, mask):
-    """Compute `masks.masked` on torch. In eager mode, this is faster than `torch.where`.
+    """Compute `masks.masked` on torch. In eager mode, this function is faster than `torch.where`.
 
     On a CPU, `torch.where` executes a branch for every entry. This function instead multiplies the
     bits of the floats, read as integers, by the mask, which is vectorized and exact. Every pruned

@@ -24,14 +24,14 @@ _MIB = 1 << 20
 
 @functools.cache
 def glibc():
-    """Return glibc, or None for another C library or if the environment sets a memory policy."""
+    """Return the glibc library, or None if there is none or environment variables configure it."""
     is_set = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     library = ctypes.CDLL(None) if sys.platform == "linux" and not is_set else None
     return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
 
 
 def keep_freed_memory() -> None:
-    """Let the process keep the memory that it frees, unless `glibc()` is None."""
+    """Let the process keep the memory that it frees. Do nothing if `glibc()` returns None."""
     _set(mmap=_LARGEST, trim=_LARGEST)
 
 

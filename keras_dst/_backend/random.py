@@ -44,7 +44,7 @@ def _shifted(x, by):
 
 
 def uniform(shape: Sequence[int], *numbers: Tensor) -> Tensor:
-    """Return float32 numbers in [0, 1) that depend on their position and on `numbers`.
+    """Return uniform random float32 numbers in [0, 1), given by `numbers` and their position.
 
     Args:
         shape: Shape of the result.
@@ -64,8 +64,8 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
 
     The numbers are random rows of a table with a million entries, because copying rows is faster
     than generating numbers. For a large tensor, the rows of the table are as wide as the rows of
-    the tensor. If its rows are that wide, the table has only a few rows. The table therefore
-    contains each row with both signs, so that the mean noise of every weight is 0.
+    the tensor. A table with wide rows has only a few rows. Such a table therefore contains each row
+    with both signs, so that the mean noise of every weight is 0.
 
     Args:
         shapes: Shapes of the results.
@@ -81,8 +81,8 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
     # copied.
     for members in bundles([math.prod(shape) for shape in shapes]):
         alone = len(members) == 1
-        # XLA copies whole rows if the tensor has rows of the same width. For rows of another width,
-        # XLA copies each entry separately.
+        # XLA copies whole rows if the rows of the table are as wide as the rows of the tensor.
+        # Otherwise, XLA copies each entry separately.
         width = _width(shapes[members[0]]) if alone else _NARROW
         numbers = ops.reshape(table(alone), (-1, 1 << (width - 1).bit_length()))
         sizes = [math.prod(shapes[i]) for i in members]
@@ -101,7 +101,7 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
 
 
 def _width(shape: Sequence[int]) -> int:
-    """Return a row width that divides the size of the tensor and is within the bounds."""
+    """Return a width of table rows that divides the size of a tensor and is within the bounds."""
     widths = itertools.accumulate(reversed(tuple(shape)), operator.mul)
     return next((width for width in widths if _NARROW <= width <= _WIDE), _NARROW)
 
@@ -110,7 +110,7 @@ def _width(shape: Sequence[int]) -> int:
 def _table(seed: int, mirrored: bool) -> np.ndarray:
     """Return normal random numbers.
 
-    If `mirrored`, the second half is the negative of the first half.
+    If `mirrored` is True, the second half of the numbers is the negative of the first half.
     """
     numbers = np.random.default_rng(seed).standard_normal(_SIZE, "float32")
     half = numbers[: _SIZE // 2]

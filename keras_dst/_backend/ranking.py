@@ -79,7 +79,7 @@ def top_k(
     together, counts = kept.ndim == 0, kept if kept.ndim else kept[None]
     if selection.is_possible(scores, sizes):
         arranged = Scores(scores, together)
-        scores.clear()  # Free the scores of small tensors: `arranged` holds copies of them.
+        scores.clear()  # Free the scores of small tensors: `arranged` holds copies.
         found = selection.top_k(arranged, counts, first if together else None)
     else:
         arranged = _Ranking(scores, together, sizes, first)
@@ -93,8 +93,8 @@ def kth(scores: Sequence[Tensor], kept: Tensor) -> Tensor:
 
     Args:
         scores: Float tensors of any shapes.
-        kept: Number of scores above the threshold, an integer scalar. If this is a vector with one
-            number per tensor, the result is a vector with one threshold per tensor.
+        kept: Number of scores above the threshold, an integer scalar. If `kept` is a vector with
+            one number per tensor, the result is a vector with one threshold per tensor.
     """
     scores, kept = _checked(scores, kept)
     together, counts = kept.ndim == 0, kept if kept.ndim else kept[None]
@@ -151,7 +151,8 @@ class _Ranking(Scores):
         super().__init__(scores, together)
         self.at_once = devices.on_accelerator(self.scores[0])
         self.least, self.most, self.peaks = self._extremes()
-        # Number of weights in the group of each entry. None if every entry is one weight.
+        # Number of weights in the group of each entry. The value is None if every entry is one
+        # weight.
         self.weights, self.total = [None] * len(self.bundles), self.lengths
         if sizes is not None and any(np.any(n != 1) for n in sizes):
             ones = [ops.convert_to_tensor(n, "int32") for n in sizes]
@@ -452,8 +453,7 @@ class _Ranking(Scores):
         return (s > self.to_rows(b, self._finite_cut(thresholds))) | everything
 
     def _finite_cut(self, thresholds):
-        """Return the thresholds, with infinity in place of those that are not below the largest
-        finite score."""
+        """Return the thresholds. Replace thresholds that keep no finite score by infinity."""
         return ops.where(thresholds < self.most, thresholds, np.inf)
 
     def _count_above(self, thresholds):
@@ -483,7 +483,7 @@ class _Ranking(Scores):
         return self.reduce_by_tensor(counts, ops.sum, 0)
 
     def _by_row(self, reduce, dtype, *matrices):
-        """Apply a reduction to each row of the matrices. Other arguments are passed on unchanged.
+        """Apply a reduction to each row of the matrices, and pass other arguments unchanged.
 
         On a CPU, slabs of rows are processed one after another. XLA and TensorFlow write a mask to
         memory, with four bytes per entry, before they reduce the mask. With slabs, such a mask

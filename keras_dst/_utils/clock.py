@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-_FEWEST_UPDATES = 20  # Minimum number of updates if the user gives no frequency.
+_FEWEST_UPDATES = 20  # Minimum number of mask updates if the user gives no frequency.
 # Minimum number of steps between two updates of a method that learns its sparsity, because the
 # effect of an update on the sparsity is delayed.
 _LEARNED_RESPONSE = 5
@@ -30,14 +30,15 @@ class UpdateClock(NamedTuple):
     jumps: tuple[int, ...] = ()
 
     def is_due(self, before: int, step: int) -> bool:
-        """Return whether an update is due in the interval `before` < step <= `step`."""
+        """Return whether a mask update is due after step `before`, up to and including step
+        `step`."""
         periods = [(s - self.first) // self.period for s in (before, step)]
         return periods[0] != periods[1] or any(
             before < special <= step for special in (0, *self.jumps, self.last)
         )
 
     def steps(self) -> list[int]:
-        """Return all steps up to `last` at which masks are updated.
+        """Return all training steps up to `last` at which masks are updated.
 
         Example:
             >>> UpdateClock(first=2, last=14, period=5, jumps=(4,)).steps()

@@ -11,7 +11,7 @@ def html_table(headings: Sequence[str], rows: Iterable[Sequence[str]], caption: 
 
     Args:
         headings: Names of the columns.
-        rows: Texts of the cells, row by row.
+        rows: Lists with the texts of the cells, one list per row.
         caption: Text above the table. Defaults to no caption.
     """
 

@@ -1,4 +1,4 @@
-"""Sizes that replace the unknown sizes of a model's inputs."""
+"""Choose sizes for the unknown axes of a model's inputs, such as the length of a sequence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _OTHER_SIZES = (64, 128, 256, 16, 8, 4, 2, 1)
 
 
 def accepted_size(draw: Callable[[int], Any], run: Callable[[Any], Any], fix: str) -> int:
-    """Return the first size that a model accepts for its unknown axes.
+    """Return the first size that a model accepts for the unknown axes of its inputs.
 
     Some models do not accept every size. A position embedding limits the length of a sequence, and
     strides require a minimum size of images.
