@@ -116,7 +116,7 @@ def compare(task_name, seed):
 
 def table():
     lines = [
-        "# The same training on three backends",
+        "# Agreement of backends",
         "",
         "Network, initial weights, order of batches, method and number of epochs are the same on "
         f"every backend. The sparsity is {SPARSITY:.0%}. The table shows the test accuracy in % "

@@ -149,7 +149,7 @@ def table():
         key = run["net"], run["epochs"][0], run["images"]
         found[key, run["method"], run["speedup"]].append(run)
     lines = [
-        "# Accuracy without channels",
+        "# Accuracy after channel pruning",
         "",
         "The tables show the test accuracy in % on CIFAR-10 after the last epoch, as mean and "
         "standard deviation over the seeds, and the fraction of the FLOPs that remains. The "

@@ -188,7 +188,7 @@ def table():
         target = "" if run["method"] == "dense" else run["target"]
         found[run["net"], run["epochs"], run["backend"]][run["method"], target].append(run)
     lines = [
-        "# All methods, one budget",
+        "# Accuracy of methods after short training",
         "",
         "The tables show the test accuracy in % after the last epoch as mean and standard "
         "deviation over the seeds. The sparsity is in brackets: the fraction of the weights that "

@@ -303,7 +303,7 @@ def table_lines(runs):
 
 def table():
     intro = [
-        "# All methods, the length of the papers",
+        "# Accuracy of methods after 100 epochs",
         "",
         "The tables show the test accuracy in % after the last epoch as mean and standard "
         "deviation over the seeds. Network, data, optimizer and number of epochs are the same "

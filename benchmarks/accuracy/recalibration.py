@@ -95,7 +95,7 @@ def table():
     for run in results.runs(BENCHMARK).values():
         found[run["training"], run["pattern"], run["target"]].append(run)
     lines = [
-        "# Gain of `recalibrate`",
+        "# Recalibration",
         "",
         f"The table shows the test accuracy in % of ResNet-8 on CIFAR-10, as mean and standard "
         f"deviation over the seeds. The network was trained for {EPOCHS} epochs on {IMAGES:,} "

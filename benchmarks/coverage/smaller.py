@@ -168,7 +168,7 @@ def measure(build, sparsity, latency: bool) -> dict:
 def table():
     stored = results.runs(BENCHMARK)
     lines = [
-        "# Smaller models",
+        "# Latency after channel pruning",
         "",
         "The networks have random weights. Channels are pruned by magnitude and removed by "
         "`shrink`. `make bench-smaller` writes this page from the runs in this folder.",

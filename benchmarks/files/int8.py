@@ -71,7 +71,7 @@ def run(net):
 
 def table():
     lines = [
-        "# int8: accuracy and size of sparse networks",
+        "# int8 quantization of sparse networks",
         "",
         f"The table shows the accuracy in % of each file on {TESTED:,} test images. The number in "
         "brackets is the size of the file relative to the dense float32 file. The sparse "

@@ -100,7 +100,7 @@ def table():
     sparse = [run for runs in found.values() for run in runs if run["way"] != "dense"]
     apart = max(abs(run["sparsity"] - SPARSITY) for run in sparse)
     lines = [
-        "# Cost of training to a given accuracy",
+        "# Training cost to a given accuracy",
         "",
         f"The table compares the cost of training LeNet-300-100 on MNIST to {SPARSITY:.0%} "
         f"sparsity. The goal is a mean test accuracy of {100 * goal:.2f} % over {len(dense)} "
