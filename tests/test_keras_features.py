@@ -297,6 +297,23 @@ def test_zeros_stay_zeros_under_gptq():
         keras_dst.report(model)
 
 
+@pytest.mark.skipif(not hasattr(layers, "TernaryDense"), reason="TernaryDense needs Keras 3.16")
+@pytest.mark.parametrize("dense", ["Dense", "TernaryDense"])
+def test_zeros_stay_zeros_when_weights_become_ternary(dense):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((16,)), getattr(layers, dense)(32)])
+    model.compile("adam", "mse", jit_compile=False)
+    assert len(keras_dst.sparsify(model, methods.Magnitude(0.75)).sparsified) == 1
+    model.fit(x, x @ np.ones((16, 32)), epochs=4, verbose=0, callbacks=[SparseTraining()])
+    keras_dst.strip(model)
+    assert keras_dst.report(model).sparsity == pytest.approx(0.75)
+    zero = model.layers[0].kernel.numpy() == 0
+    model.quantize("ternary")
+    found = computed_kernel(model.layers[0])
+    assert not found[zero].any()
+    assert found.any()
+
+
 def test_a_sparse_layer_is_not_quantized():
     model = network(methods.OptG(0.75))
     before = predict(model)
