@@ -7,13 +7,16 @@
     python tests/environments.py versions 3.12      check all sets, only on this Python
     python tests/environments.py versions newest-3.12
 
-The output ends with a list of passed, failed and skipped checks and the reasons. Each environment
-is deleted after its checks have passed. The script needs only Python.
+Two checks run at a time, so that pip downloads packages for one check during the tests of the other
+check. When a check ends, its output is printed, and its environment is deleted if the check passed.
+At the end, the script lists passed, failed and skipped checks with the reasons. The script needs
+only Python.
 
 If pip would install a CUDA build of PyTorch, the core tests skip PyTorch, because the download has
 several GB. Set KERAS_DST_CUDA=1 to install this build.
 """
 
+import functools
 import glob
 import json
 import os
@@ -22,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from concurrent.futures import ProcessPoolExecutor
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "environments"
@@ -39,8 +43,10 @@ SETS = {
 TEST_PACKAGES = ["hypothesis", "pytest", "safetensors", "scikit-learn"]
 CORE = ["test_keras_names.py", "test_contract.py", "test_layers.py", "test_sparse_files.py"]
 EXPORT = ["export/test_export_tflite.py"]
+# Only three methods are saved and resumed, because these tests train three models each.
 CORE_NAMES = (
-    "names or config_round_trip or test_target or saved_and_resumed or sparse_files"
+    "names or config_round_trip or test_target or sparse_files"
+    " or (saved_and_resumed and (rigl or consensus or dst-target))"
     " or equals_its_stock or multilayer or residual or recurrence"
 )
 
@@ -108,8 +114,11 @@ def build() -> str:
     return str(wheel)
 
 
-def check_extra(wheel: str, extra: str) -> None:
-    """Install the wheel with one extra, train a model, and run code that needs the extra."""
+def check_extra(wheel: str, extra: str) -> list[str]:
+    """Install the wheel with one extra, train a model, and run code that needs the extra.
+
+    Return an empty list, because nothing is skipped.
+    """
     python = create(f"extra-{extra}", sys.executable, f"{wheel}[{extra}]")
     found = "import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)"
     backend = next((name for name in BACKENDS if run(python, "-c", found, name)), None)
@@ -121,6 +130,7 @@ def check_extra(wheel: str, extra: str) -> None:
         raise OSError("keras-dst --version failed.")
     if not run(python, "-c", code, KERAS_BACKEND=backend):
         raise OSError(f"The code for this extra failed on {backend}.")
+    return []
 
 
 def has_cuda_build(python: str, requirement: str) -> bool:
@@ -175,6 +185,23 @@ def interpreter(version: str) -> str | None:
     return None
 
 
+def attempt(wheel: str, check: tuple[str, str]) -> tuple[str, list[str]]:
+    """Run a check in a worker process; return its output, and the lines for the final list."""
+    name = "-".join(check)
+    log = FOLDER / f"{name}.log"
+    with log.open("w") as file:  # standard output and errors of this process and its children
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    kind, of = check
+    try:
+        skipped = check_extra(wheel, of) if kind == "extra" else check_set(wheel, kind, of)
+        shutil.rmtree(FOLDER / name)
+        outcome = [f"passed   {name}", *(f"skipped  {name}, {reason}" for reason in skipped)]
+    except OSError as error:
+        outcome = [f"failed   {name}: {error}"]
+    return log.read_text(), outcome
+
+
 def main(what: str, *names: str) -> int:
     """Run all checks, list their outcomes, and return the exit code."""
     if what == "wheel":
@@ -186,7 +213,7 @@ def main(what: str, *names: str) -> int:
     if unknown:
         raise ValueError(f"Expected names from {checks}. Received: {sorted(unknown)}.")
     wheel = build()
-    outcomes = []
+    outcomes, selected = [], []
     for check in checks:
         name = "-".join(check)
         if names and not {name, *check} & set(names):
@@ -194,17 +221,12 @@ def main(what: str, *names: str) -> int:
         elif what == "versions" and not interpreter(check[1]):
             outcomes.append(f"skipped  {name}: Python {check[1]} is not installed")
         else:
-            try:
-                skipped = []
-                if what == "wheel":
-                    check_extra(wheel, check[1])
-                else:
-                    skipped = check_set(wheel, *check)
-                shutil.rmtree(FOLDER / name)
-                outcomes.append(f"passed   {name}")
-                outcomes += [f"skipped  {name}, {reason}" for reason in skipped]
-            except OSError as error:
-                outcomes.append(f"failed   {name}: {error}")
+            selected.append(check)
+    sys.stdout.flush()
+    with ProcessPoolExecutor(max_workers=2) as workers:
+        for output, outcome in workers.map(functools.partial(attempt, wheel), selected):
+            print(output, flush=True)
+            outcomes += outcome
     print("\n" + "\n".join(outcomes))
     return int(any(outcome.startswith("failed") for outcome in outcomes))
 
