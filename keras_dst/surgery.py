@@ -140,8 +140,8 @@ def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
     Raises:
         TypeError: If the model is not a Keras 3 model, or the method is not a keras_dst method.
         ValueError: If the model is not built or is already sparse, if a filter matches nothing, or
-            if no layer can be made sparse. If the method needs a compiled model, and the model is
-            not compiled.
+            if no layer can be made sparse. A ValueError is also raised if the method needs a
+            compiled model, and the model is not compiled.
 
     Example:
         >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])

@@ -182,9 +182,9 @@ def sensitivity(
     Raises:
         TypeError: If `model` is not a Keras 3 model.
         ValueError: If the model is not built or not compiled, the data can be iterated only once,
-            or the metric is unknown. If the pattern does not fit a weight, or the filter matches no
-            weight. If a layer computes its mask from its weights, and pruning in this pattern would
-            change the mask.
+            or the metric is unknown. A ValueError is also raised if the pattern does not fit a
+            weight, the filter matches no weight, or pruning in this pattern would change the mask
+            that a layer computes from its weights.
 
     Example:
         >>> model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
@@ -274,7 +274,7 @@ def _check(model, data) -> None:
 class _Kernel:
     variable: Any
     layout: Layout
-    effective: Callable | None  # Function that applies the mask, or None.
+    effective: Callable | None  # Function that masks the kernel.
 
     @property
     def name(self) -> str:

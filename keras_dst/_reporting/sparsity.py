@@ -94,7 +94,7 @@ class SparsityReport:
         bytes: Size of all parameters in bytes, including zeros, in the dtypes of the variables.
         layers: A `WeightReport` for every prunable weight, in the order of the model.
         groups: Groups of coupled channels, which can only be removed together, as `channel_groups`
-            returns them. None if `report` was called without `groups=True`.
+            returns them. The value is None if `report` was called without `groups=True`.
 
     Example:
         >>> print(keras_dst.report(model))
@@ -109,28 +109,29 @@ class SparsityReport:
 
     @property
     def sparsity(self) -> float:
-        """Fraction of zeros among the prunable weights; 0 if there are no prunable weights."""
+        """Fraction of zeros among the prunable weights, or 0 if the model has no prunable
+        weights."""
         prunable = sum(row.parameters for row in self.layers)
         return 1 - sum(row.nonzeros for row in self.layers) / prunable if prunable else 0.0
 
     @property
     def total_sparsity(self) -> float:
-        """Fraction of zeros among all weights; 0 if there are no weights."""
+        """Fraction of zeros among all weights, or 0 if the model has no weights."""
         return 1 - self.nonzeros / self.parameters if self.parameters else 0.0
 
     @property
     def flops(self) -> int | None:
-        """FLOPs for one sample without multiplications by zero, or None (see `reason`)."""
+        """FLOPs for one sample without multiplications by zero, or None if they are unknown."""
         return sum_known([row.flops for row in self.layers])
 
     @property
     def dense_flops(self) -> int | None:
-        """FLOPs for one sample if no weight were zero, or None (see `reason`)."""
+        """FLOPs for one sample if no weight were zero, or None if they are unknown."""
         return sum_known([row.dense_flops for row in self.layers])
 
     @property
     def reason(self) -> str | None:
-        """Reasons why `flops` is unknown, or None."""
+        """Reasons why `flops` is unknown, or None if `flops` is known."""
         return "; ".join(dict.fromkeys(row.reason for row in self.layers if row.reason)) or None
 
     def to_dict(self) -> dict[str, Any]:

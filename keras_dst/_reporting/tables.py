@@ -40,7 +40,8 @@ def as_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _widths(names: Sequence[str], rows: list[Sequence[str]], right: list[bool]) -> list[int]:
-    """Return the widths of columns whose table is not wider than `WIDTH`, if this is possible."""
+    """Return the widths of the columns of a table that is at most `WIDTH` wide, if this is
+    possible."""
     cells = [max((len(row[i]) for row in rows), default=0) for i in range(len(names))]
     available = WIDTH - 3 * len(names) - 1  # Borders and spaces take three characters per column.
     widths = [max(len(name), width) for name, width in zip(names, cells)]

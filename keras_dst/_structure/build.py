@@ -35,8 +35,8 @@ def build(plan: Plan) -> keras.Model:
 
 
 class _Builder:
-    """Builder of the smaller model. It maps the ids of old tensors and operations to the new
-    objects."""
+    """Builder of the smaller model. The builder maps the ids of old tensors and operations to the
+    new objects."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -68,7 +68,7 @@ class _Builder:
         return layers.Rescaling(1.0, constants.tolist(), name=name, dtype=dtype)(tensor)
 
     def _apply(self, handler: ChannelHandler, args: tuple, kwargs: dict):
-        """Call the new operation of a handler. The operation is created when it is first needed."""
+        """Call the new operation of a handler. The first call creates the new operation."""
         op, removed = handler.op, self.plan.removed
         if id(op) in self.operations or not handler.can_slice:
             return handler.apply(self._operation(handler), args, kwargs, removed)
@@ -82,7 +82,7 @@ class _Builder:
         return result
 
     def _operation(self, handler: ChannelHandler):
-        """Return a copy of the operation of a handler. The copy is made when it is first needed."""
+        """Return a copy of the operation of a handler. The first call creates the copy."""
         op = handler.op
         if id(op) not in self.operations:
             shared = id(op) in self.plan.tied

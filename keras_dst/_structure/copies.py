@@ -33,13 +33,13 @@ def dense_copy(op):
 
 
 def original_variables(op, copy) -> dict[int, Any]:
-    """Return a dict from the id of each variable of the dense copy to the corresponding variable of
-    the sparse layer."""
+    """Return a dict that maps the ids of the dense copy's variables to the variables of the sparse
+    layer."""
     if copy is op:
         return {}
     pairs: list[tuple[Any, Any]] = []
     for old, new in zip(_keras.flatten_layers(op), _keras.flatten_layers(copy)):
-        # A sparse layer adds the states of its method after the variables of the stock layer.
+        # A sparse layer adds the variables of its method after the variables of the stock layer.
         for variables in (_keras.trainable_variables_of, _keras.non_trainable_variables_of):
             pairs += zip(variables(old), variables(new))
     return {id(new): old for old, new in pairs}

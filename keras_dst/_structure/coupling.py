@@ -30,13 +30,15 @@ class ChannelGroup:
 
     Attributes:
         ids: the ids of the channels, in ascending order. Each id stands for one channel, or for
-            several channels that cannot be removed alone, such as a group of a grouped convolution.
+            several channels that can only be removed together, such as a group of a grouped
+            convolution.
         members: the variables that have these channels along one of their axes.
         layers: the names of the layers that compute these channels.
-        chain: the operations that couple the layers, as `"conv3 → add_1 ← conv1"`. Empty if a
-            single layer computes the channels.
-        reason: the reason why the channels have to stay. Empty if each channel can be removed.
-        width: the number of channels that share one id, in most groups 1.
+        chain: the operations that couple the layers, such as `"conv3 → add_1 ← conv1"`, or an empty
+            string if a single layer computes the channels.
+        reason: the reason why the channels cannot be removed, or an empty string if they can be
+            removed.
+        width: the number of channels that share one id. In most groups, this number is 1.
     """
 
     ids: np.ndarray
@@ -54,11 +56,11 @@ class ChannelGroup:
 class CoupledChannels:
     """All channels of a model as plain data, in groups that are removed together.
 
-    A channel has an id. If positions along the axes of variables have the same id, they are kept or
-    removed together. Ids are consecutive numbers. The channels of the first group come first, then
-    the channels of the second group, and so on.
+    Every channel has an id. If positions along the axes of variables have the same id, they are
+    kept or removed together. Ids are consecutive numbers. The channels of the first group come
+    first, then the channels of the second group, and so on.
 
-    Let `dead` be a boolean array with one entry per id. To remove the channels for which it is
+    Let `dead` be a boolean array with one entry per id. To remove the channels for which `dead` is
     True:
 
     * in each member with an `output` axis, set the positions `dead[member.axes[output]]` along this
@@ -74,12 +76,14 @@ class CoupledChannels:
     Attributes:
         members: all variables that have channels. Each variable appears once. The members are
             variables of the given model, even if its layers are sparse.
-        groups: the groups that can be removed, followed by the groups that have to stay.
+        groups: the groups whose channels can be removed, followed by all other groups.
         count: the number of ids.
-        uses: a dict that maps the id of a variable to its use count, as in `keras_dst.report`, for
-            all variables by which a layer multiplies its input. None if the use count is unknown.
+        uses: a dict that maps the ids of variables to their use counts, as in `keras_dst.report`.
+            The dict contains all variables by which a layer multiplies its input. Unknown use
+            counts are None.
         other_parameters: the number of entries of all variables that are not members.
-        other_flops: the FLOPs of all variables that are not members; None if they are unknown.
+        other_flops: the FLOPs of all variables that are not members, or None if the FLOPs are
+            unknown.
     """
 
     members: list[Member]
@@ -123,7 +127,7 @@ def channel_groups(model) -> CoupledChannels:
     Returns:
         `CoupledChannels`, which displays as a table with one row per group: the number of channels,
         the layers that compute these channels, the operations that couple the layers, and the
-        reason if the channels have to stay.
+        reason if the channels cannot be removed.
 
     Raises:
         TypeError: if `model` is not a Keras 3 model.
@@ -177,7 +181,7 @@ def _renumbered(member: Member, number: np.ndarray) -> Member:
 
 def groups_of(plan: Plan, members: list[Member]) -> list[ChannelGroup]:
     """Return all groups of coupled channels in a plan. The list `members` of each group is left
-    empty. Groups that can be removed come first.
+    empty. Groups whose channels can be removed come first.
 
     Args:
         plan: the plan. The `ids` of each returned group are ids of unions of coupled channels in

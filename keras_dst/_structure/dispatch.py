@@ -1,4 +1,4 @@
-"""Choice of the handler for a call, or the reason why its channels cannot be removed."""
+"""Choose the handler of each call, or find the reason why its channels cannot be removed."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ _HANDLERS: dict[type, type[ChannelHandler]] = {
 # Operations and layers that Keras does not export.
 _HANDLERS_BY_NAME: dict[str, type[ChannelHandler]] = {
     **dict.fromkeys(MERGE_VERBS, ElementwiseMerge),
-    "CustomScaleLayer": ElementwiseMerge,  # the sum x + scale * y in InceptionResNetV2
+    "CustomScaleLayer": ElementwiseMerge,  # InceptionResNetV2: x + scale * y
     "Add": Addition,  # This covers the layer `Add` and the operation of `x + y`.
     "Concatenate": Concatenation,
     "Stack": Stack,
@@ -213,7 +213,7 @@ def _input_reason(handler: type[ChannelHandler], call: Call) -> str:
             return f"normalizes over other axes than the channels; {NOT_READ}"
         if getattr(op, "rms_scaling", False):
             return f"scales by the standard deviation; {NOT_READ}"
-        # If the channels were padded and sliced, the Keras mask of the tensor would be discarded.
+        # Padding and slicing the channels would discard the Keras mask of the tensor.
         masked = handler is LayerNorm and x.masked
         return f"normalizes over the channels of a masked sequence; {NOT_READ}" if masked else ""
     if handler is LayerScale and x.axis != len(x.shape) - 1:
@@ -255,14 +255,14 @@ def _direction_reason(*directions) -> str:
 
 
 def _gate_reason(cell) -> str:
-    """Return the reason why the units of a recurrent cell have to stay."""
+    """Return the reason why no unit can be removed from a recurrent cell."""
     gates = getattr(cell, "recurrent_activation", cell.activation)
     return "" if _is_elementwise(cell) and _is_known(gates) else _activation_reason(cell)
 
 
 def _unit_reason(handler: type[ChannelHandler], call: Call) -> str:
-    """If only input channels can be removed from a layer, return the reason why its output channels
-    have to stay."""
+    """Return the reason why only input channels, but no output channels, can be removed from a
+    layer."""
     if handler is Recurrent:
         return _gate_reason(call.op.cell)
     if not issubclass(handler, KernelLayer):

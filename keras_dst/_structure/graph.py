@@ -27,9 +27,8 @@ class Tensor:
         masked: True if the tensor may carry a Keras mask.
         origin: the original tensor, if this tensor is a view of it with a different channel axis.
         axis: the axis of the channels.
-        constant: for each channel, its constant value, or NaN if the value depends on the input.
-        ids: for each channel, the id of its group. Channels of one group are kept or removed
-            together.
+        constant: the constant value of each channel, or NaN if the value depends on the input.
+        ids: the id of each channel's group. Channels of one group are kept or removed together.
     """
 
     shape: tuple
@@ -45,7 +44,7 @@ class Tensor:
 
     @property
     def channels(self) -> int:
-        """Number of channels, 0 if the number is unknown."""
+        """Number of channels, or 0 if the number is unknown."""
         return (self.shape[self.axis] or 0) if len(self.shape) > 1 else 0
 
     def set_channels(self, axis: int, constant: np.ndarray | None = None) -> None:
@@ -117,10 +116,9 @@ def check_graph(model) -> None:
 
 
 def flatten_graph(model, inputs: list[Tensor]) -> tuple[list[Call], list[Tensor], dict[int, Any]]:
-    """Return the calls of a model, including the calls inside nested models, the outputs of the
-    model, and its variables.
+    """Return the calls, outputs and variables of a model, including calls inside nested models.
 
-    The variables are returned as a dict from the id of each variable of a dense copy to the
+    The variables are returned as a dict that maps the id of each variable of a dense copy to the
     corresponding variable of the sparse layer.
     """
     calls: list[Call] = []

@@ -33,7 +33,7 @@ class ChannelHandler:
 
     Args:
         call: the call.
-        reason: reason why the outputs of the operation have to stay; empty if they can be removed.
+        reason: reason why no output channel of the operation can be removed, or an empty string.
     """
 
     can_slice = False  # Whether the handler creates the layer again with fewer channels.
@@ -77,7 +77,7 @@ class ChannelHandler:
         channel are changed to account for them.
 
         Args:
-            config: the arguments that create the layer. It is changed in place.
+            config: the arguments that create the layer, as a dict that is changed in place.
             removed: a boolean array, True for each union of coupled channels that is removed.
         """
         axes = {id(member.variable): member.axes for member in self.members()}
@@ -144,7 +144,7 @@ class ChannelHandler:
 
 
 class Opaque(ChannelHandler):
-    """Operation whose input and output channels all have to stay, for a given reason."""
+    """Operation from which no input or output channel can be removed, for a given reason."""
 
     def couple(self, unions: ChannelUnions) -> None:
         for y in self.call.outputs:
@@ -516,8 +516,8 @@ class KernelLayer(ChannelHandler):
         return np.all(~self.reads, axis=0)
 
     def common_constant(self) -> np.ndarray:
-        """Return, for each channel, its constant if the constant is the same in every call, and NaN
-        otherwise."""
+        """Return the constant of each channel that has the same constant in every call, and NaN for
+        all other channels."""
         constants = np.stack([x.constant for x in self.called_on])
         return np.where(np.all(constants == constants[0], 0), constants[0], UNKNOWN)
 

@@ -107,7 +107,7 @@ class Padding(ChannelHandler):
 
     @property
     def width(self) -> list[tuple[int, int]]:
-        """For each axis, how many values are padded before and after the input."""
+        """Numbers of zeros that are padded before and after the input, for each axis."""
         width = [tuple(pair) for pair in self.op.pad_width]
         return width * len(self.x.shape) if len(width) == 1 else width
 

@@ -28,8 +28,8 @@ def shrink(model) -> keras.Model:
     biases of the next layers. If a constant channel is padded with zeros, one constant channel is
     kept. The kernel entries that read the kept channel are changed to account for the constants of
     all removed channels. A branch that only adds constants to a sum is removed completely. Custom
-    layers keep all channels. Every layer keeps at least one channel. `shrink_report` lists the
-    channels that stay, with reasons.
+    layers keep all channels. Every layer keeps at least one channel. `shrink_report` lists the dead
+    channels that are kept, with reasons.
 
     Before the smaller model is returned, both models are run on random inputs and compared.
 
@@ -46,7 +46,7 @@ def shrink(model) -> keras.Model:
         TypeError: if `model` is not a Keras 3 model.
         ValueError: if the model is not built, has its own `call` method, or cannot be run on random
             inputs.
-        RuntimeError: if the outputs differ by more than 1e-5 of their size (2e-2 in half
+        RuntimeError: if the outputs differ by more than 1e-5 of their magnitude (2e-2 in half
             precision).
 
     Warns:
@@ -62,7 +62,7 @@ def shrink(model) -> keras.Model:
 
 
 def plan_and_build(model) -> tuple[Plan, keras.Model]:
-    """Return the plan and the smaller model, after comparing its outputs with the given model's."""
+    """Plan and build the smaller model, and compare its outputs with the given model's outputs."""
     check_graph(model)
     # To limit memory, the given model runs before the smaller model is built.
     samples = random_inputs(model, batch=1, count=2)

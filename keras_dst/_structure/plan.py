@@ -23,15 +23,17 @@ class Plan:
     Attributes:
         all_handlers: one handler for every call of an operation, in the order of the calls.
         handlers: the handlers of the calls that the outputs of the smaller model depend on.
-        names: a dict from the id of each operation to its name in the smaller model.
+        names: a dict that maps the id of each operation to its name in the smaller model.
         tied: ids of the operations that share a weight with another operation.
-        originals: a dict from the id of each variable of a dense copy to the corresponding variable
-            of the given model.
-        pinned: a boolean array, True for each union of coupled channels that has to stay.
-        pin_reasons: a dict from the id of a union to the reason why its channels have to stay.
-        removed: a boolean array, True for each union of coupled channels that is removed.
-        kept_reasons: for unions that could be removed but are kept, a dict from the id of the union
-            to the reason.
+        originals: a dict that maps the id of each variable of a dense copy to the corresponding
+            variable of the given model.
+        pinned: a boolean array that is True for each union of coupled channels that cannot be
+            removed.
+        pin_reasons: a dict that maps the id of a union to the reason why its channels cannot be
+            removed.
+        removed: a boolean array that is True for each union of coupled channels that is removed.
+        kept_reasons: a dict that maps the id of each union that could be removed but is kept to the
+            reason.
     """
 
     def __init__(self, model, remove: bool = True):
@@ -96,7 +98,8 @@ class Plan:
         return names
 
     def _couple_channels(self) -> np.ndarray:
-        """Couple all channels. Return a boolean array that is True for unions that must stay."""
+        """Couple all channels. Return a boolean array that is True for unions of channels that
+        cannot be removed."""
         unions = ChannelUnions()
         for x in self.inputs:
             x.ids = unions.new(x.channels)
@@ -166,7 +169,8 @@ class Plan:
 
 
 def _weight_sharing(operations: list) -> dict[int, str]:
-    """Return a dict from an operation's id to a sentence about the weight that it shares."""
+    """Return a dict that maps the ids of operations to sentences about the weights that they
+    share."""
     owners: dict[int, dict[int, str]] = {}
     for op in operations:
         for variable in getattr(op, "weights", ()):

@@ -1,4 +1,4 @@
-"""`shrink_report`: the channels that `shrink` removes, their groups, and why others are kept."""
+"""`shrink_report`: the channels that `shrink` removes, and why other dead channels are kept."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class ChannelReport:
 
     Attributes:
         layer: name of the layer in the smaller model.
-        type: class of the layer.
+        type: class name of the layer.
         before: number of channels.
-        after: number of channels that are kept; 0 if the whole layer is removed.
+        after: number of channels that are kept, or 0 if the whole layer is removed.
         reasons: a dict that maps each reason why dead channels are kept to the number of channels
             that are kept for this reason.
 
@@ -50,11 +50,12 @@ class GroupReport:
 
     Attributes:
         layers: names of the layers that compute these channels.
-        chain: operations that couple these layers, as `"conv3 → add_1 ← conv1"`. Empty if a single
-            layer computes the channels.
+        chain: operations that couple these layers, such as `"conv3 → add_1 ← conv1"`, or an empty
+            string if a single layer computes the channels.
         before: number of channels.
         after: number of channels that are kept.
-        reason: reason why no channel can be removed. Empty if each channel can be removed.
+        reason: reason why no channel can be removed, or an empty string if every channel can be
+            removed.
 
     Example:
         >>> keras_dst.shrink_report(model).groups[0].chain
@@ -75,11 +76,13 @@ class ShrinkReport:
         model: name of the model.
         parameters_before: number of parameters of the given model.
         parameters_after: number of parameters of the smaller model.
-        flops_before: FLOPs of the given model for one sample. Multiplications by zeros are counted.
-            None if unknown.
-        flops_after: FLOPs of the smaller model for one sample; None if unknown.
-        latency_before: seconds for one sample on the current backend; None if not measured.
-        latency_after: seconds for one sample with the smaller model; None if not measured.
+        flops_before: FLOPs of the given model for one sample, or None if the FLOPs are unknown.
+            Multiplications by zeros are counted.
+        flops_after: FLOPs of the smaller model for one sample, or None if the FLOPs are unknown.
+        latency_before: latency of the given model for one sample, in seconds on the current
+            backend, or None if the latency was not measured.
+        latency_after: latency of the smaller model for one sample, in seconds, or None if the
+            latency was not measured.
         layers: the layers that compute new channels, such as `Dense` and `Conv2D`.
         groups: the groups of channels that are removed together. The table shows only groups with
         several layers.
@@ -158,9 +161,9 @@ def shrink_report(model, latency: bool = False) -> ShrinkReport:
 
     Args:
         model: a built Sequential or Functional model, dense or sparse. It is not changed.
-        latency: whether to measure both models. The latency is the median of 50 runs on one sample.
-            The two models run alternately, and the current backend compiles them, except on
-            PyTorch. Defaults to False.
+        latency: whether to measure the latency of both models. The latency is the median of 50 runs
+            on one sample. The two models run alternately, and the current backend compiles them,
+            except on PyTorch. Defaults to False.
 
     Returns:
         A `ShrinkReport`.
@@ -179,7 +182,7 @@ def shrink_report(model, latency: bool = False) -> ShrinkReport:
 
 
 def shrink_and_report(model, latency: bool = False) -> tuple[keras.Model, ShrinkReport]:
-    """Plan once, and return the smaller model and its report."""
+    """Return the smaller model and its report, which come from the same plan."""
     plan, small = plan_and_build(model)
     before, after = dense_size(model), dense_size(small)
     times: list[float | None] = [None, None]
@@ -222,7 +225,7 @@ def shrink_and_report(model, latency: bool = False) -> tuple[keras.Model, Shrink
 
 
 def _latencies(*models: keras.Model, runs: int = 50, warmup: int = 5) -> list[float | None]:
-    """Return the median seconds of one call of each model. The models are called alternately."""
+    """Return the median latency of each model in seconds. The models are called alternately."""
     (inputs,) = random_inputs(models[0], batch=1)
     calls = [inference(model) for model in models]
     times = np.zeros((warmup + runs, len(calls)))

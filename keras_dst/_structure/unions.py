@@ -16,14 +16,14 @@ class Member:
 
     Attributes:
         variable: the Keras variable.
-        axes: a dict from a negative axis number to the ids of the channels along this axis. Axes
-            without channels, such as the window of a convolution, are not listed.
-        output: the axis of the output channels: -1 for the kernel of `Dense` and of
-            convolutions, -2 for depthwise and transposed kernels. None for variables without output
-            channels.
+        axes: a dict that maps negative axis numbers to the ids of the channels along these axes.
+            Axes without channels, such as the window of a convolution, are not listed.
+        output: the axis of the output channels, or None for variables without output channels. The
+            axis is -1 for kernels of `Dense` and of convolutions, and -2 for depthwise and
+            transposed kernels.
         follows: True if the entries of pruned channels are set to zero in this variable, for
-            example in a bias, so that these channels output exactly zero. False for kernels and for
-            moving variances.
+            example in a bias, so that these channels output exactly zero. `follows` is False for
+            kernels and for moving variances.
         shrinks: False if the variable keeps its size when channels are removed, as in layer
             normalization, which treats removed channels as zeros.
         layer: the name of the layer.
@@ -38,7 +38,7 @@ class Member:
 
 
 class ChannelUnions:
-    """Unions of coupled channels, and the reasons why some channels have to stay.
+    """Unions of coupled channels, and the reasons why some channels cannot be removed.
 
     At first, every union contains a single channel. The method `couple` joins unions, and the
     method `pin` prevents the removal of channels.
@@ -96,8 +96,8 @@ class ChannelUnions:
         return roots
 
     def reasons(self, roots: np.ndarray) -> dict[int, str]:
-        """Return a dict that gives the reason for each union that has to stay. The key is the
-        smallest id in the union."""
+        """Return a dict with the reason for each union whose channels cannot be removed. The key is
+        the smallest id in the union."""
         found: dict[int, str] = {}
         for ids, reason in self._pinned:
             for root in np.unique(roots[ids]):

@@ -23,18 +23,18 @@ _RECORD = "training.json"
 class BackupAndRestore(keras.callbacks.Callback):
     """Callback with which a training run can be resumed exactly, no matter when it was killed.
 
-    A resumed training run ends with the same weights as a run that was not killed. For this, the
-    callback differs from `keras.callbacks.BackupAndRestore` in four ways:
+    A resumed training run ends with the same weights as a run that was not killed. To achieve this,
+    the callback differs from `keras.callbacks.BackupAndRestore` in four ways:
 
-    * Backups are atomic. If the process is killed, the folder contains either the previous backup
-      or the new one, and both are complete.
+    * Backups are atomic. If the process is killed, the folder contains one complete backup, either
+      the previous backup or the new backup.
     * A backup stores the weights together with the epoch and the batch at which they were saved.
     * Training resumes with the batch that follows the backup. The earlier batches of the epoch are
       read from the data and skipped.
     * A backup holds the states of random number generators, such as the states of dropout layers.
 
-    Regardless of the order of the callbacks, a backup is written only after all of them have
-    processed the epoch or the batch.
+    A backup is written after all callbacks have processed the epoch or the batch, regardless of
+    their order.
 
     The order of the data must be the same again: pass `shuffle=False` to `fit`, or use a data set
     whose order depends only on the epoch. The logs of a resumed epoch cover only the batches after
@@ -46,8 +46,8 @@ class BackupAndRestore(keras.callbacks.Callback):
         delete_checkpoint: Whether the backup is deleted when training ends. Defaults to True.
 
     Raises:
-        ValueError: If `save_freq` is out of range. In `fit`: if a model without weights would be
-            restored, or if a file in `backup_dir` cannot be read.
+        ValueError: If `save_freq` is out of range. `fit` raises a ValueError if the model has no
+            weights to restore, or if a file in `backup_dir` cannot be read.
 
     Example:
         >>> backup = keras_dst.callbacks.BackupAndRestore("backup")
@@ -73,10 +73,10 @@ class BackupAndRestore(keras.callbacks.Callback):
         self.delete_checkpoint = check_boolean(delete_checkpoint, "delete_checkpoint")
 
     def on_train_begin(self, logs=None):
-        self._epoch = None  # The next epoch and batch to train.
+        self._epoch = None  # Next epoch and batch to train on.
         self._batch = 0
         self._since = 0  # Number of batches trained since the last backup.
-        self._generator = None  # State of the torch generator that will be restored.
+        self._generator = None  # State of torch's random generator to restore.
         self._fit = active_fit(self.model)
         if (self.backup_dir / _RECORD).exists():
             self._restore()
@@ -185,8 +185,8 @@ class BackupAndRestore(keras.callbacks.Callback):
             self._generator = None
 
     def _forget_start(self):
-        """Reset the first epoch, because Keras would otherwise begin every later `fit` with that
-        epoch."""
+        """Reset the epoch from which this `fit` resumed, because later fits would begin with it
+        too."""
         _keras.set_initial_epoch(self.model, None)
         self._fit.skipped_batches = 0
 

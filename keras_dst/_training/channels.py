@@ -1,4 +1,4 @@
-"""Coupling of channels during training: tell methods which channels are removed together."""
+"""Tell pruning methods, when training begins, which channels are removed together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from keras_dst.methods import channels
 from keras_dst.methods.base import Method, UnitMethod
 
 # A variable that has channels along one axis: the variable, the axis, and the index of the channel
-# for each entry along this axis. The index is -1 for entries that stay.
+# for each entry along this axis. The index is -1 for entries that are never pruned.
 Follower = tuple[Any, int, np.ndarray]
 
 
@@ -24,10 +24,10 @@ class Coupling(NamedTuple):
     """Coupled channels of a model, for the weights that one method prunes.
 
     Attributes:
-        layouts: Axes and channels of the weights.
+        layouts: Axes and coupled channels of each weight.
         followers: Trainable variables that are pruned with the channels: biases, and scales and
             offsets of normalizations.
-        statistics: Moving means of batch normalizations. They are pruned with the channels, too.
+        statistics: Moving means of batch normalizations, which are also pruned with the channels.
     """
 
     layouts: list[Layout]
@@ -39,16 +39,16 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
     """Return the coupled channels of a model if the method ranks channels.
 
     A channel can be pruned if the method prunes all weights that compute the channel. Channels of
-    the outputs of the model always stay.
+    the model's outputs are never pruned.
 
     Args:
         model: Model that holds the weights.
-        method: Method of the weights.
-        weights: Variables under the method.
+        method: Method that prunes the weights.
+        weights: Variables that the method prunes.
         layouts: Axes of these variables.
 
     Raises:
-        ValueError: If no channel can be pruned, or if the costs of the channels are not known.
+        ValueError: If no channel can be pruned, or if the costs of the channels are unknown.
     """
     alone = Coupling(list(layouts), [], [])
     if method.pattern != "channel":
@@ -61,7 +61,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
         return alone
     if _keras.graph_of(model) is None:
         return alone if method.learned else _uncoupled(model, method, layouts)
-    # The import is here, because most training runs need no graph of the model.
+    # This import is delayed, because most training runs need no graph of the model.
     from keras_dst._structure.coupling import channel_groups
 
     coupled = channel_groups(model)
@@ -78,9 +78,9 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
         reasons = "; ".join(dict.fromkeys(group.reason for group in coupled.groups if group.reason))
         raise ValueError(
             f"pattern='channel': no channel of '{model.name}' can be pruned. Expected channels "
-            "that do not reach the outputs of the model, and whose weights are all under "
-            f"{method!r}. Select more layers, or use another pattern. Reasons why channels stay: "
-            f"{reasons or 'none'}"
+            "that do not reach the outputs of the model, and whose weights are all pruned by "
+            f"{method!r}. Select more layers, or use another pattern. Reasons why channels are "
+            f"kept: {reasons or 'none'}"
         )
     # Give consecutive indices to the channels of the chosen groups.
     numbers = np.full(coupled.count, -1, "int32")

@@ -108,8 +108,7 @@ def couple_channels(model, optimizer: SparseOptimizer | None = None) -> None:
 
 
 def _couple_optimizer(model, optimizer: SparseOptimizer) -> Coupling:
-    """Tell an optimizer the axes and the channels of its weights. The optimizer cannot determine
-    them without the model."""
+    """Tell an optimizer the axes and the channels of its weights, which only the model knows."""
     known = layouts_of(model)
     pairs = list(zip(optimizer.kernels, optimizer.layouts))
     layouts = {id(kernel): known.get(id(kernel), layout) for kernel, layout in pairs}
@@ -121,7 +120,7 @@ def _couple_optimizer(model, optimizer: SparseOptimizer) -> Coupling:
 
 
 def _built_sparse_optimizers(model) -> list[SparseOptimizer]:
-    """Return all SparseOptimizers of a model. A model may have several."""
+    """Return all SparseOptimizers of a model, which may have several optimizers."""
     optimizers = optimizers_of(model)
     found = [sparse for outer in optimizers for sparse in sparse_optimizers(outer)]
     compiled = getattr(model, "optimizer", None)
@@ -227,7 +226,7 @@ def pruned_weights_of(model) -> list[PrunedWeight]:
 @functools.lru_cache(maxsize=16)
 def _compiled_functions(method, layouts, shapes):
     """Return two compiled functions of a method: one updates the masks, the other counts the kept
-    weights. They are cached for later fits."""
+    weights. The compiled functions are cached for later fits."""
 
     @jit
     def update(weights, states, kept, now):
@@ -267,10 +266,10 @@ class Driver:
         self.size = sum(math.prod(shape) for shape in self.shapes)
         self.schedule = method.schedule
         self.total: int | None = None
-        self.clock: Any = None  # None until the length of training is known.
+        self.clock: Any = None  # None while the length of training is unknown.
         self._update, self._kept = _compiled_functions(method, tuple(layouts), tuple(self.shapes))
         # For each weight, the cost of one entry, such as its FLOPs. The target sparsity is a
-        # fraction of the total cost. None if all entries have the same cost.
+        # fraction of the total cost. The value is None if all entries have the same cost.
         self.costs: list[float] | None = None
         self.groups = channels.groups_of(layouts)
         self.followers: list[Follower] = []
@@ -371,7 +370,7 @@ class Driver:
         """Set the length of the schedule, which becomes known after the first epoch."""
         if self.schedule is None or self.total is not None:
             return
-        late = self.clock is None  # There was no update at step 0.
+        late = self.clock is None  # Masks were not updated at step 0.
         self.total = length
         self._plan(fit, epoch)
         self.write_progress(self.start + batches, length)
@@ -477,14 +476,14 @@ class Driver:
         """Return whether the final target is reached or exceeded.
 
         Args:
-            reached: Value that `reached()` returned, if the caller already has it, to avoid a
-                second computation. Defaults to None.
+            reached: Return value of `reached()`, if the caller has already called this function.
+                Defaults to None.
         """
         reached = self.reached() if reached is None else reached
         return reached >= self._target() - self.tolerance
 
     def _target(self) -> float:
-        """Return the final sparsity over all weights of this driver, or over their cost."""
+        """Return the final target: the removed fraction of all weights or of their total cost."""
         final = self.schedule.sparsity
         if self.costs is not None or self.groups:
             return final
@@ -504,7 +503,7 @@ class Driver:
         return max(0.001, max(groups) / self.size)
 
     def reached(self) -> float:
-        """Return the current sparsity over the weights or over their cost."""
+        """Return the currently removed fraction of all weights or of their total cost."""
         return self.measure()[1]
 
     def measure(self) -> tuple[float, float]:
@@ -524,8 +523,8 @@ class Driver:
         return sum(counts), 1 - sum(c * k for c, k in zip(costs, counts)) / total
 
     def _alive(self) -> np.ndarray:
-        """Return an array that is True for each kept channel. An additional last entry is always
-        True."""
+        """Return a boolean array with True for each kept channel, and an additional True at the
+        end."""
         return ops.convert_to_numpy(self._kept(*self._values())[1])
 
     def mask_followers(self) -> None:

@@ -16,7 +16,7 @@ def worst_value(epoch: int, mode: str) -> float:
 
 
 def is_worst_value(value: float) -> bool:
-    """Return whether a logged value is the placeholder for a metric until the target is met."""
+    """Return whether a logged value is a placeholder that `worst_value` returned."""
     return 1e-10 * _WORST < abs(value) <= _WORST
 
 

@@ -46,7 +46,8 @@ class SparsityTensorBoard(keras.callbacks.Callback):
 
     Raises:
         ImportError: If tensorboardX is not installed.
-        ValueError: If `update_freq` is out of range. In `fit`: if no weight of the model is sparse.
+        ValueError: If `update_freq` is out of range. `fit` raises a ValueError if no weight of the
+            model is sparse.
 
     Example:
         >>> board = keras_dst.callbacks.SparsityTensorBoard("logs/dst")

@@ -138,7 +138,7 @@ class _Divergence(losses.Loss):
         logits = (class_logits(self.crossentropy, outputs) for outputs in (y_pred, y_true))
         entries = self.divergence(*logits)
         if _kind(self.crossentropy) is _BINARY and len(entries.shape):
-            return ops.mean(entries, axis=-1)  # Keras averages the binary cross-entropy too.
+            return ops.mean(entries, axis=-1)  # As in Keras's binary cross-entropy.
         return entries
 
 
@@ -152,7 +152,7 @@ def _output(outputs, structure, path):
 
 
 def _kind(loss):
-    """Return the family of cross-entropies that a loss belongs to, or None."""
+    """Return `_CLASSES` or `_BINARY`, depending on the cross-entropy, or None for other losses."""
     fn = getattr(loss, "fn", None)
     return next((kind for kind in (_CLASSES, _BINARY) if fn in kind), None)
 
