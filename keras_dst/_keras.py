@@ -354,7 +354,7 @@ def set_initial_epoch(model, epoch: int | None) -> None:
 
 
 def restore_jax_state(model, *step_arguments) -> None:
-    """Assign the state that a JAX training step received to the variables of the model again.
+    """On JAX, restore the variables of a model from the state that a training step received.
 
     On JAX, `fit` removes the values from the variables and passes these values as the first
     argument of the training step.

@@ -123,7 +123,7 @@ def ones(mask: Tensor, dtype) -> Tensor:
 
 
 def _upstream(args: tuple, upstream: Tensor) -> Tensor:
-    # torch calls a gradient function with the forward arguments by position, and the upstream
+    # torch passes the forward arguments to a gradient function by position, and the upstream
     # gradient by keyword. TensorFlow and JAX pass only the upstream gradient, by position.
     return args[-1] if upstream is None else upstream
 

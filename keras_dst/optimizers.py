@@ -333,7 +333,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 self.assign(kernel, value)
         step, total = map(ops.convert_to_tensor, (self.step, self.total))
         grads = list(self.method.perturb(grads, masks, step, total))
-        if replicas > 1:  # The inner optimizer sums over the replicas again.
+        if replicas > 1:  # Divide, because the inner optimizer sums over the replicas.
             grads = [g if g is None else g / replicas for g in grads]
         self.inner_optimizer.apply(grads, variables)
         weights, changes = self.method.after(

@@ -316,7 +316,7 @@ def _check_not_empty(model, report: SparsifyReport) -> None:
 
 
 def _names_of(model, inner) -> dict[int, list[str]]:
-    """Return a dict that maps layer ids to the names and paths that filters compare."""
+    """Return a dict that maps layer ids to the names and paths that filters can match."""
     found = {id(layer): [layer.name, layer.path] for layer in inner}
     for outer in _keras.flatten_layers(model, include_self=False):
         for layer in _keras.flatten_layers(outer, include_self=False):
@@ -328,7 +328,7 @@ def _names_of(model, inner) -> dict[int, list[str]]:
 
 
 def _excluded_layers(model, method: LayerMethod, filters: Filters) -> dict[int, str]:
-    """Return a dict that maps the ids of layers that must not be pruned to the reasons."""
+    """Return the reasons why layers must not be pruned, as a dict whose keys are layer ids."""
     excluded = dict.fromkeys(frozen_layers_of(model), _FROZEN)
     excluded.update(_gating_modules(model))
     for layer in _keras.flatten_layers(model):
@@ -343,7 +343,7 @@ def _excluded_layers(model, method: LayerMethod, filters: Filters) -> dict[int, 
 
 
 def _excluded_outputs(model, method: Method, filters: Filters) -> dict[int, str]:
-    """Return a dict that maps the ids of output layers to the reasons why they are not pruned."""
+    """Return the reasons why output layers are not pruned, as a dict whose keys are layer ids."""
     if method.pattern != "channel":
         return {}
     if isinstance(method, UnitMethod) and _keras.graph_of(model) is None and filters is None:

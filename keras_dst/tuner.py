@@ -110,7 +110,7 @@ class SparseHyperModel(keras_tuner.HyperModel):
 
 
 def _exported(model, options: Mapping[str, Any]) -> dict[str, float]:
-    """Export a model. Return its size and, if measured, its latency and accuracy."""
+    """Export a model. Return the size of the file and, if measured, its latency and accuracy."""
     with tempfile.TemporaryDirectory() as folder:
         file = export_tflite(model, pathlib.Path(folder) / "model.tflite", **options).files[-1]
     found = {

@@ -1,4 +1,4 @@
-"""Guessed branches, with which a mask update on PyTorch waits for its GPU only once.
+"""Guess branches, so that a mask update on PyTorch waits for its GPU only once.
 
 A branch that depends on values on a GPU makes the host wait for all earlier operations. A mask
 update on PyTorch therefore takes the usual branches without waiting, and records the conditions of
@@ -61,7 +61,7 @@ def with_guesses(update: Callable) -> Callable:
             found = None  # Free the results of the wrong guess.
             wrong = {n for n, i in enumerate(guesses.branches) if not right[i]}
             if len(wrong) < len(right) - right.sum():
-                break  # `add` made a wrong guess, which has no other branch.
+                break  # `add` made the wrong guess, which has no other branch.
             rare.symmetric_difference_update(wrong)
         return update(*args)
 

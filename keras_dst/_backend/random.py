@@ -44,7 +44,7 @@ def _shifted(x, by):
 
 
 def uniform(shape: Sequence[int], *numbers: Tensor) -> Tensor:
-    """Return uniform random float32 numbers in [0, 1), given by `numbers` and their position.
+    """Return uniform random float32 numbers in [0, 1): a hash of `numbers` and the position.
 
     Args:
         shape: Shape of the result.

@@ -183,8 +183,8 @@ def sensitivity(
         TypeError: If `model` is not a Keras 3 model.
         ValueError: If the model is not built or not compiled, the data can be iterated only once,
             or the metric is unknown. A ValueError is also raised if the pattern does not fit a
-            weight, the filter matches no weight, or pruning in this pattern would change the mask
-            that a layer computes from its weights.
+            weight, or if the filter matches no weight. The same applies if pruning in this pattern
+            would change a mask that a layer computes from its weights.
 
     Example:
         >>> model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])

@@ -32,8 +32,8 @@ class Plan:
         pin_reasons: a dict that maps the id of a union to the reason why its channels cannot be
             removed.
         removed: a boolean array that is True for each union of coupled channels that is removed.
-        kept_reasons: a dict that maps the id of each union that could be removed but is kept to the
-            reason.
+        kept_reasons: a dict that maps union ids to reasons, for unions that could be removed but
+            are kept.
     """
 
     def __init__(self, model, remove: bool = True):

@@ -1,4 +1,4 @@
-"""Tell pruning methods, when training begins, which channels are removed together."""
+"""When training begins, tell pruning methods which channels are removed together."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ class _Divergence(losses.Loss):
         logits = (class_logits(self.crossentropy, outputs) for outputs in (y_pred, y_true))
         entries = self.divergence(*logits)
         if _kind(self.crossentropy) is _BINARY and len(entries.shape):
-            return ops.mean(entries, axis=-1)  # As in Keras's binary cross-entropy.
+            return ops.mean(entries, axis=-1)  # `BinaryCrossentropy` also takes this mean.
         return entries
 
 

@@ -581,8 +581,8 @@ class UnitMethod(LayerMethod):
         return tuple(kept[min(outputs) :]) if outputs else ()
 
     def build(self, layer, name: str, variable, layout: Layout) -> State:
-        """Add open gates for all output units and the variable of the schedule position to the
-        layer."""
+        """Create open gates for all output units of the layer, and a variable for the schedule
+        position."""
         gate = layer.add_weight(
             name=f"{name}_gate",
             shape=self.gate_shape(variable.shape, layout),

@@ -49,11 +49,11 @@ class ChannelGroups:
 
     Args:
         sizes: Number of channels in every group.
-        shares: Fractions of inputs and outputs that belong to each group, as an array of shape
-            (number of weights, 2, number of groups + 1). `shares[w, 0, g]` is the fraction of the
-            inputs of weight w that belong to group g, and `shares[w, 1, g]` is the same fraction of
-            its outputs. The last column holds the fraction of inputs or outputs that are always
-            kept.
+        shares: Fractions of each weight's inputs and outputs that belong to each group, as an array
+            of shape (number of weights, 2, number of groups + 1). `shares[w, 0, g]` is the fraction
+            of the inputs of weight w that belong to group g, and `shares[w, 1, g]` is the same
+            fraction of its outputs. The last column holds the fraction of inputs or outputs that
+            are always kept.
         costs: Parameters and FLOPs of every weight, as an array of shape (number of weights, 2).
         widths: Number of filters that are removed together with one channel, for every group. This
             number exceeds 1 only for grouped convolutions, from which whole groups of filters are
@@ -242,7 +242,7 @@ def _own_densities(method, layouts, sparsity, names, groups) -> np.ndarray:
 
 
 def _mean_of_members(values, layouts, groups) -> np.ndarray:
-    """Average one value per weight over the weights of every group."""
+    """Return the mean over the weights of every group, given one value per weight."""
     total, count = np.zeros(len(groups.sizes)), np.zeros(len(groups.sizes))
     for value, members in zip(values, _groups_by_weight(layouts, groups)):
         total[members] += value

@@ -259,8 +259,9 @@ class DST(LayerMethod):
         As in a global ranking, every layer keeps at least a minimum number of weights.
 
         Returns:
-            A tuple of the common shift, a list with the shift of every layer, and a list with every
-            layer's largest allowed shift, at which the layer keeps its minimum number of weights.
+            The common shift, a list with the shift of each layer, and a list with the largest
+            allowed shift of each layer. At the largest shift, a layer keeps its minimum number of
+            weights.
         """
         shapes = [tuple(w.shape) for w in weights]
         margins = self._margins(weights, states, layouts)

@@ -144,7 +144,7 @@ class FlipOut(UpdateMethod):
 
     def monitored(self, state):
         flips, kept = ops.convert_to_numpy(state["flips"]), ops.convert_to_numpy(state["mask"])
-        return {"flips": flips[kept]}  # Pruned weights are not counted.
+        return {"flips": flips[kept]}  # Omit the counters of pruned weights.
 
     def perturb(self, grads, masks, step, total):
         if self.noise == 0:
