@@ -140,9 +140,9 @@ def _uncoupled(model, method: Method, layouts) -> Coupling:
     warnings.warn(
         f"{method!r}: '{model.name}' runs its layers in its own `call` method, so it is not known "
         "which channels have to be removed together. The channels of each layer are ranked "
-        "separately. Layers whose outputs are added therefore keep different channels, of which "
-        "`shrink` can remove few. Output layers lose channels too. "
-        "Name the layers to prune with filters, or build a Functional model.",
+        "separately. Layers whose outputs are added therefore keep different channels, so "
+        "`shrink` can remove only few channels. The layers that compute the outputs of the model "
+        "are pruned, too. Name the layers to prune with filters, or build a Functional model.",
         stacklevel=2,
     )
     return Coupling(list(layouts), [], [])

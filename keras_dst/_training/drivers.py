@@ -316,9 +316,9 @@ class Driver:
             f"{self.method!r}: a callback assigned weights with {self.target_quantity} "
             f"{assigned:.4f} at the end of training, although training had reached "
             f"{expected:.4f}. keras_dst pruned these weights to {self.reached():.4f} without "
-            "further training, at a cost in accuracy. To restore the best weights at the target, "
-            "pass metric_at_target='val_loss' (or another metric) to SparseTraining, and let "
-            "EarlyStopping monitor 'val_loss_at_target'.",
+            "further training, which can reduce the accuracy. To restore the best weights at the "
+            "target, pass metric_at_target='val_loss' (or another metric) to SparseTraining, and "
+            "let EarlyStopping monitor 'val_loss_at_target'.",
             stacklevel=2,
         )
 
@@ -429,8 +429,9 @@ class Driver:
         if abs(reached - target) > allowed and not self.projected:
             warnings.warn(
                 f"{self.method!r}: training had reached {self.target_quantity} {reached:.4f}, but "
-                f"the target is {target:.3g}. The projection after the last step made the target "
-                "exact, at a cost in accuracy. Train longer, or change the weight of the penalty.",
+                f"the target is {target:.3g}. After the last step, keras_dst changed the masks to "
+                "meet the target, which can reduce the accuracy. Train longer, or change the "
+                "weight of the penalty.",
                 stacklevel=2,
             )
         values = self._values()

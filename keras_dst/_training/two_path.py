@@ -114,9 +114,10 @@ def check_rematerialization(model) -> None:
         _keras.is_rematerialized(layer) for layer in _keras.flatten_layers(model)
     ):
         raise ValueError(
-            "Expected a model without RematScope. The backward pass runs its layers again, when "
-            "it is unknown whether the path is pruned or full. Build the model without "
-            "RematScope, or use JAX."
+            "Expected a model without RematScope. Received a model with layers that were created "
+            "under RematScope. The backward pass calls these layers a second time, and this call "
+            "cannot tell whether the pruned path or the full path is computed. Build the model "
+            "without RematScope, or use JAX."
         )
 
 
