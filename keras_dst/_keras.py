@@ -484,8 +484,8 @@ def distribution_strategy_of(optimizer):
 def exempt_from_decay(optimizer, variables) -> None:
     """Exempt variables from weight decay, in addition to the variables that the user exempted.
 
-    The Keras method `exclude_from_weight_decay` would overwrite the exemptions of the user, and it
-    raises an error after an optimizer is built.
+    The Keras method `exclude_from_weight_decay` would overwrite the exemptions of the user. The
+    method also raises an error after an optimizer is built.
     """
     exempt = set(vars(optimizer).get("_exclude_from_weight_decay", ()))
     exempt.update(optimizer._var_key(variable) for variable in variables)
@@ -587,8 +587,8 @@ def _forget_decay_exemptions(optimizer, trained_before) -> None:
 def _decide_decay_again(optimizer) -> None:
     """Make an optimizer decide again to which variables it applies weight decay.
 
-    Keras up to 3.15 makes these decisions in a training step and caches them. In Keras 3.16,
-    `Optimizer.build` makes these decisions.
+    Keras up to 3.15 makes these decisions in a training step and caches the decisions. In Keras
+    3.16, `Optimizer.build` makes these decisions.
     """
     if "_weight_decay_by_var_key" in vars(optimizer):
         optimizer._weight_decay_by_var_key = {
@@ -636,7 +636,8 @@ def _require(target, name: str) -> None:
 
 
 def _objects_to_check() -> dict[str, Any]:
-    """Return an example object for each kind in `PRIVATE_NAMES` that the installed Keras has."""
+    """Return one example object for each kind of object in `PRIVATE_NAMES`, if Keras has this
+    kind."""
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     optimizer = keras.optimizers.SGD()
     optimizer.exclude_from_weight_decay(var_names=["bias"])

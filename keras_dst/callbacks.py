@@ -150,7 +150,7 @@ class SparseTraining(keras.callbacks.Callback):
             )
         if self.metric_at_target and self.metric_at_target.startswith("val_"):
             # Add the metric to the logs of `evaluate`. If only `on_epoch_end` added the metric,
-            # callbacks that run before this callback would not see it.
+            # earlier callbacks in the list would not see the metric.
             fit.replace(self.model, "evaluate", self._with_metric_at_target)
         if fit.history is not None:
             # EarlyStopping may restore other weights in its `on_train_end`. The final weights are

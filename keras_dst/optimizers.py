@@ -198,7 +198,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         for kernel, extra in zip(kernels, self._state_specs(kernels, steps)):
             states.append(self._add_state(kernel, {"mask": ("ones", "bool"), **extra}))
         # Number of finished steps, and length of the schedule, which is 0 until SparseTraining sets
-        # it.
+        # this length.
         self.step = self.add_variable((), "zeros", "int32", name="step")
         self.total = self.add_variable((), "zeros", "int32", name="total")
         if not self.inner_optimizer.built:
@@ -604,8 +604,8 @@ class _Timetable:
     Attributes:
         clock: Object that computes the steps at which masks are updated.
         steps: Steps at which masks are updated, up to the end of the schedule.
-        targets: For each of these steps, the target sparsity.
-        kept: For each of these steps, the numbers of weights to keep.
+        targets: Target sparsities at these steps.
+        kept: Numbers of weights to keep at these steps.
     """
 
     def __init__(self, clock: UpdateClock, steps, targets, kept):

@@ -102,7 +102,7 @@ TARGETS: dict[str, dict[str, tuple[float, float]]] = {
     },
 }
 _CPUS = ("host", "arm", "any")
-# For each NPU family, the NPU that was measured, for example ethos-u55-128 for ethos-u55.
+# Measured NPU of each NPU family, for example ethos-u55-128 for ethos-u55.
 _FAMILIES = {name[:9]: name for name in TARGETS if name != "micro"}
 
 

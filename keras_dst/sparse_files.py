@@ -146,7 +146,7 @@ def load_sparse(path, custom_objects=None, safe_mode: bool = True) -> keras.Mode
         with warnings.catch_warnings():
             if "optimizer" not in structure["groups"]:
                 # A KerasHub model compiles itself, so Keras expects the state of an optimizer in
-                # the file, and warns that there is none.
+                # the file, and warns that the state is missing.
                 warnings.filterwarnings("ignore", "Skipping variable loading for optimizer")
             return keras.saving.load_model(
                 dense, custom_objects=custom_objects, safe_mode=safe_mode

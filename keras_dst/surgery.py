@@ -453,7 +453,7 @@ def _record_recipes(layer) -> None:
 def _load_weights(model, filepath, skip_mismatch=False, **kwargs):
     """Load weights as `keras.Model.load_weights`, also from a legacy `.h5` file of the dense model.
 
-    When Keras loads a legacy file, it checks the number of weights of each layer. A file of the
+    When Keras loads a legacy file, Keras checks the number of weights of each layer. A file of the
     dense model has no states of the pruning method, so the sparse layers expose only their stock
     weights while the file is loaded.
     """
@@ -562,7 +562,8 @@ def _choose_kernels(
 
 
 def _pattern_misfit(method: UpdateMethod, variable, layout: Layout) -> str | None:
-    """Return the reason why the method's pattern does not fit a weight, or None if it fits."""
+    """Return the reason why the method's pattern does not fit a weight, or None if the pattern
+    fits."""
     try:
         Pattern(method.pattern).block(variable.shape, layout)
     except ValueError as error:

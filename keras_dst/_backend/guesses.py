@@ -25,7 +25,7 @@ class _Guesses:
 
     Attributes:
         conditions: Boolean scalars, which are all true if all guesses were right.
-        branches: For each guessed branch, the index of its condition in `conditions`.
+        branches: Indices of the guessed branches' conditions in `conditions`.
         rare: Indices in `branches` of the branches that are guessed to take the rare case.
     """
 

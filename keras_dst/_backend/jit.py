@@ -100,9 +100,9 @@ def count_all_true(mask):
 def count_true(mask):
     """Return the number of true entries in every row of a boolean matrix, int32.
 
-    Before a sum of booleans, torch converts them to int64, which needs eight bytes per entry. If
-    the booleans are viewed as bytes, torch adds them without a conversion, and the sum of 128 of
-    them fits into a byte.
+    To sum booleans, torch first converts the booleans to int64, which needs eight bytes per entry.
+    Booleans that are viewed as bytes are added without a conversion, and a sum of 128 booleans fits
+    into a byte.
     """
     if keras.backend.backend() != "torch":
         return ops.cast(ops.count_nonzero(mask, axis=1), "int32")

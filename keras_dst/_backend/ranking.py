@@ -60,8 +60,8 @@ def top_k(
             (see `Pattern.sizes`). Groups are then kept in descending order of their scores, as long
             as the sum of their sizes is at most `kept`. Defaults to None, which means that every
             entry is one weight.
-        first: For every tensor, the number of its highest-scored entries that are always kept.
-            `kept` must be large enough for these entries. Defaults to None, which means 0.
+        first: Number of highest-scored entries of each tensor that are always kept. `kept` must be
+            large enough for these entries. Defaults to None, which means 0.
 
     Returns:
         A list of boolean tensors, one per tensor of scores.
@@ -403,11 +403,11 @@ class _Ranking(Scores):
         return [ops.take(sample, ops.cast(end, "int32")) for end in ends]
 
     def _last_ties(self, low, high, firsts, room):
-        """Return, for every ranking, the position after the last tied entry that is kept.
+        """Return the position after the last tied entry that each ranking keeps.
 
         Args:
             low, high: Lower and upper threshold. Scores between these thresholds are tied.
-            firsts: For each bundle, the entries that are always kept (see `_with_first`), or None.
+            firsts: Entries of each bundle that are always kept (see `_with_first`), or None.
             room: Number of tied weights that are kept.
         """
         found, offset = [], 0
@@ -457,7 +457,7 @@ class _Ranking(Scores):
         return ops.where(thresholds < self.most, thresholds, np.inf)
 
     def _count_above(self, thresholds):
-        """Return, for every ranking, how many weights exceed a threshold or are always kept."""
+        """Return how many weights of each ranking exceed its threshold or are always kept."""
         count = self._count_scores(thresholds)
         # In each tensor, either all entries above the threshold are always kept, or all entries
         # that are always kept exceed the threshold. One of these sets therefore contains the other,
@@ -467,7 +467,7 @@ class _Ranking(Scores):
         return ops.where(thresholds < self.least, self.total, count)
 
     def _count_scores(self, thresholds):
-        """Return, for every ranking or every tensor, the number of weights whose scores exceed the
+        """Return the number of weights of each ranking or each tensor whose scores exceed the
         threshold."""
 
         def of_rows(s, cut, weights):

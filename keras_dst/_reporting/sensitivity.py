@@ -285,7 +285,7 @@ class _Kernel:
         return tuple(self.variable.shape)
 
     def masked_value(self):
-        """Return the weight as the forward pass uses it, with its mask applied."""
+        """Return the masked weight, as in the forward pass."""
         w = ops.convert_to_tensor(self.variable)
         return w if self.effective is None else self.effective(w)
 
@@ -297,8 +297,8 @@ class _Kernel:
         ):
             raise ValueError(
                 f"The masked value of '{self.name}' is computed from its weights, and changes "
-                "when they are pruned in another pattern. Call keras_dst.strip on the model or "
-                "on a copy first, or pass the pattern of the layer's method."
+                "when the weights are pruned in another pattern. Call keras_dst.strip on the model "
+                "or on a copy first, or pass the pattern of the layer's method."
             )
 
 

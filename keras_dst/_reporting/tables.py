@@ -25,7 +25,7 @@ def as_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     Args:
         headings: Names of the columns.
-        rows: For each row, the texts of its cells.
+        rows: Lists with the texts of the cells, one list per row.
     """
     rows = list(rows)
     names = [heading.removesuffix(" >") for heading in headings]

@@ -123,7 +123,8 @@ def _has_only_variables(op) -> bool:
 
 
 def _shallow_copy(op, name: str):
-    """Return a shallow copy of an operation, with the same state but its own name and nodes."""
+    """Return a shallow copy of an operation, which shares its state but has another name and no
+    nodes."""
     handle = object.__new__(type(op))
     vars(handle).update(vars(op))
     vars(handle)["name"] = name

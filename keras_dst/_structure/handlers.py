@@ -103,7 +103,7 @@ class ChannelHandler:
         """Replace the id of each output channel by the id of its union of coupled channels."""
 
     def needs(self, x: Tensor, removed: np.ndarray) -> np.ndarray:
-        """Return, for each channel of an input, whether the operation itself needs the channel.
+        """Return whether the operation itself needs each channel of an input, as a boolean array.
 
         An operation that only passes channels on to the next operation, such as an activation,
         needs no channel itself.
@@ -120,7 +120,8 @@ class ChannelHandler:
         return np.zeros(0, int)
 
     def ignores_input(self) -> np.ndarray:
-        """Return, for each output channel, whether its value is the same for every input."""
+        """Return whether each output channel has the same value for all inputs, as a boolean
+        array."""
         return np.zeros(self.y.channels, bool)
 
     def broken_constants(self, x: Tensor) -> np.ndarray:
@@ -406,13 +407,13 @@ class Rearrangement(ChannelHandler):
         return places.ndim
 
     def _rows(self, values: np.ndarray) -> np.ndarray:
-        """Map values of the input channels to the output channels; return one row per position."""
+        """Map values of the input channels to the output channels, and return one row per
+        position."""
         moved = np.moveaxis(self._rearranged(values), self.y.axis - 1, -1)
         return moved.reshape(-1, self.y.channels)
 
     def _rearranged(self, values: np.ndarray) -> np.ndarray:
-        """Return, for every output position of one sample, the value of the input channel that is
-        read there.
+        """Return the value of the input channel that is read at each output position of one sample.
 
         Unknown sizes are replaced by 2, because every size above 1 gives the same result.
         """
@@ -522,7 +523,7 @@ class KernelLayer(ChannelHandler):
         return np.where(np.all(constants == constants[0], 0), constants[0], UNKNOWN)
 
     def can_lose(self) -> np.ndarray:
-        """Return, for each channel, True if it can be removed although kept units read it.
+        """Return whether each channel can be removed although kept units read it (a boolean array).
 
         The bias or another channel then accounts for the constant of the removed channel.
         """
@@ -548,8 +549,8 @@ class KernelLayer(ChannelHandler):
         return int(best.argmax())
 
     def _removed_constants(self, removed: np.ndarray) -> np.ndarray:
-        """Return, for each input channel, its constant if the channel is removed but a kept unit
-        reads it, and 0 otherwise."""
+        """Return the constants of the input channels that are removed but read by a kept unit, and
+        0 for all other channels."""
         lost = removed[self.x.ids] & self.reads[:, ~removed[self.unit_ids]].any(1)
         return np.where(lost, np.nan_to_num(self.common_constant()), 0.0)
 

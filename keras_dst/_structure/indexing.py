@@ -80,8 +80,7 @@ class Split(ChannelHandler):
             y.set_channels(self.x.axis)
 
     def _parts(self, values: np.ndarray) -> list[np.ndarray]:
-        """Return, for each output, the values of its channels, given one value for each input
-        channel."""
+        """Split an array with one value per input channel into one array per output."""
         if self.axis != self.x.axis:
             return [values] * len(self.call.outputs)
         ends = np.cumsum([y.channels for y in self.call.outputs])

@@ -135,7 +135,7 @@ class Attention(ChannelHandler):
 
     @property
     def fixed_width(self) -> bool:
-        """Whether the output channels of the layer are the same channels as those of its query."""
+        """Whether the output channels of the layer are the channels of its query."""
         return not hasattr(self.op, "num_heads")
 
     def relabel(self, roots: np.ndarray) -> None:

@@ -126,7 +126,7 @@ def _vocabularies(model) -> dict[type, list]:
 
 
 def inference(model) -> Callable:
-    """Return the forward pass of a model without side effects, compiled if it can be compiled."""
+    """Return the forward pass of a model without side effects, compiled if this is possible."""
     variables = model.variables
 
     def forward(values, x):

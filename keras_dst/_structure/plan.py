@@ -64,7 +64,7 @@ class Plan:
             self._keep_necessary_channels()
 
     def keeps(self, x: Tensor) -> np.ndarray:
-        """Return, for each channel of a tensor, whether it is kept."""
+        """Return whether each channel of a tensor is kept, as a boolean array."""
         return ~self.removed[x.ids]
 
     def removes_nothing(self) -> bool:

@@ -185,7 +185,7 @@ class BackupAndRestore(keras.callbacks.Callback):
             self._generator = None
 
     def _forget_start(self):
-        """Reset the epoch from which this `fit` resumed, because later fits would begin with it
+        """Reset the epoch from which this `fit` resumed, because later fits would begin there
         too."""
         _keras.set_initial_epoch(self.model, None)
         self._fit.skipped_batches = 0

@@ -163,8 +163,8 @@ def _warn_of_coupled_layers(model, method: Method) -> None:
             f"{method!r} learns which channels of each layer it keeps, and layers of "
             f"'{model.name}' have coupled channels: {'; '.join(chains[:3])}"
             f"{'; ...' if len(chains) > 3 else ''}. `shrink` removes only the channels that are "
-            "pruned in all of these layers. To remove more channels, use a method that ranks them "
-            "together, such as Magnitude.",
+            "pruned in all of these layers. To remove more channels, use a method that ranks "
+            "coupled channels together, such as Magnitude.",
             stacklevel=2,
         )
 

@@ -27,7 +27,7 @@ def is_kernel(variable) -> bool:
 
 
 def is_prunable(variable) -> bool:
-    """Return whether an optimizer can prune a variable: it must be a trainable kernel."""
+    """Return whether an optimizer can prune a variable, which must be a trainable kernel."""
     return bool(variable.trainable) and is_kernel(variable)
 
 
@@ -53,8 +53,8 @@ def select(
         filters: A name, a regular expression that matches a whole name, a list of names and
             expressions, or a function that receives an item and returns a bool. None selects all
             items.
-        names: For each item, all names by which the item can be selected. Error messages show only
-            the first of these names.
+        names: All names by which each item can be selected. Error messages show only the first of
+            these names.
         argument: Name of the argument in which the user passed the filter, for error messages.
             Defaults to "filters".
 

@@ -284,7 +284,7 @@ class Method(Configurable):
         return [pattern.expand(g, s, layout) for g, s, layout in zip(found, shapes, layouts)]
 
     def _floors(self, shapes, sizes, together) -> np.ndarray:
-        """Return, for every weight tensor, the minimum number of groups to keep.
+        """Return the minimum number of groups to keep in every weight tensor.
 
         `sizes` is None if every group is a single weight.
         """
@@ -629,7 +629,7 @@ class UnitMethod(LayerMethod):
         uses: Mapping[int, tuple[int | None, str | None]],
         layouts: Sequence[Layout],
     ) -> None:
-        """Give the method access to all layers that use it, for penalties that depend on all gates.
+        """Give the method access to its layers, for penalties that depend on all gates.
 
         The training callback calls this function once when training begins. By default, this
         function does nothing.

@@ -217,7 +217,7 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
 
 
 def _steps(groups: ChannelGroups, method) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for every group, the rounding step and the minimum number of kept channels."""
+    """Return the rounding step and the minimum number of kept channels of every group."""
     step = method.round_to // np.gcd(method.round_to, groups.widths)
     step = np.where(groups.sizes >= 2 * step, step, 1)
     return step, np.minimum(np.maximum(step, method.min_kept or 1), groups.sizes)
@@ -251,7 +251,7 @@ def _mean_of_members(values, layouts, groups) -> np.ndarray:
 
 
 def _groups_by_weight(layouts, groups) -> list[np.ndarray]:
-    """Return, for every weight, the indices of its groups."""
+    """Return the indices of the groups whose channels each weight computes."""
     ids = [layout.channels.ids if layout.channels else np.zeros(0, int) for layout in layouts]
     return [np.unique(groups.owner[i[i >= 0]]) for i in ids]
 
@@ -357,7 +357,7 @@ def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
 
 
 def kept_units(mask: Tensor, layout: Layout) -> Tensor:
-    """Return, for every output unit of a weight, whether its mask keeps at least one entry.
+    """Return whether the mask of a weight keeps at least one entry of each output unit.
 
     Args:
         mask: Boolean mask in the shape of the weight.
@@ -373,16 +373,16 @@ class Scales(NamedTuple):
 
     Attributes:
         variables: Indices of the variables that hold normalization scales.
-        places: For every weight, an index array that selects the scale of each output unit from the
-            concatenated variables, in a shape that broadcasts to the weight. None if the weight has
-            no scales.
+        places: One index array per weight, which selects the scale of each output unit from the
+            concatenated variables, in a shape that broadcasts to the weight. The entry is None if
+            the weight has no scales.
     """
 
     variables: list[int]
     places: list[np.ndarray | None]
 
     def read(self, variables: Sequence) -> list[Tensor | None]:
-        """Return, for every weight, its scales, or None if the weight has no scales.
+        """Return the scales of every weight, with None for weights without scales.
 
         Args:
             variables: Variables that hold normalization scales, such as `gamma`.
@@ -424,7 +424,7 @@ def scales_of(
 
 
 def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-    """Return, for every channel, the maximum value of the output units that compute the channel.
+    """Return the maximum value of the output units that compute each channel.
 
     A channel can be removed only if the gates of all its units are closed. The gate of a channel is
     therefore the maximum of these gates.
@@ -493,7 +493,7 @@ def _global_counts(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor
 
 @functools.lru_cache(maxsize=16)
 def _units_of_channels(layouts: tuple[Layout, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Return, for every channel, the indices of its units and how many units it has.
+    """Return the indices and the number of the units that compute each channel.
 
     The output units of all weights that have channels are numbered consecutively. Short rows of
     indices are padded with the total number of units, which is not an index.

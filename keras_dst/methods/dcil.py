@@ -55,8 +55,8 @@ class DCIL(TwoPathMethod):
             the loss has no KL terms. Defaults to 70/300, as in the paper.
         temperature: Temperature T of the softmax in the KL terms. Defaults to 2.
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
-            weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
-            expressions to sparsities. Defaults to `"global"`.
+            weights, as in the paper), `"uniform"`, `"erk"`, or a dict that maps weight names or
+            regular expressions to sparsities. Defaults to `"global"`.
         pattern: Shape of the groups of weights that are pruned together: `"unstructured"` (single
             weights), `"channel"` (the filters of the paper), blocks such as `"1x4"` (outputs x
             inputs), or N:M such as `"2:4"`. The score of a group is the mean score of its weights.

@@ -48,8 +48,8 @@ class FlipOut(UpdateMethod):
             `rate` with a `Schedule`, which has its own pruning events. Defaults to None, which
             means 0.5, as in the paper.
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
-            weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
-            expressions to sparsities. Defaults to `"global"`.
+            weights, as in the paper), `"uniform"`, `"erk"`, or a dict that maps weight names or
+            regular expressions to sparsities. Defaults to `"global"`.
         pattern: Shape of the groups of weights that are pruned together: `"unstructured"` (single
             weights, as in the paper), blocks such as `"1x4"` (outputs x inputs), N:M such as
             `"2:4"`, or `"channel"`. The score of a group is the mean score of its weights. Defaults

@@ -34,8 +34,8 @@ class Magnitude(UpdateMethod):
         sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. If a number is given,
             the sparsity grows along a cubic ramp over the first three quarters of training.
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
-            weights), `"uniform"`, `"erk"`, or a dict from weight names or regular
-            expressions to sparsities. Defaults to `"global"`.
+            weights), `"uniform"`, `"erk"`, or a dict that maps weight names or regular expressions
+            to sparsities. Defaults to `"global"`.
         pattern: Shape of the groups of weights that are pruned together: `"unstructured"` (single
             weights), blocks such as `"1x4"` (outputs x inputs), N:M such as `"2:4"`, or
             `"channel"`. The score of a group is the mean score of its weights. Defaults to

@@ -50,8 +50,8 @@ class OptG(LayerMethod):
             If `beta` is None and training has fewer epochs, the sparsity grows along a cubic ramp
             in the first half of training.
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
-            weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
-            expressions to sparsities. Defaults to `"global"`.
+            weights, as in the paper), `"uniform"`, `"erk"`, or a dict that maps weight names or
+            regular expressions to sparsities. Defaults to `"global"`.
         pattern: Shape of the groups of weights that are pruned together: `"unstructured"` (single
             weights, as in the paper), blocks such as `"1x4"` (outputs x inputs), N:M such as
             `"2:4"`, or `"channel"`. The score of a group is the mean score of its weights. Defaults

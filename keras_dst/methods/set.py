@@ -48,7 +48,7 @@ class SET(UpdateMethod):
     Args:
         sparsity: Fraction of zeros, a number in [0, 1). The sparsity is constant during training.
         allocation: Distribution of the sparsity over the weights: `"erk"`, `"uniform"`, or a dict
-            from weight names or regular expressions to sparsities. With `"uniform"`, the first
+            that maps weight names or regular expressions to sparsities. With `"uniform"`, the first
             weight tensor stays dense if the model keeps at least four times as many weights as this
             tensor has. The other tensors are pruned more, so that the total sparsity does not
             change. Defaults to `"erk"`.

@@ -59,8 +59,8 @@ class ST3(LayerMethod):
             layer before they are ranked (ST-3 sigma). This makes the sparsities of the layers more
             similar and saves more FLOPs. Defaults to False.
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
-            weights, as in the paper), `"uniform"`, `"erk"`, or a dict from weight names or regular
-            expressions to sparsities. Defaults to `"global"`.
+            weights, as in the paper), `"uniform"`, `"erk"`, or a dict that maps weight names or
+            regular expressions to sparsities. Defaults to `"global"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 16 steps, or
             more often if the schedule would otherwise have fewer than 20 updates.
         min_kept: Minimum number of weights that every layer keeps. Defaults to None: with
