@@ -85,6 +85,8 @@ RANKING = {
     "rigl": methods.RigL(0.5, "uniform", "channel"),
     "dcil": methods.DCIL(0.5, allocation="uniform", pattern="channel"),
     "optg": methods.OptG(0.5, allocation="uniform", pattern="channel"),
+    "st3": methods.ST3(0.5, allocation="uniform", pattern="channel"),
+    "st3-global": methods.ST3(0.5, pattern="channel"),
 }
 
 
@@ -126,6 +128,26 @@ def test_every_ranking_method_prunes_coupled_channels(name):
     np.testing.assert_allclose(
         array(model(X, training=False)), array(small(X, training=False)), atol=1e-5
     )
+
+
+def test_st3_soft_thresholds_the_channels_of_a_group():
+    """Compare the stripped kernels with the equations in the docstring of ST3, in NumPy."""
+    model = compiled(methods.ST3(Constant(0.5), allocation="uniform", pattern="channel"))
+    model.optimizer.learning_rate = 0.0
+    names = {"stem": -1, "project": -1, "expand": -1, "depthwise": -2}
+    kernels = {name: array(model.get_layer(name).kernel) for name in names}
+    fit(model, SparseTraining(), epochs=1)
+    keras_dst.strip(model)
+    for members in (("stem", "project"), ("expand", "depthwise")):
+        score = sum(normalized(kernels[name], names[name]) for name in members) / 2
+        kept = best(score, len(score) // 2)
+        soft = np.where(kept, score - score[~kept].max(), 0)
+        factor = soft / score * 1.01 / (soft.sum() / score.sum() + 0.01)
+        for name in members:
+            shape = [-1 if a == names[name] % 4 else 1 for a in range(4)]
+            expected = kernels[name] * factor.reshape(shape)
+            found = array(model.get_layer(name).kernel)
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 @every(2)

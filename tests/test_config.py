@@ -61,6 +61,7 @@ OBJECTS = [
     FlipOut(Cubic(0.9), allocation={"conv.*": 0.5, "head": 0.25}),
     OptG(0.9, 0.5, "erk", "1x4", frequency=5, min_kept=8),
     ST3(0.9, True, "erk", frequency=5, min_kept=8),
+    ST3(0.9, pattern="channel", counted_in="parameters", round_to=16),
     SET(0.9, "uniform", "1x4", 0.25, stop=0.5, frequency=5, min_kept=8, seed=7),
     SET(0.9, {"conv.*": 0.5, "head": 0.25}, stop_step=100),
     RigL(0.9, "uniform", "1x4", 0.25, stop=0.5, frequency=5, min_kept=8, seed=7),

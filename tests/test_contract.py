@@ -49,6 +49,7 @@ METHODS = {
     "optg": (methods.OptG(0.8), 0.8, 0.001),
     "st3": (methods.ST3(0.8), 0.8, 0.001),
     "st3-sigma-erk": (methods.ST3(0.8, sigma=True, allocation="erk"), 0.8, 0.001),
+    "st3-channel": (methods.ST3(0.5, pattern="channel"), 0.5, 0.06),
     "set": (methods.SET(0.8), 0.8, 0.01),
     "set-uniform": (methods.SET(0.6, allocation="uniform"), 0.6, 0.01),
     "rigl": (methods.RigL(0.8), 0.8, 0.01),

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -326,6 +326,47 @@ def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tenso
     places, counts = _units_of_channels(tuple(layouts))
     every = ops.concatenate([*units, ops.zeros((1,), "float32")])
     return ops.sum(ops.take(every, places), axis=1) / ops.convert_to_tensor(counts, "float32")
+
+
+def per_unit(
+    function: Callable[[Tensor, Tensor], Tensor],
+    scores: Sequence[Tensor],
+    found: Sequence[Tensor],
+    layouts: Sequence[Layout],
+) -> list[Tensor]:
+    """Apply a function to all channels that are ranked together, and return its values per unit.
+
+    If channels are coupled, the function is called once per group with the saliency of every
+    channel. Otherwise, the function is called once per weight with the mean score of every output
+    unit.
+
+    Args:
+        function: Function of the saliencies and of a boolean vector that is true for kept channels.
+            The function returns a float32 vector with one entry per channel.
+        scores: Saliency of all weights, in the shapes of the weights.
+        found: Boolean masks of all weights.
+        layouts: Axes and coupled channels of each weight.
+
+    Returns:
+        For every weight, a vector with one value per output unit. Units that are always kept have
+        the value 1.
+    """
+    groups, units = groups_of(layouts), Pattern("channel")
+    if groups is None:
+        return [
+            function(
+                ops.reshape(units.scores(ops.cast(score, "float32"), layout), (-1,)),
+                ops.reshape(kept_units(mask, layout), (-1,)),
+            )
+            for score, mask, layout in zip(scores, found, layouts)
+        ]
+    saliency, kept = channel_scores(scores, layouts), alive(found, layouts)
+    parts = zip(groups.split(saliency), groups.split(kept))
+    values = ops.concatenate([*(function(*part) for part in parts), ops.ones((1,), "float32")])
+    return [
+        ops.take(values, np.where(ids < 0, len(groups.owner), ids))
+        for ids in (x.channels.ids if x.channels else np.full(1, -1) for x in layouts)
+    ]
 
 
 def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:

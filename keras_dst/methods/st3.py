@@ -24,6 +24,15 @@ magnitude among the pruned weights instead of an interpolated quantile, so that 
 exceeds `tau`. A layer has its own `tau` if it needs a lower threshold to keep its minimum number of
 weights, or if the allocation is not `"global"`. `LayerMethod.limited` limits the gradients of
 pruned weights.
+
+Extension of the paper: with `pattern="channel"`, all weights of a channel have the same factor:
+
+```text
+v = a w max(0, 1 - tau / s)        s: saliency of the channel
+a = (1 + e) / (sum max(0, s - tau) / sum s + e)        for each group of coupled channels
+```
+
+In these equations, `tau` is the largest saliency of a pruned channel in the group.
 """
 
 from __future__ import annotations
@@ -36,6 +45,7 @@ from keras import ops
 
 from keras_dst import masks
 from keras_dst._utils.validation import check_boolean
+from keras_dst.methods import channels
 from keras_dst.methods.base import LayerMethod, UnitMethod
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
@@ -61,14 +71,22 @@ class ST3(LayerMethod):
         allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
             weights, as in the paper), `"uniform"`, `"erk"`, or a dict that maps weight names or
             regular expressions to sparsities. Defaults to `"global"`.
+        pattern: Shape of the groups of weights that are pruned together: `"unstructured"` (single
+            weights, as in the paper) or `"channel"`. Defaults to `"unstructured"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 16 steps, or
             more often if the schedule would otherwise have fewer than 20 updates.
-        min_kept: Minimum number of weights that every layer keeps. Defaults to None: with
-            `allocation="global"`, a quarter of the weights that `"erk"` would keep, and otherwise
-            1.
+        min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`, this
+            is the minimum number of channels that every group of coupled channels keeps. Defaults
+            to None: with `allocation="global"`, a quarter of the weights that `"erk"` would keep,
+            and otherwise 1.
+        counted_in: Quantity to which the sparsity refers if `pattern="channel"`: `"channels"`,
+            `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
+            this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
+            8.
 
     Raises:
-        ValueError: If an argument is outside its range.
+        ValueError: If an argument is outside its range, or if `pattern` is a block or N:M.
 
     Example:
         >>> keras_dst.sparsify(model, keras_dst.methods.ST3(0.95))
@@ -83,15 +101,26 @@ class ST3(LayerMethod):
         sparsity: float | Schedule,
         sigma: bool = False,
         allocation: str | Mapping[str, float] = "global",
+        pattern: str = "unstructured",
         frequency: int | str | None = None,
         min_kept: int | None = None,
+        counted_in: str = "channels",
+        round_to: int = 8,
     ):
         self.sparsity = sparsity
         self.sigma = check_boolean(sigma, "sigma")
         self.allocation = allocation
+        self.pattern = pattern
         self.frequency = frequency
         self.min_kept = min_kept
+        self.counted_in = counted_in
+        self.round_to = round_to
         self.schedule = as_schedule(sparsity, lambda final: Cubic(final, end=0.5))
+        if pattern not in ("unstructured", "channel"):
+            raise ValueError(
+                f"pattern must be 'unstructured' or 'channel'. Received: pattern={pattern!r}. Use "
+                "another method, such as Magnitude, for blocks and N:M patterns."
+            )
         self._check_common()
 
     def build(self, layer, name, variable, layout):
@@ -132,6 +161,8 @@ class ST3(LayerMethod):
     def update(self, weights, states, layouts, kept, now):
         scores = self.scores(weights, states)
         found = self.rank(scores, layouts, kept)
+        if self.pattern == "channel":
+            return self._channel_changes(scores, states, layouts, found)
         # For every weight tensor, find its largest pruned score and its smallest kept score.
         below = [ops.max(ops.where(m, 0.0, s)) for m, s in zip(found, scores)]
         above = [ops.min(ops.where(m, s, np.inf)) for m, s in zip(found, scores)]
@@ -145,10 +176,34 @@ class ST3(LayerMethod):
             changes.append({"mask": mask, "threshold": threshold, "factor": factor})
         return changes
 
+    @staticmethod
+    def _channel_changes(scores, states, layouts, found):
+        """Return the changed states for masks of whole channels."""
+        factors = channels.per_unit(_channel_factors, scores, found, layouts)
+        changes = []
+        for state, mask, factor, layout in zip(states, found, factors, layouts):
+            if factor.shape[0] > 1:
+                factor = ops.reshape(factor, UnitMethod.gate_shape(mask.shape, layout))
+            factor = ops.broadcast_to(factor, state["factor"].shape)
+            changes.append({"mask": mask, "threshold": ops.zeros(()), "factor": factor})
+        return changes
+
     def _std(self, shape) -> np.float32:
         """Return the number by which the scores of a layer are divided: 1 unless `sigma` is
         true."""
         return np.float32(1 / np.sqrt(sum(shape)) if self.sigma else 1.0)
+
+
+def _channel_factors(saliency, kept):
+    """Return the factor of every channel, given the saliencies of channels that are ranked
+    together.
+
+    Soft thresholding reduces the saliency of a kept channel by the largest saliency of a pruned
+    channel. The factor also restores the total saliency of the channels.
+    """
+    threshold = ops.max(ops.where(kept, 0.0, saliency))
+    soft = ops.where(kept, 1.0 - threshold / ops.maximum(saliency, _TINY), 0.0)
+    return soft * _ratio(ops.sum(saliency) + _TINY, ops.sum(soft * saliency) + _TINY)
 
 
 def _factor(magnitude, mask, layout):
@@ -158,7 +213,9 @@ def _factor(magnitude, mask, layout):
     inputs = tuple(axis for axis in range(rank) if axis not in outputs)
     whole = ops.mean(magnitude, inputs, keepdims=True) + _TINY
     left = ops.mean(masks.masked(magnitude, mask), inputs, keepdims=True) + _TINY
-    # Both means use the same formula, so that the factor is exactly 1 for a unit without pruned
-    # weights.
-    factor = (whole + _EPSILON * whole) / (left + _EPSILON * whole)
-    return ops.reshape(factor, UnitMethod.gate_shape(magnitude.shape, layout))
+    return ops.reshape(_ratio(whole, left), UnitMethod.gate_shape(magnitude.shape, layout))
+
+
+def _ratio(whole, left):
+    """Return the factor `a`. The factor is exactly 1 if nothing is pruned."""
+    return (whole + _EPSILON * whole) / (left + _EPSILON * whole)
