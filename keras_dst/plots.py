@@ -129,9 +129,9 @@ def trade_off(results, ax=None, dense: float | None = None, metric: str = "accur
     Every key of `results` labels one curve.
 
     Args:
-        results: Dict from each label to a list of pairs `(sparsity, value)`. If several pairs in a
-            list have the same sparsity, for example for several seeds, the mean and the range of
-            their values are drawn.
+        results: Dict that maps each label to a list of pairs `(sparsity, value)`. If several pairs
+            in a list have the same sparsity, for example for several seeds, the mean and the range
+            of their values are drawn.
         ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
         dense: Value of the dense baseline, drawn as a horizontal line. Defaults to None, which
             draws no line.
@@ -176,7 +176,7 @@ def trade_off(results, ax=None, dense: float | None = None, metric: str = "accur
 
 
 def _by_sparsity(label, pairs: Sequence) -> dict[float, list[float]]:
-    """Return a dict from each sparsity to its values, in order of increasing sparsity."""
+    """Return a dict that maps each sparsity to its values, in order of increasing sparsity."""
     found: dict[float, list[float]] = {}
     for pair in pairs:
         sparsity, value = pair if np.shape(pair) == (2,) else (math.nan, math.nan)

@@ -33,7 +33,8 @@ def recalibrate(model, data, batch_size: int = 128, steps: int | None = None):
             arrays for a model with several inputs, or an iterable of batches, such as a
             `tf.data.Dataset`, a `PyDataset` or a generator. Each batch consists of inputs or is a
             tuple `(inputs, targets)`.
-        batch_size: Number of samples per batch. Used only if the data are arrays. Defaults to 128.
+        batch_size: Number of samples per batch. This argument is used only if the data are arrays.
+            Defaults to 128.
         steps: Number of batches to read. Defaults to None, which reads all batches.
 
     Returns:

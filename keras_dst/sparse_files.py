@@ -97,7 +97,7 @@ def load_sparse(path, custom_objects=None, safe_mode: bool = True) -> keras.Mode
 
     Args:
         path: path of the file.
-        custom_objects: dict from names to custom classes or functions, as for
+        custom_objects: dict that maps names to custom classes or functions, as for
             `keras.saving.load_model`. Defaults to None.
         safe_mode: whether to refuse files with `Lambda` layers, because these layers execute code
             from the file. Defaults to True.

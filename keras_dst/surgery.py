@@ -454,8 +454,8 @@ def _load_weights(model, filepath, skip_mismatch=False, **kwargs):
     """Load weights as `keras.Model.load_weights`, also from a legacy `.h5` file of the dense model.
 
     When Keras loads a legacy file, Keras checks the number of weights of each layer. A file of the
-    dense model has no states of the pruning method, so the sparse layers expose only their stock
-    weights while the file is loaded.
+    dense model has no variables of the pruning method. The sparse layers therefore expose only
+    their stock weights while the file is loaded.
     """
     layers = [x for x in _keras.flatten_layers(model) if isinstance(x, SparseMixin)]
     dense = _is_dense_legacy_file(str(filepath), layers)

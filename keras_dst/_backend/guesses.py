@@ -26,7 +26,7 @@ class _Guesses:
     Attributes:
         conditions: Boolean scalars, which are all true if all guesses were right.
         branches: Indices of the guessed branches' conditions in `conditions`.
-        rare: Indices in `branches` of the branches that are guessed to take the rare case.
+        rare: Indices of the entries of `branches` for which the rare case is guessed.
     """
 
     def __init__(self, rare: set[int]):

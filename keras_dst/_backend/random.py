@@ -39,7 +39,8 @@ def _mixed(x):
 
 
 def _shifted(x, by):
-    # Shift right and fill with zeros. The built-in shift of int32 would fill with the sign bit.
+    # Shift the bits to the right and fill with zeros. The built-in shift of int32 would fill with
+    # the sign bit.
     return ops.bitwise_and(ops.bitwise_right_shift(x, by), (1 << (32 - by)) - 1)
 
 
@@ -101,7 +102,8 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
 
 
 def _width(shape: Sequence[int]) -> int:
-    """Return a width of table rows that divides the size of a tensor and is within the bounds."""
+    """Return a width of table rows from `_NARROW` to `_WIDE`, which divides the tensor's size if
+    possible."""
     widths = itertools.accumulate(reversed(tuple(shape)), operator.mul)
     return next((width for width in widths if _NARROW <= width <= _WIDE), _NARROW)
 

@@ -10,7 +10,7 @@ an accelerator, the scores in all rows are counted at once, because a loop over 
 thousands of small kernels. JAX fuses several counts into one pass over the scores, so each search
 step on JAX tries several candidate thresholds. PyTorch would launch tens of kernels for each search
 step and then wait for the GPU, so it usually selects the scores without a search, see
-`selection.py`. All algorithms return equal masks.
+`selection.py`. All of these algorithms return the same masks.
 """
 
 import math

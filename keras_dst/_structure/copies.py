@@ -62,8 +62,8 @@ def copy_operation(op, name: str, share: bool = False):
 def live_config(layer) -> dict[str, Any]:
     """Return the arguments that create a layer again, with the original functions and objects.
 
-    The config of a layer refers to functions and objects by name. This fails for lambdas, and for
-    classes that are not registered with Keras.
+    The config of a layer refers to functions and objects by name. Names do not work for lambdas,
+    and for classes that are not registered with Keras.
     """
     try:
         with warnings.catch_warnings():  # Keras warns that lambdas cannot be saved.
@@ -123,8 +123,8 @@ def _has_only_variables(op) -> bool:
 
 
 def _shallow_copy(op, name: str):
-    """Return a shallow copy of an operation, which shares its state but has another name and no
-    nodes."""
+    """Return a shallow copy of an operation, which shares the operation's state but has another
+    name and no nodes."""
     handle = object.__new__(type(op))
     vars(handle).update(vars(op))
     vars(handle)["name"] = name

@@ -58,7 +58,7 @@ class ChannelHandler:
         """Set the channel axis of the output."""
 
     def propagate_constants(self) -> None:
-        """Determine which output channels are constant, and their values."""
+        """Determine which output channels are constant, and compute their values."""
 
     def couple(self, unions: ChannelUnions) -> None:
         """Give ids to the output channels, couple channels, and pin the channels that must stay."""
@@ -78,7 +78,8 @@ class ChannelHandler:
 
         Args:
             config: the arguments that create the layer, as a dict that is changed in place.
-            removed: a boolean array, True for each union of coupled channels that is removed.
+            removed: a boolean array that is True for each union of coupled channels that is
+                removed.
         """
         axes = {id(member.variable): member.axes for member in self.members()}
         weights = []
@@ -95,7 +96,8 @@ class ChannelHandler:
             operation: the operation of the smaller model.
             args: the positional arguments of the call, with the tensors of the smaller model.
             kwargs: the keyword arguments of the call, with the tensors of the smaller model.
-            removed: a boolean array, True for each union of coupled channels that is removed.
+            removed: a boolean array that is True for each union of coupled channels that is
+                removed.
         """
         return operation(*args, **kwargs)
 
@@ -110,7 +112,8 @@ class ChannelHandler:
 
         Args:
             x: an input of the call.
-            removed: a boolean array, True for each union of coupled channels that is removed.
+            removed: a boolean array that is True for each union of coupled channels that is
+                removed.
         """
         return np.zeros(x.channels, bool)
 
@@ -264,7 +267,7 @@ class PReLUSlopes(PerChannel):
 
 
 class ElementwiseMerge(Elementwise):
-    """Sum, product and similar merges, and concatenation along time or space."""
+    """Sum, product or similar merge of tensors, or concatenation along time or space."""
 
     def couple(self, unions: ChannelUnions) -> None:
         whole = [x for x in self.call.inputs if x.channels == self.y.channels]
@@ -397,7 +400,7 @@ class Rearrangement(ChannelHandler):
         self.y.ids = rows[0]
 
     def _output_axis(self) -> int:
-        """Return the channel axis of the output, or the last axis if there are several."""
+        """Return the channel axis of the output, or its last channel axis if it has several."""
         places = self._rearranged(np.arange(self.x.channels))
         for axis in reversed(range(places.ndim)):
             if np.all(places == places.take([0], axis)):

@@ -132,7 +132,7 @@ def inference(model) -> Callable:
     def forward(values, x):
         # The values are passed as arguments, because JAX would copy captured values into the
         # compiled program as constants. The states of recurrent layers and random seeds do not
-        # advance in the scope.
+        # advance in this scope.
         with keras.StatelessScope(state_mapping=list(zip(variables, values))):
             return model(x, training=False)
 
@@ -143,7 +143,7 @@ def inference(model) -> Callable:
         values = [v.value for v in variables]
         try:
             return function(values, x)
-        except Exception:  # for example, lookup tables cannot be compiled
+        except Exception:  # Some layers, such as lookup tables, cannot be compiled.
             function = forward
             return forward(values, x)
 

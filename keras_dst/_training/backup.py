@@ -36,9 +36,9 @@ class BackupAndRestore(keras.callbacks.Callback):
     A backup is written after all callbacks have processed the epoch or the batch, regardless of
     their order.
 
-    The order of the data must be the same again: pass `shuffle=False` to `fit`, or use a data set
-    whose order depends only on the epoch. The logs of a resumed epoch cover only the batches after
-    the backup.
+    A resumed training run must read the data in the same order: pass `shuffle=False` to `fit`, or
+    use a data set whose order depends only on the epoch. The logs of a resumed epoch cover only the
+    batches after the backup.
 
     Args:
         backup_dir: Folder that only this training run uses.

@@ -189,8 +189,8 @@ def _costs(method: Method, coupled, numbers, sizes) -> tuple[np.ndarray, np.ndar
     """Return the arguments `shares` and `costs` of `ChannelGroups` for all weights of a model."""
     owner = np.append(np.repeat(np.arange(len(sizes)), sizes), len(sizes))
     stays = np.eye(len(sizes) + 1)[-1]
-    # The variables that never lose channels are added up and treated as a single weight that is
-    # always kept.
+    # The costs of variables that never lose channels are added up, as if the variables were a
+    # single weight that is always kept.
     shares, costs = [[stays, stays]], [[coupled.other_parameters, coupled.other_flops]]
     for member in coupled.members:
         size = int(np.prod(member.variable.shape))

@@ -154,8 +154,8 @@ def _check_kernels(model, optimizer: SparseOptimizer) -> None:
     if gone := [name for name, kernel in pairs if id(kernel) not in present]:
         raise ValueError(
             "Expected the weights that the SparseOptimizer prunes to be weights of "
-            f"'{model.name}'. These weights are not: {', '.join(gone)}. `quantize` replaces "
-            "weights: call keras_dst.strip(model) before model.quantize. If you have removed or "
+            f"'{model.name}'. The model lacks: {', '.join(gone)}. `quantize` replaces weights: "
+            "call keras_dst.strip(model) before model.quantize. If you have removed or "
             "replaced layers, compile the model and call keras_dst.sparsify again."
         )
     pruned = {id(kernel) for kernel in optimizer.kernels}
@@ -423,8 +423,8 @@ class Driver:
         if not self.method.learned or self.schedule is None:
             return
         target, reached = self._target(), self.reached()
-        # The projection at the end of training makes the target exact. A projection that moves a
-        # tenth of the kept weights costs little accuracy.
+        # The projection at the end of training makes the model meet the target exactly. A
+        # projection that moves a tenth of the kept weights costs little accuracy.
         allowed = max(self.tolerance, 0.1 * (1 - target))
         if abs(reached - target) > allowed and not self.projected:
             warnings.warn(
@@ -510,8 +510,8 @@ class Driver:
     def measure(self) -> tuple[float, float]:
         """Return how many entries all masks together currently keep, and the result of `reached()`.
 
-        The masks are computed once. If no channels are coupled, this function synchronizes with the
-        device only once.
+        This function computes the masks only once. If no channels are coupled, this function
+        synchronizes with the device only once.
         """
         found, alive = self._kept(*self._values())
         counts = ops.convert_to_numpy(found).tolist()

@@ -4,8 +4,8 @@ Keras calls no hook when `fit` raises an exception. However, `fit` keeps the log
 in a local variable. The patched training step therefore returns logs that hold a token. Python
 frees the logs when `fit` ends, whether `fit` returns or raises. The finalizer of the token then
 restores the model. While an exception is handled, its traceback keeps the local variables of `fit`
-alive. Until Python frees this exception, the patched methods stay on the model. They behave like
-the original methods, except that files are written atomically.
+alive. Until Python frees this exception, the patched methods stay on the model. The patched methods
+behave like the original methods, except that files are written atomically.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class ActiveFit:
         and no callback is active.
         """
         self._drivers = [*self._drivers, *drivers]
-        if self.model.train_function is None:  # The training loop is not `fit`.
+        if self.model.train_function is None:  # A custom training loop, not `fit`, is running.
             return
         # Remove the patches of earlier fits, but keep the wrapper of torch.compile.
         step = inspect.unwrap(self.model.train_function, stop=lambda f: not _is_patched(f))
@@ -160,7 +160,7 @@ class ActiveFit:
                 "This model was compiled for training with the "
                 f"{callback.split('.')[-1]} callback. Fit with callbacks=[{callback}()]."
             )
-        if not self:  # A later fit runs without any keras_dst callback.
+        if not self:  # This `fit` runs without any keras_dst callback.
             return step(*arguments)
         try:
             self._apply()

@@ -24,8 +24,8 @@ class SparsityTensorBoard(keras.callbacks.Callback):
 
     The callback writes these values for every pruned weight, where `<path>` is the weight's path:
 
-    * `density/<path>`: Fraction of the weight that its mask keeps. `density` is the kept fraction
-      of all weights together.
+    * `density/<path>`: Fraction of the weight's entries that the mask keeps. `density` is the kept
+      fraction of all weights together.
     * `mask_changes/<path>`: Fraction of the mask that has changed since the previous record, or
       since the first step of this `fit`. `mask_changes` is the changed fraction of all masks
       together.

@@ -57,10 +57,10 @@ def update_clock(method, schedule, total=None, epoch=None) -> UpdateClock | None
     Args:
         method: The pruning method, a `methods.Method`.
         schedule: `Schedule` of the target sparsity in this training run.
-        total: Number of steps in the training run. May be None if the schedule is defined in steps.
-            Defaults to None.
-        epoch: Number of steps in an epoch. Used by methods that update masks once per epoch.
-            Defaults to None.
+        total: Number of steps in the training run. The value may be None if the schedule is given
+            in steps. Defaults to None.
+        epoch: Number of steps in an epoch. Methods that update masks once per epoch need this
+            number. Defaults to None.
     """
     period = method.default_frequency if method.frequency is None else method.frequency
     if period == "epoch":

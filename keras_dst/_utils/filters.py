@@ -46,7 +46,7 @@ def check_filters(filters: Filters, argument: str = "filters") -> None:
 def select(
     items: Sequence, filters: Filters, names: Sequence[tuple[str, ...]], argument: str = "filters"
 ) -> list[bool]:
-    """Return a list that says, for each item, whether the filter selects this item.
+    """Return a list of booleans that say whether the filter selects each item.
 
     Args:
         items: Layers or variables.

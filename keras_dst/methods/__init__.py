@@ -1,4 +1,4 @@
-"""Pruning methods. Each file implements one method from its paper."""
+"""Pruning methods. Each file implements the method of one paper."""
 
 from keras_dst.methods.base import (
     LayerMethod,

@@ -92,7 +92,8 @@ class Method(Configurable):
             the current target, and the method must define `project`.
         target_quantity: Name of the quantity that has a target, such as `"sparsity"`. Warnings use
             this name.
-        driver: Import path of the callback that updates the masks and meets the target.
+        driver: Import path of the callback that updates the masks, so that the model meets the
+            target.
     """
 
     schedule: Schedule | None = None
@@ -201,7 +202,8 @@ class Method(Configurable):
         raise NotImplementedError
 
     def monitored(self, state: State) -> dict[str, Tensor]:
-        """Return the values of a state to log to TensorBoard, as a dict from names to values."""
+        """Return the values of a state to log to TensorBoard, as a dict that maps names to
+        values."""
         return {}
 
     def kept_counts(
@@ -636,9 +638,9 @@ class UnitMethod(LayerMethod):
 
         Args:
             layers: All sparse layers and `Gate` layers that use the method.
-            uses: Dict from `id(variable)` of each weight to a pair `(count, reason)`. `count` is
-                the number of multiplications per sample in which one entry of the weight is used.
-                If this number is unknown, `count` is None, and `reason` states why. If
+            uses: Dict that maps `id(variable)` of each weight to a pair `(count, reason)`. `count`
+                is the number of multiplications per sample in which one entry of the weight is
+                used. If this number is unknown, `count` is None, and `reason` states why. If
                 `needs_use_counts` is false, the dict is empty.
             layouts: Input and output axes of every weight in these layers. In a functional model,
                 the layouts also state which channels are removed together.
@@ -671,8 +673,8 @@ class UpdateMethod(Method):
             If channels are coupled, `update` also returns an entry `"start"`: the initial values of
             the newly kept weights, in the shape of the weight.
         reads_gradients: True if the method reads the values of the gradients, for example to
-            compute a saliency. False if the method only masks the gradients. If True, distributed
-            training sums the gradients of all replicas before the method reads them.
+            compute a saliency. The value is False if the method only masks the gradients. If True,
+            distributed training sums the gradients of all replicas before the method reads them.
         reads_scales: True if `scores` needs the scales of normalization layers. If a normalization
             layer follows a weight, the state of the weight contains these scales as `"scale"`, in a
             shape that broadcasts to the weight.
@@ -702,8 +704,8 @@ class UpdateMethod(Method):
     ) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:
         """Return weights and gradients for the inner optimizer, and a value that `after` gets.
 
-        The value that is passed to `after` can have any type. Example: a list with the signs of the
-        weights before this step. By default, the gradients of pruned weights become 0.
+        The value that is passed to `after` can have any type. An example is a list with the signs
+        of the weights before this step. By default, the gradients of pruned weights become 0.
 
         Args:
             weights: All weights that the method prunes.

@@ -179,7 +179,8 @@ class DST(LayerMethod):
         return self.limited(w * on, on > 0, state)
 
     def mask(self, w, state, layout=KERNEL):
-        # A NaN is kept, so that a diverged weight is not mistaken for a pruned weight.
+        # Weights that are NaN are kept, so that a diverged weight is not mistaken for a pruned
+        # weight.
         on = ops.logical_not(self._margin(ops.abs(w), state, layout) <= 0)
         return Pattern(self.pattern).expand(on, w.shape, layout)
 

@@ -54,8 +54,8 @@ class Magnitude(UpdateMethod):
             more often if the schedule would otherwise have fewer than 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`, this
             is the minimum number of channels that every group of coupled channels keeps. Defaults
-            to None: with `allocation="global"`, a quarter of the weights that `"erk"` would keep,
-            and otherwise 1.
+            to None, which means 1, or a quarter of the weights that `"erk"` would keep if
+            `allocation="global"`.
         counted_in: With `pattern="channel"`, the quantity in which the sparsity is measured:
             `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of

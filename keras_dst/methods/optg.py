@@ -60,8 +60,8 @@ class OptG(LayerMethod):
             more often if the schedule would otherwise have fewer than 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`, this
             is the minimum number of channels that every group of coupled channels keeps. Defaults
-            to None: with `allocation="global"`, a quarter of the weights that `"erk"` would keep,
-            and otherwise 1.
+            to None, which means 1, or a quarter of the weights that `"erk"` would keep if
+            `allocation="global"`.
         counted_in: With `pattern="channel"`, the quantity in which the sparsity is measured:
             `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
@@ -105,7 +105,8 @@ class OptG(LayerMethod):
         if beta is not None and isinstance(sparsity, Schedule):
             raise ValueError(
                 "beta can be used only if sparsity is a number, because a Schedule has its own "
-                f"curve. Received: sparsity={sparsity!r}, beta={beta!r}. Pass only one of them."
+                f"curve. Received: sparsity={sparsity!r}, beta={beta!r}. Pass sparsity as a "
+                "number, or do not pass beta."
             )
         self.schedule = as_schedule(sparsity, lambda final: Cubic(final, end=0.5))
         self._final = self.schedule.sparsity
