@@ -153,6 +153,16 @@ def test_the_reference_documents_only_public_names_and_members(site):
         assert hasattr(importlib.import_module(module), member), name
 
 
+def test_a_returned_value_has_one_row(site):
+    """A description with several lines is not split into several returned values."""
+    pages = "".join(html(site).values())
+    tables = re.findall(r"Returns:</span></p>(.*?)</table>", pages, re.DOTALL)
+    assert len(tables) > 20
+    for table in tables:
+        assert table.count("<tr") == 2, table
+        assert not re.search("<td[^>]*>\\s*`", table), table  # a sentence in the column `Type`
+
+
 # -- figures ---------------------------------------------------------------------------------------
 
 

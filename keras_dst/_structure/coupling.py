@@ -125,9 +125,9 @@ def channel_groups(model) -> CoupledChannels:
             sparse. It is not changed.
 
     Returns:
-        `CoupledChannels`, which displays as a table with one row per group: the number of channels,
-        the layers that compute these channels, the operations that couple the layers, and the
-        reason if the channels cannot be removed.
+        A `CoupledChannels`, which displays as a table with one row per group. The columns are the
+        number of channels, the layers that compute these channels, the operations that couple the
+        layers, and the reason if the channels cannot be removed.
 
     Raises:
         TypeError: if `model` is not a Keras 3 model.

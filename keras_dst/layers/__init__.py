@@ -1,9 +1,11 @@
 """Sparse forms of Keras layers.
 
-For example, `SparseDense` is `Dense` with the additional argument `method=`.
+Each sparse layer is a subclass of a Keras layer. For example, `SparseDense` is `Dense` with the
+additional argument `method=`. `sparsify` converts the layers of a built model to sparse layers, in
+place. Sparse layers can also be created directly.
 
-`sparsify` converts the layers of a built model to sparse layers, in place. Sparse layers can also
-be created directly.
+In model summaries and files, a sparse layer has the name of its stock class, such as `Dense`. A
+`.weights.h5` file of the dense model therefore loads into the sparse model.
 """
 
 from keras_dst.layers import stock as _stock
@@ -53,4 +55,5 @@ __all__ = [
 
 if hasattr(_stock, "SparseReversibleEmbedding"):  # Keras has this layer since version 3.12.
     SparseReversibleEmbedding = _stock.SparseReversibleEmbedding
+    """`keras.layers.ReversibleEmbedding` with one sparse table, or two if they are untied."""
     __all__ += ["SparseReversibleEmbedding"]
