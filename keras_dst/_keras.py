@@ -606,9 +606,8 @@ def distribution_like(variable):
     """Return a copy of the current distribution that shards new variables like a given variable.
 
     A new variable with the shape of the given variable is sharded in the same way. A new variable
-    with a different shape is replicated on every device. Shapes are compared instead of paths,
-    because in a user's layout map, the path pattern for a kernel may also match the path of its
-    mask.
+    with a different shape is replicated on every device. Shapes are compared instead of paths. In a
+    user's layout map, the path pattern for a kernel may also match the path of its mask.
     """
     present = keras.distribution.distribution()
 

@@ -170,8 +170,8 @@ def floor_counts(shapes: Sequence[Sequence[int]], sparsity: float) -> np.ndarray
 
     A weight keeps at least one entry, and at least a quarter of the entries that `"erk"` would
     keep. A global ranking of a trained network rarely reaches this minimum. Without the minimum, a
-    global ranking at 98 % sparsity may keep so few entries of a layer that hardly any signal passes
-    through the layer.
+    global ranking at 98 % sparsity may keep so few entries of a layer that hardly any signal
+    passes.
 
     Args:
         shapes: Shapes of the weights.

@@ -47,10 +47,11 @@ class SparseTraining(keras.callbacks.Callback):
         metric_at_target: Name of a metric, such as `"val_accuracy"`, whose values count only after
             the target sparsity is reached. From then on, the log `"val_accuracy_at_target"`
             contains the value of this metric. Before the target sparsity is reached, the log
-            contains placeholder values, which are worse than any value of the metric and improve
-            from epoch to epoch. Callbacks that monitor this log therefore do not keep a model that
-            is not sparse enough, and do not stop training too early. If the metric is measured on
-            the training data, put this callback first in the list of callbacks. Defaults to None.
+            contains placeholder values. The placeholders are worse than any value of the metric,
+            and improve from epoch to epoch. Callbacks that monitor this log therefore do not keep a
+            model that is not sparse enough, and do not stop training too early. If the metric is
+            measured on the training data, put this callback first in the list of callbacks.
+            Defaults to None.
         metric_mode: Direction in which `metric_at_target` improves, `"min"` or `"max"`. Defaults to
             None, which uses the direction that the compiled metric defines.
         keep_memory: If True, the process does not return freed memory to the system before `fit`

@@ -52,16 +52,17 @@ def cluster_weights(model, clusters: int = 16, filters: Filters = None):
     Args:
         model: Built Keras model without sparse layers.
         clusters: Maximum number of distinct values per kernel, at least 4. Defaults to 16.
-        filters: Kernels to cluster: the path of a kernel, a regular expression that matches
-            whole paths, a list of paths and expressions, or a function that receives a variable and
-            returns a bool. Defaults to None, which clusters all kernels.
+        filters: Kernels to cluster: the path of a kernel, a regular expression that matches whole
+            paths, or a list of paths and expressions. A function that receives a variable and
+            returns a bool is also accepted. Defaults to None, which clusters all kernels.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: If `clusters` is not a whole number of at least 4, if the model has sparse
-            layers, if `filters` select no kernel, or if a kernel contains NaN or infinite values.
+        ValueError: If `clusters` is not a whole number of at least 4, or if the model has sparse
+            layers. A ValueError is also raised if `filters` select no kernel, or if a kernel
+            contains NaN or infinite values.
 
     Example:
         >>> keras_dst.cluster_weights(model, clusters=16)

@@ -532,8 +532,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def reapply_masks(self) -> None:
         """Set the pruned weights to zero again, after other code assigned values to the weights.
 
-        The assigned values of kept weights are also copied to states that began as a copy of the
-        weight, such as the dense weights of `Magnitude(revival=True)`.
+        The assigned values of kept weights are also copied to states that began as copies, such as
+        the dense weights of `Magnitude(revival=True)`.
         """
         for kernel, state, specs in zip(self.kernels, self.states, self._state_specs(self.kernels)):
             value, mask = ops.convert_to_tensor(kernel), _mask_of(state)

@@ -61,9 +61,9 @@ def masks(model, names: Filters = None, columns: int = 4):
 
     Args:
         model: A built Keras 3 model: dense, sparse or stripped. The model is not changed.
-        names: Weights to draw: the path of a weight, the name of a layer, a regular expression that
-            matches whole paths or names, or a list of such strings. Defaults to None, which draws
-            all weights.
+        names: Weights to draw: the path of a weight, the name of a layer, or a regular expression
+            that matches whole paths or names. A list of such strings is also accepted. Defaults to
+            None, which draws all weights.
         columns: Maximum number of heat maps in a row of the figure. Defaults to 4.
 
     Returns:

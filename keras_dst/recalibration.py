@@ -29,9 +29,9 @@ def recalibrate(model, data, batch_size: int = 128, steps: int | None = None):
         model: A built Keras 3 model: dense, sparse, stripped or shrunk. If the model was trained
             with DCIL, only the statistics of the pruned path are estimated, because inference uses
             this path.
-        data: Training data: an array of inputs, a tuple `(inputs, targets)`, a list or dict of
-            arrays for a model with several inputs, or an iterable of batches, such as a
-            `tf.data.Dataset`, a `PyDataset` or a generator. Each batch consists of inputs or is a
+        data: Training data: an array of inputs, a tuple `(inputs, targets)`, or a list or dict of
+            arrays for a model with several inputs. An iterable of batches is also accepted, such as
+            a `tf.data.Dataset`, a `PyDataset` or a generator. Each batch consists of inputs or is a
             tuple `(inputs, targets)`.
         batch_size: Number of samples per batch. This argument is used only if the data are arrays.
             Defaults to 128.

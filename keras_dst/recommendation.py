@@ -3,8 +3,8 @@
 Recommendations are based on measured figures in the folder results/, which is not installed with
 the package. The tables of this module therefore copy these figures. A test compares the tables with
 results/. `Figure.method` is the pruning method with the highest mean accuracy. The exception is
-Magnitude, the method with the lowest training cost: `Figure.method` is Magnitude unless the
-accuracy of another method is higher by more than the sum of the two standard deviations.
+Magnitude, the method with the lowest training cost. `Figure.method` is Magnitude unless another
+method has a higher accuracy, by more than the sum of the two standard deviations.
 """
 
 from __future__ import annotations

@@ -81,8 +81,8 @@ class Budget(keras.regularizers.Regularizer):
     """Penalty `weight * (sum(c g) / sum(c) - target)**2` on the cost of all open gates.
 
     Args:
-        target: Target for the cost of the open gates, as a fraction of the cost of all gates, in
-            (0, 1]: a number or a scalar tensor.
+        target: Target for the cost of the open gates, as a fraction of the cost of all gates. The
+            target is a number or a scalar tensor in (0, 1].
         weight: Weight of the penalty, a number >= 0. Defaults to 1.
         costs: Cost of every gate, as an array in the shape of the gates. The costs can be in any
             unit, because only their ratios matter. Defaults to None, which means that all gates

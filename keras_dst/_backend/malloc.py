@@ -2,8 +2,8 @@
 
 glibc immediately returns free blocks of more than 32 MiB to the system. The next training step
 requests this memory again page by page, which can take as long as the computation. A sparse
-training step needs more memory than a dense step, so some of its blocks can exceed 32 MiB even if
-all blocks of a dense step are smaller.
+training step needs more memory than a dense step. Some of its blocks can therefore exceed 32 MiB
+even if all blocks of a dense step are smaller.
 
 The policy applies to the whole process. `SparseTraining` therefore changes the policy only if the
 argument `keep_memory` is True.

@@ -1,15 +1,15 @@
 """Top-k selection without a sort. The module `masks` exports the functions `top_k` and `kth`.
 
 The scores of large tensors are not copied. Each tensor is viewed as a matrix whose rows have 1024
-scores, and the rows of several small tensors are joined into a bundle (see `rows.py`). The
-threshold is found by a search: every step counts, in each row, the scores above a candidate
-threshold. In a large model, counting takes nearly all the time of a mask update.
+scores. The rows of several small tensors are joined into a bundle (see `rows.py`). The threshold is
+found by a search: every step counts, in each row, the scores above a candidate threshold. In a
+large model, counting takes nearly all the time of a mask update.
 
 On a CPU, 256 rows (a slab) are counted at a time, so that temporary values fit into the cache. On
 an accelerator, the scores in all rows are counted at once, because a loop over slabs would launch
 thousands of small kernels. JAX fuses several counts into one pass over the scores, so each search
 step on JAX tries several candidate thresholds. PyTorch would launch tens of kernels for each search
-step and then wait for the GPU, so it usually selects the scores without a search, see
+step and then wait for the GPU. PyTorch therefore usually selects the scores without a search, see
 `selection.py`. All of these algorithms return the same masks.
 """
 

@@ -240,8 +240,8 @@ def report(model, groups: bool = False) -> SparsityReport:
     Args:
         model: A built Keras 3 model or layer. It is not changed.
         groups: If True, the report also lists the groups of channels that can only be removed
-            together, and the operations that couple these channels, as `channel_groups` does.
-            Defaults to False.
+            together, and the operations that couple these channels (see `channel_groups`). Defaults
+            to False.
 
     Returns:
         A `SparsityReport`.

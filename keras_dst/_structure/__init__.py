@@ -5,8 +5,9 @@
 1. Constant propagation (`plan.py`, `handlers.py`): find the channels whose value does not depend
    on the input. A unit with zero weights always returns its activated bias.
 2. Coupling (`plan.py`, `unions.py`): put channels into groups that are kept or removed together,
-   such as channels that are added to each other. Remove a group if, for every kernel that reads its
-   channels, the weights of these channels are zero or the bias can account for their constants.
+   such as channels that are added to each other. Remove a group if no kernel needs its channels. A
+   kernel does not need a channel if the weights of the channel are zero, or if the bias can account
+   for the channel's constant.
 3. Building (`build.py`, `copies.py`): slice the weights of the layers and call the layers again.
 
 `dispatch.py` chooses the handler for each kind of layer. The handlers are in `handlers.py`,

@@ -49,9 +49,9 @@ def copy_operation(op, name: str, share: bool = False):
     """Return a copy of an operation with the same state, under a new name, outside of any graph.
 
     A Keras layer with weights is created again, and the values of its variables are copied. All
-    other layers share their state with the original: layers without weights, custom layers, and
-    layers whose state is not only in variables, such as lookup tables. A custom layer is not
-    created again, because its config may lack attributes.
+    other layers share their state with the original. These are layers without weights, custom
+    layers, and layers whose state is not only in variables, such as lookup tables. A custom layer
+    is not created again, because its config may lack attributes.
     """
     if share or not _has_only_variables(op):
         return _shallow_copy(op, name)

@@ -69,9 +69,9 @@ class CoupledChannels:
       ids along the only axis of the member.
 
     All dead channels are then exactly zero, and `shrink` can remove all of them. The saliency of a
-    channel is the sum of the saliencies of all weight entries whose id along the output axis is the
-    id of the channel. Variables of the model that are not listed as members have no channels that
-    can be removed.
+    channel is the sum of the saliencies of all its weight entries. These are the entries whose id
+    along the output axis is the id of the channel. Variables of the model that are not listed as
+    members have no channels that can be removed.
 
     Attributes:
         members: all variables that have channels. Each variable appears once. The members are

@@ -118,8 +118,8 @@ def check_graph(model) -> None:
 def flatten_graph(model, inputs: list[Tensor]) -> tuple[list[Call], list[Tensor], dict[int, Any]]:
     """Return the calls, outputs and variables of a model, including calls inside nested models.
 
-    The variables are returned as a dict that maps the id of each variable of a dense copy to the
-    corresponding variable of the sparse layer.
+    The variables are returned as a dict that maps the ids of a dense copy's variables to the
+    variables of the sparse layer.
     """
     calls: list[Call] = []
     dense: dict[int, Any] = {}

@@ -81,8 +81,8 @@ class Recurrent(KernelLayer):
 class BothDirections(ChannelHandler):
     """`Bidirectional` layer: pruning removes the same units from both directions.
 
-    Unit i of the forward layer and unit i of the backward layer are coupled, because Keras requires
-    that both directions have the same number of units.
+    Unit i of the forward layer and unit i of the backward layer are coupled, because both
+    directions must have the same number of units.
     """
 
     can_slice = makes_channels = True

@@ -22,7 +22,7 @@ class Member:
             axis is -1 for kernels of `Dense` and of convolutions, and -2 for depthwise and
             transposed kernels.
         follows: True if the entries of pruned channels are set to zero in this variable, for
-            example in a bias, so that these channels output exactly zero. `follows` is False for
+            example in a bias. Pruned channels then output exactly zero. `follows` is False for
             kernels and for moving variances.
         shrinks: False if the variable keeps its size when channels are removed, as in layer
             normalization, which treats removed channels as zeros.

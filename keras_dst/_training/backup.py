@@ -36,7 +36,7 @@ class BackupAndRestore(keras.callbacks.Callback):
     A backup is written after all callbacks have processed the epoch or the batch, regardless of
     their order.
 
-    A resumed training run must read the data in the same order: pass `shuffle=False` to `fit`, or
+    A resumed training run must read the data in the same order. Pass `shuffle=False` to `fit`, or
     use a data set whose order depends only on the epoch. The logs of a resumed epoch cover only the
     batches after the backup.
 

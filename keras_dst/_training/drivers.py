@@ -78,7 +78,7 @@ def couple_channels(model, optimizer: SparseOptimizer | None = None) -> None:
     The `SparseTraining` callback calls this function when `fit` begins. A training loop without the
     callback calls this function before the first step. Without this call, the optimizer ranks the
     channels of each layer separately. Call this function again after the last step, so that the
-    moving means of removed channels are set to 0: on JAX, an optimizer step cannot set moving
+    moving means of removed channels are set to 0. On JAX, an optimizer step cannot set moving
     means.
 
     Groups of channels are not saved, so call the function again after a model is loaded.

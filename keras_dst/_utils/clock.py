@@ -14,8 +14,8 @@ class UpdateClock(NamedTuple):
     """Steps of a training run at which masks are updated.
 
     Step n means that n optimizer steps are finished and step n + 1 has not begun. Masks are updated
-    at step 0, at `last`, at each step in `jumps`, and at all steps before `last` that differ from
-    `first` by a multiple of `period`.
+    at step 0, at `last` and at each step in `jumps`. Masks are also updated at all steps before
+    `last` that differ from `first` by a multiple of `period`.
 
     Attributes:
         first: First step at which the target sparsity changes.

@@ -10,8 +10,8 @@ import keras
 
 Filters = str | Sequence[str] | Callable[[Any], bool] | None
 
-# Names of variables that can have two or more axes but are not kernels, such as biases of attention
-# heads, states of pruning methods, and LoRA factors.
+# Names of variables that can have two or more axes but are not kernels. Examples are biases of
+# attention heads, states of pruning methods, and LoRA factors.
 _NOT_PRUNED = re.compile(
     r"(^|_)(bias|beta|gamma|scale|threshold|scores?|anchor|alpha|control|lora_\w+_[ab])$"
 )
@@ -50,9 +50,9 @@ def select(
 
     Args:
         items: Layers or variables.
-        filters: A name, a regular expression that matches a whole name, a list of names and
-            expressions, or a function that receives an item and returns a bool. None selects all
-            items.
+        filters: A name, a regular expression that matches a whole name, or a list of names and
+            expressions. A function that receives an item and returns a bool is also accepted. None
+            selects all items.
         names: All names by which each item can be selected. Error messages show only the first of
             these names.
         argument: Name of the argument in which the user passed the filter, for error messages.
