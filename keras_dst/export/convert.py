@@ -76,7 +76,7 @@ _NOISE = re.compile(r"\s*$|[IW]\d{4} |WARNING: All log messages before absl")
 
 
 class _Failure(Exception):
-    """Failure of the conversion in one of the steps ``"load"``, ``"call"`` and ``"convert"``."""
+    """Error in one of the three steps of a conversion: ``"load"``, ``"call"`` or ``"convert"``."""
 
     def __init__(self, step: str, text: str):
         super().__init__(step, text)
@@ -84,7 +84,7 @@ class _Failure(Exception):
 
 
 def to_tflite(model: keras.Model) -> bytes:
-    """Return the dense float32 ``.tflite`` file of a built Keras 3 model, sparse or not."""
+    """Convert a built Keras 3 model to a ``.tflite`` file with dense float32 weights."""
     return conversions(model, ["float32"])[0]
 
 
@@ -100,11 +100,12 @@ def conversions(
 
     Args:
         model: a built Keras 3 model.
-        kinds: one string per file. ``"float32"`` means float32 weights and ops, ``"dynamic"``
-            means int8 weights, and ``"int8"`` means int8 weights and integer ops.
+        kinds: kinds of the files, one string per file. ``"float32"`` means float32 weights and ops,
+            ``"dynamic"`` means int8 weights, and ``"int8"`` means int8 weights and integer ops.
 
             ``"integer"`` is like ``"int8"``, but the inputs and outputs are also int8.
-        signature: inputs of the files. Defaults to all inputs of the model.
+        signature: descriptions of the inputs that the files have. Defaults to all inputs of the
+            model.
         samples: samples on which the ranges of activations are measured, for ``"int8"`` and
             ``"integer"``.
 
@@ -179,7 +180,7 @@ def _import(module: str, name: str) -> Any:
 
 @contextlib.contextmanager
 def _names_for_lambdas() -> Iterator[None]:
-    """Add `keras`, `np` and others to the builtins: Keras saves lambdas without globals."""
+    """Add `keras`, `np` and others to the builtins, because saved lambdas have no globals."""
     names = {"keras": keras, "ops": keras.ops, "layers": keras.layers, "np": np, "numpy": np}
     added = {name: module for name, module in names.items() if not hasattr(builtins, name)}
     vars(builtins).update(added)
@@ -232,7 +233,8 @@ def _convert(
 def _calibration_batches(specs: list[InputSpec], arrays: list) -> Iterator[dict[str, np.ndarray]]:
     """Yield the batches for the calibration, as dicts by input name.
 
-    A batch has one sample, or as many samples as the fixed batch size of the model.
+    If the model has a fixed batch size, each batch has this size. Otherwise, a batch has one
+    sample.
     """
     present = [(spec, array) for spec, array in zip(specs, arrays) if spec.present]
     size = max(spec.shape[0] or 1 for spec, _ in present)
@@ -370,7 +372,7 @@ def _conversion_error(failure: _Failure, layers: Collection[str]) -> ExportError
 
 
 def _unsupported_ops(output: str, layers: Collection[str]) -> list[str]:
-    """Return the unsupported ops in the converter's log, with the layer and type of each op.
+    """Return the unsupported ops that the converter's log lists, with their layers and types.
 
     For each op, the text contains the path of the op and the innermost layer on this path.
     """

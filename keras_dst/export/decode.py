@@ -46,7 +46,7 @@ def value_error_if_damaged(name: str) -> Iterator[None]:
 
 
 def _walk(model: schema.ModelT) -> None:
-    """Read all constants, op names and tensors, so that missing ones raise an exception."""
+    """Read all constants, op names and tensors, so that a missing part raises an exception."""
     for graph in model.subgraphs:
         for tensor in graph.tensors:
             values(model, tensor)

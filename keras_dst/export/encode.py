@@ -73,7 +73,7 @@ class Format:
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """Constant of a model: a buffer, the tensors that refer to the buffer, and their readers.
+    """Constant of a model: a buffer, its tensors, and the ops that read these tensors.
 
     ``readers`` lists a pair ``(op name, index of the input)`` for each op that reads one of the
     tensors. If a tensor is an output of the graph, ``readers`` also contains the pair ``("OUTPUT",
@@ -87,12 +87,12 @@ class Weight:
 
     @property
     def name(self) -> str:
-        """Name of the first tensor."""
+        """Name of the constant's first tensor."""
         return text(self.tensors[0].name)
 
     @property
     def op(self) -> str:
-        """Name of the first op that reads the weight, or ``"none"``."""
+        """Name of the first op that reads the constant, or ``"none"`` without such an op."""
         return self.readers[0][0] if self.readers else "none"
 
     @property
@@ -119,7 +119,7 @@ def weights(model: schema.ModelT) -> list[Weight]:
 def constant(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
     """Return the values of a dense constant.
 
-    Return None for computed tensors, sparse tensors and other types.
+    Return None for computed tensors, sparse tensors and unsupported data types.
     """
     data = stored(model, tensor)
     if data is None or tensor.sparsity is not None or tensor.type not in _NUMPY:
@@ -240,14 +240,14 @@ def _store(model: schema.ModelT, weight: Weight, format: Format) -> None:
 
 
 def scale_axis(weight: Weight) -> int:
-    """Return the axis of the output channels, along which each channel has its own int8 scale."""
+    """Return the axis of a weight's output channels. Each output channel has its own int8 scale."""
     return weight.values.ndim - 1 if weight.op == "DEPTHWISE_CONV_2D" else 0
 
 
 def _rewire_readers(
     model: schema.ModelT, graph: schema.SubGraphT, changed: dict[int, tuple[Weight, Format]]
 ) -> None:
-    """Make all ops that read a changed weight read its new tensor, or an unpacked copy of it."""
+    """Connect all ops that read a changed weight to its new tensor, or to an unpacked copy."""
     operators: list[schema.OperatorT] = []
     unpacked: dict[int, int] = {}
     version = SPARSE_FULLY_CONNECTED_VERSION
@@ -287,7 +287,7 @@ def _check_reader(
 def _unpack(
     model: schema.ModelT, graph: schema.SubGraphT, index: int, format: Format
 ) -> tuple[list[schema.OperatorT], int]:
-    """Return the ops that unpack a stored weight, and the index of the dense float tensor."""
+    """Return the ops that unpack a stored weight, and the index of the unpacked tensor."""
     ops = []
     if format.block:
         dense = _computed_copy(graph.tensors[index], "dense")
@@ -337,7 +337,7 @@ def _compressed_axis(rows: np.ndarray, columns: np.ndarray) -> schema.DimensionM
 
 
 def _indices(values: np.ndarray) -> tuple[int, object]:
-    """Store integers in the smallest possible type. Return the type code and the vector."""
+    """Convert integers to a vector of the smallest possible type. Return its type code too."""
     kinds = schema.SparseIndexVector
     largest = values.max()
     if largest <= np.iinfo(np.uint8).max:

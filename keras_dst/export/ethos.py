@@ -23,8 +23,8 @@ from keras_dst.export.flatbuffer import op_name, read, text, write
 from keras_dst.export.report import ExportError
 from keras_dst.export.target_reports import CPUOp, VelaEstimate, VelaReport
 
-#: Configurations that Vela 5.2 supports. The number at the end of each name is the number of
-# multiply-accumulates per cycle.
+#: NPU configurations that Vela 5.2 supports. The number at the end of each name is the number of
+#: multiply-accumulates per cycle.
 ACCELERATORS = (
     *("ethos-u55-32", "ethos-u55-64", "ethos-u55-128", "ethos-u55-256", "ethos-u65-256"),
     *("ethos-u65-512", "ethos-u85-128", "ethos-u85-256", "ethos-u85-512", "ethos-u85-1024"),
@@ -117,7 +117,7 @@ def _estimate(summary: dict[str, str]) -> VelaEstimate:
 
 
 def _cpu_ops(compiled: bytes, reasons: dict[str, str]) -> list[CPUOp]:
-    """Return the ops of a compiled file that run on the CPU."""
+    """Return the ops of a compiled file that run on the CPU instead of the NPU."""
     model, found = read(compiled), []
     for graph in model.subgraphs:
         for op in graph.operators:

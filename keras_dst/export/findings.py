@@ -16,7 +16,7 @@ class Finding:
         level: ``"error"`` if some CPU computes wrong results, or a runtime refuses the file.
             ``"advice"`` if the file is larger or slower than necessary.
         rule: name of the rule.
-        where: name of the op or tensor.
+        where: name of the op or tensor in which the problem was found.
         found: text that describes the problem and its effect.
         fix: text that says how to fix the problem.
     """
@@ -39,7 +39,7 @@ class LintReport:
     Attributes:
         name: name of the file or of the model.
         sparse_inference: whether XNNPACK runs this model with sparse kernels on CPUs without AVX.
-        reason: text that says how many ops run with sparse kernels, or why no op does.
+        reason: text that says how many ops run with sparse kernels, or why no op runs with them.
         findings: all findings. Errors come before advice.
         target: ``"micro"``, or the Ethos-U NPU for which the file was checked. For microcontrollers
             and NPUs, the report says nothing about XNNPACK. None if the file was checked for CPUs.

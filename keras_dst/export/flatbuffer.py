@@ -148,7 +148,7 @@ def _builtin(code: schema.OperatorCodeT) -> int:
 
 
 def op_code(model: schema.ModelT, name: str, version: int) -> int:
-    """Return the index of an op code. Add the op code if the model does not contain it yet."""
+    """Return the index of an op code. Add the op code to a model that lacks it."""
     builtin = getattr(schema.BuiltinOperator, name)
     for index, code in enumerate(model.operatorCodes):
         if (_builtin(code), code.version) == (builtin, version):
@@ -182,7 +182,8 @@ class _CompactBuilder(flatbuffers.Builder):
         return self._places[key]
 
     def CreateNumpyVector(self, x: np.ndarray) -> int:
-        # The keys are digests, because vectors as keys would take as much memory as the whole file.
+        # Each vector is stored under its digest, because keys that contain whole vectors would take
+        # as much memory as the file.
         key = (x.dtype.str, hashlib.sha256(x.tobytes()).digest())
         if key not in self._places:
             if x.dtype == np.uint8:

@@ -16,7 +16,8 @@ from ai_edge_litert import schema_py_generated as schema
 
 from keras_dst.export import flatbuffer
 
-_FULL_BATCH_AND_CHANNELS = 0b1001  # Bit mask of axes 0 and 3, which are not sliced.
+# Bit mask for STRIDED_SLICE, which does not slice axes 0 and 3.
+_FULL_BATCH_AND_CHANNELS = 0b1001
 
 
 def is_applicable(graph: schema.SubGraphT, op: schema.OperatorT, kernel: Sequence[int]) -> bool:
@@ -97,7 +98,7 @@ def lower(
 
 
 def _axis(size: int, kernel: int, stride: int, dilation: int, same: bool) -> tuple[int, tuple]:
-    """Return the output size along an axis, and the padding before and after the input."""
+    """Return a convolution's output size along an axis, and its padding at both ends."""
     reach = (kernel - 1) * dilation + 1
     if not same:
         return (size - reach) // stride + 1, (0, 0)

@@ -114,7 +114,7 @@ def sparsity_at_latency(
     method(0.5)  # Check the arguments before the conversion, which takes seconds.
     (dense,) = conversions(model, ["float32"])
     measured: dict[float, float] = {}
-    # Lower and upper bound of the sparsity, each with its latency ratio.
+    # Lower and upper bound of the searched sparsity, each with its latency ratio.
     low, high = (0.0, 1.0), (1.0, 0.0)
     while len(measured) < _MAX_FILES:
         share = (low[1] - latency_ratio) / (low[1] - high[1])

@@ -14,7 +14,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def peak_memory(content: bytes, *, threads: int = 1, batch: int = 1) -> int | None:
-    """Return how many bytes the peak memory of a process grows when it loads and runs a file once.
+    """Return by how many bytes the peak memory of a process grows if it loads and runs a file once.
 
     Args:
         content: bytes of the ``.tflite`` file.

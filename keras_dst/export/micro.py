@@ -140,7 +140,7 @@ def unsupported_ops(
 
 
 def _origin(graph: schema.SubGraphT, op: schema.OperatorT, names: Collection[str]) -> str:
-    """Describe the layer that contains an op, or else the last layer before the op.
+    """Name the layer that contains an op, or else the last layer before the op.
 
     The path of an op contains no layer name if the op is outside all layers, or if it computes a
     model output.
@@ -248,7 +248,9 @@ def report_for(content: bytes, dense: bytes, inputs: list[np.ndarray]) -> MicroR
 
 
 def quantized_inputs(content: bytes, samples: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """Convert samples to arrays with the shapes and types of a file's inputs, one row per run.
+    """Convert samples to arrays with the shapes and types of a file's inputs.
+
+    Each row of an array is the input of one run.
 
     Args:
         content: bytes of the file. If the last samples do not fill a batch of the file, they are
@@ -305,7 +307,7 @@ def _unfit_reason(weight: Weight) -> str:
 
 
 def _pruned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the two constants that store a weight: its bitmap, and its header and kept entries."""
+    """Return the constants of a weight: the bitmap, and the header with the kept entries."""
     flat = values.reshape(-1)
     kept = flat != 0
     return np.packbits(kept), np.concatenate([_PRUNING_HEADER, flat[kept].view(np.uint8)])
@@ -328,9 +330,9 @@ def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
             tensor.name = text(tensor.name).split(";")[0]
             if tensor.buffer in found:
                 encoded[index] = _add_constants(model, graph, found[tensor.buffer].values)
-                tensor.buffer = 0  # The DECODE op computes this tensor.
+                tensor.buffer = 0  # Buffer 0 is empty, because the DECODE op computes this tensor.
             elif tensor.type == schema.TensorType.INT32:
-                tensor.quantization = None  # TFLM computes the scales of biases.
+                tensor.quantization = None  # TFLM computes the scales of biases itself.
             _shorten_zero_points(tensor.quantization)
         free = set(encoded)
         graph.operators = [

@@ -116,7 +116,7 @@ class _Data:
     """Samples and labels that the user passed to an export, as arrays.
 
     Attributes:
-        signature: the inputs of the file.
+        signature: descriptions of the inputs that the file has.
         samples: samples on which the file is compared with the model.
         calibration: samples on which the converter measures the ranges of activations. None without
             full quantization.

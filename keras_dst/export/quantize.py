@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-_LARGEST = 127  # The integers are symmetric, so -128 is unused.
+_LARGEST = 127  # Largest int8 value in use. Its negative is the smallest, so -128 is unused.
 
 
 def quantize(values: np.ndarray, axis: int) -> tuple[np.ndarray, schema.QuantizationParametersT]:
-    """Round values to int8 with one symmetric scale per index along ``axis``.
+    """Round values to int8. Each index along ``axis`` has its own symmetric scale.
 
     Return the integers, and their quantization parameters as an object of TensorFlow Lite's schema.
     """

@@ -20,7 +20,7 @@ class TensorReport:
     """Storage of one weight tensor in the exported file.
 
     Attributes:
-        name: name of the tensor.
+        name: name of the weight tensor.
         op: builtin name of the first op that reads the weight.
         shape: shape of the weight in the file.
         density: fraction of nonzero values.

@@ -348,7 +348,7 @@ def _direct(model, graph) -> Iterator[tuple]:
 
 
 def _outputs(model, graph, kind: str) -> dict[int, int]:
-    """For each op of this kind, map the index of its output to the index of its first input."""
+    """Map the output index of each op of one kind to the index of the op's first input."""
     made = (op for op in graph.operators if op_name(model, op) == kind)
     return {int(op.outputs[0]): int(op.inputs[0]) for op in made}
 
@@ -378,7 +378,7 @@ def _faster_format(model, tensor) -> Format | None:
 
 
 def _where(model, graph, op) -> str:
-    """Describe an op by its kind and the name of its weight, or else the name of its output."""
+    """Describe an op by its kind and the name of its weight, or of its output without a weight."""
     kind = op_name(model, op)
     index = int(op.inputs[WEIGHT_SLOT] if kind in WEIGHT_OPS else op.outputs[0])
     return f"{kind} {_name(graph.tensors[constant_sources(model, graph).get(index, index)])}"

@@ -45,7 +45,7 @@ _UNARY = re.compile(
 
 
 class Role(enum.Flag):
-    """Possible roles of an op in a region that runs in NCHW layout."""
+    """Roles that an op can have in a region that runs in NCHW layout."""
 
     NONE = 0
     ENTRY = enum.auto()
@@ -84,7 +84,10 @@ class Node:
 
 @dataclass(frozen=True)
 class Region:
-    """Ops that XNNPACK runs on NCHW data, and ops that therefore fail or compute wrong results."""
+    """Ops that XNNPACK runs in NCHW layout.
+
+    ``wrong`` lists the ops that therefore fail or compute wrong results.
+    """
 
     nodes: list[Node]
     wrong: list[Node]
@@ -154,7 +157,7 @@ def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role]
         return changed
 
     changed = True in [join(n) for n, role in enumerate(roles) if role & Role.EXIT]
-    if not changed:  # A region needs an exit.
+    if not changed:  # Without an exit op, there is no region.
         bad.update(range(len(nodes)))
     while changed:
         inside = (n for n, role in enumerate(roles) if role & (Role.INSIDE | Role.EXIT))
@@ -163,10 +166,10 @@ def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role]
 
 
 def _is_right(node: Node, nchw: set[int], graph: schema.SubGraphT) -> bool:
-    """Return whether an op computes the right result if the tensors in ``nchw`` are NCHW."""
+    """Return whether an op's result is right if the tensors in ``nchw`` have NCHW layout."""
     reads = any(t in nchw for t in node.inputs)
     writes = any(t in nchw for t in node.outputs)
-    # A matrix has no layout.
+    # NCHW and NHWC layout differ only for tensors with spatial axes, and a matrix has none.
     matrix = all(len(shape(graph.tensors[t])) < 3 for t in node.outputs)
     if reads and Role.EXIT in node.role:
         return not node.obstacle and (not writes or matrix)

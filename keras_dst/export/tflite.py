@@ -43,7 +43,7 @@ def export_tflite(
             input with ``sparse=True`` becomes a dense input of the file. If an optional input is
             None in ``inputs`` or ``representative``, the file does not have this input. In the
             file, the states of recurrent layers start at zero.
-        path: the file to write, in an existing folder. An existing file is replaced.
+        path: path of the file to write, in an existing folder. An existing file is replaced.
         inputs: samples on which the file is compared with the model, in any form that
             `model.predict` accepts: arrays, or a data set, data loader or generator of batches. The
             first 32 samples are used. Defaults to the samples in ``representative``. Without
@@ -73,11 +73,11 @@ def export_tflite(
             Defaults to True.
         threads: number of interpreter threads during measurements. Defaults to 1.
         batch: batch size during measurements, for a model with a dynamic batch size. Defaults to 1.
-        quantize: tensors that are quantized to 8 bits. Defaults to None: no tensor is quantized.
-            ``"weights"`` quantizes a weight tensor if this reduces the quantity that ``optimize``
-            names, bytes or latency. ``"full"`` quantizes weights and activations: TensorFlow's
-            converter measures the ranges of the activations on ``representative``. Zero weights
-            stay zero.
+        quantize: selects the tensors that are quantized to 8 bits. Defaults to None: no tensor is
+            quantized. ``"weights"`` quantizes a weight tensor if this reduces the quantity that
+            ``optimize`` names, bytes or latency. ``"full"`` quantizes weights and activations:
+            TensorFlow's converter measures the ranges of the activations on ``representative``.
+            Zero weights stay zero.
         representative: typical input samples for ``quantize="full"``, in any form that
             `model.predict` accepts. All samples of an array are used, but only the first 1000
             samples of a data set or generator.

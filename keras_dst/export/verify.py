@@ -43,7 +43,7 @@ class Deviation:
 
 
 def deviation(content: bytes, cases: list[Case]) -> Deviation:
-    """Run a file on all cases, with and without XNNPACK, and return the largest error."""
+    """Run a file on all cases, with and without XNNPACK, and return the largest output error."""
     return max(_deviations(content, cases, RESOLVERS), key=lambda found: found.error)
 
 
@@ -58,7 +58,9 @@ def deviation_between(content: bytes, reference: bytes, cases: list[Case]) -> De
 
 
 def run(content: bytes, cases: list[Case], resolver: OpResolverType) -> list[dict[str, np.ndarray]]:
-    """Run a file on all cases. For each case, return a dict from output names to output arrays.
+    """Run a file on the inputs of all cases, and return its outputs.
+
+    For each case, the outputs are a dict from output names to arrays.
 
     Raises:
         RuntimeError, ValueError: the interpreter refuses the file or an input.
@@ -75,7 +77,7 @@ def keras_cases(model: keras.Model, signature: Signature, samples: Samples) -> l
 
     Args:
         model: the Keras 3 model from which the file was converted.
-        signature: the inputs of the file.
+        signature: descriptions of the inputs that the file has.
         samples: samples for all inputs of the model.
     """
     with reset_states(model):
@@ -102,7 +104,8 @@ def predictor(model: keras.Model, content: bytes, signature: Signature) -> Calla
         count = len(samples)
         found: list[dict[str, np.ndarray]] = []
         for start in range(0, count, size):
-            rows = np.arange(start, start + size) % count  # The last batch is padded.
+            # If the samples do not fill the last batch, it is completed with the first samples.
+            rows = np.arange(start, start + size) % count
             found.append(runner(**by_input_name(samples[rows], signature)))
         outputs = {name: np.concatenate([y[name] for y in found])[:count] for name in found[0]}
         return next(iter(outputs.values())) if len(outputs) == 1 else outputs

@@ -374,7 +374,7 @@ def _strings(group, name) -> list[str]:
 
 
 def _keys(classes: list[str]) -> list[str]:
-    """Return the HDF5 group name for each layer class in the list, such as dense and dense_1."""
+    """Return the name of each layer's HDF5 group: dense, dense_1 and so on for Dense layers."""
     found: list[str] = []
     for name in classes:
         snake = re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", re.sub(r"\W+", "", name))

@@ -91,11 +91,11 @@ class PruneLowMagnitude(LayerMethod):
         return super().build(layer, name, variable, layout)
 
     def apply(self, w, state, layout):
-        # The forward pass uses the product m w, but the gradient is passed to every entry of w.
+        # The forward pass uses the masked weight m w, but every entry of w gets a gradient.
         return w - ops.stop_gradient(ops.where(self.mask(w, state), 0, w))
 
     def is_update(self, step: int) -> bool:
-        """Return whether masks are updated before this step. Steps count from 1."""
+        """Return whether the schedule updates masks before this step. Steps count from 1."""
         return step == 1 if self.sparsity_m_by_n else bool(self.pruning_schedule(step)[0])
 
     def new_mask(self, w: np.ndarray, step: int) -> np.ndarray:

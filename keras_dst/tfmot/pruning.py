@@ -38,9 +38,9 @@ def prune_low_magnitude(
         pruning_schedule: Schedule that decides when masks are updated, and the sparsity of each
             update. Defaults to `ConstantSparsity(0.5, 0)`.
         block_size: Number of rows (inputs) and columns (outputs) of the blocks that are pruned as a
-            whole. Only matrices can be pruned in blocks larger than (1, 1). tfmot uses the same
-            order. A `pattern` of `keras_dst.methods` has the opposite order: the pattern `"1x4"`
-            corresponds to `block_size=(4, 1)`. Defaults to (1, 1).
+            whole. Only matrices can be pruned in blocks larger than (1, 1). The order of the two
+            numbers is the same as in tfmot. A `pattern` of `keras_dst.methods` has the opposite
+            order: the pattern `"1x4"` corresponds to `block_size=(4, 1)`. Defaults to (1, 1).
         block_pooling_type: `"AVG"` ranks blocks by their mean magnitude, and `"MAX"` ranks blocks
             by their largest magnitude. Defaults to `"AVG"`.
         pruning_policy: Policy that chooses which layers of a model are pruned. Defaults to None,
@@ -178,7 +178,7 @@ def _is_unbuilt_composite(layer) -> bool:
 
 
 def _layers_to_prune(target, method, policy) -> list:
-    """Return the layers to prune in a model or layer."""
+    """Return the layers to prune in `to_prune`, which is a model or a layer."""
     if not isinstance(target, keras.Model):
         if not isinstance(target, keras.Layer):
             check_model(target)
@@ -213,7 +213,7 @@ def _inner_layers_to_prune(layer, method) -> list:
 
 
 def _is_frozen(layer) -> bool:
-    """Return whether all kernels of a layer are frozen. A pruned layer counts as not frozen."""
+    """Return whether all kernels of a layer are frozen, and the layer is not pruned yet."""
     if is_pruned(layer):
         return False
     if not layer.built:
