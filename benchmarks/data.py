@@ -25,7 +25,7 @@ def cifar10() -> tuple:
 
 
 def spoken_digits() -> tuple:
-    """Return spectrograms of the Free Spoken Digit Dataset, like `mnist`.
+    """Return spectrograms of the Free Spoken Digit Dataset, in the same form as `mnist`.
 
     Raises:
         FileNotFoundError: If fsdd_logmel.npz is not in the folder that KERAS_DST_DATA names.
@@ -53,7 +53,7 @@ def load(name: str) -> tuple:
 
 def apply_method(method, model, optimizer):
     """Apply a method to a model if a method is given. Return the optimizer for `compile`."""
-    import keras_dst  # Environments of other tools lack keras_dst.
+    import keras_dst  # The environments of other pruning tools lack keras_dst.
 
     if isinstance(method, keras_dst.methods.LayerMethod):
         keras_dst.sparsify(model, method)

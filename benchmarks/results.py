@@ -34,7 +34,8 @@ def save(benchmark: str, name: str, run: dict) -> None:
     """
     folder = RESULTS / benchmark
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:  # Several processes may store runs.
+    # The lock is needed because several processes may store runs at the same time.
+    with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         stored = runs(benchmark) | {name: {**environment(), **run}}
         lines = [json.dumps({"run": key, **stored[key]}) + "\n" for key in sorted(stored)]
@@ -43,7 +44,7 @@ def save(benchmark: str, name: str, run: dict) -> None:
 
 
 def run_missing(benchmark: str, description: str, option: str, names, run, default=None) -> None:
-    """Call `run(name)` for each name in a command-line option that has no stored run yet.
+    """Call `run(name)` for each requested name that has no stored run yet.
 
     Args:
         benchmark: Name of the benchmark.

@@ -20,7 +20,7 @@ def cpu_seconds(function: Callable) -> float:
 
 
 def steps_of_fit(model, x, y, batch_size: int, callbacks, now=time.perf_counter) -> float:
-    """Return the seconds of all steps except the first of a one-epoch `fit`, including callbacks.
+    """Return the seconds of all steps of a one-epoch `fit` except the first, with callbacks.
 
     The time before the first step and after the last step is not counted. The first step is left
     out because it may allocate memory for all steps. `now` is the clock, such as
@@ -65,7 +65,7 @@ def in_turns(functions: dict[str, Callable[[], float]], rounds: int) -> dict[str
 
 
 def ratios(times: dict[str, list[float]], to: str) -> dict[str, float]:
-    """Return, per function, the median over all rounds of the time ratio to the function `to`."""
+    """Return for each function the median ratio of its time to the time of the function `to`."""
     return {
         name: statistics.median(a / b for a, b in zip(found, times[to]))
         for name, found in times.items()

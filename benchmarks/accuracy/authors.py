@@ -1,8 +1,8 @@
 """Compare pruning methods of keras_dst with the code of their authors: results/authors.
 
 python -m benchmarks.accuracy.authors dst --code PATH --seeds 3
-    Train with DST, with keras_dst and with the authors' code. PATH is a checkout of the authors'
-    repository, which is listed in REPOSITORIES.
+    Train with DST, once with keras_dst and once with the authors' code. PATH is a checkout of
+    the authors' repository, which is listed in REPOSITORIES.
 
 python -m benchmarks.accuracy.authors --table
     Write the table from the stored runs.
@@ -45,7 +45,7 @@ class Case:
     sparsity: float | None
     task: Task
     schedule: Callable | None = None  # Schedule in keras_dst. None: default.
-    options: dict = dataclasses.field(default_factory=dict)  # Other arguments of the method.
+    options: dict = dataclasses.field(default_factory=dict)  # Further arguments of the method.
 
 
 def halvings(events):
@@ -56,7 +56,8 @@ def halvings(events):
     sparsity = 1 - 0.5**events
     task = dataclasses.replace(TASKS["mnist"], epochs=events + 1)
     schedule = functools.partial(Geometric, end=events / (events + 1), rate=0.5)
-    paper = {"noise": 1.0, "rate": 0.5}  # In short training runs, the defaults of FlipOut differ.
+    # In short training runs, the defaults of FlipOut in keras_dst differ from the paper.
+    paper = {"noise": 1.0, "rate": 0.5}
     yield Case(f"flipout-{sparsity:.4g}", "flipout", "FlipOut", sparsity, task, options=paper)
     yield Case(f"magnitude-{sparsity:.4g}", "flipout", "Magnitude", sparsity, task, schedule)
 
@@ -83,7 +84,7 @@ CASES = [
 
 def run_keras_dst(case, seed, data):
     from benchmarks.accuracy import (
-        authors_code,  # needs PyTorch; `--table` does not
+        authors_code,  # This import needs PyTorch, which `--table` does not need.
     )
 
     task = dataclasses.replace(

@@ -143,7 +143,7 @@ def dcil_net():
 
 
 def dcil(case, net, data, seed):
-    """Train with the authors' loop, and pass it the epoch as a fraction, such as 0.5."""
+    """Train with the authors' loop, to which the current epoch is passed as a number like 2.5."""
     import run_dcil as authors
 
     task, source = case.task, Augmented(*data[0], seed)
@@ -160,7 +160,8 @@ def dcil(case, net, data, seed):
         warmup_loss=task.epochs * 70 / 300,
     )
     authors.iterations = 0
-    authors.accuracy = lambda *_, **__: torch.zeros(2, 1)  # The training accuracy is not used.
+    # The benchmark does not use the accuracy on training images.
+    authors.accuracy = lambda *_, **__: torch.zeros(2, 1)
     whole = nn.DataParallel(net)
     for epoch in range(task.epochs):
         for first in range(0, len(source), args.prune_freq):

@@ -35,7 +35,7 @@ BATCH = 128
 
 
 class Shuffled(keras.utils.PyDataset):
-    """Shuffled batches. NumPy draws their order, so that it is the same on every backend."""
+    """Shuffled batches, whose order is the same on every backend because NumPy draws the order."""
 
     def __init__(self, x, y, seed):
         super().__init__()
@@ -73,7 +73,7 @@ def cosine(rate, steps):
 
 @dataclass
 class Task:
-    """Network, its data, and the number of epochs of its training."""
+    """Training task: a network, its data, and the number of epochs."""
 
     title: str
     net: Callable
@@ -82,8 +82,8 @@ class Task:
     rate: float
     decay: float | None = None
     batch: int = BATCH
-    batches: type[Shuffled] | None = None  # If None, `fit` shuffles the arrays.
-    rates: Callable = cosine  # Returns a schedule for a learning rate and a number of steps.
+    batches: type[Shuffled] | None = None  # Class of the batches. If None, `fit` shuffles.
+    rates: Callable = cosine  # Maps a learning rate and a number of steps to a schedule.
 
 
 TASKS = {
@@ -118,7 +118,7 @@ METHODS = {
     "Consensus": lambda s: Consensus(s, cost="parameters"),
 }
 SPARSITIES = (0.9, 0.98)
-ALSO = {"Consensus": (0.5,)}  # The sparsity in the paper of Consensus.
+ALSO = {"Consensus": (0.5,)}  # The paper of Consensus uses a sparsity of 0.5.
 
 
 def run(task, method_name, sparsity, seed, data, **options):
@@ -157,7 +157,8 @@ def train_network(task, method_name, sparsity, seed, data, **options):
     accuracy = model.evaluate(*test, batch_size=500, verbose=0, return_dict=True)["accuracy"]
     report = keras_dst.report(model)
     removed = report.sparsity
-    if method_name == "Consensus":  # Its sparsity counts all parameters of the removed units.
+    # The sparsity of Consensus counts all parameters of the removed units.
+    if method_name == "Consensus":
         removed = 1 - keras_dst.shrink(model).count_params() / model.count_params()
     print(f"{task.title} {method!r} seed {seed}: {accuracy:.4f}", flush=True)
     return model, {

@@ -10,8 +10,8 @@ import statistics
 from benchmarks import results
 from benchmarks.backends import run_on
 
-# Backend, network and target sparsity. With None, alpha determines the sparsity, as in the paper.
-# "dense" is the dense baseline.
+# Each run has a backend, a network and a target sparsity. Without a target (None), alpha determines
+# the sparsity, as in the paper. "dense" is the dense baseline.
 RUNS = [
     ("jax", "lenet-300-100", 0.97),
     ("tensorflow", "lenet-300-100", 0.97),

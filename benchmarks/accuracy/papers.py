@@ -38,7 +38,7 @@ from keras_dst.methods import DST, ST3
 
 BENCHMARK = "papers"
 BATCH = 128
-RATE, DECAY, WARMUP = 0.1, 5e-4, 5  # Learning rate, weight decay, epochs of warm-up.
+RATE, DECAY, WARMUP = 0.1, 5e-4, 5  # WARMUP is a number of epochs.
 SPARSITIES = (0.9, 0.95, 0.98)
 METHODS = {
     **COMMON,

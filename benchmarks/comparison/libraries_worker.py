@@ -25,18 +25,22 @@ from benchmarks.timing import cpu_seconds, in_turns, ratios, steps_of_fit
 
 NET, RESNET = "lenet-300-100", "resnet-8"
 TARGET, EPOCHS, BATCH, RATE, SEEDS = 0.9, 5, 128, 0.05, 3
-STEPS, ROUNDS = 110, 9  # Timed steps per round, number of rounds. Masks change every 100 steps.
-FEW = 8  # Steps per epoch of the ResNet.
+# A round contains at least one mask update, because masks are updated every 100 steps.
+STEPS, ROUNDS = 110, 9
+FEW = 8  # The ResNet is trained for this number of steps per epoch.
 ALPHAS = (1e-4, 1.25e-4, 1.5e-4, 2e-4, 6e-4)  # Values of alpha to test.
 FILES = results.ROOT / "build" / "peers"
 
 
 class Tool:
-    """Pruning tool. `begin` is called before the model is compiled, and `end` after training."""
+    """Base class of pruning tools.
+
+    `begin` is called before the model is compiled, and `end` is called after training.
+    """
 
     methods: tuple = ()
     slow: tuple = ()  # Slow methods, which run with only one seed.
-    probabilities = True  # True if the network ends with a softmax.
+    probabilities = True  # Whether the network ends with a softmax.
     setting = None  # Result of `search`, or None without a search.
 
     def begin(self, method, model, optimizer, epochs, steps):
@@ -124,7 +128,7 @@ class TfmotOnKeras3(Tfmot):
 
 
 class PQuantML(Tool):
-    """PQuantML without quantization. The lengths of its training phases are the defaults."""
+    """PQuantML without quantization, and with the default lengths of its training phases."""
 
     methods = ("DST", "PDP", "Wanda", "Wanda, no pretraining")
     slow = ("PDP",)
@@ -344,7 +348,7 @@ def search(kind):
 
 
 def main():
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # child processes inherit the affinity
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # Child processes run on this core too.
     FILES.mkdir(parents=True, exist_ok=True)
     name = sys.argv[1]
     kinds = TOOLS[name]
@@ -362,7 +366,7 @@ def main():
         method: result for each in kinds for method, result in in_new_process(jobs, each).items()
     }
 
-    kind()  # imports the Keras version of the tool
+    kind()  # Import the version of Keras that this tool needs.
     about = {"command": "make bench-libraries", "tool": name, "target": TARGET, "batch": BATCH}
     about |= {"epochs": EPOCHS}
     results.save(

@@ -217,7 +217,7 @@ def main():
             except ImportError as error:
                 print(f"{name}: skipped, {error}", flush=True)
                 break
-            except Exception as error:  # The table shows all errors.
+            except Exception as error:  # Catch all errors to list them in the table.
                 modes[mode] = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
             print(f"{name}, {mode}: {modes[mode]}", flush=True)
             keras.backend.clear_session()

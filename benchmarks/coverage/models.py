@@ -137,7 +137,7 @@ def run(build, method) -> dict[str, str]:
     try:
         for step in _steps(build, method):
             found[step] = "ok"
-    except Exception as error:  # The table shows all errors.
+    except Exception as error:  # Catch all errors to list them in the table.
         step = STEPS[len(found)]
         found[step] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return found

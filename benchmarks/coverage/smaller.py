@@ -64,7 +64,7 @@ def masked(build, sparsity):
 
 
 def measured_shrink(model):
-    """Call `shrink`. Return the smaller model, and the time and peak memory of the call."""
+    """Call `shrink`. Return the smaller model, and the time and peak memory of this call."""
     import keras_dst
     from keras_dst.export.memory import kilobytes
 
@@ -110,8 +110,8 @@ def measured_latency(dense, small) -> dict:
 def measured_ops(dense, small) -> dict[str, list[float]]:
     """Return a dict from each kind of op to its seconds in the dense and in the smaller file.
 
-    Each op runs alone, in files with batch size 1. Convolutions are divided by whether the smaller
-    network has fewer filters than a vector of the CPU has float32 values.
+    Each op runs alone, in files with batch size 1. Convolutions count as another kind of op if
+    they have fewer filters in the smaller network than a CPU vector has float32 values.
     """
     from keras_dst.export.convert import conversions
     from keras_dst.export.measure import latencies

@@ -35,7 +35,7 @@ KERNELS = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
 
 @dataclass
 class Net:
-    """Network, its data, and the number of epochs of its training."""
+    """Training task: a network, its data, and the number of epochs."""
 
     title: str
     build: Callable
@@ -80,7 +80,7 @@ VALUES = 16
 TUNED = {
     f"{VALUES} values": "dense",
     f"90, {VALUES} values": "90",
-}  # Dict from each variant to the network from which its training starts.
+}  # Maps each clustered variant to the trained variant that is fine-tuned.
 SAMPLES = 200
 NPUS = ("ethos-u55-128", "ethos-u65-256", "ethos-u85-256")
 COMPARED = 100  # Number of test samples for the comparison with LiteRT.

@@ -40,7 +40,7 @@ PATTERNS = ("unstructured", "1x4", "channel")
 SPARSITIES = (0.8, 0.9, 0.95, 0.98)
 TARGETS = {"sparse": "host", "arm": "arm"}  # Files that keras_dst writes.
 RUNS, LOADS = 50, 9
-FREQUENCY = 10  # Number of steps between mask updates. The training runs are short.
+FREQUENCY = 10  # Masks are updated every 10 steps, because the training runs are short.
 
 
 def epochs_of(net) -> int:

@@ -80,7 +80,7 @@ def measure():
 
 
 def prepared(method):
-    """Return the driver of the mask updates of a network, and its compiled update."""
+    """Return the driver that updates the masks of a ResNet-50, and its compiled mask update."""
     import keras
     import numpy as np
     from keras import ops
@@ -97,7 +97,7 @@ def prepared(method):
     driver = drivers_of(model)[0]
     driver.begin(STEPS, STEPS, STEPS // 10)
     for layer in getattr(driver, "layers", []):
-        layer.traced_both_paths = True  # DCIL sets this attribute in training.
+        layer.traced_both_paths = True  # In training, DCIL sets this attribute.
     steps = itertools.count(STEPS // 4, STEP)
 
     def update():

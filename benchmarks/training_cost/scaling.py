@@ -61,7 +61,7 @@ def methods() -> dict:
     from keras_dst.methods import DCIL, DST, FlipOut, Magnitude, OptG, RigL
     from keras_dst.schedules import Constant
 
-    now = Constant(SPARSITY)  # The target is reached in the first step.
+    now = Constant(SPARSITY)  # Reach the target sparsity in the first step.
     return {
         "DST": DST(),
         "DCIL": DCIL(now),
@@ -75,7 +75,7 @@ def methods() -> dict:
 def net(point, method=None):
     """Return a compiled network and its callback.
 
-    The dense baseline has None instead of a callback.
+    For the dense baseline, the callback is None.
     """
     import keras
 

@@ -167,7 +167,8 @@ def data(setting) -> tuple:
 def compared(net, turns) -> dict:
     """Time all methods alternately.
 
-    Return the step times, and the ratios to the step time of the dense baseline, "plain".
+    Return the step time of each method, and its ratio to the step time of the dense baseline. The
+    name of the dense baseline is "plain".
     """
     setting = SETTINGS[net]
     first, again = ({n: cpu_seconds(turn) for n, turn in turns.items()} for _ in range(2))
