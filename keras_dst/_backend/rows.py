@@ -15,7 +15,8 @@ Tensor = Any
 
 # Scores above this limit count as tied, so that sums of two scores do not overflow.
 LARGEST = 1e38
-# Scores that differ by less count as tied, because some backends flush such differences to 0.
+# Scores whose difference is below this number count as tied, because some backends flush such
+# differences to 0.
 SMALLEST = 2.0**-126
 ROW_WIDTH = 1 << 10  # Number of scores in a row.
 _BUNDLE_SIZE = 1 << 20  # Largest number of scores in a bundle of small tensors.
@@ -25,13 +26,13 @@ class Rows:
     """Arrangement of a bundle of tensors as rows of one matrix. Each tensor starts in a new row.
 
     Attributes:
-        tensor: For each row, the index of its tensor among all tensors.
-        local: For each row, the index of its tensor among the tensors of this bundle.
+        tensor: Index of each row's tensor among all tensors.
+        local: Index of each row's tensor among the tensors of this bundle.
         owner: Boolean matrix. `owner[i, j]` is True if row j belongs to tensor i of this bundle.
-        start: For each row, the position of its first entry in the tensor. If all tensors are
-            ranked together, this is the position in their concatenation.
-        left: For each row, the number of entries from its start to the end of the tensor. None if
-            no row needs padding.
+        start: Position of each row's first entry in its tensor, or in the concatenation of all
+            tensors if they are ranked together.
+        left: Number of entries from the start of each row to the end of its tensor. The value is
+            None if no row needs padding.
         first_rows: Index of each tensor's first row.
     """
 
@@ -78,9 +79,8 @@ class Scores:
         together: Whether all tensors are ranked together.
         count: Number of scores in all tensors.
         lengths: Number of scores per ranking, an int32 vector.
-        bundles: For each bundle of tensors, its arrangement as rows of a matrix.
-        scores: For each bundle, a float32 matrix of its scores. Rows are padded with minus
-            infinity.
+        bundles: Arrangements of the bundles of tensors as rows of matrices.
+        scores: One float32 matrix of scores per bundle. Rows are padded with minus infinity.
     """
 
     def __init__(self, scores: Sequence[Tensor], together: bool):
@@ -98,12 +98,12 @@ class Scores:
         return [part for b, matrix in zip(self.bundles, matrices) for part in b.split(matrix)]
 
     def best_entries(self, peaks: Sequence[Tensor], finite=lambda s: s):
-        """Yield, for every bundle, the rows and columns of the highest-scored entry of each tensor.
+        """Yield the rows and columns of the highest-scored entry of each tensor, bundle by bundle.
 
         If several entries have the highest score, the first of these entries is chosen.
 
         Args:
-            peaks: For each bundle, the largest score of every row.
+            peaks: Largest score of every row, as one tensor per bundle.
             finite: Function that replaces infinities and NaN in scores.
         """
         for b, s, highest in zip(self.bundles, self.scores, peaks):
@@ -115,7 +115,7 @@ class Scores:
             yield rows, ops.cast(ops.argmax(best, axis=1), "int32")
 
     def to_rows(self, rows, values):
-        """Repeat the value of each ranking for all rows of a bundle that belong to the ranking."""
+        """Expand one value per ranking to one value per row of a bundle."""
         return values[0] if self.together else ops.take(values, rows.tensor)[:, None]
 
     def reduce_by_ranking(self, values, reduce, neutral):

@@ -43,8 +43,8 @@ def top_k(scores: Scores, kept, first=None):
     Args:
         scores: Scores of all tensors.
         kept: Number of scores to keep per ranking, int32.
-        first: For every tensor, the number of its best entries that are always kept. Defaults to
-            None, which means 0.
+        first: Number of the best entries of every tensor that are always kept. Defaults to None,
+            which means 0.
     """
     if first is not None and max(first) > 1:
         # Give the best entries of each tensor a score above all other scores.
@@ -73,7 +73,7 @@ def top_k(scores: Scores, kept, first=None):
 
 
 def kth(scores: Scores, kept):
-    """Return, for every ranking, the highest score that is not among the `kept` highest scores.
+    """Return the highest score of every ranking that is not among its `kept` highest scores.
 
     If all scores are kept, return a number below all scores.
     """
@@ -101,7 +101,7 @@ def _peaks(scores: Scores):
 
 
 def _is_finite(scores: Scores, low, above, between):
-    """Return, for every ranking, whether all scores near the threshold are finite.
+    """Return whether all scores near the threshold of each ranking are finite.
 
     A score of minus infinity would be tied with the smallest finite score.
     """
@@ -137,7 +137,7 @@ def _bounds(scores: Scores, kept):
         place = ops.minimum(ops.cast(ops.maximum(place, 0), "int32"), ops.maximum(sizes - 1, 0))
         return ops.take(sample, ops.minimum(first + place, sample.shape[0] - 1))
 
-    # Scores in an open interval around 0 are tied, so no bound may lie within such a tie.
+    # All scores in an open interval around 0 are tied, so no bound may lie inside this interval.
     low = ops.where(lower < ops.cast(sizes, "float32"), at(lower), -np.inf)
     low = ops.where(ops.abs(low) < SMALLEST, 0.0, low)
     high = ops.where((upper >= 0) & (sizes > 0), at(upper), np.inf)
@@ -146,7 +146,7 @@ def _bounds(scores: Scores, kept):
 
 
 def _limits(scores: Scores) -> list[int]:
-    """Return, for every bundle, the maximum number of scores between the bounds that are copied."""
+    """Return the maximum number of scores between the bounds that are copied from every bundle."""
     if scores.count <= _SORTED:
         return [len(b.tensor) * ROW_WIDTH for b in scores.bundles]
 
@@ -167,9 +167,9 @@ class _Between:
 
     Attributes:
         values: Scores in descending order, grouped by ranking, followed by unused entries.
-        ranks: Rank of each of these scores within its ranking, from 0.
-        first: For each ranking, the index of its first score in `values`.
-        counts: For each ranking, the number of its scores in `values`.
+        ranks: Rank of each score in `values` within its ranking, from 0.
+        first: Index of each ranking's first score in `values`.
+        counts: Number of each ranking's scores in `values`.
     """
 
     def __init__(self, scores: Scores, low, above):
@@ -192,8 +192,8 @@ class _Between:
             self.places.append(place)
             used.append(is_used)
         values, used = ops.concatenate(values), ops.concatenate(used)
-        # As in a search, positive scores below `SMALLEST` are tied, and so are the other scores
-        # this close to 0.
+        # As in a search, positive scores below `SMALLEST` are tied. Zeros and negative scores above
+        # `-SMALLEST` are also tied.
         tiny = ops.maximum(ops.sign(values), 0) * (SMALLEST / 2)
         order = ops.argsort(-ops.where(ops.abs(values) < SMALLEST, tiny, values))
         self.ranks = ops.arange(order.shape[0], dtype="int32")
@@ -211,8 +211,7 @@ class _Between:
         self._order, self.values = order, ops.take(values, order)
 
     def of_ranking(self, values):
-        """Return, for each entry of the sorted scores, the value of its ranking, and 0 for unused
-        entries."""
+        """Expand one value per ranking to the sorted scores, with 0 for unused entries."""
         if self._ranking is None:
             return values
         return ops.take(ops.append(values, ops.zeros_like(values[:1])), self._ranking)

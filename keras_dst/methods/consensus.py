@@ -1,7 +1,7 @@
 """Consensus sub-network: binary gates with polarization (arXiv 2302.10798).
 
-A structure is an output unit of a layer, or a residual branch. A gate multiplies the output of the
-structure that it controls, such as a channel:
+A structure is an output unit of a layer, or a residual branch. A gate multiplies the output of one
+structure, such as a channel:
 
 ```text
 z = 1[pi >= 0.5]        dz/dpi = 1 (straight-through)        g = mean of z over the batch
@@ -41,7 +41,8 @@ from keras_dst.methods.base import UnitMethod
 from keras_dst.regularizers import Budget, Polarization
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
-# When `project` closes a gate, it moves the gate to this distance from the decision boundary.
+# When `project` closes a gate, `project` moves the gate to this distance from the decision
+# boundary.
 _EDGE = 1e-3
 
 
@@ -59,13 +60,13 @@ class Consensus(UnitMethod):
     Initially, the mean logit is 0.1, and units with larger weights have higher logits. With the
     default penalty weights, a model of a few hundred units or more reaches the target within a few
     hundred steps of SGD or Adam. Smaller models keep more accuracy with a smaller `lambda_polar`
-    and `lambda_act`. The paper does not state these numbers.
+    and `lambda_act`. The paper does not state the initial logits and the penalty weights.
 
     Args:
         sparsity: Final fraction of the cost that is removed, a number in [0, 1) or a `Schedule`. If
             a number is given, the sparsity grows along a cubic ramp over the first half of
             training. Defaults to 0.5.
-        cost: Quantity to which the sparsity refers: `"flops"` (FLOPs of one sample) or
+        cost: Quantity in which the sparsity is measured: `"flops"` (FLOPs of one sample) or
             `"parameters"`. Defaults to `"flops"`.
         lambda_polar: Weight of the polarization penalty. Defaults to 0.5.
         lambda_act: Weight of the penalty on the cost of all open gates. Defaults to 100.
@@ -141,7 +142,8 @@ class Consensus(UnitMethod):
         return {"logit": logit, **self.build_budget(layer, name)}
 
     def build_budget(self, layer, name: str):
-        """Add variables to the layer: the cost per entry, the target cost and the progress."""
+        """Add three variables to the layer: the cost per entry, the target cost and the
+        progress."""
         state = {
             key: layer.add_weight(
                 name=f"{name}_{key}",
@@ -280,7 +282,8 @@ class Consensus(UnitMethod):
 
 
 def binary(pi, is_open):
-    """Return 1 for open gates and 0 for closed gates; pass the gradient straight through to pi."""
+    """Return 1 for open gates and 0 for closed gates, and pass the gradient straight through to
+    pi."""
     return masks.straight_through_product(ops.ones_like(pi), pi, is_open)
 
 

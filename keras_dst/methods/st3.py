@@ -79,8 +79,8 @@ class ST3(LayerMethod):
             is the minimum number of channels that every group of coupled channels keeps. Defaults
             to None, which means 1, or a quarter of the weights that `"erk"` would keep if
             `allocation="global"`.
-        counted_in: Quantity to which the sparsity refers if `pattern="channel"`: `"channels"`,
-            `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        counted_in: With `pattern="channel"`, the quantity in which the sparsity is measured:
+            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
             this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
             8.
