@@ -338,7 +338,7 @@ def bars(stored):
 
 
 def fixed_costs(stored):
-    """Return the costs of each network that zeros in its prunable kernels cannot reduce."""
+    """Return the bytes and cycles of each network that zeros in its kernels cannot reduce."""
     sparse, dense = ([stored[f"{name}_{variant}"] for name in NETS] for variant in ("90", "dense"))
     files, npus = [run["tflm"] for run in sparse], [run["vela"][NPUS[0]]["file"] for run in dense]
     return {

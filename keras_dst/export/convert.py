@@ -267,7 +267,7 @@ def _convert_in_second_python(
     environment = {
         **os.environ,
         "KERAS_BACKEND": "tensorflow",
-        "CUDA_VISIBLE_DEVICES": "-1",  # The parent process may hold all GPU memory.
+        "CUDA_VISIBLE_DEVICES": "-1",  # Use no GPU: the parent process may hold all its memory.
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # Import the user's modules.
     }
     done = subprocess.run(

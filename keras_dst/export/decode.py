@@ -86,8 +86,10 @@ def unpack(tensor: schema.TensorT, entries: np.ndarray) -> np.ndarray:
     sparse axis, the indices of the nonempty entries are stored, as in CSR.
     """
     sparsity, rank = tensor.sparsity, len(shape(tensor))
-    positions = np.zeros(1, np.int64)  # Index of each entry in the stored values.
-    found: list[np.ndarray] = []  # For each visited axis, the index of every entry along it.
+    # Position of each entry of the tensor in the array of stored values.
+    positions = np.zeros(1, np.int64)
+    # One array per visited axis, which contains the index of each entry along this axis.
+    found: list[np.ndarray] = []
     for axis in sparsity.dimMetadata:
         if axis.format == schema.DimensionType.DENSE:
             counts = np.full(len(positions), axis.denseSize)

@@ -114,7 +114,7 @@ def add_tensor(graph: schema.SubGraphT, tensor: schema.TensorT) -> int:
 def add_constant(model: schema.ModelT, graph: schema.SubGraphT, values) -> int:
     """Return the index of an int32 constant.
 
-    Add the constant if the graph does not contain it yet.
+    Add a missing constant to the graph.
     """
     array = np.asarray(values, np.int32)
     name = f"constant{array.tolist()}"
@@ -148,7 +148,7 @@ def _builtin(code: schema.OperatorCodeT) -> int:
 
 
 def op_code(model: schema.ModelT, name: str, version: int) -> int:
-    """Return the index of an op code. Add the op code to a model that lacks it."""
+    """Return the index of an op code in a model. Add a missing op code to the model."""
     builtin = getattr(schema.BuiltinOperator, name)
     for index, code in enumerate(model.operatorCodes):
         if (_builtin(code), code.version) == (builtin, version):

@@ -135,7 +135,7 @@ def sparse_region(nodes: list[Node], graph: schema.SubGraphT) -> Region:
 
 
 def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role], set[int]]:
-    """Return the group and the final roles of each op, and the ops that are in no region.
+    """Return each op's group number and final roles, and the set of ops that are in no region.
 
     A group is a set of connected ops. All ops of a group have the same group number.
     """
@@ -144,7 +144,10 @@ def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role]
     producer = {t: n for n, node in enumerate(nodes) for t in node.outputs if t not in outputs}
 
     def join(n: int) -> bool:
-        """Merge an op's group with those of its producers. Return whether a group changed."""
+        """Merge an op's group with the groups of the ops that compute its inputs.
+
+        Return whether a group changed.
+        """
         changed = False
         for t in nodes[n].inputs:
             source = producer.get(t)

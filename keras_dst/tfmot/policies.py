@@ -135,7 +135,7 @@ def _first_on_every_path(starts, is_wanted, neighbors) -> list:
     Return the operations found, or an empty list if at least one path has no such operation.
     """
     found, queue = [], list(dict.fromkeys(starts))
-    for operation in queue:  # The loop also visits operations that its body appends.
+    for operation in queue:  # The loop also visits operations that its body appends to `queue`.
         if is_wanted(operation):
             found.append(operation)
         elif operation not in neighbors:
