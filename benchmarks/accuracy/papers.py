@@ -194,7 +194,7 @@ class Log(keras.callbacks.Callback):
         self.start = time.monotonic()
         if self.first is None:
             self.first = epoch
-            # Drop the rows of epochs after the backup, because these epochs are trained again.
+            # Drop the log rows of epochs after the backup, because these epochs are trained again.
             rows = [row for row in self.rows() if row["epoch"] <= epoch]
             self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         elif self.minutes and self.start - self.begin > 60 * self.minutes:

@@ -92,7 +92,7 @@ class Weight:
 
     @property
     def op(self) -> str:
-        """Name of the first op that reads the constant, or ``"none"`` without such an op."""
+        """Name of the first op that reads the constant, or ``"none"`` if no op reads it."""
         return self.readers[0][0] if self.readers else "none"
 
     @property
@@ -337,7 +337,10 @@ def _compressed_axis(rows: np.ndarray, columns: np.ndarray) -> schema.DimensionM
 
 
 def _indices(values: np.ndarray) -> tuple[int, object]:
-    """Convert integers to a vector of the smallest possible type. Return its type code too."""
+    """Convert integers to a vector of the smallest possible type.
+
+    Return the type code and the vector.
+    """
     kinds = schema.SparseIndexVector
     largest = values.max()
     if largest <= np.iinfo(np.uint8).max:

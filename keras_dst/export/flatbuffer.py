@@ -13,7 +13,7 @@ import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-_BUFFER_ALIGNMENT = 16  # The Python API ignores `force_align` in the schema.
+_BUFFER_ALIGNMENT = 16  # The Python API of flatbuffers ignores `force_align` in the schema.
 _OP_NAMES = {code: name for name, code in vars(schema.BuiltinOperator).items() if name.isupper()}
 
 

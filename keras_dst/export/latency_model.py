@@ -2,7 +2,7 @@
 
 The latency model sums estimates of single ops on one thread. The constants of the latency model, in
 nanoseconds, were measured for single ops on an x86 CPU of 2023 and rounded. The constants for CPUs
-without AVX were measured on the same CPU with AVX hidden, as a proxy for ARM. The constants for
+without AVX were measured on the same CPU with AVX disabled, as a proxy for ARM. The constants for
 overheads and copies were not measured but guessed.
 """
 

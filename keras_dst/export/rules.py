@@ -378,7 +378,10 @@ def _faster_format(model, tensor) -> Format | None:
 
 
 def _where(model, graph, op) -> str:
-    """Describe an op by its kind and the name of its weight, or of its output without a weight."""
+    """Describe an op by its kind and a name.
+
+    The name is the name of the op's weight. An op without a weight gets the name of its output.
+    """
     kind = op_name(model, op)
     index = int(op.inputs[WEIGHT_SLOT] if kind in WEIGHT_OPS else op.outputs[0])
     return f"{kind} {_name(graph.tensors[constant_sources(model, graph).get(index, index)])}"
