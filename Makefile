@@ -134,6 +134,10 @@ test-gpu:
 	KERAS_DST_GPU=1 KERAS_BACKEND=$$backend $(PYTHON) -m pytest $(GPU_TESTS) -m "not slow" \
 	|| failed="$$failed $$backend"; done; [ -z "$$failed" ] || { echo "Failed:$$failed"; exit 1; }
 
+# Some container images set this variable. Without bytecode files, Python would compile TensorFlow,
+# JAX and PyTorch again in every process, which takes longer than most tests.
+export PYTHONDONTWRITEBYTECODE :=
+
 # pip does not compile the installed modules to bytecode, because most of them are never imported.
 INSTALL := bin/pip install -q --no-compile -c constraints.txt
 

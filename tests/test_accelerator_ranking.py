@@ -224,7 +224,7 @@ class Operations:
 # four bytes per weight.
 METHODS = {
     "Magnitude": (keras_dst.methods.Magnitude(0.9), 20),
-    "FlipOut": (keras_dst.methods.FlipOut(0.9), 30),
+    "FlipOut": (keras_dst.methods.FlipOut(0.9), 22),
     "DCIL": (keras_dst.methods.DCIL(0.9), 20),
     "OptG": (keras_dst.methods.OptG(0.9), 40),
     "RigL": (keras_dst.methods.RigL(0.9), 40),

@@ -127,20 +127,21 @@ class FlipOut(UpdateMethod):
         return Geometric(sparsity, end=number / (number + 1), rate=rate)
 
     def init(self, kernels, steps):
-        # Use the smallest integer type in which the flip counters cannot overflow.
-        dtype = "int32" if steps is None or steps >= 2**15 else "int16" if steps > 255 else "uint8"
+        # Use the smallest integer type in which `flips + 1` cannot overflow.
+        most = 2**31 - 1 if steps is None else steps + 1
+        dtype = "int32" if most >= 2**15 else "int16" if most > 255 else "uint8"
         return [{"flips": ("zeros", dtype)} for _ in kernels]
 
     def scores(self, weights, states):
         return [
-            ops.where(
-                s["mask"],
-                ops.abs(ops.cast(w, "float32")) ** self.power
-                / (ops.cast(s["flips"], "float32") + 1),
-                -1.0,
-            )
+            ops.where(s["mask"], ops.divide(self._power(w), ops.add(s["flips"], 1)), -1.0)
             for w, s in zip(weights, states)
         ]
+
+    def _power(self, w):
+        """Return |w|^p in float32. A square reads and writes the weights only once."""
+        w = ops.cast(w, "float32")
+        return ops.square(w) if self.power == 2 else ops.abs(w) ** self.power
 
     def monitored(self, state):
         flips, kept = ops.convert_to_numpy(state["flips"]), ops.convert_to_numpy(state["mask"])

@@ -57,7 +57,7 @@ def test_score(power):
 
 @pytest.mark.parametrize(
     ("steps", "dtype"),
-    [(None, "int32"), (255, "uint8"), (256, "int16"), (2**15 - 1, "int16"), (2**15, "int32")],
+    [(None, "int32"), (254, "uint8"), (255, "int16"), (2**15 - 2, "int16"), (2**15 - 1, "int32")],
 )
 def test_counters_cannot_overflow(steps, dtype):
     assert FlipOut(0.9).init([None], steps) == [{"flips": ("zeros", dtype)}]
