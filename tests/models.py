@@ -38,6 +38,17 @@ def residual():
     return keras.Model(inputs, layers.Dense(2, activation="softmax")(x))
 
 
+def shortcut():
+    """Return a network that adds two convolutions and a shortcut with a convolution."""
+    inputs = keras.Input((8, 8, 3))
+    a = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(16, 3, use_bias=False)(inputs)))
+    b = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(32, 3, use_bias=False)(a)))
+    b = layers.BatchNormalization()(layers.Conv2D(32, 3, padding="same", use_bias=False)(b))
+    a = layers.BatchNormalization()(layers.Conv2D(32, 1, use_bias=False)(a[:, 1:-1, 1:-1]))
+    x = layers.GlobalAveragePooling2D()(layers.ReLU()(a + b))
+    return keras.Model(inputs, layers.Dense(2, activation="softmax")(x))
+
+
 def nested():
     inner = keras.Sequential([layers.Dense(16, "relu"), layers.Dense(16, "relu")], name="inner")
     shared = layers.Dense(16, "relu", name="shared")
