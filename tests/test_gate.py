@@ -107,13 +107,13 @@ def test_values_of_the_gating_module():
     np.testing.assert_array_equal(array(gate(a, context)), a * np.float32([1, 0, 1]))
 
 
-def test_one_channel_stays_open_but_a_branch_may_close():
+def test_two_channels_stay_open_but_a_branch_may_close():
     a = np.ones((2, 3), "float32")
     for dependent, key, closed in [(False, "logit", -1.0), (True, "mean", 0.1)]:
         gate = Gate(dependent=dependent)
         gate.build(a.shape)
-        gate.sparse_state["gate"][key].assign(np.float32([0, 0.05, 0]) + closed)
-        np.testing.assert_array_equal(array(gate(a)), a * np.float32([0, 1, 0]))
+        gate.sparse_state["gate"][key].assign(np.float32([0, 0.05, 0.02]) + closed)
+        np.testing.assert_array_equal(array(gate(a)), a * np.float32([0, 1, 1]))
         branch = Gate(structure="branch", dependent=dependent)
         branch.build(a.shape)
         branch.sparse_state["gate"][key].assign(closed)

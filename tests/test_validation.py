@@ -36,6 +36,7 @@ ARGUMENTS = {
     "RigL(stop_step)": lambda n: methods.RigL(0.8, stop_step=n),
     "DST(frequency)": lambda n: methods.DST(0.8, frequency=n),
     "Consensus(frequency)": lambda n: methods.Consensus(0.8, frequency=n),
+    "Consensus(min_kept)": lambda n: methods.Consensus(0.8, min_kept=n),
     "n_of_m(n)": lambda n: masks.n_of_m(np.ones((4, 4), "float32"), n, 4),
     "n_of_m(m)": lambda n: masks.n_of_m(np.ones((4, 4), "float32"), 2, n),
     "top_k(kept)": lambda n: masks.top_k([np.ones(9, "float32")], n),

@@ -201,6 +201,14 @@ class Method(Configurable):
         """
         raise NotImplementedError
 
+    def least_units(self, units: int) -> int:
+        """Return the minimum number of channels that a group of coupled channels keeps.
+
+        Args:
+            units: Number of channels in the group.
+        """
+        return min(self.min_kept or 1, units)
+
     def monitored(self, state: State) -> dict[str, Tensor]:
         """Return the values of a state to log to TensorBoard, as a dict that maps names to
         values."""

@@ -168,7 +168,7 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
     FLOPs is as close as possible to `sparsity`.
 
     Args:
-        method: Pruning method that defines `allocation`, `counted_in`, `round_to` and `min_kept`.
+        method: Pruning method with `allocation`, `counted_in`, `round_to` and `least_units`.
         shapes, layouts, names: Shapes, axes and paths of all weights that the method prunes.
         sparsity: Sparsity at the current step.
     """
@@ -220,7 +220,8 @@ def _steps(groups: ChannelGroups, method) -> tuple[np.ndarray, np.ndarray]:
     """Return the rounding step and the minimum number of kept channels of every group."""
     step = method.round_to // np.gcd(method.round_to, groups.widths)
     step = np.where(groups.sizes >= 2 * step, step, 1)
-    return step, np.minimum(np.maximum(step, method.min_kept or 1), groups.sizes)
+    least = [method.least_units(int(size)) for size in groups.sizes]
+    return step, np.minimum(np.maximum(step, least), groups.sizes)
 
 
 def _own_densities(method, layouts, sparsity, names, groups) -> np.ndarray:
@@ -263,7 +264,7 @@ def rank(method, scores: Sequence[Tensor], layouts: Sequence[Layout], kept: Tens
     """Return boolean masks that keep the channels with the highest scores.
 
     Args:
-        method: Pruning method that defines `allocation`, `counted_in`, `round_to` and `min_kept`.
+        method: Pruning method with `allocation`, `counted_in`, `round_to` and `least_units`.
         scores: Saliency of all weights, in the shapes of the weights.
         layouts: Axes and coupled channels of each weight.
         kept: Result of `kept_counts`, as a tensor.
@@ -288,7 +289,7 @@ def best(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor) -> Tenso
     """Return a boolean vector that states for every channel whether the channel is kept.
 
     Args:
-        method: Pruning method that defines `allocation`, `counted_in`, `round_to` and `min_kept`.
+        method: Pruning method with `allocation`, `counted_in`, `round_to` and `least_units`.
         groups: Groups of the channels.
         saliency: Vector with one float per channel.
         kept: Result of `kept_counts`, as a tensor.

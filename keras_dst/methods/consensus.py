@@ -20,9 +20,9 @@ module, which computes pi from the input.
 
 Deviations: The gate of a trainable logit is the same for all inputs, so g = z. In inference, a
 gating module ignores its input. A gate is open if its running mean is at least 0.5 (the consensus).
-At least one unit of a layer stays open. `LayerMethod.limited` limits the gradients of closed gates.
-The target cost decreases along a cubic ramp. After the last step, a projection opens or closes
-gates until the target is met.
+Every layer keeps a minimum number of open units, see `min_kept`. `LayerMethod.limited` limits the
+gradients of closed gates. The target cost decreases along a cubic ramp. After the last step, a
+projection opens or closes gates until the target is met.
 """
 
 from __future__ import annotations
@@ -77,6 +77,10 @@ class Consensus(UnitMethod):
             closes gates after the last training step, which can reduce the accuracy. Defaults to 1,
             which means that numbers of channels are not rounded. Convolutions are fastest with a
             multiple of 8 channels.
+        min_kept: Minimum number of units that every layer keeps, and of channels that every group
+            of coupled channels keeps. Defaults to None: half of the units that the layer would keep
+            if all layers kept the same fraction of their units, but at least 2. For `sparsity` s,
+            this is `max(2, ceil(sqrt(1 - s) / 2 * units))`. Layers with fewer units keep all units.
 
     Raises:
         ValueError: If an argument is outside its range, or if `round_to` is larger than 1 and the
@@ -103,6 +107,7 @@ class Consensus(UnitMethod):
         lambda_act: float = 100.0,
         frequency: int | str | None = None,
         round_to: int = 1,
+        min_kept: int | None = None,
     ):
         self.sparsity = sparsity
         self.cost = cost
@@ -110,6 +115,7 @@ class Consensus(UnitMethod):
         self.lambda_act = lambda_act
         self.frequency = frequency
         self.round_to = round_to
+        self.min_kept = min_kept
         self.needs_use_counts = cost == "flops"
         self.counted_in = cost
         self.schedule = as_schedule(sparsity, lambda final: Cubic(final, end=0.5))
@@ -167,10 +173,24 @@ class Consensus(UnitMethod):
     def is_open(self, state, layout: Layout = KERNEL):
         """Return a boolean for every structure, which is true if the structure is open.
 
-        The output unit with the highest logit or mean gate in a layer is always open.
+        The output units with the highest logits or mean gates in a layer are always open. Their
+        number is `least_units`.
         """
         margin = state["logit"] if "logit" in state else state["mean"] - 0.5
-        return margin >= (ops.minimum(ops.max(margin), 0.0) if layout.outputs else 0.0)
+        if not layout.outputs:
+            return margin >= 0.0
+        units = ops.reshape(margin, (-1,))
+        highest, _ = ops.top_k(units, self.least_units(units.shape[0]))
+        return margin >= ops.minimum(ops.min(highest), 0.0)
+
+    def least_units(self, units: int) -> int:
+        least = self.min_kept
+        if least is None:
+            # If all layers keep the fraction q of their units, the model keeps about q**2 of its
+            # cost. With half of this fraction, all minimums together cost about a quarter of the
+            # target. A layer with a single open unit often stops learning.
+            least = max(2, math.ceil(math.sqrt(self._open_at_end) / 2 * units - 1e-9))
+        return min(least, units)
 
     def gate(self, state, layout: Layout = KERNEL):
         """Return the gates z, computed from trainable logits, with a straight-through gradient."""
@@ -228,9 +248,9 @@ class Consensus(UnitMethod):
         """Open or close the gates nearest to the decision boundary, so that the target is met.
 
         Gates are opened in descending order of pi, up to the gate at which the total cost of all
-        open gates is closest to the target. The gate with the highest pi in every layer is always
-        open. If channels are coupled, all gates of a channel are closed together, and the channel
-        with the highest pi in every group is always open.
+        open gates is closest to the target. In every layer, the gates with the highest pi are
+        always open, see `least_units`. If channels are coupled, all gates of a channel are closed
+        together, and the channels with the highest pi in every group are always open.
         """
         key = ["logit" if "logit" in s else "mean" for s in states]
         edge = [0.0 if k == "logit" else 0.5 for k in key]
@@ -245,7 +265,7 @@ class Consensus(UnitMethod):
         ]
         for p, layout in zip(pi, layouts):
             if layout.outputs:
-                p[p.argmax()] = np.inf
+                p[np.argsort(-p, kind="stable")[: self.least_units(p.size)]] = np.inf
         order = np.argsort(-np.concatenate(pi), kind="stable")
         spent = np.concatenate([[0.0], np.cumsum(np.concatenate(costs)[order])])
         count = np.argmin(np.abs(spent - self._open_at_end * spent[-1]))
@@ -272,10 +292,11 @@ class Consensus(UnitMethod):
                 stays = is_open[ids] | (ids < 0)
                 new = np.where(stays, new, np.minimum(new, -_EDGE))
                 # In a channel that stays open, the gate with the highest pi is opened. The other
-                # gates of the channel do not change.
-                best = ops.convert_to_numpy(unit).reshape(new.shape) == largest[ids]
-                if not (stays & (new >= 0)).any():
-                    best = stays
+                # gates of the channel do not change, unless the layer has too few open gates.
+                unit = ops.convert_to_numpy(unit).reshape(new.shape)
+                best = unit == largest[ids]
+                least = min(self.least_units(unit.size), np.count_nonzero(stays))
+                best |= unit >= np.sort(unit[stays])[-least]
                 new = np.where(stays & (ids >= 0) & best, np.maximum(new, 0.0), new)
             changes.append({"logit": ops.convert_to_tensor(new, "float32")})
         return changes

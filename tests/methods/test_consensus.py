@@ -1,5 +1,8 @@
 """Tests of Consensus: gates, penalties, budget, projection, and a training run in NumPy."""
 
+import re
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -73,7 +76,7 @@ def test_values_and_gradients(layout, shape, gates):
     w, g, logit = (rng.standard_normal(s).astype("float32") for s in (shape, shape, gates))
     z = (logit >= 0).astype("float32")
     assert 0 < z.mean() < 1
-    method = Consensus()
+    method = Consensus(min_kept=1)
     masked = method.apply(tensor(w), {"logit": tensor(logit)}, layout)
     np.testing.assert_array_equal(array(masked), w * z)
     mask = method.mask(tensor(w), {"logit": tensor(logit)}, layout)
@@ -88,9 +91,26 @@ def test_values_and_gradients(layout, shape, gates):
     np.testing.assert_allclose(to_logit, by_gate * sigmoid(logit) * (1 - sigmoid(logit)), rtol=1e-4)
 
 
-def test_the_best_unit_stays_open():
-    mask = Consensus().mask(tensor(np.ones((2, 3))), {"logit": tensor([-2, -1, -3])})
-    np.testing.assert_array_equal(array(mask), [[0, 1, 0]] * 2)
+@pytest.mark.parametrize(
+    ("method", "units", "expected"),
+    [
+        (Consensus(0.5), 120, 43),  # sqrt(0.5) / 2 * 120 = 42.4
+        (Consensus(0.98), 120, 9),  # sqrt(0.02) / 2 * 120 = 8.5
+        (Consensus(0.96), 40, 4),  # sqrt(0.04) / 2 * 40 = 4
+        (Consensus(0.98), 6, 2),
+        (Consensus(0.98), 1, 1),
+        (Consensus(Constant(0.96)), 40, 4),
+        (Consensus(0.98, min_kept=1), 120, 1),
+        (Consensus(0.98, min_kept=5), 120, 5),
+        (Consensus(0.98, min_kept=5), 3, 3),
+    ],
+    ids=str,
+)
+def test_the_minimum_number_of_units(method, units, expected):
+    assert method.least_units(units) == expected
+    logit = np.random.default_rng(0).standard_normal(units).astype("float32") - 9
+    is_open = array(method.is_open({"logit": tensor(logit)}))
+    np.testing.assert_array_equal(is_open, logit >= np.sort(logit)[-expected])
 
 
 @pytest.mark.parametrize("make", [
@@ -291,7 +311,7 @@ def project(method, logits, costs, weights=None, layouts=None):
 def test_projection_opens_gates_up_to_the_budget():
     # A unit of the first kernel has cost 2, and a unit of the second kernel has cost 6.
     logits = [[0.3, -0.1, 0.2, 0.5], [-0.4, 0.1, -0.2]]
-    one, two = project(Consensus(0.5), logits, [1, 3])
+    one, two = project(Consensus(0.5, min_kept=1), logits, [1, 3])
     # Gates are opened from the highest logit (0.5) to lower logits (0.3, 0.2, 0.1), until the cost
     # of the open gates reaches the target of 13. After each opened gate, the cost is 2, 4, 6 and
     # 12. The next gate would raise the cost to 14. 12 and 14 are equally close to 13, so the
@@ -301,14 +321,48 @@ def test_projection_opens_gates_up_to_the_budget():
     # The projection changes no logit that already has the right sign.
     for found, before in zip((one, two), logits):
         np.testing.assert_array_equal(found, np.float32(before))
-    one, two = project(Consensus(0.8), logits, [1, 3])
+    one, two = project(Consensus(0.8, min_kept=1), logits, [1, 3])
     # The gate with the highest logit is always open in each layer. The cost of these gates exceeds
     # the target, but no smaller cost is possible.
     np.testing.assert_array_equal(one >= 0, [0, 0, 0, 1])
     np.testing.assert_array_equal(two >= 0, [0, 1, 0])
+    one, two = project(Consensus(0.8), logits, [1, 3])
+    # By default, at least two gates of a small layer are open.
+    np.testing.assert_array_equal(one >= 0, [1, 0, 0, 1])
+    np.testing.assert_array_equal(two >= 0, [0, 1, 1])
     one, two = project(Consensus(0), logits, [1, 3])
     assert (one >= 0).all()
     assert (two >= 0).all()
+
+
+@every(2)
+@pytest.mark.parametrize(("sparsity", "min_kept"), [(0.98, None), (0.99, None), (0.98, 8)])
+def test_every_layer_of_a_residual_network_keeps_its_minimum(sparsity, min_kept):
+    keras.utils.set_random_seed(0)
+    model = models.shortcut()
+    method = Consensus(sparsity, cost="parameters", min_kept=min_kept)
+    keras_dst.sparsify(model, method)
+    models.compiled(model, keras.optimizers.SGD(0.1, momentum=0.9))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        history = model.fit(
+            *models.data(), batch_size=16, epochs=4, verbose=0, callbacks=[SparseTraining()]
+        ).history
+    assert np.isfinite(history["loss"]).all()
+    missed = [str(w.message) for w in caught if "missed by" in str(w.message)]
+    if min_kept:  # Eight units per layer cost more than 2 % of all weights.
+        assert len(missed) == 1
+        assert re.search("reached fraction .*, but the target is 0.98: missed by 0.0", missed[0])
+    else:
+        assert not missed
+    for layer in model.layers[:-1]:
+        if getattr(layer, "filters", None):
+            gates = layer.sparse_state["kernel"]["logit"].numpy() >= 0
+            assert gates.sum() >= (min_kept or 2)
+    assert all(np.isfinite(w.numpy()).all() for w in model.trainable_weights)
+    small = keras_dst.shrink(keras_dst.strip(model))
+    if not min_kept:
+        assert small.count_params() / model.count_params() == pytest.approx(1 - sparsity, abs=0.015)
 
 
 # -- the trajectory --------------------------------------------------------------------------------
@@ -371,6 +425,7 @@ def test_defaults():
         "lambda_act": 100.0,
         "frequency": None,
         "round_to": 1,
+        "min_kept": None,
     }
     assert Consensus(0.25).schedule == Cubic(0.25, end=0.5)
 
@@ -385,6 +440,7 @@ def test_defaults():
         ({"lambda_act": float("nan")}, "lambda_act must be a number >= 0"),
         ({"frequency": 0}, "frequency must be a whole number >= 1"),
         ({"round_to": 0}, "round_to must be a whole number >= 1"),
+        ({"min_kept": 0}, "min_kept must be a whole number >= 1"),
     ],
 )
 def test_invalid_arguments_raise(arguments, message):
