@@ -161,15 +161,18 @@ bench-methods: $(TEST_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.accuracy.methods mnist
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.accuracy.methods cifar10
 
-# You can stop a run at any time, or it stops after MINUTES. The next run continues from a backup in
-# build/papers.
-MINUTES ?= 0
-SEED ?= 0
-bench-papers: $(TEST_READY)
-	for sparsity in 0.95 0.9 0.98; do \
-	for method in dense DCIL OptG ST-3 "ST-3 sigma" Magnitude "Magnitude, revival" DST RigL SET FlipOut; do \
-	KERAS_BACKEND=jax $(RUN) -m benchmarks.accuracy.papers resnet-32-16 "$$method" $$sparsity \
-	--seed $(SEED) --minutes $(MINUTES) || exit 1; done; done
+# Train the networks of one table, for example NET=resnet-32-16, or of all tables. METHOD, SPARSITY
+# and SEED select runs, and RECIPE=dcil selects the recipe of the paper on DCIL. JOBS runs share the
+# GPU. You can stop the command at any time, or it stops after MINUTES. The next command continues
+# from the backups in BACKUP, on the same or on another machine. GPU_PYTHON names a Python that has
+# keras, and JAX for the GPU. IMAGES, EPOCHS and BATCH shorten the runs, which are then not stored.
+BACKUP ?= build/papers
+bench-papers: $(if $(GPU_PYTHON),,$(TEST_READY))
+	KERAS_BACKEND=jax $(or $(GPU_PYTHON),$(VENV)/bin/python) -m benchmarks.accuracy.papers \
+	$(if $(NET),--nets $(NET)) $(if $(METHOD),--methods $(METHOD)) $(if $(SEED),--seeds $(SEED)) \
+	$(if $(SPARSITY),--sparsities $(SPARSITY)) $(RECIPE:%=--recipe %) $(JOBS:%=--jobs %) \
+	$(MINUTES:%=--minutes %) --backup $(BACKUP) \
+	$(IMAGES:%=--images %) $(EPOCHS:%=--epochs %) $(BATCH:%=--batch %)
 
 bench-recalibration: $(TEST_READY)
 	KERAS_BACKEND=torch $(RUN) -m benchmarks.accuracy.recalibration

@@ -1,30 +1,44 @@
 """Train networks on CIFAR-10 for as many epochs as in the papers: results/papers.
 
-python -m benchmarks.accuracy.papers resnet-32-16 DCIL 0.95 --seed 0 --minutes 10 --backup FOLDER
-    Train for at most ten minutes, and write a backup after each epoch. To continue from the backup,
-    repeat the command, on the same or on another machine. The command that trains the last epoch
-    stores the run.
+python -m benchmarks.accuracy.papers --nets resnet-32-16 --jobs 4
+    Train all runs of a table: every method, sparsity and seed. Four runs share the GPU. Runs that
+    are already stored are skipped.
 
-python -m benchmarks.accuracy.papers resnet-32-16 DCIL 0.95 --steps 20
-    Train for a few steps of the first epoch, and print the loss. Nothing is stored.
+python -m benchmarks.accuracy.papers --nets resnet-32-16 --methods DCIL --sparsities 0.95 \
+    --seeds 0 --minutes 10 --backup FOLDER
+    Train one run for at most ten minutes. A backup is written after each epoch, so the command can
+    be stopped at any time. To continue from the backup, repeat the command, on the same or on
+    another machine. The command that trains the last epoch stores the run.
+
+python -m benchmarks.accuracy.papers --nets resnet-32-16 --images 640 --epochs 20 --batch 32
+    Train on fewer images, for fewer epochs or with smaller batches. The results of such runs are
+    stored only in the folder of the backup.
 
 python -m benchmarks.accuracy.papers --table
-    Write the table from the stored runs.
+    Write the tables from the stored runs.
 
 All methods are trained by SGD with Nesterov momentum 0.9 and batch size 128. All trainable weights
-are L2-regularized. The learning rate rises for five epochs, and then decays along a cosine. The
-images are randomly cropped and flipped. Accuracy is the test accuracy of the stripped model after
-the last epoch. Several runs may share one GPU. A separate thread prepares the images of the next
-epoch.
+are L2-regularized. In the common recipe, the learning rate rises for five epochs, and then decays
+along a cosine. The images are randomly cropped and flipped. A separate thread prepares the images
+of the next epoch. Accuracy is the test accuracy of the stripped model after the last epoch.
+
+In ResNet-56, the methods prune whole channels, and the sparsity is the removed fraction of the
+FLOPs. Consensus removes whole units, so it is compared only with methods that prune channels.
 """
 
 import argparse
 import collections
 import concurrent.futures
 import functools
+import itertools
 import json
+import multiprocessing
+import os
 import pathlib
+import shutil
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import keras
 import numpy as np
@@ -32,19 +46,63 @@ from keras import layers, ops
 
 import keras_dst
 from benchmarks import results
+from benchmarks.accuracy import channels
 from benchmarks.accuracy.methods import METHODS as COMMON
 from benchmarks.data import apply_method, load
-from keras_dst.methods import DST, ST3
+from keras_dst.methods import DST, ST3, Consensus
 
 BENCHMARK = "papers"
 BATCH = 128
-RATE, DECAY, WARMUP = 0.1, 5e-4, 5  # WARMUP is a number of epochs.
-SPARSITIES = (0.9, 0.95, 0.98)
+WARMUP = 5  # Epochs in which the learning rate rises.
+SEEDS = (0, 1, 2)
+
+# Functions that create a method from its sparsity.
 METHODS = {
-    **COMMON,
-    "DST": lambda s: DST(sparsity=s, alpha=5e-6),
+    "DCIL": COMMON["DCIL"],
+    "OptG": COMMON["OptG"],
+    "ST-3": COMMON["ST-3"],
     "ST-3 sigma": lambda s: ST3(s, sigma=True),
+    "Magnitude": COMMON["Magnitude"],
+    "Magnitude, revival": COMMON["Magnitude, revival"],
+    "DST": lambda s: DST(sparsity=s, alpha=5e-6),
+    "RigL": COMMON["RigL"],
+    "SET": COMMON["SET"],
+    "FlipOut": COMMON["FlipOut"],
 }
+CHANNEL_METHODS = {
+    **{name: lambda s, name=name: channels.methods(s)[name] for name in channels.methods(0.5)},
+    "Consensus": Consensus,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Training recipe.
+
+    Args:
+        epochs: Number of epochs.
+        rate: Maximum of the learning rate.
+        decay: Weight decay.
+        drops: Fractions of training after which the learning rate is divided by 10. Defaults to
+            `()`: the learning rate decays along a cosine.
+        nets, methods: Networks and methods that are trained by default. Defaults to None: all.
+    """
+
+    epochs: int
+    rate: float
+    decay: float
+    drops: tuple[float, ...] = ()
+    nets: tuple[str, ...] | None = None
+    methods: tuple[str, ...] | None = None
+
+
+RECIPES = {
+    "common": Recipe(100, 0.1, 5e-4),
+    "dcil": Recipe(300, 0.2, 1e-4, (0.5, 0.75), ("resnet-32-16",), ("dense", "dcil")),
+}
+
+# Test accuracies in % that a paper reports for its own recipe.
+PUBLISHED = {("dcil", "resnet-32-16"): ("DCIL, in its paper", {0.9: "92.74", 0.95: "92.11"})}
 
 
 class Epochs(keras.utils.PyDataset):
@@ -56,11 +114,12 @@ class Epochs(keras.utils.PyDataset):
         x, y: Images with 8-bit pixels, and their class labels.
         seed: Seed of the batch order, the shifts and the flips.
         epoch: Index of the first epoch to train.
+        batch: Number of images in a batch.
     """
 
-    def __init__(self, x, y, seed, epoch=0):
+    def __init__(self, x, y, seed, epoch=0, batch=BATCH):
         super().__init__()
-        self.y, self.rng = y, np.random.default_rng(seed)
+        self.y, self.batch, self.rng = y, batch, np.random.default_rng(seed)
         self.padded = np.pad(x, ((0, 0), (4, 4), (4, 4), (0, 0)))
         border = np.ones(self.padded.shape[1:3], bool)
         border[4:-4, 4:-4] = False
@@ -89,30 +148,42 @@ class Epochs(keras.utils.PyDataset):
         return x, self.y[order]
 
     def __len__(self):
-        return len(self.y) // BATCH
+        return len(self.y) // self.batch
 
     def __getitem__(self, index):
-        x, y = self.now
-        return x[index * BATCH : (index + 1) * BATCH], y[index * BATCH : (index + 1) * BATCH]
+        chosen = slice(index * self.batch, (index + 1) * self.batch)
+        return tuple(part[chosen] for part in self.now)
 
     def on_epoch_end(self):
         self.now, self.coming = self.coming.result(), self.pool.submit(self._images)
 
 
 @keras.saving.register_keras_serializable("keras_dst.benchmarks")
-class WarmCosine(keras.optimizers.schedules.LearningRateSchedule):
-    """Learning rate that rises for `warm` steps, and then decays to 0 until step `total`."""
+class WarmRates(keras.optimizers.schedules.LearningRateSchedule):
+    """Learning rate that rises for `warm` steps, and then decays until step `total`.
 
-    def __init__(self, rate, total, warm):
-        self.rate, self.total, self.warm = rate, total, warm
+    Args:
+        rate: Maximum of the learning rate.
+        total: Number of steps of the training run.
+        warm: Number of steps in which the learning rate rises.
+        drops: Fractions of training after which the learning rate is divided by 10. Defaults to
+            `()`: the learning rate decays to 0 along a cosine.
+    """
+
+    def __init__(self, rate, total, warm, drops=()):
+        self.rate, self.total, self.warm, self.drops = rate, total, warm, tuple(drops)
 
     def get_config(self):
-        return {"rate": self.rate, "total": self.total, "warm": self.warm}
+        return {"rate": self.rate, "total": self.total, "warm": self.warm, "drops": self.drops}
 
     def __call__(self, step):
         t = ops.cast(step, "float32")
-        up = ops.minimum(1.0, (t + 1) / max(self.warm, 1))
-        return self.rate * up * 0.5 * (1 + ops.cos(np.pi * ops.minimum(t / self.total, 1.0)))
+        rate = self.rate * ops.minimum(1.0, (t + 1) / max(self.warm, 1))
+        if not self.drops:
+            return rate * 0.5 * (1 + ops.cos(np.pi * ops.minimum(t / self.total, 1.0)))
+        for drop in self.drops:
+            rate = ops.where(t >= drop * self.total, 0.1 * rate, rate)
+        return rate
 
 
 def _convolved(x, filters, size, strides, l2):
@@ -141,8 +212,8 @@ def _head(inputs, x, l2):
     return keras.Model(inputs, layers.Dense(10, kernel_regularizer=l2, bias_regularizer=l2)(x))
 
 
-def resnet(depth, width, x_train):
-    l2 = keras.regularizers.L2(DECAY / 2)
+def resnet(depth, width, x_train, decay):
+    l2 = keras.regularizers.L2(decay / 2)
     inputs, x = _begin(x_train)
     x = layers.ReLU()(_convolved(x, width, 3, 1, l2))
     for filters in (width, 2 * width, 4 * width):
@@ -156,8 +227,8 @@ def resnet(depth, width, x_train):
     return _head(inputs, layers.GlobalAveragePooling2D()(x), l2)
 
 
-def vgg_19(x_train):
-    l2 = keras.regularizers.L2(DECAY / 2)
+def vgg_19(x_train, decay):
+    l2 = keras.regularizers.L2(decay / 2)
     inputs, x = _begin(x_train)
     for number, width in ((2, 64), (2, 128), (4, 256), (4, 512), (4, 512)):
         for _ in range(number):
@@ -166,14 +237,82 @@ def vgg_19(x_train):
     return _head(inputs, layers.Flatten()(x), l2)
 
 
-# Title and network. Titles contain the numbers of channels, because papers use the same name for
-# different networks.
+@dataclass(frozen=True)
+class Net:
+    """Network of a table, the methods that prune it, and their sparsities.
+
+    Titles contain the numbers of channels, because papers use the same name for different networks.
+    """
+
+    title: str
+    build: Callable
+    methods: dict[str, Callable]
+    sparsities: tuple[float, ...]
+
+
 NETS = {
-    "resnet-32-16": ("ResNet-32 (16-32-64)", functools.partial(resnet, 32, 16)),
-    "resnet-32-32": ("ResNet-32 (32-64-128)", functools.partial(resnet, 32, 32)),
-    "resnet-56-16": ("ResNet-56 (16-32-64)", functools.partial(resnet, 56, 16)),
-    "vgg-19": ("VGG-19 (64-512)", vgg_19),
+    name: Net(title, build, METHODS, (0.95, 0.9, 0.98))
+    for name, title, build in (
+        ("resnet-32-16", "ResNet-32 (16-32-64)", functools.partial(resnet, 32, 16)),
+        ("resnet-32-32", "ResNet-32 (32-64-128)", functools.partial(resnet, 32, 32)),
+        ("vgg-19", "VGG-19 (64-512)", vgg_19),
+    )
 }
+NETS["resnet-56-16"] = Net(
+    "ResNet-56 (16-32-64)", functools.partial(resnet, 56, 16), CHANNEL_METHODS, (0.5, 0.75)
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Settings of one training run.
+
+    Args:
+        net: Key of `NETS`.
+        method: Name of a method, or `"dense"`.
+        sparsity: Final sparsity. A dense run has the sparsity 0.
+        seed: Seed of the initial weights and of the data.
+        recipe: Key of `RECIPES`.
+        images, epochs, batch: Number of training images, epochs and images per batch. Defaults to
+            None: all images, and the numbers of the recipe.
+    """
+
+    net: str
+    method: str
+    sparsity: float
+    seed: int
+    recipe: str = "common"
+    images: int | None = None
+    epochs: int | None = None
+    batch: int | None = None
+
+    @property
+    def is_short(self) -> bool:
+        """Whether images, epochs or batch differ from the recipe. Such runs are not stored."""
+        return (self.images, self.epochs, self.batch) != (None, None, None)
+
+    @property
+    def length(self) -> int:
+        """Number of epochs."""
+        return self.epochs or RECIPES[self.recipe].epochs
+
+    @property
+    def name(self) -> str:
+        """Name under which the run is stored."""
+        kind = "dense" if self.method == "dense" else f"{_slug(self.method)}_{self.sparsity}"
+        recipe = "" if self.recipe == "common" else f"{self.recipe}-recipe-"
+        name = f"{self.net}_{kind}_{recipe}{self.length}_seed{self.seed}"
+        if self.is_short:
+            name += f"_{self.images or 'all'}-images_batch-{self.batch or BATCH}"
+        return name
+
+    @property
+    def command(self) -> str:
+        """Command that trains the run."""
+        method = _slug(self.method)
+        command = f"make bench-papers NET={self.net} METHOD={method} SEED={self.seed}"
+        command += "" if method == "dense" else f" SPARSITY={self.sparsity}"
+        return command + ("" if self.recipe == "common" else f" RECIPE={self.recipe}")
 
 
 class Paused(Exception):
@@ -181,14 +320,20 @@ class Paused(Exception):
 
 
 class Log(keras.callbacks.Callback):
-    """Callback that logs each epoch to a file and stops the training at the time limit."""
+    """Callback that logs each epoch to a file and stops the training after the deadline.
 
-    def __init__(self, path, minutes):
+    Args:
+        path: File of the log.
+        deadline: Value of `time.monotonic()` after which no further epoch begins. At least one
+            epoch is trained.
+    """
+
+    def __init__(self, path, deadline=None):
         super().__init__()
-        self.path, self.minutes = path, minutes
+        self.path, self.deadline = path, deadline
 
     def on_train_begin(self, logs=None):
-        self.begin, self.first = time.monotonic(), None
+        self.first = None
 
     def on_epoch_begin(self, epoch, logs=None):
         self.start = time.monotonic()
@@ -197,7 +342,7 @@ class Log(keras.callbacks.Callback):
             # Drop the log rows of epochs after the backup, because these epochs are trained again.
             rows = [row for row in self.rows() if row["epoch"] <= epoch]
             self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        elif self.minutes and self.start - self.begin > 60 * self.minutes:
+        elif self.deadline is not None and self.start > self.deadline:
             raise Paused  # The backup already contains the last finished epoch.
 
     def on_epoch_end(self, epoch, logs=None):
@@ -210,78 +355,145 @@ class Log(keras.callbacks.Callback):
         return [*map(json.loads, self.path.read_text().splitlines())] if self.path.exists() else []
 
 
-def compiled(net, method, seed, epochs, data, epoch=0):
-    """Return the compiled model of a run, and its training data from index `epoch` on."""
-    keras.utils.set_random_seed(seed)
+def data_of(run):
+    """Return the training data and the test data of a run."""
+    (x, y), (x_test, y_test) = load("cifar10")
+    train = x[: run.images], y[: run.images].ravel().astype("int32")
+    return train, (x_test, y_test.ravel().astype("int32"))
+
+
+def compiled(run, data, epoch=0):
+    """Return the compiled model of a run, its method, and its data from index `epoch` on."""
+    keras.utils.set_random_seed(run.seed)
     (x, y), _ = data
-    model = NETS[net][1](x)
-    batches = Epochs(x, y, seed, epoch)
-    rates = WarmCosine(RATE, epochs * len(batches), WARMUP * len(batches))
+    net, recipe = NETS[run.net], RECIPES[run.recipe]
+    model = net.build(x, recipe.decay)
+    batches = Epochs(x, y, run.seed, epoch, run.batch or BATCH)
+    steps = len(batches)
+    rates = WarmRates(recipe.rate, run.length * steps, WARMUP * steps, recipe.drops)
     optimizer = keras.optimizers.SGD(rates, momentum=0.9, nesterov=True)
-    optimizer = apply_method(method, model, optimizer)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer, loss, metrics=["accuracy"])
-    return model, batches
+    method = None if run.method == "dense" else net.methods[run.method](run.sparsity)
+    model.compile(apply_method(method, model, optimizer), loss, metrics=["accuracy"])
+    return model, method, batches
 
 
-def run(net, method_name, sparsity, seed, epochs, data, backup, minutes=None):
-    """Train to the last epoch and return the results.
+def train(run, data, backup, deadline=None):
+    """Train to the last epoch. Return the stripped model and the results of the run.
 
-    Return None if the time limit stops the training before the last epoch.
+    Args:
+        run: Settings of the run.
+        data: Training data and test data.
+        backup: Folder of the backup and of the log. If the folder contains a backup, training
+            continues from it.
+        deadline: Value of `time.monotonic()` after which no further epoch begins.
+
+    Raises:
+        Paused: If the deadline passes before the last epoch.
     """
     backup.mkdir(parents=True, exist_ok=True)
     record = backup / "weights" / "training.json"
     epoch = json.loads(record.read_text())["epoch"] if record.exists() else 0
-    method = COMMON[method_name] if method_name == "dense" else METHODS[method_name](sparsity)
-    model, batches = compiled(net, method, seed, epochs, data, epoch)
-    log = Log(backup / "epochs.jsonl", minutes)
+    model, method, batches = compiled(run, data, epoch)
+    log = Log(backup / "epochs.jsonl", deadline)
     callbacks = [keras_dst.callbacks.SparseTraining()] if method else []
-    callbacks += [keras_dst.callbacks.BackupAndRestore(backup / "weights"), log]
-    try:
-        model.fit(batches, epochs=epochs, verbose=0, shuffle=False, callbacks=callbacks)
-    except Paused:
-        print(f"paused after epoch {log.rows()[-1]['epoch']} of {epochs}", flush=True)
-        return None
+    # The backup is kept until the results are stored.
+    callbacks += [
+        keras_dst.callbacks.BackupAndRestore(backup / "weights", delete_checkpoint=False),
+        log,
+    ]
+    model.fit(batches, epochs=run.length, verbose=0, shuffle=False, callbacks=callbacks)
     keras_dst.strip(model)
-    x, y = data[1]
-    accuracy = model.evaluate(x, y, batch_size=1000, verbose=0, return_dict=True)["accuracy"]
     report = keras_dst.report(model)
-    return {
-        "net": NETS[net][0],
-        "method": method_name,
+    found = {
+        "net": NETS[run.net].title,
+        "method": run.method,
         "config": repr(method),
-        "target": sparsity,
-        "seed": seed,
-        "epochs": epochs,
-        "batch": BATCH,
-        "rate": RATE,
-        "decay": DECAY,
-        "test_accuracy": accuracy,
+        "target": run.sparsity,
+        "seed": run.seed,
+        "recipe": run.recipe,
+        "epochs": run.length,
+        "batch": run.batch or BATCH,
+        "rate": RECIPES[run.recipe].rate,
+        "decay": RECIPES[run.recipe].decay,
         "sparsity": report.sparsity,
         "layers": {row.name: row.density for row in report.layers},
-        "seconds": sum(row["seconds"] for row in log.rows()),
-        "history": log.rows(),
     }
+    if method and NETS[run.net].methods is CHANNEL_METHODS:
+        model = keras_dst.shrink(model)
+        small = keras_dst.report(model)
+        found["flops"] = small.dense_flops / report.dense_flops
+        found["parameters"] = small.parameters / report.parameters
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(loss=loss, metrics=["accuracy"])
+    x, y = data[1]
+    found["test_accuracy"] = model.evaluate(x, y, batch_size=1000, verbose=0, return_dict=True)[
+        "accuracy"
+    ]
+    found["seconds"] = sum(row["seconds"] for row in log.rows())
+    return model, found | {"history": log.rows()}
 
 
-def name_of(net, method, sparsity, epochs, seed):
-    """Return the name under which a run is stored."""
-    method = method.lower().replace(", ", "-").replace(" ", "-")
-    kind = method if method == "dense" else f"{method}_{sparsity}"
-    return f"{net}_{kind}_{epochs}_seed{seed}"
+def complete(run, backup, deadline=None):
+    """Train a run and store its results, unless the deadline passes first."""
+    if deadline is not None and time.monotonic() > deadline:
+        print(f"not started {run.name}: the time limit has passed", flush=True)
+        return
+    folder = backup / run.name
+    print(f"started {run.name}", flush=True)
+    try:
+        model, found = train(run, data_of(run), folder, deadline)
+    except Paused:
+        print(f"paused {run.name} before epoch {_epochs_in(folder) + 1}", flush=True)
+        return
+    model.save(folder / "model.keras")
+    (folder / "result.json").write_text(json.dumps(found, indent=1) + "\n")
+    if not run.is_short:
+        results.save(BENCHMARK, run.name, {"command": run.command} | found)
+    shutil.rmtree(folder / "weights")
+    print(f"finished {run.name}: {found['test_accuracy']:.4f}", flush=True)
+
+
+def _epochs_in(folder):
+    return len((folder / "epochs.jsonl").read_text().splitlines())
+
+
+def _slug(name):
+    """Return the name of a method as it is written in commands and names of runs."""
+    return name.lower().replace(", ", "-").replace(" ", "-")
+
+
+def runs_of(nets=None, methods=None, sparsities=None, seeds=SEEDS, recipe="common", **short):
+    """Return the runs of the given settings. All runs of the first seed come first.
+
+    If an argument is None, the default of the recipe or of the network is used.
+    """
+    runs = []
+    methods = methods or RECIPES[recipe].methods
+    for seed, net in itertools.product(seeds, nets or RECIPES[recipe].nets or NETS):
+        names = {_slug(name): name for name in ("dense", *NETS[net].methods)}
+        chosen = [names[method] for method in methods or names if method in names]
+        for sparsity, name in itertools.product(sparsities or NETS[net].sparsities, chosen):
+            target = 0.0 if name == "dense" else sparsity
+            runs.append(Run(net, name, target, seed, recipe, **short))
+    return list(dict.fromkeys(runs))
 
 
 def table_lines(runs):
-    """Return the lines of the tables, one table per network and number of epochs."""
+    """Return the lines of the tables, one table per network, recipe and number of epochs."""
     found = collections.defaultdict(lambda: collections.defaultdict(list))
     for each in runs:
         target = "" if each["method"] == "dense" else each["target"]
-        found[each["net"], each["epochs"]][each["method"], target].append(each)
+        key = each["net"], each.get("recipe", "common"), each["epochs"]
+        found[key][each["method"], target].append(each)
     lines = []
-    for (net, epochs), cells in found.items():
+    for (title, recipe, epochs), cells in found.items():
         targets = sorted({target for _, target in cells if target != ""})
-        lines += ["", f"## {net}, CIFAR-10, {epochs} epochs", ""]
-        lines += ["| method | seeds | " + " | ".join(f"{t:.0%} sparse" for t in targets) + " |"]
+        own = "" if recipe == "common" else f", recipe of the paper on {recipe.upper()}"
+        net = next(key for key, net in NETS.items() if net.title == title)
+        removed = "FLOPs removed" if NETS[net].methods is CHANNEL_METHODS else "sparse"
+        lines += ["", f"## {title}, CIFAR-10, {epochs} epochs{own}", ""]
+        lines += ["| method | seeds | " + " | ".join(f"{t:.0%} {removed}" for t in targets) + " |"]
         lines += ["|---|---|" + "---|" * len(targets)]
 
         def best(method, cells=cells):
@@ -290,15 +502,23 @@ def table_lines(runs):
             )
 
         for method in sorted({m for m, _ in cells}, key=best, reverse=True):
-            row, seeds = [], 0
-            for target in targets:
-                some = cells.get((method, "" if method == "dense" else target), [])
-                seeds = max(seeds, len(some))
-                row.append(
-                    results.mean_std([100 * r["test_accuracy"] for r in some]) if some else ""
-                )
-            lines.append(f"| {method} | {seeds} | " + " | ".join(row) + " |")
+            some = [cells.get((method, "" if method == "dense" else t), []) for t in targets]
+            seeds = max(map(len, some), default=0)
+            lines.append(f"| {method} | {seeds} | " + " | ".join(map(_cell, some)) + " |")
+        name, published = PUBLISHED.get((recipe, net), ("", {}))
+        if published:
+            row = " | ".join(published.get(target, "") for target in targets)
+            lines.append(f"| {name} | | {row} |")
     return lines
+
+
+def _cell(runs):
+    if not runs:
+        return ""
+    accuracy = results.mean_std([100 * run["test_accuracy"] for run in runs])
+    if "flops" not in runs[0]:
+        return accuracy
+    return f"{accuracy} ({results.mean_std([run['flops'] for run in runs])})"
 
 
 def table():
@@ -307,46 +527,51 @@ def table():
         "",
         "The tables show the test accuracy in % after the last epoch as mean and standard "
         "deviation over the seeds. Network, data, optimizer and number of epochs are the same "
-        "for every method, and no method is tuned. `make bench-papers` trains the networks and "
-        "writes this page.",
+        "for every method of a table, and no method is tuned. `make bench-papers` trains the "
+        "networks and writes this page.",
     ]
     results.write_index(BENCHMARK, intro + table_lines(results.runs(BENCHMARK).values()))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("net", nargs="?", choices=NETS)
-    parser.add_argument("method", nargs="?", choices=METHODS)
-    parser.add_argument("sparsity", nargs="?", type=float, default=0.0)
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float)
-    parser.add_argument("--steps", type=int)
+    names = sorted({_slug(name) for net in NETS.values() for name in ("dense", *net.methods)})
+    several = {"nargs": "+"}
+    parser.add_argument("--nets", **several, choices=NETS)
+    parser.add_argument("--methods", **several, type=_slug, choices=names)
+    parser.add_argument("--sparsities", **several, type=float)
+    parser.add_argument("--seeds", **several, type=int, default=SEEDS)
+    parser.add_argument("--recipe", choices=RECIPES, default="common")
+    parser.add_argument("--jobs", type=int, default=1, help="number of runs at a time")
+    parser.add_argument("--minutes", type=float, help="time limit of the command")
     parser.add_argument("--backup", type=pathlib.Path, default=pathlib.Path("build/papers"))
-    parser.add_argument("--table", action="store_true")
+    short = parser.add_argument_group("short runs, which are not stored in results/")
+    for option in ("--images", "--epochs", "--batch"):
+        short.add_argument(option, type=int)
+    parser.add_argument("--table", action="store_true", help="train nothing, write the tables")
     args = parser.parse_args()
-    if args.net and not args.method:
-        parser.error("Expected a method after the network.")
-    if args.net:
-        name = name_of(args.net, args.method, args.sparsity, args.epochs, args.seed)
-        (x, y), (x_test, y_test) = load("cifar10")
-        data = (x, y.ravel().astype("int32")), (x_test, y_test.ravel().astype("int32"))
-        if args.steps:
-            method = None if args.method == "dense" else METHODS[args.method](args.sparsity)
-            model, batches = compiled(args.net, method, args.seed, args.epochs, data)
-            driver = [keras_dst.callbacks.SparseTraining(epochs=args.epochs)] if method else []
-            options = {"epochs": 1, "steps_per_epoch": args.steps, "shuffle": False}
-            print(model.fit(batches, verbose=0, callbacks=driver, **options).history)
-            return
-        if name not in results.runs(BENCHMARK):
-            found = run(
-                args.net, args.method, args.sparsity, args.seed, args.epochs, data,
-                args.backup / name, args.minutes,
-            )  # fmt: skip
-            if found is None:
-                return
-            command = f"python -m benchmarks.accuracy.papers {args.net} {args.method}"
-            results.save(BENCHMARK, name, {"command": command} | found)
+    if not args.table:
+        runs = runs_of(
+            args.nets, args.methods, args.sparsities, args.seeds, args.recipe,
+            images=args.images, epochs=args.epochs, batch=args.batch,
+        )  # fmt: skip
+        if not runs:
+            parser.error(f"Expected methods of the given networks. Received: {args.methods}")
+        stored = results.runs(BENCHMARK)
+        stored |= {path.parent.name: None for path in args.backup.glob("*_batch-*/result.json")}
+        deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # Several runs share one GPU.
+        context = multiprocessing.get_context("spawn")  # JAX must start in each process.
+        with concurrent.futures.ProcessPoolExecutor(
+            args.jobs, mp_context=context, max_tasks_per_child=1
+        ) as pool:
+            tasks = [
+                pool.submit(complete, run, args.backup, deadline)
+                for run in runs
+                if run.name not in stored
+            ]
+        for task in tasks:
+            task.result()  # Raise the error of a failed run.
     table()
 
 
