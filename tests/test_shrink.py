@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 
 import keras
 import numpy as np
@@ -12,6 +13,7 @@ from keras import layers
 
 import keras_dst
 from keras_dst._backend.jit import jit
+from keras_dst._structure.build import build
 from keras_dst._structure.handlers import KernelLayer
 from keras_dst._structure.plan import Plan
 from keras_dst.methods import DST, Consensus, Magnitude
@@ -288,6 +290,29 @@ def test_shrink_separable_convolutions():
     # A channel can be removed if it is 0 everywhere, because its padding is also 0.
     kill(model, "two", bias=True)
     check(model, one=3, two=2, three=2)
+
+
+@once
+def test_shrink_of_wide_separable_convolutions_needs_little_memory():
+    """The product of a depthwise and a pointwise kernel is never computed.
+
+    In float64, the product would need nine times as many entries as the pointwise kernel, and
+    eighteen times its memory.
+    """
+    model = sequential(
+        (6, 6, 512),
+        layers.SeparableConv2D(512, 3, padding="same", activation="relu", name="one"),
+        layers.SeparableConv2D(512, 3, padding="same", name="two"),
+        layers.GlobalAveragePooling2D(),
+    )
+    kill(model, "one", bias=True)
+    size = sum(variable.numpy().nbytes for variable in model.weights)
+    tracemalloc.start()
+    build(Plan(model))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * size, f"{peak / size:.1f} times the weights"
+    check(model, one=256, two=512)
 
 
 @once
