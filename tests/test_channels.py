@@ -13,7 +13,7 @@ from keras_dst.callbacks import SparseTraining
 from keras_dst.schedules import Constant, Cubic
 from tests.backends import every
 
-pytestmark = every(3)
+pytestmark = every(6)
 
 X = np.random.default_rng(0).standard_normal((32, 8, 8, 3)).astype("float32")
 Y = np.arange(32) % 5

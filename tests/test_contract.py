@@ -157,7 +157,7 @@ def test_target_log_second_fit_and_strip(method):
     assert not any(type(z).__module__.startswith("keras_dst") for z in model._flatten_layers())
 
 
-@every(4)
+@every(8)
 @pytest.mark.parametrize("name", ["set", *KINDS, *OWN])
 def test_saved_and_resumed_equals_uninterrupted(name, tmp_path):
     method = METHODS[name]
@@ -259,7 +259,7 @@ INNER = {
 }
 
 
-@every(4)
+@every(8)
 @pytest.mark.parametrize("inner", INNER)
 def test_training_with_every_inner_optimizer(one_of_each, inner):
     if inner != "all" and (COMPILES or (QUICK and one_of_each[0] not in ONE_OF_A_FAMILY)):
@@ -284,7 +284,7 @@ def test_training_with_every_inner_optimizer(one_of_each, inner):
     check_target(model, one_of_each)
 
 
-@every(5)
+@every(10)
 @pytest.mark.parametrize(
     "compile_arguments",
     [{"run_eagerly": True}, {"steps_per_execution": 4}, {"jit_compile": True}],

@@ -16,7 +16,7 @@ from tests.gradients import gradients
 # These training runs are too short to reach the target, so `fit` warns. test_callbacks.py tests the
 # warning.
 pytestmark = [
-    every(2),
+    every(4),
     pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning"),
 ]
 

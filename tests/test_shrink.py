@@ -20,7 +20,7 @@ from keras_dst.methods import DST, Consensus, Magnitude
 from tests import models
 from tests.backends import every, once
 
-pytestmark = every(4)
+pytestmark = every(8)
 
 # Fewer examples are tested on JAX and TensorFlow, because JAX compiles and TensorFlow traces every
 # op of a random network.

@@ -17,7 +17,7 @@ from tests import models, reference
 from tests.backends import every
 from tests.gradients import gradients
 
-pytestmark = every(3)
+pytestmark = every(6)
 
 DEPTHWISE = Layout(outputs=(-2, -1), inputs=())
 TRANSPOSED = Layout(outputs=(-2,), inputs=(-1,))

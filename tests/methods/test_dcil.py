@@ -15,7 +15,7 @@ from tests import models, reference
 from tests.backends import every
 from tests.gradients import gradients
 
-pytestmark = every(3)
+pytestmark = every(6)
 
 RNG = np.random.default_rng(0)
 

@@ -14,7 +14,7 @@ from keras_dst.methods import Magnitude
 from keras_dst.schedules import Constant, Cubic, Sigmoid
 from tests.backends import every
 
-pytestmark = every(3)
+pytestmark = every(6)
 
 DEPTHWISE = Layout(outputs=(-2, -1), inputs=())
 

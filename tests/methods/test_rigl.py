@@ -18,7 +18,7 @@ from tests import models
 from tests.backends import every
 from tests.test_optimizers import train_step
 
-pytestmark = every(3)
+pytestmark = every(6)
 
 both = pytest.mark.parametrize("cls", [SET, RigL])
 x, y = models.data(size=128)
