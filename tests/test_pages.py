@@ -68,7 +68,8 @@ def run_command(words):
             pass
         case ["keras-dst", *arguments]:
             assert cli.main(arguments) == 0
-        case ["make", *targets]:
+        case ["make", *given]:
+            targets = [word for word in given if "=" not in word]  # The others set variables.
             rules = re.findall(r"^([\w -]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert set(targets) <= {target for rule in rules for target in rule.split()}
         case ["pip", "install", package]:

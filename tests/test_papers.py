@@ -186,6 +186,8 @@ def test_tables_show_seeds_sparsities_and_published_accuracies():
         "| DCIL | 2 | 92.00 ± 0.00 |",
         "| DCIL, in its paper | | 92.74 |",
     ]
+    old = runs[-1] | {"outdated": True}
+    assert "| DCIL, earlier version | 1 | 92.00 |" in papers.table_lines([old])
     run = {"net": "ResNet-56 (16-32-64)", "epochs": 100, "method": "Consensus", "target": 0.5}
     lines = papers.table_lines([run | {"test_accuracy": 0.9, "flops": 0.49}])
     assert lines[3] == "| method | seeds | 50% FLOPs removed |"
