@@ -25,6 +25,7 @@ from keras_dst.schedules import Constant, Cubic, Geometric, Sigmoid
 
 # For every argument of every class, at least one object in this list has a value that is not the
 # default.
+GROUPS = [["stem", "project"], ["expand", ("depthwise", -2)]]
 OBJECTS = [
     Constant(0.9, begin=0.25),
     Constant(0.9, begin_step=10),
@@ -62,6 +63,13 @@ OBJECTS = [
     OptG(0.9, 0.5, "erk", "1x4", frequency=5, min_kept=8),
     ST3(0.9, True, "erk", frequency=5, min_kept=8),
     ST3(0.9, pattern="channel", counted_in="parameters", round_to=16),
+    Magnitude(0.9, pattern="channel", groups=GROUPS),
+    FlipOut(0.9, pattern="channel", groups=GROUPS),
+    OptG(0.9, pattern="channel", groups=GROUPS),
+    SET(0.9, pattern="channel", groups=GROUPS),
+    RigL(0.9, pattern="channel", groups=GROUPS),
+    ST3(0.9, pattern="channel", groups=GROUPS),
+    DCIL(0.9, pattern="channel", groups=GROUPS),
     SET(0.9, "uniform", "1x4", 0.25, stop=0.5, frequency=5, min_kept=8, seed=7),
     SET(0.9, {"conv.*": 0.5, "head": 0.25}, stop_step=100),
     RigL(0.9, "uniform", "1x4", 0.25, stop=0.5, frequency=5, min_kept=8, seed=7),

@@ -59,18 +59,21 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
     gates = any(isinstance(layer, Gate) for layer in _keras.flatten_layers(model))
     if gates and isinstance(method, UnitMethod):  # A `Gate` may multiply any tensor by its gates.
         return alone
-    if _keras.graph_of(model) is None:
+    has_graph = _keras.graph_of(model) is not None
+    if not has_graph and method.groups is None:
         return alone if method.learned else _uncoupled(model, method, layouts)
-    # This import is delayed, because most training runs need no graph of the model.
-    from keras_dst._structure.coupling import channel_groups
+    # These imports are delayed, because most training runs need no groups of channels.
+    from keras_dst._structure.coupling import CoupledChannels, channel_groups
+    from keras_dst._training.named_groups import with_named_groups
 
-    coupled = channel_groups(model)
-    under = {id(weight) for weight in weights}
+    coupled = channel_groups(model) if has_graph else CoupledChannels([], [], 0, {}, 0, 0)
+    axes = {id(weight): layout for weight, layout in zip(weights, layouts)}
+    coupled = with_named_groups(coupled, model, method, axes)
     chosen = [
         group
         for group in coupled.groups
         if not group.reason
-        and all(id(m.variable) in under for m in group.members if _makes_channel(m, group.ids))
+        and all(id(m.variable) in axes for m in group.members if _makes_channel(m, group.ids))
     ]
     if not chosen and method.learned:
         return alone
@@ -142,7 +145,8 @@ def _uncoupled(model, method: Method, layouts) -> Coupling:
         "which channels have to be removed together. The channels of each layer are ranked "
         "separately. Layers whose outputs are added therefore keep different channels, so "
         "`shrink` can remove only few channels. The layers that compute the outputs of the model "
-        "are pruned, too. Name the layers to prune with filters, or build a Functional model.",
+        "are pruned, too. Pass the layers whose channels are removed together to the method as "
+        "groups, name the layers to prune with filters, or build a Functional model.",
         stacklevel=2,
     )
     return Coupling(list(layouts), [], [])

@@ -87,6 +87,8 @@ class Method(Configurable):
             `"parameters"` or `"flops"`.
         round_to: The number of kept channels in a group is a multiple of this number. Groups with
             fewer than `2 * round_to` channels are not rounded.
+        groups: Groups of layers whose channels are removed together, for a model with its own
+            `call` method. None means that the graph of the model determines the groups.
         learned: True if training determines the sparsity, and False if a ranking determines the
             sparsity. If True, `update` receives the target sparsity of the next update instead of
             the current target, and the method must define `project`.
@@ -104,6 +106,7 @@ class Method(Configurable):
     min_kept: int | None = None
     counted_in: str = "channels"
     round_to: int = 8
+    groups: channels.ChannelNames | None = None
     learned = False
     target_quantity = "sparsity"
     driver = "keras_dst.callbacks.SparseTraining"
@@ -337,6 +340,13 @@ class Method(Configurable):
                 f"pattern={self.pattern!r}, counted_in={self.counted_in!r}, "
                 f"round_to={self.round_to!r}. Pass pattern='channel', or omit both arguments."
             )
+        if self.groups is not None and (pattern.name, self.counted_in) != ("channel", "channels"):
+            raise ValueError(
+                "groups can be used only with pattern='channel' and counted_in='channels'. "
+                f"Received: pattern={self.pattern!r}, counted_in={self.counted_in!r}. Change both "
+                "arguments, or omit groups."
+            )
+        self.groups = channels.checked_names(self.groups)
         seed = getattr(self, "seed", 0)
         if not is_integer(seed, minimum=0) or seed >= 2**31:
             raise ValueError(f"seed must be a whole number in [0, 2**31). Received: {seed!r}")

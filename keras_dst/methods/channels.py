@@ -30,11 +30,15 @@ from keras import ops
 
 from keras_dst import allocation as allocations
 from keras_dst import masks
+from keras_dst._utils.validation import is_integer
 from keras_dst.masks import Layout, Pattern
 
 Tensor = Any
 
 COUNTED_IN = ("channels", "parameters", "flops")
+
+# Groups of coupled channels that a user passes, see the argument `groups` of `Magnitude`.
+ChannelNames = Sequence[Sequence[str | tuple[str, int]]]
 
 # In a global ranking, the int32 argument `kept` holds the density in units of `1 / _PARTS`.
 _PARTS = 2**20
@@ -148,6 +152,32 @@ class Channels:
 
     def __hash__(self):
         return self._hash
+
+
+def checked_names(groups: ChannelNames | None) -> list[list] | None:
+    """Return `groups` as nested lists, or None.
+
+    Raises:
+        ValueError: If `groups` is not a list of groups with at least one entry each.
+    """
+
+    def is_entry(entry):
+        is_pair = isinstance(entry, (list, tuple)) and len(entry) == 2 and is_integer(entry[1])
+        return isinstance(entry[0] if is_pair else entry, str)
+
+    def is_list(value, is_valid):
+        return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(is_valid, value))
+
+    if groups is None:
+        return None
+    if not is_list(groups, lambda group: is_list(group, is_entry)):
+        raise ValueError(
+            "groups must be a list of lists of names, such as [['stem', 'project'], ['expand']]. "
+            "An entry can also be a pair of a name and an axis, such as ('depthwise', -2). "
+            f"Received: groups={groups!r}"
+        )
+    # A config in JSON cannot distinguish tuples from lists.
+    return [[e if isinstance(e, str) else [e[0], int(e[1])] for e in group] for group in groups]
 
 
 def groups_of(layouts: Sequence[Layout]) -> ChannelGroups | None:

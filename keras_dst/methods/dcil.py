@@ -34,6 +34,7 @@ from keras import ops
 
 from keras_dst._utils.validation import is_number
 from keras_dst.methods.base import TwoPathMethod
+from keras_dst.methods.channels import ChannelNames
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
 
@@ -74,6 +75,11 @@ class DCIL(TwoPathMethod):
         round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
             this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
             8.
+        groups: With `pattern="channel"`, the groups of coupled channels in a model with its own
+            `call` method. Each group is a list of layers whose channels are removed together. A
+            layer is given by its name or path, or by a pair of the path of a weight and the axis of
+            its channels. Channels in no group stay. Defaults to None, which means that the graph of
+            the model determines the groups.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -98,6 +104,7 @@ class DCIL(TwoPathMethod):
         min_kept: int | None = None,
         counted_in: str = "channels",
         round_to: int = 8,
+        groups: ChannelNames | None = None,
     ):
         self.sparsity = sparsity
         self.warmup = warmup
@@ -109,6 +116,7 @@ class DCIL(TwoPathMethod):
         self.min_kept = min_kept
         self.counted_in = counted_in
         self.round_to = round_to
+        self.groups = groups
         self.schedule = as_schedule(sparsity, lambda final: Cubic(final, end=0.75))
         if not (is_number(warmup) and 0 <= warmup <= 1):
             raise ValueError(

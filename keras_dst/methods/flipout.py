@@ -28,6 +28,7 @@ from keras_dst._backend import random
 from keras_dst._utils.validation import is_number
 from keras_dst.masks import masked
 from keras_dst.methods.base import SHORT, UpdateMethod, length_factor
+from keras_dst.methods.channels import ChannelNames
 from keras_dst.schedules import Cubic, Geometric, Schedule, as_schedule
 
 
@@ -65,6 +66,11 @@ class FlipOut(UpdateMethod):
         round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
             this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
             8.
+        groups: With `pattern="channel"`, the groups of coupled channels in a model with its own
+            `call` method. Each group is a list of layers whose channels are removed together. A
+            layer is given by its name or path, or by a pair of the path of a weight and the axis of
+            its channels. Channels in no group stay. Defaults to None, which means that the graph of
+            the model determines the groups.
         seed: Seed of the noise. Defaults to 0.
 
     Raises:
@@ -88,6 +94,7 @@ class FlipOut(UpdateMethod):
         min_kept: int | None = None,
         counted_in: str = "channels",
         round_to: int = 8,
+        groups: ChannelNames | None = None,
         seed: int = 0,
     ):
         self.sparsity = sparsity
@@ -100,6 +107,7 @@ class FlipOut(UpdateMethod):
         self.min_kept = min_kept
         self.counted_in = counted_in
         self.round_to = round_to
+        self.groups = groups
         self.seed = seed
         if not (is_number(power) and power > 0):
             raise ValueError(f"power must be a number > 0. Received: {power!r}")

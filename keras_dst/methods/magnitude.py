@@ -23,6 +23,7 @@ from keras_dst._utils.validation import check_boolean
 from keras_dst.masks import limit_gradient
 from keras_dst.methods import saliency
 from keras_dst.methods.base import State, UpdateMethod, gradient_limit
+from keras_dst.methods.channels import ChannelNames
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
 
@@ -61,6 +62,11 @@ class Magnitude(UpdateMethod):
         round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
             this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
             8.
+        groups: With `pattern="channel"`, the groups of coupled channels in a model with its own
+            `call` method. Each group is a list of layers whose channels are removed together. A
+            layer is given by its name or path, or by a pair of the path of a weight and the axis of
+            its channels. Channels in no group stay. Defaults to None, which means that the graph of
+            the model determines the groups.
 
     Raises:
         ValueError: If an argument is outside its range, or if `score="taylor"` is combined with a
@@ -85,6 +91,7 @@ class Magnitude(UpdateMethod):
         min_kept: int | None = None,
         counted_in: str = "channels",
         round_to: int = 8,
+        groups: ChannelNames | None = None,
     ):
         self.sparsity = sparsity
         self.allocation = allocation
@@ -95,6 +102,7 @@ class Magnitude(UpdateMethod):
         self.min_kept = min_kept
         self.counted_in = counted_in
         self.round_to = round_to
+        self.groups = groups
         self.schedule = as_schedule(sparsity, Cubic)
         self.moves_weights = revival
         self.reads_gradients = score == "taylor" or revival

@@ -30,6 +30,7 @@ from keras import ops
 from keras_dst import masks
 from keras_dst._utils.validation import is_number
 from keras_dst.methods.base import SHORT, LayerMethod
+from keras_dst.methods.channels import ChannelNames
 from keras_dst.schedules import Cubic, Schedule, Sigmoid, as_schedule
 
 # Minimum of the factor by which the learning rate of the scores is multiplied. The minimum matters
@@ -67,6 +68,11 @@ class OptG(LayerMethod):
         round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
             this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
             8.
+        groups: With `pattern="channel"`, the groups of coupled channels in a model with its own
+            `call` method. Each group is a list of layers whose channels are removed together. A
+            layer is given by its name or path, or by a pair of the path of a weight and the axis of
+            its channels. Channels in no group stay. Defaults to None, which means that the graph of
+            the model determines the groups.
 
     Raises:
         ValueError: If an argument is outside its range, or if `beta` is passed with a `Schedule`.
@@ -91,6 +97,7 @@ class OptG(LayerMethod):
         min_kept: int | None = None,
         counted_in: str = "channels",
         round_to: int = 8,
+        groups: ChannelNames | None = None,
     ):
         self.sparsity = sparsity
         self.beta = beta
@@ -100,6 +107,7 @@ class OptG(LayerMethod):
         self.min_kept = min_kept
         self.counted_in = counted_in
         self.round_to = round_to
+        self.groups = groups
         if beta is not None and not (is_number(beta) and beta > 0):
             raise ValueError(f"beta must be a number > 0. Received: {beta!r}")
         if beta is not None and isinstance(sparsity, Schedule):

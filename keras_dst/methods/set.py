@@ -29,6 +29,7 @@ from keras_dst._utils.validation import check_integer, is_number
 from keras_dst.masks import Pattern
 from keras_dst.methods import channels
 from keras_dst.methods.base import UpdateMethod
+from keras_dst.methods.channels import ChannelNames
 from keras_dst.schedules import Constant, check_sparsity
 
 # With `"uniform"`, the first weight tensor stays dense if the model keeps at least four times as
@@ -72,6 +73,11 @@ class SET(UpdateMethod):
         round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
             this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
             8.
+        groups: With `pattern="channel"`, the groups of coupled channels in a model with its own
+            `call` method. Each group is a list of layers whose channels are removed together. A
+            layer is given by its name or path, or by a pair of the path of a weight and the axis of
+            its channels. Channels in no group stay. Defaults to None, which means that the graph of
+            the model determines the groups.
         seed: Seed of the random connections. Defaults to 0.
 
     Raises:
@@ -98,6 +104,7 @@ class SET(UpdateMethod):
         min_kept: int | None = None,
         counted_in: str = "channels",
         round_to: int = 8,
+        groups: ChannelNames | None = None,
         seed: int = 0,
     ):
         self.sparsity = sparsity
@@ -110,6 +117,7 @@ class SET(UpdateMethod):
         self.min_kept = min_kept
         self.counted_in = counted_in
         self.round_to = round_to
+        self.groups = groups
         self.seed = seed
         name = type(self).__name__
         check_sparsity(sparsity, alternative=f"; {name} keeps it constant and takes no Schedule")

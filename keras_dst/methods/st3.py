@@ -47,6 +47,7 @@ from keras_dst import masks
 from keras_dst._utils.validation import check_boolean
 from keras_dst.methods import channels
 from keras_dst.methods.base import LayerMethod, UnitMethod
+from keras_dst.methods.channels import ChannelNames
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
 _EPSILON = 0.01  # The constant `e` limits the factor of a unit whose weights are all pruned.
@@ -84,6 +85,11 @@ class ST3(LayerMethod):
         round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
             this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
             8.
+        groups: With `pattern="channel"`, the groups of coupled channels in a model with its own
+            `call` method. Each group is a list of layers whose channels are removed together. A
+            layer is given by its name or path, or by a pair of the path of a weight and the axis of
+            its channels. Channels in no group stay. Defaults to None, which means that the graph of
+            the model determines the groups.
 
     Raises:
         ValueError: If an argument is outside its range, or if `pattern` is a block or N:M.
@@ -106,6 +112,7 @@ class ST3(LayerMethod):
         min_kept: int | None = None,
         counted_in: str = "channels",
         round_to: int = 8,
+        groups: ChannelNames | None = None,
     ):
         self.sparsity = sparsity
         self.sigma = check_boolean(sigma, "sigma")
@@ -115,6 +122,7 @@ class ST3(LayerMethod):
         self.min_kept = min_kept
         self.counted_in = counted_in
         self.round_to = round_to
+        self.groups = groups
         self.schedule = as_schedule(sparsity, lambda final: Cubic(final, end=0.5))
         if pattern not in ("unstructured", "channel"):
             raise ValueError(

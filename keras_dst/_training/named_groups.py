@@ -1,0 +1,122 @@
+"""Groups of coupled channels that the user names, for layers that are in no graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from keras_dst import _keras
+from keras_dst._structure.coupling import ChannelGroup, CoupledChannels
+from keras_dst._structure.unions import Member
+from keras_dst._utils.filters import is_kernel, select
+from keras_dst.layers.base import SparseMixin
+from keras_dst.masks import Layout
+from keras_dst.methods.base import Method
+
+# Names of the variables that are pruned together with the channels of a layer.
+_FOLLOWERS = ("bias", "beta", "gamma", "scale", "moving_mean")
+
+
+def with_named_groups(
+    coupled: CoupledChannels, model, method: Method, layouts: dict[int, Layout]
+) -> CoupledChannels:
+    """Return a copy of `coupled` that also contains the groups in `method.groups`.
+
+    Args:
+        coupled: Channels that the graph of the model determines.
+        model: Model that holds the layers.
+        method: Method with the names of the layers.
+        layouts: Dict from the id of every weight that the method prunes to the axes of the weight.
+
+    Raises:
+        ValueError: If a name matches no layer or weight. If the weights of a group have different
+            numbers of channels. If a weight occurs twice, or if the graph determines its channels.
+    """
+    known = {id(member.variable) for member in coupled.members}
+    groups, members, count = list(coupled.groups), list(coupled.members), coupled.count
+    for names in method.groups or ():
+        found: list[Member] = []
+        for entry in names:
+            found += _members(entry, model, method, layouts)
+        for member in found:
+            if id(member.variable) in known:
+                raise ValueError(
+                    "groups: expected every weight once, and only weights whose channels are not "
+                    f"known from the graph of the model. Received: {member.variable.path}. "
+                    "Remove this weight or its layer from groups."
+                )
+            known.add(id(member.variable))
+        widths = {m.variable.path: m.variable.shape[axis] for m in found for axis in m.axes}
+        if len(set(widths.values())) > 1:
+            raise ValueError(
+                f"groups: expected the same number of channels in all weights of {list(names)}. "
+                f"Received: {widths}. If a weight has several axes of channels, pass a pair of its "
+                "path and the axis."
+            )
+        if not any(member.output for member in found):
+            raise ValueError(
+                f"groups: expected at least one weight that {method!r} prunes in {list(names)}. "
+                f"Received only: {', '.join(widths)}. Add the layer that computes the channels."
+            )
+        ids = np.arange(count, count + next(iter(widths.values())))
+        count += len(ids)
+        found = [replace(member, axes=dict.fromkeys(member.axes, ids)) for member in found]
+        layers = list(dict.fromkeys(member.layer for member in found if member.output))
+        members += found
+        groups.append(ChannelGroup(ids, found, layers, chain="", reason=""))
+    return replace(coupled, members=members, groups=groups, count=count)
+
+
+def _members(
+    entry: str | Sequence[Any], model, method: Method, layouts: dict[int, Layout]
+) -> Iterator[Member]:
+    """Yield the variables of an entry of `groups`, without the ids of their channels."""
+    name, axis = (entry, None) if isinstance(entry, str) else entry
+    owned = {
+        id(variable): (variable, layer)
+        for layer in _keras.flatten_layers(model)
+        for variable in _own_variables(layer)
+    }
+    names = [(v.path, *filter(None, (layer.path, layer.name))) for v, layer in owned.values()]
+    chosen = select(list(owned), name, names, "groups")
+    for (variable, layer), selected in zip(owned.values(), chosen):
+        if not selected:
+            continue
+        rank = len(variable.shape)
+        if id(variable) in layouts:
+            own = _output_axis(variable, layouts[id(variable)], axis)
+            yield Member(variable, {own: np.zeros(0)}, output=own, layer=layer.name)
+        elif variable.name in _FOLLOWERS:
+            own = axis if axis is not None and -rank <= axis < 0 else -1
+            yield Member(variable, {own: np.zeros(0)}, follows=True, layer=layer.name)
+        elif is_kernel(variable):
+            raise ValueError(
+                f"groups: {method!r} does not prune {variable.path}. Select the layer with the "
+                "filters of sparsify, or remove the layer from groups."
+            )
+
+
+def _own_variables(layer) -> Iterator[Any]:
+    """Yield the variables of a layer, without inner layers and without the state of its method."""
+    states = layer.state_variables() if isinstance(layer, SparseMixin) else {}
+    method_owns = {id(variable) for variable in states.values()}
+    for variables in (_keras.trainable_variables_of, _keras.non_trainable_variables_of):
+        yield from (v for v in variables(layer) if id(v) not in method_owns)
+
+
+def _output_axis(variable, layout: Layout, axis: int | None) -> int:
+    """Return the axis of a weight's channels as a negative number."""
+    rank = len(variable.shape)
+    outputs = [a for a in layout.outputs if variable.shape[a] > 1] or list(layout.outputs)
+    if axis is not None and -rank <= axis < rank and axis % rank - rank in layout.outputs:
+        return axis % rank - rank
+    if axis is not None or len(outputs) != 1:
+        raise ValueError(
+            f"groups: expected one axis of output channels of {variable.path}, which has the shape "
+            f"{tuple(variable.shape)}. Received: axis={axis}. Pass a pair of the path and one of "
+            f"the axes {layout.outputs}."
+        )
+    return outputs[0]
