@@ -301,10 +301,33 @@ def test_biases_follow_once_no_channel_grows(make):
     assert followers[1] == followers[3] == [False] * 4
 
 
-def test_dst_warns_that_its_layers_keep_different_channels():
-    model = compiled(methods.DST(pattern="channel"))
+def test_dst_with_one_threshold_per_layer_warns_that_layers_keep_different_channels():
+    model = compiled(methods.DST(pattern="channel", granularity="layer"))
     with pytest.warns(UserWarning, match=r"coupled channels: .*stem → add.* ← project.*Magnitude"):
         fit(model, SparseTraining(), epochs=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
+@pytest.mark.parametrize("granularity", ["unit", "weight"])
+def test_dst_removes_a_channel_that_all_layers_of_a_group_have_pruned(granularity):
+    method = methods.DST(0.5, pattern="channel", granularity=granularity)
+    model = fit(compiled(method), callback := SparseTraining(), epochs=4)
+    assert callback.missed() == []
+    keras_dst.strip(model)
+    stream = units(model, "stem") | units(model, "project")
+    inner = units(model, "expand") | units(model, "depthwise", -2)
+    assert stream.sum() in (8, 16)
+    assert stream.sum() + inner.sum() in (16, 24, 32)
+    assert units(model, "classes").all()
+    for name, alive in (("stem_norm", stream), ("expand_norm", inner), ("depthwise_norm", inner)):
+        norm = model.get_layer(name)
+        assert not any(array(v)[~alive].any() for v in (norm.beta, norm.moving_mean)), name
+    small = keras_dst.shrink(model)
+    for name, kept in (("stem", stream), ("project", stream), ("expand", inner)):
+        assert small.get_layer(name).filters <= kept.sum(), name
+    np.testing.assert_allclose(
+        array(model(X, training=False)), array(small(X, training=False)), atol=1e-5
+    )
 
 
 def test_a_sparse_optimizer_does_not_prune_output_channels():

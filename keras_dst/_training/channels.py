@@ -53,7 +53,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
     alone = Coupling(list(layouts), [], [])
     if method.pattern != "channel":
         return alone
-    if method.learned and not isinstance(method, UnitMethod):
+    if method.learned and not method.couples_channels:
         _warn_of_coupled_layers(model, method)
         return alone
     gates = any(isinstance(layer, Gate) for layer in _keras.flatten_layers(model))
@@ -105,7 +105,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
         if member.follows and (numbers[ids] >= 0).any()
     ]
     # A closed gate may open again, so the biases and scales of its channel are not set to zero.
-    if method.learned:
+    if isinstance(method, UnitMethod):
         following = []
     trained = {id(variable) for variable in model.trainable_variables}
     return Coupling(
@@ -168,7 +168,7 @@ def _warn_of_coupled_layers(model, method: Method) -> None:
             f"'{model.name}' have coupled channels: {'; '.join(chains[:3])}"
             f"{'; ...' if len(chains) > 3 else ''}. `shrink` removes only the channels that are "
             "pruned in all of these layers. To remove more channels, use a method that ranks "
-            "coupled channels together, such as Magnitude.",
+            "coupled channels together, such as Magnitude, or DST with granularity='unit'.",
             stacklevel=2,
         )
 

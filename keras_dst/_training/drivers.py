@@ -243,7 +243,7 @@ def _compiled_functions(method, layouts, shapes):
         counts = ops.stack([count_all_true(mask) for mask in masks])
         if not groups:
             return counts, None
-        if isinstance(method, UnitMethod):  # A channel is removed if all its gates are closed.
+        if method.learned:  # A channel is removed if all its units are pruned.
             units = [channels.kept_units(*pair) for pair in zip(masks, layouts)]
             units = [ops.cast(unit, "float32") for unit in units]
             alive = channels.largest_of_units(units, layouts) > 0
@@ -277,7 +277,7 @@ class Driver:
         # to the assigned weights.
         self.masks_assigned = False
         self.target_quantity = method.target_quantity
-        if self.groups and not method.learned:
+        if self.groups and not isinstance(method, UnitMethod):
             self.target_quantity = f"fraction of the {method.counted_in} removed"
 
     def read_progress(self) -> tuple[int, int]:
@@ -438,6 +438,7 @@ class Driver:
         counts = self._counts(self.schedule.sparsity)
         self.assign_states(self.method.project(*values, self.layouts, counts))
         self.projected = True
+        self.mask_followers()
 
     def end(self, batches: int, warn_early: bool) -> None:
         """End the fit, and warn if the target was missed."""
@@ -530,8 +531,14 @@ class Driver:
 
     def mask_followers(self) -> None:
         """Set the biases, scales, offsets and statistics of pruned channels to zero."""
-        if self.groups and self.followers:
+        if not self.groups or not self.followers:
+            return
+        if self.method.followers_settled(*map(ops.convert_to_tensor, self._position())):
             mask_followers(self.followers, ops.convert_to_tensor(self._alive()))
+
+    def _position(self) -> tuple[int, int]:
+        """Return the current step and the number of steps of the schedule."""
+        return self.last, self.total or (self.clock.last if self.clock else 0)
 
     def _values(self) -> tuple[list, list]:
         weights = [ops.convert_to_tensor(w) for w in self.weights]
@@ -566,7 +573,8 @@ class LayerDriver(Driver):
             coupling.layouts,
             [variable.path for variable in variables],
         )
-        self.followers = [*coupling.followers, *coupling.statistics]
+        if method.schedule is not None:
+            self.followers = [*coupling.followers, *coupling.statistics]
         if isinstance(method, UnitMethod):
             costs = [method.cost_per_entry(state) for state in self.states]
             self.costs = [c for c in costs if c is not None] or None
@@ -678,12 +686,8 @@ class OptimizerDriver(Driver):
             self.optimizer.set_training_length(length)
         super().begin(length, fit, epoch, done)
 
-    def mask_followers(self):
-        if not self.followers:
-            return
-        step, total = map(ops.convert_to_tensor, (self.optimizer.step, self.optimizer.total))
-        if self.method.followers_settled(step, total):
-            super().mask_followers()
+    def _position(self):
+        return self.optimizer.step, self.optimizer.total
 
     def read_progress(self):
         return _int(self.optimizer.step), _int(self.optimizer.total)

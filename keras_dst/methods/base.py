@@ -92,6 +92,9 @@ class Method(Configurable):
         learned: True if training determines the sparsity, and False if a ranking determines the
             sparsity. If True, `update` receives the target sparsity of the next update instead of
             the current target, and the method must define `project`.
+        couples_channels: For a method with `learned = True`, whether `update` and `project` keep
+            the same channels in all layers of a group. False means that each layer is pruned
+            separately.
         target_quantity: Name of the quantity that has a target, such as `"sparsity"`. Warnings use
             this name.
         driver: Import path of the callback that updates the masks, so that the model meets the
@@ -108,6 +111,7 @@ class Method(Configurable):
     round_to: int = 8
     groups: channels.ChannelNames | None = None
     learned = False
+    couples_channels = False
     target_quantity = "sparsity"
     driver = "keras_dst.callbacks.SparseTraining"
 
@@ -211,6 +215,18 @@ class Method(Configurable):
             units: Number of channels in the group.
         """
         return min(self.min_kept or 1, units)
+
+    def followers_settled(self, step: Tensor, total: Tensor) -> bool | Tensor:
+        """Return whether biases and normalization scales of pruned channels must be 0 at this step.
+
+        This function is called in every optimizer step, or at every mask update of a `LayerMethod`,
+        if channels are coupled. By default, the function returns True.
+
+        Args:
+            step: Number of finished optimizer steps, int32.
+            total: Number of steps in the training run, int32, or 0 if the number is unknown.
+        """
+        return True
 
     def monitored(self, state: State) -> dict[str, Tensor]:
         """Return the values of a state to log to TensorBoard, as a dict that maps names to
@@ -582,6 +598,7 @@ class UnitMethod(LayerMethod):
     """
 
     pattern = "channel"
+    couples_channels = True
     needs_use_counts = False
 
     @staticmethod
@@ -765,18 +782,6 @@ class UpdateMethod(Method):
             states: States of these weights.
         """
         return [self.masked(w, s) for w, s in zip(weights, states)], [{} for _ in weights]
-
-    def followers_settled(self, step: Tensor, total: Tensor) -> bool | Tensor:
-        """Return whether biases and normalization scales of pruned channels must be 0 at this step.
-
-        The optimizer calls this function in every step if channels are coupled. By default, the
-        function returns True.
-
-        Args:
-            step: Number of finished optimizer steps, int32.
-            total: Number of steps in the training run, int32, or 0 if the number is unknown.
-        """
-        return True
 
     def masked(self, w: Tensor, state: State) -> Tensor:
         """Return one weight with its mask applied.

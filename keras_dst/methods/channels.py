@@ -42,6 +42,7 @@ ChannelNames = Sequence[Sequence[str | tuple[str, int]]]
 
 # In a global ranking, the int32 argument `kept` holds the density in units of `1 / _PARTS`.
 _PARTS = 2**20
+_LOWEST = float(np.finfo("float32").min)
 
 
 class ChannelGroups:
@@ -502,12 +503,66 @@ def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Ten
     therefore the maximum of these gates.
 
     Args:
-        values: One float tensor per weight, of any shape, with one value >= 0 per output unit.
+        values: One float32 tensor per weight, of any shape, with one value per output unit.
         layouts: Axes and coupled channels of each weight.
     """
     units = [ops.reshape(v, (-1,)) for v, layout in zip(values, layouts) if layout.channels]
-    every = ops.concatenate([*units, ops.zeros((1,), units[0].dtype)])
+    every = ops.concatenate([*units, ops.full((1,), _LOWEST, units[0].dtype)])
     return ops.max(ops.take(every, _units_of_channels(tuple(layouts))[0]), axis=1)
+
+
+def shifts(
+    method, margins: Sequence[Tensor], layouts: Sequence[Layout], kept: Tensor
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Return how far the thresholds of all output units must rise, so that the target is met.
+
+    A unit is kept if its margin is positive, and a channel is kept if one of its units is kept. The
+    margin of a channel is therefore the maximum of the margins of its units. All thresholds of a
+    group rise by the same amount.
+
+    Args:
+        method: Pruning method that defines `allocation`, `counted_in`, `round_to` and `min_kept`.
+        margins: One float32 tensor per weight, with the score minus the threshold of every unit.
+        layouts: Axes and coupled channels of each weight.
+        kept: Result of `kept_counts` for a global ranking, as a tensor.
+
+    Returns:
+        The rise of all thresholds that would meet the target without rounding, the rise of every
+        threshold, and, for every threshold, the largest rise at which its group keeps the minimum
+        number of channels. The thresholds of units that are always kept fall below their scores.
+    """
+    groups = _required(layouts)
+    largest = largest_of_units(margins, layouts)
+    small = 1e-3 * ops.mean(ops.abs(largest))
+    is_best = best(method, groups, largest, kept)
+    minimum = ops.convert_to_tensor(_steps(groups, method)[1], "int32")
+    parts = groups.split(largest)
+    limits = list(ops.unstack(masks.kth(parts, minimum), len(parts)))
+    rises = []
+    for group, (values, stays) in enumerate(zip(parts, groups.split(is_best))):
+        below = ops.max(ops.where(stays, _LOWEST, values))
+        above = ops.min(ops.where(stays, values, -_LOWEST))
+        # A threshold between both values is not sensitive to rounding errors.
+        between = ops.where(below > _LOWEST, (below + above) / 2, above - small)
+        fits = ops.logical_and(below <= 0, above > 0)
+        rises.append(ops.where(fits, 0.0, between))
+        limits[group] = ops.maximum(limits[group], ops.min(values) - small)
+    owner = np.append(groups.owner, len(groups.sizes))
+    found = []
+    for each in (rises, limits):
+        of_channels = ops.take(ops.stack([*each, ops.zeros(())]), owner)
+        units = []
+        for margin, layout in zip(margins, layouts):
+            rise = ops.where(margin > 0, 0.0, margin - small)
+            if layout.channels:
+                ids = np.reshape(layout.channels.ids, margin.shape)
+                own = ops.take(of_channels, np.where(ids < 0, len(groups.owner), ids))
+                rise = ops.where(ids < 0, rise, own)
+            units.append(rise)
+        found.append(units)
+    density = ops.cast(kept[0], "float32") / _PARTS
+    count = ops.cast(ops.round(density * len(groups.owner)), "int32")
+    return masks.kth([largest], count), found[0], found[1]
 
 
 def masks_of_followers(

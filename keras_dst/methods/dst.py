@@ -15,7 +15,9 @@ target sparsity, a controller sets alpha, and thresholds do not go below 0. Ever
 minimum number of weights, so that its density stays above the value at which its thresholds are
 reset. In the last quarter of training, every update shifts the thresholds so that the model meets
 the target exactly. For thresholds t < -1, the penalty is linear in t. Thresholds that are not
-finite are reset to 0. `LayerMethod.limited` limits the gradients of pruned weights.
+finite are reset to 0. `LayerMethod.limited` limits the gradients of pruned weights. A channel that
+several layers compute is pruned if it is below its threshold in all these layers. The Q of such a
+channel is the largest Q of its units.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from keras_dst import masks
 from keras_dst._utils.validation import is_number
 from keras_dst.allocation import floor_counts
 from keras_dst.masks import KERNEL, Pattern
+from keras_dst.methods import channels
 from keras_dst.methods.base import LayerMethod
 from keras_dst.regularizers import ThresholdPenalty
 from keras_dst.schedules import Cubic, Schedule, as_schedule
@@ -66,7 +69,8 @@ class DST(LayerMethod):
             `"unit"`, as in the paper.
         pattern: Shape of the groups of weights that are pruned together: `"unstructured"` (single
             weights, as in the paper), blocks such as `"1x4"` (outputs x inputs), or `"channel"`.
-            Defaults to `"unstructured"`.
+            Coupled channels are removed together, unless `granularity` is `"layer"`. Defaults to
+            `"unstructured"`.
         reset_density: If the density of a layer falls to this value or below, the thresholds of the
             layer are reset to 0 in the same step. With a target sparsity, `reset_density` is at
             most a tenth of the target density, and every layer keeps at least a quarter of the
@@ -190,6 +194,10 @@ class DST(LayerMethod):
     # -- target ----------------------------------------------------------------------------------
 
     @property
+    def couples_channels(self) -> bool:
+        return self.granularity != "layer"
+
+    @property
     def reset_at(self) -> float:
         """Maximum density of a layer at which the thresholds of the layer are reset to 0."""
         if self.schedule is None:
@@ -242,6 +250,9 @@ class DST(LayerMethod):
             changes.append({"threshold": threshold, "alpha": alpha, "control": control})
         return changes
 
+    def followers_settled(self, step, total):
+        return ops.cast(step, "float32") >= _EXACT * ops.cast(total, "float32")
+
     def project(self, weights, states, layouts, kept):
         """Shift all thresholds by the same amount, so that exactly `kept` weights are kept.
 
@@ -262,8 +273,16 @@ class DST(LayerMethod):
         Returns:
             The common shift, a list with the shift of each layer, and a list with the largest
             allowed shift of each layer. At the largest shift, a layer keeps its minimum number of
-            weights.
+            weights. If channels are coupled, both lists contain one shift per threshold.
         """
+        if channels.groups_of(layouts):
+            units = [
+                ops.cast(self._margin(ops.abs(w), s, layout), "float32")
+                for w, s, layout in zip(weights, states, layouts)
+            ]
+            gap, *found = channels.shifts(self, units, layouts, ops.reshape(kept, (1,)))
+            shapes = [tuple(s["threshold"].shape) for s in states]
+            return gap, *([ops.reshape(x, n) for x, n in zip(each, shapes)] for each in found)
         shapes = [tuple(w.shape) for w in weights]
         margins = self._margins(weights, states, layouts)
         sizes = [math.prod(Pattern(self.pattern).block(*x)) for x in zip(shapes, layouts)]
