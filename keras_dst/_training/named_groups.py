@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -71,10 +71,11 @@ def with_named_groups(
 
 
 def _members(
-    entry: str | Sequence[Any], model, method: Method, layouts: dict[int, Layout]
+    entry: str | tuple[str, int], model, method: Method, layouts: dict[int, Layout]
 ) -> Iterator[Member]:
     """Yield the variables of an entry of `groups`, without the ids of their channels."""
-    name, axis = (entry, None) if isinstance(entry, str) else entry
+    name: str = entry if isinstance(entry, str) else entry[0]
+    axis: int | None = None if isinstance(entry, str) else entry[1]
     owned = {
         id(variable): (variable, layer)
         for layer in _keras.flatten_layers(model)

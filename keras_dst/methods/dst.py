@@ -102,6 +102,7 @@ class DST(LayerMethod):
         self.sparsity = sparsity
         self.alpha = alpha
         self.granularity = granularity
+        self.couples_channels = granularity != "layer"
         self.pattern = pattern
         self.reset_density = reset_density
         self.frequency = frequency
@@ -192,10 +193,6 @@ class DST(LayerMethod):
         return {"threshold": state["threshold"]}
 
     # -- target ----------------------------------------------------------------------------------
-
-    @property
-    def couples_channels(self) -> bool:
-        return self.granularity != "layer"
 
     @property
     def reset_at(self) -> float:
