@@ -295,7 +295,7 @@ class Consensus(UnitMethod):
                 # gates of the channel do not change, unless the layer has too few open gates.
                 unit = ops.convert_to_numpy(unit).reshape(new.shape)
                 best = unit == largest[ids]
-                least = min(self.least_units(unit.size), np.count_nonzero(stays))
+                least = min(self.least_units(unit.size), int(np.count_nonzero(stays)))
                 best |= unit >= np.sort(unit[stays])[-least]
                 new = np.where(stays & (ids >= 0) & best, np.maximum(new, 0.0), new)
             changes.append({"logit": ops.convert_to_tensor(new, "float32")})
