@@ -148,6 +148,17 @@ def test_a_wrong_guess_is_corrected(scores, kept, monkeypatch, wrong_guesses):
     test_masks.assert_equal(*([ops.convert_to_numpy(m) for m in f] for f in (found, expected)))
 
 
+def driver_of(method, *widths):
+    """Return the driver of a network of dense layers, whose first width is its input width."""
+    layers = [keras.layers.Dense(width, use_bias=False) for width in widths[1:]]
+    model = keras.Sequential([keras.Input(widths[:1]), *layers])
+    model.compile(apply_method(method, model, keras.optimizers.SGD(0.1)), "mse")
+    (driver,) = drivers_of(model)
+    for layer in getattr(driver, "layers", []):
+        layer.traced_both_paths = True  # DCIL sets this attribute in a training step.
+    return driver
+
+
 LARGE = (1024, 1024)  # on a CPU, the rows would be counted in 4 slabs
 
 
@@ -237,12 +248,8 @@ def test_operations_and_bytes_of_a_torch_update(name, monkeypatch):
     # The model is small, so all scores would otherwise be sorted.
     monkeypatch.setattr(selection, "_SORTED", 1 << 15)
     method, passes = METHODS[name]
-    model = keras.Sequential([keras.Input((1024,)), keras.layers.Dense(2048, use_bias=False)])
-    model.compile(apply_method(method, model, keras.optimizers.SGD(0.1)), "mse")
-    (driver,) = drivers_of(model)
+    driver = driver_of(method, 1024, 2048)
     driver.begin(1000, 1000, 100)
-    for layer in getattr(driver, "layers", []):
-        layer.traced_both_paths = True  # DCIL sets this attribute in a training step.
     driver.advance(250)
     rng = np.random.default_rng(0)
     for state in driver.states:
@@ -261,6 +268,24 @@ def test_operations_and_bytes_of_a_torch_update(name, monkeypatch):
     assert update.moved / driver.size / 4 <= passes
     assert update.launched < 10 * passes
     assert (update.waits, measurement.waits) == (1, 1)
+
+
+@only_torch
+@pytest.mark.parametrize("name", METHODS)
+def test_an_update_of_small_weights_waits_once(name):
+    # The weights do not fill whole rows of the ranking, which are therefore padded.
+    method = type(METHODS[name][0]).from_config(METHODS[name][0].get_config())
+    driver = driver_of(method, 8, *[8] * 6)
+    first, later = Operations(), Operations()
+    with first.counted():
+        driver.begin(1000, 1000, 100)
+    # The host reads the step of the optimizer, and the step and the length of the schedule. RigL
+    # guesses that its masks are not the first masks, so its first update is repeated.
+    assert first.waits <= 4 + (name == "RigL")
+    driver.advance(250)
+    with later.counted():
+        driver.advance(260)
+    assert later.waits == 1
 
 
 def waits_of_steps(method):

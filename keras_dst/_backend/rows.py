@@ -55,8 +55,9 @@ class Rows:
         for i, length in zip(self.members, self.lengths):
             part = ops.reshape(tensors[i], (-1,))
             if length % ROW_WIDTH:
-                end = ops.full((-length % ROW_WIDTH,), padding, part.dtype)
-                part = ops.concatenate([part, end])
+                # With `ops.full`, torch would read the padding from the GPU, and the host would
+                # wait.
+                part = ops.pad(part, [(0, -length % ROW_WIDTH)], constant_values=padding)
             # Reshape before the concatenation, because XLA would otherwise store both the flat
             # tensor and the matrix in memory.
             parts.append(ops.reshape(part, (-1, ROW_WIDTH)))

@@ -111,7 +111,8 @@ def _is_finite(scores: Scores, low, above, between):
 def _bounds(scores: Scores, kept):
     """Return two bounds per ranking that enclose the threshold with high probability."""
     if scores.count <= _SORTED:
-        return [ops.full(kept.shape, end, "float32") for end in (-np.inf, np.inf)]
+        # With `ops.full`, the host would wait for the GPU.
+        return [ops.zeros(kept.shape, "float32") + end for end in (-np.inf, np.inf)]
     sample = ops.concatenate([ops.reshape(s, (-1,))[::_STRIDE] for s in scores.scores])
     sample = -ops.sort(-sample) if scores.together else sample
     if scores.together:

@@ -594,8 +594,10 @@ class LayerDriver(Driver):
         return step + max(0, self._iterations() - counter) if total else 0, total
 
     def write_progress(self, step, total):
+        # The host waits for the device to read the counter, so read it once for all weights.
+        progress = np.array([step, self._iterations(), total], "int32")
         for state in self.states:
-            state["progress"].assign(np.array([step, self._iterations(), total], "int32"))
+            state["progress"].assign(progress)
 
     def begin(self, length, fit, epoch, done=0):
         undecayed = [s[n] for s in self.states for n in self.method.undecayed if n in s]
