@@ -116,7 +116,7 @@ def test_shrink_removes_named_channels_inside_the_functional_parts_of_a_model():
 
 
 @keras.saving.register_keras_serializable("tests")
-class Block(layers.Layer):
+class Branch(layers.Layer):
     """Custom layer whose inner layers are not part of the graph of the model."""
 
     def __init__(self, **kwargs):
@@ -135,7 +135,7 @@ def test_groups_name_layers_inside_a_custom_layer_of_a_functional_model():
     keras.utils.set_random_seed(0)
     inputs = keras.Input((8, 8, 3))
     x = layers.Dense(16, name="embed")(layers.Dense(32, "relu", name="wide")(inputs))
-    x = layers.GlobalAveragePooling2D()(Block(name="block")(x))
+    x = layers.GlobalAveragePooling2D()(Branch(name="block")(x))
     model = keras.Model(inputs, layers.Dense(5, name="classes")(x))
     method = methods.Magnitude(Constant(0.5), "uniform", "channel", groups=[["block/inner"]])
     keras_dst.strip(fit(compiled(method, model), SparseTraining(), epochs=1))

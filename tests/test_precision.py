@@ -21,7 +21,7 @@ METHODS = {
     "dst": methods.DST(),
     "dst-target": methods.DST(sparsity=0.8),
     "dcil": methods.DCIL(0.8),
-    "consensus": methods.Consensus(0.5),
+    "consensus": methods.Consensus(0.5, min_kept=1),
     "magnitude": methods.Magnitude(0.8),
     "magnitude-revival": methods.Magnitude(0.8, revival=True),
     "magnitude-1x4": methods.Magnitude(0.8, pattern="1x4"),
