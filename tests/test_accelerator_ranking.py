@@ -271,10 +271,11 @@ def test_operations_and_bytes_of_a_torch_update(name, monkeypatch):
 
 
 @only_torch
-@pytest.mark.parametrize("name", METHODS)
-def test_an_update_of_small_weights_waits_once(name):
+@pytest.mark.parametrize("pattern", ["unstructured", "channel"])
+@pytest.mark.parametrize("name", [*METHODS, "DST", "ST3"])
+def test_an_update_of_small_weights_waits_once(name, pattern):
     # The weights do not fill whole rows of the ranking, which are therefore padded.
-    method = type(METHODS[name][0]).from_config(METHODS[name][0].get_config())
+    method = getattr(keras_dst.methods, name)(sparsity=0.9, pattern=pattern)
     driver = driver_of(method, 8, *[8] * 6)
     first, later = Operations(), Operations()
     with first.counted():

@@ -310,8 +310,7 @@ def rank(method, scores: Sequence[Tensor], layouts: Sequence[Layout], kept: Tens
             found.append(ops.ones(shape, "bool"))
             continue
         units = pattern.sizes(shape, layout).shape
-        ids = layout.channels.ids
-        on = ops.take(alive, np.where(ids < 0, len(groups.owner), ids))
+        on = _of_units(alive, layout.channels.ids)
         found.append(pattern.expand(ops.reshape(on, units), shape, layout))
     return found
 
@@ -396,8 +395,8 @@ def per_unit(
     parts = zip(groups.split(saliency), groups.split(kept))
     values = ops.concatenate([*(function(*part) for part in parts), ops.ones((1,), "float32")])
     return [
-        ops.take(values, np.where(ids < 0, len(groups.owner), ids))
-        for ids in (x.channels.ids if x.channels else np.full(1, -1) for x in layouts)
+        _of_units(values, layout.channels.ids if layout.channels else np.full(1, -1))
+        for layout in layouts
     ]
 
 
@@ -507,7 +506,7 @@ def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Ten
         layouts: Axes and coupled channels of each weight.
     """
     units = [ops.reshape(v, (-1,)) for v, layout in zip(values, layouts) if layout.channels]
-    every = ops.concatenate([*units, ops.full((1,), _LOWEST, units[0].dtype)])
+    every = ops.pad(ops.concatenate(units), [(0, 1)], constant_values=_LOWEST)
     return ops.max(ops.take(every, _units_of_channels(tuple(layouts))[0]), axis=1)
 
 
@@ -521,7 +520,7 @@ def shifts(
     group rise by the same amount.
 
     Args:
-        method: Pruning method that defines `allocation`, `counted_in`, `round_to` and `min_kept`.
+        method: Pruning method with `allocation`, `counted_in`, `round_to` and `least_units`.
         margins: One float32 tensor per weight, with the score minus the threshold of every unit.
         layouts: Axes and coupled channels of each weight.
         kept: Result of `kept_counts` for a global ranking, as a tensor.
@@ -556,13 +555,22 @@ def shifts(
             rise = ops.where(margin > 0, 0.0, margin - small)
             if layout.channels:
                 ids = np.reshape(layout.channels.ids, margin.shape)
-                own = ops.take(of_channels, np.where(ids < 0, len(groups.owner), ids))
-                rise = ops.where(ids < 0, rise, own)
+                rise = ops.where(ids < 0, rise, _of_units(of_channels, ids))
             units.append(rise)
         found.append(units)
     density = ops.cast(kept[0], "float32") / _PARTS
     count = ops.cast(ops.round(density * len(groups.owner)), "int32")
     return masks.kth([largest], count), found[0], found[1]
+
+
+def _of_units(values: Tensor, ids: np.ndarray) -> Tensor:
+    """Return the value of the channel that each output unit computes.
+
+    Args:
+        values: Vector with one entry per channel, and a last entry for units that are always kept.
+        ids: Index of the channel of each unit, or -1 if the unit is always kept.
+    """
+    return ops.take(values, np.where(ids < 0, values.shape[0] - 1, ids).astype("int32"))
 
 
 def masks_of_followers(
@@ -576,10 +584,9 @@ def masks_of_followers(
             the index of the channel, or -1 if the entry is always kept.
         alive: Result of the function `alive`.
     """
-    last = alive.shape[0] - 1
     for variable, axis, ids in followers:
         rank = len(variable.shape)
-        on = ops.take(alive, np.where(ids < 0, last, ids).astype("int32"))
+        on = _of_units(alive, ids)
         yield variable, ops.reshape(on, [-1 if a == axis % rank else 1 for a in range(rank)])
 
 
