@@ -65,8 +65,8 @@ class Magnitude(UpdateMethod):
         groups: With `pattern="channel"`, the groups of coupled channels in a model with its own
             `call` method. Each group is a list of layers whose channels are removed together. A
             layer is given by its name or path, or by a pair of the path of a weight and the axis of
-            its channels. Channels in no group stay. Defaults to None, which means that the graph of
-            the model determines the groups.
+            its channels. Channels in no group are never pruned. Defaults to None, which means that
+            the graph of the model determines the groups.
 
     Raises:
         ValueError: If an argument is outside its range, or if `score="taylor"` is combined with a

@@ -11,8 +11,8 @@ s_e = s sigmoid(beta (e - E/2))        rate_v(e) = rate_w(e) sigmoid(beta (e - E
 
 In these equations, `e` is the number of finished epochs and `E` is the total number of epochs.
 Masks are updated once per epoch, and weight decay is not applied to scores. Scores are read only
-when masks are updated. The factor on the learning rate of the scores is therefore applied at mask
-updates: it multiplies the change of the scores since the last update.
+when masks are updated. Instead of the learning rate of the scores, each mask update therefore
+multiplies the change of the scores since the last update by the factor.
 
 Deviations from the paper: the sigmoid is stretched so that it begins at exactly 0 and ends at
 exactly 1, and the final sparsity equals the target. A training run of fewer than 20 epochs prunes
@@ -63,16 +63,7 @@ class OptG(LayerMethod):
             is the minimum number of channels that every group of coupled channels keeps. Defaults
             to None, which means 1, or a quarter of the weights that `"erk"` would keep if
             `allocation="global"`.
-        counted_in: With `pattern="channel"`, the quantity in which the sparsity is measured:
-            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
-        round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
-            this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
-            8.
-        groups: With `pattern="channel"`, the groups of coupled channels in a model with its own
-            `call` method. Each group is a list of layers whose channels are removed together. A
-            layer is given by its name or path, or by a pair of the path of a weight and the axis of
-            its channels. Channels in no group stay. Defaults to None, which means that the graph of
-            the model determines the groups.
+        counted_in, round_to, groups: Options for `pattern="channel"`. See `Magnitude`.
 
     Raises:
         ValueError: If an argument is outside its range, or if `beta` is passed with a `Schedule`.

@@ -80,16 +80,7 @@ class ST3(LayerMethod):
             is the minimum number of channels that every group of coupled channels keeps. Defaults
             to None, which means 1, or a quarter of the weights that `"erk"` would keep if
             `allocation="global"`.
-        counted_in: With `pattern="channel"`, the quantity in which the sparsity is measured:
-            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
-        round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
-            this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
-            8.
-        groups: With `pattern="channel"`, the groups of coupled channels in a model with its own
-            `call` method. Each group is a list of layers whose channels are removed together. A
-            layer is given by its name or path, or by a pair of the path of a weight and the axis of
-            its channels. Channels in no group stay. Defaults to None, which means that the graph of
-            the model determines the groups.
+        counted_in, round_to, groups: Options for `pattern="channel"`. See `Magnitude`.
 
     Raises:
         ValueError: If an argument is outside its range, or if `pattern` is a block or N:M.
