@@ -182,11 +182,15 @@ def table():
         for method in dict.fromkeys(method for other, method, _ in found if other == key):
             runs = [found.get((key, method, speedup), []) for speedup in (1, *SPEEDUPS)]
             seeds = max(map(len, runs))
-            lines.append(f"| {method} | {seeds} | {' | '.join(map(_cell, runs))} |")
+            lines.append(f"| {method} | {seeds} | {' | '.join(map(cell, runs))} |")
     results.write_index(BENCHMARK, lines)
 
 
-def _cell(runs) -> str:
+def cell(runs) -> str:
+    """Return the mean accuracy of runs as the text of a table cell, with the fraction of the FLOPs.
+
+    Runs of the dense network have no fraction. Without runs, the text is empty.
+    """
     if not runs:
         return ""
     accuracy = results.mean_std([100 * run["test_accuracy"] for run in runs])

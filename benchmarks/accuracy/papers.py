@@ -506,21 +506,12 @@ def table_lines(runs):
             label = f"{method}, earlier version" if old else method
             some = [cells.get((method, "" if method == "dense" else t), []) for t in targets]
             seeds = max(map(len, some), default=0)
-            lines.append(f"| {label} | {seeds} | " + " | ".join(map(_cell, some)) + " |")
+            lines.append(f"| {label} | {seeds} | " + " | ".join(map(channels.cell, some)) + " |")
         name, published = PUBLISHED.get((recipe, net), ("", {}))
         if published:
             row = " | ".join(published.get(target, "") for target in targets)
             lines.append(f"| {name} | | {row} |")
     return lines
-
-
-def _cell(runs):
-    if not runs:
-        return ""
-    accuracy = results.mean_std([100 * run["test_accuracy"] for run in runs])
-    if "flops" not in runs[0]:
-        return accuracy
-    return f"{accuracy} ({results.mean_std([run['flops'] for run in runs])})"
 
 
 def table():
