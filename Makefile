@@ -14,6 +14,9 @@ PQUANT := .venv-pquant
 TORCH_PRUNING := .venv-torch-pruning
 RUN := TF_CPP_MIN_LOG_LEVEL=3 $(VENV)/bin/python
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest
+# Some container images set this variable. Without bytecode files, Python would compile TensorFlow,
+# JAX and PyTorch again in every process, which takes longer than most tests.
+export PYTHONDONTWRITEBYTECODE :=
 BACKENDS := tensorflow jax torch
 BROWSERS := chromium chromium-browser google-chrome
 DEMO_READY := $(VENV)/ready-demo
@@ -133,10 +136,6 @@ test-gpu:
 	@failed=; for backend in $(or $(BACKEND),$(GPU_BACKENDS)); do \
 	KERAS_DST_GPU=1 KERAS_BACKEND=$$backend $(PYTHON) -m pytest $(GPU_TESTS) -m "not slow" \
 	|| failed="$$failed $$backend"; done; [ -z "$$failed" ] || { echo "Failed:$$failed"; exit 1; }
-
-# Some container images set this variable. Without bytecode files, Python would compile TensorFlow,
-# JAX and PyTorch again in every process, which takes longer than most tests.
-export PYTHONDONTWRITEBYTECODE :=
 
 # pip does not compile the installed modules to bytecode, because most of them are never imported.
 INSTALL := bin/pip install -q --no-compile -c constraints.txt

@@ -114,11 +114,8 @@ def build() -> str:
     return str(wheel)
 
 
-def check_extra(wheel: str, extra: str) -> list[str]:
-    """Install the wheel with one extra, train a model, and run code that needs the extra.
-
-    Return an empty list, because nothing is skipped.
-    """
+def check_extra(wheel: str, extra: str) -> None:
+    """Install the wheel with one extra, train a model, and run code that needs the extra."""
     python = create(f"extra-{extra}", sys.executable, f"{wheel}[{extra}]")
     found = "import importlib.util as u, sys; sys.exit(u.find_spec(sys.argv[1]) is None)"
     backend = next((name for name in BACKENDS if run(python, "-c", found, name)), None)
@@ -130,7 +127,6 @@ def check_extra(wheel: str, extra: str) -> list[str]:
         raise OSError("keras-dst --version failed.")
     if not run(python, "-c", code, KERAS_BACKEND=backend):
         raise OSError(f"The code for this extra failed on {backend}.")
-    return []
 
 
 def has_cuda_build(python: str, requirement: str) -> bool:
@@ -186,15 +182,18 @@ def interpreter(version: str) -> str | None:
 
 
 def attempt(wheel: str, check: tuple[str, str]) -> tuple[str, list[str]]:
-    """Run a check in a worker process; return its output, and the lines for the final list."""
+    """Run a check in a worker process. Return its output and its lines of the final list."""
     name = "-".join(check)
     log = FOLDER / f"{name}.log"
     with log.open("w") as file:  # standard output and errors of this process and its children
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    kind, of = check
     try:
-        skipped = check_extra(wheel, of) if kind == "extra" else check_set(wheel, kind, of)
+        skipped = []
+        if check[0] == "extra":
+            check_extra(wheel, check[1])
+        else:
+            skipped = check_set(wheel, *check)
         shutil.rmtree(FOLDER / name)
         outcome = [f"passed   {name}", *(f"skipped  {name}, {reason}" for reason in skipped)]
     except OSError as error:
