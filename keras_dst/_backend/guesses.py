@@ -3,8 +3,8 @@
 A branch that depends on values on a GPU makes the host wait for all earlier operations. A mask
 update on PyTorch therefore takes the usual branches without waiting, and records the conditions of
 these guesses. After the update, the host reads all recorded conditions at once. If a guess was
-wrong, the update is repeated without guesses. JAX and TensorFlow choose branches on the GPU and
-need no guesses.
+wrong, the update is repeated without guesses. JAX and TensorFlow choose branches on the GPU, so
+keras_dst guesses no branches there.
 """
 
 import functools
@@ -26,7 +26,8 @@ class _Guesses:
     Attributes:
         conditions: Boolean scalars, which are all true if all guesses were right.
         branches: Indices of the guessed branches' conditions in `conditions`.
-        rare: Indices of the entries of `branches` for which the rare case is guessed.
+        rare: Positions in `branches` of the branches that take their rare case, because this case
+            was right in the previous call.
     """
 
     def __init__(self, rare: set[int]):

@@ -80,7 +80,7 @@ class Scores:
         together: Whether all tensors are ranked together.
         count: Number of scores in all tensors.
         lengths: Number of scores per ranking, an int32 vector.
-        bundles: Arrangements of the bundles of tensors as rows of matrices.
+        bundles: One `Rows` object per bundle of tensors.
         scores: One float32 matrix of scores per bundle. Rows are padded with minus infinity.
     """
 

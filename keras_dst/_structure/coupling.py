@@ -184,8 +184,8 @@ def groups_of(plan: Plan, members: list[Member]) -> list[ChannelGroup]:
     empty. Groups whose channels can be removed come first.
 
     Args:
-        plan: the plan. The `ids` of each returned group are ids of unions of coupled channels in
-            this plan.
+        plan: the plan, which numbers the unions of coupled channels. The `ids` of each returned
+            group are these numbers.
         members: the variables that `members_of` returned.
     """
     touched: dict[int, list[tuple[int, int]]] = {}

@@ -77,7 +77,7 @@ class ChannelHandler:
         channel are changed to account for them.
 
         Args:
-            config: the arguments that create the layer, as a dict that is changed in place.
+            config: the arguments that create the layer, as a dict. The function changes this dict.
             removed: a boolean array that is True for each union of coupled channels that is
                 removed.
         """

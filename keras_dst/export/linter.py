@@ -26,7 +26,8 @@ def lint(
             to the file that `export_tflite` would write. For a target other than CPUs, this file is
             quantized to int8 and calibrated on random samples.
         target: ``"micro"`` for TensorFlow Lite for Microcontrollers, or an Ethos-U NPU that Vela
-            supports, such as ``"ethos-u55-128"``. Defaults to None, which checks the file for CPUs.
+            supports, such as ``"ethos-u55-128"``. Defaults to None, which applies the rules for
+            CPUs.
 
     Returns:
         A `LintReport`.
