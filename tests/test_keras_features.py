@@ -433,6 +433,8 @@ def test_a_classifier_of_keras_hub_with_its_tokenizer(tmp_path):
     model.fit(texts, labels, batch_size=8, epochs=12, verbose=0, callbacks=[SparseTraining()])
     model.save(tmp_path / "sparse.keras")
     loaded = keras.saving.load_model(tmp_path / "sparse.keras")
+    # KerasHub does not save `jit_compile`, and XLA changes the last bit of the outputs.
+    loaded.jit_compile = False
     expected = np.asarray(model.predict(texts, verbose=0))
     np.testing.assert_array_equal(loaded.predict(texts, verbose=0), expected)
     loaded.compile(optimizers.Adam(0.01), model.loss, jit_compile=False)
@@ -445,6 +447,7 @@ def test_a_classifier_of_keras_hub_with_its_tokenizer(tmp_path):
     keras_dst.strip(model)
     keras_dst.save_sparse(model, tmp_path / "model.sparse")
     restored = keras_dst.load_sparse(tmp_path / "model.sparse")
+    restored.jit_compile = False
     for other in (loaded, restored):
         np.testing.assert_array_equal(other.predict(texts, verbose=0), expected)
         for a, b in zip(other.weights, model.weights):
