@@ -183,7 +183,8 @@ def limit_gradient(gradient: Tensor, mask: Tensor, limit: Tensor | float) -> Ten
 
     The largest allowed magnitude is `limit` times the root mean square of the kept entries. Kept
     entries that are 0 do not count, because unused rows of an embedding have no gradient. If all
-    kept entries are 0, pruned entries become 0 too.
+    kept entries are 0, pruned entries become 0 too. If the mask keeps no entries, the gradient is
+    unchanged, so that an empty layer can recover.
 
     Batch normalization multiplies the gradients of a unit by 1 / sqrt(variance + epsilon). If all
     inputs of a unit are pruned, the variance is close to 0, and this factor is very large. Without
@@ -201,7 +202,8 @@ def limit_gradient(gradient: Tensor, mask: Tensor, limit: Tensor | float) -> Ten
     """
     squares = masked(ops.square(ops.cast(gradient, "float32")), mask)
     count = ops.sum(ones(squares > 0, "float32"))
-    largest = ops.cast(limit * ops.sqrt(ops.sum(squares) / ops.maximum(count, 1.0)), gradient.dtype)
+    largest = limit * ops.sqrt(ops.sum(squares) / ops.maximum(count, 1.0))
+    largest = ops.cast(ops.where(ops.any(mask), largest, np.float32(np.inf)), gradient.dtype)
     return ops.where(mask, gradient, ops.clip(gradient, -largest, largest))
 
 

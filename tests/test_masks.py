@@ -133,9 +133,8 @@ def test_gradients_of_masked_weights(dtype):
         ([3, 0, -4, 50, -50], [1, 1, 1, 0, 0], [3, 0, -4, 2 * 12.5**0.5, -2 * 12.5**0.5]),
         ([3, 0, -4, 7, -7], [1, 1, 1, 0, 0], [3, 0, -4, 7, -7]),  # The limit is 7.07.
         ([3, 50, -4], [1, 1, 0], [3, 50, -4]),
-        # Without a gradient of a kept entry, the limit is 0.
-        ([0, 4], [1, 0], [0, 0]),
-        ([3, 4], [0, 0], [0, 0]),
+        ([3, 4], [0, 0], [3, 4]),  # If the mask keeps no entries, gradients are not limited.
+        ([0, 4], [1, 0], [0, 0]),  # Without a gradient of a kept entry, the limit is 0.
     ],
 )
 def test_limit_of_the_gradients_of_pruned_entries(g, mask, expected):
