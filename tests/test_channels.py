@@ -178,16 +178,22 @@ def test_a_custom_loop_gives_the_channel_masks_of_fit(allocation):
         np.testing.assert_allclose(array(a), array(b), rtol=1e-4, atol=1e-6, err_msg=a.path)
 
 
-def test_channel_groups_are_found_after_loading(tmp_path):
-    model = fit(
-        compiled(methods.Magnitude(0.5, "uniform", "channel")), SparseTraining(epochs=2), epochs=1
-    )
+def continued_after_loading(model, tmp_path):
+    """Save and load a model, continue both trainings, and return the equal loaded model."""
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     for continued in (model, loaded):
         fit(continued, SparseTraining(epochs=2), epochs=1)
     for a, b in zip(model.weights, loaded.weights):
         np.testing.assert_array_equal(array(a), array(b), a.path)
+    return loaded
+
+
+def test_channel_groups_are_found_after_loading(tmp_path):
+    model = fit(
+        compiled(methods.Magnitude(0.5, "uniform", "channel")), SparseTraining(epochs=2), epochs=1
+    )
+    loaded = continued_after_loading(model, tmp_path)
     np.testing.assert_array_equal(units(loaded, "stem"), units(loaded, "project"))
     assert units(loaded, "stem").sum() == 8
 

@@ -12,7 +12,7 @@ from keras_dst import methods
 from keras_dst.callbacks import SparseTraining
 from keras_dst.schedules import Constant, Cubic
 from tests.backends import every
-from tests.test_channels import X, array, compiled, fit, units
+from tests.test_channels import X, array, compiled, continued_after_loading, fit, units
 
 pytestmark = every(3)
 
@@ -92,13 +92,7 @@ def test_a_custom_loop_prunes_named_groups():
 def test_named_groups_are_saved_with_the_model(tmp_path):
     method = methods.Magnitude(0.5, "uniform", "channel", groups=GROUPS)
     model = fit(compiled(method, own_call()), SparseTraining(epochs=2), epochs=1)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    for continued in (model, loaded):
-        fit(continued, SparseTraining(epochs=2), epochs=1)
-    for a, b in zip(model.weights, loaded.weights):
-        np.testing.assert_array_equal(array(a), array(b), a.path)
-    check_masks(loaded)
+    check_masks(continued_after_loading(model, tmp_path))
 
 
 def test_shrink_removes_named_channels_inside_the_functional_parts_of_a_model():
