@@ -16,12 +16,12 @@ once = pytest.mark.once
 slow = pytest.mark.slow
 
 #: Mark of tests in which every case compiles a training step. Compilation takes most of the test
-#: time. With `every(n)`, `make test` runs all cases on PyTorch, but every n-th case on TensorFlow
-#: and JAX. JAX starts with the first case and TensorFlow with the second, so that their cases
-#: differ. If a file or class has the mark, the cases of all its test functions without an own mark
-#: are counted together. With `pytestmark = every(2)`, a case therefore runs on PyTorch and either
-#: on JAX or TensorFlow. With `every(0)`, a test runs on PyTorch only, and with `every(1)` on each
-#: backend.
+#: time. With `every(n)`, `make test` runs all cases on PyTorch, but only every n-th case on
+#: TensorFlow and JAX. JAX starts with the first case and TensorFlow with the second, so that their
+#: cases differ. If a whole file or class has the mark, the cases of all its test functions are
+#: counted together. A test function with its own mark is counted separately. With `pytestmark =
+#: every(2)`, a case therefore runs on PyTorch and either on JAX or TensorFlow. With `every(0)`, a
+#: test runs on PyTorch only, and with `every(1)` on each backend.
 every = pytest.mark.every
 
 #: Mark of tests that export many models. JAX and PyTorch start a second Python process for each
@@ -31,7 +31,7 @@ on_tensorflow = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="conversion in a second Python takes too long"
 )
 
-#: True in `make test-all`, which runs the slow tests.
+#: Whether the slow tests run, as in `make test-all`.
 LONG = bool(os.environ.get("KERAS_DST_LONG"))
 
 

@@ -11,7 +11,7 @@ import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
-# After the images are loaded, this script writes the measured properties into the page.
+# JavaScript that measures a page after its images are loaded, and adds the results to the page.
 _PROBE = """<script>addEventListener("load", () => {
   const size = x => [x.naturalWidth, x.naturalHeight, x.getBoundingClientRect().width, x.alt];
   const found = {
@@ -48,8 +48,8 @@ class Page:
 def look_at(page: pathlib.Path, folder: pathlib.Path, width=1200, dark=False) -> Page:
     """Open a page in a browser, or skip the test if no browser is installed.
 
-    The probe script runs in a copy of the page. If the security policy of the page forbids scripts,
-    the policy of the copy allows the probe script.
+    The browser opens a copy of the page that contains the script `_PROBE`. The security policy of
+    the copy allows scripts.
     """
     browser = next(filter(None, map(shutil.which, NAMES)), None)
     if browser is None:

@@ -31,8 +31,7 @@ OPTIMIZED = ON_GPU or bool(os.environ.get("KERAS_DST_XLA_DEFAULT"))
 flags = "--xla_gpu_deterministic_ops=true" if ON_GPU else ""
 if not OPTIMIZED:
     flags = "--xla_backend_optimization_level=0"
-    # XLA ends the process if it gets an unknown flag, and newer versions of jaxlib do not know this
-    # flag.
+    # XLA ends the process if it gets an unknown flag. Only jaxlib 0.10 knows the second flag.
     if all(jaxlib.version.startswith("0.10.") for jaxlib in distributions(name="jaxlib")):
         flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
@@ -46,7 +45,8 @@ def pytest_collection_finish():
         tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     gc.collect()
     gc.freeze()
-    # Full collections are slow, so they run less often. A fixture collects after each file.
+    # Full garbage collections are slow, so let Python run them less often. The fixture
+    # `free_compiled_programs` also runs a collection after each test file.
     gc.set_threshold(*gc.get_threshold()[:2], 50)
 
 
@@ -64,15 +64,16 @@ def pytest_sessionstart(session):
 
 @pytest.fixture(scope="module", autouse=True)
 def free_compiled_programs():
-    """After every test file, free its models and compiled programs.
+    """Free the models and compiled programs of a test file after its last test.
 
     Every compiled JAX program uses several memory mappings. Linux allows 65,530 mappings per
-    process. JAX crashes with a segmentation fault if a process exceeds this number. As long as a
-    process has few mappings, test files share the compiled programs of single operations.
+    process, and JAX crashes with a segmentation fault if a process needs more. JAX programs are
+    freed only if the process has many mappings, so that test files share the programs of single
+    operations.
 
-    TensorFlow never frees the gradient function of a custom gradient, and this function keeps the
-    graph of its training step in memory. Without this cleanup, the graphs of all tests together
-    would need about 8 GB of memory.
+    TensorFlow never frees the gradient function of a custom gradient, which keeps the graph of a
+    whole training step in memory. If the gradient functions were not deleted, the graphs of all
+    tests would need about 8 GB of memory.
     """
     yield
     if os.environ.get("KERAS_BACKEND") == "jax" and mappings() > 15_000:
@@ -89,13 +90,14 @@ def free_compiled_programs():
 
 
 def mappings():
-    """Return the number of memory mappings of this process, or infinity if it is unknown."""
+    """Return the number of memory mappings of this process, or infinity if unknown."""
     maps = pathlib.Path("/proc/self/maps")
     return maps.read_bytes().count(b"\n") if maps.exists() else float("inf")
 
 
 def pytest_configure(config):
-    # tests/test_keras_optimizers.py runs the tests of Keras itself, which use this mark.
+    # tests/test_keras_optimizers.py runs tests of Keras itself that use the mark
+    # `requires_trainable_backend`.
     config.addinivalue_line(
         "markers", "requires_trainable_backend: a Keras test that trains a model"
     )
@@ -109,7 +111,7 @@ def pytest_collection_modifyitems(items):
     groups = {}
     for item in items:
         node, mark = next(item.iter_markers_with_node("every"), (None, None))
-        # Tests that only some backends support run on all these backends.
+        # A test with its own `skipif` mark runs on every backend that the mark allows.
         only_here = node is not item and any(own.name == "skipif" for own in item.own_markers)
         elsewhere = item.get_closest_marker("once") or item.get_closest_marker("slow")
         if mark is None or only_here or elsewhere:

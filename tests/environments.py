@@ -9,11 +9,11 @@
 
 Two checks run at a time, so that pip downloads packages for one check during the tests of the other
 check. When a check ends, its output is printed, and its environment is deleted if the check passed.
-At the end, the script lists passed, failed and skipped checks with the reasons. The script needs
-only Python.
+At the end, the script lists passed, failed and skipped checks with the reasons. The script imports
+only the standard library.
 
 If pip would install a CUDA build of PyTorch, the core tests skip PyTorch, because the download has
-several GB. Set KERAS_DST_CUDA=1 to install this build.
+several GB. Set KERAS_DST_CUDA=1 to install the CUDA build.
 """
 
 import functools
@@ -33,8 +33,9 @@ DIST = ROOT / "build" / "dist"
 PYTHONS = ("3.11", "3.12", "3.13")
 BACKENDS = ("tensorflow", "jax", "torch")
 
-# name: (extras of keras-dst, other requirements). TensorFlow 2.21 does not work with Keras 3.10 and
-# 3.11. test_wheel.py checks that the oldest versions equal the lower bounds in pyproject.toml.
+# Each entry is name: (extras of keras-dst, other requirements). TensorFlow 2.21 does not work with
+# Keras 3.10 and 3.11. test_wheel.py checks that the oldest versions equal the lower bounds in
+# pyproject.toml.
 SETS = {
     "oldest": (["jax", "torch"], ["keras==3.10", "jax==0.10", "torch==2.13"]),
     "oldest-tensorflow": (["export"], ["keras==3.12", "tensorflow==2.21", "ai-edge-litert==2.1"]),
@@ -43,7 +44,7 @@ SETS = {
 TEST_PACKAGES = ["hypothesis", "pytest", "safetensors", "scikit-learn"]
 CORE = ["test_keras_names.py", "test_contract.py", "test_layers.py", "test_sparse_files.py"]
 EXPORT = ["export/test_export_tflite.py"]
-# Only three methods are saved and resumed, because these tests train three models each.
+# The test of resumed training trains three models per method, so it runs with only three methods.
 CORE_NAMES = (
     "names or config_round_trip or test_target or sparse_files"
     " or (saved_and_resumed and (rigl or consensus or dst-target))"
@@ -62,7 +63,7 @@ model.fit(x, y, verbose=0, callbacks=[keras_dst.callbacks.SparseTraining()])
 report = keras_dst.report(keras_dst.strip(model))
 assert abs(report.sparsity - 0.5) < 0.01, report
 """
-# Code that uses the packages of an extra, by the name of the extra.
+# For each extra, code that uses the packages of the extra.
 USES = {
     "demo": "from keras_dst.demo import run; run()",
     "ethos": "import ethosu.vela",
@@ -143,7 +144,7 @@ def has_cuda_build(python: str, requirement: str) -> bool:
 def check_set(wheel: str, name: str, version: str) -> list[str]:
     """Install one set of versions, and run the core tests on each backend of the set.
 
-    Return a reason for each backend that is skipped.
+    Return the reason for each skipped backend.
     """
     extras, pins = SETS[name]
     skipped = []
@@ -170,7 +171,7 @@ def check_set(wheel: str, name: str, version: str) -> list[str]:
 
 
 def interpreter(version: str) -> str | None:
-    """Return the path of a working Python of this version, from PATH or pyenv."""
+    """Return the path of a working Python of the given version, from PATH or pyenv."""
     pyenv = sorted(glob.glob(os.path.expanduser(f"~/.pyenv/versions/{version}.*/bin/python")))
     for path in [shutil.which(f"python{version}"), *pyenv]:
         if (
@@ -182,10 +183,11 @@ def interpreter(version: str) -> str | None:
 
 
 def attempt(wheel: str, check: tuple[str, str]) -> tuple[str, list[str]]:
-    """Run a check in a worker process. Return its output and its lines of the final list."""
+    """Run a check in a worker process, and return its output and its lines for the final list."""
     name = "-".join(check)
     log = FOLDER / f"{name}.log"
-    with log.open("w") as file:  # standard output and errors of this process and its children
+    # Redirect stdout and stderr of this process and its children to the log.
+    with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:

@@ -2,8 +2,8 @@
 
     a = x w1    n = gamma (a - mean) / sqrt(var + eps) + beta    h = max(n, 0)    z = h w2 + b2
 
-`keras_net` is the same network in Keras. The tests train this network in NumPy with the methods of
-the papers, and compare each training step with keras_dst.
+`keras_net` builds the same network in Keras. The tests train this network in NumPy with the methods
+of the papers, and compare each training step with keras_dst.
 """
 
 import keras

@@ -1,7 +1,7 @@
 """Tests of the ranking algorithm for accelerators, which runs on the CPU in these tests.
 
-This file runs the tests in `tests/test_masks.py` again with this algorithm. These tests compare the
-result with a sort in NumPy.
+This file runs the tests in `tests/test_masks.py` again with the algorithm for accelerators. The
+tests compare the masks with a sort in NumPy.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from tests.test_masks import (  # noqa: F401
 def accelerator():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "on_accelerator", lambda tensor: True)
-        patch.setattr(ranking, "_SECTIONS", 4)  # this halves the compile time
+        patch.setattr(ranking, "_SECTIONS", 4)  # Fewer sections halve the compile time.
         test_masks.compiled_top_k.cache_clear()
         yield
     test_masks.compiled_top_k.cache_clear()
@@ -65,7 +65,7 @@ def tied_scores():
 
 @pytest.fixture
 def wrong_guesses(monkeypatch):
-    """Return a list that gets one entry per search. A search runs only after a wrong guess."""
+    """Return a list that gets one entry for each wrong guess of a threshold."""
     searched, search = [], ranking._Ranking.thresholds
     monkeypatch.setattr(
         ranking._Ranking, "thresholds", lambda *args: searched.append(1) or search(*args)
@@ -73,7 +73,7 @@ def wrong_guesses(monkeypatch):
     return searched
 
 
-# With a limit of 1, the bounds are taken from a sample of the scores.
+# With a limit of 1, the thresholds are guessed from a sample of the scores.
 @only_torch
 @pytest.mark.parametrize("limit", [1, 1 << 20])
 @pytest.mark.parametrize(
@@ -159,11 +159,11 @@ def driver_of(method, *widths):
     return driver
 
 
-LARGE = (1024, 1024)  # on a CPU, the rows would be counted in 4 slabs
+LARGE = (1024, 1024)  # The CPU algorithm would split the rows into 4 slabs.
 
 
 def lowered_for_cuda(shapes, each):
-    """Lower `top_k` for CUDA with JAX, and return the program. Lowering needs no GPU."""
+    """Lower `top_k` for CUDA with JAX, which needs no GPU, and return the program."""
     import jax
     from jax import export
 
@@ -274,14 +274,15 @@ def test_operations_and_bytes_of_a_torch_update(name, monkeypatch):
 @pytest.mark.parametrize("pattern", ["unstructured", "channel"])
 @pytest.mark.parametrize("name", [*METHODS, "DST", "ST3"])
 def test_an_update_of_small_weights_waits_once(name, pattern):
-    # The weights do not fill whole rows of the ranking, which are therefore padded.
+    # The weights of the network do not fill whole rows, so the ranking pads the rows.
     method = getattr(keras_dst.methods, name)(sparsity=0.9, pattern=pattern)
     driver = driver_of(method, 8, *[8] * 6)
     first, later = Operations(), Operations()
     with first.counted():
         driver.begin(1000, 1000, 100)
-    # The host reads the step of the optimizer, and the step and the length of the schedule. RigL
-    # guesses that its masks are not the first masks, so its first update is repeated.
+    # The host also reads three numbers: the step of the optimizer, and the step and length of the
+    # schedule. RigL guesses that a mask update is not the first update, so RigL repeats the first
+    # update.
     assert first.waits <= 4 + (name == "RigL")
     driver.advance(250)
     with later.counted():
@@ -313,7 +314,7 @@ def waits_of_steps(method):
 def test_a_torch_step_waits_no_more_than_a_dense_step(name):
     method = METHODS[name][0] if name in METHODS else keras_dst.methods.DST()
     method = type(method).from_config({**method.get_config(), "frequency": 1000})
-    # The last step comes after the last mask update.
+    # The last of the three steps comes after the last mask update.
     assert waits_of_steps(method)[-1] == waits_of_steps(None)[-1]
 
 

@@ -139,7 +139,7 @@ def test_kept_counts_equal_manual_results(allocation, shapes, sparsity, expected
 @given(st.sampled_from(NAMES), shapes_of_weights, st.floats(0, 0.999))
 def test_kept_counts_add_up_exactly(allocation, shapes, sparsity):
     wanted = (1 - sparsity) * sum(sizes(shapes))
-    # The function may round a half up or down, so halves are excluded.
+    # A count of exactly n + 0.5 may be rounded up or down, so exclude such counts.
     assume(abs(wanted % 1 - 0.5) > 1e-6)
     counts = kept_counts(allocation, shapes, sparsity)
     assert counts.sum() == round(wanted)
@@ -159,7 +159,7 @@ def test_kept_counts_with_a_sum_of_one_half():
     [
         (0.9, None, [50, 10, 10]),
         (0.9, 0.9, [50, 10, 10]),
-        (0.45, 0.9, [75, 55, 55]),  # half of the final sparsity
+        (0.45, 0.9, [75, 55, 55]),  # The sparsity 0.45 is half of the final sparsity.
         (0.0, 0.9, [100, 100, 100]),
     ],
 )

@@ -120,7 +120,7 @@ def test_a_checkpoint_of_the_last_epoch_has_the_target_sparsity(tmp_path):
 
 
 def test_the_controller_reaches_its_target():
-    """If the controller missed the target by over 1 %, the final projection would warn."""
+    """If the controller of DST missed the target by over 1 %, the final projection would warn."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

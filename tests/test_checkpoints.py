@@ -206,13 +206,14 @@ def test_a_model_can_be_saved_after_an_interrupted_fit(name, tmp_path):
     model.save(tmp_path / "model.keras")
     with pytest.raises(ValueError, match="SparseTraining"):
         stop_worker.fit(model)
-    if isinstance(method, LayerMethod):  # Check a new step, too.
+    # A training step that is compiled again must also raise an error.
+    if isinstance(method, LayerMethod):
         model.compile("sgd", "sparse_categorical_crossentropy")
         with pytest.raises(ValueError, match="SparseTraining"):
             stop_worker.fit(model)
     with pytest.raises(ValueError, match="SparseTraining"):
         stop_worker.fit(stop_worker.build(method))
-    # On JAX, variables have no values after an error during tracing, so the model is loaded again.
+    # On JAX, variables lose their values if tracing raises an error, so load the model again.
     model = keras.saving.load_model(tmp_path / "model.keras")
     stop_worker.fit(model, SparseTraining())
     assert keras_dst.report(model).sparsity > 0.6

@@ -124,7 +124,8 @@ def test_import_option_loads_custom_layers(tmp_path, capsys, monkeypatch):
         "keras.Sequential([keras.Input((3,)), my_layers.Twice(), keras.layers.Dense(2)])"
         ".save('model.keras')"
     )
-    environment = {**os.environ, "KERAS_BACKEND": "numpy"}  # the backend that imports fastest
+    # NumPy is the backend that imports fastest.
+    environment = {**os.environ, "KERAS_BACKEND": "numpy"}
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environment)
     assert cli.main(["report", "model.keras"]) == 1
     assert "Fix: for custom layers, add --import MODULE" in capsys.readouterr().err

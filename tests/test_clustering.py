@@ -42,7 +42,7 @@ def distinct(model):
 @pytest.mark.parametrize(
     ("numbers", "clusters", "expected"),
     [
-        # Here, k-means needs two iterations, and the cluster values -1 and 1 do not move.
+        # For these weights, k-means needs two iterations. The cluster values -1 and 1 do not move.
         ([-1, -0.75, 0.25, 0.5, 1], 3, [-1, 0.375, 1]),
         ([-0.75, -0.5, 0.5, 0.75], 2, [-0.625, 0.625]),  # No value is -1 or 1.
         # These weights already have only three distinct values.

@@ -33,8 +33,8 @@ METHODS = {
     "dst-target-layer": (methods.DST(sparsity=0.5, granularity="layer"), 0.5, 0.01),
     "dcil": (methods.DCIL(0.8), 0.8, 0.001),
     "dcil-channel": (methods.DCIL(0.5, pattern="channel"), 0.5, 0.02),
-    # Gates remove 30 % of the FLOPs. The sparsity of the weights is lower than 30 %, because a unit
-    # with a closed gate also saves FLOPs in the next layer.
+    # Consensus removes 30 % of the FLOPs. The sparsity of the weights is lower than 30 %, because a
+    # unit with a closed gate also saves FLOPs in the next layer.
     "consensus": (methods.Consensus(0.3, lambda_polar=0.1, lambda_act=20.0), 0.25, 0.06),
     "magnitude": (methods.Magnitude(0.8), 0.8, 0.001),
     "magnitude-uniform": (methods.Magnitude(0.8, allocation="uniform"), 0.8, 0.001),
@@ -319,10 +319,10 @@ def test_the_compiled_step_is_traced_once(one_of_each, monkeypatch):
     after_two = len(traces)
     fit(model, 2)
     if not COMPILES:
-        # In eager mode, the layer is called in every step.
+        # In eager mode, Keras calls `compute_loss` in every step.
         assert len(traces) >= 4 * len(x) // BATCH
     else:
-        # Keras may call the layer once more with symbolic inputs.
+        # Keras may call `compute_loss` once more with symbolic inputs.
         assert len(traces) - after_two <= 1
         calls = 2 if isinstance(one_of_each[0], TwoPathMethod) else 1  # Calls per trace.
         assert after_two <= 2 * calls + 1

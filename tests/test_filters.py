@@ -27,7 +27,7 @@ from keras_dst._utils.filters import is_kernel, is_prunable, select
         ("beta", (2, 8), {}, False),
         ("scale", (2, 8), {}, False),
         ("alpha", (2, 8), {}, False),
-        ("kernel_threshold", (4, 3), {}, False),  # the threshold of a mask
+        ("kernel_threshold", (4, 3), {}, False),  # This name belongs to the threshold of a mask.
         ("kernel_scores", (4, 3), {}, False),
         ("kernel_anchor", (4, 3), {}, False),
         ("upscale", (4, 3), {}, True),
@@ -50,7 +50,7 @@ NAMES = [("conv_1", "stem/conv_1"), ("conv_2",), ("conv_2_extra",), ("head",)]
     [
         (None, [1, 1, 1, 1]),
         ("head", [0, 0, 0, 1]),
-        ("conv_2", [0, 1, 0, 0]),  # the expression must match the whole name
+        ("conv_2", [0, 1, 0, 0]),  # An expression must match the whole name.
         (r"conv_\d", [1, 1, 0, 0]),
         ("conv.*", [1, 1, 1, 0]),
         (".*", [1, 1, 1, 1]),
@@ -60,7 +60,7 @@ NAMES = [("conv_1", "stem/conv_1"), ("conv_2",), ("conv_2_extra",), ("head",)]
         ([], [0, 0, 0, 0]),
         # An item is selected if at least one of its names matches the expression.
         ("stem/.*", [1, 0, 0, 0]),
-        (len, [0, 1, 1, 0]),  # A callable gets the item.
+        (len, [0, 1, 1, 0]),  # A callable filter gets the item as its argument.
     ],
 )
 def test_filters_select_matching_items(filters, chosen):

@@ -159,7 +159,7 @@ def test_gates_reach_the_target_and_can_be_saved_stripped_and_shrunk(
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(models.predict(loaded, x), expected)
-    small = keras_dst.shrink(model)  # shrinks a copy
+    small = keras_dst.shrink(model)  # `shrink` does not change the model.
     assert gates_of(model)
 
     assert keras_dst.strip(model) is model
@@ -208,7 +208,7 @@ def test_the_loss_of_gates_has_polarization_and_budget_terms():
             on_epoch_end=lambda epoch, logs: losses.append(logs["loss"])
         )],
     )  # fmt: skip
-    means, h = [], a  # with learning rate 0, all steps are equal
+    means, h = [], a  # Because the learning rate is 0, all steps are equal.
     for gate in gates:
         if gate.dependent:
             z = np.asarray(array(gate._module(ops.convert_to_tensor(h))))

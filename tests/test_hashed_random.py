@@ -85,6 +85,6 @@ def test_noise_of_a_large_tensor_has_mean_zero_per_weight():
         array(draw(ops.convert_to_tensor(step, "int32"))[0]).ravel()[places]
         for step in range(steps)
     )
-    # The hash gives every weight only a few different values. Positive and negative values must be
-    # equally likely.
+    # If positive and negative values are equally likely, a sum over steps grows like the square
+    # root of the number of steps.
     assert abs(total / np.sqrt(steps)).mean() < 1.1 * np.sqrt(2 / np.pi)

@@ -23,7 +23,7 @@ from tests.stop_worker import ALL_METHODS, x, y
 
 pytestmark = every(6)
 
-# On JAX, which compiles every operation for every shape, fewer examples are tested.
+# JAX compiles every operation for every shape, so fewer examples are tested on JAX.
 EXAMPLES = 4 if keras.backend.backend() == "jax" else 25
 few = hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 
@@ -165,7 +165,8 @@ def kept_weights(model):
 class TestTraining:
     @every(6)
     def test_nan_keeps_the_masks_valid(self, name):
-        """After a NaN loss, masks keep the right number of weights and at least one per layer."""
+        """After a NaN loss, masks still have the target sparsity, and every layer keeps a
+        weight."""
         method = KINDS[name]
         model = net(method)
         bad = x.copy()

@@ -43,7 +43,7 @@ def network(method=None, optimizer="adam"):
 
 
 def fit(model, *callbacks, first=0, last=4):
-    """Run the epochs from `first` to `last` of a training run of four epochs; return the logs."""
+    """Train from epoch `first` to epoch `last` of a run of four epochs, and return the logs."""
     return model.fit(
         x,
         y,
@@ -71,8 +71,8 @@ def predict(model):
 def arrays(model):
     """Return a dict from paths to values, for all variables except `progress`.
 
-    `fit` writes the variable `progress` only at its end. If the value is older, the steps since
-    then are read from the optimizer's counter.
+    `fit` writes the variable `progress` only at its end. During a fit, the number of finished steps
+    is read from the counter of the optimizer.
     """
     variables = [*model.variables, *model.optimizer.variables]
     variables = [v for v in variables if not v.path.endswith("_progress")]
@@ -235,7 +235,7 @@ def config(name, **options):
     "mode", ["int8", pytest.param("float8", marks=once), 8, pytest.param(None, marks=once)]
 )
 def test_zeros_stay_zeros_when_a_model_is_quantized(mode):
-    """In the parameters, a number is the block size of int4, and None is int4 without blocks."""
+    """A number in the parameters is the block size of int4, and None means int4 without blocks."""
     model = stripped()
     dense = model.layers[1:]
     zeros = [layer.kernel.numpy() == 0 for layer in dense]
@@ -267,8 +267,8 @@ def test_zeros_among_weights_of_one_sign_stay_zeros_under_int4(sign):
 def test_zeros_stay_zeros_under_gptq():
     """Keras 3.15 never runs the calibration of GPTQ, so it rounds each weight alone (keras#23512).
 
-    This test fails if a newer version of Keras runs the calibration, because zeros of correlated
-    inputs then change. In this case, update the documentation page.
+    This test fails if a newer version of Keras runs the calibration, because the calibration
+    changes zeros of correlated inputs. If the test fails, update docs/keras_features.md.
     """
     rng = np.random.default_rng(0)
     table = rng.standard_normal((16, 16)).astype("float32")

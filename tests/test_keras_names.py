@@ -59,7 +59,7 @@ def exempt(optimizer):
     _keras.exempt_from_decay(optimizer, _keras.trained_variables_of(optimizer))
 
 
-# Without these errors, a renamed attribute would silently change training.
+# Without an error, a renamed attribute would silently change the training.
 @pytest.mark.parametrize(
     ("name", "make", "use"),
     [

@@ -205,7 +205,7 @@ def test_an_embedding_with_initial_weights():
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16", "mixed_bfloat16", "float16"])
 @pytest.mark.parametrize("inner", [None, "float32", "mixed_bfloat16"])
 def test_dtypes_equal_those_of_the_stock_layer(policy, inner):
-    """`TimeDistributed` skips the inner layer's `__call__`, so this layer does not cast inputs."""
+    """`TimeDistributed` skips `__call__` of the inner layer, so the inner layer casts no inputs."""
     x = np.ones((3, 2, 4), "float32")
     for arguments in ({"use_bias": False}, {}):
         dtypes = []

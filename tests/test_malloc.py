@@ -20,7 +20,8 @@ from tests.backends import every
 pytestmark = pytest.mark.skipif(
     malloc.glibc() is None, reason="needs glibc with its default memory policy"
 )
-SIZE = 64 << 20  # In bytes. By default, glibc returns blocks of this size to the system.
+# Number of bytes in a block. By default, glibc returns blocks of 64 MiB to the system.
+SIZE = 64 << 20
 
 
 def resident_memory():

@@ -340,7 +340,7 @@ def split(flat, shapes):
 
 @functools.cache
 def compiled_top_k(shapes, sizes, kept_axes, xla):
-    """Return a compiled `top_k` for scores of these shapes. Its count is a tensor."""
+    """Return a compiled `top_k` for scores of the given shapes. The argument `kept` is a tensor."""
     sizes = sizes and [np.reshape(n, shape) for n, shape in zip(sizes, shapes)]
 
     def function(scores, kept):
@@ -455,7 +455,7 @@ def test_the_threshold_search_among_zeros_takes_few_steps(kept, monkeypatch):
         ranking._Ranking, "_count_above", lambda *args: counts.append(1) or count(*args)
     )
     assert_equal(top_k(scores, kept), reference_top_k(scores, kept))
-    assert len(counts) < 40  # A search that reaches denormal numbers would need 300 steps.
+    assert len(counts) < 40  # A bisection down to denormal numbers would need 300 steps.
 
 
 def test_top_k_compiled_by_xla():

@@ -106,7 +106,8 @@ def test_shrink_removes_named_channels_inside_the_functional_parts_of_a_model():
     expected = array(model(X, training=False))
     np.testing.assert_allclose(array(small(X, training=False)), expected, atol=1e-5)
     assert small.branch.get_layer("expand").filters == 16
-    assert small.branch.get_layer("project").filters == 16  # an output of this part
+    # `shrink` keeps all channels of an output.
+    assert small.branch.get_layer("project").filters == 16
 
 
 @keras.saving.register_keras_serializable("tests")

@@ -60,7 +60,7 @@ def values(text):
 
 
 def differences(text, stored):
-    """Return all values that differ too much, as (name, new numbers, stored numbers)."""
+    """Return all values that differ by more than allowed: name, new numbers, stored numbers."""
     now, before = values(text), values(stored)
     return [
         (name, now[name], before[name])

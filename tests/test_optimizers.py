@@ -398,7 +398,7 @@ def zeros(network):
     return sum(np.sum(kernel == 0) for kernel in kernels) / sum(kernel.size for kernel in kernels)
 
 
-@every(1)  # each backend has its own training step
+@every(1)  # Each backend has its own `train_step` in this test.
 def test_two_sparse_optimizers_prune_a_generator_and_a_discriminator():
     keras.utils.set_random_seed(0)
     rng = np.random.default_rng(0)

@@ -115,8 +115,8 @@ def stored_weights(folder):
     return found
 
 
-# `make test` tests one method whose masks are in the layers, and one method whose masks are in the
-# optimizer.
+# `make test` trains with one method that masks the layers, and one method that masks the optimizer
+# step.
 FAST = ("DCIL", "Magnitude")
 CASES = [
     pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
@@ -131,7 +131,7 @@ def test_a_run_in_three_pieces_equals_a_run_in_one_piece(method, tiny, tmp_path)
     run = Run("resnet-32-16", method, 0.0 if method == "dense" else 0.9, 0, epochs=3, batch=16)
 
     def train(name, deadline=None):
-        keras.utils.clear_session()  # The names of layers are the same as in a new process.
+        keras.utils.clear_session()  # Give the layers the same names as in a new process.
         return papers.train(run, tiny, tmp_path / name, deadline)
 
     model, expected = train("one")
@@ -156,7 +156,7 @@ def test_a_run_in_three_pieces_equals_a_run_in_one_piece(method, tiny, tmp_path)
 @pytest.mark.once
 @pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 def test_short_runs_are_stored_only_in_their_folder(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "save", None)  # A call would raise an error.
+    monkeypatch.setattr(results, "save", None)  # A call of `results.save` would raise an error.
     run = Run("resnet-56-16", "Consensus", 0.5, 0, epochs=2, batch=16)
     papers.complete(run, tmp_path, deadline=0.0)
     assert not (tmp_path / run.name).exists()  # The deadline has passed.

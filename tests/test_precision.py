@@ -80,7 +80,8 @@ def check_training(method, first=None, second=None):
         optimizer = keras_dst.SparseOptimizer(optimizer, method)
     models.compiled(model, optimizer)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # learned methods need more than twelve steps, so they warn
+        # Learned methods need more than twelve steps, so `fit` warns.
+        warnings.simplefilter("ignore")
         history = model.fit(x, y, 16, 3, verbose=0, callbacks=[SparseTraining()]).history
     assert np.isfinite(history["loss"]).all()
     if method.schedule:

@@ -575,7 +575,7 @@ def test_report_is_printed_as_a_table():
     for figure in ("266,200", "54,520", "79.52 %", "109,040", "532,400"):
         assert figure in total
     assert "266,610" in lines[-1]
-    # All lines of the printed table have the same length, and the pages can show this length.
+    # All lines of the printed table have the same length, and fit into the pages of the site.
     (width,) = {len(line) for line in lines[1:]}
     assert width <= 96
     assert "yes" in str(report(masked_model()))

@@ -296,8 +296,8 @@ def test_shrink_separable_convolutions():
 def test_shrink_of_wide_separable_convolutions_needs_little_memory():
     """The product of a depthwise and a pointwise kernel is never computed.
 
-    In float64, the product would need nine times as many entries as the pointwise kernel, and
-    eighteen times its memory.
+    The product would have nine times as many entries as the pointwise kernel. In float64, the
+    product would need eighteen times the memory of the kernel.
     """
     model = sequential(
         (6, 6, 512),
@@ -328,10 +328,11 @@ def test_shrink_transposed_convolutions_after_a_dense_layer():
     )
     kill(model, "one", "two", "three", bias=True)
     kernel = np.array(model.get_layer("one").kernel.numpy())
-    kernel[..., 3] = 0  # Four units of "seed" are then read by no layer.
+    kernel[..., 3] = 0  # Channel 3, which holds four units of "seed", is read by no layer.
     model.get_layer("one").kernel.assign(kernel)
     check(model, seed=12, one=3, two=2, three=2)
-    # Channels 0, 1 and 2 then have nonzero values, but only at one of four positions.
+    # The first three units of "seed" remain. They fill channels 0, 1 and 2 at one of four
+    # positions.
     kill(model, "seed", count=13)
     check(model, seed=12, one=3, two=2, three=2)
 
@@ -1103,8 +1104,8 @@ def test_shrink_a_trained_residual_network(method):
     assert sum(d.sum() for d in dead.values()) >= 10
     for name in ("a_1", "b_1"):  # Inside a branch, `shrink` keeps at most one dead channel.
         assert rows[name].after <= 9 - dead[name].sum()
-    # A channel of the sum is removed if it is dead in all layers that the sum adds. DST can also
-    # prune all weights that read a channel. `shrink` removes this channel, too.
+    # `shrink` removes a channel of the sum if all layers that the sum adds have pruned the channel.
+    # `shrink` also removes a channel if all weights that read the channel are pruned.
     summed = dead["stem"] & dead["a_2"] & dead["b_2"]
     for name in ("stem", "a_2", "b_2"):
         assert rows[name].after <= 9 - summed.sum()

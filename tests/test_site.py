@@ -160,7 +160,8 @@ def test_a_returned_value_has_one_row(site):
     assert len(tables) > 20
     for table in tables:
         assert table.count("<tr") == 2, table
-        assert not re.search("<td[^>]*>\\s*`", table), table  # a sentence in the column `Type`
+        # The column `Type` contains no sentence.
+        assert not re.search("<td[^>]*>\\s*`", table), table
 
 
 # -- figures ---------------------------------------------------------------------------------------

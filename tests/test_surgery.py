@@ -160,7 +160,7 @@ def test_a_weights_file_of_the_dense_model_loads_into_the_sparse_model(model, tm
 
 
 def every_second(model):
-    """Return a filter that selects every second one of the layers that have a kernel."""
+    """Return a filter that selects every second layer that has a kernel."""
     chosen = [layer for layer in model._flatten_layers() if has_kernel(layer)][::2]
     return lambda layer: any(layer is other for other in chosen)
 
@@ -383,7 +383,7 @@ def test_the_report_lists_skipped_layers_with_reasons():
     assert report.sparsified == [(model.layers[-1].path, ("kernel",))]
     parts = [
         "needs an input axis",
-        # Two layers own this kernel: the wrapped layer and its wrapper.
+        # Two layers own the kernel: the wrapped layer and its wrapper.
         "masks the optimizer step, such as Magnitude",
         "masks the optimizer step, such as Magnitude",
         "LoRA",

@@ -716,8 +716,7 @@ def test_load_restores_masks_schedule_and_step(tmp_path):
     callback = [tfmot.UpdatePruningStep()]
     model.fit(np.ones((4, 3)), np.ones((4, 2)), batch_size=1, verbose=0, callbacks=callback)
     assert state["progress"].numpy()[0] == 11
-    # At step 10, the schedule keeps three of the six entries of KERNEL. These are the three entries
-    # that are not 0.
+    # At step 10, the schedule keeps three of the six entries of KERNEL: the entries that are not 0.
     np.testing.assert_array_equal(state["mask"].numpy(), KERNEL != 0)
     assert type(tfmot.strip_pruning(model).layers[0]) is layers.Dense
 

@@ -2,7 +2,7 @@
 
 A reference class computes one pruning method in NumPy and stores its scores, counters or
 thresholds. Each reference class has three functions. `effective` returns the masked weights, with
-which the network computes its outputs. `step` applies the gradients of these weights with the
+which the network computes its outputs. `step` applies the gradients of the masked weights with the
 optimizer. `between` updates masks and other state between two training steps, given the number of
 finished steps.
 """
@@ -18,7 +18,7 @@ from keras_dst.methods import base
 from tests import reference
 from tests.reference import Momentum
 
-STEPS, EPOCHS = 50, 8  # the schedule spans eight epochs; the test runs one
+STEPS, EPOCHS = 50, 8  # The schedule spans eight epochs, of which the test trains one.
 TOTAL = STEPS * EPOCHS
 KERNELS = ("w1", "w2")
 SIZE = 12 * 16 + 16 * 4
@@ -28,7 +28,7 @@ RATE = 0.05
 def keep_highest(scores, kept):
     """Return masks of the `kept` highest scores over all arrays.
 
-    Among equal scores, the first ones are kept.
+    Among equal scores, the first scores are kept.
     """
     flat = np.concatenate([s.ravel() for s in scores])
     mask = np.zeros(flat.size, bool)
@@ -266,7 +266,7 @@ METHODS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_fifty_steps_equal_the_equations(name, monkeypatch):
-    monkeypatch.setattr(base, "_LONG", 1)  # Train as in a long training run.
+    monkeypatch.setattr(base, "_LONG", 1)  # Use the settings for long training runs.
     method, expected = METHODS[name]
     model = reference.keras_net()
     optimizer = keras.optimizers.SGD(RATE, momentum=0.9)

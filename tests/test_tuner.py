@@ -154,7 +154,7 @@ def test_trials_use_the_callback_of_the_user(data):
 
 @once
 def test_trials_store_results_of_an_export(data, tmp_path, monkeypatch):
-    """This test replaces the export by fixed results. test_pages.py exports real files."""
+    """The export is replaced by fixed results. test_pages.py exports real files."""
     calls = []
 
     def export(model, path, **options):

@@ -11,14 +11,14 @@ _FOLDER = pathlib.Path(__file__).parents[2] / "build" / "arm64"
 
 
 def obstacle():
-    """Return the reason why this machine cannot emulate ARM, or an empty string if it can."""
+    """Return why ARM cannot be emulated on this machine, or an empty string if emulation works."""
     if (_FOLDER / "ready").exists():
         return ""
     return f"{_FOLDER / 'ready'} is missing. Fix: run tests/arm64/setup.sh on Debian"
 
 
 def run(code, *arguments):
-    """Run Python code on the emulated CPU. Raise RuntimeError with stderr if the code fails."""
+    """Run Python code on the emulated CPU. Raise RuntimeError with its stderr if the code fails."""
     (python,) = (_FOLDER / "root" / "usr" / "bin").glob("python3.*")
     done = subprocess.run(
         [

@@ -1,4 +1,4 @@
-"""Tests of every method on several devices: all copies equal the result of a single device."""
+"""Tests of training on several devices: all copies of a weight equal the weight of one device."""
 
 import keras
 import numpy as np
@@ -15,9 +15,9 @@ SETUPS = {
     "jax": [("sharded", 1, ["data", "model"], 2)],
     "torch": [("ddp", 2, ["ddp"], 2)],
 }[BACKEND]
-# Each device limits the gradients of pruned weights by its own part of the batch, so the weights
-# differ from a training run on one device. On JAX, the gradients of the whole batch are limited
-# together.
+# Methods that limit the gradients of pruned weights. Every device computes the limit from its part
+# of the batch, so the weights differ from the weights of a run on one device. On JAX, the limit is
+# computed from the whole batch.
 LIMITED = {"dst", "optg", "consensus"} if BACKEND != "jax" else set()
 RUNS = [(setup, run, copies) for setup, _, runs, copies in SETUPS for run in runs]
 
@@ -46,7 +46,7 @@ def test_all_copies_equal_a_run_on_one_device(trained, setup, run, copies, metho
     single = np.load(trained(SETUPS[0][0]) / f"{method}.single.0.npz")
     assert set(first.files) == set(single.files)
     for path in single.files:
-        for other in others:  # `path` also names masks, scores, counters and momentum
+        for other in others:  # The paths include masks, scores, counters and momentum.
             np.testing.assert_array_equal(first[path], other[path], err_msg=path)
         if method in LIMITED:
             assert first[path].shape == single[path].shape
@@ -66,7 +66,8 @@ def test_the_target_is_reached(trained, setup, run, method):
     for variable in model.variables:
         variable.assign(arrays[variable.path])
     sparsity = trainings.keras_dst.report(model).sparsity
-    # Consensus closes 6 of the 20 units in the first layer, which have 48 of all 240 weights.
+    # Consensus closes 6 of the 20 units in the first layer. The closed units have 48 of the 240
+    # weights of the network.
     target = 0.2 if method == "consensus" else 0.7
     assert sparsity == pytest.approx(target, abs=0.01)
 

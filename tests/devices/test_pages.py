@@ -1,4 +1,4 @@
-"""Tests of the code on docs/many_devices.md, which runs unchanged."""
+"""Tests that run the unchanged code of docs/many_devices.md."""
 
 import os
 import pathlib

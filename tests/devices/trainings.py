@@ -4,7 +4,7 @@
 run and copy of the variables. The names of the arrays in a file are the variable paths.
 """
 
-# ruff: noqa: E402 - devices must be set up before the backend is imported
+# ruff: noqa: E402 - Set up the devices before the backend is imported.
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ import pathlib
 import sys
 import warnings
 
-DEVICES = {"mirrored": 2, "sharded": 4}  # devices per process
+DEVICES = {"mirrored": 2, "sharded": 4}  # Number of devices per process.
 
 if __name__ == "__main__":  # devices must be set up before the backend is imported
     _setup = sys.argv[1]
@@ -25,7 +25,8 @@ if __name__ == "__main__":  # devices must be set up before the backend is impor
         cpu = tf.config.list_physical_devices("CPU")[0]
         logical = [tf.config.LogicalDeviceConfiguration()] * DEVICES[_setup]
         tf.config.set_logical_device_configuration(cpu, logical)
-    if _setup == "workers":  # Create the strategy at the start of the process, and only once.
+    # TensorFlow must create this strategy at the start of the process, and only once.
+    if _setup == "workers":
         import tensorflow as tf
 
         options = tf.distribute.experimental.CommunicationOptions(
@@ -51,9 +52,10 @@ ALL_METHODS = {
     "set": methods.SET(0.7),
     "rigl": methods.RigL(0.7),
 }
-# TensorFlow and JAX compile every method for several layouts of devices. To save time, the short
-# form trains one method on each of these backends. DCIL changes the layers, and RigL updates the
-# masks in the optimizer. test_pages.py trains other methods with the same strategies.
+# Names of the methods that `make test` trains on each backend. TensorFlow and JAX compile every
+# method for several layouts of devices, so only one method is trained on TensorFlow and one on JAX.
+# DCIL changes the layers, and RigL updates the masks in the optimizer. test_pages.py trains other
+# methods with the same strategies.
 SHORT = {"tensorflow": ["dcil"], "jax": ["rigl"], "torch": ["dcil", "rigl", "dst", "consensus"]}
 METHODS = short(ALL_METHODS, *SHORT[keras.backend.backend()])
 BATCH, EPOCHS = 16, 2
@@ -94,7 +96,7 @@ def variables(model):
 
 
 def save(folder, method, run, model, copies):
-    """Write one file per device.
+    """Write the variables of a model to one file per device.
 
     `copies` is a function that returns the value of a variable on each device.
     """
@@ -112,7 +114,7 @@ def one(variable):
 
 
 def mirrored(folder):
-    """Train with `tf.distribute.MirroredStrategy`. Every replica has a copy of the variables."""
+    """Train with `tf.distribute.MirroredStrategy`. Every replica has a copy of each variable."""
     # All methods use the same strategy, because collective operations of two strategies would
     # conflict.
     strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(DEVICES["mirrored"])])
@@ -144,12 +146,12 @@ def refused(strategy):
 
 
 def workers_(folder):
-    """Train with `tf.distribute.MultiWorkerMirroredStrategy`. Every process has a copy."""
+    """Train with `MultiWorkerMirroredStrategy`. Every process has a copy of each variable."""
     rank = int(os.environ["RANK"])
     with workers.scope():
         plain = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, "softmax")])
         plain.compile("sgd", "sparse_categorical_crossentropy", jit_compile=False)
-    try:  # `fit` of Keras without keras_dst
+    try:  # Record the error that Keras raises without keras_dst.
         plain.fit(x, y, verbose=0)
     except ValueError as error:
         (folder / f"fit.{rank}.txt").write_text(str(error))
@@ -201,14 +203,14 @@ def driven(model):
 @contextlib.contextmanager
 def quiet():
     with warnings.catch_warnings():
-        # In such a short run, learned methods reach the target sparsity only by the final
-        # projection, so `fit` warns.
+        # The training runs are so short that learned methods reach the target sparsity only by the
+        # final projection, so `fit` warns.
         warnings.filterwarnings("ignore", message=".*training had reached")
         yield
 
 
 def sharded(folder):
-    """Train with `keras.distribution` on JAX. Copies are assembled from the shards."""
+    """Train with `keras.distribution` on JAX. The saved copies are assembled from shards."""
     distribution = keras.distribution
     devices = distribution.list_devices("cpu")
     mesh = distribution.DeviceMesh((2, 2), ("batch", "model"), devices)
@@ -244,7 +246,7 @@ def whole_on_each(variable):
         for index, data in several:
             whole[index] = data
         copies.append(whole)
-    # On the mesh of 2 x 2 devices, every variable has at least two copies.
+    # On a mesh of 2 x 2 devices, every variable has at least two copies.
     return copies[:2]
 
 
@@ -259,7 +261,7 @@ def check_layouts(model):
 
 
 def ddp(folder):
-    """Train with PyTorch's DistributedDataParallel. Every process has a copy of the variables."""
+    """Train with PyTorch's DistributedDataParallel. Every process has a copy of each variable."""
     import torch
 
     torch.distributed.init_process_group("gloo")

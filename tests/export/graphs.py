@@ -53,7 +53,7 @@ class File:
 
 
 class Graph:
-    """Graph of a `File`. The methods of this class refer to tensors by their indices."""
+    """Graph of a `File`. Its methods take and return the indices of tensors."""
 
     def __init__(self, file, graph, key):
         self.file, self.graph, self.key = file, graph, key
@@ -97,8 +97,8 @@ class Graph:
     def unary(self, builtin, x, dtype=None, options=None):
         """Add an op with one input.
 
-        The output has the shape of the input. Its dtype is ``dtype``, by default the dtype of the
-        input.
+        The output has the shape of the input. The dtype of the output is ``dtype``, by default the
+        dtype of the input.
         """
         y = self.op(builtin, [x], self.shape(x), options)
         self.graph.tensors[y].shapeSignature = None
@@ -107,7 +107,7 @@ class Graph:
         return y
 
     def op(self, builtin, inputs, shape, options=None, version=1):
-        """Add an op with one output of the given shape, and return the index of this output."""
+        """Add an op with one output of the given shape, and return the index of the output."""
         code = schema.OperatorCodeT()
         code.builtinCode = getattr(schema.BuiltinOperator, builtin)
         code.deprecatedBuiltinCode = min(code.builtinCode, 127)
@@ -195,10 +195,7 @@ def fully_connected(weight, batch=-1, name="weight", input_name="x"):
 
 
 def convolution(op, weight, stride=1, same=True, shape=(1, 8, 8, None), pad=None, dtype=np.int32):
-    """Return a file with one convolution.
-
-    If ``pad`` is given, a PAD op with these paddings runs before the convolution.
-    """
+    """Return a file with one convolution, after a PAD op with the paddings ``pad`` if given."""
     graph = File().graph()
     x = y = graph.dynamic((*shape[:3], shape[3] or weight.shape[-1]))
     if pad is not None:
@@ -243,7 +240,7 @@ def decode(sparsity, stored, shape):
 
 
 def run(content, x, resolver=AUTO, key=None):
-    """Run a ``.tflite`` model that has one input in the LiteRT interpreter.
+    """Run a ``.tflite`` model with one input in the LiteRT interpreter.
 
     Return its first output.
     """

@@ -115,7 +115,7 @@ def test_sparse_fully_connected_equals_dense(format, density, resolver):
 
 
 def test_fully_connected_with_a_sparse_weight_has_version_8():
-    """The converter writes version 12, for which XNNPACK reads a sparse weight as dense."""
+    """For version 12, which the converter writes, XNNPACK would read a sparse weight as dense."""
     content = encode_all(fully_connected(sparse_values((8, 16), 0.2)), CSR)
     assert ops(read(content)) == [("FULLY_CONNECTED", 8)]
 

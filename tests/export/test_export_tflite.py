@@ -33,7 +33,7 @@ export_tflite = functools.partial(keras_dst.export_tflite, measure=False)
 
 
 def prune(model, density, block=1):
-    """Prune each kernel of a model, in blocks along the axis that is the last axis in the file."""
+    """Prune each kernel of a model in blocks along the axis that is the last axis in the file."""
     for layer in model.layers:
         layer.set_weights([pruned(w, layer, density, block) for w in layer.get_weights()])
     return model
@@ -188,7 +188,7 @@ def test_302_inputs_are_not_truncated_to_300(tmp_path):
 @on_tensorflow
 @pytest.mark.parametrize(("optimize", "form"), [("size", "csr"), ("latency", "csr+densify")])
 def test_export_of_sequences_and_recurrence(tmp_path, optimize, form):
-    """FULLY_CONNECTED reads inputs of rank 3, and the body of a WHILE op contains weights."""
+    """In the file, inputs of FULLY_CONNECTED ops have rank 3, and a WHILE op contains weights."""
     x = keras.Input(batch_shape=(2, 5, 32))
     y = layers.LSTM(32, return_sequences=True)(layers.Dense(32)(x))
     model = prune(keras.Model(x, y), 0.3)
@@ -251,7 +251,8 @@ def test_a_stateful_sequential_model_keeps_its_batch_size_and_states(tmp_path, u
         np.testing.assert_array_equal(before, after.numpy())
     runner = Interpreter(str(path)).get_signature_runner()
     lstm.reset_state()
-    for batch in (x[:1], x[1:2]):  # States are zero at first, and kept between calls.
+    # The LSTM states are zero at first, and the file keeps them between calls.
+    for batch in (x[:1], x[1:2]):
         found = next(iter(runner(**dict.fromkeys(input_shapes(path), batch)).values()))
         np.testing.assert_allclose(found, keras.ops.convert_to_numpy(model(batch)), atol=1e-5)
 
@@ -382,7 +383,7 @@ def test_conversion_prints_nothing_in_a_notebook(monkeypatch):
 
 @on_tensorflow
 def test_conversion_adds_no_handler_to_the_root_logger(monkeypatch):
-    # The first message to a root logger without handlers adds a handler for stderr.
+    # Python adds a handler for stderr if a message is sent to a root logger without handlers.
     monkeypatch.setattr(logging.root, "handlers", [])
     to_tflite(lenet_300_100())
     assert logging.root.handlers == []
@@ -412,10 +413,7 @@ def test_models_that_cannot_be_converted_raise(tmp_path, last, message):
 
 @every(1)
 def test_export_does_not_change_a_sparse_model(tmp_path):
-    """The test runs on every backend.
-
-    Models of JAX and PyTorch are converted in a second process.
-    """
+    """Export on every backend, because JAX and PyTorch convert models in a second process."""
     image, extra = keras.Input((16, 16, 3)), keras.Input((8,))
     y = layers.Conv2D(32, 3, padding="same", use_bias=False)(image)
     y = layers.ReLU()(layers.BatchNormalization()(y))
@@ -435,7 +433,7 @@ def test_export_does_not_change_a_sparse_model(tmp_path):
     report = export_tflite(model, path, inputs=x)
     check(report, model, path)
     # In the large kernel, most initial weights are below the threshold 0.1. In the kernels of the
-    # heads, only half of the initial weights are below it.
+    # heads, only half of the initial weights are below 0.1.
     forms = {tensor.shape: (tensor.encoding, tensor.density < 0.7) for tensor in report.tensors}
     assert forms[32, 3, 3, 32] == forms[32, 40] == forms[64, 40] == ("csr+densify", True)
     assert has_sparse_layers(model)
@@ -631,7 +629,8 @@ def test_the_error_if_the_file_is_wrong_but_every_single_weight_is_right(
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_an_interrupted_write_leaves_no_file(model, converted, path, monkeypatch, failing, error):
     def fail(*_):
-        assert len(list(path.parent.iterdir())) == 2  # The existing file and the temporary file.
+        # One is the existing file, and the other is the temporary file.
+        assert len(list(path.parent.iterdir())) == 2
         raise error
 
     monkeypatch.setattr(failing, fail)

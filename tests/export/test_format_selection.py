@@ -1,4 +1,4 @@
-"""Tests of the storage formats that the exporter selects, and of its reasons for dense weights."""
+"""Tests of the storage formats that the exporter selects, and of reasons for dense weights."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def timer(**seconds_of):
 
 
 def format_of(content):
-    """Return the format of the first sparse weight of a file, as a text for test names."""
+    """Return the format of the first sparse weight of a file as text, for test names."""
     model = read(content)
     kinds = [flatbuffer.op_name(model, op) for op in model.subgraphs[0].operators]
     for tensor in model.subgraphs[0].tensors:
@@ -126,7 +126,7 @@ def test_a_weight_of_rank_3_stays_dense():
 
 
 def two_readers(second, output=False):
-    """Return a file in which a FULLY_CONNECTED op and a second reader read the same weight."""
+    """Return a file in which a FULLY_CONNECTED op and a second op read the same weight."""
     graph = graphs.File().graph()
     x = graph.dynamic([1, 64])
     weight = graph.constant(sparse_values((64, 64), 0.01))

@@ -95,7 +95,7 @@ def test_directly_read_int8_blocks_equal_dense_within_rounding(inputs, resolver)
 
 
 def test_a_transposed_convolution_is_not_quantized():
-    """XNNPACK would run DEQUANTIZE but not the convolution, and the results would be wrong."""
+    """XNNPACK computes wrong results for a transposed convolution after DEQUANTIZE."""
     content = convolution("TRANSPOSE_CONV", sparse_values((6, 3, 3, 64), 0.1))
     (choice,) = select_formats(content, Objective("size", int8=True)).choices
     assert str(choice.format) == "csr+densify"
@@ -150,7 +150,7 @@ def test_sparse_weights_keep_integer_ops(op, shape, block, version):
 
 @pytest.fixture
 def converted(monkeypatch):
-    """Return a model whose conversion is replaced by a file that is built by hand."""
+    """Return a model whose converted file is replaced by a file that is built by hand."""
     weight = sparse_values((64, 320), 0.1, block=16)
     x = keras.Input((320,), name="x")
     layer = layers.Dense(64, use_bias=False)
@@ -222,10 +222,6 @@ def test_invalid_quantization_options_raise(converted, tmp_path, options, messag
 
 @on_tensorflow
 def test_export_with_full_int8(tmp_path):
-    """The test runs on every backend.
-
-    For JAX and PyTorch, the samples are sent to a second process.
-    """
     model = keras.Sequential(
         [
             keras.Input((8, 8, 16)),

@@ -104,5 +104,5 @@ def test_bench_interleaves_the_runs_of_files(paths, monkeypatch):
     bench(paths, runs=3, warmup=1)
     assert len(set(order)) == 2
     first, second = order[0], order[2]
-    # Of two runs in a row, only the second run is timed.
+    # Each file runs twice in a row, because only the second run is timed.
     assert order == [first, first, second, second] * 4

@@ -94,7 +94,7 @@ def test_micro_report_compares_the_file_with_dense_int8(report):
     found = report.micro
     assert found.bytes == report.bytes == report.path.stat().st_size
     assert found.bytes < 0.3 * found.dense_bytes
-    assert found.arena > found.dense_arena  # The arena stores decoded weights.
+    assert found.arena > found.dense_arena  # The arena also stores decoded weights.
     assert found.samples == len(x)
     assert [file.name for file in report.files] == ["dense float32", "dense int8", "this file"]
     assert report.files[1].bytes == found.dense_bytes
@@ -139,7 +139,7 @@ def test_zeros_are_preserved_and_rounded_weights_are_counted(tmp_path):
     model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(24)])
     w = np.random.default_rng(0).uniform(0.5, 1, (32, 24))
     w *= np.arange(32 * 24).reshape(32, 24) % 5 > 2
-    w[1, 1:7:2] = 1e-5  # int8 rounds these weights to zero.
+    w[1, 1:7:2] = 1e-5  # Quantization to int8 rounds weights of 1e-5 to zero.
     model.layers[0].kernel.assign(w)
     samples = np.random.default_rng(1).normal(size=(8, 32)).astype("float32")
     path = tmp_path / "model.tflite"

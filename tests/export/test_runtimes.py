@@ -32,7 +32,7 @@ def needs(*names):
 
 @pytest.fixture(autouse=True)
 def no_usage_statistics(monkeypatch):
-    """Prevent OpenVINO from sending usage statistics. It sends none in CI jobs."""
+    """Prevent OpenVINO from sending usage statistics. OpenVINO sends no statistics in CI jobs."""
     monkeypatch.setenv("CI", "true")
 
 

@@ -1,4 +1,7 @@
-"""Tests of the region that XNNPACK runs in NCHW layout, against runs with AVX hidden."""
+"""Tests of the search for ops that XNNPACK runs in NCHW layout.
+
+test_sparse_kernels.py compares the search with the runtime.
+"""
 
 import numpy as np
 import pytest
@@ -58,7 +61,7 @@ def unary(kind, options=None):
 
 
 def binary(kind, options, other):
-    """Return a build step for an op with two operands.
+    """Return a function that adds an op with two operands to a graph.
 
     ``other(graph, x)`` adds the second operand to the graph.
     """
@@ -107,9 +110,9 @@ def reshaped(*shape):
 
 
 def gated(*squeeze):
-    """Return a build step for squeeze-and-excitation.
+    """Return a function that adds a squeeze-and-excitation block to a graph.
 
-    The steps in ``squeeze`` compute the factor by which the input is multiplied.
+    The functions in ``squeeze`` add the ops that compute the factor of the input.
     """
 
     def add(graph, x):
@@ -122,9 +125,9 @@ def gated(*squeeze):
 
 
 def network(*steps, size=16, channels=3, also=()):
-    """Return a file whose graph is created by the given build steps, one after the other.
+    """Return a file with a graph to which the functions in ``steps`` have added their ops in order.
 
-    The results of the steps in ``also`` become extra outputs of the file.
+    ``also`` contains the indices of steps whose results are extra outputs of the file.
     """
     graph = File().graph()
     x = y = graph.tensor([1, size, size, channels])
@@ -139,7 +142,7 @@ def network(*steps, size=16, channels=3, also=()):
 
 
 def unpacked(content):
-    """Return a copy of the file in which each sparse weight has a DENSIFY op that unpacks it."""
+    """Return a copy of the file in which a DENSIFY op unpacks each sparse weight."""
     sparse = [weight for weight in weights(read(content)) if weight.density < 0.5]
     return encode(content, {weight.buffer: Format(1, unpack=True) for weight in sparse})
 
@@ -277,9 +280,9 @@ def test_no_region_without_densify():
     ids=["L2_NORMALIZATION", "LOG_SOFTMAX"],
 )
 def test_ops_that_xnnpack_may_run_later_count_as_wrong(step):
-    """XNNPACK in LiteRT 2.3 leaves these ops to other kernels, so the results are correct.
+    """Treat ops that XNNPACK does not run in LiteRT 2.3 as ops with wrong results.
 
-    Other versions of XNNPACK may run these ops and compute wrong results.
+    Other versions of XNNPACK may run the tested ops and compute wrong results.
     """
     assert verdict(network(*BODY, step, pointwise, mean)) == "wrong"
 

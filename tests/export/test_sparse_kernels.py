@@ -94,7 +94,7 @@ FILES = WRITTEN | {name: content for name, (content, _) in RULES.items()}
 
 @pytest.fixture(scope="module", params=[no_avx, arm64], ids=["AVX hidden", "ARM emulated"])
 def outputs(request, tmp_path_factory):
-    """Return the outputs of all files on this CPU and, with both resolvers, on the tested CPU."""
+    """Return the outputs of all files: on this CPU, and with two op resolvers on the tested CPU."""
     cpu = request.param
     if cpu.obstacle():
         pytest.skip(cpu.obstacle())
@@ -136,7 +136,7 @@ def test_exported_files_agree_on_all_cpus(outputs, name):
     ("name", "verdict"), [(name, verdict) for name, (_, verdict) in RULES.items()]
 )
 def test_verdicts_agree_with_the_runtime(outputs, name, verdict):
-    """The runtime computes wrong outputs for a network exactly if the verdict is "wrong"."""
+    """LiteRT computes wrong outputs for a network if and only if the verdict is "wrong"."""
     expected, delegated, builtin = outputs[name]
     assert error(builtin, expected) < 1e-4
     assert (verdict == "wrong") == (not error(delegated, expected) < 1e-4)

@@ -62,12 +62,13 @@ def test_kept_share_of_channels_parameters_and_flops():
         ("channels", 0.0, [4, 2]),
         ("channels", 0.5, [2, 1]),
         ("channels", 0.9, [1, 1]),
-        # [2, 1] keeps 20 of 48 parameters, which is closer to 24 than 30 parameters of [3, 1].
+        # The target is 24 of 48 parameters. The counts [2, 1] keep 20 parameters, and [3, 1] would
+        # keep 30.
         ("parameters", 0.5, [2, 1]),
-        # [3, 1] keeps 1290 of 2220 FLOPs, which is closer to 1110 than 860 FLOPs of [2, 1].
+        # The target is 1110 of 2220 FLOPs. The counts [3, 1] keep 1290 FLOPs, and [2, 1] would keep
+        # 860.
         ("flops", 0.5, [3, 1]),
-        # The target is 666 FLOPs. [2, 1] keeps 860 FLOPs, which is closer to the target than 430
-        # FLOPs of [1, 1].
+        # The target is 666 FLOPs. The counts [2, 1] keep 860 FLOPs, and [1, 1] would keep 430.
         ("flops", 0.7, [2, 1]),
     ],
 )
@@ -112,7 +113,8 @@ def test_masks_of_a_sum_agree_and_keep_the_highest_mean_score():
     [
         # If two channels have the same score, the channel with the smaller index is kept.
         ("channels", [[1, 1, 0, 0], [1, 0]]),
-        # These masks keep 1020 of 2220 FLOPs. Masks with one more channel would keep 1530 FLOPs.
+        # The expected masks keep 1020 of 2220 FLOPs. Masks with one more channel would keep 1530
+        # FLOPs.
         ("flops", [[1, 1, 0, 0], [1, 1]]),
     ],
 )

@@ -314,16 +314,16 @@ def test_projection_opens_gates_up_to_the_budget():
     one, two = project(Consensus(0.5, min_kept=1), logits, [1, 3])
     # Gates are opened from the highest logit (0.5) to lower logits (0.3, 0.2, 0.1), until the cost
     # of the open gates reaches the target of 13. After each opened gate, the cost is 2, 4, 6 and
-    # 12. The next gate would raise the cost to 14. 12 and 14 are equally close to 13, so the
-    # smaller cost is used.
+    # 12. The next gate would raise the cost to 14. The costs 12 and 14 are equally close to 13, so
+    # the smaller cost is used.
     np.testing.assert_array_equal(one >= 0, [1, 0, 1, 1])
     np.testing.assert_array_equal(two >= 0, [0, 1, 0])
     # The projection changes no logit that already has the right sign.
     for found, before in zip((one, two), logits):
         np.testing.assert_array_equal(found, np.float32(before))
     one, two = project(Consensus(0.8, min_kept=1), logits, [1, 3])
-    # The gate with the highest logit is always open in each layer. The cost of these gates exceeds
-    # the target, but no smaller cost is possible.
+    # The gate with the highest logit is always open in each layer. One open gate per layer already
+    # costs more than the target.
     np.testing.assert_array_equal(one >= 0, [0, 0, 0, 1])
     np.testing.assert_array_equal(two >= 0, [0, 1, 0])
     one, two = project(Consensus(0.8), logits, [1, 3])
@@ -370,7 +370,7 @@ def test_every_layer_of_a_residual_network_keeps_its_minimum(sparsity, min_kept)
 
 def test_trajectory_of_consensus_equals_the_equations(monkeypatch):
     """Compare 50 training steps of a two-layer network, with its gates and penalties, to NumPy."""
-    monkeypatch.setattr(base, "_LONG", 1)  # Train as in a long training run.
+    monkeypatch.setattr(base, "_LONG", 1)  # Use the settings for long training runs.
     method = Consensus(0.6, lambda_polar=0.5, lambda_act=4.0)
     method.schedule = Constant(0.6)  # As in the paper, the target cost is constant during training.
     model = reference.keras_net()

@@ -63,7 +63,7 @@ def test_channels_rank_differently_by_squares_and_magnitudes():
 
 
 def divergence(p, f, temperature):
-    """Return the KL terms of the paper for every sample, and the gradients of their mean."""
+    """Return the KL divergences of all samples, and the gradients of the mean divergence."""
     a, b = reference.softmax(p / temperature), reference.softmax(f / temperature)
     each = a * np.log(a / b) + b * np.log(b / a)
     step = temperature * (a - b) / len(p)
@@ -480,7 +480,7 @@ def test_patterns():
 
 
 class OwnLoss(keras.Model):
-    """A model that overrides `compute_loss` with its old signature, without `training`."""
+    """A model that overrides `compute_loss` with the old signature of Keras, without `training`."""
 
     def __init__(self):
         super().__init__()

@@ -282,7 +282,7 @@ SHAPES, PATHS = [(10, 10), (30, 10)], ["a/kernel", "b/kernel"]
         (Magnitude(0.9, min_kept=50), 0.9, [40]),
         (Magnitude(0.9, "uniform"), 0.9, [10, 30]),
         (Magnitude(0.9, "uniform", "1x4"), 0.5, [50, 150]),
-        (Magnitude(0.9, "erk"), 0.9, [13, 27]),  # sum(shape) is 20 and 40
+        (Magnitude(0.9, "erk"), 0.9, [13, 27]),  # ERK weighs the shapes by their sums, 20 and 40.
         (Magnitude(0.9, {"b/.*": 0.5}), 0.9, [10, 150]),
         # The schedule is halfway: the current sparsity 0.45 is half of the target 0.9.
         (Magnitude(0.9, {"b/.*": 0.5}), 0.45, [55, 225]),

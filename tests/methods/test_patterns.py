@@ -78,8 +78,8 @@ def test_every_pattern_and_allocation_is_valid_or_raises(cls, pattern, allocatio
     for mask in masks:
         check_pattern(pattern, mask)
     counts = np.array([mask.sum() for mask in masks])
-    # Number of weights that are always pruned together, such as a block of 4 weights, for each of
-    # the two kernels.
+    # For each of the two kernels, the number of weights that are always pruned together, such as a
+    # block of 4 weights.
     groups = {"unstructured": [1, 1], "1x4": [4, 4], "2:4": [1, 1], "channel": [16, 72]}[pattern]
     if pattern == "2:4" or allocation == "uniform":
         wanted = 0.5 * np.array(SIZES)

@@ -21,7 +21,7 @@ _SOURCE = pathlib.Path(__file__).with_name("hide_avx.c")
 
 
 def obstacle():
-    """Return the reason why AVX cannot be hidden on this machine, or an empty string if it can."""
+    """Return why AVX cannot be hidden on this machine, or an empty string if hiding works."""
     machine = f"{platform.system()} {platform.machine()}"
     if machine != "Linux x86_64":
         return f"hiding AVX needs Linux x86_64, this is {machine}"
@@ -39,7 +39,7 @@ def _library():
 
 def hide(library):
     """Hide AVX from LiteRT in this process. Call this function before you create an interpreter."""
-    # The import loads the libraries of LiteRT, so that breakpoints can be set in them below.
+    # Load the libraries of LiteRT, in which the code below sets breakpoints.
     import ai_edge_litert.interpreter
 
     ours = str(pathlib.Path(ai_edge_litert.__file__).resolve().parent)
