@@ -24,7 +24,7 @@ MARKERS = {0.9: "o", 0.98: "D"}
 
 
 def draw(name: str, path: pathlib.Path) -> None:
-    """Draw a picture of `PICTURES`, and add the data to the description of the SVG file."""
+    """Draw a picture that `PICTURES` lists, and add the data to the description of the SVG file."""
     data, onto, size = PICTURES[name]
     shown = data()
     with mpl.rc_context({"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 9}):

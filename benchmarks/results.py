@@ -52,7 +52,7 @@ def run_missing(benchmark: str, description: str, option: str, names, run, defau
         option: Command-line option that lists names, such as `"--nets"`.
         names: Allowed names.
         run: Function that takes a name, runs its measurement, and saves the result.
-        default: Names that are run if the command line lacks the option. Defaults to all names.
+        default: Names to run if the option is not given. Defaults to all names.
     """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument(

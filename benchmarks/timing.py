@@ -23,7 +23,7 @@ def steps_of_fit(model, x, y, batch_size: int, callbacks, now=time.perf_counter)
     """Return the seconds of all steps of a one-epoch `fit` except the first, with callbacks.
 
     The time before the first step and after the last step is not counted. The first step is left
-    out because it may allocate memory for all steps. `now` is the clock, such as
+    out because the first step may allocate memory for all steps. `now` is the clock, such as
     `time.perf_counter`.
     """
     import keras
@@ -50,7 +50,8 @@ def update_masks(driver, step: int) -> None:
 
     driver.advance(step)
     for state in driver.states:
-        # Copy one entry, because a copy of a whole mask from a GPU takes longer than its update.
+        # Copy only one entry, because a copy of the whole mask takes longer than the update on a
+        # GPU.
         value = ops.convert_to_tensor(next(iter(state.values())))
         ops.convert_to_numpy(ops.reshape(value, (-1,))[:1])
 
@@ -65,7 +66,7 @@ def in_turns(functions: dict[str, Callable[[], float]], rounds: int) -> dict[str
 
 
 def ratios(times: dict[str, list[float]], to: str) -> dict[str, float]:
-    """Return for each function the median ratio of its time to the time of the function `to`."""
+    """Return the median ratio of the time of each function to the time of the function `to`."""
     return {
         name: statistics.median(a / b for a, b in zip(found, times[to]))
         for name, found in times.items()

@@ -12,7 +12,7 @@ ALL = sorted(HERE.glob("*.ipynb"))
 
 
 def execute(path: pathlib.Path) -> nbformat.NotebookNode:
-    """Run a notebook, and return it with its new outputs.
+    """Run a notebook, and return the notebook with the new outputs.
 
     Raises:
         RuntimeError: If the output contains a warning.

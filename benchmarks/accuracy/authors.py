@@ -37,7 +37,7 @@ REPOSITORIES = {
 
 @dataclasses.dataclass
 class Case:
-    """Network, method and sparsity with which keras_dst and the authors' code are compared."""
+    """Network, method and sparsity of one comparison between keras_dst and the authors' code."""
 
     name: str
     family: str  # Key of REPOSITORIES.
@@ -45,7 +45,8 @@ class Case:
     sparsity: float | None
     task: Task
     schedule: Callable | None = None  # Schedule in keras_dst. None: default.
-    options: dict = dataclasses.field(default_factory=dict)  # Further arguments of the method.
+    # Further constructor arguments of the method.
+    options: dict = dataclasses.field(default_factory=dict)
 
 
 def halvings(events):
@@ -72,7 +73,7 @@ LENET = Task(
     rates=lambda rate, steps: rate,
 )
 LENET_5 = dataclasses.replace(TASKS["mnist"], epochs=10)
-# No weight decay, because Keras and PyTorch define it differently.
+# Train without weight decay, because Keras and PyTorch define weight decay differently.
 RESNET = dataclasses.replace(TASKS["cifar10"], decay=None)
 CASES = [
     Case("dst", "dst", "DST", None, LENET),
@@ -84,7 +85,7 @@ CASES = [
 
 def run_keras_dst(case, seed, data):
     from benchmarks.accuracy import (
-        authors_code,  # This import needs PyTorch, which `--table` does not need.
+        authors_code,  # Import PyTorch only here, because `--table` must work without PyTorch.
     )
 
     task = dataclasses.replace(

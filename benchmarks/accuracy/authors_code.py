@@ -104,8 +104,8 @@ def optg_net():
 def optg(case, net, data, seed):
     """Train with the authors' loop so that the sparsity is at the target after the last epoch.
 
-    In a short training run, the authors' sigmoid schedule ends below the requested sparsity. The
-    function therefore requests a higher sparsity.
+    In a short training run, the authors' sigmoid schedule ends below the requested sparsity, so
+    request a higher sparsity.
     """
     import imagenet as authors
 
@@ -132,7 +132,7 @@ def optg(case, net, data, seed):
 
 
 def dcil_net():
-    """Return the authors' ResNet with depth 8 and with stride 2 in the first convolution."""
+    """Return the authors' ResNet with depth 8 and stride 2 in the first convolution."""
     from pruning.dcil import mnn
     from pruning.models import resnet_mask
 
@@ -143,7 +143,7 @@ def dcil_net():
 
 
 def dcil(case, net, data, seed):
-    """Train with the authors' loop, to which the current epoch is passed as a number like 2.5."""
+    """Train with the authors' loop, which gets the current epoch as a number such as 2.5."""
     import run_dcil as authors
 
     task, source = case.task, Augmented(*data[0], seed)
@@ -183,7 +183,7 @@ LOOPS = {"dst": dst, "flipout": flipout, "optg": optg, "dcil": dcil}
 
 
 def prepare(code, family):
-    """Make the authors' modules importable. Replace required modules that are not installed."""
+    """Make the authors' modules importable, and replace their imports of missing packages."""
     sys.path[:0] = [str(code / "mnist" if family == "dst" else code)]
     missing = ["torchvision", "torchvision.models", "torchvision.transforms", "cv2"]
     for name in [*missing, "utils.data_loaders" if family == "flipout" else "data"]:
@@ -241,7 +241,7 @@ def run(case, seed, data):
 
 
 def with_initial_weights(family, seed, model):
-    """Copy the initial weights of the authors' network to the Keras model."""
+    """Copy the weights of the authors' untrained network to the Keras model."""
     net = make(family, seed)
     modules = [m for m in net.modules() if getattr(m, "weight", torch.ones(1)).ndim > 1]
     for layer in model.layers:

@@ -3,9 +3,9 @@
 python -m benchmarks.accuracy.backend_agreement mnist-mlp --seeds 3
 python -m benchmarks.accuracy.backend_agreement --table
 
-Initial weights and batch orders are drawn by NumPy, so that the backends differ only in their
-arithmetic. Networks, data and number of epochs are defined in `benchmarks.accuracy.methods`. Runs
-that are already stored are skipped.
+NumPy draws the initial weights and the order of the batches, so that the backends differ only in
+their arithmetic. Networks, data and number of epochs are defined in `benchmarks.accuracy.methods`.
+Runs that are already stored are skipped.
 """
 
 import argparse

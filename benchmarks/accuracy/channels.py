@@ -103,7 +103,7 @@ def train(model, data, rate, epochs, seed, method=None):
 def dense(net, data, seed, epochs):
     """Return the path of the trained dense network.
 
-    Train the network if this file does not exist.
+    If the file does not exist, train the network and save it.
     """
     import keras
 
@@ -189,7 +189,7 @@ def table():
 def cell(runs) -> str:
     """Return the mean accuracy of runs as the text of a table cell, with the fraction of the FLOPs.
 
-    Runs of the dense network have no fraction. Without runs, the text is empty.
+    The text of the dense network contains no fraction. If no run is given, the text is empty.
     """
     if not runs:
         return ""

@@ -83,7 +83,8 @@ class Task:
     decay: float | None = None
     batch: int = BATCH
     batches: type[Shuffled] | None = None  # Class of the batches. If None, `fit` shuffles.
-    rates: Callable = cosine  # Maps a learning rate and a number of steps to a schedule.
+    # Function that maps a learning rate and a number of steps to a learning rate schedule.
+    rates: Callable = cosine
 
 
 TASKS = {

@@ -101,7 +101,7 @@ RECIPES = {
     "dcil": Recipe(300, 0.2, 1e-4, (0.5, 0.75), ("resnet-32-16",), ("dense", "dcil")),
 }
 
-# Test accuracies in % that a paper reports for its own recipe.
+# Test accuracies in percent that a paper reports for its own recipe.
 PUBLISHED = {("dcil", "resnet-32-16"): ("DCIL, in its paper", {0.9: "92.74", 0.95: "92.11"})}
 
 
@@ -288,7 +288,7 @@ class Run:
 
     @property
     def is_short(self) -> bool:
-        """Whether images, epochs or batch differ from the recipe. Such runs are not stored."""
+        """Whether images, epochs or batch differ from the recipe, so that the run is not stored."""
         return (self.images, self.epochs, self.batch) != (None, None, None)
 
     @property
@@ -339,11 +339,11 @@ class Log(keras.callbacks.Callback):
         self.start = time.monotonic()
         if self.first is None:
             self.first = epoch
-            # Drop the log rows of epochs after the backup, because these epochs are trained again.
+            # Drop the log rows of epochs after the backup, because `fit` trains these epochs again.
             rows = [row for row in self.rows() if row["epoch"] <= epoch]
             self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         elif self.deadline is not None and self.start > self.deadline:
-            raise Paused  # The backup already contains the last finished epoch.
+            raise Paused  # The backup on disk already contains the last finished epoch.
 
     def on_epoch_end(self, epoch, logs=None):
         row = {"epoch": epoch + 1, "seconds": time.monotonic() - self.start}
@@ -459,12 +459,12 @@ def _epochs_in(folder):
 
 
 def _slug(name):
-    """Return the name of a method as it is written in commands and names of runs."""
+    """Return the form of a method's name that commands and names of runs contain."""
     return name.lower().replace(", ", "-").replace(" ", "-")
 
 
 def runs_of(nets=None, methods=None, sparsities=None, seeds=SEEDS, recipe="common", **short):
-    """Return the runs of the given settings. All runs of the first seed come first.
+    """Return the runs of the given settings. The runs are sorted by seed.
 
     If an argument is None, the default of the recipe or of the network is used.
     """
@@ -550,14 +550,16 @@ def main():
         )  # fmt: skip
         if not runs:
             parser.error(f"Expected methods of the given networks. Received: {args.methods}")
-        # Runs of methods that have changed since then are trained again.
+        # A stored run is marked as outdated if its method has changed since the run. Train outdated
+        # runs again.
         stored = {
             name: run for name, run in results.runs(BENCHMARK).items() if not run.get("outdated")
         }
         stored |= {path.parent.name: None for path in args.backup.glob("*_batch-*/result.json")}
         deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # Several runs share one GPU.
-        context = multiprocessing.get_context("spawn")  # JAX must start in each process.
+        # Do not fork the process, because JAX does not work after a fork.
+        context = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(
             args.jobs, mp_context=context, max_tasks_per_child=1
         ) as pool:

@@ -88,7 +88,7 @@ NETS = {
 def copy_weights(model, net) -> None:
     """Copy the weights of a Keras model to the same network in PyTorch.
 
-    In both networks, the layers of each class were created in the same order.
+    The layers of each class must have been created in the same order in both networks.
     """
     kinds = {"Conv2D": nn.Conv2d, "BatchNormalization": nn.BatchNorm2d, "Dense": nn.Linear}
     axes = {"Conv2D": (3, 2, 0, 1), "BatchNormalization": (0,), "Dense": (1, 0)}

@@ -3,9 +3,10 @@
 python -m benchmarks.comparison.libraries [--table]
 
 All tools train the same network with the same data, seeds, number of epochs, batch size, optimizer
-and target sparsity. After that, each tool prunes a ResNet, trains it for a few steps and converts
-it. Each tool has its own Python environment, in which `benchmarks.comparison.libraries_worker`
-runs. Runs that are already stored are skipped. `--table` writes the table from the stored runs.
+and target sparsity. Each tool also prunes a ResNet, trains the ResNet for a few steps, and converts
+it to TFLite. Each tool has its own Python environment, in which
+`benchmarks.comparison.libraries_worker` runs. Runs that are already stored are skipped. `--table`
+writes the table from the stored runs.
 """
 
 import argparse
@@ -74,7 +75,7 @@ def files():
 
 
 def accuracy(path, x, y) -> float:
-    """Return the test accuracy of a `.tflite` file. Each inference has one image."""
+    """Return the test accuracy of a `.tflite` file, measured with batch size 1."""
     from ai_edge_litert.interpreter import Interpreter
 
     interpreter = Interpreter(str(path), num_threads=1)

@@ -27,7 +27,7 @@ NET, RESNET = "lenet-300-100", "resnet-8"
 TARGET, EPOCHS, BATCH, RATE, SEEDS = 0.9, 5, 128, 0.05, 3
 # A round contains at least one mask update, because masks are updated every 100 steps.
 STEPS, ROUNDS = 110, 9
-FEW = 8  # The ResNet is trained for this number of steps per epoch.
+FEW = 8  # Number of steps per epoch of the ResNet.
 ALPHAS = (1e-4, 1.25e-4, 1.5e-4, 2e-4, 6e-4)  # Values of alpha to test.
 FILES = results.ROOT / "build" / "peers"
 
@@ -39,7 +39,7 @@ class Tool:
     """
 
     methods: tuple = ()
-    slow: tuple = ()  # Slow methods, which run with only one seed.
+    slow: tuple = ()  # Methods that are so slow that they run with only one seed.
     probabilities = True  # Whether the network ends with a softmax.
     setting = None  # Result of `search`, or None without a search.
 
@@ -150,11 +150,13 @@ class PQuantML(Tool):
             pruning.alpha = self.setting or pruning.alpha
         else:
             pruning.sparsity = TARGET
-        if method == "PDP":  # PDP reaches its target after 2/3 of the epochs and then fine-tunes
+        # PDP reaches its target after 2/3 of the epochs, and then fine-tunes the network.
+        if method == "PDP":
             training.fine_tuning_epochs = epochs // 5
             training.epochs = epochs - training.fine_tuning_epochs
             pruning.epsilon = 1.5 / training.epochs
-        if method == "Wanda":  # Wanda pretrains for 1/5 of the epochs and prunes after 3/5 of them
+        # Wanda pretrains for 1/5 of the epochs, and prunes after 3/5 of the epochs.
+        if method == "Wanda":
             training.pretraining_epochs = epochs // 5
             training.epochs = epochs - training.pretraining_epochs
             pruning.t_start_collecting_batch = 2 * epochs // 5
@@ -166,7 +168,8 @@ class PQuantML(Tool):
         return model, optimizer, [self.callback(config, log_ebops=False, log_keep_ratio=False)]
 
     def search(self):
-        """Return the alpha with which DST is closest to the target, and all tested values."""
+        """Return the alpha that brings the sparsity closest to the target, and all tested
+        values."""
         tried = []
         for self.setting in ALPHAS:
             model, *_ = train(self, "DST", seed=0)
@@ -287,7 +290,7 @@ def times(kind, methods):
     from benchmarks import networks
     from benchmarks.data import mnist
 
-    steps = STEPS + 1  # the first step is not timed
+    steps = STEPS + 1  # The first step is not timed.
     x, y = (part[: steps * BATCH] for part in mnist()[0])
     # The first training in a process takes longer, because of one-time costs. An extra network,
     # "start", is therefore trained before the measured networks.
@@ -348,7 +351,8 @@ def search(kind):
 
 
 def main():
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # Child processes run on this core too.
+    # Use one core for this process and its children.
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     FILES.mkdir(parents=True, exist_ok=True)
     name = sys.argv[1]
     kinds = TOOLS[name]
@@ -366,7 +370,7 @@ def main():
         method: result for each in kinds for method, result in in_new_process(jobs, each).items()
     }
 
-    kind()  # Import the version of Keras that this tool needs.
+    kind()  # Import the version of Keras that the tool needs.
     about = {"command": "make bench-libraries", "tool": name, "target": TARGET, "batch": BATCH}
     about |= {"epochs": EPOCHS}
     results.save(

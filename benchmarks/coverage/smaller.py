@@ -25,7 +25,8 @@ LANES = 16  # Number of float32 values in a vector of the CPU with AVX-512.
 CHANNELS = (0.25, 0.5, 0.75)
 RUNS = 100
 
-# Networks with sizes that are common in practice. The other networks of half_channels are smaller.
+# Networks with sizes that are common in practice. The other networks of
+# `benchmarks.coverage.half_channels` are smaller.
 NETWORKS = {
     "ResNet50": applications("ResNet50", 224),
     "MobileNetV2": applications("MobileNetV2", 224),
@@ -44,7 +45,8 @@ def drawn(build):
 
     keras.utils.set_random_seed(0)
     model = build()
-    _draw_statistics(model)  # The converter would leave out the addition of zero biases.
+    # Random biases are needed, because the converter leaves out the addition of zero biases.
+    _draw_statistics(model)
     return model
 
 
@@ -64,7 +66,7 @@ def masked(build, sparsity):
 
 
 def measured_shrink(model):
-    """Call `shrink`. Return the smaller model, and the time and peak memory of this call."""
+    """Call `shrink`. Return the smaller model, and the time and peak memory of the call."""
     import keras_dst
     from keras_dst.export.memory import kilobytes
 
@@ -110,8 +112,8 @@ def measured_latency(dense, small) -> dict:
 def measured_ops(dense, small) -> dict[str, list[float]]:
     """Return a dict from each kind of op to its seconds in the dense and in the smaller file.
 
-    Each op runs alone, in files with batch size 1. Convolutions count as another kind of op if
-    they have fewer filters in the smaller network than a CPU vector has float32 values.
+    Each op runs alone, in a file with batch size 1. Convolutions that have fewer filters in the
+    smaller network than a CPU vector has float32 values count as a separate kind of op.
     """
     from keras_dst.export.convert import conversions
     from keras_dst.export.measure import latencies
@@ -135,8 +137,7 @@ def measured_ops(dense, small) -> dict[str, list[float]]:
 
 
 def single_ops(content: bytes):
-    """Yield the name and the number of output channels of each op that reads a computed tensor, and
-    a file that contains only this op."""
+    """Yield name, number of output channels and file of each op that reads a computed tensor."""
     from keras_dst.export import flatbuffer
 
     model = flatbuffer.read(content)

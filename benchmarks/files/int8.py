@@ -2,11 +2,11 @@
 
 python -m benchmarks.files.int8 [--nets NET ...]
 
-The networks of `benchmarks.files.tflite_cases`, dense and with 90 % zeros, are exported with
-float32 weights, with int8 weights (`quantize="weights"`), and with int8 weights and activations
-(`quantize="full"`). The ranges of the activations are measured on 200 training images. All files
-are exported with `optimize="size"`. Accuracy is measured on test images. Networks that are already
-stored are skipped.
+The networks of `benchmarks.files.tflite_cases` are exported dense and with 90 % zeros. Weights are
+float32 or int8 (`quantize="weights"`), or weights and activations are int8 (`quantize="full"`). The
+ranges of the activations are measured on 200 training images. All files are exported with
+`optimize="size"`. Accuracy is measured on test images. Networks that are already stored are
+skipped.
 """
 
 import pathlib

@@ -80,7 +80,7 @@ VALUES = 16
 TUNED = {
     f"{VALUES} values": "dense",
     f"90, {VALUES} values": "90",
-}  # Maps each clustered variant to the trained variant that is fine-tuned.
+}  # Dict from each clustered variant to the trained variant from which fine-tuning starts.
 SAMPLES = 200
 NPUS = ("ethos-u55-128", "ethos-u65-256", "ethos-u85-256")
 COMPARED = 100  # Number of test samples for the comparison with LiteRT.
@@ -134,7 +134,7 @@ def largest_difference(content, x):
 
 
 def in_tflm(net, model):
-    """Return sizes and arenas of the file for TFLM and of the dense int8 file."""
+    """Return file sizes and arena sizes of the file for TFLM and of the dense int8 file."""
     (x, _), (x_test, _) = net.data()
     with tempfile.TemporaryDirectory() as folder:
         report = keras_dst.export_tflite(
@@ -194,15 +194,15 @@ def run(name, variant):
 def file_ratios(run, dense):
     """Return the sizes and arenas of a run as ratios.
 
-    The figures for TFLM are relative to the dense int8 file of the same run, whose size and arena
-    equal those of the dense network. The figure `gzip` is relative to the dense network's file.
+    The figures for TFLM are relative to the dense int8 file of the same run, which is as large as
+    the file of the dense network. The figure `gzip` is relative to the file of the dense network.
     """
     micro = run["tflm"]
     return {
         "gzip": run["gzip_bytes"] / dense["gzip_bytes"],
         "TFLM file": micro["bytes"] / micro["dense_bytes"],
-        # Both files lack the parts that TFLM does not need. This ratio therefore shows only the
-        # effect of zeros.
+        # The unread bytes are the parts of the dense file that TFLM does not need. The ratio
+        # without these bytes shows only the effect of zeros.
         "zeros only": micro["bytes"] / (micro["dense_bytes"] - micro["unread_bytes"]),
         "TFLM arena": micro["arena"] / micro["dense_arena"],
     }

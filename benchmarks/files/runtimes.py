@@ -34,10 +34,10 @@ VARIANTS = {
     "half of the channels": Magnitude(0.5, "uniform", "channel"),
 }
 IMAGES, EPOCHS, BATCH, SEED = 20_000, 1, 64, 0
-ROUNDS, CALLS = 300, 20  # Each round times CALLS inferences as a whole.
+ROUNDS, CALLS = 300, 20  # Each round times CALLS inferences together.
 COMPARED = 100  # Number of test images for the comparison with Keras.
 IN_HLS4ML = ("lenet-300-100",)  # Networks that hls4ml converts.
-PRECISION = "ap_fixed<24,8>"  # Fixed-point type with 24 bits, 8 of them before the point.
+PRECISION = "ap_fixed<24,8>"  # Fixed-point type with 24 bits, of which 8 bits are before the point.
 
 
 def onnx_runtime(path):
@@ -51,7 +51,8 @@ def onnx_runtime(path):
 
 
 def openvino(path):
-    os.environ.setdefault("CI", "true")  # OpenVINO sends usage statistics outside CI jobs.
+    # Pretend to be a CI job, because OpenVINO sends usage statistics outside CI jobs.
+    os.environ.setdefault("CI", "true")
     from openvino import Core
 
     options = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}

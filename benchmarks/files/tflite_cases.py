@@ -93,7 +93,8 @@ CASES = {
     ),
     "mobilenet-90": Case(
         "mobilenet",
-        # Most of the latency is in the first layers, so prune them as much as the last layers.
+        # Most of the latency is in the first layers, so prune the first layers as much as the last
+        # layers.
         Magnitude(0.9, allocation="uniform"),
         ARM,
         bars={"latency_no_avx": 0.3},
@@ -119,7 +120,7 @@ print(json.dumps([statistics.median(found) for found in times]))
 
 
 def train_or_load(net_name, method):
-    """Train a network, or load it if its file exists. Without a method, the network is dense."""
+    """Train a network, or load its file. Without a method, the network is dense."""
     net = NETS[net_name]
     TRAINED.mkdir(parents=True, exist_ok=True)
     path = TRAINED / f"{net_name}_{method!r}.keras".replace("/", "")

@@ -5,8 +5,8 @@ python -m benchmarks.files.tflite_grid --table
 
 The dense networks of `benchmarks.files.tflite_cases` are trained further with `Magnitude`, for half
 as many epochs. All layers except the last have the same sparsity. The dense baseline is also
-trained further, for the same number of epochs. With the pattern "channel", the pruned channels are
-removed.
+trained further, for the same number of epochs. Channels that are pruned with the pattern "channel"
+are removed from the network.
 
 Each network is exported with `optimize="latency"`. The sparse file, the dense float32 file and the
 dense int8 file are measured alternately, at batch size 1 on one thread. The measured figures are
@@ -44,7 +44,7 @@ FREQUENCY = 10  # Masks are updated every 10 steps, because the training runs ar
 
 
 def epochs_of(net) -> int:
-    """Return for how many epochs the training of a network is continued."""
+    """Return the number of further epochs for which a network is trained."""
     return max(2, net.epochs // 2)
 
 

@@ -8,8 +8,8 @@ The data are random. Each round trains the dense network and the sparse network 
 the first step of each network is not timed. The step time includes the copy of the batch to the
 GPU. The step ratio is the median over all rounds. DCIL updates its masks in every round. For all
 other methods, mask updates are timed separately. The time of a mask update per training step,
-relative to a dense step, is added to the step ratio. OptG updates its masks every 200 steps here,
-because its default, once per epoch, depends on the number of samples.
+relative to a dense step, is added to the step ratio. In this benchmark, OptG updates its masks
+every 200 steps. The default, once per epoch, depends on the number of samples.
 
 The time of a mask update is also given in passes. One pass copies all prunable weights in float32,
 so that each byte is read and written once. The peak memory is measured during training steps and a
@@ -327,7 +327,7 @@ def peak_bytes(work: Callable) -> int | None:
         torch.cuda.reset_peak_memory_stats()
         work()
         return torch.cuda.max_memory_allocated()
-    # JAX cannot reset the peak that it records.
+    # JAX records a peak, but cannot reset it.
     sampled, stop = [bytes_in_use()], threading.Event()
 
     def sample():

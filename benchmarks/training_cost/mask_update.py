@@ -1,10 +1,10 @@
 """Measure time and memory of a mask update of 25 million weights: results/mask_update.
 
 Each method that ranks weights is applied to the kernels of a ResNet-50. Times are given in passes.
-One pass computes `abs` and `sum` of all these weights once. Updates and passes are measured
-alternately. All times are CPU seconds on one core. Peak memory is measured twice. The first
-measurement is the growth of the process, which includes unused gaps of the C allocator. In the
-second measurement, the allocator puts each block in separate pages, which avoids such gaps.
+One pass computes `abs` and `sum` of all weights once. Updates and passes are measured alternately.
+All times are CPU seconds on one core. Peak memory is measured twice. The first measurement is the
+growth of the process, which includes unused gaps of the C allocator. In the second measurement, the
+allocator puts each block in separate pages, which avoids gaps.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def prepared(method):
     driver = drivers_of(model)[0]
     driver.begin(STEPS, STEPS, STEPS // 10)
     for layer in getattr(driver, "layers", []):
-        layer.traced_both_paths = True  # In training, DCIL sets this attribute.
+        layer.traced_both_paths = True  # DCIL sets the attribute in training.
     steps = itertools.count(STEPS // 4, STEP)
 
     def update():
@@ -142,7 +142,7 @@ def memory(method) -> float:
     from keras_dst.export.memory import kilobytes
 
     driver, update = prepared(method)
-    # Without this call, the update would reuse freed memory, which is not counted.
+    # Return freed memory to the system, because reused memory would not be counted.
     ctypes.CDLL(None).malloc_trim(0)
     before = kilobytes("VmRSS")
     (SELF / "clear_refs").write_text("5")  # resets the peak

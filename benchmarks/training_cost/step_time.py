@@ -5,11 +5,11 @@ on one core. The step time of a method in a round is divided by the step time of
 The result is the median of these ratios over all rounds. `lstm-128` is not trained with Consensus,
 which cannot prune units of an LSTM.
 
-The timed steps are the first steps of a training run of 4,000 steps. At this length, most methods
-update their masks only every 100 steps. Mask updates are therefore timed separately, and their time
-per step is added to the ratio. For DCIL, which updates its masks every 16 steps, an update inside a
-timed round is counted twice. The compile time is the CPU time of the first round minus the CPU time
-of the second round.
+The timed steps are the first steps of a training run of 4,000 steps. In a run of 4,000 steps, most
+methods update their masks only every 100 steps. Mask updates are therefore timed separately, and
+their time per step is added to the ratio. For DCIL, which updates its masks every 16 steps, an
+update inside a timed round is counted twice. The compile time is the CPU time of the first round
+minus the CPU time of the second round.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Setting:
     net: Callable
     steps: int  # steps per round
     rounds: int
-    without: tuple = ()  # Methods that cannot prune this network.
+    without: tuple = ()  # Methods that cannot prune the network.
 
 
 def small_cnn():

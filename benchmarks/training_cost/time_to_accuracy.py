@@ -8,15 +8,15 @@ LeNet-300-100 is trained on MNIST to 95 % sparsity for 2 to 10 epochs, as in
 pruning for half of the epochs, then pruned to the target in one shot, and then fine-tuned with the
 initial learning rate. The accuracy goal is half a percentage point below the accuracy of the dense
 network after five epochs. The result is the smallest number of epochs with which the mean accuracy
-over the seeds reaches this goal. Runs that are already stored are skipped.
+over the seeds reaches the goal. Runs that are already stored are skipped.
 
 The number of operations is proportional to the density, because each weight of this network is
 multiplied once per sample. A training step computes three matrix products: outputs, gradients of
 the inputs, and gradients of the weights. Each multiplication with a weight counts as two
 operations. keras_dst computes dense products. The column "zeros skipped" counts only products with
 nonzero weights, at the mean density of each epoch. Methods that may bring back a pruned weight
-(`ALIVE`) need the gradients of all weights. RigL needs these gradients only in the step before a
-mask update, and the table does not count these few operations.
+(`ALIVE`) need the gradients of all weights. RigL needs the gradients of pruned weights only in the
+step before a mask update. The table does not count the operations for these rare gradients.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def operations(result) -> tuple[float, float]:
     paths = PATHS.get(result["way"], 1)
     left = 0.0
     for density in densities(result):
-        over_all = density + paths - 1  # The second forward pass is dense.
+        over_all = density + paths - 1  # The second forward pass of DCIL is dense.
         left += (2 * over_all + (paths if result["way"] in ALIVE else over_all)) / 3
     return float(paths * result["epochs"]), left
 
