@@ -44,7 +44,7 @@ SETS = {
 TEST_PACKAGES = ["hypothesis", "pytest", "safetensors", "scikit-learn"]
 CORE = ["test_keras_names.py", "test_contract.py", "test_layers.py", "test_sparse_files.py"]
 EXPORT = ["export/test_export_tflite.py"]
-# The test of resumed training trains three models per method, so it runs with only three methods.
+# The test of resumed training trains three models per method, so only three methods are tested.
 CORE_NAMES = (
     "names or config_round_trip or test_target or sparse_files"
     " or (saved_and_resumed and (rigl or consensus or dst-target))"

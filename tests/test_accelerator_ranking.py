@@ -58,7 +58,7 @@ ZEROS = np.zeros(100_000, "float32")
 def tied_scores():
     rng = np.random.default_rng(0)
     scores = [rng.standard_normal(shape).astype("float32") for shape in [(300, 700), (9,), (9000,)]]
-    scores[2] = np.round(scores[2], 1)  # creates ties
+    scores[2] = np.round(scores[2], 1)  # Create ties.
     scores[0][:100] = 0
     return scores
 
@@ -155,7 +155,7 @@ def driver_of(method, *widths):
     model.compile(apply_method(method, model, keras.optimizers.SGD(0.1)), "mse")
     (driver,) = drivers_of(model)
     for layer in getattr(driver, "layers", []):
-        layer.traced_both_paths = True  # DCIL sets this attribute in a training step.
+        layer.traced_both_paths = True  # In a training step, DCIL sets `traced_both_paths` itself.
     return driver
 
 
@@ -256,7 +256,8 @@ def test_operations_and_bytes_of_a_torch_update(name, monkeypatch):
         for key in {"scores", "gradient"} & state.keys():
             state[key].assign(rng.standard_normal(state[key].shape).astype("float32"))
     driver.advance(260)
-    for weight, state in zip(driver.weights, driver.states):  # As after training.
+    # Pruned weights are 0, as after training.
+    for weight, state in zip(driver.weights, driver.states):
         if "gradient" in state:
             trained = ops.convert_to_numpy(state["mask"]) * rng.standard_normal(weight.shape)
             weight.assign(trained.astype("float32"))

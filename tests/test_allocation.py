@@ -197,10 +197,10 @@ def test_an_invalid_layer_name_in_an_allocation_raises(name):
 @pytest.mark.parametrize(
     ("shapes", "sparsity", "expected"),
     [
-        # ERK keeps 13.3 and 26.7 weights. The minimums are a quarter of these counts, rounded down.
+        # ERK keeps 13.3 and 26.7 weights. The minimums are a quarter of the counts, rounded down.
         ([(10, 10), (30, 10)], 0.9, [3, 6]),
-        # ERK keeps 0.4 and 9.6 weights. The minimums are a quarter of these counts, rounded down,
-        # but at least 1.
+        # ERK keeps 0.4 and 9.6 weights. The minimums are a quarter of the counts, rounded down, but
+        # at least 1.
         ([(4, 4), (100, 100)], 0.999, [1, 2]),
         ([(1, 2), (100, 100)], 0.0, [1, 2500]),
     ],

@@ -1,5 +1,4 @@
-"""Tests of checkpoints: each file is sparse and complete, and the best one meets the target
-sparsity."""
+"""Tests of checkpoints: each file is sparse and complete, and the best file meets the target."""
 
 import keras
 import numpy as np

@@ -15,8 +15,8 @@ from tests import models
 from tests.backends import COMPILES, LONG, every
 from tests.pages import blocks
 
-# The training runs in this file are too short for the controller to reach its target sparsity, so
-# `fit` warns. test_callbacks.py tests this warning.
+# The training runs in this file are too short for the controller of DST to reach its target, so
+# `fit` warns. test_callbacks.py tests the warning.
 pytestmark = pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 
 # Classes by name that docs/own_methods.md defines outside the package. The last code block of the
@@ -67,7 +67,7 @@ BATCH, EPOCHS = 16, 6 if COMPILES else 4  # PyTorch runs every operation in Pyth
 ONE_OF_A_FAMILY = [METHODS[name][0] for name in ("dst-target", "magnitude-revival")]
 KINDS = ["dst-target", "dcil", "optg", "st3", "consensus", "magnitude-revival", "flipout", "rigl"]
 OWN = ["own-update", "own-layer", "own-two-path", "own-unit"]
-# Patterns and allocations only change how weights are ranked. test_masks.py tests this ranking on
+# Patterns and allocations only change how weights are ranked. test_masks.py tests the ranking on
 # every backend. Only `make test-all` on PyTorch combines every method with every option.
 QUICK = COMPILES or not LONG
 TRIED = ["dst", "magnitude", "set", *KINDS, *OWN] if COMPILES else METHODS
@@ -152,7 +152,7 @@ def test_target_log_second_fit_and_strip(method):
     slack = 0.01 if getattr(method[0], "grows", False) else 1e-6
     assert logged[-1] - 1e-6 <= check_target(model, method) <= logged[-1] + slack
     np.testing.assert_array_equal(model.predict(x, verbose=0), before)
-    assert not model.losses  # The penalties are removed.
+    assert not model.losses  # `strip` removes the penalties.
     assert isinstance(model.optimizer, keras.optimizers.SGD)
     assert not any(type(z).__module__.startswith("keras_dst") for z in model._flatten_layers())
 
@@ -324,7 +324,7 @@ def test_the_compiled_step_is_traced_once(one_of_each, monkeypatch):
     else:
         # Keras may call `compute_loss` once more with symbolic inputs.
         assert len(traces) - after_two <= 1
-        calls = 2 if isinstance(one_of_each[0], TwoPathMethod) else 1  # Calls per trace.
+        calls = 2 if isinstance(one_of_each[0], TwoPathMethod) else 1  # Number of calls per trace.
         assert after_two <= 2 * calls + 1
 
 
@@ -345,7 +345,7 @@ def test_an_extreme_target_keeps_a_weight_of_every_layer(method):
     model = build(method)
     history = fit(model, 3)
     assert np.isfinite(history.history["loss"]).all()
-    # Of 2,816 weights, three or four are kept, and each of the three layers keeps at least one.
+    # Three or four of 2,816 weights are kept. Each of the three layers keeps at least one weight.
     assert history.history["sparsity"][-1] == pytest.approx(0.999, abs=0.001)
     assert all(row.nonzeros for row in keras_dst.report(model).layers)
 

@@ -1,4 +1,4 @@
-"""Tests that a model gets its methods back, however `fit` ends."""
+"""Tests that `fit` restores the patched methods of a model, even after an error."""
 
 import functools
 

@@ -13,8 +13,8 @@ from tests import models
 from tests.backends import every, once
 from tests.gradients import gradients
 
-# These training runs are too short to reach the target, so `fit` warns. test_callbacks.py tests the
-# warning.
+# The training runs in this file are too short to reach the target, so `fit` warns.
+# test_callbacks.py tests the warning.
 pytestmark = [
     every(4),
     pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning"),
@@ -288,8 +288,8 @@ def test_a_frozen_gate_does_not_change():
         assert frozen == all(
             np.array_equal(a.numpy(), b)
             for a, b in zip(gate.variables, old)
-            # The names of cost, target and progress begin with "gate_". Training may change these
-            # states.
+            # The names of cost, target and progress begin with "gate_". Training may change the
+            # three states.
             if "gate_" not in a.name
         ), means
 

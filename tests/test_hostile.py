@@ -232,8 +232,8 @@ def fit(model, x, y, epochs=1, batch_size=16, **kwargs):
     import warnings
 
     with warnings.catch_warnings():
-        # These training runs are too short for the controller of the sparsity to reach its target.
-        # If the loss is NaN, the controller never reaches the target.
+        # The training runs in this file are too short for the controller of DST to reach its
+        # target. With a NaN loss, the controller never reaches the target.
         warnings.filterwarnings("ignore", ".*(training had reached|missed by) .*")
         return model.fit(
             x, y, epochs=epochs, batch_size=batch_size, shuffle=False, verbose=0, **kwargs

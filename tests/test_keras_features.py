@@ -148,7 +148,8 @@ class Mean(optimizers.SGD):
 
 
 OPTIMIZERS = {"Mean": Mean}
-for name in ("Muon", "ScheduleFreeAdamW"):  # older versions of Keras lack these optimizers
+# Older versions of Keras lack Muon and ScheduleFreeAdamW.
+for name in ("Muon", "ScheduleFreeAdamW"):
     if hasattr(optimizers, name):
         OPTIMIZERS[name] = getattr(optimizers, name)
 
@@ -263,9 +264,10 @@ def test_zeros_among_weights_of_one_sign_stay_zeros_under_int4(sign):
 
 
 @once
-@pytest.mark.filterwarnings("ignore:Invalid quantization mode:UserWarning")  # the embedding
+# Keras warns about the embedding.
+@pytest.mark.filterwarnings("ignore:Invalid quantization mode:UserWarning")
 def test_zeros_stay_zeros_under_gptq():
-    """Keras 3.15 never runs the calibration of GPTQ, so it rounds each weight alone (keras#23512).
+    """Keras 3.15 skips the calibration of GPTQ and rounds each weight alone (keras#23512).
 
     This test fails if a newer version of Keras runs the calibration, because the calibration
     changes zeros of correlated inputs. If the test fails, update docs/keras_features.md.

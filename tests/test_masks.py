@@ -131,7 +131,8 @@ def test_gradients_of_masked_weights(dtype):
         # The limit is twice the root mean square of the nonzero kept gradients 3 and -4, which is
         # sqrt(12.5).
         ([3, 0, -4, 50, -50], [1, 1, 1, 0, 0], [3, 0, -4, 2 * 12.5**0.5, -2 * 12.5**0.5]),
-        ([3, 0, -4, 7, -7], [1, 1, 1, 0, 0], [3, 0, -4, 7, -7]),  # The limit is 7.07.
+        # The limit is 7.07, so 7 is allowed.
+        ([3, 0, -4, 7, -7], [1, 1, 1, 0, 0], [3, 0, -4, 7, -7]),
         ([3, 50, -4], [1, 1, 0], [3, 50, -4]),
         ([3, 4], [0, 0], [3, 4]),  # If the mask keeps no entries, gradients are not limited.
         ([0, 4], [1, 0], [0, 0]),  # Without a gradient of a kept entry, the limit is 0.
@@ -201,7 +202,8 @@ BLOCKS = [
     ("4x1", (6, 5), KERNEL, (1, 4)),
     ("2x4", (7, 5), KERNEL, (4, 2)),
     ("1x16", (6, 5), KERNEL, (6, 1)),  # The axis has 6 entries, so a block of 16 is cut to 6.
-    ("1x4", (3, 2, 6, 5), KERNEL, (1, 1, 4, 1)),  # Kernels of convolutions follow.
+    # The following shapes are kernels of convolutions.
+    ("1x4", (3, 2, 6, 5), KERNEL, (1, 1, 4, 1)),
     ("4x1", (3, 2, 6, 5), KERNEL, (1, 1, 1, 4)),
     ("2x2", (3, 2, 6, 5), KERNEL, (1, 1, 2, 2)),
     ("1:3", (3, 2, 6, 5), KERNEL, (1, 1, 1, 1)),
@@ -466,8 +468,8 @@ def test_top_k_compiled_by_xla():
 
 def test_top_k_stops_at_the_first_group_that_does_not_fit():
     # At most 5 weights may be kept. The two groups with the highest scores have 3 weights together.
-    # With the next group of 3 weights, 6 weights would be kept, so the ranking stops before this
-    # group. The last group would still fit, but is not kept either.
+    # The third group also has 3 weights, so 6 weights would be kept, and the ranking stops before
+    # it. The last group would still fit, but is not kept either.
     assert_equal(top_k([[9, 8, 7, 6]], 5, [np.array([2, 1, 3, 1])]), [[1, 1, 0, 0]])
 
 
@@ -554,7 +556,7 @@ def test_top_k_of_several_rows_bundles_and_slabs(monkeypatch):
                 monkeypatch.setattr(module, name, size)
     shapes = [(19,), (3, 5), (2,), (16,)]
     scores = [random(*shape, seed=i) for i, shape in enumerate(shapes)]
-    scores[0], scores[2] = np.round(scores[0]), np.round(scores[2])  # creates ties
+    scores[0], scores[2] = np.round(scores[0]), np.round(scores[2])  # Create ties.
     sizes = [np.random.RandomState(i).randint(1, 5, shape) for i, shape in enumerate(shapes)]
 
     def found(sizes=None, first=None):
@@ -635,7 +637,8 @@ def reference_n_of_m(scores, n, m, axis):
 )
 def test_n_of_m(shape, n, m, axis):
     function = jit(lambda s: masks.n_of_m(s, n, m, axis))
-    for scores in [random(*shape), np.round(random(*shape))]:  # distinct scores, tied scores
+    # Test distinct scores and tied scores.
+    for scores in [random(*shape), np.round(random(*shape))]:
         found = function(tensor(scores))
         assert keras.backend.standardize_dtype(found.dtype) == "bool"
         expected = reference_n_of_m(scores, n, m, axis)

@@ -267,7 +267,7 @@ def test_config_round_trip():
 @every(4)
 @pytest.mark.parametrize("kind", models.MODELS)
 def test_training_of_every_kind_of_model(kind):
-    """Kernels of all layers are pruned, also if their gradients are sparse, as in embeddings."""
+    """Kernels of all layers are pruned, including embeddings, whose gradients are sparse."""
     keras.utils.set_random_seed(0)
     model = models.MODELS[kind]()
     before = {v.path for v in model.trainable_variables if is_prunable(v)}

@@ -69,7 +69,7 @@ def run_command(words):
         case ["keras-dst", *arguments]:
             assert cli.main(arguments) == 0
         case ["make", *given]:
-            targets = [word for word in given if "=" not in word]  # The others set variables.
+            targets = [word for word in given if "=" not in word]  # Words with "=" set variables.
             rules = re.findall(r"^([\w -]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert set(targets) <= {target for rule in rules for target in rule.split()}
         case ["pip", "install", package]:
@@ -103,7 +103,7 @@ def custom_loops(names, out):
 
 
 def edge(names, out):
-    out = " ".join(out.split())  # long lines are wrapped
+    out = " ".join(out.split())  # Join wrapped lines.
     assert "this file" in out
     assert "sparse inference cannot begin at 3x3 CONV_2D" in out
     assert "padding 'same'" in out

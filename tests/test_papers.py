@@ -54,7 +54,8 @@ def test_rate_of_dcil_drops_twice():
 @pytest.mark.once
 def test_settings_select_the_runs_of_a_table():
     first = runs_of(["resnet-32-16"])
-    assert len(first) == 3 * (1 + 3 * len(METHODS))  # Seeds, dense runs, sparsities.
+    # For each of three seeds: a dense run, and three sparsities per method.
+    assert len(first) == 3 * (1 + 3 * len(METHODS))
     assert [run.method for run in first[:2]] == ["dense", "DCIL"]
     assert [run.seed for run in first] == sorted(run.seed for run in first)
     assert {run.net for run in runs_of()} == set(NETS)
@@ -159,7 +160,8 @@ def test_short_runs_are_stored_only_in_their_folder(tiny, tmp_path, monkeypatch)
     monkeypatch.setattr(results, "save", None)  # A call of `results.save` would raise an error.
     run = Run("resnet-56-16", "Consensus", 0.5, 0, epochs=2, batch=16)
     papers.complete(run, tmp_path, deadline=0.0)
-    assert not (tmp_path / run.name).exists()  # The deadline has passed.
+    # No epoch is trained, because the deadline has passed.
+    assert not (tmp_path / run.name).exists()
     papers.complete(run, tmp_path)
     folder = tmp_path / run.name
     assert {path.name for path in folder.iterdir()} == {

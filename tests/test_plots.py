@@ -219,7 +219,7 @@ def test_plot_of_invalid_results_raises(pairs):
 METRICS = {
     "accuracy": [0.5, 0.6, 0.7, 0.8],
     "loss": [1.2, 0.9, 0.8, 0.7],
-    "val_loss": [0.9, 0.8],  # as with validation_freq=2
+    "val_loss": [0.9, 0.8],  # Two of four epochs are validated, as with validation_freq=2.
     "sparsity": [0.1, 0.5, 0.9, 0.9],
     "val_accuracy_at_target": [-1e30, -5e29, 0.7, 0.8],
 }

@@ -29,8 +29,8 @@ def penalty_and_gradient(values, alpha, dtype="float32"):
     t = ops.convert_to_tensor(np.array(values, "float32"), dtype=dtype)
     penalty = ThresholdPenalty(alpha)
     value = penalty(t)
-    # Keras adds penalties to the loss of the model, so a penalty must have the dtype `floatx` of
-    # this loss.
+    # Keras adds penalties to the loss of the model, so a penalty must have the dtype of the loss,
+    # `floatx`.
     assert keras.backend.standardize_dtype(value.dtype) == keras.config.floatx()
     (gradient,) = gradients(penalty, [t], ops.ones(()))
     return float(ops.cast(value, "float32")), gradient

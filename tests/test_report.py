@@ -54,7 +54,7 @@ def test_lenet_300_100():
     found = report(model)
     assert found.model == "lenet"
     assert found.parameters == 266_610
-    assert found.nonzeros == 266_200  # all biases are 0
+    assert found.nonzeros == 266_200  # All biases are 0.
     assert found.bytes == 4 * 266_610
     assert found.sparsity == 0
     assert found.total_sparsity == pytest.approx(410 / 266_610)
@@ -86,12 +86,13 @@ def test_report_counts_zeros_of_dense_models():
 def test_report_of_a_small_convolutional_model():
     model = sequential(
         (9, 9, 4),
-        # This convolution has 5 x 5 = 25 output positions.
+        # The convolution has 5 x 5 = 25 output positions.
         layers.Conv2D(8, 3, strides=2, padding="same"),
         layers.BatchNormalization(),
         # 3 x 3 = 9 output positions; with 2 groups, each filter reads 8 / 2 channels.
         layers.Conv2D(6, 3, groups=2),
-        layers.DepthwiseConv2D(3, depth_multiplier=2, padding="same"),  # 9 positions
+        # The layer has 9 output positions.
+        layers.DepthwiseConv2D(3, depth_multiplier=2, padding="same"),
         layers.Flatten(),
         layers.Dense(5),  # The layer has 3 * 3 * 12 = 108 inputs.
     )
@@ -583,7 +584,7 @@ def test_report_is_printed_as_a_table():
 
 @once
 def test_names_are_printed_literally():
-    # Rich would interpret the two parts of this name as a style and an emoji.
+    # Rich would interpret the two parts of the name as a style and an emoji.
     found = report(masked_model())
     row = dataclasses.replace(found.layers[0], name="[bold]:smile:")
     assert "[bold]:smile:" in str(dataclasses.replace(found, layers=[row]))

@@ -147,7 +147,8 @@ def test_sensitivity_with_a_data_set(data):
 def test_weights_are_restored_after_an_error(data, error):
     model = net()
     before = model.get_weights()
-    # The third pass over the data raises the error. TensorFlow wraps this error in its own error.
+    # The third pass over the data raises the error. TensorFlow wraps the raised error in its own
+    # error.
     with pytest.raises(BaseException, match="stop"):
         keras_dst.sensitivity(model, Batches(data, error, 10), (0.5,), verbose=0)
     for old, new in zip(before, model.get_weights(), strict=True):

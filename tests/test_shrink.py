@@ -48,7 +48,7 @@ def randomize(model, seed=0):
 
 
 def units_of(layer):
-    """Return the kernel of a layer, and the axis of this kernel that holds the output units."""
+    """Return the kernel of a layer, and the axis of the kernel that holds the output units."""
     layer = getattr(layer, "layer", layer)
     layer = getattr(layer, "cell", layer)
     kernel = layer.pointwise_kernel if hasattr(layer, "pointwise_kernel") else layer.kernel
@@ -266,7 +266,7 @@ def test_shrink_concatenation_depthwise_and_multiplication():
 
 
 def sequential(shape, *stack):
-    """Return a network of these layers and an output layer of two units, without dead channels."""
+    """Return a network of the given layers and an output layer, without dead channels."""
     return randomize(
         keras.Sequential([keras.Input(shape), *stack, layers.Flatten(), layers.Dense(2)])
     )
@@ -331,8 +331,8 @@ def test_shrink_transposed_convolutions_after_a_dense_layer():
     kernel[..., 3] = 0  # Channel 3, which holds four units of "seed", is read by no layer.
     model.get_layer("one").kernel.assign(kernel)
     check(model, seed=12, one=3, two=2, three=2)
-    # The first three units of "seed" remain. They fill channels 0, 1 and 2 at one of four
-    # positions.
+    # The first three units of "seed" remain. The three units fill channels 0, 1 and 2 at one of
+    # four positions.
     kill(model, "seed", count=13)
     check(model, seed=12, one=3, two=2, three=2)
 

@@ -86,7 +86,8 @@ def test_a_loaded_sparse_model_predicts_equally_and_continues_training(method, p
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     training = [keras_dst.callbacks.SparseTraining()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("warnings.warn", lambda *_, **__: None)  # the training is short
+        # The training run is too short to reach the target.
+        patch.setattr("warnings.warn", lambda *_, **__: None)
         model.fit(X, Y, epochs=12, verbose=0, callbacks=training)
     before = [bits(v) for v in model.variables]
     keras_dst.save_sparse(model, path, include_optimizer=True)
@@ -99,7 +100,7 @@ def test_a_loaded_sparse_model_predicts_equally_and_continues_training(method, p
     loaded.fit(X, Y, verbose=0, callbacks=training)
 
 
-@every(1)  # JAX skips float64
+@every(1)  # JAX skips the tests of float64.
 @pytest.mark.parametrize("policy", ["float64", "bfloat16", "mixed_float16"])
 def test_sparse_files_with_other_dtypes(policy, path):
     if policy == "float64" and keras.backend.backend() == "jax":

@@ -23,7 +23,7 @@ LINES = len(stop_worker.METHODS) * stop_worker.EPOCHS * stop_worker.STEPS
 
 
 def run(folder, save_freq, kill_after=None, delay=0.0):
-    """Run the worker and kill it after `kill_after` lines; return True if it ended by itself."""
+    """Run the worker, kill it after `kill_after` lines, and return whether it ended by itself."""
     command = [sys.executable, "-m", "tests.stop_worker", str(folder), str(save_freq)]
     errors = folder / "errors.txt"
     with errors.open("w") as stream:

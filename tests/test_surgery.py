@@ -536,7 +536,8 @@ def test_the_optimizer_skips_weights_without_the_pattern_axes():
     model = models.sequential()
     models.compiled(model)
     report = keras_dst.sparsify(model, Magnitude(0.5, pattern="1x4"))
-    assert [path for path, _ in report.skipped] == [model.layers[3].path]  # the depthwise layer
+    # Layer 3 is the depthwise layer.
+    assert [path for path, _ in report.skipped] == [model.layers[3].path]
     assert "needs an input axis" in str(report)
     model.fit(x, y, verbose=0, callbacks=[SparseTraining()])
     assert zeros_of(model)[model.layers[3].kernel.path] == 0

@@ -130,7 +130,7 @@ def test_configs_round_trip():
     [
         ([4.0, -3.0, 2.0, -1.0], 0.5, [1, 1, 0, 0]),
         ([4.0, -3.0, 2.0, -1.0], 0.0, [1, 1, 1, 1]),
-        ([4.0, -3.0, 2.0, -1.0], 0.99, [1, 0, 0, 0]),  # One entry is always kept.
+        ([4.0, -3.0, 2.0, -1.0], 0.99, [1, 0, 0, 0]),  # At least one entry is always kept.
         ([4.0, 3.0, 2.0, 1.0, 0.5], 0.5, [1, 1, 0, 0, 0]),  # 2.5 rounds to 2.
         ([7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], 0.5, [1, 1, 1, 1, 0, 0, 0]),  # 3.5 rounds to 4.
         ([4.0, -2.0, 2.0, 1.0], 0.5, [1, 1, 1, 0]),  # Tied entries are kept.
@@ -618,7 +618,7 @@ def inner_model(*inner, size=8):
 @once
 def test_the_xnnpack_policy_handles_nested_models_and_subtraction():
     within = layers.Conv2D(4, 1, name="within")
-    # In the outer model, a padding layer runs before this inner model.
+    # In the outer model, a padding layer runs before the inner model.
     depthwise = inner_model(layers.DepthwiseConv2D(5), size=12)
     inner = inner_model(within, layers.ZeroPadding2D(2), depthwise)
     model = xnnpack_around(inner, subtract=True)

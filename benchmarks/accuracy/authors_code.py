@@ -221,7 +221,7 @@ def make(family, seed):
 def run(case, seed, data):
     """Train and test the authors' network.
 
-    Return its test accuracy, its sparsity and the training time in seconds.
+    Return the test accuracy, the sparsity and the training time in seconds.
     """
     net = make(case.family, seed)
     begin = time.perf_counter()

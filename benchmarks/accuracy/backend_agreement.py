@@ -157,7 +157,8 @@ def main():
     worker.add_argument("--folder", type=pathlib.Path)
     args = parser.parse_args()
     if args.backend:
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before thread pools start
+        # Set the core before any thread pool starts.
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         train(args.task, args.seed, args.folder)
         return
     for seed in range(args.seeds) if args.task else ():

@@ -1,6 +1,6 @@
 """Compare the accuracies of methods that prune channels, at equal FLOPs: results/channels.
 
-A dense network is trained once per seed. Each method then starts from this network, prunes it to a
+A dense network is trained once per seed. Each method starts from the dense network, prunes it to a
 fraction of its FLOPs, and trains it for the same number of epochs. Accuracy is the test accuracy of
 the shrunk model after the last epoch. Runs that are already stored are skipped. The dense networks
 are saved in build/channels.
@@ -122,7 +122,7 @@ def dense(net, data, seed, epochs):
 
 
 def prune(path, net, data, method, speedup, epochs, seed):
-    """Prune and train the dense network with a method. Return a dict of its results."""
+    """Prune and train the dense network with a method. Return a dict of the results."""
     import keras
 
     import keras_dst

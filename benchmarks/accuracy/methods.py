@@ -125,7 +125,7 @@ ALSO = {"Consensus": (0.5,)}  # The paper of Consensus uses a sparsity of 0.5.
 def run(task, method_name, sparsity, seed, data, **options):
     """Train, strip and test a network.
 
-    Return its test accuracy, its sparsity and the training time in seconds.
+    Return the test accuracy, the sparsity and the training time in seconds.
     """
     return train_network(task, method_name, sparsity, seed, data, **options)[1]
 

@@ -11,8 +11,8 @@ python -m benchmarks.accuracy.papers --nets resnet-32-16 --methods DCIL --sparsi
     another machine. The command that trains the last epoch stores the run.
 
 python -m benchmarks.accuracy.papers --nets resnet-32-16 --images 640 --epochs 20 --batch 32
-    Train on fewer images, for fewer epochs or with smaller batches. The results of such runs are
-    stored only in the folder of the backup.
+    Train on fewer images, for fewer epochs or with smaller batches. The results of runs with fewer
+    images or epochs are stored only in the folder of the backup.
 
 python -m benchmarks.accuracy.papers --table
     Write the tables from the stored runs.
@@ -363,7 +363,7 @@ def data_of(run):
 
 
 def compiled(run, data, epoch=0):
-    """Return the compiled model of a run, its method, and its data from index `epoch` on."""
+    """Return the compiled model of a run, the method, and the data from epoch `epoch` on."""
     keras.utils.set_random_seed(run.seed)
     (x, y), _ = data
     net, recipe = NETS[run.net], RECIPES[run.recipe]

@@ -97,7 +97,7 @@ class Tfmot(Tool):
 
     def __init__(self):
         from benchmarks.training_cost.tfmot_step_time import (
-            tfmot,  # replaces Keras by tf_keras
+            tfmot,  # The import replaces Keras by tf_keras.
         )
 
         self.library = tfmot.sparsity.keras

@@ -202,7 +202,7 @@ def file_ratios(run, dense):
         "gzip": run["gzip_bytes"] / dense["gzip_bytes"],
         "TFLM file": micro["bytes"] / micro["dense_bytes"],
         # The unread bytes are the parts of the dense file that TFLM does not need. The ratio
-        # without these bytes shows only the effect of zeros.
+        # without unread bytes shows only the effect of zeros.
         "zeros only": micro["bytes"] / (micro["dense_bytes"] - micro["unread_bytes"]),
         "TFLM arena": micro["arena"] / micro["dense_arena"],
     }

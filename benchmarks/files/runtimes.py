@@ -131,7 +131,7 @@ def latencies(predicts, x):
 
     functions = {}
     for name, predict in predicts.items():
-        predict_often(predict)  # warms up
+        predict_often(predict)  # The first calls are not timed.
         functions[name] = functools.partial(
             timing.seconds, functools.partial(predict_often, predict)
         )
@@ -147,7 +147,8 @@ def in_hls4ml(model, folder, x):
     """Convert a model with hls4ml, run the C++ code, and count the nonzero weights."""
     import hls4ml
 
-    model.layers[-1].activation = keras.activations.linear  # hls4ml approximates softmax coarsely
+    # The softmax of hls4ml is only a coarse approximation.
+    model.layers[-1].activation = keras.activations.linear
     y = keras.ops.convert_to_numpy(model(x))
     options = {"backend": "Vitis", "granularity": "name", "default_precision": PRECISION}
     config = hls4ml.utils.config_from_keras_model(model, **options)

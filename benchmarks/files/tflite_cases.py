@@ -100,7 +100,7 @@ CASES = {
         bars={"latency_no_avx": 0.3},
     ),
 }
-# This code measures latency as keras_dst.export.measure does, but without importing Keras. The
+# The following code measures latency like keras_dst.export.measure, but does not import Keras. The
 # backends of Keras cannot run while AVX is disabled.
 NO_AVX = """
 import json, statistics, time

@@ -13,8 +13,8 @@ every 200 steps. The default, once per epoch, depends on the number of samples.
 
 The time of a mask update is also given in passes. One pass copies all prunable weights in float32,
 so that each byte is read and written once. The peak memory is measured during training steps and a
-mask update. PyTorch reports this peak. JAX reports only the current memory, which a thread reads
-every millisecond.
+mask update. PyTorch reports the peak itself. JAX reports only the current memory, which a thread
+reads every millisecond.
 
 The remaining time is divided equally among the remaining methods. A method is skipped if the
 remaining time is shorter than the first fit of the dense network. Each table row is stored as soon
@@ -159,7 +159,7 @@ def measure(nets, smoke, limit):
     print(f"{backend} runs on: {device or 'CPU'}")
     settings = SMOKE if smoke else SETTINGS
     cases = [(n, p) for n in nets if n in settings for p in settings[n].policies]
-    cases.sort(key=lambda case: POLICIES.index(case[1]) > 0)  # float32 first
+    cases.sort(key=lambda case: POLICIES.index(case[1]) > 0)  # Measure float32 first.
     chosen = methods()
     for done, (net, policy) in enumerate(cases):
         setting = settings[net]
@@ -235,7 +235,7 @@ class TimedNetwork:
         if self.driver and self.driver.clock:
             steps = itertools.count(TOTAL // 4, 100)
             self.update = lambda: update_masks(self.driver, next(steps))
-            self.update()  # compiles the update
+            self.update()  # The first call compiles the update.
 
         def turn_and_update():
             self.turn()
@@ -295,9 +295,9 @@ def seconds_of_a_pass(size: int) -> float:
     def copies():
         for _ in range(COPIES):
             found = add(numbers)
-        ops.convert_to_numpy(found[:1])  # waits for the GPU
+        ops.convert_to_numpy(found[:1])  # Wait for the GPU.
 
-    copies()  # compiles the copies
+    copies()  # The first call compiles the copies.
     return statistics.median(seconds(copies) for _ in range(3)) / COPIES
 
 

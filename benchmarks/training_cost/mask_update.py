@@ -24,7 +24,7 @@ from benchmarks.timing import cpu_seconds, in_turns, ratios, update_masks
 BENCHMARK = "mask_update"
 ROUNDS = 9
 STEPS = 10_000  # Number of training steps.
-STEP = 100  # Steps between two updates.
+STEP = 100  # Number of steps between two updates.
 SELF = pathlib.Path("/proc/self")
 # With this setting, glibc puts each block of 512 KiB or more in separate pages.
 NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 19)}
@@ -55,7 +55,8 @@ def main():
             run_on(name, "training_cost.mask_update", "--backend", name)
         table()
         return
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before thread pools start
+    # Set the core before any thread pool starts.
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     if args.memory:
         args.memory.write_text(json.dumps({n: memory(m) for n, m in methods().items()}))
     else:
@@ -97,7 +98,7 @@ def prepared(method):
     driver = drivers_of(model)[0]
     driver.begin(STEPS, STEPS, STEPS // 10)
     for layer in getattr(driver, "layers", []):
-        layer.traced_both_paths = True  # DCIL sets the attribute in training.
+        layer.traced_both_paths = True  # In training, DCIL sets this attribute itself.
     steps = itertools.count(STEPS // 4, STEP)
 
     def update():
@@ -126,7 +127,7 @@ def times(method) -> dict:
     def one_pass():
         float(ops.convert_to_numpy(total([ops.convert_to_tensor(w) for w in driver.weights])))
 
-    one_pass()  # compiles the pass
+    one_pass()  # The first call compiles the pass.
     functions = {"pass": partial(cpu_seconds, one_pass), "update": partial(cpu_seconds, update)}
     found = in_turns(functions, ROUNDS)
     return {
@@ -145,7 +146,7 @@ def memory(method) -> float:
     # Return freed memory to the system, because reused memory would not be counted.
     ctypes.CDLL(None).malloc_trim(0)
     before = kilobytes("VmRSS")
-    (SELF / "clear_refs").write_text("5")  # resets the peak
+    (SELF / "clear_refs").write_text("5")  # Reset the peak memory.
     update()
     return (kilobytes("VmHWM") - before) * 1024 / (4 * driver.size)
 

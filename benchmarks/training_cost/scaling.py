@@ -136,7 +136,7 @@ def steps(point, method) -> float:
         return partial(steps_of_fit, model, x, y, point.batch, [callback] if callback else [])
 
     turns = {"plain": turn(None), "sparse": turn(method)}
-    in_turns(turns, 2)  # compiles the steps
+    in_turns(turns, 2)  # The first calls compile the steps.
     found = ratios(in_turns(turns, ROUNDS), "plain")["sparse"]
     del turns
     gc.collect()
@@ -161,7 +161,7 @@ def once(point) -> dict:
     (driver,) = drivers_of(model)
     driver.begin(TOTAL, TOTAL, TOTAL)
     update = partial(update_masks, driver, TOTAL)
-    update()  # compiles the update
+    update()  # The first call compiles the update.
     times["update"] = statistics.median(seconds(update) for _ in range(3))
     keras_dst.strip(model)
     times["shrink"] = seconds(partial(keras_dst.shrink, model))
@@ -221,7 +221,8 @@ def main():
     parser.add_argument("--table", action="store_true", help="only write the table")
     args = parser.parse_args()
     if args.backend:
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before thread pools start
+        # Set the core before any thread pool starts.
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         measure(args.axes)
         return
     if not args.table:

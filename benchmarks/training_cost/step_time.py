@@ -110,7 +110,8 @@ def main():
             run_on(name, "training_cost.step_time", args.net, "--backend", name, *only)
         table()
         return
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before thread pools start
+    # Set the core before any thread pool starts.
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     measure(args.net, args.methods)
 
 
@@ -192,7 +193,7 @@ def update_of(callback) -> dict | None:
     if not driver.clock:
         return None
     update = partial(update_masks, driver, 0)
-    update()  # compiles the update
+    update()  # The first call compiles the update.
     times = [seconds(update) for _ in range(5)]
     return {"seconds": statistics.median(times), "every_steps": driver.clock.period}
 

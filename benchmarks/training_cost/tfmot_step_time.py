@@ -1,13 +1,14 @@
 """Measure the step time of tfmot relative to the dense baseline: results/step_time.
 
-tfmot does not support Keras 3. This module therefore runs in a separate environment with tf_keras.
+tfmot does not support Keras 3. The module therefore runs in a separate environment with tf_keras.
 """
 
 import os
 import sys
 from functools import partial
 
-os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before thread pools start
+# Set the core before any thread pool starts.
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 os.environ["TF_USE_LEGACY_KERAS"] = "1"
 
 import tf_keras  # noqa: E402

@@ -10,13 +10,14 @@ initial learning rate. The accuracy goal is half a percentage point below the ac
 network after five epochs. The result is the smallest number of epochs with which the mean accuracy
 over the seeds reaches the goal. Runs that are already stored are skipped.
 
-The number of operations is proportional to the density, because each weight of this network is
+The number of operations is proportional to the density, because each weight of LeNet-300-100 is
 multiplied once per sample. A training step computes three matrix products: outputs, gradients of
 the inputs, and gradients of the weights. Each multiplication with a weight counts as two
 operations. keras_dst computes dense products. The column "zeros skipped" counts only products with
 nonzero weights, at the mean density of each epoch. Methods that may bring back a pruned weight
 (`ALIVE`) need the gradients of all weights. RigL needs the gradients of pruned weights only in the
-step before a mask update. The table does not count the operations for these rare gradients.
+step before a mask update. The table does not count the operations for the gradients of pruned
+weights in RigL.
 """
 
 import argparse

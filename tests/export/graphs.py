@@ -79,7 +79,7 @@ class Graph:
     def sparse(self, values, block=1, name="weight"):
         """Add a constant in CSR or in blocks along its last axis.
 
-        If the last block of an axis is incomplete, the values in this block are dropped.
+        If the last block of an axis is incomplete, the values in the block are dropped.
         """
         width = values.shape[-1]
         sparsity, entries = pack(values[..., : width - width % block], block)

@@ -27,8 +27,8 @@ def stored(model, graph=0):
     return [(tensor, model.buffers[tensor.buffer].data.view(np.float32)) for tensor in tensors]
 
 
-# A 3x8 weight in 1x4 blocks. The first row of this weight keeps block 1, the second row keeps no
-# block, and the third row keeps both blocks.
+# A 3x8 weight in 1x4 blocks. The first row of the weight keeps block 1, the second row no block,
+# and the third row both blocks.
 GOLDEN = np.array(
     [[0, 0, 0, 0, 1, 2, 0, 4], [0, 0, 0, 0, 0, 0, 0, 0], [5, 6, 7, 8, 9, 0, 0, 0]], np.float32
 )

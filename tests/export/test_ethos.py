@@ -102,7 +102,7 @@ def test_estimates_of_a_sparse_file_are_below_those_of_the_dense_file(exported):
     assert set(file.memory_cycles) == {"sram", "off chip flash"}
     assert report.vela.accelerator == "ethos-u55-128"
     assert file.seconds == pytest.approx(file.cycles / 500e6)  # Vela's default clock is 500 MHz
-    printed = " ".join(str(report).split())  # long lines are wrapped
+    printed = " ".join(str(report).split())  # Join wrapped lines.
     assert "Estimates by Vela" in printed
     assert "not measurements on hardware" in printed
     assert f"{file.cycles:,}" in printed

@@ -98,4 +98,5 @@ def test_im2col_shares_equal_constants():
     format = Format(1, unpack=False, im2col=True)
     model = read(encode(dense, {weight.buffer: format for weight in weights(read(dense))}))
     integers = [t for t in model.subgraphs[0].tensors if t.type == schema.TensorType.INT32]
-    assert len(integers) == 1 + 9 + 9 + 1  # paddings, begins, ends, steps
+    # One array of paddings, nine of begins, nine of ends, one of steps.
+    assert len(integers) == 1 + 9 + 9 + 1

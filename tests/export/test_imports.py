@@ -27,4 +27,4 @@ def test_no_import_circles():
         if path.stem != "__init__"
     }
     assert imports["linter"] >= {"rules", "findings"}
-    graphlib.TopologicalSorter(imports).prepare()  # A circle raises CycleError.
+    graphlib.TopologicalSorter(imports).prepare()  # Circular imports raise CycleError.

@@ -145,7 +145,7 @@ def test_sparse_weights_keep_integer_ops(op, shape, block, version):
     assert len(np.unique(expected)) > 20
     for resolver in (AUTO, BUILTIN):
         found = run(plan.content, x.astype(np.int8), resolver).astype(int)
-        np.testing.assert_allclose(found, expected, atol=1)  # kernels round differently
+        np.testing.assert_allclose(found, expected, atol=1)  # Int8 kernels may round differently.
 
 
 @pytest.fixture
@@ -170,8 +170,8 @@ def largest_rounding_error(kernel, x):
     """Return the largest possible error of a product whose kernel and inputs are rounded to int8.
 
     The rounding errors ``dx`` and ``dw`` are at most half a quantization step. The error of a
-    product is ``dx w + x dw + dx dw``. The sum of the absolute values of these terms is an upper
-    bound of the error.
+    product is ``dx w + x dw + dx dw``. The sum of the absolute values of the three terms is an
+    upper bound of the error.
     """
     steps_w = np.abs(kernel).max(axis=0) / 127
     steps_x = np.abs(x).max(axis=1, keepdims=True) / 127

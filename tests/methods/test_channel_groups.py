@@ -98,9 +98,9 @@ def test_a_named_group_has_its_own_sparsity_and_the_others_meet_the_target():
 
 def test_masks_of_a_sum_agree_and_keep_the_highest_mean_score():
     scores = [
-        columns([4, 1, 2, 1], SHAPES[0]),  # Normalized scores: 2, 0.5, 1, 0.5
+        columns([4, 1, 2, 1], SHAPES[0]),  # The normalized scores are 2, 0.5, 1 and 0.5.
         columns([1, 3], SHAPES[1]),
-        columns([10, 50, 10, 10], SHAPES[2]),  # Normalized scores: 0.5, 2.5, 0.5, 0.5
+        columns([10, 50, 10, 10], SHAPES[2]),  # The normalized scores are 0.5, 2.5, 0.5 and 0.5.
     ]
     stem, inside, outer = rank(uniform(), scores)
     np.testing.assert_array_equal(stem, columns([1, 1, 0, 0], SHAPES[0]))
@@ -121,7 +121,7 @@ def test_masks_of_a_sum_agree_and_keep_the_highest_mean_score():
 def test_a_global_ranking_meets_the_target(counted_in, expected):
     scores = [
         columns([4, 1, 2, 1], SHAPES[0]),
-        columns([1, 1], SHAPES[1]),  # Normalized scores: 1, 1
+        columns([1, 1], SHAPES[1]),  # The normalized scores are 1 and 1.
         columns([10, 50, 10, 10], SHAPES[2]),
     ]  # The mean scores per channel are 1.25, 1.5, 0.75, 0.5, 1, 1.
     method = Magnitude(0.5, "global", "channel", counted_in=counted_in)

@@ -294,7 +294,7 @@ def test_training_reaches_the_target(inner):
     models.compiled(model, inner(), metrics=["accuracy"])
     history = model.fit(x, y, 16, 14, verbose=0, callbacks=[SparseTraining()]).history
     assert history["sparsity"][-2] == pytest.approx(history["sparsity"][-1], abs=0.1)
-    assert history["accuracy"][-1] > 0.8  # chance level is 0.25
+    assert history["accuracy"][-1] > 0.8  # The chance level is 0.25.
     before = keras_dst.report(model).dense_flops
     small = keras_dst.shrink(keras_dst.strip(model))
     assert keras_dst.report(small).dense_flops / before == pytest.approx(0.4, abs=0.01)
@@ -322,8 +322,8 @@ def test_projection_opens_gates_up_to_the_budget():
     for found, before in zip((one, two), logits):
         np.testing.assert_array_equal(found, np.float32(before))
     one, two = project(Consensus(0.8, min_kept=1), logits, [1, 3])
-    # The gate with the highest logit is always open in each layer. One open gate per layer already
-    # costs more than the target.
+    # The gate with the highest logit is always open in each layer. Even if each layer has only one
+    # open gate, the cost exceeds the target.
     np.testing.assert_array_equal(one >= 0, [0, 0, 0, 1])
     np.testing.assert_array_equal(two >= 0, [0, 1, 0])
     one, two = project(Consensus(0.8), logits, [1, 3])

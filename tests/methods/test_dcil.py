@@ -522,7 +522,8 @@ def test_a_training_step_without_compute_loss_raises():
             fit(model, random(16 * steps, 5), random(16 * steps, 3))
 
 
-@pytest.mark.filterwarnings("ignore:Gradients do not exist")  # for the second set
+# The variables of the full path get no gradients.
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
 def test_training_without_the_callback_raises():
     x, y = random(32, 5), RNG.integers(0, 3, 32)
     model = norm_model()

@@ -217,7 +217,7 @@ def test_gradients_can_revive_a_pruned_weight():
         # Thresholds are reset if the density is at most `reset_density`.
         (None, 0.1, [0.95, 0.95], [0, 0]),
         (None, 0.1, [0.85, 0.95], [0.85, 0.95]),
-        (None, 0.01, [2, 3], [0, 0]),  # no weight is left
+        (None, 0.01, [2, 3], [0, 0]),  # The thresholds prune all weights.
         (None, 0.0, [2, 3], [0, 0]),
         # With a target sparsity, thresholds are reset only if the density is at most 5 %.
         (0.5, 0.1, [0.95, 0.95], [0.95, 0.95]),

@@ -29,7 +29,7 @@ def random(*shape, scale=1.0, seed=0):
 
 @functools.cache
 def compiled_rank(method, layout, shapes):
-    """Return a compiled function that ranks weights of these shapes."""
+    """Return a compiled function that ranks weights of the given shapes."""
 
     def rank(weights, kept):
         scores = method.scores(weights, [{} for _ in shapes])
@@ -132,7 +132,7 @@ def test_one_nan_does_not_change_the_ranking():
     broken = LAYERS[0].copy()
     broken.flat[0] = math.nan
     found = masks_of(Magnitude(0.5), [broken, LAYERS[1]], [30])
-    broken.flat[0] = 0  # NaN ranks like 0
+    broken.flat[0] = 0  # NaN is ranked like 0.
     assert_equal(found, reference_global([broken, LAYERS[1]], 30, 1))
 
 

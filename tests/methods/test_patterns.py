@@ -86,7 +86,7 @@ def test_every_pattern_and_allocation_is_valid_or_raises(cls, pattern, allocatio
     elif allocation == "erk":
         raw = np.array([28, 24]) / SIZES  # sum(shape) / size
         wanted = raw * SIZES * sum(SIZES) / 2 / (raw * SIZES).sum()
-        if wanted[0] > SIZES[0]:  # Density is at most 1.
+        if wanted[0] > SIZES[0]:  # A density is at most 1.
             wanted = np.array([SIZES[0], sum(SIZES) / 2 - SIZES[0]])
     elif allocation == "global":
         assert abs(counts.sum() - sum(SIZES) / 2) <= max(groups)

@@ -113,7 +113,7 @@ SHAPES = [(10, 10), (30, 50), (50, 10)]
     [
         # With the allocation "uniform", SET and RigL leave the first weight tensor dense.
         ("uniform", 0.75, [100, 319, 106]),
-        # A dense first weight tensor would hold half of all kept weights, so this tensor is pruned,
+        # A dense first tensor would hold half of all kept weights, so the first tensor is pruned,
         # too.
         ("uniform", 0.9, [10, 150, 50]),
         ({"a": 0.5}, 0.75, [50, 375, 125]),
