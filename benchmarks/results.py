@@ -1,8 +1,9 @@
 """Store the runs of a benchmark in results/BENCHMARK/runs.jsonl, and write the page index.md.
 
-Each line of `runs.jsonl` is a JSON object: the name of the run under the key "run", the measured
-figures, the command, the seeds, the package versions and the machine. The keys "config" and
-"method" hold the constructor call of the method, in the syntax of the keras_dst version that ran.
+Each line of `runs.jsonl` is a JSON object with the measured figures of a run. The key "run" holds
+the name of the run. Other keys hold the command, the seeds, the package versions and the machine.
+The keys "config" and "method" hold the constructor call of the method, in the syntax of the
+keras_dst version that ran.
 """
 
 import argparse

@@ -400,7 +400,7 @@ def test_lora_in_a_model_that_is_not_stripped():
 @pytest.mark.filterwarnings("ignore:.*was not called as part of model loading:UserWarning")
 @pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning")
 def test_a_classifier_of_keras_hub_with_its_tokenizer(tmp_path):
-    hub = pytest.importorskip("keras_hub")  # keras_hub does not support the oldest Keras
+    hub = pytest.importorskip("keras_hub")  # KerasHub does not support the oldest Keras.
     words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", "good", "bad", "film", "a", "very"]
     texts = ["a very good film", "good film", "a bad film", "very bad"] * 8
     labels = np.array([1, 1, 0, 0] * 8)

@@ -624,7 +624,7 @@ def reference_n_of_m(scores, n, m, axis):
         ((8, 3), 2, 4, -2),
         ((8, 3), 1, 2, -2),
         ((8, 3), 3, 8, -2),
-        ((6, 3), 2, 4, -2),  # the last group is shorter
+        ((6, 3), 2, 4, -2),  # The last group is shorter.
         ((5, 3), 2, 4, -2),
         ((3, 2), 2, 4, -2),
         ((9, 3), 1, 4, 0),

@@ -374,7 +374,7 @@ def test_report_of_a_sparse_optimizer():
     model = sequential((4,), layers.Dense(8), layers.Dense(2))
     optimizer = keras_dst.SparseOptimizer("sgd", Magnitude(0.75))
     model.compile(optimizer, "mse")
-    assert not any(row.sparse for row in report(model).layers)  # the optimizer is not built yet
+    assert not any(row.sparse for row in report(model).layers)  # The optimizer is not built yet.
     optimizer.build(model.trainable_variables)
     assert report(model).sparsity == 0
     rng = np.random.default_rng(0)

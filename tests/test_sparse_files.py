@@ -61,7 +61,7 @@ def test_sparse_files_are_small_with_exact_weights(path):
     model = with_zeros(network(2000))
     kernel = model.layers[0].kernel
     special = kernel.numpy()
-    special[0, :4] = [-0.0, np.nan, np.inf, 1e-45]  # values with unusual bit patterns
+    special[0, :4] = [-0.0, np.nan, np.inf, 1e-45]  # Add values with unusual bit patterns.
     kernel.assign(special)
     keras_dst.save_sparse(model, path)
     loaded = keras_dst.load_sparse(path)
@@ -91,7 +91,7 @@ def test_a_loaded_sparse_model_predicts_equally_and_continues_training(method, p
         model.fit(X, Y, epochs=12, verbose=0, callbacks=training)
     before = [bits(v) for v in model.variables]
     keras_dst.save_sparse(model, path, include_optimizer=True)
-    for old, variable in zip(before, model.variables):  # saving must not change the model
+    for old, variable in zip(before, model.variables):  # Saving must not change the model.
         np.testing.assert_array_equal(old, bits(variable))
     loaded = keras_dst.load_sparse(path)
     np.testing.assert_array_equal(loaded.predict(X, verbose=0), model.predict(X, verbose=0))

@@ -155,9 +155,8 @@ def test_block_mask_ranks_blocks_by_mean_or_maximum():
 
 @once
 def test_block_mask_if_blocks_do_not_divide_the_weight():
-    # If six rows are split into blocks of four rows, the blocks contain rows 0-3 and 4-5. tfmot
-    # computes the score of the first block from rows 0-2, and the score of the second block from
-    # rows 3-5.
+    # Six rows are split into a block of rows 0-3 and a block of rows 4-5. However, tfmot computes
+    # the score of the first block from rows 0-2, and the score of the second block from rows 3-5.
     w = np.array([[0, 0, 0, 5, 5, 5]], "float32").T
     found = block_mask(w, 0.5, (4, 1), "AVG")
     np.testing.assert_array_equal(found[:, 0], [0, 0, 0, 0, 1, 1])

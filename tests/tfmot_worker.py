@@ -27,7 +27,8 @@ DECAY = (
         "frequency": 3,
     },
 )
-# name: (model, schedule, other arguments of prune_low_magnitude, optimizer, file format)
+# Each entry is name: (model, schedule, other arguments of prune_low_magnitude, optimizer, file
+# format).
 CASES = {
     "every-step": ("dense", EVERY, {}, MOMENTUM, "h5"),
     "regularized": ("regularized", DECAY, {}, ADAM, "keras"),

@@ -106,8 +106,8 @@ def train_variant(build, method):
 def exported(runtime, model, folder, x, y):
     """Export a model.
 
-    Return a function that runs the exported model, and a dict with the size of the files and the
-    largest difference from the outputs of Keras.
+    Return a function that runs the exported model, and a dict with the file size and the largest
+    error. The largest error is the largest difference from the outputs of Keras.
     """
     path = str(folder / runtime.files[0])
     model.export(path, format=runtime.format, verbose=False)

@@ -32,7 +32,7 @@ from benchmarks.timing import (
 
 BENCHMARK = "step_time"
 BATCH = 128
-TOTAL = 4000  # training steps
+TOTAL = 4000  # Number of steps of the training run.
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Setting:
 
     shape: tuple
     net: Callable
-    steps: int  # steps per round
+    steps: int  # Number of steps per round.
     rounds: int
     without: tuple = ()  # Methods that cannot prune the network.
 

@@ -5,10 +5,10 @@ python -m benchmarks.training_cost.time_to_accuracy --table
 
 LeNet-300-100 is trained on MNIST to 95 % sparsity for 2 to 10 epochs, as in
 `benchmarks.accuracy.methods`. Each method prunes during training. The baseline is trained without
-pruning for half of the epochs, then pruned to the target in one shot, and then fine-tuned with the
-initial learning rate. The accuracy goal is half a percentage point below the accuracy of the dense
-network after five epochs. The result is the smallest number of epochs with which the mean accuracy
-over the seeds reaches the goal. Runs that are already stored are skipped.
+pruning for half of the epochs, and then pruned to the target in one shot. Fine-tuning restarts with
+the initial learning rate. The accuracy goal is half a percentage point below the accuracy of the
+dense network after five epochs. The result is the smallest number of epochs with which the mean
+accuracy over the seeds reaches the goal. Runs that are already stored are skipped.
 
 The number of operations is proportional to the density, because each weight of LeNet-300-100 is
 multiplied once per sample. A training step computes three matrix products: outputs, gradients of

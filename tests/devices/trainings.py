@@ -14,7 +14,7 @@ import warnings
 
 DEVICES = {"mirrored": 2, "sharded": 4}  # Number of devices per process.
 
-if __name__ == "__main__":  # devices must be set up before the backend is imported
+if __name__ == "__main__":  # Set up the devices before the backend is imported.
     _setup = sys.argv[1]
     if _setup == "sharded":
         flags = f"--xla_force_host_platform_device_count={DEVICES[_setup]}"

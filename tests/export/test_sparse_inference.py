@@ -168,10 +168,10 @@ BODY = (entry, depthwise(), pointwise)
 SQUEEZE = (pointwise, unary("LOGISTIC"))
 ADD, MUL = schema.AddOptionsT, schema.MulOptionsT
 
-# How LiteRT 2.3 runs each region on a CPU whose AVX is hidden. A region is a part of the graph that
-# XNNPACK can run in NCHW layout. "on" means that XNNPACK runs the region with sparse kernels. "off"
-# means that XNNPACK does not use sparse kernels. "wrong" means that XNNPACK runs the region and
-# computes wrong outputs.
+# Expected behavior of LiteRT 2.3 for several regions of a graph, on a CPU whose AVX is hidden. A
+# region is a part of the graph that XNNPACK can run in NCHW layout. "on" means that XNNPACK runs
+# the region with sparse kernels. "off" means that XNNPACK does not use sparse kernels. "wrong"
+# means that XNNPACK runs the region and computes wrong outputs.
 MIDDLES = {
     "nothing": ([], "on"),
     "activations": ([unary("RELU"), unary("HARD_SWISH"), unary("LOGISTIC"), unary("SIN")], "on"),

@@ -110,7 +110,7 @@ def test_global_rank_of_ties(kept):
     [
         ([17, 2], [17, 2]),
         ([60, 3], [60, 3]),
-        ([0, 1], [2, 2]),  # every layer keeps at least `min_kept`
+        ([0, 1], [2, 2]),  # Every layer keeps at least `min_kept` weights.
     ],
 )
 def test_rank_by_layer(kept, expected):

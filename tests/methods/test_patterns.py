@@ -84,7 +84,7 @@ def test_every_pattern_and_allocation_is_valid_or_raises(cls, pattern, allocatio
     if pattern == "2:4" or allocation == "uniform":
         wanted = 0.5 * np.array(SIZES)
     elif allocation == "erk":
-        raw = np.array([28, 24]) / SIZES  # sum(shape) / size
+        raw = np.array([28, 24]) / SIZES  # ERK densities are proportional to sum(shape) / size.
         wanted = raw * SIZES * sum(SIZES) / 2 / (raw * SIZES).sum()
         if wanted[0] > SIZES[0]:  # A density is at most 1.
             wanted = np.array([SIZES[0], sum(SIZES) / 2 - SIZES[0]])

@@ -137,7 +137,8 @@ def test_grown_weights_and_their_slots_start_at_zero(cls):
         """Callback that checks grown weights after `SparseTraining` has updated the masks."""
 
         def on_train_batch_end(self, batch, logs=None):
-            _ = self.model  # on JAX, reading `self.model` writes the state back to the variables
+            # On JAX, reading `self.model` writes the state of `fit` into the variables.
+            _ = self.model
             masks = [s["mask"].numpy().copy() for s in optimizer.states]
             if seen:
                 for kernel, old, new in zip(optimizer.kernels, seen[-1], masks):
