@@ -42,10 +42,10 @@ METHODS = {
     "magnitude-1x4": (methods.Magnitude(0.8, pattern="1x4"), 0.8, 0.002),
     "magnitude-2:4": (methods.Magnitude(0.5, pattern="2:4"), 0.5, 0.001),
     # Half of the 80 channels are pruned, in multiples of 8. Because channels have 24 or 48 weights,
-    # 36 % to 57 % of the weights are pruned, depending on the layer of the pruned channels.
-    "magnitude-channel": (methods.Magnitude(0.5, pattern="channel"), 0.465, 0.11),
-    "dcil-channel": (methods.DCIL(0.5, pattern="channel"), 0.465, 0.11),
-    "st3-channel": (methods.ST3(0.5, pattern="channel"), 0.465, 0.11),
+    # 34 % to 57 % of the weights are pruned, depending on the layer of the pruned channels.
+    "magnitude-channel": (methods.Magnitude(0.5, pattern="channel"), 0.455, 0.12),
+    "dcil-channel": (methods.DCIL(0.5, pattern="channel"), 0.455, 0.12),
+    "st3-channel": (methods.ST3(0.5, pattern="channel"), 0.455, 0.12),
     "flipout": (methods.FlipOut(0.8), 0.8, 0.001),
     "optg": (methods.OptG(0.8), 0.8, 0.001),
     "st3": (methods.ST3(0.8), 0.8, 0.001),
