@@ -178,7 +178,14 @@ def test_groups_that_are_not_lists_of_names_raise(groups):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("arguments", [{}, {"pattern": "channel", "counted_in": "flops"}])
-def test_groups_without_the_channel_pattern_or_with_costs_raise(arguments):
-    with pytest.raises(ValueError, match="only with pattern='channel' and counted_in='channels'"):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "only with pattern='channel'.*pattern='unstructured'"),
+        ({"pattern": "channel", "counted_in": "flops"}, "cannot count.*counted_in='flops'"),
+        ({"pattern": "channel", "counted_in": "parameters"}, "cannot count.*'parameters'"),
+    ],
+)
+def test_groups_without_the_channel_pattern_or_with_costs_raise(arguments, message):
+    with pytest.raises(ValueError, match=message):
         methods.Magnitude(0.5, groups=GROUPS, **arguments)

@@ -356,11 +356,18 @@ class Method(Configurable):
                 f"pattern={self.pattern!r}, counted_in={self.counted_in!r}, "
                 f"round_to={self.round_to!r}. Pass pattern='channel', or omit both arguments."
             )
-        if self.groups is not None and (pattern.name, self.counted_in) != ("channel", "channels"):
+        if self.groups is not None and pattern.name != "channel":
             raise ValueError(
-                "groups can be used only with pattern='channel' and counted_in='channels'. "
-                f"Received: pattern={self.pattern!r}, counted_in={self.counted_in!r}. Change both "
-                "arguments, or omit groups."
+                "groups can be used only with pattern='channel'. Received: "
+                f"pattern={self.pattern!r}. Pass pattern='channel', or omit groups."
+            )
+        if self.groups is not None and self.counted_in != "channels":
+            raise ValueError(
+                "With groups, sparsity must be the fraction of the channels to remove. The groups "
+                "do not name the weights that read a channel, so keras_dst cannot count the "
+                "parameters and FLOPs that are removed with the channel. Received: "
+                f"counted_in={self.counted_in!r}. Omit counted_in, or build a Functional model and "
+                "omit groups."
             )
         self.groups = channels.checked_names(self.groups)
         seed = getattr(self, "seed", 0)
