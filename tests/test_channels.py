@@ -320,8 +320,10 @@ def test_dst_removes_a_channel_that_all_layers_of_a_group_have_pruned(granularit
     model = fit(compiled(method), callback := SparseTraining(), epochs=4)
     assert callback.missed() == []
     keras_dst.strip(model)
-    stream = units(model, "stem") | units(model, "project")
-    inner = units(model, "expand") | units(model, "depthwise", -2)
+    stream, inner = units(model, "stem"), units(model, "expand")
+    # No layer masks a unit of a channel that another layer of the group keeps.
+    np.testing.assert_array_equal(units(model, "project"), stream)
+    np.testing.assert_array_equal(units(model, "depthwise", -2), inner)
     assert stream.sum() in (8, 16)
     assert stream.sum() + inner.sum() in (16, 24, 32)
     assert units(model, "classes").all()
@@ -334,6 +336,18 @@ def test_dst_removes_a_channel_that_all_layers_of_a_group_have_pruned(granularit
     np.testing.assert_allclose(
         array(model(X, training=False)), array(small(X, training=False)), atol=1e-5
     )
+
+
+@every(2)
+def test_dst_meets_a_target_in_flops():
+    method = methods.DST(0.5, pattern="channel", counted_in="flops")
+    model = fit(compiled(method, residual(32)), callback := SparseTraining(), epochs=4)
+    assert callback.missed() == []
+    keras_dst.strip(model)
+    small = keras_dst.shrink(model)
+    before, after = keras_dst.report(model), keras_dst.report(small)
+    # 8 of the 32 channels that are added need at most 14% of the FLOPs.
+    assert after.dense_flops / before.dense_flops == pytest.approx(0.5, abs=0.14)
 
 
 def test_a_sparse_optimizer_does_not_prune_output_channels():

@@ -63,6 +63,7 @@ OBJECTS = [
     OptG(0.9, 0.5, "erk", "1x4", frequency=5, min_kept=8),
     ST3(0.9, True, "erk", frequency=5, min_kept=8),
     ST3(0.9, pattern="channel", counted_in="parameters", round_to=16),
+    DST(0.9, pattern="channel", counted_in="parameters"),
     Magnitude(0.9, pattern="channel", groups=GROUPS),
     FlipOut(0.9, pattern="channel", groups=GROUPS),
     OptG(0.9, pattern="channel", groups=GROUPS),

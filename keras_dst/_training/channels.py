@@ -60,8 +60,10 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
     if gates and isinstance(method, UnitMethod):  # A `Gate` may multiply any tensor by its gates.
         return alone
     has_graph = _keras.graph_of(model) is not None
+    counts_channels = isinstance(method, UnitMethod) or method.counted_in == "channels"
+    may_be_alone = method.learned and counts_channels
     if not has_graph and method.groups is None:
-        return alone if method.learned else _uncoupled(model, method, layouts)
+        return alone if may_be_alone else _uncoupled(model, method, layouts)
     # These imports are delayed, because most training runs need no groups of channels.
     from keras_dst._structure.coupling import CoupledChannels, channel_groups
     from keras_dst._training.named_groups import with_named_groups
@@ -75,7 +77,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
         if not group.reason
         and all(id(m.variable) in axes for m in group.members if _makes_channel(m, group.ids))
     ]
-    if not chosen and method.learned:
+    if not chosen and may_be_alone:
         return alone
     if not chosen:
         reasons = "; ".join(dict.fromkeys(group.reason for group in coupled.groups if group.reason))

@@ -510,6 +510,23 @@ def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Ten
     return ops.max(ops.take(every, _units_of_channels(tuple(layouts))[0]), axis=1)
 
 
+def of_kept_channels(margins: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Tensor]:
+    """Return 1 for all units whose channels are kept, and 0 for all other units.
+
+    A channel is kept if at least one of its units has a positive margin. Units that are in no group
+    are always kept.
+
+    Args:
+        margins: One float32 tensor per weight, with the score minus the threshold of every unit.
+        layouts: Axes and coupled channels of each weight.
+
+    Returns:
+        One float32 tensor per weight, in the shape of its margins.
+    """
+    kept = ops.cast(largest_of_units(margins, layouts) > 0, "float32")
+    return _in_shapes(ops.concatenate([kept, ops.ones((1,), "float32")]), margins, layouts)
+
+
 def shifts(
     method, margins: Sequence[Tensor], layouts: Sequence[Layout], kept: Tensor
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -526,9 +543,10 @@ def shifts(
         kept: Result of `kept_counts` for a global ranking, as a tensor.
 
     Returns:
-        The rise of all thresholds that would meet the target without rounding, the rise of every
-        threshold, and, for every threshold, the largest rise at which its group keeps the minimum
-        number of channels. The thresholds of units that are always kept fall below their scores.
+        The common rise of all thresholds at which the model keeps as many channels as the target
+        requires, the rise of every threshold, and, for every threshold, the largest rise at which
+        its group keeps the minimum number of channels. Both rises are 0 for units that are always
+        kept.
     """
     groups = _required(layouts)
     largest = largest_of_units(margins, layouts)
@@ -550,17 +568,24 @@ def shifts(
     found = []
     for each in (rises, limits):
         of_channels = ops.take(ops.stack([*each, ops.zeros(())]), owner)
-        units = []
-        for margin, layout in zip(margins, layouts):
-            rise = ops.where(margin > 0, 0.0, margin - small)
-            if layout.channels:
-                ids = np.reshape(layout.channels.ids, margin.shape)
-                rise = ops.where(ids < 0, rise, _of_units(of_channels, ids))
-            units.append(rise)
-        found.append(units)
-    density = ops.cast(kept[0], "float32") / _PARTS
-    count = ops.cast(ops.round(density * len(groups.owner)), "int32")
+        found.append(_in_shapes(of_channels, margins, layouts))
+    count = ops.sum(ops.cast(is_best, "int32"))
     return masks.kth([largest], count), found[0], found[1]
+
+
+def _in_shapes(values: Tensor, like: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Tensor]:
+    """Return the values of the channels that the output units compute, in the shapes of `like`.
+
+    Args:
+        values: Vector with one entry per channel, and a last entry for units that are always kept.
+        like: One tensor per weight, with one entry per output unit.
+        layouts: Axes and coupled channels of each weight.
+    """
+    found = []
+    for tensor, layout in zip(like, layouts):
+        ids = layout.channels.ids if layout.channels else np.full(math.prod(tensor.shape), -1)
+        found.append(_of_units(values, np.reshape(ids, tensor.shape)))
+    return found
 
 
 def _of_units(values: Tensor, ids: np.ndarray) -> Tensor:

@@ -15,9 +15,10 @@ target sparsity, a controller sets alpha, and thresholds do not go below 0. Ever
 minimum number of weights, so that its density stays above the value at which its thresholds are
 reset. In the last quarter of training, every update shifts the thresholds so that the model meets
 the target exactly. For thresholds t < -1, the penalty is linear in t. Thresholds that are not
-finite are reset to 0. `LayerMethod.limited` limits the gradients of pruned weights. A channel that
-several layers compute is pruned if it is below its threshold in all these layers. The Q of such a
-channel is the largest Q of its units.
+finite are reset to 0. `LayerMethod.limited` limits the gradients of pruned weights. The Q of a
+channel that several layers compute is the largest Q of its units, so a channel is pruned if it is
+below its threshold in all these layers. With a target sparsity, every update stores which channels
+are kept, and no layer masks the units of a kept channel until the next update.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ class DST(LayerMethod):
             weights that `"erk"` would keep. Defaults to 0.01, as in the paper.
         frequency: Steps between updates of alpha, or `"epoch"`. Defaults to None: every 20 steps,
             or more often if the schedule would otherwise have fewer than 20 updates.
+        counted_in: Option for `pattern="channel"`, which needs `sparsity` and coupled channels. See
+            `Magnitude`. Defaults to `"channels"`.
 
     Raises:
         ValueError: If an argument is outside its range, or if `pattern` is N:M.
@@ -98,6 +101,7 @@ class DST(LayerMethod):
         pattern: str = "unstructured",
         reset_density: float = 0.01,
         frequency: int | str | None = None,
+        counted_in: str = "channels",
     ):
         self.sparsity = sparsity
         self.alpha = alpha
@@ -106,6 +110,7 @@ class DST(LayerMethod):
         self.pattern = pattern
         self.reset_density = reset_density
         self.frequency = frequency
+        self.counted_in = counted_in
         if sparsity is not None:
             self.schedule = as_schedule(sparsity, lambda final: Cubic(final, end=0.5))
         if granularity not in ("unit", "layer", "weight"):
@@ -123,6 +128,13 @@ class DST(LayerMethod):
                 "N:M."
             )
         self._check_common()
+        if counted_in != "channels" and not self._holds_channels:
+            raise ValueError(
+                "DST can count parameters or FLOPs only with a sparsity, and not with "
+                f"granularity='layer'. Received: counted_in={counted_in!r}, "
+                f"sparsity={sparsity!r}, granularity={granularity!r}. Omit "
+                "counted_in, or change the other arguments."
+            )
 
     # -- state -----------------------------------------------------------------------------------
 
@@ -150,6 +162,16 @@ class DST(LayerMethod):
             )
             progress = self.build_progress(layer, name)
             state = {"alpha": alpha, "control": control, "progress": progress}
+        if self._holds_channels:
+            # At each update, the entries of units whose channels are kept become 1.
+            state["held"] = layer.add_weight(
+                name=f"{name}_held",
+                shape=shape,
+                initializer="zeros",
+                dtype="float32",
+                trainable=False,
+                autocast=False,
+            )
         threshold = layer.add_weight(
             name=f"{name}_threshold",
             shape=shape,
@@ -159,6 +181,11 @@ class DST(LayerMethod):
             autocast=False,
         )
         return {"threshold": threshold, **state}
+
+    @property
+    def _holds_channels(self) -> bool:
+        """Whether the state `held` lists the units whose coupled channels are kept."""
+        return self.schedule is not None and self.pattern == "channel" and self.couples_channels
 
     def _threshold_shape(self, shape, layout):
         groups = Pattern(self.pattern).sizes(shape, layout).shape
@@ -180,6 +207,10 @@ class DST(LayerMethod):
         # The paper defines the gradient of |w| at 0 as 0, but `ops.abs` on JAX returns 1.
         magnitude = w * ops.stop_gradient(ops.sign(w))
         on = masks.step(self._margin(magnitude, state, layout))
+        if "held" in state:
+            # The threshold of a unit that is kept with its channel has the same gradient.
+            held = ops.cast(ops.convert_to_tensor(state["held"]), on.dtype)
+            on = on + ops.stop_gradient(ops.maximum(held - on, 0.0))
         on = Pattern(self.pattern).expand(on, w.shape, layout)
         return self.limited(w * on, on > 0, state)
 
@@ -187,6 +218,8 @@ class DST(LayerMethod):
         # Weights that are NaN are kept, so that a diverged weight is not mistaken for a pruned
         # weight.
         on = ops.logical_not(self._margin(ops.abs(w), state, layout) <= 0)
+        if "held" in state:
+            on = ops.logical_or(on, ops.convert_to_tensor(state["held"]) > 0)
         return Pattern(self.pattern).expand(on, w.shape, layout)
 
     def monitored(self, state):
@@ -196,9 +229,15 @@ class DST(LayerMethod):
 
     @property
     def reset_at(self) -> float:
-        """Maximum density of a layer at which the thresholds of the layer are reset to 0."""
+        """Maximum density of a layer at which the thresholds of the layer are reset to 0.
+
+        The value is -1 if a layer may keep channels although all its units are below their
+        thresholds. `update` then lowers the thresholds of groups that keep too few channels.
+        """
         if self.schedule is None:
             return self.reset_density
+        if self._holds_channels:
+            return -1.0
         return min(self.reset_density, 0.1 * (1 - self.schedule.sparsity))
 
     def update(self, weights, states, layouts, kept, now):
@@ -245,7 +284,7 @@ class DST(LayerMethod):
             moved = ops.where(late, shift, ops.minimum(floor, 0.0))
             threshold = threshold + ops.cast(moved, threshold.dtype)
             changes.append({"threshold": threshold, "alpha": alpha, "control": control})
-        return changes
+        return self._with_held(changes, weights, layouts)
 
     def followers_settled(self, step, total):
         return ops.cast(step, "float32") >= _EXACT * ops.cast(total, "float32")
@@ -257,9 +296,27 @@ class DST(LayerMethod):
         minimum.
         """
         _, shifts, _ = self._shifts(weights, states, layouts, kept[0])
-        return [
+        changes = [
             {"threshold": state["threshold"] + ops.cast(shift, w.dtype)}
             for w, state, shift in zip(weights, states, shifts)
+        ]
+        return self._with_held(changes, weights, layouts)
+
+    def _with_held(self, changes, weights, layouts):
+        """Add the state `held` to the changed states if channels are coupled."""
+        if not (self._holds_channels and channels.groups_of(layouts)):
+            return changes
+        held = channels.of_kept_channels(self._unit_margins(weights, changes, layouts), layouts)
+        return [
+            {**change, "held": ops.reshape(units, change["threshold"].shape)}
+            for change, units in zip(changes, held)
+        ]
+
+    def _unit_margins(self, weights, states, layouts):
+        """Return Q of every output unit in float32."""
+        return [
+            ops.cast(self._margin(ops.abs(w), state, layout), "float32")
+            for w, state, layout in zip(weights, states, layouts)
         ]
 
     def _shifts(self, weights, states, layouts, kept):
@@ -273,10 +330,7 @@ class DST(LayerMethod):
             weights. If channels are coupled, both lists contain one shift per threshold.
         """
         if channels.groups_of(layouts):
-            units = [
-                ops.cast(self._margin(ops.abs(w), s, layout), "float32")
-                for w, s, layout in zip(weights, states, layouts)
-            ]
+            units = self._unit_margins(weights, states, layouts)
             gap, *found = channels.shifts(self, units, layouts, ops.reshape(kept, (1,)))
             shapes = [tuple(s["threshold"].shape) for s in states]
             return gap, *([ops.reshape(x, n) for x, n in zip(each, shapes)] for each in found)

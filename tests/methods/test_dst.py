@@ -13,6 +13,7 @@ from keras_dst.allocation import floor_counts
 from keras_dst.masks import KERNEL, Layout
 from keras_dst.methods import DST
 from keras_dst.methods.base import ScheduleState
+from keras_dst.methods.channels import ChannelGroups, Channels
 from keras_dst.regularizers import ThresholdPenalty
 from keras_dst.schedules import Constant, Cubic, Geometric
 from tests.backends import every
@@ -395,3 +396,34 @@ def test_schedule_of_the_target_sparsity():
 def test_invalid_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         DST(**arguments)
+
+
+def test_no_layer_masks_a_unit_of_a_kept_channel():
+    # Both units of the first weight are below their thresholds. The second weight keeps channel 0,
+    # so the first weight keeps its unit of this channel. The last unit is in no group.
+    method = DST(0.5, pattern="channel")
+    groups = ChannelGroups([2], np.zeros((1, 2, 2)), np.ones((1, 2)))
+    layouts = [Layout(channels=Channels(ids, groups)) for ids in ([0, 1], [1, 0, -1])]
+    weights = [tensor(np.ones((3, 2))), tensor(np.ones((4, 3)))]
+    states = [{"threshold": tensor([1.5, 1.5])}, {"threshold": tensor([1.25, 0.5, 3.0])}]
+    half = ops.convert_to_tensor([2**19], "int32")
+    states = method.project(weights, states, layouts, half)
+    for w, state, layout, expected in zip(weights, states, layouts, ([1, 0], [0, 1, 1])):
+        kept = np.broadcast_to(expected, w.shape)
+        np.testing.assert_array_equal(array(method.mask(w, state, layout)), kept)
+        np.testing.assert_array_equal(array(method.apply(w, state, layout)), kept)
+
+    def forward(threshold):
+        return method.apply(weights[0], {**states[0], "threshold": threshold}, layouts[0])
+
+    # S'(-0.5) = 0.4, for the kept unit as well as for the pruned unit, each with 3 weights.
+    (found,) = gradients(forward, [states[0]["threshold"]], tensor(np.ones((3, 2))))
+    np.testing.assert_allclose(found, [-1.2, -1.2], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"sparsity": 0.5, "granularity": "layer"}, {"sparsity": None}]
+)
+def test_costs_need_a_target_and_coupled_channels(arguments):
+    with pytest.raises(ValueError, match="DST can count parameters or FLOPs only with a sparsity"):
+        DST(**arguments, pattern="channel", counted_in="flops")
