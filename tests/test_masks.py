@@ -423,6 +423,20 @@ def test_top_k_in_eager_mode():
     assert_equal([ops.convert_to_numpy(mask) for mask in found], [[False, True], [True]])
 
 
+@pytest.mark.skipif(not COMPILES, reason="only JAX and TensorFlow trace functions")
+def test_two_models_with_the_same_shapes_share_the_trace_of_their_rankings(monkeypatch):
+    traced, search = [], ranking._Ranking.thresholds
+    monkeypatch.setattr(
+        ranking._Ranking, "thresholds", lambda *args: traced.append(1) or search(*args)
+    )
+    for kept in (4, 9):
+        model = jit(lambda s, k: (masks.top_k([s], k)[0], masks.kth([s], k)))
+        scores = random(3, 7, seed=kept)
+        mask, threshold = model(tensor(scores), ops.convert_to_tensor(kept, "int32"))
+        assert array(mask).sum() == (scores > array(threshold)).sum() == kept
+    assert len(traced) == 2
+
+
 @pytest.mark.parametrize("score", [NAN, INF, -INF])
 def test_top_k_without_a_finite_score(score):
     assert_equal(top_k([[score] * 4], 2), [[True, True, False, False]])

@@ -6,6 +6,7 @@ import math
 import keras
 from keras import ops
 
+from keras_dst._backend.devices import on_accelerator
 from keras_dst._backend.guesses import with_guesses
 
 
@@ -34,21 +35,49 @@ def jit(fn):
     return fn
 
 
+def traced_once(fn, scores, kept, *constants):
+    """Return `fn(scores, kept, *constants)`. Models with equal shapes share the trace of `fn`.
+
+    JAX and TensorFlow need up to a second to trace a ranking. If no function is being traced, `fn`
+    is called directly.
+
+    Args:
+        fn: Function whose result depends only on its arguments.
+        scores: List of tensors.
+        kept: Integer tensor.
+        constants: Hashable values.
+    """
+    if not _is_traced(kept):
+        return fn(scores, kept, *constants)
+    shapes = tuple((*s.shape, keras.backend.standardize_dtype(s.dtype)) for s in scores)
+    return _shared(fn, constants, shapes, kept.ndim, on_accelerator(kept))(scores, kept)
+
+
+@functools.lru_cache(maxsize=64)  # Old traces are freed, because they need memory.
+def _shared(fn, constants, *signature):
+    return jit(lambda scores, kept: fn([*scores], kept, *constants))
+
+
+def _is_traced(tensor) -> bool:
+    """Return whether JAX or TensorFlow is tracing the function that computes a tensor."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        return isinstance(tensor, jax.core.Tracer)
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return not tf.executing_eagerly()
+    return False
+
+
 def is_known_false(flag) -> bool:
     """Return whether a boolean tensor is known to be false.
 
     While a function is traced, the values of its tensors are unknown, and the result is False.
     """
-    backend = keras.backend.backend()
-    if backend == "jax":
-        import jax
-
-        return not isinstance(flag, jax.core.Tracer) and not bool(flag)
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        return tf.executing_eagerly() and not bool(flag)
-    return not bool(flag)
+    return not _is_traced(flag) and not bool(flag)
 
 
 def outside_torch_graph(fn):

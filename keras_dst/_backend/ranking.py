@@ -22,7 +22,7 @@ import numpy as np
 from keras import ops
 
 from keras_dst._backend import devices, selection
-from keras_dst._backend.jit import count_true
+from keras_dst._backend.jit import count_true, traced_once
 from keras_dst._backend.rows import LARGEST, ROW_WIDTH, SMALLEST, Scores, columns, first_columns
 from keras_dst._utils.validation import check_integer, is_integer
 
@@ -74,8 +74,14 @@ def top_k(
         >>> keras_dst.masks.top_k([keras.ops.array([0.1, 0.3, 0.2])], 2)  # [[False, True, True]]
     """
     scores, kept = _checked(scores, kept)
+    _check_groups([tuple(s.shape) for s in scores], sizes, first)
+    if sizes is not None:  # Arrays of sizes can be as large as the weights, and are not stored.
+        return _top_k(scores, kept, sizes, first)
+    return traced_once(_top_k, scores, kept, None, None if first is None else tuple(first))
+
+
+def _top_k(scores, kept, sizes, first):
     shapes = [tuple(s.shape) for s in scores]
-    _check_groups(shapes, sizes, first)
     together, counts = kept.ndim == 0, kept if kept.ndim else kept[None]
     if selection.is_possible(scores, sizes):
         arranged = Scores(scores, together)
@@ -96,7 +102,10 @@ def kth(scores: Sequence[Tensor], kept: Tensor) -> Tensor:
         kept: Number of scores above the threshold, an integer scalar. If `kept` is a vector with
             one number per tensor, the result is a vector with one threshold per tensor.
     """
-    scores, kept = _checked(scores, kept)
+    return traced_once(_kth, *_checked(scores, kept))
+
+
+def _kth(scores, kept):
     together, counts = kept.ndim == 0, kept if kept.ndim else kept[None]
     if selection.is_possible(scores):
         found = selection.kth(Scores(scores, together), counts)
