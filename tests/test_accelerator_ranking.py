@@ -149,7 +149,7 @@ def test_a_wrong_guess_is_corrected(scores, kept, monkeypatch, wrong_guesses):
 
 
 def driver_of(method, *widths):
-    """Return the driver of a network of dense layers, whose first width is its input width."""
+    """Return the driver of a network of dense layers. The first width is the number of inputs."""
     layers = [keras.layers.Dense(width, use_bias=False) for width in widths[1:]]
     model = keras.Sequential([keras.Input(widths[:1]), *layers])
     model.compile(apply_method(method, model, keras.optimizers.SGD(0.1)), "mse")

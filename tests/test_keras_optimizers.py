@@ -102,7 +102,7 @@ OPTIONS = {
 
 
 def trained(optimizer, change=lambda optimizer: None, steps=5):
-    """Train for some steps, and return the values of all variables. Call `change` after step 1."""
+    """Train for some steps, and call `change` after step 1. Return the values of all variables."""
     random = np.random.default_rng(0)
     shapes = [(4, 3), (3,), (2, 2, 3, 4)]
     variables = [

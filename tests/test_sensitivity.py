@@ -119,7 +119,7 @@ def test_sensitivity_of_channels(data):
 
 
 class Batches(keras.utils.PyDataset):
-    """Batches of data. If `error` is given, the data set raises it after some batches."""
+    """Batches of data. If `error` is given, the data set raises `error` after some batches."""
 
     def __init__(self, data, error=None, after=10**9):
         super().__init__()

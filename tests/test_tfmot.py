@@ -310,7 +310,7 @@ def test_the_callback_raises_for_models_without_pruned_layers():
     callback.set_model(tfmot.prune_low_magnitude(dense(7)))
     with pytest.raises(ValueError, match="Compile the model"):
         callback.on_train_begin()
-    if keras.backend.backend() != "torch":  # Keras raises an error for this model on PyTorch
+    if keras.backend.backend() != "torch":  # On PyTorch, Keras itself raises an error.
         model = compiled(tfmot.prune_low_magnitude(dense(7)), steps_per_execution=4)
         with pytest.raises(ValueError, match="steps_per_execution=1"):
             fit(model)

@@ -274,7 +274,7 @@ class Run:
         seed: Seed of the initial weights and of the data.
         recipe: Key of `RECIPES`.
         images, epochs, batch: Number of training images, epochs and images per batch. Defaults to
-            None: all images, and the numbers of the recipe.
+            None. If None, all images and the numbers of the recipe are used.
     """
 
     net: str

@@ -132,7 +132,9 @@ class PQuantML(Tool):
 
     methods = ("DST", "PDP", "Wanda", "Wanda, no pretraining")
     slow = ("PDP",)
-    probabilities = False  # PQuantML removes all activations except ReLU and tanh.
+    # The network ends without softmax, because PQuantML removes all activations except ReLU and
+    # tanh.
+    probabilities = False
 
     def __init__(self):
         os.environ["KERAS_BACKEND"] = "tensorflow"

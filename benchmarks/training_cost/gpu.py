@@ -274,7 +274,7 @@ def compared(plain: TimedNetwork, sparse: TimedNetwork, budget: float) -> dict:
     if sparse.update:
         update = statistics.median(seconds(sparse.update) for _ in range(UPDATES))
         every = sparse.driver.clock.period
-        if every > STEPS:  # Otherwise, the timed rounds include updates.
+        if every > STEPS:  # If `every` is at most STEPS, the timed rounds include updates.
             row["step_ratio"] += update / every / step
         row["update"] = {
             "seconds": update,

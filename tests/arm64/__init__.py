@@ -18,7 +18,7 @@ def obstacle():
 
 
 def run(code, *arguments):
-    """Run Python code on the emulated CPU. Raise RuntimeError with its stderr if the code fails."""
+    """Run Python code on the emulated CPU. If the code fails, raise RuntimeError with stderr."""
     (python,) = (_FOLDER / "root" / "usr" / "bin").glob("python3.*")
     done = subprocess.run(
         [

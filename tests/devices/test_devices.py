@@ -24,7 +24,7 @@ RUNS = [(setup, run, copies) for setup, _, runs, copies in SETUPS for run in run
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Return a function that runs a setup at its first call and returns the folder of results."""
+    """Return a function that trains a setup once, and returns the folder of the results."""
     done = {}
 
     def folder(setup):

@@ -58,7 +58,7 @@ SINGLE = [
     ("layer", KERNEL, (3, 2, 4, 5), (), (0, 1, 2, 3)),
     ("weight", KERNEL, (6, 4), (6, 4), ()),
 ]
-# Columns: the same columns as in SINGLE, and then the pattern and the block shape of this pattern.
+# Columns: all columns of SINGLE, the pattern, and the shape of a block.
 GROUPED = [
     # The pattern 1x4 splits 6 inputs into a block of 4 weights and a block of 2 weights.
     ("unit", KERNEL, (6, 4), (4,), (0,), "1x4", (4, 1)),
