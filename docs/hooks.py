@@ -57,6 +57,12 @@ def on_page_markdown(markdown, page, config, files):
     return _outside_code(markdown, adapt)
 
 
+def on_page_content(html, page, config, files):
+    """Allow a line break after each dot in the headings of the reference."""
+    name = r'(?<=<span class="doc doc-object-name )[^<]+'
+    return re.sub(name, lambda heading: heading[0].replace(".", ".<wbr>"), html)
+
+
 def _link(target: str, file: File) -> str:
     """Convert a link of the repository into a link of the site.
 
@@ -87,7 +93,8 @@ def _display(block) -> str:
 
 
 def _inline(formula) -> str:
-    return convert(formula[1])
+    # Markdown would start a new paragraph at a line that begins with <math>.
+    return f"<span>{convert(formula[1])}</span>"
 
 
 def _figures(marker) -> str:
@@ -107,12 +114,31 @@ def figures(method: str, page: str) -> str:
     return "\n".join(lines)
 
 
-class Examples(griffe.Extension):
-    """An extension that renders `Example:` sections, which Keras docstrings use, as code."""
+class Docstrings(griffe.Extension):
+    """An extension that adapts docstrings in the style of Keras to griffe."""
 
     def on_object(self, *, obj, **kwargs):
-        """Rename the section to `Examples:`, the name that griffe supports."""
+        """Adapt the sections of a docstring.
+
+        * `Example:` becomes `Examples:`, the name that griffe supports.
+        * `Call arguments:`, which griffe does not support, becomes a list.
+        * An entry for several arguments becomes one entry per argument. griffe finds the type and
+          the default value only for an entry with one name.
+        """
         if obj.docstring:
-            obj.docstring.value = re.sub(
-                r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE
-            )
+            text = obj.docstring.value
+            text = re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.MULTILINE)
+            text = re.sub(r"^Call arguments:\n( {4}.*\n)+", _list, text, flags=re.MULTILINE)
+            entry = r"^    ([*\w]+(?:,\s+[*\w]+)+): (.*?)(?=^ {0,4}\S|^$|\Z)"
+            obj.docstring.value = re.sub(entry, _entries, text, flags=re.DOTALL | re.MULTILINE)
+
+
+def _entries(found) -> str:
+    """Return one entry of a docstring for each argument of an entry for several arguments."""
+    description = found[2].rstrip("\n")
+    return "".join(f"    {name}: {description}\n" for name in re.split(r",\s+", found[1]))
+
+
+def _list(section) -> str:
+    """Return a section of a docstring with its entries as a list."""
+    return re.sub(r"^    (\w+):", r"    * `\1`:", section[0], flags=re.MULTILINE)

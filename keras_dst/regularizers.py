@@ -1,4 +1,4 @@
-"""Keras regularizers for the penalties in the pruning papers, usable without a pruning method."""
+"""Penalties of DST and Consensus, as Keras regularizers that also work without a pruning method."""
 
 import math
 

@@ -61,6 +61,36 @@ def test_every_page_is_built_and_every_marker_is_replaced(site):
     assert "<td>DCIL</td>" in (site / "results/step_time/index.html").read_text()
 
 
+def test_every_page_begins_with_a_sentence(site):
+    """A page says what it is for, before its first table, code block or heading."""
+    for path, text in html(site).items():
+        article = text.split("<article")[-1]
+        if "<h1" in article and path.parent != site:  # index.html has other tests
+            after = article.split("</h1>")[1]
+            first = re.search(r"<(p|h2|table|pre|ul|ol|details)\b", after)[1]
+            assert first == "p", path
+
+
+def test_markdown_is_rendered_as_on_github(site):
+    """Nested lists are nested, and a line may begin with a formula."""
+    assert "<ul" in (site / "CONTRIBUTING/index.html").read_text().split("every(n)")[1][:900]
+    for path, text in html(site).items():
+        assert not re.search(r"</p>\s*<(span><)?math", text), path
+    for page in [*PAGES, "CHANGELOG.md", "CONTRIBUTING.md"]:
+        text = re.sub(r"(?ms)^```.*?^```$", "", (ROOT / page).read_text())
+        assert not re.search(r"(?m)^ {1,3}[*-] ", text), page
+
+
+def test_the_reference_shows_the_default_value_of_every_argument(site):
+    """Arguments that share a description in the docstring have a row each."""
+    page = (site / "methods/rigl/index.html").read_text()
+    rows = re.findall(r'<tr class="doc-section-item">(.*?)</tr>', page, re.DOTALL)
+    rows = [re.sub(r"<[^>]+>|\s", "", row) for row in rows]
+    assert any(re.fullmatch("drop_fractionfloatSeeSET.0.3", row) for row in rows), rows
+    for path, text in html(site).items():
+        assert not re.search(r"<code>\w+, \w+</code>\s*</td>", text), path
+
+
 def test_the_site_loads_no_external_files(site):
     for path, text in html(site).items():
         loaded = re.findall(

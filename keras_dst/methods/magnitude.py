@@ -77,7 +77,7 @@ class Magnitude(UpdateMethod):
         >>> optimizer = keras_dst.SparseOptimizer("adam", keras_dst.methods.Magnitude(0.9))
 
     Source: arXiv 1710.01878 (schedule), arXiv 2006.07253 (`revival`), arXiv 2010.07611 (`"lamp"`),
-        arXiv 1906.10771 (`"taylor"`) and arXiv 1708.06519 (`"bn_scale"`).
+    arXiv 1906.10771 (`"taylor"`) and arXiv 1708.06519 (`"bn_scale"`).
     """
 
     def __init__(
