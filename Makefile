@@ -14,8 +14,8 @@ PQUANT := .venv-pquant
 TORCH_PRUNING := .venv-torch-pruning
 RUN := TF_CPP_MIN_LOG_LEVEL=3 $(VENV)/bin/python
 PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest
-# Some container images set this variable. Without bytecode files, Python would compile TensorFlow,
-# JAX and PyTorch again in every process, which takes longer than most tests.
+# Some container images set PYTHONDONTWRITEBYTECODE. Without bytecode files, Python would compile
+# TensorFlow, JAX and PyTorch again in every process, which takes longer than most tests.
 export PYTHONDONTWRITEBYTECODE :=
 BACKENDS := tensorflow jax torch
 BROWSERS := chromium chromium-browser google-chrome
@@ -59,7 +59,7 @@ test test-all:
 # The folder $(FAILED) contains one file for each part of the test suite that has not passed yet.
 passed = @rm -f $(FAILED)/$@
 
-# Tests of the HTML report open it in a browser if one is installed. `make browser` installs
+# The tests of the HTML report use a browser if a browser is installed. `make browser` installs
 # Chromium with apt-get, as root.
 browser:
 	@for name in $(BROWSERS); do command -v $$name >/dev/null && exit; done; \
@@ -79,7 +79,7 @@ lint: $(TEST_READY)
 	$(VENV)/bin/mypy
 	$(passed)
 
-# Build the site in build/site. The tests build it as well.
+# Build the site in build/site. The tests also build the site.
 docs: $(TEST_READY)
 	$(VENV)/bin/python -m mkdocs build --strict
 
@@ -123,7 +123,7 @@ test-wheel:
 
 # Run the core tests with the oldest and the newest versions of Keras and the backends, on each
 # installed Python. NAMES="oldest" selects one set of versions, and NAMES="3.12" one Python.
-# PyTorch is skipped if pip finds only a CUDA build. KERAS_DST_CUDA=1 installs this build.
+# PyTorch is skipped if pip finds only a CUDA build. KERAS_DST_CUDA=1 installs the CUDA build.
 test-versions:
 	$(PYTHON) tests/environments.py versions $(NAMES)
 
@@ -161,10 +161,11 @@ bench-methods: $(TEST_READY)
 	KERAS_BACKEND=tensorflow $(RUN) -m benchmarks.accuracy.methods cifar10
 
 # Train the networks of one table, for example NET=resnet-32-16, or of all tables. METHOD, SPARSITY
-# and SEED select runs, and RECIPE=dcil selects the recipe of the paper on DCIL. JOBS runs share the
-# GPU. You can stop the command at any time, or it stops after MINUTES. The next command continues
-# from the backups in BACKUP, on the same or on another machine. GPU_PYTHON names a Python that has
-# keras, and JAX for the GPU. IMAGES, EPOCHS and BATCH shorten the runs, which are then not stored.
+# and SEED select runs, and RECIPE=dcil selects the recipe of the paper on DCIL. JOBS is the number
+# of runs that share the GPU. The command stops after MINUTES, or when you interrupt it. The next
+# command continues from the backups in BACKUP, on the same or on another machine. GPU_PYTHON names
+# a Python that has keras, and JAX for the GPU. IMAGES, EPOCHS and BATCH shorten the runs. The
+# results of shortened runs are not stored.
 BACKUP ?= build/papers
 bench-papers: $(if $(GPU_PYTHON),,$(TEST_READY))
 	KERAS_BACKEND=jax $(or $(GPU_PYTHON),$(VENV)/bin/python) -m benchmarks.accuracy.papers \
@@ -209,13 +210,15 @@ bench-smaller: $(TEST_READY)
 	for backend in jax torch; do KERAS_BACKEND=$$backend OMP_NUM_THREADS=1 \
 	$(RUN) -m benchmarks.coverage.smaller --shrink-only --networks ResNet50 || exit 1; done
 
-# The command needs a GPU and first trains a dense ResNet-56 and VGG. Each training run is stored
-# when it ends. If you stop the command and start it again, it continues with the next run.
+# Measure methods that prune channels. The command needs a GPU and first trains a dense ResNet-56
+# and VGG. Each training run is stored when it ends. If you stop the command and start it again, it
+# continues with the next run.
 bench-channels: $(TEST_READY) $(TORCH_PRUNING)/ready
 	KERAS_BACKEND=jax $(RUN) -m benchmarks.accuracy.channels
 	KERAS_BACKEND=torch $(TORCH_PRUNING)/bin/python -m benchmarks.accuracy.torch_pruning train
 
-# Measure the same methods with short runs on one CPU core, to show that the commands work.
+# Run the commands of bench-channels with short training runs on one CPU core, to show that the
+# commands work.
 SMALL := --nets "resnet-20, stride 2" --seeds 1 --epochs 4 2 --images 5120
 bench-channels-cpu: $(TEST_READY) $(TORCH_PRUNING)/ready
 	KERAS_BACKEND=torch $(RUN) -m benchmarks.accuracy.channels $(SMALL)

@@ -1,8 +1,8 @@
 """Command-line program `keras-dst`: check the arguments, then import keras_dst and run a command.
 
 This module imports only the standard library, so that the help, the version and errors about
-arguments appear at once. It is not part of the package keras_dst, because importing the package
-also imports Keras and a backend, which takes seconds.
+arguments appear at once. The module is not part of the package keras_dst, because importing the
+package also imports Keras and a backend, which takes seconds.
 """
 
 from __future__ import annotations

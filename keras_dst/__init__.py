@@ -8,7 +8,7 @@ from keras_dst.optimizers import SparseOptimizer
 from keras_dst.surgery import SparsifyReport, sparsify, strip
 from keras_dst.version import __version__
 
-# Type checkers, editors and the API reference find these names only in import statements.
+# Type checkers, editors and the API reference find public names only in import statements.
 if TYPE_CHECKING:
     from keras_dst import plots
     from keras_dst._reporting.sensitivity import SensitivityReport, WeightSensitivity, sensitivity
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from keras_dst.recalibration import recalibrate
     from keras_dst.sparse_files import load_sparse, save_sparse
 
-# The modules for reports, export and plots are imported on first use, because training does not
-# need them.
+# Import the modules for reports, export and plots on first use, because training does not need
+# them.
 _LAZY = {
     "load_sparse": "sparse_files",
     "save_sparse": "sparse_files",

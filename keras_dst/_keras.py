@@ -1,7 +1,7 @@
 """Functions through which keras_dst accesses private attributes of Keras.
 
-Keras may rename a private attribute in any release. All accesses are in this module, so that a
-renamed attribute affects only this module. `PRIVATE_NAMES` lists the attributes, and
+Keras may rename a private attribute in any release. Only this module accesses private attributes,
+so a renamed attribute affects no other module. `PRIVATE_NAMES` lists the attributes, and
 `missing_names` compares the list with the installed Keras. The test `tests/test_keras_names.py`
 calls `missing_names`.
 """
@@ -19,10 +19,11 @@ import keras
 import numpy as np
 from keras.src.backend.common.variables import get_autocast_scope
 
-# Keras exports the layers that use this cell, but not the cell itself.
+# Keras exports the ConvLSTM layers, but not their cell.
 from keras.src.layers.rnn.conv_lstm import ConvLSTMCell as ConvLSTMCell
 
-# `keras.Model(inputs, outputs)` creates an instance of this class, which Keras does not export.
+# `keras.Model(inputs, outputs)` creates an instance of the class `Functional`, which Keras does not
+# export.
 from keras.src.models.functional import Functional
 from keras.src.utils.tracking import DotNotTrackScope
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 else:
     _Layer = object
 
-# Names of private attributes, grouped by the kind of object that has these attributes.
+# Names of private attributes, grouped by the kind of object that has the attributes.
 # `missing_names` builds and checks one object of each kind.
 PRIVATE_NAMES = {
     "layer": (
@@ -100,7 +101,7 @@ def call_with_weights(layer, weights: list, call: Callable[[], Any]) -> Any:
     function replaces the initializers, so their random values are never computed.
 
     Args:
-        layer: Unbuilt layer, whose variables are created by this call.
+        layer: Unbuilt layer, whose variables the call creates.
         weights: Values of all variables of the built layer, as arrays.
         call: Function that calls the layer on symbolic tensors.
 
@@ -193,7 +194,7 @@ def autocast(tensor):
 def build_shapes(layer) -> dict[str, Any] | None:
     """Return the shapes that were passed to a layer's `build`, by argument name.
 
-    Return None if the shapes are unknown.
+    The result is None if the shapes are unknown.
     """
     return layer._build_shapes_dict
 
@@ -217,13 +218,13 @@ class BuildHook(_Layer):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        # If Keras renames `_lock_state`, the hook below is never called.
+        # If Keras renames `_lock_state`, Keras never calls the hook below.
         _require(keras.Layer, "_lock_state")
 
     def after_build(self) -> None:
         """Run code on a layer that Keras has just built.
 
-        This method may change the class of the layer.
+        The hook may change the class of the layer.
         """
         raise NotImplementedError
 
@@ -286,7 +287,7 @@ def set_nodes_of(operation, inbound: list, outbound: list) -> None:
 def declares_input(model) -> bool:
     """Return True if a Sequential model starts with an Input that the user added.
 
-    Keras adds an input layer to every built Sequential model. The config of this input layer
+    Keras adds an input layer to every built Sequential model. The config of the added input layer
     contains a dtype only if a call on data built the model. The function also returns False for a
     model that was loaded from a file.
     """
@@ -322,7 +323,7 @@ def output_structure(model):
     return model._compile_loss._y_pred_build_structure
 
 
-# Keras sets this attribute if `compute_loss` takes the argument `training`.
+# Keras sets the attribute if `compute_loss` takes the argument `training`.
 TAKES_TRAINING = "_compute_loss_has_training_arg"
 
 
@@ -348,7 +349,7 @@ def is_validation(evaluate_options: dict[str, Any]) -> bool:
 
 
 def set_initial_epoch(model, epoch: int | None) -> None:
-    """Set the first epoch of the `fit` that begins now."""
+    """Set the first epoch of the `fit` that is about to begin."""
     _require(model, "_initial_epoch")
     model._initial_epoch = epoch
 
@@ -356,8 +357,8 @@ def set_initial_epoch(model, epoch: int | None) -> None:
 def restore_jax_state(model, *step_arguments) -> None:
     """On JAX, restore the variables of a model from the state that a training step received.
 
-    On JAX, `fit` removes the values from the variables and passes these values as the first
-    argument of the training step.
+    On JAX, `fit` takes the values out of the variables and passes them to the training step as its
+    first argument.
     """
     if keras.backend.backend() == "jax":
         _require(model, "_jax_state")
@@ -383,7 +384,7 @@ def discard_jax_state(model) -> None:
 def metric_direction(metric) -> str | None:
     """Return the direction, "up" or "down", in which a metric improves.
 
-    Return None if the metric does not define a direction.
+    The result is None if the metric does not define a direction.
     """
     return getattr(metric, "_direction", None)
 
@@ -469,7 +470,7 @@ def slots_of(optimizer, variable) -> list:
     if not slots and shape and any(tuple(v.shape) == shape for v in own):
         raise RuntimeError(
             f"Expected {type(optimizer).__name__} to keep its variables in lists in the order of "
-            f"the trained variables. Found no such variable for '{variable.path}', although "
+            f"the trained variables. Found no variable of '{variable.path}' in a list, although "
             "variables of its shape exist. Use a method that does not grow weights, such as "
             "Magnitude."
         )
@@ -493,9 +494,10 @@ def exempt_from_decay(optimizer, variables) -> None:
     _decide_decay_again(optimizer)
     if decayed := [v.path for v in variables if optimizer._use_weight_decay(v)]:
         raise RuntimeError(
-            "This version of Keras decays variables that keras_dst has exempted from weight "
-            f"decay: {', '.join(decayed)}. Expected Keras to read the attribute "
-            "`Optimizer._exclude_from_weight_decay`."
+            "The installed version of Keras decays variables that keras_dst has exempted from "
+            f"weight decay: {', '.join(decayed)}. Expected Keras to read the attribute "
+            "`Optimizer._exclude_from_weight_decay`. Install a version of Keras that keras_dst "
+            "supports."
         )
 
 
@@ -562,7 +564,7 @@ def set_own_variables(optimizer, variables: list) -> None:
 
 
 def _numbered_names(variables) -> list[tuple[str, int]]:
-    """Return (name, number) pairs. The number distinguishes variables of the same name."""
+    """Return (name, number) pairs. The appended number distinguishes variables of the same name."""
     seen: Counter[str] = Counter()
     names = []
     for variable in variables:
@@ -587,8 +589,8 @@ def _forget_decay_exemptions(optimizer, trained_before) -> None:
 def _decide_decay_again(optimizer) -> None:
     """Make an optimizer decide again to which variables it applies weight decay.
 
-    Keras up to 3.15 makes these decisions in a training step and caches the decisions. In Keras
-    3.16, `Optimizer.build` makes these decisions.
+    Keras up to 3.15 decides in a training step and caches the decisions. Keras 3.16 decides in
+    `Optimizer.build`.
     """
     if "_weight_decay_by_var_key" in vars(optimizer):
         optimizer._weight_decay_by_var_key = {
@@ -605,9 +607,9 @@ def _decide_decay_again(optimizer) -> None:
 def distribution_like(variable):
     """Return a copy of the current distribution that shards new variables like a given variable.
 
-    A new variable with the shape of the given variable is sharded in the same way. A new variable
-    with a different shape is replicated on every device. Shapes are compared instead of paths. In a
-    user's layout map, the path pattern for a kernel may also match the path of its mask.
+    A new variable with the shape of the given variable is sharded like the given variable. A new
+    variable with a different shape is replicated on every device. Shapes are compared instead of
+    paths, because a layout map's pattern for a kernel may also match the path of the kernel's mask.
     """
     present = keras.distribution.distribution()
 
@@ -635,8 +637,7 @@ def _require(target, name: str) -> None:
 
 
 def _objects_to_check() -> dict[str, Any]:
-    """Return one example object for each kind of object in `PRIVATE_NAMES`, if Keras has this
-    kind."""
+    """Return one example object for each kind of object in `PRIVATE_NAMES` that Keras has."""
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     optimizer = keras.optimizers.SGD()
     optimizer.exclude_from_weight_decay(var_names=["bias"])

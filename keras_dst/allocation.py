@@ -37,7 +37,8 @@ def _check_shapes(shapes) -> None:
     """Raise ValueError unless `shapes` is a sequence of sequences of whole numbers."""
     try:
         valid = all(is_integer(n, minimum=1) for i in range(len(shapes)) for n in shapes[i])
-    except (TypeError, KeyError):  # `shapes` or one of its entries is not a sequence.
+    # The TypeError means that `shapes` or one of its entries is not a sequence.
+    except (TypeError, KeyError):
         valid = False
     if not valid:
         raise ValueError(
@@ -61,8 +62,8 @@ def densities(
             gives densities proportional to `sum(shape) / prod(shape)`, at most 1. Small weight
             tensors therefore have a higher density. A dict maps weight names to sparsities. The
             density of weights that match no name is `density`. A name is the path of a weight, or a
-            regular expression that matches any part of a path. If several names match a weight, the
-            last matching name applies.
+            regular expression that matches any part of a path. If several names in the dict match a
+            weight, the last matching name applies.
         shapes: Shapes of the weights.
         density: Fraction of all weights that is kept.
         names: Paths of the weights. The paths are needed only if the allocation is a dict.
@@ -95,7 +96,7 @@ def _erk(shapes, density):
     raw = np.array([sum(s) for s in shapes], "float64") / sizes
     full = np.zeros(len(sizes), bool)
     while True:
-        # Weights whose density would exceed 1 stay dense. The remaining entries to keep are
+        # Weights whose density would exceed 1 stay dense. The entries that are still to be kept are
         # distributed over the other weights.
         budget = density * sizes.sum() - sizes[full].sum()
         result = np.where(full, 1.0, 0.0)
@@ -107,7 +108,7 @@ def _erk(shapes, density):
 
 
 def by_name(allocation: Mapping[str, float], density: float, names: Sequence[str]) -> np.ndarray:
-    """Return the density of every weight, which is `density` if no name in the dict matches it."""
+    """Return the density of every weight, which is `density` if no name matches."""
     result = np.full(len(names), float(density))
     for key, sparsity in allocation.items():
         fitting = [i for i, name in enumerate(names) if key == name]
@@ -129,12 +130,15 @@ def kept_counts(
 ) -> np.ndarray:
     """Return the number of entries to keep per weight, or a single total for `"global"` (int64).
 
-    A dict gives every named weight its own sparsity. Otherwise, the sum of the counts is exactly
-    `round((1 - sparsity) * size)`, where `size` is the number of entries in all weights.
+    A dict gives every named weight its own sparsity. For any other allocation, the sum of the
+    counts is exactly `round((1 - sparsity) * size)`, where `size` is the number of entries in all
+    weights.
 
     Args:
-        allocation, shapes, names: See `densities`.
+        allocation: See `densities`.
+        shapes: Shapes of the weights.
         sparsity: Current fraction of zeros.
+        names: Paths of the weights, which are needed only if the allocation is a dict.
         final_sparsity: Final fraction of zeros. The sparsities in a dict are final values. As long
             as `sparsity` is below its final value, each sparsity in the dict is multiplied by
             `sparsity / final_sparsity`. Defaults to None, which means that the sparsities in the
@@ -169,7 +173,7 @@ def floor_counts(shapes: Sequence[Sequence[int]], sparsity: float) -> np.ndarray
     """Return the minimum number of entries that a global ranking keeps in every weight (int64).
 
     A weight keeps at least one entry, and at least a quarter of the entries that `"erk"` would
-    keep. A global ranking of a trained network rarely reaches this minimum. Without the minimum, a
+    keep. A global ranking of a trained network rarely reaches the minimum. Without a minimum, a
     global ranking at 98 % sparsity may keep so few entries of a layer that hardly any signal
     passes.
 
@@ -193,15 +197,15 @@ def equal_drop(
 ) -> np.ndarray:
     """Return one sparsity per weight tensor, so that the largest drop of the metric is minimal.
 
-    Every weight tensor is pruned until the metric drops by the same amount. The amount is chosen so
-    that the total sparsity meets the target. Between the measured points, drops are interpolated
-    linearly. Each curve is made monotonic first: negative drops become 0, and then every drop is
-    replaced by the largest drop up to the same sparsity. If several solutions remain, the
-    sparsities are as even as possible.
+    Every weight tensor is pruned until the metric drops by the same amount. The common drop is
+    chosen so that the total sparsity meets the target. Between the measured points, drops are
+    interpolated linearly. Each curve is made monotonic first. Negative drops become 0, and every
+    drop is replaced by the largest drop up to the same sparsity. If several solutions have the same
+    largest drop, the function returns the most even sparsities.
 
     Args:
         sparsities: Sparsities at which the drops were measured, increasing from 0.
-        drops: Drop of the metric when only one weight tensor is pruned, as an array of shape
+        drops: Drops of the metric when only one weight tensor is pruned, as an array of shape
             (weight tensors, sparsities).
         sizes: Number of entries in each weight tensor.
         sparsity: Fraction of zeros over all weights.
@@ -229,7 +233,8 @@ def equal_drop(
     drops = np.maximum.accumulate(np.maximum(drops, 0), axis=1)
     # Add a small slope, so that every curve is strictly increasing and therefore invertible.
     drops = drops / (drops.max() or 1.0) + 1e-6 * grid
-    # Between two neighboring drops in `common`, the sparsity of each weight is linear in the drop.
+    # Between two neighboring drops in `common`, the sparsity of each weight is a linear function of
+    # the drop.
     common = np.unique(drops)
     shares = np.array([np.interp(common, curve, grid) for curve in drops])
     return np.array([np.interp(sparsity * counts.sum(), counts @ shares, row) for row in shares])

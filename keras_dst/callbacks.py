@@ -24,20 +24,20 @@ class SparseTraining(keras.callbacks.Callback):
     """Callback that updates the masks during `fit`, for every pruning method.
 
     The pruning schedule extends over all steps of the first `fit`, unless `epochs` is given. A
-    later `fit` continues the schedule. All updates happen between training steps. The progress bar
-    and the history show `sparsity`, the sparsity of all weights that the method prunes. If a method
-    learns its sparsity and has a target, the last step adjusts the masks to meet the target
-    exactly. If a target was missed, a warning states the difference.
+    later `fit` continues the schedule. The callback updates the masks between training steps. The
+    progress bar and the history show `sparsity`, the sparsity of all weights that the method
+    prunes. If a method learns its sparsity and has a target, the last step adjusts the masks to
+    meet the target exactly. If a target was missed, a warning states the difference.
 
     Masks also apply to weights that other callbacks assign, such as the averages of
-    `SwapEMAWeights`. At the end of training, a callback such as
-    `EarlyStopping(restore_best_weights=True)` may assign weights from an epoch before the target
-    sparsity was reached. In this case, the callback prunes the weights again and issues a warning.
+    `SwapEMAWeights`. At the end of training, `EarlyStopping(restore_best_weights=True)` may assign
+    weights from an epoch before the target sparsity was reached. `SparseTraining` then prunes the
+    weights again and issues a warning.
 
     While `fit` runs, `model.save` and `model.save_weights` are atomic: a killed process leaves
     either the complete old file or the complete new file.
 
-    Put this callback before Keras callbacks that save within an epoch.
+    Put `SparseTraining` before Keras callbacks that save within an epoch.
 
     Args:
         epochs: Length of the schedule in epochs, for training that consists of several calls of
@@ -45,19 +45,18 @@ class SparseTraining(keras.callbacks.Callback):
         steps_per_epoch: Number of batches per epoch, for data of unknown length. Defaults to None,
             in which case `fit` counts the batches in the first epoch.
         metric_at_target: Name of a metric, such as `"val_accuracy"`, whose values count only after
-            the target sparsity is reached. From then on, the log `"val_accuracy_at_target"`
-            contains the value of this metric. Before the target sparsity is reached, the log
-            contains placeholder values. The placeholders are worse than any value of the metric,
-            and improve from epoch to epoch. Callbacks that monitor this log therefore do not keep a
-            model that is not sparse enough, and do not stop training too early. If the metric is
-            measured on the training data, put this callback first in the list of callbacks.
-            Defaults to None.
+            the target sparsity is reached. The log `"val_accuracy_at_target"` contains the value of
+            the metric once the target sparsity is reached. Earlier, the log contains placeholder
+            values. The placeholders are worse than any value of the metric, and improve from epoch
+            to epoch. Callbacks that monitor the `_at_target` log therefore keep only models that
+            are sparse enough, and do not stop training too early. If the metric is measured on the
+            training data, put `SparseTraining` first in the list of callbacks. Defaults to None.
         metric_mode: Direction in which `metric_at_target` improves, `"min"` or `"max"`. Defaults to
             None, which uses the direction that the compiled metric defines.
-        keep_memory: If True, the process does not return freed memory to the system before `fit`
-            ends, and training steps reuse this memory. This setting of the C library applies to the
-            whole process. The setting has an effect only on Linux with glibc, and only if no
-            environment variable such as MALLOC_TRIM_THRESHOLD_ is set. Defaults to False.
+        keep_memory: If True, training steps reuse freed memory, which the process returns to the
+            system only after `fit`. The setting belongs to the C library and applies to the whole
+            process. The setting has an effect only on Linux with glibc, and only if no environment
+            variable such as MALLOC_TRIM_THRESHOLD_ is set. Defaults to False.
 
     Raises:
         ValueError: If an argument is out of range. `fit` raises a ValueError if no weight of the
@@ -150,8 +149,8 @@ class SparseTraining(keras.callbacks.Callback):
                 self.model, name, functools.partial(AtomicSave, prepare=self._reapply_masks)
             )
         if self.metric_at_target and self.metric_at_target.startswith("val_"):
-            # Add the metric to the logs of `evaluate`. If only `on_epoch_end` added the metric,
-            # earlier callbacks in the list would not see the metric.
+            # Add the metric to the logs of `evaluate`, so that callbacks which run before this
+            # callback also see the metric.
             fit.replace(self.model, "evaluate", self._with_metric_at_target)
         if fit.history is not None:
             # EarlyStopping may restore other weights in its `on_train_end`. The final weights are
@@ -163,7 +162,8 @@ class SparseTraining(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         if not self._begun:
-            # `on_train_begin` is too early, because BackupAndRestore may restore the state there.
+            # `on_train_begin` is too early, because BackupAndRestore may restore the state in its
+            # own `on_train_begin`.
             self._begin(epoch)
         self._reapply_masks()
         self._epoch = epoch
@@ -205,12 +205,13 @@ class SparseTraining(keras.callbacks.Callback):
         self._write(logs)
 
     def on_train_end(self, logs=None):
-        if not self._begun:  # No epoch ran: BackupAndRestore restored a finished training run.
+        # If no epoch ran, BackupAndRestore has restored a finished training run.
+        if not self._begun:
             self._begin(self.params.get("epochs", 1))
         if self.metric_at_target and not self._metric_seen:
             warnings.warn(
                 f"metric_at_target={self.metric_at_target!r} was missing in the logs of every "
-                "epoch. Did fit run without validation data?",
+                "epoch. If the metric is measured on validation data, pass validation_data to fit.",
                 stacklevel=2,
             )
         if averages_weights(self.model.optimizer):
@@ -223,11 +224,12 @@ class SparseTraining(keras.callbacks.Callback):
         self._measure()
         if any(driver.in_steps for driver in self._drivers):
             # The compiled training step does not update the masks, because the callback updates
-            # them. Compile a new step, because the next `fit` may run without the callback.
+            # them. Compile a new training step, because the next `fit` may run without the
+            # callback.
             self.model.train_function = None
         if self._fit.history is None:
-            # In `fit`, the `History` callback makes this call, but custom training loops have no
-            # `History`.
+            # In `fit`, the `History` callback ends the training run, but custom training loops have
+            # no `History`.
             self._fit.end()
 
     # --------------------------------------------------------------------------------------------
@@ -237,9 +239,10 @@ class SparseTraining(keras.callbacks.Callback):
         _ = self.model
 
     def _steps(self, epochs=None):
-        """Return the number of steps in `epochs` epochs, or in this `fit` if `epochs` is None.
+        """Return the number of steps in `epochs` epochs, or in the current `fit` if `epochs` is
+        None.
 
-        Return None if the number is unknown.
+        The result is None if the number is unknown.
         """
         if self._epoch_length is None:
             return None

@@ -160,16 +160,16 @@ def _load(path: str, modules: Sequence[str] = ()):
     """Load a model from a `.keras` file without compiling it.
 
     Args:
-        path: the path of the file.
-        modules: names of modules that are imported first, for example to register custom layers.
+        path: Path of the file.
+        modules: Names of modules that are imported first, for example to register custom layers.
             Each module must be in the current folder or installed. Defaults to no modules.
 
     Raises:
-        ValueError: if the file cannot be loaded. The message contains the reason and a fix.
+        ValueError: If the file cannot be loaded. The message contains the reason and a fix.
     """
     import keras
 
-    # This import registers the sparse layers with Keras.
+    # Importing the package registers the sparse layers with Keras.
     import keras_dst  # noqa: F401
 
     if modules:

@@ -5,7 +5,7 @@ w_i = s_i c_{l_i}        l_i = argmin_k |w_i / s_i - c_k|        s_i = max |w| o
 ```
 
 The values c_k are found by one-dimensional k-means. After pruning, the nonzero weights leave a gap
-around zero. k-means starts with values that are evenly spaced outside this gap. Deviations from the
+around zero. k-means starts with values that are evenly spaced outside the gap. Deviations from the
 paper:
 
 * The values are relative to the largest magnitude s of each output channel. The values -1 and 1 do
@@ -15,7 +15,7 @@ paper:
   does not change the sparsity.
 * During fine-tuning, the optimizer updates each weight individually. After each step, c_k is set to
   the mean of w / s over all weights of cluster k. The paper instead updates c_k with the sum of the
-  gradients of these weights. Both updates move c_k in the same direction.
+  gradients of the weights in cluster k. Both ways of updating move c_k in the same direction.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from keras_dst.masks import Layout
 from keras_dst.surgery import check_model
 
 _ITERATIONS = 300
-# Weights that differ by less than this limit count as equal, because kernels are float32.
+# Difference below which two weights count as equal, because kernels are float32.
 _EQUAL = 1e-6
 
 
@@ -80,8 +80,8 @@ class KeepClusters(keras.callbacks.Callback):
     When `fit` begins, the callback clusters the kernels as `keras_dst.cluster_weights` does. After
     each batch, the callback sets all weights of a cluster to their mean. Zero weights stay zero,
     and the largest weight of each output channel does not change. If `steps_per_execution` is above
-    1, the callback runs only after several steps, and the weights of a cluster may differ in the
-    meantime.
+    1, the callback runs only after several steps, and the weights of a cluster may differ until the
+    callback runs.
 
     Args:
         clusters: Maximum number of distinct values per kernel, at least 4. Defaults to 16.
@@ -106,8 +106,8 @@ class KeepClusters(keras.callbacks.Callback):
         self._kernels = None
 
     def on_epoch_begin(self, epoch, logs=None):
-        # `on_train_begin` is too early, because BackupAndRestore may restore the weights in its own
-        # `on_train_begin`, after this callback.
+        # `on_train_begin` is too early, because BackupAndRestore may later restore the weights in
+        # its own `on_train_begin`.
         if self._kernels is None:
             self._kernels = _clustered_kernels(self.model, self.clusters, self.filters)
             self._project()
@@ -209,8 +209,8 @@ def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
         clusters: Number of centers, at least 2.
 
     Returns:
-        At most `clusters` centers. If there are at most `clusters` distinct numbers, the centers
-        are these numbers.
+        At most `clusters` centers. If there are at most `clusters` distinct numbers, the distinct
+        numbers are the centers.
     """
     if not len(numbers):
         return numbers
@@ -218,7 +218,7 @@ def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
     if len(starts) <= clusters:
         return _with_fixed_ends(_means(numbers, starts), numbers)
     # After pruning, the nonzero weights leave a gap around zero. The initial centers lie outside
-    # this gap.
+    # the gap.
     split = np.searchsorted(numbers, 0)
     low, high = numbers[split - 1 : split + 1] if 0 < split < len(numbers) else (0.0, 0.0)
     values = np.linspace(numbers[0], numbers[-1] - (high - low), clusters)
@@ -246,7 +246,7 @@ def _means(numbers: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 
 def _with_fixed_ends(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Make -1 the first value and 1 the last value if these numbers occur in `numbers`."""
+    """Make -1 the first value and 1 the last value if -1 and 1 occur in `numbers`."""
     first = -1 if numbers[0] == -1 else values[0]
     last = 1 if numbers[-1] == 1 else values[-1]
     return np.concatenate([[first], values[1:-1], [last]]) if len(values) > 1 else values

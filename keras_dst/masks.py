@@ -45,9 +45,9 @@ class _Axes(NamedTuple):
 class Layout(_Axes):
     """Output axes and input axes of a weight, as negative indices.
 
-    The default fits the kernels of Keras's Dense and Conv layers, `(*window, in, out)`. All other
-    axes are the window of a convolution. A depthwise kernel has `inputs=()`, because each of its
-    output units reads a single channel.
+    The default fits the kernels of Keras's Dense and Conv layers, `(*window, in, out)`. Axes that
+    are neither outputs nor inputs are the window of a convolution. A depthwise kernel has
+    `inputs=()`, because each of its output units reads a single channel.
 
     Attributes:
         outputs: Axes of the output units. Defaults to the last axis.
@@ -133,8 +133,8 @@ def step(x: Tensor) -> Tensor:
     """Return 1 for `x > 0` and 0 otherwise, with a surrogate derivative.
 
     The derivative in backpropagation is a long-tailed estimator: `2 - 4|x|` for `|x| <= 0.4`, `0.4`
-    for `0.4 < |x| <= 1`, and 0 for larger `|x|`. Pruned weights near their threshold can therefore
-    still learn.
+    for `0.4 < |x| <= 1`, and 0 for larger `|x|`. With the surrogate derivative, pruned weights near
+    their threshold still get a gradient.
 
     Args:
         x: Float tensor of any shape.
@@ -187,8 +187,8 @@ def limit_gradient(gradient: Tensor, mask: Tensor, limit: Tensor | float) -> Ten
     unchanged, so that an empty layer can recover.
 
     Batch normalization multiplies the gradients of a unit by 1 / sqrt(variance + epsilon). If all
-    inputs of a unit are pruned, the variance is close to 0, and this factor is very large. Without
-    a limit, the pruned weights of the unit would grow until they displace all other weights in the
+    inputs of a unit are pruned, the variance is close to 0, and the factor is very large. Without a
+    limit, the pruned weights of the unit would grow until they displace all other weights in the
     ranking.
 
     Args:
@@ -270,7 +270,7 @@ def _straight_through_product(w, scores, mask):
 
 
 class Pattern:
-    """Shape of the groups of weights that are kept or pruned together.
+    """Pattern, which determines the groups of weights that are kept or pruned together.
 
     | name | group |
     |---|---|
@@ -280,14 +280,15 @@ class Pattern:
     | `"channel"` | all weights of an output unit |
 
     If the block length does not divide the length of an axis, the last block of the axis is
-    smaller. The order of R and C is outputs x inputs. In contrast, `block_size` in
-    `keras_dst.tfmot` has the order inputs x outputs, as in tfmot.
+    smaller. In the name `"RxC"` of a block pattern, R counts outputs and C counts inputs. The
+    argument `block_size` in `keras_dst.tfmot` has the opposite order, inputs x outputs, as in
+    tfmot.
 
     Args:
         name: Name of the pattern, as in the table.
 
     Raises:
-        ValueError: If no pattern has this name.
+        ValueError: If no pattern has the given name.
 
     Example:
         >>> keras_dst.masks.Pattern("1x4").block((3, 3, 16, 8))
@@ -315,11 +316,11 @@ class Pattern:
 
     @property
     def grouped(self) -> bool:
-        """Whether the groups of this pattern contain several weights."""
+        """Whether the groups of the pattern contain several weights."""
         return self.name == "channel" or math.prod(self._block) > 1
 
     def block(self, shape: Sequence[int], layout: Layout = KERNEL) -> tuple[int, ...]:
-        """Return the length of a block along every axis of a weight of this shape."""
+        """Return the length of a block along every axis of a weight of the given shape."""
         lengths = [1] * len(shape)
         if self.name == "channel":
             outputs = {axis % len(shape) for axis in layout.outputs}
@@ -348,7 +349,7 @@ class Pattern:
         return _block_sizes(shape, self.block(shape, layout))
 
     def expand(self, groups: Tensor, shape: Sequence[int], layout: Layout = KERNEL) -> Tensor:
-        """Expand a mask with one entry per group to the mask of a weight with this shape."""
+        """Expand a mask with one entry per group to the mask of a weight of the given shape."""
         return spread(groups, self.block(shape, layout), shape)
 
     def __repr__(self):
@@ -357,7 +358,7 @@ class Pattern:
 
 def _block_sizes(shape: Sequence[int], block: Sequence[int]) -> np.ndarray:
     if max(block, default=1) == 1:
-        # A broadcast array needs the memory of a single number.
+        # Broadcast the array, because a broadcast array needs the memory of a single number.
         return np.broadcast_to(np.int32(1), shape)
     sizes = np.ones([1] * len(shape), "int32")
     for axis, (n, b) in enumerate(zip(shape, block)):
@@ -424,7 +425,8 @@ def n_of_m(scores: Tensor, n: int, m: int, axis: int = -2) -> Tensor:
         A boolean tensor in the shape of `scores`.
 
     Raises:
-        ValueError: If `n` or `m` is not a whole number of at least 1, or if there is no such axis.
+        ValueError: If `n` or `m` is not a whole number of at least 1, or if the scores lack the
+            axis.
 
     Example:
         >>> keras_dst.masks.n_of_m(keras.ops.array([[3.0], [1.0], [2.0], [4.0]]), 2, 4)

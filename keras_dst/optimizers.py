@@ -31,27 +31,28 @@ from keras_dst.methods.base import LayerMethod, Method, ScheduleState, State, Up
 class SparseOptimizer(keras.optimizers.Optimizer):
     """Optimizer wrapper that prunes the weights of any model.
 
-    The layers of the model do not change. Masks and counters are variables of this optimizer, and
-    the pruned weights are exact zeros after every step. The `SparseTraining` callback updates the
-    masks. Without the callback, the optimizer step updates the masks itself. Updates without the
-    callback need a schedule that is given in steps.
+    The layers of the model do not change. Masks and counters are variables of the
+    `SparseOptimizer`. The pruned weights are exact zeros after every step. The `SparseTraining`
+    callback updates the masks. Without the callback, the optimizer step updates the masks itself.
+    Updates without the callback need a schedule that is given in steps.
 
-    All other attributes belong to the inner optimizer. For example, `learning_rate`, `weight_decay`
-    and `clipnorm` are read from the inner optimizer and set on it.
+    Attributes such as `learning_rate`, `weight_decay` and `clipnorm` are read from the inner
+    optimizer and set on the inner optimizer.
 
-    Without the callback, weights that another callback assigns after the last step stay as they
-    are. Call `optimizer.reapply_masks()` to set the pruned weights to zero again.
+    Without `SparseTraining`, weights that another callback assigns after the last step are not
+    pruned again. Call `optimizer.reapply_masks()` to set the pruned weights to zero again.
 
     Args:
         inner_optimizer: A Keras optimizer, or the name of a Keras optimizer.
         method: Method whose mask is part of the optimizer step, such as `methods.Magnitude(0.9)`.
-        filters: Weights to prune: the path of a weight, a regular expression for whole paths, a
-            list of paths and expressions, or `callable(variable) -> bool`. Defaults to None, which
-            prunes all kernels.
+        filters: Weights to prune: the path of a weight, a regular expression for whole paths, or a
+            list of both. A function that receives a variable and returns a bool is also accepted.
+            Defaults to None, which prunes all kernels.
         name: Name of the optimizer. Defaults to None, which means a name that Keras generates.
 
     Raises:
-        TypeError: If the method masks the forward pass. Pass such a method to `sparsify`.
+        TypeError: If the method masks the forward pass. Pass a method that masks the forward pass
+            to `sparsify`.
 
     Example:
         >>> optimizer = keras_dst.SparseOptimizer("adam", keras_dst.methods.Magnitude(0.9))
@@ -72,11 +73,11 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         if isinstance(inner_optimizer, (keras.optimizers.LossScaleOptimizer, SparseOptimizer)):
             raise ValueError(
                 "Expected an optimizer without loss scaling or masks. LossScaleOptimizer has to "
-                "wrap SparseOptimizer, and compile does this under mixed_float16. Received: "
-                f"{type(inner_optimizer).__name__}"
+                "wrap SparseOptimizer. Under mixed_float16, compile adds the LossScaleOptimizer. "
+                f"Received: {type(inner_optimizer).__name__}"
             )
-        # Delete the default settings, the step counter and the learning rate that Keras gave to
-        # this optimizer. `__getattr__` then reads these attributes from the inner optimizer.
+        # Delete the default settings, the step counter and the learning rate that Keras gave to the
+        # wrapper. `__getattr__` then reads these settings from the inner optimizer.
         _keras.delete_counters(self)
         for attribute in list(vars(self)):
             if not attribute.startswith("_") and attribute not in ("name", "built"):
@@ -88,7 +89,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.kernel_indices: list[int] = []
         self.kernel_names: list[str] = []
         self.states: list[State] = []
-        # SparseTraining later replaces these default axes by the axes that the layers define.
+        # SparseTraining later replaces the default axes by the axes that the layers define.
         self.layouts: list[Layout] = []
         # Biases and scales of coupled channels: index of the variable, axis, and channels along the
         # axis.
@@ -105,8 +106,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
 
     def __getattr__(self, name):
         inner = vars(self).get("inner_optimizer")
-        # TensorFlow stores tracking data in attributes that begin with `_self_`. The data of the
-        # inner optimizer must not be returned here.
+        # TensorFlow stores tracking data in attributes that begin with `_self_`. `__getattr__` must
+        # not return the tracking data of the inner optimizer.
         if inner is None or name.startswith(("__", "_self_")):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(inner, name)
@@ -139,7 +140,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         weights, own = list(weights), _keras.own_variables_of(self)
         if self.built and len(weights) != len(self.variables):
             raise ValueError(
-                f"Expected {len(self.variables)} arrays, one for every variable of this optimizer. "
+                f"Expected {len(self.variables)} arrays, one for every variable of the optimizer. "
                 f"Received: {len(weights)}"
             )
         super().set_weights(weights[: len(own)])
@@ -198,7 +199,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         for kernel, extra in zip(kernels, self._state_specs(kernels, steps)):
             states.append(self._add_state(kernel, {"mask": ("ones", "bool"), **extra}))
         # Number of finished steps, and length of the schedule, which is 0 until SparseTraining sets
-        # this length.
+        # the length.
         self.step = self.add_variable((), "zeros", "int32", name="step")
         self.total = self.add_variable((), "zeros", "int32", name="total")
         if not self.inner_optimizer.built:
@@ -223,11 +224,11 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         Args:
             layouts: Axes and channels of all kernels.
             followers: Variables that are pruned together with the channels, such as biases. Each
-                variable is given as a tuple `(variable, axis, index)`. `axis` is the axis of its
-                channels, and `index[i]` is the channel of position i along this axis. The index is
-                -1 for entries without a channel. Defaults to no variables.
-            model_known: Whether the layouts of the kernels come from the layers of a model, and not
-                from default axes. Defaults to False.
+                variable is given as a tuple `(variable, axis, index)`. `axis` is the channel axis
+                of the variable, and `index[i]` is the channel of position i along `axis`. The index
+                is -1 for entries without a channel. Defaults to no variables.
+            model_known: Whether the layouts come from the layers of a model. False means that the
+                layouts are default axes. Defaults to False.
         """
         self.layouts = layouts
         self._model_known = model_known
@@ -286,8 +287,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return [_keras.trained_variables_of(self)[i] for i in self.kernel_indices]
 
     def trained(self) -> tuple[list, list[State], list[Layout], list[str]]:
-        """Return four lists for the kernels whose masks are updated: the kernels, and their states,
-        axes and paths.
+        """Return the kernels whose masks are updated, and their states, axes and paths, as four
+        lists.
 
         If a kernel was frozen after the optimizer was built, its mask does not change.
         """
@@ -355,9 +356,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def apply_initial_masks(self) -> None:
         """Prune the weights to the sparsity of step 0, before a custom training loop.
 
-        The `SparseTraining` callback does the same when `fit` begins. If a custom training loop
-        does not call this function, the masks of step 0 are applied only after the first training
-        step.
+        When `fit` begins, the `SparseTraining` callback prunes the weights to the sparsity of step
+        0. If a custom training loop does not call this function, the masks of step 0 are applied
+        only after the first training step.
 
         Raises:
             ValueError: If the optimizer is not built, or if the schedule is not given in steps.
@@ -549,9 +550,9 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         return [slot for leaf in leaf_optimizers(self) for slot in _keras.slots_of(leaf, kernel)]
 
     def _mask_average(self, kernel, state, added=None) -> None:
-        """Mask the moving average of a kernel, because callbacks assign this average to the model.
+        """Mask the moving average of a kernel, because callbacks assign the average to the model.
 
-        `added` is a tensor that is added to the average. The sum is then masked.
+        `added` is a tensor that is added to the average before the sum is masked.
         """
         for average in self._averages_of(kernel):
             value = ops.convert_to_tensor(average)
@@ -579,8 +580,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
             filters = [chosen] if chosen else []
         elif callable(filters):
             raise ValueError(
-                "If `filters` is a callable, the paths that it selects are saved, but this "
-                "optimizer is not built yet. Build the optimizer first, or pass the paths."
+                "Expected a built optimizer, because the config stores the paths that the callable "
+                "`filters` selects. Build the optimizer first, or pass a list of paths."
             )
         return {
             "name": self.name,
@@ -604,16 +605,16 @@ class _Timetable:
     Attributes:
         clock: Object that computes the steps at which masks are updated.
         steps: Steps at which masks are updated, up to the end of the schedule.
-        targets: Target sparsities at these steps.
-        kept: Numbers of weights to keep at these steps.
+        targets: Target sparsity at every step in `steps`.
+        kept: Number of weights to keep at every step in `steps`.
     """
 
     def __init__(self, clock: UpdateClock, steps, targets, kept):
         self.clock, self.steps, self.targets, self.kept = clock, steps, targets, kept
 
     def look_up(self, step):
-        """Return whether a mask update is due at a step, and the index of this update in the table
-        of targets.
+        """Return whether a mask update is due at a step, and the index of the update in the
+        timetable.
 
         Both are tensors.
         """

@@ -62,8 +62,8 @@ def masks(model, names: Filters = None, columns: int = 4):
     Args:
         model: A built Keras 3 model: dense, sparse or stripped. The model is not changed.
         names: Weights to draw: the path of a weight, the name of a layer, or a regular expression
-            that matches whole paths or names. A list of such strings is also accepted. Defaults to
-            None, which draws all weights.
+            that matches whole paths or names. A list of such paths, names and expressions is also
+            accepted. Defaults to None, which draws all weights.
         columns: Maximum number of heat maps in a row of the figure. Defaults to 4.
 
     Returns:
@@ -83,7 +83,10 @@ def masks(model, names: Filters = None, columns: int = 4):
     chosen = select([w.variable for w in weights], names, paths, "names")
     weights = [weight for weight, is_chosen in zip(weights, chosen) if is_chosen]
     if not weights:
-        raise ValueError(f"'{model.name}' has no prunable weights to draw.")
+        raise ValueError(
+            "Expected a model with prunable weights, such as kernels of Dense or Conv layers. "
+            f"Received: '{model.name}', which has no prunable weights."
+        )
     columns = min(columns, len(weights))
     rows = math.ceil(len(weights) / columns)
     figure = new_figure(2.4 * columns + 1, 2.4 * rows)

@@ -28,13 +28,12 @@ def recalibrate(model, data, batch_size: int = 128, steps: int | None = None):
     Args:
         model: A built Keras 3 model: dense, sparse, stripped or shrunk. If the model was trained
             with DCIL, only the statistics of the pruned path are estimated, because inference uses
-            this path.
+            the pruned path.
         data: Training data: an array of inputs, a tuple `(inputs, targets)`, or a list or dict of
             arrays for a model with several inputs. An iterable of batches is also accepted, such as
             a `tf.data.Dataset`, a `PyDataset` or a generator. Each batch consists of inputs or is a
             tuple `(inputs, targets)`.
-        batch_size: Number of samples per batch. This argument is used only if the data are arrays.
-            Defaults to 128.
+        batch_size: Number of samples per batch, used only if the data are arrays. Defaults to 128.
         steps: Number of batches to read. Defaults to None, which reads all batches.
 
     Returns:
@@ -42,8 +41,8 @@ def recalibrate(model, data, batch_size: int = 128, steps: int | None = None):
 
     Raises:
         TypeError: If `model` is not a Keras 3 model, or if `data` has an unsupported type.
-        ValueError: If the model has no trainable BatchNormalization layer, if such a layer has
-            `renorm=True`, or if the data contain no batch.
+        ValueError: If the model has no trainable BatchNormalization layer, if a BatchNormalization
+            layer has `renorm=True`, or if the data contain no batch.
 
     Example:
         >>> keras_dst.recalibrate(keras_dst.shrink(model), x_train)
@@ -108,8 +107,8 @@ def _statistics(layer) -> list:
 def _averaging(layer) -> Iterator[None]:
     """Let a BatchNormalization layer average the statistics of all its calls inside the context.
 
-    In each call, the momentum is the number of samples before this call, divided by the number of
-    samples including this call. The moving statistics are therefore averages over all calls,
+    In each call, the momentum is the number of samples before the call, divided by the number of
+    samples including the call. The moving statistics are therefore averages over all calls,
     weighted by the number of samples.
     """
     momentum, call, samples = layer.momentum, layer.call, 0

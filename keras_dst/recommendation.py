@@ -1,10 +1,10 @@
 """Recommend a pruning method for a sparsity, a pattern and a number of epochs.
 
 Recommendations are based on measured figures in the folder results/, which is not installed with
-the package. The tables of this module therefore copy these figures. A test compares the tables with
-results/. `Figure.method` is the pruning method with the highest mean accuracy. The exception is
-Magnitude, the method with the lowest training cost. `Figure.method` is Magnitude unless another
-method has a higher accuracy, by more than the sum of the two standard deviations.
+the package. The tables in this module are copies of the measured figures. A test compares the
+tables with results/. `Figure.method` is the pruning method with the highest mean accuracy.
+Magnitude has the lowest training cost. Magnitude is therefore preferred if its mean accuracy is
+lower by at most the sum of the two standard deviations.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Figure:
         net: Names of the network and the data set.
         accuracy: Test accuracy of `method` in percent, averaged over the seeds.
         magnitude: Test accuracy of Magnitude in percent, averaged over the seeds.
-        dense: Test accuracy of the dense baseline in percent, or None if this baseline was not
+        dense: Test accuracy of the dense baseline in percent, or None if no dense baseline was
             trained.
         compared: Number of compared pruning methods. Variants count as methods.
         seeds: Number of training runs per method, each with its own seed.
@@ -83,9 +83,9 @@ FIGURES = (
 
 #: Costs of the network `_WIDE_RESNET8` on edge devices, relative to the dense int8 file, from
 # results/micro. The keys of the outer dict are export targets. The keys of the inner dicts are
-# sparsities in percent, or patterns. For an NPU, the two ratios compare the bytes of the weights
-# and the cycles, both estimated by Vela. For `micro` (TFLM), the two ratios compare the bytes of
-# the file and of the arena.
+# sparsities in percent, or patterns. For an NPU, each pair holds the ratio of the bytes of the
+# weights and the ratio of the cycles, both estimated by Vela. For `micro` (TFLM), each pair holds
+# the ratio of the bytes of the file and the ratio of the bytes of the arena.
 TARGETS: dict[str, dict[str, tuple[float, float]]] = {
     "micro": {"80": (0.338, 4.897), "90": (0.247, 4.897), "95": (0.202, 4.897)},
     "ethos-u55-128": {
@@ -136,8 +136,8 @@ def recommend(
 ) -> Recommendation:
     """Return the pruning method with the highest measured accuracy in a similar training run.
 
-    If the requested case was not measured, the most similar measured case is used, and a note says
-    so. The pattern is compared first, then the number of epochs, then the density.
+    If the requested case was not measured, the recommendation uses the most similar measured case,
+    and a note says so. The pattern is compared first, then the number of epochs, then the density.
 
     Args:
         sparsity: Fraction of weights to prune, between 0 and 1.
@@ -197,7 +197,8 @@ def _measured_pattern(name: str, sparsity: float) -> str:
         if not math.isclose(sparsity, 1 - kept / of):
             raise ValueError(
                 f"The pattern {name} has the sparsity {1 - kept / of:g}. Received: "
-                f"sparsity={sparsity!r}. Fix: request this sparsity, or another pattern."
+                f"sparsity={sparsity!r}. Fix: request the sparsity of the pattern, or another "
+                "pattern."
             )
         return "2:4"
     if name == "channel" or not pattern.grouped:

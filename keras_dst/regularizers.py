@@ -15,8 +15,9 @@ __all__ = ["Budget", "Polarization", "ThresholdPenalty"]
 class ThresholdPenalty(keras.regularizers.Regularizer):
     """Sparse regularization term of DST, `alpha * sum(exp(-t))`, which increases thresholds.
 
-    Deviation from the paper: below `t = -1` the exponential is continued by its tangent. The
-    gradient is therefore at most `alpha * e`, and very small thresholds do not overflow.
+    Deviation from the paper: below `t = -1`, the exponential is continued by its tangent. The
+    magnitude of the gradient is therefore at most `alpha * e`, and very small thresholds do not
+    overflow.
 
     Args:
         alpha: Weight of the penalty, a number >= 0 or a scalar variable. Defaults to 5e-4.
@@ -108,7 +109,7 @@ class Budget(keras.regularizers.Regularizer):
                 f"Received: target={target!r}"
             )
         check_number(weight, "weight")
-        # A tensor is not checked, because it has no values while a step is traced.
+        # A tensor is not checked, because a tensor has no values while a step is traced.
         if costs is not None and not ops.is_tensor(costs):
             for cost in np.ravel(ops.convert_to_numpy(costs)).tolist():
                 check_number(cost, "costs")

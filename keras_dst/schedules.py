@@ -22,11 +22,14 @@ class Schedule(Configurable):
     Args:
         sparsity: Final fraction of zeros, in [0, 1).
         initial_sparsity: Sparsity before the schedule begins, in [0, sparsity]. Defaults to 0.
-        begin, end: Fractions of training, in [0, 1], at which the change of the sparsity begins and
-            ends. The defaults are None, which means 0 for `begin` and 0.75 for `end`.
-        begin_step, end_step: Training steps at which the change of the sparsity begins and ends.
-            Steps cannot be combined with `begin` and `end`. A custom loop without the
-            `SparseTraining` callback needs `begin_step` and `end_step`. The defaults are None.
+        begin: Fraction of training, in [0, 1], after which the sparsity begins to change. Defaults
+            to None, which means 0.
+        end: Fraction of training, in [0, 1], after which the sparsity is final. Defaults to None,
+            which means 0.75.
+        begin_step: Step after which the sparsity begins to change. A custom loop without the
+            `SparseTraining` callback needs `begin_step` and `end_step`, which cannot be combined
+            with `begin` and `end`. Defaults to None.
+        end_step: Step after which the sparsity is final. Defaults to None.
 
     Raises:
         ValueError: If a sparsity is outside [0, 1), if the schedule ends before it begins, or if
@@ -84,8 +87,8 @@ class Schedule(Configurable):
 
     @classmethod
     def from_config(cls, config):
-        # In earlier versions, the defaults of the fractions were numbers. Configs from these
-        # versions may therefore contain both fractions and steps.
+        # Configs from earlier versions may contain both fractions and steps, because the defaults
+        # of the fractions were numbers.
         if config.get("begin_step") is not None:
             config = {name: v for name, v in config.items() if name not in ("begin", "end")}
         return super().from_config(config)
@@ -164,7 +167,7 @@ class Schedule(Configurable):
 
 @keras.saving.register_keras_serializable("keras_dst")
 class Constant(Schedule):
-    """Schedule that jumps to the final sparsity at the beginning.
+    """Schedule that jumps to the final sparsity in a single step.
 
     Args:
         sparsity: Fraction of zeros, in [0, 1).
@@ -187,7 +190,7 @@ class Constant(Schedule):
         return np.ones_like(progress)
 
     def _at_progress(self, progress):
-        # `begin` and `end` are equal. At this point, the sparsity jumps from 0 to its final value.
+        # `begin` and `end` are equal, because the sparsity jumps from 0 to its final value.
         value = np.where(np.asarray(progress) >= 0, self.sparsity, 0.0)
         return float(value) if np.ndim(value) == 0 else value
 

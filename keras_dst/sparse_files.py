@@ -3,16 +3,16 @@
 `save_sparse` saves a model without its zero weights, and `load_sparse` loads the saved model.
 
 A sparse file is a `.keras` archive whose weights are stored in the safetensors format instead of
-HDF5. A weight tensor is stored as a bitmap and its nonzero values in C order if this takes fewer
-bytes than the dense tensor. The bitmap has one bit per entry, which is 1 if the entry is nonzero.
-The most significant bit of a byte comes first.
+HDF5. A weight tensor is stored as a bitmap and its nonzero values in C order if the dense tensor
+would take more bytes. The bitmap has one bit per entry, which is 1 if the entry is nonzero. The
+most significant bit of a byte comes first.
 
 ```text
 bytes of a float32 tensor = (density + 1/32) * bytes of the dense tensor
 ```
 
-The archive also stores the names, types and attributes of the HDF5 file. With this information,
-`load_sparse` rebuilds the original `.keras` archive. Keras then loads this archive.
+The archive also stores the names, types and attributes of the HDF5 file. From the archive,
+`load_sparse` rebuilds the original `.keras` archive, which Keras then loads.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ def save_sparse(model, path, include_optimizer: bool = False) -> None:
     file. If the values of pruned weights are needed later, use `model.save` instead.
 
     Args:
-        model: a built Keras 3 model: sparse, stripped or dense.
-        path: path of the file. An existing file is replaced.
-        include_optimizer: whether to store the optimizer and the arguments of `compile`, so that
+        model: Built Keras 3 model: sparse, stripped or dense.
+        path: Path of the file. An existing file is replaced.
+        include_optimizer: Whether to store the optimizer and the arguments of `compile`, so that
             training can be continued. Defaults to False.
 
     Raises:
-        TypeError: if `model` is not a Keras 3 model.
-        ValueError: if the model is not built.
-        OSError: if the file cannot be written.
-        ImportError: if safetensors is not installed.
+        TypeError: If `model` is not a Keras 3 model.
+        ValueError: If the model is not built.
+        OSError: If the file cannot be written.
+        ImportError: If safetensors is not installed.
 
     Example:
         >>> keras_dst.save_sparse(model, "model.sparse")
@@ -96,19 +96,19 @@ def load_sparse(path, custom_objects=None, safe_mode: bool = True) -> keras.Mode
     """Load a model from a file that `save_sparse` wrote. Nonzero weights are restored exactly.
 
     Args:
-        path: path of the file.
-        custom_objects: dict that maps names to custom classes or functions, as for
+        path: Path of the file.
+        custom_objects: Dict that maps names to custom classes or functions, as for
             `keras.saving.load_model`. Defaults to None.
-        safe_mode: whether to refuse files with `Lambda` layers, because these layers execute code
-            from the file. Defaults to True.
+        safe_mode: Whether to refuse files with `Lambda` layers, because `Lambda` layers execute
+            code from the file. Defaults to True.
 
     Returns:
         The model, which is compiled if the file was saved with `include_optimizer=True`.
 
     Raises:
-        FileNotFoundError: if there is no file at `path`.
-        ValueError: if the file was not written by `save_sparse` or is damaged.
-        ImportError: if safetensors is not installed.
+        FileNotFoundError: If there is no file at `path`.
+        ValueError: If the file was not written by `save_sparse` or is damaged.
+        ImportError: If safetensors is not installed.
 
     Example:
         >>> model = keras_dst.load_sparse("model.sparse")
@@ -193,8 +193,8 @@ def _zeros_under_masks(model) -> Iterator[None]:
 def _encode(weights: h5py.File, include_optimizer: bool) -> tuple[dict, dict[str, np.ndarray]]:
     """Split an HDF5 file into its structure, which can be stored as JSON, and its encoded tensors.
 
-    A tensor is encoded as a bitmap and its nonzero values if this takes fewer bytes than the dense
-    tensor. A boolean tensor is always encoded as a bitmap.
+    A tensor is encoded as a bitmap and its nonzero values if the dense tensor would take more
+    bytes. A boolean tensor is always encoded as a bitmap.
     """
     structure: dict[str, Any] = {"format": _FORMAT, "groups": {}, "datasets": {}}
     tensors = {}

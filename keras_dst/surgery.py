@@ -57,8 +57,8 @@ _LORA = "LoRA is enabled; call save_weights, which merges it, and load_weights w
 class SparsifyReport:
     """Result of `sparsify`, which lists the layers that became sparse and the skipped layers.
 
-    The fields correspond to the fields of the `QuantizationReport` that `quantize` of Keras 3.16
-    returns. `print` shows plain text, and a notebook shows a table.
+    The fields correspond to the fields of the `QuantizationReport` that `quantize` returns in Keras
+    3.16. `print` shows plain text, and a notebook shows a table.
 
     Attributes:
         method: Method that was applied.
@@ -79,7 +79,7 @@ class SparsifyReport:
     def __getattr__(self, name):
         raise AttributeError(
             f"A SparsifyReport has no attribute {name!r}. sparsify() changes the model in place "
-            "and returns this report. Continue with the model that you passed to sparsify()."
+            "and returns the report. Continue with the model that you passed to sparsify()."
         )
 
     def __str__(self):
@@ -129,9 +129,9 @@ def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
         model: Built Keras 3 model.
         method: Method from `keras_dst.methods`, such as `methods.Magnitude(0.9)`.
         filters: Selection of the layers to make sparse. A string is a name, a path, or a regular
-            expression for a whole name or path. The string can name a layer, a layer that contains
-            this layer, or a weight of this layer. A list of strings selects all layers that at
-            least one string matches. A callable receives a layer and returns whether the layer is
+            expression for a whole name or path. The string can name the layer itself, a layer that
+            contains it, or one of its weights. A list of strings selects all layers that at least
+            one string matches. A callable receives a layer and returns whether the layer is
             selected. Defaults to None, which selects all layers.
 
     Returns:
@@ -140,8 +140,8 @@ def sparsify(model, method: Method, filters: Filters = None) -> SparsifyReport:
     Raises:
         TypeError: If the model is not a Keras 3 model, or the method is not a keras_dst method.
         ValueError: If the model is not built or is already sparse, if a filter matches nothing, or
-            if no layer can be made sparse. A ValueError is also raised if the method needs a
-            compiled model, and the model is not compiled.
+            if no layer can be made sparse. A ValueError is also raised if the model is not compiled
+            and the method needs a compiled model.
 
     Example:
         >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
@@ -349,8 +349,8 @@ def _excluded_outputs(model, method: Method, filters: Filters) -> dict[int, str]
     if isinstance(method, UnitMethod) and _keras.graph_of(model) is None and filters is None:
         raise ValueError(
             f"{type(method).__name__} prunes whole output units, except in layers that compute the "
-            f"outputs of the model. These layers are unknown for '{model.name}', because the model "
-            "runs its own `call` method. Pass filters that select the layers to prune."
+            f"outputs of the model. The output layers of '{model.name}' are unknown, because the "
+            "model runs its own `call` method. Pass filters that select the layers to prune."
         )
     return dict.fromkeys(_output_layers(model), "its units are the model's outputs")
 
@@ -398,10 +398,10 @@ def _check_gates(model, layers) -> None:
         if isinstance(layer, Gate) and id(layer) not in placed:
             raise ValueError(
                 f"'{layer.name}' is a Gate that a custom layer or model creates and calls. strip() "
-                "cannot replace this Gate, because the custom code would create it again when a "
-                "file of the model is loaded. To strip the model, build it as Sequential or "
-                "Functional. You can also use the model without strip(), because its gates are "
-                "constants in inference."
+                "cannot replace the Gate, because the custom code would create the Gate again in "
+                "a loaded model. To strip the model, build it as Sequential or Functional. You "
+                "can also use the model without strip(), because its gates are constants in "
+                "inference."
             )
 
 
@@ -451,7 +451,7 @@ def _record_recipes(layer) -> None:
 
 
 def _load_weights(model, filepath, skip_mismatch=False, **kwargs):
-    """Load weights as `keras.Model.load_weights`, also from a legacy `.h5` file of the dense model.
+    """Load weights like `Model.load_weights`, also from a legacy `.h5` file of the dense model.
 
     When Keras loads a legacy file, Keras checks the number of weights of each layer. A file of the
     dense model has no variables of the pruning method. The sparse layers therefore expose only

@@ -32,20 +32,21 @@ class SparseHyperModel(keras_tuner.HyperModel):
     a trial misses its target sparsity, the trial fails, and the message states the deviation.
 
     Args:
-        build: function that receives KerasTuner's hyperparameters and returns a compiled sparse
+        build: Function that receives KerasTuner's hyperparameters and returns a compiled sparse
             model. The function must call `sparsify` or use `SparseOptimizer`. Hyperparameters can
             select the pruning method or its arguments, such as sparsity, pattern or allocation.
-        export: arguments of `export_tflite`, such as `{"optimize": "size"}`. If `export` is given,
-            each trial exports a temporary file and adds the results `"file_bytes"`, `"gzip_bytes"`,
-            `"latency"` (in seconds, unless `measure=False`) and `"file_accuracy"` (if `evaluate` is
-            given). Defaults to None, which exports no file.
-        score: function that receives the dict of results and returns a number, for example a
-            weighted sum of accuracy and size. This number becomes the result `"score"` of the
-            trial. Defaults to None, which adds no score.
+        export: Arguments of `export_tflite`, such as `{"optimize": "size"}`. If `export` is given,
+            each trial exports a temporary file and adds the results `"file_bytes"` and
+            `"gzip_bytes"`. The result `"latency"` in seconds is also added, unless `export`
+            contains `measure=False`. The result `"file_accuracy"` is also added if `export`
+            contains `evaluate`. Defaults to None, which exports no file.
+        score: Function that receives the dict of results and returns a number, for example a
+            weighted sum of accuracy and size. The returned number becomes the result `"score"` of
+            the trial. Defaults to None, which adds no score.
 
     Raises:
-        TypeError: `build` or `score` is not a function, or `export` has an unknown argument.
-        ImportError: KerasTuner is not installed.
+        TypeError: If `build` or `score` is not a function, or `export` has an unknown argument.
+        ImportError: If KerasTuner is not installed.
 
     Example:
         >>> def build(hp):
@@ -93,7 +94,7 @@ class SparseHyperModel(keras_tuner.HyperModel):
         """Train a model, and return the results of the trial as a dict by name.
 
         Raises:
-            keras_tuner.errors.FailedTrialError: the model missed its target sparsity.
+            keras_tuner.errors.FailedTrialError: If the model missed its target sparsity.
         """
         given = [callback for callback in callbacks if isinstance(callback, SparseTraining)]
         sparse = given[0] if given else SparseTraining()

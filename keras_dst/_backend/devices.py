@@ -18,7 +18,7 @@ Tensor = Any
 def placed_like(variable) -> Iterator[None]:
     """Place variables that are created within this context on the devices of `variable`.
 
-    Variables with the shape of `variable` are sharded in the same way. Variables with other shapes
+    Variables with the shape of `variable` are sharded like `variable`. Variables with other shapes
     are copied to every device.
     """
     backend = keras.backend.backend()
@@ -105,8 +105,8 @@ def refresh_torch_parameters(model) -> None:
 def on_accelerator(tensor) -> bool:
     """Return whether the operations on a tensor run on a GPU or TPU instead of a CPU.
 
-    On JAX and TensorFlow, a tensor that is being traced has no device yet. The result therefore
-    depends on the default device of JAX, and on whether TensorFlow has a GPU.
+    On JAX and TensorFlow, a tensor that is being traced has no device yet. The function therefore
+    checks the default device of JAX, or whether TensorFlow has a GPU.
     """
     backend = keras.backend.backend()
     if backend == "torch":

@@ -2,7 +2,7 @@
 
 A branch that depends on values on a GPU makes the host wait for all earlier operations. A mask
 update on PyTorch therefore takes the usual branches without waiting, and records the conditions of
-these guesses. After the update, the host reads all recorded conditions at once. If a guess was
+the branches. After the update, the host reads all recorded conditions at once. If a guess was
 wrong, the update is repeated without guesses. JAX and TensorFlow choose branches on the GPU, so
 keras_dst guesses no branches there.
 """
@@ -21,13 +21,13 @@ Tensor = Any
 
 
 class _Guesses:
-    """Guesses that one call of a function has made.
+    """Guesses that one call of a wrapped function has made.
 
     Attributes:
         conditions: Boolean scalars, which are all true if all guesses were right.
         branches: Indices of the guessed branches' conditions in `conditions`.
-        rare: Positions in `branches` of the branches that take their rare case, because this case
-            was right in the previous call.
+        rare: Positions in `branches` of the branches whose rare case was right in the previous
+            call, and is guessed again.
     """
 
     def __init__(self, rare: set[int]):
@@ -56,13 +56,14 @@ def with_guesses(update: Callable) -> Callable:
                 _current.reset(token)
             if not guesses.conditions:
                 return found
-            right = ops.convert_to_numpy(ops.stack(guesses.conditions))  # The host waits only here.
+            # Only this line makes the host wait for the GPU.
+            right = ops.convert_to_numpy(ops.stack(guesses.conditions))
             if right.all():
                 return found
             found = None  # Free the results of the wrong guess.
             wrong = {n for n, i in enumerate(guesses.branches) if not right[i]}
             if len(wrong) < len(right) - right.sum():
-                break  # `add` made the wrong guess, which has no other branch.
+                break  # A wrong guess made by `add` has no other branch.
             rare.symmetric_difference_update(wrong)
         return update(*args)
 
@@ -70,7 +71,7 @@ def with_guesses(update: Callable) -> Callable:
 
 
 def are_allowed(tensor: Tensor) -> bool:
-    """Return whether conditions on this tensor may be guessed, without reading its values."""
+    """Return whether conditions on a tensor may be guessed, without reading the tensor."""
     return (
         keras.backend.backend() == "torch"
         and _current.get() is not None
@@ -82,7 +83,7 @@ def add(condition: Tensor) -> None:
     """Guess that a boolean scalar is true."""
     guesses = _current.get()
     if guesses is None:
-        raise RuntimeError("Call this function within a function that `with_guesses` wraps.")
+        raise RuntimeError("Expected a call within a function that `with_guesses` wraps.")
     guesses.conditions.append(condition)
 
 

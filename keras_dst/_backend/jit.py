@@ -93,14 +93,14 @@ def outside_torch_graph(fn):
 def masked(w, mask):
     """Compute `masks.masked` on torch. In eager mode, this function is faster than `torch.where`.
 
-    On a CPU, `torch.where` executes a branch for every entry. This function instead multiplies the
-    bits of the floats, read as integers, by the mask, which is vectorized and exact. Every pruned
-    entry becomes +0, even if the weight is not finite.
+    On a CPU, `torch.where` executes a branch for every entry. This function instead reads the
+    floats as integers and multiplies them by the mask. The integer product is vectorized and exact.
+    Every pruned entry becomes +0, even if the weight is not finite.
     """
     import torch
 
-    # Exporters trace with torch.jit, which fails for the gradient below, because the gradient
-    # closes over a tensor.
+    # Exporters trace with torch.jit, which cannot trace a custom gradient that closes over a
+    # tensor.
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return torch.where(mask, w, 0)
     if not (w.is_floating_point() or w.is_complex()):
@@ -145,7 +145,7 @@ def count_true(mask):
 def true_positions(mask, limit: int):
     """Return the first `limit` positions of true entries on torch, followed by -1.
 
-    The host need not know the number of true entries, so the host does not wait for a GPU.
+    The length of the result does not depend on the tensor, so the host does not wait for a GPU.
     """
     import torch
 
@@ -160,8 +160,8 @@ def set_true(mask, positions) -> None:
 def add_true(mask, positions, flags) -> None:
     """Set a boolean tensor on torch to true, in place, at the positions whose flag is true.
 
-    The entries at all positions must be false before the call. A position may occur several times
-    if at most one of its flags is true.
+    The entries at all positions must be false before the call. A position may occur several times,
+    but at most one of its flags may be true.
     """
     import torch
 

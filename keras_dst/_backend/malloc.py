@@ -1,12 +1,12 @@
 """The memory policy of the C library: whether a process keeps the memory that it frees.
 
-glibc immediately returns free blocks of more than 32 MiB to the system. The next training step
-requests this memory again page by page, which can take as long as the computation. A sparse
-training step needs more memory than a dense step. Some of its blocks can therefore exceed 32 MiB
-even if all blocks of a dense step are smaller.
+glibc immediately returns free blocks of more than 32 MiB to the system. The next training step then
+requests the memory again page by page, which can take as long as the computation. A sparse training
+step needs larger blocks of memory than a dense step. Some blocks can exceed 32 MiB although all
+blocks of the dense step are smaller.
 
-The policy applies to the whole process. `SparseTraining` therefore changes the policy only if the
-argument `keep_memory` is True.
+The memory policy applies to the whole process. `SparseTraining` therefore changes the policy only
+if the argument `keep_memory` is True.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ def _mixed(x):
 
 
 def _shifted(x, by):
-    # Shift the bits to the right and fill with zeros. The built-in shift of int32 would fill with
-    # the sign bit.
+    # Shift the bits to the right and fill with zeros. The built-in right shift of int32 would fill
+    # with the sign bit.
     return ops.bitwise_and(ops.bitwise_right_shift(x, by), (1 << (32 - by)) - 1)
 
 
@@ -65,8 +65,8 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
 
     The numbers are random rows of a table with a million entries, because copying rows is faster
     than generating numbers. For a large tensor, the rows of the table are as wide as the rows of
-    the tensor. A table with wide rows has only a few rows. Such a table therefore contains each row
-    with both signs, so that the mean noise of every weight is 0.
+    the tensor. A table with wide rows has only a few rows. Each wide row is therefore stored with
+    both signs, so that the mean noise of every weight is 0.
 
     Args:
         shapes: Shapes of the results.
@@ -83,7 +83,7 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
     for members in bundles([math.prod(shape) for shape in shapes]):
         alone = len(members) == 1
         # XLA copies whole rows if the rows of the table are as wide as the rows of the tensor.
-        # Otherwise, XLA copies each entry separately.
+        # If the widths differ, XLA copies each entry separately.
         width = _width(shapes[members[0]]) if alone else _NARROW
         numbers = ops.reshape(table(alone), (-1, 1 << (width - 1).bit_length()))
         sizes = [math.prod(shapes[i]) for i in members]

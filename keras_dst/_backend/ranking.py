@@ -10,7 +10,7 @@ an accelerator, the scores in all rows are counted at once, because a loop over 
 thousands of small kernels. JAX fuses several counts into one pass over the scores, so each search
 step on JAX tries several candidate thresholds. PyTorch would launch tens of kernels for each search
 step and then wait for the GPU. PyTorch therefore usually selects the scores without a search, see
-`selection.py`. All of these algorithms return the same masks.
+`selection.py`. The searches on all backends and the selection on PyTorch return the same masks.
 """
 
 import math
@@ -30,12 +30,11 @@ Tensor = Any
 
 # Largest number of search steps. The search stops earlier if two thresholds are adjacent floats.
 _MAX_STEPS = 900
-_SLAB_ROWS = 1 << 8  # Number of rows whose scores are counted at once.
+_SLAB_ROWS = 1 << 8  # Number of rows whose scores are counted at once on a CPU.
 # Number of sections into which a search step divides the range of the threshold. XLA counts the
 # scores above all boundaries between the sections in one pass.
 _SECTIONS = 8
-# If there are at least this many scores, the first candidate thresholds are computed from a sample
-# of the scores.
+# Number of scores from which the first candidate thresholds are computed from a sample.
 _SAMPLE_FROM = 1 << 22
 _SAMPLE_STRIDES = (32, 25)  # The sample has every 32nd row and every 25th column.
 
@@ -56,12 +55,12 @@ def top_k(
             infinity and NaN count as the smallest finite score.
         kept: Number of weights to keep: an integer scalar for all tensors together, or a vector
             with one number per tensor.
-        sizes: If each score belongs to a group of weights, the number of weights in every group
-            (see `Pattern.sizes`). Groups are then kept in descending order of their scores, as long
-            as the sum of their sizes is at most `kept`. Defaults to None, which means that every
-            entry is one weight.
+        sizes: Number of weights that each score stands for, if weights are ranked in groups such as
+            blocks (see `Pattern.sizes`). Groups are kept in descending order of their scores, as
+            long as the sum of their sizes is at most `kept`. Defaults to None, which means that
+            every score stands for one weight.
         first: Number of highest-scored entries of each tensor that are always kept. `kept` must be
-            large enough for these entries. Defaults to None, which means 0.
+            large enough for the entries that are always kept. Defaults to None, which means 0.
 
     Returns:
         A list of boolean tensors, one per tensor of scores.
@@ -85,7 +84,7 @@ def _top_k(scores, kept, sizes, first):
     together, counts = kept.ndim == 0, kept if kept.ndim else kept[None]
     if selection.is_possible(scores, sizes):
         arranged = Scores(scores, together)
-        scores.clear()  # Free the scores of small tensors: `arranged` holds copies.
+        scores.clear()  # Free the scores of small tensors, because `arranged` holds copies.
         found = selection.top_k(arranged, counts, first if together else None)
     else:
         arranged = _Ranking(scores, together, sizes, first)
@@ -160,8 +159,7 @@ class _Ranking(Scores):
         super().__init__(scores, together)
         self.at_once = devices.on_accelerator(self.scores[0])
         self.least, self.most, self.peaks = self._extremes()
-        # Number of weights in the group of each entry. The value is None if every entry is one
-        # weight.
+        # Number of weights in the group of each entry, or None if every entry is one weight.
         self.weights, self.total = [None] * len(self.bundles), self.lengths
         if sizes is not None and any(np.any(n != 1) for n in sizes):
             ones = [ops.convert_to_tensor(n, "int32") for n in sizes]
@@ -299,7 +297,7 @@ class _Ranking(Scores):
         return self._by_false_position(kept, low, high, below, above)
 
     def _is_unfinished(self, kept, low, high, above):
-        """Return a vector that is True for every ranking whose search has to continue."""
+        """Return, for every ranking, whether the search has to continue."""
         middle = low / 2 + high / 2
         between = (low < middle) & (middle < high) & (high - low > SMALLEST)
         return (above < kept) & between & (high > self.least)
@@ -307,11 +305,12 @@ class _Ranking(Scores):
     def _by_false_position(self, kept, low, high, below, above):
         """Search for the thresholds with one candidate threshold per step.
 
-        The number of weights above a threshold is interpolated linearly between the two known
-        counts. The candidate is the threshold at which this interpolation yields `kept` (false
-        position). If the same bound has not moved for two steps, the interpolation halves the
-        difference between the count at this bound and `kept` (Illinois variant). Every third step
-        tries the midpoint, which limits the number of steps for any distribution of scores.
+        The number of weights above a threshold is interpolated linearly between the counts at the
+        two known thresholds. The candidate is the threshold at which the interpolated count equals
+        `kept` (false position). If one of the two thresholds has not moved for two steps, the
+        difference between its count and `kept` is halved (Illinois variant). Every third step tries
+        the midpoint of the two thresholds, which limits the number of steps for any distribution of
+        scores.
 
         Source: M. Dowell and P. Jarratt, BIT 11 (1971), Illinois variant of false position.
         """
@@ -400,8 +399,7 @@ class _Ranking(Scores):
         )
 
     def _sample_bounds(self, kept):
-        """Draw a sample of the scores, and return two of its scores between which the common
-        threshold of all tensors probably lies."""
+        """Return two sampled scores that probably enclose the common threshold of all tensors."""
         row_stride, column_stride = _SAMPLE_STRIDES
         rows = [s[::row_stride, column_stride // 2 :: column_stride] for s in self.scores]
         sample = ops.sort(ops.concatenate([ops.reshape(r, (-1,)) for r in rows]))
@@ -415,7 +413,8 @@ class _Ranking(Scores):
         """Return the position after the last tied entry that each ranking keeps.
 
         Args:
-            low, high: Lower and upper threshold. Scores between these thresholds are tied.
+            low: Lower threshold. Scores between the two thresholds are tied.
+            high: Upper threshold.
             firsts: Entries of each bundle that are always kept (see `_with_first`), or None.
             room: Number of tied weights that are kept.
         """
@@ -434,7 +433,7 @@ class _Ranking(Scores):
                 space = ops.take(room, b.tensor)
             first_rows, sizes = (ops.convert_to_tensor(n, "int32") for n in (first_rows, sizes))
             # Find the row with the last tied entry that is kept, and the number of entries to keep
-            # in this row.
+            # in the row.
             full = ops.cast(before + counts <= space, "int32")
             full = ops.sum(full[None] if self.together else ops.where(b.owner, full, 0), axis=1)
             row = first_rows + ops.minimum(full, sizes - 1)
@@ -468,9 +467,9 @@ class _Ranking(Scores):
     def _count_above(self, thresholds):
         """Return how many weights of each ranking exceed its threshold or are always kept."""
         count = self._count_scores(thresholds)
-        # In each tensor, either all entries above the threshold are always kept, or all entries
-        # that are always kept exceed the threshold. One of these sets therefore contains the other,
-        # and the number of entries in their union is the larger of the two counts.
+        # In each tensor, one of two sets contains the other: the entries above the threshold, and
+        # the entries that are always kept. The size of their union is therefore the larger of the
+        # two counts.
         if self.first_weights is not None:
             count = ops.sum(ops.maximum(count, self.first_weights))[None]
         return ops.where(thresholds < self.least, self.total, count)
@@ -494,8 +493,8 @@ class _Ranking(Scores):
     def _by_row(self, reduce, dtype, *matrices):
         """Apply a reduction to each row of the matrices, and pass other arguments unchanged.
 
-        On a CPU, slabs of rows are processed one after another. XLA and TensorFlow write a mask to
-        memory, with four bytes per entry, before they reduce the mask. With slabs, such a mask
+        On a CPU, slabs of 256 rows are processed one after another. XLA and TensorFlow write a mask
+        to memory, with four bytes per entry, before they reduce the mask. The mask of 256 rows
         needs little memory.
         """
         rows = matrices[0].shape[0]
@@ -536,7 +535,7 @@ def _clipped(s, neutral):
 def _with_first(mask, first):
     """Set the entries that are always kept to True in a mask.
 
-    `first` is a mask of these entries, or one column index per row.
+    `first` is a mask of the entries to keep, or one column index per row.
     """
     if first is None:
         return mask

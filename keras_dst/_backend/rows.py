@@ -13,10 +13,9 @@ from keras import ops
 
 Tensor = Any
 
-# Scores above this limit count as tied, so that sums of two scores do not overflow.
+# Limit above which scores count as tied, so that sums of two scores do not overflow.
 LARGEST = 1e38
-# Scores whose difference is below this number count as tied, because some backends flush such
-# differences to 0.
+# Difference below which scores count as tied, because some backends flush tiny differences to 0.
 SMALLEST = 2.0**-126
 ROW_WIDTH = 1 << 10  # Number of scores in a row.
 _BUNDLE_SIZE = 1 << 20  # Largest number of scores in a bundle of small tensors.
@@ -27,12 +26,12 @@ class Rows:
 
     Attributes:
         tensor: Index of each row's tensor among all tensors.
-        local: Index of each row's tensor among the tensors of this bundle.
-        owner: Boolean matrix. `owner[i, j]` is True if row j belongs to tensor i of this bundle.
+        local: Index of each row's tensor among the tensors of the bundle.
+        owner: Boolean matrix. `owner[i, j]` is True if row j belongs to tensor i of the bundle.
         start: Position of each row's first entry in its tensor, or in the concatenation of all
             tensors if they are ranked together.
-        left: Number of entries from the start of each row to the end of its tensor. The value is
-            None if no row needs padding.
+        left: Number of entries from the start of each row to the end of its tensor, or None if no
+            row needs padding.
         first_rows: Index of each tensor's first row.
     """
 
@@ -73,8 +72,8 @@ class Rows:
 class Scores:
     """Scores of several tensors, which are ranked together or within each tensor.
 
-    Vectors such as thresholds and counts have one entry if all tensors are ranked together, and
-    otherwise one entry per tensor.
+    A ranking covers all tensors together, or a single tensor. Vectors such as thresholds and counts
+    have one entry per ranking.
 
     Attributes:
         together: Whether all tensors are ranked together.
@@ -95,13 +94,16 @@ class Scores:
         self.scores = [b.join(scores, -np.inf) for b in self.bundles]
 
     def split(self, matrices: Sequence[Tensor]) -> list[Tensor]:
-        """Return the entries of each tensor as a vector. `matrices` has one matrix per bundle."""
+        """Return the entries of each tensor as a vector.
+
+        `matrices` has one matrix per bundle of tensors.
+        """
         return [part for b, matrix in zip(self.bundles, matrices) for part in b.split(matrix)]
 
     def best_entries(self, peaks: Sequence[Tensor], finite=lambda s: s):
         """Yield the rows and columns of the highest-scored entry of each tensor, bundle by bundle.
 
-        If several entries have the highest score, the first of these entries is chosen.
+        If several entries have the highest score, the first entry is chosen.
 
         Args:
             peaks: Largest score of every row, as one tensor per bundle.
@@ -123,7 +125,7 @@ class Scores:
         """Reduce one value per row to one value per ranking.
 
         While the values of one tensor are reduced, the values of all other tensors are replaced by
-        `neutral`, which must not change the result of `reduce`.
+        `neutral`. The value `neutral` must not change the result of `reduce`.
         """
         if self.together:
             return reduce(ops.stack([reduce(v) for v in values]))[None]
@@ -151,7 +153,7 @@ def bundles(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def by_tensor(order, tensor):
-    """Sort the positions in `order` by tensor. Positions of the same tensor keep their order."""
+    """Sort the positions in `order` by tensor, and keep the order within each tensor."""
     return ops.take(order, ops.argsort(ops.take(tensor, order)))
 
 

@@ -1,11 +1,11 @@
 """Selection of the highest scores on PyTorch, without waiting for the accelerator.
 
 A sample of the scores gives two bounds per ranking, which almost certainly enclose the threshold.
-One pass over the scores copies the few scores between the bounds, and these scores are sorted. The
-copied scores are stored in a vector of fixed length, so the host need not wait for their exact
-number. The selection assumes that the bounds are right, and the host checks this later (see
-`guesses.py`). After a wrong guess, for example because a million scores are equal, `ranking.py`
-searches for the threshold instead.
+One pass over the scores copies the few scores between the bounds, and the copied scores are sorted.
+The copied scores are stored in a vector of fixed length, so the host need not wait for their exact
+number. The selection assumes that the threshold lies between the bounds, and the host checks the
+assumption later (see `guesses.py`). After a wrong guess, for example because a million scores are
+equal, `ranking.py` searches for the threshold instead.
 """
 
 import math
@@ -17,12 +17,12 @@ from keras_dst._backend import guesses
 from keras_dst._backend.jit import add_true, count_true, set_true, true_positions
 from keras_dst._backend.rows import LARGEST, ROW_WIDTH, SMALLEST, Scores, by_tensor
 
-_SORTED = 1 << 20  # If there are at most this many scores, all of them are sorted.
+_SORTED = 1 << 20  # Number of scores up to which all scores are sorted.
 _STRIDE = 61  # Every 61st score is in the sample. 61 is a prime, so all columns are sampled alike.
 _DEVIATIONS = 5  # Distance of the bounds from the expected threshold, in standard deviations.
 # If all tensors are ranked together, the scores between the bounds may be concentrated in a few
-# tensors. A single bundle may then hold up to `_CONCENTRATION` times its proportional share of
-# these scores.
+# tensors. A single bundle may then hold up to `_CONCENTRATION` times its proportional share of the
+# scores between the bounds.
 _CONCENTRATION = 16
 
 
@@ -38,7 +38,7 @@ def is_possible(scores, sizes=None) -> bool:
 
 
 def top_k(scores: Scores, kept, first=None):
-    """Return masks of the highest scores as one matrix per bundle.
+    """Return masks of the highest scores, as one matrix per bundle of tensors.
 
     Args:
         scores: Scores of all tensors.
@@ -138,7 +138,7 @@ def _bounds(scores: Scores, kept):
         place = ops.minimum(ops.cast(ops.maximum(place, 0), "int32"), ops.maximum(sizes - 1, 0))
         return ops.take(sample, ops.minimum(first + place, sample.shape[0] - 1))
 
-    # All scores in an open interval around 0 are tied, so no bound may lie inside this interval.
+    # No bound may lie inside the open interval around 0 in which all scores are tied.
     low = ops.where(lower < ops.cast(sizes, "float32"), at(lower), -np.inf)
     low = ops.where(ops.abs(low) < SMALLEST, 0.0, low)
     high = ops.where((upper >= 0) & (sizes > 0), at(upper), np.inf)
@@ -147,7 +147,7 @@ def _bounds(scores: Scores, kept):
 
 
 def _limits(scores: Scores) -> list[int]:
-    """Return the maximum number of scores between the bounds that are copied from every bundle."""
+    """Return the maximum number of scores between the bounds that are copied from each bundle."""
     if scores.count <= _SORTED:
         return [len(b.tensor) * ROW_WIDTH for b in scores.bundles]
 

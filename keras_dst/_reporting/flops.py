@@ -21,15 +21,15 @@ Shape = tuple[int, ...]
 
 _TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 
-# Weights with these name endings in custom layers are looked up or added, but not multiplied.
+# Endings of the names of weights in custom layers that are looked up or added, but not multiplied.
 _TABLES = re.compile(r"(embeddings?|tokens?)$")
 
-# Batch size of the symbolic call if the Input does not define the batch size. This batch size is
+# Batch size of the symbolic call if the Input does not define the batch size. The batch size is
 # greater than 1, because a model may squeeze axes of size 1.
 _BATCH = 2
 # FLOPs are counted twice: unknown sizes of the inputs are first set to 128, then to 256. If the two
 # FLOP counts differ, the FLOPs of the model are unknown. A model with a short position embedding
-# does not accept these sizes, so smaller pairs are tried next.
+# rejects the sizes 128 and 256, so smaller pairs are tried next.
 _SIZES = ((128, 256), (32, 64), (8, 16), (2, 4))
 
 
@@ -91,15 +91,17 @@ class _Trace(keras.Operation):
 
     def call(self, args, kwargs):
         # If a call fails on torch's meta device, Keras calls the model on another device. The calls
-        # that were recorded before are then discarded.
+        # that were recorded before the failure are then discarded.
         self.calls.clear()
         self.model(*args, training=False, **kwargs)
         return []
 
     @contextlib.contextmanager
     def recording(self, recorded_layers: list):
-        """Record the layer calls within this context. For this, an instance attribute replaces the
-        `call` method of each layer."""
+        """Record the layer calls within this context.
+
+        An instance attribute that replaces the `call` method of each layer records the calls.
+        """
         before = []
         try:
             for layer in recorded_layers:
@@ -123,8 +125,8 @@ class _Trace(keras.Operation):
             self.calls.setdefault(id(layer), []).append(recorded)
             return output
 
-        # How often an RNN calls its cell differs between backends. Therefore, one call of the cell
-        # is recorded, and its FLOPs are multiplied by the number of time steps.
+        # The number of recorded calls of an RNN cell differs between backends. One call is
+        # therefore recorded, and its FLOPs are multiplied by the number of time steps.
         @functools.wraps(call)
         def record_step(sequences, *args, **kwargs):
             with self._repeat(sequences.shape[1]):

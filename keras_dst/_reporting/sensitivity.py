@@ -35,7 +35,8 @@ class WeightSensitivity:
         name: Path of the weight.
         shape: Shape of the weight.
         parameters: Number of entries.
-        values: Metric of the model for each sparsity of the report, if only this weight is pruned.
+        values: Metric of the model for each sparsity of the report, if only the named weight is
+            pruned.
     """
 
     name: str
@@ -77,8 +78,8 @@ class SensitivityReport:
         the metric is interpolated linearly.
 
         Args:
-            sparsity: Fraction of zeros over all weights of this report, at most the highest
-                measured sparsity.
+            sparsity: Fraction of zeros over all weights of the report, at most the highest measured
+                sparsity.
 
         Returns:
             A dict that maps the path of each weight to its sparsity.
@@ -156,8 +157,8 @@ def sensitivity(
 ) -> SensitivityReport:
     """Measure how the metric of a trained model changes when a single weight tensor is pruned.
 
-    Each prunable weight is pruned by magnitude to each of the sparsities while all other weights
-    are unchanged. After each pruning, the model is evaluated. The model may be dense, sparse or
+    Each prunable weight is pruned by magnitude to each of the sparsities, and the model is
+    evaluated. All other weights are unchanged in the meantime. The model may be dense, sparse or
     stripped. Weights that are already zero count as pruned. The weights are restored at the end,
     also after an interrupt. Frozen weights are measured only if they have a mask.
 
@@ -166,11 +167,11 @@ def sensitivity(
         data: Evaluation data: `(x, y)`, `(x, y, sample_weight)`, or a data set that
             `model.evaluate` accepts and that can be iterated more than once.
         sparsities: Fractions of zeros, in [0, 1). Defaults to (0.5, 0.7, 0.8, 0.9, 0.95).
-        pattern: `"unstructured"`, blocks such as `"1x4"` (outputs x inputs), `"channel"`, or an N:M
-            pattern such as `"2:4"`, which allows only one sparsity. Defaults to `"unstructured"`.
-        filters: Selection of the weights to measure: a path, a regular expression for whole paths,
-            a list of paths and expressions, or `callable(variable) -> bool`. Defaults to None,
-            which selects all weights.
+        pattern: Which weights are pruned together, see `masks.Pattern`. An N:M pattern such as
+            `"2:4"` allows only one sparsity. Defaults to `"unstructured"`.
+        filters: Weights to measure: the path of a weight, a regular expression for whole paths, or
+            a list of both. A function that receives a variable and returns a bool is also accepted.
+            Defaults to None, which selects all weights.
         metric: Name of a value that `model.evaluate` returns. Defaults to the compiled metric if
             there is exactly one, and to `"loss"` otherwise.
         verbose: 0 shows no progress bar, 1 and `"auto"` show the bar, and 2 shows only its last
@@ -183,8 +184,8 @@ def sensitivity(
         TypeError: If `model` is not a Keras 3 model.
         ValueError: If the model is not built or not compiled, the data can be iterated only once,
             or the metric is unknown. A ValueError is also raised if the pattern does not fit a
-            weight, or if the filter matches no weight. The same applies if pruning in this pattern
-            would change a mask that a layer computes from its weights.
+            weight, or if the filter matches no weight. A ValueError is also raised if pruning in
+            the pattern would change a mask that a layer computes from its weights.
 
     Example:
         >>> model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
@@ -290,7 +291,10 @@ class _Kernel:
         return w if self.effective is None else self.effective(w)
 
     def assign(self, weight) -> None:
-        """Assign a value to the variable. Raise ValueError if masking changes this value."""
+        """Assign a value to the variable.
+
+        Raise ValueError if masking changes the assigned value.
+        """
         self.variable.assign(weight)
         if self.effective is not None and ops.any(
             self.masked_value() != ops.convert_to_tensor(self.variable)

@@ -33,8 +33,8 @@ class WeightReport:
         sparse: Whether a layer or a `SparseOptimizer` masks the weight.
         use_count: Number of times that each entry is multiplied for one sample. None if unknown.
         reason: Reason why `use_count` is unknown, or None.
-        density_map: Matrix (inputs x outputs) that shows where the weight is dense. Each cell is
-            the density of one block of the weight. All blocks have the same size.
+        density_map: Matrix (inputs x outputs) that shows where the weight is dense. Each entry is
+            the density of one block of the weight, and all blocks have the same size.
 
     Example:
         >>> keras_dst.report(model).layers[0].density
@@ -74,7 +74,7 @@ class WeightReport:
         return None if self.use_count is None else 2 * self.parameters * self.use_count
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report on this weight as a dict for JSON, without the density map."""
+        """Return the report on the weight as a dict for JSON, without the density map."""
         own = {**dataclasses.asdict(self), "shape": list(self.shape)}
         del own["density_map"]
         derived = ("density", "sparsity", "flops", "dense_flops")
@@ -94,7 +94,7 @@ class SparsityReport:
         bytes: Size of all parameters in bytes, including zeros, in the dtypes of the variables.
         layers: A `WeightReport` for every prunable weight, in the order of the model.
         groups: Groups of coupled channels, which can only be removed together, as `channel_groups`
-            returns them. The value is None if `report` was called without `groups=True`.
+            returns them. None if `report` was called without `groups=True`.
 
     Example:
         >>> print(keras_dst.report(model))
@@ -228,9 +228,9 @@ def report(model, groups: bool = False) -> SparsityReport:
     weights and all other kernels, including frozen kernels.
 
     FLOPs are counted for inference on one sample, and only for prunable weights. A multiplication
-    and an addition count as 2 FLOPs. Multiplications with padding are counted too. The counts come
-    from a symbolic call of the model. A shared layer therefore counts once per call, and an RNN
-    cell once per time step. A layer that is not called in inference counts as 0 FLOPs.
+    and an addition count as 2 FLOPs. Multiplications with padding are counted too. FLOPs are
+    counted in a symbolic call of the model. A shared layer therefore counts once per call, and an
+    RNN cell once per time step. A layer that is not called in inference counts as 0 FLOPs.
 
     FLOPs are None if they depend on a size that the input shape does not define. FLOPs are also
     None for a custom layer whose weight is neither a convolution kernel nor a matrix over the last
@@ -239,9 +239,8 @@ def report(model, groups: bool = False) -> SparsityReport:
 
     Args:
         model: A built Keras 3 model or layer. It is not changed.
-        groups: If True, the report also lists the groups of channels that can only be removed
-            together, and the operations that couple these channels (see `channel_groups`). Defaults
-            to False.
+        groups: Whether the report also lists the groups of channels that can only be removed
+            together, see `channel_groups`. Defaults to False.
 
     Returns:
         A `SparsityReport`.
@@ -298,6 +297,6 @@ def _table_cells(parameters, nonzeros, *flops) -> list[str]:
 
 def _bytes_each(dtype: str) -> int:
     # Most dtype names, such as bfloat16, contain the number of bits. The name "bool" contains no
-    # number: a bool takes one byte.
+    # number, and a bool takes one byte.
     bits = re.search(r"\d+", dtype)
     return max(int(bits[0]) // 8, 1) if bits else 1

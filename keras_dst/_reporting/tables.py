@@ -13,7 +13,7 @@ from rich.table import Table
 
 # Width of printed tables and lines. The pages of the documentation show 96 characters per line.
 WIDTH = 96
-# Columns of text are not made narrower than this number of characters.
+# Minimum width of a column of text, in characters.
 _SHORTEST = 16
 
 
@@ -40,8 +40,7 @@ def as_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _widths(names: Sequence[str], rows: list[Sequence[str]], right: list[bool]) -> list[int]:
-    """Return the widths of the columns of a table that is at most `WIDTH` wide, if this is
-    possible."""
+    """Return column widths with which the table is at most `WIDTH` wide, if possible."""
     cells = [max((len(row[i]) for row in rows), default=0) for i in range(len(names))]
     available = WIDTH - 3 * len(names) - 1  # Borders and spaces take three characters per column.
     widths = [max(len(name), width) for name, width in zip(names, cells)]

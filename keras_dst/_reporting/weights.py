@@ -158,8 +158,8 @@ def _check_unpacked(layer) -> None:
     if mode not in (None, "int8", "float8"):
         raise ValueError(
             f"Expected layers that are not quantized, or quantized to int8 or float8. Received: "
-            f"'{layer.name}', quantized with {mode!r}. The variables of this layer do not show "
-            "which weights are zero. Call keras_dst.report before model.quantize."
+            f"'{layer.name}', quantized with {mode!r}. The quantized variables of the layer do not "
+            "show which weights are zero. Call keras_dst.report before model.quantize."
         )
 
 

@@ -3,19 +3,18 @@
 `shrink` works on the flat graph of a model (`graph.py`) in three passes:
 
 1. Constant propagation (`plan.py`, `handlers.py`): find the channels whose value does not depend
-   on the input. A unit with zero weights always returns its activated bias.
+   on the input. For example, a unit with zero weights always returns its activated bias.
 2. Coupling (`plan.py`, `unions.py`): put channels into groups that are kept or removed together,
-   such as channels that are added to each other. Remove a group if no kernel needs its channels. A
-   kernel does not need a channel if the weights of the channel are zero, or if the bias can account
-   for the channel's constant.
+   such as channels that are added to each other. A group is removed if no kernel needs its
+   channels. A kernel does not need a channel if the weights of the channel are zero, or if the bias
+   can account for the channel's constant.
 3. Building (`build.py`, `copies.py`): slice the weights of the layers and call the layers again.
 
-`dispatch.py` chooses the handler for each kind of layer. The handlers are in `handlers.py`,
-`mixing.py` (normalization over channels, attention) and `indexing.py` (reductions, slices, splits,
-padding).
-`coupling.py` describes the coupled channels as plain data, for training and for users.
-`pipeline.py` runs the passes and compares both models. `explain.py` finds the reasons why dead
-channels are kept, and `report.py` prints them.
+`dispatch.py` chooses the handler class for each kind of layer. The handler classes are in
+`handlers.py`, `mixing.py` (normalization over channels, attention) and `indexing.py` (reductions,
+slices, splits, padding). `coupling.py` describes the coupled channels as plain data, for training
+and for users. `pipeline.py` runs the passes and compares both models. `explain.py` finds the
+reasons why dead channels are kept, and `report.py` prints them.
 """
 
 from keras_dst._structure.coupling import ChannelGroup, CoupledChannels, channel_groups

@@ -15,7 +15,7 @@ from keras_dst._structure.plan import Plan
 
 
 def build(plan: Plan) -> keras.Model:
-    """Return the smaller model of a plan, with the inputs and the structure of the given model."""
+    """Return the smaller model of a pruning plan, with the given model's inputs and structure."""
     graph, builder = plan.graph, _Builder(plan)
     inputs = []
     for x, old in zip(plan.inputs, graph.inputs):
@@ -35,8 +35,8 @@ def build(plan: Plan) -> keras.Model:
 
 
 class _Builder:
-    """Builder of the smaller model. The builder maps the ids of old tensors and operations to the
-    new objects."""
+    """Builder of the smaller model, with dicts from ids of old tensors and operations to new
+    objects."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -68,7 +68,10 @@ class _Builder:
         return layers.Rescaling(1.0, constants.tolist(), name=name, dtype=dtype)(tensor)
 
     def _apply(self, handler: ChannelHandler, args: tuple, kwargs: dict):
-        """Call the new operation of a handler. The first call creates the new operation."""
+        """Call the operation that replaces the operation of a layer handler.
+
+        The new operation is created on its first call.
+        """
         op, removed = handler.op, self.plan.removed
         if id(op) in self.operations or not handler.can_slice:
             return handler.apply(self._operation(handler), args, kwargs, removed)
@@ -82,7 +85,7 @@ class _Builder:
         return result
 
     def _operation(self, handler: ChannelHandler):
-        """Return a copy of the operation of a handler. The first call creates the copy."""
+        """Return a copy of the operation of a layer handler. Later calls return the same copy."""
         op = handler.op
         if id(op) not in self.operations:
             shared = id(op) in self.plan.tied

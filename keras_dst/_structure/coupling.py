@@ -29,16 +29,15 @@ class ChannelGroup:
     have the same cost.
 
     Attributes:
-        ids: the ids of the channels, in ascending order. Each id stands for one channel, or for
-            several channels that can only be removed together, such as a group of a grouped
-            convolution.
-        members: the variables that have these channels along one of their axes.
-        layers: the names of the layers that compute these channels.
-        chain: the operations that couple the layers, such as `"conv3 → add_1 ← conv1"`, or an empty
+        ids: Ids of the channels, in ascending order. Each id stands for one channel, or for several
+            channels that can only be removed together, such as a group of a grouped convolution.
+        members: Variables that have channels of the group along one of their axes.
+        layers: Names of the layers that compute the channels of the group.
+        chain: Operations that couple the layers, such as `"conv3 → add_1 ← conv1"`, or an empty
             string if a single layer computes the channels.
-        reason: the reason why the channels cannot be removed, or an empty string if they can be
+        reason: Reason why the channels cannot be removed, or an empty string if they can be
             removed.
-        width: the number of channels that share one id. In most groups, this number is 1.
+        width: Number of channels that share one id, which is 1 in most groups.
     """
 
     ids: np.ndarray
@@ -63,26 +62,24 @@ class CoupledChannels:
     Let `dead` be a boolean array with one entry per id. To remove the channels for which `dead` is
     True:
 
-    * in each member with an `output` axis, set the positions `dead[member.axes[output]]` along this
-      axis to zero;
-    * in each member with `follows=True`, set the positions `dead[ids]` to zero, where `ids` are the
-      ids along the only axis of the member.
+    * in each variable in `members` with an `output` axis, set the positions
+      `dead[member.axes[output]]` along the output axis to zero;
+    * in each variable in `members` with `follows=True`, set the positions `dead[ids]` to zero,
+      where `ids` are the ids along its only axis.
 
-    All dead channels are then exactly zero, and `shrink` can remove all of them. The saliency of a
-    channel is the sum of the saliencies of all its weight entries. These are the entries whose id
-    along the output axis is the id of the channel. Variables of the model that are not listed as
-    members have no channels that can be removed.
+    All dead channels are then exactly zero, and `shrink` can remove all dead channels. The saliency
+    of a channel is the sum of the saliencies of all weight entries that have the channel's id along
+    the output axis. Variables of the model that are not in `members` have no channels that can be
+    removed.
 
     Attributes:
-        members: all variables that have channels. Each variable appears once. The members are
-            variables of the given model, even if its layers are sparse.
-        groups: the groups whose channels can be removed, followed by all other groups.
-        count: the number of ids.
-        uses: a dict that maps the ids of variables to their use counts, as in `keras_dst.report`.
-            The dict contains all variables by which a layer multiplies its input. Unknown use
-            counts are None.
-        other_parameters: the number of entries of all variables that are not members.
-        other_flops: the FLOPs of all variables that are not members, or None if the FLOPs are
+        members: All variables of the given model that have channels. Each variable appears once.
+        groups: Groups whose channels can be removed, followed by all other groups.
+        count: Number of ids.
+        uses: Dict that maps the id of every variable by which a layer multiplies its input to its
+            use count, as in `keras_dst.report`. Unknown use counts are None.
+        other_parameters: Number of entries of all variables that are not in `members`.
+        other_flops: FLOPs of all variables that are not in `members`, or None if the FLOPs are
             unknown.
     """
 
@@ -121,17 +118,17 @@ def channel_groups(model) -> CoupledChannels:
     prunes coupled channels together, and `shrink` removes them.
 
     Args:
-        model: a built Sequential or Functional model, which may contain such models, dense or
-            sparse. It is not changed.
+        model: Built Sequential or Functional model, dense or sparse. The model may contain other
+            Sequential and Functional models. It is not changed.
 
     Returns:
         A `CoupledChannels`, which displays as a table with one row per group. The columns are the
-        number of channels, the layers that compute these channels, the operations that couple the
-        layers, and the reason if the channels cannot be removed.
+        number of channels, the layers that compute the channels, and the operations that couple the
+        layers. The last column states why channels cannot be removed.
 
     Raises:
-        TypeError: if `model` is not a Keras 3 model.
-        ValueError: if the model is not built, or has its own `call` method and therefore no graph.
+        TypeError: If `model` is not a Keras 3 model.
+        ValueError: If the model is not built, or has its own `call` method and therefore no graph.
 
     Example:
         >>> print(keras_dst.channel_groups(model))
@@ -180,13 +177,14 @@ def _renumbered(member: Member, number: np.ndarray) -> Member:
 
 
 def groups_of(plan: Plan, members: list[Member]) -> list[ChannelGroup]:
-    """Return all groups of coupled channels in a plan. The list `members` of each group is left
-    empty. Groups whose channels can be removed come first.
+    """Return all groups of coupled channels in a pruning plan.
+
+    The list `members` of each group is left empty. Groups whose channels can be removed come first.
 
     Args:
-        plan: the plan, which numbers the unions of coupled channels. The `ids` of each returned
-            group are these numbers.
-        members: the variables that `members_of` returned.
+        plan: Pruning plan, which numbers all sets of coupled channels. The `ids` of a group are the
+            numbers of its sets of coupled channels.
+        members: Variables that `members_of` returned.
     """
     touched: dict[int, list[tuple[int, int]]] = {}
     for place, member in enumerate(members):

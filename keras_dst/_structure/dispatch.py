@@ -1,4 +1,4 @@
-"""Choose the handler of each call, or find the reason why its channels cannot be removed."""
+"""Choose the layer handler of each call, or find the reason why its channels cannot be removed."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ _HANDLERS: dict[type, type[ChannelHandler]] = {
 _HANDLERS_BY_NAME: dict[str, type[ChannelHandler]] = {
     **dict.fromkeys(MERGE_VERBS, ElementwiseMerge),
     "CustomScaleLayer": ElementwiseMerge,  # InceptionResNetV2: x + scale * y
-    "Add": Addition,  # This covers the layer `Add` and the operation of `x + y`.
+    "Add": Addition,  # The class `Add` stands for the layer and for the operation of `x + y`.
     "Concatenate": Concatenation,
     "Stack": Stack,
     **dict.fromkeys(("Mean", "Max", "Min"), Reduction),
@@ -111,11 +111,11 @@ _HANDLERS_BY_NAME: dict[str, type[ChannelHandler]] = {
 
 
 def handler_for(call: Call, tied: str = "") -> ChannelHandler:
-    """Return the handler for a call.
+    """Return the layer handler for a call.
 
     Args:
-        call: the call.
-        tied: the reason why no channel is removed from the layer, if the layer shares a weight with
+        call: The call.
+        tied: Reason why no channel is removed from the layer, if the layer shares a weight with
             another layer. Defaults to "", which means that the layer shares no weight with another
             layer.
 
@@ -170,7 +170,7 @@ def _channel_axis(call: Call) -> int:
 
 
 def _has_channel_axis(kind: type) -> bool:
-    """Return whether layers of this class have an argument for the axis of the channels."""
+    """Return whether the layer's class has an argument for the axis of the channels."""
     handler = _HANDLERS.get(kind, ElementwiseMerge)
     return not issubclass(handler, (Rearrangement, Concatenation, ElementwiseMerge, Rescale))
 
@@ -186,8 +186,7 @@ def _unsupported_reason(op) -> str:
 
 
 def _input_reason(handler: type[ChannelHandler], call: Call) -> str:
-    """Return the reason why no input channel can be removed from this call, although other calls of
-    such layers allow it."""
+    """Return the reason why no input channel can be removed from a call, or an empty string."""
     op, x, y = call.op, call.inputs[0], call.outputs[0]
     if handler is TimeDistributedDense and type(op.layer) is not layers.Dense:
         return f"repeats a {type(op.layer).__name__}, which shrink does not support; {NOT_READ}"

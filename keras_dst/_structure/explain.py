@@ -1,5 +1,7 @@
-"""Reasons why dead channels are kept. Each reason names a layer that needs the channel: the first
-such layer between the channel and the output."""
+"""Reasons why dead channels are kept.
+
+Each reason names the first layer between the channel and the output that needs the channel.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,10 @@ from keras_dst._structure.plan import Plan
 
 
 def explained_layers(plan: Plan) -> Iterator[tuple[ChannelHandler, Counter[str]]]:
-    """Yield the handler of each layer that computes channels, and the reasons why its dead channels
-    are kept. A Counter maps each reason to its number of channels."""
+    """Yield the handler of each layer that computes channels, and why its dead channels are kept.
+
+    A Counter maps each reason to its number of channels.
+    """
     finder = _ReasonFinder(plan)
     seen = set()
     kept = {id(handler.op) for handler in plan.handlers}
@@ -98,7 +102,7 @@ class _ReasonFinder:
         return self.plan.names[id(handler.op)]
 
     def _coupled(self, handler: ChannelHandler, channel: int) -> str:
-        """Return the names of layers whose non-constant channels are coupled to this channel."""
+        """Return the names of layers whose non-constant channels are coupled to a channel."""
         tensors = [
             x for x in (*handler.call.inputs, *handler.called_on) if channel in _varying_ids(x)
         ]

@@ -22,13 +22,13 @@ class Tensor:
     """Tensor of the graph, with its channels along one axis, by default the last axis.
 
     Attributes:
-        shape: the shape, with None for unknown sizes.
-        dtype: the name of the data type.
+        shape: Shape, with None for unknown sizes.
+        dtype: Name of the data type.
         masked: True if the tensor may carry a Keras mask.
-        origin: the original tensor, if this tensor is a view of it with a different channel axis.
-        axis: the axis of the channels.
-        constant: the constant value of each channel, or NaN if the value depends on the input.
-        ids: the id of each channel's group. Channels of one group are kept or removed together.
+        origin: Original tensor, if the tensor is a view with a different channel axis.
+        axis: Axis of the channels.
+        constant: Constant value of each channel, or NaN if the value depends on the input.
+        ids: Id of each channel's group. Channels of one group are kept or removed together.
     """
 
     shape: tuple
@@ -53,7 +53,7 @@ class Tensor:
         self.constant = np.full(self.channels, UNKNOWN) if constant is None else constant
 
     def along(self, axis: int) -> Tensor:
-        """Return this tensor, or a view whose channels are along the given axis."""
+        """Return the tensor itself, or a view whose channels are along the given axis."""
         if axis == self.axis:
             return self
         view = Tensor(self.shape, self.dtype, self.masked, origin=self)
@@ -66,12 +66,12 @@ class Call:
     """Call of one operation in the graph.
 
     Attributes:
-        op: the operation: a layer that is not sparse, or an operation such as `x + y`.
-        args: the positional arguments.
-        kwargs: the keyword arguments, without masks that Keras passes automatically.
-        outputs: the output tensors.
-        prefix: the names of the nested models that contain the call.
-        constant_terms: for an addition, the constant inputs that are left out of the sum.
+        op: Operation: a layer that is not sparse, or an operation such as `x + y`.
+        args: The positional arguments.
+        kwargs: Keyword arguments, without masks that Keras passes automatically.
+        outputs: The output tensors.
+        prefix: Names of the nested models that contain the call.
+        constant_terms: Constant inputs of an addition that are left out of the sum.
     """
 
     op: Any

@@ -1,8 +1,8 @@
-"""Handlers of the calls in a graph: how each kind of layer treats its channels.
+"""Layer handlers: how each kind of layer treats its channels.
 
-A handler propagates constants through its call, and couples channels that are kept or removed
-together. The handler also slices the weights of its layer, and gives the reason why a channel
-cannot be removed.
+A layer handler belongs to one call of an operation. The handler propagates constants through the
+call, and couples channels that are kept or removed together. The handler also slices the weights of
+the layer, and gives the reason why a channel cannot be removed.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _SAME_CHANNEL = "remove the same channel there too"
 
 
 class ChannelHandler:
-    """Handler of one call of an operation.
+    """Base class of layer handlers, which treat the channels of one call of an operation.
 
     Args:
-        call: the call.
-        reason: reason why no output channel of the operation can be removed, or an empty string.
+        call: The call.
+        reason: Reason why no output channel of the operation can be removed, or an empty string.
     """
 
     can_slice = False  # Whether the handler creates the layer again with fewer channels.
@@ -77,9 +77,8 @@ class ChannelHandler:
         channel are changed to account for them.
 
         Args:
-            config: the arguments that create the layer, as a dict. The function changes this dict.
-            removed: a boolean array that is True for each union of coupled channels that is
-                removed.
+            config: Arguments that create the layer, as a dict. The function changes the dict.
+            removed: Boolean array that is True for each set of coupled channels that is removed.
         """
         axes = {id(member.variable): member.axes for member in self.members()}
         weights = []
@@ -93,16 +92,15 @@ class ChannelHandler:
         """Call the new operation on the new tensors, and return its output.
 
         Args:
-            operation: the operation of the smaller model.
-            args: the positional arguments of the call, with the tensors of the smaller model.
-            kwargs: the keyword arguments of the call, with the tensors of the smaller model.
-            removed: a boolean array that is True for each union of coupled channels that is
-                removed.
+            operation: Operation of the smaller model.
+            args: Positional arguments of the call, with the tensors of the smaller model.
+            kwargs: Keyword arguments of the call, with the tensors of the smaller model.
+            removed: Boolean array that is True for each set of coupled channels that is removed.
         """
         return operation(*args, **kwargs)
 
     def relabel(self, roots: np.ndarray) -> None:
-        """Replace the id of each output channel by the id of its union of coupled channels."""
+        """Replace the id of each output channel by the id of its set of coupled channels."""
 
     def needs(self, x: Tensor, removed: np.ndarray) -> np.ndarray:
         """Return whether the operation itself needs each channel of an input, as a boolean array.
@@ -111,15 +109,14 @@ class ChannelHandler:
         needs no channel itself.
 
         Args:
-            x: an input of the call.
-            removed: a boolean array that is True for each union of coupled channels that is
-                removed.
+            x: Input of the call.
+            removed: Boolean array that is True for each set of coupled channels that is removed.
         """
         return np.zeros(x.channels, bool)
 
     def needed_inside(self, removed: np.ndarray) -> np.ndarray:
-        """Return the ids of the inner channels of the layer, such as attention heads, that are
-        needed to compute its outputs."""
+        """Return the ids of inner channels, such as attention heads, that the layer's outputs
+        need."""
         return np.zeros(0, int)
 
     def ignores_input(self) -> np.ndarray:
@@ -136,7 +133,7 @@ class ChannelHandler:
         """Return the reason why a constant channel is not constant after the call.
 
         Args:
-            others: names of the layers whose non-constant channels are coupled to the constant
+            others: Names of the layers whose non-constant channels are coupled to the constant
                 channel.
         """
         if others and len(self.called_on) > 1:
@@ -274,7 +271,7 @@ class ElementwiseMerge(Elementwise):
         for x in self.call.inputs:
             if x.channels == self.y.channels:
                 unions.couple(x.ids, whole[0].ids)
-            else:  # The single channel of this input is broadcast to all channels.
+            else:  # The single channel of the input is broadcast to all channels.
                 reason = f"'{self.op.name}' broadcasts the channel; {NOT_READ}"
                 unions.pin(x.ids, reason)
         self.y.ids = whole[0].ids
@@ -295,8 +292,7 @@ class Addition(ElementwiseMerge):
     """Addition, whose constant terms can be left out."""
 
     def drop_constant_terms(self) -> None:
-        """Leave constant inputs out of the sum, unless this may change the Keras mask of the
-        output."""
+        """Leave constant inputs out of the sum, unless the Keras mask of the output may change."""
         if any(x.masked for x in self.call.inputs):
             return
         for x in self.call.inputs:
@@ -306,7 +302,7 @@ class Addition(ElementwiseMerge):
                 self.call.constant_terms.append(x)
 
     def sum_of_constants(self, removed: np.ndarray) -> np.ndarray:
-        """Return the sum of the dropped terms, in a shape that broadcasts to the output."""
+        """Return the sum of the constant terms that are left out, in a shape that broadcasts."""
         total = sum(np.broadcast_to(x.constant, self.y.channels) for x in self.call.constant_terms)
         kept = np.asarray(total)[~removed[self.y.ids]]
         return kept.reshape(-1, *(1,) * (len(self.y.shape) - 1 - self.y.axis))
@@ -455,7 +451,7 @@ class KernelLayer(ChannelHandler):
 
     @property
     def w(self) -> np.ndarray:
-        """The kernel, with the axes window, channels, units."""
+        """The kernel, whose axes are the window, the channels and the units."""
         return np.asarray(ops.convert_to_numpy(self.layer.kernel))
 
     @cached_property
@@ -520,15 +516,16 @@ class KernelLayer(ChannelHandler):
         return np.all(~self.reads, axis=0)
 
     def common_constant(self) -> np.ndarray:
-        """Return the constant of each channel that has the same constant in every call, and NaN for
-        all other channels."""
+        """Return the constant that each channel has in all calls, or NaN if there is no such
+        constant."""
         constants = np.stack([x.constant for x in self.called_on])
         return np.where(np.all(constants == constants[0], 0), constants[0], UNKNOWN)
 
     def can_lose(self) -> np.ndarray:
-        """Return whether each channel can be removed although kept units read it (a boolean array).
+        """Return a boolean array: True for channels that can be removed although kept units read
+        them.
 
-        The bias or another channel then accounts for the constant of the removed channel.
+        The bias or another channel accounts for the constant of a removed channel.
         """
         return ~np.isnan(self.common_constant())
 
@@ -542,7 +539,8 @@ class KernelLayer(ChannelHandler):
         """Return the kept channel whose kernel entries are changed to account for the constants of
         removed channels.
 
-        Return None if the constants are added to the bias, or if no removed channel has a constant.
+        The result is None if the constants are added to the bias, or if no removed channel has a
+        constant.
         """
         kept, constant = ~removed[self.x.ids], self._removed_constants(removed)
         if not self.pads_with_zeros or not constant.any():

@@ -1,4 +1,4 @@
-"""Handlers of operations with axes as arguments: stacks, reductions, slices, splits, padding."""
+"""Layer handlers of operations with axis arguments: stacks, reductions, slices, splits, padding."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Slice(ChannelHandler):
     def __init__(self, call: Call, reason: str = ""):
         super().__init__(call, reason)
         entries = full_key(call)
-        assert entries is not None  # `handler_for` rejects all other slices.
+        assert entries is not None  # The function `handler_for` rejects slices with other keys.
         self.entries = entries
 
     def place_channels(self) -> None:

@@ -1,4 +1,4 @@
-"""Handlers of layers that mix channels: normalization over channels, and attention."""
+"""Layer handlers for normalization over channels and for attention."""
 
 from __future__ import annotations
 
@@ -50,8 +50,10 @@ class LayerNorm(Normalization):
 
 
 class RMSNorm(LayerNorm):
-    """RMS normalization over the channels. When channels are removed, the parameters are rescaled
-    so that the outputs stay exactly the same."""
+    """RMS normalization over the channels.
+
+    When channels are removed, the parameters are rescaled so that the outputs do not change.
+    """
 
     def members(self) -> list[Member]:
         return [Member(self.op.scale, {-1: self.x.ids}, follows=True)]
@@ -60,8 +62,8 @@ class RMSNorm(LayerNorm):
         return to_float64(self.op.scale) == 0
 
     def slice(self, config: dict, removed: np.ndarray) -> list[np.ndarray]:
-        # Suppose that n - k of n channels are zero. Then mean(x^2) over all n channels is k / n
-        # times mean(x^2) over the other k channels.
+        # If n - k of n channels are zero, mean(x^2) over all n channels is k / n times mean(x^2)
+        # over the other k channels.
         kept = ~removed[self.x.ids]
         ratio = len(kept) / int(kept.sum())
         config["epsilon"] = self.op.epsilon * ratio

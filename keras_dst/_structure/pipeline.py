@@ -23,34 +23,35 @@ def shrink(model) -> keras.Model:
     A unit is dead if its weights are all zero, as after `methods.Consensus` or after any method
     with `pattern="channel"`. A channel is also dead if no layer reads it. The analysis follows dead
     channels through batch normalization, activations, pooling, flattening, permutation,
-    concatenation, addition and convolutions, with channels first or last. In grouped convolutions,
-    channels are removed only as whole groups. The constant values of removed channels move into the
-    biases of the next layers. If a constant channel is padded with zeros, one constant channel is
-    kept. The kernel entries that read the kept channel are changed to account for the constants of
-    all removed channels. A branch that only adds constants to a sum is removed completely. Custom
+    concatenation, addition and convolutions, with channels first or last. Grouped convolutions lose
+    only whole groups of channels. The constant values of removed channels move into the biases of
+    the next layers. If a constant channel is padded with zeros, one constant channel is kept. The
+    kernel entries that read the kept channel are changed to account for the constants of all
+    removed channels. A branch that only adds constants to a sum is removed completely. Custom
     layers keep all channels. Every layer keeps at least one channel. `shrink_report` lists the dead
     channels that are kept, with reasons.
 
     Before the smaller model is returned, both models are run on random inputs and compared.
 
     Args:
-        model: a built Sequential or Functional model, which may contain such models. It is not
-            changed. Masks of a sparse model are applied in the smaller model.
+        model: Built Sequential or Functional model, which may contain other Sequential and
+            Functional models. It is not changed. Masks of a sparse model are applied in the smaller
+            model.
 
     Returns:
         A new Functional model that is not compiled. Layers keep their names, and layers of nested
-        models become layers of the new model. Custom layers, preprocessing layers and layers
-        without weights share their state with the given model. All other layers are copies.
+        models become layers of the new model. Layers are copies, except that custom layers,
+        preprocessing layers and layers without weights share their state with the given model.
 
     Raises:
-        TypeError: if `model` is not a Keras 3 model.
-        ValueError: if the model is not built, has its own `call` method, or cannot be run on random
+        TypeError: If `model` is not a Keras 3 model.
+        ValueError: If the model is not built, has its own `call` method, or cannot be run on random
             inputs.
-        RuntimeError: if the outputs differ by more than 1e-5 of their magnitude (2e-2 in half
+        RuntimeError: If the outputs differ by more than 1e-5 of their magnitude (2e-2 in half
             precision).
 
     Warns:
-        UserWarning: if no channel is dead.
+        UserWarning: If no channel is dead.
 
     Example:
         >>> small = keras_dst.shrink(keras_dst.strip(model))
@@ -126,13 +127,13 @@ def _vocabularies(model) -> dict[type, list]:
 
 
 def inference(model) -> Callable:
-    """Return the forward pass of a model without side effects, compiled if this is possible."""
+    """Return the forward pass of a model without side effects, compiled if possible."""
     variables = model.variables
 
     def forward(values, x):
         # The values are passed as arguments, because JAX would copy captured values into the
-        # compiled program as constants. The states of recurrent layers and random seeds do not
-        # advance in this scope.
+        # compiled program as constants. A stateless scope keeps the states of recurrent layers and
+        # random seeds unchanged.
         with keras.StatelessScope(state_mapping=list(zip(variables, values))):
             return model(x, training=False)
 
@@ -153,7 +154,7 @@ def inference(model) -> Callable:
 def _outputs(model, samples: list) -> list[np.ndarray]:
     """Return the outputs of a model for several inputs.
 
-    To limit memory, the model runs on one input at a time: Keras holds the outputs of all layers
+    The model runs on one input at a time to limit memory. Keras holds the outputs of all layers
     until the last layer has run.
     """
     run = inference(model)

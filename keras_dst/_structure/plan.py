@@ -16,24 +16,23 @@ class Plan:
     """Plan of the channels that can be removed from a model.
 
     Args:
-        model: a Sequential or Functional model, dense or sparse.
-        remove: whether to remove any channels. If False, `build` makes a dense copy of the model.
+        model: Sequential or Functional model, dense or sparse.
+        remove: Whether to remove any channels. If False, `build` makes a dense copy of the model.
             Defaults to True.
 
     Attributes:
-        all_handlers: one handler for every call of an operation, in the order of the calls.
-        handlers: the handlers of the calls that the outputs of the smaller model depend on.
-        names: a dict that maps the id of each operation to its name in the smaller model.
-        tied: ids of the operations that share a weight with another operation.
-        originals: a dict that maps the id of each variable of a dense copy to the corresponding
+        all_handlers: One layer handler for every call of an operation, in the order of the calls.
+        handlers: Layer handlers of the calls that the outputs of the smaller model depend on.
+        names: Dict that maps the id of each operation to its name in the smaller model.
+        tied: Ids of the operations that share a weight with another operation.
+        originals: Dict that maps the id of each variable of a dense copy to the corresponding
             variable of the given model.
-        pinned: a boolean array that is True for each union of coupled channels that cannot be
-            removed.
-        pin_reasons: a dict that maps the id of a union to the reason why its channels cannot be
-            removed.
-        removed: a boolean array that is True for each union of coupled channels that is removed.
-        kept_reasons: a dict that maps union ids to reasons, for unions that could be removed but
-            are kept.
+        pinned: Boolean array that is True for each set of coupled channels that cannot be removed.
+        pin_reasons: Dict that maps the id of a set of coupled channels to the reason why the
+            channels cannot be removed.
+        removed: Boolean array that is True for each set of coupled channels that is removed.
+        kept_reasons: Dict that maps the id of a set of coupled channels to a reason, for sets that
+            could be removed but are kept.
     """
 
     def __init__(self, model, remove: bool = True):
@@ -75,7 +74,7 @@ class Plan:
         return all(id(op) in needed for op in layers) and all(self.keeps(y).all() for y in outputs)
 
     def _needed_handlers(self) -> list[ChannelHandler]:
-        """Return the handlers of the calls that the outputs depend on."""
+        """Return the layer handlers of the calls that the outputs depend on."""
         needed = {id(x) for x in self.outputs}
         handlers = []
         for handler in reversed(self.all_handlers):
@@ -98,8 +97,10 @@ class Plan:
         return names
 
     def _couple_channels(self) -> np.ndarray:
-        """Couple all channels. Return a boolean array that is True for unions of channels that
-        cannot be removed."""
+        """Couple all channels.
+
+        Return a boolean array that is True for sets of channels that cannot be removed.
+        """
         unions = ChannelUnions()
         for x in self.inputs:
             x.ids = unions.new(x.channels)
@@ -130,8 +131,7 @@ class Plan:
         return pinned
 
     def _remove_unread_channels(self) -> None:
-        """Repeatedly remove groups of channels that no kept channel needs, until no more groups can
-        be removed."""
+        """Remove groups of channels that no kept channel needs, until no such group remains."""
         # A layer that is called several times needs the same channels in each call.
         known = {id(kernel.op) for kernel in self.kernels}
         others = [h for h in self.handlers if id(h.op) not in known]

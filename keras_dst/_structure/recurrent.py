@@ -14,8 +14,10 @@ from keras_dst._structure.unions import ChannelUnions, Member
 
 
 class Recurrent(KernelLayer):
-    """SimpleRNN, LSTM or GRU. The state of a unit whose weights are all zero stays at its initial
-    value, 0."""
+    """SimpleRNN, LSTM or GRU.
+
+    If all weights of a unit are zero, the state of the unit stays at its initial value, 0.
+    """
 
     @property
     def layer(self):

@@ -26,12 +26,12 @@ class ChannelReport:
     """Channels (units or filters) of one layer.
 
     Attributes:
-        layer: name of the layer in the smaller model.
-        type: class name of the layer.
-        before: number of channels.
-        after: number of channels that are kept, or 0 if the whole layer is removed.
-        reasons: a dict that maps each reason why dead channels are kept to the number of channels
-            that are kept for this reason.
+        layer: Name of the layer in the smaller model.
+        type: Class name of the layer.
+        before: Number of channels.
+        after: Number of channels that are kept, or 0 if the whole layer is removed.
+        reasons: Dict that maps each reason why dead channels are kept to the number of such
+            channels.
 
     Example:
         >>> keras_dst.shrink_report(model).layers[0].reasons
@@ -49,12 +49,12 @@ class GroupReport:
     """Channels that `shrink` removes together.
 
     Attributes:
-        layers: names of the layers that compute these channels.
-        chain: operations that couple these layers, such as `"conv3 → add_1 ← conv1"`, or an empty
+        layers: Names of the layers that compute the channels.
+        chain: Operations that couple the layers, such as `"conv3 → add_1 ← conv1"`, or an empty
             string if a single layer computes the channels.
-        before: number of channels.
-        after: number of channels that are kept.
-        reason: reason why no channel can be removed, or an empty string if every channel can be
+        before: Number of channels.
+        after: Number of channels that are kept.
+        reason: Reason why no channel can be removed, or an empty string if every channel can be
             removed.
 
     Example:
@@ -73,19 +73,19 @@ class ShrinkReport:
     """Result of `shrink_report`, which prints as a table.
 
     Attributes:
-        model: name of the model.
-        parameters_before: number of parameters of the given model.
-        parameters_after: number of parameters of the smaller model.
-        flops_before: FLOPs of the given model for one sample, or None if the FLOPs are unknown.
-            Multiplications by zeros are counted.
+        model: Name of the model.
+        parameters_before: Number of parameters of the given model.
+        parameters_after: Number of parameters of the smaller model.
+        flops_before: FLOPs of the given model for one sample, including multiplications by zeros,
+            or None if the FLOPs are unknown.
         flops_after: FLOPs of the smaller model for one sample, or None if the FLOPs are unknown.
-        latency_before: latency of the given model for one sample, in seconds on the current
+        latency_before: Latency of the given model for one sample, in seconds on the current
             backend, or None if the latency was not measured.
-        latency_after: latency of the smaller model for one sample, in seconds, or None if the
+        latency_after: Latency of the smaller model for one sample, in seconds, or None if the
             latency was not measured.
-        layers: the layers that compute new channels, such as `Dense` and `Conv2D`.
-        groups: the groups of channels that are removed together. The table shows only groups with
-        several layers.
+        layers: Layers that compute new channels, such as `Dense` and `Conv2D`.
+        groups: Groups of channels that are removed together. The printed table shows only groups
+        with several layers.
 
     Example:
         >>> print(keras_dst.shrink_report(model))
@@ -155,13 +155,13 @@ def shrink_report(model, latency: bool = False) -> ShrinkReport:
     """Report the channels that `shrink(model)` removes, and why other dead channels are kept.
 
     A channel, unit or filter is dead if its weights are all zero or if no layer reads it. If a dead
-    channel is kept, the reason names a layer that needs the channel: the first such layer between
-    the channel and the output. A second table lists the layers whose channels are removed together,
-    and the operations that couple these layers.
+    channel is kept, the reason names the first layer between the channel and the output that needs
+    the channel. A second table lists the layers whose channels are removed together, and the
+    operations that couple the layers.
 
     Args:
-        model: a built Sequential or Functional model, dense or sparse. It is not changed.
-        latency: whether to measure the latency of both models. The latency is the median of 50 runs
+        model: Built Sequential or Functional model, dense or sparse. It is not changed.
+        latency: Whether to measure the latency of both models. The latency is the median of 50 runs
             on one sample. The two models run alternately, and the current backend compiles them,
             except on PyTorch. Defaults to False.
 
@@ -169,10 +169,10 @@ def shrink_report(model, latency: bool = False) -> ShrinkReport:
         A `ShrinkReport`.
 
     Raises:
-        TypeError: if `model` is not a Keras 3 model.
-        ValueError: if the model is not built, has its own `call` method, or cannot be run on random
+        TypeError: If `model` is not a Keras 3 model.
+        ValueError: If the model is not built, has its own `call` method, or cannot be run on random
             inputs.
-        RuntimeError: if the outputs of the smaller model differ from the outputs of the given
+        RuntimeError: If the outputs of the smaller model differ from the outputs of the given
             model.
 
     Example:
@@ -182,7 +182,7 @@ def shrink_report(model, latency: bool = False) -> ShrinkReport:
 
 
 def shrink_and_report(model, latency: bool = False) -> tuple[keras.Model, ShrinkReport]:
-    """Return the smaller model and its report, which come from the same plan."""
+    """Return the smaller model and its report, which come from the same pruning plan."""
     plan, small = plan_and_build(model)
     before, after = dense_size(model), dense_size(small)
     times: list[float | None] = [None, None]

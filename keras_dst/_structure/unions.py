@@ -1,4 +1,4 @@
-"""Ids of channels, unions of coupled channels, and the variables that have these channels."""
+"""Ids of channels, sets of coupled channels (unions), and the variables that have the channels."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ class Member:
     """Variable of a layer, with the ids of the channels along each axis of the variable.
 
     Attributes:
-        variable: the Keras variable.
-        axes: a dict that maps negative axis numbers to the ids of the channels along these axes.
-            Axes without channels, such as the window of a convolution, are not listed.
-        output: the axis of the output channels, or None for variables without output channels. The
-            axis is -1 for kernels of `Dense` and of convolutions, and -2 for depthwise and
-            transposed kernels.
-        follows: True if the entries of pruned channels are set to zero in this variable, for
+        variable: The Keras variable.
+        axes: Dict that maps every axis with channels, as a negative number, to the ids of the
+            channels along the axis. Axes without channels, such as the window of a convolution, are
+            not listed.
+        output: Axis of the output channels, or None for variables without output channels. The axis
+            is -1 for kernels of `Dense` and of convolutions, and -2 for depthwise and transposed
+            kernels.
+        follows: True if the entries of pruned channels must be set to zero in the variable, for
             example in a bias. Pruned channels then output exactly zero. `follows` is False for
             kernels and for moving variances.
         shrinks: False if the variable keeps its size when channels are removed, as in layer
             normalization, which treats removed channels as zeros.
-        layer: the name of the layer.
+        layer: Name of the layer.
     """
 
     variable: Any
@@ -38,10 +39,10 @@ class Member:
 
 
 class ChannelUnions:
-    """Unions of coupled channels, and the reasons why some channels cannot be removed.
+    """Sets of coupled channels, and the reasons why some channels cannot be removed.
 
-    At first, every union contains a single channel. The method `couple` joins unions, and the
-    method `pin` prevents the removal of channels.
+    At first, every set contains a single channel. The method `couple` joins sets of channels, and
+    the method `pin` prevents the removal of channels.
     """
 
     def __init__(self):
@@ -57,7 +58,7 @@ class ChannelUnions:
         return np.arange(self._count - count, self._count)
 
     def units(self, layer, count: int) -> np.ndarray:
-        """Return the ids of a layer's units. All calls of the layer share these ids."""
+        """Return the ids of a layer's units. All calls of the layer share the same ids."""
         if id(layer) not in self._units:
             self._units[id(layer)] = self.new(count)
         return self._units[id(layer)]
@@ -66,7 +67,7 @@ class ChannelUnions:
         """Store `x` as an input of the layer, and return the inputs of all its calls that were
         analyzed so far.
 
-        The channels of these inputs are coupled, because the same weight reads them.
+        The channels of all inputs of a layer are coupled, because the same weight reads them.
         """
         tensors = self._called_on.setdefault(id(layer), [])
         tensors.append(x)
@@ -78,11 +79,11 @@ class ChannelUnions:
         self._edges.append((a, b))
 
     def pin(self, ids: np.ndarray, reason: str) -> None:
-        """Keep the channels with these ids, and store the reason."""
+        """Keep the channels with the given ids, and store the reason."""
         self._pinned.append((ids, reason))
 
     def roots(self) -> np.ndarray:
-        """Return, for every channel id, the smallest id of its union."""
+        """Return, for every channel id, the smallest id of its set of coupled channels."""
         roots = np.arange(self._count)
         if not self._edges:
             return roots
@@ -96,8 +97,10 @@ class ChannelUnions:
         return roots
 
     def reasons(self, roots: np.ndarray) -> dict[int, str]:
-        """Return a dict with the reason for each union whose channels cannot be removed. The key is
-        the smallest id in the union."""
+        """Return a dict that maps each set of channels that cannot be removed to the reason.
+
+        The keys of the dict are the smallest ids of the sets.
+        """
         found: dict[int, str] = {}
         for ids, reason in self._pinned:
             for root in np.unique(roots[ids]):

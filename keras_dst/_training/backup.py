@@ -23,11 +23,11 @@ _RECORD = "training.json"
 class BackupAndRestore(keras.callbacks.Callback):
     """Callback with which a training run can be resumed exactly, no matter when it was killed.
 
-    A resumed training run ends with the same weights as a run that was not killed. To achieve this,
-    the callback differs from `keras.callbacks.BackupAndRestore` in four ways:
+    A resumed training run ends with the same weights as a run that was not killed. The callback
+    differs from `keras.callbacks.BackupAndRestore` in four ways:
 
-    * Backups are atomic. If the process is killed, the folder contains one complete backup, either
-      the previous backup or the new backup.
+    * Backups are atomic. If the process is killed while a backup is written, the folder contains a
+      complete backup: the previous or the new backup.
     * A backup stores the weights together with the epoch and the batch at which they were saved.
     * Training resumes with the batch that follows the backup. The earlier batches of the epoch are
       read from the data and skipped.
@@ -41,7 +41,7 @@ class BackupAndRestore(keras.callbacks.Callback):
     batches after the backup.
 
     Args:
-        backup_dir: Folder that only this training run uses.
+        backup_dir: Folder of the backups, which no other training run uses.
         save_freq: `"epoch"`, or the number of batches between two backups. Defaults to `"epoch"`.
         delete_checkpoint: Whether the backup is deleted when training ends. Defaults to True.
 
@@ -82,7 +82,8 @@ class BackupAndRestore(keras.callbacks.Callback):
             self._restore()
 
     def on_epoch_begin(self, epoch, logs=None):
-        if self._epoch not in (None, epoch):  # All callbacks have processed the previous epoch.
+        # When a new epoch begins, all callbacks have processed the previous epoch.
+        if self._epoch not in (None, epoch):
             self._batch = 0
             if self._is_due("epoch"):
                 self._back_up(epoch, 0)
@@ -162,8 +163,8 @@ class BackupAndRestore(keras.callbacks.Callback):
             seeds, self._generator = list(record["seeds"]), record["generator"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"Expected {path} to be the record of a backup. The file has other content. "
-                f"Delete {self.backup_dir} to train from the beginning."
+                f"Expected {path} to be the record of a backup. Received: a file with other "
+                f"content. Delete {self.backup_dir} to train from the beginning."
             ) from error
         if model.optimizer is not None and not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
@@ -185,13 +186,12 @@ class BackupAndRestore(keras.callbacks.Callback):
             self._generator = None
 
     def _forget_start(self):
-        """Reset the epoch from which this `fit` resumed, because later fits would begin there
-        too."""
+        """Reset the epoch from which `fit` resumed, which does not apply to later fits."""
         _keras.set_initial_epoch(self.model, None)
         self._fit.skipped_batches = 0
 
 
 def _seeds(model) -> list:
-    """Return the seed states of layers such as Dropout. Keras does not save these states."""
+    """Return the seed states of layers such as Dropout. Keras does not save seed states."""
     known = {id(v) for v in [*model.weights, *model.metrics_variables]}
     return [v for v in model.variables if id(v) not in known]

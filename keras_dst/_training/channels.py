@@ -15,8 +15,8 @@ from keras_dst.masks import Layout, masked
 from keras_dst.methods import channels
 from keras_dst.methods.base import Method, UnitMethod
 
-# A variable that has channels along one axis: the variable, the axis, and the index of the channel
-# for each entry along this axis. The index is -1 for entries that are never pruned.
+# A variable that has channels along one axis: the variable, the axis, and the channel index of each
+# entry along the axis. The index is -1 for entries that are never pruned.
 Follower = tuple[Any, int, np.ndarray]
 
 
@@ -25,8 +25,8 @@ class Coupling(NamedTuple):
 
     Attributes:
         layouts: Axes and coupled channels of each weight.
-        followers: Trainable variables that are pruned with the channels: biases, and scales and
-            offsets of normalizations.
+        followers: Trainable variables that are pruned together with the channels: biases, and
+            scales and offsets of normalization layers.
         statistics: Moving means of batch normalizations, which are also pruned with the channels.
     """
 
@@ -45,7 +45,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
         model: Model that holds the weights.
         method: Method that prunes the weights.
         weights: Variables that the method prunes.
-        layouts: Axes of these variables.
+        layouts: Axes of the pruned variables.
 
     Raises:
         ValueError: If no channel can be pruned, or if the costs of the channels are unknown.
@@ -64,7 +64,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
     may_be_alone = method.learned and counts_channels
     if not has_graph and method.groups is None:
         return alone if may_be_alone else _uncoupled(model, method, layouts)
-    # These imports are delayed, because most training runs need no groups of channels.
+    # Delay the imports, because most training runs need no groups of channels.
     from keras_dst._structure.coupling import CoupledChannels, channel_groups
     from keras_dst._training.named_groups import with_named_groups
 
@@ -118,7 +118,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
 
 
 def _makes_channel(member, ids: np.ndarray) -> bool:
-    """Return whether a variable has at least one of these channels along its output axis."""
+    """Return whether a variable has a pruned channel along its output axis."""
     return member.output is not None and bool(np.isin(member.axes[member.output], ids).any())
 
 
@@ -169,7 +169,7 @@ def _warn_of_coupled_layers(model, method: Method) -> None:
             f"{method!r} learns which channels of each layer it keeps, and layers of "
             f"'{model.name}' have coupled channels: {'; '.join(chains[:3])}"
             f"{'; ...' if len(chains) > 3 else ''}. `shrink` removes only the channels that are "
-            "pruned in all of these layers. To remove more channels, use a method that ranks "
+            "pruned in all coupled layers. To remove more channels, use a method that ranks "
             "coupled channels together, such as Magnitude, or DST with granularity='unit'.",
             stacklevel=2,
         )

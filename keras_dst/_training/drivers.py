@@ -76,12 +76,13 @@ def couple_channels(model, optimizer: SparseOptimizer | None = None) -> None:
     """Tell the optimizer which channels of a model are pruned together with `pattern="channel"`.
 
     The `SparseTraining` callback calls this function when `fit` begins. A training loop without the
-    callback calls this function before the first step. Without this call, the optimizer ranks the
-    channels of each layer separately. Call this function again after the last step, so that the
-    moving means of removed channels are set to 0. On JAX, an optimizer step cannot set moving
-    means.
+    callback calls this function before the first step. Without a call of `couple_channels`, the
+    optimizer ranks the channels of each layer separately. Call `couple_channels` again after the
+    last step, to set the moving means of removed channels to 0. An optimizer step on JAX cannot set
+    moving means.
 
-    Groups of channels are not saved, so call the function again after a model is loaded.
+    Groups of channels are not saved with a model, so call `couple_channels` again after the model
+    is loaded.
 
     Args:
         model: Built Keras model.
@@ -169,11 +170,11 @@ def _check_kernels(model, optimizer: SparseOptimizer) -> None:
 
 
 def _optimizer_of(model, variables):
-    """Return an optimizer that trains at least one of these variables of a model.
+    """Return an optimizer of a model that trains at least one of the given variables.
 
-    The model may have several such optimizers if it has its own `train_step`. Every optimizer
-    counts its steps. If no optimizer is built yet, all step counters are 0, and the function
-    returns an arbitrary optimizer of the model.
+    A model with its own `train_step` may have several optimizers, and each optimizer counts its own
+    steps. If no optimizer is built yet, all step counters are 0, and the function returns an
+    arbitrary optimizer of the model.
     """
     optimizers = optimizers_of(model)
     if not optimizers:
@@ -255,8 +256,8 @@ def _compiled_functions(method, layouts, shapes):
 
 
 class Driver:
-    """Driver of one pruning method. At the steps of the method's schedule, the driver updates the
-    masks and other states of all weights that the method prunes."""
+    """Driver of one pruning method. A driver updates the masks and other states of all weights that
+    the method prunes, at the steps of the method's schedule."""
 
     def __init__(self, model, method, weights, states, layouts, names):
         self.model, self.method = model, method
@@ -269,7 +270,7 @@ class Driver:
         self.clock: Any = None  # None while the length of training is unknown.
         self._update, self._kept = _compiled_functions(method, tuple(layouts), tuple(self.shapes))
         # For each weight, the cost of one entry, such as its FLOPs. The target sparsity is a
-        # fraction of the total cost. The value is None if all entries have the same cost.
+        # fraction of the total cost. None means that all entries have the same cost.
         self.costs: list[float] | None = None
         self.groups = channels.groups_of(layouts)
         self.followers: list[Follower] = []
@@ -303,7 +304,7 @@ class Driver:
         """Prune the weights again, with a warning, if a callback assigned less sparse weights.
 
         Args:
-            batches: Number of batches of this fit.
+            batches: Number of batches that the current `fit` has trained.
             expected: Sparsity that training had reached before the callback assigned the weights,
                 as returned by `reached()`.
         """
@@ -327,7 +328,7 @@ class Driver:
         return self.reached()
 
     def _prune(self, batches: int) -> None:
-        """Prune the weights to the sparsity of the schedule after this number of batches."""
+        """Prune the weights to the sparsity that the schedule has after `batches` batches."""
 
     def measured_sparsity(self) -> float:
         """Return the current fraction of zeros among the weights that the forward pass uses."""
@@ -346,9 +347,9 @@ class Driver:
 
         Args:
             length: Number of steps of the schedule, or None if unknown.
-            fit: Number of steps in this call of `fit`, or None if unknown.
+            fit: Number of steps in the current call of `fit`, or None if unknown.
             epoch: Number of steps in an epoch, or None if unknown.
-            done: Number of steps of this `fit` that were already trained before an interruption.
+            done: Number of steps of the current `fit` that were trained before an interruption.
                 Defaults to 0.
         """
         self.set_active(True)
@@ -361,7 +362,7 @@ class Driver:
         self.total = total or length
         self._plan(fit, epoch)
         self.write_progress(self.last, self.total or 0)
-        # In a resumed training run, the mask update of this step took place before the
+        # In a resumed training run, the mask update of the current step took place before the
         # interruption.
         if self.clock and self.last == 0 and not self.method.learned:
             self.advance(0)
@@ -370,7 +371,7 @@ class Driver:
         """Set the length of the schedule, which becomes known after the first epoch."""
         if self.schedule is None or self.total is not None:
             return
-        late = self.clock is None  # Masks were not updated at step 0.
+        late = self.clock is None  # Without a clock, no mask was updated at step 0.
         self.total = length
         self._plan(fit, epoch)
         self.write_progress(self.start + batches, length)
@@ -400,11 +401,10 @@ class Driver:
         return self.clock.is_due(self.last, step) or any(self.last < end <= step for end in ends)
 
     def advance(self, batches: int) -> None:
-        """Update the masks to the sparsity that is scheduled after this many batches of the current
-        `fit`."""
+        """Update the masks to the scheduled sparsity after `batches` batches of `fit`."""
         step = self.last = self.start + batches
         # A method with learned thresholds or scores receives its final target one update early,
-        # because its weights need time to reach this target.
+        # because its weights need time to reach the target.
         ahead = self.clock.period if self.method.learned else 0
         target = self.schedule.at(step + ahead, self.total)
         done = min(1.0, step / max(self.total or self.clock.last, 1))
@@ -459,7 +459,7 @@ class Driver:
                 )
             return
         if abs(reached - target) > self.tolerance and self.method.learned:
-            self.project()  # Keras assigned averaged weights (EMA) after the last step.
+            self.project()  # Keras has assigned averaged weights (EMA) after the last step.
             reached = self.reached()
         if self.masks_assigned and reached > target:
             return  # A callback assigned weights that are sparser than the target.
@@ -478,7 +478,7 @@ class Driver:
         """Return whether the final target is reached or exceeded.
 
         Args:
-            reached: Return value of `reached()`, if the caller has already called this function.
+            reached: Return value of `reached()`, if the caller has already called `reached()`.
                 Defaults to None.
         """
         reached = self.reached() if reached is None else reached
@@ -511,8 +511,8 @@ class Driver:
     def measure(self) -> tuple[float, float]:
         """Return how many entries all masks together currently keep, and the result of `reached()`.
 
-        This function computes the masks only once. If no channels are coupled, this function
-        synchronizes with the device only once.
+        This function computes the masks only once. If no channels are coupled, the host waits for
+        the device only once.
         """
         found, alive = self._kept(*self._values())
         counts = ops.convert_to_numpy(found).tolist()
@@ -549,12 +549,12 @@ class Driver:
         return ops.convert_to_tensor(counts, "int32")
 
     def set_active(self, active: bool) -> None:
-        """Tell the layers or the optimizer whether this driver is active."""
+        """Tell the layers or the optimizer whether a training callback updates their masks."""
         self.active: object = active_fit(self.model) if active else False
 
 
 class LayerDriver(Driver):
-    """Driver of the layers that share one method."""
+    """Driver that updates the masks of all layers that share one method."""
 
     def __init__(self, model, layers: list[Any]):
         self.layers = layers
@@ -580,8 +580,8 @@ class LayerDriver(Driver):
             self.costs = [c for c in costs if c is not None] or None
 
     # The optimizer counts the steps, and its counter is part of every checkpoint. A sparse layer
-    # stores the current step together with the counter of the optimizer at this step. With these
-    # two numbers, counting continues correctly even if `compile` has reset the counter.
+    # stores a pair: a step, and the optimizer's counter at that step. The stored pair lets counting
+    # continue correctly even if `compile` has reset the counter.
 
     def _iterations(self) -> int:
         optimizer = _optimizer_of(self.model, self.weights)
@@ -594,7 +594,8 @@ class LayerDriver(Driver):
         return step + max(0, self._iterations() - counter) if total else 0, total
 
     def write_progress(self, step, total):
-        # The host waits for the device to read the counter, so read it once for all weights.
+        # Reading the counter makes the host wait for the device, so read the counter once for all
+        # weights.
         progress = np.array([step, self._iterations(), total], "int32")
         for state in self.states:
             state["progress"].assign(progress)
@@ -712,9 +713,9 @@ class OptimizerDriver(Driver):
             return
         kept = sum(map(_count, masks))
         if sum(map(_count, nonzero)) <= kept + self.tolerance * self.size:
-            # The weights are as sparse as the masks, but were trained with other masks. The weights
-            # may even be sparser than the masks, because the weights that RigL and SET grow start
-            # at 0.
+            # The assigned weights are as sparse as the masks, but were trained with other masks.
+            # The assigned weights may even be sparser, because the weights that RigL and SET grow
+            # start at 0.
             self.masks_assigned = True
             for state, mask in zip(self.states, nonzero):
                 self.optimizer.assign(state["mask"], mask)

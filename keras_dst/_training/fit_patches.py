@@ -1,11 +1,12 @@
 """All attributes that a running `fit` replaces on a model, and the clean-up that restores them.
 
-Keras calls no hook when `fit` raises an exception. However, `fit` keeps the logs of the last step
-in a local variable. The patched training step therefore returns logs that hold a token. Python
-frees the logs when `fit` ends, whether `fit` returns or raises. The finalizer of the token then
-restores the model. While an exception is handled, its traceback keeps the local variables of `fit`
-alive. Until Python frees this exception, the patched methods stay on the model. The patched methods
-behave like the original methods, except that files are written atomically.
+Keras calls no hook when `fit` raises an exception. However, Keras's `fit` keeps the logs of the
+last step in a local variable. The patched training step therefore returns logs that hold a token.
+Python frees the logs when `fit` ends, whether `fit` returns or raises. The finalizer of the token
+then restores the attributes of the model. While an exception is handled, its traceback keeps the
+local variables of `fit` alive. Until Python frees the exception, the patched methods stay on the
+model. The patched methods behave like the original methods, except that files are written
+atomically.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ class ActiveFit:
 
     `bool()` of the object is False after `fit` has ended.
 
-    Under `fit`, the patches are applied at the first training step. An exception before this step
-    leaves the model unchanged. In a custom training loop, the patches are applied when the first
-    epoch begins. The patches are undone when training ends or begins again.
+    Under `fit`, the patches are applied at the first training step. An exception before the first
+    training step leaves the model unchanged. In a custom training loop, the patches are applied
+    when the first epoch begins. The patches are undone when training ends or begins again.
 
     Attributes:
         skipped_batches: Number of batches that the first epoch draws without training on them.
@@ -112,17 +113,20 @@ class ActiveFit:
             self._apply()
 
     def skip(self, batches: int) -> None:
-        """Draw this number of batches from the data without training on them."""
+        """Draw `batches` batches from the data without training on them."""
         self._to_skip = batches
         self.guard_step()
 
     @property
     def is_patched(self) -> bool:
-        """Whether a callback has registered patches. Batches to skip do not count as patches."""
+        """Whether a callback has registered patches.
+
+        A request to skip batches does not count as a patch.
+        """
         return bool(self._patches or self._drivers)
 
     def restore(self) -> None:
-        """Undo the patches. The next training step of this `fit` applies the patches again."""
+        """Undo the patches until the next training step of the running `fit`."""
         applied, self._applied = self._applied, None
         for patch, replacement, before in reversed(applied or ()):
             own = vars(patch.owner)
@@ -157,10 +161,10 @@ class ActiveFit:
             _keras.restore_jax_state(self.model, *arguments)
             callback = idle[0].method.driver
             raise ValueError(
-                "This model was compiled for training with the "
+                "The model was compiled for training with the "
                 f"{callback.split('.')[-1]} callback. Fit with callbacks=[{callback}()]."
             )
-        if not self:  # This `fit` runs without any keras_dst callback.
+        if not self:  # The running `fit` has no keras_dst callback.
             return step(*arguments)
         try:
             self._apply()
@@ -175,7 +179,7 @@ class ActiveFit:
     def _with_token(self, logs):
         """Return the logs of a training step, with a token added.
 
-        When `fit` ends, the token is deleted.
+        Python deletes the token when `fit` ends.
         """
         if not isinstance(logs, dict):
             return logs
@@ -201,7 +205,7 @@ class ActiveFit:
 
 class _Token:
     """Object that only the logs of a training step refer to. When the logs are freed, Python also
-    deletes this object."""
+    deletes the object."""
 
 
 class _Logs(dict):

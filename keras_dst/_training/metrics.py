@@ -23,7 +23,7 @@ def is_worst_value(value: float) -> bool:
 def direction_of_metric(model, name: str) -> str | None:
     """Return `"min"` or `"max"`, the direction in which a metric in the logs improves.
 
-    Return None if the compiled metric does not define its direction.
+    The result is None if the compiled metric does not define its direction.
     """
     if name == "loss" or name.endswith("_loss"):
         return "min"

@@ -32,8 +32,9 @@ def with_named_groups(
         layouts: Dict from the id of every weight that the method prunes to the axes of the weight.
 
     Raises:
-        ValueError: If a name matches no layer or weight. If the weights of a group have different
-            numbers of channels. If a weight occurs twice, or if the graph determines its channels.
+        ValueError: If a name matches no layer or weight, or if a weight occurs twice. A ValueError
+            is also raised if the weights of a group have different numbers of channels, or if the
+            graph determines the channels of a weight.
     """
     known = {id(member.variable) for member in coupled.members}
     groups, members, count = list(coupled.groups), list(coupled.members), coupled.count
@@ -46,7 +47,7 @@ def with_named_groups(
                 raise ValueError(
                     "groups: expected every weight once, and only weights whose channels are not "
                     f"known from the graph of the model. Received: {member.variable.path}. "
-                    "Remove this weight or its layer from groups."
+                    "Remove the weight or its layer from groups."
                 )
             known.add(id(member.variable))
         widths = {m.variable.path: m.variable.shape[axis] for m in found for axis in m.axes}

@@ -22,19 +22,20 @@ _BINS = 64  # Number of bins of a histogram.
 class SparsityTensorBoard(keras.callbacks.Callback):
     """Callback that writes density, mask changes and learned states for TensorBoard.
 
-    The callback writes these values for every pruned weight, where `<path>` is the weight's path:
+    The callback writes the following values for every pruned weight, where `<path>` is the weight's
+    path:
 
     * `density/<path>`: Fraction of the weight's entries that the mask keeps. `density` is the kept
       fraction of all weights together.
     * `mask_changes/<path>`: Fraction of the mask that has changed since the previous record, or
-      since the first step of this `fit`. `mask_changes` is the changed fraction of all masks
+      since the first step of the current `fit`. `mask_changes` is the changed fraction of all masks
       together.
     * `threshold/<path>` (DST), `flips/<path>` of the kept weights (FlipOut), `scores/<path>`
       (OptG), and `gate/<path>` (Consensus; a gate below 0.5 is closed). Arrays are written as
       histograms of their finite values.
 
     At the end of an epoch, the callback also writes the logs of `fit` as `epoch/<name>`, because
-    Keras's own TensorBoard callback needs TensorFlow. Put this callback after `SparseTraining`. If
+    Keras's own TensorBoard callback needs TensorFlow. Put the callback after `SparseTraining`. If
     several processes train one model, pass the callback to one process only.
 
     Args:
@@ -108,7 +109,7 @@ class SparsityTensorBoard(keras.callbacks.Callback):
     # --------------------------------------------------------------------------------------------
 
     def _iterations(self) -> int:
-        _ = self.model  # On JAX, reading this property updates the variables during `fit`.
+        _ = self.model  # On JAX, reading the property updates the variables during `fit`.
         return int(ops.convert_to_numpy(self.model.optimizer.iterations))
 
     def _read_masks(self) -> dict[str, np.ndarray]:

@@ -20,7 +20,7 @@ _CLASSES = (
     losses.categorical_focal_crossentropy,
 )
 _BINARY = (losses.binary_crossentropy, losses.binary_focal_crossentropy)
-_EPSILON = 1e-7  # Keras's losses clip probabilities to the same value before the logarithm.
+_EPSILON = 1e-7  # Lower bound at which Keras's losses clip probabilities before the logarithm.
 
 
 class TwoPathLoss:
@@ -36,7 +36,7 @@ class TwoPathLoss:
             on the last axis. The function returns the divergence of every entry. If None, the loss
             has no divergence term.
         on_trace: Function that is called each time Keras traces a training step.
-        inner: Original `compute_loss` method, which this object replaces.
+        inner: Original `compute_loss` method, which `TwoPathLoss` replaces.
         takes_training: Whether `inner` takes the argument `training`.
 
     Raises:
@@ -108,24 +108,22 @@ class TwoPathLoss:
 
 
 def check_rematerialization(model) -> None:
-    """Raise ValueError if a backward pass would run layers again without knowing which of the two
-    paths to use."""
+    """Raise ValueError if a layer runs again in the backward pass, where its path is unknown."""
     if keras.backend.backend() != "jax" and any(
         _keras.is_rematerialized(layer) for layer in _keras.flatten_layers(model)
     ):
         raise ValueError(
             "Expected a model without RematScope. Received a model with layers that were created "
-            "under RematScope. The backward pass calls these layers a second time, and this call "
-            "cannot tell whether the pruned path or the full path is computed. Build the model "
-            "without RematScope, or use JAX."
+            "under RematScope. The backward pass calls the layers a second time, and cannot tell "
+            "the pruned path from the full path. Build the model without RematScope, or use JAX."
         )
 
 
 class _Divergence(losses.Loss):
     """The divergence between two paths, as a Keras loss that is reduced like a cross-entropy.
 
-    Keras weights the entries of this loss by the sample weights and the mask of the outputs, like
-    the entries of the cross-entropy.
+    Keras weights the divergence by the sample weights and the mask of the outputs, like the
+    cross-entropy.
     """
 
     def __init__(self, divergence, crossentropy):
@@ -139,7 +137,8 @@ class _Divergence(losses.Loss):
         logits = (class_logits(self.crossentropy, outputs) for outputs in (y_pred, y_true))
         entries = self.divergence(*logits)
         if _kind(self.crossentropy) is _BINARY and len(entries.shape):
-            return ops.mean(entries, axis=-1)  # `BinaryCrossentropy` also takes this mean.
+            # `BinaryCrossentropy` also takes the mean over the last axis.
+            return ops.mean(entries, axis=-1)
         return entries
 
 
@@ -169,7 +168,7 @@ def class_logits(loss, outputs: Tensor) -> Tensor:
 
     Returns:
         A float32 tensor. The logits of each entry may differ from the true logits by a constant,
-        because a cross-entropy does not depend on this constant.
+        which does not change a cross-entropy.
     """
     outputs = ops.cast(outputs, "float32")
     from_logits = getattr(loss, "from_logits", False)

@@ -47,7 +47,7 @@ def as_path(path, name: str) -> pathlib.Path:
 
 
 def check_writable(path: pathlib.Path, extension: str = "") -> None:
-    """Raise an error if a file cannot be written to this path, or if it could replace a model file.
+    """Raise an error if no file can be written to `path`, or if a model file could be replaced.
 
     Args:
         path: Path of the new file.
@@ -55,7 +55,7 @@ def check_writable(path: pathlib.Path, extension: str = "") -> None:
             that any extension is allowed.
 
     Raises:
-        OSError: If no file can be written to this path.
+        OSError: If no file can be written to `path`.
         ValueError: If the extension of the path belongs to another type of model file.
     """
     if extension and path.suffix.lower() in _MODELS - {extension}:

@@ -18,7 +18,7 @@ _NOT_PRUNED = re.compile(
 
 
 def is_kernel(variable) -> bool:
-    """Return whether a variable is a kernel: at least two axes, float or int8, and not a bias."""
+    """Return whether a variable is a kernel: float or int8, two or more axes, and not a bias."""
     return (
         len(variable.shape) >= 2
         and bool(re.search("float|^int8$", keras.backend.standardize_dtype(variable.dtype)))
@@ -53,8 +53,8 @@ def select(
         filters: A name, a regular expression that matches a whole name, or a list of names and
             expressions. A function that receives an item and returns a bool is also accepted. None
             selects all items.
-        names: All names by which each item can be selected. Error messages show only the first of
-            these names.
+        names: All names by which each item can be selected. Error messages show only the first
+            name.
         argument: Name of the argument in which the user passed the filter, for error messages.
             Defaults to "filters".
 

@@ -16,12 +16,12 @@ def accepted_size(draw: Callable[[int], Any], run: Callable[[Any], Any], fix: st
     strides require a minimum size of images.
 
     Args:
-        draw: function that returns random inputs in which all unknown sizes have the given value.
-        run: function that runs the model on inputs.
-        fix: part of the error message that says how to avoid the error.
+        draw: Function that returns random inputs in which all unknown sizes have the given value.
+        run: Function that runs the model on inputs.
+        fix: Last part of the error message, which says how to avoid the error.
 
     Raises:
-        ValueError: if the model accepts none of the sizes.
+        ValueError: If the model accepts none of the sizes.
     """
     first: Exception | None = None
     for size in (OPEN_SIZE, *_OTHER_SIZES):

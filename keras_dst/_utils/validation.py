@@ -65,9 +65,10 @@ def check_integer(value, name: str, minimum: int | None = 1) -> int:
     """Check that `value` is a whole number of at least `minimum`, and return it as an int.
 
     Args:
-        value: Argument to check. Integers of NumPy are accepted. Booleans are not.
+        value: Argument to check. NumPy integers are accepted. Booleans are not.
         name: Name of the argument, for the error message.
-        minimum: Smallest accepted value. The value None accepts all whole numbers. Defaults to 1.
+        minimum: Smallest accepted value. None means that all whole numbers are accepted. Defaults
+            to 1.
 
     Raises:
         ValueError: If `value` is not a whole number or is less than `minimum`.

@@ -1,4 +1,4 @@
-"""Export of Keras models to ``.tflite`` files with sparse weights, and checks of such files."""
+"""Export Keras models to ``.tflite`` files with sparse weights, and check ``.tflite`` files."""
 
 from keras_dst.export.findings import Finding, LintReport
 from keras_dst.export.linter import lint

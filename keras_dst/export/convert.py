@@ -1,10 +1,10 @@
 """Convert a Keras 3 model on any backend to dense ``.tflite`` files, in float32 or int8.
 
-The conversion always uses TensorFlow's converter. This converter folds batch normalization into the
-weights, supports a dynamic batch size, and stores all variables as constants. If Keras runs on
-another backend, the model is saved as a ``.keras`` file. A second Python process with the
-TensorFlow backend converts this file with the command
-``python -m keras_dst.export.convert FOLDER float32``.
+The conversion always uses TensorFlow's converter. TensorFlow's converter folds batch normalization
+into the weights, supports a dynamic batch size, and stores all variables as constants. If Keras
+runs on another backend, the model is saved as a ``.keras`` file. A second Python process with the
+TensorFlow backend then converts the ``.keras`` file with the command ``python -m
+keras_dst.export.convert FOLDER float32``.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _CALL_FIX = (
     "write the code of your own layers and Lambda layers with keras.ops, which runs on every "
     "backend, instead of functions of JAX, PyTorch or NumPy"
 )
-# Maps the name of a TensorFlow op to the Keras operations that are converted to this op.
+# Maps the name of a TensorFlow op to the Keras operations that are converted to the op.
 _PART_OF = {"BitwiseAnd": "keras.ops.argmax and argmin"}
 
 # Maximum numbers of lines and columns of the converter's log that an error message shows.
@@ -96,21 +96,21 @@ def conversions(
 ) -> list[bytes]:
     """Convert a built Keras 3 model to dense ``.tflite`` files, one for each entry of ``kinds``.
 
-    The model is not changed. If it contains sparse layers, a stripped copy is converted.
+    The model is not changed. If the model contains sparse layers, a stripped copy is converted.
 
     Args:
-        model: a built Keras 3 model.
-        kinds: kinds of the files, one string per file. ``"float32"`` means float32 weights and ops,
-            ``"dynamic"`` means int8 weights, and ``"int8"`` means int8 weights and integer ops.
+        model: A built Keras 3 model.
+        kinds: Kinds of the files, one string per file. ``"float32"`` means float32 weights and ops.
+            ``"dynamic"`` means int8 weights. ``"int8"`` means int8 weights and integer ops.
 
             ``"integer"`` is like ``"int8"``, but the inputs and outputs are also int8.
-        signature: descriptions of the inputs that the files have. Defaults to all inputs of the
+        signature: Descriptions of the inputs that the files have. Defaults to all inputs of the
             model.
-        samples: samples on which the ranges of activations are measured, for ``"int8"`` and
+        samples: Samples on which the ranges of activations are measured, for ``"int8"`` and
             ``"integer"``.
 
     Raises:
-        ExportError: the model could not be converted. The message names the op or the layer that
+        ExportError: If the model could not be converted. The message names the op or the layer that
             failed.
     """
     signature = signature or signature_of(model)
@@ -153,8 +153,8 @@ def _convert_file(
     """Load and strip the ``model.keras`` of a folder, and write one ``.tflite`` file per kind."""
     with _names_for_lambdas():
         with _step("load"), keras.saving.custom_object_scope(custom_objects):
-            # safe_mode protects against untrusted files. Here, safe_mode is off, because the file
-            # was written by this process or its parent process.
+            # Turn safe_mode off, because the file was written by this process or its parent
+            # process.
             model = keras.saving.load_model(folder / "model.keras", compile=False, safe_mode=False)
             strip(model)
         _convert(model, folder, kinds, signature, arrays)
@@ -171,7 +171,7 @@ def _custom_objects(model: keras.Model) -> dict[str, Any]:
 
 
 def _import(module: str, name: str) -> Any:
-    """Import an object from a module by its qualified name. Return None if the import fails."""
+    """Import an object from a module by its qualified name, or return None if the import fails."""
     try:
         return functools.reduce(getattr, name.split("."), importlib.import_module(module))
     except Exception:  # An import runs the user's code, which may raise any error.
@@ -233,8 +233,7 @@ def _convert(
 def _calibration_batches(specs: list[InputSpec], arrays: list) -> Iterator[dict[str, np.ndarray]]:
     """Yield the batches for the calibration, as dicts by input name.
 
-    If the model has a fixed batch size, each batch has this size. Otherwise, a batch has one
-    sample.
+    Each batch has the fixed batch size of the model, or one sample if the batch size is dynamic.
     """
     present = [(spec, array) for spec, array in zip(specs, arrays) if spec.present]
     size = max(spec.shape[0] or 1 for spec, _ in present)
@@ -267,7 +266,8 @@ def _convert_in_second_python(
     environment = {
         **os.environ,
         "KERAS_BACKEND": "tensorflow",
-        "CUDA_VISIBLE_DEVICES": "-1",  # Use no GPU: the parent process may hold all its memory.
+        # Use no GPU, because the parent process may hold all memory of the GPU.
+        "CUDA_VISIBLE_DEVICES": "-1",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # Import the user's modules.
     }
     done = subprocess.run(
@@ -333,7 +333,7 @@ def _logs_to(stream: IO[str]) -> Iterator[None]:
         for handler, own in zip(handlers, before):
             handler.setStream(own)
         # A message that was logged inside the context may have added a handler to the root logger.
-        # Remove this handler, because it writes to `stream`.
+        # Remove the added handler, because it writes to `stream`.
         for new in logging.root.handlers[:]:
             if isinstance(new, logging.StreamHandler) and new.stream is stream:
                 logging.root.removeHandler(new)
@@ -374,7 +374,7 @@ def _conversion_error(failure: _Failure, layers: Collection[str]) -> ExportError
 def _unsupported_ops(output: str, layers: Collection[str]) -> list[str]:
     """Return the unsupported ops that the converter's log lists, with their layers and types.
 
-    For each op, the text contains the path of the op and the innermost layer on this path.
+    For each op, the text contains the path of the op and the innermost layer on the path.
     """
     found: dict[str, str] = {}
     for line in output.splitlines():

@@ -19,7 +19,7 @@ def load(source: bytes | str | os.PathLike[str]) -> bytes:
     """Return the content of a ``.tflite`` file that is given as a path or as bytes.
 
     Raises:
-        ValueError: the content is not a ``.tflite`` file, or it is damaged.
+        ValueError: If the content is not a ``.tflite`` file, or it is damaged.
     """
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
     name = "the bytes given" if isinstance(source, bytes) else str(source)
@@ -69,7 +69,7 @@ def shape(tensor: schema.TensorT) -> tuple[int, ...]:
 def values(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
     """Return the dense values of a constant.
 
-    Return None for computed tensors and for unsupported types.
+    The result is None for computed tensors and for unsupported types.
     """
     data, dtype = stored(model, tensor), getattr(np, type_name(tensor), None)
     if data is None or dtype is None:
@@ -88,7 +88,7 @@ def unpack(tensor: schema.TensorT, entries: np.ndarray) -> np.ndarray:
     sparsity, rank = tensor.sparsity, len(shape(tensor))
     # Position of each entry of the tensor in the array of stored values.
     positions = np.zeros(1, np.int64)
-    # One array per visited axis, which contains the index of each entry along this axis.
+    # One array per visited axis, which contains the index of each entry along the axis.
     found: list[np.ndarray] = []
     for axis in sparsity.dimMetadata:
         if axis.format == schema.DimensionType.DENSE:

@@ -1,7 +1,7 @@
 """Change the storage formats of the weight tensors inside a ``.tflite`` file.
 
-The module edits the flatbuffer of the file directly. Therefore, this module can edit the files of
-any converter and does not need TensorFlow.
+The module edits the flatbuffer of the file directly. Editing works for the files of any converter,
+and does not need TensorFlow.
 
 Source: ``SparsityParameters`` in the TensorFlow Lite schema,
 https://github.com/tensorflow/tensorflow/blob/master/tensorflow/compiler/mlir/lite/schema/schema.fbs
@@ -51,12 +51,12 @@ class Format:
     """Storage format of a weight tensor, and how ops read the weight.
 
     Attributes:
-        block: number of consecutive values along the last axis that form a block. Only blocks with
+        block: Number of consecutive values along the last axis that form a block. Only blocks with
             nonzero values are stored. A block size of 1 means CSR, and 0 means dense storage.
-        unpack: whether DENSIFY and DEQUANTIZE ops compute a dense float weight once, when the file
-            is loaded. Otherwise the op reads the stored weight directly.
-        int8: whether the values are quantized to int8. Defaults to False.
-        im2col: whether CONV_2D is replaced by FULLY_CONNECTED, the only op that reads a sparse
+        unpack: Whether DENSIFY and DEQUANTIZE ops compute a dense float weight once, when the file
+            is loaded. False means that ops read the stored weight directly.
+        int8: Whether the values are quantized to int8. Defaults to False.
+        im2col: Whether CONV_2D is replaced by FULLY_CONNECTED, the only op that reads a sparse
             weight directly. Defaults to False.
     """
 
@@ -73,7 +73,7 @@ class Format:
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """Constant of a model: a buffer, its tensors, and the ops that read these tensors.
+    """Constant of a model: a buffer, its tensors, and the ops that read the tensors.
 
     ``readers`` lists a pair ``(op name, index of the input)`` for each op that reads one of the
     tensors. If a tensor is an output of the graph, ``readers`` also contains the pair ``("OUTPUT",
@@ -119,7 +119,7 @@ def weights(model: schema.ModelT) -> list[Weight]:
 def constant(model: schema.ModelT, tensor: schema.TensorT) -> np.ndarray | None:
     """Return the values of a dense constant.
 
-    Return None for computed tensors, sparse tensors and unsupported data types.
+    The result is None for computed tensors, sparse tensors and unsupported data types.
     """
     data = stored(model, tensor)
     if data is None or tensor.sparsity is not None or tensor.type not in _NUMPY:
@@ -135,7 +135,7 @@ def pack(values: np.ndarray, block: int) -> tuple[schema.SparsityParametersT, np
     """
     *outer, width = values.shape
     if width % block:
-        # TensorFlow's converter does not check the block size: it silently drops the last values.
+        # TensorFlow's converter does not check the block size and silently drops the last values.
         raise ValueError(
             f"Expected the last axis to be a multiple of the block size {block}. "
             f"Received: {width}. Fix: use a block size of 1."
@@ -161,14 +161,13 @@ def encode(content: bytes, formats: Mapping[int, Format]) -> bytes:
     """Return a copy of a ``.tflite`` file in which some weights have another storage format.
 
     Args:
-        content: bytes of a ``.tflite`` file whose weights are all dense.
-        formats: dict from the buffer index of a weight (`Weight.buffer`) to its new format. All
+        content: Bytes of a ``.tflite`` file whose weights are all dense.
+        formats: Dict from the buffer index of a weight (`Weight.buffer`) to its new format. All
             other weights keep their format.
 
     Raises:
-        ValueError: the runtime would misread a weight. Examples are a sparse weight that an op
-            other than FULLY_CONNECTED reads directly, and a block size that does not divide the
-            last axis of the weight.
+        ValueError: If the runtime would misread a weight. For example, the runtime misreads a
+            sparse weight that an op other than FULLY_CONNECTED reads directly.
 
     Example:
         >>> content = encode(content, {w.buffer: Format(1, True) for w in weights(read(content))})
@@ -303,7 +302,7 @@ def _unpack(
 
 
 def _computed_copy(tensor: schema.TensorT, suffix: str) -> schema.TensorT:
-    """Copy a tensor without its stored values, because an op will compute these values."""
+    """Copy a tensor without its stored values, because an op will compute the values."""
     computed = copy.copy(tensor)
     computed.name = f"{text(tensor.name)}/{suffix}"
     computed.buffer = 0  # Buffer 0 is empty by convention.

@@ -1,8 +1,8 @@
 """Compile int8 files for Arm Ethos-U NPUs with Vela, and read Vela's estimates.
 
-Vela (PyPI ``ethos-u-vela``) is Arm's compiler for these NPUs. Vela compresses the weights of a
-dense int8 file. Weights with many zeros are compressed to fewer bytes. Vela also
-estimates the number of cycles with a model of the hardware.
+Vela (PyPI ``ethos-u-vela``) is Arm's compiler for Ethos-U NPUs. Vela compresses the weights of a
+dense int8 file. Weights with many zeros are compressed to fewer bytes. Vela also estimates the
+number of cycles with a model of the hardware.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ def vela_version() -> str | None:
 
 
 def compile_for_npu(content: bytes, accelerator: str) -> tuple[bytes, VelaReport]:
-    """Compile a dense int8 file with Vela. Return the compiled file and Vela's estimates.
+    """Compile a dense int8 file with Vela, and return the compiled file and Vela's estimates.
 
     Args:
-        content: bytes of the ``.tflite`` file.
-        accelerator: NPU, one of `ACCELERATORS`. Vela uses the default settings of this NPU.
+        content: Bytes of the ``.tflite`` file.
+        accelerator: NPU, one of `ACCELERATORS`. Vela uses its default settings for the NPU.
 
     Raises:
-        ImportError: Vela is not installed.
-        ValueError: the accelerator is unknown, or the file is damaged.
-        ExportError: Vela stops with an error.
+        ImportError: If Vela is not installed.
+        ValueError: If the accelerator is unknown, or the file is damaged.
+        ExportError: If Vela stops with an error.
 
     Example:
         >>> compiled, report = compile_for_npu(path.read_bytes(), "ethos-u85-256")
@@ -97,7 +97,7 @@ def _run_vela(content: bytes, accelerator: str) -> tuple[bytes, dict[str, str], 
             raise ExportError(
                 f"Expected a file that Vela can compile for {accelerator}. Received: Vela stopped "
                 f"with exit code {done.returncode}: {' '.join(reasons)} Fix: replace the layers "
-                "that these ops come from."
+                "from which the rejected ops come."
             )
         with summaries[0].open(newline="") as file:
             summary = next(csv.DictReader(file))

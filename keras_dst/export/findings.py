@@ -15,10 +15,10 @@ class Finding:
     Attributes:
         level: ``"error"`` if some CPU computes wrong results, or a runtime refuses the file.
             ``"advice"`` if the file is larger or slower than necessary.
-        rule: name of the rule.
-        where: name of the op or tensor in which the problem was found.
-        found: text that describes the problem and its effect.
-        fix: text that says how to fix the problem.
+        rule: Name of the rule.
+        where: Name of the op or tensor in which the problem was found.
+        found: Text that describes the problem and its effect.
+        fix: Text that says how to fix the problem.
     """
 
     level: Literal["error", "advice"]
@@ -37,12 +37,12 @@ class LintReport:
     """Findings of `lint` in one file or model. `str()` lists the findings, errors first.
 
     Attributes:
-        name: name of the file or of the model.
-        sparse_inference: whether XNNPACK runs this model with sparse kernels on CPUs without AVX.
-        reason: text that says how many ops run with sparse kernels, or why no op runs with them.
-        findings: all findings. Errors come before advice.
-        target: ``"micro"``, or the Ethos-U NPU for which the file was checked. For microcontrollers
-            and NPUs, the report says nothing about XNNPACK. None if the file was checked for CPUs.
+        name: Name of the file or of the model.
+        sparse_inference: Whether XNNPACK runs the model with sparse kernels on CPUs without AVX.
+        reason: Text that says how many ops run with sparse kernels, or why no op does.
+        findings: All findings. Errors come before advice.
+        target: ``"micro"`` or the Ethos-U NPU for which the file was checked, or None for CPUs. For
+            microcontrollers and NPUs, the report says nothing about XNNPACK.
 
     Example:
         >>> print(keras_dst.lint("model.tflite"))

@@ -1,6 +1,6 @@
 """Read and write the flatbuffer of a ``.tflite`` file as Python objects that can be edited.
 
-This module imports flatbuffers, NumPy and LiteRT, but not TensorFlow.
+The module imports flatbuffers, NumPy and LiteRT, but not TensorFlow.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def extract_readers(model: schema.ModelT, buffer: int) -> schema.ModelT:
 def extract_ops(model: schema.ModelT, is_extracted: Callable[..., bool]) -> schema.ModelT:
     """Extract a model that contains only the ops for which `is_extracted(graph, op)` is true.
 
-    The inputs of the extracted model are the computed tensors that the ops read, and its outputs
-    are the results of the ops. Buffers keep their indices.
+    The inputs of the extracted model are the computed tensors that the ops read. The outputs of the
+    extracted model are the results of the ops. Buffers keep their indices.
     """
     extracted = schema.ModelT()
     extracted.version, extracted.operatorCodes = model.version, list(model.operatorCodes)
@@ -114,7 +114,7 @@ def add_tensor(graph: schema.SubGraphT, tensor: schema.TensorT) -> int:
 def add_constant(model: schema.ModelT, graph: schema.SubGraphT, values) -> int:
     """Return the index of an int32 constant.
 
-    Add a missing constant to the graph.
+    If the graph lacks the constant, the constant is added to the graph.
     """
     array = np.asarray(values, np.int32)
     name = f"constant{array.tolist()}"
@@ -148,7 +148,7 @@ def _builtin(code: schema.OperatorCodeT) -> int:
 
 
 def op_code(model: schema.ModelT, name: str, version: int) -> int:
-    """Return the index of an op code in a model. Add a missing op code to the model."""
+    """Return the index of an op code in a model, to which a missing op code is added."""
     builtin = getattr(schema.BuiltinOperator, name)
     for index, code in enumerate(model.operatorCodes):
         if (_builtin(code), code.version) == (builtin, version):
@@ -182,8 +182,8 @@ class _CompactBuilder(flatbuffers.Builder):
         return self._places[key]
 
     def CreateNumpyVector(self, x: np.ndarray) -> int:
-        # Each vector is stored under its digest, because keys that contain whole vectors would take
-        # as much memory as the file.
+        # The keys of the dict are digests, because keys that contain whole vectors would take as
+        # much memory as the file.
         key = (x.dtype.str, hashlib.sha256(x.tobytes()).digest())
         if key not in self._places:
             if x.dtype == np.uint8:

@@ -16,7 +16,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from keras_dst.export import flatbuffer
 
-# Bit mask for STRIDED_SLICE, which does not slice axes 0 and 3.
+# Bit mask with which STRIDED_SLICE does not slice axes 0 and 3.
 _FULL_BATCH_AND_CHANNELS = 0b1001
 
 
@@ -38,11 +38,11 @@ def lower(
     """Return the ops that replace a CONV_2D whose weight has been reshaped to a matrix.
 
     Args:
-        model: the model that contains the op. Constants and op codes are added to this model.
-        graph: the graph that contains the op. Tensors are added to this graph.
-        op: the CONV_2D op.
-        kernel: shape of the op's weight as (filters, height, width, channels).
-        version: version of the new FULLY_CONNECTED op.
+        model: The model that contains the op, and to which constants and op codes are added.
+        graph: The graph that contains the op, and to which tensors are added.
+        op: The CONV_2D op.
+        kernel: Shape of the op's weight as (filters, height, width, channels).
+        version: Version of the new FULLY_CONNECTED op.
     """
     options, x = op.builtinOptions, int(op.inputs[0])
     strides = (options.strideH, options.strideW)

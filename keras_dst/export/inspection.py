@@ -26,13 +26,13 @@ class ConstantReport:
     """Storage of one constant of a ``.tflite`` file.
 
     Attributes:
-        name: name of the tensor.
-        type: data type of the values, such as ``"float32"``.
-        shape: shape of the tensor.
+        name: Name of the tensor.
+        type: Data type of the values, such as ``"float32"``.
+        shape: Shape of the tensor.
         encoding: ``"dense"``, ``"csr"``, ``"1x4"`` and so on, followed by ``"+densify"`` if the
             runtime unpacks the constant when it loads the file.
-        bytes: number of bytes of the values and indices together.
-        sparsity: fraction of values that are zero. None if the values are not numbers.
+        bytes: Number of bytes of the values and indices together.
+        sparsity: Fraction of values that are zero, or None if the values are not numbers.
     """
 
     name: str
@@ -76,14 +76,14 @@ def inspect_file(source: str | os.PathLike[str] | bytes) -> InspectionReport:
     """Return a report on the constants of a ``.tflite`` file.
 
     Args:
-        source: the file, as a path or as bytes.
+        source: The file, as a path or as bytes.
 
     Returns:
         An `InspectionReport`, which lists the constants in file order.
 
     Raises:
-        ValueError: the file is not a ``.tflite`` file, or it is damaged.
-        OSError: the path cannot be read.
+        ValueError: If the file is not a ``.tflite`` file, or it is damaged.
+        OSError: If the path cannot be read.
 
     Example:
         >>> print(inspect_file("model.tflite"))

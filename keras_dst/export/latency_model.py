@@ -31,16 +31,16 @@ class Cpu:
     """Latency constants of one CPU, in nanoseconds.
 
     Attributes:
-        vector: nanoseconds per weight, in a dense FULLY_CONNECTED op with one input row.
-        matrix: nanoseconds per multiplication, in a dense op with many input rows.
-        direct: nanoseconds per stored value for each input row, in FULLY_CONNECTED with a sparse
-            weight. The dict maps each encoding to two numbers: the first applies to one input row,
-            the second to many input rows.
-        row: nanoseconds that are added to the time from ``direct``, for each row of the sparse
+        vector: Nanoseconds per weight, in a dense FULLY_CONNECTED op with one input row.
+        matrix: Nanoseconds per multiplication, in a dense op with many input rows.
+        direct: Nanoseconds per stored value and input row, in FULLY_CONNECTED with a sparse weight.
+            The dict maps each encoding to a pair: the time with one input row, and the time with
+            many input rows.
+        row: Nanoseconds that are added to the time from ``direct``, for each row of the sparse
             weight and each input row.
-        copy: nanoseconds per value that PAD, STRIDED_SLICE or CONCATENATION writes.
-        sparse: nanoseconds per multiplication by a nonzero weight, in XNNPACK's sparse convolution.
-            None if XNNPACK does not use its sparse convolution on this CPU.
+        copy: Nanoseconds per value that PAD, STRIDED_SLICE or CONCATENATION writes.
+        sparse: Nanoseconds per multiplication by a nonzero weight in XNNPACK's sparse convolution,
+            or None if XNNPACK does not use its sparse convolution on the CPU.
     """
 
     vector: float
@@ -72,7 +72,7 @@ CPUS = {
 
 
 def this_cpu() -> str:
-    """Return the key in `CPUS` for the CPU of this machine."""
+    """Return the key in `CPUS` for the CPU of the current machine."""
     return "x86" if platform.machine().lower() in ("x86_64", "amd64") else "arm"
 
 
@@ -81,8 +81,8 @@ class LatencyModel:
     """Function that estimates, for each file, the seconds that one inference takes on a CPU.
 
     Attributes:
-        cpu: constants of the CPU.
-        batch: batch size for files with a dynamic batch size. Defaults to 1.
+        cpu: Constants of the CPU.
+        batch: Batch size for files with a dynamic batch size. Defaults to 1.
     """
 
     cpu: Cpu

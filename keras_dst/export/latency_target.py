@@ -28,7 +28,7 @@ class LatencySearch:
 
     Attributes:
         sparsity: Fraction of the FLOPs to prune.
-        latency_ratio: Measured latency ratio at this sparsity, relative to the dense model.
+        latency_ratio: Measured latency ratio at `sparsity`, relative to the dense model.
         measured: Measured latency ratios, as a dict by sparsity in FLOPs.
         source: Sentence that says how the latencies were measured: runtime, CPU, threads.
     """
@@ -58,18 +58,19 @@ def sparsity_at_latency(
     """Return the fraction of FLOPs to prune so that the model reaches a given latency ratio.
 
     Latency depends on the number of channels of the layers, not on the values of the weights.
-    Therefore, the search can run before training. The search prunes channels of copies of the model
+    The search can therefore run before training. The search prunes channels of copies of the model
     by magnitude and exports the smaller models. The latencies of the smaller models and of the
-    dense model are measured in LiteRT on this CPU. The returned sparsity is a fraction of FLOPs.
-    A training run with this target measures no latency, so its masks do not depend on the speed of
-    the machine.
+    dense model are measured in LiteRT on the current CPU. The returned sparsity is a fraction of
+    FLOPs. Training to the returned sparsity measures no latency, so the masks do not depend on the
+    speed of the machine.
 
     Args:
         model: Built Sequential or Functional model without sparse layers. The model is not changed.
         latency_ratio: Latency of the smaller model divided by the latency of the dense model, a
             number in (0, 1).
-        allocation, round_to, min_kept: Arguments of `methods.Magnitude`. Pass the values that you
-            use for training.
+        allocation: See `methods.Magnitude`. Pass the same value as to the pruning method.
+        round_to: See `methods.Magnitude`. Pass the same value as to the pruning method.
+        min_kept: See `methods.Magnitude`. Pass the same value as to the pruning method.
         threads: Number of interpreter threads. Defaults to 1.
         tolerance: Accepted deviation from `latency_ratio`. Defaults to 0.03.
 
@@ -82,8 +83,8 @@ def sparsity_at_latency(
             graph, or if it has sparse layers.
 
     Warns:
-        UserWarning: If no measured model is within `tolerance`. The message names the nearest
-            latency ratio.
+        UserWarning: If the latency ratio of no measured model is within `tolerance`. The message
+            names the nearest latency ratio.
 
     Example:
         >>> found = keras_dst.sparsity_at_latency(model, 0.5)

@@ -16,15 +16,15 @@ def lint(
 ) -> LintReport:
     """Find the parts of a ``.tflite`` file that are wrong, slow or large, without running the file.
 
-    The file can come from any converter. On ARM, and on every other CPU without AVX, XNNPACK has
-    fast sparse kernels for 1x1 convolutions. XNNPACK uses its sparse kernels only if all ops around
-    the convolutions support NCHW layout. The report says whether XNNPACK uses the sparse kernels,
-    and names the ops that prevent this.
+    The ``.tflite`` file can come from any converter. On ARM, and on every other CPU without AVX,
+    XNNPACK has fast sparse kernels for 1x1 convolutions. XNNPACK uses its sparse kernels only if
+    all ops around the convolutions support NCHW layout. The report says whether XNNPACK uses the
+    sparse kernels, and names the ops that prevent their use.
 
     Args:
-        model: a ``.tflite`` file, as a path or as bytes. A built Keras 3 model is first converted
-            to the file that `export_tflite` would write. For a target other than CPUs, this file is
-            quantized to int8 and calibrated on random samples.
+        model: A ``.tflite`` file, as a path or as bytes. A built Keras 3 model is first converted
+            to the file that `export_tflite` would write. For a target other than CPUs, the
+            converted file is quantized to int8 and calibrated on random samples.
         target: ``"micro"`` for TensorFlow Lite for Microcontrollers, or an Ethos-U NPU that Vela
             supports, such as ``"ethos-u55-128"``. Defaults to None, which applies the rules for
             CPUs.
@@ -33,13 +33,13 @@ def lint(
         A `LintReport`.
 
     Raises:
-        TypeError: ``model`` is neither a file nor a Keras 3 model.
-        ValueError: the model is not built, the file is not a ``.tflite`` file, or the target is
+        TypeError: If ``model`` is neither a file nor a Keras 3 model.
+        ValueError: If the model is not built, the file is not a ``.tflite`` file, or the target is
             unknown.
-        OSError: the path cannot be read.
-        ImportError: a package of ``keras_dst[export]`` is missing, or the target is an NPU and Vela
-            is not installed.
-        ExportError: the model could not be converted.
+        OSError: If the path cannot be read.
+        ImportError: If a package of ``keras_dst[export]`` is missing, or the target is an NPU and
+            Vela is not installed.
+        ExportError: If the model could not be converted.
 
     Example:
         >>> keras_dst.lint("model.tflite").errors
@@ -50,8 +50,8 @@ def lint(
     else:
         check_exportable(model)
         check_installed("tensorflow", "ai_edge_litert", "flatbuffers")
-    # The modules below need optional packages, and `import keras_dst` must work without these
-    # packages.
+    # The modules below need optional packages, but `import keras_dst` must work without the
+    # optional packages.
     from keras_dst.export.convert import conversions, to_tflite
     from keras_dst.export.decode import load, value_error_if_damaged
     from keras_dst.export.ethos import ACCELERATORS

@@ -25,12 +25,12 @@ class Timing:
     """Latency of one file.
 
     Attributes:
-        name: name of the file.
-        bytes: size of the file.
-        load: seconds to create the interpreter and allocate its tensors.
-        latency: median seconds per inference.
-        spread: interquartile range of the seconds per inference.
-        ratio: latency of this file divided by the latency of the first file.
+        name: Name of the file.
+        bytes: Size of the file.
+        load: Seconds to create the interpreter and allocate its tensors.
+        latency: Median seconds per inference.
+        spread: Interquartile range of the seconds per inference.
+        ratio: Latency of the file divided by the latency of the first file.
     """
 
     name: str
@@ -82,25 +82,25 @@ def bench(
     """Compare the latencies of ``.tflite`` files on random inputs, in the current process.
 
     The files run in turns, so that a change in the speed of the machine affects all files equally.
-    A file with a dynamic batch size runs with batch size 1, and a file with a fixed batch size runs
-    with this size.
+    A file runs with its fixed batch size, or with batch size 1 if its batch size is dynamic.
 
     Args:
-        paths: paths of the files. Latency ratios are relative to the first file.
-        threads: number of interpreter threads. Defaults to 1.
-        warmup: number of runs of each file before the timed runs. Defaults to 10.
-        runs: number of timed runs of each file. Defaults to 100.
-        seed: seed of the random inputs. Defaults to 0. Float inputs are uniform between 0 and 1,
+        paths: Paths of the files. Latency ratios are relative to the first file.
+        threads: Number of interpreter threads. Defaults to 1.
+        warmup: Number of runs of each file before the timed runs. Defaults to 10.
+        runs: Number of timed runs of each file. Defaults to 100.
+        seed: Seed of the random inputs. Defaults to 0. Float inputs are uniform between 0 and 1,
             integer inputs are 0, and string inputs are empty.
-        progress: function that is called after each run with the number of finished runs.
+        progress: Function that is called after each run with the number of finished runs.
 
     Returns:
         A `BenchReport`.
 
     Raises:
-        ValueError: ``paths`` is empty, a number is too small, or a file is not a ``.tflite`` file.
-        RuntimeError: the interpreter refuses a file.
-        OSError: a path cannot be read.
+        ValueError: If ``paths`` is empty, a number is too small, or a file is not a ``.tflite``
+            file.
+        RuntimeError: If the interpreter refuses a file.
+        OSError: If a path cannot be read.
 
     Example:
         >>> print(bench(["dense.tflite", "sparse.tflite"]))
@@ -139,9 +139,9 @@ def latencies(files: Sequence[bytes], *, threads: int = 1, batch: int = 1) -> li
     """Return the median seconds per inference of each file. The files take turns.
 
     Args:
-        files: contents of the files, each as bytes.
-        threads: number of threads of the interpreter. Defaults to 1.
-        batch: batch size for files with a dynamic batch size. Defaults to 1.
+        files: Contents of the files, each as bytes.
+        threads: Number of threads of the interpreter. Defaults to 1.
+        batch: Batch size for files with a dynamic batch size. Defaults to 1.
 
     Example:
         >>> dense, sparse = latencies([dense_bytes, sparse_bytes])
@@ -169,8 +169,8 @@ def _rounds(interpreters: Sequence[Interpreter]) -> Iterator[list[float]]:
     """Yield the seconds of one inference for each file, in endless timing rounds.
 
     In each timing round, every file runs twice. The first of the two runs loads the weights into
-    the CPU caches and is not timed. Only a single inference is timed, because other work on the
-    machine rarely disturbs such a short measurement.
+    the CPU caches and is not timed. The second run is timed alone, because other work on the
+    machine rarely disturbs a measurement of a single inference.
     """
     while True:
         times = []

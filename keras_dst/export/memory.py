@@ -1,6 +1,6 @@
 """Measure the peak memory of one inference in a separate Python process.
 
-The command of this process is ``python memory.py FILE THREADS BATCH``.
+The command of the process is ``python memory.py FILE THREADS BATCH``.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ _STATUS = Path("/proc/self/status")
 
 
 def peak_memory(content: bytes, *, threads: int = 1, batch: int = 1) -> int | None:
-    """Return by how many bytes the peak memory of a process grows if it loads and runs a file once.
+    """Return by how many bytes a process's peak memory grows when it loads and runs a file once.
 
     Args:
-        content: bytes of the ``.tflite`` file.
-        threads: number of interpreter threads. Defaults to 1.
-        batch: batch size for files with a dynamic batch size. Defaults to 1.
+        content: Bytes of the ``.tflite`` file.
+        threads: Number of interpreter threads. Defaults to 1.
+        batch: Batch size for files with a dynamic batch size. Defaults to 1.
 
     Returns:
         The number of bytes, or None if the operating system is not Linux or the file cannot be run.
@@ -49,7 +49,7 @@ def _main(path: str, threads: str, batch: str) -> None:
 
 
 def kilobytes(name: str) -> int:
-    """Return a field of this process's memory status, such as ``"VmRSS"``, in kilobytes."""
+    """Return a field of the memory status of the process, such as ``"VmRSS"``, in kilobytes."""
     (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith(name))
     return int(line.split()[1])
 

@@ -1,7 +1,8 @@
 """Encode files for TensorFlow Lite for Microcontrollers. Zero weights are not stored.
 
 TensorFlow Lite for Microcontrollers (TFLM) decodes compressed constants with the custom op
-``TFLM_DECODE``. In the pruning format of this op, a weight tensor is stored as two constants:
+``TFLM_DECODE``. In the pruning format of ``TFLM_DECODE``, a weight tensor is stored as two
+constants:
 
 * The first constant is a bitmap with one bit per entry of the weight. A bit is 1 if the entry is
   kept. The most significant bit of a byte comes first.
@@ -77,10 +78,10 @@ def check_tflm() -> None:
 
 
 def encode_for_micro(content: bytes) -> tuple[bytes, list[TensorReport]]:
-    """Remove the zeros of each int8 weight from a dense file if this makes the file smaller.
+    """Remove the zeros of each int8 weight from a dense file if the file then becomes smaller.
 
     Args:
-        content: bytes of a file with dense int8 weights, integer ops, and int8 inputs and outputs.
+        content: Bytes of a file with dense int8 weights, integer ops, and int8 inputs and outputs.
 
     Returns:
         The encoded file, and one report per weight tensor.
@@ -122,12 +123,12 @@ def unsupported_ops(
     """Return the ops of a file that TFLM does not support.
 
     Args:
-        model: a ``.tflite`` file.
-        layers: names of the layers of the Keras model. Defaults to no names.
+        model: A ``.tflite`` file.
+        layers: Names of the layers of the Keras model. Defaults to no names.
 
     Returns:
-        A list with one triple per op: the name of the op, the name of its first output, and a text
-        such as ``"in layer 'dense'"``. The text is "" if the layer is unknown.
+        A list with one triple per op: the op's name, the name of its first output, and a text such
+        as ``"in layer 'dense'"``. If the layer is unknown, the text is empty.
     """
     found = []
     for graph in model.subgraphs:
@@ -140,15 +141,15 @@ def unsupported_ops(
 
 
 def _origin(graph: schema.SubGraphT, op: schema.OperatorT, names: Collection[str]) -> str:
-    """Name the layer that contains an op, or else the last layer before the op.
+    """Name the layer that contains an op, or the last layer before an op outside all layers.
 
     The path of an op contains no layer name if the op is outside all layers, or if it computes a
     model output.
 
     Args:
-        graph: the graph of the file.
-        op: an op of the graph.
-        names: names of layers.
+        graph: The graph of the file.
+        op: An op of the graph.
+        names: Names of layers.
 
     Returns:
         Text such as ``"in layer 'dense'"``, or "" if no path contains a name in ``names``.
@@ -169,15 +170,15 @@ def check_ops(content: bytes, layers: Collection[str]) -> None:
     """Raise ExportError if a file contains ops that TFLM does not support.
 
     Args:
-        content: bytes of the file.
-        layers: names of the layers of the Keras model, for the error message.
+        content: Bytes of the file.
+        layers: Names of the layers of the Keras model, for the error message.
     """
     missing = unsupported_ops(read(content), layers)
     if missing:
         listed = ", ".join(f"{name} ({' '.join(place).strip()})" for name, *place in missing)
         raise ExportError(
             f"Expected a file whose ops TFLM supports. Received: {listed}. Fix: replace the layers "
-            "that these ops come from."
+            "from which the rejected ops come."
         )
 
 
@@ -185,13 +186,13 @@ def run_in_tflm(content: bytes, inputs: list[np.ndarray]) -> Run:
     """Run a file in TFLM on each row of the inputs.
 
     Args:
-        content: the file.
-        inputs: one array of shape `(runs, *shape)` per input of the file. `shape` is the shape of
-            the input. Each array has the data type of its input.
+        content: The file.
+        inputs: One array of shape `(runs, *shape)` per input of the file, where `shape` is the
+            shape of the input. Each array has the data type of its input.
 
     Raises:
-        ImportError: the extra `micro` is not installed.
-        ExportError: TFLM refuses the file.
+        ImportError: If the extra `micro` is not installed.
+        ExportError: If TFLM refuses the file.
     """
     check_tflm()
     model = read(content)
@@ -213,8 +214,8 @@ def run_in_tflm(content: bytes, inputs: list[np.ndarray]) -> Run:
             lines = [line for line in log.partition("Traceback")[0].splitlines() if line.strip()]
             raise ExportError(
                 "Expected a file that TFLM can run. Received: TFLM stopped with exit code "
-                f"{done.returncode}: {' '.join(lines[-3:])} Fix: replace the layers that these ops "
-                "come from."
+                f"{done.returncode}: {' '.join(lines[-3:])} Fix: replace the layers from which the "
+                "rejected ops come."
             )
         with np.load(folder / "outputs.npz") as loaded:
             outputs = [loaded[f"output_{place}"] for place in range(len(graph.outputs))]
@@ -225,7 +226,7 @@ def report_for(content: bytes, dense: bytes, inputs: list[np.ndarray]) -> MicroR
     """Run a file and the dense int8 file in TFLM, and compare their outputs and sizes.
 
     Raises:
-        ExportError: the outputs of the file differ from the outputs of the dense int8 file in at
+        ExportError: If the outputs of the file differ from the outputs of the dense int8 file in at
         least one bit.
     """
     own, reference = run_in_tflm(content, inputs), run_in_tflm(dense, inputs)
@@ -253,13 +254,13 @@ def quantized_inputs(content: bytes, samples: dict[str, np.ndarray]) -> list[np.
     Each row of an array is the input of one run.
 
     Args:
-        content: bytes of the file. If the last samples do not fill a batch of the file, they are
-            left out.
-        samples: dict from input names to arrays of floats or integers. Samples are along the first
+        content: Bytes of the file. Samples that do not fill the last batch of the file are left
+            out.
+        samples: Dict from input names to arrays of floats or integers. Samples are along the first
             axis.
 
     Raises:
-        ExportError: the file has an input whose shape is not fixed.
+        ExportError: If the file has an input whose shape is not fixed.
     """
     model = read(content)
     graph, names = model.subgraphs[0], _input_names(model)
@@ -293,7 +294,7 @@ def _arena_limit(model: schema.ModelT) -> int:
 
 
 def _unfit_reason(weight: Weight) -> str:
-    """Return why TFLM cannot decode a weight, or "" if TFLM can decode it."""
+    """Return why TFLM cannot decode a weight, or an empty string if TFLM can decode the weight."""
     quantization = weight.tensors[0].quantization
     if weight.values.dtype != np.int8 or quantization is None or quantization.scale is None:
         return "it is not quantized to int8"
@@ -316,8 +317,8 @@ def _pruned(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
     """Return a file in which the weights in some buffers are stored without their zeros.
 
-    Parts of the file that TFLM does not need are removed: metadata, the scales of biases, and all
-    zero points of a weight except the first.
+    The function also removes what TFLM does not need: metadata, the scales of biases, and all zero
+    points of a weight except the first.
     """
     model = read(content)
     found = {weight.buffer: weight for weight in weights(model) if weight.buffer in buffers}
@@ -326,11 +327,12 @@ def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
     for graph in model.subgraphs:
         encoded: dict[int, tuple[int, int]] = {}
         for index, tensor in list(enumerate(graph.tensors)):
-            # If the converter merges ops, it joins their names with semicolons.
+            # The converter joins the names of merged ops with semicolons.
             tensor.name = text(tensor.name).split(";")[0]
             if tensor.buffer in found:
                 encoded[index] = _add_constants(model, graph, found[tensor.buffer].values)
-                tensor.buffer = 0  # Buffer 0 is empty, because the DECODE op computes this tensor.
+                # Use the empty buffer 0, because the DECODE op computes the tensor.
+                tensor.buffer = 0
             elif tensor.type == schema.TensorType.INT32:
                 tensor.quantization = None  # TFLM computes the scales of biases itself.
             _shorten_zero_points(tensor.quantization)
@@ -382,16 +384,16 @@ def _decoded_reads(
 ) -> list[schema.OperatorT]:
     """Return the ops that decode the weights of one op, followed by the op itself.
 
-    TFLM keeps a decoded tensor only until the next op has run. Therefore, a weight that several ops
-    read is decoded once for each of these ops, each time into a separate tensor.
+    TFLM keeps a decoded tensor only until the next op has run. A weight that several ops read is
+    therefore decoded once per op, each time into a separate tensor.
 
     Args:
-        graph: the graph. The function adds tensors to the graph.
-        op: an op of the graph.
-        encoded: dict from the tensor index of a weight to the tensor indices of its two constants.
-        free: tensor indices of the weights that are not decoded yet. This function removes the
-            index of a weight from the set when it decodes the weight for the first time.
-        code: op code index of TFLM_DECODE.
+        graph: The graph. The function adds tensors to the graph.
+        op: An op of the graph.
+        encoded: Dict from the tensor index of a weight to the tensor indices of its two constants.
+        free: Tensor indices of the weights that are not decoded yet. When a weight is decoded for
+            the first time, its index is removed from the set.
+        code: Op code index of TFLM_DECODE.
     """
     reads = dict.fromkeys(index for index in indices(op.inputs) if index in encoded)
     if not reads:

@@ -1,10 +1,11 @@
 """Run a ``.tflite`` file in TensorFlow Lite for Microcontrollers, in a separate process.
 
-The separate process is needed because an unsupported file can end the process. The arguments of the
-script are the paths of the model, of the inputs and of the outputs, and the size of the arena in
-bytes. The inputs are an ``.npz`` file with one array per input, named ``input_0``, ``input_1`` and
-so on. Each row of an array is the input of one run. The outputs are written to an ``.npz`` file
-with one array per output. The interpreter prints its memory use to stderr.
+A separate process is needed because the interpreter may end the process if it does not support the
+file. The arguments of the script are the paths of the model, the inputs and the outputs, and the
+size of the arena in bytes. The inputs are an ``.npz`` file with one array per input, named
+``input_0``, ``input_1`` and so on. Each row of an array is the input of one run. The outputs are
+written to an ``.npz`` file with one array per output. The interpreter prints its memory use to
+stderr.
 """
 
 import sys

@@ -22,9 +22,9 @@ def layer_at(path: str, names: Collection[str]) -> str:
     because TensorFlow appends numbers to most layer names.
 
     Args:
-        path: path of the op. The paths of merged ops are joined by semicolons, and only the first
-            of them is used.
-        names: names of all layers.
+        path: Path of the op. The paths of merged ops are joined by semicolons, and only the first
+            path is used.
+        names: Names of all layers.
 
     Returns:
         The name of the layer, or "" if no part of the path is in ``names``.

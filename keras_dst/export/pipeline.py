@@ -116,11 +116,11 @@ class _Data:
     """Samples and labels that the user passed to an export, as arrays.
 
     Attributes:
-        signature: descriptions of the inputs that the file has.
-        samples: samples on which the file is compared with the model.
-        calibration: samples on which the converter measures the ranges of activations. None without
+        signature: Descriptions of the inputs that the file has.
+        samples: Samples on which the file is compared with the model.
+        calibration: Samples on which the converter measures the ranges of activations. None without
             full quantization.
-        evaluate: the function that the user passed as `evaluate`, a pair of samples and labels, or
+        evaluate: The function that the user passed as `evaluate`, a pair of samples and labels, or
             None if accuracy is not measured.
     """
 
@@ -160,7 +160,7 @@ def export(
         check_ops(base, layer_names(model))
         content, tensors, micro = _encode_for_micro(base, data, progress)
     progress("measuring")
-    # For an NPU, the exported file is itself the dense int8 file.
+    # For an NPU, the dense int8 file is the exported file.
     others = [files["float32"]] if settings.npu else list(files.values())
     compared = _compare(model, others if settings.micro else [*others, content], data, settings)
     # LiteRT cannot run a file for TFLM. The accuracy of the dense int8 file is reported instead,
@@ -214,7 +214,7 @@ def _encode_for_micro(
 def _rounded_to_zero(floats: bytes, integers: bytes) -> tuple[int, list[str]]:
     """Return the number of nonzero weights of a float file that are zero in the int8 file.
 
-    The converter may rename weight tensors. Therefore, each int8 weight is matched by its values to
+    The converter may rename weight tensors. Each int8 weight is therefore matched by its values to
     a weight of the float file. The second return value lists the names of the int8 weights that
     match no float weight.
     """
@@ -378,7 +378,7 @@ def _check_classes(outputs: Sequence | None) -> None:
 def _find_fault(
     found: Deviation, base: bytes, plan: Plan, cases: list[Case], settings: Settings
 ) -> Deviation | None:
-    """Return a deviation that exceeds its tolerance, or None if there is no such deviation."""
+    """Return a deviation that exceeds its tolerance, or None if all deviations are accepted."""
     if found.error > settings.tolerance:
         return found
     if settings.quantize:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-_LARGEST = 127  # Largest int8 value in use. Its negative is the smallest, so -128 is unused.
+# Largest int8 value in use. The smallest int8 value in use is its negative, so -128 is unused.
+_LARGEST = 127
 
 
 def quantize(values: np.ndarray, axis: int) -> tuple[np.ndarray, schema.QuantizationParametersT]:

@@ -20,15 +20,14 @@ class TensorReport:
     """Storage of one weight tensor in the exported file.
 
     Attributes:
-        name: name of the weight tensor.
-        op: builtin name of the first op that reads the weight.
-        shape: shape of the weight in the file.
-        density: fraction of nonzero values.
-        encoding: storage format, such as ``"csr+densify"``.
-        bytes: size of the weight in this storage format, in bytes.
-        dense_bytes: size of the weight in dense format, in bytes.
-        reason: why the weight is stored in dense format. "" if the weight is stored
-            in a sparse format.
+        name: Name of the weight tensor.
+        op: Builtin name of the first op that reads the weight.
+        shape: Shape of the weight in the file.
+        density: Fraction of nonzero values.
+        encoding: Storage format, such as ``"csr+densify"``.
+        bytes: Size of the weight in its storage format, in bytes.
+        dense_bytes: Size of the weight in dense format, in bytes.
+        reason: Why the weight is stored in dense format, or an empty string for a sparse format.
     """
 
     name: str
@@ -47,13 +46,13 @@ class FileReport:
 
     Attributes:
         name: ``"dense float32"``, ``"dense int8"`` or, for the exported file, ``"this file"``.
-        bytes: size of the file.
-        gzip_bytes: size of the file after compression with gzip.
-        latency: median seconds per inference on this CPU. None if not measured.
-        load: seconds to load the file on this CPU. None if not measured.
-        memory: bytes by which the peak memory of a process grows when it loads the file and runs it
+        bytes: Size of the file.
+        gzip_bytes: Size of the file after compression with gzip.
+        latency: Median seconds per inference on the current CPU. None if not measured.
+        load: Seconds to load the file on the current CPU. None if not measured.
+        memory: Bytes by which the peak memory of a process grows when it loads the file and runs it
             once. None if not measured.
-        accuracy: accuracy on the data in ``evaluate``, or the number that the function ``evaluate``
+        accuracy: Accuracy on the data in ``evaluate``, or the number that the function ``evaluate``
             returned. None without ``evaluate``.
     """
 
@@ -71,26 +70,26 @@ class ExportReport:
     """Result of `export_tflite`. `str()` returns a table of the weights and a table of the files.
 
     Attributes:
-        path: path of the file.
-        bytes: size of the file.
-        gzip_bytes: size of the file after compression with gzip.
-        dense_bytes: size of a dense float32 file of the same model.
-        dense_gzip_bytes: size of the dense float32 file after compression with gzip.
-        tensors: one report per weight tensor of the file.
-        max_error: largest ``max|y - y_keras| / max|y_keras|`` of all outputs, over runs with and
+        path: Path of the file.
+        bytes: Size of the file.
+        gzip_bytes: Size of the file after compression with gzip.
+        dense_bytes: Size of a dense float32 file of the same model.
+        dense_gzip_bytes: Size of the dense float32 file after compression with gzip.
+        tensors: One report per weight tensor of the file.
+        max_error: Largest ``max|y - y_keras| / max|y_keras|`` of all outputs, over runs with and
             without XNNPACK.
-        files: one report on each file: the dense float32 file, the dense int8 file if there is one,
+        files: One report on each file: the dense float32 file, the dense int8 file if there is one,
             and the exported file.
-        threads: number of interpreter threads in the measurements of the files.
-        batch: batch size in the measurements of the files.
-        vela: Vela's estimates for an Ethos-U NPU. None for other targets, or if Vela is not
+        threads: Number of interpreter threads in the measurements of the files.
+        batch: Batch size in the measurements of the files.
+        vela: Vela's estimates for an Ethos-U NPU, or None for other targets and if Vela is not
             installed.
-        micro: comparison with the dense int8 file in TensorFlow Lite for Microcontrollers (TFLM).
-            None for targets other than ``"micro"``.
-        rounded_to_zero: number of nonzero weights that quantization to int8 rounds to zero. Always
+        micro: Comparison with the dense int8 file in TensorFlow Lite for Microcontrollers (TFLM),
+            or None for targets other than ``"micro"``.
+        rounded_to_zero: Number of nonzero weights that quantization to int8 rounds to zero. Always
             0 unless ``quantize="full"``.
-        note: sentence that explains which figures are missing from the report. Empty if none is
-            missing.
+        note: Sentence that explains which figures are missing from the report, or an empty string
+            if no figure is missing.
 
     Example:
         >>> print(export_tflite(model, "model.tflite"))

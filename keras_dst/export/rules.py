@@ -1,8 +1,8 @@
 """Rules of `lint`. Each rule checks one graph of a file and yields its findings.
 
 The rules are based on measurements with LiteRT 2.3 and on the source code of XNNPACK. Findings have
-the level "error" if, in these measurements, the runtime computed wrong results or refused the file.
-If the runtime computes wrong results, it gives no message in most cases.
+the level "error" if the runtime computed wrong results or refused the file in the measurements. If
+the runtime computes wrong results, an error message is missing in most cases.
 """
 
 from __future__ import annotations
@@ -380,7 +380,7 @@ def _faster_format(model, tensor) -> Format | None:
 def _where(model, graph, op) -> str:
     """Describe an op by its kind and a name.
 
-    The name is the name of the op's weight. An op without a weight gets the name of its output.
+    The name is the name of the op's weight, or the name of its output if the op has no weight.
     """
     kind = op_name(model, op)
     index = int(op.inputs[WEIGHT_SLOT] if kind in WEIGHT_OPS else op.outputs[0])

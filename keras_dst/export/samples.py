@@ -1,4 +1,4 @@
-"""Inputs of a model, and samples for these inputs in any form that `model.predict` accepts."""
+"""Inputs of a model, and samples for the inputs in any form that `model.predict` accepts."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class InputSpec:
     """Description of one input of a model.
 
     Attributes:
-        name: name of the input in the file.
-        shape: shape of the input, including the batch size. Dynamic sizes are None.
-        dtype: name of the data type.
-        optional: whether the model accepts None for this input. Defaults to False.
-        present: whether the exported file has this input. Defaults to True.
+        name: Name of the input in the file.
+        shape: Shape of the input, including the batch size. Dynamic sizes are None.
+        dtype: Name of the data type.
+        optional: Whether the model accepts None for the input. Defaults to False.
+        present: Whether the exported file has the input. Defaults to True.
     """
 
     name: str
@@ -63,9 +63,9 @@ class Samples:
     """Sample data for all inputs of a model.
 
     Attributes:
-        arrays: one array for each input, with samples along the first axis. None for an optional
+        arrays: One array for each input, with samples along the first axis, or None for an optional
             input that is absent.
-        structure: nested structure in which the model expects its inputs.
+        structure: Nested structure in which the model expects its inputs.
     """
 
     arrays: list[np.ndarray | None]
@@ -85,7 +85,7 @@ class Samples:
 def symbolic_inputs(model: keras.Model) -> Any:
     """Return the symbolic inputs of a model in their nested structure.
 
-    Return None for a subclassed model, which has no symbolic inputs.
+    The result is None for a subclassed model, which has no symbolic inputs.
     """
     if not hasattr(model, "inputs"):
         return None
@@ -96,13 +96,13 @@ def signature_of(model: keras.Model, samples: Samples | None = None) -> Signatur
     """Return the inputs of the file to which a model is exported.
 
     Args:
-        model: a built Keras 3 model.
-        samples: sample data. If an optional input is None in the samples, the file does not have
-            this input. For a subclassed model, the types and shapes of the inputs are read from the
-            samples.
+        model: A built Keras 3 model.
+        samples: Sample data. If an optional input is None in the samples, the file lacks the
+            optional input. For a subclassed model, the types and shapes of the inputs are read from
+            the samples.
 
     Raises:
-        ValueError: the model does not record its inputs, and no samples are given.
+        ValueError: If the model does not record its inputs, and no samples are given.
     """
     specs, structure = _declared_specs(model), symbolic_inputs(model)
     if specs is None:
@@ -124,7 +124,7 @@ def _declared_specs(model: keras.Model) -> list[InputSpec] | None:
         (tensor,) = model.inputs
         batch = tensor.shape[0] if _keeps_batch_size(model) else None
         return [InputSpec(_signature_name(tensor.name), (batch, *tensor.shape[1:]), tensor.dtype)]
-    # If a model is copied, its Input layers keep their names, but its input tensors do not.
+    # A copied model keeps the names of its Input layers, but not the names of its input tensors.
     layers = [_keras.operation_of(tensor) for tensor in model.inputs]
     names = [_signature_name(layer.name) for layer in layers]
     if len(set(names)) < len(names):
@@ -144,9 +144,9 @@ def _signature_name(name: str) -> str:
 def _keeps_batch_size(model: keras.Sequential) -> bool:
     """Return whether the recorded batch size of a Sequential model must be kept.
 
-    If a model without an Input layer is built by calling it on data, Keras records the batch size
-    of this data, which need not be kept. Recurrent layers that are stateful or not unrolled require
-    a fixed batch size.
+    If a call on data builds a model without an Input layer, Keras records the batch size of the
+    data. The recorded batch size need not be kept. Recurrent layers that are stateful or not
+    unrolled require a fixed batch size.
     """
     layers = _keras.flatten_layers(model)
     recurrent = [layer for layer in layers if isinstance(layer, keras.layers.RNN)]
@@ -190,15 +190,15 @@ def read_samples(
     """Return the inputs in ``data`` as arrays, and check that they fit the model.
 
     Args:
-        model: a built Keras 3 model.
-        data: inputs in any form that `model.predict` accepts. Labels in a data set are ignored.
-        argument: name of the argument with which the user passed the data, for error messages.
-        limit: maximum number of samples to return. Defaults to None, which returns all samples.
-        streamed: maximum number of samples to read from a data set or generator. Defaults to 0,
+        model: A built Keras 3 model.
+        data: Inputs in any form that `model.predict` accepts. Labels in a data set are ignored.
+        argument: Name of the argument with which the user passed the data, for error messages.
+        limit: Maximum number of samples to return. Defaults to None, which returns all samples.
+        streamed: Maximum number of samples to read from a data set or generator. Defaults to 0,
             which means that ``limit`` applies.
 
     Raises:
-        ValueError: the data is of an unsupported type, or does not fit the inputs of the model.
+        ValueError: If the data is of an unsupported type, or does not fit the inputs of the model.
     """
     if not _is_stream(data):
         return _checked_size(model, _match(model, data, argument), argument)[:limit]
@@ -217,17 +217,17 @@ def _checked_size(model: keras.Model, samples: Samples, argument: str) -> Sample
     least = max((spec.shape[0] or 1 for spec in _declared_specs(model) or []), default=1)
     if len(samples) < least:
         raise ValueError(
-            f"Expected at least {least} samples in {argument}, because the model has this batch "
+            f"Expected at least {least} samples in {argument}, because the model has a fixed batch "
             f"size. Received: {len(samples)} samples."
         )
     return samples
 
 
 def read_labeled(model: keras.Model, data: Any) -> tuple[Samples, np.ndarray]:
-    """Return the inputs and the labels of a pair ``(x, y)`` or of a data set of such pairs.
+    """Return the inputs and the labels of a pair ``(x, y)`` or of a data set of pairs.
 
     Raises:
-        ValueError: the data is of an unsupported type, or does not fit the inputs of the model.
+        ValueError: If the data is of an unsupported type, or does not fit the inputs of the model.
     """
     if not _is_stream(data):
         if not isinstance(data, tuple | list) or len(data) != 2:
@@ -338,7 +338,7 @@ def _count(model: keras.Model) -> int | None:
 def _split(batch: Any, count: int | None, argument: str) -> tuple[Any, Any]:
     """Return the inputs and the labels of a batch x, (x,), (x, y) or (x, y, sample_weight).
 
-    If the model has several inputs, a sequence with one array per input is a batch of inputs
+    For a model with several inputs, a sequence with one array per input is a batch of inputs
     without labels, as in TensorFlow's converter. Sample weights are ignored, as in the `metrics` of
     `compile`.
     """
@@ -440,7 +440,8 @@ def _fitted(value: Any, spec: InputSpec, argument: str) -> np.ndarray | None:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ValueError(
             f"Expected finite numbers in {argument} for the input {spec.name!r}. Received: an "
-            "array that contains NaN or infinity. Fix: remove these samples, or replace the values."
+            "array that contains NaN or infinity. Fix: remove the samples with NaN or infinity, "
+            "or replace the values."
         )
     return array
 

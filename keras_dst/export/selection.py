@@ -1,11 +1,10 @@
 """Select the storage format of each weight tensor of a model.
 
-First, fixed rules exclude all formats that the runtime would read incorrectly. Then one of the
-remaining formats is selected, by size and by measured or estimated latency. The rules follow the
-kernels of XNNPACK and LiteRT: only FULLY_CONNECTED reads a sparse weight directly. All other ops
-need a dense weight. The op DENSIFY unpacks this dense weight when the file is loaded. To store the
-weight of a CONV_2D sparse, the export can replace the CONV_2D by slices of the input and a
-FULLY_CONNECTED op.
+Fixed rules exclude all formats that the runtime would read incorrectly. One of the remaining
+formats is selected by size and by measured or estimated latency. The rules follow the kernels of
+XNNPACK and LiteRT: only FULLY_CONNECTED reads a sparse weight directly. All other ops need a dense
+weight, which the op DENSIFY unpacks when the file is loaded. To store the weight of a CONV_2D
+sparse, the export can replace the CONV_2D by slices of the input and a FULLY_CONNECTED op.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from keras_dst.export import encode, flatbuffer, im2col, sparse_inference
 from keras_dst.export.encode import Format, Weight
 from keras_dst.export.latency_model import CPUS, LatencyModel
 
-#: A weight tensor counts as block-sparse if at least this fraction of the values in its stored
-# blocks is nonzero.
+#: Minimum fraction of nonzero values in the stored blocks of a weight tensor that counts as
+#: block-sparse.
 MIN_BLOCK_DENSITY = 0.75
 #: Limits of the kernel that multiplies float inputs by a sparse int8 weight. The kernel stores two
 #: numbers in one byte each: the position of a block of 16 inputs, and the number of blocks per
-#: output. If a weight exceeds one of these limits, the results of the kernel are wrong.
+#: output. If a weight exceeds a limit, the results of the kernel are wrong.
 MAX_HYBRID_INPUTS, MAX_HYBRID_BLOCKS = 4096, 255
-#: Two latencies, or two sizes, count as equal if their ratio is at most this factor.
+#: Largest ratio at which two latencies, or two sizes, count as equal.
 SAME_LATENCY, SAME_SIZE = 1.05, 1.01
 
 #: Reason in the report if a weight stays dense although DENSIFY would make the file smaller.
@@ -42,13 +41,13 @@ class Choice:
     """Storage format that was selected for one weight tensor.
 
     Attributes:
-        weight: the weight.
-        format: the selected format, or None if the weight keeps its present format.
-        bytes: size of the weight in this format, in bytes.
-        reason: why the weight keeps its present format, or "" if the format changes.
-        latency_ratio: latency of the ops that read the weight, relative to their latency with the
-            dense weight. If latencies are estimated for several CPUs, this is the largest ratio of
-            all CPUs. Defaults to 1.
+        weight: The weight.
+        format: The selected format, or None if the weight keeps its present format.
+        bytes: Size of the weight in the selected format, in bytes.
+        reason: Why the weight keeps its present format, or an empty string if the format changes.
+        latency_ratio: Latency of the ops that read the weight, relative to their latency with the
+            dense weight. If latencies are estimated for several CPUs, the largest ratio of all
+            CPUs. Defaults to 1.
     """
 
     weight: Weight
@@ -80,9 +79,9 @@ class Objective:
             smallest. ``"size"`` selects the smallest option and, among equally small options, the
             fastest. ``"balanced"``, the default, selects the smallest product of bytes and latency
             among the options that are not slower than dense.
-        timers: functions that measure or estimate latencies, one per CPU. Defaults to an estimate
+        timers: Functions that measure or estimate latencies, one per CPU. Defaults to an estimate
             for an x86 CPU.
-        int8: whether weights may be quantized to int8. Defaults to False.
+        int8: Whether weights may be quantized to int8. Defaults to False.
     """
 
     optimize: str = "balanced"
@@ -104,7 +103,7 @@ class Objective:
     def latency_ratios(self, files: Sequence[bytes]) -> list[float]:
         """Return, per file, its latency relative to the first file.
 
-        If there are timers for several CPUs, the largest of a file's ratios is returned.
+        For several CPUs, the result is the largest ratio of each file.
         """
         seconds = [timer(files) for timer in self.timers]
         return [max(times[i] / times[0] for times in seconds) for i in range(len(files))]
@@ -117,16 +116,16 @@ def select_formats(
 ) -> Plan:
     """Return the best plan for a dense ``.tflite`` file.
 
-    First, the best format of each weight tensor is selected individually. However, an op can run
-    faster or slower in the whole graph than alone. Therefore, the best of four complete files is
-    returned. In the first file, each weight has its individually selected format. In the second
+    First, the best format of each weight tensor is selected individually. An op can run faster or
+    slower in the whole graph than alone, so the function compares four complete files and returns
+    the best. In the first file, each weight has its individually selected format. In the second
     file, the ops read as many sparse weights as possible directly. The third file unpacks all
     sparse weights, and XNNPACK may use sparse kernels. The fourth file is dense.
 
     Args:
-        content: bytes of a file whose weights are float32 or int8.
-        objective: criterion of the selection. Defaults to `Objective()`.
-        progress: function that is called with a line of text for each weight tensor.
+        content: Bytes of a file whose weights are float32 or int8.
+        objective: Criterion of the selection. Defaults to `Objective()`.
+        progress: Function that is called with a line of text for each weight tensor.
     """
     model = flatbuffer.read(content)
     weights = encode.weights(model)
@@ -147,7 +146,8 @@ def select_formats(
     distinct = list(dict.fromkeys([content, *(plan.content for plan in plans)]))
     ratio_of = dict(zip(distinct, objective.latency_ratios(distinct)))
     ratios = [ratio_of[plan.content] for plan in plans]
-    # The third file runs with unpacked, dense weights, so it is not slower than the dense file.
+    # The file with unpacked weights runs with dense weights, so it is not slower than the dense
+    # file.
     ratios[2:] = [min(ratios[2], 1.0), 1.0]
     return plans[objective.best([len(plan.content) for plan in plans], ratios)]
 
@@ -190,7 +190,7 @@ def _formats(choices: list[Choice]) -> dict[int, Format]:
 
 
 def _uses_dense_kernel(weight: Weight, format: Format | None) -> bool:
-    """Return whether a weight in this format is read by the same kernel as a dense weight."""
+    """Return whether a weight in the given format is read by the same kernel as a dense weight."""
     other_kernel = weight.values.dtype == np.int8 and weight.op == "FULLY_CONNECTED"
     return format is None or (format.unpack and not other_kernel)
 
@@ -235,13 +235,13 @@ def _latency_ratios(dense: bytes, files: list[bytes], objective: Objective) -> l
 def valid_formats(weight: Weight, piece: schema.ModelT, int8: bool) -> list[Format]:
     """Return the storage formats of a weight tensor that its ops read correctly on every CPU.
 
-    This function checks only the ops that read the weight. `sparse_inference.is_wrong` checks the
+    The function checks only the ops that read the weight. `sparse_inference.is_wrong` checks the
     whole graph for wrong results.
 
     Args:
-        weight: a float32 or int8 weight.
-        piece: a model that contains only the ops that read the weight.
-        int8: whether the values may be quantized to int8.
+        weight: A float32 or int8 weight.
+        piece: Model that contains only the ops that read the weight.
+        int8: Whether the values may be quantized to int8.
     """
     if weight.values.dtype == np.int8:
         return _valid_formats_of_int8(weight, piece)
@@ -293,7 +293,7 @@ def _unpacked_formats(weight: Weight) -> list[Format]:
 
 
 def _obstacle(weight: Weight) -> str:
-    """Return why a weight must keep its storage format, or "" if the format can change."""
+    """Return why a weight must keep its format, or an empty string if the format can change."""
     if weight.values.dtype == np.float16:
         return "float16: only float32 and int8 weights can be stored sparse"
     if len({tuple(tensor.shape) for tensor in weight.tensors}) > 1:

@@ -8,19 +8,19 @@ height and width, or DEPTH_TO_SPACE. All ops of a region must support NCHW. No o
 region may read a tensor of the region. More than 2/3 of all weights in the 1x1
 convolutions of a region must be zero.
 
-XNNPACK does not check that a region ends only at exit ops. If an op outside the region reads a
-tensor of the region, this op reads NCHW data as if it were NHWC data. The results are then wrong,
-and no error message appears.
+XNNPACK does not check that a region ends only at exit ops. An op outside a region that reads a
+tensor of the region takes NCHW data for NHWC data. The results of the op are then wrong, and no
+error message appears.
 
 The analysis assumes that XNNPACK runs every op of the graph. In practice, XNNPACK leaves some ops
-to the builtin kernels. The set of these ops differs between versions and builds of LiteRT. Each op
-that XNNPACK leaves to the builtin kernels splits the graph, and reads and writes data in NHWC
-layout. Therefore, this module reports some networks as wrong although some versions of LiteRT
-compute them correctly. This is intended, because a file must be correct in all versions of LiteRT.
-To be safe, a mean with keepdims is also reported as wrong.
+to the builtin kernels. The set of builtin ops differs between versions and builds of LiteRT. Each
+op that XNNPACK leaves to the builtin kernels splits the graph, and reads and writes data in NHWC
+layout. Some networks that the module reports as wrong are computed correctly by some versions of
+LiteRT. The report is intended, because a file must be correct in all versions of LiteRT. To be
+safe, the module also reports a mean with keepdims as wrong.
 
 Source: the functions ``xnn_check_nchw_compatibility`` and ``xnn_subgraph_rewrite_for_nchw`` in
-``src/subgraph.c`` of XNNPACK. Since October 2020, only the rules for FULLY_CONNECTED in these
+``src/subgraph.c`` of XNNPACK. Since October 2020, only the rules for FULLY_CONNECTED in the two
 functions have changed, most recently in January 2025.
 """
 
@@ -60,15 +60,16 @@ class Node:
     XNNPACK's graph contains no constants. PAD ops are merged into the convolutions that follow.
 
     Attributes:
-        op: the op in the file.
-        kind: builtin name of the op.
-        inputs: computed tensors that the op reads, without constants.
-        outputs: tensors that the op computes.
-        role: all roles that the op can have in a region.
-        obstacle: description of the op if it cannot be inside a region or its results would be
+        op: The op in the file.
+        kind: Builtin name of the op.
+        inputs: Computed tensors that the op reads, without constants.
+        outputs: Tensors that the op computes.
+        role: All roles that the op can have in a region.
+        obstacle: Description of the op if it cannot be inside a region or its results would be
             wrong. Empty for other ops.
-        zeros: number of zero weights of a 1x1 convolution or a FULLY_CONNECTED op. 0 for other ops.
-        weights: number of all weights of a 1x1 convolution or a FULLY_CONNECTED op. 0 for other
+        zeros: Number of zero weights of a 1x1 convolution or a FULLY_CONNECTED op, and 0 for other
+            ops.
+        weights: Number of all weights of a 1x1 convolution or a FULLY_CONNECTED op, and 0 for other
             ops.
     """
 
@@ -86,7 +87,7 @@ class Node:
 class Region:
     """Ops that XNNPACK runs in NCHW layout.
 
-    ``wrong`` lists the ops that therefore fail or compute wrong results.
+    ``wrong`` lists the ops that fail or compute wrong results in NCHW layout.
     """
 
     nodes: list[Node]
@@ -113,8 +114,8 @@ def sparse_region(nodes: list[Node], graph: schema.SubGraphT) -> Region:
     """Return the region that XNNPACK would run in NCHW layout if the graph contained DENSIFY.
 
     Args:
-        nodes: list that `read_nodes` returned for the graph.
-        graph: the graph.
+        nodes: List that `read_nodes` returned for the graph.
+        graph: The graph.
     """
     outputs = set(indices(graph.outputs))
     group, roles, bad = _groups(nodes, outputs)
@@ -146,7 +147,7 @@ def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role]
     def join(n: int) -> bool:
         """Merge an op's group with the groups of the ops that compute its inputs.
 
-        Return whether a group changed.
+        The result is True if a group changed.
         """
         changed = False
         for t in nodes[n].inputs:
@@ -228,7 +229,8 @@ def _merged_pads(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, tup
 
 
 def _role(model, graph, op, kind, unpacked, pads) -> tuple[Role, str]:
-    """Return the possible roles of an op, and a description if no region can contain it."""
+    """Return the roles that an op can have in an NCHW region, and why no region can contain the
+    op."""
     tensors = [graph.tensors[t] for t in indices(op.inputs) + indices(op.outputs)]
     ranks = {len(shape(tensor)) for tensor in tensors if stored(model, tensor) is None}
     if not all(type_name(x).startswith(("float", "int32", "int64")) for x in tensors):
@@ -265,10 +267,10 @@ def _sizes(tensor: schema.TensorT) -> list[int]:
 
 
 def _reduction(model, graph, op, kind) -> str:
-    """Describe a MEAN or SUM op with wrong results on NCHW data. Return "" if it is correct."""
+    """Describe a MEAN or SUM op with wrong results on NCHW data, or return an empty string."""
     axes = values(model, graph.tensors[op.inputs[1]])
     left = {1, 2, 3} - {int(axis) % 4 for axis in ([] if axes is None else axes.ravel())}
-    if 3 in left and left != {3}:  # NCHW and NHWC order these axes differently.
+    if 3 in left and left != {3}:  # NCHW and NHWC order the reduced axes differently.
         return f"{kind} over one of height and width"
     made = int(op.outputs[0])
     readers = {op_name(model, other) for other in graph.operators if made in indices(other.inputs)}
@@ -320,7 +322,7 @@ def _describe(name: str, op: schema.OperatorT, padding: tuple[int, ...] | None) 
 def _padding(op, kernel, pads) -> tuple[int, ...] | None:
     """Return the padding above, below, left and right.
 
-    Return None if the padding depends on the size of the input.
+    The result is None if the padding depends on the size of the input.
     """
     if _is_valid(op):
         own = [0, 0, 0, 0]

@@ -14,8 +14,8 @@ from keras_dst import _keras
 def reset_states(model: keras.Model) -> Iterator[None]:
     """Reset the states of stateful recurrent layers to zero, and restore them afterwards.
 
-    A ``.tflite`` file starts from zero states, so the Keras model must do the same in a comparison.
-    All other variables that a call of the model can change are restored too.
+    A ``.tflite`` file starts from zero states, so the Keras model must also start from zero states
+    in a comparison. All other variables that a call of the model can change are restored too.
     """
     recurrent = [
         layer

@@ -12,12 +12,12 @@ class VelaEstimate:
     """Vela's estimates for one inference of one file.
 
     Attributes:
-        weight_bytes: number of bytes of all weights after Vela has compressed them.
-        npu_cycles: number of cycles during which the NPU computes.
-        memory_cycles: dict from the name of each memory to the number of cycles during which it is
+        weight_bytes: Number of bytes of all weights after Vela has compressed them.
+        npu_cycles: Number of cycles during which the NPU computes.
+        memory_cycles: Dict from the name of each memory to the number of cycles during which it is
             accessed. The memory cycles overlap with the cycles in which the NPU computes.
-        cycles: number of cycles of the whole inference.
-        seconds: time of the whole inference at the default clock rate of the NPU.
+        cycles: Number of cycles of the whole inference.
+        seconds: Time of the whole inference at the default clock rate of the NPU.
     """
 
     weight_bytes: int
@@ -32,9 +32,9 @@ class CPUOp:
     """Op that Vela leaves to the CPU.
 
     Attributes:
-        op: builtin name of the op.
-        tensor: name of the first output of the op.
-        reason: the reason that Vela prints. Empty if Vela prints no reason.
+        op: Builtin name of the op.
+        tensor: Name of the first output of the op.
+        reason: The reason that Vela prints, or an empty string if Vela prints no reason.
     """
 
     op: str
@@ -49,20 +49,20 @@ class VelaReport:
     The estimates come from Vela's model of the hardware, not from measurements on hardware.
 
     The dense file has the same ops as the exported file, but its weights are normally distributed
-    random values without zeros. Vela compresses these random weights a few percent better than
+    random values without zeros. Vela compresses the random weights a few percent better than
     trained dense weights.
 
     Attributes:
-        accelerator: configuration of the NPU, such as ``"ethos-u55-128"``.
-        system: name of the system configuration, which sets clock rate and memory bandwidths. This
+        accelerator: Configuration of the NPU, such as ``"ethos-u55-128"``.
+        system: Name of the system configuration, which sets clock rate and memory bandwidths. This
             is Vela's default.
-        memory_mode: name of the configuration that says which memories store weights and
+        memory_mode: Name of the configuration that says which memories store weights and
             activations. This is Vela's default.
-        version: version of Vela.
-        file: estimates for the file.
-        dense: estimates for the dense file.
-        ops: number of all ops in the file.
-        cpu_ops: ops that run on the CPU instead of the NPU.
+        version: Version of Vela.
+        file: Estimates for the file.
+        dense: Estimates for the dense file.
+        ops: Number of all ops in the file.
+        cpu_ops: Ops that run on the CPU instead of the NPU.
     """
 
     accelerator: str
@@ -108,18 +108,20 @@ def _compared(value: float, dense: float) -> tuple[str, str, str]:
 
 @dataclass(frozen=True)
 class MicroReport:
-    """Comparison of a file for microcontrollers with the dense int8 file. Both files ran in TFLM.
+    """Comparison of a file for microcontrollers with the dense int8 file.
+
+    Both files were run in TFLM.
 
     Attributes:
-        bytes: size of the file.
-        dense_bytes: size of the dense int8 file, whose outputs are bit-identical.
-        unread_bytes: number of bytes of the dense int8 file that TFLM does not need. The exported
-            file omits these bytes: metadata, scales of biases, repeated zero points, all names of
-            merged ops except the first, and second copies of equal values.
-        dense_gzip_bytes: size of the dense int8 file after compression with gzip.
-        arena: number of bytes of the memory arena that the exported file needs.
-        dense_arena: number of bytes of the memory arena that the dense int8 file needs.
-        samples: number of samples on which the outputs were compared.
+        bytes: Size of the file.
+        dense_bytes: Size of the dense int8 file, whose outputs are bit-identical.
+        unread_bytes: Number of bytes of the dense int8 file that TFLM does not need. The exported
+            file omits metadata, scales of biases, repeated zero points, second copies of equal
+            values, and all names of merged ops except the first.
+        dense_gzip_bytes: Size of the dense int8 file after compression with gzip.
+        arena: Number of bytes of the memory arena that the exported file needs.
+        dense_arena: Number of bytes of the memory arena that the dense int8 file needs.
+        samples: Number of samples on which the outputs were compared.
     """
 
     bytes: int

@@ -18,7 +18,7 @@ def check_for_target(name: str, content: bytes, target: str) -> LintReport:
     """Return the report on a ``.tflite`` file that is meant for TFLM or for an Ethos-U NPU.
 
     Raises:
-        ImportError: the target is an NPU, and Vela is not installed.
+        ImportError: If the target is an NPU, and Vela is not installed.
     """
     model = read(content)
     fix = f"Export the Keras model with target={target!r}."

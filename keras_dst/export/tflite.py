@@ -39,72 +39,73 @@ def export_tflite(
     is not changed.
 
     Args:
-        model: a built Keras 3 model on any backend. The model may be sparse, stripped or dense. An
+        model: A built Keras 3 model on any backend. The model may be sparse, stripped or dense. An
             input with ``sparse=True`` becomes a dense input of the file. If an optional input is
-            None in ``inputs`` or ``representative``, the file does not have this input. In the
+            None in ``inputs`` or ``representative``, the file lacks the optional input. In the
             file, the states of recurrent layers start at zero.
-        path: path of the file to write, in an existing folder. An existing file is replaced.
-        inputs: samples on which the file is compared with the model, in any form that
-            `model.predict` accepts: arrays, or a data set, data loader or generator of batches. The
-            first 32 samples are used. Defaults to the samples in ``representative``. Without
+        path: Path of the file to write, in an existing folder. An existing file is replaced.
+        inputs: Samples on which the file is compared with the model. As in `model.predict`, the
+            samples can be arrays, or a data set, data loader or generator of batches. The first 32
+            samples are used. Defaults to the samples in ``representative``. Without
             ``representative``, the samples are random with a fixed seed: standard normal floats, or
-            integers that are 0 or 1. A model with string inputs requires this argument.
-        tolerance: largest accepted error, ``max|y - y_keras| / max(max|y_keras|, 1e-6)`` of each
+            integers that are 0 or 1. A model with string inputs requires ``inputs``.
+        tolerance: Largest accepted error, ``max|y - y_keras| / max(max|y_keras|, 1e-6)`` of each
             output. The default depends on ``quantize``: 1e-4 for None, 0.1 for ``"weights"``, 0.3
             for ``"full"``. A quantized file is also compared with a dense file that has the same
-            quantized weights. The outputs of the quantized file and of this dense file may differ
-            by at most 1e-4, or 0.05 if the ops compute with integers.
-        optimize: criterion by which the storage format of each weight tensor is selected.
+            quantized weights. The outputs of the quantized and the dense file may differ by at most
+            1e-4, or 0.05 if the ops compute with integers.
+        optimize: Criterion by which the storage format of each weight tensor is selected.
             ``"latency"`` selects the fastest format and, among equally fast formats, the smallest.
             ``"size"`` selects the smallest format and, among equally small formats, the fastest.
             ``"balanced"``, the default, selects the smallest product of bytes and latency among the
             formats that are not slower than dense.
-        target: hardware for which the file is written. ``"host"``, the default, optimizes the file
-            for the CPU of this machine, and ``"arm"`` for a CPU without AVX. ``"any"`` considers
-            both CPUs, and optimizes the larger of their two latency ratios. The name of an Arm
-            Ethos-U NPU, such as ``"ethos-u55-128"``, requires ``quantize="full"``. The file then
-            has int8 inputs and outputs and dense weights. If Vela is installed, the report includes
-            Vela's estimates. ``"micro"`` means TensorFlow Lite for Microcontrollers (TFLM) and also
-            requires ``quantize="full"``. The zeros of a weight tensor are then left out if this
-            makes the file smaller, and only TFLM can run the file. For an NPU or ``"micro"``, no
-            latency is measured, and ``optimize`` must keep its default.
-        measure: whether to measure latencies on the CPU of this machine. Latencies on other CPUs,
-            and all latencies if ``measure`` is False, are estimated from the speed of the kernels.
-            Defaults to True.
-        threads: number of interpreter threads during measurements. Defaults to 1.
-        batch: batch size during measurements, for a model with a dynamic batch size. Defaults to 1.
-        quantize: selects the tensors that are quantized to 8 bits. Defaults to None: no tensor is
-            quantized. ``"weights"`` quantizes a weight tensor if this reduces the quantity that
-            ``optimize`` names, bytes or latency. ``"full"`` quantizes weights and activations:
+        target: Hardware for which the file is written. ``"host"``, the default, optimizes the file
+            for the CPU of the current machine. ``"arm"`` optimizes the file for a CPU without AVX.
+            ``"any"`` optimizes the larger of the latency ratios on the CPU of the current machine
+            and on a CPU without AVX. The name of an Arm Ethos-U NPU, such as ``"ethos-u55-128"``,
+            requires ``quantize="full"``. A file for an NPU has int8 inputs and outputs and dense
+            weights. If Vela is installed, the report includes Vela's estimates. ``"micro"`` means
+            TensorFlow Lite for Microcontrollers (TFLM) and also requires ``quantize="full"``. A
+            file for TFLM omits the zeros of a weight tensor if the file becomes smaller, and only
+            TFLM can run the file. For an NPU or ``"micro"``, no latency is measured, and
+            ``optimize`` must keep its default.
+        measure: Whether to measure latencies on the CPU of the current machine. Latencies on other
+            CPUs, and all latencies if ``measure`` is False, are estimated from the speed of the
+            kernels. Defaults to True.
+        threads: Number of interpreter threads during measurements. Defaults to 1.
+        batch: Batch size during measurements, for a model with a dynamic batch size. Defaults to 1.
+        quantize: Selects the tensors that are quantized to 8 bits. Defaults to None: no tensor is
+            quantized. ``"weights"`` quantizes a weight tensor if the quantity that ``optimize``
+            names, bytes or latency, becomes smaller. ``"full"`` quantizes weights and activations.
             TensorFlow's converter measures the ranges of the activations on ``representative``.
             Zero weights stay zero.
-        representative: typical input samples for ``quantize="full"``, in any form that
+        representative: Typical input samples for ``quantize="full"``, in any form that
             `model.predict` accepts. All samples of an array are used, but only the first 1000
             samples of a data set or generator.
-        evaluate: data on which the accuracy of each file is measured: ``(x, y)``, or a data set,
+        evaluate: Data on which the accuracy of each file is measured: ``(x, y)``, or a data set,
             data loader or generator of batches ``(x, y)``. Labels are integers or one-hot vectors.
             Sample weights are ignored. Alternatively, ``evaluate`` is a function that receives
             ``predict`` and returns a number. ``predict`` accepts inputs like `model.predict`, and
             returns the outputs of the file. Defaults to None: accuracy is not measured.
-        vela_path: path where the file that Vela compiled for the NPU is saved, in an existing
+        vela_path: Path where the file that Vela compiled for the NPU is saved, in an existing
             folder. Defaults to None: the compiled file is not saved.
-        progress: function that is called with a line of text before each step.
+        progress: Function that is called with a line of text before each step.
 
     Returns:
         An `ExportReport` with the storage format of each weight tensor and the error of the file.
-        The report compares size, latency, load time, peak memory and accuracy between this file and
-        dense files.
+        The report compares size, latency, load time, peak memory and accuracy between the exported
+        file and dense files.
 
     Raises:
-        TypeError: ``model`` is not a Keras 3 model.
-        ValueError: the model is not built, the data does not fit the model, or an argument has an
-            unknown value.
-        OSError: no file can be written at ``path`` or ``vela_path``. Both paths are checked before
+        TypeError: If ``model`` is not a Keras 3 model.
+        ValueError: If the model is not built, the data does not fit the model, or an argument has
+            an unknown value.
+        OSError: If no file can be written at ``path`` or ``vela_path``, which are checked before
             the conversion begins.
-        ImportError: a required extra of keras_dst is not installed. Every export requires
+        ImportError: If a required extra of keras_dst is not installed. Every export requires
             ``export``, ``target="micro"`` also requires ``micro``, and ``vela_path`` also requires
             ``ethos``.
-        ExportError: the model could not be converted, or the outputs of the file differ from the
+        ExportError: If the model could not be converted, or the outputs of the file differ from the
             outputs of the model. The message names the op or weight tensor that causes the
             difference. No file is written.
 
@@ -131,7 +132,8 @@ def export_tflite(
     if tolerance is not None and not (is_number(tolerance) and tolerance >= 0):
         raise ValueError(f"Expected a finite tolerance of 0 or more. Received: {tolerance!r}.")
     check_installed("tensorflow", "ai_edge_litert", "flatbuffers")
-    # These modules import optional packages, but `import keras_dst` must also work without them.
+    # The modules below need optional packages, but `import keras_dst` must work without the
+    # optional packages.
     from keras_dst.export.ethos import ACCELERATORS, NEEDS_VELA, vela_version
     from keras_dst.export.micro import check_tflm
     from keras_dst.export.pipeline import TOLERANCES, Settings, export
@@ -188,7 +190,7 @@ def check_exportable(model: Any) -> None:
 
 
 def check_installed(*packages: str) -> None:
-    """Raise ImportError unless these optional packages are installed."""
+    """Raise ImportError unless the given optional packages are installed."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ImportError(

@@ -14,8 +14,8 @@ from keras_dst.export.quantize import to_int8
 from keras_dst.export.samples import BATCH, Samples, Signature, read_samples
 from keras_dst.export.states import reset_states
 
-#: Each file is run with XNNPACK, which is the default of LiteRT, and without XNNPACK, because
-# faults may occur in only one of the two.
+#: Each file is run with XNNPACK, the default of LiteRT, and without XNNPACK. A fault may occur in
+#: only one of the two runs.
 RESOLVERS = {
     "XNNPACK": OpResolverType.AUTO,
     "builtin kernels": OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
@@ -32,7 +32,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Deviation:
-    """Error of one output of a file, and a text that names this output.
+    """Error of one output of a file, and a text that names the output.
 
     ``error`` is ``max|y - expected| / max|expected|``. The error is infinite if values are not
     finite, shapes differ, or the interpreter refuses the file.
@@ -63,7 +63,7 @@ def run(content: bytes, cases: list[Case], resolver: OpResolverType) -> list[dic
     For each case, the outputs are a dict from output names to arrays.
 
     Raises:
-        RuntimeError, ValueError: the interpreter refuses the file or an input.
+        RuntimeError, ValueError: If the interpreter refuses the file or an input.
     """
     runner = _runner(content, resolver)
     return [runner(**case.inputs) for case in cases]
@@ -76,9 +76,9 @@ def keras_cases(model: keras.Model, signature: Signature, samples: Samples) -> l
     four. The states of recurrent layers are zero before the first batch. The model is not changed.
 
     Args:
-        model: the Keras 3 model from which the file was converted.
-        signature: descriptions of the inputs that the file has.
-        samples: samples for all inputs of the model.
+        model: The Keras 3 model from which the file was converted.
+        signature: Descriptions of the inputs that the file has.
+        samples: Samples for all inputs of the model.
     """
     with reset_states(model):
         return [
@@ -104,7 +104,8 @@ def predictor(model: keras.Model, content: bytes, signature: Signature) -> Calla
         count = len(samples)
         found: list[dict[str, np.ndarray]] = []
         for start in range(0, count, size):
-            # If the samples do not fill the last batch, it is completed with the first samples.
+            # If the samples do not fill the last batch, the last batch is completed with the first
+            # samples.
             rows = np.arange(start, start + size) % count
             found.append(runner(**by_input_name(samples[rows], signature)))
         outputs = {name: np.concatenate([y[name] for y in found])[:count] for name in found[0]}

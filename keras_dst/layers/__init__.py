@@ -53,7 +53,7 @@ __all__ = [
     "SparseSimpleRNNCell",
 ]
 
-if hasattr(_stock, "SparseReversibleEmbedding"):  # Keras has this layer since version 3.12.
+if hasattr(_stock, "SparseReversibleEmbedding"):  # New in Keras 3.12.
     SparseReversibleEmbedding = _stock.SparseReversibleEmbedding
     """`keras.layers.ReversibleEmbedding` with one sparse table, or two if they are untied."""
     __all__ += ["SparseReversibleEmbedding"]

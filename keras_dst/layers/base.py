@@ -40,7 +40,7 @@ class SparseWeight:
         return layer.__dict__.get(self.slot, layer.__dict__.get(self.name))
 
     def layout_of(self, layer) -> Layout:
-        """Return the input and output axes of this weight in a given layer."""
+        """Return the input and output axes of the weight in a given layer."""
         return self.layout
 
     def masked(self, layer):
@@ -130,7 +130,7 @@ class SparseMixin(_keras.BuildHook):
         self.attach_method(check_method(method))
 
     def attach_method(self, method: LayerMethod) -> None:
-        """Set the method of this layer, before or after the layer is built."""
+        """Set the method of the layer, before or after the layer is built."""
         self.method = method
         # Up to version 3.15, Keras sets the attribute `quantize` on every layer instance, which
         # hides the method `quantize` of the class. `_refuse_to_quantize` is therefore set on the
@@ -156,7 +156,7 @@ class SparseMixin(_keras.BuildHook):
 
     @classmethod
     def sparse_weights(cls) -> list[SparseWeight]:
-        """Return the attributes of this class whose weights can have a mask."""
+        """Return the attributes of the class whose weights can have a mask."""
         return [w for w in cls._masked_attributes() if not isinstance(w, SparseBias)]
 
     @classmethod
@@ -177,7 +177,7 @@ class SparseMixin(_keras.BuildHook):
 
     # The mask variables are created after the stock weights. The order of variables is therefore
     # the same whether a layer becomes sparse before or after it is built. Optimizers save their
-    # slots in this order.
+    # slots in the order of the variables.
     def after_build(self):
         # With the argument `weights=`, Keras's Embedding builds itself in `__init__`, before the
         # method is attached. `attach_method` then adds the mask variables.
@@ -236,7 +236,8 @@ class SparseMixin(_keras.BuildHook):
         )
 
     def _refuse_to_quantize(self, *args, **kwargs):
-        # After a NotImplementedError, `Model.quantize` would skip the layer without this message.
+        # After a NotImplementedError, `Model.quantize` would skip the layer and not print the
+        # message.
         raise ValueError(
             f"'{self.name}' is sparse. Call keras_dst.strip(model) first, then quantize."
         )
@@ -248,9 +249,8 @@ class SparseMixin(_keras.BuildHook):
         return {**super().get_config(), "method": method}
 
     # Keras saves the weights of a layer by position. The variables of the method are saved by name,
-    # next to the weights of the stock layer. If a file lacks these variables, for example because
-    # it stores a dense model, the variables keep their values. A newly created mask keeps all
-    # weights.
+    # next to the weights of the stock layer. If a file lacks the variables, for example because it
+    # stores a dense model, the variables keep their values. A newly created mask keeps all weights.
     def save_own_variables(self, store):
         own = self.state_variables()
         with self.as_stock():
@@ -270,7 +270,7 @@ class SparseMixin(_keras.BuildHook):
         """After a dense file was loaded, copy the stock weights to the method's variables again."""
 
     def state_variables(self) -> dict[str, Any]:
-        """Return a dict that maps names to the variables that the method created in this layer."""
+        """Return a dict that maps names to the variables that the method created in the layer."""
         return {
             f"{name}_{key}": variable
             for name, state in self.sparse_state.items()
@@ -299,8 +299,8 @@ class SparseCellMixin(SparseMixin):
     """Mixin for recurrent cells that masks the weights once per sequence instead of at every step.
 
     Keras requests the dropout mask of a cell before a sequence, and resets the dropout mask after
-    the last step. In the meantime, the cell caches its masked weights. If a cell is called
-    directly, without a sequence, it does not cache masked weights.
+    the last step. The cell caches its masked weights from the request of the dropout mask until the
+    reset. A cell that is called directly, without a sequence, does not cache masked weights.
     """
 
     _called_by_itself = False
@@ -354,7 +354,7 @@ def expose_variables(layer) -> None:
 
 
 def require_driver(layer) -> None:
-    """Make an optimizer step on this layer fail while the callback of its method is not running."""
+    """Raise an error in an optimizer step on a layer whose method's callback is not running."""
     trained = [
         v for inner in _keras.flatten_layers(layer) for v in _keras.trainable_variables_of(inner)
     ]

@@ -1,4 +1,4 @@
-"""Sparse classes of layers: classes of this package, and classes that are derived from them."""
+"""Sparse classes of layers: the classes of keras_dst, and classes that are derived from them."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class SparseSubclass(SparseMixin):
 class SparseContainer(_keras.BuildHook):
     """Sparse form of a layer or model that creates its inner layers itself.
 
-    The config of the stock class does not describe the inner layers. If the layer is created from
-    this config, all its inner layers are plain layers. The sparse form therefore also stores a
-    recipe: a dict that maps the position of each sparse inner layer to its method.
+    The config of the stock class does not describe the inner layers. A layer that is created from
+    the config has plain inner layers. The sparse form therefore also stores a recipe, which is a
+    dict that maps the position of each sparse inner layer to its method.
     """
 
     stock: type
@@ -91,7 +91,7 @@ class SparseContainer(_keras.BuildHook):
         }
 
     def restore_stock(self) -> None:
-        """Convert this layer back to its stock Keras class, in place."""
+        """Convert the layer back to its stock Keras class, in place."""
         del self.__dict__["recipe"]
         self.__class__ = self.stock
 
@@ -189,6 +189,6 @@ def _stock_instance(config: dict, own_keys: tuple[str, ...]) -> tuple[Any, dict]
 
 
 def _keras_class(name: str) -> type | None:
-    """Return the Keras layer class with this `__name__`, which may differ from its public name."""
+    """Return the Keras layer class whose `__name__` is `name`, or None."""
     found = (x for x in vars(layers).values() if isinstance(x, type) and x.__name__ == name)
     return next(found, None)

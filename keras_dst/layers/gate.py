@@ -27,7 +27,7 @@ class Gate(_keras.BuildHook, layers.Layer):
     The method `methods.Consensus`, which needs the `SparseTraining` callback, trains the gates. In
     inference, the gates are constants. A gate with a trainable logit is open if the logit is 0 or
     more. A gate of a gating module is open if its running mean is 0.5 or more (the consensus of the
-    paper). `strip` replaces this layer by a `keras.layers.Rescaling` with the constant gates.
+    paper). `strip` replaces a `Gate` layer by a `keras.layers.Rescaling` with the constant gates.
 
     Args:
         axis: Axis of the channels. Defaults to -1.
@@ -94,8 +94,8 @@ class Gate(_keras.BuildHook, layers.Layer):
         self.method = method
         # Keras must not track the nested dict, see `SparseMixin.attach_method`.
         self.__dict__["sparse_state"] = {}
-        # With one gate per channel, each channel is an output unit in the layout, and `Consensus`
-        # keeps at least one unit open. The layout of a branch gate has no output units, so
+        # With one gate per channel, each channel is an output unit in the layout. `Consensus` keeps
+        # at least one output unit open. The layout of a branch gate has no output units, so
         # `Consensus` may close the gate.
         self._layout = Layout((-1,) if structure == "channel" else (), ())
 
@@ -154,7 +154,7 @@ class Gate(_keras.BuildHook, layers.Layer):
         elif training and self.trainable:
             z = self._module(x if context is None else context)
             mean = ops.reshape(ops.mean(z, axis=0), state["mean"].shape)
-            # The penalties on the gates read this mean later in the same training step.
+            # The penalties on the gates read the stored mean later in the same training step.
             self.__dict__["_batch_mean"] = mean
             old = ops.convert_to_tensor(state["mean"])
             mean = ops.stop_gradient(mean)
@@ -181,7 +181,8 @@ class Gate(_keras.BuildHook, layers.Layer):
             yield self._layout, state["mean" if self.dependent else "logit"], state
 
     def state_variables(self) -> dict[str, Any]:
-        """Return a dict that maps paths to all variables, including those of the gating module."""
+        """Return a dict that maps paths to all variables, also the variables of the gating
+        module."""
         return {variable.path: variable for variable in self.variables}
 
     def batch_mean(self, layout: Layout, state: State):
@@ -192,7 +193,7 @@ class Gate(_keras.BuildHook, layers.Layer):
         return ops.cast(self.is_open(), "float32") if mean is None else mean
 
     def restore_stock(self) -> None:
-        """Convert this layer, in place, to a `Rescaling` layer with the constant gates."""
+        """Convert the layer, in place, to a `Rescaling` layer with the constant gates."""
         on = ops.convert_to_numpy(self.is_open()).astype("float32")
         scale = np.broadcast_to(on, self._shape).reshape(self._shape).tolist()
         stock = layers.Rescaling(scale, name=self.name, dtype=self.dtype_policy)

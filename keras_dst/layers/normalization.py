@@ -60,8 +60,8 @@ class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
     def attach_method(self, method):
         if not isinstance(method, TwoPathMethod):
             raise ValueError(
-                "Expected a method that trains two paths, such as keras_dst.methods.DCIL(0.9): "
-                f"the layer holds one set of variables for each path. Received: {method!r}"
+                "Expected a method that trains two paths, such as keras_dst.methods.DCIL(0.9), "
+                f"because the layer holds one set of variables for each path. Received: {method!r}"
             )
         super().attach_method(method)
 

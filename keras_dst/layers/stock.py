@@ -21,7 +21,7 @@ from keras_dst.masks import Layout
 
 # Axes: (*window, out, in).
 _TRANSPOSED = Layout(outputs=(-2,), inputs=(-1,))
-# Axes: (*window, in, multiplier). A unit is one channel.
+# Axes: (*window, in, multiplier). Every filter is an output unit.
 _DEPTHWISE = Layout(outputs=(-2, -1), inputs=())
 
 
@@ -214,7 +214,7 @@ SPARSE_KERNEL_LAYERS: tuple[type[SparseMixin], ...] = (
     SparseConvLSTMCell,
 )
 
-if hasattr(layers, "ReversibleEmbedding"):  # This layer is new in Keras 3.12.
+if hasattr(layers, "ReversibleEmbedding"):  # `ReversibleEmbedding` is new in Keras 3.12.
 
     @register
     class SparseReversibleEmbedding(SparseMixin, layers.ReversibleEmbedding):

@@ -41,12 +41,12 @@ from keras_dst.schedules import Schedule
 Tensor = Any
 State = dict[str, Any]
 
-# Some methods use a different schedule for training runs of fewer epochs than this number.
+# Number of epochs below which some methods use a different schedule.
 SHORT = 20
-# A training run with at least this number of steps uses the settings of the papers.
+# Number of steps from which a training run uses the settings of the papers.
 _LONG = 20_000
-# Maximum gradient of a pruned weight in a long training run, as a multiple of the root mean square
-# of the gradients of the kept weights. `masks.limit_gradient` explains why a limit is needed.
+# Maximum gradient of a pruned weight in a long training run, relative to the root mean square of
+# the gradients of the kept weights. `masks.limit_gradient` explains why a limit is needed.
 _LARGEST_RATIO = 10.0
 
 
@@ -71,34 +71,34 @@ class Method(Configurable):
     numbers and strings, no arrays. Subclass `LayerMethod` if the mask is part of the forward pass.
     Subclass `UpdateMethod` if the mask is part of the optimizer step.
 
-    In all functions, `weights` is a list of tensors in Keras layout, and `states` is a list with
-    one dict of tensors per weight. `layouts` lists the input and output axes of each weight.
+    The arguments `weights`, `states` and `layouts` are lists with one entry per weight. `weights`
+    holds tensors in Keras layout. `states` holds dicts of tensors. `layouts` holds the input and
+    output axes.
 
     Attributes:
         schedule: Schedule of the target sparsity, or None if the method has no target.
         allocation: Distribution of the sparsity over the weights.
-        pattern: Shape of the groups of weights that are pruned together, see `masks.Pattern`.
-        frequency: Steps between mask updates, or `"epoch"`. None means every `default_frequency`
-            steps, or more often if the schedule would otherwise have fewer than 20 updates.
+        pattern: Which weights are pruned together, see `masks.Pattern`.
+        frequency: Steps between mask updates, or `"epoch"`. None means `default_frequency`, reduced
+            in short training runs to allow 20 updates.
         default_frequency: Steps between mask updates in the paper, or `"epoch"`.
-        min_kept: Minimum number of weights that every layer keeps, or of channels that every group
-            of coupled channels keeps.
-        counted_in: Quantity in which the sparsity of coupled channels is measured: `"channels"`,
+        min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
+            `min_kept` counts channels instead of weights.
+        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of `"channels"`,
             `"parameters"` or `"flops"`.
-        round_to: The number of kept channels in a group is a multiple of this number. Groups with
-            fewer than `2 * round_to` channels are not rounded.
+        round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels.
+            Layers with fewer than `2 * round_to` channels can keep any number of channels.
         groups: Groups of layers whose channels are removed together, for a model with its own
             `call` method. None means that the graph of the model determines the groups.
         learned: True if training determines the sparsity, and False if a ranking determines the
-            sparsity. If True, `update` receives the target sparsity of the next update instead of
-            the current target, and the method must define `project`.
-        couples_channels: For a method with `learned = True`, whether `update` and `project` keep
-            the same channels in all layers of a group. False means that each layer is pruned
+            sparsity. If True, the method must define `project`, and `update` receives the target
+            sparsity of the next update.
+        couples_channels: For a method with `learned = True`, whether `update` and `project` keep or
+            prune a channel in all layers that compute it. False means that each layer is pruned
             separately.
         target_quantity: Name of the quantity that has a target, such as `"sparsity"`. Warnings use
             this name.
-        driver: Import path of the callback that updates the masks, so that the model meets the
-            target.
+        driver: Import path of the callback that updates the masks during training.
     """
 
     schedule: Schedule | None = None
@@ -116,7 +116,7 @@ class Method(Configurable):
     driver = "keras_dst.callbacks.SparseTraining"
 
     def schedule_over(self, epochs: float | None) -> Schedule | None:
-        """Return the schedule for a training run with this number of epochs.
+        """Return the schedule for a training run with `epochs` epochs.
 
         The training callback calls this function when training begins. By default, the schedule
         does not depend on the number of epochs.
@@ -129,8 +129,8 @@ class Method(Configurable):
     def length(self, total: Tensor) -> Tensor | int:
         """Return the number of training steps on which settings such as the gradient limit depend.
 
-        If the schedule is given in steps, return its last step, because a custom training loop does
-        not know the length of training.
+        A custom training loop does not know the length of training. If the schedule is given in
+        steps, this function therefore returns the last step of the schedule.
 
         Args:
             total: Number of steps in the training run, or 0 if the number is unknown.
@@ -170,11 +170,11 @@ class Method(Configurable):
 
         Args:
             weights: All weights that the method prunes.
-            states: States of these weights.
+            states: States of the weights, one dict per weight.
             layouts: Input and output axes of each weight.
-            kept: Int32 vector that states how many weights to keep, with one entry for all weight
-                tensors together, or one entry per weight tensor.
-            now: Position of this update in the training run.
+            kept: Number of weights to keep, as an int32 vector. The vector has one entry for all
+                weight tensors together, or one entry per weight tensor.
+            now: Position of the mask update in the training run.
         """
         new = self.rank(self.scores(weights, states), layouts, kept)
         return [{"mask": mask} for mask in new]
@@ -182,7 +182,7 @@ class Method(Configurable):
     def scores(self, weights: Sequence[Tensor], states: Sequence[State]) -> list[Tensor]:
         """Return the saliency of all weights, in the shapes of the weights.
 
-        The highest scores are kept.
+        The weights with the highest scores are kept.
 
         `update` calls this function. Every method that ranks its weights must define this function.
         """
@@ -202,9 +202,9 @@ class Method(Configurable):
 
         Args:
             weights: All weights that the method prunes.
-            states: States of these weights.
+            states: States of the weights, one dict per weight.
             layouts: Input and output axes of each weight.
-            kept: Final number of weights to keep, as in `update`.
+            kept: Final number of weights to keep, in the format of the argument `kept` of `update`.
         """
         raise NotImplementedError
 
@@ -217,10 +217,10 @@ class Method(Configurable):
         return min(self.min_kept or 1, units)
 
     def followers_settled(self, step: Tensor, total: Tensor) -> bool | Tensor:
-        """Return whether biases and normalization scales of pruned channels must be 0 at this step.
+        """Return whether biases and normalization scales of pruned channels must be 0 at a step.
 
-        This function is called in every optimizer step, or at every mask update of a `LayerMethod`,
-        if channels are coupled. By default, the function returns True.
+        For a model with coupled channels, this function is called in every optimizer step, or at
+        every mask update of a `LayerMethod`. By default, the function returns True.
 
         Args:
             step: Number of finished optimizer steps, int32.
@@ -264,12 +264,12 @@ class Method(Configurable):
     def rank(
         self, scores: Sequence[Tensor], layouts: Sequence[Layout], kept: Tensor
     ) -> list[Tensor]:
-        """Return boolean masks that keep the highest scores, in this method's pattern.
+        """Return boolean masks that keep the highest scores, in the pattern of the method.
 
         Args:
             scores: Saliency of all weights, in the shapes of the weights.
             layouts: Input and output axes of each weight.
-            kept: Number of weights to keep, as in `update`.
+            kept: Number of weights to keep, in the format of the argument `kept` of `update`.
         """
         pattern = Pattern(self.pattern)
         if channels.groups_of(layouts):
@@ -280,14 +280,14 @@ class Method(Configurable):
                 for s, layout in zip(scores, layouts)
             ]
         shapes = [tuple(s.shape) for s in scores]
-        together = kept.shape[0] == 1  # Otherwise, `kept` has one count per tensor.
+        together = kept.shape[0] == 1  # A length of 1 means one count for all tensors.
         sizes = None
         if pattern.grouped:
             sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
         floors = self._floors(shapes, sizes, together)
-        # `kept` counts entries, and the minimums count groups, which can differ in size. Increase
-        # `kept` if it is smaller than the minimum number of groups times the size of the largest
-        # group.
+        # `kept` counts weights, but the minimums count groups of weights, such as blocks, which can
+        # differ in size. Increase `kept` if it is smaller than the minimum number of groups times
+        # the size of the largest group.
         largest = np.array([int(n.max()) for n in sizes] if sizes else [1] * len(shapes))
         least = largest * (floors if self.min_kept else 1)
         kept = ops.maximum(kept, least.sum() if together else least)
@@ -313,9 +313,9 @@ class Method(Configurable):
         return [pattern.expand(g, s, layout) for g, s, layout in zip(found, shapes, layouts)]
 
     def _floors(self, shapes, sizes, together) -> np.ndarray:
-        """Return the minimum number of groups to keep in every weight tensor.
+        """Return the minimum number of blocks or channels to keep in every weight tensor.
 
-        `sizes` is None if every group is a single weight.
+        `sizes` is None if the pattern is `"unstructured"`.
         """
         if self.min_kept is None and together and self.schedule is not None:
             floors = allocations.floor_counts(shapes, self.schedule.sparsity)
@@ -394,12 +394,12 @@ class Method(Configurable):
 def length_factor(total: Tensor) -> Tensor:
     """Return a factor that grows with the number of steps, from 0.1 to 1 at 20,000 steps or more.
 
-    Some settings in the papers assume a long training run. Methods multiply these settings by the
-    factor.
+    Methods multiply a setting from a paper by the factor if the paper chose the setting for a long
+    training run.
 
     Args:
-        total: Number of steps in the training run, or 0 if the number is unknown. For 0 steps, the
-            factor is 1.
+        total: Number of steps in the training run, or 0 if the number is unknown. If `total` is 0,
+            the factor is 1.
     """
     steps = ops.cast(total, "float32")
     return ops.where(steps > 0, ops.clip(steps / _LONG, 0.1, 1.0), 1.0)
@@ -428,7 +428,7 @@ def describe(value) -> str:
 class LayerMethod(Method):
     """Base class of methods whose mask is part of the forward pass.
 
-    The state of a mask is a dict of layer variables. Pass these methods to `sparsify` or to a
+    The state of a mask is a dict of layer variables. Pass a `LayerMethod` to `sparsify` or to a
     `Sparse*` layer. By default, the state contains a mask, every `update` computes a new mask, and
     the layer uses `w * mask`.
 
@@ -450,11 +450,11 @@ class LayerMethod(Method):
         return self.schedule is not None
 
     def applies_to(self, layout: Layout) -> bool:
-        """Return whether a weight with these axes gets a mask. Other weights stay dense."""
+        """Return whether a weight with the given axes gets a mask. Other weights stay dense."""
         return True
 
     def check(self, shape: Sequence[int], layout: Layout) -> None:
-        """Raise ValueError if a weight of this shape cannot be pruned in the method's pattern.
+        """Raise ValueError if a weight of the given shape cannot be pruned in the method's pattern.
 
         `sparsify` calls this function for every weight. If the function raises an error, `sparsify`
         skips the layer and reports the error message as the reason.
@@ -469,7 +469,8 @@ class LayerMethod(Method):
 
         Args:
             layer: Sparse layer that owns the weight. `layer.add_weight` creates the variables.
-            name: Name of the weight in the layer. The names of new variables begin with this name.
+            name: Name of the weight in the layer. The names of new variables begin with the
+                weight's name.
             variable: Keras variable of the weight.
             layout: Input and output axes of the weight.
         """
@@ -481,8 +482,8 @@ class LayerMethod(Method):
     def build_progress(self, layer, name: str):
         """Add the variable in which `SparseTraining` saves the position in the schedule.
 
-        The variable has three entries: the step, the value of the optimizer's step counter at this
-        step, and the number of steps of the schedule.
+        The variable has three entries: the schedule step, the optimizer's step counter at that
+        schedule step, and the number of schedule steps.
         """
         return layer.add_weight(
             name=f"{name}_progress", shape=(3,), initializer="zeros", dtype="int32", trainable=False
@@ -516,7 +517,7 @@ class LayerMethod(Method):
 
         A method calls this function if its pruned weights, scores or thresholds are trained by the
         gradient of the effective weight. The limit is 10 times the root mean square of the
-        gradients of kept weights, and lower in a training run of fewer than 20,000 steps.
+        gradients of kept weights. In a training run of fewer than 20,000 steps, the limit is lower.
 
         Args:
             effective: Weight that the forward pass uses.
@@ -539,7 +540,7 @@ def on_full_path() -> bool:
 def full_path() -> Iterator[None]:
     """Run all layers that are called within this context on the full path, without their masks.
 
-    Layers choose the path while a step is traced. The compiled step therefore contains no
+    Layers choose the path while Keras traces the training step, so the compiled step contains no
     conditional operation.
 
     Example:
@@ -580,10 +581,10 @@ class TwoPathMethod(LayerMethod):
 
         The training callback calls this function once when training begins. The returned function
         takes the logits of the pruned path and of the full path, with the classes on the last axis.
-        The result contains one penalty per sample or position, so its shape is the shape of the
-        logits without the class axis. The returned function is called in every step, for every
-        output whose loss is a cross-entropy. The penalties are weighted and reduced in the same way
-        as the values of this loss. Return None to train without a penalty, as this base class does.
+        The penalties have the shape of the logits without the class axis. The returned function is
+        called in every step, for every output whose loss is a cross-entropy. The penalties are
+        weighted and reduced like the values of the cross-entropy. Return None to train without a
+        penalty, as this base class does.
 
         Args:
             state: State of the first weight that the method prunes, as a dict of variables.
@@ -595,9 +596,9 @@ class UnitMethod(LayerMethod):
     """Base class of methods that prune whole output units together with their biases.
 
     A gate of 0 or 1 multiplies all weights of an output unit. Layers that compute the outputs of
-    the model are not pruned. If the units differ in cost, the target is a fraction of the total
-    cost. By default, the state contains one gate per output unit. Every `update` opens the gates of
-    the units with the highest mean scores.
+    the model are not pruned. If the output units differ in cost, the target sparsity is a fraction
+    of the total cost. By default, the state contains one gate per output unit. Every `update` opens
+    the gates of the units with the highest mean scores.
 
     Attributes:
         needs_use_counts: True if `bind_layers` needs to know in how many multiplications each
@@ -682,10 +683,10 @@ class UnitMethod(LayerMethod):
             layers: All sparse layers and `Gate` layers that use the method.
             uses: Dict that maps `id(variable)` of each weight to a pair `(count, reason)`. `count`
                 is the number of multiplications per sample in which one entry of the weight is
-                used. If this number is unknown, `count` is None, and `reason` states why. If
-                `needs_use_counts` is false, the dict is empty.
-            layouts: Input and output axes of every weight in these layers. In a functional model,
-                the layouts also state which channels are removed together.
+                used. If the number of multiplications is unknown, `count` is None, and `reason`
+                states why. If `needs_use_counts` is false, the dict is empty.
+            layouts: Input and output axes of every weight in `layers`. In a functional model, the
+                layouts also state which channels are removed together.
         """
 
     def cost_per_entry(self, state: State) -> float | None:
@@ -705,21 +706,22 @@ class UpdateMethod(Method):
     """Base class of methods whose mask is part of the optimizer step.
 
     The state of a mask is a dict of `SparseOptimizer` variables. The layers remain plain Keras
-    layers. Every step calls the functions below in this order: `before`, `perturb`, the inner
-    optimizer, `after`. By default, pruned weights get no gradient and stay 0.
+    layers. Every optimizer step calls `before`, `perturb`, the inner optimizer and `after`, in this
+    order. By default, pruned weights get no gradient and stay 0.
 
     Attributes:
         moves_weights: Whether `before` may return weights that differ from the model's weights.
         grows: Whether `update` also returns an entry `"grown"`: a boolean mask of the weights that
-            are newly kept. These weights and their optimizer slots, such as momentum, are set to 0.
-            If channels are coupled, `update` also returns an entry `"start"`: the initial values of
-            the newly kept weights, in the shape of the weight.
+            are newly kept. The optimizer sets newly kept weights and their slots, such as momentum,
+            to 0. If channels are coupled, `update` also returns an entry `"start"`: the initial
+            values of the newly kept weights, in the shape of the weight.
         reads_gradients: True if the method reads the values of the gradients, for example to
-            compute a saliency. The value is False if the method only masks the gradients. If True,
-            distributed training sums the gradients of all replicas before the method reads them.
-        reads_scales: True if `scores` needs the scales of normalization layers. If a normalization
-            layer follows a weight, the state of the weight contains these scales as `"scale"`, in a
-            shape that broadcasts to the weight.
+            compute a saliency. Distributed training then sums the gradients of all replicas before
+            the method reads them. A method that only masks the gradients sets `reads_gradients` to
+            False.
+        reads_scales: True if `scores` needs the scales of normalization layers. The state of a
+            weight then contains `"scale"`: the scales of the normalization layer after the weight,
+            in a shape that broadcasts to the weight.
     """
 
     moves_weights = False
@@ -744,15 +746,15 @@ class UpdateMethod(Method):
     def before(
         self, weights: Sequence[Tensor], grads: Sequence[Tensor], states: Sequence[State]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:
-        """Return weights and gradients for the inner optimizer, and a value that `after` gets.
+        """Return weights and gradients for the inner optimizer, and a value for `after`.
 
-        The value that is passed to `after` can have any type. An example is a list with the signs
-        of the weights before this step. By default, the gradients of pruned weights become 0.
+        The value for `after` can have any type, such as the list of signs that `FlipOut` passes. By
+        default, the gradients of pruned weights become 0.
 
         Args:
             weights: All weights that the method prunes.
-            grads: Gradients of these weights.
-            states: States of these weights.
+            grads: Gradients of the weights.
+            states: States of the weights, one dict per weight.
         """
         return weights, [masks.masked(g, s["mask"]) for g, s in zip(grads, states)], None
 
@@ -784,9 +786,9 @@ class UpdateMethod(Method):
         them.
 
         Args:
-            carry: The third value that `before` returned in this step.
+            carry: The third value that `before` returned in the same step.
             weights: All weights that the method prunes, after the step of the inner optimizer.
-            states: States of these weights.
+            states: States of the weights, one dict per weight.
         """
         return [self.masked(w, s) for w, s in zip(weights, states)], [{} for _ in weights]
 

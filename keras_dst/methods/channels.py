@@ -9,10 +9,10 @@ s_c = mean over the units u that compute channel c of score(u) / scale(layer of 
 cost(n) = sum over weights of base (share of inputs kept) (share of outputs kept)
 ```
 
-In these equations, `n` is the number of kept channels per group. A **group** is a set of channels
-that the same weights compute. All channels of a group have the same cost. The number of kept
-channels of a group is a multiple of `round_to`, because layers with, for example, 9 or 17 channels
-are slow on most hardware.
+The symbol `n` stands for the number of kept channels per group. A **group** is a set of channels
+that the same weights compute. All channels of a group have the same cost. Every group keeps a
+multiple of `round_to` channels, because layers with, for example, 9 or 17 channels are slow on most
+hardware.
 
 `Layout.channels` states which channel each output unit of a weight computes. `Layout.channels` is
 None if the output units of a weight are ranked separately, for example in a subclassed model.
@@ -54,15 +54,15 @@ class ChannelGroups:
 
     Args:
         sizes: Number of channels in every group.
-        shares: Fractions of each weight's inputs and outputs that belong to each group, as an array
-            of shape (number of weights, 2, number of groups + 1). `shares[w, 0, g]` is the fraction
-            of the inputs of weight w that belong to group g, and `shares[w, 1, g]` is the same
-            fraction of its outputs. The last column holds the fraction of inputs or outputs that
-            are always kept.
+        shares: Fractions of each weight's inputs and outputs that belong to each group. The array
+            has the shape (number of weights, 2, number of groups + 1). `shares[w, 0, g]` is the
+            fraction of the inputs of weight w that belong to group g. `shares[w, 1, g]` is the
+            fraction of the outputs of weight w that belong to group g. The last column holds the
+            fraction of inputs or outputs that are always kept.
         costs: Parameters and FLOPs of every weight, as an array of shape (number of weights, 2).
-        widths: Number of filters that are removed together with one channel, for every group. This
-            number exceeds 1 only for grouped convolutions, from which whole groups of filters are
-            removed. Defaults to None, which means 1 in all groups.
+        widths: Number of filters that are removed together with one channel, for every group. The
+            number of filters exceeds 1 only for grouped convolutions, from which whole groups of
+            filters are removed. Defaults to None, which means 1 in all groups.
     """
 
     def __init__(
@@ -105,7 +105,8 @@ class ChannelGroups:
 
         Args:
             kept: Number of kept channels in every group, as an array or a tensor of floats.
-            counted_in: `"channels"`, `"parameters"` or `"flops"`.
+            counted_in: Quantity of which the fraction is returned: `"channels"`, `"parameters"` or
+                `"flops"`.
         """
         total: Any = np.sum
         array: Any = np.asarray
@@ -182,7 +183,7 @@ def checked_names(groups: ChannelNames | None) -> list[list] | None:
 
 
 def groups_of(layouts: Sequence[Layout]) -> ChannelGroups | None:
-    """Return the groups of coupled channels in these layouts, or None if there are no groups."""
+    """Return the groups of coupled channels in the layouts, or None if there are no groups."""
     return next((layout.channels.groups for layout in layouts if layout.channels), None)
 
 
@@ -194,13 +195,15 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
 
     With `allocation="global"`, return an array with the single number `round(density * 2**20)`.
 
-    If the allocation names a group, the sparsity of this group is the value in the allocation. The
+    If the allocation names a group, the sparsity of the group is the value in the allocation. The
     densities of all other groups are chosen so that the removed fraction of channels, parameters or
     FLOPs is as close as possible to `sparsity`.
 
     Args:
         method: Pruning method with `allocation`, `counted_in`, `round_to` and `least_units`.
-        shapes, layouts, names: Shapes, axes and paths of all weights that the method prunes.
+        shapes: Shapes of all weights that the method prunes.
+        layouts: Axes and coupled channels of each weight.
+        names: Paths of the weights, which are needed if the allocation is a dict.
         sparsity: Sparsity at the current step.
     """
     target = 1 - sparsity
@@ -236,8 +239,8 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
         middle = (low + high) / 2
         low, high = (middle, high) if share(rounded(middle)) <= target else (low, middle)
     counts, more = rounded(low), rounded(high)
-    # Largest-remainder method: visit the groups in descending order of their remainders, and use
-    # the count for `high` if this moves the kept fraction closer to the target.
+    # Round by the largest-remainder method: visit the groups in descending order of their
+    # remainders. Use the count for `high` if the kept fraction then moves closer to the target.
     remainder = exact(high) / step - np.floor(exact(high) / step)
     for group in np.argsort(-remainder, kind="stable"):
         trial = counts.copy()
@@ -274,7 +277,7 @@ def _own_densities(method, layouts, sparsity, names, groups) -> np.ndarray:
 
 
 def _mean_of_members(values, layouts, groups) -> np.ndarray:
-    """Return the mean over the weights of every group, given one value per weight."""
+    """Return the mean of the values of the weights in each group of channels."""
     total, count = np.zeros(len(groups.sizes)), np.zeros(len(groups.sizes))
     for value, members in zip(values, _groups_by_weight(layouts, groups)):
         total[members] += value
@@ -352,8 +355,8 @@ def channel_scores(scores: Sequence[Tensor], layouts: Sequence[Layout]) -> Tenso
         scale = ops.where(scale > 0, scale, ops.mean(ops.abs(pooled)))
         units.append(pooled / ops.where(scale > 0, scale, 1.0))
     # Each row of `places` belongs to one channel and lists the positions of its units in `every`.
-    # Short rows are padded with the position of the last entry of `every`. The value of this entry
-    # is 0.
+    # Short rows are padded with the position of the last entry of `every`. The last entry of
+    # `every` is 0.
     places, counts = _units_of_channels(tuple(layouts))
     every = ops.concatenate([*units, ops.zeros((1,), "float32")])
     return ops.sum(ops.take(every, places), axis=1) / ops.convert_to_tensor(counts, "float32")
@@ -365,11 +368,11 @@ def per_unit(
     found: Sequence[Tensor],
     layouts: Sequence[Layout],
 ) -> list[Tensor]:
-    """Apply a function to all channels that are ranked together, and return its values per unit.
+    """Apply a function to all channels that are ranked together, and return one value per unit.
 
     If channels are coupled, the function is called once per group with the saliency of every
-    channel. Otherwise, the function is called once per weight with the mean score of every output
-    unit.
+    channel. If channels are not coupled, the function is called once per weight with the mean score
+    of every output unit.
 
     Args:
         function: Function of the saliencies and of a boolean vector that is true for kept channels.
@@ -404,7 +407,7 @@ def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
     """Return whether each channel is kept, as a boolean vector with an additional True at the end.
 
     The index -1 of units that are always kept selects the additional True. All weights that compute
-    a channel have the same mask for this channel, so only the first of these weights is read.
+    a channel have the same mask for the channel, so only the first weight is read.
 
     Args:
         found: Boolean masks of all weights.
@@ -445,9 +448,9 @@ class Scales(NamedTuple):
 
     Attributes:
         variables: Indices of the variables that hold normalization scales.
-        places: One index array per weight, which selects the scale of each output unit from the
-            concatenated variables, in a shape that broadcasts to the weight. The entry is None if
-            the weight has no scales.
+        places: One index array per weight, in a shape that broadcasts to the weight, or None for a
+            weight without scales. An index selects the scale of an output unit from the
+            concatenated variables.
     """
 
     variables: list[int]
@@ -499,7 +502,7 @@ def largest_of_units(values: Sequence[Tensor], layouts: Sequence[Layout]) -> Ten
     """Return the maximum value of the output units that compute each channel.
 
     A channel can be removed only if the gates of all its units are closed. The gate of a channel is
-    therefore the maximum of these gates.
+    therefore the maximum of the gates of its units.
 
     Args:
         values: One float32 tensor per weight, of any shape, with one value per output unit.
@@ -543,10 +546,10 @@ def shifts(
         kept: Result of `kept_counts` for a global ranking, as a tensor.
 
     Returns:
-        The common rise of all thresholds at which the model keeps as many channels as the target
-        requires, the rise of every threshold, and, for every threshold, the largest rise at which
-        its group keeps the minimum number of channels. Both rises are 0 for units that are always
-        kept.
+        A tuple `(common, rises, limits)`. `common` is the rise of all thresholds at which the model
+        keeps as many channels as the target requires. `rises` holds the rise of every threshold.
+        `limits` holds the largest rise of every threshold at which its group keeps the minimum
+        number of channels. Both rises are 0 for units that are always kept.
     """
     groups = _required(layouts)
     largest = largest_of_units(margins, layouts)
@@ -559,7 +562,7 @@ def shifts(
     for group, (values, stays) in enumerate(zip(parts, groups.split(is_best))):
         below = ops.max(ops.where(stays, _LOWEST, values))
         above = ops.min(ops.where(stays, values, -_LOWEST))
-        # A threshold between both values is not sensitive to rounding errors.
+        # A threshold halfway between two values is not sensitive to rounding errors.
         between = ops.where(below > _LOWEST, (below + above) / 2, above - small)
         fits = ops.logical_and(below <= 0, above > 0)
         rises.append(ops.where(fits, 0.0, between))
@@ -605,8 +608,8 @@ def masks_of_followers(
 
     Args:
         followers: One tuple `(variable, axis, ids)` for every variable that belongs to channels.
-            `axis` is the channel axis of the variable. For each entry along this axis, `ids` holds
-            the index of the channel, or -1 if the entry is always kept.
+            `axis` is the channel axis of the variable. For each entry along `axis`, `ids` holds the
+            index of the channel, or -1 if the entry is always kept.
         alive: Result of the function `alive`.
     """
     for variable, axis, ids in followers:
@@ -655,7 +658,7 @@ def _units_of_channels(layouts: tuple[Layout, ...]) -> tuple[np.ndarray, np.ndar
     """Return the indices and the number of the units that compute each channel.
 
     The output units of all weights that have channels are numbered consecutively. Short rows of
-    indices are padded with the total number of units, which is not an index.
+    indices are padded with the total number of units, which is not a valid index.
     """
     every = np.concatenate([layout.channels.ids for layout in layouts if layout.channels])
     total = len(_required(layouts).owner)

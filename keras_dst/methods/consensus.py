@@ -8,15 +8,14 @@ z = 1[pi >= 0.5]        dz/dpi = 1 (straight-through)        g = mean of z over 
 loss = task + lambda_polar mean(g (1 - g)) + lambda_act (cost(g) / cost(1) - target)**2
 ```
 
-The cost is the cost of the smaller model, from which all closed channels are removed. A channel is
-removed if its gates are closed in all layers that compute the channel. Together with a channel, the
-corresponding inputs of the next layers are removed. In a subclassed model, or in a model that
-contains `layers.Gate`, the cost is `sum(c g)` as in the paper, where c is the cost of one
+The cost is the number of FLOPs or parameters of the model after all closed channels are removed. A
+channel is removed if its gates are closed in all layers that compute the channel. Together with a
+channel, the corresponding inputs of the next layers are removed. A subclassed model, or a model
+that contains `layers.Gate`, has the cost `sum(c g)` of the paper, where c is the cost of one
 structure.
 
-The value pi is computed in one of two ways. Sparse layers compute `sigmoid(logit)`, with a
-trainable logit per structure. `layers.Gate` also has trainable logits, or uses the paper's gating
-module, which computes pi from the input.
+Sparse layers compute `pi = sigmoid(logit)`, with a trainable logit per structure. `layers.Gate`
+also has trainable logits, or uses the paper's gating module, which computes pi from the input.
 
 Deviations: The gate of a trainable logit is the same for all inputs, so g = z. In inference, a
 gating module ignores its input. A gate is open if its running mean is at least 0.5 (the consensus).
@@ -41,8 +40,7 @@ from keras_dst.methods.base import UnitMethod
 from keras_dst.regularizers import Budget, Polarization
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
-# When `project` closes a gate, `project` moves the gate to this distance from the decision
-# boundary.
+# Distance from the decision boundary to which `project` moves a gate that it closes.
 _EDGE = 1e-3
 
 
@@ -58,29 +56,29 @@ class Consensus(UnitMethod):
     `shrink` removes the closed units.
 
     Initially, the mean logit is 0.1, and units with larger weights have higher logits. With the
-    default penalty weights, a model of a few hundred units or more reaches the target within a few
-    hundred steps of SGD or Adam. Smaller models keep more accuracy with a smaller `lambda_polar`
-    and `lambda_act`. The paper does not state the initial logits and the penalty weights.
+    default penalty weights, a model of a few hundred units reaches the target within a few hundred
+    steps of SGD or Adam. Smaller models keep more accuracy with a smaller `lambda_polar` and
+    `lambda_act`. The paper does not state the initial logits and the penalty weights.
 
     Args:
         sparsity: Final fraction of the cost that is removed, a number in [0, 1) or a `Schedule`. If
             a number is given, the sparsity grows along a cubic ramp over the first half of
             training. Defaults to 0.5.
-        cost: Quantity in which the sparsity is measured: `"flops"` (FLOPs of one sample) or
-            `"parameters"`. Defaults to `"flops"`.
+        cost: `"flops"` or `"parameters"`. The sparsity is the removed fraction of the FLOPs of one
+            sample, or of the parameters. Defaults to `"flops"`.
         lambda_polar: Weight of the polarization penalty. Defaults to 0.5.
         lambda_act: Weight of the penalty on the cost of all open gates. Defaults to 100.
-        frequency: Steps between updates of the target cost, or `"epoch"`. Defaults to None: every
-            20 steps, or more often if the schedule would otherwise have fewer than 20 updates.
-        round_to: The number of kept channels in a group is a multiple of this number after the last
-            step. Groups with fewer than twice as many channels are not rounded. Rounding opens and
-            closes gates after the last training step, which can reduce the accuracy. Defaults to 1,
-            which means that numbers of channels are not rounded. Convolutions are fastest with a
-            multiple of 8 channels.
+        frequency: Steps between updates of the target cost, or `"epoch"`. Defaults to None: 20
+            steps, reduced in short training runs to allow 20 updates.
+        round_to: After the last step, the number of kept channels of every layer is a multiple of
+            `round_to`. Layers with fewer than `2 * round_to` channels can keep any number of
+            channels. Rounding opens and closes gates after the last training step, which can reduce
+            the accuracy. Defaults to 1, which means that numbers of channels are not rounded.
+            Convolutions are fastest with a multiple of 8 channels.
         min_kept: Minimum number of units that every layer keeps, and of channels that every group
-            of coupled channels keeps. Defaults to None: half of the units that the layer would keep
-            if all layers kept the same fraction of their units, but at least 2. For `sparsity` s,
-            this is `max(2, ceil(sqrt(1 - s) / 2 * units))`. Layers with fewer units keep all units.
+            of coupled channels keeps. Defaults to None: `max(2, ceil(sqrt(1 - s) / 2 * units))` for
+            a sparsity of s. The default is about half of the units that a uniform sparsity would
+            keep. Layers with fewer than `min_kept` units keep all units.
 
     Raises:
         ValueError: If an argument is outside its range, or if `round_to` is larger than 1 and the
@@ -96,7 +94,7 @@ class Consensus(UnitMethod):
     learned = True
     undecayed = ("logit",)
     target_quantity = "fraction of the cost closed"
-    # With this mean of the initial logits, gates are open but close to the decision boundary.
+    # Mean of the initial logits, at which gates are open but close to the decision boundary.
     start = 0.1
 
     def __init__(
@@ -187,8 +185,8 @@ class Consensus(UnitMethod):
         least = self.min_kept
         if least is None:
             # If all layers keep the fraction q of their units, the model keeps about q**2 of its
-            # cost. With half of this fraction, all minimums together cost about a quarter of the
-            # target. A layer with a single open unit often stops learning.
+            # cost. If all layers keep only half the fraction q, the model keeps about a quarter of
+            # the cost. A layer with a single open unit often stops learning.
             least = max(2, math.ceil(math.sqrt(self._open_at_end) / 2 * units - 1e-9))
         return min(least, units)
 
@@ -218,8 +216,8 @@ class Consensus(UnitMethod):
         for layer in layers:
             for _, variable, state in layer.masked_weights():
                 state["cost"].assign(self._cost(layer, variable, uses))
-        # The regularizer of a single gate variable computes both penalties. `strip` removes this
-        # variable, and therefore also the penalties.
+        # The regularizer of a single gate variable computes both penalties. `strip` removes the
+        # gate variable, and therefore also the penalties.
         own = [v for x in layers for v in x.state_variables().values() if v.trainable]
         for variable in own:
             variable.regularizer = None  # Remove the penalties of an earlier training run.
@@ -247,9 +245,9 @@ class Consensus(UnitMethod):
     def project(self, weights, states, layouts, kept):
         """Open or close the gates nearest to the decision boundary, so that the target is met.
 
-        Gates are opened in descending order of pi, up to the gate at which the total cost of all
-        open gates is closest to the target. In every layer, the gates with the highest pi are
-        always open, see `least_units`. If channels are coupled, all gates of a channel are closed
+        Gates are opened in descending order of pi, until the total cost of all open gates is as
+        close as possible to the target. In every layer, the gates with the highest pi are always
+        open, see `least_units`. If channels are coupled, all gates of a channel are closed
         together, and the channels with the highest pi in every group are always open.
         """
         key = ["logit" if "logit" in s else "mean" for s in states]
@@ -311,8 +309,8 @@ def binary(pi, is_open):
 class _Penalties(keras.regularizers.Regularizer):
     """Regularizer that computes both penalties over all gates of a model.
 
-    Only one variable of the model has this regularizer, because the penalties depend on the gates
-    of all layers.
+    Only one variable of the model has the regularizer, because the penalties depend on the gates of
+    all layers.
     """
 
     def __init__(self, method, layers, layouts):

@@ -55,22 +55,26 @@ class DCIL(TwoPathMethod):
         warmup: Fraction of training, in [0, 1], after which the KL terms begin. If `warmup` is 1,
             the loss has no KL terms. Defaults to 70/300, as in the paper.
         temperature: Temperature T of the softmax in the KL terms. Defaults to 2.
-        allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
-            weights, as in the paper), `"uniform"`, `"erk"`, or a dict that maps weight names or
-            regular expressions to sparsities. Defaults to `"global"`.
-        pattern: Shape of the groups of weights that are pruned together: `"unstructured"` (single
-            weights), `"channel"` (the filters of the paper), blocks such as `"1x4"` (outputs x
-            inputs), or N:M such as `"2:4"`. The score of a group is the mean score of its weights.
-            Defaults to `"unstructured"`.
+        allocation: Distribution of the sparsity over the layers, see `keras_dst.allocation`.
+            `"global"` ranks the weights of all layers together, as in the paper. Other values are
+            `"uniform"`, `"erk"`, and a dict that maps weight names or regular expressions to
+            sparsities. Defaults to `"global"`.
+        pattern: Which weights are pruned together, see `masks.Pattern`. `"unstructured"` prunes
+            single weights. `"channel"` prunes output channels, which the paper calls filters.
+            `"1x4"` prunes blocks of 1 output and 4 inputs. `"2:4"` keeps 2 of every 4 weights. The
+            score of a block or channel is the mean score of its weights. Defaults to
+            `"unstructured"`.
         score: Saliency of a weight: `"magnitude"` for `|w|`, or `"square"` for `w**2`. The two
             scores rank blocks and channels differently. Defaults to `"magnitude"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 16 steps, or
-            more often if the schedule would otherwise have fewer than 20 updates.
-        min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`, this
-            is the minimum number of channels that every group of coupled channels keeps. Defaults
-            to None, which means 1, or a quarter of the weights that `"erk"` would keep if
-            `allocation="global"`.
-        counted_in, round_to, groups: Options for `pattern="channel"`. See `Magnitude`.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: 16 steps, reduced in
+            short training runs to allow 20 updates.
+        min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
+            `min_kept` counts channels instead of weights. Defaults to None, which means 1. With
+            `allocation="global"`, None means a quarter of the weights that the allocation `"erk"`
+            would keep.
+        counted_in: With `pattern="channel"`, see `Magnitude`.
+        round_to: With `pattern="channel"`, see `Magnitude`.
+        groups: With `pattern="channel"`, see `Magnitude`.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -151,7 +155,8 @@ class DCIL(TwoPathMethod):
         """Return the sum of the KL divergences between the paths in both directions.
 
         Args:
-            p, f: Logits of the pruned path and of the full path, with the classes on the last axis.
+            p: Logits of the pruned path, with the classes on the last axis.
+            f: Logits of the full path, with the classes on the last axis.
         """
         p, f = (ops.log_softmax(z / self.temperature) for z in (p, f))
 

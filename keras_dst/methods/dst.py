@@ -11,14 +11,15 @@ loss = task + alpha * sum(exp(-t))
 At every step, kept weights can be pruned, and pruned weights can be restored.
 
 Extensions of the paper: Blocks and channels are scored by the mean `|w|` of their weights. With a
-target sparsity, a controller sets alpha, and thresholds do not go below 0. Every layer then keeps a
-minimum number of weights, so that its density stays above the value at which its thresholds are
-reset. In the last quarter of training, every update shifts the thresholds so that the model meets
-the target exactly. For thresholds t < -1, the penalty is linear in t. Thresholds that are not
-finite are reset to 0. `LayerMethod.limited` limits the gradients of pruned weights. The Q of a
-channel that several layers compute is the largest Q of its units, so a channel is pruned if it is
-below its threshold in all these layers. With a target sparsity, every update stores which channels
-are kept, and no layer masks the units of a kept channel until the next update.
+target sparsity, a controller sets alpha, and thresholds do not go below 0. With a target sparsity,
+every layer keeps a minimum number of weights, because the thresholds of a layer with a very low
+density would be reset. In the last quarter of training, every update shifts the thresholds so that
+the model meets the target exactly. For thresholds t < -1, the penalty is linear in t. Thresholds
+that are not finite are reset to 0. `LayerMethod.limited` limits the gradients of pruned weights. If
+several layers compute a channel, the channel is pruned only if it is below its threshold in all of
+the layers. The Q of the channel is the largest Q of its units. With a target sparsity, every update
+stores which channels are kept, and no layer masks the units of a kept channel until the next
+update.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _MEMORY = 0.9  # Momentum of the exponential moving averages.
 _MAX_GROWTH = 3.0  # Maximum ratio of alpha to the root mean square of its earlier values.
 
 # Finished fraction of training after which every update meets the target exactly. At the end of
-# training the learning rate is small, so that alpha cannot move the thresholds, and the network
+# training, the learning rate is small. Alpha then cannot move the thresholds, and the network
 # cannot adapt to a late change of its masks.
 _EXACT = 0.75
 _ALWAYS = np.float32(1e30)  # Score of weights that a layer must keep.
@@ -63,23 +64,23 @@ class DST(LayerMethod):
             `SparseTraining` callback, which controls alpha. Defaults to None, which means that a
             constant alpha determines the sparsity, as in the paper.
         alpha: Weight of the penalty on thresholds. The paper uses 5e-4 for LeNets, 5e-6 for VGG-16
-            and WRN on CIFAR-10, and 1e-4 to 1e-3 for LSTMs. With a target sparsity, training starts
-            with this value, and a controller changes it. Defaults to 5e-4.
+            and WRN on CIFAR-10, and 1e-4 to 1e-3 for LSTMs. With a target sparsity, a controller
+            changes the weight during training, starting with `alpha`. Defaults to 5e-4.
         granularity: Number of thresholds: `"unit"` for one threshold per output unit, `"layer"` for
             one threshold per layer, or `"weight"` for one threshold per weight. Defaults to
             `"unit"`, as in the paper.
-        pattern: Shape of the groups of weights that are pruned together: `"unstructured"` (single
-            weights, as in the paper), blocks such as `"1x4"` (outputs x inputs), or `"channel"`.
-            Coupled channels are removed together, unless `granularity` is `"layer"`. Defaults to
-            `"unstructured"`.
-        reset_density: If the density of a layer falls to this value or below, the thresholds of the
-            layer are reset to 0 in the same step. With a target sparsity, `reset_density` is at
-            most a tenth of the target density, and every layer keeps at least a quarter of the
-            weights that `"erk"` would keep. Defaults to 0.01, as in the paper.
-        frequency: Steps between updates of alpha, or `"epoch"`. Defaults to None: every 20 steps,
-            or more often if the schedule would otherwise have fewer than 20 updates.
-        counted_in: Option for `pattern="channel"`, which needs `sparsity` and coupled channels. See
-            `Magnitude`. Defaults to `"channels"`.
+        pattern: Which weights are pruned together, see `masks.Pattern`. `"unstructured"` prunes
+            single weights, as in the paper. `"1x4"` prunes blocks of 1 output and 4 inputs.
+            `"channel"` prunes output channels. Coupled channels are removed together, unless
+            `granularity` is `"layer"`. Defaults to `"unstructured"`.
+        reset_density: If the density of a layer falls to `reset_density` or below, the thresholds
+            of the layer are reset to 0 in the same step. With a target sparsity, `reset_density` is
+            at most a tenth of the target density. Every layer then keeps at least a quarter of the
+            weights that the allocation `"erk"` would keep. Defaults to 0.01, as in the paper.
+        frequency: Steps between updates of alpha, or `"epoch"`. Defaults to None: 20 steps, reduced
+            in short training runs to allow 20 updates.
+        counted_in: With `pattern="channel"`, see `Magnitude`. Values other than `"channels"` need
+            `sparsity` and coupled channels. Defaults to `"channels"`.
 
     Raises:
         ValueError: If an argument is outside its range, or if `pattern` is N:M.
@@ -258,7 +259,7 @@ class DST(LayerMethod):
         if too few weights are kept.
         """
         gap, shifts, floors = self._shifts(weights, states, layouts, kept[0])
-        # At progress 1, the thresholds are not shifted: the training callback first warns if
+        # At progress 1, the thresholds are not shifted. The training callback first warns if
         # training has missed the target, and then calls `project`.
         late = ops.logical_and(now.progress >= _EXACT, now.progress < 1.0)
         sizes = [math.prod(w.shape) for w in weights]
@@ -272,8 +273,8 @@ class DST(LayerMethod):
         response = product / ops.maximum(square, 1e-30)
         drift = _MEMORY * drift + (1 - _MEMORY) * (moved - response * alpha)
         wanted = _GAP_SHARE * ops.clip(gap, -scale, scale) - drift
-        # If alpha has had no measured effect yet, or an effect with the wrong sign, alpha is set to
-        # its limit.
+        # If alpha has had no measured effect, or an effect of the wrong sign, alpha is set to its
+        # limit.
         limit = _MAX_GROWTH * ops.maximum(ops.sqrt(square), self.alpha)
         response = ops.maximum(response, ops.abs(wanted) / limit + 1e-30)
         alpha = ops.clip(wanted / response, -limit, limit)
@@ -364,7 +365,7 @@ class DST(LayerMethod):
 class _Reset(keras.constraints.Constraint):
     """Constraint that resets the thresholds of a layer with few kept weights, as in the paper.
 
-    Keras applies this constraint in every optimizer step.
+    Keras applies constraints in every optimizer step.
     """
 
     def __init__(self, method, variable, layout):
@@ -375,5 +376,5 @@ class _Reset(keras.constraints.Constraint):
         mask = self.method.mask(ops.convert_to_tensor(self.variable), {"threshold": t}, self.layout)
         alive = ops.mean(masks.ones(mask, "float32")) > self.method.reset_at
         t = masks.masked(t, ops.logical_and(alive, ops.isfinite(t)))
-        # A threshold below 0 prunes no weights, and would need more steps to prune weights again.
+        # A threshold below 0 prunes no weights, and needs more steps until it prunes weights again.
         return t if self.method.schedule is None else ops.maximum(t, 0.0)

@@ -11,9 +11,9 @@ removes only as many weights as the target requires. The `n` events take place a
 1/(n+1), ..., n/(n+1) of training, as in the training runs of the paper.
 
 Deviations from the paper: the normal random numbers of the noise are read from a precomputed table
-(`random.normal`). A training run of fewer than 20 epochs prunes in small steps along a cubic ramp,
-because the network cannot recover from the loss of half of its weights in a few epochs. In a
-training run of fewer than 20,000 steps, the noise is multiplied by a factor below 1.
+(`random.normal`). A training run of fewer than 20 epochs prunes in small steps along a cubic ramp.
+A network cannot recover from the loss of half of its weights in a few epochs. In a training run of
+fewer than 20,000 steps, the noise is multiplied by a factor below 1.
 """
 
 from __future__ import annotations
@@ -48,20 +48,23 @@ class FlipOut(UpdateMethod):
         rate: Fraction of the kept weights that a pruning event removes, in (0, 1). Do not pass
             `rate` with a `Schedule`, which has its own pruning events. Defaults to None, which
             means 0.5, as in the paper.
-        allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
-            weights, as in the paper), `"uniform"`, `"erk"`, or a dict that maps weight names or
-            regular expressions to sparsities. Defaults to `"global"`.
-        pattern: Shape of the groups of weights that are pruned together: `"unstructured"` (single
-            weights, as in the paper), blocks such as `"1x4"` (outputs x inputs), N:M such as
-            `"2:4"`, or `"channel"`. The score of a group is the mean score of its weights. Defaults
-            to `"unstructured"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 100 steps, or
-            more often if the schedule would otherwise have fewer than 20 updates.
-        min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`, this
-            is the minimum number of channels that every group of coupled channels keeps. Defaults
-            to None, which means 1, or a quarter of the weights that `"erk"` would keep if
-            `allocation="global"`.
-        counted_in, round_to, groups: Options for `pattern="channel"`. See `Magnitude`.
+        allocation: Distribution of the sparsity over the layers, see `keras_dst.allocation`.
+            `"global"` ranks the weights of all layers together, as in the paper. Other values are
+            `"uniform"`, `"erk"`, and a dict that maps weight names or regular expressions to
+            sparsities. Defaults to `"global"`.
+        pattern: Which weights are pruned together, see `masks.Pattern`. `"unstructured"` prunes
+            single weights, as in the paper. `"1x4"` prunes blocks of 1 output and 4 inputs. `"2:4"`
+            keeps 2 of every 4 weights. `"channel"` prunes output channels. The score of a block or
+            channel is the mean score of its weights. Defaults to `"unstructured"`.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: 100 steps, reduced in
+            short training runs to allow 20 updates.
+        min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
+            `min_kept` counts channels instead of weights. Defaults to None, which means 1. With
+            `allocation="global"`, None means a quarter of the weights that the allocation `"erk"`
+            would keep.
+        counted_in: With `pattern="channel"`, see `Magnitude`.
+        round_to: With `pattern="channel"`, see `Magnitude`.
+        groups: With `pattern="channel"`, see `Magnitude`.
         seed: Seed of the noise. Defaults to 0.
 
     Raises:
@@ -138,7 +141,7 @@ class FlipOut(UpdateMethod):
         ]
 
     def _power(self, w):
-        """Return |w|^p in float32. A square reads and writes the weights only once."""
+        """Return |w|^p in float32, in a single pass over the weights for p = 2."""
         w = ops.cast(w, "float32")
         return ops.square(w) if self.power == 2 else ops.abs(w) ** self.power
 

@@ -6,7 +6,7 @@ s_t = s_f + (s_i - s_f)(1 - (t - t0) / (t1 - t0))**3        score = |w|
 
 Other saliency criteria are in `saliency.py`, for example LAMP and the first-order Taylor expansion.
 
-With `revival=True`, the optimizer stores a dense copy of the weights and trains this copy with the
+With `revival=True`, the optimizer stores a dense copy of the weights and trains the copy with the
 gradients of the masked weights. A later mask update may therefore restore pruned weights (Dynamic
 Model Pruning with Feedback, arXiv 2006.07253). `masks.limit_gradient` limits the gradients of
 pruned weights.
@@ -34,39 +34,40 @@ class Magnitude(UpdateMethod):
     Args:
         sparsity: Final fraction of zeros, a number in [0, 1) or a `Schedule`. If a number is given,
             the sparsity grows along a cubic ramp over the first three quarters of training.
-        allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
-            weights), `"uniform"`, `"erk"`, or a dict that maps weight names or regular expressions
-            to sparsities. Defaults to `"global"`.
-        pattern: Shape of the groups of weights that are pruned together: `"unstructured"` (single
-            weights), blocks such as `"1x4"` (outputs x inputs), N:M such as `"2:4"`, or
-            `"channel"`. The score of a group is the mean score of its weights. Defaults to
-            `"unstructured"`.
+        allocation: Distribution of the sparsity over the layers, see `keras_dst.allocation`.
+            `"global"` ranks the weights of all layers together. Other values are `"uniform"`,
+            `"erk"`, and a dict that maps weight names or regular expressions to sparsities.
+            Defaults to `"global"`.
+        pattern: Which weights are pruned together, see `masks.Pattern`. `"unstructured"` prunes
+            single weights. `"1x4"` prunes blocks of 1 output and 4 inputs. `"2:4"` keeps 2 of every
+            4 weights. `"channel"` prunes output channels. The score of a block or channel is the
+            mean score of its weights. Defaults to `"unstructured"`.
         revival: If True, pruned weights are still trained, and a later mask update can restore
             them. Defaults to False.
         score: Saliency of a weight. `"magnitude"` is `|w|`. `"lamp"` is the square of the weight,
-            divided by the sum of the squares of all weights in the layer that are at least as
-            large. LAMP scores of different layers are comparable, so the score fits
+            divided by the sum of the squares of all weights in the layer of at least the same
+            magnitude. LAMP scores of different layers are comparable, so the score fits
             `allocation="global"`. `"taylor"` is the moving average of `(w dL/dw)**2` over the
-            batches. This average estimates how much the loss changes if the weight becomes 0.
+            batches. The average estimates how much the loss changes if the weight becomes 0.
             `"bn_scale"` is the magnitude of the scale in the normalization layer that follows the
-            weight. This score needs `pattern="channel"`. Weights that no normalization layer
+            weight. `"bn_scale"` needs `pattern="channel"`. Weights that no normalization layer
             follows are ranked by `|w|`. Defaults to `"magnitude"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 100 steps, or
-            more often if the schedule would otherwise have fewer than 20 updates.
-        min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`, this
-            is the minimum number of channels that every group of coupled channels keeps. Defaults
-            to None, which means 1, or a quarter of the weights that `"erk"` would keep if
-            `allocation="global"`.
-        counted_in: With `pattern="channel"`, the quantity in which the sparsity is measured:
-            `"channels"`, `"parameters"` or `"flops"`. Defaults to `"channels"`.
-        round_to: With `pattern="channel"`, the number of kept channels in a group is a multiple of
-            this number. Groups with fewer than `2 * round_to` channels are not rounded. Defaults to
-            8.
-        groups: With `pattern="channel"`, the groups of coupled channels in a model with its own
-            `call` method. Each group is a list of layers whose channels are removed together. A
-            layer is given by its name or path, or by a pair of the path of a weight and the axis of
-            its channels. Channels in no group are never pruned. Defaults to None, which means that
-            the graph of the model determines the groups.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: 100 steps, reduced in
+            short training runs to allow 20 updates.
+        min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
+            `min_kept` counts channels instead of weights. Defaults to None, which means 1. With
+            `allocation="global"`, None means a quarter of the weights that the allocation `"erk"`
+            would keep.
+        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of `"channels"`,
+            `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels.
+            Layers with fewer than `2 * round_to` channels can keep any number of channels. Defaults
+            to 8.
+        groups: Layers whose channels are removed together, for `pattern="channel"` and a model with
+            its own `call` method. Each group is a list of layers. A layer is given by its name or
+            path, or by a pair of the path of a weight and the axis of its channels. Channels in no
+            group are never pruned. Defaults to None, which means that the groups are read from the
+            graph of the model.
 
     Raises:
         ValueError: If an argument is outside its range, or if `score="taylor"` is combined with a

@@ -9,14 +9,14 @@ dL/dw = g m        dL/dv = g w        (straight-through)
 s_e = s sigmoid(beta (e - E/2))        rate_v(e) = rate_w(e) sigmoid(beta (e - E/2))
 ```
 
-In these equations, `e` is the number of finished epochs and `E` is the total number of epochs.
+The symbol `e` stands for the number of finished epochs, and `E` for the total number of epochs.
 Masks are updated once per epoch, and weight decay is not applied to scores. Scores are read only
-when masks are updated. Instead of the learning rate of the scores, each mask update therefore
-multiplies the change of the scores since the last update by the factor.
+when masks are updated. Each mask update therefore multiplies the change of the scores since the
+last update by `sigmoid(beta (e - E/2))`, instead of changing the learning rate.
 
-Deviations from the paper: the sigmoid is stretched so that it begins at exactly 0 and ends at
-exactly 1, and the final sparsity equals the target. A training run of fewer than 20 epochs prunes
-along a cubic ramp in its first half. This leaves the weights time to adapt to the masks.
+Deviations from the paper: the sigmoid is stretched to begin at exactly 0 and end at exactly 1, so
+that the final sparsity equals the target. A training run of fewer than 20 epochs prunes along a
+cubic ramp in its first half. In the second half, the weights adapt to the final masks.
 `LayerMethod.limited` limits the gradients of the scores of pruned weights.
 """
 
@@ -50,20 +50,23 @@ class OptG(LayerMethod):
             its own curve. Defaults to None: 1, as in the paper, if training has at least 20 epochs.
             If `beta` is None and training has fewer epochs, the sparsity grows along a cubic ramp
             in the first half of training.
-        allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
-            weights, as in the paper), `"uniform"`, `"erk"`, or a dict that maps weight names or
-            regular expressions to sparsities. Defaults to `"global"`.
-        pattern: Shape of the groups of weights that are pruned together: `"unstructured"` (single
-            weights, as in the paper), blocks such as `"1x4"` (outputs x inputs), N:M such as
-            `"2:4"`, or `"channel"`. The score of a group is the mean score of its weights. Defaults
-            to `"unstructured"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: once per epoch, or
-            more often if the schedule would otherwise have fewer than 20 updates.
-        min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`, this
-            is the minimum number of channels that every group of coupled channels keeps. Defaults
-            to None, which means 1, or a quarter of the weights that `"erk"` would keep if
-            `allocation="global"`.
-        counted_in, round_to, groups: Options for `pattern="channel"`. See `Magnitude`.
+        allocation: Distribution of the sparsity over the layers, see `keras_dst.allocation`.
+            `"global"` ranks the weights of all layers together, as in the paper. Other values are
+            `"uniform"`, `"erk"`, and a dict that maps weight names or regular expressions to
+            sparsities. Defaults to `"global"`.
+        pattern: Which weights are pruned together, see `masks.Pattern`. `"unstructured"` prunes
+            single weights, as in the paper. `"1x4"` prunes blocks of 1 output and 4 inputs. `"2:4"`
+            keeps 2 of every 4 weights. `"channel"` prunes output channels. The score of a block or
+            channel is the mean score of its weights. Defaults to `"unstructured"`.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: one epoch, reduced in
+            short training runs to allow 20 updates.
+        min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
+            `min_kept` counts channels instead of weights. Defaults to None, which means 1. With
+            `allocation="global"`, None means a quarter of the weights that the allocation `"erk"`
+            would keep.
+        counted_in: With `pattern="channel"`, see `Magnitude`.
+        round_to: With `pattern="channel"`, see `Magnitude`.
+        groups: With `pattern="channel"`, see `Magnitude`.
 
     Raises:
         ValueError: If an argument is outside its range, or if `beta` is passed with a `Schedule`.

@@ -36,9 +36,9 @@ def magnitude(w: Tensor) -> Tensor:
 def lamp(w: Tensor) -> Tensor:
     """Return the layer-adaptive score of every entry of a weight, in [0, 1].
 
-    The score of an entry is its square, divided by the sum of the squares of all entries in the
-    same weight tensor that are at least as large. The largest entry of every layer has the score 1,
-    so a ranking of all layers together keeps this entry. Among equal entries, the later entry has
+    The score of an entry is its square, divided by the sum of the squares of all entries of at
+    least the same magnitude in the weight tensor. The largest entry of every layer has the score 1,
+    so a ranking of all layers together keeps the entry. Among equal entries, the later entry has
     the higher score.
 
     Args:
@@ -65,11 +65,11 @@ def taylor(average: Tensor, w: Tensor, grad: Tensor) -> Tensor:
     """Return the first-order Taylor saliency, updated with one more batch.
 
     The square of `w dL/dw` estimates how much the loss changes if the weight becomes 0. The
-    saliency is the exponential moving average of this square over the batches, with a momentum of
-    0.9.
+    saliency is the exponential moving average of `(w dL/dw)**2` over the batches, with a momentum
+    of 0.9.
 
     Args:
-        average: Saliency before this batch, float32, in the shape of `w`; zeros at first.
+        average: Saliency before the batch, float32, in the shape of `w`. Pass zeros at first.
         w: Weight.
         grad: Gradient of the loss with respect to the weight.
 
@@ -85,7 +85,7 @@ def taylor(average: Tensor, w: Tensor, grad: Tensor) -> Tensor:
 def bn_scale(w: Tensor, gamma: Tensor) -> Tensor:
     """Return the absolute normalization scale of the output unit of each weight.
 
-    Train with an L1 penalty on the scales, as in the paper. Without this penalty, the scales say
+    Train with an L1 penalty on the scales, as in the paper. Without an L1 penalty, the scales say
     little about the importance of a unit.
 
     Args:

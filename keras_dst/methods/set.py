@@ -2,17 +2,18 @@
 
 Every `frequency` steps, SET drops a fraction of the kept weights in each weight tensor, namely the
 weights with the smallest magnitudes. SET then grows the same number of weights at random positions.
-Grown weights start at 0, and their momentum is reset to 0. The fraction decreases during training:
+Grown weights start at 0, and their momentum is reset to 0. The drop fraction decreases during
+training:
 
 ```text
 drop(t) = drop_fraction / 2 (1 + cos(pi t / t_stop))
 ```
 
 Deviation from the paper: the drop fraction is not constant. The cosine schedule of the drop
-fraction ends after three quarters of training. This schedule and the Erdős-Rényi-Kernel densities
-come from the RigL paper (arXiv 1911.11134). Extension of the paper: if channels are coupled, the
-weights of a grown channel start at random values. A channel whose weights are all 0 may get no
-gradient, for example if a ReLU follows.
+fraction ends after three quarters of training. The cosine schedule and the Erdős-Rényi-Kernel
+densities come from the RigL paper (arXiv 1911.11134). Extension of the paper: if channels are
+coupled, the weights of a grown channel start at random values. A channel whose weights are all 0
+may get no gradient, for example if a ReLU follows.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from keras_dst.methods.channels import ChannelNames
 from keras_dst.schedules import Constant, check_sparsity
 
 # With `"uniform"`, the first weight tensor stays dense if the model keeps at least four times as
-# many weights as this tensor has.
+# many weights as the tensor has.
 _FIRST = 4
 
 
@@ -48,14 +49,14 @@ class SET(UpdateMethod):
 
     Args:
         sparsity: Fraction of zeros, a number in [0, 1). The sparsity is constant during training.
-        allocation: Distribution of the sparsity over the weights: `"erk"`, `"uniform"`, or a dict
-            that maps weight names or regular expressions to sparsities. With `"uniform"`, the first
-            weight tensor stays dense if the model keeps at least four times as many weights as this
-            tensor has. The other tensors are pruned more, so that the total sparsity does not
-            change. Defaults to `"erk"`.
-        pattern: Shape of the groups of weights that are pruned together: `"unstructured"` (single
-            weights), blocks such as `"1x4"` (outputs x inputs), or `"channel"`. Defaults to
-            `"unstructured"`.
+        allocation: Distribution of the sparsity over the layers, see `keras_dst.allocation`:
+            `"erk"`, `"uniform"`, or a dict that maps weight names or regular expressions to
+            sparsities. With `"uniform"`, the first weight tensor stays dense if the model keeps at
+            least four times as many weights as the tensor has. The other weight tensors are then
+            pruned more, so that the total sparsity does not change. Defaults to `"erk"`.
+        pattern: Which weights are pruned together, see `masks.Pattern`. `"unstructured"` prunes
+            single weights. `"1x4"` prunes blocks of 1 output and 4 inputs. `"channel"` prunes
+            output channels. Defaults to `"unstructured"`.
         drop_fraction: Fraction of the kept weights that the first update replaces, in [0, 1). The
             fraction decreases to 0 along a cosine curve. Defaults to 0.3.
         stop: Fraction of training after which the masks do not change. Defaults to None, which
@@ -63,17 +64,18 @@ class SET(UpdateMethod):
         stop_step: Step after which the masks do not change. Do not pass `stop_step` together with
             `stop`. `stop_step` is required for training without the `SparseTraining` callback.
             Defaults to None.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 100 steps, or
-            more often if the schedule would otherwise have fewer than 20 updates.
-        min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`, this
-            is the minimum number of channels that every group of coupled channels keeps. Defaults
-            to None, which means 1.
-        counted_in, round_to, groups: Options for `pattern="channel"`. See `Magnitude`.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: 100 steps, reduced in
+            short training runs to allow 20 updates.
+        min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
+            `min_kept` counts channels instead of weights. Defaults to None, which means 1.
+        counted_in: With `pattern="channel"`, see `Magnitude`.
+        round_to: With `pattern="channel"`, see `Magnitude`.
+        groups: With `pattern="channel"`, see `Magnitude`.
         seed: Seed of the random connections. Defaults to 0.
 
     Raises:
         ValueError: If an argument is outside its range, if `pattern` is N:M, or if `allocation` is
-            `"global"`, because a global ranking is not possible before training.
+            `"global"`. A global ranking is not possible before training.
 
     Example:
         >>> optimizer = keras_dst.SparseOptimizer("sgd", keras_dst.methods.SET(0.9))
@@ -142,8 +144,8 @@ class SET(UpdateMethod):
 
     @classmethod
     def from_config(cls, config):
-        # In earlier versions, the default of `stop` was a number. Configs from these versions may
-        # therefore contain both `stop` and `stop_step`.
+        # Configs from earlier versions may contain both `stop` and `stop_step`, because the default
+        # of `stop` was a number.
         if config.get("stop_step") is not None:
             config = {name: value for name, value in config.items() if name != "stop"}
         return super().from_config(config)
@@ -187,7 +189,7 @@ class SET(UpdateMethod):
             stay: Boolean masks of the weights that are not dropped.
             began: One boolean scalar per weight tensor, which is false until the first mask update.
             states: States of the weights.
-            now: Position of this update in the training run.
+            now: Position of the mask update in the training run.
         """
         drawn = (
             random.uniform(s["mask"].shape, self.seed, now.step, i) for i, s in enumerate(states)
@@ -226,7 +228,7 @@ class SET(UpdateMethod):
         return (drawn - 0.5) * (math.sqrt(12) * size)
 
     def _drop(self, now):
-        """Return the fraction of the kept weights to replace in this update."""
+        """Return the fraction of the kept weights to replace in a mask update."""
         if self.stop_step is not None:
             done = ops.cast(now.step, "float32") / self.stop_step
         else:

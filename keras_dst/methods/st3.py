@@ -12,7 +12,7 @@ s_t = s (1 - (1 - t / T)**3)               T: half of training
 ```
 
 ST-3 sigma (`sigma=True`) ranks `|w| / std` instead, with `std = 1 / sqrt(sum(shape))` for each
-layer. The threshold of a layer is `tau * std`. This ranking makes the sparsities of the layers more
+layer. The threshold of a layer is `tau * std`. ST-3 sigma makes the sparsities of the layers more
 similar.
 
 Masks, thresholds and factors are constant between two mask updates. The constant `e` and the
@@ -22,7 +22,7 @@ Deviations from the paper: masks are updated every 16 steps instead of every ste
 begins at the first step, and not after 5 of 160 epochs as in the paper. `tau` is the largest
 magnitude among the pruned weights instead of an interpolated quantile, so that every kept weight
 exceeds `tau`. A layer has its own `tau` if it needs a lower threshold to keep its minimum number of
-weights, or if the allocation is not `"global"`. `LayerMethod.limited` limits the gradients of
+weights, or if the allocation differs from `"global"`. `LayerMethod.limited` limits the gradients of
 pruned weights.
 
 Extension of the paper: with `pattern="channel"`, all weights of a channel have the same factor:
@@ -32,7 +32,7 @@ v = a w max(0, 1 - tau / s)        s: saliency of the channel
 a = (1 + e) / (sum max(0, s - tau) / sum s + e)        for each group of coupled channels
 ```
 
-In these equations, `tau` is the largest saliency of a pruned channel in the group.
+With `pattern="channel"`, `tau` is the largest saliency of a pruned channel in the group.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from keras_dst.methods.channels import ChannelNames
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
 _EPSILON = 0.01  # The constant `e` limits the factor of a unit whose weights are all pruned.
-# Mean magnitudes are increased by this value, so that a unit of zeros causes no division by 0.
+# Value that is added to mean magnitudes, so that a unit of zeros causes no division by 0.
 _TINY = 1e-6
 
 
@@ -67,20 +67,23 @@ class ST3(LayerMethod):
             the sparsity grows along a cubic ramp over the first half of training, as in the paper's
             CIFAR-10 runs.
         sigma: If True, the magnitudes in each layer are divided by the standard deviation of the
-            layer before they are ranked (ST-3 sigma). This makes the sparsities of the layers more
-            similar and saves more FLOPs. Defaults to False.
-        allocation: Distribution of the sparsity over the weights: `"global"` (one ranking of all
-            weights, as in the paper), `"uniform"`, `"erk"`, or a dict that maps weight names or
-            regular expressions to sparsities. Defaults to `"global"`.
-        pattern: Shape of the groups of weights that are pruned together: `"unstructured"` (single
-            weights, as in the paper) or `"channel"`. Defaults to `"unstructured"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: every 16 steps, or
-            more often if the schedule would otherwise have fewer than 20 updates.
-        min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`, this
-            is the minimum number of channels that every group of coupled channels keeps. Defaults
-            to None, which means 1, or a quarter of the weights that `"erk"` would keep if
-            `allocation="global"`.
-        counted_in, round_to, groups: Options for `pattern="channel"`. See `Magnitude`.
+            layer before they are ranked (ST-3 sigma). ST-3 sigma makes the sparsities of the layers
+            more similar and saves more FLOPs. Defaults to False.
+        allocation: Distribution of the sparsity over the layers, see `keras_dst.allocation`.
+            `"global"` ranks the weights of all layers together, as in the paper. Other values are
+            `"uniform"`, `"erk"`, and a dict that maps weight names or regular expressions to
+            sparsities. Defaults to `"global"`.
+        pattern: Which weights are pruned together: `"unstructured"` (single weights, as in the
+            paper) or `"channel"` (output channels). Defaults to `"unstructured"`.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: 16 steps, reduced in
+            short training runs to allow 20 updates.
+        min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
+            `min_kept` counts channels instead of weights. Defaults to None, which means 1. With
+            `allocation="global"`, None means a quarter of the weights that the allocation `"erk"`
+            would keep.
+        counted_in: With `pattern="channel"`, see `Magnitude`.
+        round_to: With `pattern="channel"`, see `Magnitude`.
+        groups: With `pattern="channel"`, see `Magnitude`.
 
     Raises:
         ValueError: If an argument is outside its range, or if `pattern` is a block or N:M.
@@ -168,8 +171,8 @@ class ST3(LayerMethod):
         common = ops.max(ops.stack(below)) if self.allocation == "global" else np.float32(np.inf)
         changes = []
         for w, layout, mask, own, least in zip(weights, layouts, found, below, above):
-            # To keep its minimum number of weights, a layer may need a lower threshold than the
-            # other layers.
+            # A layer may need a lower threshold than the other layers to keep its minimum number of
+            # weights.
             threshold = ops.where(common < least, common, own) * self._std(w.shape)
             factor = _factor(ops.abs(ops.cast(w, "float32")), mask, layout)
             changes.append({"mask": mask, "threshold": threshold, "factor": factor})
@@ -216,5 +219,5 @@ def _factor(magnitude, mask, layout):
 
 
 def _ratio(whole, left):
-    """Return the factor `a`. The factor is exactly 1 if nothing is pruned."""
+    """Return the factor `a`. The rescaling factor is exactly 1 if nothing is pruned."""
     return (whole + _EPSILON * whole) / (left + _EPSILON * whole)

@@ -19,13 +19,13 @@ from keras_dst.tfmot.pruning import is_pruned
 class UpdatePruningStep(keras.callbacks.Callback):
     """Callback that updates the masks of pruned layers and sets masked weights to zero.
 
-    In a custom training loop, compile the model, then call `set_model` and `on_train_begin` of this
+    In a custom training loop, compile the model, then call `set_model` and `on_train_begin` of the
     callback. Call `on_train_batch_begin` before every step, and `on_epoch_end` after every epoch.
 
     Raises:
-        ValueError: When training begins: if the model has no pruned layer, if the model is not
-            compiled, or if its `steps_per_execution` is above 1. With more than one step per
-            execution, Keras does not call callbacks before every step.
+        ValueError: When training begins, if the model has no pruned layer, is not compiled, or has
+            a `steps_per_execution` above 1. With more than one step per execution, Keras does not
+            call callbacks before every step.
 
     Example:
         >>> model.fit(x, y, epochs=2, callbacks=[keras_dst.tfmot.UpdatePruningStep()])
@@ -57,8 +57,8 @@ class UpdatePruningStep(keras.callbacks.Callback):
         self._fit.guard_step(self._drivers)
 
     def on_epoch_begin(self, epoch, logs=None):
-        # After a resume, `fit` reads all batches of the epoch again, but does not train
-        # on the batches that precede the backup.
+        # After a resume, `fit` reads all batches of the epoch again, but trains only on the batches
+        # after the backup.
         self._skipped_batches = self._fit.skipped_batches
 
     def on_train_batch_begin(self, batch, logs=None):
@@ -109,7 +109,7 @@ class _StepDriver(LayerDriver):
             weight.assign(value)
 
     def save_progress(self):
-        """Store the number of steps in the layers, so that a later fit continues from this step."""
+        """Store the number of steps in the layers, so that a later fit continues to count."""
         if self.step is not None:
             self.write_progress(self.step, 1)
 

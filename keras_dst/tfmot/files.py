@@ -58,7 +58,7 @@ def _method_of(config: dict) -> PruneLowMagnitude:
     cls = _SCHEDULES.get(name) or keras.saving.get_registered_object(name)
     if cls is None:
         raise ValueError(
-            f"The file holds a pruning schedule of the unknown class {name!r}. Write this class as "
+            f"The file holds a pruning schedule of the unknown class {name!r}. Write the class as "
             "a keras_dst.tfmot.PruningSchedule, decorate it with "
             "@keras.saving.register_keras_serializable(), and import it before you load the file."
         )

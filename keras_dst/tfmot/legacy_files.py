@@ -90,7 +90,7 @@ def _build(config, file_format, root) -> tuple[keras.Model, list[Wrapper]]:
     if "layers" not in config["config"]:
         raise ValueError(
             f"The file holds a {config['class_name']}, which is neither Sequential nor "
-            "Functional, so the file lacks the code of its `call`. Write this model class for "
+            "Functional, so the file lacks the code of its `call`. Write the model class for "
             "Keras 3, and load the weights into the new model."
         )
     model = keras.saving.deserialize_keras_object(_model_config(config))
@@ -160,7 +160,10 @@ def _is_reference(x, names) -> bool:
 
 
 def _first_calls(model: dict) -> dict[str, int]:
-    """Return the index of each layer's first call. In Keras 2, this index is not always 0."""
+    """Return the index of each layer's first call.
+
+    In Keras 2, the index of the first call is not always 0.
+    """
     first: dict[str, int] = {}
     names = {_name(x) for x in model["layers"]}
 
@@ -194,7 +197,7 @@ def _layer_config(entry: dict) -> dict:
     if cls is None or cls is keras.layers.Lambda:
         reason = "runs code from the file" if cls else "is neither a Keras 3 class nor registered"
         raise ValueError(
-            f"'{_name(entry)}' is a {name}, which {reason}. Write a Keras 3 layer for this class "
+            f"'{_name(entry)}' is a {name}, which {reason}. Write a Keras 3 layer for the class "
             "with @keras.saving.register_keras_serializable(), and load the file again."
         )
     config = entry["config"] if custom else _arguments(cls, entry["config"])

@@ -27,7 +27,7 @@ def block_mask(w: np.ndarray, sparsity: float, block_size, pooling: str) -> np.n
 
     If the block size does not divide an axis, tfmot splits the padding between both ends of the
     axis. The padding shifts the windows that tfmot pools relative to the blocks that tfmot masks.
-    To compute the same masks as tfmot, this function shifts the windows in the same way.
+    To compute the same masks as tfmot, this function shifts the windows like tfmot.
     """
     pooled = np.abs(w)
     for axis, length in enumerate(block_size):

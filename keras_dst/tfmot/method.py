@@ -34,7 +34,7 @@ class PruneLowMagnitude(LayerMethod):
         block_size: Number of rows (inputs) and columns (outputs) of a block. Defaults to (1, 1).
         block_pooling_type: `"AVG"` ranks blocks by their mean magnitude, and `"MAX"` ranks blocks
             by their largest magnitude. Defaults to `"AVG"`.
-        sparsity_m_by_n: Pair `(m, n)`: m weights are set to zero for every n consecutive inputs.
+        sparsity_m_by_n: Pair `(m, n)`, which sets m weights to zero for every n consecutive inputs.
             Defaults to None.
 
     Source: arXiv 1710.01878; tfmot 0.8.
@@ -95,11 +95,11 @@ class PruneLowMagnitude(LayerMethod):
         return w - ops.stop_gradient(ops.where(self.mask(w, state), 0, w))
 
     def is_update(self, step: int) -> bool:
-        """Return whether the schedule updates masks before this step. Steps count from 1."""
+        """Return whether the schedule updates masks before the given step. Steps count from 1."""
         return step == 1 if self.sparsity_m_by_n else bool(self.pruning_schedule(step)[0])
 
     def new_mask(self, w: np.ndarray, step: int) -> np.ndarray:
-        """Return the new mask of a weight at this step."""
+        """Return the new mask of a weight at the given step."""
         if self.sparsity_m_by_n:
             zeros, group = self.sparsity_m_by_n
             magnitudes = ops.abs(ops.convert_to_tensor(w))

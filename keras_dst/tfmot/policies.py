@@ -14,11 +14,11 @@ class PruningPolicy:
     """Base class of policies that choose the layers of a model to prune."""
 
     def allow_pruning(self, layer) -> bool:
-        """Return whether the policy allows this layer to be pruned."""
+        """Return whether the policy allows a layer to be pruned."""
         raise NotImplementedError
 
     def ensure_model_supports_pruning(self, model) -> None:
-        """Raise ValueError if the policy cannot be applied to this model."""
+        """Raise ValueError if the policy cannot be applied to a model."""
         raise NotImplementedError
 
 
@@ -27,8 +27,9 @@ class PruneForLatencyOnXNNPack(PruningPolicy):
 
     The model must begin with `ZeroPadding2D(1)` and `Conv2D(n, 3, strides=2, padding="valid")` on
     three channels, and end with `GlobalAveragePooling2D`. XNNPACK must support every layer between
-    these layers in sparse inference. The policy also checks the layers of nested models.
-    To check a `.tflite` file for sparse inference in XNNPACK, call `keras_dst.lint`.
+    the first convolution and the pooling layer in sparse inference. The policy also checks the
+    layers of nested models. To check a `.tflite` file for sparse inference in XNNPACK, call
+    `keras_dst.lint`.
 
     Example:
         >>> policy = keras_dst.tfmot.PruneForLatencyOnXNNPack()
@@ -63,15 +64,15 @@ class PruneForLatencyOnXNNPack(PruningPolicy):
         if not ends:
             raise ValueError(
                 f"Expected every path to the outputs of '{model.name}' to go through "
-                "GlobalAveragePooling2D, because sparse inference in XNNPACK needs this layer. "
-                "Change the model, or prune without the policy."
+                "GlobalAveragePooling2D, because sparse inference in XNNPACK needs a "
+                "GlobalAveragePooling2D. Change the model, or prune without the policy."
             )
 
         def check(operation):
             if operation not in ends and not _has_sparse_form(operation, producers):
                 raise ValueError(
                     f"XNNPACK has no sparse form of '{operation.name}' "
-                    f"({type(operation).__name__}) with these arguments. Replace the layer, or "
+                    f"({type(operation).__name__}) with the given arguments. Replace the layer, or "
                     "prune without the policy."
                 )
             return operation in ends
@@ -132,7 +133,7 @@ def _edges(graph, fed: dict[Any, list]) -> tuple[dict[Any, list], dict[Any, list
 def _first_on_every_path(starts, is_wanted, neighbors) -> list:
     """Follow every path of the graph to the first operation for which `is_wanted` returns True.
 
-    Return the operations found, or an empty list if at least one path has no such operation.
+    Return the operations found, or an empty list if at least one path has no wanted operation.
     """
     found, queue = [], list(dict.fromkeys(starts))
     for operation in queue:  # The loop also visits operations that its body appends to `queue`.

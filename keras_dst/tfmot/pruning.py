@@ -38,14 +38,14 @@ def prune_low_magnitude(
         pruning_schedule: Schedule that decides when masks are updated, and the sparsity of each
             update. Defaults to `ConstantSparsity(0.5, 0)`.
         block_size: Number of rows (inputs) and columns (outputs) of the blocks that are pruned as a
-            whole. Only matrices can be pruned in blocks larger than (1, 1). The order of the two
-            numbers is the same as in tfmot. A `pattern` of `keras_dst.methods` has the opposite
-            order: the pattern `"1x4"` corresponds to `block_size=(4, 1)`. Defaults to (1, 1).
+            whole, in the same order as in tfmot. Only matrices can be pruned in blocks larger than
+            (1, 1). The argument `pattern` of `keras_dst.methods` has the opposite order, so
+            `pattern="1x4"` corresponds to `block_size=(4, 1)`. Defaults to (1, 1).
         block_pooling_type: `"AVG"` ranks blocks by their mean magnitude, and `"MAX"` ranks blocks
             by their largest magnitude. Defaults to `"AVG"`.
         pruning_policy: Policy that chooses which layers of a model are pruned. Defaults to None,
             which allows all layers.
-        sparsity_m_by_n: Pair `(m, n)`: m weights are set to zero for every n consecutive inputs.
+        sparsity_m_by_n: Pair `(m, n)`, which sets m weights to zero for every n consecutive inputs.
             The mask is computed once, at step 1, independent of the schedule. Defaults to None.
 
     Returns:
@@ -54,7 +54,7 @@ def prune_low_magnitude(
     Raises:
         TypeError: If `to_prune` is not a Keras 3 model, a layer or a list of layers, or if
             `pruning_policy` is not a `PruningPolicy`.
-        ValueError: If a layer cannot be pruned with these arguments. If this error is raised, no
+        ValueError: If a layer cannot be pruned with the given arguments. After a ValueError, no
             layer has been changed.
 
     Example:
@@ -77,7 +77,7 @@ def prune_low_magnitude(
         )
     method = PruneLowMagnitude(pruning_schedule, block_size, block_pooling_type, sparsity_m_by_n)
     targets = to_prune if isinstance(to_prune, list) else [to_prune]
-    # Check all layers before the first change, so that an error leaves everything unchanged.
+    # Check all layers before the first change, so that an error leaves all layers unchanged.
     plans = [(target, _layers_to_prune(target, method, pruning_policy)) for target in targets]
     for target, layers_ in plans:
         if layers_ == [target] and _is_unbuilt_composite(target):
@@ -100,7 +100,7 @@ def strip_pruning(model):
 
 
 def is_pruned(layer) -> bool:
-    """Return whether `prune_low_magnitude` has pruned this layer.
+    """Return whether `prune_low_magnitude` has pruned a layer.
 
     Raises:
         TypeError: If `layer` is not a Keras 3 layer.
@@ -128,7 +128,7 @@ def prunable_layers(layers, method: PruneLowMagnitude) -> list:
             continue
         if reason := _obstacle(layer, method):
             raise ValueError(
-                f"'{layer.name}' cannot be pruned: {reason}. To leave this layer dense, prune the "
+                f"'{layer.name}' cannot be pruned: {reason}. To leave the layer dense, prune the "
                 "other layers one by one, or pass a pruning_policy."
             )
         cls = sparse_class(type(layer))
@@ -155,9 +155,9 @@ class _PrunedOnBuild(_keras.BuildHook):
 
     def get_config(self):
         raise ValueError(
-            f"'{self.name}' is pruned when it is built, and has no config before that. Build the "
-            "layer first: add it to a model with keras.Input, or call it on data. To prune a "
-            "layer inside a wrapper such as Bidirectional, prune the wrapper."
+            f"'{self.name}' is pruned when it is built, and has no config before it is built. "
+            "Build the layer first: add it to a model with keras.Input, or call it on data. To "
+            "prune a layer inside a wrapper such as Bidirectional, prune the wrapper."
         )
 
 
@@ -167,7 +167,7 @@ def _pruned_on_build(stock) -> type:
 
 
 def _is_unbuilt_composite(layer) -> bool:
-    """Return whether the prunable weights of this layer are created only when it is built."""
+    """Return whether the prunable weights of a layer are created only when the layer is built."""
     return (
         not isinstance(layer, keras.Model)
         and not layer.built
@@ -206,8 +206,8 @@ def _inner_layers_to_prune(layer, method) -> list:
     found = prunable_layers([x for x in inside if not _is_frozen(x)], method)
     if not found and any(map(_is_frozen, inside)):
         raise ValueError(
-            f"'{layer.name}' is frozen, so it is neither trained nor pruned. Set layer.trainable "
-            "= True first, or exclude this layer."
+            f"'{layer.name}' is frozen, so it is neither trained nor pruned. Set layer.trainable = "
+            "True first, or exclude the layer."
         )
     return found
 

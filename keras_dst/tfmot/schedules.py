@@ -14,8 +14,8 @@ class PruningSchedule(Configurable):
     """Base class of pruning schedules, including custom schedules.
 
     `schedule(step)` returns the pair `(update, sparsity)`. `update` states whether the masks are
-    updated before this step, and `sparsity` is the fraction of zeros in the new masks. Steps count
-    from 1.
+    updated before the step. `sparsity` is the fraction of zeros in the new masks. Steps count from
+    1.
 
     To save a model with a custom schedule, store every constructor argument in an attribute of the
     same name. Decorate the class with `@keras.saving.register_keras_serializable()`.
@@ -81,7 +81,7 @@ class PolynomialDecay(PruningSchedule):
         initial_sparsity: Fraction of zeros at `begin_step`, in [0, 1).
         final_sparsity: Fraction of zeros at `end_step`, in [0, 1).
         begin_step: Step of the first update.
-        end_step: Step at which the final sparsity is reached. No update follows this step.
+        end_step: Step at which the final sparsity is reached, and after which no update follows.
         power: Exponent of the polynomial. Defaults to 3.
         frequency: Number of steps from one update to the next. Defaults to 100.
 
