@@ -53,7 +53,7 @@ def traced_once(fn, scores, kept, *constants):
     return _shared(fn, constants, shapes, kept.ndim, on_accelerator(kept))(scores, kept)
 
 
-@functools.lru_cache(maxsize=64)  # Old traces are freed, because they need memory.
+@functools.lru_cache(maxsize=64)  # Free old traces, because traces need memory.
 def _shared(fn, constants, *signature):
     return jit(lambda scores, kept: fn([*scores], kept, *constants))
 

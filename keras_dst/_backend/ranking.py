@@ -74,7 +74,7 @@ def top_k(
     """
     scores, kept = _checked(scores, kept)
     _check_groups([tuple(s.shape) for s in scores], sizes, first)
-    if sizes is not None:  # Arrays of sizes can be as large as the weights, and are not stored.
+    if sizes is not None:  # Sizes can be as large as the weights, so do not store them.
         return _top_k(scores, kept, sizes, first)
     return traced_once(_top_k, scores, kept, None, None if first is None else tuple(first))
 

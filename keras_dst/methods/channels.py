@@ -524,7 +524,7 @@ def of_kept_channels(margins: Sequence[Tensor], layouts: Sequence[Layout]) -> li
         layouts: Axes and coupled channels of each weight.
 
     Returns:
-        One float32 tensor per weight, in the shape of its margins.
+        One float32 tensor per weight, in the shape of the weight's margins.
     """
     kept = ops.cast(largest_of_units(margins, layouts) > 0, "float32")
     return _in_shapes(ops.concatenate([kept, ops.ones((1,), "float32")]), margins, layouts)
@@ -549,7 +549,7 @@ def shifts(
         A tuple `(common, rises, limits)`. `common` is the rise of all thresholds at which the model
         keeps as many channels as the target requires. `rises` holds the rise of every threshold.
         `limits` holds the largest rise of every threshold at which its group keeps the minimum
-        number of channels. Both rises are 0 for units that are always kept.
+        number of channels. If a unit is always kept, the rise and the limit of its threshold are 0.
     """
     groups = _required(layouts)
     largest = largest_of_units(margins, layouts)

@@ -164,7 +164,7 @@ class DST(LayerMethod):
             progress = self.build_progress(layer, name)
             state = {"alpha": alpha, "control": control, "progress": progress}
         if self._holds_channels:
-            # At each update, the entries of units whose channels are kept become 1.
+            # Each update sets the entries of units with kept channels to 1.
             state["held"] = layer.add_weight(
                 name=f"{name}_held",
                 shape=shape,
@@ -233,7 +233,8 @@ class DST(LayerMethod):
         """Maximum density of a layer at which the thresholds of the layer are reset to 0.
 
         The value is -1 if a layer may keep channels although all its units are below their
-        thresholds. `update` then lowers the thresholds of groups that keep too few channels.
+        thresholds. In this case, `update` lowers the thresholds of groups that keep too few
+        channels.
         """
         if self.schedule is None:
             return self.reset_density
