@@ -59,8 +59,8 @@ def densities(
 
     Args:
         allocation: `"uniform"` gives all weights the same density. `"erk"` (Erdős-Rényi-Kernel)
-            gives densities proportional to `sum(shape) / prod(shape)`, at most 1. Small weight
-            tensors therefore have a higher density. A dict maps weight names to sparsities. The
+            gives densities proportional to `sum(shape) / prod(shape)`, at most 1. With `"erk"`,
+            small weight tensors have a higher density. A dict maps weight names to sparsities. The
             density of weights that match no name is `density`. A name is the path of a weight, or a
             regular expression that matches any part of a path. If several names in the dict match a
             weight, the last matching name applies.

@@ -173,7 +173,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         variables = list(variables)
         if self.built or not (variables or self._is_dense()):
             # When Keras loads an `.h5` file, it first builds the optimizer for an empty list of
-            # variables. The optimizer then stays unbuilt, and the first step builds it.
+            # variables. An optimizer without variables stays unbuilt until the first step.
             return
         # Model variables are stored by index only, because Keras would track them as variables of
         # the optimizer.

@@ -11,8 +11,8 @@ most significant bit of a byte comes first.
 bytes of a float32 tensor = (density + 1/32) * bytes of the dense tensor
 ```
 
-The archive also stores the names, types and attributes of the HDF5 file. From the archive,
-`load_sparse` rebuilds the original `.keras` archive, which Keras then loads.
+The archive also stores the names, types and attributes of the HDF5 file. `load_sparse` rebuilds the
+original `.keras` archive, and loads the archive with Keras.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def top_k(
     """Return masks that keep the highest scores, over all tensors or within each tensor.
 
     Equal scores are kept in the order of their tensors, and within a tensor in the order of their
-    positions (C order). All backends therefore keep the same weights.
+    positions (C order). Due to the fixed order, all backends keep the same weights.
 
     Args:
         scores: Float tensors of any shapes. Infinity counts as the largest finite score. Minus

@@ -23,8 +23,8 @@ class Member:
             is -1 for kernels of `Dense` and of convolutions, and -2 for depthwise and transposed
             kernels.
         follows: True if the entries of pruned channels must be set to zero in the variable, for
-            example in a bias. Pruned channels then output exactly zero. `follows` is False for
-            kernels and for moving variances.
+            example in a bias, because pruned channels must output exactly zero. `follows` is False
+            for kernels and for moving variances.
         shrinks: False if the variable keeps its size when channels are removed, as in layer
             normalization, which treats removed channels as zeros.
         layer: Name of the layer.

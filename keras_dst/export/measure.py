@@ -168,9 +168,9 @@ def loads_and_latencies(
 def _rounds(interpreters: Sequence[Interpreter]) -> Iterator[list[float]]:
     """Yield the seconds of one inference for each file, in endless timing rounds.
 
-    In each timing round, every file runs twice. The first of the two runs loads the weights into
-    the CPU caches and is not timed. The second run is timed alone, because other work on the
-    machine rarely disturbs a measurement of a single inference.
+    In each timing round, every file runs twice. The first run loads the weights into the CPU caches
+    and is not timed. The second run is timed alone, because other work on the machine rarely
+    disturbs a measurement of a single inference.
     """
     while True:
         times = []

@@ -10,9 +10,9 @@ constants:
   header is the decode type, 2 for pruning. Bytes 1 and 4 are the versions of the header and of the
   pruning format, both 1.
 
-TFLM writes the decoded weight into the arena, from which other ops read it. The file is therefore
-smaller, but the arena is larger. Because weights are decoded during inference, the format does not
-make inference faster.
+TFLM writes the decoded weight into the arena, from which other ops read it. An encoded file is
+smaller than the dense file, but needs a larger arena. Because weights are decoded during inference,
+the format does not make inference faster.
 
 Source: ``kernels/decode_state_prune.cc`` in the repository of TFLM.
 """

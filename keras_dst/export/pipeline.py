@@ -163,8 +163,8 @@ def export(
     # For an NPU, the dense int8 file is the exported file.
     others = [files["float32"]] if settings.npu else list(files.values())
     compared = _compare(model, others if settings.micro else [*others, content], data, settings)
-    # LiteRT cannot run a file for TFLM. The accuracy of the dense int8 file is reported instead,
-    # because both files have the same outputs.
+    # LiteRT cannot run a file for TFLM. The report contains the accuracy of the dense int8 file,
+    # which has the same outputs.
     if settings.micro:
         sizes = (len(content), gzip_bytes(content))
         compared.append(

@@ -9,8 +9,8 @@ region may read a tensor of the region. More than 2/3 of all weights in the 1x1
 convolutions of a region must be zero.
 
 XNNPACK does not check that a region ends only at exit ops. An op outside a region that reads a
-tensor of the region takes NCHW data for NHWC data. The results of the op are then wrong, and no
-error message appears.
+tensor of the region takes NCHW data for NHWC data. The results of the op are wrong, and no error
+message appears.
 
 The analysis assumes that XNNPACK runs every op of the graph. In practice, XNNPACK leaves some ops
 to the builtin kernels. The set of builtin ops differs between versions and builds of LiteRT. Each

@@ -14,8 +14,8 @@ from keras_dst.export.quantize import to_int8
 from keras_dst.export.samples import BATCH, Samples, Signature, read_samples
 from keras_dst.export.states import reset_states
 
-#: Each file is run with XNNPACK, the default of LiteRT, and without XNNPACK. A fault may occur in
-#: only one of the two runs.
+#: Each file is run with XNNPACK, the default of LiteRT, and without XNNPACK. Some faults occur only
+#: with XNNPACK, and others only without XNNPACK.
 RESOLVERS = {
     "XNNPACK": OpResolverType.AUTO,
     "builtin kernels": OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
@@ -72,8 +72,9 @@ def run(content: bytes, cases: list[Case], resolver: OpResolverType) -> list[dic
 def keras_cases(model: keras.Model, signature: Signature, samples: Samples) -> list[Case]:
     """Split samples into batches, and compute the outputs of the Keras model for each batch.
 
-    If the batch size of the model is dynamic, the first batch has one sample and the others have
-    four. The states of recurrent layers are zero before the first batch. The model is not changed.
+    If the batch size of the model is dynamic, the first batch has one sample, and all other batches
+    have four samples. The states of recurrent layers are zero before the first batch. The model is
+    not changed.
 
     Args:
         model: The Keras 3 model from which the file was converted.

@@ -133,8 +133,8 @@ class SparseMixin(_keras.BuildHook):
         """Set the method of the layer, before or after the layer is built."""
         self.method = method
         # Up to version 3.15, Keras sets the attribute `quantize` on every layer instance, which
-        # hides the method `quantize` of the class. `_refuse_to_quantize` is therefore set on the
-        # instance.
+        # hides the method `quantize` of the class. The instance attribute is therefore replaced by
+        # `_refuse_to_quantize`.
         self.__dict__["_stock_quantize"] = self.__dict__.get("quantize")
         self.__dict__["quantize"] = self._refuse_to_quantize
         # Keras must not track the nested dict, because `add_weight` already tracks the variables in
@@ -180,7 +180,8 @@ class SparseMixin(_keras.BuildHook):
     # slots in the order of the variables.
     def after_build(self):
         # With the argument `weights=`, Keras's Embedding builds itself in `__init__`, before the
-        # method is attached. `attach_method` then adds the mask variables.
+        # method is attached. In a layer that is already built, `attach_method` adds the mask
+        # variables.
         if "sparse_state" in self.__dict__:
             self._add_states()
 

@@ -716,11 +716,11 @@ class UpdateMethod(Method):
             to 0. If channels are coupled, `update` also returns an entry `"start"`: the initial
             values of the newly kept weights, in the shape of the weight.
         reads_gradients: True if the method reads the values of the gradients, for example to
-            compute a saliency. Distributed training then sums the gradients of all replicas before
-            the method reads them. A method that only masks the gradients sets `reads_gradients` to
-            False.
-        reads_scales: True if `scores` needs the scales of normalization layers. The state of a
-            weight then contains `"scale"`: the scales of the normalization layer after the weight,
+            compute a saliency. If True, distributed training sums the gradients of all replicas
+            before the method reads them. A method that only masks the gradients sets
+            `reads_gradients` to False.
+        reads_scales: True if `scores` needs the scales of normalization layers. If True, the state
+            of a weight contains `"scale"`: the scales of the normalization layer after the weight,
             in a shape that broadcasts to the weight.
     """
 

@@ -240,7 +240,8 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
         low, high = (middle, high) if share(rounded(middle)) <= target else (low, middle)
     counts, more = rounded(low), rounded(high)
     # Round by the largest-remainder method: visit the groups in descending order of their
-    # remainders. Use the count for `high` if the kept fraction then moves closer to the target.
+    # remainders. Use the count for `high` if this count brings the kept fraction closer to the
+    # target.
     remainder = exact(high) / step - np.floor(exact(high) / step)
     for group in np.argsort(-remainder, kind="stable"):
         trial = counts.copy()

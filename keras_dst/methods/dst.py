@@ -42,7 +42,7 @@ from keras_dst.schedules import Cubic, Schedule, as_schedule
 
 # Constants of the controller that sets alpha, see `DST.update`. The constants were tuned on digits
 # and MNIST with SGD and Adam, and on a model of 3,000 weights that was trained for 100 steps.
-_GAP_SHARE = 0.3  # Fraction of the gap that the controller tries to close with each update.
+_GAP_SHARE = 0.3  # Fraction of the gap to the target that each update tries to close.
 _MEMORY = 0.9  # Momentum of the exponential moving averages.
 _MAX_GROWTH = 3.0  # Maximum ratio of alpha to the root mean square of its earlier values.
 
@@ -75,8 +75,9 @@ class DST(LayerMethod):
             `granularity` is `"layer"`. Defaults to `"unstructured"`.
         reset_density: If the density of a layer falls to `reset_density` or below, the thresholds
             of the layer are reset to 0 in the same step. With a target sparsity, `reset_density` is
-            at most a tenth of the target density. Every layer then keeps at least a quarter of the
-            weights that the allocation `"erk"` would keep. Defaults to 0.01, as in the paper.
+            at most a tenth of the target density. With a target sparsity, every layer also keeps at
+            least a quarter of the weights that the allocation `"erk"` would keep. Defaults to 0.01,
+            as in the paper.
         frequency: Steps between updates of alpha, or `"epoch"`. Defaults to None: 20 steps, reduced
             in short training runs to allow 20 updates.
         counted_in: With `pattern="channel"`, see `Magnitude`. Values other than `"channels"` need
@@ -245,8 +246,9 @@ class DST(LayerMethod):
     def update(self, weights, states, layouts, kept, now):
         """Return a new value of alpha, which controls the density.
 
-        The gap is the amount by which all thresholds would have to increase to meet the target. The
-        controller uses a linear model of the change in the gap from one update to the next:
+        The gap is the amount by which all thresholds would have to increase to meet the target
+        sparsity. The controller uses a linear model of the change in the gap from one update to the
+        next:
 
         ```text
         last gap - gap = drift + response alpha
@@ -255,9 +257,9 @@ class DST(LayerMethod):
         The drift is the decrease of the gap per update that training and the schedule cause. The
         response is the additional decrease of the gap per update if alpha is 1. The drift and the
         response are estimated by exponentially weighted least squares. The gap, the drift and the
-        response have the same unit as the weights. Alpha is dimensionless. Alpha is then set so
-        that the gap decreases by the fraction `_GAP_SHARE` until the next update. Alpha is negative
-        if too few weights are kept.
+        response have the same unit as the weights. Alpha is dimensionless. Each update sets alpha
+        so that the gap decreases by the fraction `_GAP_SHARE` until the next update. Alpha is
+        negative if too few weights are kept.
         """
         gap, shifts, floors = self._shifts(weights, states, layouts, kept[0])
         # At progress 1, the thresholds are not shifted. The training callback first warns if

@@ -43,9 +43,8 @@ class SET(UpdateMethod):
     """Dynamic sparse training that drops small weights and grows other weights at random.
 
     The model is sparse from the first step. The initial values of the kept weights are chosen for a
-    dense model, and are too small for a sparse model. Deep models without normalization may
-    therefore not learn at extreme sparsities. Add batch normalization, or use a method that starts
-    dense.
+    dense model, and are too small for a sparse model. Deep models without normalization may not
+    learn at extreme sparsities. Add batch normalization, or use a method that starts dense.
 
     Args:
         sparsity: Fraction of zeros, a number in [0, 1). The sparsity is constant during training.
