@@ -175,8 +175,8 @@ def export(
     notes = [NEEDS_VELA] if settings.npu and vela is None else []
     if unmatched:
         notes.append(
-            "The count of weights that int8 rounds to zero leaves out these weights, which equal "
-            f"no float32 weight: {', '.join(unmatched)}."
+            "The number of weights that int8 rounds to zero does not include the following "
+            f"weights, which equal no float32 weight: {', '.join(unmatched)}."
         )
     with atomic_write(path) as unfinished:
         unfinished.write_bytes(content)

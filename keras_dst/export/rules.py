@@ -66,7 +66,7 @@ _FIXES = {
     "CONCATENATION": "Add the branches instead.",
     "MEAN": "Use GlobalAveragePooling2D() without keepdims.",
 }
-_DEFAULT_FIX = "Remove this op, or move it after GlobalAveragePooling2D."
+_DEFAULT_FIX = "Remove the op, or move the op after GlobalAveragePooling2D."
 
 
 def check(name: str, content: bytes) -> LintReport:
@@ -253,7 +253,7 @@ def _sparse_inference(model, graph) -> tuple[bool, str, list[Finding]]:
         return False, "results can be wrong, see the findings of rule nchw-layout", findings
     convolutions = [n for n in nodes if n.weights and len(shape(graph.tensors[n.outputs[0]])) == 4]
     if not convolutions:
-        return False, "the graph has no 1x1 convolution that could gain from it", []
+        return False, "the graph has no 1x1 convolution for the sparse kernels", []
     if region.nodes and not region.wrong and hinted:
         return True, f"{len(region.nodes)} of {len(nodes)} ops", []
     where = "1x1 convolutions"

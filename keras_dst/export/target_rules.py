@@ -56,7 +56,7 @@ def _floats(model, graph, target: str) -> Iterator[Finding]:
 
 def _missing_in_tflm(model) -> Iterator[Finding]:
     for name, output, _ in unsupported_ops(model):
-        fix = "Replace the layer that this op comes from."
+        fix = "Replace the layer from which the op comes."
         if name == "DENSIFY":
             fix = "Export the Keras model with target='micro'."
         found = "is an op that TFLM lacks, so TFLM refuses the file"
@@ -76,5 +76,5 @@ def _on_cpu(model, content: bytes, target: str) -> Iterator[Finding]:
         return
     for op in ops:
         found = f"runs on the CPU instead of the NPU. {op.reason}".rstrip(". ")
-        fix = "Replace the layer that this op comes from by layers that the NPU runs."
+        fix = "Replace the layer from which the op comes by layers that the NPU runs."
         yield Finding("advice", "cpu-op", f"{op.op} {op.tensor!r}", found, fix)
