@@ -135,11 +135,11 @@ def table():
     lines = [
         "# Comparison with the authors' code",
         "",
-        "The table shows the test accuracy in % after the last epoch as mean and standard "
-        "deviation over the seeds. The sparsity is in brackets. Both implementations start from "
-        "the same weights and use the same data, network, epochs, batch size and learning rate. "
-        "The authors' code runs on PyTorch, on a CPU. `make bench-authors` writes this page from "
-        "the runs in this folder.",
+        "The table below shows the test accuracy in % after the last epoch as mean and standard "
+        "deviation over the seeds. The number in brackets is the sparsity. keras_dst and the "
+        "authors' code start from the same weights and use the same data, network, epochs, batch "
+        "size and learning rate. The authors' code runs on PyTorch, on a CPU. `make "
+        "bench-authors` writes this page from `results/authors/runs.jsonl`.",
         "",
         "| method | network | epochs | target | seeds | authors' code | keras_dst | backend of "
         "keras_dst |",

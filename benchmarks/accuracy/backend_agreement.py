@@ -118,13 +118,13 @@ def table():
     lines = [
         "# Agreement of backends",
         "",
-        "Network, initial weights, order of batches, method and number of epochs are the same on "
-        f"every backend. The sparsity is {SPARSITY:.0%}. The table shows the test accuracy in % "
-        "after the last epoch, the sparsity, and the overlap of the masks of two backends. The "
-        "overlap is the number of weights that both backends keep, divided by the number of "
-        "weights that at least one backend keeps. Figures are means over the seeds. Two random "
-        "masks would have an overlap of 5 %. `make bench-agreement` writes this page from the "
-        "runs in this folder.",
+        "Every backend trains with the same network, initial weights, order of batches, method "
+        f"and number of epochs. The target sparsity is {SPARSITY:.0%}. The table below shows the "
+        "test accuracy in % after the last epoch, the sparsity, and the overlap of the masks of "
+        "two backends. The overlap of two masks is the number of weights that both keep, divided "
+        "by the number that at least one keeps. All figures in the table are means over the "
+        "seeds. Two random masks would have an overlap of 5 %. `make bench-agreement` writes "
+        "this page from `results/backend_agreement/runs.jsonl`.",
     ]
     found: dict = {}
     for run in results.runs(BENCHMARK).values():

@@ -151,16 +151,17 @@ def table():
     lines = [
         "# Accuracy after channel pruning",
         "",
-        "The tables show the test accuracy in % on CIFAR-10 after the last epoch, as mean and "
-        "standard deviation over the seeds, and the fraction of the FLOPs that remains. The "
-        "accuracy is measured on the smaller model. Every method starts from the same dense "
-        "network and trains for the same number of epochs with the same batches and learning "
-        "rates. No method is tuned. By default, the sparsity rises during the first three quarters "
-        "of the training. In the rows with `before the training`, all channels are pruned at step "
-        "0. Torch-Pruning 1.6.1 ranks groups by their L2 norm. Without sparse learning, "
-        "Torch-Pruning removes channels before the training. With the sparse learning of DepGraph, "
-        "Torch-Pruning removes channels after half of the training. `make bench-channels` writes "
-        "this page from the runs in this folder.",
+        "The tables below show the test accuracy in % on CIFAR-10 after the last epoch, as mean "
+        "and standard deviation over the seeds. The tables also show the fraction of the FLOPs "
+        "that remains. The accuracy is measured on the model without the pruned channels. Every "
+        "method starts from the same dense network and trains for the same number of epochs with "
+        "the same batches and learning rates. No method is tuned. By default, the sparsity rises "
+        "during the first three quarters of the training. The rows with `before the training` "
+        "describe networks whose channels are all pruned at step 0. Torch-Pruning 1.6.1 ranks "
+        "groups of channels by their L2 norm. Without sparse learning, Torch-Pruning removes "
+        "channels before the training. With the sparse learning of DepGraph, Torch-Pruning "
+        "removes channels after half of the training. `make bench-channels` writes this page "
+        "from `results/channels/runs.jsonl`.",
     ]
     for key in dict.fromkeys(key for key, *_ in found):
         net, epochs, images = key
@@ -168,7 +169,9 @@ def table():
             runs[0] for (other, *_, speedup), runs in found.items() if speedup > 1 and other == key
         ]
         after = max(run["epochs"][1] for run in pruned) if pruned else 0
-        short = " This is a short training on a CPU, far from convergence." if epochs < 50 else ""
+        short = (
+            " The training on a CPU is short and ends far from convergence." if epochs < 50 else ""
+        )
         lines += [
             "",
             f"## {net}",

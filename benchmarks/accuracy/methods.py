@@ -192,11 +192,12 @@ def table():
     lines = [
         "# Accuracy of methods after short training",
         "",
-        "The tables show the test accuracy in % after the last epoch as mean and standard "
-        "deviation over the seeds. The sparsity is in brackets: the fraction of the weights that "
-        "are zero, and for Consensus, the fraction of the parameters that `shrink` removes. "
-        "Network, data, optimizer and number of epochs are the same for every method, and no "
-        "method is tuned. `make bench-methods` writes this page from the runs in this folder.",
+        "The tables below show the test accuracy in % after the last epoch as mean and standard "
+        "deviation over the seeds. The number in brackets is the sparsity, the fraction of zero "
+        "weights. For Consensus, the number in brackets is the fraction of the parameters that "
+        "`shrink` removes. Every method is trained with the same network, data, optimizer and "
+        "number of epochs, and no method is tuned. `make bench-methods` writes this page from "
+        "`results/methods/runs.jsonl`.",
     ]
     for (net, epochs, backend), runs in found.items():
         lines += ["", f"## {net}, {epochs} epochs, {backend}", ""]

@@ -61,9 +61,9 @@ def table():
         "",
         "All networks are trained for 20 epochs with batches of 64 images. Pixels are in [0, 1]. "
         "The optimizer is SGD with learning rate 0.01 and momentum 0.9, and for LSTMs Adam with "
-        "learning rate 0.001. The table shows the test accuracy after the last epoch as mean and "
-        "standard deviation over the seeds. `make bench-mnist` writes this page from the runs in "
-        "this folder.",
+        "learning rate 0.001. The table below shows the test accuracy after the last epoch as "
+        "mean and standard deviation over the seeds. `make bench-mnist` writes this page from "
+        "`results/mnist/runs.jsonl`.",
         "",
         "| network | training | backend | seeds | test accuracy | density | seconds per run |",
         "|---|---|---|---|---|---|---|",

@@ -518,10 +518,10 @@ def table():
     intro = [
         "# Accuracy of methods after 100 epochs",
         "",
-        "The tables show the test accuracy in % after the last epoch as mean and standard "
-        "deviation over the seeds. Network, data, optimizer and number of epochs are the same "
-        "for every method of a table, and no method is tuned. `make bench-papers` trains the "
-        "networks and writes this page.",
+        "The tables below show the test accuracy in % after the last epoch as mean and standard "
+        "deviation over the seeds. Every method of a table is trained with the same network, "
+        "data, optimizer and number of epochs, and no method is tuned. `make bench-papers` trains "
+        "the networks and writes this page.",
     ]
     results.write_index(BENCHMARK, intro + table_lines(results.runs(BENCHMARK).values()))
 

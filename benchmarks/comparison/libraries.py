@@ -93,19 +93,19 @@ def table():
     lines = [
         "# Comparison with other libraries",
         "",
-        "keras_dst, tfmot and PQuantML train with the same data, seeds, optimizer (SGD with "
-        "momentum 0.9 and a cosine learning rate), number of epochs and target sparsity of "
-        f"{TARGET:.0%}. The hyperparameters of the tools are not tuned. Each tool runs on "
+        "keras_dst, tfmot and PQuantML train with the same data, seeds, number of epochs and "
+        f"target sparsity of {TARGET:.0%}. The optimizer is SGD with momentum 0.9 and a cosine "
+        "learning rate. The hyperparameters of the tools are not tuned. Each tool runs on "
         "TensorFlow in its own environment, on one core. `make bench-libraries` writes this page "
-        "from the runs in this folder.",
+        "from `results/libraries/runs.jsonl`.",
         "",
         f"## LeNet-300-100, MNIST, {EPOCHS} epochs",
         "",
-        "The table shows the test accuracy in % after the last epoch, as mean and standard "
+        "The table below shows the test accuracy in % after the last epoch, as mean and standard "
         "deviation over the seeds, and the sparsity. Step time and memory are relative to the "
         f"dense network of the same tool. Step time is the median of {ROUNDS} rounds of {STEPS} "
-        "steps, including mask updates. Each round measures every network once. All times are CPU "
-        "times.",
+        "steps, including mask updates. Each round measures every network once. All times are "
+        "CPU times.",
         "",
         "| tool | method | seeds | accuracy | sparsity | step | step, ms | compiling, s | memory |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -117,10 +117,10 @@ def table():
         "",
         "## Files of this network",
         "",
-        "The table shows the `.tflite` files of the first seed. Bytes and latency are relative to "
-        "the dense file in the first row. Latency is the median time of one inference on one "
-        "thread. The files are measured alternately in one process. Accuracy is the test accuracy "
-        "of the file.",
+        "The table below shows the `.tflite` files of the first seed. Bytes and latency are "
+        "relative to the dense file in the first row. Latency is the median time of one inference "
+        "on one thread. The files are measured alternately in one process. Accuracy is the test "
+        "accuracy of the file.",
         "",
         "| tool | method | written by | bytes | latency | accuracy |",
         "|---|---|---|---|---|---|",

@@ -162,18 +162,19 @@ def table() -> list[str]:
         "## Half of the channels",
         "",
         '`Magnitude(0.5, "uniform", "channel")` and `shrink` remove half of the channels of each '
-        "network. The table shows the fractions of the FLOPs and of the parameters that remain. "
-        "After half of the channels are removed, about a quarter of the FLOPs remains. If the "
-        "channels of each layer are ranked separately, layers whose outputs are added keep "
-        "different channels, so fewer channels can be removed. The column `odd widths` counts the "
-        "layers whose number of channels is no longer a multiple of 8 after `shrink`. Layers "
-        "with fewer than 16 channels are not counted. The column `difference` is the largest "
-        "difference between the outputs of the stripped model and the outputs of the smaller "
-        "model. For comparison, Torch-Pruning 1.6.1 removes half of the channels of the same "
-        "networks in PyTorch. Torch-Pruning ranks groups of channels by their L2 norm and keeps "
-        "multiples of 8 channels. The cells of networks that we did not build in PyTorch are "
-        "empty. The networks have random weights, so the table says nothing about accuracy. "
-        "`make bench-models` writes this table.",
+        "network. The table below shows the fractions of the FLOPs and of the parameters that "
+        "remain. After half of the channels are removed, about a quarter of the FLOPs remains. "
+        "If the channels of each layer are ranked separately, fewer channels can be removed, "
+        "because layers whose outputs are added keep different channels. The column `odd widths` "
+        "counts the layers whose number of channels is no longer a multiple of 8 after `shrink`. "
+        "Layers with fewer than 16 channels are not counted. The column `difference` is the "
+        "largest difference between the outputs of the stripped model and the outputs of the "
+        "smaller model. For comparison, Torch-Pruning 1.6.1 removes half of the channels of the "
+        "same networks in PyTorch. Torch-Pruning ranks groups of channels by their L2 norm and "
+        "keeps multiples of 8 channels. The cells of networks that we did not build in PyTorch "
+        "are empty. The networks in the table have random weights, so the table says nothing "
+        "about accuracy. `make bench-models` writes the table of the remaining FLOPs and "
+        "parameters.",
         "",
         "| network | FLOPs, ranked per layer | FLOPs, ranked together | FLOPs, Torch-Pruning "
         "| parameters, ranked together | parameters, Torch-Pruning | odd widths | difference |",

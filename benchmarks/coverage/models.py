@@ -210,9 +210,9 @@ def table():
         "# Tested models",
         "",
         "For each model and method, the benchmark makes the model sparse, trains, evaluates, "
-        "saves and loads it, and strips it. The inputs are small, and the weights are random. A "
-        "check mark means that every step succeeded, and that the loaded model and the stripped "
-        "model predict exactly the same values as the trained model. An empty cell means that the "
+        "saves and loads it, and strips it. The benchmark uses small inputs and random weights. A "
+        "check mark means that every step succeeded. The loaded model and the stripped model then "
+        "predict exactly the same values as the trained model. An empty cell means that the "
         "combination was not run. `make bench-models` writes this page from the runs in "
         "`results/models`.",
     ]

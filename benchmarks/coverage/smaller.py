@@ -171,8 +171,9 @@ def table():
     lines = [
         "# Latency after channel pruning",
         "",
-        "The networks have random weights. Channels are pruned by magnitude and removed by "
-        "`shrink`. `make bench-smaller` writes this page from the runs in this folder.",
+        "The networks of this benchmark have random weights. Channels are pruned by magnitude and "
+        "removed by `shrink`. `make bench-smaller` writes this page from "
+        "`results/smaller/runs.jsonl`.",
         "",
         "## Latency of the `.tflite` file",
         "",

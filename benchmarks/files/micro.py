@@ -225,24 +225,25 @@ def table():
     lines = [
         "# Microcontrollers and NPUs",
         "",
-        "Each network has two tables. The first table shows the share of zeros in % among all "
-        "kernels, including the kernels that stay dense, and the accuracy in % of the float32 "
-        "model and of its int8 file on all test samples. The columns `bytes` and `arena` describe "
-        "the int8 file with dense weights that TensorFlow's converter writes. The arena is the "
-        "memory, in bytes, that TensorFlow Lite Micro (TFLM) allocates to run a file. All other "
-        "columns are ratios to the file of the dense network after the same number of epochs. The "
-        "column `gzip` gives the size of the file after compression. The columns `TFLM file` and "
-        "`TFLM arena` give the bytes and the arena of the file for TFLM. This file omits the zeros "
-        "of pruned kernels, and parts that TFLM does not need, such as metadata and repeated zero "
-        "points. In the column `zeros only`, the dense file also lacks these parts, so that the "
-        "ratio shows only the effect of zeros.",
+        "Each network on this page has two tables. The first table shows the share of zeros in % "
+        "among all kernels, including the kernels that stay dense. The first table also shows "
+        "the accuracy in % of the float32 model and of its int8 file on all test samples. The "
+        "columns `bytes` and `arena` describe the int8 file with dense weights that TensorFlow's "
+        "converter writes. The arena is the memory, in bytes, that TensorFlow Lite Micro (TFLM) "
+        "allocates to run a file. All other columns are ratios to the file of the dense network "
+        "after the same number of epochs. The column `gzip` gives the size of the file after "
+        "compression. The columns `TFLM file` and `TFLM arena` give the bytes and the arena of "
+        "the file for TFLM. A file for TFLM omits the zeros of pruned kernels, and parts that "
+        "TFLM does not need, such as metadata and repeated zero points. In the column `zeros "
+        "only`, the dense file also lacks parts that TFLM does not need. The ratio therefore "
+        "shows only the effect of zeros.",
         "",
         "The second table shows the bytes of the encoded weights and the cycles of three Ethos-U "
         "NPUs, relative to the dense network. The NPU cycles are the cycles in which the NPU "
-        "computes. These figures are **Vela's estimates**, with Vela's default configurations, and "
-        "not measurements on hardware.",
+        "computes. The figures for NPUs are **Vela's estimates** with Vela's default "
+        "configurations, not measurements on hardware.",
         "",
-        "`make bench-micro` writes this page from the runs in this folder.",
+        "`make bench-micro` writes this page from `results/micro/runs.jsonl`.",
     ]
     for name, net in NETS.items():
         runs = {variant: stored[f"{name}_{variant}"] for variant in net.variants}

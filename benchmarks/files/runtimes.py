@@ -209,12 +209,13 @@ def table():
     lines = [
         "# ONNX Runtime, OpenVINO, PyTorch and hls4ml",
         "",
-        "The table shows the size of the exported files, their size after compression with gzip, "
-        "the median latency of an inference with one image on one thread, and the largest "
-        "difference from the outputs of Keras. Figures with × are ratios to the dense network. The "
-        "files are measured alternately, and the latency ratio is the median over all rounds. The "
-        f"networks were trained for {EPOCHS} epoch on {IMAGES:,} images of MNIST. `make "
-        "bench-runtimes` writes this page from the runs in this folder.",
+        "The table below shows the size of the exported files, and their size after compression "
+        "with gzip. The table also shows the median latency of an inference with one image on "
+        "one thread, and the largest difference from the outputs of Keras. Figures with × are "
+        "ratios to the dense network. The files are measured alternately, and the latency ratio "
+        f"is the median over all rounds. The networks were trained for {EPOCHS} epoch on "
+        f"{IMAGES:,} images of MNIST. `make bench-runtimes` writes this page from "
+        "`results/runtimes/runs.jsonl`.",
         "",
         "| net | runtime | weights | bytes | gzip bytes | latency | difference |",
         "|---|---|---|---|---|---|---|",
@@ -228,8 +229,8 @@ def table():
     lines += [
         "",
         "With a reuse factor of 1, hls4ml uses one multiplier per nonzero weight. The table "
-        "below shows the number of these multipliers, and the largest difference from the "
-        "outputs of Keras before the softmax.",
+        "below shows the number of multipliers, and the largest difference from the outputs of "
+        "Keras before the softmax.",
         "",
         "| net | weights | accuracy | parameters | multipliers | difference |",
         "|---|---|---|---|---|---|",

@@ -200,12 +200,13 @@ def table():
     lines = [
         "# Sparse .tflite files: size, latency, accuracy",
         "",
-        "The table shows the bytes and the latency of each file, relative to the dense float32 "
-        "file of the same network after the same number of epochs. Latency is the time of one "
-        "inference on one thread, measured with AVX and with AVX disabled, as on ARM. The column "
-        f"`accuracy` gives the accuracy in % on {TESTED:,} test images of the dense network, the "
-        "sparse network and the sparse file. Bold figures meet their goal, and crossed-out figures "
-        "miss their goal. `make bench-tflite` writes this page from the runs in this folder.",
+        "The table below shows the bytes and the latency of each file, relative to the dense "
+        "float32 file of the same network after the same number of epochs. Latency is the time "
+        "of one inference on one thread, measured with AVX and with AVX disabled, as on ARM. The "
+        f"column `accuracy` gives the accuracy in % on {TESTED:,} test images of the dense "
+        "network, the sparse network and the sparse file. Bold figures meet their goal, and "
+        "crossed-out figures miss their goal. `make bench-tflite` writes this page from "
+        "`results/tflite_cases/runs.jsonl`.",
         "",
         "| case | accuracy | bytes | gzip | latency | latency, AVX disabled |",
         "|---|---|---|---|---|---|",

@@ -158,14 +158,15 @@ def table():
         "",
         f"Each network is first trained without pruning on {IMAGES:,} images, and then with "
         "`Magnitude` for half as many epochs. `Magnitude` prunes every layer except the last to "
-        f"the same sparsity. The accuracy in % of each file is measured on {TESTED:,} test images. "
-        "Bytes, latency, load time and peak memory are relative to the dense float32 file. Latency "
-        "is the time of one inference on one thread. The columns with `no AVX` give the bytes and "
-        "the latency of a file that was exported for ARM. The latency of that file is measured "
-        "with AVX disabled, because XNNPACK then uses the same kernels as on ARM. With the pattern "
-        "`channel`, channels are removed. The second table of each network describes the files "
-        "that TensorFlow's converter writes with `EXPERIMENTAL_SPARSITY`. `make bench-tflite` "
-        "writes this page from the runs in this folder.",
+        f"the same sparsity. The accuracy in % of each file is measured on {TESTED:,} test "
+        "images. Bytes, latency, load time and peak memory are relative to the dense float32 "
+        "file. Latency is the time of one inference on one thread. The columns with `no AVX` "
+        "give the bytes and the latency of a file that was exported for ARM. The latency of a "
+        "file for ARM is measured with AVX disabled, because XNNPACK then uses the same kernels "
+        "as on ARM. With the pattern `channel`, channels are removed. The second table of each "
+        "network describes the files that TensorFlow's converter writes with "
+        "`EXPERIMENTAL_SPARSITY`. `make bench-tflite` writes this page from "
+        "`results/tflite_grid/runs.jsonl`.",
     ]
     stored = results.runs(BENCHMARK)
     for net in NETS:

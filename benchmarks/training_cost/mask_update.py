@@ -155,13 +155,13 @@ def table():
     lines = [
         "# Mask update",
         "",
-        "The table shows the cost of one mask update for a ResNet-50 with 25 million weights, on "
-        "one core. RigL ranks each weight tensor separately, and the other methods rank all "
-        "tensors together. The sparsity grows from one update to the next. Times are given in "
-        "passes. One pass computes `abs` and `sum` of all weights once. Memory is relative to the "
-        "memory of the weights. The goals were at most 60 passes per update, and at most twice the "
-        "memory of the weights. `make bench-overhead` writes this page from the runs in this "
-        "folder.",
+        "The table below shows the cost of one mask update for a ResNet-50 with 25 million "
+        "weights, on one core. RigL ranks each weight tensor separately, and the other methods "
+        "rank all tensors together. The sparsity grows from one mask update to the next. The "
+        "table gives times in passes. One pass computes `abs` and `sum` of all weights once. "
+        "Memory is relative to the memory of the weights. The goals were at most 60 passes per "
+        "mask update, and at most twice the memory of the weights. `make bench-overhead` writes "
+        "this page from `results/mask_update/runs.jsonl`.",
         "",
     ]
     columns = {

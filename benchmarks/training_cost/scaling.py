@@ -184,14 +184,15 @@ def table():
     lines = [
         "# Scaling",
         "",
-        "The networks consist only of fully connected layers. The methods prune 90 % of the "
-        "weights. All times are measured on one core. The column of a method gives its step time "
-        f"relative to the dense network, as the median of {ROUNDS} rounds. Each round measures "
-        "every network once. The other columns give times in seconds. The mask update (`update`) "
-        "runs once every hundred steps, and the other functions run once. `export` does not "
-        "measure latency. Each cost grows approximately as a power of the number of weights, "
-        "layers or samples, and `slope` is the exponent of this power. `make bench-scaling` writes "
-        "this page from the runs in this folder.",
+        "The networks of this benchmark consist only of fully connected layers. All methods "
+        "prune 90 % of the weights. All times are measured on one core. The column of a method "
+        f"gives the step time relative to the dense network, as the median of {ROUNDS} rounds. "
+        "Each round measures every network once. The other columns give times in seconds. The "
+        "mask update (`update`) runs once every hundred steps, and the other functions run once. "
+        "The measured call of `export_tflite` does not measure latencies. Each cost grows "
+        "approximately as a power of the number of weights, layers or samples, and `slope` is "
+        "the exponent of this power. `make bench-scaling` writes this page from "
+        "`results/scaling/runs.jsonl`.",
     ]
     stored = results.runs(BENCHMARK)
     for backend in BACKENDS:

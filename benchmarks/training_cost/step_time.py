@@ -202,11 +202,11 @@ def table():
     lines = [
         "# Step time",
         "",
-        "The tables show the time of a training step relative to the dense model (`plain`). The "
-        "step time includes mask updates. The models are measured alternately on one core. Numbers "
-        "in brackets are compilation times relative to the dense model. Differences of a few "
-        "percent from 1 are noise. `make bench-step` and `make bench-overhead` write this page "
-        "from the runs in this folder.",
+        "The tables below show the time of a training step relative to the dense model "
+        "(`plain`). The step time includes mask updates. The models are measured alternately on "
+        "one core. Numbers in brackets are compilation times relative to the dense model. A "
+        "ratio that differs from 1 by a few percent is noise. `make bench-step` and `make "
+        "bench-overhead` write this page from `results/step_time/runs.jsonl`.",
     ]
     stored = results.runs(BENCHMARK)
     for net in SETTINGS:

@@ -103,16 +103,17 @@ def table():
     lines = [
         "# Training cost to a given accuracy",
         "",
-        f"The table compares the cost of training LeNet-300-100 on MNIST to {SPARSITY:.0%} "
+        f"The table below compares the cost of training LeNet-300-100 on MNIST to {SPARSITY:.0%} "
         f"sparsity. The goal is a mean test accuracy of {100 * goal:.2f} % over {len(dense)} "
-        f"seeds, which is {100 * LESS:g} points less than the dense network reaches after five "
-        f"epochs. `epochs` is the smallest number of epochs, out of {', '.join(map(str, EPOCHS))}, "
-        "with which the method reaches the goal. `operations` is the number of operations of the "
-        "whole training, relative to one epoch of dense training. `zeros skipped` is the number of "
-        "operations for a processor that skips all zeros. `seconds` is the duration of `fit`, "
+        f"seeds. The dense network reaches {100 * LESS:g} points more after five epochs. The "
+        "column `epochs` gives the smallest number of epochs, out of "
+        f"{', '.join(map(str, EPOCHS))}, with which the method reaches the goal. The column "
+        "`operations` gives the number of operations of the whole training, relative to one "
+        "epoch of dense training. The column `zeros skipped` gives the number of operations for "
+        "a processor that skips all zeros. The column `seconds` gives the duration of `fit`, "
         "including compilation. The sparsity of every training run differs from the target by at "
-        f"most {100 * apart:.2f} percentage points. `make bench-time-to-accuracy` writes this page "
-        "from the runs in this folder.",
+        f"most {100 * apart:.2f} percentage points. `make bench-time-to-accuracy` writes this "
+        "page from `results/time_to_accuracy/runs.jsonl`.",
         "",
         "| | epochs | accuracy | operations | zeros skipped | seconds |",
         "|---|---|---|---|---|---|",
