@@ -73,7 +73,7 @@ def top_k(scores: Scores, kept, first=None):
 
 
 def kth(scores: Scores, kept):
-    """Return the highest score of every ranking that is not among its `kept` highest scores.
+    """Return, for every ranking, the highest score that is not among the `kept` highest scores.
 
     If all scores are kept, return a number below all scores.
     """

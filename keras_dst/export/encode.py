@@ -1,7 +1,7 @@
 """Change the storage formats of the weight tensors inside a ``.tflite`` file.
 
-The module edits the flatbuffer of the file directly. Editing works for the files of any converter,
-and does not need TensorFlow.
+The module edits the flatbuffer of the file directly. The edits work on files of any converter, and
+do not need TensorFlow.
 
 Source: ``SparsityParameters`` in the TensorFlow Lite schema,
 https://github.com/tensorflow/tensorflow/blob/master/tensorflow/compiler/mlir/lite/schema/schema.fbs

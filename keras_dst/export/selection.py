@@ -117,10 +117,12 @@ def select_formats(
     """Return the best plan for a dense ``.tflite`` file.
 
     First, the best format of each weight tensor is selected individually. An op can run faster or
-    slower in the whole graph than alone, so the function compares four complete files and returns
-    the best. In the first file, each weight has its individually selected format. In the second
-    file, the ops read as many sparse weights as possible directly. The third file unpacks all
-    sparse weights, and XNNPACK may use sparse kernels. The fourth file is dense.
+    slower in the whole graph than alone, so the function then compares four complete files:
+
+    * a file in which every weight has its individually selected format;
+    * a file whose ops read as many sparse weights as possible directly;
+    * a file that unpacks all sparse weights, so that XNNPACK may use sparse kernels;
+    * a dense file.
 
     Args:
         content: Bytes of a file whose weights are float32 or int8.
@@ -146,8 +148,8 @@ def select_formats(
     distinct = list(dict.fromkeys([content, *(plan.content for plan in plans)]))
     ratio_of = dict(zip(distinct, objective.latency_ratios(distinct)))
     ratios = [ratio_of[plan.content] for plan in plans]
-    # The file with unpacked weights runs with dense weights, so it is not slower than the dense
-    # file.
+    # The file that unpacks its weights computes with dense weights, so it is not slower than the
+    # dense file.
     ratios[2:] = [min(ratios[2], 1.0), 1.0]
     return plans[objective.best([len(plan.content) for plan in plans], ratios)]
 

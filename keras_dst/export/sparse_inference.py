@@ -15,9 +15,9 @@ message appears.
 The analysis assumes that XNNPACK runs every op of the graph. In practice, XNNPACK leaves some ops
 to the builtin kernels. The set of builtin ops differs between versions and builds of LiteRT. Each
 op that XNNPACK leaves to the builtin kernels splits the graph, and reads and writes data in NHWC
-layout. Some networks that the module reports as wrong are computed correctly by some versions of
-LiteRT. The report is intended, because a file must be correct in all versions of LiteRT. To be
-safe, the module also reports a mean with keepdims as wrong.
+layout. The module also reports a network as wrong if only some versions of LiteRT compute it
+correctly, because a file must be correct in all versions. To be safe, the module also reports a
+mean with keepdims as wrong.
 
 Source: the functions ``xnn_check_nchw_compatibility`` and ``xnn_subgraph_rewrite_for_nchw`` in
 ``src/subgraph.c`` of XNNPACK. Since October 2020, only the rules for FULLY_CONNECTED in the two
