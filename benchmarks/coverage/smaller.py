@@ -195,19 +195,20 @@ def table():
         "## Time of each kind of op, half of the channels",
         "",
         "Each op of the dense file and of the smaller file runs alone, at batch 1 on one thread. "
-        "The column `share` is the share of the op's time in the smaller file. Kinds of ops that "
-        "need less than 2% of the time in both files are summed up.",
+        "The column `share` is the share of the op's time in the smaller file. All kinds of ops "
+        "that need less than 2% of the time in both files share one row.",
         "",
         "A convolution or a dense layer with half of its inputs and half of its outputs needs "
         "about a quarter of the time. Other ops save less time:",
         "",
-        f"* A vector of this CPU holds {LANES} float32 values. If a convolution has 8 filters, "
-        "half of each vector is empty. Removing 8 of 16 filters therefore saves no time, and only "
-        "the removed inputs save time.",
-        "* The time of depthwise convolutions, sums and activations is proportional to the number "
-        "of channels. If half of the channels are removed, about half of the time remains.",
+        f"* A vector register of the measured CPU holds {LANES} float32 values. If a convolution "
+        "has 8 filters, half of each vector register is empty. Removing 8 of 16 filters "
+        "therefore saves no time, and only the removed inputs save time.",
+        "* The time of depthwise convolutions, sums and activations is proportional to the "
+        "number of channels. If half of the channels are removed, about half of the time remains.",
         "* A layer normalization keeps its width, because its mean and variance include the "
-        "removed channels. The ops `PAD` and `STRIDED_SLICE` before and after it also need time.",
+        "removed channels. The ops `PAD` and `STRIDED_SLICE` before and after the layer "
+        "normalization also need time.",
         "",
         "| network | op | dense, ms | smaller, ms | ratio | share |",
         "|---|---|---|---|---|---|",

@@ -76,9 +76,10 @@ def table():
         f"The table below shows the accuracy in % of each file on {TESTED:,} test images. The "
         "number in brackets is the size of the file relative to the dense float32 file. The "
         "sparse networks have 90 % zeros. For the column `int8 weights`, the exporter rounds the "
-        "weights of every layer that becomes smaller. These files compute in float32. The files "
-        f"of the column `int8` compute in integers, with value ranges from {SAMPLES} training "
-        "images. `make bench-int8` writes this page from `results/int8/runs.jsonl`.",
+        "weights of every layer that becomes smaller. Files with int8 weights compute in "
+        "float32. The files of the column `int8` compute in integers, with value ranges from "
+        f"{SAMPLES} training images. `make bench-int8` writes this page from "
+        "`results/int8/runs.jsonl`.",
         "",
         "| net | weights | " + " | ".join(QUANTIZE) + " |",
         "|---|---|" + "---|" * len(QUANTIZE),
