@@ -148,7 +148,7 @@ class TestGateErrors:
 
     def test_a_fit_without_validation_data_warns(self):
         model = stop_worker.build(ALL_METHODS["magnitude"])
-        with pytest.warns(UserWarning, match="without validation"):
+        with pytest.warns(UserWarning, match="pass validation_data to fit"):
             model.fit(x, y, verbose=0, callbacks=[SparseTraining(metric_at_target="val_loss")])
 
 
