@@ -121,9 +121,10 @@ notebooks: $(TEST_READY)
 test-wheel:
 	$(PYTHON) tests/environments.py wheel $(NAMES)
 
-# Run the core tests with the oldest and the newest versions of Keras and the backends, on each
-# installed Python. NAMES="oldest" selects one set of versions, and NAMES="3.12" one Python.
-# PyTorch is skipped if pip finds only a CUDA build. KERAS_DST_CUDA=1 installs the CUDA build.
+# Run the core tests with the oldest and the newest versions of Keras and the backends, and with JAX
+# 0.11, on each installed Python. NAMES="oldest" selects one set of versions, and NAMES="3.12" one
+# Python. PyTorch is skipped if pip finds only a CUDA build. KERAS_DST_CUDA=1 installs the CUDA
+# build.
 test-versions:
 	$(PYTHON) tests/environments.py versions $(NAMES)
 

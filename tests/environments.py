@@ -39,8 +39,10 @@ BACKENDS = ("tensorflow", "jax", "torch")
 SETS = {
     "oldest": (["jax", "torch"], ["keras==3.10", "jax==0.10", "torch==2.13"]),
     "oldest-tensorflow": (["export"], ["keras==3.12", "tensorflow==2.21", "ai-edge-litert==2.1"]),
+    "jax-0.11": (["jax"], ["jax==0.11.*"]),
     "newest": (["tensorflow", "jax", "torch", "export"], []),
 }
+UNAVAILABLE = {"jax-0.11-3.11": "JAX 0.11 needs Python 3.12"}
 TEST_PACKAGES = ["hypothesis", "pytest", "safetensors", "scikit-learn"]
 CORE = ["test_keras_names.py", "test_contract.py", "test_layers.py", "test_sparse_files.py"]
 EXPORT = ["export/test_export_tflite.py"]
@@ -219,6 +221,8 @@ def main(what: str, *names: str) -> int:
         name = "-".join(check)
         if names and not {name, *check} & set(names):
             outcomes.append(f"skipped  {name}: not selected")
+        elif name in UNAVAILABLE:
+            outcomes.append(f"skipped  {name}: {UNAVAILABLE[name]}")
         elif what == "versions" and not interpreter(check[1]):
             outcomes.append(f"skipped  {name}: Python {check[1]} is not installed")
         else:
