@@ -11,7 +11,7 @@ from keras import layers, optimizers
 import keras_dst
 from keras_dst import SparseOptimizer, methods
 from keras_dst.callbacks import SparseTraining
-from tests.backends import once
+from tests.backends import every, once
 from tests.pages import blocks
 
 # Model.quantize of Keras up to 3.15 warns about layers without a kernel. On JAX, Orbax warns that
@@ -396,6 +396,7 @@ def test_lora_in_a_model_that_is_not_stripped():
 # -- KerasHub ------------------------------------------------------------------------------------
 
 
+@every(0)
 @pytest.mark.filterwarnings("ignore:.shuffle=True. was passed:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*was not called as part of model loading:UserWarning")
 @pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer:UserWarning")
