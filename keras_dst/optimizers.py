@@ -19,7 +19,7 @@ from keras_dst._backend.devices import (
     sum_over_replicas,
 )
 from keras_dst._backend.guesses import with_guesses
-from keras_dst._backend.jit import is_known_false, jit, outside_torch_graph
+from keras_dst._backend.jit import is_known_false, jit, mask_in_place, outside_torch_graph
 from keras_dst._utils.clock import UpdateClock, update_clock
 from keras_dst._utils.filters import Filters, check_filters, is_kernel, is_prunable, select
 from keras_dst.masks import KERNEL, Layout, masked
@@ -499,21 +499,36 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         kernels, states, _, _ = self.trained()
         for kernel, state, change in zip(kernels, states, changes):
             change = dict(change)
-            grown, start = change.pop("grown", None), change.pop("start", 0)
+            grown, start = change.pop("grown", None), change.pop("start", None)
             # Copy the mask, because on torch the assignments below change the mask in place.
             pruned = ops.logical_not(_mask_of(state)) if averages else None
             for name, new in change.items():
                 self.assign(state[name], new)
-            value = self.method.masked(ops.convert_to_tensor(kernel), tensors_of(state))
+            current = tensors_of(state)
             if grown is not None:
+                not_grown = ops.logical_not(grown)
+                current["mask"] = ops.logical_and(current["mask"], not_grown)
                 for slot in self._slots(kernel):
-                    self.assign(slot, ops.where(grown, 0, ops.convert_to_tensor(slot)))
-                value = ops.where(grown, ops.cast(start, value.dtype), value)
-            self.assign(kernel, value)
+                    self._mask(slot, not_grown)
+            if type(self.method).masked is UpdateMethod.masked:
+                self._mask(kernel, current["mask"])
+            else:
+                self.assign(kernel, self.method.masked(ops.convert_to_tensor(kernel), current))
+            if start is not None:
+                value = ops.convert_to_tensor(kernel)
+                self.assign(kernel, ops.where(grown, ops.cast(start, value.dtype), value))
             # If a pruned weight is restored, its average starts at the current value of the weight.
             if averages:
+                value = ops.convert_to_tensor(kernel)
                 self._mask_average(kernel, state, ops.where(pruned, value, 0))
         self._mask_followers()
+
+    def _mask(self, variable, mask) -> None:
+        """Set the entries of a variable to 0 where the mask is false."""
+        if keras.backend.backend() == "torch":
+            mask_in_place(variable.value, mask)
+        else:
+            self.assign(variable, masked(ops.convert_to_tensor(variable), mask))
 
     def _mask_followers(self) -> None:
         """Set the biases and scales of pruned channels to zero."""

@@ -5,6 +5,8 @@ tests compare the masks with a sort in NumPy.
 """
 
 import contextlib
+import functools
+import weakref
 
 import keras
 import numpy as np
@@ -16,9 +18,11 @@ from benchmarks.data import apply_method
 from keras_dst import masks
 from keras_dst._backend import devices, guesses, ranking, selection
 from keras_dst._backend.guesses import with_guesses
-from keras_dst._backend.jit import jit
+from keras_dst._backend.jit import _shared, jit
 from keras_dst._training.drivers import drivers_of
-from tests import test_masks
+from keras_dst.methods.base import ScheduleState
+from tests import test_contract, test_masks
+from tests.backends import every
 from tests.test_masks import (  # noqa: F401
     test_kth_is_exceeded_by_exactly_k_scores,
     test_the_threshold_search_among_zeros_takes_few_steps,
@@ -64,13 +68,19 @@ def tied_scores():
 
 
 @pytest.fixture
-def wrong_guesses(monkeypatch):
-    """Return a list that gets one entry for each wrong guess of a threshold."""
+def searches(monkeypatch):
+    """Return a list that gets one entry per search for thresholds, or per trace of a search."""
     searched, search = [], ranking._Ranking.thresholds
     monkeypatch.setattr(
         ranking._Ranking, "thresholds", lambda *args: searched.append(1) or search(*args)
     )
     return searched
+
+
+@pytest.fixture
+def wrong_guesses(searches):
+    """Return a list that gets one entry per wrong guess, because a search then runs."""
+    return searches
 
 
 # With a limit of 1, the thresholds are guessed from a sample of the scores.
@@ -159,6 +169,17 @@ def driver_of(method, *widths):
     return driver
 
 
+# Largest number of passes in an update. A pass reads or writes all weights in float32, so it moves
+# four bytes per weight.
+METHODS = {
+    "Magnitude": (keras_dst.methods.Magnitude(0.9), 20),
+    "FlipOut": (keras_dst.methods.FlipOut(0.9), 20),
+    "DCIL": (keras_dst.methods.DCIL(0.9), 20),
+    "OptG": (keras_dst.methods.OptG(0.9), 40),
+    "RigL": (keras_dst.methods.RigL(0.9), 40),
+}
+
+
 LARGE = (1024, 1024)  # The CPU algorithm would split the rows into 4 slabs.
 
 
@@ -181,6 +202,36 @@ def test_the_lowered_program_has_one_loop(each, monkeypatch):
     assert lowered_for_cuda([LARGE] * 3, each).count("stablehlo.while") > 1
 
 
+def loops_of_update(name):
+    """Lower a whole mask update for CUDA with JAX, and return the number of loops."""
+    import jax
+    from jax import export
+
+    _shared.cache_clear()  # An earlier trace of this ranking would add no search.
+    driver = driver_of(METHODS[name][0], *LARGE)
+    now = ScheduleState(*map(ops.convert_to_tensor, (3, 0.3, 0.9)))
+    # Do not call the function that the driver has compiled, because its trace may be cached.
+    update = jax.jit(
+        lambda weights, states, kept, now: driver.method.update(
+            weights, states, driver.layouts, kept, now
+        )
+    )
+    arguments = *driver._values(), driver._counts(0.9), now
+    return (
+        export.export(update, platforms=["cuda"])(*arguments).mlir_module().count("stablehlo.while")
+    )
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX lowers programs for other devices")
+@pytest.mark.parametrize("name", METHODS)
+def test_a_lowered_update_loops_only_to_search_for_thresholds(name, searches, monkeypatch):
+    assert loops_of_update(name) == len(searches) > 0
+    searches.clear()
+    monkeypatch.setattr(devices, "on_accelerator", lambda tensor: False)
+    # On a CPU, the update also has loops over rows.
+    assert loops_of_update(name) > len(searches) > 0
+
+
 class Operations:
     """Operations that torch runs within a context, and that a GPU would launch as kernels.
 
@@ -188,10 +239,12 @@ class Operations:
         launched: Number of operations, without views.
         moved: Number of bytes that the operations read and write.
         waits: Number of times that the host reads a value from the device.
+        peak: Largest number of bytes in new tensors that existed at the same time. Temporary memory
+            within an operation is not counted.
     """
 
     def __init__(self):
-        self.launched = self.moved = self.waits = 0
+        self.launched = self.moved = self.waits = self.peak = 0
 
     @contextlib.contextmanager
     def counted(self):
@@ -202,7 +255,14 @@ class Operations:
         # Operations on selected entries do not read or write the whole tensor.
         selects = {"index", "index_select", "embedding", "take", "gather"}
         changes_selected = {"index_put_", "index_add_", "index_fill_"}
-        outer = self
+        overwrites = {"copy_", "fill_", "zero_"}
+        outer, stored = self, {}
+
+        def tensors_in(values):
+            return {t for t in tree_leaves(values) if torch.is_tensor(t)}
+
+        def size(values):
+            return sum(t.numel() * t.element_size() for t in tensors_in(values))
 
         def wait(read):
             def waiting(*args, **kwargs):
@@ -217,13 +277,23 @@ class Operations:
                 name = func.overloadpacket.__name__
                 outer.waits += name in ("_local_scalar_dense", "nonzero")
                 if not func.is_view:
-                    used = (args, kwargs, found)
-                    if name in selects | changes_selected:
-                        used = (args[1:], found if name in selects else ())
-                    tensors = {id(t): t for t in tree_leaves(used) if torch.is_tensor(t)}
+                    unread = name in selects | changes_selected | overwrites
                     outer.launched += 1
-                    outer.moved += sum(t.numel() * t.element_size() for t in tensors.values())
+                    outer.moved += size((args[1:] if unread else args, kwargs))
+                    outer.moved += size(found if name not in changes_selected else ())
+                    self.add_new(found, (args, kwargs))
                 return found
+
+            def add_new(self, found, arguments):
+                """Count the memory of new tensors until the memory is freed."""
+                old = {t.untyped_storage()._cdata for t in tensors_in(arguments)}
+                for tensor in tensors_in(found):
+                    storage = tensor.untyped_storage()
+                    key = storage._cdata
+                    if key not in old | stored.keys():
+                        stored[key] = storage.nbytes()
+                        weakref.finalize(storage, stored.pop, key)
+                outer.peak = max(outer.peak, sum(stored.values()))
 
         with Count(), pytest.MonkeyPatch.context() as patch:
             for name in ("numpy", "tolist"):
@@ -231,24 +301,14 @@ class Operations:
             yield self
 
 
-# Largest number of passes in an update. A pass reads or writes all weights in float32, so it moves
-# four bytes per weight.
-METHODS = {
-    "Magnitude": (keras_dst.methods.Magnitude(0.9), 20),
-    "FlipOut": (keras_dst.methods.FlipOut(0.9), 22),
-    "DCIL": (keras_dst.methods.DCIL(0.9), 20),
-    "OptG": (keras_dst.methods.OptG(0.9), 40),
-    "RigL": (keras_dst.methods.RigL(0.9), 40),
-}
-
-
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch launches every operation separately")
+@pytest.mark.parametrize("widths", [(1024, 2048), (1024, 3072, 1536, 512)], ids=str)
 @pytest.mark.parametrize("name", METHODS)
-def test_operations_and_bytes_of_a_torch_update(name, monkeypatch):
+def test_operations_bytes_and_memory_of_a_torch_update(name, widths, monkeypatch):
     # The model is small, so all scores would otherwise be sorted.
     monkeypatch.setattr(selection, "_SORTED", 1 << 15)
     method, passes = METHODS[name]
-    driver = driver_of(method, 1024, 2048)
+    driver = driver_of(method, *widths)
     driver.begin(1000, 1000, 100)
     driver.advance(250)
     rng = np.random.default_rng(0)
@@ -267,7 +327,8 @@ def test_operations_and_bytes_of_a_torch_update(name, monkeypatch):
     with measurement.counted():
         driver.measure()
     assert update.moved / driver.size / 4 <= passes
-    assert update.launched < 10 * passes
+    assert update.peak / driver.size / 4 <= 2
+    assert update.launched < (6 + 3 * len(driver.weights)) * passes
     assert (update.waits, measurement.waits) == (1, 1)
 
 
@@ -317,6 +378,36 @@ def test_a_torch_step_waits_no_more_than_a_dense_step(name):
     method = type(method).from_config({**method.get_config(), "frequency": 1000})
     # The last of the three steps comes after the last mask update.
     assert waits_of_steps(method)[-1] == waits_of_steps(None)[-1]
+
+
+@functools.cache
+def train_small_model(name, policy):
+    """Train a small model, and return the number of kept weights and the removed fraction."""
+    method, _, _ = test_contract.METHODS[name]
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        model = test_contract.build(method)
+        test_contract.fit(model, epochs=1)
+    finally:
+        keras.config.set_dtype_policy(before)
+    assert all(np.isfinite(weight.astype("float32")).all() for weight in model.get_weights())
+    (driver,) = drivers_of(model)
+    return driver.measure()
+
+
+@every(6)
+@pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("name", ["magnitude", "set", *test_contract.KINDS])
+def test_mixed_precision_gives_the_same_sparsity(name, policy):
+    kept, removed = train_small_model(name, policy)
+    expected, expected_removed = train_small_model(name, "float32")
+    if test_contract.METHODS[name][0].learned:
+        # A learned sparsity may differ from the target by 0.01.
+        assert removed == pytest.approx(expected_removed, abs=0.02)
+    else:
+        assert kept == expected
 
 
 def test_an_update_copies_the_kept_counts_from_the_device_once(monkeypatch):

@@ -12,7 +12,7 @@ from keras_dst import allocation, methods, schedules
 from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import LayerMethod, TwoPathMethod, UpdateMethod
 from tests import models
-from tests.backends import COMPILES, LONG, every
+from tests.backends import COMPILES, LONG, every, slow
 from tests.pages import blocks
 
 # The training runs in this file are too short for the controller of DST to reach its target, so
@@ -287,12 +287,17 @@ def test_training_with_every_inner_optimizer(one_of_each, inner):
 @every(10)
 @pytest.mark.parametrize(
     "compile_arguments",
-    [{"run_eagerly": True}, {"steps_per_execution": 4}, {"jit_compile": True}],
+    [
+        {"run_eagerly": True},
+        {"steps_per_execution": 4},
+        # On PyTorch, compiling a step takes a minute.
+        pytest.param({"jit_compile": True}, marks=() if COMPILES else slow),
+    ],
     ids=str,
 )
 def test_training_with_every_compile_option(one_of_each, compile_arguments):
-    if not COMPILES and "run_eagerly" not in compile_arguments:
-        pytest.skip("Keras rejects steps_per_execution on PyTorch, and jit_compile takes a minute")
+    if not COMPILES and "steps_per_execution" in compile_arguments:
+        pytest.skip("Keras rejects steps_per_execution on PyTorch")
     if COMPILES and "run_eagerly" in compile_arguments and one_of_each[0] not in ONE_OF_A_FAMILY:
         pytest.skip("eager code is tested on PyTorch")
     if keras.backend.backend() == "jax" and "steps_per_execution" not in compile_arguments:

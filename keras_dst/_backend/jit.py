@@ -6,7 +6,7 @@ import math
 import keras
 from keras import ops
 
-from keras_dst._backend.devices import on_accelerator
+from keras_dst._backend import devices
 from keras_dst._backend.guesses import with_guesses
 
 
@@ -50,7 +50,7 @@ def traced_once(fn, scores, kept, *constants):
     if not _is_traced(kept):
         return fn(scores, kept, *constants)
     shapes = tuple((*s.shape, keras.backend.standardize_dtype(s.dtype)) for s in scores)
-    return _shared(fn, constants, shapes, kept.ndim, on_accelerator(kept))(scores, kept)
+    return _shared(fn, constants, shapes, kept.ndim, devices.on_accelerator(kept))(scores, kept)
 
 
 @functools.lru_cache(maxsize=64)  # Free old traces, because traces need memory.
@@ -119,6 +119,36 @@ def masked(w, mask):
     return product(w)
 
 
+def mask_in_place(w, mask) -> None:
+    """Set the entries of a tensor on torch to 0, in place, where the mask is false."""
+    import torch
+
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[w.element_size()]
+    with torch.no_grad():
+        w.view(bits).mul_(mask)
+
+
+def divide_in_place(x, divisor):
+    """Return `ops.divide(x, divisor)`. On torch, the result overwrites `x`, to save memory."""
+    if keras.backend.backend() != "torch":
+        return ops.divide(x, divisor)
+    import torch
+
+    with torch.no_grad():
+        return torch.divide(x, divisor, out=x)
+
+
+def where_in_place(mask, x1, x2, out):
+    """Return `ops.where(mask, x1, x2)`. On torch, the result overwrites `out`, to save memory."""
+    if keras.backend.backend() != "torch":
+        return ops.where(mask, x1, x2)
+    import torch
+
+    x1, x2 = (ops.convert_to_tensor(x, out.dtype) for x in (x1, x2))
+    with torch.no_grad():
+        return torch.where(mask, x1, x2, out=out)
+
+
 def count_all_true(mask):
     """Return the number of true entries of a boolean tensor, int32."""
     if keras.backend.backend() != "torch" or mask.numel() % 128:
@@ -152,9 +182,25 @@ def true_positions(mask, limit: int):
     return torch.nonzero_static(mask.view(-1), size=limit, fill_value=-1).view(-1)
 
 
+def gather(values, positions):
+    """Return the entries of a vector on torch at these positions, which must not be negative.
+
+    `ops.take` also accepts negative positions, and therefore reads and writes the positions several
+    times.
+    """
+    import torch
+
+    return torch.index_select(ops.convert_to_tensor(values), 0, positions)
+
+
 def set_true(mask, positions) -> None:
     """Set entries of a boolean tensor on torch to true, in place."""
     mask.view(-1).index_fill_(0, positions.long(), True)
+
+
+def remove_true(mask, other):
+    """Set a boolean tensor on torch to false, in place, where `other` is true, and return it."""
+    return mask.gt_(other)  # Comparing booleans with `>` computes `a and not b`.
 
 
 def add_true(mask, positions, flags) -> None:

@@ -152,11 +152,6 @@ def bundles(lengths: Sequence[int]) -> list[list[int]]:
     return found
 
 
-def by_tensor(order, tensor):
-    """Sort the positions in `order` by tensor, and keep the order within each tensor."""
-    return ops.take(order, ops.argsort(ops.take(tensor, order)))
-
-
 def columns():
     """Return the indices of all columns, as an int32 vector."""
     return ops.arange(ROW_WIDTH, dtype="int32")

@@ -14,8 +14,15 @@ import numpy as np
 from keras import ops
 
 from keras_dst._backend import guesses
-from keras_dst._backend.jit import add_true, count_true, set_true, true_positions
-from keras_dst._backend.rows import LARGEST, ROW_WIDTH, SMALLEST, Scores, by_tensor
+from keras_dst._backend.jit import (
+    add_true,
+    count_true,
+    gather,
+    remove_true,
+    set_true,
+    true_positions,
+)
+from keras_dst._backend.rows import LARGEST, ROW_WIDTH, SMALLEST, Scores
 
 _SORTED = 1 << 20  # Number of scores up to which all scores are sorted.
 _STRIDE = 61  # Every 61st score is in the sample. 61 is a prime, so all columns are sampled alike.
@@ -120,11 +127,11 @@ def _bounds(scores: Scores, kept):
     else:
         tensor = ops.concatenate(
             [
-                ops.take(b.tensor, ops.arange(0, s.shape[0] * ROW_WIDTH, _STRIDE) // ROW_WIDTH)
+                gather(b.tensor, ops.arange(0, s.shape[0] * ROW_WIDTH, _STRIDE) // ROW_WIDTH)
                 for b, s in zip(scores.bundles, scores.scores)
             ]
         )
-        sample = ops.take(sample, by_tensor(ops.argsort(-sample), tensor))
+        sample = gather(sample, _by_tensor(ops.argsort(-sample), tensor))
         starts = [np.append(b.first_rows, len(b.tensor)) * ROW_WIDTH for b in scores.bundles]
         sizes = np.concatenate([np.diff(-(-start // _STRIDE)) for start in starts])
         first = ops.convert_to_tensor(np.cumsum(sizes) - sizes, "int32")
@@ -144,6 +151,11 @@ def _bounds(scores: Scores, kept):
     high = ops.where((upper >= 0) & (sizes > 0), at(upper), np.inf)
     least = ops.where(high > 0, np.float32(2.0**-149), np.nextafter(np.float32(-SMALLEST), 0))
     return low, ops.where(ops.abs(high) < SMALLEST, least, high)
+
+
+def _by_tensor(order, tensor):
+    """Sort the positions in `order` by tensor, and keep the order within each tensor."""
+    return gather(order, ops.argsort(gather(tensor, order)))
 
 
 def _limits(scores: Scores) -> list[int]:
@@ -179,16 +191,16 @@ class _Between:
         self.places, used, values, tensor = [], [], [], []
         number = scores.lengths.shape[0]
         for b, s, mask, limit in zip(scores.bundles, scores.scores, above, _limits(scores)):
-            # Comparing booleans with `>` computes `a and not b`.
-            between = ops.greater(s > scores.to_rows(b, low), mask)
+            between = remove_true(s > scores.to_rows(b, low), mask)
             found = true_positions(between, limit)
+            del between  # Free the memory.
             is_used = found >= 0
             if limit < sum(b.lengths):
                 guesses.add(ops.logical_not(is_used[-1]))
             place = ops.where(is_used, found, ops.arange(limit))
-            values.append(ops.where(is_used, ops.take(ops.reshape(s, (-1,)), place), -np.inf))
+            values.append(ops.where(is_used, gather(ops.reshape(s, (-1,)), place), -np.inf))
             if not scores.together:
-                of_place = ops.take(b.tensor, place // ROW_WIDTH)
+                of_place = gather(b.tensor, place // ROW_WIDTH)
                 tensor.append(ops.where(is_used, of_place, number))
             self.places.append(place)
             used.append(is_used)
@@ -203,19 +215,19 @@ class _Between:
             self.first, self._ranking = ops.zeros_like(self.counts), None
         else:
             tensor = ops.concatenate(tensor)
-            order = by_tensor(order, tensor)
-            self._ranking = ops.take(tensor, order)
+            order = _by_tensor(order, tensor)
+            self._ranking = gather(tensor, order)
             numbers = ops.arange(number + 1, dtype="int32")
             ends = ops.cast(ops.searchsorted(self._ranking, numbers), "int32")
             self.first, self.counts = ends[:-1], ends[1:] - ends[:-1]
-            self.ranks = self.ranks - ops.take(ends, self._ranking)
-        self._order, self.values = order, ops.take(values, order)
+            self.ranks = self.ranks - gather(ends, self._ranking)
+        self._order, self.values = order, gather(values, order)
 
     def of_ranking(self, values):
         """Expand one value per ranking to the sorted scores, with 0 for unused entries."""
         if self._ranking is None:
             return values
-        return ops.take(ops.append(values, ops.zeros_like(values[:1])), self._ranking)
+        return gather(ops.append(values, ops.zeros_like(values[:1])), self._ranking)
 
     def add_to(self, masks, taken):
         """Set the masks to True at the positions of the scores for which `taken` is True."""

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -608,6 +609,7 @@ class LayerDriver(Driver):
         super().begin(length, fit, epoch, done)
 
     def assign_states(self, changes):
+        on_jax = keras.backend.backend() == "jax"
         for state in self.states:
             # Free each new value right after its assignment, because all new values together would
             # need as much memory as the model.
@@ -615,8 +617,10 @@ class LayerDriver(Driver):
             for name, value in change.items():
                 state[name].assign(value)
             for name, source in self.method.snapshots.items():
-                # On JAX two variables must not share one buffer.
-                state[name].assign(ops.copy(change[source]))
+                value = change[source]
+                # On JAX, an assigned value becomes the buffer of the variable, and two variables
+                # must not share one buffer.
+                state[name].assign(ops.copy(value) if on_jax else value)
 
     def reapply_masks(self):
         self.mask_followers()

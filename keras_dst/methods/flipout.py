@@ -25,6 +25,7 @@ import keras
 from keras import ops
 
 from keras_dst._backend import random
+from keras_dst._backend.jit import divide_in_place, where_in_place
 from keras_dst._utils.validation import is_number
 from keras_dst.masks import masked
 from keras_dst.methods.base import SHORT, UpdateMethod, length_factor
@@ -135,10 +136,11 @@ class FlipOut(UpdateMethod):
         return [{"flips": ("zeros", dtype)} for _ in kernels]
 
     def scores(self, weights, states):
-        return [
-            ops.where(s["mask"], ops.divide(self._power(w), ops.add(s["flips"], 1)), -1.0)
-            for w, s in zip(weights, states)
-        ]
+        found = []
+        for w, s in zip(weights, states):
+            score = divide_in_place(self._power(w), ops.add(s["flips"], 1))
+            found.append(where_in_place(s["mask"], score, -1.0, out=score))
+        return found
 
     def _power(self, w):
         """Return |w|^p in float32, in a single pass over the weights for p = 2."""

@@ -153,10 +153,13 @@ class OptG(LayerMethod):
         return {"scores": state["scores"]}
 
     def update(self, weights, states, layouts, kept, now):
-        scores = [
-            s["anchor"] + ops.cast(s["rate"], s["anchor"].dtype) * (s["scores"] - s["anchor"])
-            for s in states
-        ]
+        scores = []
+        for s in states:
+            change = s["scores"] - s["anchor"]
+            # On torch, these operators overwrite the new tensor, which saves memory.
+            change *= ops.cast(s["rate"], change.dtype)
+            change += s["anchor"]
+            scores.append(change)
         rate = ops.maximum(now.sparsity / max(self._final, 1e-9), _SLOWEST)
         return [
             {"scores": v, "rate": rate, "mask": mask}

@@ -26,6 +26,7 @@ import numpy as np
 from keras import ops
 
 from keras_dst._backend import random
+from keras_dst._backend.jit import where_in_place
 from keras_dst._utils.validation import check_integer, is_number
 from keras_dst.masks import Pattern
 from keras_dst.methods import channels
@@ -202,15 +203,18 @@ class SET(UpdateMethod):
         drop = ops.cast(ops.round(self._drop(now) * ops.cast(kept, "float32")), "int32")
         # Pass the magnitudes from a generator, so that this function keeps no reference to them and
         # `rank` can free their memory. The magnitudes need as much memory as the whole model.
+        magnitudes = (ops.abs(ops.cast(w, "float32")) for w in weights)
         magnitudes = (
-            ops.where(s["mask"], ops.abs(ops.cast(w, "float32")), -1.0)
-            for w, s in zip(weights, states)
+            where_in_place(s["mask"], magnitude, -1.0, out=magnitude)
+            for magnitude, s in zip(magnitudes, states)
         )
         stay = self.rank(list(magnitudes), layouts, kept - drop)
         stay = [ops.logical_and(b, mask) for b, mask in zip(began, stay)]
         new = self.rank(self.growth_scores(stay, began, states, now), layouts, kept)
+        # Before the first update, `began` and the masks in `stay` are False. These masks then equal
+        # `began`, so no weight is marked as grown.
         changes = [
-            {"mask": m, "grown": ops.logical_and(b, ops.logical_and(m, ops.logical_not(s)))}
+            {"mask": m, "grown": ops.logical_and(m, ops.not_equal(s, b))}
             for m, s, b in zip(new, stay, began)
         ]
         if channels.groups_of(layouts):
@@ -236,6 +240,12 @@ class SET(UpdateMethod):
 
 
 def rank_first(masks, scores):
-    """Return float32 scores in which all weights that the masks keep rank above all others."""
+    """Return float32 scores in which all weights that the masks keep rank above all others.
+
+    On torch, the results overwrite the scores.
+    """
     scores = (ops.cast(s, "float32") for s in scores)
-    return [ops.where(mask, ops.max(s) + 1.0, s) for mask, s in zip(masks, scores)]
+    return [
+        where_in_place(mask, ops.max(score) + 1.0, score, out=score)
+        for mask, score in zip(masks, scores)
+    ]
