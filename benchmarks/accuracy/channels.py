@@ -22,7 +22,7 @@ FOLDER = pathlib.Path("build/channels")
 
 
 def methods(sparsity):
-    from keras_dst.methods import DCIL, FlipOut, Magnitude, OptG
+    from keras_dst.methods import DCIL, DST, ST3, FlipOut, Magnitude, OptG
     from keras_dst.schedules import Constant
 
     options = {"pattern": "channel", "counted_in": "flops"}
@@ -37,6 +37,8 @@ def methods(sparsity):
         "FlipOut": FlipOut(sparsity, allocation="global", **options),
         "DCIL": DCIL(sparsity, allocation="global", **options),
         "OptG": OptG(sparsity, allocation="global", **options),
+        "ST-3": ST3(sparsity, allocation="global", **options),
+        "DST": DST(sparsity, **options),
     }
 
 
