@@ -20,6 +20,7 @@ from benchmarks.accuracy import (
     channels,
     methods,
     mnist_runs,
+    papers,
     patterns,
     recalibration,
 )
@@ -207,6 +208,7 @@ TABLES = (
     methods,
     micro,
     mnist_runs,
+    papers,
     patterns,
     recalibration,
     runtimes,

@@ -501,7 +501,7 @@ def table_lines(runs):
                 r["test_accuracy"] for (m, _), rs in cells.items() if m == method for r in rs
             )
 
-        for method in sorted({m for m, _ in cells}, key=best, reverse=True):
+        for method in sorted(dict.fromkeys(m for m, _ in cells), key=best, reverse=True):
             old = any(r.get("outdated") for (m, _), rs in cells.items() if m == method for r in rs)
             label = f"{method}, earlier version" if old else method
             some = [cells.get((method, "" if method == "dense" else t), []) for t in targets]
