@@ -11,8 +11,8 @@ python -m benchmarks.accuracy.papers --nets resnet-32-16 --methods DCIL --sparsi
     another machine. The command that trains the last epoch stores the run.
 
 python -m benchmarks.accuracy.papers --nets resnet-32-16 --images 640 --epochs 20 --batch 32
-    Train on fewer images, for fewer epochs or with smaller batches. The results of runs with fewer
-    images or epochs are stored only in the folder of the backup.
+    Train and test on fewer images, for fewer epochs or with smaller batches. The results of these
+    runs are stored only in the folder of the backup.
 
 python -m benchmarks.accuracy.papers --table
     Write the tables from the stored runs.
@@ -273,8 +273,9 @@ class Run:
         sparsity: Final sparsity. A dense run has the sparsity 0.
         seed: Seed of the initial weights and of the data.
         recipe: Key of `RECIPES`.
-        images, epochs, batch: Number of training images, epochs and images per batch. Defaults to
-            None. If None, all images and the numbers of the recipe are used.
+        images, epochs, batch: Number of training images and at most as many test images, number of
+            epochs, and number of images per batch. Defaults to None. If None, all images and the
+            numbers of the recipe are used.
     """
 
     net: str
@@ -357,9 +358,9 @@ class Log(keras.callbacks.Callback):
 
 def data_of(run):
     """Return the training data and the test data of a run."""
-    (x, y), (x_test, y_test) = load("cifar10")
-    train = x[: run.images], y[: run.images].ravel().astype("int32")
-    return train, (x_test, y_test.ravel().astype("int32"))
+    return tuple(
+        (x[: run.images], y[: run.images].ravel().astype("int32")) for x, y in load("cifar10")
+    )
 
 
 def compiled(run, data, epoch=0):
