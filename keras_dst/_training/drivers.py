@@ -416,8 +416,11 @@ class Driver:
         )
         self.assign_states(self._update(*self._values(), self._counts(target), now))
         self.mask_followers()
+        final = self.schedule.sparsity
         if self.total is not None and step >= self.total and step in (self.total, self.fit_end):
             self.project()
+        elif self.method.exact_from <= done < 1.0 and self.schedule.at(step, self.total) == final:
+            self._assign_projection(final)
 
     def project(self) -> None:
         """Project a learned method onto its exact target at the end of training."""
@@ -435,10 +438,13 @@ class Driver:
                 "weight of the penalty.",
                 stacklevel=2,
             )
-        values = self._values()
-        counts = self._counts(self.schedule.sparsity)
-        self.assign_states(self.method.project(*values, self.layouts, counts))
+        self._assign_projection(self.schedule.sparsity)
         self.projected = True
+
+    def _assign_projection(self, target: float) -> None:
+        """Change the states of a learned method so that the model meets a target exactly."""
+        counts = self._counts(target)
+        self.assign_states(self.method.project(*self._values(), self.layouts, counts))
         self.mask_followers()
 
     def end(self, batches: int, warn_early: bool) -> None:

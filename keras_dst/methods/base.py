@@ -14,7 +14,7 @@ UnitMethod       in the forward pass, on whole output units and their biases (Co
 The functions of a pruning method have three kinds of callers. The sparse layers call `build` and
 `apply`. `SparseOptimizer` calls `init`, `before`, `perturb` and `after` in every step. The training
 callback, such as `SparseTraining`, calls `update` at every mask update. If the method learns its
-sparsity, the callback also calls `project` at the end of the schedule.
+sparsity, the callback also calls `project` at the end of training.
 """
 
 from __future__ import annotations
@@ -93,6 +93,9 @@ class Method(Configurable):
         learned: True if training determines the sparsity, and False if a ranking determines the
             sparsity. If True, the method must define `project`, and `update` receives the target
             sparsity of the next update.
+        exact_from: For a method with `learned = True`, the finished fraction of training after
+            which every mask update calls `project`, if the schedule has reached its final target.
+            The default of 1 means that `project` is called only after the last step.
         couples_channels: For a method with `learned = True`, whether `update` and `project` keep or
             prune a channel in all layers that compute it. False means that each layer is pruned
             separately.
@@ -111,6 +114,7 @@ class Method(Configurable):
     round_to: int = 8
     groups: channels.ChannelNames | None = None
     learned = False
+    exact_from = 1.0
     couples_channels = False
     target_quantity = "sparsity"
     driver = "keras_dst.callbacks.SparseTraining"
@@ -198,7 +202,8 @@ class Method(Configurable):
         """Return new values of the states that meet the final target exactly.
 
         If `learned` is True, the training callback calls this function after the last step of the
-        schedule. Every method with `learned = True` and a schedule must define this function.
+        schedule, and also at the mask updates after the fraction `exact_from` of training. Every
+        method with `learned = True` and a schedule must define this function.
 
         Args:
             weights: All weights that the method prunes.

@@ -20,8 +20,9 @@ also has trainable logits, or uses the paper's gating module, which computes pi 
 Deviations: The gate of a trainable logit is the same for all inputs, so g = z. In inference, a
 gating module ignores its input. A gate is open if its running mean is at least 0.5 (the consensus).
 Every layer keeps a minimum number of open units, see `min_kept`. `LayerMethod.limited` limits the
-gradients of closed gates. The target cost decreases along a cubic ramp. After the last step, a
-projection opens or closes gates until the target is met.
+gradients of closed gates. The target cost decreases along a cubic ramp. In the last quarter of
+training, every update opens or closes gates until the target is met, so that the weights adapt to
+the final gates.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class Consensus(UnitMethod):
     the weights and the bias of its unit to zero. Layers that compute the outputs of the model get
     no gates. `layers.Gate` adds gates at any position in a model. All gates that were created with
     equal `Consensus` objects share one target cost. Training needs the `SparseTraining` callback.
-    After the last step, the callback opens or closes gates until the target is met. After training,
-    `shrink` removes the closed units.
+    In the last quarter of training and after the last step, the callback opens or closes gates
+    until the target is met. After training, `shrink` removes the closed units.
 
     Initially, the mean logit is 0.1, and units with larger weights have higher logits. With the
     default penalty weights, a model of a few hundred units reaches the target within a few hundred
@@ -72,8 +73,8 @@ class Consensus(UnitMethod):
             steps, reduced in short training runs to allow 20 updates.
         round_to: After the last step, the number of kept channels of every layer is a multiple of
             `round_to`. Layers with fewer than `2 * round_to` channels can keep any number of
-            channels. Rounding opens and closes gates after the last training step, which can reduce
-            the accuracy. Defaults to 1, which means that numbers of channels are not rounded.
+            channels. Rounding opens and closes gates in the last quarter of training.
+            Defaults to 1, which means that numbers of channels are not rounded.
             Convolutions are fastest with a multiple of 8 channels.
         min_kept: Minimum number of units that every layer keeps, and of channels that every group
             of coupled channels keeps. Defaults to None: `max(2, ceil(sqrt(1 - s) / 2 * units))` for
@@ -92,6 +93,9 @@ class Consensus(UnitMethod):
 
     default_frequency = 20
     learned = True
+    # A gate that is closed after the last step costs accuracy, because no step follows in which the
+    # other weights adapt. Gates therefore meet the target from this fraction of training on.
+    exact_from = 0.75
     undecayed = ("logit",)
     target_quantity = "fraction of the cost closed"
     # Mean of the initial logits, at which gates are open but close to the decision boundary.

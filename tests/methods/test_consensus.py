@@ -335,6 +335,31 @@ def test_projection_opens_gates_up_to_the_budget():
     assert (two >= 0).all()
 
 
+@pytest.mark.parametrize("round_to", [1, 8])
+def test_the_target_is_met_in_the_last_quarter_of_training(round_to):
+    """The gates meet the target before the end, so that the weights adapt to the final gates."""
+    found = []
+
+    class Reached(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            gates = [layer.sparse_state["kernel"]["logit"] for layer in self.model.layers[:-1]]
+            found.append([int((ops.convert_to_numpy(g) >= 0).sum()) for g in gates])
+
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((8,)), layers.Dense(32, "relu"), layers.Dense(32, "relu"), layers.Dense(2)]
+    )
+    # Without penalties, only the projection closes gates.
+    method = Consensus(0.6, lambda_polar=0.0, lambda_act=0.0, frequency=2, round_to=round_to)
+    keras_dst.sparsify(model, method)
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    x = np.random.default_rng(0).standard_normal((64, 8)).astype("float32")
+    model.fit(x, x[:, :2], 8, 8, verbose=0, callbacks=[SparseTraining(), Reached()])
+    assert found[:5] == [[32, 32]] * 5
+    assert found[5] == found[6] == found[7] != [32, 32]
+    assert all(n % round_to == 0 for n in found[7])
+
+
 @every(2)
 @pytest.mark.parametrize(("sparsity", "min_kept"), [(0.98, None), (0.99, None), (0.98, 8)])
 def test_every_layer_of_a_residual_network_keeps_its_minimum(sparsity, min_kept):
