@@ -34,6 +34,8 @@ class RigL(SET):
     Source: arXiv 1911.11134, algorithm 1.
     """
 
+    reads_gradients = True
+
     def init(self, kernels, steps):
         return [{"gradient": ("zeros", k.dtype)} for k in kernels]
 

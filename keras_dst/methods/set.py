@@ -13,8 +13,7 @@ Deviation from the paper: the drop fraction is not constant. The cosine schedule
 fraction ends after three quarters of training. The cosine schedule and the Erdős-Rényi-Kernel
 densities come from the RigL paper (arXiv 1911.11134). Extension of the paper: if channels are
 coupled, the weights of a grown channel start at random values. A channel whose weights are all 0
-may get no gradient, for example if a ReLU follows. The gradients of small kept weights are limited,
-see `limit_small`.
+may get no gradient, for example if a ReLU follows.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dst import masks
 from keras_dst._backend import random
 from keras_dst._backend.jit import where_in_place
 from keras_dst._utils.validation import check_integer, is_number
@@ -36,9 +34,6 @@ from keras_dst.methods.base import UpdateMethod
 from keras_dst.methods.channels import ChannelNames
 from keras_dst.schedules import Constant, check_sparsity
 
-# Maximum gradient of a small weight, as a multiple of the root mean square of the gradients of the
-# other kept weights.
-_LARGEST_RATIO = 10.0
 # With `"uniform"`, the first weight tensor stays dense if the model keeps at least four times as
 # many weights as the tensor has.
 _FIRST = 4
@@ -89,7 +84,6 @@ class SET(UpdateMethod):
     """
 
     grows = True
-    reads_gradients = True
 
     def __init__(
         self,
@@ -188,10 +182,6 @@ class SET(UpdateMethod):
         others = super().kept_counts(shapes[1:], layouts[1:], 1 - density, names[1:])
         return np.array([first, *others])
 
-    def before(self, weights, grads, states):
-        grads = [limit_small(w, g, s["mask"]) for w, g, s in zip(weights, grads, states)]
-        return super().before(weights, grads, states)
-
     def growth_scores(self, stay, began, states, now):
         """Return scores that rank the kept weights first, and all other weights after them.
 
@@ -249,34 +239,7 @@ class SET(UpdateMethod):
         return self.drop_fraction / 2 * (1 + ops.cos(math.pi * ops.minimum(done, 1.0)))
 
 
-def limit_small(w, gradient, mask):
-    """Return a gradient in which the entries of small kept weights are limited.
-
-    A kept weight is small if its magnitude is less than half of the root mean square of all kept
-    weights. The largest allowed gradient of a small weight is 10 times the root mean square of the
-    gradients of the other kept weights, as in `masks.limit_gradient`. The gradients of the other
-    kept weights do not change.
-
-    A new weight starts at 0. If all other inputs of its unit are pruned or constant, the variance
-    of the output of the unit is close to 0. Batch normalization then multiplies the gradient of
-    the new weight by about 1 / sqrt(epsilon). Without a limit, the new weight would become much
-    larger than all other weights.
-
-    Args:
-        w: Weight, a float tensor.
-        gradient: Gradient of the weight.
-        mask: Boolean mask of the kept entries.
-    """
-    squares = masks.masked(ops.square(ops.cast(w, "float32")), mask)
-    kept = ops.maximum(ops.sum(masks.ones(mask, "float32")), 1.0)
-    large = squares >= ops.sum(squares) / kept / 4
-    # Without a gradient of another kept weight, there is no scale for the limit, so that the
-    # gradient does not change.
-    large = ops.logical_and(ops.logical_and(large, mask), gradient != 0)
-    return masks.limit_gradient(gradient, large, _LARGEST_RATIO)
-
-
-def rank_first(kept, scores):
+def rank_first(masks, scores):
     """Return float32 scores in which all weights that the masks keep rank above all others.
 
     On torch, the results overwrite the scores.
@@ -284,5 +247,5 @@ def rank_first(kept, scores):
     scores = (ops.cast(s, "float32") for s in scores)
     return [
         where_in_place(mask, ops.max(score) + 1.0, score, out=score)
-        for mask, score in zip(kept, scores)
+        for mask, score in zip(masks, scores)
     ]

@@ -105,59 +105,6 @@ def test_blocks_and_channels(cls, pattern, group):
     assert found["mask"].sum() == 100
 
 
-@both
-def test_gradients_of_small_kept_weights_are_limited(cls):
-    # The kept weights have a root mean square of 1, so weights below 0.5 are small.
-    w = np.array([[1.4, 1.0, -0.6], [0.9, 0.0, 0.0]], "float32")
-    w *= np.sqrt(5 / np.sum(w**2))
-    mask = np.array([[True, True, True], [True, True, False]])
-    gradient = np.array([[3.0, -4.0, 0.0], [-900.0, 900.0, 900.0]], "float32")
-    gradient[1, 0] = 0.0
-
-    def limited(gradient):
-        given = [ops.convert_to_tensor(v) for v in (w, gradient)]
-        state = {"mask": ops.convert_to_tensor(mask), "gradient": given[1]}
-        weights, (found,), carry = cls(0.5).before(given[:1], given[1:], [state])
-        np.testing.assert_array_equal(ops.convert_to_numpy(weights[0]), w)
-        if cls is RigL:  # The gradients of pruned weights rank the weights to grow.
-            np.testing.assert_array_equal(ops.convert_to_numpy(carry[0]), gradient)
-        return ops.convert_to_numpy(found)
-
-    # Of the weights that are not small, two have a gradient: 3 and -4.
-    largest = 10 * np.sqrt((3**2 + 4**2) / 2)
-    expected = [[3.0, -4.0, 0.0], [0.0, largest, 0.0]]
-    np.testing.assert_allclose(limited(gradient), expected, rtol=1e-6)
-    # A gradient below the limit does not change, and without another gradient there is no limit.
-    np.testing.assert_array_equal(limited(gradient / [[1], [100]])[1], [0.0, 9.0, 0.0])
-    np.testing.assert_array_equal(limited(gradient * [[0], [1]])[1], [0.0, 900.0, 0.0])
-
-
-def test_a_new_weight_of_a_unit_with_constant_output_does_not_explode():
-    """Batch normalization multiplies the gradients of a unit with constant output."""
-    keras.utils.set_random_seed(0)
-    rng = np.random.default_rng(0)
-    inputs = rng.standard_normal((64, 4)).astype("float32")
-    model = keras.Sequential(
-        [
-            keras.Input((4,)),
-            keras.layers.Dense(4, use_bias=False),
-            keras.layers.BatchNormalization(epsilon=1e-5),
-            keras.layers.Dense(1),
-        ]
-    )
-    optimizer = keras_dst.SparseOptimizer(keras.optimizers.SGD(0.5), SET(0.5, stop_step=1))
-    optimizer.build(model.trainable_variables)
-    optimizer.driver_active = True  # The mask does not change.
-    mask = np.array([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1]], bool)
-    w = 0.5 * np.sign(rng.standard_normal(mask.shape)) * mask
-    w[3, 3] = 0.0  # The only weight of the last unit was grown.
-    model.layers[0].kernel.assign(w)
-    optimizer.states[0]["mask"].assign(mask)
-    model.compile(optimizer, "mse")
-    model.train_on_batch(inputs, inputs[:, 3:])
-    assert 1e-3 < abs(model.layers[0].kernel.numpy()[3, 3]) < 5
-
-
 SHAPES = [(10, 10), (30, 50), (50, 10)]
 
 
