@@ -998,8 +998,10 @@ def test_shrink_keeps_the_precision_of_float64_weights():
     finally:
         keras.config.set_dtype_policy(before)
     x = np.random.default_rng(0).standard_normal((2, 8, 8, 3))
+    expected = model.predict(x)
     # Keras computes batch normalization in float32.
-    np.testing.assert_allclose(small.predict(x), model.predict(x), rtol=1e-6)
+    atol = 1e-6 * np.abs(expected).max()
+    np.testing.assert_allclose(small.predict(x), expected, atol=atol)
     np.testing.assert_array_equal(small.get_layer("head").kernel, model.get_layer("head").kernel)
 
 
@@ -1155,7 +1157,9 @@ def test_the_outputs_are_compared_at_a_length_that_the_model_accepts():
     small = keras_dst.shrink(model)
     assert small.get_layer("hidden").units == 3
     values = np.arange(64, dtype="float32").reshape(2, 8, 4)
-    np.testing.assert_allclose(small.predict(values), model.predict(values), rtol=1e-6)
+    expected = model.predict(values)
+    atol = 1e-5 * np.abs(expected).max()  # Terms with different signs may cancel in the outputs.
+    np.testing.assert_allclose(small.predict(values), expected, atol=atol)
 
 
 def test_a_model_that_accepts_no_tested_length_raises():

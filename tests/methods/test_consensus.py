@@ -375,9 +375,12 @@ def test_every_layer_of_a_residual_network_keeps_its_minimum(sparsity, min_kept)
         ).history
     assert np.isfinite(history["loss"]).all()
     missed = [str(w.message) for w in caught if "missed by" in str(w.message)]
-    if min_kept:  # Eight units per layer cost more than 2 % of all weights.
+    if min_kept:
+        # With eight units per layer, 10 % to 14 % of the weights remain, because layers whose
+        # outputs are added may keep different units.
         assert len(missed) == 1
-        assert re.search("reached fraction .*, but the target is 0.98: missed by 0.0", missed[0])
+        gap = re.search(r"fraction .*, but the target is 0\.98: missed by (0\.\d+)", missed[0])[1]
+        assert 0.07 < float(gap) < 0.13
     else:
         assert not missed
     for layer in model.layers[:-1]:

@@ -580,7 +580,8 @@ def test_layers_in_a_remat_scope():
         return
     expected = train()
     with keras.RematScope("full"):
-        np.testing.assert_allclose(train(), expected, rtol=1e-6)
+        # The two training runs compile different programs, so sums may differ in their last bits.
+        np.testing.assert_allclose(train(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
