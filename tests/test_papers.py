@@ -1,4 +1,4 @@
-"""Tests of the benchmark of long training runs, as in the papers."""
+"""Tests of the benchmark that trains as long as the papers do."""
 
 import dataclasses
 import json

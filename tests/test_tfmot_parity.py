@@ -135,6 +135,6 @@ def test_training_continues_from_a_tfmot_file(records, case):
     np.testing.assert_allclose(model.predict(x, verbose=0), record["predicted"], atol=1e-5)
     for i, (_, mask) in enumerate(pruned(model)):
         np.testing.assert_array_equal(mask.numpy(), record[f"mask_{BATCHES}_{i}"])
-    # Plain SGD has no state that the file could lack, so training can continue.
+    # Plain SGD has no state that must be restored from the file, so training can continue.
     if optimizer == tfmot_worker.SGD:
         fit(compiled(model, case), case, 1, record, BATCHES + 1)

@@ -29,7 +29,7 @@ _SAME_CHANNEL = "remove the same channel there too"
 
 
 class ChannelHandler:
-    """Base class of layer handlers, which treat the channels of one call of an operation.
+    """Base class of layer handlers. A handler follows the channels through a call of an operation.
 
     Args:
         call: The call.

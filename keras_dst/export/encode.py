@@ -73,7 +73,7 @@ class Format:
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """Constant of a model: a buffer, its tensors, and the ops that read the tensors.
+    """A buffer with constant values, the tensors that use the buffer, and the ops that read them.
 
     ``readers`` lists a pair ``(op name, index of the input)`` for each op that reads one of the
     tensors. If a tensor is an output of the graph, ``readers`` also contains the pair ``("OUTPUT",

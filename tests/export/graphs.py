@@ -195,7 +195,7 @@ def fully_connected(weight, batch=-1, name="weight", input_name="x"):
 
 
 def convolution(op, weight, stride=1, same=True, shape=(1, 8, 8, None), pad=None, dtype=np.int32):
-    """Return a file with one convolution, after a PAD op with the paddings ``pad`` if given."""
+    """Return a file with one convolution. If `pad` is given, a PAD op comes before it."""
     graph = File().graph()
     x = y = graph.dynamic((*shape[:3], shape[3] or weight.shape[-1]))
     if pad is not None:
