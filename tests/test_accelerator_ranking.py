@@ -404,8 +404,8 @@ def test_mixed_precision_gives_the_same_sparsity(name, policy):
     kept, removed = train_small_model(name, policy)
     expected, expected_removed = train_small_model(name, "float32")
     if test_contract.METHODS[name][0].learned:
-        # A learned sparsity may differ from the target by 0.01.
-        assert removed == pytest.approx(expected_removed, abs=0.02)
+        # Each result may differ from the target by one unit, which has up to 2 % of the FLOPs.
+        assert removed == pytest.approx(expected_removed, abs=0.04)
     else:
         assert kept == expected
 
