@@ -510,6 +510,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 current["mask"] = ops.logical_and(current["mask"], not_grown)
                 for slot in self._slots(kernel):
                     self._mask(slot, not_grown)
+            # Masking in place saves the memory of a second kernel.
             if type(self.method).masked is UpdateMethod.masked:
                 self._mask(kernel, current["mask"])
             else:

@@ -105,7 +105,7 @@ def masked(w, mask):
         return torch.where(mask, w, 0)
     if not (w.is_floating_point() or w.is_complex()):
         return w * mask
-    bits = {2: torch.int16, 4: torch.int32}.get(w.element_size())
+    bits = _integers_of_size(w.element_size())
     if bits is None:
         return torch.where(mask, w, 0)
 
@@ -123,9 +123,24 @@ def mask_in_place(w, mask) -> None:
     """Set the entries of a tensor on torch to 0, in place, where the mask is false."""
     import torch
 
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[w.element_size()]
     with torch.no_grad():
-        w.view(bits).mul_(mask)
+        w.view(_integers_of_size(w.element_size())).mul_(mask)
+
+
+def _integers_of_size(size: int):
+    """Return the integer type on torch whose values have this number of bytes, or None."""
+    import torch
+
+    return {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(size)
+
+
+def separate_buffer(value):
+    """Return a tensor with this value that can be assigned to a second variable.
+
+    On JAX, an assigned tensor becomes the buffer of the variable, and two variables must not share
+    one buffer.
+    """
+    return ops.copy(value) if keras.backend.backend() == "jax" else value
 
 
 def divide_in_place(x, divisor):

@@ -8,13 +8,12 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_dst import _keras
 from keras_dst._backend.devices import placed_like
-from keras_dst._backend.jit import count_all_true, jit
+from keras_dst._backend.jit import count_all_true, jit, separate_buffer
 from keras_dst._reporting.flops import count_uses
 from keras_dst._training.channels import Coupling, Follower, couple, mask_followers
 from keras_dst._training.fit_patches import active_fit
@@ -615,7 +614,6 @@ class LayerDriver(Driver):
         super().begin(length, fit, epoch, done)
 
     def assign_states(self, changes):
-        on_jax = keras.backend.backend() == "jax"
         for state in self.states:
             # Free each new value right after its assignment, because all new values together would
             # need as much memory as the model.
@@ -623,10 +621,7 @@ class LayerDriver(Driver):
             for name, value in change.items():
                 state[name].assign(value)
             for name, source in self.method.snapshots.items():
-                value = change[source]
-                # On JAX, an assigned value becomes the buffer of the variable, and two variables
-                # must not share one buffer.
-                state[name].assign(ops.copy(value) if on_jax else value)
+                state[name].assign(separate_buffer(change[source]))
 
     def reapply_masks(self):
         self.mask_followers()

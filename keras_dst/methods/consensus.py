@@ -73,9 +73,9 @@ class Consensus(UnitMethod):
             steps, reduced in short training runs to allow 20 updates.
         round_to: After the last step, the number of kept channels of every layer is a multiple of
             `round_to`. Layers with fewer than `2 * round_to` channels can keep any number of
-            channels. Rounding opens and closes gates in the last quarter of training.
-            Defaults to 1, which means that numbers of channels are not rounded.
-            Convolutions are fastest with a multiple of 8 channels.
+            channels. Rounding opens and closes gates in the last quarter of training. Defaults to
+            1, which means that numbers of channels are not rounded. Convolutions are fastest with a
+            multiple of 8 channels.
         min_kept: Minimum number of units that every layer keeps, and of channels that every group
             of coupled channels keeps. Defaults to None: `max(2, ceil(sqrt(1 - s) / 2 * units))` for
             a sparsity of s. The default is about half of the units that a uniform sparsity would

@@ -211,8 +211,8 @@ class SET(UpdateMethod):
         stay = self.rank(list(magnitudes), layouts, kept - drop)
         stay = [ops.logical_and(b, mask) for b, mask in zip(began, stay)]
         new = self.rank(self.growth_scores(stay, began, states, now), layouts, kept)
-        # Before the first update, `began` and the masks in `stay` are False. These masks then equal
-        # `began`, so no weight is marked as grown.
+        # A grown weight is kept, but is not in `stay`. Before the first update, `began` and all
+        # masks in `stay` are False, and no weight counts as grown.
         changes = [
             {"mask": m, "grown": ops.logical_and(m, ops.not_equal(s, b))}
             for m, s, b in zip(new, stay, began)
