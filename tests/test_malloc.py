@@ -2,12 +2,10 @@
 
 import contextlib
 import os
-import pathlib
 import subprocess
 import sys
 
 import keras
-import numpy as np
 import pytest
 
 from keras_dst._backend import malloc
@@ -15,84 +13,105 @@ from keras_dst.callbacks import SparseTraining
 from keras_dst.methods import Magnitude
 from keras_dst.optimizers import SparseOptimizer
 from tests import models
-from tests.backends import every
+from tests.backends import once
 
-pytestmark = pytest.mark.skipif(
-    malloc.glibc() is None, reason="needs glibc with its default memory policy"
-)
-# Number of bytes in a block. By default, glibc returns blocks of 64 MiB to the system.
+# Free a block of 64 MiB under each memory policy, and print whether the process keeps the block. By
+# default, glibc returns blocks of this size to the system. The program runs in a process of its
+# own and imports no backend: in a process with a large heap, glibc may place the block in a gap of
+# the heap and keep it under every policy.
+PROGRAM = """
+import importlib.util, mmap, os, pathlib, sys
+
+spec = importlib.util.spec_from_file_location("malloc", sys.argv[1])
+malloc = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(malloc)
 SIZE = 64 << 20
 
-
-def resident_memory():
-    """Return the resident memory of the process in bytes."""
-    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
+def resident():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 def is_kept():
-    """Allocate and free a block. Return True if the process keeps the memory of the block."""
-    block = np.ones(SIZE, "uint8")
-    before = resident_memory()
+    block = b"1" * SIZE
+    before = resident()
     del block
-    return before - resident_memory() < SIZE // 2
+    return before - resident() < SIZE // 2
+
+print(is_kept())
+malloc.keep_freed_memory()
+print(is_kept())
+before = resident()
+malloc.return_freed_memory()
+print(before - resident() > SIZE // 2)
+print(is_kept())
+"""
 
 
+def run(**variables):
+    """Run PROGRAM with environment variables. Return its four answers.
+
+    The answers tell whether the block is kept at first, whether it is kept after
+    `keep_freed_memory`, whether `return_freed_memory` returns it, and whether the next block is
+    kept.
+    """
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", PROGRAM, malloc.__file__]
+    result = subprocess.run(
+        command, env=inherited | variables, capture_output=True, text=True, check=True
+    )
+    return [value == "True" for value in result.stdout.split()]
+
+
+@once
+@pytest.mark.skipif(malloc.glibc() is None, reason="needs glibc with its default memory policy")
 def test_freed_memory_is_kept_until_return_freed_memory():
-    assert not is_kept()
-    malloc.keep_freed_memory()
-    try:
-        assert is_kept()
-        before = resident_memory()
-    finally:
-        malloc.return_freed_memory()
-    assert before - resident_memory() > SIZE // 2
-    assert not is_kept()
+    assert run() == [False, True, True, False]
+
+
+@once
+@pytest.mark.skipif(malloc.glibc() is None, reason="needs glibc with its default memory policy")
+def test_environment_variables_have_priority():
+    assert run(MALLOC_TRIM_THRESHOLD_="131072") == [False] * 4
 
 
 class Observe(keras.callbacks.Callback):
     """Callback that records whether freed memory is kept, and that may raise an error."""
 
-    def __init__(self, error=None):
+    def __init__(self, policy, error=None):
         super().__init__()
-        self.error, self.seen = error, []
+        self.policy, self.error, self.seen = policy, error, []
 
     def on_train_batch_end(self, batch, logs=None):
-        self.seen.append(is_kept())
+        self.seen.append(self.policy["kept"])
         if self.error is not None:
             raise self.error()
 
 
-def fit(error=None, **arguments):
+@pytest.fixture
+def policy(monkeypatch):
+    """Replace the functions that set the memory policy. Return a dictionary with the policy."""
+    policy = {"kept": False}
+    monkeypatch.setattr(malloc, "keep_freed_memory", lambda: policy.update(kept=True))
+    monkeypatch.setattr(malloc, "return_freed_memory", lambda: policy.update(kept=False))
+    return policy
+
+
+def fit(policy, error=None, **arguments):
     x, y = models.data(size=32)
     model = models.compiled(models.residual(), SparseOptimizer("sgd", Magnitude(0.5)))
-    observe = Observe(error)
+    observe = Observe(policy, error)
     callbacks = [SparseTraining(**arguments), observe]
     with contextlib.suppress(KeyboardInterrupt, ValueError):
         model.fit(x, y, batch_size=16, epochs=2, verbose=0, callbacks=callbacks)
     return observe.seen
 
 
-def test_training_changes_the_memory_policy_only_on_request():
-    assert fit() == [False] * 4
-    assert fit(keep_memory=True) == [True] * 4
-    assert not is_kept()
+def test_training_changes_the_memory_policy_only_on_request(policy):
+    assert fit(policy) == [False] * 4
+    assert fit(policy, keep_memory=True) == [True] * 4
+    assert not policy["kept"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_an_interrupted_training_restores_the_memory_policy(error):
-    assert fit(error, keep_memory=True) == [True]
-    assert not is_kept()
-
-
-@every(0)
-def test_environment_variables_have_priority():
-    code = "from tests.test_malloc import *; malloc.keep_freed_memory(); print(is_kept())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "MALLOC_TRIM_THRESHOLD_": "131072"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.split()[-1] == "False"
+def test_an_interrupted_training_restores_the_memory_policy(policy, error):
+    assert fit(policy, error, keep_memory=True) == [True]
+    assert not policy["kept"]
