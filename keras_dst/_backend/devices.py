@@ -1,4 +1,5 @@
-"""Helpers for training on several devices, which Keras leaves to each backend."""
+"""Helpers for training on several devices. Keras has no common API for these functions, so each
+backend has its own code here."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ Tensor = Any
 def placed_like(variable) -> Iterator[None]:
     """Place variables that are created within this context on the devices of `variable`.
 
-    Variables with the shape of `variable` are sharded like `variable`. Variables with other shapes
-    are copied to every device.
+    Variables with the shape of `variable` are sharded like `variable`. All devices hold a copy of
+    variables with other shapes.
     """
     backend = keras.backend.backend()
     if backend == "tensorflow":
@@ -59,9 +60,10 @@ def check_distribution(optimizer, variable) -> None:
 
 
 def counter_dtype(variable, dtype: str) -> str:
-    """Return `dtype` for a counter, or int32 if training runs on several TensorFlow workers.
+    """Return the dtype to use for a counter: `dtype`, or int32 if several TensorFlow workers train
+    the model.
 
-    TensorFlow workers cannot exchange integers of 8 or 16 bits.
+    The workers of a TensorFlow cluster cannot exchange integers of 8 or 16 bits.
     """
     if keras.backend.backend() == "tensorflow" and dtype in ("uint8", "int16"):
         import tensorflow as tf
@@ -73,7 +75,7 @@ def counter_dtype(variable, dtype: str) -> str:
 
 
 def sum_over_replicas(gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], int]:
-    """Return the gradients summed over all replicas, and the number of replicas.
+    """Sum each gradient over all replicas. Return the sums and the number of replicas.
 
     An optimizer receives the gradients of a single replica only under `tf.distribute`. JAX runs one
     program for all devices, and torch's DistributedDataParallel sums the gradients before the
@@ -105,8 +107,8 @@ def refresh_torch_parameters(model) -> None:
 def on_accelerator(tensor) -> bool:
     """Return whether the operations on a tensor run on a GPU or TPU instead of a CPU.
 
-    On JAX and TensorFlow, a tensor that is being traced has no device yet. The function therefore
-    checks the default device of JAX, or whether TensorFlow has a GPU.
+    On JAX and TensorFlow, a tensor that is being traced has no device yet. For JAX, the function
+    therefore checks the default device, and for TensorFlow, whether a GPU exists.
     """
     backend = keras.backend.backend()
     if backend == "torch":

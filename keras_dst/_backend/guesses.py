@@ -1,10 +1,10 @@
 """Guess branches, so that a mask update on PyTorch waits for its GPU only once.
 
 A branch that depends on values on a GPU makes the host wait for all earlier operations. A mask
-update on PyTorch therefore takes the usual branches without waiting, and records the conditions of
-the branches. After the update, the host reads all recorded conditions at once. If a guess was
-wrong, the update is repeated without guesses. JAX and TensorFlow choose branches on the GPU, so
-keras_dst guesses no branches there.
+update on PyTorch therefore guesses which branch is right, runs it without waiting, and records the
+condition. After the update, the host reads all recorded conditions together, to check the guesses.
+If a guess was wrong, the update runs again, with corrected guesses or without guesses. JAX and
+TensorFlow evaluate conditions on the GPU, so keras_dst guesses no branches there.
 """
 
 import functools
@@ -21,13 +21,13 @@ Tensor = Any
 
 
 class _Guesses:
-    """Guesses that one call of a wrapped function has made.
+    """The guesses that a function makes during one call.
 
     Attributes:
-        conditions: Boolean scalars, which are all true if all guesses were right.
-        branches: Indices of the guessed branches' conditions in `conditions`.
-        rare: Positions in `branches` of the branches whose rare case was right in the previous
-            call, and is guessed again.
+        conditions: Boolean scalars on the GPU. All of them are true if all guesses were right.
+        branches: For each guessed branch, the index of its condition in `conditions`.
+        rare: Positions in `branches` of the branches for which the call guesses the rare case,
+            because the rare case was right in the previous call.
     """
 
     def __init__(self, rare: set[int]):
@@ -42,7 +42,7 @@ _current: ContextVar[_Guesses | None] = ContextVar("guesses", default=None)
 def with_guesses(update: Callable) -> Callable:
     """Wrap a function of tensors, so that it guesses branches and runs again after a wrong guess.
 
-    At each branch, a call guesses the case that was right in the previous call.
+    At each branch, the function guesses the case that was right in the previous call.
     """
     rare: set[int] = set()
 
@@ -56,14 +56,14 @@ def with_guesses(update: Callable) -> Callable:
                 _current.reset(token)
             if not guesses.conditions:
                 return found
-            # Only this line makes the host wait for the GPU.
+            # The host waits for the GPU only in this line.
             right = ops.convert_to_numpy(ops.stack(guesses.conditions))
             if right.all():
                 return found
-            found = None  # Free the results of the wrong guess.
+            found = None  # Free the results that were computed with the wrong guess.
             wrong = {n for n, i in enumerate(guesses.branches) if not right[i]}
             if len(wrong) < len(right) - right.sum():
-                break  # A wrong guess made by `add` has no other branch.
+                break  # A wrong guess that `add` recorded cannot be corrected by another branch.
             rare.symmetric_difference_update(wrong)
         return update(*args)
 
@@ -71,7 +71,8 @@ def with_guesses(update: Callable) -> Callable:
 
 
 def are_allowed(tensor: Tensor) -> bool:
-    """Return whether conditions on a tensor may be guessed, without reading the tensor."""
+    """Return whether branches that depend on a tensor may be guessed. The function does not read
+    the values of the tensor."""
     return (
         keras.backend.backend() == "torch"
         and _current.get() is not None
@@ -80,7 +81,7 @@ def are_allowed(tensor: Tensor) -> bool:
 
 
 def add(condition: Tensor) -> None:
-    """Guess that a boolean scalar is true."""
+    """Record the guess that a boolean scalar is true."""
     guesses = _current.get()
     if guesses is None:
         raise RuntimeError("Expected a call within a function that `with_guesses` wraps.")
@@ -88,7 +89,8 @@ def add(condition: Tensor) -> None:
 
 
 def cond(condition: Tensor, usual: Callable, rare: Callable) -> Any:
-    """Return `ops.cond(condition, usual, rare)`, or guess the branch without waiting."""
+    """Return `ops.cond(condition, usual, rare)`. If guesses are allowed, guess the branch instead
+    of waiting for `condition`."""
     guesses = _current.get()
     if guesses is None or not are_allowed(condition):
         return ops.cond(condition, usual, rare)

@@ -11,7 +11,8 @@ from keras_dst._backend.guesses import with_guesses
 
 
 def jit(fn):
-    """Return `fn` compiled by XLA on JAX, as a TensorFlow graph, or with guesses on torch.
+    """Return `fn`, compiled by XLA on JAX or as a TensorFlow graph. On torch, return `fn` with
+    guessed branches (see `guesses.py`).
 
     Without compilation, JAX would trace every mask update again, and TensorFlow would run every
     operation separately.
@@ -25,8 +26,8 @@ def jit(fn):
         import tensorflow as tf
 
         # TensorFlow counts the tracings of all functions with the same code together, and warns if
-        # they are frequent. A partial object has no code, so the functions of several models are
-        # counted separately.
+        # they are frequent. A `functools.partial` object has no code of its own, so TensorFlow
+        # counts the functions of each model separately.
         return tf.function(functools.partial(fn), autograph=False, reduce_retracing=True)
     if backend == "torch":
         import torch
@@ -36,10 +37,11 @@ def jit(fn):
 
 
 def traced_once(fn, scores, kept, *constants):
-    """Return `fn(scores, kept, *constants)`. Models with equal shapes share the trace of `fn`.
+    """Return `fn(scores, kept, *constants)`. JAX and TensorFlow trace `fn` only once for all models
+    with equal shapes.
 
-    JAX and TensorFlow need up to a second to trace a ranking. If no function is being traced, `fn`
-    is called directly.
+    Tracing the top-k selection takes up to a second on JAX and TensorFlow. If no function is being
+    traced, `fn` is called directly.
 
     Args:
         fn: Function whose result depends only on its arguments.
@@ -93,9 +95,10 @@ def outside_torch_graph(fn):
 def masked(w, mask):
     """Compute `masks.masked` on torch. In eager mode, this function is faster than `torch.where`.
 
-    On a CPU, `torch.where` executes a branch for every entry. This function instead reads the
-    floats as integers and multiplies them by the mask. The integer product is vectorized and exact.
-    Every pruned entry becomes +0, even if the weight is not finite.
+    On a CPU, `torch.where` tests the condition separately for every entry. This function is faster:
+    it views the floats as integers and multiplies them by the mask. The integer multiplication is
+    vectorized, and its result is exact. Every pruned entry becomes +0, even if the weight is not
+    finite.
     """
     import torch
 
@@ -120,7 +123,7 @@ def masked(w, mask):
 
 
 def mask_in_place(w, mask) -> None:
-    """Set the entries of a tensor on torch to 0, in place, where the mask is false."""
+    """Set the entries of a torch tensor to 0, in place, where the mask is false."""
     import torch
 
     with torch.no_grad():
@@ -135,7 +138,7 @@ def _integers_of_size(size: int):
 
 
 def separate_buffer(value):
-    """Return a tensor with this value that can be assigned to a second variable.
+    """Return a tensor with the same values that a second variable can store.
 
     On JAX, an assigned tensor becomes the buffer of the variable, and two variables must not share
     one buffer.
@@ -144,7 +147,7 @@ def separate_buffer(value):
 
 
 def divide_in_place(x, divisor):
-    """Return `ops.divide(x, divisor)`. On torch, the result overwrites `x`, to save memory."""
+    """Return `ops.divide(x, divisor)`. On torch, the result overwrites `x` to save memory."""
     if keras.backend.backend() != "torch":
         return ops.divide(x, divisor)
     import torch
@@ -154,7 +157,7 @@ def divide_in_place(x, divisor):
 
 
 def where_in_place(mask, x1, x2, out):
-    """Return `ops.where(mask, x1, x2)`. On torch, the result overwrites `out`, to save memory."""
+    """Return `ops.where(mask, x1, x2)`. On torch, the result overwrites `out` to save memory."""
     if keras.backend.backend() != "torch":
         return ops.where(mask, x1, x2)
     import torch
@@ -188,9 +191,10 @@ def count_true(mask):
 
 
 def true_positions(mask, limit: int):
-    """Return the first `limit` positions of true entries on torch, followed by -1.
+    """Return the positions of the first `limit` true entries of a torch tensor. If there are fewer,
+    the result is filled up with -1.
 
-    The length of the result does not depend on the tensor, so the host does not wait for a GPU.
+    The result always has the length `limit`, so the host does not wait for a GPU.
     """
     import torch
 
@@ -200,7 +204,7 @@ def true_positions(mask, limit: int):
 def gather(values, positions):
     """Return the entries of a vector on torch at these positions, which must not be negative.
 
-    `ops.take` also accepts negative positions, and therefore reads and writes the positions several
+    `ops.take` is slower: to support negative positions, it reads and writes the positions several
     times.
     """
     import torch
@@ -209,20 +213,22 @@ def gather(values, positions):
 
 
 def set_true(mask, positions) -> None:
-    """Set entries of a boolean tensor on torch to true, in place."""
+    """Set the entries of a boolean torch tensor at these positions to true, in place."""
     mask.view(-1).index_fill_(0, positions.long(), True)
 
 
 def remove_true(mask, other):
-    """Set a boolean tensor on torch to false, in place, where `other` is true, and return it."""
-    return mask.gt_(other)  # Comparing booleans with `>` computes `a and not b`.
+    """Set the entries of the torch tensor `mask` to false, in place, where `other` is true. Return
+    `mask`."""
+    return mask.gt_(other)  # For booleans, `a > b` is true only if a is true and b is false.
 
 
 def add_true(mask, positions, flags) -> None:
-    """Set a boolean tensor on torch to true, in place, at the positions whose flag is true.
+    """Set the entries of a boolean torch tensor to true, in place, at the positions whose flag is
+    true.
 
-    The entries at all positions must be false before the call. A position may occur several times,
-    but at most one of its flags may be true.
+    Before the call, `mask` must be false at all positions. A position may occur several times, but
+    at most one flag of the position may be true.
     """
     import torch
 

@@ -1,9 +1,9 @@
 """The memory policy of the C library: whether a process keeps the memory that it frees.
 
-glibc immediately returns free blocks of more than 32 MiB to the system. The next training step then
-requests the memory again page by page, which can take as long as the computation. A sparse training
-step needs larger blocks of memory than a dense step. Some blocks can exceed 32 MiB although all
-blocks of the dense step are smaller.
+glibc immediately returns free blocks of more than 32 MiB to the system. In the next training step,
+the process requests the memory again page by page, which can take as long as the computation. A
+sparse training step needs larger blocks of memory than a dense step. A sparse step can therefore
+need blocks of more than 32 MiB even if the dense step does not.
 
 The memory policy applies to the whole process. `SparseTraining` therefore changes the policy only
 if the argument `keep_memory` is True.
@@ -37,7 +37,8 @@ def keep_freed_memory() -> None:
 
 def return_freed_memory() -> None:
     """Return free memory to the system now, and allow glibc to return large blocks from now on."""
-    _set(mmap=32 * _MIB, trim=64 * _MIB)  # The largest thresholds that glibc sets automatically.
+    # These thresholds are the largest that glibc sets without calls of `mallopt`.
+    _set(mmap=32 * _MIB, trim=64 * _MIB)
     if glibc():
         glibc().malloc_trim(0)
 

@@ -32,20 +32,22 @@ def bits(*numbers: Tensor) -> Tensor:
 
 
 def _mixed(x):
-    # Finalizer of MurmurHash3 (public domain): every bit of x changes about half of all bits.
+    # Finalizer of the hash MurmurHash3 (public domain): changing one bit of x changes about half of
+    # all bits of the result.
     for shift, factor in ((16, -2048144789), (13, -1028477387)):
         x = ops.bitwise_xor(x, _shifted(x, shift)) * factor
     return ops.bitwise_xor(x, _shifted(x, 16))
 
 
 def _shifted(x, by):
-    # Shift the bits to the right and fill with zeros. The built-in right shift of int32 would fill
-    # with the sign bit.
+    # Shift the bits to the right, and fill the free bits on the left with zeros. The built-in right
+    # shift of int32 would fill these bits with the sign bit.
     return ops.bitwise_and(ops.bitwise_right_shift(x, by), (1 << (32 - by)) - 1)
 
 
 def uniform(shape: Sequence[int], *numbers: Tensor) -> Tensor:
-    """Return uniform random float32 numbers in [0, 1): a hash of `numbers` and the position.
+    """Return float32 random numbers from a uniform distribution in [0, 1). Each number is a hash of
+    `numbers` and its position.
 
     Args:
         shape: Shape of the result.
@@ -56,17 +58,18 @@ def uniform(shape: Sequence[int], *numbers: Tensor) -> Tensor:
     """
     positions = ops.arange(math.prod(shape), dtype="int32")
     found = bits(bits(*numbers), positions)
-    # A float32 holds 24 bits exactly.
+    # A float32 represents every integer of 24 bits exactly.
     return ops.reshape(ops.cast(ops.bitwise_and(found, 0xFFFFFF), "float32"), shape) / (1 << 24)
 
 
 def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Tensor]:
-    """Return normally distributed random float32 numbers, which differ from step to step.
+    """Return float32 random numbers from a normal distribution, which differ from step to step.
 
-    The numbers are random rows of a table with a million entries, because copying rows is faster
-    than generating numbers. For a large tensor, the rows of the table are as wide as the rows of
-    the tensor. A table with wide rows has only a few rows. Each wide row is therefore stored with
-    both signs, so that the mean noise of every weight is 0.
+    The numbers are rows of a table, chosen at random. The table has about a million entries.
+    Copying rows is faster than computing random numbers. For a large tensor, the rows of the table
+    and the rows of the tensor have the same width. A table with wide rows has few rows. If the rows
+    are wide, the table therefore contains each row with both signs, so that the mean noise of every
+    weight is 0.
 
     Args:
         shapes: Shapes of the results.
@@ -82,8 +85,8 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
     # copied.
     for members in bundles([math.prod(shape) for shape in shapes]):
         alone = len(members) == 1
-        # XLA copies whole rows if the rows of the table are as wide as the rows of the tensor.
-        # If the widths differ, XLA copies each entry separately.
+        # If the rows of the table and the rows of the tensor have the same width, XLA copies whole
+        # rows. If the rows have different widths, XLA copies each entry separately.
         width = _width(shapes[members[0]]) if alone else _NARROW
         numbers = ops.reshape(table(alone), (-1, 1 << (width - 1).bit_length()))
         sizes = [math.prod(shapes[i]) for i in members]
@@ -102,8 +105,8 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
 
 
 def _width(shape: Sequence[int]) -> int:
-    """Return a width of table rows from `_NARROW` to `_WIDE`, which divides the tensor's size if
-    possible."""
+    """Return the width of the table's rows, a number from `_NARROW` to `_WIDE`. If possible, the
+    width divides the size of the tensor."""
     widths = itertools.accumulate(reversed(tuple(shape)), operator.mul)
     return next((width for width in widths if _NARROW <= width <= _WIDE), _NARROW)
 
@@ -112,7 +115,7 @@ def _width(shape: Sequence[int]) -> int:
 def _table(seed: int, mirrored: bool) -> np.ndarray:
     """Return normal random numbers.
 
-    If `mirrored` is True, the second half of the numbers is the negative of the first half.
+    If `mirrored` is True, the second half of the table is the first half with opposite signs.
     """
     numbers = np.random.default_rng(seed).standard_normal(_SIZE, "float32")
     half = numbers[: _SIZE // 2]

@@ -3,14 +3,15 @@
 The scores of large tensors are not copied. Each tensor is viewed as a matrix whose rows have 1024
 scores. The rows of several small tensors are joined into a bundle (see `rows.py`). The threshold is
 found by a search: every step counts, in each row, the scores above a candidate threshold. In a
-large model, counting takes nearly all the time of a mask update.
+large model, counting scores above thresholds takes nearly all the time of a mask update.
 
 On a CPU, 256 rows (a slab) are counted at a time, so that temporary values fit into the cache. On
 an accelerator, the scores in all rows are counted at once, because a loop over slabs would launch
 thousands of small kernels. JAX fuses several counts into one pass over the scores, so each search
 step on JAX tries several candidate thresholds. PyTorch would launch tens of kernels for each search
-step and then wait for the GPU. PyTorch therefore usually selects the scores without a search, see
-`selection.py`. The searches on all backends and the selection on PyTorch return the same masks.
+step and then wait for the GPU. On PyTorch, `selection.py` therefore usually selects the scores
+without a search. All backends return the same masks, whether they search for the threshold or
+select the scores.
 """
 
 import math
@@ -28,13 +29,14 @@ from keras_dst._utils.validation import check_integer, is_integer
 
 Tensor = Any
 
-# Largest number of search steps. The search stops earlier if two thresholds are adjacent floats.
+# Largest number of steps in the search for a threshold. The search stops earlier if two thresholds
+# are adjacent floats.
 _MAX_STEPS = 900
 _SLAB_ROWS = 1 << 8  # Number of rows whose scores are counted at once on a CPU.
-# Number of sections into which a search step divides the range of the threshold. XLA counts the
-# scores above all boundaries between the sections in one pass.
+# Number of sections into which a search step divides the range of the threshold. XLA reads the
+# scores once to count the scores above every boundary between two sections.
 _SECTIONS = 8
-# Number of scores from which the first candidate thresholds are computed from a sample.
+# For at least this number of scores, a sample of the scores gives the first candidate thresholds.
 _SAMPLE_FROM = 1 << 22
 _SAMPLE_STRIDES = (32, 25)  # The sample has every 32nd row and every 25th column.
 
@@ -48,7 +50,7 @@ def top_k(
     """Return masks that keep the highest scores, over all tensors or within each tensor.
 
     Equal scores are kept in the order of their tensors, and within a tensor in the order of their
-    positions (C order). Due to the fixed order, all backends keep the same weights.
+    positions (C order). All backends therefore keep the same weights.
 
     Args:
         scores: Float tensors of any shapes. Infinity counts as the largest finite score. Minus
@@ -56,11 +58,12 @@ def top_k(
         kept: Number of weights to keep: an integer scalar for all tensors together, or a vector
             with one number per tensor.
         sizes: Number of weights that each score stands for, if weights are ranked in groups such as
-            blocks (see `Pattern.sizes`). Groups are kept in descending order of their scores, as
-            long as the sum of their sizes is at most `kept`. Defaults to None, which means that
-            every score stands for one weight.
-        first: Number of highest-scored entries of each tensor that are always kept. `kept` must be
-            large enough for the entries that are always kept. Defaults to None, which means 0.
+            blocks (see `Pattern.sizes`). Groups with higher scores are kept first, as long as the
+            kept groups contain at most `kept` weights. Defaults to None, which means that every
+            score stands for one weight.
+        first: For each tensor, the number of entries that are always kept: the entries of the
+            tensor with the highest scores. `kept` must be large enough for these entries. Defaults
+            to None, which means 0.
 
     Returns:
         A list of boolean tensors, one per tensor of scores.
@@ -74,7 +77,7 @@ def top_k(
     """
     scores, kept = _checked(scores, kept)
     _check_groups([tuple(s.shape) for s in scores], sizes, first)
-    if sizes is not None:  # Sizes can be as large as the weights, so do not store them.
+    if sizes is not None:  # Do not cache these arrays, because they can be as large as the weights.
         return _top_k(scores, kept, sizes, first)
     return traced_once(_top_k, scores, kept, None, None if first is None else tuple(first))
 
@@ -94,12 +97,12 @@ def _top_k(scores, kept, sizes, first):
 
 
 def kth(scores: Sequence[Tensor], kept: Tensor) -> Tensor:
-    """Return the threshold that exactly `kept` scores exceed, if no scores are equal.
+    """Return a threshold that exactly `kept` scores exceed, unless several scores are equal.
 
     Args:
         scores: Float tensors of any shapes.
-        kept: Number of scores above the threshold, an integer scalar. If `kept` is a vector with
-            one number per tensor, the result is a vector with one threshold per tensor.
+        kept: Number of scores that must exceed the threshold, an integer scalar. If `kept` is a
+            vector with one number per tensor, the result is a vector with one threshold per tensor.
     """
     return traced_once(_kth, *_checked(scores, kept))
 
@@ -152,7 +155,8 @@ def _check_groups(shapes, sizes, first) -> None:
 class _Ranking(Scores):
     """Ranking of all tensors together, or of each tensor separately, by a search for thresholds.
 
-    Infinite and NaN scores are replaced only when scores are compared, not in the stored scores.
+    A comparison treats infinite and NaN scores as finite scores, but the stored scores do not
+    change.
     """
 
     def __init__(self, scores, together, sizes=None, first=None):
@@ -166,8 +170,8 @@ class _Ranking(Scores):
             self.weights = [b.join(ones, 0) for b in self.bundles]
             totals = [int(n.sum()) for n in sizes]
             self.total = ops.convert_to_tensor([sum(totals)] if together else totals, "int32")
-        # The argument `first` matters only if all tensors are ranked together: a separate ranking
-        # keeps the highest-scored entries of its tensor anyway.
+        # If each tensor is ranked separately, the argument `first` has no effect, because each
+        # ranking keeps the highest scores of its tensor anyway.
         self.first: Sequence[int] = []
         self.first_weights = None
         if together and first is not None:
@@ -227,8 +231,8 @@ class _Ranking(Scores):
         )
 
     def first_entries(self):
-        """Return the entries of every tensor that are always kept, in the format that `_with_first`
-        expects."""
+        """Return the entries of every tensor that are always kept, as arguments `first` of
+        `_with_first`."""
         if max(self.first) > 1:
             flat = self.split(self.scores)
             each = _Ranking(flat, together=False)
@@ -262,8 +266,8 @@ class _Ranking(Scores):
             end = ops.where(some_fit, self._last_ties(low, high, firsts, room), end)
             return [self._with_ties(b, s, low, high, end, first) for b, s, first in bundles]
 
-        # Each branch returns all masks, because XLA would otherwise compile the branches once per
-        # tensor.
+        # Both branches return the masks of all tensors. With one condition per tensor, XLA would
+        # compile the branches once per tensor.
         return ops.cond(ops.any(some_fit), some, none_or_all)
 
     def _with_ties(self, b, s, low, high, end, first):
@@ -272,16 +276,18 @@ class _Ranking(Scores):
         return _with_first(self._above(b, s, high) | tied, first)
 
     def thresholds(self, kept):
-        """Return `(low, high, below, above)`: two thresholds and the numbers of weights above them.
+        """Return `(low, high, below, above)`: two thresholds per ranking, and the number of weights
+        above each threshold.
 
         `above` is the number of weights whose score exceeds `high`, and `below` is the number of
-        weights whose score exceeds `low`. All search algorithms maintain `above <= kept < below`.
+        weights whose score exceeds `low`. Every step of a search keeps `above <= kept < below`
+        true.
 
         Args:
             kept: Number of weights to keep, per ranking.
         """
         gap = ops.maximum(ops.abs(self.least), 1e-30)
-        # Many scores, such as the scores of pruned weights, may be equal to the smallest score.
+        # Many scores may be equal to the smallest score, for example the scores of pruned weights.
         rest = self._count_above(self.least)
         everything, settled = self.total <= kept, rest <= kept
         low = ops.where(settled, self.least - 2.0**-22 * gap, self.least)
@@ -297,20 +303,21 @@ class _Ranking(Scores):
         return self._by_false_position(kept, low, high, below, above)
 
     def _is_unfinished(self, kept, low, high, above):
-        """Return, for every ranking, whether the search has to continue."""
+        """Return a boolean for every ranking: whether the search for its threshold must
+        continue."""
         middle = low / 2 + high / 2
         between = (low < middle) & (middle < high) & (high - low > SMALLEST)
         return (above < kept) & between & (high > self.least)
 
     def _by_false_position(self, kept, low, high, below, above):
-        """Search for the thresholds with one candidate threshold per step.
+        """Search for the thresholds. Each step tries one candidate threshold per ranking.
 
-        The number of weights above a threshold is interpolated linearly between the counts at the
-        two known thresholds. The candidate is the threshold at which the interpolated count equals
-        `kept` (false position). If one of the two thresholds has not moved for two steps, the
-        difference between its count and `kept` is halved (Illinois variant). Every third step tries
-        the midpoint of the two thresholds, which limits the number of steps for any distribution of
-        scores.
+        The method interpolates the number of weights above a threshold linearly between the lower
+        and the upper threshold. The next candidate is the threshold at which the interpolated
+        number equals `kept` (false position). If the lower or the upper threshold has not moved for
+        two steps, the difference between its count and `kept` is halved (Illinois variant). Every
+        third step tries the midpoint of the two thresholds, which limits the number of steps for
+        any distribution of scores.
 
         Source: M. Dowell and P. Jarratt, BIT 11 (1971), Illinois variant of false position.
         """
@@ -325,8 +332,8 @@ class _Ranking(Scores):
             for i, threshold in enumerate(sampled):
                 guess = ops.where(ops.equal(turn, i + 1), threshold, guess)
             inside = (low < guess) & (guess < high)
-            # In many models, many scores are 0. Bisection would need many steps to reach 0, so 0 is
-            # an early candidate.
+            # In many models, many scores are 0. Bisection would need many steps to reach the
+            # threshold 0, so the search tries 0 early.
             at_zero = (low < 0) & (high > 0) & (turn > 2)
             under = (low < -SMALLEST) & ops.equal(high, 0)
             threshold = ops.where(inside & ops.not_equal(turn % 3, 0), guess, low / 2 + high / 2)
@@ -363,13 +370,13 @@ class _Ranking(Scores):
         return low, high, below, above
 
     def _by_sections(self, kept, low, high, below, above):
-        """Search for the thresholds with several candidate thresholds per step.
+        """Search for the thresholds. Each step tries several candidate thresholds per ranking.
 
-        XLA counts the scores above all candidates in one pass over the scores.
+        XLA reads the scores once per step to count the scores above every candidate threshold.
 
-        The candidates divide the range between the thresholds into sections of equal width. The
-        candidates include the exact midpoint of the interval, so the search ends for any
-        distribution of scores. The candidates also include 0, because many scores are 0.
+        The candidate thresholds divide the range between the lower and the upper threshold into
+        sections of equal width. One candidate is the exact midpoint of this range, so the search
+        ends for any distribution of scores. Another candidate is 0, because many scores are 0.
         """
 
         def narrow(low, high, below, above):
@@ -399,7 +406,8 @@ class _Ranking(Scores):
         )
 
     def _sample_bounds(self, kept):
-        """Return two sampled scores that probably enclose the common threshold of all tensors."""
+        """Return two scores of a sample. The threshold for all tensors together probably lies
+        between them."""
         row_stride, column_stride = _SAMPLE_STRIDES
         rows = [s[::row_stride, column_stride // 2 :: column_stride] for s in self.scores]
         sample = ops.sort(ops.concatenate([ops.reshape(r, (-1,)) for r in rows]))
@@ -410,12 +418,13 @@ class _Ranking(Scores):
         return [ops.take(sample, ops.cast(end, "int32")) for end in ends]
 
     def _last_ties(self, low, high, firsts, room):
-        """Return the position after the last tied entry that each ranking keeps.
+        """Return, for every ranking, the position after the last tied entry that is kept.
 
         Args:
-            low: Lower threshold. Scores between the two thresholds are tied.
+            low: Lower threshold. Scores between `low` and `high` count as tied.
             high: Upper threshold.
-            firsts: Entries of each bundle that are always kept (see `_with_first`), or None.
+            firsts: For each bundle, the entries that are always kept, as arguments `first` of
+                `_with_first`. None if there are no such entries.
             room: Number of tied weights that are kept.
         """
         found, offset = [], 0
@@ -432,8 +441,8 @@ class _Ranking(Scores):
                 before = before - ops.take(ops.take(before, first_rows), b.local)
                 space = ops.take(room, b.tensor)
             first_rows, sizes = (ops.convert_to_tensor(n, "int32") for n in (first_rows, sizes))
-            # Find the row with the last tied entry that is kept, and the number of entries to keep
-            # in the row.
+            # Find the row that contains the last tied entry to keep, and the number of entries to
+            # keep in this row.
             full = ops.cast(before + counts <= space, "int32")
             full = ops.sum(full[None] if self.together else ops.where(b.owner, full, 0), axis=1)
             row = first_rows + ops.minimum(full, sizes - 1)
@@ -448,7 +457,8 @@ class _Ranking(Scores):
         return ops.min(places, keepdims=True) if self.together else places
 
     def _between(self, b, s, low, above):
-        """Return a mask of the scores in a bundle above `low` that are not in the mask `above`."""
+        """Return a mask of the scores in a bundle that exceed `low` but are not marked in the mask
+        `above`."""
         between = self._above(b, s, low) & ~above
         return between if b.left is None else between & first_columns(b.left)
 
@@ -461,22 +471,24 @@ class _Ranking(Scores):
         return (s > self.to_rows(b, self._finite_cut(thresholds))) | everything
 
     def _finite_cut(self, thresholds):
-        """Return the thresholds. Replace thresholds that keep no finite score by infinity."""
+        """Return the thresholds. Replace a threshold by infinity if it is at least the largest
+        finite score."""
         return ops.where(thresholds < self.most, thresholds, np.inf)
 
     def _count_above(self, thresholds):
-        """Return how many weights of each ranking exceed its threshold or are always kept."""
+        """Return how many weights of each ranking are kept: weights with scores above the
+        threshold, and weights that are always kept."""
         count = self._count_scores(thresholds)
         # In each tensor, one of two sets contains the other: the entries above the threshold, and
-        # the entries that are always kept. The size of their union is therefore the larger of the
-        # two counts.
+        # the entries that are always kept. The number of entries in at least one of the two sets is
+        # therefore the larger of the two counts.
         if self.first_weights is not None:
             count = ops.sum(ops.maximum(count, self.first_weights))[None]
         return ops.where(thresholds < self.least, self.total, count)
 
     def _count_scores(self, thresholds):
-        """Return the number of weights of each ranking or each tensor whose scores exceed the
-        threshold."""
+        """Return the number of weights whose scores exceed the threshold, per ranking or per
+        tensor."""
 
         def of_rows(s, cut, weights):
             return _count_kept(s > cut, weights)
@@ -493,9 +505,9 @@ class _Ranking(Scores):
     def _by_row(self, reduce, dtype, *matrices):
         """Apply a reduction to each row of the matrices, and pass other arguments unchanged.
 
-        On a CPU, slabs of 256 rows are processed one after another. XLA and TensorFlow write a mask
-        to memory, with four bytes per entry, before they reduce the mask. The mask of 256 rows
-        needs little memory.
+        On a CPU, the function processes 256 rows at a time. Before XLA and TensorFlow sum a mask,
+        they write the mask to memory with four bytes per entry. A mask of 256 rows needs little
+        memory.
         """
         rows = matrices[0].shape[0]
         slabs = rows // _SLAB_ROWS
@@ -533,9 +545,9 @@ def _clipped(s, neutral):
 
 
 def _with_first(mask, first):
-    """Set the entries that are always kept to True in a mask.
+    """Return a copy of the mask in which the entries that are always kept are True.
 
-    `first` is a mask of the entries to keep, or one column index per row.
+    `first` is either a boolean mask of these entries, or the column index of one entry per row.
     """
     if first is None:
         return mask
@@ -547,7 +559,7 @@ def _count_first(first, weights):
 
 
 def _count_kept(mask, weights):
-    """Return the number of kept weights in every row."""
+    """Return the number of kept weights in every row of a mask."""
     if weights is None:
         return count_true(mask)
     return ops.sum(ops.where(mask, weights, 0), axis=1)

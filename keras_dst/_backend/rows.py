@@ -13,7 +13,7 @@ from keras import ops
 
 Tensor = Any
 
-# Limit above which scores count as tied, so that sums of two scores do not overflow.
+# Scores above this value count as tied. The sum of two scores therefore does not overflow.
 LARGEST = 1e38
 # Difference below which scores count as tied, because some backends flush tiny differences to 0.
 SMALLEST = 2.0**-126
@@ -22,17 +22,19 @@ _BUNDLE_SIZE = 1 << 20  # Largest number of scores in a bundle of small tensors.
 
 
 class Rows:
-    """Arrangement of a bundle of tensors as rows of one matrix. Each tensor starts in a new row.
+    """Arrangement of a bundle of tensors as rows of one matrix. Each tensor starts in a new row of
+    the matrix.
 
     Attributes:
-        tensor: Index of each row's tensor among all tensors.
-        local: Index of each row's tensor among the tensors of the bundle.
-        owner: Boolean matrix. `owner[i, j]` is True if row j belongs to tensor i of the bundle.
-        start: Position of each row's first entry in its tensor, or in the concatenation of all
-            tensors if they are ranked together.
-        left: Number of entries from the start of each row to the end of its tensor, or None if no
-            row needs padding.
-        first_rows: Index of each tensor's first row.
+        tensor: For each row, the index of its tensor among all tensors.
+        local: For each row, the index of its tensor among the tensors of the bundle.
+        owner: Boolean matrix. `owner[i, j]` is True if row j of the matrix holds entries of tensor
+            i of the bundle.
+        start: For each row, the position of its first entry in its tensor. If all tensors are
+            ranked together, the position in the concatenation of all tensors.
+        left: For each row, the number of entries from the start of the row to the end of its
+            tensor. None if no row needs padding.
+        first_rows: For each tensor, the index of its first row.
     """
 
     def __init__(self, members: Sequence[int], lengths: Sequence[int], starts: Sequence[int]):
@@ -49,13 +51,14 @@ class Rows:
         self.left = ops.convert_to_tensor(left[:, None]) if np.any(left < ROW_WIDTH) else None
 
     def join(self, tensors: Sequence[Tensor], padding: float) -> Tensor:
-        """Return the tensors of the bundle as rows of one matrix, padded with `padding`."""
+        """Return a matrix whose rows hold the entries of the bundle's tensors, padded with
+        `padding`."""
         parts = []
         for i, length in zip(self.members, self.lengths):
             part = ops.reshape(tensors[i], (-1,))
             if length % ROW_WIDTH:
-                # With `ops.full`, torch would read the padding from the GPU, and the host would
-                # wait.
+                # `ops.full` would make torch read the padding value from the GPU, and the host
+                # would wait.
                 part = ops.pad(part, [(0, -length % ROW_WIDTH)], constant_values=padding)
             # Reshape before the concatenation, because XLA would otherwise store both the flat
             # tensor and the matrix in memory.
@@ -63,7 +66,8 @@ class Rows:
         return ops.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def split(self, matrix: Tensor) -> list[Tensor]:
-        """Return the entries of each tensor in the bundle as a vector."""
+        """Return a list with one vector for each tensor in the bundle: the entries of the
+        tensor."""
         ends = [*self.first_rows[1:].tolist(), len(self.tensor)]
         rows = [matrix[begin:end] for begin, end in zip(self.first_rows.tolist(), ends)]
         return [ops.reshape(r, (-1,))[:n] for r, n in zip(rows, self.lengths)]
@@ -72,15 +76,17 @@ class Rows:
 class Scores:
     """Scores of several tensors, which are ranked together or within each tensor.
 
-    A ranking covers all tensors together, or a single tensor. Vectors such as thresholds and counts
-    have one entry per ranking.
+    A ranking covers all tensors together, or a single tensor. Values such as thresholds and counts
+    are vectors with one entry per ranking.
 
     Attributes:
-        together: Whether all tensors are ranked together.
+        together: True if all tensors are ranked together, False if each tensor is ranked
+            separately.
         count: Number of scores in all tensors.
         lengths: Number of scores per ranking, an int32 vector.
-        bundles: One `Rows` object per bundle of tensors.
-        scores: One float32 matrix of scores per bundle. Rows are padded with minus infinity.
+        bundles: List of `Rows` objects, one for each bundle of tensors.
+        scores: List of float32 matrices, one for each bundle, that hold the scores. If a tensor
+            does not fill its last row, the row is padded with minus infinity.
     """
 
     def __init__(self, scores: Sequence[Tensor], together: bool):
@@ -96,18 +102,18 @@ class Scores:
     def split(self, matrices: Sequence[Tensor]) -> list[Tensor]:
         """Return the entries of each tensor as a vector.
 
-        `matrices` has one matrix per bundle of tensors.
+        `matrices` is a list with one matrix for each bundle of tensors.
         """
         return [part for b, matrix in zip(self.bundles, matrices) for part in b.split(matrix)]
 
     def best_entries(self, peaks: Sequence[Tensor], finite=lambda s: s):
-        """Yield the rows and columns of the highest-scored entry of each tensor, bundle by bundle.
+        """For each bundle, yield the row and the column of the highest score of every tensor.
 
-        If several entries have the highest score, the first entry is chosen.
+        If several entries of a tensor have the highest score, the first entry is chosen.
 
         Args:
-            peaks: Largest score of every row, as one tensor per bundle.
-            finite: Function that replaces infinities and NaN in scores.
+            peaks: List of vectors, one for each bundle, with the largest score of every row.
+            finite: Function that replaces infinite and NaN scores by finite scores.
         """
         for b, s, highest in zip(self.bundles, self.scores, peaks):
             numbers = ops.arange(len(b.tensor), dtype="int32")
@@ -118,28 +124,28 @@ class Scores:
             yield rows, ops.cast(ops.argmax(best, axis=1), "int32")
 
     def to_rows(self, rows, values):
-        """Expand one value per ranking to one value per row of a bundle."""
+        """Return the value for each row of a bundle, from a vector with one value per ranking."""
         return values[0] if self.together else ops.take(values, rows.tensor)[:, None]
 
     def reduce_by_ranking(self, values, reduce, neutral):
-        """Reduce one value per row to one value per ranking.
+        """Reduce a value per row, such as a count, to a value per ranking.
 
-        While the values of one tensor are reduced, the values of all other tensors are replaced by
-        `neutral`. The value `neutral` must not change the result of `reduce`.
+        The reduction for one tensor replaces the values of all other tensors by `neutral`.
+        `neutral` must not change the result of `reduce`, for example 0 for a sum.
         """
         if self.together:
             return reduce(ops.stack([reduce(v) for v in values]))[None]
         return self.reduce_by_tensor(values, reduce, neutral)
 
     def reduce_by_tensor(self, values, reduce, neutral):
-        """Reduce one value per row to one value per tensor."""
+        """Reduce a value per row, such as a count, to a value per tensor."""
         return ops.concatenate(
             [reduce(ops.where(b.owner, v, neutral), axis=1) for b, v in zip(self.bundles, values)]
         )
 
 
 def bundles(lengths: Sequence[int]) -> list[list[int]]:
-    """Group neighboring small tensors into bundles, and return the tensor indices of each
+    """Group neighboring small tensors into bundles. Return a list of tensor indices for each
     bundle."""
     found: list[list[int]] = []
     room = 0
@@ -158,5 +164,5 @@ def columns():
 
 
 def first_columns(numbers):
-    """Return a mask that is True for the first `numbers` entries of each row."""
+    """Return a boolean matrix that is True in the first `numbers` columns of each row."""
     return columns() < numbers

@@ -1,11 +1,11 @@
 """Selection of the highest scores on PyTorch, without waiting for the accelerator.
 
-A sample of the scores gives two bounds per ranking, which almost certainly enclose the threshold.
-One pass over the scores copies the few scores between the bounds, and the copied scores are sorted.
-The copied scores are stored in a vector of fixed length, so the host need not wait for their exact
-number. The selection assumes that the threshold lies between the bounds, and the host checks the
-assumption later (see `guesses.py`). After a wrong guess, for example because a million scores are
-equal, `ranking.py` searches for the threshold instead.
+The code draws a sample of the scores and computes two bounds per ranking, which almost certainly
+enclose the threshold. It then copies the few scores between the bounds, and sorts the copies. The
+copies are stored in a vector of fixed length, so the host need not wait for the number of copied
+scores. The selection assumes that each threshold lies between its bounds. The host checks this
+assumption later (see `guesses.py`). If the assumption was wrong, for example because a million
+scores are equal, `ranking.py` searches for the threshold.
 """
 
 import math
@@ -26,10 +26,10 @@ from keras_dst._backend.rows import LARGEST, ROW_WIDTH, SMALLEST, Scores
 
 _SORTED = 1 << 20  # Number of scores up to which all scores are sorted.
 _STRIDE = 61  # Every 61st score is in the sample. 61 is a prime, so all columns are sampled alike.
-_DEVIATIONS = 5  # Distance of the bounds from the expected threshold, in standard deviations.
-# If all tensors are ranked together, the scores between the bounds may be concentrated in a few
-# tensors. A single bundle may then hold up to `_CONCENTRATION` times its proportional share of the
-# scores between the bounds.
+_DEVIATIONS = 5  # Distance between a bound and the expected threshold, in standard deviations.
+# If all tensors are ranked together, most scores between the bounds may belong to a few tensors.
+# Each bundle may therefore hold up to `_CONCENTRATION` times its proportional share of these
+# scores.
 _CONCENTRATION = 16
 
 
@@ -45,16 +45,17 @@ def is_possible(scores, sizes=None) -> bool:
 
 
 def top_k(scores: Scores, kept, first=None):
-    """Return masks of the highest scores, as one matrix per bundle of tensors.
+    """Return masks that keep the highest scores, as a list with one matrix for each bundle of
+    tensors.
 
     Args:
         scores: Scores of all tensors.
-        kept: Number of scores to keep per ranking, int32.
-        first: Number of the best entries of every tensor that are always kept. Defaults to None,
-            which means 0.
+        kept: Int32 vector with the number of scores to keep for each ranking.
+        first: For each tensor, the number of entries that are always kept: the entries of the
+            tensor with the highest scores. Defaults to None, which means 0.
     """
     if first is not None and max(first) > 1:
-        # Give the best entries of each tensor a score above all other scores.
+        # Replace the scores of the entries that are always kept by a score above all other scores.
         each = Scores(scores.split(scores.scores), together=False)
         best = top_k(each, ops.convert_to_tensor(first, "int32"))
         scores.scores = [
@@ -101,7 +102,8 @@ def kth(scores: Scores, kept):
 
 
 def _peaks(scores: Scores):
-    """Return the largest score of every row, and guess that no score is too large or NaN."""
+    """Return the largest score of every row. Record the guess that no score is NaN or above
+    `LARGEST`."""
     peaks = [ops.max(s, axis=1) for s in scores.scores]
     guesses.add(ops.all(ops.stack([ops.all(peak <= LARGEST) for peak in peaks])))
     return peaks
@@ -118,7 +120,7 @@ def _is_finite(scores: Scores, low, above, between):
 def _bounds(scores: Scores, kept):
     """Return two bounds per ranking that enclose the threshold with high probability."""
     if scores.count <= _SORTED:
-        # With `ops.full`, the host would wait for the GPU.
+        # `ops.full` would make the host wait for the GPU.
         return [ops.zeros(kept.shape, "float32") + end for end in (-np.inf, np.inf)]
     sample = ops.concatenate([ops.reshape(s, (-1,))[::_STRIDE] for s in scores.scores])
     sample = -ops.sort(-sample) if scores.together else sample
@@ -145,7 +147,8 @@ def _bounds(scores: Scores, kept):
         place = ops.minimum(ops.cast(ops.maximum(place, 0), "int32"), ops.maximum(sizes - 1, 0))
         return ops.take(sample, ops.minimum(first + place, sample.shape[0] - 1))
 
-    # No bound may lie inside the open interval around 0 in which all scores are tied.
+    # All scores in the open interval from -SMALLEST to SMALLEST are tied, so no bound may lie
+    # inside this interval.
     low = ops.where(lower < ops.cast(sizes, "float32"), at(lower), -np.inf)
     low = ops.where(ops.abs(low) < SMALLEST, 0.0, low)
     high = ops.where((upper >= 0) & (sizes > 0), at(upper), np.inf)
@@ -154,18 +157,19 @@ def _bounds(scores: Scores, kept):
 
 
 def _by_tensor(order, tensor):
-    """Sort the positions in `order` by tensor, and keep the order within each tensor."""
+    """Sort the positions in `order` by the tensor to which they belong. Positions in the same
+    tensor keep their order."""
     return gather(order, ops.argsort(gather(tensor, order)))
 
 
 def _limits(scores: Scores) -> list[int]:
-    """Return the maximum number of scores between the bounds that are copied from each bundle."""
+    """Return, for each bundle, the maximum number of scores between the bounds that are copied."""
     if scores.count <= _SORTED:
         return [len(b.tensor) * ROW_WIDTH for b in scores.bundles]
 
     def limit(length, total):
-        # The distance between the bounds is 2 * `_DEVIATIONS` standard deviations, and a standard
-        # deviation is at most sqrt(size of the sample) / 2.
+        # The bounds are 2 * `_DEVIATIONS` standard deviations apart. A standard deviation is at
+        # most sqrt(size of the sample) / 2.
         share = _DEVIATIONS / math.sqrt(total / _STRIDE)
         most = share * min(1.5 * total, _CONCENTRATION * length)
         return min(length, math.ceil(most) + 32 * _DEVIATIONS * _STRIDE)
@@ -176,17 +180,18 @@ def _limits(scores: Scores) -> list[int]:
 
 
 class _Between:
-    """Sorted scores between the bounds of each ranking.
+    """The scores between the lower and the upper bound of each ranking, sorted.
 
     Attributes:
-        values: Scores in descending order, grouped by ranking, followed by unused entries.
-        ranks: Rank of each score in `values` within its ranking, from 0.
-        first: Index of each ranking's first score in `values`.
-        counts: Number of each ranking's scores in `values`.
+        values: The scores of the first ranking in descending order, then of the second ranking, and
+            so on. Unused entries follow at the end.
+        ranks: For each score in `values`, its rank among the scores of its ranking, counted from 0.
+        first: For each ranking, the index of its first score in `values`.
+        counts: For each ranking, the number of its scores in `values`.
     """
 
     def __init__(self, scores: Scores, low, above):
-        """Sort the scores above `low` that are not in the masks `above`."""
+        """Find the scores above `low` that are not marked in the masks `above`, and sort them."""
         self.scores = scores
         self.places, used, values, tensor = [], [], [], []
         number = scores.lengths.shape[0]
@@ -205,8 +210,8 @@ class _Between:
             self.places.append(place)
             used.append(is_used)
         values, used = ops.concatenate(values), ops.concatenate(used)
-        # As in a search, positive scores below `SMALLEST` are tied. Zeros and negative scores above
-        # `-SMALLEST` are also tied.
+        # As in `ranking.py`, positive scores below `SMALLEST` are tied. Zeros and negative scores
+        # above `-SMALLEST` are tied, too.
         tiny = ops.maximum(ops.sign(values), 0) * (SMALLEST / 2)
         order = ops.argsort(-ops.where(ops.abs(values) < SMALLEST, tiny, values))
         self.ranks = ops.arange(order.shape[0], dtype="int32")
@@ -224,7 +229,8 @@ class _Between:
         self._order, self.values = order, gather(values, order)
 
     def of_ranking(self, values):
-        """Expand one value per ranking to the sorted scores, with 0 for unused entries."""
+        """Return the value for each sorted score, from a vector with one value per ranking. Unused
+        entries get 0."""
         if self._ranking is None:
             return values
         return gather(ops.append(values, ops.zeros_like(values[:1])), self._ranking)

@@ -78,8 +78,8 @@ def couple_channels(model, optimizer: SparseOptimizer | None = None) -> None:
     The `SparseTraining` callback calls this function when `fit` begins. A training loop without the
     callback calls this function before the first step. Without a call of `couple_channels`, the
     optimizer ranks the channels of each layer separately. Call `couple_channels` again after the
-    last step, to set the moving means of removed channels to 0. An optimizer step on JAX cannot set
-    moving means.
+    last step, to set the moving means of removed channels to 0. On JAX, the optimizer step itself
+    cannot set the moving means of BatchNormalization layers.
 
     Groups of channels are not saved with a model, so call `couple_channels` again after the model
     is loaded.
@@ -239,7 +239,7 @@ def _compiled_functions(method, layouts, shapes):
         # A callback may have assigned nonzero values to pruned weights.
         if isinstance(method, UpdateMethod):
             masks = [ops.logical_or(m, ops.not_equal(w, 0)) for m, w in zip(masks, weights)]
-        # All counts are in one tensor: if each count were read separately, the host would wait for
+        # Return all counts in one tensor. If the host read each count separately, it would wait for
         # the device once per weight.
         counts = ops.stack([count_all_true(mask) for mask in masks])
         if not groups:
@@ -256,8 +256,8 @@ def _compiled_functions(method, layouts, shapes):
 
 
 class Driver:
-    """Driver of one pruning method. A driver updates the masks and other states of all weights that
-    the method prunes, at the steps of the method's schedule."""
+    """Driver that updates the masks of one pruning method. A driver updates the masks and other
+    states of all weights that the method prunes, at the steps of the method's schedule."""
 
     def __init__(self, model, method, weights, states, layouts, names):
         self.model, self.method = model, method
@@ -267,10 +267,10 @@ class Driver:
         self.size = sum(math.prod(shape) for shape in self.shapes)
         self.schedule = method.schedule
         self.total: int | None = None
-        self.clock: Any = None  # None while the length of training is unknown.
+        self.clock: Any = None  # The clock is None until the length of training is known.
         self._update, self._kept = _compiled_functions(method, tuple(layouts), tuple(self.shapes))
         # For each weight, the cost of one entry, such as its FLOPs. The target sparsity is a
-        # fraction of the total cost. None means that all entries have the same cost.
+        # fraction of the total cost. If `costs` is None, all entries have the same cost.
         self.costs: list[float] | None = None
         self.groups = channels.groups_of(layouts)
         self.followers: list[Follower] = []
@@ -282,7 +282,8 @@ class Driver:
             self.target_quantity = f"fraction of the {method.counted_in} removed"
 
     def read_progress(self) -> tuple[int, int]:
-        """Return the stored step, and the length of the schedule, which is 0 before training."""
+        """Return the step that was stored last, and the length of the schedule in steps, or 0
+        before training."""
         raise NotImplementedError
 
     def write_progress(self, step: int, total: int) -> None:
@@ -296,17 +297,18 @@ class Driver:
     def reapply_masks(self) -> None:
         """Apply the current masks to the weights again, after a callback assigned other values.
 
-        Only the driver of a SparseOptimizer needs this function. Sparse layers apply their masks in
-        every forward pass.
+        Only the driver of a SparseOptimizer overrides this function to mask weights. Sparse layers
+        apply their masks in every forward pass.
         """
 
     def recover(self, batches: int, expected: float) -> None:
-        """Prune the weights again, with a warning, if a callback assigned less sparse weights.
+        """Prune the weights again, and warn, if a callback has assigned weights that are less
+        sparse.
 
         Args:
             batches: Number of batches that the current `fit` has trained.
-            expected: Sparsity that training had reached before the callback assigned the weights,
-                as returned by `reached()`.
+            expected: Result of `reached()` before the callback assigned the weights: the sparsity
+                that training had reached.
         """
         assigned = self._assigned()
         self.reapply_masks()
@@ -324,7 +326,7 @@ class Driver:
         )
 
     def _assigned(self) -> float:
-        """Return the sparsity of the weights that a callback may have assigned."""
+        """Return the current sparsity, after a callback may have assigned other weights."""
         return self.reached()
 
     def _prune(self, batches: int) -> None:
@@ -347,7 +349,7 @@ class Driver:
 
         Args:
             length: Number of steps of the schedule, or None if unknown.
-            fit: Number of steps in the current call of `fit`, or None if unknown.
+            fit: Number of steps that the current call of `fit` trains, or None if unknown.
             epoch: Number of steps in an epoch, or None if unknown.
             done: Number of steps of the current `fit` that were trained before an interruption.
                 Defaults to 0.
@@ -362,8 +364,8 @@ class Driver:
         self.total = total or length
         self._plan(fit, epoch)
         self.write_progress(self.last, self.total or 0)
-        # In a resumed training run, the mask update of the current step took place before the
-        # interruption.
+        # If training resumes at a later step, the masks of this step were already updated before
+        # the interruption.
         if self.clock and self.last == 0 and not self.method.learned:
             self.advance(0)
 
@@ -371,7 +373,8 @@ class Driver:
         """Set the length of the schedule, which becomes known after the first epoch."""
         if self.schedule is None or self.total is not None:
             return
-        late = self.clock is None  # Without a clock, no mask was updated at step 0.
+        # As long as the clock is None, masks are not updated, not even at step 0.
+        late = self.clock is None
         self.total = length
         self._plan(fit, epoch)
         self.write_progress(self.start + batches, length)
@@ -395,16 +398,16 @@ class Driver:
         step = self.start + batches
         if step <= self.last:
             return False
-        # The final projection of a learned method takes place at the end of the schedule or of a
-        # fit.
+        # A method that learns its masks is projected onto its target when the schedule ends or when
+        # `fit` ends.
         ends = [end for end in (self.total, self.fit_end) if end and self.method.learned]
         return self.clock.is_due(self.last, step) or any(self.last < end <= step for end in ends)
 
     def advance(self, batches: int) -> None:
         """Update the masks to the scheduled sparsity after `batches` batches of `fit`."""
         step = self.last = self.start + batches
-        # A method with learned thresholds or scores receives its final target one update early,
-        # because its weights need time to reach the target.
+        # Methods that learn thresholds or scores receive the target of the next update in advance,
+        # because their weights need time to reach a target.
         ahead = self.clock.period if self.method.learned else 0
         target = self.schedule.at(step + ahead, self.total)
         done = min(1.0, step / max(self.total or self.clock.last, 1))
@@ -427,7 +430,8 @@ class Driver:
             return
         target, reached = self._target(), self.reached()
         # The projection at the end of training makes the model meet the target exactly. A
-        # projection that moves a tenth of the kept weights costs little accuracy.
+        # projection costs little accuracy if it changes the masks of at most a tenth of the kept
+        # weights.
         allowed = max(self.tolerance, 0.1 * (1 - target))
         if abs(reached - target) > allowed and not self.projected:
             warnings.warn(
@@ -473,7 +477,8 @@ class Driver:
             warnings.warn(self.outcome(), stacklevel=2)
 
     def outcome(self) -> str:
-        """Return a sentence about the final target and the value that was reached."""
+        """Return a sentence that states the final target and the value that training has
+        reached."""
         target, reached = self._target(), self.reached()
         return (
             f"{self.method!r} reached {self.target_quantity} {reached:.4f}, but the target is "
@@ -481,7 +486,7 @@ class Driver:
         )
 
     def is_at_target(self, reached: float | None = None) -> bool:
-        """Return whether the final target is reached or exceeded.
+        """Return whether the model has reached or exceeded its final target.
 
         Args:
             reached: Return value of `reached()`, if the caller has already called `reached()`.
@@ -517,8 +522,8 @@ class Driver:
     def measure(self) -> tuple[float, float]:
         """Return how many entries all masks together currently keep, and the result of `reached()`.
 
-        This function computes the masks only once. If no channels are coupled, the host waits for
-        the device only once.
+        This function computes the masks only once. The host waits for the device once if the method
+        has no coupled channels.
         """
         found, alive = self._kept(*self._values())
         counts = ops.convert_to_numpy(found).tolist()
@@ -531,8 +536,8 @@ class Driver:
         return sum(counts), 1 - sum(c * k for c, k in zip(costs, counts)) / total
 
     def _alive(self) -> np.ndarray:
-        """Return a boolean array with True for each kept channel, and an additional True at the
-        end."""
+        """Return a boolean array with one entry per channel, True for kept channels. The last entry
+        is an additional True."""
         return ops.convert_to_numpy(self._kept(*self._values())[1])
 
     def mask_followers(self) -> None:
@@ -555,7 +560,8 @@ class Driver:
         return ops.convert_to_tensor(counts, "int32")
 
     def set_active(self, active: bool) -> None:
-        """Tell the layers or the optimizer whether a training callback updates their masks."""
+        """Tell the layers or the optimizer that a training callback updates their masks, or that no
+        callback does."""
         self.active: object = active_fit(self.model) if active else False
 
 
@@ -586,8 +592,8 @@ class LayerDriver(Driver):
             self.costs = [c for c in costs if c is not None] or None
 
     # The optimizer counts the steps, and its counter is part of every checkpoint. A sparse layer
-    # stores a pair: a step, and the optimizer's counter at that step. The stored pair lets counting
-    # continue correctly even if `compile` has reset the counter.
+    # stores a step together with the optimizer's counter at that step. If `compile` resets the
+    # counter of the optimizer, this pair lets the layer continue its own count.
 
     def _iterations(self) -> int:
         optimizer = _optimizer_of(self.model, self.weights)
@@ -742,5 +748,6 @@ def _count(flags) -> int:
 
 
 def _int(counter) -> int:
-    # `int` does not accept a variable with replicas, but accepts the tensor that the cast returns.
+    # `int` fails for a variable with one copy per replica (tf.distribute), but not for the tensor
+    # that the cast returns.
     return int(ops.cast(counter, "int32"))

@@ -1,12 +1,12 @@
 """All attributes that a running `fit` replaces on a model, and the clean-up that restores them.
 
 Keras calls no hook when `fit` raises an exception. However, Keras's `fit` keeps the logs of the
-last step in a local variable. The patched training step therefore returns logs that hold a token.
-Python frees the logs when `fit` ends, whether `fit` returns or raises. The finalizer of the token
-then restores the attributes of the model. While an exception is handled, its traceback keeps the
-local variables of `fit` alive. Until Python frees the exception, the patched methods stay on the
-model. The patched methods behave like the original methods, except that files are written
-atomically.
+last step in a local variable. The training step is therefore patched: it returns logs that hold an
+object, the token. Python frees the logs when `fit` ends, whether `fit` returns or raises. Python
+then deletes the token, too, and its finalizer restores the attributes of the model. While an
+exception is handled, its traceback keeps the local variables of `fit` alive. The patched methods
+therefore stay on the model until Python frees the exception. The patched methods behave like the
+original methods, except that files are written atomically.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ATTRIBUTE = "_keras_dst_fit"
 
 def active_fit(model) -> ActiveFit:
     """Return the object that all callbacks of the running `fit` share, and create it if needed."""
-    # Every `fit` creates a history. A custom training loop may have no history.
+    # Every `fit` creates a History object. A custom training loop may have no History object.
     owner = vars(getattr(model, "history", None) or model)
     if not owner.get(_ATTRIBUTE):
         owner[_ATTRIBUTE] = ActiveFit(model)
@@ -37,8 +37,8 @@ def active_fit(model) -> ActiveFit:
 
 
 class _Patch(NamedTuple):
-    """Attribute of an object, and the function that returns a replacement for the value of the
-    attribute."""
+    """A patch: an attribute of an object, and a function that maps the value of the attribute to
+    its replacement."""
 
     owner: Any
     name: str
@@ -48,11 +48,12 @@ class _Patch(NamedTuple):
 class ActiveFit:
     """State of a running `fit`: its patches, and the batches that it skips.
 
-    `bool()` of the object is False after `fit` has ended.
+    `bool(active_fit)` is False after `fit` has ended.
 
-    Under `fit`, the patches are applied at the first training step. An exception before the first
-    training step leaves the model unchanged. In a custom training loop, the patches are applied
-    when the first epoch begins. The patches are undone when training ends or begins again.
+    If `fit` trains the model, the patches are applied at the first training step. An exception
+    before the first training step leaves the model unchanged. In a custom training loop, the
+    patches are applied when the first epoch begins. When training ends or begins again, the
+    original attributes are restored.
 
     Attributes:
         skipped_batches: Number of batches that the first epoch draws without training on them.
@@ -74,11 +75,11 @@ class ActiveFit:
         self._is_fit = compiled and self.history is not None and not self.history.history
 
     def __bool__(self):
-        # Every `fit` creates a new history, also after an interrupted `fit`.
+        # Every `fit` creates a new History object, also after an interrupted `fit`.
         return not self._ended and getattr(self.model, "history", None) is self.history
 
     def replace(self, owner, name: str, make: Callable[[Any], Any]) -> None:
-        """Replace an attribute from the first step until `fit` ends.
+        """Replace an attribute of an object from the first training step until `fit` ends.
 
         Args:
             owner: Object that has the attribute, such as the model.
@@ -90,9 +91,9 @@ class ActiveFit:
     def guard_step(self, drivers: Sequence[Any] = ()) -> None:
         """Patch the compiled training step.
 
-        The patched step stays in `model.train_function`, so that later calls of `fit` do not
-        compile it again. The patched step raises an error if a driver in `drivers` needs a callback
-        and no callback is active.
+        Later calls of `fit` do not compile the training step again, because the patched step stays
+        in `model.train_function`. The patched step raises an error if a driver in `drivers` needs a
+        callback and no callback is active.
         """
         self._drivers = [*self._drivers, *drivers]
         if self.model.train_function is None:  # A custom training loop, not `fit`, is running.
@@ -108,7 +109,7 @@ class ActiveFit:
         self.model.train_function = patched_step
 
     def begin_epoch(self) -> None:
-        """Apply the patches now if the model is trained by a custom training loop."""
+        """In a custom training loop, apply the patches now."""
         if not self._is_fit:
             self._apply()
 
@@ -119,14 +120,15 @@ class ActiveFit:
 
     @property
     def is_patched(self) -> bool:
-        """Whether a callback has registered patches.
+        """True if a callback has registered a patch for this `fit`.
 
-        A request to skip batches does not count as a patch.
+        Skipping batches does not count as a patch.
         """
         return bool(self._patches or self._drivers)
 
     def restore(self) -> None:
-        """Undo the patches until the next training step of the running `fit`."""
+        """Restore the original attributes. The next training step of a running `fit` applies the
+        patches again."""
         applied, self._applied = self._applied, None
         for patch, replacement, before in reversed(applied or ()):
             own = vars(patch.owner)
@@ -172,14 +174,15 @@ class ActiveFit:
         except BaseException:
             self.restore()
             raise
-        if isinstance(result, tuple):  # On JAX, a training step returns the logs and the state.
+        # On JAX, a training step returns a tuple of the logs and the state.
+        if isinstance(result, tuple):
             return self._with_token(result[0]), *result[1:]
         return self._with_token(result)
 
     def _with_token(self, logs):
-        """Return the logs of a training step, with a token added.
+        """Return the logs of a training step, with the token as an attribute.
 
-        Python deletes the token when `fit` ends.
+        When `fit` ends, Python deletes the token.
         """
         if not isinstance(logs, dict):
             return logs
@@ -194,7 +197,8 @@ class ActiveFit:
 
     def _skip_step(self, step, arguments):
         steps = self.model.steps_per_execution
-        if keras.backend.backend() != "torch":  # On torch, `fit` has already drawn the batch.
+        # On torch, `fit` has already drawn the batch from the data.
+        if keras.backend.backend() != "torch":
             for _ in range(steps):
                 next(arguments[-1])
         self._to_skip -= steps
@@ -204,12 +208,12 @@ class ActiveFit:
 
 
 class _Token:
-    """Object that only the logs of a training step refer to. When the logs are freed, Python also
-    deletes the object."""
+    """Token: an object to which only the logs of training steps refer. When Python frees the logs,
+    Python also deletes the token."""
 
 
 class _Logs(dict):
-    """Logs of a training step, with a token as an attribute."""
+    """Logs of a training step, as a dict with the token as an attribute."""
 
     token: _Token
 
