@@ -43,6 +43,15 @@ def pages_of_this_backend():
     return [page for page in PAGES if page not in TESTED_ELSEWHERE and BACKEND in backends(page)]
 
 
+@pytest.fixture(autouse=True)
+def registered_classes():
+    """Restore the classes of other test files that a page registers again under the same name."""
+    registered = keras.saving.get_custom_objects()
+    before = dict(registered)
+    yield
+    registered.update(before)
+
+
 @pytest.mark.parametrize("page", pages_of_this_backend())
 def test_page(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

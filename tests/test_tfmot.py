@@ -207,7 +207,7 @@ def reference(w, schedule, rate, momentum=0.0, n_of_m=None):
     ids=["every", "decay", "2-of-4"],
 )
 def test_masks_and_weights_of_every_step_match_the_reference(schedule, momentum, n_of_m):
-    start = rng.standard_normal((9, 7)).astype("float32") / 3
+    start = np.random.default_rng(1).standard_normal((9, 7)).astype("float32") / 3
     model = keras.Sequential([keras.Input((9,)), layers.Dense(7, use_bias=False)])
     model.layers[0].kernel.assign(start)
     tfmot.prune_low_magnitude(model, schedule, sparsity_m_by_n=n_of_m)

@@ -18,6 +18,13 @@ from tests.gradients import gradients
 pytestmark = every(6)
 
 RNG = np.random.default_rng(0)
+START = RNG.bit_generator.state
+
+
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """Let every test draw the same random numbers, independently of the tests that ran before."""
+    RNG.bit_generator.state = START
 
 
 def array(x):
