@@ -96,8 +96,8 @@ def _erk(shapes, density):
     raw = np.array([sum(s) for s in shapes], "float64") / sizes
     full = np.zeros(len(sizes), bool)
     while True:
-        # Weights whose density would exceed 1 stay dense. The entries that are still to be kept are
-        # distributed over the other weights.
+        # Weight tensors whose density would exceed 1 stay dense. The rest of the budget is
+        # distributed over the other weight tensors.
         budget = density * sizes.sum() - sizes[full].sum()
         result = np.where(full, 1.0, 0.0)
         if not full.all():
@@ -173,9 +173,9 @@ def floor_counts(shapes: Sequence[Sequence[int]], sparsity: float) -> np.ndarray
     """Return the minimum number of entries that a global ranking keeps in every weight (int64).
 
     A weight keeps at least one entry, and at least a quarter of the entries that `"erk"` would
-    keep. A global ranking of a trained network rarely reaches the minimum. Without a minimum, a
-    global ranking at 98 % sparsity may keep so few entries of a layer that hardly any signal
-    passes.
+    keep. In a trained network, a global ranking rarely prunes a weight tensor down to this minimum.
+    Without a minimum, a global ranking at 98 % sparsity may keep so few entries of a layer that
+    hardly any signal passes.
 
     Args:
         shapes: Shapes of the weights.
@@ -199,12 +199,12 @@ def equal_drop(
 
     Every weight tensor is pruned until the metric drops by the same amount. The common drop is
     chosen so that the total sparsity meets the target. Between the measured points, drops are
-    interpolated linearly. Each curve is made monotonic first. Negative drops become 0, and every
-    drop is replaced by the largest drop up to the same sparsity. If several solutions have the same
-    largest drop, the function returns the most even sparsities.
+    interpolated linearly. Before the search, negative drops become 0. Every drop is then replaced
+    by the largest drop of the weight tensor at the same or a lower sparsity. If several solutions
+    have the same largest drop, the function returns the most even sparsities.
 
     Args:
-        sparsities: Sparsities at which the drops were measured, increasing from 0.
+        sparsities: Sparsities at which the drops of the metric were measured, increasing from 0.
         drops: Drops of the metric when only one weight tensor is pruned, as an array of shape
             (weight tensors, sparsities).
         sizes: Number of entries in each weight tensor.
@@ -233,8 +233,8 @@ def equal_drop(
     drops = np.maximum.accumulate(np.maximum(drops, 0), axis=1)
     # Add a small slope, so that every curve is strictly increasing and therefore invertible.
     drops = drops / (drops.max() or 1.0) + 1e-6 * grid
-    # Between two neighboring drops in `common`, the sparsity of each weight is a linear function of
-    # the drop.
+    # The sparsity of each weight tensor is a piecewise linear function of the drop, with corners at
+    # the drops in `common`.
     common = np.unique(drops)
     shares = np.array([np.interp(common, curve, grid) for curve in drops])
     return np.array([np.interp(sparsity * counts.sum(), counts @ shares, row) for row in shares])

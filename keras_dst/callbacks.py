@@ -46,8 +46,8 @@ class SparseTraining(keras.callbacks.Callback):
             in which case `fit` counts the batches in the first epoch.
         metric_at_target: Name of a metric, such as `"val_accuracy"`, whose values count only after
             the target sparsity is reached. The log `"val_accuracy_at_target"` contains the value of
-            the metric once the target sparsity is reached. Earlier, the log contains placeholder
-            values. The placeholders are worse than any value of the metric, and improve from epoch
+            the metric once the target sparsity is reached. In earlier epochs, the log contains
+            placeholder values, which are worse than any value of the metric and improve from epoch
             to epoch. Callbacks that monitor the `_at_target` log therefore keep only models that
             are sparse enough, and do not stop training too early. If the metric is measured on the
             training data, put `SparseTraining` first in the list of callbacks. Defaults to None.
@@ -153,8 +153,8 @@ class SparseTraining(keras.callbacks.Callback):
             # callback also see the metric.
             fit.replace(self.model, "evaluate", self._with_metric_at_target)
         if fit.history is not None:
-            # EarlyStopping may restore other weights in its `on_train_end`. The final weights are
-            # therefore checked later, in the `on_train_end` of the history.
+            # EarlyStopping may restore other weights in its `on_train_end`. The `on_train_end` of
+            # the `History` callback runs later, so the final weights are checked there.
             fit.replace(
                 fit.history, "on_train_end", functools.partial(self._with_last_check, fit.history)
             )

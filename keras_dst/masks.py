@@ -124,7 +124,8 @@ def ones(mask: Tensor, dtype) -> Tensor:
 
 def _upstream(args: tuple, upstream: Tensor) -> Tensor:
     # torch passes the forward arguments to a gradient function by position, and the upstream
-    # gradient by keyword. TensorFlow and JAX pass only the upstream gradient, by position.
+    # gradient by keyword. TensorFlow and JAX do not pass the forward arguments, and pass the
+    # upstream gradient by position.
     return args[-1] if upstream is None else upstream
 
 
@@ -181,10 +182,10 @@ def _without_gradient_where(mask, w):
 def limit_gradient(gradient: Tensor, mask: Tensor, limit: Tensor | float) -> Tensor:
     """Return a gradient whose pruned entries are limited, and whose kept entries are unchanged.
 
-    The largest allowed magnitude is `limit` times the root mean square of the kept entries. Kept
-    entries that are 0 do not count, because unused rows of an embedding have no gradient. If all
-    kept entries are 0, pruned entries become 0 too. If the mask keeps no entries, the gradient is
-    unchanged, so that an empty layer can recover.
+    The largest allowed magnitude is `limit` times the root mean square of the kept entries. The
+    mean ignores kept entries that are 0, such as the gradients of unused rows of an embedding. If
+    all kept entries are 0, pruned entries become 0 too. If the mask keeps no entries, the gradient
+    is unchanged, so that an empty layer can recover.
 
     Batch normalization multiplies the gradients of a unit by 1 / sqrt(variance + epsilon). If all
     inputs of a unit are pruned, the variance is close to 0, and the factor is very large. Without a

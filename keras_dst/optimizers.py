@@ -98,7 +98,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.step: Any = None
         self.total: Any = None
         self._timetable: _Timetable | None = None
-        self._planned: list[str] = []  # Paths of the kernels in `_timetable`.
+        self._planned: list[str] = []  # Paths of the kernels for which `_timetable` was computed.
         self._initial_update = True
         self.inner_optimizer = inner_optimizer
 
@@ -227,8 +227,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 variable is given as a tuple `(variable, axis, index)`. `axis` is the channel axis
                 of the variable, and `index[i]` is the channel of position i along `axis`. The index
                 is -1 for entries without a channel. Defaults to no variables.
-            model_known: Whether the layouts come from the layers of a model. False means that the
-                layouts are default axes. Defaults to False.
+            model_known: Whether the layouts come from the layers of a model. If False, the layouts
+                contain default axes. Defaults to False.
         """
         self.layouts = layouts
         self._model_known = model_known
@@ -334,7 +334,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 self.assign(kernel, value)
         step, total = map(ops.convert_to_tensor, (self.step, self.total))
         grads = list(self.method.perturb(grads, masks, step, total))
-        if replicas > 1:  # Divide, because the inner optimizer sums over the replicas.
+        if replicas > 1:  # The inner optimizer sums the gradients of all replicas.
             grads = [g if g is None else g / replicas for g in grads]
         self.inner_optimizer.apply(grads, variables)
         weights, changes = self.method.after(
@@ -549,8 +549,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def reapply_masks(self) -> None:
         """Set the pruned weights to zero again, after other code assigned values to the weights.
 
-        The assigned values of kept weights are also copied to states that began as copies, such as
-        the dense weights of `Magnitude(revival=True)`.
+        The function also copies the assigned values of kept weights to the states that store copies
+        of the weights, such as the dense weights of `Magnitude(revival=True)`.
         """
         for kernel, state, specs in zip(self.kernels, self.states, self._state_specs(self.kernels)):
             value, mask = ops.convert_to_tensor(kernel), _mask_of(state)
@@ -589,8 +589,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         if filters is not None and self.built:
             # Save the paths that the filter selected, because a file cannot hold code. The paths
             # are joined to a single regular expression, because each expression in a list has to
-            # match a weight. The loaded optimizer does not train frozen layers, so a list with the
-            # paths of their weights could not be loaded.
+            # match a weight. The path of a frozen weight matches no weight of the loaded optimizer,
+            # which does not train frozen layers.
             known = [_path_of(v) for v in _keras.trained_variables_of(self) if is_kernel(v)]
             chosen = "|".join(_suffix_pattern(name, known) for name in self.kernel_names)
             filters = [chosen] if chosen else []
@@ -723,7 +723,7 @@ def _path_of(variable) -> str:
 
 
 def _suffix_pattern(path: str, paths: list[str]) -> str:
-    """Return a regular expression for the end of a path that no other path matches."""
+    """Return a regular expression that matches the end of `path`, but no other path in `paths`."""
     parts = path.split("/")
     for length in range(2, len(parts)):
         end = "/".join(parts[-length:])
@@ -733,7 +733,7 @@ def _suffix_pattern(path: str, paths: list[str]) -> str:
 
 
 def exclude_from_decay(optimizer, variables) -> None:
-    """Exempt variables from weight decay in all optimizers inside an optimizer."""
+    """Exempt variables from weight decay in an optimizer, or in all of its inner optimizers."""
     for leaf in leaf_optimizers(optimizer):
         _keras.exempt_from_decay(leaf, variables)
 

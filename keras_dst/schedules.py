@@ -217,9 +217,10 @@ class Geometric(Schedule):
     """Schedule whose density falls by the same factor in equal time spans.
 
     Args:
-        rate: Fraction of the kept weights that every jump removes, in (0, 1). Jumps are equally
-            spaced. The last jump removes fewer weights if a full jump would exceed the target.
-            Defaults to None, which means that the density falls smoothly, without jumps.
+        rate: Fraction of the kept weights that every jump of the sparsity removes, in (0, 1). Jumps
+            are equally spaced. The last jump of the sparsity is smaller if a full jump would exceed
+            the target. Defaults to None, which means that the density falls smoothly, without
+            jumps.
 
     Example:
         >>> keras_dst.schedules.Geometric(0.75, end=1.0)(0.5)

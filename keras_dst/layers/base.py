@@ -17,7 +17,7 @@ from keras_dst.masks import KERNEL, Layout, masked
 from keras_dst.methods.base import LayerMethod, Method, State, UnitMethod, describe
 
 if TYPE_CHECKING:
-    from keras import Layer as _Layer  # Type checkers treat mixins as layers.
+    from keras import Layer as _Layer  # For type checkers, the mixins are Keras layers.
 else:
     _Layer = object
 
@@ -123,7 +123,7 @@ class SparseMixin(_keras.BuildHook):
     # Masked weights that `SparseCellMixin` computes once for a whole sequence.
     cached_weights: Mapping[str, Any] = MappingProxyType({})
     driver_active = False  # Whether a callback such as SparseTraining is running.
-    traced_both_paths = False  # Whether a step of a two-path method was traced.
+    traced_both_paths = False  # Whether a training step traced both paths of a TwoPathMethod.
 
     def __init__(self, *args, method, **kwargs):
         super().__init__(*args, **kwargs)
@@ -133,8 +133,7 @@ class SparseMixin(_keras.BuildHook):
         """Set the method of the layer, before or after the layer is built."""
         self.method = method
         # Up to version 3.15, Keras sets the attribute `quantize` on every layer instance, which
-        # hides the method `quantize` of the class. The instance attribute is therefore replaced by
-        # `_refuse_to_quantize`.
+        # hides the method `quantize` of the class. Replace this attribute by `_refuse_to_quantize`.
         self.__dict__["_stock_quantize"] = self.__dict__.get("quantize")
         self.__dict__["quantize"] = self._refuse_to_quantize
         # Keras must not track the nested dict, because `add_weight` already tracks the variables in
@@ -175,8 +174,8 @@ class SparseMixin(_keras.BuildHook):
         inputs."""
         return cast(UnitMethod, self.method).gate(state, layout)
 
-    # The mask variables are created after the stock weights. The order of variables is therefore
-    # the same whether a layer becomes sparse before or after it is built. Optimizers save their
+    # Create the mask variables after the weights of the Keras layer, so that the variables have the
+    # same order whether a layer becomes sparse before or after it is built. Optimizers save their
     # slots in the order of the variables.
     def after_build(self):
         # With the argument `weights=`, Keras's Embedding builds itself in `__init__`, before the
@@ -300,8 +299,9 @@ class SparseCellMixin(SparseMixin):
     """Mixin for recurrent cells that masks the weights once per sequence instead of at every step.
 
     Keras requests the dropout mask of a cell before a sequence, and resets the dropout mask after
-    the last step. The cell caches its masked weights from the request of the dropout mask until the
-    reset. A cell that is called directly, without a sequence, does not cache masked weights.
+    the last step. The cell computes its masked weights when Keras requests the dropout mask, and
+    deletes them when Keras resets the dropout mask. A cell that is called directly, without a
+    sequence, does not cache masked weights.
     """
 
     _called_by_itself = False
@@ -355,7 +355,7 @@ def expose_variables(layer) -> None:
 
 
 def require_driver(layer) -> None:
-    """Raise an error in an optimizer step on a layer whose method's callback is not running."""
+    """Make optimizer steps raise an error if the callback of the layer's method is not running."""
     trained = [
         v for inner in _keras.flatten_layers(layer) for v in _keras.trainable_variables_of(inner)
     ]

@@ -47,8 +47,8 @@ class SparseContainer(_keras.BuildHook):
     """Sparse form of a layer or model that creates its inner layers itself.
 
     The config of the stock class does not describe the inner layers. A layer that is created from
-    the config has plain inner layers. The sparse form therefore also stores a recipe, which is a
-    dict that maps the position of each sparse inner layer to its method.
+    the config has plain inner layers. For this reason, the config also stores a recipe: a dict that
+    maps the position of each sparse inner layer to its method.
     """
 
     stock: type
@@ -159,9 +159,9 @@ def _declared_weights(stock: type) -> dict[str, Layout]:
 @functools.cache
 def _derive(bases: tuple[type, ...]) -> type:
     # The cache ensures that two layers of the same stock class also have the same sparse class. All
-    # derived classes are registered with Keras under the name of their first base class, whose
-    # `from_config` looks up the custom class. The derived classes have the `__name__` of the stock
-    # class, see `base.register`.
+    # derived classes are registered with Keras under the name of their first base class.
+    # `from_config` of this base class looks up the custom class. The derived classes have the
+    # `__name__` of the stock class, see `base.register`.
     stock = bases[-1]
     weights = {name: SparseWeight(layout) for name, layout in _declared_weights(stock).items()}
     own = {"stock": stock, "__qualname__": f"Sparse{stock.__name__}", **weights}

@@ -94,8 +94,8 @@ class Gate(_keras.BuildHook, layers.Layer):
         self.method = method
         # Keras must not track the nested dict, see `SparseMixin.attach_method`.
         self.__dict__["sparse_state"] = {}
-        # With one gate per channel, each channel is an output unit in the layout. `Consensus` keeps
-        # at least one output unit open. The layout of a branch gate has no output units, so
+        # With one gate per channel, the layout treats each channel as an output unit. `Consensus`
+        # keeps at least one output unit open. The layout of a branch gate has no output units, so
         # `Consensus` may close the gate.
         self._layout = Layout((-1,) if structure == "channel" else (), ())
 

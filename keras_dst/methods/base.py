@@ -79,8 +79,8 @@ class Method(Configurable):
         schedule: Schedule of the target sparsity, or None if the method has no target.
         allocation: Distribution of the sparsity over the weights.
         pattern: Which weights are pruned together, see `masks.Pattern`.
-        frequency: Steps between mask updates, or `"epoch"`. None means `default_frequency`, reduced
-            in short training runs to allow 20 updates.
+        frequency: Steps between mask updates, or `"epoch"`. None means `default_frequency`, or
+            fewer steps in a short training run to reach 20 updates.
         default_frequency: Steps between mask updates in the paper, or `"epoch"`.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
             `min_kept` counts channels instead of weights.
@@ -93,11 +93,12 @@ class Method(Configurable):
         learned: True if training determines the sparsity, and False if a ranking determines the
             sparsity. If True, the method must define `project`, and `update` receives the target
             sparsity of the next update.
-        exact_from: For a method with `learned = True`, the finished fraction of training after
-            which every mask update calls `project`, if the schedule has reached its final target.
-            The default of 1 means that `project` is called only after the last step.
-        couples_channels: For a method with `learned = True`, whether `update` and `project` keep or
-            prune a channel in all layers that compute it. False means that each layer is pruned
+        exact_from: Finished fraction of training after which every mask update of a method with
+            `learned = True` calls `project`. The calls begin only after the schedule has reached
+            its final target. The default of 1 means that `project` is called only after the last
+            step.
+        couples_channels: Whether `update` and `project` of a method with `learned = True` prune a
+            channel in all layers that compute the channel. False means that each layer is pruned
             separately.
         target_quantity: Name of the quantity that has a target, such as `"sparsity"`. Warnings use
             this name.
@@ -133,8 +134,8 @@ class Method(Configurable):
     def length(self, total: Tensor) -> Tensor | int:
         """Return the number of training steps on which settings such as the gradient limit depend.
 
-        A custom training loop does not know the length of training. If the schedule is given in
-        steps, this function therefore returns the last step of the schedule.
+        If the schedule is given in steps, this function returns the last step of the schedule and
+        ignores `total`, which a custom training loop does not know.
 
         Args:
             total: Number of steps in the training run, or 0 if the number is unknown.
@@ -199,17 +200,18 @@ class Method(Configurable):
         layouts: Sequence[Layout],
         kept: Tensor,
     ) -> list[State]:
-        """Return new values of the states that meet the final target exactly.
+        """Return new values of the states, with which the masks meet the final target exactly.
 
         If `learned` is True, the training callback calls this function after the last step of the
-        schedule, and also at the mask updates after the fraction `exact_from` of training. Every
-        method with `learned = True` and a schedule must define this function.
+        schedule. Mask updates after the fraction `exact_from` of training also call this function.
+        Every method with `learned = True` and a schedule must define this function.
 
         Args:
             weights: All weights that the method prunes.
             states: States of the weights, one dict per weight.
             layouts: Input and output axes of each weight.
-            kept: Final number of weights to keep, in the format of the argument `kept` of `update`.
+            kept: Final number of weights to keep, as one total or one number per weight tensor (see
+                `update`).
         """
         raise NotImplementedError
 
@@ -245,9 +247,10 @@ class Method(Configurable):
         sparsity: float,
         names: Sequence[str],
     ) -> np.ndarray:
-        """Return how many weights to keep, in the format of the argument `kept` of `update`.
+        """Return how many weights to keep, as one total or one number per weight tensor.
 
-        If channels are coupled, return how many channels to keep instead (see `methods.channels`).
+        If channels are coupled, the numbers count channels instead of weights (see
+        `methods.channels`).
 
         Args:
             shapes: Shapes of all weights that the method prunes.
@@ -274,7 +277,8 @@ class Method(Configurable):
         Args:
             scores: Saliency of all weights, in the shapes of the weights.
             layouts: Input and output axes of each weight.
-            kept: Number of weights to keep, in the format of the argument `kept` of `update`.
+            kept: Number of weights to keep, as one total or one number per weight tensor (see
+                `update`).
         """
         pattern = Pattern(self.pattern)
         if channels.groups_of(layouts):
@@ -285,7 +289,7 @@ class Method(Configurable):
                 for s, layout in zip(scores, layouts)
             ]
         shapes = [tuple(s.shape) for s in scores]
-        together = kept.shape[0] == 1  # A length of 1 means one count for all tensors.
+        together = kept.shape[0] == 1  # A single entry counts the weights of all tensors.
         sizes = None
         if pattern.grouped:
             sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
@@ -305,9 +309,9 @@ class Method(Configurable):
         scores = ()  # Free the scores during the ranking, because they are as large as the weights.
         found = masks.top_k(groups, kept, sizes, [1] * len(groups))
         if together and floors.max() > 1:
-            # The first ranking keeps at least one group per weight tensor. If a weight tensor then
-            # keeps fewer groups than its minimum, a second ranking keeps the minimum number of
-            # groups in every weight tensor.
+            # The first ranking keeps at least one group of weights in every tensor. If a tensor
+            # keeps fewer groups than its minimum, a second ranking ensures the minimum in every
+            # tensor.
             counts = ops.stack([count_all_true(mask) for mask in found])
             too_few = ops.any(counts < ops.convert_to_tensor(floors, "int32"))
             found = guesses.cond(
@@ -368,9 +372,9 @@ class Method(Configurable):
             )
         if self.groups is not None and self.counted_in != "channels":
             raise ValueError(
-                "With groups, sparsity must be the fraction of the channels to remove. The groups "
-                "do not name the weights that read a channel, so keras_dst cannot count the "
-                "parameters and FLOPs that are removed with the channel. Received: "
+                "groups can be combined only with counted_in='channels'. The groups do not name "
+                "the weights that read a channel, so keras_dst cannot count the parameters and "
+                "FLOPs that are removed with the channel. Received: "
                 f"counted_in={self.counted_in!r}. Omit counted_in, or build a Functional model and "
                 "omit groups."
             )
@@ -582,7 +586,7 @@ class TwoPathMethod(LayerMethod):
         return masks.masked(w, mask)
 
     def path_divergence(self, state: State) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """Return a function that computes a penalty on the difference between the two paths.
+        """Return a function that penalizes different outputs of the pruned path and the full path.
 
         The training callback calls this function once when training begins. The returned function
         takes the logits of the pruned path and of the full path, with the classes on the last axis.

@@ -60,9 +60,10 @@ class ChannelGroups:
             fraction of the outputs of weight w that belong to group g. The last column holds the
             fraction of inputs or outputs that are always kept.
         costs: Parameters and FLOPs of every weight, as an array of shape (number of weights, 2).
-        widths: Number of filters that are removed together with one channel, for every group. The
-            number of filters exceeds 1 only for grouped convolutions, from which whole groups of
-            filters are removed. Defaults to None, which means 1 in all groups.
+        widths: Number of filters that are removed together with one channel, as one number per
+            group of channels. The number exceeds 1 only for channels of grouped convolutions,
+            because whole groups of filters are removed from a grouped convolution. Defaults to
+            None, which means 1 in all groups.
     """
 
     def __init__(
@@ -105,8 +106,7 @@ class ChannelGroups:
 
         Args:
             kept: Number of kept channels in every group, as an array or a tensor of floats.
-            counted_in: Quantity of which the fraction is returned: `"channels"`, `"parameters"` or
-                `"flops"`.
+            counted_in: Quantity to count: `"channels"`, `"parameters"` or `"flops"`.
         """
         total: Any = np.sum
         array: Any = np.asarray
@@ -195,12 +195,13 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
 
     With `allocation="global"`, return an array with the single number `round(density * 2**20)`.
 
-    If the allocation names a group, the sparsity of the group is the value in the allocation. The
-    densities of all other groups are chosen so that the removed fraction of channels, parameters or
-    FLOPs is as close as possible to `sparsity`.
+    If the allocation is a dict that names a weight of a group, the sparsity of the group is the
+    value in the dict. The densities of all other groups are chosen so that the removed fraction of
+    channels, parameters or FLOPs is as close as possible to `sparsity`.
 
     Args:
-        method: Pruning method with `allocation`, `counted_in`, `round_to` and `least_units`.
+        method: Pruning method that defines `allocation`, `counted_in`, `round_to` and
+            `least_units`.
         shapes: Shapes of all weights that the method prunes.
         layouts: Axes and coupled channels of each weight.
         names: Paths of the weights, which are needed if the allocation is a dict.
@@ -240,8 +241,8 @@ def kept_counts(method, shapes, layouts, sparsity: float, names: Sequence[str]) 
         low, high = (middle, high) if share(rounded(middle)) <= target else (low, middle)
     counts, more = rounded(low), rounded(high)
     # Round by the largest-remainder method: visit the groups in descending order of their
-    # remainders. Use the count for `high` if this count brings the kept fraction closer to the
-    # target.
+    # remainders. In each group, use the count at the density `high` if the kept fraction gets
+    # closer to the target.
     remainder = exact(high) / step - np.floor(exact(high) / step)
     for group in np.argsort(-remainder, kind="stable"):
         trial = counts.copy()
@@ -299,7 +300,8 @@ def rank(method, scores: Sequence[Tensor], layouts: Sequence[Layout], kept: Tens
     """Return boolean masks that keep the channels with the highest scores.
 
     Args:
-        method: Pruning method with `allocation`, `counted_in`, `round_to` and `least_units`.
+        method: Pruning method that defines `allocation`, `counted_in`, `round_to` and
+            `least_units`.
         scores: Saliency of all weights, in the shapes of the weights.
         layouts: Axes and coupled channels of each weight.
         kept: Result of `kept_counts`, as a tensor.
@@ -323,7 +325,8 @@ def best(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor) -> Tenso
     """Return a boolean vector that states for every channel whether the channel is kept.
 
     Args:
-        method: Pruning method with `allocation`, `counted_in`, `round_to` and `least_units`.
+        method: Pruning method that defines `allocation`, `counted_in`, `round_to` and
+            `least_units`.
         groups: Groups of the channels.
         saliency: Vector with one float per channel.
         kept: Result of `kept_counts`, as a tensor.
@@ -405,10 +408,10 @@ def per_unit(
 
 
 def alive(found: Sequence[Tensor], layouts: Sequence[Layout]) -> Tensor:
-    """Return whether each channel is kept, as a boolean vector with an additional True at the end.
+    """Return a boolean vector that is true for kept channels, followed by an extra entry of True.
 
-    The index -1 of units that are always kept selects the additional True. All weights that compute
-    a channel have the same mask for the channel, so only the first weight is read.
+    Output units that are always kept have the index -1, which selects the extra entry. All weights
+    that compute a channel have the same mask for the channel, so only the first weight is read.
 
     Args:
         found: Boolean masks of all weights.
@@ -450,8 +453,8 @@ class Scales(NamedTuple):
     Attributes:
         variables: Indices of the variables that hold normalization scales.
         places: One index array per weight, in a shape that broadcasts to the weight, or None for a
-            weight without scales. An index selects the scale of an output unit from the
-            concatenated variables.
+            weight without scales. Each index is the position of the scale of an output unit in the
+            concatenated `variables`.
     """
 
     variables: list[int]
@@ -479,9 +482,9 @@ def scales_of(
     Args:
         shapes: Shapes of all weights.
         layouts: Axes and coupled channels of each weight.
-        gammas: One pair per variable that holds scales: the index of the variable, and the channel
-            index of each of its entries. If several variables scale a channel, the first variable
-            is used.
+        gammas: One pair `(index, channels)` per variable that holds normalization scales. `index`
+            is the index of the variable, and `channels` is an array with the channel of each entry.
+            If several variables scale a channel, the first variable is used.
     """
     if not gammas:
         return Scales([], [])
@@ -541,7 +544,8 @@ def shifts(
     group rise by the same amount.
 
     Args:
-        method: Pruning method with `allocation`, `counted_in`, `round_to` and `least_units`.
+        method: Pruning method that defines `allocation`, `counted_in`, `round_to` and
+            `least_units`.
         margins: One float32 tensor per weight, with the score minus the threshold of every unit.
         layouts: Axes and coupled channels of each weight.
         kept: Result of `kept_counts` for a global ranking, as a tensor.
@@ -550,7 +554,8 @@ def shifts(
         A tuple `(common, rises, limits)`. `common` is the rise of all thresholds at which the model
         keeps as many channels as the target requires. `rises` holds the rise of every threshold.
         `limits` holds the largest rise of every threshold at which its group keeps the minimum
-        number of channels. If a unit is always kept, the rise and the limit of its threshold are 0.
+        number of channels. The rise and the limit are 0 for the thresholds of units that are always
+        kept.
     """
     groups = _required(layouts)
     largest = largest_of_units(margins, layouts)
@@ -578,7 +583,7 @@ def shifts(
 
 
 def _in_shapes(values: Tensor, like: Sequence[Tensor], layouts: Sequence[Layout]) -> list[Tensor]:
-    """Return the values of the channels that the output units compute, in the shapes of `like`.
+    """Return tensors in the shapes of `like`, with the value of the channel of each output unit.
 
     Args:
         values: Vector with one entry per channel, and a last entry for units that are always kept.
@@ -622,8 +627,8 @@ def masks_of_followers(
 def _global_counts(method, groups: ChannelGroups, saliency: Tensor, kept: Tensor) -> Tensor:
     """Rank the channels of all groups together, and return the number of kept channels per group.
 
-    For a given threshold, the number of kept channels in every group is rounded. Bisection finds
-    the threshold at which the model meets the target.
+    All channels above a threshold are kept, and their number in every group is then rounded.
+    Bisection finds the threshold at which the model meets the target.
     """
     step, least = (ops.convert_to_tensor(x, "int32") for x in _steps(groups, method))
     sizes, owner = (ops.convert_to_tensor(x, "int32") for x in (groups.sizes, groups.owner))

@@ -69,13 +69,13 @@ class Consensus(UnitMethod):
             sample, or of the parameters. Defaults to `"flops"`.
         lambda_polar: Weight of the polarization penalty. Defaults to 0.5.
         lambda_act: Weight of the penalty on the cost of all open gates. Defaults to 100.
-        frequency: Steps between updates of the target cost, or `"epoch"`. Defaults to None: 20
-            steps, reduced in short training runs to allow 20 updates.
+        frequency: Steps between updates of the target cost, or `"epoch"`. Defaults to None, which
+            means 20 steps, or fewer in a short training run to reach 20 updates.
         round_to: After the last step, the number of kept channels of every layer is a multiple of
             `round_to`. Layers with fewer than `2 * round_to` channels can keep any number of
-            channels. Rounding opens and closes gates in the last quarter of training. Defaults to
-            1, which means that numbers of channels are not rounded. Convolutions are fastest with a
-            multiple of 8 channels.
+            channels. The `SparseTraining` callback opens and closes gates for this rounding in the
+            last quarter of training. Defaults to 1, which means that numbers of channels are not
+            rounded. Convolutions are fastest with a multiple of 8 channels.
         min_kept: Minimum number of units that every layer keeps, and of channels that every group
             of coupled channels keeps. Defaults to None: `max(2, ceil(sqrt(1 - s) / 2 * units))` for
             a sparsity of s. The default is about half of the units that a uniform sparsity would
@@ -94,7 +94,8 @@ class Consensus(UnitMethod):
     default_frequency = 20
     learned = True
     # A gate that is closed after the last step costs accuracy, because no step follows in which the
-    # other weights adapt. Gates therefore meet the target from this fraction of training on.
+    # other weights adapt. After this fraction of training, every update therefore opens or closes
+    # gates until the target is met.
     exact_from = 0.75
     undecayed = ("logit",)
     target_quantity = "fraction of the cost closed"
@@ -173,7 +174,7 @@ class Consensus(UnitMethod):
     # -- forward ---------------------------------------------------------------------------------
 
     def is_open(self, state, layout: Layout = KERNEL):
-        """Return a boolean for every structure, which is true if the structure is open.
+        """Return a boolean for every gate, which is true if the gate is open.
 
         The output units with the highest logits or mean gates in a layer are always open. Their
         number is `least_units`.
@@ -189,8 +190,8 @@ class Consensus(UnitMethod):
         least = self.min_kept
         if least is None:
             # If all layers keep the fraction q of their units, the model keeps about q**2 of its
-            # cost. If all layers keep only half the fraction q, the model keeps about a quarter of
-            # the cost. A layer with a single open unit often stops learning.
+            # cost. The minimum of q / 2 in all layers would keep about a quarter of this cost. A
+            # layer with a single open unit often stops learning.
             least = max(2, math.ceil(math.sqrt(self._open_at_end) / 2 * units - 1e-9))
         return min(least, units)
 

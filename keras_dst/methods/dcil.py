@@ -64,17 +64,21 @@ class DCIL(TwoPathMethod):
             `"1x4"` prunes blocks of 1 output and 4 inputs. `"2:4"` keeps 2 of every 4 weights. The
             score of a block or channel is the mean score of its weights. Defaults to
             `"unstructured"`.
-        score: Saliency of a weight: `"magnitude"` for `|w|`, or `"square"` for `w**2`. The two
-            scores rank blocks and channels differently. Defaults to `"magnitude"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: 16 steps, reduced in
-            short training runs to allow 20 updates.
+        score: Saliency of a weight: `"magnitude"` for `|w|`, or `"square"` for `w**2`. Both scores
+            rank single weights in the same order, but not blocks and channels. Defaults to
+            `"magnitude"`.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 16 steps,
+            or fewer in a short training run to reach 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
             `min_kept` counts channels instead of weights. Defaults to None, which means 1. With
-            `allocation="global"`, None means a quarter of the weights that the allocation `"erk"`
-            would keep.
-        counted_in: With `pattern="channel"`, see `Magnitude`.
-        round_to: With `pattern="channel"`, see `Magnitude`.
-        groups: With `pattern="channel"`, see `Magnitude`.
+            `allocation="global"`, the default is a quarter of the weights that the layer would keep
+            with `allocation="erk"`.
+        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of `"channels"`,
+            `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels, see
+            `Magnitude`. Defaults to 8.
+        groups: Lists of layers whose channels are removed together, see `Magnitude`. Defaults to
+            None.
 
     Raises:
         ValueError: If an argument is outside its range.

@@ -17,9 +17,9 @@ density would be reset. In the last quarter of training, every update shifts the
 the model meets the target exactly. For thresholds t < -1, the penalty is linear in t. Thresholds
 that are not finite are reset to 0. `LayerMethod.limited` limits the gradients of pruned weights. If
 several layers compute a channel, the channel is pruned only if it is below its threshold in all of
-the layers. The Q of the channel is the largest Q of its units. With a target sparsity, every update
-stores which channels are kept, and no layer masks the units of a kept channel until the next
-update.
+the layers. The margin Q of a channel is the largest Q of its units. With a target sparsity, every
+update stores which channels are kept. Until the next update, no layer masks the units of these
+channels.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ _MEMORY = 0.9  # Momentum of the exponential moving averages.
 _MAX_GROWTH = 3.0  # Maximum ratio of alpha to the root mean square of its earlier values.
 
 # Finished fraction of training after which every update meets the target exactly. At the end of
-# training, the learning rate is small. Alpha then cannot move the thresholds, and the network
-# cannot adapt to a late change of its masks.
+# training, the learning rate is small, so alpha cannot move the thresholds. The network also cannot
+# adapt to a late change of its masks.
 _EXACT = 0.75
 _ALWAYS = np.float32(1e30)  # Score of weights that a layer must keep.
 
@@ -78,10 +78,11 @@ class DST(LayerMethod):
             at most a tenth of the target density. With a target sparsity, every layer also keeps at
             least a quarter of the weights that the allocation `"erk"` would keep. Defaults to 0.01,
             as in the paper.
-        frequency: Steps between updates of alpha, or `"epoch"`. Defaults to None: 20 steps, reduced
-            in short training runs to allow 20 updates.
-        counted_in: With `pattern="channel"`, see `Magnitude`. Values other than `"channels"` need
-            `sparsity` and coupled channels. Defaults to `"channels"`.
+        frequency: Steps between updates of alpha, or `"epoch"`. Defaults to None, which means 20
+            steps, or fewer in a short training run to reach 20 updates.
+        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of `"channels"`,
+            `"parameters"` or `"flops"`. Values other than `"channels"` need `sparsity` and coupled
+            channels. Defaults to `"channels"`.
 
     Raises:
         ValueError: If an argument is outside its range, or if `pattern` is N:M.
@@ -132,10 +133,9 @@ class DST(LayerMethod):
         self._check_common()
         if counted_in != "channels" and not self._holds_channels:
             raise ValueError(
-                "DST can count parameters or FLOPs only with a sparsity, and not with "
-                f"granularity='layer'. Received: counted_in={counted_in!r}, "
-                f"sparsity={sparsity!r}, granularity={granularity!r}. Omit "
-                "counted_in, or change the other arguments."
+                "To count parameters or FLOPs, DST needs a sparsity, and a granularity other than "
+                f"'layer'. Received: counted_in={counted_in!r}, sparsity={sparsity!r}, "
+                f"granularity={granularity!r}. Omit counted_in, or change the other arguments."
             )
 
     # -- state -----------------------------------------------------------------------------------
@@ -152,8 +152,8 @@ class DST(LayerMethod):
                 trainable=False,
                 autocast=False,
             )
-            # State of the controller: the gap at the last update, and three exponential moving
-            # averages.
+            # State of the controller in `update`: the last gap to the target, and three exponential
+            # moving averages.
             control = layer.add_weight(
                 name=f"{name}_control",
                 shape=(4,),
@@ -165,7 +165,8 @@ class DST(LayerMethod):
             progress = self.build_progress(layer, name)
             state = {"alpha": alpha, "control": control, "progress": progress}
         if self._holds_channels:
-            # Each update sets the entries of units with kept channels to 1.
+            # Each update sets `held` to 1 for the units of kept channels, and to 0 for all other
+            # units.
             state["held"] = layer.add_weight(
                 name=f"{name}_held",
                 shape=shape,
@@ -202,7 +203,7 @@ class DST(LayerMethod):
     # -- forward ---------------------------------------------------------------------------------
 
     def _margin(self, magnitude, state, layout):
-        """Return Q, the score of each group minus its threshold."""
+        """Return the margin Q of each group of weights: its score minus its threshold."""
         return Pattern(self.pattern).scores(magnitude, layout) - state["threshold"]
 
     def apply(self, w, state, layout):
@@ -210,7 +211,7 @@ class DST(LayerMethod):
         magnitude = w * ops.stop_gradient(ops.sign(w))
         on = masks.step(self._margin(magnitude, state, layout))
         if "held" in state:
-            # The threshold of a unit that is kept with its channel has the same gradient.
+            # Keeping a unit because of its channel does not change the gradient of its threshold.
             held = ops.cast(ops.convert_to_tensor(state["held"]), on.dtype)
             on = on + ops.stop_gradient(ops.maximum(held - on, 0.0))
         on = Pattern(self.pattern).expand(on, w.shape, layout)
@@ -233,9 +234,9 @@ class DST(LayerMethod):
     def reset_at(self) -> float:
         """Maximum density of a layer at which the thresholds of the layer are reset to 0.
 
-        The value is -1 if a layer may keep channels although all its units are below their
-        thresholds. In this case, `update` lowers the thresholds of groups that keep too few
-        channels.
+        If coupled channels have a target sparsity, the value is -1, which disables the reset. A
+        layer can then keep a channel although its units are below their thresholds. Instead of the
+        reset, `update` lowers the thresholds of groups that keep too few channels.
         """
         if self.schedule is None:
             return self.reset_density
@@ -247,23 +248,23 @@ class DST(LayerMethod):
         """Return a new value of alpha, which controls the density.
 
         The gap is the amount by which all thresholds would have to increase to meet the target
-        sparsity. The controller uses a linear model of the change in the gap from one update to the
-        next:
+        sparsity. The controller models the change of the gap from one update to the next as a
+        linear function of alpha:
 
         ```text
         last gap - gap = drift + response alpha
         ```
 
-        The drift is the decrease of the gap per update that training and the schedule cause. The
-        response is the additional decrease of the gap per update if alpha is 1. The drift and the
-        response are estimated by exponentially weighted least squares. The gap, the drift and the
-        response have the same unit as the weights. Alpha is dimensionless. Each update sets alpha
-        so that the gap decreases by the fraction `_GAP_SHARE` until the next update. Alpha is
-        negative if too few weights are kept.
+        `drift` is the decrease of the gap per update that training and the schedule cause.
+        `response` is the additional decrease of the gap per update that an alpha of 1 causes. The
+        controller estimates `drift` and `response` by exponentially weighted least squares. The
+        gap, `drift` and `response` have the unit of the weights. Alpha is dimensionless. Each
+        update sets alpha so that the gap to the target sparsity shrinks by the fraction
+        `_GAP_SHARE` until the next update. Alpha is negative if too few weights are kept.
         """
         gap, shifts, floors = self._shifts(weights, states, layouts, kept[0])
-        # At progress 1, the thresholds are not shifted. The training callback first warns if
-        # training has missed the target, and then calls `project`.
+        # At progress 1, `update` does not shift the thresholds, because the training callback calls
+        # `project`. Before this call, the callback warns if training has missed the target.
         late = ops.logical_and(now.progress >= _EXACT, now.progress < 1.0)
         sizes = [math.prod(w.shape) for w in weights]
         scale = sum(ops.sum(ops.abs(ops.cast(w, "float32"))) for w in weights) / sum(sizes)
@@ -307,7 +308,8 @@ class DST(LayerMethod):
         return self._with_held(changes, weights, layouts)
 
     def _with_held(self, changes, weights, layouts):
-        """Add the state `held` to the changed states if channels are coupled."""
+        """If channels are coupled, add the state `held`, which marks the kept units, to
+        `changes`."""
         if not (self._holds_channels and channels.groups_of(layouts)):
             return changes
         held = channels.of_kept_channels(self._unit_margins(weights, changes, layouts), layouts)
@@ -317,7 +319,7 @@ class DST(LayerMethod):
         ]
 
     def _unit_margins(self, weights, states, layouts):
-        """Return Q of every output unit in float32."""
+        """Return the margin Q (score minus threshold) of every output unit, in float32."""
         return [
             ops.cast(self._margin(ops.abs(w), state, layout), "float32")
             for w, state, layout in zip(weights, states, layouts)
@@ -329,9 +331,10 @@ class DST(LayerMethod):
         As in a global ranking, every layer keeps at least a minimum number of weights.
 
         Returns:
-            The common shift, a list with the shift of each layer, and a list with the largest
-            allowed shift of each layer. At the largest shift, a layer keeps its minimum number of
-            weights. If channels are coupled, both lists contain one shift per threshold.
+            A tuple `(gap, shifts, limits)`. `gap` is the common shift at which the model meets the
+            target. `shifts` lists the shift of each layer. `limits` lists the largest shift at
+            which each layer keeps its minimum number of weights. If channels are coupled, each
+            entry of `shifts` and `limits` is a tensor with one shift per threshold.
         """
         if channels.groups_of(layouts):
             units = self._unit_margins(weights, states, layouts)
@@ -346,8 +349,8 @@ class DST(LayerMethod):
         lowest = ops.unstack(masks.kth(margins, ops.convert_to_tensor(least, "int32")), len(shapes))
         limits = []
         for w, margin, low in zip(weights, margins, lowest):
-            # If all margins (Q) of a layer are equal, no margin exceeds `low`. The limit is then
-            # set slightly below the margins, so the layer keeps all its weights.
+            # If all margins (Q) of a layer are equal, no margin exceeds `low`. A limit slightly
+            # below the margins keeps all weights of such a layer.
             edge = ops.minimum(ops.min(ops.where(margin > low, margin, _ALWAYS)), ops.max(margin))
             limits.append(edge - 1e-6 * ops.cast(ops.max(ops.abs(w)), "float32"))
         ranked = [ops.where(m > x, _ALWAYS, m) for m, x in zip(margins, limits)]
@@ -355,7 +358,7 @@ class DST(LayerMethod):
         return gap, [ops.minimum(gap, x) for x in limits], limits
 
     def _margins(self, weights, states, layouts):
-        """Return Q of every weight in float32. All weights of a group have the same Q."""
+        """Return the margin Q (score minus threshold) of every weight, in float32."""
         pattern = Pattern(self.pattern)
         return [
             ops.cast(

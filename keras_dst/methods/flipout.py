@@ -43,9 +43,9 @@ class FlipOut(UpdateMethod):
             epochs, the sparsity grows along a cubic ramp over the first three quarters, unless
             `rate` is passed.
         power: Exponent p of the magnitude. Defaults to 2.
-        noise: Factor lambda of the gradient noise. A factor of 0 adds no noise. Defaults to None:
-            1, as in the paper, if training has at least 20,000 steps. In a shorter training run,
-            the factor decreases in proportion to the number of steps, down to 0.1.
+        noise: Factor lambda of the gradient noise. A factor of 0 adds no noise. Defaults to None,
+            which means 1, as in the paper, for training runs of at least 20,000 steps. In a shorter
+            training run, the factor decreases in proportion to the number of steps, down to 0.1.
         rate: Fraction of the kept weights that a pruning event removes, in (0, 1). Do not pass
             `rate` with a `Schedule`, which has its own pruning events. Defaults to None, which
             means 0.5, as in the paper.
@@ -57,15 +57,18 @@ class FlipOut(UpdateMethod):
             single weights, as in the paper. `"1x4"` prunes blocks of 1 output and 4 inputs. `"2:4"`
             keeps 2 of every 4 weights. `"channel"` prunes output channels. The score of a block or
             channel is the mean score of its weights. Defaults to `"unstructured"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: 100 steps, reduced in
-            short training runs to allow 20 updates.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 100
+            steps, or fewer in a short training run to reach 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
             `min_kept` counts channels instead of weights. Defaults to None, which means 1. With
-            `allocation="global"`, None means a quarter of the weights that the allocation `"erk"`
-            would keep.
-        counted_in: With `pattern="channel"`, see `Magnitude`.
-        round_to: With `pattern="channel"`, see `Magnitude`.
-        groups: With `pattern="channel"`, see `Magnitude`.
+            `allocation="global"`, the default is a quarter of the weights that the layer would keep
+            with `allocation="erk"`.
+        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of `"channels"`,
+            `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels, see
+            `Magnitude`. Defaults to 8.
+        groups: Lists of layers whose channels are removed together, see `Magnitude`. Defaults to
+            None.
         seed: Seed of the noise. Defaults to 0.
 
     Raises:

@@ -52,12 +52,12 @@ class Magnitude(UpdateMethod):
             `"bn_scale"` is the magnitude of the scale in the normalization layer that follows the
             weight. `"bn_scale"` needs `pattern="channel"`. Weights that no normalization layer
             follows are ranked by `|w|`. Defaults to `"magnitude"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: 100 steps, reduced in
-            short training runs to allow 20 updates.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 100
+            steps, or fewer in a short training run to reach 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
             `min_kept` counts channels instead of weights. Defaults to None, which means 1. With
-            `allocation="global"`, None means a quarter of the weights that the allocation `"erk"`
-            would keep.
+            `allocation="global"`, the default is a quarter of the weights that the layer would keep
+            with `allocation="erk"`.
         counted_in: With `pattern="channel"`, the sparsity is the removed fraction of `"channels"`,
             `"parameters"` or `"flops"`. Defaults to `"channels"`.
         round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels.

@@ -16,7 +16,7 @@ last update by `sigmoid(beta (e - E/2))`, instead of changing the learning rate.
 
 Deviations from the paper: the sigmoid is stretched to begin at exactly 0 and end at exactly 1, so
 that the final sparsity equals the target. A training run of fewer than 20 epochs prunes along a
-cubic ramp in its first half. In the second half, the weights adapt to the final masks.
+cubic ramp in its first half, and adapts the weights to the final masks in its second half.
 `LayerMethod.limited` limits the gradients of the scores of pruned weights.
 """
 
@@ -34,7 +34,7 @@ from keras_dst.methods.channels import ChannelNames
 from keras_dst.schedules import Cubic, Schedule, Sigmoid, as_schedule
 
 # Minimum of the factor by which the learning rate of the scores is multiplied. The minimum matters
-# only in the first ranking: with a factor of 0, all scores would be equal.
+# only in the first ranking, because all scores would be equal if the factor were 0.
 _SLOWEST = 1e-9
 
 
@@ -47,9 +47,9 @@ class OptG(LayerMethod):
             the sparsity grows along a sigmoid, or along a cubic ramp if training has fewer than 20
             epochs.
         beta: Steepness of the sigmoid per epoch. Do not pass `beta` with a `Schedule`, which has
-            its own curve. Defaults to None: 1, as in the paper, if training has at least 20 epochs.
-            If `beta` is None and training has fewer epochs, the sparsity grows along a cubic ramp
-            in the first half of training.
+            its own curve. Defaults to None, which means 1, as in the paper, for training runs of at
+            least 20 epochs. In a shorter training run, None means that the sparsity grows along a
+            cubic ramp in the first half of training.
         allocation: Distribution of the sparsity over the layers, see `keras_dst.allocation`.
             `"global"` ranks the weights of all layers together, as in the paper. Other values are
             `"uniform"`, `"erk"`, and a dict that maps weight names or regular expressions to
@@ -58,15 +58,18 @@ class OptG(LayerMethod):
             single weights, as in the paper. `"1x4"` prunes blocks of 1 output and 4 inputs. `"2:4"`
             keeps 2 of every 4 weights. `"channel"` prunes output channels. The score of a block or
             channel is the mean score of its weights. Defaults to `"unstructured"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: one epoch, reduced in
-            short training runs to allow 20 updates.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means one
+            epoch, or less in a short training run to reach 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
             `min_kept` counts channels instead of weights. Defaults to None, which means 1. With
-            `allocation="global"`, None means a quarter of the weights that the allocation `"erk"`
-            would keep.
-        counted_in: With `pattern="channel"`, see `Magnitude`.
-        round_to: With `pattern="channel"`, see `Magnitude`.
-        groups: With `pattern="channel"`, see `Magnitude`.
+            `allocation="global"`, the default is a quarter of the weights that the layer would keep
+            with `allocation="erk"`.
+        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of `"channels"`,
+            `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels, see
+            `Magnitude`. Defaults to 8.
+        groups: Lists of layers whose channels are removed together, see `Magnitude`. Defaults to
+            None.
 
     Raises:
         ValueError: If an argument is outside its range, or if `beta` is passed with a `Schedule`.
@@ -156,7 +159,7 @@ class OptG(LayerMethod):
         scores = []
         for s in states:
             change = s["scores"] - s["anchor"]
-            # On torch, these operators overwrite the new tensor, which saves memory.
+            # On torch, `*=` and `+=` overwrite the tensor `change`, which saves memory.
             change *= ops.cast(s["rate"], change.dtype)
             change += s["anchor"]
             scores.append(change)

@@ -34,8 +34,8 @@ from keras_dst.methods.base import UpdateMethod
 from keras_dst.methods.channels import ChannelNames
 from keras_dst.schedules import Constant, check_sparsity
 
-# With `"uniform"`, the first weight tensor stays dense if the model keeps at least four times as
-# many weights as the tensor has.
+# With `"uniform"`, the first weight tensor stays dense if its size is at most a quarter of the
+# number of weights that the model keeps.
 _FIRST = 4
 
 
@@ -51,9 +51,9 @@ class SET(UpdateMethod):
         sparsity: Fraction of zeros, a number in [0, 1). The sparsity is constant during training.
         allocation: Distribution of the sparsity over the layers, see `keras_dst.allocation`:
             `"erk"`, `"uniform"`, or a dict that maps weight names or regular expressions to
-            sparsities. With `"uniform"`, the first weight tensor stays dense if the model keeps at
-            least four times as many weights as the tensor has. The other weight tensors are then
-            pruned more, so that the total sparsity does not change. Defaults to `"erk"`.
+            sparsities. With `"uniform"`, the first weight tensor stays dense if its size is at most
+            a quarter of the number of weights that the model keeps. The other weight tensors are
+            then pruned more, so that the total sparsity does not change. Defaults to `"erk"`.
         pattern: Which weights are pruned together, see `masks.Pattern`. `"unstructured"` prunes
             single weights. `"1x4"` prunes blocks of 1 output and 4 inputs. `"channel"` prunes
             output channels. Defaults to `"unstructured"`.
@@ -64,13 +64,16 @@ class SET(UpdateMethod):
         stop_step: Step after which the masks do not change. Do not pass `stop_step` together with
             `stop`. `stop_step` is required for training without the `SparseTraining` callback.
             Defaults to None.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: 100 steps, reduced in
-            short training runs to allow 20 updates.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 100
+            steps, or fewer in a short training run to reach 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
             `min_kept` counts channels instead of weights. Defaults to None, which means 1.
-        counted_in: With `pattern="channel"`, see `Magnitude`.
-        round_to: With `pattern="channel"`, see `Magnitude`.
-        groups: With `pattern="channel"`, see `Magnitude`.
+        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of `"channels"`,
+            `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels, see
+            `Magnitude`. Defaults to 8.
+        groups: Lists of layers whose channels are removed together, see `Magnitude`. Defaults to
+            None.
         seed: Seed of the random connections. Defaults to 0.
 
     Raises:
@@ -211,8 +214,8 @@ class SET(UpdateMethod):
         stay = self.rank(list(magnitudes), layouts, kept - drop)
         stay = [ops.logical_and(b, mask) for b, mask in zip(began, stay)]
         new = self.rank(self.growth_scores(stay, began, states, now), layouts, kept)
-        # A grown weight is kept, but is not in `stay`. Before the first update, `began` and all
-        # masks in `stay` are False, and no weight counts as grown.
+        # A weight has grown if the new mask keeps it, but the mask in `stay` does not. Before the
+        # first update, `began` and all masks in `stay` are False, and no weight counts as grown.
         changes = [
             {"mask": m, "grown": ops.logical_and(m, ops.not_equal(s, b))}
             for m, s, b in zip(new, stay, began)

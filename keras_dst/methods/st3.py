@@ -21,9 +21,9 @@ formula for `std` come from the authors' code.
 Deviations from the paper: masks are updated every 16 steps instead of every step. The sparsity ramp
 begins at the first step, and not after 5 of 160 epochs as in the paper. `tau` is the largest
 magnitude among the pruned weights instead of an interpolated quantile, so that every kept weight
-exceeds `tau`. A layer has its own `tau` if it needs a lower threshold to keep its minimum number of
-weights, or if the allocation differs from `"global"`. `LayerMethod.limited` limits the gradients of
-pruned weights.
+exceeds `tau`. A layer has its own, lower `tau` if it would otherwise keep fewer weights than its
+minimum. With an allocation other than `"global"`, every layer has its own `tau`.
+`LayerMethod.limited` limits the gradients of pruned weights.
 
 Extension of the paper: with `pattern="channel"`, all weights of a channel have the same factor:
 
@@ -50,7 +50,7 @@ from keras_dst.methods.base import LayerMethod, UnitMethod
 from keras_dst.methods.channels import ChannelNames
 from keras_dst.schedules import Cubic, Schedule, as_schedule
 
-_EPSILON = 0.01  # The constant `e` limits the factor of a unit whose weights are all pruned.
+_EPSILON = 0.01  # The constant `e` limits the factor `a` of units whose weights are all pruned.
 # Value that is added to mean magnitudes, so that a unit of zeros causes no division by 0.
 _TINY = 1e-6
 
@@ -75,15 +75,18 @@ class ST3(LayerMethod):
             sparsities. Defaults to `"global"`.
         pattern: Which weights are pruned together: `"unstructured"` (single weights, as in the
             paper) or `"channel"` (output channels). Defaults to `"unstructured"`.
-        frequency: Steps between mask updates, or `"epoch"`. Defaults to None: 16 steps, reduced in
-            short training runs to allow 20 updates.
+        frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 16 steps,
+            or fewer in a short training run to reach 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
             `min_kept` counts channels instead of weights. Defaults to None, which means 1. With
-            `allocation="global"`, None means a quarter of the weights that the allocation `"erk"`
-            would keep.
-        counted_in: With `pattern="channel"`, see `Magnitude`.
-        round_to: With `pattern="channel"`, see `Magnitude`.
-        groups: With `pattern="channel"`, see `Magnitude`.
+            `allocation="global"`, the default is a quarter of the weights that the layer would keep
+            with `allocation="erk"`.
+        counted_in: With `pattern="channel"`, the sparsity is the removed fraction of `"channels"`,
+            `"parameters"` or `"flops"`. Defaults to `"channels"`.
+        round_to: With `pattern="channel"`, every layer keeps a multiple of `round_to` channels, see
+            `Magnitude`. Defaults to 8.
+        groups: Lists of layers whose channels are removed together, see `Magnitude`. Defaults to
+            None.
 
     Raises:
         ValueError: If an argument is outside its range, or if `pattern` is a block or N:M.
@@ -197,11 +200,12 @@ class ST3(LayerMethod):
 
 
 def _channel_factors(saliency, kept):
-    """Return the factor of every channel, given the saliencies of channels that are ranked
-    together.
+    """Return the rescaling factor of every channel, given the saliencies of the channels that are
+    ranked together.
 
     Soft thresholding reduces the saliency of a kept channel by the largest saliency of a pruned
-    channel. The factor also restores the total saliency of the channels.
+    channel. The factor contains this reduction, and also rescales the channels to restore their
+    total saliency.
     """
     threshold = ops.max(ops.where(kept, 0.0, saliency))
     soft = ops.where(kept, 1.0 - threshold / ops.maximum(saliency, _TINY), 0.0)

@@ -425,5 +425,5 @@ def test_no_layer_masks_a_unit_of_a_kept_channel():
     "arguments", [{}, {"sparsity": 0.5, "granularity": "layer"}, {"sparsity": None}]
 )
 def test_costs_need_a_target_and_coupled_channels(arguments):
-    with pytest.raises(ValueError, match="DST can count parameters or FLOPs only with a sparsity"):
+    with pytest.raises(ValueError, match="To count parameters or FLOPs, DST needs a sparsity"):
         DST(**arguments, pattern="channel", counted_in="flops")
