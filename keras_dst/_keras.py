@@ -97,13 +97,13 @@ def has_value(variable) -> bool:
 def call_with_weights(layer, weights: list, call: Callable[[], Any]) -> Any:
     """Call a new layer symbolically, and initialize its variables with the given weights.
 
-    In a stateless scope, Keras defers the initializers of new variables. This
-    function replaces the initializers, so their random values are never computed.
+    In a stateless scope, Keras defers the initializers of new variables. This function replaces the
+    initializers, so that Keras never computes random initial values.
 
     Args:
-        layer: Unbuilt layer, whose variables the call creates.
+        layer: Layer that is not built. The call creates its variables.
         weights: Values of all variables of the built layer, as arrays.
-        call: Function that calls the layer on symbolic tensors.
+        call: Function without arguments that calls the layer on symbolic tensors.
 
     Returns:
         The result of the call.
@@ -161,7 +161,8 @@ def non_trainable_variables_of(layer) -> list:
 
 @contextlib.contextmanager
 def unlocked(layer) -> Iterator[None]:
-    """Allow code in this context to add variables to a built layer, in the layer's name scope."""
+    """Within this context, code can add variables to a built layer. The names of the variables
+    begin with the path of the layer."""
     layer._tracker.unlock()
     try:
         with layer._open_name_scope():
@@ -180,7 +181,7 @@ def remove_variable(layer, name: str, variable) -> None:
 
 
 def set_autocast(variable, autocast: bool) -> None:
-    """Set whether Keras casts a variable to the compute dtype when a layer reads the variable."""
+    """Choose whether Keras casts a variable to the compute dtype of the layer that reads it."""
     _require(variable, "_autocast")
     variable._autocast = autocast
 
@@ -222,7 +223,7 @@ class BuildHook(_Layer):
         _require(keras.Layer, "_lock_state")
 
     def after_build(self) -> None:
-        """Run code on a layer that Keras has just built.
+        """Subclasses override this method to run code on a layer that Keras has just built.
 
         The hook may change the class of the layer.
         """
@@ -287,8 +288,8 @@ def set_nodes_of(operation, inbound: list, outbound: list) -> None:
 def declares_input(model) -> bool:
     """Return True if a Sequential model starts with an Input that the user added.
 
-    Keras adds an input layer to every built Sequential model. The config of the added input layer
-    contains a dtype only if a call on data built the model. The function also returns False for a
+    Keras adds an input layer to every built Sequential model. In the config of this input layer,
+    `dtype` is set only if a call on data built the model. The function also returns False for a
     model that was loaded from a file.
     """
     config = operation_of(model.inputs[0])._auto_config
@@ -349,7 +350,7 @@ def is_validation(evaluate_options: dict[str, Any]) -> bool:
 
 
 def set_initial_epoch(model, epoch: int | None) -> None:
-    """Set the first epoch of the `fit` that is about to begin."""
+    """Set the epoch at which `fit` begins."""
     _require(model, "_initial_epoch")
     model._initial_epoch = epoch
 
@@ -384,7 +385,7 @@ def discard_jax_state(model) -> None:
 def metric_direction(metric) -> str | None:
     """Return the direction, "up" or "down", in which a metric improves.
 
-    The result is None if the metric does not define a direction.
+    The result is None if the metric does not say whether smaller or larger values are better.
     """
     return getattr(metric, "_direction", None)
 
@@ -450,8 +451,8 @@ def moving_average_of(optimizer, variable):
 def slots_of(optimizer, variable) -> list:
     """Return the slots of a trained variable: variables of its optimizer with the same shape.
 
-    Momentum is an example of a slot. Keras keeps slots in lists, in the order of the trained
-    variables, or in dicts whose keys are variable paths.
+    For example, the momentum of a variable is a slot. Keras keeps slots in lists, in the order of
+    the trained variables, or in dicts whose keys are variable paths.
     """
     index = _index_of(optimizer, variable)
     if index is None:
@@ -470,8 +471,8 @@ def slots_of(optimizer, variable) -> list:
     if not slots and shape and any(tuple(v.shape) == shape for v in own):
         raise RuntimeError(
             f"Expected {type(optimizer).__name__} to keep its variables in lists in the order of "
-            f"the trained variables. Found no variable of '{variable.path}' in a list, although "
-            "variables of its shape exist. Use a method that does not grow weights, such as "
+            f"the trained variables. Found no list with a variable for '{variable.path}', "
+            "although the optimizer has variables of its shape. Use a method that does not grow weights, such as "
             "Magnitude."
         )
     return slots
@@ -486,7 +487,7 @@ def exempt_from_decay(optimizer, variables) -> None:
     """Exempt variables from weight decay, in addition to the variables that the user exempted.
 
     The Keras method `exclude_from_weight_decay` would overwrite the exemptions of the user. The
-    method also raises an error after an optimizer is built.
+    Keras method also raises an error if it is called after the optimizer was built.
     """
     exempt = set(vars(optimizer).get("_exclude_from_weight_decay", ()))
     exempt.update(optimizer._var_key(variable) for variable in variables)
@@ -505,7 +506,8 @@ def rebuild_optimizer(optimizer, variables) -> None:
     """Rebuild an optimizer in place for another list of variables, and keep the optimizer's state.
 
     The optimizer and the optimizers inside it remain the same objects and keep all attributes that
-    the user set. Variables that are trained both before and after the call keep their slots.
+    the user set. Variables that the optimizer trained before the call and still trains keep their
+    slots.
     """
     every = all_optimizers(optimizer)
     before = [
@@ -536,7 +538,8 @@ def all_optimizers(optimizer) -> list:
 
 
 def _restore_variables(optimizer, before: list, attributes: dict[str, Any]) -> None:
-    """Make an optimizer track its initial variables again, and restore all variable values."""
+    """Add the variables that an optimizer created in its constructor to its list of variables, and
+    restore the values of all variables."""
     present = vars(optimizer)
     kept = [v for v in before if any(v is value for value in present.values())]
     own = [*kept, *optimizer._variables]
@@ -553,8 +556,8 @@ def _restore_variables(optimizer, before: list, attributes: dict[str, Any]) -> N
 def set_own_variables(optimizer, variables: list) -> None:
     """Replace the list of the variables that an optimizer created.
 
-    The old list is not changed in place, because TensorFlow can save a changed tracked list only if
-    items were appended to it.
+    The function replaces the list instead of changing it, because TensorFlow cannot save a tracked
+    list whose items were removed or exchanged.
     """
     with DotNotTrackScope():
         optimizer._variables = variables
@@ -564,7 +567,7 @@ def set_own_variables(optimizer, variables: list) -> None:
 
 
 def _numbered_names(variables) -> list[tuple[str, int]]:
-    """Return (name, number) pairs. The appended number distinguishes variables of the same name."""
+    """Return (name, number) pairs. The number distinguishes variables that have the same name."""
     seen: Counter[str] = Counter()
     names = []
     for variable in variables:
@@ -576,8 +579,8 @@ def _numbered_names(variables) -> list[tuple[str, int]]:
 def _forget_decay_exemptions(optimizer, trained_before) -> None:
     """Remove the weight-decay exemptions of variables that an optimizer no longer trains.
 
-    Keras stores the ids of exempt variables, and a new variable may get the id of a deleted
-    variable.
+    Keras stores the exemptions as ids of variables, and Python may give the id of a deleted
+    variable to a new variable.
     """
     exempt = vars(optimizer).get("_exclude_from_weight_decay")
     if exempt:
@@ -589,8 +592,8 @@ def _forget_decay_exemptions(optimizer, trained_before) -> None:
 def _decide_decay_again(optimizer) -> None:
     """Make an optimizer decide again to which variables it applies weight decay.
 
-    Keras up to 3.15 decides in a training step and caches the decisions. Keras 3.16 decides in
-    `Optimizer.build`.
+    Keras up to 3.15 makes this decision in a training step, and caches it. Keras 3.16 makes this
+    decision in `Optimizer.build`.
     """
     if "_weight_decay_by_var_key" in vars(optimizer):
         optimizer._weight_decay_by_var_key = {

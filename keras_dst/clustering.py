@@ -4,18 +4,19 @@ r"""Weight clustering: replace the weights of a kernel by few distinct values (a
 w_i = s_i c_{l_i}        l_i = argmin_k |w_i / s_i - c_k|        s_i = max |w| of the channel
 ```
 
-The values c_k are found by one-dimensional k-means. After pruning, the nonzero weights leave a gap
-around zero. k-means starts with values that are evenly spaced outside the gap. Deviations from the
+One-dimensional k-means finds the values c_k. After pruning, no nonzero weights are close to zero.
+k-means therefore starts with values that are evenly spaced outside this gap. Deviations from the
 paper:
 
-* The values are relative to the largest magnitude s of each output channel. The values -1 and 1 do
-  not change. Quantization to int8 also divides each channel by s. An int8 tensor therefore has at
-  most one integer per value c_k.
-* Zero is always one of the values, and only zero weights are assigned to it. Clustering therefore
-  does not change the sparsity.
-* During fine-tuning, the optimizer updates each weight individually. After each step, c_k is set to
-  the mean of w / s over all weights of cluster k. The paper instead updates c_k with the sum of the
-  gradients of the weights in cluster k. Both ways of updating move c_k in the same direction.
+* The values c_k are relative to s, the largest magnitude in each output channel. The values -1 and
+  1 do not change. Quantization to int8 also divides each channel by s. All weights of a cluster
+  therefore become the same int8 number.
+* Zero is always one of the values, and its cluster contains exactly the weights that are zero.
+  Clustering therefore does not change the sparsity.
+* During fine-tuning, the optimizer updates each weight individually, so the weights of a cluster
+  become different. After each step, c_k therefore becomes the mean of w / s over all weights of
+  cluster k. In the paper, the sum of the gradients of the weights in cluster k updates c_k. The
+  update in the paper and this update move c_k in the same direction.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ _EQUAL = 1e-6
 def cluster_weights(model, clusters: int = 16, filters: Filters = None):
     """Reduce every kernel of a model to at most `clusters` distinct values, in place.
 
-    The distinct values are relative to the largest magnitude of each output channel. An int8 file
-    with one scale per channel therefore has at most `clusters` distinct integers per tensor, which
-    Vela compresses to fewer bytes. Zero weights stay zero, and zero counts as one of the values. A
-    kernel that already has at most `clusters` distinct values does not change, except for float32
-    rounding.
+    The distinct values are relative to the largest magnitude of each output channel. If an int8
+    file has one scale per channel, each weight tensor has at most `clusters` distinct integers.
+    Vela, the compiler for Arm Ethos NPUs, compresses such tensors to fewer bytes. Zero weights stay
+    zero, and zero counts as one of the values. If a kernel already has at most `clusters` distinct
+    values, its weights change only by float32 rounding.
 
     To fine-tune the model afterwards, use the callback `keras_dst.callbacks.KeepClusters`.
 
@@ -132,7 +133,7 @@ class _Kernel:
     Attributes:
         variable: Variable of the kernel.
         scales: Largest magnitude of each output channel, in a shape that broadcasts to the kernel.
-        values: Value of each cluster, relative to the scales. Cluster 0 has the value 0.
+        values: Value of each cluster, relative to the scales. The value of cluster 0 is 0.
         labels: Cluster index of each weight, in the shape of the kernel.
     """
 
@@ -202,10 +203,11 @@ def _clustered_kernel(variable, layout: Layout, clusters: int) -> _Kernel:
 def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
     """Return the cluster centers of one-dimensional k-means, in ascending order.
 
-    If -1 or 1 is among the numbers, it is also among the centers.
+    If the numbers include -1 or 1, this number is also a center.
 
     Args:
-        numbers: Sorted weights, each divided by the largest magnitude of its channel.
+        numbers: Nonzero weights in ascending order, each divided by the largest magnitude of its
+            channel.
         clusters: Number of centers, at least 2.
 
     Returns:
@@ -217,8 +219,8 @@ def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
     starts = np.flatnonzero(np.diff(numbers, prepend=-2) > _EQUAL)
     if len(starts) <= clusters:
         return _with_fixed_ends(_means(numbers, starts), numbers)
-    # After pruning, the nonzero weights leave a gap around zero. The initial centers lie outside
-    # the gap.
+    # After pruning, no nonzero weights are close to zero. Place the initial centers outside this
+    # gap.
     split = np.searchsorted(numbers, 0)
     low, high = numbers[split - 1 : split + 1] if 0 < split < len(numbers) else (0.0, 0.0)
     values = np.linspace(numbers[0], numbers[-1] - (high - low), clusters)
@@ -240,20 +242,21 @@ def k_means(numbers: np.ndarray, clusters: int) -> np.ndarray:
 def _means(numbers: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Return the mean of each section of an array.
 
-    `starts` holds the first index of each section.
+    `starts` holds the index of the first entry of each section.
     """
     return np.add.reduceat(numbers, starts) / np.diff(starts, append=len(numbers))
 
 
 def _with_fixed_ends(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Make -1 the first value and 1 the last value if -1 and 1 occur in `numbers`."""
+    """If `numbers` include -1, replace the first value by -1. If `numbers` include 1, replace the
+    last value by 1."""
     first = -1 if numbers[0] == -1 else values[0]
     last = 1 if numbers[-1] == 1 else values[-1]
     return np.concatenate([[first], values[1:-1], [last]]) if len(values) > 1 else values
 
 
 def _nearest(values: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Return the index of the nearest value for each number."""
+    """Return the index of the value that is nearest to each of the numbers."""
     return np.searchsorted((values[1:] + values[:-1]) / 2, numbers, side="right")
 
 

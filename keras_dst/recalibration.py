@@ -108,14 +108,15 @@ def _averaging(layer) -> Iterator[None]:
     """Let a BatchNormalization layer average the statistics of all its calls inside the context.
 
     In each call, the momentum is the number of samples before the call, divided by the number of
-    samples including the call. The moving statistics are therefore averages over all calls,
-    weighted by the number of samples.
+    samples including the call. At the end, the moving mean and variance are averages over all
+    calls, weighted by the number of samples.
     """
     momentum, call, samples = layer.momentum, layer.call, 0
 
     def averaged(inputs, *args, **kwargs):
         nonlocal samples
-        if not samples:  # Reset infinite statistics, because 0 times infinity is NaN.
+        # Reset infinite moving statistics to 0, because momentum 0 times infinity is NaN.
+        if not samples:
             for variable in _statistics(layer):
                 variable.assign(np.zeros(variable.shape))
         before, samples = samples, samples + int(inputs.shape[0])

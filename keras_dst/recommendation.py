@@ -2,9 +2,9 @@
 
 Recommendations are based on measured figures in the folder results/, which is not installed with
 the package. The tables in this module are copies of the measured figures. A test compares the
-tables with results/. `Figure.method` is the pruning method with the highest mean accuracy.
-Magnitude has the lowest training cost. Magnitude is therefore preferred if its mean accuracy is
-lower by at most the sum of the two standard deviations.
+tables with results/. `Figure.method` names the pruning method with the highest mean accuracy, with
+one exception. Magnitude has the lowest training cost. `Figure.method` therefore names Magnitude if
+the best method leads Magnitude by at most the sum of their standard deviations.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from keras_dst.masks import Pattern
 
 @dataclass(frozen=True)
 class Figure:
-    """Measured comparison of pruning methods, for one pattern, sparsity and number of epochs.
+    """Result of a benchmark that compared pruning methods with one pattern, sparsity and number of
+    epochs.
 
     Attributes:
         method: Name of the recommended method.
@@ -64,7 +65,8 @@ _LENET5 = "LeNet-5, MNIST"
 _LENET300 = "LeNet-300-100, MNIST"
 _WIDE_RESNET8 = "ResNet-8 of width 32 with a first stride of 2, CIFAR-10"
 
-#: One figure per measured combination of pattern, number of epochs and sparsity.
+#: Each entry is the measured comparison for one combination of pattern, number of epochs and
+# sparsity.
 FIGURES = (
     Figure("DCIL", "unstructured", 0.95, 100, _RESNET32, 91.61, 89.97, 93.06, 6, 1, "papers"),
     Figure("Magnitude", "unstructured", 0.9, 5, _LENET5, 98.79, 98.79, 98.97, 11, 3, "methods"),
@@ -82,7 +84,7 @@ FIGURES = (
 )
 
 #: Costs of the network `_WIDE_RESNET8` on edge devices, relative to the dense int8 file, from
-# results/micro. The keys of the outer dict are export targets. The keys of the inner dicts are
+# results/micro. The outer dict has one entry per export target. The keys of each inner dict are
 # sparsities in percent, or patterns. For an NPU, each pair holds the ratio of the bytes of the
 # weights and the ratio of the cycles, both estimated by Vela. For `micro` (TFLM), each pair holds
 # the ratio of the bytes of the file and the ratio of the bytes of the arena.
@@ -136,8 +138,9 @@ def recommend(
 ) -> Recommendation:
     """Return the pruning method with the highest measured accuracy in a similar training run.
 
-    If the requested case was not measured, the recommendation uses the most similar measured case,
-    and a note says so. The pattern is compared first, then the number of epochs, then the density.
+    If no training run was measured with the requested arguments, the function uses the most similar
+    measured run, and adds a note. To find this run, the function compares the pattern first, then
+    the number of epochs, then the density.
 
     Args:
         sparsity: Fraction of weights to prune, between 0 and 1.
@@ -197,8 +200,8 @@ def _measured_pattern(name: str, sparsity: float) -> str:
         if not math.isclose(sparsity, 1 - kept / of):
             raise ValueError(
                 f"The pattern {name} has the sparsity {1 - kept / of:g}. Received: "
-                f"sparsity={sparsity!r}. Fix: request the sparsity of the pattern, or another "
-                "pattern."
+                f"sparsity={sparsity!r}. Fix: pass the sparsity of the pattern, or pass "
+                "another pattern."
             )
         return "2:4"
     if name == "channel" or not pattern.grouped:

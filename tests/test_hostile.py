@@ -406,7 +406,7 @@ def test_an_unbuilt_optimizer_with_a_lambda_filter_cannot_be_saved():
 def test_a_damaged_backup_record_raises(record, tmp_path):
     (tmp_path / "training.json").write_text(record)
     model = stop_worker.build(ALL_METHODS["magnitude"])
-    with pytest.raises(ValueError, match="to be the record of a backup"):
+    with pytest.raises(ValueError, match="to be a file that BackupAndRestore wrote"):
         stop_worker.fit(model, SparseTraining(), BackupAndRestore(tmp_path))
 
 

@@ -135,7 +135,7 @@ def test_pages_of_models_without_prunable_weights_or_flops():
             return x + keras.ops.sum(self.mix)
 
     unknown = report(keras.Sequential([keras.Input((4,)), Odd()]))
-    assert "The FLOPs are unknown: the use of " in unknown.to_html()
+    assert "The FLOPs are unknown: keras_dst does not know how often " in unknown.to_html()
     assert ">?</td>" in unknown.to_html()
 
 

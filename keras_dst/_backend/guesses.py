@@ -84,7 +84,9 @@ def add(condition: Tensor) -> None:
     """Record the guess that a boolean scalar is true."""
     guesses = _current.get()
     if guesses is None:
-        raise RuntimeError("Expected a call within a function that `with_guesses` wraps.")
+        raise RuntimeError(
+            "Expected `add` to be called within a function that `with_guesses` wraps."
+        )
     guesses.conditions.append(condition)
 
 

@@ -36,9 +36,9 @@ _SIZES = ((128, 256), (32, 64), (8, 16), (2, 4))
 def count_uses(model) -> dict[int, tuple[int | None, str | None]]:
     """Return a dict that maps the id of each prunable variable to its use count.
 
-    A use count is the number of times that each entry of a weight is multiplied for one sample.
-    Each value is a pair `(count, reason)`. If the count is unknown, `count` is None and `reason`
-    explains why. Otherwise `reason` is None.
+    A use count is the number of times that each entry of a weight is multiplied for one sample. The
+    values of the dict are pairs `(count, reason)`. If the count is unknown, `count` is None and
+    `reason` explains why. Otherwise `reason` is None.
     """
     weights = [weight for weight in weights_of(model) if weight.prunable]
     return {
@@ -90,8 +90,8 @@ class _Trace(keras.Operation):
         self.repeats = 1
 
     def call(self, args, kwargs):
-        # If a call fails on torch's meta device, Keras calls the model on another device. The calls
-        # that were recorded before the failure are then discarded.
+        # If a call of the model fails on torch's meta device, Keras repeats the call on another
+        # device. Discard the layer calls that were recorded before the failure.
         self.calls.clear()
         self.model(*args, training=False, **kwargs)
         return []
@@ -100,7 +100,8 @@ class _Trace(keras.Operation):
     def recording(self, recorded_layers: list):
         """Record the layer calls within this context.
 
-        An instance attribute that replaces the `call` method of each layer records the calls.
+        To record the calls, this function replaces the `call` method of each layer by an instance
+        attribute.
         """
         before = []
         try:
@@ -125,8 +126,8 @@ class _Trace(keras.Operation):
             self.calls.setdefault(id(layer), []).append(recorded)
             return output
 
-        # The number of recorded calls of an RNN cell differs between backends. One call is
-        # therefore recorded, and its FLOPs are multiplied by the number of time steps.
+        # The number of recorded calls of an RNN cell differs between backends. Therefore record one
+        # call of the cell, and multiply its FLOPs by the number of time steps.
         @functools.wraps(call)
         def record_step(sequences, *args, **kwargs):
             with self._repeat(sequences.shape[1]):
@@ -231,7 +232,8 @@ def _inputs(model) -> tuple[tuple, dict]:
 
 
 def _positions(layer, variable, call: _Call) -> int:
-    """Return the number of positions in the whole batch at which a layer multiplies its weight."""
+    """Return how often a layer multiplies its weight for the whole batch, for example once per
+    pixel of the output of a convolution."""
     shape, x, y = tuple(variable.shape), call.inputs[0], call.output
     if any(None in tensor for tensor in (x, y)):
         raise _UnknownCount(f"the shapes in {layer.name} are unknown")
@@ -250,7 +252,9 @@ def _positions(layer, variable, call: _Call) -> int:
     for tensor in call.inputs:
         if len(shape) == 2 and tensor[-1:] == shape[:1]:
             return math.prod(tensor[:-1])
-    raise _UnknownCount(f"the use of {variable.path} by {type(layer).__name__} is unknown")
+    raise _UnknownCount(
+        f"keras_dst does not know how often {type(layer).__name__} multiplies {variable.path}"
+    )
 
 
 def _grid_points(layer, shape: Shape) -> int:
@@ -260,7 +264,8 @@ def _grid_points(layer, shape: Shape) -> int:
 
 
 def _embedding_positions(layer, variable, x: Shape, y: Shape) -> int:
-    """Return how many vectors a reversible embedding projects to logits, or 0 for a lookup."""
+    """Return how many vectors a `ReversibleEmbedding` multiplies by its weights, or 0 if the layer
+    only looks up vectors."""
     if len(y) > len(x):
         return 0
     tied = getattr(layer, "tie_weights", True)

@@ -35,8 +35,7 @@ class WeightSensitivity:
         name: Path of the weight.
         shape: Shape of the weight.
         parameters: Number of entries.
-        values: Metric of the model for each sparsity of the report, if only the named weight is
-            pruned.
+        values: Metric of the model for each sparsity of the report. Only this weight is pruned.
     """
 
     name: str
@@ -158,9 +157,9 @@ def sensitivity(
     """Measure how the metric of a trained model changes when a single weight tensor is pruned.
 
     Each prunable weight is pruned by magnitude to each of the sparsities, and the model is
-    evaluated. All other weights are unchanged in the meantime. The model may be dense, sparse or
-    stripped. Weights that are already zero count as pruned. The weights are restored at the end,
-    also after an interrupt. Frozen weights are measured only if they have a mask.
+    evaluated. All other weights keep their values. The model may be dense, sparse or stripped.
+    Weights that are already zero count as pruned. At the end, all weights are restored, also after
+    an error or an interrupt. Frozen weights are measured only if they have a mask.
 
     Args:
         model: A built and compiled Keras 3 model.
@@ -172,8 +171,8 @@ def sensitivity(
         filters: Weights to measure: the path of a weight, a regular expression for whole paths, or
             a list of both. A function that receives a variable and returns a bool is also accepted.
             Defaults to None, which selects all weights.
-        metric: Name of a value that `model.evaluate` returns. Defaults to the compiled metric if
-            there is exactly one, and to `"loss"` otherwise.
+        metric: Name of a value that `model.evaluate` returns. Defaults to the metric that was
+            passed to `compile`, if there is exactly one, and to `"loss"` otherwise.
         verbose: 0 shows no progress bar, 1 and `"auto"` show the bar, and 2 shows only its last
             line. Defaults to `"auto"`.
 
@@ -182,10 +181,10 @@ def sensitivity(
 
     Raises:
         TypeError: If `model` is not a Keras 3 model.
-        ValueError: If the model is not built or not compiled, the data can be iterated only once,
-            or the metric is unknown. A ValueError is also raised if the pattern does not fit a
-            weight, or if the filter matches no weight. A ValueError is also raised if pruning in
-            the pattern would change a mask that a layer computes from its weights.
+        ValueError: If the model is not built or not compiled, if `data` is an iterator, such as a
+            generator, or if the metric is unknown. A ValueError is also raised if the pattern does
+            not fit a weight, or if the filter matches no weight. A ValueError is also raised if
+            pruning in the pattern would change a mask that a layer computes from its weights.
 
     Example:
         >>> model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])

@@ -30,7 +30,7 @@ class WeightReport:
         shape: Shape of the weight.
         parameters: Number of entries.
         nonzeros: Number of entries that are neither zero nor masked.
-        sparse: Whether a layer or a `SparseOptimizer` masks the weight.
+        sparse: True if a layer or a `SparseOptimizer` masks the weight.
         use_count: Number of times that each entry is multiplied for one sample. None if unknown.
         reason: Reason why `use_count` is unknown, or None.
         density_map: Matrix (inputs x outputs) that shows where the weight is dense. Each entry is
@@ -121,7 +121,8 @@ class SparsityReport:
 
     @property
     def flops(self) -> int | None:
-        """FLOPs for one sample without multiplications by zero, or None if they are unknown."""
+        """FLOPs for one sample, not counting multiplications by zero, or None if they are
+        unknown."""
         return sum_known([row.flops for row in self.layers])
 
     @property

@@ -163,8 +163,8 @@ class BackupAndRestore(keras.callbacks.Callback):
             seeds, self._generator = list(record["seeds"]), record["generator"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"Expected {path} to be the record of a backup. Received: a file with other "
-                f"content. Delete {self.backup_dir} to train from the beginning."
+                f"Expected {path} to be a file that BackupAndRestore wrote. Received: a file with "
+                f"other content. Delete {self.backup_dir} to train from the beginning."
             ) from error
         if model.optimizer is not None and not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
@@ -178,7 +178,7 @@ class BackupAndRestore(keras.callbacks.Callback):
     def _restore_generator(self):
         """Restore the state of the torch generator before the first batch after the backup.
 
-        The state is not restored earlier, because random numbers are also drawn at the beginning of
+        The function waits until then, because `fit` also draws random numbers at the beginning of
         an epoch.
         """
         if self._generator is not None:

@@ -15,16 +15,17 @@ from keras_dst.masks import Layout, masked
 from keras_dst.methods import channels
 from keras_dst.methods.base import Method, UnitMethod
 
-# A variable that has channels along one axis: the variable, the axis, and the channel index of each
-# entry along the axis. The index is -1 for entries that are never pruned.
+# A variable that is pruned together with channels: the variable, the axis of the channels, and the
+# channel index of each entry along this axis. The channel index is -1 for an entry that is never
+# pruned.
 Follower = tuple[Any, int, np.ndarray]
 
 
 class Coupling(NamedTuple):
-    """Coupled channels of a model, for the weights that one method prunes.
+    """The coupled channels of a model whose weights are pruned by one method.
 
     Attributes:
-        layouts: Axes and coupled channels of each weight.
+        layouts: For each weight, its input and output axes and its channels.
         followers: Trainable variables that are pruned together with the channels: biases, and
             scales and offsets of normalization layers.
         statistics: Moving means of batch normalizations, which are also pruned with the channels.
@@ -45,7 +46,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
         model: Model that holds the weights.
         method: Method that prunes the weights.
         weights: Variables that the method prunes.
-        layouts: Axes of the pruned variables.
+        layouts: For each of these variables, its input and output axes.
 
     Raises:
         ValueError: If no channel can be pruned, or if the costs of the channels are unknown.
@@ -106,7 +107,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
         for axis, ids in member.axes.items()
         if member.follows and (numbers[ids] >= 0).any()
     ]
-    # A closed gate may open again, so the biases and scales of its channel are not set to zero.
+    # A closed gate may open again, so the biases and scales of its channel must keep their values.
     if isinstance(method, UnitMethod):
         following = []
     trained = {id(variable) for variable in model.trainable_variables}
@@ -118,7 +119,8 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
 
 
 def _makes_channel(member, ids: np.ndarray) -> bool:
-    """Return whether a variable has a pruned channel along its output axis."""
+    """Return whether at least one of the given channels lies along the output axis of a
+    variable."""
     return member.output is not None and bool(np.isin(member.axes[member.output], ids).any())
 
 
@@ -128,7 +130,7 @@ def mask_followers(followers: Sequence[Follower], alive) -> None:
 
     Args:
         followers: Variables with channels.
-        alive: Vector that `channels.alive` returned.
+        alive: Boolean vector that `channels.alive` returned: True for each kept channel.
     """
     for variable, mask in channels.masks_of_followers(followers, alive):
         variable.assign(masked(ops.convert_to_tensor(variable), mask))
@@ -176,7 +178,7 @@ def _warn_of_coupled_layers(model, method: Method) -> None:
 
 
 def _with_channels(weight, layout: Layout, member, numbers, groups) -> Layout:
-    """Return a copy of the layout that also contains the channel index of each output unit."""
+    """Return a copy of the layout with the channel index of each output unit added."""
     if member is None or member.output is None:
         return layout
     rank = len(weight.shape)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from keras_dst import _keras
 
-_WORST = 1e30  # Placeholder for SparseTraining(metric_at_target=...) in the first epoch.
+# Value that SparseTraining(metric_at_target=...) logs in the first epoch, if the target is not
+# reached yet.
+_WORST = 1e30
 
 
 def worst_value(epoch: int, mode: str) -> float:
     """Return a placeholder that is worse than the value of any metric.
 
-    The placeholder improves from epoch to epoch, so that EarlyStopping does not stop training.
+    The returned value improves a little from epoch to epoch, so that EarlyStopping does not stop
+    training before the target is reached.
     """
     return _WORST / (epoch + 1) * (1 if mode == "min" else -1)
 
@@ -23,7 +26,7 @@ def is_worst_value(value: float) -> bool:
 def direction_of_metric(model, name: str) -> str | None:
     """Return `"min"` or `"max"`, the direction in which a metric in the logs improves.
 
-    The result is None if the compiled metric does not define its direction.
+    The result is None if the metric does not say whether smaller or larger values are better.
     """
     if name == "loss" or name.endswith("_loss"):
         return "min"

@@ -26,9 +26,9 @@ def with_named_groups(
     """Return a copy of `coupled` that also contains the groups in `method.groups`.
 
     Args:
-        coupled: Channels that the graph of the model determines.
+        coupled: Coupled channels that follow from the graph of the model.
         model: Model that holds the layers.
-        method: Method with the names of the layers.
+        method: Pruning method whose `groups` contain the names of layers.
         layouts: Dict from the id of every weight that the method prunes to the axes of the weight.
 
     Raises:
@@ -74,7 +74,7 @@ def with_named_groups(
 def _members(
     entry: str | tuple[str, int], model, method: Method, layouts: dict[int, Layout]
 ) -> Iterator[Member]:
-    """Yield the variables of an entry of `groups`, without the ids of their channels."""
+    """Yield the variables that an entry of `groups` selects. Their channels have no indices yet."""
     name: str = entry if isinstance(entry, str) else entry[0]
     axis: int | None = None if isinstance(entry, str) else entry[1]
     owned = {

@@ -35,8 +35,9 @@ class SparsityTensorBoard(keras.callbacks.Callback):
       histograms of their finite values.
 
     At the end of an epoch, the callback also writes the logs of `fit` as `epoch/<name>`, because
-    Keras's own TensorBoard callback needs TensorFlow. Put the callback after `SparseTraining`. If
-    several processes train one model, pass the callback to one process only.
+    Keras's own TensorBoard callback needs TensorFlow. Put this callback after `SparseTraining` in
+    the list of callbacks. If several processes train one model, pass the callback to one process
+    only.
 
     Args:
         log_dir: Folder that `tensorboard --logdir` reads. A missing folder is created.
@@ -47,8 +48,8 @@ class SparsityTensorBoard(keras.callbacks.Callback):
 
     Raises:
         ImportError: If tensorboardX is not installed.
-        ValueError: If `update_freq` is out of range. `fit` raises a ValueError if no weight of the
-            model is sparse.
+        ValueError: If `update_freq` is out of range. `fit` raises a ValueError if the model has no
+            sparse weight.
 
     Example:
         >>> board = keras_dst.callbacks.SparsityTensorBoard("logs/dst")

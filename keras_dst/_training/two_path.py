@@ -26,9 +26,10 @@ _EPSILON = 1e-7  # Lower bound at which Keras's losses clip probabilities before
 class TwoPathLoss:
     """Replacement of a model's `compute_loss` that trains both paths.
 
-    A training step runs the model a second time, on the full path. The loss is the sum of the
-    losses of both paths and of the divergence between their outputs. Metrics use only the outputs
-    of the pruned path. Regularizers and losses from `add_loss` are counted once.
+    A training step runs the model a second time, on the full path. The loss is the sum of three
+    terms: the loss of the pruned path, the loss of the full path, and the divergence between their
+    outputs. Metrics use only the outputs of the pruned path. Regularizers and losses from
+    `add_loss` are counted once.
 
     Args:
         model: Model that is trained.
@@ -122,7 +123,7 @@ def check_rematerialization(model) -> None:
 class _Divergence(losses.Loss):
     """The divergence between two paths, as a Keras loss that is reduced like a cross-entropy.
 
-    Keras weights the divergence by the sample weights and the mask of the outputs, like the
+    Keras applies the sample weights and the mask of the outputs to the divergence, as to the
     cross-entropy.
     """
 
@@ -133,7 +134,8 @@ class _Divergence(losses.Loss):
         self.divergence, self.crossentropy = divergence, crossentropy
 
     def call(self, y_true, y_pred):
-        """Return the divergence of every entry, from the outputs of both paths."""
+        """Return the divergence between the outputs of the pruned path and the full path, per
+        entry."""
         logits = (class_logits(self.crossentropy, outputs) for outputs in (y_pred, y_true))
         entries = self.divergence(*logits)
         if _kind(self.crossentropy) is _BINARY and len(entries.shape):
@@ -152,7 +154,8 @@ def _output(outputs, structure, path):
 
 
 def _kind(loss):
-    """Return `_CLASSES` or `_BINARY`, depending on the cross-entropy, or None for other losses."""
+    """Return the type of a loss: `_CLASSES` or `_BINARY` for a cross-entropy, and None for other
+    losses."""
     fn = getattr(loss, "fn", None)
     return next((kind for kind in (_CLASSES, _BINARY) if fn in kind), None)
 
@@ -167,7 +170,7 @@ def class_logits(loss, outputs: Tensor) -> Tensor:
         outputs: Float tensor of the outputs.
 
     Returns:
-        A float32 tensor. The logits of each entry may differ from the true logits by a constant,
+        A float32 tensor. All logits of an entry may differ from the true logits by the same number,
         which does not change a cross-entropy.
     """
     outputs = ops.cast(outputs, "float32")

@@ -1,4 +1,4 @@
-"""Clock that decides at which training steps masks are updated."""
+"""`UpdateClock`: the training steps at which the masks of a method are updated."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _LEARNED_RESPONSE = 5
 
 
 class UpdateClock(NamedTuple):
-    """Steps of a training run at which masks are updated.
+    """The steps of a training run at which masks are updated.
 
     Step n means that n optimizer steps are finished and step n + 1 has not begun. Masks are updated
-    at step 0, at `last` and at each step in `jumps`. Masks are also updated at all steps before
-    `last` that differ from `first` by a multiple of `period`.
+    at step 0, at `last` and at each step in `jumps`. Before `last`, masks are also updated every
+    `period` steps, counted from `first` in both directions.
 
     Attributes:
         first: First step at which the target sparsity changes.
@@ -30,8 +30,7 @@ class UpdateClock(NamedTuple):
     jumps: tuple[int, ...] = ()
 
     def is_due(self, before: int, step: int) -> bool:
-        """Return whether a mask update is due after step `before`, up to and including step
-        `step`."""
+        """Return whether a mask update is due at one of the steps from `before + 1` to `step`."""
         periods = [(s - self.first) // self.period for s in (before, step)]
         return periods[0] != periods[1] or any(
             before < special <= step for special in (0, *self.jumps, self.last)
@@ -49,7 +48,8 @@ class UpdateClock(NamedTuple):
 
 
 def update_clock(method, schedule, total=None, epoch=None) -> UpdateClock | None:
-    """Return the clock of a method, or None if the required length of training is unknown.
+    """Return the clock of a method. Return None if the method needs the length of training, and
+    this length is unknown.
 
     If the user gives no frequency, the method's `default_frequency` is used. In a short training
     run, masks are updated more often: at least twenty times while the target sparsity changes.
@@ -59,8 +59,8 @@ def update_clock(method, schedule, total=None, epoch=None) -> UpdateClock | None
         schedule: `Schedule` of the target sparsity in the training run.
         total: Number of steps in the training run, or None if the schedule is given in steps.
             Defaults to None.
-        epoch: Number of steps in an epoch, which methods that update masks once per epoch need.
-            Defaults to None.
+        epoch: Number of steps in an epoch. Methods that update masks once per epoch need this
+            number. Defaults to None.
     """
     period = method.default_frequency if method.frequency is None else method.frequency
     if period == "epoch":

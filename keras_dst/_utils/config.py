@@ -53,8 +53,7 @@ class Configurable:
 
     def __hash__(self):
         # Equal objects must have equal hashes. For example, an object whose argument is 0 equals an
-        # object whose argument is 0.0. The hash therefore depends only on the class, not on the
-        # arguments.
+        # object whose argument is 0.0. Therefore hash only the class, not the arguments.
         return hash(type(self))
 
     def __repr__(self):

@@ -46,15 +46,15 @@ def check_filters(filters: Filters, argument: str = "filters") -> None:
 def select(
     items: Sequence, filters: Filters, names: Sequence[tuple[str, ...]], argument: str = "filters"
 ) -> list[bool]:
-    """Return a list of booleans that say whether the filter selects each item.
+    """Return one boolean per item: True if the filter selects the item.
 
     Args:
         items: Layers or variables.
         filters: A name, a regular expression that matches a whole name, or a list of names and
             expressions. A function that receives an item and returns a bool is also accepted. None
             selects all items.
-        names: All names by which each item can be selected. Error messages show only the first
-            name.
+        names: All names by which each item can be selected. An error message shows only the first
+            name of each item.
         argument: Name of the argument in which the user passed the filter, for error messages.
             Defaults to "filters".
 

@@ -12,8 +12,8 @@ _OTHER_SIZES = (64, 128, 256, 16, 8, 4, 2, 1)
 def accepted_size(draw: Callable[[int], Any], run: Callable[[Any], Any], fix: str) -> int:
     """Return the first size that a model accepts for the unknown axes of its inputs.
 
-    Some models do not accept every size. A position embedding limits the length of a sequence, and
-    strides require a minimum size of images.
+    Some models accept only certain sizes of their inputs. A position embedding limits the length of
+    a sequence, and strides require a minimum size of images.
 
     Args:
         draw: Function that returns random inputs in which all unknown sizes have the given value.

@@ -109,7 +109,8 @@ class _StepDriver(LayerDriver):
             weight.assign(value)
 
     def save_progress(self):
-        """Store the number of steps in the layers, so that a later fit continues to count."""
+        """Store the step in the layers, so that the next `fit` continues to count from this
+        step."""
         if self.step is not None:
             self.write_progress(self.step, 1)
 

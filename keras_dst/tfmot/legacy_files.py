@@ -124,7 +124,8 @@ def _model_config(config: dict) -> dict:
         node = [node] if _is_reference(node, renamed) else node
         if not all(_is_reference(x, renamed) for x in node):
             raise ValueError(
-                f"Expected layers of '{own['name']}' to be called on tensors. Received: {node!r}"
+                f"Expected every layer call in '{own['name']}' to receive only tensors. "
+                f"Received: {node!r}"
             )
         kwargs = node[0][3] if len(node[0]) > 3 else {}
         args = [tensor(x) for x in node]
@@ -162,7 +163,7 @@ def _is_reference(x, names) -> bool:
 def _first_calls(model: dict) -> dict[str, int]:
     """Return the index of each layer's first call.
 
-    In Keras 2, the index of the first call is not always 0.
+    In Keras 2, the calls of a layer are not always numbered from 0.
     """
     first: dict[str, int] = {}
     names = {_name(x) for x in model["layers"]}

@@ -26,8 +26,9 @@ def block_mask(w: np.ndarray, sparsity: float, block_size, pooling: str) -> np.n
             largest magnitude.
 
     If the block size does not divide an axis, tfmot splits the padding between both ends of the
-    axis. The padding shifts the windows that tfmot pools relative to the blocks that tfmot masks.
-    To compute the same masks as tfmot, this function shifts the windows like tfmot.
+    axis. tfmot pools windows of the padded axis, but the blocks that it masks begin at the first
+    entry. The windows are therefore shifted relative to the blocks. To compute the same masks, this
+    function shifts the windows like tfmot.
     """
     pooled = np.abs(w)
     for axis, length in enumerate(block_size):
@@ -39,7 +40,8 @@ def block_mask(w: np.ndarray, sparsity: float, block_size, pooling: str) -> np.n
 
 
 def _pool(values, axis, length, reduce):
-    """Reduce windows of `length` entries along one axis, with equal padding at both ends."""
+    """Reduce every window of `length` entries along one axis. The axis is padded equally at both
+    ends."""
     windows = -(-values.shape[axis] // length)
     missing = windows * length - values.shape[axis]
     padding = [(0, 0), (0, 0)]

@@ -133,10 +133,11 @@ def _edges(graph, fed: dict[Any, list]) -> tuple[dict[Any, list], dict[Any, list
 def _first_on_every_path(starts, is_wanted, neighbors) -> list:
     """Follow every path of the graph to the first operation for which `is_wanted` returns True.
 
-    Return the operations found, or an empty list if at least one path has no wanted operation.
+    Return these operations. Return an empty list if a path ends without such an operation.
     """
     found, queue = [], list(dict.fromkeys(starts))
-    for operation in queue:  # The loop also visits operations that its body appends to `queue`.
+    # The loop body appends operations to `queue`, and the loop visits them, too.
+    for operation in queue:
         if is_wanted(operation):
             found.append(operation)
         elif operation not in neighbors:
@@ -147,7 +148,8 @@ def _first_on_every_path(starts, is_wanted, neighbors) -> list:
 
 
 def _is_start(layer, producers) -> bool:
-    """Return whether a layer is the strided convolution at which sparse inference begins."""
+    """Return whether a layer is the convolution with stride 2 that must come first in sparse
+    inference with XNNPACK."""
     return (
         isinstance(layer, layers.Conv2D)
         and tuple(layer.kernel.shape[:3]) == (3, 3, 3)

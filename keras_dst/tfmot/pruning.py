@@ -223,7 +223,8 @@ def _is_frozen(layer) -> bool:
 
 
 def _lacks_weight_names(layer) -> bool:
-    """Return whether a layer has tfmot's `get_prunable_weights` but no `prunable_weights`."""
+    """Return whether a layer defines `get_prunable_weights` for tfmot, but not `prunable_weights`
+    for keras_dst."""
     return hasattr(layer, "get_prunable_weights") and not hasattr(layer, "prunable_weights")
 
 

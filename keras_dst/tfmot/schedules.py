@@ -110,7 +110,8 @@ class PolynomialDecay(PruningSchedule):
     def __call__(self, step):
         update = self._should_prune_in_step(step, self.begin_step, self.end_step, self.frequency)
         length = max(self.end_step - self.begin_step, 1)
-        # Compute in float32, as tfmot does, because rounding affects how many weights are kept.
+        # Compute in float32, as tfmot does, because the rounding can change the number of kept
+        # weights.
         progress = np.clip(np.float32(step - self.begin_step) / np.float32(length), 0, 1)
         difference = np.float32(self.initial_sparsity - self.final_sparsity)
         decay = (np.float32(1) - progress) ** np.float32(self.power)
