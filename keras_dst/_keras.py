@@ -472,8 +472,8 @@ def slots_of(optimizer, variable) -> list:
         raise RuntimeError(
             f"Expected {type(optimizer).__name__} to keep its variables in lists in the order of "
             f"the trained variables. Found no list with a variable for '{variable.path}', "
-            "although the optimizer has variables of its shape. Use a method that does not grow weights, such as "
-            "Magnitude."
+            "although the optimizer has variables of its shape. Use a method that does not grow "
+            "weights, such as Magnitude."
         )
     return slots
 
