@@ -8,15 +8,15 @@ import pytest
 #: TensorFlow and JAX compile a training step for every model, which takes most of the test time.
 COMPILES = keras.backend.backend() != "torch"
 
-#: Mark of tests that do not depend on the backend, such as tests of NumPy code or of files. `make
-#: test` runs these tests once, in a separate job.
+#: Pytest mark of tests that do not depend on the backend, such as tests of NumPy code or of files.
+#: `make test` runs these tests once, in a separate job.
 once = pytest.mark.once
 
-#: Mark of slow tests, which run in `make test-all` but not in `make test`.
+#: Pytest mark of slow tests, which run in `make test-all` but not in `make test`.
 slow = pytest.mark.slow
 
-#: Mark of tests in which every case compiles a training step. Compilation takes most of the test
-#: time. With `every(n)`, `make test` runs all cases on PyTorch, but only every n-th case on
+#: Pytest mark of tests in which every case compiles a training step. Compilation takes most of the
+#: test time. With `every(n)`, `make test` runs all cases on PyTorch, but only every n-th case on
 #: TensorFlow and JAX. JAX starts with the first case and TensorFlow with the second, so that their
 #: cases differ. If a whole file or class has the mark, the cases of all its test functions are
 #: counted together. A test function with its own mark is counted separately. With `pytestmark =
@@ -24,9 +24,9 @@ slow = pytest.mark.slow
 #: test runs on PyTorch only, and with `every(1)` on each backend.
 every = pytest.mark.every
 
-#: Mark of tests that export many models. JAX and PyTorch start a second Python process for each
-#: conversion, which takes 5 seconds or more. `test_export_does_not_change_a_sparse_model` tests
-#: this process.
+#: Pytest mark of tests that export many models. JAX and PyTorch start a second Python process for
+#: each conversion, which takes 5 seconds or more. `test_export_does_not_change_a_sparse_model`
+#: tests this process.
 on_tensorflow = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="conversion in a second Python takes too long"
 )

@@ -15,8 +15,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-# `make test-gpu` runs the tests on a GPU. Repeated runs must give equal results, with float32
-# precision. Several processes share the memory of the GPU.
+# `make test-gpu` runs the tests on a GPU. The settings below make the results of repeated runs
+# equal, and the precision of products float32. Several processes share the memory of the GPU.
 ON_GPU = bool(os.environ.get("KERAS_DST_GPU"))
 if ON_GPU:
     os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
@@ -46,7 +46,7 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     # Full garbage collections are slow, so let Python run them less often. The fixture
-    # `free_compiled_programs` also runs a collection after each test file.
+    # `free_compiled_programs` also collects garbage after each test file.
     gc.set_threshold(*gc.get_threshold()[:2], 50)
 
 

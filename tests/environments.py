@@ -1,4 +1,4 @@
-"""Test wheels in new environments in build/environments: each extra, and old and new packages.
+"""Install wheels in build/environments, and test each extra and old and new package versions.
 
     python tests/environments.py wheel              check wheel and sdist, install every extra
     python tests/environments.py wheel jax export   check only these extras
@@ -185,7 +185,7 @@ def interpreter(version: str) -> str | None:
 
 
 def attempt(wheel: str, check: tuple[str, str]) -> tuple[str, list[str]]:
-    """Run a check in a worker process, and return its output and its lines for the final list."""
+    """Run a check in a worker process, and return its output and its lines of the final summary."""
     name = "-".join(check)
     log = FOLDER / f"{name}.log"
     # Redirect stdout and stderr of this process and its children to the log.

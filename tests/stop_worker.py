@@ -49,8 +49,8 @@ class Lines(keras.callbacks.Callback):
 
 
 def build(method):
-    # Keras numbers the names of layers per session. In a new session, every process gets the same
-    # names.
+    # Keras numbers the names of layers per session. A new session gives the layers the same names
+    # in every process.
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
     model = keras.Sequential(

@@ -46,7 +46,7 @@ from tests.test_masks import (  # noqa: F401
 def accelerator():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "on_accelerator", lambda tensor: True)
-        patch.setattr(ranking, "_SECTIONS", 4)  # Fewer sections halve the compile time.
+        patch.setattr(ranking, "_SECTIONS", 4)  # With 4 sections, XLA compiles in half the time.
         test_masks.compiled_top_k.cache_clear()
         yield
     test_masks.compiled_top_k.cache_clear()
@@ -69,7 +69,7 @@ def tied_scores():
 
 @pytest.fixture
 def searches(monkeypatch):
-    """Return a list that gets one entry per search for thresholds, or per trace of a search."""
+    """Return a list to which every search for thresholds, or trace of a search, adds an entry."""
     searched, search = [], ranking._Ranking.thresholds
     monkeypatch.setattr(
         ranking._Ranking, "thresholds", lambda *args: searched.append(1) or search(*args)
@@ -79,11 +79,11 @@ def searches(monkeypatch):
 
 @pytest.fixture
 def wrong_guesses(searches):
-    """Return a list that gets one entry per wrong guess, because a search then runs."""
+    """Return a list with one entry per wrong guess. A wrong guess starts a search."""
     return searches
 
 
-# With a limit of 1, the thresholds are guessed from a sample of the scores.
+# With `limit` 1, the ranking does not sort the scores, but guesses the thresholds from a sample.
 @only_torch
 @pytest.mark.parametrize("limit", [1, 1 << 20])
 @pytest.mark.parametrize(
@@ -159,7 +159,10 @@ def test_a_wrong_guess_is_corrected(scores, kept, monkeypatch, wrong_guesses):
 
 
 def driver_of(method, *widths):
-    """Return the driver of a network of dense layers. The first width is the number of inputs."""
+    """Return the driver that updates the masks of a network of dense layers.
+
+    The first width is the number of inputs.
+    """
     layers = [keras.layers.Dense(width, use_bias=False) for width in widths[1:]]
     model = keras.Sequential([keras.Input(widths[:1]), *layers])
     model.compile(apply_method(method, model, keras.optimizers.SGD(0.1)), "mse")
@@ -169,8 +172,8 @@ def driver_of(method, *widths):
     return driver
 
 
-# Largest number of passes in an update. A pass reads or writes all weights in float32, so it moves
-# four bytes per weight.
+# Largest number of passes that a mask update of each method may need. A pass reads or writes all
+# weights in float32, so it moves four bytes per weight.
 METHODS = {
     "Magnitude": (keras_dst.methods.Magnitude(0.9), 20),
     "FlipOut": (keras_dst.methods.FlipOut(0.9), 20),
@@ -207,7 +210,7 @@ def loops_of_update(name):
     import jax
     from jax import export
 
-    _shared.cache_clear()  # An earlier trace of this ranking would add no search.
+    _shared.cache_clear()  # With a cached trace, JAX would not trace the search.
     driver = driver_of(METHODS[name][0], *LARGE)
     now = ScheduleState(*map(ops.convert_to_tensor, (3, 0.3, 0.9)))
     # Do not call the function that the driver has compiled, because its trace may be cached.
@@ -228,7 +231,7 @@ def test_a_lowered_update_loops_only_to_search_for_thresholds(name, searches, mo
     assert loops_of_update(name) == len(searches) > 0
     searches.clear()
     monkeypatch.setattr(devices, "on_accelerator", lambda tensor: False)
-    # On a CPU, the update also has loops over rows.
+    # On a CPU, the lowered update also contains loops over rows of scores.
     assert loops_of_update(name) > len(searches) > 0
 
 
@@ -236,7 +239,7 @@ class Operations:
     """Operations that torch runs within a context, and that a GPU would launch as kernels.
 
     Attributes:
-        launched: Number of operations, without views.
+        launched: Number of operations, except operations that only return a view of a tensor.
         moved: Number of bytes that the operations read and write.
         waits: Number of times that the host reads a value from the device.
         peak: Largest number of bytes in new tensors that existed at the same time. Temporary memory
@@ -285,7 +288,7 @@ class Operations:
                 return found
 
             def add_new(self, found, arguments):
-                """Count the memory of new tensors until the memory is freed."""
+                """Count the memory of each new tensor as used until the tensor is freed."""
                 old = {t.untyped_storage()._cdata for t in tensors_in(arguments)}
                 for tensor in tensors_in(found):
                     storage = tensor.untyped_storage()
@@ -305,7 +308,7 @@ class Operations:
 @pytest.mark.parametrize("widths", [(1024, 2048), (1024, 3072, 1536, 512)], ids=str)
 @pytest.mark.parametrize("name", METHODS)
 def test_operations_bytes_and_memory_of_a_torch_update(name, widths, monkeypatch):
-    # The model is small, so all scores would otherwise be sorted.
+    # Without this smaller limit, the ranking would sort all scores of this small model.
     monkeypatch.setattr(selection, "_SORTED", 1 << 15)
     method, passes = METHODS[name]
     driver = driver_of(method, *widths)
@@ -336,15 +339,16 @@ def test_operations_bytes_and_memory_of_a_torch_update(name, widths, monkeypatch
 @pytest.mark.parametrize("pattern", ["unstructured", "channel"])
 @pytest.mark.parametrize("name", [*METHODS, "DST", "ST3"])
 def test_an_update_of_small_weights_waits_once(name, pattern):
-    # The weights of the network do not fill whole rows, so the ranking pads the rows.
+    # The number of weights is not a multiple of the row width, so the ranking pads the rows of
+    # scores.
     method = getattr(keras_dst.methods, name)(sparsity=0.9, pattern=pattern)
     driver = driver_of(method, 8, *[8] * 6)
     first, later = Operations(), Operations()
     with first.counted():
         driver.begin(1000, 1000, 100)
     # The host also reads three numbers: the step of the optimizer, and the step and length of the
-    # schedule. RigL guesses that a mask update is not the first update, so RigL repeats the first
-    # update.
+    # schedule. RigL always guesses that the mask update is not the first. In the first mask update,
+    # this guess is wrong, so RigL computes the update again and waits once more.
     assert first.waits <= 4 + (name == "RigL")
     driver.advance(250)
     with later.counted():
@@ -382,7 +386,7 @@ def test_a_torch_step_waits_no_more_than_a_dense_step(name):
 
 @functools.cache
 def train_small_model(name, policy):
-    """Train a small model, and return the number of kept weights and the removed fraction."""
+    """Train a small model, and return the number of kept weights and the measured sparsity."""
     method, _, _ = test_contract.METHODS[name]
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)

@@ -1,4 +1,4 @@
-"""Tests of allocations against plain Python, and of the sum of kept counts."""
+"""Tests of allocations: comparison with plain Python, and the exact sum of the kept counts."""
 
 import math
 
@@ -197,10 +197,11 @@ def test_an_invalid_layer_name_in_an_allocation_raises(name):
 @pytest.mark.parametrize(
     ("shapes", "sparsity", "expected"),
     [
-        # ERK keeps 13.3 and 26.7 weights. The minimums are a quarter of the counts, rounded down.
+        # The unrounded ERK counts are 13.3 and 26.7. The minimums are a quarter of these counts,
+        # rounded down.
         ([(10, 10), (30, 10)], 0.9, [3, 6]),
-        # ERK keeps 0.4 and 9.6 weights. The minimums are a quarter of the counts, rounded down, but
-        # at least 1.
+        # The unrounded ERK counts are 0.4 and 9.6. The minimums are a quarter of these counts,
+        # rounded down, but at least 1.
         ([(4, 4), (100, 100)], 0.999, [1, 2]),
         ([(1, 2), (100, 100)], 0.0, [1, 2500]),
     ],

@@ -33,9 +33,9 @@ METHODS = {
     "dst-target-layer": (methods.DST(sparsity=0.5, granularity="layer"), 0.5, 0.01),
     "dcil": (methods.DCIL(0.8), 0.8, 0.001),
     # Consensus removes 30 % of the FLOPs, and may deviate by one unit. A unit with a closed gate
-    # also saves FLOPs in the next layer. From 14 closed units of the first layer (24 of 2,688
-    # weights each) to 17 closed units of the second layer (48 weights each), 12.5 % to 30.4 % of
-    # the weights are pruned.
+    # also saves FLOPs in the next layer. The smallest possible sparsity is 12.5 %, with 14 closed
+    # units of the first layer (24 of 2,688 weights each). The largest possible sparsity is 30.4 %,
+    # with 17 closed units of the second layer (48 weights each).
     "consensus": (methods.Consensus(0.3, lambda_polar=0.1, lambda_act=20.0), 0.2145, 0.09),
     "magnitude": (methods.Magnitude(0.8), 0.8, 0.001),
     "magnitude-uniform": (methods.Magnitude(0.8, allocation="uniform"), 0.8, 0.001),
@@ -43,8 +43,8 @@ METHODS = {
     "magnitude-revival": (methods.Magnitude(0.8, revival=True), 0.8, 0.001),
     "magnitude-1x4": (methods.Magnitude(0.8, pattern="1x4"), 0.8, 0.002),
     "magnitude-2:4": (methods.Magnitude(0.5, pattern="2:4"), 0.5, 0.001),
-    # Half of the 80 channels are pruned, in multiples of 8. Because channels have 24 or 48 weights,
-    # 34 % to 57 % of the weights are pruned, depending on the layer of the pruned channels.
+    # Half of the 80 channels are pruned, in multiples of 8. Each channel has 24 or 48 weights, so
+    # the sparsity of the weights is between 34 % and 57 %.
     "magnitude-channel": (methods.Magnitude(0.5, pattern="channel"), 0.455, 0.12),
     "dcil-channel": (methods.DCIL(0.5, pattern="channel"), 0.455, 0.12),
     "st3-channel": (methods.ST3(0.5, pattern="channel"), 0.455, 0.12),
@@ -331,7 +331,7 @@ def test_the_compiled_step_is_traced_once(one_of_each, monkeypatch):
     else:
         # Keras may call `compute_loss` once more with symbolic inputs.
         assert len(traces) - after_two <= 1
-        calls = 2 if isinstance(one_of_each[0], TwoPathMethod) else 1  # Number of calls per trace.
+        calls = 2 if isinstance(one_of_each[0], TwoPathMethod) else 1  # Calls in each trace.
         assert after_two <= 2 * calls + 1
 
 

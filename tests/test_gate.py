@@ -150,8 +150,8 @@ def test_gates_reach_the_target_and_can_be_saved_stripped_and_shrunk(
     history = fit(model).history
     assert np.isfinite(history["loss"]).all()
     open_ = np.concatenate([np.ravel(array(gate.is_open())) for gate in gates_of(model)])
-    # The cost is closest to the target if the gates of 19 of 32 channels, or of 2 of 4 branches,
-    # are open.
+    # The cost of the network is closest to the target cost if 19 of the 32 channels, or 2 of the 4
+    # branches, have open gates.
     assert open_.sum() == (19 if structure == "channel" else 2)
     assert history["sparsity"][-1] == pytest.approx(1 - open_.mean())
 
@@ -288,8 +288,8 @@ def test_a_frozen_gate_does_not_change():
         assert frozen == all(
             np.array_equal(a.numpy(), b)
             for a, b in zip(gate.variables, old)
-            # The names of cost, target and progress begin with "gate_". Training may change the
-            # three states.
+            # Training may change the cost, target and progress of a frozen gate. The names of these
+            # variables begin with "gate_".
             if "gate_" not in a.name
         ), means
 

@@ -233,7 +233,7 @@ def fit(model, x, y, epochs=1, batch_size=16, **kwargs):
 
     with warnings.catch_warnings():
         # The training runs in this file are too short for the controller of DST to reach its
-        # target. With a NaN loss, the controller never reaches the target.
+        # target. With a NaN loss, the controller of DST never reaches the target.
         warnings.filterwarnings("ignore", ".*(training had reached|missed by) .*")
         return model.fit(
             x, y, epochs=epochs, batch_size=batch_size, shuffle=False, verbose=0, **kwargs

@@ -264,13 +264,13 @@ def test_zeros_among_weights_of_one_sign_stay_zeros_under_int4(sign):
 
 
 @once
-# Keras warns about the embedding.
+# Keras warns that the embedding does not support the mode "gptq".
 @pytest.mark.filterwarnings("ignore:Invalid quantization mode:UserWarning")
 def test_zeros_stay_zeros_under_gptq():
     """Keras 3.15 skips the calibration of GPTQ and rounds each weight alone (keras#23512).
 
-    This test fails if a newer version of Keras runs the calibration, because the calibration
-    changes zeros of correlated inputs. If the test fails, update docs/keras_features.md.
+    With calibration, GPTQ would change the zeros in this test, because the inputs are correlated.
+    If a newer version of Keras makes this test fail, update docs/keras_features.md.
     """
     rng = np.random.default_rng(0)
     table = rng.standard_normal((16, 16)).astype("float32")

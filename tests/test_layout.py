@@ -1,4 +1,4 @@
-"""Tests of the package layout: imports have one direction, and the root has the public names."""
+"""Tests of the package layout: modules import only lower modules; public names are in the root."""
 
 import ast
 import pathlib

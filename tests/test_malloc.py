@@ -16,9 +16,9 @@ from tests import models
 from tests.backends import once
 
 # Free a block of 64 MiB under each memory policy, and print whether the process keeps the block. By
-# default, glibc returns blocks of this size to the system. The program runs in a process of its
-# own and imports no backend: in a process with a large heap, glibc may place the block in a gap of
-# the heap and keep it under every policy.
+# default, glibc returns blocks of this size to the system. The program runs in a process of its own
+# and imports no backend. In a process with a large heap, glibc may place the block in a gap of the
+# heap, and then keeps the block under every policy.
 PROGRAM = """
 import importlib.util, mmap, os, pathlib, sys
 
@@ -47,11 +47,12 @@ print(is_kept())
 
 
 def run(**variables):
-    """Run PROGRAM with environment variables. Return its four answers.
+    """Run PROGRAM with environment variables, and return the four booleans that it prints.
 
-    The answers tell whether the block is kept at first, whether it is kept after
-    `keep_freed_memory`, whether `return_freed_memory` returns it, and whether the next block is
-    kept.
+    1. The process keeps a freed block by default.
+    2. The process keeps a freed block after `keep_freed_memory`.
+    3. `return_freed_memory` returns the kept block to the system.
+    4. The process keeps the next freed block.
     """
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
     command = [sys.executable, "-c", PROGRAM, malloc.__file__]
@@ -88,7 +89,7 @@ class Observe(keras.callbacks.Callback):
 
 @pytest.fixture
 def policy(monkeypatch):
-    """Replace the functions that set the memory policy. Return a dictionary with the policy."""
+    """Replace the functions that set the memory policy by functions that set `policy["kept"]`."""
     policy = {"kept": False}
     monkeypatch.setattr(malloc, "keep_freed_memory", lambda: policy.update(kept=True))
     monkeypatch.setattr(malloc, "return_freed_memory", lambda: policy.update(kept=False))

@@ -128,14 +128,14 @@ def test_gradients_of_masked_weights(dtype):
 @pytest.mark.parametrize(
     ("g", "mask", "expected"),
     [
-        # The limit is twice the root mean square of the nonzero kept gradients 3 and -4, which is
-        # sqrt(12.5).
+        # The nonzero kept gradients 3 and -4 have the root mean square sqrt(12.5), and the limit is
+        # twice this value.
         ([3, 0, -4, 50, -50], [1, 1, 1, 0, 0], [3, 0, -4, 2 * 12.5**0.5, -2 * 12.5**0.5]),
         # The limit is 7.07, so 7 is allowed.
         ([3, 0, -4, 7, -7], [1, 1, 1, 0, 0], [3, 0, -4, 7, -7]),
         ([3, 50, -4], [1, 1, 0], [3, 50, -4]),
         ([3, 4], [0, 0], [3, 4]),  # If the mask keeps no entries, gradients are not limited.
-        ([0, 4], [1, 0], [0, 0]),  # Without a gradient of a kept entry, the limit is 0.
+        ([0, 4], [1, 0], [0, 0]),  # If all kept entries have gradient 0, the limit is 0.
     ],
 )
 def test_limit_of_the_gradients_of_pruned_entries(g, mask, expected):
@@ -254,8 +254,8 @@ def test_golden_blocks():
     np.testing.assert_array_equal(pattern.sizes((5, 3)), [[4, 4, 4], [1, 1, 1]])
 
     # At most six weights may be kept. The block with score 6 has one weight, and the block with
-    # score 2.5 has four weights. The block with score 2 also has four weights, which would be too
-    # many.
+    # score 2.5 has four weights. The block with score 2 has four more weights, which would exceed
+    # the limit of six.
     (groups,) = top_k([array(scores)], 6, [pattern.sizes((5, 3))])
     np.testing.assert_array_equal(groups, [[1, 0, 0], [1, 0, 0]])
     mask = pattern.expand(ops.convert_to_tensor(groups), (5, 3))
@@ -482,8 +482,8 @@ def test_top_k_compiled_by_xla():
 
 def test_top_k_stops_at_the_first_group_that_does_not_fit():
     # At most 5 weights may be kept. The two groups with the highest scores have 3 weights together.
-    # The third group also has 3 weights, so 6 weights would be kept, and the ranking stops before
-    # it. The last group would still fit, but is not kept either.
+    # The third group also has 3 weights, and 6 kept weights would be too many, so the ranking keeps
+    # only the first two groups. The last group has only 1 weight, but the ranking does not keep it.
     assert_equal(top_k([[9, 8, 7, 6]], 5, [np.array([2, 1, 3, 1])]), [[1, 1, 0, 0]])
 
 

@@ -52,7 +52,7 @@ def printed(notebook):
 
 
 def values(text):
-    """Return a dict from the names in VALUES to the lists of numbers that a text contains."""
+    """Return a dict that maps each name in VALUES to the list of its numbers in a text."""
     return {
         name: [float(number.replace(",", "")) for number in re.findall(pattern, text)]
         for name, (pattern, _, _) in VALUES.items()
@@ -60,7 +60,7 @@ def values(text):
 
 
 def differences(text, stored):
-    """Return all values that differ by more than allowed: name, new numbers, stored numbers."""
+    """Return the values outside their tolerance: name, new numbers, stored numbers."""
     now, before = values(text), values(stored)
     return [
         (name, now[name], before[name])

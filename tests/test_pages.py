@@ -29,9 +29,9 @@ TESTED_ELSEWHERE = {
 def backends(page):
     """Return the names of the backends on which the code blocks of a page run.
 
-    A page that names no backend runs on PyTorch, which compiles no training step. If the page
-    exports files, it runs on TensorFlow, because PyTorch starts a second Python process for every
-    export.
+    A page that names no backend runs on PyTorch, because training steps on PyTorch need no
+    compilation. If the page exports files, it runs on TensorFlow, because PyTorch starts a second
+    Python process for every export.
     """
     python = [(info, code) for language, info, code in fences(page) if language == "python"]
     exports = any("export_tflite" in code for _, code in python)
@@ -78,7 +78,7 @@ def run_command(words):
         case ["keras-dst", *arguments]:
             assert cli.main(arguments) == 0
         case ["make", *given]:
-            targets = [word for word in given if "=" not in word]  # Words with "=" set variables.
+            targets = [word for word in given if "=" not in word]  # NAME=VALUE sets a variable.
             rules = re.findall(r"^([\w -]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             assert set(targets) <= {target for rule in rules for target in rule.split()}
         case ["pip", "install", package]:

@@ -137,7 +137,7 @@ def test_a_run_in_three_pieces_equals_a_run_in_one_piece(method, tiny, tmp_path)
 
     model, expected = train("one")
     for _ in range(2):
-        with pytest.raises(Paused):  # The deadline has passed, so each piece trains one epoch.
+        with pytest.raises(Paused):  # Past the deadline, each call trains one epoch.
             train("three", deadline=0.0)
     # The second call restores the backup of the finished run.
     for _ in range(2):

@@ -32,7 +32,7 @@ def pyplot():
 
 
 def pictures(figure):
-    """Return a dict from the titles of the axes in a figure to the data of their heat maps."""
+    """Return a dict that maps the title of each axes in a figure to the data of its heat map."""
     figure.canvas.draw()
     found = [ax for ax in figure.axes if ax.get_title()]
     return {ax.get_title(): np.asarray(ax.images[0].get_array()) for ax in found}

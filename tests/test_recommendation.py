@@ -24,7 +24,11 @@ def runs_of(folder):
 
 
 def figure(accuracies, pattern, sparsity, epochs, net, dense, source):
-    """Return the figures of a method whose lead over Magnitude exceeds the standard deviations."""
+    """Return the figures of the most accurate method.
+
+    If the lead of this method over Magnitude is at most the sum of the standard deviations, return
+    the figures of Magnitude.
+    """
 
     def deviation(name):
         return statistics.stdev(accuracies[name]) if len(accuracies[name]) > 1 else 0

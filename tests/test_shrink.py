@@ -134,8 +134,8 @@ def convnet(padding="same", use_bias=False):
 
 @pytest.mark.parametrize(
     ("padding", "one"),
-    # With zero padding, one dead channel is kept, to which the constant outputs of all dead
-    # channels are added.
+    # With zero padding, `shrink` keeps one dead channel, which also carries the constant outputs of
+    # the other dead channels.
     [("same", 5), ("valid", 4)],
 )
 def test_shrink_a_convolutional_network(padding, one):
@@ -296,8 +296,8 @@ def test_shrink_separable_convolutions():
 def test_shrink_of_wide_separable_convolutions_needs_little_memory():
     """The product of a depthwise and a pointwise kernel is never computed.
 
-    The product would have nine times as many entries as the pointwise kernel. In float64, the
-    product would need eighteen times the memory of the kernel.
+    The product of the two kernels would have nine times as many entries as the pointwise kernel. In
+    float64, the product would need eighteen times the memory of the pointwise kernel.
     """
     model = sequential(
         (6, 6, 512),
@@ -331,8 +331,8 @@ def test_shrink_transposed_convolutions_after_a_dense_layer():
     kernel[..., 3] = 0  # Channel 3, which holds four units of "seed", is read by no layer.
     model.get_layer("one").kernel.assign(kernel)
     check(model, seed=12, one=3, two=2, three=2)
-    # The first three units of "seed" remain. The three units fill channels 0, 1 and 2 at one of
-    # four positions.
+    # The first three units of "seed" remain. After `Reshape`, these units are channels 0, 1 and 2
+    # at one of four positions.
     kill(model, "seed", count=13)
     check(model, seed=12, one=3, two=2, three=2)
 
@@ -1082,7 +1082,8 @@ def test_dead_channels_of_random_networks_are_removed_or_have_a_reason(steps, se
 # -- trained, pruned, shrunk -----------------------------------------------------------------------
 
 
-# A small network has so few channels that it reaches the target only within a few percent.
+# The network has so few channels that its sparsity may differ from the target by a few percent. DST
+# warns about this difference.
 @every(2)
 @pytest.mark.filterwarnings("ignore:DST")
 @pytest.mark.parametrize("method", [Magnitude, DST], ids=lambda method: method.__name__)

@@ -73,7 +73,7 @@ def test_every_page_begins_with_a_sentence(site):
 
 
 def test_markdown_is_rendered_as_on_github(site):
-    """Nested lists are nested, and a line may begin with a formula."""
+    """Nested lists stay nested, and a line that begins with a formula stays in its paragraph."""
     contributing = (site / "CONTRIBUTING/index.html").read_text()
     assert re.search(r"The mark <code>every\(n\)</code>((?!</li>).)*<ul", contributing, re.DOTALL)
     for path, text in html(site).items():
@@ -177,7 +177,7 @@ def test_every_public_name_is_in_the_reference(site):
 
 
 def test_the_reference_documents_only_public_names_and_members(site):
-    """Every documented name can be imported, or belongs to an object that a function returns."""
+    """Every name that a page of the reference documents exists in the package."""
     pages = (ROOT / "docs" / "reference").glob("*.md")
     named = re.findall(r"^::: (\S+)", "".join(page.read_text() for page in pages), re.MULTILINE)
     for name in named:

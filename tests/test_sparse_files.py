@@ -69,8 +69,8 @@ def test_sparse_files_are_small_with_exact_weights(path):
     assert not loaded.compiled
     kernels = sum(v.numpy().nbytes for v in model.weights if len(v.shape) > 1)
     others = sum(v.numpy().nbytes for v in model.weights if len(v.shape) == 1)
-    # The size of a kernel in the file is (density + 1/32) times its dense size. Names and structure
-    # need a few thousand bytes.
+    # The size of a kernel in the file is (density + 1/32) times its dense size. The names of the
+    # weights and the structure of the file need a few thousand bytes.
     assert path.stat().st_size < (0.1 + 1 / 32) * kernels + others + 6000
 
 

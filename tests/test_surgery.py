@@ -146,7 +146,7 @@ def test_dense_weights_load_from_files_with_attribute_names(tmp_path):
 
 @every(6)
 def test_a_weights_file_of_the_dense_model_loads_into_the_sparse_model(model, tmp_path):
-    """Keras numbers layers per class in a file, so partly sparse models are tested too."""
+    """A weights file names layers by class and number, so also test partly sparse models."""
     expected = models.predict(model, x)
     model.save_weights(tmp_path / "dense.weights.h5")
     for some in (False, True):

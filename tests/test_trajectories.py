@@ -114,7 +114,7 @@ class DST(Dense):
 
 
 class FlipOut(Magnitude):
-    """FlipOut: score |w|^2 / (flips + 1), events at steps 15, 30 and 45, gradient noise."""
+    """FlipOut: score |w|^2 / (flips + 1), pruning events at steps 15, 30 and 45, gradient noise."""
 
     def __init__(self, p):
         super().__init__(p)
@@ -199,7 +199,10 @@ class ST3(Dense):
 
 
 class SET(Magnitude):
-    """SET: drop the smallest weights, grow random weights. ERK keeps 30 and 21 weights."""
+    """SET: drop the smallest weights, grow random weights.
+
+    With ERK densities, the two kernels keep 30 and 21 weights.
+    """
 
     kept = (30, 21)
 

@@ -85,7 +85,8 @@ def installed(wheel, tmp_path_factory):
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder)
-    # Python searches a folder from a .pth file last, and ignores other .pth files in this folder.
+    # A .pth file makes the packages of this environment importable in the new environment. Python
+    # searches these packages last, and ignores their own .pth files.
     (pathlib.Path(site.strip()) / "here.pth").write_text(sysconfig.get_path("purelib"))
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
     run(*pip, "--no-deps", "--no-index", str(wheel), cwd=folder)

@@ -1,4 +1,4 @@
-"""Tests of training on several devices: all copies of a weight equal the weight of one device."""
+"""Tests of training on several devices: all copies of a weight equal the result on one device."""
 
 import keras
 import numpy as np
@@ -15,16 +15,16 @@ SETUPS = {
     "jax": [("sharded", 1, ["data", "model"], 2)],
     "torch": [("ddp", 2, ["ddp"], 2)],
 }[BACKEND]
-# Methods that limit the gradients of pruned weights. Every device computes the limit from its part
-# of the batch, so the weights differ from the weights of a run on one device. On JAX, the limit is
-# computed from the whole batch.
+# Methods that limit the gradients of pruned weights. On TensorFlow and PyTorch, every device
+# computes the gradient limit from its part of the batch, so the trained weights differ from a run
+# on one device. On JAX, the gradient limit is computed from the whole batch.
 LIMITED = {"dst", "optg", "consensus"} if BACKEND != "jax" else set()
 RUNS = [(setup, run, copies) for setup, _, runs, copies in SETUPS for run in runs]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Return a function that trains a setup once, and returns the folder of the results."""
+    """Return a function that trains each setup only once, and returns the folder of its results."""
     done = {}
 
     def folder(setup):
@@ -46,7 +46,7 @@ def test_all_copies_equal_a_run_on_one_device(trained, setup, run, copies, metho
     single = np.load(trained(SETUPS[0][0]) / f"{method}.single.0.npz")
     assert set(first.files) == set(single.files)
     for path in single.files:
-        for other in others:  # The paths include masks, scores, counters and momentum.
+        for other in others:  # Also compare masks, scores, counters and momentum.
             np.testing.assert_array_equal(first[path], other[path], err_msg=path)
         if method in LIMITED:
             assert first[path].shape == single[path].shape

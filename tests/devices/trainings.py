@@ -64,7 +64,7 @@ y = (x @ np.random.default_rng(1).standard_normal((8, 4))).argmax(1)
 
 
 def build(method):
-    """Return a compiled network with a method. The initial weights are always the same."""
+    """Return a compiled network for training with a method. The initial weights never differ."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
@@ -115,7 +115,7 @@ def one(variable):
 
 def mirrored(folder):
     """Train with `tf.distribute.MirroredStrategy`. Every replica has a copy of each variable."""
-    # All methods use the same strategy, because collective operations of two strategies would
+    # All methods share one strategy object, because collective operations of two strategies would
     # conflict.
     strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(DEVICES["mirrored"])])
     for name, method in METHODS.items():

@@ -115,7 +115,10 @@ def test_sparse_fully_connected_equals_dense(format, density, resolver):
 
 
 def test_fully_connected_with_a_sparse_weight_has_version_8():
-    """For version 12, which the converter writes, XNNPACK would read a sparse weight as dense."""
+    """XNNPACK would read the sparse weight of a FULLY_CONNECTED op of version 12 as dense.
+
+    TensorFlow's converter writes version 12.
+    """
     content = encode_all(fully_connected(sparse_values((8, 16), 0.2)), CSR)
     assert ops(read(content)) == [("FULLY_CONNECTED", 8)]
 

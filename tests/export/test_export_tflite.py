@@ -33,7 +33,7 @@ export_tflite = functools.partial(keras_dst.export_tflite, measure=False)
 
 
 def prune(model, density, block=1):
-    """Prune each kernel of a model in blocks along the axis that is the last axis in the file."""
+    """Prune each kernel in blocks along the last axis that the kernel has in the exported file."""
     for layer in model.layers:
         layer.set_weights([pruned(w, layer, density, block) for w in layer.get_weights()])
     return model
@@ -629,7 +629,7 @@ def test_the_error_if_the_file_is_wrong_but_every_single_weight_is_right(
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_an_interrupted_write_leaves_no_file(model, converted, path, monkeypatch, failing, error):
     def fail(*_):
-        # One is the existing file, and the other is the temporary file.
+        # The folder contains the existing file and the temporary file.
         assert len(list(path.parent.iterdir())) == 2
         raise error
 

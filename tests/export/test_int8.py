@@ -150,7 +150,10 @@ def test_sparse_weights_keep_integer_ops(op, shape, block, version):
 
 @pytest.fixture
 def converted(monkeypatch):
-    """Return a model whose converted file is replaced by a file that is built by hand."""
+    """Return a model for which the exporter gets a file that is built by hand.
+
+    The file replaces the output of TensorFlow's converter.
+    """
     weight = sparse_values((64, 320), 0.1, block=16)
     x = keras.Input((320,), name="x")
     layer = layers.Dense(64, use_bias=False)

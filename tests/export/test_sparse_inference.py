@@ -112,7 +112,8 @@ def reshaped(*shape):
 def gated(*squeeze):
     """Return a function that adds a squeeze-and-excitation block to a graph.
 
-    The functions in ``squeeze`` add the ops that compute the factor of the input.
+    The functions in ``squeeze`` add the ops that compute one factor per channel. The block
+    multiplies its input by these factors.
     """
 
     def add(graph, x):

@@ -94,7 +94,7 @@ FILES = WRITTEN | {name: content for name, (content, _) in RULES.items()}
 
 @pytest.fixture(scope="module", params=[no_avx, arm64], ids=["AVX hidden", "ARM emulated"])
 def outputs(request, tmp_path_factory):
-    """Return the outputs of all files: on this CPU, and with two op resolvers on the tested CPU."""
+    """For each file, return the outputs of this CPU, and of the other CPU with each op resolver."""
     cpu = request.param
     if cpu.obstacle():
         pytest.skip(cpu.obstacle())

@@ -65,10 +65,11 @@ def test_kept_share_of_channels_parameters_and_flops():
         # The target is 24 of 48 parameters. The counts [2, 1] keep 20 parameters, and [3, 1] would
         # keep 30.
         ("parameters", 0.5, [2, 1]),
-        # The target is 1110 of 2220 FLOPs. The counts [3, 1] keep 1290 FLOPs, and [2, 1] would keep
-        # 860.
+        # The target is 1110 of 2220 FLOPs. The channel counts [3, 1] keep 1290 FLOPs, and [2, 1]
+        # would keep 860.
         ("flops", 0.5, [3, 1]),
-        # The target is 666 FLOPs. The counts [2, 1] keep 860 FLOPs, and [1, 1] would keep 430.
+        # The target is 666 FLOPs. The channel counts [2, 1] keep 860 FLOPs, and [1, 1] would keep
+        # 430.
         ("flops", 0.7, [2, 1]),
     ],
 )

@@ -94,9 +94,9 @@ def test_values_and_gradients(layout, shape, gates):
 @pytest.mark.parametrize(
     ("method", "units", "expected"),
     [
-        (Consensus(0.5), 120, 43),  # The minimum is sqrt(0.5) / 2 * 120 = 42.4, rounded up.
-        (Consensus(0.98), 120, 9),  # The minimum is sqrt(0.02) / 2 * 120 = 8.5, rounded up.
-        (Consensus(0.96), 40, 4),  # The minimum is sqrt(0.04) / 2 * 40 = 4.
+        (Consensus(0.5), 120, 43),  # The minimum is sqrt(0.5) / 2 * 120 = 42.4 units, rounded up.
+        (Consensus(0.98), 120, 9),  # The minimum is sqrt(0.02) / 2 * 120 = 8.5 units, rounded up.
+        (Consensus(0.96), 40, 4),  # The minimum is sqrt(0.04) / 2 * 40 = 4 units.
         (Consensus(0.98), 6, 2),
         (Consensus(0.98), 1, 1),
         (Consensus(Constant(0.96)), 40, 4),
@@ -313,9 +313,9 @@ def test_projection_opens_gates_up_to_the_budget():
     logits = [[0.3, -0.1, 0.2, 0.5], [-0.4, 0.1, -0.2]]
     one, two = project(Consensus(0.5, min_kept=1), logits, [1, 3])
     # The projection opens gates in the order of their logits (0.5, 0.3, 0.2, 0.1), until the cost
-    # of all open gates reaches the target of 13. After each opened gate, the cost is 2, 4, 6 and
-    # 12. The next gate would raise the cost to 14. The costs 12 and 14 are equally close to 13, so
-    # the smaller cost is used.
+    # of all open gates reaches the target of 13. The first four gates that the projection opens
+    # raise the cost to 2, 4, 6 and 12. A fifth gate would raise the cost to 14. The costs 12 and 14
+    # are equally close to 13, so the smaller cost is used.
     np.testing.assert_array_equal(one >= 0, [1, 0, 1, 1])
     np.testing.assert_array_equal(two >= 0, [0, 1, 0])
     # The projection changes no logit that already has the right sign.

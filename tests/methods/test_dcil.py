@@ -393,7 +393,7 @@ def test_trajectory_equals_the_equations():
 
 
 class Watch(keras.callbacks.Callback):
-    """Callback that records, after every step, if the loss includes the divergence of the paths."""
+    """Callback that records after every step if the loss includes the divergence of both paths."""
 
     def __init__(self):
         super().__init__()
@@ -529,7 +529,7 @@ def test_a_training_step_without_compute_loss_raises():
             fit(model, random(16 * steps, 5), random(16 * steps, 3))
 
 
-# The variables of the full path get no gradients.
+# Variables that only the full (unpruned) path uses get no gradients, so Keras warns.
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 def test_training_without_the_callback_raises():
     x, y = random(32, 5), RNG.integers(0, 3, 32)

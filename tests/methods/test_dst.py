@@ -34,7 +34,7 @@ def array(x):
 
 
 def at(progress):
-    """Return the schedule state of an update after the fraction `progress` of training."""
+    """Return the schedule state of a mask update at the given progress of training, from 0 to 1."""
     return ScheduleState(ops.convert_to_tensor(0, "int32"), ops.convert_to_tensor(progress), None)
 
 
@@ -299,7 +299,7 @@ def test_projection_keeps_the_requested_number_of_weights(granularity, shapes, p
         found, moved = project(method, weights, thresholds, kept)
         groups = kept // math.prod(block)
         assert sum(mask.sum() for mask in found) == groups * math.prod(block)
-        # The projection keeps the blocks with the largest margins Q.
+        # The projection keeps the blocks with the largest values Q = mean|w| - t.
         lowest = ranked[groups - 1]
         for mask, x in zip(found, q):
             np.testing.assert_array_equal(mask, np.repeat(x >= lowest, block[0], axis=0))
@@ -399,8 +399,8 @@ def test_invalid_arguments_raise(arguments, message):
 
 
 def test_no_layer_masks_a_unit_of_a_kept_channel():
-    # Both units of the first weight are below their thresholds. The second weight keeps channel 0,
-    # so the first weight keeps its unit of this channel. The last unit is in no group.
+    # Both units of the first weight are below their thresholds. The second weight keeps its unit of
+    # channel 0, so the first weight also keeps its unit of channel 0. The last unit is in no group.
     method = DST(0.5, pattern="channel")
     groups = ChannelGroups([2], np.zeros((1, 2, 2)), np.ones((1, 2)))
     layouts = [Layout(channels=Channels(ids, groups)) for ids in ([0, 1], [1, 0, -1])]

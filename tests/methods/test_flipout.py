@@ -28,7 +28,7 @@ def test_pruning_events_are_at_the_epochs_of_the_paper(sparsity, every):
     found = FlipOut(sparsity).schedule.jumps(350)
     events = round(np.log2(1 / (1 - sparsity)))
     # The paper rounds events to whole epochs. The highest sparsity in the paper is 1 - 0.5^10 =
-    # 0.99902. The schedule in this test ends at 0.999 instead.
+    # 0.99902, which this test rounds to 0.999.
     assert len(found) == events
     np.testing.assert_allclose(found, every * np.arange(1, events + 1), atol=0.03 * 350)
 

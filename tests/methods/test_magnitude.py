@@ -71,7 +71,7 @@ LAYERS = [random(2, 2, 3, 5), random(1, 3, scale=1e-3, seed=1)]
 
 
 def best(w, kept):
-    """Return a mask of the `kept` largest magnitudes. Equal magnitudes are kept in order."""
+    """Return a mask of the `kept` largest magnitudes. Of equal magnitudes, the first are kept."""
     mask = np.zeros(w.size, bool)
     mask[np.argsort(-np.abs(w.ravel()), kind="stable")[:kept]] = True
     return mask.reshape(w.shape)
@@ -218,8 +218,8 @@ def test_rank_in_n_of_m(shape):
             assert min(group[on]) > max(group[~on], default=-1)
 
 
-# Packed bits of the masks that keep 30 of the 63 weights in LAYERS. Every backend must compute
-# these bits.
+# Packed bits of the masks that keep 30 of the 63 weights in LAYERS. The masks must have these bits
+# on every backend.
 GOLDEN = "01a7fdb322130f52"
 
 
@@ -242,8 +242,8 @@ RESNET_20 = [
 @every(3)
 @pytest.mark.parametrize("sparsity", [0.98, 0.99, 0.999])
 def test_global_ranking_keeps_the_minimum_of_every_layer(sparsity):
-    # In every second layer, the weights are so small that a global ranking without minimums would
-    # keep only one weight of the layer.
+    # Every second layer has very small weights. Without minimums, a global ranking would keep only
+    # one weight of such a layer.
     weights = [random(*s, scale=1e-3 if i % 2 else 1.0) for i, s in enumerate(RESNET_20)]
     method = Magnitude(sparsity)
     layouts = [KERNEL] * len(weights)
@@ -282,7 +282,7 @@ SHAPES, PATHS = [(10, 10), (30, 10)], ["a/kernel", "b/kernel"]
         (Magnitude(0.9, min_kept=50), 0.9, [40]),
         (Magnitude(0.9, "uniform"), 0.9, [10, 30]),
         (Magnitude(0.9, "uniform", "1x4"), 0.5, [50, 150]),
-        (Magnitude(0.9, "erk"), 0.9, [13, 27]),  # ERK weighs the shapes by their sums, 20 and 40.
+        (Magnitude(0.9, "erk"), 0.9, [13, 27]),  # The ratio of sum(shape) is 20 to 40.
         (Magnitude(0.9, {"b/.*": 0.5}), 0.9, [10, 150]),
         # The schedule is halfway: the current sparsity 0.45 is half of the target 0.9.
         (Magnitude(0.9, {"b/.*": 0.5}), 0.45, [55, 225]),

@@ -30,8 +30,8 @@ FIXED_BEFORE = (methods.SET, methods.RigL)
 
 
 def refusal(cls, pattern, allocation):
-    """Return a part of the expected error message, or None if the method supports the
-    combination."""
+    """Return a part of the expected error message, or None if the method supports this pattern
+    together with this allocation."""
     if cls in FIXED_BEFORE and pattern == "2:4":
         return "does not support N:M patterns"
     if cls in FIXED_BEFORE and allocation == "global":

@@ -1,4 +1,4 @@
-"""Tests of SET and RigL: densities, dropped and grown weights, reset slots, the last update."""
+"""Tests of SET and RigL: densities, dropped and grown weights, reset optimizer slots."""
 
 import functools
 from itertools import pairwise
