@@ -159,7 +159,7 @@ def table():
         "method starts from the same dense network and trains for the same number of epochs with "
         "the same batches and learning rates. No method is tuned. By default, the sparsity rises "
         "during the first three quarters of the training. The rows with `before the training` "
-        "describe networks whose channels are all pruned at step 0. Torch-Pruning 1.6.1 ranks "
+        "describe networks in which all pruning takes place at step 0. Torch-Pruning 1.6.1 ranks "
         "groups of channels by their L2 norm. Without sparse learning, Torch-Pruning removes "
         "channels before the training. With the sparse learning of DepGraph, Torch-Pruning "
         "removes channels after half of the training. `make bench-channels` writes this page "

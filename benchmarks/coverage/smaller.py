@@ -264,13 +264,15 @@ def table():
         "",
         "Each network is compared with a network that was never pruned. This network has the same "
         "layers with half of the filters, units and heads. The files are measured alternately in "
-        f"{ROUNDS} rounds of {RUNS} runs. The table shows the round in which all files together "
-        "were fastest, because other processes slow down some rounds. The spread is the "
-        "interquartile range of the latency, relative to the latency of the built network. The "
+        f"{ROUNDS} rounds of {RUNS} runs. Other processes slow down some rounds, so the table "
+        "shows only the round with the smallest total latency of all files. The column `spread` "
+        "gives the interquartile range of the latency of the network that was built at half "
+        "width, relative to the latency of this network. The "
         "last column lists the ops by which the two files differ.",
         "",
-        "If the ratio of the latencies is 1 and no op differs, `shrink` loses no time. The latency "
-        "is then limited by the runtime, which runs narrow layers less efficiently than wide "
+        "If the latency ratio is 1 and both files have the same ops, the network after `shrink` is "
+        "as fast as the network that was built at half width. The latency is then limited by the "
+        "runtime, which runs narrow layers less efficiently than wide "
         "layers. In the ViT, the ops `PAD` and `STRIDED_SLICE` keep the width of the layer "
         "normalizations.",
         "",
@@ -292,15 +294,17 @@ def table():
         "## Time of each kind of op, half of the channels",
         "",
         "Each op of the dense file and of the smaller file runs alone, at batch 1 on one thread. "
-        "The column `share` is the share of the op's time in the smaller file. All kinds of ops "
+        "The column `share` gives the fraction of the time of the smaller file that one kind of op "
+        "takes. All kinds of ops "
         "that need less than 2% of the time in both files share one row.",
         "",
         "A convolution or a dense layer with half of its inputs and half of its outputs needs "
         "about a quarter of the time. Other ops save less time:",
         "",
         f"* A vector register of the measured CPU holds {LANES} float32 values. If a convolution "
-        "has 8 filters, half of each vector register is empty. Removing 8 of 16 filters "
-        "therefore saves no time, and only the removed inputs save time.",
+        "has 8 filters, half of each vector register is empty. A convolution therefore does not "
+        "become faster if 8 of its 16 filters are removed. Only the removed input channels save "
+        "time.",
         "* The time of depthwise convolutions, sums and activations is proportional to the "
         "number of channels. If half of the channels are removed, about half of the time remains.",
         "* A layer normalization keeps its width, because its mean and variance include the "

@@ -234,9 +234,9 @@ def table():
         "after the same number of epochs. The column `gzip` gives the size of the file after "
         "compression. The columns `TFLM file` and `TFLM arena` give the bytes and the arena of "
         "the file for TFLM. A file for TFLM omits the zeros of pruned kernels, and parts that "
-        "TFLM does not need, such as metadata and repeated zero points. In the column `zeros "
-        "only`, the dense file also lacks parts that TFLM does not need. The ratio therefore "
-        "shows only the effect of zeros.",
+        "TFLM does not need, such as metadata and repeated zero points. For the column `zeros "
+        "only`, the parts that TFLM does not need are also removed from the dense file. The ratio "
+        "in this column therefore shows only the effect of zeros.",
         "",
         "The second table shows the bytes of the encoded weights and the cycles of three Ethos-U "
         "NPUs, relative to the dense network. The NPU cycles are the cycles in which the NPU "
