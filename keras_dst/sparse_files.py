@@ -213,7 +213,7 @@ def _encode(weights: h5py.File, include_optimizer: bool) -> tuple[dict, dict[str
         entry["sparse"] = bool(
             bitmap.nbytes + np.count_nonzero(kept) * values.itemsize < values.nbytes
         )
-        if values.dtype.kind == "b":  # The bitmap already stores the boolean values.
+        if values.dtype.kind == "b":  # A bitmap is enough for boolean values.
             tensors[f"{name}:bitmap"] = bitmap
             entry["sparse"] = True
         elif entry["sparse"]:

@@ -67,8 +67,8 @@ class SparsifyReport:
         skipped: List of `(path, reason)`, with one entry per layer that has a kernel and is not
             sparse.
         doubled: List of paths of the batch normalizations that now have a second set of variables.
-            Methods that train a pruned and a full path, such as `methods.DCIL`, use the second set
-            on the full path.
+            Methods such as `methods.DCIL` train a pruned and a full path, and use the second set of
+            variables on the full path.
     """
 
     method: Method
@@ -266,7 +266,7 @@ def _sparsify_model_layers(model, method: LayerMethod, filters: Filters) -> Spar
 
 
 def sparsify_layers(model, layers, method: LayerMethod) -> None:
-    """Make the given layers of a model sparse. The model itself may be unbuilt."""
+    """Make the given layers of a model sparse. The model need not be built."""
     _check_ties(layers)
     for layer in layers:
         make_sparse(layer, method)
@@ -335,7 +335,7 @@ def _excluded_layers(model, method: LayerMethod, filters: Filters) -> dict[int, 
         if isinstance(layer, keras.layers.SpectralNormalization):
             reason = (
                 "SpectralNormalization divides the kernel by its norm without the mask; prune it "
-                "with a method that masks the optimizer step, such as Magnitude"
+                "with a method that masks the weights in the optimizer step, such as Magnitude"
             )
             excluded[id(layer)] = excluded[id(layer.layer)] = reason
     excluded.update(_excluded_outputs(model, method, filters))
@@ -418,9 +418,9 @@ def _check_ties(layers) -> None:
             if id(variable) in owners:
                 raise ValueError(
                     f"'{layer.name}' and '{owners[id(variable)]}' hold the same weight "
-                    f"'{variable.path}', which can have only one mask. Call one layer twice, read "
-                    "the weight from the other layer in `call`, or use a method that masks the "
-                    "optimizer step, such as Magnitude."
+                    f"'{variable.path}', which can have only one mask. Fix: call a single layer "
+                    "twice, or read the weight from the other layer in `call`. Alternatively, use "
+                    "a method that masks the weights in the optimizer step, such as Magnitude."
                 )
             owners[id(variable)] = layer.name
 
@@ -436,7 +436,8 @@ def _config_holds_layers(layer) -> bool:
 
 
 def _record_recipes(layer) -> None:
-    """Convert each outermost layer whose config omits its inner layers to a `SparseContainer`."""
+    """Convert a layer to a `SparseContainer` if its config does not contain its inner layers.
+    Otherwise, repeat the check for each inner layer."""
     if not any(
         isinstance(x, SparseMixin) for x in _keras.flatten_layers(layer, include_self=False)
     ):
@@ -453,9 +454,9 @@ def _record_recipes(layer) -> None:
 def _load_weights(model, filepath, skip_mismatch=False, **kwargs):
     """Load weights like `Model.load_weights`, also from a legacy `.h5` file of the dense model.
 
-    When Keras loads a legacy file, Keras checks the number of weights of each layer. A file of the
-    dense model has no variables of the pruning method. The sparse layers therefore expose only
-    their stock weights while the file is loaded.
+    When Keras loads a legacy file, Keras checks the number of weights of each layer. A legacy file
+    of the dense model lacks the variables of the pruning method. While Keras loads such a file,
+    each sparse layer therefore exposes only the weights of its stock Keras layer.
     """
     layers = [x for x in _keras.flatten_layers(model) if isinstance(x, SparseMixin)]
     dense = _is_dense_legacy_file(str(filepath), layers)
@@ -507,7 +508,8 @@ def _sparsify_optimizer(model, method: UpdateMethod, filters: Filters) -> Sparsi
         model.optimizer.inner_optimizer = wrapper
     else:
         model.optimizer = wrapper
-    # Loss scaling that `compile` added is not stored, because loading a file adds it again.
+    # A LossScaleOptimizer that `compile` added is not stored, because `compile` adds it again when
+    # a file is loaded.
     compiled["optimizer"] = given if given is model.optimizer else wrapper
     _forget_compiled_steps(model)
     return report

@@ -384,8 +384,8 @@ def test_the_report_lists_skipped_layers_with_reasons():
     parts = [
         "needs an input axis",
         # Two layers own the kernel: the wrapped layer and its wrapper.
-        "masks the optimizer step, such as Magnitude",
-        "masks the optimizer step, such as Magnitude",
+        "masks the weights in the optimizer step, such as Magnitude",
+        "masks the weights in the optimizer step, such as Magnitude",
         "LoRA",
         "quantized",
         "Undeclared is not supported",

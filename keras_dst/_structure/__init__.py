@@ -6,8 +6,9 @@
    on the input. For example, a unit with zero weights always returns its activated bias.
 2. Coupling (`plan.py`, `unions.py`): put channels into groups that are kept or removed together,
    such as channels that are added to each other. A group is removed if no kernel needs its
-   channels. A kernel does not need a channel if the weights of the channel are zero, or if the bias
-   can account for the channel's constant.
+   channels. A kernel does not need a channel if all kernel entries for the channel are zero. A
+   kernel also does not need a constant channel, because the contribution of the channel can be
+   added to the bias.
 3. Building (`build.py`, `copies.py`): slice the weights of the layers and call the layers again.
 
 `dispatch.py` chooses the handler class for each kind of layer. The handler classes are in

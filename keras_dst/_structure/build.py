@@ -68,7 +68,7 @@ class _Builder:
         return layers.Rescaling(1.0, constants.tolist(), name=name, dtype=dtype)(tensor)
 
     def _apply(self, handler: ChannelHandler, args: tuple, kwargs: dict):
-        """Call the operation that replaces the operation of a layer handler.
+        """Call the new operation that replaces the handler's operation in the smaller model.
 
         The new operation is created on its first call.
         """
@@ -85,7 +85,7 @@ class _Builder:
         return result
 
     def _operation(self, handler: ChannelHandler):
-        """Return a copy of the operation of a layer handler. Later calls return the same copy."""
+        """Return a copy of the handler's operation. Later calls return the same copy."""
         op = handler.op
         if id(op) not in self.operations:
             shared = id(op) in self.plan.tied

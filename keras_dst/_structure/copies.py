@@ -48,10 +48,10 @@ def original_variables(op, copy) -> dict[int, Any]:
 def copy_operation(op, name: str, share: bool = False):
     """Return a copy of an operation with the same state, under a new name, outside of any graph.
 
-    A Keras layer with weights is created again, and the values of its variables are copied. Copies
-    of layers without weights, of custom layers, and of layers with state outside of their variables
-    share their state with the original. A custom layer is not created again, because its config may
-    lack attributes.
+    A Keras layer with weights is created again, and the values of its variables are copied. All
+    other copies share their state with the original: layers without weights, custom layers, and
+    layers with state outside of their variables. A custom layer is not created again, because its
+    config may lack attributes.
     """
     if share or not _has_only_variables(op):
         return _shallow_copy(op, name)
@@ -60,7 +60,8 @@ def copy_operation(op, name: str, share: bool = False):
 
 
 def live_config(layer) -> dict[str, Any]:
-    """Return the arguments that create a layer again, with the original functions and objects.
+    """Return the constructor arguments of a layer, with functions and objects instead of their
+    names.
 
     The config of a layer refers to functions and objects by name. Lambdas, and classes that are not
     registered with Keras, cannot be found by name.

@@ -25,8 +25,8 @@ _HEADINGS = ("channels >", "made by", "coupled by", "reason to stay")
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    """Channels that are computed and read by the same variables. All channels of a group therefore
-    have the same cost.
+    """Channels that are computed and read by the same variables. Every channel of a group therefore
+    costs the same number of parameters and FLOPs.
 
     Attributes:
         ids: Ids of the channels, in ascending order. Each id stands for one channel, or for several
@@ -55,17 +55,17 @@ class ChannelGroup:
 class CoupledChannels:
     """All channels of a model as plain data, in groups that are removed together.
 
-    Every channel has an id. If positions along the axes of variables have the same id, they are
-    kept or removed together. Ids are consecutive numbers. The channels of the first group come
-    first, then the channels of the second group, and so on.
+    Every channel has an id. Slices of variables that have the same id are kept or removed together.
+    Ids are consecutive numbers. The channels of the first group come first, then the channels of
+    the second group, and so on.
 
     Let `dead` be a boolean array with one entry per id. To remove the channels for which `dead` is
-    True:
+    True, change every `member` in `members`:
 
-    * in each variable in `members` with an `output` axis, set the positions
-      `dead[member.axes[output]]` along the output axis to zero;
-    * in each variable in `members` with `follows=True`, set the positions `dead[ids]` to zero,
-      where `ids` are the ids along its only axis.
+    * If `member.output` is not None, set the positions `dead[member.axes[member.output]]` along the
+      axis `member.output` of `member.variable` to zero.
+    * If `member.follows` is True, `member.axes` contains one axis and its ids. Set the positions
+      `dead[ids]` along the axis of `member.variable` to zero.
 
     All dead channels are then exactly zero, and `shrink` can remove all dead channels. The saliency
     of a channel is the sum of the saliencies of all weight entries that have the channel's id along
@@ -76,8 +76,9 @@ class CoupledChannels:
         members: All variables of the given model that have channels. Each variable appears once.
         groups: Groups whose channels can be removed, followed by all other groups.
         count: Number of ids.
-        uses: Dict that maps the id of every variable by which a layer multiplies its input to its
-            use count, as in `keras_dst.report`. Unknown use counts are None.
+        uses: Dict that maps the id of a variable to its use count, as in `keras_dst.report`. The
+            dict contains every variable by which a layer multiplies its input. Unknown use counts
+            are None.
         other_parameters: Number of entries of all variables that are not in `members`.
         other_flops: FLOPs of all variables that are not in `members`, or None if the FLOPs are
             unknown.

@@ -48,7 +48,8 @@ class Tensor:
         return (self.shape[self.axis] or 0) if len(self.shape) > 1 else 0
 
     def set_channels(self, axis: int, constant: np.ndarray | None = None) -> None:
-        """Set the axis of the channels, and the constants of the channels that are known."""
+        """Set the channel axis, and the constant of each channel. Without `constant`, every
+        constant is unknown."""
         self.axis = axis
         self.constant = np.full(self.channels, UNKNOWN) if constant is None else constant
 
@@ -118,8 +119,8 @@ def check_graph(model) -> None:
 def flatten_graph(model, inputs: list[Tensor]) -> tuple[list[Call], list[Tensor], dict[int, Any]]:
     """Return the calls, outputs and variables of a model, including calls inside nested models.
 
-    The variables are returned as a dict that maps the ids of a dense copy's variables to the
-    variables of the sparse layer.
+    In the graph, a dense copy replaces each sparse layer. The returned dict maps the id of each
+    variable of a dense copy to the variable of the sparse layer.
     """
     calls: list[Call] = []
     dense: dict[int, Any] = {}

@@ -73,8 +73,8 @@ class ChannelHandler:
         """Adapt the layer's config to the kept channels, and return the weights without removed
         channels.
 
-        The constants of removed channels are added to the bias, or the kernel entries of one kept
-        channel are changed to account for them.
+        The constants of removed channels are added to the bias. If the layer pads with zeros, the
+        kernel entries of one kept channel change instead, so that the outputs stay the same.
 
         Args:
             config: Arguments that create the layer, as a dict. The function changes the dict.
@@ -103,10 +103,10 @@ class ChannelHandler:
         """Replace the id of each output channel by the id of its set of coupled channels."""
 
     def needs(self, x: Tensor, removed: np.ndarray) -> np.ndarray:
-        """Return whether the operation itself needs each channel of an input, as a boolean array.
+        """Return a boolean array that is True for the channels of `x` that the operation itself
+        needs.
 
-        An operation that only passes channels on to the next operation, such as an activation,
-        needs no channel itself.
+        The array is all False for an operation that only passes channels on, such as an activation.
 
         Args:
             x: Input of the call.
@@ -203,7 +203,7 @@ class Elementwise(ChannelHandler):
 
 
 class PerChannel(Elementwise):
-    """Layer with its own parameters for every channel."""
+    """Layer that has separate parameters for each channel, such as batch normalization."""
 
     can_slice = True
 
@@ -289,7 +289,7 @@ class ElementwiseMerge(Elementwise):
 
 
 class Addition(ElementwiseMerge):
-    """Addition, whose constant terms can be left out."""
+    """Sum of tensors. An input whose channels are all constant can be left out of the sum."""
 
     def drop_constant_terms(self) -> None:
         """Leave constant inputs out of the sum, unless the Keras mask of the output may change."""
@@ -302,7 +302,8 @@ class Addition(ElementwiseMerge):
                 self.call.constant_terms.append(x)
 
     def sum_of_constants(self, removed: np.ndarray) -> np.ndarray:
-        """Return the sum of the constant terms that are left out, in a shape that broadcasts."""
+        """Return the sum of the inputs that are left out, in a shape that broadcasts to the
+        output."""
         total = sum(np.broadcast_to(x.constant, self.y.channels) for x in self.call.constant_terms)
         kept = np.asarray(total)[~removed[self.y.ids]]
         return kept.reshape(-1, *(1,) * (len(self.y.shape) - 1 - self.y.axis))
@@ -406,13 +407,14 @@ class Rearrangement(ChannelHandler):
         return places.ndim
 
     def _rows(self, values: np.ndarray) -> np.ndarray:
-        """Map values of the input channels to the output channels, and return one row per
-        position."""
+        """Return the rearranged values as a matrix: one row per position, one column per output
+        channel."""
         moved = np.moveaxis(self._rearranged(values), self.y.axis - 1, -1)
         return moved.reshape(-1, self.y.channels)
 
     def _rearranged(self, values: np.ndarray) -> np.ndarray:
-        """Return the value of the input channel that is read at each output position of one sample.
+        """Return the layer's output for one sample in which each position has the value of its
+        channel.
 
         Unknown sizes are replaced by 2, because every size above 1 gives the same result.
         """
@@ -440,7 +442,7 @@ class Rearrangement(ChannelHandler):
 
 
 class KernelLayer(ChannelHandler):
-    """Dense layer or convolution, whose units read all channels."""
+    """Dense layer or convolution: every unit can read every input channel."""
 
     can_slice = makes_channels = True
 
@@ -451,7 +453,7 @@ class KernelLayer(ChannelHandler):
 
     @property
     def w(self) -> np.ndarray:
-        """The kernel, whose axes are the window, the channels and the units."""
+        """Kernel as an array: the axes of the window, then the input channels, then the units."""
         return np.asarray(ops.convert_to_numpy(self.layer.kernel))
 
     @cached_property
@@ -525,7 +527,7 @@ class KernelLayer(ChannelHandler):
         """Return a boolean array: True for channels that can be removed although kept units read
         them.
 
-        The bias or another channel accounts for the constant of a removed channel.
+        Such a channel is constant. Its contribution moves to the bias or to another channel.
         """
         return ~np.isnan(self.common_constant())
 
@@ -536,10 +538,10 @@ class KernelLayer(ChannelHandler):
         return self.reads[:, ~removed[self.unit_ids]].any(1) & ~self.can_lose()
 
     def carrier(self, removed: np.ndarray) -> int | None:
-        """Return the kept channel whose kernel entries are changed to account for the constants of
-        removed channels.
+        """Return the index of the channel that carries the constants of the removed channels.
 
-        The result is None if the constants are added to the bias, or if no removed channel has a
+        The kernel entries of this channel are changed, so that the outputs stay the same. The
+        result is None if the constants are added to the bias, or if no removed channel has a
         constant.
         """
         kept, constant = ~removed[self.x.ids], self._removed_constants(removed)
@@ -550,8 +552,8 @@ class KernelLayer(ChannelHandler):
         return int(best.argmax())
 
     def _removed_constants(self, removed: np.ndarray) -> np.ndarray:
-        """Return the constants of the input channels that are removed but read by a kept unit, and
-        0 for all other channels."""
+        """Return one number per input channel: the constant of a removed channel that a kept unit
+        reads, and 0 for all other channels."""
         lost = removed[self.x.ids] & self.reads[:, ~removed[self.unit_ids]].any(1)
         return np.where(lost, np.nan_to_num(self.common_constant()), 0.0)
 
@@ -630,8 +632,8 @@ class SeparableConv(KernelLayer):
         return [depthwise, pointwise, *self._bias()]
 
     def can_lose(self) -> np.ndarray:
-        # No channel can account for the constant of another channel, because each channel has its
-        # own window.
+        # No channel can carry the constant of another channel, because the depthwise kernel has a
+        # separate window for each channel.
         return self.common_constant() == 0 if self.pads_with_zeros else super().can_lose()
 
     def _sliced(self, kept, units) -> list[np.ndarray]:

@@ -32,7 +32,7 @@ class Slice(ChannelHandler):
     def __init__(self, call: Call, reason: str = ""):
         super().__init__(call, reason)
         entries = full_key(call)
-        assert entries is not None  # The function `handler_for` rejects slices with other keys.
+        assert entries is not None  # `handler_for` rejects slices with unsupported keys.
         self.entries = entries
 
     def place_channels(self) -> None:

@@ -17,9 +17,9 @@ from keras_dst._structure.unions import ChannelUnions, Member
 class LayerNorm(Normalization):
     """Layer normalization over the channels.
 
-    Channels that are zero also count in the mean and in the variance. The smaller model therefore
-    pads the kept channels with zeros to the old width, normalizes all channels, and selects the
-    kept channels again.
+    Zero channels count in the mean and in the variance over the channels, even if they are removed.
+    Before the normalization, the smaller model therefore pads the kept channels with zeros to the
+    old number of channels. After the normalization, the smaller model slices off the padding.
     """
 
     def members(self) -> list[Member]:
@@ -95,7 +95,8 @@ class GroupNorm(Normalization):
 
 
 class LayerScale(PerChannel):
-    """Product with one number for each channel, as in ConvNeXt of `keras.applications`."""
+    """Layer that multiplies each channel by its own number, as in ConvNeXt of
+    `keras.applications`."""
 
     def members(self) -> list[Member]:
         return [Member(self.op.gamma, {-1: self.x.ids}, follows=True)]
@@ -177,8 +178,8 @@ class Attention(ChannelHandler):
         return needed & (x.constant != 0)
 
     def needed_inside(self, removed: np.ndarray) -> np.ndarray:
-        """Return the ids of the attention heads that have nonzero values and that a kept unit
-        reads."""
+        """Return the ids of the attention heads whose values are nonzero and are read by a kept
+        unit."""
         value, output = self.projections["value"], self.projections["output"]
         filled = np.any(to_float64(value.kernel) != 0, axis=(0, 2))
         if value.bias is not None:

@@ -25,18 +25,18 @@ def shrink(model) -> keras.Model:
     channels through batch normalization, activations, pooling, flattening, permutation,
     concatenation, addition and convolutions, with channels first or last. Grouped convolutions lose
     only whole groups of channels. The constant values of removed channels move into the biases of
-    the next layers. If a constant channel is padded with zeros, one constant channel is kept. The
-    kernel entries that read the kept channel are changed to account for the constants of all
-    removed channels. A branch that only adds constants to a sum is removed completely. Custom
-    layers keep all channels. Every layer keeps at least one channel. `shrink_report` lists the dead
-    channels that are kept, with reasons.
+    the next layers. If the next layer pads its input with zeros, one constant channel is kept
+    instead. The kernel entries for this channel are changed, so that the outputs stay the same. A
+    branch that only adds constants to a sum is removed completely. Custom layers keep all channels.
+    Every layer keeps at least one channel. `shrink_report` lists the dead channels that are kept,
+    with reasons.
 
     Before the smaller model is returned, both models are run on random inputs and compared.
 
     Args:
         model: Built Sequential or Functional model, which may contain other Sequential and
-            Functional models. It is not changed. Masks of a sparse model are applied in the smaller
-            model.
+            Functional models. It is not changed. If the model is sparse, its masked weights are
+            zero in the smaller model.
 
     Returns:
         A new Functional model that is not compiled. Layers keep their names, and layers of nested

@@ -17,8 +17,8 @@ class Plan:
 
     Args:
         model: Sequential or Functional model, dense or sparse.
-        remove: Whether to remove any channels. If False, `build` makes a dense copy of the model.
-            Defaults to True.
+        remove: Whether to plan the removal of channels. If False, `build` makes a dense copy of the
+            model. Defaults to True.
 
     Attributes:
         all_handlers: One layer handler for every call of an operation, in the order of the calls.
@@ -147,7 +147,7 @@ class Plan:
             self.removed = ~needed
 
     def _keep_necessary_channels(self) -> None:
-        """Keep at least one channel of every tensor, and the channels that account for constants of
+        """Keep at least one channel of every tensor, and each channel that carries the constants of
         removed channels."""
 
         def keep(group: int, reason: str) -> None:

@@ -22,11 +22,11 @@ class Member:
         output: Axis of the output channels, or None for variables without output channels. The axis
             is -1 for kernels of `Dense` and of convolutions, and -2 for depthwise and transposed
             kernels.
-        follows: True if the entries of pruned channels must be set to zero in the variable, for
-            example in a bias, because pruned channels must output exactly zero. `follows` is False
-            for kernels and for moving variances.
-        shrinks: False if the variable keeps its size when channels are removed, as in layer
-            normalization, which treats removed channels as zeros.
+        follows: Whether the variable's entries of pruned channels must be set to zero, as in a
+            bias. Only then do pruned channels output exactly zero. `follows` is False for kernels
+            and for moving variances.
+        shrinks: False if the variable keeps its size when channels are removed. An example is layer
+            normalization, where removed channels still count as zeros.
         layer: Name of the layer.
     """
 
@@ -64,10 +64,9 @@ class ChannelUnions:
         return self._units[id(layer)]
 
     def called_on(self, layer, x: Tensor) -> list[Tensor]:
-        """Store `x` as an input of the layer, and return the inputs of all its calls that were
-        analyzed so far.
+        """Store `x` as an input of the layer, and return all inputs that are stored for the layer.
 
-        The channels of all inputs of a layer are coupled, because the same weight reads them.
+        The channels of all inputs of a layer are coupled, because all calls use the same weights.
         """
         tensors = self._called_on.setdefault(id(layer), [])
         tensors.append(x)

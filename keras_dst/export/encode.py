@@ -28,15 +28,15 @@ from keras_dst.export.flatbuffer import (
     write,
 )
 
-#: Ops whose weights can be stored sparse. FULLY_CONNECTED can read a sparse weight directly. For
-#: the other ops, a DENSIFY op must unpack the weight first.
+#: Ops whose weights can be stored sparse. FULLY_CONNECTED can read a sparse weight directly. The
+#: other ops cannot, so a DENSIFY op must unpack the weight first.
 WEIGHT_OPS = frozenset({"FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV"})
 #: Index of the weight among the inputs of the ops in `WEIGHT_OPS`.
 WEIGHT_SLOT = 1
 
-# Op version that XNNPACK leaves to the builtin kernel, which supports sparse weights. XNNPACK runs
-# all other versions of FULLY_CONNECTED and reads a sparse weight as if it were dense. XNNPACK also
-# refuses int8 weights that a DENSIFY op unpacks.
+# Version of FULLY_CONNECTED that XNNPACK leaves to the builtin kernel, which supports sparse
+# weights. XNNPACK runs every other version of the op, and reads a sparse weight as if the weight
+# were dense. XNNPACK also refuses int8 weights that a DENSIFY op unpacks.
 SPARSE_FULLY_CONNECTED_VERSION = 8
 
 _NUMPY = {
@@ -87,7 +87,7 @@ class Weight:
 
     @property
     def name(self) -> str:
-        """Name of the constant's first tensor."""
+        """Name of the first tensor that uses the buffer."""
         return text(self.tensors[0].name)
 
     @property

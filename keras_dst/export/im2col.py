@@ -16,7 +16,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from keras_dst.export import flatbuffer
 
-# Bit mask with which STRIDED_SLICE does not slice axes 0 and 3.
+# Bit mask that makes STRIDED_SLICE keep all entries of axes 0 (batch) and 3 (channels).
 _FULL_BATCH_AND_CHANNELS = 0b1001
 
 

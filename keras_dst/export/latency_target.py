@@ -57,20 +57,21 @@ def sparsity_at_latency(
 ) -> LatencySearch:
     """Return the fraction of FLOPs to prune so that the model reaches a given latency ratio.
 
-    Latency depends on the number of channels of the layers, not on the values of the weights.
-    The search can therefore run before training. The search prunes channels of copies of the model
-    by magnitude and exports the smaller models. The latencies of the smaller models and of the
-    dense model are measured in LiteRT on the current CPU. The returned sparsity is a fraction of
-    FLOPs. Training to the returned sparsity measures no latency, so the masks do not depend on the
-    speed of the machine.
+    Latency depends on the number of channels of the layers, not on the values of the weights. The
+    search can therefore run before training. The search prunes channels of copies of the model by
+    magnitude and exports the smaller models. The latencies of the smaller models and of the dense
+    model are measured in LiteRT on the current CPU. The returned sparsity is a fraction of FLOPs. A
+    training run with the returned sparsity measures no latency. The masks therefore do not depend
+    on the speed of the machine.
 
     Args:
         model: Built Sequential or Functional model without sparse layers. The model is not changed.
         latency_ratio: Latency of the smaller model divided by the latency of the dense model, a
             number in (0, 1).
-        allocation: See `methods.Magnitude`. Pass the same value as to the pruning method.
-        round_to: See `methods.Magnitude`. Pass the same value as to the pruning method.
-        min_kept: See `methods.Magnitude`. Pass the same value as to the pruning method.
+        allocation: Value of the argument `allocation` of the pruning method. See
+            `methods.Magnitude`.
+        round_to: Value of the argument `round_to` of the pruning method. See `methods.Magnitude`.
+        min_kept: Value of the argument `min_kept` of the pruning method. See `methods.Magnitude`.
         threads: Number of interpreter threads. Defaults to 1.
         tolerance: Accepted deviation from `latency_ratio`. Defaults to 0.03.
 
@@ -83,7 +84,7 @@ def sparsity_at_latency(
             graph, or if it has sparse layers.
 
     Warns:
-        UserWarning: If the latency ratio of no measured model is within `tolerance`. The message
+        UserWarning: If no measured model reaches `latency_ratio` within `tolerance`. The message
             names the nearest latency ratio.
 
     Example:

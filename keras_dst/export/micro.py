@@ -223,7 +223,7 @@ def run_in_tflm(content: bytes, inputs: list[np.ndarray]) -> Run:
 
 
 def report_for(content: bytes, dense: bytes, inputs: list[np.ndarray]) -> MicroReport:
-    """Run a file and the dense int8 file in TFLM, and compare their outputs and sizes.
+    """Compare the outputs and the sizes of an exported file and of the dense int8 file in TFLM.
 
     Raises:
         ExportError: If the outputs of the file differ from the outputs of the dense int8 file in at
@@ -346,7 +346,8 @@ def _with_decode(content: bytes, buffers: Collection[int]) -> bytes:
 
 
 def _shorten_zero_points(quantization: schema.QuantizationParametersT | None) -> None:
-    """If the zero points of all channels are equal, keep only one, which TFLM repeats."""
+    """Keep a single zero point if the zero points of all channels are equal. TFLM uses a single
+    zero point for all channels."""
     points = None if quantization is None else quantization.zeroPoint
     if quantization is not None and points is not None and len(np.unique(points)) == 1:
         quantization.zeroPoint = points[:1]

@@ -68,8 +68,8 @@ TOLERANCES = {None: 1e-4, "weights": 0.1, "full": 0.3}
 #: Largest accepted difference between the exported file and a dense file with the same quantized
 #: weights.
 _EXACT = 1e-4
-#: Largest accepted difference if the runtime also quantizes the inputs of ops. The kernels for
-#: sparse and dense weights round the quantized inputs differently.
+#: Largest accepted difference between these files if the runtime also quantizes the inputs of ops.
+#: The kernels for sparse and dense weights round the quantized inputs differently.
 _INEXACT = 5e-2
 
 
@@ -163,8 +163,8 @@ def export(
     # For an NPU, the dense int8 file is the exported file.
     others = [files["float32"]] if settings.npu else list(files.values())
     compared = _compare(model, others if settings.micro else [*others, content], data, settings)
-    # LiteRT cannot run a file for TFLM. The report contains the accuracy of the dense int8 file,
-    # which has the same outputs.
+    # LiteRT cannot run a file for TFLM. The report therefore contains the accuracy of the dense
+    # int8 file, whose outputs are equal to the outputs of the exported file.
     if settings.micro:
         sizes = (len(content), gzip_bytes(content))
         compared.append(
@@ -295,8 +295,9 @@ def _check_convertible(model: keras.Model, signature: Signature, quantize: str |
         raise ExportError(
             f"Expected numeric inputs on the {keras.backend.backend()} backend. Received: "
             f"string inputs {strings}, which Keras supports only on the TensorFlow backend. Fix: "
-            "load and export the model with KERAS_BACKEND=tensorflow, or export the part after "
-            "the layers that read strings, keras.Model(tensor, model.outputs)."
+            "load and export the model with KERAS_BACKEND=tensorflow. Alternatively, export "
+            "keras.Model(tensor, model.outputs), where tensor is the output of the layer that "
+            "reads the strings."
         )
     if strings and quantize == "full":
         raise ExportError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-# Largest int8 value in use. The smallest int8 value in use is its negative, so -128 is unused.
+# Weights are quantized to integers from -127 to 127. The int8 value -128 is not used.
 _LARGEST = 127
 
 

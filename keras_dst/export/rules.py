@@ -1,8 +1,8 @@
 """Rules of `lint`. Each rule checks one graph of a file and yields its findings.
 
-The rules are based on measurements with LiteRT 2.3 and on the source code of XNNPACK. Findings have
-the level "error" if the runtime computed wrong results or refused the file in the measurements. If
-the runtime computes wrong results, an error message is missing in most cases.
+The rules are based on measurements with LiteRT 2.3 and on the source code of XNNPACK. A finding has
+the level "error" if LiteRT computed wrong results or refused the file in these measurements. In
+most cases, LiteRT computes wrong results without an error message.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _densify_int8(model, graph) -> Iterator[Finding]:
                 yield _error("densify-int8", _where(model, graph, op), found, fix)
 
 
-# -- slower or larger than necessary -------------------------------------------------------------
+# -- slow or large files ---------------------------------------------------------------------------
 
 
 def _densify(model, graph) -> Iterator[Finding]:
@@ -348,7 +348,8 @@ def _direct(model, graph) -> Iterator[tuple]:
 
 
 def _outputs(model, graph, kind: str) -> dict[int, int]:
-    """Map the output index of each op of one kind to the index of the op's first input."""
+    """Return a dict that maps each op's output index to its first input index, for all ops of a
+    kind."""
     made = (op for op in graph.operators if op_name(model, op) == kind)
     return {int(op.outputs[0]): int(op.inputs[0]) for op in made}
 

@@ -145,7 +145,7 @@ def _keeps_batch_size(model: keras.Sequential) -> bool:
     """Return whether the recorded batch size of a Sequential model must be kept.
 
     If a call on data builds a model without an Input layer, Keras records the batch size of the
-    data. The recorded batch size need not be kept. Recurrent layers that are stateful or not
+    data. Most models do not need the recorded batch size. Recurrent layers that are stateful or not
     unrolled require a fixed batch size.
     """
     layers = _keras.flatten_layers(model)
@@ -195,7 +195,7 @@ def read_samples(
         argument: Name of the argument with which the user passed the data, for error messages.
         limit: Maximum number of samples to return. Defaults to None, which returns all samples.
         streamed: Maximum number of samples to read from a data set or generator. Defaults to 0,
-            which means that ``limit`` applies.
+            which means the same maximum as ``limit``.
 
     Raises:
         ValueError: If the data is of an unsupported type, or does not fit the inputs of the model.

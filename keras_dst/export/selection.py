@@ -19,12 +19,12 @@ from keras_dst.export import encode, flatbuffer, im2col, sparse_inference
 from keras_dst.export.encode import Format, Weight
 from keras_dst.export.latency_model import CPUS, LatencyModel
 
-#: Minimum fraction of nonzero values in the stored blocks of a weight tensor that counts as
-#: block-sparse.
+#: A weight tensor counts as block-sparse if at least this fraction of the values in its stored
+#: blocks is nonzero.
 MIN_BLOCK_DENSITY = 0.75
-#: Limits of the kernel that multiplies float inputs by a sparse int8 weight. The kernel stores two
-#: numbers in one byte each: the position of a block of 16 inputs, and the number of blocks per
-#: output. If a weight exceeds a limit, the results of the kernel are wrong.
+#: Limits of the kernel that multiplies float inputs by a sparse int8 weight. The kernel stores the
+#: position of a block of 16 inputs in one byte, and the number of blocks per output in another
+#: byte. If a weight exceeds a limit, the results of the kernel are wrong.
 MAX_HYBRID_INPUTS, MAX_HYBRID_BLOCKS = 4096, 255
 #: Largest ratio at which two latencies, or two sizes, count as equal.
 SAME_LATENCY, SAME_SIZE = 1.05, 1.01
@@ -46,8 +46,8 @@ class Choice:
         bytes: Size of the weight in the selected format, in bytes.
         reason: Why the weight keeps its present format, or an empty string if the format changes.
         latency_ratio: Latency of the ops that read the weight, relative to their latency with the
-            dense weight. If latencies are estimated for several CPUs, the largest ratio of all
-            CPUs. Defaults to 1.
+            dense weight. If latencies are estimated for several CPUs, only the largest ratio is
+            stored. Defaults to 1.
     """
 
     weight: Weight
@@ -72,7 +72,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Objective:
-    """Criterion by which storage formats and whole files are selected.
+    """Criterion by which one of several options is selected. An option is a storage format of a
+    weight tensor, or a whole file.
 
     Attributes:
         optimize: ``"latency"`` selects the fastest option and, among equally fast options, the
@@ -103,7 +104,7 @@ class Objective:
     def latency_ratios(self, files: Sequence[bytes]) -> list[float]:
         """Return, per file, its latency relative to the first file.
 
-        For several CPUs, the result is the largest ratio of each file.
+        With several CPUs, each file gets the largest of its ratios.
         """
         seconds = [timer(files) for timer in self.timers]
         return [max(times[i] / times[0] for times in seconds) for i in range(len(files))]
@@ -114,15 +115,15 @@ def select_formats(
     objective: Objective = Objective(),
     progress: Callable[[str], None] = lambda line: None,
 ) -> Plan:
-    """Return the best plan for a dense ``.tflite`` file.
+    """Select the storage format of each weight tensor in a dense ``.tflite`` file.
 
     First, the best format of each weight tensor is selected individually. An op can run faster or
-    slower in the whole graph than alone, so the function then compares four complete files:
+    slower in the whole graph than alone. The function therefore compares four complete files:
 
-    * a file in which every weight has its individually selected format;
-    * a file whose ops read as many sparse weights as possible directly;
-    * a file that unpacks all sparse weights, so that XNNPACK may use sparse kernels;
-    * a dense file.
+    * The first file stores every weight in its individually selected format.
+    * In the second file, as many ops as possible read sparse weights directly.
+    * The third file unpacks all sparse weights, so that XNNPACK may use sparse kernels.
+    * The fourth file is dense.
 
     Args:
         content: Bytes of a file whose weights are float32 or int8.
@@ -162,7 +163,8 @@ class _Encoder:
         self.files: dict[frozenset, tuple[bytes, bool]] = {frozenset(): (content, False)}
 
     def plan(self, options: list[list[Choice]], objective: Objective) -> Plan:
-        """Return the plan with the best options for which the file is correct on every CPU."""
+        """Select the best format of each weight tensor, so that the file is correct on every
+        CPU."""
         choices = [_best(row, objective) for row in options]
         content, wrong = self._encode(choices)
         if wrong:

@@ -8,16 +8,16 @@ height and width, or DEPTH_TO_SPACE. All ops of a region must support NCHW. No o
 region may read a tensor of the region. More than 2/3 of all weights in the 1x1
 convolutions of a region must be zero.
 
-XNNPACK does not check that a region ends only at exit ops. An op outside a region that reads a
-tensor of the region takes NCHW data for NHWC data. The results of the op are wrong, and no error
-message appears.
+XNNPACK does not check that a region ends only at exit ops. If an op outside a region reads a tensor
+of the region, the op interprets NCHW data as NHWC data. The results of the op are wrong, and no
+error message appears.
 
 The analysis assumes that XNNPACK runs every op of the graph. In practice, XNNPACK leaves some ops
 to the builtin kernels. The set of builtin ops differs between versions and builds of LiteRT. Each
 op that XNNPACK leaves to the builtin kernels splits the graph, and reads and writes data in NHWC
-layout. The module also reports a network as wrong if only some versions of LiteRT compute it
-correctly, because a file must be correct in all versions. To be safe, the module also reports a
-mean with keepdims as wrong.
+layout. A file must be correct in all versions of LiteRT. The module therefore also reports a
+network as wrong if only some versions compute the network correctly. To be safe, the module also
+reports a mean with keepdims as wrong.
 
 Source: the functions ``xnn_check_nchw_compatibility`` and ``xnn_subgraph_rewrite_for_nchw`` in
 ``src/subgraph.c`` of XNNPACK. Since October 2020, only the rules for FULLY_CONNECTED in the two
@@ -65,8 +65,8 @@ class Node:
         inputs: Computed tensors that the op reads, without constants.
         outputs: Tensors that the op computes.
         role: All roles that the op can have in a region.
-        obstacle: Description of the op if it cannot be inside a region or its results would be
-            wrong. Empty for other ops.
+        obstacle: Description of the op if a region cannot contain the op, or if the op would
+            compute wrong results in a region. The description is empty for all other ops.
         zeros: Number of zero weights of a 1x1 convolution or a FULLY_CONNECTED op, and 0 for other
             ops.
         weights: Number of all weights of a 1x1 convolution or a FULLY_CONNECTED op, and 0 for other
@@ -136,7 +136,8 @@ def sparse_region(nodes: list[Node], graph: schema.SubGraphT) -> Region:
 
 
 def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role], set[int]]:
-    """Return each op's group number and final roles, and the set of ops that are in no region.
+    """Return the group number of each op, the remaining roles of each op, and the ops outside all
+    regions.
 
     A group is a set of connected ops. All ops of a group have the same group number.
     """
@@ -209,8 +210,8 @@ def read_nodes(model: schema.ModelT, graph: schema.SubGraphT) -> list[Node]:
 def _merged_pads(model: schema.ModelT, graph: schema.SubGraphT) -> dict[int, tuple[int, tuple]]:
     """Return the outputs of the PAD ops that XNNPACK merges into the convolutions that follow.
 
-    Return a dict that maps each output to the input of its PAD op and to the padding above, below,
-    left and right.
+    The keys of the returned dict are the outputs. Each value contains the input of the PAD op, and
+    the padding above, below, left and right.
     """
     readers = Counter(t for op in graph.operators for t in set(indices(op.inputs)))
     readers += Counter(indices(graph.outputs))
@@ -275,7 +276,7 @@ def _reduction(model, graph, op, kind) -> str:
     made = int(op.outputs[0])
     readers = {op_name(model, other) for other in graph.operators if made in indices(other.inputs)}
     if op.builtinOptions.keepDims and (readers != {"RESHAPE"} or made in indices(graph.outputs)):
-        return f"{kind} with keepdims"  # In NCHW layout, the shape of the result differs.
+        return f"{kind} with keepdims"  # NCHW and NHWC results differ in shape.
     return ""
 
 

@@ -59,8 +59,8 @@ class VelaReport:
         memory_mode: Name of the configuration that says which memories store weights and
             activations. This is Vela's default.
         version: Version of Vela.
-        file: Estimates for the file.
-        dense: Estimates for the dense file.
+        file: Estimates for one inference of the exported file.
+        dense: Estimates for one inference of the dense file.
         ops: Number of all ops in the file.
         cpu_ops: Ops that run on the CPU instead of the NPU.
     """

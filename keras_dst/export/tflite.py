@@ -75,8 +75,8 @@ def export_tflite(
         threads: Number of interpreter threads during measurements. Defaults to 1.
         batch: Batch size during measurements, for a model with a dynamic batch size. Defaults to 1.
         quantize: Selects the tensors that are quantized to 8 bits. Defaults to None: no tensor is
-            quantized. ``"weights"`` quantizes a weight tensor if the quantity that ``optimize``
-            names, bytes or latency, becomes smaller. ``"full"`` quantizes weights and activations.
+            quantized. ``"weights"`` quantizes a weight tensor if the file becomes smaller or
+            faster, as selected by ``optimize``. ``"full"`` quantizes weights and activations.
             TensorFlow's converter measures the ranges of the activations on ``representative``.
             Zero weights stay zero.
         representative: Typical input samples for ``quantize="full"``, in any form that
@@ -102,9 +102,9 @@ def export_tflite(
             an unknown value.
         OSError: If no file can be written at ``path`` or ``vela_path``, which are checked before
             the conversion begins.
-        ImportError: If a required extra of keras_dst is not installed. Every export requires
-            ``export``, ``target="micro"`` also requires ``micro``, and ``vela_path`` also requires
-            ``ethos``.
+        ImportError: If a required extra of keras_dst is not installed. Every export requires the
+            extra ``export``. In addition, ``target="micro"`` requires the extra ``micro``, and
+            ``vela_path`` requires the extra ``ethos``.
         ExportError: If the model could not be converted, or the outputs of the file differ from the
             outputs of the model. The message names the op or weight tensor that causes the
             difference. No file is written.
@@ -120,7 +120,9 @@ def export_tflite(
     check_option("quantize", quantize, (None, "weights", "full"))
     check_boolean(measure, "measure")
     if not callable(progress):
-        raise TypeError(f"progress must be a function of a line of text. Received: {progress!r}")
+        raise TypeError(
+            f"progress must be a function that accepts a line of text. Received: {progress!r}"
+        )
     threads, batch = check_integer(threads, "threads"), check_integer(batch, "batch")
     if (quantize == "full") != (representative is not None):
         raise ValueError(

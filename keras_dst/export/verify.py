@@ -43,7 +43,8 @@ class Deviation:
 
 
 def deviation(content: bytes, cases: list[Case]) -> Deviation:
-    """Run a file on all cases, with and without XNNPACK, and return the largest output error."""
+    """Run a file on all test cases, with and without XNNPACK, and return the largest output
+    error."""
     return max(_deviations(content, cases, RESOLVERS), key=lambda found: found.error)
 
 
@@ -58,9 +59,9 @@ def deviation_between(content: bytes, reference: bytes, cases: list[Case]) -> De
 
 
 def run(content: bytes, cases: list[Case], resolver: OpResolverType) -> list[dict[str, np.ndarray]]:
-    """Run a file on the inputs of all cases, and return its outputs.
+    """Run a file on the inputs of all test cases, and return its outputs.
 
-    For each case, the outputs are a dict from output names to arrays.
+    The list has one dict per test case, which maps output names to arrays.
 
     Raises:
         RuntimeError, ValueError: If the interpreter refuses the file or an input.
