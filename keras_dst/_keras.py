@@ -324,7 +324,7 @@ def output_structure(model):
     return model._compile_loss._y_pred_build_structure
 
 
-# Keras sets the attribute if `compute_loss` takes the argument `training`.
+# Keras sets this attribute of a model if its `compute_loss` takes the argument `training`.
 TAKES_TRAINING = "_compute_loss_has_training_arg"
 
 
@@ -611,8 +611,9 @@ def distribution_like(variable):
     """Return a copy of the current distribution that shards new variables like a given variable.
 
     A new variable with the shape of the given variable is sharded like the given variable. A new
-    variable with a different shape is replicated on every device. Shapes are compared instead of
-    paths, because a layout map's pattern for a kernel may also match the path of the kernel's mask.
+    variable with a different shape is replicated on every device. The function compares shapes
+    instead of paths. In a layout map, the pattern for the path of a kernel may also match the path
+    of the kernel's mask.
     """
     present = keras.distribution.distribution()
 

@@ -77,8 +77,8 @@ def counter_dtype(variable, dtype: str) -> str:
 def sum_over_replicas(gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], int]:
     """Sum each gradient over all replicas. Return the sums and the number of replicas.
 
-    An optimizer receives the gradients of a single replica only under `tf.distribute`. JAX runs one
-    program for all devices, and torch's DistributedDataParallel sums the gradients before the
+    Only under `tf.distribute`, an optimizer receives separate gradients for each replica. JAX runs
+    one program for all devices, and torch's DistributedDataParallel sums the gradients before the
     optimizer step.
     """
     if keras.backend.backend() == "tensorflow":

@@ -21,12 +21,12 @@ Tensor = Any
 
 
 class _Guesses:
-    """The guesses that a function makes during one call.
+    """Guesses of conditions that a function made during one call.
 
     Attributes:
         conditions: Boolean scalars on the GPU. All of them are true if all guesses were right.
         branches: For each guessed branch, the index of its condition in `conditions`.
-        rare: Positions in `branches` of the branches for which the call guesses the rare case,
+        rare: Positions in `branches`. At these branches, the function guesses the rare case,
             because the rare case was right in the previous call.
     """
 
@@ -42,7 +42,7 @@ _current: ContextVar[_Guesses | None] = ContextVar("guesses", default=None)
 def with_guesses(update: Callable) -> Callable:
     """Wrap a function of tensors, so that it guesses branches and runs again after a wrong guess.
 
-    At each branch, the function guesses the case that was right in the previous call.
+    The function guesses that each condition has the same value as in the previous call.
     """
     rare: set[int] = set()
 
@@ -63,7 +63,7 @@ def with_guesses(update: Callable) -> Callable:
             found = None  # Free the results that were computed with the wrong guess.
             wrong = {n for n, i in enumerate(guesses.branches) if not right[i]}
             if len(wrong) < len(right) - right.sum():
-                break  # A wrong guess that `add` recorded cannot be corrected by another branch.
+                break  # `add` recorded a wrong guess, which has no other branch to try.
             rare.symmetric_difference_update(wrong)
         return update(*args)
 

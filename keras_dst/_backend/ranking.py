@@ -280,7 +280,7 @@ class _Ranking(Scores):
         above each threshold.
 
         `above` is the number of weights whose score exceeds `high`, and `below` is the number of
-        weights whose score exceeds `low`. Every step of a search keeps `above <= kept < below`
+        weights whose score exceeds `low`. In every step of a search, `above <= kept < below` is
         true.
 
         Args:
@@ -423,8 +423,8 @@ class _Ranking(Scores):
         Args:
             low: Lower threshold. Scores between `low` and `high` count as tied.
             high: Upper threshold.
-            firsts: For each bundle, the entries that are always kept, as arguments `first` of
-                `_with_first`. None if there are no such entries.
+            firsts: For each bundle, the argument `first` of `_with_first`: the entries that are
+                always kept, or None.
             room: Number of tied weights that are kept.
         """
         found, offset = [], 0
@@ -480,8 +480,8 @@ class _Ranking(Scores):
         threshold, and weights that are always kept."""
         count = self._count_scores(thresholds)
         # In each tensor, one of two sets contains the other: the entries above the threshold, and
-        # the entries that are always kept. The number of entries in at least one of the two sets is
-        # therefore the larger of the two counts.
+        # the entries that are always kept. The union of both sets therefore has as many entries as
+        # the larger set.
         if self.first_weights is not None:
             count = ops.sum(ops.maximum(count, self.first_weights))[None]
         return ops.where(thresholds < self.least, self.total, count)
@@ -547,7 +547,7 @@ def _clipped(s, neutral):
 def _with_first(mask, first):
     """Return a copy of the mask in which the entries that are always kept are True.
 
-    `first` is either a boolean mask of these entries, or the column index of one entry per row.
+    `first` selects these entries. It is a boolean mask, or the column index of one entry per row.
     """
     if first is None:
         return mask

@@ -15,7 +15,8 @@ Tensor = Any
 
 # Scores above this value count as tied. The sum of two scores therefore does not overflow.
 LARGEST = 1e38
-# Difference below which scores count as tied, because some backends flush tiny differences to 0.
+# Two scores count as tied if they differ by less than this value, because some backends flush tiny
+# differences to 0.
 SMALLEST = 2.0**-126
 ROW_WIDTH = 1 << 10  # Number of scores in a row.
 _BUNDLE_SIZE = 1 << 20  # Largest number of scores in a bundle of small tensors.

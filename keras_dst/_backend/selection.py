@@ -24,7 +24,7 @@ from keras_dst._backend.jit import (
 )
 from keras_dst._backend.rows import LARGEST, ROW_WIDTH, SMALLEST, Scores
 
-_SORTED = 1 << 20  # Number of scores up to which all scores are sorted.
+_SORTED = 1 << 20  # If there are at most this many scores, all scores are sorted.
 _STRIDE = 61  # Every 61st score is in the sample. 61 is a prime, so all columns are sampled alike.
 _DEVIATIONS = 5  # Distance between a bound and the expected threshold, in standard deviations.
 # If all tensors are ranked together, most scores between the bounds may belong to a few tensors.
@@ -163,7 +163,8 @@ def _by_tensor(order, tensor):
 
 
 def _limits(scores: Scores) -> list[int]:
-    """Return, for each bundle, the maximum number of scores between the bounds that are copied."""
+    """Return, for each bundle, the maximum number of scores that are copied because they lie
+    between the bounds."""
     if scores.count <= _SORTED:
         return [len(b.tensor) * ROW_WIDTH for b in scores.bundles]
 

@@ -166,8 +166,9 @@ def sensitivity(
         data: Evaluation data: `(x, y)`, `(x, y, sample_weight)`, or a data set that
             `model.evaluate` accepts and that can be iterated more than once.
         sparsities: Fractions of zeros, in [0, 1). Defaults to (0.5, 0.7, 0.8, 0.9, 0.95).
-        pattern: Which weights are pruned together, see `masks.Pattern`. An N:M pattern such as
-            `"2:4"` allows only one sparsity. Defaults to `"unstructured"`.
+        pattern: Sparsity pattern, which defines the weights that are pruned together, see
+            `masks.Pattern`. An N:M pattern such as `"2:4"` allows only one sparsity. Defaults to
+            `"unstructured"`.
         filters: Weights to measure: the path of a weight, a regular expression for whole paths, or
             a list of both. A function that receives a variable and returns a bool is also accepted.
             Defaults to None, which selects all weights.

@@ -32,7 +32,7 @@ class Weight:
         mask: Mask that the layer applies to the weight, or None.
         layers: List of all layers that hold the weight. Several layers can share a weight.
         layout: Input and output axes of the weight.
-        prunable: True if the weight has a mask, or if it is a kernel and could have a mask.
+        prunable: True if the weight has a mask, or is a kernel that a pruning method could mask.
         sparse: Whether a layer or a `SparseOptimizer` masks the weight.
     """
 

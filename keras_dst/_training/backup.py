@@ -178,15 +178,16 @@ class BackupAndRestore(keras.callbacks.Callback):
     def _restore_generator(self):
         """Restore the state of the torch generator before the first batch after the backup.
 
-        The function waits until then, because `fit` also draws random numbers at the beginning of
-        an epoch.
+        Before the first batch of an epoch, `fit` also draws random numbers, which would change a
+        state that was restored earlier.
         """
         if self._generator is not None:
             set_torch_rng_state(self._generator)
             self._generator = None
 
     def _forget_start(self):
-        """Reset the epoch from which `fit` resumed, which does not apply to later fits."""
+        """Forget the epoch at which `fit` resumed, because later calls of `fit` begin at another
+        epoch."""
         _keras.set_initial_epoch(self.model, None)
         self._fit.skipped_batches = 0
 

@@ -389,7 +389,8 @@ class Driver:
 
     @property
     def in_steps(self) -> bool:
-        """Whether the schedule is given in steps, so that the length of training is not needed."""
+        """True if the schedule is given in steps. Such a schedule does not need the length of
+        training."""
         return self.schedule is not None and self.schedule.in_steps
 
     def is_due(self, batches: int) -> bool:
@@ -692,7 +693,7 @@ class OptimizerDriver(Driver):
     def __init__(self, model, optimizer: SparseOptimizer, coupling: Coupling):
         self.optimizer = optimizer
         super().__init__(model, optimizer.method, *optimizer.trained())
-        # The optimizer masks the trainable biases, scales and offsets.
+        # The optimizer itself masks the trainable biases, scales and offsets of pruned channels.
         self.followers = coupling.statistics
 
     def begin(self, length, fit, epoch, done=0):

@@ -110,7 +110,7 @@ class SparsityTensorBoard(keras.callbacks.Callback):
     # --------------------------------------------------------------------------------------------
 
     def _iterations(self) -> int:
-        _ = self.model  # On JAX, reading the property updates the variables during `fit`.
+        _ = self.model  # On JAX, reading `self.model` copies the state of `fit` to the variables.
         return int(ops.convert_to_numpy(self.model.optimizer.iterations))
 
     def _read_masks(self) -> dict[str, np.ndarray]:

@@ -85,7 +85,7 @@ class TwoPathLoss:
             yield
 
     def _divergence(self, pruned, full, sample_weight) -> Tensor:
-        """Return the sum of the divergences of all outputs with a cross-entropy, weighted like the
+        """Sum the divergences of all outputs that have a cross-entropy, with the weights of their
         losses."""
         structure, terms = _keras.output_structure(self.model), []
         for path, loss, weight in _keras.flat_losses(self.model):

@@ -27,7 +27,7 @@ def is_kernel(variable) -> bool:
 
 
 def is_prunable(variable) -> bool:
-    """Return whether an optimizer can prune a variable, which must be a trainable kernel."""
+    """Return whether an optimizer can prune a variable. Only trainable kernels can be pruned."""
     return bool(variable.trainable) and is_kernel(variable)
 
 
