@@ -131,8 +131,8 @@ def kept_counts(
     """Return the number of entries to keep per weight, or a single total for `"global"` (int64).
 
     A dict gives every named weight its own sparsity. For any other allocation, the sum of the
-    counts is exactly `round((1 - sparsity) * size)`, where `size` is the number of entries in all
-    weights.
+    counts is exactly `round((1 - sparsity) * size)`. The symbol `size` stands for the number of
+    entries in all weights.
 
     Args:
         allocation: See `densities`.

@@ -91,8 +91,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         self.states: list[State] = []
         # SparseTraining later replaces the default axes by the axes that the layers define.
         self.layouts: list[Layout] = []
-        # Biases and scales of coupled channels: index of the variable, axis, and channels along the
-        # axis.
+        # One entry per bias or scale of coupled channels: the index of its variable, the channel
+        # axis, and the channels along this axis.
         self._followers: list[tuple[int, int, np.ndarray]] = []
         self._scales = channels.Scales([], [])
         self.step: Any = None
@@ -549,8 +549,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     def reapply_masks(self) -> None:
         """Set the pruned weights to zero again, after other code assigned values to the weights.
 
-        The function also copies the assigned values of kept weights to the states that store copies
-        of the weights, such as the dense weights of `Magnitude(revival=True)`.
+        The function also copies the assigned values of kept weights to states that store copies of
+        weights, such as the dense weights of `Magnitude(revival=True)`.
         """
         for kernel, state, specs in zip(self.kernels, self.states, self._state_specs(self.kernels)):
             value, mask = ops.convert_to_tensor(kernel), _mask_of(state)

@@ -55,5 +55,5 @@ __all__ = [
 
 if hasattr(_stock, "SparseReversibleEmbedding"):  # New in Keras 3.12.
     SparseReversibleEmbedding = _stock.SparseReversibleEmbedding
-    """`keras.layers.ReversibleEmbedding` with one sparse table, or two if they are untied."""
+    """`keras.layers.ReversibleEmbedding` with one sparse table (two if `tie_weights=False`)."""
     __all__ += ["SparseReversibleEmbedding"]

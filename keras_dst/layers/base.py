@@ -174,7 +174,7 @@ class SparseMixin(_keras.BuildHook):
         inputs."""
         return cast(UnitMethod, self.method).gate(state, layout)
 
-    # Create the mask variables after the weights of the Keras layer, so that the variables have the
+    # Create the mask variables after the weights of the Keras layer. The variables then have the
     # same order whether a layer becomes sparse before or after it is built. Optimizers save their
     # slots in the order of the variables.
     def after_build(self):
@@ -280,7 +280,8 @@ class SparseMixin(_keras.BuildHook):
 
     @contextlib.contextmanager
     def as_stock(self):
-        """Hide the masks within this context, so that the layer has only its stock variables."""
+        """Hide the masks within this context, so that the layer has only the variables of its Keras
+        class."""
         own = {id(variable) for variable in self.state_variables().values()}
         state, self.__dict__["sparse_state"] = self.sparse_state, {}
         lists = (_keras.trainable_variables_of(self), _keras.non_trainable_variables_of(self))

@@ -176,7 +176,8 @@ class Gate(_keras.BuildHook, layers.Layer):
         return self.method.is_open(self.sparse_state["gate"], self._layout)
 
     def masked_weights(self) -> Iterator[tuple[Layout, Any, State]]:
-        """Yield the layout, the variable and the state of the gates, as sparse layers do."""
+        """Yield the layout, the variable and the state of the gates, like `masked_weights` of
+        sparse layers."""
         for state in self.sparse_state.values():
             yield self._layout, state["mean" if self.dependent else "logit"], state
 

@@ -9,7 +9,8 @@ from keras_dst.methods.base import TwoPathMethod, on_full_path
 
 
 class PathVariable:
-    """Attribute of a batch normalization layer that returns the variable of the current path."""
+    """Attribute of a batch normalization layer that returns the variable of the path being
+    called."""
 
     def __set_name__(self, owner, name):
         self.name = name
@@ -95,7 +96,7 @@ class SparseBatchNormalization(SparseMixin, layers.BatchNormalization):
 
     def load_own_variables(self, store):
         super().load_own_variables(store)
-        # The file of a dense model stores only one set of variables.
+        # The file of a dense model stores no variables for the full path.
         if not any(name in store.keys() for name in self.state_variables()):
             self.copy_stock_weights()
 

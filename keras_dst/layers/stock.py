@@ -218,7 +218,7 @@ if hasattr(layers, "ReversibleEmbedding"):  # `ReversibleEmbedding` is new in Ke
 
     @register
     class SparseReversibleEmbedding(SparseMixin, layers.ReversibleEmbedding):
-        """`keras.layers.ReversibleEmbedding` with one sparse table, or two if they are untied."""
+        """`keras.layers.ReversibleEmbedding` with one sparse table (two if `tie_weights=False`)."""
 
         stock = layers.ReversibleEmbedding
         embeddings = SparseWeight()

@@ -43,7 +43,7 @@ State = dict[str, Any]
 
 # Number of epochs below which some methods use a different schedule.
 SHORT = 20
-# Number of steps from which a training run uses the settings of the papers.
+# Minimum number of steps in a training run that uses the settings of the papers unchanged.
 _LONG = 20_000
 # Maximum gradient of a pruned weight in a long training run, relative to the root mean square of
 # the gradients of the kept weights. `masks.limit_gradient` explains why a limit is needed.
@@ -94,9 +94,9 @@ class Method(Configurable):
             sparsity. If True, the method must define `project`, and `update` receives the target
             sparsity of the next update.
         exact_from: Finished fraction of training after which every mask update of a method with
-            `learned = True` calls `project`. The calls begin only after the schedule has reached
-            its final target. The default of 1 means that `project` is called only after the last
-            step.
+            `learned = True` calls `project`. These calls of `project` begin only after the schedule
+            has reached its final target. The default of 1 means that `project` is called only after
+            the last step.
         couples_channels: Whether `update` and `project` of a method with `learned = True` prune a
             channel in all layers that compute the channel. False means that each layer is pruned
             separately.
@@ -135,7 +135,7 @@ class Method(Configurable):
         """Return the number of training steps on which settings such as the gradient limit depend.
 
         If the schedule is given in steps, this function returns the last step of the schedule and
-        ignores `total`, which a custom training loop does not know.
+        ignores `total`. A custom training loop does not know the length of training.
 
         Args:
             total: Number of steps in the training run, or 0 if the number is unknown.
@@ -249,7 +249,7 @@ class Method(Configurable):
     ) -> np.ndarray:
         """Return how many weights to keep, as one total or one number per weight tensor.
 
-        If channels are coupled, the numbers count channels instead of weights (see
+        If channels are coupled, the returned numbers count channels instead of weights (see
         `methods.channels`).
 
         Args:
@@ -289,7 +289,7 @@ class Method(Configurable):
                 for s, layout in zip(scores, layouts)
             ]
         shapes = [tuple(s.shape) for s in scores]
-        together = kept.shape[0] == 1  # A single entry counts the weights of all tensors.
+        together = kept.shape[0] == 1  # A single entry is the total of all weight tensors.
         sizes = None
         if pattern.grouped:
             sizes = [pattern.sizes(shape, layout) for shape, layout in zip(shapes, layouts)]
@@ -729,8 +729,8 @@ class UpdateMethod(Method):
             before the method reads them. A method that only masks the gradients sets
             `reads_gradients` to False.
         reads_scales: True if `scores` needs the scales of normalization layers. If True, the state
-            of a weight contains `"scale"`: the scales of the normalization layer after the weight,
-            in a shape that broadcasts to the weight.
+            of a weight contains `"scale"`, which holds the scales of the normalization layer after
+            the weight. The shape of `"scale"` broadcasts to the weight.
     """
 
     moves_weights = False

@@ -10,19 +10,19 @@ loss = task + lambda_polar mean(g (1 - g)) + lambda_act (cost(g) / cost(1) - tar
 
 The cost is the number of FLOPs or parameters of the model after all closed channels are removed. A
 channel is removed if its gates are closed in all layers that compute the channel. Together with a
-channel, the corresponding inputs of the next layers are removed. A subclassed model, or a model
-that contains `layers.Gate`, has the cost `sum(c g)` of the paper, where c is the cost of one
-structure.
+channel, the corresponding inputs of the next layers are removed. For a subclassed model, or a model
+that contains `layers.Gate`, the cost is `sum(c g)`, as in the paper. The symbol c stands for the
+cost of one structure.
 
 Sparse layers compute `pi = sigmoid(logit)`, with a trainable logit per structure. `layers.Gate`
 also has trainable logits, or uses the paper's gating module, which computes pi from the input.
 
-Deviations: The gate of a trainable logit is the same for all inputs, so g = z. In inference, a
-gating module ignores its input. A gate is open if its running mean is at least 0.5 (the consensus).
-Every layer keeps a minimum number of open units, see `min_kept`. `LayerMethod.limited` limits the
-gradients of closed gates. The target cost decreases along a cubic ramp. In the last quarter of
-training, every update opens or closes gates until the target is met, so that the weights adapt to
-the final gates.
+Deviations: A gate with a trainable logit has the same value for all inputs, so g = z. In inference,
+a gating module ignores its input. A gate is open if its running mean is at least 0.5 (the
+consensus). Every layer keeps a minimum number of open units, see `min_kept`. `LayerMethod.limited`
+limits the gradients of closed gates. The target cost decreases along a cubic ramp. In the last
+quarter of training, every update opens or closes gates until the target is met. The weights can
+then adapt to the final gates.
 """
 
 from __future__ import annotations
@@ -190,8 +190,8 @@ class Consensus(UnitMethod):
         least = self.min_kept
         if least is None:
             # If all layers keep the fraction q of their units, the model keeps about q**2 of its
-            # cost. The minimum of q / 2 in all layers would keep about a quarter of this cost. A
-            # layer with a single open unit often stops learning.
+            # cost. If all layers keep only q / 2, which is the minimum, the model keeps about a
+            # quarter of this cost. A layer with a single open unit often stops learning.
             least = max(2, math.ceil(math.sqrt(self._open_at_end) / 2 * units - 1e-9))
         return min(least, units)
 

@@ -65,8 +65,8 @@ class DCIL(TwoPathMethod):
             score of a block or channel is the mean score of its weights. Defaults to
             `"unstructured"`.
         score: Saliency of a weight: `"magnitude"` for `|w|`, or `"square"` for `w**2`. Both scores
-            rank single weights in the same order, but not blocks and channels. Defaults to
-            `"magnitude"`.
+            rank single weights in the same order, but blocks and channels in different orders.
+            Defaults to `"magnitude"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 16 steps,
             or fewer in a short training run to reach 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,

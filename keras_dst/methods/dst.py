@@ -12,14 +12,14 @@ At every step, kept weights can be pruned, and pruned weights can be restored.
 
 Extensions of the paper: Blocks and channels are scored by the mean `|w|` of their weights. With a
 target sparsity, a controller sets alpha, and thresholds do not go below 0. With a target sparsity,
-every layer keeps a minimum number of weights, because the thresholds of a layer with a very low
-density would be reset. In the last quarter of training, every update shifts the thresholds so that
-the model meets the target exactly. For thresholds t < -1, the penalty is linear in t. Thresholds
-that are not finite are reset to 0. `LayerMethod.limited` limits the gradients of pruned weights. If
-several layers compute a channel, the channel is pruned only if it is below its threshold in all of
-the layers. The margin Q of a channel is the largest Q of its units. With a target sparsity, every
-update stores which channels are kept. Until the next update, no layer masks the units of these
-channels.
+every layer keeps a minimum number of weights. The reason is that the thresholds of a layer with a
+very low density are reset to 0. In the last quarter of training, every update shifts the thresholds
+so that the model meets the target exactly. For thresholds t < -1, the penalty is linear in t.
+Thresholds that are not finite are reset to 0. `LayerMethod.limited` limits the gradients of pruned
+weights. If several layers compute a channel, the channel is pruned only if it is below its
+threshold in all of the layers. The margin Q of a channel is the largest Q of its units. With a
+target sparsity, every update stores which channels are kept. Until the next update, no layer masks
+the units of these channels.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class DST(LayerMethod):
             constant alpha determines the sparsity, as in the paper.
         alpha: Weight of the penalty on thresholds. The paper uses 5e-4 for LeNets, 5e-6 for VGG-16
             and WRN on CIFAR-10, and 1e-4 to 1e-3 for LSTMs. With a target sparsity, a controller
-            changes the weight during training, starting with `alpha`. Defaults to 5e-4.
+            changes this penalty weight during training, starting with `alpha`. Defaults to 5e-4.
         granularity: Number of thresholds: `"unit"` for one threshold per output unit, `"layer"` for
             one threshold per layer, or `"weight"` for one threshold per weight. Defaults to
             `"unit"`, as in the paper.
@@ -211,7 +211,8 @@ class DST(LayerMethod):
         magnitude = w * ops.stop_gradient(ops.sign(w))
         on = masks.step(self._margin(magnitude, state, layout))
         if "held" in state:
-            # Keeping a unit because of its channel does not change the gradient of its threshold.
+            # Keeping a unit because of its channel does not change the gradient of the unit's
+            # threshold.
             held = ops.cast(ops.convert_to_tensor(state["held"]), on.dtype)
             on = on + ops.stop_gradient(ops.maximum(held - on, 0.0))
         on = Pattern(self.pattern).expand(on, w.shape, layout)
@@ -263,8 +264,8 @@ class DST(LayerMethod):
         `_GAP_SHARE` until the next update. Alpha is negative if too few weights are kept.
         """
         gap, shifts, floors = self._shifts(weights, states, layouts, kept[0])
-        # At progress 1, `update` does not shift the thresholds, because the training callback calls
-        # `project`. Before this call, the callback warns if training has missed the target.
+        # At progress 1, `update` does not shift the thresholds. The training callback first warns
+        # if training has missed the target, and then calls `project`, which shifts the thresholds.
         late = ops.logical_and(now.progress >= _EXACT, now.progress < 1.0)
         sizes = [math.prod(w.shape) for w in weights]
         scale = sum(ops.sum(ops.abs(ops.cast(w, "float32"))) for w in weights) / sum(sizes)

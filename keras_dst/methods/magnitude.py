@@ -45,13 +45,13 @@ class Magnitude(UpdateMethod):
         revival: If True, pruned weights are still trained, and a later mask update can restore
             them. Defaults to False.
         score: Saliency of a weight. `"magnitude"` is `|w|`. `"lamp"` is the square of the weight,
-            divided by the sum of the squares of all weights in the layer of at least the same
-            magnitude. LAMP scores of different layers are comparable, so the score fits
-            `allocation="global"`. `"taylor"` is the moving average of `(w dL/dw)**2` over the
-            batches. The average estimates how much the loss changes if the weight becomes 0.
-            `"bn_scale"` is the magnitude of the scale in the normalization layer that follows the
-            weight. `"bn_scale"` needs `pattern="channel"`. Weights that no normalization layer
-            follows are ranked by `|w|`. Defaults to `"magnitude"`.
+            divided by the sum of the squares of all weights in the layer that are not smaller. LAMP
+            scores of different layers are comparable, so the score fits `allocation="global"`.
+            `"taylor"` is the moving average of `(w dL/dw)**2` over the batches. The average
+            estimates how much the loss changes if the weight becomes 0. `"bn_scale"` is the
+            magnitude of the scale in the normalization layer that follows the weight. `"bn_scale"`
+            needs `pattern="channel"`. Weights that no normalization layer follows are ranked by
+            `|w|`. Defaults to `"magnitude"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 100
             steps, or fewer in a short training run to reach 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,

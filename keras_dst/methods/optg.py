@@ -14,9 +14,9 @@ Masks are updated once per epoch, and weight decay is not applied to scores. Sco
 when masks are updated. Each mask update therefore multiplies the change of the scores since the
 last update by `sigmoid(beta (e - E/2))`, instead of changing the learning rate.
 
-Deviations from the paper: the sigmoid is stretched to begin at exactly 0 and end at exactly 1, so
-that the final sparsity equals the target. A training run of fewer than 20 epochs prunes along a
-cubic ramp in its first half, and adapts the weights to the final masks in its second half.
+Deviations from the paper: the sigmoid is stretched from exactly 0 to exactly 1, so that the final
+sparsity equals the target. A training run of fewer than 20 epochs prunes along a cubic ramp in its
+first half. In the second half of such a run, the weights adapt to the final masks.
 `LayerMethod.limited` limits the gradients of the scores of pruned weights.
 """
 

@@ -36,10 +36,10 @@ def magnitude(w: Tensor) -> Tensor:
 def lamp(w: Tensor) -> Tensor:
     """Return the layer-adaptive score of every entry of a weight, in [0, 1].
 
-    The score of an entry is its square, divided by the sum of the squares of all entries of at
-    least the same magnitude in the weight tensor. The largest entry of every layer has the score 1,
-    so a ranking of all layers together keeps the entry. Among equal entries, the later entry has
-    the higher score.
+    The score of an entry is its square, divided by a sum of squares. The sum contains all entries
+    of the weight tensor that have at least the same magnitude. The largest entry of every layer has
+    the score 1, so a ranking of all layers together keeps the entry. Among equal entries, the later
+    entry has the higher score.
 
     Args:
         w: Float tensor of any shape.

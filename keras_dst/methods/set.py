@@ -204,8 +204,9 @@ class SET(UpdateMethod):
         # retain their initial values.
         began = [ops.logical_not(ops.all(s["mask"])) for s in states]
         drop = ops.cast(ops.round(self._drop(now) * ops.cast(kept, "float32")), "int32")
-        # Pass the magnitudes from a generator, so that this function keeps no reference to them and
-        # `rank` can free their memory. The magnitudes need as much memory as the whole model.
+        # Pass the magnitudes from a generator. This function then keeps no reference to the
+        # magnitudes, and `rank` can free their memory. The magnitudes need as much memory as the
+        # whole model.
         magnitudes = (ops.abs(ops.cast(w, "float32")) for w in weights)
         magnitudes = (
             where_in_place(s["mask"], magnitude, -1.0, out=magnitude)

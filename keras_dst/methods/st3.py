@@ -204,8 +204,8 @@ def _channel_factors(saliency, kept):
     ranked together.
 
     Soft thresholding reduces the saliency of a kept channel by the largest saliency of a pruned
-    channel. The factor contains this reduction, and also rescales the channels to restore their
-    total saliency.
+    channel. The returned factor combines this reduction with a rescaling that restores the total
+    saliency of the channels.
     """
     threshold = ops.max(ops.where(kept, 0.0, saliency))
     soft = ops.where(kept, 1.0 - threshold / ops.maximum(saliency, _TINY), 0.0)
