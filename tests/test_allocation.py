@@ -40,7 +40,8 @@ def test_global_and_uniform_give_equal_densities(allocation):
     ("shapes", "density", "expected"),
     [
         # ERK densities are proportional to sum(shape) / prod(shape): 8/16 and 16/64, a ratio of
-        # 2:1. Of 80 weights, 20 are kept: 16 * 2d + 64 d = 20, so d = 5/24.
+        # 2:1. The allocation keeps 20 of the 80 weights. The densities are therefore 2d and d with
+        # 16 * 2d + 64 d = 20, so d = 5/24.
         ([(4, 4), (8, 8)], 0.25, [10 / 24, 5 / 24]),
         # ERK densities are proportional to 20/100 and 2000/1e6. The first density would be 9.9,
         # which is more than 1, so the first weight tensor stays dense. The rest of the kept entries

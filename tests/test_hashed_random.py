@@ -29,7 +29,7 @@ def test_uniform_numbers_are_hashes_of_the_position(shape):
 def test_uniform_numbers_are_uniform_and_independent():
     one, other = (array(random.uniform((1 << 16,), 0, step)) for step in (0, 1))
     counts = np.histogram(one, 16, (0, 1))[0]
-    assert abs(counts / 4096 - 1).max() < 5 / 64  # The bound is five standard deviations.
+    assert abs(counts / 4096 - 1).max() < 5 / 64  # Allow five standard deviations.
     for pair in ((one, other), (one[1:], one[:-1])):
         assert abs(np.corrcoef(*pair)[0, 1]) < 5 / 256
 

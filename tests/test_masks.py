@@ -246,7 +246,8 @@ def test_pattern(name, shape, layout, block):
 
 def test_golden_blocks():
     # A kernel with 5 inputs and 3 outputs. With the pattern 1x4, each block contains the weights of
-    # 4 inputs for one output. For the fifth input, each block contains only one weight.
+    # 4 inputs for one output. The fifth input is left over, so each of its blocks contains only one
+    # weight.
     kernel = tensor([[1, 0, 2], [2, 0, 2], [3, 0, 2], [4, 0, 2], [6, -1, 0]])
     pattern = Pattern("1x4")
     scores = pattern.scores(kernel)

@@ -16,7 +16,7 @@ from tests.test_tfmot import file_of
 
 BACKEND = keras.backend.backend()
 NOT_RUN = ("diff", "math", "text")  # Languages of fenced blocks that contain no code to run.
-# Pages that other files test, because the pages need several processes or other checks.
+# Pages whose code other test files run, because the code needs several processes or other checks.
 TESTED_ELSEWHERE = {
     "docs/keras_features.md": "tests/test_keras_features.py",
     "docs/many_devices.md": "tests/devices/test_pages.py",

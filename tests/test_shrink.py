@@ -287,7 +287,7 @@ def test_shrink_separable_convolutions():
     small = check(model, one=3, two=4, three=2)
     assert small.get_layer("slopes").alpha.shape == (1, 1, 3)
     assert small.get_layer("own").alpha.shape == (4, 2)
-    # A channel can be removed if it is 0 everywhere, because its padding is also 0.
+    # Zero padding does not prevent the removal of a channel whose values are all 0.
     kill(model, "two", bias=True)
     check(model, one=3, two=2, three=2)
 

@@ -177,7 +177,7 @@ def test_every_public_name_is_in_the_reference(site):
 
 
 def test_the_reference_documents_only_public_names_and_members(site):
-    """Every name that a page of the reference documents exists in the package."""
+    """Every name on the pages of the reference exists in the package."""
     pages = (ROOT / "docs" / "reference").glob("*.md")
     named = re.findall(r"^::: (\S+)", "".join(page.read_text() for page in pages), re.MULTILINE)
     for name in named:

@@ -61,7 +61,7 @@ def test_sparse_files_are_small_with_exact_weights(path):
     model = with_zeros(network(2000))
     kernel = model.layers[0].kernel
     special = kernel.numpy()
-    special[0, :4] = [-0.0, np.nan, np.inf, 1e-45]  # Add values with unusual bit patterns.
+    special[0, :4] = [-0.0, np.nan, np.inf, 1e-45]  # Also test special values.
     kernel.assign(special)
     keras_dst.save_sparse(model, path)
     loaded = keras_dst.load_sparse(path)

@@ -154,7 +154,7 @@ def test_trials_use_the_callback_of_the_user(data):
 
 @once
 def test_trials_store_results_of_an_export(data, tmp_path, monkeypatch):
-    """The export is replaced by fixed results. test_pages.py exports real files."""
+    """Replace the export by fixed results, because test_pages.py tests exports of real files."""
     calls = []
 
     def export(model, path, **options):

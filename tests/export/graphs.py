@@ -215,7 +215,8 @@ def sparse_values(shape, density, block=1, seed=0):
 def decode(sparsity, stored, shape):
     """Decode a sparse tensor one value at a time.
 
-    All axes of the tensor except the last must be dense.
+    The sparsity metadata must list the last axis as sparse, and all other axes of the tensor as
+    dense.
     """
     *outer, width = shape
     axes = sparsity.dimMetadata

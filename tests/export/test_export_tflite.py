@@ -251,7 +251,7 @@ def test_a_stateful_sequential_model_keeps_its_batch_size_and_states(tmp_path, u
         np.testing.assert_array_equal(before, after.numpy())
     runner = Interpreter(str(path)).get_signature_runner()
     lstm.reset_state()
-    # The LSTM states are zero at first, and the file keeps them between calls.
+    # The states of the LSTM are zero at first. The file keeps the states between two calls.
     for batch in (x[:1], x[1:2]):
         found = next(iter(runner(**dict.fromkeys(input_shapes(path), batch)).values()))
         np.testing.assert_allclose(found, keras.ops.convert_to_numpy(model(batch)), atol=1e-5)

@@ -331,7 +331,10 @@ def test_a_regression_loss_needs_training_without_divergence():
 
 
 def trained_by_equations(x, y, p, statistics, warmup):
-    """Train with DCIL in NumPy. Masks change every second step until sparsity 0.8 at step 40."""
+    """Train with DCIL in NumPy.
+
+    The masks change in every second step. The sparsity increases to 0.8 at step 40.
+    """
     optimizer = reference.Momentum(p)
     names, losses = ("w1", "w2"), []
     for t in range(len(x)):

@@ -400,7 +400,8 @@ def test_invalid_arguments_raise(arguments, message):
 
 def test_no_layer_masks_a_unit_of_a_kept_channel():
     # Both units of the first weight are below their thresholds. The second weight keeps its unit of
-    # channel 0, so the first weight also keeps its unit of channel 0. The last unit is in no group.
+    # channel 0, so the first weight also keeps its unit of channel 0. The last unit of the second
+    # weight belongs to no group of channels.
     method = DST(0.5, pattern="channel")
     groups = ChannelGroups([2], np.zeros((1, 2, 2)), np.ones((1, 2)))
     layouts = [Layout(channels=Channels(ids, groups)) for ids in ([0, 1], [1, 0, -1])]

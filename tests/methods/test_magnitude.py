@@ -180,7 +180,7 @@ def test_rank_of_blocks_by_layer():
 
 def test_rank_of_blocks_over_all_layers():
     # All blocks of the second weight tensor have higher scores than the blocks of the first tensor.
-    # The first tensor keeps its highest-scored block only because of the minimum.
+    # The first tensor keeps one block only because every tensor keeps at least one block.
     weights = [random(8, 5), np.sign(random(8, 4, seed=1)) * 2]
     found = masks_of(Magnitude(0.5, "global", "1x4"), weights, [20])
     expected = [best_blocks(weights[0], (4, 1), 4), best_blocks(weights[1], (4, 1), 16)]

@@ -44,7 +44,8 @@ def refusal(cls, pattern, allocation):
 def check_pattern(pattern, mask):
     """Check that a mask has the given pattern.
 
-    The last two axes of the mask are inputs (a multiple of 4) and outputs.
+    The second to last axis of the mask holds the inputs, whose number must be a multiple of 4. The
+    last axis holds the outputs.
     """
     *window, inputs, outputs = mask.shape
     if pattern == "2:4":
