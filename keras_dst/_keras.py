@@ -592,8 +592,8 @@ def _forget_decay_exemptions(optimizer, trained_before) -> None:
 def _decide_decay_again(optimizer) -> None:
     """Make an optimizer decide again to which variables it applies weight decay.
 
-    Keras up to 3.15 makes this decision in a training step, and caches it. Keras 3.16 makes this
-    decision in `Optimizer.build`.
+    Up to version 3.15, Keras decides in a training step which variables to decay, and caches the
+    decision. In version 3.16, Keras decides in `Optimizer.build`.
     """
     if "_weight_decay_by_var_key" in vars(optimizer):
         optimizer._weight_decay_by_var_key = {

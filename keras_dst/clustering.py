@@ -35,7 +35,7 @@ from keras_dst.masks import Layout
 from keras_dst.surgery import check_model
 
 _ITERATIONS = 300
-# Difference below which two weights count as equal, because kernels are float32.
+# Two weights count as equal if they differ by less than this value, because kernels are float32.
 _EQUAL = 1e-6
 
 

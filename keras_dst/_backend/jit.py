@@ -131,7 +131,7 @@ def mask_in_place(w, mask) -> None:
 
 
 def _integers_of_size(size: int):
-    """Return the integer type on torch whose values have this number of bytes, or None."""
+    """Return the torch integer type whose values have `size` bytes, or None."""
     import torch
 
     return {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(size)
@@ -202,7 +202,7 @@ def true_positions(mask, limit: int):
 
 
 def gather(values, positions):
-    """Return the entries of a vector on torch at these positions, which must not be negative.
+    """Return the entries of a torch vector at the given positions, which must not be negative.
 
     `ops.take` is slower: to support negative positions, it reads and writes the positions several
     times.
@@ -213,7 +213,7 @@ def gather(values, positions):
 
 
 def set_true(mask, positions) -> None:
-    """Set the entries of a boolean torch tensor at these positions to true, in place."""
+    """Set the entries of a boolean torch tensor at the given positions to true, in place."""
     mask.view(-1).index_fill_(0, positions.long(), True)
 
 

@@ -24,7 +24,8 @@ _MIB = 1 << 20
 
 @functools.cache
 def glibc():
-    """Return the glibc library, or None if it is absent or configured by environment variables."""
+    """Return the glibc library. Return None if glibc is absent, or if environment variables
+    configure glibc."""
     is_set = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     library = ctypes.CDLL(None) if sys.platform == "linux" and not is_set else None
     return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None

@@ -41,7 +41,7 @@ def _mixed(x):
 
 def _shifted(x, by):
     # Shift the bits to the right, and fill the free bits on the left with zeros. The built-in right
-    # shift of int32 would fill these bits with the sign bit.
+    # shift of int32 would fill the free bits with the sign bit.
     return ops.bitwise_and(ops.bitwise_right_shift(x, by), (1 << (32 - by)) - 1)
 
 

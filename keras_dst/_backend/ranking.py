@@ -36,7 +36,7 @@ _SLAB_ROWS = 1 << 8  # Number of rows whose scores are counted at once on a CPU.
 # Number of sections into which a search step divides the range of the threshold. XLA reads the
 # scores once to count the scores above every boundary between two sections.
 _SECTIONS = 8
-# For at least this number of scores, a sample of the scores gives the first candidate thresholds.
+# If there are at least this many scores, a sample of them gives the first candidate thresholds.
 _SAMPLE_FROM = 1 << 22
 _SAMPLE_STRIDES = (32, 25)  # The sample has every 32nd row and every 25th column.
 
@@ -62,8 +62,8 @@ def top_k(
             kept groups contain at most `kept` weights. Defaults to None, which means that every
             score stands for one weight.
         first: For each tensor, the number of entries that are always kept: the entries of the
-            tensor with the highest scores. `kept` must be large enough for these entries. Defaults
-            to None, which means 0.
+            tensor with the highest scores. `kept` must be large enough for all entries that are
+            always kept. Defaults to None, which means 0.
 
     Returns:
         A list of boolean tensors, one per tensor of scores.
@@ -77,7 +77,8 @@ def top_k(
     """
     scores, kept = _checked(scores, kept)
     _check_groups([tuple(s.shape) for s in scores], sizes, first)
-    if sizes is not None:  # Do not cache these arrays, because they can be as large as the weights.
+    # Do not cache `sizes`, because the arrays can be as large as the weights.
+    if sizes is not None:
         return _top_k(scores, kept, sizes, first)
     return traced_once(_top_k, scores, kept, None, None if first is None else tuple(first))
 
@@ -266,8 +267,8 @@ class _Ranking(Scores):
             end = ops.where(some_fit, self._last_ties(low, high, firsts, room), end)
             return [self._with_ties(b, s, low, high, end, first) for b, s, first in bundles]
 
-        # Both branches return the masks of all tensors. With one condition per tensor, XLA would
-        # compile the branches once per tensor.
+        # Both branches of `ops.cond` return the masks of all tensors. With one condition per
+        # tensor, XLA would compile the branches once per tensor.
         return ops.cond(ops.any(some_fit), some, none_or_all)
 
     def _with_ties(self, b, s, low, high, end, first):
@@ -471,8 +472,8 @@ class _Ranking(Scores):
         return (s > self.to_rows(b, self._finite_cut(thresholds))) | everything
 
     def _finite_cut(self, thresholds):
-        """Return the thresholds. Replace a threshold by infinity if it is at least the largest
-        finite score."""
+        """Return the thresholds. Replace a threshold by infinity if the threshold is at least the
+        largest finite score."""
         return ops.where(thresholds < self.most, thresholds, np.inf)
 
     def _count_above(self, thresholds):
@@ -547,7 +548,7 @@ def _clipped(s, neutral):
 def _with_first(mask, first):
     """Return a copy of the mask in which the entries that are always kept are True.
 
-    `first` selects these entries. It is a boolean mask, or the column index of one entry per row.
+    `first` is a boolean mask of these entries, or the column index of one such entry per row.
     """
     if first is None:
         return mask

@@ -131,8 +131,9 @@ class Scores:
     def reduce_by_ranking(self, values, reduce, neutral):
         """Reduce a value per row, such as a count, to a value per ranking.
 
-        The reduction for one tensor replaces the values of all other tensors by `neutral`.
-        `neutral` must not change the result of `reduce`, for example 0 for a sum.
+        When the function reduces the values of one tensor, it replaces the values of all other
+        tensors by `neutral`. `neutral` must not change the result of `reduce`, for example 0 for a
+        sum.
         """
         if self.together:
             return reduce(ops.stack([reduce(v) for v in values]))[None]

@@ -1,10 +1,10 @@
 """Selection of the highest scores on PyTorch, without waiting for the accelerator.
 
 The code draws a sample of the scores and computes two bounds per ranking, which almost certainly
-enclose the threshold. It then copies the few scores between the bounds, and sorts the copies. The
-copies are stored in a vector of fixed length, so the host need not wait for the number of copied
-scores. The selection assumes that each threshold lies between its bounds. The host checks this
-assumption later (see `guesses.py`). If the assumption was wrong, for example because a million
+enclose the threshold. The code then copies the few scores between the bounds, and sorts the copies.
+The copies are stored in a vector of fixed length, so the host need not wait for the number of
+copied scores. The selection assumes that each threshold lies between its bounds. The host checks
+this assumption later (see `guesses.py`). If the assumption was wrong, for example because a million
 scores are equal, `ranking.py` searches for the threshold.
 """
 
@@ -28,8 +28,8 @@ _SORTED = 1 << 20  # If there are at most this many scores, all scores are sorte
 _STRIDE = 61  # Every 61st score is in the sample. 61 is a prime, so all columns are sampled alike.
 _DEVIATIONS = 5  # Distance between a bound and the expected threshold, in standard deviations.
 # If all tensors are ranked together, most scores between the bounds may belong to a few tensors.
-# Each bundle may therefore hold up to `_CONCENTRATION` times its proportional share of these
-# scores.
+# Each bundle may therefore hold up to `_CONCENTRATION` times its proportional share of the scores
+# between the bounds.
 _CONCENTRATION = 16
 
 
@@ -186,7 +186,8 @@ class _Between:
     Attributes:
         values: The scores of the first ranking in descending order, then of the second ranking, and
             so on. Unused entries follow at the end.
-        ranks: For each score in `values`, its rank among the scores of its ranking, counted from 0.
+        ranks: For each score in `values`, its rank among all scores of the same ranking, counted
+            from 0.
         first: For each ranking, the index of its first score in `values`.
         counts: For each ranking, the number of its scores in `values`.
     """

@@ -21,7 +21,8 @@ Shape = tuple[int, ...]
 
 _TRANSPOSED = (layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose)
 
-# Endings of the names of weights in custom layers that are looked up or added, but not multiplied.
+# Endings of the names of certain weights in custom layers. Layers look up or add these weights, but
+# do not multiply them.
 _TABLES = re.compile(r"(embeddings?|tokens?)$")
 
 # Batch size of the symbolic call if the Input does not define the batch size. The batch size is

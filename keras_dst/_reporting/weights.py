@@ -164,7 +164,8 @@ def _check_unpacked(layer) -> None:
 
 
 def _values_of(variable, holders: list):
-    """Return the values of a variable, plus the LoRA update if it is a kernel with LoRA enabled."""
+    """Return the values of a variable, plus the LoRA update if the variable is a kernel with LoRA
+    enabled."""
     adapted = [layer for layer in holders if getattr(layer, "lora_enabled", False)]
     if adapted and is_kernel(variable):
         return getattr(adapted[0], variable.name)

@@ -46,7 +46,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
         model: Model that holds the weights.
         method: Method that prunes the weights.
         weights: Variables that the method prunes.
-        layouts: For each of these variables, its input and output axes.
+        layouts: For each variable in `weights`, its input and output axes.
 
     Raises:
         ValueError: If no channel can be pruned, or if the costs of the channels are unknown.
@@ -145,9 +145,9 @@ def _uncoupled(model, method: Method, layouts) -> Coupling:
             "`call` method. Leave counted_in out."
         )
     warnings.warn(
-        f"{method!r}: '{model.name}' runs its layers in its own `call` method, so it is not known "
-        "which channels have to be removed together. The channels of each layer are ranked "
-        "separately. Layers whose outputs are added therefore keep different channels, so "
+        f"{method!r}: '{model.name}' runs its layers in its own `call` method, so keras_dst does "
+        "not know which channels have to be removed together. The channels of each layer are "
+        "ranked separately. Layers whose outputs are added therefore keep different channels, so "
         "`shrink` can remove only few channels. The layers that compute the outputs of the model "
         "are pruned, too. Pass the layers whose channels are removed together to the method as "
         "groups, name the layers to prune with filters, or build a Functional model.",

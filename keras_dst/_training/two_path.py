@@ -109,7 +109,8 @@ class TwoPathLoss:
 
 
 def check_rematerialization(model) -> None:
-    """Raise ValueError if a layer runs again in the backward pass, where its path is unknown."""
+    """Raise ValueError if a layer was created under `RematScope`, except on JAX. In the backward
+    pass, such a layer cannot tell which path runs."""
     if keras.backend.backend() != "jax" and any(
         _keras.is_rematerialized(layer) for layer in _keras.flatten_layers(model)
     ):

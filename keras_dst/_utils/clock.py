@@ -59,8 +59,8 @@ def update_clock(method, schedule, total=None, epoch=None) -> UpdateClock | None
         schedule: `Schedule` of the target sparsity in the training run.
         total: Number of steps in the training run, or None if the schedule is given in steps.
             Defaults to None.
-        epoch: Number of steps in an epoch. Methods that update masks once per epoch need this
-            number. Defaults to None.
+        epoch: Number of steps in an epoch, for methods that update masks once per epoch. Defaults
+            to None.
     """
     period = method.default_frequency if method.frequency is None else method.frequency
     if period == "epoch":

@@ -26,9 +26,9 @@ def block_mask(w: np.ndarray, sparsity: float, block_size, pooling: str) -> np.n
             largest magnitude.
 
     If the block size does not divide an axis, tfmot splits the padding between both ends of the
-    axis. tfmot pools windows of the padded axis, but the blocks that it masks begin at the first
-    entry. The windows are therefore shifted relative to the blocks. To compute the same masks, this
-    function shifts the windows like tfmot.
+    axis. The windows that tfmot pools begin with the padding, but the blocks that tfmot masks begin
+    at the first entry. The windows are therefore shifted relative to the blocks. To compute the
+    same masks, this function shifts the windows like tfmot.
     """
     pooled = np.abs(w)
     for axis, length in enumerate(block_size):
