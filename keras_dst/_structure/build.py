@@ -49,7 +49,7 @@ class _Builder:
         return self.tensors[id(x.origin or x)]
 
     def add(self, handler: ChannelHandler) -> None:
-        """Call an operation in the smaller model, and leave out constant terms of sums."""
+        """Call an operation in the smaller model, and leave constant inputs out of sums."""
         call = handler.call
         if isinstance(handler, Addition) and call.constant_terms:
             terms = [self.tensor(x) for x in call.inputs]

@@ -65,7 +65,7 @@ class CoupledChannels:
     * If `member.output` is not None, set the positions `dead[member.axes[member.output]]` along the
       axis `member.output` of `member.variable` to zero.
     * If `member.follows` is True, `member.axes` contains one axis and its ids. Set the positions
-      `dead[ids]` along the axis of `member.variable` to zero.
+      `dead[ids]` along this axis of `member.variable` to zero.
 
     All dead channels are then exactly zero, and `shrink` can remove all dead channels. The saliency
     of a channel is the sum of the saliencies of all weight entries that have the channel's id along

@@ -1,6 +1,6 @@
 """Reasons why dead channels are kept.
 
-Each reason names the first later layer that needs the channel.
+Each reason names the next layer that needs the channel.
 """
 
 from __future__ import annotations

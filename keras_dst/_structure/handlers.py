@@ -527,7 +527,8 @@ class KernelLayer(ChannelHandler):
         """Return a boolean array: True for channels that can be removed although kept units read
         them.
 
-        Such a channel is constant. Its contribution moves to the bias or to another channel.
+        A removed channel is constant, so its contribution can move to the bias or to another
+        channel.
         """
         return ~np.isnan(self.common_constant())
 

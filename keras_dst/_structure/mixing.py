@@ -17,9 +17,10 @@ from keras_dst._structure.unions import ChannelUnions, Member
 class LayerNorm(Normalization):
     """Layer normalization over the channels.
 
-    Zero channels count in the mean and in the variance over the channels, even if they are removed.
-    Before the normalization, the smaller model therefore pads the kept channels with zeros to the
-    old number of channels. After the normalization, the smaller model slices off the padding.
+    Channels that are zero count in the mean and in the variance over the channels, even after their
+    removal. Before the normalization, the smaller model therefore pads the kept channels with zeros
+    to the old number of channels. After the normalization, the smaller model slices off the
+    padding.
     """
 
     def members(self) -> list[Member]:

@@ -155,8 +155,8 @@ def shrink_report(model, latency: bool = False) -> ShrinkReport:
     """Report the channels that `shrink(model)` removes, and why other dead channels are kept.
 
     A channel, unit or filter is dead if its weights are all zero or if no layer reads it. If a dead
-    channel is kept, the reason names the first later layer that needs the channel. A second table
-    lists the layers whose channels are removed together, and the operations that couple the layers.
+    channel is kept, the reason names the next layer that needs the channel. A second table lists
+    the layers whose channels are removed together, and the operations that couple the layers.
 
     Args:
         model: Built Sequential or Functional model, dense or sparse. It is not changed.

@@ -22,9 +22,9 @@ class Member:
         output: Axis of the output channels, or None for variables without output channels. The axis
             is -1 for kernels of `Dense` and of convolutions, and -2 for depthwise and transposed
             kernels.
-        follows: Whether the variable's entries of pruned channels must be set to zero, as in a
-            bias. Only then do pruned channels output exactly zero. `follows` is False for kernels
-            and for moving variances.
+        follows: Whether to set the variable's entries of pruned channels to zero, as in a bias, so
+            that pruned channels output exactly zero. `follows` is False for kernels and for moving
+            variances.
         shrinks: False if the variable keeps its size when channels are removed. An example is layer
             normalization, where removed channels still count as zeros.
         layer: Name of the layer.
@@ -78,7 +78,7 @@ class ChannelUnions:
         self._edges.append((a, b))
 
     def pin(self, ids: np.ndarray, reason: str) -> None:
-        """Keep the channels with the given ids, and store the reason."""
+        """Prevent the removal of the channels with the given ids, and store the reason."""
         self._pinned.append((ids, reason))
 
     def roots(self) -> np.ndarray:

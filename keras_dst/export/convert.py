@@ -180,7 +180,7 @@ def _import(module: str, name: str) -> Any:
 
 @contextlib.contextmanager
 def _names_for_lambdas() -> Iterator[None]:
-    """Add `keras`, `np` and others to the builtins, because saved lambdas have no globals."""
+    """Add `keras`, `np` and similar names to the builtins. Saved lambdas have no globals."""
     names = {"keras": keras, "ops": keras.ops, "layers": keras.layers, "np": np, "numpy": np}
     added = {name: module for name, module in names.items() if not hasattr(builtins, name)}
     vars(builtins).update(added)

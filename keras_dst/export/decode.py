@@ -88,7 +88,7 @@ def unpack(tensor: schema.TensorT, entries: np.ndarray) -> np.ndarray:
     sparsity, rank = tensor.sparsity, len(shape(tensor))
     # Position of each entry of the tensor in the array of stored values.
     positions = np.zeros(1, np.int64)
-    # One array for each axis that was read. The array holds the index of each entry along the axis.
+    # One array for each axis that was read, with the index of each entry along the axis.
     found: list[np.ndarray] = []
     for axis in sparsity.dimMetadata:
         if axis.format == schema.DimensionType.DENSE:

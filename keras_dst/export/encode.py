@@ -28,8 +28,8 @@ from keras_dst.export.flatbuffer import (
     write,
 )
 
-#: Ops whose weights can be stored sparse. FULLY_CONNECTED can read a sparse weight directly. The
-#: other ops cannot, so a DENSIFY op must unpack the weight first.
+#: Ops whose weights can be stored sparse. FULLY_CONNECTED can read a sparse weight directly. All
+#: other ops need a DENSIFY op that unpacks the weight.
 WEIGHT_OPS = frozenset({"FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV"})
 #: Index of the weight among the inputs of the ops in `WEIGHT_OPS`.
 WEIGHT_SLOT = 1

@@ -36,11 +36,11 @@ class Cpu:
         direct: Nanoseconds per stored value and input row, in FULLY_CONNECTED with a sparse weight.
             The dict maps each encoding to a pair: the time with one input row, and the time with
             many input rows.
-        row: Additional nanoseconds for each pair of a row of the sparse weight and an input row.
-            The time from ``direct`` does not include this time.
+        row: Nanoseconds in addition to ``direct``, for each pair of a row of the sparse weight and
+            an input row.
         copy: Nanoseconds per value that PAD, STRIDED_SLICE or CONCATENATION writes.
         sparse: Nanoseconds per multiplication by a nonzero weight in XNNPACK's sparse convolution.
-            None if XNNPACK does not use its sparse convolution on the CPU.
+            The value is None if XNNPACK does not use its sparse convolution on the CPU.
     """
 
     vector: float

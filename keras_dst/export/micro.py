@@ -141,7 +141,8 @@ def unsupported_ops(
 
 
 def _origin(graph: schema.SubGraphT, op: schema.OperatorT, names: Collection[str]) -> str:
-    """Name the layer that contains an op, or the last layer before an op outside all layers.
+    """Return a text that names the layer of an op, or the last layer before an op outside all
+    layers.
 
     The path of an op contains no layer name if the op is outside all layers, or if it computes a
     model output.

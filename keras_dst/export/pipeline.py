@@ -68,8 +68,9 @@ TOLERANCES = {None: 1e-4, "weights": 0.1, "full": 0.3}
 #: Largest accepted difference between the exported file and a dense file with the same quantized
 #: weights.
 _EXACT = 1e-4
-#: Largest accepted difference between these files if the runtime also quantizes the inputs of ops.
-#: The kernels for sparse and dense weights round the quantized inputs differently.
+#: Largest accepted difference between the sparse and the dense file if the runtime also quantizes
+#: the inputs of ops. The kernels for sparse and dense weights round the quantized inputs
+#: differently.
 _INEXACT = 5e-2
 
 

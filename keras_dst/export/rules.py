@@ -1,8 +1,8 @@
 """Rules of `lint`. Each rule checks one graph of a file and yields its findings.
 
 The rules are based on measurements with LiteRT 2.3 and on the source code of XNNPACK. A finding has
-the level "error" if LiteRT computed wrong results or refused the file in these measurements. In
-most cases, LiteRT computes wrong results without an error message.
+the level "error" if LiteRT computed wrong results or refused the file in these measurements. If
+LiteRT computes wrong results, it usually shows no error message.
 """
 
 from __future__ import annotations

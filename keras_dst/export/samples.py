@@ -313,7 +313,7 @@ def _is_array(value: Any) -> bool:
 def _batches(data: Any, argument: str, endless: bool) -> Iterator[Any]:
     """Return an iterator over the batches of a data set.
 
-    Raise ValueError if the data set is endless although ``endless`` is False.
+    Raise ValueError if the data set is endless and ``endless`` is False.
     """
     if isinstance(data, keras.utils.PyDataset):
         infinite = data.num_batches is None

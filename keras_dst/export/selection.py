@@ -46,8 +46,8 @@ class Choice:
         bytes: Size of the weight in the selected format, in bytes.
         reason: Why the weight keeps its present format, or an empty string if the format changes.
         latency_ratio: Latency of the ops that read the weight, relative to their latency with the
-            dense weight. If latencies are estimated for several CPUs, only the largest ratio is
-            stored. Defaults to 1.
+            dense weight. With several CPUs, the value is the largest ratio of all CPUs. Defaults to
+            1.
     """
 
     weight: Weight
@@ -104,7 +104,7 @@ class Objective:
     def latency_ratios(self, files: Sequence[bytes]) -> list[float]:
         """Return, per file, its latency relative to the first file.
 
-        With several CPUs, each file gets the largest of its ratios.
+        With several CPUs, the ratio of a file is the largest ratio of all CPUs.
         """
         seconds = [timer(files) for timer in self.timers]
         return [max(times[i] / times[0] for times in seconds) for i in range(len(files))]
@@ -250,8 +250,8 @@ def valid_formats(weight: Weight, piece: schema.ModelT, int8: bool) -> list[Form
     if weight.values.dtype == np.int8:
         return _valid_formats_of_int8(weight, piece)
     shape, kinds = weight.values.shape, {kind for kind, _ in weight.readers}
-    # The results are wrong if XNNPACK runs a DEQUANTIZE op but leaves the TRANSPOSE_CONV op that
-    # follows to the builtin kernels.
+    # The results are wrong if XNNPACK runs a DEQUANTIZE op, but a builtin kernel runs the next op,
+    # TRANSPOSE_CONV.
     int8 = int8 and "TRANSPOSE_CONV" not in kinds and bool(np.isfinite(weight.values).all())
     unpacked = _unpacked_formats(weight)
     formats = unpacked + [replace(format, int8=True) for format in unpacked if int8]

@@ -148,7 +148,7 @@ def _groups(nodes: list[Node], outputs: set[int]) -> tuple[list[int], list[Role]
     def join(n: int) -> bool:
         """Merge an op's group with the groups of the ops that compute its inputs.
 
-        The result is True if a group changed.
+        Return True if a group changed.
         """
         changed = False
         for t in nodes[n].inputs:
@@ -250,7 +250,8 @@ def _role(model, graph, op, kind, unpacked, pads) -> tuple[Role, str]:
     if kind == "DEPTH_TO_SPACE":
         return Role.EXIT, ""
     if kind in ("ADD", "MUL") and all(len(shape(tensor)) == 4 for tensor in tensors):
-        # XNNPACK checks the shape of the first operand, even if only the second is constant.
+        # XNNPACK checks the shape of the first operand, even if only the second operand is
+        # constant.
         constant = any(stored(model, tensor) is not None for tensor in tensors[:2])
         wide = sum(size != 1 for size in _sizes(tensors[0])) > 1
         return (Role.NONE, f"{kind} of a constant") if constant and wide else (Role.INSIDE, "")

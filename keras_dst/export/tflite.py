@@ -61,14 +61,14 @@ def export_tflite(
             formats that are not slower than dense.
         target: Hardware for which the file is written. ``"host"``, the default, optimizes the file
             for the CPU of the current machine. ``"arm"`` optimizes the file for a CPU without AVX.
-            ``"any"`` optimizes the larger of the latency ratios on the CPU of the current machine
-            and on a CPU without AVX. The name of an Arm Ethos-U NPU, such as ``"ethos-u55-128"``,
-            requires ``quantize="full"``. A file for an NPU has int8 inputs and outputs and dense
-            weights. If Vela is installed, the report includes Vela's estimates. ``"micro"`` means
-            TensorFlow Lite for Microcontrollers (TFLM) and also requires ``quantize="full"``. A
-            file for TFLM omits the zeros of a weight tensor if the file becomes smaller, and only
-            TFLM can run the file. For an NPU or ``"micro"``, no latency is measured, and
-            ``optimize`` must keep its default.
+            ``"any"`` uses the larger of two latency ratios: one on the CPU of the current machine,
+            and one on a CPU without AVX. The name of an Arm Ethos-U NPU, such as
+            ``"ethos-u55-128"``, requires ``quantize="full"``. A file for an NPU has int8 inputs and
+            outputs and dense weights. If Vela is installed, the report includes Vela's estimates.
+            ``"micro"`` means TensorFlow Lite for Microcontrollers (TFLM) and also requires
+            ``quantize="full"``. A file for TFLM omits the zeros of a weight tensor if the file
+            becomes smaller, and only TFLM can run the file. For an NPU or ``"micro"``, no latency
+            is measured, and ``optimize`` must keep its default.
         measure: Whether to measure latencies on the CPU of the current machine. Latencies on other
             CPUs, and all latencies if ``measure`` is False, are estimated from the speed of the
             kernels. Defaults to True.
