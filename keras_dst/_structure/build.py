@@ -35,8 +35,8 @@ def build(plan: Plan) -> keras.Model:
 
 
 class _Builder:
-    """Builder of the smaller model, with dicts from ids of old tensors and operations to new
-    objects."""
+    """Builder of the smaller model. Its dicts map the ids of old tensors and old operations to the
+    new tensors and operations."""
 
     def __init__(self, plan: Plan):
         self.plan = plan

@@ -124,8 +124,8 @@ def _has_only_variables(op) -> bool:
 
 
 def _shallow_copy(op, name: str):
-    """Return a shallow copy of an operation, which shares the operation's state but has another
-    name and no nodes."""
+    """Return a shallow copy of an operation. The copy shares the operation's state, but has another
+    name and belongs to no graph."""
     handle = object.__new__(type(op))
     vars(handle).update(vars(op))
     vars(handle)["name"] = name

@@ -96,7 +96,7 @@ class ChannelUnions:
         return roots
 
     def reasons(self, roots: np.ndarray) -> dict[int, str]:
-        """Return a dict that maps each set of channels that cannot be removed to the reason.
+        """Return the reasons why sets of coupled channels cannot be removed, as a dict.
 
         The keys of the dict are the smallest ids of the sets.
         """

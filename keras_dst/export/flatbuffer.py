@@ -148,7 +148,7 @@ def _builtin(code: schema.OperatorCodeT) -> int:
 
 
 def op_code(model: schema.ModelT, name: str, version: int) -> int:
-    """Return the index of an op code in a model, to which a missing op code is added."""
+    """Return the index of an op code in a model. A missing op code is added to the model."""
     builtin = getattr(schema.BuiltinOperator, name)
     for index, code in enumerate(model.operatorCodes):
         if (_builtin(code), code.version) == (builtin, version):

@@ -38,8 +38,9 @@ def lower(
     """Return the ops that replace a CONV_2D whose weight has been reshaped to a matrix.
 
     Args:
-        model: The model that contains the op, and to which constants and op codes are added.
-        graph: The graph that contains the op, and to which tensors are added.
+        model: The model that contains the op. The function adds constants and op codes to the
+            model.
+        graph: The graph that contains the op. The function adds tensors to the graph.
         op: The CONV_2D op.
         kernel: Shape of the op's weight as (filters, height, width, channels).
         version: Version of the new FULLY_CONNECTED op.

@@ -81,7 +81,7 @@ class LatencyModel:
     """Function that estimates, for each file, the seconds that one inference takes on a CPU.
 
     Attributes:
-        cpu: Constants of the CPU.
+        cpu: Latency constants of the CPU.
         batch: Batch size for files with a dynamic batch size. Defaults to 1.
     """
 

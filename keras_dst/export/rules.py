@@ -244,7 +244,8 @@ def _zeros_dense(content: bytes) -> Iterator[Finding]:
 
 
 def _sparse_inference(model, graph) -> tuple[bool, str, list[Finding]]:
-    """Return whether XNNPACK uses sparse kernels on CPUs without AVX, the reason, and findings."""
+    """Return three results: whether XNNPACK uses sparse kernels on CPUs without AVX, the reason,
+    and the findings."""
     rule, hinted = "sparse-inference", sparse_inference.is_hinted(model, graph)
     nodes = sparse_inference.read_nodes(model, graph)
     region = sparse_inference.sparse_region(nodes, graph)
