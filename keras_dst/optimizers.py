@@ -77,7 +77,7 @@ class SparseOptimizer(keras.optimizers.Optimizer):
                 f"Received: {type(inner_optimizer).__name__}"
             )
         # Delete the default settings, the step counter and the learning rate that Keras gave to the
-        # wrapper. `__getattr__` then reads these settings from the inner optimizer.
+        # wrapper, so that `__getattr__` reads them from the inner optimizer.
         _keras.delete_counters(self)
         for attribute in list(vars(self)):
             if not attribute.startswith("_") and attribute not in ("name", "built"):
@@ -354,11 +354,11 @@ class SparseOptimizer(keras.optimizers.Optimizer):
     # -- mask updates ----------------------------------------------------------------------------
 
     def apply_initial_masks(self) -> None:
-        """Prune the weights to the sparsity of step 0, before a custom training loop.
+        """Prune the weights to the initial sparsity, before a custom training loop.
 
-        When `fit` begins, the `SparseTraining` callback prunes the weights to the sparsity of step
-        0. If a custom training loop does not call this function, the masks of step 0 are applied
-        only after the first training step.
+        When `fit` begins, the `SparseTraining` callback prunes the weights to the sparsity at step
+        0. A custom training loop that does not call this function applies the first masks only
+        after its first training step.
 
         Raises:
             ValueError: If the optimizer is not built, or if the schedule is not given in steps.

@@ -383,5 +383,6 @@ class _Reset(keras.constraints.Constraint):
         mask = self.method.mask(ops.convert_to_tensor(self.variable), {"threshold": t}, self.layout)
         alive = ops.mean(masks.ones(mask, "float32")) > self.method.reset_at
         t = masks.masked(t, ops.logical_and(alive, ops.isfinite(t)))
-        # A threshold below 0 prunes no weights, and needs more steps until it prunes weights again.
+        # A threshold below 0 prunes no weights, and training needs additional steps to raise the
+        # threshold above 0 again.
         return t if self.method.schedule is None else ops.maximum(t, 0.0)
