@@ -35,7 +35,7 @@ def draw(name: str, path: pathlib.Path) -> None:
         plt.close(figure)
 
 
-# -- test errors of all methods --------------------------------------------------------------------
+# -- picture of the test errors of all methods -----------------------------------------------------
 
 
 def errors() -> dict:
@@ -81,11 +81,11 @@ def draw_errors(figure, shown) -> None:
     axes.legend(loc="upper right")
 
 
-# -- step time by network size ---------------------------------------------------------------------
+# -- picture of the step time by network size ------------------------------------------------------
 
 
 def step_time_ratios() -> dict:
-    """Return the relative step time of each method by network size, for each axis of `scaling`."""
+    """Return the relative step times by method, for each quantity that `scaling` varies."""
     axes = results.runs("scaling")["jax"]["axes"]
     return {
         axis: {
@@ -112,7 +112,7 @@ def draw_step_time_ratios(figure, shown) -> None:
     every[1].legend(ncols=2, loc="upper center", fontsize="small")
 
 
-# -- latency of exported files ---------------------------------------------------------------------
+# -- picture of the latency of exported files ------------------------------------------------------
 
 KINDS = {"this CPU": ("sparse", "latency"), "no AVX": ("arm", "latency_no_avx")}
 

@@ -5,8 +5,8 @@ of their repository. Function calls that need a GPU are replaced by functions th
 Loaders of image files are replaced by loaders of arrays.
 
 For each method, a function `METHOD_net` builds the authors' network, and a function `METHOD` trains
-this network with the authors' training loop. `METHOD` returns the masked weights and a function
-that maps images to logits.
+this network with the authors' training loop. The training function returns the masked weights and
+a function that maps images to logits.
 """
 
 import functools

@@ -157,7 +157,7 @@ def main():
     worker.add_argument("--folder", type=pathlib.Path)
     args = parser.parse_args()
     if args.backend:
-        # Set the core before any thread pool starts.
+        # Use one core for this process, before any library starts its threads.
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         train(args.task, args.seed, args.folder)
         return

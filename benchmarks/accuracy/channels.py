@@ -194,7 +194,7 @@ def table():
 def cell(runs) -> str:
     """Return the mean accuracy of runs as the text of a table cell, with the fraction of the FLOPs.
 
-    The text of the dense network contains no fraction. If no run is given, the text is empty.
+    For runs of the dense network, the text is only the accuracy. Without runs, the text is empty.
     """
     if not runs:
         return ""

@@ -273,9 +273,9 @@ class Run:
         sparsity: Final sparsity. A dense run has the sparsity 0.
         seed: Seed of the initial weights and of the data.
         recipe: Key of `RECIPES`.
-        images, epochs, batch: Number of training images and at most as many test images, number of
-            epochs, and number of images per batch. Defaults to None. If None, all images and the
-            numbers of the recipe are used.
+        images: Maximum number of training images, and of test images. Defaults to None: all images.
+        epochs: Number of epochs. Defaults to None: as many epochs as in the recipe.
+        batch: Number of images per batch. Defaults to None: 128 images.
     """
 
     net: str
@@ -289,7 +289,7 @@ class Run:
 
     @property
     def is_short(self) -> bool:
-        """Whether images, epochs or batch differ from the recipe, so that the run is not stored."""
+        """Whether `images`, `epochs` or `batch` is given. Such a trial run is not stored."""
         return (self.images, self.epochs, self.batch) != (None, None, None)
 
     @property
@@ -309,7 +309,7 @@ class Run:
 
     @property
     def command(self) -> str:
-        """Command that trains the run."""
+        """Shell command that starts this training run."""
         method = _slug(self.method)
         command = f"make bench-papers NET={self.net} METHOD={method} SEED={self.seed}"
         command += "" if method == "dense" else f" SPARSITY={self.sparsity}"
@@ -460,7 +460,7 @@ def _epochs_in(folder):
 
 
 def _slug(name):
-    """Return the form of a method's name that commands and names of runs contain."""
+    """Return the name of a method in lower case and with hyphens, as in commands and run names."""
     return name.lower().replace(", ", "-").replace(" ", "-")
 
 

@@ -31,7 +31,7 @@ SPARSE_LEARNING = {
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# -- the networks of benchmarks.networks in PyTorch ----------------------------------------------
+# -- PyTorch versions of the networks in benchmarks.networks --------------------------------------
 
 
 def convolution(inputs, filters, size, stride=1, epsilon=1e-5):

@@ -3,9 +3,9 @@
 All networks have random weights, and their channels are pruned by magnitude without training. Time
 and peak memory are measured during the call of `shrink`. Latency is measured in the LiteRT
 interpreter on one thread, for the `.tflite` files of the dense and of the smaller network. The two
-files are measured alternately, and the latency is the median. For half of the channels, each op of
-both files is also measured alone. The latency of each network is also compared with a network that
-was built at half width. Networks that are already stored are skipped.
+files are measured alternately, and the latency is the median. If half of the channels are removed,
+the latency of each single op of both files is also measured. The latency of each network is also
+compared with a network that was built at half width. Networks that are already stored are skipped.
 
 python -m benchmarks.coverage.smaller [--networks NETWORK ...] [--shrink-only]
 """
@@ -89,7 +89,7 @@ def half_width(dense):
     """Return a new network with the layers of the dense network and half of its channels.
 
     The network has half of the filters, units and heads. If a layer has at least 16 channels, their
-    number is rounded to a multiple of 8, as by `shrink`. The outputs keep their shapes.
+    number is rounded to a multiple of 8, as by `shrink`. The output layer does not change.
     """
 
     def half(count):
@@ -97,14 +97,14 @@ def half_width(dense):
 
     config = dense.get_config()
     for layer in config["layers"]:
-        layer.pop("build_config", None)  # The shapes of the weights change.
+        layer.pop("build_config", None)  # The stored shapes do not fit the smaller layers.
         options = layer["config"]
         if options["name"] == dense.layers[-1].name:
             continue
         for key in ("filters", "units", "num_heads"):
             if key in options:
                 options[key] = half(options[key])
-        if "target_shape" in options:  # The layer is a Reshape, with the channels last.
+        if "target_shape" in options:  # A Reshape layer, whose last axis is the channels.
             *others, channels = options["target_shape"]
             options["target_shape"] = (*others, half(channels))
     model = type(dense).from_config(config)
@@ -113,7 +113,7 @@ def half_width(dense):
 
 
 def timings(files: list[bytes], rounds: int = 1) -> list:
-    """Measure the latencies of `.tflite` files that take turns.
+    """Measure the latencies of `.tflite` files alternately.
 
     Return the timings of the round in which all files together were fastest, because other
     processes slow down some rounds.
@@ -180,8 +180,8 @@ def measured_latency(dense, small) -> dict:
 def measured_ops(dense, small) -> dict[str, list[float]]:
     """Return a dict from each kind of op to its seconds in the dense and in the smaller file.
 
-    Each op runs alone, in a file with batch size 1. Convolutions that have fewer filters in the
-    smaller network than a CPU vector has float32 values count as a separate kind of op.
+    Each op runs alone, in a file with batch size 1. Convolutions with fewer than `LANES` filters in
+    the smaller network count as a separate kind of op.
     """
     from keras_dst.export.convert import conversions
     from keras_dst.export.measure import latencies
@@ -205,7 +205,10 @@ def measured_ops(dense, small) -> dict[str, list[float]]:
 
 
 def single_ops(content: bytes):
-    """Yield name, number of output channels and file of each op that reads a computed tensor."""
+    """Extract each op that reads a computed tensor into a separate `.tflite` file.
+
+    Yield the name of the op, its number of output channels, and the content of the file.
+    """
     from keras_dst.export import flatbuffer
 
     model = flatbuffer.read(content)

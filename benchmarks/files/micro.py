@@ -194,15 +194,16 @@ def run(name, variant):
 def file_ratios(run, dense):
     """Return the sizes and arenas of a run as ratios.
 
-    The figures for TFLM are relative to the dense int8 file of the same run, which is as large as
-    the file of the dense network. The figure `gzip` is relative to the file of the dense network.
+    The sizes and arenas for TFLM are relative to the dense int8 file of the same run. This file is
+    as large as the file of the dense network. The size `gzip` is relative to the file of the dense
+    network.
     """
     micro = run["tflm"]
     return {
         "gzip": run["gzip_bytes"] / dense["gzip_bytes"],
         "TFLM file": micro["bytes"] / micro["dense_bytes"],
-        # The unread bytes are the parts of the dense file that TFLM does not need. The ratio
-        # without unread bytes shows only the effect of zeros.
+        # TFLM does not read all bytes of the dense file. Without the unread bytes, the ratio shows
+        # only the effect of zeros.
         "zeros only": micro["bytes"] / (micro["dense_bytes"] - micro["unread_bytes"]),
         "TFLM arena": micro["arena"] / micro["dense_arena"],
     }

@@ -34,7 +34,7 @@ VARIANTS = {
     "half of the channels": Magnitude(0.5, "uniform", "channel"),
 }
 IMAGES, EPOCHS, BATCH, SEED = 20_000, 1, 64, 0
-ROUNDS, CALLS = 300, 20  # Each round times CALLS inferences together.
+ROUNDS, CALLS = 300, 20  # Each round measures the total time of CALLS inferences.
 COMPARED = 100  # Number of test images for the comparison with Keras.
 IN_HLS4ML = ("lenet-300-100",)  # Networks that hls4ml converts.
 PRECISION = "ap_fixed<24,8>"  # Fixed-point type with 24 bits, of which 8 bits are before the point.

@@ -44,7 +44,7 @@ FREQUENCY = 10  # Masks are updated every 10 steps, because the training runs ar
 
 
 def epochs_of(net) -> int:
-    """Return the number of further epochs for which a network is trained."""
+    """Return the number of epochs for which a trained dense network is trained again."""
     return max(2, net.epochs // 2)
 
 

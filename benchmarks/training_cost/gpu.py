@@ -6,15 +6,16 @@
 
 The data are random. Each round trains the dense network and the sparse network for 17 steps, and
 the first step of each network is not timed. The step time includes the copy of the batch to the
-GPU. The step ratio is the median over all rounds. DCIL updates its masks in every round. For all
-other methods, mask updates are timed separately. The time of a mask update per training step,
-relative to a dense step, is added to the step ratio. In this benchmark, OptG updates its masks
-every 200 steps. The default, once per epoch, depends on the number of samples.
+GPU. The step ratio is the median over all rounds. For DCIL, each round contains a mask update. For
+all other methods, mask updates are timed separately. The step ratio then includes the time of a
+mask update, divided by the number of steps from one update to the next. In this benchmark, OptG
+updates its masks every 200 steps. By default, OptG updates its masks once per epoch, and the number
+of steps would depend on the number of samples.
 
-The time of a mask update is also given in passes. One pass copies all prunable weights in float32,
-so that each byte is read and written once. The peak memory is measured during training steps and a
-mask update. PyTorch reports the peak itself. JAX reports only the current memory, which a thread
-reads every millisecond.
+The time of a mask update is also given as a number of passes over the weights. One pass copies all
+prunable weights in float32, so that each byte is read and written once. The peak memory is measured
+during training steps and a mask update. PyTorch reports the peak memory. With JAX, a thread reads
+the current memory every millisecond, because JAX cannot reset its peak memory.
 
 The remaining time is divided equally among the remaining methods. A method is skipped if the
 remaining time is shorter than the first fit of the dense network. Each table row is stored as soon
@@ -192,7 +193,7 @@ def measure(nets, smoke, limit):
 
 
 def data(setting) -> tuple:
-    """Return random inputs and labels for the steps of a round. All steps use the same batch."""
+    """Return random inputs and labels for one round of training. All steps use the same batch."""
     import numpy as np
 
     batch = np.random.default_rng(0).standard_normal((setting.batch, *setting.shape))
@@ -201,17 +202,17 @@ def data(setting) -> tuple:
 
 
 class TimedNetwork:
-    """Network that a method has pruned in two short training runs.
+    """Network to time, which has already been trained for two rounds with a pruning method.
 
     If the method is None, the network is dense.
 
     Attributes:
-        turn: Function that trains for the steps of a round and returns the seconds of the timed
-            steps.
-        update: Function that updates the masks. None if the method has no mask updates.
+        turn: Function that trains the network for one round and returns the time of the timed steps
+            in seconds.
+        update: Function that updates the masks, or None if the method has no mask updates.
         first_fit: Seconds of the first call of `fit`, including compilation.
-        peak: Peak memory on the GPU in bytes, during the steps of a round and a mask update. None
-            on a CPU.
+        peak: Peak memory on the GPU in bytes, during a round of training and a mask update. None on
+            a CPU.
     """
 
     def __init__(self, method, setting, x, y):
@@ -235,7 +236,7 @@ class TimedNetwork:
         if self.driver and self.driver.clock:
             steps = itertools.count(TOTAL // 4, 100)
             self.update = lambda: update_masks(self.driver, next(steps))
-            self.update()  # The first call compiles the update.
+            self.update()  # The first call compiles the mask update and is not timed.
 
         def turn_and_update():
             self.turn()
@@ -297,7 +298,7 @@ def seconds_of_a_pass(size: int) -> float:
             found = add(numbers)
         ops.convert_to_numpy(found[:1])  # Wait for the GPU.
 
-    copies()  # The first call compiles the copies.
+    copies()  # The first call compiles the function and is not timed.
     return statistics.median(seconds(copies) for _ in range(3)) / COPIES
 
 
@@ -327,7 +328,7 @@ def peak_bytes(work: Callable) -> int | None:
         torch.cuda.reset_peak_memory_stats()
         work()
         return torch.cuda.max_memory_allocated()
-    # JAX records a peak, but cannot reset it.
+    # JAX also reports the peak memory, but cannot reset the peak.
     sampled, stop = [bytes_in_use()], threading.Event()
 
     def sample():

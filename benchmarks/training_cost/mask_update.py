@@ -1,10 +1,11 @@
 """Measure time and memory of a mask update of 25 million weights: results/mask_update.
 
-Each method that ranks weights is applied to the kernels of a ResNet-50. Times are given in passes.
-One pass computes `abs` and `sum` of all weights once. Updates and passes are measured alternately.
-All times are CPU seconds on one core. Peak memory is measured twice. The first measurement is the
-growth of the process, which includes unused gaps of the C allocator. In the second measurement, the
-allocator puts each block in separate pages, which avoids gaps.
+Each method that ranks weights is applied to the kernels of a ResNet-50. The unit of time is one
+pass over the weights, which computes `abs` and `sum` of all weights once. Mask updates and passes
+over the weights are measured alternately. All times are CPU seconds on one core. Peak memory is
+measured twice. The first measurement is the growth of the memory of the process, which includes
+unused gaps of the C allocator. In the second measurement, the allocator puts each block in separate
+pages, which avoids gaps.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from benchmarks.timing import cpu_seconds, in_turns, ratios, update_masks
 BENCHMARK = "mask_update"
 ROUNDS = 9
 STEPS = 10_000  # Number of training steps.
-STEP = 100  # Number of steps between two updates.
+STEP = 100  # Number of training steps between two mask updates.
 SELF = pathlib.Path("/proc/self")
 # With this setting, glibc puts each block of 512 KiB or more in separate pages.
 NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 19)}
@@ -55,7 +56,7 @@ def main():
             run_on(name, "training_cost.mask_update", "--backend", name)
         table()
         return
-    # Set the core before any thread pool starts.
+    # Use one core for this process, before any library starts its threads.
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     if args.memory:
         args.memory.write_text(json.dumps({n: memory(m) for n, m in methods().items()}))
@@ -127,7 +128,7 @@ def times(method) -> dict:
     def one_pass():
         float(ops.convert_to_numpy(total([ops.convert_to_tensor(w) for w in driver.weights])))
 
-    one_pass()  # The first call compiles the pass.
+    one_pass()  # The first call compiles the function and is not timed.
     functions = {"pass": partial(cpu_seconds, one_pass), "update": partial(cpu_seconds, update)}
     found = in_turns(functions, ROUNDS)
     return {

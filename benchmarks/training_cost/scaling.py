@@ -161,7 +161,7 @@ def once(point) -> dict:
     (driver,) = drivers_of(model)
     driver.begin(TOTAL, TOTAL, TOTAL)
     update = partial(update_masks, driver, TOTAL)
-    update()  # The first call compiles the update.
+    update()  # The first call compiles the mask update and is not timed.
     times["update"] = statistics.median(seconds(update) for _ in range(3))
     keras_dst.strip(model)
     times["shrink"] = seconds(partial(keras_dst.shrink, model))
@@ -223,7 +223,7 @@ def main():
     parser.add_argument("--table", action="store_true", help="only write the table")
     args = parser.parse_args()
     if args.backend:
-        # Set the core before any thread pool starts.
+        # Use one core for this process, before any library starts its threads.
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         measure(args.axes)
         return

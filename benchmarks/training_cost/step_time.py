@@ -1,15 +1,15 @@
 """Measure the time of a training step relative to the dense baseline: results/step_time.
 
 Each round times a few training steps of the dense baseline and of each method, with batch size 128
-on one core. The step time of a method in a round is divided by the step time of the dense baseline.
-The result is the median of these ratios over all rounds. `lstm-128` is not trained with Consensus,
-which cannot prune units of an LSTM.
+on one core. In each round, the step time of a method is divided by the step time of the dense
+baseline. The result is the median of the ratios of all rounds. `lstm-128` is not trained with
+Consensus, which cannot prune units of an LSTM.
 
 The timed steps are the first steps of a training run of 4,000 steps. In a run of 4,000 steps, most
-methods update their masks only every 100 steps. Mask updates are therefore timed separately, and
-their time per step is added to the ratio. For DCIL, which updates its masks every 16 steps, an
-update inside a timed round is counted twice. The compile time is the CPU time of the first round
-minus the CPU time of the second round.
+methods update their masks only every 100 steps. Mask updates are therefore timed separately. The
+ratio of a method includes the time of its mask updates, divided by the number of steps. For DCIL,
+which updates its masks every 16 steps, an update inside a timed round is counted twice. The compile
+time is the CPU time of the first round minus the CPU time of the second round.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def main():
             run_on(name, "training_cost.step_time", args.net, "--backend", name, *only)
         table()
         return
-    # Set the core before any thread pool starts.
+    # Use one core for this process, before any library starts its threads.
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     measure(args.net, args.methods)
 
@@ -157,7 +157,10 @@ def measure(net, only=None):
 
 
 def data(setting) -> tuple:
-    """Return random images and labels for the steps of a round, of which the first is not timed."""
+    """Return random images and labels for the training steps of one round.
+
+    The first step of a round is not timed.
+    """
     import numpy as np
 
     size = BATCH * (setting.steps + 1)
@@ -193,7 +196,7 @@ def update_of(callback) -> dict | None:
     if not driver.clock:
         return None
     update = partial(update_masks, driver, 0)
-    update()  # The first call compiles the update.
+    update()  # The first call compiles the mask update and is not timed.
     times = [seconds(update) for _ in range(5)]
     return {"seconds": statistics.median(times), "every_steps": driver.clock.period}
 

@@ -7,7 +7,7 @@ import os
 import sys
 from functools import partial
 
-# Set the core before any thread pool starts.
+# Use one core for this process, before any library starts its threads.
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 os.environ["TF_USE_LEGACY_KERAS"] = "1"
 
