@@ -46,8 +46,8 @@ class SparseOptimizer(keras.optimizers.Optimizer):
         inner_optimizer: A Keras optimizer, or the name of a Keras optimizer.
         method: Method whose mask is part of the optimizer step, such as `methods.Magnitude(0.9)`.
         filters: Weights to prune: the path of a weight, a regular expression for whole paths, or a
-            list of both. A function that receives a variable and returns a bool is also accepted.
-            Defaults to None, which prunes all kernels.
+            list of both. `filters` can also be a function that receives a variable and returns a
+            bool. Defaults to None, which prunes all kernels.
         name: Name of the optimizer. Defaults to None, which means a name that Keras generates.
 
     Raises:

@@ -26,7 +26,7 @@ class SparseWeight:
     """Attribute of a sparse layer: reading returns the masked tensor, writing stores the variable.
 
     The variable is stored under the attribute's name with a leading underscore. Keras's Dense,
-    Conv, EinsumDense and Embedding layers use the same name.
+    Conv, EinsumDense and Embedding layers store their weights under such a name, too.
     """
 
     def __init__(self, layout: Layout = KERNEL):

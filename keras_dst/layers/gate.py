@@ -182,7 +182,7 @@ class Gate(_keras.BuildHook, layers.Layer):
             yield self._layout, state["mean" if self.dependent else "logit"], state
 
     def state_variables(self) -> dict[str, Any]:
-        """Return a dict that maps paths to all variables, also the variables of the gating
+        """Return a dict that maps paths to all variables, including the variables of the gating
         module."""
         return {variable.path: variable for variable in self.variables}
 

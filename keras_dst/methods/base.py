@@ -566,9 +566,9 @@ def full_path() -> Iterator[None]:
 class TwoPathMethod(LayerMethod):
     """Base class of methods that train the model on a pruned path and a full path in every step.
 
-    Both paths use the same weights. Every batch normalization has separate statistics, scales and
-    offsets for each path. The loss is the sum of the losses of both paths. In inference, the masked
-    weights are used. A model can have only one two-path method.
+    The pruned path and the full path use the same weights. Every batch normalization has separate
+    statistics, scales and offsets for each path. The loss is the sum of the losses of the two
+    paths. In inference, the masked weights are used. A model can have only one two-path method.
 
     By default, the pruned path trains the kept weights, and the full path trains the pruned
     weights.

@@ -73,9 +73,9 @@ class Consensus(UnitMethod):
             means 20 steps, or fewer in a short training run to reach 20 updates.
         round_to: After the last step, the number of kept channels of every layer is a multiple of
             `round_to`. Layers with fewer than `2 * round_to` channels can keep any number of
-            channels. The `SparseTraining` callback opens and closes gates for this rounding in the
-            last quarter of training. Defaults to 1, which means that numbers of channels are not
-            rounded. Convolutions are fastest with a multiple of 8 channels.
+            channels. In the last quarter of training, the `SparseTraining` callback opens and
+            closes gates to reach such a multiple. Defaults to 1, which means that numbers of
+            channels are not rounded. Convolutions are fastest with a multiple of 8 channels.
         min_kept: Minimum number of units that every layer keeps, and of channels that every group
             of coupled channels keeps. Defaults to None: `max(2, ceil(sqrt(1 - s) / 2 * units))` for
             a sparsity of s. The default is about half of the units that a uniform sparsity would
@@ -221,8 +221,8 @@ class Consensus(UnitMethod):
         for layer in layers:
             for _, variable, state in layer.masked_weights():
                 state["cost"].assign(self._cost(layer, variable, uses))
-        # The regularizer of a single gate variable computes both penalties. `strip` removes the
-        # gate variable, and therefore also the penalties.
+        # The regularizer of a single gate variable computes the penalties of all gates. `strip`
+        # removes the gate variable, and therefore also the penalties.
         own = [v for x in layers for v in x.state_variables().values() if v.trainable]
         for variable in own:
             variable.regularizer = None  # Remove the penalties of an earlier training run.
@@ -312,7 +312,7 @@ def binary(pi, is_open):
 
 
 class _Penalties(keras.regularizers.Regularizer):
-    """Regularizer that computes both penalties over all gates of a model.
+    """Regularizer that adds the polarization penalty and the cost penalty of all gates of a model.
 
     Only one variable of the model has the regularizer, because the penalties depend on the gates of
     all layers.

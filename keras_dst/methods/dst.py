@@ -19,7 +19,7 @@ Thresholds that are not finite are reset to 0. `LayerMethod.limited` limits the 
 weights. If several layers compute a channel, the channel is pruned only if it is below its
 threshold in all of the layers. The margin Q of a channel is the largest Q of its units. With a
 target sparsity, every update stores which channels are kept. Until the next update, no layer masks
-the units of these channels.
+the units of the kept channels.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ a = (1 + e) / (sum|w| m / sum|w| + e)      for each output unit, e = 0.01
 s_t = s (1 - (1 - t / T)**3)               T: half of training
 ```
 
-ST-3 sigma (`sigma=True`) ranks `|w| / std` instead, with `std = 1 / sqrt(sum(shape))` for each
-layer. The threshold of a layer is `tau * std`. ST-3 sigma makes the sparsities of the layers more
-similar.
+ST-3 sigma (`sigma=True`) ranks `|w| / std` instead of `|w|`, with `std = 1 / sqrt(sum(shape))` for
+each layer. The threshold of a layer is `tau * std`. ST-3 sigma makes the sparsities of the layers
+more similar.
 
 Masks, thresholds and factors are constant between two mask updates. The constant `e` and the
 formula for `std` come from the authors' code.
@@ -204,8 +204,8 @@ def _channel_factors(saliency, kept):
     ranked together.
 
     Soft thresholding reduces the saliency of a kept channel by the largest saliency of a pruned
-    channel. The returned factor combines this reduction with a rescaling that restores the total
-    saliency of the channels.
+    channel. The returned factor combines the soft thresholding with a rescaling that restores the
+    total saliency of the channels.
     """
     threshold = ops.max(ops.where(kept, 0.0, saliency))
     soft = ops.where(kept, 1.0 - threshold / ops.maximum(saliency, _TINY), 0.0)
