@@ -85,7 +85,7 @@ def draw_errors(figure, shown) -> None:
 
 
 def step_time_ratios() -> dict:
-    """Return the relative step times by method, for each quantity that `scaling` varies."""
+    """Return the relative step times of each method, for each quantity that `scaling` varies."""
     axes = results.runs("scaling")["jax"]["axes"]
     return {
         axis: {

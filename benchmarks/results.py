@@ -49,7 +49,7 @@ def run_missing(benchmark: str, description: str, option: str, names, run, defau
 
     Args:
         benchmark: Name of the benchmark.
-        description: Docstring of the benchmark module. The help text shows its first line.
+        description: Docstring of the benchmark module, whose first line is shown by `--help`.
         option: Command-line option that lists names, such as `"--nets"`.
         names: Allowed names.
         run: Function that takes a name, runs its measurement, and saves the result.

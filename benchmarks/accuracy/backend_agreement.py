@@ -26,7 +26,7 @@ PAIRS = list(itertools.combinations(BACKENDS, 2))
 
 
 def initialized_by_numpy(net, seed):
-    """Initialize the kernels of a network with NumPy, by the normal distribution of He et al."""
+    """Initialize the kernels of a network with NumPy, by the He normal initialization."""
     import numpy as np
 
     rng = np.random.default_rng(seed)

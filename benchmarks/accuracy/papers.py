@@ -239,7 +239,7 @@ def vgg_19(x_train, decay):
 
 @dataclass(frozen=True)
 class Net:
-    """Network of a table, the methods that prune it, and their sparsities.
+    """Network of a results table, with the methods and sparsities in the table.
 
     Titles contain the numbers of channels, because papers use the same name for different networks.
     """

@@ -116,7 +116,7 @@ class Tfmot(Tool):
 
 
 class TfmotOnKeras3(Tfmot):
-    """tfmot, applied to the Keras 3 model that the other tools prune."""
+    """Pruning tool that applies tfmot to the Keras 3 model of the other tools."""
 
     methods = ("prune_low_magnitude, Keras 3",)
 
@@ -128,7 +128,7 @@ class TfmotOnKeras3(Tfmot):
 
 
 class PQuantML(Tool):
-    """PQuantML without quantization, and with the default lengths of its training phases."""
+    """Pruning tool that runs PQuantML without quantization, with its default training phases."""
 
     methods = ("DST", "PDP", "Wanda", "Wanda, no pretraining")
     slow = ("PDP",)
@@ -180,7 +180,7 @@ class PQuantML(Tool):
 
 
 class PQuantMLLayers(PQuantML):
-    """PQuantML with a ResNet that consists of PQuantML's layers, as its manual recommends."""
+    """Pruning tool that runs PQuantML on a ResNet of PQuantML layers, as PQuantML recommends."""
 
     methods = ("DST, net written in its layers",)
 

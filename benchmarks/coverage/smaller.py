@@ -89,7 +89,7 @@ def half_width(dense):
     """Return a new network with the layers of the dense network and half of its channels.
 
     The network has half of the filters, units and heads. If a layer has at least 16 channels, their
-    number is rounded to a multiple of 8, as by `shrink`. The output layer does not change.
+    number is rounded to a multiple of 8, as in `shrink`. The output layer does not change.
     """
 
     def half(count):
@@ -115,8 +115,8 @@ def half_width(dense):
 def timings(files: list[bytes], rounds: int = 1) -> list:
     """Measure the latencies of `.tflite` files alternately.
 
-    Return the timings of the round in which all files together were fastest, because other
-    processes slow down some rounds.
+    Return the timings of the round with the smallest total latency, because other processes slow
+    down some rounds.
     """
     from keras_dst.export.measure import bench
 
@@ -178,7 +178,7 @@ def measured_latency(dense, small) -> dict:
 
 
 def measured_ops(dense, small) -> dict[str, list[float]]:
-    """Return a dict from each kind of op to its seconds in the dense and in the smaller file.
+    """Return a dict from each kind of op to its total seconds in the dense and the smaller file.
 
     Each op runs alone, in a file with batch size 1. Convolutions with fewer than `LANES` filters in
     the smaller network count as a separate kind of op.

@@ -1,4 +1,4 @@
-"""Measure what zeros and removed channels save in other runtimes: results/runtimes.
+"""Measure files with zeros and files with fewer channels in other runtimes: results/runtimes.
 
 python -m benchmarks.files.runtimes [--nets NET ...]
 
@@ -37,7 +37,7 @@ IMAGES, EPOCHS, BATCH, SEED = 20_000, 1, 64, 0
 ROUNDS, CALLS = 300, 20  # Each round measures the total time of CALLS inferences.
 COMPARED = 100  # Number of test images for the comparison with Keras.
 IN_HLS4ML = ("lenet-300-100",)  # Networks that hls4ml converts.
-PRECISION = "ap_fixed<24,8>"  # Fixed-point type with 24 bits, of which 8 bits are before the point.
+PRECISION = "ap_fixed<24,8>"  # Fixed-point type with 24 bits: 8 integer bits and 16 fraction bits.
 
 
 def onnx_runtime(path):

@@ -7,9 +7,10 @@ Consensus, which cannot prune units of an LSTM.
 
 The timed steps are the first steps of a training run of 4,000 steps. In a run of 4,000 steps, most
 methods update their masks only every 100 steps. Mask updates are therefore timed separately. The
-ratio of a method includes the time of its mask updates, divided by the number of steps. For DCIL,
-which updates its masks every 16 steps, an update inside a timed round is counted twice. The compile
-time is the CPU time of the first round minus the CPU time of the second round.
+ratio of a method includes the time of a mask update, divided by the number of steps from one update
+to the next. For DCIL, which updates its masks every 16 steps, an update inside a timed round is
+counted twice. The compile time is the CPU time of the first round minus the CPU time of the second
+round.
 """
 
 import argparse
