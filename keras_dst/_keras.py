@@ -593,7 +593,7 @@ def _decide_decay_again(optimizer) -> None:
     """Make an optimizer decide again to which variables it applies weight decay.
 
     Up to version 3.15, Keras decides in a training step which variables to decay, and caches the
-    decision. In version 3.16, Keras decides in `Optimizer.build`.
+    decision. In version 3.16, Keras decides in `Optimizer.build` which variables to decay.
     """
     if "_weight_decay_by_var_key" in vars(optimizer):
         optimizer._weight_decay_by_var_key = {

@@ -311,7 +311,7 @@ class _Ranking(Scores):
         return (above < kept) & between & (high > self.least)
 
     def _by_false_position(self, kept, low, high, below, above):
-        """Search for the thresholds. Each step tries one candidate threshold per ranking.
+        """Search for the thresholds. Each search step tries one candidate threshold per ranking.
 
         The method interpolates the number of weights above a threshold linearly between the lower
         and the upper threshold. The next candidate is the threshold at which the interpolated
@@ -371,7 +371,8 @@ class _Ranking(Scores):
         return low, high, below, above
 
     def _by_sections(self, kept, low, high, below, above):
-        """Search for the thresholds. Each step tries several candidate thresholds per ranking.
+        """Search for the thresholds. Each search step tries several candidate thresholds per
+        ranking.
 
         XLA reads the scores once per step to count the scores above every candidate threshold.
 

@@ -35,7 +35,8 @@ class WeightSensitivity:
         name: Path of the weight.
         shape: Shape of the weight.
         parameters: Number of entries.
-        values: Metric of the model for each sparsity of the report. Only this weight is pruned.
+        values: Metric of the model for each sparsity of the report. For these values, only the
+            weight `name` is pruned.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Groups of coupled channels that the user names, for layers that are in no graph."""
+"""Groups of coupled channels that the user names, for layers that belong to no Functional graph."""
 
 from __future__ import annotations
 

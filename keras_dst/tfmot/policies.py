@@ -133,7 +133,8 @@ def _edges(graph, fed: dict[Any, list]) -> tuple[dict[Any, list], dict[Any, list
 def _first_on_every_path(starts, is_wanted, neighbors) -> list:
     """Follow every path of the graph to the first operation for which `is_wanted` returns True.
 
-    Return these operations. Return an empty list if a path ends without such an operation.
+    Return a list of these operations. Return an empty list if a path ends without such an
+    operation.
     """
     found, queue = [], list(dict.fromkeys(starts))
     # The loop body appends operations to `queue`, and the loop visits them, too.
