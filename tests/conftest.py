@@ -16,7 +16,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # `make test-gpu` runs the tests on a GPU. The settings below make the results of repeated runs
-# equal, and the precision of products float32. Several processes share the memory of the GPU.
+# equal, and compute matrix products in float32. Several processes share the memory of the GPU.
 ON_GPU = bool(os.environ.get("KERAS_DST_GPU"))
 if ON_GPU:
     os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"

@@ -27,7 +27,10 @@ def kernel_of(model):
 
 
 def distinct(model):
-    """Quantize the kernels per channel, and return the most distinct int8 values of a kernel."""
+    """Quantize the kernels per channel to int8.
+
+    Return the largest number of distinct int8 values in a kernel.
+    """
     counts = []
     for variable in model.trainable_variables:
         if variable.name == "kernel":

@@ -501,7 +501,10 @@ SIZES = {
 
 @st.composite
 def scores_and_count(draw, largest_size=1):
-    """Draw scores with many ties or a wide range, and a count from -1 to more than all scores."""
+    """Draw scores with many ties or a wide range, and draw how many scores to keep.
+
+    The number of scores to keep ranges from -1 to more than the number of all scores.
+    """
     shapes = draw(st.sampled_from(SHAPES))
     size = sum(math.prod(shape) for shape in shapes)
     ties = st.integers(-3, 3).map(float)

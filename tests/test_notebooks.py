@@ -41,7 +41,8 @@ def code_cells(notebook):
 
 
 def kinds(cell):
-    """Return the kind of each output of a cell: the name of the stream, or the MIME types."""
+    """For each output of a notebook cell, return the name of the stream or the list of MIME
+    types."""
     return [sorted(out.data) if "data" in out else out.name for out in cell.outputs]
 
 

@@ -64,7 +64,10 @@ y = (x @ np.random.default_rng(1).standard_normal((8, 4))).argmax(1)
 
 
 def build(method):
-    """Return a compiled network for training with a method. The initial weights never differ."""
+    """Return a compiled network for training with a method.
+
+    The initial weights are the same in every call.
+    """
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [

@@ -289,7 +289,7 @@ def test_selected_formats_of_a_full_row(inputs, right):
 def test_convolutions_never_read_a_sparse_weight():
     """A sparse CONV_2D op is replaced by FULLY_CONNECTED, or a DENSIFY op unpacks its weight.
 
-    For depthwise and transposed convolutions, only unpacking is possible.
+    For depthwise and transposed convolutions, a DENSIFY op must unpack the weight.
     """
     for op in ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV"):
         content = convolution(op, sparse_values((1, 3, 3, 16), 0.2))

@@ -25,7 +25,7 @@ def network():
 
 @pytest.fixture
 def files(monkeypatch):
-    """Replace files by the FLOPs of the model, and latencies by a function of these FLOPs."""
+    """Replace the conversion and the timer. Latencies are computed from the FLOPs of the model."""
 
     def convert(model, kinds):
         return [keras_dst.report(model).dense_flops]

@@ -71,7 +71,8 @@ LAYERS = [random(2, 2, 3, 5), random(1, 3, scale=1e-3, seed=1)]
 
 
 def best(w, kept):
-    """Return a mask of the `kept` largest magnitudes. Of equal magnitudes, the first are kept."""
+    """Return a mask of the `kept` largest magnitudes. Among equal magnitudes, the first are
+    kept."""
     mask = np.zeros(w.size, bool)
     mask[np.argsort(-np.abs(w.ravel()), kind="stable")[:kept]] = True
     return mask.reshape(w.shape)
@@ -282,7 +283,7 @@ SHAPES, PATHS = [(10, 10), (30, 10)], ["a/kernel", "b/kernel"]
         (Magnitude(0.9, min_kept=50), 0.9, [40]),
         (Magnitude(0.9, "uniform"), 0.9, [10, 30]),
         (Magnitude(0.9, "uniform", "1x4"), 0.5, [50, 150]),
-        (Magnitude(0.9, "erk"), 0.9, [13, 27]),  # The ratio of sum(shape) is 20 to 40.
+        (Magnitude(0.9, "erk"), 0.9, [13, 27]),  # ERK counts are proportional to 20 and 40.
         (Magnitude(0.9, {"b/.*": 0.5}), 0.9, [10, 150]),
         # The schedule is halfway: the current sparsity 0.45 is half of the target 0.9.
         (Magnitude(0.9, {"b/.*": 0.5}), 0.45, [55, 225]),
