@@ -17,7 +17,7 @@ def on_files(files, config):
     """Add the pages outside docs/ to the site: results, notebooks, changelog, contributing."""
     for path in [*sorted(ROOT.glob("results/*/index.md")), *sorted(ROOT.glob("C*.md"))]:
         name = path.relative_to(ROOT).as_posix()
-        kind = InclusionLevel.NOT_IN_NAV  # avoids a warning for pages outside `nav`
+        kind = InclusionLevel.NOT_IN_NAV  # no warning for a page outside `nav`
         files.append(File.generated(config, name, abs_src_path=str(path), inclusion=kind))
     for path in sorted(ROOT.glob("notebooks/*.ipynb")):
         page, pictures = notebook(path)
@@ -28,7 +28,7 @@ def on_files(files, config):
 
 
 def notebook(path: pathlib.Path) -> tuple[str, dict[str, bytes]]:
-    """Return a notebook as a Markdown page, and its pictures by their path in the site."""
+    """Return a notebook as a Markdown page, and a dict from paths in the site to pictures."""
     parts, pictures = [], {}
     for cell in json.loads(path.read_text("utf-8"))["cells"]:
         source = "".join(cell["source"])
@@ -120,10 +120,10 @@ class Docstrings(griffe.Extension):
     def on_object(self, *, obj, **kwargs):
         """Adapt the sections of a docstring.
 
-        * `Example:` becomes `Examples:`, the name that griffe supports.
-        * `Call arguments:`, which griffe does not support, becomes a list.
-        * An entry for several arguments becomes one entry per argument. griffe finds the type and
-          the default value only for an entry with one name.
+        * Rename `Example:` to `Examples:`, the name that griffe supports.
+        * Replace `Call arguments:`, which griffe does not support, by a list.
+        * Split an entry for several arguments into one entry per argument, because griffe finds the
+          type and the default value only for an entry with one name.
         """
         if obj.docstring:
             text = obj.docstring.value
@@ -134,7 +134,7 @@ class Docstrings(griffe.Extension):
 
 
 def _entries(found) -> str:
-    """Return one entry of a docstring for each argument of an entry for several arguments."""
+    """Split a docstring entry for several arguments into one entry per argument."""
     description = found[2].rstrip("\n")
     return "".join(f"    {name}: {description}\n" for name in re.split(r",\s+", found[1]))
 

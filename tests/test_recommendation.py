@@ -180,7 +180,7 @@ METHOD_PAGES = [page for page in PAGES if re.match("docs/methods/(?!index)", pag
 
 @pytest.mark.parametrize("page", METHOD_PAGES)
 def test_method_pages_recommend_a_length_and_quote_measured_figures(page):
-    paragraph = r"^\* \*\*Length and sparsity\.\*\* (.+?)(?=^\* |^$)"
+    paragraph = r"^\* \*\*Training length and sparsity\.\*\* (.+?)(?=^\* |^$)"
     (advice,) = re.findall(paragraph, (ROOT / page).read_text(), re.M | re.S)
     folders = ("papers", "methods")
     tables = "".join((ROOT / f"results/{name}/index.md").read_text() for name in folders)

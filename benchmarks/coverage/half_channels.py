@@ -167,14 +167,14 @@ def table() -> list[str]:
         "If the channels of each layer are ranked separately, fewer channels can be removed, "
         "because layers whose outputs are added keep different channels. The column `odd widths` "
         "counts the layers whose number of channels is no longer a multiple of 8 after `shrink`. "
-        "Layers with fewer than 16 channels are not counted. The column `difference` is the "
-        "largest difference between the outputs of the stripped model and the outputs of the "
-        "smaller model. For comparison, Torch-Pruning 1.6.1 removes half of the channels of the "
-        "same networks in PyTorch. Torch-Pruning ranks groups of channels by their L2 norm and "
-        "keeps multiples of 8 channels. The cells of networks that we did not build in PyTorch "
-        "are empty. The networks in the table have random weights, so the table says nothing "
-        "about accuracy. `make bench-models` writes the table of the remaining FLOPs and "
-        "parameters.",
+        "The column `odd widths` does not count layers with fewer than 16 channels. The column "
+        "`difference` is the largest difference between the outputs of the stripped model and "
+        "the outputs of the smaller model. For comparison, Torch-Pruning 1.6.1 removes half of "
+        "the channels of the same networks in PyTorch. Torch-Pruning ranks groups of channels by "
+        "their L2 norm and keeps multiples of 8 channels. The cells for Torch-Pruning are empty "
+        "if we did not build the network in PyTorch. The networks in the table have random "
+        "weights, so the table says nothing about accuracy. `make bench-models` writes the table "
+        "of the remaining FLOPs and parameters.",
         "",
         "| network | FLOPs, ranked per layer | FLOPs, ranked together | FLOPs, Torch-Pruning "
         "| parameters, ranked together | parameters, Torch-Pruning | odd widths | difference |",
