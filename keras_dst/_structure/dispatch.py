@@ -64,7 +64,7 @@ _MIXING_LAYERS = {
     ),
     **dict.fromkeys(
         ("Attention", "AdditiveAttention"),
-        f"attends with all channels at once; {NOT_READ}",
+        f"computes attention scores from all channels; {NOT_READ}",
     ),
     "Softmax": f"is a softmax over channels; {NOT_READ}",
     **dict.fromkeys(
@@ -148,7 +148,7 @@ def handler_for(call: Call, tied: str = "") -> ChannelHandler:
         return Opaque(call, "joins channels along different axes; use one data format")
     known = call.outputs if handler is EmbeddingTable else (*call.inputs, *call.outputs)
     if not all(x.channels for x in known):
-        return Opaque(call, "has an unknown number of channels; state it in the Input")
+        return Opaque(call, "has an unknown number of channels; pass the number to keras.Input")
     if handler is Concatenation and op.axis % len(y.shape) != call.inputs[0].axis:
         handler = ElementwiseMerge
     if handler is KernelLayer and getattr(op, "groups", 1) > 1:
@@ -200,7 +200,7 @@ def _input_reason(handler: type[ChannelHandler], call: Call) -> str:
         sizes = [math.prod(np.shape(value)) for value in (op.scale, op.offset)]
         own = {np.shape(value)[-1:] for value in (op.scale, op.offset)} - {(), (1,)}
         fits = x.axis == len(x.shape) - 1 and own <= {(x.channels,)} and max(sizes) <= x.channels
-        return "" if max(sizes) == 1 or fits else f"scales positions differently; {NOT_READ}"
+        return "" if max(sizes) == 1 or fits else f"scales each position differently; {NOT_READ}"
     if issubclass(handler, ElementwiseMerge):
         arrays = [z for z in keras.tree.flatten((call.args, call.kwargs)) if np.ndim(z)]
         alike = all(z.channels in (1, y.channels) for z in call.inputs)
@@ -209,35 +209,35 @@ def _input_reason(handler: type[ChannelHandler], call: Call) -> str:
     if handler in (LayerNorm, RMSNorm):
         axes = [op.axis] if isinstance(op.axis, int) else list(op.axis)
         if [axis % len(x.shape) for axis in axes] != [x.axis]:
-            return f"normalizes over other axes than the channels; {NOT_READ}"
+            return f"normalizes over axes other than the channels; {NOT_READ}"
         if getattr(op, "rms_scaling", False):
             return f"scales by the standard deviation; {NOT_READ}"
         # Padding and slicing the channels would discard the Keras mask of the tensor.
         masked = handler is LayerNorm and x.masked
         return f"normalizes over the channels of a masked sequence; {NOT_READ}" if masked else ""
     if handler is LayerScale and x.axis != len(x.shape) - 1:
-        return f"scales positions differently; {NOT_READ}"
+        return f"scales each position differently; {NOT_READ}"
     if handler is Reduction and (
         op.axis is None or {axis % len(x.shape) for axis in op.axis} & {0, x.axis}
     ):
         return f"reduces over channels; {NOT_READ}"
     if handler is Slice and full_key(call) is None:
-        return f"takes single channels; {NOT_READ}"
+        return f"selects channels by an index or with a step; {NOT_READ}"
     if handler is Padding:
         values = [*call.args[1:], *call.kwargs.values()]
         zeros = op.mode == "constant" and all(value is None or value == 0 for value in values)
-        return "" if zeros else f"pads with other values than zeros; {NOT_READ}"
+        return "" if zeros else f"pads with values other than zero; {NOT_READ}"
     if handler is Attention:
         config = op.get_config()
         if config.get("use_gate"):
-            return f"has a gate; {NOT_READ}"
+            return f"is created with use_gate=True; {NOT_READ}"
         shape = config.get("output_shape")
         if isinstance(shape, (tuple, list)) and len(shape) != 1:
             return f"has units along several axes; {NOT_READ}"
     if handler is Rearrangement and None in (*x.shape[1:], *y.shape[1:]):
         last = x.axis == len(x.shape) - 1 and x.shape[-1] == y.shape[-1]
         known = isinstance(op, layers.Permute) or last
-        return "" if known else "has unknown sizes; state the shape in the Input"
+        return "" if known else "has unknown sizes; pass the full shape to keras.Input"
     return ""
 
 

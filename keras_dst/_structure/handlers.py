@@ -661,7 +661,7 @@ class EmbeddingTable(ChannelHandler):
 
     def couple(self, unions: ChannelUnions) -> None:
         self.unit_ids = self.y.ids = unions.units(self.op, self.y.channels)
-        unions.pin(self.x.ids, f"'{self.op.name}' looks up the values")
+        unions.pin(self.x.ids, f"'{self.op.name}' uses the values as indices")
 
     def relabel(self, roots: np.ndarray) -> None:
         self.unit_ids = roots[self.unit_ids]

@@ -116,7 +116,7 @@ class Plan:
                     tensors.append(view)
             handler.couple(unions)
             for mask in handler.call.masks:
-                unions.pin(mask.ids, f"'{name}' reads it as a mask")
+                unions.pin(mask.ids, f"'{name}' reads the channel as a mask")
             tensors += handler.call.outputs
         for y in self.outputs:
             unions.pin(y.ids, "it is an output of the model")
