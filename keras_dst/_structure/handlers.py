@@ -649,7 +649,7 @@ class SeparableConv(KernelLayer):
 
 
 class EmbeddingTable(ChannelHandler):
-    """Embedding layer, whose table computes the output channels."""
+    """Embedding layer, whose table has one column per output channel."""
 
     can_slice = makes_channels = True
 

@@ -17,7 +17,7 @@ from keras_dst._structure.unions import ChannelUnions, Member
 class LayerNorm(Normalization):
     """Layer normalization over the channels.
 
-    Channels that are zero count in the mean and in the variance over the channels, even after their
+    Channels whose values are all zero still count in the mean and in the variance, even after their
     removal. Before the normalization, the smaller model therefore pads the kept channels with zeros
     to the old number of channels. After the normalization, the smaller model slices off the
     padding.

@@ -232,8 +232,8 @@ def read_labeled(model: keras.Model, data: Any) -> tuple[Samples, np.ndarray]:
     if not _is_stream(data):
         if not isinstance(data, tuple | list) or len(data) != 2:
             raise ValueError(
-                "Expected evaluate=(x, y), a data set of batches (x, y), or a function of "
-                f"predict. Received: {type(data).__name__}."
+                "Expected evaluate=(x, y), a data set of batches (x, y), or a function "
+                f"that accepts predict. Received: {type(data).__name__}."
             )
         inputs, labels = data
         if _is_stream(inputs):
