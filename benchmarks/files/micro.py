@@ -195,8 +195,8 @@ def file_ratios(run, dense):
     """Return the sizes and arenas of a run as ratios.
 
     The sizes and arenas for TFLM are relative to the dense int8 file of the same run. This
-    dense int8 file is as large as the file of the dense network. The size `gzip` is relative to the
-    file of the dense network.
+    int8 file is as large as the file of the dense network. The size `gzip` is relative to the file
+    of the dense network.
     """
     micro = run["tflm"]
     return {

@@ -7,9 +7,9 @@
 The data are random. Each round trains the dense network and the sparse network for 17 steps, and
 the first step of each network is not timed. The step time includes the copy of the batch to the
 GPU. The step ratio is the median over all rounds. For DCIL, each round contains a mask update. For
-all other methods, mask updates are timed separately, and the step ratio includes the time of a
-mask update, divided by the number of steps from one update to the next. In this benchmark, OptG
-updates its masks every 200 steps, instead of once per epoch.
+all other methods, mask updates are timed separately. The step ratio includes the time of a mask
+update, divided by the number of steps from one update to the next. In this benchmark, OptG updates
+its masks every 200 steps, instead of once per epoch.
 
 The time of a mask update is also given as a number of passes over the weights. One pass copies all
 prunable weights in float32, so that each byte is read and written once. The peak memory is measured

@@ -136,7 +136,7 @@ def steps(point, method) -> float:
         return partial(steps_of_fit, model, x, y, point.batch, [callback] if callback else [])
 
     turns = {"plain": turn(None), "sparse": turn(method)}
-    in_turns(turns, 2)  # The first calls compile the steps.
+    in_turns(turns, 2)  # Compile the training steps. These times are not used.
     found = ratios(in_turns(turns, ROUNDS), "plain")["sparse"]
     del turns
     gc.collect()
@@ -144,7 +144,7 @@ def steps(point, method) -> float:
 
 
 def once(point) -> dict:
-    """Return the seconds that a call of sparsify, strip, mask update, shrink and export takes."""
+    """Return the seconds that `sparsify`, `strip`, a mask update, `shrink` and the export take."""
     import numpy as np
 
     import keras_dst
