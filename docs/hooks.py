@@ -78,7 +78,7 @@ def _link(target: str, file: File) -> str:
 
 
 def _outside_code(markdown: str, change) -> str:
-    """Apply a change to the text between fenced blocks and code spans."""
+    """Apply a change to the text outside of fenced blocks and code spans."""
     parts = re.split(r"(^```.*?^```$|`[^`\n]+`)", markdown, flags=re.DOTALL | re.MULTILINE)
     return "".join(part if i % 2 else change(part) for i, part in enumerate(parts))
 
@@ -122,8 +122,8 @@ class Docstrings(griffe.Extension):
 
         * Rename `Example:` to `Examples:`, the name that griffe supports.
         * Replace `Call arguments:`, which griffe does not support, by a list.
-        * Split an entry for several arguments into one entry per argument, because griffe finds the
-          type and the default value only for an entry with one name.
+        * Split an entry for several arguments, because griffe finds the type and the default value
+          only for an entry with one name.
         """
         if obj.docstring:
             text = obj.docstring.value

@@ -209,11 +209,11 @@ def table():
     lines = [
         "# Tested models",
         "",
-        "For each model and method, the benchmark makes the model sparse, trains, evaluates, "
-        "saves and loads it, and strips it. The benchmark uses small inputs and random weights. A "
-        "check mark means that every step succeeded. The loaded model and the stripped model then "
-        "predict exactly the same values as the trained model. An empty cell means that the "
-        "combination was not run. `make bench-models` writes this page from the runs in "
+        "For each model and method, the benchmark makes the model sparse, and then trains, "
+        "evaluates, saves, loads and strips the model. The benchmark uses small inputs and random "
+        "weights. A check mark means that all steps succeeded, and that the loaded model and the "
+        "stripped model predict exactly the same values as the trained model. An empty cell means "
+        "that the combination was not run. `make bench-models` writes this page from the runs in "
         "`results/models`.",
     ]
     notes: list[str] = []
