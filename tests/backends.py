@@ -17,11 +17,9 @@ slow = pytest.mark.slow
 
 #: Pytest mark of tests in which every case compiles a training step. Compilation takes most of the
 #: test time. With `every(n)`, `make test` runs all cases on PyTorch, but only every n-th case on
-#: TensorFlow and JAX. JAX starts with the first case and TensorFlow with the second, so that their
-#: cases differ. If a whole file or class has the mark, the cases of all its test functions are
-#: counted together. A test function with its own mark is counted separately. With `pytestmark =
-#: every(2)`, a case therefore runs on PyTorch and either on JAX or TensorFlow. With `every(0)`, a
-#: test runs on PyTorch only, and with `every(1)` on each backend.
+#: TensorFlow and JAX. The marked cases of a test file are counted together. TensorFlow and JAX
+#: select different cases. With `every(0)`, a test runs on PyTorch only, and with `every(1)` on each
+#: backend. `make test-all` runs all cases on all backends.
 every = pytest.mark.every
 
 #: Pytest mark of tests that export many models. JAX and PyTorch start a second Python process for

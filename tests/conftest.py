@@ -1,8 +1,10 @@
 """Environment variables that must be set before Keras is imported, and the choice of slow cases."""
 
 import gc
+import math
 import os
 import pathlib
+from fractions import Fraction
 from importlib.metadata import distributions
 
 import pytest
@@ -105,10 +107,10 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """Mark all cases that `every(n)` does not select as slow, for `make test-all` only."""
-    first = {"jax": 0, "tensorflow": 1}.get(os.environ.get("KERAS_BACKEND"))
-    if first is None:
+    start = {"jax": Fraction(1, 2), "tensorflow": 0}.get(os.environ.get("KERAS_BACKEND"))
+    if start is None:
         return
-    groups = {}
+    shares = {}
     for item in items:
         node, mark = next(item.iter_markers_with_node("every"), (None, None))
         # A test with its own `skipif` mark runs on every backend that the mark allows.
@@ -116,9 +118,9 @@ def pytest_collection_modifyitems(items):
         elsewhere = item.get_closest_marker("once") or item.get_closest_marker("slow")
         if mark is None or only_here or elsewhere:
             continue
-        group = (item.path, item.originalname if node is item else node.nodeid)
-        groups.setdefault((*group, *mark.args), []).append(item)
-    for (*_, n), cases in groups.items():
-        for i, item in enumerate(cases):
-            if not n or i % n != first % n:
-                item.add_marker(pytest.mark.slow)
+        # Each case adds its share 1 / n. A case runs if the sum of a file reaches a whole number.
+        (n,) = mark.args
+        before = shares.get(item.path, start)
+        shares[item.path] = after = before + (Fraction(1, n) if n else 0)
+        if math.floor(after) == math.floor(before):
+            item.add_marker(pytest.mark.slow)

@@ -72,7 +72,8 @@ OWN = ["own-update", "own-layer", "own-two-path", "own-unit"]
 # Patterns and allocations only change how weights are ranked. test_masks.py tests the ranking on
 # every backend. Only `make test-all` on PyTorch combines every method with every option.
 QUICK = COMPILES or not LONG
-TRIED = ["dst", "magnitude", "set", *KINDS, *OWN] if COMPILES else METHODS
+PATTERNS = ["dst-target-1x4", "magnitude-2:4", "magnitude-channel", "dcil-channel"]
+TRIED = ["dst", "magnitude", "set", *KINDS, *OWN, *PATTERNS] if QUICK else METHODS
 
 
 @pytest.fixture(params=TRIED)
@@ -136,7 +137,7 @@ def test_config_round_trip(method):
     assert repr(copy) == repr(method)
 
 
-@every(3)
+@every(4)
 def test_target_log_second_fit_and_strip(method):
     model = build(method[0])
     history = fit(model)
@@ -159,7 +160,7 @@ def test_target_log_second_fit_and_strip(method):
     assert not any(type(z).__module__.startswith("keras_dst") for z in model._flatten_layers())
 
 
-@every(8)
+@every(16)
 @pytest.mark.parametrize("name", ["set", *KINDS, *OWN])
 def test_saved_and_resumed_equals_uninterrupted(name, tmp_path):
     method = METHODS[name]
@@ -188,7 +189,7 @@ class StopAfter(keras.callbacks.Callback):
         self.model.stop_training = epoch == self.epoch
 
 
-@every(2)
+@every(4)
 @pytest.mark.parametrize("name", ["dst-target", "consensus", "magnitude"])
 def test_a_schedule_that_spans_two_fits(name):
     method = METHODS[name]
@@ -214,7 +215,7 @@ class Memory(keras.layers.Layer):
         return h, [h]
 
 
-@every(2)
+@every(4)
 @pytest.mark.parametrize("name", ["dst-target", "dcil", "optg"])
 def test_masks_of_recurrent_layers(name):
     keras.utils.set_random_seed(0)
@@ -227,7 +228,7 @@ def test_masks_of_recurrent_layers(name):
     check_target(model, METHODS[name])
 
 
-@every(4)
+@every(8)
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_training_in_mixed_precision(one_of_each, policy):
     if QUICK and policy == "mixed_bfloat16" and one_of_each[0] not in ONE_OF_A_FAMILY:
@@ -261,10 +262,10 @@ INNER = {
 }
 
 
-@every(8)
-@pytest.mark.parametrize("inner", INNER)
+@every(4)
+@pytest.mark.parametrize("inner", ["all"] if COMPILES else INNER)
 def test_training_with_every_inner_optimizer(one_of_each, inner):
-    if inner != "all" and (COMPILES or (QUICK and one_of_each[0] not in ONE_OF_A_FAMILY)):
+    if inner != "all" and QUICK and one_of_each[0] not in ONE_OF_A_FAMILY:
         pytest.skip("every method is tested with all options at once")
     model = build(one_of_each[0], INNER[inner]())
     pruned = []
@@ -286,30 +287,24 @@ def test_training_with_every_inner_optimizer(one_of_each, inner):
     check_target(model, one_of_each)
 
 
-@every(10)
-@pytest.mark.parametrize(
-    "compile_arguments",
-    [
-        {"run_eagerly": True},
-        {"steps_per_execution": 4},
-        # On PyTorch, compiling a step takes a minute.
-        pytest.param({"jit_compile": True}, marks=() if COMPILES else slow),
-    ],
-    ids=str,
-)
+COMPILE_ARGUMENTS = {
+    "tensorflow": [{"jit_compile": True}, {"steps_per_execution": 4}],
+    # Other JAX tests use jit_compile.
+    "jax": [{"steps_per_execution": 4}],
+    # Keras rejects steps_per_execution on PyTorch. Compiling a PyTorch step takes a minute.
+    "torch": [{"run_eagerly": True}, pytest.param({"jit_compile": True}, marks=slow)],
+}[keras.backend.backend()]
+
+
+@every(8)
+@pytest.mark.parametrize("compile_arguments", COMPILE_ARGUMENTS, ids=str)
 def test_training_with_every_compile_option(one_of_each, compile_arguments):
-    if not COMPILES and "steps_per_execution" in compile_arguments:
-        pytest.skip("Keras rejects steps_per_execution on PyTorch")
-    if COMPILES and "run_eagerly" in compile_arguments and one_of_each[0] not in ONE_OF_A_FAMILY:
-        pytest.skip("eager code is tested on PyTorch")
-    if keras.backend.backend() == "jax" and "steps_per_execution" not in compile_arguments:
-        pytest.skip("other JAX tests use jit_compile; eager steps are slow")
     model = build(one_of_each[0], **compile_arguments)
     fit(model, 1 if "run_eagerly" in compile_arguments else 3)
     check_target(model, one_of_each)
 
 
-@every(4)
+@every(8)
 def test_the_compiled_step_is_traced_once(one_of_each, monkeypatch):
     if QUICK and not COMPILES and one_of_each[0] not in ONE_OF_A_FAMILY:
         pytest.skip("PyTorch compiles no training step, so two methods are enough")
@@ -347,7 +342,7 @@ EXTREME = [
 ]
 
 
-@every(3)
+@every(6)
 @pytest.mark.parametrize("method", EXTREME, ids=lambda method: type(method).__name__)
 def test_an_extreme_target_keeps_a_weight_of_every_layer(method):
     model = build(method)
@@ -400,7 +395,7 @@ def largest_dense_weight():
     return max(np.abs(w.numpy()).max() for w in train_shortcut().trainable_weights)
 
 
-@every(3)
+@every(6)
 @pytest.mark.parametrize("method", HIGH_RATES, ids=str)
 def test_no_layer_collapses_in_a_short_training_at_a_high_rate(method):
     model = train_shortcut(method)

@@ -17,6 +17,7 @@ from tests.pages import blocks
 # Model.quantize of Keras up to 3.15 warns about layers without a kernel. On JAX, Orbax warns that
 # it reads the device placement of arrays from the checkpoint.
 pytestmark = [
+    every(3),
     pytest.mark.filterwarnings("ignore:.*a `quantize` method:UserWarning"),
     pytest.mark.filterwarnings("ignore:Sharding info not provided:UserWarning"),
 ]

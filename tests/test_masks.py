@@ -398,7 +398,7 @@ TOP_K = [
 ]
 
 
-@every(3)
+@every(6)
 @pytest.mark.parametrize(
     ("scores", "kept", "expected"),
     [pytest.param(*case, id=what) for what, *case in TOP_K],
@@ -407,7 +407,7 @@ def test_top_k(scores, kept, expected):
     assert_equal(top_k(scores, kept), [np.array(mask, bool) for mask in expected])
 
 
-@every(3)
+@every(6)
 @pytest.mark.skipif(COMPILES, reason="the test changes the search, which must not be compiled")
 @pytest.mark.parametrize(
     ("scores", "kept", "expected"),
@@ -559,7 +559,7 @@ def test_top_k_of_each_tensor_equals_a_stable_sort(case, counts):
 # `top_k` packs scores into rows, combines small tensors into bundles of rows, and counts a large
 # tensor in slabs of rows. With the small sizes in this test, the scores fill several rows, bundles
 # and slabs, some of them only partly.
-@every(2)
+@every(4)
 def test_top_k_of_several_rows_bundles_and_slabs(monkeypatch):
     sizes = {
         "ROW_WIDTH": 4,

@@ -20,7 +20,7 @@ from keras_dst.methods import DST, Consensus, Magnitude
 from tests import models
 from tests.backends import every, once
 
-pytestmark = every(8)
+pytestmark = every(16)
 
 # Fewer examples are tested on JAX and TensorFlow, because JAX compiles and TensorFlow traces every
 # op of a random network.
@@ -698,7 +698,7 @@ def assert_smaller(model, x, layer="hidden"):
     return small
 
 
-@every(3)
+@every(6)
 @pytest.mark.parametrize("kind", STATEFUL_LAYERS)
 def test_shrink_keeps_the_whole_state_of_other_layers(kind):
     model = with_layer(STATEFUL_LAYERS[kind]())
@@ -836,7 +836,7 @@ READERS = {
 }
 
 
-@every(3)
+@every(6)
 @pytest.mark.filterwarnings("ignore:.*destroy the mask information")
 @pytest.mark.parametrize("reader", READERS)
 def test_shrink_with_masks_of_an_embedding(reader):
@@ -1084,7 +1084,7 @@ def test_dead_channels_of_random_networks_are_removed_or_have_a_reason(steps, se
 
 # The network has so few channels that its sparsity may differ from the target by a few percent. DST
 # warns about this difference.
-@every(2)
+@every(4)
 @pytest.mark.filterwarnings("ignore:DST")
 @pytest.mark.parametrize("method", [Magnitude, DST], ids=lambda method: method.__name__)
 def test_shrink_a_trained_residual_network(method):

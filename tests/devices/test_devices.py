@@ -4,22 +4,29 @@ import keras
 import numpy as np
 import pytest
 
+from tests.backends import slow
 from tests.devices import trainings
 from tests.devices.launch import launch
 
 BACKEND = keras.backend.backend()
-# For each backend, a list of setups: (name, number of processes, names of the runs on several
-# devices, number of copies of each variable).
+# For each backend, a list of setups: name, number of processes, names of the runs on several
+# devices.
 SETUPS = {
-    "tensorflow": [("mirrored", 1, ["mirrored"], 2), ("workers", 2, ["workers"], 2)],
-    "jax": [("sharded", 1, ["data", "model"], 2)],
-    "torch": [("ddp", 2, ["ddp"], 2)],
+    "tensorflow": [("mirrored", 1, ["mirrored"]), ("workers", 2, ["workers"])],
+    "jax": [("sharded", 1, ["data", "model"])],
+    "torch": [("ddp", 2, ["ddp"])],
 }[BACKEND]
+COPIES = 2  # Number of copies of each variable in a run on several devices.
 # Methods that limit the gradients of pruned weights. On TensorFlow and PyTorch, every device
 # computes the gradient limit from its part of the batch, so the trained weights differ from a run
 # on one device. On JAX, the gradient limit is computed from the whole batch.
 LIMITED = {"dst", "optg", "consensus"} if BACKEND != "jax" else set()
-RUNS = [(setup, run, copies) for setup, _, runs, copies in SETUPS for run in runs]
+# In `make test`, only tests/devices/test_pages.py trains on several TensorFlow workers.
+RUNS = [
+    pytest.param(setup, run, id=run, marks=[slow] if setup == "workers" else [])
+    for setup, _, runs in SETUPS
+    for run in runs
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +46,10 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("method", trainings.METHODS)
-@pytest.mark.parametrize(("setup", "run", "copies"), RUNS, ids=[run for _, run, _ in RUNS])
-def test_all_copies_equal_a_run_on_one_device(trained, setup, run, copies, method):
+@pytest.mark.parametrize(("setup", "run"), RUNS)
+def test_all_copies_equal_a_run_on_one_device(trained, setup, run, method):
     folder = trained(setup)
-    first, *others = [np.load(folder / f"{method}.{run}.{i}.npz") for i in range(copies)]
+    first, *others = [np.load(folder / f"{method}.{run}.{i}.npz") for i in range(COPIES)]
     single = np.load(trained(SETUPS[0][0]) / f"{method}.single.0.npz")
     assert set(first.files) == set(single.files)
     for path in single.files:
@@ -57,7 +64,7 @@ def test_all_copies_equal_a_run_on_one_device(trained, setup, run, copies, metho
 
 
 @pytest.mark.parametrize("method", trainings.METHODS)
-@pytest.mark.parametrize(("setup", "run"), [run[:2] for run in RUNS], ids=[r[1] for r in RUNS])
+@pytest.mark.parametrize(("setup", "run"), RUNS)
 def test_the_target_is_reached(trained, setup, run, method):
     arrays = np.load(trained(setup) / f"{method}.{run}.0.npz")
     keras.utils.set_random_seed(0)
@@ -72,6 +79,7 @@ def test_the_target_is_reached(trained, setup, run, method):
     assert sparsity == pytest.approx(target, abs=0.01)
 
 
+@slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MultiWorkerMirroredStrategy is TensorFlow's")
 def test_fit_without_keras_dst_fails_on_several_workers(trained):
     """`fit` fails on several workers, so docs/many_devices.md uses a custom training loop."""
