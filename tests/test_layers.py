@@ -69,7 +69,7 @@ def run(layer, x):
     return keras.ops.convert_to_numpy(layer(x))
 
 
-@every(4)
+@every(2)
 def test_every_sparse_layer_equals_its_stock_layer_with_masked_weights(case):
     cls, arguments, x, thresholds = case
     keras.utils.set_random_seed(0)
@@ -97,7 +97,7 @@ def test_every_sparse_layer_equals_its_stock_layer_with_masked_weights(case):
     np.testing.assert_array_equal(run(sparse, x), run(stock, x))
 
 
-@every(4)
+@every(2)
 @pytest.mark.parametrize("kind", ["SimpleRNN", "LSTM", "GRU"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_cell_masks_its_weights_once_per_sequence(kind, dropout, monkeypatch):
@@ -174,7 +174,7 @@ def test_thresholds_of_a_fully_pruned_layer_are_reset_in_the_same_step():
     assert np.all(other.numpy() != 0)
 
 
-@every(4)
+@every(2)
 @pytest.mark.filterwarnings("ignore:.*training had reached sparsity:UserWarning")
 @pytest.mark.parametrize("method", [DST(alpha=1.0), DST(sparsity=0.999)], ids=str)
 def test_extreme_sparsity_keeps_every_layer_alive_and_finite(method):

@@ -559,7 +559,7 @@ def test_top_k_of_each_tensor_equals_a_stable_sort(case, counts):
 # `top_k` packs scores into rows, combines small tensors into bundles of rows, and counts a large
 # tensor in slabs of rows. With the small sizes in this test, the scores fill several rows, bundles
 # and slabs, some of them only partly.
-@every(4)
+@every(2)
 def test_top_k_of_several_rows_bundles_and_slabs(monkeypatch):
     sizes = {
         "ROW_WIDTH": 4,

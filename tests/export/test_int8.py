@@ -18,7 +18,7 @@ from tests.backends import every, on_tensorflow, once
 from .graphs import AUTO, BUILTIN, File, convolution, fully_connected, ops, run, sparse_values
 from .test_export_tflite import encodings, export_tflite, prune
 
-pytestmark = every(4)
+pytestmark = every(2)
 
 SPARSE, DENSE = Format(1, unpack=True, int8=True), Format(0, unpack=True, int8=True)
 BLOCKS = Format(4, unpack=True, int8=True)

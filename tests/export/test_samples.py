@@ -18,7 +18,7 @@ from keras_dst.export.samples import (
 )
 from tests.backends import every
 
-pytestmark = every(4)
+pytestmark = every(2)
 
 X = np.random.default_rng(0).standard_normal((20, 8)).astype(np.float32)
 Y = np.arange(20) % 3

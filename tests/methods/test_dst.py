@@ -19,7 +19,7 @@ from keras_dst.schedules import Constant, Cubic, Geometric
 from tests.backends import every
 from tests.gradients import gradients
 
-pytestmark = every(4)
+pytestmark = every(2)
 
 DEPTHWISE = Layout(outputs=(-2, -1), inputs=())
 TRANSPOSED = Layout(outputs=(-2,), inputs=(-1,))

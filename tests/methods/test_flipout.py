@@ -12,7 +12,7 @@ from keras_dst.schedules import Constant, Cubic, Geometric
 from tests import models
 from tests.backends import every
 
-pytestmark = every(4)
+pytestmark = every(2)
 
 
 def numbers(*values):
