@@ -183,8 +183,9 @@ class Consensus(UnitMethod):
         if not layout.outputs:
             return margin >= 0.0
         units = ops.reshape(margin, (-1,))
-        highest, _ = ops.top_k(units, self.least_units(units.shape[0]))
-        return margin >= ops.minimum(ops.min(highest), 0.0)
+        # `ops.top_k` of JAX lowers to an operation that TensorFlow cannot load from a SavedModel.
+        lowest = ops.sort(units)[-self.least_units(units.shape[0])]
+        return margin >= ops.minimum(lowest, 0.0)
 
     def least_units(self, units: int) -> int:
         least = self.min_kept
