@@ -41,8 +41,7 @@ def code_cells(notebook):
 
 
 def kinds(cell):
-    """For each output of a notebook cell, return the name of the stream or the list of MIME
-    types."""
+    """Return the stream name or the MIME types of each output of a notebook cell."""
     return [sorted(out.data) if "data" in out else out.name for out in cell.outputs]
 
 

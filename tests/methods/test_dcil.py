@@ -396,8 +396,7 @@ def test_trajectory_equals_the_equations():
 
 
 class Watch(keras.callbacks.Callback):
-    """Callback that records after every step if the loss includes the divergence between the
-    paths."""
+    """Callback that records per step if the loss includes the divergence between the paths."""
 
     def __init__(self):
         super().__init__()
