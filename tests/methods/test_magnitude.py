@@ -71,7 +71,7 @@ LAYERS = [random(2, 2, 3, 5), random(1, 3, scale=1e-3, seed=1)]
 
 
 def best(w, kept):
-    """Return a mask of the `kept` largest magnitudes, and of the first among equal magnitudes."""
+    """Return a mask of the `kept` largest magnitudes. The first of equal magnitudes are kept."""
     mask = np.zeros(w.size, bool)
     mask[np.argsort(-np.abs(w.ravel()), kind="stable")[:kept]] = True
     return mask.reshape(w.shape)
