@@ -199,9 +199,9 @@ def equal_drop(
 
     Every weight tensor is pruned until the metric drops by the same amount. The common drop is
     chosen so that the total sparsity meets the target. Between the measured points, drops are
-    interpolated linearly. Before the search, negative drops become 0. Every drop is then replaced
-    by the largest drop of the weight tensor at the same or a lower sparsity. If several solutions
-    have the same largest drop, the function returns the most even sparsities.
+    interpolated linearly. Before the search, negative drops of the metric become 0, and the curve
+    of each weight tensor is made non-decreasing by its running maximum. If several solutions have
+    the same largest drop, the function returns the most even sparsities.
 
     Args:
         sparsities: Sparsities at which the drops of the metric were measured, increasing from 0.

@@ -32,10 +32,9 @@ METHODS = {
     "dst-target-1x4": (methods.DST(sparsity=0.8, pattern="1x4"), 0.8, 0.01),
     "dst-target-layer": (methods.DST(sparsity=0.5, granularity="layer"), 0.5, 0.01),
     "dcil": (methods.DCIL(0.8), 0.8, 0.001),
-    # Consensus removes 30 % of the FLOPs. The result may differ from this target by one unit. A
-    # unit with a closed gate also saves FLOPs in the next layer. The smallest possible sparsity is
-    # 12.5 %, with 14 closed units of the first layer (24 of 2,688 weights each). The largest
-    # possible sparsity is 30.4 %, with 17 closed units of the second layer (48 weights each).
+    # Consensus removes units until 30 % of the FLOPs are removed, up to one unit more or less.
+    # Depending on the layers of the removed units, this prunes 12.5 % to 30.4 % of the weights: 14
+    # units with 24 of the 2,688 weights, or 17 units with 48 weights.
     "consensus": (methods.Consensus(0.3, lambda_polar=0.1, lambda_act=20.0), 0.2145, 0.09),
     "magnitude": (methods.Magnitude(0.8), 0.8, 0.001),
     "magnitude-uniform": (methods.Magnitude(0.8, allocation="uniform"), 0.8, 0.001),

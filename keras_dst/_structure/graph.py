@@ -1,4 +1,4 @@
-"""Flat graph of a model: tensors with channels, and calls in the order in which they run."""
+"""Graph of a model without nesting: its tensors, and its layer calls in order of execution."""
 
 from __future__ import annotations
 
