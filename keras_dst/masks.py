@@ -201,6 +201,9 @@ def limit_gradient(gradient: Tensor, mask: Tensor, limit: Tensor | float) -> Ten
         >>> g, mask = keras.ops.array([1.0, -1.0, 300.0]), keras.ops.array([True, True, False])
         >>> keras_dst.masks.limit_gradient(g, mask, 2.0)  # [1, -1, 2]
     """
+    gradient, mask = ops.convert_to_tensor(gradient), ops.convert_to_tensor(mask)
+    if keras.backend.backend() == "torch":
+        return jit.limit_gradient(gradient, mask, limit)
     squares = masked(ops.square(ops.cast(gradient, "float32")), mask)
     count = ops.sum(ones(squares > 0, "float32"))
     largest = limit * ops.sqrt(ops.sum(squares) / ops.maximum(count, 1.0))

@@ -30,7 +30,7 @@ from keras import ops
 
 from keras_dst import allocation as allocations
 from keras_dst import masks
-from keras_dst._backend import guesses
+from keras_dst._backend import guesses, numbers
 from keras_dst._backend.jit import count_all_true
 from keras_dst._utils.config import Configurable
 from keras_dst._utils.validation import check_integer, is_integer
@@ -411,7 +411,7 @@ def length_factor(total: Tensor) -> Tensor:
             the factor is 1.
     """
     steps = ops.cast(total, "float32")
-    return ops.where(steps > 0, ops.clip(steps / _LONG, 0.1, 1.0), 1.0)
+    return numbers.where(steps > 0, numbers.clip(steps / _LONG, 0.1, 1.0), 1.0)
 
 
 def gradient_limit(total: Tensor) -> Tensor:

@@ -1,0 +1,22 @@
+"""Operations on tensors and Python numbers, without a copy of the numbers to the device.
+
+`keras.ops` first converts a number to a tensor. PyTorch copies this tensor to the GPU, and waits
+for the copy. The functions in this module instead pass the number to the kernel on PyTorch.
+"""
+
+import keras
+from keras import ops
+
+
+def where(condition, x1, x2):
+    """Return `ops.where(condition, x1, x2)`, in which `x1` or `x2` is a number."""
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.where(condition, x1, x2)
+    return ops.where(condition, x1, x2)
+
+
+def clip(x, low, high):
+    """Return `ops.clip(x, low, high)` for two numbers."""
+    return x.clamp(low, high) if keras.backend.backend() == "torch" else ops.clip(x, low, high)
