@@ -5,8 +5,10 @@ command `train` prunes the dense networks that `benchmarks.accuracy.channels` ha
 same data, batches and number of epochs. The command `count` prunes half of the channels of networks
 with random weights, and counts the remaining FLOPs and parameters.
 
-python -m benchmarks.accuracy.torch_pruning train [the options of benchmarks.accuracy.channels]
-python -m benchmarks.accuracy.torch_pruning count
+    python -m benchmarks.accuracy.torch_pruning train [OPTIONS]
+    python -m benchmarks.accuracy.torch_pruning count
+
+The options are those of `benchmarks.accuracy.channels`.
 """
 
 import argparse

@@ -392,7 +392,8 @@ def _decoded_reads(
     Args:
         graph: The graph. The function adds tensors to the graph.
         op: An op of the graph.
-        encoded: Dict from the tensor index of a weight to the tensor indices of its two constants.
+        encoded: Dict from the tensor index of a weight to the indices of two tensors, which contain
+            the bitmap and the nonzero values of the weight.
         free: Tensor indices of the weights that are not decoded yet. When a weight is decoded for
             the first time, its index is removed from the set.
         code: Op code index of TFLM_DECODE.

@@ -156,7 +156,7 @@ def select_formats(
 
 
 class _Encoder:
-    """Encoder of one file that caches its results, so that no set of formats is encoded twice."""
+    """Writer of a `.tflite` file in several storage formats, which caches the written files."""
 
     def __init__(self, content: bytes):
         self.content = content

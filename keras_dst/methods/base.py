@@ -79,8 +79,8 @@ class Method(Configurable):
         schedule: Schedule of the target sparsity, or None if the method has no target.
         allocation: Distribution of the sparsity over the weights.
         pattern: Which weights are pruned together, see `masks.Pattern`.
-        frequency: Steps between mask updates, or `"epoch"`. None means `default_frequency`, or
-            fewer steps in a short training run to reach 20 updates.
+        frequency: Steps between mask updates, or `"epoch"`. None means `default_frequency`, and
+            less if training would otherwise have fewer than 20 updates.
         default_frequency: Steps between mask updates in the paper, or `"epoch"`.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
             `min_kept` counts channels instead of weights.
@@ -443,8 +443,8 @@ class LayerMethod(Method):
 
     Attributes:
         undecayed: Names of the states that are exempt from weight decay.
-        snapshots: Mapping from a state's name to the name of another state. For an entry `{"a":
-            "b"}`, the state `a` is overwritten with a copy of the state `b` after every update.
+        snapshots: Names of the states that store a copy of another state. With `{"a": "b"}`, every
+            update is followed by a copy of the state `b` to the state `a`.
     """
 
     undecayed: tuple[str, ...] = ()

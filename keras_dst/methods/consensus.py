@@ -70,7 +70,7 @@ class Consensus(UnitMethod):
         lambda_polar: Weight of the polarization penalty. Defaults to 0.5.
         lambda_act: Weight of the penalty on the cost of all open gates. Defaults to 100.
         frequency: Steps between updates of the target cost, or `"epoch"`. Defaults to None, which
-            means 20 steps, or fewer in a short training run to reach 20 updates.
+            means 20 steps, and less if training would otherwise have fewer than 20 updates.
         round_to: After the last step, the number of kept channels of every layer is a multiple of
             `round_to`. Layers with fewer than `2 * round_to` channels can keep any number of
             channels. In the last quarter of training, the `SparseTraining` callback opens and

@@ -68,7 +68,7 @@ class DCIL(TwoPathMethod):
             rank single weights in the same order, but blocks and channels in different orders.
             Defaults to `"magnitude"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 16 steps,
-            or fewer in a short training run to reach 20 updates.
+            and less if training would otherwise have fewer than 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
             `min_kept` counts channels instead of weights. Defaults to None, which means 1. With
             `allocation="global"`, the default is a quarter of the weights that the layer would keep

@@ -79,7 +79,7 @@ class DST(LayerMethod):
             least a quarter of the weights that the allocation `"erk"` would keep. Defaults to 0.01,
             as in the paper.
         frequency: Steps between updates of alpha, or `"epoch"`. Defaults to None, which means 20
-            steps, or fewer in a short training run to reach 20 updates.
+            steps, and less if training would otherwise have fewer than 20 updates.
         counted_in: With `pattern="channel"`, the sparsity is the removed fraction of `"channels"`,
             `"parameters"` or `"flops"`. Values other than `"channels"` need `sparsity` and coupled
             channels. Defaults to `"channels"`.

@@ -53,7 +53,7 @@ class Magnitude(UpdateMethod):
             needs `pattern="channel"`. Weights that no normalization layer follows are ranked by
             `|w|`. Defaults to `"magnitude"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 100
-            steps, or fewer in a short training run to reach 20 updates.
+            steps, and less if training would otherwise have fewer than 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
             `min_kept` counts channels instead of weights. Defaults to None, which means 1. With
             `allocation="global"`, the default is a quarter of the weights that the layer would keep

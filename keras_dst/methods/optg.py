@@ -59,7 +59,7 @@ class OptG(LayerMethod):
             keeps 2 of every 4 weights. `"channel"` prunes output channels. The score of a block or
             channel is the mean score of its weights. Defaults to `"unstructured"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means one
-            epoch, or less in a short training run to reach 20 updates.
+            epoch, and less if training would otherwise have fewer than 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
             `min_kept` counts channels instead of weights. Defaults to None, which means 1. With
             `allocation="global"`, the default is a quarter of the weights that the layer would keep

@@ -65,7 +65,7 @@ class SET(UpdateMethod):
             `stop`. `stop_step` is required for training without the `SparseTraining` callback.
             Defaults to None.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 100
-            steps, or fewer in a short training run to reach 20 updates.
+            steps, and less if training would otherwise have fewer than 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
             `min_kept` counts channels instead of weights. Defaults to None, which means 1.
         counted_in: With `pattern="channel"`, the sparsity is the removed fraction of `"channels"`,

@@ -76,7 +76,7 @@ class ST3(LayerMethod):
         pattern: Which weights are pruned together: `"unstructured"` (single weights, as in the
             paper) or `"channel"` (output channels). Defaults to `"unstructured"`.
         frequency: Steps between mask updates, or `"epoch"`. Defaults to None, which means 16 steps,
-            or fewer in a short training run to reach 20 updates.
+            and less if training would otherwise have fewer than 20 updates.
         min_kept: Minimum number of weights that every layer keeps. With `pattern="channel"`,
             `min_kept` counts channels instead of weights. Defaults to None, which means 1. With
             `allocation="global"`, the default is a quarter of the weights that the layer would keep
