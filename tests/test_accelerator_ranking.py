@@ -242,12 +242,13 @@ class Operations:
         launched: Number of operations, except operations that only return a view of a tensor.
         moved: Number of bytes that the operations read and write.
         waits: Number of times that the host reads a value from the device.
+        copies: Number of numbers and arrays that the host copies to the device.
         peak: Largest number of bytes in new tensors that existed at the same time. Temporary memory
             within an operation is not counted.
     """
 
     def __init__(self):
-        self.launched = self.moved = self.waits = self.peak = 0
+        self.launched = self.moved = self.waits = self.copies = self.peak = 0
 
     @contextlib.contextmanager
     def counted(self):
@@ -273,6 +274,13 @@ class Operations:
                 return read(*args, **kwargs)
 
             return waiting
+
+        def copy(convert):
+            def copying(value, *args, **kwargs):
+                outer.copies += not torch.is_tensor(value)
+                return convert(value, *args, **kwargs)
+
+            return copying
 
         class Count(TorchDispatchMode):
             def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -301,6 +309,8 @@ class Operations:
         with Count(), pytest.MonkeyPatch.context() as patch:
             for name in ("numpy", "tolist"):
                 patch.setattr(torch.Tensor, name, wait(getattr(torch.Tensor, name)))
+            for name in ("tensor", "as_tensor", "from_numpy"):
+                patch.setattr(torch, name, copy(getattr(torch, name)))
             yield self
 
 
@@ -333,6 +343,7 @@ def test_operations_bytes_and_memory_of_a_torch_update(name, widths, monkeypatch
     assert update.peak / driver.size / 4 <= 2
     assert update.launched < (6 + 3 * len(driver.weights)) * passes
     assert (update.waits, measurement.waits) == (1, 1)
+    assert update.copies <= 12
 
 
 @only_torch

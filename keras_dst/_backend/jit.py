@@ -181,7 +181,13 @@ def where_in_place(mask, x1, x2, out):
         return ops.where(mask, x1, x2)
     import torch
 
-    x1, x2 = (ops.convert_to_tensor(x, out.dtype) for x in (x1, x2))
+    # Write a number on the device with `torch.full`, because the host would wait for a copy.
+    x1, x2 = (
+        x.to(out.dtype)
+        if torch.is_tensor(x)
+        else torch.full((), x, dtype=out.dtype, device=out.device)
+        for x in (x1, x2)
+    )
     with torch.no_grad():
         return torch.where(mask, x1, x2, out=out)
 

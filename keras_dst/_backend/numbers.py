@@ -20,3 +20,13 @@ def where(condition, x1, x2):
 def clip(x, low, high):
     """Return `ops.clip(x, low, high)` for two numbers."""
     return x.clamp(low, high) if keras.backend.backend() == "torch" else ops.clip(x, low, high)
+
+
+def at_least(x, low):
+    """Return `ops.maximum(x, low)` for a number."""
+    return x.clamp(min=low) if keras.backend.backend() == "torch" else ops.maximum(x, low)
+
+
+def at_most(x, high):
+    """Return `ops.minimum(x, high)` for a number."""
+    return x.clamp(max=high) if keras.backend.backend() == "torch" else ops.minimum(x, high)

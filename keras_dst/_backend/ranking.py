@@ -241,7 +241,7 @@ class _Ranking(Scores):
         found = []
         best = self.best_entries(self.peaks, lambda s: self._finite(s, self.least, self.most))
         for b, (rows, place) in zip(self.bundles, best):
-            is_row = ops.arange(len(b.tensor), dtype="int32") == ops.take(rows, b.local)
+            is_row = ops.arange(b.tensor.shape[0], dtype="int32") == ops.take(rows, b.local)
             found.append(ops.where(is_row, ops.take(place, b.local), -1)[:, None])
         return found
 
@@ -436,10 +436,10 @@ class _Ranking(Scores):
             counts = self._by_row(_count_kept, "int32", tied, weights)
             before = ops.cumsum(counts) - counts
             if self.together:
-                first_rows, sizes, space = np.zeros(1), np.array([len(b.tensor)]), room[0]
+                first_rows, sizes, space = np.zeros(1), b.sizes.sum(keepdims=True), room[0]
                 before, offset = before + offset, offset + ops.sum(counts)
             else:
-                first_rows, sizes = b.first_rows, np.bincount(b.local)
+                first_rows, sizes = b.first_rows, b.sizes
                 before = before - ops.take(ops.take(before, first_rows), b.local)
                 space = ops.take(room, b.tensor)
             first_rows, sizes = (ops.convert_to_tensor(n, "int32") for n in (first_rows, sizes))

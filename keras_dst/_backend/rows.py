@@ -4,12 +4,16 @@ Small tensors are joined into bundles, so that few operations are compiled. Larg
 copied.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
+
+from keras_dst._backend import numbers
 
 Tensor = Any
 
@@ -42,10 +46,12 @@ class Rows:
         self.members, self.lengths = members, [lengths[i] for i in members]
         counts = [-(-n // ROW_WIDTH) for n in self.lengths]
         within = np.concatenate([ROW_WIDTH * np.arange(n, dtype="int32") for n in counts])
-        self.tensor = np.repeat(np.array(members, "int32"), counts)
-        self.owner = self.tensor == np.array(members)[:, None]
-        self.local = self.tensor - members[0]
-        self.first_rows = np.flatnonzero(np.diff(self.tensor, prepend=-1)).astype("int32")
+        tensor = np.repeat(np.array(members, "int32"), counts)
+        local = tensor - np.int32(members[0])
+        self.sizes = np.bincount(local)
+        self.first_rows = np.flatnonzero(np.diff(tensor, prepend=-1)).astype("int32")
+        self.tensor, self.local = ops.convert_to_tensor(tensor), ops.convert_to_tensor(local)
+        self.owner = ops.convert_to_tensor(tensor == np.array(members)[:, None])
         start = within + np.repeat(np.array([starts[i] for i in members], "int32"), counts)
         self.start = ops.convert_to_tensor(start[:, None])
         left = np.repeat(np.array(self.lengths, "int32"), counts) - within
@@ -69,7 +75,7 @@ class Rows:
     def split(self, matrix: Tensor) -> list[Tensor]:
         """Return a list with one vector for each tensor in the bundle: the entries of the
         tensor."""
-        ends = [*self.first_rows[1:].tolist(), len(self.tensor)]
+        ends = [*self.first_rows[1:].tolist(), self.tensor.shape[0]]
         rows = [matrix[begin:end] for begin, end in zip(self.first_rows.tolist(), ends)]
         return [ops.reshape(r, (-1,))[:n] for r, n in zip(rows, self.lengths)]
 
@@ -93,10 +99,12 @@ class Scores:
     def __init__(self, scores: Sequence[Tensor], together: bool):
         self.together = together
         lengths = [math.prod(s.shape) for s in scores]
-        starts = [0, *np.cumsum(lengths)[:-1].tolist()] if together else [0] * len(lengths)
         self.count = sum(lengths)
-        self.lengths = ops.convert_to_tensor([self.count] if together else lengths, "int32")
-        self.bundles = [Rows(members, lengths, starts) for members in bundles(lengths)]
+        if keras.backend.backend() == "torch":
+            found = _kept_on(str(scores[0].device), tuple(lengths), together)
+        else:  # Each trace on JAX and TensorFlow needs its own constants.
+            found = _arranged(lengths, together)
+        self.lengths, self.bundles = found
         scores = [ops.cast(s, "float32") for s in scores]
         self.scores = [b.join(scores, -np.inf) for b in self.bundles]
 
@@ -117,10 +125,11 @@ class Scores:
             finite: Function that replaces infinite and NaN scores by finite scores.
         """
         for b, s, highest in zip(self.bundles, self.scores, peaks):
-            numbers = ops.arange(len(b.tensor), dtype="int32")
-            tops = ops.max(ops.where(b.owner, highest, -np.inf), axis=1, keepdims=True)
-            tops = ops.logical_and(b.owner, highest >= tops)
-            rows = ops.min(ops.where(tops, numbers, len(b.tensor)), axis=1)
+            count = b.tensor.shape[0]
+            tops = numbers.where(b.owner, highest, -math.inf)
+            tops = ops.logical_and(b.owner, highest >= ops.max(tops, axis=1, keepdims=True))
+            places = ops.arange(count, dtype="int32")
+            rows = ops.min(numbers.where(tops, places, count), axis=1)
             best = finite(ops.take(s, rows, axis=0))
             yield rows, ops.cast(ops.argmax(best, axis=1), "int32")
 
@@ -142,8 +151,27 @@ class Scores:
     def reduce_by_tensor(self, values, reduce, neutral):
         """Reduce a value per row, such as a count, to a value per tensor."""
         return ops.concatenate(
-            [reduce(ops.where(b.owner, v, neutral), axis=1) for b, v in zip(self.bundles, values)]
+            [
+                reduce(numbers.where(b.owner, v, neutral), axis=1)
+                for b, v in zip(self.bundles, values)
+            ]
         )
+
+
+def _arranged(lengths, together):
+    """Return the number of scores per ranking and the bundles of tensors with these lengths."""
+    starts = [0, *np.cumsum(lengths)[:-1].tolist()] if together else [0] * len(lengths)
+    of_rankings = ops.convert_to_tensor([sum(lengths)] if together else list(lengths), "int32")
+    return of_rankings, [Rows(members, lengths, starts) for members in bundles(lengths)]
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_on(device, lengths, together):
+    """Return `_arranged(lengths, together)`, and keep the tensors on the device for later updates.
+
+    Otherwise, each mask update would copy the tensors to the GPU, and the host would wait.
+    """
+    return _arranged(lengths, together)
 
 
 def bundles(lengths: Sequence[int]) -> list[list[int]]:

@@ -13,7 +13,7 @@ import math
 import numpy as np
 from keras import ops
 
-from keras_dst._backend import guesses
+from keras_dst._backend import guesses, numbers
 from keras_dst._backend.jit import (
     add_true,
     count_true,
@@ -66,13 +66,13 @@ def top_k(scores: Scores, kept, first=None):
     peaks = _peaks(scores)
     everything = kept >= scores.lengths
     low, high = _bounds(scores, kept)
-    high = ops.where(everything, -np.inf, high)
+    high = numbers.where(everything, -math.inf, high)
     found = [s >= scores.to_rows(b, high) for b, s in zip(scores.bundles, scores.scores)]
     if first is not None:
         for mask, (rows, columns) in zip(found, scores.best_entries(peaks)):
             set_true(mask, rows * ROW_WIDTH + columns)
     above = scores.reduce_by_ranking([count_true(mask) for mask in found], ops.sum, 0)
-    room = ops.where(everything, 0, kept - above)
+    room = numbers.where(everything, 0, kept - above)
     between = _Between(scores, low, found)
     right = (room >= 0) & (room <= between.counts)
     guesses.add(ops.all(everything | (right & _is_finite(scores, low, above, between))))
@@ -93,11 +93,11 @@ def kth(scores: Scores, kept):
     between = _Between(scores, low, found)
     right = (room >= 0) & (room < between.counts)
     guesses.add(ops.all(everything | (right & _is_finite(scores, low, above, between))))
-    place = ops.clip(between.first + room, 0, between.values.shape[0] - 1)
+    place = numbers.clip(between.first + room, 0, between.values.shape[0] - 1)
     found = ops.take(between.values, place)
-    smallest = [ops.min(ops.where(s > -np.inf, s, np.inf), axis=1) for s in scores.scores]
-    smallest = scores.reduce_by_ranking(smallest, ops.min, np.inf)
-    below = smallest - ops.maximum(ops.abs(smallest), 1.0)
+    smallest = [ops.min(numbers.where(s > -math.inf, s, math.inf), axis=1) for s in scores.scores]
+    smallest = scores.reduce_by_ranking(smallest, ops.min, math.inf)
+    below = smallest - numbers.at_least(ops.abs(smallest), 1.0)
     return ops.where(everything, below, found)
 
 
@@ -134,25 +134,27 @@ def _bounds(scores: Scores, kept):
             ]
         )
         sample = gather(sample, _by_tensor(ops.argsort(-sample), tensor))
-        starts = [np.append(b.first_rows, len(b.tensor)) * ROW_WIDTH for b in scores.bundles]
+        starts = [np.append(b.first_rows, b.tensor.shape[0]) * ROW_WIDTH for b in scores.bundles]
         sizes = np.concatenate([np.diff(-(-start // _STRIDE)) for start in starts])
         first = ops.convert_to_tensor(np.cumsum(sizes) - sizes, "int32")
     sizes = ops.convert_to_tensor(sizes, "int32")
     size = ops.cast(scores.lengths, "float32") / _STRIDE
-    part = ops.clip(ops.cast(kept, "float32") / ops.cast(scores.lengths, "float32"), 0, 1)
+    part = numbers.clip(ops.cast(kept, "float32") / ops.cast(scores.lengths, "float32"), 0, 1)
     spread = _DEVIATIONS * (ops.sqrt(size * part * (1 - part)) + 1)
     upper, lower = ops.floor(size * part - spread), ops.ceil(size * part + spread)
 
     def at(place):
-        place = ops.minimum(ops.cast(ops.maximum(place, 0), "int32"), ops.maximum(sizes - 1, 0))
-        return ops.take(sample, ops.minimum(first + place, sample.shape[0] - 1))
+        place = ops.cast(numbers.at_least(place, 0), "int32")
+        place = first + ops.minimum(place, numbers.at_least(sizes - 1, 0))
+        return ops.take(sample, numbers.at_most(place, sample.shape[0] - 1))
 
     # All scores in the open interval from -SMALLEST to SMALLEST are tied, so no bound may lie
     # inside this interval.
-    low = ops.where(lower < ops.cast(sizes, "float32"), at(lower), -np.inf)
-    low = ops.where(ops.abs(low) < SMALLEST, 0.0, low)
-    high = ops.where((upper >= 0) & (sizes > 0), at(upper), np.inf)
-    least = ops.where(high > 0, np.float32(2.0**-149), np.nextafter(np.float32(-SMALLEST), 0))
+    low = numbers.where(lower < ops.cast(sizes, "float32"), at(lower), -math.inf)
+    low = numbers.where(ops.abs(low) < SMALLEST, 0.0, low)
+    high = numbers.where((upper >= 0) & (sizes > 0), at(upper), math.inf)
+    below_zero = float(np.nextafter(np.float32(-SMALLEST), 0))
+    least = numbers.where(high > 0, 2.0**-149, ops.zeros_like(high) + below_zero)
     return low, ops.where(ops.abs(high) < SMALLEST, least, high)
 
 
@@ -166,7 +168,7 @@ def _limits(scores: Scores) -> list[int]:
     """Return, for each bundle, the maximum number of scores that are copied because they lie
     between the bounds."""
     if scores.count <= _SORTED:
-        return [len(b.tensor) * ROW_WIDTH for b in scores.bundles]
+        return [b.tensor.shape[0] * ROW_WIDTH for b in scores.bundles]
 
     def limit(length, total):
         # The bounds are 2 * `_DEVIATIONS` standard deviations apart. A standard deviation is at
@@ -205,16 +207,16 @@ class _Between:
             if limit < sum(b.lengths):
                 guesses.add(ops.logical_not(is_used[-1]))
             place = ops.where(is_used, found, ops.arange(limit))
-            values.append(ops.where(is_used, gather(ops.reshape(s, (-1,)), place), -np.inf))
+            values.append(numbers.where(is_used, gather(ops.reshape(s, (-1,)), place), -math.inf))
             if not scores.together:
                 of_place = gather(b.tensor, place // ROW_WIDTH)
-                tensor.append(ops.where(is_used, of_place, number))
+                tensor.append(numbers.where(is_used, of_place, number))
             self.places.append(place)
             used.append(is_used)
         values, used = ops.concatenate(values), ops.concatenate(used)
         # As in `ranking.py`, positive scores below `SMALLEST` are tied. Zeros and negative scores
         # above `-SMALLEST` are tied, too.
-        tiny = ops.maximum(ops.sign(values), 0) * (SMALLEST / 2)
+        tiny = numbers.at_least(ops.sign(values), 0) * (SMALLEST / 2)
         order = ops.argsort(-ops.where(ops.abs(values) < SMALLEST, tiny, values))
         self.ranks = ops.arange(order.shape[0], dtype="int32")
         if scores.together:
@@ -224,8 +226,8 @@ class _Between:
             tensor = ops.concatenate(tensor)
             order = _by_tensor(order, tensor)
             self._ranking = gather(tensor, order)
-            numbers = ops.arange(number + 1, dtype="int32")
-            ends = ops.cast(ops.searchsorted(self._ranking, numbers), "int32")
+            every = ops.arange(number + 1, dtype="int32")
+            ends = ops.cast(ops.searchsorted(self._ranking, every), "int32")
             self.first, self.counts = ends[:-1], ends[1:] - ends[:-1]
             self.ranks = self.ranks - gather(ends, self._ranking)
         self._order, self.values = order, gather(values, order)

@@ -299,8 +299,7 @@ class Method(Configurable):
         # the size of the largest group.
         largest = np.array([int(n.max()) for n in sizes] if sizes else [1] * len(shapes))
         least = largest * (floors if self.min_kept else 1)
-        kept = ops.maximum(kept, least.sum() if together else least)
-        kept = kept[0] if together else kept
+        kept = numbers.at_least(kept, int(least.sum()))[0] if together else ops.maximum(kept, least)
         # Scores are cast to float32 before they are pooled, so that equal weights have equal scores
         # in every precision.
         groups = [

@@ -141,7 +141,7 @@ class FlipOut(UpdateMethod):
     def scores(self, weights, states):
         found = []
         for w, s in zip(weights, states):
-            score = divide_in_place(self._power(w), ops.add(s["flips"], 1))
+            score = divide_in_place(self._power(w), s["flips"] + 1)
             found.append(where_in_place(s["mask"], score, -1.0, out=score))
         return found
 

@@ -28,6 +28,7 @@ import keras
 from keras import ops
 
 from keras_dst import masks
+from keras_dst._backend import numbers
 from keras_dst._utils.validation import is_number
 from keras_dst.methods.base import SHORT, LayerMethod
 from keras_dst.methods.channels import ChannelNames
@@ -163,7 +164,7 @@ class OptG(LayerMethod):
             change *= ops.cast(s["rate"], change.dtype)
             change += s["anchor"]
             scores.append(change)
-        rate = ops.maximum(now.sparsity / max(self._final, 1e-9), _SLOWEST)
+        rate = numbers.at_least(now.sparsity / max(self._final, 1e-9), _SLOWEST)
         return [
             {"scores": v, "rate": rate, "mask": mask}
             for v, mask in zip(scores, self.rank(scores, layouts, kept))

@@ -25,7 +25,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_dst._backend import random
+from keras_dst._backend import numbers, random
 from keras_dst._backend.jit import where_in_place
 from keras_dst._utils.validation import check_integer, is_number
 from keras_dst.masks import Pattern
@@ -240,7 +240,7 @@ class SET(UpdateMethod):
             done = ops.cast(now.step, "float32") / self.stop_step
         else:
             done = now.progress / self._stop
-        return self.drop_fraction / 2 * (1 + ops.cos(math.pi * ops.minimum(done, 1.0)))
+        return self.drop_fraction / 2 * (1 + ops.cos(math.pi * numbers.at_most(done, 1.0)))
 
 
 def rank_first(masks, scores):
