@@ -1,5 +1,6 @@
 """Tests of masks against NumPy: step function, patterns, rankings, equal bits on all backends."""
 
+import contextlib
 import functools
 import math
 import warnings
@@ -422,6 +423,21 @@ def test_top_k_that_starts_from_a_sample(scores, kept, expected, monkeypatch):
 def test_top_k_in_eager_mode():
     found = masks.top_k([tensor([0.1, 0.3]), tensor([0.2])], 2)
     assert_equal([ops.convert_to_numpy(mask) for mask in found], [[False, True], [True]])
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="torch.export is PyTorch's")
+def test_a_ranking_after_an_export_of_the_same_shape():
+    import torch
+
+    class TopK(torch.nn.Module):
+        def forward(self, scores):
+            return masks.top_k([scores], 5)[0]
+
+    scores = torch.arange(24.0).reshape(4, 6)
+    with contextlib.suppress(Exception):  # Some versions of PyTorch cannot export a ranking.
+        torch.export.export(TopK(), (scores,))
+    (mask,) = masks.top_k([scores], 5)
+    np.testing.assert_array_equal(mask, scores >= 19)
 
 
 @pytest.mark.skipif(not COMPILES, reason="only JAX and TensorFlow trace functions")

@@ -100,9 +100,9 @@ class Scores:
         self.together = together
         lengths = [math.prod(s.shape) for s in scores]
         self.count = sum(lengths)
-        if keras.backend.backend() == "torch":
+        if _is_plain(scores[0]):
             found = _kept_on(str(scores[0].device), tuple(lengths), together)
-        else:  # Each trace on JAX and TensorFlow needs its own constants.
+        else:  # Each trace needs its own constants.
             found = _arranged(lengths, together)
         self.lengths, self.bundles = found
         scores = [ops.cast(s, "float32") for s in scores]
@@ -156,6 +156,16 @@ class Scores:
                 for b, v in zip(self.bundles, values)
             ]
         )
+
+
+def _is_plain(tensor):
+    """Return whether a tensor is a torch tensor with values, outside of any trace or export."""
+    if keras.backend.backend() != "torch":
+        return False
+    import torch
+
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+    return plain and not torch.is_inference_mode_enabled() and not torch.compiler.is_compiling()
 
 
 def _arranged(lengths, together):
