@@ -19,8 +19,8 @@ Tensor = Any
 def placed_like(variable) -> Iterator[None]:
     """Place variables that are created within this context on the devices of `variable`.
 
-    Variables with the shape of `variable` are sharded like `variable`. All devices hold a copy of
-    variables with other shapes.
+    Variables with the shape of `variable` are sharded like `variable`. Variables with other shapes
+    are replicated: every device holds a full copy.
     """
     backend = keras.backend.backend()
     if backend == "tensorflow":
@@ -75,10 +75,10 @@ def counter_dtype(variable, dtype: str) -> str:
 
 
 def sum_over_replicas(gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], int]:
-    """Sum each gradient over all replicas. Return the sums and the number of replicas.
+    """Return the gradients, each summed over all replicas, and the number of replicas.
 
-    Only under `tf.distribute`, an optimizer receives separate gradients for each replica. JAX runs
-    one program for all devices, and torch's DistributedDataParallel sums the gradients before the
+    Only `tf.distribute` passes separate gradients for each replica to an optimizer. JAX runs one
+    program for all devices, and torch's DistributedDataParallel sums the gradients before the
     optimizer step.
     """
     if keras.backend.backend() == "tensorflow":

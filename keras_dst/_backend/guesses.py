@@ -1,10 +1,11 @@
-"""Guess branches, so that a mask update on PyTorch waits for its GPU only once.
+"""Guess the values of conditions, so that a mask update on PyTorch waits for its GPU only once.
 
-A branch that depends on values on a GPU makes the host wait for all earlier operations. A mask
-update on PyTorch therefore guesses which branch is right, runs it without waiting, and records the
-condition. After the update, the host reads all recorded conditions together, to check the guesses.
-If a guess was wrong, the update runs again, with corrected guesses or without guesses. JAX and
-TensorFlow evaluate conditions on the GPU, so keras_dst guesses no branches there.
+An `if` on a value that a GPU computes makes the host wait for all earlier operations. A mask update
+on PyTorch therefore guesses the value of each condition, runs the matching branch without waiting,
+and records the condition. After the update, the host reads all recorded conditions together and
+compares the conditions with the guesses. After a wrong guess, the whole update runs again, with
+corrected guesses or without guesses. JAX and TensorFlow evaluate conditions on the GPU, so
+keras_dst does not guess conditions there.
 """
 
 import functools
@@ -21,13 +22,13 @@ Tensor = Any
 
 
 class _Guesses:
-    """Guesses of conditions that a function made during one call.
+    """Conditions whose values a function has guessed during one call.
 
     Attributes:
-        conditions: Boolean scalars on the GPU. All of them are true if all guesses were right.
-        branches: For each guessed branch, the index of its condition in `conditions`.
-        rare: Positions in `branches`. At these branches, the function guesses the rare case,
-            because the rare case was right in the previous call.
+        conditions: Boolean scalars on the GPU. If all guesses were right, all scalars are true.
+        branches: For each call of `cond`, the index of its condition in `conditions`.
+        rare: Calls of `cond` that take their rare branch, because the rare branch was right in the
+            previous call of the function. Each number is an index in `branches`.
     """
 
     def __init__(self, rare: set[int]):
@@ -40,7 +41,7 @@ _current: ContextVar[_Guesses | None] = ContextVar("guesses", default=None)
 
 
 def with_guesses(update: Callable) -> Callable:
-    """Wrap a function of tensors, so that it guesses branches and runs again after a wrong guess.
+    """Wrap a function of tensors, so that it guesses conditions and runs again after a wrong guess.
 
     The function guesses that each condition has the same value as in the previous call.
     """
@@ -60,10 +61,10 @@ def with_guesses(update: Callable) -> Callable:
             right = ops.convert_to_numpy(ops.stack(guesses.conditions))
             if right.all():
                 return found
-            found = None  # Free the results that were computed with the wrong guess.
+            found = None  # Free the results of the wrong guess.
             wrong = {n for n, i in enumerate(guesses.branches) if not right[i]}
             if len(wrong) < len(right) - right.sum():
-                break  # `add` recorded a wrong guess, which has no other branch to try.
+                break  # The condition of an `add` was false, and `add` has no other branch.
             rare.symmetric_difference_update(wrong)
         return update(*args)
 
@@ -71,7 +72,7 @@ def with_guesses(update: Callable) -> Callable:
 
 
 def are_allowed(tensor: Tensor) -> bool:
-    """Return whether branches that depend on a tensor may be guessed. The function does not read
+    """Return whether conditions that depend on a tensor may be guessed. The function does not read
     the values of the tensor."""
     return (
         keras.backend.backend() == "torch"
@@ -81,7 +82,7 @@ def are_allowed(tensor: Tensor) -> bool:
 
 
 def add(condition: Tensor) -> None:
-    """Record the guess that a boolean scalar is true."""
+    """Guess that a boolean scalar is true, and record the scalar for a later check."""
     guesses = _current.get()
     if guesses is None:
         raise RuntimeError(
@@ -91,8 +92,8 @@ def add(condition: Tensor) -> None:
 
 
 def cond(condition: Tensor, usual: Callable, rare: Callable) -> Any:
-    """Return `ops.cond(condition, usual, rare)`. If guesses are allowed, guess the branch instead
-    of waiting for `condition`."""
+    """Return `ops.cond(condition, usual, rare)`. If guesses are allowed, guess the value of
+    `condition` instead of waiting for it."""
     guesses = _current.get()
     if guesses is None or not are_allowed(condition):
         return ops.cond(condition, usual, rare)

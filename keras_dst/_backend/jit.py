@@ -11,8 +11,8 @@ from keras_dst._backend.guesses import with_guesses
 
 
 def jit(fn):
-    """Return `fn`, compiled by XLA on JAX or as a TensorFlow graph. On torch, return `fn` with
-    guessed branches (see `guesses.py`).
+    """Return `fn`, compiled by XLA on JAX or as a TensorFlow graph. On torch, return a function
+    that guesses the conditions in `fn` (see `guesses.py`).
 
     Without compilation, JAX would trace every mask update again, and TensorFlow would run every
     operation separately.
@@ -55,7 +55,7 @@ def traced_once(fn, scores, kept, *constants):
     return _shared(fn, constants, shapes, kept.ndim, devices.on_accelerator(kept))(scores, kept)
 
 
-@functools.lru_cache(maxsize=64)  # Free old traces, because traces need memory.
+@functools.lru_cache(maxsize=64)  # The limit frees old traces, which need memory.
 def _shared(fn, constants, *signature):
     return jit(lambda scores, kept: fn([*scores], kept, *constants))
 
@@ -112,7 +112,7 @@ def masked(w, mask):
     if bits is None:
         return torch.where(mask, w, 0)
     if not (w.requires_grad and torch.is_grad_enabled()):
-        return (w.view(bits) * mask).view(w.dtype)  # A custom gradient costs ten times as much.
+        return (w.view(bits) * mask).view(w.dtype)  # Ten times as fast as `ops.custom_gradient`.
 
     @ops.custom_gradient
     def product(w):
@@ -127,8 +127,8 @@ def masked(w, mask):
 def limit_gradient(gradient, mask, limit):
     """Compute `masks.limit_gradient` on torch, with faster operations than Keras has.
 
-    The sum of the signs counts the entries that are not 0. The maximum of bytes is faster than the
-    function `any` of booleans, and two bounds one after the other are faster than `clip`.
+    The sum of the signs counts the squares that are not 0. On torch, the maximum of bytes is faster
+    than `any` of booleans, and `minimum` followed by `maximum` is faster than `clip`.
     """
     import torch
 
@@ -157,7 +157,7 @@ def _integers_of_size(size: int):
 
 
 def separate_buffer(value):
-    """Return a tensor with the same values that a second variable can store.
+    """Return a tensor with the same values that can be assigned to a second variable.
 
     On JAX, an assigned tensor becomes the buffer of the variable, and two variables must not share
     one buffer.
@@ -181,7 +181,7 @@ def where_in_place(mask, x1, x2, out):
         return ops.where(mask, x1, x2)
     import torch
 
-    # Write a number on the device with `torch.full`, because the host would wait for a copy.
+    # Create numbers on the device with `torch.full`. The host would wait for a copy of a number.
     x1, x2 = (
         x.to(out.dtype)
         if torch.is_tensor(x)
@@ -216,8 +216,8 @@ def count_true(mask):
 
 
 def true_positions(mask, limit: int):
-    """Return the positions of the first `limit` true entries of a torch tensor. If there are fewer,
-    the result is filled up with -1.
+    """Return the positions of the first `limit` true entries of a torch tensor. If the tensor has
+    fewer true entries, the rest of the result is -1.
 
     The result always has the length `limit`, so the host does not wait for a GPU.
     """
@@ -249,11 +249,11 @@ def remove_true(mask, other):
 
 
 def add_true(mask, positions, flags) -> None:
-    """Set the entries of a boolean torch tensor to true, in place, at the positions whose flag is
-    true.
+    """Set entries of a boolean torch tensor to true, in place. Entry i of `flags` states whether to
+    set the entry at `positions[i]`.
 
-    Before the call, `mask` must be false at all positions. A position may occur several times, but
-    at most one flag of the position may be true.
+    Before the call, `mask` must be false at all positions in `positions`. A position may occur
+    several times in `positions`, but at most one of its flags may be true.
     """
     import torch
 

@@ -32,13 +32,14 @@ def glibc():
 
 
 def keep_freed_memory() -> None:
-    """Let the process keep the memory that it frees. Do nothing if `glibc()` returns None."""
+    """Let the process keep the memory that it frees. If `glibc()` returns None, the function has no
+    effect."""
     _set(mmap=_LARGEST, trim=_LARGEST)
 
 
 def return_freed_memory() -> None:
     """Return free memory to the system now, and allow glibc to return large blocks from now on."""
-    # These thresholds are the largest that glibc sets without calls of `mallopt`.
+    # Without calls of `mallopt`, glibc raises its two thresholds to at most these values.
     _set(mmap=32 * _MIB, trim=64 * _MIB)
     if glibc():
         glibc().malloc_trim(0)

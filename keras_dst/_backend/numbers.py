@@ -9,7 +9,7 @@ from keras import ops
 
 
 def where(condition, x1, x2):
-    """Return `ops.where(condition, x1, x2)`, in which `x1` or `x2` is a number."""
+    """Return `ops.where(condition, x1, x2)`. At least one of `x1` and `x2` is a Python number."""
     if keras.backend.backend() == "torch":
         import torch
 
@@ -18,15 +18,15 @@ def where(condition, x1, x2):
 
 
 def clip(x, low, high):
-    """Return `ops.clip(x, low, high)` for two numbers."""
+    """Return `ops.clip(x, low, high)` for the Python numbers `low` and `high`."""
     return x.clamp(low, high) if keras.backend.backend() == "torch" else ops.clip(x, low, high)
 
 
 def at_least(x, low):
-    """Return `ops.maximum(x, low)` for a number."""
+    """Return `ops.maximum(x, low)` for the Python number `low`."""
     return x.clamp(min=low) if keras.backend.backend() == "torch" else ops.maximum(x, low)
 
 
 def at_most(x, high):
-    """Return `ops.minimum(x, high)` for a number."""
+    """Return `ops.minimum(x, high)` for the Python number `high`."""
     return x.clamp(max=high) if keras.backend.backend() == "torch" else ops.minimum(x, high)

@@ -1,8 +1,8 @@
-"""Random numbers that depend only on the seed, the step, the tensor and the position.
+"""Random numbers that depend only on the seed, the training step, the tensor and the position.
 
-Replicas, resumed training runs and the three backends draw the same numbers. The numbers are a hash
-of (seed, step, index of the tensor, position) in int32 arithmetic, which overflows in the same way
-on all backends.
+Replicas, resumed training runs and the three backends therefore draw the same numbers. Each number
+is a hash of (seed, step, index of the tensor, position in the tensor) in int32 arithmetic, which
+overflows in the same way on all backends.
 """
 
 import functools
@@ -19,8 +19,8 @@ from keras_dst._backend.rows import bundles
 
 Tensor = Any
 
-_SIZE = 1 << 20  # Number of entries in the table of normally distributed numbers.
-_NARROW, _WIDE = 1 << 8, 1 << 13  # Smallest and largest width of the table's rows.
+_SIZE = 1 << 20  # Number of entries in the table of normal random numbers.
+_NARROW, _WIDE = 1 << 8, 1 << 13  # Smallest and largest number of entries in a table row.
 
 
 def bits(*numbers: Tensor) -> Tensor:
@@ -46,8 +46,8 @@ def _shifted(x, by):
 
 
 def uniform(shape: Sequence[int], *numbers: Tensor) -> Tensor:
-    """Return float32 random numbers from a uniform distribution in [0, 1). Each number is a hash of
-    `numbers` and its position.
+    """Return float32 random numbers from a uniform distribution in [0, 1). Each random number is a
+    hash of the arguments `numbers` and of its position in the result.
 
     Args:
         shape: Shape of the result.
@@ -65,15 +65,14 @@ def uniform(shape: Sequence[int], *numbers: Tensor) -> Tensor:
 def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Tensor]:
     """Return float32 random numbers from a normal distribution, which differ from step to step.
 
-    The numbers are rows of a table, chosen at random. The table has about a million entries.
-    Copying rows is faster than computing random numbers. For a large tensor, the rows of the table
-    and the rows of the tensor have the same width. A table with wide rows has few rows. If the rows
-    are wide, the table therefore contains each row with both signs, so that the mean noise of every
-    weight is 0.
+    The function copies randomly chosen rows of a table with about a million random numbers. Copying
+    rows is faster than computing random numbers. For a large tensor, the table has rows of the same
+    width as the tensor, and therefore only a few rows. The table then contains each row with both
+    signs, so that the mean of the noise is 0 for every weight.
 
     Args:
         shapes: Shapes of the results.
-        seed: Seed of the numbers in the table and of the random choice of its rows.
+        seed: Seed of the random numbers in the table, and of the random choice of rows.
         step: Number of the step, an int32 scalar.
 
     Example:
@@ -85,15 +84,15 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
     # copied.
     for members in bundles([math.prod(shape) for shape in shapes]):
         alone = len(members) == 1
-        # If the rows of the table and the rows of the tensor have the same width, XLA copies whole
-        # rows. If the rows have different widths, XLA copies each entry separately.
+        # XLA copies whole rows only if the rows of the table are as wide as the rows of the tensor.
+        # Otherwise, XLA copies each number separately.
         width = _width(shapes[members[0]]) if alone else _NARROW
         numbers = ops.reshape(table(alone), (-1, 1 << (width - 1).bit_length()))
         sizes = [math.prod(shapes[i]) for i in members]
         rows = [-(-size // width) for size in sizes]
         position = np.concatenate([np.arange(n) for n in rows])
-        # Gather the rows. Under TensorFlow, XLA would recompile slices at random positions in every
-        # step.
+        # Copy the rows with `take`. On TensorFlow, slices at random positions would make XLA
+        # compile again in every step.
         chosen = bits(seed, step, np.repeat(members, rows), position)
         chosen = ops.bitwise_and(chosen, numbers.shape[0] - 1)
         drawn = ops.take(numbers[:, :width], chosen, axis=0)
@@ -105,15 +104,15 @@ def normal(shapes: Sequence[Sequence[int]], seed: int, step: Tensor) -> list[Ten
 
 
 def _width(shape: Sequence[int]) -> int:
-    """Return the width of the table's rows, a number from `_NARROW` to `_WIDE`. If possible, the
-    width divides the size of the tensor."""
+    """Return the number of entries in a row of the table, from `_NARROW` to `_WIDE`. If possible,
+    the size of the tensor is a multiple of this number."""
     widths = itertools.accumulate(reversed(tuple(shape)), operator.mul)
     return next((width for width in widths if _NARROW <= width <= _WIDE), _NARROW)
 
 
 @functools.lru_cache(maxsize=4)
 def _table(seed: int, mirrored: bool) -> np.ndarray:
-    """Return normal random numbers.
+    """Return the table of normal random numbers, as a vector.
 
     If `mirrored` is True, the second half of the table is the first half with opposite signs.
     """

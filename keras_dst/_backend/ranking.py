@@ -1,17 +1,18 @@
 """Top-k selection without a sort. The module `masks` exports the functions `top_k` and `kth`.
 
-The scores of large tensors are not copied. Each tensor is viewed as a matrix whose rows have 1024
-scores. The rows of several small tensors are joined into a bundle (see `rows.py`). The threshold is
-found by a search: every step counts, in each row, the scores above a candidate threshold. In a
-large model, counting scores above thresholds takes nearly all the time of a mask update.
+Each tensor of scores is viewed as a matrix with 1024 scores in each row. Large tensors are not
+copied. Several small tensors are joined into one matrix, a bundle (see `rows.py`). A search finds
+the threshold that exactly `kept` scores exceed. Each step of the search counts the scores above a
+candidate threshold, row by row. In a large model, this counting takes nearly all the time of a mask
+update.
 
-On a CPU, 256 rows (a slab) are counted at a time, so that temporary values fit into the cache. On
-an accelerator, the scores in all rows are counted at once, because a loop over slabs would launch
-thousands of small kernels. JAX fuses several counts into one pass over the scores, so each search
-step on JAX tries several candidate thresholds. PyTorch would launch tens of kernels for each search
-step and then wait for the GPU. On PyTorch, `selection.py` therefore usually selects the scores
-without a search. All backends return the same masks, whether they search for the threshold or
-select the scores.
+On a CPU, the scores of 256 rows (a slab) are counted at once, so that temporary values fit into the
+cache. On an accelerator, the scores in all rows are counted at once, because a loop over slabs
+would launch thousands of small kernels. JAX fuses several counts into one pass over the scores, so
+each search step on JAX tries several candidate thresholds. PyTorch would launch tens of kernels for
+each search step and then wait for the GPU. On PyTorch, `selection.py` therefore usually selects the
+scores without a search. All backends return the same masks, whether they search for the threshold
+or select the scores.
 """
 
 import math
@@ -29,16 +30,16 @@ from keras_dst._utils.validation import check_integer, is_integer
 
 Tensor = Any
 
-# Largest number of steps in the search for a threshold. The search stops earlier if two thresholds
-# are adjacent floats.
+# Largest number of steps in the search for a threshold. The search stops earlier if the lower and
+# the upper threshold are adjacent floats.
 _MAX_STEPS = 900
 _SLAB_ROWS = 1 << 8  # Number of rows whose scores are counted at once on a CPU.
-# Number of sections into which a search step divides the range of the threshold. XLA reads the
-# scores once to count the scores above every boundary between two sections.
+# A search step divides the range between the lower and the upper threshold into this number of
+# sections. XLA counts the scores above all boundaries between sections in one pass over the scores.
 _SECTIONS = 8
-# If there are at least this many scores, a sample of them gives the first candidate thresholds.
+# From this number of scores on, a sample of the scores gives the first two candidate thresholds.
 _SAMPLE_FROM = 1 << 22
-_SAMPLE_STRIDES = (32, 25)  # The sample has every 32nd row and every 25th column.
+_SAMPLE_STRIDES = (32, 25)  # The sample takes every 32nd row and every 25th column of a matrix.
 
 
 def top_k(
@@ -61,9 +62,9 @@ def top_k(
             blocks (see `Pattern.sizes`). Groups with higher scores are kept first, as long as the
             kept groups contain at most `kept` weights. Defaults to None, which means that every
             score stands for one weight.
-        first: For each tensor, the number of entries that are always kept: the entries of the
-            tensor with the highest scores. `kept` must be large enough for all entries that are
-            always kept. Defaults to None, which means 0.
+        first: For each tensor, a number of entries that are kept even if other tensors have higher
+            scores. The entries with the highest scores of the tensor are chosen. `kept` must be
+            large enough for all these entries. Defaults to None, which means 0 for every tensor.
 
     Returns:
         A list of boolean tensors, one per tensor of scores.
@@ -154,25 +155,27 @@ def _check_groups(shapes, sizes, first) -> None:
 
 
 class _Ranking(Scores):
-    """Ranking of all tensors together, or of each tensor separately, by a search for thresholds.
+    """Search for the thresholds that the highest scores exceed, for all tensors together or for
+    each tensor separately.
 
-    A comparison treats infinite and NaN scores as finite scores, but the stored scores do not
-    change.
+    Comparisons treat infinite and NaN scores as finite scores (see `top_k`). The stored scores do
+    not change.
     """
 
     def __init__(self, scores, together, sizes=None, first=None):
         super().__init__(scores, together)
         self.at_once = devices.on_accelerator(self.scores[0])
         self.least, self.most, self.peaks = self._extremes()
-        # Number of weights in the group of each entry, or None if every entry is one weight.
+        # Number of weights that each score stands for, or None if every score stands for one
+        # weight.
         self.weights, self.total = [None] * len(self.bundles), self.lengths
         if sizes is not None and any(np.any(n != 1) for n in sizes):
             ones = [ops.convert_to_tensor(n, "int32") for n in sizes]
             self.weights = [b.join(ones, 0) for b in self.bundles]
             totals = [int(n.sum()) for n in sizes]
             self.total = ops.convert_to_tensor([sum(totals)] if together else totals, "int32")
-        # If each tensor is ranked separately, the argument `first` has no effect, because each
-        # ranking keeps the highest scores of its tensor anyway.
+        # If each tensor has its own threshold, the argument `first` has no effect, because the
+        # highest scores of each tensor are kept anyway.
         self.first: Sequence[int] = []
         self.first_weights = None
         if together and first is not None:
@@ -187,7 +190,7 @@ class _Ranking(Scores):
 
     def _extremes(self):
         """Return the smallest and the largest finite score of every ranking, and the largest score
-        of every row."""
+        in every row of the matrices."""
         floors = [
             self._by_row(_least, "float32", s, b.left) for b, s in zip(self.bundles, self.scores)
         ]
@@ -232,8 +235,8 @@ class _Ranking(Scores):
         )
 
     def first_entries(self):
-        """Return the entries of every tensor that are always kept, as arguments `first` of
-        `_with_first`."""
+        """Return the entries that the argument `first` of `top_k` always keeps, as one argument of
+        `_with_first` per bundle of tensors."""
         if max(self.first) > 1:
             flat = self.split(self.scores)
             each = _Ranking(flat, together=False)
@@ -267,12 +270,13 @@ class _Ranking(Scores):
             end = ops.where(some_fit, self._last_ties(low, high, firsts, room), end)
             return [self._with_ties(b, s, low, high, end, first) for b, s, first in bundles]
 
-        # Both branches of `ops.cond` return the masks of all tensors. With one condition per
-        # tensor, XLA would compile the branches once per tensor.
+        # Call `ops.cond` once for the masks of all tensors. With one call per tensor, XLA would
+        # compile both branches once per tensor.
         return ops.cond(ops.any(some_fit), some, none_or_all)
 
     def _with_ties(self, b, s, low, high, end, first):
-        """Return a mask of the scores above `high` and of the tied scores before position `end`."""
+        """Return a mask of the scores above `high`, and of the scores between `low` and `high` at
+        positions before `end`."""
         tied = self._above(b, s, low) & first_columns(self.to_rows(b, end) - b.start)
         return _with_first(self._above(b, s, high) | tied, first)
 
@@ -281,11 +285,11 @@ class _Ranking(Scores):
         above each threshold.
 
         `above` is the number of weights whose score exceeds `high`, and `below` is the number of
-        weights whose score exceeds `low`. In every step of a search, `above <= kept < below` is
-        true.
+        weights whose score exceeds `low`. In every step of the search, `above <= kept < below`
+        holds.
 
         Args:
-            kept: Number of weights to keep, per ranking.
+            kept: Vector with the number of weights to keep for each ranking.
         """
         gap = ops.maximum(ops.abs(self.least), 1e-30)
         # Many scores may be equal to the smallest score, for example the scores of pruned weights.
@@ -315,12 +319,14 @@ class _Ranking(Scores):
 
         The method interpolates the number of weights above a threshold linearly between the lower
         and the upper threshold. The next candidate is the threshold at which the interpolated
-        number equals `kept` (false position). If the lower or the upper threshold has not moved for
-        two steps, the difference between its count and `kept` is halved (Illinois variant). Every
-        third step tries the midpoint of the two thresholds, which limits the number of steps for
-        any distribution of scores.
+        number equals `kept` (false position). If one of the two thresholds has not moved for two
+        steps, the interpolation halves the difference between `kept` and the number of weights
+        above this threshold (Illinois variant). Every third step tries the midpoint between the
+        lower and the upper threshold, which limits the number of steps for any distribution of
+        scores.
 
-        Source: M. Dowell and P. Jarratt, BIT 11 (1971), Illinois variant of false position.
+        The Illinois variant is analyzed in M. Dowell and P. Jarratt, "A modified regula falsi
+        method for computing the root of an equation", BIT 11 (1971).
         """
 
         def open_(low, high, below, above, *_):
@@ -374,11 +380,12 @@ class _Ranking(Scores):
         """Search for the thresholds. Each search step tries several candidate thresholds per
         ranking.
 
-        XLA reads the scores once per step to count the scores above every candidate threshold.
+        XLA counts the scores above all candidate thresholds of a step in one pass over the scores.
 
         The candidate thresholds divide the range between the lower and the upper threshold into
-        sections of equal width. One candidate is the exact midpoint of this range, so the search
-        ends for any distribution of scores. Another candidate is 0, because many scores are 0.
+        sections of equal width. One candidate threshold is the exact midpoint between the lower and
+        the upper threshold, so the search ends for any distribution of scores. Another candidate
+        threshold is 0, because many scores are 0.
         """
 
         def narrow(low, high, below, above):
@@ -408,8 +415,8 @@ class _Ranking(Scores):
         )
 
     def _sample_bounds(self, kept):
-        """Return two scores of a sample. The threshold for all tensors together probably lies
-        between them."""
+        """Return two scores between which the threshold for all tensors together probably lies. The
+        two scores are taken from a random sample of all scores."""
         row_stride, column_stride = _SAMPLE_STRIDES
         rows = [s[::row_stride, column_stride // 2 :: column_stride] for s in self.scores]
         sample = ops.sort(ops.concatenate([ops.reshape(r, (-1,)) for r in rows]))
@@ -420,14 +427,15 @@ class _Ranking(Scores):
         return [ops.take(sample, ops.cast(end, "int32")) for end in ends]
 
     def _last_ties(self, low, high, firsts, room):
-        """Return, for every ranking, the position after the last tied entry that is kept.
+        """Return, for every ranking, the position after the last kept entry among the entries with
+        tied scores.
 
         Args:
             low: Lower threshold. Scores between `low` and `high` count as tied.
             high: Upper threshold.
-            firsts: For each bundle, the argument `first` of `_with_first`: the entries that are
-                always kept, or None.
-            room: Number of tied weights that are kept.
+            firsts: For each bundle, the entries that are always kept, as an argument of
+                `_with_first`.
+            room: For each ranking, the number of weights with tied scores to keep.
         """
         found, offset = [], 0
         for b, s, weights, first in zip(self.bundles, self.scores, self.weights, firsts):
@@ -443,8 +451,8 @@ class _Ranking(Scores):
                 before = before - ops.take(ops.take(before, first_rows), b.local)
                 space = ops.take(room, b.tensor)
             first_rows, sizes = (ops.convert_to_tensor(n, "int32") for n in (first_rows, sizes))
-            # Find the row that contains the last tied entry to keep, and the number of entries to
-            # keep in this row.
+            # Find the matrix row with the last tied entry to keep, and the number of tied entries
+            # to keep in this row.
             full = ops.cast(before + counts <= space, "int32")
             full = ops.sum(full[None] if self.together else ops.where(b.owner, full, 0), axis=1)
             row = first_rows + ops.minimum(full, sizes - 1)
@@ -459,8 +467,8 @@ class _Ranking(Scores):
         return ops.min(places, keepdims=True) if self.together else places
 
     def _between(self, b, s, low, above):
-        """Return a mask of the scores in a bundle that exceed `low` but are not marked in the mask
-        `above`."""
+        """Return a mask of the scores in a bundle that exceed `low` and for which the mask `above`
+        is False."""
         between = self._above(b, s, low) & ~above
         return between if b.left is None else between & first_columns(b.left)
 
@@ -473,24 +481,24 @@ class _Ranking(Scores):
         return (s > self.to_rows(b, self._finite_cut(thresholds))) | everything
 
     def _finite_cut(self, thresholds):
-        """Return the thresholds. Replace a threshold by infinity if the threshold is at least the
-        largest finite score."""
+        """Return the thresholds, with infinity in place of thresholds that are at least the largest
+        finite score."""
         return ops.where(thresholds < self.most, thresholds, np.inf)
 
     def _count_above(self, thresholds):
         """Return how many weights of each ranking are kept: weights with scores above the
         threshold, and weights that are always kept."""
         count = self._count_scores(thresholds)
-        # In each tensor, one of two sets contains the other: the entries above the threshold, and
-        # the entries that are always kept. The union of both sets therefore has as many entries as
-        # the larger set.
+        # In each tensor, the entries above the threshold and the entries that are always kept are
+        # the entries with the highest scores. The union of these two sets therefore has as many
+        # entries as the larger set.
         if self.first_weights is not None:
             count = ops.sum(ops.maximum(count, self.first_weights))[None]
         return ops.where(thresholds < self.least, self.total, count)
 
     def _count_scores(self, thresholds):
-        """Return the number of weights whose scores exceed the threshold, per ranking or per
-        tensor."""
+        """Return the number of weights whose scores exceed the threshold. The result has one number
+        per tensor if some entries are always kept, otherwise one number per ranking."""
 
         def of_rows(s, cut, weights):
             return _count_kept(s > cut, weights)
@@ -505,11 +513,11 @@ class _Ranking(Scores):
         return self.reduce_by_tensor(counts, ops.sum, 0)
 
     def _by_row(self, reduce, dtype, *matrices):
-        """Apply a reduction to each row of the matrices, and pass other arguments unchanged.
+        """Return `reduce(*matrices)`, where `reduce` computes one value for each row of a matrix.
 
-        On a CPU, the function processes 256 rows at a time. Before XLA and TensorFlow sum a mask,
-        they write the mask to memory with four bytes per entry. A mask of 256 rows needs little
-        memory.
+        On a CPU, `reduce` receives 256 rows at a time. XLA and TensorFlow write a mask to memory,
+        with four bytes per entry, before they sum the mask. A mask of 256 rows needs little memory.
+        Arguments that are not matrices are passed to `reduce` unchanged.
         """
         rows = matrices[0].shape[0]
         slabs = rows // _SLAB_ROWS
@@ -542,14 +550,16 @@ def _sum(s, left):
 
 
 def _clipped(s, neutral):
-    """Clip scores to +-1e38, and replace scores that are not finite by `neutral`."""
+    """Clip scores to +-1e38, and replace infinite and NaN scores by `neutral`."""
     return ops.where(ops.isfinite(s), ops.clip(s, -LARGEST, LARGEST), neutral)
 
 
 def _with_first(mask, first):
     """Return a copy of the mask in which the entries that are always kept are True.
 
-    `first` is a boolean mask of these entries, or the column index of one such entry per row.
+    `first` is a boolean matrix of the entries that are always kept, or a column vector. For each
+    row of the mask, the column vector holds the column of an entry that is always kept, or -1 for
+    no entry.
     """
     if first is None:
         return mask

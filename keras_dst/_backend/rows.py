@@ -1,7 +1,7 @@
-"""Arrange tensors of scores as rows of matrices.
+"""Matrices of scores, in which every tensor fills rows of its own.
 
-Small tensors are joined into bundles, so that few operations are compiled. Large tensors are not
-copied.
+Small tensors are joined into bundles (one matrix for several tensors), so that few operations are
+compiled. Large tensors are not copied.
 """
 
 import functools
@@ -22,13 +22,13 @@ LARGEST = 1e38
 # Two scores count as tied if they differ by less than this value, because some backends flush tiny
 # differences to 0.
 SMALLEST = 2.0**-126
-ROW_WIDTH = 1 << 10  # Number of scores in a row.
+ROW_WIDTH = 1 << 10  # Number of scores in a row of a matrix.
 _BUNDLE_SIZE = 1 << 20  # Largest number of scores in a bundle of small tensors.
 
 
 class Rows:
-    """Arrangement of a bundle of tensors as rows of one matrix. Each tensor starts in a new row of
-    the matrix.
+    """Rows of a matrix that holds a bundle of tensors. Each tensor starts in a new row of the
+    matrix.
 
     Attributes:
         tensor: For each row, the index of its tensor among all tensors.
@@ -36,10 +36,10 @@ class Rows:
         owner: Boolean matrix. `owner[i, j]` is True if row j of the matrix holds entries of tensor
             i of the bundle.
         start: For each row, the position of its first entry in its tensor. If all tensors are
-            ranked together, the position in the concatenation of all tensors.
+            ranked together, positions are counted in the concatenation of all tensors.
         left: For each row, the number of entries from the start of the row to the end of its
-            tensor. None if no row needs padding.
-        first_rows: For each tensor, the index of its first row.
+            tensor. None if every row is full.
+        first_rows: For each tensor of the bundle, the index of its first row.
     """
 
     def __init__(self, members: Sequence[int], lengths: Sequence[int], starts: Sequence[int]):
@@ -64,8 +64,8 @@ class Rows:
         for i, length in zip(self.members, self.lengths):
             part = ops.reshape(tensors[i], (-1,))
             if length % ROW_WIDTH:
-                # `ops.full` would make torch read the padding value from the GPU, and the host
-                # would wait.
+                # Use `ops.pad`, because `ops.full` would make torch read the padding value from the
+                # GPU, and the host would wait.
                 part = ops.pad(part, [(0, -length % ROW_WIDTH)], constant_values=padding)
             # Reshape before the concatenation, because XLA would otherwise store both the flat
             # tensor and the matrix in memory.
@@ -83,8 +83,8 @@ class Rows:
 class Scores:
     """Scores of several tensors, which are ranked together or within each tensor.
 
-    A ranking covers all tensors together, or a single tensor. Values such as thresholds and counts
-    are vectors with one entry per ranking.
+    If `together` is True, there is a single ranking of all scores. Otherwise, each tensor has its
+    own ranking. Thresholds and counts are vectors with one entry per ranking.
 
     Attributes:
         together: True if all tensors are ranked together, False if each tensor is ranked
@@ -102,7 +102,7 @@ class Scores:
         self.count = sum(lengths)
         if _is_plain(scores[0]):
             found = _kept_on(str(scores[0].device), tuple(lengths), together)
-        else:  # Each trace needs its own constants.
+        else:  # Traced functions must not share these tensors.
             found = _arranged(lengths, together)
         self.lengths, self.bundles = found
         scores = [ops.cast(s, "float32") for s in scores]
@@ -116,7 +116,7 @@ class Scores:
         return [part for b, matrix in zip(self.bundles, matrices) for part in b.split(matrix)]
 
     def best_entries(self, peaks: Sequence[Tensor], finite=lambda s: s):
-        """For each bundle, yield the row and the column of the highest score of every tensor.
+        """For each bundle, yield the rows and the columns of the highest scores of its tensors.
 
         If several entries of a tensor have the highest score, the first entry is chosen.
 
@@ -134,14 +134,14 @@ class Scores:
             yield rows, ops.cast(ops.argmax(best, axis=1), "int32")
 
     def to_rows(self, rows, values):
-        """Return the value for each row of a bundle, from a vector with one value per ranking."""
+        """Expand a vector with one value per ranking to one value for each row of a bundle."""
         return values[0] if self.together else ops.take(values, rows.tensor)[:, None]
 
     def reduce_by_ranking(self, values, reduce, neutral):
-        """Reduce a value per row, such as a count, to a value per ranking.
+        """Reduce the values of all matrix rows, such as counts, to one value per ranking.
 
-        When the function reduces the values of one tensor, it replaces the values of all other
-        tensors by `neutral`. `neutral` must not change the result of `reduce`, for example 0 for a
+        When the function reduces the rows of one tensor, `neutral` replaces the values of all other
+        rows. `neutral` must be a value that does not change the result of `reduce`, such as 0 for a
         sum.
         """
         if self.together:
@@ -149,7 +149,7 @@ class Scores:
         return self.reduce_by_tensor(values, reduce, neutral)
 
     def reduce_by_tensor(self, values, reduce, neutral):
-        """Reduce a value per row, such as a count, to a value per tensor."""
+        """Reduce the values of all matrix rows, such as counts, to one value per tensor."""
         return ops.concatenate(
             [
                 reduce(numbers.where(b.owner, v, neutral), axis=1)
@@ -169,7 +169,8 @@ def _is_plain(tensor):
 
 
 def _arranged(lengths, together):
-    """Return the number of scores per ranking and the bundles of tensors with these lengths."""
+    """Return the number of scores in each ranking, and one `Rows` object for each bundle of
+    tensors."""
     starts = [0, *np.cumsum(lengths)[:-1].tolist()] if together else [0] * len(lengths)
     of_rankings = ops.convert_to_tensor([sum(lengths)] if together else list(lengths), "int32")
     return of_rankings, [Rows(members, lengths, starts) for members in bundles(lengths)]
@@ -177,16 +178,18 @@ def _arranged(lengths, together):
 
 @functools.lru_cache(maxsize=64)
 def _kept_on(device, lengths, together):
-    """Return `_arranged(lengths, together)`, and keep the tensors on the device for later updates.
+    """Return `_arranged(lengths, together)`, and keep the tensors of the result on the device for
+    later updates.
 
-    Otherwise, each mask update would copy the tensors to the GPU, and the host would wait.
+    Without this cache, each mask update would copy these tensors to the GPU, and the host would
+    wait.
     """
     return _arranged(lengths, together)
 
 
 def bundles(lengths: Sequence[int]) -> list[list[int]]:
-    """Group neighboring small tensors into bundles. Return a list of tensor indices for each
-    bundle."""
+    """Join consecutive small tensors into bundles. Return, for each bundle, the list of the indices
+    of its tensors."""
     found: list[list[int]] = []
     room = 0
     for i, length in enumerate(lengths):
@@ -199,10 +202,10 @@ def bundles(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def columns():
-    """Return the indices of all columns, as an int32 vector."""
+    """Return the column indices of a matrix of scores, as an int32 vector."""
     return ops.arange(ROW_WIDTH, dtype="int32")
 
 
 def first_columns(numbers):
-    """Return a boolean matrix that is True in the first `numbers` columns of each row."""
+    """Return a boolean matrix. Row i is True in its first `numbers[i]` columns."""
     return columns() < numbers

@@ -1,11 +1,11 @@
 """Selection of the highest scores on PyTorch, without waiting for the accelerator.
 
-The code draws a sample of the scores and computes two bounds per ranking, which almost certainly
-enclose the threshold. The code then copies the few scores between the bounds, and sorts the copies.
-The copies are stored in a vector of fixed length, so the host need not wait for the number of
-copied scores. The selection assumes that each threshold lies between its bounds. The host checks
-this assumption later (see `guesses.py`). If the assumption was wrong, for example because a million
-scores are equal, `ranking.py` searches for the threshold.
+A sample of the scores gives a lower and an upper bound for each threshold. The threshold almost
+certainly lies between the two bounds. The few scores between the bounds are copied and sorted. The
+vector of copies has a fixed length, so the host need not wait for the number of copied scores. The
+selection assumes that each threshold lies between its bounds, and the host checks later whether
+this is true (see `guesses.py`). If it is not true, for example because a million scores are equal,
+`ranking.py` searches for the threshold.
 """
 
 import math
@@ -28,8 +28,8 @@ _SORTED = 1 << 20  # If there are at most this many scores, all scores are sorte
 _STRIDE = 61  # Every 61st score is in the sample. 61 is a prime, so all columns are sampled alike.
 _DEVIATIONS = 5  # Distance between a bound and the expected threshold, in standard deviations.
 # If all tensors are ranked together, most scores between the bounds may belong to a few tensors.
-# Each bundle may therefore hold up to `_CONCENTRATION` times its proportional share of the scores
-# between the bounds.
+# The vector of copies therefore has room for up to `_CONCENTRATION` times the proportional share of
+# each bundle.
 _CONCENTRATION = 16
 
 
@@ -51,11 +51,11 @@ def top_k(scores: Scores, kept, first=None):
     Args:
         scores: Scores of all tensors.
         kept: Int32 vector with the number of scores to keep for each ranking.
-        first: For each tensor, the number of entries that are always kept: the entries of the
-            tensor with the highest scores. Defaults to None, which means 0.
+        first: For each tensor, a number of entries that are kept even if other tensors have higher
+            scores (see `ranking.top_k`). Defaults to None, which means 0 for every tensor.
     """
     if first is not None and max(first) > 1:
-        # Replace the scores of the entries that are always kept by a score above all other scores.
+        # Give the entries that are always kept a score above all other scores.
         each = Scores(scores.split(scores.scores), together=False)
         best = top_k(each, ops.convert_to_tensor(first, "int32"))
         scores.scores = [
@@ -102,8 +102,8 @@ def kth(scores: Scores, kept):
 
 
 def _peaks(scores: Scores):
-    """Return the largest score of every row. Record the guess that no score is NaN or above
-    `LARGEST`."""
+    """Return the largest score in every row of the matrices. Guess that no score is NaN or above
+    `LARGEST` (see `guesses.py`)."""
     peaks = [ops.max(s, axis=1) for s in scores.scores]
     guesses.add(ops.all(ops.stack([ops.all(peak <= LARGEST) for peak in peaks])))
     return peaks
@@ -118,9 +118,10 @@ def _is_finite(scores: Scores, low, above, between):
 
 
 def _bounds(scores: Scores, kept):
-    """Return two bounds per ranking that enclose the threshold with high probability."""
+    """Return a lower and an upper bound per ranking. With high probability, the threshold lies
+    between the two bounds."""
     if scores.count <= _SORTED:
-        # `ops.full` would make the host wait for the GPU.
+        # Add the bounds to zeros, because `ops.full` would make the host wait for the GPU.
         return [ops.zeros(kept.shape, "float32") + end for end in (-np.inf, np.inf)]
     sample = ops.concatenate([ops.reshape(s, (-1,))[::_STRIDE] for s in scores.scores])
     sample = -ops.sort(-sample) if scores.together else sample
@@ -159,20 +160,20 @@ def _bounds(scores: Scores, kept):
 
 
 def _by_tensor(order, tensor):
-    """Sort the positions in `order` by the tensor to which they belong. Positions in the same
-    tensor keep their order."""
+    """Sort the positions in `order` by tensor: first all positions in the first tensor, and so on.
+    Within each tensor, the order of the positions does not change."""
     return gather(order, ops.argsort(gather(tensor, order)))
 
 
 def _limits(scores: Scores) -> list[int]:
-    """Return, for each bundle, the maximum number of scores that are copied because they lie
-    between the bounds."""
+    """Return, for each bundle, the maximum number of scores that are copied."""
     if scores.count <= _SORTED:
         return [b.tensor.shape[0] * ROW_WIDTH for b in scores.bundles]
 
     def limit(length, total):
-        # The bounds are 2 * `_DEVIATIONS` standard deviations apart. A standard deviation is at
-        # most sqrt(size of the sample) / 2.
+        # In the sorted sample, the positions of the two bounds are 2 * `_DEVIATIONS` standard
+        # deviations apart. The standard deviation of a position is at most sqrt(size of the sample)
+        # / 2.
         share = _DEVIATIONS / math.sqrt(total / _STRIDE)
         most = share * min(1.5 * total, _CONCENTRATION * length)
         return min(length, math.ceil(most) + 32 * _DEVIATIONS * _STRIDE)
@@ -183,19 +184,21 @@ def _limits(scores: Scores) -> list[int]:
 
 
 class _Between:
-    """The scores between the lower and the upper bound of each ranking, sorted.
+    """Sorted copies of the scores between the lower and the upper bound of each ranking.
 
     Attributes:
-        values: The scores of the first ranking in descending order, then of the second ranking, and
-            so on. Unused entries follow at the end.
-        ranks: For each score in `values`, its rank among all scores of the same ranking, counted
-            from 0.
+        values: Vector of the copied scores: first the scores of the first ranking in descending
+            order, then the scores of the second ranking, and so on. The vector ends with unused
+            entries.
+        ranks: For each score in `values`, its rank among the copied scores of the same ranking,
+            counted from 0.
         first: For each ranking, the index of its first score in `values`.
         counts: For each ranking, the number of its scores in `values`.
     """
 
     def __init__(self, scores: Scores, low, above):
-        """Find the scores above `low` that are not marked in the masks `above`, and sort them."""
+        """Find the scores above `low` for which the masks `above` are False, and sort these
+        scores."""
         self.scores = scores
         self.places, used, values, tensor = [], [], [], []
         number = scores.lengths.shape[0]
@@ -233,8 +236,8 @@ class _Between:
         self._order, self.values = order, gather(values, order)
 
     def of_ranking(self, values):
-        """Return the value for each sorted score, from a vector with one value per ranking. Unused
-        entries get 0."""
+        """Expand a vector with one value per ranking to one value for each score in `values`.
+        Unused entries get 0."""
         if self._ranking is None:
             return values
         return gather(ops.append(values, ops.zeros_like(values[:1])), self._ranking)
