@@ -317,13 +317,12 @@ class _Ranking(Scores):
     def _by_false_position(self, kept, low, high, below, above):
         """Search for the thresholds. Each search step tries one candidate threshold per ranking.
 
-        The method interpolates the number of weights above a threshold linearly between the lower
-        and the upper threshold. The next candidate is the threshold at which the interpolated
-        number equals `kept` (false position). If one of the two thresholds has not moved for two
-        steps, the interpolation halves the difference between `kept` and the number of weights
-        above this threshold (Illinois variant). Every third step tries the midpoint between the
-        lower and the upper threshold, which limits the number of steps for any distribution of
-        scores.
+        The method interpolates the number of weights above a threshold (its count) linearly between
+        the lower and the upper threshold. The next candidate is the threshold at which the
+        interpolated count equals `kept` (false position). If the lower or the upper threshold has
+        not moved for two steps, the method halves the difference between its count and `kept`
+        (Illinois variant). Every third step tries the midpoint between the lower and the upper
+        threshold, which limits the number of steps for any distribution of scores.
 
         The Illinois variant is analyzed in M. Dowell and P. Jarratt, "A modified regula falsi
         method for computing the root of an equation", BIT 11 (1971).
@@ -416,7 +415,7 @@ class _Ranking(Scores):
 
     def _sample_bounds(self, kept):
         """Return two scores between which the threshold for all tensors together probably lies. The
-        two scores are taken from a random sample of all scores."""
+        two scores are part of a sample of all scores."""
         row_stride, column_stride = _SAMPLE_STRIDES
         rows = [s[::row_stride, column_stride // 2 :: column_stride] for s in self.scores]
         sample = ops.sort(ops.concatenate([ops.reshape(r, (-1,)) for r in rows]))
@@ -513,7 +512,8 @@ class _Ranking(Scores):
         return self.reduce_by_tensor(counts, ops.sum, 0)
 
     def _by_row(self, reduce, dtype, *matrices):
-        """Return `reduce(*matrices)`, where `reduce` computes one value for each row of a matrix.
+        """Return `reduce(*matrices)`. The function `reduce` computes one value for each row of a
+        matrix.
 
         On a CPU, `reduce` receives 256 rows at a time. XLA and TensorFlow write a mask to memory,
         with four bytes per entry, before they sum the mask. A mask of 256 rows needs little memory.

@@ -172,8 +172,8 @@ def _limits(scores: Scores) -> list[int]:
 
     def limit(length, total):
         # In the sorted sample, the positions of the two bounds are 2 * `_DEVIATIONS` standard
-        # deviations apart. The standard deviation of a position is at most sqrt(size of the sample)
-        # / 2.
+        # deviations apart. The standard deviation of a position is at most half the square root of
+        # the sample's size.
         share = _DEVIATIONS / math.sqrt(total / _STRIDE)
         most = share * min(1.5 * total, _CONCENTRATION * length)
         return min(length, math.ceil(most) + 32 * _DEVIATIONS * _STRIDE)
