@@ -17,9 +17,9 @@ slow = pytest.mark.slow
 
 #: Pytest mark of tests in which every case compiles a training step. Compilation takes most of the
 #: test time. With `every(n)`, `make test` runs all cases on PyTorch, but only every n-th case on
-#: TensorFlow and JAX. The marked cases of a test file are counted together. TensorFlow and JAX
-#: select different cases. With `every(0)`, a test runs on PyTorch only, and with `every(1)` on each
-#: backend. `make test-all` runs all cases on all backends.
+#: TensorFlow and JAX. All marked test cases of a file are counted together. TensorFlow and JAX run
+#: different test cases of a file. With `every(0)`, a test runs on PyTorch only, and with `every(1)`
+#: on each backend. `make test-all` runs all cases on all backends.
 every = pytest.mark.every
 
 #: Pytest mark of tests that export many models. JAX and PyTorch start a second Python process for
@@ -34,5 +34,5 @@ LONG = bool(os.environ.get("KERAS_DST_LONG"))
 
 
 def short(cases: dict, *names: str) -> dict:
-    """Return only the named cases in `make test`, but all cases in `make test-all`."""
+    """Return all test cases in `make test-all`, but only the given names in `make test`."""
     return cases if LONG else {name: cases[name] for name in names}

@@ -48,8 +48,8 @@ class Page:
 def look_at(page: pathlib.Path, folder: pathlib.Path, width=1200, dark=False) -> Page:
     """Open a page in a browser, or skip the test if no browser is installed.
 
-    The browser opens a copy of the page that contains the script `_PROBE`. The copy has a security
-    policy that allows scripts.
+    The browser opens a copy of the page that contains the script `_PROBE`. The security policy of
+    the page forbids scripts, so the copy gets a policy that allows them.
     """
     browser = next(filter(None, map(shutil.which, NAMES)), None)
     if browser is None:

@@ -10,8 +10,8 @@ from importlib.metadata import distributions
 import pytest
 
 # The tests train the same small models many times, so a cache ensures that XLA compiles each
-# program only once. Programs that compile in less than 0.2 s are not cached, because reading a
-# cache file would take longer.
+# program only once. If a program compiles in less than 0.2 s, it is not cached, because reading the
+# cached program would take longer.
 cache = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
@@ -33,7 +33,8 @@ OPTIMIZED = ON_GPU or bool(os.environ.get("KERAS_DST_XLA_DEFAULT"))
 flags = "--xla_gpu_deterministic_ops=true" if ON_GPU else ""
 if not OPTIMIZED:
     flags = "--xla_backend_optimization_level=0"
-    # XLA ends the process if it gets an unknown flag. Only jaxlib 0.10 knows the second flag.
+    # An unknown flag would make XLA end the process. Only jaxlib 0.10 knows
+    # `--xla_cpu_use_fusion_emitters`.
     if all(jaxlib.version.startswith("0.10.") for jaxlib in distributions(name="jaxlib")):
         flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
@@ -118,7 +119,8 @@ def pytest_collection_modifyitems(items):
         elsewhere = item.get_closest_marker("once") or item.get_closest_marker("slow")
         if mark is None or only_here or elsewhere:
             continue
-        # Each case adds its share 1 / n. A case runs if the sum of a file reaches a whole number.
+        # Each test case adds 1 / n to the sum of its file. A test case runs if the sum thereby
+        # reaches the next whole number.
         (n,) = mark.args
         before = shares.get(item.path, start)
         shares[item.path] = after = before + (Fraction(1, n) if n else 0)

@@ -65,7 +65,7 @@ model.fit(x, y, verbose=0, callbacks=[keras_dst.callbacks.SparseTraining()])
 report = keras_dst.report(keras_dst.strip(model))
 assert abs(report.sparsity - 0.5) < 0.01, report
 """
-# For each extra, code that uses the packages of the extra.
+# USES maps the name of an extra to code that needs the packages of this extra.
 USES = {
     "demo": "from keras_dst.demo import run; run()",
     "ethos": "import ethosu.vela",
@@ -91,7 +91,7 @@ def run(*command, **environment) -> bool:
 
 
 def create(name: str, python: str, *requirements: str) -> pathlib.Path:
-    """Create an environment, install requirements, and return the path of its Python."""
+    """Create a virtual environment with the given packages, and return the path of its Python."""
     print(f"\n== {name}: {' '.join(requirements)}", flush=True)
     folder = FOLDER / name
     new = folder / "bin" / "python"
@@ -144,7 +144,7 @@ def has_cuda_build(python: str, requirement: str) -> bool:
 
 
 def check_set(wheel: str, name: str, version: str) -> list[str]:
-    """Install one set of versions, and run the core tests on each backend of the set.
+    """Install the package versions in `SETS[name]`, and run the core tests on each backend.
 
     Return the reason for each skipped backend.
     """
@@ -173,7 +173,10 @@ def check_set(wheel: str, name: str, version: str) -> list[str]:
 
 
 def interpreter(version: str) -> str | None:
-    """Return the path of a working Python of the given version, from PATH or pyenv."""
+    """Return the path of a Python of the given version that can create environments, or None.
+
+    The function searches PATH and the versions of pyenv.
+    """
     pyenv = sorted(glob.glob(os.path.expanduser(f"~/.pyenv/versions/{version}.*/bin/python")))
     for path in [shutil.which(f"python{version}"), *pyenv]:
         if (
@@ -185,7 +188,10 @@ def interpreter(version: str) -> str | None:
 
 
 def attempt(wheel: str, check: tuple[str, str]) -> tuple[str, list[str]]:
-    """Run a check in a worker process, and return its output and its lines of the final summary."""
+    """Run a check in a worker process.
+
+    Return the output of the check, and its lines in the summary of all checks.
+    """
     name = "-".join(check)
     log = FOLDER / f"{name}.log"
     # Redirect stdout and stderr of this process and its children to the log.

@@ -31,7 +31,7 @@ RUNS = [
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Return a function that trains each setup only once, and returns the folder of its results."""
+    """Return a function that trains each setup once, and returns the folder of its results."""
     done = {}
 
     def folder(setup):
@@ -53,7 +53,7 @@ def test_all_copies_equal_a_run_on_one_device(trained, setup, run, method):
     single = np.load(trained(SETUPS[0][0]) / f"{method}.single.0.npz")
     assert set(first.files) == set(single.files)
     for path in single.files:
-        for other in others:  # Also compare masks, scores, counters and momentum.
+        for other in others:  # The files also contain masks, scores, counters and momentum.
             np.testing.assert_array_equal(first[path], other[path], err_msg=path)
         if method in LIMITED:
             assert first[path].shape == single[path].shape
@@ -73,7 +73,7 @@ def test_the_target_is_reached(trained, setup, run, method):
     for variable in model.variables:
         variable.assign(arrays[variable.path])
     sparsity = trainings.keras_dst.report(model).sparsity
-    # Consensus closes 6 of the 20 units in the first layer. The closed units have 48 of the 240
+    # Consensus prunes 6 of the 20 units in the first layer. These units have 6 * 8 = 48 of the 240
     # weights of the network.
     target = 0.2 if method == "consensus" else 0.7
     assert sparsity == pytest.approx(target, abs=0.01)

@@ -1,7 +1,8 @@
 """Train a small network with every method on one or several devices, for test_devices.py.
 
 `python -m tests.devices.trainings SETUP FOLDER` writes one file `METHOD.RUN.COPY.npz` per method,
-run and copy of the variables. The names of the arrays in a file are the variable paths.
+run and copy of the variables. A file contains one array for each variable. The name of an array is
+the path of its variable.
 """
 
 # ruff: noqa: E402 - Set up the devices before the backend is imported.
@@ -66,7 +67,7 @@ y = (x @ np.random.default_rng(1).standard_normal((8, 4))).argmax(1)
 def build(method):
     """Return a compiled network for training with a method.
 
-    The initial weights are the same in every call.
+    Every call creates the same initial weights.
     """
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
@@ -131,7 +132,7 @@ def mirrored(folder):
 
 
 def refused(strategy):
-    """Return the error messages for optimizers that are not supported under a strategy."""
+    """Return the error messages for two optimizers that do not work with `tf.distribute`."""
     outside = keras.optimizers.SGD()
     with strategy.scope():
         net = build(ALL_METHODS["dst"])
@@ -154,7 +155,7 @@ def workers_(folder):
     with workers.scope():
         plain = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, "softmax")])
         plain.compile("sgd", "sparse_categorical_crossentropy", jit_compile=False)
-    try:  # Record the error that Keras raises without keras_dst.
+    try:  # Without keras_dst, Keras raises an error here. Record the error message.
         plain.fit(x, y, verbose=0)
     except ValueError as error:
         (folder / f"fit.{rank}.txt").write_text(str(error))
@@ -206,14 +207,17 @@ def driven(model):
 @contextlib.contextmanager
 def quiet():
     with warnings.catch_warnings():
-        # The training runs are so short that learned methods reach the target sparsity only by the
-        # final projection, so `fit` warns.
+        # The training runs are so short that methods such as DST reach the target sparsity only
+        # after the last step, so `fit` warns.
         warnings.filterwarnings("ignore", message=".*training had reached")
         yield
 
 
 def sharded(folder):
-    """Train with `keras.distribution` on JAX. The saved copies are assembled from shards."""
+    """Train with `keras.distribution` on JAX.
+
+    Every device holds shards of the variables. Before a variable is saved, its shards are joined.
+    """
     distribution = keras.distribution
     devices = distribution.list_devices("cpu")
     mesh = distribution.DeviceMesh((2, 2), ("batch", "model"), devices)
@@ -238,7 +242,7 @@ def sharded(folder):
 def whole_on_each(variable):
     """Return two complete copies of a sharded variable.
 
-    Each copy is assembled from one replica of each shard.
+    Every shard exists on several devices. Each copy joins one replica of every shard.
     """
     parts = {}
     for shard in variable.value.addressable_shards:
@@ -254,7 +258,7 @@ def whole_on_each(variable):
 
 
 def check_layouts(model):
-    """Check that variables with the shape of a sharded kernel are sharded like the kernel."""
+    """Check that all variables with the shape of a sharded kernel are sharded like this kernel."""
     kernel = model.layers[0]._kernel
     for path, variable in variables(model).items():
         if "first" in path and tuple(variable.shape) == tuple(kernel.shape):

@@ -77,9 +77,9 @@ class Graph:
         return self.tensor(values.shape, values.dtype.name, name, buffer)
 
     def sparse(self, values, block=1, name="weight"):
-        """Add a constant in CSR or in blocks along its last axis.
+        """Add a sparse constant: in CSR with `block=1`, otherwise in blocks along the last axis.
 
-        If the last block of an axis is incomplete, the values in the block are dropped.
+        If the last axis is not a multiple of `block`, the last values along this axis are dropped.
         """
         width = values.shape[-1]
         sparsity, entries = pack(values[..., : width - width % block], block)
@@ -195,7 +195,10 @@ def fully_connected(weight, batch=-1, name="weight", input_name="x"):
 
 
 def convolution(op, weight, stride=1, same=True, shape=(1, 8, 8, None), pad=None, dtype=np.int32):
-    """Return a file with one convolution. If `pad` is given, a PAD op comes before it."""
+    """Return a file with one convolution.
+
+    If `pad` is given, a PAD op pads the input of the convolution.
+    """
     graph = File().graph()
     x = y = graph.dynamic((*shape[:3], shape[3] or weight.shape[-1]))
     if pad is not None:

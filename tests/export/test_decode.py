@@ -42,8 +42,8 @@ def axis(size=None, starts=None, columns=None):
     return made
 
 
-# Example from the TFLite schema: a weight in 2x2 blocks, in which the blocks are stored column by
-# column.
+# In this example from the TFLite schema, a weight has 2x2 blocks. The file stores the blocks column
+# by column.
 def test_decode_2x2_blocks_in_column_order():
     sparsity = schema.SparsityParametersT()
     sparsity.traversalOrder, sparsity.blockMap = np.array([1, 0, 2, 3]), np.array([0, 1])

@@ -27,8 +27,8 @@ def stored(model, graph=0):
     return [(tensor, model.buffers[tensor.buffer].data.view(np.float32)) for tensor in tensors]
 
 
-# A 3x8 weight in 1x4 blocks. The first row of the weight keeps block 1, the second row no block,
-# and the third row both blocks.
+# A weight with three rows of two 1x4 blocks. The first row keeps only its second block, the second
+# row keeps no block, and the third row keeps both blocks.
 GOLDEN = np.array(
     [[0, 0, 0, 0, 1, 2, 0, 4], [0, 0, 0, 0, 0, 0, 0, 0], [5, 6, 7, 8, 9, 0, 0, 0]], np.float32
 )
@@ -117,7 +117,7 @@ def test_sparse_fully_connected_equals_dense(format, density, resolver):
 def test_fully_connected_with_a_sparse_weight_has_version_8():
     """XNNPACK would read the sparse weight of a FULLY_CONNECTED op of version 12 as dense.
 
-    TensorFlow's converter writes version 12.
+    TensorFlow's converter writes FULLY_CONNECTED ops of version 12.
     """
     content = encode_all(fully_connected(sparse_values((8, 16), 0.2)), CSR)
     assert ops(read(content)) == [("FULLY_CONNECTED", 8)]
@@ -184,7 +184,7 @@ def shared_weight_graph(file, key, weight, buffer=None):
 
 @pytest.mark.parametrize("format", [CSR, BLOCKS_DENSIFY], ids=str)
 def test_encode_a_weight_shared_by_ops_graphs_and_tensors(format):
-    """Tensors of two graphs share one buffer. Each graph unpacks the buffer only once."""
+    """Two graphs read the same weight from one buffer. Each graph unpacks this weight only once."""
     weight = sparse_values((32, 32), 0.2, format.block)
     file = graphs.File()
     buffer = shared_weight_graph(file, "one", weight)

@@ -122,7 +122,8 @@ def test_multilayer_perceptron(tmp_path, density, block, expected):
     report = export_tflite(model, path)
     check(report, model, path)
     assert encodings(report) == expected
-    # 4 bytes per value, 1 or 2 bytes per index (one index per 1x4 block), and some metadata.
+    # A stored value needs 4 bytes, and an index needs 1 or 2 bytes. With 1x4 blocks, four values
+    # share one index. All other data of the file need at most 8,000 bytes.
     per_weight = {"csr": 6, "1x4": 4.5, "csr+densify": 6, "dense": 4}[expected[0]]
     assert report.bytes < report.dense_bytes * density * per_weight / 4 + 8000
 
@@ -251,14 +252,15 @@ def test_a_stateful_sequential_model_keeps_its_batch_size_and_states(tmp_path, u
         np.testing.assert_array_equal(before, after.numpy())
     runner = Interpreter(str(path)).get_signature_runner()
     lstm.reset_state()
-    # The states of the LSTM are zero at first. The file keeps the states between two calls.
+    # At first, all states of the LSTM are zero. Like the Keras model, the file keeps the states
+    # between two calls.
     for batch in (x[:1], x[1:2]):
         found = next(iter(runner(**dict.fromkeys(input_shapes(path), batch)).values()))
         np.testing.assert_allclose(found, keras.ops.convert_to_numpy(model(batch)), atol=1e-5)
 
 
 class OptionalSum(layers.Layer):
-    """Layer that adds two inputs. The second input may be None."""
+    """Layer that returns the sum of two inputs, or the first input if the second input is None."""
 
     def call(self, a, b=None):
         return a if b is None else a + b
@@ -433,7 +435,7 @@ def test_export_does_not_change_a_sparse_model(tmp_path):
     report = export_tflite(model, path, inputs=x)
     check(report, model, path)
     # In the large kernel, most initial weights are below the threshold 0.1. In the kernels of the
-    # heads, only half of the initial weights are below 0.1.
+    # output layers, only half of the initial weights are below 0.1.
     forms = {tensor.shape: (tensor.encoding, tensor.density < 0.7) for tensor in report.tensors}
     assert forms[32, 3, 3, 32] == forms[32, 40] == forms[64, 40] == ("csr+densify", True)
     assert has_sparse_layers(model)
@@ -482,7 +484,7 @@ def model():
 
 @pytest.fixture
 def converted(monkeypatch):
-    """Return a function that replaces every conversion by a file with the given weight."""
+    """Return a function that lets every conversion return a file with the given weight."""
 
     def convert_to(weight):
         content = fully_connected(weight, name="dense/MatMul")

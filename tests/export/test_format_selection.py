@@ -26,7 +26,7 @@ def only(content, *goal):
 def timer(**seconds_of):
     """Return a timer that returns fixed seconds for each format.
 
-    The timer recognizes the format of a file by its ops.
+    The timer detects the format of a weight from the ops in the file.
     """
 
     def seconds(contents):
@@ -49,7 +49,7 @@ def format_of(content):
 def partly_filled(shape, fill):
     """Return a weight that keeps one in five 1x4 blocks.
 
-    `fill` is the density within the kept blocks.
+    `fill` is the fraction of nonzero values in a kept block.
     """
     values = sparse_values(shape, 0.2, block=4)
     values.reshape(-1, 4)[:, : 4 - int(4 * fill)] = 0
@@ -221,7 +221,7 @@ def test_a_format_that_is_slower_on_one_cpu_is_not_selected(seconds):
 
 
 def test_a_format_that_makes_the_whole_file_slower_is_not_selected():
-    """The timer reports that 1x4 blocks make the layer alone faster, but the whole file slower."""
+    """With 1x4 blocks, the layer alone is faster, but the whole file is slower."""
 
     def seconds(contents):
         alone = not read(contents[0]).signatureDefs
@@ -267,7 +267,7 @@ BY_4 = WIDE | {"1x4", "1x4+densify", "int8 1x4+densify"}
 @pytest.mark.parametrize(
     ("inputs", "expected"),
     [
-        (302, WIDE),  # Blocks of 4 or 16 would lose the last 2 inputs.
+        (302, WIDE),  # 302 is not a multiple of 4 or 16, so blocks would lose inputs.
         (300, BY_4),  # Blocks of 16 would lose the last 12 of the 300 inputs.
         (304, BY_4 | {"int8 1x16"}),
         (4096, BY_4 | {"int8 1x16"}),

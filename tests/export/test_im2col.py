@@ -88,7 +88,7 @@ def test_im2col_number_of_ops(kernel, stride, same, slices):
 
 
 def test_im2col_shares_equal_constants():
-    """Convolutions with inputs of equal size share the constants of PAD and STRIDED_SLICE ops."""
+    """Convolutions of equal input size use the same constants for padding and slicing."""
     graph = File().graph()
     x = y = graph.dynamic([1, 8, 8, 8])
     for seed in (0, 1):
@@ -98,6 +98,6 @@ def test_im2col_shares_equal_constants():
     format = Format(1, unpack=False, im2col=True)
     model = read(encode(dense, {weight.buffer: format for weight in weights(read(dense))}))
     integers = [t for t in model.subgraphs[0].tensors if t.type == schema.TensorType.INT32]
-    # The constants are one array of paddings, nine arrays of slice begins, nine arrays of slice
-    # ends, and one array of slice steps.
+    # The file contains 20 integer constants: the paddings, nine arrays with begins of slices, nine
+    # arrays with ends of slices, and the steps of the slices.
     assert len(integers) == 1 + 9 + 9 + 1

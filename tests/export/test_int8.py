@@ -25,7 +25,8 @@ BLOCKS = Format(4, unpack=True, int8=True)
 HYBRID = Format(16, unpack=False, int8=True)
 
 
-# The largest values of the rows, 2.54 and 1, become 127. The row of zeros has the scale 1.
+# Each row of the weight has its own int8 scale. The largest values of the first two rows, 2.54 and
+# 1, become 127. The third row contains only zeros and has the scale 1.
 def test_quantize_a_small_weight():
     made, parameters = quantize.quantize(
         np.array([[2.54, 0, -1.27], [1, 0.5, 0], [0, 0, 0]], np.float32), axis=0
@@ -78,7 +79,7 @@ def test_quantized_weights_equal_dense_within_rounding(dense, format, resolver):
 @pytest.mark.parametrize("inputs", [64, 4096])
 def test_directly_read_int8_blocks_equal_dense_within_rounding(inputs, resolver):
     weight = sparse_values((8, inputs), 0.2, block=16)
-    # The rows differ so much in magnitude that each row needs its own int8 scale.
+    # The rows of the weight have very different magnitudes, so each row needs its own int8 scale.
     weight *= np.logspace(-2, 1, 8, dtype=np.float32)[:, None]
     dense = fully_connected(weight)
     formats = {w.buffer: HYBRID for w in weights(read(dense))}
@@ -87,8 +88,8 @@ def test_directly_read_int8_blocks_equal_dense_within_rounding(inputs, resolver)
     x = np.random.default_rng(0).standard_normal((3, inputs)).astype(np.float32)
     found, expected = run(content, x, resolver), x @ weight.T
     np.testing.assert_array_equal(found, run(encode_dense(dense, formats), x, BUILTIN))
-    # The rounding error of each factor is at most half a step, and a step is 1/127 of the largest
-    # value.
+    # Inputs and weights are rounded to int8. Each rounding error is at most half a step, and a step
+    # is 1/127 of the largest value.
     steps_x, steps_w = np.abs(x).max(1, keepdims=True) / 127, np.abs(weight).max(1) / 127
     bound = steps_x / 2 * np.abs(weight).sum(1) + np.abs(x) @ (weight != 0).T * steps_w / 2
     assert (np.abs(found - expected) <= 1.02 * bound).all()
@@ -145,14 +146,15 @@ def test_sparse_weights_keep_integer_ops(op, shape, block, version):
     assert len(np.unique(expected)) > 20
     for resolver in (AUTO, BUILTIN):
         found = run(plan.content, x.astype(np.int8), resolver).astype(int)
-        np.testing.assert_allclose(found, expected, atol=1)  # Int8 kernels may round differently.
+        # XNNPACK and the built-in ops may round differently.
+        np.testing.assert_allclose(found, expected, atol=1)
 
 
 @pytest.fixture
 def converted(monkeypatch):
     """Return a model for which the exporter gets a file that is built by hand.
 
-    The file replaces the output of TensorFlow's converter.
+    The exporter uses this file instead of the output of TensorFlow's converter.
     """
     weight = sparse_values((64, 320), 0.1, block=16)
     x = keras.Input((320,), name="x")
@@ -165,16 +167,16 @@ def converted(monkeypatch):
 
 
 def cases(values):
-    """Return the batches on which a file is compared with its model."""
+    """Return the batches of samples with which a file and its model are compared."""
     return [values[:1], *(values[start : start + 4] for start in range(0, 32, 4))]
 
 
 def largest_rounding_error(kernel, x):
     """Return the largest possible error of a product whose kernel and inputs are rounded to int8.
 
-    The rounding errors ``dx`` and ``dw`` are at most half a quantization step. The error of a
-    product is ``dx w + x dw + dx dw``. The sum of the absolute values of the three terms is an
-    upper bound of the error.
+    Let ``dx`` and ``dw`` be the rounding errors of an input ``x`` and a weight ``w``. Their product
+    then has the error ``dx w + x dw + dx dw``. Each rounding error is at most half a quantization
+    step. The sum of the absolute values of the three terms is an upper bound of the error.
     """
     steps_w = np.abs(kernel).max(axis=0) / 127
     steps_x = np.abs(x).max(axis=1, keepdims=True) / 127
@@ -198,7 +200,10 @@ def test_export_with_quantized_weights(converted, tmp_path, optimize, format):
 
 
 def test_a_wrong_scale_is_detected(converted, tmp_path, monkeypatch):
-    """The file agrees with Keras within the tolerance, but its scale does not fit its weights."""
+    """A wrong int8 scale is simulated: the weights of the dense file are 1.2 times as large.
+
+    The outputs of the sparse file agree with Keras, but not with the outputs of this dense file.
+    """
     larger = fully_connected(converted.layers[1].get_weights()[0].T * np.float32(1.2))
     monkeypatch.setattr(pipeline.encode, "encode_dense", lambda content, formats: larger)
     with pytest.raises(ExportError, match="from the same weights stored dense"):

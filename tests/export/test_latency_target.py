@@ -25,7 +25,7 @@ def network():
 
 @pytest.fixture
 def files(monkeypatch):
-    """Replace the conversion and the timer. Latencies are computed from the FLOPs of the model."""
+    """Do not convert or time a model. Its latency is computed from its FLOPs."""
 
     def convert(model, kinds):
         return [keras_dst.report(model).dense_flops]

@@ -29,7 +29,7 @@ KERNEL = sparse_values((16, 3, 3, 32), 0.2)
 def layer(make, version=8, dtype="float32"):
     """Return a file with one FULLY_CONNECTED op.
 
-    The function ``make`` adds the weight to the graph.
+    ``make(graph)`` adds the weight to the graph and returns the index of the weight.
     """
     graph = File().graph()
     weight = make(graph)
@@ -41,7 +41,10 @@ def layer(make, version=8, dtype="float32"):
 
 
 def maps(make):
-    """Return a file with one convolution. The function ``make`` adds the weight to the graph."""
+    """Return a file with one convolution.
+
+    ``make(graph)`` adds the weight to the graph and returns the index of the weight.
+    """
     graph = File().graph()
     x = graph.tensor([1, 8, 8, 32])
     return graph.finish({"x": x}, {"y": graph.convolve("CONV_2D", x, make(graph))}).content()

@@ -1,4 +1,4 @@
-"""Tests of Keras's export to other runtimes. The outputs equal the outputs of Keras."""
+"""Tests of Keras's export to other runtimes. The outputs must equal the outputs of Keras."""
 
 import importlib.util
 import shutil
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 BACKEND = keras.backend.backend()
 x = np.random.default_rng(0).normal(size=(1, 12, 12, 3)).astype("float32")
 HLS4ML = ("hls4ml", "g++")  # hls4ml compiles its C++ code with g++.
-# On TensorFlow and JAX, Keras's exporter needs a converter. The converter for JAX installs 34
-# packages.
+# On TensorFlow and JAX, Keras's exporter needs a converter. Only the converter for TensorFlow is
+# installed for the tests, because the converter for JAX installs 34 packages.
 CONVERTERS = {("onnx", "tensorflow"): "tf2onnx", ("onnx", "jax"): "jax2onnx"}
 
 

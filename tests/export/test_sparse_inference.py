@@ -63,7 +63,7 @@ def unary(kind, options=None):
 def binary(kind, options, other):
     """Return a function that adds an op with two operands to a graph.
 
-    ``other(graph, x)`` adds the second operand to the graph.
+    ``other(graph, x)`` adds the second operand of the op and returns its index.
     """
 
     def add(graph, x):
@@ -112,8 +112,8 @@ def reshaped(*shape):
 def gated(*squeeze):
     """Return a function that adds a squeeze-and-excitation block to a graph.
 
-    The functions in ``squeeze`` add the ops that compute one factor per channel. The block
-    multiplies its input by these factors.
+    The functions in ``squeeze`` add the ops that compute a factor for each channel. The block
+    multiplies every channel of its input by the factor of this channel.
     """
 
     def add(graph, x):
@@ -128,7 +128,8 @@ def gated(*squeeze):
 def network(*steps, size=16, channels=3, also=()):
     """Return a file with a graph to which the functions in ``steps`` have added their ops in order.
 
-    ``also`` contains the indices of steps whose results are extra outputs of the file.
+    ``also`` contains indices of ``steps``. The result of each of these steps is one more output of
+    the file.
     """
     graph = File().graph()
     x = y = graph.tensor([1, size, size, channels])
@@ -169,9 +170,9 @@ BODY = (entry, depthwise(), pointwise)
 SQUEEZE = (pointwise, unary("LOGISTIC"))
 ADD, MUL = schema.AddOptionsT, schema.MulOptionsT
 
-# Expected behavior of LiteRT 2.3 for several regions of a graph, on a CPU whose AVX is hidden. A
-# region is a part of the graph that XNNPACK can run in NCHW layout. "on" means that XNNPACK runs
-# the region with sparse kernels. "off" means that XNNPACK does not use sparse kernels. "wrong"
+# A region is a part of a graph that XNNPACK can run in NCHW layout. MIDDLES contains the expected
+# behavior of LiteRT 2.3 for several regions, on a CPU whose AVX is hidden. "on" means that XNNPACK
+# runs the region with sparse kernels. "off" means that XNNPACK does not use sparse kernels. "wrong"
 # means that XNNPACK runs the region and computes wrong outputs.
 MIDDLES = {
     "nothing": ([], "on"),
@@ -281,7 +282,7 @@ def test_no_region_without_densify():
     ids=["L2_NORMALIZATION", "LOG_SOFTMAX"],
 )
 def test_ops_that_xnnpack_may_run_later_count_as_wrong(step):
-    """Treat ops that XNNPACK does not run in LiteRT 2.3 as ops with wrong results.
+    """The verdict is also "wrong" for ops that XNNPACK does not run in LiteRT 2.3.
 
     Other versions of XNNPACK may run the tested ops and compute wrong results.
     """

@@ -76,7 +76,8 @@ WRITTEN = {
         integers("CONV_2D", CONV_INTEGERS), Objective("size")
     ).content,
 }
-#: Files in which DENSIFY ops unpack all sparse weights, and the expected verdicts.
+#: RULES maps a name to a file and the expected verdict. In these files, DENSIFY ops unpack all
+#: sparse weights.
 RULES = {
     f"{kind}: {name}": (unpacked(network(*BODY, *before, *steps, *after)), verdict)
     for kind, cases, before, after in (
@@ -94,7 +95,7 @@ FILES = WRITTEN | {name: content for name, (content, _) in RULES.items()}
 
 @pytest.fixture(scope="module", params=[no_avx, arm64], ids=["AVX hidden", "ARM emulated"])
 def outputs(request, tmp_path_factory):
-    """For each file, return the outputs of this CPU, and of the other CPU with each op resolver."""
+    """Return the outputs of each file on this CPU, and on the other CPU with each op resolver."""
     cpu = request.param
     if cpu.obstacle():
         pytest.skip(cpu.obstacle())
@@ -127,7 +128,7 @@ def test_exported_files_agree_on_all_cpus(outputs, name):
     expected, *found = outputs[name]
     assert {values.shape for values in found} == {expected.shape}
     integers = expected.dtype == np.int8
-    # The kernels of two CPUs round differently.
+    # Two CPUs may round differently, because XNNPACK has different code for each CPU.
     allowed = 1 if integers else 1e-4 * np.abs(expected).max()
     for values in found:
         np.testing.assert_allclose(values.astype(float), expected, rtol=0, atol=allowed)

@@ -1,4 +1,4 @@
-"""Tests of the comparison between files and Keras models: errors and compared batches."""
+"""Tests of the code that compares the outputs of a `.tflite` file and its Keras model."""
 
 import math
 
@@ -109,7 +109,10 @@ def dense_model(weight=WEIGHT, batch=None):
 
 
 def cases_of(model, inputs=None):
-    """Return the cases on which a model and its file are compared. Inputs are random by default."""
+    """Return the samples and Keras outputs with which a file of the model is compared.
+
+    Without `inputs`, the samples are random.
+    """
     samples = None if inputs is None else read_samples(model, inputs, "inputs", limit=MAX_SAMPLES)
     signature = signature_of(model, samples)
     return keras_cases(model, signature, samples or random_samples(model, signature))
@@ -166,7 +169,10 @@ def test_predictions_on_a_generator():
 
 
 def two_inputs(names):
-    """Return a file whose two outputs are its two inputs. The second input has the dtype int32."""
+    """Return a file whose two outputs are its two inputs.
+
+    The dtype of the second input is int32.
+    """
     graph = graphs.File().graph()
     tensors = [graph.dynamic([1, 5]), graph.dynamic([1, 5, 3], "int32")]
     inputs = dict(sorted(zip(names, tensors, strict=True)))
