@@ -21,6 +21,6 @@ def fences(page):
 def blocks(page):
     """Return `(info, code)` for each Python block of a page in docs/.
 
-    `info` is the name of a backend. For a block that runs on every backend, `info` is empty.
+    `info` is the backend that runs the code block, or an empty string if every backend runs it.
     """
     return [(info, code) for language, info, code in fences(f"docs/{page}") if language == "python"]

@@ -1,8 +1,9 @@
 """Worker process that `test_stop_anywhere` stops: `python -m tests.stop_worker FOLDER SAVE_FREQ`.
 
-The process trains a small network with every method, one after the other. Every training run saves
-backups. The process prints a line after every step. After each training run, the process writes the
-result into the folder. If the process is started again, it skips all methods with a result.
+The process trains a small network with every method, one after the other. During training, the
+process saves backups. The process prints a line after every step. After the training run of a
+method, the process writes all trained variables to `METHOD.npz`. A restarted process skips the
+methods that have such a file.
 """
 
 import pathlib
@@ -51,8 +52,8 @@ class Lines(keras.callbacks.Callback):
 
 
 def build(method):
-    # Keras numbers the names of layers per session. A new session gives the layers the same names
-    # in every process.
+    # Keras numbers layer names, such as `dense_1`, until the session is cleared. After
+    # `clear_session`, the layers have the same names in every process.
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
     model = keras.Sequential(

@@ -439,7 +439,7 @@ class ReadSteps(keras.callbacks.Callback):
     run."""
 
     def on_epoch_end(self, epoch, logs=None):
-        # On JAX, a callback that reads `self.model` writes the state of `fit` into the variables.
+        # On JAX, Keras updates the variables of the model only when a callback reads `self.model`.
         _ = self.model
         self.read = [driver.read_progress() for driver in drivers_of(self.model)]
 

@@ -14,7 +14,7 @@ pytestmark = every(6)
 
 # The model adds the outputs of a stem (3 -> 4 channels) and a branch (4 -> 2 -> 4 channels). The
 # head (4 -> 5) is not pruned. The first group of coupled channels contains the channels of the sum.
-# The second group contains the inner channels of the branch.
+# The second group of coupled channels contains the two channels inside the branch.
 STAYS = [0.0, 0.0, 1.0]
 SUM, INSIDE = [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]
 GROUPS = ChannelGroups(
@@ -62,8 +62,8 @@ def test_kept_share_of_channels_parameters_and_flops():
         ("channels", 0.0, [4, 2]),
         ("channels", 0.5, [2, 1]),
         ("channels", 0.9, [1, 1]),
-        # The target is 24 of 48 parameters. The counts [2, 1] keep 20 parameters, and [3, 1] would
-        # keep 30.
+        # The target is 24 of 48 parameters. With 2 channels of the sum and 1 channel inside the
+        # branch ([2, 1]), 20 parameters remain. [3, 1] would keep 30 parameters.
         ("parameters", 0.5, [2, 1]),
         # The target is 1110 of 2220 FLOPs. The channel counts [3, 1] keep 1290 FLOPs, and [2, 1]
         # would keep 860.
@@ -99,9 +99,11 @@ def test_a_named_group_has_its_own_sparsity_and_the_others_meet_the_target():
 
 def test_masks_of_a_sum_agree_and_keep_the_highest_mean_score():
     scores = [
-        columns([4, 1, 2, 1], SHAPES[0]),  # The normalized scores are 2, 0.5, 1 and 0.5.
+        # Divided by their mean, the scores are 2, 0.5, 1 and 0.5.
+        columns([4, 1, 2, 1], SHAPES[0]),
         columns([1, 3], SHAPES[1]),
-        columns([10, 50, 10, 10], SHAPES[2]),  # The normalized scores are 0.5, 2.5, 0.5 and 0.5.
+        # Divided by their mean, the scores are 0.5, 2.5, 0.5 and 0.5.
+        columns([10, 50, 10, 10], SHAPES[2]),
     ]
     stem, inside, outer = rank(uniform(), scores)
     np.testing.assert_array_equal(stem, columns([1, 1, 0, 0], SHAPES[0]))
@@ -114,15 +116,15 @@ def test_masks_of_a_sum_agree_and_keep_the_highest_mean_score():
     [
         # If two channels have the same score, the channel with the smaller index is kept.
         ("channels", [[1, 1, 0, 0], [1, 0]]),
-        # The expected masks keep 1020 of 2220 FLOPs. Masks with one more channel would keep 1530
-        # FLOPs.
+        # The target is 1110 of 2220 FLOPs. The expected masks keep 1020 FLOPs, and with one more
+        # channel, 1530 FLOPs would remain.
         ("flops", [[1, 1, 0, 0], [1, 1]]),
     ],
 )
 def test_a_global_ranking_meets_the_target(counted_in, expected):
     scores = [
         columns([4, 1, 2, 1], SHAPES[0]),
-        columns([1, 1], SHAPES[1]),  # The normalized scores are 1 and 1.
+        columns([1, 1], SHAPES[1]),  # Divided by their mean, the scores are 1 and 1.
         columns([10, 50, 10, 10], SHAPES[2]),
     ]  # The mean scores per channel are 1.25, 1.5, 0.75, 0.5, 1, 1.
     method = Magnitude(0.5, "global", "channel", counted_in=counted_in)

@@ -94,9 +94,9 @@ def test_values_and_gradients(layout, shape, gates):
 @pytest.mark.parametrize(
     ("method", "units", "expected"),
     [
-        (Consensus(0.5), 120, 43),  # The minimum is sqrt(0.5) / 2 * 120 = 42.4 units, rounded up.
-        (Consensus(0.98), 120, 9),  # The minimum is sqrt(0.02) / 2 * 120 = 8.5 units, rounded up.
-        (Consensus(0.96), 40, 4),  # The minimum is sqrt(0.04) / 2 * 40 = 4 units.
+        (Consensus(0.5), 120, 43),  # At least sqrt(0.5) / 2 * 120 = 42.4 units stay, rounded up.
+        (Consensus(0.98), 120, 9),  # At least sqrt(0.02) / 2 * 120 = 8.5 units stay, rounded up.
+        (Consensus(0.96), 40, 4),  # At least sqrt(0.04) / 2 * 40 = 4 units stay.
         (Consensus(0.98), 6, 2),
         (Consensus(0.98), 1, 1),
         (Consensus(Constant(0.96)), 40, 4),
@@ -208,8 +208,8 @@ def test_the_target_is_the_cost_of_the_shrunk_model(cost):
         "flops": after.dense_flops / before.dense_flops,
         "parameters": after.parameters / before.parameters,
     }
-    # One channel of layer "two" accounts for up to 5 % of the total cost. A layer with zero padding
-    # may keep one channel whose gate is closed.
+    # One channel of layer "two" has up to 5 % of the total cost. A layer with zero padding may keep
+    # one channel whose gate is closed.
     assert left[cost] == pytest.approx(0.61, abs=0.06)
 
 
@@ -275,7 +275,8 @@ def test_unknown_flops_raise():
     lambda: keras.optimizers.Adam(),
 ])  # fmt: skip
 def test_training_reaches_the_target(inner):
-    # Training has 224 steps. The final projection closes the remaining gap to the target.
+    # Training has 224 steps. After the last step, `SparseTraining` opens or closes gates to meet
+    # the target.
     rng = np.random.default_rng(0)
     x = rng.standard_normal((256, 24)).astype("float32")
     y = (x @ rng.standard_normal((24, 4))).argmax(1)
@@ -294,7 +295,7 @@ def test_training_reaches_the_target(inner):
     models.compiled(model, inner(), metrics=["accuracy"])
     history = model.fit(x, y, 16, 14, verbose=0, callbacks=[SparseTraining()]).history
     assert history["sparsity"][-2] == pytest.approx(history["sparsity"][-1], abs=0.1)
-    assert history["accuracy"][-1] > 0.8  # The chance level is 0.25.
+    assert history["accuracy"][-1] > 0.8  # Random guessing among 4 classes reaches 0.25.
     before = keras_dst.report(model).dense_flops
     small = keras_dst.shrink(keras_dst.strip(model))
     assert keras_dst.report(small).dense_flops / before == pytest.approx(0.4, abs=0.01)
@@ -309,25 +310,25 @@ def project(method, logits, costs, weights=None, layouts=None):
 
 
 def test_projection_opens_gates_up_to_the_budget():
-    # A unit of the first kernel has cost 2, and a unit of the second kernel has cost 6.
+    # An open gate of the first kernel costs 2, and an open gate of the second kernel costs 6.
     logits = [[0.3, -0.1, 0.2, 0.5], [-0.4, 0.1, -0.2]]
     one, two = project(Consensus(0.5, min_kept=1), logits, [1, 3])
     # The projection opens gates in the order of their logits (0.5, 0.3, 0.2, 0.1), until the cost
-    # of all open gates reaches the target of 13. The first four gates that the projection opens
-    # raise the cost to 2, 4, 6 and 12. A fifth gate would raise the cost to 14. The costs 12 and 14
-    # are equally close to 13, so the smaller cost is used.
+    # of all open gates reaches the target of 13. The first four gates raise the cost to 2, 4, 6 and
+    # 12, and a fifth gate would raise the cost to 14. Both 12 and 14 differ from the target by 1,
+    # and the projection prefers the smaller cost.
     np.testing.assert_array_equal(one >= 0, [1, 0, 1, 1])
     np.testing.assert_array_equal(two >= 0, [0, 1, 0])
     # The projection changes no logit that already has the right sign.
     for found, before in zip((one, two), logits):
         np.testing.assert_array_equal(found, np.float32(before))
     one, two = project(Consensus(0.8, min_kept=1), logits, [1, 3])
-    # The gate with the highest logit is always open in each layer. Even if each layer has only one
-    # open gate, the cost exceeds the target.
+    # In each layer, the gate with the highest logit stays open, because `min_kept` is 1. Even if
+    # each layer has only one open gate, the cost exceeds the target.
     np.testing.assert_array_equal(one >= 0, [0, 0, 0, 1])
     np.testing.assert_array_equal(two >= 0, [0, 1, 0])
     one, two = project(Consensus(0.8), logits, [1, 3])
-    # By default, at least two gates of a small layer are open.
+    # With the default value of `min_kept`, at least two gates of these small layers stay open.
     np.testing.assert_array_equal(one >= 0, [1, 0, 0, 1])
     np.testing.assert_array_equal(two >= 0, [0, 1, 1])
     one, two = project(Consensus(0), logits, [1, 3])
@@ -337,7 +338,7 @@ def test_projection_opens_gates_up_to_the_budget():
 
 @pytest.mark.parametrize("round_to", [1, 8])
 def test_the_target_is_met_in_the_last_quarter_of_training(round_to):
-    """The gates meet the target before the end, so that the weights adapt to the final gates."""
+    """The gates meet the target before training ends, so the weights can adapt to the gates."""
     found = []
 
     class Reached(keras.callbacks.Callback):
@@ -349,7 +350,7 @@ def test_the_target_is_met_in_the_last_quarter_of_training(round_to):
     model = keras.Sequential(
         [keras.Input((8,)), layers.Dense(32, "relu"), layers.Dense(32, "relu"), layers.Dense(2)]
     )
-    # Without penalties, only the projection closes gates.
+    # The factors of both penalties are 0, so only the projection closes gates.
     method = Consensus(0.6, lambda_polar=0.0, lambda_act=0.0, frequency=2, round_to=round_to)
     keras_dst.sparsify(model, method)
     model.compile(keras.optimizers.SGD(0.0), "mse")
@@ -398,7 +399,7 @@ def test_every_layer_of_a_residual_network_keeps_its_minimum(sparsity, min_kept)
 
 def test_trajectory_of_consensus_equals_the_equations(monkeypatch):
     """Compare 50 training steps of a two-layer network, with its gates and penalties, to NumPy."""
-    monkeypatch.setattr(base, "_LONG", 1)  # Use the settings for long training runs.
+    monkeypatch.setattr(base, "_LONG", 1)  # Treat these 50 steps as a long training run.
     method = Consensus(0.6, lambda_polar=0.5, lambda_act=4.0)
     method.schedule = Constant(0.6)  # As in the paper, the target cost is constant during training.
     model = reference.keras_net()
@@ -428,12 +429,13 @@ def test_trajectory_of_consensus_equals_the_equations(monkeypatch):
         turns += np.sum((z > 0) != before)
         before = z > 0
         g = reference.gradients(xs, ys, {**p, "w1": p["w1"] * z})
-        # Gradient of the gates with the straight-through estimator. The gradients of units with
-        # closed gates are limited.
+        # Large gradients of weights with closed gates are clipped. The straight-through estimator
+        # then gives the gradient of the gates.
         largest = 10 * np.sqrt((g["w1"][:, z > 0] ** 2).mean())
         limited = np.where(z > 0, g["w1"], g["w1"].clip(-largest, largest))
         to_z = (limited * p["w1"]).sum(0)
-        to_z += 0.5 * (1 - 2 * z) / n  # Gradient of the polarization penalty mean(z (1 - z)).
+        # Add the gradient of the polarization penalty mean(z (1 - z)).
+        to_z += 0.5 * (1 - 2 * z) / n
         to_z += 4.0 * 2 * (z.mean() - 0.4) / n
         optimizer.step(p, {**g, "w1": g["w1"] * z, "logit": to_z * pi * (1 - pi)})
     assert turns > 0

@@ -23,7 +23,7 @@ START = RNG.bit_generator.state
 
 @pytest.fixture(autouse=True)
 def same_numbers():
-    """Let every test draw the same random numbers, independently of the tests that ran before."""
+    """Reset the random generator before every test, because tests may run in any order."""
     RNG.bit_generator.state = START
 
 
@@ -58,7 +58,8 @@ def test_forward_and_gradient_of_both_paths():
 
 
 def test_channels_rank_differently_by_squares_and_magnitudes():
-    # The two channels have mean |w| of 1 and 0.95, and mean w**2 of 1 and 1.8.
+    # The mean of |w| is 1 in the first channel and 0.95 in the second channel. The mean of w**2 is
+    # 1 in the first channel and 1.8 in the second channel.
     w = [ops.convert_to_tensor([[1.0, 1.9], [1.0, 0.0]])]
     kept = ops.convert_to_tensor([2])
     found = {}
@@ -333,7 +334,8 @@ def test_a_regression_loss_needs_training_without_divergence():
 def trained_by_equations(x, y, p, statistics, warmup):
     """Train with DCIL in NumPy.
 
-    The masks change in every second step. The sparsity increases to 0.8 at step 40.
+    The masks are updated in every second step. The sparsity rises from 0 at the start to 0.8 at
+    step 40.
     """
     optimizer = reference.Momentum(p)
     names, losses = ("w1", "w2"), []
@@ -396,7 +398,7 @@ def test_trajectory_equals_the_equations():
 
 
 class Watch(keras.callbacks.Callback):
-    """Callback that records per step if the loss includes the divergence between the paths."""
+    """Callback that records after each step whether the two paths learn from each other."""
 
     def __init__(self):
         super().__init__()
@@ -532,7 +534,7 @@ def test_a_training_step_without_compute_loss_raises():
             fit(model, random(16 * steps, 5), random(16 * steps, 3))
 
 
-# Variables that only the full (unpruned) path uses get no gradients, so Keras warns.
+# Keras warns that the variables of the full (unpruned) path get no gradients.
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 def test_training_without_the_callback_raises():
     x, y = random(32, 5), RNG.integers(0, 3, 32)
@@ -573,7 +575,7 @@ def test_two_methods_with_two_paths_raise():
         fit(model, random(16, 5), RNG.integers(0, 3, 16))
 
 
-@every(1)  # In a remat scope, DCIL trains layers only on JAX. Other backends raise an error.
+@every(1)  # DCIL trains layers in a remat scope on JAX, and raises an error on other backends.
 def test_layers_in_a_remat_scope():
     x, y = random(16, 5), RNG.integers(0, 3, 16)
 

@@ -58,7 +58,7 @@ SINGLE = [
     ("layer", KERNEL, (3, 2, 4, 5), (), (0, 1, 2, 3)),
     ("weight", KERNEL, (6, 4), (6, 4), ()),
 ]
-# Columns: all columns of SINGLE, the pattern, and the shape of a block.
+# A row contains the columns of SINGLE, then the pattern and the shape of a block.
 GROUPED = [
     # The pattern 1x4 splits 6 inputs into a block of 4 weights and a block of 2 weights.
     ("unit", KERNEL, (6, 4), (4,), (0,), "1x4", (4, 1)),
@@ -218,9 +218,10 @@ def test_gradients_can_revive_a_pruned_weight():
         # Thresholds are reset if the density is at most `reset_density`.
         (None, 0.1, [0.95, 0.95], [0, 0]),
         (None, 0.1, [0.85, 0.95], [0.85, 0.95]),
-        (None, 0.01, [2, 3], [0, 0]),  # The thresholds prune all weights.
+        (None, 0.01, [2, 3], [0, 0]),  # The thresholds 2 and 3 prune all weights.
         (None, 0.0, [2, 3], [0, 0]),
-        # With a target sparsity, thresholds are reset only if the density is at most 5 %.
+        # With a target sparsity, thresholds are reset to 0 only if at most 5 % of the weights
+        # remain.
         (0.5, 0.1, [0.95, 0.95], [0.95, 0.95]),
         (0.5, 0.1, [0.95, 1.5], [0, 0]),
         (None, 0.01, [-0.5, 0.5], [-0.5, 0.5]),
@@ -299,7 +300,8 @@ def test_projection_keeps_the_requested_number_of_weights(granularity, shapes, p
         found, moved = project(method, weights, thresholds, kept)
         groups = kept // math.prod(block)
         assert sum(mask.sum() for mask in found) == groups * math.prod(block)
-        # The projection keeps the blocks with the largest values Q = mean|w| - t.
+        # The projection keeps the blocks with the largest Q, which is the mean |w| of the block
+        # minus its threshold.
         lowest = ranked[groups - 1]
         for mask, x in zip(found, q):
             np.testing.assert_array_equal(mask, np.repeat(x >= lowest, block[0], axis=0))
@@ -399,9 +401,9 @@ def test_invalid_arguments_raise(arguments, message):
 
 
 def test_no_layer_masks_a_unit_of_a_kept_channel():
-    # Both units of the first weight are below their thresholds. The second weight keeps its unit of
-    # channel 0, so the first weight also keeps its unit of channel 0. The last unit of the second
-    # weight belongs to no group of channels.
+    # Each of the two weights has a unit of channel 0. The unit of the first weight is below its
+    # threshold, but stays, because the second weight keeps its unit. The last unit of the second
+    # weight belongs to no channel and always stays.
     method = DST(0.5, pattern="channel")
     groups = ChannelGroups([2], np.zeros((1, 2, 2)), np.ones((1, 2)))
     layouts = [Layout(channels=Channels(ids, groups)) for ids in ([0, 1], [1, 0, -1])]
@@ -417,7 +419,8 @@ def test_no_layer_masks_a_unit_of_a_kept_channel():
     def forward(threshold):
         return method.apply(weights[0], {**states[0], "threshold": threshold}, layouts[0])
 
-    # S'(-0.5) = 0.4, for the kept unit as well as for the pruned unit, each with 3 weights.
+    # At Q = -0.5, the derivative of the step function is 0.4, for the kept unit and for the pruned
+    # unit. Each unit has 3 weights, so the gradient is -3 * 0.4 = -1.2.
     (found,) = gradients(forward, [states[0]["threshold"]], tensor(np.ones((3, 2))))
     np.testing.assert_allclose(found, [-1.2, -1.2], rtol=1e-5)
 

@@ -27,8 +27,8 @@ def numbers(*values):
 def test_pruning_events_are_at_the_epochs_of_the_paper(sparsity, every):
     found = FlipOut(sparsity).schedule.jumps(350)
     events = round(np.log2(1 / (1 - sparsity)))
-    # The paper rounds events to whole epochs. The highest sparsity in the paper is 1 - 0.5^10 =
-    # 0.99902, which this test rounds to 0.999.
+    # The paper rounds the time of each pruning event to whole epochs. The highest sparsity in the
+    # paper is 1 - 0.5^10 = 0.99902, which this test rounds to 0.999.
     assert len(found) == events
     np.testing.assert_allclose(found, every * np.arange(1, events + 1), atol=0.03 * 350)
 
@@ -71,8 +71,8 @@ def test_the_callback_passes_the_number_of_steps_to_the_method():
 
     class Watch(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
-            # On JAX, a callback that reads `self.model` writes the state of `fit` into the
-            # variables.
+            # On JAX, Keras updates the variables of the model only when a callback reads
+            # `self.model`.
             _ = self.model
             counted.append(sum(int(s["flips"].numpy().sum()) for s in optimizer.states))
 

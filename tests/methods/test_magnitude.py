@@ -65,13 +65,16 @@ def test_scores_with_revival_use_the_dense_weights():
 
 # -- rank ------------------------------------------------------------------------------------------
 
-# The second weight tensor has 3 entries. These entries are so small that a global ranking keeps
-# only `min_kept` of them.
+# The second weight tensor has 3 entries, which are so small that a global ranking keeps only
+# `min_kept` of these entries.
 LAYERS = [random(2, 2, 3, 5), random(1, 3, scale=1e-3, seed=1)]
 
 
 def best(w, kept):
-    """Return a mask of the `kept` largest magnitudes. The first of equal magnitudes are kept."""
+    """Return a mask of the `kept` largest magnitudes.
+
+    If magnitudes are equal, the first entries are kept.
+    """
     mask = np.zeros(w.size, bool)
     mask[np.argsort(-np.abs(w.ravel()), kind="stable")[:kept]] = True
     return mask.reshape(w.shape)
@@ -132,7 +135,7 @@ def test_one_nan_does_not_change_the_ranking():
     broken = LAYERS[0].copy()
     broken.flat[0] = math.nan
     found = masks_of(Magnitude(0.5), [broken, LAYERS[1]], [30])
-    broken.flat[0] = 0  # NaN is ranked like 0.
+    broken.flat[0] = 0  # A NaN weight has the same rank as a weight of 0.
     assert_equal(found, reference_global([broken, LAYERS[1]], 30, 1))
 
 
@@ -179,8 +182,9 @@ def test_rank_of_blocks_by_layer():
 
 
 def test_rank_of_blocks_over_all_layers():
-    # All blocks of the second weight tensor have higher scores than the blocks of the first tensor.
-    # The first tensor keeps one block only because every tensor keeps at least one block.
+    # Every block of the second weight tensor has a higher score than all blocks of the first weight
+    # tensor. The first weight tensor still keeps one block, because every weight tensor keeps at
+    # least one.
     weights = [random(8, 5), np.sign(random(8, 4, seed=1)) * 2]
     found = masks_of(Magnitude(0.5, "global", "1x4"), weights, [20])
     expected = [best_blocks(weights[0], (4, 1), 4), best_blocks(weights[1], (4, 1), 16)]
@@ -192,15 +196,15 @@ def test_rank_of_blocks_over_all_layers():
     [("global", [(10, 5)], [5]), ("uniform", [(10, 5), (6, 4)], [5, 2])],
 )
 def test_every_layer_keeps_a_channel(allocation, shapes, kept):
-    # At 90 % sparsity, the number of weights to keep is smaller than the 10 or 6 weights of a
-    # single channel.
+    # A channel has 10 or 6 weights. At 90 % sparsity, fewer weights may be kept, but every layer
+    # still keeps a channel.
     method = Magnitude(0.9, allocation, "channel")
     assert all(mask.any() for mask in masks_of(method, [random(*s) for s in shapes], kept))
 
 
 def test_min_kept_in_partial_blocks():
     # The pattern 1x4 splits the 5 inputs into a block of 4 weights and a block of 1 weight. The
-    # block of 1 weight has the highest score.
+    # second block has the higher score, but fewer weights than `min_kept`.
     kernel = np.array([[0.1], [0.1], [0.1], [0.1], [0.5]])
     (found,) = masks_of(Magnitude(0.5, pattern="1x4", min_kept=4), [kernel], [4])
     assert found.sum() >= 4
@@ -218,8 +222,8 @@ def test_rank_in_n_of_m(shape):
             assert min(group[on]) > max(group[~on], default=-1)
 
 
-# Packed bits of the masks that keep 30 of the 63 weights in LAYERS. The masks must have these bits
-# on every backend.
+# GOLDEN contains the bits of the masks that keep 30 of the 63 weights in LAYERS. The masks must be
+# the same on every backend.
 GOLDEN = "01a7fdb322130f52"
 
 
@@ -242,8 +246,8 @@ RESNET_20 = [
 @every(6)
 @pytest.mark.parametrize("sparsity", [0.98, 0.99, 0.999])
 def test_global_ranking_keeps_the_minimum_of_every_layer(sparsity):
-    # Every second layer has very small weights. Without minimums, a global ranking would keep only
-    # one weight of such a layer.
+    # Every second layer has very small weights. With `min_kept=1`, a global ranking would keep only
+    # one weight of each of these layers.
     weights = [random(*s, scale=1e-3 if i % 2 else 1.0) for i, s in enumerate(RESNET_20)]
     method = Magnitude(sparsity)
     layouts = [KERNEL] * len(weights)
@@ -282,7 +286,8 @@ SHAPES, PATHS = [(10, 10), (30, 10)], ["a/kernel", "b/kernel"]
         (Magnitude(0.9, min_kept=50), 0.9, [40]),
         (Magnitude(0.9, "uniform"), 0.9, [10, 30]),
         (Magnitude(0.9, "uniform", "1x4"), 0.5, [50, 150]),
-        (Magnitude(0.9, "erk"), 0.9, [13, 27]),  # ERK counts are proportional to 20 and 40.
+        # With ERK, the numbers of kept weights are proportional to sum(shape): 20 and 40.
+        (Magnitude(0.9, "erk"), 0.9, [13, 27]),
         (Magnitude(0.9, {"b/.*": 0.5}), 0.9, [10, 150]),
         # The schedule is halfway: the current sparsity 0.45 is half of the target 0.9.
         (Magnitude(0.9, {"b/.*": 0.5}), 0.45, [55, 225]),

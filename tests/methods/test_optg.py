@@ -136,7 +136,7 @@ def test_scores_move_by_the_rate_of_the_last_update(sparsity, rate):
 
 def test_an_update_sets_the_anchor_to_the_scores():
     model = sparse(OptG(0.5, frequency=2), "sgd")
-    for _ in range(2):  # A second fit passes all states to the training step again.
+    for _ in range(2):  # The second `fit` passes all variables of OptG to the training step again.
         model.fit(x, y, batch_size=32, epochs=2, verbose=0, callbacks=[SparseTraining(epochs=4)])
     for state in states(model):
         scores, anchor = (ops.convert_to_numpy(state[n]) for n in ("scores", "anchor"))

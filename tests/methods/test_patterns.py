@@ -25,7 +25,7 @@ SHAPES = [(16, 12), (3, 3, 8, 10)]
 SIZES = [math.prod(shape) for shape in SHAPES]
 NAMES = ["first", "second"]
 
-# Pruning methods that must know the density of every layer before training starts.
+# SET and RigL must know the density of every layer before training starts.
 FIXED_BEFORE = (methods.SET, methods.RigL)
 
 
@@ -44,8 +44,8 @@ def refusal(cls, pattern, allocation):
 def check_pattern(pattern, mask):
     """Check that a mask has the given pattern.
 
-    The second to last axis of the mask holds the inputs, whose number must be a multiple of 4. The
-    last axis holds the outputs.
+    The second to last axis of the mask belongs to the inputs of the layer, whose number must be a
+    multiple of 4. The last axis belongs to the outputs.
     """
     *window, inputs, outputs = mask.shape
     if pattern == "2:4":
@@ -79,8 +79,8 @@ def test_every_pattern_and_allocation_is_valid_or_raises(cls, pattern, allocatio
     for mask in masks:
         check_pattern(pattern, mask)
     counts = np.array([mask.sum() for mask in masks])
-    # For each of the two kernels, the number of weights that are always pruned together, such as a
-    # block of 4 weights.
+    # For each of the two kernels, `groups` is the number of weights that are pruned together, such
+    # as the 4 weights of a block.
     groups = {"unstructured": [1, 1], "1x4": [4, 4], "2:4": [1, 1], "channel": [16, 72]}[pattern]
     if pattern == "2:4" or allocation == "uniform":
         wanted = 0.5 * np.array(SIZES)

@@ -83,8 +83,8 @@ def test_set_grows_random_weights():
 def test_the_first_mask_is_random_and_grows_no_weight(cls):
     w, _, gradient = problem()
     full = np.ones_like(w, bool)
-    # The random numbers of an update are hashes of the seed and the step. Updates at 40 different
-    # steps are therefore as random as updates with 40 seeds.
+    # The random numbers of an update are hashes of the seed and the step. The masks of 40 different
+    # steps are therefore as random as the masks of 40 seeds.
     found = [update(cls(0.7), w, full, gradient, 60, step) for step in range(40)]
     assert all(f["mask"].sum() == 60 and not f["grown"].any() for f in found)
     often = np.mean([f["mask"] for f in found], axis=0)
@@ -113,8 +113,8 @@ SHAPES = [(10, 10), (30, 50), (50, 10)]
     [
         # With the allocation "uniform", SET and RigL leave the first weight tensor dense.
         ("uniform", 0.75, [100, 319, 106]),
-        # A dense first tensor would hold half of all kept weights, so the first tensor is pruned,
-        # too.
+        # If the first tensor stayed dense, its 100 weights would be half of all kept weights. The
+        # first tensor is therefore pruned, too.
         ("uniform", 0.9, [10, 150, 50]),
         ({"a": 0.5}, 0.75, [50, 375, 125]),
     ],
@@ -137,7 +137,8 @@ def test_grown_weights_and_their_slots_start_at_zero(cls):
         """Callback that checks grown weights after `SparseTraining` has updated the masks."""
 
         def on_train_batch_end(self, batch, logs=None):
-            # On JAX, reading `self.model` writes the state of `fit` into the variables.
+            # On JAX, Keras updates the variables of the model only when a callback reads
+            # `self.model`.
             _ = self.model
             masks = [s["mask"].numpy().copy() for s in optimizer.states]
             if seen:
