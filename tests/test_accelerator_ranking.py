@@ -69,7 +69,7 @@ def tied_scores():
 
 @pytest.fixture
 def searches(monkeypatch):
-    """Return a list to which every search for thresholds, or trace of a search, adds an entry."""
+    """Return a list that gets an entry whenever a search for thresholds runs or is traced."""
     searched, search = [], ranking._Ranking.thresholds
     monkeypatch.setattr(
         ranking._Ranking, "thresholds", lambda *args: searched.append(1) or search(*args)
@@ -79,11 +79,15 @@ def searches(monkeypatch):
 
 @pytest.fixture
 def wrong_guesses(searches):
-    """Return a list with one entry per wrong guess. A wrong guess starts a search."""
+    """Return a list with one entry for each wrong guess of the thresholds.
+
+    After a wrong guess, the ranking searches for the thresholds, so the list counts searches.
+    """
     return searches
 
 
-# With `limit` 1, the ranking does not sort the scores, but guesses the thresholds from a sample.
+# With `limit` 1, the ranking does not sort all scores. Instead, it guesses each threshold from a
+# sample of the scores.
 @only_torch
 @pytest.mark.parametrize("limit", [1, 1 << 20])
 @pytest.mark.parametrize(
@@ -159,7 +163,7 @@ def test_a_wrong_guess_is_corrected(scores, kept, monkeypatch, wrong_guesses):
 
 
 def driver_of(method, *widths):
-    """Return the driver that updates the masks of a network of dense layers.
+    """Return the object that updates the masks of a network with dense layers of the given widths.
 
     The first width is the number of inputs.
     """
@@ -172,8 +176,8 @@ def driver_of(method, *widths):
     return driver
 
 
-# Largest number of passes that a mask update of each method may need. A pass reads or writes all
-# weights in float32, so it moves four bytes per weight.
+# METHODS maps a method to the largest number of passes that its mask update may need. A pass reads
+# or writes all weights in float32, so it moves four bytes per weight.
 METHODS = {
     "Magnitude": (keras_dst.methods.Magnitude(0.9), 20),
     "FlipOut": (keras_dst.methods.FlipOut(0.9), 20),
@@ -183,7 +187,7 @@ METHODS = {
 }
 
 
-LARGE = (1024, 1024)  # The CPU algorithm would split the rows into 4 slabs.
+LARGE = (1024, 1024)  # Shape of a weight. The ranking for CPUs would split its scores into 4 slabs.
 
 
 def lowered_for_cuda(shapes, each):
@@ -206,14 +210,16 @@ def test_the_lowered_program_has_one_loop(each, monkeypatch):
 
 
 def loops_of_update(name):
-    """Lower a whole mask update for CUDA with JAX, and return the number of loops."""
+    """Lower a whole mask update for CUDA with JAX, and count the loops in the lowered program."""
     import jax
     from jax import export
 
-    _shared.cache_clear()  # With a cached trace, JAX would not trace the search.
+    # If the trace of an earlier test were cached, JAX would not trace the search.
+    _shared.cache_clear()
     driver = driver_of(METHODS[name][0], *LARGE)
     now = ScheduleState(*map(ops.convert_to_tensor, (3, 0.3, 0.9)))
-    # Do not call the function that the driver has compiled, because its trace may be cached.
+    # Compile the update again instead of calling the function of the driver, because the trace of
+    # this function may be cached.
     update = jax.jit(
         lambda weights, states, kept, now: driver.method.update(
             weights, states, driver.layouts, kept, now
@@ -231,7 +237,7 @@ def test_a_lowered_update_loops_only_to_search_for_thresholds(name, searches, mo
     assert loops_of_update(name) == len(searches) > 0
     searches.clear()
     monkeypatch.setattr(devices, "on_accelerator", lambda tensor: False)
-    # On a CPU, the lowered update also contains loops over rows of scores.
+    # With the ranking for CPUs, the program of the update also contains loops over rows of scores.
     assert loops_of_update(name) > len(searches) > 0
 
 
@@ -242,8 +248,8 @@ class Operations:
         launched: Number of operations, except operations that only return a view of a tensor.
         moved: Number of bytes that the operations read and write.
         waits: Number of times that the host reads a value from the device.
-        copies: Number of numbers and arrays that the host copies to the device.
-        peak: Largest number of bytes in new tensors that existed at the same time. Temporary memory
+        copies: Number of copies from the host to the device, each of a number or an array.
+        peak: Largest number of bytes that new tensors needed at the same time. Temporary memory
             within an operation is not counted.
     """
 
@@ -256,7 +262,7 @@ class Operations:
         from torch.utils._python_dispatch import TorchDispatchMode
         from torch.utils._pytree import tree_leaves
 
-        # Operations on selected entries do not read or write the whole tensor.
+        # An operation in these sets reads or writes only some entries of a tensor.
         selects = {"index", "index_select", "embedding", "take", "gather"}
         changes_selected = {"index_put_", "index_add_", "index_fill_"}
         overwrites = {"copy_", "fill_", "zero_"}
@@ -296,7 +302,7 @@ class Operations:
                 return found
 
             def add_new(self, found, arguments):
-                """Count the memory of each new tensor as used until the tensor is freed."""
+                """Add the memory of new tensors; subtract it when the tensors are freed."""
                 old = {t.untyped_storage()._cdata for t in tensors_in(arguments)}
                 for tensor in tensors_in(found):
                     storage = tensor.untyped_storage()
@@ -318,7 +324,7 @@ class Operations:
 @pytest.mark.parametrize("widths", [(1024, 2048), (1024, 3072, 1536, 512)], ids=str)
 @pytest.mark.parametrize("name", METHODS)
 def test_operations_bytes_and_memory_of_a_torch_update(name, widths, monkeypatch):
-    # Without this smaller limit, the ranking would sort all scores of this small model.
+    # Set a limit so low that the ranking does not sort all scores of this small model.
     monkeypatch.setattr(selection, "_SORTED", 1 << 15)
     method, passes = METHODS[name]
     driver = driver_of(method, *widths)
@@ -350,16 +356,16 @@ def test_operations_bytes_and_memory_of_a_torch_update(name, widths, monkeypatch
 @pytest.mark.parametrize("pattern", ["unstructured", "channel"])
 @pytest.mark.parametrize("name", [*METHODS, "DST", "ST3"])
 def test_an_update_of_small_weights_waits_once(name, pattern):
-    # The number of weights is not a multiple of the row width, so the ranking pads the rows of
-    # scores.
+    # The ranking arranges the scores in rows of equal width. The number of weights is not a
+    # multiple of this width, so the ranking pads the last row.
     method = getattr(keras_dst.methods, name)(sparsity=0.9, pattern=pattern)
     driver = driver_of(method, 8, *[8] * 6)
     first, later = Operations(), Operations()
     with first.counted():
         driver.begin(1000, 1000, 100)
-    # The host also reads three numbers: the step of the optimizer, and the step and length of the
-    # schedule. RigL always guesses that the mask update is not the first. In the first mask update,
-    # this guess is wrong, so RigL computes the update again and waits once more.
+    # The host also reads the step of the optimizer, and the step and length of the schedule. RigL
+    # first computes every mask update as if another update had come before. For the first update,
+    # this result is wrong, so RigL computes the update again and waits once more.
     assert first.waits <= 4 + (name == "RigL")
     driver.advance(250)
     with later.counted():
@@ -368,7 +374,7 @@ def test_an_update_of_small_weights_waits_once(name, pattern):
 
 
 def waits_of_steps(method):
-    """Return the number of times that the host waits in each of three training steps."""
+    """Train three steps; for each step, return how often the host waits for the device."""
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8), keras.layers.Dense(2)])
     optimizer = keras.optimizers.SGD(0.1)
     optimizer = apply_method(method, model, optimizer) if method else optimizer
@@ -419,7 +425,8 @@ def test_mixed_precision_gives_the_same_sparsity(name, policy):
     kept, removed = train_small_model(name, policy)
     expected, expected_removed = train_small_model(name, "float32")
     if test_contract.METHODS[name][0].learned:
-        # Each result may differ from the target by one unit, which has up to 2 % of the FLOPs.
+        # In both training runs, the result may differ from the target by one unit, which has up to
+        # 2 % of the FLOPs.
         assert removed == pytest.approx(expected_removed, abs=0.04)
     else:
         assert kept == expected

@@ -39,13 +39,13 @@ def test_global_and_uniform_give_equal_densities(allocation):
 @pytest.mark.parametrize(
     ("shapes", "density", "expected"),
     [
-        # ERK densities are proportional to sum(shape) / prod(shape): 8/16 and 16/64, a ratio of
-        # 2:1. The allocation keeps 20 of the 80 weights. The densities are therefore 2d and d with
-        # 16 * 2d + 64 d = 20, so d = 5/24.
+        # The ERK density of a weight tensor is proportional to sum(shape) / prod(shape): here 8/16
+        # and 16/64, a ratio of 2:1. The allocation keeps 20 of the 80 weights. If the second
+        # density is d, the first is 2d, and 16 * 2d + 64 d = 20 gives d = 5/24.
         ([(4, 4), (8, 8)], 0.25, [10 / 24, 5 / 24]),
-        # ERK densities are proportional to 20/100 and 2000/1e6. The first density would be 9.9,
-        # which is more than 1, so the first weight tensor stays dense. The rest of the kept entries
-        # belongs to the second tensor.
+        # The ERK densities of the two weight tensors are proportional to 20/100 and 2000/1e6. The
+        # first density would be 9.9, which is more than 1, so the first weight tensor stays dense.
+        # The second weight tensor gets all other kept entries.
         ([(10, 10), (1000, 1000)], 0.1, [1, (0.1 * 1000100 - 100) / 1e6]),
         # For convolutions, sum(shape) / prod(shape) includes the window of the kernel: (3 + 3 + 2 +
         # 4) / 72 and (1 + 1 + 6 + 4) / 24.
@@ -121,10 +121,11 @@ def test_a_name_without_a_matching_weight_raises():
             [(1, 7), (1, 8), (1, 9)],
             0.5,
             [4, 4, 4],
-        ),  # The unrounded counts 3.5, 4 and 4.5 have the sum 12.
+        ),  # Before rounding, the three tensors keep 3.5, 4 and 4.5 weights, together 12.
         ("global", [(10, 10), (30, 10)], 0.9, [40]),
         ("global", [(7, 7)], 0.9, [5]),
-        ("erk", [(4, 4), (8, 8)], 0.75, [7, 13]),  # Before rounding, the counts are 6.67 and 13.33.
+        # Before rounding, the two tensors keep 6.67 and 13.33 weights.
+        ("erk", [(4, 4), (8, 8)], 0.75, [7, 13]),
         ("erk", [(10, 10), (1000, 1000)], 0.9, [100, 99910]),
         ("uniform", [(2, 2), (3, 3)], 0.0, [4, 9]),
         ("erk", [(2, 2), (3, 3)], 0.0, [4, 9]),
@@ -140,7 +141,8 @@ def test_kept_counts_equal_manual_results(allocation, shapes, sparsity, expected
 @given(st.sampled_from(NAMES), shapes_of_weights, st.floats(0, 0.999))
 def test_kept_counts_add_up_exactly(allocation, shapes, sparsity):
     wanted = (1 - sparsity) * sum(sizes(shapes))
-    # A count of exactly n + 0.5 may be rounded up or down, so exclude such counts.
+    # If the number of kept weights is exactly n + 0.5, it may be rounded up or down. Exclude such
+    # numbers.
     assume(abs(wanted % 1 - 0.5) > 1e-6)
     counts = kept_counts(allocation, shapes, sparsity)
     assert counts.sum() == round(wanted)
@@ -198,11 +200,11 @@ def test_an_invalid_layer_name_in_an_allocation_raises(name):
 @pytest.mark.parametrize(
     ("shapes", "sparsity", "expected"),
     [
-        # The unrounded ERK counts are 13.3 and 26.7. The minimums are a quarter of these counts,
-        # rounded down.
+        # With ERK, the two tensors would keep 13.3 and 26.7 weights. The minimums are a quarter of
+        # these numbers, rounded down.
         ([(10, 10), (30, 10)], 0.9, [3, 6]),
-        # The unrounded ERK counts are 0.4 and 9.6. The minimums are a quarter of these counts,
-        # rounded down, but at least 1.
+        # With ERK, the two tensors would keep 0.4 and 9.6 weights. The minimums are a quarter of
+        # these numbers, rounded down, but at least 1.
         ([(4, 4), (100, 100)], 0.999, [1, 2]),
         ([(1, 2), (100, 100)], 0.0, [1, 2500]),
     ],

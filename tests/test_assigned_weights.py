@@ -70,7 +70,7 @@ def fit(model, callbacks, epochs=8):
 
 
 def check_agreement(model, history, sparse_training, target, tolerance=0.02):
-    """Check that no target is missed, and that logs and stripped model have the same sparsity."""
+    """Check the target, and that the logged sparsity equals the sparsity of the stripped model."""
     assert sparse_training.missed() == []
     assert history["sparsity"][-1] >= target - 0.01
     keras_dst.strip(model)
@@ -125,7 +125,7 @@ def test_early_stopping_with_restored_best_weights(name, first):
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("method", [methods.RigL(0.8), methods.SET(0.8)])
 def test_restored_weights_that_are_sparser_than_the_target_raise_no_warning(method, first):
-    """Newly grown weights start at 0, so an epoch may end with more zeros than pruned weights."""
+    """Weights that SET and RigL grow start at 0, so a model may have more zeros than its masks."""
     model, sparse_training = sparse(method), SparseTraining()
     kept = []
 
@@ -148,7 +148,7 @@ def test_restored_weights_that_are_sparser_than_the_target_raise_no_warning(meth
 @every(12)
 @pytest.mark.parametrize("name", ["magnitude", "revival", "rigl", "flipout", "optg"])
 def test_best_weights_at_the_target_are_restored_unchanged(name):
-    """The restored weights agree with the masks of the restored epoch, so no warning is raised."""
+    """The restored weights fit the masks of the same epoch, so `SparseTraining` does not warn."""
     method = METHODS[name]
     model = sparse(method)
     sparse_training = SparseTraining(metric_at_target="val_loss")

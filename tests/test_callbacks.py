@@ -51,7 +51,8 @@ def test_sparsity_follows_the_cubic_schedule_of_the_paper():
 
 
 def test_a_short_training_is_pruned():
-    # With a fixed frequency of 100 steps, as in tfmot, no mask would be updated in 96 steps.
+    # The training run has 96 steps. If masks were updated every 100 steps, as in tfmot, no mask
+    # would be updated.
     model = sparse(Magnitude(0.9))
     history = model.fit(x, y, batch_size=8, epochs=6, verbose=0, callbacks=[SparseTraining()])
     assert history.history["sparsity"][-1] == pytest.approx(0.9, abs=1e-3)
@@ -90,7 +91,7 @@ def test_training_with_one_batch_per_epoch():
     assert history.history["sparsity"] == pytest.approx([0.5], abs=1e-3)
 
 
-# Keras warns when a generator ends.
+# Keras warns that the generator has no more batches.
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 def test_a_generator_of_unknown_length_needs_steps_per_epoch():
     def batches():

@@ -321,7 +321,7 @@ def test_dst_removes_a_channel_that_all_layers_of_a_group_have_pruned(granularit
     assert callback.missed() == []
     keras_dst.strip(model)
     stream, inner = units(model, "stem"), units(model, "expand")
-    # If one layer keeps a channel, no other layer of its group masks a unit of this channel.
+    # In each group of coupled channels, all layers keep the same channels.
     np.testing.assert_array_equal(units(model, "project"), stream)
     np.testing.assert_array_equal(units(model, "depthwise", -2), inner)
     assert stream.sum() in (8, 16)
@@ -346,8 +346,8 @@ def test_dst_meets_a_target_in_flops():
     keras_dst.strip(model)
     small = keras_dst.shrink(model)
     before, after = keras_dst.report(model), keras_dst.report(small)
-    # The FLOPs may differ from the target by 8 of the 32 channels of the residual sum, which need
-    # at most 14% of the FLOPs.
+    # Channels are pruned in multiples of 8. In the residual sum, 8 of the 32 channels need 14 % of
+    # the FLOPs or less. The FLOPs may therefore differ from the target by 14 %.
     assert after.dense_flops / before.dense_flops == pytest.approx(0.5, abs=0.14)
 
 

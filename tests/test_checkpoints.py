@@ -78,7 +78,7 @@ def test_every_checkpoint_has_the_logged_sparsity(name, ending, save_freq, tmp_p
     ],
 )
 def test_the_best_checkpoint_has_the_target_sparsity(monitor, first, tmp_path):
-    """Callbacks can be passed in either order, and early stopping waits for the target."""
+    """Early stopping waits for the target sparsity, in any order of the callbacks."""
     model = build_with_accuracy(ALL_METHODS["optg"])
     sparse = SparseTraining(metric_at_target=monitor)
     gated = f"{monitor}_at_target"
@@ -160,7 +160,7 @@ def test_an_interrupted_save_keeps_the_previous_file(ending, tmp_path, monkeypat
     method = ALL_METHODS["magnitude"]
 
     class CutShort(keras.callbacks.Callback):
-        """Callback that interrupts Keras in the third epoch after half of the file is written."""
+        """Callback that interrupts the saving of the third epoch after half of the file."""
 
         def on_epoch_end(self, epoch, logs=None):
             if epoch != 2:

@@ -1,4 +1,7 @@
-"""Contract tests of all methods. A new method needs one line in METHODS."""
+"""Tests of the behavior that all pruning methods have in common.
+
+To test a new method, add one line to METHODS.
+"""
 
 import functools
 import warnings
@@ -25,16 +28,16 @@ own: dict = {}
 for _, code in blocks("own_methods.md")[:-1]:
     exec(compile(code, "docs/own_methods.md", "exec"), own)
 
-# Each entry is (method, final sparsity or None, tolerance of the final sparsity).
+# METHODS maps a name to a method, its final sparsity (or None), and the tolerance of this sparsity.
 METHODS = {
     "dst": (methods.DST(), None, None),
     "dst-target": (methods.DST(sparsity=0.8), 0.8, 0.01),
     "dst-target-1x4": (methods.DST(sparsity=0.8, pattern="1x4"), 0.8, 0.01),
     "dst-target-layer": (methods.DST(sparsity=0.5, granularity="layer"), 0.5, 0.01),
     "dcil": (methods.DCIL(0.8), 0.8, 0.001),
-    # Consensus removes units until 30 % of the FLOPs are removed, up to one unit more or less.
-    # Depending on the layers of the removed units, this prunes 12.5 % to 30.4 % of the weights: 14
-    # units with 24 of the 2,688 weights, or 17 units with 48 weights.
+    # Consensus removes units until 30 % of the FLOPs are removed, up to one unit more or less. The
+    # pruned fraction of the 2,688 weights depends on the layers of these units. It is 12.5 % for 14
+    # units with 24 weights each, and 30.4 % for 17 units with 48 weights each.
     "consensus": (methods.Consensus(0.3, lambda_polar=0.1, lambda_act=20.0), 0.2145, 0.09),
     "magnitude": (methods.Magnitude(0.8), 0.8, 0.001),
     "magnitude-uniform": (methods.Magnitude(0.8, allocation="uniform"), 0.8, 0.001),
@@ -82,7 +85,7 @@ def method(request):
 
 @pytest.fixture(params=KINDS)
 def one_of_each(request):
-    """Return one method of each kind, for tests that do not depend on pattern and allocation."""
+    """Return one pruning method of each class, with the default pattern and allocation."""
     return METHODS[request.param]
 
 
@@ -144,7 +147,7 @@ def test_target_log_second_fit_and_strip(method):
     logged = history.history["sparsity"]
     assert len(logged) == EPOCHS
 
-    if method[1] is not None:  # A second fit keeps the final sparsity.
+    if method[1] is not None:  # A second call of `fit` does not change the final sparsity.
         again = fit(model, 2).history["sparsity"]
         np.testing.assert_allclose(again[-1], logged[-1], atol=method[2])
         logged = again
@@ -292,7 +295,7 @@ COMPILE_ARGUMENTS = {
         {"steps_per_execution": 4},
         pytest.param({"run_eagerly": True}, marks=slow),
     ],
-    # All other tests on JAX already compile the training step with jit_compile.
+    # `jit_compile` needs no test here, because all other tests on JAX use it.
     "jax": [{"steps_per_execution": 4}],
     # Keras rejects steps_per_execution on PyTorch. Compiling a PyTorch step takes a minute.
     "torch": [{"run_eagerly": True}, pytest.param({"jit_compile": True}, marks=slow)],
@@ -407,7 +410,8 @@ def test_no_layer_collapses_in_a_short_training_at_a_high_rate(method):
     target = method.get_config()["sparsity"]
     assert report.sparsity == pytest.approx(target, abs=1e-3)
     floors = np.ones(len(kernels))
-    if not isinstance(method, methods.SET):  # SET and RigL fix the number of weights per layer.
+    # SET and RigL keep a fixed number of weights per layer.
+    if not isinstance(method, methods.SET):
         floors = allocation.floor_counts(kernels, target)
     for row, floor in zip(report.layers, floors):
         assert row.nonzeros >= floor, row

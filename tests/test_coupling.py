@@ -76,7 +76,7 @@ def test_predicted_cost_equals_the_cost_of_the_shrunk_model():
 
 
 def assert_planned_costs(model, found, dead):
-    """Remove channels, and compare the costs of the smaller model with the costs in training."""
+    """Remove channels; compare the predicted and the real numbers of parameters and FLOPs."""
     weights = [member.variable for member in found.members if member.output is not None]
     layouts = [Layout((m.output,), ()) for m in found.members if m.output is not None]
     method = keras_dst.methods.Magnitude(0.5, pattern="channel")

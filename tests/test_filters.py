@@ -18,7 +18,7 @@ from keras_dst._utils.filters import is_kernel, is_prunable, select
         ("kernel", (4, 3), {"dtype": "bfloat16"}, True),
         ("kernel", (4, 3), {"dtype": "float16"}, True),
         ("kernel", (4, 3), {"trainable": False}, True),
-        # The name belongs to a quantized kernel.
+        # Keras stores a quantized kernel in int8 and does not train this kernel.
         ("kernel", (4, 3), {"dtype": "int8", "trainable": False}, True),
         ("kernel", (4, 3), {"dtype": "int32", "trainable": False}, False),
         ("kernel", (4,), {}, False),
@@ -28,7 +28,7 @@ from keras_dst._utils.filters import is_kernel, is_prunable, select
         ("beta", (2, 8), {}, False),
         ("scale", (2, 8), {}, False),
         ("alpha", (2, 8), {}, False),
-        ("kernel_threshold", (4, 3), {}, False),  # The name belongs to the threshold of a mask.
+        ("kernel_threshold", (4, 3), {}, False),  # DST stores its thresholds under this name.
         ("kernel_scores", (4, 3), {}, False),
         ("kernel_anchor", (4, 3), {}, False),
         ("upscale", (4, 3), {}, True),

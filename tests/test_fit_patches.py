@@ -90,7 +90,8 @@ def test_an_interrupted_fit_restores_the_model(hook, epoch, error, model):
     with pytest.raises(error, match="interrupted"):
         fit(model, interrupt)
     assert own_attributes(model) == (set(), before)
-    if hook.endswith("_end"):  # Before the interruption, the methods of the model were patched.
+    # When the callback interrupted `fit`, the methods of the model were still patched.
+    if hook.endswith("_end"):
         assert {"save", "save_weights", "evaluate"} <= interrupt.seen[0]
     assert model.save.__func__ is keras.Model.save
     history = fit(model)

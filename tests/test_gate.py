@@ -70,7 +70,8 @@ def test_values_and_gradients_of_a_logit():
     state = gate.sparse_state["gate"]
     inputs = np.random.default_rng(0).standard_normal((2, 3, 4)).astype("float32")
     state["logit"].assign(logit)
-    z = np.float32([1, 0, 1])  # A gate whose opening probability pi is exactly 0.5 is open.
+    # The logit 0 gives the probability pi = 0.5, and such a gate is open.
+    z = np.float32([1, 0, 1])
     np.testing.assert_array_equal(array(gate(inputs)), inputs * z[:, None])
 
     def gated(logit):
@@ -208,7 +209,7 @@ def test_the_loss_of_gates_has_polarization_and_budget_terms():
             on_epoch_end=lambda epoch, logs: losses.append(logs["loss"])
         )],
     )  # fmt: skip
-    means, h = [], a  # Because the learning rate is 0, all steps are equal.
+    means, h = [], a  # The learning rate is 0, so all steps use the same gates.
     for gate in gates:
         if gate.dependent:
             z = np.asarray(array(gate._module(ops.convert_to_tensor(h))))
@@ -219,7 +220,8 @@ def test_the_loss_of_gates_has_polarization_and_budget_terms():
             h = h * means[-1]
     g, c = np.concatenate(means), np.repeat([2, 1, 5], [6, 6, 1])
     assert 0 < g[:6].mean() < 1
-    # At the first step, the target cost is still the cost of the network with all gates open.
+    # At the first step, the target cost still equals the cost with all gates open, so their ratio
+    # is 1.
     expected = 3 * (g * (1 - g)).mean() + 7 * ((c * g).sum() / c.sum() - 1) ** 2
     assert losses[-1] == pytest.approx(expected, rel=1e-3)
 

@@ -27,7 +27,7 @@ pytestmark = every(12)
 EXAMPLES = 4 if keras.backend.backend() == "jax" else 25
 few = hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None)
 
-# One method of each kind.
+# The tests use these five pruning methods, which belong to different classes.
 KINDS = {name: ALL_METHODS[name] for name in ("dst-target", "optg", "magnitude-revival", "flipout")}
 KINDS["rigl"] = ALL_METHODS["rigl"]
 
@@ -173,7 +173,8 @@ class TestTraining:
         bad[20] = np.nan
         kernel = [v for v in model.trainable_variables if v.path.endswith("kernel")][-1]
         value = kernel.numpy().copy()
-        value[0, 0] = np.nan  # TensorFlow's ReLU would turn NaN inputs into 0.
+        # One weight is NaN, too, because TensorFlow's ReLU turns NaN inputs into 0.
+        value[0, 0] = np.nan
         kernel.assign(value)
         history = fit(model, bad, y, epochs=3, callbacks=[SparseTraining()])
         assert np.isnan(history["loss"][-1])
@@ -233,7 +234,7 @@ def fit(model, x, y, epochs=1, batch_size=16, **kwargs):
 
     with warnings.catch_warnings():
         # The training runs in this file are too short for the controller of DST to reach its
-        # target. With a NaN loss, the controller of DST never reaches the target.
+        # target. If the loss is NaN, DST never reaches its target.
         warnings.filterwarnings("ignore", ".*(training had reached|missed by) .*")
         return model.fit(
             x, y, epochs=epochs, batch_size=batch_size, shuffle=False, verbose=0, **kwargs

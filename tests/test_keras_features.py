@@ -149,7 +149,7 @@ class Mean(optimizers.SGD):
 
 
 OPTIMIZERS = {"Mean": Mean}
-# Older versions of Keras lack Muon and ScheduleFreeAdamW.
+# The optimizers `Muon` and `ScheduleFreeAdamW` do not exist in older versions of Keras.
 for name in ("Muon", "ScheduleFreeAdamW"):
     if hasattr(optimizers, name):
         OPTIMIZERS[name] = getattr(optimizers, name)

@@ -22,7 +22,7 @@ def hide(target, name):
                 raise AttributeError(f"no attribute {attribute!r}")
             return super().__getattribute__(attribute)
 
-        # PyTorch modules look up their submodules in `__getattr__`
+        # PyTorch modules find their submodules in `__getattr__`, so hide the attribute there, too.
         def __getattr__(self, attribute):
             if attribute == name:
                 raise AttributeError(f"no attribute {attribute!r}")
