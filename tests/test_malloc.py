@@ -16,9 +16,9 @@ from tests import models
 from tests.backends import once
 
 # Free a block of 64 MiB under each memory policy, and print whether the process keeps the block. By
-# default, glibc returns blocks of this size to the system. The program runs in a process of its own
-# and imports no backend. In a process with a large heap, glibc may place the block in a gap of the
-# heap, and then keeps the block under every policy.
+# default, glibc returns a freed block of this size to the operating system. The program runs in a
+# process of its own and imports no backend. In a process with a large heap, glibc may place the
+# block in a gap of the heap. Such a block is kept under every policy.
 PROGRAM = """
 import importlib.util, mmap, os, pathlib, sys
 
@@ -49,10 +49,10 @@ print(is_kept())
 def run(**variables):
     """Run PROGRAM with environment variables, and return the four booleans that it prints.
 
-    1. The process keeps a freed block by default.
-    2. The process keeps a freed block after `keep_freed_memory`.
-    3. `return_freed_memory` returns the kept block to the system.
-    4. The process keeps the next freed block.
+    1. Without a call of `malloc`, the process keeps a freed block of memory.
+    2. After `keep_freed_memory()`, the process keeps a freed block of memory.
+    3. `return_freed_memory()` returns this block to the operating system.
+    4. After `return_freed_memory()`, the process keeps a freed block of memory.
     """
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
     command = [sys.executable, "-c", PROGRAM, malloc.__file__]

@@ -30,7 +30,7 @@ def tensor(values, dtype="float32"):
 
 
 def array(x):
-    """Return the exact values of a tensor as float64."""
+    """Convert a tensor to float64 in NumPy, without rounding."""
     return ops.convert_to_numpy(ops.cast(x, "float32")).astype("float64")
 
 
@@ -78,8 +78,8 @@ def test_step_derivative(dtype):
     slope = np.array([slope for _, _, slope in STEP])
     upstream = np.resize([1.0, -0.5, 4.0], len(STEP))
     (found,) = gradients(masks.step, [x], tensor(upstream, dtype))
-    # Rounding changes x by up to |x| eps/2, and the derivative 2 - 4|x| by up to four times as
-    # much.
+    # Rounding changes x by up to |x| eps/2. The derivative 2 - 4|x| then changes by up to four
+    # times this amount.
     allowed = np.abs(upstream) * EPSILON[dtype] * (2 * np.abs(array(x)) + 1) * (slope > 0)
     assert (np.abs(found - upstream * slope) <= allowed).all(), (found, upstream * slope)
 
@@ -129,14 +129,15 @@ def test_gradients_of_masked_weights(dtype):
 @pytest.mark.parametrize(
     ("g", "mask", "expected"),
     [
-        # The nonzero kept gradients 3 and -4 have the root mean square sqrt(12.5), and the limit is
-        # twice this value.
+        # The root mean square of the nonzero gradients of kept entries, 3 and -4, is sqrt(12.5).
+        # The gradients of pruned entries are limited to twice this value.
         ([3, 0, -4, 50, -50], [1, 1, 1, 0, 0], [3, 0, -4, 2 * 12.5**0.5, -2 * 12.5**0.5]),
-        # The limit is 7.07, so 7 is allowed.
+        # The limit is 2 * sqrt(12.5) = 7.07, so the gradients 7 and -7 do not change.
         ([3, 0, -4, 7, -7], [1, 1, 1, 0, 0], [3, 0, -4, 7, -7]),
         ([3, 50, -4], [1, 1, 0], [3, 50, -4]),
         ([3, 4], [0, 0], [3, 4]),  # If the mask keeps no entries, gradients are not limited.
-        ([0, 4], [1, 0], [0, 0]),  # If all kept entries have gradient 0, the limit is 0.
+        # If the gradients of all kept entries are 0, the other gradients become 0, too.
+        ([0, 4], [1, 0], [0, 0]),
     ],
 )
 def test_limit_of_the_gradients_of_pruned_entries(g, mask, expected):
@@ -246,18 +247,17 @@ def test_pattern(name, shape, layout, block):
 
 
 def test_golden_blocks():
-    # A kernel with 5 inputs and 3 outputs. With the pattern 1x4, each block contains the weights of
-    # 4 inputs for one output. The fifth input is left over, so each of its blocks contains only one
-    # weight.
+    # The kernel has 5 inputs and 3 outputs. With the pattern 1x4, a block contains the weights of
+    # one output for four inputs. The blocks of the fifth input contain only one weight.
     kernel = tensor([[1, 0, 2], [2, 0, 2], [3, 0, 2], [4, 0, 2], [6, -1, 0]])
     pattern = Pattern("1x4")
     scores = pattern.scores(kernel)
     np.testing.assert_array_equal(array(scores), [[2.5, 0, 2], [6, -1, 0]])
     np.testing.assert_array_equal(pattern.sizes((5, 3)), [[4, 4, 4], [1, 1, 1]])
 
-    # At most six weights may be kept. The block with score 6 has one weight, and the block with
-    # score 2.5 has four weights. The block with score 2 has four more weights, which would exceed
-    # the limit of six.
+    # At most six weights may be kept. The blocks with the scores 6 and 2.5 have 1 + 4 weights and
+    # are kept. The block with score 2 also has four weights, so the ranking would keep nine
+    # weights.
     (groups,) = top_k([array(scores)], 6, [pattern.sizes((5, 3))])
     np.testing.assert_array_equal(groups, [[1, 0, 0], [1, 0, 0]])
     mask = pattern.expand(ops.convert_to_tensor(groups), (5, 3))
@@ -328,7 +328,10 @@ def test_a_pattern_without_its_axis_raises(name, layout, missing):
 
 
 def reference_top_k(scores, kept, sizes=None):
-    """Rank groups with a stable sort, and keep groups while they have at most `kept` entries."""
+    """Return masks of the groups with the highest scores, with at most `kept` entries in total.
+
+    If scores are equal, the first groups are kept.
+    """
     flat = np.concatenate([np.ravel(s) for s in scores])
     order = np.argsort(-flat, kind="stable")
     taken = np.ones(len(flat)) if sizes is None else np.concatenate([np.ravel(s) for s in sizes])
@@ -488,7 +491,8 @@ def test_the_threshold_search_among_zeros_takes_few_steps(kept, monkeypatch):
         ranking._Ranking, "_count_above", lambda *args: counts.append(1) or count(*args)
     )
     assert_equal(top_k(scores, kept), reference_top_k(scores, kept))
-    assert len(counts) < 40  # A bisection down to denormal numbers would need 300 steps.
+    # If the search halved its range down to denormal numbers, it would need 300 steps.
+    assert len(counts) < 40
 
 
 def test_top_k_compiled_by_xla():
@@ -499,8 +503,8 @@ def test_top_k_compiled_by_xla():
 
 def test_top_k_stops_at_the_first_group_that_does_not_fit():
     # At most 5 weights may be kept. The two groups with the highest scores have 3 weights together.
-    # The third group also has 3 weights, and 6 kept weights would be too many, so the ranking keeps
-    # only the first two groups. The last group has only 1 weight, but the ranking does not keep it.
+    # With the third group, 6 weights would be kept. The ranking therefore stops after two groups,
+    # and does not keep the last group either, which has only 1 weight.
     assert_equal(top_k([[9, 8, 7, 6]], 5, [np.array([2, 1, 3, 1])]), [[1, 1, 0, 0]])
 
 
@@ -519,7 +523,7 @@ SIZES = {
 def scores_and_count(draw, largest_size=1):
     """Draw scores with many ties or a wide range, and draw how many scores to keep.
 
-    The number of scores to keep ranges from -1 to more than the number of all scores.
+    The number of scores to keep may be negative, or larger than the number of all scores.
     """
     shapes = draw(st.sampled_from(SHAPES))
     size = sum(math.prod(shape) for shape in shapes)
@@ -572,9 +576,9 @@ def test_top_k_of_each_tensor_equals_a_stable_sort(case, counts):
     assert_equal(top_k(scores, counts, sizes), expected)
 
 
-# `top_k` packs scores into rows, combines small tensors into bundles of rows, and counts a large
-# tensor in slabs of rows. With the small sizes in this test, the scores fill several rows, bundles
-# and slabs, some of them only partly.
+# `top_k` arranges all scores in rows. Small tensors are combined in bundles of rows, and the rows
+# of a large tensor are divided into slabs. In this test, rows, bundles and slabs are so small that
+# the scores fill several of them, and some only partly.
 @every(2)
 def test_top_k_of_several_rows_bundles_and_slabs(monkeypatch):
     sizes = {
@@ -614,8 +618,8 @@ def test_top_k_of_several_rows_bundles_and_slabs(monkeypatch):
         assert_equal(best_first(kept), reference_top_k(raised([1] * len(shapes)), kept))
     for kept in (11, 12, 30, 51, 99):
         assert_equal(several_first(kept), reference_top_k(raised(several), kept))
-        # The 11 groups with the highest scores are always kept. Each group has up to 4 weights
-        # instead of 1.
+        # The ranking always keeps 11 groups. Here, each of these groups has up to 4 weights instead
+        # of 1, so up to 11 * 3 = 33 more weights are kept.
         kept += 33
         assert_equal(of_groups_first(kept), reference_top_k(raised(several), kept, sizes))
     counts = [11, 0, 2, 36]
@@ -658,7 +662,7 @@ def reference_n_of_m(scores, n, m, axis):
         ((8, 3), 2, 4, -2),
         ((8, 3), 1, 2, -2),
         ((8, 3), 3, 8, -2),
-        ((6, 3), 2, 4, -2),  # The last group is shorter.
+        ((6, 3), 2, 4, -2),  # The inputs form a group of 4 and a group of 2.
         ((5, 3), 2, 4, -2),
         ((3, 2), 2, 4, -2),
         ((9, 3), 1, 4, 0),
@@ -680,7 +684,7 @@ def test_n_of_m(shape, n, m, axis):
 
 
 # A kernel with 6 inputs and 2 outputs, pruned with the pattern 2:4 along the inputs. The last group
-# of inputs has only 2 entries, and both are kept.
+# contains only 2 inputs, and both weights of an output are kept.
 def test_golden_n_of_m():
     kernel = [[3, 1], [1, 1], [2, 2], [0, 3], [0, 9], [0, 0]]
     found = masks.n_of_m(tensor(kernel), 2, 4)
@@ -709,7 +713,7 @@ def test_n_of_m_of_tied_and_nonfinite_scores(scores, expected):
 CONV, DENSE = random(2, 2, 6, 5, seed=5), random(10, 6, seed=6)
 
 # Columns: pattern, shape of a block in a convolution kernel, packed bits of the masks. For a dense
-# kernel, only the last two dimensions of this shape are used.
+# kernel, a block has only the last two dimensions.
 GOLDEN = [
     ("unstructured", (1, 1, 1, 1), "5026007a293a0e83d201e9744a0d4cb801383108110020"),
     ("1x4", (1, 1, 4, 1), "000003196b5acc6084212954a529ce10410445145128a0"),
@@ -724,7 +728,10 @@ def bits(arrays):
 
 
 def reference_masks(block, weights, kept):
-    """Return masks of the blocks with the highest mean magnitudes, or 2:4 masks without `block`."""
+    """Return masks of the blocks with the highest mean magnitudes.
+
+    If `block` is None, return masks with the pattern 2:4.
+    """
     if block is None:
         return [reference_n_of_m(np.abs(w), 2, 4, -2) for w in weights]
     result = [np.zeros(w.shape, bool) for w in weights]

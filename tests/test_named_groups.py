@@ -106,7 +106,7 @@ def test_shrink_removes_named_channels_inside_the_functional_parts_of_a_model():
     expected = array(model(X, training=False))
     np.testing.assert_allclose(array(small(X, training=False)), expected, atol=1e-5)
     assert small.branch.get_layer("expand").filters == 16
-    # `shrink` keeps all channels of an output.
+    # The output of "project" is an output of the branch, so `shrink` keeps all its channels.
     assert small.branch.get_layer("project").filters == 16
 
 
@@ -136,7 +136,7 @@ def test_groups_name_layers_inside_a_custom_layer_of_a_functional_model():
     keras_dst.strip(fit(compiled(method, model), SparseTraining(), epochs=1))
     assert alive(model, "inner").sum() == units(model, "wide").sum() == 16
     assert alive(model, "outer").all()
-    assert units(model, "embed").all()  # The custom layer needs all its input channels.
+    assert units(model, "embed").all()  # The custom layer reads all channels of "embed".
     groups = [["wide", "block/inner"]]
     method = methods.Magnitude(0.5, pattern="channel", groups=groups)
     with pytest.raises(ValueError, match=r"not\s+known from the graph.*wide/kernel"):

@@ -207,7 +207,7 @@ def test_reapply_masks_prunes_assigned_weights(revival):
     assert driver.measured_sparsity() == pytest.approx(0.8, abs=1e-3)
     for kernel, before, zero in zip(model.optimizer.kernels, restored, pruned):
         np.testing.assert_array_equal(kernel.numpy(), np.where(zero, 0, before))
-    # The next training step starts from the assigned values.
+    # Before the next training step, `assign_states` must not change the assigned weights.
     driver.assign_states([{} for _ in pruned])
     for kernel, before, zero in zip(model.optimizer.kernels, restored, pruned):
         np.testing.assert_array_equal(kernel.numpy(), np.where(zero, 0, before))
@@ -344,7 +344,7 @@ class Adversarial(keras.Model):
         return self.discriminator(self.generator(noise))
 
     def compile(self, optimizer, discriminator_optimizer):
-        super().compile(optimizer, jit_compile=False)  # On JAX, the step runs eagerly.
+        super().compile(optimizer, jit_compile=False)  # On JAX, the step is not compiled.
         self.generator_optimizer = optimizer
         self.discriminator_optimizer = discriminator_optimizer
         optimizer.build(self.generator.trainable_variables)

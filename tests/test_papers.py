@@ -28,7 +28,8 @@ def test_epochs_after_a_restart_equal_those_of_one_run():
 @pytest.mark.once
 def test_shifted_images_are_filled_with_their_mean():
     x = np.full((BATCH, 8, 8, 3), 40, "uint8")
-    # One of the 64 pixels is 104, all others are 40, so the mean of each image is 41.
+    # In each image, one of the 64 pixels has the value 104, and all others have the value 40, so
+    # the mean is 41.
     x[:, 0, 0] = 104
     images, _ = Epochs(x, np.arange(BATCH), seed=0)[0]
     assert images.shape == (BATCH, 8, 8, 3)
@@ -54,7 +55,7 @@ def test_rate_of_dcil_drops_twice():
 @pytest.mark.once
 def test_settings_select_the_runs_of_a_table():
     first = runs_of(["resnet-32-16"])
-    # For each of three seeds: a dense run, and three sparsities per method.
+    # For each of the three seeds, there are a dense run and three sparsities of every method.
     assert len(first) == 3 * (1 + 3 * len(METHODS))
     assert [run.method for run in first[:2]] == ["dense", "DCIL"]
     assert [run.seed for run in first] == sorted(run.seed for run in first)
@@ -137,9 +138,10 @@ def test_a_run_in_three_pieces_equals_a_run_in_one_piece(method, tiny, tmp_path)
 
     model, expected = train("one")
     for _ in range(2):
-        with pytest.raises(Paused):  # Past the deadline, each call trains one epoch.
+        with pytest.raises(Paused):  # The deadline has passed, so each call trains one epoch.
             train("three", deadline=0.0)
-    # The second call restores the backup of the finished run.
+    # The first call trains the last epoch. The second call finds the finished run in the backup and
+    # trains nothing.
     for _ in range(2):
         resumed, found = train("three", deadline=0.0)
         for a, b in zip(model.get_weights(), resumed.get_weights(), strict=True):
@@ -157,7 +159,7 @@ def test_a_run_in_three_pieces_equals_a_run_in_one_piece(method, tiny, tmp_path)
 @pytest.mark.once
 @pytest.mark.filterwarnings("ignore:.*training had reached .*:UserWarning")
 def test_short_runs_are_stored_only_in_their_folder(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "save", None)  # A call of `results.save` would raise an error.
+    monkeypatch.setattr(results, "save", None)  # With None, a call of `results.save` would fail.
     run = Run("resnet-56-16", "Consensus", 0.5, 0, epochs=2, batch=16)
     papers.complete(run, tmp_path, deadline=0.0)
     # No epoch is trained, because the deadline has passed.

@@ -195,7 +195,7 @@ def test_plot_trade_off():
     curve, other = axes.containers
     assert list(curve.lines[0].get_xdata()) == pytest.approx([0.5, 0.1, 0.02])
     assert list(curve.lines[0].get_ydata()) == pytest.approx([0.9, 0.86, 0.7])
-    # The error bar at density 0.1 shows the smallest and the largest value of three seeds.
+    # At density 0.1, the error bar goes from the smallest to the largest of three accuracies.
     low, high = np.array(curve.lines[2][0].get_segments())[1, :, 1]
     assert (low, high) == pytest.approx((0.8, 0.9))
     assert len(other.lines[0].get_xdata()) == 1
@@ -219,7 +219,7 @@ def test_plot_of_invalid_results_raises(pairs):
 METRICS = {
     "accuracy": [0.5, 0.6, 0.7, 0.8],
     "loss": [1.2, 0.9, 0.8, 0.7],
-    "val_loss": [0.9, 0.8],  # Two of four epochs are validated, as with validation_freq=2.
+    "val_loss": [0.9, 0.8],  # Only two of four epochs are validated, as with `validation_freq=2`.
     "sparsity": [0.1, 0.5, 0.9, 0.9],
     "val_accuracy_at_target": [-1e30, -5e29, 0.7, 0.8],
 }

@@ -80,7 +80,7 @@ def check_training(method, first=None, second=None):
         optimizer = keras_dst.SparseOptimizer(optimizer, method)
     models.compiled(model, optimizer)
     with warnings.catch_warnings():
-        # Learned methods need more than twelve steps, so `fit` warns.
+        # Methods that learn their sparsity need more than twelve steps, so `fit` warns.
         warnings.simplefilter("ignore")
         history = model.fit(x, y, 16, 3, verbose=0, callbacks=[SparseTraining()]).history
     assert np.isfinite(history["loss"]).all()
@@ -116,8 +116,8 @@ RANKED = [name for name in METHODS if not name.startswith(("dst", "consensus"))]
 def test_masks_equal_those_of_float32(name, dtype):
     method = METHODS[name]
     rng = np.random.default_rng(0)
-    # The weights are multiples of 1/64 below 2, which bfloat16 stores exactly. Many of these
-    # weights are equal.
+    # The weights are multiples of 1/64 below 2, which bfloat16 stores exactly. Because of the
+    # rounding, many weights are equal.
     weights = [np.round(rng.uniform(-2, 2, shape) * 64) / 64 for shape in ((24, 16), (16, 8))]
     found = [masks_of(method, weights, kind) for kind in ("float32", dtype)]
     for mask, other in zip(*found):

@@ -91,10 +91,10 @@ def test_report_of_a_small_convolutional_model():
         layers.BatchNormalization(),
         # 3 x 3 = 9 output positions; with 2 groups, each filter reads 8 / 2 channels.
         layers.Conv2D(6, 3, groups=2),
-        # The layer has 9 output positions.
+        # The padding is "same", so the layer has 3 x 3 = 9 output positions.
         layers.DepthwiseConv2D(3, depth_multiplier=2, padding="same"),
         layers.Flatten(),
-        layers.Dense(5),  # The layer has 3 * 3 * 12 = 108 inputs.
+        layers.Dense(5),  # The layer reads 3 * 3 * 12 = 108 values.
     )
     first, second, depthwise, dense = (model.layers[i] for i in (0, 2, 3, 5))
     for layer, keep in zip((first, second, depthwise, dense), (72, 54, 27, 60)):
@@ -114,8 +114,8 @@ def test_report_of_a_small_convolutional_model():
     assert found.sparsity == pytest.approx(1 - 213 / 1_152)
 
 
-# Columns: layer, input shape, and number of multiplications (kernel entries times their use
-# counts).
+# Columns: layer, input shape, and number of multiplications (the number of kernel entries times how
+# often each entry is used).
 ONE_LAYER = [
     (lambda: layers.Dense(3), (6, 4), 12 * 6),
     (lambda: layers.Conv1D(6, 3, padding="causal"), (10, 4), 72 * 10),
@@ -160,7 +160,8 @@ def test_report_counts_projections_of_attention():
     inputs = keras.Input((6, 8))
     outputs = layers.MultiHeadAttention(num_heads=2, key_dim=4)(inputs, inputs)
     # The projections of query, key and value have 8 x 2 x 4 weights each, and the output projection
-    # has 2 x 4 x 8 weights. Each projection is applied at 6 positions. All biases are 0.
+    # has 2 x 4 x 8 weights. The input has 6 positions, and each projection is applied at every
+    # position. All biases are 0.
     found = report(keras.Model(inputs, outputs))
     assert [row.parameters for row in found.layers] == [64] * 4
     assert found.dense_flops == 4 * 2 * 64 * 6
@@ -189,7 +190,8 @@ def test_a_fixed_batch_counts_as_one_sample():
 @once
 def test_bytes_follow_from_the_dtypes_of_variables():
     half = layers.Dense(3, dtype="bfloat16")
-    # The first layer has 4 * 3 + 3 weights of two bytes, the second layer 3 * 2 + 2 of four bytes.
+    # The first layer has 4 * 3 + 3 weights of two bytes each. The second layer has 3 * 2 + 2
+    # weights of four bytes each.
     assert report(sequential((4,), half, layers.Dense(2))).bytes == 15 * 2 + 8 * 4
 
 
@@ -576,7 +578,8 @@ def test_report_is_printed_as_a_table():
     for figure in ("266,200", "54,520", "79.52 %", "109,040", "532,400"):
         assert figure in total
     assert "266,610" in lines[-1]
-    # All lines of the printed table have the same length, and fit into the pages of the site.
+    # All lines of the printed report have the same length, and are short enough for the pages of
+    # the site.
     (width,) = {len(line) for line in lines[1:]}
     assert width <= 96
     assert "yes" in str(report(masked_model()))

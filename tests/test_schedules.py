@@ -1,4 +1,4 @@
-"""Tests of schedules against their formulas in plain Python."""
+"""Tests that schedules agree with their formulas, computed in plain Python."""
 
 import itertools
 import math

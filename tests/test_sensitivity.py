@@ -26,7 +26,7 @@ def data():
 
 
 class Counted(layers.Dense):
-    """A Dense layer that counts its traces."""
+    """A Dense layer that counts how often its `call` method runs in Python."""
 
     calls = 0
 
@@ -49,7 +49,7 @@ def arrays(model):
 
 
 def accuracy(weights, x, y):
-    """Return the accuracy of the model in this test with the given weights, computed in NumPy."""
+    """Compute the accuracy of the network `net` with the given weights in NumPy."""
     one, first, two, second = weights
     return np.mean(np.argmax(np.maximum(x @ one + first, 0) @ two + second, 1) == y)
 
@@ -147,8 +147,8 @@ def test_sensitivity_with_a_data_set(data):
 def test_weights_are_restored_after_an_error(data, error):
     model = net()
     before = model.get_weights()
-    # The third pass over the data raises the error. TensorFlow wraps the raised error in its own
-    # error.
+    # The data set raises the error in the third pass over the data. TensorFlow wraps the raised
+    # error in its own error.
     with pytest.raises(BaseException, match="stop"):
         keras_dst.sensitivity(model, Batches(data, error, 10), (0.5,), verbose=0)
     for old, new in zip(before, model.get_weights(), strict=True):
@@ -210,7 +210,7 @@ def test_sensitivity_with_two_outputs_and_a_shared_weight(data):
     labels = {"a": data[1], "b": 2 - data[1]}
     found = keras_dst.sensitivity(model, (data[0], labels), (0.5,), verbose=0)
     assert [row.name for row in found.weights] == ["shared/kernel", "a/kernel", "b/kernel"]
-    # With two metrics, `sensitivity` uses the loss.
+    # The model has two accuracies, so `sensitivity` uses the loss.
     assert (found.metric, found.mode) == ("loss", "min")
     found = keras_dst.sensitivity(
         model, (data[0], labels), (0.5,), metric="b_accuracy", filters="(a|b)/kernel", verbose=0
@@ -310,7 +310,7 @@ def test_allocation_minimizes_the_largest_drop(seed, sparsity):
             if 0 <= third <= 0.95:
                 best = min(best, largest((first, second, third)))
     assert largest(found) <= best + 1e-5
-    # The best sparsities may lie between grid points, so allow a small difference.
+    # The best sparsities may lie between the points of the grid, so allow a small difference.
     assert best - largest(found) < 0.05
 
 
@@ -337,7 +337,7 @@ def test_allocations_match_weights_by_name():
     names = [row.name for row in found.weights]
     sizes = [row.parameters for row in found.weights]
     expected = 1 - np.array([shares[name] for name in names])
-    # The name of one weight is a part of the name of another weight.
+    # The name "a" is a part of both other names.
     for order in (shares, dict(reversed(shares.items()))):
         kept = densities(order, [(n, 1) for n in sizes], 0.5, names)
         np.testing.assert_array_equal(kept, expected)
@@ -349,7 +349,7 @@ def test_allocations_match_weights_by_name():
 def sensitive(rng):
     """Return a classifier with a wide layer and a narrow layer.
 
-    The classifier needs every weight of the narrow layer.
+    All weights of the narrow layer affect the outputs.
     """
     model = keras.Sequential(
         [

@@ -230,7 +230,8 @@ def test_a_closed_branch_is_removed(merge, gated):
     if not gated:
         kill(model, "b_2", count=8)
         small = check(model, a_1=8, a_2=8, stem=8)
-        # The small model adds a constant: the offset of the removed normalization layer.
+        # In the small model, a layer adds a constant: the offset of the removed normalization
+        # layer.
         assert any("constant" in layer.name for layer in small.layers)
     else:
         small = check(model, stem=8, head=2)
@@ -294,10 +295,10 @@ def test_shrink_separable_convolutions():
 
 @once
 def test_shrink_of_wide_separable_convolutions_needs_little_memory():
-    """The product of a depthwise and a pointwise kernel is never computed.
+    """`shrink` never computes the product of a depthwise and a pointwise kernel.
 
-    The product of the two kernels would have nine times as many entries as the pointwise kernel. In
-    float64, the product would need eighteen times the memory of the pointwise kernel.
+    This product would have nine times as many entries as the pointwise kernel. In float64, the
+    product would need eighteen times as much memory as the pointwise kernel in float32.
     """
     model = sequential(
         (6, 6, 512),
@@ -328,11 +329,11 @@ def test_shrink_transposed_convolutions_after_a_dense_layer():
     )
     kill(model, "one", "two", "three", bias=True)
     kernel = np.array(model.get_layer("one").kernel.numpy())
-    kernel[..., 3] = 0  # Channel 3, which holds four units of "seed", is read by no layer.
+    kernel[..., 3] = 0  # No layer reads channel 3, which contains four of the 16 units of "seed".
     model.get_layer("one").kernel.assign(kernel)
     check(model, seed=12, one=3, two=2, three=2)
-    # The first three units of "seed" remain. After `Reshape`, these units are channels 0, 1 and 2
-    # at one of four positions.
+    # Only the first three units of "seed" are not zero now. `Reshape` makes them channels 0, 1 and
+    # 2 of one of the four positions.
     kill(model, "seed", count=13)
     check(model, seed=12, one=3, two=2, three=2)
 
@@ -676,7 +677,7 @@ STATEFUL_LAYERS = {
 
 
 def with_layer(layer, dtype="float32", **options):
-    """Return a network in which a prunable layer follows `layer`."""
+    """Return a network of `layer` and two dense layers."""
     inputs = keras.Input((8,), dtype=dtype)
     x = layers.Dense(16, "relu", name="hidden", **options)(keras.ops.cast(layer(inputs), "float32"))
     return randomize(keras.Model(inputs, layers.Dense(2, name="head")(x)))
@@ -1027,7 +1028,7 @@ REASONS = (
 
 
 def random_net(steps, seed):
-    """Return a network that applies the given steps, with some shortcuts and some dead units."""
+    """Return a network with the given layers, some shortcuts, and some dead units."""
     rng = np.random.default_rng(seed)
     x = inputs = keras.Input((5, 5, 4))
     for place, (step, merge) in enumerate(steps):
@@ -1068,7 +1069,7 @@ def test_dead_channels_of_random_networks_are_removed_or_have_a_reason(steps, se
     assert_same_outputs(model, small)
     for row in keras_dst.shrink_report(model).layers:
         dead = dead_units(model, row.layer)
-        # A depthwise convolution can have several units per input channel.
+        # A depthwise convolution can have several output channels per input channel.
         living = (~dead).sum() * row.before // len(dead)
         assert row.after - sum(row.reasons.values()) <= living, row
         assert all(any(known in why for known in REASONS) for why in row.reasons), row
@@ -1083,7 +1084,7 @@ def test_dead_channels_of_random_networks_are_removed_or_have_a_reason(steps, se
 
 
 # The network has so few channels that its sparsity may differ from the target by a few percent. DST
-# warns about this difference.
+# warns that the sparsity differs from the target.
 @every(4)
 @pytest.mark.filterwarnings("ignore:DST")
 @pytest.mark.parametrize("method", [Magnitude, DST], ids=lambda method: method.__name__)
@@ -1102,13 +1103,13 @@ def test_shrink_a_trained_residual_network(method):
     small = keras_dst.shrink(model)
     assert_same_outputs(model, small)
     rows = {row.layer: row for row in keras_dst.shrink_report(model).layers}
-    if method is Magnitude:  # All layers of a sum keep the same four channels.
+    if method is Magnitude:  # Layers whose outputs are added keep the same four channels.
         assert all(rows[name].after == 4 and dead[name].sum() == 4 for name in dead)
     assert sum(d.sum() for d in dead.values()) >= 10
     for name in ("a_1", "b_1"):  # Inside a branch, `shrink` keeps at most one dead channel.
         assert rows[name].after <= 9 - dead[name].sum()
-    # `shrink` removes a channel of the sum if all layers that the sum adds have pruned the channel.
-    # `shrink` also removes a channel if all weights that read the channel are pruned.
+    # `shrink` removes a channel of the sum if the channel is pruned in all layers whose outputs are
+    # added. It also removes a channel if all weights that read this channel are pruned.
     summed = dead["stem"] & dead["a_2"] & dead["b_2"]
     for name in ("stem", "a_2", "b_2"):
         assert rows[name].after <= 9 - summed.sum()
@@ -1159,7 +1160,7 @@ def test_the_outputs_are_compared_at_a_length_that_the_model_accepts():
     assert small.get_layer("hidden").units == 3
     values = np.arange(64, dtype="float32").reshape(2, 8, 4)
     expected = model.predict(values)
-    atol = 1e-5 * np.abs(expected).max()  # Terms with different signs may cancel in the outputs.
+    atol = 1e-5 * np.abs(expected).max()  # Large values of different signs may cancel in an output.
     np.testing.assert_allclose(small.predict(values), expected, atol=atol)
 
 

@@ -73,7 +73,7 @@ def test_every_page_begins_with_a_sentence(site):
 
 
 def test_markdown_is_rendered_as_on_github(site):
-    """Nested lists stay nested, and a line that begins with a formula stays in its paragraph."""
+    """Nested lists are rendered as nested lists, and a formula does not start a paragraph."""
     contributing = (site / "CONTRIBUTING/index.html").read_text()
     assert re.search(r"The mark <code>every\(n\)</code>((?!</li>).)*<ul", contributing, re.DOTALL)
     for path, text in html(site).items():
@@ -84,7 +84,7 @@ def test_markdown_is_rendered_as_on_github(site):
 
 
 def test_the_reference_shows_the_default_value_of_every_argument(site):
-    """Arguments that share a description in the docstring have a row each."""
+    """Arguments with a common description in the docstring have separate rows in the table."""
     page = (site / "methods/rigl/index.html").read_text()
     rows = re.findall(r'<tr class="doc-section-item">(.*?)</tr>', page, re.DOTALL)
     rows = [re.sub(r"<[^>]+>|\s", "", row) for row in rows]
@@ -186,13 +186,13 @@ def test_the_reference_documents_only_public_names_and_members(site):
 
 
 def test_a_returned_value_has_one_row(site):
-    """A description with several lines is not split into several returned values."""
+    """In the reference, a returned value has one row, even if its description has several lines."""
     pages = "".join(html(site).values())
     tables = re.findall(r"Returns:</span></p>(.*?)</table>", pages, re.DOTALL)
     assert len(tables) > 20
     for table in tables:
         assert table.count("<tr") == 2, table
-        # The column `Type` contains no sentence.
+        # The column `Type` must not contain a part of the description.
         assert not re.search("<td[^>]*>\\s*`", table), table
 
 

@@ -153,7 +153,9 @@ def test_damaged_files_raise(path):
         changed = bytearray(content)
         changed[place] ^= 0xFF
         damaged.append(bytes(changed))
-    harmless = 0  # Number of damaged bytes that do not matter, such as dates in the archive.
+    # Number of damaged files from which the same model is loaded, for example because only a date
+    # in the archive has changed.
+    harmless = 0
     for data in damaged:
         path.write_bytes(data)
         with contextlib.suppress(DamagedFile):

@@ -53,8 +53,8 @@ def test_killed_and_resumed_training_equals_an_uninterrupted_run(tmp_path):
     rng = random.Random(SEED)
     kills = 0
     for _ in range(KILLS):
-        # The process is killed at a random time: between backups, during a backup, or during a
-        # step.
+        # The process is killed at a random time, which may be between two backups, during a backup,
+        # or during a step.
         lines = rng.randint(1, max(1, 2 * LINES // (KILLS + 1)))
         kills += not run(killed, rng.choice(["epoch", 3]), lines, 0.03 * rng.random())
     assert kills or not KILLS
@@ -122,7 +122,7 @@ def test_the_order_of_callbacks_does_not_matter(save_freq, first, whole, tmp_pat
 @once
 @pytest.mark.parametrize("rename", range(2))
 def test_training_killed_during_a_backup_can_be_resumed(rename, whole, tmp_path, monkeypatch):
-    """The process is killed before the new files are renamed to their final names."""
+    """The process is killed while it saves a backup, before a new file gets its final name."""
     method, model = whole
     seen = []
 

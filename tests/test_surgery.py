@@ -54,7 +54,8 @@ def test_pruned_weights_become_positive_zeros(method):
     model = models.compiled(models.sequential())
     keras_dst.sparsify(model, method(0.5))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # A single epoch may miss the target.
+        # A single epoch may be too short to reach the target, so `fit` may warn.
+        warnings.simplefilter("ignore")
         model.fit(x, y, verbose=0, callbacks=[SparseTraining()])
     keras_dst.strip(model)
     values = np.concatenate([weight.ravel() for weight in model.get_weights()])
@@ -146,7 +147,10 @@ def test_dense_weights_load_from_files_with_attribute_names(tmp_path):
 
 @every(12)
 def test_a_weights_file_of_the_dense_model_loads_into_the_sparse_model(model, tmp_path):
-    """A weights file names layers by class and number, so also test partly sparse models."""
+    """Keras names a layer in a weights file by its class and a number, such as `dense_1`.
+
+    The test also uses a model in which only some layers are sparse.
+    """
     expected = models.predict(model, x)
     model.save_weights(tmp_path / "dense.weights.h5")
     for some in (False, True):
@@ -176,7 +180,7 @@ LEARNED = {
 @every(8)
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_legacy_file_of_the_dense_model_loads_into_the_sparse_model(name, tmp_path):
-    """A legacy `.h5` file holds the weights of each layer by position, without names of states."""
+    """A legacy `.h5` file stores the weights of a layer in a fixed order, without their names."""
     dense = models.residual() if name == "dcil" else models.nested()
     for variable in dense.variables:
         variable.assign(np.random.default_rng(0).uniform(0.1, 0.2, variable.shape))
@@ -536,7 +540,7 @@ def test_the_optimizer_skips_weights_without_the_pattern_axes():
     model = models.sequential()
     models.compiled(model)
     report = keras_dst.sparsify(model, Magnitude(0.5, pattern="1x4"))
-    # Layer 3 is the depthwise layer.
+    # `model.layers[3]` is the depthwise layer.
     assert [path for path, _ in report.skipped] == [model.layers[3].path]
     assert "needs an input axis" in str(report)
     model.fit(x, y, verbose=0, callbacks=[SparseTraining()])
@@ -708,7 +712,7 @@ def test_sparsify_keeps_the_optimizer_object_and_its_state(name):
     keras_dst.strip(model)
     after = models.arrays(optimizer.variables)
     changed = [n for n, a, b in zip(names, before, after) if not np.array_equal(a, b)]
-    # One epoch of training has changed the state of the optimizer.
+    # One epoch of training has changed most variables of the optimizer.
     assert len(changed) > len(names) / 2 or name == "SGD"
     model.fit(x, y, verbose=0)
     counters = [v for v in optimizer.variables if v.name == "iteration"]

@@ -130,11 +130,11 @@ def test_configs_round_trip():
     [
         ([4.0, -3.0, 2.0, -1.0], 0.5, [1, 1, 0, 0]),
         ([4.0, -3.0, 2.0, -1.0], 0.0, [1, 1, 1, 1]),
-        ([4.0, -3.0, 2.0, -1.0], 0.99, [1, 0, 0, 0]),  # At least one entry is always kept.
+        ([4.0, -3.0, 2.0, -1.0], 0.99, [1, 0, 0, 0]),  # Even at 99 % sparsity, one weight is kept.
         ([4.0, 3.0, 2.0, 1.0, 0.5], 0.5, [1, 1, 0, 0, 0]),  # 2.5 rounds to 2.
         ([7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0], 0.5, [1, 1, 1, 1, 0, 0, 0]),  # 3.5 rounds to 4.
         ([4.0, -2.0, 2.0, 1.0], 0.5, [1, 1, 1, 0]),  # Tied entries are kept.
-        # The threshold is 0, and entries that are equal to the threshold are kept.
+        # The threshold is 0, and a weight whose magnitude equals the threshold is kept.
         ([4.0, 0.0, 0.0, 0.0], 0.5, [1, 1, 1, 1]),
     ],
 )
@@ -145,8 +145,8 @@ def test_magnitude_mask(weights, sparsity, expected):
 
 def test_block_mask_ranks_blocks_by_mean_or_maximum():
     w = np.array([[9, 0, 4, 4], [0, 0, 4, 4], [1, 1, 0, 6], [1, 1, 0, 0]], "float32")
-    # The means of the four blocks are 2.25, 4, 1 and 1.5. The largest magnitudes in the blocks are
-    # 9, 4, 1 and 6.
+    # The mean magnitudes of the four blocks are 2.25, 4, 1 and 1.5. The largest magnitudes in the
+    # blocks are 9, 4, 1 and 6.
     of_means = np.kron([[1, 1], [0, 0]], np.ones((2, 2), bool))
     np.testing.assert_array_equal(block_mask(w, 0.5, (2, 2), "AVG"), of_means)
     of_largest = np.kron([[1, 0], [0, 1]], np.ones((2, 2), bool))
@@ -155,8 +155,9 @@ def test_block_mask_ranks_blocks_by_mean_or_maximum():
 
 @once
 def test_block_mask_if_blocks_do_not_divide_the_weight():
-    # Six rows are split into a block of rows 0-3 and a block of rows 4-5. However, tfmot computes
-    # the score of the first block from rows 0-2, and the score of the second block from rows 3-5.
+    # Blocks of 4 rows split the six rows of this weight into rows 0-3 and rows 4-5. However, tfmot
+    # computes the score of the first block from rows 0-2, and the score of the second block from
+    # rows 3-5.
     w = np.array([[0, 0, 0, 5, 5, 5]], "float32").T
     found = block_mask(w, 0.5, (4, 1), "AVG")
     np.testing.assert_array_equal(found[:, 0], [0, 0, 0, 0, 1, 1])
@@ -170,7 +171,7 @@ def test_block_mask_if_blocks_do_not_divide_the_weight():
 def reference(w, schedule, rate, momentum=0.0, n_of_m=None):
     """Train a linear layer in NumPy with the algorithm of tfmot.
 
-    Return the mask of every step and the weights after the last step.
+    Return the masks after every step and the weights after the last step.
     """
     mask, slot, masks = np.ones_like(w, bool), np.zeros_like(w), []
     for step in range(1, STEPS + 1):
@@ -181,8 +182,8 @@ def reference(w, schedule, rate, momentum=0.0, n_of_m=None):
             kept = max(1, round(w.size * (1 - sparsity)))
             magnitudes = np.sort(np.abs(w), axis=None)
             mask = np.abs(w) >= magnitudes[-kept]
-            # The gap between the scores around the threshold exceeds rounding differences between
-            # CPUs.
+            # The smallest kept and the largest pruned magnitude differ by more than the rounding
+            # differences between CPUs.
             assert magnitudes[-kept] - magnitudes[-kept - 1] > GAP or not magnitudes[-kept]
         elif update:
             zeros, of = n_of_m
@@ -221,7 +222,7 @@ def test_masks_and_weights_of_every_step_match_the_reference(schedule, momentum,
     fit(model, callbacks=[tfmot.UpdatePruningStep(), Record()])
     expected, weights = reference(start.astype("float64"), schedule, 0.5, momentum, n_of_m)
     np.testing.assert_array_equal(found, expected)
-    if schedule is EVERY:  # Later masks restore some pruned weights.
+    if schedule is EVERY:  # Some pruned weights are kept again later.
         assert any((b & ~a).any() for a, b in pairwise(expected))
     np.testing.assert_allclose(
         tfmot.strip_pruning(model).layers[0].kernel.numpy(), weights, atol=1e-5
@@ -715,7 +716,7 @@ def test_load_restores_masks_schedule_and_step(tmp_path):
     callback = [tfmot.UpdatePruningStep()]
     model.fit(np.ones((4, 3)), np.ones((4, 2)), batch_size=1, verbose=0, callbacks=callback)
     assert state["progress"].numpy()[0] == 11
-    # At step 10, the schedule keeps three of the six entries of KERNEL: the entries that are not 0.
+    # At step 10, three of the six entries of KERNEL are kept: the entries that are not 0.
     np.testing.assert_array_equal(state["mask"].numpy(), KERNEL != 0)
     assert type(tfmot.strip_pruning(model).layers[0]) is layers.Dense
 

@@ -67,10 +67,10 @@ def pruned(model):
 
 
 def fit(model, case, epoch, record, first):
-    """Train for an epoch, and compare masks and weights with the record after every step.
+    """Train for an epoch, and compare the masks and weights of every step with the record of tfmot.
 
-    After the comparison, the weights are set to the recorded weights. Otherwise, rounding
-    differences could add up and finally change a mask.
+    After each comparison, the weights are set to the recorded weights of tfmot. Otherwise, the
+    rounding differences of many steps could add up and change a mask.
     """
     kind, *_ = CASES[case]
     x, y = tfmot_worker.data(kind)
@@ -119,7 +119,7 @@ def test_masks_of_every_step_equal_those_of_tfmot(records, case):
     masks = [
         m for epoch in range(EPOCHS) for m in fit(model, case, epoch, record, 1 + epoch * BATCHES)
     ]
-    if case == "every-step":  # Later masks restore some pruned weights.
+    if case == "every-step":  # Some pruned weights are kept again later.
         assert any((b & ~a).any() for s, t in pairwise(masks) for a, b in zip(s, t))
     x, _ = tfmot_worker.data(kind)
     stripped = tfmot.strip_pruning(model)

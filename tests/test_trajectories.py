@@ -3,8 +3,8 @@
 A reference class computes one pruning method in NumPy and stores its scores, counters or
 thresholds. Each reference class has three functions. `effective` returns the masked weights, with
 which the network computes its outputs. `step` applies the gradients of the masked weights with the
-optimizer. `between` updates masks and other state between two training steps, given the number of
-finished steps.
+optimizer. `between` runs between two training steps, and updates masks, scores, counters or
+thresholds. Its argument is the number of finished steps.
 """
 
 import keras
@@ -85,7 +85,11 @@ class Revival(Magnitude):
 
 
 class DST(Dense):
-    """DST: Q = |w| - t, long-tailed derivative, penalty alpha sum exp(-t), reset at 1 % density."""
+    """DST in NumPy: a weight is kept if its magnitude exceeds the threshold of its unit.
+
+    The thresholds are trained with the long-tailed derivative of the step function and the penalty
+    alpha sum exp(-t). They are reset to 0 if at most 1 % of the weights of a layer remain.
+    """
 
     alpha = 0.02
 
@@ -149,7 +153,8 @@ class OptG(Dense):
     def __init__(self, p):
         super().__init__(p)
         self.v = {n: np.zeros_like(p[n]) for n in KERNELS}
-        # The scores in `fast` are trained with the learning rate of the weights.
+        # `fast` contains scores that are trained with the learning rate of the weights. The scores
+        # `v` change by the fraction `rate` of every change of `fast`.
         self.fast = {n: np.zeros_like(p[n]) for n in KERNELS}
         self.of_v = Momentum(self.fast, RATE)
         self.rate = 0.0
@@ -171,7 +176,11 @@ class OptG(Dense):
 
 
 class ST3(Dense):
-    """ST-3: soft threshold at a quantile, rescaled units, straight-through gradient, cubic ramp."""
+    """ST-3 in NumPy: a quantile of all magnitudes is the threshold, and is subtracted from them.
+
+    The remaining weights of each unit are rescaled. The straight-through estimator gives the
+    gradient, and the sparsity follows a cubic ramp.
+    """
 
     def __init__(self, p):
         super().__init__(p)

@@ -154,7 +154,7 @@ def test_trials_use_the_callback_of_the_user(data):
 
 @once
 def test_trials_store_results_of_an_export(data, tmp_path, monkeypatch):
-    """Replace the export by fixed results, because test_pages.py tests exports of real files."""
+    """The test replaces the export by fixed results, because test_pages.py tests real exports."""
     calls = []
 
     def export(model, path, **options):

@@ -86,7 +86,7 @@ def installed(wheel, tmp_path_factory):
     python = folder / "bin" / "python"
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder)
     # A .pth file makes the packages of this environment importable in the new environment. Python
-    # searches these packages last, and ignores their own .pth files.
+    # searches the added path last, and ignores the .pth files in this path.
     (pathlib.Path(site.strip()) / "here.pth").write_text(sysconfig.get_path("purelib"))
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet"]
     run(*pip, "--no-deps", "--no-index", str(wheel), cwd=folder)

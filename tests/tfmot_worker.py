@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-# With 13 batches per epoch, which is odd, some epochs end with a mask update.
+# The number of batches per epoch is odd, so that some epochs end with a mask update.
 BATCH, BATCHES, EPOCHS = 8, 13, 2
 SGD = ("SGD", {"learning_rate": 0.5})
 ADAM = ("Adam", {"learning_rate": 0.02})
