@@ -333,7 +333,7 @@ def test_shrink_transposed_convolutions_after_a_dense_layer():
     model.get_layer("one").kernel.assign(kernel)
     check(model, seed=12, one=3, two=2, three=2)
     # Only the first three units of "seed" are not zero now. `Reshape` makes them channels 0, 1 and
-    # 2 of one of the four positions.
+    # 2 at one of the four positions.
     kill(model, "seed", count=13)
     check(model, seed=12, one=3, two=2, three=2)
 

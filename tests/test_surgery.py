@@ -50,7 +50,7 @@ def prune_somewhat(model):
 @every(16)
 @pytest.mark.parametrize("method", [DST, ST3, OptG, DCIL, Consensus, Magnitude, FlipOut, RigL])
 def test_pruned_weights_become_positive_zeros(method):
-    """A pruned negative weight would be -0.0. Files with zeros of both signs compress badly."""
+    """No pruned weight is -0.0, because a file with both 0.0 and -0.0 would compress badly."""
     model = models.compiled(models.sequential())
     keras_dst.sparsify(model, method(0.5))
     with warnings.catch_warnings():
@@ -678,7 +678,7 @@ def test_selected_layers_may_be_frozen_before_the_optimizer_is_built(fitted, tmp
 
 
 def optimizers():
-    """Return optimizers with usual slots, no slots, factored slots, and inner optimizers."""
+    """Return optimizers with different variables, including optimizers that wrap others."""
     several = keras.optimizers.Adafactor, keras.optimizers.Nadam, keras.optimizers.SGD
     found = {cls.__name__: cls(0.01) for cls in several}
     found["Adam"] = keras.optimizers.Adam(0.01, use_ema=True, gradient_accumulation_steps=2)
