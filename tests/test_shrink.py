@@ -617,8 +617,8 @@ class TestReport:
         kill(model, "one")
         rows = keras_dst.shrink_report(model).layers
         assert rows[0].reasons == {
-            "'two' pads with zeros and needs one channel that carries the constants of the "
-            "removed channels; use padding='valid' to remove this channel too": 1
+            "'two' pads with zeros and needs one constant channel in place of the removed "
+            "constant channels; use padding='valid' to remove this channel too": 1
         }
 
         a, b = keras.Input((4,)), keras.Input((4,))

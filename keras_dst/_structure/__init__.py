@@ -4,8 +4,8 @@
 
 1. Constant propagation (`plan.py`, `handlers.py`): find the channels whose value does not depend
    on the input. For example, a unit with zero weights always returns its activated bias.
-2. Coupling (`plan.py`, `unions.py`): put channels into groups that are kept or removed together,
-   such as channels that are added to each other. A group is removed if no kernel needs its
+2. Coupling (`plan.py`, `unions.py`): find sets of channels that are kept or removed together, such
+   as channels that are added to each other. A set of channels is removed if no kernel needs its
    channels. A kernel does not need a channel if all kernel entries for the channel are zero. A
    kernel also does not need a constant channel, because the contribution of the channel can be
    added to the bias.
@@ -14,8 +14,8 @@
 `dispatch.py` chooses the handler class for each kind of layer. The handler classes are in
 `handlers.py`, `mixing.py` (normalization over channels, attention) and `indexing.py` (reductions,
 slices, splits, padding). `coupling.py` describes the coupled channels as plain data, for training
-and for users. `pipeline.py` runs the passes and compares both models. `explain.py` finds the
-reasons why dead channels are kept, and `report.py` prints them.
+and for users. `pipeline.py` runs the passes and compares the outputs of the given and the smaller
+model. `explain.py` finds the reasons why dead channels are kept, and `report.py` prints them.
 """
 
 from keras_dst._structure.coupling import ChannelGroup, CoupledChannels, channel_groups

@@ -35,8 +35,8 @@ def build(plan: Plan) -> keras.Model:
 
 
 class _Builder:
-    """Builder of the smaller model. Its dicts map the ids of old tensors and old operations to the
-    new tensors and operations."""
+    """Builder of the smaller model. The dicts `tensors` and `operations` map ids of tensors and
+    operations in the given model to their replacements in the smaller model."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -44,12 +44,13 @@ class _Builder:
         self.operations: dict[int, Any] = {}
 
     def tensor(self, x: Tensor):
-        """Return the tensor of the smaller model that replaces a tensor (or a view of it) in the
-        given model."""
+        """Return the tensor of the smaller model that replaces the tensor `x` of the given
+        model."""
         return self.tensors[id(x.origin or x)]
 
     def add(self, handler: ChannelHandler) -> None:
-        """Call an operation in the smaller model, and leave constant inputs out of sums."""
+        """Add a call of the given model to the smaller model. A sum with constant inputs becomes a
+        sum of the other inputs and an offset."""
         call = handler.call
         if isinstance(handler, Addition) and call.constant_terms:
             terms = [self.tensor(x) for x in call.inputs]
@@ -85,7 +86,8 @@ class _Builder:
         return result
 
     def _operation(self, handler: ChannelHandler):
-        """Return a copy of the handler's operation. Later calls return the same copy."""
+        """Return a copy of the handler's operation. All calls of the operation get the same
+        copy."""
         op = handler.op
         if id(op) not in self.operations:
             shared = id(op) in self.plan.tied

@@ -48,10 +48,10 @@ def original_variables(op, copy) -> dict[int, Any]:
 def copy_operation(op, name: str, share: bool = False):
     """Return a copy of an operation with the same state, under a new name, outside of any graph.
 
-    A Keras layer with weights is created again, and the values of its variables are copied. All
-    other copies share their state with the original: layers without weights, custom layers, and
-    layers with state outside of their variables. A custom layer is not created again, because its
-    config may lack attributes.
+    A Keras layer with weights is created again, and the values of its variables are copied. Copies
+    of layers without weights, of custom layers, and of layers with state outside of their variables
+    share their state with the original. A custom layer is not created again, because its config may
+    lack attributes.
     """
     if share or not _has_only_variables(op):
         return _shallow_copy(op, name)
@@ -99,7 +99,7 @@ def copy_recurrent_state(layer, copy) -> None:
 
 def _rebuilt_copy(layer, **changes):
     """Return a built copy of a layer, or None if the copy's variables differ in shape."""
-    if isinstance(layer, SparseContainer):  # The config names the inner layers that have masks.
+    if isinstance(layer, SparseContainer):  # Its config lists the inner layers with masks.
         copy = type(layer).from_config(layer.get_config())
     else:
         config = {**live_config(layer), **changes}

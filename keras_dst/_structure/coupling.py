@@ -1,7 +1,7 @@
-"""Groups of channels that are removed together.
+"""Channels of a model, grouped by the layers from which they are removed together.
 
-`channel_groups` describes a model as plain data. Training ranks and masks the channels of a group
-together; `shrink` removes exactly the channels that training has masked.
+`channel_groups` returns the groups as plain data. Training masks a channel in all layers of its
+group, and `shrink` then removes exactly the masked channels.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ _HEADINGS = ("channels >", "made by", "coupled by", "reason to stay")
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroup:
-    """Channels that are computed and read by the same variables. Every channel of a group therefore
-    costs the same number of parameters and FLOPs.
+    """Channels that the same variables compute and read.
+
+    If several layers compute the channels, a removed channel is removed from all these layers. All
+    channels of a group cost the same number of parameters and FLOPs.
 
     Attributes:
         ids: Ids of the channels, in ascending order. Each id stands for one channel, or for several
             channels that can only be removed together, such as a group of a grouped convolution.
-        members: Variables that have channels of the group along one of their axes.
+        members: Variables that have channels of the group along at least one axis.
         layers: Names of the layers that compute the channels of the group.
         chain: Operations that couple the layers, such as `"conv3 → add_1 ← conv1"`, or an empty
             string if a single layer computes the channels.
@@ -53,11 +55,11 @@ class ChannelGroup:
 
 @dataclass(frozen=True, eq=False)
 class CoupledChannels:
-    """All channels of a model as plain data, in groups that are removed together.
+    """All channels of a model, in groups of coupled layers.
 
-    Every channel has an id. Slices of variables that have the same id are kept or removed together.
-    Ids are consecutive numbers. The channels of the first group come first, then the channels of
-    the second group, and so on.
+    Every channel has an integer id. `Member.axes` lists the ids along each axis of a variable. All
+    slices with the same id are kept or removed together. The channels of the first group have the
+    smallest ids, then follow the channels of the second group, and so on.
 
     Let `dead` be a boolean array with one entry per id. To remove the channels for which `dead` is
     True, change every `member` in `members`:
@@ -76,9 +78,8 @@ class CoupledChannels:
         members: All variables of the given model that have channels. Each variable appears once.
         groups: Groups whose channels can be removed, followed by all other groups.
         count: Number of ids.
-        uses: Dict that maps the id of a variable to its use count, as in `keras_dst.report`. The
-            dict contains every variable by which a layer multiplies its input. Unknown use counts
-            are None.
+        uses: Dict that maps the id of each prunable variable to its use count: how often each entry
+            is multiplied for one sample. A use count is None if it is unknown.
         other_parameters: Number of entries of all variables that are not in `members`.
         other_flops: FLOPs of all variables that are not in `members`, or None if the FLOPs are
             unknown.
@@ -112,7 +113,7 @@ class CoupledChannels:
 
 
 def channel_groups(model) -> CoupledChannels:
-    """Return the channels of a model in groups that are removed together.
+    """Return the channels of a model, grouped by the layers from which they are removed together.
 
     Channels are coupled by sums and products, by depthwise and grouped convolutions, by
     normalizations, and by layers that are called several times. Training with `pattern="channel"`
@@ -180,11 +181,12 @@ def _renumbered(member: Member, number: np.ndarray) -> Member:
 def groups_of(plan: Plan, members: list[Member]) -> list[ChannelGroup]:
     """Return all groups of coupled channels in a pruning plan.
 
-    The list `members` of each group is left empty. Groups whose channels can be removed come first.
+    The function does not fill the list `members` of the groups. Groups whose channels can be
+    removed come first.
 
     Args:
-        plan: Pruning plan, which numbers all sets of coupled channels. The `ids` of a group are the
-            numbers of its sets of coupled channels.
+        plan: Pruning plan of a model. The attribute `ids` of each returned group holds channel ids
+            of this plan.
         members: Variables that `members_of` returned.
     """
     touched: dict[int, list[tuple[int, int]]] = {}
@@ -245,5 +247,5 @@ class _Chains:
                 before.append(inputs[0])
 
     def text(self, channel: int) -> str:
-        """Return the operations that couple a channel, as text."""
+        """Return a text that names the operations which couple a channel to other channels."""
         return ", ".join(dict.fromkeys(text for ids, text in self.links if channel in ids))

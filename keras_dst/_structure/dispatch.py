@@ -93,10 +93,10 @@ _HANDLERS: dict[type, type[ChannelHandler]] = {
     layers.GroupNormalization: GroupNorm,
     **dict.fromkeys((layers.MultiHeadAttention, layers.GroupQueryAttention), Attention),
 }
-# Operations and layers that Keras does not export.
+# Class names of operations and layers that Keras does not export.
 _HANDLERS_BY_NAME: dict[str, type[ChannelHandler]] = {
     **dict.fromkeys(MERGE_VERBS, ElementwiseMerge),
-    "CustomScaleLayer": ElementwiseMerge,  # InceptionResNetV2: x + scale * y
+    "CustomScaleLayer": ElementwiseMerge,  # computes x + scale * y in InceptionResNetV2
     "Add": Addition,  # The class `Add` stands for the layer and for the operation of `x + y`.
     "Concatenate": Concatenation,
     "Stack": Stack,

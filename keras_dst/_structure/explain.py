@@ -16,10 +16,8 @@ from keras_dst._structure.plan import Plan
 
 
 def explained_layers(plan: Plan) -> Iterator[tuple[ChannelHandler, Counter[str]]]:
-    """Yield the handler of each layer that computes channels, and why its dead channels are kept.
-
-    A Counter maps each reason to its number of channels.
-    """
+    """Yield the handler of each layer that computes channels, and a Counter of the reasons why its
+    dead channels are kept."""
     finder = _ReasonFinder(plan)
     seen = set()
     kept = {id(handler.op) for handler in plan.handlers}

@@ -1,4 +1,5 @@
-"""Graph of a model without nesting: its tensors, and its layer calls in order of execution."""
+"""Graph of a model without nested models: all tensors, and all calls of layers in order of
+execution."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from keras_dst._structure.copies import dense_copy, original_variables
 from keras_dst.layers import Gate
 from keras_dst.surgery import check_model
 
-UNKNOWN = np.nan  # Placeholder for the constant of a channel whose value depends on the input.
+UNKNOWN = np.nan  # Marks a channel whose value depends on the input.
 
 
 @dataclass(eq=False)
@@ -25,10 +26,13 @@ class Tensor:
         shape: Shape, with None for unknown sizes.
         dtype: Name of the data type.
         masked: True if the tensor may carry a Keras mask.
-        origin: Original tensor, if the tensor is a view with a different channel axis.
+        origin: Tensor that this tensor views with a different channel axis, or None if it is not a
+            view.
         axis: Axis of the channels.
-        constant: Constant value of each channel, or NaN if the value depends on the input.
-        ids: Id of each channel's group. Channels of one group are kept or removed together.
+        constant: For each channel, its value if it is the same for all inputs of the model,
+            otherwise NaN.
+        ids: For each channel, the id of its set of coupled channels, which are kept or removed
+            together.
     """
 
     shape: tuple
@@ -48,13 +52,14 @@ class Tensor:
         return (self.shape[self.axis] or 0) if len(self.shape) > 1 else 0
 
     def set_channels(self, axis: int, constant: np.ndarray | None = None) -> None:
-        """Set the channel axis, and the constant of each channel. Without `constant`, every
-        constant is unknown."""
+        """Set the channel axis, and the constant value of each channel. If `constant` is None, all
+        channels count as dependent on the input."""
         self.axis = axis
         self.constant = np.full(self.channels, UNKNOWN) if constant is None else constant
 
     def along(self, axis: int) -> Tensor:
-        """Return the tensor itself, or a view whose channels are along the given axis."""
+        """Return the tensor if its channels are along the given axis, otherwise a view with this
+        channel axis."""
         if axis == self.axis:
             return self
         view = Tensor(self.shape, self.dtype, self.masked, origin=self)
@@ -72,7 +77,7 @@ class Call:
         kwargs: Keyword arguments, without masks that Keras passes automatically.
         outputs: The output tensors.
         prefix: Names of the nested models that contain the call.
-        constant_terms: Constant inputs of an addition that are left out of the sum.
+        constant_terms: Constant inputs of an addition, which the smaller model does not compute.
     """
 
     op: Any
@@ -84,17 +89,19 @@ class Call:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """The input tensors whose channels the operation reads. Keras masks are not included."""
+        """The input tensors of the call, except Keras masks and the tensors in `constant_terms`."""
         data = {name: x for name, x in self.kwargs.items() if not _is_mask(name)}
         return [x for x in _tensors((self.args, data)) if not _contains(self.constant_terms, x)]
 
     @property
     def masks(self) -> list[Tensor]:
-        """The Keras masks that the user passes to the operation as arguments."""
+        """The tensors that the user passed to the operation as Keras masks, for example as
+        `mask=`."""
         return _tensors({name: x for name, x in self.kwargs.items() if _is_mask(name)})
 
     def map(self, fn) -> tuple[tuple, dict]:
-        """Return the arguments, with `fn` applied to every tensor."""
+        """Return the positional and the keyword arguments of the call, with `fn` applied to every
+        tensor."""
         return tree.map_structure(
             lambda x: fn(x) if isinstance(x, Tensor) else x, (self.args, self.kwargs)
         )
@@ -143,7 +150,7 @@ def _flatten(model, inputs, prefix: str, calls: list[Call], dense, originals) ->
         if _is_nested_graph(op) and len(given) == len(_keras.graph_of(op).inputs):
             outputs = _flatten(op, given, f"{prefix}{op.name}_", calls, dense, originals)
         else:
-            # The dense copy of a `Gate` is called only with the first input of the gate.
+            # A `Gate` has several inputs, but its dense copy takes only the first input.
             if isinstance(op, Gate):
                 args, kwargs = (given[0],), {}
             if id(op) not in dense:

@@ -29,7 +29,8 @@ _SAME_CHANNEL = "remove the same channel there too"
 
 
 class ChannelHandler:
-    """Base class of layer handlers. A handler follows the channels through a call of an operation.
+    """Base class of layer handlers. A handler relates the output channels of one call to the input
+    channels.
 
     Args:
         call: The call.
@@ -41,7 +42,7 @@ class ChannelHandler:
 
     def __init__(self, call: Call, reason: str = ""):
         self.call, self.op, self.reason = call, call.op, reason
-        # For layers with weights: the inputs of all calls of the layer.
+        # Inputs of all calls of the layer, if the layer has weights.
         self.called_on: list[Tensor] = []
 
     @property
@@ -61,7 +62,8 @@ class ChannelHandler:
         """Determine which output channels are constant, and compute their values."""
 
     def couple(self, unions: ChannelUnions) -> None:
-        """Give ids to the output channels, couple channels, and pin the channels that must stay."""
+        """Give ids to the output channels. Couple the channels that must be removed together, and
+        pin the channels that cannot be removed."""
         raise NotImplementedError
 
     def members(self) -> list[Member]:
@@ -73,11 +75,12 @@ class ChannelHandler:
         """Adapt the layer's config to the kept channels, and return the weights without removed
         channels.
 
-        The constants of removed channels are added to the bias. If the layer pads with zeros, the
-        kernel entries of one kept channel change instead, so that the outputs stay the same.
+        Removed channels are constant, and their contribution is added to the bias. If the layer
+        pads with zeros, the contribution is added to the kernel entries of one kept channel
+        instead.
 
         Args:
-            config: Arguments that create the layer, as a dict. The function changes the dict.
+            config: Dict of the layer's constructor arguments, which the function changes in place.
             removed: Boolean array that is True for each set of coupled channels that is removed.
         """
         axes = {id(member.variable): member.axes for member in self.members()}
@@ -103,10 +106,9 @@ class ChannelHandler:
         """Replace the id of each output channel by the id of its set of coupled channels."""
 
     def needs(self, x: Tensor, removed: np.ndarray) -> np.ndarray:
-        """Return a boolean array that is True for the channels of `x` that the operation itself
-        needs.
-
-        The array is all False for an operation that only passes channels on, such as an activation.
+        """Return a boolean array that is True for the channels of `x` that must be kept because the
+        operation reads them. An operation that only passes channels on, such as an activation, does
+        not read channels itself.
 
         Args:
             x: Input of the call.
@@ -133,7 +135,7 @@ class ChannelHandler:
         """Return the reason why a constant channel is not constant after the call.
 
         Args:
-            others: Names of the layers whose non-constant channels are coupled to the constant
+            others: Names of layers with a non-constant channel that is coupled to the constant
                 channel.
         """
         if others and len(self.called_on) > 1:
@@ -181,7 +183,8 @@ class Elementwise(ChannelHandler):
         return np.any(np.broadcast_arrays(*(np.isnan(x.constant) for x in self.call.inputs)), 0)
 
     def _run_on_constants(self) -> np.ndarray:
-        """Return the constants of the output, found by running the operation on constants."""
+        """Run the operation on the constant values of its input channels. Return the constant value
+        of each output channel, or NaN."""
         y, varies = self.y, self._varies() & ~self.ignores_input()
         if varies.all():
             return np.full(y.channels, UNKNOWN)
@@ -271,7 +274,7 @@ class ElementwiseMerge(Elementwise):
         for x in self.call.inputs:
             if x.channels == self.y.channels:
                 unions.couple(x.ids, whole[0].ids)
-            else:  # The single channel of the input is broadcast to all channels.
+            else:  # The input has a single channel, which is broadcast.
                 reason = f"'{self.op.name}' broadcasts the channel; {NOT_READ}"
                 unions.pin(x.ids, reason)
         self.y.ids = whole[0].ids
@@ -289,10 +292,11 @@ class ElementwiseMerge(Elementwise):
 
 
 class Addition(ElementwiseMerge):
-    """Sum of tensors. An input whose channels are all constant can be left out of the sum."""
+    """Sum of tensors. Inputs whose channels are all constant can be replaced by an offset."""
 
     def drop_constant_terms(self) -> None:
-        """Leave constant inputs out of the sum, unless the Keras mask of the output may change."""
+        """Replace constant inputs by an offset, unless this could change the Keras mask of the
+        output."""
         if any(x.masked for x in self.call.inputs):
             return
         for x in self.call.inputs:
@@ -302,7 +306,7 @@ class Addition(ElementwiseMerge):
                 self.call.constant_terms.append(x)
 
     def sum_of_constants(self, removed: np.ndarray) -> np.ndarray:
-        """Return the sum of the inputs that are left out, in a shape that broadcasts to the
+        """Return the offset that replaces the constant inputs, in a shape that broadcasts to the
         output."""
         total = sum(np.broadcast_to(x.constant, self.y.channels) for x in self.call.constant_terms)
         kept = np.asarray(total)[~removed[self.y.ids]]
@@ -334,7 +338,8 @@ class GroupedConv(Elementwise):
 
     @cached_property
     def sizes(self) -> tuple[int, int]:
-        """Number of input channels and number of units in each group."""
+        """Number of input channels and number of output channels of each group of the
+        convolution."""
         groups = self.x.channels if isinstance(self.op, DEPTHWISE) else self.op.groups
         return self.x.channels // groups, self.y.channels // groups
 
@@ -407,8 +412,8 @@ class Rearrangement(ChannelHandler):
         return places.ndim
 
     def _rows(self, values: np.ndarray) -> np.ndarray:
-        """Return the rearranged values as a matrix: one row per position, one column per output
-        channel."""
+        """Rearrange values of the input channels as the layer rearranges its input. The result is a
+        matrix with one row per position and one column per output channel."""
         moved = np.moveaxis(self._rearranged(values), self.y.axis - 1, -1)
         return moved.reshape(-1, self.y.channels)
 
@@ -416,7 +421,8 @@ class Rearrangement(ChannelHandler):
         """Return the layer's output for one sample in which each position has the value of its
         channel.
 
-        Unknown sizes are replaced by 2, because every size above 1 gives the same result.
+        Unknown sizes of the input are replaced by 2, because every size above 1 gives the same
+        result.
         """
         shape = [2 if n is None else n for n in self.x.shape[1:]]
         grid = np.broadcast_to(_broadcast_channels(self.x, values)[0], shape)
@@ -458,12 +464,13 @@ class KernelLayer(ChannelHandler):
 
     @cached_property
     def window(self) -> tuple[int, ...]:
-        """The axes of the window in the kernel."""
+        """Axes of the kernel along which the window of a convolution extends."""
         return tuple(range(len(self.layer.kernel.shape) - 2))
 
     @cached_property
     def reads(self) -> np.ndarray:
-        """Boolean matrix: True if at least one weight from a channel to a unit is nonzero."""
+        """Boolean matrix. Entry [i, j] is True if unit j has a nonzero weight for input channel
+        i."""
         return np.any(self.w != 0, axis=self.window)
 
     def response(self, constants: np.ndarray) -> np.ndarray:
@@ -518,17 +525,15 @@ class KernelLayer(ChannelHandler):
         return np.all(~self.reads, axis=0)
 
     def common_constant(self) -> np.ndarray:
-        """Return the constant that each channel has in all calls, or NaN if there is no such
-        constant."""
+        """Return the value of each input channel if it is constant and the same in all calls of the
+        layer, otherwise NaN."""
         constants = np.stack([x.constant for x in self.called_on])
         return np.where(np.all(constants == constants[0], 0), constants[0], UNKNOWN)
 
     def can_lose(self) -> np.ndarray:
-        """Return a boolean array: True for channels that can be removed although kept units read
-        them.
-
-        A removed channel is constant, so its contribution can move to the bias or to another
-        channel.
+        """Return a boolean array that is True for input channels that can be removed although kept
+        units read these channels. The channels are constant, so their contribution can move to the
+        bias or to another channel.
         """
         return ~np.isnan(self.common_constant())
 
@@ -539,11 +544,11 @@ class KernelLayer(ChannelHandler):
         return self.reads[:, ~removed[self.unit_ids]].any(1) & ~self.can_lose()
 
     def carrier(self, removed: np.ndarray) -> int | None:
-        """Return the index of the channel that carries the constants of the removed channels.
+        """Return the index of a constant input channel that replaces the removed constant channels.
 
-        The kernel entries of this channel are changed, so that the outputs stay the same. The
-        result is None if the constants are added to the bias, or if no removed channel has a
-        constant.
+        If the layer pads with zeros, a bias cannot replace the removed channels. The kernel entries
+        for the returned channel are changed instead, so that the outputs stay the same. The result
+        is None if the bias replaces the removed channels, or if the removed channels are zero.
         """
         kept, constant = ~removed[self.x.ids], self._removed_constants(removed)
         if not self.pads_with_zeros or not constant.any():
@@ -553,8 +558,8 @@ class KernelLayer(ChannelHandler):
         return int(best.argmax())
 
     def _removed_constants(self, removed: np.ndarray) -> np.ndarray:
-        """Return one number per input channel: the constant of a removed channel that a kept unit
-        reads, and 0 for all other channels."""
+        """Return an array with the constant values of the removed input channels that kept units
+        read. All other entries of the array are 0."""
         lost = removed[self.x.ids] & self.reads[:, ~removed[self.unit_ids]].any(1)
         return np.where(lost, np.nan_to_num(self.common_constant()), 0.0)
 
@@ -633,8 +638,8 @@ class SeparableConv(KernelLayer):
         return [depthwise, pointwise, *self._bias()]
 
     def can_lose(self) -> np.ndarray:
-        # No channel can carry the constant of another channel, because the depthwise kernel has a
-        # separate window for each channel.
+        # The contribution of a channel cannot move to another channel, because the depthwise kernel
+        # has a separate window for each channel.
         return self.common_constant() == 0 if self.pads_with_zeros else super().can_lose()
 
     def _sliced(self, kept, units) -> list[np.ndarray]:
@@ -692,7 +697,7 @@ class TimeDistributedDense(KernelLayer):
 
 
 def _broadcast_channels(x: Tensor, values: np.ndarray) -> np.ndarray:
-    """Reshape values per channel so that they broadcast to the shape of the tensor."""
+    """Reshape a vector with one value per channel so that it broadcasts to the shape of `x`."""
     shape = [1] * len(x.shape)
     shape[x.axis] = x.channels
     return values.reshape(shape)

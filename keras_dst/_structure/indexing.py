@@ -54,7 +54,8 @@ class Slice(ChannelHandler):
 
 
 def full_key(call: Call) -> list | None:
-    """Return an integer or a slice for every axis of a sliced tensor, or None for other keys."""
+    """Return the key of a slice as a list with an integer or a slice for every axis. Return None if
+    the key is not supported."""
     x = call.inputs[0]
     key = call.args[1] if len(call.args) > 1 else call.kwargs.get("key")
     entries = list(key) if isinstance(key, (tuple, list)) else [key]
@@ -72,7 +73,7 @@ class Split(ChannelHandler):
 
     @property
     def axis(self) -> int:
-        """The axis that is split."""
+        """Axis along which the tensor is split."""
         return self.op.axis % len(self.x.shape)
 
     def place_channels(self) -> None:
@@ -80,7 +81,7 @@ class Split(ChannelHandler):
             y.set_channels(self.x.axis)
 
     def _parts(self, values: np.ndarray) -> list[np.ndarray]:
-        """Split an array with one value per input channel into one array per output."""
+        """Split an array with one value per input channel into the arrays of the output tensors."""
         if self.axis != self.x.axis:
             return [values] * len(self.call.outputs)
         ends = np.cumsum([y.channels for y in self.call.outputs])
@@ -106,7 +107,7 @@ class Padding(ChannelHandler):
 
     @property
     def width(self) -> list[tuple[int, int]]:
-        """Numbers of zeros that are padded before and after the input, for each axis."""
+        """For each axis, the numbers of zeros that are added before and after the input."""
         width = [tuple(pair) for pair in self.op.pad_width]
         return width * len(self.x.shape) if len(width) == 1 else width
 
@@ -117,7 +118,7 @@ class Padding(ChannelHandler):
         axis = self.x.axis
         inside = self.x.constant
         if any(pair != (0, 0) for a, pair in enumerate(self.width) if a != axis):
-            # A channel with a constant other than 0 is not constant after it is padded with zeros.
+            # After padding with zeros, only channels whose constant value is 0 are still constant.
             inside = np.where(inside == 0, 0.0, np.nan)
         self.y.constant = np.pad(inside, self.width[axis])
 

@@ -17,10 +17,9 @@ from keras_dst._structure.unions import ChannelUnions, Member
 class LayerNorm(Normalization):
     """Layer normalization over the channels.
 
-    Channels whose values are all zero still count in the mean and in the variance, even after their
-    removal. Before the normalization, the smaller model therefore pads the kept channels with zeros
-    to the old number of channels. After the normalization, the smaller model slices off the
-    padding.
+    The mean and the variance are computed over all channels, including channels that are zero.
+    Before the normalization, the smaller model therefore appends zeros in place of the removed
+    channels. After the normalization, the smaller model discards the appended channels.
     """
 
     def members(self) -> list[Member]:
@@ -53,7 +52,8 @@ class LayerNorm(Normalization):
 class RMSNorm(LayerNorm):
     """RMS normalization over the channels.
 
-    When channels are removed, the parameters are rescaled so that the outputs do not change.
+    When channels are removed, `epsilon` and the scale are adapted so that the outputs do not
+    change.
     """
 
     def members(self) -> list[Member]:
@@ -111,7 +111,8 @@ class LayerScale(PerChannel):
 
 
 class Attention(ChannelHandler):
-    """Attention layer, from which inputs, units and whole heads can be removed."""
+    """Attention layer, from which input channels, output channels and whole heads can be
+    removed."""
 
     can_slice = makes_channels = True
 
@@ -179,8 +180,8 @@ class Attention(ChannelHandler):
         return needed & (x.constant != 0)
 
     def needed_inside(self, removed: np.ndarray) -> np.ndarray:
-        """Return the ids of the attention heads whose values are nonzero and are read by a kept
-        unit."""
+        """Return the ids of the attention heads that have nonzero values and that a kept unit
+        reads."""
         value, output = self.projections["value"], self.projections["output"]
         filled = np.any(to_float64(value.kernel) != 0, axis=(0, 2))
         if value.bias is not None:

@@ -25,13 +25,14 @@ def shrink(model) -> keras.Model:
     channels through batch normalization, activations, pooling, flattening, permutation,
     concatenation, addition and convolutions, with channels first or last. Grouped convolutions lose
     only whole groups of channels. The constant values of removed channels move into the biases of
-    the next layers. If the next layer pads its input with zeros, one constant channel is kept
-    instead. The kernel entries for this channel are changed, so that the outputs stay the same. A
-    branch that only adds constants to a sum is removed completely. Custom layers keep all channels.
-    Every layer keeps at least one channel. `shrink_report` lists the dead channels that are kept,
-    with reasons.
+    the next layers. If the next layer pads its input with zeros, a bias cannot replace the constant
+    values. `shrink` then keeps one constant channel, and changes the kernel entries for this
+    channel so that the outputs stay the same. A branch that only adds constants to a sum is removed
+    completely. Custom layers keep all channels. Every layer keeps at least one channel.
+    `shrink_report` lists the dead channels that are kept, with reasons.
 
-    Before the smaller model is returned, both models are run on random inputs and compared.
+    Before `shrink` returns the smaller model, it runs both models on random inputs and compares
+    their outputs.
 
     Args:
         model: Built Sequential or Functional model, which may contain other Sequential and

@@ -13,26 +13,27 @@ from keras_dst._structure.unions import ChannelUnions
 
 
 class Plan:
-    """Plan of the channels that can be removed from a model.
+    """Channels that are removed from a model, and reasons why other channels are kept.
 
     Args:
         model: Sequential or Functional model, dense or sparse.
-        remove: Whether to plan the removal of channels. If False, `build` makes a dense copy of the
-            model. Defaults to True.
+        remove: Whether to remove channels. If False, no channel is removed, and `build` makes a
+            dense copy of the model. Defaults to True.
 
     Attributes:
         all_handlers: One layer handler for every call of an operation, in the order of the calls.
         handlers: Layer handlers of the calls that the outputs of the smaller model depend on.
         names: Dict that maps the id of each operation to its name in the smaller model.
-        tied: Ids of the operations that share a weight with another operation.
+        tied: Dict that maps the id of each operation that shares a weight to a phrase, such as
+            "shares a weight with 'dense'".
         originals: Dict that maps the id of each variable of a dense copy to the corresponding
             variable of the given model.
         pinned: Boolean array that is True for each set of coupled channels that cannot be removed.
         pin_reasons: Dict that maps the id of a set of coupled channels to the reason why the
             channels cannot be removed.
         removed: Boolean array that is True for each set of coupled channels that is removed.
-        kept_reasons: Dict that maps the id of a set of coupled channels to a reason, for sets that
-            could be removed but are kept.
+        kept_reasons: Dict that maps the id of a set of coupled channels to the reason why the set
+            is kept, although no kept channel needs it.
     """
 
     def __init__(self, model, remove: bool = True):
@@ -74,7 +75,7 @@ class Plan:
         return all(id(op) in needed for op in layers) and all(self.keeps(y).all() for y in outputs)
 
     def _needed_handlers(self) -> list[ChannelHandler]:
-        """Return the layer handlers of the calls that the outputs depend on."""
+        """Return the layer handlers of the calls that the outputs of the model depend on."""
         needed = {id(x) for x in self.outputs}
         handlers = []
         for handler in reversed(self.all_handlers):
@@ -97,9 +98,9 @@ class Plan:
         return names
 
     def _couple_channels(self) -> np.ndarray:
-        """Couple all channels.
+        """Find the sets of channels that are kept or removed together.
 
-        Return a boolean array that is True for sets of channels that cannot be removed.
+        Return a boolean array that is True for the sets of channels that cannot be removed.
         """
         unions = ChannelUnions()
         for x in self.inputs:
@@ -131,8 +132,9 @@ class Plan:
         return pinned
 
     def _remove_unread_channels(self) -> None:
-        """Remove groups of channels that no kept channel needs, until no such group remains."""
-        # A layer that is called several times needs the same channels in each call.
+        """Remove sets of coupled channels that no kept channel needs, until all remaining sets are
+        needed."""
+        # Use one handler for all calls of a kernel, because all calls need the same channels.
         known = {id(kernel.op) for kernel in self.kernels}
         others = [h for h in self.handlers if id(h.op) not in known]
         readers = [*self.kernels, *others]
@@ -147,8 +149,8 @@ class Plan:
             self.removed = ~needed
 
     def _keep_necessary_channels(self) -> None:
-        """Keep at least one channel of every tensor, and each channel that carries the constants of
-        removed channels."""
+        """Keep at least one channel of every tensor. Also keep the constant channels that replace
+        removed constant channels (see `KernelLayer.carrier`)."""
 
         def keep(group: int, reason: str) -> None:
             self.removed[group] = False
@@ -160,8 +162,8 @@ class Plan:
                 name = self.names[id(kernel.op)]
                 keep(
                     kernel.x.ids[carrier],
-                    f"'{name}' pads with zeros and needs one channel that carries the constants "
-                    "of the removed channels; use padding='valid' to remove this channel too",
+                    f"'{name}' pads with zeros and needs one constant channel in place of the "
+                    "removed constant channels; use padding='valid' to remove this channel too",
                 )
         for tensor in (y for handler in self.handlers for y in handler.call.outputs):
             if len(tensor.ids) and self.removed[tensor.ids].all():
@@ -169,8 +171,8 @@ class Plan:
 
 
 def _weight_sharing(operations: list) -> dict[int, str]:
-    """Return a dict that maps the ids of operations to sentences about the weights that they
-    share."""
+    """Return a dict that maps the id of each operation that shares a weight to a phrase, such as
+    "shares a weight with 'dense'"."""
     owners: dict[int, dict[int, str]] = {}
     for op in operations:
         for variable in getattr(op, "weights", ()):

@@ -23,7 +23,7 @@ from keras_dst.surgery import has_sparse_layers
 
 @dataclass(frozen=True)
 class ChannelReport:
-    """Channels (units or filters) of one layer.
+    """Number of channels (units or filters) of one layer before and after `shrink`.
 
     Attributes:
         layer: Name of the layer in the smaller model.
@@ -46,7 +46,7 @@ class ChannelReport:
 
 @dataclass(frozen=True)
 class GroupReport:
-    """Channels that `shrink` removes together.
+    """Channels of coupled layers. `shrink` removes the same channels from all these layers.
 
     Attributes:
         layers: Names of the layers that compute the channels.
@@ -84,8 +84,8 @@ class ShrinkReport:
         latency_after: Latency of the smaller model for one sample, in seconds, or None if the
             latency was not measured.
         layers: Layers that compute new channels, such as `Dense` and `Conv2D`.
-        groups: Groups of channels that are removed together. The printed table shows only groups
-        with several layers.
+        groups: Channels of the model, grouped by the layers from which they are removed together.
+            The printed table shows only groups with several layers.
 
     Example:
         >>> print(keras_dst.shrink_report(model))
@@ -161,8 +161,8 @@ def shrink_report(model, latency: bool = False) -> ShrinkReport:
     Args:
         model: Built Sequential or Functional model, dense or sparse. It is not changed.
         latency: Whether to measure the latency of both models. The latency is the median of 50 runs
-            on one sample. The two models run alternately, and the current backend compiles them,
-            except on PyTorch. Defaults to False.
+            on one sample. The calls of the two models alternate. JAX and TensorFlow compile both
+            models, and PyTorch runs both models in eager mode. Defaults to False.
 
     Returns:
         A `ShrinkReport`.

@@ -1,4 +1,5 @@
-"""Ids of channels, sets of coupled channels (unions), and the variables that have the channels."""
+"""Numbering of channels. `Member` lists the channels of a variable, and `ChannelUnions` joins the
+channels that must be removed together."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ class ChannelUnions:
         return np.arange(self._count - count, self._count)
 
     def units(self, layer, count: int) -> np.ndarray:
-        """Return the ids of a layer's units. All calls of the layer share the same ids."""
+        """Return the ids of the output channels of a layer. All calls of the layer get the same
+        ids."""
         if id(layer) not in self._units:
             self._units[id(layer)] = self.new(count)
         return self._units[id(layer)]
@@ -74,7 +76,8 @@ class ChannelUnions:
         return tensors
 
     def couple(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Unite the first channel of `a` with the first channel of `b`, and so on."""
+        """Join the set of the first channel in `a` with the set of the first channel in `b`, and so
+        on."""
         self._edges.append((a, b))
 
     def pin(self, ids: np.ndarray, reason: str) -> None:
@@ -96,9 +99,8 @@ class ChannelUnions:
         return roots
 
     def reasons(self, roots: np.ndarray) -> dict[int, str]:
-        """Return the reasons why sets of coupled channels cannot be removed, as a dict.
-
-        The keys of the dict are the smallest ids of the sets.
+        """Return a dict of the reasons why sets of coupled channels cannot be removed. The key of
+        each reason is the smallest channel id of the set.
         """
         found: dict[int, str] = {}
         for ids, reason in self._pinned:
