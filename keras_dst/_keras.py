@@ -101,12 +101,12 @@ def call_with_weights(layer, weights: list, call: Callable[[], Any]) -> Any:
     initializers, so that Keras never computes random initial values.
 
     Args:
-        layer: Layer that is not built. The call creates its variables.
+        layer: Layer that is not built. The function `call` creates the layer's variables.
         weights: Values of all variables of the built layer, as arrays.
         call: Function without arguments that calls the layer on symbolic tensors.
 
     Returns:
-        The result of the call.
+        The result of `call()`.
     """
     # Stateful recurrent layers initialize their states at once, even in a stateless scope.
     if getattr(layer, "stateful", False):
@@ -219,13 +219,14 @@ class BuildHook(_Layer):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        # If Keras renames `_lock_state`, Keras never calls the hook below.
+        # If Keras renamed `_lock_state`, Keras would never call the method `_lock_state` of this
+        # class.
         _require(keras.Layer, "_lock_state")
 
     def after_build(self) -> None:
         """Subclasses override this method to run code on a layer that Keras has just built.
 
-        The hook may change the class of the layer.
+        The method may change the class of the layer.
         """
         raise NotImplementedError
 
@@ -313,14 +314,15 @@ def compile_config(model) -> dict[str, Any]:
 
 
 def flat_losses(model) -> list[tuple]:
-    """Return (path, loss, weight) for every compiled loss, with None for a missing weight."""
+    """Return a tuple (path, loss, weight) for every compiled loss. If the loss has no weight,
+    `weight` is None."""
     compiled = model._compile_loss
     losses = compiled._flat_losses if compiled is not None else ()
     return [(path, loss, weight) for path, loss, weight, *_ in losses]
 
 
 def output_structure(model):
-    """Return the model outputs, a nested structure, for which the compiled loss was built."""
+    """Return the nested structure of model outputs for which the compiled loss was built."""
     return model._compile_loss._y_pred_build_structure
 
 
@@ -610,10 +612,9 @@ def _decide_decay_again(optimizer) -> None:
 def distribution_like(variable):
     """Return a copy of the current distribution that shards new variables like a given variable.
 
-    A new variable with the shape of the given variable is sharded like the given variable. A new
-    variable with a different shape is replicated on every device. The function compares shapes
-    instead of paths. In a layout map, the pattern for the path of a kernel may also match the path
-    of the kernel's mask.
+    New variables of the same shape are sharded like the given variable. New variables of other
+    shapes are replicated on every device. The function compares shapes instead of paths. In a
+    layout map, the pattern for the path of a kernel may also match the path of the kernel's mask.
     """
     present = keras.distribution.distribution()
 

@@ -54,16 +54,16 @@ def density(report, ax=None):
 def masks(model, names: Filters = None, columns: int = 4):
     """Draw a heat map of each prunable weight that shows which entries are kept.
 
-    The rows of a heat map are inputs, and the columns are outputs. For a convolution, there is one
-    row for each combination of a window position and an input channel. If a weight has more than 64
-    inputs or outputs, each cell shows the density of several entries. An entry counts as zero if it
-    is 0 or pruned by a mask, as in `report`.
+    The rows of a heat map are inputs, and the columns are outputs. For a convolution, the heat map
+    has one row for each combination of a window position and an input channel. If a weight has more
+    than 64 inputs or outputs, each cell shows the density of several entries. An entry counts as
+    zero if it is 0 or pruned by a mask, as in `report`.
 
     Args:
         model: A built Keras 3 model: dense, sparse or stripped. The model is not changed.
-        names: Weights to draw: the path of a weight, the name of a layer, or a regular expression
-            that matches whole paths or names. A list of such paths, names and expressions is also
-            accepted. Defaults to None, which draws all weights.
+        names: Weights to draw: the path of a weight, the name of a layer, a regular expression that
+            matches whole paths or names, or a list of these strings. Defaults to None, which draws
+            all weights.
         columns: Maximum number of heat maps in a row of the figure. Defaults to 4.
 
     Returns:
@@ -209,8 +209,8 @@ def _tick_at(ax, kept: Sequence[float]) -> None:
 def history(history, names: Filters = None, ax=None):
     """Plot the sparsity and the metrics of a training run against the epoch.
 
-    Metrics whose values are all in [0, 1], such as sparsity and accuracy, use the left axis. All
-    other metrics, such as most losses, use the right axis. The curve of a validation metric is
+    Metrics whose values are all in [0, 1], such as sparsity and accuracy, use the left y-axis. All
+    other metrics, such as most losses, use the right y-axis. The curve of a validation metric is
     dashed and has the color of the training metric. The curves of
     `SparseTraining(metric_at_target=...)` begin at the epoch in which the target sparsity is
     reached.
@@ -222,7 +222,8 @@ def history(history, names: Filters = None, ax=None):
         ax: Matplotlib axes to draw on. Defaults to the axes of a new figure.
 
     Returns:
-        The axes on the left side. `ax.figure.axes` also contains the axes on the right side.
+        The axes with the left y-axis. The list `ax.figure.axes` also contains the axes with the
+        right y-axis.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -285,7 +286,8 @@ def _end_of(path: str, length: int = 30) -> str:
 
 
 def sensitivity(report, ax=None):
-    """Plot the metric against the sparsity of a single weight, one curve per weight.
+    """Plot the metric against the sparsity of a weight tensor, with one curve for each weight
+    tensor.
 
     Args:
         report: Report that `keras_dst.sensitivity` returned.

@@ -66,9 +66,8 @@ class SparsifyReport:
             layer, and the names of its masked weights.
         skipped: List of `(path, reason)`, with one entry per layer that has a kernel and is not
             sparse.
-        doubled: List of paths of the batch normalizations that now have a second set of variables.
-            Methods such as `methods.DCIL` train a pruned and a full path, and use the second set of
-            variables on the full path.
+        doubled: Paths of the batch normalizations that received a second set of variables.
+            `methods.DCIL` uses the second set in forward passes without masks.
     """
 
     method: Method
@@ -437,7 +436,7 @@ def _config_holds_layers(layer) -> bool:
 
 def _record_recipes(layer) -> None:
     """Convert a layer to a `SparseContainer` if its config does not contain its inner layers.
-    Otherwise, repeat the check for each inner layer."""
+    Otherwise, do the same with each inner layer."""
     if not any(
         isinstance(x, SparseMixin) for x in _keras.flatten_layers(layer, include_self=False)
     ):
@@ -494,9 +493,9 @@ def _sparsify_optimizer(model, method: UpdateMethod, filters: Filters) -> Sparsi
     inner = model.optimizer.inner_optimizer if scaled else model.optimizer
     report, kernels, complete = _choose_kernels(model, method, filters, inner)
     _check_not_empty(model, report)
-    # Pass paths instead of the callable, because a SparseOptimizer selects variables by path. The
-    # paths are joined to one regular expression, which stays valid if some of the variables are
-    # frozen before the optimizer is built.
+    # Pass the paths of the selected kernels instead of `filters`, because a SparseOptimizer selects
+    # variables by path. The paths are joined to one regular expression, which stays valid if some
+    # of the variables are frozen before the optimizer is built.
     paths = None if complete else "|".join(re.escape(kernel.path) for kernel in kernels)
     with placed_like(kernels[0]):
         wrapper = SparseOptimizer(inner, method, paths)
@@ -518,7 +517,8 @@ def _sparsify_optimizer(model, method: UpdateMethod, filters: Filters) -> Sparsi
 def _choose_kernels(
     model, method: UpdateMethod, filters: Filters, optimizer
 ) -> tuple[SparsifyReport, list[Any], bool]:
-    """Return the report, the selected kernels, and whether all kernels are selected."""
+    """Return a `SparsifyReport`, the kernels to prune, and whether a `SparseOptimizer` would select
+    the same kernels by default."""
     layers = _keras.flatten_layers(model)
     owners: dict[int, tuple[Any, Any]] = {}
     for layer in layers:

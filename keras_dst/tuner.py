@@ -29,7 +29,7 @@ class SparseHyperModel(keras_tuner.HyperModel):
     The results of a trial are the metrics of its last epoch, under names such as
     `"final_val_accuracy"`. KerasTuner also keeps the weights of the last epoch, in which the target
     sparsity is reached. An earlier epoch often has a higher accuracy, but also a lower sparsity. If
-    a trial misses its target sparsity, the trial fails, and the message states the deviation.
+    a trial misses its target sparsity, the trial fails, and the error message states by how much.
 
     Args:
         build: Function that receives KerasTuner's hyperparameters and returns a compiled sparse
@@ -42,7 +42,7 @@ class SparseHyperModel(keras_tuner.HyperModel):
             contains `evaluate`. Defaults to None, which exports no file.
         score: Function that receives the dict of results and returns a number, for example a
             weighted sum of accuracy and size. The returned number becomes the result `"score"` of
-            the trial. Defaults to None, which adds no score.
+            the trial. Defaults to None, which adds no result `"score"`.
 
     Raises:
         TypeError: If `build` or `score` is not a function, or `export` has an unknown argument.

@@ -29,12 +29,12 @@ class BackupAndRestore(keras.callbacks.Callback):
     * Backups are atomic. If the process is killed while a backup is written, the folder contains a
       complete backup: the previous or the new backup.
     * A backup stores the weights together with the epoch and the batch at which they were saved.
-    * Training resumes with the batch that follows the backup. The earlier batches of the epoch are
+    * Training resumes with the batch that follows the backup. The batches before the backup are
       read from the data and skipped.
     * A backup holds the states of random number generators, such as the states of dropout layers.
 
-    A backup is written after all callbacks have processed the epoch or the batch, regardless of
-    their order.
+    A backup is written after all callbacks have processed the epoch or the batch, regardless of the
+    order of the callbacks.
 
     A resumed training run must read the data in the same order. Pass `shuffle=False` to `fit`, or
     use a data set whose order depends only on the epoch. The logs of a resumed epoch cover only the

@@ -37,7 +37,8 @@ class Coupling(NamedTuple):
 
 
 def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) -> Coupling:
-    """Return the coupled channels of a model if the method ranks channels.
+    """Return the coupled channels of a model, for a method with `pattern="channel"`. For other
+    methods, the result contains no channels.
 
     A channel can be pruned if the method prunes all weights that compute the channel. Channels of
     the model's outputs are never pruned.
@@ -88,7 +89,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
             f"{method!r}. Select more layers, or use another pattern. Reasons why channels are "
             f"kept: {reasons or 'none'}"
         )
-    # Give consecutive indices to the channels of the chosen groups.
+    # Number all channels that can be pruned, from 0 on.
     numbers = np.full(coupled.count, -1, "int32")
     numbers[np.concatenate([group.ids for group in chosen])] = np.arange(sum(map(len, chosen)))
     groups = channels.ChannelGroups(
@@ -119,8 +120,7 @@ def couple(model, method: Method, weights: Sequence, layouts: Sequence[Layout]) 
 
 
 def _makes_channel(member, ids: np.ndarray) -> bool:
-    """Return whether at least one of the given channels lies along the output axis of a
-    variable."""
+    """Return whether a variable computes at least one of the channels with the given ids."""
     return member.output is not None and bool(np.isin(member.axes[member.output], ids).any())
 
 
@@ -178,7 +178,7 @@ def _warn_of_coupled_layers(model, method: Method) -> None:
 
 
 def _with_channels(weight, layout: Layout, member, numbers, groups) -> Layout:
-    """Return a copy of the layout with the channel index of each output unit added."""
+    """Return a copy of a weight's layout that also states the channel of each output unit."""
     if member is None or member.output is None:
         return layout
     rank = len(weight.shape)

@@ -1,4 +1,4 @@
-"""Drivers: apply the scheduled mask updates of a method between training steps."""
+"""Drivers, which apply the scheduled mask updates of a method between training steps."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def couple_channels(model, optimizer: SparseOptimizer | None = None) -> None:
     last step, to set the moving means of removed channels to 0. On JAX, the optimizer step itself
     cannot set the moving means of BatchNormalization layers.
 
-    Groups of channels are not saved with a model, so call `couple_channels` again after the model
-    is loaded.
+    The optimizer does not save which channels are pruned together, so call `couple_channels` again
+    after the model is loaded.
 
     Args:
         model: Built Keras model.
@@ -239,12 +239,12 @@ def _compiled_functions(method, layouts, shapes):
         # A callback may have assigned nonzero values to pruned weights.
         if isinstance(method, UpdateMethod):
             masks = [ops.logical_or(m, ops.not_equal(w, 0)) for m, w in zip(masks, weights)]
-        # Return all counts in one tensor. If the host read each count separately, it would wait for
-        # the device once per weight.
+        # Return the counts of all weights in one tensor. If the host read each count separately, it
+        # would wait for the device once per weight.
         counts = ops.stack([count_all_true(mask) for mask in masks])
         if not groups:
             return counts, None
-        if method.learned:  # A channel is removed if all its units are pruned.
+        if method.learned:  # A channel is removed if every layer prunes it.
             units = [channels.kept_units(*pair) for pair in zip(masks, layouts)]
             units = [ops.cast(unit, "float32") for unit in units]
             alive = channels.largest_of_units(units, layouts) > 0
@@ -267,7 +267,7 @@ class Driver:
         self.size = sum(math.prod(shape) for shape in self.shapes)
         self.schedule = method.schedule
         self.total: int | None = None
-        self.clock: Any = None  # The clock is None until the length of training is known.
+        self.clock: Any = None  # Clock of mask updates; None until the training length is known.
         self._update, self._kept = _compiled_functions(method, tuple(layouts), tuple(self.shapes))
         # For each weight, the cost of one entry, such as its FLOPs. The target sparsity is a
         # fraction of the total cost. If `costs` is None, all entries have the same cost.
@@ -282,16 +282,16 @@ class Driver:
             self.target_quantity = f"fraction of the {method.counted_in} removed"
 
     def read_progress(self) -> tuple[int, int]:
-        """Return the step that was stored last, and the length of the schedule in steps, or 0
-        before training."""
+        """Return the last stored step and the stored length of the schedule in steps. Before
+        training, both numbers are 0."""
         raise NotImplementedError
 
     def write_progress(self, step: int, total: int) -> None:
-        """Store the step and the length of the schedule."""
+        """Store the current step and the length of the schedule in steps."""
         raise NotImplementedError
 
     def assign_states(self, changes: list[State]) -> None:
-        """Assign the states that a mask update has changed."""
+        """Assign the new values of the states, such as masks, that a mask update has computed."""
         raise NotImplementedError
 
     def reapply_masks(self) -> None:
@@ -373,7 +373,7 @@ class Driver:
         """Set the length of the schedule, which becomes known after the first epoch."""
         if self.schedule is None or self.total is not None:
             return
-        # As long as the clock is None, masks are not updated, not even at step 0.
+        # If the clock is still None, no mask has been updated since the start of `fit`.
         late = self.clock is None
         self.total = length
         self._plan(fit, epoch)
@@ -446,7 +446,8 @@ class Driver:
         self.projected = True
 
     def _assign_projection(self, target: float) -> None:
-        """Change the states of a learned method so that the model meets a target exactly."""
+        """Change the learned states, such as thresholds, so that the model meets the target
+        sparsity exactly."""
         counts = self._counts(target)
         self.assign_states(self.method.project(*self._values(), self.layouts, counts))
         self.mask_followers()
@@ -523,8 +524,8 @@ class Driver:
     def measure(self) -> tuple[float, float]:
         """Return how many entries all masks together currently keep, and the result of `reached()`.
 
-        This function computes the masks only once. The host waits for the device once if the method
-        has no coupled channels.
+        Both numbers are computed from the same masks. If the method has no coupled channels, the
+        host waits for the device only once.
         """
         found, alive = self._kept(*self._values())
         counts = ops.convert_to_numpy(found).tolist()
@@ -537,8 +538,8 @@ class Driver:
         return sum(counts), 1 - sum(c * k for c, k in zip(costs, counts)) / total
 
     def _alive(self) -> np.ndarray:
-        """Return a boolean array with one entry per channel, True for kept channels. The last entry
-        is an additional True."""
+        """Return a boolean array that is True for each kept channel. An additional last entry is
+        True, because the channel index -1 stands for entries that are never pruned."""
         return ops.convert_to_numpy(self._kept(*self._values())[1])
 
     def mask_followers(self) -> None:
@@ -561,8 +562,7 @@ class Driver:
         return ops.convert_to_tensor(counts, "int32")
 
     def set_active(self, active: bool) -> None:
-        """Tell the layers or the optimizer that a training callback updates their masks, or that no
-        callback does."""
+        """Tell the layers or the optimizer whether a training callback updates their masks."""
         self.active: object = active_fit(self.model) if active else False
 
 
@@ -593,8 +593,8 @@ class LayerDriver(Driver):
             self.costs = [c for c in costs if c is not None] or None
 
     # The optimizer counts the steps, and its counter is part of every checkpoint. A sparse layer
-    # stores a step together with the optimizer's counter at that step. If `compile` resets the
-    # counter of the optimizer, this pair lets the layer continue its own count.
+    # stores a step together with the optimizer's counter at that step. With both numbers, the layer
+    # can continue its own count after `compile` resets the counter of the optimizer.
 
     def _iterations(self) -> int:
         optimizer = _optimizer_of(self.model, self.weights)
@@ -607,8 +607,8 @@ class LayerDriver(Driver):
         return step + max(0, self._iterations() - counter) if total else 0, total
 
     def write_progress(self, step, total):
-        # Reading the counter makes the host wait for the device, so read the counter once for all
-        # weights.
+        # Read the step counter of the optimizer once for all weights, because each read makes the
+        # host wait for the device.
         progress = np.array([step, self._iterations(), total], "int32")
         for state in self.states:
             state["progress"].assign(progress)
@@ -668,7 +668,7 @@ class LayerDriver(Driver):
             layer.traced_both_paths = True
 
     def _check_both_paths(self, batches):
-        """Raise ValueError if steps were trained without the full path of a two-path method."""
+        """Raise ValueError if a method that needs two paths was trained on the pruned path only."""
         trained, two_paths = batches > self._skipped, isinstance(self.method, TwoPathMethod)
         if two_paths and trained and not self.layers[0].traced_both_paths:
             raise ValueError(

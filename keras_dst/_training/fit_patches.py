@@ -1,12 +1,12 @@
-"""All attributes that a running `fit` replaces on a model, and the clean-up that restores them.
+"""Replacement of attributes of a model while `fit` runs, and their restoration after `fit` ends.
 
 Keras calls no hook when `fit` raises an exception. However, Keras's `fit` keeps the logs of the
-last step in a local variable. The training step is therefore patched: it returns logs that hold an
-object, the token. Python frees the logs when `fit` ends, whether `fit` returns or raises. Python
-then deletes the token, too, and its finalizer restores the attributes of the model. While an
-exception is handled, its traceback keeps the local variables of `fit` alive. The patched methods
-therefore stay on the model until Python frees the exception. The patched methods behave like the
-original methods, except that files are written atomically.
+last training step in a local variable. The training step is therefore patched: its logs refer to a
+small object, the token. Python frees the logs and the token when `fit` returns or raises an
+exception. A finalizer of the token then restores the attributes of the model. While an exception
+from `fit` is handled, its traceback keeps the local variables of `fit` alive. In this case, the
+patched methods stay on the model until Python frees the exception. The patched methods behave like
+the original methods, except that files are written atomically.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Patch(NamedTuple):
 
 
 class ActiveFit:
-    """State of a running `fit`: its patches, and the batches that it skips.
+    """State of a running `fit`: patched attributes of the model, and the number of batches to skip.
 
     `bool(active_fit)` is False after `fit` has ended.
 
@@ -122,7 +122,7 @@ class ActiveFit:
     def is_patched(self) -> bool:
         """True if a callback has registered a patch for this `fit`.
 
-        Skipping batches does not count as a patch.
+        The patch that skips batches does not count.
         """
         return bool(self._patches or self._drivers)
 

@@ -1,16 +1,17 @@
-"""Directions of metrics, and placeholder values of metrics before the target is reached."""
+"""Directions in which metrics improve, and placeholders that are logged instead of a metric before
+training reaches the target sparsity."""
 
 from __future__ import annotations
 
 from keras_dst import _keras
 
-# Value that SparseTraining(metric_at_target=...) logs in the first epoch, if the target is not
-# reached yet.
+# Value that SparseTraining(metric_at_target=...) logs in the first epoch instead of the metric, if
+# training has not reached the target sparsity.
 _WORST = 1e30
 
 
 def worst_value(epoch: int, mode: str) -> float:
-    """Return a placeholder that is worse than the value of any metric.
+    """Return a placeholder that is worse than every real value of a metric.
 
     The returned value improves a little from epoch to epoch, so that EarlyStopping does not stop
     training before the target is reached.

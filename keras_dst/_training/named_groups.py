@@ -74,7 +74,8 @@ def with_named_groups(
 def _members(
     entry: str | tuple[str, int], model, method: Method, layouts: dict[int, Layout]
 ) -> Iterator[Member]:
-    """Yield the variables that an entry of `groups` selects, without indices of their channels."""
+    """Yield the variables that an entry of `groups` selects. The ids of their channels are still
+    empty."""
     name: str = entry if isinstance(entry, str) else entry[0]
     axis: int | None = None if isinstance(entry, str) else entry[1]
     owned = {

@@ -16,7 +16,7 @@ from keras_dst._training.metrics import is_worst_value
 from keras_dst._utils.validation import check_boolean, is_integer
 from keras_dst.optimizers import tensors_of
 
-_BINS = 64  # Number of bins of a histogram.
+_BINS = 64  # Number of bins in each histogram.
 
 
 class SparsityTensorBoard(keras.callbacks.Callback):
@@ -141,7 +141,8 @@ class SparsityTensorBoard(keras.callbacks.Callback):
 def _by_name(members: list[PrunedWeight]) -> dict[str, PrunedWeight]:
     """Return a dict that maps the path of each pruned weight to the weight.
 
-    If several weights have the same path, a number is appended to each path.
+    If several weights have the same path, a number is appended to the path of every weight except
+    the first.
     """
     seen: collections.Counter[str] = collections.Counter()
     found = {}

@@ -1,4 +1,5 @@
-"""Loss of a model that is trained on two forward paths: the pruned path and the full path."""
+"""Loss for training on two forward passes: with masks (pruned path) and without masks (full
+path)."""
 
 from __future__ import annotations
 
@@ -26,16 +27,16 @@ _EPSILON = 1e-7  # Lower bound at which Keras's losses clip probabilities before
 class TwoPathLoss:
     """Replacement of a model's `compute_loss` that trains both paths.
 
-    A training step runs the model a second time, on the full path. The loss is the sum of three
-    terms: the loss of the pruned path, the loss of the full path, and the divergence between their
-    outputs. Metrics use only the outputs of the pruned path. Regularizers and losses from
-    `add_loss` are counted once.
+    A training step runs the model a second time, without masks. The loss is the loss of the pruned
+    path, plus the loss of the full path, plus the divergence between the outputs of both paths.
+    Metrics use only the outputs of the pruned path. Regularizers and losses from `add_loss` are
+    counted once.
 
     Args:
         model: Model that is trained.
-        divergence: Function of the logits of the pruned path and of the full path, with the classes
-            on the last axis. The function returns the divergence of every entry. If None, the loss
-            has no divergence term.
+        divergence: Function that receives the logits of the pruned path and the logits of the full
+            path, with the classes on the last axis. The function returns the divergence between
+            both for every vector of logits. If None, the loss has no divergence term.
         on_trace: Function that is called each time Keras traces a training step.
         inner: Original `compute_loss` method, which `TwoPathLoss` replaces.
         takes_training: Whether `inner` takes the argument `training`.
@@ -76,7 +77,7 @@ class TwoPathLoss:
 
     @contextlib.contextmanager
     def _without_penalties(self):
-        """Compute the loss without penalties, and restore variables that the loss changes."""
+        """Within this context, losses contain no penalties and change no variables."""
         variables = [*self.model.variables, *self.model.metrics_variables]
         with (
             _keras.without_additional_losses(self.model),
@@ -85,8 +86,8 @@ class TwoPathLoss:
             yield
 
     def _divergence(self, pruned, full, sample_weight) -> Tensor:
-        """Sum the divergences of all outputs that have a cross-entropy, with the weights of their
-        losses."""
+        """Return the sum of the divergences of all outputs that have a cross-entropy. Each
+        divergence is multiplied by the weight of the output's loss."""
         structure, terms = _keras.output_structure(self.model), []
         for path, loss, weight in _keras.flat_losses(self.model):
             if _kind(loss) is None:
@@ -110,7 +111,8 @@ class TwoPathLoss:
 
 def check_rematerialization(model) -> None:
     """Raise ValueError if a layer was created under `RematScope`, except on JAX. In the backward
-    pass, such a layer cannot tell which path runs."""
+    pass, a layer that was created under `RematScope` cannot tell the pruned path from the full
+    path."""
     if keras.backend.backend() != "jax" and any(
         _keras.is_rematerialized(layer) for layer in _keras.flatten_layers(model)
     ):
@@ -122,10 +124,10 @@ def check_rematerialization(model) -> None:
 
 
 class _Divergence(losses.Loss):
-    """The divergence between two paths, as a Keras loss that is reduced like a cross-entropy.
+    """Keras loss that compares the outputs of the pruned path with the outputs of the full path.
 
-    Keras applies the sample weights and the mask of the outputs to the divergence, as to the
-    cross-entropy.
+    The loss is reduced like the given cross-entropy. Keras also applies the sample weights and the
+    mask of the outputs to the loss.
     """
 
     def __init__(self, divergence, crossentropy):
@@ -135,8 +137,8 @@ class _Divergence(losses.Loss):
         self.divergence, self.crossentropy = divergence, crossentropy
 
     def call(self, y_true, y_pred):
-        """Return the divergence between the outputs of the pruned path and the full path, per
-        entry."""
+        """Return the divergence between the outputs of the two paths for every entry of the
+        batch."""
         logits = (class_logits(self.crossentropy, outputs) for outputs in (y_pred, y_true))
         entries = self.divergence(*logits)
         if _kind(self.crossentropy) is _BINARY and len(entries.shape):
@@ -146,7 +148,8 @@ class _Divergence(losses.Loss):
 
 
 def _output(outputs, structure, path):
-    """Return the output of a model at the `path` that its compiled loss uses."""
+    """Return one output of a model. The compiled loss of this output states the `path` of keys that
+    select the output."""
     if keras.tree.is_nested(outputs):
         outputs = keras.tree.pack_sequence_as(structure, keras.tree.flatten(outputs))
     for key in path:
@@ -171,7 +174,7 @@ def class_logits(loss, outputs: Tensor) -> Tensor:
         outputs: Float tensor of the outputs.
 
     Returns:
-        A float32 tensor. All logits of an entry may differ from the true logits by the same number,
+        A float32 tensor. If the outputs are probabilities, the logits are shifted by a constant,
         which does not change a cross-entropy.
     """
     outputs = ops.cast(outputs, "float32")
